@@ -1,0 +1,30 @@
+"""Kernels for parameter-efficient fine-tuning: NF4 dequantise-matmul and LoRA, forward and backward.
+
+    import peft_kernels as pk
+
+    pk.quantize_model(model)      # nn.Linear -> 4-bit NF4Linear, in place
+    model = peft.get_peft_model(model, lora_config)
+    pk.patch(model)               # PEFT's LoRA layers run fused kernels; pk.unpatch(model) takes them out again
+"""
+
+from __future__ import annotations
+
+from . import dispatch as _dispatch
+
+_dispatch.install()
+
+from . import nn  # noqa: E402
+from .dispatch import explain, use_backend  # noqa: E402
+from .functional import lora_linear, nf4_linear  # noqa: E402
+from .nf4 import NF4Weight  # noqa: E402
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "NF4Weight",
+    "explain",
+    "lora_linear",
+    "nf4_linear",
+    "nn",
+    "use_backend",
+]

@@ -1,0 +1,10 @@
+"""The back ends, in the order of automatic choice."""
+
+from __future__ import annotations
+
+from . import cpu, reference
+from .base import Backend
+
+BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, reference.BACKEND)}
+
+__all__ = ["BACKENDS", "Backend"]

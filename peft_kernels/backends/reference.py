@@ -1,0 +1,34 @@
+"""Back end `reference`: plain torch, on any device. Slow, and right by definition."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import spec
+
+
+class ReferenceBackend:
+    name = "reference"
+    namespace = "peft_kernels_reference"
+
+    def __init__(self) -> None:
+        self._library: torch.library.Library | None = None
+
+    def load(self) -> None:
+        if self._library is None:
+            self._library = spec.install(self.namespace, lambda op: op.reference)
+
+    def probe(self) -> str | None:
+        return None
+
+    def describe(self) -> str:
+        return "plain torch, any device, materialises weights"
+
+    def supports(self, op: str, args: Sequence[Any]) -> str | None:
+        return None
+
+
+BACKEND = ReferenceBackend()

@@ -1,0 +1,90 @@
+"""The number tables of the NF4 format: the one Python home (the one C++ home is ``csrc/common/nf4.h``).
+
+Source: QLoRA (Dettmers et al. 2023, section 3) for NF4, "8-bit Approximations for Parallelism in Deep Learning"
+(Dettmers 2015) for the dynamic map; values as bitsandbytes fixes them. A test holds all three homes together.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+
+NF4_CODE: tuple[float, ...] = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+"""Value of each 4-bit code."""
+
+NF4_THRESHOLDS: tuple[float, ...] = (
+    -0.8480964004993439,
+    -0.6106329262256622,
+    -0.4599952697753906,
+    -0.33967943489551544,
+    -0.23460740596055984,
+    -0.13791173323988914,
+    -0.045525018125772476,
+    0.03979014977812767,
+    0.1202552504837513,
+    0.2035212516784668,
+    0.2920137718319893,
+    0.3893125355243683,
+    0.5016634166240692,
+    0.6427869200706482,
+    0.8614784178118011,
+)
+"""The code of x is the number of thresholds t with x > t, so a tie takes the lower code."""
+
+BLOCKSIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Allowed numbers of weights that share one absmax."""
+
+NESTED_BLOCKSIZE = 256
+"""Number of absmax values that share one second-level absmax (double quantisation)."""
+
+
+@lru_cache(maxsize=16)
+def nf4_code(device: torch.device) -> torch.Tensor:
+    """NF4 values, fp32 (16,), on `device`."""
+    return torch.tensor(NF4_CODE, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=16)
+def nf4_thresholds(device: torch.device) -> torch.Tensor:
+    """NF4 decision thresholds, fp32 (15,), on `device`."""
+    return torch.tensor(NF4_THRESHOLDS, dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=16)
+def dynamic_map(device: torch.device) -> torch.Tensor:
+    """The signed dynamic 8-bit map, ascending, fp32 (256,), on `device`.
+
+    Seven decades; decade i holds the 2^i midpoints of linspace(0.1, 1, 2^i + 1), scaled by 10^(i - 6), with both
+    signs; then 0 and 1.
+    """
+    values = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        magnitudes = (10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2.0)
+        values += magnitudes.tolist() + (-magnitudes).tolist()
+    return torch.tensor(sorted(values), dtype=torch.float32, device=device)
+
+
+@lru_cache(maxsize=16)
+def dynamic_thresholds(device: torch.device) -> torch.Tensor:
+    """Midpoints of the dynamic map, fp32 (255,): the code of x is the number of midpoints m with x > m."""
+    table = dynamic_map(torch.device("cpu"))
+    return ((table[:-1] + table[1:]) * 0.5).to(device)

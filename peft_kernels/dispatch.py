@@ -1,0 +1,126 @@
+"""Which back end serves a call, and why.
+
+Automatic choice takes the first back end, in the order of `BACKENDS`, that is usable here and supports the call. A
+forced one (`use_backend`, or the environment variable PEFT_KERNELS_BACKEND) serves it or raises with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+
+from . import spec
+from .backends import BACKENDS, Backend
+
+NAMESPACE = "peft_kernels"
+ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
+
+logger = logging.getLogger("peft_kernels")
+
+_forced: ContextVar[str | None] = ContextVar("peft_kernels_backend", default=None)
+_logged: set[tuple[str, str]] = set()
+_usable: list[Backend] = []
+_libraries: list[torch.library.Library] = []
+
+
+def install() -> None:
+    """Define the public ops and load the back ends. Done once, at import; has no effect outside torch.ops."""
+    if _libraries:
+        return
+    _libraries.append(spec.install(NAMESPACE, _public_kernel))
+    for backend in BACKENDS.values():
+        backend.load()
+        if backend.probe() is None:
+            _usable.append(backend)
+
+
+def _public_kernel(op: spec.Op) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return kernel(op.name, args)(*args)
+
+    return call
+
+
+def kernel(op: str, args: Sequence[Any]) -> Callable[..., Any]:
+    """The back end op that serves `op` with `args`. RuntimeError when a forced back end cannot."""
+    backend = select(op, args)
+    return getattr(getattr(torch.ops, backend.namespace), op)  # type: ignore[no-any-return]
+
+
+def select(op: str, args: Sequence[Any]) -> Backend:
+    """The back end for this call. RuntimeError when a forced back end cannot serve it."""
+    name = forced()
+    if name is not None:
+        backend = BACKENDS[name]
+        reason = backend.probe() or backend.supports(op, args)
+        if reason is not None:
+            raise RuntimeError(f"back end {name} was asked for but cannot serve {op}: {reason}")
+        return backend
+    for backend in _usable:
+        reason = backend.supports(op, args)
+        if reason is None:
+            return backend
+        _log_once(backend.name, reason)
+    raise AssertionError("unreachable: the reference supports everything")
+
+
+def forced() -> str | None:
+    """Name of the back end that `use_backend` or the environment asks for, None for automatic choice."""
+    name = _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every call inside the `with` block by one back end.
+
+    Parameters
+    ----------
+    name : str
+        "cpu" or "reference".
+
+    Raises
+    ------
+    ValueError
+        There is no back end of that name.
+    RuntimeError
+        It is not usable on this machine; later, inside the block, when it does not support a call.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = BACKENDS[name].probe()
+    if reason is not None:
+        raise RuntimeError(f"back end {name} cannot be used here: {reason}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain() -> str:
+    """A readable account of the back ends: built? usable here? with which instruction set? why not?"""
+    lines = []
+    for backend in BACKENDS.values():
+        reason = backend.probe()
+        state = f"not usable: {reason}" if reason is not None else f"usable: {backend.describe()}"
+        lines.append(f"{backend.name:<10} {state}")
+    name = forced()
+    lines.append(f"{'choice':<10} " + (f"forced: {name}" if name else "automatic, the first usable one from the top"))
+    if torch.cuda.is_available():
+        lines.append(f"{'cuda':<10} no CUDA kernels in this version: CUDA tensors are served by the reference")
+    return "\n".join(lines)
+
+
+def _log_once(backend: str, reason: str) -> None:
+    if (backend, reason) not in _logged:
+        _logged.add((backend, reason))
+        logger.warning("back end %s passed over: %s", backend, reason)

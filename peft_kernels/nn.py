@@ -1,0 +1,195 @@
+"""Modules: NF4Linear, LoRALinear, NF4LoRALinear."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .functional import lora_linear, nf4_linear
+from .nf4 import NF4Weight
+
+__all__ = ["LoRALinear", "NF4LoRALinear", "NF4Linear"]
+
+
+class NF4Linear(nn.Linear):
+    """A frozen `nn.Linear` whose weight is an `NF4Weight`.
+
+    Everything that knows nn.Linear knows it: `peft.get_peft_model` injects LoRA, `model.to()` moves it, deepcopy and
+    pickle copy it. `state_dict` holds bitsandbytes' keys and loads from a checkpoint of either side. A merge into it
+    leaves a dense weight (in the dtype that the layer had), and the layer is then an ordinary nn.Linear.
+    """
+
+    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+        nn.Module.__init__(self)  # nn.Linear's would allocate a dense weight first
+        self.out_features, self.in_features = weight._state.shape
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True, name: str = "weight"
+    ) -> NF4Linear:
+        """Quantise an nn.Linear (or requantise one that a merge made dense).
+
+        `linear` itself is left alone; the bias is shared with it. Errors as `NF4Weight.quantize`.
+        """
+        with torch.no_grad():
+            new = cls(NF4Weight.quantize(linear.weight, blocksize, double_quant, name=name))
+        new.bias = linear.bias
+        return new.train(linear.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight
+        if not isinstance(weight, NF4Weight):
+            return nn.functional.linear(x, weight, self.bias)
+        bias = self.bias
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)
+        return nf4_linear(x, weight, bias)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # PEFT ends merge_and_unload with `base_layer.weight = base_layer.weight`. A weight that the merge has made
+        # dense is then nothing special any more, and neither is the layer.
+        if name == "weight" and isinstance(value, NF4Weight) and value.is_dense:
+            value = nn.Parameter(value._state.dense, requires_grad=False)
+            self.__class__ = nn.Linear  # type: ignore[assignment]
+            nn.Module.__setattr__(self, name, value)
+            return
+        super().__setattr__(name, value)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if isinstance(self.weight, NF4Weight):
+            destination.update(self.weight.state_dict(prefix))
+        else:
+            destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "weight"
+        mine = [k for k in state_dict if k == key or k.startswith(key + ".")]
+        if not mine:
+            missing_keys.append(key)
+        else:
+            try:
+                new = NF4Weight.from_state_dict(state_dict, prefix)
+                if new._state.shape != (self.out_features, self.in_features):
+                    raise ValueError(
+                        f"{key}: expected shape {(self.out_features, self.in_features)}, got {new._state.shape}"
+                    )
+            except ValueError as error:
+                error_msgs.append(str(error))
+            else:
+                with torch.no_grad():
+                    self.weight.data.copy_(new)
+        rest = {k: v for k, v in state_dict.items() if k not in mine}
+        weight = self._parameters.pop("weight")
+        try:
+            super()._load_from_state_dict(
+                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            self._parameters["weight"] = weight
+
+    def extra_repr(self) -> str:
+        weight = self.weight
+        form = f", blocksize={weight.blocksize}, dtype={weight.dtype}" if isinstance(weight, NF4Weight) else ""
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{form}"
+
+
+class LoRALinear(nn.Module):
+    """A frozen base layer and one LoRA adapter, fused: `x W^T + bias + (alpha / r) (x A^T) B^T`.
+
+    Parameters
+    ----------
+    base_layer : nn.Linear
+        Dense or NF4Linear; frozen, and kept as a submodule.
+    r : int
+        Rank of the update.
+    lora_alpha : float
+        Scale of the update: alpha / r, or alpha / sqrt(r) with `use_rslora`.
+    use_rslora : bool
+        Rank-stabilised scaling (Kalajdzievski 2023).
+    dtype : torch.dtype
+        Type of the adapter, fp32 by default; products never copy the activations to it.
+    """
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        r: int = 16,
+        lora_alpha: float = 32,
+        use_rslora: bool = False,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        if not isinstance(base_layer, nn.Linear):
+            raise ValueError(f"base_layer: expected an nn.Linear or NF4Linear, got {type(base_layer).__name__}")
+        if r <= 0:
+            raise ValueError(f"r: expected a positive integer, got {r}")
+        self.base_layer = base_layer.requires_grad_(False)
+        self.r, self.scaling = r, lora_alpha / (math.sqrt(r) if use_rslora else r)
+        device = base_layer.weight.device
+        self.lora_A = nn.Parameter(torch.empty(r, base_layer.in_features, dtype=dtype, device=device))
+        self.lora_B = nn.Parameter(torch.empty(base_layer.out_features, r, dtype=dtype, device=device))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """A as nn.Linear starts, B zero: the layer starts as its base (Hu et al. 2021, section 4.1)."""
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        base = self.base_layer
+        bias = base.bias if base.bias is None else base.bias.to(x.dtype)
+        return lora_linear(x, base.weight, self.lora_A, self.lora_B, self.scaling, bias)
+
+    def delta_weight(self) -> Tensor:
+        """`scaling * B A`, (out_features, in_features), in the adapter's dtype."""
+        return self.scaling * (self.lora_B @ self.lora_A)
+
+    @torch.no_grad()
+    def merge(self) -> nn.Linear:
+        """A new dense nn.Linear with the update in its weight, in the base's dtype. The layer itself stays as it is."""
+        base = self.base_layer
+        weight = base.weight.dequantize(torch.float32) if isinstance(base.weight, NF4Weight) else base.weight.float()
+        merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
+        merged.weight = nn.Parameter((weight + self.delta_weight().float()).to(base.weight.dtype), requires_grad=False)
+        merged.bias = base.bias
+        return merged.train(self.training)
+
+    def extra_repr(self) -> str:
+        return f"r={self.r}, scaling={self.scaling:g}"
+
+
+class NF4LoRALinear(LoRALinear):
+    """LoRALinear on an NF4 base: QLoRA. A dense `base_layer` is quantised first."""
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        r: int = 16,
+        lora_alpha: float = 32,
+        use_rslora: bool = False,
+        dtype: torch.dtype = torch.float32,
+        blocksize: int = 64,
+        double_quant: bool = True,
+    ) -> None:
+        if isinstance(base_layer, nn.Linear) and not isinstance(base_layer.weight, NF4Weight):
+            base_layer = NF4Linear.from_linear(base_layer, blocksize, double_quant)
+        super().__init__(base_layer, r, lora_alpha, use_rslora, dtype)
