@@ -17,6 +17,8 @@ from . import nn  # noqa: E402
 from .dispatch import explain, use_backend  # noqa: E402
 from .functional import lora_linear, nf4_linear  # noqa: E402
 from .nf4 import NF4Weight  # noqa: E402
+from .patch import patch, patched, unpatch  # noqa: E402
+from .quantize import quantize_model  # noqa: E402
 
 __version__ = "0.1.0"
 
@@ -26,5 +28,9 @@ __all__ = [
     "lora_linear",
     "nf4_linear",
     "nn",
+    "patch",
+    "patched",
+    "quantize_model",
+    "unpatch",
     "use_backend",
 ]

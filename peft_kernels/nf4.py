@@ -242,7 +242,7 @@ class NF4Weight(torch.Tensor):
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
-        if func is _set_data:
+        if func == _set_data:  # each look-up makes a new method-wrapper: equal, not identical
             return _assign_data(*args)
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)

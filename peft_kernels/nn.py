@@ -42,10 +42,9 @@ class NF4Linear(nn.Linear):
         return new.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight
+        weight, bias = self.weight, self.bias
         if not isinstance(weight, NF4Weight):
-            return nn.functional.linear(x, weight, self.bias)
-        bias = self.bias
+            return nn.functional.linear(x, weight, bias)
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
@@ -53,15 +52,14 @@ class NF4Linear(nn.Linear):
             bias = bias.to(x.dtype)
         return nf4_linear(x, weight, bias)
 
-    def __setattr__(self, name: str, value: Any) -> None:
-        # PEFT ends merge_and_unload with `base_layer.weight = base_layer.weight`. A weight that the merge has made
-        # dense is then nothing special any more, and neither is the layer.
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
         if name == "weight" and isinstance(value, NF4Weight) and value.is_dense:
+            # A merge has made the weight dense: it is nothing special any more, and neither is the layer.
             value = nn.Parameter(value._state.dense, requires_grad=False)
+            self._parameters["weight"] = value
             self.__class__ = nn.Linear  # type: ignore[assignment]
-            nn.Module.__setattr__(self, name, value)
-            return
-        super().__setattr__(name, value)
+        return value
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if isinstance(self.weight, NF4Weight):

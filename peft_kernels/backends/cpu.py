@@ -96,7 +96,8 @@ def _refusal_to_load() -> str | None:
         return "not built (no C++ compiler at installation, or PEFT_KERNELS_CPU=0): reinstall with g++ or clang++"
     with open(found.origin, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         match = _HASH.search(content)
-    if match is None or match.group(1).decode() != spec.spec_hash():
+        built_for = match.group(1).decode() if match else None
+    if built_for != spec.spec_hash():
         return f"{found.origin} was built from other sources than this package: rebuild it (pip install .)"
     return None
 

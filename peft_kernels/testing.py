@@ -1,0 +1,110 @@
+"""Sample inputs and the error measure, shared by the tests and the benchmarks.
+
+The numbers policy: the reference in fp64 is the truth. A kernel passes when its error is at most twice the error of
+the same maths in plain torch at the kernel's precision, plus a floor of one rounding of the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch, spec
+from .backends import BACKENDS, cpu
+from .nf4 import NF4Weight
+
+ISA_LEVELS = ("scalar", "avx2", "avx512")
+
+
+def backend_ids() -> list[str]:
+    """Every back end by the name that tests use: reference, cpu-scalar, cpu-avx2, cpu-avx512."""
+    return ["reference", *(f"cpu-{level}" for level in ISA_LEVELS)]
+
+
+def unavailable(backend_id: str) -> str | None:
+    """Why a back end (or an instruction set of it) cannot run here, or None."""
+    name, _, level = backend_id.partition("-")
+    reason = BACKENDS[name].probe()
+    if reason is None and level and level not in cpu.BACKEND.extension.isa_levels():
+        reason = f"this machine has no {level}"
+    return reason
+
+
+@contextmanager
+def running_on(backend_id: str) -> Iterator[None]:
+    """Force a back end and, for cpu, the instruction set."""
+    name, _, level = backend_id.partition("-")
+    with dispatch.use_backend(name):
+        if level:
+            with cpu.BACKEND.use_isa(level):
+                yield
+        else:
+            yield
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    """||got - truth|| / ||truth||, in fp64; 0 for two empty or equal tensors, inf for anything not finite."""
+    if got.shape != truth.shape:
+        raise AssertionError(f"expected shape {tuple(truth.shape)}, got {tuple(got.shape)}")
+    difference = (got.double() - truth.double()).norm().item()
+    if difference == 0.0 or got.numel() == 0:
+        return 0.0
+    if difference != difference:
+        return float("inf")
+    return difference / max(truth.double().norm().item(), 1e-300)
+
+
+def max_error(got: Tensor, truth: Tensor) -> float:
+    """Largest |got - truth|, relative to the root mean square of the truth: one wrong element shows."""
+    if got.numel() == 0:
+        return 0.0
+    scale = max(truth.double().pow(2).mean().sqrt().item(), 1e-300)
+    worst = (got.double() - truth.double()).abs().max().item()
+    return float("inf") if worst != worst else worst / scale
+
+
+def assert_close(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result") -> None:
+    """The numbers policy: `got` from the kernel, `plain` from plain torch at that precision, `truth` in fp64."""
+    if got.dtype != plain.dtype:
+        raise AssertionError(f"{what}: expected {plain.dtype}, got {got.dtype}")
+    floor = torch.finfo(got.dtype).eps
+    for measure, slack in ((relative_error, floor), (max_error, 4 * floor)):
+        error, allowed = measure(got, truth), 2 * measure(plain, truth) + slack
+        if not error <= allowed:
+            raise AssertionError(f"{what}: {measure.__name__} {error:.3g}, allowed {allowed:.3g}")
+
+
+def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal numbers that depend on shape and seed alone."""
+    generator = torch.Generator().manual_seed(seed * 7919 + sum((i + 1) * n for i, n in enumerate(shape)))
+    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+
+def nf4_weight(
+    out_features: int,
+    in_features: int,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 1,
+) -> NF4Weight:
+    """A quantised weight of the size that layers have at the start of training."""
+    dense = tensor(out_features, in_features, dtype=dtype, seed=seed, scale=max(in_features, 1) ** -0.5)
+    with dispatch.use_backend("reference"):
+        return NF4Weight.quantize(dense, blocksize, double_quant)
+
+
+def widen(value: Any) -> Any:
+    """Floating activations to fp64, for the truth. Scales and packed bytes stay: they define the weight."""
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.double()
+    return value
+
+
+def reference_op(name: str) -> Any:
+    """The plain-torch meaning of an op."""
+    return spec.OPS[name].reference

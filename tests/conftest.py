@@ -1,0 +1,61 @@
+"""The back ends under test, and an account of which really ran."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+import peft_kernels as pk
+from peft_kernels import testing
+
+_ran: Counter[str] = Counter()
+_skipped: Counter[str] = Counter()
+
+
+@pytest.fixture(params=testing.backend_ids())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once on every back end, forced; skips, with the reason, those that this machine lacks."""
+    reason = testing.unavailable(request.param)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    with testing.running_on(request.param):
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_report_header() -> list[str]:
+    return [f"torch {torch.__version__}", *pk.explain().splitlines()]
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    for name in testing.backend_ids():
+        if f"[{name}" in report.nodeid or f"-{name}]" in report.nodeid or f"-{name}-" in report.nodeid:
+            if report.when == "call" and report.passed:
+                _ran[name] += 1
+            elif report.skipped:
+                _skipped[name] += 1
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    terminalreporter.section("back ends")
+    for name in testing.backend_ids():
+        reason = testing.unavailable(name)
+        note = f" ({reason})" if reason else ""
+        terminalreporter.line(f"{name:<12} {_ran[name]} tests passed, {_skipped[name]} skipped{note}")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A back end that is usable here and whose every case was skipped has not been tested: that is a failure."""
+    for name in testing.backend_ids():
+        if testing.unavailable(name) is None and _skipped[name] and not _ran[name]:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
