@@ -1,10 +1,10 @@
 """Kernels for parameter-efficient fine-tuning: NF4 dequantise-matmul and LoRA, forward and backward.
 
-    import peft_kernels as pk
+import peft_kernels as pk
 
-    pk.quantize_model(model)      # nn.Linear -> 4-bit NF4Linear, in place
-    model = peft.get_peft_model(model, lora_config)
-    pk.patch(model)               # PEFT's LoRA layers run fused kernels; pk.unpatch(model) takes them out again
+pk.quantize_model(model)      # nn.Linear -> 4-bit NF4Linear, in place
+model = peft.get_peft_model(model, lora_config)
+pk.patch(model)               # PEFT's LoRA layers run fused kernels; pk.unpatch(model) takes them out again
 """
 
 from __future__ import annotations

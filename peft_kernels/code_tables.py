@@ -1,7 +1,8 @@
 """The number tables of the NF4 format: the one Python home (the one C++ home is ``csrc/common/nf4.h``).
 
-Source: QLoRA (Dettmers et al. 2023, section 3) for NF4, "8-bit Approximations for Parallelism in Deep Learning"
-(Dettmers 2015) for the dynamic map; values as bitsandbytes fixes them. A test holds all three homes together.
+Source: QLoRA (Dettmers et al. 2023, section 3) for NF4, "8-bit Approximations for Parallelism in Deep
+Learning" (Dettmers 2015) for the dynamic map; values as bitsandbytes fixes them. A test holds all three homes
+together.
 """
 
 from __future__ import annotations
@@ -72,8 +73,8 @@ def nf4_thresholds(device: torch.device) -> torch.Tensor:
 def dynamic_map(device: torch.device) -> torch.Tensor:
     """The signed dynamic 8-bit map, ascending, fp32 (256,), on `device`.
 
-    Seven decades; decade i holds the 2^i midpoints of linspace(0.1, 1, 2^i + 1), scaled by 10^(i - 6), with both
-    signs; then 0 and 1.
+    Seven decades; decade i holds the 2^i midpoints of linspace(0.1, 1, 2^i + 1), scaled by 10^(i - 6), with
+    both signs; then 0 and 1.
     """
     values = [0.0, 1.0]
     for i in range(7):

@@ -1,7 +1,8 @@
 """Which back end serves a call, and why.
 
-Automatic choice takes the first back end, in the order of `BACKENDS`, that is usable here and supports the call. A
-forced one (`use_backend`, or the environment variable PEFT_KERNELS_BACKEND) serves it or raises with the reason.
+Automatic choice takes the first back end, in the order of `BACKENDS`, that is usable here and supports the
+call. A forced one (`use_backend`, or the environment variable PEFT_KERNELS_BACKEND) serves it or raises with
+the reason.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def _public_kernel(op: spec.Op) -> Callable[..., Any]:
 def kernel(op: str, args: Sequence[Any]) -> Callable[..., Any]:
     """The back end op that serves `op` with `args`. RuntimeError when a forced back end cannot."""
     backend = select(op, args)
-    return getattr(getattr(torch.ops, backend.namespace), op)  # type: ignore[no-any-return]
+    return getattr(getattr(torch.ops, backend.namespace), op)
 
 
 def select(op: str, args: Sequence[Any]) -> Backend:
@@ -114,9 +115,13 @@ def explain() -> str:
         state = f"not usable: {reason}" if reason is not None else f"usable: {backend.describe()}"
         lines.append(f"{backend.name:<10} {state}")
     name = forced()
-    lines.append(f"{'choice':<10} " + (f"forced: {name}" if name else "automatic, the first usable one from the top"))
+    lines.append(
+        f"{'choice':<10} " + (f"forced: {name}" if name else "automatic, the first usable one from the top")
+    )
     if torch.cuda.is_available():
-        lines.append(f"{'cuda':<10} no CUDA kernels in this version: CUDA tensors are served by the reference")
+        lines.append(
+            f"{'cuda':<10} no CUDA kernels in this version: CUDA tensors are served by the reference"
+        )
     return "\n".join(lines)
 
 

@@ -41,7 +41,7 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     _check_linear(x, state.shape, state.packed, bias)
     if weight.requires_grad:
         raise ValueError("weight: an NF4 weight cannot be trained, expected requires_grad=False, got True")
-    return _call("nf4_linear", x, *state.op_args, state.shape[0], bias)  # type: ignore[no-any-return]
+    return _call("nf4_linear", x, *state.op_args, state.shape[0], bias)
 
 
 def lora_linear(
@@ -53,7 +53,7 @@ def lora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
 ) -> Tensor:
-    """`x W^T + bias + scaling * (x A^T) B^T`, base product and low-rank delta in one call (LoRA, Hu et al. 2021).
+    """`x W^T + bias + scaling * (x A^T) B^T`: base product and low-rank delta (Hu et al. 2021) in one call.
 
     Parameters
     ----------
@@ -72,8 +72,8 @@ def lora_linear(
 
     Returns
     -------
-    Tensor, (..., out_features), of x's dtype. Differentiable in x, lora_a, lora_b, bias and a dense weight; each
-    gradient has its parameter's dtype. Saved for backward: x, x A^T and the parameters.
+    Tensor, (..., out_features), of x's dtype. Differentiable in x, lora_a, lora_b, bias and a dense weight;
+    each gradient has its parameter's dtype. Saved for backward: x, x A^T and the parameters.
 
     Raises
     ------
@@ -86,7 +86,9 @@ def lora_linear(
     if isinstance(weight, NF4Weight) and not weight.is_dense:
         state = weight._state
         if weight.requires_grad:
-            raise ValueError("weight: an NF4 weight cannot be trained, expected requires_grad=False, got True")
+            raise ValueError(
+                "weight: an NF4 weight cannot be trained, expected requires_grad=False, got True"
+            )
         shape, device_of, group = state.shape, state.packed, state.op_args
     else:
         if isinstance(weight, NF4Weight):
@@ -107,7 +109,7 @@ def lora_linear(
         if adapter.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} like x, got {adapter.device}")
     y, _ = _call("lora_linear", x, *group, bias, lora_a, lora_b, float(scaling), 0.0, None)
-    return y  # type: ignore[no-any-return]
+    return y
 
 
 def _check_linear(x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | None) -> None:
@@ -127,7 +129,7 @@ def _check_linear(x: Tensor, shape: Any, weight: Tensor | None, bias: Tensor | N
 
 
 def _call(op: str, *args: Any) -> Any:
-    """Eager calls go to the back end op directly, one Python dispatch less; traced ones stay on the public op."""
+    """Eager calls skip the public op, one Python dispatch less; traced ones record it."""
     if torch.compiler.is_compiling():
         return getattr(torch.ops.peft_kernels, op)(*args)
     return dispatch.kernel(op, args)(*args)

@@ -1,12 +1,12 @@
 """NF4Weight: a 4-bit weight that looks like the ordinary tensor other people's code expects.
 
 It sits in `nn.Linear.weight` as a frozen parameter. PEFT merges with `weight.data += delta`; accelerate,
-`model.to()`, deepcopy and state_dict all look at `module.weight`: a tensor subclass lets them. Three rules keep
-that honest:
+`model.to()`, deepcopy and state_dict all look at `module.weight`: a tensor subclass lets them. Three rules
+keep that honest:
 
 - `F.linear(x, weight)` runs the NF4 kernel; any other read runs on a dequantised copy.
-- A write makes the weight *dense*, for every alias of it: what is written is kept in full, never rounded back to
-  4 bits or lost with a temporary. `requantize_()` packs it again.
+- A write makes the weight *dense*, for every alias of it: what is written is kept in full, never rounded back
+  to 4 bits or lost with a temporary. `requantize_()` packs it again.
 - A view of packed bytes as numbers cannot exist; asking for one raises.
 """
 
@@ -37,7 +37,7 @@ _set_data = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 @dataclass
 class NF4State:
-    """The stored form of a weight, shared by all aliases of it. Either `packed` and `absmax`, or `dense`, is set."""
+    """The stored form of a weight, shared by all its aliases: `packed` and `absmax`, or else `dense`."""
 
     shape: tuple[int, int]
     blocksize: int
@@ -69,9 +69,9 @@ class NF4State:
 class NF4Weight(torch.Tensor):
     """A (out_features, in_features) weight in 4-bit NormalFloat, optionally with double-quantised scales.
 
-    The format is that of QLoRA (Dettmers et al. 2023, section 3) as bitsandbytes stores it, to the bit. Make one with
-    `quantize`, `from_state_dict` or `from_bnb`. `dtype` is nominal: the type the weight had, and has again when it is
-    dequantised; products are computed in the type of the activations.
+    The format is that of QLoRA (Dettmers et al. 2023, section 3) as bitsandbytes stores it, to the bit. Make
+    one with `quantize`, `from_state_dict` or `from_bnb`. `dtype` is nominal: the type the weight had, and has
+    again when it is dequantised; products are computed in the type of the activations.
     """
 
     _state: NF4State
@@ -79,7 +79,7 @@ class NF4Weight(torch.Tensor):
     @staticmethod
     def __new__(cls, state: NF4State, dtype: torch.dtype) -> NF4Weight:
         some = next(iter(state.tensors().values()))
-        self: NF4Weight = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        self: NF4Weight = torch.Tensor._make_wrapper_subclass(
             cls, state.shape, dtype=dtype, device=some.device
         )
         self._state = state
@@ -104,7 +104,8 @@ class NF4Weight(torch.Tensor):
         weight : Tensor, (out_features, in_features)
             fp32, bf16 or fp16, on any device.
         blocksize : int
-            Number of consecutive weights that share a scale: 32, 64, ..., 4096. Blocks run over the flat weight.
+            Number of consecutive weights that share a scale: 32, 64, ..., 4096. Blocks run over the flat
+            weight.
         double_quant : bool
             Quantise the scales too (4.127 bits a weight instead of 4.5 at blocksize 64).
         check_finite : bool
@@ -129,13 +130,14 @@ class NF4Weight(torch.Tensor):
         if check_finite and not bool(torch.isfinite(absmax).all()):
             bad = int((~torch.isfinite(weight.detach())).sum())
             raise ValueError(f"{name}: expected finite values, got {bad} NaN or Inf among {weight.numel()}")
-        state = NF4State(tuple(weight.shape), blocksize, _rows(packed, weight.shape), absmax, double_quant=double_quant)
+        shape = (weight.shape[0], weight.shape[1])
+        state = NF4State(shape, blocksize, _rows(packed, shape), absmax, double_quant=double_quant)
         if double_quant:
             state.absmax, state.absmax2, state.offset = ops.quantize_absmax(absmax)
         return cls(state, weight.dtype)
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight (out_features, in_features), `code * absmax` rounded once to `dtype` (default: its own)."""
+        """The dense weight (out, in): `code * absmax` rounded once to `dtype`, by default its own."""
         dtype = dtype or self.dtype
         if self._state.dense is not None:
             return self._state.dense.to(dtype, copy=True)
@@ -161,7 +163,7 @@ class NF4Weight(torch.Tensor):
 
     @property
     def absmax(self) -> Tensor | None:
-        """Scale of each block: fp32, or uint8 codes of the dynamic map when double-quantised; None when dense."""
+        """Scale of each block: fp32, or uint8 when double-quantised; None when dense."""
         return self._state.absmax
 
     @property
@@ -188,14 +190,16 @@ class NF4Weight(torch.Tensor):
         return sum(tensor.nbytes for tensor in self._state.tensors().values())
 
     def state_dict(self, prefix: str = "", name: str = "weight") -> dict[str, Tensor]:
-        """Tensors for a checkpoint, under bitsandbytes' keys (`weight`, `weight.absmax`, ...). Shares memory."""
+        """Tensors to save, under bitsandbytes' keys (`weight`, `weight.absmax`, ...). Shares memory."""
         from .integrations import bitsandbytes
 
         return bitsandbytes.to_state_dict(self, prefix + name)
 
     @classmethod
-    def from_state_dict(cls, state_dict: Mapping[str, Any], prefix: str = "", name: str = "weight") -> NF4Weight:
-        """Read what `state_dict` or bitsandbytes wrote. ValueError names the item that is missing or does not fit."""
+    def from_state_dict(
+        cls, state_dict: Mapping[str, Any], prefix: str = "", name: str = "weight"
+    ) -> NF4Weight:
+        """Read what `state_dict` or bitsandbytes wrote. ValueError names an item that does not fit."""
         from .integrations import bitsandbytes
 
         return bitsandbytes.from_state_dict(state_dict, prefix + name)
@@ -211,15 +215,17 @@ class NF4Weight(torch.Tensor):
         return bitsandbytes.from_params4bit(params4bit)
 
     def to_bnb(self) -> Any:
-        """The same weight as a `bitsandbytes.nn.Params4bit`, sharing memory. ImportError without bitsandbytes."""
+        """The same weight as a `bitsandbytes.nn.Params4bit`, sharing memory."""
         from .integrations import bitsandbytes
 
         return bitsandbytes.to_params4bit(self)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = self._state
         form = "dense" if self.is_dense else f"blocksize={state.blocksize}, double_quant={state.double_quant}"
-        return f"NF4Weight({state.shape[0]}, {state.shape[1]}, dtype={self.dtype}, device={self.device}, {form})"
+        return (
+            f"NF4Weight({state.shape[0]}, {state.shape[1]}, dtype={self.dtype}, device={self.device}, {form})"
+        )
 
     # How the tensor behaves in other people's hands.
 
@@ -248,7 +254,7 @@ class NF4Weight(torch.Tensor):
             return func(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         handler = _HANDLERS.get(func, _on_dense)
         return handler(func, args, kwargs or {})
 
@@ -261,8 +267,8 @@ def _rows(packed: Tensor, shape: Any) -> Tensor:
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if isinstance(input, NF4Weight) or not isinstance(weight, NF4Weight):
         # An NF4 activation or bias is nothing that a layer does; it is still only a tensor.
-        input, weight, bias = (t.dequantize() if isinstance(t, NF4Weight) else t for t in (input, weight, bias))
-        return F.linear(input, weight, bias)
+        dense = [t.dequantize() if isinstance(t, NF4Weight) else t for t in (input, weight)]
+        return F.linear(dense[0], dense[1], bias)
     from .functional import nf4_linear
 
     return nf4_linear(input, weight, bias)
@@ -286,8 +292,12 @@ def _assign_data(self: Tensor, value: Tensor) -> None:
 def _materialize(weight: NF4Weight) -> None:
     state = weight._state
     if state.dense is None:
-        logger.info("an NF4 weight %s was written to and is dense from now on; requantize_() packs it", state.shape)
-        state.become(NF4State(state.shape, state.blocksize, dense=weight.dequantize(), double_quant=state.double_quant))
+        logger.info(
+            "an NF4 weight %s was written to and is dense from now on; requantize_() packs it", state.shape
+        )
+        state.become(
+            NF4State(state.shape, state.blocksize, dense=weight.dequantize(), double_quant=state.double_quant)
+        )
 
 
 def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
@@ -333,7 +343,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     weight = args[0]
     dtype = kwargs.get("dtype") or weight.dtype
     if not dtype.is_floating_point:
-        return _on_dense(func, args, kwargs)  # type: ignore[no-any-return]
+        return _on_dense(func, args, kwargs)
     device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)
     state = weight._state.map(lambda t: t.to(device, non_blocking=non_blocking, copy=True))
     if state.dense is not None:

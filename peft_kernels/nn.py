@@ -11,22 +11,24 @@ from torch import Tensor, nn
 from .functional import lora_linear, nf4_linear
 from .nf4 import NF4Weight
 
-__all__ = ["LoRALinear", "NF4LoRALinear", "NF4Linear"]
+__all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
 
 
 class NF4Linear(nn.Linear):
     """A frozen `nn.Linear` whose weight is an `NF4Weight`.
 
-    Everything that knows nn.Linear knows it: `peft.get_peft_model` injects LoRA, `model.to()` moves it, deepcopy and
-    pickle copy it. `state_dict` holds bitsandbytes' keys and loads from a checkpoint of either side. A merge into it
-    leaves a dense weight (in the dtype that the layer had), and the layer is then an ordinary nn.Linear.
+    Everything that knows nn.Linear knows it: `peft.get_peft_model` injects LoRA, `model.to()` moves it,
+    deepcopy and pickle copy it. `state_dict` holds bitsandbytes' keys and loads from a checkpoint of either
+    side. A merge into it leaves a dense weight (in the dtype that the layer had), and the layer is then an
+    ordinary nn.Linear.
     """
 
     def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
         nn.Module.__init__(self)  # nn.Linear's would allocate a dense weight first
         self.out_features, self.in_features = weight._state.shape
         self.weight = nn.Parameter(weight, requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        self.register_parameter("bias", bias)
 
     @classmethod
     def from_linear(
@@ -36,13 +38,13 @@ class NF4Linear(nn.Linear):
 
         `linear` itself is left alone; the bias is shared with it. Errors as `NF4Weight.quantize`.
         """
-        with torch.no_grad():
-            new = cls(NF4Weight.quantize(linear.weight, blocksize, double_quant, name=name))
-        new.bias = linear.bias
+        new = cls(NF4Weight.quantize(linear.weight.detach(), blocksize, double_quant, name=name))
+        new.register_parameter("bias", linear.bias)
         return new.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
+        weight: Tensor = self.weight
+        bias: Tensor | None = self.bias
         if not isinstance(weight, NF4Weight):
             return nn.functional.linear(x, weight, bias)
         if torch.is_autocast_enabled(x.device.type):
@@ -56,7 +58,8 @@ class NF4Linear(nn.Linear):
         value = super().__getattr__(name)
         if name == "weight" and isinstance(value, NF4Weight) and value.is_dense:
             # A merge has made the weight dense: it is nothing special any more, and neither is the layer.
-            value = nn.Parameter(value._state.dense, requires_grad=False)
+            assert value.dense is not None
+            value = nn.Parameter(value.dense, requires_grad=False)
             self._parameters["weight"] = value
             self.__class__ = nn.Linear  # type: ignore[assignment]
         return value
@@ -87,9 +90,8 @@ class NF4Linear(nn.Linear):
             try:
                 new = NF4Weight.from_state_dict(state_dict, prefix)
                 if new._state.shape != (self.out_features, self.in_features):
-                    raise ValueError(
-                        f"{key}: expected shape {(self.out_features, self.in_features)}, got {new._state.shape}"
-                    )
+                    expected = (self.out_features, self.in_features)
+                    raise ValueError(f"{key}: expected shape {expected}, got {new._state.shape}")
             except ValueError as error:
                 error_msgs.append(str(error))
             else:
@@ -106,7 +108,9 @@ class NF4Linear(nn.Linear):
 
     def extra_repr(self) -> str:
         weight = self.weight
-        form = f", blocksize={weight.blocksize}, dtype={weight.dtype}" if isinstance(weight, NF4Weight) else ""
+        form = (
+            f", blocksize={weight.blocksize}, dtype={weight.dtype}" if isinstance(weight, NF4Weight) else ""
+        )
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{form}"
 
 
@@ -137,7 +141,9 @@ class LoRALinear(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(base_layer, nn.Linear):
-            raise ValueError(f"base_layer: expected an nn.Linear or NF4Linear, got {type(base_layer).__name__}")
+            raise ValueError(
+                f"base_layer: expected an nn.Linear or NF4Linear, got {type(base_layer).__name__}"
+            )
         if r <= 0:
             raise ValueError(f"r: expected a positive integer, got {r}")
         self.base_layer = base_layer.requires_grad_(False)
@@ -163,11 +169,17 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear with the update in its weight, in the base's dtype. The layer itself stays as it is."""
+        """A new dense nn.Linear with the update in its weight, in the base's dtype; this layer is unchanged."""
         base = self.base_layer
-        weight = base.weight.dequantize(torch.float32) if isinstance(base.weight, NF4Weight) else base.weight.float()
+        weight = (
+            base.weight.dequantize(torch.float32)
+            if isinstance(base.weight, NF4Weight)
+            else base.weight.float()
+        )
         merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        merged.weight = nn.Parameter((weight + self.delta_weight().float()).to(base.weight.dtype), requires_grad=False)
+        merged.weight = nn.Parameter(
+            (weight + self.delta_weight().float()).to(base.weight.dtype), requires_grad=False
+        )
         merged.bias = base.bias
         return merged.train(self.training)
 

@@ -1,8 +1,8 @@
 """patch(model): fused forwards for the layers of PEFT and bitsandbytes, by instance, and out again.
 
-A patched module keeps its class, parameters, hooks and state dict; only `module.forward` is set on the instance. So
-saving, merging, adapter switching and disabling stay PEFT's. What a fused path does not cover goes through the
-class's own forward, and is counted with its reason.
+A patched module keeps its class, parameters, hooks and state dict; only `module.forward` is set on the
+instance. So saving, merging, adapter switching and disabling stay PEFT's. What a fused path does not cover
+goes through the class's own forward, and is counted with its reason.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class LayerReport:
     fused: bool
     reason: str = ""
     fallbacks: Counter[str] = field(default_factory=Counter)
-    """Calls that went through the original forward after patching, by reason. Counts on while the model runs."""
+    """Calls that went through the original forward after patching, by reason. Counts on while the model
+    runs."""
 
     def __str__(self) -> str:
         status = "fused" if self.fused else "original"
@@ -55,7 +56,9 @@ class PatchReport:
     def __str__(self) -> str:
         lines = [f"peft_kernels: {len(self.fused)} of {len(self.layers)} layers fused"]
         if not self.layers:
-            lines.append("nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model")
+            lines.append(
+                "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"
+            )
         shown = [layer for layer in self.layers if not layer.fused or layer.reason or layer.fallbacks]
         return "\n".join(lines + [str(layer) for layer in shown])
 
@@ -65,8 +68,8 @@ class PatchReport:
 
 
 def patch(model: nn.Module) -> PatchReport:
-    """Give the layers of a model fused forwards: PEFT LoRA over nn.Linear, NF4Linear or bitsandbytes Linear4bit, and
-    Linear4bit alone. NF4Linear is fused as it is.
+    """Give the layers of a model fused forwards: PEFT LoRA over nn.Linear, NF4Linear or bitsandbytes
+    Linear4bit, and Linear4bit alone. NF4Linear is fused as it is.
 
     Patching twice is harmless. `unpatch` restores the model to the bit.
 

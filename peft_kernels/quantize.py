@@ -31,8 +31,9 @@ def quantize_model(
     model : nn.Module
         Changed in place. Peak memory is the model and one layer.
     skip : names
-        Layers to leave alone: the full name, or the last part of it ("lm_head"). A layer whose weight is shared with
-        another module (tied embeddings) is always left alone, and so is everything that is not exactly nn.Linear.
+        Layers to leave alone: the full name, or the last part of it ("lm_head"). A layer whose weight is
+        shared with another module (tied embeddings) is always left alone, and so is everything that is not
+        exactly nn.Linear.
     blocksize, double_quant
         As `NF4Weight.quantize`.
     progress : bool, optional
@@ -46,12 +47,14 @@ def quantize_model(
     Raises
     ------
     ValueError
-        A weight has NaN, Inf or an unfit dtype (named), an entry of `skip` or the blocksize is unfit. The model is
-        then unchanged: every layer is checked before the first is replaced.
+        A weight has NaN, Inf or an unfit dtype (named), an entry of `skip` or the blocksize is unfit. The
+        model is then unchanged: every layer is checked before the first is replaced.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if isinstance(model, nn.Linear):
-        raise ValueError("model: expected a module that contains nn.Linear layers, got one; use NF4Linear.from_linear")
+        raise ValueError(
+            "model: expected a module that contains nn.Linear layers, got one; use NF4Linear.from_linear"
+        )
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
     targets = dict(_targets(model, skip))
@@ -68,7 +71,9 @@ def quantize_model(
             parent_name, _, child = name.rpartition(".")
             parent = model.get_submodule(parent_name)
             linear = getattr(parent, child)
-            setattr(parent, child, NF4Linear.from_linear(linear, blocksize, double_quant, name=f"{name}.weight"))
+            setattr(
+                parent, child, NF4Linear.from_linear(linear, blocksize, double_quant, name=f"{name}.weight")
+            )
             bar.update(linear.weight.numel())
             del linear
     return model
@@ -80,7 +85,9 @@ def _targets(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.
         for parameter in module.parameters(recurse=False):
             owners[id(parameter)] = owners.get(id(parameter), 0) + 1
     for name, module in model.named_modules():
-        dense = type(module) is nn.Linear or (isinstance(module, NF4Linear) and not isinstance(module.weight, NF4Weight))
+        dense = type(module) is nn.Linear or (
+            isinstance(module, NF4Linear) and not isinstance(module.weight, NF4Weight)
+        )
         if not dense or name in skip or name.rpartition(".")[2] in skip:
             continue
         if owners[id(module.weight)] > 1:
@@ -94,7 +101,8 @@ def _check(name: str, weight: torch.Tensor) -> None:
         raise ValueError(f"{name}: expected a loaded weight, got one on the meta device")
     if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {weight.dtype}")
-    # One reduction, no boolean copy of the weight: a sum is finite only if every term is (and may overflow: then look).
+    # One reduction, no boolean copy of the weight: a sum is finite only if every term is (and may overflow:
+    # then look).
     if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
         bad = int((~torch.isfinite(weight.detach())).sum())
         if bad:
@@ -103,10 +111,14 @@ def _check(name: str, weight: torch.Tensor) -> None:
 
 def _warn_about_experts(model: nn.Module) -> None:
     """Mixture-of-experts weights kept as one 3-D parameter are no nn.Linear: say that they stay dense."""
-    experts = [name for name, p in model.named_parameters() if p.dim() == 3 and p.is_floating_point() and p.numel() > 1e6]
+    experts = [
+        name
+        for name, p in model.named_parameters()
+        if p.dim() == 3 and p.is_floating_point() and p.numel() > 1e6
+    ]
     if experts:
         logger.warning(
-            "%d three-dimensional parameters stay dense (mixture-of-experts weights are not quantised), the first: %s",
+            "%d three-dimensional parameters (mixture-of-experts weights) stay dense, the first: %s",
             len(experts),
             experts[0],
         )

@@ -1,7 +1,8 @@
 """The meaning of every op, in plain torch.
 
-Each function here is what the op of the same name in `spec` computes, for any floating dtype (fp64 included: run
-so, it is the truth that kernels are judged against) and any device. Clarity before speed: weights are materialised.
+Each function here is what the op of the same name in `spec` computes, for any floating dtype (fp64 included:
+run so, it is the truth that kernels are judged against) and any device. Clarity before speed: weights are
+materialised.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ def _blocks(flat: Tensor, blocksize: int) -> Tensor:
 
 
 def _reciprocal(absmax: Tensor) -> Tensor:
-    # 1/absmax overflows for an all-zero block and for the deepest subnormals; 0 sends both to the code of zero.
+    # 1/absmax overflows for an all-zero block and for the deepest subnormals; 0 sends both to the code of
+    # zero.
     inverse = 1.0 / absmax
     return torch.where(inverse.isinf(), torch.zeros_like(inverse), inverse)
 
@@ -40,7 +42,9 @@ def quantize_nf4(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     flat = weight.reshape(-1).float()
     blocks = _blocks(flat, blocksize)
     absmax = blocks.abs().amax(1)
-    codes = _code_of(blocks * _reciprocal(absmax)[:, None], nf4_thresholds(weight.device)).view(-1)[: flat.numel()]
+    codes = _code_of(blocks * _reciprocal(absmax)[:, None], nf4_thresholds(weight.device)).view(-1)[
+        : flat.numel()
+    ]
     codes = F.pad(codes, (0, codes.numel() % 2), value=ZERO_CODE)
     return codes[0::2] << 4 | codes[1::2], absmax
 

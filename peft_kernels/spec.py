@@ -1,13 +1,13 @@
 """Every op, once: schema, reference, fake kernel, backward. The sole home of the op schemas.
 
-`install(namespace)` turns the table into a torch operator namespace: the public one, and one for each back end, so
-that two back ends can be compared in one process and none replaces another without a word. Autograd formulas call
-the ops of their own namespace, so a back end's backward is its own too.
+`install(namespace)` turns the table into a torch operator namespace: the public one, and one for each back
+end, so that two back ends can be compared in one process and none replaces another without a word. Autograd
+formulas call the ops of their own namespace, so a back end's backward is its own too.
 
 The base weight of every linear op is the group `(packed, absmax, absmax2, offset, blocksize)`:
-packed uint8, (n + 1) // 2 bytes, flat or (out, in / 2); absmax fp32 (nblocks,), or uint8 with the second level
-absmax2 fp32 (ceil(nblocks / 256),) and offset fp32 () when double-quantised. lora_linear also takes a dense weight
-(out, in) there, with absmax None.
+packed uint8, (n + 1) // 2 bytes, flat or (out, in / 2); absmax fp32 (nblocks,), or uint8 with the second
+level absmax2 fp32 (ceil(nblocks / 256),) and offset fp32 () when double-quantised. lora_linear also takes a
+dense weight (out, in) there, with absmax None.
 """
 
 from __future__ import annotations
@@ -176,8 +176,8 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "nf4_linear_dx",
-            schema="(Tensor dy, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, int blocksize, "
-            "SymInt in_features) -> Tensor",
+            schema="(Tensor dy, Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, "
+            "int blocksize, SymInt in_features) -> Tensor",
             reference=reference.nf4_linear_dx,
             fake=_nf4_linear_dx_fake,
             setup_context=_nf4_linear_dx_setup,
@@ -185,8 +185,8 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "lora_linear",
-            schema="(Tensor x, Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? offset, int blocksize, "
-            "Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, Tensor? seed) "
+            schema="(Tensor x, Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? offset, "
+            "int blocksize, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, Tensor? seed) "
             "-> (Tensor y, Tensor h)",
             reference=reference.lora_linear,
             fake=_lora_linear_fake,
@@ -210,7 +210,9 @@ def spec_hash() -> str:
     return hashlib.sha256("\n".join(op.schema for op in OPS.values()).encode()).hexdigest()
 
 
-def install(namespace: str, implement: Callable[[Op], Callable[..., Any]] | None = None) -> torch.library.Library:
+def install(
+    namespace: str, implement: Callable[[Op], Callable[..., Any]] | None = None
+) -> torch.library.Library:
     """Define every op in `namespace`, with its fake kernel and autograd formula.
 
     `implement(op)` gives the Python kernel, for any device; None leaves kernels to a compiled library.

@@ -1,13 +1,14 @@
 """Sample inputs and the error measure, shared by the tests and the benchmarks.
 
-The numbers policy: the reference in fp64 is the truth. A kernel passes when its error is at most twice the error of
-the same maths in plain torch at the kernel's precision, plus a floor of one rounding of the result.
+The numbers policy: the reference in fp64 is the truth. A kernel passes when its error is at most twice the
+error of the same maths in plain torch at the kernel's precision, plus a floor of one rounding of the result.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from . import dispatch, spec
 from .backends import BACKENDS, cpu
 from .nf4 import NF4Weight
 
-ISA_LEVELS = ("scalar", "avx2", "avx512")
+ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
 
 
 def backend_ids() -> list[str]:
-    """Every back end by the name that tests use: reference, cpu-scalar, cpu-avx2, cpu-avx512."""
+    """Every back end by the name that tests use: reference, cpu-scalar, cpu-avx2, ..."""
     return ["reference", *(f"cpu-{level}" for level in ISA_LEVELS)]
 
 
@@ -46,6 +47,19 @@ def running_on(backend_id: str) -> Iterator[None]:
             yield
 
 
+@contextmanager
+def nan_outputs() -> Iterator[None]:
+    """Inside, memory that torch (at::empty of the C++ ops included) hands out starts as NaN, or as 255 in integers."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
 def relative_error(got: Tensor, truth: Tensor) -> float:
     """||got - truth|| / ||truth||, in fp64; 0 for two empty or equal tensors, inf for anything not finite."""
     if got.shape != truth.shape:
@@ -68,7 +82,8 @@ def max_error(got: Tensor, truth: Tensor) -> float:
 
 
 def assert_close(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result") -> None:
-    """The numbers policy: `got` from the kernel, `plain` from plain torch at that precision, `truth` in fp64."""
+    """The numbers policy: `got` from the kernel, `plain` from plain torch at that precision, `truth` in
+    fp64."""
     if got.dtype != plain.dtype:
         raise AssertionError(f"{what}: expected {plain.dtype}, got {got.dtype}")
     floor = torch.finfo(got.dtype).eps
@@ -76,6 +91,48 @@ def assert_close(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result"
         error, allowed = measure(got, truth), 2 * measure(plain, truth) + slack
         if not error <= allowed:
             raise AssertionError(f"{what}: {measure.__name__} {error:.3g}, allowed {allowed:.3g}")
+
+
+def pairwise(**axes: Sequence[Any]) -> list[dict[str, Any]]:
+    """Few cases in which any two values of any two axes meet: covers the product of sizes without its cost."""
+    names = list(axes)
+    missing = {
+        frozenset({(a, u), (b, v)}) for a, b in combinations(names, 2) for u in axes[a] for v in axes[b]
+    }
+    cases = []
+    while missing:
+        chosen = dict(min(missing, key=lambda pair: sorted((names.index(n), axes[n].index(v)) for n, v in pair)))
+        for name in names:
+            if name not in chosen:
+                gain = [
+                    sum(frozenset({(name, value), pick}) in missing for pick in chosen.items()) for value in axes[name]
+                ]
+                # Ties go round the values, so that those of a short axis appear equally often.
+                first = len(cases) % len(gain)
+                best = max(range(len(gain)), key=lambda i: (gain[i], -((i - first) % len(gain))))
+                chosen[name] = axes[name][best]
+        missing -= {frozenset(pair) for pair in combinations(chosen.items(), 2)}
+        cases.append({name: chosen[name] for name in names})
+    return cases
+
+
+LAYOUTS = ("contiguous", "3-d", "column-step", "slice", "transposed", "expanded")
+
+
+def activations(rows: int, features: int, layout: str, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """(rows, features), or (1, rows, features) for "3-d", laid out in memory in one of LAYOUTS."""
+    if layout == "contiguous":
+        return tensor(rows, features, dtype=dtype, seed=seed)
+    if layout == "3-d":
+        return tensor(1, rows, features, dtype=dtype, seed=seed)
+    if layout == "column-step":
+        return tensor(rows, 2 * features, dtype=dtype, seed=seed)[:, ::2]
+    if layout == "slice":
+        return tensor(rows + 1, features + 5, dtype=dtype, seed=seed)[1:, 3 : 3 + features]
+    if layout == "transposed":
+        return tensor(features, rows, dtype=dtype, seed=seed).t()
+    assert layout == "expanded", layout
+    return tensor(1, features, dtype=dtype, seed=seed).expand(rows, features)
 
 
 def tensor(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0, scale: float = 1.0) -> Tensor:

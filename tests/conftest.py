@@ -21,11 +21,17 @@ _skipped: Counter[str] = Counter()
 @pytest.fixture(params=testing.backend_ids())
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on every back end, forced; skips, with the reason, those that this machine lacks."""
+    request.node.user_properties.append(("backend", request.param))
     reason = testing.unavailable(request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     with testing.running_on(request.param):
         yield request.param
+
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Workers share the cores; tests of threading ask for threads themselves.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -38,12 +44,11 @@ def pytest_report_header() -> list[str]:
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    for name in testing.backend_ids():
-        if f"[{name}" in report.nodeid or f"-{name}]" in report.nodeid or f"-{name}-" in report.nodeid:
-            if report.when == "call" and report.passed:
-                _ran[name] += 1
-            elif report.skipped:
-                _skipped[name] += 1
+    for name in (value for key, value in report.user_properties if key == "backend"):
+        if report.when == "call" and report.passed:
+            _ran[name] += 1
+        elif report.skipped:
+            _skipped[name] += 1
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -55,7 +60,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A back end that is usable here and whose every case was skipped has not been tested: that is a failure."""
+    """A back end that is usable here and whose every case was skipped has not been tested: that is a
+    failure."""
     for name in testing.backend_ids():
         if testing.unavailable(name) is None and _skipped[name] and not _ran[name]:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -47,7 +47,9 @@ class CpuBackend:
     def describe(self) -> str:
         extension = self.extension
         levels = ", ".join(extension.isa_levels())
-        return f"C++, instruction set {extension.isa_level()} (of {levels}), {torch.get_num_threads()} threads"
+        return (
+            f"C++, instruction set {extension.isa_level()} (of {levels}), {torch.get_num_threads()} threads"
+        )
 
     @property
     def extension(self) -> ModuleType:
@@ -88,12 +90,12 @@ _FLOAT_FIRST = {"quantize_nf4", "nf4_linear", "nf4_linear_dx", "lora_linear", "l
 def _refusal_to_load() -> str | None:
     """Why the compiled library must not be loaded, found without loading it.
 
-    A library built for other schemas would abort the process when it registers its kernels, so the fingerprint that
-    the build wrote into the file is compared first.
+    A library built for other schemas would abort the process when it registers its kernels, so the
+    fingerprint that the build wrote into the file is compared first.
     """
     found = importlib.util.find_spec(EXTENSION)
     if found is None or found.origin is None:
-        return "not built (no C++ compiler at installation, or PEFT_KERNELS_CPU=0): reinstall with g++ or clang++"
+        return "not built (no C++ compiler at installation, or PEFT_KERNELS_CPU=0): reinstall with g++"
     with open(found.origin, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         match = _HASH.search(content)
         built_for = match.group(1).decode() if match else None

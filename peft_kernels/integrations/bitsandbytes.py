@@ -53,7 +53,9 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> NF4Weight:
     def item(suffix: str) -> Tensor:
         value = state_dict.get(key + suffix)
         if not isinstance(value, Tensor):
-            raise ValueError(f"{key}{suffix}: expected a tensor in the state dict, got {type(value).__name__}")
+            raise ValueError(
+                f"{key}{suffix}: expected a tensor in the state dict, got {type(value).__name__}"
+            )
         return value
 
     packed = item("")
@@ -66,12 +68,16 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> NF4Weight:
         shape = tuple(int(n) for n in numbers["shape"])
         blocksize, dtype = int(numbers["blocksize"]), getattr(torch, numbers["dtype"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{key}.{STATE_ITEM}: expected bitsandbytes' JSON, got something else ({error})") from error
+        raise ValueError(
+            f"{key}.{STATE_ITEM}: expected bitsandbytes' JSON, got something else ({error})"
+        ) from error
     nested = f"{key}.nested_absmax" in state_dict
     if nested:
         _expect(f"{key}.{STATE_ITEM}", "nested_blocksize", NESTED_BLOCKSIZE, numbers.get("nested_blocksize"))
         if not isinstance(numbers.get("nested_offset"), (int, float)):
-            raise ValueError(f"{key}.{STATE_ITEM}: expected a number nested_offset, got {numbers.get('nested_offset')}")
+            raise ValueError(
+                f"{key}.{STATE_ITEM}: expected a number nested_offset, got {numbers.get('nested_offset')}"
+            )
         _expect_table(f"{key}.nested_quant_map", dynamic_map(_CPU), item(".nested_quant_map"))
     _expect_table(f"{key}.quant_map", nf4_code(_CPU), item(".quant_map"))
     return _assemble(
@@ -87,7 +93,9 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> NF4Weight:
 
 
 def is_quantized(params4bit: Any) -> bool:
-    return getattr(params4bit, "quant_state", None) is not None and bool(getattr(params4bit, "bnb_quantized", False))
+    return getattr(params4bit, "quant_state", None) is not None and bool(
+        getattr(params4bit, "bnb_quantized", False)
+    )
 
 
 def reason_unusable(params4bit: Any) -> str | None:
@@ -96,7 +104,9 @@ def reason_unusable(params4bit: Any) -> str | None:
         return "the weight is not quantised yet (move it to its device first)"
     quant_state = params4bit.quant_state
     if getattr(quant_state, "packing_format_for_cpu", False):
-        return "bitsandbytes has repacked the weight for CPU inference and rounded its scales; reload the checkpoint"
+        return (
+            "bitsandbytes repacked the weight for CPU inference and rounded its scales; reload the checkpoint"
+        )
     if quant_state.quant_type != "nf4":
         return f"quantisation type {quant_state.quant_type}, expected nf4"
     if len(quant_state.shape) != 2:
@@ -107,7 +117,7 @@ def reason_unusable(params4bit: Any) -> str | None:
 
 
 def from_params4bit(params4bit: Any, name: str = "params4bit") -> NF4Weight:
-    """View a quantised Params4bit as an NF4Weight, sharing memory. ValueError with the reason when that cannot be."""
+    """View a quantised Params4bit as an NF4Weight, sharing memory. ValueError says why that cannot be."""
     reason = reason_unusable(params4bit)
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
@@ -132,7 +142,9 @@ def to_params4bit(weight: NF4Weight) -> Any:
 
     state = weight._state
     if state.packed is None or state.absmax is None:
-        raise ValueError("weight: expected packed NF4, got a weight made dense by a write (call requantize_())")
+        raise ValueError(
+            "weight: expected packed NF4, got a weight made dense by a write (call requantize_())"
+        )
     device, nested = state.packed.device, state.absmax2 is not None
     second = (
         QuantState(
@@ -154,7 +166,7 @@ def to_params4bit(weight: NF4Weight) -> Any:
         offset=state.offset,
         state2=second,
     )
-    return bitsandbytes.nn.Params4bit(
+    return bitsandbytes.nn.modules.Params4bit(
         state.packed.view(-1, 1),
         requires_grad=False,
         quant_state=quant_state,

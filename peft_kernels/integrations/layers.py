@@ -22,7 +22,8 @@ def examine(module: nn.Module) -> tuple[str | None, Callable[..., Any] | None, s
     -------
     (kind, forward, reason)
         kind None: not a layer of ours. forward None: nothing to install, with the reason when it is not fused
-        already. Otherwise `reason` says when the installed forward will step aside, as far as can be told now.
+        already. Otherwise `reason` says when the installed forward will step aside, as far as can be told
+        now.
     """
     if isinstance(module, nn.Linear) and isinstance(module._parameters.get("weight"), NF4Weight):
         return "NF4Linear", None, ""

@@ -1,7 +1,7 @@
 """bitsandbytes' Linear4bit on our kernels, reading its Params4bit in place.
 
-Unlike its own forward, this one never repacks the weight in evaluation mode, so that state_dict and gradients after
-an evaluation stay right.
+Unlike its own forward, this one never repacks the weight in evaluation mode, so that state_dict and gradients
+after an evaluation stay right.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from .bitsandbytes import from_params4bit, reason_unusable
 
 def examine(module: nn.Module) -> tuple[str | None, Callable[..., Any] | None, str]:
     """See `layers.examine`."""
-    import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import Linear4bit
 
-    if not isinstance(module, bnb.nn.Linear4bit):
+    if not isinstance(module, Linear4bit):
         return None, None, ""
     kind = f"bitsandbytes {type(module).__name__}"
-    if type(module).forward is not bnb.nn.Linear4bit.forward:
+    if type(module).forward is not Linear4bit.forward:
         return kind, None, "a subclass with a forward of its own"
     reason = reason_unusable(module.weight)
     if reason is not None:
@@ -52,7 +52,7 @@ def compute_dtype(module: Any, x: Tensor) -> torch.dtype:
 
 
 def as_nf4(module: Any) -> NF4Weight:
-    """The layer's weight as NF4Weight, sharing memory. Cheap enough to make anew in each call, so it is never stale."""
+    """The layer's weight as NF4Weight, sharing memory. Made anew in each call, so it is never stale."""
     return from_params4bit(module.weight)
 
 

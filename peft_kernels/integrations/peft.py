@@ -73,8 +73,9 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
     model : peft.PeftModel
         Over layers that are NF4Linear, nn.Linear, or both.
     quantize : bool
-        False: as `model.merge_and_unload()`, every layer that gets a delta becomes dense. True: NF4 layers are
-        packed again one by one, so memory stays that of the 4-bit model; what is finer than the NF4 grid is lost.
+        False: as `model.merge_and_unload()`, every layer that gets a delta becomes dense. True: NF4 layers
+        are packed again one by one, so memory stays that of the 4-bit model; what is finer than the NF4 grid
+        is lost.
     safe_merge : bool
         Check the merged weights for NaN, as PEFT does.
     """
@@ -122,7 +123,10 @@ def _reason_base(module: Any, base: nn.Module) -> str | None:
 def _reason_adapter(module: Any, name: str, training: bool) -> str | None:
     """Why this adapter is not a plain LoRA, or None."""
     if name in module.lora_variant:
-        return type(module.lora_variant[name]).__name__.removesuffix("LinearVariant") + " is not fused in this version"
+        return (
+            type(module.lora_variant[name]).__name__.removesuffix("LinearVariant")
+            + " is not fused in this version"
+        )
     dropout = module.lora_dropout[name]
     if training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 1.0) > 0:
         return f"lora_dropout={getattr(dropout, 'p', '?')} in training is not fused in this version"
@@ -143,7 +147,10 @@ def _reason_call(
         return f"extra arguments ({', '.join(kwargs) or 'positional'})"
     if len(active) > 1:
         return _several(active)
-    parts = [base, *(part[name] for name in active for part in (module.lora_A, module.lora_B, module.lora_dropout))]
+    parts = [
+        base,
+        *(part[name] for name in active for part in (module.lora_A, module.lora_B, module.lora_dropout)),
+    ]
     if any(_has_hooks(part) for part in parts):
         return "hooks on the base layer or an adapter, which a fused forward would pass by"
     for name in active:
@@ -162,7 +169,7 @@ def _reason_call(
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its class's forward. Our own Linear4bit forward does not count."""
+    """Whether a call does more than the class's forward. Our own Linear4bit forward does not count."""
     forward = module.__dict__.get("forward")
     return bool(
         (forward is not None and getattr(forward, "func", None) is not linear4bit.forward)
@@ -174,5 +181,5 @@ def _has_hooks(module: nn.Module) -> bool:
 
 
 def _adapter(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """fp32 adapters go in as they are; another type than x's (bf16 adapters under fp16, say) is cast to fp32."""
+    """fp32 adapters go in as they are; bf16 adapters under fp16 activations, say, become fp32."""
     return weight if weight.dtype in (dtype, torch.float32) else weight.float()

@@ -1,0 +1,25 @@
+"""Print the requirements of the extras given, one home for them being pyproject.toml.
+
+pip cannot install a project's extras without the project, and the project has to be built after its
+requirements are there (its build needs torch, and shares the environment's).
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+
+
+def main() -> None:
+    extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    wanted = {requirement for name in sys.argv[1:] for requirement in extras[name]}
+    print(" ".join(sorted(r.replace(" ", "") for r in wanted if not r.startswith("peft_kernels["))))
+
+
+if __name__ == "__main__":
+    main()
