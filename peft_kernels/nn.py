@@ -169,7 +169,7 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merge(self) -> nn.Linear:
-        """A new dense nn.Linear with the update in its weight, in the base's dtype; this layer is unchanged."""
+        """A new dense nn.Linear with the update in its weight, in the base's dtype. Changes nothing here."""
         base = self.base_layer
         weight = (
             base.weight.dequantize(torch.float32)

@@ -186,8 +186,8 @@ OPS: dict[str, Op] = {
         Op(
             "lora_linear",
             schema="(Tensor x, Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? offset, "
-            "int blocksize, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, Tensor? seed) "
-            "-> (Tensor y, Tensor h)",
+            "int blocksize, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, "
+            "Tensor? seed) -> (Tensor y, Tensor h)",
             reference=reference.lora_linear,
             fake=_lora_linear_fake,
             setup_context=_lora_linear_setup,

@@ -1,0 +1,20 @@
+#include <float.h>
+#include <immintrin.h>
+#include <string.h>
+
+#include "../common/nf4.h"
+#include "isa.h"
+
+#define PEFT_KERNELS_BF16_DOT 0
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+namespace peft_kernels::cpu::avx2 {
+#include "vec_avx2.h"
+#include "kernels.inl"
+}  // namespace peft_kernels::cpu::avx2
+#pragma GCC pop_options
+
+namespace peft_kernels::cpu {
+const KernelTable kAvx2Kernels = {"avx2", avx2::quantize, avx2::dequantize, avx2::gemm_nt, avx2::gemm_nn};
+}

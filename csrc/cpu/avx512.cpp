@@ -1,0 +1,20 @@
+#include <float.h>
+#include <immintrin.h>
+#include <string.h>
+
+#include "../common/nf4.h"
+#include "isa.h"
+
+#define PEFT_KERNELS_BF16_DOT 0
+
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace peft_kernels::cpu::avx512 {
+#include "vec_avx512.h"
+#include "kernels.inl"
+}  // namespace peft_kernels::cpu::avx512
+#pragma GCC pop_options
+
+namespace peft_kernels::cpu {
+const KernelTable kAvx512Kernels = {"avx512", avx512::quantize, avx512::dequantize, avx512::gemm_nt, avx512::gemm_nn};
+}

@@ -1,0 +1,21 @@
+#include <float.h>
+#include <immintrin.h>
+#include <string.h>
+
+#include "../common/nf4.h"
+#include "isa.h"
+
+#define PEFT_KERNELS_BF16_DOT 1
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace peft_kernels::cpu::avx512_bf16 {
+#include "vec_avx512.h"
+#include "vec_avx512_bf16.h"
+#include "kernels.inl"
+}  // namespace peft_kernels::cpu::avx512_bf16
+#pragma GCC pop_options
+
+namespace peft_kernels::cpu {
+const KernelTable kAvx512Bf16Kernels = {"avx512_bf16", avx512_bf16::quantize, avx512_bf16::dequantize, avx512_bf16::gemm_nt, avx512_bf16::gemm_nn};
+}

@@ -1,0 +1,63 @@
+// Both micro-kernels on pairs of bf16. The weight is rounded to bf16, which is what dequantising it to the
+// activation's type does; sums are fp32.
+
+// Neither side loses more than that.
+inline bool has_bf16_values(const GemmTerm& term) {
+  return term.lhs_dtype == DType::kBF16 &&
+         (term.rhs.nf4 || (term.rhs.dtype == DType::kBF16 && term.rhs_scale == 1.0f));
+}
+
+inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, float, PanelBF16* out) {
+  if (rhs.nf4) {
+    dequantize_run(*rhs.nf4, first, count, out);
+  } else {
+    memcpy(out, static_cast<const BF16*>(rhs.data) + first, count * sizeof(BF16));
+  }
+}
+
+// The pairs of the summed dimension lie side by side already.
+struct DotBF16 {
+  using Lhs = BF16;
+  using Rhs = PanelBF16;
+  static constexpr int kStep = 2 * kLanes;
+  static VecPairs load_lhs(const BF16* p) { return load_pairs(p); }
+  static VecPairs load_lhs_part(const BF16* p, int64_t count) { return load_pairs_part(p, count); }
+  static VecPairs load_rhs(const PanelBF16* p) { return load_pairs(p); }
+  static Vec mac(VecPairs a, VecPairs b, Vec sum) { return dot_pairs(a, b, sum); }
+};
+
+// Rows p and p + 1 of rhs are interleaved while the panel is filled.
+struct OuterBF16 {
+  using Value = PanelBF16;
+  static constexpr int kPair = 2;
+  static VecPairs splat_lhs(const PanelBF16* p) { return splat_pair(p); }
+  static VecPairs load_rhs(const PanelBF16* p) { return load_pairs(p); }
+  static Vec mac(VecPairs a, VecPairs b, Vec sum) { return dot_pairs(a, b, sum); }
+
+  static void pack_lhs(const void* lhs, DType, int64_t first, int64_t count, PanelBF16* out) {
+    memcpy(out, static_cast<const BF16*>(lhs) + first, count * sizeof(BF16));
+  }
+
+  static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t rows, int64_t cols, PanelBF16* out) {
+    // Row starts that are multiples of 32 keep runs of 32 in one block, and in whole bytes.
+    if (rhs.nf4 && rows == 2 && cols == kStrip && (first | rhs.ld) % nf4::kMinBlocksize == 0) {
+      return decode_step(*rhs.nf4, first, first + rhs.ld, out);
+    }
+    PanelBF16 pair[2][kStrip];
+    memset(pair, 0, sizeof(pair));
+    for (int64_t p = 0; p < rows; ++p) fill_panel_row(rhs, first + p * rhs.ld, cols, scale, pair[p]);
+    for (int64_t c = 0; c < kStrip; c += 2 * kLanes) interleave_pairs(pair[0] + c, pair[1] + c, out + 2 * c);
+  }
+
+ private:
+  static void decode_step(const Nf4View& w, int64_t first0, int64_t first1, PanelBF16* out) {
+    const uint8_t *row0 = w.packed + first0 / 2, *row1 = w.packed + first1 / 2;
+    for (int64_t c = 0; c < kStrip; c += nf4::kMinBlocksize) {
+      const PairTable table(block_absmax(w, (first0 + c) >> w.block_shift), block_absmax(w, (first1 + c) >> w.block_shift));
+#pragma GCC unroll 2
+      for (int64_t i = c; i < c + nf4::kMinBlocksize; i += PairTable::kStep) {
+        table.decode(row0 + i / 2, row1 + i / 2, out + 2 * i);
+      }
+    }
+  }
+};

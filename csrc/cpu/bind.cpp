@@ -1,0 +1,55 @@
+// The Python module: what is not an op. Importing it registers the ops (ops.cpp) and chooses the level.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../common/nf4.h"
+#include "isa.h"
+
+#define PEFT_KERNELS_QUOTE_(x) #x
+#define PEFT_KERNELS_QUOTE(x) PEFT_KERNELS_QUOTE_(x)
+
+namespace {
+
+using namespace peft_kernels;
+
+constexpr size_t kPrefixLength = sizeof("PEFT_KERNELS_SPEC_HASH=") - 1;
+
+// Python looks for these bytes in the file before it loads it, to refuse a library built from other schemas.
+__attribute__((used)) const char kSpecHash[] = "PEFT_KERNELS_SPEC_HASH=" PEFT_KERNELS_QUOTE(PEFT_KERNELS_SPEC_HASH);
+
+std::vector<std::string> isa_levels() {
+  std::vector<std::string> levels;
+  for (int i = 0; i < cpu::kIsaCount; ++i) {
+    if (const char* name = cpu::usable_isa_name(static_cast<cpu::Isa>(i))) levels.emplace_back(name);
+  }
+  return levels;
+}
+
+void set_isa_level(const std::string& name) {
+  if (cpu::set_isa(name.c_str())) return;
+  std::string expected;
+  for (const std::string& level : isa_levels()) expected += (expected.empty() ? "" : ", ") + level;
+  throw pybind11::value_error("isa level: expected one of " + expected + ", got " + name);
+}
+
+template <size_t kCount>
+std::vector<float> to_vector(const float (&table)[kCount]) {
+  return {table, table + kCount};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  if (const char* error = cpu::select_isa_from_environment()) throw std::runtime_error(error);
+  m.def("isa_levels", isa_levels, "Levels that this machine can run, ascending.");
+  m.def("isa_level", [] { return std::string(cpu::kernels().name); }, "The level in use.");
+  m.def("set_isa_level", set_isa_level, "Choose a level for every later call in this process.");
+  m.def("nf4_code", [] { return to_vector(nf4::kCode); });
+  m.def("nf4_thresholds", [] { return to_vector(nf4::kThresholds); });
+  m.def("dynamic_map", [] { return to_vector(nf4::kDynamicMap); });
+  m.def("spec_hash", [] { return std::string(kSpecHash + kPrefixLength); }, "SHA-256 of the schemas built against.");
+}

@@ -1,0 +1,77 @@
+// out[m, n] += lhs[m, p] * rhs[p, n]: products whose summed dimension runs down the rows of rhs. dx = dy W reads rows
+// of the packed weight in their own order, so nothing is transposed here either.
+
+constexpr int64_t kNnTileRows = 192;
+constexpr int64_t kNnStrips = 4;  // strips decoded together
+constexpr int64_t kNnDepth = 256;  // rows of rhs decoded together
+constexpr int64_t kNnTileLd = kNnStrips * kStrip;
+constexpr int64_t kNnTileFloats = kNnTileRows * kNnTileLd;
+constexpr int64_t kNnPanelFloats = kNnDepth * kNnStrips * kStrip;
+constexpr int64_t kNnLhsFloats = kNnTileRows * kNnDepth;
+static_assert((kNnTileFloats + kNnPanelFloats + kNnLhsFloats) * sizeof(float) <= kScratchBytes, "");
+
+// With few rows a panel is soon done with: it should fit L1. The sums do not depend on the choice, since they pass
+// from one panel to the next in fp32.
+struct NnBlocking {
+  int64_t depth;
+  int64_t strips;
+};
+inline NnBlocking nn_blocking(int64_t rows) {
+  return rows <= 4 * kOuterRows ? NnBlocking{64, 2} : NnBlocking{kNnDepth, kNnStrips};
+}
+
+template <class Outer>
+void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
+                 float* tile, void* panel_memory, void* lhs_memory) {
+  using Value = typename Outer::Value;
+  Value* panel = static_cast<Value*>(panel_memory);
+  Value* lhs = static_cast<Value*>(lhs_memory);
+  for (int64_t p0 = 0; p0 < term.depth; p0 += depth_block) {
+    const int64_t depth = min64(depth_block, term.depth - p0);
+    const int64_t steps = (depth + Outer::kPair - 1) / Outer::kPair;
+    const int64_t padded = steps * Outer::kPair;
+    for (int64_t r = 0; r < rows; ++r) {
+      Value* row = lhs + r * padded;
+      Outer::pack_lhs(term.lhs, term.lhs_dtype, (m0 + r) * term.lhs_ld + p0, depth, row);
+      if (depth < padded) memset(row + depth, 0, (padded - depth) * sizeof(Value));
+    }
+    for (int64_t p = 0; p < depth; p += Outer::kPair) {
+      for (int64_t c = 0; c < cols; c += kStrip) {
+        Outer::fill_step(term.rhs, term.rhs_scale, (p0 + p) * term.rhs.ld + n0 + c, min64(Outer::kPair, depth - p),
+                         min64(kStrip, cols - c), panel + c * padded + p * kStrip);
+      }
+    }
+    for (int64_t r = 0; r < rows; r += kOuterRows) {
+      for (int64_t c = 0; c < cols; c += kStrip) {
+        outer_rows<Outer, kOuterRows>(min64(kOuterRows, rows - r), lhs + r * padded, padded, panel + c * padded, steps,
+                                      tile + r * kNnTileLd + c, kNnTileLd);
+      }
+    }
+  }
+}
+
+void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
+  float* tile = static_cast<float*>(scratch);
+  float* panel = tile + kNnTileFloats;
+  float* lhs = panel + kNnPanelFloats;
+  const NnBlocking blocking = nn_blocking(rect.m1 - rect.m0);
+  const int64_t width = blocking.strips * kStrip;
+  for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += width) {
+    const int64_t cols = min64(width, rect.n1 - n0);
+    for (int64_t m0 = rect.m0; m0 < rect.m1; m0 += kNnTileRows) {
+      const int64_t rows = min64(kNnTileRows, rect.m1 - m0);
+      start_tile(p, m0, rows, n0, cols, tile, kNnTileLd);
+      for (int t = 0; t < p.term_count; ++t) {
+        const GemmTerm& term = p.terms[t];
+#if PEFT_KERNELS_BF16_DOT
+        if (has_bf16_values(term)) {
+          nn_add_term<OuterBF16>(term, blocking.depth, m0, rows, n0, cols, tile, panel, lhs);
+          continue;
+        }
+#endif
+        nn_add_term<OuterF32>(term, blocking.depth, m0, rows, n0, cols, tile, panel, lhs);
+      }
+      finish_tile(p, m0, rows, n0, cols, tile, kNnTileLd);
+    }
+  }
+}

@@ -1,0 +1,118 @@
+// out[m, n] += lhs[m, :] . rhs[n, :]: the linear layer, and every product with rows along the summed dimension.
+//
+// Rows of a packed weight become rows of a panel without a transposition. A panel is decoded once for many rows of
+// lhs; it streams from L2 past the few rows of lhs that the micro-kernel keeps in L1.
+
+constexpr int64_t kNtTileRows = 256;  // rows of lhs that one decoded panel serves
+constexpr int64_t kNtRowBytes = 4096;                  // of one panel row: kDotRows rows of lhs of that length fit L1
+constexpr int64_t kNtPanelLdBytes = kNtRowBytes + 64;  // keeps panel rows out of each other's cache sets
+constexpr int64_t kNtTileBytes = kNtTileRows * kStrip * sizeof(float);
+constexpr int64_t kNtPanelBytes = kStrip * kNtPanelLdBytes;
+constexpr int64_t kGemvScratchBytes = kScratchBytes - kNtTileBytes - kNtPanelBytes;
+static_assert(kGemvScratchBytes > 0, "");
+
+#include "gemv.inl"
+
+inline int64_t nt_depth_block(int64_t depth, int64_t element_bytes) {
+  const int64_t most = kNtRowBytes / element_bytes;
+  const int64_t parts = (depth + most - 1) / most;
+  return round_up((depth + parts - 1) / parts, kStrip);
+}
+
+// Adds a term to a tile of `rows` by `cols`; rows of the tile are kStrip apart.
+template <class Dot>
+void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
+                 void* panel_memory) {
+  using Rhs = typename Dot::Rhs;
+  Rhs* panel = static_cast<Rhs*>(panel_memory);
+  constexpr int64_t kPanelLd = kNtPanelLdBytes / sizeof(Rhs);
+  const auto* lhs = static_cast<const typename Dot::Lhs*>(term.lhs) + m0 * term.lhs_ld;
+  const int64_t block = nt_depth_block(term.depth, sizeof(Rhs));
+  // For a few rows the panel is read as soon as it is written: keep it in L1.
+  const int64_t panel_rows = rows <= 2 * kDotRows ? 4 : kStrip;
+  for (int64_t k0 = 0; k0 < term.depth; k0 += block) {
+    const int64_t depth = min64(block, term.depth - k0);
+    const int64_t padded_depth = round_up(depth, Dot::kStep);
+    for (int64_t c0 = 0; c0 < cols; c0 += panel_rows) {
+      const int64_t filled = min64(panel_rows, cols - c0), padded = round_up(filled, 4);
+      for (int64_t c = 0; c < filled; ++c) {
+        Rhs* row = panel + c * kPanelLd;
+        fill_panel_row(term.rhs, (n0 + c0 + c) * term.rhs.ld + k0, depth, term.rhs_scale, row);
+        if (depth < padded_depth) memset(row + depth, 0, (padded_depth - depth) * sizeof(Rhs));
+      }
+      for (int64_t c = filled; c < padded; ++c) memset(panel + c * kPanelLd, 0, padded_depth * sizeof(Rhs));
+      for (int64_t r = 0; r < rows; r += kDotRows) {
+        for (int64_t c = 0; c < padded; c += 4) {
+          dot_rows<Dot, kDotRows>(min64(kDotRows, rows - r), lhs + r * term.lhs_ld + k0, term.lhs_ld,
+                                  panel + c * kPanelLd, kPanelLd, depth, tile + r * kStrip + c0 + c, kStrip);
+        }
+      }
+    }
+  }
+}
+
+// A term of small depth (the LoRA delta): summing lanes would cost more than the products, so rhs is transposed into
+// one strip and the other micro-kernel used.
+constexpr int64_t kThinDepth = 64;
+
+inline bool is_thin(const GemmTerm& term) {
+  return term.depth <= kThinDepth && term.lhs_dtype == DType::kF32 && !term.rhs.nf4;
+}
+
+inline void nt_add_thin_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
+                             void* panel_memory) {
+  float* strip = static_cast<float*>(panel_memory);
+  memset(strip, 0, term.depth * kStrip * sizeof(float));
+  for (int64_t c = 0; c < cols; ++c) {
+    float row[kThinDepth];
+    fill_panel_row(term.rhs, (n0 + c) * term.rhs.ld, term.depth, term.rhs_scale, row);
+    for (int64_t k = 0; k < term.depth; ++k) strip[k * kStrip + c] = row[k];
+  }
+  const float* lhs = static_cast<const float*>(term.lhs) + m0 * term.lhs_ld;
+  for (int64_t r = 0; r < rows; r += kOuterRows) {
+    outer_rows<OuterF32, kOuterRows>(min64(kOuterRows, rows - r), lhs + r * term.lhs_ld, term.lhs_ld, strip, term.depth,
+                                     tile + r * kStrip, kStrip);
+  }
+}
+
+inline void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
+                        void* panel) {
+  if (is_thin(term)) return nt_add_thin_term(term, m0, rows, n0, cols, tile, panel);
+#if PEFT_KERNELS_BF16_DOT
+  if (has_bf16_values(term)) return nt_add_term<DotBF16>(term, m0, rows, n0, cols, tile, panel);
+#endif
+  switch (term.lhs_dtype) {
+    case DType::kF32:
+      return nt_add_term<DotF32<float>>(term, m0, rows, n0, cols, tile, panel);
+    case DType::kBF16:
+      return nt_add_term<DotF32<BF16>>(term, m0, rows, n0, cols, tile, panel);
+    case DType::kF16:
+      return nt_add_term<DotF32<F16>>(term, m0, rows, n0, cols, tile, panel);
+  }
+}
+
+void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {
+  float* tile = static_cast<float*>(scratch);
+  char* panel = static_cast<char*>(scratch) + kNtTileBytes;
+  float* gemv_scratch = reinterpret_cast<float*>(panel + kNtPanelBytes);
+  bool gemv[kMaxTerms];
+  for (int t = 0; t < p.term_count; ++t) {
+    gemv[t] = gemv_serves(p.terms[t], rect);
+    if (gemv[t]) gemv_arrange_lhs(p.terms[t], rect, gemv_scratch);
+  }
+  for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += kStrip) {
+    const int64_t cols = min64(kStrip, rect.n1 - n0);
+    for (int64_t m0 = rect.m0; m0 < rect.m1; m0 += kNtTileRows) {
+      const int64_t rows = min64(kNtTileRows, rect.m1 - m0);
+      start_tile(p, m0, rows, n0, cols, tile, kStrip);
+      for (int t = 0; t < p.term_count; ++t) {
+        if (gemv[t]) {
+          gemv_add_term(p.terms[t], rows, n0, cols, gemv_scratch, tile);
+        } else {
+          nt_add_term(p.terms[t], m0, rows, n0, cols, tile, panel);
+        }
+      }
+      finish_tile(p, m0, rows, n0, cols, tile, kStrip);
+    }
+  }
+}

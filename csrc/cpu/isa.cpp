@@ -1,0 +1,138 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace peft_kernels::cpu {
+namespace {
+
+const KernelTable* built_kernels(Isa isa) {
+  switch (isa) {
+    case Isa::kScalar:
+      return &kScalarKernels;
+#if defined(__x86_64__)
+    case Isa::kAvx2:
+      return &kAvx2Kernels;
+    case Isa::kAvx512:
+      return &kAvx512Kernels;
+    case Isa::kAvx512Bf16:
+      return &kAvx512Bf16Kernels;
+#endif
+    default:
+      return nullptr;
+  }
+}
+
+#if defined(__x86_64__)
+
+struct CpuidLeaf {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+};
+
+CpuidLeaf cpuid(unsigned leaf, unsigned subleaf) {
+  CpuidLeaf out;
+  __get_cpuid_count(leaf, subleaf, &out.eax, &out.ebx, &out.ecx, &out.edx);
+  return out;
+}
+
+bool has_bits(uint64_t value, uint64_t bits) { return (value & bits) == bits; }
+
+// Register state that the operating system saves on a context switch. Executing AVX without it faults.
+uint64_t enabled_state() {
+  constexpr unsigned kOsxsave = 1u << 27;
+  if (!has_bits(cpuid(1, 0).ecx, kOsxsave)) return 0;
+  unsigned low, high;
+  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  return (uint64_t{high} << 32) | low;
+}
+
+Isa detect() {
+  constexpr uint64_t kYmmState = 0x06;     // XMM, upper YMM
+  constexpr uint64_t kZmmState = 0xe6;     // and opmask, upper ZMM, ZMM16-31
+  constexpr unsigned kFma = 1u << 12, kF16c = 1u << 29;                                        // leaf 1, ecx
+  constexpr unsigned kAvx2 = 1u << 5;                                                          // leaf 7, ebx
+  constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;            // leaf 7, ebx
+  constexpr unsigned kBf16 = 1u << 5;                                                          // leaf 7.1, eax
+
+  const uint64_t state = enabled_state();
+  const CpuidLeaf leaf7 = cpuid(7, 0);
+  if (!has_bits(state, kYmmState) || !has_bits(cpuid(1, 0).ecx, kFma | kF16c) || !has_bits(leaf7.ebx, kAvx2)) {
+    return Isa::kScalar;
+  }
+  if (!has_bits(state, kZmmState) || !has_bits(leaf7.ebx, kF | kDq | kBw | kVl)) return Isa::kAvx2;
+  const bool has_leaf7_1 = leaf7.eax >= 1;
+  if (!has_leaf7_1 || !has_bits(cpuid(7, 1).eax, kBf16)) return Isa::kAvx512;
+  return Isa::kAvx512Bf16;
+}
+
+#else
+
+Isa detect() { return Isa::kScalar; }
+
+#endif
+
+Isa best_isa() {
+  static const Isa best = detect();
+  return best;
+}
+
+std::atomic<const KernelTable*> current{&kScalarKernels};
+
+// A level by name, whether or not this machine can run it; -1 when there is no such level in any build.
+int isa_by_name(const char* name) {
+  static constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16"};
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (std::strcmp(name, kNames[i]) == 0) return i;
+  }
+  return -1;
+}
+
+struct Scratch {
+  void* data = nullptr;
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data); }
+};
+
+}  // namespace
+
+const char* usable_isa_name(Isa isa) {
+  if (isa > best_isa()) return nullptr;
+  const KernelTable* table = built_kernels(isa);
+  return table ? table->name : nullptr;
+}
+
+const KernelTable& kernels() { return *current.load(std::memory_order_relaxed); }
+
+bool set_isa(const char* name) {
+  const int isa = isa_by_name(name);
+  if (isa < 0 || !usable_isa_name(static_cast<Isa>(isa))) return false;
+  current.store(built_kernels(static_cast<Isa>(isa)), std::memory_order_relaxed);
+  return true;
+}
+
+const char* select_isa_from_environment() {
+  int cap = kIsaCount - 1;
+  const char* name = std::getenv("PEFT_KERNELS_CPU_ISA");
+  if (name && *name) {
+    cap = isa_by_name(name);
+    if (cap < 0) return "PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512 or avx512_bf16";
+  }
+  while (!usable_isa_name(static_cast<Isa>(cap))) --cap;
+  current.store(built_kernels(static_cast<Isa>(cap)), std::memory_order_relaxed);
+  return nullptr;
+}
+
+void* thread_scratch() {
+  thread_local Scratch scratch;
+  if (!scratch.data && posix_memalign(&scratch.data, 64, kScratchBytes) != 0) scratch.data = nullptr;
+  return scratch.data;
+}
+
+}  // namespace peft_kernels::cpu

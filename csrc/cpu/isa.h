@@ -1,0 +1,47 @@
+// Instruction-set levels: which exist in this build, which this machine can run, which one is in use.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace peft_kernels::cpu {
+
+// Ascending: a level may use everything below it.
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
+inline constexpr int kIsaCount = 4;
+
+// What an ISA file exports. `rect` and the block or element range pick the part a task owns.
+struct KernelTable {
+  const char* name;
+  void (*quantize)(const QuantizeParams& params, int64_t block_begin, int64_t block_end);
+  void (*dequantize)(const Nf4View& weight, int64_t begin, int64_t end, DType dtype, void* out);
+  // lhs [m, depth] times rhs [n, depth], transposed.
+  void (*gemm_nt)(const GemmParams& params, const Rect& rect, void* scratch);
+  // lhs [m, depth] times rhs [depth, n].
+  void (*gemm_nn)(const GemmParams& params, const Rect& rect, void* scratch);
+};
+
+extern const KernelTable kScalarKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx2Kernels;
+extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvx512Bf16Kernels;
+#endif
+
+// Name of a level that is built and that this machine, and its operating system, can run; null otherwise.
+const char* usable_isa_name(Isa isa);
+
+const KernelTable& kernels();
+
+// False when `name` is not a usable level.
+bool set_isa(const char* name);
+
+// The best usable level, capped by PEFT_KERNELS_CPU_ISA. Returns null, or what is wrong with that variable.
+const char* select_isa_from_environment();
+
+// This thread's scratch, kScratchBytes long, 64-byte aligned, kept until the thread ends: fresh pages for each call
+// would cost a small layer more than its arithmetic. Null when memory is exhausted.
+void* thread_scratch();
+
+}  // namespace peft_kernels::cpu

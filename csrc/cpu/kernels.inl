@@ -1,0 +1,11 @@
+// Everything that a level compiles, in the order of use. Expects the level's vectors and PEFT_KERNELS_BF16_DOT.
+#include "dequantize.inl"
+#include "quantize.inl"
+#include "tile.inl"
+#include "dot.inl"
+#include "outer.inl"
+#if PEFT_KERNELS_BF16_DOT
+#include "bf16.inl"
+#endif
+#include "gemm_nt.inl"
+#include "gemm_nn.inl"

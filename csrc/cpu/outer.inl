@@ -1,0 +1,64 @@
+// Micro-kernel with vectors along the output's columns. A panel holds strips of kStrip columns, one row of a strip
+// after the other:
+//
+//   lhs[r, p] (broadcast)   x   strip[p, 0 .. kOuterVecs * kLanes)   ->   kOuterRows x kOuterVecs vectors of sums
+
+constexpr int64_t kStrip = 64;  // columns; one absmax block of the default size
+static_assert(kStrip % (kOuterVecs * kLanes) == 0, "");
+
+struct OuterF32 {
+  using Value = float;             // of lhs and panel
+  static constexpr int kPair = 1;  // rows of rhs that share a lane
+  static Vec splat_lhs(const float* p) { return splat(*p); }
+  static Vec load_rhs(const float* p) { return load(p); }
+  static Vec mac(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
+
+  static void pack_lhs(const void* lhs, DType dtype, int64_t first, int64_t count, float* out) {
+    widen_run(lhs, dtype, first, count, 1.0f, out);
+  }
+  // Fills one step of a strip from rhs, from element `first` on. `cols` of its columns exist.
+  static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t /*rows*/, int64_t cols, float* out) {
+    fill_panel_row(rhs, first, cols, scale, out);
+    memset(out + cols, 0, (kStrip - cols) * sizeof(float));
+  }
+};
+
+// tile[r][c] += sum over p of lhs[r][p] * strip[p][c]
+template <class Outer, int kRows>
+void outer_tile(const typename Outer::Value* lhs, int64_t lhs_ld, const typename Outer::Value* strip, int64_t steps,
+                float* tile, int64_t tile_ld) {
+  Vec sums[kRows][kOuterVecs];
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kOuterVecs; ++v) sums[r][v] = load(tile + r * tile_ld + v * kLanes);
+  }
+  for (int64_t s = 0; s < steps; ++s, strip += kStrip * Outer::kPair, lhs += Outer::kPair) {
+    decltype(Outer::load_rhs(strip)) b[kOuterVecs];
+#pragma GCC unroll 4
+    for (int v = 0; v < kOuterVecs; ++v) b[v] = Outer::load_rhs(strip + v * kLanes * Outer::kPair);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const auto a = Outer::splat_lhs(lhs + r * lhs_ld);
+#pragma GCC unroll 4
+      for (int v = 0; v < kOuterVecs; ++v) sums[r][v] = Outer::mac(a, b[v], sums[r][v]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kOuterVecs; ++v) store(tile + r * tile_ld + v * kLanes, sums[r][v]);
+  }
+}
+
+// Any number of rows up to kRows, and a whole strip.
+template <class Outer, int kRows>
+void outer_rows(int64_t rows, const typename Outer::Value* lhs, int64_t lhs_ld, const typename Outer::Value* strip,
+                int64_t steps, float* tile, int64_t tile_ld) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return outer_rows<Outer, kRows - 1>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
+  }
+  for (int64_t v = 0; v < kStrip; v += kOuterVecs * kLanes) {
+    outer_tile<Outer, kRows>(lhs, lhs_ld, strip + v * Outer::kPair, steps, tile + v, tile_ld);
+  }
+}

@@ -1,0 +1,67 @@
+// Cuts work into tasks for at::parallel_for.
+#pragma once
+
+#include <ATen/Parallel.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cstdint>
+
+#include "isa.h"
+
+namespace peft_kernels::cpu {
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Below this many multiply-adds a thread costs more to wake than it saves.
+inline constexpr int64_t kMultiplyAddsPerThread = 100'000;
+
+// A grid over an m by n output, in units that no kernel would split.
+struct Grid {
+  int64_t m_parts, n_parts;
+  int64_t m_chunk, n_chunk;
+};
+
+// Every m part decodes the panels of its columns again, which costs about as much as this many rows.
+inline constexpr int64_t kDecodeRows = 12;
+
+inline Grid plan_grid(int64_t m, int64_t n, int64_t depth, int64_t n_unit) {
+  constexpr int64_t kMUnit = 6;
+  const int64_t useful = std::max<int64_t>(1, (m + kDecodeRows) * n * depth / kMultiplyAddsPerThread);
+  const int64_t threads = std::min<int64_t>(at::get_num_threads(), useful);
+  const int64_t m_units = ceil_div(m, kMUnit), n_units = ceil_div(n, n_unit);
+  Grid best{};
+  int64_t best_cost = INT64_MAX;
+  for (int64_t n_parts = 1; n_parts <= std::min(threads, n_units); ++n_parts) {
+    const int64_t m_parts = std::min(threads / n_parts, m_units);
+    const int64_t m_chunk = ceil_div(m_units, m_parts) * kMUnit, n_chunk = ceil_div(n_units, n_parts) * n_unit;
+    const int64_t cost = (m_chunk + kDecodeRows) * n_chunk;
+    if (cost <= best_cost) {
+      best_cost = cost;
+      best = {ceil_div(m, m_chunk), ceil_div(n, n_chunk), m_chunk, n_chunk};
+    }
+  }
+  return best;
+}
+
+using GemmKernel = void (*)(const GemmParams&, const Rect&, void* scratch);
+
+inline void run_gemm(GemmKernel kernel, const GemmParams& params, int64_t n_unit) {
+  if (params.m == 0 || params.n == 0) return;
+  int64_t depth = 1;
+  for (int t = 0; t < params.term_count; ++t) depth += params.terms[t].depth;
+  const Grid grid = plan_grid(params.m, params.n, depth, n_unit);
+  at::parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
+    void* scratch = thread_scratch();
+    TORCH_CHECK(scratch, "out of memory: ", kScratchBytes, " bytes of scratch for a CPU kernel");
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t m0 = task % grid.m_parts * grid.m_chunk, n0 = task / grid.m_parts * grid.n_chunk;
+      kernel(params, {m0, std::min(m0 + grid.m_chunk, params.m), n0, std::min(n0 + grid.n_chunk, params.n)}, scratch);
+    }
+  });
+}
+
+inline void run_gemm_nt(const GemmParams& params) { run_gemm(kernels().gemm_nt, params, 16); }
+inline void run_gemm_nn(const GemmParams& params) { run_gemm(kernels().gemm_nn, params, 64); }
+
+}  // namespace peft_kernels::cpu

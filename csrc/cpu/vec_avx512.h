@@ -1,0 +1,144 @@
+// AVX-512 vectors (F, BW, DQ, VL): 16 fp32 lanes. Included inside the ISA's own namespace, after the target pragma.
+// Each vec_*.h offers the same names, which the .inl bodies are written in.
+
+using Vec = __m512;
+using VecI = __m512i;
+constexpr int kLanes = 16;
+// Register tiles, sized for 32 registers. dot: rows of x by 4 rows of the panel; outer: rows by vectors.
+constexpr int kDotRows = 6;
+constexpr int kOuterRows = 6;
+constexpr int kOuterVecs = 4;
+
+inline Vec zero() { return _mm512_setzero_ps(); }
+inline Vec splat(float x) { return _mm512_set1_ps(x); }
+inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+
+inline Vec widen(__m256i bits, BF16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+inline Vec widen(__m256i bits, F16) { return _mm512_cvtph_ps(bits); }
+
+inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
+template <class Half>
+inline Vec load(const Half* p) {
+  return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Half{});
+}
+
+// The first `count` < kLanes elements, the other lanes zero; nothing beyond them is touched.
+inline Vec load_part(const float* p, int64_t count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }
+template <class Half>
+inline Vec load_part(const Half* p, int64_t count) {
+  return widen(_mm256_maskz_loadu_epi16((1u << count) - 1, p), Half{});
+}
+
+// Round to nearest even; a NaN becomes the quiet NaN 0x7fc0, as in torch.
+inline __m256i narrow(Vec x, BF16) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+}
+inline __m256i narrow(Vec x, F16) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+
+inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+template <class Half>
+inline void store(Half* p, Vec x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, Half{}));
+}
+
+inline void store_part(float* p, Vec x, int64_t count) { _mm512_mask_storeu_ps(p, (1u << count) - 1, x); }
+template <class Half>
+inline void store_part(Half* p, Vec x, int64_t count) {
+  _mm256_mask_storeu_epi16(p, (1u << count) - 1, narrow(x, Half{}));
+}
+
+// out[0..3] += the sums over the lanes of a, b, c and d.
+inline void add_lane_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+  const Vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const Vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512d ab2 = _mm512_castps_pd(ab), cd2 = _mm512_castps_pd(cd);
+  const Vec abcd = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+  const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
+}
+
+// Quantisation. abs_bits orders like |x| as an integer, with Inf and NaN above every finite value.
+inline VecI zero_bits() { return _mm512_setzero_si512(); }
+inline VecI max_abs_bits(VecI a, Vec x) {
+  return _mm512_max_epi32(a, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+}
+inline int32_t reduce_max(VecI a) { return _mm512_reduce_max_epi32(a); }
+inline VecI double_plus_greater(VecI index, Vec a, Vec b) {
+  const __m512i doubled = _mm512_add_epi32(index, index);
+  return _mm512_mask_add_epi32(doubled, _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ), doubled, _mm512_set1_epi32(1));
+}
+inline Vec lookup8(const float* table, VecI index) {
+  return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_load_ps(table)));
+}
+// kLanes codes to kLanes / 2 bytes, even lanes in the high nibble.
+inline void store_nibbles(uint8_t* p, VecI codes) {
+  const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(pairs));
+}
+
+// The codes of a packed weight, eight to a lane. lookup_code reads the lowest nibble of each lane.
+struct CodeTable {
+  Vec codes = load(nf4::kCode);
+};
+inline VecI load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+inline VecI next_nibble(VecI bits) { return _mm512_srli_epi32(bits, 4); }
+inline Vec lookup_code(const CodeTable& table, VecI bits) { return _mm512_permutexvar_ps(bits, table.codes); }
+// scales[0 .. kBlocks - 1], each over its share of the lanes.
+template <int kBlocks>
+inline Vec spread_scales(const float* scales) {
+  if constexpr (kBlocks == 1) {
+    return splat(scales[0]);
+  } else if constexpr (kBlocks == 2) {
+    return _mm512_insertf32x8(splat(scales[0]), _mm256_set1_ps(scales[1]), 1);
+  } else {
+    const __m512i lane = _mm512_set_epi32(3, 3, 3, 3, 2, 2, 2, 2, 1, 1, 1, 1, 0, 0, 0, 0);
+    return _mm512_permutevar_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(scales)), lane);
+  }
+}
+
+// A code table times one absmax: decoding is a permute, and each value is rounded as code * absmax is.
+template <class Out>
+struct NibbleTable;
+
+template <>
+struct NibbleTable<float> {
+  static constexpr int kStep = 16;  // nibbles a step
+  Vec table;
+  explicit NibbleTable(float absmax) : table(mul(load(nf4::kCode), splat(absmax))) {}
+  void decode(const uint8_t* packed, float* out) const {
+    int64_t bytes;
+    memcpy(&bytes, packed, sizeof(bytes));
+    // Byte 2L of lane L twice, then byte 2L + 1 twice; the shift brings the high nibble of the first down. vpermps
+    // reads only the low four bits of an index, so nothing needs masking.
+    const __m512i spread = _mm512_set_epi8(-1, -1, -1, 7, -1, -1, -1, 7, -1, -1, -1, 6, -1, -1, -1, 6,  //
+                                           -1, -1, -1, 5, -1, -1, -1, 5, -1, -1, -1, 4, -1, -1, -1, 4,  //
+                                           -1, -1, -1, 3, -1, -1, -1, 3, -1, -1, -1, 2, -1, -1, -1, 2,  //
+                                           -1, -1, -1, 1, -1, -1, -1, 1, -1, -1, -1, 0, -1, -1, -1, 0);
+    const __m512i index = _mm512_shuffle_epi8(_mm512_set1_epi64(bytes), spread);
+    store(out, _mm512_permutexvar_ps(_mm512_srlv_epi32(index, _mm512_set1_epi64(4)), table));
+  }
+};
+
+template <class Half>
+struct NibbleTable {
+  static constexpr int kStep = 32;
+  __m512i table;  // the 16 values twice: vpermw reads five bits of an index
+  explicit NibbleTable(float absmax)
+      : table(_mm512_broadcast_i64x4(narrow(mul(load(nf4::kCode), splat(absmax)), Half{}))) {}
+  void decode(const uint8_t* packed, Half* out) const {
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    const __m512i spread = _mm512_set_epi8(-1, 15, -1, 15, -1, 14, -1, 14, -1, 13, -1, 13, -1, 12, -1, 12,  //
+                                           -1, 11, -1, 11, -1, 10, -1, 10, -1, 9, -1, 9, -1, 8, -1, 8,      //
+                                           -1, 7, -1, 7, -1, 6, -1, 6, -1, 5, -1, 5, -1, 4, -1, 4,          //
+                                           -1, 3, -1, 3, -1, 2, -1, 2, -1, 1, -1, 1, -1, 0, -1, 0);
+    const __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, spread), _mm512_set1_epi32(4));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
+  }
+};

@@ -1,0 +1,57 @@
+// Pairs of bf16 in one 32-bit lane (vdpbf16ps), added to avx512's vectors.
+
+// A bf16 in a panel, never in a result: the conversion instruction flushes subnormal numbers to zero.
+struct PanelBF16 {
+  uint16_t bits;
+};
+inline __m256i narrow(Vec x, PanelBF16) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+using VecPairs = __m512bh;
+
+inline VecPairs load_pairs(const void* p) { return (__m512bh)_mm512_loadu_si512(p); }
+inline VecPairs load_pairs_part(const void* p, int64_t count) {
+  return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32{1} << count) - 1, p);
+}
+inline VecPairs splat_pair(const void* p) {
+  int32_t pair;
+  memcpy(&pair, p, sizeof(pair));
+  return (__m512bh)_mm512_set1_epi32(pair);
+}
+// sum[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
+inline Vec dot_pairs(VecPairs a, VecPairs b, Vec sum) { return _mm512_dpbf16_ps(sum, a, b); }
+
+// a0 b0 a1 b1 ... of 32 elements each.
+inline void interleave_pairs(const PanelBF16* a, const PanelBF16* b, PanelBF16* out) {
+  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+  const __m512i low = _mm512_unpacklo_epi16(x, y), high = _mm512_unpackhi_epi16(x, y);  // within 128-bit lanes
+  const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
+  const __m512i second = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi64(low, first, high));
+  _mm512_storeu_si512(out + 2 * kLanes, _mm512_permutex2var_epi64(low, second, high));
+}
+
+// Decodes one row with each of two absmax, interleaved: the 32 entries that vpermw can read hold both tables.
+struct PairTable {
+  static constexpr int kStep = 16;  // columns
+  __m512i table;
+  PairTable(float absmax0, float absmax1) {
+    const Vec codes = load(nf4::kCode);
+    table = (__m512i)_mm512_cvtne2ps_pbh(mul(codes, splat(absmax1)), mul(codes, splat(absmax0)));
+  }
+  void decode(const uint8_t* packed0, const uint8_t* packed1, PanelBF16* out) const {
+    int64_t bytes0, bytes1;
+    memcpy(&bytes0, packed0, sizeof(bytes0));
+    memcpy(&bytes1, packed1, sizeof(bytes1));
+    const __m512i bytes = _mm512_broadcast_i32x4(_mm_set_epi64x(bytes1, bytes0));
+    // Columns 2c and 2c + 1 share byte c; row 1 sits eight bytes above row 0.
+    const __m512i spread = _mm512_set_epi8(-1, 15, -1, 7, -1, 15, -1, 7, -1, 14, -1, 6, -1, 14, -1, 6,  //
+                                           -1, 13, -1, 5, -1, 13, -1, 5, -1, 12, -1, 4, -1, 12, -1, 4,  //
+                                           -1, 11, -1, 3, -1, 11, -1, 3, -1, 10, -1, 2, -1, 10, -1, 2,  //
+                                           -1, 9, -1, 1, -1, 9, -1, 1, -1, 8, -1, 0, -1, 8, -1, 0);
+    const __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, spread), _mm512_set1_epi64(0x00040004));
+    constexpr int kAndThenOr = 0xea;  // (a & b) | c
+    const __m512i chosen =
+        _mm512_ternarylogic_epi32(index, _mm512_set1_epi32(0x000f000f), _mm512_set1_epi32(0x00100000), kAndThenOr);
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(chosen, table));
+  }
+};

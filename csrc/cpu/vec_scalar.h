@@ -1,0 +1,159 @@
+// Portable vectors: four fp32 lanes in plain C++, which compilers turn into the baseline instructions of the machine.
+// Same names as the other vec_*.h; see vec_avx512.h. Also the meaning that the others are tested against.
+
+typedef float Vec __attribute__((vector_size(16)));
+typedef int32_t VecI __attribute__((vector_size(16)));
+constexpr int kLanes = 4;
+constexpr int kDotRows = 2;
+constexpr int kOuterRows = 4;
+constexpr int kOuterVecs = 2;
+
+inline Vec zero() { return Vec{}; }
+inline Vec splat(float x) { return Vec{x, x, x, x}; }
+inline Vec add(Vec a, Vec b) { return a + b; }
+inline Vec mul(Vec a, Vec b) { return a * b; }
+inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+
+inline float widen1(float x) { return x; }
+inline float widen1(BF16 x) {
+  const uint32_t bits = uint32_t{x.bits} << 16;
+  float out;
+  memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+inline float widen1(F16 x) {
+  const uint32_t sign = uint32_t(x.bits & 0x8000) << 16;
+  const uint32_t magnitude = x.bits & 0x7fff;
+  float out;
+  if (magnitude < 0x0400) {  // zero and subnormal: an integer count of 2^-24
+    out = static_cast<float>(magnitude) * 0x1p-24f;
+  } else {
+    // Rebias the exponent from 15 to 127; Inf and NaN take the largest exponent.
+    uint32_t bits = (magnitude << 13) + (magnitude >= 0x7c00 ? (255u - 31u) << 23 : (127u - 15u) << 23);
+    if (magnitude > 0x7c00) bits |= 0x00400000;  // quiet, as F16C makes it
+    memcpy(&out, &bits, sizeof(out));
+  }
+  uint32_t bits;
+  memcpy(&bits, &out, sizeof(bits));
+  bits |= sign;
+  memcpy(&out, &bits, sizeof(out));
+  return out;
+}
+
+inline void narrow1(float x, float* out) { *out = x; }
+// Round to nearest even; a NaN becomes the quiet NaN 0x7fc0, as in torch.
+inline void narrow1(float x, BF16* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  out->bits = x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+inline void narrow1(float x, F16* out) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(bits));
+  const uint16_t sign = (bits >> 16) & 0x8000;
+  bits &= 0x7fffffff;
+  uint32_t half;
+  if (bits > 0x7f800000) {
+    half = 0x7e00 | ((bits >> 13) & 0x03ff);
+  } else if (bits >= 0x477ff000) {  // 65520 and above round to Inf
+    half = 0x7c00;
+  } else if (bits < 0x38800000) {  // below 2^-14: adding 0.5 leaves a count of 2^-24 in the low bits, rounded
+    float magnitude;
+    memcpy(&magnitude, &bits, sizeof(magnitude));
+    magnitude += 0.5f;
+    memcpy(&half, &magnitude, sizeof(half));
+    half -= 0x3f000000;
+  } else {
+    half = (bits + 0xfff + ((bits >> 13) & 1) - ((127u - 15u) << 23)) >> 13;
+  }
+  out->bits = static_cast<uint16_t>(half | sign);
+}
+
+inline Vec load(const float* p) {
+  Vec out;
+  memcpy(&out, p, sizeof(out));
+  return out;
+}
+template <class Half>
+inline Vec load(const Half* p) {
+  return Vec{widen1(p[0]), widen1(p[1]), widen1(p[2]), widen1(p[3])};
+}
+
+template <class T>
+inline Vec load_part(const T* p, int64_t count) {
+  Vec out{};
+  for (int64_t i = 0; i < count; ++i) out[i] = widen1(p[i]);
+  return out;
+}
+
+template <class T>
+inline void store_part(T* p, Vec x, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) narrow1(x[i], p + i);
+}
+template <class T>
+inline void store(T* p, Vec x) {
+  store_part(p, x, kLanes);
+}
+inline void store(float* p, Vec x) { memcpy(p, &x, sizeof(x)); }
+
+inline void add_lane_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
+  out[0] += (a[0] + a[2]) + (a[1] + a[3]);
+  out[1] += (b[0] + b[2]) + (b[1] + b[3]);
+  out[2] += (c[0] + c[2]) + (c[1] + c[3]);
+  out[3] += (d[0] + d[2]) + (d[1] + d[3]);
+}
+
+inline VecI zero_bits() { return VecI{}; }
+inline VecI max_abs_bits(VecI a, Vec x) {
+  VecI bits;
+  memcpy(&bits, &x, sizeof(bits));
+  bits &= 0x7fffffff;
+  return a > bits ? a : bits;
+}
+inline int32_t reduce_max(VecI a) {
+  const int32_t x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];
+  return x > y ? x : y;
+}
+inline VecI double_plus_greater(VecI index, Vec a, Vec b) { return index + index - (a > b); }
+inline Vec lookup8(const float* table, VecI index) {
+  return Vec{table[index[0]], table[index[1]], table[index[2]], table[index[3]]};
+}
+inline void store_nibbles(uint8_t* p, VecI codes) {
+  p[0] = static_cast<uint8_t>(codes[0] << 4 | codes[1]);
+  p[1] = static_cast<uint8_t>(codes[2] << 4 | codes[3]);
+}
+
+struct CodeTable {
+  const float* codes = nf4::kCode;
+};
+inline VecI load_bytes(const uint8_t* p) {
+  VecI out;
+  for (int i = 0; i < kLanes; ++i, p += 4) {  // little-endian on every machine
+    out[i] = static_cast<int32_t>(p[0] | p[1] << 8 | p[2] << 16 | uint32_t{p[3]} << 24);
+  }
+  return out;
+}
+inline VecI next_nibble(VecI bits) { return bits >> 4; }
+inline Vec lookup_code(const CodeTable& table, VecI bits) {
+  const float* codes = table.codes;
+  return Vec{codes[bits[0] & 15], codes[bits[1] & 15], codes[bits[2] & 15], codes[bits[3] & 15]};
+}
+template <int kBlocks>
+inline Vec spread_scales(const float* scales) {
+  return splat(scales[0]);
+}
+
+template <class Out>
+struct NibbleTable {
+  static constexpr int kStep = 4;
+  Out values[nf4::kCodes];
+  explicit NibbleTable(float absmax) {
+    for (int i = 0; i < nf4::kCodes; i += kLanes) store(values + i, mul(load(nf4::kCode + i), splat(absmax)));
+  }
+  void decode(const uint8_t* packed, Out* out) const {
+    for (int i = 0; i < kStep / 2; ++i) {
+      out[2 * i] = values[packed[i] >> 4];
+      out[2 * i + 1] = values[packed[i] & 15];
+    }
+  }
+};

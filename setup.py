@@ -1,0 +1,128 @@
+"""Builds the C++ back end. Everything else about the package is in pyproject.toml.
+
+PEFT_KERNELS_CPU   unset: build the CPU back end where there is a C++ compiler and torch, else install pure Python
+                   and say so; 0: leave it out; 1: fail without it
+PEFT_KERNELS_CUDA  see cuda_extensions()
+
+A compile error is always an error: a machine with a compiler should not get the slow package by accident.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+
+CPU_SOURCES = [
+    "csrc/cpu/absmax.cpp",
+    "csrc/cpu/bind.cpp",
+    "csrc/cpu/isa.cpp",
+    "csrc/cpu/ops.cpp",
+    "csrc/cpu/scalar.cpp",
+]
+X86_SOURCES = ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/avx512_bf16.cpp"]
+
+
+def switch(name: str) -> bool | None:
+    """An environment switch: True for 1, False for 0, None when unset or empty."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise SystemExit(f"{name}: expected 0 or 1, got {value!r}")
+    return {"": None, "0": False, "1": True}[value]
+
+
+def spec_hash() -> str:
+    """Fingerprint of the op schemas, taken from the source: spec.py imports torch, and the package."""
+    tree = ast.parse((ROOT / "peft_kernels" / "spec.py").read_text(encoding="utf-8"))
+    calls = sorted(
+        (node for node in ast.walk(tree) if isinstance(node, ast.Call)), key=lambda node: (node.lineno, node.col_offset)
+    )
+    schemas = [
+        keyword.value.value
+        for call in calls
+        for keyword in call.keywords
+        if keyword.arg == "schema" and isinstance(keyword.value, ast.Constant) and isinstance(keyword.value.value, str)
+    ]
+    return hashlib.sha256("\n".join(schemas).encode()).hexdigest()
+
+
+def compiler_problem() -> str | None:
+    """None when the C++ compiler that the build will use compiles a small file, else what it said."""
+    command = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text("#include <vector>\nint main() { return std::vector<int>().size(); }\n")
+        try:
+            result = subprocess.run(
+                [*command, "-c", str(source), "-o", str(Path(folder, "probe.o"))],
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except OSError as error:
+            return f"no C++ compiler ({error})"
+    if result.returncode != 0:
+        return f"{command[0]} does not compile C++: {result.stderr.strip()[:300]}"
+    return None
+
+
+def cpu_extensions() -> tuple[list[Any], dict[str, Any]]:
+    """The extension `peft_kernels._C` and the command that builds it; both empty when it is left out."""
+    wanted = switch("PEFT_KERNELS_CPU")
+    if wanted is False:
+        return [], {}
+    problem = compiler_problem()
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        problem = f"torch cannot be imported ({error})"
+    if problem is not None:
+        if wanted:
+            raise SystemExit(f"PEFT_KERNELS_CPU=1, but the C++ back end cannot be built: {problem}")
+        print(f"WARNING: peft_kernels is installed WITHOUT its C++ back end: {problem}", file=sys.stderr)
+        return [], {}
+
+    compile_args = ["-O3", "-g0", "-fvisibility=hidden"]
+    # A contracted a * b + c would round once where the NF4 format rounds twice.
+    compile_args.append("-ffp-contract=off")
+    if sys.platform == "linux":
+        # at::parallel_for is a template, so it needs -fopenmp here. The link does not: libtorch_cpu brings its own
+        # OpenMP runtime, and naming one could load a second, with a second pool of threads.
+        compile_args.append("-fopenmp")
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    extension = CppExtension(
+        name="peft_kernels._C",
+        sources=CPU_SOURCES + (X86_SOURCES if is_x86 else []),
+        depends=[str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in (".h", ".inl")]
+        + ["peft_kernels/spec.py"],
+        define_macros=[("PEFT_KERNELS_SPEC_HASH", spec_hash())],
+        extra_compile_args={"cxx": compile_args},
+    )
+    # The C++ standard is left to BuildExtension, which knows what torch's headers ask for (at least C++17).
+    return [extension], {"build_ext": BuildExtension}
+
+
+def cuda_extensions() -> list[Any]:
+    """The extension `peft_kernels._C_cuda` (csrc/cuda), once there is one.
+
+    PEFT_KERNELS_CUDA  unset: build it where torch has CUDA and nvcc is found; 0: leave it out; 1: fail without it
+    """
+    if switch("PEFT_KERNELS_CUDA"):
+        raise SystemExit("PEFT_KERNELS_CUDA=1, but this version of peft_kernels has no CUDA back end")
+    return []
+
+
+extensions, commands = cpu_extensions()
+setup(ext_modules=extensions + cuda_extensions(), cmdclass=commands)
