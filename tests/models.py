@@ -1,0 +1,79 @@
+"""Small models that several test files share."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peft_kernels as pk
+
+BASES = ("dense", "nf4", "bnb")
+
+
+class Net(nn.Module):
+    """Two linear layers that take adapters (one with a bias), and a head that does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(64, 96)
+        self.o = nn.Linear(96, 64, bias=False)
+        self.lm_head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lm_head(self.o(torch.relu(self.q(x))))
+
+
+def base_model(base: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
+    """A Net whose q and o are nn.Linear ("dense"), NF4Linear ("nf4") or bitsandbytes Linear4bit ("bnb")."""
+    torch.manual_seed(seed)
+    model = Net().to(dtype)
+    if base == "nf4":
+        pk.quantize_model(model)
+    elif base == "bnb":
+        for name in ("q", "o"):
+            setattr(model, name, to_linear4bit(getattr(model, name)))
+    return model
+
+
+def to_linear4bit(linear: nn.Linear, compute_dtype: torch.dtype | None = None) -> Any:
+    """The layer as bitsandbytes' Linear4bit, NF4 with double quantisation. Skips without bitsandbytes."""
+    import pytest
+
+    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        quant_type="nf4",
+        compute_dtype=compute_dtype,
+    )
+    layer.load_state_dict(copy.deepcopy(linear.state_dict()))
+    layer.to(linear.weight.dtype).to("cpu")
+    layer.weight.requires_grad_(False)
+    return layer
+
+
+def tiny_llama(**overrides: Any) -> Any:
+    """A Llama of two layers with random weights. Skips without transformers."""
+    import pytest
+
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **{
+            "vocab_size": 128,
+            "hidden_size": 64,
+            "intermediate_size": 96,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+        }
+        | overrides
+    )
+    return transformers.LlamaForCausalLM(config)

@@ -1,0 +1,212 @@
+"""NF4Linear, LoRALinear, NF4LoRALinear."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import peft_kernels as pk
+from peft_kernels import testing
+from peft_kernels.nn import LoRALinear, NF4Linear, NF4LoRALinear
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def linear(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(1)
+    return nn.Linear(100, 48, bias=bias, dtype=dtype)
+
+
+def adapted(kind: str, dtype: torch.dtype, **options: object) -> LoRALinear:
+    layer = (NF4LoRALinear if kind == "nf4" else LoRALinear)(linear(dtype), r=8, **options)
+    nn.init.normal_(layer.lora_B, std=0.1)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+def test_nf4_linear_forward_and_backward(backend: str, dtype: torch.dtype, bias: bool) -> None:
+    dense = linear(dtype, bias)
+    layer = NF4Linear.from_linear(dense)
+    x = testing.tensor(3, 5, 100, dtype=dtype).requires_grad_()
+    y = layer(x)
+    dy = testing.tensor(3, 5, 48, dtype=dtype, seed=2)
+    y.backward(dy)
+
+    weight = layer.weight.dequantize(torch.float32).double()
+    rounded = layer.weight.dequantize(dtype)
+    wide = None if not bias else dense.bias.double()
+    testing.assert_close(y, F.linear(x, rounded, dense.bias), F.linear(x.double(), weight, wide), "y")
+    testing.assert_close(x.grad, dy @ rounded, dy.double() @ weight, "x.grad")
+    if bias:
+        testing.assert_close(dense.bias.grad, dy.sum((0, 1)), dy.double().sum((0, 1)), "bias.grad")
+    assert layer.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_lora_linear_forward_and_backward(backend: str, kind: str, dtype: torch.dtype) -> None:
+    layer = adapted(kind, dtype)
+    x = testing.tensor(7, 100, dtype=dtype).requires_grad_()
+    y = layer(x)
+    dy = testing.tensor(7, 48, dtype=dtype, seed=2)
+    y.backward(dy)
+    assert layer.base_layer.weight.grad is None and layer.base_layer.bias.grad is None
+
+    def plainly(cast: torch.dtype, weight: torch.Tensor) -> list[torch.Tensor]:
+        """PEFT's order of operations: base product, then the delta in the adapter's type."""
+        acc = torch.float64 if cast == torch.float64 else torch.float32
+        xs, a, b = (
+            t.detach().to(kind_).requires_grad_()
+            for t, kind_ in ((x, cast), (layer.lora_A, acc), (layer.lora_B, acc))
+        )
+        base = F.linear(xs, weight.to(cast), layer.base_layer.bias.to(cast))
+        out = (base.to(acc) + layer.scaling * (xs.to(acc) @ a.t() @ b.t())).to(cast)
+        return [out, *torch.autograd.grad(out, (xs, a, b), dy.to(cast))]
+
+    base = layer.base_layer.weight
+    exact = base.dequantize(torch.float32) if kind == "nf4" else base
+    plain, truth = plainly(dtype, exact.detach()), plainly(torch.float64, exact.detach())
+    for what, got, p, t in zip(
+        ("y", "x.grad", "A.grad", "B.grad"), (y, x.grad, layer.lora_A.grad, layer.lora_B.grad), plain, truth,
+        strict=True,
+    ):  # fmt: skip
+        testing.assert_close(got, p, t, what)
+
+
+def test_lora_starts_as_its_base() -> None:
+    layer, x = LoRALinear(linear(), r=4), testing.tensor(3, 100)
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_scaling() -> None:
+    assert LoRALinear(linear(), r=16, lora_alpha=32).scaling == 2.0
+    assert LoRALinear(linear(), r=16, lora_alpha=32, use_rslora=True).scaling == 8.0
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_merge_gives_a_dense_layer_with_the_same_output(kind: str) -> None:
+    layer, x = adapted(kind, torch.float32), testing.tensor(9, 100)
+    merged = layer.merge()
+    assert type(merged) is nn.Linear and merged.weight.dtype == torch.float32
+    assert testing.relative_error(merged(x), layer(x)) < 1e-6
+    assert testing.relative_error(layer.base_layer(x), layer(x)) > 1e-2  # the delta is no rounding error
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: LoRALinear(nn.Embedding(4, 4)), "base_layer: expected an nn.Linear or NF4Linear, got Embedding"),
+        (lambda: LoRALinear(linear(), r=0), "r: expected a positive integer, got 0"),
+        (lambda: NF4Linear.from_linear(linear(), blocksize=48), "blocksize: expected one of .*, got 48"),
+        (lambda: NF4Linear.from_linear(linear(torch.float64)), "weight: expected float32, .* got torch.float64"),
+    ],
+)  # fmt: skip
+def test_constructor_errors(make: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()  # type: ignore[operator]
+
+
+def test_from_linear_leaves_the_dense_layer_alone_and_shares_its_bias() -> None:
+    dense = linear().eval()
+    before = dense.weight.clone()
+    layer = NF4Linear.from_linear(dense)
+    assert torch.equal(dense.weight, before) and dense.weight.requires_grad
+    assert layer.bias is dense.bias and not layer.training
+    assert isinstance(layer, nn.Linear) and (layer.in_features, layer.out_features) == (100, 48)
+
+
+def test_state_dict_round_trip() -> None:
+    layer, other = NF4Linear.from_linear(linear()), NF4Linear.from_linear(linear())
+    with torch.no_grad():
+        other.bias.zero_()
+        other.weight.copy_(pk.NF4Weight.quantize(torch.zeros(48, 100)))
+    x = testing.tensor(2, 100)
+    assert not torch.equal(layer(x), other(x))
+    assert str(other.load_state_dict(layer.state_dict())) == "<All keys matched successfully>"
+    assert torch.equal(layer(x), other(x))
+    saved = layer.state_dict()
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, saved[key]), key
+        assert value.data_ptr() != saved[key].data_ptr(), f"{key} is shared between the two layers"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda sd: sd.pop("weight.absmax"), "weight.absmax: expected a tensor in the state dict, got NoneType"),
+        (lambda sd: sd.update(weight=sd["weight"][:-1]), "weight: expected 2400 bytes"),
+        (lambda sd: [sd.pop(k) for k in list(sd) if k.startswith("weight")], "Missing key.*weight"),
+        (lambda sd: sd.update(extra=torch.zeros(1)), "Unexpected key.*extra"),
+    ],
+    ids=["missing-absmax", "truncated", "no-weight", "unexpected"],
+)
+def test_failed_load_names_the_item_and_changes_no_weight(spoil: object, message: str) -> None:
+    layer = NF4Linear.from_linear(linear())
+    other = NF4Linear.from_linear(nn.Linear(100, 48)).state_dict()
+    before = {k: v.clone() for k, v in layer.state_dict().items() if k.startswith("weight")}
+    spoil(other)  # type: ignore[operator]
+    if message.startswith("Unexpected"):  # torch reports these after loading, as for any layer
+        before = {k: v for k, v in other.items() if k.startswith("weight")}
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(other)
+    for key, value in before.items():
+        assert torch.equal(layer.state_dict()[key], value), key
+
+
+def test_loading_another_shape_is_refused() -> None:
+    layer = NF4Linear.from_linear(linear())
+    with pytest.raises(RuntimeError, match=r"weight: expected shape \(48, 100\), got \(100, 48\)"):
+        layer.load_state_dict(NF4Linear.from_linear(nn.Linear(48, 100)).state_dict())
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_copies_are_independent(kind: str, copying: object) -> None:
+    layer, x = adapted(kind, torch.float32), testing.tensor(2, 100)
+    y = layer(x)
+    twin = copying(layer)  # type: ignore[operator]
+    with torch.no_grad():
+        layer.lora_B.zero_()
+        layer.base_layer.weight.data.zero_()
+    assert torch.equal(twin(x), y)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_compiles_without_graph_breaks(kind: str) -> None:
+    layer = adapted(kind, torch.float32)
+    compiled = torch.compile(layer, fullgraph=True)
+    x = testing.tensor(4, 100)
+    y = compiled(x)
+    assert torch.equal(y, layer(x))
+    y.sum().backward()
+    got = layer.lora_A.grad.clone()
+    layer.zero_grad()
+    layer(x).sum().backward()
+    assert torch.equal(got, layer.lora_A.grad)
+
+
+def test_to_changes_the_nominal_dtype_and_keeps_the_bits() -> None:
+    layer = NF4Linear.from_linear(linear(torch.bfloat16))
+    packed = layer.weight.packed.clone()
+    layer.to(torch.float32)
+    assert isinstance(layer.weight, pk.NF4Weight) and layer.weight.dtype == torch.float32
+    assert torch.equal(layer.weight.packed, packed) and layer.bias.dtype == torch.float32
+    assert layer(testing.tensor(2, 100)).dtype == torch.float32
+
+
+def test_autocast_computes_in_its_dtype() -> None:
+    layer, x = NF4Linear.from_linear(linear()), testing.tensor(2, 100)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert layer(x).dtype == torch.bfloat16
+
+
+def test_repr() -> None:
+    layer = adapted("nf4", torch.bfloat16)
+    assert "r=8, scaling=4" in repr(layer)
+    assert "NF4Linear(100, 48, bias=True, blocksize=64, dtype=torch.bfloat16)" in repr(layer.base_layer)
