@@ -32,23 +32,28 @@ NF4_CODE: tuple[float, ...] = (
 """Value of each 4-bit code."""
 
 NF4_THRESHOLDS: tuple[float, ...] = (
-    -0.8480964004993439,
-    -0.6106329262256622,
+    -0.8480964303016663,
+    -0.6106328964233398,
     -0.4599952697753906,
-    -0.33967943489551544,
-    -0.23460740596055984,
-    -0.13791173323988914,
+    -0.33967941999435425,
+    -0.23460739850997925,
+    -0.13791173696517944,
     -0.045525018125772476,
     0.03979014977812767,
-    0.1202552504837513,
+    0.1202552542090416,
     0.2035212516784668,
-    0.2920137718319893,
+    0.2920137643814087,
     0.3893125355243683,
-    0.5016634166240692,
+    0.5016633868217468,
     0.6427869200706482,
-    0.8614784178118011,
+    0.8614783883094788,
 )
-"""The code of x is the number of thresholds t with x > t, so a tie takes the lower code."""
+"""The code of x is the number of thresholds t with x > t, so a tie takes the lower code.
+
+Exactly the fp32 values that bitsandbytes' CUDA kernels compare with: its source writes -0.8480964004993439f
+and so on, which C++ rounds to fp32 once. Python would round those digits twice, through fp64, and miss three
+of the fifteen by one unit in the last place.
+"""
 
 BLOCKSIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Allowed numbers of weights that share one absmax."""

@@ -32,7 +32,32 @@ ops = torch.ops.peft_kernels
 aten = torch.ops.aten
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Where Python cannot step in: `parameter.data = nf4_weight` on an ordinary parameter, which torch lets happen.
+_NO_STORAGE = (
+    "an NF4 weight has no storage of its own (was it assigned to .data of an ordinary parameter? "
+    "assign a new nn.Parameter to the module instead)"
+)
 _set_data = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+_get_data = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+# Reads that may hand back the weight itself. From a dense weight they give the ordinary tensor instead: an
+# ordinary parameter's `data` may be assigned from it, which torch does not survive with a subclass on the
+# right-hand side.
+_READS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in (
+        "to",
+        "float",
+        "half",
+        "bfloat16",
+        "double",
+        "cpu",
+        "cuda",
+        "contiguous",
+        "detach",
+        "type_as",
+    )
+)
 
 
 @dataclass
@@ -82,6 +107,7 @@ class NF4Weight(torch.Tensor):
         self: NF4Weight = torch.Tensor._make_wrapper_subclass(
             cls, state.shape, dtype=dtype, device=some.device
         )
+        torch._C._set_storage_access_error_msg(self, _NO_STORAGE)
         self._state = state
         return self
 
@@ -250,6 +276,8 @@ class NF4Weight(torch.Tensor):
             return _linear(*args, **kwargs)
         if func == _set_data:  # each look-up makes a new method-wrapper: equal, not identical
             return _assign_data(*args)
+        if (func in _READS or func == _get_data) and isinstance(args[0], NF4Weight) and args[0].is_dense:
+            args = (args[0].dense, *args[1:])
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **kwargs)
 

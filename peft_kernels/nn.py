@@ -54,6 +54,11 @@ class NF4Linear(nn.Linear):
             bias = bias.to(x.dtype)
         return nf4_linear(x, weight, bias)
 
+    def settle(self) -> None:
+        """Become an nn.Linear if a merge has made the weight dense. Happens by itself when `weight` is looked
+        at."""
+        self.__getattr__("weight")
+
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
         if name == "weight" and isinstance(value, NF4Weight) and value.is_dense:
@@ -84,6 +89,7 @@ class NF4Linear(nn.Linear):
     ) -> None:
         key = prefix + "weight"
         mine = [k for k in state_dict if k == key or k.startswith(key + ".")]
+        new = None
         if not mine:
             missing_keys.append(key)
         else:
@@ -94,17 +100,20 @@ class NF4Linear(nn.Linear):
                     raise ValueError(f"{key}: expected shape {expected}, got {new._state.shape}")
             except ValueError as error:
                 error_msgs.append(str(error))
-            else:
-                with torch.no_grad():
-                    self.weight.data.copy_(new)
+                return  # the bias stays too: half a layer is worse than none
         rest = {k: v for k, v in state_dict.items() if k not in mine}
         weight = self._parameters.pop("weight")
+        errors = len(error_msgs)
         try:
             super()._load_from_state_dict(
                 rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
         finally:
             self._parameters["weight"] = weight
+        if new is not None and len(error_msgs) == errors:
+            with torch.no_grad():
+                # Not copy_: the nominal dtype is part of what was saved.
+                self.weight.data = new.to(self.weight.device, copy=True)
 
     def extra_repr(self) -> str:
         weight = self.weight

@@ -17,6 +17,7 @@ from typing import Any
 from torch import nn
 
 from .integrations import layers
+from .integrations.forward import replaced
 from .nf4 import NF4Weight
 
 
@@ -89,7 +90,7 @@ def patch(model: nn.Module) -> PatchReport:
             layer = LayerReport(name, kind, True, reason, ours.keywords["fallbacks"])
         elif forward is None:
             layer = LayerReport(name, kind, isinstance(getattr(module, "weight", None), NF4Weight), reason)
-        elif "forward" in module.__dict__:
+        elif replaced(module) is not None:
             layer = LayerReport(name, kind, False, "its forward is already replaced (an accelerate hook?)")
         else:
             layer = LayerReport(name, kind, True, reason)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
 
 from .code_tables import BLOCKSIZES
-from .nf4 import NF4Weight
 from .nn import NF4Linear
 
 logger = logging.getLogger("peft_kernels")
@@ -80,15 +80,13 @@ def quantize_model(
 
 
 def _targets(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.Linear]]:
-    owners: dict[int, int] = {}
+    owners: Counter[int] = Counter()
     for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+        if isinstance(module, NF4Linear):
+            module.settle()
+        owners.update(id(parameter) for parameter in module.parameters(recurse=False))
     for name, module in model.named_modules():
-        dense = type(module) is nn.Linear or (
-            isinstance(module, NF4Linear) and not isinstance(module.weight, NF4Weight)
-        )
-        if not dense or name in skip or name.rpartition(".")[2] in skip:
+        if type(module) is not nn.Linear or name in skip or name.rpartition(".")[2] in skip:
             continue
         if owners[id(module.weight)] > 1:
             logger.info("%s is left dense: its weight is shared with another module", name)

@@ -162,7 +162,7 @@ def lora_linear_backward(
     need_db: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     acc = accumulator_dtype(x.dtype)
-    dy2, x2, h2 = dy.flatten(0, -2), x.flatten(0, -2), h.flatten(0, -2)
+    dy2, x2, h2 = rows(dy), rows(x), rows(h)
     dy_acc = dy2.to(acc)
     dh = scaling * (dy_acc @ lora_b.to(acc))
     dx = x.new_empty(0)
@@ -178,6 +178,11 @@ def lora_linear_backward(
     if need_db:
         db = (scaling * (dy_acc.t() @ h2)).to(lora_b.dtype)
     return dx, da, db
+
+
+def rows(t: Tensor) -> Tensor:
+    """(..., features) as (rows, features); a vector is one row."""
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

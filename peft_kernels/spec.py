@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 from .code_tables import NESTED_BLOCKSIZE
@@ -84,7 +85,7 @@ def _lora_linear_backward_fake(  # type: ignore[no-untyped-def]
 
 
 def _bias_grad(dy: Tensor, bias_dtype: torch.dtype) -> Tensor:
-    return dy.flatten(0, -2).sum(0, dtype=reference.accumulator_dtype(dy.dtype)).to(bias_dtype)
+    return reference.rows(dy).sum(0, dtype=reference.accumulator_dtype(dy.dtype)).to(bias_dtype)
 
 
 def _nf4_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -122,6 +123,12 @@ def _lora_linear_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _lora_linear_backward(ops: Any, ctx: Any, dy: Tensor, _dh: Tensor | None) -> tuple[Tensor | None, ...]:
+    return _lora_linear_gradients(ctx, ops, dy)
+
+
+@once_differentiable
+def _lora_linear_gradients(ctx: Any, ops: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    # Of the gradients' own gradient there is no formula: asking for it raises, where torch would only warn.
     x, h, weight, absmax, absmax2, offset, lora_a, lora_b, seed = ctx.saved_tensors
     need = ctx.needs_input_grad
     need_x, need_w, need_bias, need_a, need_b = need[0], need[1], need[6], need[7], need[8]
@@ -129,7 +136,7 @@ def _lora_linear_backward(ops: Any, ctx: Any, dy: Tensor, _dh: Tensor | None) ->
         dy, x, h, weight, absmax, absmax2, offset, ctx.blocksize, lora_a, lora_b,
         ctx.scaling, ctx.dropout_p, seed, need_x, need_a, need_b,
     )  # fmt: skip
-    dw = dy.flatten(0, -2).t() @ x.flatten(0, -2) if need_w else None
+    dw = reference.rows(dy).t() @ reference.rows(x) if need_w else None
     dbias = _bias_grad(dy, ctx.bias_dtype) if need_bias else None
     return (
         dx if need_x else None, dw, None, None, None, None, dbias,

@@ -49,14 +49,16 @@ def running_on(backend_id: str) -> Iterator[None]:
 
 @contextmanager
 def nan_outputs() -> Iterator[None]:
-    """Inside, memory that torch (at::empty of the C++ ops included) hands out starts as NaN, or as 255 in integers."""
+    """Inside, memory that torch (at::empty of the C++ ops included) hands out starts as NaN, or as 255 in
+    integers."""
     before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
+    # Not torch.use_deterministic_algorithms: it imports Inductor, for seconds.
+    torch._C._set_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before[0])
+        torch._C._set_deterministic_algorithms(before[0])
         torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
@@ -94,18 +96,22 @@ def assert_close(got: Tensor, plain: Tensor, truth: Tensor, what: str = "result"
 
 
 def pairwise(**axes: Sequence[Any]) -> list[dict[str, Any]]:
-    """Few cases in which any two values of any two axes meet: covers the product of sizes without its cost."""
+    """Few cases in which any two values of any two axes meet: covers the product of sizes without its
+    cost."""
     names = list(axes)
     missing = {
         frozenset({(a, u), (b, v)}) for a, b in combinations(names, 2) for u in axes[a] for v in axes[b]
     }
     cases = []
     while missing:
-        chosen = dict(min(missing, key=lambda pair: sorted((names.index(n), axes[n].index(v)) for n, v in pair)))
+        chosen = dict(
+            min(missing, key=lambda pair: sorted((names.index(n), axes[n].index(v)) for n, v in pair))
+        )
         for name in names:
             if name not in chosen:
                 gain = [
-                    sum(frozenset({(name, value), pick}) in missing for pick in chosen.items()) for value in axes[name]
+                    sum(frozenset({(name, value), pick}) in missing for pick in chosen.items())
+                    for value in axes[name]
                 ]
                 # Ties go round the values, so that those of a short axis appear equally often.
                 first = len(cases) % len(gain)

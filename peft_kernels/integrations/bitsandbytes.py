@@ -71,7 +71,8 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> NF4Weight:
         raise ValueError(
             f"{key}.{STATE_ITEM}: expected bitsandbytes' JSON, got something else ({error})"
         ) from error
-    nested = f"{key}.nested_absmax" in state_dict
+    _expect(f"{key}.{STATE_ITEM}", "quant_type", "nf4", numbers.get("quant_type"))
+    nested = f"{key}.nested_absmax" in state_dict or "nested_offset" in numbers
     if nested:
         _expect(f"{key}.{STATE_ITEM}", "nested_blocksize", NESTED_BLOCKSIZE, numbers.get("nested_blocksize"))
         if not isinstance(numbers.get("nested_offset"), (int, float)):
@@ -188,7 +189,7 @@ def _assemble(
     offset: Tensor | None,
 ) -> NF4Weight:
     """Check every length and dtype, so that no kernel reads past the end, then wrap."""
-    if len(shape) != 2:
+    if len(shape) != 2 or min(shape) < 0:
         raise ValueError(f"{key}: expected a shape (out_features, in_features), got {shape}")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"{key}: expected blocksize one of {BLOCKSIZES}, got {blocksize}")
@@ -202,6 +203,10 @@ def _assemble(
         raise ValueError(f"{key}: expected {nbytes} bytes for shape {shape}, got {flat.numel()}")
     _expect(f"{key}.absmax", "number of blocks", nblocks, absmax.numel())
     if absmax2 is None:
+        if not absmax.is_floating_point():
+            raise ValueError(
+                f"{key}.absmax: expected a floating dtype, got {absmax.dtype} and no second level"
+            )
         absmax = absmax.float()
     else:
         assert offset is not None

@@ -13,6 +13,7 @@ from ..functional import lora_linear
 from ..nf4 import NF4Weight
 from ..nn import NF4Linear
 from . import bitsandbytes, linear4bit
+from .forward import replaced
 
 
 def examine(module: nn.Module) -> tuple[str | None, Callable[..., Any] | None, str]:
@@ -50,16 +51,14 @@ def lora_forward(module: Any, x: Tensor, *args: Any, fallbacks: Counter[str], **
 
     name = active[0]
     out_dtype, weight = x.dtype, base.weight
-    if torch.is_autocast_enabled(x.device.type):
+    if hasattr(weight, "quant_state"):
+        weight = linear4bit.as_nf4(base)
+        x = x.to(linear4bit.compute_dtype(base, x))  # and back: Linear4bit answers in the type of its input
+    elif torch.is_autocast_enabled(x.device.type):
         out_dtype = torch.get_autocast_dtype(x.device.type)
         x = x.to(out_dtype)
-    if isinstance(weight, NF4Weight):
-        pass
-    elif hasattr(weight, "quant_state"):
-        x = x.to(linear4bit.compute_dtype(base, x))
-        weight = linear4bit.as_nf4(base)
-    elif weight.dtype != x.dtype:  # only under autocast, see _reason_call
-        weight = weight.to(x.dtype)
+        if not isinstance(weight, NF4Weight):
+            weight = weight.to(out_dtype)
     bias = None if base.bias is None else base.bias.to(x.dtype)
     lora_a, lora_b = (_adapter(adapters[name].weight, x.dtype) for adapters in (module.lora_A, module.lora_B))
     return lora_linear(x, weight, lora_a, lora_b, module.scaling[name], bias).to(out_dtype)
@@ -170,7 +169,7 @@ def _reason_call(
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether a call does more than the class's forward. Our own Linear4bit forward does not count."""
-    forward = module.__dict__.get("forward")
+    forward = replaced(module)
     return bool(
         (forward is not None and getattr(forward, "func", None) is not linear4bit.forward)
         or module._forward_hooks

@@ -1,0 +1,214 @@
+"""What is measured: the shapes, and who competes in each case."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import peft_kernels as pk
+
+from . import gate, layers
+from .harness import OURS, Absent, Case, Contender, copies, first_line
+from .layers import Weights
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
+
+Shape = tuple[int, int]
+BNB = "bitsandbytes"
+LARGE, WIDE, SMALL, SMALL_TALL = (4096, 4096), (14336, 4096), (1536, 576), (576, 1536)
+FORWARD_M = (1, 4, 16, 64, 128, 512, 2048)
+TRAINING_M = {LARGE: (16, 128, 512, 2048), SMALL: (256, 1024, 4096)}
+
+FORWARD, QLORA, LORA, QUANTIZE, DEQUANTIZE = "forward", "qlora", "lora", "quantize", "dequantize"
+TITLES = {
+    FORWARD: "NF4 linear, forward without grad",
+    QLORA: f"LoRA r={layers.RANK} on an NF4 base, forward + backward",
+    LORA: f"LoRA r={layers.RANK} on a dense base, forward + backward",
+    QUANTIZE: "quantise to NF4, with double quantisation",
+    DEQUANTIZE: "dequantise NF4, double-quantised",
+}
+
+
+def standard(dtype: str, full: bool = False) -> list[Case]:
+    """All cases; the largest shape only when `full`."""
+    shapes = (LARGE, *((WIDE,) if full else ()), SMALL, SMALL_TALL)
+    found = [forward(shape, m, dtype) for shape in shapes for m in FORWARD_M]
+    for group in (QLORA, LORA):
+        found += [training(group, shape, m, dtype) for shape, rows in TRAINING_M.items() for m in rows]
+    return [*found, quantize(LARGE, dtype), dequantize(LARGE, dtype)]
+
+
+def quick(dtype: str) -> list[Case]:
+    """A few of each kind, for a look in under a minute."""
+    found = [forward(LARGE, m, dtype) for m in (1, 128)] + [forward(SMALL, m, dtype) for m in (1, 64)]
+    found += [training(group, SMALL, 256, dtype) for group in (QLORA, LORA)]
+    return [*found, quantize(SMALL, dtype), dequantize(SMALL, dtype)]
+
+
+def forward(shape: Shape, m: int, dtype: str) -> Case:
+    """nf4_linear against torch's dense layer and bitsandbytes in both modes."""
+
+    def build() -> list[Contender | Absent]:
+        weights = _weights(FORWARD, shape, dtype)
+        x = weights.x(m)
+        expected = gate.linear(x, weights.exact)
+        packed, dense = _copies(weights, 4)
+        entries = (
+            Entry(
+                OURS,
+                lambda: [partial(pk.nf4_linear, weight=w) for w in layers.nf4_copies(weights, packed)],
+                expected.strict,
+            ),
+            Entry(
+                "torch dense",
+                lambda: [partial(F.linear, weight=weights.rounded.clone()) for _ in range(dense)],
+                expected.sane,
+            ),
+            *(
+                Entry(f"bnb {mode}", partial(layers.bnb_linears, weights, packed, mode), expected.sane, BNB)
+                for mode in ("eval", "train")
+            ),
+        )
+        return _contenders(weights, entries, lambda layer: layers.forward_call(layer, x))
+
+    return Case(FORWARD, *shape, m, dtype, build)
+
+
+def training(group: str, shape: Shape, m: int, dtype: str) -> Case:
+    """A LoRA layer against PEFT's on the same kind of base, and against the frozen dense layer alone."""
+    nf4_base = group == QLORA
+
+    def build() -> list[Contender | Absent]:
+        weights = _weights(group, shape, dtype)
+        x, dy = weights.x(m), weights.dy(m)
+        base = weights.exact if nf4_base else weights.rounded
+        expected = gate.lora(x, dy, base, weights.lora_a, weights.lora_b, layers.SCALING)
+        frozen = gate.linear_with_dx(x, dy, weights.rounded)
+        packed, dense = _copies(weights, 3)
+
+        def ours() -> Sequence[Any]:
+            bases = layers.nf4_linears(weights, packed) if nf4_base else layers.dense_linears(weights, dense)
+            if importlib.util.find_spec("peft") is None:
+                return layers.own_loras(bases, weights)
+            return layers.peft_loras(bases, weights, patch=True)
+
+        def stock() -> Sequence[Any]:
+            if nf4_base:
+                return layers.peft_loras(layers.bnb_linears(weights, packed, "train"), weights, patch=False)
+            return layers.peft_loras(layers.dense_linears(weights, dense), weights, patch=False)
+
+        peer, needs = ("PEFT on bnb", f"peft {BNB}") if nf4_base else ("PEFT on dense", "peft")
+        entries = (
+            Entry(OURS, ours, expected.strict),
+            Entry(peer, stock, expected.sane, needs),
+            Entry("frozen dense (no LoRA)", lambda: layers.dense_linears(weights, dense), frozen.sane),
+        )
+        x.requires_grad_()
+        return _contenders(weights, entries, lambda layer: layers.training_call(layer, x, dy))
+
+    return Case(group, *shape, m, dtype, build)
+
+
+def quantize(shape: Shape, dtype: str) -> Case:
+    def build() -> list[Contender | Absent]:
+        weights = _weights(QUANTIZE, shape, dtype)
+        _, dense = _copies(weights, 2)
+        expected = gate.Bits(layers.nf4_parts(weights.nf4))
+
+        def theirs() -> Sequence[Any]:
+            quantizer = partial(
+                layers.bitsandbytes().functional.quantize_4bit,
+                blocksize=64,
+                compress_statistics=True,
+                quant_type="nf4",
+            )
+            return [partial(quantizer, weights.original.clone()) for _ in range(dense)]
+
+        entries = (
+            Entry(
+                OURS,
+                lambda: [partial(pk.NF4Weight.quantize, weights.original.clone()) for _ in range(dense)],
+                lambda weight: expected.strict(layers.nf4_parts(weight)),
+            ),
+            Entry("bnb", theirs, lambda pair: expected.sane(layers.bnb_parts(*pair)), BNB),
+        )
+        return _contenders(weights, entries)
+
+    return Case(QUANTIZE, *shape, None, dtype, build)
+
+
+def dequantize(shape: Shape, dtype: str) -> Case:
+    def build() -> list[Contender | Absent]:
+        weights = _weights(DEQUANTIZE, shape, dtype)
+        packed, _ = _copies(weights, 2)
+        expected = gate.Bits({"weight": weights.rounded})
+
+        def theirs() -> Sequence[Any]:
+            dequantizer = layers.bitsandbytes().functional.dequantize_4bit
+            params = [layer.weight for layer in layers.bnb_linears(weights, packed, "train")]
+            return [partial(dequantizer, param.data, param.quant_state) for param in params]
+
+        def strict(weight: Tensor) -> float:
+            return expected.strict({"weight": weight})
+
+        def sane(weight: Tensor) -> float:
+            return expected.sane({"weight": weight})
+
+        entries = (
+            Entry(
+                OURS,
+                lambda: [partial(w.dequantize, weights.dtype) for w in layers.nf4_copies(weights, packed)],
+                strict,
+            ),
+            Entry("bnb", theirs, sane, BNB),
+        )
+        return _contenders(weights, entries)
+
+    return Case(DEQUANTIZE, *shape, None, dtype, build)
+
+
+@dataclass
+class Entry:
+    """A contender to be built: `make` gives its layers (or calls), one for each copy of the weights."""
+
+    name: str
+    make: Callable[[], Sequence[Any]]
+    verify: Callable[[Any], float]
+    needs: str = ""
+    """Libraries, by import name, without which it is absent."""
+
+
+def _contenders(
+    weights: Weights, entries: Sequence[Entry], call: Callable[[Any], Callable[[], Any]] = lambda layer: layer
+) -> list[Contender | Absent]:
+    built: list[Contender | Absent] = []
+    for entry in entries:
+        missing = [library for library in entry.needs.split() if importlib.util.find_spec(library) is None]
+        if missing:
+            built.append(Absent(entry.name, f"{', '.join(missing)} not installed"))
+            continue
+        try:
+            kept = weights.keep(entry.name, entry.make)
+        except Exception as error:  # whatever a peer raises, the others go on
+            built.append(Absent(entry.name, f"{type(error).__name__}: {first_line(error)}"))
+            continue
+        built.append(Contender(entry.name, [call(layer) for layer in kept], entry.verify))
+    return built
+
+
+@lru_cache(maxsize=1)
+def _weights(group: str, shape: Shape, dtype: str) -> Weights:
+    """The weights and layers that consecutive cases share; those of the last group and shape are let go."""
+    return Weights(*shape, DTYPES[dtype])
+
+
+def _copies(weights: Weights, contenders: int) -> tuple[int, int]:
+    """How many copies of the packed and of the dense weight to rotate through."""
+    return copies(weights.nf4.nbytes, contenders), copies(weights.rounded.nbytes, contenders)

@@ -1,0 +1,104 @@
+"""What a result is held against: the reference in fp64, and how far from it each contender may be."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_kernels import testing
+
+PEER_BOUND = 0.05
+"""Relative error beyond which a peer computes something else, and timing it would say nothing."""
+
+Tensors = Mapping[str, Tensor]
+
+
+class Expected:
+    """Outputs and gradients by name: in fp64, and by plain torch at the kernel's precision."""
+
+    def __init__(self, plain: Tensors, truth: Tensors) -> None:
+        self.plain, self.truth = plain, truth
+
+    def strict(self, got: Tensors) -> float:
+        """The numbers policy, for ours. The largest relative error; AssertionError beyond the policy."""
+        self._same_names(got)
+        for name, tensor in got.items():
+            testing.assert_close(tensor, self.plain[name], self.truth[name], name)
+        return self._error(got)
+
+    def sane(self, got: Tensors) -> float:
+        """For peers, whose accuracy is only reported. AssertionError when they compute something else."""
+        self._same_names(got)
+        error = self._error(got)
+        if not error <= PEER_BOUND:
+            raise AssertionError(f"relative error {error:.3g}, allowed for a peer {PEER_BOUND}")
+        return error
+
+    def _same_names(self, got: Tensors) -> None:
+        if got.keys() != self.truth.keys():
+            raise AssertionError(f"expected {', '.join(self.truth)}, got {', '.join(got)}")
+
+    def _error(self, got: Tensors) -> float:
+        return max(testing.relative_error(tensor, self.truth[name]) for name, tensor in got.items())
+
+
+def linear(x: Tensor, weight: Tensor) -> Expected:
+    """`y = x W^T`. `weight` is in fp32, the product of code and scale."""
+    return Expected({"y": F.linear(x, weight.to(x.dtype))}, {"y": F.linear(x.double(), weight.double())})
+
+
+def linear_with_dx(x: Tensor, dy: Tensor, weight: Tensor) -> Expected:
+    """`y` and `dx` of a frozen layer. Only for peers: the truth is in fp32."""
+    truth = {"y": F.linear(x.float(), weight.float()), "dx": dy.float() @ weight.float()}
+    return Expected(truth, truth)
+
+
+def lora(x: Tensor, dy: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Expected:
+    """`y`, `dx`, `da` and `db` of a LoRA layer."""
+    plain = _lora(x, dy, weight.to(x.dtype), lora_a, lora_b, scaling)
+    return Expected(plain, _lora(*map(testing.widen, (x, dy, weight, lora_a, lora_b, scaling))))
+
+
+def _lora(
+    x: Tensor, dy: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
+) -> dict[str, Tensor]:
+    base = (weight, None, None, None, 0)
+    y, h = testing.reference_op("lora_linear")(x, *base, None, lora_a, lora_b, scaling, 0.0, None)
+    backward = testing.reference_op("lora_linear_backward")
+    dx, da, db = backward(dy, x, h, *base, lora_a, lora_b, scaling, 0.0, None, True, True, True)
+    return {"y": y, "dx": dx, "da": da, "db": db}
+
+
+class Bits:
+    """Expected bit patterns: packing, codes, unpacking and double quantisation are exact."""
+
+    def __init__(self, expected: Tensors) -> None:
+        self.expected = expected
+
+    def strict(self, got: Tensors) -> float:
+        """0, or AssertionError at the first tensor that differs in a bit."""
+        for name, tensor in self.expected.items():
+            if got[name].dtype != tensor.dtype or _differing(got[name], tensor):
+                raise AssertionError(f"{name}: {_differing(got[name], tensor):.3%} of the elements differ")
+        return 0.0
+
+    def sane(self, got: Tensors) -> float:
+        """The worst relative error (of codes: the fraction that differs). AssertionError beyond the bound."""
+        worst = max(_distance(got[name], tensor) for name, tensor in self.expected.items())
+        if not worst <= PEER_BOUND:
+            raise AssertionError(f"error {worst:.3g}, allowed for a peer {PEER_BOUND}")
+        return worst
+
+
+def _distance(got: Tensor, expected: Tensor) -> float:
+    if expected.is_floating_point() and got.numel() == expected.numel():
+        return testing.relative_error(got.reshape(-1), expected.reshape(-1))
+    return _differing(got, expected)
+
+
+def _differing(got: Tensor, expected: Tensor) -> float:
+    if got.numel() != expected.numel():
+        return 1.0
+    return (got.reshape(-1) != expected.reshape(-1)).double().mean().item()

@@ -1,0 +1,67 @@
+"""What the figures were taken on: processor, instruction set, threads, versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from peft_kernels.backends import BACKENDS, cpu
+
+from .harness import MIB, last_level_cache
+
+PACKAGES = ("peft_kernels", "torch", "bitsandbytes", "peft", "kernels")
+
+
+def describe() -> dict[str, Any]:
+    """The facts that go into every JSON line."""
+    refusal = cpu.BACKEND.probe()
+    return {
+        "cpu": cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "last_level_cache_mib": last_level_cache() // MIB,
+        "threads": torch.get_num_threads(),
+        "backend": "reference" if refusal else "cpu",
+        "isa": None if refusal else cpu.BACKEND.extension.isa_level(),
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
+def header(facts: dict[str, Any]) -> str:
+    """The same, to read."""
+    versions = facts["versions"]
+    isa = f"back end cpu, instruction set {facts['isa']}"
+    if facts["backend"] != "cpu":
+        isa = f"back end REFERENCE, no compiled kernels: {BACKENDS['cpu'].probe()}"
+    lines = [
+        f"{facts['cpu']}, {facts['cores']} cores, last-level cache {facts['last_level_cache_mib']} MiB",
+        f"peft_kernels {versions['peft_kernels']}: {isa}; threads: {facts['threads']}",
+        ", ".join(f"{name} {versions[name] or '-'}" for name in ("torch", "bitsandbytes", "peft")),
+    ]
+    if versions["bitsandbytes"] and not versions["kernels"]:
+        lines.append("bitsandbytes' evaluation mode runs its built-in CPU kernel: `kernels` is not installed")
+    return "\n".join(lines)
+
+
+def version(package: str) -> str | None:
+    if package == "peft_kernels":
+        import peft_kernels
+
+        return peft_kernels.__version__
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                return value.strip()
+    return platform.processor() or platform.machine()

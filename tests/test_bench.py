@@ -1,0 +1,386 @@
+"""The benchmark suite itself: timing with a clock of our own, and the gate in front of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peft_kernels as pk
+from peft_kernels import functional, testing
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from bench import cases, chart, gate, harness, report, run
+from bench.harness import OURS, Absent, Case, Contender, Result, Spread
+
+TINY = (64, 128)
+FACTS = {"cpu": "a machine", "versions": {"torch": torch.__version__}}
+
+
+class Machine:
+    """A clock that only the calls move, and a record of them."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def call(self, label: str, *seconds: float) -> Callable[[], str]:
+        """A call that takes each of the durations in turn, and the last one from then on."""
+        left = list(seconds)
+
+        def run() -> str:
+            self.calls.append(label)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+            return label
+
+        return run
+
+    def contender(self, name: str, *seconds: float, copies: int = 1) -> Contender:
+        return Contender(name, [self.call(f"{name}{i}", *seconds) for i in range(copies)], lambda result: 0.0)
+
+
+def case_of(*contenders: Contender | Absent) -> Case:
+    return Case(cases.FORWARD, *TINY, 4, "bf16", lambda: contenders)
+
+
+def measure(case: Case, machine: Machine | None = None, rounds: int = 2) -> Result:
+    machine = machine or Machine()
+    return harness.measure(case, 0.0, rounds, machine.clock)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny products on several threads mostly wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two copies of a tiny weight instead of thousands."""
+    monkeypatch.setattr(cases, "copies", lambda nbytes, contenders: 2)
+    cases._weights.cache_clear()
+
+
+# Timing.
+
+
+def test_contenders_take_turns() -> None:
+    machine = Machine()
+    contenders = [machine.contender(name, 0.01) for name in "ABC"]
+    harness.interleave(contenders, 0.0, 3, machine.clock)
+    assert "".join(call[0] for call in machine.calls[-9:]) == "ABCABCABC"
+
+
+def test_calls_rotate_through_the_copies() -> None:
+    machine = Machine()
+    harness.interleave([machine.contender("A", 0.01, copies=3)], 0.0, 4, machine.clock)
+    assert machine.calls == [f"A{i % 3}" for i in range(len(machine.calls))]
+
+
+def test_short_calls_share_a_turn_and_seconds_are_per_call() -> None:
+    machine = Machine()
+    seconds = harness.interleave([machine.contender("A", 2**-13, copies=4)], 0.0, 1, machine.clock)
+    assert seconds["A"] == [2**-13]
+    warm_up, settling = 4, 1
+    assert len(machine.calls) == warm_up + settling + 9  # 9 / 2**13 s is the first turn of a millisecond
+
+
+def test_warm_up_is_not_timed() -> None:
+    machine = Machine()
+    seconds = harness.interleave([machine.contender("A", 5.0, 0.01)], 0.0, 3, machine.clock)
+    assert seconds["A"] == pytest.approx([0.01] * 3)
+
+
+def test_rounds_go_on_until_both_minima_are_reached() -> None:
+    for seconds, rounds, expected in ((0.0, 7, 7), (0.625, 2, 5)):
+        machine = Machine()
+        got = harness.interleave([machine.contender("A", 0.125)], seconds, rounds, machine.clock)
+        assert len(got["A"]) == expected
+
+
+def test_ratio_is_the_median_of_the_ratios_of_the_rounds() -> None:
+    result = Result(case_of(), [OURS, "peer"], {OURS: [1.0, 10.0, 2.0], "peer": [2.0, 30.0, 1.0]})
+    assert result.ratio("peer") == Spread(2.0, 1.25, 2.5)  # of 2, 3 and 0.5; the ratio of the medians is 1
+    assert result.ratio("absent") is None
+
+
+def test_a_slow_second_of_the_machine_leaves_the_ratio_alone() -> None:
+    machine = Machine()
+    slow_then_quick = [0.01] * 4 + [0.08, 0.08, 0.01]
+    ours = machine.contender(OURS, *slow_then_quick)
+    peer = machine.contender("peer", *(2 * seconds for seconds in slow_then_quick))
+    result = harness.measure(case_of(ours, peer), 0.0, 6, machine.clock)
+    assert result.ratio("peer") == pytest.approx((2.0, 2.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "contenders", "expected"),
+    [
+        pytest.param(8 * harness.MIB, 4, 8, id="twice-the-cache"),
+        pytest.param(65 * harness.MIB, 4, 1, id="one-copy-exceeds-it"),
+        pytest.param(2000 * harness.MIB, 4, 1, id="never-none"),
+    ],
+)
+def test_copies(nbytes: int, contenders: int, expected: int) -> None:
+    assert harness.copies(nbytes, contenders, cache=32 * harness.MIB) == expected
+
+
+def test_copies_stay_within_the_memory_limit() -> None:
+    count = harness.copies(harness.MIB, 4, cache=10_000 * harness.MIB)
+    assert count * harness.MIB * 4 == harness.ROTATION_LIMIT
+
+
+def test_last_level_cache_is_the_largest(tmp_path: Path) -> None:
+    for index, size in enumerate(("32K", "1024K", "48M")):
+        folder = tmp_path / "cpu0" / "cache" / f"index{index}"
+        folder.mkdir(parents=True)
+        (folder / "size").write_text(size + "\n")
+    assert harness.last_level_cache(tmp_path) == 48 * harness.MIB
+    assert harness.last_level_cache(tmp_path / "nowhere") == 32 * harness.MIB
+
+
+# The gate.
+
+
+def broken(op: str, change: Callable[[Any], Any]) -> Callable[..., Any]:
+    """`functional._call` with the result of one op changed."""
+    original = functional._call
+
+    def call(name: str, *args: Any) -> Any:
+        result = original(name, *args)
+        return change(result) if name == op else result
+
+    return call
+
+
+def one_element_off(y: torch.Tensor) -> torch.Tensor:
+    y = y.clone()
+    y.view(-1)[-1] += 1.0
+    return y
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(one_element_off, id="one-element"),
+        pytest.param(lambda y: y * 1.02, id="two-percent"),
+        pytest.param(lambda y: torch.full_like(y, torch.nan), id="nan"),
+        pytest.param(lambda y: y.float(), id="dtype"),
+        pytest.param(lambda y: y[:-1], id="shape"),
+    ],
+)
+@pytest.mark.usefixtures("small_rotation")
+def test_a_wrong_forward_is_not_timed(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(functional, "_call", broken("nf4_linear", change))
+    refused(measure(cases.forward(TINY, 4, "bf16")))
+
+
+@pytest.mark.parametrize("gradient", [0, 1, 2], ids=["dx", "da", "db"])
+@pytest.mark.usefixtures("small_rotation")
+def test_a_wrong_gradient_is_not_timed(gradient: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("peft")
+
+    def change(grads: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return tuple(grad * 1.02 if i == gradient else grad for i, grad in enumerate(grads))
+
+    autograd_grad = torch.autograd.grad
+    monkeypatch.setattr(
+        torch.autograd, "grad", lambda *args, **kwargs: change(autograd_grad(*args, **kwargs))
+    )
+    result = measure(cases.training(cases.LORA, TINY, 4, "bf16"))
+    refused(result)
+    assert ("dx", "da", "db")[gradient] in result.wrong[OURS]
+
+
+@pytest.mark.usefixtures("small_rotation")
+def test_wrong_bits_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    quantize = pk.NF4Weight.quantize
+
+    def flipped(weight: torch.Tensor) -> pk.NF4Weight:
+        result = quantize(weight)
+        assert result.packed is not None
+        result.packed[3, 5] ^= 1
+        return result
+
+    case = cases.quantize(TINY, "bf16")
+    cases._weights(cases.QUANTIZE, TINY, "bf16").nf4  # noqa: B018 the truth, before anything is broken
+    monkeypatch.setattr(pk.NF4Weight, "quantize", flipped)
+    refused(measure(case))
+
+
+def test_ours_is_wrong_when_it_raises() -> None:
+    def fails() -> None:
+        raise RuntimeError("out of luck")
+
+    result = measure(case_of(Contender(OURS, [fails], lambda result: 0.0), Machine().contender("peer", 0.01)))
+    refused(result)
+    assert result.wrong[OURS] == "RuntimeError: out of luck"
+
+
+def test_ours_is_wrong_when_it_cannot_be_built() -> None:
+    refused(measure(case_of(Absent(OURS, "no layer"), Machine().contender("peer", 0.01))))
+
+
+def refused(result: Result) -> None:
+    """No time and no ratio, in memory or on paper."""
+    assert OURS in result.wrong
+    assert result.seconds == {}
+    line = json.loads(report.json_line(result, FACTS))
+    assert line["times_ms"] == line["ratios"] == {}
+    assert line["wrong"][OURS]
+    text = report.render([result])
+    assert "WRONG" in text and "0 cells" in text
+    assert " ms" not in report.progress_line(result)
+
+
+def test_a_wrong_peer_is_not_timed_and_the_others_are() -> None:
+    machine = Machine()
+    expected = gate.Expected({}, {"y": torch.ones(3)})
+    rubbish = Contender("rubbish", [lambda: {"y": torch.zeros(3)}], expected.sane)
+    peer = machine.contender("peer", 0.02)
+    result = measure(case_of(machine.contender(OURS, 0.01), rubbish, peer), machine)
+    assert set(result.seconds) == {OURS, "peer"}
+    assert report.ratio_cell(result, "rubbish") == ("WRONG",)
+    assert report.ratio_cell(result, "peer")[0] == "2.00"
+
+
+def test_a_peer_that_raises_is_shown_with_its_reason() -> None:
+    def fails() -> None:
+        raise AssertionError("N must be divisible by block_n\nmore")
+
+    machine = Machine()
+    peer = Contender("peer", [fails], lambda result: 0.0)
+    result = measure(case_of(machine.contender(OURS, 0.01), peer), machine)
+    assert report.ratio_cell(result, "peer") == ("-",)
+    assert "- peer: AssertionError: N must be divisible by block_n (" in report.render([result])
+    assert set(result.seconds) == {OURS}
+
+
+@pytest.mark.usefixtures("small_rotation")
+def test_a_missing_library_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    missing = ("bitsandbytes", "peft")
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name)
+    )
+    forward = harness.measure(cases.forward(TINY, 4, "bf16"), 0.0, 1)
+    assert forward.absent == dict.fromkeys(("bnb eval", "bnb train"), "bitsandbytes not installed")
+    qlora = harness.measure(cases.training(cases.QLORA, TINY, 4, "bf16"), 0.0, 1)
+    assert qlora.absent == {"PEFT on bnb": "peft, bitsandbytes not installed"}
+    assert set(qlora.seconds) == {OURS, "frozen dense (no LoRA)"}
+
+
+# All kinds of cases, right.
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("group", cases.TITLES)
+@pytest.mark.usefixtures("small_rotation")
+def test_every_kind_of_case_runs(group: str, dtype: str) -> None:
+    if group in (cases.QLORA, cases.LORA):
+        pytest.importorskip("peft")
+        case = cases.training(group, TINY, 4, dtype)
+    elif group == cases.FORWARD:
+        case = cases.forward(TINY, 4, dtype)
+    else:
+        case = {cases.QUANTIZE: cases.quantize, cases.DEQUANTIZE: cases.dequantize}[group](TINY, dtype)
+    result = harness.measure(case, 0.0, 1)
+    assert result.wrong == {}
+    assert OURS in result.seconds
+    if importlib.util.find_spec("bitsandbytes"):
+        assert result.absent == {}
+
+
+def test_names_of_cases_are_unique() -> None:
+    names = [case.name for case in cases.standard("bf16", full=True)]
+    assert len(names) == len(set(names))
+    assert "forward-14336x4096-m2048-bf16" in names
+
+
+# What comes out.
+
+
+def test_losing_cells_are_marked_and_listed() -> None:
+    machine = Machine()
+    result = measure(case_of(machine.contender(OURS, 0.02), machine.contender("peer", 0.01)), machine)
+    text = report.render([result])
+    assert "0.50 LOSES" in report.ratio_table([result], "peer")
+    assert "1 cells: 0 win, 1 lose" in text
+    assert "LOSES forward-64x128-m4-bf16 against peer: 0.50 (0.50-0.50)" in text
+
+
+def test_table_has_shapes_as_rows_and_m_as_columns() -> None:
+    def result(shape: tuple[int, int], m: int, ratio: float) -> Result:
+        case = Case(cases.FORWARD, *shape, m, "bf16", list)
+        return Result(case, [OURS, "peer"], {OURS: [1.0], "peer": [ratio]})
+
+    results = [result((8, 4), 16, 1.5), result((8, 4), 2, 2.0), result((4, 8), 16, 0.75)]
+    lines = [line.split() for line in report.ratio_table(results, "peer").splitlines()]
+    assert lines[0] == ["M=2", "M=16"]
+    assert lines[1] == ["8x4", "2.00", "1.50"]
+    assert lines[3] == ["4x8", "0.75", "LOSES"]
+
+
+@pytest.mark.usefixtures("small_rotation")
+def test_run_writes_json_lines_table_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(
+        cases,
+        "quick",
+        lambda dtype: [cases.forward(TINY, m, dtype) for m in (1, 3)] + [cases.quantize(TINY, dtype)],
+    )
+    arguments = ["--quick", "--repeats", "2", "--min-time", "0", "--output", str(tmp_path)]
+    assert run.main([*arguments, "--only", "^forward"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["forward-64x128-m1-bf16", "forward-64x128-m3-bf16"]
+    for line in lines:
+        assert line["times_ms"][OURS]["median"] > 0
+        assert line["errors"][OURS] < 0.01
+        assert line["ratios"]["torch dense"].keys() == {"median", "q1", "q3"}
+        assert line["versions"]["torch"] and line["shape"] == [64, 128] and line["dtype"] == "bf16"
+    table = (tmp_path / "table.txt").read_text()
+    assert "time of torch dense / ours" in table and torch.__version__.partition("+")[0] in table
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    assert "[2/2]" in capsys.readouterr().out
+
+    monkeypatch.setattr(functional, "_call", broken("nf4_linear", one_element_off))
+    cases._weights.cache_clear()
+    assert run.main([*arguments, "--only", "m3"]) == 1
+    assert "WRONG" in (tmp_path / "table.txt").read_text()
+
+
+def test_run_refuses_what_it_does_not_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--only", "nothing-like-this", "--output", str(tmp_path / "a")]) == 2
+    assert run.main(["--isa", "sse9", "--output", str(tmp_path / "b")]) == 2
+    assert "sse9" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("small_rotation")
+def test_isa_option_holds_our_kernels_to_a_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := testing.unavailable("cpu-scalar"):
+        pytest.skip(reason)
+    monkeypatch.setattr(cases, "quick", lambda dtype: [cases.dequantize(TINY, dtype)])
+    arguments = ["--quick", "--repeats", "1", "--min-time", "0", "--output", str(tmp_path)]
+    assert run.main([*arguments, "--isa", "scalar"]) == 0
+    (line,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert line["isa"] == "scalar"
+
+
+def test_no_picture_of_nothing(tmp_path: Path) -> None:
+    assert chart.draw([], tmp_path / "ratios.png", "") is not None

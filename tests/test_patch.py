@@ -1,0 +1,401 @@
+"""patch and unpatch: the same numbers, the same model afterwards, and a reason for whatever is not fused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peft_kernels as pk
+from peft_kernels import testing
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def lora(model: nn.Module, adapter_dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A PEFT model over q and o whose adapters do something."""
+    torch.manual_seed(3)
+    config = peft.LoraConfig(**{"r": 8, "target_modules": ["q", "o"], "init_lora_weights": False} | options)
+    model = peft.get_peft_model(model, config)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(adapter_dtype)
+    return model
+
+
+def run(model: nn.Module, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+    """Output, input gradient and parameter gradients of one step."""
+    model.zero_grad()
+    x = x.detach().requires_grad_()
+    y = model(x, **kwargs)
+    y.backward(testing.tensor(*y.shape, dtype=y.dtype, seed=9))
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad, **grads}
+
+
+def in_fp64(model: nn.Module) -> nn.Module:
+    """The same model with every weight dequantised and widened: the truth."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if not isinstance(child, nn.Linear) or type(child) is nn.Linear:
+                continue
+            weight = child.weight if isinstance(child.weight, pk.NF4Weight) else pk.NF4Weight.from_bnb(child.weight)
+            dense = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+            dense.weight = nn.Parameter(weight.dequantize(torch.float32), requires_grad=False)
+            dense.bias = child.bias
+            setattr(module, name, dense)
+    return model.double()
+
+
+def assert_same_numbers(model: Any, x: Tensor, **kwargs: Any) -> None:
+    """Patched against unpatched PEFT, by the numbers policy."""
+    truth, plain = run(in_fp64(model), x.double(), **kwargs), run(model, x, **kwargs)
+    with pk.patched(model) as report:
+        got = run(model, x, **kwargs)
+    assert len(report.fused) >= 2 and not report.original, report.details()
+    assert not any(layer.fallbacks for layer in report.layers), str(report)
+    assert got.keys() == plain.keys() == truth.keys()
+    for name in got:
+        # A peer that is wrong would widen the bound: its error must be one of rounding.
+        assert testing.relative_error(plain[name], truth[name]) < 0.02, name
+        testing.assert_close(got[name], plain[name], truth[name], name)
+
+
+@pytest.mark.parametrize("adapter", ["fp32", "own"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("base", models.BASES)
+def test_same_outputs_and_gradients(base: str, dtype: torch.dtype, adapter: str) -> None:
+    model = lora(models.base_model(base, dtype), torch.float32 if adapter == "fp32" else dtype)
+    assert_same_numbers(model, testing.tensor(17, 64, dtype=dtype))
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_on_every_back_end(backend: str, base: str) -> None:
+    assert_same_numbers(lora(models.base_model(base)), testing.tensor(5, 64))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        testing.tensor(64),
+        testing.tensor(0, 64),
+        testing.tensor(2, 3, 4, 64),
+        testing.tensor(64, 6).t(),
+        testing.tensor(1, 64).expand(5, 64),
+        testing.tensor(4, 128)[:, 32:96],
+    ],
+    ids=["1-d", "no-rows", "4-d", "transposed", "expanded", "slice"],
+)
+def test_inputs_of_any_shape_and_stride(x: Tensor) -> None:
+    model = lora(models.base_model("nf4"))
+    plain = model(x)
+    with pk.patched(model):
+        assert model(x).shape == plain.shape
+        if x.numel():
+            assert testing.relative_error(model(x), plain) < 1e-5
+
+
+@pytest.mark.parametrize("base", models.BASES)
+def test_unpatch_restores_the_model_to_the_bit(base: str) -> None:
+    model = lora(models.base_model(base, torch.bfloat16))
+    x = testing.tensor(17, 64, dtype=torch.bfloat16)
+    before, state = run(model, x), copy.deepcopy(model.state_dict())
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+
+    report = pk.patch(model)
+    run(model, x)
+    assert pk.unpatch(model) == sum("forward" not in attributes[layer.name] and layer.fused for layer in report.layers) - (
+        2 if base == "nf4" else 0  # NF4Linear is fused as it is: there is nothing to take out
+    )
+    for name, module in model.named_modules():
+        assert set(vars(module)) == attributes[name], name
+    for name, value in run(model, x).items():
+        assert torch.equal(value, before[name]), name
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, state[key]), key
+
+
+def test_patching_twice_is_harmless() -> None:
+    model = lora(models.base_model("nf4"))
+    first = pk.patch(model)
+    forward = model.base_model.model.q.forward
+    second = pk.patch(model)
+    assert model.base_model.model.q.forward is forward
+    assert [str(layer) for layer in second.layers] == [str(layer) for layer in first.layers]
+    assert pk.unpatch(model) == 2 and pk.unpatch(model) == 0
+
+
+def test_patched_leaves_earlier_patches_in_place() -> None:
+    model = lora(models.base_model("nf4"))
+    pk.patch(model.base_model.model.q)
+    with pk.patched(model):
+        assert "forward" in vars(model.base_model.model.o)
+    assert "forward" not in vars(model.base_model.model.o) and "forward" in vars(model.base_model.model.q)
+
+
+def test_report() -> None:
+    model = lora(models.base_model("nf4"), lora_dropout=0.1)
+    report = pk.patch(model)
+    assert [layer.name for layer in report.fused] == [
+        "base_model.model.q",
+        "base_model.model.q.base_layer",
+        "base_model.model.o",
+        "base_model.model.o.base_layer",
+    ]
+    assert str(report).startswith("peft_kernels: 4 of 4 layers fused")
+    assert "lora_dropout=0.1 in training is not fused in this version: original forward" in str(report)
+    model(testing.tensor(2, 64))
+    assert "original forward 1x: lora_dropout=0.1 in training" in str(report)
+    assert "nothing to patch" in str(pk.patch(nn.Linear(4, 4)))
+
+
+FALLBACKS = {
+    "dropout": ({"lora_dropout": 0.5}, "lora_dropout=0.5 in training"),
+    "dora": ({"use_dora": True}, "Dora is not fused"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias=True"),
+}
+
+
+@pytest.mark.parametrize("base", models.BASES)
+@pytest.mark.parametrize("case", FALLBACKS)
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
+def test_what_is_not_fused_takes_the_original_forward(case: str, base: str) -> None:
+    options, reason = FALLBACKS[case]
+    model, x = lora(models.base_model(base), **options), testing.tensor(5, 64)
+    torch.manual_seed(7)
+    plain = run(model, x)
+    # Linear4bit layers inside are patched too, so their products differ in rounding.
+    with pk.patched(model) as report:
+        torch.manual_seed(7)
+        got = run(model, x)
+    for name in plain:
+        if base == "bnb":
+            assert testing.relative_error(got[name], plain[name]) < 1e-5, name
+        else:
+            assert torch.equal(got[name], plain[name]), name
+    counted = [key for layer in report.layers for key in layer.fallbacks]
+    assert len(counted) == 2 and all(reason in key for key in counted), counted
+    assert reason in str(report)
+
+
+def test_dropout_is_fused_in_evaluation() -> None:
+    model = lora(models.base_model("nf4"), lora_dropout=0.5).eval()
+    x = testing.tensor(5, 64)
+    plain = model(x)
+    with pk.patched(model) as report:
+        got = model(x)
+    assert not any(layer.fallbacks for layer in report.layers)
+    assert testing.relative_error(got, plain) < 1e-5 and not torch.equal(got, plain)
+
+
+def test_several_adapters_and_mixed_batches_take_the_original_forward() -> None:
+    model, x = lora(models.base_model("nf4")), testing.tensor(3, 64)
+    model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q", "o"], init_lora_weights=False))
+    names = ["default", "other", "__base__"]
+    mixed = model.eval()(x, adapter_names=names)
+    model.base_model.set_adapter(["default", "other"])
+    both = model(x)
+    report = pk.patch(model)
+    assert torch.equal(model(x), both)
+    assert any("2 active adapters" in key for layer in report.layers for key in layer.fallbacks)
+    assert torch.equal(model(x, adapter_names=names), mixed)
+    assert any("adapter_names" in key for layer in report.layers for key in layer.fallbacks)
+
+    model.set_adapter("other")
+    with_other = model(x)
+    pk.unpatch(model)
+    assert testing.relative_error(with_other, model(x)) < 1e-5
+    assert testing.relative_error(both, model(x)) > 1e-2
+
+
+def test_layers_of_other_types_are_reported() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.emb, self.q, self.conv = nn.Embedding(8, 64), nn.Linear(64, 64), nn.Conv1d(4, 4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.conv(self.q(self.emb(x)))
+
+    model = lora(Two(), target_modules=["emb", "q", "conv"])
+    x = torch.tensor([[1, 2, 3, 4]])
+    plain = model(x)
+    report = pk.patch(model)
+    assert [layer.name.rpartition(".")[2] for layer in report.fused] == ["q"]
+    assert {layer.reason.rpartition(".")[2] for layer in report.original} == {"Embedding", "Conv1d"}
+    assert testing.relative_error(model(x), plain) < 1e-5
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"])
+def test_hooks_inside_a_layer_still_run(part: str) -> None:
+    model, x, calls = lora(models.base_model("nf4")), testing.tensor(3, 64), []
+    report = pk.patch(model)
+    model.base_model.model.q.get_submodule(part).register_forward_hook(lambda *_: calls.append(1))
+    model(x)
+    assert calls == [1]
+    assert any("hooks on the base layer" in key for layer in report.layers for key in layer.fallbacks)
+
+
+def test_hooks_on_a_layer_still_run() -> None:
+    model, x, calls = lora(models.base_model("nf4")), testing.tensor(3, 64), []
+    report = pk.patch(model)
+    model.base_model.model.q.register_forward_hook(lambda *_: calls.append(1))
+    model(x)
+    assert calls == [1] and not any(layer.fallbacks for layer in report.layers)
+
+
+def test_accelerate_hooks() -> None:
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    model, x = lora(models.base_model("nf4")), testing.tensor(3, 64)
+    plain, layer = model(x), model.base_model.model.q
+    hooks.add_hook_to_module(layer, hooks.ModelHook())
+    report = pk.patch(model)  # hook first: its forward may move weights, so it stays
+    assert [entry.reason for entry in report.original] == ["its forward is already replaced (an accelerate hook?)"]
+    assert testing.relative_error(model(x), plain) < 1e-5
+    hooks.remove_hook_from_module(layer)
+    pk.unpatch(model)
+
+    pk.patch(model)  # patch first: the hook wraps the fused forward
+    hooks.add_hook_to_module(layer, hooks.ModelHook())
+    assert testing.relative_error(model(x), plain) < 1e-5
+    assert pk.unpatch(model) == 2
+    assert torch.equal(model(x), plain)
+    hooks.remove_hook_from_module(layer)
+    assert torch.equal(model(x), plain)
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+def test_copies_of_a_patched_model_are_their_own(copying: Any) -> None:
+    model, x = lora(models.base_model("nf4")), testing.tensor(3, 64)
+    pk.patch(model)
+    y = model(x)
+    twin = copying(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert torch.equal(twin(x), y) and not torch.equal(model(x), y)
+    assert pk.unpatch(twin) == 2
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_compiles_without_graph_breaks(base: str) -> None:
+    model, x = lora(models.base_model(base)), testing.tensor(3, 64)
+    pk.patch(model)
+    eager = run(model, x)
+    compiled = torch.compile(model, fullgraph=True)
+    y = compiled(x.detach())
+    assert testing.relative_error(y, eager["y"]) < 1e-6
+    model.zero_grad()
+    y.backward(testing.tensor(*y.shape, seed=9))
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert testing.relative_error(parameter.grad, eager[name]) < 1e-5, name
+
+
+@pytest.mark.parametrize("base", models.BASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_gives_the_dtype_that_peft_gives(base: str, dtype: torch.dtype) -> None:
+    model, x = lora(models.base_model(base)), testing.tensor(3, 64, dtype=dtype)
+    layer = model.base_model.model.q
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = layer(x)
+        with pk.patched(model) as report:
+            got = layer(x)
+    assert got.dtype == plain.dtype and not any(entry.fallbacks for entry in report.layers), str(report)
+    assert testing.relative_error(got, plain) < 0.01
+
+
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    model = pk.quantize_model(models.tiny_llama())
+    model = lora(model, target_modules="all-linear")
+    ids = torch.arange(24).view(2, 12)
+
+    def grads() -> dict[str, Tensor]:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model.train()
+    with pk.patched(model) as report:
+        plain = grads()
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        checkpointed = grads()
+    assert len(report.fused) == 28 and not any(layer.fallbacks for layer in report.layers), str(report)
+    assert plain.keys() == checkpointed.keys() and len(plain) == 28
+    for name in plain:
+        assert torch.equal(plain[name], checkpointed[name]), name
+
+
+def test_second_backward_through_a_retained_graph() -> None:
+    model, x = lora(models.base_model("nf4")), testing.tensor(3, 64)
+    pk.patch(model)
+    loss = model(x).square().sum()
+    loss.backward(retain_graph=True)
+    first = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            assert torch.equal(parameter.grad, first[name]), name
+
+
+# bitsandbytes' Linear4bit without an adapter.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear4bit_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = models.to_linear4bit(nn.Linear(128, 96, dtype=dtype), compute_dtype=dtype)
+    x = testing.tensor(9, 128, dtype=dtype)
+    plain = run(layer, x)
+    weight = pk.NF4Weight.from_bnb(layer.weight).dequantize(torch.float32).double()
+    truth = nn.functional.linear(x.double(), weight, layer.bias.double())
+    report = pk.patch(layer)
+    assert str(report) == "peft_kernels: 1 of 1 layers fused"
+    testing.assert_close(layer(x), plain["y"], truth, "y")
+    testing.assert_close(run(layer, x)["x"], plain["x"], testing.tensor(9, 96, dtype=dtype, seed=9).double() @ weight)
+
+
+def test_linear4bit_compute_dtype() -> None:
+    layer = models.to_linear4bit(nn.Linear(128, 96), compute_dtype=torch.bfloat16)
+    x = testing.tensor(9, 128)
+    plain = layer(x.requires_grad_())
+    pk.patch(layer)
+    assert layer(x).dtype == torch.float32
+    assert testing.relative_error(layer(x), plain) < 0.01
+    assert torch.equal(layer(x), layer(x).bfloat16().float()), "computed in bf16, as bitsandbytes would"
+
+
+def test_linear4bit_evaluation_changes_no_state_and_training_goes_on() -> None:
+    """bitsandbytes' own CPU evaluation repacks the weight: changed absmax in state_dict, x.grad None afterwards."""
+    torch.manual_seed(0)
+    layer = models.to_linear4bit(nn.Linear(128, 96, dtype=torch.bfloat16))
+    state = copy.deepcopy(layer.state_dict())
+    pk.patch(layer)
+    layer.eval()
+    layer(testing.tensor(4, 128, dtype=torch.bfloat16))
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    layer.train()
+    x = testing.tensor(4, 128, dtype=torch.bfloat16).requires_grad_()
+    layer(x).sum().backward()
+    weight = pk.NF4Weight.from_bnb(layer.weight).dequantize(torch.float32)
+    assert testing.relative_error(x.grad, weight.sum(0).expand(4, 128)) < 0.01
+
+
+def test_linear4bit_that_cannot_be_read_is_reported() -> None:
+    layer = models.to_linear4bit(nn.Linear(128, 96, dtype=torch.bfloat16))
+    layer.weight.quant_state.packing_format_for_cpu = True
+    report = pk.patch(layer)
+    assert not report.fused and "repacked the weight for CPU inference" in str(report)
