@@ -1,7 +1,7 @@
 """Builds the C++ back end. Everything else about the package is in pyproject.toml.
 
-PEFT_KERNELS_CPU   unset: build the CPU back end where there is a C++ compiler and torch, else install pure Python
-                   and say so; 0: leave it out; 1: fail without it
+PEFT_KERNELS_CPU   unset: build the CPU back end where there is a C++ compiler and torch, else install pure
+                   Python and say so; 0: leave it out; 1: fail without it
 PEFT_KERNELS_CUDA  see cuda_extensions()
 
 A compile error is always an error: a machine with a compiler should not get the slow package by accident.
@@ -32,7 +32,19 @@ CPU_SOURCES = [
     "csrc/cpu/ops.cpp",
     "csrc/cpu/scalar.cpp",
 ]
+HEADERS = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in (".h", ".inl")]
 X86_SOURCES = ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/avx512_bf16.cpp"]
+
+IS_X86 = platform.machine() in ("x86_64", "AMD64")
+PROBE = "#include <vector>\nint main() { return int(std::vector<int>().size()); }\n"
+X86_PROBE = """#include <immintrin.h>
+#include <vector>
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+__m512 probe(__m512 sum, __m512bh a) { return _mm512_dpbf16_ps(sum, a, a); }
+#pragma GCC pop_options
+int main() { return int(std::vector<int>().size()); }
+"""
 
 
 def switch(name: str) -> bool | None:
@@ -47,26 +59,32 @@ def spec_hash() -> str:
     """Fingerprint of the op schemas, taken from the source: spec.py imports torch, and the package."""
     tree = ast.parse((ROOT / "peft_kernels" / "spec.py").read_text(encoding="utf-8"))
     calls = sorted(
-        (node for node in ast.walk(tree) if isinstance(node, ast.Call)), key=lambda node: (node.lineno, node.col_offset)
+        (node for node in ast.walk(tree) if isinstance(node, ast.Call)),
+        key=lambda node: (node.lineno, node.col_offset),
     )
     schemas = [
         keyword.value.value
         for call in calls
         for keyword in call.keywords
-        if keyword.arg == "schema" and isinstance(keyword.value, ast.Constant) and isinstance(keyword.value.value, str)
+        if keyword.arg == "schema"
+        and isinstance(keyword.value, ast.Constant)
+        and isinstance(keyword.value.value, str)
     ]
     return hashlib.sha256("\n".join(schemas).encode()).hexdigest()
 
 
 def compiler_problem() -> str | None:
-    """None when the C++ compiler that the build will use compiles a small file, else what it said."""
+    """None when the C++ compiler that the build will use compiles a small file, else what it said.
+
+    On x86 the file is written as the kernels are, with a target pragma, which clang does not have.
+    """
     command = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
-        source.write_text("#include <vector>\nint main() { return std::vector<int>().size(); }\n")
+        source.write_text(X86_PROBE if IS_X86 else PROBE)
         try:
             result = subprocess.run(
-                [*command, "-c", str(source), "-o", str(Path(folder, "probe.o"))],
+                [*command, "-std=c++17", "-c", str(source), "-o", str(Path(folder, "probe.o"))],
                 capture_output=True,
                 text=True,
                 check=False,
@@ -74,7 +92,8 @@ def compiler_problem() -> str | None:
         except OSError as error:
             return f"no C++ compiler ({error})"
     if result.returncode != 0:
-        return f"{command[0]} does not compile C++: {result.stderr.strip()[:300]}"
+        kind = "GCC 10 or later is needed on x86" if IS_X86 else "a C++17 compiler is needed"
+        return f"{command[0]} does not compile a small file ({kind}): {result.stderr.strip()[:400]}"
     return None
 
 
@@ -98,15 +117,13 @@ def cpu_extensions() -> tuple[list[Any], dict[str, Any]]:
     # A contracted a * b + c would round once where the NF4 format rounds twice.
     compile_args.append("-ffp-contract=off")
     if sys.platform == "linux":
-        # at::parallel_for is a template, so it needs -fopenmp here. The link does not: libtorch_cpu brings its own
-        # OpenMP runtime, and naming one could load a second, with a second pool of threads.
+        # at::parallel_for is a template, so it needs -fopenmp here. The link does not: libtorch_cpu brings
+        # its own OpenMP runtime, and naming one could load a second, with a second pool of threads.
         compile_args.append("-fopenmp")
-    is_x86 = platform.machine() in ("x86_64", "AMD64")
     extension = CppExtension(
         name="peft_kernels._C",
-        sources=CPU_SOURCES + (X86_SOURCES if is_x86 else []),
-        depends=[str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in (".h", ".inl")]
-        + ["peft_kernels/spec.py"],
+        sources=CPU_SOURCES + (X86_SOURCES if IS_X86 else []),
+        depends=["peft_kernels/spec.py", *HEADERS],
         define_macros=[("PEFT_KERNELS_SPEC_HASH", spec_hash())],
         extra_compile_args={"cxx": compile_args},
     )
@@ -117,7 +134,8 @@ def cpu_extensions() -> tuple[list[Any], dict[str, Any]]:
 def cuda_extensions() -> list[Any]:
     """The extension `peft_kernels._C_cuda` (csrc/cuda), once there is one.
 
-    PEFT_KERNELS_CUDA  unset: build it where torch has CUDA and nvcc is found; 0: leave it out; 1: fail without it
+    PEFT_KERNELS_CUDA  unset: build it where torch has CUDA and nvcc is found; 0: leave it out;
+                       1: fail without it
     """
     if switch("PEFT_KERNELS_CUDA"):
         raise SystemExit("PEFT_KERNELS_CUDA=1, but this version of peft_kernels has no CUDA back end")

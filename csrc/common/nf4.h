@@ -1,9 +1,9 @@
 // The NF4 number format: the only C++ copy of its tables. Knows no torch; shared by every back end.
 //
-// A weight is flattened row-major and cut into blocks of `blocksize` elements; each block has one fp32 absmax.
-// A code is the number of thresholds t with x * (1 / absmax) > t, strictly, so a tie takes the lower code.
-// Element 2i is the HIGH nibble of byte i, element 2i + 1 the low one; the padding nibble of an odd tail holds
-// kZeroCode, as bitsandbytes writes it.
+// A weight is flattened row-major and cut into blocks of `blocksize` elements; each block has one fp32
+// absmax. A code is the number of thresholds t with x * (1 / absmax) > t, strictly, so a tie takes the lower
+// code. Element 2i is the HIGH nibble of byte i, element 2i + 1 the low one; the padding nibble of an odd
+// tail holds kZeroCode, as bitsandbytes writes it.
 #pragma once
 
 #include <cstdint>
@@ -24,17 +24,29 @@ inline constexpr bool is_blocksize(int64_t size) {
 
 // Aligned so that a vector register can be filled from the table in one load.
 alignas(64) inline constexpr float kCode[kCodes] = {
-    -1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
-    -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f, 0.0f,
-    0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f, 0.33791524171829224f,
-    0.44070982933044434f, 0.5626170039176941f, 0.7229568362236023f, 1.0f,
+    -1.0f,
+    -0.6961928009986877f,
+    -0.5250730514526367f,
+    -0.39491748809814453f,
+    -0.28444138169288635f,
+    -0.18477343022823334f,
+    -0.09105003625154495f,
+    0.0f,
+    0.07958029955625534f,
+    0.16093020141124725f,
+    0.24611230194568634f,
+    0.33791524171829224f,
+    0.44070982933044434f,
+    0.5626170039176941f,
+    0.7229568362236023f,
+    1.0f,
 };
 
 inline constexpr float kThresholds[kCodes - 1] = {
-    -0.8480964004993439f, -0.6106329262256622f, -0.4599952697753906f, -0.33967943489551544f,
+    -0.8480964004993439f,  -0.6106329262256622f,  -0.4599952697753906f,   -0.33967943489551544f,
     -0.23460740596055984f, -0.13791173323988914f, -0.045525018125772476f, 0.03979014977812767f,
-    0.1202552504837513f, 0.2035212516784668f, 0.2920137718319893f, 0.3893125355243683f,
-    0.5016634166240692f, 0.6427869200706482f, 0.8614784178118011f,
+    0.1202552504837513f,   0.2035212516784668f,   0.2920137718319893f,    0.3893125355243683f,
+    0.5016634166240692f,   0.6427869200706482f,   0.8614784178118011f,
 };
 
 // The signed dynamic map of 8-bit blockwise quantisation (Dettmers et al., 2021, section 1.3, as bitsandbytes

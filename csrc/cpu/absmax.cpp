@@ -39,8 +39,8 @@ uint32_t abs_bits(float x) {
 
 }  // namespace
 
-void quantize_absmax_groups(const float* absmax, int64_t blocks, float offset, int64_t group_begin, int64_t group_end,
-                            uint8_t* q8, float* absmax2) {
+void quantize_absmax_groups(const float* absmax, int64_t blocks, float offset, int64_t group_begin,
+                            int64_t group_end, uint8_t* q8, float* absmax2) {
   for (int64_t group = group_begin; group < group_end; ++group) {
     const int64_t begin = group * nf4::kAbsmaxBlock;
     const int64_t end = std::min<int64_t>(begin + nf4::kAbsmaxBlock, blocks);

@@ -1,3 +1,4 @@
+// Level avx2. System headers come before the pragma: what they define must stay baseline code.
 #include <float.h>
 #include <immintrin.h>
 #include <string.h>
@@ -10,8 +11,10 @@
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c")
 namespace peft_kernels::cpu::avx2 {
+// clang-format off
 #include "vec_avx2.h"
 #include "kernels.inl"
+// clang-format on
 }  // namespace peft_kernels::cpu::avx2
 #pragma GCC pop_options
 

@@ -1,3 +1,4 @@
+// Level avx512. System headers come before the pragma: what they define must stay baseline code.
 #include <float.h>
 #include <immintrin.h>
 #include <string.h>
@@ -10,11 +11,14 @@
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace peft_kernels::cpu::avx512 {
+// clang-format off
 #include "vec_avx512.h"
 #include "kernels.inl"
+// clang-format on
 }  // namespace peft_kernels::cpu::avx512
 #pragma GCC pop_options
 
 namespace peft_kernels::cpu {
-const KernelTable kAvx512Kernels = {"avx512", avx512::quantize, avx512::dequantize, avx512::gemm_nt, avx512::gemm_nn};
+const KernelTable kAvx512Kernels = {"avx512", avx512::quantize, avx512::dequantize, avx512::gemm_nt,
+                                    avx512::gemm_nn};
 }

@@ -38,7 +38,8 @@ struct OuterBF16 {
     memcpy(out, static_cast<const BF16*>(lhs) + first, count * sizeof(BF16));
   }
 
-  static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t rows, int64_t cols, PanelBF16* out) {
+  static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t rows, int64_t cols,
+                        PanelBF16* out) {
     // Row starts that are multiples of 32 keep runs of 32 in one block, and in whole bytes.
     if (rhs.nf4 && rows == 2 && cols == kStrip && (first | rhs.ld) % nf4::kMinBlocksize == 0) {
       return decode_step(*rhs.nf4, first, first + rhs.ld, out);
@@ -53,7 +54,8 @@ struct OuterBF16 {
   static void decode_step(const Nf4View& w, int64_t first0, int64_t first1, PanelBF16* out) {
     const uint8_t *row0 = w.packed + first0 / 2, *row1 = w.packed + first1 / 2;
     for (int64_t c = 0; c < kStrip; c += nf4::kMinBlocksize) {
-      const PairTable table(block_absmax(w, (first0 + c) >> w.block_shift), block_absmax(w, (first1 + c) >> w.block_shift));
+      const PairTable table(block_absmax(w, (first0 + c) >> w.block_shift),
+                            block_absmax(w, (first1 + c) >> w.block_shift));
 #pragma GCC unroll 2
       for (int64_t i = c; i < c + nf4::kMinBlocksize; i += PairTable::kStep) {
         table.decode(row0 + i / 2, row1 + i / 2, out + 2 * i);

@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -19,7 +20,8 @@ using namespace peft_kernels;
 constexpr size_t kPrefixLength = sizeof("PEFT_KERNELS_SPEC_HASH=") - 1;
 
 // Python looks for these bytes in the file before it loads it, to refuse a library built from other schemas.
-__attribute__((used)) const char kSpecHash[] = "PEFT_KERNELS_SPEC_HASH=" PEFT_KERNELS_QUOTE(PEFT_KERNELS_SPEC_HASH);
+__attribute__((used)) const char kSpecHash[] =
+    "PEFT_KERNELS_SPEC_HASH=" PEFT_KERNELS_QUOTE(PEFT_KERNELS_SPEC_HASH);
 
 std::vector<std::string> isa_levels() {
   std::vector<std::string> levels;
@@ -44,12 +46,16 @@ std::vector<float> to_vector(const float (&table)[kCount]) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  if (const char* error = cpu::select_isa_from_environment()) throw std::runtime_error(error);
+  if (const char* error = cpu::select_isa_from_environment()) {
+    throw std::runtime_error(std::string(error) + ", got " + std::getenv("PEFT_KERNELS_CPU_ISA"));
+  }
   m.def("isa_levels", isa_levels, "Levels that this machine can run, ascending.");
   m.def("isa_level", [] { return std::string(cpu::kernels().name); }, "The level in use.");
   m.def("set_isa_level", set_isa_level, "Choose a level for every later call in this process.");
   m.def("nf4_code", [] { return to_vector(nf4::kCode); });
   m.def("nf4_thresholds", [] { return to_vector(nf4::kThresholds); });
   m.def("dynamic_map", [] { return to_vector(nf4::kDynamicMap); });
-  m.def("spec_hash", [] { return std::string(kSpecHash + kPrefixLength); }, "SHA-256 of the schemas built against.");
+  m.def(
+      "spec_hash", [] { return std::string(kSpecHash + kPrefixLength); },
+      "SHA-256 of the schemas built against.");
 }

@@ -45,8 +45,8 @@ inline void check_shape(const Tensor& t, at::IntArrayRef expected, const char* n
 }
 
 inline int block_shift_of(int64_t blocksize) {
-  TORCH_CHECK(nf4::is_blocksize(blocksize), "blocksize: expected a power of two from ", nf4::kMinBlocksize, " to ",
-              nf4::kMaxBlocksize, ", got ", blocksize);
+  TORCH_CHECK(nf4::is_blocksize(blocksize), "blocksize: expected a power of two from ", nf4::kMinBlocksize,
+              " to ", nf4::kMaxBlocksize, ", got ", blocksize);
   int shift = 0;
   while ((int64_t{1} << shift) < blocksize) ++shift;
   return shift;
@@ -77,8 +77,8 @@ inline Tensor activation(const Tensor& t, int64_t features, const char* name) {
 // An NF4 weight and the tensors that keep its bytes alive.
 class Nf4Holder {
  public:
-  Nf4Holder(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset,
-            int64_t blocksize, int64_t numel) {
+  Nf4Holder(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
+            const OptionalTensor& offset, int64_t blocksize, int64_t numel) {
     view_.block_shift = block_shift_of(blocksize);
     check_dtype(packed, at::kByte, "packed");
     TORCH_CHECK(packed.numel() == (numel + 1) / 2, "packed: expected ", (numel + 1) / 2, " bytes, got ",

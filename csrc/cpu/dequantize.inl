@@ -6,9 +6,10 @@ inline float block_absmax(const Nf4View& w, int64_t block) {
   return nf4::kDynamicMap[w.q8[block]] * w.absmax2[block >> nf4::kAbsmaxBlockShift] + w.offset;
 }
 
-// A run within one block.
+// A run within one block, from any element.
 template <class Out>
-void decode_block_run(const NibbleTable<Out>& table, const uint8_t* packed, int64_t first, int64_t count, Out* out) {
+void decode_ragged_run(const NibbleTable<Out>& table, const uint8_t* packed, int64_t first, int64_t count,
+                       Out* out) {
   constexpr int kStep = NibbleTable<Out>::kStep;
   const uint8_t* bytes = packed + (first >> 1);
   if (first & 1) {  // starts in a low nibble
@@ -30,12 +31,19 @@ void decode_block_run(const NibbleTable<Out>& table, const uint8_t* packed, int6
 
 template <class Out>
 void dequantize_run(const Nf4View& w, int64_t first, int64_t count, Out* out) {
+  constexpr int64_t kStep = NibbleTable<Out>::kStep;
   const int64_t blocksize = int64_t{1} << w.block_shift;
   while (count > 0) {
     const int64_t left_in_block = blocksize - (first & (blocksize - 1));
-    const int64_t run = count < left_in_block ? count : left_in_block;
     const NibbleTable<Out> table(block_absmax(w, first >> w.block_shift));
-    decode_block_run(table, w.packed, first, run, out);
+    int64_t run = count < left_in_block ? count : left_in_block;
+    if (first % kStep == 0 && run >= kStep) {
+      run -= run % kStep;
+      const uint8_t* bytes = w.packed + first / 2;
+      for (int64_t i = 0; i < run; i += kStep) table.decode(bytes + i / 2, out + i);
+    } else {
+      decode_ragged_run(table, w.packed, first, run, out);
+    }
     first += run;
     out += run;
     count -= run;

@@ -55,7 +55,8 @@ template <class Dot, int kRows>
 void dot_rows(int64_t rows, const typename Dot::Lhs* lhs, int64_t lhs_ld, const typename Dot::Rhs* panel,
               int64_t panel_ld, int64_t depth, float* tile, int64_t tile_ld) {
   if constexpr (kRows > 1) {
-    if (rows < kRows) return dot_rows<Dot, kRows - 1>(rows, lhs, lhs_ld, panel, panel_ld, depth, tile, tile_ld);
+    if (rows < kRows)
+      return dot_rows<Dot, kRows - 1>(rows, lhs, lhs_ld, panel, panel_ld, depth, tile, tile_ld);
   }
   dot_tile<Dot, kRows>(lhs, lhs_ld, panel, panel_ld, depth, tile, tile_ld);
 }

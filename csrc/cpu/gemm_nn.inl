@@ -1,8 +1,8 @@
-// out[m, n] += lhs[m, p] * rhs[p, n]: products whose summed dimension runs down the rows of rhs. dx = dy W reads rows
-// of the packed weight in their own order, so nothing is transposed here either.
+// out[m, n] += lhs[m, p] * rhs[p, n]: products whose summed dimension runs down the rows of rhs. dx = dy W
+// reads rows of the packed weight in their own order, so nothing is transposed here either.
 
 constexpr int64_t kNnTileRows = 192;
-constexpr int64_t kNnStrips = 4;  // strips decoded together
+constexpr int64_t kNnStrips = 4;   // strips decoded together
 constexpr int64_t kNnDepth = 256;  // rows of rhs decoded together
 constexpr int64_t kNnTileLd = kNnStrips * kStrip;
 constexpr int64_t kNnTileFloats = kNnTileRows * kNnTileLd;
@@ -10,8 +10,8 @@ constexpr int64_t kNnPanelFloats = kNnDepth * kNnStrips * kStrip;
 constexpr int64_t kNnLhsFloats = kNnTileRows * kNnDepth;
 static_assert((kNnTileFloats + kNnPanelFloats + kNnLhsFloats) * sizeof(float) <= kScratchBytes, "");
 
-// With few rows a panel is soon done with: it should fit L1. The sums do not depend on the choice, since they pass
-// from one panel to the next in fp32.
+// With few rows a panel is soon done with: it should fit L1. The sums do not depend on the choice, since they
+// pass from one panel to the next in fp32.
 struct NnBlocking {
   int64_t depth;
   int64_t strips;
@@ -21,8 +21,8 @@ inline NnBlocking nn_blocking(int64_t rows) {
 }
 
 template <class Outer>
-void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
-                 float* tile, void* panel_memory, void* lhs_memory) {
+void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t rows, int64_t n0,
+                 int64_t cols, float* tile, void* panel_memory, void* lhs_memory) {
   using Value = typename Outer::Value;
   Value* panel = static_cast<Value*>(panel_memory);
   Value* lhs = static_cast<Value*>(lhs_memory);
@@ -37,14 +37,15 @@ void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t 
     }
     for (int64_t p = 0; p < depth; p += Outer::kPair) {
       for (int64_t c = 0; c < cols; c += kStrip) {
-        Outer::fill_step(term.rhs, term.rhs_scale, (p0 + p) * term.rhs.ld + n0 + c, min64(Outer::kPair, depth - p),
-                         min64(kStrip, cols - c), panel + c * padded + p * kStrip);
+        Outer::fill_step(term.rhs, term.rhs_scale, (p0 + p) * term.rhs.ld + n0 + c,
+                         min64(Outer::kPair, depth - p), min64(kStrip, cols - c),
+                         panel + c * padded + p * kStrip);
       }
     }
     for (int64_t r = 0; r < rows; r += kOuterRows) {
       for (int64_t c = 0; c < cols; c += kStrip) {
-        outer_rows<Outer, kOuterRows>(min64(kOuterRows, rows - r), lhs + r * padded, padded, panel + c * padded, steps,
-                                      tile + r * kNnTileLd + c, kNnTileLd);
+        outer_rows<Outer, kOuterRows>(min64(kOuterRows, rows - r), lhs + r * padded, padded,
+                                      panel + c * padded, steps, tile + r * kNnTileLd + c, kNnTileLd);
       }
     }
   }

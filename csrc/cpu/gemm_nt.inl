@@ -1,10 +1,11 @@
-// out[m, n] += lhs[m, :] . rhs[n, :]: the linear layer, and every product with rows along the summed dimension.
+// out[m, n] += lhs[m, :] . rhs[n, :]: the linear layer, and every product with rows along the summed
+// dimension.
 //
-// Rows of a packed weight become rows of a panel without a transposition. A panel is decoded once for many rows of
-// lhs; it streams from L2 past the few rows of lhs that the micro-kernel keeps in L1.
+// Rows of a packed weight become rows of a panel without a transposition. A panel is decoded once for many
+// rows of lhs; it streams from L2 past the few rows of lhs that the micro-kernel keeps in L1.
 
-constexpr int64_t kNtTileRows = 256;  // rows of lhs that one decoded panel serves
-constexpr int64_t kNtRowBytes = 4096;                  // of one panel row: kDotRows rows of lhs of that length fit L1
+constexpr int64_t kNtTileRows = 256;   // rows of lhs that one decoded panel serves
+constexpr int64_t kNtRowBytes = 3072;  // of one panel row: kDotRows rows of lhs of that length fit L1
 constexpr int64_t kNtPanelLdBytes = kNtRowBytes + 64;  // keeps panel rows out of each other's cache sets
 constexpr int64_t kNtTileBytes = kNtTileRows * kStrip * sizeof(float);
 constexpr int64_t kNtPanelBytes = kStrip * kNtPanelLdBytes;
@@ -29,7 +30,7 @@ void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int
   const auto* lhs = static_cast<const typename Dot::Lhs*>(term.lhs) + m0 * term.lhs_ld;
   const int64_t block = nt_depth_block(term.depth, sizeof(Rhs));
   // For a few rows the panel is read as soon as it is written: keep it in L1.
-  const int64_t panel_rows = rows <= 2 * kDotRows ? 4 : kStrip;
+  const int64_t panel_rows = rows <= 6 * kDotRows ? 4 : kStrip;
   for (int64_t k0 = 0; k0 < term.depth; k0 += block) {
     const int64_t depth = min64(block, term.depth - k0);
     const int64_t padded_depth = round_up(depth, Dot::kStep);
@@ -51,16 +52,16 @@ void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int
   }
 }
 
-// A term of small depth (the LoRA delta): summing lanes would cost more than the products, so rhs is transposed into
-// one strip and the other micro-kernel used.
+// A term of small depth (the LoRA delta): summing lanes would cost more than the products, so rhs is
+// transposed into one strip and the other micro-kernel used.
 constexpr int64_t kThinDepth = 64;
 
 inline bool is_thin(const GemmTerm& term) {
   return term.depth <= kThinDepth && term.lhs_dtype == DType::kF32 && !term.rhs.nf4;
 }
 
-inline void nt_add_thin_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
-                             void* panel_memory) {
+inline void nt_add_thin_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
+                             float* tile, void* panel_memory) {
   float* strip = static_cast<float*>(panel_memory);
   memset(strip, 0, term.depth * kStrip * sizeof(float));
   for (int64_t c = 0; c < cols; ++c) {
@@ -70,8 +71,8 @@ inline void nt_add_thin_term(const GemmTerm& term, int64_t m0, int64_t rows, int
   }
   const float* lhs = static_cast<const float*>(term.lhs) + m0 * term.lhs_ld;
   for (int64_t r = 0; r < rows; r += kOuterRows) {
-    outer_rows<OuterF32, kOuterRows>(min64(kOuterRows, rows - r), lhs + r * term.lhs_ld, term.lhs_ld, strip, term.depth,
-                                     tile + r * kStrip, kStrip);
+    outer_rows<OuterF32, kOuterRows>(min64(kOuterRows, rows - r), lhs + r * term.lhs_ld, term.lhs_ld, strip,
+                                     term.depth, tile + r * kStrip, kStrip);
   }
 }
 
@@ -94,7 +95,7 @@ inline void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t 
 void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {
   float* tile = static_cast<float*>(scratch);
   char* panel = static_cast<char*>(scratch) + kNtTileBytes;
-  float* gemv_scratch = reinterpret_cast<float*>(panel + kNtPanelBytes);
+  void* gemv_scratch = panel + kNtPanelBytes;
   bool gemv[kMaxTerms];
   for (int t = 0; t < p.term_count; ++t) {
     gemv[t] = gemv_serves(p.terms[t], rect);

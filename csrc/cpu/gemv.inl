@@ -1,19 +1,45 @@
-// A packed weight times one to four rows of lhs, as in generation: the weight is read once and never written out.
+// A packed weight times one to four rows of lhs, as in generation: the weight is read once and never written
+// out.
 //
-// A chunk is one vector of packed bytes, eight codes to a 32-bit lane. Shifting by a nibble eight times brings each
-// code to the bottom, where a permute turns it into its fp32 value. The codes of one shift belong to elements eight
-// apart, so lhs is laid out that way once per call. The scale follows after the eight products of a lane, which lie
-// in one block:
+// A chunk is one vector of packed bytes. Each lane holds kSteps codes: shifting by a nibble brings one code
+// after the other to the bottom, where a permute turns it into its value. The codes of one shift belong to
+// elements kSteps apart, so lhs is laid out that way once per call:
 //
-//   lane l, shift j:  element 8 l + (j ^ 1)        (the high nibble of a byte is the even element)
+//   lane l, shift j:  element kSteps * l + (j ^ 1)        (the high nibble of a byte is the even element)
+//
+// The absmax follows after the eight products of a 32-bit lane, which lie in one block.
 
 constexpr int64_t kGemvMaxRows = 4;
-constexpr int64_t kChunk = 8 * kLanes;      // elements
-constexpr int64_t kGemvMaxWeightRows = 4;   // rows of the weight that share the loads of lhs
+constexpr int64_t kChunk = 8 * kLanes;     // elements
+constexpr int64_t kGemvMaxWeightRows = 4;  // rows of the weight that share the loads of lhs
+
+struct GemvF32 {
+  using Value = float;  // of lhs as arranged
+  static constexpr int kSteps = 8;
+  using Table = CodeTable;
+  static constexpr float kTableScale = 1.0f;  // of the codes in it
+  static Vec load_lhs(const float* p) { return load(p); }
+  static Vec lookup(const Table& table, VecI bits) { return lookup_code(table, bits); }
+  static VecI next(VecI bits) { return next_nibble(bits); }
+  static Vec mac(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
+};
+
+#if PEFT_KERNELS_BF16_DOT
+struct GemvBF16 {
+  using Value = BF16;
+  static constexpr int kSteps = 4;
+  using Table = PairCodeTable;
+  static constexpr float kTableScale = PairCodeTable::kScale;
+  static VecPairs load_lhs(const BF16* p) { return load_pairs(p); }
+  static VecPairs lookup(const Table& table, VecI bits) { return lookup_code(table, bits); }
+  static VecI next(VecI bits) { return next_nibble16(bits); }
+  static Vec mac(VecPairs a, VecPairs b, Vec sum) { return dot_pairs(a, b, sum); }
+};
+#endif
 
 struct GemvLayout {
   int64_t chunks;        // in a row, the last one padded
-  int64_t lhs_floats;    // of one row of lhs as arranged
+  int64_t lhs_values;    // of one row of lhs as arranged
   int64_t scale_floats;  // of one weight row
 };
 
@@ -27,30 +53,34 @@ inline bool gemv_serves(const GemmTerm& term, const Rect& rect) {
   if (!term.rhs.nf4 || rect.m1 - rect.m0 > kGemvMaxRows) return false;
   if (term.rhs.ld % (int64_t{1} << term.rhs.nf4->block_shift) != 0) return false;
   const GemvLayout layout = gemv_layout(term.depth);
-  const int64_t floats = kGemvMaxRows * layout.lhs_floats + kGemvMaxWeightRows * layout.scale_floats;
+  const int64_t floats = kGemvMaxRows * layout.lhs_values + kGemvMaxWeightRows * layout.scale_floats;
   return floats * static_cast<int64_t>(sizeof(float)) <= kGemvScratchBytes;
 }
 
-inline void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, float* arranged) {
+template <class Gemv>
+void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
   const GemvLayout layout = gemv_layout(term.depth);
-  for (int64_t m = rect.m0; m < rect.m1; ++m, arranged += layout.lhs_floats) {
-    for (int64_t chunk = 0; chunk < layout.chunks; ++chunk) {
-      float natural[kChunk] = {};
-      const int64_t first = chunk * kChunk;
-      widen_run(term.lhs, term.lhs_dtype, m * term.lhs_ld + first, min64(kChunk, term.depth - first), 1.0f, natural);
-      float* out = arranged + first;
-      for (int j = 0; j < 8; ++j) {
-        for (int lane = 0; lane < kLanes; ++lane) out[j * kLanes + lane] = natural[8 * lane + (j ^ 1)];
+  auto* arranged = static_cast<typename Gemv::Value*>(scratch);
+  constexpr int kStepLanes = kChunk / Gemv::kSteps;
+  for (int64_t m = rect.m0; m < rect.m1; ++m) {
+    for (int64_t first = 0; first < layout.lhs_values; first += kChunk, arranged += kChunk) {
+      float natural[kChunk] = {}, shifted[kChunk];
+      widen_run(term.lhs, term.lhs_dtype, m * term.lhs_ld + first, min64(kChunk, term.depth - first), 1.0f,
+                natural);
+      for (int j = 0; j < Gemv::kSteps; ++j) {
+        for (int l = 0; l < kStepLanes; ++l)
+          shifted[j * kStepLanes + l] = natural[Gemv::kSteps * l + (j ^ 1)];
       }
+      narrow_run(shifted, kChunk, arranged);
     }
   }
 }
 
 // kWeightRows rows of the weight against kRows rows of lhs; out[r][w] += their products.
-template <int kRows, int kWeightRows, int kBlocks>
-void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const GemvLayout& layout, const float* lhs,
-               const float* scales, float* out) {
-  const CodeTable table;
+template <class Gemv, int kRows, int kWeightRows, int kBlocks>
+void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const GemvLayout& layout,
+               const typename Gemv::Value* lhs, const float* scales, float* out) {
+  const typename Gemv::Table table;
   const int64_t row_bytes = depth / 2;
   Vec sums[kRows][kWeightRows];
 #pragma GCC unroll 4
@@ -58,7 +88,8 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
 #pragma GCC unroll 4
     for (int i = 0; i < kWeightRows; ++i) sums[r][i] = zero();
   }
-  const auto add_chunk = [&](int64_t chunk, const uint8_t* bytes, int64_t bytes_ld) __attribute__((always_inline)) {
+  const auto add_chunk = [&](int64_t chunk, const uint8_t* bytes,
+                             int64_t bytes_ld) __attribute__((always_inline)) {
     VecI bits[kWeightRows];
     Vec products[kRows][kWeightRows];
 #pragma GCC unroll 4
@@ -67,20 +98,20 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) products[r][i] = zero();
     }
-    const float* x = lhs + chunk * kChunk;
+    const auto* x = lhs + chunk * kChunk;
 #pragma GCC unroll 8
-    for (int j = 0; j < 8; ++j) {
-      Vec values[kWeightRows];
+    for (int j = 0; j < Gemv::kSteps; ++j) {
+      decltype(Gemv::lookup(table, bits[0])) values[kWeightRows];
 #pragma GCC unroll 4
       for (int i = 0; i < kWeightRows; ++i) {
-        values[i] = lookup_code(table, bits[i]);
-        bits[i] = next_nibble(bits[i]);
+        values[i] = Gemv::lookup(table, bits[i]);
+        bits[i] = Gemv::next(bits[i]);
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const Vec xj = load(x + r * layout.lhs_floats + j * kLanes);
+        const auto xj = Gemv::load_lhs(x + r * layout.lhs_values + j * (kChunk / Gemv::kSteps));
 #pragma GCC unroll 4
-        for (int i = 0; i < kWeightRows; ++i) products[r][i] = fma(xj, values[i], products[r][i]);
+        for (int i = 0; i < kWeightRows; ++i) products[r][i] = Gemv::mac(xj, values[i], products[r][i]);
       }
     }
     const int64_t block = (chunk * kChunk) >> w.block_shift;
@@ -117,51 +148,69 @@ constexpr int gemv_weight_rows() {
   return kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
 }
 
-template <int kRows, int kBlocks>
-void gemv_rows(const GemmTerm& term, int64_t n0, int64_t cols, float* scratch, float* tile) {
+template <class Gemv, int kRows, int kBlocks>
+void gemv_rows(const GemmTerm& term, int64_t n0, int64_t cols, void* scratch, float* tile) {
   constexpr int kWeightRows = gemv_weight_rows<kRows>();
   const Nf4View& w = *term.rhs.nf4;
   const GemvLayout layout = gemv_layout(term.depth);
   const int64_t blocks = term.depth >> w.block_shift;
-  float* scales = scratch + kRows * layout.lhs_floats;
+  const auto* lhs = static_cast<const typename Gemv::Value*>(scratch);
+  float* scales = static_cast<float*>(scratch) + kRows * layout.lhs_values;
   for (int64_t c = 0; c < cols;) {
     const int64_t count = cols - c >= kWeightRows ? kWeightRows : 1;
     for (int64_t i = 0; i < count; ++i) {
       const int64_t first_block = (n0 + c + i) * blocks;
       float* row = scales + i * layout.scale_floats;
-      for (int64_t b = 0; b < blocks; ++b) row[b] = block_absmax(w, first_block + b);
+      for (int64_t b = 0; b < blocks; ++b)
+        row[b] = block_absmax(w, first_block + b) * (1.0f / Gemv::kTableScale);
       for (int64_t b = blocks; b < layout.scale_floats; ++b) row[b] = 0.0f;
     }
     const uint8_t* packed = w.packed + (n0 + c) * term.depth / 2;
     if (count == kWeightRows) {
-      gemv_tile<kRows, kWeightRows, kBlocks>(w, packed, term.depth, layout, scratch, scales, tile + c);
+      gemv_tile<Gemv, kRows, kWeightRows, kBlocks>(w, packed, term.depth, layout, lhs, scales, tile + c);
     } else {
-      gemv_tile<kRows, 1, kBlocks>(w, packed, term.depth, layout, scratch, scales, tile + c);
+      gemv_tile<Gemv, kRows, 1, kBlocks>(w, packed, term.depth, layout, lhs, scales, tile + c);
     }
     c += count;
   }
 }
 
-template <int kBlocks>
-void gemv_blocks(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, float* scratch, float* tile) {
+template <class Gemv, int kBlocks>
+void gemv_blocks(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, void* scratch, float* tile) {
   switch (rows) {
     case 1:
-      return gemv_rows<1, kBlocks>(term, n0, cols, scratch, tile);
+      return gemv_rows<Gemv, 1, kBlocks>(term, n0, cols, scratch, tile);
     case 2:
-      return gemv_rows<2, kBlocks>(term, n0, cols, scratch, tile);
+      return gemv_rows<Gemv, 2, kBlocks>(term, n0, cols, scratch, tile);
     case 3:
-      return gemv_rows<3, kBlocks>(term, n0, cols, scratch, tile);
+      return gemv_rows<Gemv, 3, kBlocks>(term, n0, cols, scratch, tile);
     case 4:
-      return gemv_rows<4, kBlocks>(term, n0, cols, scratch, tile);
+      return gemv_rows<Gemv, 4, kBlocks>(term, n0, cols, scratch, tile);
   }
 }
 
 // `scratch` holds the arranged lhs, and takes the scales behind it.
-inline void gemv_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, float* scratch, float* tile) {
+template <class Gemv>
+void gemv_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, void* scratch, float* tile) {
   const int64_t blocks_in_chunk = kChunk >> term.rhs.nf4->block_shift;
-  if (blocks_in_chunk <= 1) return gemv_blocks<1>(term, rows, n0, cols, scratch, tile);
+  if (blocks_in_chunk <= 1) return gemv_blocks<Gemv, 1>(term, rows, n0, cols, scratch, tile);
   if constexpr (kChunk >= 2 * nf4::kMinBlocksize) {
-    if (blocks_in_chunk == 2) return gemv_blocks<2>(term, rows, n0, cols, scratch, tile);
+    if (blocks_in_chunk == 2) return gemv_blocks<Gemv, 2>(term, rows, n0, cols, scratch, tile);
   }
-  if constexpr (kChunk >= 4 * nf4::kMinBlocksize) gemv_blocks<4>(term, rows, n0, cols, scratch, tile);
+  if constexpr (kChunk >= 4 * nf4::kMinBlocksize) gemv_blocks<Gemv, 4>(term, rows, n0, cols, scratch, tile);
+}
+
+inline void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
+#if PEFT_KERNELS_BF16_DOT
+  if (has_bf16_values(term)) return gemv_arrange_lhs<GemvBF16>(term, rect, scratch);
+#endif
+  gemv_arrange_lhs<GemvF32>(term, rect, scratch);
+}
+
+inline void gemv_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, void* scratch,
+                          float* tile) {
+#if PEFT_KERNELS_BF16_DOT
+  if (has_bf16_values(term)) return gemv_add_term<GemvBF16>(term, rows, n0, cols, scratch, tile);
+#endif
+  gemv_add_term<GemvF32>(term, rows, n0, cols, scratch, tile);
 }

@@ -5,7 +5,7 @@
 #include <cstring>
 
 #if defined(__x86_64__)
-#include <cpuid.h>
+#  include <cpuid.h>
 #endif
 
 namespace peft_kernels::cpu {
@@ -52,16 +52,17 @@ uint64_t enabled_state() {
 }
 
 Isa detect() {
-  constexpr uint64_t kYmmState = 0x06;     // XMM, upper YMM
-  constexpr uint64_t kZmmState = 0xe6;     // and opmask, upper ZMM, ZMM16-31
-  constexpr unsigned kFma = 1u << 12, kF16c = 1u << 29;                                        // leaf 1, ecx
-  constexpr unsigned kAvx2 = 1u << 5;                                                          // leaf 7, ebx
-  constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;            // leaf 7, ebx
-  constexpr unsigned kBf16 = 1u << 5;                                                          // leaf 7.1, eax
+  constexpr uint64_t kYmmState = 0x06;                   // XMM, upper YMM
+  constexpr uint64_t kZmmState = 0xe6;                   // and opmask, upper ZMM, ZMM16-31
+  constexpr unsigned kFma = 1u << 12, kF16c = 1u << 29;  // leaf 1, ecx
+  constexpr unsigned kAvx2 = 1u << 5;                    // leaf 7, ebx
+  constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;  // leaf 7, ebx
+  constexpr unsigned kBf16 = 1u << 5;                                                // leaf 7.1, eax
 
   const uint64_t state = enabled_state();
   const CpuidLeaf leaf7 = cpuid(7, 0);
-  if (!has_bits(state, kYmmState) || !has_bits(cpuid(1, 0).ecx, kFma | kF16c) || !has_bits(leaf7.ebx, kAvx2)) {
+  if (!has_bits(state, kYmmState) || !has_bits(cpuid(1, 0).ecx, kFma | kF16c) ||
+      !has_bits(leaf7.ebx, kAvx2)) {
     return Isa::kScalar;
   }
   if (!has_bits(state, kZmmState) || !has_bits(leaf7.ebx, kF | kDq | kBw | kVl)) return Isa::kAvx2;

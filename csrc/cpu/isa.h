@@ -40,8 +40,8 @@ bool set_isa(const char* name);
 // The best usable level, capped by PEFT_KERNELS_CPU_ISA. Returns null, or what is wrong with that variable.
 const char* select_isa_from_environment();
 
-// This thread's scratch, kScratchBytes long, 64-byte aligned, kept until the thread ends: fresh pages for each call
-// would cost a small layer more than its arithmetic. Null when memory is exhausted.
+// This thread's scratch, kScratchBytes long, 64-byte aligned, kept until the thread ends: fresh pages for
+// each call would cost a small layer more than its arithmetic. Null when memory is exhausted.
 void* thread_scratch();
 
 }  // namespace peft_kernels::cpu

@@ -1,4 +1,6 @@
-// Everything that a level compiles, in the order of use. Expects the level's vectors and PEFT_KERNELS_BF16_DOT.
+// Everything that a level compiles, in the order of use. Expects the level's vectors and
+// PEFT_KERNELS_BF16_DOT.
+// clang-format off
 #include "dequantize.inl"
 #include "quantize.inl"
 #include "tile.inl"
@@ -9,3 +11,4 @@
 #endif
 #include "gemm_nt.inl"
 #include "gemm_nn.inl"
+// clang-format on

@@ -23,9 +23,12 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize)
   const int64_t n = w.numel(), blocks = ceil_div(n, blocksize);
   Tensor packed = at::empty({(n + 1) / 2}, w.options().dtype(at::kByte));
   Tensor absmax = at::empty({blocks}, w.options().dtype(at::kFloat));
-  const QuantizeParams params{w.const_data_ptr(), dtype,
-                              n,                  shift,
-                              packed.mutable_data_ptr<uint8_t>(), absmax.mutable_data_ptr<float>()};
+  const QuantizeParams params{w.const_data_ptr(),
+                              dtype,
+                              n,
+                              shift,
+                              packed.mutable_data_ptr<uint8_t>(),
+                              absmax.mutable_data_ptr<float>()};
   const auto quantize = kernels().quantize;
   at::parallel_for(0, blocks, ceil_div(kQuantizeGrain, blocksize),
                    [&](int64_t begin, int64_t end) { quantize(params, begin, end); });
@@ -68,7 +71,8 @@ Tensor unpack_absmax(const Tensor& q8, const Tensor& absmax2, const Tensor& offs
 }
 
 Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-                      const OptionalTensor& offset, int64_t blocksize, at::IntArrayRef shape, at::ScalarType dtype) {
+                      const OptionalTensor& offset, int64_t blocksize, at::IntArrayRef shape,
+                      at::ScalarType dtype) {
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
   const DType out_dtype = dtype_of(out, "dtype");
   const Nf4Holder weight(packed, absmax, absmax2, offset, blocksize, out.numel());
@@ -86,8 +90,8 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, const Optional
 Tensor use_bias(GemmParams& params, const OptionalTensor& bias, at::ScalarType activation_dtype) {
   if (!bias) return {};
   const DType dtype = dtype_of(*bias, "bias");
-  TORCH_CHECK(bias->scalar_type() == at::kFloat || bias->scalar_type() == activation_dtype, "bias: expected Float or ",
-              activation_dtype, ", got ", bias->scalar_type());
+  TORCH_CHECK(bias->scalar_type() == at::kFloat || bias->scalar_type() == activation_dtype,
+              "bias: expected Float or ", activation_dtype, ", got ", bias->scalar_type());
   check_shape(*bias, {params.n}, "bias");
   Tensor b = bias->contiguous();
   params.bias = b.const_data_ptr();
@@ -96,7 +100,8 @@ Tensor use_bias(GemmParams& params, const OptionalTensor& bias, at::ScalarType a
 }
 
 Tensor nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-                  const OptionalTensor& offset, int64_t blocksize, int64_t out_features, const OptionalTensor& bias) {
+                  const OptionalTensor& offset, int64_t blocksize, int64_t out_features,
+                  const OptionalTensor& bias) {
   TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, got 0");
   TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
   const int64_t in_features = x.size(-1);
@@ -110,8 +115,9 @@ Tensor nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, c
   return y;
 }
 
-Tensor nf4_linear_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-                     const OptionalTensor& offset, int64_t blocksize, int64_t in_features) {
+Tensor nf4_linear_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax,
+                     const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                     int64_t in_features) {
   TORCH_CHECK(dy.dim() >= 1, "dy: expected at least 1 dimension, got 0");
   TORCH_CHECK(in_features >= 0, "in_features: expected 0 or more, got ", in_features);
   const int64_t out_features = dy.size(-1);
@@ -161,8 +167,8 @@ struct Adapter {
   static void check(const Tensor& t, at::ScalarType activation_dtype, const char* name) {
     dtype_of(t, name);
     TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());
-    TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == activation_dtype, name, ": expected Float or ",
-                activation_dtype, ", got ", t.scalar_type());
+    TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == activation_dtype, name,
+                ": expected Float or ", activation_dtype, ", got ", t.scalar_type());
   }
 };
 
@@ -172,14 +178,14 @@ void check_dense_weight(const Tensor& weight, const Adapter& adapter, at::Scalar
 }
 
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
-                                       const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
-                                       const OptionalTensor& bias, const Tensor& lora_a, const Tensor& lora_b,
-                                       double scaling, double dropout_p, const OptionalTensor& /*seed*/) {
+                                       const OptionalTensor& absmax2, const OptionalTensor& offset,
+                                       int64_t blocksize, const OptionalTensor& bias, const Tensor& lora_a,
+                                       const Tensor& lora_b, double scaling, double dropout_p,
+                                       const OptionalTensor& /*seed*/) {
   const Adapter adapter(lora_a, lora_b, x.scalar_type(), dropout_p);
   const Tensor rows = activation(x, adapter.in_features(), "x");
   const Tensor h = product_nt(rows, adapter.a);
-  const GemmTerm delta =
-      term_of(h, "h", dense_matrix(adapter.b, "lora_b"), static_cast<float>(scaling));
+  const GemmTerm delta = term_of(h, "h", dense_matrix(adapter.b, "lora_b"), static_cast<float>(scaling));
   if (!absmax) {
     check_dense_weight(weight, adapter, x.scalar_type());
     OptionalTensor base_bias = bias;
@@ -191,7 +197,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
     run_gemm_nt(params);
     return {y, h};
   }
-  const Nf4Holder base(weight, *absmax, absmax2, offset, blocksize, adapter.out_features() * adapter.in_features());
+  const Nf4Holder base(weight, *absmax, absmax2, offset, blocksize,
+                       adapter.out_features() * adapter.in_features());
   Tensor y = at::empty(sizes_with_last(x, adapter.out_features()), x.options());
   GemmParams params = params_for(y);
   const Tensor bias_holder = use_bias(params, bias, x.scalar_type());
@@ -204,8 +211,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& weight, const OptionalTensor& absmax,
     const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a,
-    const Tensor& lora_b, double scaling, double dropout_p, const OptionalTensor& /*seed*/, bool need_dx, bool need_da,
-    bool need_db) {
+    const Tensor& lora_b, double scaling, double dropout_p, const OptionalTensor& /*seed*/, bool need_dx,
+    bool need_da, bool need_db) {
   const Adapter adapter(lora_a, lora_b, x.scalar_type(), dropout_p);
   check_dtype(dy, x.scalar_type(), "dy");
   check_dtype(h, at::kFloat, "h");
@@ -216,7 +223,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
   const Tensor x_rows = activation(x, adapter.in_features(), "x").view({rows, adapter.in_features()});
   const Tensor h_rows = activation(h, adapter.rank(), "h").view({rows, adapter.rank()});
 
-  Tensor dx = at::empty({0}, x.options()), da = at::empty({0}, lora_a.options()), db = at::empty({0}, lora_b.options());
+  Tensor dx = at::empty({0}, x.options()), da = at::empty({0}, lora_a.options()),
+         db = at::empty({0}, lora_b.options());
   Tensor dh;  // [rows, r] fp32
   if (need_dx || need_da) {
     const Tensor scaled_bt = adapter.b.to(at::kFloat).mul(scaling).t().contiguous();
@@ -225,7 +233,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
   if (need_dx) {
     const GemmTerm delta = term_of(dh, "dh", dense_matrix(adapter.a, "lora_a"));
     if (absmax) {
-      const Nf4Holder base(weight, *absmax, absmax2, offset, blocksize, adapter.out_features() * adapter.in_features());
+      const Nf4Holder base(weight, *absmax, absmax2, offset, blocksize,
+                           adapter.out_features() * adapter.in_features());
       dx = at::empty(x_rows.sizes(), x.options());
       GemmParams params = params_for(dx);
       add_term(params, term_of(dy_rows, "dy", base.matrix(adapter.in_features())));

@@ -1,7 +1,8 @@
-// Micro-kernel with vectors along the output's columns. A panel holds strips of kStrip columns, one row of a strip
-// after the other:
+// Micro-kernel with vectors along the output's columns. A panel holds strips of kStrip columns, one row of a
+// strip after the other:
 //
-//   lhs[r, p] (broadcast)   x   strip[p, 0 .. kOuterVecs * kLanes)   ->   kOuterRows x kOuterVecs vectors of sums
+//   lhs[r, p] (broadcast)   x   strip[p, 0 .. kOuterVecs * kLanes)   ->   kOuterRows x kOuterVecs vectors of
+//   sums
 
 constexpr int64_t kStrip = 64;  // columns; one absmax block of the default size
 static_assert(kStrip % (kOuterVecs * kLanes) == 0, "");
@@ -17,7 +18,8 @@ struct OuterF32 {
     widen_run(lhs, dtype, first, count, 1.0f, out);
   }
   // Fills one step of a strip from rhs, from element `first` on. `cols` of its columns exist.
-  static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t /*rows*/, int64_t cols, float* out) {
+  static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t /*rows*/, int64_t cols,
+                        float* out) {
     fill_panel_row(rhs, first, cols, scale, out);
     memset(out + cols, 0, (kStrip - cols) * sizeof(float));
   }
@@ -25,8 +27,8 @@ struct OuterF32 {
 
 // tile[r][c] += sum over p of lhs[r][p] * strip[p][c]
 template <class Outer, int kRows>
-void outer_tile(const typename Outer::Value* lhs, int64_t lhs_ld, const typename Outer::Value* strip, int64_t steps,
-                float* tile, int64_t tile_ld) {
+void outer_tile(const typename Outer::Value* lhs, int64_t lhs_ld, const typename Outer::Value* strip,
+                int64_t steps, float* tile, int64_t tile_ld) {
   Vec sums[kRows][kOuterVecs];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -53,8 +55,8 @@ void outer_tile(const typename Outer::Value* lhs, int64_t lhs_ld, const typename
 
 // Any number of rows up to kRows, and a whole strip.
 template <class Outer, int kRows>
-void outer_rows(int64_t rows, const typename Outer::Value* lhs, int64_t lhs_ld, const typename Outer::Value* strip,
-                int64_t steps, float* tile, int64_t tile_ld) {
+void outer_rows(int64_t rows, const typename Outer::Value* lhs, int64_t lhs_ld,
+                const typename Outer::Value* strip, int64_t steps, float* tile, int64_t tile_ld) {
   if constexpr (kRows > 1) {
     if (rows < kRows) return outer_rows<Outer, kRows - 1>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
   }

@@ -34,7 +34,8 @@ inline Grid plan_grid(int64_t m, int64_t n, int64_t depth, int64_t n_unit) {
   int64_t best_cost = INT64_MAX;
   for (int64_t n_parts = 1; n_parts <= std::min(threads, n_units); ++n_parts) {
     const int64_t m_parts = std::min(threads / n_parts, m_units);
-    const int64_t m_chunk = ceil_div(m_units, m_parts) * kMUnit, n_chunk = ceil_div(n_units, n_parts) * n_unit;
+    const int64_t m_chunk = ceil_div(m_units, m_parts) * kMUnit,
+                  n_chunk = ceil_div(n_units, n_parts) * n_unit;
     const int64_t cost = (m_chunk + kDecodeRows) * n_chunk;
     if (cost <= best_cost) {
       best_cost = cost;
@@ -56,7 +57,8 @@ inline void run_gemm(GemmKernel kernel, const GemmParams& params, int64_t n_unit
     TORCH_CHECK(scratch, "out of memory: ", kScratchBytes, " bytes of scratch for a CPU kernel");
     for (int64_t task = begin; task < end; ++task) {
       const int64_t m0 = task % grid.m_parts * grid.m_chunk, n0 = task / grid.m_parts * grid.n_chunk;
-      kernel(params, {m0, std::min(m0 + grid.m_chunk, params.m), n0, std::min(n0 + grid.n_chunk, params.n)}, scratch);
+      kernel(params, {m0, std::min(m0 + grid.m_chunk, params.m), n0, std::min(n0 + grid.n_chunk, params.n)},
+             scratch);
     }
   });
 }

@@ -1,7 +1,7 @@
 // Values to NF4 codes. Blocks start at even elements (a blocksize is a multiple of 32), so no byte is shared.
 
-// The sorted thresholds as a search tree: level d holds the 2^d thresholds that are compared at depth d, each level
-// short enough for one permute.
+// The sorted thresholds as a search tree: level d holds the 2^d thresholds that are compared at depth d, each
+// level short enough for one permute.
 struct ThresholdTree {
   alignas(32) float level2[8];
   alignas(32) float level3[8];

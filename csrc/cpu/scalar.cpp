@@ -1,3 +1,4 @@
+// The portable level: no target pragma, so whatever the compiler's baseline gives.
 #include <float.h>
 #include <string.h>
 
@@ -7,10 +8,13 @@
 #define PEFT_KERNELS_BF16_DOT 0
 
 namespace peft_kernels::cpu::scalar {
+// clang-format off
 #include "vec_scalar.h"
 #include "kernels.inl"
+// clang-format on
 }  // namespace peft_kernels::cpu::scalar
 
 namespace peft_kernels::cpu {
-const KernelTable kScalarKernels = {"scalar", scalar::quantize, scalar::dequantize, scalar::gemm_nt, scalar::gemm_nn};
+const KernelTable kScalarKernels = {"scalar", scalar::quantize, scalar::dequantize, scalar::gemm_nt,
+                                    scalar::gemm_nn};
 }

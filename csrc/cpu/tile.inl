@@ -45,8 +45,8 @@ inline void start_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0
 }
 
 // Rounds a tile to the output's type, once.
-inline void finish_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0, int64_t cols, const float* tile,
-                        int64_t tile_ld) {
+inline void finish_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
+                        const float* tile, int64_t tile_ld) {
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = tile + i * tile_ld;
     const int64_t first = (m0 + i) * p.out_ld + n0;

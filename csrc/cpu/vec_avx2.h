@@ -14,7 +14,9 @@ inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 
-inline Vec widen(__m128i bits, BF16) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16)); }
+inline Vec widen(__m128i bits, BF16) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
 inline Vec widen(__m128i bits, F16) { return _mm256_cvtph_ps(bits); }
 
 inline Vec load(const float* p) { return _mm256_loadu_ps(p); }
@@ -38,7 +40,9 @@ inline __m128i narrow(Vec x, BF16) {
   const __m256i high = _mm256_blendv_epi8(_mm256_srli_epi32(rounded, 16), _mm256_set1_epi32(0x7fc0), nan);
   return _mm_packus_epi32(_mm256_castsi256_si128(high), _mm256_extracti128_si256(high, 1));
 }
-inline __m128i narrow(Vec x, F16) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline __m128i narrow(Vec x, F16) {
+  return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
 inline void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
 template <class Half>
@@ -73,25 +77,30 @@ inline VecI double_plus_greater(VecI index, Vec a, Vec b) {
   const __m256i greater = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_GT_OQ));  // -1 where true
   return _mm256_sub_epi32(_mm256_add_epi32(index, index), greater);
 }
-inline Vec lookup8(const float* table, VecI index) { return _mm256_permutevar8x32_ps(_mm256_load_ps(table), index); }
+inline Vec lookup8(const float* table, VecI index) {
+  return _mm256_permutevar8x32_ps(_mm256_load_ps(table), index);
+}
 inline void store_nibbles(uint8_t* p, VecI codes) {
   const __m256i pairs = _mm256_or_si256(_mm256_slli_epi64(codes, 4), _mm256_srli_epi64(codes, 32));
   // The low byte of each 64-bit lane, two from each half.
   const __m256i low = _mm256_shuffle_epi8(pairs, _mm256_set1_epi32(0x00000800));
-  const uint32_t first = _mm256_extract_epi16(low, 0) & 0xffff, second = _mm256_extract_epi16(low, 8) & 0xffff;
+  const uint32_t first = _mm256_extract_epi16(low, 0) & 0xffff,
+                 second = _mm256_extract_epi16(low, 8) & 0xffff;
   const uint32_t bytes = first | (second << 16);
   memcpy(p, &bytes, sizeof(bytes));
 }
 
 struct CodeTable {
-  Vec low = load(nf4::kCode), high = load(nf4::kCode + 8);
+  Vec low, high;  // codes 0-7 and 8-15
+  CodeTable() : low(load(nf4::kCode)), high(load(nf4::kCode + 8)) {}
 };
 inline VecI load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline VecI next_nibble(VecI bits) { return _mm256_srli_epi32(bits, 4); }
 inline Vec lookup_code(const CodeTable& table, VecI bits) {
   // vpermps reads three bits of an index; the fourth, moved to the sign, chooses the half.
   const Vec half = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 28));
-  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, bits), _mm256_permutevar8x32_ps(table.high, bits), half);
+  return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, bits),
+                          _mm256_permutevar8x32_ps(table.high, bits), half);
 }
 template <int kBlocks>
 inline Vec spread_scales(const float* scales) {

@@ -1,5 +1,6 @@
-// AVX-512 vectors (F, BW, DQ, VL): 16 fp32 lanes. Included inside the ISA's own namespace, after the target pragma.
-// Each vec_*.h offers the same names, which the .inl bodies are written in.
+// AVX-512 vectors (F, BW, DQ, VL): 16 fp32 lanes. Included inside the ISA's own namespace, after the target
+// pragma. Each vec_*.h offers the same names, which the .inl bodies are written in. Constructors are written
+// out: the compiler defines an implicit one at the end of the file, where the target pragma no longer holds.
 
 using Vec = __m512;
 using VecI = __m512i;
@@ -15,7 +16,9 @@ inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 
-inline Vec widen(__m256i bits, BF16) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16)); }
+inline Vec widen(__m256i bits, BF16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+}
 inline Vec widen(__m256i bits, F16) { return _mm512_cvtph_ps(bits); }
 
 inline Vec load(const float* p) { return _mm512_loadu_ps(p); }
@@ -37,9 +40,12 @@ inline __m256i narrow(Vec x, BF16) {
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
+  return _mm512_cvtepi32_epi16(
+      _mm512_mask_mov_epi32(_mm512_srli_epi32(rounded, 16), nan, _mm512_set1_epi32(0x7fc0)));
 }
-inline __m256i narrow(Vec x, F16) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+inline __m256i narrow(Vec x, F16) {
+  return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
 
 inline void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
 template <class Half>
@@ -58,7 +64,8 @@ inline void add_lane_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
   const Vec ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
   const Vec cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
   const __m512d ab2 = _mm512_castps_pd(ab), cd2 = _mm512_castps_pd(cd);
-  const Vec abcd = add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)));
+  const Vec abcd =
+      add(_mm512_castpd_ps(_mm512_unpacklo_pd(ab2, cd2)), _mm512_castpd_ps(_mm512_unpackhi_pd(ab2, cd2)));
   const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
   const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
   _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
@@ -85,7 +92,8 @@ inline void store_nibbles(uint8_t* p, VecI codes) {
 
 // The codes of a packed weight, eight to a lane. lookup_code reads the lowest nibble of each lane.
 struct CodeTable {
-  Vec codes = load(nf4::kCode);
+  Vec codes;
+  CodeTable() : codes(load(nf4::kCode)) {}
 };
 inline VecI load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline VecI next_nibble(VecI bits) { return _mm512_srli_epi32(bits, 4); }
@@ -115,8 +123,8 @@ struct NibbleTable<float> {
   void decode(const uint8_t* packed, float* out) const {
     int64_t bytes;
     memcpy(&bytes, packed, sizeof(bytes));
-    // Byte 2L of lane L twice, then byte 2L + 1 twice; the shift brings the high nibble of the first down. vpermps
-    // reads only the low four bits of an index, so nothing needs masking.
+    // Byte 2L of lane L twice, then byte 2L + 1 twice; the shift brings the high nibble of the first down.
+    // vpermps reads only the low four bits of an index, so nothing needs masking.
     const __m512i spread = _mm512_set_epi8(-1, -1, -1, 7, -1, -1, -1, 7, -1, -1, -1, 6, -1, -1, -1, 6,  //
                                            -1, -1, -1, 5, -1, -1, -1, 5, -1, -1, -1, 4, -1, -1, -1, 4,  //
                                            -1, -1, -1, 3, -1, -1, -1, 3, -1, -1, -1, 2, -1, -1, -1, 2,  //

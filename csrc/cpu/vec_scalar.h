@@ -1,5 +1,6 @@
-// Portable vectors: four fp32 lanes in plain C++, which compilers turn into the baseline instructions of the machine.
-// Same names as the other vec_*.h; see vec_avx512.h. Also the meaning that the others are tested against.
+// Portable vectors: four fp32 lanes in plain C++, which compilers turn into the baseline instructions of the
+// machine. Same names as the other vec_*.h; see vec_avx512.h. Also the meaning that the others are tested
+// against.
 
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t VecI __attribute__((vector_size(16)));
@@ -124,7 +125,8 @@ inline void store_nibbles(uint8_t* p, VecI codes) {
 }
 
 struct CodeTable {
-  const float* codes = nf4::kCode;
+  const float* codes;
+  CodeTable() : codes(nf4::kCode) {}
 };
 inline VecI load_bytes(const uint8_t* p) {
   VecI out;
