@@ -36,9 +36,9 @@ def nf4_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None = None) -> Tens
     if not isinstance(weight, NF4Weight):
         raise ValueError(f"weight: expected an NF4Weight, got {type(weight).__name__}")
     state = weight._state
+    _check_linear(x, state.shape, state.packed if state.dense is None else state.dense, bias)
     if state.dense is not None:
-        return F.linear(x, state.dense.to(x.dtype), bias)
-    _check_linear(x, state.shape, state.packed, bias)
+        return F.linear(x, state.dense.to(x.dtype), None if bias is None else bias.to(x.dtype))
     if weight.requires_grad:
         raise ValueError("weight: an NF4 weight cannot be trained, expected requires_grad=False, got True")
     return _call("nf4_linear", x, *state.op_args, state.shape[0], bias)
@@ -89,16 +89,20 @@ def lora_linear(
             raise ValueError(
                 "weight: an NF4 weight cannot be trained, expected requires_grad=False, got True"
             )
-        shape, device_of, group = state.shape, state.packed, state.op_args
+        shape, group = state.shape, state.op_args
+        _check_linear(x, shape, state.packed, bias)
     else:
+        dense = weight._state.dense if isinstance(weight, NF4Weight) else weight
+        assert dense is not None
+        if dense.dim() != 2:
+            raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(dense.shape)}")
+        shape = (dense.shape[0], dense.shape[1])
+        _check_linear(x, shape, dense, bias)
         if isinstance(weight, NF4Weight):
-            weight = weight._state.dense.to(x.dtype)  # type: ignore[union-attr]
-        if weight.dim() != 2:
-            raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(weight.shape)}")
-        if weight.dtype != x.dtype:
-            raise ValueError(f"weight: expected {x.dtype} like x, got {weight.dtype}")
-        shape, device_of, group = (weight.shape[0], weight.shape[1]), weight, (weight, None, None, None, 0)
-    _check_linear(x, shape, device_of, bias)
+            dense = dense.to(x.dtype)
+        elif dense.dtype != x.dtype:
+            raise ValueError(f"weight: expected {x.dtype} like x, got {dense.dtype}")
+        group = (dense, None, None, None, 0)
     if lora_a.dim() != 2 or lora_a.shape[1] != shape[1]:
         raise ValueError(f"lora_a: expected shape (r, {shape[1]}), got {tuple(lora_a.shape)}")
     if lora_b.shape != (shape[0], lora_a.shape[0]):

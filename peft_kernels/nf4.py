@@ -32,11 +32,6 @@ ops = torch.ops.peft_kernels
 aten = torch.ops.aten
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-# Where Python cannot step in: `parameter.data = nf4_weight` on an ordinary parameter, which torch lets happen.
-_NO_STORAGE = (
-    "an NF4 weight has no storage of its own (was it assigned to .data of an ordinary parameter? "
-    "assign a new nn.Parameter to the module instead)"
-)
 _set_data = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _get_data = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -107,7 +102,6 @@ class NF4Weight(torch.Tensor):
         self: NF4Weight = torch.Tensor._make_wrapper_subclass(
             cls, state.shape, dtype=dtype, device=some.device
         )
-        torch._C._set_storage_access_error_msg(self, _NO_STORAGE)
         self._state = state
         return self
 

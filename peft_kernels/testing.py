@@ -51,15 +51,16 @@ def running_on(backend_id: str) -> Iterator[None]:
 def nan_outputs() -> Iterator[None]:
     """Inside, memory that torch (at::empty of the C++ ops included) hands out starts as NaN, or as 255 in
     integers."""
-    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    switches: Any = torch.utils.deterministic
+    before = torch.are_deterministic_algorithms_enabled(), switches.fill_uninitialized_memory
     # Not torch.use_deterministic_algorithms: it imports Inductor, for seconds.
     torch._C._set_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    switches.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch._C._set_deterministic_algorithms(before[0])
-        torch.utils.deterministic.fill_uninitialized_memory = before[1]
+        switches.fill_uninitialized_memory = before[1]
 
 
 def relative_error(got: Tensor, truth: Tensor) -> float:
@@ -102,7 +103,7 @@ def pairwise(**axes: Sequence[Any]) -> list[dict[str, Any]]:
     missing = {
         frozenset({(a, u), (b, v)}) for a, b in combinations(names, 2) for u in axes[a] for v in axes[b]
     }
-    cases = []
+    cases: list[dict[str, Any]] = []
     while missing:
         chosen = dict(
             min(missing, key=lambda pair: sorted((names.index(n), axes[n].index(v)) for n, v in pair))

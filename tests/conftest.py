@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 
@@ -28,6 +29,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     with testing.running_on(request.param):
         yield request.param
 
+
+# The `backend` fixture holds for all examples of a test; the same examples in every run.
+hypothesis.settings.register_profile(
+    "peft_kernels",
+    derandomize=True,
+    deadline=None,
+    max_examples=40,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("peft_kernels")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # Workers share the cores; tests of threading ask for threads themselves.

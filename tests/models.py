@@ -18,8 +18,8 @@ class Net(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.q = nn.Linear(64, 96)
-        self.o = nn.Linear(96, 64, bias=False)
+        self.q = nn.Linear(64, 128)  # multiples of 64: bitsandbytes misreads others on CPU
+        self.o = nn.Linear(128, 64, bias=False)
         self.lm_head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -10,8 +10,7 @@ constexpr int64_t kNnPanelFloats = kNnDepth * kNnStrips * kStrip;
 constexpr int64_t kNnLhsFloats = kNnTileRows * kNnDepth;
 static_assert((kNnTileFloats + kNnPanelFloats + kNnLhsFloats) * sizeof(float) <= kScratchBytes, "");
 
-// With few rows a panel is soon done with: it should fit L1. The sums do not depend on the choice, since they
-// pass from one panel to the next in fp32.
+// With few rows a panel is soon done with: it should fit L1.
 struct NnBlocking {
   int64_t depth;
   int64_t strips;

@@ -25,7 +25,8 @@ struct OuterF32 {
   }
 };
 
-// tile[r][c] += sum over p of lhs[r][p] * strip[p][c]
+// tile[r][c] += sum over p of lhs[r][p] * strip[p][c]. The sum starts at zero and joins the tile at the end: over
+// thousands of rows (dA and dB sum over all tokens) one running fp32 sum would lose a bit for every fourfold.
 template <class Outer, int kRows>
 void outer_tile(const typename Outer::Value* lhs, int64_t lhs_ld, const typename Outer::Value* strip,
                 int64_t steps, float* tile, int64_t tile_ld) {
@@ -33,7 +34,7 @@ void outer_tile(const typename Outer::Value* lhs, int64_t lhs_ld, const typename
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kOuterVecs; ++v) sums[r][v] = load(tile + r * tile_ld + v * kLanes);
+    for (int v = 0; v < kOuterVecs; ++v) sums[r][v] = splat(0.0f);
   }
   for (int64_t s = 0; s < steps; ++s, strip += kStrip * Outer::kPair, lhs += Outer::kPair) {
     decltype(Outer::load_rhs(strip)) b[kOuterVecs];
@@ -49,7 +50,10 @@ void outer_tile(const typename Outer::Value* lhs, int64_t lhs_ld, const typename
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kOuterVecs; ++v) store(tile + r * tile_ld + v * kLanes, sums[r][v]);
+    for (int v = 0; v < kOuterVecs; ++v) {
+      float* out = tile + r * tile_ld + v * kLanes;
+      store(out, add(load(out), sums[r][v]));
+    }
   }
 }
 

@@ -1,0 +1,323 @@
+"""Which back end serves a call and why; the compiled library; what importing does."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import peft_kernels as pk
+from peft_kernels import dispatch, spec, testing
+from peft_kernels.backends import BACKENDS, cpu
+
+PACKAGE = Path(pk.__file__).parent
+needs_cpu = pytest.mark.skipif(
+    testing.unavailable("cpu") is not None, reason=f"cpu: {testing.unavailable('cpu')}"
+)
+
+
+@pytest.fixture
+def weight() -> pk.NF4Weight:
+    return testing.nf4_weight(12, 64)
+
+
+@pytest.fixture
+def automatic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No forced back end, and nothing logged yet."""
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_logged", set())
+    yield
+
+
+def python(
+    code: str, path: Path = PACKAGE.parent, expect: int = 0, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith("PEFT_KERNELS_")}
+    env |= {"PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"} | environment
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=env,
+        cwd=path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == expect, f"{code}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+# The choice
+
+
+def served_by(op: str, *args: Any) -> str:
+    return dispatch.select(op, args).name
+
+
+@pytest.mark.usefixtures("automatic")
+@needs_cpu
+def test_automatic_choice(weight: pk.NF4Weight, caplog: pytest.LogCaptureFixture) -> None:
+    group = weight._state.op_args
+    x = testing.tensor(3, 64)
+    assert served_by("nf4_linear", x, *group, 12, None) == "cpu"
+    with caplog.at_level(logging.WARNING, logger="peft_kernels"):
+        for _ in range(3):
+            assert served_by("nf4_linear", x.double(), *group, 12, None) == "reference"
+    assert caplog.messages == ["back end cpu passed over: nf4_linear: no kernel for torch.float64"]
+    assert served_by("nf4_linear", x.to("meta"), *group, 12, None) == "reference"
+    assert served_by("dequantize_nf4", *group, [12, 64], torch.float64) == "reference"
+    assert served_by("dequantize_nf4", *group, [12, 64], torch.float16) == "cpu"
+
+
+@pytest.mark.usefixtures("automatic")
+def test_fp64_works_by_falling_back(weight: pk.NF4Weight) -> None:
+    x = testing.tensor(3, 64, dtype=torch.float64)
+    assert torch.allclose(pk.nf4_linear(x, weight), x @ weight.dequantize().double().t())
+
+
+@needs_cpu
+def test_forced_back_end_that_cannot_serve_raises_with_the_reason(weight: pk.NF4Weight) -> None:
+    group = weight._state.op_args
+    meta = [t.to("meta") if isinstance(t, Tensor) else t for t in group]
+    x = testing.tensor(3, 64)
+    asked = r"^back end cpu was asked for but cannot serve "
+    with pk.use_backend("cpu"):
+        with pytest.raises(
+            RuntimeError, match=asked + r"nf4_linear: nf4_linear: no kernel for torch\.float64$"
+        ):
+            pk.nf4_linear(x.double(), weight)
+        with pytest.raises(
+            RuntimeError, match=asked + r"nf4_linear: .*a tensor is on meta, .* takes CPU tensors$"
+        ):
+            dispatch.kernel("nf4_linear", (x.to("meta"), *meta, 12, None))
+        with pytest.raises(RuntimeError, match=asked + r"quantize_nf4: .*no kernel for torch\.float64"):
+            torch.ops.peft_kernels.quantize_nf4(x.double(), 64)
+        with pytest.raises(RuntimeError, match=asked + r"dequantize_nf4: .*no kernel for torch\.float64"):
+            weight.dequantize(torch.float64)
+        a, b = testing.tensor(4, 64), testing.tensor(12, 4)
+        with pytest.raises(RuntimeError, match=asked + r"lora_linear: .*torch\.float64"):
+            pk.lora_linear(x.double(), weight, a, b, 1.0)
+    with pk.use_backend("reference"):
+        assert pk.nf4_linear(x.double(), weight).dtype == torch.float64
+
+
+@needs_cpu
+def test_use_backend_nests_and_restores(weight: pk.NF4Weight) -> None:
+    args = (testing.tensor(3, 64), *weight._state.op_args, 12, None)
+    before = dispatch.forced()
+    with pk.use_backend("reference"):
+        assert served_by("nf4_linear", *args) == "reference"
+        with pk.use_backend("cpu"):
+            assert served_by("nf4_linear", *args) == "cpu"
+        assert served_by("nf4_linear", *args) == "reference"
+        with pytest.raises(KeyError), pk.use_backend("cpu"):
+            raise KeyError
+        assert dispatch.forced() == "reference"
+    assert dispatch.forced() == before
+
+
+def test_use_backend_holds_for_its_own_thread() -> None:
+    seen: list[str | None] = []
+    before = dispatch.forced()
+    with pk.use_backend("reference"):
+        thread = threading.Thread(target=lambda: seen.append(dispatch.forced()))
+        thread.start()
+        thread.join()
+        assert dispatch.forced() == "reference"
+    assert seen == [before]
+
+
+@needs_cpu
+def test_backward_in_another_thread_stays_on_its_back_end(weight: pk.NF4Weight) -> None:
+    """Autograd formulas call the ops of their own namespace, so the choice of the forward holds."""
+    x = testing.tensor(3, 64).requires_grad_()
+    with pk.use_backend("reference"):
+        y = pk.nf4_linear(x, weight)
+    assert "peft_kernels_reference" in str(y.grad_fn)
+    thread = threading.Thread(target=lambda: y.sum().backward())
+    thread.start()
+    thread.join()
+    assert x.grad is not None
+
+
+def test_unknown_names() -> None:
+    with (
+        pytest.raises(ValueError, match=r"^name: expected one of cpu, reference, got 'cuda'$"),
+        pk.use_backend("cuda"),
+    ):
+        pass
+
+
+def test_environment_variable(monkeypatch: pytest.MonkeyPatch, weight: pk.NF4Weight) -> None:
+    args = (testing.tensor(3, 64), *weight._state.op_args, 12, None)
+    monkeypatch.setenv("PEFT_KERNELS_BACKEND", "reference")
+    assert served_by("nf4_linear", *args) == "reference" and "forced: reference" in pk.explain()
+    if testing.unavailable("cpu") is None:
+        with pk.use_backend("cpu"):
+            assert served_by("nf4_linear", *args) == "cpu"
+    monkeypatch.setenv("PEFT_KERNELS_BACKEND", "")
+    assert dispatch.forced() is None
+    monkeypatch.setenv("PEFT_KERNELS_BACKEND", "gpu")
+    with pytest.raises(
+        ValueError, match=r"^PEFT_KERNELS_BACKEND: expected one of cpu, reference, got 'gpu'$"
+    ):
+        pk.nf4_linear(args[0], weight)
+
+
+def test_use_backend_that_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["cpu"], "_refusal", "not built")
+    with (
+        pytest.raises(RuntimeError, match=r"^back end cpu cannot be used here: not built$"),
+        pk.use_backend("cpu"),
+    ):
+        pass
+    assert re.search(r"^cpu +not usable: not built$", pk.explain(), re.M)
+
+
+@pytest.mark.usefixtures("automatic")
+@needs_cpu
+def test_explain() -> None:
+    lines = pk.explain().splitlines()
+    levels = ", ".join(cpu.BACKEND.extension.isa_levels())
+    want = rf"cpu +usable: C\+\+, instruction set \w+ \(of {levels}\), {torch.get_num_threads()} threads"
+    assert re.fullmatch(want, lines[0])
+    assert re.fullmatch(r"reference +usable: plain torch, any device, materialises weights", lines[1])
+    assert re.fullmatch(r"choice +automatic, the first usable one from the top", lines[2])
+    with cpu.BACKEND.use_isa("scalar"):
+        assert "instruction set scalar" in pk.explain()
+    with pk.use_backend("cpu"):
+        assert re.search(r"^choice +forced: cpu$", pk.explain(), re.M)
+
+
+@needs_cpu
+def test_isa_levels_are_switched_and_restored() -> None:
+    extension = cpu.BACKEND.extension
+    before = extension.isa_level()
+    for level in extension.isa_levels():
+        with cpu.BACKEND.use_isa(level):
+            assert extension.isa_level() == level
+    assert (
+        extension.isa_level() == before == extension.isa_levels()[-1] or "PEFT_KERNELS_CPU_ISA" in os.environ
+    )
+    with (
+        pytest.raises(ValueError, match=r"isa level: expected one of .*scalar.*, got sse9"),
+        cpu.BACKEND.use_isa("sse9"),
+    ):
+        pass
+    assert extension.isa_level() == before
+
+
+# The compiled library
+
+
+@pytest.fixture
+def compiled(tmp_path: Path) -> Path:
+    """A copy of the package without its compiled library; returns the folder to put on the path."""
+    target = tmp_path / "peft_kernels"
+    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    return tmp_path
+
+
+def library() -> Path:
+    return Path(cpu.BACKEND.extension.__file__)
+
+
+USE = """
+import logging; logging.basicConfig()
+import torch, peft_kernels as pk
+print(pk.__file__); print(pk.explain())
+w = pk.NF4Weight.quantize(torch.ones(4, 64))
+x = torch.ones(2, 64, requires_grad=True)
+y = pk.nf4_linear(x, w); y.sum().backward()
+assert torch.allclose(y, torch.full((2, 4), 64.0)) and x.grad is not None
+try:
+    with pk.use_backend("cpu"): pass
+except RuntimeError as error:
+    print("refused:", error)
+"""
+
+
+def test_without_the_compiled_library_the_reference_serves(compiled: Path) -> None:
+    out = python(USE, compiled).stdout
+    assert str(compiled) in out
+    assert re.search(r"^cpu +not usable: not built .*reinstall", out, re.M)
+    assert re.search(r"^refused: back end cpu cannot be used here: not built", out, re.M)
+
+
+@needs_cpu
+def test_a_stale_library_is_refused_before_it_is_loaded(compiled: Path) -> None:
+    """Loading one with other schemas would abort the process."""
+    content = library().read_bytes()
+    right = f"PEFT_KERNELS_SPEC_HASH={spec.spec_hash()}".encode()
+    assert content.count(right) == 1
+    stale = compiled / "peft_kernels" / library().name
+    stale.write_bytes(content.replace(right, b"PEFT_KERNELS_SPEC_HASH=" + b"0" * 64))
+    out = python(USE, compiled).stdout
+    message = rf"{re.escape(str(stale))} was built from other sources than this package: rebuild it"
+    assert re.search(rf"^cpu +not usable: {message}", out, re.M)
+    assert re.search(rf"^refused: back end cpu cannot be used here: {message}", out, re.M)
+
+
+@needs_cpu
+def test_a_broken_library_is_refused_with_the_loader_s_words(compiled: Path) -> None:
+    """The right fingerprint in a file that is no library."""
+    broken = compiled / "peft_kernels" / library().name
+    broken.write_bytes(f"PEFT_KERNELS_SPEC_HASH={spec.spec_hash()}".encode() * 10)
+    out = python(USE, compiled).stdout
+    assert re.search(r"^cpu +not usable: peft_kernels\._C does not load: .+", out, re.M)
+
+
+@needs_cpu
+def test_fingerprint_of_the_library() -> None:
+    assert cpu.BACKEND.extension.spec_hash() == spec.spec_hash()
+
+
+@needs_cpu
+def test_isa_cap_from_the_environment() -> None:
+    code = "from peft_kernels import _C; print(_C.isa_level(), *_C.isa_levels())"
+    levels = cpu.BACKEND.extension.isa_levels()
+    cap = levels[len(levels) // 2 - 1]  # where there are several, not the best
+    assert python(code, PEFT_KERNELS_CPU_ISA=cap).stdout.split() == [cap, *levels]
+
+
+@needs_cpu
+def test_unknown_isa_cap_is_a_clear_refusal() -> None:
+    out = python(USE, PEFT_KERNELS_CPU_ISA="sse9").stdout
+    assert re.search(r"^cpu +not usable: .*PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512", out, re.M)
+    assert re.search(r"^refused: .*PEFT_KERNELS_CPU_ISA", out, re.M)
+
+
+# Importing
+
+
+def test_importing_has_no_effects() -> None:
+    code = """
+import sys, os, logging, torch
+def state():
+    return (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), os.environ.copy(),
+            torch.are_deterministic_algorithms_enabled(), logging.root.handlers[:], torch.nn.Linear.forward)
+before, modules = state(), set(sys.modules)
+import peft_kernels as pk
+assert state() == before and not torch.cuda.is_initialized()
+heavy = {"transformers", "peft", "bitsandbytes", "accelerate", "triton", "torch._inductor", "tqdm"}
+assert not heavy & (set(sys.modules) - modules), heavy & set(sys.modules)
+for name in pk.__all__: getattr(pk, name)
+"""
+    result = python(code)
+    assert result.stdout == "" and result.stderr == ""
+
+
+def test_importing_twice_defines_the_ops_once() -> None:
+    dispatch.install()
+    assert len(dispatch._libraries) == 1
