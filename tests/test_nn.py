@@ -17,6 +17,10 @@ from peft_kernels.nn import LoRALinear, NF4Linear, NF4LoRALinear
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
 def linear(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
     torch.manual_seed(1)
     return nn.Linear(100, 48, bias=bias, dtype=dtype)
@@ -101,12 +105,12 @@ def test_merge_gives_a_dense_layer_with_the_same_output(kind: str) -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: LoRALinear(nn.Embedding(4, 4)), "base_layer: expected an nn.Linear or NF4Linear, got Embedding"),
+        (lambda: LoRALinear(nn.Embedding(4, 4)), "base_layer: expected an nn.Linear .*, got Embedding"),
         (lambda: LoRALinear(linear(), r=0), "r: expected a positive integer, got 0"),
         (lambda: NF4Linear.from_linear(linear(), blocksize=48), "blocksize: expected one of .*, got 48"),
-        (lambda: NF4Linear.from_linear(linear(torch.float64)), "weight: expected float32, .* got torch.float64"),
+        (lambda: NF4Linear.from_linear(linear(torch.float64)), "weight: expected .* got torch.float64"),
     ],
-)  # fmt: skip
+)
 def test_constructor_errors(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()  # type: ignore[operator]
@@ -139,7 +143,7 @@ def test_state_dict_round_trip() -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda sd: sd.pop("weight.absmax"), "weight.absmax: expected a tensor in the state dict, got NoneType"),
+        (lambda sd: sd.pop("weight.absmax"), "weight.absmax: expected a tensor .*, got NoneType"),
         (lambda sd: sd.update(weight=sd["weight"][:-1]), "weight: expected 2400 bytes"),
         (lambda sd: [sd.pop(k) for k in list(sd) if k.startswith("weight")], "Missing key.*weight"),
         (lambda sd: sd.update(extra=torch.zeros(1)), "Unexpected key.*extra"),
@@ -165,7 +169,7 @@ def test_loading_another_shape_is_refused() -> None:
         layer.load_state_dict(NF4Linear.from_linear(nn.Linear(48, 100)).state_dict())
 
 
-@pytest.mark.parametrize("copying", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("copying", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_copies_are_independent(kind: str, copying: object) -> None:
     layer, x = adapted(kind, torch.float32), testing.tensor(2, 100)

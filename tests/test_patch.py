@@ -19,6 +19,10 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
 def lora(model: nn.Module, adapter_dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A PEFT model over q and o whose adapters do something."""
     torch.manual_seed(3)
@@ -47,7 +51,8 @@ def in_fp64(model: nn.Module) -> nn.Module:
         for name, child in list(module.named_children()):
             if not isinstance(child, nn.Linear) or type(child) is nn.Linear:
                 continue
-            weight = child.weight if isinstance(child.weight, pk.NF4Weight) else pk.NF4Weight.from_bnb(child.weight)
+            packed = isinstance(child.weight, pk.NF4Weight)
+            weight = child.weight if packed else pk.NF4Weight.from_bnb(child.weight)
             dense = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
             dense.weight = nn.Parameter(weight.dequantize(torch.float32), requires_grad=False)
             dense.bias = child.bias
@@ -112,9 +117,8 @@ def test_unpatch_restores_the_model_to_the_bit(base: str) -> None:
 
     report = pk.patch(model)
     run(model, x)
-    assert pk.unpatch(model) == sum("forward" not in attributes[layer.name] and layer.fused for layer in report.layers) - (
-        2 if base == "nf4" else 0  # NF4Linear is fused as it is: there is nothing to take out
-    )
+    # NF4Linear is fused as it is: there is nothing to take out.
+    assert pk.unpatch(model) == sum(layer.kind != "NF4Linear" for layer in report.fused)
     for name, module in model.named_modules():
         assert set(vars(module)) == attributes[name], name
     for name, value in run(model, x).items():
@@ -258,7 +262,7 @@ def test_accelerate_hooks() -> None:
     plain, layer = model(x), model.base_model.model.q
     hooks.add_hook_to_module(layer, hooks.ModelHook())
     report = pk.patch(model)  # hook first: its forward may move weights, so it stays
-    assert [entry.reason for entry in report.original] == ["its forward is already replaced (an accelerate hook?)"]
+    assert ["already replaced" in entry.reason for entry in report.original] == [True]
     assert testing.relative_error(model(x), plain) < 1e-5
     hooks.remove_hook_from_module(layer)
     pk.unpatch(model)
@@ -272,7 +276,7 @@ def test_accelerate_hooks() -> None:
     assert torch.equal(model(x), plain)
 
 
-@pytest.mark.parametrize("copying", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("copying", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
 def test_copies_of_a_patched_model_are_their_own(copying: Any) -> None:
     model, x = lora(models.base_model("nf4")), testing.tensor(3, 64)
     pk.patch(model)
@@ -364,7 +368,8 @@ def test_linear4bit_alone(dtype: torch.dtype) -> None:
     report = pk.patch(layer)
     assert str(report) == "peft_kernels: 1 of 1 layers fused"
     testing.assert_close(layer(x), plain["y"], truth, "y")
-    testing.assert_close(run(layer, x)["x"], plain["x"], testing.tensor(9, 96, dtype=dtype, seed=9).double() @ weight)
+    dy = testing.tensor(9, 96, dtype=dtype, seed=9).double()
+    testing.assert_close(run(layer, x)["x"], plain["x"], dy @ weight, "x.grad")
 
 
 def test_linear4bit_compute_dtype() -> None:
@@ -378,7 +383,7 @@ def test_linear4bit_compute_dtype() -> None:
 
 
 def test_linear4bit_evaluation_changes_no_state_and_training_goes_on() -> None:
-    """bitsandbytes' own CPU evaluation repacks the weight: changed absmax in state_dict, x.grad None afterwards."""
+    """bitsandbytes' own CPU evaluation repacks the weight: another absmax, and no x.grad afterwards."""
     torch.manual_seed(0)
     layer = models.to_linear4bit(nn.Linear(128, 96, dtype=torch.bfloat16))
     state = copy.deepcopy(layer.state_dict())

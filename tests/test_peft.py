@@ -23,7 +23,9 @@ def config(**options: Any) -> Any:
     return peft.LoraConfig(**{"r": 8, "target_modules": ["q", "o"], "init_lora_weights": False} | options)
 
 
-def adapted(base: str = "nf4", dtype: torch.dtype = torch.bfloat16, patched: bool = True, **options: Any) -> Any:
+def adapted(
+    base: str = "nf4", dtype: torch.dtype = torch.bfloat16, patched: bool = True, **options: Any
+) -> Any:
     model = models.base_model(base, dtype)
     torch.manual_seed(3)
     model = peft.get_peft_model(model, config(**options))
@@ -61,7 +63,9 @@ def test_disabling_gives_the_base_model_to_the_bit(patched: bool) -> None:
 
 @PATCHED
 @pytest.mark.parametrize(("writer", "reader"), [("nf4", "nf4"), ("nf4", "bnb"), ("bnb", "nf4")])
-def test_adapters_saved_on_one_base_load_on_another(tmp_path: Path, writer: str, reader: str, patched: bool) -> None:
+def test_adapters_saved_on_one_base_load_on_another(
+    tmp_path: Path, writer: str, reader: str, patched: bool
+) -> None:
     model = adapted(writer, torch.float32, patched)
     model.save_pretrained(tmp_path)
     assert {f.name for f in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
@@ -70,13 +74,16 @@ def test_adapters_saved_on_one_base_load_on_another(tmp_path: Path, writer: str,
         assert not pk.patch(other).original
     x = inputs(torch.float32).requires_grad_()  # so that bitsandbytes does not take its repacking path
     difference = testing.relative_error(other(x), model(x))
-    assert difference == 0 if writer == reader else difference < 5e-3  # the double-quantised scales differ by 0.1%
+    # The double-quantised scales of the two libraries differ in a few entries.
+    assert difference == 0 if writer == reader else difference < 5e-3
 
 
 @PATCHED
 @pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_merge_and_unload_gives_dense_layers_with_the_same_output(dtype: torch.dtype, safe: bool, patched: bool) -> None:
+def test_merge_and_unload_gives_dense_layers_with_the_same_output(
+    dtype: torch.dtype, safe: bool, patched: bool
+) -> None:
     model, x = adapted(dtype=dtype, patched=patched), inputs(dtype)
     y = model(x)
     with model.disable_adapter():
@@ -168,7 +175,8 @@ def test_prepare_model_for_kbit_training_keeps_weights_packed() -> None:
     assert len(layers) == 14 and all(isinstance(layer.weight, pk.NF4Weight) for layer in layers)
     ids = torch.arange(16).view(2, 8)
     model.train()(input_ids=ids, labels=ids).loss.backward()
-    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in trained)
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", "orthogonal"])

@@ -70,12 +70,12 @@ def test_large_finite_weights_are_no_error() -> None:
     ("make", "options", "message"),
     [
         (models.Net, {"blocksize": 60}, "blocksize: expected one of .*, got 60"),
-        (lambda: models.Net().double(), {}, r"q\.weight: expected float32, bfloat16 or float16, got torch.float64"),
-        (lambda: models.Net().to("meta"), {}, r"q\.weight: expected a loaded weight, got one on the meta device"),
+        (lambda: models.Net().double(), {}, r"q\.weight: expected float32, .*, got torch.float64"),
+        (lambda: models.Net().to("meta"), {}, r"q\.weight: expected a loaded weight, .* meta device"),
         (lambda: nn.Linear(4, 4), {}, "model: expected a module that contains nn.Linear layers"),
     ],
     ids=["blocksize", "dtype", "meta", "bare-linear"],
-)  # fmt: skip
+)
 def test_errors(make: object, options: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         pk.quantize_model(make(), **options)  # type: ignore[operator]

@@ -25,8 +25,9 @@ struct OuterF32 {
   }
 };
 
-// tile[r][c] += sum over p of lhs[r][p] * strip[p][c]. The sum starts at zero and joins the tile at the end: over
-// thousands of rows (dA and dB sum over all tokens) one running fp32 sum would lose a bit for every fourfold.
+// tile[r][c] += sum over p of lhs[r][p] * strip[p][c]. The sum starts at zero and joins the tile at the end:
+// over thousands of rows (dA and dB sum over all tokens) one running fp32 sum would lose a bit for every
+// fourfold.
 template <class Outer, int kRows>
 void outer_tile(const typename Outer::Value* lhs, int64_t lhs_ld, const typename Outer::Value* strip,
                 int64_t steps, float* tile, int64_t tile_ld) {

@@ -71,7 +71,8 @@ class CpuBackend:
 
     @contextmanager
     def use_isa(self, level: str) -> Iterator[None]:
-        """Run with one instruction set: scalar, avx2 or avx512. ValueError when the machine does not have it.
+        """Run with one instruction set (see `isa_levels` of the extension). ValueError when the machine lacks
+        it.
 
         For tests and measurements: the level is a property of the process, not of the thread.
         """
