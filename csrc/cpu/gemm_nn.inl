@@ -10,7 +10,8 @@ constexpr int64_t kNnPanelFloats = kNnDepth * kNnStrips * kStrip;
 constexpr int64_t kNnLhsFloats = kNnTileRows * kNnDepth;
 static_assert((kNnTileFloats + kNnPanelFloats + kNnLhsFloats) * sizeof(float) <= kScratchBytes, "");
 
-// With few rows a panel is soon done with: it should fit L1.
+// With few rows a panel is soon done with: it should fit L1. Rows of the whole product count, not of this
+// task: sums are made panel by panel, and must not depend on how the work is cut.
 struct NnBlocking {
   int64_t depth;
   int64_t strips;
@@ -54,7 +55,7 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
   float* tile = static_cast<float*>(scratch);
   float* panel = tile + kNnTileFloats;
   float* lhs = panel + kNnPanelFloats;
-  const NnBlocking blocking = nn_blocking(rect.m1 - rect.m0);
+  const NnBlocking blocking = nn_blocking(p.m);
   const int64_t width = blocking.strips * kStrip;
   for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += width) {
     const int64_t cols = min64(width, rect.n1 - n0);
