@@ -92,6 +92,8 @@ class NF4Linear(nn.Linear):
         new = None
         if not mine:
             missing_keys.append(key)
+            if strict:
+                return  # the bias stays too: half a layer is worse than none
         else:
             try:
                 new = NF4Weight.from_state_dict(state_dict, prefix)
@@ -100,7 +102,7 @@ class NF4Linear(nn.Linear):
                     raise ValueError(f"{key}: expected shape {expected}, got {new._state.shape}")
             except ValueError as error:
                 error_msgs.append(str(error))
-                return  # the bias stays too: half a layer is worse than none
+                return
         rest = {k: v for k, v in state_dict.items() if k not in mine}
         weight = self._parameters.pop("weight")
         errors = len(error_msgs)
@@ -168,9 +170,13 @@ class LoRALinear(nn.Module):
         nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        base = self.base_layer
+        base, weight = self.base_layer, self.base_layer.weight
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+            if not isinstance(weight, NF4Weight):
+                weight = weight.to(x.dtype)
         bias = base.bias if base.bias is None else base.bias.to(x.dtype)
-        return lora_linear(x, base.weight, self.lora_A, self.lora_B, self.scaling, bias)
+        return lora_linear(x, weight, self.lora_A, self.lora_B, self.scaling, bias)
 
     def delta_weight(self) -> Tensor:
         """`scaling * B A`, (out_features, in_features), in the adapter's dtype."""

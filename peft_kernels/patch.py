@@ -18,7 +18,6 @@ from torch import nn
 
 from .integrations import layers
 from .integrations.forward import replaced
-from .nf4 import NF4Weight
 
 
 @dataclass
@@ -89,7 +88,7 @@ def patch(model: nn.Module) -> PatchReport:
         if ours is not None:
             layer = LayerReport(name, kind, True, reason, ours.keywords["fallbacks"])
         elif forward is None:
-            layer = LayerReport(name, kind, isinstance(getattr(module, "weight", None), NF4Weight), reason)
+            layer = LayerReport(name, kind, not reason, reason)
         elif replaced(module) is not None:
             layer = LayerReport(name, kind, False, "its forward is already replaced (an accelerate hook?)")
         else:
@@ -104,17 +103,7 @@ def patch(model: nn.Module) -> PatchReport:
 
 def unpatch(model: nn.Module) -> int:
     """Take the fused forwards out again. Returns the number of layers restored."""
-    count = 0
-    for module in model.modules():
-        for attribute in ("forward", "_old_forward"):  # accelerate keeps the forward it wraps in the second
-            if installed(module, attribute) is None:
-                continue
-            if attribute == "forward":
-                del module.__dict__["forward"]
-            else:
-                module.__dict__[attribute] = type(module).forward.__get__(module)
-            count += 1
-    return count
+    return sum(_restore(module) for module in model.modules())
 
 
 @contextmanager
@@ -126,13 +115,28 @@ def patched(model: nn.Module) -> Iterator[PatchReport]:
         yield report
     finally:
         for module in model.modules():
-            if id(module) not in before and installed(module) is not None:
-                del module.__dict__["forward"]
+            if id(module) not in before:
+                _restore(module)
 
 
-def installed(module: nn.Module, attribute: str = "forward") -> functools.partial[Any] | None:
-    """The fused forward that is installed on a module, or None."""
-    forward = module.__dict__.get(attribute)
-    if isinstance(forward, functools.partial) and forward.func in layers.FORWARDS:
-        return forward
+def installed(module: nn.Module) -> functools.partial[Any] | None:
+    """The fused forward that is installed on a module, itself or under an accelerate hook, or None."""
+    place = _place(module)
+    return None if place is None else module.__dict__[place]
+
+
+def _place(module: nn.Module) -> str | None:
+    for attribute in ("forward", "_old_forward"):  # accelerate keeps the forward it wraps in the second
+        forward = module.__dict__.get(attribute)
+        if isinstance(forward, functools.partial) and forward.func in layers.FORWARDS:
+            return attribute
     return None
+
+
+def _restore(module: nn.Module) -> bool:
+    place = _place(module)
+    if place == "forward":
+        del module.__dict__["forward"]
+    elif place is not None:
+        module.__dict__[place] = type(module).forward.__get__(module)
+    return place is not None

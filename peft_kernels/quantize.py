@@ -8,8 +8,10 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 
 from .code_tables import BLOCKSIZES
+from .integrations.peft import adapter_modules
 from .nn import NF4Linear
 
 logger = logging.getLogger("peft_kernels")
@@ -32,8 +34,8 @@ def quantize_model(
         Changed in place. Peak memory is the model and one layer.
     skip : names
         Layers to leave alone: the full name, or the last part of it ("lm_head"). A layer whose weight is
-        shared with another module (tied embeddings) is always left alone, and so is everything that is not
-        exactly nn.Linear.
+        shared with another module (tied embeddings) or that stands in two places is always left alone, and so
+        are PEFT's adapters and everything that is not exactly nn.Linear.
     blocksize, double_quant
         As `NF4Weight.quantize`.
     progress : bool, optional
@@ -47,8 +49,8 @@ def quantize_model(
     Raises
     ------
     ValueError
-        A weight has NaN, Inf or an unfit dtype (named), an entry of `skip` or the blocksize is unfit. The
-        model is then unchanged: every layer is checked before the first is replaced.
+        A weight has NaN, Inf or an unfit dtype (named), or the blocksize is unfit. The model is then
+        unchanged: every layer is checked before the first is replaced.
     """
     skip = (skip,) if isinstance(skip, str) else tuple(skip)
     if isinstance(model, nn.Linear):
@@ -84,12 +86,16 @@ def _targets(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.
     for module in model.modules():
         if isinstance(module, NF4Linear):
             module.settle()
-        owners.update(id(parameter) for parameter in module.parameters(recurse=False))
+        owners.update(id(part) for parts in (module._modules, module._parameters) for part in parts.values())
+    adapters = set(adapter_modules(model))
     for name, module in model.named_modules():
-        if type(module) is not nn.Linear or name in skip or name.rpartition(".")[2] in skip:
+        if type(module) is not nn.Linear or module in adapters:
             continue
-        if owners[id(module.weight)] > 1:
-            logger.info("%s is left dense: its weight is shared with another module", name)
+        plain = name.removesuffix(".base_layer").removesuffix(".original_module")  # what PEFT wraps
+        if not {name, plain, plain.rpartition(".")[2]}.isdisjoint(skip):
+            continue
+        if owners[id(module.weight)] > 1 or owners[id(module)] > 1:
+            logger.info("%s is left dense: it shares its weight with another place in the model", name)
             continue
         yield name, module
 
@@ -110,9 +116,10 @@ def _check(name: str, weight: torch.Tensor) -> None:
 def _warn_about_experts(model: nn.Module) -> None:
     """Mixture-of-experts weights kept as one 3-D parameter are no nn.Linear: say that they stay dense."""
     experts = [
-        name
-        for name, p in model.named_parameters()
-        if p.dim() == 3 and p.is_floating_point() and p.numel() > 1e6
+        f"{name}.{key}"
+        for name, module in model.named_modules()
+        for key, p in module.named_parameters(recurse=False)
+        if p.dim() == 3 and p.is_floating_point() and p.numel() > 1e6 and not isinstance(module, _ConvNd)
     ]
     if experts:
         logger.warning(

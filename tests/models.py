@@ -23,7 +23,7 @@ class Net(nn.Module):
         self.lm_head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.lm_head(self.o(torch.relu(self.q(x))))
+        return self.lm_head(self.o(nn.functional.silu(self.q(x))))  # smooth: rounding flips no gate
 
 
 def base_model(base: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
@@ -35,6 +35,7 @@ def base_model(base: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> 
     elif base == "bnb":
         for name in ("q", "o"):
             setattr(model, name, to_linear4bit(getattr(model, name)))
+        model.is_loaded_in_4bit = True  # what from_pretrained sets: PEFT then takes its own Linear4bit
     return model
 
 

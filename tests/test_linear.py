@@ -376,16 +376,22 @@ def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, base: str) -> N
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "an input was changed"
 
 
-@pytest.mark.parametrize("m", [1, 3, 70])
-def test_threads_do_not_change_a_bit(backend: str, m: int) -> None:
+THREADED = {"m1": (1, 200, 576), "m3": (3, 200, 576), "m70": (70, 200, 576), "m70-narrow": (70, 2048, 64)}
+
+
+@pytest.mark.parametrize("shape", THREADED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_threads_do_not_change_a_bit(backend: str, dtype: torch.dtype, shape: str) -> None:
+    """However the work is cut: by columns, or by rows where there are few columns."""
     if backend == "reference":
         pytest.skip("reference: torch's own matmul may split sums by threads")
-    c = big_case("nested", torch.bfloat16, m)
+    m, n, k = THREADED[shape]
+    c = LoraCase(lora_case(m, n, k, "nested", dtype))
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            results.append(everything(c, 200, 576))
+            results.append(everything(c, n, k))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:

@@ -143,24 +143,44 @@ def test_state_dict_round_trip() -> None:
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda sd: sd.pop("weight.absmax"), "weight.absmax: expected a tensor .*, got NoneType"),
+        (
+            lambda sd: sd.pop("weight.absmax"),
+            "weight.absmax: expected a tensor in the state dict, got NoneType",
+        ),
         (lambda sd: sd.update(weight=sd["weight"][:-1]), "weight: expected 2400 bytes"),
         (lambda sd: [sd.pop(k) for k in list(sd) if k.startswith("weight")], "Missing key.*weight"),
-        (lambda sd: sd.update(extra=torch.zeros(1)), "Unexpected key.*extra"),
+        (lambda sd: sd.update(bias=sd["bias"][:-1]), "size mismatch for bias"),
     ],
-    ids=["missing-absmax", "truncated", "no-weight", "unexpected"],
+    ids=["missing-absmax", "truncated", "no-weight", "bias-shape"],
 )
-def test_failed_load_names_the_item_and_changes_no_weight(spoil: object, message: str) -> None:
+def test_failed_load_names_the_item_and_changes_nothing(spoil: object, message: str) -> None:
     layer = NF4Linear.from_linear(linear())
     other = NF4Linear.from_linear(nn.Linear(100, 48)).state_dict()
-    before = {k: v.clone() for k, v in layer.state_dict().items() if k.startswith("weight")}
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    assert not torch.equal(before["weight"], other["weight"]) and not torch.equal(
+        before["bias"], other["bias"]
+    )
     spoil(other)  # type: ignore[operator]
-    if message.startswith("Unexpected"):  # torch reports these after loading, as for any layer
-        before = {k: v for k, v in other.items() if k.startswith("weight")}
     with pytest.raises(RuntimeError, match=message):
         layer.load_state_dict(other)
-    for key, value in before.items():
-        assert torch.equal(layer.state_dict()[key], value), key
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
+def test_loading_brings_the_saved_dtype_blocksize_and_scales() -> None:
+    saved = NF4Linear.from_linear(linear(torch.bfloat16), blocksize=128, double_quant=False)
+    layer = NF4Linear.from_linear(linear())
+    layer.load_state_dict(saved.state_dict())
+    assert layer.weight.dtype == torch.bfloat16 and layer.weight.blocksize == 128
+    assert not layer.weight.double_quant and layer.weight.absmax2 is None
+    assert torch.equal(layer.weight.dequantize(), saved.weight.dequantize())
+    assert isinstance(layer.weight, nn.Parameter) and not layer.weight.requires_grad
+
+
+def test_unexpected_keys_are_reported() -> None:
+    layer = NF4Linear.from_linear(linear())
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*extra"):
+        layer.load_state_dict(layer.state_dict() | {"extra": torch.zeros(1)})
 
 
 def test_loading_another_shape_is_refused() -> None:
@@ -184,7 +204,7 @@ def test_copies_are_independent(kind: str, copying: object) -> None:
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
 def test_compiles_without_graph_breaks(kind: str) -> None:
     layer = adapted(kind, torch.float32)
-    compiled = torch.compile(layer, fullgraph=True)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     x = testing.tensor(4, 100)
     y = compiled(x)
     assert torch.equal(y, layer(x))
@@ -208,6 +228,40 @@ def test_autocast_computes_in_its_dtype() -> None:
     layer, x = NF4Linear.from_linear(linear()), testing.tensor(2, 100)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(x).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_lora_under_autocast(kind: str, dtype: torch.dtype) -> None:
+    layer, x = adapted(kind, torch.float32), testing.tensor(9, 100)
+    expected = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x.to(dtype))
+    assert y.dtype == torch.bfloat16
+    assert testing.relative_error(y, expected) < 0.01
+    y.sum().backward()
+    assert layer.lora_A.grad.dtype == torch.float32 and bool((layer.lora_A.grad != 0).any())
+
+
+def test_quantisation_options_reach_the_weight() -> None:
+    layer = NF4LoRALinear(linear(), blocksize=128, double_quant=False)
+    assert layer.base_layer.weight.blocksize == 128 and layer.base_layer.weight.absmax.dtype == torch.float32
+    base = NF4Linear.from_linear(linear())
+    assert NF4LoRALinear(base, blocksize=128).base_layer is base  # quantised already: taken as it is
+
+
+def test_an_nf4_weight_cannot_be_trained() -> None:
+    layer = NF4Linear.from_linear(linear())
+    layer.weight.requires_grad_()
+    with pytest.raises(ValueError, match="weight: an NF4 weight cannot be trained"):
+        layer(testing.tensor(2, 100))
+
+
+def test_only_the_adapter_is_trained() -> None:
+    layer = adapted("dense", torch.float32)
+    assert {name for name, p in layer.named_parameters() if p.requires_grad} == {"lora_A", "lora_B"}
+    layer = NF4LoRALinear(linear(), dtype=torch.bfloat16)
+    assert layer.lora_A.dtype == layer.lora_B.dtype == torch.bfloat16
 
 
 def test_repr() -> None:

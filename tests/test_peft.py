@@ -147,6 +147,44 @@ def test_merging_back_into_nf4_on_request(safe: bool) -> None:
     assert error < 0.3 * lost, (error, lost)
 
 
+def test_merging_a_broken_adapter_back_into_nf4_changes_nothing() -> None:
+    model, x = adapted(dtype=torch.float32), inputs(torch.float32)
+    layers = model.base_model.model.q, model.base_model.model.o
+    with model.disable_adapter():
+        base = model(x)
+    with torch.no_grad():
+        layers[1].lora_A.default.weight[0, 0] = float("inf")
+    message = r"model\.o\.lora_A\.default\.weight: expected finite values, got NaN or Inf; nothing is merged"
+    with pytest.raises(ValueError, match=message):
+        merge_and_unload(model, quantize=True)
+    assert not any(layer.merged for layer in layers)
+    with model.disable_adapter():
+        assert torch.equal(model(x), base)
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
+@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
+def test_variants_merge_into_nf4_layers(options: dict[str, bool]) -> None:
+    model, x = adapted(dtype=torch.float32, target_modules=["q"], **options), inputs(torch.float32)
+    y = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    merged = model.merge_and_unload()
+    assert testing.relative_error(merged(x), y) < 1e-5 < 1e-2 < testing.relative_error(base, y)
+
+
+def test_merging_a_patched_bitsandbytes_model() -> None:
+    """PEFT quantises the merged weight again; the layer stays a patched Linear4bit."""
+    model, x = adapted("bnb", torch.float32), inputs(torch.float32)
+    y = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    merged = model.merge_and_unload()
+    error, lost = testing.relative_error(merged(x), y), testing.relative_error(base, y)
+    assert error < 0.3 * lost, (error, lost)
+    assert pk.unpatch(merged) == 2
+
+
 def test_quantising_a_merged_model_again() -> None:
     merged = adapted().merge_and_unload()
     pk.quantize_model(merged)
@@ -196,6 +234,11 @@ def test_initialisations_that_read_or_change_the_base_weight(init: str) -> None:
             assert testing.relative_error(model(x), expected) > 0.05
         else:
             assert torch.equal(model(x), expected)
+
+
+def test_an_initialisation_that_needs_a_view_of_the_weight_raises() -> None:
+    with pytest.raises(NotImplementedError, match=r"an NF4 weight has no view of its numbers.*dequantize"):
+        peft.get_peft_model(models.base_model("nf4"), config(init_lora_weights="pissa_niter_4"))
 
 
 def test_trainer_runs_saves_and_resumes(tmp_path: Path) -> None:

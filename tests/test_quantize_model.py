@@ -48,6 +48,45 @@ def test_tied_weights_are_left_alone() -> None:
     assert isinstance(model.model.layers[1].mlp.down_proj, NF4Linear)
 
 
+def test_a_module_that_stands_in_two_places_stays_one() -> None:
+    shared = nn.Linear(64, 64)
+    model = nn.Sequential(shared, nn.Linear(64, 64), shared)
+    pk.quantize_model(model)
+    assert model[0] is model[2] and type(model[0]) is nn.Linear and isinstance(model[1], NF4Linear)
+
+    block = nn.Sequential(nn.Linear(64, 64))  # a shared block is one block: its layer stands in one place
+    model = pk.quantize_model(nn.Sequential(block, block))
+    assert model[0] is model[1] and isinstance(model[0][0], NF4Linear)
+
+
+def test_options_reach_every_weight() -> None:
+    model = pk.quantize_model(models.Net().eval(), skip="q", blocksize=128, double_quant=False)
+    assert kinds(model) == {"q": nn.Linear, "o": NF4Linear, "lm_head": NF4Linear}
+    assert model.o.weight.blocksize == 128 and not model.o.weight.double_quant
+    assert not model.o.training and model.lm_head.bias.requires_grad
+
+
+def test_adapters_are_never_quantised() -> None:
+    """A PEFT model's adapters are plain nn.Linear, and so is its trained copy of the head."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = peft.LoraConfig(
+        r=4, target_modules=["q", "o"], modules_to_save=["lm_head"], init_lora_weights=False
+    )
+    model = peft.get_peft_model(models.Net(), config)
+    x = torch.randn(5, 64)
+    before, trained = model(x), {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+    pk.quantize_model(model)
+    quantised = {name for name, kind in kinds(model).items() if kind is NF4Linear}
+    assert quantised == {"base_model.model.q.base_layer", "base_model.model.o.base_layer"}
+    after = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert after.keys() == trained.keys() and all(torch.equal(after[name], trained[name]) for name in after)
+    assert 0 < (model(x) - before).norm() / before.norm() < 0.3
+
+    pk.quantize_model(model, skip=())  # the head that PEFT put aside is the base's, the copy is trained
+    assert isinstance(model.base_model.model.lm_head.original_module, NF4Linear)
+    assert type(model.base_model.model.lm_head.modules_to_save["default"]) is nn.Linear
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_bad_weight_is_named_and_nothing_is_changed(bad: float) -> None:
     model = models.Net()
@@ -93,7 +132,11 @@ def test_experts_in_one_parameter_are_reported(caplog: pytest.LogCaptureFixture)
     model.experts = nn.Parameter(torch.zeros(8, 512, 512))
     with caplog.at_level(logging.WARNING, logger="peft_kernels"):
         pk.quantize_model(model)
-    assert "three-dimensional" in caplog.text and "experts" in caplog.text
+    assert "1 three-dimensional" in caplog.text and "experts" in caplog.text
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, logger="peft_kernels"):
+        pk.quantize_model(nn.Sequential(nn.Conv1d(512, 512, 5), nn.Linear(64, 64)))
+    assert caplog.text == "", "the kernel of a convolution is no set of experts"
 
 
 def test_progress_bar_on_request(capsys: pytest.CaptureFixture[str]) -> None:

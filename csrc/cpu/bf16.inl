@@ -30,6 +30,7 @@ struct DotBF16 {
 struct OuterBF16 {
   using Value = PanelBF16;
   static constexpr int kPair = 2;
+  static constexpr int64_t kChain = 64;
   static VecPairs splat_lhs(const PanelBF16* p) { return splat_pair(p); }
   static VecPairs load_rhs(const PanelBF16* p) { return load_pairs(p); }
   static Vec mac(VecPairs a, VecPairs b, Vec sum) { return dot_pairs(a, b, sum); }

@@ -8,8 +8,9 @@ constexpr int64_t kStrip = 64;  // columns; one absmax block of the default size
 static_assert(kStrip % (kOuterVecs * kLanes) == 0, "");
 
 struct OuterF32 {
-  using Value = float;             // of lhs and panel
-  static constexpr int kPair = 1;  // rows of rhs that share a lane
+  using Value = float;                   // of lhs and panel
+  static constexpr int kPair = 1;        // rows of rhs that share a lane
+  static constexpr int64_t kChain = 32;  // terms of one running sum
   static Vec splat_lhs(const float* p) { return splat(*p); }
   static Vec load_rhs(const float* p) { return load(p); }
   static Vec mac(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
@@ -25,35 +26,39 @@ struct OuterF32 {
   }
 };
 
-// tile[r][c] += sum over p of lhs[r][p] * strip[p][c]. The sum starts at zero and joins the tile at the end:
-// over thousands of rows (dA and dB sum over all tokens) one running fp32 sum would lose a bit for every
-// fourfold.
+// tile[r][c] += sum over p of lhs[r][p] * strip[p][c], in partial sums of kChain terms. One running fp32 sum
+// over thousands of rows (dA and dB sum over all tokens) would lose a bit for every fourfold; and a chain
+// that followed the blocking would make a row's bits depend on how many rows a thread was given.
 template <class Outer, int kRows>
 void outer_tile(const typename Outer::Value* lhs, int64_t lhs_ld, const typename Outer::Value* strip,
                 int64_t steps, float* tile, int64_t tile_ld) {
-  Vec sums[kRows][kOuterVecs];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-    for (int v = 0; v < kOuterVecs; ++v) sums[r][v] = splat(0.0f);
-  }
-  for (int64_t s = 0; s < steps; ++s, strip += kStrip * Outer::kPair, lhs += Outer::kPair) {
-    decltype(Outer::load_rhs(strip)) b[kOuterVecs];
-#pragma GCC unroll 4
-    for (int v = 0; v < kOuterVecs; ++v) b[v] = Outer::load_rhs(strip + v * kLanes * Outer::kPair);
+  constexpr int64_t kChainSteps = Outer::kChain / Outer::kPair;
+  for (int64_t left = steps; left > 0; left -= kChainSteps) {
+    Vec sums[kRows][kOuterVecs];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      const auto a = Outer::splat_lhs(lhs + r * lhs_ld);
 #pragma GCC unroll 4
-      for (int v = 0; v < kOuterVecs; ++v) sums[r][v] = Outer::mac(a, b[v], sums[r][v]);
+      for (int v = 0; v < kOuterVecs; ++v) sums[r][v] = splat(0.0f);
     }
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) {
+    const int64_t count = min64(left, kChainSteps);
+    for (int64_t s = 0; s < count; ++s, strip += kStrip * Outer::kPair, lhs += Outer::kPair) {
+      decltype(Outer::load_rhs(strip)) b[kOuterVecs];
 #pragma GCC unroll 4
-    for (int v = 0; v < kOuterVecs; ++v) {
-      float* out = tile + r * tile_ld + v * kLanes;
-      store(out, add(load(out), sums[r][v]));
+      for (int v = 0; v < kOuterVecs; ++v) b[v] = Outer::load_rhs(strip + v * kLanes * Outer::kPair);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const auto a = Outer::splat_lhs(lhs + r * lhs_ld);
+#pragma GCC unroll 4
+        for (int v = 0; v < kOuterVecs; ++v) sums[r][v] = Outer::mac(a, b[v], sums[r][v]);
+      }
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kOuterVecs; ++v) {
+        float* out = tile + r * tile_ld + v * kLanes;
+        store(out, add(load(out), sums[r][v]));
+      }
     }
   }
 }

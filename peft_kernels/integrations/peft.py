@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -77,22 +78,57 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
         is lost.
     safe_merge : bool
         Check the merged weights for NaN, as PEFT does.
+
+    Raises
+    ------
+    ValueError
+        With `quantize`: an active adapter has NaN or Inf. Nothing is merged then.
     """
     if not quantize:
         return model.merge_and_unload(safe_merge=safe_merge)
     from peft.tuners.lora import LoraLayer
 
-    for module in model.modules():
-        base = module.get_base_layer() if isinstance(module, LoraLayer) else None
-        if not isinstance(base, NF4Linear) or not isinstance(base.weight, NF4Weight):
-            continue
+    packed: list[tuple[str, Any]] = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+        and isinstance(base := module.get_base_layer(), NF4Linear)
+        and isinstance(base.weight, NF4Weight)
+    ]
+    for name, module in packed:
+        _check_adapters(name, module)  # NaN has no code: found now, and not with half of the model merged
+    for name, module in packed:
+        base = module.get_base_layer()
         blocksize, double_quant = base.weight.blocksize, base.weight.double_quant
         module.merge(safe_merge=safe_merge)
         if isinstance(base.weight, NF4Weight):
             continue  # no active adapter on this layer
-        module.base_layer = NF4Linear.from_linear(base, blocksize, double_quant)
+        module.base_layer = NF4Linear.from_linear(base, blocksize, double_quant, name=f"{name}.weight")
     # Layers merged above are not merged twice: PEFT passes over adapters that are merged already.
     return model.merge_and_unload(safe_merge=safe_merge)
+
+
+def adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """What PEFT has added to a model and may train: everything inside its layers but the layers they wrap."""
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            for name, child in module.named_children():
+                if name not in ("base_layer", "original_module"):
+                    yield from child.modules()
+
+
+def _check_adapters(name: str, module: Any) -> None:
+    for key, parameter in module.named_parameters():
+        path = key.split(".")
+        if path[0] == "base_layer" or set(path).isdisjoint(module.active_adapters):
+            continue
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(f"{name}.{key}: expected finite values, got NaN or Inf; nothing is merged")
 
 
 def _lora_forwards() -> tuple[Callable[..., Any], ...]:
@@ -157,11 +193,15 @@ def _reason_call(
         if reason is not None:
             return reason
     weight = base.weight
+    autocast = torch.is_autocast_enabled(x.device.type)
     if hasattr(weight, "quant_state"):
+        dtype = linear4bit.compute_dtype(base, x)
+        if not autocast and torch.promote_types(x.dtype, dtype) != dtype:
+            # PEFT computes the delta in the adapter's type, from x as it is; the op would from x in `dtype`.
+            return f"x is {x.dtype}, the base layer computes in {dtype}"
         return bitsandbytes.reason_unusable(weight) or linear4bit._reason_shape(base, x)
     if not isinstance(weight, NF4Weight) and type(weight) is not nn.Parameter:
         return f"the base weight is a {type(weight).__name__}"
-    autocast = torch.is_autocast_enabled(x.device.type)
     if not isinstance(weight, NF4Weight) and weight.dtype != x.dtype and not autocast:
         return f"x is {x.dtype}, the base weight {weight.dtype}"
     return None
