@@ -26,7 +26,8 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.packages setup.py peft_kernels/spec.py $(CPP)
-	PEFT_KERNELS_CPU=1 $(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	PEFT_KERNELS_CPU=1 $(BIN)/pip install -q --no-build-isolation --no-deps \
+	  --config-settings editable_mode=compat -e .
 	@touch $@
 
 setup: $(VENV)/.built ## Set everything up, run nothing

@@ -92,8 +92,6 @@ class NF4Linear(nn.Linear):
         new = None
         if not mine:
             missing_keys.append(key)
-            if strict:
-                return  # the bias stays too: half a layer is worse than none
         else:
             try:
                 new = NF4Weight.from_state_dict(state_dict, prefix)
@@ -102,7 +100,7 @@ class NF4Linear(nn.Linear):
                     raise ValueError(f"{key}: expected shape {expected}, got {new._state.shape}")
             except ValueError as error:
                 error_msgs.append(str(error))
-                return
+                return  # the bias stays too: half a layer is worse than none
         rest = {k: v for k, v in state_dict.items() if k not in mine}
         weight = self._parameters.pop("weight")
         errors = len(error_msgs)
