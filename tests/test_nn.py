@@ -169,7 +169,7 @@ def test_failed_load_names_the_item_and_changes_nothing(spoil: object, message: 
 def test_a_partial_load_works_as_for_any_linear_layer() -> None:
     layer = NF4Linear.from_linear(linear())
     packed, bias = layer.weight.packed.clone(), torch.ones(48)
-    with pytest.raises(RuntimeError, match="Missing key.*weight"):
+    with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         layer.load_state_dict({"bias": bias})
     assert layer.load_state_dict({"bias": bias}, strict=False).missing_keys == ["weight"]
     assert torch.equal(layer.weight.packed, packed) and torch.equal(layer.bias, bias)
