@@ -250,7 +250,7 @@ def build_model(args: Namespace, setup: Setup, adapter: Path | None, trainable: 
     base = load_quantised(setup.folder, args.backend, setup.dtype, setup.device)
     if adapter is not None:
         return load_lora(base, adapter, trainable)
-    return add_lora(base, args.r, args.alpha, args.dropout, args.seed)
+    return add_lora(base, args.r, args.alpha, args.dropout, args.seed, setup.dtype)
 
 
 def patch(args: Namespace, model: PeftModel) -> str:

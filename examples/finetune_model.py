@@ -115,8 +115,10 @@ def first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def add_lora(model: nn.Module, r: int, alpha: int, dropout: float, seed: int) -> PeftModel:
-    """Wrap the model with a fresh adapter whose starting weights depend on the seed alone."""
+def add_lora(
+    model: nn.Module, r: int, alpha: int, dropout: float, seed: int, dtype: torch.dtype
+) -> PeftModel:
+    """Wrap the model with a fresh adapter whose starting weights depend on seed and dtype alone."""
     names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     config = LoraConfig(
         r=r,
@@ -126,7 +128,12 @@ def add_lora(model: nn.Module, r: int, alpha: int, dropout: float, seed: int) ->
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)
-    return get_peft_model(model, config)
+    model = get_peft_model(model, config)
+    for parameter in trainable_parameters(model).values():
+        # PEFT rounds a fresh adapter to bitsandbytes' compute dtype on that base alone. To start alike, round
+        # on both.
+        parameter.data.copy_(parameter.data.to(dtype))
+    return model
 
 
 def load_lora(model: nn.Module, folder: Path, trainable: bool) -> PeftModel:

@@ -27,11 +27,12 @@ def pickled(module: nn.Module) -> nn.Module:
 def lora(model: nn.Module, adapter_dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A PEFT model over q and o whose adapters do something."""
     torch.manual_seed(3)
-    config = peft.LoraConfig(**{"r": 8, "target_modules": ["q", "o"], "init_lora_weights": False} | options)
-    model = peft.get_peft_model(model, config)
+    defaults = {"r": 8, "lora_alpha": 16, "target_modules": ["q", "o"], "init_lora_weights": False}
+    model = peft.get_peft_model(model, peft.LoraConfig(**defaults | options))
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            parameter.data = parameter.data.to(adapter_dtype)
+        if "lora_A" in name or "lora_B" in name:
+            # Drawn again: PEFT draws in the type of the base, so that bf16 could hold its fp32 adapters too.
+            parameter.data = testing.tensor(*parameter.shape, dtype=adapter_dtype, seed=len(name), scale=0.1)
     return model
 
 

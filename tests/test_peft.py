@@ -20,7 +20,8 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
 
 def config(**options: Any) -> Any:
-    return peft.LoraConfig(**{"r": 8, "target_modules": ["q", "o"], "init_lora_weights": False} | options)
+    defaults = {"r": 8, "lora_alpha": 16, "target_modules": ["q", "o"], "init_lora_weights": False}
+    return peft.LoraConfig(**defaults | options)
 
 
 def adapted(
