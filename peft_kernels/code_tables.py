@@ -58,6 +58,9 @@ of the fifteen by one unit in the last place.
 BLOCKSIZES: tuple[int, ...] = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Allowed numbers of weights that share one absmax."""
 
+WEIGHT_DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes that a weight may have before it is quantised."""
+
 NESTED_BLOCKSIZE = 256
 """Number of absmax values that share one second-level absmax (double quantisation)."""
 

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .code_tables import BLOCKSIZES
+from .code_tables import BLOCKSIZES, WEIGHT_DTYPES
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -31,7 +31,6 @@ logger = logging.getLogger("peft_kernels")
 ops = torch.ops.peft_kernels
 aten = torch.ops.aten
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _set_data = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 _get_data = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
@@ -142,7 +141,7 @@ class NF4Weight(torch.Tensor):
             weight = weight.dequantize()
         if weight.dim() != 2:
             raise ValueError(f"{name}: expected shape (out_features, in_features), got {tuple(weight.shape)}")
-        if weight.dtype not in _DTYPES:
+        if weight.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {weight.dtype}")
         if blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
@@ -296,10 +295,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
     return nf4_linear(input, weight, bias)
 
 
-def _assign_data(self: Tensor, value: Tensor) -> None:
-    """`self.data = value`, where at least one side is NF4."""
-    if not isinstance(self, NF4Weight):
-        raise TypeError("data: an ordinary parameter cannot be made NF4 in place, assign a new nn.Parameter")
+def _assign_data(self: NF4Weight, value: Tensor) -> None:
+    """`self.data = value`. Torch asks the left side alone, so `self` is an NF4Weight."""
     if not isinstance(value, NF4Weight):
         old = self._state
         if tuple(value.shape) != old.shape:

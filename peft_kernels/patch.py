@@ -54,7 +54,9 @@ class PatchReport:
         return [layer for layer in self.layers if not layer.fused]
 
     def __str__(self) -> str:
-        lines = [f"peft_kernels: {len(self.fused)} of {len(self.layers)} layers fused"]
+        aside = sum(bool(layer.reason) for layer in self.fused)
+        headline = f"peft_kernels: {len(self.fused) - aside} of {len(self.layers)} layers fused"
+        lines = [headline + (f", {aside} more step aside as said below" if aside else "")]
         if not self.layers:
             lines.append(
                 "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"

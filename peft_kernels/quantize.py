@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from .code_tables import BLOCKSIZES
+from .code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from .integrations.peft import adapter_modules
 from .nn import NF4Linear
 
@@ -103,7 +103,7 @@ def _targets(model: nn.Module, skip: tuple[str, ...]) -> Iterator[tuple[str, nn.
 def _check(name: str, weight: torch.Tensor) -> None:
     if weight.device.type == "meta":
         raise ValueError(f"{name}: expected a loaded weight, got one on the meta device")
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {weight.dtype}")
     # One reduction, no boolean copy of the weight: a sum is finite only if every term is (and may overflow:
     # then look).

@@ -62,7 +62,7 @@ def unpack_absmax(q8: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     return dynamic_map(q8.device)[q8.reshape(-1).long()] * scale + offset
 
 
-def _dense_weight(
+def dequantize_nf4(
     packed: Tensor,
     absmax: Tensor,
     absmax2: Tensor | None,
@@ -81,18 +81,6 @@ def _dense_weight(
     return (nf4_code(packed.device)[codes.long()] * scale).to(dtype).reshape(tuple(shape))
 
 
-def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    return _dense_weight(packed, absmax, absmax2, offset, blocksize, shape, dtype)
-
-
 def nf4_linear(
     x: Tensor,
     packed: Tensor,
@@ -103,7 +91,7 @@ def nf4_linear(
     out_features: int,
     bias: Tensor | None,
 ) -> Tensor:
-    weight = _dense_weight(packed, absmax, absmax2, offset, blocksize, (out_features, x.shape[-1]), x.dtype)
+    weight = dequantize_nf4(packed, absmax, absmax2, offset, blocksize, (out_features, x.shape[-1]), x.dtype)
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
@@ -116,7 +104,7 @@ def nf4_linear_dx(
     blocksize: int,
     in_features: int,
 ) -> Tensor:
-    weight = _dense_weight(packed, absmax, absmax2, offset, blocksize, (dy.shape[-1], in_features), dy.dtype)
+    weight = dequantize_nf4(packed, absmax, absmax2, offset, blocksize, (dy.shape[-1], in_features), dy.dtype)
     return dy @ weight
 
 
@@ -136,7 +124,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     if absmax is not None:
         shape = (lora_b.shape[0], lora_a.shape[1])
-        weight = _dense_weight(weight, absmax, absmax2, offset, blocksize, shape, x.dtype)
+        weight = dequantize_nf4(weight, absmax, absmax2, offset, blocksize, shape, x.dtype)
     acc = accumulator_dtype(x.dtype)
     h = x.to(acc) @ lora_a.to(acc).t()
     base = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -171,7 +159,7 @@ def lora_linear_backward(
     if need_dx:
         if absmax is not None:
             shape = (lora_b.shape[0], lora_a.shape[1])
-            weight = _dense_weight(weight, absmax, absmax2, offset, blocksize, shape, x.dtype)
+            weight = dequantize_nf4(weight, absmax, absmax2, offset, blocksize, shape, x.dtype)
         dx = ((dy2 @ weight).to(acc) + dh @ lora_a.to(acc)).to(x.dtype).view(x.shape)
     if need_da:
         da = (dh.t() @ x2.to(acc)).to(lora_a.dtype)

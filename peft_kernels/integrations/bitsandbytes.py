@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map, nf4_code
+from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map, nf4_code
 from ..nf4 import NF4State, NF4Weight, _rows
 
 STATE_ITEM = "quant_state.bitsandbytes__nf4"
@@ -193,7 +193,7 @@ def _assemble(
         raise ValueError(f"{key}: expected a shape (out_features, in_features), got {shape}")
     if blocksize not in BLOCKSIZES:
         raise ValueError(f"{key}: expected blocksize one of {BLOCKSIZES}, got {blocksize}")
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{key}: expected dtype float32, bfloat16 or float16, got {dtype}")
     # The bytes may be stored under a float type (FSDP asks for it), with the last ones padded.
     flat = packed.detach().contiguous().view(-1).view(torch.uint8)
