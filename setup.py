@@ -28,8 +28,10 @@ ROOT = Path(__file__).resolve().parent
 CPU_SOURCES = [
     "csrc/cpu/absmax.cpp",
     "csrc/cpu/bind.cpp",
+    "csrc/cpu/elementwise_ops.cpp",
     "csrc/cpu/isa.cpp",
-    "csrc/cpu/ops.cpp",
+    "csrc/cpu/lora_ops.cpp",
+    "csrc/cpu/nf4_ops.cpp",
     "csrc/cpu/scalar.cpp",
 ]
 HEADERS = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in (".h", ".inl")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -15,25 +15,50 @@ from torch import Tensor
 import peft_kernels as pk
 
 from . import gate, layers
-from .harness import OURS, Absent, Case, Contender, copies, first_line
-from .layers import Weights
+from .block import SMOLLM2, Blocks, Inputs, Model, Sizes, Variant
+from .harness import OURS, Absent, Case, Contender, Goal, copies, first_line
+from .layers import BNB, Kept, Weights
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
 Shape = tuple[int, int]
-BNB = "bitsandbytes"
 LARGE, WIDE, SMALL, SMALL_TALL = (4096, 4096), (14336, 4096), (1536, 576), (576, 1536)
 FORWARD_M = (1, 4, 16, 64, 128, 512, 2048)
 TRAINING_M = {LARGE: (16, 128, 512, 2048), SMALL: (256, 1024, 4096)}
 
+PEFT_ON_BNB, PEFT_ON_DENSE = "PEFT on bnb", "PEFT on dense"
+PLAIN_LORA, ONE_ADAPTER = "ours, plain LoRA", "ours, one adapter"
+
 FORWARD, QLORA, LORA, QUANTIZE, DEQUANTIZE = "forward", "qlora", "lora", "quantize", "dequantize"
+BLOCK_LORA, BLOCK_QLORA, BLOCK_DORA = "block-lora", "block-qlora", "block-dora"
+BLOCK_DROPOUT, BLOCK_MIXED = "block-dropout", "block-mixed"
 TITLES = {
     FORWARD: "NF4 linear, forward without grad",
     QLORA: f"LoRA r={layers.RANK} on an NF4 base, forward + backward",
     LORA: f"LoRA r={layers.RANK} on a dense base, forward + backward",
     QUANTIZE: "quantise to NF4, with double quantisation",
     DEQUANTIZE: "dequantise NF4, double-quantised",
+    BLOCK_LORA: "decoder block, LoRA on a dense base, forward + backward",
+    BLOCK_QLORA: "decoder block, LoRA on an NF4 base, forward + backward",
+    BLOCK_DORA: "decoder block, DoRA on a dense base, forward + backward",
+    BLOCK_DROPOUT: "decoder block, LoRA with dropout 0.05 on a dense base, forward + backward",
+    BLOCK_MIXED: "decoder block, 8 samples with 8 LoRA adapters on a dense base, forward without grad",
 }
+
+BLOCKS = {
+    BLOCK_LORA: Variant(),
+    BLOCK_QLORA: Variant(base="nf4"),
+    BLOCK_DORA: Variant(dora=True),
+    BLOCK_DROPOUT: Variant(dropout=0.05),
+    BLOCK_MIXED: Variant(adapters=8, training=False),
+}
+GOALS = {
+    BLOCK_LORA: (Goal(PEFT_ON_DENSE, 2.0),),
+    BLOCK_DORA: (Goal(PEFT_ON_DENSE, 3.0), Goal(PLAIN_LORA, 1.35, cost=True)),
+    BLOCK_MIXED: (Goal(ONE_ADAPTER, 1.3, cost=True),),
+}
+BATCHES = ((1, 256), (4, 256), (8, 512))
+"""Samples x tokens in training; the mixed batch, always of 8 samples, has as many tokens in all."""
 
 
 def standard(dtype: str, full: bool = False) -> list[Case]:
@@ -42,14 +67,16 @@ def standard(dtype: str, full: bool = False) -> list[Case]:
     found = [forward(shape, m, dtype) for shape in shapes for m in FORWARD_M]
     for group in (QLORA, LORA):
         found += [training(group, shape, m, dtype) for shape, rows in TRAINING_M.items() for m in rows]
-    return [*found, quantize(LARGE, dtype), dequantize(LARGE, dtype)]
+    found += [quantize(LARGE, dtype), dequantize(LARGE, dtype)]
+    return found + [block(group, *batch, dtype) for group in BLOCKS for batch in _batches(group)]
 
 
 def quick(dtype: str) -> list[Case]:
     """A few of each kind, for a look in under a minute."""
     found = [forward(LARGE, m, dtype) for m in (1, 128)] + [forward(SMALL, m, dtype) for m in (1, 64)]
     found += [training(group, SMALL, 256, dtype) for group in (QLORA, LORA)]
-    return [*found, quantize(SMALL, dtype), dequantize(SMALL, dtype)]
+    found += [quantize(SMALL, dtype), dequantize(SMALL, dtype)]
+    return found + [block(group, *_batches(group)[0], dtype) for group in BLOCKS]
 
 
 def forward(shape: Shape, m: int, dtype: str) -> Case:
@@ -104,7 +131,7 @@ def training(group: str, shape: Shape, m: int, dtype: str) -> Case:
                 return layers.peft_loras(layers.bnb_linears(weights, packed, "train"), weights, patch=False)
             return layers.peft_loras(layers.dense_linears(weights, dense), weights, patch=False)
 
-        peer, needs = ("PEFT on bnb", f"peft {BNB}") if nf4_base else ("PEFT on dense", "peft")
+        peer, needs = (PEFT_ON_BNB, f"peft {BNB}") if nf4_base else (PEFT_ON_DENSE, "peft")
         entries = (
             Entry(OURS, ours, expected.strict),
             Entry(peer, stock, expected.sane, needs),
@@ -114,6 +141,40 @@ def training(group: str, shape: Shape, m: int, dtype: str) -> Case:
         return _contenders(weights, entries, lambda layer: layers.training_call(layer, x, dy))
 
     return Case(group, *shape, m, dtype, build)
+
+
+def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM2) -> Case:
+    """A decoder block with adapters on all projections, patched, against PEFT's on the same kind of base."""
+    variant = BLOCKS[group]
+
+    def build() -> list[Contender | Absent]:
+        if reason := missing("peft transformers"):
+            return [Absent(OURS, reason)]
+        blocks = _blocks(group, dtype, sizes)
+        inputs = blocks.inputs(batch, tokens)
+        ours, theirs = blocks.expected(variant, inputs)
+        count = copies(blocks.nbytes, 3)
+        nf4_base = variant.base == "nf4"
+        cheaper = {
+            PLAIN_LORA: replace(variant, dora=False) if variant.dora else variant,
+            ONE_ADAPTER: replace(variant, adapters=1),
+        }
+        entries = [
+            _block_entry(OURS, blocks, variant, inputs, blocks.ours, count, ours.strict),
+            _block_entry(
+                PEFT_ON_BNB if nf4_base else PEFT_ON_DENSE,
+                blocks, variant, inputs, blocks.stock, count, theirs.sane, BNB if nf4_base else "",
+            ),
+        ]  # fmt: skip
+        for goal in GOALS.get(group, ()):
+            if goal.cost:
+                other = cheaper[goal.against]
+                strict = blocks.expected(other, inputs)[0].strict
+                entries.append(_block_entry(goal.against, blocks, other, inputs, blocks.ours, count, strict))
+        return _contenders(blocks, entries)
+
+    rows = batch * tokens
+    return Case(group, sizes.hidden, sizes.intermediate, rows, dtype, build, batch, GOALS.get(group, ()))
 
 
 def quantize(shape: Shape, dtype: str) -> Case:
@@ -183,30 +244,72 @@ class Entry:
     verify: Callable[[Any], float]
     needs: str = ""
     """Libraries, by import name, without which it is absent."""
+    call: Callable[[Any], Callable[[], Any]] | None = None
+    """How one of its layers is called, where that is not the same for all entries."""
+    remark: Callable[[Any], str] = lambda layer: ""
+
+
+def missing(needs: str) -> str:
+    """Which of the libraries are not installed, or nothing."""
+    absent = [library for library in needs.split() if importlib.util.find_spec(library) is None]
+    return f"{', '.join(absent)} not installed" if absent else ""
 
 
 def _contenders(
-    weights: Weights, entries: Sequence[Entry], call: Callable[[Any], Callable[[], Any]] = lambda layer: layer
+    weights: Kept, entries: Sequence[Entry], call: Callable[[Any], Callable[[], Any]] = lambda layer: layer
 ) -> list[Contender | Absent]:
     built: list[Contender | Absent] = []
     for entry in entries:
-        missing = [library for library in entry.needs.split() if importlib.util.find_spec(library) is None]
-        if missing:
-            built.append(Absent(entry.name, f"{', '.join(missing)} not installed"))
+        if reason := missing(entry.needs):
+            built.append(Absent(entry.name, reason))
             continue
         try:
             kept = weights.keep(entry.name, entry.make)
         except Exception as error:  # whatever a peer raises, the others go on
             built.append(Absent(entry.name, f"{type(error).__name__}: {first_line(error)}"))
             continue
-        built.append(Contender(entry.name, [call(layer) for layer in kept], entry.verify))
+        calls = [(entry.call or call)(layer) for layer in kept]
+        built.append(Contender(entry.name, calls, entry.verify, partial(entry.remark, kept[0])))
     return built
+
+
+def _block_entry(
+    name: str,
+    blocks: Blocks,
+    variant: Variant,
+    inputs: Inputs,
+    make: Callable[[Variant], Model],
+    count: int,
+    verify: Callable[[Any], float],
+    needs: str = "",
+) -> Entry:
+    return Entry(
+        name,
+        lambda: [make(variant) for _ in range(count)],
+        verify,
+        needs,
+        lambda model: blocks.run(model, variant, inputs),
+        Model.remark,
+    )
+
+
+def _batches(group: str) -> list[tuple[int, int]]:
+    adapters = BLOCKS[group].adapters
+    if adapters == 1:
+        return list(BATCHES)
+    return [(adapters, batch * tokens // adapters) for batch, tokens in BATCHES]
 
 
 @lru_cache(maxsize=1)
 def _weights(group: str, shape: Shape, dtype: str) -> Weights:
     """The weights and layers that consecutive cases share; those of the last group and shape are let go."""
     return Weights(*shape, DTYPES[dtype])
+
+
+@lru_cache(maxsize=1)
+def _blocks(group: str, dtype: str, sizes: Sizes) -> Blocks:
+    """The same for blocks."""
+    return Blocks(sizes, DTYPES[dtype])
 
 
 def _copies(weights: Weights, contenders: int) -> tuple[int, int]:

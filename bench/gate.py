@@ -71,6 +71,24 @@ def _lora(
     return {"y": y, "dx": dx, "da": da, "db": db}
 
 
+class Dropout(Expected):
+    """Expected under dropout, whose mask the seed of torch's generator fixes."""
+
+    def __init__(self, plain: Tensors, truth: Tensors, still: Tensors, usual: Mapping[str, float]) -> None:
+        super().__init__(plain, truth)
+        self.still, self.usual = still, usual
+        """The truth without dropout, and how far PEFT's dropout moves each tensor from it."""
+
+    def strict(self, got: Tensors) -> float:
+        """Not dropping at all would agree with a truth that does not drop either."""
+        error = super().strict(got)
+        for name, usual in self.usual.items():
+            moved = testing.relative_error(got[name], self.still[name])
+            if not usual / 2 <= moved <= 2 * usual:
+                raise AssertionError(f"{name}: dropout moves it by {moved:.3g}, PEFT's by {usual:.3g}")
+        return error
+
+
 class Bits:
     """Expected bit patterns: packing, codes, unpacking and double quantisation are exact."""
 

@@ -37,6 +37,8 @@ class Contender:
     calls: Sequence[Callable[[], Any]]
     verify: Callable[[Any], float]
     """Takes what a call returned; gives the error to report. AssertionError when the result is wrong."""
+    remark: Callable[[], str] = lambda: ""
+    """What to tell about the call that was checked, if anything."""
 
 
 @dataclass
@@ -45,6 +47,23 @@ class Absent:
 
     name: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What our time is to come to beside that of one contender."""
+
+    against: str
+    limit: float
+    cost: bool = False
+    """False: its time / ours, at least `limit`. True: ours / its time, at most `limit`; it is then no peer
+    but a cheaper job of ours, and to be slower than that is no loss."""
+
+    def met(self, ratio: Spread) -> bool:
+        return ratio.median <= self.limit if self.cost else ratio.median >= self.limit
+
+    def __str__(self) -> str:
+        return f"at {'most' if self.cost else 'least'} {self.limit:g}"
 
 
 @dataclass(frozen=True)
@@ -57,15 +76,25 @@ class Case:
     m: int | None
     dtype: str
     build: Callable[[], Sequence[Contender | Absent]]
+    batch: int | None = None
+    """Of a block: the samples that the M rows are split into."""
+    goals: Sequence[Goal] = ()
 
     @property
     def shape(self) -> str:
         return f"{self.out_features}x{self.in_features}"
 
     @property
+    def rows(self) -> str:
+        """Of x: `M=4`, or samples x tokens."""
+        if self.m is None or self.batch is None:
+            return "" if self.m is None else f"M={self.m}"
+        return f"{self.batch}x{self.m // self.batch}"
+
+    @property
     def name(self) -> str:
-        rows = "" if self.m is None else f"-m{self.m}"
-        return f"{self.group}-{self.shape}{rows}-{self.dtype}"
+        rows = self.rows.lower().replace("=", "")
+        return "-".join(part for part in (self.group, self.shape, rows, self.dtype) if part)
 
 
 class Spread(NamedTuple):
@@ -94,10 +123,16 @@ class Result:
     wrong: dict[str, str] = field(default_factory=dict)
     absent: dict[str, str] = field(default_factory=dict)
     copies: dict[str, int] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
 
     @property
     def peers(self) -> list[str]:
-        return [name for name in self.contenders if name != OURS]
+        return [name for name in self.contenders if name not in (OURS, *self.yardsticks)]
+
+    @property
+    def yardsticks(self) -> list[str]:
+        """Cheaper jobs of ours, by which the cost of this one is measured."""
+        return [goal.against for goal in self.case.goals if goal.cost]
 
     @property
     def rounds(self) -> int:
@@ -108,10 +143,21 @@ class Result:
 
     def ratio(self, peer: str) -> Spread | None:
         """Time of the peer / our time, over the rounds: above 1 we win. None when either was not timed."""
-        if OURS not in self.seconds or peer not in self.seconds:
+        return self._quotient(peer, OURS)
+
+    def cost(self, yardstick: str) -> Spread | None:
+        """Our time / time of the yardstick, over the rounds. None when either was not timed."""
+        return self._quotient(OURS, yardstick)
+
+    def against(self, name: str) -> Spread | None:
+        """The cost beside a yardstick, the ratio of a peer."""
+        return self.cost(name) if name in self.yardsticks else self.ratio(name)
+
+    def _quotient(self, over: str, under: str) -> Spread | None:
+        if over not in self.seconds or under not in self.seconds:
             return None
-        pairs = zip(self.seconds[peer], self.seconds[OURS], strict=True)
-        return Spread.of([theirs / ours for theirs, ours in pairs])
+        pairs = zip(self.seconds[over], self.seconds[under], strict=True)
+        return Spread.of([one / other for one, other in pairs])
 
 
 def measure(
@@ -157,6 +203,9 @@ def admit(contender: Contender, result: Result) -> bool:
     except AssertionError as error:
         result.wrong[name] = first_line(error)
         return False
+    finally:
+        if remark := contender.remark():
+            result.remarks[name] = remark
     return True
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import logging
-from collections.abc import Callable, Sequence
-from functools import cached_property
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -16,13 +17,13 @@ from peft_kernels import testing
 
 RANK, ALPHA = 16, 32
 SCALING = ALPHA / RANK
+BNB = "bitsandbytes"
 
 
-class Weights:
-    """The base weights of one shape and dtype."""
+class Kept:
+    """Layers that consecutive cases share."""
 
-    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
-        self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
+    def __init__(self) -> None:
         self._kept: dict[str, Sequence[Any]] = {}
 
     def keep(self, name: str, make: Callable[[], Sequence[Any]]) -> Sequence[Any]:
@@ -30,6 +31,14 @@ class Weights:
         if name not in self._kept:
             self._kept[name] = make()
         return self._kept[name]
+
+
+class Weights(Kept):
+    """The base weights of one shape and dtype."""
+
+    def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.dtype = out_features, in_features, dtype
 
     @cached_property
     def original(self) -> Tensor:
@@ -45,11 +54,7 @@ class Weights:
     @cached_property
     def exact(self) -> Tensor:
         """The dequantised weight in fp32: code * scale, as the reference unpacks it."""
-        assert self.nf4.packed is not None and self.nf4.absmax is not None
-        parts = (self.nf4.packed, self.nf4.absmax, self.nf4.absmax2, self.nf4.offset, self.nf4.blocksize)
-        shape = (self.out_features, self.in_features)
-        dequantized: Tensor = testing.reference_op("dequantize_nf4")(*parts, shape, torch.float32)
-        return dequantized
+        return dequantized(self.nf4)
 
     @cached_property
     def rounded(self) -> Tensor:
@@ -71,8 +76,16 @@ class Weights:
         return testing.tensor(m, self.out_features, dtype=self.dtype, seed=5)
 
 
+def dequantized(weight: pk.NF4Weight) -> Tensor:
+    """In fp32: code * scale, as the reference unpacks it."""
+    assert weight.packed is not None and weight.absmax is not None
+    parts = (weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.blocksize)
+    exact: Tensor = testing.reference_op("dequantize_nf4")(*parts, weight.shape, torch.float32)
+    return exact
+
+
 def dense_linears(weights: Weights, count: int) -> list[nn.Linear]:
-    return [_linear(nn.Linear, weights, weights.rounded.clone()) for _ in range(count)]
+    return [dense_linear(weights.rounded.clone()) for _ in range(count)]
 
 
 def nf4_copies(weights: Weights, count: int) -> list[pk.NF4Weight]:
@@ -93,12 +106,7 @@ def bitsandbytes() -> Any:
 
 def bnb_linears(weights: Weights, count: int, mode: str) -> list[Any]:
     """Linear4bit in mode "train" or "eval"; the latter repacks its weight in the first call, done here."""
-    bnb = bitsandbytes()
-    first = _linear(bnb.nn.Linear4bit, weights, None, compute_dtype=weights.dtype, quant_type="nf4")
-    first.weight = bnb.nn.Params4bit(
-        weights.original.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
-    )
-    first = first.to("cpu")  # quantises
+    first = linear4bit(weights.original)
     layers = [copy.deepcopy(first).train(mode == "train") for _ in range(count)]
     with torch.no_grad():
         for layer in layers:
@@ -106,18 +114,50 @@ def bnb_linears(weights: Weights, count: int, mode: str) -> list[Any]:
     return layers
 
 
-def peft_loras(bases: Sequence[nn.Module], weights: Weights, patch: bool) -> Sequence[nn.Module]:
-    """PEFT's LoRA layers with its defaults (fp32 adapters) around the bases; with `patch`, on our kernels."""
+def linear4bit(original: Tensor) -> Any:
+    """bitsandbytes' layer over its own quantisation of a weight."""
+    bnb = bitsandbytes()
+    layer = _linear(bnb.nn.Linear4bit, *original.shape, compute_dtype=original.dtype, quant_type="nf4")
+    layer.weight = bnb.nn.Params4bit(
+        original.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
+    )
+    return layer.to("cpu")  # quantises
+
+
+def adapted(model: nn.Module, targets: Any, count: int, names: Sequence[str], **options: Any) -> Any:
+    """The PEFT model with an adapter by each of the names on `count` layers, the first of them active.
+
+    PEFT's defaults (fp32 adapters), but for `options` of its LoraConfig.
+    """
+    if importlib.util.find_spec(BNB) is not None:
+        bitsandbytes()  # PEFT imports it
     import peft
 
-    model = nn.Sequential(*bases)
     # PEFT asks the model, as transformers builds it, whether to wrap Linear4bit.
-    model.is_loaded_in_4bit = any(type(base).__name__ == "Linear4bit" for base in bases)  # type: ignore[assignment]
-    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules=r"\d+")
-    wrapped = peft.get_peft_model(model, config)
-    layers: list[Any] = [m for m in wrapped.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    if len(layers) != len(bases):
-        raise RuntimeError(f"PEFT wrapped {len(layers)} of {len(bases)} layers ({type(bases[0]).__name__})")
+    in_4bit: Any = any(type(module).__name__ == "Linear4bit" for module in model.modules())
+    model.is_loaded_in_4bit = in_4bit
+    config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, **options)
+    wrapped = peft.get_peft_model(model, config, adapter_name=names[0])
+    for name in names[1:]:
+        wrapped.add_adapter(name, config)
+    if (found := len(lora_layers(wrapped))) != count:
+        raise RuntimeError(f"PEFT wrapped {found} of {count} layers (in 4 bits: {in_4bit})")
+    return wrapped
+
+
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's LoRA layers by name."""
+    import peft
+
+    return {name: m for name, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)}
+
+
+def peft_loras(
+    bases: Sequence[nn.Module], weights: Weights, patch: bool, **options: Any
+) -> Sequence[nn.Module]:
+    """PEFT's LoRA layers around the bases; with `patch`, on our kernels."""
+    wrapped = adapted(nn.Sequential(*bases), r"\d+", len(bases), ("default",), **options)
+    layers = list(lora_layers(wrapped).values())
     with torch.no_grad():
         for layer in layers:
             layer.lora_A["default"].weight.copy_(weights.lora_a)
@@ -174,18 +214,28 @@ def training_call(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], dict[
     inputs = {"dx": x}
     if hasattr(layer, "lora_A"):
         inputs["da"], inputs["db"] = adapters(layer)
+    return differentiated(partial(layer, x), inputs, dy)
+
+
+def differentiated(
+    forward: Callable[[], Tensor], inputs: Mapping[str, Tensor], dy: Tensor
+) -> Callable[[], dict[str, Tensor]]:
+    """Forward, and backward to all of the inputs, whose gradients go by their names."""
     names, tensors = list(inputs), list(inputs.values())
 
     def call() -> dict[str, Tensor]:
-        y = layer(x)
+        y = forward()
         return {"y": y.detach(), **dict(zip(names, torch.autograd.grad(y, tensors, dy), strict=True))}
 
     return call
 
 
-def _linear(layer_class: Any, weights: Weights, weight: Tensor | None, **arguments: Any) -> Any:
-    """A layer without bias whose constructor fills no memory that is thrown away."""
-    layer = layer_class(weights.in_features, weights.out_features, bias=False, device="meta", **arguments)
-    if weight is not None:
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+def dense_linear(weight: Tensor) -> nn.Linear:
+    layer: nn.Linear = _linear(nn.Linear, *weight.shape)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
     return layer
+
+
+def _linear(layer_class: Any, out_features: int, in_features: int, **arguments: Any) -> Any:
+    """A layer without bias whose constructor fills no memory that is thrown away."""
+    return layer_class(in_features, out_features, bias=False, device="meta", **arguments)

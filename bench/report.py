@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from .cases import TITLES
 from .harness import OURS, Result, Spread
+from .memory import Saved
 
 LOSES = "LOSES"
 WRONG = "WRONG"
+MET, MISSED = "met", "MISSED"
 
 T = TypeVar("T")
 Cell = tuple[str, ...]
 """Lines of text."""
+Column = tuple[int, str]
+"""Its place, by the number of rows of x, and its title."""
 
 
 def json_line(result: Result, facts: Mapping[str, Any]) -> str:
@@ -22,20 +26,44 @@ def json_line(result: Result, facts: Mapping[str, Any]) -> str:
     case = result.case
     times = {name: result.time(name) for name in result.contenders}
     ratios = {peer: result.ratio(peer) for peer in result.peers}
+    costs = {name: result.cost(name) for name in result.yardsticks}
     return json.dumps(
         {
             "name": case.name,
             "group": case.group,
             "shape": [case.out_features, case.in_features],
             "m": case.m,
+            "batch": case.batch,
             "dtype": case.dtype,
             "times_ms": {name: _spread(time, 1e3) for name, time in times.items() if time is not None},
             "ratios": {peer: _spread(ratio) for peer, ratio in ratios.items() if ratio is not None},
+            "costs": {name: _spread(cost) for name, cost in costs.items() if cost is not None},
+            "goals": {goal.against: {"limit": goal.limit, "cost": goal.cost} for goal in case.goals},
             "errors": {name: float(f"{error:.4g}") for name, error in result.errors.items()},
             "wrong": result.wrong,
             "absent": result.absent,
+            "remarks": result.remarks,
             "rounds": result.rounds,
             "copies": result.copies,
+            **facts,
+        }
+    )
+
+
+def saved_json_line(saved: Saved, facts: Mapping[str, Any]) -> str:
+    """The same about saved bytes."""
+    case = saved.case
+    return json.dumps(
+        {
+            "name": case.name,
+            "group": "memory",
+            "shape": [case.sizes.hidden, case.sizes.intermediate],
+            "dtype": case.dtype,
+            "bytes_per_token": saved.bytes_per_token,
+            "ratio": saved.ratio,
+            "goal": saved.goal(),
+            "absent": saved.absent,
+            "remarks": saved.remarks,
             **facts,
         }
     )
@@ -47,11 +75,19 @@ def progress_line(result: Result) -> str:
     if time is None:
         return f"{WRONG}: {result.wrong[OURS]}"
     parts = [f"{OURS} {_milliseconds(time.median)} ms"]
-    return ", ".join(parts + [f"{peer} {ratio_cell(result, peer)[0]}" for peer in result.peers])
+    parts += [f"{peer} {ratio_cell(result, peer)[0]}" for peer in result.peers]
+    parts += [f"cost beside {name} {ratio_cell(result, name)[0]}" for name in result.yardsticks]
+    return "; ".join([", ".join(parts), *(f"{name}: {remark}" for name, remark in result.remarks.items())])
 
 
-def render(results: Sequence[Result]) -> str:
-    """All tables, the reasons for what is missing, and the summary."""
+def saved_progress_line(saved: Saved) -> str:
+    parts = [f"{name} {nbytes:.0f}" for name, nbytes in saved.bytes_per_token.items()]
+    parts += [f"{name}: {reason}" for name, reason in (saved.absent | saved.remarks).items()]
+    return "; ".join(parts)
+
+
+def render(results: Sequence[Result], saved: Sequence[Saved] = ()) -> str:
+    """All tables, the reasons for what is missing, the goals and the summary."""
     blocks = []
     for group in unique(result.case.group for result in results):
         members = [result for result in results if result.case.group == group]
@@ -59,30 +95,47 @@ def render(results: Sequence[Result]) -> str:
         blocks.append(f"{title}: ms per call, median\n{times_table(members)}")
         for peer in unique(peer for result in members for peer in result.peers):
             blocks.append(f"{title}: time of {peer} / {OURS}\n{ratio_table(members, peer)}")
-    return "\n\n".join([*blocks, *_notes(results), summary(results)]) + "\n"
+        for name in unique(name for result in members for name in result.yardsticks):
+            blocks.append(f"{title}: cost, time of {OURS} / {name}\n{ratio_table(members, name)}")
+    if saved:
+        blocks.append(f"saved for backward, bytes per token\n{saved_table(saved)}")
+    blocks += _notes([*results, *saved])
+    if goals := [*_goal_lines(results), *_saved_goal_lines(saved)]:
+        blocks.append("\n".join(["Goals", *(f"  {line}" for line in goals)]))
+    return "\n\n".join([*blocks, *([summary(results)] if results else [])]) + "\n"
 
 
-def ratio_table(results: Sequence[Result], peer: str) -> str:
+def ratio_table(results: Sequence[Result], name: str) -> str:
     """Rows are shapes, columns are numbers of rows of x. Under each ratio its quartiles over the rounds."""
-    return _grid({(result.case.shape, result.case.m): ratio_cell(result, peer) for result in results})
+    return _grid({(result.case.shape, _column(result)): ratio_cell(result, name) for result in results})
+
+
+def saved_table(saved: Sequence[Saved]) -> str:
+    lines: list[Sequence[str]] = [["", "PEFT", OURS, f"{OURS} / PEFT"]]
+    for item in saved:
+        case, found = item.case, item.bytes_per_token
+        bytes_ = [f"{found[name]:,.0f}" if name in found else "-" for name in (case.peer, OURS)]
+        ratio = "-" if item.ratio is None else f"{item.ratio:.1%}"
+        lines.append([case.name.removeprefix("memory-"), *bytes_, ratio])
+    return _aligned(lines)
 
 
 def times_table(results: Sequence[Result]) -> str:
-    cells: dict[tuple[str, int | None], Cell] = {}
+    cells: dict[tuple[str, Column], Cell] = {}
     for shape in unique(result.case.shape for result in results):
         members = [result for result in results if result.case.shape == shape]
         for name in unique(name for result in members for name in result.contenders):
             for result in members:
-                cells[f"{shape} {name}", result.case.m] = (_time_cell(result, name),)
+                cells[f"{shape} {name}", _column(result)] = (_time_cell(result, name),)
     return _grid(cells)
 
 
-def ratio_cell(result: Result, peer: str) -> Cell:
-    """`1.83` over its quartiles; `0.83 LOSES`; WRONG; or `-` when the peer is absent."""
-    ratio = result.ratio(peer)
+def ratio_cell(result: Result, name: str) -> Cell:
+    """`1.83` over its quartiles; `0.83 LOSES`; WRONG; or `-` when the peer (or yardstick) is absent."""
+    ratio = result.against(name)
     if ratio is None:
-        return (WRONG if OURS in result.wrong or peer in result.wrong else "-",)
-    mark = f" {LOSES}" if loses(ratio) else ""
+        return (WRONG if OURS in result.wrong or name in result.wrong else "-",)
+    mark = f" {LOSES}" if name in result.peers and loses(ratio) else ""
     return f"{ratio.median:.2f}{mark}", f"{ratio.q1:.2f}-{ratio.q3:.2f}"
 
 
@@ -112,13 +165,32 @@ def summary(results: Sequence[Result]) -> str:
     return "\n".join([text, *(f"  {LOSES} {line}" for line in lost)])
 
 
-def _notes(results: Sequence[Result]) -> list[str]:
-    """What WRONG and `-` stand for, each reason once."""
+def _goal_lines(results: Iterable[Result]) -> Iterator[str]:
+    """Each goal with what was measured."""
+    for result in results:
+        for goal in result.case.goals:
+            ratio = result.against(goal.against)
+            quotient = f"{OURS} / {goal.against}" if goal.cost else f"{goal.against} / {OURS}"
+            cell = " ".join(ratio_cell(result, goal.against))
+            found = cell if ratio is None else f"{ratio.median:.2f}: {MET if goal.met(ratio) else MISSED}"
+            yield f"{result.case.name}, {quotient}: {goal}, measured {found}"
+
+
+def _saved_goal_lines(saved: Iterable[Saved]) -> Iterator[str]:
+    for item in saved:
+        if goal := item.goal():
+            text, met = goal
+            yield f"{item.case.name}, {text}: {MET if met else MISSED}"
+
+
+def _notes(results: Sequence[Result | Saved]) -> list[str]:
+    """What WRONG and `-` stand for, and what there is to tell about a contender, each once."""
     reasons: dict[str, list[str]] = {}
     for result in results:
-        for word, found in ((WRONG, result.wrong), ("-", result.absent)):
+        wrong = result.wrong if isinstance(result, Result) else {}
+        for word, found in ((f"{WRONG} ", wrong), ("- ", result.absent), ("", result.remarks)):
             for name, reason in found.items():
-                reasons.setdefault(f"{word} {name}: {reason}", []).append(result.case.name)
+                reasons.setdefault(f"{word}{name}: {reason}", []).append(result.case.name)
     lines = []
     for reason, names in reasons.items():
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -139,16 +211,24 @@ def _milliseconds(seconds: float) -> str:
     return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
 
 
-def _grid(cells: Mapping[tuple[str, int | None], Cell]) -> str:
-    """Lay cells out by row title and M. What was not measured is blank."""
+def _column(result: Result) -> Column:
+    return result.case.m or 0, result.case.rows
+
+
+def _grid(cells: Mapping[tuple[str, Column], Cell]) -> str:
+    """Lay cells out by row title and column. What was not measured is blank."""
     rows = unique(row for row, _ in cells)
-    columns = sorted(unique(m for _, m in cells), key=lambda m: m or 0)
-    lines: list[Sequence[str]] = [["", *("" if m is None else f"M={m}" for m in columns)]]
+    columns = sorted(unique(column for _, column in cells))
+    lines: list[Sequence[str]] = [["", *(title for _, title in columns)]]
     for row in rows:
-        found = [cells.get((row, m), ()) for m in columns]
+        found = [cells.get((row, column), ()) for column in columns]
         for i in range(max(map(len, found))):
             lines.append([row if i == 0 else "", *(cell[i] if i < len(cell) else "" for cell in found)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(columns) + 1)]
+    return _aligned(lines)
+
+
+def _aligned(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     padded = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
     return "\n".join(line for line in padded if line)
 

@@ -3,10 +3,12 @@
     python bench/run.py --quick            # under a minute
     python bench/run.py                    # all standard cases
     python bench/run.py --only forward-4096x4096 --isa avx2
+    python bench/run.py --only '^(block|memory)'
 
 Every case is checked against the fp64 reference first; what is wrong is reported, never timed. A ratio is the
-peer's time / our time: above 1 we win. Writes results.jsonl, table.txt and ratios.png to the output folder.
-Exits with 1 when a result was wrong.
+peer's time / our time: above 1 we win. A cost is our time / that of a cheaper job of ours. The cases called
+memory-... count the bytes that a forward saves for its backward. Writes results.jsonl, table.txt and
+ratios.png to the output folder. Exits with 1 when a result was wrong.
 """
 
 from __future__ import annotations
@@ -35,10 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
-    from bench import cases
+    from bench import cases, memory
     from peft_kernels import testing
 
-    standard = cases.quick(options.dtype) if options.quick else cases.standard(options.dtype, options.full)
+    timed = cases.quick(options.dtype) if options.quick else cases.standard(options.dtype, options.full)
+    standard = [*timed, *memory.standard(options.dtype)]
     chosen = [case for case in standard if re.search(options.only, case.name)]
     if options.list:
         print("\n".join(case.name for case in chosen))
@@ -54,13 +57,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(chosen: Sequence, options: argparse.Namespace) -> int:  # type: ignore[type-arg]
-    from bench import chart, harness, machine, report
+    from bench import chart, harness, machine, memory, report
 
     facts = machine.describe()
     header = machine.header(facts)
     print(header, flush=True)
     options.output.mkdir(parents=True, exist_ok=True)
     results: list[harness.Result] = []
+    saved: list[memory.Saved] = []
     started = time.perf_counter()
     with (
         contextlib.suppress(KeyboardInterrupt),  # what was measured so far is still reported
@@ -68,21 +72,28 @@ def _run(chosen: Sequence, options: argparse.Namespace) -> int:  # type: ignore[
     ):
         for number, case in enumerate(chosen, 1):
             head = f"[{number:>{len(str(len(chosen)))}}/{len(chosen)}] {case.name}: "
-            result = harness.measure(case, options.min_time, options.repeats, progress=partial(_show, head))
-            results.append(result)
-            lines.write(report.json_line(result, facts) + "\n")
+            progress = partial(_show, head)
+            if isinstance(case, memory.Case):
+                progress("measure")
+                saved.append(memory.measure(case))
+                json_line = report.saved_json_line(saved[-1], facts)
+                line = report.saved_progress_line(saved[-1])
+            else:
+                results.append(harness.measure(case, options.min_time, options.repeats, progress=progress))
+                json_line, line = report.json_line(results[-1], facts), report.progress_line(results[-1])
+            lines.write(json_line + "\n")
             lines.flush()
             _show("", "")
-            print(head + report.progress_line(result), flush=True)
-    if not results:
+            print(head + line, flush=True)
+    if not results and not saved:
         return 130
-    body = report.render(results)
+    body = report.render(results, saved)
     print("\n" + body)
     (options.output / "table.txt").write_text(f"{header}\n\n{body}", encoding="utf-8")
     no_picture = chart.draw(results, options.output / "ratios.png", "\n".join(header.splitlines()[:3]))
     picture = f"no picture: {no_picture}" if no_picture else "ratios.png"
     print(f"{options.output}: results.jsonl, table.txt, {picture} ({time.perf_counter() - started:.0f} s)")
-    if len(results) < len(chosen):
+    if len(results) + len(saved) < len(chosen):
         return 130
     return 1 if any(result.wrong for result in results) else 0
 

@@ -13,9 +13,18 @@ from . import dispatch as _dispatch
 
 _dispatch.install()
 
-from . import nn  # noqa: E402
+from . import nn, optim  # noqa: E402
 from .dispatch import explain, use_backend  # noqa: E402
-from .functional import lora_linear, nf4_linear  # noqa: E402
+from .functional import (  # noqa: E402
+    AdaptedLinear,
+    Adapter,
+    dora_linear,
+    gated_activation,
+    gated_mlp,
+    lora_linear,
+    multi_lora_linear,
+    nf4_linear,
+)
 from .nf4 import NF4Weight  # noqa: E402
 from .patch import patch, patched, unpatch  # noqa: E402
 from .quantize import quantize_model  # noqa: E402
@@ -23,11 +32,18 @@ from .quantize import quantize_model  # noqa: E402
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptedLinear",
+    "Adapter",
     "NF4Weight",
+    "dora_linear",
     "explain",
+    "gated_activation",
+    "gated_mlp",
     "lora_linear",
+    "multi_lora_linear",
     "nf4_linear",
     "nn",
+    "optim",
     "patch",
     "patched",
     "quantize_model",

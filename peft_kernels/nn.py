@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional import lora_linear, nf4_linear
+from .functional import dora_linear, lora_linear, nf4_linear
 from .nf4 import NF4Weight
 
 __all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
@@ -124,7 +124,7 @@ class NF4Linear(nn.Linear):
 
 
 class LoRALinear(nn.Module):
-    """A frozen base layer and one LoRA adapter, fused: `x W^T + bias + (alpha / r) (x A^T) B^T`.
+    """A frozen base layer and one LoRA adapter, fused: `x W^T + bias + (alpha / r) (drop(x) A^T) B^T`.
 
     Parameters
     ----------
@@ -138,7 +138,13 @@ class LoRALinear(nn.Module):
         Rank-stabilised scaling (Kalajdzievski 2023).
     dtype : torch.dtype
         Type of the adapter, fp32 by default; products never copy the activations to it.
+    lora_dropout : float
+        Probability of dropping an input of A in training.
+    use_dora : bool
+        Learn the magnitudes of the rows too (DoRA, Liu et al. 2024); see `functional.dora_linear`.
     """
+
+    lora_magnitude_vector: nn.Parameter | None
 
     def __init__(
         self,
@@ -147,6 +153,8 @@ class LoRALinear(nn.Module):
         lora_alpha: float = 32,
         use_rslora: bool = False,
         dtype: torch.dtype = torch.float32,
+        lora_dropout: float = 0.0,
+        use_dora: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(base_layer, nn.Linear):
@@ -155,17 +163,27 @@ class LoRALinear(nn.Module):
             )
         if r <= 0:
             raise ValueError(f"r: expected a positive integer, got {r}")
+        if not 0 <= lora_dropout <= 1:
+            raise ValueError(f"lora_dropout: expected 0 to 1, got {lora_dropout}")
         self.base_layer = base_layer.requires_grad_(False)
         self.r, self.scaling = r, lora_alpha / (math.sqrt(r) if use_rslora else r)
+        self.lora_dropout = lora_dropout
         device = base_layer.weight.device
         self.lora_A = nn.Parameter(torch.empty(r, base_layer.in_features, dtype=dtype, device=device))
         self.lora_B = nn.Parameter(torch.empty(base_layer.out_features, r, dtype=dtype, device=device))
+        magnitude = torch.empty(base_layer.out_features, dtype=dtype, device=device) if use_dora else None
+        self.register_parameter(
+            "lora_magnitude_vector", None if magnitude is None else nn.Parameter(magnitude)
+        )
         self.reset_parameters()
 
+    @torch.no_grad()
     def reset_parameters(self) -> None:
-        """A as nn.Linear starts, B zero: the layer starts as its base (Hu et al. 2021, section 4.1)."""
+        """A as nn.Linear starts, B zero, magnitudes the norms of the rows: the layer starts as its base."""
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B)
+        if self.lora_magnitude_vector is not None:
+            self.lora_magnitude_vector.copy_(self._weight().norm(dim=1))
 
     def forward(self, x: Tensor) -> Tensor:
         base, weight = self.base_layer, self.base_layer.weight
@@ -174,7 +192,16 @@ class LoRALinear(nn.Module):
             if not isinstance(weight, NF4Weight):
                 weight = weight.to(x.dtype)
         bias = base.bias if base.bias is None else base.bias.to(x.dtype)
-        return lora_linear(x, weight, self.lora_A, self.lora_B, self.scaling, bias)
+        dropout_p = self.lora_dropout if self.training else 0.0
+        adapter, magnitude = (self.lora_A, self.lora_B), self.lora_magnitude_vector
+        if magnitude is not None:
+            return dora_linear(x, weight, *adapter, magnitude, self.scaling, bias, dropout_p)
+        return lora_linear(x, weight, *adapter, self.scaling, bias, dropout_p)
+
+    def _weight(self) -> Tensor:
+        """The base weight in fp32."""
+        weight = self.base_layer.weight
+        return weight.dequantize(torch.float32) if isinstance(weight, NF4Weight) else weight.float()
 
     def delta_weight(self) -> Tensor:
         """`scaling * B A`, (out_features, in_features), in the adapter's dtype."""
@@ -184,20 +211,17 @@ class LoRALinear(nn.Module):
     def merge(self) -> nn.Linear:
         """A new dense nn.Linear with the update in its weight, in the base's dtype. Changes nothing here."""
         base = self.base_layer
-        weight = (
-            base.weight.dequantize(torch.float32)
-            if isinstance(base.weight, NF4Weight)
-            else base.weight.float()
-        )
+        weight = self._weight() + self.delta_weight().float()
+        if self.lora_magnitude_vector is not None:
+            weight *= (self.lora_magnitude_vector.float() / weight.norm(dim=1))[:, None]
         merged = nn.Linear(base.in_features, base.out_features, bias=base.bias is not None, device="meta")
-        merged.weight = nn.Parameter(
-            (weight + self.delta_weight().float()).to(base.weight.dtype), requires_grad=False
-        )
+        merged.weight = nn.Parameter(weight.to(base.weight.dtype), requires_grad=False)
         merged.bias = base.bias
         return merged.train(self.training)
 
     def extra_repr(self) -> str:
-        return f"r={self.r}, scaling={self.scaling:g}"
+        more = f", lora_dropout={self.lora_dropout:g}" if self.lora_dropout else ""
+        return f"r={self.r}, scaling={self.scaling:g}{more}"
 
 
 class NF4LoRALinear(LoRALinear):
@@ -210,9 +234,11 @@ class NF4LoRALinear(LoRALinear):
         lora_alpha: float = 32,
         use_rslora: bool = False,
         dtype: torch.dtype = torch.float32,
+        lora_dropout: float = 0.0,
+        use_dora: bool = False,
         blocksize: int = 64,
         double_quant: bool = True,
     ) -> None:
         if isinstance(base_layer, nn.Linear) and not isinstance(base_layer.weight, NF4Weight):
             base_layer = NF4Linear.from_linear(base_layer, blocksize, double_quant)
-        super().__init__(base_layer, r, lora_alpha, use_rslora, dtype)
+        super().__init__(base_layer, r, lora_alpha, use_rslora, dtype, lora_dropout, use_dora)

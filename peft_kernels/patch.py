@@ -8,6 +8,7 @@ goes through the class's own forward, and is counted with its reason.
 from __future__ import annotations
 
 import functools
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,8 +17,9 @@ from typing import Any
 
 from torch import nn
 
-from .integrations import layers
+from .integrations import ddp, layers
 from .integrations.forward import replaced
+from .integrations.shared_input import SharedInput
 
 
 @dataclass
@@ -44,6 +46,9 @@ class PatchReport:
     """One entry per layer that `patch` looked at. `print(report)` shows a summary and what is not fused."""
 
     layers: list[LayerReport]
+    blocks: list[LayerReport] = field(default_factory=list)
+    """What is fused across layers: gated MLPs, and projections that share their input."""
+    _model: Callable[[], nn.Module | None] = field(default=lambda: None, repr=False)
 
     @property
     def fused(self) -> list[LayerReport]:
@@ -61,19 +66,45 @@ class PatchReport:
             lines.append(
                 "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"
             )
-        shown = [layer for layer in self.layers if not layer.fused or layer.reason or layer.fallbacks]
-        return "\n".join(lines + [str(layer) for layer in shown])
+        for kind, count in Counter(block.kind for block in self.blocks if block.fused).items():
+            lines.append(f"across layers: {count} x {kind}")
+        shown = [
+            layer
+            for layer in (*self.layers, *self.blocks)
+            if not layer.fused or layer.reason or layer.fallbacks
+        ]
+        return "\n".join(lines + [str(layer) for layer in shown] + self._newcomers())
+
+    def _newcomers(self) -> list[str]:
+        """A line for every layer that got its adapter after `patch`, and so has no fused forward."""
+        model, known = self._model(), {(layer.name, layer.kind) for layer in self.layers}
+        if model is None:
+            return []
+        return [
+            f"original {name} ({kind}): has come after patch(); patch again to fuse it"
+            for name, module in model.named_modules()
+            for kind, forward, _ in [layers.examine(module)]
+            if forward is not None and (name, kind) not in known and installed(module) is None
+        ]
 
     def details(self) -> str:
-        """A line for every layer."""
-        return "\n".join(str(layer) for layer in self.layers)
+        """A line for every layer and block."""
+        return "\n".join(str(layer) for layer in (*self.layers, *self.blocks))
 
 
-def patch(model: nn.Module) -> PatchReport:
+def patch(model: nn.Module, qkv: bool = False, mlp: bool = True) -> PatchReport:
     """Give the layers of a model fused forwards: PEFT LoRA over nn.Linear, NF4Linear or bitsandbytes
     Linear4bit, and Linear4bit alone. NF4Linear is fused as it is.
 
-    Patching twice is harmless. `unpatch` restores the model to the bit.
+    Patching twice is harmless; `unpatch` first to change the options. `unpatch` restores the model to the
+    bit.
+
+    Parameters
+    ----------
+    qkv : bool
+        Compute query, key and value projection of an attention block in one op, where all three have LoRA.
+    mlp : bool
+        Compute a gated MLP (SwiGLU, GeGLU) with LoRA in one op, which keeps x, gate and up for backward.
 
     Returns
     -------
@@ -83,39 +114,65 @@ def patch(model: nn.Module) -> PatchReport:
     plan: list[tuple[nn.Module, LayerReport, Callable[..., Any]]] = []
     report = PatchReport([])
     for name, module in model.named_modules():
-        kind, forward, reason = layers.examine(module)
-        if kind is None:
-            continue
-        ours = installed(module)
-        if ours is not None:
-            layer = LayerReport(name, kind, True, reason, ours.keywords["fallbacks"])
-        elif forward is None:
-            layer = LayerReport(name, kind, not reason, reason)
-        elif replaced(module) is not None:
-            layer = LayerReport(name, kind, False, "its forward is already replaced (an accelerate hook?)")
-        else:
-            layer = LayerReport(name, kind, True, reason)
-            plan.append((module, layer, forward))
-        report.layers.append(layer)
+        examined = [(report.layers, layers.examine(module))]
+        if mlp:
+            examined.append((report.blocks, layers.examine_block(module)))
+        for entries, (kind, forward, reason) in examined:
+            if kind is None:
+                continue
+            ours = installed(module)
+            if ours is not None:
+                layer = LayerReport(name, kind, True, reason, ours.keywords["fallbacks"])
+            elif forward is None:
+                layer = LayerReport(name, kind, not reason, reason)
+            elif replaced(module) is not None:
+                layer = LayerReport(
+                    name, kind, False, "its forward is already replaced (an accelerate hook?)"
+                )
+            else:
+                layer = LayerReport(name, kind, True, reason)
+                plan.append((module, layer, forward))
+            entries.append(layer)
     # Nothing above has touched the model, and nothing below can fail.
     for module, layer, forward in plan:
         module.forward = functools.partial(forward, module, fallbacks=layer.fallbacks)
+    if qkv:
+        report.blocks += _share_inputs(model)
+    ddp.ignore_packed(model)
+    report._model = weakref.ref(model)
     return report
+
+
+def _share_inputs(model: nn.Module) -> list[LayerReport]:
+    entries = []
+    for name, projections in layers.sharing(model):
+        partials = [module.__dict__.get("forward") for module in projections]
+        if all(isinstance(partial, functools.partial) for partial in partials):
+            shared = SharedInput(projections)
+            for module in projections:
+                old = module.__dict__["forward"]
+                if "shared" not in old.keywords:
+                    module.forward = functools.partial(old, shared=shared)
+            entries.append(LayerReport(name, "projections that share their input", True))
+    return entries
 
 
 def unpatch(model: nn.Module) -> int:
     """Take the fused forwards out again. Returns the number of layers restored."""
+    ddp.ignore_packed(model, undo=True)
     return sum(_restore(module) for module in model.modules())
 
 
 @contextmanager
-def patched(model: nn.Module) -> Iterator[PatchReport]:
+def patched(model: nn.Module, qkv: bool = False, mlp: bool = True) -> Iterator[PatchReport]:
     """`with patched(model) as report:` patches inside the block; layers that were patched before stay so."""
     before = {id(module) for module in model.modules() if installed(module) is not None}
-    report = patch(model)
+    report = patch(model, qkv, mlp)
     try:
         yield report
     finally:
+        if not before:
+            ddp.ignore_packed(model, undo=True)
         for module in model.modules():
             if id(module) not in before:
                 _restore(module)

@@ -6,7 +6,8 @@ error of the same maths in plain torch at the kernel's precision, plus a floor o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import combinations
 from typing import Any
@@ -172,3 +173,52 @@ def widen(value: Any) -> Any:
 def reference_op(name: str) -> Any:
     """The plain-torch meaning of an op."""
     return spec.OPS[name].reference
+
+
+class _Saved:
+    """Held by the graph in place of a tensor that it saved."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # a node that saves its own output would otherwise hold itself
+
+
+def saved_bytes(run: Callable[[], Any], exclude: Iterable[Tensor]) -> int:
+    """Bytes that a forward leaves saved for its backward.
+
+    Counted are the distinct storages, each in full, that the graph of what `run` returns still holds when it
+    returns. Parts of a graph that `run` itself has let go of hold nothing.
+
+    Parameters
+    ----------
+    run : callable
+        The forward. What it returns keeps the graph alive.
+    exclude : iterable of Tensor
+        Parameters, buffers and whatever else is there anyway: their storages do not count. Of a quantised
+        weight these are all its parts.
+    """
+    holders: list[weakref.ref[_Saved]] = []
+
+    def pack(tensor: Tensor) -> _Saved:
+        holder = _Saved(tensor)
+        holders.append(weakref.ref(holder))
+        return holder
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda holder: holder.tensor):
+        result = run()
+    alive = [holder.tensor for reference in holders if (holder := reference()) is not None]
+    there = {storage.data_ptr() for tensor in exclude for storage in _storages(tensor)}
+    found = {storage.data_ptr(): storage.nbytes() for tensor in alive for storage in _storages(tensor)}
+    del result
+    return sum(nbytes for address, nbytes in found.items() if address not in there)
+
+
+def _storages(tensor: Tensor) -> list[torch.UntypedStorage]:
+    """Where a tensor keeps its numbers: a quantised weight, ours or bitsandbytes', has several places."""
+    if isinstance(tensor, NF4Weight):
+        return [part.untyped_storage() for part in tensor._state.tensors().values()]
+    parts = [tensor]
+    state: Any = getattr(tensor, "quant_state", None)
+    while state is not None:
+        parts += [part for part in (state.absmax, state.code, state.offset) if isinstance(part, Tensor)]
+        state = state.state2
+    return [part.untyped_storage() for part in parts]

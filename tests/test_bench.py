@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -17,10 +18,11 @@ from peft_kernels import functional, testing
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench import cases, chart, gate, harness, report, run
-from bench.harness import OURS, Absent, Case, Contender, Result, Spread
+from bench import block, cases, chart, gate, harness, memory, report, run
+from bench.harness import OURS, Absent, Case, Contender, Goal, Result, Spread
 
 TINY = (64, 128)
+TINY_BLOCK = block.Sizes(hidden=64, intermediate=128, heads=2, kv_heads=1)
 FACTS = {"cpu": "a machine", "versions": {"torch": torch.__version__}}
 
 
@@ -72,6 +74,7 @@ def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two copies of a tiny weight instead of thousands."""
     monkeypatch.setattr(cases, "copies", lambda nbytes, contenders: 2)
     cases._weights.cache_clear()
+    cases._blocks.cache_clear()
 
 
 # Timing.
@@ -293,6 +296,8 @@ def test_every_kind_of_case_runs(group: str, dtype: str) -> None:
     if group in (cases.QLORA, cases.LORA):
         pytest.importorskip("peft")
         case = cases.training(group, TINY, 4, dtype)
+    elif group in cases.BLOCKS:
+        case = block_case(group, dtype)
     elif group == cases.FORWARD:
         case = cases.forward(TINY, 4, dtype)
     else:
@@ -304,10 +309,140 @@ def test_every_kind_of_case_runs(group: str, dtype: str) -> None:
         assert result.absent == {}
 
 
+def block_case(group: str, dtype: str = "bf16") -> Case:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    batch = max(2, cases.BLOCKS[group].adapters)
+    return cases.block(group, batch, 8, dtype, TINY_BLOCK)
+
+
 def test_names_of_cases_are_unique() -> None:
-    names = [case.name for case in cases.standard("bf16", full=True)]
+    names = [case.name for case in (*cases.standard("bf16", full=True), *memory.standard("bf16"))]
     assert len(names) == len(set(names))
     assert "forward-14336x4096-m2048-bf16" in names
+    assert {"block-lora-576x1536-4x256-bf16", "block-mixed-576x1536-8x128-bf16"} <= set(names)
+    assert {case.group for case in cases.quick("bf16")} == set(cases.TITLES)
+
+
+# The block.
+
+
+@pytest.mark.parametrize("group", cases.BLOCKS)
+@pytest.mark.usefixtures("small_rotation")
+def test_a_wrong_block_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One LoRA matrix is off, in one of seven layers: by a tenth, or twofold where only y shows it."""
+    case, adapt = block_case(group), block.Blocks.ours
+
+    def off(blocks: block.Blocks, variant: block.Variant) -> block.Model:
+        model = adapt(blocks, variant)
+        lora_b = next(p for name, p in model.model.named_parameters() if "up_proj.lora_B" in name)
+        with torch.no_grad():
+            lora_b *= 1.1 if variant.training else 2.0
+        return model
+
+    monkeypatch.setattr(block.Blocks, "ours", off)
+    refused(harness.measure(case, 0.0, 1))
+
+
+@pytest.mark.usefixtures("small_rotation")
+def test_a_block_that_drops_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The patched truth, which then drops nothing either, agrees with it: that is not enough."""
+    case, patch = block_case(cases.BLOCK_DROPOUT), pk.patch
+
+    def without_dropout(model: torch.nn.Module) -> Any:
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.eval()
+        return patch(model)
+
+    monkeypatch.setattr(pk, "patch", without_dropout)
+    result = harness.measure(case, 0.0, 1)
+    refused(result)
+    assert "dropout moves it by" in result.wrong[OURS]
+
+
+@pytest.mark.usefixtures("small_rotation")
+def test_fallbacks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = block_case(cases.BLOCK_LORA)
+    patch = pk.patch
+
+    def with_hook(model: torch.nn.Module) -> Any:
+        for name, module in model.named_modules():
+            if name.endswith(("q_proj.base_layer", "k_proj.base_layer")):
+                module.register_forward_hook(lambda *args: None)
+        return patch(model)
+
+    monkeypatch.setattr(pk, "patch", with_hook)
+    result = harness.measure(case, 0.0, 1)
+    assert "original forward in 2 layers: hooks on the base layer" in result.remarks[OURS]
+    assert result.remarks[OURS] in report.progress_line(result)
+    assert f"{OURS}: {result.remarks[OURS]} ({case.name})" in report.render([result])
+    assert json.loads(report.json_line(result, FACTS))["remarks"] == result.remarks
+
+
+def test_every_sample_of_a_mixed_batch_has_its_own_adapter() -> None:
+    block_case(cases.BLOCK_MIXED)
+    blocks = block.Blocks(TINY_BLOCK, torch.float32)
+    mixed, inputs = block.Variant(adapters=3, training=False), blocks.inputs(3, 8)
+    model = blocks.stock(mixed)
+    y = blocks.run(model, mixed, inputs)()["y"]
+    for i, name in enumerate(mixed.names):
+        model.model.set_adapter(name)
+        alone = blocks.run(model, block.Variant(training=False), inputs)()["y"]
+        same = [testing.relative_error(y[j], alone[j]) < 1e-5 for j in range(3)]
+        assert same == [j == i for j in range(3)]
+
+
+# Goals.
+
+
+@pytest.mark.parametrize(
+    ("goal", "seconds", "met"),
+    [
+        pytest.param(Goal("other", 1.9), 0.02, True, id="fast"),
+        pytest.param(Goal("other", 3.0), 0.02, False, id="not-fast-enough"),
+        pytest.param(Goal("other", 1.3, cost=True), 0.008, True, id="cheap"),
+        pytest.param(Goal("other", 1.2, cost=True), 0.008, False, id="dear"),
+    ],
+)
+def test_goals_stand_beside_what_was_measured(goal: Goal, seconds: float, met: bool) -> None:
+    machine = Machine()
+    contenders = machine.contender(OURS, 0.01), machine.contender("other", seconds)
+    case = Case(cases.BLOCK_LORA, *TINY, 8, "bf16", lambda: contenders, 2, (goal,))
+    result = measure(case, machine)
+    text = report.render([result])
+    quotient, value = ("ours / other", "1.25") if goal.cost else ("other / ours", "2.00")
+    verdict = report.MET if met else report.MISSED
+    assert f"block-lora-64x128-2x4-bf16, {quotient}: {goal}, measured {value}: {verdict}" in text
+    # What costs more than a cheaper job of ours has not lost against a peer.
+    assert "0 lose" in text and report.LOSES not in text
+    line = json.loads(report.json_line(result, FACTS))
+    assert ("other" in line["costs"], "other" in line["ratios"]) == (goal.cost, not goal.cost)
+    assert line["goals"]["other"]["limit"] == goal.limit and line["batch"] == 2
+
+
+# Saved bytes.
+
+
+@pytest.mark.parametrize("case", memory.standard("bf16"), ids=lambda case: case.name)
+def test_every_kind_of_saved_bytes(case: memory.Case) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    if case.base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    saved = memory.measure(dataclasses.replace(case, sizes=TINY_BLOCK))
+    assert saved.absent == {} and saved.ratio is not None and saved.ratio <= 1.0
+    assert f"{saved.ratio:.1%}" in report.render([], [saved])
+    line = json.loads(report.saved_json_line(saved, FACTS))
+    assert line["bytes_per_token"].keys() == {OURS, case.peer} and line["ratio"] == saved.ratio
+
+
+def test_saved_bytes_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "missing", lambda needs: "peft not installed")
+    saved = memory.measure(memory.standard("bf16")[0])
+    assert saved.ratio is None and saved.goal() is None
+    text = report.render([], [saved])
+    assert "- PEFT on dense: peft not installed (memory-layer-dense-lora-bf16)" in text
 
 
 # What comes out.
@@ -344,6 +479,7 @@ def test_run_writes_json_lines_table_and_picture(
         "quick",
         lambda dtype: [cases.forward(TINY, m, dtype) for m in (1, 3)] + [cases.quantize(TINY, dtype)],
     )
+    monkeypatch.setattr(memory, "standard", lambda dtype: [])
     arguments = ["--quick", "--repeats", "2", "--min-time", "0", "--output", str(tmp_path)]
     assert run.main([*arguments, "--only", "^forward"]) == 0
     lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -376,10 +512,31 @@ def test_isa_option_holds_our_kernels_to_a_level(tmp_path: Path, monkeypatch: py
     if reason := testing.unavailable("cpu-scalar"):
         pytest.skip(reason)
     monkeypatch.setattr(cases, "quick", lambda dtype: [cases.dequantize(TINY, dtype)])
+    monkeypatch.setattr(memory, "standard", lambda dtype: [])
     arguments = ["--quick", "--repeats", "1", "--min-time", "0", "--output", str(tmp_path)]
     assert run.main([*arguments, "--isa", "scalar"]) == 0
     (line,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert line["isa"] == "scalar"
+
+
+@pytest.mark.usefixtures("small_rotation")
+def test_run_of_a_block_and_of_saved_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib")
+    tiny = memory.Case(memory.BLOCK, "dense", "lora", "bf16", TINY_BLOCK)
+    monkeypatch.setattr(cases, "quick", lambda dtype: [block_case(cases.BLOCK_DORA, dtype)])
+    monkeypatch.setattr(memory, "standard", lambda dtype: [tiny])
+    arguments = ["--quick", "--repeats", "1", "--min-time", "0", "--output", str(tmp_path)]
+    assert run.main(arguments) == 0
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["name"] for line in lines] == ["block-dora-64x128-2x8-bf16", "memory-block-dense-lora-bf16"]
+    assert lines[0]["ratios"].keys() == {cases.PEFT_ON_DENSE} and lines[0]["costs"].keys() == {
+        cases.PLAIN_LORA
+    }
+    table = (tmp_path / "table.txt").read_text()
+    for text in ("2x8", "cost, time of ours / ours, plain LoRA", "bytes per token", "at most 1.35, measured"):
+        assert text in table
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    assert run.main([*arguments, "--only", "^memory"]) == 0
 
 
 def test_no_picture_of_nothing(tmp_path: Path) -> None:

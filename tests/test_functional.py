@@ -76,7 +76,7 @@ LORA_ONLY = {
         {"lora_b": torch.ones(12, 4, device="meta")},
         r"^lora_b: expected device cpu like x, got meta$",
     ),
-    "dropout": ({"dropout_p": 0.1}, r"^dropout_p: expected 0\.0 .*got 0\.1$"),
+    "dropout": ({"dropout_p": 1.5}, r"^dropout_p: expected 0 to 1, got 1\.5$"),
 }
 
 

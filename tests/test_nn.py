@@ -272,6 +272,47 @@ def test_only_the_adapter_is_trained() -> None:
     assert layer.lora_A.dtype == layer.lora_B.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_dropout_in_training_only(kind: str) -> None:
+    layer, x = adapted(kind, torch.float32), torch.ones(500, 100)
+    y, base = layer(x), layer.base_layer(x)
+    layer.lora_dropout = 0.5
+    torch.manual_seed(1)
+    first = layer(x)
+    torch.manual_seed(1)
+    assert torch.equal(layer(x), first) and not torch.equal(layer(x), first)
+    assert testing.relative_error((first - base).sum(0), (y - base).sum(0)) < 0.2
+    assert torch.equal(layer.eval()(x), y)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_dora_starts_as_its_base_trains_its_magnitudes_and_merges(kind: str) -> None:
+    make = NF4LoRALinear if kind == "nf4" else LoRALinear
+    layer, x = make(linear(), r=4, use_dora=True), testing.tensor(7, 100)
+    base = layer.base_layer(x)
+    assert testing.relative_error(layer(x), base) < 1e-6
+    with torch.no_grad():
+        layer.lora_B.copy_(testing.tensor(48, 4, scale=0.3))
+        layer.lora_magnitude_vector.mul_(1 + testing.tensor(48, scale=0.1))
+    y = layer(x)
+    assert testing.relative_error(y, base) > 0.05
+    assert testing.relative_error(layer.merge()(x), y) < 1e-5
+    v = layer._weight() + layer.delta_weight()
+    v = (layer.lora_magnitude_vector / v.norm(dim=1))[:, None] * v
+    assert testing.relative_error(y, nn.functional.linear(x, v, layer.base_layer.bias)) < 1e-5
+    y.sum().backward()
+    assert {n for n, p in layer.named_parameters() if p.grad is not None and p.grad.any()} == {
+        "lora_A",
+        "lora_B",
+        "lora_magnitude_vector",
+    }
+
+
+def test_a_dropout_that_is_no_probability_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"lora_dropout: expected 0 to 1, got 1\.5"):
+        LoRALinear(linear(), lora_dropout=1.5)
+
+
 def test_repr() -> None:
     layer = adapted("nf4", torch.bfloat16)
     assert "r=8, scaling=4" in repr(layer)

@@ -19,5 +19,5 @@ namespace peft_kernels::cpu::avx2 {
 #pragma GCC pop_options
 
 namespace peft_kernels::cpu {
-const KernelTable kAvx2Kernels = {"avx2", avx2::quantize, avx2::dequantize, avx2::gemm_nt, avx2::gemm_nn};
+const KernelTable kAvx2Kernels = PEFT_KERNELS_TABLE(avx2);
 }

@@ -19,6 +19,5 @@ namespace peft_kernels::cpu::avx512 {
 #pragma GCC pop_options
 
 namespace peft_kernels::cpu {
-const KernelTable kAvx512Kernels = {"avx512", avx512::quantize, avx512::dequantize, avx512::gemm_nt,
-                                    avx512::gemm_nn};
+const KernelTable kAvx512Kernels = PEFT_KERNELS_TABLE(avx512);
 }

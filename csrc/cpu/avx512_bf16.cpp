@@ -21,6 +21,5 @@ namespace peft_kernels::cpu::avx512_bf16 {
 #pragma GCC pop_options
 
 namespace peft_kernels::cpu {
-const KernelTable kAvx512Bf16Kernels = {"avx512_bf16", avx512_bf16::quantize, avx512_bf16::dequantize,
-                                        avx512_bf16::gemm_nt, avx512_bf16::gemm_nn};
+const KernelTable kAvx512Bf16Kernels = PEFT_KERNELS_TABLE(avx512_bf16);
 }

@@ -1,4 +1,4 @@
-// The Python module: what is not an op. Importing it registers the ops (ops.cpp) and chooses the level.
+// The Python module: what is not an op. Importing it registers the ops (*_ops.cpp) and chooses the level.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -126,21 +126,4 @@ inline MatrixView dense_matrix(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), dtype_of(t, name), t.size(-1), nullptr};
 }
 
-// lhs as rows of its last dimension, times rhs. Both tensors must be contiguous.
-inline GemmTerm term_of(const Tensor& lhs, const char* name, const MatrixView& rhs, float rhs_scale = 1.0f) {
-  return {lhs.const_data_ptr(), dtype_of(lhs, name), lhs.size(-1), rhs, rhs_scale, lhs.size(-1)};
-}
-
-// A product into `out`, still without terms.
-inline GemmParams params_for(Tensor& out) {
-  GemmParams p{};
-  p.out = out.mutable_data_ptr();
-  p.out_dtype = dtype_of(out, "out");
-  p.out_ld = p.n = out.size(-1);
-  p.m = rows_of(out);
-  return p;
-}
-
-inline void add_term(GemmParams& p, const GemmTerm& term) { p.terms[p.term_count++] = term; }
-
 }  // namespace peft_kernels::cpu

@@ -8,7 +8,7 @@ constexpr int64_t kNnTileLd = kNnStrips * kStrip;
 constexpr int64_t kNnTileFloats = kNnTileRows * kNnTileLd;
 constexpr int64_t kNnPanelFloats = kNnDepth * kNnStrips * kStrip;
 constexpr int64_t kNnLhsFloats = kNnTileRows * kNnDepth;
-static_assert((kNnTileFloats + kNnPanelFloats + kNnLhsFloats) * sizeof(float) <= kScratchBytes, "");
+static_assert((2 * kNnTileFloats + kNnPanelFloats + kNnLhsFloats) * sizeof(float) <= kScratchBytes, "");
 
 // With few rows a panel is soon done with: it should fit L1. Rows of the whole product count, not of this
 // task: sums are made panel by panel, and must not depend on how the work is cut.
@@ -51,10 +51,21 @@ void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t 
   }
 }
 
+inline void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t rows, int64_t n0,
+                        int64_t cols, float* tile, void* panel, void* lhs) {
+#if PEFT_KERNELS_BF16_DOT
+  if (has_bf16_values(term)) {
+    return nn_add_term<OuterBF16>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs);
+  }
+#endif
+  nn_add_term<OuterF32>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs);
+}
+
 void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
   float* tile = static_cast<float*>(scratch);
   float* panel = tile + kNnTileFloats;
   float* lhs = panel + kNnPanelFloats;
+  float* masked = lhs + kNnLhsFloats;  // the product of a term with dropout
   const NnBlocking blocking = nn_blocking(p.m);
   const int64_t width = blocking.strips * kStrip;
   for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += width) {
@@ -62,15 +73,21 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
     for (int64_t m0 = rect.m0; m0 < rect.m1; m0 += kNnTileRows) {
       const int64_t rows = min64(kNnTileRows, rect.m1 - m0);
       start_tile(p, m0, rows, n0, cols, tile, kNnTileLd);
-      for (int t = 0; t < p.term_count; ++t) {
+      for (int64_t t = 0; t < p.term_count; ++t) {
         const GemmTerm& term = p.terms[t];
-#if PEFT_KERNELS_BF16_DOT
-        if (has_bf16_values(term)) {
-          nn_add_term<OuterBF16>(term, blocking.depth, m0, rows, n0, cols, tile, panel, lhs);
+        const int64_t begin = max64(m0, term.m_begin), end = min64(m0 + rows, term.m_end);
+        if (begin >= end) continue;
+        float* sums = tile + (begin - m0) * kNnTileLd;
+        if (term.mask.threshold == 0) {
+          nn_add_term(term, blocking.depth, begin, end - begin, n0, cols, sums, panel, lhs);
           continue;
         }
-#endif
-        nn_add_term<OuterF32>(term, blocking.depth, m0, rows, n0, cols, tile, panel, lhs);
+        memset(masked, 0, (end - begin) * kNnTileLd * sizeof(float));
+        nn_add_term(term, blocking.depth, begin, end - begin, n0, cols, masked, panel, lhs);
+        for (int64_t m = begin; m < end; ++m) {
+          const int64_t row = (m - begin) * kNnTileLd;
+          add_kept(term.mask, m * term.mask.ld + n0, cols, masked + row, sums + row);
+        }
       }
       finish_tile(p, m0, rows, n0, cols, tile, kNnTileLd);
     }

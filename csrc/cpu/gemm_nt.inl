@@ -96,22 +96,23 @@ void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {
   float* tile = static_cast<float*>(scratch);
   char* panel = static_cast<char*>(scratch) + kNtTileBytes;
   void* gemv_scratch = panel + kNtPanelBytes;
-  bool gemv[kMaxTerms];
-  for (int t = 0; t < p.term_count; ++t) {
-    gemv[t] = gemv_serves(p.terms[t], rect);
-    if (gemv[t]) gemv_arrange_lhs(p.terms[t], rect, gemv_scratch);
-  }
+  // A packed weight is the first term of a layer, and the only packed one.
+  const bool gemv = p.term_count > 0 && gemv_serves(p.terms[0], rect);
+  if (gemv) gemv_arrange_lhs(p.terms[0], rect, gemv_scratch);
   for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += kStrip) {
     const int64_t cols = min64(kStrip, rect.n1 - n0);
     for (int64_t m0 = rect.m0; m0 < rect.m1; m0 += kNtTileRows) {
       const int64_t rows = min64(kNtTileRows, rect.m1 - m0);
       start_tile(p, m0, rows, n0, cols, tile, kStrip);
-      for (int t = 0; t < p.term_count; ++t) {
-        if (gemv[t]) {
-          gemv_add_term(p.terms[t], rows, n0, cols, gemv_scratch, tile);
-        } else {
-          nt_add_term(p.terms[t], m0, rows, n0, cols, tile, panel);
+      for (int64_t t = 0; t < p.term_count; ++t) {
+        const GemmTerm& term = p.terms[t];
+        if (t == 0 && gemv) {
+          gemv_add_term(term, rows, n0, cols, gemv_scratch, tile);
+          continue;
         }
+        const int64_t begin = max64(m0, term.m_begin), end = min64(m0 + rows, term.m_end);
+        if (begin >= end) continue;
+        nt_add_term(term, begin, end - begin, n0, cols, tile + (begin - m0) * kStrip, panel);
       }
       finish_tile(p, m0, rows, n0, cols, tile, kStrip);
     }

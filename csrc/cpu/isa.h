@@ -20,7 +20,30 @@ struct KernelTable {
   void (*gemm_nt)(const GemmParams& params, const Rect& rect, void* scratch);
   // lhs [m, depth] times rhs [depth, n].
   void (*gemm_nn)(const GemmParams& params, const Rect& rect, void* scratch);
+  // Flat elements [begin, end).
+  void (*dropout)(const DropoutParams& params, int64_t begin, int64_t end);
+  void (*gated)(const GatedParams& params, int64_t begin, int64_t end);
+  void (*gated_backward)(const GatedParams& params, int64_t begin, int64_t end);
+  // Rows [begin, end); backward: columns, as it sums over rows.
+  void (*scale_features)(const ScaleParams& params, int64_t begin, int64_t end);
+  void (*scale_features_backward)(const ScaleParams& params, int64_t begin, int64_t end);
+  // out[row] = the sum of squares in rows [begin, end) of a matrix with `cols` columns.
+  void (*row_squares)(const MatrixView& matrix, int64_t cols, int64_t begin, int64_t end, float* out);
 };
+
+// The table of a level, from the functions in its namespace.
+#define PEFT_KERNELS_TABLE(level)  \
+  {#level,                         \
+   level::quantize,                \
+   level::dequantize,              \
+   level::gemm_nt,                 \
+   level::gemm_nn,                 \
+   level::dropout,                 \
+   level::gated,                   \
+   level::gated_backward,          \
+   level::scale_features,          \
+   level::scale_features_backward, \
+   level::row_squares}
 
 extern const KernelTable kScalarKernels;
 #if defined(__x86_64__)

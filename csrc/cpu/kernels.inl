@@ -9,6 +9,9 @@
 #if PEFT_KERNELS_BF16_DOT
 #include "bf16.inl"
 #endif
+#include "dropout.inl"
 #include "gemm_nt.inl"
 #include "gemm_nn.inl"
+#include "gated.inl"
+#include "scale.inl"
 // clang-format on

@@ -13,6 +13,9 @@ namespace peft_kernels::cpu {
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Elements that one thread should have in an elementwise kernel before a second is worth waking.
+inline constexpr int64_t kElementwiseGrain = 32768;
+
 // Below this many multiply-adds a thread costs more to wake than it saves.
 inline constexpr int64_t kMultiplyAddsPerThread = 100'000;
 
@@ -50,7 +53,7 @@ using GemmKernel = void (*)(const GemmParams&, const Rect&, void* scratch);
 inline void run_gemm(GemmKernel kernel, const GemmParams& params, int64_t n_unit) {
   if (params.m == 0 || params.n == 0) return;
   int64_t depth = 1;
-  for (int t = 0; t < params.term_count; ++t) depth += params.terms[t].depth;
+  for (int64_t t = 0; t < params.term_count; ++t) depth += params.terms[t].depth;
   const Grid grid = plan_grid(params.m, params.n, depth, n_unit);
   at::parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
     void* scratch = thread_scratch();
@@ -62,8 +65,5 @@ inline void run_gemm(GemmKernel kernel, const GemmParams& params, int64_t n_unit
     }
   });
 }
-
-inline void run_gemm_nt(const GemmParams& params) { run_gemm(kernels().gemm_nt, params, 16); }
-inline void run_gemm_nn(const GemmParams& params) { run_gemm(kernels().gemm_nn, params, 64); }
 
 }  // namespace peft_kernels::cpu

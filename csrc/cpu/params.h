@@ -1,4 +1,4 @@
-// What crosses the border between ops.cpp and the ISA files: raw pointers, int64 sizes, no torch, no std
+// What crosses the border between *_ops.cpp and the ISA files: raw pointers, int64 sizes, no torch, no std
 // containers. Nothing here may define a function: a function compiled under two target pragmas would be
 // merged by the linker, and the wrong one could reach a machine that cannot run it.
 #pragma once
@@ -34,8 +34,19 @@ struct MatrixView {
   const Nf4View* nf4;
 };
 
-// One product added to the output. In a base layer with an adapter the second term is the LoRA delta: it
-// accumulates in the same fp32 tile, so the output is rounded once.
+// Which elements of flat activations dropout keeps: element e, if word e % 4 of block e / 4 of Philox4x32-10
+// is at least `threshold`. The seed is the key, the block the low half of the counter, the stream its next
+// word.
+struct DropoutMask {
+  uint64_t seed;
+  uint32_t stream;
+  uint32_t threshold;  // 0: keeps all
+  float scale;         // of what is kept
+  int64_t ld;          // elements from one row of the activations to the next
+};
+
+// One product added to the output. In a base layer with adapters the later terms are LoRA deltas: they
+// accumulate in the same fp32 tile, so the output is rounded once.
 struct GemmTerm {
   const void* lhs;  // [m, depth]
   DType lhs_dtype;
@@ -43,14 +54,14 @@ struct GemmTerm {
   MatrixView rhs;  // gemm_nt: [n, depth];  gemm_nn: [depth, n]
   float rhs_scale;
   int64_t depth;
+  int64_t m_begin, m_end;  // the rows of the output that it is added to
+  DropoutMask mask;        // gemm_nn: applied to the product before it is added
 };
-
-inline constexpr int kMaxTerms = 2;
 
 // out[m, n] = start + sum over terms of lhs . rhs, where start is the bias, or what `out` holds, or 0.
 struct GemmParams {
-  GemmTerm terms[kMaxTerms];
-  int term_count;
+  const GemmTerm* terms;
+  int64_t term_count;
   const void* bias;  // [n] or null
   DType bias_dtype;
   bool add_to_out;
@@ -74,6 +85,41 @@ struct QuantizeParams {
   int block_shift;
   uint8_t* packed;  // [(n + 1) / 2]
   float* absmax;    // [blocks]
+};
+
+// out[i] = x[i] * mask.scale where the mask keeps i, else 0.
+struct DropoutParams {
+  const void* x;
+  DType dtype;  // of both
+  DropoutMask mask;
+  void* out;
+};
+
+enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu };
+
+// Forward: out = activation(gate) * up. Backward: its gradients in d_gate and d_up. All of one dtype.
+struct GatedParams {
+  const void* gate;
+  const void* up;
+  const void* dy;  // backward
+  DType dtype;
+  Activation activation;
+  void* out;     // forward
+  void* d_gate;  // backward
+  void* d_up;
+};
+
+// y[m, n] = z[m, n] * scale[n] + bias[n].
+struct ScaleParams {
+  const void* z;
+  DType dtype;  // of z, y, dy and dz
+  const float* scale;
+  const float* bias;  // or null
+  void* y;
+  int64_t m, n;
+  const void* dy;  // backward: dz = dy * scale, d_scale = the sum over rows of dy * z
+  void* dz;
+  float* d_scale;
 };
 
 // Scratch that each task gets, 64-byte aligned. Sized to share a 1 MB L2 with what streams through it.

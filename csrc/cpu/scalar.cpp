@@ -15,6 +15,5 @@ namespace peft_kernels::cpu::scalar {
 }  // namespace peft_kernels::cpu::scalar
 
 namespace peft_kernels::cpu {
-const KernelTable kScalarKernels = {"scalar", scalar::quantize, scalar::dequantize, scalar::gemm_nt,
-                                    scalar::gemm_nn};
+const KernelTable kScalarKernels = PEFT_KERNELS_TABLE(scalar);
 }

@@ -1,7 +1,30 @@
-// What both matrix products share: fp32 output tiles, and rows of a matrix as panel rows.
+// What several kernels share: e^x, fp32 output tiles, and rows of a matrix as panel rows.
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+inline Vec negate(Vec x) { return sub(splat(-0.0f), x); }
+
+// e^x within 2 ulp. Clamped to where the result is a normal number; a NaN comes through.
+inline Vec exponential(Vec x) {
+  x = max(splat(-87.0f), min(splat(88.0f), x));
+  // x = n ln 2 + r: adding 1.5 * 2^23 rounds to an integer, which lands, biased as an exponent, in the low
+  // bits.
+  const Vec shift = splat(12582912.0f + 127.0f);
+  const Vec shifted = fma(x, splat(1.44269504089f), shift);
+  const Vec n = sub(shifted, shift);
+  const Vec r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
+  Vec sum = splat(1.0f / 5040);
+  sum = fma(sum, r, splat(1.0f / 720));
+  sum = fma(sum, r, splat(1.0f / 120));
+  sum = fma(sum, r, splat(1.0f / 24));
+  sum = fma(sum, r, splat(1.0f / 6));
+  sum = fma(sum, r, splat(0.5f));
+  sum = fma(sum, r, splat(1.0f));
+  sum = fma(sum, r, splat(1.0f));
+  return mul(sum, low_bits_to_exponent(shifted));
+}
 
 template <class T>
 void widen_run(const T* x, int64_t count, float scale, float* out) {
@@ -70,5 +93,31 @@ inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, 
     dequantize_run(*rhs.nf4, first, count, out);
   } else {
     widen_run(rhs.data, rhs.dtype, first, count, scale, out);
+  }
+}
+
+// The sums of squares in rows [begin, end) of a matrix with `cols` columns.
+void row_squares(const MatrixView& matrix, int64_t cols, int64_t begin, int64_t end, float* out) {
+  constexpr int64_t kRun = 512;
+  float run[kRun];
+  for (int64_t row = begin; row < end; ++row) {
+    float total = 0.0f;
+    for (int64_t c = 0; c < cols; c += kRun) {
+      const int64_t count = min64(kRun, cols - c), padded = round_up(count, 4 * kLanes);
+      fill_panel_row(matrix, row * matrix.ld + c, count, 1.0f, run);
+      memset(run + count, 0, (padded - count) * sizeof(float));
+      Vec sums[4] = {zero(), zero(), zero(), zero()};
+      for (int64_t i = 0; i < padded; i += 4 * kLanes) {
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) {
+          const Vec x = load(run + i + v * kLanes);
+          sums[v] = fma(x, x, sums[v]);
+        }
+      }
+      float four[4] = {};
+      add_lane_sums(sums[0], sums[1], sums[2], sums[3], four);
+      total += (four[0] + four[1]) + (four[2] + four[3]);
+    }
+    out[row] = total;
   }
 }

@@ -13,6 +13,14 @@ inline Vec splat(float x) { return _mm256_set1_ps(x); }
 inline Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+inline Vec sub(Vec a, Vec b) { return _mm256_sub_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
+inline Vec min(Vec a, Vec x) { return _mm256_min_ps(a, x); }
+inline Vec max(Vec a, Vec x) { return _mm256_max_ps(a, x); }
+inline Vec by_sign(Vec x, Vec negative, Vec positive) { return _mm256_blendv_ps(positive, negative, x); }
+inline Vec low_bits_to_exponent(Vec x) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
+}
 
 inline Vec widen(__m128i bits, BF16) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));

@@ -15,6 +15,19 @@ inline Vec splat(float x) { return _mm512_set1_ps(x); }
 inline Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
 inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
+// Of a constant and x, in this order: a NaN in x comes through.
+inline Vec min(Vec a, Vec x) { return _mm512_min_ps(a, x); }
+inline Vec max(Vec a, Vec x) { return _mm512_max_ps(a, x); }
+// In each lane, `negative` where the sign bit of x is set.
+inline Vec by_sign(Vec x, Vec negative, Vec positive) {
+  return _mm512_mask_mov_ps(positive, _mm512_movepi32_mask(_mm512_castps_si512(x)), negative);
+}
+// The low nine bits of each lane moved to the top, as sign and exponent.
+inline Vec low_bits_to_exponent(Vec x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
+}
 
 inline Vec widen(__m256i bits, BF16) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));

@@ -14,6 +14,12 @@ inline Vec splat(float x) { return Vec{x, x, x, x}; }
 inline Vec add(Vec a, Vec b) { return a + b; }
 inline Vec mul(Vec a, Vec b) { return a * b; }
 inline Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+inline Vec sub(Vec a, Vec b) { return a - b; }
+inline Vec div(Vec a, Vec b) { return a / b; }
+inline Vec min(Vec a, Vec x) { return a < x ? a : x; }
+inline Vec max(Vec a, Vec x) { return a > x ? a : x; }
+inline Vec by_sign(Vec x, Vec negative, Vec positive) { return (VecI)x < 0 ? negative : positive; }
+inline Vec low_bits_to_exponent(Vec x) { return (Vec)((VecI)x << 23); }
 
 inline float widen1(float x) { return x; }
 inline float widen1(BF16 x) {

@@ -59,12 +59,11 @@ class CpuBackend:
         return self._extension
 
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
-        for arg in args:
-            if isinstance(arg, torch.Tensor) and arg.device.type != "cpu":
-                return f"{op}: a tensor is on {arg.device}, this back end takes CPU tensors"
-        dtype = args[0].dtype
-        if op in _FLOAT_FIRST and dtype not in DTYPES:
-            return f"{op}: no kernel for {dtype}"
+        for tensor in _tensors(args):
+            if not tensor.is_cpu:
+                return f"{op}: a tensor is on {tensor.device}, this back end takes CPU tensors"
+            if tensor.dtype not in DTYPES and tensor.is_floating_point():
+                return f"{op}: no kernel for {tensor.dtype}"
         if op == "dequantize_nf4" and args[6] not in DTYPES:
             return f"{op}: no kernel for {args[6]}"
         return None
@@ -85,7 +84,12 @@ class CpuBackend:
             extension.set_isa_level(before)
 
 
-_FLOAT_FIRST = {"quantize_nf4", "nf4_linear", "nf4_linear_dx", "lora_linear", "lora_linear_backward"}
+def _tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from _tensors(arg)
 
 
 def _refusal_to_load() -> str | None:

@@ -81,7 +81,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> NF4Weight:
             )
         _expect_table(f"{key}.nested_quant_map", dynamic_map(_CPU), item(".nested_quant_map"))
     _expect_table(f"{key}.quant_map", nf4_code(_CPU), item(".quant_map"))
-    return _assemble(
+    state = _assemble(
         key,
         shape,
         blocksize,
@@ -91,6 +91,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> NF4Weight:
         item(".nested_absmax") if nested else None,
         torch.tensor(float(numbers["nested_offset"]), device=packed.device) if nested else None,
     )
+    return NF4Weight(state, dtype)
 
 
 def is_quantized(params4bit: Any) -> bool:
@@ -119,6 +120,12 @@ def reason_unusable(params4bit: Any) -> str | None:
 
 def from_params4bit(params4bit: Any, name: str = "params4bit") -> NF4Weight:
     """View a quantised Params4bit as an NF4Weight, sharing memory. ValueError says why that cannot be."""
+    state = state_of(params4bit, name)
+    return NF4Weight(state, params4bit.quant_state.dtype)
+
+
+def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
+    """As `from_params4bit`, without the tensor around it: what ops need."""
     reason = reason_unusable(params4bit)
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
@@ -187,8 +194,8 @@ def _assemble(
     absmax: Tensor,
     absmax2: Tensor | None,
     offset: Tensor | None,
-) -> NF4Weight:
-    """Check every length and dtype, so that no kernel reads past the end, then wrap."""
+) -> NF4State:
+    """Check every length and dtype, so that no kernel reads past the end."""
     if len(shape) != 2 or min(shape) < 0:
         raise ValueError(f"{key}: expected a shape (out_features, in_features), got {shape}")
     if blocksize not in BLOCKSIZES:
@@ -214,7 +221,7 @@ def _assemble(
         _expect(f"{key}.nested_absmax", "number of blocks", -(-nblocks // NESTED_BLOCKSIZE), absmax2.numel())
         absmax2 = absmax2.float()
         offset = offset.float().reshape(())
-    state = NF4State(
+    return NF4State(
         (shape[0], shape[1]),
         blocksize,
         _rows(flat[:nbytes], shape),
@@ -223,7 +230,6 @@ def _assemble(
         offset,
         double_quant=absmax2 is not None,
     )
-    return NF4Weight(state, dtype)
 
 
 def _expect(key: str, what: str, expected: Any, got: Any) -> None:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import nn
 
 from ..nf4 import NF4Weight
-from . import linear4bit, peft
+from . import gated_mlp, linear4bit, lora, shared_input
 
-FORWARDS: frozenset[Callable[..., Any]] = frozenset({peft.lora_forward, linear4bit.forward})
+FORWARDS: frozenset[Callable[..., Any]] = frozenset({lora.forward, linear4bit.forward, gated_mlp.forward})
 """Every function that `patch` may install."""
 
 
@@ -29,9 +29,19 @@ def examine(module: nn.Module) -> tuple[str | None, Callable[..., Any] | None, s
         return "NF4Linear", None, ""
     # A library that was never imported has no layers in the model.
     if "peft" in sys.modules:
-        kind, forward, reason = peft.examine(module)
+        kind, forward, reason = lora.examine(module)
         if kind is not None:
             return kind, forward, reason
     if "bitsandbytes" in sys.modules:
         return linear4bit.examine(module)
     return None, None, ""
+
+
+def examine_block(module: nn.Module) -> tuple[str | None, Callable[..., Any] | None, str]:
+    """As `examine`, for modules that hold several layers which one op can serve."""
+    return gated_mlp.examine(module) if "peft" in sys.modules else (None, None, "")
+
+
+def sharing(model: nn.Module) -> Iterator[tuple[str, list[nn.Module]]]:
+    """Groups of LoRA layers that may be given the same x."""
+    return shared_input.find(model) if "peft" in sys.modules else iter(())

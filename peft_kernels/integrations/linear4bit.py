@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import nf4_linear
-from ..nf4 import NF4Weight
-from .bitsandbytes import from_params4bit, reason_unusable
+from ..nf4 import NF4State
+from .bitsandbytes import reason_unusable, state_of
 
 
 def examine(module: nn.Module) -> tuple[str | None, Callable[..., Any] | None, str]:
@@ -41,7 +41,7 @@ def forward(module: Any, x: Tensor, *, fallbacks: Counter[str]) -> Tensor:
         return type(module).forward(module, x)
     dtype, bias = x.dtype, module.bias
     x = x.to(compute_dtype(module, x))
-    return nf4_linear(x, as_nf4(module), None if bias is None else bias.to(x.dtype)).to(dtype)
+    return nf4_linear(x, state(module), None if bias is None else bias.to(x.dtype)).to(dtype)
 
 
 def compute_dtype(module: Any, x: Tensor) -> torch.dtype:
@@ -51,9 +51,9 @@ def compute_dtype(module: Any, x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def as_nf4(module: Any) -> NF4Weight:
-    """The layer's weight as NF4Weight, sharing memory. Made anew in each call, so it is never stale."""
-    return from_params4bit(module.weight)
+def state(module: Any) -> NF4State:
+    """The layer's weight as ops take it, sharing memory. Made anew in each call, so it is never stale."""
+    return state_of(module.weight)
 
 
 def _reason_shape(module: Any, x: Tensor) -> str | None:

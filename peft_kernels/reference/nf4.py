@@ -1,9 +1,4 @@
-"""The meaning of every op, in plain torch.
-
-Each function here is what the op of the same name in `spec` computes, for any floating dtype (fp64 included:
-run so, it is the truth that kernels are judged against) and any device. Clarity before speed: weights are
-materialised.
-"""
+"""Quantising to NF4 and back, and products with a frozen NF4 weight."""
 
 from __future__ import annotations
 
@@ -14,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .code_tables import NESTED_BLOCKSIZE, dynamic_map, dynamic_thresholds, nf4_code, nf4_thresholds
+from ..code_tables import NESTED_BLOCKSIZE, dynamic_map, dynamic_thresholds, nf4_code, nf4_thresholds
 
 ZERO_CODE = 7
 """Code of 0.0: what blocks without a usable scale, and the padding of an odd tail, are written as."""
@@ -106,73 +101,3 @@ def nf4_linear_dx(
 ) -> Tensor:
     weight = dequantize_nf4(packed, absmax, absmax2, offset, blocksize, (dy.shape[-1], in_features), dy.dtype)
     return dy @ weight
-
-
-def lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    if absmax is not None:
-        shape = (lora_b.shape[0], lora_a.shape[1])
-        weight = dequantize_nf4(weight, absmax, absmax2, offset, blocksize, shape, x.dtype)
-    acc = accumulator_dtype(x.dtype)
-    h = x.to(acc) @ lora_a.to(acc).t()
-    base = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    return (base.to(acc) + scaling * (h @ lora_b.to(acc).t())).to(x.dtype), h
-
-
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    acc = accumulator_dtype(x.dtype)
-    dy2, x2, h2 = rows(dy), rows(x), rows(h)
-    dy_acc = dy2.to(acc)
-    dh = scaling * (dy_acc @ lora_b.to(acc))
-    dx = x.new_empty(0)
-    da = lora_a.new_empty(0)
-    db = lora_b.new_empty(0)
-    if need_dx:
-        if absmax is not None:
-            shape = (lora_b.shape[0], lora_a.shape[1])
-            weight = dequantize_nf4(weight, absmax, absmax2, offset, blocksize, shape, x.dtype)
-        dx = ((dy2 @ weight).to(acc) + dh @ lora_a.to(acc)).to(x.dtype).view(x.shape)
-    if need_da:
-        da = (dh.t() @ x2.to(acc)).to(lora_a.dtype)
-    if need_db:
-        db = (scaling * (dy_acc.t() @ h2)).to(lora_b.dtype)
-    return dx, da, db
-
-
-def rows(t: Tensor) -> Tensor:
-    """(..., features) as (rows, features); a vector is one row."""
-    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
-
-
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which products are summed, and in which `h = x A^T` is kept: fp64 for fp64, else fp32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

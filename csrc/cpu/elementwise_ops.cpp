@@ -1,0 +1,136 @@
+// The elementwise ops: tensors to pointers, and registration. Schemas live in peft_kernels/spec.py.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "dropout.h"
+
+namespace peft_kernels::cpu {
+namespace {
+
+// Contiguous, and of the shape and dtype of `like`.
+Tensor matching(const Tensor& t, const Tensor& like, const char* name) {
+  check_dtype(t, like.scalar_type(), name);
+  check_shape(t, like.sizes(), name);
+  return t.contiguous();
+}
+
+Tensor dropout(const Tensor& x, double p, const Tensor& seed) {
+  dtype_of(x, "x");
+  const Tensor in = x.contiguous();
+  Tensor out = at::empty(in.sizes(), in.options());
+  run_dropout(in, mask_of(p, seed, 0, 0), out);
+  return out;
+}
+
+Activation activation_of(c10::string_view name) {
+  if (name == "silu") return Activation::kSilu;
+  if (name == "gelu") return Activation::kGelu;
+  if (name == "gelu_tanh") return Activation::kGeluTanh;
+  TORCH_CHECK(name == "relu", "activation: expected silu, gelu, gelu_tanh or relu, got ", name);
+  return Activation::kRelu;
+}
+
+// An element costs an exponential and a division: a few times what a copy costs.
+constexpr int64_t kGatedGrain = kElementwiseGrain / 4;
+
+Tensor gated_activation(const Tensor& gate, const Tensor& up, c10::string_view activation) {
+  const Tensor g = gate.contiguous(), u = matching(up, gate, "up");
+  Tensor out = at::empty(g.sizes(), g.options());
+  GatedParams params{};
+  params.gate = g.const_data_ptr();
+  params.up = u.const_data_ptr();
+  params.dtype = dtype_of(g, "gate");
+  params.activation = activation_of(activation);
+  params.out = out.mutable_data_ptr();
+  const auto gated = kernels().gated;
+  at::parallel_for(0, g.numel(), kGatedGrain, [&](int64_t begin, int64_t end) { gated(params, begin, end); });
+  return out;
+}
+
+std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& dy, const Tensor& gate, const Tensor& up,
+                                                     c10::string_view activation) {
+  const Tensor g = gate.contiguous(), u = matching(up, gate, "up"), d = matching(dy, gate, "dy");
+  Tensor d_gate = at::empty(g.sizes(), g.options()), d_up = at::empty(g.sizes(), g.options());
+  GatedParams params{};
+  params.gate = g.const_data_ptr();
+  params.up = u.const_data_ptr();
+  params.dy = d.const_data_ptr();
+  params.dtype = dtype_of(g, "gate");
+  params.activation = activation_of(activation);
+  params.d_gate = d_gate.mutable_data_ptr();
+  params.d_up = d_up.mutable_data_ptr();
+  const auto gated_backward = kernels().gated_backward;
+  at::parallel_for(0, g.numel(), kGatedGrain,
+                   [&](int64_t begin, int64_t end) { gated_backward(params, begin, end); });
+  return {d_gate, d_up};
+}
+
+Tensor feature_scale(const Tensor& scale, int64_t features) {
+  check_dtype(scale, at::kFloat, "scale");
+  check_shape(scale, {features}, "scale");
+  return scale.contiguous();
+}
+
+Tensor dora_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
+  TORCH_CHECK(z.dim() >= 1, "z: expected at least 1 dimension, got 0");
+  const int64_t features = z.size(-1);
+  const Tensor in = activation(z, features, "z"), s = feature_scale(scale, features);
+  Tensor b;
+  if (bias) {
+    dtype_of(*bias, "bias");
+    check_shape(*bias, {features}, "bias");
+    b = bias->to(at::kFloat).contiguous();
+  }
+  Tensor y = at::empty(in.sizes(), in.options());
+  ScaleParams params{};
+  params.z = in.const_data_ptr();
+  params.dtype = dtype_of(in, "z");
+  params.scale = s.const_data_ptr<float>();
+  params.bias = bias ? b.const_data_ptr<float>() : nullptr;
+  params.y = y.mutable_data_ptr();
+  params.m = rows_of(in);
+  params.n = features;
+  const auto scale_features = kernels().scale_features;
+  at::parallel_for(0, params.m, ceil_div(kElementwiseGrain, std::max<int64_t>(features, 1)),
+                   [&](int64_t begin, int64_t end) { scale_features(params, begin, end); });
+  return y;
+}
+
+std::tuple<Tensor, Tensor> dora_scale_backward(const Tensor& dy, const Tensor& z, const Tensor& scale) {
+  TORCH_CHECK(z.dim() >= 1, "z: expected at least 1 dimension, got 0");
+  const int64_t features = z.size(-1);
+  const Tensor in = activation(z, features, "z"), d = matching(dy, z, "dy"),
+               s = feature_scale(scale, features);
+  Tensor dz = at::empty(in.sizes(), in.options()), d_scale = at::empty({features}, s.options());
+  ScaleParams params{};
+  params.z = in.const_data_ptr();
+  params.dtype = dtype_of(in, "z");
+  params.scale = s.const_data_ptr<float>();
+  params.m = rows_of(in);
+  params.n = features;
+  params.dy = d.const_data_ptr();
+  params.dz = dz.mutable_data_ptr();
+  params.d_scale = d_scale.mutable_data_ptr<float>();
+  const auto backward = kernels().scale_features_backward;
+  constexpr int64_t kStrip = 64;  // columns that no task splits
+  at::parallel_for(0, ceil_div(features, kStrip),
+                   ceil_div(kElementwiseGrain, std::max<int64_t>(params.m, 1) * kStrip),
+                   [&](int64_t begin, int64_t end) {
+                     backward(params, begin * kStrip, std::min(end * kStrip, features));
+                   });
+  return {dz, d_scale};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
+  m.impl("dropout", dropout);
+  m.impl("gated_activation", gated_activation);
+  m.impl("gated_activation_backward", gated_activation_backward);
+  m.impl("dora_scale", dora_scale);
+  m.impl("dora_scale_backward", dora_scale_backward);
+}
+
+}  // namespace peft_kernels::cpu

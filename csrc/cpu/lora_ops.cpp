@@ -1,0 +1,475 @@
+// The ops with LoRA adapters: tensors to pointers, and registration. Schemas live in peft_kernels/spec.py.
+//
+// All of them are one thing here: linear layers that share x, each with any number of adapters. The deltas of
+// a layer are further terms of its base product.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <tuple>
+#include <vector>
+
+#include "checks.h"
+#include "dropout.h"
+#include "product.h"
+
+namespace peft_kernels::cpu {
+namespace {
+
+// The frozen weight of one layer, dense or NF4.
+class BaseWeight {
+ public:
+  BaseWeight(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
+             const OptionalTensor& offset, int64_t blocksize, int64_t out_features, int64_t in_features,
+             at::ScalarType activation_dtype)
+      : out_features_(out_features), in_features_(in_features) {
+    if (absmax) {
+      nf4_ = std::make_unique<Nf4Holder>(weight, *absmax, absmax2, offset, blocksize,
+                                         out_features * in_features);
+    } else {
+      check_dtype(weight, activation_dtype, "weight");
+      check_shape(weight, {out_features, in_features}, "weight");
+      dense_ = weight;
+    }
+  }
+  bool is_dense() const { return !nf4_; }
+  const Tensor& dense() const { return dense_; }
+  MatrixView packed() const { return nf4_->matrix(in_features_); }
+  int64_t out_features() const { return out_features_; }
+
+ private:
+  int64_t out_features_, in_features_;
+  std::unique_ptr<Nf4Holder> nf4_;
+  Tensor dense_;
+};
+
+// Rows that an adapter serves.
+struct RowRun {
+  int64_t begin, end;
+};
+
+struct Adapter {
+  Tensor a;  // [r, in_features]
+  Tensor b;  // [out_features, r]
+  size_t layer;
+  float scaling;
+  DropoutMask mask;
+  int64_t h_begin;  // its columns in h
+  std::vector<RowRun> runs;
+
+  Adapter(const Tensor& lora_a, const Tensor& lora_b, int64_t in_features, at::ScalarType activation_dtype,
+          size_t layer, double scaling, const DropoutMask& mask, int64_t h_begin, std::vector<RowRun> runs)
+      : layer(layer),
+        scaling(static_cast<float>(scaling)),
+        mask(mask),
+        h_begin(h_begin),
+        runs(std::move(runs)) {
+    check(lora_a, activation_dtype, "lora_a");
+    check(lora_b, activation_dtype, "lora_b");
+    check_shape(lora_a, {lora_a.size(0), in_features}, "lora_a");
+    check_shape(lora_b, {lora_b.size(0), lora_a.size(0)}, "lora_b");
+    a = lora_a.contiguous();
+    b = lora_b.contiguous();
+  }
+  int64_t rank() const { return a.size(0); }
+  int64_t h_end() const { return h_begin + rank(); }
+  bool drops() const { return mask.threshold != 0; }
+
+ private:
+  static void check(const Tensor& t, at::ScalarType activation_dtype, const char* name) {
+    dtype_of(t, name);
+    TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());
+    TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == activation_dtype, name,
+                ": expected Float or ", activation_dtype, ", got ", t.scalar_type());
+  }
+};
+
+using Adapters = std::vector<Adapter>;
+
+// Columns [column, column + depth) of lhs, in the rows of a run, times rhs.
+GemmTerm column_term(const Tensor& lhs, int64_t column, int64_t depth, const RowRun& run,
+                     const MatrixView& rhs, float rhs_scale = 1.0f) {
+  GemmTerm term = term_of(lhs, "h", rhs, rhs_scale);
+  term.lhs = static_cast<const float*>(term.lhs) + column;
+  term.depth = depth;
+  term.m_begin = run.begin;
+  term.m_end = run.end;
+  return term;
+}
+
+// Columns [run.begin, run.end) of lhs times those rows of rhs: a sum over rows of a batch.
+GemmTerm row_term(const Tensor& lhs, const RowRun& run, const Tensor& rhs) {
+  GemmTerm term = term_of(lhs, "lhs", dense_matrix(rhs, "rhs"));
+  term.lhs = static_cast<const float*>(term.lhs) + run.begin;
+  term.rhs.data =
+      static_cast<const char*>(rhs.const_data_ptr()) + run.begin * rhs.size(-1) * rhs.element_size();
+  term.depth = run.end - run.begin;
+  return term;
+}
+
+// x with the elements dropped that an adapter's mask drops, not yet scaled: exact in x's own type.
+Tensor masked(const Tensor& x, const Adapter& adapter) {
+  if (!adapter.drops()) return x;
+  DropoutMask mask = adapter.mask;
+  mask.scale = 1.0f;
+  Tensor out = at::empty_like(x);
+  run_dropout(x, mask, out);
+  return out;
+}
+
+// h[m, ranks] = x A^T of every adapter in its rows, 0 elsewhere.
+Tensor down_products(const Tensor& x, const Adapters& adapters, int64_t ranks, bool has_gaps) {
+  const auto options = x.options().dtype(at::kFloat);
+  Tensor h = has_gaps ? at::zeros({x.size(0), ranks}, options) : at::empty({x.size(0), ranks}, options);
+  for (const Adapter& adapter : adapters) {
+    const Tensor rows = masked(x, adapter);
+    for (const RowRun& run : adapter.runs) {
+      Product product(h, run.begin, run.end, adapter.h_begin, adapter.h_end());
+      GemmTerm term = term_of(rows, "x", dense_matrix(adapter.a, "lora_a"), adapter.mask.scale);
+      term.lhs = static_cast<const char*>(term.lhs) + run.begin * rows.size(1) * rows.element_size();
+      product.add(term);
+      product.run_nt();
+    }
+  }
+  return h;
+}
+
+// Of one layer: rows W^T + bias + the deltas of its adapters. Leading sizes as x's.
+Tensor layer_forward(const Tensor& x, const Tensor& rows, const BaseWeight& base, const OptionalTensor& bias,
+                     size_t layer, const Adapters& adapters, const Tensor& h) {
+  const auto add_deltas = [&](Product& product) {
+    for (const Adapter& adapter : adapters) {
+      if (adapter.layer != layer) continue;
+      TORCH_CHECK(adapter.b.size(0) == base.out_features(), "lora_b: expected ", base.out_features(),
+                  " rows, got ", adapter.b.size(0));
+      for (const RowRun& run : adapter.runs) {
+        product.add(column_term(h, adapter.h_begin, adapter.rank(), run, dense_matrix(adapter.b, "lora_b"),
+                                adapter.scaling));
+      }
+    }
+  };
+  const auto sizes = sizes_with_last(x, base.out_features());
+  if (base.is_dense()) {
+    OptionalTensor base_bias = bias;
+    if (bias) base_bias = bias->to(x.scalar_type());
+    Tensor y = at::linear(rows, base.dense(), base_bias).contiguous();
+    Product product(y);
+    product.start_from_out();
+    add_deltas(product);
+    product.run_nt();
+    return y.view(sizes);
+  }
+  Tensor y = at::empty(sizes, x.options());
+  Product product(y);
+  product.start_from(bias, x.scalar_type());
+  product.add(term_of(rows, "x", base.packed()));
+  add_deltas(product);
+  product.run_nt();
+  return y;
+}
+
+struct Gradients {
+  Tensor dx;
+  std::vector<Tensor> da, db;
+};
+
+// dh[m, ranks] = scaling dY B of every adapter in its rows.
+Tensor up_gradients(const std::vector<Tensor>& dy, const Adapters& adapters, int64_t m, int64_t ranks) {
+  Tensor dh = at::empty({m, ranks}, dy[0].options().dtype(at::kFloat));
+  for (const Adapter& adapter : adapters) {
+    const Tensor scaled_bt = adapter.b.to(at::kFloat).mul(adapter.scaling).t().contiguous();
+    const Tensor& d = dy[adapter.layer];
+    for (const RowRun& run : adapter.runs) {
+      Product product(dh, run.begin, run.end, adapter.h_begin, adapter.h_end());
+      GemmTerm term = term_of(d, "dy", dense_matrix(scaled_bt, "lora_b"));
+      term.lhs = static_cast<const char*>(term.lhs) + run.begin * d.size(1) * d.element_size();
+      product.add(term);
+      product.run_nt();
+    }
+  }
+  return dh;
+}
+
+Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
+                      const Adapters& adapters, const Tensor& dh) {
+  Tensor dx;
+  for (size_t j = 0; j < bases.size(); ++j) {
+    if (!bases[j].is_dense()) continue;
+    if (dx.defined()) {
+      dx.addmm_(dy[j], bases[j].dense());
+    } else {
+      dx = at::mm(dy[j], bases[j].dense()).contiguous();
+    }
+  }
+  const bool any_dense = dx.defined();
+  if (!any_dense) dx = at::empty_like(x);
+  Product product(dx);
+  if (any_dense) product.start_from_out();
+  for (size_t j = 0; j < bases.size(); ++j) {
+    if (!bases[j].is_dense()) product.add(term_of(dy[j], "dy", bases[j].packed()));
+  }
+  for (const Adapter& adapter : adapters) {
+    for (const RowRun& run : adapter.runs) {
+      GemmTerm term =
+          column_term(dh, adapter.h_begin, adapter.rank(), run, dense_matrix(adapter.a, "lora_a"));
+      term.mask = adapter.mask;
+      product.add(term);
+    }
+  }
+  product.run_nn();
+  return dx;
+}
+
+// The rank is the short side of dA and dB: it takes the place of the batch, and features stay contiguous.
+Tensor sum_over_rows(const Tensor& factors, const Tensor& rows, const std::vector<RowRun>& runs) {
+  const Tensor transposed = factors.t().contiguous();  // [r, m]
+  Tensor out = at::empty({transposed.size(0), rows.size(1)}, transposed.options());
+  Product product(out);
+  for (const RowRun& run : runs) product.add(row_term(transposed, run, rows));
+  product.run_nn();
+  return out;
+}
+
+Gradients backward(const std::vector<Tensor>& dy, const Tensor& x, const Tensor& h,
+                   const std::vector<BaseWeight>& bases, const Adapters& adapters, bool need_dx,
+                   const std::vector<bool>& need_da, const std::vector<bool>& need_db) {
+  for (const Adapter& adapter : adapters) {
+    check_shape(adapter.b, {dy[adapter.layer].size(1), adapter.rank()}, "lora_b");
+  }
+  Gradients out;
+  out.dx = at::empty({0}, x.options());
+  bool any_da = false;
+  for (const bool need : need_da) any_da |= need;
+  Tensor dh;
+  if (need_dx || any_da) dh = up_gradients(dy, adapters, x.size(0), h.size(1));
+  if (need_dx) out.dx = input_gradient(dy, x, bases, adapters, dh);
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    const Adapter& adapter = adapters[i];
+    Tensor da = at::empty({0}, adapter.a.options()), db = at::empty({0}, adapter.b.options());
+    if (need_da[i]) {
+      const Tensor factors = dh.slice(1, adapter.h_begin, adapter.h_end()).mul(adapter.mask.scale);
+      da = sum_over_rows(factors, masked(x, adapter), adapter.runs).to(da.scalar_type());
+    }
+    if (need_db[i]) {
+      const Tensor factors = h.slice(1, adapter.h_begin, adapter.h_end()).mul(adapter.scaling);
+      db = sum_over_rows(factors, dy[adapter.layer], adapter.runs).t().to(db.scalar_type()).contiguous();
+    }
+    out.da.push_back(da);
+    out.db.push_back(db);
+  }
+  return out;
+}
+
+Tensor as_rows(const Tensor& t, int64_t features, const char* name) {
+  return activation(t, features, name).view({rows_of(t), features});
+}
+
+// One layer, one adapter.
+
+Adapters one_adapter(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, double scaling,
+                     double dropout_p, const OptionalTensor& seed) {
+  TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, got 0");
+  const int64_t in_features = lora_a.dim() == 2 ? lora_a.size(1) : x.size(-1);
+  Adapters adapters;
+  adapters.emplace_back(lora_a, lora_b, in_features, x.scalar_type(), 0, scaling,
+                        mask_of(dropout_p, seed, 0, in_features), 0, std::vector<RowRun>{{0, rows_of(x)}});
+  return adapters;
+}
+
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
+                                       const OptionalTensor& absmax2, const OptionalTensor& offset,
+                                       int64_t blocksize, const OptionalTensor& bias, const Tensor& lora_a,
+                                       const Tensor& lora_b, double scaling, double dropout_p,
+                                       const OptionalTensor& seed) {
+  const Adapters adapters = one_adapter(x, lora_a, lora_b, scaling, dropout_p, seed);
+  const Adapter& adapter = adapters[0];
+  const Tensor rows = as_rows(x, adapter.a.size(1), "x");
+  const BaseWeight base(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
+                        x.scalar_type());
+  const Tensor h = down_products(rows, adapters, adapter.rank(), false);
+  Tensor y = layer_forward(x, rows, base, bias, 0, adapters, h);
+  return {y, h.view(sizes_with_last(x, adapter.rank()))};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& weight, const OptionalTensor& absmax,
+    const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a,
+    const Tensor& lora_b, double scaling, double dropout_p, const OptionalTensor& seed, bool need_dx,
+    bool need_da, bool need_db) {
+  const Adapters adapters = one_adapter(x, lora_a, lora_b, scaling, dropout_p, seed);
+  const Adapter& adapter = adapters[0];
+  check_dtype(dy, x.scalar_type(), "dy");
+  check_dtype(h, at::kFloat, "h");
+  check_shape(dy, sizes_with_last(x, adapter.b.size(0)), "dy");
+  check_shape(h, sizes_with_last(x, adapter.rank()), "h");
+  std::vector<BaseWeight> bases;
+  bases.emplace_back(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
+                     x.scalar_type());
+  Gradients g = backward({as_rows(dy, adapter.b.size(0), "dy")}, as_rows(x, adapter.a.size(1), "x"),
+                         as_rows(h, adapter.rank(), "h"), bases, adapters, need_dx, {need_da}, {need_db});
+  return {need_dx ? g.dx.view(x.sizes()) : g.dx, g.da[0], g.db[0]};
+}
+
+// Several layers, any number of adapters.
+
+using OptionalTensors = c10::List<std::optional<Tensor>>;
+
+// The rows of each group, as runs of equal neighbours.
+std::vector<RowRun> runs_of(int64_t group, const OptionalTensor& row_group, int64_t rows) {
+  if (!row_group) return {{0, rows}};
+  const int64_t* groups = row_group->const_data_ptr<int64_t>();
+  std::vector<RowRun> runs;
+  for (int64_t m = 0; m < rows;) {
+    const int64_t begin = m;
+    while (m < rows && groups[m] == groups[begin]) ++m;
+    if (groups[begin] == group) runs.push_back({begin, m});
+  }
+  return runs;
+}
+
+Adapters all_adapters(const Tensor& x, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
+                      at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p,
+                      const OptionalTensor& seed, at::IntArrayRef group, const OptionalTensor& row_group,
+                      size_t layers) {
+  const size_t count = lora_a.size();
+  TORCH_CHECK(lora_b.size() == count && layer.size() == count && scaling.size() == count &&
+                  dropout_p.size() == count && group.size() == count,
+              "lora_b, layer, scaling, dropout_p, group: expected ", count, " of each like lora_a, got ",
+              lora_b.size(), ", ", layer.size(), ", ", scaling.size(), ", ", dropout_p.size(), ", ",
+              group.size());
+  TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, got 0");
+  OptionalTensor groups = row_group;
+  if (row_group) {
+    check_dtype(*row_group, at::kLong, "row_group");
+    check_shape(*row_group, {rows_of(x)}, "row_group");
+    groups = row_group->contiguous();
+  }
+  Adapters adapters;
+  int64_t h_begin = 0;
+  for (size_t i = 0; i < count; ++i) {
+    TORCH_CHECK(0 <= layer[i] && static_cast<size_t>(layer[i]) < layers, "layer: expected 0 to ", layers - 1,
+                ", got ", layer[i]);
+    adapters.emplace_back(lora_a[i], lora_b[i], x.size(-1), x.scalar_type(), static_cast<size_t>(layer[i]),
+                          scaling[i], mask_of(dropout_p[i], seed, static_cast<uint32_t>(i), x.size(-1)),
+                          h_begin, runs_of(group[i], groups, rows_of(x)));
+    h_begin = adapters.back().h_end();
+  }
+  return adapters;
+}
+
+std::vector<BaseWeight> all_bases(const Tensor& x, at::TensorList weight, const OptionalTensors& absmax,
+                                  const OptionalTensors& absmax2, const OptionalTensors& offset,
+                                  at::IntArrayRef blocksize, at::IntArrayRef out_features) {
+  const size_t count = weight.size();
+  TORCH_CHECK(absmax.size() == count && absmax2.size() == count && offset.size() == count &&
+                  blocksize.size() == count && out_features.size() == count,
+              "absmax, absmax2, offset, blocksize, out_features: expected ", count,
+              " of each like weight, got ", absmax.size(), ", ", absmax2.size(), ", ", offset.size(), ", ",
+              blocksize.size(), ", ", out_features.size());
+  std::vector<BaseWeight> bases;
+  bases.reserve(count);
+  for (size_t j = 0; j < count; ++j) {
+    bases.emplace_back(weight[j], absmax.get(j), absmax2.get(j), offset.get(j), blocksize[j], out_features[j],
+                       x.size(-1), x.scalar_type());
+  }
+  return bases;
+}
+
+std::tuple<std::vector<Tensor>, Tensor> multi_lora_linear(
+    const Tensor& x, at::TensorList weight, const OptionalTensors& absmax, const OptionalTensors& absmax2,
+    const OptionalTensors& offset, at::IntArrayRef blocksize, at::IntArrayRef out_features,
+    at::TensorList bias, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
+    at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
+    at::IntArrayRef group, const OptionalTensor& row_group) {
+  const Adapters adapters =
+      all_adapters(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size());
+  const std::vector<BaseWeight> bases =
+      all_bases(x, weight, absmax, absmax2, offset, blocksize, out_features);
+  TORCH_CHECK(bias.size() == bases.size(), "bias: expected ", bases.size(), " like weight, got ",
+              bias.size());
+  const Tensor rows = as_rows(x, x.size(-1), "x");
+  const int64_t ranks = adapters.empty() ? 0 : adapters.back().h_end();
+  const Tensor h = down_products(rows, adapters, ranks, row_group.has_value());
+  std::vector<Tensor> y;
+  for (size_t j = 0; j < bases.size(); ++j) {
+    const OptionalTensor layer_bias = bias[j].numel() ? OptionalTensor(bias[j]) : std::nullopt;
+    y.push_back(layer_forward(x, rows, bases[j], layer_bias, j, adapters, h));
+  }
+  return {y, h.view(sizes_with_last(x, ranks))};
+}
+
+std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_backward(
+    at::TensorList dy, const Tensor& x, const Tensor& h, at::TensorList weight, const OptionalTensors& absmax,
+    const OptionalTensors& absmax2, const OptionalTensors& offset, at::IntArrayRef blocksize,
+    at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer, at::ArrayRef<double> scaling,
+    at::ArrayRef<double> dropout_p, const OptionalTensor& seed, at::IntArrayRef group,
+    const OptionalTensor& row_group, bool need_dx, const c10::List<bool>& need_da,
+    const c10::List<bool>& need_db) {
+  TORCH_CHECK(dy.size() == weight.size(), "dy: expected ", weight.size(), " like weight, got ", dy.size());
+  TORCH_CHECK(need_da.size() == lora_a.size() && need_db.size() == lora_a.size(),
+              "need_da, need_db: expected ", lora_a.size(), " of each like lora_a, got ", need_da.size(),
+              ", ", need_db.size());
+  const Adapters adapters =
+      all_adapters(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size());
+  const int64_t ranks = adapters.empty() ? 0 : adapters.back().h_end();
+  check_dtype(h, at::kFloat, "h");
+  check_shape(h, sizes_with_last(x, ranks), "h");
+  std::vector<int64_t> out_features;
+  std::vector<Tensor> dy_rows;
+  for (const Tensor& d : dy) {
+    check_dtype(d, x.scalar_type(), "dy");
+    TORCH_CHECK(d.dim() == x.dim(), "dy: expected ", x.dim(), " dimensions like x, got ", d.dim());
+    check_shape(d, sizes_with_last(x, d.size(-1)), "dy");
+    out_features.push_back(d.size(-1));
+    dy_rows.push_back(as_rows(d, d.size(-1), "dy"));
+  }
+  const std::vector<BaseWeight> bases =
+      all_bases(x, weight, absmax, absmax2, offset, blocksize, out_features);
+  Gradients g = backward(dy_rows, as_rows(x, x.size(-1), "x"), as_rows(h, ranks, "h"), bases, adapters,
+                         need_dx, {need_da.begin(), need_da.end()}, {need_db.begin(), need_db.end()});
+  return {need_dx ? g.dx.view(x.sizes()) : g.dx, g.da, g.db};
+}
+
+// DoRA: ||W + s B A|| by row, expanded so that the product B A is never formed.
+Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
+                 const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a, const Tensor& lora_b,
+                 double scaling) {
+  const auto base_dtype = absmax ? lora_a.scalar_type() : weight.scalar_type();
+  TORCH_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2, "lora_a, lora_b: expected 2 dimensions, got ",
+              lora_a.dim(), ", ", lora_b.dim());
+  const int64_t out_features = lora_b.size(0), in_features = lora_a.size(1);
+  check_shape(lora_b, {out_features, lora_a.size(0)}, "lora_b");
+  dtype_of(lora_a, "lora_a");
+  dtype_of(lora_b, "lora_b");
+  const BaseWeight base(weight, absmax, absmax2, offset, blocksize, out_features, in_features, base_dtype);
+  const Tensor a = lora_a.to(at::kFloat).contiguous(), b = lora_b.to(at::kFloat);
+  const Tensor dense = base.is_dense() ? base.dense().contiguous() : Tensor();
+  const MatrixView w = base.is_dense() ? dense_matrix(dense, "weight") : base.packed();
+
+  Tensor squares = at::empty({out_features}, a.options());
+  float* out = squares.mutable_data_ptr<float>();
+  const auto row_squares = kernels().row_squares;
+  constexpr int64_t kElementsPerThread = 65536;
+  at::parallel_for(0, out_features, ceil_div(kElementsPerThread, std::max<int64_t>(in_features, 1)),
+                   [&](int64_t begin, int64_t end) { row_squares(w, in_features, begin, end, out); });
+
+  Tensor aw = at::empty({a.size(0), out_features}, a.options());  // [r, out_features]
+  Product product(aw);
+  product.add(term_of(a, "lora_a", w));
+  product.run_nt();
+  squares.add_(aw.mul(b.t()).sum(0), 2 * scaling);
+  squares.add_(at::mm(b, at::mm(a, a.t())).mul(b).sum(1), scaling * scaling);
+  return squares.clamp_min_(0).sqrt_();
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
+  m.impl("lora_linear", lora_linear);
+  m.impl("lora_linear_backward", lora_linear_backward);
+  m.impl("multi_lora_linear", multi_lora_linear);
+  m.impl("multi_lora_linear_backward", multi_lora_linear_backward);
+  m.impl("dora_norm", dora_norm);
+}
+
+}  // namespace peft_kernels::cpu

@@ -1,0 +1,131 @@
+// The NF4 ops: tensors to pointers, and registration. Schemas live in peft_kernels/spec.py.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <tuple>
+
+#include "absmax.h"
+#include "checks.h"
+#include "isa.h"
+#include "product.h"
+
+namespace peft_kernels::cpu {
+namespace {
+
+// Elements that one thread should have before a second is worth waking.
+constexpr int64_t kQuantizeGrain = 16384;
+constexpr int64_t kDequantizeGrain = 65536;
+
+std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize) {
+  const int shift = block_shift_of(blocksize);
+  const DType dtype = dtype_of(weight, "weight");
+  const Tensor w = weight.contiguous();
+  const int64_t n = w.numel(), blocks = ceil_div(n, blocksize);
+  Tensor packed = at::empty({(n + 1) / 2}, w.options().dtype(at::kByte));
+  Tensor absmax = at::empty({blocks}, w.options().dtype(at::kFloat));
+  const QuantizeParams params{w.const_data_ptr(),
+                              dtype,
+                              n,
+                              shift,
+                              packed.mutable_data_ptr<uint8_t>(),
+                              absmax.mutable_data_ptr<float>()};
+  const auto quantize = kernels().quantize;
+  at::parallel_for(0, blocks, ceil_div(kQuantizeGrain, blocksize),
+                   [&](int64_t begin, int64_t end) { quantize(params, begin, end); });
+  return {packed, absmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax) {
+  check_dtype(absmax, at::kFloat, "absmax");
+  const Tensor a = absmax.contiguous();
+  const int64_t blocks = a.numel(), groups = ceil_div(blocks, nf4::kAbsmaxBlock);
+  const Tensor offset = a.mean();
+  Tensor q8 = at::empty({blocks}, a.options().dtype(at::kByte));
+  Tensor absmax2 = at::empty({groups}, a.options());
+  const float* in = a.const_data_ptr<float>();
+  const float center = *offset.const_data_ptr<float>();
+  uint8_t* codes = q8.mutable_data_ptr<uint8_t>();
+  float* scales = absmax2.mutable_data_ptr<float>();
+  at::parallel_for(0, groups, kQuantizeGrain / nf4::kAbsmaxBlock, [&](int64_t begin, int64_t end) {
+    quantize_absmax_groups(in, blocks, center, begin, end, codes, scales);
+  });
+  return {q8, absmax2, offset};
+}
+
+Tensor unpack_absmax(const Tensor& q8, const Tensor& absmax2, const Tensor& offset) {
+  check_dtype(q8, at::kByte, "q8");
+  check_dtype(absmax2, at::kFloat, "absmax2");
+  check_dtype(offset, at::kFloat, "offset");
+  const Tensor codes = q8.contiguous(), scales = absmax2.contiguous();
+  check_numel(scales, ceil_div(codes.numel(), nf4::kAbsmaxBlock), "absmax2");
+  check_numel(offset, 1, "offset");
+  Tensor absmax = at::empty({codes.numel()}, scales.options());
+  const uint8_t* in = codes.const_data_ptr<uint8_t>();
+  const float* scale = scales.const_data_ptr<float>();
+  const float center = *offset.const_data_ptr<float>();
+  float* out = absmax.mutable_data_ptr<float>();
+  at::parallel_for(0, codes.numel(), kDequantizeGrain, [&](int64_t begin, int64_t end) {
+    unpack_absmax_range(in, scale, center, begin, end, out);
+  });
+  return absmax;
+}
+
+Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
+                      const OptionalTensor& offset, int64_t blocksize, at::IntArrayRef shape,
+                      at::ScalarType dtype) {
+  Tensor out = at::empty(shape, packed.options().dtype(dtype));
+  const DType out_dtype = dtype_of(out, "dtype");
+  const Nf4Holder weight(packed, absmax, absmax2, offset, blocksize, out.numel());
+  void* data = out.mutable_data_ptr();
+  const auto dequantize = kernels().dequantize;
+  // Whole blocks, so that a table is built once and every thread starts in a high nibble.
+  const int64_t blocks = ceil_div(out.numel(), blocksize);
+  at::parallel_for(0, blocks, ceil_div(kDequantizeGrain, blocksize), [&](int64_t begin, int64_t end) {
+    dequantize(weight.view(), begin * blocksize, std::min(end * blocksize, out.numel()), out_dtype, data);
+  });
+  return out;
+}
+
+Tensor nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
+                  const OptionalTensor& offset, int64_t blocksize, int64_t out_features,
+                  const OptionalTensor& bias) {
+  TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, got 0");
+  TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
+  const int64_t in_features = x.size(-1);
+  const Tensor rows = activation(x, in_features, "x");
+  const Nf4Holder weight(packed, absmax, absmax2, offset, blocksize, out_features * in_features);
+  Tensor y = at::empty(sizes_with_last(x, out_features), x.options());
+  Product product(y);
+  product.start_from(bias, x.scalar_type());
+  product.add(term_of(rows, "x", weight.matrix(in_features)));
+  product.run_nt();
+  return y;
+}
+
+Tensor nf4_linear_dx(const Tensor& dy, const Tensor& packed, const Tensor& absmax,
+                     const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                     int64_t in_features) {
+  TORCH_CHECK(dy.dim() >= 1, "dy: expected at least 1 dimension, got 0");
+  TORCH_CHECK(in_features >= 0, "in_features: expected 0 or more, got ", in_features);
+  const int64_t out_features = dy.size(-1);
+  const Tensor rows = activation(dy, out_features, "dy");
+  const Nf4Holder weight(packed, absmax, absmax2, offset, blocksize, out_features * in_features);
+  Tensor dx = at::empty(sizes_with_last(dy, in_features), dy.options());
+  Product product(dx);
+  product.add(term_of(rows, "dy", weight.matrix(in_features)));
+  product.run_nn();
+  return dx;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
+  m.impl("quantize_nf4", quantize_nf4);
+  m.impl("quantize_absmax", quantize_absmax);
+  m.impl("unpack_absmax", unpack_absmax);
+  m.impl("dequantize_nf4", dequantize_nf4);
+  m.impl("nf4_linear", nf4_linear);
+  m.impl("nf4_linear_dx", nf4_linear_dx);
+}
+
+}  // namespace peft_kernels::cpu

@@ -1,0 +1,304 @@
+"""Autograd formulas of the ops in `spec`.
+
+For each op a pair: `<op>_setup(ctx, inputs, output)` saves, `<op>_backward(ops, ctx, *grads)` gets the
+namespace whose ops it is to call, so that a back end's backward is its own too.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import reference
+
+Grads = tuple[Any, ...]
+
+
+def _first_order(formula: Callable[..., Grads]) -> Callable[..., Grads]:
+    """For formulas whose own gradient there is none of: asking for it raises, where torch would only warn."""
+
+    @functools.wraps(formula)
+    def checked(ops: Any, ctx: Any, *grads: Any) -> Grads:
+        flat = [g for grad in grads for g in (grad if isinstance(grad, (list, tuple)) else [grad])]
+        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in flat):
+            name = formula.__name__.removesuffix("_backward")
+            raise RuntimeError(
+                f"{name}: a gradient of its gradients was asked for, expected first order only"
+            )
+        return formula(ops, ctx, *grads)
+
+    return checked
+
+
+def _bias_grad(dy: Tensor, bias_dtype: torch.dtype) -> Tensor:
+    return reference.rows(dy).sum(0, dtype=reference.accumulator_dtype(dy.dtype)).to(bias_dtype)
+
+
+def nf4_linear_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:
+    x, packed, absmax, absmax2, offset, blocksize, _, bias = inputs
+    ctx.save_for_backward(packed, absmax, absmax2, offset)
+    ctx.blocksize, ctx.in_features = blocksize, x.shape[-1]
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def nf4_linear_backward(ops: Any, ctx: Any, dy: Tensor) -> Grads:
+    need_x, *_, need_bias = ctx.needs_input_grad
+    dx = ops.nf4_linear_dx(dy, *ctx.saved_tensors, ctx.blocksize, ctx.in_features) if need_x else None
+    return dx, None, None, None, None, None, None, _bias_grad(dy, ctx.bias_dtype) if need_bias else None
+
+
+def nf4_linear_dx_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:
+    dy, packed, absmax, absmax2, offset, blocksize, _ = inputs
+    ctx.save_for_backward(packed, absmax, absmax2, offset)
+    ctx.blocksize, ctx.out_features = blocksize, dy.shape[-1]
+
+
+def nf4_linear_dx_backward(ops: Any, ctx: Any, g: Tensor) -> Grads:
+    # dx is linear in dy, with the transposed weight: its own gradient is the forward product.
+    d_dy = ops.nf4_linear(g, *ctx.saved_tensors, ctx.blocksize, ctx.out_features, None)
+    return d_dy, None, None, None, None, None, None
+
+
+def lora_linear_setup(ctx: Any, inputs: Grads, output: tuple[Tensor, Tensor]) -> None:
+    x, weight, absmax, absmax2, offset, blocksize, bias, lora_a, lora_b, scaling, dropout_p, seed = inputs
+    ctx.save_for_backward(x, output[1], weight, absmax, absmax2, offset, lora_a, lora_b, seed)
+    ctx.blocksize, ctx.scaling, ctx.dropout_p = blocksize, scaling, dropout_p
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    # h leaves the op only to be saved; a gradient through it has no formula.
+    ctx.mark_non_differentiable(output[1])
+
+
+def lora_linear_backward(ops: Any, ctx: Any, dy: Tensor, _dh: Tensor | None) -> Grads:
+    return _lora_linear_gradients(ctx, ops, dy)
+
+
+@once_differentiable
+def _lora_linear_gradients(ctx: Any, ops: Any, dy: Tensor) -> Grads:
+    # Of the gradients' own gradient there is no formula: asking for it raises, where torch would only warn.
+    x, h, weight, absmax, absmax2, offset, lora_a, lora_b, seed = ctx.saved_tensors
+    need = ctx.needs_input_grad
+    need_x, need_w, need_bias, need_a, need_b = need[0], need[1], need[6], need[7], need[8]
+    dx, da, db = ops.lora_linear_backward(
+        dy, x, h, weight, absmax, absmax2, offset, ctx.blocksize, lora_a, lora_b,
+        ctx.scaling, ctx.dropout_p, seed, need_x, need_a, need_b,
+    )  # fmt: skip
+    dw = reference.rows(dy).t() @ reference.rows(x) if need_w else None
+    dbias = _bias_grad(dy, ctx.bias_dtype) if need_bias else None
+    return (
+        dx if need_x else None, dw, None, None, None, None, dbias,
+        da if need_a else None, db if need_b else None, None, None, None,
+    )  # fmt: skip
+
+
+class _Lists:
+    """Tensors and lists of tensors for `save_for_backward`, which takes a flat row."""
+
+    def __init__(self, ctx: Any, *values: Any) -> None:
+        self.sizes = [len(value) if isinstance(value, (list, tuple)) else None for value in values]
+        flat: list[Any] = []
+        for value in values:
+            flat.extend(value if isinstance(value, (list, tuple)) else [value])
+        ctx.save_for_backward(*flat)
+
+    def of(self, ctx: Any) -> list[Any]:
+        flat = iter(ctx.saved_tensors)
+        return [next(flat) if size is None else [next(flat) for _ in range(size)] for size in self.sizes]
+
+
+def _no_grads(inputs: Grads) -> list[Any]:
+    """A gradient of None for every input, in the structure that torch.library wants: it takes a list whose
+    items all are tensors (none at all included) for a list of inputs, and any other for a constant."""
+
+    def none(value: Any) -> list[None] | None:
+        is_list = isinstance(value, (list, tuple)) and all(isinstance(item, Tensor) for item in value)
+        return [None] * len(value) if is_list else None
+
+    return [none(value) for value in inputs]
+
+
+def _chosen(grads: Any, needed: Any) -> list[Tensor | None]:
+    return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
+
+
+def _layer_grads(dy: Any, x: Tensor, bias_dtypes: Any, need_weight: Any, need_bias: Any) -> tuple[Any, Any]:
+    """Gradients of dense base weights and of biases, for the layers that need them."""
+    dw = [
+        reference.rows(d).t() @ reference.rows(x) if need else None
+        for d, need in zip(dy, need_weight, strict=True)
+    ]
+    dbias = [
+        _bias_grad(d, dtype) if need else None
+        for d, dtype, need in zip(dy, bias_dtypes, need_bias, strict=True)
+    ]
+    return dw, dbias
+
+
+def _layers_grads(ctx: Any, dx: Tensor, dw: Any, dbias: Any, da: Any, db: Any) -> Grads:
+    """Gradients of an op that takes layers as lists, where needed."""
+    need, grads = ctx.needs_input_grad, list(ctx.grads)
+    if need[0]:
+        grads[0] = dx
+    grads[1], grads[7] = dw, dbias
+    grads[8], grads[9] = _chosen(da, need[8]), _chosen(db, need[9])
+    return tuple(grads)
+
+
+def multi_lora_linear_setup(ctx: Any, inputs: Grads, output: Any) -> None:
+    (
+        x, weight, absmax, absmax2, offset, blocksize, _, bias, lora_a, lora_b, layer, scaling, dropout_p,
+        seed, group, row_group,
+    ) = inputs  # fmt: skip
+    ctx.lists = _Lists(
+        ctx, x, output[1], weight, absmax, absmax2, offset, lora_a, lora_b, seed, row_group
+    )  # fmt: skip
+    ctx.blocksize, ctx.layer, ctx.scaling, ctx.dropout_p = blocksize, layer, scaling, dropout_p
+    ctx.group, ctx.bias_dtypes, ctx.grads = group, [b.dtype for b in bias], _no_grads(inputs)
+    ctx.mark_non_differentiable(output[1])
+
+
+@_first_order
+def multi_lora_linear_backward(ops: Any, ctx: Any, dy: list[Tensor], _dh: Tensor | None) -> Grads:
+    x, h, weight, absmax, absmax2, offset, lora_a, lora_b, seed, row_group = ctx.lists.of(ctx)
+    need = ctx.needs_input_grad
+    need_x, need_w, need_bias, need_a, need_b = need[0], need[1], need[7], need[8], need[9]
+    dx, da, db = ops.multi_lora_linear_backward(
+        dy, x, h, weight, absmax, absmax2, offset, ctx.blocksize, lora_a, lora_b, ctx.layer, ctx.scaling,
+        ctx.dropout_p, seed, ctx.group, row_group, need_x, need_a, need_b,
+    )  # fmt: skip
+    dw, dbias = _layer_grads(dy, x, ctx.bias_dtypes, need_w, need_bias)
+    return _layers_grads(ctx, dx, dw, dbias, da, db)
+
+
+# A gated MLP is written in terms of the ops above, once for all back ends: down(act(gate(x)) * up(x)).
+
+
+class _Mlp:
+    """The arguments of `gated_mlp`, cut into those of its two calls of `multi_lora_linear`."""
+
+    def __init__(self, weights: list[Any], layer: list[int]) -> None:
+        self.first, self.last = [w[:2] for w in weights], [w[2:] for w in weights]
+        self.of_first = [i for i, j in enumerate(layer) if j < 2]
+        self.of_last = [i for i, j in enumerate(layer) if j == 2]
+        self.layer = layer
+
+    def adapters(self, down: bool, *lists: Any) -> list[Any]:
+        chosen = self.of_last if down else self.of_first
+        return [[values[i] for i in chosen] for values in lists]
+
+    def layers(self, down: bool) -> list[int]:
+        return [0] * len(self.of_last) if down else [self.layer[i] for i in self.of_first]
+
+    def merge(self, first: list[Any], last: list[Any]) -> list[Any]:
+        merged = [None] * len(self.layer)
+        for chosen, values in ((self.of_first, first), (self.of_last, last)):
+            for i, value in zip(chosen, values, strict=True):
+                merged[i] = value
+        return merged
+
+
+def _down_seed(seed: Tensor | None) -> Tensor | None:
+    # Another key: gate and down must not draw from one stream.
+    return None if seed is None else seed + 1
+
+
+def gated_mlp(
+    ops: Any, x: Tensor, weight: Any, absmax: Any, absmax2: Any, offset: Any, blocksize: Any,
+    out_features: Any, bias: Any, lora_a: Any, lora_b: Any, layer: Any, scaling: Any, dropout_p: Any,
+    seed: Tensor | None, activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    mlp = _Mlp([weight, absmax, absmax2, offset, blocksize, out_features, bias], layer)
+
+    def call(down: bool, x: Tensor, seed: Tensor | None) -> Any:
+        a, b, s, p = mlp.adapters(down, lora_a, lora_b, scaling, dropout_p)
+        base = mlp.last if down else mlp.first
+        return ops.multi_lora_linear(x, *base, a, b, mlp.layers(down), s, p, seed, [0] * len(a), None)
+
+    (gate, up), h = call(False, x, seed)
+    (y,), h_down = call(True, ops.gated_activation(gate, up, activation), _down_seed(seed))
+    return y, gate, up, h, h_down
+
+
+def gated_mlp_setup(ctx: Any, inputs: Grads, output: Any) -> None:
+    (
+        x, weight, absmax, absmax2, offset, blocksize, _, bias, lora_a, lora_b, layer, scaling, dropout_p,
+        seed, activation,
+    ) = inputs  # fmt: skip
+    _, gate, up, h, h_down = output
+    ctx.lists = _Lists(
+        ctx, x, gate, up, h, h_down, weight, absmax, absmax2, offset, lora_a, lora_b, seed
+    )  # fmt: skip
+    ctx.blocksize, ctx.layer, ctx.scaling, ctx.dropout_p = blocksize, layer, scaling, dropout_p
+    ctx.activation, ctx.bias_dtypes, ctx.grads = activation, [b.dtype for b in bias], _no_grads(inputs)
+    ctx.mark_non_differentiable(gate, up, h, h_down)
+
+
+@_first_order
+def gated_mlp_backward(ops: Any, ctx: Any, dy: Tensor, *_: Any) -> Grads:
+    x, gate, up, h, h_down, weight, absmax, absmax2, offset, lora_a, lora_b, seed = ctx.lists.of(ctx)
+    need = ctx.needs_input_grad
+    need_x, need_w, need_bias, need_a, need_b = need[0], need[1], need[7], need[8], need[9]
+    mlp = _Mlp([weight, absmax, absmax2, offset, ctx.blocksize], ctx.layer)
+
+    def call(down: bool, dy: list[Tensor], x: Tensor, h: Tensor, seed: Tensor | None, need_dx: bool) -> Any:
+        a, b, s, p, da, db = mlp.adapters(down, lora_a, lora_b, ctx.scaling, ctx.dropout_p, need_a, need_b)
+        base = mlp.last if down else mlp.first
+        return ops.multi_lora_linear_backward(
+            dy, x, h, *base, a, b, mlp.layers(down), s, p, seed, [0] * len(a), None, need_dx, da, db
+        )
+
+    product = ops.gated_activation(gate, up, ctx.activation)
+    d_product, da_down, db_down = call(True, [dy], product, h_down, _down_seed(seed), True)
+    dw_down, dbias_down = _layer_grads([dy], product, ctx.bias_dtypes[2:], need_w[2:], need_bias[2:])
+    del product
+    d_gate, d_up = ops.gated_activation_backward(d_product, gate, up, ctx.activation)
+    del d_product
+    dx, da, db = call(False, [d_gate, d_up], x, h, seed, need_x)
+    dw, dbias = _layer_grads([d_gate, d_up], x, ctx.bias_dtypes[:2], need_w[:2], need_bias[:2])
+    return _layers_grads(
+        ctx, dx, dw + dw_down, dbias + dbias_down, mlp.merge(da, da_down), mlp.merge(db, db_down)
+    )
+
+
+def dora_scale_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:
+    z, scale, bias = inputs
+    ctx.save_for_backward(z, scale)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+@_first_order
+def dora_scale_backward(ops: Any, ctx: Any, dy: Tensor) -> Grads:
+    need_z, need_scale, need_bias = ctx.needs_input_grad
+    dz = dscale = None
+    if need_z or need_scale:
+        dz, dscale = ops.dora_scale_backward(dy, *ctx.saved_tensors)
+    return (
+        dz if need_z else None,
+        dscale if need_scale else None,
+        _bias_grad(dy, ctx.bias_dtype) if need_bias else None,
+    )
+
+
+def dropout_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:
+    _, ctx.p, seed = inputs
+    ctx.save_for_backward(seed)
+
+
+def dropout_backward(ops: Any, ctx: Any, dy: Tensor) -> Grads:
+    return ops.dropout(dy, ctx.p, *ctx.saved_tensors), None, None
+
+
+def gated_activation_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+@_first_order
+def gated_activation_backward(ops: Any, ctx: Any, dy: Tensor) -> Grads:
+    d_gate, d_up = ops.gated_activation_backward(dy, *ctx.saved_tensors, ctx.activation)
+    need_gate, need_up, _ = ctx.needs_input_grad
+    return d_gate if need_gate else None, d_up if need_up else None, None

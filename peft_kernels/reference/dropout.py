@@ -1,0 +1,62 @@
+"""Dropout whose mask is a function of a seed, so that nobody has to keep it.
+
+Element e of the flattened activations is kept when word e % 4 of block e // 4 of Philox4x32-10 (Salmon et
+al. 2011) is at least p * 2^32. The seed is the key; the counter holds the block in its first two words and a
+stream in the third, so that several masks can be drawn from one seed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LOW = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+
+def dropout_mask(shape: torch.Size, p: float, seed: Tensor, stream: int) -> Tensor:
+    """Bool, of `shape`: which elements are kept."""
+    numel = shape.numel()
+    block = torch.arange((numel + 3) // 4, device=seed.device)
+    words = torch.stack(_philox(block, seed, stream), 1).reshape(-1)[:numel]
+    return (words >= dropout_threshold(p)).view(shape)
+
+
+def dropout_threshold(p: float) -> int:
+    """Words below it drop their element. One word in 2^32 survives p = 1: the scale there is 0."""
+    return min(round(p * 2**32), _LOW)
+
+
+def dropout_scale(p: float) -> float:
+    """Factor of the elements that are kept."""
+    return 1 / (1 - p) if p < 1 else 0.0
+
+
+def dropped(x: Tensor, p: float, seed: Tensor | None, stream: int = 0) -> Tensor:
+    """`x` with elements dropped and the others scaled; `x` itself for p = 0."""
+    if p == 0:
+        return x
+    assert seed is not None
+    return x * dropout_mask(x.shape, p, seed, stream) * dropout_scale(p)
+
+
+def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+    return dropped(x, p, seed).clone() if p == 0 else dropped(x, p, seed)
+
+
+def _philox(block: Tensor, seed: Tensor, stream: int) -> tuple[Tensor, ...]:
+    # int64 products wrap modulo 2^64, which leaves both halves of an unsigned product right.
+    c = (block & _LOW, block >> 32, torch.full_like(block, stream), torch.zeros_like(block))
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(_ROUNDS):
+        p0, p1 = c[0] * _MULTIPLIERS[0], c[2] * _MULTIPLIERS[1]
+        c = (
+            ((p1 >> 32) & _LOW) ^ c[1] ^ k0,
+            p1 & _LOW,
+            ((p0 >> 32) & _LOW) ^ c[3] ^ k1,
+            p0 & _LOW,
+        )
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return c

@@ -1,0 +1,70 @@
+"""PEFT models over the small ones of `models`, and the comparison of patched with unpatched."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peft_kernels as pk
+from peft_kernels import testing
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def lora(model: nn.Module, adapter_dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A PEFT model over q and o whose adapters do something."""
+    torch.manual_seed(3)
+    defaults = {"r": 8, "lora_alpha": 16, "target_modules": ["q", "o"], "init_lora_weights": False}
+    model = peft.get_peft_model(model, peft.LoraConfig(**defaults | options))
+    for name, parameter in model.named_parameters():
+        if "lora_A" in name or "lora_B" in name:
+            # Drawn again: PEFT draws in the type of the base, so that bf16 could hold its fp32 adapters too.
+            parameter.data = testing.tensor(*parameter.shape, dtype=adapter_dtype, seed=len(name), scale=0.1)
+    return model
+
+
+def run(model: nn.Module, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:
+    """Output, input gradient and parameter gradients of one step."""
+    model.zero_grad()
+    torch.manual_seed(7)  # of dropout
+    x = x.detach().requires_grad_()
+    y = model(x, **kwargs)
+    y.backward(testing.tensor(*y.shape, dtype=y.dtype, seed=9))
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "x": x.grad, **grads}
+
+
+def in_fp64(model: nn.Module) -> nn.Module:
+    """The same model with every weight dequantised and widened: the truth."""
+    model = copy.deepcopy(model)
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if not isinstance(child, nn.Linear) or type(child) is nn.Linear:
+                continue
+            packed = isinstance(child.weight, pk.NF4Weight)
+            weight = child.weight if packed else pk.NF4Weight.from_bnb(child.weight)
+            dense = nn.Linear(child.in_features, child.out_features, bias=child.bias is not None)
+            dense.weight = nn.Parameter(weight.dequantize(torch.float32), requires_grad=False)
+            dense.bias = child.bias
+            setattr(module, name, dense)
+    return model.double()
+
+
+def assert_same_numbers(model: Any, x: Tensor, **kwargs: Any) -> None:
+    """Patched against unpatched PEFT, by the numbers policy."""
+    truth, plain = run(in_fp64(model), x.double(), **kwargs), run(model, x, **kwargs)
+    with pk.patched(model) as report:
+        got = run(model, x, **kwargs)
+    assert report.fused and not report.original, report.details()
+    assert not any(layer.fallbacks for layer in report.layers), str(report)
+    assert got.keys() == plain.keys() == truth.keys()
+    for name in got:
+        # A peer that is wrong would widen the bound: its error must be one of rounding.
+        assert testing.relative_error(plain[name], truth[name]) < 0.02, name
+        testing.assert_close(got[name], plain[name], truth[name], name)

@@ -1,0 +1,99 @@
+"""What a forward leaves saved for its backward."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+
+import peft_kernels as pk
+from peft_kernels import testing
+
+ROWS, FEATURES, RANK = 37, 64, 8
+BLOCK_BOUND = 0.6
+"""Saved bytes of the patched decoder block, as a fraction of those of PEFT."""
+
+
+def there(module: nn.Module) -> Iterable[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+# The measure.
+
+
+def test_a_storage_counts_once_and_in_full() -> None:
+    x = torch.ones(10, 4, requires_grad=True)
+    assert testing.saved_bytes(lambda: x[:5] * x[5:], []) == x.nbytes
+    assert testing.saved_bytes(lambda: x.exp() + x.exp(), []) == 2 * x.nbytes
+
+
+def test_what_is_excluded_does_not_count_nor_do_its_views() -> None:
+    layer, x = nn.Linear(4, 3), torch.ones(10, 4, requires_grad=True)
+    assert testing.saved_bytes(lambda: layer(x), there(layer)) == x.nbytes
+    assert testing.saved_bytes(lambda: layer(x), [*there(layer), x]) == 0
+
+
+def test_a_graph_that_is_let_go_holds_nothing() -> None:
+    x = torch.ones(10, 4, requires_grad=True)
+
+    def run() -> Tensor:
+        return x * x.exp().sum().detach()  # a number of four bytes
+
+    assert testing.saved_bytes(run, []) == 4
+
+
+def test_backward_works_inside() -> None:
+    x = torch.ones(10, 4, requires_grad=True)
+    assert testing.saved_bytes(lambda: x.exp().sum().backward(), []) == 0
+    assert x.grad is not None
+
+
+# The layers.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("base", models.BASES)
+@pytest.mark.parametrize("adapters", ["fp32", "same"])
+def test_a_lora_layer_saves_x_and_h(adapters: str, base: str, dtype: torch.dtype) -> None:
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    config = peft.LoraConfig(r=RANK, target_modules=["q", "o"], init_lora_weights=False)
+    model = peft.get_peft_model(
+        models.base_model(base, dtype), config, autocast_adapter_dtype=adapters == "fp32"
+    )
+    pk.patch(model)
+    layer = model.base_model.model.o  # the one without a bias
+    x = testing.tensor(ROWS, layer.in_features, dtype=dtype).requires_grad_()
+    h_bytes = ROWS * RANK * 4
+    assert testing.saved_bytes(lambda: layer(x), there(layer)) == x.nbytes + h_bytes
+
+
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+def test_our_own_lora_layer_saves_x_and_h(nf4: bool, backend: str) -> None:
+    base: Any = nn.Linear(FEATURES, 32, dtype=torch.bfloat16)
+    layer = pk.nn.LoRALinear(pk.nn.NF4Linear.from_linear(base) if nf4 else base, RANK, 16)
+    x = testing.tensor(ROWS, FEATURES, dtype=torch.bfloat16).requires_grad_()
+    assert testing.saved_bytes(lambda: layer(x), there(layer)) == x.nbytes + ROWS * RANK * 4
+
+
+# The block.
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("adapter", ["lora", "dropout", "dora"])
+def test_a_decoder_block_saves_little(adapter: str, base: str) -> None:
+    pytest.importorskip("peft", reason="PEFT is not installed")
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    if base == "nf4":
+        pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    sys.path.append(str(Path(__file__).resolve().parent.parent))
+    from bench import memory
+
+    saved = memory.measure(memory.Case(memory.BLOCK, base, adapter, "bf16"))
+    assert saved.ratio is not None, saved.absent
+    assert saved.ratio <= BLOCK_BOUND, saved

@@ -1,0 +1,723 @@
+"""The machinery of training around a patched PEFT model: checkpointing, compilers, copies, processes, scalers
+and the trainers of Hugging Face, against the stock PEFT model or against the patched model without them."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import io
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peft_kernels as pk
+from peft_kernels import testing
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning")
+
+BASES = pytest.mark.parametrize("base", models.BASES)
+ROWS = 24
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """On models as small as these, threads only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def config(**options: Any) -> Any:
+    defaults = {"r": 8, "lora_alpha": 16, "target_modules": ["q", "o"], "init_lora_weights": False}
+    return peft.LoraConfig(**defaults | options)
+
+
+def net(base: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A stock PEFT model over q and o whose adapters do something."""
+    model = models.base_model(base, dtype)
+    torch.manual_seed(3)
+    return peft.get_peft_model(model, config(**options))
+
+
+def plain_llama(base: str = "nf4") -> Any:
+    """A Llama whose weights are large enough that its losses tell one forward from another."""
+    model = models.tiny_llama(
+        intermediate_size=128, attention_bias=True, initializer_range=0.2, pad_token_id=0
+    )
+    for name, parameter in model.named_parameters():
+        if name.endswith("proj.bias"):
+            nn.init.normal_(parameter)
+    if base == "nf4":
+        pk.quantize_model(model)
+    elif base == "bnb":
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name != "lm_head":
+                model.set_submodule(name, models.to_linear4bit(module))
+        model.is_loaded_in_4bit = True
+    return model
+
+
+def llama(base: str = "nf4", **options: Any) -> Any:
+    model = plain_llama(base)
+    torch.manual_seed(3)
+    return peft.get_peft_model(model, config(target_modules="all-linear", **options)).train()
+
+
+def patched_copy(stock: nn.Module) -> tuple[Any, pk.patch.PatchReport]:
+    model = copy.deepcopy(stock)
+    report = pk.patch(model)
+    assert report.fused and not report.original, report.details()
+    return model, report
+
+
+def assert_no_fallback(report: Any) -> None:
+    assert not any(layer.fallbacks for layer in report.layers), str(report)
+
+
+class CountFused(TorchDispatchMode):
+    """Counts the fused forwards that run inside."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.calls += func.name().endswith("::lora_linear")
+        return func(*args, **(kwargs or {}))
+
+
+def inputs(rows: int = ROWS, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return testing.tensor(rows, 64, dtype=dtype, seed=seed)
+
+
+def labels(rows: int = ROWS) -> Tensor:
+    return torch.arange(rows) % 10
+
+
+def net_loss(model: nn.Module, x: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x).float(), labels(len(x)))
+
+
+def ids(seed: int = 1) -> Tensor:
+    return torch.randint(3, 128, (4, 10), generator=torch.Generator().manual_seed(seed))
+
+
+def llama_loss(model: nn.Module, batch: Tensor | None = None) -> Tensor:
+    batch = ids() if batch is None else batch
+    return model(input_ids=batch, labels=batch).loss
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model: nn.Module, loss: Callable[[], Tensor], seed: int = 5) -> dict[str, Tensor]:
+    """Loss and gradients of one step whose random numbers start at `seed`."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    value = loss()
+    value.backward()
+    return {"loss": value.detach(), **gradients(model)}
+
+
+def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-5) -> None:
+    assert got.keys() == want.keys() and len(got) > 1
+    for name in want:
+        error = testing.relative_error(got[name], want[name])
+        assert error < tolerance, f"{name}: relative error {error:.3g}"
+
+
+def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
+    assert got.keys() == want.keys() and len(got) > 1
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
+def adapter_state(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# Gradient checkpointing.
+
+
+@contextmanager
+def checkpointing(model: Any, reentrant: bool) -> Iterator[None]:
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    yield
+    model.gradient_checkpointing_disable()
+    model.disable_input_require_grads()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3], ids=["no-dropout", "dropout"])
+@pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "not-reentrant"])
+@BASES
+def test_checkpointing_changes_no_bit(base: str, reentrant: bool, dropout: float) -> None:
+    stock = llama(base, lora_dropout=dropout)
+    model, report = patched_copy(stock)
+    calls: list[int] = []
+    layer = model.base_model.model.model.layers[1].mlp.up_proj
+    layer.register_forward_hook(lambda *_: calls.append(1))
+
+    plain = step(model, lambda: llama_loss(model))
+    assert len(calls) == 1
+    with checkpointing(model, reentrant):
+        checkpointed = step(model, lambda: llama_loss(model))
+    assert len(calls) == 3, "forward runs again in backward"
+    assert len(plain) == 29
+    assert_equal(checkpointed, plain)
+    if dropout == 0:
+        assert_no_fallback(report)
+        with checkpointing(stock, reentrant):
+            assert_close(checkpointed, step(stock, lambda: llama_loss(stock)))
+
+
+# Dropout. Masks may be drawn otherwise than in stock PEFT, so nothing here compares single numbers with it.
+
+
+@BASES
+def test_dropout_is_reproducible(base: str) -> None:
+    model, _ = patched_copy(net(base, lora_dropout=0.5).train())
+    first, again, other = (step(model, lambda: net_loss(model, inputs()), seed) for seed in (5, 5, 6))
+    assert_equal(again, first)
+    for name in first:
+        assert testing.relative_error(other[name], first[name]) > 1e-3, name
+
+
+@BASES
+def test_dropout_draws_again_in_each_call(base: str) -> None:
+    model, _ = patched_copy(net(base, lora_dropout=0.5).train())
+    assert testing.relative_error(model(inputs()), model(inputs())) > 1e-3
+
+
+@BASES
+def test_no_dropout_in_evaluation(base: str) -> None:
+    stock = net(base, lora_dropout=0.5)
+    model, report = patched_copy(stock)
+    got = model.eval()(inputs().requires_grad_())  # bitsandbytes repacks weights where no gradient is needed
+    assert torch.equal(model(inputs().requires_grad_()), got)
+    assert testing.relative_error(got, stock.eval()(inputs().requires_grad_())) < 1e-5
+    assert_no_fallback(report)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+@BASES
+def test_dropout_keeps_the_mean(base: str, p: float) -> None:
+    layer = patched_copy(net(base, lora_dropout=p).train())[0].base_model.model.q
+    x = inputs(1)
+    expected = layer.eval()(x.clone().requires_grad_()).detach()
+    y = layer.train()(x.expand(8000, 64).clone().requires_grad_()).detach()
+    deviation = y.std(0)
+    assert bool((deviation > 0).all())
+    worst = ((y.mean(0) - expected[0]) / deviation).abs().max().item() * math.sqrt(8000)
+    assert worst < 5, f"{worst:.1f} standard errors away"
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5])
+@BASES
+def test_backward_has_the_mask_of_forward(base: str, p: float) -> None:
+    """The delta is linear in A, in B and in x: <gradient, argument> is <dy, delta> for each."""
+    layer = patched_copy(net(base, lora_dropout=p).train())[0].base_model.model.q
+    x = inputs().requires_grad_()
+    y = layer(x)
+    base_y = layer.base_layer(x).detach()
+    dy = testing.tensor(*y.shape, seed=9)
+    y.backward(dy)
+    delta = (dy * (y.detach() - base_y)).double().sum().item()
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    assert abs(delta) > 1
+    for got in ((a.grad * a).sum(), (b.grad * b).sum()):
+        assert got.item() == pytest.approx(delta, rel=1e-3)
+    linear = (dy * (y.detach() - layer.base_layer.bias)).double().sum().item()
+    assert (x.grad * x).sum().item() == pytest.approx(linear, rel=1e-3, abs=1e-3)
+
+
+# Autograd.
+
+
+@BASES
+def test_gradients_accumulate(base: str) -> None:
+    stock = net(base)
+    model, report = patched_copy(stock)
+    x = inputs()
+
+    def halves(model: nn.Module) -> dict[str, Tensor]:
+        model.zero_grad()
+        for rows in (slice(None, ROWS // 2), slice(ROWS // 2, None)):
+            nn.functional.cross_entropy(model(x[rows]), labels()[rows], reduction="sum").backward()
+        return gradients(model)
+
+    got = halves(model)
+    model.zero_grad()
+    nn.functional.cross_entropy(model(x), labels(), reduction="sum").backward()
+    assert_close(got, gradients(model))
+    assert_close(got, halves(stock))
+    assert_no_fallback(report)
+
+
+@BASES
+def test_backward_twice(base: str) -> None:
+    stock = net(base)
+    model, report = patched_copy(stock)
+    x = inputs().requires_grad_()
+    loss = net_loss(model, x)
+    seen = []
+    for retain in (True, True, False):
+        model.zero_grad()
+        x.grad = None
+        loss.backward(retain_graph=retain)
+        seen.append(gradients(model) | {"x": x.grad})
+    assert_equal(seen[1], seen[0])
+    assert_equal(seen[2], seen[0])
+    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
+        loss.backward()
+    x.grad = None
+    stock_loss = net_loss(stock, x)
+    stock_loss.backward()
+    assert_close(seen[0], gradients(stock) | {"x": x.grad})
+    assert_no_fallback(report)
+
+
+@pytest.mark.parametrize("part", ["lora_A", "lora_B"])
+@BASES
+def test_a_parameter_changed_before_backward_raises(base: str, part: str) -> None:
+    """As torch does, instead of gradients at numbers that forward has not seen."""
+    model, _ = patched_copy(net(base))
+    loss = net_loss(model, inputs().requires_grad_())
+    with torch.no_grad():
+        model.get_submodule("base_model.model.o")._modules[part]["default"].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+# torch.compile.
+
+
+@pytest.fixture
+def _fresh_compiler() -> Iterator[None]:
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def forward_backward(call: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    module.zero_grad()
+    x = x.detach().clone().requires_grad_()
+    y = call(x)
+    y.backward(testing.tensor(*y.shape, seed=9))
+    return {"y": y.detach(), "x": x.grad, **gradients(module)}
+
+
+def check_compiled_layer(base: str, backend: str) -> None:
+    stock = net(base).base_model.model.q
+    layer, report = patched_copy(stock)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend)
+    got = forward_backward(compiled, layer, inputs(5))
+    assert_close(got, forward_backward(layer, layer, inputs(5)))
+    assert_close(got, forward_backward(stock, stock, inputs(5)))
+    assert_no_fallback(report)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@BASES
+def test_compiled_layer(base: str) -> None:
+    check_compiled_layer(base, "aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_fresh_compiler")
+def test_compiled_layer_with_inductor() -> None:
+    check_compiled_layer("nf4", "inductor")
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@BASES
+def test_compiled_decoder_block(base: str) -> None:
+    stock = llama(base)
+    model, report = patched_copy(stock)
+    hidden = testing.tensor(2, 5, 64)
+    position_embeddings = model.base_model.model.model.rotary_emb(hidden, torch.arange(5).view(1, 5))
+
+    def run(model: Any, compiled: bool) -> dict[str, Tensor]:
+        block = model.base_model.model.model.layers[0]
+        call = torch.compile(block, fullgraph=True, backend="aot_eager") if compiled else block
+        return forward_backward(lambda x: call(x, position_embeddings=position_embeddings), block, hidden)
+
+    got = run(model, compiled=True)
+    assert len(got) == 2 + 14
+    assert_close(got, run(model, compiled=False))
+    assert_close(got, run(stock, compiled=False))
+    assert_no_fallback(report)
+
+
+# Copies.
+
+
+def saved_and_loaded(model: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def train(model: nn.Module, loss: Callable[[nn.Module, int], Tensor], steps: int) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for i in range(steps):
+        optimizer.zero_grad()
+        value = loss(model, i)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
+def net_batch(model: nn.Module, i: int) -> Tensor:
+    return net_loss(model, inputs(seed=i % 3))
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, saved_and_loaded], ids=["deepcopy", "save-load"])
+@BASES
+def test_training_a_copy_leaves_the_original_alone(base: str, copying: Any) -> None:
+    model, _ = patched_copy(net(base))
+    x = inputs().requires_grad_()
+    before, state = model(x).detach(), adapter_state(model)
+    twin = copying(model)
+    with CountFused() as fused:
+        assert torch.equal(twin(x), before)
+    assert fused.calls == 2
+    report = pk.patch(twin)  # harmless: it is patched; the report goes on counting
+    assert len(report.fused) == len(pk.patch(model).fused)
+    losses = train(twin, net_batch, 3)
+    assert_no_fallback(report)
+    assert_equal(adapter_state(model), state)
+    assert torch.equal(model(x), before)
+    assert not torch.equal(twin(x), before)
+    assert train(model, net_batch, 3) == losses, "the original trains as the copy did"
+
+    after = twin(x)
+    assert pk.unpatch(twin) == pk.unpatch(copying(model)) > 0
+    assert not any("forward" in vars(module) for module in twin.modules())
+    assert testing.relative_error(twin(x), after) < 1e-5
+    with CountFused() as fused:
+        twin(x)
+        assert fused.calls == 0
+        model(x)
+        assert fused.calls == 2, "the original stays patched"
+
+
+# Several processes.
+
+WORLD = 2
+
+
+def ddp_worker(rank: int, folder: str, bases: tuple[str, ...]) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=300),
+    )
+    for base in bases:
+        model = net(base)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(rank)  # DDP sends everybody the numbers of rank 0
+        report = pk.patch(model)
+        ddp = nn.parallel.DistributedDataParallel(model)
+        rows = slice(rank * ROWS // WORLD, (rank + 1) * ROWS // WORLD)
+        for _ in range(2):  # a parameter without gradient would raise in the second step
+            ddp.zero_grad()
+            nn.functional.cross_entropy(ddp(inputs()[rows]), labels()[rows]).backward()
+        assert_no_fallback(report)
+        torch.save(gradients(model), f"{folder}/{base}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def _gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch is built without gloo")
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the name of the machine may resolve to nothing
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_gloo")
+def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
+    bases = tuple(base for base in models.BASES if base != "bnb" or importlib.util.find_spec("bitsandbytes"))
+    torch.multiprocessing.spawn(ddp_worker, args=(str(tmp_path), bases), nprocs=WORLD)
+    for base in bases:
+        stock = net(base)
+        model, _ = patched_copy(stock)
+        for whole in (model, stock):
+            net_loss(whole, inputs()).backward()
+            for rank in range(WORLD):
+                assert_close(torch.load(tmp_path / f"{base}-{rank}.pt"), gradients(whole))
+
+
+@pytest.mark.usefixtures("_gloo")
+def test_ddp_takes_nf4_weights_as_they_are() -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model, _ = patched_copy(net("nf4"))
+        nn.parallel.DistributedDataParallel(model)(inputs()).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# Precision.
+
+
+@BASES
+def test_fp16_with_a_gradient_scaler(base: str) -> None:
+    stock = net(base, torch.float16)
+    model, report = patched_copy(stock)
+
+    def run(model: nn.Module) -> tuple[list[float], list[float]]:
+        """Losses and scales. The first scale is too large for fp16 gradients: that step must be skipped."""
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=3, backoff_factor=2.0**-30)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        losses, scales = [], []
+        for i in range(8):
+            before = adapter_state(model)
+            optimizer.zero_grad()
+            loss = net_loss(model, inputs(dtype=torch.float16, seed=i % 2))
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            skipped = all(torch.equal(value, before[name]) for name, value in adapter_state(model).items())
+            assert skipped == (i == 0)
+            losses.append(loss.item())
+            scales.append(scaler.get_scale())
+        return losses, scales
+
+    losses, scales = run(model)
+    expected_losses, expected_scales = run(stock)
+    assert all(math.isfinite(loss) for loss in losses) and losses[-1] < losses[0] - 0.1
+    assert losses == pytest.approx(expected_losses, rel=0.01)
+    assert scales == expected_scales == [2.0**10] * 3 + [2.0**11] * 3 + [2.0**12] * 2
+    assert_no_fallback(report)
+
+
+@BASES
+def test_autocast(base: str) -> None:
+    stock = llama(base)
+    model, report = patched_copy(stock)
+
+    def run(model: Any) -> tuple[list[float], torch.dtype]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            dtype = model.base_model.model.model.layers[0].mlp.up_proj(testing.tensor(3, 64)).dtype
+            logits = model(input_ids=ids()).logits.dtype
+        assert logits == torch.bfloat16
+
+        def loss(model: nn.Module, i: int) -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return llama_loss(model, ids(i % 2))
+
+        return train(model, loss, 5), dtype
+
+    losses, dtype = run(model)
+    expected_losses, expected_dtype = run(stock)
+    assert dtype == expected_dtype
+    assert losses == pytest.approx(expected_losses, rel=0.01)
+    assert_no_fallback(report)
+
+
+# Training loops.
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@BASES
+def test_ten_steps(base: str, dtype: torch.dtype) -> None:
+    stock = net(base, dtype)
+    model, report = patched_copy(stock)
+
+    def loss(model: nn.Module, i: int) -> Tensor:
+        return net_loss(model, inputs(dtype=dtype, seed=i % 3))
+
+    losses, expected = train(model, loss, 10), train(stock, loss, 10)
+    assert losses == pytest.approx(expected, rel=1e-4 if dtype == torch.float32 else 0.01)
+    assert losses[-1] < losses[0] - 0.2
+    assert_no_fallback(report)
+
+
+def arguments(kind: Any, folder: Path, **options: Any) -> Any:
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "seed": 0,
+    }
+    return kind(**defaults | options)
+
+
+def history(trainer: Any, key: str = "loss") -> list[float]:
+    return [entry[key] for entry in trainer.state.log_history if key in entry]
+
+
+def assert_same_training(
+    ours: Any, stock: Any, rel: float, keys: tuple[str, ...] = ("loss", "grad_norm")
+) -> None:
+    """Trains both; the logged numbers of each step must agree."""
+    with CountFused() as fused:
+        ours.train()
+    assert fused.calls > 0
+    with CountFused() as fused:
+        stock.train()
+    assert fused.calls == 0, "the stock side must be stock"
+    for key in keys:
+        got = history(ours, key)
+        assert len(got) == 4 and all(math.isfinite(value) for value in got)
+        assert got == pytest.approx(history(stock, key), rel=rel, abs=rel), key
+
+
+@pytest.mark.parametrize("base,bf16", [("dense", False), ("nf4", True), ("bnb", False)])
+def test_trainer(base: str, bf16: bool, tmp_path: Path) -> None:
+    """With what users turn on: checkpointing, accumulation, clipping, autocast."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    stock = llama(base)
+    model, report = patched_copy(stock)
+    data = [{"input_ids": row, "labels": row} for seed in range(4) for row in ids(seed)]
+
+    def trainer(model: Any) -> Any:
+        options = arguments(
+            transformers.TrainingArguments,
+            tmp_path,
+            bf16=bf16,
+            gradient_accumulation_steps=2,
+            gradient_checkpointing=True,
+            max_grad_norm=0.5,
+        )
+        return transformers.Trainer(model=model, args=options, train_dataset=data)
+
+    assert_same_training(trainer(model), trainer(stock), rel=0.01 if bf16 else 1e-3)
+    assert_no_fallback(report)
+
+
+def tokenizer() -> Any:
+    """Words w3 ... w127 of a vocabulary as large as the model's."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, 128)}}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<pad>"
+    )
+
+
+def words(row: Tensor) -> str:
+    return " ".join(f"w{i}" for i in row.tolist())
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4", "bnb"])
+def test_sft_trainer(base: str, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    stock = llama(base)
+    model, report = patched_copy(stock)
+    rows = [row for seed in range(3) for row in ids(seed)]
+    data = datasets.Dataset.from_list(
+        [
+            {"prompt": words(row[:3]), "completion": " " + words(row[3 : 6 + i % 4])}
+            for i, row in enumerate(rows)
+        ]
+    )
+
+    def trainer(model: Any) -> Any:
+        options = arguments(trl.SFTConfig, tmp_path, max_length=16)
+        return trl.SFTTrainer(model=model, args=options, train_dataset=data, processing_class=tokenizer())
+
+    assert_same_training(trainer(model), trainer(stock), rel=0.01)
+    assert_no_fallback(report)
+
+
+def preferences() -> Any:
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    rows = [row for seed in range(3) for row in ids(seed)]
+    return datasets.Dataset.from_list(
+        [
+            {"prompt": words(row[:3]), "chosen": " " + words(row[3:6]), "rejected": " " + words(row[6:])}
+            for row in rows
+        ]
+    )
+
+
+DPO_KEYS = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logps/rejected")
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_dpo_trainer_with_a_new_adapter(base: str, tmp_path: Path) -> None:
+    """The trainer makes the adapter; the reference is the model with the adapter disabled."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+
+    def trainer() -> Any:
+        torch.manual_seed(3)
+        return trl.DPOTrainer(
+            model=plain_llama(base),
+            args=arguments(trl.DPOConfig, tmp_path, max_length=16, beta=0.05),
+            train_dataset=preferences(),
+            processing_class=tokenizer(),
+            peft_config=config(target_modules="all-linear"),
+        )
+
+    stock, ours = trainer(), trainer()
+    assert_equal(adapter_state(ours.model), adapter_state(stock.model))
+    report = pk.patch(ours.model)
+    assert report.fused and not report.original
+    assert_same_training(ours, stock, 0.01, DPO_KEYS)
+    assert_no_fallback(report)
+
+    batch = next(iter(ours.get_train_dataloader()))
+    tokens, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
+    logits = plain_llama(base)(input_ids=tokens, attention_mask=batch["attention_mask"]).logits[:, :-1]
+    each = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
+    expected = (each * mask).sum(1)
+    got = torch.cat(list(ours.compute_ref_log_probs(ours.model, batch)))
+    assert testing.relative_error(got, expected) < 1e-5
+    assert (
+        testing.relative_error(got, torch.cat(list(stock.compute_ref_log_probs(stock.model, batch)))) < 1e-6
+    )
+
+
+def test_dpo_trainer_goes_on_with_a_patched_adapter(tmp_path: Path) -> None:
+    """The trainer adds a frozen copy of the adapter after patching, and switches to it for the reference."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    stock = llama("nf4")
+    model, report = patched_copy(stock)
+
+    def trainer(model: Any) -> Any:
+        options = arguments(trl.DPOConfig, tmp_path, max_length=16, beta=0.05)
+        return trl.DPOTrainer(
+            model=model, args=options, train_dataset=preferences(), processing_class=tokenizer()
+        )
+
+    ours = trainer(model)
+    assert set(model.peft_config) == {"default", "ref"}
+    assert_same_training(ours, trainer(stock), 0.01, DPO_KEYS)
+    assert history(ours)[0] == pytest.approx(math.log(2), abs=1e-4), "the policy starts as the reference"
+    assert_no_fallback(report)
