@@ -1,50 +1,48 @@
 // Dropout: which elements are kept, as a function of seed and position (params.h, reference/dropout.py).
 
-constexpr int64_t kMaskBlocks = 16;  // of the generator, computed together
+constexpr int kMaskChains = 4;                             // vectors in flight: rounds depend on each other
+constexpr int64_t kMaskBlocks = kMaskChains * kLanes / 2;  // of the generator, made together
 constexpr int64_t kMaskRun = 4 * kMaskBlocks;
 
 // words[4 * b + w] = word w of block first_block + b.
 inline void philox(const DropoutMask& mask, uint64_t first_block, uint32_t* words) {
-  uint32_t c0[kMaskBlocks], c1[kMaskBlocks], c2[kMaskBlocks], c3[kMaskBlocks];
-  for (int i = 0; i < kMaskBlocks; ++i) {
-    const uint64_t block = first_block + i;
-    c0[i] = static_cast<uint32_t>(block);
-    c1[i] = static_cast<uint32_t>(block >> 32);
-    c2[i] = mask.stream;
-    c3[i] = 0;
+  VecW c0[kMaskChains], c1[kMaskChains], c2[kMaskChains], c3[kMaskChains];
+#pragma GCC unroll 4
+  for (int i = 0; i < kMaskChains; ++i) {
+    c0[i] = count_from(first_block + i * (kLanes / 2));
+    c1[i] = high_half(c0[i]);
+    c2[i] = splat_word(mask.stream);
+    c3[i] = splat_word(0);
   }
+  const VecW m0 = splat_word(0xd2511f53), m1 = splat_word(0xcd9e8d57);
   uint32_t k0 = static_cast<uint32_t>(mask.seed), k1 = static_cast<uint32_t>(mask.seed >> 32);
   for (int round = 0; round < 10; ++round) {
-    for (int i = 0; i < kMaskBlocks; ++i) {
-      const uint64_t p0 = uint64_t{0xd2511f53} * c0[i], p1 = uint64_t{0xcd9e8d57} * c2[i];
-      c0[i] = static_cast<uint32_t>(p1 >> 32) ^ c1[i] ^ k0;
-      c1[i] = static_cast<uint32_t>(p1);
-      c2[i] = static_cast<uint32_t>(p0 >> 32) ^ c3[i] ^ k1;
-      c3[i] = static_cast<uint32_t>(p0);
+    const VecW key0 = splat_word(k0), key1 = splat_word(k1);
+#pragma GCC unroll 4
+    for (int i = 0; i < kMaskChains; ++i) {
+      const VecW p0 = multiply_low(c0[i], m0), p1 = multiply_low(c2[i], m1);
+      c0[i] = xor3(high_half(p1), c1[i], key0);
+      c1[i] = p1;
+      c2[i] = xor3(high_half(p0), c3[i], key1);
+      c3[i] = p0;
     }
     k0 += 0x9e3779b9;
     k1 += 0xbb67ae85;
   }
-  for (int i = 0; i < kMaskBlocks; ++i) {
-    words[4 * i] = c0[i];
-    words[4 * i + 1] = c1[i];
-    words[4 * i + 2] = c2[i];
-    words[4 * i + 3] = c3[i];
-  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kMaskChains; ++i) store_blocks(words + 2 * kLanes * i, c0[i], c1[i], c2[i], c3[i]);
 }
 
-// Calls use(index, keep, count) for pieces of the run of elements from `first`: index is from the run's
-// start, keep[i] is mask.scale or 0.
+// Calls use(index, words, count) for pieces of the run of `count` elements from `first`: index is from the
+// run's start, words[i] decides on element index + i. kLanes words may be read from any of them.
 template <class Use>
 void for_mask(const DropoutMask& mask, int64_t first, int64_t count, const Use& use) {
+  uint32_t words[kMaskRun + kLanes] = {};
   for (int64_t done = 0; done < count;) {
     const int64_t element = first + done, skip = element % 4;
-    uint32_t words[kMaskRun];
     philox(mask, static_cast<uint64_t>(element / 4), words);
-    float keep[kMaskRun];
-    for (int i = 0; i < kMaskRun; ++i) keep[i] = words[i] >= mask.threshold ? mask.scale : 0.0f;
     const int64_t piece = min64(kMaskRun - skip, count - done);
-    use(done, keep + skip, piece);
+    use(done, words + skip, piece);
     done += piece;
   }
 }
@@ -53,12 +51,11 @@ template <class T>
 void dropout_run(const DropoutParams& p, int64_t begin, int64_t end) {
   const T* x = static_cast<const T*>(p.x) + begin;
   T* out = static_cast<T*>(p.out) + begin;
-  for_mask(p.mask, begin, end - begin, [&](int64_t at, const float* keep, int64_t count) {
-    int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) store(out + at + i, mul(load(x + at + i), load(keep + i)));
-    if (i < count) {
-      const Vec kept = mul(load_part(x + at + i, count - i), load_part(keep + i, count - i));
-      store_part(out + at + i, kept, count - i);
+  for_mask(p.mask, begin, end - begin, [&](int64_t at, const uint32_t* words, int64_t count) {
+    for (int64_t i = 0; i < count; i += kLanes) {
+      const Vec keep = keep_factors(words + i, p.mask.threshold, p.mask.scale);
+      const int64_t lanes = min64(kLanes, count - i);
+      store_lanes(out + at + i, mul(load_lanes(x + at + i, lanes), keep), lanes);
     }
   });
 }
@@ -76,7 +73,12 @@ void dropout(const DropoutParams& p, int64_t begin, int64_t end) {
 
 // sums[i] += x[i] * scale where element first + i is kept.
 inline void add_kept(const DropoutMask& mask, int64_t first, int64_t count, const float* x, float* sums) {
-  for_mask(mask, first, count, [&](int64_t at, const float* keep, int64_t piece) {
-    for (int64_t i = 0; i < piece; ++i) sums[at + i] += x[at + i] * keep[i];
+  for_mask(mask, first, count, [&](int64_t at, const uint32_t* words, int64_t piece) {
+    for (int64_t i = 0; i < piece; i += kLanes) {
+      const Vec keep = keep_factors(words + i, mask.threshold, mask.scale);
+      const int64_t lanes = min64(kLanes, piece - i);
+      store_lanes(sums + at + i, fma(load_lanes(x + at + i, lanes), keep, load_lanes(sums + at + i, lanes)),
+                  lanes);
+    }
   });
 }

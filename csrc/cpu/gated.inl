@@ -44,21 +44,6 @@ inline ValueSlope activate(Vec x) {
   }
 }
 
-// Calls step(index, count) for every vector of [begin, end); count is kLanes but for the last one.
-template <class Step>
-inline void for_lanes(int64_t begin, int64_t end, const Step& step) {
-  for (int64_t i = begin; i < end; i += kLanes) step(i, min64(kLanes, end - i));
-}
-
-template <class T>
-inline Vec load_lanes(const T* p, int64_t count) {
-  return count == kLanes ? load(p) : load_part(p, count);
-}
-template <class T>
-inline void store_lanes(T* p, Vec x, int64_t count) {
-  count == kLanes ? store(p, x) : store_part(p, x, count);
-}
-
 template <Activation kActivation, class T>
 void gated_run(const GatedParams& p, int64_t begin, int64_t end) {
   const T *gate = static_cast<const T*>(p.gate), *up = static_cast<const T*>(p.up);

@@ -1,8 +1,23 @@
-// What several kernels share: e^x, fp32 output tiles, and rows of a matrix as panel rows.
+// What several kernels share: loops over vectors, e^x, fp32 output tiles, and rows of a matrix as panel rows.
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t max64(int64_t a, int64_t b) { return a < b ? b : a; }
 inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+// Calls step(index, count) for every vector of [begin, end); count is kLanes but for the last one.
+template <class Step>
+inline void for_lanes(int64_t begin, int64_t end, const Step& step) {
+  for (int64_t i = begin; i < end; i += kLanes) step(i, min64(kLanes, end - i));
+}
+
+template <class T>
+inline Vec load_lanes(const T* p, int64_t count) {
+  return count == kLanes ? load(p) : load_part(p, count);
+}
+template <class T>
+inline void store_lanes(T* p, Vec x, int64_t count) {
+  count == kLanes ? store(p, x) : store_part(p, x, count);
+}
 
 inline Vec negate(Vec x) { return sub(splat(-0.0f), x); }
 

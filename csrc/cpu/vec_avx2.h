@@ -65,6 +65,27 @@ inline void store_part(T* p, Vec x, int64_t count) {
   memcpy(p, lanes, count * sizeof(T));
 }
 
+using VecW = __m256i;
+inline VecW count_from(uint64_t first) {
+  return _mm256_add_epi64(_mm256_set1_epi64x(static_cast<int64_t>(first)), _mm256_set_epi64x(3, 2, 1, 0));
+}
+inline VecW splat_word(uint32_t x) { return _mm256_set1_epi64x(x); }
+inline VecW multiply_low(VecW a, VecW b) { return _mm256_mul_epu32(a, b); }
+inline VecW high_half(VecW a) { return _mm256_srli_epi64(a, 32); }
+inline VecW xor3(VecW a, VecW b, VecW c) { return _mm256_xor_si256(_mm256_xor_si256(a, b), c); }
+inline void store_blocks(uint32_t* out, VecW w0, VecW w1, VecW w2, VecW w3) {
+  const VecW w01 = _mm256_blend_epi32(w0, _mm256_slli_epi64(w1, 32), 0xaa);
+  const VecW w23 = _mm256_blend_epi32(w2, _mm256_slli_epi64(w3, 32), 0xaa);
+  const VecW even = _mm256_unpacklo_epi64(w01, w23), odd = _mm256_unpackhi_epi64(w01, w23);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute2x128_si256(even, odd, 0x20));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + kLanes), _mm256_permute2x128_si256(even, odd, 0x31));
+}
+inline Vec keep_factors(const uint32_t* words, uint32_t threshold, float scale) {
+  const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(words));
+  const __m256i limit = _mm256_set1_epi32(static_cast<int32_t>(threshold));
+  return _mm256_and_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(_mm256_max_epu32(w, limit), w)), splat(scale));
+}
+
 inline void add_lane_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
   const Vec abcd = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
   const __m128 sums = _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1));

@@ -103,6 +103,31 @@ inline void store_nibbles(uint8_t* p, VecI codes) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(pairs));
 }
 
+// Philox: one block of the generator in a 64-bit lane, of which only the low half counts.
+using VecW = __m512i;
+inline VecW count_from(uint64_t first) {
+  return _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)),
+                          _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0));
+}
+inline VecW splat_word(uint32_t x) { return _mm512_set1_epi64(x); }
+inline VecW multiply_low(VecW a, VecW b) { return _mm512_mul_epu32(a, b); }
+inline VecW high_half(VecW a) { return _mm512_srli_epi64(a, 32); }
+inline VecW xor3(VecW a, VecW b, VecW c) { return _mm512_ternarylogic_epi64(a, b, c, 0x96); }
+// The four words of each block, side by side.
+inline void store_blocks(uint32_t* out, VecW w0, VecW w1, VecW w2, VecW w3) {
+  const VecW w01 = _mm512_mask_mov_epi32(w0, 0xaaaa, _mm512_slli_epi64(w1, 32));
+  const VecW w23 = _mm512_mask_mov_epi32(w2, 0xaaaa, _mm512_slli_epi64(w3, 32));
+  const VecW first = _mm512_set_epi64(11, 3, 10, 2, 9, 1, 8, 0),
+             second = _mm512_set_epi64(15, 7, 14, 6, 13, 5, 12, 4);
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi64(w01, first, w23));
+  _mm512_storeu_si512(out + kLanes, _mm512_permutex2var_epi64(w01, second, w23));
+}
+// `scale` in lanes whose word is at least `threshold`, else 0.
+inline Vec keep_factors(const uint32_t* words, uint32_t threshold, float scale) {
+  const __m512i limit = _mm512_set1_epi32(static_cast<int32_t>(threshold));
+  return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(words), limit), splat(scale));
+}
+
 // The codes of a packed weight, eight to a lane. lookup_code reads the lowest nibble of each lane.
 struct CodeTable {
   Vec codes;

@@ -103,6 +103,26 @@ inline void store(T* p, Vec x) {
 }
 inline void store(float* p, Vec x) { memcpy(p, &x, sizeof(x)); }
 
+typedef uint64_t VecW __attribute__((vector_size(16)));
+inline VecW count_from(uint64_t first) { return VecW{first, first + 1}; }
+inline VecW splat_word(uint32_t x) { return VecW{x, x}; }
+inline VecW multiply_low(VecW a, VecW b) { return (a & 0xffffffff) * (b & 0xffffffff); }
+inline VecW high_half(VecW a) { return a >> 32; }
+inline VecW xor3(VecW a, VecW b, VecW c) { return a ^ b ^ c; }
+inline void store_blocks(uint32_t* out, VecW w0, VecW w1, VecW w2, VecW w3) {
+  for (int i = 0; i < 2; ++i) {
+    *out++ = static_cast<uint32_t>(w0[i]);
+    *out++ = static_cast<uint32_t>(w1[i]);
+    *out++ = static_cast<uint32_t>(w2[i]);
+    *out++ = static_cast<uint32_t>(w3[i]);
+  }
+}
+inline Vec keep_factors(const uint32_t* words, uint32_t threshold, float scale) {
+  Vec out;
+  for (int i = 0; i < kLanes; ++i) out[i] = words[i] >= threshold ? scale : 0.0f;
+  return out;
+}
+
 inline void add_lane_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
   out[0] += (a[0] + a[2]) + (a[1] + a[3]);
   out[1] += (b[0] + b[2]) + (b[1] + b[3]);

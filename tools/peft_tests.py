@@ -1,0 +1,317 @@
+"""Run PEFT's own tests twice, as they are and with every LoRA model patched, and compare test by test.
+
+A test that passes stock and fails patched is a fault: the exit status is then 1. Tests that need the hub fail
+in both runs at once, for nothing is fetched. Tests are those of the installed PEFT's source distribution.
+
+    python tools/peft_tests.py                          # all files that test LoRA without the hub
+    python tools/peft_tests.py test_mixed.py -k forward --sdist peft-0.21.2.tar.gz
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+
+FILES = (
+    "test_custom_models.py",
+    "test_initialization.py",
+    "test_tuners_utils.py",
+    "test_low_level_api.py",
+    "test_mixed.py",
+    "test_other.py",
+    "test_lora_variants.py",
+    "test_lora_conversion.py",
+    "test_lora_ga.py",
+    "test_lorafa.py",
+    "test_loraplus.py",
+    "test_bdlora.py",
+    "test_velora.py",
+    "test_riemannian_lora.py",
+    "test_helpers.py",
+    "test_hub_features.py",
+    "test_mapping.py",
+    "test_trainable_tokens.py",
+)
+"""Those with LoRA tests that need no download; the rest takes its models from the hub or has no LoRA."""
+
+OTHER_TUNERS = ("adamss", "delora", "glora", "gralora", "randlora", "tinylora", "unilora", "vblora")
+SLICES = {
+    "test_custom_models.py": "(lora or MultipleActive or RequiresGrad or MultiRank or DynamicDispatch)"
+    + "".join(f" and not {name}" for name in OTHER_TUNERS)
+}
+"""By default only these of a file: most of its 19,000 tests are of other tuners."""
+
+NEEDED = {
+    "parameterized": "parameterized",
+    "datasets": "datasets",
+    "diffusers": "diffusers",
+    "scipy": "scipy",
+}
+NEEDED |= {"attr": "attrs", "importlib_metadata": "importlib_metadata", "zipp": "zipp"}
+"""What the test modules import beyond PEFT's requirements: module name, package name."""
+
+CONFTEST = '''"""Written by peft_tests.py. What needs the hub fails at once, without retries."""
+
+import contextlib
+
+from . import testing_utils
+
+testing_utils.hub_online_once = lambda model_id: contextlib.nullcontext()
+'''
+
+INI = """[pytest]
+markers =
+    single_gpu_tests
+    multi_gpu_tests
+    regression
+    bitsandbytes
+"""
+
+
+@dataclass
+class Record:
+    """One test in one run."""
+
+    outcome: str
+    message: str
+    layers: int
+    calls: Counter[str]
+    fallbacks: Counter[str]
+
+
+Run = dict[str, Record]
+
+
+def main() -> int:
+    options = arguments()
+    version = importlib.metadata.version("peft")
+    with scratch(options.cache) as folder:
+        sdist = options.sdist or download(version, folder / "sdist")
+        unpack(sdist, version, folder / "work")
+        packages = missing_packages(folder / "packages")
+        slices: dict[str | None, list[str]] = {}
+        for name in options.files or FILES:
+            if not (folder / "work" / "tests" / name).exists():
+                raise SystemExit(f"{name}: expected a file in tests/ of {sdist}, found none")
+            chosen = options.k if options.k is not None else SLICES.get(name) if not options.files else None
+            slices.setdefault(chosen, []).append(name)
+        runs: dict[str, Run] = {}
+        for mode in ("stock", "patched"):
+            records = folder / f"records-{mode}"
+            shutil.rmtree(records, ignore_errors=True)
+            records.mkdir(parents=True)
+            for keyword, names in slices.items():
+                print(f"== {mode}: {' '.join(names)}" + (f" -k '{keyword}'" if keyword else ""), flush=True)
+                run_pytest(mode, names, keyword, folder / "work", packages, records, options.n)
+            runs[mode] = read(records)
+        return compare(runs["stock"], runs["patched"])
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("files", nargs="*", metavar="test_FILE.py", help="files of PEFT's tests/")
+    parser.add_argument("-k", help="pytest's -k, for all files")
+    parser.add_argument("-n", type=int, default=2, help="processes (default 2); 0: in one, without xdist")
+    parser.add_argument("--sdist", type=Path, help="PEFT's source distribution; else pip downloads it")
+    parser.add_argument(
+        "--cache", type=Path, help="folder that keeps downloads and records (default: temporary)"
+    )
+    options = parser.parse_args()
+    if options.sdist is not None and not options.sdist.is_file():
+        parser.error(f"--sdist: expected a file, got {options.sdist}")
+    return options
+
+
+class scratch:
+    """The cache folder, or a temporary one that is deleted afterwards."""
+
+    def __init__(self, cache: Path | None) -> None:
+        self.temporary = tempfile.TemporaryDirectory(prefix="peft_tests_") if cache is None else None
+        self.folder = Path(self.temporary.name) if self.temporary else Path(str(cache)).resolve()
+
+    def __enter__(self) -> Path:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return self.folder
+
+    def __exit__(self, *_: object) -> None:
+        if self.temporary is not None:
+            self.temporary.cleanup()
+
+
+def download(version: str, folder: Path) -> Path:
+    """PEFT's sdist from the package index, or from the folder if it is there already."""
+    found = folder / f"peft-{version}.tar.gz"
+    if not found.exists():
+        print(f"downloading the source distribution of peft {version}", flush=True)
+        pip("download", f"peft=={version}", "--no-binary", "peft", "--no-deps", "-d", str(folder))
+    if not found.exists():
+        raise SystemExit(f"pip download: expected {found}, got {[p.name for p in folder.iterdir()]}")
+    return found
+
+
+def unpack(sdist: Path, version: str, folder: Path) -> None:
+    """tests/ of the sdist, made a package again: sdists leave out __init__.py and conftest.py."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    prefix = f"peft-{version}/tests/"
+    with tarfile.open(sdist) as archive:
+        members = [member for member in archive.getmembers() if member.name.startswith(prefix)]
+        if not members:
+            raise SystemExit(f"{sdist}: expected {prefix} in it, as peft {version} is installed; found none")
+        for member in members:
+            member.name = member.name.partition("/")[2]
+        archive.extractall(folder, members, filter="data")
+    (folder / "tests" / "__init__.py").touch()
+    (folder / "tests" / "conftest.py").write_text(CONFTEST)
+    (folder / "pytest.ini").write_text(INI)
+
+
+def missing_packages(folder: Path) -> Path:
+    """A folder for PYTHONPATH with what the tests import and the environment, left as it is, lacks."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [
+        package
+        for module, package in NEEDED.items()
+        if importlib.util.find_spec(module) is None
+        and not (folder / module).exists()
+        and not (folder / f"{module}.py").exists()
+    ]
+    if missing:
+        print(f"installing into {folder}: {', '.join(missing)}", flush=True)
+        pip("install", "--upgrade", "--no-deps", "--target", str(folder), *missing)
+    return folder
+
+
+def pip(command: str, *arguments: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pip", command, "-q", "--disable-pip-version-check", *arguments], check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"pip {command} {' '.join(arguments)}: failed, see above")
+
+
+def run_pytest(
+    mode: str,
+    names: list[str],
+    keyword: str | None,
+    folder: Path,
+    packages: Path,
+    records: Path,
+    processes: int,
+) -> None:
+    """One run; `records` gets a line per test."""
+    path = [str(HERE), str(HERE.parent), str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {
+        "PYTHONPATH": os.pathsep.join(path),
+        "PEFT_TESTS_MODE": mode,
+        "PEFT_TESTS_RECORDS": str(records),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_OFFLINE": "1",
+    }
+    if processes:
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        "pytest.ini",
+        "--rootdir",
+        ".",
+        "-p",
+        "peft_tests_plugin",
+    ]
+    command += ["-p", "no:cacheprovider", "-q", "-W", "ignore", "--tb=no", "--no-summary"]
+    command += ["--continue-on-collection-errors"]
+    command += ["-n", str(processes)] if processes else []
+    command += ["-k", keyword] if keyword else []
+    command += [f"tests/{name}" for name in names]
+    done = subprocess.run(command, cwd=folder, env=environment, check=False)
+    if done.returncode not in (0, 1, 5):  # all passed, some failed, none found
+        raise SystemExit(f"pytest, {mode}: exit status {done.returncode}, see above")
+
+
+def read(folder: Path) -> Run:
+    run: Run = {}
+    for file in sorted(folder.glob("*.jsonl")):
+        for line in file.read_text().splitlines():
+            entry = json.loads(line)
+            run[entry["id"]] = Record(
+                entry["outcome"],
+                entry["message"],
+                entry["layers"],
+                Counter(entry["calls"]),
+                Counter(entry["fallbacks"]),
+            )
+    return run
+
+
+def compare(stock: Run, patched: Run) -> int:
+    """Print how the runs differ. Returns the exit status."""
+    print("\n== tests")
+    touching = {name for name in stock.keys() | patched.keys() if layers(stock, name) + layers(patched, name)}
+    for title, names in (("all", stock.keys() | patched.keys()), ("that make LoRA layers", touching)):
+        for mode, run in (("stock", stock), ("patched", patched)):
+            outcomes = Counter(run[name].outcome for name in names if name in run)
+            shown = ", ".join(f"{outcomes[key]} {key}" for key in sorted(outcomes))
+            print(f"{title:<22} {mode:<8} {shown or 'none'}")
+
+    print("\n== calls of LoRA layers in the patched run")
+    calls: Counter[str] = Counter()
+    fallbacks: Counter[str] = Counter()
+    tests: Counter[str] = Counter()
+    for record in patched.values():
+        calls.update(record.calls)
+        fallbacks.update(record.fallbacks)
+        tests.update(record.fallbacks.keys() | {key for key in record.calls if key.startswith("never: ")})
+    fused = calls["patched"] - fallbacks.total()
+    by_test = [record.calls["patched"] > record.fallbacks.total() for record in patched.values()]
+    print(f"{fused:>8} fused, in {sum(by_test)} tests")
+    print(f"{calls['base']:>8} adapters disabled or merged: the base layer alone")
+    for reason, count in fallbacks.most_common():
+        print(f"{count:>8} original forward, in {tests[reason]} tests: {reason}")
+    for key, count in calls.most_common():
+        if key.startswith("never: "):
+            print(f"{count:>8} layer not patched, in {tests[key]} tests: {key.removeprefix('never: ')}")
+
+    broken = sorted(name for name in stock if stock[name].outcome == "passed" and not held(patched, name))
+    repaired = sorted(name for name in patched if patched[name].outcome == "passed" and not held(stock, name))
+    show("pass stock, fail patched", broken, patched)
+    show("fail stock, pass patched", repaired, stock)
+    if fused <= 0:
+        print("\nno call was fused: these tests say nothing about the patch")
+    return 1 if broken or fused <= 0 else 0
+
+
+def layers(run: Run, name: str) -> int:
+    return run[name].layers if name in run else 0
+
+
+def held(run: Run, name: str) -> bool:
+    return name in run and run[name].outcome == "passed"
+
+
+def show(title: str, names: list[str], failing: Run) -> None:
+    print(f"\n== {title}: {len(names)}")
+    for name in names:
+        message = " ".join(failing[name].message.split())[:300] if name in failing else "did not run"
+        print(f"{name}\n    {message}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
