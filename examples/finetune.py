@@ -135,7 +135,7 @@ def run(args: Namespace) -> int:
     if args.backend == "peft_kernels" and not args.no_check:
         logits = adapter_on_and_off(model, setup.validation[0])
         del model, optimizer  # room for a second base
-        metrics["check"] = check_three_ways(args, setup, *logits)
+        metrics["check"] = check_three_ways(args, setup, *logits, loss_after)
         stages.done("check", "trained, reloaded and merged adapter compared")
     metrics["stage_seconds"] = stages.seconds
 
@@ -308,19 +308,30 @@ def adapter_on_and_off(model: PeftModel, batch: Batch) -> tuple[Tensor, Tensor]:
         return on, logits_of(model, batch)
 
 
-def check_three_ways(args: Namespace, setup: Setup, trained: Tensor, base_only: Tensor) -> dict[str, Any]:
-    """Compare the trained model's logits with the saved adapter's on a fresh base, and merged into it."""
+def check_three_ways(
+    args: Namespace, setup: Setup, trained: Tensor, base_only: Tensor, loss: float
+) -> dict[str, Any]:
+    """Compare the trained model's logits and validation loss with those of the other forms of its adapter:
+    saved and loaded onto a fresh base, merged into that, and merged back into NF4."""
     from finetune_check import ThreeWayCheck, logit_error, logits_of
+    from finetune_train import evaluate
 
-    batch = setup.validation[0]
-    model = build_model(args, setup, args.output / "adapter", trainable=False)
+    from peft_kernels.integrations.peft import merge_and_unload
+
+    batch, adapter = setup.validation[0], args.output / "adapter"
+    model: Any = build_model(args, setup, adapter, trainable=False)
     patch(args, model)
     reloaded = logits_of(model, batch)
-    merged = logits_of(model.merge_and_unload(), batch)
+    model = model.merge_and_unload()
+    merged, merged_loss = logits_of(model, batch), evaluate(model, setup.validation)
+    del model  # one at a time in memory
+    model = merge_and_unload(build_model(args, setup, adapter, trainable=False), quantize=True)
     return ThreeWayCheck(
         reloaded=logit_error(trained, reloaded),
         merged=logit_error(trained, merged),
+        merged_nf4=logit_error(trained, logits_of(model, batch)),
         base_only=logit_error(trained, base_only),
+        losses={"trained": loss, "merged": merged_loss, "merged_nf4": evaluate(model, setup.validation)},
     ).as_dict()
 
 

@@ -1,8 +1,9 @@
-"""Checks and measurements of finetune.py: three forms of one adapter, a sample, peak memory."""
+"""Checks and measurements of finetune.py: the forms of one adapter, a sample, peak memory."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 import resource
 import sys
 from dataclasses import asdict, dataclass
@@ -59,11 +60,17 @@ def logits_of(model: nn.Module, batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class ThreeWayCheck:
-    """The trained model against its adapter reloaded and merged, and, for scale, against the base alone."""
+    """The trained model against its adapter reloaded, and merged into dense layers (bf16) and back into NF4.
+
+    For scale also against the base alone. Packing into NF4 again costs what 4 bits cannot hold: that is told
+    and not limited.
+    """
 
     reloaded: LogitError
     merged: LogitError
+    merged_nf4: LogitError
     base_only: LogitError
+    losses: dict[str, float]  # validation loss: "trained", "merged", "merged_nf4"
 
     @property
     def problems(self) -> list[str]:
@@ -77,6 +84,8 @@ class ThreeWayCheck:
             found.append(
                 f"the merged model differs from the trained one: {self.merged} (limit {MERGE_LIMIT})"
             )
+        if not math.isfinite(self.merged_nf4.relative_rms + self.losses["merged_nf4"]):
+            found.append(f"the model merged back into NF4 is broken: {self.merged_nf4}")
         return found
 
     def as_dict(self) -> dict[str, Any]:

@@ -54,10 +54,16 @@ def print_report(metrics: Metrics) -> None:
 
 def _print_check(check: dict[str, Any]) -> None:
     print("logits, against the trained model")
-    for name in ("reloaded", "merged", "base_only"):
+    forms = {
+        "reloaded": "reloaded",
+        "merged": "merged",
+        "merged_nf4": "merged into NF4",
+        "base_only": "base only",
+    }
+    for name, label in forms.items():
         error = check[name]
         print(
-            f"  {name.replace('_', ' '):<20}relative RMS {error['relative_rms']:.2e}, "
+            f"  {label:<20}relative RMS {error['relative_rms']:.2e}, "
             f"largest {error['max_abs']:.3f}, same top token {error['argmax_agreement']:.1%}"
         )
     for problem in check["problems"]:
@@ -66,6 +72,11 @@ def _print_check(check: dict[str, Any]) -> None:
         print(f"  within the limits: {check['reload_limit']:g} reloaded, {check['merge_limit']:g} merged")
     if check["base_only"]["relative_rms"] <= check["merge_limit"]:
         print("  note: the adapter changes the logits too little for a lost merge to show")
+    trained, merged, packed = (check["losses"][name] for name in ("trained", "merged", "merged_nf4"))
+    print(
+        f"validation loss merged {merged:.3f} ({merged / trained - 1:+.1%} against the trained model), "
+        f"merged back into NF4 {packed:.3f} ({packed / trained - 1:+.1%})"
+    )
 
 
 def _speed(metrics: Metrics) -> str:

@@ -90,7 +90,7 @@ def dora_scale(z, scale, bias):
     return z.new_empty(z.shape)
 
 
-def dora_scale_backward(dy, z, scale):
+def dora_scale_backward(dy, z, scale, bias):
     return dy.new_empty(dy.shape), scale.new_empty(scale.shape)
 
 

@@ -12,25 +12,51 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import reference
 
 Grads = tuple[Any, ...]
 
 
+def _flat(values: Any) -> list[Any]:
+    return [v for value in values for v in (value if isinstance(value, (list, tuple)) else [value])]
+
+
+class _Refusal(torch.autograd.Function):
+    """The first `count` tensors, with an error in place of their gradient in any of the tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, sentence: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.sentence = sentence
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(ctx.sentence)
+
+
 def _first_order(formula: Callable[..., Grads]) -> Callable[..., Grads]:
-    """For formulas whose own gradient there is none of: asking for it raises, where torch would only warn."""
+    """For formulas whose own gradient there is none of: asking for it raises, where torch would only warn or
+    take the formula's results for constants."""
 
     @functools.wraps(formula)
     def checked(ops: Any, ctx: Any, *grads: Any) -> Grads:
-        flat = [g for grad in grads for g in (grad if isinstance(grad, (list, tuple)) else [grad])]
-        if torch.is_grad_enabled() and any(g is not None and g.requires_grad for g in flat):
-            name = formula.__name__.removesuffix("_backward")
-            raise RuntimeError(
-                f"{name}: a gradient of its gradients was asked for, expected first order only"
-            )
-        return formula(ops, ctx, *grads)
+        with torch.no_grad():
+            result = formula(ops, ctx, *grads)
+        if not torch.is_grad_enabled():  # only with create_graph=True
+            return result
+        name = formula.__name__.removesuffix("_backward")
+        sentence = f"{name}: a gradient of its gradients was asked for, expected first order only"
+        found = [t for t in _flat(result) if t is not None]
+        sources = [t for t in (*ctx.saved_tensors, *_flat(grads)) if t is not None and t.requires_grad]
+        refusing = iter(_Refusal.apply(sentence, len(found), *found, *sources))
+
+        def replaced(value: Any) -> Any:
+            if isinstance(value, (list, tuple)):
+                return [replaced(v) for v in value]
+            return None if value is None else next(refusing)
+
+        return tuple(replaced(value) for value in result)
 
     return checked
 
@@ -73,13 +99,8 @@ def lora_linear_setup(ctx: Any, inputs: Grads, output: tuple[Tensor, Tensor]) ->
     ctx.mark_non_differentiable(output[1])
 
 
+@_first_order
 def lora_linear_backward(ops: Any, ctx: Any, dy: Tensor, _dh: Tensor | None) -> Grads:
-    return _lora_linear_gradients(ctx, ops, dy)
-
-
-@once_differentiable
-def _lora_linear_gradients(ctx: Any, ops: Any, dy: Tensor) -> Grads:
-    # Of the gradients' own gradient there is no formula: asking for it raises, where torch would only warn.
     x, h, weight, absmax, absmax2, offset, lora_a, lora_b, seed = ctx.saved_tensors
     need = ctx.needs_input_grad
     need_x, need_w, need_bias, need_a, need_b = need[0], need[1], need[6], need[7], need[8]
@@ -265,22 +286,19 @@ def gated_mlp_backward(ops: Any, ctx: Any, dy: Tensor, *_: Any) -> Grads:
 
 
 def dora_scale_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:
-    z, scale, bias = inputs
-    ctx.save_for_backward(z, scale)
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.save_for_backward(*inputs)
 
 
 @_first_order
 def dora_scale_backward(ops: Any, ctx: Any, dy: Tensor) -> Grads:
     need_z, need_scale, need_bias = ctx.needs_input_grad
-    dz = dscale = None
+    _, scale, bias = ctx.saved_tensors
+    dz = dscale = dbias = None
     if need_z or need_scale:
         dz, dscale = ops.dora_scale_backward(dy, *ctx.saved_tensors)
-    return (
-        dz if need_z else None,
-        dscale if need_scale else None,
-        _bias_grad(dy, ctx.bias_dtype) if need_bias else None,
-    )
+    if need_bias:  # what is left of it: z holds the bias too
+        dbias = ((1 - scale) * _bias_grad(dy, scale.dtype)).to(bias.dtype)
+    return dz if need_z else None, dscale if need_scale else None, dbias
 
 
 def dropout_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:

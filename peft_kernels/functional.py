@@ -137,7 +137,7 @@ def dora_linear(
     norm = _call("dora_norm", *base, lora_a.detach(), lora_b.detach(), float(scaling))
     scale = magnitude.float() / norm.to(magnitude.dtype).float()
     if not dropout_p:
-        return _call("dora_scale", lora_linear(x, weight, lora_a, lora_b, scaling), scale, bias)
+        return _call("dora_scale", lora_linear(x, weight, lora_a, lora_b, scaling, bias), scale, bias)
     dropped = _call("dropout", x, float(dropout_p), _seed(x))
     product = _call("dora_scale", lora_linear(dropped, weight, lora_a, lora_b, scaling), scale, None)
     rest = x - dropped

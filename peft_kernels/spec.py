@@ -13,6 +13,7 @@ multi_lora_linear: several linear layers on one x, each with any number of adapt
 layer[i], draws its dropout mask from stream i of the seed and, when row_group (rows,) is given, serves the
 rows whose group is group[i]. A layer without bias has a tensor without elements there. h holds x A^T of all
 adapters side by side, zero in the rows that an adapter does not serve.
+dora_scale: the output z of a layer, bias included, with all but the bias scaled by column.
 gated_mlp: down(activation(gate(x)) * up(x)); its three layers are given in the order gate, up, down.
 """
 
@@ -178,7 +179,7 @@ OPS: dict[str, Op] = {
         ),
         Op(
             "dora_scale_backward",
-            schema="(Tensor dy, Tensor z, Tensor scale) -> (Tensor dz, Tensor dscale)",
+            schema="(Tensor dy, Tensor z, Tensor scale, Tensor? bias) -> (Tensor dz, Tensor dscale)",
             reference=reference.dora_scale_backward,
             fake=fake.dora_scale_backward,
         ),

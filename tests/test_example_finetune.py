@@ -368,9 +368,41 @@ def test_a_lost_merge_fails_the_check(
 ) -> None:
     from peft import PeftModel
 
-    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda model: model.unload(), raising=False)
+    monkeypatch.setattr(PeftModel, "merge_and_unload", lambda model, **_: model.unload(), raising=False)
     assert tiny_run(tiny, tmp_path) == 1
     assert "CHECK FAILED: the merged model differs" in capsys.readouterr().out
+
+
+def test_a_broken_merge_into_nf4_fails_the_check(tiny: Path, whole_run: Path) -> None:
+    from finetune_check import LogitError, ThreeWayCheck
+
+    good = LogitError(0.0, 0.0, 1.0)
+    losses = dict(metrics_of(whole_run)["check"]["losses"])
+    forms = {"reloaded": good, "merged": good, "base_only": good}
+    far = LogitError(0.5, 3.0, 0.6)  # what 4 bits cannot hold is told, and is no fault
+    assert ThreeWayCheck(**forms, merged_nf4=far, losses=losses).problems == []
+    for bad in (
+        ThreeWayCheck(**forms, merged_nf4=LogitError(float("nan"), 0.0, 1.0), losses=losses),
+        ThreeWayCheck(**forms, merged_nf4=good, losses=losses | {"merged_nf4": float("nan")}),
+    ):
+        assert len(bad.problems) == 1 and bad.problems[0].startswith("the model merged back into NF4 is")
+
+
+def test_the_report_tells_what_merging_costs(whole_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    metrics = metrics_of(whole_run)
+    check, losses = metrics["check"], metrics["check"]["losses"]
+    assert losses["trained"] == metrics["loss_after"]
+    assert losses["merged"] == pytest.approx(losses["trained"], rel=0.01)
+    assert losses["merged_nf4"] < metrics["loss_before"]
+    assert check["merged"]["relative_rms"] < check["merged_nf4"]["relative_rms"]
+    assert check["merged_nf4"]["relative_rms"] < check["base_only"]["relative_rms"]
+    metrics["check"]["losses"] = {"trained": 2.0, "merged": 2.002, "merged_nf4": 2.1}
+    report.print_report(metrics)
+    expected = (
+        "validation loss merged 2.002 (+0.1% against the trained model), merged back into NF4 2.100 (+5.0%)"
+    )
+    out = capsys.readouterr().out
+    assert expected in out and "  merged into NF4     relative RMS" in out
 
 
 def test_a_missing_model_is_named(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,19 +1,17 @@
-"""PEFT on models of NF4Linear layers: injecting, training, saving, merging, without bitsandbytes."""
+"""PEFT on models of NF4Linear layers: injecting, training, saving, without bitsandbytes."""
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import peft_kernels as pk
 from peft_kernels import testing
-from peft_kernels.integrations.peft import merge_and_unload
 from peft_kernels.nn import NF4Linear
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
@@ -77,119 +75,6 @@ def test_adapters_saved_on_one_base_load_on_another(
     difference = testing.relative_error(other(x), model(x))
     # The double-quantised scales of the two libraries differ in a few entries.
     assert difference == 0 if writer == reader else difference < 5e-3
-
-
-@PATCHED
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_merge_and_unload_gives_dense_layers_with_the_same_output(
-    dtype: torch.dtype, safe: bool, patched: bool
-) -> None:
-    model, x = adapted(dtype=dtype, patched=patched), inputs(dtype)
-    y = model(x)
-    with model.disable_adapter():
-        base = model(x)
-    merged = model.merge_and_unload(safe_merge=safe)
-    for name in ("q", "o"):
-        layer = getattr(merged, name)
-        assert not isinstance(layer.weight, pk.NF4Weight) and layer.weight.dtype == dtype
-        assert type(layer) is nn.Linear
-    error, lost = testing.relative_error(merged(x), y), testing.relative_error(base, y)
-    assert error < 8 * torch.finfo(dtype).eps < lost / 4, (error, lost)
-
-
-@PATCHED
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-def test_merge_then_unmerge(safe: bool, patched: bool) -> None:
-    model, x = adapted(dtype=torch.float32, patched=patched), inputs(torch.float32)
-    y = model(x)
-    model.merge_adapter(safe_merge=safe)
-    assert testing.relative_error(model(x), y) < 1e-6
-    model.unmerge_adapter()
-    assert testing.relative_error(model(x), y) < 1e-6
-    with model.disable_adapter():
-        assert testing.relative_error(model(x), y) > 0.1
-
-
-def test_safe_merge_of_a_broken_adapter_changes_nothing() -> None:
-    model = adapted()
-    layer = model.base_model.model.q
-    packed = layer.base_layer.weight.packed.clone()
-    with torch.no_grad():
-        layer.lora_B.default.weight[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="NaNs detected"):
-        model.merge_adapter(safe_merge=True)
-    assert isinstance(layer.base_layer, NF4Linear) and torch.equal(layer.base_layer.weight.packed, packed)
-
-
-def test_merging_one_of_two_adapters() -> None:
-    model, x = adapted(dtype=torch.float32), inputs(torch.float32)
-    model.add_adapter("other", config(r=4))
-    model.set_adapter("other")
-    y = model(x)
-    merged = model.merge_and_unload(adapter_names=["other"])
-    assert testing.relative_error(merged(x), y) < 1e-6
-
-
-@pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-def test_merging_back_into_nf4_on_request(safe: bool) -> None:
-    model, x = adapted(dtype=torch.float32), inputs(torch.float32)
-    y = model(x)
-    with model.disable_adapter():
-        base = model(x)
-    dense = copy.deepcopy(model).merge_and_unload()
-    merged = merge_and_unload(model, quantize=True, safe_merge=safe)
-    for name in ("q", "o"):
-        layer = getattr(merged, name)
-        assert type(layer) is NF4Linear and not layer.weight.is_dense
-        expected = pk.NF4Weight.quantize(getattr(dense, name).weight)
-        assert torch.equal(layer.weight.packed, expected.packed)
-    error, lost = testing.relative_error(merged(x), y), testing.relative_error(base, y)
-    assert error < 0.3 * lost, (error, lost)
-
-
-def test_merging_a_broken_adapter_back_into_nf4_changes_nothing() -> None:
-    model, x = adapted(dtype=torch.float32), inputs(torch.float32)
-    layers = model.base_model.model.q, model.base_model.model.o
-    with model.disable_adapter():
-        base = model(x)
-    with torch.no_grad():
-        layers[1].lora_A.default.weight[0, 0] = float("inf")
-    message = r"model\.o\.lora_A\.default\.weight: expected finite values, got NaN or Inf; nothing is merged"
-    with pytest.raises(ValueError, match=message):
-        merge_and_unload(model, quantize=True)
-    assert not any(layer.merged for layer in layers)
-    with model.disable_adapter():
-        assert torch.equal(model(x), base)
-
-
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}, {"use_rslora": True}], ids=str)
-@pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
-def test_variants_merge_into_nf4_layers(options: dict[str, bool]) -> None:
-    model, x = adapted(dtype=torch.float32, target_modules=["q"], **options), inputs(torch.float32)
-    y = model(x)
-    with model.disable_adapter():
-        base = model(x)
-    merged = model.merge_and_unload()
-    assert testing.relative_error(merged(x), y) < 1e-5 < 1e-2 < testing.relative_error(base, y)
-
-
-def test_merging_a_patched_bitsandbytes_model() -> None:
-    """PEFT quantises the merged weight again; the layer stays a patched Linear4bit."""
-    model, x = adapted("bnb", torch.float32), inputs(torch.float32)
-    y = model(x)
-    with model.disable_adapter():
-        base = model(x)
-    merged = model.merge_and_unload()
-    error, lost = testing.relative_error(merged(x), y), testing.relative_error(base, y)
-    assert error < 0.3 * lost, (error, lost)
-    assert pk.unpatch(merged) == 2
-
-
-def test_quantising_a_merged_model_again() -> None:
-    merged = adapted().merge_and_unload()
-    pk.quantize_model(merged)
-    assert type(merged.q) is NF4Linear and isinstance(merged.q.weight, pk.NF4Weight)
 
 
 def test_unload_without_merging_gives_the_base_back() -> None:

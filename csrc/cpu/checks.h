@@ -44,6 +44,13 @@ inline void check_shape(const Tensor& t, at::IntArrayRef expected, const char* n
   TORCH_CHECK(t.sizes() == expected, name, ": expected shape ", expected, ", got ", t.sizes());
 }
 
+inline void check_bias(const Tensor& bias, int64_t features, at::ScalarType activation_dtype) {
+  dtype_of(bias, "bias");
+  TORCH_CHECK(bias.scalar_type() == at::kFloat || bias.scalar_type() == activation_dtype,
+              "bias: expected Float or ", activation_dtype, ", got ", bias.scalar_type());
+  check_shape(bias, {features}, "bias");
+}
+
 inline int block_shift_of(int64_t blocksize) {
   TORCH_CHECK(nf4::is_blocksize(blocksize), "blocksize: expected a power of two from ", nf4::kMinBlocksize,
               " to ", nf4::kMaxBlocksize, ", got ", blocksize);

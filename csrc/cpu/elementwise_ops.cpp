@@ -73,52 +73,56 @@ Tensor feature_scale(const Tensor& scale, int64_t features) {
   return scale.contiguous();
 }
 
-Tensor dora_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
-  TORCH_CHECK(z.dim() >= 1, "z: expected at least 1 dimension, got 0");
-  const int64_t features = z.size(-1);
-  const Tensor in = activation(z, features, "z"), s = feature_scale(scale, features);
-  Tensor b;
-  if (bias) {
-    dtype_of(*bias, "bias");
-    check_shape(*bias, {features}, "bias");
-    b = bias->to(at::kFloat).contiguous();
-  }
-  Tensor y = at::empty(in.sizes(), in.options());
+// What both directions take; holds the tensors that the pointers point into.
+struct Scaling {
+  Tensor z, scale, bias;
   ScaleParams params{};
-  params.z = in.const_data_ptr();
-  params.dtype = dtype_of(in, "z");
-  params.scale = s.const_data_ptr<float>();
-  params.bias = bias ? b.const_data_ptr<float>() : nullptr;
+
+  Scaling(const Tensor& z_in, const Tensor& scale_in, const OptionalTensor& bias_in) {
+    TORCH_CHECK(z_in.dim() >= 1, "z: expected at least 1 dimension, got 0");
+    const int64_t features = z_in.size(-1);
+    z = activation(z_in, features, "z");
+    scale = feature_scale(scale_in, features);
+    if (bias_in) {
+      dtype_of(*bias_in, "bias");
+      check_shape(*bias_in, {features}, "bias");
+      bias = bias_in->to(at::kFloat).contiguous();
+      params.bias = bias.const_data_ptr<float>();
+    }
+    params.z = z.const_data_ptr();
+    params.dtype = dtype_of(z, "z");
+    params.scale = scale.const_data_ptr<float>();
+    params.m = rows_of(z);
+    params.n = features;
+  }
+};
+
+Tensor dora_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
+  Scaling scaling(z, scale, bias);
+  Tensor y = at::empty(z.sizes(), z.options());
+  ScaleParams& params = scaling.params;
   params.y = y.mutable_data_ptr();
-  params.m = rows_of(in);
-  params.n = features;
   const auto scale_features = kernels().scale_features;
-  at::parallel_for(0, params.m, ceil_div(kElementwiseGrain, std::max<int64_t>(features, 1)),
+  at::parallel_for(0, params.m, ceil_div(kElementwiseGrain, std::max<int64_t>(params.n, 1)),
                    [&](int64_t begin, int64_t end) { scale_features(params, begin, end); });
   return y;
 }
 
-std::tuple<Tensor, Tensor> dora_scale_backward(const Tensor& dy, const Tensor& z, const Tensor& scale) {
-  TORCH_CHECK(z.dim() >= 1, "z: expected at least 1 dimension, got 0");
-  const int64_t features = z.size(-1);
-  const Tensor in = activation(z, features, "z"), d = matching(dy, z, "dy"),
-               s = feature_scale(scale, features);
-  Tensor dz = at::empty(in.sizes(), in.options()), d_scale = at::empty({features}, s.options());
-  ScaleParams params{};
-  params.z = in.const_data_ptr();
-  params.dtype = dtype_of(in, "z");
-  params.scale = s.const_data_ptr<float>();
-  params.m = rows_of(in);
-  params.n = features;
+std::tuple<Tensor, Tensor> dora_scale_backward(const Tensor& dy, const Tensor& z, const Tensor& scale,
+                                               const OptionalTensor& bias) {
+  Scaling scaling(z, scale, bias);
+  const Tensor d = matching(dy, z, "dy");
+  Tensor dz = at::empty(z.sizes(), z.options()), d_scale = at::empty_like(scaling.scale);
+  ScaleParams& params = scaling.params;
   params.dy = d.const_data_ptr();
   params.dz = dz.mutable_data_ptr();
   params.d_scale = d_scale.mutable_data_ptr<float>();
   const auto backward = kernels().scale_features_backward;
   constexpr int64_t kStrip = 64;  // columns that no task splits
-  at::parallel_for(0, ceil_div(features, kStrip),
+  at::parallel_for(0, ceil_div(params.n, kStrip),
                    ceil_div(kElementwiseGrain, std::max<int64_t>(params.m, 1) * kStrip),
                    [&](int64_t begin, int64_t end) {
-                     backward(params, begin * kStrip, std::min(end * kStrip, features));
+                     backward(params, begin * kStrip, std::min(end * kStrip, params.n));
                    });
   return {dz, d_scale};
 }

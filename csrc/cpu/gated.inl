@@ -1,12 +1,13 @@
 // activation(gate) * up and its gradients.
 
-// 1 / (1 + e^-x), and 1 minus that without cancellation.
+// 1 / (1 + e^-x), and 1 minus that without cancellation. Where e^-x would overflow the value is 0: times a
+// huge x, the smallest number that is none would be one.
 struct Sigmoid {
   Vec value, rest;
 };
 inline Sigmoid sigmoid(Vec x) {
   const Vec e = exponential(negate(x)), value = div(splat(1.0f), add(splat(1.0f), e));
-  return {value, mul(e, value)};
+  return {by_sign(add(x, splat(88.0f)), zero(), value), mul(e, value)};
 }
 
 struct ValueSlope {

@@ -134,6 +134,9 @@ Tensor down_products(const Tensor& x, const Adapters& adapters, int64_t ranks, b
   return h;
 }
 
+// A tensor of ours under its final shape. Not a view: autograd forbids to change an op's views in place.
+Tensor reshaped(const Tensor& t, at::IntArrayRef sizes) { return at::_unsafe_view(t, sizes); }
+
 // Of one layer: rows W^T + bias + the deltas of its adapters. Leading sizes as x's.
 Tensor layer_forward(const Tensor& x, const Tensor& rows, const BaseWeight& base, const OptionalTensor& bias,
                      size_t layer, const Adapters& adapters, const Tensor& h) {
@@ -151,13 +154,16 @@ Tensor layer_forward(const Tensor& x, const Tensor& rows, const BaseWeight& base
   const auto sizes = sizes_with_last(x, base.out_features());
   if (base.is_dense()) {
     OptionalTensor base_bias = bias;
-    if (bias) base_bias = bias->to(x.scalar_type());
+    if (bias) {
+      check_bias(*bias, base.out_features(), x.scalar_type());
+      base_bias = bias->to(x.scalar_type());
+    }
     Tensor y = at::linear(rows, base.dense(), base_bias).contiguous();
     Product product(y);
     product.start_from_out();
     add_deltas(product);
     product.run_nt();
-    return y.view(sizes);
+    return reshaped(y, sizes);
   }
   Tensor y = at::empty(sizes, x.options());
   Product product(y);
@@ -174,8 +180,8 @@ struct Gradients {
 };
 
 // dh[m, ranks] = scaling dY B of every adapter in its rows.
-Tensor up_gradients(const std::vector<Tensor>& dy, const Adapters& adapters, int64_t m, int64_t ranks) {
-  Tensor dh = at::empty({m, ranks}, dy[0].options().dtype(at::kFloat));
+Tensor up_gradients(const std::vector<Tensor>& dy, const Adapters& adapters, const Tensor& h) {
+  Tensor dh = at::empty_like(h);
   for (const Adapter& adapter : adapters) {
     const Tensor scaled_bt = adapter.b.to(at::kFloat).mul(adapter.scaling).t().contiguous();
     const Tensor& d = dy[adapter.layer];
@@ -241,7 +247,7 @@ Gradients backward(const std::vector<Tensor>& dy, const Tensor& x, const Tensor&
   bool any_da = false;
   for (const bool need : need_da) any_da |= need;
   Tensor dh;
-  if (need_dx || any_da) dh = up_gradients(dy, adapters, x.size(0), h.size(1));
+  if (need_dx || any_da) dh = up_gradients(dy, adapters, h);
   if (need_dx) out.dx = input_gradient(dy, x, bases, adapters, dh);
   for (size_t i = 0; i < adapters.size(); ++i) {
     const Adapter& adapter = adapters[i];
@@ -288,7 +294,7 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
                         x.scalar_type());
   const Tensor h = down_products(rows, adapters, adapter.rank(), false);
   Tensor y = layer_forward(x, rows, base, bias, 0, adapters, h);
-  return {y, h.view(sizes_with_last(x, adapter.rank()))};
+  return {y, reshaped(h, sizes_with_last(x, adapter.rank()))};
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
@@ -307,7 +313,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
                      x.scalar_type());
   Gradients g = backward({as_rows(dy, adapter.b.size(0), "dy")}, as_rows(x, adapter.a.size(1), "x"),
                          as_rows(h, adapter.rank(), "h"), bases, adapters, need_dx, {need_da}, {need_db});
-  return {need_dx ? g.dx.view(x.sizes()) : g.dx, g.da[0], g.db[0]};
+  return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da[0], g.db[0]};
 }
 
 // Several layers, any number of adapters.
@@ -395,7 +401,7 @@ std::tuple<std::vector<Tensor>, Tensor> multi_lora_linear(
     const OptionalTensor layer_bias = bias[j].numel() ? OptionalTensor(bias[j]) : std::nullopt;
     y.push_back(layer_forward(x, rows, bases[j], layer_bias, j, adapters, h));
   }
-  return {y, h.view(sizes_with_last(x, ranks))};
+  return {y, reshaped(h, sizes_with_last(x, ranks))};
 }
 
 std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_backward(
@@ -427,7 +433,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
       all_bases(x, weight, absmax, absmax2, offset, blocksize, out_features);
   Gradients g = backward(dy_rows, as_rows(x, x.size(-1), "x"), as_rows(h, ranks, "h"), bases, adapters,
                          need_dx, {need_da.begin(), need_da.end()}, {need_db.begin(), need_db.end()});
-  return {need_dx ? g.dx.view(x.sizes()) : g.dx, g.da, g.db};
+  return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da, g.db};
 }
 
 // DoRA: ||W + s B A|| by row, expanded so that the product B A is never formed.

@@ -109,7 +109,7 @@ struct GatedParams {
   void* d_up;
 };
 
-// y[m, n] = z[m, n] * scale[n] + bias[n].
+// y[m, n] = z[m, n] + (scale[n] - 1) * (z[m, n] - bias[n]): all but the bias is scaled, and by 1 to the bit.
 struct ScaleParams {
   const void* z;
   DType dtype;  // of z, y, dy and dz
@@ -117,7 +117,7 @@ struct ScaleParams {
   const float* bias;  // or null
   void* y;
   int64_t m, n;
-  const void* dy;  // backward: dz = dy * scale, d_scale = the sum over rows of dy * z
+  const void* dy;  // backward: dz = dy * scale, d_scale = the sum over rows of dy * (z - bias)
   void* dz;
   float* d_scale;
 };

@@ -34,10 +34,8 @@ class Product {
   // What the sums start from: the bias, fp32 or of the activations' type.
   void start_from(const OptionalTensor& bias, at::ScalarType activation_dtype) {
     if (!bias) return;
+    check_bias(*bias, params.n, activation_dtype);
     params.bias_dtype = dtype_of(*bias, "bias");
-    TORCH_CHECK(bias->scalar_type() == at::kFloat || bias->scalar_type() == activation_dtype,
-                "bias: expected Float or ", activation_dtype, ", got ", bias->scalar_type());
-    check_shape(*bias, {params.n}, "bias");
     bias_ = bias->contiguous();
     params.bias = bias_.const_data_ptr();
   }

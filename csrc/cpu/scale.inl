@@ -1,4 +1,4 @@
-// y = z * scale + bias by column, and its gradients: the magnitudes of DoRA.
+// z with all but its bias scaled by column, and the gradients: the magnitudes of DoRA.
 
 template <class T>
 void scale_features_run(const ScaleParams& p, int64_t begin, int64_t end) {
@@ -6,8 +6,10 @@ void scale_features_run(const ScaleParams& p, int64_t begin, int64_t end) {
     const T* z = static_cast<const T*>(p.z) + m * p.n;
     T* y = static_cast<T*>(p.y) + m * p.n;
     for_lanes(0, p.n, [&](int64_t i, int64_t count) {
-      const Vec bias = p.bias ? load_lanes(p.bias + i, count) : zero();
-      store_lanes(y + i, fma(load_lanes(z + i, count), load_lanes(p.scale + i, count), bias), count);
+      const Vec in = load_lanes(z + i, count), scale = load_lanes(p.scale + i, count);
+      if (!p.bias) return store_lanes(y + i, mul(in, scale), count);
+      const Vec unbiased = sub(in, load_lanes(p.bias + i, count));
+      store_lanes(y + i, fma(unbiased, sub(scale, splat(1.0f)), in), count);
     });
   }
 }
@@ -30,7 +32,8 @@ void scale_features_backward_run(const ScaleParams& p, int64_t begin, int64_t en
         for_lanes(0, cols, [&](int64_t i, int64_t count) {
           const Vec d = load_lanes(dy + i, count);
           store_lanes(dz + i, mul(d, load_lanes(p.scale + n0 + i, count)), count);
-          store(chain + i, fma(d, load_lanes(z + i, count), load(chain + i)));
+          const Vec bias = p.bias ? load_lanes(p.bias + n0 + i, count) : zero();
+          store(chain + i, fma(d, sub(load_lanes(z + i, count), bias), load(chain + i)));
         });
       }
       for (int64_t i = 0; i < kScaleStrip; ++i) total[i] += chain[i];

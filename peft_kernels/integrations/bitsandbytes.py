@@ -118,6 +118,17 @@ def reason_unusable(params4bit: Any) -> str | None:
     return None
 
 
+def unpack(linear4bit: Any) -> None:
+    """Undo, in place, what bitsandbytes' CPU inference does to a layer's weight. The scales stay rounded."""
+    quant_state = linear4bit.weight.quant_state
+    if not getattr(quant_state, "packing_format_for_cpu", False):
+        return
+    absmax = quant_state.absmax
+    linear4bit.state_dict()  # the one public way: bitsandbytes saves a weight in its ordinary form
+    if not quant_state.nested:
+        quant_state.absmax = absmax.T.reshape(-1).float()  # bitsandbytes 0.50 leaves these as they were
+
+
 def from_params4bit(params4bit: Any, name: str = "params4bit") -> NF4Weight:
     """View a quantised Params4bit as an NF4Weight, sharing memory. ValueError says why that cannot be."""
     state = state_of(params4bit, name)

@@ -187,16 +187,20 @@ def _run(
     return y.to(call.out_dtype)
 
 
-def _lora_forwards() -> tuple[Callable[..., Any], ...]:
-    """The forwards that `forward` stands in for. Subclasses that inherit them are covered too."""
+def linear_layers() -> tuple[type[Any], ...]:
+    """PEFT's layers over linear bases: `Linear`, and with bitsandbytes `Linear4bit`."""
     from peft.tuners.lora import Linear
 
-    forwards: tuple[Callable[..., Any], ...] = (Linear.forward,)
     try:
-        from peft.tuners.lora import Linear4bit  # there only with bitsandbytes
+        from peft.tuners.lora import Linear4bit
     except ImportError:
-        return forwards
-    return (*forwards, Linear4bit.forward)
+        return (Linear,)
+    return (Linear, Linear4bit)
+
+
+def _lora_forwards() -> tuple[Callable[..., Any], ...]:
+    """The forwards that `forward` stands in for. Subclasses that inherit them are covered too."""
+    return tuple(layer.forward for layer in linear_layers())
 
 
 def _reason_base(module: Any, base: nn.Module) -> str | None:

@@ -29,11 +29,17 @@ def dora_norm(
 
 def dora_scale(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     acc = accumulator_dtype(z.dtype)
-    y = z.to(acc) * scale.to(acc)
-    return (y if bias is None else y + bias.to(acc)).to(z.dtype)
+    # Not (z - bias) * scale + bias: a scale of 1 is to change no bit.
+    y = z.to(acc) + (scale.to(acc) - 1) * _unbiased(z, bias)
+    return (z.to(acc) * scale.to(acc) if bias is None else y).to(z.dtype)
 
 
-def dora_scale_backward(dy: Tensor, z: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def dora_scale_backward(dy: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     acc = accumulator_dtype(z.dtype)
     dz = (dy.to(acc) * scale.to(acc)).to(dy.dtype)
-    return dz, (rows(dy).to(acc) * rows(z).to(acc)).sum(0).to(scale.dtype)
+    return dz, (rows(dy).to(acc) * rows(_unbiased(z, bias))).sum(0).to(scale.dtype)
+
+
+def _unbiased(z: Tensor, bias: Tensor | None) -> Tensor:
+    acc = accumulator_dtype(z.dtype)
+    return z.to(acc) if bias is None else z.to(acc) - bias.to(acc)

@@ -61,7 +61,7 @@ def lora_linear_backward(
         shape = (lora_b.shape[0], lora_a.shape[1])
         weight = dense_weight(weight, absmax, absmax2, offset, blocksize, shape, x.dtype)
         delta = dropped(dh @ lora_a.to(acc), dropout_p, seed)
-        dx = ((dy2 @ weight).to(acc) + delta).to(x.dtype).view(x.shape)
+        dx = ((dy2 @ weight).to(acc) + delta).to(x.dtype).view(x.shape).contiguous()
     if need_da:
         da = (dh.t() @ dropped(x2.to(acc), dropout_p, seed)).to(lora_a.dtype)
     if need_db:
@@ -128,7 +128,7 @@ def multi_lora_linear_backward(
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     acc = accumulator_dtype(x.dtype)
     x2, dy2 = rows(x), [rows(d) for d in dy]
-    total = torch.zeros_like(x2, dtype=acc)
+    total = x2.new_zeros(x2.shape, dtype=acc)
     if need_dx:
         for j, d in enumerate(dy2):
             shape = (d.shape[1], x.shape[-1])

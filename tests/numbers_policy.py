@@ -1,0 +1,87 @@
+"""Case names, inputs and the two checks of the numbers policy, shared by the tests of the ops.
+
+(Not `numbers.py`: the standard library has a module of that name, and tests/ is on the path.)
+
+Two checks for each result. The policy: at most twice the error of plain torch at that precision. And, since
+the reference is plain torch itself: every element within the rounding that its own sum can have collected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_kernels import testing
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FEATURES = (1, 7, 33, 96, 100, 576)
+NAMED = ("adapter", "adapters", "bias", "groups", "needs", "p")  # axes whose values do not explain themselves
+
+
+def short(value: Any) -> str:
+    names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+    return names.get(value, str(value))
+
+
+def case_id(case: dict[str, Any]) -> str:
+    def part(name: str, value: Any) -> str:
+        if isinstance(value, bool):
+            return name if value else f"not_{name}"
+        if isinstance(value, int):
+            return f"{name}{value}"
+        return f"{name}_{value}" if name in NAMED else short(value)
+
+    return "-".join(part(name, value) for name, value in case.items())
+
+
+def bias_of(case: dict[str, Any], kind: str, features: int) -> Tensor | None:
+    if kind == "none":
+        return None
+    return testing.tensor(
+        features, dtype=torch.float32 if kind == "fp32" else case["dtype"], seed=5, scale=0.1
+    )
+
+
+def dense64(weight: Any) -> Tensor:
+    """The weight that the packed bytes define, exactly."""
+    return weight.dequantize(torch.float32).double()
+
+
+@dataclass
+class Result:
+    got: Tensor
+    plain: Tensor  # from plain torch at that precision
+    truth: Tensor  # in fp64
+    magnitude: Tensor  # the same sums over absolute values
+
+    def check(self, depth: int, what: str) -> None:
+        testing.assert_close(self.got, self.plain, self.truth, what)
+        assert_within_rounding(self.got, self.truth, self.magnitude, depth, what)
+
+
+def assert_within_rounding(got: Tensor, truth: Tensor, magnitude: Tensor, depth: int, what: str) -> None:
+    """|got - truth| <= a few roundings in got's dtype, and a sum's in fp32, of the sum of absolute terms."""
+    # Weight, bias, base product and result are rounded to the dtype: half a unit each.
+    unit = 2 * torch.finfo(got.dtype).eps + (4 + depth**0.5) * torch.finfo(torch.float32).eps
+    excess = (got.double() - truth).abs() - unit * magnitude - 2 * torch.finfo(got.dtype).smallest_normal
+    if got.numel() and not bool((excess <= 0).all()):
+        at = int(excess.nan_to_num(float("inf")).argmax())
+        raise AssertionError(
+            f"{what}: flat element {at}: expected {truth.reshape(-1)[at]}, got {got.reshape(-1)[at]}"
+        )
+
+
+def check(run: Callable[[int], dict[str, Result]], depth: int) -> None:
+    """Judge the results of `run(seed)`; small ones from more seeds, as one rounding says little."""
+    samples = [run(0)]
+    smallest = min((r.got.numel() for r in samples[0].values() if r.got.numel()), default=64)
+    samples += [run(seed) for seed in range(10, 10 + -(-64 // smallest) - 1)]
+    for name, first in samples[0].items():
+        assert first.got.shape == first.truth.shape, name
+        parts = [vars(sample[name]).values() for sample in samples]
+        merged = Result(*(torch.cat([t.reshape(-1) for t in column]) for column in zip(*parts, strict=True)))
+        merged.check(depth, name)
