@@ -54,14 +54,9 @@ SLICES = {
 }
 """By default only these of a file: most of its 19,000 tests are of other tuners."""
 
-NEEDED = {
-    "parameterized": "parameterized",
-    "datasets": "datasets",
-    "diffusers": "diffusers",
-    "scipy": "scipy",
-}
+NEEDED = {"parameterized": "parameterized", "diffusers": "diffusers", "scipy": "scipy"}
 NEEDED |= {"attr": "attrs", "importlib_metadata": "importlib_metadata", "zipp": "zipp"}
-"""What the test modules import beyond PEFT's requirements: module name, package name."""
+"""What the test modules import beyond PEFT's and TRL's requirements: module name, package name."""
 
 CONFTEST = '''"""Written by peft_tests.py. What needs the hub fails at once, without retries."""
 
