@@ -61,6 +61,13 @@ def _first_order(formula: Callable[..., Grads]) -> Callable[..., Grads]:
     return checked
 
 
+def _only_saved(ctx: Any, *outputs: Tensor) -> None:
+    """Outputs that leave an op only to be saved: a gradient through them has no formula. Nor are zeros made
+    for them, which would cost as much memory as they do; gradients of other outputs may so be None too."""
+    ctx.mark_non_differentiable(*outputs)
+    ctx.set_materialize_grads(False)
+
+
 def _bias_grad(dy: Tensor, bias_dtype: torch.dtype) -> Tensor:
     return reference.rows(dy).sum(0, dtype=reference.accumulator_dtype(dy.dtype)).to(bias_dtype)
 
@@ -95,8 +102,7 @@ def lora_linear_setup(ctx: Any, inputs: Grads, output: tuple[Tensor, Tensor]) ->
     ctx.save_for_backward(x, output[1], weight, absmax, absmax2, offset, lora_a, lora_b, seed)
     ctx.blocksize, ctx.scaling, ctx.dropout_p = blocksize, scaling, dropout_p
     ctx.bias_dtype = None if bias is None else bias.dtype
-    # h leaves the op only to be saved; a gradient through it has no formula.
-    ctx.mark_non_differentiable(output[1])
+    _only_saved(ctx, output[1])
 
 
 @_first_order
@@ -179,12 +185,14 @@ def multi_lora_linear_setup(ctx: Any, inputs: Grads, output: Any) -> None:
     )  # fmt: skip
     ctx.blocksize, ctx.layer, ctx.scaling, ctx.dropout_p = blocksize, layer, scaling, dropout_p
     ctx.group, ctx.bias_dtypes, ctx.grads = group, [b.dtype for b in bias], _no_grads(inputs)
-    ctx.mark_non_differentiable(output[1])
+    ctx.y_shapes = [y.shape for y in output[0]]
+    _only_saved(ctx, output[1])
 
 
 @_first_order
-def multi_lora_linear_backward(ops: Any, ctx: Any, dy: list[Tensor], _dh: Tensor | None) -> Grads:
+def multi_lora_linear_backward(ops: Any, ctx: Any, dy: list[Tensor | None], _dh: Tensor | None) -> Grads:
     x, h, weight, absmax, absmax2, offset, lora_a, lora_b, seed, row_group = ctx.lists.of(ctx)
+    dy = [x.new_zeros(s) if d is None else d for d, s in zip(dy, ctx.y_shapes, strict=True)]
     need = ctx.needs_input_grad
     need_x, need_w, need_bias, need_a, need_b = need[0], need[1], need[7], need[8], need[9]
     dx, da, db = ops.multi_lora_linear_backward(
@@ -255,7 +263,7 @@ def gated_mlp_setup(ctx: Any, inputs: Grads, output: Any) -> None:
     )  # fmt: skip
     ctx.blocksize, ctx.layer, ctx.scaling, ctx.dropout_p = blocksize, layer, scaling, dropout_p
     ctx.activation, ctx.bias_dtypes, ctx.grads = activation, [b.dtype for b in bias], _no_grads(inputs)
-    ctx.mark_non_differentiable(gate, up, h, h_down)
+    _only_saved(ctx, gate, up, h, h_down)
 
 
 @_first_order

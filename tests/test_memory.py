@@ -97,3 +97,73 @@ def test_a_decoder_block_saves_little(adapter: str, base: str) -> None:
     saved = memory.measure(memory.Case(memory.BLOCK, base, adapter, "bf16"))
     assert saved.ratio is not None, saved.absent
     assert saved.ratio <= BLOCK_BOUND, saved
+
+
+# Backward.
+
+
+class Fills(torch.utils._python_dispatch.TorchDispatchMode):
+    """Bytes of the tensors of zeros that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if "zero" in func.__name__ or "fill" in func.__name__:
+            self.nbytes += out.nbytes
+        return out
+
+
+def test_no_zeros_stand_in_for_gradients_of_what_is_only_saved(backend: str) -> None:
+    x = testing.tensor(ROWS, FEATURES, dtype=torch.bfloat16).requires_grad_()
+    gate, up, down = (testing.tensor(FEATURES, FEATURES, dtype=torch.bfloat16, seed=i) for i in range(3))
+    y = pk.gated_mlp(x, *(pk.functional.AdaptedLinear(weight) for weight in (gate, up, down)))
+    with Fills() as fills:
+        y.backward(torch.ones_like(y.detach()))
+    assert x.grad is not None and fills.nbytes == 0
+
+
+def test_zeros_that_stand_in_for_gradients_are_seen() -> None:
+    class Two(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Any:
+            ctx.mark_non_differentiable(saved := x + 1)
+            return x.clone(), saved
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor, _: Tensor) -> Tensor:
+            return dy
+
+    y, saved = Two.apply(x := torch.ones(10, requires_grad=True))
+    with Fills() as fills:
+        y.backward(torch.ones_like(y.detach()))
+    assert x.grad is not None and fills.nbytes == saved.nbytes
+
+
+def test_an_output_that_is_not_used_has_a_gradient_of_zero(backend: str) -> None:
+    x = testing.tensor(ROWS, FEATURES).requires_grad_()
+    layers = [
+        pk.functional.AdaptedLinear(
+            testing.tensor(8, FEATURES, seed=i),
+            None,
+            [
+                pk.functional.Adapter(
+                    testing.tensor(RANK, FEATURES, seed=10 + i).requires_grad_(),
+                    testing.tensor(8, RANK, seed=20 + i).requires_grad_(),
+                    1.0,
+                )
+            ],
+        )
+        for i in range(3)
+    ]
+    parameters = [p for layer in layers for a in layer.adapters for p in (a.lora_a, a.lora_b)]
+    gradients = []
+    for unused in (True, False):
+        y = pk.multi_lora_linear(x, layers)
+        loss = y[1].square().sum() if unused else y[1].square().sum() + 0.0 * (y[0].sum() + y[2].sum())
+        gradients.append(torch.autograd.grad(loss, [x, *parameters]))
+    for got, expected in zip(*gradients, strict=True):
+        assert torch.equal(got, expected)
+    assert not gradients[0][1].any() and gradients[0][3].any()
