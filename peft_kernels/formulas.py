@@ -41,6 +41,8 @@ def _first_order(formula: Callable[..., Grads]) -> Callable[..., Grads]:
 
     @functools.wraps(formula)
     def checked(ops: Any, ctx: Any, *grads: Any) -> Grads:
+        if grads[0] is None:  # of an output that no loss depends on
+            return tuple(ctx.grads)
         with torch.no_grad():
             result = formula(ops, ctx, *grads)
         if not torch.is_grad_enabled():  # only with create_graph=True
@@ -101,7 +103,7 @@ def lora_linear_setup(ctx: Any, inputs: Grads, output: tuple[Tensor, Tensor]) ->
     x, weight, absmax, absmax2, offset, blocksize, bias, lora_a, lora_b, scaling, dropout_p, seed = inputs
     ctx.save_for_backward(x, output[1], weight, absmax, absmax2, offset, lora_a, lora_b, seed)
     ctx.blocksize, ctx.scaling, ctx.dropout_p = blocksize, scaling, dropout_p
-    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.bias_dtype, ctx.grads = None if bias is None else bias.dtype, _no_grads(inputs)
     _only_saved(ctx, output[1])
 
 

@@ -92,7 +92,7 @@ class PatchReport:
         return "\n".join(str(layer) for layer in (*self.layers, *self.blocks))
 
 
-def patch(model: nn.Module, qkv: bool = False, mlp: bool = True) -> PatchReport:
+def patch(model: nn.Module, qkv: bool = True, mlp: bool = True) -> PatchReport:
     """Give the layers of a model fused forwards: PEFT LoRA over nn.Linear, NF4Linear or bitsandbytes
     Linear4bit, and Linear4bit alone. NF4Linear is fused as it is.
 
@@ -164,7 +164,7 @@ def unpatch(model: nn.Module) -> int:
 
 
 @contextmanager
-def patched(model: nn.Module, qkv: bool = False, mlp: bool = True) -> Iterator[PatchReport]:
+def patched(model: nn.Module, qkv: bool = True, mlp: bool = True) -> Iterator[PatchReport]:
     """`with patched(model) as report:` patches inside the block; layers that were patched before stay so."""
     before = {id(module) for module in model.modules() if installed(module) is not None}
     report = patch(model, qkv, mlp)
