@@ -30,13 +30,17 @@ struct DotBF16 {
 struct OuterBF16 {
   using Value = PanelBF16;
   static constexpr int kPair = 2;
-  static constexpr int64_t kChain = 64;
+  static constexpr int64_t kChain = 256;
   static VecPairs splat_lhs(const PanelBF16* p) { return splat_pair(p); }
   static VecPairs load_rhs(const PanelBF16* p) { return load_pairs(p); }
   static Vec mac(VecPairs a, VecPairs b, Vec sum) { return dot_pairs(a, b, sum); }
 
   static void pack_lhs(const void* lhs, DType, int64_t first, int64_t count, PanelBF16* out) {
     memcpy(out, static_cast<const BF16*>(lhs) + first, count * sizeof(BF16));
+  }
+
+  static const PanelBF16* direct_lhs(const GemmTerm& term, int64_t first) {
+    return static_cast<const PanelBF16*>(term.lhs) + first;
   }
 
   static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t rows, int64_t cols,

@@ -123,7 +123,15 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
     }
   };
   const int64_t whole = depth / kChunk;
-  for (int64_t chunk = 0; chunk < whole; ++chunk) add_chunk(chunk, packed + chunk * kChunk / 2, row_bytes);
+  // The rows after these lie right behind them. Memory is asked for them now, in order: a few rows read side
+  // by side are too short for the hardware to foresee.
+  constexpr int64_t kAhead = 4096;
+  const uint8_t* ahead = packed + max64(kAhead, kWeightRows * row_bytes);
+  for (int64_t chunk = 0; chunk < whole; ++chunk) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kWeightRows; ++i, ahead += kChunk / 2) __builtin_prefetch(ahead);
+    add_chunk(chunk, packed + chunk * kChunk / 2, row_bytes);
+  }
   if (whole < layout.chunks) {  // a copy: the packed weight may end here
     uint8_t bytes[kWeightRows][kChunk / 2] = {};
     for (int i = 0; i < kWeightRows; ++i) {

@@ -109,6 +109,16 @@ const char* usable_isa_name(Isa isa) {
   return table ? table->name : nullptr;
 }
 
+bool has_fast_dense() {
+#if defined(__x86_64__)
+  constexpr unsigned kAmxBf16 = 1u << 22;  // leaf 7, edx
+  static const bool has_amx = has_bits(cpuid(7, 0).edx, kAmxBf16);
+  return !has_amx && kernels().gemm_pairs;
+#else
+  return false;
+#endif
+}
+
 const KernelTable& kernels() { return *current.load(std::memory_order_relaxed); }
 
 bool set_isa(const char* name) {

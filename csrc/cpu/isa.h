@@ -20,6 +20,10 @@ struct KernelTable {
   void (*gemm_nt)(const GemmParams& params, const Rect& rect, void* scratch);
   // lhs [m, depth] times rhs [depth, n].
   void (*gemm_nn)(const GemmParams& params, const Rect& rect, void* scratch);
+  // gemm_nt with the first term in bf16 and its lhs packed, others fp32 and dense; null where a level has
+  // no products of bf16 pairs. pack_pairs: strips [begin, end).
+  void (*gemm_pairs)(const GemmParams& params, const Rect& rect, void* scratch);
+  void (*pack_pairs)(const PackParams& params, int64_t begin, int64_t end);
   // Flat elements [begin, end).
   void (*dropout)(const DropoutParams& params, int64_t begin, int64_t end);
   void (*gated)(const GatedParams& params, int64_t begin, int64_t end);
@@ -32,17 +36,20 @@ struct KernelTable {
 };
 
 // The table of a level, from the functions in its namespace.
-#define PEFT_KERNELS_TABLE(level)  \
-  {#level,                         \
-   level::quantize,                \
-   level::dequantize,              \
-   level::gemm_nt,                 \
-   level::gemm_nn,                 \
-   level::dropout,                 \
-   level::gated,                   \
-   level::gated_backward,          \
-   level::scale_features,          \
-   level::scale_features_backward, \
+#define PEFT_KERNELS_TABLE(level) PEFT_KERNELS_TABLE_WITH(level, nullptr, nullptr)
+#define PEFT_KERNELS_TABLE_WITH(level, gemm_pairs, pack_pairs) \
+  {#level,                                                     \
+   level::quantize,                                            \
+   level::dequantize,                                          \
+   level::gemm_nt,                                             \
+   level::gemm_nn,                                             \
+   gemm_pairs,                                                 \
+   pack_pairs,                                                 \
+   level::dropout,                                             \
+   level::gated,                                               \
+   level::gated_backward,                                      \
+   level::scale_features,                                      \
+   level::scale_features_backward,                             \
    level::row_squares}
 
 extern const KernelTable kScalarKernels;
@@ -56,6 +63,10 @@ extern const KernelTable kAvx512Bf16Kernels;
 const char* usable_isa_name(Isa isa);
 
 const KernelTable& kernels();
+
+// Whether the level in use multiplies dense bf16 matrices as fast as torch does on this machine: not where
+// torch has tiles (AMX) that no level here uses.
+bool has_fast_dense();
 
 // False when `name` is not a usable level.
 bool set_isa(const char* name);

@@ -12,6 +12,9 @@
 #include "dropout.inl"
 #include "gemm_nt.inl"
 #include "gemm_nn.inl"
+#if PEFT_KERNELS_BF16_DOT
+#include "gemm_pairs.inl"
+#endif
 #include "gated.inl"
 #include "scale.inl"
 // clang-format on

@@ -29,12 +29,16 @@ class BaseWeight {
     } else {
       check_dtype(weight, activation_dtype, "weight");
       check_shape(weight, {out_features, in_features}, "weight");
-      dense_ = weight;
+      dense_ = weight.contiguous();
     }
   }
   bool is_dense() const { return !nf4_; }
   const Tensor& dense() const { return dense_; }
-  MatrixView packed() const { return nf4_->matrix(in_features_); }
+  // Whether its products with that many rows are torch's: those of a dense weight, unless ours are as fast.
+  bool is_torchs(int64_t rows) const {
+    return is_dense() && !(dense_.scalar_type() == at::kBFloat16 && rows > kFewRows && has_fast_dense());
+  }
+  MatrixView matrix() const { return nf4_ ? nf4_->matrix(in_features_) : dense_matrix(dense_, "weight"); }
   int64_t out_features() const { return out_features_; }
 
  private:
@@ -138,7 +142,7 @@ Tensor down_products(const Tensor& x, const Adapters& adapters, int64_t ranks, b
 Tensor reshaped(const Tensor& t, at::IntArrayRef sizes) { return at::_unsafe_view(t, sizes); }
 
 // Of one layer: rows W^T + bias + the deltas of its adapters. Leading sizes as x's.
-Tensor layer_forward(const Tensor& x, const Tensor& rows, const BaseWeight& base, const OptionalTensor& bias,
+Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, const OptionalTensor& bias,
                      size_t layer, const Adapters& adapters, const Tensor& h) {
   const auto add_deltas = [&](Product& product) {
     for (const Adapter& adapter : adapters) {
@@ -152,13 +156,13 @@ Tensor layer_forward(const Tensor& x, const Tensor& rows, const BaseWeight& base
     }
   };
   const auto sizes = sizes_with_last(x, base.out_features());
-  if (base.is_dense()) {
+  if (base.is_torchs(rows_of(x))) {
     OptionalTensor base_bias = bias;
     if (bias) {
       check_bias(*bias, base.out_features(), x.scalar_type());
       base_bias = bias->to(x.scalar_type());
     }
-    Tensor y = at::linear(rows, base.dense(), base_bias).contiguous();
+    Tensor y = at::linear(rows.tensor(), base.dense(), base_bias).contiguous();
     Product product(y);
     product.start_from_out();
     add_deltas(product);
@@ -168,9 +172,9 @@ Tensor layer_forward(const Tensor& x, const Tensor& rows, const BaseWeight& base
   Tensor y = at::empty(sizes, x.options());
   Product product(y);
   product.start_from(bias, x.scalar_type());
-  product.add(term_of(rows, "x", base.packed()));
+  product.add(term_of(rows.tensor(), "x", base.matrix()));
   add_deltas(product);
-  product.run_nt();
+  product.run_nt(rows);
   return y;
 }
 
@@ -199,20 +203,21 @@ Tensor up_gradients(const std::vector<Tensor>& dy, const Adapters& adapters, con
 Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
                       const Adapters& adapters, const Tensor& dh) {
   Tensor dx;
+  const int64_t m = rows_of(x);
   for (size_t j = 0; j < bases.size(); ++j) {
-    if (!bases[j].is_dense()) continue;
+    if (!bases[j].is_torchs(m)) continue;
     if (dx.defined()) {
       dx.addmm_(dy[j], bases[j].dense());
     } else {
       dx = at::mm(dy[j], bases[j].dense()).contiguous();
     }
   }
-  const bool any_dense = dx.defined();
-  if (!any_dense) dx = at::empty_like(x);
+  const bool any_torchs = dx.defined();
+  if (!any_torchs) dx = at::empty_like(x);
   Product product(dx);
-  if (any_dense) product.start_from_out();
+  if (any_torchs) product.start_from_out();
   for (size_t j = 0; j < bases.size(); ++j) {
-    if (!bases[j].is_dense()) product.add(term_of(dy[j], "dy", bases[j].packed()));
+    if (!bases[j].is_torchs(m)) product.add(term_of(dy[j], "dy", bases[j].matrix()));
   }
   for (const Adapter& adapter : adapters) {
     for (const RowRun& run : adapter.runs) {
@@ -289,10 +294,10 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
                                        const OptionalTensor& seed) {
   const Adapters adapters = one_adapter(x, lora_a, lora_b, scaling, dropout_p, seed);
   const Adapter& adapter = adapters[0];
-  const Tensor rows = as_rows(x, adapter.a.size(1), "x");
+  const Rows rows(as_rows(x, adapter.a.size(1), "x"));
   const BaseWeight base(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
                         x.scalar_type());
-  const Tensor h = down_products(rows, adapters, adapter.rank(), false);
+  const Tensor h = down_products(rows.tensor(), adapters, adapter.rank(), false);
   Tensor y = layer_forward(x, rows, base, bias, 0, adapters, h);
   return {y, reshaped(h, sizes_with_last(x, adapter.rank()))};
 }
@@ -393,9 +398,9 @@ std::tuple<std::vector<Tensor>, Tensor> multi_lora_linear(
       all_bases(x, weight, absmax, absmax2, offset, blocksize, out_features);
   TORCH_CHECK(bias.size() == bases.size(), "bias: expected ", bases.size(), " like weight, got ",
               bias.size());
-  const Tensor rows = as_rows(x, x.size(-1), "x");
+  const Rows rows(as_rows(x, x.size(-1), "x"));
   const int64_t ranks = adapters.empty() ? 0 : adapters.back().h_end();
-  const Tensor h = down_products(rows, adapters, ranks, row_group.has_value());
+  const Tensor h = down_products(rows.tensor(), adapters, ranks, row_group.has_value());
   std::vector<Tensor> y;
   for (size_t j = 0; j < bases.size(); ++j) {
     const OptionalTensor layer_bias = bias[j].numel() ? OptionalTensor(bias[j]) : std::nullopt;
@@ -449,8 +454,7 @@ Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const Optio
   dtype_of(lora_b, "lora_b");
   const BaseWeight base(weight, absmax, absmax2, offset, blocksize, out_features, in_features, base_dtype);
   const Tensor a = lora_a.to(at::kFloat).contiguous(), b = lora_b.to(at::kFloat);
-  const Tensor dense = base.is_dense() ? base.dense().contiguous() : Tensor();
-  const MatrixView w = base.is_dense() ? dense_matrix(dense, "weight") : base.packed();
+  const MatrixView w = base.matrix();
 
   Tensor squares = at::empty({out_features}, a.options());
   float* out = squares.mutable_data_ptr<float>();

@@ -92,13 +92,13 @@ Tensor nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, c
   TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, got 0");
   TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
   const int64_t in_features = x.size(-1);
-  const Tensor rows = activation(x, in_features, "x");
+  const Rows rows(activation(x, in_features, "x"));
   const Nf4Holder weight(packed, absmax, absmax2, offset, blocksize, out_features * in_features);
   Tensor y = at::empty(sizes_with_last(x, out_features), x.options());
   Product product(y);
   product.start_from(bias, x.scalar_type());
-  product.add(term_of(rows, "x", weight.matrix(in_features)));
-  product.run_nt();
+  product.add(term_of(rows.tensor(), "x", weight.matrix(in_features)));
+  product.run_nt(rows);
   return y;
 }
 

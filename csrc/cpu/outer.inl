@@ -18,6 +18,10 @@ struct OuterF32 {
   static void pack_lhs(const void* lhs, DType dtype, int64_t first, int64_t count, float* out) {
     widen_run(lhs, dtype, first, count, 1.0f, out);
   }
+  // lhs from element `first`, where it can be read as it lies.
+  static const float* direct_lhs(const GemmTerm& term, int64_t first) {
+    return term.lhs_dtype == DType::kF32 ? static_cast<const float*>(term.lhs) + first : nullptr;
+  }
   // Fills one step of a strip from rhs, from element `first` on. `cols` of its columns exist.
   static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t /*rows*/, int64_t cols,
                         float* out) {

@@ -28,16 +28,15 @@ struct Grid {
 // Every m part decodes the panels of its columns again, which costs about as much as this many rows.
 inline constexpr int64_t kDecodeRows = 12;
 
-inline Grid plan_grid(int64_t m, int64_t n, int64_t depth, int64_t n_unit) {
-  constexpr int64_t kMUnit = 6;
+inline Grid plan_grid(int64_t m, int64_t n, int64_t depth, int64_t m_unit, int64_t n_unit) {
   const int64_t useful = std::max<int64_t>(1, (m + kDecodeRows) * n * depth / kMultiplyAddsPerThread);
   const int64_t threads = std::min<int64_t>(at::get_num_threads(), useful);
-  const int64_t m_units = ceil_div(m, kMUnit), n_units = ceil_div(n, n_unit);
+  const int64_t m_units = ceil_div(m, m_unit), n_units = ceil_div(n, n_unit);
   Grid best{};
   int64_t best_cost = INT64_MAX;
   for (int64_t n_parts = 1; n_parts <= std::min(threads, n_units); ++n_parts) {
     const int64_t m_parts = std::min(threads / n_parts, m_units);
-    const int64_t m_chunk = ceil_div(m_units, m_parts) * kMUnit,
+    const int64_t m_chunk = ceil_div(m_units, m_parts) * m_unit,
                   n_chunk = ceil_div(n_units, n_parts) * n_unit;
     const int64_t cost = (m_chunk + kDecodeRows) * n_chunk;
     if (cost <= best_cost) {
@@ -50,17 +49,20 @@ inline Grid plan_grid(int64_t m, int64_t n, int64_t depth, int64_t n_unit) {
 
 using GemmKernel = void (*)(const GemmParams&, const Rect&, void* scratch);
 
-inline void run_gemm(GemmKernel kernel, const GemmParams& params, int64_t n_unit) {
-  if (params.m == 0 || params.n == 0) return;
+// Rows [m_begin, m_end) of the output, cut at multiples of m_unit from m_begin.
+inline void run_gemm(GemmKernel kernel, const GemmParams& params, int64_t m_begin, int64_t m_end,
+                     int64_t m_unit, int64_t n_unit) {
+  if (m_begin >= m_end || params.n == 0) return;
   int64_t depth = 1;
   for (int64_t t = 0; t < params.term_count; ++t) depth += params.terms[t].depth;
-  const Grid grid = plan_grid(params.m, params.n, depth, n_unit);
+  const Grid grid = plan_grid(m_end - m_begin, params.n, depth, m_unit, n_unit);
   at::parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
     void* scratch = thread_scratch();
     TORCH_CHECK(scratch, "out of memory: ", kScratchBytes, " bytes of scratch for a CPU kernel");
     for (int64_t task = begin; task < end; ++task) {
-      const int64_t m0 = task % grid.m_parts * grid.m_chunk, n0 = task / grid.m_parts * grid.n_chunk;
-      kernel(params, {m0, std::min(m0 + grid.m_chunk, params.m), n0, std::min(n0 + grid.n_chunk, params.n)},
+      const int64_t m0 = m_begin + task % grid.m_parts * grid.m_chunk,
+                    n0 = task / grid.m_parts * grid.n_chunk;
+      kernel(params, {m0, std::min(m0 + grid.m_chunk, m_end), n0, std::min(n0 + grid.n_chunk, params.n)},
              scratch);
     }
   });

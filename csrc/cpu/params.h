@@ -70,7 +70,22 @@ struct GemmParams {
   int64_t out_ld;
   int64_t m;
   int64_t n;
+  // gemm_pairs: rows [packed_begin, packed_end) of the first term's lhs, as pack_pairs leaves them.
+  const void* packed_lhs;
+  int64_t packed_begin, packed_end;
 };
+
+// bf16 rows [rows, depth] to pairs: strip by strip of kPackRows rows, in a strip pair by pair of the depth,
+// for each pair the rows side by side (of the last strip a multiple of 16). Padded with zeros. In every
+// kPackDepth elements of the depth the even ones come before the odd ones, as high nibbles and low nibbles of
+// a packed weight do when they are taken apart.
+struct PackParams {
+  const void* x;
+  int64_t rows, depth;
+  void* out;  // rows rounded up to 16, times depth rounded up to kPackDepth
+};
+inline constexpr int64_t kPackRows = 64;
+inline constexpr int64_t kPackDepth = 64;
 
 // The part of the output that one task computes.
 struct Rect {

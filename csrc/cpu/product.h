@@ -1,7 +1,10 @@
 // A matrix product as the GEMM kernels take it, put together term by term from tensors.
 #pragma once
 
+#include <ATen/ATen.h>
 #include <c10/util/SmallVector.h>
+
+#include <utility>
 
 #include "checks.h"
 #include "parallel.h"
@@ -13,6 +16,40 @@ inline GemmTerm term_of(const Tensor& lhs, const char* name, const MatrixView& r
   return {lhs.const_data_ptr(), dtype_of(lhs, name), lhs.size(-1), rhs, rhs_scale, lhs.size(-1), 0, INT64_MAX,
           DropoutMask{}};
 }
+
+// Activations as rows, and packed for gemm_pairs once a product asks for that: a block of rows at a time, as
+// a copy of them all would be fresh memory, and touching that costs more than packing.
+class Rows {
+ public:
+  static constexpr int64_t kBlock = 1024;
+
+  explicit Rows(Tensor rows) : rows_(std::move(rows)) {}
+  const Tensor& tensor() const { return rows_; }
+
+  // Rows [begin, begin + kBlock), as far as there are.
+  const void* packed(int64_t begin) const {
+    if (begin == packed_begin_) return packed_.const_data_ptr();
+    const int64_t rows = std::min(kBlock, rows_of(rows_) - begin), depth = rows_.size(-1);
+    const int64_t padded = ceil_div(depth, kPackDepth) * kPackDepth;
+    if (!packed_.defined())
+      packed_ = at::empty({ceil_div(rows, kPackRows) * kPackRows * padded}, rows_.options());
+    const PackParams params{static_cast<const BF16*>(rows_.const_data_ptr()) + begin * depth, rows, depth,
+                            packed_.mutable_data_ptr()};
+    const auto pack_pairs = kernels().pack_pairs;
+    at::parallel_for(0, ceil_div(rows, kPackRows), ceil_div(kElementwiseGrain, kPackRows * padded),
+                     [&](int64_t first, int64_t last) { pack_pairs(params, first, last); });
+    packed_begin_ = begin;
+    return params.out;
+  }
+
+ private:
+  Tensor rows_;
+  mutable Tensor packed_;
+  mutable int64_t packed_begin_ = -1;
+};
+
+// Up to so many rows take a packed weight as it comes, and want nothing packed.
+inline constexpr int64_t kFewRows = 4;
 
 class Product {
  public:
@@ -43,14 +80,30 @@ class Product {
 
   void add(const GemmTerm& term) { terms_.push_back(term); }
 
-  void run_nt() { run(kernels().gemm_nt, 16); }
-  void run_nn() { run(kernels().gemm_nn, 64); }
+  void run_nt() { run(kernels().gemm_nt, 0, params.m, 6, 16); }
+  void run_nn() { run(kernels().gemm_nn, 0, params.m, 6, 64); }
+
+  // run_nt with `first` for the lhs of the first term; those of the others must be fp32, their rhs dense.
+  void run_nt(const Rows& first) {
+    const GemmTerm& term = terms_[0];
+    const bool is_bf16 = term.lhs_dtype == DType::kBF16 && params.out_dtype != DType::kF16 &&
+                         (term.rhs.nf4 || (term.rhs.dtype == DType::kBF16 && term.rhs_scale == 1.0f));
+    if (!is_bf16 || !kernels().gemm_pairs || params.m <= kFewRows || params.n == 0 || term.depth == 0) {
+      return run_nt();
+    }
+    for (int64_t m = 0; m < params.m; m += Rows::kBlock) {
+      params.packed_lhs = first.packed(m);
+      params.packed_begin = m;
+      params.packed_end = std::min(m + Rows::kBlock, params.m);
+      run(kernels().gemm_pairs, m, params.packed_end, kPackRows, 48);
+    }
+  }
 
  private:
-  void run(GemmKernel kernel, int64_t n_unit) {
+  void run(GemmKernel kernel, int64_t m_begin, int64_t m_end, int64_t m_unit, int64_t n_unit) {
     params.terms = terms_.data();
     params.term_count = static_cast<int64_t>(terms_.size());
-    run_gemm(kernel, params, n_unit);
+    run_gemm(kernel, params, m_begin, m_end, m_unit, n_unit);
   }
 
   c10::SmallVector<GemmTerm, 4> terms_;

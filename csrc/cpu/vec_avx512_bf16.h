@@ -12,6 +12,8 @@ inline VecPairs load_pairs(const void* p) { return (__m512bh)_mm512_loadu_si512(
 inline VecPairs load_pairs_part(const void* p, int64_t count) {
   return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32{1} << count) - 1, p);
 }
+inline Vec as_floats(VecPairs x) { return (Vec)x; }
+inline void store_bits(uint32_t* p, Vec x) { _mm512_storeu_ps(p, x); }
 inline VecPairs splat_pair(const void* p) {
   int32_t pair;
   memcpy(&pair, p, sizeof(pair));
@@ -19,6 +21,34 @@ inline VecPairs splat_pair(const void* p) {
 }
 // sum[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
 inline Vec dot_pairs(VecPairs a, VecPairs b, Vec sum) { return _mm512_dpbf16_ps(sum, a, b); }
+
+// 16 rows of 16 lanes, in place.
+inline void transpose(Vec (&rows)[kLanes]) {
+  __m512d pairs[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i], rows[i + 1])),
+                  high01 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i], rows[i + 1])),
+                  low23 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i + 2], rows[i + 3])),
+                  high23 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i + 2], rows[i + 3]));
+    pairs[i] = _mm512_unpacklo_pd(low01, low23);
+    pairs[i + 1] = _mm512_unpackhi_pd(low01, low23);
+    pairs[i + 2] = _mm512_unpacklo_pd(high01, high23);
+    pairs[i + 3] = _mm512_unpackhi_pd(high01, high23);
+  }
+  // pairs[i + c] now holds column 4q + c of rows i to i + 3 in its 128-bit lane q.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512d even_low = _mm512_shuffle_f64x2(pairs[c], pairs[c + 4], 0x88),
+                  odd_low = _mm512_shuffle_f64x2(pairs[c], pairs[c + 4], 0xdd),
+                  even_high = _mm512_shuffle_f64x2(pairs[c + 8], pairs[c + 12], 0x88),
+                  odd_high = _mm512_shuffle_f64x2(pairs[c + 8], pairs[c + 12], 0xdd);
+    rows[c] = _mm512_castpd_ps(_mm512_shuffle_f64x2(even_low, even_high, 0x88));
+    rows[c + 4] = _mm512_castpd_ps(_mm512_shuffle_f64x2(odd_low, odd_high, 0x88));
+    rows[c + 8] = _mm512_castpd_ps(_mm512_shuffle_f64x2(even_low, even_high, 0xdd));
+    rows[c + 12] = _mm512_castpd_ps(_mm512_shuffle_f64x2(odd_low, odd_high, 0xdd));
+  }
+}
 
 // a0 b0 a1 b1 ... of 32 elements each.
 inline void interleave_pairs(const PanelBF16* a, const PanelBF16* b, PanelBF16* out) {
@@ -30,6 +60,33 @@ inline void interleave_pairs(const PanelBF16* a, const PanelBF16* b, PanelBF16* 
   _mm512_storeu_si512(out, _mm512_permutex2var_epi64(low, first, high));
   _mm512_storeu_si512(out + 2 * kLanes, _mm512_permutex2var_epi64(low, second, high));
 }
+
+inline void store_pairs(void* p, VecPairs x) { _mm512_storeu_si512(p, (__m512i)x); }
+
+// The even and the odd ones of 64 elements.
+struct EvenOdd {
+  VecPairs even, odd;
+};
+inline EvenOdd even_odd(VecPairs first, VecPairs second) {
+  const __m512i evens = _mm512_set_epi16(62, 60, 58, 56, 54, 52, 50, 48, 46, 44, 42, 40, 38, 36, 34, 32,  //
+                                         30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+  const __m512i odds = _mm512_add_epi16(evens, _mm512_set1_epi16(1));
+  return {(__m512bh)_mm512_permutex2var_epi16((__m512i)first, evens, (__m512i)second),
+          (__m512bh)_mm512_permutex2var_epi16((__m512i)first, odds, (__m512i)second)};
+}
+
+// Decodes 64 elements with one absmax, the even ones before the odd ones: those are the high nibbles, these
+// the low ones, so that neither has to be brought between the others.
+struct EvenOddTable {
+  __m512i table;  // the 16 values twice: vpermw reads five bits of an index
+  explicit EvenOddTable(float absmax)
+      : table(_mm512_broadcast_i64x4(narrow(mul(load(nf4::kCode), splat(absmax)), PanelBF16{}))) {}
+  void decode(const uint8_t* packed, PanelBF16* out) const {
+    const __m512i bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed)));
+    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes, 4), table));
+    _mm512_storeu_si512(out + 32, _mm512_permutexvar_epi16(bytes, table));
+  }
+};
 
 // Decodes one row with each of two absmax, interleaved: the 32 entries that vpermw can read hold both tables.
 struct PairTable {
