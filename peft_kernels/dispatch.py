@@ -15,6 +15,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import spec
 from .backends import BACKENDS, Backend
@@ -28,6 +29,7 @@ _forced: ContextVar[str | None] = ContextVar("peft_kernels_backend", default=Non
 _logged: set[tuple[str, str]] = set()
 _usable: list[Backend] = []
 _libraries: list[torch.library.Library] = []
+_chosen: dict[tuple[str, str, torch.dtype], Callable[..., Any]] = {}
 
 
 def install() -> None:
@@ -51,7 +53,22 @@ def _public_kernel(op: spec.Op) -> Callable[..., Any]:
 def kernel(op: str, args: Sequence[Any]) -> Callable[..., Any]:
     """The back end op that serves `op` with `args`. RuntimeError when a forced back end cannot."""
     backend = select(op, args)
-    return getattr(getattr(torch.ops, backend.namespace), op)
+    return getattr(getattr(torch.ops, backend.namespace), op).default
+
+
+def kernel_like(op: str, like: Tensor) -> Callable[..., Any]:
+    """As `kernel`, for arguments of which `like` has the device and the dtype that decide.
+
+    The choice is remembered: looking at all arguments in every call costs a small layer as much as its
+    arithmetic.
+    """
+    if forced() is not None:
+        return kernel(op, (like,))
+    key = op, like.device.type, like.dtype
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = kernel(op, (like,))
+    return found
 
 
 def select(op: str, args: Sequence[Any]) -> Backend:

@@ -134,7 +134,7 @@ def dora_linear(
     if magnitude.shape != (shape[0],):
         raise ValueError(f"magnitude: expected shape ({shape[0]},), got {tuple(magnitude.shape)}")
     base = tuple(t.detach() if isinstance(t, Tensor) else t for t in group)
-    norm = _call("dora_norm", *base, lora_a.detach(), lora_b.detach(), float(scaling))
+    norm = _call("dora_norm", *base, lora_a.detach(), lora_b.detach(), float(scaling), like=x)
     scale = magnitude.float() / norm.to(magnitude.dtype).float()
     if not dropout_p:
         return _call("dora_scale", lora_linear(x, weight, lora_a, lora_b, scaling, bias), scale, bias)
@@ -333,8 +333,13 @@ def _check_activation(activation: str) -> None:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
-def _call(op: str, *args: Any) -> Any:
-    """Eager calls skip the public op, one Python dispatch less; traced ones record it."""
+def _call(op: str, *args: Any, like: Tensor | None = None) -> Any:
+    """Eager calls skip the public op, and without grad autograd too, two Python dispatches less; traced ones
+    record it. `like`, by default the first argument, decides which back end serves."""
     if torch.compiler.is_compiling():
         return getattr(torch.ops.peft_kernels, op)(*args)
-    return dispatch.kernel(op, args)(*args)
+    kernel = dispatch.kernel_like(op, args[0] if like is None else like)
+    if torch.is_grad_enabled():
+        return kernel(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return kernel(*args)

@@ -27,9 +27,9 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     counted: Counter[str] = Counter()
     call = functional._call
 
-    def counting(op: str, *args: Any) -> Any:
+    def counting(op: str, *args: Any, **kwargs: Any) -> Any:
         counted[op] += 1
-        return call(op, *args)
+        return call(op, *args, **kwargs)
 
     monkeypatch.setattr(functional, "_call", counting)
     return counted
