@@ -26,7 +26,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.built: Makefile $(VENV)/.packages setup.py peft_kernels/spec.py $(CPP)
-	PEFT_KERNELS_CPU=1 $(BIN)/pip install -q --no-build-isolation --no-deps \
+	PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 $(BIN)/pip install -q --no-build-isolation --no-deps \
 	  --config-settings editable_mode=compat -e .
 	@touch $@
 

@@ -2,6 +2,7 @@
 
 PEFT_KERNELS_CPU   unset: build the CPU back end where there is a C++ compiler and torch, else install pure
                    Python and say so; 0: leave it out; 1: fail without it
+PEFT_KERNELS_EMULATE  1: add emulated instruction-set levels, for tests on machines that lack the real ones
 PEFT_KERNELS_CUDA  see cuda_extensions()
 
 A compile error is always an error: a machine with a compiler should not get the slow package by accident.
@@ -35,7 +36,8 @@ CPU_SOURCES = [
     "csrc/cpu/scalar.cpp",
 ]
 HEADERS = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in (".h", ".inl")]
-X86_SOURCES = ["csrc/cpu/avx2.cpp", "csrc/cpu/avx512.cpp", "csrc/cpu/avx512_bf16.cpp"]
+X86_SOURCES = [f"csrc/cpu/{level}.cpp" for level in ("avx2", "avx512", "avx512_bf16", "amx")]
+EMULATED_SOURCES = ["csrc/cpu/amx_emulated.cpp"]
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 PROBE = "#include <vector>\nint main() { return int(std::vector<int>().size()); }\n"
@@ -122,11 +124,15 @@ def cpu_extensions() -> tuple[list[Any], dict[str, Any]]:
         # at::parallel_for is a template, so it needs -fopenmp here. The link does not: libtorch_cpu brings
         # its own OpenMP runtime, and naming one could load a second, with a second pool of threads.
         compile_args.append("-fopenmp")
+    emulate = bool(switch("PEFT_KERNELS_EMULATE")) and IS_X86
     extension = CppExtension(
         name="peft_kernels._C",
-        sources=CPU_SOURCES + (X86_SOURCES if IS_X86 else []),
+        sources=CPU_SOURCES + (X86_SOURCES if IS_X86 else []) + (EMULATED_SOURCES if emulate else []),
         depends=["peft_kernels/spec.py", *HEADERS],
-        define_macros=[("PEFT_KERNELS_SPEC_HASH", spec_hash())],
+        define_macros=[
+            ("PEFT_KERNELS_SPEC_HASH", spec_hash()),
+            ("PEFT_KERNELS_EMULATE", str(int(emulate))),
+        ],
         extra_compile_args={"cxx": compile_args},
     )
     # The C++ standard is left to BuildExtension, which knows what torch's headers ask for (at least C++17).

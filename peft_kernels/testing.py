@@ -19,20 +19,33 @@ from . import dispatch, spec
 from .backends import BACKENDS, cpu
 from .nf4 import NF4Weight
 
-ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16")
+ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+EMULATED = {"amx": "amx_emulated"}
+"""Levels that stand in for one which the machine lacks, in a build with PEFT_KERNELS_EMULATE=1."""
 
 
 def backend_ids() -> list[str]:
     """Every back end by the name that tests use: reference, cpu-scalar, cpu-avx2, ..."""
-    return ["reference", *(f"cpu-{level}" for level in ISA_LEVELS)]
+    return ["reference", *(f"cpu-{_level(level)}" for level in ISA_LEVELS)]
+
+
+def _level(level: str) -> str:
+    emulated = EMULATED.get(level)
+    if emulated is None or BACKENDS["cpu"].probe() is not None:
+        return level
+    extension = cpu.BACKEND.extension
+    stands_in = emulated in extension.emulated_levels() and level not in extension.isa_levels()
+    return emulated if stands_in else level
 
 
 def unavailable(backend_id: str) -> str | None:
     """Why a back end (or an instruction set of it) cannot run here, or None."""
     name, _, level = backend_id.partition("-")
     reason = BACKENDS[name].probe()
-    if reason is None and level and level not in cpu.BACKEND.extension.isa_levels():
-        reason = f"this machine has no {level}"
+    if reason is None and level:
+        extension = cpu.BACKEND.extension
+        if level not in (*extension.isa_levels(), *extension.emulated_levels()):
+            reason = f"this machine has no {level}"
     return reason
 
 

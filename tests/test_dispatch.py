@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -321,3 +322,26 @@ for name in pk.__all__: getattr(pk, name)
 def test_importing_twice_defines_the_ops_once() -> None:
     dispatch.install()
     assert len(dispatch._libraries) == 1
+
+
+def test_refused_tiles_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a sandbox forbids arch_prctl: the level below serves, and explain() says why."""
+    reason = "amx: the kernel refuses the process its tiles"
+    fake = SimpleNamespace(
+        isa_levels=lambda: ["scalar", "avx512_bf16"],
+        isa_level=lambda: "avx512_bf16",
+        refused_isa_reason=lambda: reason,
+    )
+    monkeypatch.setattr(cpu.BACKEND, "_extension", fake)
+    assert (
+        f"instruction set avx512_bf16 (of scalar, avx512_bf16), {torch.get_num_threads()} threads; not {reason}"
+        in (pk.explain())
+    )
+
+
+def test_an_emulated_level_is_never_chosen_by_itself() -> None:
+    extension = cpu.BACKEND.extension
+    assert not set(extension.emulated_levels()) & set(extension.isa_levels())
+    assert (
+        python("from peft_kernels import _C; print(_C.isa_level())").stdout.strip() in extension.isa_levels()
+    )

@@ -7,6 +7,7 @@
 #include "isa.h"
 
 #define PEFT_KERNELS_BF16_DOT 0
+#define PEFT_KERNELS_TILES 0
 
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")

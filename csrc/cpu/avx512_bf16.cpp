@@ -8,6 +8,7 @@
 #include "isa.h"
 
 #define PEFT_KERNELS_BF16_DOT 1
+#define PEFT_KERNELS_TILES 0
 
 #pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")

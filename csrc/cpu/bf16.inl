@@ -31,6 +31,21 @@ struct OuterBF16 {
   using Value = PanelBF16;
   static constexpr int kPair = 2;
   static constexpr int64_t kChain = 256;
+  static constexpr bool kWholeTiles = PEFT_KERNELS_TILES;
+#if PEFT_KERNELS_TILES
+  static constexpr int kDepthUnit = kTileDepth, kTileRows = kTileDim;
+  static void multiply(int64_t, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip, int64_t steps,
+                       float* tile, int64_t tile_ld) {
+    tiles_block<1, kStrip / kTileDim>(lhs, lhs_ld * sizeof(PanelBF16), strip, kPair * steps / kTileDepth,
+                                      tile, tile_ld);
+  }
+#else
+  static constexpr int kDepthUnit = kPair, kTileRows = kOuterRows;
+  static void multiply(int64_t rows, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip,
+                       int64_t steps, float* tile, int64_t tile_ld) {
+    outer_rows<OuterBF16, kTileRows>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
+  }
+#endif
   static VecPairs splat_lhs(const PanelBF16* p) { return splat_pair(p); }
   static VecPairs load_rhs(const PanelBF16* p) { return load_pairs(p); }
   static Vec mac(VecPairs a, VecPairs b, Vec sum) { return dot_pairs(a, b, sum); }

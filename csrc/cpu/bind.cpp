@@ -31,6 +31,11 @@ std::vector<std::string> isa_levels() {
   return levels;
 }
 
+std::vector<std::string> emulated_levels() {
+  const char* name = cpu::usable_isa_name(cpu::Isa::kAmxEmulated);
+  return name ? std::vector<std::string>{name} : std::vector<std::string>{};
+}
+
 void set_isa_level(const std::string& name) {
   if (cpu::set_isa(name.c_str())) return;
   std::string expected;
@@ -50,6 +55,9 @@ PYBIND11_MODULE(_C, m) {
     throw std::runtime_error(std::string(error) + ", got " + std::getenv("PEFT_KERNELS_CPU_ISA"));
   }
   m.def("isa_levels", isa_levels, "Levels that this machine can run, ascending.");
+  m.def("emulated_levels", emulated_levels, "Further ones, for tests only.");
+  m.def("refused_isa_reason", cpu::refused_isa_reason,
+        "Why the processor's best level is not used, or None.");
   m.def("isa_level", [] { return std::string(cpu::kernels().name); }, "The level in use.");
   m.def("set_isa_level", set_isa_level, "Choose a level for every later call in this process.");
   m.def("nf4_code", [] { return to_vector(nf4::kCode); });

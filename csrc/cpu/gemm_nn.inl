@@ -7,7 +7,7 @@ constexpr int64_t kNnDepth = 256;     // rows of rhs decoded together
 constexpr int64_t kNnTileLd = kNnStrips * kStrip;
 constexpr int64_t kNnTileFloats = kNnTileRows * kNnTileLd;
 constexpr int64_t kNnPanelFloats = kNnDepth * kNnStrips * kStrip;
-constexpr int64_t kNnLhsFloats = kOuterRows * kNnDepth;
+constexpr int64_t kNnLhsFloats = 16 * kNnDepth;  // of the rows in a register tile
 static_assert((2 * kNnTileFloats + kNnPanelFloats + kNnLhsFloats) * sizeof(float) <= kScratchBytes, "");
 
 // With few rows a panel is soon done with: it should fit L1. Rows of the whole product count, not of this
@@ -31,12 +31,11 @@ void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t 
   Value* packed = static_cast<Value*>(lhs_memory);
   for (int64_t p0 = 0; p0 < term.depth; p0 += depth_block) {
     const int64_t depth = min64(depth_block, term.depth - p0);
-    const int64_t steps = (depth + Outer::kPair - 1) / Outer::kPair;
-    const int64_t padded = steps * Outer::kPair;
-    for (int64_t p = 0; p < depth; p += Outer::kPair) {
+    const int64_t padded = round_up(depth, Outer::kDepthUnit), steps = padded / Outer::kPair;
+    for (int64_t p = 0; p < padded; p += Outer::kPair) {
       for (int64_t c = 0; c < cols; c += kStrip) {
         Outer::fill_step(term.rhs, term.rhs_scale, (p0 + p) * term.rhs.ld + n0 + c,
-                         min64(Outer::kPair, depth - p), min64(kStrip, cols - c),
+                         max64(0, min64(Outer::kPair, depth - p)), min64(kStrip, cols - c),
                          panel + c * padded + p * kStrip);
       }
       for (int64_t next = p0 + p + depth_block, end = next + Outer::kPair; next < min64(end, term.depth);
@@ -44,11 +43,11 @@ void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t 
         prefetch_columns(term.rhs, next * term.rhs.ld + n0, cols);
       }
     }
-    for (int64_t r = 0; r < rows; r += kOuterRows) {
-      const int64_t count = min64(kOuterRows, rows - r);
+    for (int64_t r = 0; r < rows; r += Outer::kTileRows) {
+      const int64_t count = min64(Outer::kTileRows, rows - r);
       int64_t lhs_ld = term.lhs_ld;
       const Value* lhs = Outer::direct_lhs(term, (m0 + r) * lhs_ld + p0);
-      if (!lhs || depth < padded) {
+      if (!lhs || depth < padded || (Outer::kWholeTiles && count < Outer::kTileRows)) {
         lhs_ld = padded;
         lhs = packed;
         for (int64_t i = 0; i < count; ++i) {
@@ -56,10 +55,12 @@ void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t 
                           packed + i * padded);
           if (depth < padded) memset(packed + i * padded + depth, 0, (padded - depth) * sizeof(Value));
         }
+        if (Outer::kWholeTiles) {
+          memset(packed + count * padded, 0, (Outer::kTileRows - count) * padded * sizeof(Value));
+        }
       }
       for (int64_t c = 0; c < cols; c += kStrip) {
-        outer_rows<Outer, kOuterRows>(count, lhs, lhs_ld, panel + c * padded, steps, tile + r * kNnTileLd + c,
-                                      kNnTileLd);
+        Outer::multiply(count, lhs, lhs_ld, panel + c * padded, steps, tile + r * kNnTileLd + c, kNnTileLd);
       }
     }
   }
@@ -76,6 +77,9 @@ inline void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, i
 }
 
 void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
+#if PEFT_KERNELS_TILES
+  const Tiles tiles;
+#endif
   float* tile = static_cast<float*>(scratch);
   float* panel = tile + kNnTileFloats;
   float* lhs = panel + kNnPanelFloats;

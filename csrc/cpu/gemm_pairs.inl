@@ -9,6 +9,7 @@ constexpr int64_t kPairsDepth = 256;  // of one pass: a strip of lhs that long t
 constexpr int64_t kPairsRowLd = kPairsDepth + 32;  // keeps decoded rows out of each other's cache sets
 constexpr int64_t kPairsBlockRows = 512;           // rows of lhs that one decoded row of rhs serves
 constexpr int64_t kPairsMaxCols = 192;             // rows of rhs decoded together
+constexpr int64_t kPairsFewRowsCols = PEFT_KERNELS_TILES ? 64 : 48;  // the same where lhs is one strip
 constexpr int64_t kPairsTileFloats = 192 * (kPairsBlockRows + 16);
 constexpr int64_t kThinDepthBlock = 64;  // of fp32 terms: the LoRA deltas
 constexpr int64_t kPairsScratchBytes =
@@ -89,6 +90,19 @@ inline void fill_pairs_row(const MatrixView& rhs, int64_t first, int64_t count, 
 }
 
 // tile[r][lane] += the sum over pairs of rhs[r] * strip[lane], kVectors vectors of lanes.
+#if PEFT_KERNELS_TILES
+constexpr int64_t kPairsGroup = 64;  // a multiple of every kPairsTileRows
+template <int kVectors>
+constexpr int kPairsTileRows = kTileDim * (4 / kVectors);
+
+template <int kVectors>
+inline void pairs_tile(const PanelBF16* rhs, const uint32_t* strip, int64_t steps, float* tile,
+                       int64_t tile_ld) {
+  tiles_block<4 / kVectors, kVectors>(rhs, kPairsRowLd * sizeof(PanelBF16), strip, 2 * steps / kTileDepth,
+                                      tile, tile_ld);
+}
+#else
+constexpr int64_t kPairsGroup = 24;
 template <int kVectors>
 constexpr int kPairsTileRows = 24 / kVectors;
 
@@ -96,31 +110,32 @@ template <int kVectors>
 void pairs_tile(const PanelBF16* rhs, const uint32_t* strip, int64_t steps, float* tile, int64_t tile_ld) {
   constexpr int kRows = kPairsTileRows<kVectors>;
   Vec sums[kRows][kVectors];
-#pragma GCC unroll 24
+#  pragma GCC unroll 24
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#  pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) sums[r][v] = zero();
   }
   for (int64_t s = 0; s < steps; ++s, rhs += 2, strip += kVectors * kLanes) {
     VecPairs x[kVectors];
-#pragma GCC unroll 4
+#  pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) x[v] = load_pairs(strip + v * kLanes);
-#pragma GCC unroll 24
+#  pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
       const VecPairs w = splat_pair(rhs + r * kPairsRowLd);
-#pragma GCC unroll 4
+#  pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) sums[r][v] = dot_pairs(x[v], w, sums[r][v]);
     }
   }
-#pragma GCC unroll 24
+#  pragma GCC unroll 24
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
+#  pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       float* out = tile + r * tile_ld + v * kLanes;
       store(out, add(load(out), sums[r][v]));
     }
   }
 }
+#endif
 
 // All rows of a panel against one strip. Rows of zeros fill the last register tile.
 template <int kVectors>
@@ -141,7 +156,7 @@ struct PairsBlock {
 void pairs_add_packed(const GemmParams& p, const PairsBlock& b, PanelBF16* panel) {
   const GemmTerm& term = p.terms[0];
   const int64_t padded = round_up(term.depth, kPackDepth);
-  const int64_t filled = round_up(b.cols, 24);
+  const int64_t filled = round_up(b.cols, kPairsGroup);
   for (int64_t k0 = 0; k0 < term.depth; k0 += kPairsDepth) {
     const int64_t depth = min64(kPairsDepth, term.depth - k0), steps = round_up(depth, kPackDepth) / 2;
     for (int64_t c = 0; c < b.cols; ++c) {
@@ -246,7 +261,7 @@ void pairs_store_out(const GemmParams& p, const PairsBlock& b) {
 
 inline void pairs_start(const GemmParams& p, const PairsBlock& b) {
   const int64_t row_bytes = b.tile_ld * sizeof(float);
-  memset(b.tile, 0, round_up(b.cols, 24) * row_bytes);
+  memset(b.tile, 0, round_up(b.cols, kPairsGroup) * row_bytes);
   if (p.add_to_out) {
     if (p.out_dtype == DType::kBF16) return pairs_load_out<BF16>(p, b);
     return pairs_load_out<float>(p, b);
@@ -261,6 +276,9 @@ inline void pairs_start(const GemmParams& p, const PairsBlock& b) {
 
 // The first term has `p.packed_lhs` for its lhs; others have theirs in fp32. `rect` starts at whole strips.
 void gemm_pairs(const GemmParams& p, const Rect& rect, void* scratch) {
+#if PEFT_KERNELS_TILES
+  const Tiles tiles;
+#endif
   float* tile = static_cast<float*>(scratch);
   PanelBF16* panel = reinterpret_cast<PanelBF16*>(tile + kPairsTileFloats);
   float* thin = reinterpret_cast<float*>(panel + kPairsMaxCols * kPairsRowLd);
@@ -268,7 +286,9 @@ void gemm_pairs(const GemmParams& p, const Rect& rect, void* scratch) {
     const int64_t rows = min64(kPairsBlockRows, rect.m1 - m0);
     const int64_t tile_ld = round_up(rows, kPackRows) + 16;
     // For a few rows the panel is read as soon as it is written: keep it in L1.
-    const int64_t width = rows <= kPackRows ? 48 : min64(kPairsMaxCols, kPairsTileFloats / tile_ld / 24 * 24);
+    const int64_t width = rows <= kPackRows
+                              ? kPairsFewRowsCols
+                              : min64(kPairsMaxCols, kPairsTileFloats / tile_ld / kPairsGroup * kPairsGroup);
     for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += width) {
       const PairsBlock block{m0, rows, n0, min64(width, rect.n1 - n0), tile, tile_ld};
       pairs_start(p, block);

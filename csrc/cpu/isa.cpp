@@ -6,6 +6,10 @@
 
 #if defined(__x86_64__)
 #  include <cpuid.h>
+#  if defined(__linux__)
+#    include <sys/syscall.h>
+#    include <unistd.h>
+#  endif
 #endif
 
 namespace peft_kernels::cpu {
@@ -22,6 +26,12 @@ const KernelTable* built_kernels(Isa isa) {
       return &kAvx512Kernels;
     case Isa::kAvx512Bf16:
       return &kAvx512Bf16Kernels;
+    case Isa::kAmx:
+      return &kAmxKernels;
+#  if PEFT_KERNELS_EMULATE
+    case Isa::kAmxEmulated:
+      return &kAmxEmulatedKernels;
+#  endif
 #endif
     default:
       return nullptr;
@@ -51,6 +61,19 @@ uint64_t enabled_state() {
   return (uint64_t{high} << 32) | low;
 }
 
+// Linux saves tiles only for processes that ask. Null when it does, else why not.
+const char* request_tiles() {
+#  if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0) return nullptr;
+  return "amx: the kernel refuses the process its tiles (arch_prctl ARCH_REQ_XCOMP_PERM)";
+#  else
+  return "amx: not supported on this operating system";
+#  endif
+}
+
+const char* refused = nullptr;
+
 Isa detect() {
   constexpr uint64_t kYmmState = 0x06;                   // XMM, upper YMM
   constexpr uint64_t kZmmState = 0xe6;                   // and opmask, upper ZMM, ZMM16-31
@@ -68,10 +91,16 @@ Isa detect() {
   if (!has_bits(state, kZmmState) || !has_bits(leaf7.ebx, kF | kDq | kBw | kVl)) return Isa::kAvx2;
   const bool has_leaf7_1 = leaf7.eax >= 1;
   if (!has_leaf7_1 || !has_bits(cpuid(7, 1).eax, kBf16)) return Isa::kAvx512;
-  return Isa::kAvx512Bf16;
+  constexpr uint64_t kTileState = 0x60000;                      // XTILECFG, XTILEDATA
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // leaf 7, edx
+  if (!has_bits(leaf7.edx, kAmxBf16 | kAmxTile)) return Isa::kAvx512Bf16;
+  refused = has_bits(state, kTileState) ? request_tiles() : "amx: the operating system does not save tiles";
+  return refused ? Isa::kAvx512Bf16 : Isa::kAmx;
 }
 
 #else
+
+const char* const refused = nullptr;
 
 Isa detect() { return Isa::kScalar; }
 
@@ -86,8 +115,9 @@ std::atomic<const KernelTable*> current{&kScalarKernels};
 
 // A level by name, whether or not this machine can run it; -1 when there is no such level in any build.
 int isa_by_name(const char* name) {
-  static constexpr const char* kNames[kIsaCount] = {"scalar", "avx2", "avx512", "avx512_bf16"};
-  for (int i = 0; i < kIsaCount; ++i) {
+  static constexpr const char* kNames[kIsaCount + 1] = {"scalar",      "avx2", "avx512",
+                                                        "avx512_bf16", "amx",  "amx_emulated"};
+  for (int i = 0; i <= kIsaCount; ++i) {
     if (std::strcmp(name, kNames[i]) == 0) return i;
   }
   return -1;
@@ -103,17 +133,21 @@ struct Scratch {
 
 }  // namespace
 
+const char* refused_isa_reason() {
+  best_isa();
+  return refused;
+}
+
 const char* usable_isa_name(Isa isa) {
-  if (isa > best_isa()) return nullptr;
+  if (isa > best_isa() && !(isa == Isa::kAmxEmulated && best_isa() >= Isa::kAvx512Bf16)) return nullptr;
   const KernelTable* table = built_kernels(isa);
   return table ? table->name : nullptr;
 }
 
 bool has_fast_dense() {
 #if defined(__x86_64__)
-  constexpr unsigned kAmxBf16 = 1u << 22;  // leaf 7, edx
-  static const bool has_amx = has_bits(cpuid(7, 0).edx, kAmxBf16);
-  return !has_amx && kernels().gemm_pairs;
+  const KernelTable& table = kernels();
+  return table.gemm_pairs && (best_isa() < Isa::kAmx || &table == &kAmxKernels) && !refused;
 #else
   return false;
 #endif
@@ -133,7 +167,7 @@ const char* select_isa_from_environment() {
   const char* name = std::getenv("PEFT_KERNELS_CPU_ISA");
   if (name && *name) {
     cap = isa_by_name(name);
-    if (cap < 0) return "PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512 or avx512_bf16";
+    if (cap < 0) return "PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512, avx512_bf16 or amx";
   }
   while (!usable_isa_name(static_cast<Isa>(cap))) --cap;
   current.store(built_kernels(static_cast<Isa>(cap)), std::memory_order_relaxed);

@@ -8,8 +8,8 @@
 namespace peft_kernels::cpu {
 
 // Ascending: a level may use everything below it.
-enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16 };
-inline constexpr int kIsaCount = 4;
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated };
+inline constexpr int kIsaCount = 5;  // without the last, which is for tests and never chosen by itself
 
 // What an ISA file exports. `rect` and the block or element range pick the part a task owns.
 struct KernelTable {
@@ -57,15 +57,22 @@ extern const KernelTable kScalarKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kAvx512Bf16Kernels;
+extern const KernelTable kAmxKernels;
+#  if PEFT_KERNELS_EMULATE
+extern const KernelTable kAmxEmulatedKernels;
+#  endif
 #endif
 
 // Name of a level that is built and that this machine, and its operating system, can run; null otherwise.
 const char* usable_isa_name(Isa isa);
 
+// Why the best level of this machine is not in use though its processor has it; null when it is, or has not.
+const char* refused_isa_reason();
+
 const KernelTable& kernels();
 
 // Whether the level in use multiplies dense bf16 matrices as fast as torch does on this machine: not where
-// torch has tiles (AMX) that no level here uses.
+// torch has tiles (AMX) and that level has not.
 bool has_fast_dense();
 
 // False when `name` is not a usable level.

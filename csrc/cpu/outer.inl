@@ -8,9 +8,12 @@ constexpr int64_t kStrip = 64;  // columns; one absmax block of the default size
 static_assert(kStrip % (kOuterVecs * kLanes) == 0, "");
 
 struct OuterF32 {
-  using Value = float;                   // of lhs and panel
-  static constexpr int kPair = 1;        // rows of rhs that share a lane
-  static constexpr int64_t kChain = 32;  // terms of one running sum
+  using Value = float;                  // of lhs and panel
+  static constexpr int kPair = 1;       // rows of rhs that share a lane
+  static constexpr int kDepthUnit = 1;  // of what is multiplied at once, padded with zeros
+  static constexpr int kTileRows = kOuterRows;
+  static constexpr bool kWholeTiles = false;  // whether all rows of a register tile must be there
+  static constexpr int64_t kChain = 32;       // terms of one running sum
   static Vec splat_lhs(const float* p) { return splat(*p); }
   static Vec load_rhs(const float* p) { return load(p); }
   static Vec mac(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
@@ -28,6 +31,9 @@ struct OuterF32 {
     fill_panel_row(rhs, first, cols, scale, out);
     memset(out + cols, 0, (kStrip - cols) * sizeof(float));
   }
+  // tile[r][c] += lhs[r] . strip[:, c] for `rows` rows and a whole strip.
+  static void multiply(int64_t rows, const float* lhs, int64_t lhs_ld, const float* strip, int64_t steps,
+                       float* tile, int64_t tile_ld);
 };
 
 // tile[r][c] += sum over p of lhs[r][p] * strip[p][c], in partial sums of kChain terms. One running fp32 sum
@@ -77,4 +83,9 @@ void outer_rows(int64_t rows, const typename Outer::Value* lhs, int64_t lhs_ld,
   for (int64_t v = 0; v < kStrip; v += kOuterVecs * kLanes) {
     outer_tile<Outer, kRows>(lhs, lhs_ld, strip + v * Outer::kPair, steps, tile + v, tile_ld);
   }
+}
+
+inline void OuterF32::multiply(int64_t rows, const float* lhs, int64_t lhs_ld, const float* strip,
+                               int64_t steps, float* tile, int64_t tile_ld) {
+  outer_rows<OuterF32, kTileRows>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
 }

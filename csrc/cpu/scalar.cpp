@@ -6,6 +6,7 @@
 #include "isa.h"
 
 #define PEFT_KERNELS_BF16_DOT 0
+#define PEFT_KERNELS_TILES 0
 
 namespace peft_kernels::cpu::scalar {
 // clang-format off

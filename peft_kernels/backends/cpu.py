@@ -47,8 +47,10 @@ class CpuBackend:
     def describe(self) -> str:
         extension = self.extension
         levels = ", ".join(extension.isa_levels())
-        return (
-            f"C++, instruction set {extension.isa_level()} (of {levels}), {torch.get_num_threads()} threads"
+        threads = f"{torch.get_num_threads()} threads"
+        refused = extension.refused_isa_reason()
+        return f"C++, instruction set {extension.isa_level()} (of {levels}), {threads}" + (
+            f"; not {refused}" if refused else ""
         )
 
     @property

@@ -1,0 +1,28 @@
+// Level amx_emulated: amx without its instructions, for tests on machines that lack them. System headers come
+// before the pragma: what they define must stay baseline code.
+#include <float.h>
+#include <immintrin.h>
+#include <string.h>
+
+#include "../common/nf4.h"
+#include "isa.h"
+
+#define PEFT_KERNELS_BF16_DOT 1
+#define PEFT_KERNELS_TILES 1
+
+#pragma GCC push_options
+#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+namespace peft_kernels::cpu::amx_emulated {
+// clang-format off
+#include "vec_avx512.h"
+#include "vec_avx512_bf16.h"
+#include "tiles_emulated.h"
+#include "kernels.inl"
+// clang-format on
+}  // namespace peft_kernels::cpu::amx_emulated
+#pragma GCC pop_options
+
+namespace peft_kernels::cpu {
+const KernelTable kAmxEmulatedKernels =
+    PEFT_KERNELS_TABLE_WITH(amx_emulated, amx_emulated::gemm_pairs, amx_emulated::pack_pairs);
+}

@@ -1,0 +1,46 @@
+// Both products of bf16 pairs on tiles: kVectors tiles of sums side by side share each tile of the rows that
+// lie as they are (decoded rows of the weight, rows of dy); the other operand comes in pairs already.
+//
+//   rows [16][32 elements]   x   pairs [16][lanes]   ->   sums [16][lanes]
+
+constexpr int kTileDim = 16;    // rows of a tile, and fp32 or pairs in a row
+constexpr int kTileDepth = 32;  // elements that one product sums
+
+template <int kValue>
+struct Constant {
+  constexpr operator int() const { return kValue; }
+};
+
+// visit(row, column) for a grid of tiles, with constants: a tile register is part of the instruction.
+template <int kRows, int kCols, int kAt = 0, class Visit>
+inline void for_tiles(const Visit& visit) {
+  if constexpr (kAt < kRows * kCols) {
+    visit(Constant<kAt / kCols>{}, Constant<kAt % kCols>{});
+    for_tiles<kRows, kCols, kAt + 1>(visit);
+  }
+}
+
+// kRowTiles tiles of rows against kVectors of lanes, at most four of sums.
+template <int kRowTiles, int kVectors>
+void tiles_block(const void* rows, int64_t row_bytes, const void* pairs, int64_t steps, float* sums,
+                 int64_t sums_ld) {
+  static_assert(kRowTiles * kVectors <= 4, "");
+  const int64_t sums_bytes = sums_ld * sizeof(float), pair_bytes = kVectors * 64;
+  const auto* a = static_cast<const char*>(rows);
+  const auto* b = static_cast<const char*>(pairs);
+  const auto sums_at = [&](int r, int v) { return sums + r * kTileDim * sums_ld + v * kTileDim; };
+  for_tiles<kRowTiles, kVectors>(
+      [&](auto r, auto v) { tile_load<r * kVectors + v>(sums_at(r, v), sums_bytes); });
+  for (int64_t s = 0; s < steps; ++s, a += 2 * kTileDepth, b += kTileDim * pair_bytes) {
+    // Tiles 4 and 5 take turns for rows, 6 and 7 for lanes: a load need not wait for the last product.
+    for_tiles<kRowTiles, 1>([&](auto r, auto) {
+      tile_load<4 + r % 2>(a + r * kTileDim * row_bytes, row_bytes);
+      for_tiles<1, kVectors>([&](auto, auto v) {
+        if constexpr (r == 0 || kVectors > 2) tile_load<6 + v % 2>(b + v * 64, pair_bytes);
+        tile_dot_pairs<r * kVectors + v, 4 + r % 2, 6 + v % 2>();
+      });
+    });
+  }
+  for_tiles<kRowTiles, kVectors>(
+      [&](auto r, auto v) { tile_store<r * kVectors + v>(sums_at(r, v), sums_bytes); });
+}
