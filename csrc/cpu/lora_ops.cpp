@@ -125,16 +125,23 @@ Tensor masked(const Tensor& x, const Adapter& adapter) {
 Tensor down_products(const Tensor& x, const Adapters& adapters, int64_t ranks, bool has_gaps) {
   const auto options = x.options().dtype(at::kFloat);
   Tensor h = has_gaps ? at::zeros({x.size(0), ranks}, options) : at::empty({x.size(0), ranks}, options);
+  std::vector<Tensor> kept;  // what the products point into
+  std::vector<Product> products;
   for (const Adapter& adapter : adapters) {
     const Tensor rows = masked(x, adapter);
+    kept.push_back(rows);
     for (const RowRun& run : adapter.runs) {
-      Product product(h, run.begin, run.end, adapter.h_begin, adapter.h_end());
+      Product& product = products.emplace_back(h, run.begin, run.end, adapter.h_begin, adapter.h_end());
       GemmTerm term = term_of(rows, "x", dense_matrix(adapter.a, "lora_a"), adapter.mask.scale);
       term.lhs = static_cast<const char*>(term.lhs) + run.begin * rows.size(1) * rows.element_size();
       product.add(term);
-      product.run_nt();
     }
+    if (!adapter.drops()) continue;
+    Product::run_nt_together(products);  // before the next makes its own copy of x
+    products.clear();
+    kept.clear();
   }
+  Product::run_nt_together(products);
   return h;
 }
 
@@ -186,17 +193,20 @@ struct Gradients {
 // dh[m, ranks] = scaling dY B of every adapter in its rows.
 Tensor up_gradients(const std::vector<Tensor>& dy, const Adapters& adapters, const Tensor& h) {
   Tensor dh = at::empty_like(h);
+  std::vector<Tensor> kept;  // what the products point into
+  std::vector<Product> products;
   for (const Adapter& adapter : adapters) {
     const Tensor scaled_bt = adapter.b.to(at::kFloat).mul(adapter.scaling).t().contiguous();
+    kept.push_back(scaled_bt);
     const Tensor& d = dy[adapter.layer];
     for (const RowRun& run : adapter.runs) {
-      Product product(dh, run.begin, run.end, adapter.h_begin, adapter.h_end());
+      Product& product = products.emplace_back(dh, run.begin, run.end, adapter.h_begin, adapter.h_end());
       GemmTerm term = term_of(d, "dy", dense_matrix(scaled_bt, "lora_b"));
       term.lhs = static_cast<const char*>(term.lhs) + run.begin * d.size(1) * d.element_size();
       product.add(term);
-      product.run_nt();
     }
   }
+  Product::run_nt_together(products);
   return dh;
 }
 

@@ -49,6 +49,12 @@ inline Grid plan_grid(int64_t m, int64_t n, int64_t depth, int64_t m_unit, int64
 
 using GemmKernel = void (*)(const GemmParams&, const Rect&, void* scratch);
 
+inline void* checked_thread_scratch() {
+  void* scratch = thread_scratch();
+  TORCH_CHECK(scratch, "out of memory: ", kScratchBytes, " bytes of scratch for a CPU kernel");
+  return scratch;
+}
+
 // Rows [m_begin, m_end) of the output, cut at multiples of m_unit from m_begin.
 inline void run_gemm(GemmKernel kernel, const GemmParams& params, int64_t m_begin, int64_t m_end,
                      int64_t m_unit, int64_t n_unit) {
@@ -57,8 +63,7 @@ inline void run_gemm(GemmKernel kernel, const GemmParams& params, int64_t m_begi
   for (int64_t t = 0; t < params.term_count; ++t) depth += params.terms[t].depth;
   const Grid grid = plan_grid(m_end - m_begin, params.n, depth, m_unit, n_unit);
   at::parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
-    void* scratch = thread_scratch();
-    TORCH_CHECK(scratch, "out of memory: ", kScratchBytes, " bytes of scratch for a CPU kernel");
+    void* scratch = checked_thread_scratch();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t m0 = m_begin + task % grid.m_parts * grid.m_chunk,
                     n0 = task / grid.m_parts * grid.n_chunk;

@@ -5,6 +5,7 @@
 #include <c10/util/SmallVector.h>
 
 #include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "parallel.h"
@@ -80,6 +81,25 @@ class Product {
 
   void add(const GemmTerm& term) { terms_.push_back(term); }
 
+  // run_nt of many products, of which each would be too small for all threads.
+  static void run_nt_together(std::vector<Product>& products) {
+    constexpr int64_t kSmall = 20 * kMultiplyAddsPerThread;
+    bool small = static_cast<int64_t>(products.size()) >= at::get_num_threads();
+    for (const Product& p : products) small &= p.params.m * p.params.n * p.terms_[0].depth < kSmall;
+    if (!small) {
+      for (Product& product : products) product.run_nt();
+      return;
+    }
+    const auto kernel = kernels().gemm_nt;
+    at::parallel_for(0, static_cast<int64_t>(products.size()), 1, [&](int64_t begin, int64_t end) {
+      void* scratch = checked_thread_scratch();
+      for (int64_t i = begin; i < end; ++i) {
+        GemmParams& params = products[i].finished();
+        if (params.m > 0 && params.n > 0) kernel(params, {0, params.m, 0, params.n}, scratch);
+      }
+    });
+  }
+
   void run_nt() { run(kernels().gemm_nt, 0, params.m, 6, 16); }
   void run_nn() { run(kernels().gemm_nn, 0, params.m, 6, 64); }
 
@@ -100,10 +120,13 @@ class Product {
   }
 
  private:
-  void run(GemmKernel kernel, int64_t m_begin, int64_t m_end, int64_t m_unit, int64_t n_unit) {
+  GemmParams& finished() {
     params.terms = terms_.data();
     params.term_count = static_cast<int64_t>(terms_.size());
-    run_gemm(kernel, params, m_begin, m_end, m_unit, n_unit);
+    return params;
+  }
+  void run(GemmKernel kernel, int64_t m_begin, int64_t m_end, int64_t m_unit, int64_t n_unit) {
+    run_gemm(kernel, finished(), m_begin, m_end, m_unit, n_unit);
   }
 
   c10::SmallVector<GemmTerm, 4> terms_;
