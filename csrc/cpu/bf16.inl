@@ -58,6 +58,8 @@ struct OuterBF16 {
     return static_cast<const PanelBF16*>(term.lhs) + first;
   }
 
+  static bool fill_dense(const MatrixView&, float, int64_t, int64_t, int64_t, PanelBF16*) { return false; }
+
   static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t rows, int64_t cols,
                         PanelBF16* out) {
     // Row starts that are multiples of 32 keep runs of 32 in one block, and in whole bytes.

@@ -32,7 +32,9 @@ void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t 
   for (int64_t p0 = 0; p0 < term.depth; p0 += depth_block) {
     const int64_t depth = min64(depth_block, term.depth - p0);
     const int64_t padded = round_up(depth, Outer::kDepthUnit), steps = padded / Outer::kPair;
-    for (int64_t p = 0; p < padded; p += Outer::kPair) {
+    const bool filled =
+        Outer::fill_dense(term.rhs, term.rhs_scale, p0 * term.rhs.ld + n0, depth, cols, panel);
+    for (int64_t p = 0; p < padded && !filled; p += Outer::kPair) {
       for (int64_t c = 0; c < cols; c += kStrip) {
         Outer::fill_step(term.rhs, term.rhs_scale, (p0 + p) * term.rhs.ld + n0 + c,
                          max64(0, min64(Outer::kPair, depth - p)), min64(kStrip, cols - c),

@@ -209,9 +209,17 @@ void pairs_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const Pair
     for (int64_t m = begin / kPackRows * kPackRows; m < end; m += kPackRows) {
       const int64_t first = max64(m, begin), last = min64(m + kPackRows, end);
       const float* lhs = static_cast<const float*>(term.lhs) + b.m0 * term.lhs_ld + k0;
-      memset(strip, 0, depth * kPackRows * sizeof(float));
-      for (int64_t i = first; i < last; ++i) {
-        for (int64_t k = 0; k < depth; ++k) strip[k * kPackRows + i - m] = lhs[i * term.lhs_ld + k];
+      for (int64_t i = m; i < m + kPackRows; i += kLanes) {
+        for (int64_t k = 0; k < depth; k += kLanes) {
+          Vec rows[kLanes];
+          for (int r = 0; r < kLanes; ++r) {
+            const bool there = i + r >= first && i + r < last;
+            rows[r] = there ? load_lanes(lhs + (i + r) * term.lhs_ld + k, min64(kLanes, depth - k)) : zero();
+          }
+          transpose(rows);
+          for (int r = 0; r < min64(kLanes, depth - k); ++r)
+            store(strip + (k + r) * kPackRows + i - m, rows[r]);
+        }
       }
       // Other rows must not change, not even when rhs holds an Inf.
       const bool whole = first == m && (last == m + kPackRows || last == b.rows);

@@ -7,6 +7,20 @@
 constexpr int64_t kStrip = 64;  // columns; one absmax block of the default size
 static_assert(kStrip % (kOuterVecs * kLanes) == 0, "");
 
+template <class T>
+void widen_strips(const T* x, int64_t ld, float scale, int64_t depth, int64_t cols, float* out) {
+  const Vec s = splat(scale);
+  for (int64_t c = 0; c < cols; c += kStrip) {
+    for (int64_t p = 0; p < depth; ++p, out += kStrip) {
+      for (int64_t i = 0; i < kStrip; i += kLanes) {
+        const int64_t left = cols - c - i;
+        const T* from = x + p * ld + c + i;
+        store(out + i, left <= 0 ? zero() : mul(load_lanes(from, min64(kLanes, left)), s));
+      }
+    }
+  }
+}
+
 struct OuterF32 {
   using Value = float;                  // of lhs and panel
   static constexpr int kPair = 1;       // rows of rhs that share a lane
@@ -30,6 +44,22 @@ struct OuterF32 {
                         float* out) {
     fill_panel_row(rhs, first, cols, scale, out);
     memset(out + cols, 0, (kStrip - cols) * sizeof(float));
+  }
+  // A whole panel at once, if rhs is dense: strips of kStrip columns, `depth` rows each.
+  static bool fill_dense(const MatrixView& rhs, float scale, int64_t first, int64_t depth, int64_t cols,
+                         float* out) {
+    if (rhs.nf4) return false;
+    switch (rhs.dtype) {
+      case DType::kF32:
+        widen_strips(static_cast<const float*>(rhs.data) + first, rhs.ld, scale, depth, cols, out);
+        break;
+      case DType::kBF16:
+        widen_strips(static_cast<const BF16*>(rhs.data) + first, rhs.ld, scale, depth, cols, out);
+        break;
+      case DType::kF16:
+        widen_strips(static_cast<const F16*>(rhs.data) + first, rhs.ld, scale, depth, cols, out);
+    }
+    return true;
   }
   // tile[r][c] += lhs[r] . strip[:, c] for `rows` rows and a whole strip.
   static void multiply(int64_t rows, const float* lhs, int64_t lhs_ld, const float* strip, int64_t steps,
