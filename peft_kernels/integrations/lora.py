@@ -22,6 +22,7 @@ from .forward import replaced
 if TYPE_CHECKING:
     from .shared_input import SharedInput
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 BASE = "__base__"
 """PEFT's name for rows without an adapter."""
 
@@ -217,11 +218,11 @@ def _reason_base(module: Any, base: nn.Module) -> str | None:
 
 def _reason_adapters(module: Any, names: Sequence[str]) -> str | None:
     """Why these adapters together are nothing that an op computes, or None."""
-    from peft.tuners.lora.variants import DoraLinearVariant
-
     for name in names:
         variant = module.lora_variant.get(name)
         if variant is not None:
+            from peft.tuners.lora.variants import DoraLinearVariant
+
             if type(variant) is not DoraLinearVariant:
                 return f"{type(variant).__name__.removesuffix('LinearVariant')} is not fused"
             if len(names) > 1:
@@ -240,15 +241,14 @@ def _dropout_p(dropout: nn.Module) -> float:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call does more than the class's forward. Our own forwards do not count."""
+    state = module.__dict__  # looked at in every call, for every part of a layer
+    if any(state[hooks] for hooks in HOOKS):
+        return True
+    if "forward" not in state:
+        return False
     forward_ = replaced(module)
     ours = getattr(forward_, "func", None) in (forward, linear4bit.forward)
-    return bool(
-        (forward_ is not None and not ours)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return forward_ is not None and not ours
 
 
 def _adapter(weight: Tensor, dtype: torch.dtype) -> Tensor:
