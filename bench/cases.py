@@ -18,6 +18,7 @@ from . import gate, layers
 from .block import SMOLLM2, Blocks, Inputs, Model, Sizes, Variant
 from .harness import OURS, Absent, Case, Contender, Goal, copies, first_line
 from .layers import BNB, Kept, Weights
+from .model import SMOLLM2_135M, Models, ModelSizes
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -32,6 +33,7 @@ PLAIN_LORA, ONE_ADAPTER = "ours, plain LoRA", "ours, one adapter"
 FORWARD, QLORA, LORA, QUANTIZE, DEQUANTIZE = "forward", "qlora", "lora", "quantize", "dequantize"
 BLOCK_LORA, BLOCK_QLORA, BLOCK_DORA = "block-lora", "block-qlora", "block-dora"
 BLOCK_DROPOUT, BLOCK_MIXED = "block-dropout", "block-mixed"
+STEP, DECODE = "step", "decode"
 TITLES = {
     FORWARD: "NF4 linear, forward without grad",
     QLORA: f"LoRA r={layers.RANK} on an NF4 base, forward + backward",
@@ -43,6 +45,8 @@ TITLES = {
     BLOCK_DORA: "decoder block, DoRA on a dense base, forward + backward",
     BLOCK_DROPOUT: "decoder block, LoRA with dropout 0.05 on a dense base, forward + backward",
     BLOCK_MIXED: "decoder block, 8 samples with 8 LoRA adapters on a dense base, forward without grad",
+    STEP: "training step of a model of 135M parameters, QLoRA, loss included",
+    DECODE: "one token after the other by the same model, a sample at a time",
 }
 
 BLOCKS = {
@@ -56,6 +60,8 @@ GOALS = {
     BLOCK_LORA: (Goal(PEFT_ON_DENSE, 2.0),),
     BLOCK_DORA: (Goal(PEFT_ON_DENSE, 3.0), Goal(PLAIN_LORA, 1.35, cost=True)),
     BLOCK_MIXED: (Goal(ONE_ADAPTER, 1.3, cost=True),),
+    STEP: (Goal(PEFT_ON_BNB, 1.6),),
+    DECODE: (Goal(PEFT_ON_BNB, 1.5),),
 }
 BATCHES = ((1, 256), (4, 256), (8, 512))
 """Samples x tokens in training; the mixed batch, always of 8 samples, has as many tokens in all."""
@@ -68,7 +74,8 @@ def standard(dtype: str, full: bool = False) -> list[Case]:
     for group in (QLORA, LORA):
         found += [training(group, shape, m, dtype) for shape, rows in TRAINING_M.items() for m in rows]
     found += [quantize(LARGE, dtype), dequantize(LARGE, dtype)]
-    return found + [block(group, *batch, dtype) for group in BLOCKS for batch in _batches(group)]
+    found += [block(group, *batch, dtype) for group in BLOCKS for batch in _batches(group)]
+    return [*found, step(4, 256, dtype), decode(64, 16, dtype)]
 
 
 def quick(dtype: str) -> list[Case]:
@@ -175,6 +182,45 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
 
     rows = batch * tokens
     return Case(group, sizes.hidden, sizes.intermediate, rows, dtype, build, batch, GOALS.get(group, ()))
+
+
+def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
+    """A training step of a patched model on NF4 weights against PEFT on bitsandbytes."""
+
+    def run(models: Models, model: Model) -> Callable[[], Any]:
+        return models.step(model, models.tokens(batch, tokens))
+
+    return _model_case(STEP, batch, batch * tokens, dtype, sizes, run)
+
+
+def decode(prompt: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
+    """The same two, making `tokens` tokens after a prompt."""
+
+    def run(models: Models, model: Model) -> Callable[[], Any]:
+        return models.decode(model, models.tokens(1, prompt + tokens), prompt)
+
+    return _model_case(DECODE, None, tokens, dtype, sizes, run)
+
+
+def _model_case(
+    group: str, batch: int | None, rows: int, dtype: str, sizes: ModelSizes,
+    run: Callable[[Models, Model], Callable[[], Any]],
+) -> Case:  # fmt: skip
+    def build() -> list[Contender | Absent]:
+        if reason := missing("peft transformers"):
+            return [Absent(OURS, reason)]
+        models = _models(dtype, sizes)
+        call = partial(run, models)
+        expected = models.expected(call)
+        # A model is larger than any cache: one copy will do.
+        entries = (
+            Entry(OURS, lambda: [models.ours()], expected.strict, call=call, remark=Model.remark),
+            Entry(PEFT_ON_BNB, lambda: [models.stock()], expected.sane, BNB, call=call),
+        )
+        return _contenders(models, entries)
+
+    goals = GOALS.get(group, ())
+    return Case(group, sizes.block.hidden, sizes.block.intermediate, rows, dtype, build, batch, goals)
 
 
 def quantize(shape: Shape, dtype: str) -> Case:
@@ -310,6 +356,12 @@ def _weights(group: str, shape: Shape, dtype: str) -> Weights:
 def _blocks(group: str, dtype: str, sizes: Sizes) -> Blocks:
     """The same for blocks."""
     return Blocks(sizes, DTYPES[dtype])
+
+
+@lru_cache(maxsize=1)
+def _models(dtype: str, sizes: ModelSizes) -> Models:
+    """The same for models."""
+    return Models(sizes, DTYPES[dtype])
 
 
 def _copies(weights: Weights, contenders: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     import torch
 
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of peers about each other
     if options.threads:
         torch.set_num_threads(options.threads)
     from bench import cases, memory

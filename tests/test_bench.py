@@ -18,7 +18,7 @@ from peft_kernels import functional, testing
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench import block, cases, chart, gate, harness, memory, report, run
+from bench import block, cases, chart, gate, harness, memory, model, report, run
 from bench.harness import OURS, Absent, Case, Contender, Goal, Result, Spread
 
 TINY = (64, 128)
@@ -75,6 +75,7 @@ def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "copies", lambda nbytes, contenders: 2)
     cases._weights.cache_clear()
     cases._blocks.cache_clear()
+    cases._models.cache_clear()
 
 
 # Timing.
@@ -298,6 +299,8 @@ def test_every_kind_of_case_runs(group: str, dtype: str) -> None:
         case = cases.training(group, TINY, 4, dtype)
     elif group in cases.BLOCKS:
         case = block_case(group, dtype)
+    elif group in (cases.STEP, cases.DECODE):
+        case = model_case(group, dtype)
     elif group == cases.FORWARD:
         case = cases.forward(TINY, 4, dtype)
     else:
@@ -307,6 +310,28 @@ def test_every_kind_of_case_runs(group: str, dtype: str) -> None:
     assert OURS in result.seconds
     if importlib.util.find_spec("bitsandbytes"):
         assert result.absent == {}
+
+
+def model_case(group: str, dtype: str = "bf16") -> Case:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    sizes = model.ModelSizes(TINY_BLOCK, layers=2, vocabulary=500)
+    return cases.step(2, 16, dtype, sizes) if group == cases.STEP else cases.decode(8, 4, dtype, sizes)
+
+
+@pytest.mark.parametrize("group", [cases.STEP, cases.DECODE])
+def test_a_wrong_model_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case, make = model_case(group), model.Models.ours
+
+    def off(models: model.Models) -> block.Model:
+        ours = make(models)
+        with torch.no_grad():
+            next(p for n, p in ours.model.named_parameters() if "layers.1" in n and "lora_B" in n).mul_(-1)
+        return ours
+
+    monkeypatch.setattr(model.Models, "ours", off)
+    result = harness.measure(case, 0.0, 1)
+    assert OURS in result.wrong and not result.seconds
 
 
 def block_case(group: str, dtype: str = "bf16") -> Case:
@@ -322,7 +347,7 @@ def test_names_of_cases_are_unique() -> None:
     assert len(names) == len(set(names))
     assert "forward-14336x4096-m2048-bf16" in names
     assert {"block-lora-576x1536-4x256-bf16", "block-mixed-576x1536-8x128-bf16"} <= set(names)
-    assert {case.group for case in cases.quick("bf16")} == set(cases.TITLES)
+    assert {case.group for case in cases.quick("bf16")} == set(cases.TITLES) - {cases.STEP, cases.DECODE}
 
 
 # The block.

@@ -22,7 +22,7 @@ from .forward import replaced
 if TYPE_CHECKING:
     from .shared_input import SharedInput
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKED = "hooks on the base layer or an adapter, which a fused forward would pass by"
 BASE = "__base__"
 """PEFT's name for rows without an adapter."""
 
@@ -105,10 +105,15 @@ def prepare(module: Any, x: Tensor, names: Sequence[str], mixed: bool = False) -
 
     `mixed`: each row takes one of them, so their biases (`lora_bias=True`) are left to the caller.
     """
-    base = module.base_layer
-    parts = (module.lora_A, module.lora_B, module.lora_dropout)
-    if has_hooks(base) or any(has_hooks(part[name]) for name in names for part in parts):
-        return "hooks on the base layer or an adapter, which a fused forward would pass by"
+    # Dictionaries of children, where attributes would do: this runs for every layer of every token.
+    children: Any = module._modules
+    base = children["base_layer"]
+    lora_a, lora_b, lora_dropout = (children[part]._modules for part in ("lora_A", "lora_B", "lora_dropout"))
+    if has_hooks(base):
+        return HOOKED
+    for name in names:
+        if has_hooks(lora_a[name]) or has_hooks(lora_b[name]) or has_hooks(lora_dropout[name]):
+            return HOOKED
     reason = _reason_adapters(module, names)
     if reason is not None:
         return reason
@@ -118,12 +123,12 @@ def prepare(module: Any, x: Tensor, names: Sequence[str], mixed: bool = False) -
     adapters = []
     bias: Any = call.layer.bias
     for group, name in enumerate(names):
-        a, b, dropout = (part[name] for part in parts)
+        b, scaling = lora_b[name], module.scaling[name]
         if b.bias is not None and not mixed:
-            delta = module.scaling[name] * b.bias.float()
+            delta = scaling * b.bias.float()
             bias = delta if bias is None else bias.float() + delta
-        lora_a, lora_b = (_adapter(part.weight, call.dtype) for part in (a, b))
-        adapters.append(Adapter(lora_a, lora_b, module.scaling[name], _dropout_p(dropout), group))
+        down, up = (_adapter(layer.weight, call.dtype) for layer in (lora_a[name], b))
+        adapters.append(Adapter(down, up, scaling, _dropout_p(lora_dropout[name]), group))
     call.layer = AdaptedLinear(call.layer.weight, bias, adapters)
     return call
 
@@ -218,6 +223,7 @@ def _reason_base(module: Any, base: nn.Module) -> str | None:
 
 def _reason_adapters(module: Any, names: Sequence[str]) -> str | None:
     """Why these adapters together are nothing that an op computes, or None."""
+    dropouts = module._modules["lora_dropout"]._modules
     for name in names:
         variant = module.lora_variant.get(name)
         if variant is not None:
@@ -230,8 +236,8 @@ def _reason_adapters(module: Any, names: Sequence[str]) -> str | None:
             magnitude = module.lora_magnitude_vector[name]
             if magnitude.fan_in_fan_out or has_hooks(magnitude):
                 return "DoRA over a transposed weight, or with hooks on its magnitudes"
-        if type(module.lora_dropout[name]) not in (nn.Identity, nn.Dropout):
-            return f"lora_dropout is a {type(module.lora_dropout[name]).__name__}"
+        if type(dropouts[name]) not in (nn.Identity, nn.Dropout):
+            return f"lora_dropout is a {type(dropouts[name]).__name__}"
     return None
 
 
@@ -241,10 +247,14 @@ def _dropout_p(dropout: nn.Module) -> float:
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether a call does more than the class's forward. Our own forwards do not count."""
-    state = module.__dict__  # looked at in every call, for every part of a layer
-    if any(state[hooks] for hooks in HOOKS):
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
         return True
-    if "forward" not in state:
+    if "forward" not in module.__dict__:
         return False
     forward_ = replaced(module)
     ours = getattr(forward_, "func", None) in (forward, linear4bit.forward)
