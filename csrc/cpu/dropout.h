@@ -26,8 +26,8 @@ inline DropoutMask mask_of(double p, const OptionalTensor& seed, uint32_t stream
 inline void run_dropout(const Tensor& x, const DropoutMask& mask, Tensor& out) {
   const DropoutParams params{x.const_data_ptr(), dtype_of(x, "x"), mask, out.mutable_data_ptr()};
   const auto dropout = kernels().dropout;
-  at::parallel_for(0, x.numel(), kElementwiseGrain,
-                   [&](int64_t begin, int64_t end) { dropout(params, begin, end); });
+  parallel_for(0, x.numel(), kElementwiseGrain,
+               [&](int64_t begin, int64_t end) { dropout(params, begin, end); });
 }
 
 }  // namespace peft_kernels::cpu

@@ -45,7 +45,7 @@ Tensor gated_activation(const Tensor& gate, const Tensor& up, c10::string_view a
   params.activation = activation_of(activation);
   params.out = out.mutable_data_ptr();
   const auto gated = kernels().gated;
-  at::parallel_for(0, g.numel(), kGatedGrain, [&](int64_t begin, int64_t end) { gated(params, begin, end); });
+  parallel_for(0, g.numel(), kGatedGrain, [&](int64_t begin, int64_t end) { gated(params, begin, end); });
   return out;
 }
 
@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& dy, const Ten
   params.d_gate = d_gate.mutable_data_ptr();
   params.d_up = d_up.mutable_data_ptr();
   const auto gated_backward = kernels().gated_backward;
-  at::parallel_for(0, g.numel(), kGatedGrain,
-                   [&](int64_t begin, int64_t end) { gated_backward(params, begin, end); });
+  parallel_for(0, g.numel(), kGatedGrain,
+               [&](int64_t begin, int64_t end) { gated_backward(params, begin, end); });
   return {d_gate, d_up};
 }
 
@@ -103,8 +103,8 @@ Tensor dora_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& bi
   ScaleParams& params = scaling.params;
   params.y = y.mutable_data_ptr();
   const auto scale_features = kernels().scale_features;
-  at::parallel_for(0, params.m, ceil_div(kElementwiseGrain, std::max<int64_t>(params.n, 1)),
-                   [&](int64_t begin, int64_t end) { scale_features(params, begin, end); });
+  parallel_for(0, params.m, ceil_div(kElementwiseGrain, std::max<int64_t>(params.n, 1)),
+               [&](int64_t begin, int64_t end) { scale_features(params, begin, end); });
   return y;
 }
 
@@ -119,11 +119,11 @@ std::tuple<Tensor, Tensor> dora_scale_backward(const Tensor& dy, const Tensor& z
   params.d_scale = d_scale.mutable_data_ptr<float>();
   const auto backward = kernels().scale_features_backward;
   constexpr int64_t kStrip = 64;  // columns that no task splits
-  at::parallel_for(0, ceil_div(params.n, kStrip),
-                   ceil_div(kElementwiseGrain, std::max<int64_t>(params.m, 1) * kStrip),
-                   [&](int64_t begin, int64_t end) {
-                     backward(params, begin * kStrip, std::min(end * kStrip, params.n));
-                   });
+  parallel_for(0, ceil_div(params.n, kStrip),
+               ceil_div(kElementwiseGrain, std::max<int64_t>(params.m, 1) * kStrip),
+               [&](int64_t begin, int64_t end) {
+                 backward(params, begin * kStrip, std::min(end * kStrip, params.n));
+               });
   return {dz, d_scale};
 }
 

@@ -470,8 +470,8 @@ Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const Optio
   float* out = squares.mutable_data_ptr<float>();
   const auto row_squares = kernels().row_squares;
   constexpr int64_t kElementsPerThread = 65536;
-  at::parallel_for(0, out_features, ceil_div(kElementsPerThread, std::max<int64_t>(in_features, 1)),
-                   [&](int64_t begin, int64_t end) { row_squares(w, in_features, begin, end, out); });
+  parallel_for(0, out_features, ceil_div(kElementsPerThread, std::max<int64_t>(in_features, 1)),
+               [&](int64_t begin, int64_t end) { row_squares(w, in_features, begin, end, out); });
 
   Tensor aw = at::empty({a.size(0), out_features}, a.options());  // [r, out_features]
   Product product(aw);

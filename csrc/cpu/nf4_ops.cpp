@@ -30,8 +30,8 @@ std::tuple<Tensor, Tensor> quantize_nf4(const Tensor& weight, int64_t blocksize)
                               packed.mutable_data_ptr<uint8_t>(),
                               absmax.mutable_data_ptr<float>()};
   const auto quantize = kernels().quantize;
-  at::parallel_for(0, blocks, ceil_div(kQuantizeGrain, blocksize),
-                   [&](int64_t begin, int64_t end) { quantize(params, begin, end); });
+  parallel_for(0, blocks, ceil_div(kQuantizeGrain, blocksize),
+               [&](int64_t begin, int64_t end) { quantize(params, begin, end); });
   return {packed, absmax};
 }
 
@@ -46,7 +46,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax) {
   const float center = *offset.const_data_ptr<float>();
   uint8_t* codes = q8.mutable_data_ptr<uint8_t>();
   float* scales = absmax2.mutable_data_ptr<float>();
-  at::parallel_for(0, groups, kQuantizeGrain / nf4::kAbsmaxBlock, [&](int64_t begin, int64_t end) {
+  parallel_for(0, groups, kQuantizeGrain / nf4::kAbsmaxBlock, [&](int64_t begin, int64_t end) {
     quantize_absmax_groups(in, blocks, center, begin, end, codes, scales);
   });
   return {q8, absmax2, offset};
@@ -64,9 +64,8 @@ Tensor unpack_absmax(const Tensor& q8, const Tensor& absmax2, const Tensor& offs
   const float* scale = scales.const_data_ptr<float>();
   const float center = *offset.const_data_ptr<float>();
   float* out = absmax.mutable_data_ptr<float>();
-  at::parallel_for(0, codes.numel(), kDequantizeGrain, [&](int64_t begin, int64_t end) {
-    unpack_absmax_range(in, scale, center, begin, end, out);
-  });
+  parallel_for(0, codes.numel(), kDequantizeGrain,
+               [&](int64_t begin, int64_t end) { unpack_absmax_range(in, scale, center, begin, end, out); });
   return absmax;
 }
 
@@ -80,7 +79,7 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, const Optional
   const auto dequantize = kernels().dequantize;
   // Whole blocks, so that a table is built once and every thread starts in a high nibble.
   const int64_t blocks = ceil_div(out.numel(), blocksize);
-  at::parallel_for(0, blocks, ceil_div(kDequantizeGrain, blocksize), [&](int64_t begin, int64_t end) {
+  parallel_for(0, blocks, ceil_div(kDequantizeGrain, blocksize), [&](int64_t begin, int64_t end) {
     dequantize(weight.view(), begin * blocksize, std::min(end * blocksize, out.numel()), out_dtype, data);
   });
   return out;

@@ -1,4 +1,4 @@
-// Cuts work into tasks for at::parallel_for.
+// Cuts work into tasks, and runs them in parallel.
 #pragma once
 
 #include <ATen/Parallel.h>
@@ -6,6 +6,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#ifdef __SANITIZE_THREAD__
+#  include <thread>
+#  include <vector>
+#endif
 
 #include "isa.h"
 
@@ -19,6 +23,36 @@ inline constexpr int64_t kElementwiseGrain = 32768;
 // Below this many multiply-adds a thread costs more to wake than it saves.
 inline constexpr int64_t kMultiplyAddsPerThread = 100'000;
 
+// Kernels use these and not at::..., as a build for ThreadSanitizer has its own.
+#ifndef __SANITIZE_THREAD__
+
+using at::get_num_threads;
+using at::parallel_for;
+
+inline int64_t useful_threads(int64_t multiply_adds) {
+  return std::clamp<int64_t>(multiply_adds / kMultiplyAddsPerThread, 1, get_num_threads());
+}
+
+#else
+
+// ThreadSanitizer takes what OpenMP orders for races, as it does not see libgomp's barriers. And it finds
+// only what runs in parallel: small work is shared out as well, whatever number of threads torch has.
+inline int get_num_threads() { return 4; }
+inline int64_t useful_threads(int64_t /*multiply_adds*/) { return get_num_threads(); }
+
+// A body that throws ends the process.
+template <class Body>
+void parallel_for(int64_t begin, int64_t end, int64_t /*grain*/, const Body& body) {
+  const int64_t chunk = std::max<int64_t>(1, ceil_div(end - begin, get_num_threads()));
+  std::vector<std::thread> threads;
+  for (; begin < end; begin += chunk) {
+    threads.emplace_back([&body, begin, last = std::min(begin + chunk, end)] { body(begin, last); });
+  }
+  for (std::thread& thread : threads) thread.join();
+}
+
+#endif
+
 // A grid over an m by n output, in units that no kernel would split.
 struct Grid {
   int64_t m_parts, n_parts;
@@ -29,8 +63,7 @@ struct Grid {
 inline constexpr int64_t kDecodeRows = 12;
 
 inline Grid plan_grid(int64_t m, int64_t n, int64_t depth, int64_t m_unit, int64_t n_unit) {
-  const int64_t useful = std::max<int64_t>(1, (m + kDecodeRows) * n * depth / kMultiplyAddsPerThread);
-  const int64_t threads = std::min<int64_t>(at::get_num_threads(), useful);
+  const int64_t threads = useful_threads((m + kDecodeRows) * n * depth);
   const int64_t m_units = ceil_div(m, m_unit), n_units = ceil_div(n, n_unit);
   Grid best{};
   int64_t best_cost = INT64_MAX;
@@ -62,7 +95,7 @@ inline void run_gemm(GemmKernel kernel, const GemmParams& params, int64_t m_begi
   int64_t depth = 1;
   for (int64_t t = 0; t < params.term_count; ++t) depth += params.terms[t].depth;
   const Grid grid = plan_grid(m_end - m_begin, params.n, depth, m_unit, n_unit);
-  at::parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
     void* scratch = checked_thread_scratch();
     for (int64_t task = begin; task < end; ++task) {
       const int64_t m0 = m_begin + task % grid.m_parts * grid.m_chunk,

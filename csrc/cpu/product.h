@@ -37,8 +37,8 @@ class Rows {
     const PackParams params{static_cast<const BF16*>(rows_.const_data_ptr()) + begin * depth, rows, depth,
                             packed_.mutable_data_ptr()};
     const auto pack_pairs = kernels().pack_pairs;
-    at::parallel_for(0, ceil_div(rows, kPackRows), ceil_div(kElementwiseGrain, kPackRows * padded),
-                     [&](int64_t first, int64_t last) { pack_pairs(params, first, last); });
+    parallel_for(0, ceil_div(rows, kPackRows), ceil_div(kElementwiseGrain, kPackRows * padded),
+                 [&](int64_t first, int64_t last) { pack_pairs(params, first, last); });
     packed_begin_ = begin;
     return params.out;
   }
@@ -84,14 +84,14 @@ class Product {
   // run_nt of many products, of which each would be too small for all threads.
   static void run_nt_together(std::vector<Product>& products) {
     constexpr int64_t kSmall = 20 * kMultiplyAddsPerThread;
-    bool small = static_cast<int64_t>(products.size()) >= at::get_num_threads();
+    bool small = static_cast<int64_t>(products.size()) >= get_num_threads();
     for (const Product& p : products) small &= p.params.m * p.params.n * p.terms_[0].depth < kSmall;
     if (!small) {
       for (Product& product : products) product.run_nt();
       return;
     }
     const auto kernel = kernels().gemm_nt;
-    at::parallel_for(0, static_cast<int64_t>(products.size()), 1, [&](int64_t begin, int64_t end) {
+    parallel_for(0, static_cast<int64_t>(products.size()), 1, [&](int64_t begin, int64_t end) {
       void* scratch = checked_thread_scratch();
       for (int64_t i = begin; i < end; ++i) {
         GemmParams& params = products[i].finished();
