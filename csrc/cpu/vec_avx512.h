@@ -40,10 +40,32 @@ inline Vec load(const Half* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Half{});
 }
 
+// gcc's sanitizers do not see what a masked instruction touches. In a build for one, touch it once more.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+inline void show_masked_load(const void* p, int64_t bytes) {
+  char copy[sizeof(Vec)];
+  memcpy(copy, p, bytes);
+  __asm__ volatile("" ::"r"(copy) : "memory");
+}
+inline void show_masked_store(void* p, int64_t bytes) {
+  char copy[sizeof(Vec)];
+  memcpy(copy, p, bytes);
+  __asm__ volatile("" ::"r"(copy) : "memory");
+  memcpy(p, copy, bytes);
+}
+#else
+inline void show_masked_load(const void*, int64_t) {}
+inline void show_masked_store(void*, int64_t) {}
+#endif
+
 // The first `count` < kLanes elements, the other lanes zero; nothing beyond them is touched.
-inline Vec load_part(const float* p, int64_t count) { return _mm512_maskz_loadu_ps((1u << count) - 1, p); }
+inline Vec load_part(const float* p, int64_t count) {
+  show_masked_load(p, count * sizeof(*p));
+  return _mm512_maskz_loadu_ps((1u << count) - 1, p);
+}
 template <class Half>
 inline Vec load_part(const Half* p, int64_t count) {
+  show_masked_load(p, count * sizeof(*p));
   return widen(_mm256_maskz_loadu_epi16((1u << count) - 1, p), Half{});
 }
 
@@ -66,10 +88,14 @@ inline void store(Half* p, Vec x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(x, Half{}));
 }
 
-inline void store_part(float* p, Vec x, int64_t count) { _mm512_mask_storeu_ps(p, (1u << count) - 1, x); }
+inline void store_part(float* p, Vec x, int64_t count) {
+  _mm512_mask_storeu_ps(p, (1u << count) - 1, x);
+  show_masked_store(p, count * sizeof(*p));
+}
 template <class Half>
 inline void store_part(Half* p, Vec x, int64_t count) {
   _mm256_mask_storeu_epi16(p, (1u << count) - 1, narrow(x, Half{}));
+  show_masked_store(p, count * sizeof(*p));
 }
 
 // out[0..3] += the sums over the lanes of a, b, c and d.

@@ -10,6 +10,7 @@ using VecPairs = __m512bh;
 
 inline VecPairs load_pairs(const void* p) { return (__m512bh)_mm512_loadu_si512(p); }
 inline VecPairs load_pairs_part(const void* p, int64_t count) {
+  show_masked_load(p, count * sizeof(PanelBF16));
   return (__m512bh)_mm512_maskz_loadu_epi16((__mmask32{1} << count) - 1, p);
 }
 inline Vec as_floats(VecPairs x) { return (Vec)x; }
