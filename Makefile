@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test bench lint format clean
+.PHONY: help setup demo test sanitize asan tsan bench lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -38,6 +38,27 @@ demo: $(VENV)/.built ## Fine-tune a 135M-parameter model with QLoRA on this mach
 
 test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan
+
+SANITIZED := ops linear multi_lora elementwise autograd format
+# Indices beyond 2^31; tsan would take several times the memory.
+asan: SANITIZED += large
+asan: SANITIZER := address
+tsan: SANITIZER := thread
+# Beside the ordinary build, in build/. Python brings no sanitizer, so its library is loaded first, and libstdc++
+# with it, whose throw it wraps. It wants fixed addresses: none are random where the system allows that.
+# pytest's capture and faulthandler would swallow its reports; the first one ends the process. Switched off:
+# leaks, as Python leaks at its end, and ASan's second stack, which aligns arrays less than gcc assumes.
+asan tsan: $(VENV)/.packages
+	PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 PEFT_KERNELS_SANITIZE=$(SANITIZER) \
+	  $(BIN)/python setup.py -q build --build-lib build/$@ --build-temp build/$@-objects
+	$$(setarch -R true && echo setarch -R) env OMP_NUM_THREADS=1 PYTHONPATH=build/$@ \
+	  LD_PRELOAD="$$($(CXX) -print-file-name=lib$@.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
+	  UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
+	  $(BIN)/pytest -n 2 --capture=sys -p no:faulthandler -k 'not reference' \
+	  $(SANITIZED:%=tests/test_%.py) $(ARGS)
 
 bench: $(VENV)/.built ## Measure against torch, bitsandbytes and PEFT on this machine (ARGS='--quick' and others)
 	$(BIN)/python bench/run.py $(ARGS)

@@ -4,6 +4,7 @@ PEFT_KERNELS_CPU   unset: build the CPU back end where there is a C++ compiler a
                    Python and say so; 0: leave it out; 1: fail without it
 PEFT_KERNELS_EMULATE  1: add emulated instruction-set levels, for tests on machines that lack the real ones
 PEFT_KERNELS_CUDA  see cuda_extensions()
+PEFT_KERNELS_SANITIZE  address (with undefined behaviour) or thread: a build for `make sanitize`, by gcc
 
 A compile error is always an error: a machine with a compiler should not get the slow package by accident.
 """
@@ -50,6 +51,17 @@ __m512 probe(__m512 sum, __m512bh a) { return _mm512_dpbf16_ps(sum, a, a); }
 int main() { return int(std::vector<int>().size()); }
 """
 
+# -fno-wrapv: Python's own flags define signed overflow, which would hide it.
+SANITIZE_FLAGS = {
+    "": [],
+    "address": [
+        "-fsanitize=address,undefined,float-cast-overflow",
+        "-fno-sanitize-recover=all",
+        "-fno-wrapv",
+    ],
+    "thread": ["-fsanitize=thread"],
+}
+
 
 def switch(name: str) -> bool | None:
     """An environment switch: True for 1, False for 0, None when unset or empty."""
@@ -57,6 +69,14 @@ def switch(name: str) -> bool | None:
     if value not in ("", "0", "1"):
         raise SystemExit(f"{name}: expected 0 or 1, got {value!r}")
     return {"": None, "0": False, "1": True}[value]
+
+
+def sanitize_flags() -> list[str]:
+    """Flags of the sanitizer that PEFT_KERNELS_SANITIZE names; none when unset or empty."""
+    value = os.environ.get("PEFT_KERNELS_SANITIZE", "")
+    if value not in SANITIZE_FLAGS:
+        raise SystemExit(f"PEFT_KERNELS_SANITIZE: expected address or thread, got {value!r}")
+    return SANITIZE_FLAGS[value]
 
 
 def spec_hash() -> str:
@@ -125,6 +145,9 @@ def cpu_extensions() -> tuple[list[Any], dict[str, Any]]:
         # its own OpenMP runtime, and naming one could load a second, with a second pool of threads.
         compile_args.append("-fopenmp")
     emulate = bool(switch("PEFT_KERNELS_EMULATE")) and IS_X86
+    sanitize = sanitize_flags()
+    if sanitize:
+        compile_args += ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitize]
     extension = CppExtension(
         name="peft_kernels._C",
         sources=CPU_SOURCES + (X86_SOURCES if IS_X86 else []) + (EMULATED_SOURCES if emulate else []),
@@ -134,6 +157,7 @@ def cpu_extensions() -> tuple[list[Any], dict[str, Any]]:
             ("PEFT_KERNELS_EMULATE", str(int(emulate))),
         ],
         extra_compile_args={"cxx": compile_args},
+        extra_link_args=sanitize,
     )
     # The C++ standard is left to BuildExtension, which knows what torch's headers ask for (at least C++17).
     return [extension], {"build_ext": BuildExtension}
