@@ -199,11 +199,11 @@ def decode(prompt: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135
     def run(models: Models, model: Model) -> Callable[[], Any]:
         return models.decode(model, models.tokens(1, prompt + tokens), prompt)
 
-    return _model_case(DECODE, None, tokens, dtype, sizes, run)
+    return _model_case(DECODE, 1, tokens, dtype, sizes, run)
 
 
 def _model_case(
-    group: str, batch: int | None, rows: int, dtype: str, sizes: ModelSizes,
+    group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes,
     run: Callable[[Models, Model], Callable[[], Any]],
 ) -> Case:  # fmt: skip
     def build() -> list[Contender | Absent]:
