@@ -45,11 +45,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     acc = accumulator_dtype(gate.dtype)
-    return (ACTIVATIONS[activation](gate.to(acc))[0] * up.to(acc)).to(gate.dtype)
+    # Contiguous, as back ends give it: elementwise functions of torch would keep the layout of gate.
+    return (ACTIVATIONS[activation](gate.to(acc))[0] * up.to(acc)).to(gate.dtype).contiguous()
 
 
 def gated_activation_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     acc = accumulator_dtype(gate.dtype)
     value, slope = ACTIVATIONS[activation](gate.to(acc))
     d = dy.to(acc)
-    return (d * up.to(acc) * slope).to(gate.dtype), (d * value).to(up.dtype)
+    dgate, dup = (d * up.to(acc) * slope).to(gate.dtype), (d * value).to(up.dtype)
+    return dgate.contiguous(), dup.contiguous()
