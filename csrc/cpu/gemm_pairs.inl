@@ -69,16 +69,16 @@ inline void fill_pairs_row(const MatrixView& rhs, int64_t first, int64_t count, 
     for (int64_t i = 0; i < count; i += kPackDepth) store_step(row + i, count - i, out + i);
     return;
   }
-  const Nf4View& w = *rhs.nf4;
+  const Nf4View w = *rhs.nf4;  // a copy, which stores to out cannot change
   int64_t i = 0;
   if (first % kPackDepth == 0 && w.block_shift >= 6) {
     const int64_t whole = count / kPackDepth * kPackDepth;
-    while (i < whole) {
+    const uint8_t* bytes = w.packed + first / 2;
+    // A table a step, even where a block is longer: without a loop over blocks the steps overlap.
+#pragma GCC unroll 4
+    for (; i < whole; i += kPackDepth) {
       const EvenOddTable table(block_absmax(w, (first + i) >> w.block_shift));
-      const int64_t blocksize = int64_t{1} << w.block_shift;
-      const int64_t end = min64(whole, i + blocksize - ((first + i) & (blocksize - 1)));
-      const uint8_t* bytes = w.packed + (first + i) / 2;
-      for (; i < end; i += kPackDepth, bytes += kPackDepth / 2) table.decode(bytes, out + i);
+      table.decode(bytes + i / 2, out + i);
     }
   }
   for (; i < count; i += kPackDepth) {  // unaligned, or the end of a row
