@@ -75,13 +75,23 @@ struct OuterBF16 {
  private:
   static void decode_step(const Nf4View& w, int64_t first0, int64_t first1, PanelBF16* out) {
     const uint8_t *row0 = w.packed + first0 / 2, *row1 = w.packed + first1 / 2;
-    for (int64_t c = 0; c < kStrip; c += nf4::kMinBlocksize) {
-      const PairTable table(block_absmax(w, (first0 + c) >> w.block_shift),
-                            block_absmax(w, (first1 + c) >> w.block_shift));
+    constexpr int64_t kHalf = nf4::kMinBlocksize;
+    static_assert(kStrip == 2 * kHalf, "");
+    const int64_t block0 = first0 >> w.block_shift, block1 = first1 >> w.block_shift;
+    const int64_t next0 = (first0 + kHalf) >> w.block_shift, next1 = (first1 + kHalf) >> w.block_shift;
+    const PairTable table(block_absmax(w, block0), block_absmax(w, block1));
+    decode_half(table, row0, row1, out);
+    if (block0 == next0 && block1 == next1) {
+      decode_half(table, row0 + kHalf / 2, row1 + kHalf / 2, out + 2 * kHalf);
+    } else {
+      const PairTable next(block_absmax(w, next0), block_absmax(w, next1));
+      decode_half(next, row0 + kHalf / 2, row1 + kHalf / 2, out + 2 * kHalf);
+    }
+  }
+  static void decode_half(const PairTable& table, const uint8_t* row0, const uint8_t* row1, PanelBF16* out) {
 #pragma GCC unroll 2
-      for (int64_t i = c; i < c + nf4::kMinBlocksize; i += PairTable::kStep) {
-        table.decode(row0 + i / 2, row1 + i / 2, out + 2 * i);
-      }
+    for (int64_t i = 0; i < nf4::kMinBlocksize; i += PairTable::kStep) {
+      table.decode(row0 + i / 2, row1 + i / 2, out + 2 * i);
     }
   }
 };
