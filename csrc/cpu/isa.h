@@ -14,6 +14,7 @@ inline constexpr int kIsaCount = 5;  // without the last, which is for tests and
 // What an ISA file exports. `rect` and the block or element range pick the part a task owns.
 struct KernelTable {
   const char* name;
+  int64_t multiply_adds_per_thread;  // below which a second thread costs more to wake than it saves
   void (*quantize)(const QuantizeParams& params, int64_t block_begin, int64_t block_end);
   void (*dequantize)(const Nf4View& weight, int64_t begin, int64_t end, DType dtype, void* out);
   // lhs [m, depth] times rhs [n, depth], transposed.
@@ -39,6 +40,7 @@ struct KernelTable {
 #define PEFT_KERNELS_TABLE(level) PEFT_KERNELS_TABLE_WITH(level, nullptr, nullptr)
 #define PEFT_KERNELS_TABLE_WITH(level, gemm_pairs, pack_pairs) \
   {#level,                                                     \
+   level::kMultiplyAddsPerThread,                              \
    level::quantize,                                            \
    level::dequantize,                                          \
    level::gemm_nt,                                             \
@@ -72,7 +74,7 @@ const char* refused_isa_reason();
 const KernelTable& kernels();
 
 // Whether the level in use multiplies dense bf16 matrices as fast as torch does on this machine: not where
-// torch has tiles (AMX) and that level has not.
+// torch has tiles (AMX).
 bool has_fast_dense();
 
 // False when `name` is not a usable level.

@@ -20,9 +20,6 @@ inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // Elements that one thread should have in an elementwise kernel before a second is worth waking.
 inline constexpr int64_t kElementwiseGrain = 32768;
 
-// Below this many multiply-adds a thread costs more to wake than it saves.
-inline constexpr int64_t kMultiplyAddsPerThread = 100'000;
-
 // Kernels use these and not at::..., as a build for ThreadSanitizer has its own.
 #ifndef __SANITIZE_THREAD__
 
@@ -30,7 +27,7 @@ using at::get_num_threads;
 using at::parallel_for;
 
 inline int64_t useful_threads(int64_t multiply_adds) {
-  return std::clamp<int64_t>(multiply_adds / kMultiplyAddsPerThread, 1, get_num_threads());
+  return std::clamp<int64_t>(multiply_adds / kernels().multiply_adds_per_thread, 1, get_num_threads());
 }
 
 #else

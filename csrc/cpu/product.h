@@ -83,9 +83,9 @@ class Product {
 
   // run_nt of many products, of which each would be too small for all threads.
   static void run_nt_together(std::vector<Product>& products) {
-    constexpr int64_t kSmall = 20 * kMultiplyAddsPerThread;
+    const int64_t few = 2 * kernels().multiply_adds_per_thread;
     bool small = static_cast<int64_t>(products.size()) >= get_num_threads();
-    for (const Product& p : products) small &= p.params.m * p.params.n * p.terms_[0].depth < kSmall;
+    for (const Product& p : products) small &= p.params.m * p.params.n * p.terms_[0].depth < few;
     if (!small) {
       for (Product& product : products) product.run_nt();
       return;

@@ -3,6 +3,8 @@
 using Vec = __m256;
 using VecI = __m256i;
 constexpr int kLanes = 8;
+// Below so many multiply-adds a thread costs more to wake than it saves.
+constexpr int64_t kMultiplyAddsPerThread = 500'000;
 // Register tiles, sized for 16 registers.
 constexpr int kDotRows = 3;
 constexpr int kOuterRows = 6;
