@@ -57,9 +57,6 @@ void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t 
                           packed + i * padded);
           if (depth < padded) memset(packed + i * padded + depth, 0, (padded - depth) * sizeof(Value));
         }
-        if (Outer::kWholeTiles) {
-          memset(packed + count * padded, 0, (Outer::kTileRows - count) * padded * sizeof(Value));
-        }
       }
       for (int64_t c = 0; c < cols; c += kStrip) {
         Outer::multiply(count, lhs, lhs_ld, panel + c * padded, steps, tile + r * kNnTileLd + c, kNnTileLd);

@@ -26,8 +26,9 @@ struct OuterF32 {
   static constexpr int kPair = 1;       // rows of rhs that share a lane
   static constexpr int kDepthUnit = 1;  // of what is multiplied at once, padded with zeros
   static constexpr int kTileRows = kOuterRows;
-  static constexpr bool kWholeTiles = false;  // whether all rows of a register tile must be there
-  static constexpr int64_t kChain = 32;       // terms of one running sum
+  // Whether multiply reads the lhs of all rows of a register tile, also of those it is not asked for.
+  static constexpr bool kWholeTiles = false;
+  static constexpr int64_t kChain = 32;  // terms of one running sum
   static Vec splat_lhs(const float* p) { return splat(*p); }
   static Vec load_rhs(const float* p) { return load(p); }
   static Vec mac(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }

@@ -36,7 +36,7 @@ void tiles_block(const void* rows, int64_t row_bytes, const void* pairs, int64_t
     for_tiles<kRowTiles, 1>([&](auto r, auto) {
       tile_load<4 + r % 2>(a + r * kTileDim * row_bytes, row_bytes);
       for_tiles<1, kVectors>([&](auto, auto v) {
-        if constexpr (r == 0 || kVectors > 2) tile_load<6 + v % 2>(b + v * 64, pair_bytes);
+        if constexpr (r == 0) tile_load<6 + v % 2>(b + v * 64, pair_bytes);
         tile_dot_pairs<r * kVectors + v, 4 + r % 2, 6 + v % 2>();
       });
     });
