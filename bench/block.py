@@ -30,6 +30,20 @@ class Sizes:
     heads: int
     kv_heads: int
 
+    def config(self, **options: Any) -> Any:
+        """A transformers LlamaConfig."""
+        import transformers
+
+        return transformers.LlamaConfig(
+            hidden_size=self.hidden,
+            intermediate_size=self.intermediate,
+            num_attention_heads=self.heads,
+            num_key_value_heads=self.kv_heads,
+            rope_theta=100000.0,
+            attn_implementation="sdpa",
+            **options,
+        )
+
 
 SMOLLM2 = Sizes(hidden=576, intermediate=1536, heads=9, kv_heads=3)
 NORMS = ("input_layernorm", "post_attention_layernorm")
@@ -92,16 +106,7 @@ class Blocks(layers.Kept):
 
     @cached_property
     def config(self) -> Any:
-        import transformers
-
-        return transformers.LlamaConfig(
-            hidden_size=self.sizes.hidden,
-            intermediate_size=self.sizes.intermediate,
-            num_attention_heads=self.sizes.heads,
-            num_key_value_heads=self.sizes.kv_heads,
-            rope_theta=100000.0,
-            attn_implementation="sdpa",
-        )
+        return self.sizes.config()
 
     @cached_property
     def originals(self) -> dict[str, Tensor]:

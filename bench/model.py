@@ -38,19 +38,8 @@ class Models(layers.Kept):
 
     @cached_property
     def config(self) -> Any:
-        import transformers
-
-        block = self.sizes.block
-        return transformers.LlamaConfig(
-            vocab_size=self.sizes.vocabulary,
-            hidden_size=block.hidden,
-            intermediate_size=block.intermediate,
-            num_hidden_layers=self.sizes.layers,
-            num_attention_heads=block.heads,
-            num_key_value_heads=block.kv_heads,
-            rope_theta=100000.0,
-            tie_word_embeddings=True,
-            attn_implementation="sdpa",
+        return self.sizes.block.config(
+            vocab_size=self.sizes.vocabulary, num_hidden_layers=self.sizes.layers, tie_word_embeddings=True
         )
 
     def tokens(self, batch: int, count: int) -> Tensor:

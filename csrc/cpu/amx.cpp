@@ -23,5 +23,5 @@ namespace peft_kernels::cpu::amx {
 #pragma GCC pop_options
 
 namespace peft_kernels::cpu {
-const KernelTable kAmxKernels = PEFT_KERNELS_TABLE_WITH(amx, amx::gemm_pairs, amx::pack_pairs);
+const KernelTable kAmxKernels = PEFT_KERNELS_TABLE(amx);
 }

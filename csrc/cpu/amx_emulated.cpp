@@ -23,6 +23,5 @@ namespace peft_kernels::cpu::amx_emulated {
 #pragma GCC pop_options
 
 namespace peft_kernels::cpu {
-const KernelTable kAmxEmulatedKernels =
-    PEFT_KERNELS_TABLE_WITH(amx_emulated, amx_emulated::gemm_pairs, amx_emulated::pack_pairs);
+const KernelTable kAmxEmulatedKernels = PEFT_KERNELS_TABLE(amx_emulated);
 }

@@ -22,6 +22,5 @@ namespace peft_kernels::cpu::avx512_bf16 {
 #pragma GCC pop_options
 
 namespace peft_kernels::cpu {
-const KernelTable kAvx512Bf16Kernels =
-    PEFT_KERNELS_TABLE_WITH(avx512_bf16, avx512_bf16::gemm_pairs, avx512_bf16::pack_pairs);
+const KernelTable kAvx512Bf16Kernels = PEFT_KERNELS_TABLE(avx512_bf16);
 }

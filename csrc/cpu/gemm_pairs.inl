@@ -282,6 +282,11 @@ inline void pairs_start(const GemmParams& p, const PairsBlock& b) {
   }
 }
 
+bool pairs_serve(const GemmParams& p) {
+  return p.m > kFewRows && p.n > 0 && p.terms[0].depth > 0 && p.out_dtype != DType::kF16 &&
+         has_bf16_values(p.terms[0]);
+}
+
 // The first term has `p.packed_lhs` for its lhs; others have theirs in fp32. `rect` starts at whole strips.
 void gemm_pairs(const GemmParams& p, const Rect& rect, void* scratch) {
 #if PEFT_KERNELS_TILES

@@ -9,7 +9,6 @@
 //
 // The absmax follows after the eight products of a 32-bit lane, which lie in one block.
 
-constexpr int64_t kGemvMaxRows = 4;
 constexpr int64_t kChunk = 8 * kLanes;     // elements
 constexpr int64_t kGemvMaxWeightRows = 4;  // rows of the weight that share the loads of lhs
 
@@ -50,10 +49,10 @@ inline GemvLayout gemv_layout(int64_t depth) {
 
 // Rows that do not start with a block go through the panel.
 inline bool gemv_serves(const GemmTerm& term, const Rect& rect) {
-  if (!term.rhs.nf4 || rect.m1 - rect.m0 > kGemvMaxRows) return false;
+  if (!term.rhs.nf4 || rect.m1 - rect.m0 > kFewRows) return false;
   if (term.rhs.ld % (int64_t{1} << term.rhs.nf4->block_shift) != 0) return false;
   const GemvLayout layout = gemv_layout(term.depth);
-  const int64_t floats = kGemvMaxRows * layout.lhs_values + kGemvMaxWeightRows * layout.scale_floats;
+  const int64_t floats = kFewRows * layout.lhs_values + kGemvMaxWeightRows * layout.scale_floats;
   return floats * static_cast<int64_t>(sizeof(float)) <= kGemvScratchBytes;
 }
 

@@ -21,8 +21,9 @@ struct KernelTable {
   void (*gemm_nt)(const GemmParams& params, const Rect& rect, void* scratch);
   // lhs [m, depth] times rhs [depth, n].
   void (*gemm_nn)(const GemmParams& params, const Rect& rect, void* scratch);
-  // gemm_nt with the first term in bf16 and its lhs packed, others fp32 and dense; null where a level has
-  // no products of bf16 pairs. pack_pairs: strips [begin, end).
+  // gemm_nt with the first term in bf16 and its lhs packed, others fp32 and dense, for the products that
+  // pairs_serve says; null where a level has no products of bf16 pairs. pack_pairs: strips [begin, end).
+  bool (*pairs_serve)(const GemmParams& params);
   void (*gemm_pairs)(const GemmParams& params, const Rect& rect, void* scratch);
   void (*pack_pairs)(const PackParams& params, int64_t begin, int64_t end);
   // Flat elements [begin, end).
@@ -37,21 +38,21 @@ struct KernelTable {
 };
 
 // The table of a level, from the functions in its namespace.
-#define PEFT_KERNELS_TABLE(level) PEFT_KERNELS_TABLE_WITH(level, nullptr, nullptr)
-#define PEFT_KERNELS_TABLE_WITH(level, gemm_pairs, pack_pairs) \
-  {#level,                                                     \
-   level::kMultiplyAddsPerThread,                              \
-   level::quantize,                                            \
-   level::dequantize,                                          \
-   level::gemm_nt,                                             \
-   level::gemm_nn,                                             \
-   gemm_pairs,                                                 \
-   pack_pairs,                                                 \
-   level::dropout,                                             \
-   level::gated,                                               \
-   level::gated_backward,                                      \
-   level::scale_features,                                      \
-   level::scale_features_backward,                             \
+#define PEFT_KERNELS_TABLE(level)  \
+  {#level,                         \
+   level::kMultiplyAddsPerThread,  \
+   level::quantize,                \
+   level::dequantize,              \
+   level::gemm_nt,                 \
+   level::gemm_nn,                 \
+   level::pairs_serve,             \
+   level::gemm_pairs,              \
+   level::pack_pairs,              \
+   level::dropout,                 \
+   level::gated,                   \
+   level::gated_backward,          \
+   level::scale_features,          \
+   level::scale_features_backward, \
    level::row_squares}
 
 extern const KernelTable kScalarKernels;

@@ -17,6 +17,8 @@
 #include "gemm_nn.inl"
 #if PEFT_KERNELS_BF16_DOT
 #include "gemm_pairs.inl"
+#else
+constexpr decltype(nullptr) pairs_serve = nullptr, gemm_pairs = nullptr, pack_pairs = nullptr;
 #endif
 #include "gated.inl"
 #include "scale.inl"

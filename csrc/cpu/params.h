@@ -87,6 +87,9 @@ struct PackParams {
 inline constexpr int64_t kPackRows = 64;
 inline constexpr int64_t kPackDepth = 64;
 
+// Up to so many rows take a packed weight as it comes (gemv.inl), and want nothing packed.
+inline constexpr int64_t kFewRows = 4;
+
 // The part of the output that one task computes.
 struct Rect {
   int64_t m0, m1;

@@ -49,9 +49,6 @@ class Rows {
   mutable int64_t packed_begin_ = -1;
 };
 
-// Up to so many rows take a packed weight as it comes, and want nothing packed.
-inline constexpr int64_t kFewRows = 4;
-
 class Product {
  public:
   GemmParams params{};
@@ -105,12 +102,8 @@ class Product {
 
   // run_nt with `first` for the lhs of the first term; those of the others must be fp32, their rhs dense.
   void run_nt(const Rows& first) {
-    const GemmTerm& term = terms_[0];
-    const bool is_bf16 = term.lhs_dtype == DType::kBF16 && params.out_dtype != DType::kF16 &&
-                         (term.rhs.nf4 || (term.rhs.dtype == DType::kBF16 && term.rhs_scale == 1.0f));
-    if (!is_bf16 || !kernels().gemm_pairs || params.m <= kFewRows || params.n == 0 || term.depth == 0) {
-      return run_nt();
-    }
+    const KernelTable& table = kernels();
+    if (!table.pairs_serve || !table.pairs_serve(finished())) return run_nt();
     for (int64_t m = 0; m < params.m; m += Rows::kBlock) {
       params.packed_lhs = first.packed(m);
       params.packed_begin = m;
