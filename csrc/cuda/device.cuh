@@ -1,0 +1,301 @@
+// What kernels are written in: one wrapper per instruction that C++ lacks. Everything else about a kernel is
+// plain C++, so that the same source runs on the CPU under the emulator of tests/simt, which has a second
+// implementation of this header.
+//
+// A kernel is a struct:
+//   struct Kernel {
+//     static constexpr int kThreads = 256;      // of a block
+//     static constexpr int kBlocksPerSm = 1;    // that must be resident at once: limits the registers
+//     struct Params { ... };                    // trivially copyable, at most 4 KB
+//     static DEVICE void run(const Params& p);
+//   };
+// and launch.cuh starts it. Grids, blocks and threads have one dimension.
+//
+// Shared memory is dynamic: shared_memory<T>() is its start, 16-byte aligned, T a struct of arrays, never of
+// more than launch() was told. It and global memory are read and written by load() and store() alone, never
+// through a plain pointer, so that the emulator sees every access. Lanes of a warp call a collective
+// (shuffles, ballots, matrix instructions, sync_warp) together, all 32 of them.
+#pragma once
+
+#include <cstdint>
+
+#ifdef PEFT_KERNELS_SIMT
+#  include "simt_device.h"
+#else
+
+#  include <cuda_bf16.h>
+#  include <cuda_fp16.h>
+
+#  define DEVICE __device__ __forceinline__
+
+namespace peft_kernels::cuda {
+
+inline constexpr int kWarp = 32;
+
+// 16-bit floats by their bits: all that kernels do with one is to convert it.
+struct alignas(2) bf16 {
+  uint16_t bits;
+};
+struct alignas(2) fp16 {
+  uint16_t bits;
+};
+
+// What one load or store moves.
+template <class T, int N>
+struct alignas(sizeof(T) * N) Vec {
+  T v[N];
+};
+using Words2 = Vec<uint32_t, 2>;
+using Words4 = Vec<uint32_t, 4>;
+
+// ---- Where am I ----------------------------------------------------------------------------------------
+
+DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int block_index() { return blockIdx.x; }
+DEVICE int grid_size() { return gridDim.x; }
+DEVICE int lane_index() { return threadIdx.x & (kWarp - 1); }
+// The same value in all lanes, and known to be so: what depends on it stays in uniform registers.
+DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x / kWarp, 0); }
+
+// ---- Waiting and exchanging ----------------------------------------------------------------------------
+
+DEVICE void sync_threads() { __syncthreads(); }
+DEVICE void sync_warp() { __syncwarp(); }
+
+// T of 4 bytes.
+template <class T>
+DEVICE T shuffle(T value, int lane) {
+  return __shfl_sync(~0u, value, lane);
+}
+template <class T>
+DEVICE T shuffle_xor(T value, int mask) {
+  return __shfl_xor_sync(~0u, value, mask);
+}
+DEVICE uint32_t ballot(bool value) { return __ballot_sync(~0u, value); }
+
+// ---- Memory --------------------------------------------------------------------------------------------
+// T of 1, 2, 4, 8 or 16 bytes, aligned to its size: a Vec, or a number.
+
+namespace detail {
+template <int kBytes>
+struct Raw;
+template <>
+struct Raw<1> {
+  using Type = uint8_t;
+};
+template <>
+struct Raw<2> {
+  using Type = uint16_t;
+};
+template <>
+struct Raw<4> {
+  using Type = uint32_t;
+};
+template <>
+struct Raw<8> {
+  using Type = uint2;
+};
+template <>
+struct Raw<16> {
+  using Type = uint4;
+};
+template <class To, class From>
+DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast: sizes differ");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+}  // namespace detail
+
+using detail::bit_cast;
+
+template <class T>
+DEVICE T load(const T* p) {
+  return bit_cast<T>(*reinterpret_cast<const typename detail::Raw<sizeof(T)>::Type*>(p));
+}
+// From global memory that nobody writes while the kernel runs.
+template <class T>
+DEVICE T load_constant(const T* p) {
+  return bit_cast<T>(__ldg(reinterpret_cast<const typename detail::Raw<sizeof(T)>::Type*>(p)));
+}
+// The same, read once: it passes by the first-level cache and is the first to leave the second.
+template <class T>
+DEVICE T load_once(const T* p) {
+  static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "load_once: 4, 8 or 16 bytes");
+  if constexpr (sizeof(T) == 4) {
+    uint32_t r;
+    asm volatile("ld.global.nc.L1::no_allocate.b32 %0, [%1];" : "=r"(r) : "l"(p));
+    return bit_cast<T>(r);
+  } else if constexpr (sizeof(T) == 8) {
+    uint2 r;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.b32 {%0, %1}, [%2];" : "=r"(r.x), "=r"(r.y) : "l"(p));
+    return bit_cast<T>(r);
+  } else {
+    uint4 r;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r.x), "=r"(r.y), "=r"(r.z), "=r"(r.w)
+                 : "l"(p));
+    return bit_cast<T>(r);
+  }
+}
+template <class T>
+DEVICE void store(T* p, const T& value) {
+  using Raw = typename detail::Raw<sizeof(T)>::Type;
+  *reinterpret_cast<Raw*>(p) = bit_cast<Raw>(value);
+}
+
+template <class T>
+DEVICE T* shared_memory() {
+  extern __shared__ uint4 start[];
+  return reinterpret_cast<T*>(start);
+}
+// The 32-bit address of shared memory, for load_shared(). The first one that a kernel owns depends on the
+// card.
+DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
+DEVICE uint32_t load_shared(uint32_t address) {
+  uint32_t r;
+  asm("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address));
+  return r;
+}
+
+// ---- Asynchronous copies, global to shared -------------------------------------------------------------
+
+// 16 bytes, both sides aligned; zeros when not `valid`, and the source is not read then. The data is there
+// for this thread after copy_async_wait, for others after a barrier that follows it.
+DEVICE void copy_async_16(void* to_shared, const void* from, bool valid = true) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)), "l"(from),
+               "r"(valid ? 16 : 0)
+               : "memory");
+}
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most kPending of this thread's committed groups are under way.
+template <int kPending>
+DEVICE void copy_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+// ---- Matrix instructions -------------------------------------------------------------------------------
+// g = lane / 4, t = lane % 4; the lower index of a pair in the low half.
+
+// c[16, 8] += a[16, 16] b[16, 8].  a: (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..);
+// b: rows 2t.. and 2t + 8.. of column g;  c: (g, 2t..), (g + 8, 2t..). T is bf16 or fp16.
+template <class T>
+DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+template <>
+DEVICE void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+template <>
+DEVICE void mma<fp16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// Four 8x8 matrices of 16-bit elements from shared memory. Lane i gives the address of row i % 8 of matrix
+// i / 8, 16 bytes; r[j] is matrix j's (row g, columns 2t..).
+DEVICE void load_matrix_x4(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// The same, transposed: r[j] is matrix j's (rows 2t.., column g).
+DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// ---- Bits and numbers ----------------------------------------------------------------------------------
+
+// Byte i of the result is byte (selector >> 4 i) & 7 of b:a, a the low word.
+DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
+  return __byte_perm(a, b, selector);
+}
+DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
+
+// Rounded on their own, never contracted: where a result must be exact to the bit.
+DEVICE float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
+DEVICE float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
+DEVICE float sqrt_rn(float a) { return __fsqrt_rn(a); }
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+DEVICE float to_float(float x) { return x; }
+DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
+DEVICE float to_float(fp16 x) { return __half2float(__ushort_as_half(x.bits)); }
+
+// To the nearest, ties to even.
+template <class T>
+DEVICE T from_float(float x);
+template <>
+DEVICE float from_float<float>(float x) {
+  return x;
+}
+template <>
+DEVICE bf16 from_float<bf16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+template <>
+DEVICE fp16 from_float<fp16>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+
+// Two 16-bit floats in a register, `low` in the low half.
+template <class T>
+DEVICE uint32_t pack2(float low, float high);
+template <>
+DEVICE uint32_t pack2<bf16>(float low, float high) {
+  return bit_cast<uint32_t>(__floats2bfloat162_rn(low, high));
+}
+template <>
+DEVICE uint32_t pack2<fp16>(float low, float high) {
+  return bit_cast<uint32_t>(__floats2half2_rn(low, high));
+}
+template <class T>
+DEVICE float low_half(uint32_t pair) {
+  return to_float(T{static_cast<uint16_t>(pair)});
+}
+template <class T>
+DEVICE float high_half(uint32_t pair) {
+  return to_float(T{static_cast<uint16_t>(pair >> 16)});
+}
+// a * b of two pairs, each product rounded once. As a * b - 0, which sm_80 has for bf16 as well.
+template <class T>
+DEVICE uint32_t multiply2(uint32_t a, uint32_t b);
+template <>
+DEVICE uint32_t multiply2<bf16>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(r) : "r"(a), "r"(b), "r"(0x80008000u));
+  return r;
+}
+template <>
+DEVICE uint32_t multiply2<fp16>(uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(r) : "r"(a), "r"(b));
+  return r;
+}
+
+// ---- Between blocks ------------------------------------------------------------------------------------
+
+// Adds to a counter in global memory, and returns what it was. Writes before it are seen by whoever reads the
+// sum, and what others wrote before their turn is seen after it.
+DEVICE uint32_t atomic_add_ordered(uint32_t* counter, uint32_t value) {
+  uint32_t before;
+  asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+               : "=r"(before)
+               : "l"(counter), "r"(value)
+               : "memory");
+  return before;
+}
+
+}  // namespace peft_kernels::cuda
+
+#endif
