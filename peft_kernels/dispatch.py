@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
-from . import spec
+from . import autograd, spec
 from .backends import BACKENDS, Backend
 
 NAMESPACE = "peft_kernels"
@@ -50,24 +51,25 @@ def _public_kernel(op: spec.Op) -> Callable[..., Any]:
     return call
 
 
-def kernel(op: str, args: Sequence[Any]) -> Callable[..., Any]:
+def kernel(op: str, args: Sequence[Any]) -> OpOverload:
     """The back end op that serves `op` with `args`. RuntimeError when a forced back end cannot."""
     backend = select(op, args)
-    return getattr(getattr(torch.ops, backend.namespace), op).default
+    found: OpOverload = getattr(getattr(torch.ops, backend.namespace), op).default
+    return found
 
 
-def kernel_like(op: str, like: Tensor) -> Callable[..., Any]:
-    """As `kernel`, for arguments of which `like` has the device and the dtype that decide.
+def eager_like(op: str, like: Tensor) -> Callable[..., Any]:
+    """As `kernel`, for eager calls whose device and dtype are those of `like`.
 
     The choice is remembered: looking at all arguments in every call costs a small layer as much as its
     arithmetic.
     """
     if forced() is not None:
-        return kernel(op, (like,))
+        return autograd.eager(kernel(op, (like,)))
     key = op, like.device.type, like.dtype
     found = _chosen.get(key)
     if found is None:
-        found = _chosen[key] = kernel(op, (like,))
+        found = _chosen[key] = autograd.eager(kernel(op, (like,)))
     return found
 
 

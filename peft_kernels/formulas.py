@@ -1,7 +1,7 @@
 """Autograd formulas of the ops in `spec`.
 
-For each op a pair: `<op>_setup(ctx, inputs, output)` saves, `<op>_backward(ops, ctx, *grads)` gets the
-namespace whose ops it is to call, so that a back end's backward is its own too.
+For each op a pair: `<op>_setup(ctx, inputs, output)` saves, `<op>_backward(ops, ctx, *grads)` gets the ops
+that it is to call, so that a back end's backward is its own too.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def _first_order(formula: Callable[..., Grads]) -> Callable[..., Grads]:
     @functools.wraps(formula)
     def checked(ops: Any, ctx: Any, *grads: Any) -> Grads:
         if grads[0] is None:  # of an output that no loss depends on
-            return tuple(ctx.grads)
+            return (None,) * len(ctx.needs_input_grad)
         with torch.no_grad():
             result = formula(ops, ctx, *grads)
         if not torch.is_grad_enabled():  # only with create_graph=True
@@ -103,7 +103,7 @@ def lora_linear_setup(ctx: Any, inputs: Grads, output: tuple[Tensor, Tensor]) ->
     x, weight, absmax, absmax2, offset, blocksize, bias, lora_a, lora_b, scaling, dropout_p, seed = inputs
     ctx.save_for_backward(x, output[1], weight, absmax, absmax2, offset, lora_a, lora_b, seed)
     ctx.blocksize, ctx.scaling, ctx.dropout_p = blocksize, scaling, dropout_p
-    ctx.bias_dtype, ctx.grads = None if bias is None else bias.dtype, _no_grads(inputs)
+    ctx.bias_dtype = None if bias is None else bias.dtype
     _only_saved(ctx, output[1])
 
 
@@ -139,17 +139,6 @@ class _Lists:
         return [next(flat) if size is None else [next(flat) for _ in range(size)] for size in self.sizes]
 
 
-def _no_grads(inputs: Grads) -> list[Any]:
-    """A gradient of None for every input, in the structure that torch.library wants: it takes a list whose
-    items all are tensors (none at all included) for a list of inputs, and any other for a constant."""
-
-    def none(value: Any) -> list[None] | None:
-        is_list = isinstance(value, (list, tuple)) and all(isinstance(item, Tensor) for item in value)
-        return [None] * len(value) if is_list else None
-
-    return [none(value) for value in inputs]
-
-
 def _chosen(grads: Any, needed: Any) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
@@ -169,7 +158,8 @@ def _layer_grads(dy: Any, x: Tensor, bias_dtypes: Any, need_weight: Any, need_bi
 
 def _layers_grads(ctx: Any, dx: Tensor, dw: Any, dbias: Any, da: Any, db: Any) -> Grads:
     """Gradients of an op that takes layers as lists, where needed."""
-    need, grads = ctx.needs_input_grad, list(ctx.grads)
+    need = ctx.needs_input_grad
+    grads: list[Any] = [None] * len(need)
     if need[0]:
         grads[0] = dx
     grads[1], grads[7] = dw, dbias
@@ -186,7 +176,7 @@ def multi_lora_linear_setup(ctx: Any, inputs: Grads, output: Any) -> None:
         ctx, x, output[1], weight, absmax, absmax2, offset, lora_a, lora_b, seed, row_group
     )  # fmt: skip
     ctx.blocksize, ctx.layer, ctx.scaling, ctx.dropout_p = blocksize, layer, scaling, dropout_p
-    ctx.group, ctx.bias_dtypes, ctx.grads = group, [b.dtype for b in bias], _no_grads(inputs)
+    ctx.group, ctx.bias_dtypes = group, [b.dtype for b in bias]
     ctx.y_shapes = [y.shape for y in output[0]]
     _only_saved(ctx, output[1])
 
@@ -264,7 +254,7 @@ def gated_mlp_setup(ctx: Any, inputs: Grads, output: Any) -> None:
         ctx, x, gate, up, h, h_down, weight, absmax, absmax2, offset, lora_a, lora_b, seed
     )  # fmt: skip
     ctx.blocksize, ctx.layer, ctx.scaling, ctx.dropout_p = blocksize, layer, scaling, dropout_p
-    ctx.activation, ctx.bias_dtypes, ctx.grads = activation, [b.dtype for b in bias], _no_grads(inputs)
+    ctx.activation, ctx.bias_dtypes = activation, [b.dtype for b in bias]
     _only_saved(ctx, gate, up, h, h_down)
 
 

@@ -334,12 +334,8 @@ def _check_activation(activation: str) -> None:
 
 
 def _call(op: str, *args: Any, like: Tensor | None = None) -> Any:
-    """Eager calls skip the public op, and without grad autograd too, two Python dispatches less; traced ones
-    record it. `like`, by default the first argument, decides which back end serves."""
+    """Eager calls skip the public op and the dispatcher's autograd key; traced ones record the public op.
+    `like`, by default the first argument, decides which back end serves."""
     if torch.compiler.is_compiling():
         return getattr(torch.ops.peft_kernels, op)(*args)
-    kernel = dispatch.kernel_like(op, args[0] if like is None else like)
-    if torch.is_grad_enabled():
-        return kernel(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return kernel(*args)
+    return dispatch.eager_like(op, args[0] if like is None else like)(*args)

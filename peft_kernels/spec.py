@@ -22,18 +22,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from . import fake, formulas, reference
+from . import autograd, fake, formulas, reference
 
 
 @dataclass(frozen=True)
 class Op:
     """One op. What it means is `reference`, or `composite(ops, *args)` in terms of other ops.
 
-    `composite` and `backward(ops, ctx, *grads)` get the namespace whose ops they are to call.
+    `composite` and `backward(ops, ctx, *grads)` get the ops that they are to call.
     """
 
     name: str
@@ -202,24 +204,19 @@ def install(
     The caller keeps the returned library alive: the ops vanish with it.
     """
     library = torch.library.Library(namespace, "DEF")
+    calls = SimpleNamespace()
     for op in OPS.values():
         name = f"{namespace}::{op.name}"
         library.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
         torch.library.register_fake(name, op.fake, lib=library)
         kernel = None if implement is None else implement(op)
         if kernel is None and op.composite is not None:
-            kernel = _bind(op.composite, namespace)
+            kernel = partial(op.composite, calls)
         if kernel is not None:
             library.impl(op.name, kernel, "CompositeExplicitAutograd")
+        overload = getattr(getattr(torch.ops, namespace), op.name).default
         if op.backward is not None:
-            torch.library.register_autograd(
-                name, _bind(op.backward, namespace), setup_context=op.setup_context, lib=library
-            )
+            assert op.setup_context is not None
+            autograd.register(overload, partial(op.backward, calls), op.setup_context, library)
+        setattr(calls, op.name, autograd.eager(overload))
     return library
-
-
-def _bind(function: Callable[..., Any], namespace: str) -> Callable[..., Any]:
-    def bound(*args: Any) -> Any:
-        return function(getattr(torch.ops, namespace), *args)
-
-    return bound
