@@ -96,8 +96,7 @@ void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {
   float* tile = static_cast<float*>(scratch);
   char* panel = static_cast<char*>(scratch) + kNtTileBytes;
   void* gemv_scratch = panel + kNtPanelBytes;
-  // A packed weight is the first term of a layer, and the only packed one.
-  const bool gemv = p.term_count > 0 && gemv_serves(p.terms[0], rect);
+  const bool gemv = gemv_serves(p);
   if (gemv) gemv_arrange_lhs(p.terms[0], rect, gemv_scratch);
   for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += kStrip) {
     const int64_t cols = min64(kStrip, rect.n1 - n0);

@@ -1,5 +1,5 @@
-// A packed weight times one to four rows of lhs, as in generation: the weight is read once and never written
-// out.
+// A packed weight times one to kFewRows rows of lhs, as in generation: the weight is read, four rows at a
+// time, and never written out.
 //
 // A chunk is one vector of packed bytes. Each lane holds kSteps codes: shifting by a nibble brings one code
 // after the other to the bottom, where a permute turns it into its value. The codes of one shift belong to
@@ -47,12 +47,14 @@ inline GemvLayout gemv_layout(int64_t depth) {
   return {chunks, chunks * kChunk, round_up(chunks * kChunk / nf4::kMinBlocksize, 16)};
 }
 
-// Rows that do not start with a block go through the panel.
-inline bool gemv_serves(const GemmTerm& term, const Rect& rect) {
-  if (!term.rhs.nf4 || rect.m1 - rect.m0 > kFewRows) return false;
-  if (term.rhs.ld % (int64_t{1} << term.rhs.nf4->block_shift) != 0) return false;
+// Whether the product is of a packed weight and a few rows. Not where rows of the weight do not start with a
+// block. Rows of the whole product count, not of this task: bits must not depend on how the work is cut.
+inline bool gemv_serves(const GemmParams& p) {
+  if (p.term_count == 0 || p.m > kFewRows) return false;
+  const GemmTerm& term = p.terms[0];  // a packed weight is the first term of a layer, and the only packed one
+  if (!term.rhs.nf4 || term.rhs.ld % (int64_t{1} << term.rhs.nf4->block_shift) != 0) return false;
   const GemvLayout layout = gemv_layout(term.depth);
-  const int64_t floats = kFewRows * layout.lhs_values + kGemvMaxWeightRows * layout.scale_floats;
+  const int64_t floats = p.m * layout.lhs_values + kGemvMaxWeightRows * layout.scale_floats;
   return floats * static_cast<int64_t>(sizeof(float)) <= kGemvScratchBytes;
 }
 
@@ -156,13 +158,12 @@ constexpr int gemv_weight_rows() {
 }
 
 template <class Gemv, int kRows, int kBlocks>
-void gemv_rows(const GemmTerm& term, int64_t n0, int64_t cols, void* scratch, float* tile) {
+void gemv_rows(const GemmTerm& term, int64_t n0, int64_t cols, const typename Gemv::Value* lhs, float* scales,
+               float* tile) {
   constexpr int kWeightRows = gemv_weight_rows<kRows>();
   const Nf4View& w = *term.rhs.nf4;
   const GemvLayout layout = gemv_layout(term.depth);
   const int64_t blocks = term.depth >> w.block_shift;
-  const auto* lhs = static_cast<const typename Gemv::Value*>(scratch);
-  float* scales = static_cast<float*>(scratch) + kRows * layout.lhs_values;
   for (int64_t c = 0; c < cols;) {
     const int64_t count = cols - c >= kWeightRows ? kWeightRows : 1;
     for (int64_t i = 0; i < count; ++i) {
@@ -184,15 +185,21 @@ void gemv_rows(const GemmTerm& term, int64_t n0, int64_t cols, void* scratch, fl
 
 template <class Gemv, int kBlocks>
 void gemv_blocks(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, void* scratch, float* tile) {
-  switch (rows) {
-    case 1:
-      return gemv_rows<Gemv, 1, kBlocks>(term, n0, cols, scratch, tile);
-    case 2:
-      return gemv_rows<Gemv, 2, kBlocks>(term, n0, cols, scratch, tile);
-    case 3:
-      return gemv_rows<Gemv, 3, kBlocks>(term, n0, cols, scratch, tile);
-    case 4:
-      return gemv_rows<Gemv, 4, kBlocks>(term, n0, cols, scratch, tile);
+  const int64_t lhs_values = gemv_layout(term.depth).lhs_values;
+  float* scales = static_cast<float*>(scratch) + rows * lhs_values;
+  for (int64_t r = 0; r < rows; r += 4) {
+    const auto* lhs = static_cast<const typename Gemv::Value*>(scratch) + r * lhs_values;
+    float* sums = tile + r * kStrip;
+    switch (rows - r) {
+      case 1:
+        return gemv_rows<Gemv, 1, kBlocks>(term, n0, cols, lhs, scales, sums);
+      case 2:
+        return gemv_rows<Gemv, 2, kBlocks>(term, n0, cols, lhs, scales, sums);
+      case 3:
+        return gemv_rows<Gemv, 3, kBlocks>(term, n0, cols, lhs, scales, sums);
+      default:
+        gemv_rows<Gemv, 4, kBlocks>(term, n0, cols, lhs, scales, sums);
+    }
   }
 }
 

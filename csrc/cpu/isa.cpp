@@ -148,7 +148,7 @@ bool has_fast_dense() {
 #if defined(__x86_64__)
   const KernelTable& table = kernels();
   // Level amx has never been timed against torch's tiles: until then torch keeps dense weights there.
-  return table.gemm_pairs && best_isa() < Isa::kAmx && !refused;
+  return table.has_bf16_dot && best_isa() < Isa::kAmx && !refused;
 #else
   return false;
 #endif

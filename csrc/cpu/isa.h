@@ -21,11 +21,12 @@ struct KernelTable {
   void (*gemm_nt)(const GemmParams& params, const Rect& rect, void* scratch);
   // lhs [m, depth] times rhs [depth, n].
   void (*gemm_nn)(const GemmParams& params, const Rect& rect, void* scratch);
-  // gemm_nt with the first term in bf16 and its lhs packed, others fp32 and dense, for the products that
-  // pairs_serve says; null where a level has no products of bf16 pairs. pack_pairs: strips [begin, end).
-  bool (*pairs_serve)(const GemmParams& params);
-  void (*gemm_pairs)(const GemmParams& params, const Rect& rect, void* scratch);
-  void (*pack_pairs)(const PackParams& params, int64_t begin, int64_t end);
+  // gemm_nt with the lhs of the first term packed, the others fp32 and dense, for the products that
+  // packing_of says. pack_strips: strips [begin, end).
+  Packing (*packing_of)(const GemmParams& params);
+  void (*gemm_packed)(const GemmParams& params, const Rect& rect, void* scratch);
+  void (*pack_strips)(const PackParams& params, int64_t begin, int64_t end);
+  bool has_bf16_dot;  // products of pairs of bf16
   // Flat elements [begin, end).
   void (*dropout)(const DropoutParams& params, int64_t begin, int64_t end);
   void (*gated)(const GatedParams& params, int64_t begin, int64_t end);
@@ -45,9 +46,10 @@ struct KernelTable {
    level::dequantize,              \
    level::gemm_nt,                 \
    level::gemm_nn,                 \
-   level::pairs_serve,             \
-   level::gemm_pairs,              \
-   level::pack_pairs,              \
+   level::packing_of,              \
+   level::gemm_packed,             \
+   level::pack_strips,             \
+   PEFT_KERNELS_BF16_DOT,          \
    level::dropout,                 \
    level::gated,                   \
    level::gated_backward,          \

@@ -15,11 +15,8 @@
 #include "dropout.inl"
 #include "gemm_nt.inl"
 #include "gemm_nn.inl"
-#if PEFT_KERNELS_BF16_DOT
-#include "gemm_pairs.inl"
-#else
-constexpr decltype(nullptr) pairs_serve = nullptr, gemm_pairs = nullptr, pack_pairs = nullptr;
-#endif
+#include "packed_units.inl"
+#include "gemm_packed.inl"
 #include "gated.inl"
 #include "scale.inl"
 // clang-format on

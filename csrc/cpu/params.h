@@ -58,6 +58,9 @@ struct GemmTerm {
   DropoutMask mask;        // gemm_nn: applied to the product before it is added
 };
 
+// How lhs is packed for gemm_packed: not at all, as pairs of bf16, as fp32.
+enum class Packing : uint8_t { kNone, kPairs, kFloats };
+
 // out[m, n] = start + sum over terms of lhs . rhs, where start is the bias, or what `out` holds, or 0.
 struct GemmParams {
   const GemmTerm* terms;
@@ -70,25 +73,27 @@ struct GemmParams {
   int64_t out_ld;
   int64_t m;
   int64_t n;
-  // gemm_pairs: rows [packed_begin, packed_end) of the first term's lhs, as pack_pairs leaves them.
+  // gemm_packed: rows [packed_begin, packed_end) of the first term's lhs, as pack_strips leaves them.
+  Packing packing;
   const void* packed_lhs;
   int64_t packed_begin, packed_end;
 };
 
-// bf16 rows [rows, depth] to pairs: strip by strip of kPackRows rows, in a strip pair by pair of the depth,
-// for each pair the rows side by side (of the last strip a multiple of 16). Padded with zeros. In every
-// kPackDepth elements of the depth the even ones come before the odd ones, as high nibbles and low nibbles of
-// a packed weight do when they are taken apart.
+// Rows [rows, depth] strip by strip of kPackRows rows, in a strip step by step of the depth, for each step
+// the rows side by side (of the last strip a multiple of the vectors' lanes), in the order of
+// packed_units.inl.
 struct PackParams {
   const void* x;
+  DType dtype;
   int64_t rows, depth;
-  void* out;  // rows rounded up to 16, times depth rounded up to kPackDepth
+  Packing packing;
+  void* out;  // rows rounded up to kPackRows, times depth rounded up to kPackDepth
 };
 inline constexpr int64_t kPackRows = 64;
-inline constexpr int64_t kPackDepth = 64;
+inline constexpr int64_t kPackDepth = 64;  // a multiple of every unit's order
 
 // Up to so many rows take a packed weight as it comes (gemv.inl), and want nothing packed.
-inline constexpr int64_t kFewRows = 4;
+inline constexpr int64_t kFewRows = 8;
 
 // The part of the output that one task computes.
 struct Rect {

@@ -18,34 +18,43 @@ inline GemmTerm term_of(const Tensor& lhs, const char* name, const MatrixView& r
           DropoutMask{}};
 }
 
-// Activations as rows, and packed for gemm_pairs once a product asks for that: a block of rows at a time, as
+// Activations as rows, and packed for gemm_packed once a product asks for that: a block of rows at a time, as
 // a copy of them all would be fresh memory, and touching that costs more than packing.
 class Rows {
  public:
-  static constexpr int64_t kBlock = 1024;
+  static int64_t block_rows(Packing packing) { return packing == Packing::kPairs ? 1024 : 256; }
 
   explicit Rows(Tensor rows) : rows_(std::move(rows)) {}
   const Tensor& tensor() const { return rows_; }
 
-  // Rows [begin, begin + kBlock), as far as there are.
-  const void* packed(int64_t begin) const {
-    if (begin == packed_begin_) return packed_.const_data_ptr();
-    const int64_t rows = std::min(kBlock, rows_of(rows_) - begin), depth = rows_.size(-1);
+  // Rows [begin, begin + block_rows), as far as there are.
+  const void* packed(int64_t begin, Packing packing) const {
+    if (begin == packed_begin_ && packing == packing_) return packed_.const_data_ptr();
+    const int64_t rows = std::min(block_rows(packing), rows_of(rows_) - begin), depth = rows_.size(-1);
     const int64_t padded = ceil_div(depth, kPackDepth) * kPackDepth;
-    if (!packed_.defined())
-      packed_ = at::empty({ceil_div(rows, kPackRows) * kPackRows * padded}, rows_.options());
-    const PackParams params{static_cast<const BF16*>(rows_.const_data_ptr()) + begin * depth, rows, depth,
+    if (!packed_.defined() || packing != packing_) {
+      const auto dtype = packing == Packing::kPairs ? at::kBFloat16 : at::kFloat;
+      packed_ = at::empty({ceil_div(rows, kPackRows) * kPackRows * padded}, rows_.options().dtype(dtype));
+    }
+    const char* x = static_cast<const char*>(rows_.const_data_ptr());
+    const PackParams params{x + begin * depth * rows_.element_size(),
+                            dtype_of(rows_, "x"),
+                            rows,
+                            depth,
+                            packing,
                             packed_.mutable_data_ptr()};
-    const auto pack_pairs = kernels().pack_pairs;
+    const auto pack_strips = kernels().pack_strips;
     parallel_for(0, ceil_div(rows, kPackRows), ceil_div(kElementwiseGrain, kPackRows * padded),
-                 [&](int64_t first, int64_t last) { pack_pairs(params, first, last); });
+                 [&](int64_t first, int64_t last) { pack_strips(params, first, last); });
     packed_begin_ = begin;
+    packing_ = packing;
     return params.out;
   }
 
  private:
   Tensor rows_;
   mutable Tensor packed_;
+  mutable Packing packing_ = Packing::kNone;
   mutable int64_t packed_begin_ = -1;
 };
 
@@ -102,13 +111,14 @@ class Product {
 
   // run_nt with `first` for the lhs of the first term; those of the others must be fp32, their rhs dense.
   void run_nt(const Rows& first) {
-    const KernelTable& table = kernels();
-    if (!table.pairs_serve || !table.pairs_serve(finished())) return run_nt();
-    for (int64_t m = 0; m < params.m; m += Rows::kBlock) {
-      params.packed_lhs = first.packed(m);
+    params.packing = kernels().packing_of(finished());
+    if (params.packing == Packing::kNone) return run_nt();
+    const int64_t block = Rows::block_rows(params.packing);
+    for (int64_t m = 0; m < params.m; m += block) {
+      params.packed_lhs = first.packed(m, params.packing);
       params.packed_begin = m;
-      params.packed_end = std::min(m + Rows::kBlock, params.m);
-      run(kernels().gemm_pairs, m, params.packed_end, kPackRows, 48);
+      params.packed_end = std::min(m + block, params.m);
+      run(kernels().gemm_packed, m, params.packed_end, kPackRows, 48);
     }
   }
 

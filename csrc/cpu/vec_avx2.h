@@ -184,3 +184,39 @@ struct NibbleTable {
     _mm256_storeu_si256(p + 1, _mm256_permute2x128_si256(a, b, 0x31));
   }
 };
+
+struct SplitTable {
+  CodeTable table;
+  explicit SplitTable(float absmax) {
+    table.low = mul(table.low, splat(absmax));
+    table.high = mul(table.high, splat(absmax));
+  }
+  void decode(const uint8_t* packed, float* even, float* odd) const {
+    const VecI bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+    store(even, lookup_code(table, next_nibble(bytes)));
+    store(odd, lookup_code(table, bytes));
+  }
+};
+
+// 8 rows of 8 lanes, in place.
+inline void transpose(Vec (&rows)[kLanes]) {
+  Vec pairs[kLanes], quads[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+  }
+  // quads[i + c] holds columns c and c + 4 of rows i to i + 3 in its two halves.
+#pragma GCC unroll 2
+  for (int i = 0; i < kLanes; i += 4) {
+    quads[i] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0x44);
+    quads[i + 1] = _mm256_shuffle_ps(pairs[i], pairs[i + 2], 0xee);
+    quads[i + 2] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0x44);
+    quads[i + 3] = _mm256_shuffle_ps(pairs[i + 1], pairs[i + 3], 0xee);
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    rows[c] = _mm256_permute2f128_ps(quads[c], quads[c + 4], 0x20);
+    rows[c + 4] = _mm256_permute2f128_ps(quads[c], quads[c + 4], 0x31);
+  }
+}

@@ -216,3 +216,44 @@ struct NibbleTable {
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
   }
 };
+
+// A code table times one absmax, for the even and the odd ones of 2 * kLanes elements apart: those are the
+// high nibbles, these the low ones, so that neither has to be brought between the others.
+struct SplitTable {
+  Vec table;
+  explicit SplitTable(float absmax) : table(mul(load(nf4::kCode), splat(absmax))) {}
+  void decode(const uint8_t* packed, float* even, float* odd) const {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    // vpermps reads only the low four bits of an index.
+    store(even, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table));
+    store(odd, _mm512_permutexvar_ps(bytes, table));
+  }
+};
+
+// 16 rows of 16 lanes, in place.
+inline void transpose(Vec (&rows)[kLanes]) {
+  __m512d pairs[kLanes];
+#pragma GCC unroll 4
+  for (int i = 0; i < kLanes; i += 4) {
+    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i], rows[i + 1])),
+                  high01 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i], rows[i + 1])),
+                  low23 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i + 2], rows[i + 3])),
+                  high23 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i + 2], rows[i + 3]));
+    pairs[i] = _mm512_unpacklo_pd(low01, low23);
+    pairs[i + 1] = _mm512_unpackhi_pd(low01, low23);
+    pairs[i + 2] = _mm512_unpacklo_pd(high01, high23);
+    pairs[i + 3] = _mm512_unpackhi_pd(high01, high23);
+  }
+  // pairs[i + c] now holds column 4q + c of rows i to i + 3 in its 128-bit lane q.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512d even_low = _mm512_shuffle_f64x2(pairs[c], pairs[c + 4], 0x88),
+                  odd_low = _mm512_shuffle_f64x2(pairs[c], pairs[c + 4], 0xdd),
+                  even_high = _mm512_shuffle_f64x2(pairs[c + 8], pairs[c + 12], 0x88),
+                  odd_high = _mm512_shuffle_f64x2(pairs[c + 8], pairs[c + 12], 0xdd);
+    rows[c] = _mm512_castpd_ps(_mm512_shuffle_f64x2(even_low, even_high, 0x88));
+    rows[c + 4] = _mm512_castpd_ps(_mm512_shuffle_f64x2(odd_low, odd_high, 0x88));
+    rows[c + 8] = _mm512_castpd_ps(_mm512_shuffle_f64x2(even_low, even_high, 0xdd));
+    rows[c + 12] = _mm512_castpd_ps(_mm512_shuffle_f64x2(odd_low, odd_high, 0xdd));
+  }
+}

@@ -23,34 +23,6 @@ inline VecPairs splat_pair(const void* p) {
 // sum[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
 inline Vec dot_pairs(VecPairs a, VecPairs b, Vec sum) { return _mm512_dpbf16_ps(sum, a, b); }
 
-// 16 rows of 16 lanes, in place.
-inline void transpose(Vec (&rows)[kLanes]) {
-  __m512d pairs[kLanes];
-#pragma GCC unroll 4
-  for (int i = 0; i < kLanes; i += 4) {
-    const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i], rows[i + 1])),
-                  high01 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i], rows[i + 1])),
-                  low23 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i + 2], rows[i + 3])),
-                  high23 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i + 2], rows[i + 3]));
-    pairs[i] = _mm512_unpacklo_pd(low01, low23);
-    pairs[i + 1] = _mm512_unpackhi_pd(low01, low23);
-    pairs[i + 2] = _mm512_unpacklo_pd(high01, high23);
-    pairs[i + 3] = _mm512_unpackhi_pd(high01, high23);
-  }
-  // pairs[i + c] now holds column 4q + c of rows i to i + 3 in its 128-bit lane q.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512d even_low = _mm512_shuffle_f64x2(pairs[c], pairs[c + 4], 0x88),
-                  odd_low = _mm512_shuffle_f64x2(pairs[c], pairs[c + 4], 0xdd),
-                  even_high = _mm512_shuffle_f64x2(pairs[c + 8], pairs[c + 12], 0x88),
-                  odd_high = _mm512_shuffle_f64x2(pairs[c + 8], pairs[c + 12], 0xdd);
-    rows[c] = _mm512_castpd_ps(_mm512_shuffle_f64x2(even_low, even_high, 0x88));
-    rows[c + 4] = _mm512_castpd_ps(_mm512_shuffle_f64x2(odd_low, odd_high, 0x88));
-    rows[c + 8] = _mm512_castpd_ps(_mm512_shuffle_f64x2(even_low, even_high, 0xdd));
-    rows[c + 12] = _mm512_castpd_ps(_mm512_shuffle_f64x2(odd_low, odd_high, 0xdd));
-  }
-}
-
 // a0 b0 a1 b1 ... of 32 elements each.
 inline void interleave_pairs(const PanelBF16* a, const PanelBF16* b, PanelBF16* out) {
   const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);

@@ -187,3 +187,24 @@ struct NibbleTable {
     }
   }
 };
+
+struct SplitTable {
+  NibbleTable<float> table;
+  explicit SplitTable(float absmax) : table(absmax) {}
+  void decode(const uint8_t* packed, float* even, float* odd) const {
+    for (int i = 0; i < kLanes; ++i) {
+      even[i] = table.values[packed[i] >> 4];
+      odd[i] = table.values[packed[i] & 15];
+    }
+  }
+};
+
+inline void transpose(Vec (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = rows[i][j];
+      rows[i][j] = rows[j][i];
+      rows[j][i] = x;
+    }
+  }
+}

@@ -1,0 +1,245 @@
+// gemm_nt for more than a few rows of lhs. It is computed transposed, so that rows of rhs serve as they are
+// decoded, and no sums run across lanes:
+//
+//   one step of a row of rhs (broadcast)   x   packed lhs [step][lane = row m]   ->   tile [n][m]
+//
+// lhs is packed once per call, in strips of kPackRows rows: step by step, the rows of the strip side by side.
+// What a step is says the unit (packed_units.inl): an fp32 element, or a pair of bf16.
+
+constexpr int64_t kPackedBlockRows = 512;  // rows of lhs that one decoded row of rhs serves
+constexpr int64_t kPackedMaxCols = 192;    // rows of rhs decoded together
+constexpr int64_t kPackedTileFloats = kPackedMaxCols * (kPackedBlockRows + 16);
+constexpr int64_t kThinDepthBlock = 64;  // of fp32 terms: the LoRA deltas
+constexpr int64_t kPackedScratchBytes = kPackedTileFloats * 4 + kPackedMaxCols * kPackedRowBytes +
+                                        kPackedMaxCols * (kThinDepthBlock + kPackRows) * 4 +
+                                        kThinDepthBlock * kPackRows * 4;
+static_assert(kPackedScratchBytes <= kScratchBytes, "");
+
+// All rows of a panel against `vectors` vectors of one strip. Rows of zeros fill the last register tile.
+template <class Unit, int kVectors>
+void packed_strip(int64_t vectors, const typename Unit::Value* panel, int64_t cols,
+                  const typename Unit::Step* strip, int64_t strip_ld, int64_t steps, float* tile,
+                  int64_t tile_ld) {
+  if constexpr (kVectors > 1) {
+    if (vectors < kVectors) {
+      return packed_strip<Unit, kVectors - 1>(vectors, panel, cols, strip, strip_ld, steps, tile, tile_ld);
+    }
+  }
+  constexpr int64_t kRowLd = kPackedRowBytes / sizeof(*panel);
+  for (int64_t c = 0; c < cols; c += Unit::template kTileRows<kVectors>) {
+    Unit::template multiply<kVectors>(panel + c * kRowLd, strip, strip_ld, steps, tile + c * tile_ld,
+                                      tile_ld);
+  }
+}
+
+// A part of the output: rows [m0, m0 + rows), columns [n0, n0 + cols), in a tile that is its transpose.
+struct PackedBlock {
+  int64_t m0, rows, n0, cols;
+  float* tile;
+  int64_t tile_ld;
+};
+
+template <class Unit>
+void packed_add_first(const GemmParams& p, const PackedBlock& b, void* panel_memory) {
+  using Value = typename Unit::Value;
+  constexpr int64_t kRowLd = kPackedRowBytes / sizeof(Value);
+  static_assert(Unit::kDepth < kRowLd && Unit::kDepth % Unit::kOrder == 0, "");
+  Value* panel = static_cast<Value*>(panel_memory);
+  const GemmTerm& term = p.terms[0];
+  const int64_t padded = round_up(term.depth, Unit::kOrder);
+  const int64_t filled = round_up(b.cols, Unit::kGroup);
+  for (int64_t k0 = 0; k0 < term.depth; k0 += Unit::kDepth) {
+    const int64_t depth = min64(Unit::kDepth, term.depth - k0);
+    const int64_t steps = round_up(depth, Unit::kOrder) / Unit::kElements;
+    for (int64_t c = 0; c < b.cols; ++c) {
+      const int64_t first = (b.n0 + c) * term.rhs.ld;
+      Unit::fill_row(term.rhs, first + k0, depth, panel + c * kRowLd);
+      // What the next pass decodes here arrives while this one is multiplied.
+      const int64_t next = k0 + Unit::kDepth;
+      if (next < term.depth) {
+        prefetch_columns(term.rhs, first + next, min64(Unit::kDepth, term.depth - next));
+      } else if (b.n0 + c + b.cols < p.n) {
+        prefetch_columns(term.rhs, first + b.cols * term.rhs.ld, min64(Unit::kDepth, term.depth));
+      }
+    }
+    for (int64_t c = b.cols; c < filled; ++c)
+      memset(panel + c * kRowLd, 0, steps * Unit::kElements * sizeof(Value));
+    for (int64_t m = 0; m < b.rows; m += kPackRows) {
+      const int64_t vectors = strip_vectors(p.packed_end - b.m0 - m), strip_ld = vectors * kLanes;
+      const auto* strip = static_cast<const typename Unit::Step*>(p.packed_lhs) +
+                          ((b.m0 + m - p.packed_begin) * padded + k0 * strip_ld) / Unit::kElements;
+      for (int64_t v = 0; v < vectors; v += kPackedVectors) {
+        packed_strip<Unit, kPackedVectors>(vectors - v, panel, b.cols, strip + v * kLanes, strip_ld, steps,
+                                           b.tile + m + v * kLanes, b.tile_ld);
+      }
+    }
+  }
+}
+
+// A term with lhs in fp32 and rhs dense, a LoRA delta: fp32 arithmetic, in rows [begin, end) of the block.
+void packed_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const PackedBlock& b, float* scratch) {
+  float* rhs = scratch;                                   // [kPackedMaxCols][kThinDepthBlock]
+  float* strip = rhs + kPackedMaxCols * kThinDepthBlock;  // [kThinDepthBlock][kPackRows]
+  float* apart = strip + kThinDepthBlock * kPackRows;     // [kPackedMaxCols][kPackRows]
+  for (int64_t k0 = 0; k0 < term.depth; k0 += kThinDepthBlock) {
+    const int64_t depth = min64(kThinDepthBlock, term.depth - k0);
+    for (int64_t c = 0; c < b.cols; ++c) {
+      fill_panel_row(term.rhs, (b.n0 + c) * term.rhs.ld + k0, depth, term.rhs_scale,
+                     rhs + c * kThinDepthBlock);
+    }
+    for (int64_t m = begin / kPackRows * kPackRows; m < end; m += kPackRows) {
+      const int64_t first = max64(m, begin), last = min64(m + kPackRows, end);
+      const float* lhs = static_cast<const float*>(term.lhs) + b.m0 * term.lhs_ld + k0;
+      for (int64_t i = m; i < m + kPackRows; i += kLanes) {
+        for (int64_t k = 0; k < depth; k += kLanes) {
+          Vec rows[kLanes];
+          for (int r = 0; r < kLanes; ++r) {
+            const bool there = i + r >= first && i + r < last;
+            rows[r] = there ? load_lanes(lhs + (i + r) * term.lhs_ld + k, min64(kLanes, depth - k)) : zero();
+          }
+          transpose(rows);
+          for (int r = 0; r < min64(kLanes, depth - k); ++r)
+            store(strip + (k + r) * kPackRows + i - m, rows[r]);
+        }
+      }
+      // Other rows must not change, not even when rhs holds an Inf.
+      const bool whole = first == m && (last == m + kPackRows || last == b.rows);
+      float* sums = whole ? b.tile + m : apart;
+      const int64_t ld = whole ? b.tile_ld : kPackRows;
+      if (!whole) memset(apart, 0, b.cols * kPackRows * sizeof(float));
+      for (int64_t c = 0; c < b.cols; c += kOuterRows) {
+        outer_rows<OuterF32, kOuterRows>(min64(kOuterRows, b.cols - c), rhs + c * kThinDepthBlock,
+                                         kThinDepthBlock, strip, depth, sums + c * ld, ld);
+      }
+      if (whole) continue;
+      for (int64_t c = 0; c < b.cols; ++c) {
+        for (int64_t i = first; i < last; ++i) b.tile[c * b.tile_ld + i] += apart[c * kPackRows + i - m];
+      }
+    }
+  }
+}
+
+template <class T>
+void packed_load_out(const GemmParams& p, const PackedBlock& b) {
+  for (int64_t m = 0; m < b.rows; m += kLanes) {
+    for (int64_t n = 0; n < b.cols; n += kLanes) {
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const T* out = static_cast<const T*>(p.out) + (b.m0 + m + i) * p.out_ld + b.n0 + n;
+        block[i] = m + i < b.rows ? load_lanes(out, min64(kLanes, b.cols - n)) : zero();
+      }
+      transpose(block);
+      for (int i = 0; i < min64(kLanes, b.cols - n); ++i) store(b.tile + (n + i) * b.tile_ld + m, block[i]);
+    }
+  }
+}
+
+template <class T>
+void packed_store_out(const GemmParams& p, const PackedBlock& b) {
+  for (int64_t m = 0; m < b.rows; m += kLanes) {
+    for (int64_t n = 0; n < b.cols; n += kLanes) {
+      const int64_t cols = min64(kLanes, b.cols - n);
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = i < cols ? load(b.tile + (n + i) * b.tile_ld + m) : zero();
+      transpose(block);
+      T* out = static_cast<T*>(p.out) + (b.m0 + m) * p.out_ld + b.n0 + n;
+      for (int i = 0; i < min64(kLanes, b.rows - m); ++i) store_lanes(out + i * p.out_ld, block[i], cols);
+    }
+  }
+}
+
+template <class Unit>
+void packed_start(const GemmParams& p, const PackedBlock& b) {
+  memset(b.tile, 0, round_up(b.cols, Unit::kGroup) * b.tile_ld * sizeof(float));
+  if (p.add_to_out) {
+    switch (p.out_dtype) {
+      case DType::kF32:
+        return packed_load_out<float>(p, b);
+      case DType::kBF16:
+        return packed_load_out<BF16>(p, b);
+      case DType::kF16:
+        return packed_load_out<F16>(p, b);
+    }
+  }
+  if (!p.bias) return;
+  for (int64_t c = 0; c < b.cols; ++c) {
+    float bias;
+    widen_run(p.bias, p.bias_dtype, b.n0 + c, 1, 1.0f, &bias);
+    for (int64_t m = 0; m < b.tile_ld; m += kLanes) store(b.tile + c * b.tile_ld + m, splat(bias));
+  }
+}
+
+inline void packed_finish(const GemmParams& p, const PackedBlock& b) {
+  switch (p.out_dtype) {
+    case DType::kF32:
+      return packed_store_out<float>(p, b);
+    case DType::kBF16:
+      return packed_store_out<BF16>(p, b);
+    case DType::kF16:
+      return packed_store_out<F16>(p, b);
+  }
+}
+
+template <class Unit>
+void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
+  float* tile = static_cast<float*>(scratch);
+  char* panel = reinterpret_cast<char*>(tile + kPackedTileFloats);
+  float* thin = reinterpret_cast<float*>(panel + kPackedMaxCols * kPackedRowBytes);
+  for (int64_t m0 = rect.m0; m0 < rect.m1; m0 += kPackedBlockRows) {
+    const int64_t rows = min64(kPackedBlockRows, rect.m1 - m0);
+    const int64_t tile_ld = round_up(rows, kPackRows) + 16;
+    // For a few rows the panel is read as soon as it is written: keep it in L1.
+    const int64_t most = kPackedTileFloats / tile_ld / Unit::kGroup * Unit::kGroup;
+    const int64_t width = rows <= kPackRows ? Unit::kFewRowsCols : min64(kPackedMaxCols, most);
+    for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += width) {
+      const PackedBlock block{m0, rows, n0, min64(width, rect.n1 - n0), tile, tile_ld};
+      packed_start<Unit>(p, block);
+      packed_add_first<Unit>(p, block, panel);
+      for (int64_t t = 1; t < p.term_count; ++t) {
+        const GemmTerm& term = p.terms[t];
+        const int64_t begin = max64(m0, term.m_begin) - m0, end = min64(m0 + rows, term.m_end) - m0;
+        if (begin < end) packed_add_thin(term, begin, end, block, thin);
+      }
+      packed_finish(p, block);
+    }
+  }
+}
+
+// The first term has `p.packed_lhs` for its lhs; others have theirs in fp32. `rect` starts at whole strips.
+void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
+#if PEFT_KERNELS_TILES
+  const Tiles tiles;
+#endif
+#if PEFT_KERNELS_BF16_DOT
+  if (p.packing == Packing::kPairs) return gemm_packed<PairsUnit>(p, rect, scratch);
+#endif
+  gemm_packed<FloatsUnit>(p, rect, scratch);
+}
+
+Packing packing_of(const GemmParams& p) {
+  const GemmTerm& term = p.terms[0];
+  if (p.n == 0 || term.depth == 0 || gemv_serves(p)) return Packing::kNone;
+  if (!term.rhs.nf4 && p.m <= kFewRows) return Packing::kNone;
+#if PEFT_KERNELS_BF16_DOT
+  if (PairsUnit::serves(term)) return Packing::kPairs;
+#endif
+  return FloatsUnit::serves(term) ? Packing::kFloats : Packing::kNone;
+}
+
+template <class Unit>
+void pack_strips(const PackParams& p, int64_t begin, int64_t end) {
+  const int64_t padded = round_up(p.depth, Unit::kOrder);
+  for (int64_t strip = begin; strip < end; ++strip) {
+    const int64_t first = strip * kPackRows, vectors = strip_vectors(p.rows - first);
+    auto* out = static_cast<typename Unit::Step*>(p.out) + first * padded / Unit::kElements;
+    for (int64_t v = 0; v < vectors; ++v)
+      Unit::pack_vector(p, first + v * kLanes, out + v * kLanes, vectors * kLanes);
+  }
+}
+
+void pack_strips(const PackParams& p, int64_t begin, int64_t end) {
+#if PEFT_KERNELS_BF16_DOT
+  if (p.packing == Packing::kPairs) return pack_strips<PairsUnit>(p, begin, end);
+#endif
+  pack_strips<FloatsUnit>(p, begin, end);
+}

@@ -1,0 +1,221 @@
+// What gemm_packed.inl multiplies: a unit packs lhs, decodes rows of rhs in the same order, and sums
+// products.
+//
+// The order is the one in which a packed weight comes apart: of every kOrder elements the even ones, which
+// are high nibbles, before the odd ones. A step is what one lane multiplies at once.
+
+constexpr int64_t kPackedRowBytes = 576;  // of one decoded row: an odd number of lines, for different sets
+// Register tiles: vectors of sums, of which so many at most belong to one row of rhs.
+constexpr int kPackedSums = kLanes == 16 ? 24 : 12;
+constexpr int kPackedVectors = kLanes == 16 ? 4 : 2;
+
+// The vectors of a strip that has `rows` rows.
+inline int64_t strip_vectors(int64_t rows) { return (min64(rows, kPackRows) + kLanes - 1) / kLanes; }
+
+// tile[r][lane] += the sum over steps of rows[r] * strip[lane], in kVectors vectors of lanes.
+template <class Unit, int kVectors>
+void packed_tile(const typename Unit::Value* rows, const typename Unit::Step* strip, int64_t strip_ld,
+                 int64_t steps, float* tile, int64_t tile_ld) {
+  constexpr int kRows = kPackedSums / kVectors;
+  constexpr int64_t kRowLd = kPackedRowBytes / sizeof(*rows);
+  for (int64_t left = steps; left > 0; left -= Unit::kChain) {
+    Vec sums[kRows][kVectors];
+#pragma GCC unroll 24
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = zero();
+    }
+    const int64_t count = min64(left, Unit::kChain);
+    for (int64_t s = 0; s < count; ++s, rows += Unit::kElements, strip += strip_ld) {
+      decltype(Unit::load_step(strip)) x[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) x[v] = Unit::load_step(strip + v * kLanes);
+#pragma GCC unroll 24
+      for (int r = 0; r < kRows; ++r) {
+        const auto w = Unit::splat_step(rows + r * kRowLd);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = Unit::mac(x[v], w, sums[r][v]);
+      }
+    }
+#pragma GCC unroll 24
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        float* out = tile + r * tile_ld + v * kLanes;
+        store(out, add(load(out), sums[r][v]));
+      }
+    }
+  }
+}
+
+// fp32 arithmetic, for lhs of any type and packed weights whose rows lie in whole bytes and blocks.
+struct FloatsUnit {
+  using Value = float;  // of a decoded row
+  using Step = float;   // of packed lhs
+  static constexpr int kElements = 1;
+  static constexpr int64_t kOrder = 2 * kLanes;
+  static constexpr int64_t kDepth = 128;  // of one pass: a strip of lhs that long takes most of L1
+  static constexpr int64_t kChain = 64;   // steps of one running sum: longer ones lose bits (see outer.inl)
+  static constexpr int kGroup = kPackedSums;
+  template <int kVectors>
+  static constexpr int kTileRows = kPackedSums / kVectors;
+  static constexpr int64_t kFewRowsCols = 48;  // rows of rhs decoded together where lhs is one strip
+
+  static bool serves(const GemmTerm& term) {
+    return term.rhs.nf4 && (term.rhs.ld | term.depth) % nf4::kMinBlocksize == 0;
+  }
+
+  template <class T>
+  static void pack_vector(const T* x, int64_t ld, int64_t rows, int64_t depth, float* out, int64_t out_ld) {
+    for (int64_t k = 0; k < depth; k += kOrder, out += kOrder * out_ld) {
+      for (int half = 0; half < 2; ++half) {
+        Vec block[kLanes];
+        for (int r = 0; r < kLanes; ++r) block[r] = r < rows ? load(x + r * ld + k + half * kLanes) : zero();
+        transpose(block);
+        float* even = out + half * kLanes / 2 * out_ld;
+        for (int i = 0; i < kLanes; ++i) store(even + (i / 2 + (i % 2 ? kLanes : 0)) * out_ld, block[i]);
+      }
+    }
+  }
+  static void pack_vector(const PackParams& p, int64_t first, float* out, int64_t out_ld) {
+    const int64_t rows = min64(kLanes, p.rows - first), at = first * p.depth;
+    switch (p.dtype) {
+      case DType::kF32:
+        return pack_vector(static_cast<const float*>(p.x) + at, p.depth, rows, p.depth, out, out_ld);
+      case DType::kBF16:
+        return pack_vector(static_cast<const BF16*>(p.x) + at, p.depth, rows, p.depth, out, out_ld);
+      case DType::kF16:
+        return pack_vector(static_cast<const F16*>(p.x) + at, p.depth, rows, p.depth, out, out_ld);
+    }
+  }
+
+  // `count` elements of rhs from element `first`.
+  static void fill_row(const MatrixView& rhs, int64_t first, int64_t count, float* out) {
+    const Nf4View w = *rhs.nf4;  // a copy, which stores to out cannot change
+    int64_t i = 0;
+    // A table a step, even where a block is longer: without a loop over blocks the steps overlap.
+    if (first % 64 == 0 && w.block_shift >= 6) {
+#pragma GCC unroll 2
+      for (; i + 64 <= count; i += 64) decode_run<64>(w, first + i, out + i);
+    }
+    for (; i < count; i += nf4::kMinBlocksize) decode_run<nf4::kMinBlocksize>(w, first + i, out + i);
+  }
+
+  static Vec load_step(const float* p) { return load(p); }
+  static Vec splat_step(const float* p) { return splat(*p); }
+  static Vec mac(Vec x, Vec w, Vec sum) { return fma(x, w, sum); }
+  template <int kVectors>
+  static void multiply(const float* rows, const float* strip, int64_t strip_ld, int64_t steps, float* tile,
+                       int64_t tile_ld) {
+    packed_tile<FloatsUnit, kVectors>(rows, strip, strip_ld, steps, tile, tile_ld);
+  }
+
+ private:
+  template <int kRun>
+  static void decode_run(const Nf4View& w, int64_t first, float* out) {
+    const SplitTable table(block_absmax(w, first >> w.block_shift));
+#pragma GCC unroll 8
+    for (int i = 0; i < kRun; i += kOrder)
+      table.decode(w.packed + (first + i) / 2, out + i, out + i + kLanes);
+  }
+};
+
+#if PEFT_KERNELS_BF16_DOT
+// Pairs of bf16, for lhs in bf16 and any weight of no more precision.
+struct PairsUnit {
+  using Value = PanelBF16;
+  using Step = uint32_t;
+  static constexpr int kElements = 2;
+  static constexpr int64_t kOrder = 64;
+  static constexpr int64_t kDepth = 256;
+  static constexpr int64_t kChain = 128;
+#  if PEFT_KERNELS_TILES
+  static constexpr int kGroup = 64;  // a multiple of every kTileRows
+  template <int kVectors>
+  static constexpr int kTileRows = kTileDim * (4 / kVectors);
+  static constexpr int64_t kFewRowsCols = 64;
+#  else
+  static constexpr int kGroup = kPackedSums;
+  template <int kVectors>
+  static constexpr int kTileRows = kPackedSums / kVectors;
+  static constexpr int64_t kFewRowsCols = 48;
+#  endif
+
+  static bool serves(const GemmTerm& term) { return has_bf16_values(term); }
+
+  static void pack_vector(const PackParams& p, int64_t first, uint32_t* out, int64_t out_ld) {
+    const BF16* x = static_cast<const BF16*>(p.x) + first * p.depth;
+    const int64_t rows = min64(kLanes, p.rows - first);
+    for (int64_t k = 0; k < p.depth; k += kOrder, out += kOrder / 2 * out_ld) {
+      Vec even[kLanes], odd[kLanes];
+      for (int r = 0; r < kLanes; ++r) {
+        const EvenOdd row = load_even_odd(x + r * p.depth + k, r < rows ? p.depth - k : 0);
+        even[r] = as_floats(row.even);
+        odd[r] = as_floats(row.odd);
+      }
+      transpose(even);
+      transpose(odd);
+      for (int r = 0; r < kLanes; ++r) {
+        store_bits(out + r * out_ld, even[r]);
+        store_bits(out + (kLanes + r) * out_ld, odd[r]);
+      }
+    }
+  }
+
+  // `count` elements of rhs from element `first`, padded with zeros.
+  static void fill_row(const MatrixView& rhs, int64_t first, int64_t count, PanelBF16* out) {
+    if (!rhs.nf4) {
+      const BF16* row = static_cast<const BF16*>(rhs.data) + first;
+      for (int64_t i = 0; i < count; i += kOrder) store_ordered(row + i, count - i, out + i);
+      return;
+    }
+    const Nf4View w = *rhs.nf4;  // a copy, which stores to out cannot change
+    int64_t i = 0;
+    if (first % kOrder == 0 && w.block_shift >= 6) {
+      const int64_t whole = count / kOrder * kOrder;
+      const uint8_t* bytes = w.packed + first / 2;
+      // A table a step, even where a block is longer: without a loop over blocks the steps overlap.
+#  pragma GCC unroll 4
+      for (; i < whole; i += kOrder) {
+        const EvenOddTable table(block_absmax(w, (first + i) >> w.block_shift));
+        table.decode(bytes + i / 2, out + i);
+      }
+    }
+    for (; i < count; i += kOrder) {  // unaligned, or the end of a row
+      PanelBF16 natural[kOrder];
+      const int64_t left = min64(kOrder, count - i);
+      dequantize_run(w, first + i, left, natural);
+      store_ordered(natural, left, out + i);
+    }
+  }
+
+  static VecPairs load_step(const uint32_t* p) { return load_pairs(p); }
+  static VecPairs splat_step(const PanelBF16* p) { return splat_pair(p); }
+  static Vec mac(VecPairs x, VecPairs w, Vec sum) { return dot_pairs(x, w, sum); }
+  template <int kVectors>
+  static void multiply(const PanelBF16* rows, const uint32_t* strip, int64_t strip_ld, int64_t steps,
+                       float* tile, int64_t tile_ld) {
+#  if PEFT_KERNELS_TILES
+    tiles_block<4 / kVectors, kVectors>(rows, kPackedRowBytes, strip, kElements * steps / kTileDepth, tile,
+                                        tile_ld);
+#  else
+    packed_tile<PairsUnit, kVectors>(rows, strip, strip_ld, steps, tile, tile_ld);
+#  endif
+  }
+
+ private:
+  // The first `count` of kOrder elements, the others zero.
+  static EvenOdd load_even_odd(const void* p, int64_t count) {
+    const BF16* x = static_cast<const BF16*>(p);
+    constexpr int64_t kHalf = kOrder / 2;
+    if (count >= kOrder) return even_odd(load_pairs(x), load_pairs(x + kHalf));
+    if (count >= kHalf) return even_odd(load_pairs(x), load_pairs_part(x + kHalf, count - kHalf));
+    return even_odd(load_pairs_part(x, count), load_pairs_part(x, 0));
+  }
+  static void store_ordered(const void* natural, int64_t left, PanelBF16* out) {
+    const EvenOdd step = load_even_odd(natural, left);
+    store_pairs(out, step.even);
+    store_pairs(out + kOrder / 2, step.odd);
+  }
+};
+#endif
