@@ -43,6 +43,24 @@ void set_isa_level(const std::string& name) {
   throw pybind11::value_error("isa level: expected one of " + expected + ", got " + name);
 }
 
+// The kernel that serves nf4_linear at the level in use.
+std::string linear_plan(int64_t rows, int64_t out_features, int64_t in_features, int blocksize,
+                        bool is_bf16) {
+  cpu::Nf4View weight{};
+  while (int64_t{1} << weight.block_shift < blocksize) ++weight.block_shift;
+  cpu::GemmTerm term{};
+  term.lhs_dtype = is_bf16 ? cpu::DType::kBF16 : cpu::DType::kF32;
+  term.lhs_ld = term.depth = in_features;
+  term.rhs = {nullptr, cpu::DType::kF32, in_features, &weight};
+  cpu::GemmParams params{};
+  params.terms = &term;
+  params.term_count = 1;
+  params.m = rows;
+  params.n = out_features;
+  constexpr const char* kNames[] = {"dots", "gemv", "pairs", "floats"};
+  return kNames[static_cast<int>(cpu::kernels().plan_nt(params))];
+}
+
 template <size_t kCount>
 std::vector<float> to_vector(const float (&table)[kCount]) {
   return {table, table + kCount};
@@ -60,6 +78,9 @@ PYBIND11_MODULE(_C, m) {
         "Why the processor's best level is not used, or None.");
   m.def("isa_level", [] { return std::string(cpu::kernels().name); }, "The level in use.");
   m.def("set_isa_level", set_isa_level, "Choose a level for every later call in this process.");
+  m.def("linear_plan", linear_plan, "Kernel of nf4_linear: dots, gemv, pairs or floats.",
+        pybind11::arg("rows"), pybind11::arg("out_features"), pybind11::arg("in_features"),
+        pybind11::arg("blocksize"), pybind11::arg("is_bf16"));
   m.def("nf4_code", [] { return to_vector(nf4::kCode); });
   m.def("nf4_thresholds", [] { return to_vector(nf4::kThresholds); });
   m.def("dynamic_map", [] { return to_vector(nf4::kDynamicMap); });

@@ -211,19 +211,20 @@ void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
   const Tiles tiles;
 #endif
 #if PEFT_KERNELS_BF16_DOT
-  if (p.packing == Packing::kPairs) return gemm_packed<PairsUnit>(p, rect, scratch);
+  if (p.plan == NtPlan::kPairs) return gemm_packed<PairsUnit>(p, rect, scratch);
 #endif
   gemm_packed<FloatsUnit>(p, rect, scratch);
 }
 
-Packing packing_of(const GemmParams& p) {
+NtPlan plan_nt(const GemmParams& p) {
   const GemmTerm& term = p.terms[0];
-  if (p.n == 0 || term.depth == 0 || gemv_serves(p)) return Packing::kNone;
-  if (!term.rhs.nf4 && p.m <= kFewRows) return Packing::kNone;
+  if (gemv_serves(p)) return NtPlan::kGemv;
+  if (p.n == 0 || term.depth == 0) return NtPlan::kDots;
+  if (!term.rhs.nf4 && p.m <= kFewRows) return NtPlan::kDots;
 #if PEFT_KERNELS_BF16_DOT
-  if (PairsUnit::serves(term)) return Packing::kPairs;
+  if (PairsUnit::serves(term)) return NtPlan::kPairs;
 #endif
-  return FloatsUnit::serves(term) ? Packing::kFloats : Packing::kNone;
+  return FloatsUnit::serves(term) ? NtPlan::kFloats : NtPlan::kDots;
 }
 
 template <class Unit>
@@ -239,7 +240,7 @@ void pack_strips(const PackParams& p, int64_t begin, int64_t end) {
 
 void pack_strips(const PackParams& p, int64_t begin, int64_t end) {
 #if PEFT_KERNELS_BF16_DOT
-  if (p.packing == Packing::kPairs) return pack_strips<PairsUnit>(p, begin, end);
+  if (p.plan == NtPlan::kPairs) return pack_strips<PairsUnit>(p, begin, end);
 #endif
   pack_strips<FloatsUnit>(p, begin, end);
 }

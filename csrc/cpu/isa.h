@@ -21,9 +21,9 @@ struct KernelTable {
   void (*gemm_nt)(const GemmParams& params, const Rect& rect, void* scratch);
   // lhs [m, depth] times rhs [depth, n].
   void (*gemm_nn)(const GemmParams& params, const Rect& rect, void* scratch);
-  // gemm_nt with the lhs of the first term packed, the others fp32 and dense, for the products that
-  // packing_of says. pack_strips: strips [begin, end).
-  Packing (*packing_of)(const GemmParams& params);
+  // gemm_nt with the lhs of the first term packed, the others fp32 and dense, for the products of which
+  // plan_nt says so. pack_strips: strips [begin, end).
+  NtPlan (*plan_nt)(const GemmParams& params);
   void (*gemm_packed)(const GemmParams& params, const Rect& rect, void* scratch);
   void (*pack_strips)(const PackParams& params, int64_t begin, int64_t end);
   bool has_bf16_dot;  // products of pairs of bf16
@@ -46,7 +46,7 @@ struct KernelTable {
    level::dequantize,              \
    level::gemm_nt,                 \
    level::gemm_nn,                 \
-   level::packing_of,              \
+   level::plan_nt,                 \
    level::gemm_packed,             \
    level::pack_strips,             \
    PEFT_KERNELS_BF16_DOT,          \

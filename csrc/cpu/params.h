@@ -58,8 +58,9 @@ struct GemmTerm {
   DropoutMask mask;        // gemm_nn: applied to the product before it is added
 };
 
-// How lhs is packed for gemm_packed: not at all, as pairs of bf16, as fp32.
-enum class Packing : uint8_t { kNone, kPairs, kFloats };
+// Who computes a gemm_nt: rows as they lie (gemm_nt.inl), a packed weight as it comes (gemv.inl), or
+// gemm_packed with lhs packed as pairs of bf16 or as fp32.
+enum class NtPlan : uint8_t { kDots, kGemv, kPairs, kFloats };
 
 // out[m, n] = start + sum over terms of lhs . rhs, where start is the bias, or what `out` holds, or 0.
 struct GemmParams {
@@ -74,7 +75,7 @@ struct GemmParams {
   int64_t m;
   int64_t n;
   // gemm_packed: rows [packed_begin, packed_end) of the first term's lhs, as pack_strips leaves them.
-  Packing packing;
+  NtPlan plan;
   const void* packed_lhs;
   int64_t packed_begin, packed_end;
 };
@@ -86,7 +87,7 @@ struct PackParams {
   const void* x;
   DType dtype;
   int64_t rows, depth;
-  Packing packing;
+  NtPlan plan;
   void* out;  // rows rounded up to kPackRows, times depth rounded up to kPackDepth
 };
 inline constexpr int64_t kPackRows = 64;

@@ -22,18 +22,18 @@ inline GemmTerm term_of(const Tensor& lhs, const char* name, const MatrixView& r
 // a copy of them all would be fresh memory, and touching that costs more than packing.
 class Rows {
  public:
-  static int64_t block_rows(Packing packing) { return packing == Packing::kPairs ? 1024 : 256; }
+  static int64_t block_rows(NtPlan plan) { return plan == NtPlan::kPairs ? 1024 : 256; }
 
   explicit Rows(Tensor rows) : rows_(std::move(rows)) {}
   const Tensor& tensor() const { return rows_; }
 
   // Rows [begin, begin + block_rows), as far as there are.
-  const void* packed(int64_t begin, Packing packing) const {
-    if (begin == packed_begin_ && packing == packing_) return packed_.const_data_ptr();
-    const int64_t rows = std::min(block_rows(packing), rows_of(rows_) - begin), depth = rows_.size(-1);
+  const void* packed(int64_t begin, NtPlan plan) const {
+    if (begin == packed_begin_ && plan == plan_) return packed_.const_data_ptr();
+    const int64_t rows = std::min(block_rows(plan), rows_of(rows_) - begin), depth = rows_.size(-1);
     const int64_t padded = ceil_div(depth, kPackDepth) * kPackDepth;
-    if (!packed_.defined() || packing != packing_) {
-      const auto dtype = packing == Packing::kPairs ? at::kBFloat16 : at::kFloat;
+    if (!packed_.defined() || plan != plan_) {
+      const auto dtype = plan == NtPlan::kPairs ? at::kBFloat16 : at::kFloat;
       packed_ = at::empty({ceil_div(rows, kPackRows) * kPackRows * padded}, rows_.options().dtype(dtype));
     }
     const char* x = static_cast<const char*>(rows_.const_data_ptr());
@@ -41,20 +41,20 @@ class Rows {
                             dtype_of(rows_, "x"),
                             rows,
                             depth,
-                            packing,
+                            plan,
                             packed_.mutable_data_ptr()};
     const auto pack_strips = kernels().pack_strips;
     parallel_for(0, ceil_div(rows, kPackRows), ceil_div(kElementwiseGrain, kPackRows * padded),
                  [&](int64_t first, int64_t last) { pack_strips(params, first, last); });
     packed_begin_ = begin;
-    packing_ = packing;
+    plan_ = plan;
     return params.out;
   }
 
  private:
   Tensor rows_;
   mutable Tensor packed_;
-  mutable Packing packing_ = Packing::kNone;
+  mutable NtPlan plan_ = NtPlan::kDots;
   mutable int64_t packed_begin_ = -1;
 };
 
@@ -111,11 +111,11 @@ class Product {
 
   // run_nt with `first` for the lhs of the first term; those of the others must be fp32, their rhs dense.
   void run_nt(const Rows& first) {
-    params.packing = kernels().packing_of(finished());
-    if (params.packing == Packing::kNone) return run_nt();
-    const int64_t block = Rows::block_rows(params.packing);
+    params.plan = kernels().plan_nt(finished());
+    if (params.plan == NtPlan::kDots || params.plan == NtPlan::kGemv) return run_nt();
+    const int64_t block = Rows::block_rows(params.plan);
     for (int64_t m = 0; m < params.m; m += block) {
-      params.packed_lhs = first.packed(m, params.packing);
+      params.packed_lhs = first.packed(m, params.plan);
       params.packed_begin = m;
       params.packed_end = std::min(m + block, params.m);
       run(kernels().gemm_packed, m, params.packed_end, kPackRows, 48);

@@ -1,0 +1,86 @@
+"""Which CPU kernel serves a product. Slow ones are right too, so no other test would notice."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import peft_kernels as pk
+from peft_kernels import testing
+from peft_kernels.backends import cpu
+
+pytestmark = pytest.mark.skipif(
+    testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"
+)
+
+
+def levels() -> list[Any]:
+    names = [name.removeprefix("cpu-") for name in testing.backend_ids() if name.startswith("cpu-")]
+    missing = {name: testing.unavailable(f"cpu-{name}") for name in names}
+    return [
+        pytest.param(name, marks=pytest.mark.skipif(missing[name] is not None, reason=str(missing[name])))
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize(
+    "rows, in_features, blocksize, is_bf16, expected",
+    [
+        (1, 4096, 64, True, "gemv"),
+        (8, 4096, 64, False, "gemv"),
+        (8, 28672, 64, False, "floats"),  # more than its scratch holds
+        (1, 28672, 64, False, "gemv"),
+        (9, 4096, 64, True, "pairs"),
+        (2048, 576, 64, True, "pairs"),
+        (9, 4096, 64, False, "floats"),
+        (512, 96, 64, False, "floats"),
+        (4, 96, 64, False, "floats"),
+        (512, 100, 64, True, "pairs"),
+        (512, 100, 64, False, "dots"),
+    ],
+)
+def test_the_fast_kernel_is_taken(
+    level: str, rows: int, in_features: int, blocksize: int, is_bf16: bool, expected: str
+) -> None:
+    has_pairs = level.startswith(("avx512_bf16", "amx"))
+    with cpu.BACKEND.use_isa(level):
+        plan = cpu.BACKEND.extension.linear_plan(rows, 4096, in_features, blocksize, is_bf16)
+    if expected == "pairs" and not has_pairs:
+        expected = "floats" if in_features % 32 == 0 else "dots"
+    assert plan == expected
+
+
+class Products(Dataset[dict[str, Any]]):
+    """Items that a worker computes with the library, as an encoder in front of a model would."""
+
+    def __init__(self) -> None:
+        self.weight = testing.nf4_weight(512, 256)
+        self.x = testing.tensor(64, 256)
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        before = len(os.listdir("/proc/self/task"))
+        y = pk.nf4_linear(self.x, self.weight)
+        return {"y": y, "threads": len(os.listdir("/proc/self/task")) - before}
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc: threads cannot be counted")
+def test_a_data_loader_worker_starts_no_threads() -> None:
+    """Workers are forked from a process whose threads they lack, and share the cores with it."""
+    data = Products()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        want = pk.nf4_linear(data.x, data.weight)
+        for item in DataLoader(data, batch_size=None, num_workers=2):
+            assert item["threads"] == 0
+            assert torch.equal(item["y"], want)
+    finally:
+        torch.set_num_threads(before)
