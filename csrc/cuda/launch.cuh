@@ -35,8 +35,10 @@ Status launch(const typename Kernel::Params& params, int64_t blocks, Stream stre
         cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  entry<<<static_cast<unsigned>(blocks), Kernel::kThreads, shared_bytes, stream> > >(params);
-  return cudaGetLastError();
+  // Not `<<<>>>`, which clang-format takes apart.
+  void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
+  return cudaLaunchKernel(entry, dim3(static_cast<unsigned>(blocks)), dim3(Kernel::kThreads), arguments,
+                          static_cast<size_t>(shared_bytes), stream);
 }
 
 inline const char* status_text(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
