@@ -8,13 +8,25 @@
 
 #include <cstdint>
 
+#include "../common/dtype.h"
 #include "launch.cuh"
 
 namespace peft_kernels::cuda {
 
-enum class DType : int { kF32, kBF16, kF16 };
-
 inline int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+// Calls `body` with a value of the type: with_type(dtype, [&](auto type) { .. decltype(type) .. }).
+template <class Body>
+auto with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kBF16:
+      return body(bf16{});
+    case DType::kF16:
+      return body(fp16{});
+    default:
+      return body(float{});
+  }
+}
 
 // An NF4 weight on the device. Either `absmax`, or the double-quantised q8, absmax2 and offset.
 struct Nf4View {
@@ -38,17 +50,20 @@ struct Slab {
 
 Status quantize_nf4(const void* weight, DType dtype, int64_t numel, int block_shift, uint8_t* packed,
                     float* absmax, Stream stream);
-// q8 and absmax2 against an offset that is known; absmax_mean finds it.
-Status absmax_mean(const float* absmax, int64_t blocks, float* offset, void* workspace, Stream stream);
-int64_t absmax_mean_workspace(int64_t blocks);  // bytes
+// q8 and absmax2 against an offset that is known.
 Status quantize_absmax(const float* absmax, int64_t blocks, const float* offset, uint8_t* q8, float* absmax2,
                        Stream stream);
 Status unpack_absmax(const uint8_t* q8, const float* absmax2, const float* offset, int64_t blocks,
                      float* absmax, Stream stream);
-// Rows [row_begin, row_end) of a [.., cols] weight into out[row - row_begin, 0 .. cols), row stride
-// `out_stride`.
-Status dequantize_nf4(const Nf4View& weight, int64_t row_begin, int64_t row_end, int64_t cols, void* out,
-                      DType dtype, int64_t out_stride, Stream stream);
+// Of a weight with `ld` elements a row.
+struct Part {
+  int64_t row_begin, row_end;
+  int64_t col_begin, col_end;
+  int64_t ld;
+};
+// Into a matrix of the part's size, `out_stride` elements from one row to the next.
+Status dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dtype, int64_t out_stride,
+                      Stream stream);
 
 // ---- linear.cu: products with an NF4 weight --------------------------------------------------------------
 
