@@ -46,6 +46,15 @@ struct Slab {
   int64_t depth;
 };
 
+// Dropout as in reference/dropout.py: keep where Philox(seed, stream, element) >= threshold, kept ones times
+// scale.
+struct DropoutMask {
+  const int64_t* seed;  // on the device, or null: nothing dropped
+  uint32_t stream;
+  uint32_t threshold;
+  float scale;
+};
+
 // ---- quantize.cu, dequantize.cu ------------------------------------------------------------------------
 
 Status quantize_nf4(const void* weight, DType dtype, int64_t numel, int block_shift, uint8_t* packed,
@@ -64,6 +73,13 @@ struct Part {
 // Into a matrix of the part's size, `out_stride` elements from one row to the next.
 Status dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dtype, int64_t out_stride,
                       Stream stream);
+
+// ---- elementwise.cu ------------------------------------------------------------------------------------
+
+// out[i] = x[i] * mask.scale where the mask keeps element first + i, else 0; rounded to out_dtype once. `first`
+// is any number: a part of larger activations.
+Status dropout(const void* x, DType dtype, int64_t numel, int64_t first, const DropoutMask& mask, void* out,
+               DType out_dtype, Stream stream);
 
 // ---- linear.cu: products with an NF4 weight --------------------------------------------------------------
 
@@ -95,15 +111,6 @@ LinearPlan plan_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, cons
 Status nf4_linear_dx(const LinearParams& params, const Card& card, void* workspace, Stream stream);
 
 // ---- lora.cu: the skinny products of adapters -------------------------------------------------------------
-
-// Dropout as in reference/dropout.py: keep where Philox(seed, stream, element) >= threshold, kept ones times
-// scale.
-struct DropoutMask {
-  const int64_t* seed;  // on the device, or null: nothing dropped
-  uint32_t stream;
-  uint32_t threshold;
-  float scale;
-};
 
 inline constexpr int kMaxAdapters = 32;
 
