@@ -3,6 +3,7 @@
 #include "../common/integers.h"
 #include "dequantize.cuh"
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace peft_kernels::cuda {
 namespace {

@@ -2,31 +2,18 @@
 // structs, the families (*.cu) implement the functions. Matrices are row-major; sizes are elements; a pointer
 // with a DType beside it has elements of that type.
 //
-// Every function returns 0 or the launch's error (see launch.cuh), works on `stream` without waiting for it,
+// Every function returns 0 or the launch's error (see stream.h), works on `stream` without waiting for it,
 // and allocates nothing. Results are the same from run to run.
 #pragma once
 
 #include <cstdint>
 
 #include "../common/dtype.h"
-#include "launch.cuh"
+#include "stream.h"
 
 namespace peft_kernels::cuda {
 
 inline int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
-
-// Calls `body` with a value of the type: with_type(dtype, [&](auto type) { .. decltype(type) .. }).
-template <class Body>
-auto with_type(DType dtype, const Body& body) {
-  switch (dtype) {
-    case DType::kBF16:
-      return body(bf16{});
-    case DType::kF16:
-      return body(fp16{});
-    default:
-      return body(float{});
-  }
-}
 
 // An NF4 weight on the device. Either `absmax`, or the double-quantised q8, absmax2 and offset.
 struct Nf4View {
@@ -76,8 +63,8 @@ Status dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType 
 
 // ---- elementwise.cu ------------------------------------------------------------------------------------
 
-// out[i] = x[i] * mask.scale where the mask keeps element first + i, else 0; rounded to out_dtype once. `first`
-// is any number: a part of larger activations.
+// out[i] = x[i] * mask.scale where the mask keeps element first + i, else 0; rounded to out_dtype once.
+// `first` is any number: a part of larger activations.
 Status dropout(const void* x, DType dtype, int64_t numel, int64_t first, const DropoutMask& mask, void* out,
                DType out_dtype, Stream stream);
 

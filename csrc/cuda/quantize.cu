@@ -1,5 +1,6 @@
 #include "../common/integers.h"
 #include "kernels.h"
+#include "launch.cuh"
 #include "quantize.cuh"
 
 namespace peft_kernels::cuda {

@@ -98,12 +98,14 @@ T read(const void* p) {
 template <class T>
 T load(const T* p, Site site = Site::here()) {
   static_assert(detail::kLoadable<T>, "load: 1, 2, 4, 8 or 16 bytes");
-  return detail::read<T>(simt::check_read(p, sizeof(T), site));
+  simt::check_read(p, sizeof(T), site);
+  return detail::read<T>(p);
 }
 template <class T>
 T load_constant(const T* p, Site site = Site::here()) {
   static_assert(detail::kLoadable<T>, "load_constant: 1, 2, 4, 8 or 16 bytes");
-  return detail::read<T>(simt::check_read_constant(p, sizeof(T), site));
+  simt::check_read_constant(p, sizeof(T), site);
+  return detail::read<T>(p);
 }
 template <class T>
 T load_once(const T* p, Site site = Site::here()) {
@@ -113,12 +115,13 @@ T load_once(const T* p, Site site = Site::here()) {
 template <class T>
 void store(T* p, const T& value, Site site = Site::here()) {
   static_assert(detail::kLoadable<T>, "store: 1, 2, 4, 8 or 16 bytes");
-  std::memcpy(simt::check_write(p, sizeof(T), site), &value, sizeof(T));
+  simt::check_write(p, sizeof(T), site);
+  std::memcpy(static_cast<void*>(p), &value, sizeof(T));
 }
 
 template <class T>
 T* shared_memory(Site site = Site::here()) {
-  return static_cast<T*>(simt::shared_window(sizeof(T), site));
+  return reinterpret_cast<T*>(simt::shared_window(sizeof(T), site));
 }
 inline uint32_t shared_address(const void* p, Site site = Site::here()) {
   return simt::shared_address(p, site);
@@ -290,7 +293,9 @@ void load_matrices(void* const* given) {
 
 template <bool kTransposed>
 void load_matrix(const char* name, uint32_t (&r)[4], const void* row, Site site) {
-  MatrixRow mine{simt::check_read_shared(row, 16, site), r};
+  simt::check_shared(row, site);
+  simt::check_read(row, 16, site);
+  MatrixRow mine{row, r};
   simt::collective(name, &mine, load_matrices<kTransposed>, site);
 }
 
