@@ -1,9 +1,12 @@
-"""Builds the C++ back end. Everything else about the package is in pyproject.toml.
+"""Builds the compiled back ends. Everything else about the package is in pyproject.toml.
 
 PEFT_KERNELS_CPU   unset: build the CPU back end where there is a C++ compiler and torch, else install pure
                    Python and say so; 0: leave it out; 1: fail without it
-PEFT_KERNELS_EMULATE  1: add emulated instruction-set levels, for tests on machines that lack the real ones
-PEFT_KERNELS_CUDA  see cuda_extensions()
+PEFT_KERNELS_CUDA  unset: build the CUDA back end where torch has CUDA and an nvcc that fits, else say so;
+                   0: leave it out; 1: fail without it
+TORCH_CUDA_ARCH_LIST  what it is built for ("8.0;9.0+PTX"); unset: the cards that are here, else all from
+                   compute capability 8.0 on
+PEFT_KERNELS_EMULATE  1: for tests: emulated instruction-set levels, and the CUDA kernels on the CPU
 PEFT_KERNELS_SANITIZE  address (with undefined behaviour) or thread: a build for `make sanitize`, by gcc
 
 A compile error is always an error: a machine with a compiler should not get the slow package by accident.
@@ -15,6 +18,7 @@ import ast
 import hashlib
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -36,9 +40,33 @@ CPU_SOURCES = [
     "csrc/cpu/nf4_ops.cpp",
     "csrc/cpu/scalar.cpp",
 ]
-HEADERS = [str(p.relative_to(ROOT)) for p in sorted(ROOT.glob("csrc/**/*")) if p.suffix in (".h", ".inl")]
 X86_SOURCES = [f"csrc/cpu/{level}.cpp" for level in ("avx2", "avx512", "avx512_bf16", "amx")]
 EMULATED_SOURCES = ["csrc/cpu/amx_emulated.cpp"]
+
+# Host code; the kernels' .cu files include nothing of torch, whose headers take nvcc minutes.
+CUDA_OPS = [
+    "csrc/cuda/adapter_products.cpp",
+    "csrc/cuda/base_product.cpp",
+    "csrc/cuda/bind.cpp",
+    "csrc/cuda/lora_ops.cpp",
+    "csrc/cuda/nf4_ops.cpp",
+    "csrc/cuda/runtime.cpp",
+]
+CUDA_KERNELS = [
+    "csrc/cuda/dequantize.cu",
+    "csrc/cuda/quantize.cu",
+]
+# Code for 8.0 runs on 8.6 and 8.9 as well; PTX serves what comes later.
+CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
+EMULATOR_SOURCES = ["tests/simt/emulator.cpp"]
+
+
+def headers(*folders: str) -> list[str]:
+    """What a change of makes a library out of date, beside its sources."""
+    suffixes = (".h", ".inl", ".cuh")
+    found = [p for folder in folders for p in sorted((ROOT / folder).glob("*")) if p.suffix in suffixes]
+    return ["peft_kernels/spec.py", *(str(p.relative_to(ROOT)) for p in found)]
+
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
 PROBE = "#include <vector>\nint main() { return int(std::vector<int>().size()); }\n"
@@ -51,6 +79,8 @@ __m512 probe(__m512 sum, __m512bh a) { return _mm512_dpbf16_ps(sum, a, a); }
 int main() { return int(std::vector<int>().size()); }
 """
 
+# A contracted a * b + c would round once where the NF4 format rounds twice.
+HOST_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
 # -fno-wrapv: Python's own flags define signed overflow, which would hide it.
 SANITIZE_FLAGS = {
     "": [],
@@ -72,11 +102,12 @@ def switch(name: str) -> bool | None:
 
 
 def sanitize_flags() -> list[str]:
-    """Flags of the sanitizer that PEFT_KERNELS_SANITIZE names; none when unset or empty."""
+    """Flags of the sanitizer that PEFT_KERNELS_SANITIZE names, for compiler and linker; none when unset."""
     value = os.environ.get("PEFT_KERNELS_SANITIZE", "")
     if value not in SANITIZE_FLAGS:
         raise SystemExit(f"PEFT_KERNELS_SANITIZE: expected address or thread, got {value!r}")
-    return SANITIZE_FLAGS[value]
+    flags = SANITIZE_FLAGS[value]
+    return ["-O1", "-g1", "-fno-omit-frame-pointer", *flags] if flags else []
 
 
 def spec_hash() -> str:
@@ -121,58 +152,163 @@ def compiler_problem() -> str | None:
     return None
 
 
-def cpu_extensions() -> tuple[list[Any], dict[str, Any]]:
-    """The extension `peft_kernels._C` and the command that builds it; both empty when it is left out."""
-    wanted = switch("PEFT_KERNELS_CPU")
-    if wanted is False:
-        return [], {}
-    problem = compiler_problem()
-    try:
-        from torch.utils.cpp_extension import BuildExtension, CppExtension
-    except ImportError as error:
-        problem = f"torch cannot be imported ({error})"
-    if problem is not None:
-        if wanted:
-            raise SystemExit(f"PEFT_KERNELS_CPU=1, but the C++ back end cannot be built: {problem}")
-        print(f"WARNING: peft_kernels is installed WITHOUT its C++ back end: {problem}", file=sys.stderr)
-        return [], {}
+def cpu_extension(emulate: bool) -> Any:
+    """`peft_kernels._C`."""
+    from torch.utils.cpp_extension import CppExtension
 
-    compile_args = ["-O3", "-g0", "-fvisibility=hidden"]
-    # A contracted a * b + c would round once where the NF4 format rounds twice.
-    compile_args.append("-ffp-contract=off")
+    compile_args = [*HOST_FLAGS]
     if sys.platform == "linux":
         # at::parallel_for is a template, so it needs -fopenmp here. The link does not: libtorch_cpu brings
         # its own OpenMP runtime, and naming one could load a second, with a second pool of threads.
         compile_args.append("-fopenmp")
-    emulate = bool(switch("PEFT_KERNELS_EMULATE")) and IS_X86
-    sanitize = sanitize_flags()
-    if sanitize:
-        compile_args += ["-O1", "-g1", "-fno-omit-frame-pointer", *sanitize]
-    extension = CppExtension(
+    return CppExtension(
         name="peft_kernels._C",
         sources=CPU_SOURCES + (X86_SOURCES if IS_X86 else []) + (EMULATED_SOURCES if emulate else []),
-        depends=["peft_kernels/spec.py", *HEADERS],
+        depends=headers("csrc/common", "csrc/cpu"),
         define_macros=[
             ("PEFT_KERNELS_SPEC_HASH", spec_hash()),
             ("PEFT_KERNELS_EMULATE", str(int(emulate))),
         ],
-        extra_compile_args={"cxx": compile_args},
-        extra_link_args=sanitize,
+        extra_compile_args={"cxx": compile_args + sanitize_flags()},
+        extra_link_args=sanitize_flags(),
     )
+
+
+def simt_extension() -> Any:
+    """`peft_kernels._C_simt`, for tests: the sources of the CUDA back end, run by the emulator."""
+    from torch.utils.cpp_extension import CppExtension
+
+    # Under other names: objects are named after sources, and a .cu file would go to nvcc.
+    folder = ROOT / "build" / "simt"
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = []
+    for source in CUDA_OPS + CUDA_KERNELS:
+        wrapper = folder / f"{Path(source).stem}_{Path(source).suffix[1:]}.cpp"
+        text = f'#include "{ROOT / source}"\n'
+        if not wrapper.exists() or wrapper.read_text() != text:
+            wrapper.write_text(text)
+        sources.append(str(wrapper.relative_to(ROOT)))
+    return CppExtension(
+        name="peft_kernels._C_simt",
+        sources=sources + EMULATOR_SOURCES,
+        depends=CUDA_OPS + CUDA_KERNELS + headers("csrc/common", "csrc/cuda", "tests/simt"),
+        include_dirs=[str(ROOT / "tests/simt")],
+        define_macros=[("PEFT_KERNELS_SPEC_HASH", spec_hash()), ("PEFT_KERNELS_SIMT", None)],
+        extra_compile_args={"cxx": [*HOST_FLAGS, "-O2", "-Wno-unknown-pragmas", *sanitize_flags()]},
+        extra_link_args=sanitize_flags(),
+    )
+
+
+class Toolkit:
+    """The CUDA toolkit that the build will use, or the reason why there is none."""
+
+    def __init__(self) -> None:
+        self.home, self.version, self.problem = "", (0, 0), None
+        import torch
+        from torch.utils import cpp_extension
+
+        if torch.version.cuda is None:
+            self.problem = f"torch {torch.__version__} is built without CUDA"
+            return
+        home = cpp_extension.CUDA_HOME
+        nvcc = Path(home or "/nonexistent", "bin", "nvcc")
+        if not nvcc.exists():
+            self.problem = (
+                f"nvcc was not found{f' in {home}' if home else ''}: install the CUDA {torch.version.cuda} "
+                "toolkit, and set CUDA_HOME if it is not on the path"
+            )
+            return
+        text = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, check=False).stdout
+        match = re.search(r"release (\d+)\.(\d+)", text)
+        self.version = (int(match[1]), int(match[2])) if match else (0, 0)
+        major = int(torch.version.cuda.split(".")[0])
+        if self.version[0] != major or self.version < (12, 4):
+            self.problem = (
+                f"{nvcc} is of CUDA {self.version[0]}.{self.version[1]}, this torch needs "
+                f"{'12.4 or later' if major == 12 else f'{major}.x'}: "
+                "install that toolkit, and set CUDA_HOME to it"
+            )
+            return
+        # A script on the path may stand for an nvcc elsewhere, whose headers are needed too.
+        told = subprocess.run(
+            [str(nvcc), "--dryrun", "probe.cu"], capture_output=True, text=True, check=False
+        ).stderr
+        match = re.search(r"^#\$ TOP=(.+)$", told, re.M)
+        self.home = str(Path(match[1] if match else str(home)).resolve())
+        self.architectures = self._architectures(str(nvcc))
+
+    def _architectures(self, nvcc: str) -> str:
+        import torch
+
+        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+        if wanted and wanted != "native":
+            return wanted.replace(" ", ";")
+        here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        if here:
+            return ";".join(f"{major}.{minor}" for major, minor in sorted(here)) + "+PTX"
+        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
+        return ";".join(a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in known) + "+PTX"
+
+
+def cuda_extension(toolkit: Toolkit) -> Any:
+    """`peft_kernels._C_cuda`."""
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = toolkit.home
+    os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures
+    return cpp_extension.CUDAExtension(
+        name="peft_kernels._C_cuda",
+        sources=CUDA_OPS + CUDA_KERNELS,
+        depends=headers("csrc/common", "csrc/cuda"),
+        define_macros=[
+            ("PEFT_KERNELS_SPEC_HASH", spec_hash()),
+            # Semicolons would end a shell's command, commas a macro's value for nvcc.
+            ("PEFT_KERNELS_CUDA_ARCHITECTURES", toolkit.architectures.replace(";", ":")),
+        ],
+        extra_compile_args={
+            "cxx": HOST_FLAGS,
+            "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden", "-Xfatbin", "-compress-all"],
+        },
+    )
+
+
+def left_out(what: str, problem: str, wanted: bool | None) -> None:
+    """Says that a back end is not built; an end when it was asked for."""
+    if wanted:
+        raise SystemExit(f"{what} was asked for, but cannot be built: {problem}")
+    print(f"WARNING: peft_kernels is installed WITHOUT its {what}: {problem}", file=sys.stderr)
+
+
+def extensions() -> tuple[list[Any], dict[str, Any]]:
+    """What to compile, and the command that does it; both empty where everything is left out."""
+    cpu, cuda = switch("PEFT_KERNELS_CPU"), switch("PEFT_KERNELS_CUDA")
+    problem = compiler_problem()
+    try:
+        from torch.utils.cpp_extension import BuildExtension
+    except ImportError as error:
+        problem = f"torch cannot be imported ({error})"
+    if problem is not None:
+        left_out("C++ back end", problem, cpu)
+        if cuda:
+            left_out("CUDA back end", problem, cuda)
+        return [], {}
+
+    found: list[Any] = []
+    emulate = bool(switch("PEFT_KERNELS_EMULATE"))
+    if cpu is not False:
+        found.append(cpu_extension(emulate and IS_X86))
+    # Fibers are strange to ThreadSanitizer.
+    if emulate and sys.platform == "linux" and os.environ.get("PEFT_KERNELS_SANITIZE") != "thread":
+        found.append(simt_extension())
+    if cuda is not False:
+        toolkit = Toolkit()
+        if toolkit.problem is None:
+            found.append(cuda_extension(toolkit))
+        elif cuda or "built without CUDA" not in toolkit.problem:
+            left_out("CUDA back end", toolkit.problem, cuda)
     # The C++ standard is left to BuildExtension, which knows what torch's headers ask for (at least C++17).
-    return [extension], {"build_ext": BuildExtension}
+    return found, {"build_ext": BuildExtension}
 
 
-def cuda_extensions() -> list[Any]:
-    """The extension `peft_kernels._C_cuda` (csrc/cuda), once there is one.
-
-    PEFT_KERNELS_CUDA  unset: build it where torch has CUDA and nvcc is found; 0: leave it out;
-                       1: fail without it
-    """
-    if switch("PEFT_KERNELS_CUDA"):
-        raise SystemExit("PEFT_KERNELS_CUDA=1, but this version of peft_kernels has no CUDA back end")
-    return []
-
-
-extensions, commands = cpu_extensions()
-setup(ext_modules=extensions + cuda_extensions(), cmdclass=commands)
+ext_modules, commands = extensions()
+setup(ext_modules=ext_modules, cmdclass=commands)

@@ -1,8 +1,8 @@
 """Which back end serves a call, and why.
 
-Automatic choice takes the first back end, in the order of `BACKENDS`, that is usable here and supports the
-call. A forced one (`use_backend`, or the environment variable PEFT_KERNELS_BACKEND) serves it or raises with
-the reason.
+Automatic choice takes the first back end, in the order of `BACKENDS`, that is for the device of the tensors,
+usable here and supports the call. A forced one (`use_backend`, or the environment variable
+PEFT_KERNELS_BACKEND) serves it or raises with the reason.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch._ops import OpOverload
 
 from . import autograd, spec
 from .backends import BACKENDS, Backend
+from .backends.base import tensors
 
 NAMESPACE = "peft_kernels"
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
@@ -28,7 +29,6 @@ logger = logging.getLogger("peft_kernels")
 
 _forced: ContextVar[str | None] = ContextVar("peft_kernels_backend", default=None)
 _logged: set[tuple[str, str]] = set()
-_usable: list[Backend] = []
 _libraries: list[torch.library.Library] = []
 _chosen: dict[tuple[str, str, torch.dtype], Callable[..., Any]] = {}
 
@@ -40,8 +40,6 @@ def install() -> None:
     _libraries.append(spec.install(NAMESPACE, _public_kernel))
     for backend in BACKENDS.values():
         backend.load()
-        if backend.probe() is None:
-            _usable.append(backend)
 
 
 def _public_kernel(op: spec.Op) -> Callable[..., Any]:
@@ -82,7 +80,11 @@ def select(op: str, args: Sequence[Any]) -> Backend:
         if reason is not None:
             raise RuntimeError(f"back end {name} was asked for but cannot serve {op}: {reason}")
         return backend
-    for backend in _usable:
+    device = next((tensor.device.type for tensor in tensors(args)), None)
+    for backend in BACKENDS.values():
+        # A back end for another device, or one that is not usable at all, is nothing to talk about.
+        if backend.device_type not in (None, device) or backend.probe() is not None:
+            continue
         reason = backend.supports(op, args)
         if reason is None:
             return backend
@@ -105,7 +107,7 @@ def use_backend(name: str) -> Iterator[None]:
     Parameters
     ----------
     name : str
-        "cpu" or "reference".
+        "cuda", "cpu" or "reference".
 
     Raises
     ------
@@ -127,20 +129,16 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def explain() -> str:
-    """A readable account of the back ends: built? usable here? with which instruction set? why not?"""
+    """A readable account of the back ends: built? usable here? with which instruction set, on which cards?
+    why not?"""
     lines = []
     for backend in BACKENDS.values():
         reason = backend.probe()
         state = f"not usable: {reason}" if reason is not None else f"usable: {backend.describe()}"
         lines.append(f"{backend.name:<10} {state}")
     name = forced()
-    lines.append(
-        f"{'choice':<10} " + (f"forced: {name}" if name else "automatic, the first usable one from the top")
-    )
-    if torch.cuda.is_available():
-        lines.append(
-            f"{'cuda':<10} no CUDA kernels in this version: CUDA tensors are served by the reference"
-        )
+    choice = f"forced: {name}" if name else "automatic, the first usable one for the device of the tensors"
+    lines.append(f"{'choice':<10} {choice}")
     return "\n".join(lines)
 
 

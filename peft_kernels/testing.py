@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, spec
-from .backends import BACKENDS, cpu
+from .backends import BACKENDS, cpu, simt
 from .nf4 import NF4Weight
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
@@ -25,8 +25,18 @@ EMULATED = {"amx": "amx_emulated"}
 
 
 def backend_ids() -> list[str]:
-    """Every back end by the name that tests use: reference, cpu-scalar, cpu-avx2, ..."""
-    return ["reference", *(f"cpu-{_level(level)}" for level in ISA_LEVELS)]
+    """Every back end for CPU tensors by the name that tests use: reference, cpu-scalar, cpu-avx2, ..., and
+    simt where it is built."""
+    register_simt()
+    emulated = ["simt"] if BACKENDS["simt"].probe() is None else []
+    return ["reference", *(f"cpu-{_level(level)}" for level in ISA_LEVELS), *emulated]
+
+
+def register_simt() -> None:
+    """Make back end `simt` one that can be forced; automatic choice ends before it, at the reference."""
+    if simt.BACKEND.name not in BACKENDS:
+        simt.BACKEND.load()
+        BACKENDS[simt.BACKEND.name] = simt.BACKEND
 
 
 def _level(level: str) -> str:

@@ -9,18 +9,11 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// Contiguous, and of the shape and dtype of `like`.
-Tensor matching(const Tensor& t, const Tensor& like, const char* name) {
-  check_dtype(t, like.scalar_type(), name);
-  check_shape(t, like.sizes(), name);
-  return t.contiguous();
-}
-
 Tensor dropout(const Tensor& x, double p, const Tensor& seed) {
   dtype_of(x, "x");
   const Tensor in = x.contiguous();
   Tensor out = at::empty(in.sizes(), in.options());
-  run_dropout(in, mask_of(p, seed, 0, 0), out);
+  run_dropout(in, mask_of(dropout_of(p, seed, 0), seed, 0), out);
   return out;
 }
 

@@ -5,10 +5,10 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <memory>
 #include <tuple>
 #include <vector>
 
+#include "../common/lora_args.h"
 #include "checks.h"
 #include "dropout.h"
 #include "product.h"
@@ -16,35 +16,16 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// The frozen weight of one layer, dense or NF4.
-class BaseWeight {
+class BaseWeight : public BaseWeightOf<Nf4Holder> {
  public:
-  BaseWeight(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-             const OptionalTensor& offset, int64_t blocksize, int64_t out_features, int64_t in_features,
-             at::ScalarType activation_dtype)
-      : out_features_(out_features), in_features_(in_features) {
-    if (absmax) {
-      nf4_ = std::make_unique<Nf4Holder>(weight, *absmax, absmax2, offset, blocksize,
-                                         out_features * in_features);
-    } else {
-      check_dtype(weight, activation_dtype, "weight");
-      check_shape(weight, {out_features, in_features}, "weight");
-      dense_ = weight.contiguous();
-    }
-  }
-  bool is_dense() const { return !nf4_; }
-  const Tensor& dense() const { return dense_; }
+  using BaseWeightOf::BaseWeightOf;
   // Whether its products with that many rows are torch's: those of a dense weight, unless ours are as fast.
   bool is_torchs(int64_t rows) const {
-    return is_dense() && !(dense_.scalar_type() == at::kBFloat16 && rows > kFewRows && has_fast_dense());
+    return is_dense() && !(dense().scalar_type() == at::kBFloat16 && rows > kFewRows && has_fast_dense());
   }
-  MatrixView matrix() const { return nf4_ ? nf4_->matrix(in_features_) : dense_matrix(dense_, "weight"); }
-  int64_t out_features() const { return out_features_; }
-
- private:
-  int64_t out_features_, in_features_;
-  std::unique_ptr<Nf4Holder> nf4_;
-  Tensor dense_;
+  MatrixView matrix() const {
+    return is_dense() ? dense_matrix(dense(), "weight") : nf4().matrix(in_features());
+  }
 };
 
 // Rows that an adapter serves.
@@ -52,40 +33,12 @@ struct RowRun {
   int64_t begin, end;
 };
 
-struct Adapter {
-  Tensor a;  // [r, in_features]
-  Tensor b;  // [out_features, r]
-  size_t layer;
-  float scaling;
+struct Adapter : AdapterArgs {
   DropoutMask mask;
-  int64_t h_begin;  // its columns in h
   std::vector<RowRun> runs;
 
-  Adapter(const Tensor& lora_a, const Tensor& lora_b, int64_t in_features, at::ScalarType activation_dtype,
-          size_t layer, double scaling, const DropoutMask& mask, int64_t h_begin, std::vector<RowRun> runs)
-      : layer(layer),
-        scaling(static_cast<float>(scaling)),
-        mask(mask),
-        h_begin(h_begin),
-        runs(std::move(runs)) {
-    check(lora_a, activation_dtype, "lora_a");
-    check(lora_b, activation_dtype, "lora_b");
-    check_shape(lora_a, {lora_a.size(0), in_features}, "lora_a");
-    check_shape(lora_b, {lora_b.size(0), lora_a.size(0)}, "lora_b");
-    a = lora_a.contiguous();
-    b = lora_b.contiguous();
-  }
-  int64_t rank() const { return a.size(0); }
-  int64_t h_end() const { return h_begin + rank(); }
-  bool drops() const { return mask.threshold != 0; }
-
- private:
-  static void check(const Tensor& t, at::ScalarType activation_dtype, const char* name) {
-    dtype_of(t, name);
-    TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());
-    TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == activation_dtype, name,
-                ": expected Float or ", activation_dtype, ", got ", t.scalar_type());
-  }
+  Adapter(AdapterArgs args, const OptionalTensor& seed, std::vector<RowRun> runs)
+      : AdapterArgs(std::move(args)), mask(mask_of(dropout, seed, a.size(1))), runs(std::move(runs)) {}
 };
 
 using Adapters = std::vector<Adapter>;
@@ -145,17 +98,13 @@ Tensor down_products(const Tensor& x, const Adapters& adapters, int64_t ranks, b
   return h;
 }
 
-// A tensor of ours under its final shape. Not a view: autograd forbids to change an op's views in place.
-Tensor reshaped(const Tensor& t, at::IntArrayRef sizes) { return at::_unsafe_view(t, sizes); }
-
 // Of one layer: rows W^T + bias + the deltas of its adapters. Leading sizes as x's.
 Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, const OptionalTensor& bias,
                      size_t layer, const Adapters& adapters, const Tensor& h) {
   const auto add_deltas = [&](Product& product) {
     for (const Adapter& adapter : adapters) {
       if (adapter.layer != layer) continue;
-      TORCH_CHECK(adapter.b.size(0) == base.out_features(), "lora_b: expected ", base.out_features(),
-                  " rows, got ", adapter.b.size(0));
+      adapter.check_out_features(base.out_features());
       for (const RowRun& run : adapter.runs) {
         product.add(column_term(h, adapter.h_begin, adapter.rank(), run, dense_matrix(adapter.b, "lora_b"),
                                 adapter.scaling));
@@ -255,7 +204,7 @@ Gradients backward(const std::vector<Tensor>& dy, const Tensor& x, const Tensor&
                    const std::vector<BaseWeight>& bases, const Adapters& adapters, bool need_dx,
                    const std::vector<bool>& need_da, const std::vector<bool>& need_db) {
   for (const Adapter& adapter : adapters) {
-    check_shape(adapter.b, {dy[adapter.layer].size(1), adapter.rank()}, "lora_b");
+    adapter.check_out_features(dy[adapter.layer].size(1));
   }
   Gradients out;
   out.dx = at::empty({0}, x.options());
@@ -281,19 +230,11 @@ Gradients backward(const std::vector<Tensor>& dy, const Tensor& x, const Tensor&
   return out;
 }
 
-Tensor as_rows(const Tensor& t, int64_t features, const char* name) {
-  return activation(t, features, name).view({rows_of(t), features});
-}
-
 // One layer, one adapter.
 
-Adapters one_adapter(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b, double scaling,
-                     double dropout_p, const OptionalTensor& seed) {
-  TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, got 0");
-  const int64_t in_features = lora_a.dim() == 2 ? lora_a.size(1) : x.size(-1);
+Adapters one_adapter(const Tensor& x, AdapterArgs args, const OptionalTensor& seed) {
   Adapters adapters;
-  adapters.emplace_back(lora_a, lora_b, in_features, x.scalar_type(), 0, scaling,
-                        mask_of(dropout_p, seed, 0, in_features), 0, std::vector<RowRun>{{0, rows_of(x)}});
+  adapters.emplace_back(std::move(args), seed, std::vector<RowRun>{{0, rows_of(x)}});
   return adapters;
 }
 
@@ -302,7 +243,8 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
                                        int64_t blocksize, const OptionalTensor& bias, const Tensor& lora_a,
                                        const Tensor& lora_b, double scaling, double dropout_p,
                                        const OptionalTensor& seed) {
-  const Adapters adapters = one_adapter(x, lora_a, lora_b, scaling, dropout_p, seed);
+  const Adapters adapters =
+      one_adapter(x, one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed), seed);
   const Adapter& adapter = adapters[0];
   const Rows rows(as_rows(x, adapter.a.size(1), "x"));
   const BaseWeight base(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
@@ -317,23 +259,19 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a,
     const Tensor& lora_b, double scaling, double dropout_p, const OptionalTensor& seed, bool need_dx,
     bool need_da, bool need_db) {
-  const Adapters adapters = one_adapter(x, lora_a, lora_b, scaling, dropout_p, seed);
+  const Adapters adapters =
+      one_adapter(x, one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed), seed);
   const Adapter& adapter = adapters[0];
-  check_dtype(dy, x.scalar_type(), "dy");
-  check_dtype(h, at::kFloat, "h");
   check_shape(dy, sizes_with_last(x, adapter.b.size(0)), "dy");
-  check_shape(h, sizes_with_last(x, adapter.rank()), "h");
   std::vector<BaseWeight> bases;
   bases.emplace_back(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
                      x.scalar_type());
-  Gradients g = backward({as_rows(dy, adapter.b.size(0), "dy")}, as_rows(x, adapter.a.size(1), "x"),
-                         as_rows(h, adapter.rank(), "h"), bases, adapters, need_dx, {need_da}, {need_db});
+  Gradients g = backward({gradient_rows(dy, x)}, as_rows(x, adapter.a.size(1), "x"),
+                         h_rows(h, x, adapter.rank()), bases, adapters, need_dx, {need_da}, {need_db});
   return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da[0], g.db[0]};
 }
 
 // Several layers, any number of adapters.
-
-using OptionalTensors = c10::List<std::optional<Tensor>>;
 
 // The rows of each group, as runs of equal neighbours.
 std::vector<RowRun> runs_of(int64_t group, const OptionalTensor& row_group, int64_t rows) {
@@ -348,52 +286,17 @@ std::vector<RowRun> runs_of(int64_t group, const OptionalTensor& row_group, int6
   return runs;
 }
 
-Adapters all_adapters(const Tensor& x, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
-                      at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p,
-                      const OptionalTensor& seed, at::IntArrayRef group, const OptionalTensor& row_group,
-                      size_t layers) {
-  const size_t count = lora_a.size();
-  TORCH_CHECK(lora_b.size() == count && layer.size() == count && scaling.size() == count &&
-                  dropout_p.size() == count && group.size() == count,
-              "lora_b, layer, scaling, dropout_p, group: expected ", count, " of each like lora_a, got ",
-              lora_b.size(), ", ", layer.size(), ", ", scaling.size(), ", ", dropout_p.size(), ", ",
-              group.size());
-  TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, got 0");
+Adapters all_adapters(const Tensor& x, std::vector<AdapterArgs> args, const OptionalTensor& seed,
+                      const OptionalTensor& row_group) {
   OptionalTensor groups = row_group;
-  if (row_group) {
-    check_dtype(*row_group, at::kLong, "row_group");
-    check_shape(*row_group, {rows_of(x)}, "row_group");
-    groups = row_group->contiguous();
-  }
+  if (row_group) groups = row_group->contiguous();
   Adapters adapters;
-  int64_t h_begin = 0;
-  for (size_t i = 0; i < count; ++i) {
-    TORCH_CHECK(0 <= layer[i] && static_cast<size_t>(layer[i]) < layers, "layer: expected 0 to ", layers - 1,
-                ", got ", layer[i]);
-    adapters.emplace_back(lora_a[i], lora_b[i], x.size(-1), x.scalar_type(), static_cast<size_t>(layer[i]),
-                          scaling[i], mask_of(dropout_p[i], seed, static_cast<uint32_t>(i), x.size(-1)),
-                          h_begin, runs_of(group[i], groups, rows_of(x)));
-    h_begin = adapters.back().h_end();
+  adapters.reserve(args.size());
+  for (AdapterArgs& adapter : args) {
+    std::vector<RowRun> runs = runs_of(adapter.group, groups, rows_of(x));
+    adapters.emplace_back(std::move(adapter), seed, std::move(runs));
   }
   return adapters;
-}
-
-std::vector<BaseWeight> all_bases(const Tensor& x, at::TensorList weight, const OptionalTensors& absmax,
-                                  const OptionalTensors& absmax2, const OptionalTensors& offset,
-                                  at::IntArrayRef blocksize, at::IntArrayRef out_features) {
-  const size_t count = weight.size();
-  TORCH_CHECK(absmax.size() == count && absmax2.size() == count && offset.size() == count &&
-                  blocksize.size() == count && out_features.size() == count,
-              "absmax, absmax2, offset, blocksize, out_features: expected ", count,
-              " of each like weight, got ", absmax.size(), ", ", absmax2.size(), ", ", offset.size(), ", ",
-              blocksize.size(), ", ", out_features.size());
-  std::vector<BaseWeight> bases;
-  bases.reserve(count);
-  for (size_t j = 0; j < count; ++j) {
-    bases.emplace_back(weight[j], absmax.get(j), absmax2.get(j), offset.get(j), blocksize[j], out_features[j],
-                       x.size(-1), x.scalar_type());
-  }
-  return bases;
 }
 
 std::tuple<std::vector<Tensor>, Tensor> multi_lora_linear(
@@ -402,19 +305,20 @@ std::tuple<std::vector<Tensor>, Tensor> multi_lora_linear(
     at::TensorList bias, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
     at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
     at::IntArrayRef group, const OptionalTensor& row_group) {
-  const Adapters adapters =
-      all_adapters(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size());
+  const Adapters adapters = all_adapters(
+      x,
+      all_adapter_args(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size()),
+      seed, row_group);
   const std::vector<BaseWeight> bases =
-      all_bases(x, weight, absmax, absmax2, offset, blocksize, out_features);
+      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features);
   TORCH_CHECK(bias.size() == bases.size(), "bias: expected ", bases.size(), " like weight, got ",
               bias.size());
   const Rows rows(as_rows(x, x.size(-1), "x"));
-  const int64_t ranks = adapters.empty() ? 0 : adapters.back().h_end();
+  const int64_t ranks = ranks_of(adapters);
   const Tensor h = down_products(rows.tensor(), adapters, ranks, row_group.has_value());
   std::vector<Tensor> y;
   for (size_t j = 0; j < bases.size(); ++j) {
-    const OptionalTensor layer_bias = bias[j].numel() ? OptionalTensor(bias[j]) : std::nullopt;
-    y.push_back(layer_forward(x, rows, bases[j], layer_bias, j, adapters, h));
+    y.push_back(layer_forward(x, rows, bases[j], optional_bias(bias[j]), j, adapters, h));
   }
   return {y, reshaped(h, sizes_with_last(x, ranks))};
 }
@@ -430,24 +334,21 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
   TORCH_CHECK(need_da.size() == lora_a.size() && need_db.size() == lora_a.size(),
               "need_da, need_db: expected ", lora_a.size(), " of each like lora_a, got ", need_da.size(),
               ", ", need_db.size());
-  const Adapters adapters =
-      all_adapters(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size());
-  const int64_t ranks = adapters.empty() ? 0 : adapters.back().h_end();
-  check_dtype(h, at::kFloat, "h");
-  check_shape(h, sizes_with_last(x, ranks), "h");
+  const Adapters adapters = all_adapters(
+      x,
+      all_adapter_args(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size()),
+      seed, row_group);
+  const int64_t ranks = ranks_of(adapters);
   std::vector<int64_t> out_features;
   std::vector<Tensor> dy_rows;
   for (const Tensor& d : dy) {
-    check_dtype(d, x.scalar_type(), "dy");
-    TORCH_CHECK(d.dim() == x.dim(), "dy: expected ", x.dim(), " dimensions like x, got ", d.dim());
-    check_shape(d, sizes_with_last(x, d.size(-1)), "dy");
+    dy_rows.push_back(gradient_rows(d, x));
     out_features.push_back(d.size(-1));
-    dy_rows.push_back(as_rows(d, d.size(-1), "dy"));
   }
   const std::vector<BaseWeight> bases =
-      all_bases(x, weight, absmax, absmax2, offset, blocksize, out_features);
-  Gradients g = backward(dy_rows, as_rows(x, x.size(-1), "x"), as_rows(h, ranks, "h"), bases, adapters,
-                         need_dx, {need_da.begin(), need_da.end()}, {need_db.begin(), need_db.end()});
+      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features);
+  Gradients g = backward(dy_rows, as_rows(x, x.size(-1), "x"), h_rows(h, x, ranks), bases, adapters, need_dx,
+                         {need_da.begin(), need_da.end()}, {need_db.begin(), need_db.end()});
   return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da, g.db};
 }
 

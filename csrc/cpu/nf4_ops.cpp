@@ -9,7 +9,13 @@
 #include "isa.h"
 #include "product.h"
 
-namespace peft_kernels::cpu {
+namespace peft_kernels {
+
+void check_device(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.device().is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
+}
+
+namespace cpu {
 namespace {
 
 // Elements that one thread should have before a second is worth waking.
@@ -127,4 +133,5 @@ TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
   m.impl("nf4_linear_dx", nf4_linear_dx);
 }
 
-}  // namespace peft_kernels::cpu
+}  // namespace cpu
+}  // namespace peft_kernels

@@ -11,11 +11,10 @@
 #  include <vector>
 #endif
 
+#include "../common/integers.h"
 #include "isa.h"
 
 namespace peft_kernels::cpu {
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Elements that one thread should have in an elementwise kernel before a second is worth waking.
 inline constexpr int64_t kElementwiseGrain = 32768;

@@ -5,9 +5,9 @@
 
 #include <cstdint>
 
-namespace peft_kernels::cpu {
+#include "../common/dtype.h"
 
-enum class DType : uint8_t { kF32, kBF16, kF16 };
+namespace peft_kernels::cpu {
 
 // Storage only; arithmetic is fp32.
 struct BF16 {

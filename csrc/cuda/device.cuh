@@ -20,13 +20,12 @@
 #include <cstdint>
 
 #ifdef PEFT_KERNELS_SIMT
-#  include "simt_device.h"
+#  define DEVICE inline
 #else
-
 #  include <cuda_bf16.h>
 #  include <cuda_fp16.h>
-
 #  define DEVICE __device__ __forceinline__
+#endif
 
 namespace peft_kernels::cuda {
 
@@ -47,6 +46,22 @@ struct alignas(sizeof(T) * N) Vec {
 };
 using Words2 = Vec<uint32_t, 2>;
 using Words4 = Vec<uint32_t, 4>;
+
+template <class To, class From>
+DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast: sizes differ");
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+}  // namespace peft_kernels::cuda
+
+#ifdef PEFT_KERNELS_SIMT
+#  include "simt_device.h"
+#else
+
+namespace peft_kernels::cuda {
 
 // ---- Where am I ----------------------------------------------------------------------------------------
 
@@ -99,16 +114,7 @@ template <>
 struct Raw<16> {
   using Type = uint4;
 };
-template <class To, class From>
-DEVICE To bit_cast(const From& from) {
-  static_assert(sizeof(To) == sizeof(From), "bit_cast: sizes differ");
-  To to;
-  __builtin_memcpy(&to, &from, sizeof(To));
-  return to;
-}
 }  // namespace detail
-
-using detail::bit_cast;
 
 template <class T>
 DEVICE T load(const T* p) {

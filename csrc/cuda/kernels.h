@@ -2,17 +2,16 @@
 // structs, the families (*.cu) implement the functions. Matrices are row-major; sizes are elements; a pointer
 // with a DType beside it has elements of that type.
 //
-// Every function returns 0 or the launch's error (see launch.cuh), works on `stream` without waiting for it,
+// Every function returns 0 or the launch's error (see stream.h), works on `stream` without waiting for it,
 // and allocates nothing. Results are the same from run to run.
 #pragma once
 
 #include <cstdint>
 
-#include "launch.cuh"
+#include "../common/dtype.h"
+#include "stream.h"
 
 namespace peft_kernels::cuda {
-
-enum class DType : int { kF32, kBF16, kF16 };
 
 inline int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
@@ -34,21 +33,40 @@ struct Slab {
   int64_t depth;
 };
 
+// Dropout as in reference/dropout.py: keep where Philox(seed, stream, element) >= threshold, kept ones times
+// scale.
+struct DropoutMask {
+  const int64_t* seed;  // on the device, or null: nothing dropped
+  uint32_t stream;
+  uint32_t threshold;
+  float scale;
+};
+
 // ---- quantize.cu, dequantize.cu ------------------------------------------------------------------------
 
 Status quantize_nf4(const void* weight, DType dtype, int64_t numel, int block_shift, uint8_t* packed,
                     float* absmax, Stream stream);
-// q8 and absmax2 against an offset that is known; absmax_mean finds it.
-Status absmax_mean(const float* absmax, int64_t blocks, float* offset, void* workspace, Stream stream);
-int64_t absmax_mean_workspace(int64_t blocks);  // bytes
+// q8 and absmax2 against an offset that is known.
 Status quantize_absmax(const float* absmax, int64_t blocks, const float* offset, uint8_t* q8, float* absmax2,
                        Stream stream);
 Status unpack_absmax(const uint8_t* q8, const float* absmax2, const float* offset, int64_t blocks,
                      float* absmax, Stream stream);
-// Rows [row_begin, row_end) of a [.., cols] weight into out[row - row_begin, 0 .. cols), row stride
-// `out_stride`.
-Status dequantize_nf4(const Nf4View& weight, int64_t row_begin, int64_t row_end, int64_t cols, void* out,
-                      DType dtype, int64_t out_stride, Stream stream);
+// Of a weight with `ld` elements a row.
+struct Part {
+  int64_t row_begin, row_end;
+  int64_t col_begin, col_end;
+  int64_t ld;
+};
+// Into a matrix of the part's size, `out_stride` elements from one row to the next.
+Status dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dtype, int64_t out_stride,
+                      Stream stream);
+
+// ---- elementwise.cu ------------------------------------------------------------------------------------
+
+// out[i] = x[i] * mask.scale where the mask keeps element first + i, else 0; rounded to out_dtype once.
+// `first` is any number: a part of larger activations.
+Status dropout(const void* x, DType dtype, int64_t numel, int64_t first, const DropoutMask& mask, void* out,
+               DType out_dtype, Stream stream);
 
 // ---- linear.cu: products with an NF4 weight --------------------------------------------------------------
 
@@ -80,15 +98,6 @@ LinearPlan plan_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, cons
 Status nf4_linear_dx(const LinearParams& params, const Card& card, void* workspace, Stream stream);
 
 // ---- lora.cu: the skinny products of adapters -------------------------------------------------------------
-
-// Dropout as in reference/dropout.py: keep where Philox(seed, stream, element) >= threshold, kept ones times
-// scale.
-struct DropoutMask {
-  const int64_t* seed;  // on the device, or null: nothing dropped
-  uint32_t stream;
-  uint32_t threshold;
-  float scale;
-};
 
 inline constexpr int kMaxAdapters = 32;
 

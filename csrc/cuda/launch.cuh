@@ -1,19 +1,13 @@
 // Starting a kernel (see device.cuh): by nvcc on a stream, under the emulator on the CPU.
 #pragma once
 
+#include "../common/dtype.h"
 #include "device.cuh"
+#include "stream.h"
 
-#ifdef PEFT_KERNELS_SIMT
-#  include "simt_launch.h"
-#else
-
-#  include <cuda_runtime.h>
+#ifndef PEFT_KERNELS_SIMT
 
 namespace peft_kernels::cuda {
-
-using Stream = cudaStream_t;
-// 0, or why a launch failed.
-using Status = int;
 
 namespace detail {
 template <class Kernel>
@@ -35,12 +29,29 @@ Status launch(const typename Kernel::Params& params, int64_t blocks, Stream stre
         cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (error != cudaSuccess) return error;
   }
-  entry<<<static_cast<unsigned>(blocks), Kernel::kThreads, shared_bytes, stream> > >(params);
-  return cudaGetLastError();
+  // Not `<<<>>>`, which clang-format takes apart.
+  void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
+  return cudaLaunchKernel(entry, dim3(static_cast<unsigned>(blocks)), dim3(Kernel::kThreads), arguments,
+                          static_cast<size_t>(shared_bytes), stream);
 }
-
-inline const char* status_text(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
 
 }  // namespace peft_kernels::cuda
 
 #endif
+
+namespace peft_kernels::cuda {
+
+// Calls `body` with a value of the type: with_type(dtype, [&](auto type) { .. decltype(type) .. }).
+template <class Body>
+auto with_type(DType dtype, const Body& body) {
+  switch (dtype) {
+    case DType::kBF16:
+      return body(bf16{});
+    case DType::kF16:
+      return body(fp16{});
+    default:
+      return body(float{});
+  }
+}
+
+}  // namespace peft_kernels::cuda

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from . import cpu, reference
+from . import cpu, cuda, reference
 from .base import Backend
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (cpu.BACKEND, reference.BACKEND)}
+BACKENDS: dict[str, Backend] = {
+    backend.name: backend for backend in (cuda.BACKEND, cpu.BACKEND, reference.BACKEND)
+}
 
 __all__ = ["BACKENDS", "Backend"]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
+
+import torch
 
 
 class Backend(Protocol):
@@ -12,8 +14,13 @@ class Backend(Protocol):
     name: str
     namespace: str
 
+    @property
+    def device_type(self) -> str | None:
+        """Where its tensors are ("cpu", "cuda"); None: on any device."""
+
     def load(self) -> None:
-        """Make `torch.ops.<namespace>` callable. Called once, before the first op; must not raise."""
+        """Make `torch.ops.<namespace>` callable. Called once, before the first op; must not raise, nor touch
+        a device."""
 
     def probe(self) -> str | None:
         """None when usable on this machine, else the reason why not."""
@@ -23,3 +30,12 @@ class Backend(Protocol):
 
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
         """None when `op` can be served with these arguments, else the reason why not."""
+
+
+def tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """All tensors among an op's arguments, those in lists included."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor):
+            yield arg
+        elif isinstance(arg, (list, tuple)):
+            yield from tensors(arg)

@@ -13,6 +13,7 @@ from .. import spec
 class ReferenceBackend:
     name = "reference"
     namespace = "peft_kernels_reference"
+    device_type = None
 
     def __init__(self) -> None:
         self._library: torch.library.Library | None = None

@@ -1,0 +1,100 @@
+// Checks of what ops are given, the same in every compiled library. Everything that memory safety rests on is
+// checked here, in nf4_tensors.h and in lora_args.h.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+
+#include "dtype.h"
+#include "integers.h"
+#include "nf4.h"
+
+namespace peft_kernels {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// Throws when `t` is not where the kernels of this library find it. Each library defines its own.
+void check_device(const Tensor& t, const char* name);
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  check_device(t, name);
+  switch (t.scalar_type()) {
+    case at::kFloat:
+      return DType::kF32;
+    case at::kBFloat16:
+      return DType::kBF16;
+    case at::kHalf:
+      return DType::kF16;
+    default:
+      TORCH_CHECK(false, name, ": expected float32, bfloat16 or float16, got ", t.scalar_type());
+  }
+}
+
+inline void check_dtype(const Tensor& t, at::ScalarType expected, const char* name) {
+  check_device(t, name);
+  TORCH_CHECK(t.scalar_type() == expected, name, ": expected ", expected, ", got ", t.scalar_type());
+}
+
+inline void check_numel(const Tensor& t, int64_t expected, const char* name) {
+  TORCH_CHECK(t.numel() == expected, name, ": expected ", expected, " elements, got ", t.numel());
+}
+
+inline void check_shape(const Tensor& t, at::IntArrayRef expected, const char* name) {
+  TORCH_CHECK(t.sizes() == expected, name, ": expected shape ", expected, ", got ", t.sizes());
+}
+
+inline void check_bias(const Tensor& bias, int64_t features, at::ScalarType activation_dtype) {
+  dtype_of(bias, "bias");
+  TORCH_CHECK(bias.scalar_type() == at::kFloat || bias.scalar_type() == activation_dtype,
+              "bias: expected Float or ", activation_dtype, ", got ", bias.scalar_type());
+  check_shape(bias, {features}, "bias");
+}
+
+inline int block_shift_of(int64_t blocksize) {
+  TORCH_CHECK(nf4::is_blocksize(blocksize), "blocksize: expected a power of two from ", nf4::kMinBlocksize,
+              " to ", nf4::kMaxBlocksize, ", got ", blocksize);
+  int shift = 0;
+  while ((int64_t{1} << shift) < blocksize) ++shift;
+  return shift;
+}
+
+inline int64_t rows_of(const Tensor& t) {
+  int64_t rows = 1;
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) rows *= t.size(i);
+  return rows;
+}
+
+// Leading sizes of t, then `last`.
+inline at::DimVector sizes_with_last(const Tensor& t, int64_t last) {
+  TORCH_CHECK(t.dim() >= 1, "x: expected at least 1 dimension, got 0");
+  at::DimVector sizes(t.sizes());
+  sizes.back() = last;
+  return sizes;
+}
+
+// An activation of `features` values a row, made contiguous.
+inline Tensor activation(const Tensor& t, int64_t features, const char* name) {
+  dtype_of(t, name);
+  TORCH_CHECK(t.dim() >= 1, name, ": expected at least 1 dimension, got 0");
+  TORCH_CHECK(t.size(-1) == features, name, ": expected ", features, " features, got ", t.size(-1));
+  return t.contiguous();
+}
+
+// The same as rows.
+inline Tensor as_rows(const Tensor& t, int64_t features, const char* name) {
+  return activation(t, features, name).view({rows_of(t), features});
+}
+
+// Contiguous, and of the shape and dtype of `like`.
+inline Tensor matching(const Tensor& t, const Tensor& like, const char* name) {
+  check_dtype(t, like.scalar_type(), name);
+  check_shape(t, like.sizes(), name);
+  return t.contiguous();
+}
+
+// A tensor of ours under its final shape. Not a view: autograd forbids to change an op's views in place.
+inline Tensor reshaped(const Tensor& t, at::IntArrayRef sizes) { return at::_unsafe_view(t, sizes); }
+
+}  // namespace peft_kernels

@@ -1,0 +1,90 @@
+#include "base_product.h"
+
+namespace peft_kernels::cuda {
+namespace {
+
+// A weight is dequantised piece by piece: one that is still in the L2 cache when its product reads it.
+constexpr int64_t kPieceBytes = 16 << 20;
+// Pieces are multiples of this many rows or columns: whole tiles of torch's products, and whole words.
+constexpr int64_t kPieceUnit = 256;
+
+// How many of `count` rows or columns of `length` elements each make a piece, pieces being equal.
+int64_t piece_of(int64_t count, int64_t length, int64_t element_size) {
+  const int64_t most = std::max<int64_t>(kPieceBytes / (std::max<int64_t>(length, 1) * element_size), 1);
+  const int64_t pieces = ceil_div(count, std::max(most / kPieceUnit * kPieceUnit, kPieceUnit));
+  return std::max<int64_t>(ceil_div(ceil_div(count, std::max<int64_t>(pieces, 1)), kPieceUnit) * kPieceUnit,
+                           1);
+}
+
+OptionalTensor checked_bias(const OptionalTensor& bias, int64_t features, at::ScalarType dtype) {
+  if (!bias) return std::nullopt;
+  check_bias(*bias, features, dtype);
+  return bias->to(dtype).contiguous();
+}
+
+// y = x W^T + bias, W dequantised by rows.
+void forward_by_pieces(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias, Tensor& y) {
+  const int64_t n = base.out_features(), k = base.in_features();
+  const int64_t rows = piece_of(n, k, x.element_size());
+  const Tensor buffer = at::empty({std::min(rows, n), k}, x.options());
+  for (int64_t begin = 0; begin < n; begin += rows) {
+    const int64_t end = std::min(begin + rows, n);
+    check(dequantize_nf4(base.nf4().view(), {begin, end, 0, k, k}, buffer.mutable_data_ptr(),
+                         dtype_of(x, "x"), k, current_stream()));
+    const Tensor transposed = buffer.slice(0, 0, end - begin).t();
+    Tensor out = y.slice(1, begin, end);
+    if (bias) {
+      at::addmm_out(out, bias->slice(0, begin, end), x, transposed);
+    } else {
+      at::mm_out(out, x, transposed);
+    }
+  }
+}
+
+// dx (+)= dy W, W dequantised by columns: a sum over all of them is rounded once.
+void backward_by_pieces(const Tensor& dy, const BaseWeight& base, Tensor& dx, bool add) {
+  const int64_t n = base.out_features(), k = base.in_features();
+  const int64_t cols = piece_of(k, n, dy.element_size());
+  const Tensor buffer = at::empty({n, std::min(cols, k)}, dy.options());
+  for (int64_t begin = 0; begin < k; begin += cols) {
+    const int64_t end = std::min(begin + cols, k);
+    check(dequantize_nf4(base.nf4().view(), {0, n, begin, end, k}, buffer.mutable_data_ptr(),
+                         dtype_of(dy, "dy"), buffer.size(1), current_stream()));
+    const Tensor piece = buffer.slice(1, 0, end - begin);
+    Tensor out = dx.slice(1, begin, end);
+    if (add) {
+      out.addmm_(dy, piece);
+    } else {
+      at::mm_out(out, dy, piece);
+    }
+  }
+}
+
+constexpr const char* kPieces = "pieces";
+
+}  // namespace
+
+const char* forward_way(int64_t, int64_t, int64_t, int, at::ScalarType, const Card&) { return kPieces; }
+const char* backward_way(int64_t, int64_t, int64_t, int, at::ScalarType, const Card&) { return kPieces; }
+
+Tensor forward_product(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias) {
+  const OptionalTensor own_bias = checked_bias(bias, base.out_features(), x.scalar_type());
+  if (base.is_dense()) return at::linear(x, base.dense(), own_bias).contiguous();
+  Tensor y = at::empty({x.size(0), base.out_features()}, x.options());
+  forward_by_pieces(x, base, own_bias, y);
+  return y;
+}
+
+Tensor backward_product(const Tensor& dy, const BaseWeight& base, const Tensor& dx) {
+  Tensor out = dx.defined() ? dx : at::empty({dy.size(0), base.in_features()}, dy.options());
+  if (!base.is_dense()) {
+    backward_by_pieces(dy, base, out, dx.defined());
+  } else if (dx.defined()) {
+    out.addmm_(dy, base.dense());
+  } else {
+    at::mm_out(out, dy, base.dense());
+  }
+  return out;
+}
+
+}  // namespace peft_kernels::cuda

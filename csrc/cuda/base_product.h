@@ -1,0 +1,47 @@
+// Products with the frozen weight of a layer, dense or NF4.
+#pragma once
+
+#include "../common/lora_args.h"
+#include "../common/nf4_tensors.h"
+#include "runtime.h"
+
+namespace peft_kernels::cuda {
+
+class Nf4Holder {
+ public:
+  template <class... Args>
+  explicit Nf4Holder(const Args&... args) : tensors_(args...) {
+    view_.packed = tensors_.packed();
+    view_.block_shift = tensors_.block_shift();
+    if (tensors_.is_nested()) {
+      view_.q8 = tensors_.q8();
+      view_.absmax2 = tensors_.absmax2();
+      view_.offset = tensors_.offset();
+    } else {
+      view_.absmax = tensors_.absmax();
+    }
+  }
+
+  const Nf4View& view() const { return view_; }
+
+ private:
+  Nf4Tensors tensors_;
+  Nf4View view_{};
+};
+
+using BaseWeight = BaseWeightOf<Nf4Holder>;
+
+// Which way a product with an NF4 weight goes: the name of a kernel, or "pieces", the general way. m is what
+// x and dy have of rows.
+const char* forward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::ScalarType dtype,
+                        const Card& card);
+const char* backward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::ScalarType dtype,
+                         const Card& card);
+
+// x W^T + bias; x [m, in_features], contiguous.
+Tensor forward_product(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias);
+
+// dy W, added to `dx` when there is one; dy [m, out_features], contiguous.
+Tensor backward_product(const Tensor& dy, const BaseWeight& base, const Tensor& dx = {});
+
+}  // namespace peft_kernels::cuda

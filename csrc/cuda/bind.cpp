@@ -1,0 +1,78 @@
+// The Python module: what is not an op. Importing it registers the ops (*_ops.cpp) and needs no device.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "base_product.h"
+
+#ifdef PEFT_KERNELS_SIMT
+#  include "emulator.h"
+#endif
+
+#define PEFT_KERNELS_QUOTE_(x) #x
+#define PEFT_KERNELS_QUOTE(x) PEFT_KERNELS_QUOTE_(x)
+
+namespace {
+
+using namespace peft_kernels;
+
+constexpr size_t kPrefixLength = sizeof("PEFT_KERNELS_SPEC_HASH=") - 1;
+
+// Python looks for these bytes in the file before it loads it, to refuse a library built from other schemas.
+__attribute__((used)) const char kSpecHash[] =
+    "PEFT_KERNELS_SPEC_HASH=" PEFT_KERNELS_QUOTE(PEFT_KERNELS_SPEC_HASH);
+
+at::ScalarType dtype_named(const std::string& name) {
+  if (name == "float32") return at::kFloat;
+  if (name == "bfloat16") return at::kBFloat16;
+  if (name == "float16") return at::kHalf;
+  throw pybind11::value_error("dtype: expected float32, bfloat16 or float16, got " + name);
+}
+
+using Ways = std::pair<std::string, std::string>;
+
+Ways plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,
+          const cuda::Card& card) {
+  const int shift = block_shift_of(blocksize);
+  const at::ScalarType type = dtype_named(dtype);
+  return {cuda::forward_way(m, n, k, shift, type, card), cuda::backward_way(m, n, k, shift, type, card)};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def(
+      "spec_hash", [] { return std::string(kSpecHash + kPrefixLength); },
+      "SHA-256 of the schemas built against.");
+  m.def(
+      "plan",
+      [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype) {
+        return plan(m, n, k, blocksize, dtype, cuda::current_card());
+      },
+      "Which way [m, k] x [n, k]^T goes on the current device, and its gradient.");
+  m.def(
+      "plan_for",
+      [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
+         int sms, int64_t shared_bytes) {
+        return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes});
+      },
+      "The same on any card.");
+#ifdef PEFT_KERNELS_SIMT
+  m.def(
+      "set_card",
+      [](int compute_capability, int sms, int64_t shared_bytes) {
+        cuda::set_card({compute_capability, sms, shared_bytes});
+      },
+      "The card that kernels are planned for.");
+  m.def("set_seed", simt::set_seed, "Of the order in which threads run.");
+  m.def("set_resident_blocks", simt::set_resident_blocks, "How many blocks run at a time; 0: by the seed.");
+#else
+  m.def(
+      "architectures", [] { return std::string(PEFT_KERNELS_QUOTE(PEFT_KERNELS_CUDA_ARCHITECTURES)); },
+      "What the kernels are compiled for: TORCH_CUDA_ARCH_LIST with colons.");
+#endif
+}

@@ -1,0 +1,129 @@
+#include "runtime.h"
+
+#include <map>
+#include <mutex>
+#include <tuple>
+#include <vector>
+
+#ifndef PEFT_KERNELS_SIMT
+#  include <c10/cuda/CUDAException.h>
+#  include <c10/cuda/CUDAFunctions.h>
+#  include <c10/cuda/CUDAStream.h>
+#endif
+
+namespace peft_kernels {
+
+#ifdef PEFT_KERNELS_SIMT
+
+void check_device(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.device().is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
+}
+
+namespace cuda {
+namespace {
+
+// One user after another: the emulator runs a kernel to its end before launch() returns, in the calling
+// thread.
+struct WorkspaceKey {
+  bool operator<(const WorkspaceKey&) const { return false; }
+};
+WorkspaceKey workspace_key() { return {}; }
+
+Card& card() {
+  static Card card{80, 4, 163 << 10};
+  return card;
+}
+
+}  // namespace
+
+OnDeviceOf::OnDeviceOf(const Tensor& t, const char* name) { check_device(t, name); }
+
+Stream current_stream() { return {}; }
+
+const Card& current_card() { return card(); }
+
+void set_card(const Card& new_card) { card() = new_card; }
+
+#else
+
+void check_device(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.is_cuda() && t.device().index() == c10::cuda::current_device(), name,
+              ": expected a tensor on cuda:", static_cast<int>(c10::cuda::current_device()),
+              " like the first one, got one on ", t.device());
+}
+
+namespace cuda {
+namespace {
+
+// Device, stream, and the capture of a CUDA graph that the stream takes part in, or 0.
+using WorkspaceKey = std::tuple<int, cudaStream_t, unsigned long long>;
+
+WorkspaceKey workspace_key() {
+  cudaStreamCaptureStatus status{};
+  unsigned long long capture = 0;
+  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(current_stream(), &status, &capture));
+  if (status == cudaStreamCaptureStatusNone) capture = 0;
+  return {c10::cuda::current_device(), current_stream(), capture};
+}
+
+int attribute(cudaDeviceAttr name, int device) {
+  int value = 0;
+  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
+  return value;
+}
+
+}  // namespace
+
+OnDeviceOf::OnDeviceOf(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor, got one on ", t.device());
+  guard_.set_index(t.device().index());
+}
+
+Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
+
+const Card& current_card() {
+  thread_local std::map<int, Card> cards;
+  const int device = c10::cuda::current_device();
+  auto found = cards.find(device);
+  if (found == cards.end()) {
+    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device),
+              minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
+    const Card card{10 * major + minor, attribute(cudaDevAttrMultiProcessorCount, device),
+                    attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
+    found = cards.emplace(device, card).first;
+  }
+  return found->second;
+}
+
+#endif
+
+namespace {
+
+#ifdef PEFT_KERNELS_SIMT
+constexpr auto kWorkspaceDevice = at::kCPU;
+#else
+constexpr auto kWorkspaceDevice = at::kCUDA;
+#endif
+
+struct Workspaces {
+  std::mutex mutex;
+  std::map<WorkspaceKey, Tensor> tensors;
+};
+
+}  // namespace
+
+void* workspace(int64_t bytes) {
+  if (bytes == 0) return nullptr;
+  // Never destroyed: CUDA may be gone before static objects are.
+  static Workspaces& workspaces = *new Workspaces;
+  const std::lock_guard<std::mutex> lock(workspaces.mutex);
+  Tensor& tensor = workspaces.tensors[workspace_key()];
+  if (!tensor.defined() || tensor.numel() < bytes) {
+    // The zeroing is captured with the rest, so that every replay of a graph starts from zeros.
+    tensor = at::zeros({bytes}, at::TensorOptions(kWorkspaceDevice).dtype(at::kByte));
+  }
+  return tensor.mutable_data_ptr();
+}
+
+}  // namespace cuda
+}  // namespace peft_kernels

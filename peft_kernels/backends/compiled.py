@@ -1,0 +1,89 @@
+"""What back ends in compiled libraries share: they are refused before they are loaded, if need be."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import mmap
+import re
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import spec
+from .base import tensors
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_HASH = re.compile(rb"PEFT_KERNELS_SPEC_HASH=([0-9a-f]{64})")
+
+
+class CompiledBackend:
+    """Kernels for fp32, bf16 and fp16 in the library `library`, for tensors on devices of one type."""
+
+    name: str
+    namespace: str
+    device_type: str
+    library: str
+    not_built: str
+    """Why there may be none, and what to do."""
+
+    def __init__(self) -> None:
+        self._ops: torch.library.Library | None = None
+        self._extension: ModuleType | None = None
+        self._refusal: str | None = "not loaded yet"
+
+    def load(self) -> None:
+        if self._ops is not None:
+            return
+        self._ops = spec.install(self.namespace)
+        self._refusal = self._refusal_to_load()
+        if self._refusal is None:
+            try:
+                self._extension = importlib.import_module(self.library)
+            except ImportError as error:
+                self._refusal = f"{self.library} does not load: {error}"
+
+    def probe(self) -> str | None:
+        return self._refusal
+
+    @property
+    def extension(self) -> ModuleType:
+        """The compiled library. RuntimeError with the reason when there is none."""
+        if self._extension is None:
+            raise RuntimeError(f"back end {self.name}: {self._refusal}")
+        return self._extension
+
+    def supports(self, op: str, args: Sequence[Any]) -> str | None:
+        for tensor in tensors(args):
+            if tensor.device.type != self.device_type:
+                kind = self.device_type.upper()
+                return f"{op}: a tensor is on {tensor.device}, this back end takes {kind} tensors"
+            if tensor.dtype not in DTYPES and tensor.is_floating_point():
+                return f"{op}: no kernel for {tensor.dtype}"
+        if op == "dequantize_nf4" and args[6] not in DTYPES:
+            return f"{op}: no kernel for {args[6]}"
+        return None
+
+    def _refusal_to_load(self) -> str | None:
+        """Why the compiled library must not be loaded, found without loading it.
+
+        A library built for other schemas would abort the process when it registers its kernels, so the
+        fingerprint that the build wrote into the file is compared first.
+        """
+        found = importlib.util.find_spec(self.library)
+        if found is None or found.origin is None:
+            return self.not_built
+        with (
+            open(found.origin, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            match = _HASH.search(content)
+            built_for = match.group(1).decode() if match else None
+        if built_for != spec.spec_hash():
+            return (
+                f"{found.origin} was built from other sources than this package: rebuild it (pip install .)"
+            )
+        return None

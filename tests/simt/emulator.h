@@ -1,0 +1,85 @@
+// Runs CUDA kernels on the CPU, one fiber per CUDA thread, and looks for what a GPU would let pass: races in
+// shared memory, collectives that lanes miss, copies read too early, misaligned accesses. simt_device.h and
+// simt_launch.h are written with the first half of this header; tests steer with the second.
+//
+// A fault is thrown out of run() as std::runtime_error that names the kernel, block, thread and line. The
+// emulator stays usable.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <string>
+#include <vector>
+
+namespace peft_kernels::simt {
+
+inline constexpr int kLanes = 32;
+inline constexpr int kMaxSharedBytes = 227 << 10;  // of a block, as on sm_90
+
+// A line of a kernel; as a defaulted parameter, the caller's.
+struct Site {
+  const char* file;
+  int line;
+  static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
+    return {file, line};
+  }
+};
+
+// ---- For the wrappers; called on fibers ------------------------------------------------------------------
+
+struct Position {
+  int thread, block, grid;
+};
+Position position();
+
+// Checks an access to `bytes` at p, shared or global, and tells the race detector.
+void check_read(const void* p, int bytes, Site site);
+void check_read_constant(const void* p, int bytes, Site site);  // global
+void check_write(const void* p, int bytes, Site site);
+void check_shared(const void* p, Site site);  // p is in shared memory
+
+char* shared_window(int64_t bytes, Site site);  // the block's shared memory, which must have so many
+uint32_t shared_address(const void* p, Site site);
+const void* shared_pointer(uint32_t address, Site site);
+
+void copy_async(void* to, const void* from, bool valid, Site site);
+void copy_async_commit();
+void copy_async_wait(int pending, Site site);
+
+void sync_threads(Site site);
+// Waits for all lanes of the warp to come here. The last one runs `perform` on what each of them gave.
+void collective(const char* name, void* given, void (*perform)(void* const* given), Site site);
+// Orders memory between the lanes; to be called from `perform`.
+void order_warp();
+
+uint32_t atomic_add(uint32_t* counter, uint32_t value, Site site);
+
+// ---- For launch() ----------------------------------------------------------------------------------------
+
+struct Launch {
+  const char* kernel;  // its typeid's name
+  void (*entry)(const void* params);
+  const void* params;
+  int threads;
+  int64_t blocks;
+  int shared_bytes;
+};
+void run(const Launch& launch);
+
+// ---- For tests -------------------------------------------------------------------------------------------
+
+// Lanes, warps and blocks run in an order that the seed decides, the same in every launch. It starts as
+// PEFT_KERNELS_SIMT_SEED, or 0.
+void set_seed(uint64_t seed);
+// How many blocks run at a time; 0: two or three, as the seed says.
+void set_resident_blocks(int blocks);
+
+// Warp-wide accesses to shared memory at one line, and what they took. Without conflicts, 32 lanes take one
+// wavefront for 4 bytes each, two for 8 and four for 16.
+struct BankCount {
+  int64_t accesses, wavefronts, conflicts;  // conflicts: wavefronts beyond that
+};
+std::map<std::string, BankCount> bank_counts();  // by "file.cuh:line"
+void reset_bank_counts();
+
+}  // namespace peft_kernels::simt
