@@ -49,9 +49,9 @@ std::string linear_plan(int64_t rows, int64_t out_features, int64_t in_features,
   cpu::Nf4View weight{};
   while (int64_t{1} << weight.block_shift < blocksize) ++weight.block_shift;
   cpu::GemmTerm term{};
-  term.lhs_dtype = is_bf16 ? cpu::DType::kBF16 : cpu::DType::kF32;
+  term.lhs_dtype = is_bf16 ? DType::kBF16 : DType::kF32;
   term.lhs_ld = term.depth = in_features;
-  term.rhs = {nullptr, cpu::DType::kF32, in_features, &weight};
+  term.rhs = {nullptr, DType::kF32, in_features, &weight};
   cpu::GemmParams params{};
   params.terms = &term;
   params.term_count = 1;

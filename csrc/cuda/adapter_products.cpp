@@ -6,11 +6,21 @@ namespace {
 // Activations become fp32, and deltas are kept, for a block of rows at a time.
 constexpr int64_t kBlockBytes = 16 << 20;
 
-// Calls body(begin, end) for blocks of rows of `features` values.
+// Calls body(begin, end) for blocks of rows of `features` values; once where there are none.
 template <class Body>
 void by_rows(int64_t rows, int64_t features, const Body& body) {
   const int64_t block = std::max<int64_t>(kBlockBytes / (4 * std::max<int64_t>(features, 1)), 1);
-  for (int64_t begin = 0; begin < rows; begin += block) body(begin, std::min(begin + block, rows));
+  int64_t begin = 0;
+  do {
+    const int64_t end = std::min(begin + block, rows);
+    body(begin, end);
+    begin = end;
+  } while (begin < rows);
+}
+
+// Adds a b to `sum`, which is not there at first.
+void add_product(const Tensor& a, const Tensor& b, Tensor& sum) {
+  sum = sum.defined() ? sum.addmm_(a, b) : at::mm(a, b);
 }
 
 // `rows` in fp32 with a mask, of which `first` is the number of their first element. Contiguous.
@@ -126,19 +136,19 @@ void add_input_gradients(const Tensor& dh, const Adapters& adapters, Tensor& dx)
 }
 
 Tensor gradient_of_a(const Tensor& dh, const Tensor& x, const Adapter& adapter) {
-  Tensor da = at::zeros(adapter.a.sizes(), dh.options());
+  Tensor da;
   by_rows(x.size(0), x.size(1), [&](int64_t begin, int64_t end) {
-    da.addmm_(columns(dh, adapter, begin, end).t(), seen_rows(x, adapter, begin, end));
+    add_product(columns(dh, adapter, begin, end).t(), seen_rows(x, adapter, begin, end), da);
   });
   return da.to(adapter.a.scalar_type());
 }
 
 Tensor gradient_of_b(const Tensor& dy, const Tensor& h, const Adapter& adapter) {
-  Tensor db = at::zeros(adapter.b.sizes(), h.options());
+  Tensor db;
   by_rows(dy.size(0), dy.size(1), [&](int64_t begin, int64_t end) {
     Tensor rows = dy.slice(0, begin, end).to(at::kFloat);
     if (adapter.others.defined()) rows = rows.masked_fill(adapter.others.slice(0, begin, end), 0);
-    db.addmm_(rows.t(), columns(h, adapter, begin, end));
+    add_product(rows.t(), columns(h, adapter, begin, end), db);
   });
   return db.mul_(adapter.scaling).to(adapter.b.scalar_type());
 }
