@@ -18,8 +18,8 @@ inline constexpr int kMaxSharedBytes = 227 << 10;  // of a block, as on sm_90
 
 // A line of a kernel; as a defaulted parameter, the caller's.
 struct Site {
-  const char* file;
-  int line;
+  const char* file = "";
+  int line = 0;
   static constexpr Site here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) {
     return {file, line};
   }
@@ -32,13 +32,14 @@ struct Position {
 };
 Position position();
 
-// Checks an access to `bytes` at p, shared or global, and tells the race detector.
-void check_read(const void* p, int bytes, Site site);
-void check_read_constant(const void* p, int bytes, Site site);  // global
-void check_write(const void* p, int bytes, Site site);
-void check_shared(const void* p, Site site);  // p is in shared memory
+// Check an access to `bytes` at p, tell the race detector, and return where the bytes really are: a kernel's
+// address of shared memory is none of ours.
+const void* check_read(const void* p, int bytes, Site site);
+const void* check_read_constant(const void* p, int bytes, Site site);  // global, not written by this launch
+const void* check_read_shared(const void* p, int bytes, Site site);
+void* check_write(void* p, int bytes, Site site);
 
-char* shared_window(int64_t bytes, Site site);  // the block's shared memory, which must have so many
+void* shared_window(int64_t bytes, Site site);  // the block's shared memory, which must have so many
 uint32_t shared_address(const void* p, Site site);
 const void* shared_pointer(uint32_t address, Site site);
 

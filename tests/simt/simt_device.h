@@ -98,14 +98,12 @@ T read(const void* p) {
 template <class T>
 T load(const T* p, Site site = Site::here()) {
   static_assert(detail::kLoadable<T>, "load: 1, 2, 4, 8 or 16 bytes");
-  simt::check_read(p, sizeof(T), site);
-  return detail::read<T>(p);
+  return detail::read<T>(simt::check_read(p, sizeof(T), site));
 }
 template <class T>
 T load_constant(const T* p, Site site = Site::here()) {
   static_assert(detail::kLoadable<T>, "load_constant: 1, 2, 4, 8 or 16 bytes");
-  simt::check_read_constant(p, sizeof(T), site);
-  return detail::read<T>(p);
+  return detail::read<T>(simt::check_read_constant(p, sizeof(T), site));
 }
 template <class T>
 T load_once(const T* p, Site site = Site::here()) {
@@ -115,13 +113,12 @@ T load_once(const T* p, Site site = Site::here()) {
 template <class T>
 void store(T* p, const T& value, Site site = Site::here()) {
   static_assert(detail::kLoadable<T>, "store: 1, 2, 4, 8 or 16 bytes");
-  simt::check_write(p, sizeof(T), site);
-  std::memcpy(static_cast<void*>(p), &value, sizeof(T));
+  std::memcpy(simt::check_write(p, sizeof(T), site), &value, sizeof(T));
 }
 
 template <class T>
 T* shared_memory(Site site = Site::here()) {
-  return reinterpret_cast<T*>(simt::shared_window(sizeof(T), site));
+  return static_cast<T*>(simt::shared_window(sizeof(T), site));
 }
 inline uint32_t shared_address(const void* p, Site site = Site::here()) {
   return simt::shared_address(p, site);
@@ -293,9 +290,7 @@ void load_matrices(void* const* given) {
 
 template <bool kTransposed>
 void load_matrix(const char* name, uint32_t (&r)[4], const void* row, Site site) {
-  simt::check_shared(row, site);
-  simt::check_read(row, 16, site);
-  MatrixRow mine{row, r};
+  MatrixRow mine{simt::check_read_shared(row, 16, site), r};
   simt::collective(name, &mine, load_matrices<kTransposed>, site);
 }
 

@@ -1,0 +1,155 @@
+"""The emulator catches planted faults, passes what is right, and its instructions are right.
+
+Compiles a program out of the emulator and the cases beside it, once each in the ways that it is used.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+SOURCES = ["cases", "emulator", "faults", "memory_cases", "primitives"]
+BUILDS = {
+    "plain": ["-O1"],
+    "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "ucontext": ["-O1", "-DPEFT_KERNELS_SIMT_UCONTEXT"],
+}
+
+# What the report says. It names the line that faults.cpp marks, if it marks one.
+SHARED_RACE = (
+    r"race: (reads|writes) byte \d+ of shared memory, which thread \d+ (read|wrote) \(faults.*no barrier"
+)
+GLOBAL_RACE = (
+    r"race: (reads|writes) global memory that thread \d+ of block \d wrote \(faults.* nothing to order"
+)
+UNDER_WAY = (
+    r"reads byte \d+ of shared memory, where an asynchronous copy by thread \d+ \(faults.* is under way"
+)
+FAULTS = {
+    "barrier_missing": SHARED_RACE,
+    "overwritten_too_early": SHARED_RACE,
+    "written_twice": SHARED_RACE,
+    "warp_barrier_missing": SHARED_RACE,
+    "warp_barrier_for_block": SHARED_RACE,
+    "neighbouring_bytes": r"thread 4[01], .* writes byte 40 of shared memory, which thread 4[01] wrote",
+    "lane_skips_shuffle": r"thread (5|37), .*: returned, but lanes? .* of the warp wait at shuffle_xor"
+    r"|shuffle_xor, but lane 5 returned",
+    "lanes_in_two_shuffles": r"shuffle, but lanes? .* of the warp wait at shuffle \(faults",
+    "barrier_or_shuffle": r"sync_threads, but lanes? .* wait at shuffle|shuffle, but lane 9 wait at sync",
+    "barrier_skipped": r"returned, but \d+ threads wait at sync|sync_threads, but \d+ threads .* returned",
+    "two_barriers": r"sync_threads, but \d+ threads wait at another one \(faults",
+    "copy_read_early": UNDER_WAY,
+    "copy_of_last_group": UNDER_WAY,
+    "copy_of_another": f"{SHARED_RACE}|{UNDER_WAY}",
+    "copy_over_read": SHARED_RACE,
+    "unaligned_load": r"misaligned load of 16 bytes at 0x",
+    "unaligned_row": r"misaligned load of 16 bytes at 0x",
+    "row_in_global_memory": r"this is not the address of shared memory",
+    "out_of_bounds": r"thread 63, .*: 4 bytes at byte 256 of shared memory, which has 256",
+    "below_bounds": r"thread 0, .*: 4 bytes at byte -4 of shared memory, which has 256",
+    "more_than_launched": r"shared_memory\(\) of a type of 512 bytes, but launched with 256",
+    "plain_pointer": r"shared memory through a plain pointer",
+    "null_pointer": r"thread 12, .*: null pointer",
+    "wild_pointer": r"soon after .*: segmentation fault",
+    "ticket_too_early": GLOBAL_RACE,
+    "ticket_by_shuffle": GLOBAL_RACE,
+    "read_of_another_block": GLOBAL_RACE,
+    "written_by_two_blocks": GLOBAL_RACE,
+    "constant_that_changes": r"race: reads global memory that thread (\d+) of block 0 wrote .*, as constant",
+    "wait_for_all_blocks": r"thread 0, .*: deadlock: waits for a counter",
+    "lock": r"deadlock: waits for a counter",
+}
+# AddressSanitizer reports these itself.
+CRASHES = {"plain_pointer", "wild_pointer"}
+
+PRIMITIVES = [
+    *(f"{case}_{dtype}" for case in ("widening", "narrowing", "products") for dtype in ("bf16", "fp16")),
+    *(f"matrix_products_{dtype}" for dtype in ("bf16", "fp16")),
+    *(f"moves_{size}" for size in (1, 2, 4, 8, 16)),
+    *("bits_and_floats", "exchange", "matrices", "matrices_transposed"),
+    *("shared_start", "copies", "banks", "orders", "launches"),
+]
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Run:
+    """Runs a case with a seed, in the build that the test's parameter names."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp(request.param)
+    csrc = HERE.parent.parent / "csrc" / "cuda"
+    flags = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-DPEFT_KERNELS_SIMT"]
+    flags += [f"-I{HERE}", f"-I{csrc}", *BUILDS[request.param]]
+
+    def build(target: str, *arguments: str) -> None:
+        command = [compiler, *flags, *arguments, "-o", str(folder / target)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda name: build(f"{name}.o", "-c", str(HERE / f"{name}.cpp")), SOURCES))
+    build("cases", *(str(folder / f"{name}.o") for name in SOURCES), "-pthread")
+
+    def run(case: str, seed: int = 0) -> str:
+        result = subprocess.run(
+            [str(folder / "cases"), case, str(seed)], capture_output=True, text=True, timeout=300, check=False
+        )
+        return result.stdout + result.stderr if result.returncode == 0 else f"crashed: {result.stderr}"
+
+    return run
+
+
+def marked_line(case: str) -> str:
+    """Where faults.cpp says that the fault of `case` shows; empty without a mark."""
+    lines = (HERE / "faults.cpp").read_text(encoding="utf-8").splitlines()
+    marked = [i for i, line in enumerate(lines, 1) if line.endswith(f"// fault: {case}")]
+    assert len(marked) <= 1, f"{case}: {len(marked)} marks"
+    return f"faults.cpp:{marked[0]}" if marked else ""
+
+
+every_build = pytest.mark.parametrize("program", BUILDS, indirect=True)
+plain_build = pytest.mark.parametrize("program", ["plain"], indirect=True)
+
+
+@plain_build
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("case", FAULTS)
+def test_fault_is_reported(program: Run, case: str, seed: int) -> None:
+    report = program(f"{case}-broken", seed)
+    assert re.search(FAULTS[case], report), report
+    assert marked_line(case) in report
+    assert re.search(rf"Kernel<.*{case}<true>.*, block \d+, thread \d+, .* \(seed {seed}\)$", report.strip())
+
+
+@every_build
+@pytest.mark.parametrize("case", [*FAULTS, "global_out_of_bounds"])
+def test_without_the_fault_it_is_clean(program: Run, case: str) -> None:
+    for seed in range(4):
+        assert program(f"{case}-fixed", seed).strip() == "clean"
+
+
+@every_build
+@pytest.mark.parametrize("case", PRIMITIVES)
+def test_primitive(program: Run, case: str) -> None:
+    assert program(case).strip() == "clean"
+
+
+@plain_build
+def test_emulator_survives_faults(program: Run) -> None:
+    assert program("survive_faults").strip() == "clean"
+
+
+@pytest.mark.parametrize("program", ["address"], indirect=True)
+@pytest.mark.parametrize("case", ["global_out_of_bounds", *sorted(CRASHES)])
+def test_address_sanitizer_sees_what_kernels_do(program: Run, case: str) -> None:
+    assert "AddressSanitizer" in program(f"{case}-broken")
