@@ -20,14 +20,21 @@ std::string outcome(const std::function<void()>& run) {
   return "clean";
 }
 
+Cases all_faults() {
+  Cases all = thread_faults();
+  all.insert(memory_faults().begin(), memory_faults().end());
+  return all;
+}
+
 // Every fault in one process, each followed by a clean launch.
 void survive_faults() {
-  for (const auto& [name, run] : fault_cases()) {
+  const Cases faults = all_faults();
+  for (const auto& [name, run] : faults) {
     if (name == "global_out_of_bounds-broken") continue;
     const bool broken = name.find("-broken") != std::string::npos;
     expect((outcome(run) == "clean") != broken, name + " after other faults as alone");
     for (const auto& fixed : {"copy_read_early-fixed", "ticket_too_early-fixed"}) {
-      expect(outcome(fault_cases().at(fixed)) == "clean", std::string(fixed) + " to be clean after " + name);
+      expect(outcome(faults.at(fixed)) == "clean", std::string(fixed) + " to be clean after " + name);
     }
   }
 }
@@ -36,8 +43,8 @@ int main(int count, char** arguments) {
   if (count != 3) return 2;
   const std::string name = arguments[1];
   simt::set_seed(std::strtoull(arguments[2], nullptr, 10));
-  Cases cases = {{"survive_faults", survive_faults}};
-  cases.insert(fault_cases().begin(), fault_cases().end());
+  Cases cases = all_faults();
+  cases["survive_faults"] = survive_faults;
   cases.insert(primitive_cases().begin(), primitive_cases().end());
   cases.insert(memory_cases().begin(), memory_cases().end());
   const auto found = cases.find(name);

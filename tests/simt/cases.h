@@ -10,7 +10,8 @@ namespace peft_kernels::cuda {
 
 using Cases = std::map<std::string, std::function<void()>>;
 
-const Cases& fault_cases();      // kernels with planted faults: NAME-broken and NAME-fixed
+const Cases& thread_faults();    // kernels with planted faults: NAME-broken and NAME-fixed
+const Cases& memory_faults();    // more of them
 const Cases& primitive_cases();  // the wrappers against plain C++
 const Cases& memory_cases();     // memory, bank conflicts, blocks
 

@@ -15,22 +15,22 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-SOURCES = ["cases", "emulator", "faults", "memory_cases", "primitives"]
+SOURCES = ["cases", "emulator", "memory_cases", "memory_faults", "primitives", "thread_faults"]
 BUILDS = {
     "plain": ["-O1"],
     "address": ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "ucontext": ["-O1", "-DPEFT_KERNELS_SIMT_UCONTEXT"],
 }
 
-# What the report says. It names the line that faults.cpp marks, if it marks one.
+# What the report says. It names the line that the source marks, if one is marked.
 SHARED_RACE = (
-    r"race: (reads|writes) byte \d+ of shared memory, which thread \d+ (read|wrote) \(faults.*no barrier"
+    r"race: (reads|writes) byte \d+ of shared memory, which thread \d+ (read|wrote) \(\w+_faults.*no barrier"
 )
 GLOBAL_RACE = (
-    r"race: (reads|writes) global memory that thread \d+ of block \d wrote \(faults.* nothing to order"
+    r"race: (reads|writes) global memory that thread \d+ of block \d wrote \(\w+_faults.* nothing to order"
 )
 UNDER_WAY = (
-    r"reads byte \d+ of shared memory, where an asynchronous copy by thread \d+ \(faults.* is under way"
+    r"reads byte \d+ of shared memory, where an asynchronous copy by thread \d+ \(\w+_faults.* is under way"
 )
 FAULTS = {
     "barrier_missing": SHARED_RACE,
@@ -41,13 +41,16 @@ FAULTS = {
     "neighbouring_bytes": r"thread 4[01], .* writes byte 40 of shared memory, which thread 4[01] wrote",
     "lane_skips_shuffle": r"thread (5|37), .*: returned, but lanes? .* of the warp wait at shuffle_xor"
     r"|shuffle_xor, but lane 5 returned",
-    "lanes_in_two_shuffles": r"shuffle, but lanes? .* of the warp wait at shuffle \(faults",
+    "lanes_in_two_shuffles": r"shuffle, but lanes? .* of the warp wait at shuffle \(\w+_faults",
     "barrier_or_shuffle": r"sync_threads, but lanes? .* wait at shuffle|shuffle, but lane 9 wait at sync",
     "barrier_skipped": r"returned, but \d+ threads wait at sync|sync_threads, but \d+ threads .* returned",
-    "two_barriers": r"sync_threads, but \d+ threads wait at another one \(faults",
+    "two_barriers": r"sync_threads, but \d+ threads wait at another one \(\w+_faults",
     "copy_read_early": UNDER_WAY,
     "copy_of_last_group": UNDER_WAY,
     "copy_of_another": f"{SHARED_RACE}|{UNDER_WAY}",
+    "copy_source_changed": r"the source of an asynchronous copy changed before its wait",
+    "copy_to_global": r"copy_async_16 to what is not shared memory",
+    "copy_from_shared": r"copy_async_16 from shared memory",
     "copy_over_read": SHARED_RACE,
     "unaligned_load": r"misaligned load of 16 bytes at 0x",
     "unaligned_row": r"misaligned load of 16 bytes at 0x",
@@ -56,6 +59,8 @@ FAULTS = {
     "below_bounds": r"thread 0, .*: 4 bytes at byte -4 of shared memory, which has 256",
     "more_than_launched": r"shared_memory\(\) of a type of 512 bytes, but launched with 256",
     "plain_pointer": r"shared memory through a plain pointer",
+    "constant_in_shared": r"load_constant of shared memory",
+    "atomic_in_shared": r"atomic_add_ordered in shared memory",
     "null_pointer": r"thread 12, .*: null pointer",
     "wild_pointer": r"soon after .*: segmentation fault",
     "ticket_too_early": GLOBAL_RACE,
@@ -110,11 +115,15 @@ def program(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
 
 
 def marked_line(case: str) -> str:
-    """Where faults.cpp says that the fault of `case` shows; empty without a mark."""
-    lines = (HERE / "faults.cpp").read_text(encoding="utf-8").splitlines()
-    marked = [i for i, line in enumerate(lines, 1) if line.endswith(f"// fault: {case}")]
-    assert len(marked) <= 1, f"{case}: {len(marked)} marks"
-    return f"faults.cpp:{marked[0]}" if marked else ""
+    """Where the source says that the fault of `case` shows; empty without a mark."""
+    marked = [
+        f"{path.name}:{i}"
+        for path in HERE.glob("*_faults.cpp")
+        for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if line.endswith(f"// fault: {case}")
+    ]
+    assert len(marked) <= 1, f"{case}: {marked}"
+    return marked[0] if marked else ""
 
 
 every_build = pytest.mark.parametrize("program", BUILDS, indirect=True)

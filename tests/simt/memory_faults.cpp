@@ -1,141 +1,12 @@
-// Kernels with a planted fault, and the same kernels without it, for test_emulator.py: each in both forms by
-// `if constexpr (kBroken)`. A comment "fault: NAME" marks the line that the report must name.
+// Faults in what memory is used how, and by which block.
 #include <cstdint>
 #include <type_traits>
-#include <vector>
 
 #include "cases.h"
-#include "launch.cuh"
+#include "faults.h"
 
 namespace peft_kernels::cuda {
 namespace {
-
-constexpr int kCount = 64;  // threads of a block
-
-struct Pointers {
-  const float* in = nullptr;
-  float* out = nullptr;
-  uint32_t* counter = nullptr;
-};
-
-// A kernel of 64 threads around a function of Pointers.
-template <void (*kBody)(const Pointers&)>
-struct Kernel {
-  static constexpr int kThreads = kCount, kBlocksPerSm = 1;
-  using Params = Pointers;
-  static DEVICE void run(const Params& p) { kBody(p); }
-};
-
-template <void (*kBody)(const Pointers&)>
-void run_blocks(int blocks, int shared_bytes = 4 * kCount) {
-  std::vector<float> in(4096, 1.0f), out(4096);
-  uint32_t counter = 0;
-  launch<Kernel<kBody>>({in.data(), out.data(), &counter}, blocks, nullptr, shared_bytes);
-}
-
-template <bool kBroken>
-void barrier_missing(const Pointers& p) {
-  auto* s = shared_memory<float>();
-  const int i = thread_index();
-  store(s + i, 1.0f);
-  if (!kBroken) sync_threads();
-  store(p.out + i, load(s + (i + 32) % kCount));  // fault: barrier_missing
-}
-
-template <bool kBroken>
-void overwritten_too_early(const Pointers& p) {
-  auto* s = shared_memory<float>();
-  const int i = thread_index();
-  float sum = 0;
-  for (int step = 0; step < 2; ++step) {
-    store(s + i, 1.0f);  // fault: overwritten_too_early
-    sync_threads();
-    sum += load(s + (i + 32) % kCount);
-    if (!kBroken) sync_threads();
-  }
-  store(p.out + i, sum);
-}
-
-template <bool kBroken>
-void written_twice(const Pointers&) {
-  auto* s = shared_memory<float>();
-  const int i = thread_index();
-  store(s + (kBroken ? i / 2 : i), 1.0f);  // fault: written_twice
-}
-
-template <bool kBroken>
-void warp_barrier_missing(const Pointers& p) {
-  auto* s = shared_memory<float>();
-  const int i = thread_index();
-  store(s + i, 1.0f);
-  if (!kBroken) sync_warp();
-  store(p.out + i, load(s + (i ^ 1)));  // fault: warp_barrier_missing
-}
-
-// What one warp's barrier does not order: other warps.
-template <bool kBroken>
-void warp_barrier_for_block(const Pointers& p) {
-  auto* s = shared_memory<float>();
-  const int i = thread_index();
-  store(s + i, 1.0f);
-  sync_warp();
-  if (!kBroken) sync_threads();
-  store(p.out + i, load(s + (i ^ 32)));  // fault: warp_barrier_for_block
-}
-
-// Bytes of one word are apart, as far as races go.
-template <bool kBroken>
-void neighbouring_bytes(const Pointers&) {
-  auto* s = shared_memory<uint8_t>();
-  const int i = thread_index();
-  store(s + (kBroken && i == 41 ? 40 : i), static_cast<uint8_t>(i));  // fault: neighbouring_bytes
-}
-
-template <bool kBroken>
-void lane_skips_shuffle(const Pointers& p) {
-  float value = static_cast<float>(thread_index());
-  if (!kBroken || lane_index() != 5) value += shuffle_xor(value, 1);  // fault: lane_skips_shuffle
-  store(p.out + thread_index(), value);
-}
-
-template <bool kBroken>
-void lanes_in_two_shuffles(const Pointers& p) {
-  float value = static_cast<float>(thread_index());
-  if (kBroken && lane_index() < 7) {
-    value += shuffle(value, 0);
-  } else {
-    value += shuffle(value, 0);
-  }
-  store(p.out + thread_index(), value);
-}
-
-template <bool kBroken>
-void barrier_or_shuffle(const Pointers& p) {
-  float value = 1.0f;
-  if (kBroken && lane_index() == 9) {
-    sync_threads();
-  } else {
-    value = shuffle(value, 3);
-  }
-  if (!kBroken) sync_threads();
-  store(p.out + thread_index(), value);
-}
-
-template <bool kBroken>
-void barrier_skipped(const Pointers& p) {
-  if (!kBroken || thread_index() < 40) sync_threads();  // fault: barrier_skipped
-  store(p.out + thread_index(), 1.0f);
-}
-
-template <bool kBroken>
-void two_barriers(const Pointers& p) {
-  if (kBroken && thread_index() < 32) {
-    sync_threads();
-  } else {
-    sync_threads();
-  }
-  store(p.out + thread_index(), 1.0f);
-}
 
 template <bool kBroken>
 void copy_read_early(const Pointers& p) {
@@ -173,6 +44,32 @@ void copy_of_another(const Pointers& p) {
   copy_async_wait<0>();
   if (!kBroken) sync_threads();
   store(p.out + i, load(s + 4 * ((i + 32) % kCount)));
+}
+
+// The copy may read its source at any time until the wait.
+template <bool kBroken>
+void copy_source_changed(const Pointers& p) {
+  auto* s = shared_memory<float>();
+  const int i = 4 * thread_index();
+  copy_async_16(s + i, p.out + i);  // fault: copy_source_changed
+  copy_async_commit();
+  if (!kBroken) copy_async_wait<0>();
+  store(p.out + i, 1.0f);
+  copy_async_wait<0>();
+}
+
+template <bool kBroken>
+void copy_to_global(const Pointers& p) {
+  auto* s = shared_memory<float>();
+  const int i = 4 * thread_index();
+  copy_async_16(kBroken ? p.out + i : s + i, p.in + i);  // fault: copy_to_global
+}
+
+template <bool kBroken>
+void copy_from_shared(const Pointers& p) {
+  auto* s = shared_memory<float>();
+  const int i = 4 * thread_index();
+  copy_async_16(s + i, kBroken ? s + i : p.in + i);  // fault: copy_from_shared
 }
 
 template <bool kBroken>
@@ -250,6 +147,22 @@ void plain_pointer(const Pointers&) {
   } else {
     store(s + thread_index(), 1.0f);
   }
+}
+
+template <bool kBroken>
+void constant_in_shared(const Pointers& p) {
+  auto* s = shared_memory<float>();
+  store(s + thread_index(), 1.0f);
+  store(p.out + thread_index(),
+        load_constant((kBroken ? s : p.in) + thread_index()));  // fault: constant_in_shared
+}
+
+template <bool kBroken>
+void atomic_in_shared(const Pointers& p) {
+  auto* s = shared_memory<uint32_t>();
+  if (thread_index() == 0) store(s, 0u);
+  sync_threads();
+  atomic_add_ordered(kBroken ? s : p.counter, 1);  // fault: atomic_in_shared
 }
 
 template <bool kBroken>
@@ -352,47 +265,36 @@ void lock(const Pointers& p) {
   atomic_add_ordered(p.counter, ~0u);
 }
 
-#define CASE(name, ...)                                             \
-  {#name "-broken", [] { run_blocks<name<true>>(__VA_ARGS__); }}, { \
-    #name "-fixed", [] { run_blocks<name<false>>(__VA_ARGS__); }    \
-  }
-
 }  // namespace
 
-const Cases& fault_cases() {
+const Cases& memory_faults() {
   static const Cases cases = {
-      CASE(barrier_missing, 1),
-      CASE(overwritten_too_early, 1),
-      CASE(written_twice, 1),
-      CASE(warp_barrier_missing, 1),
-      CASE(warp_barrier_for_block, 1),
-      CASE(neighbouring_bytes, 1),
-      CASE(lane_skips_shuffle, 1),
-      CASE(lanes_in_two_shuffles, 1),
-      CASE(barrier_or_shuffle, 1),
-      CASE(barrier_skipped, 1),
-      CASE(two_barriers, 1),
-      CASE(copy_read_early, 1),
-      CASE(copy_of_last_group, 1, 32 * kCount),
-      CASE(copy_of_another, 1, 16 * kCount),
-      CASE(copy_over_read, 1),
-      CASE(unaligned_load, 1),
-      CASE(unaligned_row, 1, 16 * kCount),
-      CASE(row_in_global_memory, 1, 16 * kCount),
-      CASE(out_of_bounds, 1),
-      CASE(below_bounds, 1),
-      CASE(more_than_launched, 1),
-      CASE(plain_pointer, 1),
-      CASE(null_pointer, 1),
-      CASE(wild_pointer, 1),
-      CASE(global_out_of_bounds, 1),
-      CASE(ticket_too_early, 5),
-      CASE(ticket_by_shuffle, 5),
-      CASE(read_of_another_block, 2),
-      CASE(written_by_two_blocks, 2),
-      CASE(constant_that_changes, 1),
-      CASE(wait_for_all_blocks, 9),
-      CASE(lock, 5),
+      FAULT(copy_read_early, 1),
+      FAULT(copy_of_last_group, 1, 32 * kCount),
+      FAULT(copy_of_another, 1, 16 * kCount),
+      FAULT(copy_source_changed, 1, 16 * kCount),
+      FAULT(copy_to_global, 1, 16 * kCount),
+      FAULT(copy_from_shared, 1, 16 * kCount),
+      FAULT(copy_over_read, 1),
+      FAULT(unaligned_load, 1),
+      FAULT(unaligned_row, 1, 16 * kCount),
+      FAULT(row_in_global_memory, 1, 16 * kCount),
+      FAULT(out_of_bounds, 1),
+      FAULT(below_bounds, 1),
+      FAULT(more_than_launched, 1),
+      FAULT(plain_pointer, 1),
+      FAULT(constant_in_shared, 1),
+      FAULT(atomic_in_shared, 1),
+      FAULT(null_pointer, 1),
+      FAULT(wild_pointer, 1),
+      FAULT(global_out_of_bounds, 1),
+      FAULT(ticket_too_early, 5),
+      FAULT(ticket_by_shuffle, 5),
+      FAULT(read_of_another_block, 2),
+      FAULT(written_by_two_blocks, 2),
+      FAULT(constant_that_changes, 1),
+      FAULT(wait_for_all_blocks, 9),
+      FAULT(lock, 5),
   };
   return cases;
 }
