@@ -30,12 +30,14 @@ TRAINING_M = {LARGE: (16, 128, 512, 2048), SMALL: (256, 1024, 4096)}
 PEFT_ON_BNB, PEFT_ON_DENSE = "PEFT on bnb", "PEFT on dense"
 PLAIN_LORA, ONE_ADAPTER = "ours, plain LoRA", "ours, one adapter"
 
-FORWARD, QLORA, LORA, QUANTIZE, DEQUANTIZE = "forward", "qlora", "lora", "quantize", "dequantize"
+FORWARD, DX, QLORA, LORA = "forward", "dx", "qlora", "lora"
+QUANTIZE, DEQUANTIZE = "quantize", "dequantize"
 BLOCK_LORA, BLOCK_QLORA, BLOCK_DORA = "block-lora", "block-qlora", "block-dora"
 BLOCK_DROPOUT, BLOCK_MIXED = "block-dropout", "block-mixed"
 STEP, DECODE = "step", "decode"
 TITLES = {
     FORWARD: "NF4 linear, forward without grad",
+    DX: "NF4 linear, backward to x",
     QLORA: f"LoRA r={layers.RANK} on an NF4 base, forward + backward",
     LORA: f"LoRA r={layers.RANK} on a dense base, forward + backward",
     QUANTIZE: "quantise to NF4, with double quantisation",
@@ -110,7 +112,7 @@ def forward(shape: Shape, m: int, dtype: str) -> Case:
                 for mode in ("eval", "train")
             ),
         )
-        return _contenders(weights, entries, lambda layer: layers.forward_call(layer, x))
+        return contenders(weights, entries, lambda layer: layers.forward_call(layer, x))
 
     return Case(FORWARD, *shape, m, dtype, build)
 
@@ -145,7 +147,7 @@ def training(group: str, shape: Shape, m: int, dtype: str) -> Case:
             Entry("frozen dense (no LoRA)", lambda: layers.dense_linears(weights, dense), frozen.sane),
         )
         x.requires_grad_()
-        return _contenders(weights, entries, lambda layer: layers.training_call(layer, x, dy))
+        return contenders(weights, entries, lambda layer: layers.training_call(layer, x, dy))
 
     return Case(group, *shape, m, dtype, build)
 
@@ -178,7 +180,7 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
                 other = cheaper[goal.against]
                 strict = blocks.expected(other, inputs)[0].strict
                 entries.append(_block_entry(goal.against, blocks, other, inputs, blocks.ours, count, strict))
-        return _contenders(blocks, entries)
+        return contenders(blocks, entries)
 
     rows = batch * tokens
     return Case(group, sizes.hidden, sizes.intermediate, rows, dtype, build, batch, GOALS.get(group, ()))
@@ -217,7 +219,7 @@ def _model_case(
             Entry(OURS, lambda: [models.ours()], expected.strict, call=call, remark=Model.remark),
             Entry(PEFT_ON_BNB, lambda: [models.stock()], expected.sane, BNB, call=call),
         )
-        return _contenders(models, entries)
+        return contenders(models, entries)
 
     goals = GOALS.get(group, ())
     return Case(group, sizes.block.hidden, sizes.block.intermediate, rows, dtype, build, batch, goals)
@@ -246,7 +248,7 @@ def quantize(shape: Shape, dtype: str) -> Case:
             ),
             Entry("bnb", theirs, lambda pair: expected.sane(layers.bnb_parts(*pair)), BNB),
         )
-        return _contenders(weights, entries)
+        return contenders(weights, entries)
 
     return Case(QUANTIZE, *shape, None, dtype, build)
 
@@ -276,7 +278,7 @@ def dequantize(shape: Shape, dtype: str) -> Case:
             ),
             Entry("bnb", theirs, sane, BNB),
         )
-        return _contenders(weights, entries)
+        return contenders(weights, entries)
 
     return Case(DEQUANTIZE, *shape, None, dtype, build)
 
@@ -301,7 +303,7 @@ def missing(needs: str) -> str:
     return f"{', '.join(absent)} not installed" if absent else ""
 
 
-def _contenders(
+def contenders(
     weights: Kept, entries: Sequence[Entry], call: Callable[[Any], Callable[[], Any]] = lambda layer: layer
 ) -> list[Contender | Absent]:
     built: list[Contender | Absent] = []

@@ -27,6 +27,8 @@ MIB = 2**20
 ROTATION_LIMIT = 1024 * MIB  # bytes, all contenders of a case together
 
 Clock = Callable[[], float]
+Turn = Callable[[], float]
+"""Calls a contender some times, and returns the seconds that a call took."""
 
 
 @dataclass
@@ -38,7 +40,11 @@ class Contender:
     verify: Callable[[Any], float]
     """Takes what a call returned; gives the error to report. AssertionError when the result is wrong."""
     remark: Callable[[], str] = lambda: ""
-    """What to tell about the call that was checked, if anything."""
+    """What to tell about its calls, if anything."""
+
+
+TakeTurns = Callable[[Sequence[Contender]], dict[str, Turn]]
+"""Warms contenders up, and gives each one's turn by its name."""
 
 
 @dataclass
@@ -165,6 +171,7 @@ def measure(
     min_seconds: float,
     min_rounds: int,
     clock: Clock = time.perf_counter,
+    take_turns: TakeTurns | None = None,
     progress: Callable[[str], None] = lambda phase: None,
 ) -> Result:
     """Check every contender, then time those that are right. When ours is wrong, nothing is timed."""
@@ -185,7 +192,8 @@ def measure(
     if OURS in result.wrong:
         return result
     progress("time")
-    result.seconds = interleave(runners, min_seconds, min_rounds, clock)
+    result.seconds = interleave(runners, min_seconds, min_rounds, clock, take_turns)
+    result.remarks |= {runner.name: remark for runner in runners if (remark := runner.remark())}
     return result
 
 
@@ -210,10 +218,17 @@ def admit(contender: Contender, result: Result) -> bool:
 
 
 def interleave(
-    contenders: Sequence[Contender], min_seconds: float, min_rounds: int, clock: Clock = time.perf_counter
+    contenders: Sequence[Contender],
+    min_seconds: float,
+    min_rounds: int,
+    clock: Clock = time.perf_counter,
+    take_turns: TakeTurns | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each contender, one entry a round, until both minima are reached."""
-    turns = {contender.name: _turn(contender, clock) for contender in contenders}
+    """Seconds per call of each contender, one entry a round, until both minima are reached.
+
+    Turns go by the clock, unless another way to take them is given.
+    """
+    turns = take_turns(contenders) if take_turns else {c.name: _turn(c, clock) for c in contenders}
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     collecting = gc.isenabled()
     gc.collect()
@@ -231,7 +246,7 @@ def interleave(
     raise AssertionError("unreachable")
 
 
-def _turn(contender: Contender, clock: Clock) -> Callable[[], float]:
+def _turn(contender: Contender, clock: Clock) -> Turn:
     """A function that takes one turn and returns the seconds per call. Warms the contender up."""
     calls = itertools.cycle(contender.calls)
 

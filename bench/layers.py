@@ -121,7 +121,7 @@ def linear4bit(original: Tensor) -> Any:
     layer.weight = bnb.nn.Params4bit(
         original.clone(), requires_grad=False, quant_type="nf4", compress_statistics=True
     )
-    return layer.to("cpu")  # quantises
+    return layer.to(original.device)  # quantises
 
 
 def adapted(model: nn.Module, targets: Any, count: int, names: Sequence[str], **options: Any) -> Any:

@@ -6,13 +6,17 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from . import compiled, floors
 from .cases import TITLES
+from .compiled import Compiled
 from .harness import OURS, Result, Spread
 from .memory import Saved
 
 LOSES = "LOSES"
 WRONG = "WRONG"
 MET, MISSED = "met", "MISSED"
+
+UNITS = {"ms": 1e3, "us": 1e6}
 
 T = TypeVar("T")
 Cell = tuple[str, ...]
@@ -69,12 +73,38 @@ def saved_json_line(saved: Saved, facts: Mapping[str, Any]) -> str:
     )
 
 
+def compiled_json_line(result: Compiled, facts: Mapping[str, Any]) -> str:
+    """The same about kernels as compiled."""
+    return json.dumps(
+        {
+            "name": result.case.name,
+            "group": "sass",
+            "kernels": [
+                {
+                    "kernel": finding.kernel.name,
+                    "registers": finding.kernel.registers,
+                    "shared": finding.kernel.shared,
+                    "warps": finding.warps,
+                    "per_weight": finding.per_weight,
+                    "limit": finding.rule and finding.rule.limit,
+                    "issue_slots": compiled.slots(finding, result.case.gpu),
+                    "matrix_peak": compiled.matrix_peak(finding, result.case.gpu),
+                    "faults": finding.faults,
+                }
+                for finding in result.findings
+            ],
+            "absent": result.absent,
+            **facts,
+        }
+    )
+
+
 def progress_line(result: Result) -> str:
     """A case in one line: our time, and the ratios."""
     time = result.time(OURS)
     if time is None:
         return f"{WRONG}: {result.wrong[OURS]}"
-    parts = [f"{OURS} {_milliseconds(time.median)} ms"]
+    parts = [f"{OURS} {three_digits(time.median * UNITS['ms'])} ms"]
     parts += [f"{peer} {ratio_cell(result, peer)[0]}" for peer in result.peers]
     parts += [f"cost beside {name} {ratio_cell(result, name)[0]}" for name in result.yardsticks]
     return "; ".join([", ".join(parts), *(f"{name}: {remark}" for name, remark in result.remarks.items())])
@@ -86,20 +116,37 @@ def saved_progress_line(saved: Saved) -> str:
     return "; ".join(parts)
 
 
-def render(results: Sequence[Result], saved: Sequence[Saved] = ()) -> str:
+def compiled_progress_line(result: Compiled) -> str:
+    counted = f"{len(result.findings)} kernels, {len(result.faults)} beyond their limits"
+    return "; ".join([*result.absent.values(), *([counted] if result.findings else [])])
+
+
+def render(
+    results: Sequence[Result],
+    saved: Sequence[Saved] = (),
+    kernels: Sequence[Compiled] = (),
+    unit: str = "ms",
+) -> str:
     """All tables, the reasons for what is missing, the goals and the summary."""
     blocks = []
     for group in unique(result.case.group for result in results):
         members = [result for result in results if result.case.group == group]
         title = f"{TITLES[group]}, {'/'.join(unique(result.case.dtype for result in members))}"
-        blocks.append(f"{title}: ms per call, median\n{times_table(members)}")
+        blocks.append(f"{title}: {unit} per call, median\n{times_table(members, unit)}")
         for peer in unique(peer for result in members for peer in result.peers):
             blocks.append(f"{title}: time of {peer} / {OURS}\n{ratio_table(members, peer)}")
         for name in unique(name for result in members for name in result.yardsticks):
             blocks.append(f"{title}: cost, time of {OURS} / {name}\n{ratio_table(members, name)}")
     if saved:
         blocks.append(f"saved for backward, bytes per token\n{saved_table(saved)}")
-    blocks += _notes([*results, *saved])
+    for item in kernels:
+        if item.findings:
+            gpu = item.case.gpu
+            blocks.append(
+                f"kernels as compiled for sm_{gpu.architecture}, beside {gpu.name}\n{compiled_table(item)}"
+            )
+            blocks.append(f"floors of {gpu.name}: us, m(emory) or c(ompute) bound\n{floors_table(gpu)}")
+    blocks += _notes([*results, *saved, *kernels])
     if goals := [*_goal_lines(results), *_saved_goal_lines(saved)]:
         blocks.append("\n".join(["Goals", *(f"  {line}" for line in goals)]))
     return "\n\n".join([*blocks, *([summary(results)] if results else [])]) + "\n"
@@ -107,7 +154,7 @@ def render(results: Sequence[Result], saved: Sequence[Saved] = ()) -> str:
 
 def ratio_table(results: Sequence[Result], name: str) -> str:
     """Rows are shapes, columns are numbers of rows of x. Under each ratio its quartiles over the rounds."""
-    return _grid({(result.case.shape, _column(result)): ratio_cell(result, name) for result in results})
+    return grid({(result.case.shape, column(result)): ratio_cell(result, name) for result in results})
 
 
 def saved_table(saved: Sequence[Saved]) -> str:
@@ -120,14 +167,48 @@ def saved_table(saved: Sequence[Saved]) -> str:
     return _aligned(lines)
 
 
-def times_table(results: Sequence[Result]) -> str:
+def compiled_table(result: Compiled) -> str:
+    """A kernel in a row. Slots: the part of the issue slots that it takes while it keeps the memory busy.
+    Peak: the part of the matrix peak that the issue slots leave it."""
+    lines: list[Sequence[str]] = [
+        ["", "registers", "shared", "warps", "instr/weight", "at most", "slots", "peak", ""]
+    ]
+    for finding in result.findings:
+        kernel, limit = finding.kernel, finding.rule and finding.rule.limit
+        found = [
+            "" if value is None else f"{value:{form}}"
+            for value, form in (
+                (finding.per_weight, ".2f"),
+                (limit, "g"),
+                (compiled.slots(finding, result.case.gpu), ".0%"),
+                (compiled.matrix_peak(finding, result.case.gpu), ".0%"),
+            )
+        ]
+        verdict = "; ".join(finding.faults) or ("" if limit is None else MET)
+        columns = [str(kernel.registers), f"{kernel.shared:,}", str(finding.warps), *found, verdict]
+        lines.append([kernel.name, *columns])
+    return _aligned(lines)
+
+
+def floors_table(gpu: floors.Gpu) -> str:
+    """The shortest times that the card allows, by shape and number of rows of x."""
+    titles = [*(f"M={m}" for m in floors.ROWS), "dequantise", "dense M=1"]
+    lines: list[Sequence[str]] = [["", *titles]]
+    for n, k in floors.SHAPES:
+        times = [gpu.linear(n, k, m) for m in floors.ROWS]
+        times += [(gpu.dequantize(n, k), "m"), gpu.linear(n, k, 1, weight_bytes=2)]
+        lines.append([f"{n}x{k}", *(f"{three_digits(seconds * 1e6)} {bound}" for seconds, bound in times)])
+    return _aligned(lines)
+
+
+def times_table(results: Sequence[Result], unit: str = "ms") -> str:
     cells: dict[tuple[str, Column], Cell] = {}
     for shape in unique(result.case.shape for result in results):
         members = [result for result in results if result.case.shape == shape]
         for name in unique(name for result in members for name in result.contenders):
             for result in members:
-                cells[f"{shape} {name}", _column(result)] = (_time_cell(result, name),)
-    return _grid(cells)
+                cells[f"{shape} {name}", column(result)] = (_time_cell(result, name, unit),)
+    return grid(cells)
 
 
 def ratio_cell(result: Result, name: str) -> Cell:
@@ -183,7 +264,7 @@ def _saved_goal_lines(saved: Iterable[Saved]) -> Iterator[str]:
             yield f"{item.case.name}, {text}: {MET if met else MISSED}"
 
 
-def _notes(results: Sequence[Result | Saved]) -> list[str]:
+def _notes(results: Sequence[Result | Saved | Compiled]) -> list[str]:
     """What WRONG and `-` stand for, and what there is to tell about a contender, each once."""
     reasons: dict[str, list[str]] = {}
     for result in results:
@@ -198,24 +279,22 @@ def _notes(results: Sequence[Result | Saved]) -> list[str]:
     return ["\n".join(lines)] if lines else []
 
 
-def _time_cell(result: Result, name: str) -> str:
+def _time_cell(result: Result, name: str, unit: str) -> str:
     time = result.time(name)
     if time is None:
         return WRONG if name in result.wrong else "-"
-    return _milliseconds(time.median)
+    return three_digits(time.median * UNITS[unit])
 
 
-def _milliseconds(seconds: float) -> str:
-    """Three digits."""
-    ms = seconds * 1e3
-    return f"{ms:.0f}" if ms >= 100 else f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" if ms >= 1 else f"{ms:.3f}"
+def three_digits(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 1 else f"{x:.3f}"
 
 
-def _column(result: Result) -> Column:
+def column(result: Result) -> Column:
     return result.case.m or 0, result.case.rows
 
 
-def _grid(cells: Mapping[tuple[str, Column], Cell]) -> str:
+def grid(cells: Mapping[tuple[str, Column], Cell]) -> str:
     """Lay cells out by row title and column. What was not measured is blank."""
     rows = unique(row for row, _ in cells)
     columns = sorted(unique(column for _, column in cells))

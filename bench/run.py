@@ -4,11 +4,13 @@
     python bench/run.py                    # all standard cases
     python bench/run.py --only forward-4096x4096 --isa avx2
     python bench/run.py --only '^(block|memory)'
+    python bench/run.py --only '^sass'
 
 Every case is checked against the fp64 reference first; what is wrong is reported, never timed. A ratio is the
 peer's time / our time: above 1 we win. A cost is our time / that of a cheaper job of ours. The cases called
-memory-... count the bytes that a forward saves for its backward. Writes results.jsonl, table.txt and
-ratios.png to the output folder. Exits with 1 when a result was wrong.
+memory-... count the bytes that a forward saves for its backward. Those called sass-... compile the CUDA
+kernels, which takes no GPU, and put their instructions beside what a card allows. Writes results.jsonl,
+table.txt and ratios.png to the output folder. Exits with 1 when a result was wrong.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import warnings
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 # At the end: an installed peft_kernels, with its compiled library, goes before the source tree.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -39,11 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of peers about each other
     if options.threads:
         torch.set_num_threads(options.threads)
-    from bench import cases, memory
+    from bench import cases, compiled, memory
     from peft_kernels import testing
 
     timed = cases.quick(options.dtype) if options.quick else cases.standard(options.dtype, options.full)
-    standard = [*timed, *memory.standard(options.dtype)]
+    kernels = [] if options.quick else compiled.standard()
+    standard: list[Any] = [*timed, *memory.standard(options.dtype), *kernels]
     chosen = [case for case in standard if re.search(options.only, case.name)]
     if options.list:
         print("\n".join(case.name for case in chosen))
@@ -59,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(chosen: Sequence, options: argparse.Namespace) -> int:  # type: ignore[type-arg]
-    from bench import chart, harness, machine, memory, report
+    from bench import chart, compiled, harness, machine, memory, report
 
     facts = machine.describe()
     header = machine.header(facts)
@@ -67,6 +71,7 @@ def _run(chosen: Sequence, options: argparse.Namespace) -> int:  # type: ignore[
     options.output.mkdir(parents=True, exist_ok=True)
     results: list[harness.Result] = []
     saved: list[memory.Saved] = []
+    kernels: list[compiled.Compiled] = []
     started = time.perf_counter()
     with (
         contextlib.suppress(KeyboardInterrupt),  # what was measured so far is still reported
@@ -80,6 +85,11 @@ def _run(chosen: Sequence, options: argparse.Namespace) -> int:  # type: ignore[
                 saved.append(memory.measure(case))
                 json_line = report.saved_json_line(saved[-1], facts)
                 line = report.saved_progress_line(saved[-1])
+            elif isinstance(case, compiled.Case):
+                progress("compile")
+                kernels.append(compiled.measure(case))
+                json_line = report.compiled_json_line(kernels[-1], facts)
+                line = report.compiled_progress_line(kernels[-1])
             else:
                 results.append(harness.measure(case, options.min_time, options.repeats, progress=progress))
                 json_line, line = report.json_line(results[-1], facts), report.progress_line(results[-1])
@@ -87,15 +97,16 @@ def _run(chosen: Sequence, options: argparse.Namespace) -> int:  # type: ignore[
             lines.flush()
             _show("", "")
             print(head + line, flush=True)
-    if not results and not saved:
+    done = len(results) + len(saved) + len(kernels)
+    if not done:
         return 130
-    body = report.render(results, saved)
+    body = report.render(results, saved, kernels)
     print("\n" + body)
     (options.output / "table.txt").write_text(f"{header}\n\n{body}", encoding="utf-8")
     no_picture = chart.draw(results, options.output / "ratios.png", "\n".join(header.splitlines()[:3]))
     picture = f"no picture: {no_picture}" if no_picture else "ratios.png"
     print(f"{options.output}: results.jsonl, table.txt, {picture} ({time.perf_counter() - started:.0f} s)")
-    if len(results) + len(saved) < len(chosen):
+    if done < len(chosen):
         return 130
     return 1 if any(result.wrong for result in results) else 0
 

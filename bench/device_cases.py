@@ -1,0 +1,231 @@
+"""The cases of gpu.py: everything, weights, inputs and the truth, is on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import peft_kernels as pk
+from peft_kernels import dispatch
+
+from . import cases, gate, layers
+from .cases import DEQUANTIZE, DX, FORWARD, QLORA, Entry, Shape
+from .floors import Gpu
+from .harness import OURS, Absent, Case, Contender, copies
+from .layers import BNB, RANK, Kept, Weights
+
+SHAPES: Sequence[Shape] = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
+ROWS = (1, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
+TINY_SHAPES: Sequence[Shape] = ((192, 256), (72, 64))
+TINY_ROWS = (1, 5, 16, 33, 130)
+CHECKED_ROWS = 256
+"""Of a product: each row of x has one of y, and fp64 is slow on most cards."""
+DTYPE = "bf16"
+CUBLAS, UNFUSED, PEFT_ON_BNB = "cuBLAS bf16", "dequantise + cuBLAS", cases.PEFT_ON_BNB
+CUBLAS_FROZEN = "cuBLAS bf16 (no LoRA)"
+
+
+class DeviceWeights(Weights):
+    """As `Weights`, made where they are used."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        super().__init__(*shape, cases.DTYPES[DTYPE])
+        self.device = device
+
+    def normal(self, *shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return (torch.randn(*shape, generator=generator, device=self.device) * scale).to(dtype or self.dtype)
+
+    @cached_property
+    def original(self) -> Tensor:
+        return self.normal(self.out_features, self.in_features, seed=1, scale=self.in_features**-0.5)
+
+    @cached_property
+    def lora_a(self) -> Tensor:
+        scale = self.in_features**-0.5
+        return self.normal(RANK, self.in_features, seed=2, scale=scale, dtype=torch.float32)
+
+    @cached_property
+    def lora_b(self) -> Tensor:
+        return self.normal(self.out_features, RANK, seed=3, scale=RANK**-0.5, dtype=torch.float32)
+
+    def x(self, m: int) -> Tensor:
+        return self.normal(m, self.in_features, seed=4)
+
+    def dy(self, m: int) -> Tensor:
+        return self.normal(m, self.out_features, seed=5)
+
+
+class Suite:
+    """The cases for one device; `tiny`: shapes for checking, with tails of every kind."""
+
+    def __init__(self, device: str, tiny: bool, cache: int) -> None:
+        self.device, self.tiny, self.cache = device, tiny, cache
+        self._weights: DeviceWeights | None = None
+        self._kept: tuple[str, Shape, Kept] | None = None
+
+    def cases(self) -> list[Case]:
+        """Shape by shape, the most telling first: time may run out."""
+        found: list[Case] = []
+        for shape in TINY_SHAPES if self.tiny else SHAPES:
+            rows = TINY_ROWS if self.tiny else ROWS
+            found += [self.case(FORWARD, shape, m, self.forward) for m in rows]
+            found.append(self.case(DEQUANTIZE, shape, None, self.dequantize))
+            found += [self.case(DX, shape, m, self.dx) for m in rows]
+            found += [self.case(QLORA, shape, m, self.lora) for m in rows]
+        return found
+
+    def case(self, group: str, shape: Shape, m: int | None, entries: Callable[..., Sequence[Entry]]) -> Case:
+        def build() -> list[Contender | Absent]:
+            weights = self.weights(shape)
+            found = entries(weights, *([] if m is None else [m]))
+            return cases.contenders(self.kept(group, shape), found)
+
+        return Case(group, *shape, m, DTYPE, build)
+
+    def weights(self, shape: Shape) -> DeviceWeights:
+        """Those of the last shape."""
+        found = self._weights
+        if found is None or (found.out_features, found.in_features) != shape:
+            self._weights = self._kept = None
+            found = self._weights = DeviceWeights(shape, self.device)
+        return found
+
+    def kept(self, group: str, shape: Shape) -> Kept:
+        """The layers of the last group and shape. Others are let go: on a GPU memory is short."""
+        if self._kept is None or self._kept[:2] != (group, shape):
+            self._kept = None
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            self._kept = group, shape, Kept()
+        return self._kept[2]
+
+    def copies(self, weights: Weights, contenders: int) -> tuple[int, int]:
+        """How many of the packed and of the dense weight to rotate through."""
+        if self.tiny:
+            return 2, 2
+        packed = copies(weights.nf4.nbytes, contenders, self.cache)
+        return packed, copies(weights.rounded.nbytes, contenders, self.cache)
+
+    def forward(self, weights: DeviceWeights, m: int) -> list[Entry]:
+        x = weights.x(m)
+        rows = checked_rows(m)
+        expected = gate.linear(x[rows], weights.exact)
+        packed, dense = self.copies(weights, 4)
+
+        def entry(name: str, make: Callable[[], Sequence[Any]], needs: str = "") -> Entry:
+            verify = expected.strict if name == OURS else expected.sane
+            return Entry(
+                name, make, lambda got: verify({"y": got["y"][rows]}), needs,
+                lambda layer: layers.forward_call(layer, x),
+            )  # fmt: skip
+
+        def unfused(weight: pk.NF4Weight) -> Callable[[Tensor], Tensor]:
+            return lambda x: F.linear(x, weight.dequantize(x.dtype))
+
+        return [
+            entry(
+                OURS, lambda: [partial(pk.nf4_linear, weight=w) for w in layers.nf4_copies(weights, packed)]
+            ),
+            entry(CUBLAS, lambda: [partial(F.linear, weight=weights.rounded.clone()) for _ in range(dense)]),
+            entry(UNFUSED, lambda: [unfused(w) for w in layers.nf4_copies(weights, packed)]),
+            entry("bnb", lambda: layers.bnb_linears(weights, packed, "eval"), BNB),
+        ]
+
+    def dx(self, weights: DeviceWeights, m: int) -> list[Entry]:
+        dy = weights.dy(m)
+        rows = checked_rows(m)
+        transposed = weights.exact.t()
+        expected = gate.linear(dy[rows], transposed)
+        packed, dense = self.copies(weights, 4)
+
+        def entry(name: str, make: Callable[[], Sequence[Any]], needs: str = "") -> Entry:
+            verify = expected.strict if name == OURS else expected.sane
+            return Entry(
+                name, make, lambda got: verify({"y": got["y"][rows]}), needs,
+                lambda layer: layers.forward_call(layer, dy),
+            )  # fmt: skip
+
+        def ours(weight: pk.NF4Weight) -> Callable[[Tensor], Tensor]:
+            parts = (weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.blocksize)
+            kernel = dispatch.kernel("nf4_linear_dx", (dy, *parts, weights.in_features))
+            return lambda dy: kernel(dy, *parts, weights.in_features)
+
+        def unfused(weight: pk.NF4Weight) -> Callable[[Tensor], Tensor]:
+            return lambda dy: dy @ weight.dequantize(dy.dtype)
+
+        def bnb(layer: Any) -> Callable[[Tensor], Tensor]:
+            dequantize = layers.bitsandbytes().functional.dequantize_4bit
+            return lambda dy: dy @ dequantize(layer.weight.data, layer.weight.quant_state)
+
+        return [
+            entry(OURS, lambda: [ours(w) for w in layers.nf4_copies(weights, packed)]),
+            entry(CUBLAS, lambda: [partial(_times, weights.rounded.clone()) for _ in range(dense)]),
+            entry(UNFUSED, lambda: [unfused(w) for w in layers.nf4_copies(weights, packed)]),
+            entry("bnb", lambda: [bnb(layer) for layer in layers.bnb_linears(weights, packed, "train")], BNB),
+        ]
+
+    def lora(self, weights: DeviceWeights, m: int) -> list[Entry]:
+        x, dy = weights.x(m), weights.dy(m)
+        expected = gate.lora(x, dy, weights.exact, weights.lora_a, weights.lora_b, layers.SCALING)
+        frozen = gate.linear_with_dx(x, dy, weights.rounded)
+        packed, dense = self.copies(weights, 3)
+        x.requires_grad_()
+
+        def call(layer: Any) -> Callable[[], Any]:
+            return layers.training_call(layer, x, dy)
+
+        def ours() -> Sequence[Any]:
+            bases = layers.nf4_linears(weights, packed)
+            if cases.missing("peft"):
+                return layers.own_loras(bases, weights)
+            return layers.peft_loras(bases, weights, patch=True)
+
+        def stock() -> Sequence[Any]:
+            return layers.peft_loras(layers.bnb_linears(weights, packed, "train"), weights, patch=False)
+
+        return [
+            Entry(OURS, ours, expected.strict, call=call),
+            Entry(PEFT_ON_BNB, stock, expected.sane, f"peft {BNB}", call=call),
+            Entry(CUBLAS_FROZEN, lambda: layers.dense_linears(weights, dense), frozen.sane, call=call),
+        ]
+
+    def dequantize(self, weights: DeviceWeights) -> list[Entry]:
+        expected = gate.Bits({"weight": weights.rounded})
+        packed, _ = self.copies(weights, 2)
+
+        def theirs() -> Sequence[Any]:
+            dequantizer = layers.bitsandbytes().functional.dequantize_4bit
+            params = [layer.weight for layer in layers.bnb_linears(weights, packed, "train")]
+            return [partial(dequantizer, param.data, param.quant_state) for param in params]
+
+        def ours() -> Sequence[Any]:
+            return [partial(w.dequantize, weights.dtype) for w in layers.nf4_copies(weights, packed)]
+
+        return [
+            Entry(OURS, ours, lambda got: expected.strict({"weight": got})),
+            Entry("bnb", theirs, lambda got: expected.sane({"weight": got}), BNB),
+        ]
+
+
+def _times(weight: Tensor, dy: Tensor) -> Tensor:
+    return dy @ weight
+
+
+def checked_rows(m: int) -> Tensor:
+    """Rows to check: all, or some from the first to the last."""
+    return torch.linspace(0, m - 1, min(m, CHECKED_ROWS), dtype=torch.float64).round().long()
+
+
+def floor(case: Case, gpu: Gpu) -> float | None:
+    """Seconds in which the device could do it, or None where that is no single product."""
+    if case.group == DEQUANTIZE:
+        return gpu.dequantize(case.out_features, case.in_features)
+    if case.group in (FORWARD, DX) and case.m is not None:
+        return gpu.linear(case.out_features, case.in_features, case.m)[0]
+    return None

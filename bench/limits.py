@@ -1,0 +1,114 @@
+"""What the compiled CUDA kernels are held to, and what was found."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .sass import Instruction, Kernel, count
+
+MATRIX, WIDE_STORE = r"HMMA\.16816", r"STG?\.E\.(EF\.|NA\.)*128"
+LOCAL = r"(LDL|STL)\b"
+MATRIX_WEIGHTS, STORE_BYTES = 8, 16
+"""Of a lane in one such instruction: a matrix instruction multiplies 16 x 16 weights by 8 tokens."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """The kernels whose names match do their work in matrix instructions, or write weights out."""
+
+    pattern: str
+    limit: float
+    """The most instructions of a lane for a weight."""
+    tokens: int = 0
+    """That a warp multiplies each of its weights by."""
+    written: int = 0
+    """Bytes that each weight is written out in."""
+
+    @property
+    def does(self) -> str:
+        return WIDE_STORE if self.written else MATRIX
+
+    def weights(self, path: Sequence[Instruction]) -> float:
+        """That a lane handles on the path."""
+        done = count(path, self.does)
+        return done * (STORE_BYTES / self.written if self.written else MATRIX_WEIGHTS / (self.tokens / 8))
+
+
+RULES: Sequence[Rule] = (
+    Rule(r"DequantizeNf4<float, true>", 8.0, written=4),
+    Rule(r"DequantizeNf4<(bf16|fp16), true>", 8.0, written=2),
+)
+
+
+class Card(NamedTuple):
+    """What a streaming multiprocessor of an architecture has for the blocks that run on it at once."""
+
+    registers: int
+    shared: int
+    warps: int
+    blocks: int
+
+
+KIB = 2**10
+CARDS = {
+    80: Card(65536, 164 * KIB, 64, 32),
+    86: Card(65536, 100 * KIB, 48, 16),
+    89: Card(65536, 100 * KIB, 48, 24),
+    90: Card(65536, 228 * KIB, 64, 32),
+    100: Card(65536, 228 * KIB, 64, 32),
+    120: Card(65536, 100 * KIB, 48, 24),
+}
+REGISTER_UNIT, SCHEDULERS = 256, 4  # per warp; each with its share of the registers
+SHARED_RESERVED, SHARED_UNIT = KIB, 128  # per block
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a kernel came to on one architecture."""
+
+    kernel: Kernel
+    warps: int
+    """That can be resident on a multiprocessor."""
+    per_weight: float | None = None
+    """Instructions of a lane."""
+    rule: Rule | None = None
+    matrix_share: float = 0.0
+    """Of the instructions on the main path, those of the tensor cores."""
+    faults: tuple[str, ...] = ()
+
+
+def rule_for(name: str) -> Rule | None:
+    return next((rule for rule in RULES if re.fullmatch(rule.pattern, name)), None)
+
+
+def judge(kernel: Kernel) -> Finding:
+    """Hold a kernel to its limits: none may spill, and each does its work in the instructions meant."""
+    faults = []
+    if kernel.spill_bytes:
+        faults.append(f"spills {kernel.spill_bytes} bytes")
+    if local := count(kernel.instructions, LOCAL):
+        faults.append(f"{local} accesses to local memory")
+    if not (warps := resident_warps(kernel)):
+        faults.append(f"does not fit: {kernel.registers} registers, {kernel.shared} bytes shared")
+    per_weight, share = None, 0.0
+    if rule := rule_for(kernel.name):
+        path = kernel.main_path(rule.does)
+        share = count(path, MATRIX) / len(path)
+        if not (weights := rule.weights(path)):
+            faults.append(f"has no {rule.does}")
+        elif (per_weight := len(path) / weights) > rule.limit:
+            faults.append(f"{per_weight:.2f} instructions per weight, at most {rule.limit:g} allowed")
+    return Finding(kernel, warps, per_weight, rule, share, tuple(faults))
+
+
+def resident_warps(kernel: Kernel) -> int:
+    """By registers and shared memory, as far as that is known before a launch."""
+    card, schedulers = CARDS[kernel.architecture], SCHEDULERS
+    warps = -(-kernel.threads // 32)
+    registers = -(-kernel.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
+    shared = -(-kernel.shared // SHARED_UNIT) * SHARED_UNIT + SHARED_RESERVED
+    by_registers = card.registers // schedulers // registers * schedulers // warps
+    return warps * min(card.blocks, card.warps // warps, by_registers, card.shared // shared)

@@ -1,0 +1,281 @@
+"""What the compiler made of the CUDA kernels: registers, spills and the instructions of their main loops.
+
+Needs no GPU: every csrc/cuda/*.cu is compiled for every architecture, disassembled and counted. The numbers
+of `limits.py` are what the counts are held against, by the tests; `floors.py` tells what they would cost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from . import flow
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+CACHE = ROOT / "build" / "sass"
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v")
+JOBS = 2
+
+
+@dataclass(frozen=True)
+class Tools:
+    nvcc: str
+    nvdisasm: str
+    demangler: str
+
+
+def tools() -> Tools | str:
+    """The programs that this needs, or which of them is missing."""
+    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    triton = importlib.util.find_spec("triton")
+    bundled = [Path(path, "backends", "nvidia", "bin") for path in _locations(triton)]
+    found = {
+        "nvcc": _program("nvcc", cuda),
+        "nvdisasm": _program("nvdisasm", cuda, *bundled),
+        "c++filt": _program("c++filt") or _program("cu++filt", cuda),
+    }
+    if missing := [name for name, path in found.items() if path is None]:
+        return f"{', '.join(missing)} not found"
+    return Tools(*(path for path in found.values() if path is not None))
+
+
+def _locations(spec: object) -> Sequence[str]:
+    return getattr(spec, "submodule_search_locations", None) or ()
+
+
+def _program(name: str, *folders: Path) -> str | None:
+    return shutil.which(name) or next(filter(None, (shutil.which(name, path=str(f)) for f in folders)), None)
+
+
+# Compiling.
+
+
+@dataclass(frozen=True)
+class Cubin:
+    source: Path
+    architecture: int
+    path: Path
+    log: str
+    """What ptxas said about its kernels."""
+
+
+def sources(folder: Path = SOURCES) -> list[Path]:
+    return sorted(folder.glob("*.cu"))
+
+
+def compile_all(
+    tools: Tools,
+    files: Sequence[Path],
+    architectures: Sequence[int] = ARCHITECTURES,
+    include: Path = SOURCES,
+    cache: Path = CACHE,
+) -> list[Cubin]:
+    """A cubin per file and architecture. RuntimeError with nvcc's words when one does not compile.
+
+    Cached under a hash of the file, all that it includes from this repository, the flags and the compiler.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    version = _run([tools.nvcc, "--version"]).stdout
+    jobs = [(file, architecture) for file in files for architecture in architectures]
+
+    def compiled(job: tuple[Path, int]) -> Cubin:
+        file, architecture = job
+        flags = [*FLAGS, f"-arch=sm_{architecture}", f"-I{include}"]
+        key = _key(version, *FLAGS, str(architecture), *_texts(file, include))
+        path, log = cache / f"{file.stem}-sm{architecture}-{key}.cubin", cache / f"{file.stem}-{key}.log"
+        if not (path.exists() and log.exists()):
+            # Under another name first: one that was interrupted must not be taken for a result.
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            made = _run([tools.nvcc, *flags, "-cubin", str(file), "-o", str(unfinished)])
+            log.write_text(made.stderr, encoding="utf-8")
+            unfinished.replace(path)
+        return Cubin(file, architecture, path, log.read_text(encoding="utf-8"))
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        return list(pool.map(compiled, jobs))
+
+
+def _texts(file: Path, include: Path) -> Iterator[str]:
+    """A file and, once each, the files that it includes by a quoted name."""
+    todo, seen = [file], {file}
+    while todo:
+        current = todo.pop()
+        text = current.read_text(encoding="utf-8")
+        yield text
+        for name in re.findall(r'^\s*#\s*include\s*"(.+)"', text, re.MULTILINE):
+            for folder in (current.parent, include):
+                path = (folder / name).resolve()
+                if path.exists() and path not in seen:
+                    seen.add(path)
+                    todo.append(path)
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _run(command: Sequence[str], stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done
+
+
+# Reading what came of it.
+
+
+@dataclass(frozen=True)
+class Instruction:
+    opcode: str
+    """With its suffixes: LDG.E.128.CONSTANT."""
+    guarded: bool
+    """Under a predicate: control may pass it by."""
+    targets: tuple[str, ...]
+    """Labels."""
+
+    @property
+    def name(self) -> str:
+        return self.opcode.partition(".")[0]
+
+
+JUMPS = ("BRA", "BRX", "JMP", "JMX", "BRXU", "JMXU", "EXIT", "RET")
+
+
+def count(instructions: Iterable[Instruction], pattern: str) -> int:
+    """Those whose opcode begins as the pattern says."""
+    return sum(re.match(pattern, instruction.opcode) is not None for instruction in instructions)
+
+
+@dataclass
+class Kernel:
+    """A kernel as compiled for one architecture."""
+
+    name: str
+    """As in the source, without namespaces: Dequantize<bf16, true>."""
+    source: Path
+    architecture: int
+    threads: int = 0
+    registers: int = 0
+    shared: int = 0
+    """Bytes of a block, as far as the kernel declares them."""
+    spill_bytes: int = 0
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    """Of the instructions that they stand before."""
+
+    def main_path(self, pattern: str) -> list[Instruction]:
+        """What a thread runs to do its work, which is told by instructions that match.
+
+        One round of the innermost loop that has most of them, or the way through the whole kernel where none
+        is in a loop. Where there are several ways, the one with most of them, and among those the longest:
+        tails and other rare ways that work by smaller steps are not in it.
+        """
+        graph = flow.Graph(self.successors)
+        work = {start: count(self._block(start), pattern) for start in self.successors}
+        loop = max(
+            graph.innermost(block for block, found in work.items() if found),
+            key=lambda body: sum(work[block] for block in body),
+            default=None,
+        )
+        path = graph.best_path(loop, lambda block: (work[block], len(self._block(block))))
+        return [instruction for block in path for instruction in self._block(block)]
+
+    def _block(self, start: int) -> list[Instruction]:
+        return self.instructions[start : self._ends[start]]
+
+    @cached_property
+    def _ends(self) -> dict[int, int]:
+        starts = list(self.successors)
+        return dict(zip(starts, [*starts[1:], len(self.instructions)], strict=True))
+
+    @cached_property
+    def successors(self) -> dict[int, list[int]]:
+        """The basic blocks, by their first instruction, each with those that may come after it."""
+        jumps = {i: jump for i, jump in enumerate(self.instructions) if jump.name in JUMPS}
+        targets = {i: [self.labels[t] for t in jump.targets if t in self.labels] for i, jump in jumps.items()}
+        starts = {0, *(i + 1 for i in jumps), *(t for found in targets.values() for t in found)}
+        blocks = sorted(start for start in starts if start < len(self.instructions))
+        successors: dict[int, list[int]] = {}
+        for start, after in zip(blocks, [*blocks[1:], len(self.instructions)], strict=True):
+            last = jumps.get(after - 1)
+            falls_through = after < len(self.instructions) and (last is None or last.guarded)
+            successors[start] = [*targets.get(after - 1, ()), *([after] if falls_through else ())]
+        return successors
+
+
+def read(tools: Tools, cubins: Sequence[Cubin]) -> list[Kernel]:
+    """The kernels of all files."""
+    with ThreadPoolExecutor(JOBS) as pool:
+        texts = list(pool.map(lambda cubin: _run([tools.nvdisasm, str(cubin.path)]).stdout, cubins))
+    kernels = [kernel for cubin, text in zip(cubins, texts, strict=True) for kernel in parse(cubin, text)]
+    names = _run([tools.demangler], "\n".join(kernel.name for kernel in kernels)).stdout.splitlines()
+    for kernel, name in zip(kernels, names, strict=True):
+        kernel.name = _short(name)
+    return kernels
+
+
+_SECTION = re.compile(r"\s*\.section\s+(?:\.(text|nv\.info)\.([^,\s]+))?")
+_LABEL = re.compile(r"(\.L_x_\d+):")
+_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)(.*)")
+_TARGET = re.compile(r"\.L_x_\d+")
+_WORD = re.compile(r"\.word\s+(0x[0-9a-f]+)")
+
+
+def parse(cubin: Cubin, text: str) -> list[Kernel]:
+    """The kernels in nvdisasm's text, by their mangled names."""
+    kernels: dict[str, Kernel] = {}
+    current, section, threads_follow = Kernel("", cubin.source, cubin.architecture), None, False
+    for line in text.splitlines():
+        if found := _SECTION.match(line):
+            section, name = found.groups()
+            if section:
+                current = kernels.setdefault(name, Kernel(name, cubin.source, cubin.architecture))
+        elif section == "nv.info":
+            if "nvinfo :" in line:
+                threads_follow = "EIATTR_MAX_THREADS" in line
+            elif threads_follow and (word := _WORD.search(line)):
+                current.threads, threads_follow = int(word.group(1), 16), False
+        elif section == "text":
+            if found := _LABEL.match(line):
+                current.labels[found.group(1)] = len(current.instructions)
+            elif found := _INSTRUCTION.match(line):
+                guard, opcode, operands = found.groups()
+                targets = tuple(_TARGET.findall(operands))
+                # `BRA P1, ...` and `BRA.U !UP0, ...` are guarded by an operand.
+                guarded = guard is not None or re.match(r"\s*!?U?P[\dT]", operands) is not None
+                current.instructions.append(Instruction(opcode, guarded, targets))
+    _read_log(cubin.log, kernels)
+    return [kernel for kernel in kernels.values() if kernel.instructions]
+
+
+def _read_log(log: str, kernels: dict[str, Kernel]) -> None:
+    kernel = None
+    for line in log.splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)'", line):
+            kernel = kernels.get(found.group(1))
+        if kernel is None:
+            continue
+        if found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            kernel.spill_bytes += sum(map(int, found.groups()))
+        if found := re.search(r"Used (\d+) registers", line):
+            kernel.registers = int(found.group(1))
+        if found := re.search(r"(\d+) bytes smem", line):
+            kernel.shared = int(found.group(1))
+
+
+def _short(demangled: str) -> str:
+    """`void ns::entry<ns::Kernel<ns::bf16, 8> >(ns::Kernel<...>::Params)` -> `Kernel<bf16, 8>`."""
+    found = re.match(r"void [\w:]*\bentry<(.*)>\(", demangled)
+    name = found.group(1).strip() if found else demangled
+    return re.sub(r"\b(?:\w+::)+", "", name).replace("> >", ">>")
