@@ -30,8 +30,8 @@ TRAINING_M = {LARGE: (16, 128, 512, 2048), SMALL: (256, 1024, 4096)}
 PEFT_ON_BNB, PEFT_ON_DENSE = "PEFT on bnb", "PEFT on dense"
 PLAIN_LORA, ONE_ADAPTER = "ours, plain LoRA", "ours, one adapter"
 
-FORWARD, DX, QLORA, LORA = "forward", "dx", "qlora", "lora"
-QUANTIZE, DEQUANTIZE = "quantize", "dequantize"
+FORWARD, QLORA, LORA, QUANTIZE, DEQUANTIZE = "forward", "qlora", "lora", "quantize", "dequantize"
+DX = "dx"  # in gpu.py
 BLOCK_LORA, BLOCK_QLORA, BLOCK_DORA = "block-lora", "block-qlora", "block-dora"
 BLOCK_DROPOUT, BLOCK_MIXED = "block-dropout", "block-mixed"
 STEP, DECODE = "step", "decode"

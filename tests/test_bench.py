@@ -291,7 +291,7 @@ def test_a_missing_library_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("group", cases.TITLES)
+@pytest.mark.parametrize("group", sorted(cases.TITLES.keys() - {cases.DX}))
 @pytest.mark.usefixtures("small_rotation")
 def test_every_kind_of_case_runs(group: str, dtype: str) -> None:
     if group in (cases.QLORA, cases.LORA):
@@ -347,7 +347,11 @@ def test_names_of_cases_are_unique() -> None:
     assert len(names) == len(set(names))
     assert "forward-14336x4096-m2048-bf16" in names
     assert {"block-lora-576x1536-4x256-bf16", "block-mixed-576x1536-8x128-bf16"} <= set(names)
-    assert {case.group for case in cases.quick("bf16")} == set(cases.TITLES) - {cases.STEP, cases.DECODE}
+    assert {case.group for case in cases.quick("bf16")} == cases.TITLES.keys() - {
+        cases.STEP,
+        cases.DECODE,
+        cases.DX,
+    }
 
 
 # The block.
