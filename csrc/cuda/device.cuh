@@ -203,6 +203,15 @@ DEVICE void mma<fp16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+// c[16, 8] += a[16, 8] b[8, 8] of floats, of each of which the upper 19 bits count (tf32).  a: (g, t),
+// (g + 8, t), (g, t + 4), (g + 8, t + 4);  b: rows t and t + 4 of column g;  c as above.
+DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Four 8x8 matrices of 16-bit elements from shared memory. Lane i gives the address of row i % 8 of matrix
 // i / 8, 16 bytes; r[j] is matrix j's (row g, columns 2t..).
 DEVICE void load_matrix_x4(uint32_t (&r)[4], const void* row) {

@@ -97,30 +97,64 @@ Status nf4_linear(const LinearParams& params, const Card& card, void* workspace,
 LinearPlan plan_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
 Status nf4_linear_dx(const LinearParams& params, const Card& card, void* workspace, Stream stream);
 
-// ---- lora.cu: the skinny products of adapters -------------------------------------------------------------
-
-inline constexpr int kMaxAdapters = 32;
+// ---- lora_*.cu: the products of adapters ------------------------------------------------------------------
+// Activations are bf16 or fp16; h = mask(x) A^T and dh = scaling dY B are fp32 [m, ranks], all adapters'
+// columns side by side, 0 in rows that an adapter does not serve. No fp32 number is rounded to less on its
+// way. What is called workspace may hold anything.
 
 struct AdapterView {
-  const void* a;  // [rank, k]
-  const void* b;  // [n, rank]
-  DType dtype;
+  const void* a;           // [rank, k]
+  const void* b;           // [n of its layer, rank]
+  DType a_dtype, b_dtype;  // fp32, or the activations' own
   int rank;
-  int h_begin;  // its columns in h
+  int layer;
+  int64_t h_begin;  // its columns in h and dh
   float scaling;
-  int group;  // serves the rows whose row_group is this one; ignored without row_group
+  int64_t group;  // serves the rows whose row_group is this one; ignored without row_group
   DropoutMask mask;
 };
 
-// Adapters on one x. h [m, ranks] is fp32, all adapters' columns side by side, 0 where one does not serve.
-struct LoraParams {
-  const void* x;  // [m, k]
-  DType dtype;
+// Adapters that share x.
+struct LoraBatch {
+  DType dtype;  // of the activations
   int64_t m, k;
-  const int64_t* row_group;  // [m] or null
+  const int64_t* row_group;    // [m] or null
+  const AdapterView* adapter;  // on the host
   int adapters;
-  AdapterView adapter[kMaxAdapters];
   int64_t ranks;
 };
+
+// The gradient of a layer's output.
+struct LayerGradient {
+  const void* dy;  // [m, n]
+  int64_t n;
+};
+
+int64_t lora_h_workspace(const LoraBatch& batch, const Card& card);  // bytes
+Status lora_h(const LoraBatch& batch, const void* x, float* h, const Card& card, void* workspace,
+              Stream stream);
+int64_t lora_dh_workspace(const LoraBatch& batch, const LayerGradient* layer, int layers, const Card& card);
+Status lora_dh(const LoraBatch& batch, const LayerGradient* layer, int layers, float* dh, const Card& card,
+               void* workspace, Stream stream);
+
+// The gradients of A and B, by adapter, in the types of A and B; null: not wanted.
+int64_t lora_da_workspace(const LoraBatch& batch, void* const* da, const Card& card);
+Status lora_da(const LoraBatch& batch, const void* x, const float* dh, void* const* da, const Card& card,
+               void* workspace, Stream stream);
+int64_t lora_db_workspace(const LoraBatch& batch, const LayerGradient* layer, int layers, void* const* db,
+                          const Card& card);
+Status lora_db(const LoraBatch& batch, const LayerGradient* layer, int layers, const float* h,
+               void* const* db, const Card& card, void* workspace, Stream stream);
+
+// The deltas of a layer's adapters, scaling h B^T, as a slab for its product: u [m, depth] and v [n, depth].
+int64_t lora_slab_depth(const LoraBatch& batch, int layer);
+Status lora_slab(const LoraBatch& batch, int layer, int64_t n, const float* h, void* u, void* v,
+                 Stream stream);
+// What all adapters add to dx, dh A, if none of them drops: u [m, depth] and v [depth, k].
+int64_t lora_dx_slab_depth(const LoraBatch& batch);
+Status lora_dx_slab(const LoraBatch& batch, const float* dh, void* u, void* v, Stream stream);
+// dx = the sum of terms + the sum of mask(dh A), rounded once. dx may be one of the terms [m, k].
+Status lora_dx(const LoraBatch& batch, const void* const* term, int terms, const float* dh, void* dx,
+               Stream stream);
 
 }  // namespace peft_kernels::cuda

@@ -267,6 +267,30 @@ void multiply_matrices(void* const* given) {
   }
 }
 
+inline float as_tf32(uint32_t bits) { return bit_cast<float>(bits & 0xffffe000u); }
+
+inline void multiply_tf32_matrices(void* const* given) {
+  float a[16][8], b[8][8], c[16][8];  // [m][k], [k][n], [m][n]
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& mine = *static_cast<const MmaOperands*>(given[lane]);
+    const int g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+      a[g + 8 * (i % 2)][t + 4 * (i / 2)] = as_tf32(mine.a[i]);
+      c[g + 8 * (i / 2)][2 * t + i % 2] = mine.c[i];
+    }
+    for (int i = 0; i < 2; ++i) b[t + 4 * i][g] = as_tf32(mine.b[i]);
+  }
+  for (int m = 0; m < 16; ++m) {
+    for (int k = 0; k < 8; ++k) {
+      for (int n = 0; n < 8; ++n) c[m][n] += a[m][k] * b[k][n];
+    }
+  }
+  for (int lane = 0; lane < kWarp; ++lane) {
+    const auto& mine = *static_cast<const MmaOperands*>(given[lane]);
+    for (int i = 0; i < 4; ++i) mine.c[i] = c[lane / 4 + 8 * (i / 2)][2 * (lane % 4) + i % 2];
+  }
+}
+
 struct MatrixRow {
   const void* row;
   uint32_t* r;
@@ -300,6 +324,11 @@ template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Site site = Site::here()) {
   detail::MmaOperands mine{c, a, b};
   simt::collective("mma", &mine, detail::multiply_matrices<T>, site);
+}
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                     Site site = Site::here()) {
+  detail::MmaOperands mine{c, a, b};
+  simt::collective("mma_tf32", &mine, detail::multiply_tf32_matrices, site);
 }
 inline void load_matrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
   detail::load_matrix<false>("load_matrix_x4", r, row, site);

@@ -1,0 +1,117 @@
+// What the kernels of adapters share: activations and fp32 factors as operands of the tensor core.
+//
+// Activations are exact as tf32. An fp32 factor is the sum of two tf32 numbers, which leaves half a unit of
+// its last bit out: products are as good as those of fp32, with its range. A tensor core cuts sums off where
+// fp32 rounds, so its sums are kept short and added up in fp32.
+#pragma once
+
+#include "device.cuh"
+#include "kernels.h"
+#include "philox.cuh"
+
+namespace peft_kernels::cuda {
+
+struct Tf32Pair {
+  uint32_t high, low;
+};
+
+// The lower 13 bits of `low` count for nothing.
+DEVICE Tf32Pair split_tf32(float value) {
+  const uint32_t high = (bit_cast<uint32_t>(value) + 0x1000u) & 0xffffe000u;
+  return {high, bit_cast<uint32_t>(add_rn(value, -bit_cast<float>(high)))};
+}
+
+// ---- Eight neighbours in a row ---------------------------------------------------------------------------
+
+inline constexpr int kRun = 8;
+
+// Elements [begin, begin + 8) of a row, 0 from `end` on; two in a word. kVector: rows are aligned to 16
+// bytes, begin and end are multiples of 8. kConstant: nobody writes them while the kernel runs.
+template <class T, bool kVector, bool kConstant = true>
+DEVICE Words4 load_run(const T* row, int64_t begin, int64_t end) {
+  Words4 words{};
+  const auto read = [](const auto* p) { return kConstant ? load_constant(p) : load(p); };
+  if constexpr (kVector) {
+    if (begin < end) words = read(reinterpret_cast<const Words4*>(row + begin));
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (begin + i < end) {
+        const uint32_t bits = read(row + begin + i).bits;
+        words.v[i / 2] |= i % 2 ? bits << 16 : bits;
+      }
+    }
+  }
+  return words;
+}
+
+template <class T>
+DEVICE void unpack_run(const Words4& words, float (&values)[kRun]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[2 * i] = low_half<T>(words.v[i]);
+    values[2 * i + 1] = high_half<T>(words.v[i]);
+  }
+}
+
+// The same of an adapter's factor, which is fp32 or of type T.
+template <class T, bool kVector>
+DEVICE void load_factor_run(const void* factor, bool is_f32, int64_t row, int64_t begin, int64_t end,
+                            float (&values)[kRun]) {
+  if (!is_f32) {
+    unpack_run<T>(load_run<T, kVector>(static_cast<const T*>(factor) + row, begin, end), values);
+    return;
+  }
+  const float* from = static_cast<const float*>(factor) + row;
+  if constexpr (kVector) {
+    using Floats = Vec<float, 4>;
+    Floats low{}, high{};
+    if (begin < end) {
+      low = load_constant(reinterpret_cast<const Floats*>(from + begin));
+      high = load_constant(reinterpret_cast<const Floats*>(from + begin + 4));
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      values[i] = low.v[i];
+      values[i + 4] = high.v[i];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) values[i] = begin + i < end ? load_constant(from + begin + i) : 0.0f;
+  }
+}
+
+// ---- Dropout
+// -----------------------------------------------------------------------------------------------
+
+// Sets to 0 what the mask drops of the elements [first, first + 8) of activations. kVector: first is a
+// multiple of 4.
+template <bool kVector>
+DEVICE void drop_run(const DropoutMask& mask, int64_t first, float (&values)[kRun]) {
+  const auto seed = static_cast<uint64_t>(load_constant(mask.seed));
+  const int skipped = kVector ? 0 : static_cast<int>(first & 3);
+#pragma unroll
+  for (int block = 0; block < (kVector ? 2 : 3); ++block) {
+    const Words4 words = philox((first >> 2) + block, seed, mask.stream);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const bool dropped = words.v[j] < mask.threshold;
+      if constexpr (kVector) {
+        if (dropped) values[4 * block + j] = 0.0f;
+      } else {
+        // No index that depends on `skipped`: it would put the values into memory.
+#pragma unroll
+        for (int i = 0; i < kRun; ++i) {
+          if (dropped && i + skipped == 4 * block + j) values[i] = 0.0f;
+        }
+      }
+    }
+  }
+}
+
+// Which mask a tile of ranks sees its activations through. Tiles of one adapter have one.
+DEVICE bool same_mask(const DropoutMask& a, const DropoutMask& b) {
+  return a.threshold == b.threshold && (a.threshold == 0 || a.stream == b.stream);
+}
+
+}  // namespace peft_kernels::cuda

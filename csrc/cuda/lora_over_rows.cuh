@@ -1,0 +1,198 @@
+// Sums over the rows of a batch: dA = dH^T mask(x) and dB = s dY^T h of several adapters.
+#pragma once
+
+#include "lora_fragments.cuh"
+
+namespace peft_kernels::cuda {
+
+// Up to eight ranks of one adapter.
+struct GradientTile {
+  int64_t begin;  // where the gradient of the first rank's first feature goes, in `partial`
+  int64_t rank_stride, feature_stride;
+  DropoutMask mask;
+  float scale;
+  int column;  // of the first rank, in `factors`
+  int ranks;
+};
+
+// partial[split][begin + rank * rank_stride + feature * feature_stride] = scale * the sum over this split's
+// rows of factors[m, column + rank] * mask(x)[m, feature].
+//
+// Activations go from global memory to the tensor core as they are: lane (g, t) holds features 8g .. 8g + 7
+// of rows t, t + 4, t + 8 and t + 12, and each word of such a run gives two rows of an operand, its features
+// being free to stand in any row. Warps of a block take other rows of the same 64 features.
+template <class T, bool kVector>
+struct OverRows {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerSm = kVector ? 2 : 1;
+  static constexpr int kWarps = kThreads / kWarp;
+  static constexpr int kFeatures = 64;  // of a block
+  static constexpr int kTiles = 2;      // of a block
+  static constexpr int kRows = 16;      // at a time, of a warp
+  static constexpr int kMaxTiles = 48;
+
+  struct Params {
+    const T* x;
+    int64_t m, features;
+    const float* factors;
+    int64_t ld;  // of factors
+    float* partial;
+    int64_t count;  // of one split, in partial
+    int64_t feature_blocks;
+    int splits;
+    int tiles;
+    GradientTile tile[kMaxTiles];
+  };
+  struct Shared {
+    float sum[kWarps][8 * kTiles][kFeatures + 2];
+  };
+
+  static DEVICE void run(const Params& p) {
+    const int warp = warp_index(), g = lane_index() / 4, t = lane_index() % 4;
+    // Blocks with the same activations are neighbours.
+    const int chunks = (p.tiles + kTiles - 1) / kTiles;
+    const int first_tile = block_index() % chunks * kTiles;
+    const int64_t first_feature = block_index() / chunks % p.feature_blocks * kFeatures;
+    const int split = static_cast<int>(block_index() / chunks / p.feature_blocks);
+    const int64_t units = (p.m + kRows - 1) / kRows;
+    const int slices = p.splits * kWarps, slice = split * kWarps + warp;
+    const int64_t begin = units * slice / slices * kRows, end = units * (slice + 1) / slices * kRows;
+
+    constexpr int kBlocks = kRun / 2;  // of 16 features
+    float sums[kTiles][kBlocks][4] = {};
+    const int64_t feature = first_feature + kRun * g;
+    Words4 next[4];
+    load_rows(p, begin + t, feature, next);
+    for (int64_t row = begin; row < end; row += kRows) {
+      const Words4 words[4] = {next[0], next[1], next[2], next[3]};
+      load_rows(p, row + kRows + t, feature, next);
+      float values[4][kRun];
+#pragma unroll
+      for (int q = 0; q < kTiles; ++q) {
+        if (first_tile + q >= p.tiles) continue;
+        const GradientTile& tile = p.tile[first_tile + q];
+        if (q == 0 || !same_mask(p.tile[first_tile + q - 1].mask, tile.mask)) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) {
+            unpack_run<T>(words[i], values[i]);
+            if (tile.mask.threshold != 0) {
+              drop_run<kVector>(tile.mask, (row + t + 4 * i) * p.features + feature, values[i]);
+            }
+          }
+        }
+        add_rows(p, tile, row, g, t, values, sums[q]);
+      }
+    }
+
+    Shared* shared = shared_memory<Shared>();
+#pragma unroll
+    for (int q = 0; q < kTiles; ++q) {
+#pragma unroll
+      for (int j = 0; j < kBlocks; ++j) {
+        const float (&sum)[4] = sums[q][j];  // features 8g + 2j and 8g + 2j + 1, ranks 2t and 2t + 1
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          store(reinterpret_cast<Vec<float, 2>*>(&shared->sum[warp][8 * q + 2 * t + i][kRun * g + 2 * j]),
+                {sum[i], sum[i + 2]});
+        }
+      }
+    }
+    sync_threads();
+    write_sums(p, *shared, first_tile, first_feature, p.partial + split * p.count);
+  }
+
+ private:
+  static DEVICE void load_rows(const Params& p, int64_t row, int64_t feature, Words4 (&words)[4]) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = row + 4 * i;
+      words[i] = load_run<T, kVector>(p.x + at * p.features, feature, at < p.m ? p.features : 0);
+    }
+  }
+
+  // sums += 16 rows of factors times those of the activations, transposed.
+  static DEVICE void add_rows(const Params& p, const GradientTile& tile, int64_t row, int g, int t,
+                              const float (&values)[4][kRun], float (&sums)[kRun / 2][4]) {
+    Tf32Pair factor[4];  // of rows t, t + 4, t + 8, t + 12
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = row + t + 4 * i;
+      factor[i] = split_tf32(
+          at < p.m && g < tile.ranks ? load_constant(p.factors + at * p.ld + tile.column + g) : 0.0f);
+    }
+#pragma unroll
+    for (int j = 0; j < kRun / 2; ++j) {
+      float sum[4] = {};
+#pragma unroll
+      for (int step = 0; step < 2; ++step) {
+        const float (&first)[kRun] = values[2 * step];
+        const float (&second)[kRun] = values[2 * step + 1];
+        const uint32_t a[4] = {bit_cast<uint32_t>(first[2 * j]), bit_cast<uint32_t>(first[2 * j + 1]),
+                               bit_cast<uint32_t>(second[2 * j]), bit_cast<uint32_t>(second[2 * j + 1])};
+        mma_tf32(sum, a, {factor[2 * step].low, factor[2 * step + 1].low});
+        mma_tf32(sum, a, {factor[2 * step].high, factor[2 * step + 1].high});
+      }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[j][i] += sum[i];
+    }
+  }
+
+  static DEVICE void write_sums(const Params& p, const Shared& shared, int first_tile, int64_t first_feature,
+                                float* partial) {
+    // Neighbours in memory go to neighbouring threads.
+    const bool ranks_first = p.tile[first_tile].rank_stride == 1;
+    for (int i = thread_index(); i < 8 * kTiles * kFeatures; i += kThreads) {
+      const int column = ranks_first ? i % (8 * kTiles) : i / kFeatures;
+      const int in_block = ranks_first ? i / (8 * kTiles) : i % kFeatures;
+      const int64_t feature = first_feature + in_block;
+      const int tile_index = first_tile + column / 8, rank = column % 8;
+      if (tile_index >= p.tiles || feature >= p.features) continue;
+      const GradientTile& tile = p.tile[tile_index];
+      if (rank >= tile.ranks) continue;
+      float sum = 0.0f;
+#pragma unroll
+      for (int warp = 0; warp < kWarps; ++warp) sum += load(&shared.sum[warp][column][in_block]);
+      store(partial + tile.begin + rank * tile.rank_stride + feature * tile.feature_stride, sum * tile.scale);
+    }
+  }
+};
+
+// The gradients of several parameters, each contiguous: the sums over splits, in the parameters' types.
+template <class T>
+struct SumGradients {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerSm = 4;
+  static constexpr int kMaxParts = 64;
+
+  struct Part {
+    int64_t begin;  // from partial on
+    void* out;
+    bool is_f32;  // else T
+  };
+  struct Params {
+    const float* partial;
+    int splits;
+    int64_t split_stride;
+    int64_t count;  // of what is to be summed
+    int parts;
+    Part part[kMaxParts];
+  };
+
+  static DEVICE void run(const Params& p) {
+    const int64_t i = int64_t{block_index()} * kThreads + thread_index();
+    if (i >= p.count) return;
+    int which = 0;
+    while (which + 1 < p.parts && i >= p.part[which + 1].begin) ++which;
+    const Part& part = p.part[which];
+    float sum = 0.0f;
+    for (int split = 0; split < p.splits; ++split)
+      sum += load_constant(p.partial + split * p.split_stride + i);
+    if (part.is_f32) {
+      store(static_cast<float*>(part.out) + (i - part.begin), sum);
+    } else {
+      store(static_cast<T*>(part.out) + (i - part.begin), from_float<T>(sum));
+    }
+  }
+};
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,208 @@
+// From activations to ranks: h = x A^T and dH = s dY B of several adapters, in fp32.
+#pragma once
+
+#include "lora_fragments.cuh"
+
+namespace peft_kernels::cuda {
+
+// Up to eight ranks of one adapter: a tile of the tensor core.
+struct RankTile {
+  const void* factor;  // A, from the row of the first rank on; or B, from its column on
+  int64_t ld;          // elements from one row of the factor to the next
+  int64_t group;
+  DropoutMask mask;
+  float scale;
+  int column;  // of the first rank, in `out`
+  int ranks;
+  bool is_f32;
+};
+
+// out[split][m, column + rank] = scale * the sum over this split's features of mask(x)[m, feature] *
+// factor[rank, feature]; 0 in rows that the tile's adapter does not serve. kTransposed: the factor is stored
+// as [feature, rank].
+//
+// Nothing goes through shared memory but sums: a warp has 16 rows and reads its operands as the tensor core
+// wants them. Lane (g, t) holds features 8t .. 8t + 7 of rows g and g + 8, and of rank g, of a window of 32;
+// the product sums over features, so any order of them will do. Warps of a block that have other rows read
+// the same factors, out of the first-level cache.
+template <class T, bool kVector, bool kTransposed>
+struct ToRanks {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerSm = 2;
+  static constexpr int kWarps = kThreads / kWarp;
+  static constexpr int kRows = 16;    // of a warp
+  static constexpr int kTiles = 8;    // of a block
+  static constexpr int kWindow = 32;  // features
+  static constexpr int kSteps = kWindow / 8;
+  static constexpr int kMaxTiles = 48;
+
+  struct Params {
+    const T* x;
+    int64_t m, features;
+    const int64_t* row_group;  // or null: all rows are served
+    float* out;
+    int64_t out_ld;
+    int64_t row_blocks;
+    int splits;
+    int row_warps;  // of a block, a power of two; the others take other features
+    int tiles;
+    RankTile tile[kMaxTiles];
+  };
+  struct Shared {
+    // Odd rows of 8 banks: a half warp's pairs fall into all of them.
+    float sum[kWarps][kRows][8 * kTiles + 8];
+  };
+
+  static DEVICE void run(const Params& p) {
+    const int warp = warp_index(), g = lane_index() / 4, t = lane_index() % 4;
+    const int64_t row_block = block_index() % p.row_blocks;
+    const int split = static_cast<int>(block_index() / p.row_blocks % p.splits);
+    const int first_tile = static_cast<int>(block_index() / p.row_blocks / p.splits) * kTiles;
+    const int slices = kWarps / p.row_warps;  // of the features, in this block
+    const int slice = split * slices + warp / p.row_warps;
+    const int64_t rows = row_block * p.row_warps * kRows;  // the block's first
+    const int64_t row = rows + warp % p.row_warps * kRows + g;
+    const int64_t windows = (p.features + kWindow - 1) / kWindow;
+    const int64_t begin = windows * slice / (slices * p.splits);
+    const int64_t end = windows * (slice + 1) / (slices * p.splits);
+
+    float sums[kTiles][4] = {};
+    const uint32_t serving = serving_tiles(p, first_tile, row);
+    if (serving != 0) {
+      const T* x[2] = {p.x + row * p.features, p.x + (row + 8) * p.features};
+      // Rows from m on read as zeros.
+      const int64_t x_end[2] = {row < p.m ? p.features : 0, row + 8 < p.m ? p.features : 0};
+      Words4 next[2];
+#pragma unroll
+      for (int i = 0; i < 2; ++i) next[i] = load_run<T, kVector>(x[i], begin * kWindow + kRun * t, x_end[i]);
+      for (int64_t window = begin; window < end; ++window) {
+        const int64_t feature = window * kWindow + kRun * t;
+        const Words4 words[2] = {next[0], next[1]};
+#pragma unroll
+        for (int i = 0; i < 2; ++i) next[i] = load_run<T, kVector>(x[i], feature + kWindow, x_end[i]);
+        float values[2][kRun];
+        int seen = -1;  // the tile through whose mask `values` are seen
+#pragma unroll
+        for (int q = 0; q < kTiles; ++q) {
+          if ((serving >> q & 1) == 0) continue;
+          const RankTile& tile = p.tile[first_tile + q];
+          if (seen < 0 || !same_mask(p.tile[seen].mask, tile.mask)) {
+            seen = first_tile + q;
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              unpack_run<T>(words[i], values[i]);
+              if (tile.mask.threshold != 0) {
+                drop_run<kVector>(tile.mask, (row + 8 * i) * p.features + feature, values[i]);
+              }
+            }
+          }
+          add_window(p, tile, g, feature, values, sums[q]);
+        }
+      }
+    }
+
+    Shared* shared = shared_memory<Shared>();
+#pragma unroll
+    for (int q = 0; q < kTiles; ++q) {
+      store(reinterpret_cast<Vec<float, 2>*>(&shared->sum[warp][g][8 * q + 2 * t]), {sums[q][0], sums[q][1]});
+      store(reinterpret_cast<Vec<float, 2>*>(&shared->sum[warp][g + 8][8 * q + 2 * t]),
+            {sums[q][2], sums[q][3]});
+    }
+    sync_threads();
+    write_sums(p, *shared, rows, first_tile, slices, p.out + split * p.m * p.out_ld);
+  }
+
+ private:
+  // Bit q: some of the warp's rows are served by tile first + q.
+  static DEVICE uint32_t serving_tiles(const Params& p, int first, int64_t row) {
+    const int64_t last_row = p.m - 1;
+    if (row - lane_index() / 4 > last_row) return 0;
+    int64_t group[2] = {};
+    if (p.row_group) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        const int64_t at = row + 8 * i < last_row ? row + 8 * i : last_row;
+        group[i] = load_constant(p.row_group + at);
+      }
+    }
+    uint32_t serving = 0;
+    for (int q = 0; q < kTiles && first + q < p.tiles; ++q) {
+      const int64_t own = p.tile[first + q].group;
+      if (!p.row_group || ballot(group[0] == own || group[1] == own) != 0) serving |= 1u << q;
+    }
+    return serving;
+  }
+
+  // sum += values (16 rows, 32 features) times those features of the tile.
+  static DEVICE void add_window(const Params& p, const RankTile& tile, int g, int64_t feature,
+                                const float (&values)[2][kRun], float (&sum)[4]) {
+    float factor[kRun];
+    if constexpr (kTransposed) {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        factor[i] = 0.0f;
+        if (g >= tile.ranks || feature + i >= p.features) continue;
+        const int64_t at = (feature + i) * tile.ld + g;
+        factor[i] = tile.is_f32 ? load_constant(static_cast<const float*>(tile.factor) + at)
+                                : to_float(load_constant(static_cast<const T*>(tile.factor) + at));
+      }
+    } else {
+      load_factor_run<T, kVector>(tile.factor, tile.is_f32, g * tile.ld, feature,
+                                  g < tile.ranks ? p.features : 0, factor);
+    }
+    float high[4] = {}, low[4] = {};
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const Tf32Pair b[2] = {split_tf32(factor[2 * step]), split_tf32(factor[2 * step + 1])};
+      const uint32_t a[4] = {bit_cast<uint32_t>(values[0][2 * step]), bit_cast<uint32_t>(values[1][2 * step]),
+                             bit_cast<uint32_t>(values[0][2 * step + 1]),
+                             bit_cast<uint32_t>(values[1][2 * step + 1])};
+      mma_tf32(high, a, {b[0].high, b[1].high});
+      if (tile.is_f32) mma_tf32(low, a, {b[0].low, b[1].low});
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += high[i] + low[i];
+  }
+
+  static DEVICE void write_sums(const Params& p, const Shared& shared, int64_t rows, int first_tile,
+                                int slices, float* out) {
+    for (int i = thread_index(); i < p.row_warps * kRows * 8 * kTiles; i += kThreads) {
+      const int column = i % (8 * kTiles), in_block = i / (8 * kTiles), tile_index = first_tile + column / 8;
+      const int64_t row = rows + in_block;
+      if (row >= p.m || tile_index >= p.tiles) continue;
+      const RankTile& tile = p.tile[tile_index];
+      if (column % 8 >= tile.ranks) continue;
+      float sum = 0.0f;
+      if (!p.row_group || load_constant(p.row_group + row) == tile.group) {
+        for (int slice = 0; slice < slices; ++slice) {
+          sum += load(&shared.sum[slice * p.row_warps + in_block / kRows][in_block % kRows][column]);
+        }
+        sum *= tile.scale;
+      }
+      store(out + row * p.out_ld + tile.column + column % 8, sum);
+    }
+  }
+};
+
+// out[i] = the sum over splits of partial[split][i].
+struct SumSplits {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerSm = 4;
+
+  struct Params {
+    const float* partial;
+    int splits;
+    int64_t count;
+    float* out;
+  };
+
+  static DEVICE void run(const Params& p) {
+    const int64_t i = int64_t{block_index()} * kThreads + thread_index();
+    if (i >= p.count) return;
+    float sum = 0.0f;
+    for (int split = 0; split < p.splits; ++split) sum += load_constant(p.partial + split * p.count + i);
+    store(p.out + i, sum);
+  }
+};
+
+}  // namespace peft_kernels::cuda
