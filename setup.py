@@ -54,6 +54,10 @@ CUDA_OPS = [
 ]
 CUDA_KERNELS = [
     "csrc/cuda/dequantize.cu",
+    "csrc/cuda/lora_from_ranks.cu",
+    "csrc/cuda/lora_over_rows.cu",
+    "csrc/cuda/lora_slab.cu",
+    "csrc/cuda/lora_to_ranks.cu",
     "csrc/cuda/quantize.cu",
 ]
 # Code for 8.0 runs on 8.6 and 8.9 as well; PTX serves what comes later.

@@ -153,7 +153,12 @@ Status lora_slab(const LoraBatch& batch, int layer, int64_t n, const float* h, v
 // What all adapters add to dx, dh A, if none of them drops: u [m, depth] and v [depth, k].
 int64_t lora_dx_slab_depth(const LoraBatch& batch);
 Status lora_dx_slab(const LoraBatch& batch, const float* dh, void* u, void* v, Stream stream);
-// dx = the sum of terms + the sum of mask(dh A), rounded once. dx may be one of the terms [m, k].
+
+// Where deltas do not join a product: y = the sum of terms + the deltas of the layer's adapters, and dx = the
+// sum of terms + mask(dh A) of all adapters, rounded once. The result may be one of the terms, [m, n] or [m,
+// k].
+Status lora_y(const LoraBatch& batch, int layer, const void* const* term, int terms, int64_t n,
+              const float* h, void* y, Stream stream);
 Status lora_dx(const LoraBatch& batch, const void* const* term, int terms, const float* dh, void* dx,
                Stream stream);
 

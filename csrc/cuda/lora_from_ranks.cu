@@ -1,53 +1,90 @@
+#include <vector>
+
 #include "lora_from_ranks.cuh"
 #include "lora_launch.h"
 
 namespace peft_kernels::cuda {
 namespace {
 
+struct Terms {
+  const void* const* term;
+  int count;
+};
+
 template <class T, bool kVector>
-Status run(const LoraBatch& batch, const void* const* term, int terms, const float* dh, void* dx,
-           Stream stream) {
+Status run(const LoraBatch& batch, const Terms& terms, int64_t features, const float* ranks,
+           const std::vector<Delta>& deltas, void* out, Stream stream) {
   using Kernel = FromRanks<T, kVector>;
   typename Kernel::Params params{};
-  params.out = static_cast<T*>(dx);
+  params.out = static_cast<T*>(out);
   params.m = batch.m;
-  params.features = batch.k;
-  params.dh = dh;
+  params.features = features;
+  params.ranks = ranks;
   params.ld = batch.ranks;
-  params.feature_blocks = ceil_div(batch.k, Kernel::kWarps * Kernel::kFeatures);
-  int adapter = 0, next_term = 0;
+  params.feature_blocks = ceil_div(features, Kernel::kWarps * Kernel::kFeatures);
+  const int64_t blocks = ceil_div(batch.m, Kernel::kRows) * params.feature_blocks;
+  int next_term = 0;
+  size_t next_delta = 0;
   do {
     // What earlier launches have summed up is a term of the next one.
     params.terms = 0;
-    if (next_term > 0 || adapter > 0) params.term[params.terms++] = params.out;
-    while (next_term < terms && params.terms < Kernel::kMaxTerms) {
-      params.term[params.terms++] = static_cast<const T*>(term[next_term++]);
+    if (next_term > 0 || next_delta > 0) params.term[params.terms++] = params.out;
+    while (next_term < terms.count && params.terms < Kernel::kMaxTerms) {
+      params.term[params.terms++] = static_cast<const T*>(terms.term[next_term++]);
     }
-    params.adapters = 0;
-    while (next_term == terms && adapter < batch.adapters && params.adapters < Kernel::kMaxAdapters) {
-      const AdapterView& own = batch.adapter[adapter++];
-      params.adapter[params.adapters++] = {own.a, own.mask, own.h_begin, own.rank,
-                                           own.a_dtype == DType::kF32};
+    params.deltas = 0;
+    while (next_term == terms.count && next_delta < deltas.size() && params.deltas < Kernel::kMaxDeltas) {
+      params.delta[params.deltas++] = deltas[next_delta++];
     }
-    const Status status =
-        launch<Kernel>(params, ceil_div(batch.m, Kernel::kRows) * params.feature_blocks, stream);
+    const Status status = launch<Kernel>(params, blocks, stream);
     if (status != 0) return status;
-  } while (next_term < terms || adapter < batch.adapters);
+  } while (next_term < terms.count || next_delta < deltas.size());
   return 0;
+}
+
+Status from_ranks(const LoraBatch& batch, const Terms& terms, int64_t features, const float* ranks,
+                  const std::vector<Delta>& deltas, void* out, Stream stream) {
+  bool vectors = has_vectors(out, features);
+  for (int i = 0; i < terms.count; ++i) vectors = vectors && has_vectors(terms.term[i], features);
+  for (const Delta& delta : deltas) {
+    if (delta.feature_stride == 1) vectors = vectors && has_vectors(delta.factor, features);
+  }
+  return with_half(batch.dtype, [&](auto type) {
+    using T = decltype(type);
+    return vectors ? run<T, true>(batch, terms, features, ranks, deltas, out, stream)
+                   : run<T, false>(batch, terms, features, ranks, deltas, out, stream);
+  });
 }
 
 }  // namespace
 
+Status lora_y(const LoraBatch& batch, int layer, const void* const* term, int terms, int64_t n,
+              const float* h, void* y, Stream stream) {
+  std::vector<Delta> deltas;
+  for (int i = 0; i < batch.adapters; ++i) {
+    const AdapterView& adapter = batch.adapter[i];
+    if (adapter.layer != layer) continue;
+    deltas.push_back({adapter.b,
+                      1,
+                      adapter.rank,
+                      {},
+                      adapter.scaling,
+                      adapter.h_begin,
+                      adapter.rank,
+                      adapter.b_dtype == DType::kF32});
+  }
+  return from_ranks(batch, {term, terms}, n, h, deltas, y, stream);
+}
+
 Status lora_dx(const LoraBatch& batch, const void* const* term, int terms, const float* dh, void* dx,
                Stream stream) {
-  bool vectors = has_vectors(dx, batch.k);
-  for (int i = 0; i < terms; ++i) vectors = vectors && has_vectors(term[i], batch.k);
-  for (int i = 0; i < batch.adapters; ++i) vectors = vectors && has_vectors(batch.adapter[i].a, batch.k);
-  return with_half(batch.dtype, [&](auto type) {
-    using T = decltype(type);
-    return vectors ? run<T, true>(batch, term, terms, dh, dx, stream)
-                   : run<T, false>(batch, term, terms, dh, dx, stream);
-  });
+  std::vector<Delta> deltas;
+  for (int i = 0; i < batch.adapters; ++i) {
+    const AdapterView& adapter = batch.adapter[i];
+    deltas.push_back({adapter.a, batch.k, 1, adapter.mask, adapter.mask.scale, adapter.h_begin, adapter.rank,
+                      adapter.a_dtype == DType::kF32});
+  }
+  return from_ranks(batch, {term, terms}, batch.k, dh, deltas, dx, stream);
 }
 
 }  // namespace peft_kernels::cuda

@@ -1,24 +1,29 @@
-// From ranks back to features, through dropout: dx = the layers' own products + mask(dH A) of every adapter.
+// From ranks back to features: y = x W^T + s h B^T and dx = dY W + mask(dH A), where the deltas of adapters
+// do not join the product with W as a slab.
 #pragma once
 
 #include "lora_fragments.cuh"
 
 namespace peft_kernels::cuda {
 
-struct DeltaAdapter {
-  const void* a;  // [rank, features]
+// What an adapter adds: rows of `ranks` times a factor whose element (rank, feature) stands at
+// rank * rank_stride + feature * feature_stride.
+struct Delta {
+  const void* factor;
+  int64_t rank_stride, feature_stride;
   DropoutMask mask;
-  int64_t column;  // of its first rank, in dh
+  float scale;
+  int64_t column;  // of its first rank, in `ranks`
   int rank;
   bool is_f32;
 };
 
-// out[m, feature] = the sum of the terms + the sum over adapters of mask.scale * mask(dh A), rounded once.
+// out[m, feature] = the sum of the terms + the sum over deltas of scale * mask(ranks factor), rounded once.
 // out may be one of the terms.
 //
 // A warp has 32 rows and 32 features. Lane (g, t) reads features 4g .. 4g + 3 of ranks t and t + 4; as the
-// columns of a product may stand in any order, it then has features 8t .. 8t + 7 of the sums: two words of
-// Philox each, and one access to memory.
+// columns of a product may stand in any order, it then has features 8t .. 8t + 7 of the sums: two blocks of
+// Philox for each row, and one access to memory.
 template <class T, bool kVector>
 struct FromRanks {
   static constexpr int kThreads = 256;
@@ -27,17 +32,17 @@ struct FromRanks {
   static constexpr int kRows = 32;      // of a block
   static constexpr int kFeatures = 32;  // of a warp
   static constexpr int kMaxTerms = 16;
-  static constexpr int kMaxAdapters = 32;
+  static constexpr int kMaxDeltas = 32;
 
   struct Params {
     T* out;
     int64_t m, features;
-    const float* dh;
-    int64_t ld;  // of dh
+    const float* ranks;
+    int64_t ld;  // of ranks
     int64_t feature_blocks;
-    int terms, adapters;
+    int terms, deltas;
     const T* term[kMaxTerms];
-    DeltaAdapter adapter[kMaxAdapters];
+    Delta delta[kMaxDeltas];
   };
 
   static DEVICE void run(const Params& p) {
@@ -59,7 +64,7 @@ struct FromRanks {
         for (int j = 0; j < kRun; ++j) total[i][j] += values[j];
       }
     }
-    for (int i = 0; i < p.adapters; ++i) add_delta(p, p.adapter[i], rows, features, g, t, total);
+    for (int i = 0; i < p.deltas; ++i) add_delta(p, p.delta[i], rows, features, g, t, total);
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
       const int64_t row = rows + g + 8 * i;
@@ -68,33 +73,33 @@ struct FromRanks {
   }
 
  private:
-  static DEVICE void add_delta(const Params& p, const DeltaAdapter& adapter, int64_t rows, int64_t features,
-                               int g, int t, float (&total)[kRows / 8][kRun]) {
+  static DEVICE void add_delta(const Params& p, const Delta& delta, int64_t rows, int64_t features, int g,
+                               int t, float (&total)[kRows / 8][kRun]) {
     float sums[kRows / 16][4][4] = {};  // [16 rows][column mod 4]
-    for (int rank = 0; rank < adapter.rank; rank += 8) {
-      float a[2][4];  // ranks t, t + 4; features 4g ..
+    for (int rank = 0; rank < delta.rank; rank += 8) {
+      float factor[2][4];  // ranks t, t + 4; features 4g ..
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = rank + t + 4 * i;
-        load_four(adapter, at * p.features, features + 4 * g, at < adapter.rank ? p.features : 0, a[i]);
+        load_four(delta, at, features + 4 * g, at < delta.rank ? p.features : 0, factor[i]);
       }
-      Tf32Pair dh[kRows / 8][2];
+      Tf32Pair ranks[kRows / 8][2];
 #pragma unroll
       for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
           const int64_t row = rows + g + 8 * i;
           const int at = rank + t + 4 * j;
-          const bool there = row < p.m && at < adapter.rank;
-          dh[i][j] = split_tf32(there ? load_constant(p.dh + row * p.ld + adapter.column + at) : 0.0f);
+          const bool there = row < p.m && at < delta.rank;
+          ranks[i][j] = split_tf32(there ? load_constant(p.ranks + row * p.ld + delta.column + at) : 0.0f);
         }
       }
 #pragma unroll
       for (int q = 0; q < 4; ++q) {
-        const Tf32Pair b[2] = {split_tf32(a[0][q]), split_tf32(a[1][q])};
+        const Tf32Pair b[2] = {split_tf32(factor[0][q]), split_tf32(factor[1][q])};
 #pragma unroll
         for (int i = 0; i < kRows / 16; ++i) {
-          const Tf32Pair(&top)[2] = dh[2 * i], (&bottom)[2] = dh[2 * i + 1];
+          const Tf32Pair(&top)[2] = ranks[2 * i], (&bottom)[2] = ranks[2 * i + 1];
           const uint32_t high[4] = {top[0].high, bottom[0].high, top[1].high, bottom[1].high};
           const uint32_t low[4] = {top[0].low, bottom[0].low, top[1].low, bottom[1].low};
           mma_tf32(sums[i][q], low, {b[0].high, b[1].high});
@@ -108,42 +113,43 @@ struct FromRanks {
       float values[kRun];
 #pragma unroll
       for (int j = 0; j < kRun; ++j) values[j] = sums[i / 2][j % 4][2 * (i % 2) + j / 4];
-      if (adapter.mask.threshold != 0) {
+      if (delta.mask.threshold != 0) {
         const int64_t row = rows + g + 8 * i;
-        drop_run<kVector>(adapter.mask, row * p.features + features + kRun * t, values);
+        drop_run<kVector>(delta.mask, row * p.features + features + kRun * t, values);
       }
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) total[i][j] += adapter.mask.scale * values[j];
+      for (int j = 0; j < kRun; ++j) total[i][j] += delta.scale * values[j];
     }
   }
 
-  static DEVICE void load_four(const DeltaAdapter& adapter, int64_t row, int64_t begin, int64_t end,
-                               float (&values)[4]) {
-    if constexpr (kVector) {
-      if (adapter.is_f32) {
+  // Features begin .. begin + 3 of a rank, 0 from `end` on.
+  static DEVICE void load_four(const Delta& delta, int rank, int64_t begin, int64_t end, float (&values)[4]) {
+    const int64_t at = rank * delta.rank_stride + begin * delta.feature_stride;
+    if (kVector && delta.feature_stride == 1) {
+      if (delta.is_f32) {
         using Floats = Vec<float, 4>;
-        const auto* from = static_cast<const float*>(adapter.a) + row + begin;
-        const Floats floats = begin < end ? load_constant(reinterpret_cast<const Floats*>(from)) : Floats{};
+        const auto* from = reinterpret_cast<const Floats*>(static_cast<const float*>(delta.factor) + at);
+        const Floats floats = begin < end ? load_constant(from) : Floats{};
 #pragma unroll
         for (int i = 0; i < 4; ++i) values[i] = floats.v[i];
       } else {
-        const auto* from = static_cast<const T*>(adapter.a) + row + begin;
-        const Words2 words = begin < end ? load_constant(reinterpret_cast<const Words2*>(from)) : Words2{};
+        const auto* from = reinterpret_cast<const Words2*>(static_cast<const T*>(delta.factor) + at);
+        const Words2 words = begin < end ? load_constant(from) : Words2{};
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           values[2 * i] = low_half<T>(words.v[i]);
           values[2 * i + 1] = high_half<T>(words.v[i]);
         }
       }
-    } else {
+      return;
+    }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        values[i] = 0.0f;
-        if (begin + i >= end) continue;
-        const int64_t at = row + begin + i;
-        values[i] = adapter.is_f32 ? load_constant(static_cast<const float*>(adapter.a) + at)
-                                   : to_float(load_constant(static_cast<const T*>(adapter.a) + at));
-      }
+    for (int i = 0; i < 4; ++i) {
+      values[i] = 0.0f;
+      if (begin + i >= end) continue;
+      const int64_t element = at + i * delta.feature_stride;
+      values[i] = delta.is_f32 ? load_constant(static_cast<const float*>(delta.factor) + element)
+                               : to_float(load_constant(static_cast<const T*>(delta.factor) + element));
     }
   }
 

@@ -6,6 +6,7 @@
 
 #include "../common/integers.h"
 #include "kernels.h"
+#include "launch.cuh"
 
 namespace peft_kernels::cuda {
 
