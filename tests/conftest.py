@@ -6,6 +6,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -15,7 +16,7 @@ import torch
 
 import peft_kernels as pk
 from peft_kernels import testing
-from peft_kernels.backends import simt
+from peft_kernels.backends import BACKENDS, simt
 
 _ran: Counter[str] = Counter()
 _skipped: Counter[str] = Counter()
@@ -33,6 +34,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         simt.BACKEND.extension.set_seed(zlib.crc32(request.node.nodeid.encode()) % 3)
     with testing.running_on(request.param):
         yield request.param
+
+
+@pytest.fixture(params=["cpu", "simt"])
+def compiled_ops(request: pytest.FixtureRequest) -> Any:
+    """The ops of a compiled back end, called past all checks in Python."""
+    reason = testing.unavailable(request.param)
+    if reason is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    return getattr(torch.ops, BACKENDS[request.param].namespace)
 
 
 # The `backend` fixture holds for all examples of a test; the same examples in every run.

@@ -14,7 +14,12 @@ from peft_kernels import spec, testing
 
 ops = torch.ops.peft_kernels
 N, K, R = 20, 34, 4
-NAMESPACES = {"public": "peft_kernels", "cpu": "peft_kernels_cpu", "reference": "peft_kernels_reference"}
+NAMESPACES = {
+    "public": "peft_kernels",
+    "reference": "peft_kernels_reference",
+    "cpu": "peft_kernels_cpu",
+    "simt": "peft_kernels_simt",
+}
 
 
 def group(nested: bool) -> tuple[Any, ...]:
@@ -191,8 +196,8 @@ CASES = [(op, sample) for op in spec.OPS for sample in samples(op)]
 @pytest.mark.parametrize("op,sample", CASES, ids=[f"{op}-{sample}" for op, sample in CASES])
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_opcheck(namespace: str, op: str, sample: str) -> None:
-    if namespace == "cpu" and (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
+    if namespace in ("cpu", "simt") and (reason := testing.unavailable(namespace)) is not None:
+        pytest.skip(f"{namespace}: {reason}")
     function = getattr(getattr(torch.ops, NAMESPACES[namespace]), op).default
     torch.library.opcheck(function, samples(op)[sample])
 

@@ -42,12 +42,6 @@ def _nan_outputs() -> Iterator[None]:
         yield
 
 
-def cpu_ops() -> Any:
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
-    return torch.ops.peft_kernels_cpu
-
-
 def transposed(t: Tensor) -> Tensor:
     """The same values, with memory in another order."""
     return t.t().contiguous().t()
@@ -200,18 +194,18 @@ GATED_REFUSED = {
 
 
 @pytest.mark.parametrize("name", GATED_REFUSED)
-def test_cpu_gated_activation_refuses(name: str) -> None:
+def test_gated_activation_refuses(compiled_ops: Any, name: str) -> None:
     message, shape, dtype, activation = GATED_REFUSED[name]
     gate, up = torch.ones(2, 3), torch.ones(shape, dtype=dtype)
     with pytest.raises(RuntimeError, match=message):
-        cpu_ops().gated_activation(gate, up, activation)
+        compiled_ops.gated_activation(gate, up, activation)
     with pytest.raises(RuntimeError, match=message):
-        cpu_ops().gated_activation_backward(gate, gate, up, activation)
+        compiled_ops.gated_activation_backward(gate, gate, up, activation)
     if name != "activation":
         with pytest.raises(RuntimeError, match=message.replace("up", "dy")):
-            cpu_ops().gated_activation_backward(up, gate, gate, activation)
+            compiled_ops.gated_activation_backward(up, gate, gate, activation)
     with pytest.raises(RuntimeError, match="expected float32, bfloat16 or float16, got Double"):
-        cpu_ops().gated_activation(gate.double(), gate.double(), "silu")
+        compiled_ops.gated_activation(gate.double(), gate.double(), "silu")
 
 
 # dropout
@@ -325,10 +319,10 @@ DROPOUT_REFUSED: dict[str, tuple[str, float, Tensor]] = {
 
 
 @pytest.mark.parametrize("name", DROPOUT_REFUSED)
-def test_cpu_dropout_refuses(name: str) -> None:
+def test_dropout_refuses(compiled_ops: Any, name: str) -> None:
     message, p, seed = DROPOUT_REFUSED[name]
     with pytest.raises(RuntimeError, match=message):
-        cpu_ops().dropout(torch.ones(3), p, seed)
+        compiled_ops.dropout(torch.ones(3), p, seed)
 
 
 # dora_scale
@@ -420,23 +414,23 @@ def test_dora_scale_reads_views(backend: str) -> None:
         assert backend == "reference" or (torch.equal(a, c) and torch.equal(b.reshape(c.shape), c))
 
 
-def test_cpu_dora_scale_refuses() -> None:
-    cpu, z, scale = cpu_ops(), torch.ones(2, 3), torch.ones(3)
+def test_dora_scale_refuses(compiled_ops: Any) -> None:
+    ops, z, scale = compiled_ops, torch.ones(2, 3), torch.ones(3)
     for message, call in (
-        (r"scale: expected shape \[3\], got \[2\]", lambda: cpu.dora_scale(z, torch.ones(2), None)),
+        (r"scale: expected shape \[3\], got \[2\]", lambda: ops.dora_scale(z, torch.ones(2), None)),
         (
             r"scale: expected shape \[3\], got \[2\]",
-            lambda: cpu.dora_scale_backward(z, z, torch.ones(2), None),
+            lambda: ops.dora_scale_backward(z, z, torch.ones(2), None),
         ),
-        ("scale: expected Float, got Half", lambda: cpu.dora_scale(z, scale.half(), None)),
-        (r"bias: expected shape \[3\], got \[4\]", lambda: cpu.dora_scale(z, scale, torch.ones(4))),
+        ("scale: expected Float, got Half", lambda: ops.dora_scale(z, scale.half(), None)),
+        (r"bias: expected shape \[3\], got \[4\]", lambda: ops.dora_scale(z, scale, torch.ones(4))),
         (
             r"dy: expected shape \[2, 3\], got \[1, 3\]",
-            lambda: cpu.dora_scale_backward(z[:1], z, scale, None),
+            lambda: ops.dora_scale_backward(z[:1], z, scale, None),
         ),
-        ("dy: expected Float, got Half", lambda: cpu.dora_scale_backward(z.half(), z, scale, None)),
-        ("z: expected at least 1 dimension, got 0", lambda: cpu.dora_scale(z.sum(), scale, None)),
-        ("z: expected float32, bfloat16", lambda: cpu.dora_scale(z.double(), scale, None)),
+        ("dy: expected Float, got Half", lambda: ops.dora_scale_backward(z.half(), z, scale, None)),
+        ("z: expected at least 1 dimension, got 0", lambda: ops.dora_scale(z.sum(), scale, None)),
+        ("z: expected float32, bfloat16", lambda: ops.dora_scale(z.double(), scale, None)),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()
@@ -540,8 +534,8 @@ def test_dora_norm_lets_nan_through(backend: str) -> None:
     assert not got[[1, 3]].isfinite().any() and got[[0, 2, 4]].isfinite().all()
 
 
-def test_cpu_dora_norm_refuses() -> None:
-    cpu, w, a, b = cpu_ops(), torch.ones(5, 40), torch.ones(2, 40), torch.ones(5, 2)
+def test_dora_norm_refuses(compiled_ops: Any) -> None:
+    ops, w, a, b = compiled_ops, torch.ones(5, 40), torch.ones(2, 40), torch.ones(5, 2)
     rest = (None, None, None, 0)
     for message, args in (
         ("lora_a, lora_b: expected 2 dimensions, got 1, 2", (w, *rest, a[0], b)),
@@ -553,4 +547,4 @@ def test_cpu_dora_norm_refuses() -> None:
         ("expected", (w.double(), *rest, a, b)),
     ):
         with pytest.raises(RuntimeError, match=message):
-            cpu.dora_norm(*args, 1.0)
+            ops.dora_norm(*args, 1.0)

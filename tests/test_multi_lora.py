@@ -632,39 +632,32 @@ BACKWARD_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def cpu_ops() -> Any:
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
-    return torch.ops.peft_kernels_cpu
-
-
 @pytest.mark.parametrize("name", [*REFUSED, *FORWARD_REFUSED])
-def test_cpu_forward_refuses(name: str) -> None:
+def test_forward_refuses(compiled_ops: Any, name: str) -> None:
     message, change = (REFUSED | FORWARD_REFUSED)[name]
-    op, good = cpu_ops().multi_lora_linear, good_arguments()
+    op, good = compiled_ops.multi_lora_linear, good_arguments()
     op(*good.values())
     with pytest.raises(RuntimeError, match=message):
         op(*(good | change).values())
 
 
 @pytest.mark.parametrize("name", [*REFUSED, *BACKWARD_REFUSED])
-def test_cpu_backward_refuses(name: str) -> None:
+def test_backward_refuses(compiled_ops: Any, name: str) -> None:
     message, change = (REFUSED | BACKWARD_REFUSED)[name]
-    op, good = cpu_ops().multi_lora_linear_backward, good_backward_arguments()
+    op, good = compiled_ops.multi_lora_linear_backward, good_backward_arguments()
     op(*good.values())
     with pytest.raises(RuntimeError, match=message):
         op(*(good | change).values())
 
 
 @pytest.mark.parametrize("name", [name for name in REFUSED if name.startswith(("seed-", "dropout_p-"))])
-def test_cpu_lora_linear_refuses(name: str) -> None:
+def test_lora_linear_refuses(compiled_ops: Any, name: str) -> None:
     message, change = REFUSED[name]
     p = max(change.get("dropout_p", [0.5]), key=lambda p: not 0 <= p <= 1)
     rest = (p, change.get("seed", torch.tensor(3)))
     x, dy, h, w = ones(3, 8), ones(3, 4), ones(3, 2), ones(4, 8)
     adapter, dense, flags = (ones(2, 8), ones(4, 2), 1.0), (w, None, None, None, 0), (True,) * 3
-    cpu = cpu_ops()
     with pytest.raises(RuntimeError, match=message):
-        cpu.lora_linear(x, *dense, None, *adapter, *rest)
+        compiled_ops.lora_linear(x, *dense, None, *adapter, *rest)
     with pytest.raises(RuntimeError, match=message):
-        cpu.lora_linear_backward(dy, x, h, *dense, *adapter, *rest, *flags)
+        compiled_ops.lora_linear_backward(dy, x, h, *dense, *adapter, *rest, *flags)

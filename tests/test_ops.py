@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -422,10 +423,8 @@ BAD_WEIGHTS = {
 
 
 @pytest.mark.parametrize("name", BAD_WEIGHTS)
-def test_cpu_ops_refuse_a_weight_that_does_not_fit(name: str) -> None:
+def test_compiled_ops_refuse_a_weight_that_does_not_fit(compiled_ops: Any, name: str) -> None:
     """The C++ ops check by themselves every length that memory safety rests on."""
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
     message, change = BAD_WEIGHTS[name]
     good = {
         "packed": torch.zeros(32, dtype=torch.uint8),
@@ -435,15 +434,16 @@ def test_cpu_ops_refuse_a_weight_that_does_not_fit(name: str) -> None:
         "blocksize": 32,
     }
     group = tuple((good | change).values())
-    cpu = torch.ops.peft_kernels_cpu
     x, a, b = torch.ones(1, 16), torch.ones(2, 16), torch.ones(4, 2)
     dy, h = torch.ones(1, 4), torch.ones(1, 2)
     calls = [
-        lambda group: cpu.dequantize_nf4(*group, [4, 16], torch.float32),
-        lambda group: cpu.nf4_linear(x, *group, 4, None),
-        lambda group: cpu.nf4_linear_dx(dy, *group, 16),
-        lambda group: cpu.lora_linear(x, *group, None, a, b, 1.0, 0.0, None),
-        lambda group: cpu.lora_linear_backward(dy, x, h, *group, a, b, 1.0, 0.0, None, True, True, True),
+        lambda group: compiled_ops.dequantize_nf4(*group, [4, 16], torch.float32),
+        lambda group: compiled_ops.nf4_linear(x, *group, 4, None),
+        lambda group: compiled_ops.nf4_linear_dx(dy, *group, 16),
+        lambda group: compiled_ops.lora_linear(x, *group, None, a, b, 1.0, 0.0, None),
+        lambda group: compiled_ops.lora_linear_backward(
+            dy, x, h, *group, a, b, 1.0, 0.0, None, True, True, True
+        ),
     ]
     for call in calls:
         call(tuple(good.values()))
