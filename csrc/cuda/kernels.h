@@ -70,6 +70,7 @@ Status dropout(const void* x, DType dtype, int64_t numel, int64_t first, const D
 
 // ---- linear.cu: products with an NF4 weight --------------------------------------------------------------
 
+// x, y, the packed weight, u and v start at multiples of 16 bytes.
 struct LinearParams {
   const void* x;   // [m, k]; dx: dY [m, n]
   DType dtype;     // of x and y: kBF16 or kF16
@@ -81,21 +82,25 @@ struct LinearParams {
   void* y;  // [m, n]; dx: [m, k]
 };
 
-// y = x W^T + u v^T + bias. The plan (which kernel, what workspace) depends on the shape and the card alone.
+// The plan (which kernel, what memory) depends on the shape and the card alone.
 struct LinearPlan {
   const char* name;         // null: no kernel takes this shape, the caller dequantises
-  int64_t workspace_bytes;  // zeros before the first call on a stream; every call leaves them zero again
+  int64_t counters;         // uint32_t, zero before the first call on a stream; every call leaves them zero
+  int64_t workspace_bytes;  // may hold anything
 };
 struct Card {
   int compute_capability;  // 80, 90, ...
   int sms;
   int64_t shared_bytes;  // of a block, at most
 };
+// y = x W^T + u v^T + bias.
 LinearPlan plan_linear(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
-Status nf4_linear(const LinearParams& params, const Card& card, void* workspace, Stream stream);
+Status nf4_linear(const LinearParams& params, const Card& card, uint32_t* counters, void* workspace,
+                  Stream stream);
 // dx = dY W + u v.
 LinearPlan plan_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
-Status nf4_linear_dx(const LinearParams& params, const Card& card, void* workspace, Stream stream);
+Status nf4_linear_dx(const LinearParams& params, const Card& card, uint32_t* counters, void* workspace,
+                     Stream stream);
 
 // ---- lora_*.cu: the products of adapters ------------------------------------------------------------------
 // Activations are bf16 or fp16; h = mask(x) A^T and dh = scaling dY B are fp32 [m, ranks], all adapters'
