@@ -54,13 +54,11 @@ def measure(case: Case) -> Compiled:
 
 def slots(finding: Finding, gpu: Gpu) -> float | None:
     """The part of the issue slots that a kernel takes while it keeps the memory busy: above 1 it cannot."""
-    if finding.per_weight is None or finding.rule is None:
+    if finding.least is None or finding.rule is None:
         return None
-    return gpu.slots(finding.per_weight, NF4_BYTES + finding.rule.written)
+    return gpu.slots(finding.least, NF4_BYTES + finding.rule.written)
 
 
 def matrix_peak(finding: Finding, gpu: Gpu) -> float | None:
     """The part of the matrix peak that the issue slots leave."""
-    if not finding.matrix_share:
-        return None
-    return min(1.0, finding.matrix_share * gpu.matrix_cycles)
+    return finding.per_matrix and min(1.0, gpu.matrix_cycles / finding.per_matrix)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from .sass import Instruction, Kernel, count
 
-MATRIX, WIDE_STORE = r"HMMA\.16816", r"STG?\.E\.(EF\.|NA\.)*128"
+MATRIX, MATRIX_16, WIDE_STORE = r"HMMA", r"HMMA\.16816", r"STG?\.E\.(EF\.|NA\.)*128"
 LOCAL = r"(LDL|STL)\b"
 MATRIX_WEIGHTS, STORE_BYTES = 8, 16
 """Of a lane in one such instruction: a matrix instruction multiplies 16 x 16 weights by 8 tokens."""
@@ -20,26 +20,30 @@ class Rule:
     """The kernels whose names match do their work in matrix instructions, or write weights out."""
 
     pattern: str
-    limit: float
-    """The most instructions of a lane for a weight."""
+    limit: float | None = None
+    """The most instructions of a lane for a weight, on the longest way that does as much as any."""
     tokens: int = 0
-    """That a warp multiplies each of its weights by."""
+    """That a warp multiplies each of its weights by; 0: no product with weights."""
     written: int = 0
-    """Bytes that each weight is written out in."""
+    """Bytes that each weight is written out in; 0: none is."""
 
     @property
     def does(self) -> str:
-        return WIDE_STORE if self.written else MATRIX
+        return WIDE_STORE if self.written else MATRIX_16 if self.tokens else MATRIX
 
-    def weights(self, path: Sequence[Instruction]) -> float:
-        """That a lane handles on the path."""
+    def per_weight(self, path: Sequence[Instruction]) -> float | None:
+        """Instructions of a lane for one of the weights that it handles on the path."""
         done = count(path, self.does)
-        return done * (STORE_BYTES / self.written if self.written else MATRIX_WEIGHTS / (self.tokens / 8))
+        weights = done * STORE_BYTES / self.written if self.written else 0
+        if self.tokens:
+            weights = done * MATRIX_WEIGHTS / (self.tokens / 8)
+        return len(path) / weights if weights else None
 
 
 RULES: Sequence[Rule] = (
     Rule(r"DequantizeNf4<float, true>", 8.0, written=4),
     Rule(r"DequantizeNf4<(bf16|fp16), true>", 8.0, written=2),
+    Rule(r"(ToRanks|FromRanks|OverRows)<.*>"),
 )
 
 
@@ -74,9 +78,11 @@ class Finding:
     """That can be resident on a multiprocessor."""
     per_weight: float | None = None
     """Instructions of a lane."""
+    least: float | None = None
+    """The same on the shortest way, without dropout and the like."""
     rule: Rule | None = None
-    matrix_share: float = 0.0
-    """Of the instructions on the main path, those of the tensor cores."""
+    per_matrix: float | None = None
+    """Instructions for one of the tensor cores, on the shortest way."""
     faults: tuple[str, ...] = ()
 
 
@@ -93,15 +99,18 @@ def judge(kernel: Kernel) -> Finding:
         faults.append(f"{local} accesses to local memory")
     if not (warps := resident_warps(kernel)):
         faults.append(f"does not fit: {kernel.registers} registers, {kernel.shared} bytes shared")
-    per_weight, share = None, 0.0
-    if rule := rule_for(kernel.name):
-        path = kernel.main_path(rule.does)
-        share = count(path, MATRIX) / len(path)
-        if not (weights := rule.weights(path)):
-            faults.append(f"has no {rule.does}")
-        elif (per_weight := len(path) / weights) > rule.limit:
-            faults.append(f"{per_weight:.2f} instructions per weight, at most {rule.limit:g} allowed")
-    return Finding(kernel, warps, per_weight, rule, share, tuple(faults))
+    rule = rule_for(kernel.name)
+    if rule is None:
+        return Finding(kernel, warps, faults=tuple(faults))
+    shortest, longest = (kernel.main_path(rule.does, longest) for longest in (False, True))
+    if not count(longest, rule.does):
+        faults.append(f"has no {rule.does}")
+    least, most = rule.per_weight(shortest), rule.per_weight(longest)
+    if rule.limit is not None and most is not None and most > rule.limit:
+        faults.append(f"{most:.2f} instructions per weight, at most {rule.limit:g} allowed")
+    matrix = count(shortest, MATRIX)
+    per_matrix = len(shortest) / matrix if matrix else None
+    return Finding(kernel, warps, most, least, rule, per_matrix, tuple(faults))
 
 
 def resident_warps(kernel: Kernel) -> int:

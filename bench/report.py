@@ -85,7 +85,8 @@ def compiled_json_line(result: Compiled, facts: Mapping[str, Any]) -> str:
                     "registers": finding.kernel.registers,
                     "shared": finding.kernel.shared,
                     "warps": finding.warps,
-                    "per_weight": finding.per_weight,
+                    "per_weight": [finding.least, finding.per_weight],
+                    "per_matrix": finding.per_matrix,
                     "limit": finding.rule and finding.rule.limit,
                     "issue_slots": compiled.slots(finding, result.case.gpu),
                     "matrix_peak": compiled.matrix_peak(finding, result.case.gpu),
@@ -168,26 +169,34 @@ def saved_table(saved: Sequence[Saved]) -> str:
 
 
 def compiled_table(result: Compiled) -> str:
-    """A kernel in a row. Slots: the part of the issue slots that it takes while it keeps the memory busy.
-    Peak: the part of the matrix peak that the issue slots leave it."""
-    lines: list[Sequence[str]] = [
-        ["", "registers", "shared", "warps", "instr/weight", "at most", "slots", "peak", ""]
-    ]
+    """A kernel in a row. Instructions for a weight, and for a matrix instruction: on the shortest way through
+    the main loop, and the longest.
+
+    Slots: the part of the issue slots that it takes while it keeps the memory busy. Peak: the part of the
+    matrix peak that the issue slots leave it. Both on the shortest way.
+    """
+    titles = ("registers", "shared", "warps", "instr/weight", "at most", "slots", "instr/mma", "peak", "")
+    lines: list[Sequence[str]] = [["", *titles]]
     for finding in result.findings:
         kernel, limit = finding.kernel, finding.rule and finding.rule.limit
-        found = [
-            "" if value is None else f"{value:{form}}"
-            for value, form in (
-                (finding.per_weight, ".2f"),
-                (limit, "g"),
-                (compiled.slots(finding, result.case.gpu), ".0%"),
-                (compiled.matrix_peak(finding, result.case.gpu), ".0%"),
-            )
+        ways = [f"{value:.2f}" for value in (finding.least, finding.per_weight) if value is not None]
+        columns = [
+            str(kernel.registers),
+            f"{kernel.shared:,}",
+            str(finding.warps),
+            "-".join(unique(ways)),
+            _cell(limit, "g"),
+            _cell(compiled.slots(finding, result.case.gpu), ".0%"),
+            _cell(finding.per_matrix, ".1f"),
+            _cell(compiled.matrix_peak(finding, result.case.gpu), ".0%"),
+            "; ".join(finding.faults) or (MET if finding.rule else ""),
         ]
-        verdict = "; ".join(finding.faults) or ("" if limit is None else MET)
-        columns = [str(kernel.registers), f"{kernel.shared:,}", str(finding.warps), *found, verdict]
         lines.append([kernel.name, *columns])
     return _aligned(lines)
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
 
 
 def floors_table(gpu: floors.Gpu) -> str:

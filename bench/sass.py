@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from . import flow
+from . import flow, shared
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -113,7 +113,7 @@ def _texts(file: Path, include: Path) -> Iterator[str]:
         current = todo.pop()
         text = current.read_text(encoding="utf-8")
         yield text
-        for name in re.findall(r'^\s*#\s*include\s*"(.+)"', text, re.MULTILINE):
+        for name in shared.INCLUDE.findall(text):
             for folder in (current.parent, include):
                 path = (folder / name).resolve()
                 if path.exists() and path not in seen:
@@ -174,12 +174,12 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     """Of the instructions that they stand before."""
 
-    def main_path(self, pattern: str) -> list[Instruction]:
+    def main_path(self, pattern: str, longest: bool = True) -> list[Instruction]:
         """What a thread runs to do its work, which is told by instructions that match.
 
         One round of the innermost loop that has most of them, or the way through the whole kernel where none
-        is in a loop. Where there are several ways, the one with most of them, and among those the longest:
-        tails and other rare ways that work by smaller steps are not in it.
+        is in a loop. Where there are several ways, the one with most of them, and among those the longest (or
+        the shortest): tails and other rare ways that work by smaller steps are not in it.
         """
         graph = flow.Graph(self.successors)
         work = {start: count(self._block(start), pattern) for start in self.successors}
@@ -188,7 +188,8 @@ class Kernel:
             key=lambda body: sum(work[block] for block in body),
             default=None,
         )
-        path = graph.best_path(loop, lambda block: (work[block], len(self._block(block))))
+        sign = 1 if longest else -1
+        path = graph.best_path(loop, lambda block: (work[block], sign * len(self._block(block))))
         return [instruction for block in path for instruction in self._block(block)]
 
     def _block(self, start: int) -> list[Instruction]:
@@ -214,15 +215,39 @@ class Kernel:
         return successors
 
 
-def read(tools: Tools, cubins: Sequence[Cubin]) -> list[Kernel]:
+def read(tools: Tools, cubins: Sequence[Cubin], include: Path = SOURCES, cache: Path = CACHE) -> list[Kernel]:
     """The kernels of all files."""
     with ThreadPoolExecutor(JOBS) as pool:
         texts = list(pool.map(lambda cubin: _run([tools.nvdisasm, str(cubin.path)]).stdout, cubins))
-    kernels = [kernel for cubin, text in zip(cubins, texts, strict=True) for kernel in parse(cubin, text)]
-    names = _run([tools.demangler], "\n".join(kernel.name for kernel in kernels)).stdout.splitlines()
-    for kernel, name in zip(kernels, names, strict=True):
-        kernel.name = _short(name)
+        kernels = [kernel for cubin, text in zip(cubins, texts, strict=True) for kernel in parse(cubin, text)]
+        names = _run([tools.demangler], "\n".join(kernel.name for kernel in kernels)).stdout.splitlines()
+        for kernel, name in zip(kernels, names, strict=True):
+            kernel.name = _cpp_name(name)
+        families: dict[Path, list[Kernel]] = {}
+        for kernel in kernels:
+            families.setdefault(kernel.source, []).append(kernel)
+        list(pool.map(lambda family: _add_declared(tools, family, include, cache), families.items()))
+    for kernel in kernels:
+        kernel.name = _short(kernel.name)
     return kernels
+
+
+def _add_declared(tools: Tools, family: tuple[Path, Sequence[Kernel]], include: Path, cache: Path) -> None:
+    """Add what the kernels of a source declare as shared memory."""
+    source, kernels = family
+    names = sorted({kernel.name for kernel in kernels})
+    text = shared.probe(source, names)
+    ptx = cache / f"{source.stem}-shared-{_key(text, *_texts(source, include))}.ptx"
+    if not ptx.exists():
+        file = ptx.with_suffix(".cu")
+        file.write_text(text, encoding="utf-8")
+        unfinished = ptx.with_suffix(f".{os.getpid()}")
+        folders = [f"-I{include}", f"-I{source.parent}"]
+        _run([tools.nvcc, *FLAGS, "-arch=sm_90", *folders, "-ptx", str(file), "-o", str(unfinished)])
+        unfinished.replace(ptx)
+    found = dict(zip(names, shared.sizes(ptx.read_text(encoding="utf-8"), len(names)), strict=True))
+    for kernel in kernels:
+        kernel.shared += found[kernel.name]
 
 
 _SECTION = re.compile(r"\s*\.section\s+(?:\.(text|nv\.info)\.([^,\s]+))?")
@@ -274,8 +299,12 @@ def _read_log(log: str, kernels: dict[str, Kernel]) -> None:
             kernel.shared = int(found.group(1))
 
 
-def _short(demangled: str) -> str:
-    """`void ns::entry<ns::Kernel<ns::bf16, 8> >(ns::Kernel<...>::Params)` -> `Kernel<bf16, 8>`."""
+def _cpp_name(demangled: str) -> str:
+    """`void ns::entry<ns::Kernel<ns::bf16, 8> >(ns::Kernel<...>::Params)` -> `ns::Kernel<ns::bf16, 8>`."""
     found = re.match(r"void [\w:]*\bentry<(.*)>\(", demangled)
-    name = found.group(1).strip() if found else demangled
-    return re.sub(r"\b(?:\w+::)+", "", name).replace("> >", ">>")
+    return (found.group(1).strip() if found else demangled).replace("> >", ">>")
+
+
+def _short(name: str) -> str:
+    """Without namespaces."""
+    return re.sub(r"\b(?:\w+::)+", "", name.replace("(anonymous namespace)::", ""))

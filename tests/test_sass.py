@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
@@ -24,7 +25,7 @@ needs_tools = pytest.mark.skipif(isinstance(TOOLS, str), reason=str(TOOLS))
 
 def compile_and_read(files: Sequence[Path], architectures: Sequence[int], cache: Path) -> list[Kernel]:
     assert isinstance(TOOLS, sass.Tools)
-    return sass.read(TOOLS, sass.compile_all(TOOLS, files, architectures, cache=cache))
+    return sass.read(TOOLS, sass.compile_all(TOOLS, files, architectures, cache=cache), cache=cache)
 
 
 @lru_cache(maxsize=1)
@@ -51,6 +52,7 @@ def test_every_limit_has_its_kernels(rule: Rule) -> None:
 # Kernels that break the rules.
 
 TOY = """
+#pragma once
 #include "launch.cuh"
 namespace peft_kernels::cuda {
 
@@ -106,6 +108,9 @@ struct Spilling {
 struct Indexing {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 1;
+  struct Shared {
+    float x[16384];
+  };
   struct Params {
     float* x;
     int i;
@@ -117,11 +122,15 @@ struct Indexing {
     for (int i = 0; i < 64; ++i) store(p.x + i, v[i]);
   }
 };
-
+}  // namespace peft_kernels::cuda
+"""
+START = """
+#include "toy.cuh"
+namespace peft_kernels::cuda {
 Status start(Stream stream) {
   return launch<Product<8, true, 1>>({}, 1, stream) + launch<Product<8, true, 4>>({}, 1, stream) +
          launch<Product<64, true, 1>>({}, 1, stream) + launch<Product<8, false, 1>>({}, 1, stream) +
-         launch<Spilling>({}, 1, stream) + launch<Indexing>({}, 1, stream);
+         launch<Spilling>({}, 1, stream) + launch<Indexing>({}, 1, stream, sizeof(Indexing::Shared));
 }
 }  // namespace peft_kernels::cuda
 """
@@ -132,7 +141,8 @@ def toys(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if isinstance(TOOLS, str):
         pytest.skip(TOOLS)
     folder = tmp_path_factory.mktemp("toys")
-    (folder / "toy.cu").write_text(TOY)
+    (folder / "toy.cuh").write_text(TOY)
+    (folder / "toy.cu").write_text(START)
     found = compile_and_read([folder / "toy.cu"], [request.param], folder / "cache")
     return {kernel.name: kernel for kernel in found}
 
@@ -186,6 +196,12 @@ def test_unrolling_and_tokens_are_seen_through(
     # Of 8 weights: a matrix instruction, two loads; of each 8 weights by 64 tokens, eight of the former.
     assert 3 / 8 <= unrolled < rolled <= 30 / 8
     assert wide >= 10 / 8
+
+
+def test_declared_shared_memory_counts(toys: dict[str, Kernel]) -> None:
+    kernel = dataclasses.replace(toys["Indexing"], registers=32)
+    assert kernel.shared == 65536 and toys["Spilling"].shared == 0
+    assert limits.resident_warps(kernel) == {80: 16, 90: 24, 120: 8}[kernel.architecture]
 
 
 @needs_tools
@@ -316,12 +332,12 @@ def test_the_table_has_kernels_beside_floors(monkeypatch: pytest.MonkeyPatch) ->
     result = compiled.Compiled(compiled.Case(90), [finding])
     text = report.render([], [], [result])
     assert "kernels as compiled for sm_90, beside H100 SXM" in text
-    assert re.search(r"^k +54 +1,056 +32 +0\.38 +0\.5 +8% +100% +spills 16 bytes$", text, re.MULTILINE)
+    assert re.search(r"^k +54 +1,056 +32 +0\.38 +0\.5 +8% +3\.0 +100% +spills 16 bytes$", text, re.MULTILINE)
     assert re.search(
         r"^4096x4096 +2\.59 m +2\.66 m +5\.37 c +85\.9 c +344 c +12\.6 m +10\.0 m$", text, re.MULTILINE
     )
     (kernel,) = json.loads(report.compiled_json_line(result, {}))["kernels"]
-    assert kernel["per_weight"] == 6 / 16 and kernel["faults"] == ["spills 16 bytes"]
+    assert kernel["per_weight"] == [6 / 16, 6 / 16] and kernel["faults"] == ["spills 16 bytes"]
 
 
 def test_without_the_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
