@@ -118,7 +118,9 @@ struct Raw<16> {
 
 template <class T>
 DEVICE T load(const T* p) {
-  return bit_cast<T>(*reinterpret_cast<const typename detail::Raw<sizeof(T)>::Type*>(p));
+  // Copied first: a reference to memory would have bit_cast() forget its alignment, and load single bytes.
+  const auto raw = *reinterpret_cast<const typename detail::Raw<sizeof(T)>::Type*>(p);
+  return bit_cast<T>(raw);
 }
 // From global memory that nobody writes while the kernel runs.
 template <class T>
@@ -161,7 +163,7 @@ DEVICE T* shared_memory() {
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 DEVICE uint32_t load_shared(uint32_t address) {
   uint32_t r;
-  asm("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address));
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(r) : "r"(address) : "memory");
   return r;
 }
 
