@@ -3,32 +3,64 @@
 #include <algorithm>
 #include <cfloat>
 #include <cstring>
+#include <limits>
 
 #include "../common/nf4.h"
 
 namespace peft_kernels::cpu {
 namespace {
 
-struct Midpoints {
-  float values[nf4::kDynamicCodes - 1];
+// A value's code is the number of midpoints m with x > m, strictly: the nearest map entry, the lower one on a
+// tie. It is looked up by the sign, the exponent and six bits of the fraction, which leave at most one
+// midpoint to compare with: a search would be eight jumps that no processor foresees.
+constexpr int kFractionBits = 6, kFirstExponent = -22, kExponents = 1 - kFirstExponent;
+constexpr int kBuckets = (kExponents - 1) * (1 << kFractionBits) + 1;  // up to 1, which closes the last one
+constexpr uint32_t kFirstBits = static_cast<uint32_t>(127 + kFirstExponent) << 23, kLastBits = 127u << 23;
+
+struct DynamicCodes {
+  float midpoints[nf4::kDynamicCodes];  // the last one is out of reach
+  uint8_t first[2][kBuckets];           // code of the least value of a bucket, positive and negative ones
+  bool one_midpoint_a_bucket;
 };
 
-constexpr Midpoints make_midpoints() {
-  Midpoints out{};
+constexpr DynamicCodes make_dynamic_codes() {
+  DynamicCodes out{};
   for (int i = 0; i + 1 < nf4::kDynamicCodes; ++i) {
-    out.values[i] = (nf4::kDynamicMap[i] + nf4::kDynamicMap[i + 1]) * 0.5f;
+    out.midpoints[i] = (nf4::kDynamicMap[i] + nf4::kDynamicMap[i + 1]) * 0.5f;
+  }
+  out.midpoints[nf4::kDynamicCodes - 1] = std::numeric_limits<float>::infinity();
+  out.one_midpoint_a_bucket = true;
+  float power = 1.0f;
+  for (int i = 0; i > kFirstExponent; --i) power *= 0.5f;
+  for (int b = 0; b < kBuckets; ++b) {
+    const int step = b % (1 << kFractionBits);
+    if (b > 0 && step == 0) power *= 2.0f;
+    const float low = power * (1.0f + step / 64.0f), high = low + power / 64.0f;
+    // Nothing but 0 lies below the first bucket, nothing in the last one above 1.
+    const float least = b == 0 ? 0.0f : low;
+    int below_positive = 0, in_positive = 0, below_negative = 0, in_negative = 0;
+    for (int i = 0; i + 1 < nf4::kDynamicCodes; ++i) {
+      const float m = out.midpoints[i];
+      below_positive += m < least;
+      in_positive += m >= least && m < high;
+      below_negative += m <= -high;
+      in_negative += m > -high && m < -least;
+    }
+    out.first[0][b] = static_cast<uint8_t>(below_positive);
+    out.first[1][b] = static_cast<uint8_t>(below_negative);
+    out.one_midpoint_a_bucket &= in_positive <= 1 && in_negative <= 1;
   }
   return out;
 }
-constexpr Midpoints kMidpoints = make_midpoints();
+constexpr DynamicCodes kDynamic = make_dynamic_codes();
+static_assert(kDynamic.one_midpoint_a_bucket, "");
 
-// How many midpoints m satisfy x > m, strictly: the nearest map entry, the lower one on a tie.
 uint8_t dynamic_code(float x) {
-  int code = 0;
-  for (int step = nf4::kDynamicCodes / 2; step > 0; step /= 2) {
-    if (x > kMidpoints.values[code + step - 1]) code += step;
-  }
-  return static_cast<uint8_t>(code);
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  const uint32_t magnitude = std::clamp(bits & 0x7fffffff, kFirstBits, kLastBits);
+  const int code = kDynamic.first[bits >> 31][(magnitude - kFirstBits) >> (23 - kFractionBits)];
+  return x == x ? static_cast<uint8_t>(code + (x > kDynamic.midpoints[code])) : 0;
 }
 
 uint32_t abs_bits(float x) {
