@@ -12,6 +12,7 @@ from torch import Tensor
 
 import peft_kernels as pk
 from peft_kernels import dispatch
+from peft_kernels.backends import BACKENDS
 
 from . import cases, gate, layers
 from .cases import DEQUANTIZE, DX, FORWARD, QLORA, Entry, Shape
@@ -122,7 +123,7 @@ class Suite:
             verify = expected.strict if name == OURS else expected.sane
             return Entry(
                 name, make, lambda got: verify({"y": got["y"][rows]}), needs,
-                lambda layer: layers.forward_call(layer, x),
+                lambda layer: layers.forward_call(layer, x), lambda layer: _way(name, weights, m)[0],
             )  # fmt: skip
 
         def unfused(weight: pk.NF4Weight) -> Callable[[Tensor], Tensor]:
@@ -148,7 +149,7 @@ class Suite:
             verify = expected.strict if name == OURS else expected.sane
             return Entry(
                 name, make, lambda got: verify({"y": got["y"][rows]}), needs,
-                lambda layer: layers.forward_call(layer, dy),
+                lambda layer: layers.forward_call(layer, dy), lambda layer: _way(name, weights, m)[1],
             )  # fmt: skip
 
         def ours(weight: pk.NF4Weight) -> Callable[[Tensor], Tensor]:
@@ -211,6 +212,16 @@ class Suite:
             Entry(OURS, ours, lambda got: expected.strict({"weight": got})),
             Entry("bnb", theirs, lambda got: expected.sane({"weight": got}), BNB),
         ]
+
+
+def _way(name: str, weights: Weights, m: int) -> tuple[str, str]:
+    """Which kernels ours takes, forward and backward, where the back end tells."""
+    plan = getattr(BACKENDS[dispatch.forced() or "reference"], "plan", None)
+    if name != OURS or plan is None:
+        return "", ""
+    shape = (weights.out_features, weights.in_features)
+    forward, backward = plan(m, *shape, weights.nf4.blocksize, weights.dtype)
+    return f"by {forward}", f"by {backward}"
 
 
 def _times(weight: Tensor, dy: Tensor) -> Tensor:

@@ -13,16 +13,19 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import hypothesis
 import pytest
 import torch
+from copied import backend_ids as copied_ids
 
 import peft_kernels as pk
 from peft_kernels import testing
 from peft_kernels.backends import BACKENDS, simt
 
+BACKEND_IDS = [*testing.backend_ids(), *copied_ids()]
+
 _ran: Counter[str] = Counter()
 _skipped: Counter[str] = Counter()
 
 
-@pytest.fixture(params=testing.backend_ids())
+@pytest.fixture(params=BACKEND_IDS)
 def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once on every back end, forced; skips, with the reason, those that this machine lacks."""
     request.node.user_properties.append(("backend", request.param))
@@ -79,7 +82,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     terminalreporter.section("back ends")
-    for name in testing.backend_ids():
+    for name in BACKEND_IDS:
         reason = testing.unavailable(name)
         note = f" ({reason})" if reason else ""
         terminalreporter.line(f"{name:<12} {_ran[name]} tests passed, {_skipped[name]} skipped{note}")
@@ -88,6 +91,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A back end that is usable here and whose every case was skipped has not been tested: that is a
     failure."""
-    for name in testing.backend_ids():
+    for name in BACKEND_IDS:
         if testing.unavailable(name) is None and _skipped[name] and not _ran[name]:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -171,6 +171,14 @@ def test_every_kind_of_case_is_checked_and_timed() -> None:
 
 
 @pytest.mark.usefixtures("on_cpu")
+def test_the_kernels_taken_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    ways = ("a forward kernel", "a backward kernel")
+    monkeypatch.setattr(gpu.BACKENDS["cpu"], "plan", lambda m, n, k, blocksize, dtype: ways, raising=False)
+    for case, way in zip(tiny("forward-72x64-m5-bf16", "dx-72x64-m5-bf16"), ways, strict=True):
+        assert harness.measure(case, 0.0, 1).remarks == {OURS: f"by {way}"}
+
+
+@pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("op", ["nf4_linear", "dequantize_nf4"])
 def test_wrong_results_are_found(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def call(name: str, *args: Any) -> Any:

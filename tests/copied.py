@@ -1,0 +1,76 @@
+"""A back end that copies arguments to another device, has the back end there serve the op, and copies the
+results back: so the tests, whose tensors are on the CPU, run the kernels of a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from peft_kernels import spec
+from peft_kernels.backends import BACKENDS, Backend
+
+
+class CopiedBackend:
+    def __init__(self, target: Backend, device: str) -> None:
+        self.name = f"{target.name}_copied"
+        self.namespace = f"{target.namespace}_copied"
+        self.target, self.device = target, device
+        self._library: torch.library.Library | None = None
+
+    def load(self) -> None:
+        if self._library is None:
+            self._library = spec.install(self.namespace, self._kernel)
+
+    def probe(self) -> str | None:
+        return self.target.probe()
+
+    def describe(self) -> str:
+        return f"{self.target.name}, for tensors on the CPU: for tests"
+
+    def supports(self, op: str, args: Sequence[Any]) -> str | None:
+        for tensor in tree_tensors(args):
+            if not tensor.is_cpu:
+                return f"{op}: a tensor is on {tensor.device}, this back end takes CPU tensors"
+        return self.target.supports(op, self._there(args))
+
+    def _kernel(self, op: spec.Op) -> Callable[..., Any] | None:
+        if op.composite is not None:
+            return None  # made of ops of this namespace
+
+        def call(*args: Any) -> Any:
+            result = getattr(getattr(torch.ops, self.target.namespace), op.name)(*self._there(args))
+            return tree_map_only(Tensor, lambda tensor: copied(tensor, "cpu"), result)
+
+        return call
+
+    def _there(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        return tuple(tree_map_only(Tensor, lambda tensor: copied(tensor, self.device), tuple(args)))
+
+
+def tree_tensors(args: Sequence[Any]) -> list[Tensor]:
+    found: list[Tensor] = []
+    tree_map_only(Tensor, found.append, tuple(args))
+    return found
+
+
+def copied(tensor: Tensor, device: str) -> Tensor:
+    """With its whole storage: steps, offsets and overlaps are what some tests are about."""
+    whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(tensor.untyped_storage())
+    there = whole.to(device, copy=True).untyped_storage()
+    empty = torch.empty(0, dtype=tensor.dtype, device=device)
+    return empty.set_(there, tensor.storage_offset(), tensor.size(), tensor.stride())
+
+
+def backend_ids() -> list[str]:
+    """`cuda_copied` on a machine where back end `cuda` can be used; it is then among the back ends."""
+    if BACKENDS["cuda"].probe() is not None:
+        return []
+    backend = CopiedBackend(BACKENDS["cuda"], "cuda")
+    if backend.name not in BACKENDS:
+        backend.load()
+        BACKENDS[backend.name] = backend
+    return [backend.name]

@@ -1,0 +1,63 @@
+"""The detour by which tests reach a GPU, here to the CPU's own kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from copied import CopiedBackend, copied
+
+import peft_kernels as pk
+from peft_kernels import testing
+from peft_kernels.backends import BACKENDS
+
+DETOUR = CopiedBackend(BACKENDS["reference"], "cpu")
+
+
+@pytest.fixture
+def detour(monkeypatch: pytest.MonkeyPatch) -> str:
+    """To a back end that runs here."""
+    DETOUR.load()
+    monkeypatch.setitem(BACKENDS, DETOUR.name, DETOUR)
+    return DETOUR.name
+
+
+def test_views_stay_views() -> None:
+    base = testing.tensor(6, 8, dtype=torch.bfloat16)
+    views = (base, base.t(), base[1:, 3::2], base[:1].expand(4, 8), base.view(-1)[5:], base[:0], base[2, 3])
+    for view in views:
+        copy = copied(view, "cpu")
+        assert torch.equal(copy, view) and copy.dtype == view.dtype
+        assert (copy.stride(), copy.storage_offset()) == (view.stride(), view.storage_offset())
+        assert copy.untyped_storage().data_ptr() != view.untyped_storage().data_ptr() or not view.numel()
+
+
+def test_ops_and_gradients_are_those_of_the_target(detour: str) -> None:
+    weight = testing.nf4_weight(24, 128)
+    bases = testing.tensor(5, 128, seed=2), testing.tensor(4, 128, seed=3), testing.tensor(24, 4, seed=4)
+
+    def results() -> list[torch.Tensor]:
+        inputs = [base.clone().requires_grad_() for base in bases]
+        y = pk.lora_linear(inputs[0], weight, *inputs[1:], 0.5)
+        return [y, *torch.autograd.grad(y.square().sum(), inputs)]
+
+    with pk.use_backend("reference"):
+        expected = results()
+    with pk.use_backend(detour):
+        got = results()
+    assert len(got) == 4 and all(map(torch.equal, got, expected))
+
+
+def test_composite_ops_take_the_detour_in_their_parts(detour: str) -> None:
+    gate, up, down = (testing.nf4_weight(*shape) for shape in ((96, 64), (96, 64), (64, 96)))
+    x = testing.tensor(3, 64)
+    layers = [pk.functional.AdaptedLinear(weight) for weight in (gate, up, down)]
+    with pk.use_backend("reference"):
+        expected = pk.functional.gated_mlp(x, *layers)
+    with pk.use_backend(detour):
+        assert torch.equal(pk.functional.gated_mlp(x, *layers), expected)
+
+
+def test_a_target_that_refuses_is_heard(detour: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BACKENDS["reference"], "supports", lambda op, args: f"{op}: not today", raising=False)
+    with pk.use_backend(detour), pytest.raises(RuntimeError, match="quantize_nf4: not today"):
+        pk.NF4Weight.quantize(testing.tensor(8, 64))
