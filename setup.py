@@ -45,7 +45,9 @@ EMULATED_SOURCES = ["csrc/cpu/amx_emulated.cpp"]
 
 # Host code; the kernels' .cu files include nothing of torch, whose headers take nvcc minutes.
 CUDA_OPS = [
-    "csrc/cuda/adapter_products.cpp",
+    "csrc/cuda/adapters.cpp",
+    "csrc/cuda/adapters_fused.cpp",
+    "csrc/cuda/adapters_general.cpp",
     "csrc/cuda/base_product.cpp",
     "csrc/cuda/bind.cpp",
     "csrc/cuda/lora_ops.cpp",
@@ -54,6 +56,7 @@ CUDA_OPS = [
 ]
 CUDA_KERNELS = [
     "csrc/cuda/dequantize.cu",
+    "csrc/cuda/dropout.cu",
     "csrc/cuda/lora_from_ranks.cu",
     "csrc/cuda/lora_over_rows.cu",
     "csrc/cuda/lora_slab.cu",

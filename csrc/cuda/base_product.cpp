@@ -41,8 +41,8 @@ void forward_by_pieces(const Tensor& x, const BaseWeight& base, const OptionalTe
   }
 }
 
-// dx (+)= dy W, W dequantised by columns: a sum over all of them is rounded once.
-void backward_by_pieces(const Tensor& dy, const BaseWeight& base, Tensor& dx, bool add) {
+// dx = dy W, W dequantised by columns: sums over rows would be rounded piece by piece.
+void backward_by_pieces(const Tensor& dy, const BaseWeight& base, Tensor& dx) {
   const int64_t n = base.out_features(), k = base.in_features();
   const int64_t cols = piece_of(k, n, dy.element_size());
   const Tensor buffer = at::empty({n, std::min(cols, k)}, dy.options());
@@ -52,11 +52,7 @@ void backward_by_pieces(const Tensor& dy, const BaseWeight& base, Tensor& dx, bo
                          dtype_of(dy, "dy"), buffer.size(1), current_stream()));
     const Tensor piece = buffer.slice(1, 0, end - begin);
     Tensor out = dx.slice(1, begin, end);
-    if (add) {
-      out.addmm_(dy, piece);
-    } else {
-      at::mm_out(out, dy, piece);
-    }
+    at::mm_out(out, dy, piece);
   }
 }
 
@@ -75,16 +71,11 @@ Tensor forward_product(const Tensor& x, const BaseWeight& base, const OptionalTe
   return y;
 }
 
-Tensor backward_product(const Tensor& dy, const BaseWeight& base, const Tensor& dx) {
-  Tensor out = dx.defined() ? dx : at::empty({dy.size(0), base.in_features()}, dy.options());
-  if (!base.is_dense()) {
-    backward_by_pieces(dy, base, out, dx.defined());
-  } else if (dx.defined()) {
-    out.addmm_(dy, base.dense());
-  } else {
-    at::mm_out(out, dy, base.dense());
-  }
-  return out;
+Tensor backward_product(const Tensor& dy, const BaseWeight& base) {
+  if (base.is_dense()) return at::mm(dy, base.dense()).contiguous();
+  Tensor dx = at::empty({dy.size(0), base.in_features()}, dy.options());
+  backward_by_pieces(dy, base, dx);
+  return dx;
 }
 
 }  // namespace peft_kernels::cuda

@@ -41,7 +41,7 @@ const char* backward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::S
 // x W^T + bias; x [m, in_features], contiguous.
 Tensor forward_product(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias);
 
-// dy W, added to `dx` when there is one; dy [m, out_features], contiguous.
-Tensor backward_product(const Tensor& dy, const BaseWeight& base, const Tensor& dx = {});
+// dy W; dy [m, out_features], contiguous.
+Tensor backward_product(const Tensor& dy, const BaseWeight& base);
 
 }  // namespace peft_kernels::cuda

@@ -61,12 +61,12 @@ struct Part {
 Status dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dtype, int64_t out_stride,
                       Stream stream);
 
-// ---- elementwise.cu ------------------------------------------------------------------------------------
+// ---- dropout.cu ----------------------------------------------------------------------------------------
 
-// out[i] = x[i] * mask.scale where the mask keeps element first + i, else 0; rounded to out_dtype once.
-// `first` is any number: a part of larger activations.
+// out[i] = x[i] * mask.scale where the mask keeps element first + i, else x[i] * 0. `first` is any number: a
+// part of larger activations.
 Status dropout(const void* x, DType dtype, int64_t numel, int64_t first, const DropoutMask& mask, void* out,
-               DType out_dtype, Stream stream);
+               Stream stream);
 
 // ---- linear.cu: products with an NF4 weight --------------------------------------------------------------
 

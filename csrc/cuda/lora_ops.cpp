@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "adapter_products.h"
+#include "adapters.h"
 #include "base_product.h"
 
 namespace peft_kernels::cuda {
@@ -22,41 +22,24 @@ struct Gradients {
 // Of one layer: x W^T + bias + the deltas of its adapters.
 Tensor layer_forward(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias, size_t layer,
                      const Adapters& adapters, const Tensor& h) {
-  for (const Adapter& adapter : adapters) {
-    if (adapter.layer == layer) adapter.check_out_features(base.out_features());
-  }
-  Tensor y = forward_product(x, base, bias);
-  add_deltas(h, adapters, layer, y);
-  return y;
-}
-
-Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
-                      const Adapters& adapters, const Tensor& dh) {
-  Tensor dx;
-  for (size_t j = 0; j < bases.size(); ++j) dx = backward_product(dy[j], bases[j], dx);
-  if (!dx.defined()) dx = at::zeros(x.sizes(), x.options());
-  add_input_gradients(dh, adapters, dx);
-  return dx;
+  adapters.check_out_features(layer, base.out_features());
+  return adapters.with_deltas(forward_product(x, base, bias), layer, h);
 }
 
 Gradients backward(const std::vector<Tensor>& dy, const Tensor& x, const Tensor& h,
                    const std::vector<BaseWeight>& bases, const Adapters& adapters, bool need_dx,
                    const std::vector<bool>& need_da, const std::vector<bool>& need_db) {
-  for (const Adapter& adapter : adapters) adapter.check_out_features(dy[adapter.layer].size(1));
-  Gradients out;
-  out.dx = at::empty({0}, x.options());
-  bool any_da = false;
-  for (const bool need : need_da) any_da |= need;
-  Tensor dh;
-  if (need_dx || any_da) dh = up_gradients(dy, adapters, h);
-  if (need_dx) out.dx = input_gradient(dy, x, bases, adapters, dh);
-  for (size_t i = 0; i < adapters.size(); ++i) {
-    const Adapter& adapter = adapters[i];
-    out.da.push_back(need_da[i] ? gradient_of_a(dh, x, adapter) : at::empty({0}, adapter.a.options()));
-    out.db.push_back(need_db[i] ? gradient_of_b(dy[adapter.layer], h, adapter)
-                                : at::empty({0}, adapter.b.options()));
+  for (size_t j = 0; j < dy.size(); ++j) adapters.check_out_features(j, dy[j].size(1));
+  bool need_dh = need_dx;
+  for (const bool need : need_da) need_dh |= need;
+  const Tensor dh = need_dh ? adapters.dh(dy) : Tensor();
+  Tensor dx = at::empty({0}, x.options());
+  if (need_dx) {
+    std::vector<Tensor> terms;
+    for (size_t j = 0; j < bases.size(); ++j) terms.push_back(backward_product(dy[j], bases[j]));
+    dx = adapters.dx(terms, x, dh);
   }
-  return out;
+  return {dx, adapters.da(dh, x, need_da), adapters.db(dy, h, need_db)};
 }
 
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
@@ -65,14 +48,14 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
                                        const Tensor& lora_b, double scaling, double dropout_p,
                                        const OptionalTensor& seed) {
   const OnDeviceOf device(x, "x");
-  const Adapters adapters =
-      with_rows({one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed)}, seed, std::nullopt);
-  const Adapter& adapter = adapters[0];
+  const auto adapters =
+      adapters_for(x, {one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed)}, seed, std::nullopt);
+  const Adapter& adapter = adapters->list()[0];
   const Tensor rows = as_rows(x, adapter.a.size(1), "x");
   const BaseWeight base(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
                         x.scalar_type());
-  const Tensor h = down_products(rows, adapters);
-  const Tensor y = layer_forward(rows, base, bias, 0, adapters, h);
+  const Tensor h = adapters->h(rows);
+  const Tensor y = layer_forward(rows, base, bias, 0, *adapters, h);
   return {reshaped(y, sizes_with_last(x, base.out_features())),
           reshaped(h, sizes_with_last(x, adapter.rank()))};
 }
@@ -83,15 +66,15 @@ std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& lora_b, double scaling, double dropout_p, const OptionalTensor& seed, bool need_dx,
     bool need_da, bool need_db) {
   const OnDeviceOf device(dy, "dy");
-  const Adapters adapters =
-      with_rows({one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed)}, seed, std::nullopt);
-  const Adapter& adapter = adapters[0];
+  const auto adapters =
+      adapters_for(x, {one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed)}, seed, std::nullopt);
+  const Adapter& adapter = adapters->list()[0];
   check_shape(dy, sizes_with_last(x, adapter.b.size(0)), "dy");
   std::vector<BaseWeight> bases;
   bases.emplace_back(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
                      x.scalar_type());
   const Gradients g = backward({gradient_rows(dy, x)}, as_rows(x, adapter.a.size(1), "x"),
-                               h_rows(h, x, adapter.rank()), bases, adapters, need_dx, {need_da}, {need_db});
+                               h_rows(h, x, adapter.rank()), bases, *adapters, need_dx, {need_da}, {need_db});
   return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da[0], g.db[0]};
 }
 
@@ -102,7 +85,8 @@ std::tuple<std::vector<Tensor>, Tensor> multi_lora_linear(
     at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
     at::IntArrayRef group, const OptionalTensor& row_group) {
   const OnDeviceOf device(x, "x");
-  const Adapters adapters = with_rows(
+  const auto adapters = adapters_for(
+      x,
       all_adapter_args(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size()),
       seed, row_group);
   const std::vector<BaseWeight> bases =
@@ -110,10 +94,10 @@ std::tuple<std::vector<Tensor>, Tensor> multi_lora_linear(
   TORCH_CHECK(bias.size() == bases.size(), "bias: expected ", bases.size(), " like weight, got ",
               bias.size());
   const Tensor rows = as_rows(x, x.size(-1), "x");
-  const Tensor h = down_products(rows, adapters);
+  const Tensor h = adapters->h(rows);
   std::vector<Tensor> y;
   for (size_t j = 0; j < bases.size(); ++j) {
-    const Tensor out = layer_forward(rows, bases[j], optional_bias(bias[j]), j, adapters, h);
+    const Tensor out = layer_forward(rows, bases[j], optional_bias(bias[j]), j, *adapters, h);
     y.push_back(reshaped(out, sizes_with_last(x, bases[j].out_features())));
   }
   return {y, reshaped(h, sizes_with_last(x, h.size(1)))};
@@ -131,7 +115,8 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
   TORCH_CHECK(need_da.size() == lora_a.size() && need_db.size() == lora_a.size(),
               "need_da, need_db: expected ", lora_a.size(), " of each like lora_a, got ", need_da.size(),
               ", ", need_db.size());
-  const Adapters adapters = with_rows(
+  const auto adapters = adapters_for(
+      x,
       all_adapter_args(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size()),
       seed, row_group);
   std::vector<int64_t> out_features;
@@ -143,7 +128,7 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
   const std::vector<BaseWeight> bases =
       all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features);
   const Gradients g =
-      backward(dy_rows, as_rows(x, x.size(-1), "x"), h_rows(h, x, ranks_of(adapters)), bases, adapters,
+      backward(dy_rows, as_rows(x, x.size(-1), "x"), h_rows(h, x, adapters->ranks()), bases, *adapters,
                need_dx, {need_da.begin(), need_da.end()}, {need_db.begin(), need_db.end()});
   return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da, g.db};
 }

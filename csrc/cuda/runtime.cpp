@@ -24,10 +24,10 @@ namespace {
 
 // One user after another: the emulator runs a kernel to its end before launch() returns, in the calling
 // thread.
-struct WorkspaceKey {
-  bool operator<(const WorkspaceKey&) const { return false; }
+struct CountersKey {
+  bool operator<(const CountersKey&) const { return false; }
 };
-WorkspaceKey workspace_key() { return {}; }
+CountersKey counters_key() { return {}; }
 
 Card& card() {
   static Card card{80, 4, 163 << 10};
@@ -56,9 +56,9 @@ namespace cuda {
 namespace {
 
 // Device, stream, and the capture of a CUDA graph that the stream takes part in, or 0.
-using WorkspaceKey = std::tuple<int, cudaStream_t, unsigned long long>;
+using CountersKey = std::tuple<int, cudaStream_t, unsigned long long>;
 
-WorkspaceKey workspace_key() {
+CountersKey counters_key() {
   cudaStreamCaptureStatus status{};
   unsigned long long capture = 0;
   C10_CUDA_CHECK(cudaStreamGetCaptureInfo(current_stream(), &status, &capture));
@@ -100,29 +100,29 @@ const Card& current_card() {
 namespace {
 
 #ifdef PEFT_KERNELS_SIMT
-constexpr auto kWorkspaceDevice = at::kCPU;
+constexpr auto kCountersDevice = at::kCPU;
 #else
-constexpr auto kWorkspaceDevice = at::kCUDA;
+constexpr auto kCountersDevice = at::kCUDA;
 #endif
 
-struct Workspaces {
+struct AllCounters {
   std::mutex mutex;
-  std::map<WorkspaceKey, Tensor> tensors;
+  std::map<CountersKey, Tensor> tensors;
 };
 
 }  // namespace
 
-void* workspace(int64_t bytes) {
-  if (bytes == 0) return nullptr;
+uint32_t* zeroed_counters(int64_t count) {
+  if (count == 0) return nullptr;
   // Never destroyed: CUDA may be gone before static objects are.
-  static Workspaces& workspaces = *new Workspaces;
-  const std::lock_guard<std::mutex> lock(workspaces.mutex);
-  Tensor& tensor = workspaces.tensors[workspace_key()];
-  if (!tensor.defined() || tensor.numel() < bytes) {
-    // The zeroing is captured with the rest, so that every replay of a graph starts from zeros.
-    tensor = at::zeros({bytes}, at::TensorOptions(kWorkspaceDevice).dtype(at::kByte));
+  static AllCounters& all = *new AllCounters;
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  Tensor& counters = all.tensors[counters_key()];
+  if (!counters.defined() || counters.numel() < count) {
+    // Zeroing them is captured with the rest, so that every replay of a graph starts from zeros.
+    counters = at::zeros({count}, at::TensorOptions(kCountersDevice).dtype(at::kInt));
   }
-  return tensor.mutable_data_ptr();
+  return reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int32_t>());
 }
 
 }  // namespace cuda

@@ -1,4 +1,4 @@
-// What the ops need beside kernels: a device, its stream, its card, zeroed workspace. The ops are compiled
+// What the ops need beside kernels: a device, its stream, its card, zeroed counters. The ops are compiled
 // twice, for CUDA and for the emulator of tests/simt, which works on CPU tensors; here and in runtime.cpp is
 // all in which the two differ.
 #pragma once
@@ -38,10 +38,10 @@ class OnDeviceOf {
 Stream current_stream();
 const Card& current_card();
 
-// At least so many bytes on the current device, for kernels on the current stream alone; zeros at first, and
-// every kernel leaves them zero again. In a CUDA graph the capture's own, so that replays of it need nothing
-// from outside.
-void* workspace(int64_t bytes);
+// So many counters or more on the current device, for kernels on the current stream alone: zeros at first,
+// and every kernel leaves them zero again. In a CUDA graph the capture's own, so that replays of it need
+// nothing from outside.
+uint32_t* zeroed_counters(int64_t count);
 
 inline void check(Status status) {
   TORCH_CHECK(status == 0, "a kernel did not start: ", status_text(status));
