@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch, spec
-from .backends import BACKENDS, cpu, simt
+from .backends import BACKENDS, cpu, simt, triton
 from .nf4 import NF4Weight
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
@@ -26,8 +26,10 @@ EMULATED = {"amx": "amx_emulated"}
 
 def backend_ids() -> list[str]:
     """Every back end for CPU tensors by the name that tests use: reference, cpu-scalar, cpu-avx2, ..., and
-    simt where it is built."""
+    simt where it is built. triton alone in a process whose Triton interprets its kernels."""
     register_simt()
+    if triton.BACKEND.interpreted:
+        return [triton.BACKEND.name]
     emulated = ["simt"] if BACKENDS["simt"].probe() is None else []
     return ["reference", *(f"cpu-{_level(level)}" for level in ISA_LEVELS), *emulated]
 

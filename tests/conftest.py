@@ -17,7 +17,12 @@ from copied import backend_ids as copied_ids
 
 import peft_kernels as pk
 from peft_kernels import testing
-from peft_kernels.backends import BACKENDS, simt
+from peft_kernels.backends import BACKENDS, simt, triton
+
+if triton.BACKEND.interpreted and testing.unavailable("triton") is None:
+    import triton_interpreter
+
+    triton_interpreter.repair()
 
 BACKEND_IDS = [*testing.backend_ids(), *copied_ids()]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from . import cpu, cuda, reference
+from . import cpu, cuda, reference, triton
 from .base import Backend
 
 BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (cuda.BACKEND, cpu.BACKEND, reference.BACKEND)
+    backend.name: backend for backend in (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, reference.BACKEND)
 }
 
 __all__ = ["BACKENDS", "Backend"]

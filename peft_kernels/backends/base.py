@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What kernels of compiled and Triton back ends take: the reference alone knows others."""
 
 
 class Backend(Protocol):
@@ -39,3 +42,16 @@ def tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
             yield arg
         elif isinstance(arg, (list, tuple)):
             yield from tensors(arg)
+
+
+def unserved_tensors(op: str, args: Sequence[Any], device_types: Collection[str]) -> str | None:
+    """Why kernels for DTYPES, on devices of those types, cannot serve these arguments, or None."""
+    for tensor in tensors(args):
+        if tensor.device.type not in device_types:
+            kinds = " or ".join(kind.upper() for kind in device_types)
+            return f"{op}: a tensor is on {tensor.device}, this back end takes {kinds} tensors"
+        if tensor.dtype not in DTYPES and tensor.is_floating_point():
+            return f"{op}: no kernel for {tensor.dtype}"
+    if op == "dequantize_nf4" and args[6] not in DTYPES:
+        return f"{op}: no kernel for {args[6]}"
+    return None

@@ -13,9 +13,7 @@ from typing import Any
 import torch
 
 from .. import spec
-from .base import tensors
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .base import unserved_tensors
 
 _HASH = re.compile(rb"PEFT_KERNELS_SPEC_HASH=([0-9a-f]{64})")
 
@@ -57,15 +55,7 @@ class CompiledBackend:
         return self._extension
 
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
-        for tensor in tensors(args):
-            if tensor.device.type != self.device_type:
-                kind = self.device_type.upper()
-                return f"{op}: a tensor is on {tensor.device}, this back end takes {kind} tensors"
-            if tensor.dtype not in DTYPES and tensor.is_floating_point():
-                return f"{op}: no kernel for {tensor.dtype}"
-        if op == "dequantize_nf4" and args[6] not in DTYPES:
-            return f"{op}: no kernel for {args[6]}"
-        return None
+        return unserved_tensors(op, args, (self.device_type,))
 
     def _refusal_to_load(self) -> str | None:
         """Why the compiled library must not be loaded, found without loading it.

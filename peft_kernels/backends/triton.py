@@ -1,0 +1,93 @@
+"""Back end `triton`: kernels that Triton compiles when they are first used, for CUDA tensors.
+
+Serves where back end `cuda` was not built: no nvcc, or a card of another vendor. With TRITON_INTERPRET=1 in
+the environment Triton interprets the kernels in numpy; CPU tensors are served too then, when this back end is
+forced. Triton itself is imported by the first call or question, not before.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from .. import spec
+from .base import tensors, unserved_tensors
+
+MINIMUM = (8, 0)
+"""Compute capability that Triton's code for NVIDIA cards needs."""
+
+
+class TritonBackend:
+    name = "triton"
+    namespace = "peft_kernels_triton"
+    device_type = "cuda"
+
+    def __init__(self) -> None:
+        self._library: torch.library.Library | None = None
+        self._refusal: str | None = "not asked yet"
+        self._asked = False
+
+    def load(self) -> None:
+        if self._library is None:
+            self._library = spec.install(self.namespace, self._implement)
+
+    def probe(self) -> str | None:
+        if not self._asked:
+            self._refusal = self._find_refusal()
+            self._asked = True
+        return self._refusal
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton runs kernels in numpy, on the CPU."""
+        return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+    def describe(self) -> str:
+        version = importlib.import_module("triton").__version__
+        if self.interpreted:
+            return f"Triton {version}, interpreted on the CPU (TRITON_INTERPRET is set): for tests"
+        cards = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
+        return f"Triton {version}, compiled on first use; {'; '.join(cards)}"
+
+    def supports(self, op: str, args: Sequence[Any]) -> str | None:
+        return unserved_tensors(op, args, ("cuda", "cpu") if self.interpreted else ("cuda",))
+
+    def _implement(self, op: spec.Op) -> Callable[..., Any] | None:
+        if op.composite is not None:
+            return None
+
+        def call(*args: Any) -> Any:
+            # Triton launches on the current device.
+            with torch.cuda.device_of(next(tensors(args))):
+                return getattr(_kernels(), op.name)(*args)
+
+        return call
+
+    def _find_refusal(self) -> str | None:
+        if importlib.util.find_spec("triton") is None:
+            return "Triton is not installed (pip install triton)"
+        if not self.interpreted:
+            if not torch.cuda.is_available():
+                return "torch finds no CUDA device here"
+            if torch.version.hip is None and torch.cuda.get_device_capability() < MINIMUM:
+                return f"Triton needs compute capability {MINIMUM[0]}.{MINIMUM[1]} or later"
+        try:
+            _kernels().check_usable()
+        except Exception as error:  # a missing C compiler, an unknown card, a broken installation
+            return f"Triton does not work here: {error}"
+        return None
+
+
+@functools.cache
+def _kernels() -> ModuleType:
+    return importlib.import_module("..triton_kernels", __package__)
+
+
+BACKEND = TritonBackend()

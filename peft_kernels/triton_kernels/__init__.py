@@ -1,0 +1,12 @@
+"""Triton kernels, one file per family: the functions here are the ops of `spec` by the same names.
+
+Importing this package imports Triton, so that only back end `triton` does it, when it is first asked.
+"""
+
+from .common import check_usable
+from .dequantize import dequantize_nf4
+
+__all__ = [
+    "check_usable",
+    "dequantize_nf4",
+]

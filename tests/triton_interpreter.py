@@ -1,0 +1,34 @@
+"""Mends bf16 in Triton's interpreter: it truncates where cards round, and tl.dot multiplies bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def repair() -> None:
+    """Round casts to bf16 to the nearest, ties to even, and give tl.dot the values of its operands."""
+    np.seterr(all="ignore")  # kernels compute NaN and Inf in silence
+    builder: Any = interpreter.InterpreterBuilder
+    multiply = builder.create_dot
+
+    def cast(self: Any, src: Any, dst_type: Any) -> Any:
+        data, target = src.data, dst_type.scalar
+        if src.dtype.scalar == tl.bfloat16:
+            data = (data.astype(np.uint32) << 16).view(np.float32)
+        if target == tl.bfloat16:
+            values = torch.from_numpy(np.ascontiguousarray(data, np.float32))
+            return interpreter.TensorHandle(values.bfloat16().view(torch.uint16).numpy(), target)
+        return interpreter.TensorHandle(data.astype(interpreter._get_np_dtype(dst_type)), target)
+
+    def dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        wide = [cast(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)]
+        return multiply(self, *wide, *rest)
+
+    builder.cast_impl = cast
+    builder.create_fp_to_fp = lambda self, src, dst_type, _rounding: cast(self, src, dst_type)
+    builder.create_dot = dot
