@@ -4,6 +4,8 @@
 #
 # OUT gets a log for each part, summary.txt, and the tables and JSON lines of bench/gpu.py.
 # Exits with 0 when every part that ran passed, 1 when one failed, 2 on a wrong call, 3 without a GPU.
+# Without nvcc there, build elsewhere (TORCH_CUDA_ARCH_LIST=9.0 python setup.py build_ext --inplace, the same
+# Python and torch) and bring peft_kernels/_C_cuda*.so along.
 # PYTHON    the interpreter (python3), which has torch
 # REHEARSE  1: go through all parts on the CPU with small shapes, to see that they work
 set -u
