@@ -1,0 +1,116 @@
+// NF4 codes to 16-bit pairs, as operands of matrix instructions, and the scales that belong to them.
+//
+// A byte holds two neighbours of a row, which is what a register of an operand holds, so one look-up in a
+// table of 256 pairs decodes both. The table is in shared memory, a copy for each lane: lane i's is in bank
+// i, and no two lanes ever meet in one.
+#pragma once
+
+#include "../common/nf4.h"
+#include "device.cuh"
+#include "kernels.h"
+#include "plan.h"
+
+namespace peft_kernels::cuda {
+
+// Codes are rounded to 16 bits as multiples of this number, which sums make up for: of all factors, those
+// with which the 16 rounded codes are nearest to the true ones, weighted by how often weights use them.
+template <class T>
+inline constexpr float kCodeFactor = 0;
+template <>
+inline constexpr float kCodeFactor<bf16> = 1.436715f;
+template <>
+inline constexpr float kCodeFactor<fp16> = 1.36619f;
+
+// What decoding takes from the host: codes times their factor, and how a block's scale comes about,
+// map[code[block]] * scale[block >> scale_shift] + offset. For plain absmax the map is all ones.
+struct DecodeParams {
+  const uint8_t* packed;
+  const uint8_t* scale_code;
+  const float* scale;
+  const float* scale_offset;  // or null: 0
+  int scale_shift;
+  int block_shift;  // log2 of the blocksize, which divides k
+  float code[nf4::kCodes];
+  float map[nf4::kDynamicCodes];
+};
+
+template <class T>
+DecodeParams decode_params(const Nf4View& weight) {
+  DecodeParams p{};
+  p.packed = weight.packed;
+  p.block_shift = weight.block_shift;
+  for (int i = 0; i < nf4::kCodes; ++i) p.code[i] = nf4::kCode[i] * kCodeFactor<T>;
+  if (weight.absmax) {
+    p.scale = weight.absmax;
+    p.scale_code = weight.packed;  // any bytes do
+    for (float& each : p.map) each = 1;
+  } else {
+    p.scale = weight.absmax2;
+    p.scale_code = weight.q8;
+    p.scale_offset = weight.offset;
+    p.scale_shift = nf4::kAbsmaxBlockShift;
+    for (int i = 0; i < nf4::kDynamicCodes; ++i) p.map[i] = nf4::kDynamicMap[i];
+  }
+  return p;
+}
+
+// A table with rows of 256 bytes at an address that is a multiple of 2^16: one instruction puts a byte of
+// codes in its place in the address.
+struct WideTable {
+  static constexpr bool kIsWide = true;
+  static constexpr uint32_t kAddress = kWideTableAddress;
+  static constexpr int kRowBytes = 256;
+
+  uint32_t lane;  // the address of the lane's copy
+
+  DEVICE static uint32_t address(uint32_t) { return kAddress; }
+  DEVICE uint32_t pair(uint32_t word, int byte) const {
+    return load_shared(byte_permute(word, lane, 0x7604u | static_cast<uint32_t>(byte) << 4));
+  }
+};
+// Half the size, anywhere, for two instructions: for cards with less than 128 KB of shared memory.
+struct NarrowTable {
+  static constexpr bool kIsWide = false;
+  static constexpr int kRowBytes = 128;
+
+  uint32_t lane;
+
+  DEVICE static uint32_t address(uint32_t start) { return start; }
+  DEVICE uint32_t pair(uint32_t word, int byte) const {
+    return load_shared(lane + (byte_permute(word, 0, 0x4440u | static_cast<uint32_t>(byte)) << 7));
+  }
+};
+
+// Fills the table, `start` being the shared memory of the block. For all threads; a barrier must follow.
+template <class T, class Table, int kThreads>
+DEVICE Table fill_table(const DecodeParams& p, uint8_t* start) {
+  constexpr int kRows = 256, kRowsOfWarp = kRows / (kThreads / kWarp);
+  static_assert(kRowsOfWarp <= kWarp && kRowsOfWarp % 4 == 0);
+  const int lane = lane_index(), first = warp_index() * kRowsOfWarp;
+  const uint32_t start_address = shared_address(start), address = Table::address(start_address);
+  // A lane knows one row, and writes 16 bytes of each fourth.
+  const int mine = first + lane % kRowsOfWarp;
+  const uint32_t pair = pack2<T>(p.code[mine >> 4], p.code[mine & 15]);
+  uint8_t* row = start + (address - start_address) + (first + lane / 8) * Table::kRowBytes + lane % 8 * 16;
+#pragma unroll
+  for (int i = 0; i < kRowsOfWarp; i += 4) {
+    const uint32_t value = shuffle(pair, i + lane / 8);
+    store(reinterpret_cast<Words4*>(row + i * Table::kRowBytes), {value, value, value, value});
+  }
+  return {address + static_cast<uint32_t>(lane) * 4};
+}
+
+// A scale on its way from global memory.
+struct PackedScale {
+  uint32_t code;
+  float scale;
+};
+DEVICE PackedScale load_scale(const DecodeParams& p, uint32_t block) {
+  return {load_constant(p.scale_code + block), load_constant(p.scale + (block >> p.scale_shift))};
+}
+// `map` is in shared memory.
+DEVICE float unpack_scale(const PackedScale& packed, const float* map, float offset) {
+  return multiply_add(load(map + packed.code), packed.scale, offset);
+}
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,19 @@
+#include "linear.h"
+
+namespace peft_kernels::cuda {
+namespace {
+
+constexpr Status kNoKernel = 1;  // cudaErrorInvalidValue
+
+}  // namespace
+
+Status nf4_linear(const LinearParams& params, const Card& card, uint32_t* counters, void* workspace,
+                  Stream stream) {
+  const Choice choice = choose_linear(params.m, params.n, params.k, params.weight.block_shift, card);
+  if (choice.name == nullptr || params.dtype == DType::kF32) return kNoKernel;
+  return linear_small(choice.small, params, choice.cut, counters, workspace, stream);
+}
+
+Status nf4_linear_dx(const LinearParams&, const Card&, uint32_t*, void*, Stream) { return kNoKernel; }
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,11 @@
+// The kernels that plan_linear() and plan_linear_dx() choose from.
+#pragma once
+
+#include "plan.h"
+
+namespace peft_kernels::cuda {
+
+Status linear_small(const SmallShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
+                    void* workspace, Stream stream);
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,58 @@
+#include "launch.cuh"
+#include "linear.h"
+#include "linear_small.cuh"
+
+namespace peft_kernels::cuda {
+namespace {
+
+template <class T, class Table, int kTokenTiles, int kRowTiles>
+Status run(const LinearParams& from, const Cut& cut, uint32_t* counters, void* workspace, Stream stream) {
+  using Kernel = LinearSmall<T, Table, kTokenTiles, kRowTiles>;
+  typename Kernel::Params params{};
+  params.weight = decode_params<T>(from.weight);
+  params.x = static_cast<const T*>(from.x);
+  params.m = static_cast<int>(from.m);
+  params.n = static_cast<int>(from.n);
+  params.k = static_cast<int>(from.k);
+  params.bias = from.bias;
+  params.bias_dtype = from.bias_dtype;
+  params.u = static_cast<const T*>(from.slab.u);
+  params.v = static_cast<const T*>(from.slab.v);
+  params.depth = static_cast<int>(from.slab.depth);
+  params.y = static_cast<T*>(from.y);
+  params.slice_chunks = cut.part;
+  params.split = {cut.splits, counters, static_cast<float*>(workspace)};
+  params.shared_offset = cut.shared_offset;
+  params.x_offset = cut.x_offset;
+  return launch<Kernel>(params, cut.blocks, stream, static_cast<int>(cut.shared_bytes));
+}
+
+template <class T, class Table>
+Status run(const SmallShape& shape, const LinearParams& from, const Cut& cut, uint32_t* counters,
+           void* workspace, Stream stream) {
+  switch (shape.token_tiles) {
+    case 1:
+      return run<T, Table, 1, 1>(from, cut, counters, workspace, stream);
+    case 2:
+      return run<T, Table, 2, 2>(from, cut, counters, workspace, stream);
+    default:
+      return run<T, Table, 4, 2>(from, cut, counters, workspace, stream);
+  }
+}
+
+template <class T>
+Status run(const SmallShape& shape, const LinearParams& from, const Cut& cut, uint32_t* counters,
+           void* workspace, Stream stream) {
+  return shape.wide_table ? run<T, WideTable>(shape, from, cut, counters, workspace, stream)
+                          : run<T, NarrowTable>(shape, from, cut, counters, workspace, stream);
+}
+
+}  // namespace
+
+Status linear_small(const SmallShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
+                    void* workspace, Stream stream) {
+  return params.dtype == DType::kBF16 ? run<bf16>(shape, params, cut, counters, workspace, stream)
+                                      : run<fp16>(shape, params, cut, counters, workspace, stream);
+}
+
+}  // namespace peft_kernels::cuda

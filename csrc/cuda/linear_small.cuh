@@ -1,0 +1,327 @@
+// Products with an NF4 weight for few rows of x ("tokens"), where reading the weight is what takes the time.
+//
+// The weight is the matrix instruction's first operand, 16 of its rows ("features") by 16 of k, and x^T the
+// second, 8 tokens wide: 1 token costs what 8 do. A block keeps a slice of x, all tokens by part of k, in
+// shared memory, and passes through tiles of the weight with it. Its warps share the k of a tile, chunk by
+// chunk, and add up in shared memory.
+//
+// The order of k within a group of 64 is free, as long as both operands have the same. Lane (g, t) loads the
+// 8 bytes t of rows g and g + 8: with step s, of 4, it multiplies bytes 2s and 2s + 1 of them, which are
+// k = 16t + 4s.., and so 32 consecutive bytes of x serve it through the group.
+#pragma once
+
+#include "decode.cuh"
+#include "linear_output.cuh"
+#include "plan.h"
+
+namespace peft_kernels::cuda {
+
+template <class T, class Table, int kTokenTiles, int kRowTiles>
+struct LinearSmall {
+  static constexpr SmallShape kShape{kTokenTiles, kRowTiles, Table::kIsWide};
+  static constexpr int kThreads = SmallShape::kWarps * kWarp;
+  static constexpr int kBlocksPerSm = 1;
+  static constexpr int kWarps = SmallShape::kWarps;
+  static constexpr int kRows = kShape.rows(), kTokens = kShape.tokens();
+  static constexpr int kGroups = kShape.groups(), kChunk = kShape.chunk();
+  static constexpr int kQuads = kGroups / 4;
+  static constexpr int kLaneRows = 2 * kRowTiles;  // of the weight, that a lane reads
+
+  struct Params {
+    DecodeParams weight;
+    const T* x;  // [m, k]
+    int m;
+    int n, k;
+    const void* bias;
+    DType bias_dtype;
+    const T* u;  // [m, depth]
+    const T* v;  // [n, depth]
+    int depth;
+    T* y;              // [m, n]
+    int slice_chunks;  // of each of the slices into which `split` cuts k
+    SplitParams split;
+    int shared_offset, x_offset;  // where in shared memory Shared and the slice of x are
+  };
+  struct Shared {
+    float map[nf4::kDynamicCodes];
+    alignas(16) uint32_t last;
+    alignas(16) float sum[kWarps][kTokens][SmallShape::kSumPitch];  // of one row tile
+  };
+  static_assert(sizeof(Shared) == kShape.fixed_bytes());
+
+  static DEVICE void run(const Params& p) {
+    LinearSmall self(p);
+    self.copy_x();
+    self.start_loading();
+    self.table_ = fill_table<T, Table, kThreads>(p.weight, self.start_);
+    const int thread = thread_index();
+    if (thread < nf4::kDynamicCodes) store(&self.shared_->map[thread], p.weight.map[thread]);
+    copy_async_wait<0>();
+    sync_threads();
+    for (int tile = self.first_tile_; tile < self.tiles_; tile += self.tile_stride_) {
+      Sums sums{};
+      for (int chunk = self.warp_; chunk < self.chunks_; chunk += kWarps) self.multiply_chunk(chunk, sums);
+      self.finish(tile, sums);
+    }
+  }
+
+ private:
+  struct Sums {
+    float c[kRowTiles][kTokenTiles][4];
+  };
+
+  const Params& p_;
+  const int warp_, g_, t_;
+  const int slice_;
+  const int tiles_, tile_stride_, first_tile_;
+  uint8_t* const start_;
+  Shared* const shared_;
+  const float scale_offset_;
+  int chunks_;  // of the slice
+  const T* x_at_[kTokenTiles];
+  Table table_{};
+
+  // The chunk that is on its way.
+  int next_tile_, next_chunk_;
+  int next_groups_;  // that it has, or more
+  const uint8_t* bytes_at_[kLaneRows];
+  uint32_t scales_at_[kLaneRows];
+  Words2 bytes_[kGroups][kLaneRows];
+  PackedScale scales_[kQuads][kLaneRows];
+
+  DEVICE explicit LinearSmall(const Params& p)
+      : p_(p),
+        warp_(warp_index()),
+        g_(lane_index() / 4),
+        t_(lane_index() % 4),
+        slice_(block_index() % p.split.splits),
+        tiles_((p.n + kRows - 1) / kRows),
+        tile_stride_(grid_size() / p.split.splits),
+        first_tile_(block_index() / p.split.splits),
+        start_(shared_memory<uint8_t>()),
+        shared_(reinterpret_cast<Shared*>(start_ + p.shared_offset)),
+        scale_offset_(p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f) {
+    const int chunks = (p.k - slice_begin() + kChunk - 1) / kChunk;
+    chunks_ = chunks < p.slice_chunks ? chunks : p.slice_chunks;
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) x_at_[i] = x_row(token_of(i)) + 16 * t_;
+  }
+
+  DEVICE int slice_begin() const { return slice_ * p_.slice_chunks * kChunk; }
+  DEVICE int x_pitch() const { return p_.slice_chunks * kChunk + SmallShape::kPad; }
+  DEVICE T* x_row(int token) const { return reinterpret_cast<T*>(start_ + p_.x_offset) + token * x_pitch(); }
+  // Tokens beyond the last compute what nobody reads.
+  DEVICE int token_of(int tile) const {
+    const int token = tile * 8 + g_;
+    return token < p_.m ? token : p_.m - 1;
+  }
+  // Of a lane's rows in a tile, those beyond the last one likewise.
+  DEVICE int row_of(int tile, int i) const {
+    const int row = tile * kRows + i * 8 + g_;
+    return row < p_.n ? row : p_.n - 1;
+  }
+
+  // The slice, zeros beyond k.
+  DEVICE void copy_x() const {
+    constexpr int kUnit = 16 / sizeof(T);
+    const int units = chunks_ * kChunk / kUnit;
+    const int begin = slice_begin();
+    for (int row = 0, unit = thread_index();; unit += kThreads) {
+      for (; unit >= units; unit -= units) ++row;
+      if (row >= p_.m) break;
+      const int col = begin + unit * kUnit;
+      const bool valid = col < p_.k;
+      copy_async_16(x_row(row) + unit * kUnit, p_.x + (valid ? int64_t{row} * p_.k + col : 0), valid);
+    }
+    copy_async_commit();
+  }
+
+  // ---- The weight's way here
+
+  DEVICE void start_loading() {
+    next_chunk_ = warp_;
+    start_tile(first_tile_);
+    load_scales();
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) load_group(j);
+  }
+  DEVICE void start_tile(int tile) {
+    next_tile_ = tile;
+    next_chunk_ = warp_;
+    const auto scales = static_cast<uint32_t>(p_.k >> p_.weight.block_shift);
+    const int first = (slice_begin() + warp_ * kChunk) / 2 + 8 * t_;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      const int row = row_of(tile, i);
+      bytes_at_[i] = p_.weight.packed + int64_t{row} * (p_.k / 2) + first;
+      scales_at_[i] = static_cast<uint32_t>(row) * scales;
+    }
+    count_groups();
+  }
+  DEVICE void advance() {
+    next_chunk_ += kWarps;
+    if (next_chunk_ >= chunks_) return start_tile(next_tile_ + tile_stride_);
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) bytes_at_[i] += kWarps * kChunk / 2;
+    count_groups();
+  }
+  DEVICE void count_groups() {
+    const bool any = next_tile_ < tiles_ && next_chunk_ < chunks_;
+    next_groups_ = any ? (p_.k - slice_begin()) / kGroup - next_chunk_ * kGroups : 0;
+  }
+  // Lane (g, t) has the scales of its rows' groups t of each quad; any scales for what is not there.
+  DEVICE void load_scales() {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      const int k = slice_begin() + next_chunk_ * kChunk + (q * 4 + t_) * kGroup;
+      const uint32_t block = static_cast<uint32_t>(k < p_.k ? k : 0) >> p_.weight.block_shift;
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) scales_[q][i] = load_scale(p_.weight, scales_at_[i] + block);
+    }
+  }
+  // Where there is no group the old bytes stay: they meet zeros of x.
+  DEVICE void load_group(int j) {
+    if (j >= next_groups_) return;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      bytes_[j][i] = load_once(reinterpret_cast<const Words2*>(bytes_at_[i] + j * (kGroup / 2)));
+    }
+  }
+
+  // ---- The products
+
+  DEVICE void multiply_chunk(int chunk, Sums& sums) {
+    float scale[kQuads][kLaneRows];
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) {
+        scale[q][i] = unpack_scale(scales_[q][i], shared_->map, scale_offset_);
+      }
+    }
+    advance();
+    load_scales();
+#pragma unroll
+    for (int j = 0; j < kGroups; ++j) {
+      uint32_t x[kTokenTiles][8];
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+        const T* at = x_at_[i] + chunk * kChunk + j * kGroup;
+        const auto low = load(reinterpret_cast<const Words4*>(at));
+        const auto high = load(reinterpret_cast<const Words4*>(at + 8));
+#pragma unroll
+        for (int w = 0; w < 4; ++w) {
+          x[i][w] = low.v[w];
+          x[i][4 + w] = high.v[w];
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        float c[kTokenTiles][4] = {};
+#pragma unroll
+        for (int s = 0; s < 4; ++s) {
+          const uint32_t word = bytes_[j][2 * r].v[s / 2], word8 = bytes_[j][2 * r + 1].v[s / 2];
+          const int byte = s % 2 * 2;
+          const uint32_t a[4] = {table_.pair(word, byte), table_.pair(word8, byte),
+                                 table_.pair(word, byte + 1), table_.pair(word8, byte + 1)};
+#pragma unroll
+          for (int i = 0; i < kTokenTiles; ++i) {
+            const uint32_t b[2] = {x[i][2 * s], x[i][2 * s + 1]};
+            mma<T>(c[i], a, b);
+          }
+        }
+        const int from = g_ * 4 + j % 4;
+        const float low = shuffle(scale[j / 4][2 * r], from), high = shuffle(scale[j / 4][2 * r + 1], from);
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+          for (int e = 0; e < 4; ++e) {
+            sums.c[r][i][e] = multiply_add(c[i][e], e < 2 ? low : high, sums.c[r][i][e]);
+          }
+        }
+      }
+      load_group(j);
+    }
+  }
+
+  // u v^T; steps of 16 go round the warps.
+  DEVICE void multiply_slab(int tile, Sums& sums) const {
+    for (int step = warp_; step < p_.depth / 16; step += kWarps) {
+      const int at = step * 16 + 4 * t_;
+      uint32_t b[kTokenTiles][2];
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+        const auto u =
+            load_constant(reinterpret_cast<const Words2*>(p_.u + int64_t{token_of(i)} * p_.depth + at));
+        b[i][0] = u.v[0];
+        b[i][1] = u.v[1];
+      }
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        const auto low = load_constant(
+            reinterpret_cast<const Words2*>(p_.v + int64_t{row_of(tile, 2 * r)} * p_.depth + at));
+        const auto high = load_constant(
+            reinterpret_cast<const Words2*>(p_.v + int64_t{row_of(tile, 2 * r + 1)} * p_.depth + at));
+        const uint32_t a[4] = {low.v[0], high.v[0], low.v[1], high.v[1]};
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) mma<T>(sums.c[r][i], a, b[i]);
+      }
+    }
+  }
+
+  DEVICE void write(int row, int token, float sum) const {
+    if (row >= p_.n) return;
+    if (p_.bias) sum += load_as_float(p_.bias, p_.bias_dtype, row);
+    store(p_.y + int64_t{token} * p_.n + row, from_float<T>(sum));
+  }
+
+  DEVICE void finish(int tile, Sums& sums) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums.c[r][i][e] *= 1.0f / kCodeFactor<T>;
+      }
+    }
+    if (slice_ == 0) multiply_slab(tile, sums);
+    float* partial = p_.split.partial + (int64_t{tile} * p_.split.splits + slice_) * p_.m * kRows;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      sync_threads();  // others may still read what stands there
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+          store(&shared_->sum[warp_][i * 8 + 2 * t_ + e % 2][g_ + e / 2 * 8], sums.c[r][i][e]);
+        }
+      }
+      sync_threads();
+      for (int element = thread_index(); element < p_.m * 16; element += kThreads) {
+        const int token = element / 16, row = element % 16;
+        float sum = 0;
+#pragma unroll
+        for (int w = 0; w < kWarps; ++w) sum += load(&shared_->sum[w][token][row]);
+        if (p_.split.splits == 1) {
+          write(tile * kRows + r * 16 + row, token, sum);
+        } else {
+          store(partial + token * kRows + r * 16 + row, sum);
+        }
+      }
+    }
+    if (p_.split.splits > 1 && is_last_of_tile(p_.split, tile, &shared_->last)) add_slices(tile);
+  }
+
+  DEVICE void add_slices(int tile) const {
+    const int elements = p_.m * kRows;
+    const float* part = p_.split.partial + int64_t{tile} * p_.split.splits * elements;
+    for (int element = thread_index(); element < elements; element += kThreads) {
+      float sum = 0;
+      for (int slice = 0; slice < p_.split.splits; ++slice)
+        sum += load(part + int64_t{slice} * elements + element);
+      write(tile * kRows + element % kRows, element / kRows, sum);
+    }
+  }
+};
+
+}  // namespace peft_kernels::cuda
