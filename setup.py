@@ -50,13 +50,16 @@ CUDA_OPS = [
     "csrc/cuda/adapters_general.cpp",
     "csrc/cuda/base_product.cpp",
     "csrc/cuda/bind.cpp",
+    "csrc/cuda/linear.cpp",
     "csrc/cuda/lora_ops.cpp",
     "csrc/cuda/nf4_ops.cpp",
+    "csrc/cuda/plan.cpp",
     "csrc/cuda/runtime.cpp",
 ]
 CUDA_KERNELS = [
     "csrc/cuda/dequantize.cu",
     "csrc/cuda/dropout.cu",
+    "csrc/cuda/linear_small.cu",
     "csrc/cuda/lora_from_ranks.cu",
     "csrc/cuda/lora_over_rows.cu",
     "csrc/cuda/lora_slab.cu",
