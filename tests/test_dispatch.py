@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -20,7 +21,8 @@ from torch import Tensor
 
 import peft_kernels as pk
 from peft_kernels import dispatch, spec, testing
-from peft_kernels.backends import BACKENDS, cpu
+from peft_kernels.backends import BACKENDS, cpu, cuda, simt
+from peft_kernels.backends.compiled import CompiledBackend
 
 PACKAGE = Path(pk.__file__).parent
 needs_cpu = pytest.mark.skipif(
@@ -284,9 +286,107 @@ def test_a_broken_library_is_refused_with_the_loader_s_words(compiled: Path) -> 
     assert re.search(r"^cpu +not usable: peft_kernels\._C does not load: .+", out, re.M)
 
 
-@needs_cpu
-def test_fingerprint_of_the_library() -> None:
-    assert cpu.BACKEND.extension.spec_hash() == spec.spec_hash()
+@pytest.mark.parametrize("backend", [cpu.BACKEND, cuda.BACKEND, simt.BACKEND], ids=lambda b: b.name)
+def test_a_library_that_is_there_loads(backend: CompiledBackend) -> None:
+    """Also where nothing else would miss it: on a machine without a GPU, without a driver."""
+    if importlib.util.find_spec(backend.library) is None:
+        pytest.skip(f"{backend.name}: {backend.not_built}")
+    assert backend._refusal is None
+    assert backend.extension.spec_hash() == spec.spec_hash()
+
+
+@pytest.mark.parametrize(
+    "capability,architectures,reason",
+    [
+        ((8, 0), ["8.0"], None),
+        ((8, 9), ["8.0", "9.0"], None),
+        ((9, 0), ["8.0"], "no code: .* TORCH_CUDA_ARCH_LIST=9.0$"),
+        ((9, 0), ["8.0+PTX"], None),
+        ((8, 0), ["8.6+PTX"], "no code"),
+        ((12, 1), ["8.0", "12.0"], None),
+        ((7, 5), ["7.5+PTX", "8.0"], "capability 7.5, the kernels need 8.0 or later"),
+    ],
+)
+def test_which_cards_code_serves(
+    capability: tuple[int, int], architectures: list[str], reason: str | None
+) -> None:
+    got = cuda.unserved(capability, architectures)
+    assert got is None if reason is None else got is not None and re.search(reason, got)
+
+
+class FakeCards:
+    """torch.cuda with cards that are not there."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *capabilities: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(capabilities))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"card {i}")
+        monkeypatch.setattr(cuda.BACKEND, "_refusal", None)
+        monkeypatch.setattr(cuda.BACKEND, "_cards", {})
+        monkeypatch.setattr(cuda.BACKEND, "_extension", SimpleNamespace(architectures=lambda: "8.0:9.0"))
+
+
+@pytest.mark.usefixtures("automatic")
+def test_explain_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeCards(monkeypatch)
+    said = pk.explain().splitlines()[0]
+    assert said == (
+        "cuda       not usable: built for compute capability 8.0, 9.0, but torch finds no CUDA device here"
+    )
+    FakeCards(monkeypatch, (7, 5))
+    assert (
+        pk.explain()
+        .splitlines()[0]
+        .endswith("but cuda:0 has compute capability 7.5, the kernels need 8.0 or later")
+    )
+    FakeCards(monkeypatch, (9, 0), (7, 5))
+    assert pk.explain().splitlines()[0] == (
+        "cuda       usable: CUDA C++, built for 8.0, 9.0; cuda:0 card 0, compute capability 9.0; "
+        "cuda:1 has compute capability 7.5, the kernels need 8.0 or later"
+    )
+
+
+class OnCard(Tensor):
+    """A CPU tensor that says it is on a card."""
+
+    index = 0
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda", self.index)
+
+
+@pytest.mark.usefixtures("automatic")
+def test_automatic_choice_by_device(
+    monkeypatch: pytest.MonkeyPatch, weight: pk.NF4Weight, caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_card(index: int, dtype: torch.dtype = torch.float32) -> list[Any]:
+        tensors = [testing.tensor(3, 64, dtype=dtype), *weight._state.op_args, 12, None]
+        for i, value in enumerate(tensors):
+            if isinstance(value, Tensor):
+                tensors[i] = value.as_subclass(OnCard)
+                tensors[i].index = index
+        return tensors
+
+    x = testing.tensor(3, 64)
+    with caplog.at_level(logging.WARNING, logger="peft_kernels"):
+        FakeCards(monkeypatch)
+        assert served_by("nf4_linear", *on_card(0)) == "reference"
+        FakeCards(monkeypatch, (9, 0), (7, 5))
+        assert served_by("nf4_linear", *on_card(0)) == "cuda"
+        cpu_usable = testing.unavailable("cpu") is None
+        assert served_by("nf4_linear", x, *weight._state.op_args, 12, None) == (
+            "cpu" if cpu_usable else "reference"
+        )
+        assert caplog.messages == []  # a back end for another device is nothing to talk about
+        assert served_by("nf4_linear", *on_card(1)) == "reference"
+        assert served_by("nf4_linear", *on_card(0, torch.float64)) == "reference"
+    assert caplog.messages == [
+        "back end cuda passed over: nf4_linear: cuda:1 has compute capability 7.5, the kernels need 8.0 or "
+        "later",
+        "back end cuda passed over: nf4_linear: no kernel for torch.float64",
+    ]
 
 
 @needs_cpu
