@@ -60,6 +60,10 @@ class Graph:
         around = ([body for body in self.loops.values() if block in body] for block in blocks)
         return {min(bodies, key=len) for bodies in around if bodies}
 
+    def around(self, loop: Loop) -> Loop | None:
+        """The smallest loop that has all of another one, and more."""
+        return min((body for body in self.loops.values() if body > loop), key=len, default=None)
+
     def best_path(self, loop: Loop | None, cost: Callable[[int], Cost]) -> list[int]:
         """The dearest way once round a loop, or through everything; of the loops on the way, once through."""
         inside = self.successors.keys() if loop is None else loop

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .sass import Instruction, Kernel, count
+from .sass import ARCHITECTURES, Instruction, Kernel, count
 
 MATRIX, MATRIX_16, WIDE_STORE = r"HMMA", r"HMMA\.16816", r"STG?\.E\.(EF\.|NA\.)*128"
 LOCAL = r"(LDL|STL)\b"
@@ -26,6 +26,8 @@ class Rule:
     """That a warp multiplies each of its weights by; 0: no product with weights."""
     written: int = 0
     """Bytes that each weight is written out in; 0: none is."""
+    architectures: Sequence[int] = ARCHITECTURES
+    """Where the kernel is used."""
 
     @property
     def does(self) -> str:
@@ -83,11 +85,14 @@ class Finding:
     rule: Rule | None = None
     per_matrix: float | None = None
     """Instructions for one of the tensor cores, on the shortest way."""
+    around: int = 0
+    """Further instructions in a round of the loop around the main loop, on the shortest way."""
     faults: tuple[str, ...] = ()
 
 
-def rule_for(name: str) -> Rule | None:
-    return next((rule for rule in RULES if re.fullmatch(rule.pattern, name)), None)
+def rule_for(kernel: Kernel) -> Rule | None:
+    used = (rule for rule in RULES if kernel.architecture in rule.architectures)
+    return next((rule for rule in used if re.fullmatch(rule.pattern, kernel.name)), None)
 
 
 def judge(kernel: Kernel) -> Finding:
@@ -99,7 +104,7 @@ def judge(kernel: Kernel) -> Finding:
         faults.append(f"{local} accesses to local memory")
     if not (warps := resident_warps(kernel)):
         faults.append(f"does not fit: {kernel.registers} registers, {kernel.shared} bytes shared")
-    rule = rule_for(kernel.name)
+    rule = rule_for(kernel)
     if rule is None:
         return Finding(kernel, warps, faults=tuple(faults))
     shortest, longest = (kernel.main_path(rule.does, longest) for longest in (False, True))
@@ -110,7 +115,8 @@ def judge(kernel: Kernel) -> Finding:
         faults.append(f"{most:.2f} instructions per weight, at most {rule.limit:g} allowed")
     matrix = count(shortest, MATRIX)
     per_matrix = len(shortest) / matrix if matrix else None
-    return Finding(kernel, warps, most, least, rule, per_matrix, tuple(faults))
+    around = len(kernel.main_path(rule.does, longest=False, around=True)) - len(shortest)
+    return Finding(kernel, warps, most, least, rule, per_matrix, around, tuple(faults))
 
 
 def resident_warps(kernel: Kernel) -> int:

@@ -87,6 +87,7 @@ def compiled_json_line(result: Compiled, facts: Mapping[str, Any]) -> str:
                     "warps": finding.warps,
                     "per_weight": [finding.least, finding.per_weight],
                     "per_matrix": finding.per_matrix,
+                    "around": finding.around,
                     "limit": finding.rule and finding.rule.limit,
                     "issue_slots": compiled.slots(finding, result.case.gpu),
                     "matrix_peak": compiled.matrix_peak(finding, result.case.gpu),
@@ -169,13 +170,14 @@ def saved_table(saved: Sequence[Saved]) -> str:
 
 
 def compiled_table(result: Compiled) -> str:
-    """A kernel in a row. Instructions for a weight, and for a matrix instruction: on the shortest way through
-    the main loop, and the longest.
+    """A kernel in a row. Instructions for a weight are on the shortest way once through the main loop, and on
+    the longest; all else is on the shortest.
 
     Slots: the part of the issue slots that it takes while it keeps the memory busy. Peak: the part of the
-    matrix peak that the issue slots leave it. Both on the shortest way.
+    matrix peak that the issue slots leave it. Around: further instructions, once round the loop around.
     """
-    titles = ("registers", "shared", "warps", "instr/weight", "at most", "slots", "instr/mma", "peak", "")
+    counted = ("instr/weight", "at most", "slots", "instr/mma", "peak", "around")
+    titles = ("registers", "shared", "warps", *counted, "")
     lines: list[Sequence[str]] = [["", *titles]]
     for finding in result.findings:
         kernel, limit = finding.kernel, finding.rule and finding.rule.limit
@@ -189,6 +191,7 @@ def compiled_table(result: Compiled) -> str:
             _cell(compiled.slots(finding, result.case.gpu), ".0%"),
             _cell(finding.per_matrix, ".1f"),
             _cell(compiled.matrix_peak(finding, result.case.gpu), ".0%"),
+            _cell(finding.around or None, "d"),
             "; ".join(finding.faults) or (MET if finding.rule else ""),
         ]
         lines.append([kernel.name, *columns])

@@ -174,23 +174,29 @@ class Kernel:
     labels: dict[str, int] = field(default_factory=dict)
     """Of the instructions that they stand before."""
 
-    def main_path(self, pattern: str, longest: bool = True) -> list[Instruction]:
+    def main_path(self, pattern: str, longest: bool = True, around: bool = False) -> list[Instruction]:
         """What a thread runs to do its work, which is told by instructions that match.
 
         One round of the innermost loop that has most of them, or the way through the whole kernel where none
         is in a loop. Where there are several ways, the one with most of them, and among those the longest (or
-        the shortest): tails and other rare ways that work by smaller steps are not in it.
+        the shortest): tails and other rare ways that work by smaller steps are not in it. `around`: one round
+        of the next loop outwards instead, with one round of this one in it.
         """
-        graph = flow.Graph(self.successors)
         work = {start: count(self._block(start), pattern) for start in self.successors}
         loop = max(
-            graph.innermost(block for block, found in work.items() if found),
+            self._graph.innermost(block for block, found in work.items() if found),
             key=lambda body: sum(work[block] for block in body),
             default=None,
         )
+        if around and loop is not None:
+            loop = self._graph.around(loop)
         sign = 1 if longest else -1
-        path = graph.best_path(loop, lambda block: (work[block], sign * len(self._block(block))))
+        path = self._graph.best_path(loop, lambda block: (work[block], sign * len(self._block(block))))
         return [instruction for block in path for instruction in self._block(block)]
+
+    @cached_property
+    def _graph(self) -> flow.Graph:
+        return flow.Graph(self.successors)
 
     def _block(self, start: int) -> list[Instruction]:
         return self.instructions[start : self._ends[start]]
