@@ -109,9 +109,11 @@ DEVICE void drop_run(const DropoutMask& mask, int64_t first, float (&values)[kRu
   }
 }
 
-// Which mask a tile of ranks sees its activations through. Tiles of one adapter have one.
-DEVICE bool same_mask(const DropoutMask& a, const DropoutMask& b) {
-  return a.threshold == b.threshold && (a.threshold == 0 || a.stream == b.stream);
+// Whether two tiles of ranks see the same activations. Those of one adapter do.
+template <class Tile>
+DEVICE bool sees_the_same(const Tile& a, const Tile& b) {
+  return a.group == b.group && a.mask.threshold == b.mask.threshold &&
+         (a.mask.threshold == 0 || a.mask.stream == b.mask.stream);
 }
 
 }  // namespace peft_kernels::cuda

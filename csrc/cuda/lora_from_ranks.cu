@@ -19,6 +19,7 @@ Status run(const LoraBatch& batch, const Terms& terms, int64_t features, const f
   params.out = static_cast<T*>(out);
   params.m = batch.m;
   params.features = features;
+  params.row_group = batch.row_group;
   params.ranks = ranks;
   params.ld = batch.ranks;
   params.feature_blocks = ceil_div(features, Kernel::kWarps * Kernel::kFeatures);
@@ -81,8 +82,8 @@ Status lora_dx(const LoraBatch& batch, const void* const* term, int terms, const
   std::vector<Delta> deltas;
   for (int i = 0; i < batch.adapters; ++i) {
     const AdapterView& adapter = batch.adapter[i];
-    deltas.push_back({adapter.a, batch.k, 1, adapter.mask, adapter.mask.scale, adapter.h_begin, adapter.rank,
-                      adapter.a_dtype == DType::kF32});
+    deltas.push_back({adapter.a, batch.k, 1, adapter.mask, adapter.mask.scale, adapter.group, adapter.h_begin,
+                      adapter.rank, adapter.a_dtype == DType::kF32});
   }
   return from_ranks(batch, {term, terms}, batch.k, dh, deltas, dx, stream);
 }

@@ -13,6 +13,7 @@ struct Delta {
   int64_t rank_stride, feature_stride;
   DropoutMask mask;
   float scale;
+  int64_t group;   // of the rows that it is added to
   int64_t column;  // of its first rank, in `ranks`
   int rank;
   bool is_f32;
@@ -27,7 +28,7 @@ struct Delta {
 template <class T, bool kVector>
 struct FromRanks {
   static constexpr int kThreads = 256;
-  static constexpr int kBlocksPerSm = 2;
+  static constexpr int kBlocksPerSm = kVector ? 2 : 1;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kRows = 32;      // of a block
   static constexpr int kFeatures = 32;  // of a warp
@@ -37,6 +38,7 @@ struct FromRanks {
   struct Params {
     T* out;
     int64_t m, features;
+    const int64_t* row_group;  // or null: deltas are added to all rows
     const float* ranks;
     int64_t ld;  // of ranks
     int64_t feature_blocks;
@@ -75,6 +77,15 @@ struct FromRanks {
  private:
   static DEVICE void add_delta(const Params& p, const Delta& delta, int64_t rows, int64_t features, int g,
                                int t, float (&total)[kRows / 8][kRun]) {
+    bool served[kRows / 8];
+    bool any = false;
+#pragma unroll
+    for (int i = 0; i < kRows / 8; ++i) {
+      const int64_t row = rows + g + 8 * i;
+      served[i] = row < p.m && (!p.row_group || load_constant(p.row_group + row) == delta.group);
+      any = any || served[i];
+    }
+    if (ballot(any) == 0) return;
     float sums[kRows / 16][4][4] = {};  // [16 rows][column mod 4]
     for (int rank = 0; rank < delta.rank; rank += 8) {
       float factor[2][4];  // ranks t, t + 4; features 4g ..
@@ -88,10 +99,9 @@ struct FromRanks {
       for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          const int64_t row = rows + g + 8 * i;
           const int at = rank + t + 4 * j;
-          const bool there = row < p.m && at < delta.rank;
-          ranks[i][j] = split_tf32(there ? load_constant(p.ranks + row * p.ld + delta.column + at) : 0.0f);
+          const float* from = p.ranks + (rows + g + 8 * i) * p.ld + delta.column + at;
+          ranks[i][j] = split_tf32(served[i] && at < delta.rank ? load_constant(from) : 0.0f);
         }
       }
 #pragma unroll
@@ -110,6 +120,7 @@ struct FromRanks {
     }
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
+      if (!served[i]) continue;
       float values[kRun];
 #pragma unroll
       for (int j = 0; j < kRun; ++j) values[j] = sums[i / 2][j % 4][2 * (i % 2) + j / 4];

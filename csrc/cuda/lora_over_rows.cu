@@ -30,21 +30,26 @@ int64_t features_of(const Gradients& gradients, const Activations* x, int i) {
   return x[gradients.is_b ? gradients.batch.adapter[i].layer : 0].features;
 }
 
+// Does not depend on which gradients are wanted: they are to be the same to the bit.
+int splits_of(const Gradients& gradients, const Activations* x, const Card& card) {
+  int64_t blocks = 0;
+  for (int i = 0; i < gradients.batch.adapters; ++i) {
+    blocks += ceil_div(tiles_of(gradients.batch.adapter[i].rank), Any::kTiles) *
+              ceil_div(features_of(gradients, x, i), Any::kFeatures);
+  }
+  // Two times 16 rows for each warp, or more.
+  return splits_for(blocks, ceil_div(gradients.batch.m, 2 * Any::kRows * Any::kWarps), card);
+}
+
 struct Plan {
-  int64_t count = 0;  // of the elements of all gradients
+  int64_t count = 0;  // elements of the gradients
   int splits;
 
-  Plan(const Gradients& gradients, const Activations* x, const Card& card) {
-    int64_t blocks = 0;
+  Plan(const Gradients& gradients, const Activations* x, const Card& card)
+      : splits(splits_of(gradients, x, card)) {
     for (int i = 0; i < gradients.batch.adapters; ++i) {
-      if (!gradients.wants(i)) continue;
-      const int rank = gradients.batch.adapter[i].rank;
-      const int64_t features = features_of(gradients, x, i);
-      count += rank * features;
-      blocks += ceil_div(tiles_of(rank), Any::kTiles) * ceil_div(features, Any::kFeatures);
+      if (gradients.wants(i)) count += gradients.batch.adapter[i].rank * features_of(gradients, x, i);
     }
-    // Two times 16 rows for each warp, or more.
-    splits = splits_for(blocks, ceil_div(gradients.batch.m, 2 * Any::kRows * Any::kWarps), card);
   }
   int64_t workspace() const { return splits * count * int64_t{sizeof(float)}; }
 };
@@ -57,6 +62,7 @@ void append_tiles(const Gradients& gradients, int i, int64_t features, int64_t b
     tile.rank_stride = gradients.is_b ? 1 : features;
     tile.feature_stride = gradients.is_b ? adapter.rank : 1;
     tile.begin = begin + rank * tile.rank_stride;
+    tile.group = adapter.group;
     if (!gradients.is_b) tile.mask = adapter.mask;
     tile.scale = gradients.is_b ? adapter.scaling : adapter.mask.scale;
     tile.column = static_cast<int>(adapter.h_begin + rank);
@@ -72,6 +78,7 @@ Status run(const Gradients& gradients, const Activations& x, const std::vector<G
   params.x = static_cast<decltype(params.x)>(x.rows);
   params.m = gradients.batch.m;
   params.features = x.features;
+  params.row_group = gradients.batch.row_group;
   params.factors = gradients.factors;
   params.ld = gradients.batch.ranks;
   params.partial = partial;

@@ -9,6 +9,7 @@ namespace peft_kernels::cuda {
 struct GradientTile {
   int64_t begin;  // where the gradient of the first rank's first feature goes, in `partial`
   int64_t rank_stride, feature_stride;
+  int64_t group;
   DropoutMask mask;
   float scale;
   int column;  // of the first rank, in `factors`
@@ -34,6 +35,7 @@ struct OverRows {
   struct Params {
     const T* x;
     int64_t m, features;
+    const int64_t* row_group;  // or null: all rows are served
     const float* factors;
     int64_t ld;  // of factors
     float* partial;
@@ -66,17 +68,36 @@ struct OverRows {
     for (int64_t row = begin; row < end; row += kRows) {
       const Words4 words[4] = {next[0], next[1], next[2], next[3]};
       load_rows(p, row + kRows + t, feature, next);
+      int64_t group[4] = {};
+      if (p.row_group) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const int64_t at = row + t + 4 * i;
+          group[i] = load_constant(p.row_group + (at < p.m ? at : p.m - 1));
+        }
+      }
       float values[4][kRun];
+      int seen = -1;  // the tile that sees `values`
 #pragma unroll
       for (int q = 0; q < kTiles; ++q) {
         if (first_tile + q >= p.tiles) continue;
         const GradientTile& tile = p.tile[first_tile + q];
-        if (q == 0 || !same_mask(p.tile[first_tile + q - 1].mask, tile.mask)) {
+        if (p.row_group) {
+          const bool any = group[0] == tile.group || group[1] == tile.group || group[2] == tile.group ||
+                           group[3] == tile.group;
+          if (ballot(any) == 0) continue;
+        }
+        if (seen < 0 || !sees_the_same(p.tile[seen], tile)) {
+          seen = first_tile + q;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             unpack_run<T>(words[i], values[i]);
             if (tile.mask.threshold != 0) {
               drop_run<kVector>(tile.mask, (row + t + 4 * i) * p.features + feature, values[i]);
+            }
+            if (p.row_group && group[i] != tile.group) {
+#pragma unroll
+              for (int j = 0; j < kRun; ++j) values[i][j] = 0.0f;
             }
           }
         }

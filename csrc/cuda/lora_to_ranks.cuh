@@ -81,12 +81,12 @@ struct ToRanks {
 #pragma unroll
         for (int i = 0; i < 2; ++i) next[i] = load_run<T, kVector>(x[i], feature + kWindow, x_end[i]);
         float values[2][kRun];
-        int seen = -1;  // the tile through whose mask `values` are seen
+        int seen = -1;  // the tile that sees `values`
 #pragma unroll
         for (int q = 0; q < kTiles; ++q) {
           if ((serving >> q & 1) == 0) continue;
           const RankTile& tile = p.tile[first_tile + q];
-          if (seen < 0 || !same_mask(p.tile[seen].mask, tile.mask)) {
+          if (seen < 0 || !sees_the_same(p.tile[seen], tile)) {
             seen = first_tile + q;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
