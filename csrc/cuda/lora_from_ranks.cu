@@ -57,6 +57,14 @@ Status from_ranks(const LoraBatch& batch, const Terms& terms, int64_t features, 
   });
 }
 
+Delta delta_of(const AdapterView& adapter) {
+  Delta delta{};
+  delta.group = adapter.group;
+  delta.column = adapter.h_begin;
+  delta.rank = adapter.rank;
+  return delta;
+}
+
 }  // namespace
 
 Status lora_y(const LoraBatch& batch, int layer, const void* const* term, int terms, int64_t n,
@@ -65,14 +73,13 @@ Status lora_y(const LoraBatch& batch, int layer, const void* const* term, int te
   for (int i = 0; i < batch.adapters; ++i) {
     const AdapterView& adapter = batch.adapter[i];
     if (adapter.layer != layer) continue;
-    deltas.push_back({adapter.b,
-                      1,
-                      adapter.rank,
-                      {},
-                      adapter.scaling,
-                      adapter.h_begin,
-                      adapter.rank,
-                      adapter.b_dtype == DType::kF32});
+    Delta delta = delta_of(adapter);
+    delta.factor = adapter.b;
+    delta.rank_stride = 1;
+    delta.feature_stride = adapter.rank;
+    delta.scale = adapter.scaling;
+    delta.is_f32 = adapter.b_dtype == DType::kF32;
+    deltas.push_back(delta);
   }
   return from_ranks(batch, {term, terms}, n, h, deltas, y, stream);
 }
@@ -82,8 +89,14 @@ Status lora_dx(const LoraBatch& batch, const void* const* term, int terms, const
   std::vector<Delta> deltas;
   for (int i = 0; i < batch.adapters; ++i) {
     const AdapterView& adapter = batch.adapter[i];
-    deltas.push_back({adapter.a, batch.k, 1, adapter.mask, adapter.mask.scale, adapter.group, adapter.h_begin,
-                      adapter.rank, adapter.a_dtype == DType::kF32});
+    Delta delta = delta_of(adapter);
+    delta.factor = adapter.a;
+    delta.rank_stride = batch.k;
+    delta.feature_stride = 1;
+    delta.mask = adapter.mask;
+    delta.scale = adapter.mask.scale;
+    delta.is_f32 = adapter.a_dtype == DType::kF32;
+    deltas.push_back(delta);
   }
   return from_ranks(batch, {term, terms}, batch.k, dh, deltas, dx, stream);
 }
