@@ -44,7 +44,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
-@pytest.fixture(params=["cpu", "simt"])
+@pytest.fixture(params=["triton"] if triton.BACKEND.interpreted else ["cpu", "simt"])
 def compiled_ops(request: pytest.FixtureRequest) -> Any:
     """The ops of a compiled back end, called past all checks in Python."""
     reason = testing.unavailable(request.param)

@@ -5,8 +5,17 @@ Importing this package imports Triton, so that only back end `triton` does it, w
 
 from .common import check_usable
 from .dequantize import dequantize_nf4
+from .dropout import dropout
+from .gated import gated_activation, gated_activation_backward
+from .quantize import quantize_absmax, quantize_nf4, unpack_absmax
 
 __all__ = [
     "check_usable",
     "dequantize_nf4",
+    "dropout",
+    "gated_activation",
+    "gated_activation_backward",
+    "quantize_absmax",
+    "quantize_nf4",
+    "unpack_absmax",
 ]

@@ -9,6 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..backends.base import DTYPES
 from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map
 
 Grid = Callable[[dict[str, Any]], tuple[int, ...]]
@@ -65,9 +66,47 @@ def _target() -> Any:
 
 
 def check(condition: bool, name: str, expected: object, got: object) -> None:
-    """RuntimeError that names an argument, as the compiled back ends raise it."""
+    """RuntimeError that names an argument, in the words of the compiled back ends."""
     if not condition:
         raise RuntimeError(f"{name}: expected {expected}, got {got}")
+
+
+_NAMES = {
+    torch.float32: "Float",
+    torch.bfloat16: "BFloat16",
+    torch.float16: "Half",
+    torch.float64: "Double",
+    torch.uint8: "Byte",
+    torch.int64: "Long",
+}
+
+
+def check_dtype(t: Tensor, expected: torch.dtype, name: str) -> None:
+    check(t.dtype == expected, name, _NAMES[expected], _NAMES.get(t.dtype, t.dtype))
+
+
+def check_float(t: Tensor, name: str) -> None:
+    """That kernels take its dtype."""
+    check(t.dtype in DTYPES, name, "float32, bfloat16 or float16", _NAMES.get(t.dtype, t.dtype))
+
+
+def check_shape(t: Tensor, expected: Sequence[int], name: str) -> None:
+    check(list(t.shape) == list(expected), name, f"shape {list(expected)}", list(t.shape))
+
+
+def check_numel(t: Tensor, expected: int, name: str) -> None:
+    check(t.numel() == expected, name, f"{expected} elements", t.numel())
+
+
+def check_blocksize(blocksize: int) -> None:
+    check(blocksize in BLOCKSIZES, "blocksize", "a power of two from 32 to 4096", blocksize)
+
+
+def matching(t: Tensor, like: Tensor, name: str) -> Tensor:
+    """Contiguous, and of the shape and dtype of `like`."""
+    check_dtype(t, like.dtype, name)
+    check_shape(t, like.shape, name)
+    return t.contiguous()
 
 
 class Nf4(NamedTuple):
@@ -90,25 +129,25 @@ def nf4(
     numel: int,
 ) -> Nf4:
     """The arguments that make an NF4 weight of `numel` elements. RuntimeError when they do not fit."""
-    check(blocksize in BLOCKSIZES, "blocksize", f"one of {BLOCKSIZES}", blocksize)
-    check(packed.dtype == torch.uint8, "packed", torch.uint8, packed.dtype)
+    check_blocksize(blocksize)
+    check_dtype(packed, torch.uint8, "packed")
     check(packed.numel() == (numel + 1) // 2, "packed", f"{(numel + 1) // 2} bytes", packed.numel())
     blocks = -(-numel // blocksize)
-    check(absmax.numel() == blocks, "absmax", f"{blocks} elements", absmax.numel())
     if absmax2 is None or offset is None:
         check(absmax2 is offset, "absmax2, offset", "both or neither", "only one of them")
-        check(absmax.dtype == torch.float32, "absmax", torch.float32, absmax.dtype)
-        return Nf4(packed.contiguous(), absmax.contiguous(), None, None, None, blocksize)
-    check(absmax.dtype == torch.uint8, "absmax", torch.uint8, absmax.dtype)
-    check_nested(absmax2, offset, blocks)
-    table = dynamic_map(packed.device)
-    return Nf4(packed.contiguous(), absmax.contiguous(), absmax2.contiguous(), offset, table, blocksize)
+        check_dtype(absmax, torch.float32, "absmax")
+        table = None
+    else:
+        check_dtype(absmax, torch.uint8, "absmax")
+        check_nested(absmax2, offset, blocks)
+        absmax2, table = absmax2.contiguous(), dynamic_map(packed.device)
+    check_numel(absmax, blocks, "absmax")
+    return Nf4(packed.contiguous(), absmax.contiguous(), absmax2, offset, table, blocksize)
 
 
 def check_nested(absmax2: Tensor, offset: Tensor, blocks: int) -> None:
     """The second level of double quantisation, for `blocks` absmax values."""
-    groups = -(-blocks // NESTED_BLOCKSIZE)
-    check(absmax2.dtype == torch.float32, "absmax2", torch.float32, absmax2.dtype)
-    check(offset.dtype == torch.float32, "offset", torch.float32, offset.dtype)
-    check(absmax2.numel() == groups, "absmax2", f"{groups} elements", absmax2.numel())
-    check(offset.numel() == 1, "offset", "1 element", offset.numel())
+    check_dtype(absmax2, torch.float32, "absmax2")
+    check_dtype(offset, torch.float32, "offset")
+    check_numel(absmax2, -(-blocks // NESTED_BLOCKSIZE), "absmax2")
+    check_numel(offset, 1, "offset")

@@ -25,14 +25,15 @@ def dequantize_kernel(
     dynamic_map,
     out,
     numel,
+    nbytes,
     BLOCKSIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
     PTX: tl.constexpr,
 ):
     HALF: tl.constexpr = BLOCKSIZE // 2
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
-    element = block[:, None] * BLOCKSIZE + 2 * tl.arange(0, HALF)[None, :]
-    high, low = decode(tl.load(packed + element // 2, mask=element < numel, other=0), tl.float32, PTX)
+    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    high, low = decode(tl.load(packed + byte, mask=byte < nbytes, other=0), tl.float32, PTX)
     scale = load_absmax(absmax, absmax2, offset, dynamic_map, block, block * BLOCKSIZE < numel)[:, None]
     values = tl.interleave(high * scale, low * scale).to(out.dtype.element_ty)
     element = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
@@ -57,6 +58,7 @@ def dequantize_nf4(
         *weight[:5],
         out,
         numel,
+        weight.packed.numel(),
         configs=CONFIGS,
         BLOCKSIZE=blocksize,
         BLOCKS=ELEMENTS // blocksize,

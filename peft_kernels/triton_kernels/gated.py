@@ -1,0 +1,107 @@
+"""activation(gate) * up, the middle of a gated MLP, and its gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .common import check, check_float, launch, matching
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+CONFIGS = [triton.Config({"BLOCK": 2048}, num_warps=8)]
+
+HALF_ROOT = tl.constexpr(math.sqrt(0.5))
+DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
+TANH_1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
+TANH_3 = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x), and 1 minus that without cancellation."""
+    e = tl.exp(-tl.abs(x))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(x < 0.0, small, large), tl.where(x < 0.0, large, small)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr):
+    """Value and derivative, of fp32."""
+    if ACTIVATION == "silu":
+        s, rest = sigmoid(x)
+        value = x * s
+        slope = s * (1.0 + x * rest)
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.erf(x * HALF_ROOT))
+        value = x * cdf
+        slope = cdf + x * (DENSITY * tl.exp(-0.5 * x * x))
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh u) / 2 = sigmoid(2 u) with 2 u = x (TANH_1 + TANH_3 x^2).
+        square = x * x
+        s, rest = sigmoid(x * (TANH_1 + TANH_3 * square))
+        value = x * s
+        slope = s + value * rest * (TANH_1 + 3 * TANH_3 * square)
+    else:
+        value = tl.where(x <= 0.0, 0.0, x)  # NaN stays
+        slope = tl.where(x > 0.0, 1.0, 0.0)
+    return value, slope
+
+
+@triton.jit
+def gated_kernel(gate, up, out, numel, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < numel
+    g = tl.load(gate + element, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + element, mask=inside, other=0.0).to(tl.float32)
+    value, _ = activate(g, ACTIVATION)
+    tl.store(out + element, (value * u).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def gated_backward_kernel(dy, gate, up, dgate, dup, numel, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = element < numel
+    d = tl.load(dy + element, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate + element, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + element, mask=inside, other=0.0).to(tl.float32)
+    value, slope = activate(g, ACTIVATION)
+    tl.store(dgate + element, (d * u * slope).to(dgate.dtype.element_ty), mask=inside)
+    tl.store(dup + element, (d * value).to(dup.dtype.element_ty), mask=inside)
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    gate, up = _checked(activation, gate, up=up)
+    out = torch.empty_like(gate)
+    _run(gated_kernel, activation, gate, up, out)
+    return out
+
+
+def gated_activation_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    gate, up, dy = _checked(activation, gate, up=up, dy=dy)
+    dgate, dup = torch.empty_like(gate), torch.empty_like(up)
+    _run(gated_backward_kernel, activation, dy, gate, up, dgate, dup)
+    return dgate, dup
+
+
+def _checked(activation: str, gate: Tensor, **like_gate: Tensor) -> list[Tensor]:
+    check_float(gate, "gate")
+    others = [matching(t, gate, name) for name, t in like_gate.items()]
+    check(activation in ACTIVATIONS, "activation", "silu, gelu, gelu_tanh or relu", activation)
+    return [gate.contiguous(), *others]
+
+
+def _run(kernel: object, activation: str, *tensors: Tensor) -> None:
+    numel = tensors[0].numel()
+    launch(
+        kernel,
+        lambda meta: (triton.cdiv(numel, meta["BLOCK"]),),
+        *tensors,
+        numel,
+        configs=CONFIGS,
+        ACTIVATION=activation,
+    )
