@@ -4,8 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "../common/lora_args.h"
-#include "runtime.h"
+#include "base_product.h"
 
 namespace peft_kernels::cuda {
 
@@ -28,6 +27,10 @@ class Adapters {
   void check_out_features(size_t layer, int64_t out_features) const;
 
   virtual Tensor h(const Tensor& x) const = 0;
+  // What with_deltas() would add, or dx(), as a slab for a product of the `base`; nothing where that cannot
+  // be.
+  virtual SlabTensors slab(const BaseWeight& base, size_t layer, const Tensor& h) const = 0;
+  virtual SlabTensors dx_slab(const BaseWeight& base, const Tensor& dh) const = 0;
   // `dy` by layer.
   virtual Tensor dh(const std::vector<Tensor>& dy) const = 0;
   // y + scaling h B^T of the layer's adapters, in their rows; may be y's memory.

@@ -3,11 +3,16 @@
 namespace peft_kernels::cuda {
 namespace {
 
+// A slab is worth its copies as long as it is shallow beside the weight.
+bool is_shallow(int64_t depth, const BaseWeight& base) {
+  return depth > 0 && depth <= std::min(base.in_features(), base.out_features()) / 4;
+}
+
 class FusedAdapters : public Adapters {
  public:
   FusedAdapters(const Tensor& x, std::vector<AdapterArgs> args, const OptionalTensor& seed,
                 const OptionalTensor& groups)
-      : Adapters(std::move(args), seed, groups) {
+      : Adapters(std::move(args), seed, groups), dtype_(x.scalar_type()) {
     for (const Adapter& adapter : list()) {
       views_.push_back({adapter.a.const_data_ptr(), adapter.b.const_data_ptr(), dtype_of(adapter.a, "lora_a"),
                         dtype_of(adapter.b, "lora_b"), static_cast<int>(adapter.rank()),
@@ -37,6 +42,29 @@ class FusedAdapters : public Adapters {
     check(lora_dh(batch_, layers.data(), count, dh.mutable_data_ptr<float>(), current_card(),
                   scratch.mutable_data_ptr(), current_stream()));
     return dh;
+  }
+
+  SlabTensors slab(const BaseWeight& base, size_t layer, const Tensor& h) const override {
+    const int64_t depth = lora_slab_depth(batch_, static_cast<int>(layer));
+    // In a slab, zeros of h would meet the adapters of other rows: with an Inf there, they are not zeros.
+    if (row_group() || !is_shallow(depth, base)) return {};
+    const auto options = h.options().dtype(dtype_);
+    SlabTensors slab{at::empty({batch_.m, depth}, options), at::empty({base.out_features(), depth}, options)};
+    check(lora_slab(batch_, static_cast<int>(layer), base.out_features(), h.const_data_ptr<float>(),
+                    slab.u.mutable_data_ptr(), slab.v.mutable_data_ptr(), current_stream()));
+    return slab;
+  }
+
+  SlabTensors dx_slab(const BaseWeight& base, const Tensor& dh) const override {
+    const int64_t depth = lora_dx_slab_depth(batch_);
+    bool any_drops = false;
+    for (const Adapter& adapter : list()) any_drops |= adapter.drops();
+    if (row_group() || any_drops || !is_shallow(depth, base)) return {};
+    const auto options = dh.options().dtype(dtype_);
+    SlabTensors slab{at::empty({batch_.m, depth}, options), at::empty({depth, batch_.k}, options)};
+    check(lora_dx_slab(batch_, dh.const_data_ptr<float>(), slab.u.mutable_data_ptr(),
+                       slab.v.mutable_data_ptr(), current_stream()));
+    return slab;
   }
 
   Tensor with_deltas(const Tensor& y, size_t layer, const Tensor& h) const override {
@@ -114,6 +142,7 @@ class FusedAdapters : public Adapters {
     return any ? pointers : std::vector<void*>{};
   }
 
+  at::ScalarType dtype_;
   std::vector<AdapterView> views_;
   LoraBatch batch_;
 };

@@ -66,6 +66,9 @@ class GeneralAdapters : public Adapters {
     return dh;
   }
 
+  SlabTensors slab(const BaseWeight&, size_t, const Tensor&) const override { return {}; }
+  SlabTensors dx_slab(const BaseWeight&, const Tensor&) const override { return {}; }
+
   Tensor with_deltas(const Tensor& y, size_t layer, const Tensor& h) const override {
     Tensor out = y;
     for (size_t i = 0; i < list().size(); ++i) {

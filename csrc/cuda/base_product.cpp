@@ -58,12 +58,71 @@ void backward_by_pieces(const Tensor& dy, const BaseWeight& base, Tensor& dx) {
 
 constexpr const char* kPieces = "pieces";
 
+bool is_half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
+
+bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+
+// The plan of one direction, or none, for products that are no kernel's.
+template <class PlanFunction>
+LinearPlan plan_of(const PlanFunction& plan, const Tensor& rows, const BaseWeight& base) {
+  if (base.is_dense() || !is_half(rows.scalar_type()) || !is_aligned(base.nf4().view().packed)) return {};
+  return plan(rows.size(0), base.out_features(), base.in_features(), base.nf4().view().block_shift,
+              current_card());
+}
+
+// One of the kernels. `rows` is x or dy.
+template <class Kernel>
+Tensor fused_product(const Kernel& kernel, const LinearPlan& plan, const Tensor& rows, const BaseWeight& base,
+                     int64_t features, const OptionalTensor& bias, const SlabTensors& slab) {
+  const Tensor x = is_aligned(rows.const_data_ptr()) ? rows : rows.clone();
+  Tensor y = at::empty({x.size(0), features}, x.options());
+  const Tensor own_bias = bias ? bias->contiguous() : Tensor();
+  const Tensor scratch = at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));
+  LinearParams params{};
+  params.x = x.const_data_ptr();
+  params.dtype = dtype_of(x, "x");
+  params.weight = base.nf4().view();
+  params.m = x.size(0);
+  params.n = base.out_features();
+  params.k = base.in_features();
+  if (bias) {
+    check_bias(*bias, base.out_features(), x.scalar_type());
+    params.bias = own_bias.const_data_ptr();
+    params.bias_dtype = dtype_of(own_bias, "bias");
+  }
+  if (slab.u.defined()) params.slab = {slab.u.const_data_ptr(), slab.v.const_data_ptr(), slab.u.size(1)};
+  params.y = y.mutable_data_ptr();
+  check(kernel(params, current_card(), zeroed_counters(plan.counters), scratch.mutable_data_ptr(),
+               current_stream()));
+  return y;
+}
+
 }  // namespace
 
-const char* forward_way(int64_t, int64_t, int64_t, int, at::ScalarType, const Card&) { return kPieces; }
-const char* backward_way(int64_t, int64_t, int64_t, int, at::ScalarType, const Card&) { return kPieces; }
+const char* forward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::ScalarType dtype,
+                        const Card& card) {
+  const char* name = is_half(dtype) ? plan_linear(m, n, k, block_shift, card).name : nullptr;
+  return name ? name : kPieces;
+}
 
-Tensor forward_product(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias) {
+const char* backward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::ScalarType dtype,
+                         const Card& card) {
+  const char* name = is_half(dtype) ? plan_linear_dx(m, n, k, block_shift, card).name : nullptr;
+  return name ? name : kPieces;
+}
+
+bool forward_is_fused(const Tensor& x, const BaseWeight& base) {
+  return plan_of(plan_linear, x, base).name != nullptr;
+}
+
+bool backward_is_fused(const Tensor& dy, const BaseWeight& base) {
+  return plan_of(plan_linear_dx, dy, base).name != nullptr;
+}
+
+Tensor forward_product(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias,
+                       const SlabTensors& slab) {
+  const LinearPlan plan = plan_of(plan_linear, x, base);
+  if (plan.name) return fused_product(nf4_linear, plan, x, base, base.out_features(), bias, slab);
   const OptionalTensor own_bias = checked_bias(bias, base.out_features(), x.scalar_type());
   if (base.is_dense()) return at::linear(x, base.dense(), own_bias).contiguous();
   Tensor y = at::empty({x.size(0), base.out_features()}, x.options());
@@ -71,7 +130,9 @@ Tensor forward_product(const Tensor& x, const BaseWeight& base, const OptionalTe
   return y;
 }
 
-Tensor backward_product(const Tensor& dy, const BaseWeight& base) {
+Tensor backward_product(const Tensor& dy, const BaseWeight& base, const SlabTensors& slab) {
+  const LinearPlan plan = plan_of(plan_linear_dx, dy, base);
+  if (plan.name) return fused_product(nf4_linear_dx, plan, dy, base, base.in_features(), std::nullopt, slab);
   if (base.is_dense()) return at::mm(dy, base.dense()).contiguous();
   Tensor dx = at::empty({dy.size(0), base.in_features()}, dy.options());
   backward_by_pieces(dy, base, dx);

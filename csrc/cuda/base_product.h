@@ -38,10 +38,20 @@ const char* forward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::Sc
 const char* backward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::ScalarType dtype,
                          const Card& card);
 
-// x W^T + bias; x [m, in_features], contiguous.
-Tensor forward_product(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias);
+// A dense product that joins one with an NF4 weight in the same sums, as Slab has it; or nothing.
+struct SlabTensors {
+  Tensor u, v;
+};
 
-// dy W; dy [m, out_features], contiguous.
-Tensor backward_product(const Tensor& dy, const BaseWeight& base);
+// Whether the products of x or dy with the weight have a kernel, which takes a slab.
+bool forward_is_fused(const Tensor& x, const BaseWeight& base);
+bool backward_is_fused(const Tensor& dy, const BaseWeight& base);
+
+// x W^T + bias; x [m, in_features], contiguous. A slab only where it is fused.
+Tensor forward_product(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias,
+                       const SlabTensors& slab = {});
+
+// dy W; dy [m, out_features], contiguous. A slab only where it is fused.
+Tensor backward_product(const Tensor& dy, const BaseWeight& base, const SlabTensors& slab = {});
 
 }  // namespace peft_kernels::cuda

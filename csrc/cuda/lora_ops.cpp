@@ -23,7 +23,22 @@ struct Gradients {
 Tensor layer_forward(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias, size_t layer,
                      const Adapters& adapters, const Tensor& h) {
   adapters.check_out_features(layer, base.out_features());
+  if (forward_is_fused(x, base)) {
+    const SlabTensors slab = adapters.slab(base, layer, h);
+    if (slab.u.defined()) return forward_product(x, base, bias, slab);
+  }
   return adapters.with_deltas(forward_product(x, base, bias), layer, h);
+}
+
+Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
+                      const Adapters& adapters, const Tensor& dh) {
+  if (bases.size() == 1 && backward_is_fused(dy[0], bases[0])) {
+    const SlabTensors slab = adapters.dx_slab(bases[0], dh);
+    if (slab.u.defined()) return backward_product(dy[0], bases[0], slab);
+  }
+  std::vector<Tensor> terms;
+  for (size_t j = 0; j < bases.size(); ++j) terms.push_back(backward_product(dy[j], bases[j]));
+  return adapters.dx(terms, x, dh);
 }
 
 Gradients backward(const std::vector<Tensor>& dy, const Tensor& x, const Tensor& h,
@@ -33,13 +48,8 @@ Gradients backward(const std::vector<Tensor>& dy, const Tensor& x, const Tensor&
   bool need_dh = need_dx;
   for (const bool need : need_da) need_dh |= need;
   const Tensor dh = need_dh ? adapters.dh(dy) : Tensor();
-  Tensor dx = at::empty({0}, x.options());
-  if (need_dx) {
-    std::vector<Tensor> terms;
-    for (size_t j = 0; j < bases.size(); ++j) terms.push_back(backward_product(dy[j], bases[j]));
-    dx = adapters.dx(terms, x, dh);
-  }
-  return {dx, adapters.da(dh, x, need_da), adapters.db(dy, h, need_db)};
+  return {need_dx ? input_gradient(dy, x, bases, adapters, dh) : at::empty({0}, x.options()),
+          adapters.da(dh, x, need_da), adapters.db(dy, h, need_db)};
 }
 
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
