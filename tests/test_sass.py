@@ -335,7 +335,9 @@ def test_the_table_has_kernels_beside_floors(monkeypatch: pytest.MonkeyPatch) ->
     result = compiled.Compiled(compiled.Case(90), [finding])
     text = report.render([], [], [result])
     assert "kernels as compiled for sm_90, beside H100 SXM" in text
-    assert re.search(r"^k +54 +1,056 +32 +0\.38 +0\.5 +8% +3\.0 +100% +6 +spills 16 bytes$", text, re.MULTILINE)
+    assert re.search(
+        r"^k +54 +1,056 +32 +0\.38 +0\.5 +8% +3\.0 +100% +6 +spills 16 bytes$", text, re.MULTILINE
+    )
     assert re.search(
         r"^4096x4096 +2\.59 m +2\.66 m +5\.37 c +85\.9 c +344 c +12\.6 m +10\.0 m$", text, re.MULTILINE
     )

@@ -1,0 +1,107 @@
+"""Which way a product goes on CUDA, and that every way computes it: on the emulator, for several cards."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from numbers_policy import short
+from test_linear import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
+
+from peft_kernels import testing
+from peft_kernels.backends import simt
+
+CARDS = {"A100": (80, 108, 163 << 10), "RTX-3090": (86, 82, 99 << 10), "H100": (90, 132, 227 << 10)}
+FEW = 4
+"""Multiprocessors of the emulated card: a handful of tiles is more than it has, and less than a card."""
+
+# Sizes at the edges of the kernels' tiles, and beyond them.
+ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 130)
+SHAPES = ((16, 64), (33, 128), (64, 320), (130, 192), (257, 64), (8, 1024))
+REFUSED = ((33, 96), (64, 100), (7, 33))
+
+
+@pytest.fixture
+def extension() -> Iterator[ModuleType]:
+    if (reason := testing.unavailable("simt")) is not None:
+        pytest.skip(f"simt: {reason}")
+    extension = simt.BACKEND.extension
+    with testing.nan_outputs(), testing.running_on("simt"):
+        yield extension
+    extension.set_card(80, FEW, 163 << 10)
+
+
+def ways(extension: ModuleType, card: str, direction: int) -> set[str]:
+    """All that a card's products go, over many shapes."""
+    return {
+        extension.plan_for(m, n, k, 64, dtype, *CARDS[card])[direction]
+        for m in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 8192)
+        for n, k in ((64, 64), (1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (576, 1536), (7, 33))
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+
+
+def test_what_no_kernel_takes_goes_by_pieces(extension: ModuleType) -> None:
+    for card in CARDS.values():
+        for m, n, k, blocksize, dtype in (
+            (0, 4096, 4096, 64, "bfloat16"),
+            (8, 4096, 4096, 64, "float32"),
+            (8, 4096, 4096, 32, "bfloat16"),
+            (8, 4096, 4064, 64, "bfloat16"),
+            (8, 4096, 64, 128, "bfloat16"),
+            (100_000, 4096, 4096, 64, "bfloat16"),
+        ):
+            assert extension.plan_for(m, n, k, blocksize, dtype, *card) == ("pieces", "pieces")
+
+
+def sizes(m: int, n: int, k: int, dtype: torch.dtype, i: int) -> dict[str, Any]:
+    return {
+        "m": m, "n": n, "k": k, "r": (3, 8, 16)[i % 3], "bs": 64 if i % 2 or k % 128 else 128,
+        "base": ("nf4", "nested")[i // 2 % 2], "nested": bool(i // 2 % 2), "dtype": dtype,
+        "adapter": ("fp32", "same", "mixed")[i % 3], "bias": ("none", "same", "fp32")[i // 3 % 3],
+        "layout": ("contiguous", "slice")[i % 2], "needs": ("xab", "x", "xa")[i % 3],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("card", CARDS)
+def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
+    capability, _, shared = CARDS[card]
+    extension.set_card(capability, FEW, shared)
+    taken: tuple[set[str], set[str]] = (set(), set())
+    i = 0
+    for n, k in (*SHAPES, *REFUSED):
+        for m in ROWS:
+            i += 1
+            case = sizes(m, n, k, dtype, i)
+            for found, way in zip(taken, extension.plan(m, n, k, case["bs"], str(dtype)[6:]), strict=True):
+                found.add(way)
+            check_nf4_linear(case)
+            check_nf4_linear_dx(case)
+            check_lora_linear(case)
+            check_lora_linear_backward(case)
+    for direction in (0, 1):
+        assert ways(extension, card, direction) <= taken[direction], "a way that no case of this test takes"
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("card", CARDS)
+def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed: int) -> None:
+    """Nor does what the memory held: counters are back at zero after every call."""
+    weight = testing.nf4_weight(96, 1024)
+    x, dy = testing.tensor(17, 1024, dtype=torch.bfloat16), testing.tensor(17, 96, dtype=torch.bfloat16)
+
+    def run() -> list[torch.Tensor]:
+        ops = torch.ops.peft_kernels_simt
+        y = [ops.nf4_linear(x[:m], *weight._state.op_args, 96, None) for m in (1, 9, 17)]
+        return y + [ops.nf4_linear_dx(dy[:m], *weight._state.op_args, 1024) for m in (1, 9, 17)]
+
+    extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
+    extension.set_seed(100)
+    want = run()
+    extension.set_seed(seed)
+    for got, expected in zip(run() + run(), want + want, strict=True):
+        assert torch.equal(got, expected)
