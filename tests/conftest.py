@@ -22,7 +22,7 @@ from peft_kernels.backends import BACKENDS, simt, triton
 if triton.BACKEND.interpreted and testing.unavailable("triton") is None:
     import triton_interpreter
 
-    triton_interpreter.repair()
+    triton_interpreter.mend()
 
 BACKEND_IDS = [*testing.backend_ids(), *copied_ids()]
 

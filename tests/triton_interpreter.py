@@ -1,4 +1,4 @@
-"""Mends bf16 in Triton's interpreter: it truncates where cards round, and tl.dot multiplies bits."""
+"""Mends Triton's interpreter: bf16, which it truncates and whose bits tl.dot multiplies, and recent numpy."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 
-def repair() -> None:
-    """Round casts to bf16 to the nearest, ties to even, and give tl.dot the values of its operands."""
+def mend() -> None:
     np.seterr(all="ignore")  # kernels compute NaN and Inf in silence
     builder: Any = interpreter.InterpreterBuilder
     multiply = builder.create_dot
 
     def cast(self: Any, src: Any, dst_type: Any) -> Any:
+        """To bf16 by rounding to the nearest, ties to even, as cards do."""
         data, target = src.data, dst_type.scalar
         if src.dtype.scalar == tl.bfloat16:
             data = (data.astype(np.uint32) << 16).view(np.float32)
@@ -32,3 +32,12 @@ def repair() -> None:
     builder.cast_impl = cast
     builder.create_fp_to_fp = lambda self, src, dst_type, _rounding: cast(self, src, dst_type)
     builder.create_dot = dot
+
+    # numpy has stopped to take an array of one element for a number: bounds of loops are such.
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch

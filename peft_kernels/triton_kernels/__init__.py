@@ -5,6 +5,7 @@ Importing this package imports Triton, so that only back end `triton` does it, w
 
 from .common import check_usable
 from .dequantize import dequantize_nf4
+from .dora import dora_norm, dora_scale, dora_scale_backward
 from .dropout import dropout
 from .gated import gated_activation, gated_activation_backward
 from .quantize import quantize_absmax, quantize_nf4, unpack_absmax
@@ -12,6 +13,9 @@ from .quantize import quantize_absmax, quantize_nf4, unpack_absmax
 __all__ = [
     "check_usable",
     "dequantize_nf4",
+    "dora_norm",
+    "dora_scale",
+    "dora_scale_backward",
     "dropout",
     "gated_activation",
     "gated_activation_backward",
