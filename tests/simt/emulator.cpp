@@ -203,7 +203,6 @@ void Emulator::sync_threads(Site site) {
     block.epoch = memory.advance();
     block.acquired = block.threads_acquired;
     for (Warp& each : block.warps) {
-      each.epoch = block.epoch;
       each.at_barrier = 0;
       each.ready = ~0u;
       memory.count_banks(each);

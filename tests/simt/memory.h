@@ -116,7 +116,7 @@ inline void Memory::start_block(Block& block) {
   }
   if (copies_left) block.shadow->clear_under_way();
   for (Warp& warp : block.warps) {
-    warp.epoch = block.epoch;
+    warp.epoch = 0;
     warp.acquired = warp.lanes_acquired = 0;
     warp.log.clear();
   }
@@ -208,13 +208,12 @@ inline void Memory::access_global(Thread& thread, const void* p, int bytes, Kind
 inline void Memory::copy_async(Thread& thread, void* to, const void* from, bool valid, Site site) {
   if (!in_shared(to)) fail("copy_async_16 to what is not shared memory", site);
   if (valid && in_shared(from)) fail("copy_async_16 from shared memory", site);
-  char* destination = access(thread, to, 16, Kind::kWrite, site);
+  access(thread, to, 16, Kind::kWrite, site);
   Copy copy{to, from, {}, valid, site, thread.groups};
   if (valid) std::memcpy(copy.data, access(thread, from, 16, Kind::kRead, site), 16);
   // It may land at once, or as late as the wait: until then, nobody can count on what is there.
-  thread.block->shadow->write(shared_offset(thread, to, 16, site), 16, as_access(thread, site_index(site)),
-                              true);
-  std::memset(destination, 0xff, 16);
+  const Access now = as_access(thread, site_index(site));
+  thread.block->shadow->write(shared_offset(thread, to, 16, site), 16, now, true);
   thread.copies.push_back(copy);
 }
 

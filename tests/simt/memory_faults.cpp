@@ -201,23 +201,35 @@ void ticket_too_early(const Pointers& p) {
   store(p.out + kCount * blocks + i, sum);
 }
 
-// A shuffle tells other lanes the ticket, but not what it is a ticket for.
-template <bool kBroken>
-void ticket_by_shuffle(const Pointers& p) {
+// The same by one warp of each block. Ballots and shuffles order its lanes in time alone.
+enum class Fault { kNone, kBefore, kAfter, kLate };
+template <Fault kFault>
+void sum_of_warps(const Pointers& p) {
   const int i = thread_index(), blocks = grid_size();
   if (i >= kWarp) return;
-  store(p.out + kCount * block_index() + i, 1.0f);
-  sync_warp();
+  if (kFault != Fault::kLate) store(p.out + kCount * block_index() + i, 1.0f);
+  kFault == Fault::kBefore ? static_cast<void>(ballot(true)) : sync_warp();
   uint32_t ticket = 0;
   if (i == 0) ticket = atomic_add_ordered(p.counter, 1);
   ticket = shuffle(ticket, 0);
-  if (!kBroken) sync_warp();
+  if (kFault == Fault::kLate) store(p.out + kCount * block_index() + i, 1.0f);
+  if (kFault != Fault::kAfter) sync_warp();
   if (ticket != static_cast<uint32_t>(blocks - 1)) return;
   float sum = 0;
-  for (int block = 0; block < blocks; ++block) {
-    sum += load(p.out + kCount * block + i);  // fault: ticket_by_shuffle
-  }
+  for (int block = 0; block < blocks; ++block) sum += load(p.out + kCount * block + i);
   store(p.out + kCount * blocks + i, sum);
+}
+template <bool kBroken>
+void ticket_after_ballot(const Pointers& p) {
+  sum_of_warps<kBroken ? Fault::kBefore : Fault::kNone>(p);
+}
+template <bool kBroken>
+void ticket_by_shuffle(const Pointers& p) {
+  sum_of_warps<kBroken ? Fault::kAfter : Fault::kNone>(p);
+}
+template <bool kBroken>
+void ticket_before_store(const Pointers& p) {
+  sum_of_warps<kBroken ? Fault::kLate : Fault::kNone>(p);
 }
 
 // Without an atomic between, a block knows nothing of another.
@@ -289,7 +301,9 @@ const Cases& memory_faults() {
       FAULT(wild_pointer, 1),
       FAULT(global_out_of_bounds, 1),
       FAULT(ticket_too_early, 5),
+      FAULT(ticket_after_ballot, 5),
       FAULT(ticket_by_shuffle, 5),
+      FAULT(ticket_before_store, 5),
       FAULT(read_of_another_block, 2),
       FAULT(written_by_two_blocks, 2),
       FAULT(constant_that_changes, 1),

@@ -11,7 +11,7 @@
 namespace peft_kernels::simt {
 
 struct Access {
-  uint32_t now, block_epoch, warp_epoch;  // ticks: this one, the block's and the warp's last barrier
+  uint32_t now, block_epoch, warp_epoch;  // ticks: this one, the last sync_threads, the last sync_warp
   uint16_t site, thread;
 };
 

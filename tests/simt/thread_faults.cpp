@@ -30,6 +30,50 @@ void overwritten_too_early(const Pointers& p) {
   store(p.out + i, sum);
 }
 
+// A shuffle orders lanes in time, but memory is not told.
+template <bool kBroken>
+void overwritten_after_shuffle(const Pointers& p) {
+  auto* s = shared_memory<float>();
+  const int i = thread_index();
+  store(s + i, 1.0f);
+  sync_warp();
+  float value = load(s + (i ^ 1));
+  value = shuffle(value, 0);
+  if (!kBroken) sync_warp();
+  store(s + i, value);  // fault: overwritten_after_shuffle
+  store(p.out + i, value);
+}
+
+// That the writer itself was the last to read does not matter.
+template <bool kBroken>
+void read_by_the_warp(const Pointers& p) {
+  auto* s = shared_memory<float>();
+  if (thread_index() >= kWarp) return;
+  float value = load(s);
+  value = shuffle(value, 0);
+  if (!kBroken) sync_warp();
+  if (lane_index() == 7) {
+    value += load(s);
+    store(s, value);  // fault: read_by_the_warp
+  }
+  store(p.out + thread_index(), value);
+}
+template <bool kBroken>
+void read_by_two_warps(const Pointers& p) {
+  auto* s = shared_memory<float>();
+  float value = load(s);
+  ballot(true);
+  if (thread_index() == kWarp) atomic_add_ordered(p.counter, 1);
+  if (!kBroken) sync_threads();
+  if (thread_index() == 0) {
+    while (atomic_add_ordered(p.counter, 0) == 0) {
+    }
+    value += load(s);
+    store(s, value);  // fault: read_by_two_warps
+  }
+  store(p.out + thread_index(), value);
+}
+
 template <bool kBroken>
 void written_twice(const Pointers&) {
   auto* s = shared_memory<float>();
@@ -52,7 +96,7 @@ void warp_barrier_for_block(const Pointers& p) {
   auto* s = shared_memory<float>();
   const int i = thread_index();
   store(s + i, 1.0f);
-  sync_warp();
+  for (int turn = 0; turn < (i < 32 ? 1 : 30); ++turn) sync_warp();
   if (!kBroken) sync_threads();
   store(p.out + i, load(s + (i ^ 32)));  // fault: warp_barrier_for_block
 }
@@ -68,7 +112,7 @@ void neighbouring_bytes(const Pointers&) {
 template <bool kBroken>
 void lane_skips_shuffle(const Pointers& p) {
   float value = static_cast<float>(thread_index());
-  if (!kBroken || lane_index() != 5) value += shuffle_xor(value, 1);  // fault: lane_skips_shuffle
+  if (!kBroken || lane_index() % 2 == 0) value += shuffle_xor(value, 1);  // fault: lane_skips_shuffle
   store(p.out + thread_index(), value);
 }
 
@@ -86,7 +130,7 @@ void lanes_in_two_shuffles(const Pointers& p) {
 template <bool kBroken>
 void barrier_or_shuffle(const Pointers& p) {
   float value = 1.0f;
-  if (kBroken && lane_index() == 9) {
+  if (kBroken && lane_index() % 2 == 0) {
     sync_threads();
   } else {
     value = shuffle(value, 3);
@@ -115,7 +159,8 @@ void two_barriers(const Pointers& p) {
 
 const Cases& thread_faults() {
   static const Cases cases = {
-      FAULT(barrier_missing, 1),      FAULT(overwritten_too_early, 1),  FAULT(written_twice, 1),
+      FAULT(barrier_missing, 1),      FAULT(overwritten_too_early, 1),  FAULT(overwritten_after_shuffle, 1),
+      FAULT(read_by_the_warp, 1),     FAULT(read_by_two_warps, 1),      FAULT(written_twice, 1),
       FAULT(warp_barrier_missing, 1), FAULT(warp_barrier_for_block, 1), FAULT(neighbouring_bytes, 1),
       FAULT(lane_skips_shuffle, 1),   FAULT(lanes_in_two_shuffles, 1),  FAULT(barrier_or_shuffle, 1),
       FAULT(barrier_skipped, 1),      FAULT(two_barriers, 1),
