@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import struct
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
 
 from ..code_tables import NF4_CODE
 
+STRETCH = {torch.float32: 1.0, torch.bfloat16: 1.436715, torch.float16: 1.36619}
+"""Codes are decoded times this: a factor with which all 16 numbers lie close to numbers of the dtype. The RMS
+error of a weight in bfloat16 is 7.8e-4 so, against 1.4e-3 without."""
 
-def _asm(encode: Callable[[float], bytes]) -> str:
-    """PTX that looks up the eight codes of four packed bytes.
 
-    `encode` gives a number as its bytes. The table of 16 numbers is cut into planes, one for each of their
-    bytes. `prmt` picks four entries of half a plane by the low three bits of four codes; another `prmt` picks
-    between the two halves by the codes' high bits.
+def _asm(dtype: torch.dtype) -> str:
+    """PTX that looks up the eight codes of four packed bytes, $0 .. from the last operand.
+
+    The table of 16 numbers is cut into planes, one for each of their bytes. `prmt` picks four entries of half
+    a plane by the low three bits of four codes; another picks between the two halves by the codes' high bits.
+    Results of 16 bits are pairs, one for each byte; those of 32 are the high codes, then the low ones.
     """
-    entries = [encode(value) for value in NF4_CODE]
+    numbers = (torch.tensor(NF4_CODE) * STRETCH[dtype]).to(dtype)
+    entries = numbers.view(torch.uint8).view(len(NF4_CODE), -1).tolist()
     size = len(entries[0])
-    outputs = size  # registers for the four high codes, and as many for the four low ones
-    packed = f"${2 * outputs}"
+    packed = f"${2 * size}"
     lines = [
         ".reg .b32 low<2>, high<2>, first, second, plane<4>, part<4>;",
         f"and.b32 low0, {packed}, 0x77777777;",
@@ -45,8 +46,8 @@ def _asm(encode: Callable[[float], bytes]) -> str:
             ]
         if size == 2:
             lines += [
-                f"prmt.b32 ${half}, plane0, plane1, 0x7351;",
-                f"prmt.b32 ${outputs + half}, plane0, plane1, 0x6240;",
+                f"prmt.b32 ${2 * half}, plane0, plane1, 0x4051;",
+                f"prmt.b32 ${2 * half + 1}, plane0, plane1, 0x6273;",
             ]
         else:
             lines += [
@@ -54,29 +55,20 @@ def _asm(encode: Callable[[float], bytes]) -> str:
                 "prmt.b32 part1, plane0, plane1, 0x7362;",
                 "prmt.b32 part2, plane2, plane3, 0x5140;",
                 "prmt.b32 part3, plane2, plane3, 0x7362;",
-                f"prmt.b32 ${outputs + 2 * half}, part0, part2, 0x5410;",
+                f"prmt.b32 ${4 + 2 * half}, part0, part2, 0x5410;",
                 f"prmt.b32 ${2 * half}, part0, part2, 0x7632;",
-                f"prmt.b32 ${outputs + 2 * half + 1}, part1, part3, 0x5410;",
+                f"prmt.b32 ${4 + 2 * half + 1}, part1, part3, 0x5410;",
                 f"prmt.b32 ${2 * half + 1}, part1, part3, 0x7632;",
             ]
     return "{ " + " ".join(lines) + " }"
 
 
-def _bytes_of(dtype: torch.dtype) -> Callable[[float], bytes]:
-    def encode(value: float) -> bytes:
-        return bytes(torch.tensor([value], dtype=dtype).view(torch.uint8).tolist())
-
-    return encode
-
-
-def _single(value: float) -> bytes:
-    return struct.pack("<f", value)
-
-
 CODE = tl.constexpr(NF4_CODE)
-DECODE_F32 = tl.constexpr(_asm(_single))
-DECODE_BF16 = tl.constexpr(_asm(_bytes_of(torch.bfloat16)))
-DECODE_F16 = tl.constexpr(_asm(_bytes_of(torch.float16)))
+DECODE_F32 = tl.constexpr(_asm(torch.float32))
+DECODE_BF16 = tl.constexpr(_asm(torch.bfloat16))
+DECODE_F16 = tl.constexpr(_asm(torch.float16))
+STRETCH_BF16 = tl.constexpr(STRETCH[torch.bfloat16])
+STRETCH_F16 = tl.constexpr(STRETCH[torch.float16])
 
 
 @triton.jit
@@ -94,30 +86,38 @@ def value_of(code):
 
 @triton.jit
 def decode(packed, dtype: tl.constexpr, PTX: tl.constexpr):
-    """The two codes in each byte of `packed`, uint8 of any shape, as numbers in [-1, 1], not yet scaled.
+    """The codes in `packed`, uint8 [.., width], as numbers [.., 2 width] that are not scaled yet.
 
-    Returns (high, low), of the shape of `packed`: elements 2 i and 2 i + 1 of the weight for byte i. `dtype`
-    is tl.float32 (exact), tl.bfloat16 or tl.float16 (each number rounded once). `PTX`: whether that is what
-    the target takes; `launch` knows.
+    `dtype` is tl.float32 (exact), tl.bfloat16 or tl.float16: numbers times `stretch`, rounded once. `PTX`:
+    whether the target takes it; `launch` knows.
     """
     if PTX:
         if dtype == tl.float32:
             high, low = tl.inline_asm_elementwise(
                 DECODE_F32, "=r,=r,=r,=r,=r,=r,=r,=r,r", [packed], (tl.float32, tl.float32), True, 4
             )
-        elif dtype == tl.bfloat16:
-            high, low = tl.inline_asm_elementwise(
-                DECODE_BF16, "=r,=r,=r,=r,r", [packed], (tl.bfloat16, tl.bfloat16), True, 4
-            )
         else:
-            high, low = tl.inline_asm_elementwise(
-                DECODE_F16, "=r,=r,=r,=r,r", [packed], (tl.float16, tl.float16), True, 4
-            )
+            # Both numbers of a byte in one word: put together so, they cost no instruction more.
+            ASM: tl.constexpr = DECODE_BF16 if dtype == tl.bfloat16 else DECODE_F16
+            pair = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [packed], tl.uint32, True, 4)
+            high = (pair & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+            low = (pair >> 16).to(tl.uint16).to(dtype, bitcast=True)
     else:
         codes = packed.to(tl.int32)
-        high = value_of(codes >> 4).to(dtype)
-        low = value_of(codes & 15).to(dtype)
-    return high, low
+        high = (value_of(codes >> 4) * stretch(dtype)).to(dtype)
+        low = (value_of(codes & 15) * stretch(dtype)).to(dtype)
+    return tl.interleave(high, low)
+
+
+@triton.jit
+def stretch(dtype: tl.constexpr):
+    """What `decode` multiplies the numbers of `dtype` by."""
+    if dtype == tl.float32:
+        return 1.0
+    elif dtype == tl.bfloat16:
+        return STRETCH_BF16
+    else:
+        return STRETCH_F16
 
 
 @triton.jit

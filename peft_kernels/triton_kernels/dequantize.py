@@ -33,9 +33,9 @@ def dequantize_kernel(
     HALF: tl.constexpr = BLOCKSIZE // 2
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    high, low = decode(tl.load(packed + byte, mask=byte < nbytes, other=0), tl.float32, PTX)
+    numbers = decode(tl.load(packed + byte, mask=byte < nbytes, other=0), tl.float32, PTX)
     scale = load_absmax(absmax, absmax2, offset, dynamic_map, block, block * BLOCKSIZE < numel)[:, None]
-    values = tl.interleave(high * scale, low * scale).to(out.dtype.element_ty)
+    values = (numbers * scale).to(out.dtype.element_ty)
     element = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(out + element, values, mask=element < numel)
 
