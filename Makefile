@@ -1,12 +1,14 @@
 # Each target sets up what it needs by itself (a virtual environment in .venv, packages, the compiled kernels), and
-# again only what changed. Needs Python 3.10 or later with venv, make and a C++ compiler.
+# again only what changed. Needs Python 3.10 or later with venv, make and a C++ compiler. With nvcc, the CUDA kernels are
+# compiled too: for the cards that are here, or, to find mistakes, for two that are not.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-CPP := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0;9.0)
+CPP := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test sanitize asan tsan bench lint format clean
@@ -26,8 +28,9 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.built: Makefile $(VENV)/.packages setup.py peft_kernels/spec.py $(CPP)
-	PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 $(BIN)/pip install -q --no-build-isolation --no-deps \
-	  --config-settings editable_mode=compat -e .
+	PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 \
+	  TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(CUDA_ARCHITECTURES)}" \
+	  $(BIN)/pip install -q --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
 	@touch $@
 
 setup: $(VENV)/.built ## Set everything up, run nothing
@@ -51,7 +54,7 @@ tsan: SANITIZER := thread
 # pytest's capture and faulthandler would swallow its reports; the first one ends the process. Switched off:
 # leaks, as Python leaks at its end, and ASan's second stack, which aligns arrays less than gcc assumes.
 asan tsan: $(VENV)/.packages
-	PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 PEFT_KERNELS_SANITIZE=$(SANITIZER) \
+	PEFT_KERNELS_CPU=1 PEFT_KERNELS_CUDA=0 PEFT_KERNELS_EMULATE=1 PEFT_KERNELS_SANITIZE=$(SANITIZER) \
 	  $(BIN)/python setup.py -q build --build-lib build/$@ --build-temp build/$@-objects
 	$$(setarch -R true && echo setarch -R) env OMP_NUM_THREADS=1 PYTHONPATH=build/$@ \
 	  LD_PRELOAD="$$($(CXX) -print-file-name=lib$@.so) $$($(CXX) -print-file-name=libstdc++.so)" \
