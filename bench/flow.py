@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
+END = -1
+"""In place of a block, where control leaves."""
+
 Cost = tuple[int, int]
 Loop = frozenset[int]
 """The blocks of a natural loop, those of the loops in it included."""
 
 
 class Graph:
-    """Blocks by number, each with those that may come after it. Control enters at 0."""
+    """Blocks by number, each with those that may come after it, END among them. Control enters at 0."""
 
     def __init__(self, successors: Mapping[int, Sequence[int]]) -> None:
         reached, todo = {0}, [0]
         while todo:
             for after in successors[todo.pop()]:
-                if after not in reached:
+                if after not in reached and after != END:
                     reached.add(after)
                     todo.append(after)
-        self.successors = {block: successors[block] for block in sorted(reached)}
+        self.leaving = {block for block in reached if END in successors[block]}
+        self.successors = {b: [after for after in successors[b] if after != END] for b in sorted(reached)}
         self.predecessors: dict[int, list[int]] = {block: [] for block in self.successors}
         for block, following in self.successors.items():
             for after in following:
@@ -71,8 +75,7 @@ class Graph:
         best: dict[int, tuple[Cost, list[int]]] = {}
         for block in reversed(self._in_order(head, inside)):
             onwards = [best[after] for after in self._forward(block) if after in best]
-            ends = not self.successors[block] if loop is None else head in self.successors[block]
-            if ends:
+            if block in self.leaving if loop is None else head in self.successors[block]:
                 onwards.append(((0, 0), []))
             if onwards:
                 (work, length), path = max(onwards, key=lambda onward: onward[0])

@@ -148,8 +148,14 @@ class Instruction:
     def name(self) -> str:
         return self.opcode.partition(".")[0]
 
+    @property
+    def jumps(self) -> bool:
+        return self.name in JUMPS or (self.name in LABEL_JUMPS and bool(self.targets))
+
 
 JUMPS = ("BRA", "BRX", "JMP", "JMX", "BRXU", "JMXU", "EXIT", "RET")
+LABEL_JUMPS = ("CALL",)
+"""Where they name a label of the same kernel, to which the compiler then jumps for good; else a function."""
 
 
 def count(instructions: Iterable[Instruction], pattern: str) -> int:
@@ -209,7 +215,7 @@ class Kernel:
     @cached_property
     def successors(self) -> dict[int, list[int]]:
         """The basic blocks, by their first instruction, each with those that may come after it."""
-        jumps = {i: jump for i, jump in enumerate(self.instructions) if jump.name in JUMPS}
+        jumps = {i: jump for i, jump in enumerate(self.instructions) if jump.jumps}
         targets = {i: [self.labels[t] for t in jump.targets if t in self.labels] for i, jump in jumps.items()}
         starts = {0, *(i + 1 for i in jumps), *(t for found in targets.values() for t in found)}
         blocks = sorted(start for start in starts if start < len(self.instructions))
@@ -217,7 +223,12 @@ class Kernel:
         for start, after in zip(blocks, [*blocks[1:], len(self.instructions)], strict=True):
             last = jumps.get(after - 1)
             falls_through = after < len(self.instructions) and (last is None or last.guarded)
-            successors[start] = [*targets.get(after - 1, ()), *([after] if falls_through else ())]
+            leaves = last is not None and last.name in ("EXIT", "RET")
+            successors[start] = [
+                *targets.get(after - 1, ()),
+                *([after] if falls_through else ()),
+                *([flow.END] if leaves else ()),
+            ]
         return successors
 
 

@@ -17,7 +17,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import compiled, floors, flow, limits, report, run, sass
 from bench.limits import MATRIX, WIDE_STORE, Rule
-from bench.sass import Cubin, Kernel
+from bench.sass import Cubin, Instruction, Kernel
 
 TOOLS = sass.tools()
 needs_tools = pytest.mark.skipif(isinstance(TOOLS, str), reason=str(TOOLS))
@@ -183,7 +183,28 @@ def test_a_product_of_too_many_instructions_is_found(
 ) -> None:
     held_to(0.1)
     finding = limits.judge(toys["Product<8, true, 1>"])
-    assert finding.faults == (f"{finding.per_weight:.2f} instructions per weight, at most 0.1 allowed",)
+    assert finding.faults == (f"{finding.least:.2f} instructions per weight, at most 0.1 allowed",)
+
+
+@pytest.mark.parametrize(
+    ("limit", "faults"),
+    [
+        pytest.param(0.6, (), id="neither"),
+        pytest.param(0.5, ("0.62 instructions per weight, at most 0.55 allowed",), id="longest"),
+        pytest.param(0.4, ("0.50 instructions per weight, at most 0.4 allowed",), id="both"),
+    ],
+)
+def test_the_longest_way_has_a_limit_too(
+    limit: float, faults: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    branch = Instruction("BRA", True, (".L_x_1",)), Instruction("BRA", False, (".L_x_2",))
+    matrix, other, leave = (Instruction(name, False, ()) for name in ("HMMA.16816", "NOP", "EXIT"))
+    code = [branch[0], matrix, branch[1], matrix, other, other, leave]
+    labels = {".L_x_1": 3, ".L_x_2": 6}
+    kernel = Kernel("k", Path(), 90, threads=32, registers=32, instructions=code, labels=labels)
+    monkeypatch.setattr(limits, "RULES", [Rule("k", limit, tokens=8)])
+    finding = limits.judge(kernel)
+    assert (finding.least, finding.per_weight, finding.faults) == (4 / 8, 5 / 8, faults)
 
 
 def test_unrolling_and_tokens_are_seen_through(
@@ -284,7 +305,8 @@ def test_a_listing_is_read() -> None:
     assert (kernel.name, kernel.threads, kernel.registers) == ("k", 256, 54)
     assert (kernel.shared, kernel.spill_bytes, len(kernel.instructions)) == (1056, 16, 18)
     assert kernel.successors == {
-        0: [2], 2: [3], 3: [8, 5], 5: [12], 8: [12], 12: [3, 13], 13: [15, 13, 15], 15: [], 17: [17],
+        0: [2, flow.END], 2: [3], 3: [8, 5], 5: [12], 8: [12], 12: [3, 13], 13: [15, 13, 15],
+        15: [flow.END], 17: [17],
     }  # fmt: skip
 
 
@@ -301,7 +323,7 @@ def test_the_main_path_does_most_of_the_work() -> None:
 
 
 def test_the_innermost_loop_counts() -> None:
-    inner_and_outer = {0: [1], 1: [2], 2: [2, 3], 3: [1, 4], 4: []}
+    inner_and_outer = {0: [1], 1: [2], 2: [2, 3], 3: [1, 4], 4: [flow.END]}
     graph = flow.Graph(inner_and_outer)
     assert graph.loops == {1: frozenset({1, 2, 3}), 2: frozenset({2})}
     assert graph.innermost([2]) == {frozenset({2})}
@@ -309,6 +331,20 @@ def test_the_innermost_loop_counts() -> None:
     assert graph.innermost([2, 3, 4]) == {frozenset({2}), frozenset({1, 2, 3})}
     assert graph.best_path(graph.loops[1], lambda block: (0, 1)) == [1, 2, 3]
     assert graph.best_path(None, lambda block: (0, 1)) == [0, 1, 2, 3, 4]
+
+
+def test_a_call_of_a_label_is_a_jump() -> None:
+    text = LISTING.replace("@P1 BRA `(.L_x_2)", "@P1 CALL.REL.NOINC `(.L_x_2)")
+    kernel, _ = sass.parse(Cubin(Path("a.cu"), 90, Path("a.cubin"), LOG), text)
+    assert kernel.successors == listed().successors
+    text = LISTING.replace("@P1 BRA `(.L_x_2)", "@P1 CALL.REL.NOINC `($division)")
+    kernel, _ = sass.parse(Cubin(Path("a.cu"), 90, Path("a.cubin"), LOG), text)
+    assert kernel.successors[3] == [12]
+
+
+def test_a_way_may_end_in_a_loop() -> None:
+    graph = flow.Graph({0: [1], 1: [2, flow.END], 2: [1]})
+    assert graph.best_path(None, lambda block: (0, 1)) == [0, 1]
 
 
 def test_resident_warps() -> None:
@@ -336,7 +372,7 @@ def test_the_table_has_kernels_beside_floors(monkeypatch: pytest.MonkeyPatch) ->
     text = report.render([], [], [result])
     assert "kernels as compiled for sm_90, beside H100 SXM" in text
     assert re.search(
-        r"^k +54 +1,056 +32 +0\.38 +0\.5 +8% +3\.0 +100% +6 +spills 16 bytes$", text, re.MULTILINE
+        r"^k +54 +1,056 +32 +0\.38 +0\.5 +8% +3\.0 +100% +7 +spills 16 bytes$", text, re.MULTILINE
     )
     assert re.search(
         r"^4096x4096 +2\.59 m +2\.66 m +5\.37 c +85\.9 c +344 c +12\.6 m +10\.0 m$", text, re.MULTILINE
