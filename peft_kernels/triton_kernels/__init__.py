@@ -3,11 +3,11 @@
 Importing this package imports Triton, so that only back end `triton` does it, when it is first asked.
 """
 
-from .common import check_usable
 from .dequantize import dequantize_nf4
 from .dora import dora_norm, dora_scale, dora_scale_backward
 from .dropout import dropout
 from .gated import gated_activation, gated_activation_backward
+from .launch import check_usable
 from .quantize import quantize_absmax, quantize_nf4, unpack_absmax
 
 __all__ = [

@@ -1,68 +1,31 @@
-"""The host's side of kernels: checked arguments, and launches."""
+"""What ops share: their arguments, checked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..backends.base import DTYPES
 from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map
+from .launch import INTERPRETED, launch
 
-Grid = Callable[[dict[str, Any]], tuple[int, ...]]
-
-INTERPRETED: bool = triton.knobs.runtime.interpret
-"""Whether the kernels of this process run in numpy. Triton decides that when it sees a kernel first."""
-
-
-def check_usable() -> None:
-    """Raise when Triton cannot compile and launch on this machine."""
-    if not INTERPRETED:
-        _ = triton.runtime.driver.active.utils  # compiled by the C compiler that launches need too
-
-
-def launch(
-    kernel: Any,
-    grid: Grid,
-    *args: Any,
-    configs: Sequence[triton.Config],
-    key: tuple[Any, ...] = (),
-    **constants: Any,
-) -> None:
-    """Run a kernel once on the current device.
-
-    Parameters
-    ----------
-    kernel
-        A function under @triton.jit. A parameter `PTX: tl.constexpr` gets whether the target takes PTX.
-    grid : callable
-        The number of programs by the meta-parameters of the config and the constants. 0 programs are none.
-        Only the first dimension may pass 65535.
-    args
-        Tensors (None for one that is not there) and numbers, in the kernel's order.
-    configs : sequence of triton.Config
-        Meta-parameters, warps and stages to choose from, the best guess first. They must not differ in what
-        changes the order of a sum: results are to be the same from run to run.
-    key : tuple
-        The class of shapes: for each the best config is looked for once. It must hold whatever else changes
-        which config is best.
-    constants
-        The kernel's other constexpr parameters, and options of the compiler (enable_fp_fusion).
-    """
-    if "PTX" in kernel.arg_names:
-        constants["PTX"] = not INTERPRETED and _target().backend == "cuda"
-    config = configs[0]
-    meta = {**constants, **config.all_kwargs()}
-    programs = grid(meta)
-    if 0 not in programs:
-        kernel[programs](*args, **meta)
-
-
-def _target() -> Any:
-    return triton.runtime.driver.active.get_current_target()
+__all__ = [
+    "INTERPRETED",
+    "Nf4",
+    "check",
+    "check_blocksize",
+    "check_dtype",
+    "check_float",
+    "check_nested",
+    "check_numel",
+    "check_shape",
+    "launch",
+    "matching",
+    "nf4",
+]
 
 
 def check(condition: bool, name: str, expected: object, got: object) -> None:

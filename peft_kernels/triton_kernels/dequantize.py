@@ -9,8 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import launch, nf4
+from .common import nf4
 from .decode import decode, load_absmax
+from .launch import launch
 
 ELEMENTS = 4096  # of a program: one block of the largest size
 CONFIGS = [triton.Config({}, num_warps=4)]

@@ -7,8 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check, check_dtype, check_float, check_shape, launch, matching, nf4
+from .common import check, check_dtype, check_float, check_shape, matching, nf4
 from .decode import load_absmax, value_of
+from .launch import launch
 
 SCALE_CONFIGS = [triton.Config({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=4)]
 BACKWARD_CONFIGS = [triton.Config({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=4)]

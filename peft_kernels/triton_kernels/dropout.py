@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference.dropout import dropout_scale, dropout_threshold
-from .common import check, check_dtype, check_float, check_numel, launch
+from .common import check, check_dtype, check_float, check_numel
+from .launch import launch
 
 CONFIGS = [triton.Config({"BLOCK": 2048}, num_warps=8)]
 

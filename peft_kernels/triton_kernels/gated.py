@@ -9,7 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check, check_float, launch, matching
+from .common import check, check_float, matching
+from .launch import launch
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 CONFIGS = [triton.Config({"BLOCK": 2048}, num_warps=8)]

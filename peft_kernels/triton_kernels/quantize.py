@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..code_tables import NESTED_BLOCKSIZE, NF4_THRESHOLDS, dynamic_map, dynamic_thresholds
-from .common import check_blocksize, check_dtype, check_float, check_nested, launch
+from .common import check_blocksize, check_dtype, check_float, check_nested
 from .decode import load_absmax
+from .launch import launch
 
 ELEMENTS = 4096  # of a program: one block of the largest size
 QUANTIZE_CONFIGS = [triton.Config({}, num_warps=8)]
