@@ -10,6 +10,7 @@ import pytest
 import torch
 from numbers_policy import short
 from test_linear import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
+from test_multi_lora import check_backward, check_forward, multi_case
 
 from peft_kernels import testing
 from peft_kernels.backends import simt
@@ -85,6 +86,22 @@ def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype
             check_lora_linear_backward(case)
     for direction in (0, 1):
         assert ways(extension, card, direction) <= taken[direction], "a way that no case of this test takes"
+
+
+@pytest.mark.parametrize("n,k", [(2100, 2048), (4300, 1027)], ids=["even", "odd"])
+def test_a_weight_in_several_pieces(extension: ModuleType, n: int, k: int) -> None:
+    """Of more than 16 MB, cut by rows forward and by columns backward."""
+    case = sizes(3, n, k, torch.float32, 2) | {"layout": "contiguous"}
+    assert extension.plan(3, n, k, case["bs"], "float32") == ("pieces", "pieces") and n * k * 4 > 2**24
+    check_nf4_linear(case)
+    check_nf4_linear_dx(case)
+
+
+def test_adapters_on_several_blocks_of_rows(extension: ModuleType) -> None:
+    """fp32 activations of more than 16 MB, with masks and groups that go on over the cut."""
+    case = multi_case(m=4300, k=1024, n=8, layers=1, adapters="00", dtype=torch.float32, base="dense", r=4)
+    check_forward(case)
+    check_backward(case)
 
 
 @pytest.mark.parametrize("seed", range(3))
