@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"gpu.py: back end {options.backend} cannot be used here: {reason}", file=sys.stderr)
         return 2
     tiny = options.check or device == "cpu"
-    gpu = ceilings(device)
+    gpu = ceilings(device, measured=not (options.check or options.list))
     suite = Suite(device, tiny, gpu.l2)
     cases = [case for case in suite.cases() if re.search(options.only, case.name)]
     if options.list:
@@ -143,14 +143,16 @@ def gpu_is_lost() -> bool:
     return True
 
 
-def ceilings(device: str) -> Gpu:
-    """What this machine reaches, as far as floors need it."""
+def ceilings(device: str, measured: bool) -> Gpu:
+    """What this machine reaches, as far as floors need it; nothing, if that is not to be measured."""
     if device == "cpu":
         return Gpu("CPU", 0, 1, 1e9, 1e10, 1e11, harness.last_level_cache())
     card = torch.cuda.get_device_properties(0)
     architecture = card.major * 10 + card.minor
-    bandwidth, flops = events.copy_bandwidth(), events.matrix_peak()
-    torch.cuda.empty_cache()
+    bandwidth = flops = 0.0
+    if measured:
+        bandwidth, flops = events.copy_bandwidth(), events.matrix_peak()
+        torch.cuda.empty_cache()
     # The clock is in no floor.
     return Gpu(card.name, architecture, card.multi_processor_count, 1e9, bandwidth, flops, card.L2_cache_size)
 

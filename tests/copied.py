@@ -66,11 +66,13 @@ def copied(tensor: Tensor, device: str) -> Tensor:
 
 
 def backend_ids() -> list[str]:
-    """`cuda_copied` on a machine where back end `cuda` can be used; it is then among the back ends."""
-    if BACKENDS["cuda"].probe() is not None:
-        return []
-    backend = CopiedBackend(BACKENDS["cuda"], "cuda")
-    if backend.name not in BACKENDS:
-        backend.load()
-        BACKENDS[backend.name] = backend
-    return [backend.name]
+    """`cuda_copied` and `triton_copied` on a machine where these can be used; they are then back ends."""
+    found = []
+    for name in ("cuda", "triton"):
+        if name in BACKENDS and BACKENDS[name].probe() is None:
+            backend = CopiedBackend(BACKENDS[name], "cuda")
+            if backend.name not in BACKENDS:
+                backend.load()
+                BACKENDS[backend.name] = backend
+            found.append(backend.name)
+    return found
