@@ -2,8 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <map>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -70,6 +73,18 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "The card that kernels are planned for.");
   m.def("set_seed", simt::set_seed, "Of the order in which threads run.");
   m.def("set_resident_blocks", simt::set_resident_blocks, "How many blocks run at a time; 0: by the seed.");
+  m.def(
+      "bank_counts",
+      [] {
+        std::map<std::string, std::tuple<int64_t, int64_t, int64_t>> counts;
+        for (const auto& [line, count] : simt::bank_counts()) {
+          counts[line] = {count.accesses, count.wavefronts, count.conflicts};
+        }
+        return counts;
+      },
+      "By line: warp-wide accesses to shared memory, their wavefronts, and those of them that are "
+      "conflicts.");
+  m.def("reset_bank_counts", simt::reset_bank_counts, "");
 #else
   m.def(
       "architectures", [] { return std::string(PEFT_KERNELS_QUOTE(PEFT_KERNELS_CUDA_ARCHITECTURES)); },

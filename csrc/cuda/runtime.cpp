@@ -42,7 +42,10 @@ Stream current_stream() { return {}; }
 
 const Card& current_card() { return card(); }
 
-void set_card(const Card& new_card) { card() = new_card; }
+void set_card(const Card& new_card) {
+  card() = new_card;
+  simt::set_shared_limit(new_card.shared_bytes);
+}
 
 #else
 

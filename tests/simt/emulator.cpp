@@ -1,7 +1,6 @@
 #include "emulator.h"
 
 #include <pthread.h>
-#include <signal.h>
 
 #include <algorithm>
 #include <cstdlib>
@@ -14,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "fault_handler.h"
 #include "fiber.h"
 #include "memory.h"
 #include "threads.h"
@@ -46,7 +46,8 @@ class Emulator {
 
   uint64_t seed = 0;
   int resident_blocks = 0;
-  Site last_site;  // of an access, by any thread
+  Site last_site;                 // of an access, by any thread
+  int64_t accesses_in_a_row = 0;  // without a switch of threads
   Memory memory;
 
  private:
@@ -103,6 +104,7 @@ void Emulator::switch_to(Thread& thread) {
   Thread* previous = current_;
   thread.warp->ready &= ~thread.lane_bit;
   current_ = &thread;
+  accesses_in_a_row = 0;
   if (&thread != previous) switch_context(previous->context, thread.context);
 }
 
@@ -221,41 +223,11 @@ void Emulator::pause(bool always) {
 
 // ---- Launches ------------------------------------------------------------------------------------------
 
-void on_fault(int signal, siginfo_t* info, void*) {
-  if (!the.is_here()) {
-    // Not a kernel's: as if this handler were not there.
-    ::signal(signal, SIG_DFL);
-    return;
-  }
-  the.stop(
-      the.memory.in_shared(info->si_addr) ? "shared memory through a plain pointer" : "segmentation fault",
-      "soon after " + text(the.last_site));
+bool on_fault(const void* address) {
+  if (!the.is_here()) return false;
+  the.stop(the.memory.in_shared(address) ? "shared memory through a plain pointer" : "segmentation fault",
+           "soon after " + text(the.last_site));
 }
-
-#ifdef __SANITIZE_ADDRESS__
-constexpr bool kOwnFaultHandler = false;  // AddressSanitizer's says more
-#else
-constexpr bool kOwnFaultHandler = true;
-#endif
-
-// Makes errors of a kernel's segmentation faults.
-class FaultHandler {
- public:
-  FaultHandler() {
-    struct sigaction action = {};
-    action.sa_sigaction = on_fault;
-    action.sa_flags = SA_SIGINFO | SA_NODEFER;
-    if (kOwnFaultHandler) sigaction(SIGSEGV, &action, &before_);
-  }
-  FaultHandler(const FaultHandler&) = delete;
-  FaultHandler& operator=(const FaultHandler&) = delete;
-  ~FaultHandler() {
-    if (kOwnFaultHandler) sigaction(SIGSEGV, &before_, nullptr);
-  }
-
- private:
-  struct sigaction before_ = {};
-};
 
 void Emulator::start_block(Block& block, int64_t index) {
   if (block.threads.empty()) block.threads.resize(kMaxThreads);
@@ -300,7 +272,7 @@ bool Emulator::start_blocks(std::vector<int64_t>& waiting) {
 
 void Emulator::run(const Launch& launch) {
   const std::lock_guard<std::mutex> lock(mutex_);
-  const FaultHandler handler;
+  const FaultHandler handler(on_fault);
   launch_ = &launch;
   host_ = pthread_self();
   error_.clear();
@@ -328,6 +300,10 @@ void Emulator::run(const Launch& launch) {
 
 char* access(const void* p, int bytes, Memory::Kind kind, Site site) {
   the.last_site = site;
+  constexpr int64_t kPatience = int64_t{1} << 25;
+  if (++the.accesses_in_a_row > kPatience) {
+    fail("does not wait for others in this loop, be it endless: to wait for a counter, add 0 to it", site);
+  }
   return the.memory.access(the.self(), p, bytes, kind, site);
 }
 
@@ -391,6 +367,7 @@ uint32_t atomic_add(uint32_t* counter, uint32_t value, Site site) {
 void run(const Launch& launch) { the.run(launch); }
 
 void set_seed(uint64_t seed) { the.seed = seed; }
+void set_shared_limit(int64_t bytes) { shared_limit = std::min<int64_t>(bytes, kMaxSharedBytes); }
 void set_resident_blocks(int blocks) { the.resident_blocks = std::min(blocks, kMaxResidentBlocks); }
 
 std::map<std::string, BankCount> bank_counts() { return the.memory.bank_counts(); }

@@ -14,7 +14,7 @@
 namespace peft_kernels::simt {
 
 inline constexpr int kLanes = 32;
-inline constexpr int kMaxSharedBytes = 227 << 10;  // of a block, as on sm_90
+inline constexpr int kMaxSharedBytes = 227 << 10;  // of a block on any card
 
 // A line of a kernel; as a defaulted parameter, the caller's.
 struct Site {
@@ -66,12 +66,16 @@ struct Launch {
   int shared_bytes;
 };
 void run(const Launch& launch);
+// What a launch may ask for at most.
+inline int64_t shared_limit = 163 << 10;
 
 // ---- For tests -------------------------------------------------------------------------------------------
 
 // Lanes, warps and blocks run in an order that the seed decides, the same in every launch. It starts as
 // PEFT_KERNELS_SIMT_SEED, or 0.
 void set_seed(uint64_t seed);
+// The shared memory that a block can have on the card. It starts as sm_80's.
+void set_shared_limit(int64_t bytes);
 // How many blocks run at a time; 0: two or three, as the seed says.
 void set_resident_blocks(int blocks);
 

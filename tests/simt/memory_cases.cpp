@@ -198,12 +198,13 @@ struct Wide {
 };
 void launches() {
   uint32_t sum = 0;
+  simt::set_shared_limit(simt::kMaxSharedBytes);
   expect(launch<Wide>({&sum}, 3, nullptr, simt::kMaxSharedBytes) == 0 && sum == 3 * 1024 * 3,
          "all threads to run");
   expect(launch<Wide>({&sum}, 0, nullptr) == 0 && sum == 3 * 1024 * 3, "no blocks to do nothing");
-  const Status status = launch<Wide>({&sum}, 1, nullptr, simt::kMaxSharedBytes + 1);
-  expect(status != 0 && std::string(status_text(status)) == "invalid argument",
-         "too much shared memory to fail");
+  simt::set_shared_limit(99 << 10);
+  const Status status = launch<Wide>({&sum}, 1, nullptr, (99 << 10) + 1);
+  expect(status != 0 && std::string(status_text(status)) == "invalid argument", "too much memory to fail");
 }
 
 }  // namespace

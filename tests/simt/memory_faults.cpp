@@ -267,6 +267,19 @@ void wait_for_all_blocks(const Pointers& p) {
   sync_threads();
 }
 
+// Two blocks in step. A plain load need never see what another block writes.
+template <bool kBroken>
+void wait_by_load(const Pointers& p) {
+  if (thread_index() != 0) return;
+  for (uint32_t step = 1; step < 20; ++step) {
+    atomic_add_ordered(p.counter, 1);
+    uint32_t count = 0;
+    while (count < 2 * step) {
+      count = kBroken ? load(p.counter) : atomic_add_ordered(p.counter, 0);  // fault: wait_by_load
+    }
+  }
+}
+
 // As long as a lane holds the lock, nobody of its warp gets it.
 template <bool kBroken>
 void lock(const Pointers& p) {
@@ -308,6 +321,7 @@ const Cases& memory_faults() {
       FAULT(written_by_two_blocks, 2),
       FAULT(constant_that_changes, 1),
       FAULT(wait_for_all_blocks, 9),
+      FAULT(wait_by_load, 2),
       FAULT(lock, 5),
   };
   return cases;

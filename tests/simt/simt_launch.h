@@ -19,7 +19,7 @@ Status launch(const typename Kernel::Params& params, int64_t blocks, Stream, int
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
   static_assert(Kernel::kBlocksPerSm >= 1);
   if (blocks == 0) return 0;
-  if (blocks < 0 || blocks > INT32_MAX || shared_bytes < 0 || shared_bytes > simt::kMaxSharedBytes) return 1;
+  if (blocks < 0 || blocks > INT32_MAX || shared_bytes < 0 || shared_bytes > simt::shared_limit) return 1;
   const Params copy = params;
   simt::run({typeid(Kernel).name(), [](const void* p) { Kernel::run(*static_cast<const Params*>(p)); }, &copy,
              Kernel::kThreads, blocks, shared_bytes});

@@ -85,6 +85,7 @@ FAULTS: dict[str, str | tuple[str, ...]] = {
     "written_by_two_blocks": GLOBAL_RACE,
     "constant_that_changes": r"race: reads global memory that thread (\d+) of block 0 wrote .*, as constant",
     "wait_for_all_blocks": r"thread 0, .*: deadlock: waits for a counter",
+    "wait_by_load": r"does not wait for others in this loop",
     "lock": r"deadlock: waits for a counter",
 }
 # AddressSanitizer reports these itself.
