@@ -9,11 +9,15 @@
 # PYTHON    the interpreter (python3), which has torch
 # REHEARSE  1: go through all parts on the CPU with small shapes, to see that they work
 set -u
-cd "$(dirname "$0")/.." || exit 2
 OUT=${1:-}
 [ -n "$OUT" ] || { echo "usage: bench/gpu_check.sh OUT" >&2; exit 2; }
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
 PYTHON=${PYTHON:-python3}
+case $PYTHON in
+  /*) ;;
+  */*) PYTHON=$PWD/$PYTHON ;;
+esac
+cd "$(dirname "$0")/.." || exit 2
 REHEARSE=${REHEARSE:-0}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
 SUMMARY=$OUT/summary.txt

@@ -35,7 +35,8 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def gpu_check(out: Path, python: str | Path = sys.executable, **variables: str) -> tuple[int, str]:
     """Its status, and what it said."""
     done = subprocess.run(
-        ["bash", str(SCRIPT), str(out)],
+        ["bash", str(SCRIPT), out.name],
+        cwd=out.parent,
         env={**os.environ, "PYTHON": str(python), **variables},
         capture_output=True,
         text=True,
