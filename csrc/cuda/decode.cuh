@@ -113,4 +113,48 @@ DEVICE float unpack_scale(const PackedScale& packed, const float* map, float off
   return multiply_add(load(map + packed.code), packed.scale, offset);
 }
 
+// ---- The weight as first operand: 16 rows ("features") by a group of k, with x^T, 8 tokens wide
+//
+// The order of k within a group is free, as long as both operands have the same. Lane (g, t) loads bytes 8t..
+// of rows g and g + 8. In step s, of 4, it multiplies bytes 2s and 2s + 1 of these, which are k = 16t + 4s..,
+// and so 32 consecutive bytes of x serve it through the group.
+
+template <class Table>
+DEVICE void decode_group(const Table& table, const Words2& row, const Words2& row8, uint32_t (&a)[4][4]) {
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const int byte = s % 2 * 2;
+    a[s][0] = table.pair(row.v[s / 2], byte);
+    a[s][1] = table.pair(row8.v[s / 2], byte);
+    a[s][2] = table.pair(row.v[s / 2], byte + 1);
+    a[s][3] = table.pair(row8.v[s / 2], byte + 1);
+  }
+}
+
+struct GroupOfX {
+  Words4 low, high;
+};
+// In shared memory, at 16t of the group in the lane's row.
+template <class T>
+DEVICE GroupOfX load_group_of_x(const T* x) {
+  return {load(reinterpret_cast<const Words4*>(x)), load(reinterpret_cast<const Words4*>(x) + 1)};
+}
+
+// sums[16, 8] += weight x^T, rows g and g + 8 of it times their scales.
+template <class T>
+DEVICE void multiply_group(const uint32_t (&weight)[4][4], const GroupOfX& x, float scale, float scale8,
+                           float (&sums)[4]) {
+  float c[4] = {};
+#pragma unroll
+  for (int s = 0; s < 4; ++s) {
+    const Words4& half = s < 2 ? x.low : x.high;
+    const uint32_t b[2] = {half.v[s % 2 * 2], half.v[s % 2 * 2 + 1]};
+    mma<T>(c, weight[s], b);
+  }
+  sums[0] = multiply_add(c[0], scale, sums[0]);
+  sums[1] = multiply_add(c[1], scale, sums[1]);
+  sums[2] = multiply_add(c[2], scale8, sums[2]);
+  sums[3] = multiply_add(c[3], scale8, sums[3]);
+}
+
 }  // namespace peft_kernels::cuda

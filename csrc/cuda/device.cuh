@@ -86,6 +86,11 @@ template <class T>
 DEVICE T shuffle_xor(T value, int mask) {
   return __shfl_xor_sync(~0u, value, mask);
 }
+// Lane t of the caller's four.
+template <class T>
+DEVICE T shuffle_in_quad(T value, int t) {
+  return __shfl_sync(~0u, value, t, 4);
+}
 DEVICE uint32_t ballot(bool value) { return __ballot_sync(~0u, value); }
 
 // ---- Memory --------------------------------------------------------------------------------------------

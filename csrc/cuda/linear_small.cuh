@@ -5,9 +5,6 @@
 // shared memory, and passes through tiles of the weight with it. Its warps share the k of a tile, chunk by
 // chunk, and add up in shared memory.
 //
-// The order of k within a group of 64 is free, as long as both operands have the same. Lane (g, t) loads the
-// 8 bytes t of rows g and g + 8: with step s, of 4, it multiplies bytes 2s and 2s + 1 of them, which are
-// k = 16t + 4s.., and so 32 consecutive bytes of x serve it through the group.
 #pragma once
 
 #include "decode.cuh"
@@ -26,6 +23,10 @@ struct LinearSmall {
   static constexpr int kGroups = kShape.groups(), kChunk = kShape.chunk();
   static constexpr int kQuads = kGroups / 4;
   static constexpr int kLaneRows = 2 * kRowTiles;  // of the weight, that a lane reads
+
+  // Whether groups beyond k are skipped. If not, they meet zeros of x, and all groups of a chunk are one
+  // basic block: that hides latencies better, but registers would not do for many sums.
+  static constexpr bool kSkips = kTokenTiles == 4;
 
   struct Params {
     DecodeParams weight;
@@ -76,10 +77,13 @@ struct LinearSmall {
   const int tiles_, tile_stride_, first_tile_;
   uint8_t* const start_;
   Shared* const shared_;
+  const T* const x_at_;
   const float scale_offset_;
   int chunks_;  // of the slice
-  const T* x_at_[kTokenTiles];
   Table table_{};
+
+  const uint32_t row_bytes_, row_scales_;
+  const uint8_t* const first_bytes_;  // of row 0
 
   // The chunk that is on its way.
   int next_tile_, next_chunk_;
@@ -100,11 +104,13 @@ struct LinearSmall {
         first_tile_(block_index() / p.split.splits),
         start_(shared_memory<uint8_t>()),
         shared_(reinterpret_cast<Shared*>(start_ + p.shared_offset)),
-        scale_offset_(p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f) {
+        x_at_(x_row(kTokenTiles == 1 ? token_of(0) : g_) + 16 * t_),
+        scale_offset_(p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f),
+        row_bytes_(static_cast<uint32_t>(p.k / 2)),
+        row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
+        first_bytes_(p.weight.packed + (slice_begin() + warp_ * kChunk) / 2 + 8 * t_) {
     const int chunks = (p.k - slice_begin() + kChunk - 1) / kChunk;
     chunks_ = chunks < p.slice_chunks ? chunks : p.slice_chunks;
-#pragma unroll
-    for (int i = 0; i < kTokenTiles; ++i) x_at_[i] = x_row(token_of(i)) + 16 * t_;
   }
 
   DEVICE int slice_begin() const { return slice_ * p_.slice_chunks * kChunk; }
@@ -148,13 +154,11 @@ struct LinearSmall {
   DEVICE void start_tile(int tile) {
     next_tile_ = tile;
     next_chunk_ = warp_;
-    const auto scales = static_cast<uint32_t>(p_.k >> p_.weight.block_shift);
-    const int first = (slice_begin() + warp_ * kChunk) / 2 + 8 * t_;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      const int row = row_of(tile, i);
-      bytes_at_[i] = p_.weight.packed + int64_t{row} * (p_.k / 2) + first;
-      scales_at_[i] = static_cast<uint32_t>(row) * scales;
+      const auto row = static_cast<uint32_t>(row_of(tile, i));
+      bytes_at_[i] = first_bytes_ + uint64_t{row} * row_bytes_;
+      scales_at_[i] = row * row_scales_;
     }
     count_groups();
   }
@@ -201,46 +205,30 @@ struct LinearSmall {
     }
     advance();
     load_scales();
+    const int groups = (p_.k - slice_begin()) / kGroup - chunk * kGroups;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      uint32_t x[kTokenTiles][8];
+      if (!kSkips || j < groups) multiply_group_of(chunk, j, scale[j / 4], sums);
+      load_group(j);
+    }
+  }
+
+  DEVICE void multiply_group_of(int chunk, int j, const float (&scale)[kLaneRows], Sums& sums) {
+    uint32_t weight[kRowTiles][4][4];
+    float row_scale[kLaneRows];
 #pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) {
-        const T* at = x_at_[i] + chunk * kChunk + j * kGroup;
-        const auto low = load(reinterpret_cast<const Words4*>(at));
-        const auto high = load(reinterpret_cast<const Words4*>(at + 8));
+    for (int r = 0; r < kRowTiles; ++r) {
+      decode_group(table_, bytes_[j][2 * r], bytes_[j][2 * r + 1], weight[r]);
+    }
 #pragma unroll
-        for (int w = 0; w < 4; ++w) {
-          x[i][w] = low.v[w];
-          x[i][4 + w] = high.v[w];
-        }
-      }
+    for (int i = 0; i < kLaneRows; ++i) row_scale[i] = shuffle_in_quad(scale[i], j % 4);
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+      const GroupOfX x = load_group_of_x(x_at_ + chunk * kChunk + i * 8 * x_pitch() + j * kGroup);
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        float c[kTokenTiles][4] = {};
-#pragma unroll
-        for (int s = 0; s < 4; ++s) {
-          const uint32_t word = bytes_[j][2 * r].v[s / 2], word8 = bytes_[j][2 * r + 1].v[s / 2];
-          const int byte = s % 2 * 2;
-          const uint32_t a[4] = {table_.pair(word, byte), table_.pair(word8, byte),
-                                 table_.pair(word, byte + 1), table_.pair(word8, byte + 1)};
-#pragma unroll
-          for (int i = 0; i < kTokenTiles; ++i) {
-            const uint32_t b[2] = {x[i][2 * s], x[i][2 * s + 1]};
-            mma<T>(c[i], a, b);
-          }
-        }
-        const int from = g_ * 4 + j % 4;
-        const float low = shuffle(scale[j / 4][2 * r], from), high = shuffle(scale[j / 4][2 * r + 1], from);
-#pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            sums.c[r][i][e] = multiply_add(c[i][e], e < 2 ? low : high, sums.c[r][i][e]);
-          }
-        }
+        multiply_group<T>(weight[r], x, row_scale[2 * r], row_scale[2 * r + 1], sums.c[r][i]);
       }
-      load_group(j);
     }
   }
 

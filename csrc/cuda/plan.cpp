@@ -45,7 +45,7 @@ Cut SmallShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
     cut.x_offset = cut.shared_offset + fixed_bytes();
     room = card.shared_bytes - cut.x_offset;
   }
-  const int64_t most_chunks = (room / (2 * m) - kPad) / chunk();
+  const int64_t most_chunks = (room / (2 * x_rows(m)) - kPad) / chunk();
   if (most_chunks < 1) return {};
 
   // Slices of k that fit, and more of them where there are multiprocessors without a tile, as long as half

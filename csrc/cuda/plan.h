@@ -46,7 +46,11 @@ struct SmallShape {
   constexpr int fixed_bytes() const {
     return nf4::kDynamicCodes * 4 + 16 + kWarps * tokens() * kSumPitch * 4;
   }
-  constexpr int64_t x_bytes(int64_t m, int64_t chunks) const { return m * (chunks * chunk() + kPad) * 2; }
+  // Tiles of tokens are whole, unless there is but one.
+  constexpr int64_t x_rows(int64_t m) const { return token_tiles == 1 ? m : tokens(); }
+  constexpr int64_t x_bytes(int64_t m, int64_t chunks) const {
+    return x_rows(m) * (chunks * chunk() + kPad) * 2;
+  }
 
   Cut cut(int64_t m, int64_t n, int64_t k, const Card& card) const;
 };

@@ -65,6 +65,10 @@ T shuffle_xor(T value, int mask, Site site = Site::here()) {
   const int from = lane_index() ^ mask;
   return detail::exchange("shuffle_xor", value, from >= 0 && from < kWarp ? from : lane_index(), site);
 }
+template <class T>
+T shuffle_in_quad(T value, int t, Site site = Site::here()) {
+  return detail::exchange("shuffle_in_quad", value, (lane_index() & ~3) | (t & 3), site);
+}
 inline uint32_t ballot(bool value, Site site = Site::here()) {
   uint32_t mine = value;
   simt::collective(
