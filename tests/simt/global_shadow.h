@@ -1,6 +1,7 @@
-// Who wrote each word of global memory last in this launch, to find accesses by others that nothing orders:
-// neither a barrier of their block nor, between blocks, a release and an acquire by atomic_add_ordered. Which
-// counter those were on is not looked at.
+// Who wrote and who read each word of global memory last in this launch, to find accesses by others that
+// nothing orders: neither a barrier of their block nor, between blocks, a release and an acquire by
+// atomic_add_ordered. Which counter those were on is not looked at. Reads are kept where something near has
+// been written, which goes for workspace.
 #pragma once
 
 #include <array>
@@ -15,50 +16,52 @@ namespace peft_kernels::simt {
 
 class GlobalShadow {
  public:
-  struct Write {
+  struct Record {
     uint32_t tick = 0;
     int32_t block = 0;
     uint16_t thread = 0, site = 0;
     uint8_t bytes = 0;  // of the word: a mask
+  };
+  struct Conflict {
+    const Record* record = nullptr;  // none
+    bool with_read = false;
   };
 
   void start_launch(uint32_t tick, int64_t blocks) {
     start_ = tick;
     releases_.assign(static_cast<size_t>(blocks), {});
     // Nothing of an earlier launch is of interest, so this is only about memory.
-    constexpr size_t kMaxPages = 16384;
+    constexpr size_t kMaxPages = 8192;
     if (pages_.size() > kMaxPages) {
       pages_.clear();
       recent_ = {};
     }
   }
 
-  // The last write of this launch to any of these bytes that is not ordered before what `thread` does now;
-  // with `any`, be it ordered or not. Null: none.
-  const Write* find(const void* p, int bytes, const Thread& thread, bool any) {
+  // Notes a read, or returns the write that it is not ordered after; if `constant`, any write.
+  Conflict read(const void* p, int bytes, const Thread& thread, uint32_t tick, uint16_t site, bool constant) {
     const auto address = reinterpret_cast<uintptr_t>(p);
-    const Page* page = page_of(address, false);
-    if (page == nullptr) return nullptr;
-    const uint8_t mask = mask_of(address, bytes);
-    for (int i = 0; i < words_of(bytes); ++i) {
-      const Write& write = (*page)[address / 4 % kPageWords + static_cast<size_t>(i)];
-      if (write.tick < start_ || (write.bytes & mask) == 0) continue;
-      if (any || !ordered(write, thread)) return &write;
+    Page* page = page_of(address, false);
+    if (page == nullptr) return {};
+    const Record mine = record(address, bytes, thread, tick, site);
+    for (Word *word = word_of(*page, address), *end = word + words_of(bytes); word != end; ++word) {
+      if (touches(word->write, mine) && (constant || !ordered(word->write, thread))) return {&word->write};
+      word->read = mine;
     }
-    return nullptr;
+    return {};
   }
 
-  void write(const void* p, int bytes, const Thread& thread, uint32_t tick, uint16_t site) {
+  // Notes a write, or returns the access that it is not ordered after.
+  Conflict write(const void* p, int bytes, const Thread& thread, uint32_t tick, uint16_t site) {
     const auto address = reinterpret_cast<uintptr_t>(p);
     Page& page = *page_of(address, true);
-    const auto block = static_cast<int32_t>(thread.block->index);
-    const auto index = static_cast<uint16_t>(thread.index);
-    for (int i = 0; i < words_of(bytes); ++i) {
-      Write& write = page[address / 4 % kPageWords + static_cast<size_t>(i)];
-      const bool more = write.tick == tick && write.block == block && write.thread == index;
-      const uint8_t mask = mask_of(address, bytes);
-      write = {tick, block, index, site, static_cast<uint8_t>(more ? write.bytes | mask : mask)};
+    const Record mine = record(address, bytes, thread, tick, site);
+    for (Word *word = word_of(page, address), *end = word + words_of(bytes); word != end; ++word) {
+      if (touches(word->write, mine) && !ordered(word->write, thread)) return {&word->write};
+      if (touches(word->read, mine) && !ordered(word->read, thread)) return {&word->read, true};
+      word->write = mine;
     }
+    return {};
   }
 
   void release(const Thread& thread, uint32_t tick) {
@@ -68,7 +71,10 @@ class GlobalShadow {
 
  private:
   static constexpr size_t kPageWords = 1024;
-  using Page = std::array<Write, kPageWords>;
+  struct Word {
+    Record write, read;
+  };
+  using Page = std::array<Word, kPageWords>;
   struct Release {
     uint32_t tick, block_epoch, warp_epoch;
     int thread;
@@ -79,8 +85,14 @@ class GlobalShadow {
   };
 
   static int words_of(int bytes) { return bytes < 4 ? 1 : bytes / 4; }
-  static uint8_t mask_of(uintptr_t address, int bytes) {
-    return static_cast<uint8_t>(bytes < 4 ? ((1 << bytes) - 1) << address % 4 : 0xf);
+  static Word* word_of(Page& page, uintptr_t address) { return &page[address / 4 % kPageWords]; }
+  static Record record(uintptr_t address, int bytes, const Thread& thread, uint32_t tick, uint16_t site) {
+    const int mask = bytes < 4 ? ((1 << bytes) - 1) << address % 4 : 0xf;
+    return {tick, static_cast<int32_t>(thread.block->index), static_cast<uint16_t>(thread.index), site,
+            static_cast<uint8_t>(mask)};
+  }
+  bool touches(const Record& earlier, const Record& mine) const {
+    return earlier.tick >= start_ && (earlier.bytes & mine.bytes) != 0;
   }
 
   // Null: nothing was written there, and `create` is false.
@@ -96,18 +108,18 @@ class GlobalShadow {
     return recent.page;
   }
 
-  static bool seen(const Write& write, int thread, uint32_t block_epoch, uint32_t warp_epoch) {
-    return write.thread == thread || write.tick < block_epoch ||
-           (write.thread / kLanes == thread / kLanes && write.tick < warp_epoch);
+  static bool seen(const Record& access, int thread, uint32_t block_epoch, uint32_t warp_epoch) {
+    return access.thread == thread || access.tick < block_epoch ||
+           (access.thread / kLanes == thread / kLanes && access.tick < warp_epoch);
   }
-  bool ordered(const Write& write, const Thread& thread) const {
-    if (write.block == thread.block->index) {
-      return seen(write, thread.index, thread.block->epoch, thread.warp->epoch);
+  bool ordered(const Record& access, const Thread& thread) const {
+    if (access.block == thread.block->index) {
+      return seen(access, thread.index, thread.block->epoch, thread.warp->epoch);
     }
     const uint32_t acquired = std::max({thread.acquired, thread.warp->acquired, thread.block->acquired});
-    for (const Release& release : releases_[static_cast<size_t>(write.block)]) {
-      if (write.tick < release.tick && release.tick < acquired &&
-          seen(write, release.thread, release.block_epoch, release.warp_epoch)) {
+    for (const Release& release : releases_[static_cast<size_t>(access.block)]) {
+      if (access.tick < release.tick && release.tick < acquired &&
+          seen(access, release.thread, release.block_epoch, release.warp_epoch)) {
         return true;
       }
     }

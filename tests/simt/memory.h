@@ -191,18 +191,18 @@ inline char* Memory::access(Thread& thread, const void* p, int bytes, Kind kind,
 
 inline void Memory::access_global(Thread& thread, const void* p, int bytes, Kind kind, Site site) {
   if (p == nullptr) fail("null pointer", site);
-  const GlobalShadow::Write* other = global_.find(p, bytes, thread, kind == Kind::kReadConstant);
+  const bool write = kind == Kind::kWrite, constant = kind == Kind::kReadConstant;
+  const uint16_t index = site_index(site);
+  const auto [other, with_read] = write ? global_.write(p, bytes, thread, tick_, index)
+                                        : global_.read(p, bytes, thread, tick_, index, constant);
   if (other != nullptr) {
-    fail(std::string(kind == Kind::kWrite ? "race: writes" : "race: reads") + " global memory that thread " +
-             std::to_string(other->thread) + " of block " + std::to_string(other->block) + " wrote (" +
-             text(sites_[other->site]) + ")" +
-             (kind == Kind::kReadConstant ? ", as constant" : " with nothing to order them"),
+    fail(std::string("race: ") + (write ? "writes" : "reads") + " global memory that thread " +
+             std::to_string(other->thread) + " of block " + std::to_string(other->block) +
+             (with_read ? " read (" : " wrote (") + text(sites_[other->site]) + ")" +
+             (constant ? ", as constant" : " with nothing to order them"),
          site);
   }
-  if (kind == Kind::kWrite) {
-    global_.write(p, bytes, thread, tick_, site_index(site));
-    progress();
-  }
+  if (write) progress();
 }
 
 inline void Memory::copy_async(Thread& thread, void* to, const void* from, bool valid, Site site) {

@@ -243,6 +243,24 @@ void read_of_another_block(const Pointers& p) {
   store(p.out + 2 * kCount + kCount * block_index() + i, load(p.out + other));
 }
 
+// Workspace used again while another block may still read it.
+template <bool kBroken>
+void overwritten_by_another_block(const Pointers& p) {
+  const int i = thread_index();
+  if (i >= kWarp) return;
+  store(p.out + kCount * block_index() + i, 1.0f);
+  if (block_index() == 0) {
+    const float value = load(p.out + 2 * kCount + i);
+    kBroken ? static_cast<void>(ballot(value == 0)) : sync_warp();
+    if (i == 0) atomic_add_ordered(p.counter, 1);
+  } else {
+    while (i == 0 && atomic_add_ordered(p.counter, 0) == 0) {
+    }
+    sync_warp();
+    store(p.out + 2 * kCount + i, 1.0f);  // fault: overwritten_by_another_block
+  }
+}
+
 template <bool kBroken>
 void written_by_two_blocks(const Pointers& p) {
   store(p.out + thread_index() + (kBroken ? 1 : kCount) * block_index(), 1.0f);
@@ -318,6 +336,7 @@ const Cases& memory_faults() {
       FAULT(ticket_by_shuffle, 5),
       FAULT(ticket_before_store, 5),
       FAULT(read_of_another_block, 2),
+      FAULT(overwritten_by_another_block, 2),
       FAULT(written_by_two_blocks, 2),
       FAULT(constant_that_changes, 1),
       FAULT(wait_for_all_blocks, 9),

@@ -30,7 +30,7 @@ SHARED_RACE = (
     r"race: (reads|writes) byte \d+ of shared memory, which thread \d+ (read|wrote) \(\w+_faults.*no barrier"
 )
 GLOBAL_RACE = (
-    r"race: (reads|writes) global memory that thread \d+ of block \d wrote \(\w+_faults.* nothing to order"
+    r"race: (reads|writes) global memory that thread \d+ of block \d (read|wrote) \(\w+_faults.* nothing to"
 )
 UNDER_WAY = (
     r"reads byte \d+ of shared memory, where an asynchronous copy by thread \d+ \(\w+_faults.* is under way"
@@ -82,6 +82,7 @@ FAULTS: dict[str, str | tuple[str, ...]] = {
     "ticket_by_shuffle": GLOBAL_RACE,
     "ticket_before_store": GLOBAL_RACE,
     "read_of_another_block": GLOBAL_RACE,
+    "overwritten_by_another_block": r"race: writes global memory that thread \d+ of block 0 read",
     "written_by_two_blocks": GLOBAL_RACE,
     "constant_that_changes": r"race: reads global memory that thread (\d+) of block 0 wrote .*, as constant",
     "wait_for_all_blocks": r"thread 0, .*: deadlock: waits for a counter",
