@@ -1,9 +1,13 @@
-// Runs CUDA kernels on the CPU, one fiber per CUDA thread, and looks for what a GPU would let pass: races in
-// shared memory, collectives that lanes miss, copies read too early, misaligned accesses. simt_device.h and
-// simt_launch.h are written with the first half of this header; tests steer with the second.
+// Runs CUDA kernels on the CPU, one fiber per CUDA thread, and looks for what a GPU would let pass: accesses
+// to shared or global memory that nothing orders, collectives that lanes miss, copies read too early,
+// misaligned or stray accesses. simt_device.h and simt_launch.h are written with the first half of this
+// header; tests steer with the second.
 //
 // A fault is thrown out of run() as std::runtime_error that names the kernel, block, thread and line. The
 // emulator stays usable.
+//
+// It cannot see: in which order mma adds, registers and occupancy, global memory out of bounds (which
+// AddressSanitizer can), or global memory overwritten after a read when no kernel has written near it before.
 #pragma once
 
 #include <cstdint>
