@@ -8,6 +8,7 @@ from .dora import dora_norm, dora_scale, dora_scale_backward
 from .dropout import dropout
 from .gated import gated_activation, gated_activation_backward
 from .launch import check_usable
+from .linear import nf4_linear, nf4_linear_dx
 from .quantize import quantize_absmax, quantize_nf4, unpack_absmax
 
 __all__ = [
@@ -19,6 +20,8 @@ __all__ = [
     "dropout",
     "gated_activation",
     "gated_activation_backward",
+    "nf4_linear",
+    "nf4_linear_dx",
     "quantize_absmax",
     "quantize_nf4",
     "unpack_absmax",

@@ -1,0 +1,216 @@
+"""Linear layers with a frozen NF4 weight: y = x W^T + bias and dx = dY W."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..reference.dropout import dropout_scale, dropout_threshold
+from .common import Nf4, check, check_dtype, check_float, check_shape, nf4
+from .launch import launch
+from .linear_kernels import linear_dx_kernel, linear_kernel
+from .linear_pieces import backward_by_pieces, forward_by_pieces
+from .linear_plan import Tiles, depth_of_split, table_for, tiles_for
+from .linear_sums import empty_parts, sum_parts
+
+RUN = 64  # weights at a time
+RANKS = 16  # of an adapter at a time
+
+
+class Mask(NamedTuple):
+    """Dropout as in reference/dropout.py."""
+
+    seed: Tensor
+    stream: int
+    p: float
+
+    @property
+    def threshold(self) -> int:
+        return dropout_threshold(self.p)
+
+    @property
+    def scale(self) -> float:
+        return dropout_scale(self.p)
+
+
+class Delta(NamedTuple):
+    """What an adapter adds to a product: scale * mask(u v), v used transposed forward."""
+
+    u: Tensor  # fp32 [m, rank], rows may lie apart
+    v: Tensor  # [n, rank]; backward [rank, k]; contiguous, fp32 or of the activations' type
+    scale: float
+    mask: Mask | None = None
+
+
+def linear(x: Tensor, weight: Nf4, n: int, bias: Tensor | None, delta: Delta | None = None) -> Tensor | None:
+    """y [m, n] of x [m, k], contiguous; None when no kernel is for so many rows."""
+    m, k = x.shape
+    tiles = tiles_for(table_for(x.dtype, backward=False), m)
+    if tiles is None:
+        return None
+    out = x.new_empty(m, n)
+    if out.numel() == 0:
+        return out
+    run, aligned = _runs(weight, k, x.dtype)
+    groups = math.gcd(k // run, tiles.groups) if aligned else 1
+    split_k = depth_of_split(_programs(tiles, "BLOCK_N", m, n), k, groups * run, x.device)
+    splits = max(triton.cdiv(k, split_k), 1)
+    target = out if splits == 1 else empty_parts(splits, m, n, x)
+    launch(
+        linear_kernel,
+        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]), splits),
+        x,
+        *weight[:5],
+        bias,
+        *_delta_args(delta),
+        target,
+        m,
+        n,
+        k,
+        split_k,
+        *_delta_sizes(delta),
+        configs=tiles.configs,
+        key=(tiles.rows, n, k, x.dtype, weight.blocksize, weight.absmax.dtype, delta is None),
+        BLOCK_SHIFT=weight.blocksize.bit_length() - 1,
+        ALIGNED=aligned,
+        SPLIT=splits > 1,
+        BLOCK_K=run,
+        GROUPS=groups,
+        BLOCK_R=RANKS,
+    )
+    if splits > 1:
+        sum_parts(target, out)
+    return out
+
+
+def linear_dx(
+    dy: Tensor, weight: Nf4, k: int, dx: Tensor | None = None, delta: Delta | None = None
+) -> Tensor | None:
+    """dx [m, k] of dy [m, n], contiguous, added to `dx` when there is one; None when no kernel is for so many
+    rows."""
+    m, n = dy.shape
+    tiles = tiles_for(table_for(dy.dtype, backward=True), m)
+    if tiles is None:
+        return None
+    out = dy.new_empty(m, k) if dx is None else dx
+    if out.numel() == 0:
+        return out
+    run, aligned = _runs(weight, k, dy.dtype)
+    block_n = 32 if dy.dtype == torch.float32 else RUN
+    split_n = depth_of_split(_programs(tiles, "BLOCK_K", m, k), n, block_n, dy.device)
+    splits = max(triton.cdiv(n, split_n), 1)
+    direct = splits == 1 and dx is None
+    target = out if direct else empty_parts(splits, m, k, dy)
+    mask = None if delta is None else delta.mask
+    launch(
+        linear_dx_kernel,
+        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(k, meta["BLOCK_K"]), splits),
+        dy,
+        *weight[:5],
+        *_delta_args(delta),
+        target,
+        m,
+        n,
+        k,
+        split_n,
+        *_delta_sizes(delta),
+        *mask_args(mask),
+        configs=tiles.configs,
+        key=(tiles.rows, n, k, dy.dtype, weight.blocksize, weight.absmax.dtype, delta is None, mask is None),
+        BLOCK_SHIFT=weight.blocksize.bit_length() - 1,
+        ALIGNED=aligned,
+        SPLIT=not direct,
+        QUADS=k % 4 == 0,
+        RUN=run,
+        BLOCK_N=block_n,
+        BLOCK_R=RANKS,
+    )
+    if not direct:
+        sum_parts(target, out, add=dx is not None)
+    return out
+
+
+def _runs(weight: Nf4, k: int, dtype: torch.dtype) -> tuple[int, bool]:
+    """How many weights of a row go together, and whether they always share an absmax and whole bytes."""
+    for run in (RUN, RUN // 2):
+        if k % run == 0 and weight.blocksize % run == 0 and (run < RUN or dtype != torch.float32):
+            return run, True
+    return RUN // 2, False
+
+
+def _programs(tiles: Tiles, block: str, rows: int, features: int) -> int:
+    sizes = tiles.configs[0].kwargs
+    return triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(features, sizes[block])
+
+
+def _delta_args(delta: Delta | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if delta is None else (delta.u, delta.v)
+
+
+def _delta_sizes(delta: Delta | None) -> tuple[int, int, float]:
+    if delta is None:
+        return 0, 0, 1.0
+    scale = delta.scale * (1.0 if delta.mask is None else delta.mask.scale)
+    return delta.u.shape[1], delta.u.stride(0), scale
+
+
+def mask_args(mask: Mask | None) -> tuple[Tensor | None, int, int]:
+    return (None, 0, 0) if mask is None else (mask.seed, mask.stream, mask.threshold)
+
+
+# The ops
+
+
+def nf4_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    out_features: int,
+    bias: Tensor | None,
+) -> Tensor:
+    rows = as_rows(x, "x")
+    weight = nf4(packed, absmax, absmax2, offset, blocksize, out_features * rows.shape[1])
+    if bias is not None:
+        check_bias(bias, out_features, x.dtype)
+    y = linear(rows, weight, out_features, bias)
+    if y is None:
+        y = forward_by_pieces(rows, weight, out_features, bias)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def nf4_linear_dx(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+    blocksize: int,
+    in_features: int,
+) -> Tensor:
+    rows = as_rows(dy, "dy")
+    weight = nf4(packed, absmax, absmax2, offset, blocksize, rows.shape[1] * in_features)
+    dx = linear_dx(rows, weight, in_features)
+    if dx is None:
+        dx = backward_by_pieces(rows, weight, in_features)
+    return dx.view(*dy.shape[:-1], in_features)
+
+
+def as_rows(t: Tensor, name: str) -> Tensor:
+    """Activations as rows, contiguous."""
+    check_float(t, name)
+    check(t.dim() >= 1, name, "at least 1 dimension", t.dim())
+    return t.contiguous().view(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def check_bias(bias: Tensor, features: int, dtype: torch.dtype) -> None:
+    check_float(bias, "bias")
+    if bias.dtype != torch.float32:
+        check_dtype(bias, dtype, "bias")
+    check_shape(bias, (features,), "bias")
