@@ -61,8 +61,10 @@ def dot_wide(a, b, dtype: tl.constexpr):
 
 @triton.jit
 def load_elements(packed, absmax, absmax2, offset, dynamic_map, element, inside, BLOCK_SHIFT: tl.constexpr):
-    """Weights one by one, fp32, 0 where `inside` is false: for rows that begin amid a byte or block. `element` is
-    int64, `inside` of its shape."""
+    """Weights one by one, fp32, 0 where `inside` is false: for rows that begin amid a byte or block.
+
+    `element` is int64, `inside` of its shape.
+    """
     byte = tl.load(packed + (element >> 1), mask=inside, other=0).to(tl.int32)
     code = tl.where((element & 1) == 0, byte >> 4, byte & 15)
     scale = load_absmax(absmax, absmax2, offset, dynamic_map, element >> BLOCK_SHIFT, inside)
@@ -78,8 +80,10 @@ def load_run_absmax(absmax, absmax2, offset, dynamic_map, element, BLOCK_SHIFT: 
 
 @triton.jit
 def kept(seed, stream, threshold, token, first, features, WIDTH: tl.constexpr, QUADS: tl.constexpr):
-    """Which elements of activations [.., features] dropout keeps in the rows `token`, int64, from feature `first`
-    on: bool [rows, WIDTH]. QUADS: features and first are multiples of 4."""
+    """Which elements of activations [.., features] dropout keeps: bool [rows, WIDTH].
+
+    In the rows `token`, int64, from feature `first` on. QUADS: features and first are multiples of 4.
+    """
     element = token * features + first
     if QUADS:
         block = (element >> 2)[:, None] + tl.arange(0, WIDTH // 4)[None, :]
