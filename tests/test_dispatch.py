@@ -156,7 +156,7 @@ def test_backward_in_another_thread_stays_on_its_back_end(weight: pk.NF4Weight) 
 
 def test_unknown_names() -> None:
     with (
-        pytest.raises(ValueError, match=r"^name: expected one of cuda, cpu, reference.*, got 'gpu'$"),
+        pytest.raises(ValueError, match=r"^name: expected one of cuda, triton, cpu, reference.*, got 'gpu'$"),
         pk.use_backend("gpu"),
     ):
         pass
@@ -173,7 +173,7 @@ def test_environment_variable(monkeypatch: pytest.MonkeyPatch, weight: pk.NF4Wei
     assert dispatch.forced() is None
     monkeypatch.setenv("PEFT_KERNELS_BACKEND", "gpu")
     with pytest.raises(
-        ValueError, match=r"^PEFT_KERNELS_BACKEND: expected one of cuda, cpu, reference.*, got 'gpu'$"
+        ValueError, match=r"^PEFT_KERNELS_BACKEND: expected one of cuda, triton, cpu, reference.*, got 'gpu'$"
     ):
         pk.nf4_linear(args[0], weight)
 
@@ -192,7 +192,7 @@ def test_use_backend_that_is_not_usable(monkeypatch: pytest.MonkeyPatch) -> None
 @needs_cpu
 def test_explain() -> None:
     lines = {line.split()[0]: line for line in pk.explain().splitlines()}
-    assert list(lines)[:3] == ["cuda", "cpu", "reference"] and list(lines)[-1] == "choice"
+    assert list(lines)[:4] == ["cuda", "triton", "cpu", "reference"] and list(lines)[-1] == "choice"
     levels = ", ".join(cpu.BACKEND.extension.isa_levels())
     want = rf"cpu +usable: C\+\+, instruction set \w+ \(of {levels}\), {torch.get_num_threads()} threads"
     assert re.fullmatch(want, lines["cpu"])
