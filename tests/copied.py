@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from peft_kernels import spec
-from peft_kernels.backends import BACKENDS, Backend
+from peft_kernels.backends import BACKENDS, Backend, triton
 
 
 class CopiedBackend:
@@ -66,8 +66,11 @@ def copied(tensor: Tensor, device: str) -> Tensor:
 
 
 def backend_ids() -> list[str]:
-    """`cuda_copied` and `triton_copied` on a machine where these can be used; they are then back ends."""
-    found = []
+    """`cuda_copied` and `triton_copied` on a machine where these can be used; they are then back ends. None in
+    a process whose Triton interprets its kernels: those take CPU tensors."""
+    found: list[str] = []
+    if triton.BACKEND.interpreted:
+        return found
     for name in ("cuda", "triton"):
         if name in BACKENDS and BACKENDS[name].probe() is None:
             backend = CopiedBackend(BACKENDS[name], "cuda")

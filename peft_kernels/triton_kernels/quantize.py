@@ -67,8 +67,7 @@ def quantize_absmax_kernel(absmax, offset, midpoints, q8, absmax2, nblocks, GROU
     # How many midpoints are smaller: the nearest entry of the map, the lower one on a tie.
     code = tl.zeros((GROUPS, GROUP), tl.int32)
     for i in tl.static_range(8):
-        STEP: tl.constexpr = 128 >> i
-        code += tl.where(scaled > tl.load(midpoints + code + (STEP - 1)), STEP, 0)
+        code += tl.where(scaled > tl.load(midpoints + code + ((128 >> i) - 1)), 128 >> i, 0)
     tl.store(q8 + block, code.to(tl.uint8), mask=inside)
 
 
