@@ -66,8 +66,10 @@ def copied(tensor: Tensor, device: str) -> Tensor:
 
 
 def backend_ids() -> list[str]:
-    """`cuda_copied` and `triton_copied` on a machine where these can be used; they are then back ends. None in
-    a process whose Triton interprets its kernels: those take CPU tensors."""
+    """`cuda_copied` and `triton_copied` on a machine where these can be used; they are then back ends.
+
+    None in a process whose Triton interprets its kernels: those take CPU tensors themselves.
+    """
     found: list[str] = []
     if triton.BACKEND.interpreted:
         return found
