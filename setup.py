@@ -50,6 +50,8 @@ CUDA_OPS = [
     "csrc/cuda/adapters_general.cpp",
     "csrc/cuda/base_product.cpp",
     "csrc/cuda/bind.cpp",
+    "csrc/cuda/dora_ops.cpp",
+    "csrc/cuda/elementwise_ops.cpp",
     "csrc/cuda/linear.cpp",
     "csrc/cuda/lora_ops.cpp",
     "csrc/cuda/nf4_ops.cpp",
@@ -58,7 +60,9 @@ CUDA_OPS = [
 ]
 CUDA_KERNELS = [
     "csrc/cuda/dequantize.cu",
+    "csrc/cuda/dora_scale.cu",
     "csrc/cuda/dropout.cu",
+    "csrc/cuda/gated.cu",
     "csrc/cuda/linear_small.cu",
     "csrc/cuda/lora_from_ranks.cu",
     "csrc/cuda/lora_over_rows.cu",

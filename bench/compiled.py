@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from . import limits, sass
-from .floors import BY_ARCHITECTURE, NF4_BYTES, Gpu
+from .floors import BY_ARCHITECTURE, Gpu
 from .limits import Finding
 
 
@@ -56,7 +56,7 @@ def slots(finding: Finding, gpu: Gpu) -> float | None:
     """The part of the issue slots that a kernel takes while it keeps the memory busy: above 1 it cannot."""
     if finding.least is None or finding.rule is None:
         return None
-    return gpu.slots(finding.least, NF4_BYTES + finding.rule.written)
+    return gpu.slots(finding.least, finding.rule.read + finding.rule.written)
 
 
 def matrix_peak(finding: Finding, gpu: Gpu) -> float | None:

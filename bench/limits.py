@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from .floors import NF4_BYTES
 from .sass import ARCHITECTURES, Instruction, Kernel, count
 
 MATRIX, MATRIX_16, WIDE_STORE = r"HMMA", r"HMMA\.16816", r"STG?\.E\.(EF\.|NA\.)*128"
@@ -17,7 +18,10 @@ MATRIX_WEIGHTS, STORE_BYTES = 8, 16
 
 @dataclass(frozen=True)
 class Rule:
-    """The kernels whose names match do their work in matrix instructions, or write weights out."""
+    """The kernels whose names match do their work in matrix instructions, or write weights out.
+
+    Where elements of activations are what a kernel handles, they stand for weights.
+    """
 
     pattern: str
     limit: float | None = None
@@ -26,6 +30,8 @@ class Rule:
     """That a warp multiplies each of its weights by; 0: no product with weights."""
     written: int = 0
     """Bytes that each weight is written out in; 0: none is."""
+    read: float = NF4_BYTES
+    """Bytes that are read for each weight."""
     architectures: Sequence[int] = ARCHITECTURES
     """Where the kernel is used."""
 
@@ -54,6 +60,14 @@ RULES: Sequence[Rule] = (
     Rule(r"LinearSmall<\w+, NarrowTable, 2, \d>", 2.8, tokens=16, architectures=NARROW),
     Rule(r"LinearSmall<\w+, NarrowTable, 4, \d>", 3.5, tokens=32, architectures=NARROW),
     Rule(r"(ToRanks|FromRanks|OverRows)<.*>"),
+    Rule(r"Gated<float, .*, false>", 36.0, written=4, read=8),
+    Rule(r"Gated<(bf16|fp16), .*, false>", 36.0, written=2, read=4),
+    Rule(r"Gated<float, .*, true>", 54.0, written=8, read=12),
+    Rule(r"Gated<(bf16|fp16), .*, true>", 54.0, written=4, read=6),
+    Rule(r"ScaleColumns<float, true>", 15.0, written=4, read=4),
+    Rule(r"ScaleColumns<(bf16|fp16), true>", 15.0, written=2, read=2),
+    Rule(r"ScaleColumnsBackward<float, true>", 15.0, written=4, read=8),
+    Rule(r"ScaleColumnsBackward<(bf16|fp16), true>", 15.0, written=2, read=4),
 )
 
 

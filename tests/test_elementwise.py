@@ -181,6 +181,34 @@ def test_gated_activation_reads_views(backend: str, activation: str) -> None:
     assert scalar.shape == () and torch.allclose(scalar, want[0][0, 0], rtol=1e-5)
 
 
+@each_dtype
+def test_inputs_at_odd_addresses(backend: str, dtype: torch.dtype) -> None:
+    """Contiguous, but no vector of elements starts where the tensors do."""
+
+    def odd(t: Tensor) -> Tensor:
+        moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+        return moved.copy_(t)
+
+    x, y, z = (testing.tensor(24, 64, dtype=dtype, seed=i) for i in range(3))
+    scale, seed = testing.tensor(64), torch.tensor(SEED)
+    calls: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
+        (lambda *args: (ops.gated_activation(*args, "silu"),), (x, y)),
+        (lambda *args: ops.gated_activation_backward(*args, "gelu"), (x, y, z)),
+        (lambda *args: (ops.dropout(*args, 0.3, seed),), (x,)),
+        (lambda *args: (ops.dora_scale(*args),), (x, scale, scale)),
+        (ops.dora_scale_backward, (x, y, scale, scale)),
+    )
+    for call, args in calls:
+        want = call(*args)
+        for moved in range(len(args)):
+            got = call(*(odd(arg) if i == moved else arg for i, arg in enumerate(args)))
+            for a, b in zip(got, want, strict=True):
+                if backend == "reference":  # torch's functions round by vectors
+                    torch.testing.assert_close(a, b)
+                else:
+                    assert torch.equal(a, b)
+
+
 GATED_REFUSED = {
     "activation": (
         "activation: expected silu, gelu, gelu_tanh or relu, got swish",

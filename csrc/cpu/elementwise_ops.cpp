@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "../common/elementwise_args.h"
 #include "dropout.h"
 
 namespace peft_kernels::cpu {
@@ -17,83 +18,58 @@ Tensor dropout(const Tensor& x, double p, const Tensor& seed) {
   return out;
 }
 
-Activation activation_of(c10::string_view name) {
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  TORCH_CHECK(name == "relu", "activation: expected silu, gelu, gelu_tanh or relu, got ", name);
-  return Activation::kRelu;
-}
-
 // An element costs an exponential and a division: a few times what a copy costs.
 constexpr int64_t kGatedGrain = kElementwiseGrain / 4;
 
-Tensor gated_activation(const Tensor& gate, const Tensor& up, c10::string_view activation) {
-  const Tensor g = gate.contiguous(), u = matching(up, gate, "up");
-  Tensor out = at::empty(g.sizes(), g.options());
+GatedParams params_of(const GatedArgs& args) {
   GatedParams params{};
-  params.gate = g.const_data_ptr();
-  params.up = u.const_data_ptr();
-  params.dtype = dtype_of(g, "gate");
-  params.activation = activation_of(activation);
+  params.gate = args.gate.const_data_ptr();
+  params.up = args.up.const_data_ptr();
+  params.dtype = args.dtype;
+  params.activation = args.activation;
+  return params;
+}
+
+Tensor gated_activation(const Tensor& gate, const Tensor& up, c10::string_view activation) {
+  const GatedArgs args(gate, up, activation);
+  Tensor out = at::empty(args.gate.sizes(), args.gate.options());
+  GatedParams params = params_of(args);
   params.out = out.mutable_data_ptr();
   const auto gated = kernels().gated;
-  parallel_for(0, g.numel(), kGatedGrain, [&](int64_t begin, int64_t end) { gated(params, begin, end); });
+  parallel_for(0, out.numel(), kGatedGrain, [&](int64_t begin, int64_t end) { gated(params, begin, end); });
   return out;
 }
 
 std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& dy, const Tensor& gate, const Tensor& up,
                                                      c10::string_view activation) {
-  const Tensor g = gate.contiguous(), u = matching(up, gate, "up"), d = matching(dy, gate, "dy");
-  Tensor d_gate = at::empty(g.sizes(), g.options()), d_up = at::empty(g.sizes(), g.options());
-  GatedParams params{};
-  params.gate = g.const_data_ptr();
-  params.up = u.const_data_ptr();
+  const GatedArgs args(gate, up, activation);
+  const Tensor d = matching(dy, gate, "dy");
+  Tensor d_gate = at::empty(d.sizes(), d.options()), d_up = at::empty(d.sizes(), d.options());
+  GatedParams params = params_of(args);
   params.dy = d.const_data_ptr();
-  params.dtype = dtype_of(g, "gate");
-  params.activation = activation_of(activation);
   params.d_gate = d_gate.mutable_data_ptr();
   params.d_up = d_up.mutable_data_ptr();
   const auto gated_backward = kernels().gated_backward;
-  parallel_for(0, g.numel(), kGatedGrain,
+  parallel_for(0, d.numel(), kGatedGrain,
                [&](int64_t begin, int64_t end) { gated_backward(params, begin, end); });
   return {d_gate, d_up};
 }
 
-Tensor feature_scale(const Tensor& scale, int64_t features) {
-  check_dtype(scale, at::kFloat, "scale");
-  check_shape(scale, {features}, "scale");
-  return scale.contiguous();
+ScaleParams params_of(const DoraScaleArgs& args) {
+  ScaleParams params{};
+  params.z = args.z.const_data_ptr();
+  params.dtype = args.dtype;
+  params.scale = args.scale.const_data_ptr<float>();
+  params.bias = args.bias_data();
+  params.m = args.rows;
+  params.n = args.features;
+  return params;
 }
 
-// What both directions take; holds the tensors that the pointers point into.
-struct Scaling {
-  Tensor z, scale, bias;
-  ScaleParams params{};
-
-  Scaling(const Tensor& z_in, const Tensor& scale_in, const OptionalTensor& bias_in) {
-    TORCH_CHECK(z_in.dim() >= 1, "z: expected at least 1 dimension, got 0");
-    const int64_t features = z_in.size(-1);
-    z = activation(z_in, features, "z");
-    scale = feature_scale(scale_in, features);
-    if (bias_in) {
-      dtype_of(*bias_in, "bias");
-      check_shape(*bias_in, {features}, "bias");
-      bias = bias_in->to(at::kFloat).contiguous();
-      params.bias = bias.const_data_ptr<float>();
-    }
-    params.z = z.const_data_ptr();
-    params.dtype = dtype_of(z, "z");
-    params.scale = scale.const_data_ptr<float>();
-    params.m = rows_of(z);
-    params.n = features;
-  }
-};
-
 Tensor dora_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& bias) {
-  Scaling scaling(z, scale, bias);
+  const DoraScaleArgs args(z, scale, bias);
   Tensor y = at::empty(z.sizes(), z.options());
-  ScaleParams& params = scaling.params;
+  ScaleParams params = params_of(args);
   params.y = y.mutable_data_ptr();
   const auto scale_features = kernels().scale_features;
   parallel_for(0, params.m, ceil_div(kElementwiseGrain, std::max<int64_t>(params.n, 1)),
@@ -103,10 +79,10 @@ Tensor dora_scale(const Tensor& z, const Tensor& scale, const OptionalTensor& bi
 
 std::tuple<Tensor, Tensor> dora_scale_backward(const Tensor& dy, const Tensor& z, const Tensor& scale,
                                                const OptionalTensor& bias) {
-  Scaling scaling(z, scale, bias);
+  const DoraScaleArgs args(z, scale, bias);
   const Tensor d = matching(dy, z, "dy");
-  Tensor dz = at::empty(z.sizes(), z.options()), d_scale = at::empty_like(scaling.scale);
-  ScaleParams& params = scaling.params;
+  Tensor dz = at::empty(z.sizes(), z.options()), d_scale = at::empty_like(args.scale);
+  ScaleParams params = params_of(args);
   params.dy = d.const_data_ptr();
   params.dz = dz.mutable_data_ptr();
   params.d_scale = d_scale.mutable_data_ptr<float>();

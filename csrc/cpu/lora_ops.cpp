@@ -8,6 +8,7 @@
 #include <tuple>
 #include <vector>
 
+#include "../common/dora_norm.h"
 #include "../common/lora_args.h"
 #include "checks.h"
 #include "dropout.h"
@@ -352,35 +353,27 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
   return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da, g.db};
 }
 
-// DoRA: ||W + s B A|| by row, expanded so that the product B A is never formed.
 Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
                  const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a, const Tensor& lora_b,
                  double scaling) {
-  const auto base_dtype = absmax ? lora_a.scalar_type() : weight.scalar_type();
-  TORCH_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2, "lora_a, lora_b: expected 2 dimensions, got ",
-              lora_a.dim(), ", ", lora_b.dim());
-  const int64_t out_features = lora_b.size(0), in_features = lora_a.size(1);
-  check_shape(lora_b, {out_features, lora_a.size(0)}, "lora_b");
-  dtype_of(lora_a, "lora_a");
-  dtype_of(lora_b, "lora_b");
-  const BaseWeight base(weight, absmax, absmax2, offset, blocksize, out_features, in_features, base_dtype);
-  const Tensor a = lora_a.to(at::kFloat).contiguous(), b = lora_b.to(at::kFloat);
+  const DoraNormArgs args(lora_a, lora_b, scaling);
+  const int64_t out_features = args.out_features(), in_features = args.in_features();
+  const BaseWeight base(weight, absmax, absmax2, offset, blocksize, out_features, in_features,
+                        weight.scalar_type());
   const MatrixView w = base.matrix();
 
-  Tensor squares = at::empty({out_features}, a.options());
+  Tensor squares = at::empty({out_features}, args.a.options());
   float* out = squares.mutable_data_ptr<float>();
   const auto row_squares = kernels().row_squares;
   constexpr int64_t kElementsPerThread = 65536;
   parallel_for(0, out_features, ceil_div(kElementsPerThread, std::max<int64_t>(in_features, 1)),
                [&](int64_t begin, int64_t end) { row_squares(w, in_features, begin, end, out); });
 
-  Tensor aw = at::empty({a.size(0), out_features}, a.options());  // [r, out_features]
+  Tensor aw = at::empty({args.a.size(0), out_features}, args.a.options());  // [r, out_features]
   Product product(aw);
-  product.add(term_of(a, "lora_a", w));
+  product.add(term_of(args.a, "lora_a", w));
   product.run_nt();
-  squares.add_(aw.mul(b.t()).sum(0), 2 * scaling);
-  squares.add_(at::mm(b, at::mm(a, a.t())).mul(b).sum(1), scaling * scaling);
-  return squares.clamp_min_(0).sqrt_();
+  return args.norm(squares, aw.t());
 }
 
 }  // namespace

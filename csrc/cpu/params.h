@@ -5,6 +5,7 @@
 
 #include <cstdint>
 
+#include "../common/activation.h"
 #include "../common/dtype.h"
 
 namespace peft_kernels::cpu {
@@ -118,8 +119,6 @@ struct DropoutParams {
   DropoutMask mask;
   void* out;
 };
-
-enum class Activation : uint8_t { kSilu, kGelu, kGeluTanh, kRelu };
 
 // Forward: out = activation(gate) * up. Backward: its gradients in d_gate and d_up. All of one dtype.
 struct GatedParams {

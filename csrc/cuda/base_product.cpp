@@ -24,21 +24,15 @@ OptionalTensor checked_bias(const OptionalTensor& bias, int64_t features, at::Sc
 
 // y = x W^T + bias, W dequantised by rows.
 void forward_by_pieces(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias, Tensor& y) {
-  const int64_t n = base.out_features(), k = base.in_features();
-  const int64_t rows = piece_of(n, k, x.element_size());
-  const Tensor buffer = at::empty({std::min(rows, n), k}, x.options());
-  for (int64_t begin = 0; begin < n; begin += rows) {
-    const int64_t end = std::min(begin + rows, n);
-    check(dequantize_nf4(base.nf4().view(), {begin, end, 0, k, k}, buffer.mutable_data_ptr(),
-                         dtype_of(x, "x"), k, current_stream()));
-    const Tensor transposed = buffer.slice(0, 0, end - begin).t();
+  by_row_pieces(base, x.options(), [&](int64_t begin, int64_t end, const Tensor& rows) {
+    const Tensor transposed = rows.t();
     Tensor out = y.slice(1, begin, end);
     if (bias) {
       at::addmm_out(out, bias->slice(0, begin, end), x, transposed);
     } else {
       at::mm_out(out, x, transposed);
     }
-  }
+  });
 }
 
 // dx = dy W, W dequantised by columns: sums over rows would be rounded piece by piece.
@@ -109,6 +103,19 @@ const char* backward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::S
                          const Card& card) {
   const char* name = is_half(dtype) ? plan_linear_dx(m, n, k, block_shift, card).name : nullptr;
   return name ? name : kPieces;
+}
+
+void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, const RowPiece& body) {
+  const int64_t n = base.out_features(), k = base.in_features();
+  const int64_t count = std::min(piece_of(n, k, static_cast<int64_t>(options.dtype().itemsize())), n);
+  const Tensor buffer = at::empty({count, k}, options);
+  for (int64_t begin = 0; begin < n; begin += count) {
+    const int64_t end = std::min(begin + count, n);
+    const Tensor rows = buffer.slice(0, 0, end - begin);
+    check(dequantize_nf4(base.nf4().view(), {begin, end, 0, k, k}, rows.mutable_data_ptr(),
+                         dtype_of(rows, "rows"), k, current_stream()));
+    body(begin, end, rows);
+  }
 }
 
 bool forward_is_fused(const Tensor& x, const BaseWeight& base) {

@@ -1,6 +1,8 @@
 // Products with the frozen weight of a layer, dense or NF4.
 #pragma once
 
+#include <functional>
+
 #include "../common/lora_args.h"
 #include "../common/nf4_tensors.h"
 #include "runtime.h"
@@ -37,6 +39,11 @@ const char* forward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::Sc
                         const Card& card);
 const char* backward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::ScalarType dtype,
                          const Card& card);
+
+// Dequantises an NF4 weight piece by piece: body(begin, end, rows [end - begin, in_features]), of the type
+// that `options` have. The next piece overwrites `rows`.
+using RowPiece = std::function<void(int64_t begin, int64_t end, const Tensor& rows)>;
+void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, const RowPiece& body);
 
 // A dense product that joins one with an NF4 weight in the same sums, as Slab has it; or nothing.
 struct SlabTensors {

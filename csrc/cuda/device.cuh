@@ -249,6 +249,15 @@ DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
 DEVICE float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
 DEVICE float sqrt_rn(float a) { return __fsqrt_rn(a); }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+// Within two units in the last place.
+DEVICE float exponential(float x) { return expf(x); }
+DEVICE float error_function(float x) { return erff(x); }
+// Of normal numbers, within one.
+DEVICE float reciprocal(float x) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
+  return r;
+}
 
 DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 
+#include "../common/activation.h"
 #include "../common/dtype.h"
 #include "stream.h"
 
@@ -67,6 +68,14 @@ Status dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType 
 // part of larger activations.
 Status dropout(const void* x, DType dtype, int64_t numel, int64_t first, const DropoutMask& mask, void* out,
                Stream stream);
+
+// ---- gated.cu ------------------------------------------------------------------------------------------
+
+// out = activation(gate) * up, and its gradients. All of one type and size.
+Status gated_activation(Activation activation, const void* gate, const void* up, DType dtype, int64_t count,
+                        void* out, Stream stream);
+Status gated_activation_backward(Activation activation, const void* dy, const void* gate, const void* up,
+                                 DType dtype, int64_t count, void* d_gate, void* d_up, Stream stream);
 
 // ---- linear.cu: products with an NF4 weight --------------------------------------------------------------
 
@@ -166,5 +175,21 @@ Status lora_y(const LoraBatch& batch, int layer, const void* const* term, int te
               const float* h, void* y, Stream stream);
 Status lora_dx(const LoraBatch& batch, const void* const* term, int terms, const float* dh, void* dx,
                Stream stream);
+
+// ---- dora_scale.cu -------------------------------------------------------------------------------------
+
+struct DoraScale {
+  const void* z;  // [m, n], as are y, dy and dz
+  DType dtype;    // of all of them
+  const float* scale;
+  const float* bias;  // or null: 0
+  int64_t m, n;
+};
+// y = z + (scale - 1) * (z - bias): all but the bias is scaled, and by 1 to the bit.
+Status dora_scale(const DoraScale& params, void* y, Stream stream);
+// dz = dy * scale; d_scale = the sum over rows of dy * (z - bias).
+int64_t dora_scale_backward_workspace(const DoraScale& params, const Card& card);  // bytes
+Status dora_scale_backward(const DoraScale& params, const void* dy, void* dz, float* d_scale,
+                           const Card& card, void* workspace, Stream stream);
 
 }  // namespace peft_kernels::cuda

@@ -2,6 +2,7 @@
 
 #include "lora_launch.h"
 #include "lora_to_ranks.cuh"
+#include "sum_splits.cuh"
 
 namespace peft_kernels::cuda {
 namespace {

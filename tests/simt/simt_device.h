@@ -161,6 +161,9 @@ inline float add_rn(float a, float b) { return a + b; }
 inline float divide_rn(float a, float b) { return a / b; }
 inline float sqrt_rn(float a) { return std::sqrt(a); }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+inline float exponential(float x) { return std::exp(x); }
+inline float error_function(float x) { return std::erf(x); }
+inline float reciprocal(float x) { return 1.0f / x; }
 
 inline float to_float(float x) { return x; }
 inline float to_float(bf16 x) { return bit_cast<float>(uint32_t{x.bits} << 16); }
