@@ -60,6 +60,7 @@ CUDA_OPS = [
 ]
 CUDA_KERNELS = [
     "csrc/cuda/dequantize.cu",
+    "csrc/cuda/dora_norm.cu",
     "csrc/cuda/dora_scale.cu",
     "csrc/cuda/dropout.cu",
     "csrc/cuda/gated.cu",

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from numbers_policy import short
+from numbers_policy import dense64, short
 from test_linear import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
 from test_multi_lora import check_backward, check_forward, multi_case
 
@@ -122,3 +122,16 @@ def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed:
     extension.set_seed(seed)
     for got, expected in zip(run() + run(), want + want, strict=True):
         assert torch.equal(got, expected)
+
+
+def test_norms_of_dora_have_a_kernel(extension: ModuleType) -> None:
+    """For rows that are whole words of codes; others are dequantised piece by piece."""
+    for k, has_kernel in ((8, True), (264, True), (1096, True), (100, False)):
+        weight = testing.nf4_weight(70, k, 64, True)
+        a, b = testing.tensor(19, k, seed=3), testing.tensor(70, 19, seed=4)
+        extension.reset_bank_counts()
+        got = torch.ops.peft_kernels.dora_norm(*weight._state.op_args, a, b, 0.5)
+        used = any(line.startswith("dora_norm.cuh") for line in extension.bank_counts())
+        assert used is has_kernel, k
+        truth = (dense64(weight) + 0.5 * b.double() @ a.double()).norm(dim=1)
+        testing.assert_close(got, testing.reference_op("dora_norm")(*weight._state.op_args, a, b, 0.5), truth)

@@ -20,6 +20,8 @@ template <>
 inline constexpr float kCodeFactor<bf16> = 1.436715f;
 template <>
 inline constexpr float kCodeFactor<fp16> = 1.36619f;
+template <>
+inline constexpr float kCodeFactor<float> = 1.0f;  // not rounded
 
 // What decoding takes from the host: codes times their factor, and how a block's scale comes about,
 // map[code[block]] * scale[block >> scale_shift] + offset. For plain absmax the map is all ones.

@@ -45,15 +45,25 @@ struct RowSums {
   Tensor squares, products;
 };
 
+RowSums views_of(const Tensor& sums) { return {sums.select(1, 0), sums.slice(1, 1)}; }
+
 RowSums nf4_row_sums(const BaseWeight& base, const DoraNormArgs& args) {
-  const int64_t n = base.out_features();
-  RowSums sums{at::empty({n}, args.a.options()), at::empty({n, args.a.size(0)}, args.a.options())};
-  by_row_pieces(base, args.a.options(), [&](int64_t begin, int64_t end, const Tensor& rows) {
-    Tensor squares = sums.squares.slice(0, begin, end), products = sums.products.slice(0, begin, end);
-    at::sum_out(squares, rows.square(), 1);
-    at::mm_out(products, rows, args.a.t());
-  });
-  return sums;
+  const int64_t n = base.out_features(), k = base.in_features(), ranks = args.a.size(0);
+  Tensor sums = at::empty({n, 1 + ranks}, args.a.options());
+  const RowSumsParams params{base.nf4().view(), n, k, args.a.const_data_ptr<float>(), ranks};
+  if (has_row_sums(params)) {
+    const Tensor workspace =
+        at::empty({row_sums_workspace(params, current_card())}, sums.options().dtype(at::kByte));
+    check(row_sums(params, sums.mutable_data_ptr<float>(), current_card(), workspace.mutable_data_ptr(),
+                   current_stream()));
+  } else {
+    by_row_pieces(base, sums.options(), [&](int64_t begin, int64_t end, const Tensor& rows) {
+      RowSums out = views_of(sums.slice(0, begin, end));
+      at::sum_out(out.squares, rows.square(), 1);
+      at::mm_out(out.products, rows, args.a.t());
+    });
+  }
+  return views_of(sums);
 }
 
 // The products are those of activations with an adapter.

@@ -192,4 +192,18 @@ int64_t dora_scale_backward_workspace(const DoraScale& params, const Card& card)
 Status dora_scale_backward(const DoraScale& params, const void* dy, void* dz, float* d_scale,
                            const Card& card, void* workspace, Stream stream);
 
+// ---- dora_norm.cu --------------------------------------------------------------------------------------
+
+struct RowSumsParams {
+  Nf4View weight;  // [n, k]
+  int64_t n, k;
+  const float* a;  // [ranks, k]
+  int64_t ranks;
+};
+// Whether there is a kernel for it.
+bool has_row_sums(const RowSumsParams& params);
+int64_t row_sums_workspace(const RowSumsParams& params, const Card& card);  // bytes
+// Of each row w of the weight w . w, and then its products with the rows of a: out [n, 1 + ranks].
+Status row_sums(const RowSumsParams& params, float* out, const Card& card, void* workspace, Stream stream);
+
 }  // namespace peft_kernels::cuda
