@@ -1,4 +1,4 @@
-"""Mends Triton's interpreter: bf16, which it truncates and whose bits tl.dot multiplies, and recent numpy."""
+"""Mends Triton's interpreter: bf16, which it truncates and whose bits tl.dot multiplies; numpy; pace."""
 
 from __future__ import annotations
 
@@ -41,3 +41,15 @@ def mend() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patch
+
+    # A launch patches the language for its time. Helpers would look through all of it in each call; only
+    # the first of a module can find more: what Triton's own use.
+    patched: set[str] = set()
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.fn.__module__ not in patched:
+            patched.add(self.fn.__module__)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call  # type: ignore[method-assign]
