@@ -9,6 +9,7 @@ from .dropout import dropout
 from .gated import gated_activation, gated_activation_backward
 from .launch import check_usable
 from .linear import nf4_linear, nf4_linear_dx
+from .lora import lora_linear, lora_linear_backward, multi_lora_linear, multi_lora_linear_backward
 from .quantize import quantize_absmax, quantize_nf4, unpack_absmax
 
 __all__ = [
@@ -20,6 +21,10 @@ __all__ = [
     "dropout",
     "gated_activation",
     "gated_activation_backward",
+    "lora_linear",
+    "lora_linear_backward",
+    "multi_lora_linear",
+    "multi_lora_linear_backward",
     "nf4_linear",
     "nf4_linear_dx",
     "quantize_absmax",

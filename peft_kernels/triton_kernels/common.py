@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ __all__ = [
     "check_blocksize",
     "check_dtype",
     "check_float",
+    "check_lengths",
     "check_nested",
     "check_numel",
     "check_shape",
@@ -41,6 +42,7 @@ _NAMES = {
     torch.float64: "Double",
     torch.uint8: "Byte",
     torch.int64: "Long",
+    torch.int32: "Int",
 }
 
 
@@ -55,6 +57,12 @@ def check_float(t: Tensor, name: str) -> None:
 
 def check_shape(t: Tensor, expected: Sequence[int], name: str) -> None:
     check(list(t.shape) == list(expected), name, f"shape {list(expected)}", list(t.shape))
+
+
+def check_lengths(lists: Sequence[Sized], count: int, name: str, like: str) -> None:
+    """That there is one of each for each of `like`."""
+    got = [len(values) for values in lists]
+    check(got == [count] * len(got), name, f"{count} of each like {like}", ", ".join(map(str, got)))
 
 
 def check_numel(t: Tensor, expected: int, name: str) -> None:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from ..reference.dropout import dropout_scale, dropout_threshold
+from .adapters import Delta, mask_args
 from .common import Nf4, check, check_dtype, check_float, check_shape, nf4
 from .launch import launch
 from .linear_kernels import linear_dx_kernel, linear_kernel
@@ -19,31 +18,6 @@ from .linear_sums import empty_parts, sum_parts
 
 RUN = 64  # weights at a time
 RANKS = 16  # of an adapter at a time
-
-
-class Mask(NamedTuple):
-    """Dropout as in reference/dropout.py."""
-
-    seed: Tensor
-    stream: int
-    p: float
-
-    @property
-    def threshold(self) -> int:
-        return dropout_threshold(self.p)
-
-    @property
-    def scale(self) -> float:
-        return dropout_scale(self.p)
-
-
-class Delta(NamedTuple):
-    """What an adapter adds to a product: scale * mask(u v), v used transposed forward."""
-
-    u: Tensor  # fp32 [m, rank], rows may lie apart
-    v: Tensor  # [n, rank]; backward [rank, k]; contiguous, fp32 or of the activations' type
-    scale: float
-    mask: Mask | None = None
 
 
 def linear(x: Tensor, weight: Nf4, n: int, bias: Tensor | None, delta: Delta | None = None) -> Tensor | None:
@@ -87,24 +61,20 @@ def linear(x: Tensor, weight: Nf4, n: int, bias: Tensor | None, delta: Delta | N
     return out
 
 
-def linear_dx(
-    dy: Tensor, weight: Nf4, k: int, dx: Tensor | None = None, delta: Delta | None = None
-) -> Tensor | None:
-    """dx [m, k] of dy [m, n], contiguous, added to `dx` when there is one; None when no kernel is for so many
-    rows."""
+def linear_dx(dy: Tensor, weight: Nf4, k: int, delta: Delta | None = None) -> Tensor | None:
+    """dx [m, k] of dy [m, n], contiguous; None when no kernel is for so many rows."""
     m, n = dy.shape
     tiles = tiles_for(table_for(dy.dtype, backward=True), m)
     if tiles is None:
         return None
-    out = dy.new_empty(m, k) if dx is None else dx
+    out = dy.new_empty(m, k)
     if out.numel() == 0:
         return out
     run, aligned = _runs(weight, k, dy.dtype)
     block_n = 32 if dy.dtype == torch.float32 else RUN
     split_n = depth_of_split(_programs(tiles, "BLOCK_K", m, k), n, block_n, dy.device)
     splits = max(triton.cdiv(n, split_n), 1)
-    direct = splits == 1 and dx is None
-    target = out if direct else empty_parts(splits, m, k, dy)
+    target = out if splits == 1 else empty_parts(splits, m, k, dy)
     mask = None if delta is None else delta.mask
     launch(
         linear_dx_kernel,
@@ -123,14 +93,14 @@ def linear_dx(
         key=(tiles.rows, n, k, dy.dtype, weight.blocksize, weight.absmax.dtype, delta is None, mask is None),
         BLOCK_SHIFT=weight.blocksize.bit_length() - 1,
         ALIGNED=aligned,
-        SPLIT=not direct,
+        SPLIT=splits > 1,
         QUADS=k % 4 == 0,
         RUN=run,
         BLOCK_N=block_n,
         BLOCK_R=RANKS,
     )
-    if not direct:
-        sum_parts(target, out, add=dx is not None)
+    if splits > 1:
+        sum_parts(target, out)
     return out
 
 
@@ -154,12 +124,18 @@ def _delta_args(delta: Delta | None) -> tuple[Tensor | None, Tensor | None]:
 def _delta_sizes(delta: Delta | None) -> tuple[int, int, float]:
     if delta is None:
         return 0, 0, 1.0
-    scale = delta.scale * (1.0 if delta.mask is None else delta.mask.scale)
-    return delta.u.shape[1], delta.u.stride(0), scale
+    return delta.u.shape[1], delta.u.stride(0), delta.factor
 
 
-def mask_args(mask: Mask | None) -> tuple[Tensor | None, int, int]:
-    return (None, 0, 0) if mask is None else (mask.seed, mask.stream, mask.threshold)
+def product(x: Tensor, weight: Nf4, n: int, bias: Tensor | None) -> Tensor:
+    """y of any number of rows."""
+    y = linear(x, weight, n, bias)
+    return forward_by_pieces(x, weight, n, bias) if y is None else y
+
+
+def product_dx(dy: Tensor, weight: Nf4, k: int) -> Tensor:
+    dx = linear_dx(dy, weight, k)
+    return backward_by_pieces(dy, weight, k) if dx is None else dx
 
 
 # The ops
@@ -178,11 +154,8 @@ def nf4_linear(
     rows = as_rows(x, "x")
     weight = nf4(packed, absmax, absmax2, offset, blocksize, out_features * rows.shape[1])
     if bias is not None:
-        check_bias(bias, out_features, x.dtype)
-    y = linear(rows, weight, out_features, bias)
-    if y is None:
-        y = forward_by_pieces(rows, weight, out_features, bias)
-    return y.view(*x.shape[:-1], out_features)
+        bias = checked_bias(bias, out_features, x.dtype)
+    return product(rows, weight, out_features, bias).view(*x.shape[:-1], out_features)
 
 
 def nf4_linear_dx(
@@ -196,10 +169,7 @@ def nf4_linear_dx(
 ) -> Tensor:
     rows = as_rows(dy, "dy")
     weight = nf4(packed, absmax, absmax2, offset, blocksize, rows.shape[1] * in_features)
-    dx = linear_dx(rows, weight, in_features)
-    if dx is None:
-        dx = backward_by_pieces(rows, weight, in_features)
-    return dx.view(*dy.shape[:-1], in_features)
+    return product_dx(rows, weight, in_features).view(*dy.shape[:-1], in_features)
 
 
 def as_rows(t: Tensor, name: str) -> Tensor:
@@ -209,8 +179,10 @@ def as_rows(t: Tensor, name: str) -> Tensor:
     return t.contiguous().view(math.prod(t.shape[:-1]), t.shape[-1])
 
 
-def check_bias(bias: Tensor, features: int, dtype: torch.dtype) -> None:
+def checked_bias(bias: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+    """Of a layer, contiguous."""
     check_float(bias, "bias")
     if bias.dtype != torch.float32:
         check_dtype(bias, dtype, "bias")
     check_shape(bias, (features,), "bias")
+    return bias.contiguous()

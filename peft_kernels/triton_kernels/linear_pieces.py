@@ -119,16 +119,12 @@ def forward_by_pieces(x: Tensor, weight: Nf4, n: int, bias: Tensor | None) -> Te
     return y
 
 
-def backward_by_pieces(dy: Tensor, weight: Nf4, k: int, dx: Tensor | None = None) -> Tensor:
-    """dx [m, k] of dy [m, n], contiguous; added to `dx` when there is one."""
+def backward_by_pieces(dy: Tensor, weight: Nf4, k: int) -> Tensor:
+    """dx [m, k] of dy [m, n], contiguous."""
     n = dy.shape[1]
-    out = dy.new_empty(dy.shape[0], k) if dx is None else dx
+    dx = dy.new_empty(dy.shape[0], k)
     for cols in pieces(k, n, dy.element_size()):
         piece = dy.new_empty(n, len(cols))
         dequantize_part(weight, k, range(n), cols, piece)
-        part = out[:, cols.start : cols.stop]
-        if dx is None:
-            torch.mm(dy, piece, out=part)
-        else:
-            part.addmm_(dy, piece)
-    return out
+        torch.mm(dy, piece, out=dx[:, cols.start : cols.stop])
+    return dx

@@ -21,12 +21,10 @@ def sum_parts_kernel(
     cols,
     row_stride,
     splits,
-    scale,
-    ADD: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """out[row, col] (+)= scale * the sum over parts[split, row, col], rounded once."""
+    """out[row, col] = the sum over parts[split, row, col], rounded once."""
     col_tiles = tl.cdiv(cols, BLOCK_COLS)
     row = (tl.program_id(0) // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
     col = (tl.program_id(0) % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
@@ -36,14 +34,10 @@ def sum_parts_kernel(
     for _ in range(splits):
         total += tl.load(part, mask=inside, other=0.0)
         part += tl.cast(rows, tl.int64) * cols
-    total *= scale
-    at = out + row * row_stride + col
-    if ADD:
-        total += tl.load(at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(at, total.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + row * row_stride + col, total.to(out.dtype.element_ty), mask=inside)
 
 
-def sum_parts(parts: Tensor, out: Tensor, scale: float = 1.0, add: bool = False) -> None:
+def sum_parts(parts: Tensor, out: Tensor) -> None:
     """Into out [rows, cols], whose rows may lie apart, from parts [splits, rows, cols] in fp32."""
     splits, rows, cols = parts.shape
     block_cols = min(triton.next_power_of_2(cols), ELEMENTS)
@@ -57,9 +51,7 @@ def sum_parts(parts: Tensor, out: Tensor, scale: float = 1.0, add: bool = False)
         cols,
         out.stride(0),
         splits,
-        scale,
         configs=CONFIGS,
-        ADD=add,
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
     )
