@@ -64,6 +64,7 @@ CUDA_KERNELS = [
     "csrc/cuda/dora_scale.cu",
     "csrc/cuda/dropout.cu",
     "csrc/cuda/gated.cu",
+    "csrc/cuda/linear_dx.cu",
     "csrc/cuda/linear_small.cu",
     "csrc/cuda/lora_from_ranks.cu",
     "csrc/cuda/lora_over_rows.cu",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,7 +22,7 @@ FEW = 4
 
 # Sizes at the edges of the kernels' tiles, and beyond them.
 ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 130)
-SHAPES = ((16, 64), (33, 128), (64, 320), (130, 192), (257, 64), (8, 1024))
+SHAPES = ((16, 64), (33, 128), (64, 320), (130, 192), (257, 64), (8, 1024), (136, 320))
 REFUSED = ((33, 96), (64, 100), (7, 33))
 
 
@@ -56,6 +57,11 @@ def test_what_no_kernel_takes_goes_by_pieces(extension: ModuleType) -> None:
             (100_000, 4096, 4096, 64, "bfloat16"),
         ):
             assert extension.plan_for(m, n, k, blocksize, dtype, *card) == ("pieces", "pieces")
+
+
+def lines_of(file: str) -> list[str]:
+    """Of a file in csrc/cuda."""
+    return (Path(__file__).parent.parent / "csrc" / "cuda" / file).read_text(encoding="utf-8").splitlines()
 
 
 def sizes(m: int, n: int, k: int, dtype: torch.dtype, i: int) -> dict[str, Any]:
@@ -108,13 +114,13 @@ def test_adapters_on_several_blocks_of_rows(extension: ModuleType) -> None:
 @pytest.mark.parametrize("card", CARDS)
 def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed: int) -> None:
     """Nor does what the memory held: counters are back at zero after every call."""
-    weight = testing.nf4_weight(96, 1024)
-    x, dy = testing.tensor(17, 1024, dtype=torch.bfloat16), testing.tensor(17, 96, dtype=torch.bfloat16)
+    weight, of_dx = testing.nf4_weight(96, 1024), testing.nf4_weight(520, 320)
+    x, dy = testing.tensor(17, 1024, dtype=torch.bfloat16), testing.tensor(33, 520, dtype=torch.bfloat16)
 
     def run() -> list[torch.Tensor]:
         ops = torch.ops.peft_kernels_simt
         y = [ops.nf4_linear(x[:m], *weight._state.op_args, 96, None) for m in (1, 9, 17)]
-        return y + [ops.nf4_linear_dx(dy[:m], *weight._state.op_args, 1024) for m in (1, 9, 17)]
+        return y + [ops.nf4_linear_dx(dy[:m], *of_dx._state.op_args, 320) for m in (1, 9, 17, 33)]
 
     extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
     extension.set_seed(100)
@@ -135,3 +141,25 @@ def test_norms_of_dora_have_a_kernel(extension: ModuleType) -> None:
         assert used is has_kernel, k
         truth = (dense64(weight) + 0.5 * b.double() @ a.double()).norm(dim=1)
         testing.assert_close(got, testing.reference_op("dora_norm")(*weight._state.op_args, a, b, 0.5), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("card", CARDS)
+def test_dx_has_no_bank_conflicts(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
+    """But for where scales are looked up by their codes, once for a group."""
+    sources = {name: lines_of(f"{name}.cuh") for name in ("linear_dx", "decode")}
+    extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
+    weight = testing.nf4_weight(264, 320, 64, True)
+    extension.reset_bank_counts()
+    for m in (8, 16, 32, 70):
+        assert extension.plan(m, 264, 320, 64, str(dtype)[6:])[1] != "pieces"
+        dy = testing.tensor(m, 264, dtype=dtype)
+        torch.ops.peft_kernels_simt.nf4_linear_dx(dy, *weight._state.op_args, 320)
+    seen = dict.fromkeys(sources, 0)
+    for site, (accesses, _, conflicts) in extension.bank_counts().items():
+        name, line = Path(site.split(":")[0]).stem, int(site.split(":")[1])
+        if name in sources:
+            seen[name] += accesses
+            code = sources[name][line - 1]
+            assert conflicts == 0 or "map" in code, f"{conflicts} at {site}: {code}"
+    assert all(seen.values())

@@ -91,6 +91,12 @@ template <class T>
 DEVICE T shuffle_in_quad(T value, int t) {
   return __shfl_sync(~0u, value, t, 4);
 }
+// The lane of quad g that has the caller's place in it. As one instruction, which no intrinsic has for this.
+DEVICE uint32_t shuffle_from_quad(uint32_t value, int g) {
+  uint32_t r;
+  asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x31f, 0xffffffff;" : "=r"(r) : "r"(value), "r"(4 * g));
+  return r;
+}
 DEVICE uint32_t ballot(bool value) { return __ballot_sync(~0u, value); }
 
 // ---- Memory --------------------------------------------------------------------------------------------
@@ -240,6 +246,12 @@ DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
 // Byte i of the result is byte (selector >> 4 i) & 7 of b:a, a the low word.
 DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   return __byte_perm(a, b, selector);
+}
+// The bits of a where the mask has ones, else those of b: as one instruction, of which compilers make two.
+DEVICE uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
+  uint32_t r;
+  asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(r) : "r"(a), "r"(b), "r"(mask));
+  return r;
 }
 DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 

@@ -14,6 +14,11 @@ Status nf4_linear(const LinearParams& params, const Card& card, uint32_t* counte
   return linear_small(choice.small, params, choice.cut, counters, workspace, stream);
 }
 
-Status nf4_linear_dx(const LinearParams&, const Card&, uint32_t*, void*, Stream) { return kNoKernel; }
+Status nf4_linear_dx(const LinearParams& params, const Card& card, uint32_t* counters, void* workspace,
+                     Stream stream) {
+  const DxChoice choice = choose_linear_dx(params.m, params.n, params.k, params.weight.block_shift, card);
+  if (choice.name == nullptr || params.dtype == DType::kF32) return kNoKernel;
+  return linear_dx(choice.shape, params, choice.cut, counters, workspace, stream);
+}
 
 }  // namespace peft_kernels::cuda

@@ -7,5 +7,7 @@ namespace peft_kernels::cuda {
 
 Status linear_small(const SmallShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
                     void* workspace, Stream stream);
+Status linear_dx(const DxShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
+                 void* workspace, Stream stream);
 
 }  // namespace peft_kernels::cuda

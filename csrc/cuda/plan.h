@@ -16,12 +16,13 @@ inline constexpr int kWideTableAddress = 0x10000, kWideTableBytes = 0x10000, kNa
 inline constexpr int kBeforeWideTable = kWideTableAddress - 1024;
 inline constexpr int kBehindWideTable = kWideTableAddress + kWideTableBytes;
 
-// How a product is cut: `splits` parts of the contraction, each of `part` units of it.
+// How a product is cut: `splits` parts of the contraction, each of `part` units of it. dX: `units` in all, a
+// tile's one after another, of which each block takes `part`.
 struct Cut {
   int64_t blocks = 0;  // 0: does not fit
   int splits = 1;
   int part = 0;
-  int64_t tiles = 0;
+  int64_t tiles = 0, units = 0;
   int shared_offset = 0, x_offset = 0;
   int64_t shared_bytes = 0;
   int64_t counters = 0, workspace_bytes = 0;
@@ -55,6 +56,28 @@ struct SmallShape {
   Cut cut(int64_t m, int64_t n, int64_t k, const Card& card) const;
 };
 
+// LinearDx.
+struct DxShape {
+  static constexpr int kColumnWarps = 4, kRowWarps = 2;
+  static constexpr int kColumns = kColumnWarps * kGroup;  // of the weight, in a tile
+  static constexpr int kRows = kRowWarps * kGroup;        // in a stage
+  // Between rows of dY there: the lanes that read together, two rows, lie in different banks.
+  static constexpr int kPad = 8;
+
+  int token_tiles;
+  bool wide_table;
+
+  constexpr int tokens() const { return 8 * token_tiles; }  // in a tile
+  // Two are what cards with little shared memory have room for.
+  constexpr int stages() const { return wide_table || token_tiles == 8 ? 3 : 2; }
+  constexpr int stage_bytes() const { return kRows * kColumns / 2 + tokens() * (kRows + kPad) * 2; }
+  static constexpr int fixed_bytes() {
+    return nf4::kDynamicCodes * 4 + 16 + (kRowWarps - 1) * kColumns * 8 * 4;
+  }
+
+  Cut cut(int64_t m, int64_t n, int64_t k, const Card& card) const;
+};
+
 // A kernel and the cut for a product; no name: none takes it.
 struct Choice {
   const char* name = nullptr;
@@ -62,5 +85,11 @@ struct Choice {
   Cut cut{};
 };
 Choice choose_linear(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
+struct DxChoice {
+  const char* name = nullptr;
+  DxShape shape{};
+  Cut cut{};
+};
+DxChoice choose_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
 
 }  // namespace peft_kernels::cuda

@@ -114,6 +114,7 @@ void bits_and_floats() {
     uint32_t result;
     std::memcpy(&result, to, 4);
     expect(byte_permute(a, b, selector) == result, "byte_permute to pick bytes");
+    expect(select_bits(selector, a, b) == (b ^ ((a ^ b) & selector)), "select_bits by a mask");
     expect(multiply_high(a, b) == static_cast<uint32_t>((uint64_t{a} * b) >> 32), "multiply_high");
   }
   // 1 + 2^-12 squared is cut off, unless it is added before rounding.
@@ -132,9 +133,10 @@ void exchange_body(const uint32_t* in, uint32_t* out) {
   store(out + 32 + lane, shuffle_xor(value, 5));
   store(out + 64 + lane, ballot((value & 1) != 0));
   store(out + 96 + lane, static_cast<uint32_t>(warp_index()));
+  store(out + 128 + lane, shuffle_from_quad(value, 5));
 }
 void exchange() {
-  std::vector<uint32_t> in(kWarp), out(128);
+  std::vector<uint32_t> in(kWarp), out(160);
   uint64_t state = 1;
   uint32_t odd = 0;
   for (int lane = 0; lane < kWarp; ++lane) {
@@ -146,6 +148,7 @@ void exchange() {
     expect(out[lane] == in[(lane * 7 + 3) % kWarp], "shuffle to give the value of a lane");
     expect(out[32 + lane] == in[lane ^ 5], "shuffle_xor to give the value of a lane");
     expect(out[64 + lane] == odd && out[96 + lane] == 0, "ballot and warp_index");
+    expect(out[128 + lane] == in[20 + lane % 4], "shuffle_from_quad to give the value of a lane");
   }
 }
 

@@ -69,6 +69,9 @@ template <class T>
 T shuffle_in_quad(T value, int t, Site site = Site::here()) {
   return detail::exchange("shuffle_in_quad", value, (lane_index() & ~3) | (t & 3), site);
 }
+inline uint32_t shuffle_from_quad(uint32_t value, int g, Site site = Site::here()) {
+  return detail::exchange("shuffle_from_quad", value, (4 * g & 31) | (lane_index() & 3), site);
+}
 inline uint32_t ballot(bool value, Site site = Site::here()) {
   uint32_t mine = value;
   simt::collective(
@@ -153,6 +156,7 @@ inline uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
   }
   return result;
 }
+inline uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) { return (a & mask) | (b & ~mask); }
 inline uint32_t multiply_high(uint32_t a, uint32_t b) { return static_cast<uint32_t>(uint64_t{a} * b >> 32); }
 
 // Compiled with -ffp-contract=off.

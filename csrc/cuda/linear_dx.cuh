@@ -1,0 +1,415 @@
+// dx = dY W with an NF4 weight, for as many rows of dY ("tokens") as reading the weight is worth it.
+//
+// Sums run along the rows of the weight, and the matrix instruction's first operand is W^T: 16 columns
+// ("features") by 16 rows, with dY^T, 8 tokens wide, as the second. A register of an operand holds two rows
+// of a column, but a byte holds two columns of a row: nibbles of two rows are exchanged before the look-up.
+//
+// The work is a list of units, each a stage of rows for a tile of columns by tokens, tile after tile. Every
+// block takes an equal part of the list, and so tiles may begin in one block and end in another, which then
+// add up as blocks that share sums do. A stage's codes and dY pass through a ring in shared memory. Of a
+// block's warps, some share a tile's columns, and the others the rows of a stage.
+#pragma once
+
+#include <type_traits>
+
+#include "decode.cuh"
+#include "linear_output.cuh"
+#include "plan.h"
+
+namespace peft_kernels::cuda {
+
+template <class T, class Table, int kTokenTiles>
+struct LinearDx {
+  static constexpr DxShape kShape{kTokenTiles, Table::kIsWide};
+  static constexpr int kStages = kShape.stages();
+  static constexpr int kColumnWarps = DxShape::kColumnWarps, kRowWarps = DxShape::kRowWarps;
+  static constexpr int kThreads = kColumnWarps * kRowWarps * kWarp;
+  static constexpr int kBlocksPerSm = 1;
+  static constexpr int kTokens = kShape.tokens();
+  static constexpr int kColumns = DxShape::kColumns, kRows = DxShape::kRows;
+  static constexpr int kFeatureTiles = kGroup / 16;
+
+  // Scales are rounded to 16 bits, and multiply dY where there are few tokens, else the decoded weight, as
+  // they must for fp16: small gradients times scales would leave its range.
+  static constexpr bool kScalesDy = std::is_same_v<T, bf16> && kTokenTiles <= 4;
+
+  static constexpr float kFactor = 1.0f / kCodeFactor<T>;  // of scales
+
+  struct Params {
+    DecodeParams weight;
+    const T* dy;  // [m, n]
+    int m;
+    int n, k;
+    const T* u;  // [m, depth]
+    const T* v;  // [depth, k]
+    int depth;
+    T* dx;                             // [m, k]
+    int units, part;                   // of all of them, those of a block
+    uint32_t* counter;                 // [tiles], zero; left zero
+    float* partial;                    // [blocks, 2, elements of a tile]
+    int shared_offset, stages_offset;  // where in shared memory Shared and the stages are
+  };
+  using Floats = Vec<float, 4>;  // a lane's of one matrix instruction
+  struct Shared {
+    float map[nf4::kDynamicCodes];
+    alignas(16) uint32_t last;
+    alignas(16) Floats sum[kRowWarps - 1][kColumnWarps][kFeatureTiles][kWarp];  // of 8 tokens
+  };
+  struct Stage {
+    uint8_t weight[kRows][kColumns / 2];  // see code_unit()
+    T dy[kTokens][kRows + DxShape::kPad];
+  };
+  static_assert(sizeof(Shared) == DxShape::fixed_bytes());
+  static_assert(sizeof(Stage) == kShape.stage_bytes());
+
+  static DEVICE void run(const Params& p) {
+    LinearDx self(p);
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) {
+      self.start_stage(self.unit_ + i, i, self.scales_[i]);
+      if (self.rows_left_ <= 0) self.start_next_tile();
+    }
+    self.table_ = fill_table<T, Table, kThreads>(p.weight, shared_memory<uint8_t>());
+    const int thread = thread_index();
+    if (thread < nf4::kDynamicCodes) store(&self.shared_->map[thread], p.weight.map[thread] * kFactor);
+    while (self.unit_ < self.end_) {
+      Sums sums{};
+      const int first = self.unit_, steps = self.steps_;
+      const int tile = first / steps, next_tile = (tile + 1) * steps;
+      const int end = self.end_ < next_tile ? self.end_ : next_tile;
+      while (self.unit_ < end) {
+        // As far as one tile is fetched, to keep the change to the next one out of the main loop.
+        const int fetched_end = self.unit_ + (self.rows_left_ + kRows - 1) / kRows;
+        const int stop = end < fetched_end ? end : fetched_end;
+        for (; self.unit_ < stop; ++self.unit_) self.multiply_stage(sums);
+        if (self.rows_left_ <= 0) self.start_next_tile();
+      }
+      self.finish(tile, first == tile * steps, sums);
+    }
+  }
+
+ private:
+  struct Sums {
+    float c[kFeatureTiles][kTokenTiles][4];
+  };
+
+  const Params& p_;
+  const int column_warp_, row_warp_, g_, t_;
+  const int steps_;        // of a tile
+  const int token_tiles_;  // of dY
+  Shared* const shared_;
+  Stage* const stages_;
+  const uint32_t row_bytes_, row_scales_;
+  const float scale_offset_;
+  Table table_{};
+
+  int unit_, end_;
+  int slot_ = 0;  // of the unit, in the ring
+
+  // What a thread fetches of the next unit to be fetched, and the scales that are on their way.
+  int column_, token_;
+  int rows_left_, tokens_after_;
+  const uint8_t* codes_at_;
+  const uint8_t* dy_at_;  // of elements
+  uint32_t scale_at_;
+  PackedScale scales_[kStages - 1][2];
+
+  DEVICE explicit LinearDx(const Params& p)
+      : p_(p),
+        column_warp_(warp_index() % kColumnWarps),
+        row_warp_(warp_index() / kColumnWarps),
+        g_(lane_index() / 4),
+        t_(lane_index() % 4),
+        steps_((p.n + kRows - 1) / kRows),
+        token_tiles_((p.m + kTokens - 1) / kTokens),
+        shared_(reinterpret_cast<Shared*>(shared_memory<uint8_t>() + p.shared_offset)),
+        stages_(reinterpret_cast<Stage*>(shared_memory<uint8_t>() + p.stages_offset)),
+        row_bytes_(static_cast<uint32_t>(p.k / 2)),
+        row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
+        scale_offset_(p.weight.scale_offset ? load_constant(p.weight.scale_offset) * kFactor : 0.0f),
+        unit_(block_index() * p.part),
+        end_(p.units - unit_ < p.part ? p.units : unit_ + p.part),
+        column_(column_of(unit_ / steps_)),
+        token_(token_of(unit_ / steps_)) {
+    start_tile(unit_ % steps_ * kRows);
+  }
+
+  // The first ones of a tile.
+  DEVICE int column_of(int tile) const { return tile / token_tiles_ * kColumns; }
+  DEVICE int token_of(int tile) const { return tile % token_tiles_ * kTokens; }
+
+  // ---- The way of codes, dY and scales
+
+  // A thread's part of a stage's codes: the same 16 bytes of each kCodeRows-th row. And of dY: the same 8
+  // rows of each kDyTokens-th token.
+  static constexpr int kCodeUnits = kColumns / 32, kCodeRows = kThreads / kCodeUnits;
+  static constexpr int kDyUnits = kRows / 8, kDyTokens = kThreads / kDyUnits;
+  static DEVICE int code_row() { return thread_index() / kCodeUnits; }
+  static DEVICE int dy_row() { return thread_index() % kDyUnits * 8; }
+  static DEVICE int dy_token() { return thread_index() / kDyUnits; }
+  // The first of the two rows of which a lane has the scales.
+  DEVICE int scale_row() const { return row_warp_ * kGroup + 16 * t_ + 2 * g_; }
+
+  // Where the 16 bytes `unit` of a row are in a stage. Lanes that read together do so in four rows, 16 apart,
+  // and find each in banks of its own.
+  static DEVICE int code_unit(int row, int unit) { return unit ^ row / 16 % 4 * 2; }
+
+  // Columns and tokens that stand for those beyond the last one: nobody reads what these come to.
+  DEVICE int existing_column(int column) const { return column < p_.k ? column : 0; }
+  DEVICE int existing_token(int token) const { return token < p_.m ? token : p_.m - 1; }
+
+  DEVICE void start_tile(int row) {
+    const int token = existing_token(token_ + dy_token());
+    rows_left_ = p_.n - row;
+    tokens_after_ = p_.m - 1 - token;
+    codes_at_ = p_.weight.packed +
+                static_cast<uint64_t>(static_cast<uint32_t>(row + code_row())) * row_bytes_ +
+                existing_column(column_ + thread_index() % kCodeUnits * 32) / 2;
+    dy_at_ = reinterpret_cast<const uint8_t*>(p_.dy + int64_t{token} * p_.n + row + dy_row());
+    scale_at_ =
+        static_cast<uint32_t>(row + scale_row()) * row_scales_ +
+        (static_cast<uint32_t>(existing_column(column_ + column_warp_ * kGroup)) >> p_.weight.block_shift);
+  }
+  DEVICE void start_next_tile() {
+    token_ += kTokens;
+    if (token_ >= p_.m) {
+      token_ = 0;
+      column_ += kColumns;
+    }
+    start_tile(0);
+  }
+  // Starts what brings the next unit into a slot; zeros for rows beyond the last.
+  DEVICE void start_stage(int unit, int slot, PackedScale (&scales)[2]) {
+    if (unit < end_) {
+      copy_codes(stages_[slot]);
+      copy_dy(stages_[slot]);
+      load_scales(scales);
+      rows_left_ -= kRows;
+      codes_at_ += kRows * row_bytes_;
+      dy_at_ += kRows * sizeof(T);
+      scale_at_ += kRows * row_scales_;
+    }
+    copy_async_commit();
+  }
+  DEVICE void copy_codes(Stage& stage) const {
+    const int unit = thread_index() % kCodeUnits;
+#pragma unroll
+    for (int i = 0; i < kRows; i += kCodeRows) {
+      const int row = code_row() + i;
+      const int to = code_unit(code_row(), unit) ^ code_unit(i, 0);  // code_unit(row, unit) without carries
+      copy_async_16(&stage.weight[row][to * 16], codes_at_ + uint64_t{row_bytes_} * i, row < rows_left_);
+    }
+  }
+  DEVICE void copy_dy(Stage& stage) const {
+    const int dy_bytes = p_.n * static_cast<int>(sizeof(T));
+#pragma unroll
+    for (int i = 0; i < kTokens; i += kDyTokens) {
+      if (kTokens < kDyTokens && dy_token() >= kTokens) break;
+      copy_async_16(&stage.dy[dy_token() + i][dy_row()],
+                    dy_at_ + int64_t{i < tokens_after_ ? i : tokens_after_} * dy_bytes,
+                    dy_row() < rows_left_);
+    }
+  }
+  // Any scales for rows beyond the last: they meet zeros.
+  DEVICE void load_scales(PackedScale (&scales)[2]) const {
+    const uint32_t at = scale_row() < rows_left_ ? scale_at_ : 0;
+    scales[0] = load_scale(p_.weight, at);
+    scales[1] = load_scale(p_.weight, at + row_scales_);
+  }
+  DEVICE uint32_t next_scales() {
+    float scale[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      scale[i] = unpack_scale(scales_[0][i], shared_->map, scale_offset_);
+    }
+#pragma unroll
+    for (int i = 1; i < kStages - 1; ++i) {
+      scales_[i - 1][0] = scales_[i][0];
+      scales_[i - 1][1] = scales_[i][1];
+    }
+    return pack2<T>(scale[0], scale[1]);
+  }
+
+  // ---- The products
+
+  // As in decode.cuh, the order of rows within a group is free. Lane (g, t) has rows 16t.., four of them in a
+  // step, and bytes 4g.. of each; of byte j, columns 8g + 2j and 8g + 2j + 1 are features g and g + 8.
+  DEVICE void multiply_stage(Sums& sums) {
+    copy_async_wait<kStages - 2>();
+    sync_threads();
+    const Stage& stage = stages_[slot_];
+    const uint32_t packed_scales = next_scales();
+    start_stage(unit_ + kStages - 1, slot_ == 0 ? kStages - 1 : slot_ - 1, scales_[kStages - 2]);
+    slot_ = slot_ == kStages - 1 ? 0 : slot_ + 1;
+    uint32_t scale[8];  // of two rows each
+#pragma unroll
+    for (int i = 0; i < 8; ++i) scale[i] = shuffle_from_quad(packed_scales, i);
+
+    const int row = row_warp_ * kGroup + 16 * t_;
+    const uint8_t* codes = &stage.weight[row][code_unit(row, column_warp_ * 2 + g_ / 4) * 16 + g_ % 4 * 4];
+    const T* dy = &stage.dy[g_][row];
+    Words4 x[kTokenTiles];
+#pragma unroll
+    for (int s = 0; s < 4; ++s) {
+      if (s % 2 == 0) {
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) {
+          x[i] = load(reinterpret_cast<const Words4*>(dy + i * 8 * (kRows + DxShape::kPad) + s * 4));
+          if constexpr (kScalesDy) {
+#pragma unroll
+            for (int j = 0; j < 4; ++j) x[i].v[j] = multiply2<T>(x[i].v[j], scale[2 * s + j]);
+          }
+        }
+      }
+      uint32_t weight[kFeatureTiles][4];
+      decode_step(codes + s * 4 * (kColumns / 2), weight);
+#pragma unroll
+      for (int j = 0; j < kFeatureTiles; ++j) {
+        if constexpr (!kScalesDy) {
+#pragma unroll
+          for (int i = 0; i < 4; ++i) weight[j][i] = multiply2<T>(weight[j][i], scale[2 * s + i / 2]);
+        }
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) {
+          const uint32_t b[2] = {x[i].v[s % 2 * 2], x[i].v[s % 2 * 2 + 1]};
+          mma<T>(sums.c[j][i], weight[j], b);
+        }
+      }
+    }
+  }
+  DEVICE void decode_step(const uint8_t* codes, uint32_t (&weight)[kFeatureTiles][4]) const {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const auto row = reinterpret_cast<const uint32_t*>(codes + half * kColumns);
+      const uint32_t low = load(row), high = load(row + kColumns / 8);
+      // Codes of both rows side by side, for even columns and odd ones.
+      constexpr uint32_t kUpper = 0xf0f0f0f0u;
+      const uint32_t even = select_bits(kUpper, low, high >> 4), odd = select_bits(kUpper, low << 4, high);
+#pragma unroll
+      for (int j = 0; j < kFeatureTiles; ++j) {
+        weight[j][2 * half] = table_.pair(even, j);
+        weight[j][2 * half + 1] = table_.pair(odd, j);
+      }
+    }
+  }
+
+  // u v; steps of 16 go round the warps that share the sums.
+  DEVICE void multiply_slab(int column, int token, Sums& sums) const {
+    for (int at = row_warp_ * 16 + 4 * t_; at < p_.depth; at += kRowWarps * 16) {
+      Words4 v[4];  // rows of it
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        v[i] = load_constant(
+            reinterpret_cast<const Words4*>(p_.v + int64_t{at + i} * p_.k + existing_column(column)));
+      }
+      uint32_t b[kTokenTiles][2];
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+        const auto u = load_constant(reinterpret_cast<const Words2*>(
+            p_.u + int64_t{existing_token(token + i * 8 + g_)} * p_.depth + at));
+        b[i][0] = u.v[0];
+        b[i][1] = u.v[1];
+      }
+#pragma unroll
+      for (int j = 0; j < kFeatureTiles; ++j) {
+        const uint32_t a[4] = {
+            byte_permute(v[0].v[j], v[1].v[j], 0x5410), byte_permute(v[0].v[j], v[1].v[j], 0x7632),
+            byte_permute(v[2].v[j], v[3].v[j], 0x5410), byte_permute(v[2].v[j], v[3].v[j], 0x7632)};
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) mma<T>(sums.c[j][i], a, b[i]);
+      }
+    }
+  }
+
+  // ---- The sums of a tile, as far as this block has them
+
+  DEVICE void finish(int tile, bool is_begin, Sums& sums) {
+    const int column = column_of(tile) + column_warp_ * kGroup + 8 * g_, token = token_of(tile);
+    if (is_begin) multiply_slab(column, token, sums);
+    add_row_warps(sums);
+    const int first_block = tile * steps_ / p_.part, last_block = ((tile + 1) * steps_ - 1) / p_.part;
+    if (first_block != last_block && !add_blocks(tile, first_block, last_block, sums)) return;
+    if (row_warp_ == 0 && column < p_.k) write(column, token, sums);
+  }
+
+  static DEVICE Floats floats_of(const float (&c)[4]) { return {c[0], c[1], c[2], c[3]}; }
+  static DEVICE void add(const Floats& part, float (&c)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[e] += part.v[e];
+  }
+
+  // The first warp of those that have the same columns gets their sums.
+  DEVICE void add_row_warps(Sums& sums) const {
+    const int lane = lane_index();
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+      sync_threads();  // others may still read what stands there
+      if (row_warp_ > 0) {
+#pragma unroll
+        for (int j = 0; j < kFeatureTiles; ++j) {
+          store(&shared_->sum[row_warp_ - 1][column_warp_][j][lane], floats_of(sums.c[j][i]));
+        }
+      }
+      sync_threads();
+      if (row_warp_ > 0) continue;
+#pragma unroll
+      for (int w = 0; w < kRowWarps - 1; ++w) {
+#pragma unroll
+        for (int j = 0; j < kFeatureTiles; ++j)
+          add(load(&shared_->sum[w][column_warp_][j][lane]), sums.c[j][i]);
+      }
+    }
+  }
+
+  // A block has two tiles at most that are not its own alone: its first one, and its last one.
+  DEVICE Floats* partial_of(int block, int tile) const {
+    const int64_t slot = 2 * block + (block * p_.part < tile * steps_);
+    return reinterpret_cast<Floats*>(p_.partial) +
+           (slot * kColumnWarps + column_warp_) * kFeatureTiles * kTokenTiles * kWarp + lane_index();
+  }
+  // Whether this block is the last one that comes to the tile; it gets the sums of all, added in their order.
+  DEVICE bool add_blocks(int tile, int first_block, int last_block, Sums& sums) const {
+    if (row_warp_ == 0) {
+      Floats* partial = partial_of(block_index(), tile);
+#pragma unroll
+      for (int j = 0; j < kFeatureTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i) {
+          store(partial + (j * kTokenTiles + i) * kWarp, floats_of(sums.c[j][i]));
+        }
+      }
+    }
+    const SplitParams split{last_block - first_block + 1, p_.counter, p_.partial};
+    if (!is_last_of_tile(split, tile, &shared_->last)) return false;
+    if (row_warp_ > 0) return true;
+    sums = {};
+    for (int block = first_block; block <= last_block; ++block) {
+      const Floats* partial = partial_of(block, tile);
+#pragma unroll
+      for (int j = 0; j < kFeatureTiles; ++j) {
+#pragma unroll
+        for (int i = 0; i < kTokenTiles; ++i)
+          add(load(partial + (j * kTokenTiles + i) * kWarp), sums.c[j][i]);
+      }
+    }
+    return true;
+  }
+
+  // A lane has eight neighbouring columns of its tokens.
+  DEVICE void write(int column, int token, const Sums& sums) const {
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int row = token + i * 8 + 2 * t_ + e;
+        if (row >= p_.m) continue;
+        Words4 words;
+#pragma unroll
+        for (int j = 0; j < 4; ++j) words.v[j] = pack2<T>(sums.c[j][i][e], sums.c[j][i][e + 2]);
+        store(reinterpret_cast<Words4*>(p_.dx + int64_t{row} * p_.k + column), words);
+      }
+    }
+  }
+};
+
+}  // namespace peft_kernels::cuda
