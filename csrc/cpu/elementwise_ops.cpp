@@ -4,7 +4,8 @@
 
 #include <tuple>
 
-#include "../common/elementwise_args.h"
+#include "../common/dora_args.h"
+#include "../common/gated_args.h"
 #include "dropout.h"
 
 namespace peft_kernels::cpu {

@@ -8,7 +8,7 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/dora_norm.h"
+#include "../common/dora_args.h"
 #include "../common/lora_args.h"
 #include "checks.h"
 #include "dropout.h"
@@ -353,10 +353,12 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
   return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da, g.db};
 }
 
+// DoRA: ||w + s b A||^2 = w . w + s (2 w A^T + s b A A^T) . b by row, so that the product B A is never
+// formed.
 Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
                  const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a, const Tensor& lora_b,
                  double scaling) {
-  const DoraNormArgs args(lora_a, lora_b, scaling);
+  const DoraNormArgs args(lora_a, lora_b);
   const int64_t out_features = args.out_features(), in_features = args.in_features();
   const BaseWeight base(weight, absmax, absmax2, offset, blocksize, out_features, in_features,
                         weight.scalar_type());
@@ -373,7 +375,8 @@ Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const Optio
   Product product(aw);
   product.add(term_of(args.a, "lora_a", w));
   product.run_nt();
-  return args.norm(squares, aw.t());
+  const Tensor dots = at::addmm(aw.t(), args.b, at::mm(args.a, args.a.t()), 2, scaling).mul_(args.b).sum(1);
+  return squares.add_(dots, scaling).clamp_min_(0).sqrt_();
 }
 
 }  // namespace

@@ -1,11 +1,12 @@
-// What the norms of DoRA need of an NF4 weight: the square of each row, and its products with the rows of A.
+// The norms of the rows of W + s B A: ||w + s b A||^2 = w . w + s (2 w A^T + s b A A^T) . b.
 #pragma once
 
 #include "decode.cuh"
 
 namespace peft_kernels::cuda {
 
-// out[row, 0] = w . w and out[row, 1 + rank] = w . a, of the part of k that a split has; all in fp32.
+// Of an NF4 weight, out[row, 0] = w . w and out[row, 1 + rank] = w . a, over the part of k that a split has;
+// all in fp32.
 //
 // A warp has 4 rows and a block 8 times that, which share A, slice by slice of 256 k through shared memory.
 // In a slice, lane i has elements 8i .. 8i + 7, a word of codes. Ranks that are more than kRanks have blocks
@@ -70,6 +71,7 @@ struct SumRows {
       }
       if (slice + 1 < end) load_runs(p, first_row, slice + 1, next);
       const Slice& a = shared->a[slice % 2];
+      // Rolled, or it would want more registers than there are.
 #pragma unroll 1
       for (int half = 0; half < 2; ++half) {
         float w[kRows][kHalf];
@@ -168,6 +170,42 @@ struct SumRows {
         store(out + (first_row + i) * ld, squares[i]);
       }
     }
+  }
+};
+
+// A warp for each row.
+struct FinishNorms {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerSm = 4;
+  static constexpr int kRowsOfBlock = kThreads / kWarp;
+  using Params = DoraNorm;
+
+  static DEVICE void run(const Params& p) {
+    const int64_t row = int64_t{block_index()} * kRowsOfBlock + warp_index();
+    if (row >= p.n) return;
+    const float* b = p.b + row * p.ranks;
+    float dot = 0.0f;
+    for (int64_t rank = lane_index(); rank < p.ranks; rank += kWarp) {
+      float product = 0.0f;
+      for (int64_t i = 0; i < p.ranks; ++i) {
+        product = multiply_add(load_constant(b + i), load_constant(p.gram + i * p.ranks + rank), product);
+      }
+      const float sum = sum_of_splits(p, p.products + row * p.products_ld + rank);
+      dot = multiply_add(multiply_add(p.scaling, product, 2.0f * sum), load_constant(b + rank), dot);
+    }
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2) dot += shuffle_xor(dot, step);
+    if (lane_index() != 0) return;
+    const float square = multiply_add(p.scaling, dot, sum_of_splits(p, p.squares + row * p.squares_ld));
+    // Rounding may have made it negative; a NaN stays one.
+    store(p.norm + row, square < 0.0f ? 0.0f : sqrt_rn(square));
+  }
+
+ private:
+  static DEVICE float sum_of_splits(const Params& p, const float* from) {
+    float sum = 0.0f;
+    for (int split = 0; split < p.splits; ++split) sum += load_constant(from + split * p.split_stride);
+    return sum;
   }
 };
 

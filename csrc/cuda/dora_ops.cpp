@@ -4,8 +4,7 @@
 
 #include <tuple>
 
-#include "../common/dora_norm.h"
-#include "../common/elementwise_args.h"
+#include "../common/dora_args.h"
 #include "adapters.h"
 #include "base_product.h"
 
@@ -40,50 +39,58 @@ std::tuple<Tensor, Tensor> dora_scale_backward_op(const Tensor& dy, const Tensor
   return {dz, d_scale};
 }
 
-// Of the rows of a weight W, in fp32: their squares, and W A^T.
-struct RowSums {
+// Of the rows of a weight W, in fp32: their squares [splits, n], and W A^T [splits, n, r].
+struct Sums {
   Tensor squares, products;
 };
 
-RowSums views_of(const Tensor& sums) { return {sums.select(1, 0), sums.slice(1, 1)}; }
+// [.., 1 + r] to those.
+Sums parts_of(const Tensor& sums) { return {sums.select(-1, 0), sums.slice(-1, 1)}; }
 
-RowSums nf4_row_sums(const BaseWeight& base, const DoraNormArgs& args) {
+Sums nf4_sums(const BaseWeight& base, const DoraNormArgs& args) {
   const int64_t n = base.out_features(), k = base.in_features(), ranks = args.a.size(0);
-  Tensor sums = at::empty({n, 1 + ranks}, args.a.options());
-  const RowSumsParams params{base.nf4().view(), n, k, args.a.const_data_ptr<float>(), ranks};
+  const RowSums params{base.nf4().view(), n, k, args.a.const_data_ptr<float>(), ranks};
   if (has_row_sums(params)) {
-    const Tensor workspace =
-        at::empty({row_sums_workspace(params, current_card())}, sums.options().dtype(at::kByte));
-    check(row_sums(params, sums.mutable_data_ptr<float>(), current_card(), workspace.mutable_data_ptr(),
-                   current_stream()));
-  } else {
-    by_row_pieces(base, sums.options(), [&](int64_t begin, int64_t end, const Tensor& rows) {
-      RowSums out = views_of(sums.slice(0, begin, end));
-      at::sum_out(out.squares, rows.square(), 1);
-      at::mm_out(out.products, rows, args.a.t());
-    });
+    const int splits = row_sums_splits(params, current_card());
+    Tensor sums = at::empty({splits, n, 1 + ranks}, args.a.options());
+    check(row_sums(params, splits, sums.mutable_data_ptr<float>(), current_stream()));
+    return parts_of(sums);
   }
-  return views_of(sums);
+  const Tensor sums = at::empty({1, n, 1 + ranks}, args.a.options());
+  by_row_pieces(base, sums.options(), [&](int64_t begin, int64_t end, const Tensor& rows) {
+    Sums out = parts_of(sums[0].slice(0, begin, end));
+    at::sum_out(out.squares, rows.square(), 1);
+    at::mm_out(out.products, rows, args.a.t());
+  });
+  return parts_of(sums);
 }
 
 // The products are those of activations with an adapter.
-RowSums dense_row_sums(const Tensor& weight, const DoraNormArgs& args) {
+Sums dense_sums(const Tensor& weight, const DoraNormArgs& args) {
   const AdapterArgs adapter(args.a, args.b, args.in_features(), weight.scalar_type(), 0, 1.0, {0, 0, 1.0f}, 0,
                             0);
-  return {at::linalg_vector_norm(weight, 2, 1, false, at::kFloat).square_(),
-          adapters_for(weight, {adapter}, std::nullopt, std::nullopt)->h(weight)};
+  return {at::linalg_vector_norm(weight, 2, 1, false, at::kFloat).square_().unsqueeze(0),
+          adapters_for(weight, {adapter}, std::nullopt, std::nullopt)->h(weight).unsqueeze(0)};
 }
 
 Tensor dora_norm_op(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
                     const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a,
                     const Tensor& lora_b, double scaling) {
   const OnDeviceOf device(weight, "weight");
-  const DoraNormArgs args(lora_a, lora_b, scaling);
+  const DoraNormArgs args(lora_a, lora_b);
   if (!absmax) dtype_of(weight, "weight");
   const BaseWeight base(weight, absmax, absmax2, offset, blocksize, args.out_features(), args.in_features(),
                         weight.scalar_type());
-  const RowSums sums = base.is_dense() ? dense_row_sums(base.dense(), args) : nf4_row_sums(base, args);
-  return args.norm(sums.squares, sums.products);
+  const Sums sums = base.is_dense() ? dense_sums(base.dense(), args) : nf4_sums(base, args);
+  const Tensor gram = at::mm(args.a, args.a.t()), b = args.b.contiguous();
+  Tensor norm = at::empty({args.out_features()}, gram.options());
+  check(dora_norm(
+      {sums.squares.const_data_ptr<float>(), sums.squares.stride(1), sums.products.const_data_ptr<float>(),
+       sums.products.stride(1), static_cast<int>(sums.products.size(0)), sums.products.stride(0),
+       b.const_data_ptr<float>(), gram.const_data_ptr<float>(), static_cast<float>(scaling), norm.numel(),
+       gram.size(0), norm.mutable_data_ptr<float>()},
+      current_stream()));
+  return norm;
 }
 
 }  // namespace

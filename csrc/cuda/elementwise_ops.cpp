@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "../common/elementwise_args.h"
+#include "../common/gated_args.h"
 #include "../common/lora_args.h"
 #include "runtime.h"
 

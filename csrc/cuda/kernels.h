@@ -194,16 +194,34 @@ Status dora_scale_backward(const DoraScale& params, const void* dy, void* dz, fl
 
 // ---- dora_norm.cu --------------------------------------------------------------------------------------
 
-struct RowSumsParams {
+struct RowSums {
   Nf4View weight;  // [n, k]
   int64_t n, k;
   const float* a;  // [ranks, k]
   int64_t ranks;
 };
 // Whether there is a kernel for it.
-bool has_row_sums(const RowSumsParams& params);
-int64_t row_sums_workspace(const RowSumsParams& params, const Card& card);  // bytes
-// Of each row w of the weight w . w, and then its products with the rows of a: out [n, 1 + ranks].
-Status row_sums(const RowSumsParams& params, float* out, const Card& card, void* workspace, Stream stream);
+bool has_row_sums(const RowSums& params);
+// Into how many parts it cuts the sums.
+int row_sums_splits(const RowSums& params, const Card& card);
+// Of each row w of the weight w . w, and then its products with the rows of a: out [splits, n, 1 + ranks].
+Status row_sums(const RowSums& params, int splits, float* out, Stream stream);
+
+// norm[i]^2 = squares[i] + scaling (2 products[i] + scaling b[i] gram) . b[i], at least 0. Squares and
+// products are sums over splits.
+struct DoraNorm {
+  const float* squares;   // [n]
+  int64_t squares_ld;     // from one to the next
+  const float* products;  // [n, ranks]: W A^T
+  int64_t products_ld;
+  int splits;
+  int64_t split_stride;
+  const float* b;     // [n, ranks]
+  const float* gram;  // [ranks, ranks]: A A^T
+  float scaling;
+  int64_t n, ranks;
+  float* norm;  // [n]
+};
+Status dora_norm(const DoraNorm& params, Stream stream);
 
 }  // namespace peft_kernels::cuda

@@ -1,33 +1,11 @@
-// The arguments of the elementwise ops, checked.
+// The arguments of DoRA's ops, checked.
 #pragma once
 
 #include <ATen/ATen.h>
 
-#include "activation.h"
 #include "checks.h"
 
 namespace peft_kernels {
-
-inline Activation activation_of(c10::string_view name) {
-  if (name == "silu") return Activation::kSilu;
-  if (name == "gelu") return Activation::kGelu;
-  if (name == "gelu_tanh") return Activation::kGeluTanh;
-  TORCH_CHECK(name == "relu", "activation: expected silu, gelu, gelu_tanh or relu, got ", name);
-  return Activation::kRelu;
-}
-
-// What both directions of gated_activation take.
-struct GatedArgs {
-  Tensor gate, up;
-  DType dtype;  // of all tensors
-  Activation activation;
-
-  GatedArgs(const Tensor& gate_in, const Tensor& up_in, c10::string_view name)
-      : gate(gate_in.contiguous()),
-        up(matching(up_in, gate_in, "up")),
-        dtype(dtype_of(gate_in, "gate")),
-        activation(activation_of(name)) {}
-};
 
 // What both directions of dora_scale take.
 struct DoraScaleArgs {
@@ -53,6 +31,24 @@ struct DoraScaleArgs {
     }
   }
   const float* bias_data() const { return bias.defined() ? bias.const_data_ptr<float>() : nullptr; }
+};
+
+// The adapter of dora_norm.
+struct DoraNormArgs {
+  Tensor a;  // [r, in_features], fp32
+  Tensor b;  // [out_features, r], fp32
+
+  DoraNormArgs(const Tensor& lora_a, const Tensor& lora_b) {
+    TORCH_CHECK(lora_a.dim() == 2 && lora_b.dim() == 2, "lora_a, lora_b: expected 2 dimensions, got ",
+                lora_a.dim(), ", ", lora_b.dim());
+    check_shape(lora_b, {lora_b.size(0), lora_a.size(0)}, "lora_b");
+    dtype_of(lora_a, "lora_a");
+    dtype_of(lora_b, "lora_b");
+    a = lora_a.to(at::kFloat).contiguous();
+    b = lora_b.to(at::kFloat);
+  }
+  int64_t out_features() const { return b.size(0); }
+  int64_t in_features() const { return a.size(1); }
 };
 
 }  // namespace peft_kernels
