@@ -66,6 +66,7 @@ CUDA_KERNELS = [
     "csrc/cuda/gated.cu",
     "csrc/cuda/linear_dx.cu",
     "csrc/cuda/linear_small.cu",
+    "csrc/cuda/linear_tiles.cu",
     "csrc/cuda/lora_from_ranks.cu",
     "csrc/cuda/lora_over_rows.cu",
     "csrc/cuda/lora_slab.cu",

@@ -114,12 +114,12 @@ def test_adapters_on_several_blocks_of_rows(extension: ModuleType) -> None:
 @pytest.mark.parametrize("card", CARDS)
 def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed: int) -> None:
     """Nor does what the memory held: counters are back at zero after every call."""
-    weight, of_dx = testing.nf4_weight(96, 1024), testing.nf4_weight(520, 320)
-    x, dy = testing.tensor(17, 1024, dtype=torch.bfloat16), testing.tensor(33, 520, dtype=torch.bfloat16)
+    weight, of_dx = testing.nf4_weight(48, 2560), testing.nf4_weight(520, 320)
+    x, dy = testing.tensor(70, 2560, dtype=torch.bfloat16), testing.tensor(33, 520, dtype=torch.bfloat16)
 
     def run() -> list[torch.Tensor]:
         ops = torch.ops.peft_kernels_simt
-        y = [ops.nf4_linear(x[:m], *weight._state.op_args, 96, None) for m in (1, 9, 17)]
+        y = [ops.nf4_linear(x[:m], *weight._state.op_args, 48, None) for m in (1, 9, 17, 70)]
         return y + [ops.nf4_linear_dx(dy[:m], *of_dx._state.op_args, 320) for m in (1, 9, 17, 33)]
 
     extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
@@ -145,12 +145,15 @@ def test_norms_of_dora_have_a_kernel(extension: ModuleType) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("card", CARDS)
-def test_dx_has_no_bank_conflicts(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
+def test_large_products_have_no_bank_conflicts(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
     """But for where scales are looked up by their codes, once for a group."""
-    sources = {name: lines_of(f"{name}.cuh") for name in ("linear_dx", "decode")}
+    sources = {name: lines_of(f"{name}.cuh") for name in ("linear_tiles", "linear_dx", "decode")}
     extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
-    weight = testing.nf4_weight(264, 320, 64, True)
+    weight, long = testing.nf4_weight(264, 320, 64, True), testing.nf4_weight(40, 2560)
     extension.reset_bank_counts()
+    for w, n, k in ((weight, 264, 320), (long, 40, 2560)):
+        assert extension.plan(70, n, k, 64, str(dtype)[6:])[0].startswith("tiles")
+        torch.ops.peft_kernels_simt.nf4_linear(testing.tensor(70, k, dtype=dtype), *w._state.op_args, n, None)
     for m in (8, 16, 32, 70):
         assert extension.plan(m, 264, 320, 64, str(dtype)[6:])[1] != "pieces"
         dy = testing.tensor(m, 264, dtype=dtype)
@@ -163,3 +166,19 @@ def test_dx_has_no_bank_conflicts(extension: ModuleType, card: str, dtype: torch
             code = sources[name][line - 1]
             assert conflicts == 0 or "map" in code, f"{conflicts} at {site}: {code}"
     assert all(seen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("card", ["A100", "RTX-3090"])
+@pytest.mark.parametrize(
+    "way,sms,m,n,k", [("tiles256", 5, 33, 136, 1088), ("tiles128", 2, 130, 40, 2112)], ids=["one", "several"]
+)
+def test_tiles_that_blocks_share(
+    extension: ModuleType, card: str, way: str, sms: int, m: int, n: int, k: int, dtype: torch.dtype
+) -> None:
+    """Five blocks have a part of one tile each; two have one and a half."""
+    extension.set_card(CARDS[card][0], sms, CARDS[card][2])
+    case = sizes(m, n, k, dtype, m) | {"bs": 64}
+    assert extension.plan(m, n, k, 64, str(dtype)[6:])[0].startswith(way)
+    check_nf4_linear(case)
+    check_lora_linear(case)

@@ -11,7 +11,10 @@ Status nf4_linear(const LinearParams& params, const Card& card, uint32_t* counte
                   Stream stream) {
   const Choice choice = choose_linear(params.m, params.n, params.k, params.weight.block_shift, card);
   if (choice.name == nullptr || params.dtype == DType::kF32) return kNoKernel;
-  return linear_small(choice.small, params, choice.cut, counters, workspace, stream);
+  const auto start = [&](const auto& shape) {
+    return start_linear(shape, params, choice.cut, counters, workspace, stream);
+  };
+  return std::visit(start, choice.shape);
 }
 
 Status nf4_linear_dx(const LinearParams& params, const Card& card, uint32_t* counters, void* workspace,

@@ -5,7 +5,9 @@
 
 namespace peft_kernels::cuda {
 
-Status linear_small(const SmallShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
+Status start_linear(const SmallShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
+                    void* workspace, Stream stream);
+Status start_linear(const TileShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
                     void* workspace, Stream stream);
 Status linear_dx(const DxShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
                  void* workspace, Stream stream);

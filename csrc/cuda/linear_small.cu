@@ -8,22 +8,8 @@ namespace {
 template <class T, class Table, int kTokenTiles, int kRowTiles>
 Status run(const LinearParams& from, const Cut& cut, uint32_t* counters, void* workspace, Stream stream) {
   using Kernel = LinearSmall<T, Table, kTokenTiles, kRowTiles>;
-  typename Kernel::Params params{};
-  params.weight = decode_params<T>(from.weight);
-  params.x = static_cast<const T*>(from.x);
-  params.m = static_cast<int>(from.m);
-  params.n = static_cast<int>(from.n);
-  params.k = static_cast<int>(from.k);
-  params.bias = from.bias;
-  params.bias_dtype = from.bias_dtype;
-  params.u = static_cast<const T*>(from.slab.u);
-  params.v = static_cast<const T*>(from.slab.v);
-  params.depth = static_cast<int>(from.slab.depth);
-  params.y = static_cast<T*>(from.y);
-  params.slice_chunks = cut.part;
-  params.split = {cut.splits, counters, static_cast<float*>(workspace)};
-  params.shared_offset = cut.shared_offset;
-  params.x_offset = cut.x_offset;
+  const typename Kernel::Params params{linear_args<T>(from, cut, counters, workspace), cut.part,
+                                       cut.shared_offset, cut.x_offset};
   return launch<Kernel>(params, cut.blocks, stream, static_cast<int>(cut.shared_bytes));
 }
 
@@ -49,7 +35,7 @@ Status run(const SmallShape& shape, const LinearParams& from, const Cut& cut, ui
 
 }  // namespace
 
-Status linear_small(const SmallShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
+Status start_linear(const SmallShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
                     void* workspace, Stream stream) {
   return params.dtype == DType::kBF16 ? run<bf16>(shape, params, cut, counters, workspace, stream)
                                       : run<fp16>(shape, params, cut, counters, workspace, stream);

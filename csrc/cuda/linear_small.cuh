@@ -4,12 +4,9 @@
 // second, 8 tokens wide: 1 token costs what 8 do. A block keeps a slice of x, all tokens by part of k, in
 // shared memory, and passes through tiles of the weight with it. Its warps share the k of a tile, chunk by
 // chunk, and add up in shared memory.
-//
 #pragma once
 
-#include "decode.cuh"
-#include "linear_output.cuh"
-#include "plan.h"
+#include "linear_args.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -28,19 +25,8 @@ struct LinearSmall {
   // basic block: that hides latencies better, but registers would not do for many sums.
   static constexpr bool kSkips = kTokenTiles == 4;
 
-  struct Params {
-    DecodeParams weight;
-    const T* x;  // [m, k]
-    int m;
-    int n, k;
-    const void* bias;
-    DType bias_dtype;
-    const T* u;  // [m, depth]
-    const T* v;  // [n, depth]
-    int depth;
-    T* y;              // [m, n]
-    int slice_chunks;  // of each of the slices into which `split` cuts k
-    SplitParams split;
+  struct Params : LinearArgs<T> {
+    int slice_chunks;             // of each of the slices into which `split` cuts k
     int shared_offset, x_offset;  // where in shared memory Shared and the slice of x are
   };
   struct Shared {
@@ -232,31 +218,6 @@ struct LinearSmall {
     }
   }
 
-  // u v^T; steps of 16 go round the warps.
-  DEVICE void multiply_slab(int tile, Sums& sums) const {
-    for (int step = warp_; step < p_.depth / 16; step += kWarps) {
-      const int at = step * 16 + 4 * t_;
-      uint32_t b[kTokenTiles][2];
-#pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) {
-        const auto u =
-            load_constant(reinterpret_cast<const Words2*>(p_.u + int64_t{token_of(i)} * p_.depth + at));
-        b[i][0] = u.v[0];
-        b[i][1] = u.v[1];
-      }
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        const auto low = load_constant(
-            reinterpret_cast<const Words2*>(p_.v + int64_t{row_of(tile, 2 * r)} * p_.depth + at));
-        const auto high = load_constant(
-            reinterpret_cast<const Words2*>(p_.v + int64_t{row_of(tile, 2 * r + 1)} * p_.depth + at));
-        const uint32_t a[4] = {low.v[0], high.v[0], low.v[1], high.v[1]};
-#pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) mma<T>(sums.c[r][i], a, b[i]);
-      }
-    }
-  }
-
   DEVICE void write(int row, int token, float sum) const {
     if (row >= p_.n) return;
     if (p_.bias) sum += load_as_float(p_.bias, p_.bias_dtype, row);
@@ -272,7 +233,11 @@ struct LinearSmall {
         for (int e = 0; e < 4; ++e) sums.c[r][i][e] *= 1.0f / kCodeFactor<T>;
       }
     }
-    if (slice_ == 0) multiply_slab(tile, sums);
+    if (slice_ == 0) {
+      multiply_slab<T>(
+          p_, warp_, kWarps, [&](int i) { return row_of(tile, i); }, [&](int i) { return token_of(i); },
+          sums.c);
+    }
     float* partial = p_.split.partial + (int64_t{tile} * p_.split.splits + slice_) * p_.m * kRows;
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {

@@ -5,18 +5,37 @@
 namespace peft_kernels::cuda {
 namespace {
 
+// By what limits the choice: shared memory, which decides on the table of pairs, and how much faster than the
+// rest the matrix units are.
+enum class Cards { kWide, kWide80, kNarrow };
+
+bool belongs(const Card& card, Cards cards) {
+  const bool wide = card.shared_bytes >= 160 << 10;
+  if (cards == Cards::kNarrow) return !wide && card.shared_bytes >= 99 << 10;
+  return wide && (cards == Cards::kWide || card.compute_capability == 80);
+}
+
 struct Rule {
   const char* name;
-  int64_t shared_bytes;  // that the card has, at least
+  Cards cards;
   int64_t max_m;
-  SmallShape small;
+  Shape shape;
 };
 
 // The first that fits is taken.
 constexpr Rule kLinearRules[] = {
-    {"small8", 160 << 10, 8, {1, 1, true}},          {"small16", 160 << 10, 16, {2, 2, true}},
-    {"small32", 160 << 10, 32, {4, 2, true}},        {"small8_narrow", 99 << 10, 8, {1, 1, false}},
-    {"small16_narrow", 99 << 10, 16, {2, 2, false}}, {"small32_narrow", 99 << 10, 32, {4, 2, false}},
+    {"small8", Cards::kWide, 8, SmallShape{1, 1, true}},
+    {"small16", Cards::kWide, 16, SmallShape{2, 2, true}},
+    {"small32", Cards::kWide, 32, SmallShape{4, 2, true}},
+    {"tiles256", Cards::kWide, 512, TileShape{8, true}},
+    {"tiles128", Cards::kWide, 512, TileShape{4, true}},
+    {"tiles256", Cards::kWide80, 1024, TileShape{8, true}},
+    {"tiles128", Cards::kWide80, 1024, TileShape{4, true}},
+    {"small8_narrow", Cards::kNarrow, 8, SmallShape{1, 1, false}},
+    {"small16_narrow", Cards::kNarrow, 16, SmallShape{2, 2, false}},
+    {"small32_narrow", Cards::kNarrow, 32, SmallShape{4, 2, false}},
+    {"tiles256_narrow", Cards::kNarrow, 1024, TileShape{8, false}},
+    {"tiles128_narrow", Cards::kNarrow, 1024, TileShape{4, false}},
 };
 
 struct DxRule {
@@ -105,12 +124,40 @@ Cut DxShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
   return cut;
 }
 
+int64_t TileShape::tiles(int64_t m, int64_t n) const { return ceil_div(n, rows()) * ceil_div(m, kTokens); }
+
+TileShape::Share TileShape::share(int64_t m, int64_t n, int64_t k, const Card& card) const {
+  const int64_t chunks = ceil_div(k, chunk());
+  const int64_t whole = ceil_div(tiles(m, n), card.sms) * chunks;
+  const int64_t equal = ceil_div(tiles(m, n) * chunks, card.sms);
+  return equal + sharing_chunks() < whole ? Share{equal, (equal + sharing_chunks()) * chunk_cost()}
+                                          : Share{whole, whole * chunk_cost()};
+}
+
+Cut TileShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
+  const Share share = this->share(m, n, k, card);
+  // The smaller tiles, where they are done sooner.
+  if (depth_warps() == 1 && TileShape{kWarps / 2, wide_table}.share(m, n, k, card).cost < share.cost)
+    return {};
+  const int64_t chunks = ceil_div(k, chunk());
+  Cut cut;
+  cut.tiles = tiles(m, n);
+  cut.part = static_cast<int>(share.chunks);
+  cut.blocks = ceil_div(cut.tiles * chunks, share.chunks);
+  cut.shared_bytes = wide_table ? kBehindWideTable : kNarrowTableBytes + fixed_bytes();
+  if (share.chunks % chunks != 0) {
+    cut.counters = cut.tiles;
+    cut.workspace_bytes = 2 * cut.blocks * rows() * kTokens * 4;
+  }
+  return cut;
+}
+
 Choice choose_linear(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
   if (!takes(m, n, k, block_shift, card)) return {};
   for (const Rule& rule : kLinearRules) {
-    if (m > rule.max_m || card.shared_bytes < rule.shared_bytes) continue;
-    const Cut cut = rule.small.cut(m, n, k, card);
-    if (cut.blocks != 0) return {rule.name, rule.small, cut};
+    if (m > rule.max_m || !belongs(card, rule.cards)) continue;
+    const Cut cut = std::visit([&](const auto& shape) { return shape.cut(m, n, k, card); }, rule.shape);
+    if (cut.blocks != 0) return {rule.name, rule.shape, cut};
   }
   return {};
 }

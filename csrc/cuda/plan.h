@@ -2,6 +2,8 @@
 // of kernels are here, so that host code and kernels share them.
 #pragma once
 
+#include <variant>
+
 #include "../common/integers.h"
 #include "../common/nf4.h"
 #include "kernels.h"
@@ -78,10 +80,47 @@ struct DxShape {
   Cut cut(int64_t m, int64_t n, int64_t k, const Card& card) const;
 };
 
+// LinearTiles.
+struct TileShape {
+  static constexpr int kWarps = 8;
+  static constexpr int kRowTiles = 2;  // of a warp
+  static constexpr int kTokens = 64;
+  static constexpr int kStages = 3;       // in the ring
+  static constexpr int kChunkStages = 4;  // of a chunk
+  // Between rows of x: the lanes that read together, two rows, lie in different banks.
+  static constexpr int kPad = 8;
+
+  int feature_warps;  // the others take other groups of k
+  bool wide_table;
+
+  constexpr int rows() const { return feature_warps * 16 * kRowTiles; }  // of the weight, in a tile
+  constexpr int depth_warps() const { return kWarps / feature_warps; }
+  constexpr int depth() const { return depth_warps() * kGroup; }  // of a stage
+  constexpr int chunk() const { return kChunkStages * depth(); }
+  constexpr int fixed_bytes() const {
+    return kStages * kTokens * (depth() + kPad) * 2 + nf4::kDynamicCodes * 4 + 16;
+  }
+  // How long a block takes for a chunk, and how many it could do while a tile's parts are put together:
+  // estimates. A chunk of smaller tiles is as much work, with more of x to be read.
+  constexpr int64_t chunk_cost() const { return depth_warps() == 1 ? 8 : 9; }
+  constexpr int64_t sharing_chunks() const { return depth_warps() == 1 ? 2 : 1; }
+  // There is room before the wide table.
+  constexpr int shared_offset() const { return wide_table ? 0 : kNarrowTableBytes; }
+
+  int64_t tiles(int64_t m, int64_t n) const;
+  // Of all tiles' chunks, a block's: whole tiles, or the same number for all blocks.
+  struct Share {
+    int64_t chunks, cost;
+  };
+  Share share(int64_t m, int64_t n, int64_t k, const Card& card) const;
+  Cut cut(int64_t m, int64_t n, int64_t k, const Card& card) const;
+};
+
 // A kernel and the cut for a product; no name: none takes it.
+using Shape = std::variant<SmallShape, TileShape>;
 struct Choice {
   const char* name = nullptr;
-  SmallShape small{};
+  Shape shape{};
   Cut cut{};
 };
 Choice choose_linear(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);

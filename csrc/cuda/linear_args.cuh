@@ -1,0 +1,71 @@
+// The arguments of kernels for y = x W^T + u v^T + bias, and the slab's part of it.
+#pragma once
+
+#include "decode.cuh"
+#include "linear_output.cuh"
+#include "plan.h"
+
+namespace peft_kernels::cuda {
+
+template <class T>
+struct LinearArgs {
+  DecodeParams weight;
+  const T* x;  // [m, k]
+  int m;
+  int n, k;
+  const void* bias;
+  DType bias_dtype;
+  const T* u;  // [m, depth]
+  const T* v;  // [n, depth]
+  int depth;
+  T* y;  // [m, n]
+  SplitParams split;
+};
+
+template <class T>
+LinearArgs<T> linear_args(const LinearParams& from, const Cut& cut, uint32_t* counters, void* workspace) {
+  LinearArgs<T> args{};
+  args.weight = decode_params<T>(from.weight);
+  args.x = static_cast<const T*>(from.x);
+  args.m = static_cast<int>(from.m);
+  args.n = static_cast<int>(from.n);
+  args.k = static_cast<int>(from.k);
+  args.bias = from.bias;
+  args.bias_dtype = from.bias_dtype;
+  args.u = static_cast<const T*>(from.slab.u);
+  args.v = static_cast<const T*>(from.slab.v);
+  args.depth = static_cast<int>(from.slab.depth);
+  args.y = static_cast<T*>(from.y);
+  args.split = {cut.splits, counters, static_cast<float*>(workspace)};
+  return args;
+}
+
+// sums += v u^T, `turns` warps taking turns in its steps of 16. The lane's rows of v are row(2r) and
+// row(2r + 1) in row tile r, and token(i) of u in token tile i.
+template <class T, int kRowTiles, int kTokenTiles, class Row, class Token>
+DEVICE void multiply_slab(const LinearArgs<T>& args, int turn, int turns, const Row& row, const Token& token,
+                          float (&sums)[kRowTiles][kTokenTiles][4]) {
+  const int t = lane_index() % 4;
+  for (int step = turn; step < args.depth / 16; step += turns) {
+    const int at = step * 16 + 4 * t;
+    const auto words = [&](const T* matrix, int i) {
+      return load_constant(reinterpret_cast<const Words2*>(matrix + int64_t{i} * args.depth + at));
+    };
+    uint32_t b[kTokenTiles][2];
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+      const Words2 u = words(args.u, token(i));
+      b[i][0] = u.v[0];
+      b[i][1] = u.v[1];
+    }
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const Words2 low = words(args.v, row(2 * r)), high = words(args.v, row(2 * r + 1));
+      const uint32_t a[4] = {low.v[0], high.v[0], low.v[1], high.v[1]};
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) mma<T>(sums[r][i], a, b[i]);
+    }
+  }
+}
+
+}  // namespace peft_kernels::cuda

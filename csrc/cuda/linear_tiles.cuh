@@ -1,0 +1,379 @@
+// Products with an NF4 weight for more rows of x ("tokens") than linear_small.cuh takes, where multiplying is
+// what takes the time.
+//
+// Operands are as there. A warp's part of a tile is 32 features by 64 tokens, so that it decodes a weight
+// once for 64 products. The warps of a block have other features each, or, where tiles of so many features
+// would be too few, half of them have every other group of k. x comes through a ring in shared memory and the
+// weight through registers, both two stages ahead.
+//
+// All tiles, one behind the other, make a row of chunks of k, of which each block has an equal share. Where
+// shares are not whole tiles, the blocks that meet in a tile add up as linear_output.cuh says. Loading runs
+// on from tile to tile.
+#pragma once
+
+#include "linear_args.cuh"
+
+namespace peft_kernels::cuda {
+
+template <class T, class Table, int kFeatureWarps>
+struct LinearTiles {
+  static constexpr TileShape kShape{kFeatureWarps, Table::kIsWide};
+  static constexpr int kThreads = TileShape::kWarps * kWarp;
+  static constexpr int kBlocksPerSm = 1;
+  static constexpr int kRows = kShape.rows(), kTokens = TileShape::kTokens;
+  static constexpr int kRowTiles = TileShape::kRowTiles, kTokenTiles = kTokens / 8;
+  static constexpr int kLaneRows = 2 * kRowTiles;  // of the weight, that a lane reads
+  static constexpr int kDepthWarps = kShape.depth_warps(), kDepth = kShape.depth();
+  static constexpr int kChunk = kShape.chunk(), kChunkStages = TileShape::kChunkStages;
+  static constexpr int kPitch = kDepth + TileShape::kPad;
+  static constexpr int kStage = kTokens * kPitch;
+  static constexpr int kSharedOffset = kShape.shared_offset();
+  static constexpr int kAhead = TileShape::kStages - 1;
+  static_assert(kChunkStages % kAhead == 0, "a stage of a chunk has its place in bytes_");
+
+  struct Params : LinearArgs<T> {
+    int share;  // chunks of a block
+  };
+  struct Shared {
+    alignas(16) T x[TileShape::kStages][kStage];
+    float map[nf4::kDynamicCodes];
+    alignas(16) uint32_t last;
+  };
+  static_assert(sizeof(Shared) == kShape.fixed_bytes());
+  static_assert(!Table::kIsWide || sizeof(Shared) <= kBeforeWideTable);
+
+  static DEVICE void run(const Params& p) {
+    LinearTiles self(p);
+    self.start_loading();
+    self.table_ = fill_table<T, Table, kThreads>(p.weight, shared_memory<uint8_t>());
+    const int thread = thread_index();
+    if (thread < nf4::kDynamicCodes) store(&self.shared_->map[thread], p.weight.map[thread]);
+    sync_threads();
+    for (int tile = self.begin_ / self.chunks_; tile * self.chunks_ < self.end_; ++tile) {
+      const Place place = self.place_of(tile);
+      Sums sums{};
+      const int before = tile * self.chunks_, first = before < self.begin_ ? self.begin_ - before : 0;
+      const int last = before + self.chunks_ < self.end_ ? self.chunks_ : self.end_ - before;
+      for (int chunk = first; chunk < last; ++chunk) self.multiply_chunk(place, chunk, sums);
+      self.finish(tile, place, sums);
+    }
+  }
+
+ private:
+  using Four = Vec<float, 4>;
+  static constexpr int kFeatureLanes = kFeatureWarps * kWarp;
+  static_assert(kDepthWarps == 1 || kStage * sizeof(T) >= kTokenTiles * kFeatureLanes * sizeof(Four));
+
+  struct Sums {
+    float c[kRowTiles][kTokenTiles][4];
+  };
+  // What a warp has of a tile.
+  struct Place {
+    int row, token;  // the first ones; a lane's rows are the four from row + 4g on
+    int tokens;      // from `token` on, or more
+    bool any;        // rows
+  };
+
+  const Params& p_;
+  const int feature_warp_, depth_warp_, g_, t_;
+  const int token_tiles_, chunks_;  // of a tile
+  const int begin_, end_;           // the block's share of all tiles' chunks
+  Shared* const shared_;
+  const float scale_offset_;
+  Table table_{};
+
+  // In the ring: the stage that is next to be multiplied, and the one that is free.
+  int stage_ = 0, free_ = kAhead * kStage;
+
+  // The chunk that is on its way.
+  int next_, next_tile_, next_chunk_;  // `next_` of all tiles' chunks
+  int next_k_;                         // that it has, or more
+  static constexpr int kUnit = 16 / sizeof(T), kRowUnits = kDepth / kUnit;
+  static constexpr int kCopiedRows = kThreads / kRowUnits, kCopies = kTokens / kCopiedRows;
+  const T* x_from_;
+  int next_tokens_;  // from the thread's first one on
+  const uint8_t* bytes_at_[kLaneRows];
+  uint32_t scales_at_[kLaneRows];
+  Words2 bytes_[kAhead][kLaneRows]{};
+  PackedScale scales_[kLaneRows];
+  float scale_[kLaneRows];  // of the chunk that is multiplied
+
+  DEVICE explicit LinearTiles(const Params& p) : LinearTiles(p, warp_index()) {}
+  DEVICE LinearTiles(const Params& p, int warp)
+      : p_(p),
+        feature_warp_(warp % kFeatureWarps),
+        depth_warp_(warp / kFeatureWarps),
+        g_(lane_index() / 4),
+        t_(lane_index() % 4),
+        token_tiles_((p.m + kTokens - 1) / kTokens),
+        chunks_((p.k + kChunk - 1) / kChunk),
+        begin_(block_index() * p.share),
+        end_(end_of_share()),
+        shared_(reinterpret_cast<Shared*>(shared_memory<uint8_t>() + kSharedOffset)),
+        scale_offset_(p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f) {}
+
+  DEVICE int end_of_share() const {
+    const int all = (p_.n + kRows - 1) / kRows * token_tiles_ * chunks_;
+    return begin_ + p_.share < all ? begin_ + p_.share : all;
+  }
+  // Neighbours share rows of the weight.
+  DEVICE Place place_of(int tile) const {
+    const int row = tile / token_tiles_ * kRows + feature_warp_ * (16 * kRowTiles);
+    const int token = tile % token_tiles_ * kTokens;
+    return {row, token, p_.m - token, row < p_.n};
+  }
+  // Tokens and rows beyond the last one compute what nobody reads.
+  DEVICE int token_at(int token) const { return token < p_.m ? token : p_.m - 1; }
+  DEVICE int row_of(const Place& place, int i) const {
+    const int row = place.row + 4 * g_ + i;
+    return row < p_.n ? row : p_.n - 1;
+  }
+  // Where in a chunk the warp's group of a stage begins.
+  DEVICE int group_begin(int stage) const { return stage * kDepth + depth_warp_ * kGroup; }
+
+  // ---- The way here
+
+  DEVICE void start_loading() {
+    next_ = begin_;
+    start_tile(begin_ / chunks_, begin_ % chunks_);
+#pragma unroll
+    for (int stage = 0; stage < kAhead; ++stage) {
+      copy_x(stage, stage * kStage);
+      load_bytes(stage);
+    }
+  }
+  DEVICE void start_tile(int tile, int chunk) {
+    next_tile_ = tile;
+    next_chunk_ = chunk;
+    const Place place = place_of(tile);
+    const int token = place.token + thread_index() / kRowUnits;
+    x_from_ = p_.x + int64_t{token} * p_.k + chunk * kChunk + thread_index() % kRowUnits * kUnit;
+    next_tokens_ = p_.m - token;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      const auto row = static_cast<uint32_t>(row_of(place, i));
+      bytes_at_[i] = p_.weight.packed + uint64_t{row} * static_cast<uint32_t>(p_.k / 2) +
+                     (chunk * kChunk + depth_warp_ * kGroup) / 2 + 8 * t_;
+      scales_at_[i] = row * static_cast<uint32_t>(p_.k >> p_.weight.block_shift);
+    }
+    start_chunk();
+  }
+  DEVICE void advance() {
+    ++next_;
+    if (++next_chunk_ == chunks_) return start_tile(next_tile_ + 1, 0);
+    x_from_ += kChunk;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) bytes_at_[i] += kChunk / 2;
+    start_chunk();
+  }
+  // Lane (g, t) has the scales of its rows' groups in stage t; any scales for what is not there.
+  DEVICE void start_chunk() {
+    const int begin = next_chunk_ * kChunk, k = begin + group_begin(t_);
+    next_k_ = next_ < end_ ? p_.k - begin : 0;
+    const uint32_t block = static_cast<uint32_t>(k < p_.k ? k : 0) >> p_.weight.block_shift;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) scales_[i] = load_scale(p_.weight, scales_at_[i] + block);
+  }
+  DEVICE void copy_x(int stage, int to) const {
+    if (stage * kDepth + thread_index() % kRowUnits * kUnit < next_k_) {
+      T* first =
+          shared_->x[0] + to + thread_index() / kRowUnits * kPitch + thread_index() % kRowUnits * kUnit;
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        if (i * kCopiedRows < next_tokens_) {
+          copy_async_16(first + i * kCopiedRows * kPitch,
+                        x_from_ + stage * kDepth + int64_t{i * kCopiedRows} * p_.k);
+        }
+      }
+    }
+    copy_async_commit();
+  }
+  DEVICE void load_bytes(int stage) {
+    if (group_begin(stage) >= next_k_) return;
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) {
+      bytes_[stage % kAhead][i] =
+          load_once(reinterpret_cast<const Words2*>(bytes_at_[i] + stage * kDepth / 2));
+    }
+  }
+
+  DEVICE void unpack_scales() {
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) scale_[i] = unpack_scale(scales_[i], shared_->map, scale_offset_);
+  }
+
+  // ---- The products
+
+  DEVICE void multiply_chunk(const Place& place, int chunk, Sums& sums) {
+    const int k = place.any ? p_.k - chunk * kChunk : 0;
+#pragma unroll
+    for (int stage = 0; stage < kChunkStages; ++stage) {
+      uint32_t weight[kRowTiles][4][4];
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        const Words2(&bytes)[kLaneRows] = bytes_[stage % kAhead];
+        decode_group(table_, bytes[2 * r], bytes[2 * r + 1], weight[r]);
+      }
+      if (stage == 0) unpack_scales();
+      if (stage == kChunkStages - kAhead) advance();
+      const int next = (stage + kAhead) % kChunkStages;
+      load_bytes(next);
+      copy_async_wait<kAhead - 1>();
+      sync_threads();  // the stage is here, and nobody reads the one before any longer
+      copy_x(next, free_);
+      if (group_begin(stage) < k) multiply_stage(weight, stage, place.tokens, sums);
+      free_ = stage_;
+      stage_ = stage_ == kAhead * kStage ? 0 : stage_ + kStage;
+    }
+  }
+
+  DEVICE void multiply_stage(const uint32_t (&weight)[kRowTiles][4][4], int stage, int tokens, Sums& sums) {
+    float scale[kLaneRows];
+#pragma unroll
+    for (int i = 0; i < kLaneRows; ++i) scale[i] = shuffle_in_quad(scale_[i], stage);
+    const T* x_at = shared_->x[0] + stage_ + g_ * kPitch + depth_warp_ * kGroup + 16 * t_;
+    // Token tiles at once: as few as keep the matrix units busy, for the sake of registers.
+    constexpr int kAtOnce = 2;
+    GroupOfX x[kTokenTiles];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) x[i] = load_group_of_x(x_at + i * 8 * kPitch);
+#pragma unroll
+    for (int first = 0; first < kTokenTiles; first += kAtOnce) {
+      if (first > 0 && first * 8 >= tokens) break;
+#pragma unroll
+      for (int i = first + kAtOnce; i < first + 2 * kAtOnce && i < kTokenTiles; ++i) {
+        x[i] = load_group_of_x(x_at + i * 8 * kPitch);
+      }
+#pragma unroll
+      for (int i = first; i < first + kAtOnce; ++i) {
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+          multiply_group<T>(weight[r], x[i], scale[2 * r], scale[2 * r + 1], sums.c[r][i]);
+        }
+      }
+    }
+  }
+
+  // ---- The sums' way out
+
+  // Token tiles go round the warps that share features.
+  DEVICE bool finishes(int token_tile, int tokens) const {
+    return token_tile % kDepthWarps == depth_warp_ && token_tile * 8 < tokens;
+  }
+  DEVICE int feature_lane() const { return feature_warp_ * kWarp + lane_index(); }
+
+  DEVICE void finish(int tile, const Place& place, Sums& sums) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums.c[r][i][e] *= 1.0f / kCodeFactor<T>;
+      }
+    }
+    const int before = tile * chunks_;
+    if (begin_ <= before) {  // exactly one of those who share it
+      multiply_slab<T>(
+          p_, depth_warp_, kDepthWarps, [&](int i) { return row_of(place, i); },
+          [&](int i) { return token_at(place.token + i * 8 + g_); }, sums.c);
+    }
+    if constexpr (kDepthWarps > 1) add_depth_warps(sums);
+    if (begin_ > before || end_ < before + chunks_) {
+      const int first = before / p_.share, last = (before + chunks_ - 1) / p_.share;
+      store_part(first, place, sums);
+      if (!is_last_of_tile({last - first + 1, p_.split.counter, p_.split.partial}, tile, &shared_->last))
+        return;
+      add_parts(first, last, place, sums);
+    }
+    write(place, sums);
+  }
+
+  // In the stage that is free until the next barrier.
+  DEVICE void add_depth_warps(Sums& sums) const {
+    static_assert(kDepthWarps <= 2);
+    Four* others = reinterpret_cast<Four*>(shared_->x[0] + free_) + feature_lane();
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      sync_threads();
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+        if (i % kDepthWarps != depth_warp_) store(others + i * kFeatureLanes, bit_cast<Four>(sums.c[r][i]));
+      }
+      sync_threads();
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+        if (i % kDepthWarps == depth_warp_) add(load(others + i * kFeatureLanes), sums.c[r][i]);
+      }
+    }
+  }
+
+  DEVICE static void add(const Four& more, float (&sum)[4]) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sum[e] += more.v[e];
+  }
+
+  // A block has two of them: of a tile that it shares with blocks before, and of one with blocks behind
+  // alone.
+  DEVICE Four* part_of(int block, bool is_first) const {
+    const int64_t part = 2 * int64_t{block} + is_first;
+    return reinterpret_cast<Four*>(p_.split.partial + part * (kRows * kTokens)) + feature_lane();
+  }
+  DEVICE void store_part(int first, const Place& place, const Sums& sums) const {
+    Four* part = part_of(block_index(), block_index() == first);
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+      if (!finishes(i, place.tokens)) continue;
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        store(part + (i * kRowTiles + r) * kFeatureLanes, bit_cast<Four>(sums.c[r][i]));
+      }
+    }
+  }
+  DEVICE void add_parts(int first, int last, const Place& place, Sums& sums) const {
+    sums = {};
+    for (int block = first; block <= last; ++block) {
+      const Four* part = part_of(block, block == first);
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+        if (!finishes(i, place.tokens)) continue;
+#pragma unroll
+        for (int r = 0; r < kRowTiles; ++r) {
+          add(load(part + (i * kRowTiles + r) * kFeatureLanes), sums.c[r][i]);
+        }
+      }
+    }
+  }
+
+  DEVICE void write(const Place& place, const Sums& sums) const {
+    const int row = place.row + 4 * g_;
+    if (row >= p_.n) return;
+    float bias[kLaneRows] = {};
+    if (p_.bias) {
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) bias[i] = load_as_float(p_.bias, p_.bias_dtype, row_of(place, i));
+    }
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+      if (!finishes(i, place.tokens)) continue;
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const int token = i * 8 + 2 * t_ + e;
+        if (token >= place.tokens) continue;
+        float y[kLaneRows];
+#pragma unroll
+        for (int j = 0; j < kLaneRows; ++j) y[j] = sums.c[j / 2][i][j % 2 * 2 + e] + bias[j];
+        T* to = p_.y + int64_t{place.token + token} * p_.n + row;
+        if (p_.n % kLaneRows == 0) {
+          store(reinterpret_cast<Words2*>(to), {pack2<T>(y[0], y[1]), pack2<T>(y[2], y[3])});
+        } else {
+#pragma unroll
+          for (int j = 0; j < kLaneRows; ++j) {
+            if (row + j < p_.n) store(to + j, from_float<T>(y[j]));
+          }
+        }
+      }
+    }
+  }
+};
+
+}  // namespace peft_kernels::cuda
