@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from . import compiled, floors
+from . import compiled, floors, triton_cases
 from .cases import TITLES
 from .compiled import Compiled
 from .harness import OURS, Result, Spread
@@ -101,6 +101,27 @@ def compiled_json_line(result: Compiled, facts: Mapping[str, Any]) -> str:
     )
 
 
+def triton_json_line(result: triton_cases.Compiled, facts: Mapping[str, Any]) -> str:
+    """The same about Triton kernels as compiled."""
+    kernels = [
+        {
+            "kernel": code.variant.kernel,
+            "config": code.variant.config,
+            "types": code.variant.types,
+            "registers": code.registers,
+            "shared": code.shared,
+            "warps": code.warps,
+            "spills": code.spills,
+            "matrix": code.matrix,
+            "faults": code.faults,
+        }
+        for code in result.codes
+    ]
+    return json.dumps(
+        {"name": result.case.name, "group": "triton", "kernels": kernels, "absent": result.absent, **facts}
+    )
+
+
 def progress_line(result: Result) -> str:
     """A case in one line: our time, and the ratios."""
     time = result.time(OURS)
@@ -123,10 +144,17 @@ def compiled_progress_line(result: Compiled) -> str:
     return "; ".join([*result.absent.values(), *([counted] if result.findings else [])])
 
 
+def triton_progress_line(result: triton_cases.Compiled) -> str:
+    faults = sum(len(code.faults) for code in result.codes)
+    counted = f"{len(result.codes)} kernels, {faults} beyond their limits"
+    return "; ".join([*result.absent.values(), *([counted] if result.codes else [])])
+
+
 def render(
     results: Sequence[Result],
     saved: Sequence[Saved] = (),
     kernels: Sequence[Compiled] = (),
+    triton: Sequence[triton_cases.Compiled] = (),
     unit: str = "ms",
 ) -> str:
     """All tables, the reasons for what is missing, the goals and the summary."""
@@ -148,7 +176,10 @@ def render(
                 f"kernels as compiled for sm_{gpu.architecture}, beside {gpu.name}\n{compiled_table(item)}"
             )
             blocks.append(f"floors of {gpu.name}: us, m(emory) or c(ompute) bound\n{floors_table(gpu)}")
-    blocks += _notes([*results, *saved, *kernels])
+    for found in triton:
+        if found.codes:
+            blocks.append(f"Triton kernels as compiled for {found.case.target}\n{triton_table(found)}")
+    blocks += _notes([*results, *saved, *kernels, *triton])
     if goals := [*_goal_lines(results), *_saved_goal_lines(saved)]:
         blocks.append("\n".join(["Goals", *(f"  {line}" for line in goals)]))
     return "\n\n".join([*blocks, *([summary(results)] if results else [])]) + "\n"
@@ -195,6 +226,29 @@ def compiled_table(result: Compiled) -> str:
             "; ".join(finding.faults) or (MET if finding.rule else ""),
         ]
         lines.append([kernel.name, *columns])
+    return _aligned(lines)
+
+
+def triton_table(result: triton_cases.Compiled) -> str:
+    """A kernel with one of its configs in a row: the largest of what it comes to for arguments of several
+    types, and the fewest warps. Warps are those that a multiprocessor holds at once, spills are bytes of a
+    thread in local memory, matrix instructions are for tensor cores."""
+    titles = ("config", "variants", "registers", "shared", "warps", "spills", "matrix", "")
+    lines: list[Sequence[str]] = [["", *titles]]
+    for kernel, config in sorted({(code.variant.kernel, code.variant.config) for code in result.codes}):
+        codes = [
+            code for code in result.codes if (code.variant.kernel, code.variant.config) == (kernel, config)
+        ]
+        columns = [
+            str(len(codes)),
+            str(max(code.registers for code in codes)),
+            f"{max(code.shared for code in codes):,}",
+            str(min(code.warps for code in codes) or "-"),
+            str(max(code.spills for code in codes)),
+            str(max(code.matrix for code in codes)),
+            "; ".join(unique(fault for code in codes for fault in code.faults)),
+        ]
+        lines.append([kernel, config, *columns])
     return _aligned(lines)
 
 
@@ -276,7 +330,7 @@ def _saved_goal_lines(saved: Iterable[Saved]) -> Iterator[str]:
             yield f"{item.case.name}, {text}: {MET if met else MISSED}"
 
 
-def _notes(results: Sequence[Result | Saved | Compiled]) -> list[str]:
+def _notes(results: Sequence[Result | Saved | Compiled | triton_cases.Compiled]) -> list[str]:
     """What WRONG and `-` stand for, and what there is to tell about a contender, each once."""
     reasons: dict[str, list[str]] = {}
     for result in results:

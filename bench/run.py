@@ -4,13 +4,14 @@
     python bench/run.py                    # all standard cases
     python bench/run.py --only forward-4096x4096 --isa avx2
     python bench/run.py --only '^(block|memory)'
-    python bench/run.py --only '^sass'
+    python bench/run.py --only '^(sass|triton)'
 
 Every case is checked against the fp64 reference first; what is wrong is reported, never timed. A ratio is the
 peer's time / our time: above 1 we win. A cost is our time / that of a cheaper job of ours. The cases called
-memory-... count the bytes that a forward saves for its backward. Those called sass-... compile the CUDA
-kernels, which takes no GPU, and put their instructions beside what a card allows. Writes results.jsonl,
-table.txt and ratios.png to the output folder. Exits with 1 when a result was wrong.
+memory-... count the bytes that a forward saves for its backward. Those called sass-... and triton-... compile
+the kernels for cards that need not be here: the CUDA kernels' instructions are put beside what a card allows,
+of the Triton kernels registers, spills and the like are told. Writes results.jsonl, table.txt and ratios.png
+to the output folder. Exits with 1 when a result was wrong.
 """
 
 from __future__ import annotations
@@ -42,11 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of peers about each other
     if options.threads:
         torch.set_num_threads(options.threads)
-    from bench import cases, compiled, memory
+    from bench import cases, compiled, memory, triton_cases
     from peft_kernels import testing
 
     timed = cases.quick(options.dtype) if options.quick else cases.standard(options.dtype, options.full)
-    kernels = [] if options.quick else compiled.standard()
+    kernels = [] if options.quick else [*compiled.standard(), *triton_cases.standard()]
     standard: list[Any] = [*timed, *memory.standard(options.dtype), *kernels]
     chosen = [case for case in standard if re.search(options.only, case.name)]
     if options.list:
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _run(chosen: Sequence, options: argparse.Namespace) -> int:  # type: ignore[type-arg]
-    from bench import chart, compiled, harness, machine, memory, report
+    from bench import chart, compiled, harness, machine, memory, report, triton_cases
 
     facts = machine.describe()
     header = machine.header(facts)
@@ -72,6 +73,7 @@ def _run(chosen: Sequence, options: argparse.Namespace) -> int:  # type: ignore[
     results: list[harness.Result] = []
     saved: list[memory.Saved] = []
     kernels: list[compiled.Compiled] = []
+    triton: list[triton_cases.Compiled] = []
     started = time.perf_counter()
     with (
         contextlib.suppress(KeyboardInterrupt),  # what was measured so far is still reported
@@ -90,6 +92,11 @@ def _run(chosen: Sequence, options: argparse.Namespace) -> int:  # type: ignore[
                 kernels.append(compiled.measure(case))
                 json_line = report.compiled_json_line(kernels[-1], facts)
                 line = report.compiled_progress_line(kernels[-1])
+            elif isinstance(case, triton_cases.Case):
+                progress("compile")
+                triton.append(triton_cases.measure(case))
+                json_line = report.triton_json_line(triton[-1], facts)
+                line = report.triton_progress_line(triton[-1])
             else:
                 results.append(harness.measure(case, options.min_time, options.repeats, progress=progress))
                 json_line, line = report.json_line(results[-1], facts), report.progress_line(results[-1])
@@ -97,10 +104,10 @@ def _run(chosen: Sequence, options: argparse.Namespace) -> int:  # type: ignore[
             lines.flush()
             _show("", "")
             print(head + line, flush=True)
-    done = len(results) + len(saved) + len(kernels)
+    done = len(results) + len(saved) + len(kernels) + len(triton)
     if not done:
         return 130
-    body = report.render(results, saved, kernels)
+    body = report.render(results, saved, kernels, triton)
     print("\n" + body)
     (options.output / "table.txt").write_text(f"{header}\n\n{body}", encoding="utf-8")
     no_picture = chart.draw(results, options.output / "ratios.png", "\n".join(header.splitlines()[:3]))

@@ -12,8 +12,8 @@ from .decode import load_absmax, value_of
 from .launch import launch
 
 SCALE_CONFIGS = [triton.Config({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=4)]
-BACKWARD_CONFIGS = [triton.Config({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=4)]
-NORM_CONFIGS = [triton.Config({"BLOCK_N": 32, "BLOCK_K": 64}, num_warps=4, num_stages=2)]
+BACKWARD_CONFIGS = [triton.Config({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=8)]
+NORM_CONFIGS = [triton.Config({"BLOCK_N": 32, "BLOCK_K": 64}, num_warps=8, num_stages=2)]
 
 CHUNK = 256  # rows that one program sums
 RANKS = 64  # of A that one program multiplies with W

@@ -30,9 +30,9 @@ def check_usable() -> None:
         _ = triton.runtime.driver.active.utils  # made with the C compiler that launches need too
 
 
-def target() -> Any:
-    """What kernels are compiled for: Triton's GPUTarget."""
-    return triton.runtime.driver.active.get_current_target()
+def target() -> str:
+    """What kernels are compiled for, "cuda" or "hip"; or "numpy" when they are interpreted."""
+    return "numpy" if INTERPRETED else triton.runtime.driver.active.get_current_target().backend
 
 
 def launch(
@@ -65,10 +65,10 @@ def launch(
         The kernel's other constexpr parameters, and options of the compiler (enable_fp_fusion).
     """
     if "PTX" in kernel.arg_names:
-        constants["PTX"] = not INTERPRETED and target().backend == "cuda"
+        constants["PTX"] = target() == "cuda"
     if _recorder is not None:
         for config in configs:
-            _recorder(kernel, *args, **constants, **config.all_kwargs())
+            _recorder(kernel, args, constants, config)
         return
 
     def run(config: triton.Config) -> None:
@@ -86,7 +86,8 @@ def launch(
 
 @contextmanager
 def recording(record: Callable[..., None]) -> Iterator[None]:
-    """Inside, kernels do not run: `record(kernel, *args, **constants)` gets each launch, with each config."""
+    """Inside, kernels do not run: `record(kernel, args, constants, config)` gets each launch, with each of
+    its configs. Tensors may be without memory, on device "meta"."""
     global _recorder
     before, _recorder = _recorder, record
     try:

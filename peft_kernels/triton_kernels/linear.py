@@ -71,7 +71,7 @@ def linear_dx(dy: Tensor, weight: Nf4, k: int, delta: Delta | None = None) -> Te
     if out.numel() == 0:
         return out
     run, aligned = _runs(weight, k, dy.dtype)
-    block_n = 32 if dy.dtype == torch.float32 else RUN
+    block_n = RUN if aligned and dy.dtype != torch.float32 else 32  # registers do not hold more one by one
     split_n = depth_of_split(_programs(tiles, "BLOCK_K", m, k), n, block_n, dy.device)
     splits = max(triton.cdiv(n, split_n), 1)
     target = out if splits == 1 else empty_parts(splits, m, k, dy)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import triton
 
-from .launch import INTERPRETED
+from .launch import target
 
 
 class Tiles(NamedTuple):
@@ -32,21 +32,22 @@ FORWARD = [
     Tiles(16, 4, [_config(4, 3, BLOCK_M=16, BLOCK_N=64), _config(4, 2, BLOCK_M=16, BLOCK_N=64)]),
     Tiles(32, 2, [_config(4, 3, BLOCK_M=32, BLOCK_N=64), _config(8, 3, BLOCK_M=32, BLOCK_N=128)]),
     Tiles(64, 1, [_config(8, 3, BLOCK_M=64, BLOCK_N=128), _config(4, 3, BLOCK_M=64, BLOCK_N=64)]),
-    Tiles(256, 1, [_config(8, 3, BLOCK_M=128, BLOCK_N=128), _config(8, 3, BLOCK_M=64, BLOCK_N=128)]),
+    Tiles(256, 1, [_config(8, 3, BLOCK_M=64, BLOCK_N=128), _config(8, 3, BLOCK_M=128, BLOCK_N=64)]),
 ]
 BACKWARD = [
     Tiles(16, 1, [_config(4, 3, BLOCK_M=16, BLOCK_K=64)]),
     Tiles(32, 1, [_config(4, 3, BLOCK_M=32, BLOCK_K=64)]),
-    Tiles(64, 1, [_config(4, 3, BLOCK_M=64, BLOCK_K=64), _config(8, 3, BLOCK_M=64, BLOCK_K=128)]),
+    Tiles(64, 1, [_config(8, 2, BLOCK_M=64, BLOCK_K=64), _config(8, 3, BLOCK_M=64, BLOCK_K=128)]),
     Tiles(256, 1, [_config(8, 3, BLOCK_M=128, BLOCK_K=128), _config(4, 3, BLOCK_M=128, BLOCK_K=64)]),
 ]
 # fp32 goes without tensor cores, and torch's products do better from few rows on.
 FORWARD_F32 = [Tiles(16, 1, [_config(4, 2, BLOCK_M=16, BLOCK_N=32)])]
-BACKWARD_F32 = [Tiles(16, 1, [_config(4, 2, BLOCK_M=16, BLOCK_K=32)])]
+BACKWARD_F32 = [Tiles(16, 1, [_config(8, 2, BLOCK_M=16, BLOCK_K=32)])]
 
 
 def tiles_for(table: list[Tiles], rows: int) -> Tiles | None:
-    return next((tiles for tiles in table if rows <= tiles.rows), None)
+    least = 16 if target() == "hip" else 8  # columns of a matrix instruction
+    return next((t for t in table if rows <= t.rows and least <= t.configs[0].kwargs["BLOCK_M"]), None)
 
 
 def table_for(dtype: torch.dtype, backward: bool) -> list[Tiles]:
@@ -68,5 +69,5 @@ def depth_of_split(programs: int, depth: int, unit: int, device: torch.device) -
 
 @functools.cache
 def processors(device: torch.device) -> int:
-    """Multiprocessors, or compute units, of a card."""
-    return 2 if INTERPRETED else torch.cuda.get_device_properties(device).multi_processor_count
+    """Multiprocessors, or compute units, of a card; where there is none, few."""
+    return 2 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count

@@ -26,7 +26,7 @@ def _config(warps: int, stages: int, **blocks: int) -> triton.Config:
 FEW_ROWS = 16
 TO_RANKS_FEW = [_config(4, 3, BLOCK_M=16)]
 TO_RANKS = [_config(4, 3, BLOCK_M=64), _config(4, 2, BLOCK_M=32), _config(8, 3, BLOCK_M=128)]
-OVER_ROWS = [_config(4, 3, BLOCK_F=64), _config(4, 2, BLOCK_F=64), _config(8, 2, BLOCK_F=128)]
+OVER_ROWS = [_config(4, 3, BLOCK_F=64), _config(8, 2, BLOCK_F=128)]
 # One of each: its result may be what it adds to, and then it cannot be run again for its time.
 FROM_RANKS_FEW = [_config(4, 2, BLOCK_M=16, BLOCK_F=128)]
 FROM_RANKS = [_config(8, 2, BLOCK_M=64, BLOCK_F=128)]

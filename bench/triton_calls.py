@@ -1,0 +1,126 @@
+"""Calls of the ops of back end `triton` that reach every kernel, and each with all its configs.
+
+Their tensors have no memory (device "meta"): the calls are for `launch.recording`, inside which nothing runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from peft_kernels.triton_kernels.gated import ACTIVATIONS
+from peft_kernels.triton_kernels.linear_plan import table_for
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SIZE, ODD, SMALL, WHOLE = 4096, 4097, 64, 512
+"""Features: many programs; rows that begin amid a byte or block; sums cut into splits, and uncut."""
+FEW, MANY, RANK = 16, 1024, 16
+
+
+class Call(NamedTuple):
+    op: str
+    args: tuple[Any, ...]
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def nf4(n: int, k: int, nested: bool = True, blocksize: int = 64) -> tuple[Any, ...]:
+    """The group of arguments that make an NF4 weight."""
+    blocks = -(-n * k // blocksize)
+    packed = empty((n * k + 1) // 2, dtype=torch.uint8)
+    if not nested:
+        return packed, empty(blocks), None, None, blocksize
+    return packed, empty(blocks, dtype=torch.uint8), empty(-(-blocks // 256)), empty(), blocksize
+
+
+def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterator[Call]:
+    """For activations of some types; products, which have configs of their own in fp32, in fp32 always.
+
+    Adapters join the products of every line of the tables in the first type, if wanted, else of some.
+    """
+    yield Call("quantize_absmax", (empty(SIZE),))
+    yield Call("unpack_absmax", (empty(SIZE, dtype=torch.uint8), empty(SIZE // 256), empty()))
+    for dtype in dtypes:
+        nested = dtype != FP16
+        yield from _weights(dtype, nested)
+        yield from _elementwise(dtype)
+        yield from _products(dtype, nested)
+        first = dtype == dtypes[0]
+        yield from _adapters(dtype, nested, adapters_on_every_line and first)
+        if first:
+            yield from _lists(dtype)
+    yield from _products(FP32, nested=True)
+
+
+def _weights(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
+    yield Call("quantize_nf4", (empty(SIZE, SIZE, dtype=dtype), 64))
+    yield Call("dequantize_nf4", (*nf4(SIZE, SIZE, nested), [SIZE, SIZE], dtype))
+    a, b = empty(RANK, SIZE), empty(SIZE, RANK)
+    yield Call("dora_norm", (*nf4(SIZE, SIZE, nested), a, b, 0.5))
+    yield Call("dora_norm", (empty(SIZE, SIZE, dtype=dtype), None, None, None, 0, a, b, 0.5))
+
+
+def _elementwise(dtype: torch.dtype) -> Iterator[Call]:
+    t, scale, seed = empty(MANY, SIZE, dtype=dtype), empty(SIZE), empty(dtype=torch.int64)
+    yield Call("dropout", (t, 0.5, seed))
+    for activation in ACTIVATIONS if dtype == BF16 else ACTIVATIONS[:1]:
+        yield Call("gated_activation", (t, t, activation))
+        yield Call("gated_activation_backward", (t, t, t, activation))
+    for bias in (None, empty(SIZE, dtype=dtype)) if dtype == BF16 else (None,):
+        yield Call("dora_scale", (t, scale, bias))
+        yield Call("dora_scale_backward", (t, t, scale, bias))
+
+
+def _products(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
+    """One product for each line of the tables, one beyond them, one with splits, one whose rows are odd."""
+
+    def forward(m: int, n: int, k: int, bias: Tensor | None = None) -> Call:
+        return Call("nf4_linear", (empty(m, k, dtype=dtype), *nf4(n, k, nested), n, bias))
+
+    def backward(m: int, n: int, k: int) -> Call:
+        return Call("nf4_linear_dx", (empty(m, n, dtype=dtype), *nf4(n, k, nested), k))
+
+    for m in _rows(dtype, backward=False):
+        yield forward(m, SIZE, SIZE, empty(SIZE))
+    for m in _rows(dtype, backward=True):
+        yield backward(m, SIZE, SIZE)
+    for m in (1, MANY):
+        yield forward(m, SMALL, SIZE)
+        yield forward(m, SIZE, ODD)
+        yield backward(m, SIZE, SMALL)
+        yield backward(m, SIZE, ODD)
+
+
+def _rows(dtype: torch.dtype, backward: bool) -> list[int]:
+    return [*(tiles.rows for tiles in table_for(dtype, backward)), MANY]
+
+
+def _adapters(dtype: torch.dtype, nested: bool, every: bool) -> Iterator[Call]:
+    """Adapters in fp32, with dropout."""
+    seed = empty(dtype=torch.int64)
+    a, b = empty(RANK, WHOLE), empty(WHOLE, RANK)
+    weight = nf4(WHOLE, WHOLE, nested)
+    for m in _rows(dtype, backward=False) if every else (FEW, MANY):
+        x = empty(m, WHOLE, dtype=dtype)
+        yield Call("lora_linear", (x, *weight, None, a, b, 0.5, 0.3, seed))
+    for m in _rows(dtype, backward=True) if every else (FEW, MANY):
+        x, h = empty(m, WHOLE, dtype=dtype), empty(m, RANK)
+        needs = True, True, True
+        yield Call("lora_linear_backward", (x, x, h, *weight, a, b, 0.5, 0.3, seed, *needs))
+
+
+def _lists(dtype: torch.dtype) -> Iterator[Call]:
+    """Two layers on one x, two adapters in its type on the second, which is dense, rows in groups."""
+    for m, size in ((FEW, SIZE), (MANY, WHOLE)):
+        bases = nf4(size, size), (empty(size, size, dtype=dtype), None, None, None, 0)
+        lists = [list(part) for part in zip(*bases, strict=True)]
+        x, a, b = empty(m, size, dtype=dtype), empty(RANK, size, dtype=dtype), empty(size, RANK, dtype=dtype)
+        rest = [a, a], [b, b], [1, 1], [0.5, 0.5], [0.0, 0.0], None, [2, 3], empty(m, dtype=torch.int64)
+        yield Call("multi_lora_linear", (x, *lists, [size, size], [empty(0), empty(size)], *rest))
+        h, needs = empty(m, 2 * RANK), (True, [True, True], [True, True])
+        yield Call("multi_lora_linear_backward", ([x, x], x, h, *lists, *rest, *needs))

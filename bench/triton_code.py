@@ -1,0 +1,242 @@
+"""What Triton's compiler makes of the kernels of back end `triton`, for cards that need not be here.
+
+Each launch of `triton_calls.py` is compiled with each of its configs, as it would be on the card.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from peft_kernels import triton_kernels
+from peft_kernels.triton_kernels import launch
+
+from . import limits, sass
+from .triton_calls import BF16, FP16, FP32, calls
+
+CACHE = sass.ROOT / "build" / "triton"
+JOBS = 2
+LOCAL_DATA_SHARE = 64 * limits.KIB  # of a workgroup on AMD's cards
+TENSOR_MEMORY = 512  # columns
+MATRIX = {"cuda": r"\b(?:HMMA|HGMMA|UTCHMMA)\b", "hip": r"\bv_(?:mfma|wmma)_"}
+ALL, THOROUGH = (BF16, FP16, FP32), ("sm80",)
+"""Types of activations, and the targets for which all of them are compiled. It takes minutes as it is."""
+IN_FP32 = ("norm_kernel",)
+"""They multiply in fp32 whatever the type of their tensors."""
+
+
+def gpu_target(name: str) -> GPUTarget:
+    """Of "sm90" or "gfx942"."""
+    if name.startswith("sm"):
+        return GPUTarget("cuda", int(name.removeprefix("sm")), 32)
+    return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as it is compiled for arguments of some types."""
+
+    kernel: str
+    config: str
+    """Meta-parameters, warps and stages."""
+    types: str
+    """Of the tensors and constants."""
+    data: str
+    """All that Triton compiles it by, in its own words."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """What came of a variant."""
+
+    variant: Variant
+    target: str
+    registers: int = 0
+    shared: int = 0
+    """Bytes of a block."""
+    warps: int = 0
+    spills: int = 0
+    """Bytes of a thread in local memory."""
+    matrix: int = 0
+    """Instructions for tensor cores."""
+    faults: tuple[str, ...] = ()
+
+
+class _Driver:
+    """In place of Triton's own, which would look for a card."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> _Driver:
+        return self  # a device of its own: what was compiled before is not taken from memory
+
+    def get_current_stream(self, device: _Driver) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(target: str) -> Iterator[None]:
+    """Inside, Triton compiles for that target; nothing can be launched."""
+    driver: Any = triton.runtime.driver
+    before = driver._active  # reset_active would look for a card
+    driver.set_active(_Driver(gpu_target(target)))
+    try:
+        with triton.knobs.cache.scope(), triton.knobs.runtime.scope():
+            triton.knobs.cache.dir = str(CACHE)
+            yield
+    finally:
+        driver.set_active(before)
+
+
+def unsupported(target: str) -> str | None:
+    """Why the installed Triton cannot compile for a target, or None."""
+    with compiling_for(target):
+        try:
+            _nothing.warmup(grid=(1,))
+        except Exception as error:
+            return f"Triton {triton.__version__} cannot compile for {target}: {error}"
+    return None
+
+
+@triton.jit
+def _nothing():
+    pass
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What `launch` was called with, and one of the configs."""
+
+    kernel: Any
+    args: tuple[Any, ...]
+    constants: dict[str, Any]
+    config: triton.Config
+
+
+def launches(target: str) -> list[Launched]:
+    """Of all calls, with every config."""
+    found: list[Launched] = []
+    with compiling_for(target), launch.recording(lambda *launched: found.append(Launched(*launched))):
+        on_cuda = gpu_target(target).backend == "cuda"
+        for call in calls(ALL if target in THOROUGH else ALL[:1], adapters_on_every_line=on_cuda):
+            getattr(triton_kernels, call.op)(*call.args)
+    return found
+
+
+def variants(target: str, launched: Sequence[Launched]) -> list[Variant]:
+    """What is to be compiled for launches, each once."""
+    found: dict[str, Variant] = {}
+    with compiling_for(target):
+        for item in launched:
+
+            def note(*, compile: dict[str, Any], item: Launched = item, **_: Any) -> bool:
+                data = compile["specialization_data"]
+                found.setdefault(data, _variant(item, json.loads(data)))
+                return True  # and no more is done
+
+            triton.knobs.runtime.jit_cache_hook = note
+            item.kernel.warmup(*item.args, grid=(1,), **item.constants, **item.config.all_kwargs())
+    return list(found.values())
+
+
+def _variant(item: Launched, data: dict[str, Any]) -> Variant:
+    names = list(data["signature"])
+    constants = {
+        names[at]: value for (at,), value in zip(data["constant_keys"], data["constant_vals"], strict=True)
+    }
+    pointers = [kind for kind in data["signature"].values() if kind.startswith("*")]
+    others = (f"{name}={value}" for name, value in constants.items() if name not in item.config.kwargs)
+    config, types = describe(item.config), " ".join((*pointers, *others))
+    return Variant(item.kernel.__name__, config, types, json.dumps(data))
+
+
+def describe(config: triton.Config) -> str:
+    blocks = " ".join(f"{name}={value}" for name, value in config.kwargs.items())
+    rest = f"{config.num_warps} warps, {config.num_stages} stages"
+    return f"{blocks}, {rest}" if blocks else rest
+
+
+def compile_all(targets: Sequence[str]) -> list[Code]:
+    """The code of every kernel for each of the targets, compiled by several processes."""
+    jobs = [(target, variant) for target in targets for variant in variants(target, launches(target))]
+    with ProcessPoolExecutor(JOBS, get_context("spawn")) as pool:
+        return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=4))
+
+
+def compiled(target: str, variant: Variant) -> Code:
+    module, _, name = json.loads(variant.data)["name"].rpartition(".")
+    kernel = getattr(importlib.import_module(module), name)
+    with compiling_for(target):
+        try:
+            made = kernel.preload(variant.data)
+        except Exception as error:
+            return Code(variant, target, faults=(f"does not compile: {error}",))
+    read = _read_cuda if gpu_target(target).backend == "cuda" else _read_hip
+    return read(variant, target, made)
+
+
+def _read_cuda(variant: Variant, target: str, made: Any) -> Code:
+    cubin = Path(made.metadata_group[f"{made.name}.cubin"])
+    usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
+    registers, spills = (int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
+    listing = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin) if "mma" in made.asm["ptx"] else ""
+    matrix = len(re.findall(MATRIX["cuda"], listing))
+    threads, shared = 32 * made.metadata.num_warps, made.metadata.shared
+    kernel = sass.Kernel(variant.kernel, cubin, gpu_target(target).arch, threads, registers, shared)
+    warps, faults = limits.resident_warps(kernel), _product_faults(variant, made, matrix)
+    if spills:
+        faults.append(f"{spills} bytes of local memory")
+    if not warps:
+        faults.append(f"does not fit: {registers} registers, {shared:,} bytes of shared memory")
+    if made.metadata.tmem_size > TENSOR_MEMORY:
+        faults.append(f"does not fit: {made.metadata.tmem_size} columns of tensor memory")
+    return Code(variant, target, registers, shared, warps, spills, matrix, tuple(faults))
+
+
+def _read_hip(variant: Variant, target: str, made: Any) -> Code:
+    listing, shared = made.asm["amdgcn"], made.metadata.shared
+    registers, spills = (
+        int(re.findall(rf"\.{name}: +(\d+)", listing)[-1])
+        for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    matrix = len(re.findall(MATRIX["hip"], listing))
+    faults = _product_faults(variant, made, matrix)
+    if shared > LOCAL_DATA_SHARE:
+        faults.append(f"does not fit: {shared:,} bytes of shared memory")
+    return Code(variant, target, registers, shared, 0, spills, matrix, tuple(faults))
+
+
+def _product_faults(variant: Variant, made: Any, matrix: int) -> list[str]:
+    """Products of 16-bit numbers are for tensor cores, and so are those with 16-bit activations."""
+    products = re.findall(r"tt\.dot .*: tensor<\w+x(\w+)> \*", made.asm["ttir"])
+    narrow = [kind for kind in products if kind in ("bf16", "f16")] or "tf32" in made.asm["ttir"]
+    if narrow and not matrix:
+        return ["no instructions for tensor cores"]
+    if (
+        products
+        and not narrow
+        and re.search(r"\*(bf16|fp16)", variant.types)
+        and variant.kernel not in IN_FP32
+    ):
+        return ["multiplies in fp32"]
+    return []
+
+
+def _run(*command: object) -> str:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True).stdout
