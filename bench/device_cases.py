@@ -29,6 +29,10 @@ CHECKED_ROWS = 256
 DTYPE = "bf16"
 CUBLAS, UNFUSED, PEFT_ON_BNB = "cuBLAS bf16", "dequantise + cuBLAS", cases.PEFT_ON_BNB
 CUBLAS_FROZEN = "cuBLAS bf16 (no LoRA)"
+BESIDE = ("triton", "reference")
+"""Back ends that compete in products, unless they are ours."""
+
+Call = Callable[[Tensor], Tensor]
 
 
 class DeviceWeights(Weights):
@@ -117,7 +121,8 @@ class Suite:
         x = weights.x(m)
         rows = checked_rows(m)
         expected = gate.linear(x[rows], weights.exact)
-        packed, dense = self.copies(weights, 4)
+        others = _others()
+        packed, dense = self.copies(weights, 4 + len(others))
 
         def entry(name: str, make: Callable[[], Sequence[Any]], needs: str = "") -> Entry:
             verify = expected.strict if name == OURS else expected.sane
@@ -126,13 +131,15 @@ class Suite:
                 lambda layer: layers.forward_call(layer, x), lambda layer: _way(name, weights, m)[0],
             )  # fmt: skip
 
-        def unfused(weight: pk.NF4Weight) -> Callable[[Tensor], Tensor]:
+        def ours(weight: pk.NF4Weight) -> Call:
+            return partial(pk.nf4_linear, weight=weight)
+
+        def unfused(weight: pk.NF4Weight) -> Call:
             return lambda x: F.linear(x, weight.dequantize(x.dtype))
 
         return [
-            entry(
-                OURS, lambda: [partial(pk.nf4_linear, weight=w) for w in layers.nf4_copies(weights, packed)]
-            ),
+            entry(OURS, lambda: [ours(w) for w in layers.nf4_copies(weights, packed)]),
+            *(entry(name, partial(_served_by, name, ours, weights, packed)) for name in others),
             entry(CUBLAS, lambda: [partial(F.linear, weight=weights.rounded.clone()) for _ in range(dense)]),
             entry(UNFUSED, lambda: [unfused(w) for w in layers.nf4_copies(weights, packed)]),
             entry("bnb", lambda: layers.bnb_linears(weights, packed, "eval"), BNB),
@@ -143,7 +150,8 @@ class Suite:
         rows = checked_rows(m)
         transposed = weights.exact.t()
         expected = gate.linear(dy[rows], transposed)
-        packed, dense = self.copies(weights, 4)
+        others = _others()
+        packed, dense = self.copies(weights, 4 + len(others))
 
         def entry(name: str, make: Callable[[], Sequence[Any]], needs: str = "") -> Entry:
             verify = expected.strict if name == OURS else expected.sane
@@ -152,20 +160,21 @@ class Suite:
                 lambda layer: layers.forward_call(layer, dy), lambda layer: _way(name, weights, m)[1],
             )  # fmt: skip
 
-        def ours(weight: pk.NF4Weight) -> Callable[[Tensor], Tensor]:
+        def ours(weight: pk.NF4Weight) -> Call:
             parts = (weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.blocksize)
             kernel = dispatch.kernel("nf4_linear_dx", (dy, *parts, weights.in_features))
             return lambda dy: kernel(dy, *parts, weights.in_features)
 
-        def unfused(weight: pk.NF4Weight) -> Callable[[Tensor], Tensor]:
+        def unfused(weight: pk.NF4Weight) -> Call:
             return lambda dy: dy @ weight.dequantize(dy.dtype)
 
-        def bnb(layer: Any) -> Callable[[Tensor], Tensor]:
+        def bnb(layer: Any) -> Call:
             dequantize = layers.bitsandbytes().functional.dequantize_4bit
             return lambda dy: dy @ dequantize(layer.weight.data, layer.weight.quant_state)
 
         return [
             entry(OURS, lambda: [ours(w) for w in layers.nf4_copies(weights, packed)]),
+            *(entry(name, partial(_served_by, name, ours, weights, packed)) for name in others),
             entry(CUBLAS, lambda: [partial(_times, weights.rounded.clone()) for _ in range(dense)]),
             entry(UNFUSED, lambda: [unfused(w) for w in layers.nf4_copies(weights, packed)]),
             entry("bnb", lambda: [bnb(layer) for layer in layers.bnb_linears(weights, packed, "train")], BNB),
@@ -212,6 +221,27 @@ class Suite:
             Entry(OURS, ours, lambda got: expected.strict({"weight": got})),
             Entry("bnb", theirs, lambda got: expected.sane({"weight": got}), BNB),
         ]
+
+
+def _others() -> list[str]:
+    return [name for name in BESIDE if name != dispatch.forced()]
+
+
+def _served_by(
+    backend: str, make: Callable[[pk.NF4Weight], Call], weights: Weights, count: int
+) -> list[Call]:
+    """What `make` makes, on another back end. RuntimeError where that cannot be used."""
+    with pk.use_backend(backend):
+        calls = [make(weight) for weight in layers.nf4_copies(weights, count)]
+
+    def served(call: Call) -> Call:
+        def run(t: Tensor) -> Tensor:
+            with pk.use_backend(backend):
+                return call(t)
+
+        return run
+
+    return [served(call) for call in calls]
 
 
 def _way(name: str, weights: Weights, m: int) -> tuple[str, str]:
