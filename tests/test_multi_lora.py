@@ -428,6 +428,21 @@ def test_other_groups_rows_are_untouched(backend: str, dtype: torch.dtype, group
     assert torch.equal(dx[untouched_everywhere], plain_dx[untouched_everywhere])
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+def test_other_groups_rows_are_not_summed(backend: str, dtype: torch.dtype) -> None:
+    """What rows hold that nobody serves reaches no gradient of an adapter."""
+    if backend == "reference":
+        pytest.skip("reference: multiplies by 0")
+    c = MultiCase(multi_case(m=41, dtype=dtype, groups="nobody", needs="ab"))
+    assert c.row_group is not None
+    _, h = ops.multi_lora_linear(*c.forward_args)
+    clean = named_gradients(c, "ab", *ops.multi_lora_linear_backward(*c.backward_args(h, "ab")))
+    for t in (c.x, *c.dy):
+        t[c.row_group == -1] = float("nan")
+    got = named_gradients(c, "ab", *ops.multi_lora_linear_backward(*c.backward_args(h, "ab")))
+    assert_same(got, clean)
+
+
 def test_a_layer_does_not_see_the_adapters_of_others(backend: str) -> None:
     c = MultiCase(multi_case(layers=3, adapters="02", groups="none"))
     alone = MultiCase(multi_case(layers=3, adapters="", groups="none"))
