@@ -11,7 +11,7 @@ CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0;9.0)
 CPP := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test sanitize asan tsan bench lint format clean
+.PHONY: help setup demo test triton sanitize asan tsan bench lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -41,6 +41,12 @@ demo: $(VENV)/.built ## Fine-tune a 135M-parameter model with QLoRA on this mach
 
 test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(if $(ARGS),,$(MAKE) triton)
+
+INTERPRETED := ops linear multi_lora elementwise autograd format compile
+# In a process of its own: Triton reads the flag when it sees a kernel first.
+triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(INTERPRETED:%=tests/test_%.py) $(ARGS)
 
 sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import peft_kernels as pk
 from peft_kernels import spec, testing
+from peft_kernels.backends import BACKENDS, triton
 
 ops = torch.ops.peft_kernels
 N, K, R = 20, 34, 4
@@ -20,6 +21,8 @@ NAMESPACES = {
     "cpu": "peft_kernels_cpu",
     "simt": "peft_kernels_simt",
 }
+if triton.BACKEND.interpreted:
+    NAMESPACES = {"triton": "peft_kernels_triton"}
 
 
 def group(nested: bool) -> tuple[Any, ...]:
@@ -196,7 +199,7 @@ CASES = [(op, sample) for op in spec.OPS for sample in samples(op)]
 @pytest.mark.parametrize("op,sample", CASES, ids=[f"{op}-{sample}" for op, sample in CASES])
 @pytest.mark.parametrize("namespace", NAMESPACES)
 def test_opcheck(namespace: str, op: str, sample: str) -> None:
-    if namespace in ("cpu", "simt") and (reason := testing.unavailable(namespace)) is not None:
+    if namespace in BACKENDS and (reason := testing.unavailable(namespace)) is not None:
         pytest.skip(f"{namespace}: {reason}")
     function = getattr(getattr(torch.ops, NAMESPACES[namespace]), op).default
     torch.library.opcheck(function, samples(op)[sample])
@@ -338,6 +341,12 @@ def test_compile_fullgraph(name: str) -> None:
     function, inputs = COMPILED[name]()
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert_compiled_matches(function, inputs, compiled)
+
+
+@pytest.mark.usefixtures("_fresh_compiler")
+@pytest.mark.parametrize("name", ["nf4_linear", "lora_linear"])
+def test_compile_fullgraph_on_every_back_end(backend: str, name: str) -> None:
+    test_compile_fullgraph(name)
 
 
 @pytest.mark.usefixtures("_fresh_compiler")
