@@ -59,7 +59,7 @@ RULES: Sequence[Rule] = (
     Rule(r"LinearSmall<\w+, NarrowTable, 1, \d>", 2.4, tokens=8, architectures=NARROW),
     Rule(r"LinearSmall<\w+, NarrowTable, 2, \d>", 2.8, tokens=16, architectures=NARROW),
     Rule(r"LinearSmall<\w+, NarrowTable, 4, \d>", 3.5, tokens=32, architectures=NARROW),
-    Rule(r"LinearTiles<\w+, WideTable, \d>", 4.7, tokens=64, architectures=WIDE),
+    Rule(r"LinearTiles<\w+, WideTable, \d>", 4.8, tokens=64, architectures=WIDE),
     Rule(r"LinearTiles<\w+, NarrowTable, \d>", 5.7, tokens=64, architectures=NARROW),
     Rule(r"LinearDx<bf16, WideTable, 1>", 2.5, tokens=8, architectures=WIDE),
     Rule(r"LinearDx<fp16, WideTable, 1>", 2.9, tokens=8, architectures=WIDE),

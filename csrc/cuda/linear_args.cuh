@@ -19,11 +19,10 @@ struct LinearArgs {
   const T* v;  // [n, depth]
   int depth;
   T* y;  // [m, n]
-  SplitParams split;
 };
 
 template <class T>
-LinearArgs<T> linear_args(const LinearParams& from, const Cut& cut, uint32_t* counters, void* workspace) {
+LinearArgs<T> linear_args(const LinearParams& from) {
   LinearArgs<T> args{};
   args.weight = decode_params<T>(from.weight);
   args.x = static_cast<const T*>(from.x);
@@ -36,7 +35,6 @@ LinearArgs<T> linear_args(const LinearParams& from, const Cut& cut, uint32_t* co
   args.v = static_cast<const T*>(from.slab.v);
   args.depth = static_cast<int>(from.slab.depth);
   args.y = static_cast<T*>(from.y);
-  args.split = {cut.splits, counters, static_cast<float*>(workspace)};
   return args;
 }
 

@@ -18,10 +18,7 @@ Status run(const LinearParams& from, const Cut& cut, uint32_t* counters, void* w
   params.v = static_cast<const T*>(from.slab.v);
   params.depth = static_cast<int>(from.slab.depth);
   params.dx = static_cast<T*>(from.y);
-  params.units = static_cast<int>(cut.units);
-  params.part = cut.part;
-  params.counter = counters;
-  params.partial = static_cast<float*>(workspace);
+  params.work = {static_cast<int>(cut.units), cut.part, counters, static_cast<float*>(workspace)};
   params.shared_offset = cut.shared_offset;
   params.stages_offset = cut.x_offset;
   return launch<Kernel>(params, cut.blocks, stream, static_cast<int>(cut.shared_bytes));

@@ -4,10 +4,9 @@
 // ("features") by 16 rows, with dY^T, 8 tokens wide, as the second. A register of an operand holds two rows
 // of a column, but a byte holds two columns of a row: nibbles of two rows are exchanged before the look-up.
 //
-// The work is a list of units, each a stage of rows for a tile of columns by tokens, tile after tile. Every
-// block takes an equal part of the list, and so tiles may begin in one block and end in another, which then
-// add up as blocks that share sums do. A stage's codes and dY pass through a ring in shared memory. Of a
-// block's warps, some share a tile's columns, and the others the rows of a stage.
+// Blocks have equal shares of the work, whose units are stages of rows for a tile of columns by tokens. A
+// stage's codes and dY pass through a ring in shared memory. Of a block's warps, some share a tile's columns,
+// and the others the rows of a stage.
 #pragma once
 
 #include <type_traits>
@@ -44,9 +43,7 @@ struct LinearDx {
     const T* v;  // [depth, k]
     int depth;
     T* dx;                             // [m, k]
-    int units, part;                   // of all of them, those of a block
-    uint32_t* counter;                 // [tiles], zero; left zero
-    float* partial;                    // [blocks, 2, elements of a tile]
+    ShareParams work;                  // by stages
     int shared_offset, stages_offset;  // where in shared memory Shared and the stages are
   };
   using Floats = Vec<float, 4>;  // a lane's of one matrix instruction
@@ -84,7 +81,7 @@ struct LinearDx {
         for (; self.unit_ < stop; ++self.unit_) self.multiply_stage(sums);
         if (self.rows_left_ <= 0) self.start_next_tile();
       }
-      self.finish(tile, first == tile * steps, sums);
+      self.finish(tile, sums);
     }
   }
 
@@ -127,8 +124,8 @@ struct LinearDx {
         row_bytes_(static_cast<uint32_t>(p.k / 2)),
         row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
         scale_offset_(p.weight.scale_offset ? load_constant(p.weight.scale_offset) * kFactor : 0.0f),
-        unit_(block_index() * p.part),
-        end_(p.units - unit_ < p.part ? p.units : unit_ + p.part),
+        unit_(p.work.begin()),
+        end_(p.work.end()),
         column_(column_of(unit_ / steps_)),
         token_(token_of(unit_ / steps_)) {
     start_tile(unit_ % steps_ * kRows);
@@ -323,12 +320,12 @@ struct LinearDx {
 
   // ---- The sums of a tile, as far as this block has them
 
-  DEVICE void finish(int tile, bool is_begin, Sums& sums) {
+  DEVICE void finish(int tile, Sums& sums) {
+    const Sharers sharers(p_.work, tile, steps_);
     const int column = column_of(tile) + column_warp_ * kGroup + 8 * g_, token = token_of(tile);
-    if (is_begin) multiply_slab(column, token, sums);
+    if (sharers.is_first()) multiply_slab(column, token, sums);
     add_row_warps(sums);
-    const int first_block = tile * steps_ / p_.part, last_block = ((tile + 1) * steps_ - 1) / p_.part;
-    if (first_block != last_block && !add_blocks(tile, first_block, last_block, sums)) return;
+    if (!sharers.is_one() && !add_blocks(sharers, sums)) return;
     if (row_warp_ == 0 && column < p_.k) write(column, token, sums);
   }
 
@@ -361,16 +358,14 @@ struct LinearDx {
     }
   }
 
-  // A block has two tiles at most that are not its own alone: its first one, and its last one.
-  DEVICE Floats* partial_of(int block, int tile) const {
-    const int64_t slot = 2 * block + (block * p_.part < tile * steps_);
-    return reinterpret_cast<Floats*>(p_.partial) +
-           (slot * kColumnWarps + column_warp_) * kFeatureTiles * kTokenTiles * kWarp + lane_index();
+  DEVICE Floats* partial_of(const Sharers& sharers, int block) const {
+    return reinterpret_cast<Floats*>(sharers.partial_of(block, kTokens * kColumns)) +
+           column_warp_ * kFeatureTiles * kTokenTiles * kWarp + lane_index();
   }
   // Whether this block is the last one that comes to the tile; it gets the sums of all, added in their order.
-  DEVICE bool add_blocks(int tile, int first_block, int last_block, Sums& sums) const {
+  DEVICE bool add_blocks(const Sharers& sharers, Sums& sums) const {
     if (row_warp_ == 0) {
-      Floats* partial = partial_of(block_index(), tile);
+      Floats* partial = partial_of(sharers, block_index());
 #pragma unroll
       for (int j = 0; j < kFeatureTiles; ++j) {
 #pragma unroll
@@ -379,12 +374,11 @@ struct LinearDx {
         }
       }
     }
-    const SplitParams split{last_block - first_block + 1, p_.counter, p_.partial};
-    if (!is_last_of_tile(split, tile, &shared_->last)) return false;
+    if (!sharers.last_has_come(&shared_->last)) return false;
     if (row_warp_ > 0) return true;
     sums = {};
-    for (int block = first_block; block <= last_block; ++block) {
-      const Floats* partial = partial_of(block, tile);
+    for (int block = sharers.first; block <= sharers.last; ++block) {
+      const Floats* partial = partial_of(sharers, block);
 #pragma unroll
       for (int j = 0; j < kFeatureTiles; ++j) {
 #pragma unroll

@@ -8,8 +8,11 @@ namespace {
 template <class T, class Table, int kTokenTiles, int kRowTiles>
 Status run(const LinearParams& from, const Cut& cut, uint32_t* counters, void* workspace, Stream stream) {
   using Kernel = LinearSmall<T, Table, kTokenTiles, kRowTiles>;
-  const typename Kernel::Params params{linear_args<T>(from, cut, counters, workspace), cut.part,
-                                       cut.shared_offset, cut.x_offset};
+  const typename Kernel::Params params{linear_args<T>(from),
+                                       {cut.splits, counters, static_cast<float*>(workspace)},
+                                       cut.part,
+                                       cut.shared_offset,
+                                       cut.x_offset};
   return launch<Kernel>(params, cut.blocks, stream, static_cast<int>(cut.shared_bytes));
 }
 

@@ -26,6 +26,7 @@ struct LinearSmall {
   static constexpr bool kSkips = kTokenTiles == 4;
 
   struct Params : LinearArgs<T> {
+    SplitParams split;
     int slice_chunks;             // of each of the slices into which `split` cuts k
     int shared_offset, x_offset;  // where in shared memory Shared and the slice of x are
   };
@@ -262,7 +263,8 @@ struct LinearSmall {
         }
       }
     }
-    if (p_.split.splits > 1 && is_last_of_tile(p_.split, tile, &shared_->last)) add_slices(tile);
+    if (p_.split.splits > 1 && is_last_of_tile(p_.split.counter + tile, p_.split.splits, &shared_->last))
+      add_slices(tile);
   }
 
   DEVICE void add_slices(int tile) const {

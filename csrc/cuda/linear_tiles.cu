@@ -8,7 +8,8 @@ namespace {
 template <class T, class Table, int kFeatureWarps>
 Status run(const LinearParams& params, const Cut& cut, uint32_t* counters, void* workspace, Stream stream) {
   using Kernel = LinearTiles<T, Table, kFeatureWarps>;
-  return launch<Kernel>({linear_args<T>(params, cut, counters, workspace), cut.part}, cut.blocks, stream,
+  const ShareParams work{static_cast<int>(cut.units), cut.part, counters, static_cast<float*>(workspace)};
+  return launch<Kernel>({linear_args<T>(params), work}, cut.blocks, stream,
                         static_cast<int>(cut.shared_bytes));
 }
 

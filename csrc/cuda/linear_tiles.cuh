@@ -6,9 +6,7 @@
 // would be too few, half of them have every other group of k. x comes through a ring in shared memory and the
 // weight through registers, both two stages ahead.
 //
-// All tiles, one behind the other, make a row of chunks of k, of which each block has an equal share. Where
-// shares are not whole tiles, the blocks that meet in a tile add up as linear_output.cuh says. Loading runs
-// on from tile to tile.
+// Blocks have equal shares of all tiles' chunks of k, and loading runs on from tile to tile.
 #pragma once
 
 #include "linear_args.cuh"
@@ -32,7 +30,7 @@ struct LinearTiles {
   static_assert(kChunkStages % kAhead == 0, "a stage of a chunk has its place in bytes_");
 
   struct Params : LinearArgs<T> {
-    int share;  // chunks of a block
+    ShareParams work;  // by chunks of k
   };
   struct Shared {
     alignas(16) T x[TileShape::kStages][kStage];
@@ -107,15 +105,11 @@ struct LinearTiles {
         t_(lane_index() % 4),
         token_tiles_((p.m + kTokens - 1) / kTokens),
         chunks_((p.k + kChunk - 1) / kChunk),
-        begin_(block_index() * p.share),
-        end_(end_of_share()),
+        begin_(p.work.begin()),
+        end_(p.work.end()),
         shared_(reinterpret_cast<Shared*>(shared_memory<uint8_t>() + kSharedOffset)),
         scale_offset_(p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f) {}
 
-  DEVICE int end_of_share() const {
-    const int all = (p_.n + kRows - 1) / kRows * token_tiles_ * chunks_;
-    return begin_ + p_.share < all ? begin_ + p_.share : all;
-  }
   // Neighbours share rows of the weight.
   DEVICE Place place_of(int tile) const {
     const int row = tile / token_tiles_ * kRows + feature_warp_ * (16 * kRowTiles);
@@ -271,19 +265,17 @@ struct LinearTiles {
         for (int e = 0; e < 4; ++e) sums.c[r][i][e] *= 1.0f / kCodeFactor<T>;
       }
     }
-    const int before = tile * chunks_;
-    if (begin_ <= before) {  // exactly one of those who share it
+    const Sharers sharers(p_.work, tile, chunks_);
+    if (sharers.is_first()) {
       multiply_slab<T>(
           p_, depth_warp_, kDepthWarps, [&](int i) { return row_of(place, i); },
           [&](int i) { return token_at(place.token + i * 8 + g_); }, sums.c);
     }
     if constexpr (kDepthWarps > 1) add_depth_warps(sums);
-    if (begin_ > before || end_ < before + chunks_) {
-      const int first = before / p_.share, last = (before + chunks_ - 1) / p_.share;
-      store_part(first, place, sums);
-      if (!is_last_of_tile({last - first + 1, p_.split.counter, p_.split.partial}, tile, &shared_->last))
-        return;
-      add_parts(first, last, place, sums);
+    if (!sharers.is_one()) {
+      store_part(sharers, place, sums);
+      if (!sharers.last_has_come(&shared_->last)) return;
+      add_parts(sharers, place, sums);
     }
     write(place, sums);
   }
@@ -312,14 +304,11 @@ struct LinearTiles {
     for (int e = 0; e < 4; ++e) sum[e] += more.v[e];
   }
 
-  // A block has two of them: of a tile that it shares with blocks before, and of one with blocks behind
-  // alone.
-  DEVICE Four* part_of(int block, bool is_first) const {
-    const int64_t part = 2 * int64_t{block} + is_first;
-    return reinterpret_cast<Four*>(p_.split.partial + part * (kRows * kTokens)) + feature_lane();
+  DEVICE Four* part_of(const Sharers& sharers, int block) const {
+    return reinterpret_cast<Four*>(sharers.partial_of(block, kRows * kTokens)) + feature_lane();
   }
-  DEVICE void store_part(int first, const Place& place, const Sums& sums) const {
-    Four* part = part_of(block_index(), block_index() == first);
+  DEVICE void store_part(const Sharers& sharers, const Place& place, const Sums& sums) const {
+    Four* part = part_of(sharers, block_index());
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
       if (!finishes(i, place.tokens)) continue;
@@ -329,10 +318,10 @@ struct LinearTiles {
       }
     }
   }
-  DEVICE void add_parts(int first, int last, const Place& place, Sums& sums) const {
+  DEVICE void add_parts(const Sharers& sharers, const Place& place, Sums& sums) const {
     sums = {};
-    for (int block = first; block <= last; ++block) {
-      const Four* part = part_of(block, block == first);
+    for (int block = sharers.first; block <= sharers.last; ++block) {
+      const Four* part = part_of(sharers, block);
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i) {
         if (!finishes(i, place.tokens)) continue;

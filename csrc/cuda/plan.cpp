@@ -143,7 +143,8 @@ Cut TileShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
   Cut cut;
   cut.tiles = tiles(m, n);
   cut.part = static_cast<int>(share.chunks);
-  cut.blocks = ceil_div(cut.tiles * chunks, share.chunks);
+  cut.units = cut.tiles * chunks;
+  cut.blocks = ceil_div(cut.units, share.chunks);
   cut.shared_bytes = wide_table ? kBehindWideTable : kNarrowTableBytes + fixed_bytes();
   if (share.chunks % chunks != 0) {
     cut.counters = cut.tiles;

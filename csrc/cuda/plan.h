@@ -18,8 +18,8 @@ inline constexpr int kWideTableAddress = 0x10000, kWideTableBytes = 0x10000, kNa
 inline constexpr int kBeforeWideTable = kWideTableAddress - 1024;
 inline constexpr int kBehindWideTable = kWideTableAddress + kWideTableBytes;
 
-// How a product is cut: `splits` parts of the contraction, each of `part` units of it. dX: `units` in all, a
-// tile's one after another, of which each block takes `part`.
+// How a product is cut. Either every tile's contraction in `splits` parts, of `part` units each, or the
+// `units` of all tiles in shares of `part`, one for each block.
 struct Cut {
   int64_t blocks = 0;  // 0: does not fit
   int splits = 1;
