@@ -171,12 +171,12 @@ def test_large_products_have_no_bank_conflicts(extension: ModuleType, card: str,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("card", ["A100", "RTX-3090"])
 @pytest.mark.parametrize(
-    "way,sms,m,n,k", [("tiles256", 5, 33, 136, 1088), ("tiles128", 2, 130, 40, 2112)], ids=["one", "several"]
+    "way,sms,m,n,k", [("tiles256", 5, 33, 136, 1088), ("tiles128", 4, 70, 48, 2560)], ids=["one", "two"]
 )
 def test_tiles_that_blocks_share(
     extension: ModuleType, card: str, way: str, sms: int, m: int, n: int, k: int, dtype: torch.dtype
 ) -> None:
-    """Five blocks have a part of one tile each; two have one and a half."""
+    """Five blocks have a part of one tile each; of four, the second has parts of two."""
     extension.set_card(CARDS[card][0], sms, CARDS[card][2])
     case = sizes(m, n, k, dtype, m) | {"bs": 64}
     assert extension.plan(m, n, k, 64, str(dtype)[6:])[0].startswith(way)
