@@ -107,7 +107,7 @@ def use_backend(name: str) -> Iterator[None]:
     Parameters
     ----------
     name : str
-        "cuda", "cpu" or "reference".
+        "cuda", "triton", "cpu" or "reference".
 
     Raises
     ------
