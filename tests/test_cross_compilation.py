@@ -31,21 +31,24 @@ from bench.triton_code import Code, Launched
 from peft_kernels import triton_kernels
 from peft_kernels.triton_kernels import launch
 
-REFUSALS = {target: triton_code.unsupported(target) for target in TARGETS}
-USABLE = [target for target, reason in REFUSALS.items() if reason is None]
 PRODUCTS = {"linear_kernel", "linear_dx_kernel", "to_ranks_kernel", "from_ranks_kernel", "over_rows_kernel"}
 
 each_target = pytest.mark.parametrize("target", TARGETS)
+refusal = lru_cache(triton_code.unsupported)
+
+
+def require(target: str) -> None:
+    if reason := refusal(target):
+        pytest.skip(reason)
 
 
 @lru_cache(maxsize=1)
 def all_code() -> list[Code]:
-    return triton_code.compile_all(USABLE)
+    return triton_code.compile_all([target for target in TARGETS if refusal(target) is None])
 
 
 def code_for(target: str) -> list[Code]:
-    if reason := REFUSALS[target]:
-        pytest.skip(reason)
+    require(target)
     return [code for code in all_code() if code.target == target]
 
 
@@ -85,7 +88,7 @@ def configs_in(value: Any) -> Iterator[Any]:
 
 @lru_cache(maxsize=1)
 def launched() -> list[Launched]:
-    return [item for target in USABLE for item in triton_code.launches(target)]
+    return [item for target in TARGETS for item in triton_code.launches(target)]
 
 
 def test_every_kernel_is_compiled() -> None:
@@ -158,8 +161,7 @@ def refused_kernel(x):
 
 
 def judged(target: str, kernel: Any, *args: Any, stages: int = 3, **constants: int) -> Code:
-    if reason := REFUSALS[target]:
-        pytest.skip(reason)
+    require(target)
     item = Launched(kernel, args, constants, triton.Config({}, num_warps=4, num_stages=stages))
     (variant,) = triton_code.variants(target, [item])
     return triton_code.compiled(target, variant)
