@@ -33,6 +33,8 @@ TENSOR_MEMORY = 512  # columns
 MATRIX = {"cuda": r"\b(?:HMMA|HGMMA|UTCHMMA)\b", "hip": r"\bv_(?:mfma|wmma)_"}
 ALL, THOROUGH = (BF16, FP16, FP32), ("sm80",)
 """Types of activations, and the targets for which all of them are compiled. It takes minutes as it is."""
+SPILLING = ("gfx1100",)
+"""Where spills are told, and not held against a kernel: RDNA 3 has 256 registers, large tiles want more."""
 IN_FP32 = ("norm_kernel",)
 """They multiply in fp32 whatever the type of their tensors."""
 
@@ -217,6 +219,8 @@ def _read_hip(variant: Variant, target: str, made: Any) -> Code:
     )
     matrix = len(re.findall(MATRIX["hip"], listing))
     faults = _product_faults(variant, made, matrix)
+    if spills and target not in SPILLING:
+        faults.append(f"{spills} bytes of local memory")
     if shared > LOCAL_DATA_SHARE:
         faults.append(f"does not fit: {shared:,} bytes of shared memory")
     return Code(variant, target, registers, shared, 0, spills, matrix, tuple(faults))

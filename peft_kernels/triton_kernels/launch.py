@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -64,8 +65,11 @@ def launch(
     constants
         The kernel's other constexpr parameters, and options of the compiler (enable_fp_fusion).
     """
+    compiled_for = target()
     if "PTX" in kernel.arg_names:
-        constants["PTX"] = target() == "cuda"
+        constants["PTX"] = compiled_for == "cuda"
+    if compiled_for == "hip":
+        configs = _in_two_stages(tuple(configs))
     if _recorder is not None:
         for config in configs:
             _recorder(kernel, args, constants, config)
@@ -82,6 +86,16 @@ def launch(
         _run_fastest(run, configs, (kernel, torch.cuda.current_device(), *key, *dtypes))
     else:
         _run_first_that_fits(run, configs)
+
+
+@functools.cache
+def _in_two_stages(configs: tuple[triton.Config, ...]) -> list[triton.Config]:
+    """On AMD's cards further stages wait in registers, more than there are."""
+    found = []
+    for config in configs:
+        stages = min(config.num_stages, 2)
+        found.append(triton.Config(config.kwargs, num_warps=config.num_warps, num_stages=stages))
+    return list(dict.fromkeys(found))
 
 
 @contextmanager

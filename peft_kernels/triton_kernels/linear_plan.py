@@ -38,7 +38,7 @@ BACKWARD = [
     Tiles(16, 1, [_config(4, 3, BLOCK_M=16, BLOCK_K=64)]),
     Tiles(32, 1, [_config(4, 3, BLOCK_M=32, BLOCK_K=64)]),
     Tiles(64, 1, [_config(8, 2, BLOCK_M=64, BLOCK_K=64), _config(8, 3, BLOCK_M=64, BLOCK_K=128)]),
-    Tiles(256, 1, [_config(8, 3, BLOCK_M=128, BLOCK_K=128), _config(4, 3, BLOCK_M=128, BLOCK_K=64)]),
+    Tiles(256, 1, [_config(8, 3, BLOCK_M=128, BLOCK_K=128), _config(8, 3, BLOCK_M=128, BLOCK_K=64)]),
 ]
 # fp32 goes without tensor cores, and torch's products do better from few rows on.
 FORWARD_F32 = [Tiles(16, 1, [_config(4, 2, BLOCK_M=16, BLOCK_N=32)])]
