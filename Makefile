@@ -29,11 +29,14 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	  $(BIN)/pip install -q --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
 	@touch $@
 
-# Not by pip, which would compile all of it anew each time.
+# Not by pip, which would compile all of it anew each time. What ninja says would be pages of command lines.
 $(VENV)/.built: Makefile $(VENV)/.packages setup.py peft_kernels/spec.py $(CPP)
-	PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 \
+	@mkdir -p build
+	@echo "Compiling the kernels: some minutes the first time. build/build.log tells how far it is."
+	@PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 \
 	  TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(CUDA_ARCHITECTURES)}" \
-	  $(BIN)/python setup.py -q build_ext --inplace
+	  $(BIN)/python setup.py -q build_ext --inplace > build/build.log 2>&1 || { cat build/build.log; exit 1; }
+	@grep "WARNING: peft_kernels" build/build.log || true
 	@touch $@
 
 setup: $(VENV)/.built ## Set everything up, run nothing
