@@ -51,8 +51,8 @@ class Rule:
 # The wide table costs no arithmetic, and 64 KB. Cards without room for it have issue slots to spare.
 WIDE, NARROW = (80, 90, 100), (86, 89, 120)
 RULES: Sequence[Rule] = (
-    Rule(r"DequantizeNf4<float, true>", 8.0, written=4),
-    Rule(r"DequantizeNf4<(bf16|fp16), true>", 8.0, written=2),
+    Rule(r"DequantizeNf4<float>", 8.0, written=4),
+    Rule(r"DequantizeNf4<(bf16|fp16)>", 8.0, written=2),
     Rule(r"LinearSmall<\w+, WideTable, 1, \d>", 1.8, tokens=8, architectures=WIDE),
     Rule(r"LinearSmall<\w+, WideTable, 2, \d>", 2.2, tokens=16, architectures=WIDE),
     Rule(r"LinearSmall<\w+, WideTable, 4, \d>", 2.8, tokens=32, architectures=WIDE),

@@ -8,70 +8,103 @@
 namespace peft_kernels::cuda {
 namespace {
 
-AbsmaxReader absmax_of(const Nf4View& weight) {
-  return {weight.absmax, weight.q8, weight.absmax2, weight.offset};
+// `units` is 2 or more, unless there is one row. The factor gives every quotient of less than 2^31 (Granlund
+// and Montgomery 1994).
+RowsOfUnits rows_of_units(int64_t rows, int64_t units) {
+  if (rows == 1) return {static_cast<uint32_t>(units), 0, 0};
+  int shift = 0;
+  while ((int64_t{2} << shift) < units) ++shift;
+  const int64_t factor = ceil_div(int64_t{1} << (32 + shift), units);
+  return {static_cast<uint32_t>(units), static_cast<uint32_t>(factor), shift};
 }
 
-template <class T, bool kAligned>
-Status launch_part(const Nf4View& weight, const Part& part, void* out, int64_t out_stride, Stream stream) {
-  using Kernel = DequantizeNf4<T, kAligned>;
+// rows x cols elements from `first` of the flat weight on, to out.
+template <class T>
+struct Block {
+  int64_t first, ld;
+  int64_t rows, cols;
+  T* out;
+  int64_t out_stride;
+};
+
+// Whether it is whole units, as DequantizeNf4 wants them.
+template <class T>
+bool has_units(const DecodeParams& weight, const Block<T>& part) {
+  using Kernel = DequantizeNf4<T>;
+  constexpr int64_t kUnit = Kernel::kUnit, kVector = kUnit / Kernel::kStores, kIndices = int64_t{1} << 32;
+  return reinterpret_cast<uintptr_t>(weight.packed) % 4 == 0 &&
+         reinterpret_cast<uintptr_t>(part.out) % 16 == 0 && part.first % kUnit == 0 &&
+         part.cols % kUnit == 0 &&
+         (part.rows == 1 || (part.cols > kUnit && part.ld % kUnit == 0 && part.out_stride % kVector == 0)) &&
+         (part.first + part.rows * std::max(part.ld, part.cols)) / kUnit < kIndices &&
+         part.rows * std::max(part.out_stride, part.cols) / kVector < kIndices &&
+         part.rows * part.cols / kUnit <= kIndices / 2;
+}
+
+template <class T>
+Status launch_elements(const DecodeParams& weight, const Block<T>& part, Stream stream) {
+  using Kernel = DequantizeElements<T>;
+  return launch<Kernel>({weight, part.first, part.ld, part.rows, part.cols, part.out, part.out_stride},
+                        ceil_div(part.rows * part.cols, Kernel::kThreads * Kernel::kElements), stream,
+                        sizeof(typename Kernel::Shared));
+}
+
+template <class T>
+Status launch_part(const DecodeParams& weight, const Block<T>& part, Stream stream) {
+  if (!has_units(weight, part)) return launch_elements(weight, part, stream);
+  using Kernel = DequantizeNf4<T>;
+  constexpr int64_t kUnit = Kernel::kUnit, kVector = kUnit / Kernel::kStores;
   typename Kernel::Params params{};
-  params.packed = weight.packed;
-  params.absmax = absmax_of(weight);
-  params.block_shift = weight.block_shift;
-  params.first = part.row_begin * part.ld + part.col_begin;
-  params.ld = part.ld;
-  params.cols = part.col_end - part.col_begin;
-  params.units_per_row = ceil_div(params.cols, Kernel::kUnit);
-  params.out = static_cast<T*>(out);
-  params.out_stride = out_stride;
-  std::copy_n(nf4::kCode, nf4::kCodes, params.code);
-  std::copy_n(nf4::kDynamicMap, nf4::kDynamicCodes, params.map);
-  int64_t rows = part.row_end - part.row_begin;
-  if (rows == 0 || params.cols == 0) return 0;
-  // The kernel divides 32-bit units.
-  const int64_t rows_at_once = std::max<int64_t>(1, (int64_t{1} << 32) / params.units_per_row - 1);
-  for (; rows > 0; rows -= rows_at_once) {
-    params.units = std::min(rows, rows_at_once) * params.units_per_row;
-    const Status status = launch<Kernel>(params, ceil_div(params.units, Kernel::kThreads * Kernel::kUnits),
-                                         stream, sizeof(typename Kernel::Shared));
-    if (status != 0) return status;
-    params.first += rows_at_once * params.ld;
-    params.out += rows_at_once * out_stride;
-  }
-  return 0;
+  params.weight = weight;
+  params.rows = rows_of_units(part.rows, part.cols / kUnit);
+  params.units = static_cast<uint32_t>(part.rows * params.rows.units);
+  params.first = static_cast<uint32_t>(part.first / kUnit);
+  params.ld = static_cast<uint32_t>(part.ld / kUnit);
+  params.out = reinterpret_cast<typename Kernel::Elements*>(part.out);
+  params.out_stride = static_cast<uint32_t>(part.out_stride / kVector);
+  return launch<Kernel>(params, ceil_div(params.units, Kernel::kThreads * Kernel::kUnits), stream,
+                        sizeof(typename Kernel::Shared));
 }
 
-// Whether every unit starts in a high nibble of an aligned word, inside one block, and where 16 bytes can be
-// written.
-bool is_aligned(const Nf4View& weight, const Part& part, const void* out, DType dtype, int64_t out_stride) {
-  constexpr int kUnit = DequantizeNf4<float, true>::kUnit;
-  const bool one_row = part.row_end - part.row_begin == 1;
-  return reinterpret_cast<uintptr_t>(weight.packed) % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0 &&
-         (part.row_begin * part.ld + part.col_begin) % kUnit == 0 &&
-         (one_row || (part.ld % kUnit == 0 && out_stride * size_of(dtype) % 16 == 0));
+// One row, of any length; what it has beyond whole units, by itself.
+template <class T>
+Status launch_row(const DecodeParams& weight, Block<T> row, Stream stream) {
+  constexpr int64_t kUnit = DequantizeNf4<T>::kUnit, kMost = int64_t{1} << 30;
+  Status status = 0;
+  while (row.cols > 0 && status == 0) {
+    Block<T> part = row;
+    part.cols = row.cols < kUnit ? row.cols : std::min(row.cols / kUnit * kUnit, kMost);
+    status = launch_part(weight, part, stream);
+    row.first += part.cols;
+    row.out += part.cols;
+    row.cols -= part.cols;
+  }
+  return status;
 }
 
 }  // namespace
 
 Status dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dtype, int64_t out_stride,
                       Stream stream) {
-  Part flat = part;
-  if (part.col_begin == 0 && part.col_end == part.ld && out_stride == part.ld) {
+  int64_t rows = part.row_end - part.row_begin, cols = part.col_end - part.col_begin;
+  if (rows == 0 || cols == 0) return 0;
+  if (cols == part.ld && out_stride == part.ld) {
     // Whole rows, close together: one long row, whatever their length.
-    flat = {0, 1, part.row_begin * part.ld, part.row_end * part.ld, 0};
+    cols *= rows;
+    rows = 1;
   }
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    return is_aligned(weight, flat, out, dtype, out_stride)
-               ? launch_part<T, true>(weight, flat, out, out_stride, stream)
-               : launch_part<T, false>(weight, flat, out, out_stride, stream);
+    const DecodeParams decode = decode_params<float>(weight);
+    const Block<T> all{
+        part.row_begin * part.ld + part.col_begin, part.ld, rows, cols, static_cast<T*>(out), out_stride};
+    return rows == 1 ? launch_row(decode, all, stream) : launch_part(decode, all, stream);
   });
 }
 
 Status unpack_absmax(const uint8_t* q8, const float* absmax2, const float* offset, int64_t blocks,
                      float* absmax, Stream stream) {
-  UnpackAbsmax::Params params{{nullptr, q8, absmax2, offset}, blocks, absmax, {}};
+  UnpackAbsmax::Params params{q8, absmax2, offset, blocks, absmax, {}};
   std::copy_n(nf4::kDynamicMap, nf4::kDynamicCodes, params.map);
   return launch<UnpackAbsmax>(params, ceil_div(blocks, UnpackAbsmax::kThreads * UnpackAbsmax::kPerThread),
                               stream, sizeof(UnpackAbsmax::Shared));

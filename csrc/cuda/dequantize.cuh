@@ -2,48 +2,44 @@
 // peft_kernels/reference/nf4.py.
 #pragma once
 
-#include "../common/nf4.h"
-#include "device.cuh"
+#include "decode.cuh"
 
 namespace peft_kernels::cuda {
 
-// The absmax of a block, plain or double-quantised. `map` is the dynamic map, in shared memory.
-struct AbsmaxReader {
-  const float* absmax;
-  const uint8_t* q8;
-  const float* absmax2;
-  const float* offset;
+// Rows of so many units, by their index in all of them: a division by a number that the host knows, as a
+// product.
+struct RowsOfUnits {
+  uint32_t units, factor;
+  int shift;
 
-  DEVICE float at(int64_t block, const float* map) const {
-    if (absmax) return load_constant(absmax + block);
-    const float scale = load_constant(absmax2 + (block >> nf4::kAbsmaxBlockShift));
-    // Rounded twice: a fused multiply-add would not give the format's bits.
-    return add_rn(multiply_rn(load(map + load_constant(q8 + block)), scale), load_constant(offset));
-  }
+  DEVICE uint32_t row_of(uint32_t unit) const { return multiply_high(unit, factor) >> shift; }
 };
 
-// Part of a weight: `rows` rows of `cols` elements, the first of them element `first` of the flat weight. A
-// thread takes units of 8 elements in a row: 4 bytes read, 16 or 32 written.
-template <class T, bool kAligned>
+// `map` is in shared memory. Rounded twice: a fused multiply-add would not give the format's bits.
+DEVICE float unpack_absmax(const PackedScale& packed, const float* map, float offset) {
+  return add_rn(multiply_rn(load(map + packed.code), packed.scale), offset);
+}
+
+// Units of 8 elements in rows of a weight: 4 bytes read, 16 or 32 written. Every one starts in a high nibble
+// of an aligned word, lies inside one block, and goes where 16 bytes can be written. Their indices, and those
+// of what is written, have 32 bits.
+template <class T>
 struct DequantizeNf4 {
   static constexpr int kThreads = 256;
-  static constexpr int kBlocksPerSm = 4;
-  static constexpr int kUnit = 8;   // elements
-  static constexpr int kUnits = 8;  // of a thread, all read before the first is decoded
+  static constexpr int kBlocksPerSm = 3;
+  static constexpr int kUnit = 8;                         // elements
+  static constexpr int kUnits = 8;                        // of a thread, all read before the first is decoded
+  static constexpr int kStores = kUnit * sizeof(T) / 16;  // of a unit
+  using Elements = Vec<T, kUnit / kStores>;
 
   struct Params {
-    const uint8_t* packed;
-    AbsmaxReader absmax;
-    int block_shift;
-    int64_t first;
-    int64_t ld;  // elements from one row of the weight to the next
-    int64_t cols;
-    int64_t units_per_row;  // below 2^32 in all, unless there is one row
-    int64_t units;
-    T* out;
-    int64_t out_stride;
-    float code[nf4::kCodes];
-    float map[nf4::kDynamicCodes];
+    DecodeParams weight;
+    RowsOfUnits rows;
+    uint32_t units;  // up to 2^31
+    uint32_t first;  // unit of the flat weight
+    uint32_t ld;     // units from one row of the weight to the next
+    Elements* out;
+    uint32_t out_stride;
   };
   struct Shared {
     float code[nf4::kCodes];  // in 16 banks: lanes read it without conflicts
@@ -52,72 +48,103 @@ struct DequantizeNf4 {
 
   static DEVICE void run(const Params& p) {
     Shared* shared = shared_memory<Shared>();
-    const int64_t unit = int64_t{block_index()} * kThreads * kUnits + thread_index();
-    uint32_t words[kUnits];
-    if constexpr (kAligned) {
-#pragma unroll
-      for (int i = 0; i < kUnits; ++i) {
-        words[i] = 0;
-        const Place at = place_of(p, unit + i * kThreads);
-        if (at.count == kUnit)
-          words[i] = load_once(reinterpret_cast<const uint32_t*>(p.packed + at.element / 2));
-      }
-    }
     const int thread = thread_index();
-    if (thread < nf4::kCodes) store(&shared->code[thread], p.code[thread]);
-    if (!p.absmax.absmax) store(&shared->map[thread], p.map[thread]);
+    const uint32_t begin = static_cast<uint32_t>(block_index()) * (kThreads * kUnits) + thread;
+    Unit units[kUnits];
+#pragma unroll
+    for (int i = 0; i < kUnits; ++i) {
+      // Beyond the last one, that one again: nothing to branch for.
+      const uint32_t unit = begin + i * kThreads;
+      units[i] = load_unit(p, unit < p.units ? unit : p.units - 1);
+    }
+    if (thread < nf4::kCodes) store(&shared->code[thread], p.weight.code[thread]);
+    store(&shared->map[thread], p.weight.map[thread]);
+    const float offset = p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f;
     sync_threads();
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      const Place at = place_of(p, unit + i * kThreads);
-      if (kAligned && at.count == kUnit) {
-        write_unit(shared, words[i], p.absmax.at(at.element >> p.block_shift, shared->map), at.out);
-      } else {
-        for (int j = 0; j < at.count; ++j) write_element(p, shared, at.element + j, at.out + j);
-      }
+      if (begin + i * kThreads >= p.units) return;
+      write_unit(*shared, units[i], offset, p.out + units[i].out);
     }
   }
 
  private:
-  struct Place {
-    int64_t element;  // of the flat weight
-    T* out;
-    int count;
+  static_assert(kThreads == nf4::kDynamicCodes);
+
+  struct Unit {
+    uint32_t word;
+    PackedScale scale;
+    uint32_t out;
   };
-  static DEVICE Place place_of(const Params& p, int64_t unit) {
-    if (unit >= p.units) return {0, nullptr, 0};
-    int64_t row = 0, col = unit;
-    if (p.units != p.units_per_row) {
-      row = static_cast<uint32_t>(unit) / static_cast<uint32_t>(p.units_per_row);
-      col = unit - row * p.units_per_row;
-    }
-    col *= kUnit;
-    const int64_t left = p.cols - col;
-    return {p.first + row * p.ld + col, p.out + row * p.out_stride + col,
-            left < kUnit ? static_cast<int>(left) : kUnit};
+
+  static DEVICE Unit load_unit(const Params& p, uint32_t unit) {
+    const uint32_t row = p.rows.row_of(unit), col = unit - row * p.rows.units;
+    const uint32_t from = p.first + row * p.ld + col;
+    constexpr int kUnitShift = 3;
+    static_assert(kUnit == 1 << kUnitShift);
+    return {load_once(reinterpret_cast<const uint32_t*>(p.weight.packed) + from),
+            load_scale(p.weight, from >> (p.weight.block_shift - kUnitShift)),
+            row * p.out_stride + col * kStores};
   }
 
-  static DEVICE void write_unit(const Shared* shared, uint32_t word, float absmax, T* out) {
+  static DEVICE void write_unit(const Shared& shared, const Unit& unit, float offset, Elements* out) {
+    const float absmax = unpack_absmax(unit.scale, shared.map, offset);
     float x[kUnit];
+    // The places of both codes of each byte among the floats of shared.code.
+    constexpr uint32_t kPlaces = 0x3c3c3c3cu;
+    const auto* codes = reinterpret_cast<const uint8_t*>(shared.code);
+    const uint32_t places[2] = {unit.word >> 2 & kPlaces, unit.word << 2 & kPlaces};
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
-      const uint32_t code = word >> (i / 2 * 8 + (i % 2 ? 0 : 4)) & 15;
-      x[i] = multiply_rn(load(&shared->code[code]), absmax);
+      const uint32_t place = byte_permute(places[i % 2], 0, 0x4440u | static_cast<uint32_t>(i / 2));
+      x[i] = multiply_rn(load(reinterpret_cast<const float*>(codes + place)), absmax);
     }
     if constexpr (sizeof(T) == 4) {
-      store(reinterpret_cast<Vec<float, 4>*>(out), {x[0], x[1], x[2], x[3]});
-      store(reinterpret_cast<Vec<float, 4>*>(out) + 1, {x[4], x[5], x[6], x[7]});
+      store(out, {x[0], x[1], x[2], x[3]});
+      store(out + 1, {x[4], x[5], x[6], x[7]});
     } else {
       store(reinterpret_cast<Words4*>(out),
             {pack2<T>(x[0], x[1]), pack2<T>(x[2], x[3]), pack2<T>(x[4], x[5]), pack2<T>(x[6], x[7])});
     }
   }
+};
 
-  static DEVICE void write_element(const Params& p, const Shared* shared, int64_t element, T* out) {
-    const uint32_t byte = load_constant(p.packed + element / 2);
-    const uint32_t code = element % 2 ? byte & 15 : byte >> 4;
-    const float absmax = p.absmax.at(element >> p.block_shift, shared->map);
-    store(out, from_float<T>(multiply_rn(load(&shared->code[code]), absmax)));
+// Any part of a weight, element by element.
+template <class T>
+struct DequantizeElements {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerSm = 4;
+  static constexpr int kElements = 8;  // of a thread
+
+  struct Params {
+    DecodeParams weight;
+    int64_t first;  // element of the flat weight
+    int64_t ld;     // elements from one row of the weight to the next
+    int64_t rows, cols;
+    T* out;
+    int64_t out_stride;
+  };
+  using Shared = typename DequantizeNf4<T>::Shared;
+
+  static DEVICE void run(const Params& p) {
+    Shared* shared = shared_memory<Shared>();
+    const int thread = thread_index();
+    if (thread < nf4::kCodes) store(&shared->code[thread], p.weight.code[thread]);
+    store(&shared->map[thread], p.weight.map[thread]);
+    const float offset = p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f;
+    sync_threads();
+    const int64_t begin = int64_t{block_index()} * (kThreads * kElements) + thread;
+    for (int i = 0; i < kElements; ++i) {
+      const int64_t at = begin + i * kThreads;
+      if (at >= p.rows * p.cols) return;
+      const int64_t row = p.rows == 1 ? 0 : at / p.cols, col = at - row * p.cols;
+      const int64_t element = p.first + row * p.ld + col;
+      const uint32_t byte = load_constant(p.weight.packed + element / 2);
+      const uint32_t code = element % 2 ? byte & 15 : byte >> 4;
+      const auto block = static_cast<uint32_t>(element >> p.weight.block_shift);
+      const float absmax = unpack_absmax(load_scale(p.weight, block), shared->map, offset);
+      store(p.out + row * p.out_stride + col, from_float<T>(multiply_rn(load(&shared->code[code]), absmax)));
+    }
   }
 };
 
@@ -128,7 +155,9 @@ struct UnpackAbsmax {
   static_assert(kThreads == nf4::kDynamicCodes);
 
   struct Params {
-    AbsmaxReader absmax;
+    const uint8_t* q8;
+    const float* absmax2;
+    const float* offset;
     int64_t blocks;
     float* out;
     float map[nf4::kDynamicCodes];
@@ -141,11 +170,14 @@ struct UnpackAbsmax {
     Shared* shared = shared_memory<Shared>();
     store(&shared->map[thread_index()], p.map[thread_index()]);
     sync_threads();
+    const float offset = load_constant(p.offset);
     const int64_t first = int64_t{block_index()} * kThreads * kPerThread + thread_index();
 #pragma unroll
     for (int i = 0; i < kPerThread; ++i) {
       const int64_t block = first + i * kThreads;
-      if (block < p.blocks) store(p.out + block, p.absmax.at(block, shared->map));
+      if (block >= p.blocks) return;
+      const float scale = load_constant(p.absmax2 + (block >> nf4::kAbsmaxBlockShift));
+      store(p.out + block, unpack_absmax({load_constant(p.q8 + block), scale}, shared->map, offset));
     }
   }
 };

@@ -27,8 +27,8 @@ struct Delta {
 // Philox for each row, and one access to memory.
 template <class T, bool kVector>
 struct FromRanks {
-  static constexpr int kThreads = 256;
-  static constexpr int kBlocksPerSm = kVector ? 2 : 1;
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocksPerSm = kVector ? 3 : 2;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kRows = 32;      // of a block
   static constexpr int kFeatures = 32;  // of a warp

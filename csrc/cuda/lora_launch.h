@@ -22,10 +22,9 @@ inline bool has_vectors(const void* rows, int64_t features) {
 }
 
 // Into how many parts a sum of `length` terms is to be cut, so that `blocks` times that fill the card.
-inline int splits_for(int64_t blocks, int64_t length, const Card& card) {
-  constexpr int kBlocksPerSm = 2;
+inline int splits_for(int64_t blocks, int64_t length, const Card& card, int blocks_per_sm = 2) {
   if (blocks == 0) return 1;
-  return static_cast<int>(std::max<int64_t>(std::min(kBlocksPerSm * int64_t{card.sms} / blocks, length), 1));
+  return static_cast<int>(std::max<int64_t>(std::min(blocks_per_sm * int64_t{card.sms} / blocks, length), 1));
 }
 
 // The tiles of eight ranks that an adapter has.

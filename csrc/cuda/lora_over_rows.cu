@@ -38,7 +38,8 @@ int splits_of(const Gradients& gradients, const Activations* x, const Card& card
               ceil_div(features_of(gradients, x, i), Any::kFeatures);
   }
   // Two times 16 rows for each warp, or more.
-  return splits_for(blocks, ceil_div(gradients.batch.m, 2 * Any::kRows * Any::kWarps), card);
+  return splits_for(blocks, ceil_div(gradients.batch.m, 2 * Any::kRows * Any::kWarps), card,
+                    Any::kBlocksPerSm);
 }
 
 struct Plan {

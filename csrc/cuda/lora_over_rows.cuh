@@ -24,8 +24,8 @@ struct GradientTile {
 // being free to stand in any row. Warps of a block take other rows of the same 64 features.
 template <class T, bool kVector>
 struct OverRows {
-  static constexpr int kThreads = 256;
-  static constexpr int kBlocksPerSm = kVector ? 2 : 1;
+  static constexpr int kThreads = 128;
+  static constexpr int kBlocksPerSm = kVector ? 3 : 2;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kFeatures = 64;  // of a block
   static constexpr int kTiles = 2;      // of a block
