@@ -25,6 +25,10 @@ _fastest: dict[tuple[Any, ...], triton.Config] = {}
 _recorder: Callable[..., None] | None = None
 
 
+def config(warps: int, stages: int, **blocks: int) -> triton.Config:
+    return triton.Config(blocks, num_warps=warps, num_stages=stages)
+
+
 def check_usable() -> None:
     """Raise when Triton cannot compile and launch on this machine."""
     if not INTERPRETED:

@@ -13,8 +13,8 @@ from .common import Nf4, check, check_dtype, check_float, check_shape, nf4
 from .launch import launch
 from .linear_kernels import linear_dx_kernel, linear_kernel
 from .linear_pieces import backward_by_pieces, forward_by_pieces
-from .linear_plan import Tiles, depth_of_split, table_for, tiles_for
-from .linear_sums import empty_parts, sum_parts
+from .linear_plan import Tiles, table_for, tiles_for
+from .sums import split_sum
 
 RUN = 64  # weights at a time
 RANKS = 16  # of an adapter at a time
@@ -31,33 +31,30 @@ def linear(x: Tensor, weight: Nf4, n: int, bias: Tensor | None, delta: Delta | N
         return out
     run, aligned = _runs(weight, k, x.dtype)
     groups = math.gcd(k // run, tiles.groups) if aligned else 1
-    split_k = depth_of_split(_programs(tiles, "BLOCK_N", m, n), k, groups * run, x.device)
-    splits = max(triton.cdiv(k, split_k), 1)
-    target = out if splits == 1 else empty_parts(splits, m, n, x)
+    split = split_sum(_programs(tiles, "BLOCK_N", m, n), k, groups * run, out)
     launch(
         linear_kernel,
-        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]), splits),
+        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]), split.count),
         x,
         *weight[:5],
         bias,
         *_delta_args(delta),
-        target,
+        split.target,
         m,
         n,
         k,
-        split_k,
+        split.depth,
         *_delta_sizes(delta),
         configs=tiles.configs,
         key=(tiles.rows, n, k, x.dtype, weight.blocksize, weight.absmax.dtype, delta is None),
         BLOCK_SHIFT=weight.blocksize.bit_length() - 1,
         ALIGNED=aligned,
-        SPLIT=splits > 1,
+        SPLIT=split.count > 1,
         BLOCK_K=run,
         GROUPS=groups,
         BLOCK_R=RANKS,
     )
-    if splits > 1:
-        sum_parts(target, out)
+    split.finish()
     return out
 
 
@@ -72,35 +69,32 @@ def linear_dx(dy: Tensor, weight: Nf4, k: int, delta: Delta | None = None) -> Te
         return out
     run, aligned = _runs(weight, k, dy.dtype)
     block_n = RUN if aligned and dy.dtype != torch.float32 else 32  # registers do not hold more one by one
-    split_n = depth_of_split(_programs(tiles, "BLOCK_K", m, k), n, block_n, dy.device)
-    splits = max(triton.cdiv(n, split_n), 1)
-    target = out if splits == 1 else empty_parts(splits, m, k, dy)
+    split = split_sum(_programs(tiles, "BLOCK_K", m, k), n, block_n, out)
     mask = None if delta is None else delta.mask
     launch(
         linear_dx_kernel,
-        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(k, meta["BLOCK_K"]), splits),
+        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(k, meta["BLOCK_K"]), split.count),
         dy,
         *weight[:5],
         *_delta_args(delta),
-        target,
+        split.target,
         m,
         n,
         k,
-        split_n,
+        split.depth,
         *_delta_sizes(delta),
         *mask_args(mask),
         configs=tiles.configs,
         key=(tiles.rows, n, k, dy.dtype, weight.blocksize, weight.absmax.dtype, delta is None, mask is None),
         BLOCK_SHIFT=weight.blocksize.bit_length() - 1,
         ALIGNED=aligned,
-        SPLIT=splits > 1,
+        SPLIT=split.count > 1,
         QUADS=k % 4 == 0,
         RUN=run,
         BLOCK_N=block_n,
         BLOCK_R=RANKS,
     )
-    if splits > 1:
-        sum_parts(target, out)
+    split.finish()
     return out
 
 

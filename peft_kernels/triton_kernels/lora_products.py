@@ -11,25 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from .adapters import Delta, Mask, Served, mask_args, mask_scale, served_args
-from .launch import launch
-from .linear_plan import depth_of_split
-from .linear_sums import empty_parts, sum_parts
+from .launch import config, launch
 from .lora_kernels import from_ranks_kernel, over_rows_kernel, to_ranks_kernel
+from .sums import split_sum
 
 MAX_RANKS = 64  # of a program
 
 
-def _config(warps: int, stages: int, **blocks: int) -> triton.Config:
-    return triton.Config(blocks, num_warps=warps, num_stages=stages)
-
-
 FEW_ROWS = 16
-TO_RANKS_FEW = [_config(4, 3, BLOCK_M=16)]
-TO_RANKS = [_config(4, 3, BLOCK_M=64), _config(4, 2, BLOCK_M=32), _config(8, 3, BLOCK_M=128)]
-OVER_ROWS = [_config(4, 3, BLOCK_F=64), _config(8, 2, BLOCK_F=128)]
+TO_RANKS_FEW = [config(4, 3, BLOCK_M=16)]
+TO_RANKS = [config(4, 3, BLOCK_M=64), config(4, 2, BLOCK_M=32), config(8, 3, BLOCK_M=128)]
+OVER_ROWS = [config(4, 3, BLOCK_F=64), config(8, 2, BLOCK_F=128)]
 # One of each: its result may be what it adds to, and then it cannot be run again for its time.
-FROM_RANKS_FEW = [_config(4, 2, BLOCK_M=16, BLOCK_F=128)]
-FROM_RANKS = [_config(8, 2, BLOCK_M=64, BLOCK_F=128)]
+FROM_RANKS_FEW = [config(4, 2, BLOCK_M=16, BLOCK_F=128)]
+FROM_RANKS = [config(8, 2, BLOCK_M=64, BLOCK_F=128)]
 
 
 def to_ranks(
@@ -44,33 +39,30 @@ def to_ranks(
     block_f, block_r = _depth(x), _ranks(rank)
     rank_tiles = triton.cdiv(rank, block_r)
     programs = triton.cdiv(m, configs[0].kwargs["BLOCK_M"]) * rank_tiles
-    split = depth_of_split(programs, features, block_f, x.device)
-    splits = max(triton.cdiv(features, split), 1)
-    target = out if splits == 1 else empty_parts(splits, m, rank, x)
+    split = split_sum(programs, features, block_f, out)
     launch(
         to_ranks_kernel,
-        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * rank_tiles, splits),
+        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * rank_tiles, split.count),
         x,
         v,
-        target,
+        split.target,
         m,
         features,
         rank,
-        split,
+        split.depth,
         *v.stride(),
-        target.stride(-2),
+        split.target.stride(-2),
         scale * mask_scale(mask),
         *served_args(served),
         *mask_args(mask),
         configs=configs,
         key=(m <= FEW_ROWS, features, rank, mask is None, v.stride(1) == 1),
-        SPLIT=splits > 1,
+        SPLIT=split.count > 1,
         QUADS=features % 4 == 0,
         BLOCK_F=block_f,
         BLOCK_R=block_r,
     )
-    if splits > 1:
-        sum_parts(target, out)
+    split.finish()
 
 
 def sum_with_deltas(terms: Sequence[Tensor], deltas: Sequence[Delta]) -> Tensor:
@@ -130,34 +122,30 @@ def over_rows(
     block_m, block_r = _depth(x), _ranks(rank)
     rank_tiles = triton.cdiv(rank, block_r)
     programs = triton.cdiv(features, OVER_ROWS[0].kwargs["BLOCK_F"]) * rank_tiles
-    split = depth_of_split(programs, m, block_m, x.device)
-    splits = max(triton.cdiv(m, split), 1)
-    whole = out if out.is_contiguous() else out.t()
-    target = out if splits == 1 else empty_parts(splits, whole.shape[0], whole.shape[1], x)
+    split = split_sum(programs, m, block_m, out if out.is_contiguous() else out.t())
     launch(
         over_rows_kernel,
-        lambda meta: (triton.cdiv(features, meta["BLOCK_F"]) * rank_tiles, splits),
+        lambda meta: (triton.cdiv(features, meta["BLOCK_F"]) * rank_tiles, split.count),
         x,
         u,
-        target,
+        split.target,
         m,
         features,
         rank,
-        split,
+        split.depth,
         u.stride(0),
         *out.stride(),
         scale * mask_scale(mask),
         *served_args(served),
         *mask_args(mask),
         configs=OVER_ROWS,
-        key=(features, rank, splits > 1, mask is None, out.stride(1) == 1),
-        SPLIT=splits > 1,
+        key=(features, rank, split.count > 1, mask is None, out.stride(1) == 1),
+        SPLIT=split.count > 1,
         QUADS=features % 4 == 0,
         BLOCK_M=block_m,
         BLOCK_R=block_r,
     )
-    if splits > 1:
-        sum_parts(target, whole)
+    split.finish()
 
 
 def _depth(x: Tensor) -> int:

@@ -1,6 +1,9 @@
-"""The second phase of sums that are cut into splits: in a fixed order, for the same bits every time."""
+"""Sums that are cut into splits, and put together in a fixed order: the same bits every time."""
 
 from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -11,6 +14,45 @@ from .launch import launch
 
 CONFIGS = [triton.Config({}, num_warps=4)]
 ELEMENTS = 1024  # of a program
+
+
+PROGRAMS_PER_PROCESSOR = 4
+LEAST_DEPTH = 512  # of a split's sum
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a sum is cut, and where its parts are."""
+
+    depth: int  # of a part
+    count: int
+    target: Tensor  # what the kernel writes: `out`, or parts of it [count, rows, cols] in fp32
+    out: Tensor
+
+    def finish(self) -> None:
+        """Put the parts together, if there are several."""
+        if self.count > 1:
+            sum_parts(self.target, self.out)
+
+
+def split_sum(programs: int, depth: int, unit: int, out: Tensor) -> Split:
+    """Cut the sums over `depth` that make out [rows, cols], so that all processors work.
+
+    `programs` are what there are without it, a part is a multiple of `unit`, and rows of `out` may lie apart.
+    The order of sums depends on shapes and the card's size alone.
+    """
+    splits = max(processors(out.device) * PROGRAMS_PER_PROCESSOR // max(programs, 1), 1)
+    units = triton.cdiv(triton.cdiv(depth, splits), unit)
+    part = max(units, triton.cdiv(min(LEAST_DEPTH, depth), unit), 1) * unit
+    count = max(triton.cdiv(depth, part), 1)
+    target = out if count == 1 else out.new_empty((count, *out.shape), dtype=torch.float32)
+    return Split(part, count, target, out)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors, or compute units, of a card; where there is none, few."""
+    return 2 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
 @triton.jit
@@ -55,7 +97,3 @@ def sum_parts(parts: Tensor, out: Tensor) -> None:
         BLOCK_ROWS=block_rows,
         BLOCK_COLS=block_cols,
     )
-
-
-def empty_parts(splits: int, rows: int, cols: int, like: Tensor) -> Tensor:
-    return torch.empty((splits, rows, cols), dtype=torch.float32, device=like.device)
