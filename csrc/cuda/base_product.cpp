@@ -54,12 +54,10 @@ constexpr const char* kPieces = "pieces";
 
 bool is_half(at::ScalarType dtype) { return dtype == at::kBFloat16 || dtype == at::kHalf; }
 
-bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
-
 // The plan of one direction, or none, for products that are no kernel's.
 template <class PlanFunction>
 LinearPlan plan_of(const PlanFunction& plan, const Tensor& rows, const BaseWeight& base) {
-  if (base.is_dense() || !is_half(rows.scalar_type()) || !is_aligned(base.nf4().view().packed)) return {};
+  if (base.is_dense() || !is_half(rows.scalar_type()) || !are_aligned({base.nf4().view().packed})) return {};
   return plan(rows.size(0), base.out_features(), base.in_features(), base.nf4().view().block_shift,
               current_card());
 }
@@ -68,7 +66,7 @@ LinearPlan plan_of(const PlanFunction& plan, const Tensor& rows, const BaseWeigh
 template <class Kernel>
 Tensor fused_product(const Kernel& kernel, const LinearPlan& plan, const Tensor& rows, const BaseWeight& base,
                      int64_t features, const OptionalTensor& bias, const SlabTensors& slab) {
-  const Tensor x = is_aligned(rows.const_data_ptr()) ? rows : rows.clone();
+  const Tensor x = are_aligned({rows.const_data_ptr()}) ? rows : rows.clone();
   Tensor y = at::empty({x.size(0), features}, x.options());
   const Tensor own_bias = bias ? bias->contiguous() : Tensor();
   const Tensor scratch = at::empty({plan.workspace_bytes}, x.options().dtype(at::kByte));

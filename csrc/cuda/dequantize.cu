@@ -32,8 +32,7 @@ template <class T>
 bool has_units(const DecodeParams& weight, const Block<T>& part) {
   using Kernel = DequantizeNf4<T>;
   constexpr int64_t kUnit = Kernel::kUnit, kVector = kUnit / Kernel::kStores, kIndices = int64_t{1} << 32;
-  return reinterpret_cast<uintptr_t>(weight.packed) % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(part.out) % 16 == 0 && part.first % kUnit == 0 &&
+  return are_aligned({weight.packed}, 4) && are_aligned({part.out}) && part.first % kUnit == 0 &&
          part.cols % kUnit == 0 &&
          (part.rows == 1 || (part.cols > kUnit && part.ld % kUnit == 0 && part.out_stride % kVector == 0)) &&
          (part.first + part.rows * std::max(part.ld, part.cols)) / kUnit < kIndices &&

@@ -16,7 +16,7 @@ struct RowsOfUnits {
 };
 
 // `map` is in shared memory. Rounded twice: a fused multiply-add would not give the format's bits.
-DEVICE float unpack_absmax(const PackedScale& packed, const float* map, float offset) {
+DEVICE float unpack_scale_rn(const PackedScale& packed, const float* map, float offset) {
   return add_rn(multiply_rn(load(map + packed.code), packed.scale), offset);
 }
 
@@ -88,7 +88,7 @@ struct DequantizeNf4 {
   }
 
   static DEVICE void write_unit(const Shared& shared, const Unit& unit, float offset, Elements* out) {
-    const float absmax = unpack_absmax(unit.scale, shared.map, offset);
+    const float absmax = unpack_scale_rn(unit.scale, shared.map, offset);
     float x[kUnit];
     // The places of both codes of each byte among the floats of shared.code.
     constexpr uint32_t kPlaces = 0x3c3c3c3cu;
@@ -142,7 +142,7 @@ struct DequantizeElements {
       const uint32_t byte = load_constant(p.weight.packed + element / 2);
       const uint32_t code = element % 2 ? byte & 15 : byte >> 4;
       const auto block = static_cast<uint32_t>(element >> p.weight.block_shift);
-      const float absmax = unpack_absmax(load_scale(p.weight, block), shared->map, offset);
+      const float absmax = unpack_scale_rn(load_scale(p.weight, block), shared->map, offset);
       store(p.out + row * p.out_stride + col, from_float<T>(multiply_rn(load(&shared->code[code]), absmax)));
     }
   }
@@ -177,7 +177,7 @@ struct UnpackAbsmax {
       const int64_t block = first + i * kThreads;
       if (block >= p.blocks) return;
       const float scale = load_constant(p.absmax2 + (block >> nf4::kAbsmaxBlockShift));
-      store(p.out + block, unpack_absmax({load_constant(p.q8 + block), scale}, shared->map, offset));
+      store(p.out + block, unpack_scale_rn({load_constant(p.q8 + block), scale}, shared->map, offset));
     }
   }
 };

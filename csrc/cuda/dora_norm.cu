@@ -26,9 +26,8 @@ Status run(const RowSums& params, int splits, float* out, Stream stream) {
 }  // namespace
 
 bool has_row_sums(const RowSums& params) {
-  return params.k > 0 && params.k % Any::kRun == 0 &&
-         reinterpret_cast<uintptr_t>(params.weight.packed) % 4 == 0 &&
-         reinterpret_cast<uintptr_t>(params.a) % 16 == 0;
+  return params.k > 0 && params.k % Any::kRun == 0 && are_aligned({params.weight.packed}, 4) &&
+         are_aligned({params.a});
 }
 
 int row_sums_splits(const RowSums& params, const Card& card) {

@@ -22,8 +22,7 @@ Status dropout(const void* x, DType dtype, int64_t numel, int64_t first, const D
   return with_type(dtype, [&](auto type) {
     using T = decltype(type);
     constexpr uintptr_t kBytes = 4 * sizeof(T);
-    const bool vectors = first % 4 == 0 && reinterpret_cast<uintptr_t>(x) % kBytes == 0 &&
-                         reinterpret_cast<uintptr_t>(out) % kBytes == 0;
+    const bool vectors = first % 4 == 0 && are_aligned({x, out}, kBytes);
     return vectors ? run<T, true>(x, numel, first, mask, out, stream)
                    : run<T, false>(x, numel, first, mask, out, stream);
   });

@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstdint>
+#include <initializer_list>
 
 #include "../common/activation.h"
 #include "../common/dtype.h"
@@ -15,6 +16,14 @@
 namespace peft_kernels::cuda {
 
 inline int64_t size_of(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+// Whether all can be read and written by so many bytes; null can.
+inline bool are_aligned(std::initializer_list<const void*> pointers, uintptr_t bytes = 16) {
+  for (const void* p : pointers) {
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) return false;
+  }
+  return true;
+}
 
 // An NF4 weight on the device. Either `absmax`, or the double-quantised q8, absmax2 and offset.
 struct Nf4View {

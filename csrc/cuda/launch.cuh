@@ -1,8 +1,6 @@
 // Starting a kernel (see device.cuh): by nvcc on a stream, under the emulator on the CPU.
 #pragma once
 
-#include <initializer_list>
-
 #include "../common/dtype.h"
 #include "device.cuh"
 #include "stream.h"
@@ -43,14 +41,6 @@ Status launch(const typename Kernel::Params& params, int64_t blocks, Stream stre
 
 namespace peft_kernels::cuda {
 
-// Whether all can be read and written by 16 bytes; null can.
-inline bool are_aligned(std::initializer_list<const void*> pointers) {
-  for (const void* p : pointers) {
-    if (reinterpret_cast<uintptr_t>(p) % 16 != 0) return false;
-  }
-  return true;
-}
-
 // Calls `body` with a value of the type: with_type(dtype, [&](auto type) { .. decltype(type) .. }).
 template <class Body>
 auto with_type(DType dtype, const Body& body) {
@@ -62,6 +52,11 @@ auto with_type(DType dtype, const Body& body) {
     default:
       return body(float{});
   }
+}
+// The same for 16-bit types.
+template <class Body>
+auto with_half(DType dtype, const Body& body) {
+  return dtype == DType::kBF16 ? body(bf16{}) : body(fp16{});
 }
 
 }  // namespace peft_kernels::cuda

@@ -9,7 +9,7 @@ constexpr Status kNoKernel = 1;  // cudaErrorInvalidValue
 
 Status nf4_linear(const LinearParams& params, const Card& card, uint32_t* counters, void* workspace,
                   Stream stream) {
-  const Choice choice = choose_linear(params.m, params.n, params.k, params.weight.block_shift, card);
+  const auto choice = choose_linear(params.m, params.n, params.k, params.weight.block_shift, card);
   if (choice.name == nullptr || params.dtype == DType::kF32) return kNoKernel;
   const auto start = [&](const auto& shape) {
     return start_linear(shape, params, choice.cut, counters, workspace, stream);
@@ -19,9 +19,9 @@ Status nf4_linear(const LinearParams& params, const Card& card, uint32_t* counte
 
 Status nf4_linear_dx(const LinearParams& params, const Card& card, uint32_t* counters, void* workspace,
                      Stream stream) {
-  const DxChoice choice = choose_linear_dx(params.m, params.n, params.k, params.weight.block_shift, card);
+  const auto choice = choose_linear_dx(params.m, params.n, params.k, params.weight.block_shift, card);
   if (choice.name == nullptr || params.dtype == DType::kF32) return kNoKernel;
-  return linear_dx(choice.shape, params, choice.cut, counters, workspace, stream);
+  return start_linear_dx(choice.shape, params, choice.cut, counters, workspace, stream);
 }
 
 }  // namespace peft_kernels::cuda

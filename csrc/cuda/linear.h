@@ -9,7 +9,7 @@ Status start_linear(const SmallShape& shape, const LinearParams& params, const C
                     void* workspace, Stream stream);
 Status start_linear(const TileShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
                     void* workspace, Stream stream);
-Status linear_dx(const DxShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
-                 void* workspace, Stream stream);
+Status start_linear_dx(const DxShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
+                       void* workspace, Stream stream);
 
 }  // namespace peft_kernels::cuda

@@ -1,24 +1,27 @@
-// The arguments of kernels for y = x W^T + u v^T + bias, and the slab's part of it.
+// What the kernels of products with an NF4 weight share: arguments, the choice of an instance, the sums' last
+// terms.
 #pragma once
 
 #include "decode.cuh"
+#include "launch.cuh"
 #include "linear_output.cuh"
 #include "plan.h"
 
 namespace peft_kernels::cuda {
 
+// As in LinearParams.
 template <class T>
 struct LinearArgs {
   DecodeParams weight;
-  const T* x;  // [m, k]
+  const T* x;  // [m, k]; dx: dY [m, n]
   int m;
   int n, k;
   const void* bias;
   DType bias_dtype;
   const T* u;  // [m, depth]
-  const T* v;  // [n, depth]
+  const T* v;  // [n, depth]; dx: [depth, k]
   int depth;
-  T* y;  // [m, n]
+  T* y;  // [m, n]; dx: [m, k]
 };
 
 template <class T>
@@ -36,6 +39,26 @@ LinearArgs<T> linear_args(const LinearParams& from) {
   args.depth = static_cast<int>(from.slab.depth);
   args.y = static_cast<T*>(from.y);
   return args;
+}
+
+// Calls `body` with a value of the activations' type and one of the table's.
+template <class Body>
+Status with_operands(DType dtype, bool wide_table, const Body& body) {
+  return with_half(
+      dtype, [&](auto type) { return wide_table ? body(type, WideTable{}) : body(type, NarrowTable{}); });
+}
+
+// Sums of products with codes, which are multiples of a factor, to those of products with weights.
+template <class T, int kRowTiles, int kTokenTiles>
+DEVICE void take_out_factor(float (&sums)[kRowTiles][kTokenTiles][4]) {
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[r][i][e] *= 1.0f / kCodeFactor<T>;
+    }
+  }
 }
 
 // sums += v u^T, `turns` warps taking turns in its steps of 16. The lane's rows of v are row(2r) and

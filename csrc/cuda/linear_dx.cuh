@@ -11,9 +11,7 @@
 
 #include <type_traits>
 
-#include "decode.cuh"
-#include "linear_output.cuh"
-#include "plan.h"
+#include "linear_args.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -34,15 +32,7 @@ struct LinearDx {
 
   static constexpr float kFactor = 1.0f / kCodeFactor<T>;  // of scales
 
-  struct Params {
-    DecodeParams weight;
-    const T* dy;  // [m, n]
-    int m;
-    int n, k;
-    const T* u;  // [m, depth]
-    const T* v;  // [depth, k]
-    int depth;
-    T* dx;                             // [m, k]
+  struct Params : LinearArgs<T> {
     ShareParams work;                  // by stages
     int shared_offset, stages_offset;  // where in shared memory Shared and the stages are
   };
@@ -162,7 +152,7 @@ struct LinearDx {
     codes_at_ = p_.weight.packed +
                 static_cast<uint64_t>(static_cast<uint32_t>(row + code_row())) * row_bytes_ +
                 existing_column(column_ + thread_index() % kCodeUnits * 32) / 2;
-    dy_at_ = reinterpret_cast<const uint8_t*>(p_.dy + int64_t{token} * p_.n + row + dy_row());
+    dy_at_ = reinterpret_cast<const uint8_t*>(p_.x + int64_t{token} * p_.n + row + dy_row());
     scale_at_ =
         static_cast<uint32_t>(row + scale_row()) * row_scales_ +
         (static_cast<uint32_t>(existing_column(column_ + column_warp_ * kGroup)) >> p_.weight.block_shift);
@@ -400,7 +390,7 @@ struct LinearDx {
         Words4 words;
 #pragma unroll
         for (int j = 0; j < 4; ++j) words.v[j] = pack2<T>(sums.c[j][i][e], sums.c[j][i][e + 2]);
-        store(reinterpret_cast<Words4*>(p_.dx + int64_t{row} * p_.k + column), words);
+        store(reinterpret_cast<Words4*>(p_.y + int64_t{row} * p_.k + column), words);
       }
     }
   }

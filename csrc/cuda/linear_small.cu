@@ -16,32 +16,22 @@ Status run(const LinearParams& from, const Cut& cut, uint32_t* counters, void* w
   return launch<Kernel>(params, cut.blocks, stream, static_cast<int>(cut.shared_bytes));
 }
 
-template <class T, class Table>
-Status run(const SmallShape& shape, const LinearParams& from, const Cut& cut, uint32_t* counters,
-           void* workspace, Stream stream) {
-  switch (shape.token_tiles) {
-    case 1:
-      return run<T, Table, 1, 1>(from, cut, counters, workspace, stream);
-    case 2:
-      return run<T, Table, 2, 2>(from, cut, counters, workspace, stream);
-    default:
-      return run<T, Table, 4, 2>(from, cut, counters, workspace, stream);
-  }
-}
-
-template <class T>
-Status run(const SmallShape& shape, const LinearParams& from, const Cut& cut, uint32_t* counters,
-           void* workspace, Stream stream) {
-  return shape.wide_table ? run<T, WideTable>(shape, from, cut, counters, workspace, stream)
-                          : run<T, NarrowTable>(shape, from, cut, counters, workspace, stream);
-}
-
 }  // namespace
 
 Status start_linear(const SmallShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
                     void* workspace, Stream stream) {
-  return params.dtype == DType::kBF16 ? run<bf16>(shape, params, cut, counters, workspace, stream)
-                                      : run<fp16>(shape, params, cut, counters, workspace, stream);
+  return with_operands(params.dtype, shape.wide_table, [&](auto type, auto table) {
+    using T = decltype(type);
+    using Table = decltype(table);
+    switch (shape.token_tiles) {
+      case 1:
+        return run<T, Table, 1, 1>(params, cut, counters, workspace, stream);
+      case 2:
+        return run<T, Table, 2, 2>(params, cut, counters, workspace, stream);
+      default:
+        return run<T, Table, 4, 2>(params, cut, counters, workspace, stream);
+    }
+  });
 }
 
 }  // namespace peft_kernels::cuda

@@ -226,14 +226,7 @@ struct LinearSmall {
   }
 
   DEVICE void finish(int tile, Sums& sums) {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums.c[r][i][e] *= 1.0f / kCodeFactor<T>;
-      }
-    }
+    take_out_factor<T>(sums.c);
     if (slice_ == 0) {
       multiply_slab<T>(
           p_, warp_, kWarps, [&](int i) { return row_of(tile, i); }, [&](int i) { return token_of(i); },

@@ -13,26 +13,16 @@ Status run(const LinearParams& params, const Cut& cut, uint32_t* counters, void*
                         static_cast<int>(cut.shared_bytes));
 }
 
-template <class T, class Table>
-Status run(const TileShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
-           void* workspace, Stream stream) {
-  return shape.feature_warps == 8 ? run<T, Table, 8>(params, cut, counters, workspace, stream)
-                                  : run<T, Table, 4>(params, cut, counters, workspace, stream);
-}
-
-template <class T>
-Status run(const TileShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
-           void* workspace, Stream stream) {
-  return shape.wide_table ? run<T, WideTable>(shape, params, cut, counters, workspace, stream)
-                          : run<T, NarrowTable>(shape, params, cut, counters, workspace, stream);
-}
-
 }  // namespace
 
 Status start_linear(const TileShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
                     void* workspace, Stream stream) {
-  return params.dtype == DType::kBF16 ? run<bf16>(shape, params, cut, counters, workspace, stream)
-                                      : run<fp16>(shape, params, cut, counters, workspace, stream);
+  return with_operands(params.dtype, shape.wide_table, [&](auto type, auto table) {
+    using T = decltype(type);
+    using Table = decltype(table);
+    return shape.feature_warps == 8 ? run<T, Table, 8>(params, cut, counters, workspace, stream)
+                                    : run<T, Table, 4>(params, cut, counters, workspace, stream);
+  });
 }
 
 }  // namespace peft_kernels::cuda

@@ -257,14 +257,7 @@ struct LinearTiles {
   DEVICE int feature_lane() const { return feature_warp_ * kWarp + lane_index(); }
 
   DEVICE void finish(int tile, const Place& place, Sums& sums) {
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-#pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) {
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums.c[r][i][e] *= 1.0f / kCodeFactor<T>;
-      }
-    }
+    take_out_factor<T>(sums.c);
     const Sharers sharers(p_.work, tile, chunks_);
     if (sharers.is_first()) {
       multiply_slab<T>(

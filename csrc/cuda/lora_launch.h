@@ -10,15 +10,9 @@
 
 namespace peft_kernels::cuda {
 
-// with_type() for activations, which are never fp32 here.
-template <class Body>
-auto with_half(DType dtype, const Body& body) {
-  return dtype == DType::kBF16 ? body(bf16{}) : body(fp16{});
-}
-
 // Whether rows of `features` 16-bit elements, or of as many floats, can be read by 16 bytes.
 inline bool has_vectors(const void* rows, int64_t features) {
-  return features % 8 == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0;
+  return features % 8 == 0 && are_aligned({rows});
 }
 
 // Into how many parts a sum of `length` terms is to be cut, so that `blocks` times that fill the card.

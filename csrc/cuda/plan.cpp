@@ -7,14 +7,23 @@ namespace {
 
 // By what limits the choice: shared memory, which decides on the table of pairs, and how much faster than the
 // rest the matrix units are.
-enum class Cards { kWide, kWide80, kNarrow };
+enum class Cards { kWide, kWide80, kNarrow, kAny };
 
 bool belongs(const Card& card, Cards cards) {
   const bool wide = card.shared_bytes >= 160 << 10;
-  if (cards == Cards::kNarrow) return !wide && card.shared_bytes >= 99 << 10;
-  return wide && (cards == Cards::kWide || card.compute_capability == 80);
+  switch (cards) {
+    case Cards::kWide:
+      return wide;
+    case Cards::kWide80:
+      return wide && card.compute_capability == 80;
+    case Cards::kNarrow:
+      return !wide && card.shared_bytes >= 99 << 10;
+    default:
+      return card.shared_bytes >= 99 << 10;
+  }
 }
 
+template <class Shape>
 struct Rule {
   const char* name;
   Cards cards;
@@ -23,7 +32,7 @@ struct Rule {
 };
 
 // The first that fits is taken.
-constexpr Rule kLinearRules[] = {
+constexpr Rule<Shape> kLinearRules[] = {
     {"small8", Cards::kWide, 8, SmallShape{1, 1, true}},
     {"small16", Cards::kWide, 16, SmallShape{2, 2, true}},
     {"small32", Cards::kWide, 32, SmallShape{4, 2, true}},
@@ -37,21 +46,24 @@ constexpr Rule kLinearRules[] = {
     {"tiles256_narrow", Cards::kNarrow, 1024, TileShape{8, false}},
     {"tiles128_narrow", Cards::kNarrow, 1024, TileShape{4, false}},
 };
-
-struct DxRule {
-  const char* name;
-  int64_t shared_bytes;
-  int64_t max_m;
-  DxShape shape;
-};
-
 // Beyond one tile of tokens the weight is decoded once for each, and beyond the last of these dequantised.
-constexpr DxRule kDxRules[] = {
-    {"dx8", 160 << 10, 8, {1, true}},          {"dx16", 160 << 10, 16, {2, true}},
-    {"dx32", 200 << 10, 32, {4, true}},        {"dx8_narrow", 99 << 10, 8, {1, false}},
-    {"dx16_narrow", 99 << 10, 16, {2, false}}, {"dx32_narrow", 99 << 10, 32, {4, false}},
-    {"dx64", 160 << 10, 512, {8, false}},      {"dx32_narrow", 99 << 10, 512, {4, false}},
+constexpr Rule<DxShape> kDxRules[] = {
+    {"dx8", Cards::kWide, 8, {1, true}},
+    {"dx16", Cards::kWide, 16, {2, true}},
+    {"dx32", Cards::kWide, 32, {4, true}},
+    {"dx8_narrow", Cards::kNarrow, 8, {1, false}},
+    {"dx16_narrow", Cards::kNarrow, 16, {2, false}},
+    {"dx32_narrow", Cards::kAny, 32, {4, false}},
+    {"dx64", Cards::kWide, 512, {8, false}},
+    {"dx32_narrow", Cards::kNarrow, 512, {4, false}},
 };
+
+Cut cut_of(const DxShape& shape, int64_t m, int64_t n, int64_t k, const Card& card) {
+  return shape.cut(m, n, k, card);
+}
+Cut cut_of(const Shape& shape, int64_t m, int64_t n, int64_t k, const Card& card) {
+  return std::visit([&](const auto& each) { return each.cut(m, n, k, card); }, shape);
+}
 
 // Scales of whole groups, by 32-bit indices.
 bool takes(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
@@ -153,35 +165,38 @@ Cut TileShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
   return cut;
 }
 
-Choice choose_linear(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  if (!takes(m, n, k, block_shift, card)) return {};
-  for (const Rule& rule : kLinearRules) {
+namespace {
+
+template <class Shape, size_t kRules>
+ChoiceOf<Shape> choose(const Rule<Shape> (&rules)[kRules], int64_t m, int64_t n, int64_t k,
+                       const Card& card) {
+  for (const Rule<Shape>& rule : rules) {
     if (m > rule.max_m || !belongs(card, rule.cards)) continue;
-    const Cut cut = std::visit([&](const auto& shape) { return shape.cut(m, n, k, card); }, rule.shape);
+    const Cut cut = cut_of(rule.shape, m, n, k, card);
     if (cut.blocks != 0) return {rule.name, rule.shape, cut};
   }
   return {};
+}
+
+}  // namespace
+
+ChoiceOf<Shape> choose_linear(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
+  if (!takes(m, n, k, block_shift, card)) return {};
+  return choose(kLinearRules, m, n, k, card);
+}
+
+ChoiceOf<DxShape> choose_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
+  // Rows of dY are copied 16 bytes at a time.
+  if (!takes(m, n, k, block_shift, card) || n % 8 != 0) return {};
+  return choose(kDxRules, m, n, k, card);
 }
 
 LinearPlan plan_linear(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  const Choice choice = choose_linear(m, n, k, block_shift, card);
-  return {choice.name, choice.cut.counters, choice.cut.workspace_bytes};
-}
-
-DxChoice choose_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  // Rows of dY are copied 16 bytes at a time.
-  if (!takes(m, n, k, block_shift, card) || n % 8 != 0) return {};
-  for (const DxRule& rule : kDxRules) {
-    if (m > rule.max_m || card.shared_bytes < rule.shared_bytes) continue;
-    const Cut cut = rule.shape.cut(m, n, k, card);
-    if (cut.blocks != 0) return {rule.name, rule.shape, cut};
-  }
-  return {};
+  return choose_linear(m, n, k, block_shift, card).plan();
 }
 
 LinearPlan plan_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  const DxChoice choice = choose_linear_dx(m, n, k, block_shift, card);
-  return {choice.name, choice.cut.counters, choice.cut.workspace_bytes};
+  return choose_linear_dx(m, n, k, block_shift, card).plan();
 }
 
 }  // namespace peft_kernels::cuda

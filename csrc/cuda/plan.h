@@ -117,18 +117,16 @@ struct TileShape {
 };
 
 // A kernel and the cut for a product; no name: none takes it.
-using Shape = std::variant<SmallShape, TileShape>;
-struct Choice {
+template <class Shape>
+struct ChoiceOf {
   const char* name = nullptr;
   Shape shape{};
   Cut cut{};
+
+  LinearPlan plan() const { return {name, cut.counters, cut.workspace_bytes}; }
 };
-Choice choose_linear(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
-struct DxChoice {
-  const char* name = nullptr;
-  DxShape shape{};
-  Cut cut{};
-};
-DxChoice choose_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
+using Shape = std::variant<SmallShape, TileShape>;
+ChoiceOf<Shape> choose_linear(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
+ChoiceOf<DxShape> choose_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
 
 }  // namespace peft_kernels::cuda

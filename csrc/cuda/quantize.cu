@@ -10,13 +10,8 @@ template <class T>
 Status launch_quantize(const void* weight, int64_t numel, int block_shift, uint8_t* packed, float* absmax,
                        Stream stream) {
   using Kernel = QuantizeNf4<T>;
-  typename Kernel::Params params{static_cast<const T*>(weight),
-                                 reinterpret_cast<uintptr_t>(weight) % 16 == 0,
-                                 numel,
-                                 block_shift,
-                                 packed,
-                                 absmax,
-                                 {}};
+  typename Kernel::Params params{
+      static_cast<const T*>(weight), are_aligned({weight}), numel, block_shift, packed, absmax, {}};
   for (int i = 0; i + 1 < nf4::kCodes; ++i) params.thresholds[i] = nf4::kThresholds[i];
   return launch<Kernel>(params, ceil_div(numel, Kernel::kThreads * Kernel::kRun), stream,
                         sizeof(typename Kernel::Shared));
