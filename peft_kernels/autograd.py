@@ -25,8 +25,13 @@ def eager(op: OpOverload) -> Call:
 
 
 def register(op: OpOverload, backward: Call, setup_context: Call, library: torch.library.Library) -> None:
-    """Give `op` a gradient: `setup_context(ctx, inputs, output)` saves, `backward(ctx, *grads)` returns one
-    gradient an input, a list of them (or None) for a list of tensors."""
+    """Give `op` a gradient.
+
+    `setup_context(ctx, inputs, output)` returns the tensors to save, lists of them among them. `backward(ctx,
+    saved, needed, *grads)` gets these back, and whether each input needs its gradient; it returns one gradient
+    an input, a list of them (or None) for a list of tensors. Saved tensors are unpacked here, once: a second
+    time is an error under hooks such as those of activation checkpointing.
+    """
     call = _calls[op] = _differentiable(op, backward, setup_context)
     library.impl(op, lambda _keyset, *args: call(*args), "Autograd", with_keyset=True)
 
@@ -48,7 +53,10 @@ def _differentiable(op: OpOverload, backward: Call, setup_context: Call) -> Call
     def flat_forward(ctx: Any, sizes: list[int], *flat: Any) -> Any:
         args = _nested(flat, in_lists, sizes)
         output = below(*args)
-        setup_context(ctx, args, output)
+        saved = setup_context(ctx, args, output)
+        ctx.saved_lists = [i for i, value in enumerate(saved) if isinstance(value, (list, tuple))]
+        tensors, ctx.saved_sizes = _flat(saved, ctx.saved_lists)
+        ctx.save_for_backward(*tensors)
         ctx.in_sizes = sizes
         if not out_lists:
             return output
@@ -58,12 +66,9 @@ def _differentiable(op: OpOverload, backward: Call, setup_context: Call) -> Call
     def flat_backward(ctx: Any, *grads: Any) -> Any:
         if out_lists:
             grads = _nested(grads[:-1], out_lists, ctx.out_sizes)
-        needed = ctx.needs_input_grad
-        ctx.needs_input_grad = _nested(needed[1:], in_lists, ctx.in_sizes)
-        try:
-            result = list(backward(ctx, *grads))
-        finally:
-            ctx.needs_input_grad = needed
+        saved = _nested(ctx.saved_tensors, ctx.saved_lists, ctx.saved_sizes)
+        needed = _nested(ctx.needs_input_grad[1:], in_lists, ctx.in_sizes)
+        result = list(backward(ctx, saved, needed, *grads))
         for position, size in zip(in_lists, ctx.in_sizes, strict=True):
             if result[position] is None:
                 result[position] = [None] * size

@@ -1,7 +1,7 @@
 """Autograd formulas of the ops in `spec`.
 
-For each op a pair: `<op>_setup(ctx, inputs, output)` saves, `<op>_backward(ops, ctx, *grads)` gets the ops
-that it is to call, so that a back end's backward is its own too.
+For each op a pair, as `autograd.register` wants them, but that `<op>_backward(ops, ctx, saved, needed, *grads)`
+first gets the ops that it is to call, so that a back end's backward is its own too.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ def _first_order(formula: Callable[..., Grads]) -> Callable[..., Grads]:
     take the formula's results for constants."""
 
     @functools.wraps(formula)
-    def checked(ops: Any, ctx: Any, *grads: Any) -> Grads:
+    def checked(ops: Any, ctx: Any, saved: Grads, needed: Grads, *grads: Any) -> Grads:
         if grads[0] is None:  # of an output that no loss depends on
-            return (None,) * len(ctx.needs_input_grad)
+            return (None,) * len(needed)
         with torch.no_grad():
-            result = formula(ops, ctx, *grads)
+            result = formula(ops, ctx, saved, needed, *grads)
         if not torch.is_grad_enabled():  # only with create_graph=True
             return result
         name = formula.__name__.removesuffix("_backward")
         sentence = f"{name}: a gradient of its gradients was asked for, expected first order only"
         found = [t for t in _flat(result) if t is not None]
-        sources = [t for t in (*ctx.saved_tensors, *_flat(grads)) if t is not None and t.requires_grad]
+        sources = [t for t in _flat((*saved, *grads)) if t is not None and t.requires_grad]
         refusing = iter(_Refusal.apply(sentence, len(found), *found, *sources))
 
         def replaced(value: Any) -> Any:
@@ -74,44 +74,45 @@ def _bias_grad(dy: Tensor, bias_dtype: torch.dtype) -> Tensor:
     return reference.rows(dy).sum(0, dtype=reference.accumulator_dtype(dy.dtype)).to(bias_dtype)
 
 
-def nf4_linear_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:
+def nf4_linear_setup(ctx: Any, inputs: Grads, output: Tensor) -> Grads:
     x, packed, absmax, absmax2, offset, blocksize, _, bias = inputs
-    ctx.save_for_backward(packed, absmax, absmax2, offset)
     ctx.blocksize, ctx.in_features = blocksize, x.shape[-1]
     ctx.bias_dtype = None if bias is None else bias.dtype
+    return packed, absmax, absmax2, offset
 
 
-def nf4_linear_backward(ops: Any, ctx: Any, dy: Tensor) -> Grads:
-    need_x, *_, need_bias = ctx.needs_input_grad
-    dx = ops.nf4_linear_dx(dy, *ctx.saved_tensors, ctx.blocksize, ctx.in_features) if need_x else None
+def nf4_linear_backward(ops: Any, ctx: Any, saved: Grads, needed: Grads, dy: Tensor) -> Grads:
+    need_x, *_, need_bias = needed
+    dx = ops.nf4_linear_dx(dy, *saved, ctx.blocksize, ctx.in_features) if need_x else None
     return dx, None, None, None, None, None, None, _bias_grad(dy, ctx.bias_dtype) if need_bias else None
 
 
-def nf4_linear_dx_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:
+def nf4_linear_dx_setup(ctx: Any, inputs: Grads, output: Tensor) -> Grads:
     dy, packed, absmax, absmax2, offset, blocksize, _ = inputs
-    ctx.save_for_backward(packed, absmax, absmax2, offset)
     ctx.blocksize, ctx.out_features = blocksize, dy.shape[-1]
+    return packed, absmax, absmax2, offset
 
 
-def nf4_linear_dx_backward(ops: Any, ctx: Any, g: Tensor) -> Grads:
+def nf4_linear_dx_backward(ops: Any, ctx: Any, saved: Grads, needed: Grads, g: Tensor) -> Grads:
     # dx is linear in dy, with the transposed weight: its own gradient is the forward product.
-    d_dy = ops.nf4_linear(g, *ctx.saved_tensors, ctx.blocksize, ctx.out_features, None)
+    d_dy = ops.nf4_linear(g, *saved, ctx.blocksize, ctx.out_features, None)
     return d_dy, None, None, None, None, None, None
 
 
-def lora_linear_setup(ctx: Any, inputs: Grads, output: tuple[Tensor, Tensor]) -> None:
+def lora_linear_setup(ctx: Any, inputs: Grads, output: tuple[Tensor, Tensor]) -> Grads:
     x, weight, absmax, absmax2, offset, blocksize, bias, lora_a, lora_b, scaling, dropout_p, seed = inputs
-    ctx.save_for_backward(x, output[1], weight, absmax, absmax2, offset, lora_a, lora_b, seed)
     ctx.blocksize, ctx.scaling, ctx.dropout_p = blocksize, scaling, dropout_p
     ctx.bias_dtype = None if bias is None else bias.dtype
     _only_saved(ctx, output[1])
+    return x, output[1], weight, absmax, absmax2, offset, lora_a, lora_b, seed
 
 
 @_first_order
-def lora_linear_backward(ops: Any, ctx: Any, dy: Tensor, _dh: Tensor | None) -> Grads:
-    x, h, weight, absmax, absmax2, offset, lora_a, lora_b, seed = ctx.saved_tensors
-    need = ctx.needs_input_grad
-    need_x, need_w, need_bias, need_a, need_b = need[0], need[1], need[6], need[7], need[8]
+def lora_linear_backward(
+    ops: Any, ctx: Any, saved: Grads, needed: Grads, dy: Tensor, _dh: Tensor | None
+) -> Grads:
+    x, h, weight, absmax, absmax2, offset, lora_a, lora_b, seed = saved
+    need_x, need_w, need_bias, need_a, need_b = (needed[i] for i in (0, 1, 6, 7, 8))
     dx, da, db = ops.lora_linear_backward(
         dy, x, h, weight, absmax, absmax2, offset, ctx.blocksize, lora_a, lora_b,
         ctx.scaling, ctx.dropout_p, seed, need_x, need_a, need_b,
@@ -122,21 +123,6 @@ def lora_linear_backward(ops: Any, ctx: Any, dy: Tensor, _dh: Tensor | None) -> 
         dx if need_x else None, dw, None, None, None, None, dbias,
         da if need_a else None, db if need_b else None, None, None, None,
     )  # fmt: skip
-
-
-class _Lists:
-    """Tensors and lists of tensors for `save_for_backward`, which takes a flat row."""
-
-    def __init__(self, ctx: Any, *values: Any) -> None:
-        self.sizes = [len(value) if isinstance(value, (list, tuple)) else None for value in values]
-        flat: list[Any] = []
-        for value in values:
-            flat.extend(value if isinstance(value, (list, tuple)) else [value])
-        ctx.save_for_backward(*flat)
-
-    def of(self, ctx: Any) -> list[Any]:
-        flat = iter(ctx.saved_tensors)
-        return [next(flat) if size is None else [next(flat) for _ in range(size)] for size in self.sizes]
 
 
 def _chosen(grads: Any, needed: Any) -> list[Tensor | None]:
@@ -156,43 +142,41 @@ def _layer_grads(dy: Any, x: Tensor, bias_dtypes: Any, need_weight: Any, need_bi
     return dw, dbias
 
 
-def _layers_grads(ctx: Any, dx: Tensor, dw: Any, dbias: Any, da: Any, db: Any) -> Grads:
+def _layers_grads(needed: Grads, dx: Tensor, dw: Any, dbias: Any, da: Any, db: Any) -> Grads:
     """Gradients of an op that takes layers as lists, where needed."""
-    need = ctx.needs_input_grad
-    grads: list[Any] = [None] * len(need)
-    if need[0]:
+    grads: list[Any] = [None] * len(needed)
+    if needed[0]:
         grads[0] = dx
     grads[1], grads[7] = dw, dbias
-    grads[8], grads[9] = _chosen(da, need[8]), _chosen(db, need[9])
+    grads[8], grads[9] = _chosen(da, needed[8]), _chosen(db, needed[9])
     return tuple(grads)
 
 
-def multi_lora_linear_setup(ctx: Any, inputs: Grads, output: Any) -> None:
+def multi_lora_linear_setup(ctx: Any, inputs: Grads, output: Any) -> Grads:
     (
         x, weight, absmax, absmax2, offset, blocksize, _, bias, lora_a, lora_b, layer, scaling, dropout_p,
         seed, group, row_group,
     ) = inputs  # fmt: skip
-    ctx.lists = _Lists(
-        ctx, x, output[1], weight, absmax, absmax2, offset, lora_a, lora_b, seed, row_group
-    )  # fmt: skip
     ctx.blocksize, ctx.layer, ctx.scaling, ctx.dropout_p = blocksize, layer, scaling, dropout_p
     ctx.group, ctx.bias_dtypes = group, [b.dtype for b in bias]
     ctx.y_shapes = [y.shape for y in output[0]]
     _only_saved(ctx, output[1])
+    return x, output[1], weight, absmax, absmax2, offset, lora_a, lora_b, seed, row_group
 
 
 @_first_order
-def multi_lora_linear_backward(ops: Any, ctx: Any, dy: list[Tensor | None], _dh: Tensor | None) -> Grads:
-    x, h, weight, absmax, absmax2, offset, lora_a, lora_b, seed, row_group = ctx.lists.of(ctx)
+def multi_lora_linear_backward(
+    ops: Any, ctx: Any, saved: Grads, needed: Grads, dy: list[Tensor | None], _dh: Tensor | None
+) -> Grads:
+    x, h, weight, absmax, absmax2, offset, lora_a, lora_b, seed, row_group = saved
     dy = [x.new_zeros(s) if d is None else d for d, s in zip(dy, ctx.y_shapes, strict=True)]
-    need = ctx.needs_input_grad
-    need_x, need_w, need_bias, need_a, need_b = need[0], need[1], need[7], need[8], need[9]
+    need_x, need_w, need_bias, need_a, need_b = (needed[i] for i in (0, 1, 7, 8, 9))
     dx, da, db = ops.multi_lora_linear_backward(
         dy, x, h, weight, absmax, absmax2, offset, ctx.blocksize, lora_a, lora_b, ctx.layer, ctx.scaling,
         ctx.dropout_p, seed, ctx.group, row_group, need_x, need_a, need_b,
     )  # fmt: skip
     dw, dbias = _layer_grads(dy, x, ctx.bias_dtypes, need_w, need_bias)
-    return _layers_grads(ctx, dx, dw, dbias, da, db)
+    return _layers_grads(needed, dx, dw, dbias, da, db)
 
 
 # A gated MLP is written in terms of the ops above, once for all back ends: down(act(gate(x)) * up(x)).
@@ -244,25 +228,22 @@ def gated_mlp(
     return y, gate, up, h, h_down
 
 
-def gated_mlp_setup(ctx: Any, inputs: Grads, output: Any) -> None:
+def gated_mlp_setup(ctx: Any, inputs: Grads, output: Any) -> Grads:
     (
         x, weight, absmax, absmax2, offset, blocksize, _, bias, lora_a, lora_b, layer, scaling, dropout_p,
         seed, activation,
     ) = inputs  # fmt: skip
     _, gate, up, h, h_down = output
-    ctx.lists = _Lists(
-        ctx, x, gate, up, h, h_down, weight, absmax, absmax2, offset, lora_a, lora_b, seed
-    )  # fmt: skip
     ctx.blocksize, ctx.layer, ctx.scaling, ctx.dropout_p = blocksize, layer, scaling, dropout_p
     ctx.activation, ctx.bias_dtypes = activation, [b.dtype for b in bias]
     _only_saved(ctx, gate, up, h, h_down)
+    return x, gate, up, h, h_down, weight, absmax, absmax2, offset, lora_a, lora_b, seed
 
 
 @_first_order
-def gated_mlp_backward(ops: Any, ctx: Any, dy: Tensor, *_: Any) -> Grads:
-    x, gate, up, h, h_down, weight, absmax, absmax2, offset, lora_a, lora_b, seed = ctx.lists.of(ctx)
-    need = ctx.needs_input_grad
-    need_x, need_w, need_bias, need_a, need_b = need[0], need[1], need[7], need[8], need[9]
+def gated_mlp_backward(ops: Any, ctx: Any, saved: Grads, needed: Grads, dy: Tensor, *_: Any) -> Grads:
+    x, gate, up, h, h_down, weight, absmax, absmax2, offset, lora_a, lora_b, seed = saved
+    need_x, need_w, need_bias, need_a, need_b = (needed[i] for i in (0, 1, 7, 8, 9))
     mlp = _Mlp([weight, absmax, absmax2, offset, ctx.blocksize], ctx.layer)
 
     def call(down: bool, dy: list[Tensor], x: Tensor, h: Tensor, seed: Tensor | None, need_dx: bool) -> Any:
@@ -281,42 +262,42 @@ def gated_mlp_backward(ops: Any, ctx: Any, dy: Tensor, *_: Any) -> Grads:
     dx, da, db = call(False, [d_gate, d_up], x, h, seed, need_x)
     dw, dbias = _layer_grads([d_gate, d_up], x, ctx.bias_dtypes[:2], need_w[:2], need_bias[:2])
     return _layers_grads(
-        ctx, dx, dw + dw_down, dbias + dbias_down, mlp.merge(da, da_down), mlp.merge(db, db_down)
+        needed, dx, dw + dw_down, dbias + dbias_down, mlp.merge(da, da_down), mlp.merge(db, db_down)
     )
 
 
-def dora_scale_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
+def dora_scale_setup(ctx: Any, inputs: Grads, output: Tensor) -> Grads:
+    return inputs
 
 
 @_first_order
-def dora_scale_backward(ops: Any, ctx: Any, dy: Tensor) -> Grads:
-    need_z, need_scale, need_bias = ctx.needs_input_grad
-    _, scale, bias = ctx.saved_tensors
+def dora_scale_backward(ops: Any, ctx: Any, saved: Grads, needed: Grads, dy: Tensor) -> Grads:
+    need_z, need_scale, need_bias = needed
+    _, scale, bias = saved
     dz = dscale = dbias = None
     if need_z or need_scale:
-        dz, dscale = ops.dora_scale_backward(dy, *ctx.saved_tensors)
+        dz, dscale = ops.dora_scale_backward(dy, *saved)
     if need_bias:  # what is left of it: z holds the bias too
         dbias = ((1 - scale) * _bias_grad(dy, scale.dtype)).to(bias.dtype)
     return dz if need_z else None, dscale if need_scale else None, dbias
 
 
-def dropout_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:
+def dropout_setup(ctx: Any, inputs: Grads, output: Tensor) -> Grads:
     _, ctx.p, seed = inputs
-    ctx.save_for_backward(seed)
+    return (seed,)
 
 
-def dropout_backward(ops: Any, ctx: Any, dy: Tensor) -> Grads:
-    return ops.dropout(dy, ctx.p, *ctx.saved_tensors), None, None
+def dropout_backward(ops: Any, ctx: Any, saved: Grads, needed: Grads, dy: Tensor) -> Grads:
+    return ops.dropout(dy, ctx.p, *saved), None, None
 
 
-def gated_activation_setup(ctx: Any, inputs: Grads, output: Tensor) -> None:
+def gated_activation_setup(ctx: Any, inputs: Grads, output: Tensor) -> Grads:
     gate, up, ctx.activation = inputs
-    ctx.save_for_backward(gate, up)
+    return gate, up
 
 
 @_first_order
-def gated_activation_backward(ops: Any, ctx: Any, dy: Tensor) -> Grads:
-    d_gate, d_up = ops.gated_activation_backward(dy, *ctx.saved_tensors, ctx.activation)
-    need_gate, need_up, _ = ctx.needs_input_grad
+def gated_activation_backward(ops: Any, ctx: Any, saved: Grads, needed: Grads, dy: Tensor) -> Grads:
+    d_gate, d_up = ops.gated_activation_backward(dy, *saved, ctx.activation)
+    need_gate, need_up, _ = needed
     return d_gate if need_gate else None, d_up if need_up else None, None

@@ -1,0 +1,192 @@
+"""Arguments of every op, with and without its optional ones, and the namespaces that tests call ops in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_kernels import spec, testing
+from peft_kernels.backends import triton
+
+N, K, R = 20, 34, 4
+NAMESPACES = {
+    "public": "peft_kernels",
+    "reference": "peft_kernels_reference",
+    "cpu": "peft_kernels_cpu",
+    "simt": "peft_kernels_simt",
+}
+if triton.BACKEND.interpreted:
+    NAMESPACES = {"triton": "peft_kernels_triton"}
+
+
+def group(nested: bool) -> tuple[Any, ...]:
+    return testing.nf4_weight(N, K, 32, nested)._state.op_args
+
+
+def leaf(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return testing.tensor(*shape, dtype=dtype, seed=seed).requires_grad_()
+
+
+def layers(base: str, adapters: list[int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """Three layers for the ops that take lists, in the order of their arguments; the third without a bias."""
+    shapes = [(N, K), (N, K), (K, N)]
+    bases: list[tuple[Any, ...]] = []
+    for j, (n, k) in enumerate(shapes):
+        if base == "dense" or (base == "mixed" and j == 1):
+            bases.append((leaf(n, k, dtype=dtype, seed=j), None, None, None, 0))
+        else:
+            bases.append(testing.nf4_weight(n, k, 32, j == 0, seed=j)._state.op_args)
+    a = [leaf(R + i, shapes[j][1], seed=10 + i) for i, j in enumerate(adapters)]
+    b = [leaf(shapes[j][0], R + i, seed=20 + i) for i, j in enumerate(adapters)]
+    names = ("weight", "absmax", "absmax2", "offset", "blocksize")
+    return {name: [group[i] for group in bases] for i, name in enumerate(names)} | {
+        "out_features": [n for n, _ in shapes],
+        "bias": [leaf(N, seed=1), leaf(N, dtype=dtype, seed=2), torch.empty(0)],
+        "lora_a": a,
+        "lora_b": b,
+        "layer": adapters,
+        "scaling": [0.5 + i for i in range(len(adapters))],
+        "dropout_p": [0.3 * (i % 2) for i in range(len(adapters))],
+    }
+
+
+def cut(values: dict[str, Any], count: int) -> dict[str, Any]:
+    """The first `count` layers, which share their input."""
+    chosen = ("weight", "absmax", "absmax2", "offset", "blocksize", "out_features", "bias")
+    return {name: value[:count] if name in chosen else value for name, value in values.items()}
+
+
+def multi_args(
+    base: str, adapters: list[int], dtype: torch.dtype = torch.float32, groups: bool = False
+) -> Any:
+    values = cut(layers(base, adapters, dtype), 2)
+    row_group = torch.tensor([0, 0, 1, -1, 1, 5]) if groups else None
+    seed = torch.tensor(3) if len(adapters) > 1 else None
+    x = leaf(2, 3, K, dtype=dtype)
+    return (x, *values.values(), seed, [i % 2 for i in range(len(adapters))], row_group)
+
+
+def multi_backward_args(
+    base: str, adapters: list[int], needs: tuple[bool, list[bool], list[bool]], groups: bool = False
+) -> tuple[Any, ...]:
+    x, *rest = multi_args(base, adapters, groups=groups)
+    weight, absmax, absmax2, offset, blocksize, _, _, a, b, *serving = rest
+    dy, h = (
+        [testing.tensor(2, 3, N, seed=j) for j in range(2)],
+        testing.tensor(2, 3, sum(t.shape[0] for t in a)),
+    )
+    a, b, weight = ([t.detach() for t in tensors] for tensors in (a, b, weight))
+    return (dy, x.detach(), h, weight, absmax, absmax2, offset, blocksize, a, b, *serving, *needs)
+
+
+def mlp_args(base: str, adapters: list[int], activation: str, dtype: torch.dtype = torch.float32) -> Any:
+    seed = torch.tensor(3) if len(adapters) > 1 else None
+    return (leaf(2, 3, K, dtype=dtype), *layers(base, adapters, dtype).values(), seed, activation)
+
+
+def transposed_x(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """x, in place 1, with another layout: gradients stay contiguous."""
+    return (args[0], testing.tensor(K, 3, 2).permute(2, 1, 0), *args[2:])
+
+
+def samples(op: str) -> dict[str, tuple[Any, ...]]:
+    """Arguments of each op by name, with and without its optional ones."""
+    a, b, dense = leaf(R, K, seed=3), leaf(N, R, seed=4), leaf(N, K, seed=1)
+    half_a, half_b = leaf(R, K, dtype=torch.bfloat16), leaf(N, R, dtype=torch.bfloat16)
+    x, dy, h = leaf(2, 3, K), testing.tensor(2, 3, N), testing.tensor(2, 3, R)
+    plain, nested, unpacked = group(False), group(True), (dense, None, None, None, 0)
+    bf16_x = leaf(5, K, dtype=torch.bfloat16)
+    rest, dropping = (0.5, 0.0, None), (0.5, 0.3, torch.tensor(3))
+    gate, up, scale = leaf(5, 7), leaf(5, 7, seed=1), leaf(7)
+    half_gate = leaf(5, 7, dtype=torch.bfloat16)
+    detached = tuple(t.detach() for t in (dense, a, b))
+    return {
+        "quantize_nf4": {
+            "fp32": (testing.tensor(N, K), 64),
+            "bf16-odd": (testing.tensor(5, 7, dtype=torch.bfloat16), 32),
+        },
+        "quantize_absmax": {"fp32": (testing.tensor(300).abs(),)},
+        "unpack_absmax": {"fp32": tuple(nested[1:4])},
+        "dequantize_nf4": {
+            "plain-fp32": (*plain, [N, K], torch.float32),
+            "nested-bf16": (*nested, [N, K], torch.bfloat16),
+        },
+        "nf4_linear": {
+            "plain-fp32": (x, *plain, N, None),
+            "nested-fp32-bias": (x, *nested, N, leaf(N)),
+            "nested-bf16-bias": (bf16_x, *nested, N, leaf(N)),
+        },
+        "nf4_linear_dx": {
+            "plain-fp32": (leaf(2, 3, N), *plain, K),
+            "nested-bf16": (leaf(5, N, dtype=torch.bfloat16), *nested, K),
+        },
+        "lora_linear": {
+            "plain-fp32": (x, *plain, None, a, b, *rest),
+            "nested-bf16-bias": (bf16_x, *nested, leaf(N), half_a, b, *rest),
+            "dense-bias": (x, *unpacked, leaf(N), a, b, *rest),
+            "frozen-dense": (x, detached[0], *unpacked[1:], None, a, b, *rest),
+            "nested-dropout": (x, *nested, leaf(N), a, b, *dropping),
+            "dense-dropout": (x, *unpacked, None, a, b, *dropping),
+        },
+        "lora_linear_backward": {
+            "plain-all": (dy, x.detach(), h, *plain, *detached[1:], *rest, True, True, True),
+            "nested-bf16-adapter": (
+                dy.bfloat16(), x.detach().bfloat16(), h, *nested, half_a.detach(), half_b.detach(), *rest,
+                False, True, True,
+            ),
+            "dense-dx": (
+                dy, x.detach(), h, *detached[:1], *unpacked[1:], *detached[1:], *rest, True, False, False,
+            ),
+            "plain-dropout": (dy, x.detach(), h, *plain, *detached[1:], *dropping, True, True, False),
+        },
+        "multi_lora_linear": {
+            "dense": multi_args("dense", [0, 1, 0]),
+            "nf4-groups": multi_args("nf4", [1, 0, 0], groups=True),
+            "mixed-bf16": multi_args("mixed", [1], torch.bfloat16),
+            "nf4-no-adapters": multi_args("nf4", []),
+        },
+        "multi_lora_linear_backward": {
+            "dense-all": multi_backward_args("dense", [0, 1], (True, [True, True], [True, True])),
+            "nf4-groups": multi_backward_args("nf4", [1, 0], (False, [True, False], [False, True]), True),
+            "transposed-x": transposed_x(multi_backward_args("mixed", [1], (True, [True], [False]))),
+        },
+        "gated_mlp": {
+            "dense": mlp_args("dense", [0, 1, 2], "silu"),
+            "nf4-twice": mlp_args("nf4", [2, 0, 2], "gelu"),
+            "mixed-bf16": mlp_args("mixed", [2], "gelu_tanh", torch.bfloat16),
+            "nf4-no-adapters": mlp_args("nf4", [], "relu"),
+        },
+        "gated_activation": {
+            "silu": (gate, up, "silu"),
+            "gelu-transposed": (leaf(7, 5).t(), up, "gelu"),
+            "relu-bf16": (half_gate, half_gate, "relu"),
+        },
+        "gated_activation_backward": {
+            "gelu_tanh": (gate.detach(), up.detach(), up.detach(), "gelu_tanh"),
+        },
+        "dropout": {
+            "p0.5": (gate, 0.5, torch.tensor(3)),
+            "p0": (gate, 0.0, torch.tensor(3)),
+            "bf16": (half_gate, 1.0, torch.tensor([3])),
+        },
+        "dora_norm": {
+            "nested": (*nested, a.detach(), b.detach(), 0.5),
+            "dense-bf16": (
+                dense.detach().bfloat16(), *unpacked[1:], half_a.detach(), half_b.detach(), 0.5
+            ),
+        },
+        "dora_scale": {
+            "plain": (gate, scale, None),
+            "bias": (leaf(2, 3, 7), scale, leaf(7)),
+            "bf16": (half_gate, scale, leaf(7, dtype=torch.bfloat16)),
+        },
+        "dora_scale_backward": {
+            "fp32": (gate.detach(), up.detach(), scale.detach(), None),
+            "bf16": (half_gate.detach(), half_gate.detach(), scale.detach(), scale.detach()),
+        },
+    }[op]  # fmt: skip
+
+
+CASES = [(op, sample) for op in spec.OPS for sample in samples(op)]
