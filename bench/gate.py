@@ -65,9 +65,9 @@ def _lora(
     x: Tensor, dy: Tensor, weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float
 ) -> dict[str, Tensor]:
     base = (weight, None, None, None, 0)
-    y, h = testing.reference_op("lora_linear")(x, *base, None, lora_a, lora_b, scaling, 0.0, None)
+    y, h = testing.reference_op("lora_linear")(x, *base, None, lora_a, lora_b, scaling, 0.0, None, None)
     backward = testing.reference_op("lora_linear_backward")
-    dx, da, db = backward(dy, x, h, *base, lora_a, lora_b, scaling, 0.0, None, True, True, True)
+    dx, da, db = backward(dy, x, h, *base, lora_a, lora_b, scaling, 0.0, None, None, True, True, True)
     return {"y": y, "dx": dx, "da": da, "db": db}
 
 

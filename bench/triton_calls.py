@@ -107,11 +107,11 @@ def _adapters(dtype: torch.dtype, nested: bool, every: bool) -> Iterator[Call]:
     weight = nf4(WHOLE, WHOLE, nested)
     for m in _rows(dtype, backward=False) if every else (FEW, MANY):
         x = empty(m, WHOLE, dtype=dtype)
-        yield Call("lora_linear", (x, *weight, None, a, b, 0.5, 0.3, seed))
+        yield Call("lora_linear", (x, *weight, None, a, b, 0.5, 0.3, seed, None))
     for m in _rows(dtype, backward=True) if every else (FEW, MANY):
         x, h = empty(m, WHOLE, dtype=dtype), empty(m, RANK)
         needs = True, True, True
-        yield Call("lora_linear_backward", (x, x, h, *weight, a, b, 0.5, 0.3, seed, *needs))
+        yield Call("lora_linear_backward", (x, x, h, *weight, a, b, 0.5, 0.3, seed, None, *needs))
 
 
 def _lists(dtype: torch.dtype) -> Iterator[Call]:
@@ -120,7 +120,8 @@ def _lists(dtype: torch.dtype) -> Iterator[Call]:
         bases = nf4(size, size), (empty(size, size, dtype=dtype), None, None, None, 0)
         lists = [list(part) for part in zip(*bases, strict=True)]
         x, a, b = empty(m, size, dtype=dtype), empty(RANK, size, dtype=dtype), empty(size, RANK, dtype=dtype)
-        rest = [a, a], [b, b], [1, 1], [0.5, 0.5], [0.0, 0.0], None, [2, 3], empty(m, dtype=torch.int64)
+        row_group = empty(m, dtype=torch.int64)
+        rest = [a, a], [b, b], [1, 1], [0.5, 0.5], [0.0, 0.0], None, [2, 3], row_group, None
         yield Call("multi_lora_linear", (x, *lists, [size, size], [empty(0), empty(size)], *rest))
         h, needs = empty(m, 2 * RANK), (True, [True, True], [True, True])
         yield Call("multi_lora_linear_backward", ([x, x], x, h, *lists, *rest, *needs))

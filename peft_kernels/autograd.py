@@ -27,10 +27,10 @@ def eager(op: OpOverload) -> Call:
 def register(op: OpOverload, backward: Call, setup_context: Call, library: torch.library.Library) -> None:
     """Give `op` a gradient.
 
-    `setup_context(ctx, inputs, output)` returns the tensors to save, lists of them among them. `backward(ctx,
-    saved, needed, *grads)` gets these back, and whether each input needs its gradient; it returns one gradient
-    an input, a list of them (or None) for a list of tensors. Saved tensors are unpacked here, once: a second
-    time is an error under hooks such as those of activation checkpointing.
+    `setup_context(ctx, inputs, output)` returns the tensors to save, lists of them among them.
+    `backward(ctx, saved, needed, *grads)` gets these back, and whether each input needs its gradient; it
+    returns one gradient an input, a list of them (or None) for a list of tensors. Saved tensors are unpacked
+    here, once: a second time is an error under hooks such as those of activation checkpointing.
     """
     call = _calls[op] = _differentiable(op, backward, setup_context)
     library.impl(op, lambda _keyset, *args: call(*args), "Autograd", with_keyset=True)

@@ -48,8 +48,9 @@ def lora_linear(x, weight, absmax, absmax2, offset, blocksize, bias, lora_a, lor
 
 
 def lora_linear_backward(
-    dy, x, h, weight, absmax, absmax2, offset, blocksize, lora_a, lora_b, scaling, dropout_p, seed, *needed
-):
+    dy, x, h, weight, absmax, absmax2, offset, blocksize, lora_a, lora_b, scaling, dropout_p, seed,
+    compute_dtype, *needed,
+):  # fmt: skip
     return tuple(
         t.new_empty(t.shape if need else (0,)) for t, need in zip((x, lora_a, lora_b), needed, strict=True)
     )
@@ -64,7 +65,7 @@ def multi_lora_linear(
 
 def multi_lora_linear_backward(
     dy, x, h, weight, absmax, absmax2, offset, blocksize, lora_a, lora_b, layer, scaling, dropout_p, seed,
-    group, row_group, need_dx, need_da, need_db,
+    group, row_group, compute_dtype, need_dx, need_da, need_db,
 ):  # fmt: skip
     da = [a.new_empty(a.shape if need else (0,)) for a, need in zip(lora_a, need_da, strict=True)]
     db = [b.new_empty(b.shape if need else (0,)) for b, need in zip(lora_b, need_db, strict=True)]

@@ -1,7 +1,7 @@
 """Autograd formulas of the ops in `spec`.
 
-For each op a pair, as `autograd.register` wants them, but that `<op>_backward(ops, ctx, saved, needed, *grads)`
-first gets the ops that it is to call, so that a back end's backward is its own too.
+For each op a pair, `<op>_setup` and `<op>_backward`, as `autograd.register` wants them; only that the latter
+gets the ops that it is to call before all else, so that a back end's backward is its own too.
 """
 
 from __future__ import annotations
@@ -74,6 +74,12 @@ def _bias_grad(dy: Tensor, bias_dtype: torch.dtype) -> Tensor:
     return reference.rows(dy).sum(0, dtype=reference.accumulator_dtype(dy.dtype)).to(bias_dtype)
 
 
+def _weight_grad(dy: Tensor, x: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+    """Of a dense base weight: it comes from the base product alone."""
+    dtype = compute_dtype or x.dtype
+    return reference.rows(dy).to(dtype).t() @ reference.rows(x).to(dtype)
+
+
 def nf4_linear_setup(ctx: Any, inputs: Grads, output: Tensor) -> Grads:
     x, packed, absmax, absmax2, offset, blocksize, _, bias = inputs
     ctx.blocksize, ctx.in_features = blocksize, x.shape[-1]
@@ -100,7 +106,10 @@ def nf4_linear_dx_backward(ops: Any, ctx: Any, saved: Grads, needed: Grads, g: T
 
 
 def lora_linear_setup(ctx: Any, inputs: Grads, output: tuple[Tensor, Tensor]) -> Grads:
-    x, weight, absmax, absmax2, offset, blocksize, bias, lora_a, lora_b, scaling, dropout_p, seed = inputs
+    (
+        x, weight, absmax, absmax2, offset, blocksize, bias, lora_a, lora_b, scaling, dropout_p, seed,
+        ctx.compute_dtype,
+    ) = inputs  # fmt: skip
     ctx.blocksize, ctx.scaling, ctx.dropout_p = blocksize, scaling, dropout_p
     ctx.bias_dtype = None if bias is None else bias.dtype
     _only_saved(ctx, output[1])
@@ -115,13 +124,13 @@ def lora_linear_backward(
     need_x, need_w, need_bias, need_a, need_b = (needed[i] for i in (0, 1, 6, 7, 8))
     dx, da, db = ops.lora_linear_backward(
         dy, x, h, weight, absmax, absmax2, offset, ctx.blocksize, lora_a, lora_b,
-        ctx.scaling, ctx.dropout_p, seed, need_x, need_a, need_b,
+        ctx.scaling, ctx.dropout_p, seed, ctx.compute_dtype, need_x, need_a, need_b,
     )  # fmt: skip
-    dw = reference.rows(dy).t() @ reference.rows(x) if need_w else None
+    dw = _weight_grad(dy, x, ctx.compute_dtype) if need_w else None
     dbias = _bias_grad(dy, ctx.bias_dtype) if need_bias else None
     return (
         dx if need_x else None, dw, None, None, None, None, dbias,
-        da if need_a else None, db if need_b else None, None, None, None,
+        da if need_a else None, db if need_b else None, None, None, None, None,
     )  # fmt: skip
 
 
@@ -129,11 +138,12 @@ def _chosen(grads: Any, needed: Any) -> list[Tensor | None]:
     return [grad if need else None for grad, need in zip(grads, needed, strict=True)]
 
 
-def _layer_grads(dy: Any, x: Tensor, bias_dtypes: Any, need_weight: Any, need_bias: Any) -> tuple[Any, Any]:
+def _layer_grads(
+    dy: Any, x: Tensor, compute_dtype: Any, bias_dtypes: Any, need_weight: Any, need_bias: Any
+) -> tuple[Any, Any]:
     """Gradients of dense base weights and of biases, for the layers that need them."""
     dw = [
-        reference.rows(d).t() @ reference.rows(x) if need else None
-        for d, need in zip(dy, need_weight, strict=True)
+        _weight_grad(d, x, compute_dtype) if need else None for d, need in zip(dy, need_weight, strict=True)
     ]
     dbias = [
         _bias_grad(d, dtype) if need else None
@@ -155,7 +165,7 @@ def _layers_grads(needed: Grads, dx: Tensor, dw: Any, dbias: Any, da: Any, db: A
 def multi_lora_linear_setup(ctx: Any, inputs: Grads, output: Any) -> Grads:
     (
         x, weight, absmax, absmax2, offset, blocksize, _, bias, lora_a, lora_b, layer, scaling, dropout_p,
-        seed, group, row_group,
+        seed, group, row_group, ctx.compute_dtype,
     ) = inputs  # fmt: skip
     ctx.blocksize, ctx.layer, ctx.scaling, ctx.dropout_p = blocksize, layer, scaling, dropout_p
     ctx.group, ctx.bias_dtypes = group, [b.dtype for b in bias]
@@ -173,9 +183,9 @@ def multi_lora_linear_backward(
     need_x, need_w, need_bias, need_a, need_b = (needed[i] for i in (0, 1, 7, 8, 9))
     dx, da, db = ops.multi_lora_linear_backward(
         dy, x, h, weight, absmax, absmax2, offset, ctx.blocksize, lora_a, lora_b, ctx.layer, ctx.scaling,
-        ctx.dropout_p, seed, ctx.group, row_group, need_x, need_a, need_b,
+        ctx.dropout_p, seed, ctx.group, row_group, ctx.compute_dtype, need_x, need_a, need_b,
     )  # fmt: skip
-    dw, dbias = _layer_grads(dy, x, ctx.bias_dtypes, need_w, need_bias)
+    dw, dbias = _layer_grads(dy, x, ctx.compute_dtype, ctx.bias_dtypes, need_w, need_bias)
     return _layers_grads(needed, dx, dw, dbias, da, db)
 
 
@@ -221,7 +231,7 @@ def gated_mlp(
     def call(down: bool, x: Tensor, seed: Tensor | None) -> Any:
         a, b, s, p = mlp.adapters(down, lora_a, lora_b, scaling, dropout_p)
         base = mlp.last if down else mlp.first
-        return ops.multi_lora_linear(x, *base, a, b, mlp.layers(down), s, p, seed, [0] * len(a), None)
+        return ops.multi_lora_linear(x, *base, a, b, mlp.layers(down), s, p, seed, [0] * len(a), None, None)
 
     (gate, up), h = call(False, x, seed)
     (y,), h_down = call(True, ops.gated_activation(gate, up, activation), _down_seed(seed))
@@ -250,17 +260,17 @@ def gated_mlp_backward(ops: Any, ctx: Any, saved: Grads, needed: Grads, dy: Tens
         a, b, s, p, da, db = mlp.adapters(down, lora_a, lora_b, ctx.scaling, ctx.dropout_p, need_a, need_b)
         base = mlp.last if down else mlp.first
         return ops.multi_lora_linear_backward(
-            dy, x, h, *base, a, b, mlp.layers(down), s, p, seed, [0] * len(a), None, need_dx, da, db
+            dy, x, h, *base, a, b, mlp.layers(down), s, p, seed, [0] * len(a), None, None, need_dx, da, db
         )
 
     product = ops.gated_activation(gate, up, ctx.activation)
     d_product, da_down, db_down = call(True, [dy], product, h_down, _down_seed(seed), True)
-    dw_down, dbias_down = _layer_grads([dy], product, ctx.bias_dtypes[2:], need_w[2:], need_bias[2:])
+    dw_down, dbias_down = _layer_grads([dy], product, None, ctx.bias_dtypes[2:], need_w[2:], need_bias[2:])
     del product
     d_gate, d_up = ops.gated_activation_backward(d_product, gate, up, ctx.activation)
     del d_product
     dx, da, db = call(False, [d_gate, d_up], x, h, seed, need_x)
-    dw, dbias = _layer_grads([d_gate, d_up], x, ctx.bias_dtypes[:2], need_w[:2], need_bias[:2])
+    dw, dbias = _layer_grads([d_gate, d_up], x, None, ctx.bias_dtypes[:2], need_w[:2], need_bias[:2])
     return _layers_grads(
         needed, dx, dw + dw_down, dbias + dbias_down, mlp.merge(da, da_down), mlp.merge(db, db_down)
     )

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
+from .backends.base import DTYPES
 from .nf4 import NF4State, NF4Weight
 from .reference import ACTIVATIONS
 
@@ -26,7 +27,12 @@ __all__ = [
 ]
 
 
-def nf4_linear(x: Tensor, weight: NF4Weight | NF4State, bias: Tensor | None = None) -> Tensor:
+def nf4_linear(
+    x: Tensor,
+    weight: NF4Weight | NF4State,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
     """`x W^T + bias` with a frozen NF4 weight, dequantised inside the kernel.
 
     Parameters
@@ -35,6 +41,10 @@ def nf4_linear(x: Tensor, weight: NF4Weight | NF4State, bias: Tensor | None = No
         fp32, bf16 or fp16. Sums are in fp32.
     weight : NF4Weight, (out_features, in_features)
     bias : Tensor, (out_features,), optional
+        Of x's dtype, of compute_dtype or fp32.
+    compute_dtype : torch.dtype, optional
+        fp32, bf16 or fp16: x is rounded to it, and so is the result before it gets x's dtype, as in
+        bitsandbytes' Linear4bit. By default x's dtype.
 
     Returns
     -------
@@ -47,11 +57,10 @@ def nf4_linear(x: Tensor, weight: NF4Weight | NF4State, bias: Tensor | None = No
     """
     if not isinstance(weight, (NF4Weight, NF4State)):
         raise ValueError(f"weight: expected an NF4Weight, got {type(weight).__name__}")
-    shape, group = _base(x, weight)
-    _check_bias(x, bias, shape[0])
-    if group[1] is None:
-        return F.linear(x, group[0], None if bias is None else bias.to(x.dtype))
-    return _call("nf4_linear", x, *group, shape[0], bias)
+    compute = _compute_type(x, compute_dtype)
+    shape, group = _base(x, weight, compute)
+    _check_bias(x, bias, shape[0], compute)
+    return _base_product(x, shape[0], group, bias, compute)
 
 
 def lora_linear(
@@ -62,6 +71,7 @@ def lora_linear(
     scaling: float,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`x W^T + bias + scaling * (drop(x) A^T) B^T`: base product and low-rank delta (Hu et al. 2021) in one
     call.
@@ -71,17 +81,21 @@ def lora_linear(
     x : Tensor, (..., in_features)
         fp32, bf16 or fp16.
     weight : NF4Weight or Tensor, (out_features, in_features)
-        The base: NF4 (frozen), or dense in x's dtype.
+        The base: NF4 (frozen), or dense in compute_dtype.
     lora_a : Tensor, (r, in_features)
     lora_b : Tensor, (out_features, r)
         fp32 or x's dtype each: an fp32 adapter never makes an fp32 copy of x.
     scaling : float
         alpha / r, or alpha / sqrt(r) for rsLoRA.
     bias : Tensor, (out_features,), optional
+        Of x's dtype, of compute_dtype or fp32.
     dropout_p : float
         Probability of dropping an element of x on its way to A; the base product sees x whole. The mask is a
         function of one seed, drawn from torch's generator for x's device: it follows torch.manual_seed and
         activation checkpointing, and is not kept.
+    compute_dtype : torch.dtype, optional
+        fp32, bf16 or fp16, in which the base product is computed: x, and in backward the output's gradient,
+        are rounded to it for that product alone. The delta is computed from x as it is. By default x's dtype.
 
     Returns
     -------
@@ -93,11 +107,12 @@ def lora_linear(
     ValueError
         Shapes, dtypes or devices that do not fit; an NF4 weight that requires grad; dropout_p not in 0 to 1.
     """
-    shape, group = _base(x, weight)
-    _check_bias(x, bias, shape[0])
+    compute = _compute_type(x, compute_dtype)
+    shape, group = _base(x, weight, compute)
+    _check_bias(x, bias, shape[0], compute)
     _check_adapter(x, shape, lora_a, lora_b, dropout_p)
-    seed = _seed(x) if dropout_p else None
-    y, _ = _call("lora_linear", x, *group, bias, lora_a, lora_b, float(scaling), float(dropout_p), seed)
+    adapter = (lora_a, lora_b, float(scaling), float(dropout_p), _seed(x) if dropout_p else None)
+    y, _ = _call("lora_linear", x, *group, bias, *adapter, _unless_of(x, compute))
     return y
 
 
@@ -110,6 +125,7 @@ def dora_linear(
     scaling: float,
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`magnitude / ||V|| * (x V^T) + bias` with V = W + scaling * B A and norms by row: DoRA (Liu et al.
     2024).
@@ -120,7 +136,7 @@ def dora_linear(
 
     Parameters
     ----------
-    x, weight, lora_a, lora_b, scaling, bias, dropout_p
+    x, weight, lora_a, lora_b, scaling, bias, dropout_p, compute_dtype
         As in `lora_linear`.
     magnitude : Tensor, (out_features,)
 
@@ -129,7 +145,9 @@ def dora_linear(
     Tensor, (..., out_features), of x's dtype. Differentiable in x, lora_a, lora_b, magnitude, bias and a
     dense weight. Saved for backward: what `lora_linear` saves, and one tensor of the output's size.
     """
-    shape, group = _base(x, weight)
+    compute = _compute_type(x, compute_dtype)
+    shape, group = _base(x, weight, compute)
+    _check_bias(x, bias, shape[0], compute)
     _check_adapter(x, shape, lora_a, lora_b, dropout_p)
     if magnitude.shape != (shape[0],):
         raise ValueError(f"magnitude: expected shape ({shape[0]},), got {tuple(magnitude.shape)}")
@@ -137,13 +155,12 @@ def dora_linear(
     norm = _call("dora_norm", *base, lora_a.detach(), lora_b.detach(), float(scaling), like=x)
     scale = magnitude.float() / norm.to(magnitude.dtype).float()
     if not dropout_p:
-        return _call("dora_scale", lora_linear(x, weight, lora_a, lora_b, scaling, bias), scale, bias)
+        z = lora_linear(x, weight, lora_a, lora_b, scaling, bias, compute_dtype=compute_dtype)
+        return _call("dora_scale", z, scale, _of_or_float(bias, x.dtype))
     dropped = _call("dropout", x, float(dropout_p), _seed(x))
-    product = _call("dora_scale", lora_linear(dropped, weight, lora_a, lora_b, scaling), scale, None)
-    rest = x - dropped
-    if group[1] is None:
-        return F.linear(rest, group[0], None if bias is None else bias.to(x.dtype)) + product
-    return _call("nf4_linear", rest, *group, shape[0], bias) + product
+    z = lora_linear(dropped, weight, lora_a, lora_b, scaling, compute_dtype=compute_dtype)
+    product: Tensor = _call("dora_scale", z, scale, None)
+    return _base_product(x - dropped, shape[0], group, bias, compute) + product
 
 
 @dataclass
@@ -168,7 +185,10 @@ class AdaptedLinear:
 
 
 def multi_lora_linear(
-    x: Tensor, layers: Sequence[AdaptedLinear], row_group: Tensor | None = None
+    x: Tensor,
+    layers: Sequence[AdaptedLinear],
+    row_group: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     """Several linear layers on one x, each with any number of adapters, whose deltas are summed.
 
@@ -181,6 +201,8 @@ def multi_lora_linear(
     row_group : Tensor, int64, (rows,), optional
         One entry for each row of x (product of its leading sizes): only adapters with that `group` serve the
         row. A group that no adapter has means the base layer alone. Without it, all adapters serve all rows.
+    compute_dtype : torch.dtype, optional
+        As in `lora_linear`.
 
     Returns
     -------
@@ -194,13 +216,19 @@ def multi_lora_linear(
                 f"{row_group.dtype} of shape {tuple(row_group.shape)}",
             )
             raise ValueError(f"row_group: expected {expected}, got {got}")
-    base, adapters, groups, seed = _flatten(x, layers, [x.shape[-1]] * len(layers))
-    y, _ = _call("multi_lora_linear", x, *base, *adapters, seed, groups, row_group)
+    compute = _compute_type(x, compute_dtype)
+    base, adapters, groups, seed = _flatten(x, layers, [x.shape[-1]] * len(layers), compute)
+    y, _ = _call("multi_lora_linear", x, *base, *adapters, seed, groups, row_group, _unless_of(x, compute))
     return list(y)
 
 
 def gated_mlp(
-    x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, down: AdaptedLinear, activation: str = "silu"
+    x: Tensor,
+    gate: AdaptedLinear,
+    up: AdaptedLinear,
+    down: AdaptedLinear,
+    activation: str = "silu",
+    compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`down(activation(gate(x)) * up(x))`: SwiGLU, GeGLU (Shazeer 2020), each layer with its adapters.
 
@@ -211,14 +239,19 @@ def gated_mlp(
     ----------
     activation : str
         "silu", "gelu", "gelu_tanh" or "relu".
+    compute_dtype : torch.dtype, optional
+        fp32, bf16 or fp16: x is rounded to it once, and everything inside is as for an x of that dtype. That
+        copy alone is saved. The result gets x's dtype. By default x's dtype.
     """
     _check_activation(activation)
+    inside = x.to(_compute_type(x, compute_dtype))
     hidden = _shape_of(gate)[0]
     if _shape_of(up)[0] != hidden:
         raise ValueError(f"up: expected {hidden} output features like gate, got {_shape_of(up)[0]}")
-    base, adapters, _, seed = _flatten(x, (gate, up, down), [x.shape[-1], x.shape[-1], hidden])
-    y: Tensor = _call("gated_mlp", x, *base, *adapters, seed, activation)[0]
-    return y
+    features = [x.shape[-1], x.shape[-1], hidden]
+    base, adapters, _, seed = _flatten(inside, (gate, up, down), features, inside.dtype, x.dtype)
+    y: Tensor = _call("gated_mlp", inside, *base, *adapters, seed, activation)[0]
+    return y.to(x.dtype)
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
@@ -232,18 +265,24 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
 
 
 def _flatten(
-    x: Tensor, layers: Sequence[AdaptedLinear], in_features: Sequence[int]
+    x: Tensor,
+    layers: Sequence[AdaptedLinear],
+    in_features: Sequence[int],
+    compute: torch.dtype,
+    bias_dtype: torch.dtype | None = None,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], list[int], Tensor | None]:
-    """Layers as the lists that ops take: those of the bases, those of the adapters, groups, seed."""
+    """Layers as the lists that ops take: those of the bases, those of the adapters, groups, seed. A bias may
+    also be of `bias_dtype`."""
     groups, shapes, biases = [], [], []
     none = x.new_empty(0)
     a, b, layer, scaling, dropout_p, group = [], [], [], [], [], []
     for j, (item, features) in enumerate(zip(layers, in_features, strict=True)):
-        shape, base = _base(x, item.weight, features)
-        _check_bias(x, item.bias, shape[0])
+        shape, base = _base(x, item.weight, compute, features)
+        _check_bias(x, item.bias, shape[0], bias_dtype or compute)
         groups.append(base)
         shapes.append(shape[0])
-        biases.append(none if item.bias is None else item.bias)
+        bias = item.bias if bias_dtype is None else _of_or_float(item.bias, x.dtype)
+        biases.append(none if bias is None else bias)
         for adapter in item.adapters:
             _check_adapter(x, shape, adapter.lora_a, adapter.lora_b, adapter.dropout_p)
             a.append(adapter.lora_a)
@@ -266,12 +305,56 @@ def _shape_of(layer: AdaptedLinear) -> tuple[int, int]:
     return shape[0], shape[1]
 
 
-def _base(
-    x: Tensor, weight: NF4Weight | NF4State | Tensor, in_features: int | None = None
-) -> tuple[tuple[int, int], tuple[Any, ...]]:
-    """Shape of the weight, and the five arguments that ops take it as. Checked against x or `in_features`."""
+def _compute_type(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """Of the base product."""
     if not x.dtype.is_floating_point:
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
+    if compute_dtype is None:
+        return x.dtype
+    if compute_dtype not in DTYPES:
+        expected = "torch.float32, torch.bfloat16 or torch.float16"
+        raise ValueError(f"compute_dtype: expected {expected}, got {compute_dtype}")
+    return compute_dtype
+
+
+def _unless_of(x: Tensor, compute: torch.dtype) -> torch.dtype | None:
+    """The argument of ops: none where the base product is in x's own dtype."""
+    return None if compute == x.dtype else compute
+
+
+def _of_or_float(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """In a dtype that ops for activations of `dtype` take."""
+    return bias if bias is None or bias.dtype == dtype else bias.float()
+
+
+def _base_product(
+    x: Tensor, out_features: int, group: tuple[Any, ...], bias: Tensor | None, compute: torch.dtype
+) -> Tensor:
+    """x W^T + bias, rounded to `compute`, in x's dtype."""
+    if group[1] is None:
+        y = _dense_product(x.to(compute), group[0], None if bias is None else bias.to(compute))
+    else:
+        y = _call("nf4_linear", x.to(compute), *group, out_features, _of_or_float(bias, compute))
+    return y.to(x.dtype)
+
+
+def _dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In their dtype, whatever autocast says."""
+    device = x.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return F.linear(x, weight, bias)
+    with torch.autocast(device, enabled=False):
+        return F.linear(x, weight, bias)
+
+
+def _base(
+    x: Tensor,
+    weight: NF4Weight | NF4State | Tensor,
+    compute: torch.dtype,
+    in_features: int | None = None,
+) -> tuple[tuple[int, int], tuple[Any, ...]]:
+    """Shape of the weight, and the five arguments that ops take it as for a product in `compute`. Checked
+    against x or `in_features`."""
     state = weight._state if isinstance(weight, NF4Weight) else weight
     dense = state.dense if isinstance(state, NF4State) else state
     if dense is None:
@@ -286,9 +369,10 @@ def _base(
         if dense.dim() != 2:
             raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(dense.shape)}")
         if isinstance(state, NF4State):
-            dense = dense.to(x.dtype)
-        elif dense.dtype != x.dtype:
-            raise ValueError(f"weight: expected {x.dtype} like x, got {dense.dtype}")
+            dense = dense.to(compute)
+        elif dense.dtype != compute:
+            like = "x" if compute == x.dtype else "compute_dtype"
+            raise ValueError(f"weight: expected {compute} like {like}, got {dense.dtype}")
         shape, group = dense.shape, (dense, None, None, None, 0)
     device = group[0].device
     if in_features is None:
@@ -301,15 +385,16 @@ def _base(
     return (shape[0], shape[1]), group
 
 
-def _check_bias(x: Tensor, bias: Tensor | None, out_features: int) -> None:
+def _check_bias(x: Tensor, bias: Tensor | None, out_features: int, compute: torch.dtype) -> None:
     if bias is None:
         return
     if bias.shape != (out_features,):
         raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
     if bias.device != x.device:
         raise ValueError(f"bias: expected device {x.device} like x, got {bias.device}")
-    if bias.dtype not in (x.dtype, torch.float32):
-        raise ValueError(f"bias: expected {x.dtype} like x or float32, got {bias.dtype}")
+    if bias.dtype not in (x.dtype, compute, torch.float32):
+        like = "x" if compute == x.dtype else f"x, {compute}"
+        raise ValueError(f"bias: expected {x.dtype} like {like} or float32, got {bias.dtype}")
 
 
 def _check_adapter(

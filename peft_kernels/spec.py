@@ -13,6 +13,8 @@ multi_lora_linear: several linear layers on one x, each with any number of adapt
 layer[i], draws its dropout mask from stream i of the seed and, when row_group (rows,) is given, serves the
 rows whose group is group[i]. A layer without bias has a tensor without elements there. h holds x A^T of all
 adapters side by side, zero in the rows that an adapter does not serve.
+compute_dtype: in which the base product is computed. x, in backward dy, is rounded to it for that product
+alone, and a dense weight is of it; sums, deltas and results are as without it. None means x's dtype.
 dora_scale: the output z of a layer, bias included, with all but the bias scaled by column.
 gated_mlp: down(activation(gate(x)) * up(x)); its three layers are given in the order gate, up, down.
 """
@@ -35,7 +37,8 @@ from . import autograd, fake, formulas, reference
 class Op:
     """One op. What it means is `reference`, or `composite(ops, *args)` in terms of other ops.
 
-    `composite` and `backward(ops, ctx, *grads)` get the ops that they are to call.
+    `composite` and `backward(ops, ...)` get the ops that they are to call; the rest of `backward`, and
+    `setup_context`, are as `autograd.register` has them.
     """
 
     name: str
@@ -43,7 +46,7 @@ class Op:
     fake: Callable[..., Any]
     reference: Callable[..., Any] | None = None
     composite: Callable[..., Any] | None = None
-    setup_context: Callable[..., None] | None = None
+    setup_context: Callable[..., Any] | None = None
     backward: Callable[..., Any] | None = None
 
 
@@ -97,7 +100,7 @@ OPS: dict[str, Op] = {
             "lora_linear",
             schema="(Tensor x, Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? offset, "
             "int blocksize, Tensor? bias, Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, "
-            "Tensor? seed) -> (Tensor y, Tensor h)",
+            "Tensor? seed, ScalarType? compute_dtype) -> (Tensor y, Tensor h)",
             reference=reference.lora_linear,
             fake=fake.lora_linear,
             setup_context=formulas.lora_linear_setup,
@@ -107,7 +110,8 @@ OPS: dict[str, Op] = {
             "lora_linear_backward",
             schema="(Tensor dy, Tensor x, Tensor h, Tensor weight, Tensor? absmax, Tensor? absmax2, "
             "Tensor? offset, int blocksize, Tensor lora_a, Tensor lora_b, float scaling, float dropout_p, "
-            "Tensor? seed, bool need_dx, bool need_da, bool need_db) -> (Tensor dx, Tensor da, Tensor db)",
+            "Tensor? seed, ScalarType? compute_dtype, bool need_dx, bool need_da, bool need_db) "
+            "-> (Tensor dx, Tensor da, Tensor db)",
             reference=reference.lora_linear_backward,
             fake=fake.lora_linear_backward,
         ),
@@ -115,8 +119,8 @@ OPS: dict[str, Op] = {
             "multi_lora_linear",
             schema="(Tensor x, Tensor[] weight, Tensor?[] absmax, Tensor?[] absmax2, Tensor?[] offset, "
             "int[] blocksize, SymInt[] out_features, Tensor[] bias, Tensor[] lora_a, Tensor[] lora_b, "
-            "int[] layer, float[] scaling, float[] dropout_p, Tensor? seed, int[] group, Tensor? row_group) "
-            "-> (Tensor[] y, Tensor h)",
+            "int[] layer, float[] scaling, float[] dropout_p, Tensor? seed, int[] group, Tensor? row_group, "
+            "ScalarType? compute_dtype) -> (Tensor[] y, Tensor h)",
             reference=reference.multi_lora_linear,
             fake=fake.multi_lora_linear,
             setup_context=formulas.multi_lora_linear_setup,
@@ -127,7 +131,8 @@ OPS: dict[str, Op] = {
             schema="(Tensor[] dy, Tensor x, Tensor h, Tensor[] weight, Tensor?[] absmax, "
             "Tensor?[] absmax2, Tensor?[] offset, int[] blocksize, Tensor[] lora_a, Tensor[] lora_b, "
             "int[] layer, float[] scaling, float[] dropout_p, Tensor? seed, int[] group, Tensor? row_group, "
-            "bool need_dx, bool[] need_da, bool[] need_db) -> (Tensor dx, Tensor[] da, Tensor[] db)",
+            "ScalarType? compute_dtype, bool need_dx, bool[] need_da, bool[] need_db) "
+            "-> (Tensor dx, Tensor[] da, Tensor[] db)",
             reference=reference.multi_lora_linear_backward,
             fake=fake.multi_lora_linear_backward,
         ),

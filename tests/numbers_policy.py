@@ -63,11 +63,17 @@ class Result:
         assert_within_rounding(self.got, self.truth, self.magnitude, depth, what)
 
 
-def assert_within_rounding(got: Tensor, truth: Tensor, magnitude: Tensor, depth: int, what: str) -> None:
-    """|got - truth| <= a few roundings in got's dtype, and a sum's in fp32, of the sum of absolute terms."""
+def assert_within_rounding(
+    got: Tensor, truth: Tensor, magnitude: Tensor, depth: int, what: str, product: torch.dtype | None = None
+) -> None:
+    """|got - truth| <= a few roundings, and a sum's in fp32, of the sum of absolute terms.
+
+    Roundings in got's dtype, and in that of the base product where it is another."""
     # Weight, bias, base product and result are rounded to the dtype: half a unit each.
-    unit = 2 * torch.finfo(got.dtype).eps + (4 + depth**0.5) * torch.finfo(torch.float32).eps
-    excess = (got.double() - truth).abs() - unit * magnitude - 2 * torch.finfo(got.dtype).smallest_normal
+    infos = [torch.finfo(dtype) for dtype in {got.dtype, product or got.dtype}]
+    unit = 2 * sum(info.eps for info in infos) + (4 + depth**0.5) * torch.finfo(torch.float32).eps
+    smallest = max(info.smallest_normal for info in infos)
+    excess = (got.double() - truth).abs() - unit * magnitude - 2 * smallest
     if got.numel() and not bool((excess <= 0).all()):
         at = int(excess.nan_to_num(float("inf")).argmax())
         raise AssertionError(

@@ -59,19 +59,24 @@ def cut(values: dict[str, Any], count: int) -> dict[str, Any]:
 
 
 def multi_args(
-    base: str, adapters: list[int], dtype: torch.dtype = torch.float32, groups: bool = False
+    base: str,
+    adapters: list[int],
+    dtype: torch.dtype = torch.float32,
+    groups: bool = False,
+    compute: torch.dtype | None = None,
 ) -> Any:
-    values = cut(layers(base, adapters, dtype), 2)
+    values = cut(layers(base, adapters, compute or dtype), 2)
     row_group = torch.tensor([0, 0, 1, -1, 1, 5]) if groups else None
     seed = torch.tensor(3) if len(adapters) > 1 else None
     x = leaf(2, 3, K, dtype=dtype)
-    return (x, *values.values(), seed, [i % 2 for i in range(len(adapters))], row_group)
+    return (x, *values.values(), seed, [i % 2 for i in range(len(adapters))], row_group, compute)
 
 
 def multi_backward_args(
-    base: str, adapters: list[int], needs: tuple[bool, list[bool], list[bool]], groups: bool = False
-) -> tuple[Any, ...]:
-    x, *rest = multi_args(base, adapters, groups=groups)
+    base: str, adapters: list[int], needs: tuple[bool, list[bool], list[bool]], groups: bool = False,
+    compute: torch.dtype | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    x, *rest = multi_args(base, adapters, groups=groups, compute=compute)
     weight, absmax, absmax2, offset, blocksize, _, _, a, b, *serving = rest
     dy, h = (
         [testing.tensor(2, 3, N, seed=j) for j in range(2)],
@@ -98,7 +103,8 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
     x, dy, h = leaf(2, 3, K), testing.tensor(2, 3, N), testing.tensor(2, 3, R)
     plain, nested, unpacked = group(False), group(True), (dense, None, None, None, 0)
     bf16_x = leaf(5, K, dtype=torch.bfloat16)
-    rest, dropping = (0.5, 0.0, None), (0.5, 0.3, torch.tensor(3))
+    rest, dropping = (0.5, 0.0, None, None), (0.5, 0.3, torch.tensor(3), None)
+    bf16, half_dense = (0.5, 0.3, torch.tensor(3), torch.bfloat16), leaf(N, K, dtype=torch.bfloat16, seed=1)
     gate, up, scale = leaf(5, 7), leaf(5, 7, seed=1), leaf(7)
     half_gate = leaf(5, 7, dtype=torch.bfloat16)
     detached = tuple(t.detach() for t in (dense, a, b))
@@ -129,6 +135,8 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
             "frozen-dense": (x, detached[0], *unpacked[1:], None, a, b, *rest),
             "nested-dropout": (x, *nested, leaf(N), a, b, *dropping),
             "dense-dropout": (x, *unpacked, None, a, b, *dropping),
+            "nested-compute-bf16": (x, *nested, leaf(N), a, b, *bf16),
+            "dense-compute-bf16": (x, half_dense, *unpacked[1:], leaf(N, dtype=torch.bfloat16), a, b, *bf16),
         },
         "lora_linear_backward": {
             "plain-all": (dy, x.detach(), h, *plain, *detached[1:], *rest, True, True, True),
@@ -140,16 +148,21 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
                 dy, x.detach(), h, *detached[:1], *unpacked[1:], *detached[1:], *rest, True, False, False,
             ),
             "plain-dropout": (dy, x.detach(), h, *plain, *detached[1:], *dropping, True, True, False),
+            "nested-compute-bf16": (dy, x.detach(), h, *nested, *detached[1:], *bf16, True, True, True),
         },
         "multi_lora_linear": {
             "dense": multi_args("dense", [0, 1, 0]),
             "nf4-groups": multi_args("nf4", [1, 0, 0], groups=True),
             "mixed-bf16": multi_args("mixed", [1], torch.bfloat16),
             "nf4-no-adapters": multi_args("nf4", []),
+            "mixed-compute-bf16": multi_args("mixed", [0, 1], compute=torch.bfloat16),
         },
         "multi_lora_linear_backward": {
             "dense-all": multi_backward_args("dense", [0, 1], (True, [True, True], [True, True])),
             "nf4-groups": multi_backward_args("nf4", [1, 0], (False, [True, False], [False, True]), True),
+            "mixed-compute-bf16": multi_backward_args(
+                "mixed", [0, 1], (True, [True, True], [True, True]), compute=torch.bfloat16
+            ),
             "transposed-x": transposed_x(multi_backward_args("mixed", [1], (True, [True], [False]))),
         },
         "gated_mlp": {

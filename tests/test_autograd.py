@@ -241,7 +241,7 @@ def test_no_gradient_leaks_into_h_or_the_weight(backend: str) -> None:
     leaves = inputs(torch.float32, "nested", torch.float32, None)
     state = leaves["weight"]._state
     y, h = torch.ops.peft_kernels.lora_linear(
-        leaves["x"], *state.op_args, None, leaves["lora_a"], leaves["lora_b"], SCALING, 0.0, None
+        leaves["x"], *state.op_args, None, leaves["lora_a"], leaves["lora_b"], SCALING, 0.0, None, None
     )
     assert y.requires_grad and not h.requires_grad
     with torch.no_grad():
@@ -361,7 +361,7 @@ class Many(Layers):
             self.served = dict(enumerate(masks))
 
     def args(self) -> tuple[Any, ...]:
-        return (*self.common(), self.group, self.row_group)
+        return (*self.common(), self.group, self.row_group, None)
 
     def call(self) -> list[Tensor]:
         return list(ops.multi_lora_linear(*self.args())[0])
@@ -462,11 +462,11 @@ def test_gated_mlp_is_made_of_the_other_ops(backend: str) -> None:
     lists = [weight, absmax, absmax2, offset, blocksize, n, bias]
     first, last = [v[:2] for v in lists], [v[2:] for v in lists]
     (want_gate, want_up), want_h = ops.multi_lora_linear(
-        x, *first, a[:2], b[:2], [0, 1], scaling[:2], p[:2], seed, [0, 0], None
+        x, *first, a[:2], b[:2], [0, 1], scaling[:2], p[:2], seed, [0, 0], None, None
     )
     product = ops.gated_activation(want_gate, want_up, activation)
     (want,), want_h_down = ops.multi_lora_linear(
-        product, *last, a[2:], b[2:], [0], scaling[2:], p[2:], seed + 1, [0], None
+        product, *last, a[2:], b[2:], [0], scaling[2:], p[2:], seed + 1, [0], None, None
     )
     pairs = zip((y, gate, up, h, h_down), (want, want_gate, want_up, want_h, want_h_down), strict=True)
     assert all(torch.equal(got, value) for got, value in pairs)
@@ -481,7 +481,7 @@ def test_autograd_of_multi_lora_linear_is_its_backward_op(backend: str, base: st
         dy = [testing.tensor(*t.shape, dtype=t.dtype, seed=60 + j) for j, t in enumerate(y)]
         dx, da, db = ops.multi_lora_linear_backward(
             dy, c.x, h, c.weight, *c.quantised, c.a, c.b, c.layer, c.scaling, c.p, c.seed, c.group,
-            c.row_group, True, [True] * 3, [True] * 3,
+            c.row_group, None, True, [True] * 3, [True] * 3,
         )  # fmt: skip
     want = {"x": dx} | {f"a{i}": t for i, t in enumerate(da)} | {f"b{i}": t for i, t in enumerate(db)}
     for name, value in want.items():
@@ -492,11 +492,11 @@ def test_autograd_of_lora_linear_with_dropout_is_its_backward_op(backend: str) -
     leaves = inputs(torch.bfloat16, "nested", torch.float32, torch.float32)
     group, seed = leaves["weight"]._state.op_args, torch.tensor(5)
     x, a, b, bias = (leaves[name] for name in ("x", "lora_a", "lora_b", "bias"))
-    y, h = ops.lora_linear(x, *group, bias, a, b, SCALING, 0.3, seed)
+    y, h = ops.lora_linear(x, *group, bias, a, b, SCALING, 0.3, seed, None)
     dy = testing.tensor(*y.shape, dtype=y.dtype, seed=6)
     got = torch.autograd.grad(y, (x, a, b), dy)
     with torch.no_grad():
-        want = ops.lora_linear_backward(dy, x, h, *group, a, b, SCALING, 0.3, seed, True, True, True)
+        want = ops.lora_linear_backward(dy, x, h, *group, a, b, SCALING, 0.3, seed, None, True, True, True)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     w = leaves["weight"].dequantize(torch.float32).double()
     wide = [t.detach().double().requires_grad_() for t in (x, a, b)]
@@ -582,7 +582,7 @@ def test_lora_linear_with_dropout_saves_no_mask(backend: str, base: str) -> None
     group = (weight, None, None, None, 0) if base == "dense" else weight._state.op_args
     x, a, b, bias = (leaves[name] for name in ("x", "lora_a", "lora_b", "bias"))
     seed = torch.tensor(5)
-    (y, h), saved = saved_by(lambda: ops.lora_linear(x, *group, bias, a, b, SCALING, 0.3, seed))
+    (y, h), saved = saved_by(lambda: ops.lora_linear(x, *group, bias, a, b, SCALING, 0.3, seed, None))
     parameters = {f"weight{i}": t for i, t in enumerate(group) if isinstance(t, Tensor)}
     assert_saved(saved, {"x": x, "h": h, "seed": seed, "a": a, "b": b} | parameters)
     assert y.requires_grad
@@ -651,9 +651,9 @@ def test_gradcheck_gated_mlp(base: str, adapters: str, activation: str) -> None:
 @pytest.mark.parametrize("p", [0.3, 1.0])
 def test_gradcheck_lora_linear_with_dropout(p: float) -> None:
     x, a, b, bias = (fp64_leaf(*s, seed=i) for i, s in enumerate([(2, 3, 7), (4, 7), (5, 4), (5,)]))
-    w, seed = fp64_leaf(5, 7, seed=9), torch.tensor(8)
+    w, rest = fp64_leaf(5, 7, seed=9), (0.7, p, torch.tensor(8), None)
     assert gradcheck(
-        lambda x, w, a, b, bias: ops.lora_linear(x, w, None, None, None, 0, bias, a, b, 0.7, p, seed)[0],
+        lambda x, w, a, b, bias: ops.lora_linear(x, w, None, None, None, 0, bias, a, b, *rest)[0],
         (x, w, a, b, bias),
     )
 
@@ -683,7 +683,8 @@ def second_order_cases() -> dict[str, tuple[Callable[[], Any], list[Tensor]]]:
     seed = torch.tensor(3)
     return {
         "lora_linear": (
-            lambda: ops.lora_linear(x, w, None, None, None, 0, None, a, b, SCALING, 0.3, seed)[0], [x, a]
+            lambda: ops.lora_linear(x, w, None, None, None, 0, None, a, b, SCALING, 0.3, seed, None)[0],
+            [x, a],
         ),
         "multi_lora_linear": (lambda: many.call()[0], [many.x, many.a[1]]),
         "gated_mlp": (lambda: mlp.call()[0], [mlp.x, mlp.a[0]]),

@@ -68,7 +68,7 @@ def lora_dropout_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
     op_args, seed = testing.nf4_weight(N, K)._state.op_args, torch.tensor(3)
 
     def function(x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return ops.lora_linear(x, *op_args, None, a, b, 0.5, 0.3, seed)[0].sin()
+        return ops.lora_linear(x, *op_args, None, a, b, 0.5, 0.3, seed, None)[0].sin()
 
     return function, [leaf(3, K), leaf(R, K), leaf(N, R)]
 
@@ -109,7 +109,7 @@ def dora_case() -> tuple[Callable[..., Tensor], list[Tensor]]:
 
     def function(x: Tensor, a: Tensor, b: Tensor, magnitude: Tensor) -> Tensor:
         norm = ops.dora_norm(*op_args, a.detach(), b.detach(), 0.5)
-        z, _ = ops.lora_linear(x, *op_args, None, a, b, 0.5, 0.0, None)
+        z, _ = ops.lora_linear(x, *op_args, None, a, b, 0.5, 0.0, None, None)
         return ops.dora_scale(z, magnitude / norm, None)
 
     return function, [leaf(3, K), leaf(R, K), leaf(N, R), leaf(N, seed=1)]

@@ -109,10 +109,10 @@ def test_empty_weights(backend: str, n: int, k: int) -> None:
     assert torch.equal(ops.nf4_linear(x, *weight._state.op_args, n, bias), bias.expand(3, n))
     assert torch.equal(ops.nf4_linear_dx(dy, *weight._state.op_args, k), torch.zeros(3, k))
     a, b = testing.tensor(4, k), testing.tensor(n, 4)
-    y, h = ops.lora_linear(x, *weight._state.op_args, bias, a, b, 1.0, 0.0, None)
+    y, h = ops.lora_linear(x, *weight._state.op_args, bias, a, b, 1.0, 0.0, None, None)
     assert y.shape == (3, n) and h.shape == (3, 4)
     dx, da, db = ops.lora_linear_backward(
-        dy, x, h, *weight._state.op_args, a, b, 1.0, 0.0, None, True, True, True
+        dy, x, h, *weight._state.op_args, a, b, 1.0, 0.0, None, None, True, True, True
     )
     assert dx.shape == x.shape and da.shape == a.shape and db.shape == b.shape
     assert dx.isfinite().all() and da.isfinite().all() and db.isfinite().all()
@@ -161,11 +161,11 @@ class LoraCase:
         else:
             weight = testing.nf4_weight(n, k, case["bs"], case["base"] == "nested", seed=seed + 1)
             self.group, self.w = weight._state.op_args, dense64(weight)
-        self.forward_args = (self.x, *self.group, self.bias, self.a, self.b, SCALING, 0.0, None)
+        self.forward_args = (self.x, *self.group, self.bias, self.a, self.b, SCALING, 0.0, None, None)
 
     def backward_args(self, h: Tensor, needs: str = "xab") -> tuple[Any, ...]:
         flags = tuple(name in needs for name in "xab")
-        return (self.dy, self.x, h, *self.group, self.a, self.b, SCALING, 0.0, None, *flags)
+        return (self.dy, self.x, h, *self.group, self.a, self.b, SCALING, 0.0, None, None, *flags)
 
     def products(self, widen: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         """y, h, dx, da, db; with `widen` the absolute value, the sums of absolute terms."""

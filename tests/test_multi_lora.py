@@ -132,6 +132,7 @@ class MultiCase:
         self.seed = None if case["p"] == 0 else torch.tensor(SEED + seed)
         self.group, self.row_group = groups_of(case["groups"], m, count)
         self.serving = (self.layer, list(SCALING[:count]), self.p, self.seed, self.group, self.row_group)
+        self.serving += (case.get("compute"),)
         self.forward_args = (self.x, *self.weights, self.n, self.bias, self.a, self.b, *self.serving)
         self.mask = [philox.factors((m, k), p, SEED + seed, i) for i, p in enumerate(self.p)]
 
@@ -139,7 +140,9 @@ class MultiCase:
         case, k = self.case, self.case["k"]
         kind = ("nested", "dense", "nf4")[j] if case["base"] == "various" else case["base"]
         if kind == "dense":
-            dense = testing.tensor(n, k, dtype=case["dtype"], seed=seed + 1 + j, scale=k**-0.5)
+            dense = testing.tensor(
+                n, k, dtype=case.get("compute") or case["dtype"], seed=seed + 1 + j, scale=k**-0.5
+            )
             return (dense, None, None, None, 0), dense.double()
         weight = nf4_weight(n, k, case["bs"], kind == "nested", seed + 1 + j)
         return weight._state.op_args, dense64(weight)
@@ -279,7 +282,7 @@ class SingleCase(MultiCase):
         super().__init__(case | {"layers": 1, "adapters": "0", "groups": "none"}, seed)
         bias = self.bias[0] if self.bias[0].numel() else None
         weight = [values[0] for values in self.weights]
-        self.adapter = (self.a[0], self.b[0], SCALING[0], self.p[0], self.seed)
+        self.adapter = (self.a[0], self.b[0], SCALING[0], self.p[0], self.seed, case.get("compute"))
         self.single_forward_args = (self.x, *weight, bias, *self.adapter)
         self.weight = weight
 
@@ -339,7 +342,7 @@ def mask_args(
     x, w = torch.ones(m, k, dtype=dtype), torch.zeros(1, k, dtype=dtype)
     a, b = [eye] * count, [torch.ones(1, k)] * count
     group = list(range(count)) if row_group is not None else [0] * count
-    rest = ([0] * count, [1.0] * count, ps, torch.tensor(seed), group, row_group)
+    rest = ([0] * count, [1.0] * count, ps, torch.tensor(seed), group, row_group, None)
     return (x, [w], [None], [None], [None], [0], [1], [torch.empty(0)], a, b, *rest)
 
 
@@ -522,9 +525,9 @@ def test_leading_dimensions_are_kept(backend: str, shape: tuple[int, ...]) -> No
 
 def test_no_layers(backend: str) -> None:
     x, empty = testing.tensor(3, 8), [[]] * 5
-    y, h = ops.multi_lora_linear(x, *empty, [], [], [], [], [], [], [], None, [], None)
+    y, h = ops.multi_lora_linear(x, *empty, [], [], [], [], [], [], [], None, [], None, None)
     assert list(y) == [] and h.shape == (3, 0)
-    rest = ([], [], [], [], [], None, [], None)
+    rest = ([], [], [], [], [], None, [], None, None)
     for need in (False, True):
         dx, da, db = ops.multi_lora_linear_backward([], x, h, *empty, *rest, need, [], [])
         assert torch.equal(dx, torch.zeros(3, 8) if need else torch.empty(0))
@@ -554,6 +557,7 @@ def good_arguments() -> dict[str, Any]:
         "seed": torch.tensor(3),
         "group": [0, 1],
         "row_group": torch.tensor([0, 1, 0]),
+        "compute_dtype": None,
     }
 
 
@@ -564,6 +568,7 @@ def good_backward_arguments() -> dict[str, Any]:
 
 
 A, B, TWO, ones = "lora_a", "lora_b", "expected 2 of each like", torch.ones
+COMPUTE_64 = {"compute_dtype": torch.float64}
 REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "lora_b-list": (f"{TWO} lora_a", {B: [ones(4, 2)]}),
     "layer-list": (f"{TWO} lora_a", {"layer": [0]}),
@@ -616,6 +621,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
         {"weight": [ones(4, 8), ones(19).byte()]},
     ),
     "absmax-short": ("absmax: expected 2 elements, got 1", {"absmax": [None, ones(1)]}),
+    "compute_dtype": ("compute_dtype: expected float32, bfloat16 or float16, got Double", COMPUTE_64),
+    "compute_dtype-weight": ("weight: expected BFloat16, got Float", {"compute_dtype": torch.bfloat16}),
     "x-features": ("lora_a: expected shape", {"x": ones(3, 9)}),
     "x-scalar": ("x: expected at least 1 dimension", {"x": ones(())}),
     "x-fp64": ("expected", {"x": ones(3, 8).double()}),
@@ -669,7 +676,7 @@ def test_backward_refuses(compiled_ops: Any, name: str) -> None:
 def test_lora_linear_refuses(compiled_ops: Any, name: str) -> None:
     message, change = REFUSED[name]
     p = max(change.get("dropout_p", [0.5]), key=lambda p: not 0 <= p <= 1)
-    rest = (p, change.get("seed", torch.tensor(3)))
+    rest = (p, change.get("seed", torch.tensor(3)), None)
     x, dy, h, w = ones(3, 8), ones(3, 4), ones(3, 2), ones(4, 8)
     adapter, dense, flags = (ones(2, 8), ones(4, 2), 1.0), (w, None, None, None, 0), (True,) * 3
     with pytest.raises(RuntimeError, match=message):

@@ -440,9 +440,9 @@ def test_compiled_ops_refuse_a_weight_that_does_not_fit(compiled_ops: Any, name:
         lambda group: compiled_ops.dequantize_nf4(*group, [4, 16], torch.float32),
         lambda group: compiled_ops.nf4_linear(x, *group, 4, None),
         lambda group: compiled_ops.nf4_linear_dx(dy, *group, 16),
-        lambda group: compiled_ops.lora_linear(x, *group, None, a, b, 1.0, 0.0, None),
+        lambda group: compiled_ops.lora_linear(x, *group, None, a, b, 1.0, 0.0, None, None),
         lambda group: compiled_ops.lora_linear_backward(
-            dy, x, h, *group, a, b, 1.0, 0.0, None, True, True, True
+            dy, x, h, *group, a, b, 1.0, 0.0, None, None, True, True, True
         ),
     ]
     for call in calls:

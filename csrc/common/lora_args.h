@@ -14,6 +14,20 @@
 namespace peft_kernels {
 
 using OptionalTensors = c10::List<std::optional<Tensor>>;
+using OptionalDtype = std::optional<at::ScalarType>;
+
+// Of the base product: x's own unless another is asked for.
+inline at::ScalarType compute_type(const OptionalDtype& compute_dtype, const Tensor& x) {
+  if (!compute_dtype) return x.scalar_type();
+  TORCH_CHECK(*compute_dtype == at::kFloat || *compute_dtype == at::kBFloat16 || *compute_dtype == at::kHalf,
+              "compute_dtype: expected float32, bfloat16 or float16, got ", *compute_dtype);
+  return *compute_dtype;
+}
+
+// What check_bias() is to ask of a bias beside fp32: a layer's may be of x's type or of its base product's.
+inline at::ScalarType bias_type(const OptionalTensor& bias, at::ScalarType compute, const Tensor& x) {
+  return bias && bias->scalar_type() == compute ? compute : x.scalar_type();
+}
 
 // As dropout_threshold and dropout_scale in peft_kernels/reference/dropout.py.
 struct Dropout {
@@ -39,12 +53,12 @@ class BaseWeightOf {
  public:
   BaseWeightOf(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
                const OptionalTensor& offset, int64_t blocksize, int64_t out_features, int64_t in_features,
-               at::ScalarType activation_dtype)
+               at::ScalarType compute_dtype)
       : out_features_(out_features), in_features_(in_features) {
     if (absmax) {
       nf4_ = std::make_unique<Nf4>(weight, *absmax, absmax2, offset, blocksize, out_features * in_features);
     } else {
-      check_dtype(weight, activation_dtype, "weight");
+      check_dtype(weight, compute_dtype, "weight");
       check_shape(weight, {out_features, in_features}, "weight");
       dense_ = weight.contiguous();
     }
@@ -140,7 +154,8 @@ inline std::vector<AdapterArgs> all_adapter_args(const Tensor& x, at::TensorList
 template <class BaseWeight>
 std::vector<BaseWeight> all_bases(const Tensor& x, at::TensorList weight, const OptionalTensors& absmax,
                                   const OptionalTensors& absmax2, const OptionalTensors& offset,
-                                  at::IntArrayRef blocksize, at::IntArrayRef out_features) {
+                                  at::IntArrayRef blocksize, at::IntArrayRef out_features,
+                                  at::ScalarType compute_dtype) {
   const size_t count = weight.size();
   TORCH_CHECK(absmax.size() == count && absmax2.size() == count && offset.size() == count &&
                   blocksize.size() == count && out_features.size() == count,
@@ -151,7 +166,7 @@ std::vector<BaseWeight> all_bases(const Tensor& x, at::TensorList weight, const 
   bases.reserve(count);
   for (size_t j = 0; j < count; ++j) {
     bases.emplace_back(weight[j], absmax.get(j), absmax2.get(j), offset.get(j), blocksize[j], out_features[j],
-                       x.size(-1), x.scalar_type());
+                       x.size(-1), compute_dtype);
   }
   return bases;
 }

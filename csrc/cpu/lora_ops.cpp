@@ -99,7 +99,8 @@ Tensor down_products(const Tensor& x, const Adapters& adapters, int64_t ranks, b
   return h;
 }
 
-// Of one layer: rows W^T + bias + the deltas of its adapters. Leading sizes as x's.
+// Of one layer: rows W^T + bias + the deltas of its adapters, with x as rows in the type of the base product.
+// Leading sizes and type as x's.
 Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, const OptionalTensor& bias,
                      size_t layer, const Adapters& adapters, const Tensor& h) {
   const auto add_deltas = [&](Product& product) {
@@ -113,13 +114,14 @@ Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, 
     }
   };
   const auto sizes = sizes_with_last(x, base.out_features());
+  const at::ScalarType compute = rows.tensor().scalar_type();
   if (base.is_torchs(rows_of(x))) {
     OptionalTensor base_bias = bias;
     if (bias) {
-      check_bias(*bias, base.out_features(), x.scalar_type());
-      base_bias = bias->to(x.scalar_type());
+      check_bias(*bias, base.out_features(), bias_type(bias, compute, x));
+      base_bias = bias->to(compute);
     }
-    Tensor y = at::linear(rows.tensor(), base.dense(), base_bias).contiguous();
+    Tensor y = at::linear(rows.tensor(), base.dense(), base_bias).contiguous().to(x.scalar_type());
     Product product(y);
     product.start_from_out();
     add_deltas(product);
@@ -128,7 +130,7 @@ Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, 
   }
   Tensor y = at::empty(sizes, x.options());
   Product product(y);
-  product.start_from(bias, x.scalar_type());
+  product.start_from(bias, bias_type(bias, compute, x));
   product.add(term_of(rows.tensor(), "x", base.matrix()));
   add_deltas(product);
   product.run_nt(rows);
@@ -161,23 +163,25 @@ Tensor up_gradients(const std::vector<Tensor>& dy, const Adapters& adapters, con
 }
 
 Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
-                      const Adapters& adapters, const Tensor& dh) {
+                      const Adapters& adapters, const Tensor& dh, at::ScalarType compute) {
+  std::vector<Tensor> of_base;  // dy for the base products
+  for (const Tensor& d : dy) of_base.push_back(d.to(compute));
   Tensor dx;
   const int64_t m = rows_of(x);
   for (size_t j = 0; j < bases.size(); ++j) {
     if (!bases[j].is_torchs(m)) continue;
     if (dx.defined()) {
-      dx.addmm_(dy[j], bases[j].dense());
+      dx.addmm_(of_base[j], bases[j].dense());
     } else {
-      dx = at::mm(dy[j], bases[j].dense()).contiguous();
+      dx = at::mm(of_base[j], bases[j].dense()).contiguous();
     }
   }
   const bool any_torchs = dx.defined();
-  if (!any_torchs) dx = at::empty_like(x);
+  dx = any_torchs ? dx.to(x.scalar_type()) : at::empty_like(x);
   Product product(dx);
   if (any_torchs) product.start_from_out();
   for (size_t j = 0; j < bases.size(); ++j) {
-    if (!bases[j].is_torchs(m)) product.add(term_of(dy[j], "dy", bases[j].matrix()));
+    if (!bases[j].is_torchs(m)) product.add(term_of(of_base[j], "dy", bases[j].matrix()));
   }
   for (const Adapter& adapter : adapters) {
     for (const RowRun& run : adapter.runs) {
@@ -202,8 +206,8 @@ Tensor sum_over_rows(const Tensor& factors, const Tensor& rows, const std::vecto
 }
 
 Gradients backward(const std::vector<Tensor>& dy, const Tensor& x, const Tensor& h,
-                   const std::vector<BaseWeight>& bases, const Adapters& adapters, bool need_dx,
-                   const std::vector<bool>& need_da, const std::vector<bool>& need_db) {
+                   const std::vector<BaseWeight>& bases, const Adapters& adapters, at::ScalarType compute,
+                   bool need_dx, const std::vector<bool>& need_da, const std::vector<bool>& need_db) {
   for (const Adapter& adapter : adapters) {
     adapter.check_out_features(dy[adapter.layer].size(1));
   }
@@ -213,7 +217,7 @@ Gradients backward(const std::vector<Tensor>& dy, const Tensor& x, const Tensor&
   for (const bool need : need_da) any_da |= need;
   Tensor dh;
   if (need_dx || any_da) dh = up_gradients(dy, adapters, h);
-  if (need_dx) out.dx = input_gradient(dy, x, bases, adapters, dh);
+  if (need_dx) out.dx = input_gradient(dy, x, bases, adapters, dh, compute);
   for (size_t i = 0; i < adapters.size(); ++i) {
     const Adapter& adapter = adapters[i];
     Tensor da = at::empty({0}, adapter.a.options()), db = at::empty({0}, adapter.b.options());
@@ -243,14 +247,16 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
                                        const OptionalTensor& absmax2, const OptionalTensor& offset,
                                        int64_t blocksize, const OptionalTensor& bias, const Tensor& lora_a,
                                        const Tensor& lora_b, double scaling, double dropout_p,
-                                       const OptionalTensor& seed) {
+                                       const OptionalTensor& seed, const OptionalDtype& compute_dtype) {
+  const at::ScalarType compute = compute_type(compute_dtype, x);
   const Adapters adapters =
       one_adapter(x, one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed), seed);
   const Adapter& adapter = adapters[0];
-  const Rows rows(as_rows(x, adapter.a.size(1), "x"));
+  const Tensor x_rows = as_rows(x, adapter.a.size(1), "x");
+  const Rows rows(x_rows.to(compute));
   const BaseWeight base(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
-                        x.scalar_type());
-  const Tensor h = down_products(rows.tensor(), adapters, adapter.rank(), false);
+                        compute);
+  const Tensor h = down_products(x_rows, adapters, adapter.rank(), false);
   Tensor y = layer_forward(x, rows, base, bias, 0, adapters, h);
   return {y, reshaped(h, sizes_with_last(x, adapter.rank()))};
 }
@@ -258,17 +264,19 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& weight, const OptionalTensor& absmax,
     const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a,
-    const Tensor& lora_b, double scaling, double dropout_p, const OptionalTensor& seed, bool need_dx,
-    bool need_da, bool need_db) {
+    const Tensor& lora_b, double scaling, double dropout_p, const OptionalTensor& seed,
+    const OptionalDtype& compute_dtype, bool need_dx, bool need_da, bool need_db) {
+  const at::ScalarType compute = compute_type(compute_dtype, x);
   const Adapters adapters =
       one_adapter(x, one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed), seed);
   const Adapter& adapter = adapters[0];
   check_shape(dy, sizes_with_last(x, adapter.b.size(0)), "dy");
   std::vector<BaseWeight> bases;
   bases.emplace_back(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
-                     x.scalar_type());
-  Gradients g = backward({gradient_rows(dy, x)}, as_rows(x, adapter.a.size(1), "x"),
-                         h_rows(h, x, adapter.rank()), bases, adapters, need_dx, {need_da}, {need_db});
+                     compute);
+  Gradients g =
+      backward({gradient_rows(dy, x)}, as_rows(x, adapter.a.size(1), "x"), h_rows(h, x, adapter.rank()),
+               bases, adapters, compute, need_dx, {need_da}, {need_db});
   return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da[0], g.db[0]};
 }
 
@@ -305,18 +313,20 @@ std::tuple<std::vector<Tensor>, Tensor> multi_lora_linear(
     const OptionalTensors& offset, at::IntArrayRef blocksize, at::IntArrayRef out_features,
     at::TensorList bias, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
     at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
-    at::IntArrayRef group, const OptionalTensor& row_group) {
+    at::IntArrayRef group, const OptionalTensor& row_group, const OptionalDtype& compute_dtype) {
+  const at::ScalarType compute = compute_type(compute_dtype, x);
   const Adapters adapters = all_adapters(
       x,
       all_adapter_args(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size()),
       seed, row_group);
   const std::vector<BaseWeight> bases =
-      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features);
+      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features, compute);
   TORCH_CHECK(bias.size() == bases.size(), "bias: expected ", bases.size(), " like weight, got ",
               bias.size());
-  const Rows rows(as_rows(x, x.size(-1), "x"));
+  const Tensor x_rows = as_rows(x, x.size(-1), "x");
+  const Rows rows(x_rows.to(compute));
   const int64_t ranks = ranks_of(adapters);
-  const Tensor h = down_products(rows.tensor(), adapters, ranks, row_group.has_value());
+  const Tensor h = down_products(x_rows, adapters, ranks, row_group.has_value());
   std::vector<Tensor> y;
   for (size_t j = 0; j < bases.size(); ++j) {
     y.push_back(layer_forward(x, rows, bases[j], optional_bias(bias[j]), j, adapters, h));
@@ -329,8 +339,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
     const OptionalTensors& absmax2, const OptionalTensors& offset, at::IntArrayRef blocksize,
     at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer, at::ArrayRef<double> scaling,
     at::ArrayRef<double> dropout_p, const OptionalTensor& seed, at::IntArrayRef group,
-    const OptionalTensor& row_group, bool need_dx, const c10::List<bool>& need_da,
-    const c10::List<bool>& need_db) {
+    const OptionalTensor& row_group, const OptionalDtype& compute_dtype, bool need_dx,
+    const c10::List<bool>& need_da, const c10::List<bool>& need_db) {
+  const at::ScalarType compute = compute_type(compute_dtype, x);
   TORCH_CHECK(dy.size() == weight.size(), "dy: expected ", weight.size(), " like weight, got ", dy.size());
   TORCH_CHECK(need_da.size() == lora_a.size() && need_db.size() == lora_a.size(),
               "need_da, need_db: expected ", lora_a.size(), " of each like lora_a, got ", need_da.size(),
@@ -347,9 +358,9 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
     out_features.push_back(d.size(-1));
   }
   const std::vector<BaseWeight> bases =
-      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features);
-  Gradients g = backward(dy_rows, as_rows(x, x.size(-1), "x"), h_rows(h, x, ranks), bases, adapters, need_dx,
-                         {need_da.begin(), need_da.end()}, {need_db.begin(), need_db.end()});
+      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features, compute);
+  Gradients g = backward(dy_rows, as_rows(x, x.size(-1), "x"), h_rows(h, x, ranks), bases, adapters, compute,
+                         need_dx, {need_da.begin(), need_da.end()}, {need_db.begin(), need_db.end()});
   return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da, g.db};
 }
 

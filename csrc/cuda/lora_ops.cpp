@@ -19,36 +19,45 @@ struct Gradients {
   std::vector<Tensor> da, db;
 };
 
-// Of one layer: x W^T + bias + the deltas of its adapters.
-Tensor layer_forward(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias, size_t layer,
-                     const Adapters& adapters, const Tensor& h) {
+// Of one layer: x W^T + bias + the deltas of its adapters, given x in the type of the base product too.
+Tensor layer_forward(const Tensor& x, const Tensor& rounded, const BaseWeight& base,
+                     const OptionalTensor& bias, size_t layer, const Adapters& adapters, const Tensor& h) {
   adapters.check_out_features(layer, base.out_features());
-  if (forward_is_fused(x, base)) {
+  const at::ScalarType compute = rounded.scalar_type();
+  if (compute == x.scalar_type() && forward_is_fused(x, base)) {
     const SlabTensors slab = adapters.slab(base, layer, h);
     if (slab.u.defined()) return forward_product(x, base, bias, slab);
   }
-  return adapters.with_deltas(forward_product(x, base, bias), layer, h);
+  OptionalTensor base_bias = bias;
+  if (bias && bias->scalar_type() != compute) {
+    check_bias(*bias, base.out_features(), x.scalar_type());
+    base_bias = bias->to(at::kFloat);
+  }
+  const Tensor y = forward_product(rounded, base, base_bias).to(x.scalar_type());
+  return adapters.with_deltas(y, layer, h);
 }
 
 Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
-                      const Adapters& adapters, const Tensor& dh) {
-  if (bases.size() == 1 && backward_is_fused(dy[0], bases[0])) {
+                      const Adapters& adapters, const Tensor& dh, at::ScalarType compute) {
+  if (compute == x.scalar_type() && bases.size() == 1 && backward_is_fused(dy[0], bases[0])) {
     const SlabTensors slab = adapters.dx_slab(bases[0], dh);
     if (slab.u.defined()) return backward_product(dy[0], bases[0], slab);
   }
   std::vector<Tensor> terms;
-  for (size_t j = 0; j < bases.size(); ++j) terms.push_back(backward_product(dy[j], bases[j]));
+  for (size_t j = 0; j < bases.size(); ++j) {
+    terms.push_back(backward_product(dy[j].to(compute), bases[j]).to(x.scalar_type()));
+  }
   return adapters.dx(terms, x, dh);
 }
 
 Gradients backward(const std::vector<Tensor>& dy, const Tensor& x, const Tensor& h,
-                   const std::vector<BaseWeight>& bases, const Adapters& adapters, bool need_dx,
-                   const std::vector<bool>& need_da, const std::vector<bool>& need_db) {
+                   const std::vector<BaseWeight>& bases, const Adapters& adapters, at::ScalarType compute,
+                   bool need_dx, const std::vector<bool>& need_da, const std::vector<bool>& need_db) {
   for (size_t j = 0; j < dy.size(); ++j) adapters.check_out_features(j, dy[j].size(1));
   bool need_dh = need_dx;
   for (const bool need : need_da) need_dh |= need;
   const Tensor dh = need_dh ? adapters.dh(dy) : Tensor();
-  return {need_dx ? input_gradient(dy, x, bases, adapters, dh) : at::empty({0}, x.options()),
+  return {need_dx ? input_gradient(dy, x, bases, adapters, dh, compute) : at::empty({0}, x.options()),
           adapters.da(dh, x, need_da), adapters.db(dy, h, need_db)};
 }
 
@@ -56,16 +65,17 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
                                        const OptionalTensor& absmax2, const OptionalTensor& offset,
                                        int64_t blocksize, const OptionalTensor& bias, const Tensor& lora_a,
                                        const Tensor& lora_b, double scaling, double dropout_p,
-                                       const OptionalTensor& seed) {
+                                       const OptionalTensor& seed, const OptionalDtype& compute_dtype) {
   const OnDeviceOf device(x, "x");
+  const at::ScalarType compute = compute_type(compute_dtype, x);
   const auto adapters =
       adapters_for(x, {one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed)}, seed, std::nullopt);
   const Adapter& adapter = adapters->list()[0];
   const Tensor rows = as_rows(x, adapter.a.size(1), "x");
   const BaseWeight base(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
-                        x.scalar_type());
+                        compute);
   const Tensor h = adapters->h(rows);
-  const Tensor y = layer_forward(rows, base, bias, 0, *adapters, h);
+  const Tensor y = layer_forward(rows, rows.to(compute), base, bias, 0, *adapters, h);
   return {reshaped(y, sizes_with_last(x, base.out_features())),
           reshaped(h, sizes_with_last(x, adapter.rank()))};
 }
@@ -73,18 +83,20 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
 std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& weight, const OptionalTensor& absmax,
     const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a,
-    const Tensor& lora_b, double scaling, double dropout_p, const OptionalTensor& seed, bool need_dx,
-    bool need_da, bool need_db) {
+    const Tensor& lora_b, double scaling, double dropout_p, const OptionalTensor& seed,
+    const OptionalDtype& compute_dtype, bool need_dx, bool need_da, bool need_db) {
   const OnDeviceOf device(dy, "dy");
+  const at::ScalarType compute = compute_type(compute_dtype, x);
   const auto adapters =
       adapters_for(x, {one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed)}, seed, std::nullopt);
   const Adapter& adapter = adapters->list()[0];
   check_shape(dy, sizes_with_last(x, adapter.b.size(0)), "dy");
   std::vector<BaseWeight> bases;
   bases.emplace_back(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
-                     x.scalar_type());
-  const Gradients g = backward({gradient_rows(dy, x)}, as_rows(x, adapter.a.size(1), "x"),
-                               h_rows(h, x, adapter.rank()), bases, *adapters, need_dx, {need_da}, {need_db});
+                     compute);
+  const Gradients g =
+      backward({gradient_rows(dy, x)}, as_rows(x, adapter.a.size(1), "x"), h_rows(h, x, adapter.rank()),
+               bases, *adapters, compute, need_dx, {need_da}, {need_db});
   return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da[0], g.db[0]};
 }
 
@@ -93,21 +105,23 @@ std::tuple<std::vector<Tensor>, Tensor> multi_lora_linear(
     const OptionalTensors& offset, at::IntArrayRef blocksize, at::IntArrayRef out_features,
     at::TensorList bias, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
     at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
-    at::IntArrayRef group, const OptionalTensor& row_group) {
+    at::IntArrayRef group, const OptionalTensor& row_group, const OptionalDtype& compute_dtype) {
   const OnDeviceOf device(x, "x");
+  const at::ScalarType compute = compute_type(compute_dtype, x);
   const auto adapters = adapters_for(
       x,
       all_adapter_args(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size()),
       seed, row_group);
   const std::vector<BaseWeight> bases =
-      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features);
+      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features, compute);
   TORCH_CHECK(bias.size() == bases.size(), "bias: expected ", bases.size(), " like weight, got ",
               bias.size());
   const Tensor rows = as_rows(x, x.size(-1), "x");
+  const Tensor rounded = rows.to(compute);
   const Tensor h = adapters->h(rows);
   std::vector<Tensor> y;
   for (size_t j = 0; j < bases.size(); ++j) {
-    const Tensor out = layer_forward(rows, bases[j], optional_bias(bias[j]), j, *adapters, h);
+    const Tensor out = layer_forward(rows, rounded, bases[j], optional_bias(bias[j]), j, *adapters, h);
     y.push_back(reshaped(out, sizes_with_last(x, bases[j].out_features())));
   }
   return {y, reshaped(h, sizes_with_last(x, h.size(1)))};
@@ -118,9 +132,10 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
     const OptionalTensors& absmax2, const OptionalTensors& offset, at::IntArrayRef blocksize,
     at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer, at::ArrayRef<double> scaling,
     at::ArrayRef<double> dropout_p, const OptionalTensor& seed, at::IntArrayRef group,
-    const OptionalTensor& row_group, bool need_dx, const c10::List<bool>& need_da,
-    const c10::List<bool>& need_db) {
+    const OptionalTensor& row_group, const OptionalDtype& compute_dtype, bool need_dx,
+    const c10::List<bool>& need_da, const c10::List<bool>& need_db) {
   const OnDeviceOf device(x, "x");
+  const at::ScalarType compute = compute_type(compute_dtype, x);
   TORCH_CHECK(dy.size() == weight.size(), "dy: expected ", weight.size(), " like weight, got ", dy.size());
   TORCH_CHECK(need_da.size() == lora_a.size() && need_db.size() == lora_a.size(),
               "need_da, need_db: expected ", lora_a.size(), " of each like lora_a, got ", need_da.size(),
@@ -136,10 +151,10 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
     out_features.push_back(d.size(-1));
   }
   const std::vector<BaseWeight> bases =
-      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features);
+      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features, compute);
   const Gradients g =
       backward(dy_rows, as_rows(x, x.size(-1), "x"), h_rows(h, x, adapters->ranks()), bases, *adapters,
-               need_dx, {need_da.begin(), need_da.end()}, {need_db.begin(), need_db.end()});
+               compute, need_dx, {need_da.begin(), need_da.end()}, {need_db.begin(), need_db.end()});
   return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da, g.db};
 }
 

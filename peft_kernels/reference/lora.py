@@ -25,12 +25,13 @@ def lora_linear(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    compute_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
-    shape = (lora_b.shape[0], lora_a.shape[1])
-    weight = dense_weight(weight, absmax, absmax2, offset, blocksize, shape, x.dtype)
+    shape, compute = (lora_b.shape[0], lora_a.shape[1]), compute_dtype or x.dtype
+    weight = dense_weight(weight, absmax, absmax2, offset, blocksize, shape, compute)
     acc = accumulator_dtype(x.dtype)
     h = dropped(x.to(acc), dropout_p, seed) @ lora_a.to(acc).t()
-    base = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    base = F.linear(x.to(compute), weight, None if bias is None else bias.to(compute))
     return (base.to(acc) + scaling * (h @ lora_b.to(acc).t())).to(x.dtype), h
 
 
@@ -48,6 +49,7 @@ def lora_linear_backward(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    compute_dtype: torch.dtype | None,
     need_dx: bool,
     need_da: bool,
     need_db: bool,
@@ -58,10 +60,10 @@ def lora_linear_backward(
     dh = scaling * (dy_acc @ lora_b.to(acc))
     dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
     if need_dx:
-        shape = (lora_b.shape[0], lora_a.shape[1])
-        weight = dense_weight(weight, absmax, absmax2, offset, blocksize, shape, x.dtype)
+        shape, compute = (lora_b.shape[0], lora_a.shape[1]), compute_dtype or x.dtype
+        weight = dense_weight(weight, absmax, absmax2, offset, blocksize, shape, compute)
         delta = dropped(dh @ lora_a.to(acc), dropout_p, seed)
-        dx = ((dy2 @ weight).to(acc) + delta).to(x.dtype).view(x.shape).contiguous()
+        dx = ((dy2.to(compute) @ weight).to(acc) + delta).to(x.dtype).view(x.shape).contiguous()
     if need_da:
         da = (dh.t() @ dropped(x2.to(acc), dropout_p, seed)).to(lora_a.dtype)
     if need_db:
@@ -86,8 +88,9 @@ def multi_lora_linear(
     seed: Tensor | None,
     group: Sequence[int],
     row_group: Tensor | None,
+    compute_dtype: torch.dtype | None,
 ) -> tuple[list[Tensor], Tensor]:
-    acc = accumulator_dtype(x.dtype)
+    acc, compute = accumulator_dtype(x.dtype), compute_dtype or x.dtype
     x2 = rows(x)
     parts = [
         _of_group(dropped(x2.to(acc), p, seed, i) @ a.to(acc).t(), group, i, row_group)
@@ -95,14 +98,14 @@ def multi_lora_linear(
     ]
     y = []
     for j, (w, n, b) in enumerate(zip(weight, out_features, bias, strict=True)):
-        w = dense_weight(w, absmax[j], absmax2[j], offset[j], blocksize[j], (n, x.shape[-1]), x.dtype)
-        out = F.linear(x2, w, b.to(x.dtype) if b.numel() else None).to(acc)
+        w = dense_weight(w, absmax[j], absmax2[j], offset[j], blocksize[j], (n, x.shape[-1]), compute)
+        out = F.linear(x2.to(compute), w, b.to(compute) if b.numel() else None).to(acc)
         for i, part in enumerate(parts):
             if layer[i] == j:
                 out = out + scaling[i] * (part @ lora_b[i].to(acc).t())
-        y.append(out.to(x.dtype).view(*x.shape[:-1], n))
+        y.append(out.to(x.dtype).reshape(*x.shape[:-1], n))
     h = torch.cat(parts, 1) if parts else x2.new_empty((x2.shape[0], 0), dtype=acc)
-    return y, h.view(*x.shape[:-1], h.shape[1])
+    return y, h.reshape(*x.shape[:-1], h.shape[1])
 
 
 def multi_lora_linear_backward(
@@ -122,18 +125,19 @@ def multi_lora_linear_backward(
     seed: Tensor | None,
     group: Sequence[int],
     row_group: Tensor | None,
+    compute_dtype: torch.dtype | None,
     need_dx: bool,
     need_da: Sequence[bool],
     need_db: Sequence[bool],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    acc = accumulator_dtype(x.dtype)
+    acc, compute = accumulator_dtype(x.dtype), compute_dtype or x.dtype
     x2, dy2 = rows(x), [rows(d) for d in dy]
     total = x2.new_zeros(x2.shape, dtype=acc)
     if need_dx:
         for j, d in enumerate(dy2):
             shape = (d.shape[1], x.shape[-1])
-            w = dense_weight(weight[j], absmax[j], absmax2[j], offset[j], blocksize[j], shape, x.dtype)
-            total = total + (d @ w).to(acc)
+            w = dense_weight(weight[j], absmax[j], absmax2[j], offset[j], blocksize[j], shape, compute)
+            total = total + (d.to(compute) @ w).to(acc)
     da, db = [], []
     h_parts = rows(h).split([a.shape[0] for a in lora_a], 1)
     for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):

@@ -23,6 +23,7 @@ __all__ = [
     "check_nested",
     "check_numel",
     "check_shape",
+    "compute_type",
     "launch",
     "matching",
     "nf4",
@@ -53,6 +54,15 @@ def check_dtype(t: Tensor, expected: torch.dtype, name: str) -> None:
 def check_float(t: Tensor, name: str) -> None:
     """That kernels take its dtype."""
     check(t.dtype in DTYPES, name, "float32, bfloat16 or float16", _NAMES.get(t.dtype, t.dtype))
+
+
+def compute_type(compute_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+    """Of the base product: x's own unless another is asked for."""
+    if compute_dtype is None:
+        return x.dtype
+    expected, got = "float32, bfloat16 or float16", _NAMES.get(compute_dtype, compute_dtype)
+    check(compute_dtype in DTYPES, "compute_dtype", expected, got)
+    return compute_dtype
 
 
 def check_shape(t: Tensor, expected: Sequence[int], name: str) -> None:

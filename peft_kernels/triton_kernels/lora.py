@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .adapters import Adapter, Delta, adapters_of, check_outputs
-from .common import check, check_dtype, check_lengths, check_shape
+from .common import check, check_dtype, check_lengths, check_shape, compute_type
 from .layers import forward, input_gradient, layers_of
 from .linear import as_rows
 from .lora_products import over_rows, to_ranks
@@ -27,6 +27,7 @@ def lora_linear(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    compute_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     check(lora_b.dim() == 2, "lora_b", "2 dimensions", lora_b.dim())
     (y,), h = multi_lora_linear(
@@ -46,6 +47,7 @@ def lora_linear(
         seed,
         [0],
         None,
+        compute_dtype,
     )
     return y, h
 
@@ -64,6 +66,7 @@ def lora_linear_backward(
     scaling: float,
     dropout_p: float,
     seed: Tensor | None,
+    compute_dtype: torch.dtype | None,
     need_dx: bool,
     need_da: bool,
     need_db: bool,
@@ -85,6 +88,7 @@ def lora_linear_backward(
         seed,
         [0],
         None,
+        compute_dtype,
         need_dx,
         [need_da],
         [need_db],
@@ -109,12 +113,14 @@ def multi_lora_linear(
     seed: Tensor | None,
     group: Sequence[int],
     row_group: Tensor | None,
+    compute_dtype: torch.dtype | None,
 ) -> tuple[list[Tensor], Tensor]:
     rows = as_rows(x, "x")
+    rounded = rows.to(compute_type(compute_dtype, x))
     adapters = adapters_of(
         rows, len(weight), lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group
     )
-    layers = layers_of(rows, weight, absmax, absmax2, offset, blocksize, out_features)
+    layers = layers_of(rows, weight, absmax, absmax2, offset, blocksize, out_features, compute_dtype)
     check_outputs(adapters, out_features)
     check(len(bias) == len(layers), "bias", f"{len(layers)} like weight", len(bias))
     h = _empty_ranks(rows, adapters)
@@ -123,12 +129,14 @@ def multi_lora_linear(
     y = []
     for j, of_layer in enumerate(layers):
         own_bias = bias[j]
+        if own_bias is not None and own_bias.numel() == 0:
+            own_bias = None
         deltas = [
             Delta(h[:, adapter.columns], adapter.b, adapter.scaling, None, adapter.served)
             for adapter in adapters
             if adapter.layer == j
         ]
-        out = forward(rows, of_layer, None if own_bias is None or own_bias.numel() == 0 else own_bias, deltas)
+        out = forward(rounded, of_layer, own_bias, deltas, x.dtype)
         y.append(out.view(*x.shape[:-1], of_layer.n))
     return y, h.view(*x.shape[:-1], h.shape[1])
 
@@ -150,6 +158,7 @@ def multi_lora_linear_backward(
     seed: Tensor | None,
     group: Sequence[int],
     row_group: Tensor | None,
+    compute_dtype: torch.dtype | None,
     need_dx: bool,
     need_da: Sequence[bool],
     need_db: Sequence[bool],
@@ -162,7 +171,8 @@ def multi_lora_linear_backward(
     adapters = adapters_of(
         rows, len(weight), lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group
     )
-    layers = layers_of(rows, weight, absmax, absmax2, offset, blocksize, out_features)
+    rounded = [d.to(compute_type(compute_dtype, x)) for d in gradients]
+    layers = layers_of(rows, weight, absmax, absmax2, offset, blocksize, out_features, compute_dtype)
     check_outputs(adapters, out_features)
     dh = _empty_ranks(rows, adapters)
     check_dtype(h, torch.float32, "h")
@@ -176,7 +186,7 @@ def multi_lora_linear_backward(
     dx = x.new_empty(x.shape if need_dx else 0)
     if need_dx:
         deltas = [Delta(dh[:, a.columns], a.a.t(), 1.0, a.mask, a.served) for a in adapters]
-        dx = input_gradient(gradients, layers, deltas).view(x.shape) if layers else dx.zero_()
+        dx = input_gradient(rounded, layers, deltas, x.dtype).view(x.shape) if layers else dx.zero_()
     da, db = [], []
     for adapter, for_a, for_b in zip(adapters, need_da, need_db, strict=True):
         da.append(adapter.a.new_empty(adapter.a.shape if for_a else 0))
