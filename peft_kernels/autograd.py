@@ -1,5 +1,6 @@
-"""The gradient of an op: its formula behind a torch.autograd.Function.
+"""How ops are called: with their gradients, past autocast, and under torch.func's transforms.
 
+The gradient of an op is its formula behind a torch.autograd.Function.
 torch.library.register_autograd does as much for any schema, and costs 20 to 40 us a forward call: it fills in
 defaults, and takes lists apart by pytrees. Our schemas have no defaults, and say where the lists are.
 """
@@ -10,35 +11,90 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._C import DispatchKey, DispatchKeySet
 from torch._ops import OpOverload
+from torch.autograd import forward_ad
+
+from . import flops
 
 Call = Callable[..., Any]
 
 _calls: dict[OpOverload, Call] = {}
 
+_in_transform = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_Without = torch._C._ExcludeDispatchKeyGuard
+
+_AUTOCAST_KEYS = [name for name in vars(DispatchKey) if name.startswith("Autocast")]
+
+
+def _keyset(*names: str) -> DispatchKeySet:
+    keys = DispatchKeySet(getattr(DispatchKey, names[0]))
+    for name in names[1:]:
+        keys |= DispatchKeySet(getattr(DispatchKey, name))
+    return keys
+
+
+# An op says itself in which dtypes it computes: torch functions that a kernel calls must not see autocast.
+_AUTOCAST = _keyset(*_AUTOCAST_KEYS)
+_ABOVE_KERNELS = _AUTOCAST | _keyset("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+
 
 def eager(op: OpOverload) -> Call:
     """`op` for eager calls: with the gradient that `register` gave it, and less on the way than through the
-    dispatcher's autograd key."""
-    call = _calls.get(op)
-    return _below_autograd(op) if call is None else call
+    dispatcher's keys."""
+    return _calls[op]
 
 
-def register(op: OpOverload, backward: Call, setup_context: Call, library: torch.library.Library) -> None:
-    """Give `op` a gradient.
+def _without_autocast() -> Any:
+    """A context in which torch functions compute in the dtype of their arguments."""
+    return _Without(_AUTOCAST)
+
+
+def register(
+    op: OpOverload,
+    library: torch.library.Library,
+    meaning: Call,
+    backward: Call | None = None,
+    setup_context: Call | None = None,
+) -> None:
+    """Say how `op` is called, in eager calls and through the dispatcher.
+
+    `meaning` is the op in plain torch, which torch itself differentiates and batches: it is what runs under
+    torch.func's transforms and in forward-mode differentiation, for which kernels have no rules.
 
     `setup_context(ctx, inputs, output)` returns the tensors to save, lists of them among them.
     `backward(ctx, saved, needed, *grads)` gets these back, and whether each input needs its gradient; it
     returns one gradient an input, a list of them (or None) for a list of tensors. Saved tensors are unpacked
     here, once: a second time is an error under hooks such as those of activation checkpointing.
     """
-    call = _calls[op] = _differentiable(op, backward, setup_context)
-    library.impl(op, lambda _keyset, *args: call(*args), "Autograd", with_keyset=True)
+    call = _below_autograd(op)
+    if backward is not None:
+        assert setup_context is not None
+        call = differentiable = _differentiable(op, backward, setup_context)
+        library.impl(op, lambda _keys, *args: differentiable(*args), "Autograd", with_keyset=True)
+
+    def past_autocast(_keys: DispatchKeySet, *args: Any) -> Any:
+        with _without_autocast():
+            return op(*args)
+
+    for key in _AUTOCAST_KEYS:
+        library.impl(op, past_autocast, key, with_keyset=True)
+
+    def eager_call(*args: Any) -> Any:
+        if _in_transform() or forward_ad._current_level >= 0:
+            with _without_autocast():
+                return meaning(*args)
+        if _dispatch_modes():
+            flops.tell()
+        return call(*args)
+
+    _calls[op] = eager_call
 
 
 def _below_autograd(op: OpOverload) -> Call:
     def call(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        with _Without(_ABOVE_KERNELS):
             return op(*args)
 
     return call
@@ -68,7 +124,8 @@ def _differentiable(op: OpOverload, backward: Call, setup_context: Call) -> Call
             grads = _nested(grads[:-1], out_lists, ctx.out_sizes)
         saved = _nested(ctx.saved_tensors, ctx.saved_lists, ctx.saved_sizes)
         needed = _nested(ctx.needs_input_grad[1:], in_lists, ctx.in_sizes)
-        result = list(backward(ctx, saved, needed, *grads))
+        with _without_autocast():
+            result = list(backward(ctx, saved, needed, *grads))
         for position, size in zip(in_lists, ctx.in_sizes, strict=True):
             if result[position] is None:
                 result[position] = [None] * size

@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from . import autograd, fake, formulas, reference
+from . import autograd, fake, flops, formulas, reference
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,17 @@ OPS: dict[str, Op] = {
 }
 
 
+_REFERENCES = SimpleNamespace(**{op.name: op.reference for op in OPS.values()})
+
+
+def meaning(op: Op) -> Callable[..., Any]:
+    """The op in plain torch."""
+    if op.reference is not None:
+        return op.reference
+    assert op.composite is not None
+    return partial(op.composite, _REFERENCES)
+
+
 def spec_hash() -> str:
     """Fingerprint of all schemas. setup.py computes the same from this file's text and compiles it in."""
     return hashlib.sha256("\n".join(op.schema for op in OPS.values()).encode()).hexdigest()
@@ -220,8 +231,8 @@ def install(
         if kernel is not None:
             library.impl(op.name, kernel, "CompositeExplicitAutograd")
         overload = getattr(getattr(torch.ops, namespace), op.name).default
-        if op.backward is not None:
-            assert op.setup_context is not None
-            autograd.register(overload, partial(op.backward, calls), op.setup_context, library)
+        backward = None if op.backward is None else partial(op.backward, calls)
+        autograd.register(overload, library, meaning(op), backward, op.setup_context)
         setattr(calls, op.name, autograd.eager(overload))
+    flops.know(namespace)
     return library

@@ -1,0 +1,85 @@
+"""Ops say themselves in which dtypes they compute: autocast changes no bit of them, forward or backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from op_samples import CASES, samples
+from test_gradient_regimes import Case, assert_same, each_case, namespace  # noqa: F401
+from torch.utils._pytree import tree_leaves
+
+import peft_kernels as pk
+from peft_kernels import autograd, testing
+from peft_kernels.functional import AdaptedLinear, Adapter
+
+N, K, R = 48, 96, 8
+
+
+def autocast() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+@pytest.mark.parametrize("way", ["eager", "dispatcher"])
+@pytest.mark.parametrize("op,sample", CASES, ids=["-".join(c) for c in CASES])
+@pytest.mark.usefixtures("namespace")
+def test_outputs(namespace: str, op: str, sample: str, way: str) -> None:  # noqa: F811
+    overload = getattr(getattr(torch.ops, namespace), op).default
+    call = overload if way == "dispatcher" else autograd.eager(overload)
+    want = tree_leaves(call(*samples(op)[sample]))
+    with autocast():
+        got = tree_leaves(call(*samples(op)[sample]))
+    for g, w in zip(got, want, strict=True):
+        assert g.dtype == w.dtype and torch.equal(g, w)
+
+
+@each_case
+def test_gradients(namespace: str, op: str, sample: str) -> None:  # noqa: F811
+    case = Case(namespace, op, sample)
+    want = case.gradients(case(*case.leaves))
+    with autocast():
+        got = case.gradients(case(*case.leaves))
+    assert_same(got, want)
+
+
+def calls(base: str) -> dict[str, Any]:
+    """Everything public, in fp32."""
+    x = testing.tensor(9, K)
+
+    def layer(n: int, k: int, seed: int) -> AdaptedLinear:
+        weight: Any = testing.nf4_weight(n, k, seed=seed)
+        if base == "dense":
+            weight = weight.dequantize(torch.float32)
+        elif base == "merged":
+            weight.add_(0.0)
+        a, b = testing.tensor(R, k, seed=seed), testing.tensor(n, R, seed=seed + 1)
+        return AdaptedLinear(weight, testing.tensor(n, seed=seed), [Adapter(a, b, 0.5)])
+
+    gate, up, down = layer(N, K, 1), layer(N, K, 2), layer(K, N, 3)
+    one = gate.adapters[0]
+    found = {
+        "lora_linear": lambda: pk.lora_linear(x, gate.weight, one.lora_a, one.lora_b, 0.5, gate.bias),
+        "dora_linear": lambda: pk.functional.dora_linear(
+            x, gate.weight, one.lora_a, one.lora_b, torch.ones(N), 0.5, gate.bias
+        ),
+        "dora_linear-dropout": lambda: pk.functional.dora_linear(
+            x, gate.weight, one.lora_a, one.lora_b, torch.ones(N), 0.5, gate.bias, 0.3
+        ),
+        "multi_lora_linear": lambda: pk.multi_lora_linear(x, [gate, up])[1],
+        "gated_mlp": lambda: pk.gated_mlp(x, gate, up, down),
+    }
+    if base != "dense":
+        found["nf4_linear"] = lambda: pk.nf4_linear(x, gate.weight, gate.bias)
+    return found
+
+
+@pytest.mark.parametrize("base", ["nf4", "dense", "merged"])
+def test_public_calls(backend: str, base: str) -> None:
+    for name, call in calls(base).items():
+        torch.manual_seed(0)
+        want = call()
+        torch.manual_seed(0)
+        with autocast():
+            got = call()
+        assert got.dtype == torch.float32 and torch.equal(got, want), name
