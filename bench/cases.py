@@ -29,12 +29,14 @@ TRAINING_M = {LARGE: (16, 128, 512, 2048), SMALL: (256, 1024, 4096)}
 
 PEFT_ON_BNB, PEFT_ON_DENSE = "PEFT on bnb", "PEFT on dense"
 PLAIN_LORA, ONE_ADAPTER = "ours, plain LoRA", "ours, one adapter"
+OURS_QUANTISED, THE_OP = "ours on quantize_model", "pk.lora_linear"
 
 FORWARD, QLORA, LORA, QUANTIZE, DEQUANTIZE = "forward", "qlora", "lora", "quantize", "dequantize"
 DX = "dx"  # in gpu.py
 BLOCK_LORA, BLOCK_QLORA, BLOCK_DORA = "block-lora", "block-qlora", "block-dora"
 BLOCK_DROPOUT, BLOCK_MIXED = "block-dropout", "block-mixed"
-STEP, DECODE = "step", "decode"
+STEP, TEXTBOOK, DECODE = "step", "textbook", "decode"
+OVERHEAD, OVERHEAD_NF4 = "overhead", "overhead-nf4"
 TITLES = {
     FORWARD: "NF4 linear, forward without grad",
     DX: "NF4 linear, backward to x",
@@ -48,6 +50,9 @@ TITLES = {
     BLOCK_DROPOUT: "decoder block, LoRA with dropout 0.05 on a dense base, forward + backward",
     BLOCK_MIXED: "decoder block, 8 samples with 8 LoRA adapters on a dense base, forward without grad",
     STEP: "training step of a model of 135M parameters, QLoRA, loss included",
+    TEXTBOOK: "the same step as tutorials set it up: 4-bit base of bitsandbytes, kbit preparation, autocast",
+    OVERHEAD: "a patched LoRA layer of 64 by 64 beside the op that it calls, forward without grad",
+    OVERHEAD_NF4: "the same on an NF4 base",
     DECODE: "one token after the other by the same model, a sample at a time",
 }
 
@@ -63,6 +68,7 @@ GOALS = {
     BLOCK_DORA: (Goal(PEFT_ON_DENSE, 3.0), Goal(PLAIN_LORA, 1.35, cost=True)),
     BLOCK_MIXED: (Goal(ONE_ADAPTER, 1.3, cost=True),),
     STEP: (Goal(PEFT_ON_BNB, 1.6),),
+    TEXTBOOK: (Goal(PEFT_ON_BNB, 1.0), Goal(OURS_QUANTISED, 1.0)),
     DECODE: (Goal(PEFT_ON_BNB, 1.5),),
 }
 BATCHES = ((1, 256), (4, 256), (8, 512))
@@ -77,7 +83,8 @@ def standard(dtype: str, full: bool = False) -> list[Case]:
         found += [training(group, shape, m, dtype) for shape, rows in TRAINING_M.items() for m in rows]
     found += [quantize(LARGE, dtype), dequantize(LARGE, dtype)]
     found += [block(group, *batch, dtype) for group in BLOCKS for batch in _batches(group)]
-    return [*found, step(4, 256, dtype), decode(64, 16, dtype)]
+    found += [overhead(group, dtype) for group in (OVERHEAD, OVERHEAD_NF4)]
+    return [*found, step(4, 256, dtype), textbook(4, 256, dtype), decode(64, 16, dtype)]
 
 
 def quick(dtype: str) -> list[Case]:
@@ -193,6 +200,64 @@ def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) 
         return models.step(model, models.tokens(batch, tokens))
 
     return _model_case(STEP, batch, batch * tokens, dtype, sizes, run)
+
+
+def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
+    """A training step of the tutorials' script with `pk.patch` added, against the script as it is, and
+    against ours on `pk.quantize_model` in place of bitsandbytes."""
+
+    def build() -> list[Contender | Absent]:
+        if reason := missing(f"peft transformers {BNB}"):
+            return [Absent(OURS, reason)]
+        models = _models(dtype, sizes)
+
+        def call(model: Model) -> Callable[[], Any]:
+            return models.textbook_step(model, models.tokens(batch, tokens))
+
+        expected = models.expected_textbook(call)
+        entries = [
+            Entry(
+                name,
+                lambda base=base, patch=patch: [models.textbook(base, patch)],
+                verify,
+                call=call,
+                remark=remark,
+            )
+            for name, base, patch, verify, remark in (
+                (OURS, BNB, True, expected.strict, Model.remark),
+                (PEFT_ON_BNB, BNB, False, expected.sane, Model.remark),
+                (OURS_QUANTISED, "nf4", True, expected.strict, Model.remark),
+            )
+        ]
+        return contenders(models, entries)
+
+    goals = GOALS[TEXTBOOK]
+    return Case(
+        TEXTBOOK, sizes.block.hidden, sizes.block.intermediate, batch * tokens, dtype, build, batch, goals
+    )
+
+
+def overhead(group: str, dtype: str) -> Case:
+    """What a patched PEFT layer adds to the op: a layer so small that little else is left."""
+
+    def build() -> list[Contender | Absent]:
+        if reason := missing("peft"):
+            return [Absent(OURS, reason)]
+        weights = _weights(group, (64, 64), dtype)
+        x, packed = weights.x(1), group == OVERHEAD_NF4
+        exact = weights.exact if packed else weights.rounded
+        expected = gate.lora_forward(x, exact, weights.lora_a, weights.lora_b, layers.SCALING)
+        bases = layers.nf4_linears(weights, 1) if packed else layers.dense_linears(weights, 1)
+        (layer,) = layers.peft_loras(bases, weights, patch=True)
+        a, b = layers.adapters(layer)
+        op = partial(pk.lora_linear, weight=bases[0].weight, lora_a=a, lora_b=b, scaling=layers.SCALING)
+        entries = (
+            Entry(OURS, lambda: [layer], expected.strict),
+            Entry(THE_OP, lambda: [op], expected.strict),
+        )
+        return contenders(weights, entries, lambda one: layers.forward_call(one, x))
+
+    return Case(group, 64, 64, 1, dtype, build)
 
 
 def decode(prompt: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:

@@ -52,11 +52,33 @@ class Models(layers.Kept):
 
     def stock(self) -> Model:
         """PEFT over bitsandbytes' 4-bit layers."""
-        model = self._dense()
-        for name in self._projections(model):
-            weight = model.get_submodule(name).weight.detach()
-            model.set_submodule(name, layers.linear4bit(weight))
-        return Model(self._adapted(model), None)
+        return Model(self._adapted(self._on_bitsandbytes()), None)
+
+    def textbook(self, base: str, patch: bool) -> Model:
+        """As tutorials make a model: 4-bit base, kbit preparation (norms, embeddings and head in fp32), LoRA.
+        Steps are taken under autocast, as by `Trainer(bf16=True)`. Patched, all of it must run fused."""
+        model = self._on_bitsandbytes() if base == layers.BNB else self._quantised()
+        prepared = self._prepared(model)
+        if not patch:
+            return Model(prepared, None)
+        report = pk.patch(prepared)
+        if report.original or len(report.fused) != len(PROJECTIONS) * self.sizes.layers:
+            raise RuntimeError(f"pk.patch: {report}")
+        return Model(prepared, report)
+
+    def textbook_step(self, model: Model, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
+        call = self.step(model, ids)
+
+        def under_autocast() -> dict[str, Tensor]:
+            with torch.autocast("cpu", dtype=self.dtype):
+                return call()
+
+        return under_autocast
+
+    def expected_textbook(self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]) -> gate.Expected:
+        """PEFT over the dequantised weights: in fp64, and under autocast."""
+        plain, truth = (run(Model(self._prepared(self._exact(wide)), None)) for wide in (False, True))
+        return gate.Expected(plain(), truth())
 
     def step(self, model: Model, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
         """Forward, loss and backward of one training step."""
@@ -111,13 +133,33 @@ class Models(layers.Kept):
         pk.quantize_model(model, skip=("lm_head",), progress=False)
         return model
 
+    def _on_bitsandbytes(self) -> Any:
+        model = self._dense()
+        for name in self._projections(model):
+            weight = model.get_submodule(name).weight.detach()
+            model.set_submodule(name, layers.linear4bit(weight))
+        model.is_loaded_in_4bit = True
+        return model
+
+    def _prepared(self, model: Any) -> Any:
+        import peft
+
+        wide = next(model.parameters()).dtype == torch.float64
+        prepared = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        adapted = self._adapted(prepared)
+        return adapted.double() if wide else adapted
+
     def _reference(self, wide: bool) -> Any:
+        adapted = self._adapted(self._exact(wide))
+        return adapted.double() if wide else adapted
+
+    def _exact(self, wide: bool) -> Any:
+        """The model with its NF4 weights dequantised, in fp64 or in the dtype of the case."""
         model = self._quantised()
         for name in self._projections(model):
             exact = layers.dequantized(model.get_submodule(name).weight)
             model.set_submodule(name, layers.dense_linear(exact if wide else exact.to(self.dtype)))
-        adapted = self._adapted(model)
-        return adapted.double() if wide else adapted
+        return model.double() if wide else model
 
     def _adapted(self, model: Any) -> Any:
         count = len(PROJECTIONS) * self.sizes.layers

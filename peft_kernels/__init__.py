@@ -14,7 +14,7 @@ from . import dispatch as _dispatch
 _dispatch.install()
 
 from . import nn, optim  # noqa: E402
-from .dispatch import explain, use_backend  # noqa: E402
+from .dispatch import use_backend  # noqa: E402
 from .functional import (  # noqa: E402
     AdaptedLinear,
     Adapter,
@@ -26,7 +26,7 @@ from .functional import (  # noqa: E402
     nf4_linear,
 )
 from .nf4 import NF4Weight  # noqa: E402
-from .patch import patch, patched, unpatch  # noqa: E402
+from .patch import explain, patch, patched, unpatch  # noqa: E402
 from .quantize import quantize_model  # noqa: E402
 
 __version__ = "0.1.0"

@@ -1,9 +1,8 @@
-"""Fusion across layers: the gated MLP, and projections that share their input, against unpatched PEFT."""
+"""Fusion across layers: the gated MLP, against unpatched PEFT."""
 
 from __future__ import annotations
 
 import copy
-import pickle
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 from peft_kernels import functional, testing
-from peft_kernels.integrations import gated_mlp
+from peft_kernels.patch import gated_mlp
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -47,18 +46,6 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-class Attention(nn.Module):
-    """As far as its projections go; `memory` is where key and value come from, in cross-attention."""
-
-    def __init__(self, bias: bool = True) -> None:
-        super().__init__()
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(64, n, bias=bias) for n in (128, 64, 64))
-
-    def forward(self, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        memory = x if memory is None else memory
-        return torch.cat([self.q_proj(x), self.k_proj(memory), self.v_proj(memory)], -1)
 
 
 class Only(nn.Sequential):
@@ -118,15 +105,6 @@ def test_gated_mlp(options: str, base: str, dtype: torch.dtype, calls: Counter[s
     assert calls["gated_mlp"] == 1 and not calls["lora_linear"]
 
 
-@DTYPES
-@BASES
-def test_shared_input(base: str, dtype: torch.dtype, calls: Counter[str]) -> None:
-    model = adapted(Attention(), base, dtype)
-    report = compare(model, testing.tensor(2, 9, 64, dtype=dtype), qkv=True)
-    assert [block.kind for block in report.blocks] == ["projections that share their input"]
-    assert calls["multi_lora_linear"] == 1 and not calls["lora_linear"]
-
-
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "silu": nn.SiLU,
     "gelu": nn.GELU,
@@ -138,8 +116,8 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_activation_is_found_by_running_it(name: str) -> None:
     module = Mlp(ACTIVATIONS[name]())
-    assert gated_mlp.activation_of(module, gated_mlp.PROJECTIONS[0]) == name
-    compare(adapted(module), testing.tensor(7, 64))
+    assert gated_mlp.examine(adapted(module).base_model.model[0]).activation == name
+    compare(adapted(Mlp(ACTIVATIONS[name]())), testing.tensor(7, 64))
 
 
 class Squared(nn.Module):
@@ -192,23 +170,21 @@ def test_what_a_block_cannot_fuse_goes_layer_by_layer(calls: Counter[str]) -> No
 
 
 def test_hooks_on_a_projection_still_run() -> None:
-    for module, child, options in ((Mlp(), "up_proj", {}), (Attention(), "k_proj", {"qkv": True})):
-        model = adapted(module)
-        pk.patch(model, **options)
-        model(testing.tensor(3, 64))
-        seen: list[int] = []
-        getattr(model.base_model.model[0], child).register_forward_hook(lambda *_: seen.append(1))  # noqa: B023
-        model(testing.tensor(3, 64))
-        assert seen == [1]
+    model = adapted(Mlp())
+    pk.patch(model)
+    model(testing.tensor(3, 64))
+    seen: list[int] = []
+    model.base_model.model[0].up_proj.register_forward_hook(lambda *_: seen.append(1))
+    model(testing.tensor(3, 64))
+    assert seen == [1]
 
 
-@pytest.mark.parametrize("module", [Mlp, Attention])
-def test_disabled_and_merged_adapters(module: type[nn.Module]) -> None:
-    model, x = adapted(module()), testing.tensor(7, 64)
+def test_disabled_and_merged_adapters() -> None:
+    model, x = adapted(Mlp()), testing.tensor(7, 64)
     with model.disable_adapter():
         base = model(x)
     y = model(x)
-    report = pk.patch(model, qkv=True)
+    report = pk.patch(model)
     with model.disable_adapter():
         assert torch.equal(model(x), base)
     model.merge_adapter()
@@ -219,63 +195,29 @@ def test_disabled_and_merged_adapters(module: type[nn.Module]) -> None:
 
 
 def test_several_adapters_and_mixed_batches() -> None:
-    for module in (Mlp(), Attention()):
-        model = adapted(module)
-        options = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
-        model.add_adapter("other", peft.LoraConfig(target_modules=PROJECTIONS, **options))
-        x, names = testing.tensor(3, 5, 64), ["default", "other", "__base__"]
-        mixed = model.eval()(x, adapter_names=names)
-        model.base_model.set_adapter(["default", "other"])
-        both = model(x)
-        pk.patch(model, qkv=True)
-        assert testing.relative_error(model(x), both) < 1e-5
-        assert testing.relative_error(model(x, adapter_names=names), mixed) < 1e-5
-        model.set_adapter("other")
-        assert testing.relative_error(model(x), both) > 1e-3
+    model = adapted(Mlp())
+    options = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
+    model.add_adapter("other", peft.LoraConfig(target_modules=PROJECTIONS, **options))
+    x, names = testing.tensor(3, 5, 64), ["default", "other", "__base__"]
+    mixed = model.eval()(x, adapter_names=names)
+    model.base_model.set_adapter(["default", "other"])
+    both = model(x)
+    pk.patch(model)
+    assert testing.relative_error(model(x), both) < 1e-5
+    assert testing.relative_error(model(x, adapter_names=names), mixed) < 1e-5
+    model.set_adapter("other")
+    assert testing.relative_error(model(x), both) > 1e-3
 
 
-def test_cross_attention_computes_apart(calls: Counter[str]) -> None:
-    model = adapted(Attention())
-    x, memory = testing.tensor(3, 64), testing.tensor(5, 64).view(5, 64)[:3]
-    plain = model(x, memory)
-    pk.patch(model, qkv=True)
-    assert testing.relative_error(model(x, memory), plain) < 1e-6
-    shared = model.base_model.model[0].q_proj.forward.keywords["shared"]
-    assert shared.reason == "a later projection is given another x"
-    calls.clear()
-    assert testing.relative_error(model(x, memory), plain) < 1e-6
-    assert calls == {"lora_linear": 3}
-
-
-def test_a_result_that_nobody_takes_is_not_used_later() -> None:
-    """The query alone, twice; then x changed in place between query and key."""
-    model = adapted(Attention())
-    layer, x = model.base_model.model[0], testing.tensor(3, 64)
-    expected = layer.k_proj(2 * x)
-    pk.patch(model, qkv=True)
-    with torch.no_grad():
-        layer.q_proj(x)
-        x.mul_(2)
-        assert testing.relative_error(layer.k_proj(x), expected) < 1e-6
-        layer.q_proj(x)
-        layer.q_proj(x)
-    assert testing.relative_error(layer.k_proj(x), expected) < 1e-6
-
-
-@pytest.mark.parametrize(
-    "copying", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))], ids=["deepcopy", "pickle"]
-)
-def test_copies_share_nothing(copying: Callable[[Any], Any]) -> None:
-    model, x = adapted(nn.ModuleDict({"mlp": Mlp(), "attention": Attention()})), testing.tensor(3, 64)
-    pk.patch(model, qkv=True)
-    layers = model.base_model.model[0]
-    layers["attention"].q_proj(x)  # activations in flight, which a copy must not take
-    twin = copying(model).base_model.model[0]
+def test_copies_share_nothing() -> None:
+    model, x = adapted(Mlp()), testing.tensor(3, 64)
+    pk.patch(model)
+    mlp = model.base_model.model[0]
+    twin = copy.deepcopy(model).base_model.model[0]
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
-    assert not twin["mlp"](x).any() and not twin["attention"](x).any()
-    assert layers["mlp"](x).any() and layers["attention"](x).any()
+    assert not twin(x).any() and mlp(x).any()
 
 
 def test_llama_model_with_everything(calls: Counter[str]) -> None:
@@ -290,10 +232,10 @@ def test_llama_model_with_everything(calls: Counter[str]) -> None:
         return {"loss": loss.detach(), **grads}
 
     plain = step()
-    report = pk.patch(model, qkv=True)
+    report = pk.patch(model)
     got = step()
-    assert calls["gated_mlp"] == 2 and calls["multi_lora_linear"] == 2 and calls["lora_linear"] == 2
-    assert "2 x gated MLP LlamaMLP" in str(report) and "2 x projections that share" in str(report)
+    assert calls["gated_mlp"] == 2 and calls["lora_linear"] == 8
+    assert "2 x gated MLP LlamaMLP" in str(report)
     for name in plain:
         assert testing.relative_error(got[name], plain[name]) < 1e-5, name
     assert pk.unpatch(model) == 16

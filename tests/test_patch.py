@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import pickle
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 from peft_kernels import testing
-from peft_kernels.integrations import layers
+from peft_kernels.patch import fused
 
 
 def pickled(module: nn.Module) -> nn.Module:
@@ -62,14 +63,16 @@ def test_unpatch_restores_the_model_to_the_bit(base: str) -> None:
     model = lora(models.base_model(base, torch.bfloat16))
     x = testing.tensor(17, 64, dtype=torch.bfloat16)
     before, state = run(model, x), copy.deepcopy(model.state_dict())
-    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    attributes = {name: (type(module), set(vars(module))) for name, module in model.named_modules()}
 
     report = pk.patch(model)
     run(model, x)
     # NF4Linear is fused as it is: there is nothing to take out.
-    assert pk.unpatch(model) == sum(layer.kind != "NF4Linear" for layer in report.fused)
+    assert (
+        pk.unpatch(model) == sum(entry.kind != "NF4Linear" for entry in (*report.layers, *report.bases)) > 0
+    )
     for name, module in model.named_modules():
-        assert set(vars(module)) == attributes[name], name
+        assert (type(module), set(vars(module))) == attributes[name], name
     for name, value in run(model, x).items():
         assert torch.equal(value, before[name]), name
     for key, value in model.state_dict().items():
@@ -79,34 +82,57 @@ def test_unpatch_restores_the_model_to_the_bit(base: str) -> None:
 def test_patching_twice_is_harmless() -> None:
     model = lora(models.base_model("nf4"))
     first = pk.patch(model)
-    forward = model.base_model.model.q.forward
+    cls = type(model.base_model.model.q)
     second = pk.patch(model)
-    assert model.base_model.model.q.forward is forward
+    assert type(model.base_model.model.q) is cls and cls.plain is peft.tuners.lora.Linear
     assert [str(layer) for layer in second.layers] == [str(layer) for layer in first.layers]
     assert pk.unpatch(model) == 2 and pk.unpatch(model) == 0
 
 
+def patched_modules(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if fused.record_of(module) is not None]
+
+
 def test_patch_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora(models.base_model("nf4"))
-    examine = layers.examine
+    module = importlib.import_module("peft_kernels.patch")
+    examine = module.examine
 
-    def failing(module: nn.Module) -> Any:
-        if module is model.base_model.model.o:
+    def failing(layer: nn.Module) -> Any:
+        if layer is model.base_model.model.o:
             raise RuntimeError("broken")
-        return examine(module)
+        return examine(layer)
 
-    monkeypatch.setattr(layers, "examine", failing)
+    monkeypatch.setattr(module, "examine", failing)
     with pytest.raises(RuntimeError, match="broken"):
         pk.patch(model)
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not patched_modules(model)
 
 
 def test_patched_leaves_earlier_patches_in_place() -> None:
     model = lora(models.base_model("nf4"))
     pk.patch(model.base_model.model.q)
     with pk.patched(model):
-        assert "forward" in vars(model.base_model.model.o)
-    assert "forward" not in vars(model.base_model.model.o) and "forward" in vars(model.base_model.model.q)
+        assert patched_modules(model) == ["base_model.model.q", "base_model.model.o"]
+    assert patched_modules(model) == ["base_model.model.q"]
+
+
+def test_dry_run_changes_nothing() -> None:
+    model = lora(models.base_model("nf4"))
+    report = pk.patch(model, dry_run=True)
+    assert str(report) == "peft_kernels: 2 of 2 layers would be fused" and not patched_modules(model)
+    assert "2 of 2 layers would be fused" in pk.explain(model) and "not patched" in pk.explain(model)
+    pk.patch(model)
+    assert pk.explain(model) == "peft_kernels: 2 of 2 layers fused"
+
+
+@pytest.mark.parametrize(
+    ("argument", "got"), [([1], "a list"), (nn.Linear, "the class Linear")], ids=["list", "class"]
+)
+@pytest.mark.parametrize("function", [pk.patch, pk.unpatch, pk.explain])
+def test_what_is_no_model_is_a_type_error(function: Any, argument: Any, got: str) -> None:
+    with pytest.raises(TypeError, match=f"model: {function.__name__} expected an nn.Module, got {got}"):
+        function(argument)
 
 
 def test_report() -> None:
@@ -114,22 +140,38 @@ def test_report() -> None:
     model.add_adapter("plain", peft.LoraConfig(r=4, target_modules=["q", "o"]))
     model.base_model.set_adapter(["default", "plain"])
     report = pk.patch(model)
-    assert [layer.name for layer in report.fused] == [
-        "base_model.model.q",
+    assert [layer.name for layer in report.fused] == ["base_model.model.o"]
+    assert [entry.name for entry in report.bases] == [
         "base_model.model.q.base_layer",
-        "base_model.model.o",
         "base_model.model.o.base_layer",
     ]
-    headline = "peft_kernels: 3 of 4 layers fused, 1 more step aside as said below"
-    assert str(report).splitlines()[0] == headline
-    reason = "DoRA beside other active adapters (default, plain)"
-    assert f"{reason}: original forward" in str(report)
+    q, reason = (
+        "base_model.model.q (PEFT LoRA Linear on NF4Linear)",
+        "DoRA beside other active adapters (default, plain)",
+    )
+    assert str(report).splitlines() == [
+        "peft_kernels: 1 of 2 layers fused",
+        f"original forward, 1 layer: {reason}: {q}",
+    ]
     model(testing.tensor(2, 64))
-    assert f"original forward 1x: {reason}" in str(report)
+    assert str(report).splitlines()[2:] == [f"original forward, 1 call of 1 layer: {reason}: {q}"]
+    loaded = pickle.loads(pickle.dumps(report))
     model.set_adapter("plain")
+    assert str(report).splitlines()[0] == "peft_kernels: 2 of 2 layers fused"
     model(testing.tensor(2, 64))
-    assert f"original forward 1x: {reason}" in str(report)
+    assert str(report).splitlines()[1:] == [f"original forward, 1 call of 1 layer: {reason}: {q}"]
+    assert str(loaded).splitlines()[0] == "peft_kernels: 1 of 2 layers fused", "a pickle tells of its time"
     assert "nothing to patch" in str(pk.patch(nn.Linear(4, 4)))
+
+
+def test_report_tells_of_a_forward_that_was_replaced_later() -> None:
+    model, x = lora(models.base_model("nf4")), testing.tensor(2, 64)
+    report = pk.patch(model)
+    layer = model.base_model.model.q
+    layer.forward = lambda x: 0 * x
+    assert not layer(x).any()
+    assert [entry.name for entry in report.original] == ["base_model.model.q"]
+    assert "its forward was replaced on the instance, by test_report" in str(report)
 
 
 @pytest.mark.parametrize("base", models.BASES)
@@ -199,19 +241,19 @@ def test_layers_of_other_types_are_reported() -> None:
     assert testing.relative_error(model(x), plain) < 1e-5
 
 
-def test_transformers_conv1d_takes_the_original_forward() -> None:
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+def test_transformers_conv1d(options: dict[str, Any]) -> None:
     """GPT-2's linear layers, whose weight is transposed."""
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
     model = nn.Sequential()
-    model.q = pytorch_utils.Conv1D(64, 64)
-    model = lora(model, target_modules=["q"], fan_in_fan_out=True)
+    model.q = pytorch_utils.Conv1D(96, 64)
+    model = lora(model, target_modules=["q"], fan_in_fan_out=True, **options)
     x = testing.tensor(3, 64)
     plain = run(model, x)
     report = pk.patch(model)
-    assert [layer.reason for layer in report.layers] == ["no fused forward over a base of type Conv1D"]
-    assert not report.fused
     for name, value in run(model, x).items():
-        assert torch.equal(value, plain[name]), name
+        assert testing.relative_error(value, plain[name]) < 1e-5, name
+    assert len(report.fused) == 1 and not report.layers[0].fallbacks, str(report)
 
 
 def test_a_subclass_with_a_forward_of_its_own_is_reported_as_not_fused() -> None:
@@ -229,7 +271,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_reported_as_not_fused() -> None
 
 
 def test_fp32_activations_over_a_base_that_computes_in_bf16() -> None:
-    """PEFT takes the delta from fp32, the op would from bf16: dA and dB a thousand times as far off."""
+    """As after `prepare_model_for_kbit_training`: the base product in bf16, the delta from x as it is."""
     torch.manual_seed(0)
     model = nn.Sequential()
     model.q = models.to_linear4bit(nn.Linear(128, 96, dtype=torch.bfloat16), compute_dtype=torch.bfloat16)
@@ -240,10 +282,9 @@ def test_fp32_activations_over_a_base_that_computes_in_bf16() -> None:
         got = run(layer, x)
     for name in got:
         testing.assert_close(got[name], plain[name], truth[name], name)
-    assert "x is torch.float32, the base layer computes in torch.bfloat16" in str(report)
-    with pk.patched(layer) as report, torch.autocast("cpu", dtype=torch.bfloat16):
+    with pk.patched(layer) as again, torch.autocast("cpu", dtype=torch.bfloat16):
         layer(x)
-    assert not any(entry.fallbacks for entry in report.layers), "under autocast PEFT takes it from bf16 too"
+    assert not any(entry.fallbacks for entry in (*report.layers, *again.layers))
 
 
 def test_a_layer_without_the_active_adapter_is_its_base() -> None:
@@ -294,29 +335,41 @@ def test_hooks_on_a_layer_still_run() -> None:
     assert calls == [1] and not any(layer.fallbacks for layer in report.layers)
 
 
-def test_accelerate_hooks() -> None:
+def test_accelerate_hooks_on_a_layer() -> None:
     hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
     model, x = lora(models.base_model("nf4")), testing.tensor(3, 64)
     plain, layer = model(x), model.base_model.model.q
-    hooks.add_hook_to_module(layer, hooks.ModelHook())
-    report = pk.patch(model)  # hook first: its forward may move weights, so it stays
-    assert ["already replaced" in entry.reason for entry in report.original] == [True]
-    assert testing.relative_error(model(x), plain) < 1e-5
-    hooks.remove_hook_from_module(layer)
-    pk.unpatch(model)
-
-    pk.patch(model)  # patch first: the hook wraps the fused forward
-    hooks.add_hook_to_module(layer, hooks.ModelHook())
-    assert testing.relative_error(model(x), plain) < 1e-5
-    assert not pk.patch(model).original, "it is fused, under the hook"
-    assert pk.unpatch(model) == 2
-    assert torch.equal(model(x), plain)
-    hooks.remove_hook_from_module(layer)
-    assert torch.equal(model(x), plain)
+    for first in ("hook", "patch"):
+        if first == "hook":
+            hooks.add_hook_to_module(layer, hooks.ModelHook())
+        report = pk.patch(model)
+        if first == "patch":
+            hooks.add_hook_to_module(layer, hooks.ModelHook())
+        assert not report.original, "it is fused, under the hook"
+        assert testing.relative_error(model(x), plain) < 1e-5 and not torch.equal(model(x), plain)
+        assert pk.unpatch(model) == 2
+        assert torch.equal(model(x), plain)
+        hooks.remove_hook_from_module(layer)
+        assert torch.equal(model(x), plain)
 
     with pk.patched(model):
         hooks.add_hook_to_module(layer, hooks.ModelHook())
+        hooks.remove_hook_from_module(layer)
     assert torch.equal(model(x), plain) and pk.unpatch(model) == 0
+
+
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default"])
+def test_accelerate_hooks_inside_a_layer(part: str) -> None:
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    model, x = lora(models.base_model("dense")), testing.tensor(3, 64)
+    plain, inside = model(x), model.base_model.model.q.get_submodule(part)
+    report = pk.patch(model)
+    hooks.add_hook_to_module(inside, hooks.AlignDevicesHook("cpu"))
+    assert testing.relative_error(model(x), plain) < 1e-5
+    assert not report.original and not report.layers[0].fallbacks, "x is there already: nothing to move"
+    hooks.add_hook_to_module(inside, hooks.AlignDevicesHook("cpu", offload=True))
+    assert testing.relative_error(model(x), plain) < 1e-5
+    assert report.layers[0].fallbacks == {"an accelerate hook inside that offloads weights": 1}
 
 
 @pytest.mark.parametrize("copying", [copy.deepcopy, pickled], ids=["deepcopy", "pickle"])
@@ -329,8 +382,29 @@ def test_copies_of_a_patched_model_are_their_own(copying: Any) -> None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-    assert torch.equal(twin(x), y) and not torch.equal(model(x), y)
-    assert pk.unpatch(twin) == 2
+    assert testing.relative_error(twin(x), y) < 1e-5 < testing.relative_error(model(x), y)
+    assert pk.unpatch(twin) == (2 if copying is copy.deepcopy else 0), "a pickle holds the model unpatched"
+
+
+def test_a_replica_computes_with_its_own_weights() -> None:
+    """torch.nn.DataParallel's: the instance's dictionary copied, and its parameters replaced by plain
+    tensors."""
+    model, x = lora(models.base_model("dense")), testing.tensor(3, 64)
+    report = pk.patch(model)
+
+    def replicate(module: nn.Module) -> nn.Module:
+        replica = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            setattr(replica, name, replicate(child))
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else 2 * parameter)
+        return replica
+
+    layer, twin = model.base_model.model.q, copy.deepcopy(model.base_model.model.q)
+    for parameter in twin.parameters():
+        parameter.data *= 2
+    assert testing.relative_error(replicate(layer)(x), twin(x)) < 1e-5
+    assert not report.layers[0].fallbacks
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
@@ -378,7 +452,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         checkpointed = grads()
-    assert len(report.fused) == 28 and not any(layer.fallbacks for layer in report.layers), str(report)
+    assert len(report.fused) == 14 and not any(layer.fallbacks for layer in report.layers), str(report)
     assert plain.keys() == checkpointed.keys() and len(plain) == 28
     for name in plain:
         assert torch.equal(plain[name], checkpointed[name]), name

@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels.patch import installed
+from peft_kernels.patch import fused
 
 PATCHED = os.environ["PEFT_TESTS_MODE"] == "patched"
 RECORDS = Path(os.environ["PEFT_TESTS_RECORDS"]) / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl"
@@ -77,11 +77,11 @@ def _patch_where_layers_are_made() -> None:
 def _count_call(module: nn.Module, inputs: Any) -> None:
     if torch.compiler.is_compiling() or not isinstance(module, LoraLayer):
         return
-    forward = installed(module)
-    if forward is None:
+    record = fused.record_of(module)
+    if record is None:
         _account.calls["never: " + _reasons.get(module, "in no report (a copy of a layer)")] += 1
         return
-    _account.watch(forward.keywords["fallbacks"])  # that of a copy of a layer is in no report
+    _account.watch(record.fallbacks)  # that of a copy of a layer is in no report
     if module.disable_adapters or module.merged:
         _account.calls["base"] += 1
     else:

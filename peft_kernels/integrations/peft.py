@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..nf4 import NF4Weight
 from ..nn import NF4Linear
-from . import bitsandbytes, lora
+from ..patch import fused, judge
+from . import bitsandbytes
 
 
 def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = False) -> nn.Module:
@@ -98,7 +99,7 @@ def _is_packed(base: Any) -> bool:
 
 
 def _to_merge(module: Any) -> list[str]:
-    return [name for name in lora.active_names(module) if name not in module.merged_adapters]
+    return [name for name in judge.active(module) if name not in module.merged_adapters]
 
 
 def _merge_with_bias(module: Any) -> None:
@@ -129,7 +130,7 @@ def _merged_weight(module: Any) -> Tensor | None:
     from peft.utils.other import transpose
 
     weight = module.get_base_layer().weight
-    if type(module) not in lora.linear_layers() or len(weight.shape) != 2:
+    if fused.plain_class(module) not in judge.lora_linear_classes() or len(weight.shape) != 2:
         return None
     if hasattr(weight, "quant_state"):
         weight = dequantize_bnb_weight(weight, state=weight.quant_state)

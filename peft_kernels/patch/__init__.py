@@ -1,0 +1,132 @@
+"""patch(model): fused forwards for the layers of PEFT and bitsandbytes, and out again.
+
+A patched module stays what it is in everything but its forward, so saving, merging, adapter switching and
+disabling stay PEFT's. What a fused forward does not cover goes through the original one, and is counted with
+its reason.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from .. import dispatch
+from ..integrations import ddp
+from . import fused
+from .fused import Record
+from .report import Finding, LayerReport, PatchReport, examine, examine_block
+
+__all__ = ["LayerReport", "PatchReport", "explain", "patch", "patched", "unpatch"]
+
+
+def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False) -> PatchReport:
+    """Give the layers of a model fused forwards: PEFT LoRA over nn.Linear, NF4Linear or bitsandbytes
+    Linear4bit, and Linear4bit alone. NF4Linear is fused as it is.
+
+    Patching twice is harmless; `unpatch` first to change the options. `unpatch` restores the model to the
+    bit. Copies of the model (deepcopy) are patched too; a pickle holds the model as it would be unpatched.
+
+    Parameters
+    ----------
+    model : nn.Module
+    mlp : bool
+        Compute a gated MLP (SwiGLU, GeGLU) with LoRA in one op, which keeps x, gate and up for backward.
+    dry_run : bool
+        Change nothing; the report says what would be fused.
+
+    Returns
+    -------
+    PatchReport
+        What is fused, and what is not and why. It goes on counting calls that had to take the original
+        forward.
+
+    Raises
+    ------
+    TypeError
+        `model` is not an nn.Module.
+    """
+    _check_model(model, "patch")
+    report = PatchReport([], dry_run=dry_run, _model=weakref.ref(model))
+    plan: list[tuple[nn.Module, LayerReport, Finding]] = []
+    inside: set[nn.Module] = set()  # bases of LoRA layers
+    for name, module in model.named_modules():
+        found = examine(module)
+        if found is not None:
+            entries = report.bases if module in inside else report.layers
+            entries.append(_entry(name, module, found, plan, dry_run))
+            if hasattr(module, "get_base_layer"):
+                inside.add(module.get_base_layer())
+        block = examine_block(module) if mlp else None
+        if block is not None:
+            report.blocks.append(_entry(name, module, block, plan, dry_run))
+    if dry_run:
+        return report
+    # Nothing above has touched the model, and nothing below can fail.
+    for module, layer, found in plan:
+        assert found.mixin is not None
+        layer.record = Record(facts=found.facts)
+        fused.fuse(module, found.mixin, layer.record)
+    ddp.ignore_packed(model)
+    return report
+
+
+def _entry(
+    name: str,
+    module: nn.Module,
+    found: Finding,
+    plan: list[tuple[nn.Module, LayerReport, Finding]],
+    dry_run: bool,
+) -> LayerReport:
+    record = fused.record_of(module)
+    entry = LayerReport(name, found.kind, record, dry_run, found.reason, weakref.ref(module))
+    if record is None and found.mixin is not None and fused.replaced(module) is None:
+        plan.append((module, entry, found))
+    return entry
+
+
+def unpatch(model: nn.Module) -> int:
+    """Take the fused forwards out again. Returns the number of modules restored."""
+    _check_model(model, "unpatch")
+    ddp.ignore_packed(model, undo=True)
+    return sum(fused.restore(module) for module in model.modules())
+
+
+@contextmanager
+def patched(model: nn.Module, mlp: bool = True) -> Iterator[PatchReport]:
+    """`with patched(model) as report:` patches inside the block; layers that were patched before stay so."""
+    _check_model(model, "patched")
+    before = {id(module) for module in model.modules() if fused.record_of(module) is not None}
+    report = patch(model, mlp)
+    try:
+        yield report
+    finally:
+        if not before:
+            ddp.ignore_packed(model, undo=True)
+        for module in model.modules():
+            if id(module) not in before:
+                fused.restore(module)
+
+
+def explain(model: nn.Module | None = None) -> str:
+    """Without a model: the back ends, whether they are usable here, and why not. Of a model: what of it runs
+    fused as it is now, and what does not and why, in words; nothing is changed."""
+    if model is None:
+        return dispatch.explain()
+    _check_model(model, "explain")
+    installed = any(fused.record_of(module) is not None for module in model.modules())
+    report = patch(model, dry_run=True)
+    report.dry_run = not installed
+    lines = [str(report)]
+    if not installed and report.layers:
+        lines.append("the model is not patched: pk.patch(model) does it")
+    return "\n".join(lines)
+
+
+def _check_model(model: Any, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"model: {function} expected an nn.Module, got {got}")

@@ -1,0 +1,125 @@
+"""How a module gets a fused forward, and loses it again: its class is swapped for a subclass of it.
+
+The subclass adds a forward that falls back on `super().forward`. So the module a call is made on is the
+module that computes (a replica of DataParallel has its own weights), hooks and instance attributes of others
+stay where they are, and whoever sets `module.forward` wins, as on any module. Pickles hold the module as it
+would be without us: they load where this package is not installed.
+"""
+
+from __future__ import annotations
+
+import copy
+import copyreg
+from collections import Counter
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any, ClassVar
+
+from torch import nn
+
+RECORD = "_peft_kernels"
+"""The attribute of a fused module that holds its Record."""
+
+_PLACES = ("forward", "_old_forward")  # accelerate keeps the forward that its hook wraps in the second
+
+
+@dataclass
+class Record:
+    """What belongs to one fused module."""
+
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    """Calls that took the original forward, by reason."""
+    facts: Any = None
+    """What was found out about the module when it was patched, for kinds that need it."""
+
+
+class Fused:
+    """Base of all classes that are swapped in. `module.__dict__[RECORD]` is there while the module is
+    patched."""
+
+    plain: ClassVar[type[nn.Module]]
+    """The class that was swapped out."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        function, arguments, state, *rest = reduced
+        plain = type(self).plain
+        if function is copyreg.__newobj__:  # type: ignore[attr-defined]
+            function = plain.__new__  # pickle would compare the class in `arguments` with that of the object
+        arguments = tuple(plain if item is type(self) else item for item in arguments)
+        if isinstance(state, dict):
+            state = {name: value for name, value in state.items() if name != RECORD}
+        return function, arguments, state, *rest
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        reduced: Any = super().__reduce_ex__(4)
+        function, arguments, state, *_ = reduced
+        twin = memo[id(self)] = function(*arguments)
+        twin.__setstate__(copy.deepcopy(state, memo))
+        return twin
+
+
+_classes: dict[tuple[type, type], type] = {}
+_plain: dict[type, type[nn.Module]] = {}
+
+
+def fuse(module: nn.Module, mixin: type[Fused], record: Record) -> None:
+    """Give a module the forward of `mixin`. The module is as it was if this raises."""
+    plain = type(module)
+    fused: Any = _classes.get((plain, mixin))
+    if fused is None:
+        names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+        fused = _classes[plain, mixin] = type(plain.__name__, (mixin, plain), names | {"plain": plain})
+        _plain[fused] = plain
+    module.__class__ = fused
+    module.__dict__[RECORD] = record
+    _rebind(module, plain.forward, fused.forward)
+
+
+def restore(module: nn.Module) -> bool:
+    """Take the fused forward out again. False when there was none."""
+    if module.__dict__.pop(RECORD, None) is None:
+        return False
+    fused: Any = type(module)
+    plain = _plain.get(fused)
+    if plain is not None:
+        module.__class__ = plain
+        _rebind(module, fused.forward, plain.forward)
+    # Else another library has made a subclass of ours: without a record our forward is `super().forward`.
+    return True
+
+
+def record_of(module: nn.Module) -> Record | None:
+    """The Record of a patched module."""
+    record: Record | None = module.__dict__.get(RECORD)
+    return record
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module, or the one that it had before it was patched."""
+    cls = type(module)
+    return _plain.get(cls, cls)
+
+
+def is_own(module: Any, forward: Any) -> bool:
+    """Whether `forward`, found on the instance, is the module's class's own, bound: a removed hook leaves
+    it."""
+    return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
+
+
+def _rebind(module: nn.Module, old: Any, new: Any) -> None:
+    for place in _PLACES:
+        if getattr(module.__dict__.get(place), "__func__", None) is old:
+            module.__dict__[place] = MethodType(new, module)
+
+
+def replaced(module: nn.Module) -> str | None:
+    """Why the forward of a module's class does not run when the module is called, or None. Under a hook of
+    accelerate it does."""
+    if RECORD in module.__dict__ and not isinstance(module, Fused):
+        return f"its class was changed after patch(), to {type(module).__qualname__}"
+    forward = module.__dict__.get("forward")
+    if forward is None or is_own(module, forward) or is_own(module, module.__dict__.get("_old_forward")):
+        return None
+    name = getattr(forward, "__qualname__", type(forward).__name__)
+    return f"its forward was replaced on the instance, by {name}"

@@ -1,0 +1,180 @@
+"""The gated MLP of Llama-like blocks in one op, which keeps x, gate and up for backward and nothing else.
+
+Found by structure: a module with gate, up and down projection whose forward, run on stand-ins for the three,
+gives down(activation(gate(x)) * up(x)).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import AdaptedLinear, gated_mlp
+from ..reference import ACTIVATIONS
+from . import judge
+from .fused import RECORD, Fused, plain_class
+from .lora import prepare
+
+PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
+"""Names of gate, up and down in Llama, Mistral, Qwen, Gemma and kin, and in older Mixtral experts."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a fused MLP was found to be, and what that was found from."""
+
+    names: tuple[str, str, str]
+    activation: str
+    forward: Callable[..., Any]
+    """Of the class, which stand-ins were run through."""
+    parts: dict[str, tuple[Any, Any]]
+    """What else the forward looked at (`act_fn`), with its settings when it is a module."""
+
+    def changed(self, module: nn.Module) -> str | None:
+        """Why the module may compute something else now, or None."""
+        d = module.__dict__
+        if plain_class(module).forward is not self.forward:
+            return "the forward of its class was replaced"
+        for name, (part, settings) in self.parts.items():
+            now = d["_modules"].get(name)
+            if now is None:
+                now = d.get(name)
+            if now is not part or (settings is not None and _settings(now) != settings):
+                return f"{name} was replaced"
+            if settings is not None and judge.call_of(now) is not None:
+                return f"hooks on {name}, which a fused forward would pass by"
+        return None
+
+
+class FusedMlp(Fused):
+    """down(activation(gate(x)) * up(x)) in one op."""
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        record = self.__dict__.get(RECORD)
+        if record is not None:
+            y = _run(self, record.facts, args, kwargs)
+            if isinstance(y, Tensor):
+                return y
+            if y:
+                record.fallbacks[y] += 1
+        return super().forward(*args, **kwargs)  # type: ignore[misc]
+
+
+def _run(module: Any, facts: Facts, args: Any, kwargs: Any) -> Tensor | str:
+    if len(args) != 1 or kwargs:
+        return f"extra arguments ({', '.join(kwargs) or 'positional'})"
+    (x,) = args
+    reason = facts.changed(module)
+    if reason is not None:
+        return reason
+    children = module.__dict__["_modules"]
+    layers: list[AdaptedLinear] = []
+    bases: list[judge.Base] = []
+    adapted, dtype = False, x.dtype
+    for name in facts.names:
+        if len(bases) == 2:  # what down is given
+            dtype = torch.promote_types(bases[0].out_dtype, bases[1].out_dtype)
+        prepared = prepare(children[name], dtype, x.device)
+        if isinstance(prepared, str):
+            return prepared and f"{name}: {prepared}"
+        base, adapters = prepared
+        adapted = adapted or bool(adapters)
+        bases.append(base)
+        layers.append(AdaptedLinear(base.weight, base.bias, adapters))
+    if not adapted:  # merged, or without an active adapter
+        return ""
+    compute = bases[0].compute_dtype
+    for name, base in zip(facts.names, bases, strict=True):
+        if base.compute_dtype != compute:
+            return f"{name}: computes in {base.compute_dtype}, {facts.names[0]} in {compute}"
+    gate, up, down = layers
+    return gated_mlp(x.to(compute), gate, up, down, facts.activation).to(bases[2].out_dtype)
+
+
+def examine(module: nn.Module) -> Facts | str | None:
+    """What a fused MLP needs to know; None for a module that is no gated MLP with adapters, and the reason
+    for one that cannot run as one op, whatever x is."""
+    names, children = projections(module), module._modules
+    if names is None or not any(judge.is_lora(children[name]) for name in names):  # type: ignore[arg-type]
+        return None
+    facts = _facts(module, names)
+    if isinstance(facts, str):
+        return facts
+    for name in names:
+        child: Any = module._modules[name]
+        if judge.is_lora(child):
+            reason = judge.lora_class(child) or judge.lora(child, judge.active(child))
+            if not reason and any(one in child.lora_variant for one in judge.active(child)):
+                reason = "DoRA or another variant"
+        else:
+            reason = "" if judge.linear(child) else judge.no_forward(child)
+        if reason:
+            return f"{name}: {reason}"
+    return facts.changed(module) or facts
+
+
+def projections(module: nn.Module) -> tuple[str, str, str] | None:
+    """Names of gate, up and down in a module that has nothing else but an activation."""
+    children = module._modules
+    for names in PROJECTIONS:
+        if all(children.get(name) is not None for name in names):
+            others = [child for name, child in children.items() if name not in names and child is not None]
+            return None if any(True for other in others for _ in other.parameters()) else names
+    return None
+
+
+def _facts(module: nn.Module, names: tuple[str, str, str]) -> Facts | str:
+    """Which activation makes the module's forward a gated MLP, found by running it on stand-ins."""
+
+    def gate(x: Tensor) -> Tensor:
+        return 2.0 * x - 0.3
+
+    def up(x: Tensor) -> Tensor:
+        return x * x + 0.7
+
+    def down(x: Tensor) -> Tensor:
+        return 0.5 - 1.5 * x
+
+    x = torch.linspace(-3, 3, 16, dtype=torch.float64).view(1, 2, 8)
+    stand_in = _StandIn(module, dict(zip(names, (gate, up, down), strict=True)))
+    forward: Any = plain_class(module).forward
+    try:
+        with torch.random.fork_rng(devices=[]):
+            got = forward(stand_in, x)
+    except Exception:  # whatever a foreign forward does with what it does not expect
+        got = None
+    for name, activation in ACTIVATIONS.items():
+        expected = down(activation(gate(x))[0] * up(x))
+        if isinstance(got, Tensor) and got.shape == x.shape and torch.allclose(got, expected, atol=1e-9):
+            parts = {part: (value, _settings(value)) for part, value in stand_in._seen.items()}
+            return Facts(names, name, forward, parts)
+    return "its forward is not down(activation(gate(x)) * up(x)) with an activation known here"
+
+
+def _settings(part: Any) -> dict[str, Any] | None:
+    """What a module without parameters computes with, as far as it is on the instance; None for anything
+    else."""
+    if not isinstance(part, nn.Module):
+        return None
+    own = {name: value for name, value in vars(part).items() if name[0] != "_" and name != "training"}
+    return own | {"class": type(part)}
+
+
+class _StandIn:
+    """A module with some children replaced, in training mode, so that a dropout in its forward shows. Notes
+    what else of the module is looked at."""
+
+    def __init__(self, module: nn.Module, replaced: dict[str, Any]) -> None:
+        self.__dict__.update(replaced, _module=module, _seen={}, training=True)
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self._module, name)
+        if isinstance(value, nn.modules.dropout._DropoutNd):
+            return lambda x: nn.functional.dropout(x, value.p)
+        if name in self._module._modules or name in vars(self._module):
+            self._seen[name] = value
+        return value

@@ -1,0 +1,205 @@
+"""What `patch` did, and what happened since: a report that goes on counting."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from . import fused, judge
+from .fused import Fused, Record
+from .gated_mlp import Facts, FusedMlp
+from .gated_mlp import examine as examine_mlp
+from .linear4bit import FusedLinear4bit
+from .lora import FusedLora
+
+
+@dataclass
+class Finding:
+    """What a module is to `patch`."""
+
+    kind: str
+    mixin: type[Fused] | None
+    """What to swap in; None: it is fused as it is, or cannot be."""
+    reason: str
+    """Why the original forward would run as things are, or ""."""
+    facts: Any = None
+
+
+def examine(module: nn.Module) -> Finding | None:
+    """A layer that there is a fused forward for; None: any other module."""
+    if isinstance(module, nn.Linear) and judge.is_packed(module):
+        return Finding("NF4Linear", None, "" if judge.linear(module) else judge.no_forward(module))
+    if judge.is_lora(module):
+        base: Any = module.get_base_layer()  # type: ignore[operator]
+        kind = f"PEFT LoRA {type(module).__name__} on {type(base).__name__}"
+        reason = judge.lora_class(module)
+        return Finding(
+            kind, None if reason else FusedLora, reason or judge.lora(module, judge.active(module))
+        )
+    if judge.is_linear4bit(module):
+        known = bool(judge.linear(module))
+        reason = (
+            judge.unusable(module) if known else "a subclass with a forward of its own, or one not known here"
+        )
+        return Finding(f"bitsandbytes {type(module).__name__}", FusedLinear4bit if known else None, reason)
+    return None
+
+
+def examine_block(module: nn.Module) -> Finding | None:
+    """As `examine`, for modules that hold several layers which one op can serve."""
+    found = examine_mlp(module)
+    if found is None:
+        return None
+    kind = f"gated MLP {type(module).__name__}"
+    if isinstance(found, Facts):
+        return Finding(kind, FusedMlp, "", found)
+    return Finding(kind, None, found)
+
+
+@dataclass
+class LayerReport:
+    """One layer or block, as it is now."""
+
+    name: str
+    kind: str
+    record: Record | None
+    """Of the fused forward that was installed; None: none was."""
+    planned: bool = False
+    """Only looked at: `patch(dry_run=True)`."""
+    as_found: str = ""
+    """The reason at the time of patching; of use when the model is gone."""
+    _module: Any = field(default=lambda: None, repr=False)
+
+    @property
+    def fallbacks(self) -> Counter[str]:
+        """Calls that went through the original forward after patching, by reason."""
+        return Counter() if self.record is None else self.record.fallbacks
+
+    @property
+    def reason(self) -> str:
+        """Why the original forward runs, as things are now, or ""."""
+        module = self._module()
+        if module is None or (self.record is not None and fused.record_of(module) is not self.record):
+            return self.as_found  # gone, or unpatched: what it was like
+        replaced = fused.replaced(module)
+        if replaced is not None:
+            return replaced
+        if self.record is not None and self.record.facts is not None:
+            changed: str | None = self.record.facts.changed(module)
+            if changed is not None:
+                return changed
+        found = examine_block(module) if self.is_block else examine(module)
+        return "no layer of this kind any more" if found is None else found.reason
+
+    @property
+    def is_block(self) -> bool:
+        return self.kind.startswith("gated MLP")
+
+    @property
+    def fused(self) -> bool:
+        """Whether calls run fused, as things are now."""
+        return not self.reason
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"as_found": self.reason, "_module": _gone}
+
+    def __str__(self) -> str:
+        reason = self.reason
+        status = "original" if reason else "fused"
+        notes = [reason] if reason else []
+        notes += [f"original forward {n}x: {why}" for why, n in self.fallbacks.items()]
+        return f"{status:<8} {self.name} ({self.kind})" + (f": {'; '.join(notes)}" if notes else "")
+
+
+def _gone() -> None:
+    return None
+
+
+@dataclass
+class PatchReport:
+    """One entry per layer that `patch` looked at. `print(report)` shows a summary, and what is not fused and
+    why.
+
+    It speaks of the model as it is when it is read: a layer counts as fused when its calls run fused now.
+    """
+
+    layers: list[LayerReport]
+    """LoRA layers of PEFT, and packed layers without an adapter."""
+    blocks: list[LayerReport] = field(default_factory=list)
+    """What is fused across layers: gated MLPs."""
+    bases: list[LayerReport] = field(default_factory=list)
+    """Packed layers under LoRA layers, whose calls count where adapters are disabled or merged."""
+    dry_run: bool = False
+    _model: Any = field(default=_gone, repr=False)
+
+    @property
+    def fused(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if layer.fused]
+
+    @property
+    def original(self) -> list[LayerReport]:
+        return [layer for layer in self.layers if not layer.fused]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_model": _gone}
+
+    def __str__(self) -> str:
+        verb = "would be fused" if self.dry_run else "fused"
+        lines = [f"peft_kernels: {len(self.fused)} of {len(self.layers)} layers {verb}"]
+        if not self.layers:
+            lines.append(
+                "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"
+            )
+        for kind, count in Counter(block.kind for block in self.blocks if block.fused).items():
+            lines.append(f"across layers: {count} x {kind}")
+        entries = [*self.layers, *self.blocks]
+        lines += _by_reason("original forward", ((e.reason, 1, e) for e in entries if e.reason), "")
+        calls = ((why, n, e) for e in (*entries, *self.bases) for why, n in e.fallbacks.items())
+        lines += _by_reason("original forward", calls, "call")
+        return "\n".join(lines + self._newcomers())
+
+    def _newcomers(self) -> list[str]:
+        """A line for every layer that got its adapter after `patch`, and so has no fused forward."""
+        model = self._model()
+        if model is None or self.dry_run:
+            return []
+        known = {(entry.name, entry.kind) for entry in (*self.layers, *self.bases)}
+        return [
+            f"original {name} ({found.kind}): has come after patch(); patch again to fuse it"
+            for name, module in model.named_modules()
+            for found in [examine(module)]
+            if found is not None
+            and found.mixin is not None
+            and (name, found.kind) not in known
+            and fused.record_of(module) is None
+        ]
+
+    def details(self) -> str:
+        """A line for every layer and block."""
+        return "\n".join(str(layer) for layer in (*self.layers, *self.blocks))
+
+
+def _by_reason(what: str, entries: Iterator[tuple[str, int, LayerReport]], counted: str) -> list[str]:
+    """A line for each reason: how often, in how many layers, and which is the first."""
+    counts: Counter[str] = Counter()
+    layers: dict[str, list[LayerReport]] = {}
+    for reason, count, entry in entries:
+        counts[reason] += count
+        layers.setdefault(reason, []).append(entry)
+    lines = []
+    for reason, count in counts.items():
+        first, *more = layers[reason]
+        where = f"{first.name} ({first.kind})" + (f" and {len(more)} more" if more else "")
+        number = _number(len(layers[reason]), "layer")
+        if counted:
+            number = f"{_number(count, counted)} of {number}"
+        lines.append(f"{what}, {number}: {reason}: {where}")
+    return lines
+
+
+def _number(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

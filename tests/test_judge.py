@@ -1,0 +1,133 @@
+"""What may be fused: classes by what their forward is, and versions of PEFT that nobody has read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import models
+import pytest
+import torch
+from peft_models import lora, peft
+from torch import Tensor, nn
+
+import peft_kernels as pk
+from peft_kernels import testing
+from peft_kernels.patch import judge, sources
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """Verdicts are kept for the life of a process."""
+    kept = [dict(table) for table in (judge._lora_classes, judge._doras)]
+    for table in (judge._lora_classes, judge._doras):
+        table.clear()
+    yield
+    for table, old in zip((judge._lora_classes, judge._doras), kept, strict=True):
+        table.clear()
+        table.update(old)
+
+
+def unknown(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(sources, "KNOWN", {k: v if k not in names else {} for k, v in sources.KNOWN.items()})
+
+
+LINEAR = "peft.tuners.lora.layer.Linear.forward"
+BNB = "peft.tuners.lora.bnb.Linear4bit.forward"
+DORA = "peft.tuners.lora.variants.DoraLinearVariant.forward"
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize("base", models.BASES)
+def test_an_unknown_version_is_tried_once_per_class(
+    base: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    unknown(monkeypatch, LINEAR, BNB, DORA)
+    model, x = lora(models.base_model(base), **options), testing.tensor(3, 64)
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    plain = model(x)
+    with caplog.at_level("INFO", "peft_kernels"):
+        report = pk.patch(model)
+    tried = [record for record in caplog.messages if "tried on one layer" in record]
+    assert len(tried) == 1 + bool(options) and "has changed" in tried[0], str(report)
+    assert not report.original, str(report)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert testing.relative_error(model(x), plain) < 1e-5
+
+
+@pytest.mark.parametrize("fault", ["scaled", "dropped", "raising"])
+def test_a_version_that_computes_something_else_is_left_alone(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = peft.tuners.lora.layer.Linear
+    known = cls.forward
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if fault == "raising":
+            raise NotImplementedError("what is new here")
+        if fault == "dropped":
+            return self.base_layer(x)
+        return self.base_layer(x) + 1.1 * (known(self, x, *args, **kwargs) - self.base_layer(x))
+
+    forward.__module__, forward.__qualname__ = cls.__module__, "Linear.forward"
+    monkeypatch.setattr(cls, "forward", forward)
+    report = pk.patch(lora(models.base_model("nf4")))
+    assert len(report.original) == 2
+    said = {"scaled": "and gives other results", "raising": "a trial failed"}.get(
+        fault, "gives other results"
+    )
+    assert "lora.layer.Linear.forward" in str(report) and said in str(report), str(report)
+
+
+def test_a_forward_that_is_replaced_for_the_whole_class_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As some libraries do to PEFT, bitsandbytes and torch."""
+    model, x = lora(models.base_model("dense")), testing.tensor(3, 64)
+    report = pk.patch(model)
+    plain = model(x)
+    monkeypatch.setattr(
+        nn.Linear, "forward", lambda self, x: 2 * nn.functional.linear(x, self.weight, self.bias)
+    )
+    doubled = model(x)
+    pk.unpatch(model)
+    assert testing.relative_error(doubled, model(x)) < 1e-5 < testing.relative_error(doubled, plain)
+    assert report.layers[0].fallbacks
+
+
+class Scaled(nn.Linear):
+    """Does something else than nn.Linear, as layers for quantisation-aware training do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.5 * super().forward(x)
+
+
+class Renamed(nn.Linear):
+    """Only has another name."""
+
+
+@pytest.mark.parametrize(("cls", "fused"), [(Scaled, False), (Renamed, True)])
+def test_a_base_is_judged_by_its_forward(cls: type[nn.Linear], fused: bool) -> None:
+    model, x = lora(models.base_model("dense")), testing.tensor(3, 64)
+    model.base_model.model.q.base_layer.__class__ = cls
+    plain = model(x)
+    report = pk.patch(model)
+    assert [entry.fused for entry in report.layers] == [fused, True]
+    assert testing.relative_error(model(x), plain) < 1e-5
+
+
+def test_a_base_that_is_swapped_in_after_patching() -> None:
+    model, x = lora(models.base_model("dense")), testing.tensor(3, 64)
+    report = pk.patch(model)
+    model.base_model.model.q.base_layer.__class__ = Scaled
+    got = model(x)
+    assert report.layers[0].fallbacks == {"no fused forward over a base of type Scaled": 1}
+    pk.unpatch(model)
+    assert testing.relative_error(got, model(x)) < 1e-5
+
+
+def test_a_weight_that_is_computed_in_each_call() -> None:
+    model, x = lora(models.base_model("dense")), testing.tensor(3, 64)
+    torch.nn.utils.parametrizations.weight_norm(model.base_model.model.q.base_layer)
+    plain = model(x)
+    report = pk.patch(model)
+    assert testing.relative_error(model(x), plain) < 1e-6
+    assert "is not a parameter" in str(report)
