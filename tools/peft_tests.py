@@ -62,8 +62,17 @@ NEEDED |= {"attr": "attrs", "importlib_metadata": "importlib_metadata", "zipp": 
 """What the test modules import beyond PEFT's and TRL's requirements: module name, package name."""
 
 NEWEST = "newest"
-OLD = {(0, 17): ("transformers==4.57.6", "huggingface_hub<1", "tokenizers<0.23", "datasets==4.1.1")}
-"""What PEFT up to a version needs in an older version: 0.17 imports a class that transformers 5 has not."""
+OLD = {
+    (0, 17): (
+        "transformers==4.57.6",
+        "huggingface_hub<1",
+        "tokenizers<0.23",
+        "datasets==4.1.1",
+        "diffusers==0.35.2",
+    )
+}
+"""What PEFT up to a version needs in older versions: 0.17 imports a class that transformers 5 has not, and
+the rest is as old as that transformers."""
 
 CONFTEST = '''"""Written by peft_tests.py. What needs the hub fails at once, without retries."""
 
