@@ -11,10 +11,10 @@ CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0;9.0)
 CPP := $(shell find csrc tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test triton sanitize asan tsan bench lint format clean
+.PHONY: help setup demo test triton sanitize asan tsan peft-tests bench lint format clean
 
 help: ## List the targets
-	@awk -F':.*## ' '/^[a-z]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 $(VENV)/.packages: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -74,6 +74,11 @@ asan tsan: $(VENV)/.packages
 	  UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
 	  $(BIN)/pytest -n 2 --capture=sys -p no:faulthandler -k 'not reference' \
 	  $(SANITIZED:%=tests/test_%.py) $(ARGS)
+
+# The oldest PEFT that is fused, and the newest there is.
+PEFT_VERSIONS ?= 0.17.0 newest
+peft-tests: $(VENV)/.built ## Run PEFT's own tests with every model patched, its oldest and newest version (needs pip's index)
+	$(BIN)/python tools/peft_tests.py $(PEFT_VERSIONS:%=--peft %) $(ARGS)
 
 bench: $(VENV)/.built ## Measure against torch, bitsandbytes and PEFT on this machine (ARGS='--quick' and others)
 	$(BIN)/python bench/run.py $(ARGS)

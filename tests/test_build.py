@@ -4,35 +4,44 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
+import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.utils.cpp_extension
 
 ROOT = Path(__file__).parent.parent
-PREPARED = """
-import runpy, sys, torch
-torch.version.cuda = {cuda!r}
-sys.argv = ["setup.py", "--name"]
-runpy.run_path("setup.py")
-"""
+Setup = Callable[..., "tuple[int, str]"]
 
 
-def setup(cuda: str | None, **environment: str) -> tuple[int, str]:
-    """Exit status and words of setup.py, on a torch with that version of CUDA."""
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PEFT_KERNELS_")}
-    result = subprocess.run(
-        [sys.executable, "-c", PREPARED.format(cuda=cuda)],
-        cwd=ROOT,
-        env=env | {"PEFT_KERNELS_CPU": "0"} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    return result.returncode, result.stdout + result.stderr
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Setup:
+    """Exit status and words of setup.py, on a torch with a version of CUDA or with none."""
+
+    def run(cuda: str | None, **environment: str) -> tuple[int, str]:
+        for name in [name for name in os.environ if name.startswith("PEFT_KERNELS_")]:
+            monkeypatch.delenv(name)
+        for name, value in ({"PEFT_KERNELS_CPU": "0"} | environment).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        # torch looks for a toolkit once, and only where it was built with CUDA itself.
+        home = os.environ.get("CUDA_HOME") if cuda else None
+        monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", home)
+        monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+        monkeypatch.chdir(ROOT)
+        status: Any = 0
+        try:
+            runpy.run_path("setup.py")
+        except SystemExit as end:
+            status = end.code
+        said = "".join(capfd.readouterr())
+        return (1, said + status) if isinstance(status, str) else (status or 0, said)
+
+    return run
 
 
 def toolkit(folder: Path, version: str) -> str:
@@ -57,7 +66,7 @@ def toolkit(folder: Path, version: str) -> str:
     ids=["no-nvcc", "too-old", "too-new", "old-minor", "torch-without"],
 )
 def test_no_nvcc_that_fits(
-    tmp_path: Path, cuda: str | None, version: str | None, words: str, wanted: str
+    setup: Setup, tmp_path: Path, cuda: str | None, version: str | None, words: str, wanted: str
 ) -> None:
     home = str(tmp_path / "absent") if version is None else toolkit(tmp_path, version)
     status, said = setup(cuda, CUDA_HOME=home, PEFT_KERNELS_CUDA=wanted)
@@ -71,11 +80,11 @@ def test_no_nvcc_that_fits(
         assert re.search(words, said), said
 
 
-def test_left_out_on_request(tmp_path: Path) -> None:
+def test_left_out_on_request(setup: Setup, tmp_path: Path) -> None:
     status, said = setup(torch.version.cuda, CUDA_HOME=str(tmp_path), PEFT_KERNELS_CUDA="0")
     assert status == 0 and "WARNING" not in said
 
 
-def test_switches_are_0_or_1() -> None:
+def test_switches_are_0_or_1(setup: Setup) -> None:
     status, said = setup(torch.version.cuda, PEFT_KERNELS_CUDA="yes")
     assert status != 0 and "PEFT_KERNELS_CUDA: expected 0 or 1, got 'yes'" in said

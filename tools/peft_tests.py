@@ -1,10 +1,12 @@
 """Run PEFT's own tests twice, as they are and with every LoRA model patched, and compare test by test.
 
 A test that passes stock and fails patched is a fault: the exit status is then 1. Tests that need the hub fail
-in both runs at once, for nothing is fetched. Tests are those of the installed PEFT's source distribution.
+in both runs at once, for nothing is fetched. Tests are those of the source distribution of the PEFT that is
+tested: the installed one, or others that pip puts into a folder beside the environment, which stays as it is.
 
     python tools/peft_tests.py                          # all files that test LoRA without the hub
     python tools/peft_tests.py test_mixed.py -k forward --sdist peft-0.21.2.tar.gz
+    python tools/peft_tests.py --peft 0.17.0 --peft newest
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -58,6 +61,19 @@ NEEDED = {"parameterized": "parameterized", "diffusers": "diffusers", "scipy": "
 NEEDED |= {"attr": "attrs", "importlib_metadata": "importlib_metadata", "zipp": "zipp"}
 """What the test modules import beyond PEFT's and TRL's requirements: module name, package name."""
 
+NEWEST = "newest"
+OLD = {
+    (0, 17): (
+        "transformers==4.57.6",
+        "huggingface_hub<1",
+        "tokenizers<0.23",
+        "datasets==4.1.1",
+        "diffusers==0.35.2",
+    )
+}
+"""What PEFT up to a version needs in older versions: 0.17 imports a class that transformers 5 has not, and
+the rest is as old as that transformers."""
+
 CONFTEST = '''"""Written by peft_tests.py. What needs the hub fails at once, without retries."""
 
 import contextlib
@@ -92,27 +108,41 @@ Run = dict[str, Record]
 
 def main() -> int:
     options = arguments()
-    version = importlib.metadata.version("peft")
-    with scratch(options.cache) as folder:
-        sdist = options.sdist or download(version, folder / "sdist")
-        unpack(sdist, version, folder / "work")
-        packages = missing_packages(folder / "packages")
-        slices: dict[str | None, list[str]] = {}
-        for name in options.files or FILES:
-            if not (folder / "work" / "tests" / name).exists():
+    status = 0
+    with scratch(options.cache) as cache:
+        packages = missing_packages(cache / "packages")
+        for wanted in options.peft or [None]:
+            version = importlib.metadata.version("peft") if wanted is None else resolve(wanted)
+            folder = cache / version
+            path = [packages] if wanted is None else [installed(version, folder / "peft"), packages]
+            status |= test(options, version, folder, path)
+    return status
+
+
+def test(options: argparse.Namespace, version: str, folder: Path, path: list[Path]) -> int:
+    """PEFT's tests of this version, which is found on `path` or installed. Returns the exit status."""
+    sdist = options.sdist or download(version, folder / "sdist")
+    unpack(sdist, version, folder / "work")
+    print(f"== peft {version}", flush=True)
+    slices: dict[str | None, list[str]] = {}
+    for name in options.files or FILES:
+        if not (folder / "work" / "tests" / name).exists():
+            if name in options.files:
                 raise SystemExit(f"{name}: expected a file in tests/ of {sdist}, found none")
-            chosen = options.k if options.k is not None else SLICES.get(name) if not options.files else None
-            slices.setdefault(chosen, []).append(name)
-        runs: dict[str, Run] = {}
-        for mode in ("stock", "patched"):
-            records = folder / f"records-{mode}"
-            shutil.rmtree(records, ignore_errors=True)
-            records.mkdir(parents=True)
-            for keyword, names in slices.items():
-                print(f"== {mode}: {' '.join(names)}" + (f" -k '{keyword}'" if keyword else ""), flush=True)
-                run_pytest(mode, names, keyword, folder / "work", packages, records, options.n)
-            runs[mode] = read(records)
-        return compare(runs["stock"], runs["patched"])
+            print(f"{name}: not in peft {version}")
+            continue
+        chosen = options.k if options.k is not None else SLICES.get(name) if not options.files else None
+        slices.setdefault(chosen, []).append(name)
+    runs: dict[str, Run] = {}
+    for mode in ("stock", "patched"):
+        records = folder / f"records-{mode}"
+        shutil.rmtree(records, ignore_errors=True)
+        records.mkdir(parents=True)
+        for keyword, names in slices.items():
+            print(f"== {mode}: {' '.join(names)}" + (f" -k '{keyword}'" if keyword else ""), flush=True)
+            run_pytest(mode, version, names, keyword, folder / "work", path, records, options.n)
+        runs[mode] = read(records)
+    return compare(runs["stock"], runs["patched"])
 
 
 def arguments() -> argparse.Namespace:
@@ -122,6 +152,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("files", nargs="*", metavar="test_FILE.py", help="files of PEFT's tests/")
     parser.add_argument("-k", help="pytest's -k, for all files")
     parser.add_argument("-n", type=int, default=2, help="processes (default 2); 0: in one, without xdist")
+    parser.add_argument(
+        "--peft",
+        action="append",
+        metavar="VERSION",
+        help=f"test this PEFT, or the {NEWEST}, instead of the installed one; may be given more than once",
+    )
     parser.add_argument("--sdist", type=Path, help="PEFT's source distribution; else pip downloads it")
     parser.add_argument(
         "--cache", type=Path, help="folder that keeps downloads and records (default: temporary)"
@@ -129,6 +165,11 @@ def arguments() -> argparse.Namespace:
     options = parser.parse_args()
     if options.sdist is not None and not options.sdist.is_file():
         parser.error(f"--sdist: expected a file, got {options.sdist}")
+    for version in options.peft or []:
+        if version != NEWEST and not re.fullmatch(r"\d+\.\d+[.\w]*", version):
+            parser.error(f"--peft: expected a version or {NEWEST}, got {version}")
+    if options.sdist is not None and len(options.peft or []) > 1:
+        parser.error("--sdist: expected one --peft at most, as it is of one version")
     return options
 
 
@@ -146,6 +187,26 @@ class scratch:
     def __exit__(self, *_: object) -> None:
         if self.temporary is not None:
             self.temporary.cleanup()
+
+
+def resolve(wanted: str) -> str:
+    """The version that is meant; the package index knows the newest."""
+    if wanted != NEWEST:
+        return wanted
+    with tempfile.TemporaryDirectory() as folder:
+        pip("download", "peft", "--no-deps", "--only-binary", "peft", "-d", folder)
+        return next(Path(folder).iterdir()).name.split("-")[1]
+
+
+def installed(version: str, folder: Path) -> Path:
+    """A folder for PYTHONPATH with this PEFT, and with what it needs older than the environment has it."""
+    if not (folder / f"peft-{version}.dist-info").exists():
+        release = tuple(int(part) for part in version.split(".")[:2])
+        others = [package for newest, needed in OLD.items() if release <= newest for package in needed]
+        names = ", ".join([f"peft {version}", *others])
+        print(f"installing into {folder}: {names}", flush=True)
+        pip("install", "--upgrade", "--no-deps", "--target", str(folder), *others, f"peft=={version}")
+    return folder
 
 
 def download(version: str, folder: Path) -> Path:
@@ -202,17 +263,19 @@ def pip(command: str, *arguments: str) -> None:
 
 def run_pytest(
     mode: str,
+    version: str,
     names: list[str],
     keyword: str | None,
     folder: Path,
-    packages: Path,
+    path: list[Path],
     records: Path,
     processes: int,
 ) -> None:
     """One run; `records` gets a line per test."""
-    path = [str(HERE), str(HERE.parent), str(packages), *filter(None, [os.environ.get("PYTHONPATH")])]
+    before = filter(None, [os.environ.get("PYTHONPATH")])
     environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONPATH": os.pathsep.join([*map(str, path), str(HERE), str(HERE.parent), *before]),
+        "PEFT_TESTS_VERSION": version,
         "PEFT_TESTS_MODE": mode,
         "PEFT_TESTS_RECORDS": str(records),
         "HF_HUB_OFFLINE": "1",

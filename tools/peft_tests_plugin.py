@@ -1,7 +1,7 @@
 """pytest plugin of peft_tests.py: one record per test and, if asked for, every LoRA layer patched when made.
 
-It reads its two settings from the environment, so that xdist's workers see them too: PEFT_TESTS_RECORDS, the
-folder for the records, and PEFT_TESTS_MODE, "stock" or "patched".
+It reads its settings from the environment, so that xdist's workers see them too: PEFT_TESTS_RECORDS, the
+folder for the records, PEFT_TESTS_MODE, "stock" or "patched", and PEFT_TESTS_VERSION, the PEFT to be tested.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ from peft_kernels.patch import fused
 
 PATCHED = os.environ["PEFT_TESTS_MODE"] == "patched"
 RECORDS = Path(os.environ["PEFT_TESTS_RECORDS"]) / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl"
+
+if peft.__version__ != os.environ["PEFT_TESTS_VERSION"]:
+    raise SystemExit(f"peft: expected {os.environ['PEFT_TESTS_VERSION']}, got {peft.__version__}")
 
 
 class Account:

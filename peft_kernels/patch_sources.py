@@ -1,0 +1,182 @@
+"""Which versions of others' functions ours were compared with, told apart by their source.
+
+A fused forward computes what a forward of PEFT, bitsandbytes or transformers computed when ours was written.
+Theirs may change: `reason_unknown` tells by the source whether a function is one of those that were read.
+`tools/fingerprints.py` prints the table for other versions.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+KNOWN: dict[str, dict[str, str]] = {
+    "peft.tuners.lora.layer.Linear.forward": {
+        "92c660bfa94642c2": "0.17.0 to 0.17.1",
+        "2e1d22f1fee17f0a": "0.18.0 to 0.21.2",
+    },
+    "peft.tuners.lora.layer.LoraLayer._mixed_batch_forward": {
+        "98f89e665b2bce14": "0.17.0 to 0.17.1",
+        "f680ce66ce51f6d8": "0.18.0 to 0.21.2",
+    },
+    "peft.tuners.lora.layer.LoraLayer._check_forward_args": {
+        "d04d6192f6c9ddc1": "0.17.0 to 0.21.2",
+    },
+    "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype": {
+        "7e8ecb3f75bbbb5b": "0.17.0 to 0.21.2",
+    },
+    "peft.tuners.lora.bnb.Linear4bit.forward": {
+        "00cfa8aa2173b65d": "0.17.0 to 0.17.1",
+        "4f76d5fb0d5e860b": "0.18.0 to 0.21.2",
+    },
+    "peft.tuners.lora.bnb.Linear4bit._mixed_batch_forward": {
+        "114fd342f37c2f7b": "0.17.0 to 0.17.1",
+        "ea8ad923172f67ad": "0.18.0 to 0.21.2",
+    },
+    "peft.tuners.lora.variants.DoraLinearVariant.forward": {
+        "2f3bf87f780d96cf": "0.17.0 to 0.17.1",
+        "9da2ff2583962b92": "0.18.0 to 0.18.1",
+        "fa812862b566abd6": "0.19.0 to 0.21.2",
+    },
+    "peft.tuners.lora.dora.DoraLinearLayer.forward": {
+        "d28de47ad359a90d": "0.17.0 to 0.18.1",
+        "4c52f28e70ce3cab": "0.19.0 to 0.21.2",
+    },
+    "peft.tuners.lora.dora.DoraLinearLayer.get_weight_norm": {
+        "1b5cd237056df8d5": "0.17.0 to 0.18.1",
+        "90ae12a68132eb6e": "0.19.0 to 0.21.2",
+    },
+    "peft.tuners.lora.dora.DoraLinearLayer.get_lora_weight": {
+        "4c4445d4c9f2e0cc": "0.19.0 to 0.21.2",
+    },
+    "peft.tuners.lora.dora.cache_decorator": {
+        "288b4d50b73adb54": "0.19.0 to 0.21.2",
+    },
+    "bitsandbytes.nn.modules.Linear4bit.forward": {
+        "50ff1ada6852030f": "0.46.0 to 0.46.1",
+        "d122e1a9505cbfbb": "0.47.0",
+        "26e4ae88f7c4bf70": "0.48.0 to 0.48.2",
+        "15fbb51439194d45": "0.49.0 to 0.49.2",
+        "ca51ab17d0636863": "0.50.0 to 0.50.2",
+    },
+    "bitsandbytes.nn.modules.Linear4bit.set_compute_type": {
+        "4bbf783af1aacb48": "0.46.0 to 0.46.1",
+        "868b005a5d2d7800": "0.47.0 to 0.49.2",
+        "d1f7a6eb3da2dd81": "0.50.0 to 0.50.2",
+    },
+    "transformers.pytorch_utils.Conv1D.forward": {
+        "dcf8ce4ff2064634": "5.0.0 to 5.24.0",
+    },
+    "transformers.models.falcon.modeling_falcon.FalconLinear.forward": {
+        "8fb580e19d223db9": "5.0.0 to 5.24.0",
+    },
+}
+"""Fingerprints of the sources that ours stands in for, by qualified name, and the versions that have them."""
+
+TITLES = {"peft": "PEFT"}
+"""Packages that write their name differently."""
+
+
+class _Essence(ast.NodeTransformer):
+    """Takes out docstrings and annotations, which compute nothing, and what Python's parser adds."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        constant = node.value
+        if isinstance(constant, ast.Constant) and isinstance(constant.value, str):
+            return None
+        return self.generic_visit(node)
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST | None:
+        return None if node.value is None else self.generic_visit(ast.Assign([node.target], node.value))
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> ast.AST:
+        # Python 3.12 ends some formats with an empty string.
+        node.values = [part for part in node.values if getattr(part, "value", None) != ""]
+        return self.generic_visit(node)
+
+
+LEFT_OUT = ("annotation", "returns", "type_comment", "type_params", "kind", "ctx")
+"""Fields of syntax trees that compute nothing, or that not every version of Python has."""
+
+
+def _written(node: Any) -> str:
+    """A syntax tree as text, the same from Python 3.10 on; `ast.dump` and `ast.unparse` change."""
+    if isinstance(node, ast.AST):
+        fields = [
+            f"{name}={_written(value)}"
+            for name, value in ast.iter_fields(node)
+            if name not in LEFT_OUT and value is not None and value != []
+        ]
+        return f"{type(node).__name__}({', '.join(sorted(fields))})"
+    if isinstance(node, list):
+        return f"[{', '.join(map(_written, node))}]"
+    return ascii(node)
+
+
+def fingerprint_of(tree: ast.AST) -> str:
+    """The fingerprint of a function as a syntax tree, which is changed by this."""
+    return hashlib.sha256(_written(_Essence().visit(tree)).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=256)
+def fingerprint(function: Callable[..., Any]) -> str | None:
+    """16 hex digits that tell a function's source from others, or None where there is no source to read.
+
+    Comments, docstrings, annotations, blank lines and formatting do not count. A wrapper that took over the
+    name of what it wraps (`functools.wraps`) has none either, unless both are of one file: then it is the
+    library's own decorator, and named in the source.
+    """
+    inner = inspect.unwrap(function)
+    try:
+        if inspect.getsourcefile(inner) != inspect.getsourcefile(_code(function)):
+            return None
+        source = inspect.getsource(inner)
+        # A method's lines are indented, and a string in it may have lines that are not.
+        body: list[Any] = ast.parse(f"if True:\n{source}" if source[0].isspace() else source).body
+    except (OSError, TypeError, SyntaxError):
+        return None
+    return fingerprint_of(body[0].body[0] if source[0].isspace() else body[0])
+
+
+def _code(function: Any) -> Any:
+    """Its own code: `inspect` would answer for a wrapper with the file of what it wraps."""
+    return getattr(function, "__code__", None)
+
+
+def qualified_name(function: Callable[..., Any]) -> str:
+    """Module and name within it: "peft.tuners.lora.layer.Linear.forward"."""
+    other = type(function).__name__
+    return f"{getattr(function, '__module__', other)}.{getattr(function, '__qualname__', other)}"
+
+
+def known(function: Callable[..., Any]) -> bool:
+    """Whether this is, by name and source, a function that ours was compared with."""
+    return fingerprint(function) in KNOWN.get(qualified_name(function), ())
+
+
+def reason_unknown(*functions: Callable[..., Any]) -> str | None:
+    """Why the first of the functions that is not `known` is not, or None when all are."""
+    for function in functions:
+        if not known(function):
+            return _reason(function)
+    return None
+
+
+def _reason(function: Callable[..., Any]) -> str:
+    name = qualified_name(function)
+    if name not in KNOWN:
+        return f"{name} is none of the functions known here"
+    if fingerprint(function) is None:
+        return f"{name} is wrapped, or has no source to compare with the versions known"
+    package, _, rest = name.partition(".")
+    try:
+        version = f" {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:  # a checkout on the path
+        version = ""
+    versions = ", ".join(KNOWN[name].values())
+    return f"{TITLES.get(package, package)}{version} has changed {rest}, known here as of {versions}"
