@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from peft_kernels import patch_sources
-from peft_kernels.patch_sources import KNOWN, fingerprint, known, reason_unknown
+from peft_kernels.patch import sources
+from peft_kernels.patch.sources import KNOWN, fingerprint, known, reason_unknown
 
 TOOL = Path(__file__).resolve().parent.parent / "tools" / "fingerprints.py"
 
@@ -148,7 +148,7 @@ def test_the_installed_version_is_in_the_table(name: str) -> None:
     if function is None:
         package = name.partition(".")[0]
         pytest.skip(f"{package} {importlib.metadata.version(package)} has no {name}")
-    assert patch_sources.qualified_name(function) == name
+    assert sources.qualified_name(function) == name
     assert reason_unknown(function) is None
 
 
