@@ -156,7 +156,7 @@ def dora_linear(
     scale = magnitude.float() / norm.to(magnitude.dtype).float()
     if not dropout_p:
         z = lora_linear(x, weight, lora_a, lora_b, scaling, bias, compute_dtype=compute_dtype)
-        return _call("dora_scale", z, scale, _of_or_float(bias, x.dtype))
+        return _call("dora_scale", z, scale, None if bias is None else _of_or_float(bias, x.dtype))
     dropped = _call("dropout", x, float(dropout_p), _seed(x))
     z = lora_linear(dropped, weight, lora_a, lora_b, scaling, compute_dtype=compute_dtype)
     product: Tensor = _call("dora_scale", z, scale, None)
@@ -217,7 +217,8 @@ def multi_lora_linear(
             )
             raise ValueError(f"row_group: expected {expected}, got {got}")
     compute = _compute_type(x, compute_dtype)
-    base, adapters, groups, seed = _flatten(x, layers, [x.shape[-1]] * len(layers), compute)
+    features = [x.shape[-1]] * len(layers)
+    base, adapters, groups, seed = _flatten(x, layers, features, compute, x.dtype)
     y, _ = _call("multi_lora_linear", x, *base, *adapters, seed, groups, row_group, _unless_of(x, compute))
     return list(y)
 
@@ -244,13 +245,13 @@ def gated_mlp(
         copy alone is saved. The result gets x's dtype. By default x's dtype.
     """
     _check_activation(activation)
-    inside = x.to(_compute_type(x, compute_dtype))
+    compute = _compute_type(x, compute_dtype)
     hidden = _shape_of(gate)[0]
     if _shape_of(up)[0] != hidden:
         raise ValueError(f"up: expected {hidden} output features like gate, got {_shape_of(up)[0]}")
     features = [x.shape[-1], x.shape[-1], hidden]
-    base, adapters, _, seed = _flatten(inside, (gate, up, down), features, inside.dtype, x.dtype)
-    y: Tensor = _call("gated_mlp", inside, *base, *adapters, seed, activation)[0]
+    base, adapters, _, seed = _flatten(x, (gate, up, down), features, compute, compute)
+    y: Tensor = _call("gated_mlp", x.to(compute), *base, *adapters, seed, activation)[0]
     return y.to(x.dtype)
 
 
@@ -269,22 +270,21 @@ def _flatten(
     layers: Sequence[AdaptedLinear],
     in_features: Sequence[int],
     compute: torch.dtype,
-    bias_dtype: torch.dtype | None = None,
+    inside: torch.dtype,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], list[int], Tensor | None]:
-    """Layers as the lists that ops take: those of the bases, those of the adapters, groups, seed. A bias may
-    also be of `bias_dtype`."""
+    """Layers as the lists that ops take: those of the bases, those of the adapters, groups, seed. `inside` is
+    the dtype of the activations that the op gets."""
     groups, shapes, biases = [], [], []
     none = x.new_empty(0)
     a, b, layer, scaling, dropout_p, group = [], [], [], [], [], []
     for j, (item, features) in enumerate(zip(layers, in_features, strict=True)):
         shape, base = _base(x, item.weight, compute, features)
-        _check_bias(x, item.bias, shape[0], bias_dtype or compute)
+        _check_bias(x, item.bias, shape[0], compute)
         groups.append(base)
         shapes.append(shape[0])
-        bias = item.bias if bias_dtype is None else _of_or_float(item.bias, x.dtype)
-        biases.append(none if bias is None else bias)
+        biases.append(none if item.bias is None else _of_or_float(item.bias, inside, compute))
         for adapter in item.adapters:
-            _check_adapter(x, shape, adapter.lora_a, adapter.lora_b, adapter.dropout_p)
+            _check_adapter(x, shape, adapter.lora_a, adapter.lora_b, adapter.dropout_p, inside)
             a.append(adapter.lora_a)
             b.append(adapter.lora_b)
             layer.append(j)
@@ -322,9 +322,9 @@ def _unless_of(x: Tensor, compute: torch.dtype) -> torch.dtype | None:
     return None if compute == x.dtype else compute
 
 
-def _of_or_float(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """In a dtype that ops for activations of `dtype` take."""
-    return bias if bias is None or bias.dtype == dtype else bias.float()
+def _of_or_float(bias: Tensor, *dtypes: torch.dtype) -> Tensor:
+    """In a dtype that an op takes: one of `dtypes`, or fp32."""
+    return bias if bias.dtype in dtypes else bias.float()
 
 
 def _base_product(
@@ -334,7 +334,8 @@ def _base_product(
     if group[1] is None:
         y = _dense_product(x.to(compute), group[0], None if bias is None else bias.to(compute))
     else:
-        y = _call("nf4_linear", x.to(compute), *group, out_features, _of_or_float(bias, compute))
+        bias = None if bias is None else _of_or_float(bias, compute)
+        y = _call("nf4_linear", x.to(compute), *group, out_features, bias)
     return y.to(x.dtype)
 
 
@@ -398,15 +399,22 @@ def _check_bias(x: Tensor, bias: Tensor | None, out_features: int, compute: torc
 
 
 def _check_adapter(
-    x: Tensor, shape: tuple[int, int], lora_a: Tensor, lora_b: Tensor, dropout_p: float
+    x: Tensor,
+    shape: tuple[int, int],
+    lora_a: Tensor,
+    lora_b: Tensor,
+    dropout_p: float,
+    inside: torch.dtype | None = None,
 ) -> None:
+    dtype = inside or x.dtype
     if lora_a.dim() != 2 or lora_a.shape[1] != shape[1]:
         raise ValueError(f"lora_a: expected shape (r, {shape[1]}), got {tuple(lora_a.shape)}")
     if lora_b.shape != (shape[0], lora_a.shape[0]):
         raise ValueError(f"lora_b: expected shape {(shape[0], lora_a.shape[0])}, got {tuple(lora_b.shape)}")
     for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if adapter.dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"{name}: expected {x.dtype} like x or float32, got {adapter.dtype}")
+        if adapter.dtype not in (dtype, torch.float32):
+            like = "x" if dtype == x.dtype else "compute_dtype"
+            raise ValueError(f"{name}: expected {dtype} like {like} or float32, got {adapter.dtype}")
         if adapter.device != x.device:
             raise ValueError(f"{name}: expected device {x.device} like x, got {adapter.device}")
     if not 0 <= dropout_p <= 1:
