@@ -173,7 +173,10 @@ class NF4Linear(nn.Linear):
                 # Not copy_: the nominal dtype is part of what was saved.
                 assign = local_metadata.get("assign_to_params_buffers", False)
                 new._state.name = self.weight._state.name  # type: ignore[attr-defined]
-                self.weight.data = new if assign else new.to(self.weight.device, copy=True)
+                if assign:
+                    self._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+                else:
+                    self.weight.data = new.to(self.weight.device, copy=True)
 
     def extra_repr(self) -> str:
         weight = self.weight

@@ -86,8 +86,9 @@ def quantize_model(
     skip : names, optional
         Modules to leave alone with all that is in them: a full name, or consecutive parts of one ("lm_head",
         "vision_tower", "layers.0.mlp"). By default the heads: lm_head, score, classifier, qa_outputs,
-        summary, v_head, and what a transformers model names (output embeddings, tied weights, modules kept in fp32) or
-        has beside its base model for classification, question answering or rewards. `skip=()` takes them too.
+        summary, v_head, and what a transformers model names (output embeddings, tied weights, modules kept in
+        fp32) or has beside its base model for classification, question answering or rewards. `skip=()` packs
+        them too.
 
         A layer whose weight is shared with another module (tied embeddings) or that stands in two places is
         always left alone, and so are PEFT's adapters and other subclasses of nn.Linear.
