@@ -311,6 +311,8 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         # An NF4 activation or bias is nothing that a layer does; it is still only a tensor.
         dense = [t.dequantize() if isinstance(t, NF4Weight) else t for t in (input, weight)]
         return F.linear(dense[0], dense[1], bias)
+    if weight.requires_grad:  # no parameter, but a copy to which something trained was added (SHiRA)
+        return _plainly(F.linear, input, weight, bias)
     from .functional import nf4_linear
 
     return nf4_linear(input, weight, bias)

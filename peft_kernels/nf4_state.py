@@ -164,6 +164,9 @@ def fingerprint(value: Any) -> Any:
     """
     if not isinstance(value, Tensor):
         return (type(value).__name__, value)
+    if value.layout == torch.sparse_coo:  # SHiRA adds these
+        value = value.detach().coalesce()
+        return ("sparse", tuple(value.shape), fingerprint(value.indices()), fingerprint(value.values()))
     bits = value.detach().contiguous().view(-1)
     if bits.numel() == 0 or value.dim() == 0:
         return (value.dtype, tuple(value.shape), value.tolist())

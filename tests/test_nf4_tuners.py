@@ -38,6 +38,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 NOT_ALONE = {"XLORA": "it is made of saved LoRA adapters", "POLY": "it asks for task ids"} | {
     "MULTITASK_PROMPT_TUNING": "it asks for task ids",
     "ADAMSS": "it asks for scikit-learn",
+    "CPT": "its loss is NaN without a prompt that has labels",
 }
 # Where NF4 answers with a sentence, and dense layers do not.
 SENTENCES = {
