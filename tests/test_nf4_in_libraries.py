@@ -245,6 +245,37 @@ def test_heads_by_structure_and_what_classes_name() -> None:
     assert "classification_head.dense" in packed_layers(full) and not report_of(full).left  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
+def test_reward_trainer(tmp_path: Path) -> None:
+    """In bf16: TRL gives the adapters of every 4-bit model that type."""
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    words = {"<pad>": 0, "<eos>": 1, **{f"w{i}": i for i in range(2, 128)}}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="<pad>")),
+        pad_token="<pad>",
+        eos_token="<eos>",
+    )
+    config = transformers.LlamaConfig(**ENCODER, num_labels=1)
+    model = pk.quantize_model(transformers.AutoModelForSequenceClassification.from_config(config))
+    pairs = {"chosen": [2, 3, 4, 5], "rejected": [2, 3, 9]}
+    columns = {f"{k}{end}": [v] * 4 for k, v in pairs.items() for end in ("_ids", "_input_ids")}
+    trainer = trl.RewardTrainer(
+        model=model,
+        args=trl.RewardConfig(**arguments(tmp_path, bf16=True)),
+        processing_class=tokenizer,
+        train_dataset=datasets.Dataset.from_dict(columns),
+        peft_config=peft.LoraConfig(
+            task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"], modules_to_save=["score"]
+        ),
+    )
+    score = trainer.model.base_model.model.score.modules_to_save["default"].weight
+    before = score.clone()
+    assert 0 < trainer.train().training_loss < 5 and not torch.equal(score, before)
+    assert not any(p.is_dense for p in trainer.model.parameters() if isinstance(p, pk.NF4Weight))
+
+
 # Conv1D and FalconLinear
 
 
