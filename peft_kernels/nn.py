@@ -85,11 +85,12 @@ class NF4Linear(nn.Linear):
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
-        elif dtype == torch.float32 and self.compute_dtype is not None:
+        elif dtype == torch.float32 and self.compute_dtype not in (None, dtype):
             x = x.to(self.compute_dtype)
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return nf4_linear(x, weight, bias).to(dtype)
+        y = nf4_linear(x, weight, bias)
+        return y if y.dtype == dtype else y.to(dtype)
 
     def settle(self) -> nn.Module:
         """Become an ordinary layer, of `plain_class`, if the weight is dense. Returns the layer."""
