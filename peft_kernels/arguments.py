@@ -14,6 +14,13 @@ from .nf4 import NF4State, NF4Weight
 from .reference import ACTIVATIONS
 
 
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast computes in on devices of this type; None where it is off, or unknown (meta)."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
 @dataclass
 class Adapter:
     """One LoRA adapter of a layer: lora_a (r, in_features), lora_b (out_features, r)."""

@@ -13,6 +13,7 @@ from . import dispatch
 from .arguments import (
     AdaptedLinear,
     Adapter,
+    autocast_dtype,
     base_of,
     check_activation,
     check_adapter,
@@ -270,7 +271,7 @@ def _base_product(
 def _dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In their dtype, whatever autocast says."""
     device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if autocast_dtype(device) is None:
         return F.linear(x, weight, bias)
     with torch.autocast(device, enabled=False):
         return F.linear(x, weight, bias)

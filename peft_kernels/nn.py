@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .arguments import autocast_dtype
 from .functional import dora_linear, lora_linear, nf4_linear
 from .nf4 import NF4Weight
 from .nf4_model import ModelLink
@@ -81,9 +82,9 @@ class NF4Linear(nn.Linear):
         bias: Tensor | None = self.bias
         if not isinstance(weight, NF4Weight):
             return nn.functional.linear(x, weight, bias)
-        compute_dtype = None
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        compute_dtype, autocast = None, autocast_dtype(x.device.type)
+        if autocast is not None:
+            x = x.to(autocast)
         elif x.dtype == torch.float32:
             compute_dtype = self.compute_dtype
         if bias is not None and bias.dtype != x.dtype:
@@ -251,16 +252,19 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         base, weight = self.base_layer, self.base_layer.weight
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        compute_dtype, autocast = None, autocast_dtype(x.device.type)
+        if autocast is not None:
+            x = x.to(autocast)
             if not isinstance(weight, NF4Weight):
-                weight = weight.to(x.dtype)
+                weight = weight.to(autocast)
+        elif x.dtype == torch.float32:
+            compute_dtype = getattr(base, "compute_dtype", None)
         bias = base.bias if base.bias is None else base.bias.to(x.dtype)
         dropout_p = self.lora_dropout if self.training else 0.0
         adapter, magnitude = (self.lora_A, self.lora_B), self.lora_magnitude_vector
         if magnitude is not None:
-            return dora_linear(x, weight, *adapter, magnitude, self.scaling, bias, dropout_p)
-        return lora_linear(x, weight, *adapter, self.scaling, bias, dropout_p)
+            return dora_linear(x, weight, *adapter, magnitude, self.scaling, bias, dropout_p, compute_dtype)
+        return lora_linear(x, weight, *adapter, self.scaling, bias, dropout_p, compute_dtype)
 
     def _weight(self) -> Tensor:
         """The base weight in fp32."""
