@@ -51,6 +51,7 @@ SIZES: dict[str, Any] = {
 """For every field of a configuration that has such a name."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
+    "ctrl": {"dff": 64},
     "gemma3n_text": {"num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.0, 0.0]},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "mamba2": {"num_heads": 4, "head_dim": 16},
@@ -58,26 +59,15 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1},
 }
 
+LARGE = "inkling2_text inkling2_loop_text inkling_text kimi_linear minimax_m3_vl_text deepseek_v4 cpmant"
+INPUTS = "gemma4_assistant reformer xmod blt"
+SIZED = "zamba zamba2 lfm2_moe qwen4_exp_text xlstm dots3_note_text longcat_flash cohere_compass_text"
+NESTED = "dots3_note emu3 fuyu gemma3 gemma3n dbrx"
 LEFT_OUT = {
-    **dict.fromkeys(
-        [
-            "inkling2_text",
-            "inkling2_loop_text",
-            "kimi_linear",
-            "minimax_m3_vl_text",
-            "inkling_text",
-            "deepseek_v4",
-        ],
-        "not small with these sizes",
-    ),
-    **dict.fromkeys(["gemma4_assistant", "reformer", "xmod", "blt"], "wants more than input_ids"),
-    **dict.fromkeys(
-        ["zamba", "zamba2", "lfm2_moe", "qwen4_exp_text", "xlstm"], "sizes that depend on each other"
-    ),
-    **dict.fromkeys(["dots3_note_text", "longcat_flash", "cohere_compass_text"], "as above"),
-    **dict.fromkeys(
-        ["dots3_note", "emu3", "fuyu", "gemma3", "gemma3n", "dbrx"], "its parts have configurations"
-    ),
+    **dict.fromkeys(LARGE.split(), "has sizes of other names"),
+    **dict.fromkeys(INPUTS.split(), "wants more than input_ids"),
+    **dict.fromkeys(SIZED.split(), "has sizes that depend on each other"),
+    **dict.fromkeys(NESTED.split(), "is made of models with configurations of their own"),
 }
 
 

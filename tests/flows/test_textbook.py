@@ -1,5 +1,5 @@
-"""The script of every tutorial: NF4, prepare_model_for_kbit_training, LoRA, then Trainer(bf16=True), a plain loop,
-generate. Norms are fp32 there, so x is fp32 while the base computes in bf16; all of it runs fused all the same."""
+"""The script of every tutorial: NF4, prepare_model_for_kbit_training, LoRA, Trainer(bf16=True) or a loop,
+generate. Norms are fp32 there, so x is fp32 while the base computes in bf16; all of it runs fused."""
 
 from __future__ import annotations
 
@@ -82,8 +82,12 @@ def test_plain_loop(stock: Any) -> None:
 
 def test_one_step_of_the_plain_loop(stock: Any) -> None:
     model, report = patched_copy(stock)
-    runs = [step(each, lambda m: plain_loss(m, 0)) for each in (model, stock, in_fp64(stock))]
-    assert_same_numbers(runs[0], runs[1], runs[2], 0.1)
+    truth = in_fp64(stock)
+
+    def sample(i: int) -> Any:
+        return tuple(step(each, lambda m: language_loss(m, ids(i))) for each in (model, stock, truth))
+
+    assert_same_numbers(sample, 0.1)
     assert_fused(model, report, blocks=2)
 
 
