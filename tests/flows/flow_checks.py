@@ -129,7 +129,7 @@ def errors(got: Results, stock: Results, truth: Results, bound: float) -> tuple[
 
 
 def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], bound: float = 1e-5) -> None:
-    assert got.keys() == want.keys() and got
+    assert got.keys() == want.keys() and got, f"not in both: {sorted(got.keys() ^ want.keys())}"
     for name in want:
         error = testing.relative_error(got[name], want[name])
         assert error < bound, f"{name}: relative error {error:.3g}"

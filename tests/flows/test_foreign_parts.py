@@ -20,7 +20,7 @@ from flow_checks import (
     language_loss,
     step,
 )
-from flow_models import adapted, config, ids, llama, patched_copy
+from flow_models import adapted, config, ids, llama
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -184,7 +184,9 @@ def test_a_hook_on_the_activation() -> None:
     pk.patch(model)
     seen: dict[str, list[Tensor]] = {"stock": [], "model": []}
     for name, each in (("stock", stock), ("model", model)):
-        mlps(each)[0].act_fn.register_forward_hook(lambda _m, _x, y, name=name: seen[name].append(y) or 0.5 * y)
+        mlps(each)[0].act_fn.register_forward_hook(
+            lambda _m, _x, y, name=name: seen[name].append(y) or 0.5 * y
+        )
     assert_as_stock(model, stock)
     assert len(seen["model"]) == len(seen["stock"]) == 2
 
@@ -266,10 +268,9 @@ def test_a_forward_that_is_set_on_the_instance(part: str, moment: str) -> None:
     if moment == "after":
         overwrite(model)
     assert_as_stock(model, stock)
-    if part == "mlp":
-        # What was set after patching calls ours, or stock's; either way it must be told.
-        assert moment == "after" or "base_model.model.model.layers.0.mlp" not in fused_blocks(report)
-    assert "forward" in str(report), str(report)
+    if moment == "before":  # afterwards it is ours that the new one calls
+        assert f"base_model.model.model.layers.0.{part}" not in fused_layers(report) | fused_blocks(report)
+        assert "forward" in str(report), str(report)
 
 
 def test_a_forward_that_replaces_ours() -> None:

@@ -1,4 +1,4 @@
-"""Merging and unmerging NF4 models, once and in cycles, and what a merged model still needs of this package."""
+"""Merging and unmerging NF4 models, once and in cycles, and what a merged model needs of this package: nothing."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ torch.set_num_threads(1)
 want = torch.load(f"{folder}/logits.pt")
 tokens = torch.load(f"{folder}/tokens.pt")
 answers = {
-    "save": lambda: torch.load(f"{folder}/save", weights_only=False)(input_ids=tokens, use_cache=False).logits,
+    "save": lambda: torch.load(f"{folder}/save", weights_only=False)(input_ids=tokens).logits,
     "deepcopy": lambda: torch.load(f"{folder}/deepcopy", weights_only=False)(input_ids=tokens).logits,
     "pickle": lambda: pickle.load(open(f"{folder}/pickle", "rb"))(input_ids=tokens).logits,
     "trace": lambda: torch.jit.load(f"{folder}/trace")(tokens),
