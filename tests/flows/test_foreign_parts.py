@@ -1,4 +1,4 @@
-"""Layers of other libraries among those that are fused: whatever a part computes, the patched model computes too,
+"""Layers of other libraries among those that are fused: the patched model computes what its parts compute,
 and the report says what it left alone."""
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from flow_checks import (
     Calls,
     assert_fused,
@@ -184,9 +185,12 @@ def test_a_hook_on_the_activation() -> None:
     pk.patch(model)
     seen: dict[str, list[Tensor]] = {"stock": [], "model": []}
     for name, each in (("stock", stock), ("model", model)):
-        mlps(each)[0].act_fn.register_forward_hook(
-            lambda _m, _x, y, name=name: seen[name].append(y) or 0.5 * y
-        )
+
+        def halve(_module: nn.Module, _x: Any, y: Tensor, name: str = name) -> Tensor:
+            seen[name].append(y)
+            return 0.5 * y
+
+        mlps(each)[0].act_fn.register_forward_hook(halve)
     assert_as_stock(model, stock)
     assert len(seen["model"]) == len(seen["stock"]) == 2
 
@@ -285,3 +289,40 @@ def test_a_forward_that_replaces_ours() -> None:
     assert calls.counts["gated_mlp"] == 0 and calls.counts["lora_linear"] > 0
     assert PREFIX not in fused_blocks(report), str(report)
     assert gradients(model)
+
+
+def gpt2() -> Any:
+    """Conv1D: a linear layer whose weight is kept transposed."""
+    sizes = {"vocab_size": 128, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, initializer_range=0.2))
+
+
+def falcon() -> Any:
+    """FalconLinear: a subclass of nn.Linear that multiplies by the transposed weight."""
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, initializer_range=0.2))
+
+
+@pytest.mark.filterwarnings("ignore:.*fan_in_fan_out.*")
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+@pytest.mark.parametrize("make", [gpt2, falcon])
+def test_plain_layers_that_are_no_linear(make: Callable[[], Any], base: str, adapter: str) -> None:
+    """They are fused, and quantize_model packs them."""
+    torch.manual_seed(0)
+    model = make()
+    if base == "nf4":
+        pk.quantize_model(model)
+        packed = [name for name, p in model.named_parameters() if isinstance(p, pk.NF4Weight)]
+        assert len(packed) == 4, packed
+    stock = adapted(model, use_dora=adapter == "dora").eval()
+    model, report = patched_copy(stock)
+    with Calls() as calls:
+        got, want = (step(each, lambda m: language_loss(m, ids())) for each in (model, stock))
+    assert_near(got, want)
+    assert calls.fused > 0 or calls.counts["dora_norm"] > 0, calls.counts
+    assert_fused(model, report)
+    merged = model.merge_and_unload()
+    with torch.no_grad():
+        answers = [{"logits": each(input_ids=ids(2)).logits} for each in (merged, stock)]
+    assert_near(*answers)

@@ -1,4 +1,4 @@
-"""Merging and unmerging NF4 models, once and in cycles, and what a merged model needs of this package: nothing."""
+"""Merging and unmerging NF4 models, once and in cycles; a merged model needs nothing of this package."""
 
 from __future__ import annotations
 

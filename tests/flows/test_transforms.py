@@ -1,4 +1,4 @@
-"""What torch does with a patched model as a whole: copies, pickles, threads, export, transforms, counters, meta."""
+"""What torch does with a patched model as a whole: copies, threads, export, transforms, counters, meta."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def flops(model: Any, backward: bool) -> int:
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
 def test_flops_are_counted(backward: bool) -> None:
-    """As many as stock has on dense weights: dequantising is no product. Backward may do some of them again."""
+    """As many as stock has on dense weights: dequantising is no product. Backward may do some again."""
     stock = adapted(llama("dense"))
     want = flops(stock, backward)
     for base in ("dense", "nf4"):

@@ -306,7 +306,7 @@ def test_a_replica_computes_with_its_own_weights(base: str, is_patched: bool) ->
 
 
 def test_an_nf4_model_is_not_taken_apart_by_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainer makes DataParallel by itself where it sees two GPUs, but for a model that says it is quantised."""
+    """Trainer makes DataParallel by itself where it sees two GPUs, but not of a quantised model."""
     import transformers
 
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
