@@ -16,6 +16,7 @@ from flow_checks import (
     assert_near,
     assert_same_numbers,
     block_fallbacks,
+    fused_blocks,
     fused_layers,
     gradients,
     layer_fallbacks,
@@ -64,8 +65,21 @@ OTHERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 NOT_FUSED: dict[str, str] = {}
 """Families of which some LoRA layers keep their forward, and the words in which the report says why."""
 
-NO_TRUTH = frozenset({"xglm"})
+NO_TRUTH = {"xglm"}
 """Families that do not run in fp64: there stock is what is compared with."""
+
+
+PARTLY_CALLED = {"jamba", "prophetnet"}
+"""Families with layers that a short text does not reach."""
+
+
+def expected(model: Any, report: Any, dora: bool) -> int:
+    """How many fused ops a forward runs at least, if it reaches each layer once."""
+    layers, blocks = fused_layers(report) & lora_layers(model), fused_blocks(report)
+    if dora:
+        return len(layers)
+    alone = [name for name in layers if name.rpartition(".")[0] not in blocks]
+    return len(alone) + len(blocks)
 
 
 @lru_cache(maxsize=1)
@@ -129,7 +143,8 @@ def test_patched_as_stock(name: str, base: str, adapter: str) -> None:
         truth = stock if name in NO_TRUTH else results(name, double, seed)
         with pk.patched(model) as report, Calls() as calls:
             got = results(name, model, seed)
-        assert calls.fused > 0 or calls.counts["dora_norm"] > 0 or name in NOT_FUSED, calls.counts
+        ran = calls.counts["dora_norm"] if dora else calls.fused
+        assert ran >= expected(model, report, dora) or name in PARTLY_CALLED, (ran, report.details())
         reports.append(report)
         if name in NO_TRUTH:
             assert_near(got, stock, 1e-4)

@@ -21,7 +21,7 @@ from flow_checks import (
     language_loss,
     step,
 )
-from flow_models import adapted, config, ids, llama
+from flow_models import adapted, config, ids, llama, patched_copy
 from torch import Tensor, nn
 
 import peft_kernels as pk
