@@ -198,7 +198,7 @@ def test_grpo(base: str, tmp_path: Path) -> None:
     def trainer() -> Any:
         torch.manual_seed(3)
         model = adapted(llama(base))
-        return trl.GRPOTrainer(
+        made = trl.GRPOTrainer(
             model=model,
             reward_funcs=rewards,
             args=options(
@@ -208,6 +208,10 @@ def test_grpo(base: str, tmp_path: Path) -> None:
             train_dataset=datasets.Dataset.from_list([{"prompt": words(row[:4])} for row in rows()]),
             processing_class=tokenizer(),
         )  # fmt: skip
+        for p in made.model.parameters():
+            if p.requires_grad:  # bf16 by now on a 4-bit model: one rounding may change what is sampled
+                p.data = p.data.float()
+        return made
 
     ours, theirs = trainer(), trainer()
     report = pk.patch(ours.model)
@@ -233,7 +237,7 @@ def test_reward(base: str, tmp_path: Path) -> None:
         torch.manual_seed(3)
         return trl.RewardTrainer(
             model=model,
-            args=options(trl.RewardConfig, tmp_path, max_length=16),
+            args=options(trl.RewardConfig, tmp_path, max_length=16, bf16=base == "nf4"),
             train_dataset=preferences(),
             processing_class=tokenizer(),
             peft_config=config(task_type="SEQ_CLS"),
@@ -242,5 +246,6 @@ def test_reward(base: str, tmp_path: Path) -> None:
     ours, theirs = trainer(), trainer()
     assert any("score" in name for name, p in ours.model.named_parameters() if p.requires_grad)
     report = pk.patch(ours.model)
-    assert_same_training(ours, theirs)
+    # The loss is of a difference of two rewards, which bf16 rounds before.
+    assert_same_training(ours, theirs, 0.05 if base == "nf4" else 1e-3)
     assert_fused(ours.model, report, blocks=2)
