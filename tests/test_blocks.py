@@ -125,6 +125,47 @@ class Squared(nn.Module):
         return x * x
 
 
+class Swish(nn.Module):
+    """SiLU, with a setting of its class and one of its own."""
+
+    beta = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x * torch.sigmoid(self.beta * x)
+
+
+@pytest.mark.parametrize("setting", ["beta", "scale"])
+def test_settings_of_the_activation_that_change_after_patching(setting: str, calls: Counter[str]) -> None:
+    model, x = adapted(Mlp(Swish())), testing.tensor(7, 64)
+    report = pk.patch(model)
+    before = model(x)
+    assert calls["gated_mlp"] == 1
+    setattr(model.base_model.model[0].act_fn, setting, 3.0)
+    got = run(model, x)
+    assert calls["gated_mlp"] == 1
+    assert report.blocks[0].fallbacks == {f"act_fn.{setting} was changed after patch()": 1}
+    pk.unpatch(model)
+    assert testing.relative_error(got["y"], before) > 0.1
+    for name, value in run(model, x).items():
+        assert testing.relative_error(got[name], value) < 1e-5, name
+
+
+class Buffered(Swish):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.scale
+        self.register_buffer("scale", torch.ones(()))
+
+
+@pytest.mark.parametrize("make", [Buffered, lambda: nn.Sequential(nn.SiLU())], ids=["buffer", "children"])
+def test_an_activation_with_a_state_is_left_alone(make: Callable[[], nn.Module]) -> None:
+    assert not pk.patch(adapted(Mlp(make()))).blocks
+
+
 class DroppingMlp(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
