@@ -65,7 +65,7 @@ def run(
     model.zero_grad()
     torch.manual_seed(7)  # of dropout
     x = x.detach().requires_grad_()
-    y = (call or model)(x, **kwargs)
+    y = (model if call is None else call)(x, **kwargs)
     y.backward(testing.tensor(*y.shape, dtype=y.dtype, seed=9))
     return {"y": y.detach(), "x": x.grad, **gradients(model)}
 
