@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import peft_kernels as pk
+from peft_kernels import testing
 
 BASES = ("dense", "nf4", "bnb")
 
@@ -26,15 +29,25 @@ class Net(nn.Module):
         return self.lm_head(self.o(nn.functional.silu(self.q(x))))  # smooth: rounding flips no gate
 
 
+def inputs(rows: int = 17, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    """What a Net takes."""
+    return testing.tensor(rows, 64, dtype=dtype, seed=seed)
+
+
 def base_model(base: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:
     """A Net whose q and o are nn.Linear ("dense"), NF4Linear ("nf4") or bitsandbytes Linear4bit ("bnb")."""
     torch.manual_seed(seed)
-    model = Net().to(dtype)
+    return to_base(Net().to(dtype), base)
+
+
+def to_base(model: nn.Module, base: str, compute_dtype: torch.dtype | None = None) -> Any:
+    """Every nn.Linear but the head converted, in place, as loading the model in 4 bits would."""
     if base == "nf4":
         pk.quantize_model(model)
     elif base == "bnb":
-        for name in ("q", "o"):
-            setattr(model, name, to_linear4bit(getattr(model, name)))
+        for name, module in list(model.named_modules()):
+            if type(module) is nn.Linear and name != "lm_head":
+                model.set_submodule(name, to_linear4bit(module, compute_dtype))
         model.is_loaded_in_4bit = True  # what from_pretrained sets: PEFT then takes its own Linear4bit
     return model
 
@@ -78,3 +91,14 @@ def tiny_llama(**overrides: Any) -> Any:
         | overrides
     )
     return transformers.LlamaForCausalLM(config)
+
+
+def pickled(module: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(module))
+
+
+def saved_and_loaded(module: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,11 +18,16 @@ peft = pytest.importorskip("peft", reason="PEFT is not installed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def lora(model: nn.Module, adapter_dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A PEFT model over q and o whose adapters do something."""
-    torch.manual_seed(3)
+def config(**options: Any) -> Any:
+    """Of adapters over q and o that do something from the start."""
     defaults = {"r": 8, "lora_alpha": 16, "target_modules": ["q", "o"], "init_lora_weights": False}
-    model = peft.get_peft_model(model, peft.LoraConfig(**defaults | options))
+    return peft.LoraConfig(**defaults | options)
+
+
+def lora(model: nn.Module, adapter_dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A PEFT model with one adapter, of `config(**options)`."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(model, config(**options))
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
             # Drawn again: PEFT draws in the type of the base, so that bf16 could hold its fp32 adapters too.
@@ -29,15 +35,39 @@ def lora(model: nn.Module, adapter_dtype: torch.dtype = torch.float32, **options
     return model
 
 
-def run(model: nn.Module, x: Tensor, **kwargs: Any) -> dict[str, Tensor]:
-    """Output, input gradient and parameter gradients of one step."""
+def add_adapter(model: Any, name: str, **options: Any) -> None:
+    """A further adapter, with numbers of its own."""
+    model.add_adapter(name, config(**options))
+    for key, parameter in model.named_parameters():
+        if f".{name}." in key:
+            parameter.data = testing.tensor(*parameter.shape, dtype=parameter.dtype, seed=len(key), scale=0.1)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every gradient there is."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model: nn.Module, loss: Callable[[], Tensor], seed: int = 5) -> dict[str, Tensor]:
+    """Loss and gradients of one step whose random numbers start at `seed`."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    value = loss()
+    value.backward()
+    return {"loss": value.detach(), **gradients(model)}
+
+
+def run(
+    model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None, **kwargs: Any
+) -> dict[str, Tensor]:
+    """Output, input gradient and parameter gradients of one step, by `call` when it is not the model's
+    own."""
     model.zero_grad()
     torch.manual_seed(7)  # of dropout
     x = x.detach().requires_grad_()
-    y = model(x, **kwargs)
+    y = (model if call is None else call)(x, **kwargs)
     y.backward(testing.tensor(*y.shape, dtype=y.dtype, seed=9))
-    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"y": y.detach(), "x": x.grad, **grads}
+    return {"y": y.detach(), "x": x.grad, **gradients(model)}
 
 
 def in_fp64(model: nn.Module) -> nn.Module:

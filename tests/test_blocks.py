@@ -10,7 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from peft_models import in_fp64, lora, peft, run
+from peft_models import DTYPES, add_adapter, in_fp64, lora, run, step
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -61,14 +61,7 @@ def adapted(
     torch.manual_seed(1)
     for parameter in module.parameters():
         parameter.data = testing.tensor(*parameter.shape, seed=parameter.numel() % 97, scale=0.15)
-    model = Only(module).to(dtype)
-    if base == "nf4":
-        pk.quantize_model(model)
-    elif base == "bnb":
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.Linear):
-                setattr(module, name, models.to_linear4bit(child))
-        model.is_loaded_in_4bit = True
+    model = models.to_base(Only(module).to(dtype), base)
     return lora(model, **{"target_modules": PROJECTIONS} | options)
 
 
@@ -86,7 +79,6 @@ def compare(model: Any, x: Tensor, **options: Any) -> Any:
 
 
 BASES = pytest.mark.parametrize("base", models.BASES)
-DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 OPTIONS: dict[str, dict[str, Any]] = {
     "all": {},
     "some": {"target_modules": ["gate_proj", "down_proj", "q_proj", "k_proj", "v_proj"]},
@@ -94,7 +86,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@DTYPES
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @BASES
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
@@ -123,6 +115,47 @@ def test_the_activation_is_found_by_running_it(name: str) -> None:
 class Squared(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * x
+
+
+class Swish(nn.Module):
+    """SiLU, with a setting of its class and one of its own."""
+
+    beta = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * x * torch.sigmoid(self.beta * x)
+
+
+@pytest.mark.parametrize("setting", ["beta", "scale"])
+def test_settings_of_the_activation_that_change_after_patching(setting: str, calls: Counter[str]) -> None:
+    model, x = adapted(Mlp(Swish())), testing.tensor(7, 64)
+    report = pk.patch(model)
+    before = model(x)
+    assert calls["gated_mlp"] == 1
+    setattr(model.base_model.model[0].act_fn, setting, 3.0)
+    got = run(model, x)
+    assert calls["gated_mlp"] == 1
+    assert report.blocks[0].fallbacks == {f"act_fn.{setting} was changed after patch()": 1}
+    pk.unpatch(model)
+    assert testing.relative_error(got["y"], before) > 0.1
+    for name, value in run(model, x).items():
+        assert testing.relative_error(got[name], value) < 1e-5, name
+
+
+class Buffered(Swish):
+    def __init__(self) -> None:
+        super().__init__()
+        del self.scale
+        self.register_buffer("scale", torch.ones(()))
+
+
+@pytest.mark.parametrize("make", [Buffered, lambda: nn.Sequential(nn.SiLU())], ids=["buffer", "children"])
+def test_an_activation_with_a_state_is_left_alone(make: Callable[[], nn.Module]) -> None:
+    assert not pk.patch(adapted(Mlp(make()))).blocks
 
 
 class DroppingMlp(Mlp):
@@ -196,8 +229,7 @@ def test_disabled_and_merged_adapters() -> None:
 
 def test_several_adapters_and_mixed_batches() -> None:
     model = adapted(Mlp())
-    options = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
-    model.add_adapter("other", peft.LoraConfig(target_modules=PROJECTIONS, **options))
+    add_adapter(model, "other", r=3, lora_alpha=5, target_modules=PROJECTIONS)
     x, names = testing.tensor(3, 5, 64), ["default", "other", "__base__"]
     mixed = model.eval()(x, adapter_names=names)
     model.base_model.set_adapter(["default", "other"])
@@ -224,19 +256,15 @@ def test_llama_model_with_everything(calls: Counter[str]) -> None:
     model = lora(models.tiny_llama(), target_modules=PROJECTIONS)
     ids = torch.arange(24).view(2, 12)
 
-    def step() -> dict[str, Tensor]:
-        model.zero_grad()
-        loss = model(input_ids=ids, labels=ids).loss
-        loss.backward()
-        grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        return {"loss": loss.detach(), **grads}
+    def loss() -> Tensor:
+        return model(input_ids=ids, labels=ids).loss
 
-    plain = step()
+    plain = step(model, loss)
     report = pk.patch(model)
-    got = step()
+    got = step(model, loss)
     assert calls["gated_mlp"] == 2 and calls["lora_linear"] == 8
     assert "2 x gated MLP LlamaMLP" in str(report)
     for name in plain:
         assert testing.relative_error(got[name], plain[name]) < 1e-5, name
     assert pk.unpatch(model) == 16
-    assert all(torch.equal(value, plain[name]) for name, value in step().items())
+    assert all(torch.equal(value, plain[name]) for name, value in step(model, loss).items())

@@ -7,8 +7,6 @@ import logging
 import os
 import re
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from fresh_process import Processes, Result
 from torch import Tensor
 
 import peft_kernels as pk
@@ -43,22 +42,23 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-def python(
-    code: str, path: Path = PACKAGE.parent, expect: int = 0, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    env = {k: v for k, v in os.environ.items() if not k.startswith("PEFT_KERNELS_")}
-    env |= {"PYTHONPATH": str(path), "PYTHONDONTWRITEBYTECODE": "1"} | environment
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        env=env,
-        cwd=path,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == expect, f"{code}\n{result.stdout}\n{result.stderr}"
-    return result
+class Python:
+    """Runs code in a process that has imported torch and nothing else, and expects it to succeed."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+
+    def __call__(self, code: str, path: Path = PACKAGE.parent, **environment: str) -> Result:
+        result = self._processes.run(code, path, environment)
+        assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
+        return result
+
+
+@pytest.fixture(scope="module")
+def python() -> Iterator[Python]:
+    processes = Processes()
+    yield Python(processes)
+    processes.close()
 
 
 # The choice
@@ -256,7 +256,7 @@ except RuntimeError as error:
 """
 
 
-def test_without_the_compiled_library_the_reference_serves(compiled: Path) -> None:
+def test_without_the_compiled_library_the_reference_serves(python: Python, compiled: Path) -> None:
     out = python(USE, compiled).stdout
     assert str(compiled) in out
     assert re.search(r"^cpu +not usable: not built .*reinstall", out, re.M)
@@ -264,7 +264,7 @@ def test_without_the_compiled_library_the_reference_serves(compiled: Path) -> No
 
 
 @needs_cpu
-def test_a_stale_library_is_refused_before_it_is_loaded(compiled: Path) -> None:
+def test_a_stale_library_is_refused_before_it_is_loaded(python: Python, compiled: Path) -> None:
     """Loading one with other schemas would abort the process."""
     content = library().read_bytes()
     right = f"PEFT_KERNELS_SPEC_HASH={spec.spec_hash()}".encode()
@@ -278,7 +278,7 @@ def test_a_stale_library_is_refused_before_it_is_loaded(compiled: Path) -> None:
 
 
 @needs_cpu
-def test_a_broken_library_is_refused_with_the_loader_s_words(compiled: Path) -> None:
+def test_a_broken_library_is_refused_with_the_loader_s_words(python: Python, compiled: Path) -> None:
     """The right fingerprint in a file that is no library."""
     broken = compiled / "peft_kernels" / library().name
     broken.write_bytes(f"PEFT_KERNELS_SPEC_HASH={spec.spec_hash()}".encode() * 10)
@@ -390,7 +390,7 @@ def test_automatic_choice_by_device(
 
 
 @needs_cpu
-def test_isa_cap_from_the_environment() -> None:
+def test_isa_cap_from_the_environment(python: Python) -> None:
     code = "from peft_kernels import _C; print(_C.isa_level(), *_C.isa_levels())"
     levels = cpu.BACKEND.extension.isa_levels()
     cap = levels[len(levels) // 2 - 1]  # where there are several, not the best
@@ -398,7 +398,7 @@ def test_isa_cap_from_the_environment() -> None:
 
 
 @needs_cpu
-def test_unknown_isa_cap_is_a_clear_refusal() -> None:
+def test_unknown_isa_cap_is_a_clear_refusal(python: Python) -> None:
     out = python(USE, PEFT_KERNELS_CPU_ISA="sse9").stdout
     assert re.search(r"^cpu +not usable: .*PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512", out, re.M)
     assert re.search(r"^refused: .*PEFT_KERNELS_CPU_ISA", out, re.M)
@@ -407,7 +407,7 @@ def test_unknown_isa_cap_is_a_clear_refusal() -> None:
 # Importing
 
 
-def test_importing_has_no_effects() -> None:
+def test_importing_has_no_effects(python: Python) -> None:
     code = """
 import sys, os, logging, torch
 def state():
@@ -444,7 +444,7 @@ def test_refused_tiles_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_cpu
-def test_an_emulated_level_is_never_chosen_by_itself() -> None:
+def test_an_emulated_level_is_never_chosen_by_itself(python: Python) -> None:
     extension = cpu.BACKEND.extension
     assert not set(extension.emulated_levels()) & set(extension.isa_levels())
     assert (

@@ -10,7 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from peft_models import DTYPES, assert_same_numbers, lora, peft
+from peft_models import DTYPES, add_adapter, assert_same_numbers, lora
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -38,26 +38,15 @@ def _dropout_of_a_seed(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
     monkeypatch.setattr(nn.functional, "dropout", dropout)
 
 
-def second_adapter(model: Any, **options: Any) -> None:
-    """Another rank and scale, and numbers of its own."""
-    defaults = {"r": 4, "lora_alpha": 2, "target_modules": ["q", "o"], "init_lora_weights": False}
-    model.add_adapter("other", peft.LoraConfig(**defaults | options))
-    for name, parameter in model.named_parameters():
-        if ".other." in name:
-            parameter.data = testing.tensor(
-                *parameter.shape, dtype=parameter.dtype, seed=len(name), scale=0.1
-            )
-
-
 def two_active(model: Any) -> None:
-    second_adapter(model)
+    add_adapter(model, "other", r=4, lora_alpha=2)
     model.base_model.set_adapter(["default", "other"])
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 
 
 def two_active_with_dropout(model: Any) -> None:
-    second_adapter(model, lora_dropout=0.3)
+    add_adapter(model, "other", r=4, lora_alpha=2, lora_dropout=0.3)
     model.base_model.set_adapter(["default", "other"])
 
 
@@ -114,8 +103,8 @@ def test_ten_steps_of_training(case: str, base: str, dtype: torch.dtype) -> None
     report = pk.patch(ours)
     curves = [train(model, dtype) for model in (stock, ours)]
     assert not any(layer.fallbacks for layer in report.layers), str(report)
-    for step, (a, b) in enumerate(zip(*curves, strict=True)):
-        assert abs(a - b) < 0.01 * abs(a), (step, curves)
+    allowed = 1e-4 if dtype == torch.float32 else 0.01
+    assert curves[1] == pytest.approx(curves[0], rel=allowed)
     assert curves[0][-1] < 0.97 * curves[0][0], f"a flat curve compares nothing: {curves[0]}"
 
 

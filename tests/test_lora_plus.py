@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import models
@@ -52,9 +53,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def adapted(**options: Any) -> Any:
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
-    return peft.get_peft_model(Model(), peft.LoraConfig(**{"r": 4, "target_modules": ["q", "k"]} | options))
+def adapted(model: nn.Module | None = None, **options: Any) -> Any:
+    peft_models = pytest.importorskip("peft_models")  # which skips without PEFT
+    return peft_models.lora(model or Model(), **{"r": 4, "target_modules": ["q", "k"]} | options)
 
 
 def assert_partition(model: nn.Module, groups: list[dict[str, Any]]) -> None:
@@ -99,9 +100,8 @@ def test_the_partition_and_the_rates_of_peft(case: str) -> None:
 
 
 def test_frozen_adapters_are_left_out() -> None:
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
     model = adapted()
-    model.add_adapter("second", peft.LoraConfig(r=2, target_modules=["q"]))
+    model.add_adapter("second", replace(model.peft_config["default"], r=2, target_modules=["q"]))
     assert sum(len(group["params"]) for group in assert_as_peft(model).values()) == 4
     model.set_adapter("second")
     assert sum(len(group["params"]) for group in assert_as_peft(model).values()) == 2
@@ -111,9 +111,7 @@ def test_frozen_adapters_are_left_out() -> None:
 
 @pytest.mark.parametrize("base", models.BASES)
 def test_patched_models(base: str) -> None:
-    peft = pytest.importorskip("peft", reason="PEFT is not installed")
-    config = peft.LoraConfig(r=4, target_modules=["q", "o"])
-    model = peft.get_peft_model(models.base_model(base), config)
+    model = adapted(models.base_model(base), target_modules=["q", "o"])
     pk.patch(model)
     groups = assert_as_peft(model)
     assert list(groups) == ["groupA", "groupB"]

@@ -73,11 +73,7 @@ class Sides:
         self.ours: Any = transformers.AutoModelForCausalLM.from_pretrained(
             file.parent, gguf_file=file.name, dtype=torch.bfloat16
         )
-        self.stock: Any = copy.deepcopy(self.ours)
-        for name, linear in linears(self.stock).items():
-            parent, _, child = name.rpartition(".")
-            setattr(self.stock.get_submodule(parent), child, models.to_linear4bit(linear, torch.bfloat16))
-        self.stock.is_loaded_in_4bit = True  # what from_pretrained sets, and PEFT looks for
+        self.stock: Any = models.to_base(copy.deepcopy(self.ours), "bnb", torch.bfloat16)
         pk.quantize_model(self.ours)
         self.adapter: dict[str, Tensor] = {}
 

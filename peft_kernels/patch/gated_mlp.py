@@ -24,6 +24,14 @@ PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What a module without parameters, buffers and children computes with."""
+
+    cls: type[nn.Module]
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a fused MLP was found to be, and what that was found from."""
 
@@ -31,7 +39,7 @@ class Facts:
     activation: str
     forward: Callable[..., Any]
     """Of the class, which stand-ins were run through."""
-    parts: dict[str, tuple[Any, Any]]
+    parts: dict[str, tuple[Any, Settings | None]]
     """What else the forward looked at (`act_fn`), with its settings when it is a module."""
 
     def changed(self, module: nn.Module) -> str | None:
@@ -43,9 +51,15 @@ class Facts:
             now = d["_modules"].get(name)
             if now is None:
                 now = d.get(name)
-            if now is not part or (settings is not None and _settings(now) != settings):
+            if now is not part or (settings is not None and type(now) is not settings.cls):
                 return f"{name} was replaced"
-            if settings is not None and judge.call_of(now) is not None:
+            if settings is None:
+                continue
+            # One by one, by name: torch.compile cannot ask for the whole dictionary of a module.
+            for key, value in settings.values.items():
+                if not _same(getattr(now, key, None), value):
+                    return f"{name}.{key} was changed after patch()"
+            if judge.call_of(now) is not None:
                 return f"hooks on {name}, which a fused forward would pass by"
         return None
 
@@ -82,7 +96,7 @@ def _run(module: Any, facts: Facts, args: Any, kwargs: Any) -> Tensor | str:
         if isinstance(prepared, str):
             return prepared and f"{name}: {prepared}"
         base, adapters = prepared
-        adapted = adapted or bool(adapters)
+        adapted = adapted or len(adapters) > 0
         bases.append(base)
         layers.append(AdaptedLinear(base.weight, base.bias, adapters))
     if not adapted:  # merged, or without an active adapter
@@ -123,7 +137,8 @@ def projections(module: nn.Module) -> tuple[str, str, str] | None:
     for names in PROJECTIONS:
         if all(children.get(name) is not None for name in names):
             others = [child for name, child in children.items() if name not in names and child is not None]
-            return None if any(True for other in others for _ in other.parameters()) else names
+            inside = ([*other.parameters(), *other.buffers(), *other.children()] for other in others)
+            return None if any(inside) else names
     return None
 
 
@@ -155,13 +170,23 @@ def _facts(module: nn.Module, names: tuple[str, str, str]) -> Facts | str:
     return "its forward is not down(activation(gate(x)) * up(x)) with an activation known here"
 
 
-def _settings(part: Any) -> dict[str, Any] | None:
-    """What a module without parameters computes with, as far as it is on the instance; None for anything
+def _settings(part: Any) -> Settings | None:
+    """Those of a module: its own, and its class's, which the instance may come to override. None for anything
     else."""
     if not isinstance(part, nn.Module):
         return None
-    own = {name: value for name, value in vars(part).items() if name[0] != "_" and name != "training"}
-    return own | {"class": type(part)}
+    cls = type(part)
+    names = {name for one in cls.__mro__[: cls.__mro__.index(nn.Module)] for name in _plain_values(one)}
+    names |= {name for name in vars(part) if name[0] != "_"}
+    return Settings(cls, {name: getattr(part, name) for name in sorted(names - {"training"})})
+
+
+def _plain_values(cls: type) -> list[str]:
+    return [name for name, value in vars(cls).items() if name[0] != "_" and not hasattr(value, "__get__")]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return a is b or (not isinstance(a, Tensor) and bool(a == b))
 
 
 class _StandIn:
