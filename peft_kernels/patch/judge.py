@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor  # parameters while torch.export traces
 
 from ..arguments import autocast_dtype
 from ..functional import Adapter
@@ -34,6 +35,8 @@ _LINEAR_SOURCES = {
 }
 _linear_forwards: dict[Forward, str] = {nn.Linear.forward: DENSE, NF4Linear.forward: DENSE}
 _lora_classes: dict[tuple[type, Forward], str] = {}
+_ORDINARY = (nn.Parameter, Tensor, FakeTensor)
+"""Dense weights. Other subclasses of Tensor may be a product of their own."""
 _doras: dict[tuple[Forward, Forward], str] = {}
 _linear_forward = nn.Linear.forward
 
@@ -151,7 +154,7 @@ def base(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | str:
         own = d.get("compute_dtype")
         compute = own if own is not None and dtype == torch.float32 and autocast is None else dtype
     else:
-        if type(weight) is not nn.Parameter and type(weight) is not Tensor:
+        if type(weight) not in _ORDINARY:
             return f"the base weight is a {type(weight).__name__}"
         compute = dtype
         if weight.dtype != dtype:

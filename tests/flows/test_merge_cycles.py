@@ -17,6 +17,7 @@ from flow_models import adapted, ids, in_fp64, llama, patched_copy
 from torch import nn
 
 import peft_kernels as pk
+from peft_kernels import nf4_state
 
 CYCLES = 20
 
@@ -52,8 +53,11 @@ def logits(model: Any) -> dict[str, torch.Tensor]:
         return {"logits": model(input_ids=ids()).logits}
 
 
-@pytest.mark.parametrize("is_patched", [False, True], ids=["stock", "patched"])
-@pytest.mark.parametrize("adapter", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("adapter", "is_patched"),
+    [("lora", False), ("lora", True), ("dora", True)],
+    ids=["lora-stock", "lora-patched", "dora-patched"],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_cycles_come_back_to_the_bit(dtype: torch.dtype, adapter: str, is_patched: bool) -> None:
     model = adapted(llama("nf4", dtype), use_dora=adapter == "dora").eval()
@@ -70,6 +74,24 @@ def test_cycles_come_back_to_the_bit(dtype: torch.dtype, adapter: str, is_patche
     assert torch.equal(logits(model)["logits"], before["logits"])
     if report is not None and adapter == "lora":
         assert_fused(model, report, blocks=2)
+
+
+@pytest.fixture
+def _not_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a merge costs is said once a process."""
+    monkeypatch.setattr(nf4_state, "_warned", set())
+
+
+@pytest.mark.usefixtures("_not_warned_yet")
+def test_doras_cycle_on_an_unpatched_model_leaves_dense_weights() -> None:
+    """PEFT assigns a new weight there, and nothing tells that it is a merge: no bit is lost, memory is."""
+    model = adapted(llama("nf4"), use_dora=True).eval()
+    before = logits(model)
+    with pytest.warns(UserWarning, match="from now on"):
+        model.merge_adapter()
+    model.unmerge_adapter()
+    assert_near(logits(model), before, 1e-5)
+    assert all(w.is_dense for w in model.parameters() if isinstance(w, pk.NF4Weight))
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
@@ -110,6 +132,7 @@ def test_training_goes_on_after_a_cycle(adapter: str) -> None:
     assert losses[0] == losses[1]
 
 
+@pytest.mark.usefixtures("_not_warned_yet")
 def test_a_merge_says_what_it_costs() -> None:
     model = adapted(llama("nf4"))
     with warnings.catch_warnings(record=True) as caught:
