@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,9 +10,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import dispatch
-from .backends.base import DTYPES
+from .arguments import (
+    AdaptedLinear,
+    Adapter,
+    autocast_dtype,
+    base_of,
+    check_activation,
+    check_adapter,
+    check_bias,
+    compute_type,
+    flatten,
+    new_seed,
+    of_or_float,
+    shape_of,
+    unless_of,
+)
 from .nf4 import NF4State, NF4Weight
-from .reference import ACTIVATIONS
 
 __all__ = [
     "AdaptedLinear",
@@ -57,9 +69,9 @@ def nf4_linear(
     """
     if not isinstance(weight, (NF4Weight, NF4State)):
         raise ValueError(f"weight: expected an NF4Weight, got {type(weight).__name__}")
-    compute = _compute_type(x, compute_dtype)
-    shape, group = _base(x, weight, compute)
-    _check_bias(x, bias, shape[0], compute)
+    compute = compute_type(x, compute_dtype)
+    shape, group = base_of(x, weight, compute)
+    check_bias(x, bias, shape[0], compute)
     return _base_product(x, shape[0], group, bias, compute)
 
 
@@ -107,12 +119,12 @@ def lora_linear(
     ValueError
         Shapes, dtypes or devices that do not fit; an NF4 weight that requires grad; dropout_p not in 0 to 1.
     """
-    compute = _compute_type(x, compute_dtype)
-    shape, group = _base(x, weight, compute)
-    _check_bias(x, bias, shape[0], compute)
-    _check_adapter(x, shape, lora_a, lora_b, dropout_p)
-    adapter = (lora_a, lora_b, float(scaling), float(dropout_p), _seed(x) if dropout_p else None)
-    y, _ = _call("lora_linear", x, *group, bias, *adapter, _unless_of(x, compute))
+    compute = compute_type(x, compute_dtype)
+    shape, group = base_of(x, weight, compute)
+    check_bias(x, bias, shape[0], compute)
+    check_adapter(x, shape, lora_a, lora_b, dropout_p)
+    adapter = (lora_a, lora_b, float(scaling), float(dropout_p), new_seed(x) if dropout_p else None)
+    y, _ = _call("lora_linear", x, *group, bias, *adapter, unless_of(x, compute))
     return y
 
 
@@ -145,10 +157,10 @@ def dora_linear(
     Tensor, (..., out_features), of x's dtype. Differentiable in x, lora_a, lora_b, magnitude, bias and a
     dense weight. Saved for backward: what `lora_linear` saves, and one tensor of the output's size.
     """
-    compute = _compute_type(x, compute_dtype)
-    shape, group = _base(x, weight, compute)
-    _check_bias(x, bias, shape[0], compute)
-    _check_adapter(x, shape, lora_a, lora_b, dropout_p)
+    compute = compute_type(x, compute_dtype)
+    shape, group = base_of(x, weight, compute)
+    check_bias(x, bias, shape[0], compute)
+    check_adapter(x, shape, lora_a, lora_b, dropout_p)
     if magnitude.shape != (shape[0],):
         raise ValueError(f"magnitude: expected shape ({shape[0]},), got {tuple(magnitude.shape)}")
     base = tuple(t.detach() if isinstance(t, Tensor) else t for t in group)
@@ -156,32 +168,11 @@ def dora_linear(
     scale = magnitude.float() / norm.to(magnitude.dtype).float()
     if not dropout_p:
         z = lora_linear(x, weight, lora_a, lora_b, scaling, bias, compute_dtype=compute_dtype)
-        return _call("dora_scale", z, scale, _of_or_float(bias, x.dtype))
-    dropped = _call("dropout", x, float(dropout_p), _seed(x))
+        return _call("dora_scale", z, scale, None if bias is None else of_or_float(bias, x.dtype))
+    dropped = _call("dropout", x, float(dropout_p), new_seed(x))
     z = lora_linear(dropped, weight, lora_a, lora_b, scaling, compute_dtype=compute_dtype)
     product: Tensor = _call("dora_scale", z, scale, None)
     return _base_product(x - dropped, shape[0], group, bias, compute) + product
-
-
-@dataclass
-class Adapter:
-    """One LoRA adapter of a layer: lora_a (r, in_features), lora_b (out_features, r)."""
-
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float
-    dropout_p: float = 0.0
-    group: int = 0
-    """Of rows that the adapter serves, where a call says the group of each row."""
-
-
-@dataclass
-class AdaptedLinear:
-    """A frozen linear layer, weight (out_features, in_features), and its adapters."""
-
-    weight: NF4Weight | NF4State | Tensor
-    bias: Tensor | None = None
-    adapters: Sequence[Adapter] = ()
 
 
 def multi_lora_linear(
@@ -216,9 +207,10 @@ def multi_lora_linear(
                 f"{row_group.dtype} of shape {tuple(row_group.shape)}",
             )
             raise ValueError(f"row_group: expected {expected}, got {got}")
-    compute = _compute_type(x, compute_dtype)
-    base, adapters, groups, seed = _flatten(x, layers, [x.shape[-1]] * len(layers), compute)
-    y, _ = _call("multi_lora_linear", x, *base, *adapters, seed, groups, row_group, _unless_of(x, compute))
+    compute = compute_type(x, compute_dtype)
+    features = [x.shape[-1]] * len(layers)
+    base, adapters, groups, seed = flatten(x, layers, features, compute, x.dtype)
+    y, _ = _call("multi_lora_linear", x, *base, *adapters, seed, groups, row_group, unless_of(x, compute))
     return list(y)
 
 
@@ -243,88 +235,25 @@ def gated_mlp(
         fp32, bf16 or fp16: x is rounded to it once, and everything inside is as for an x of that dtype. That
         copy alone is saved. The result gets x's dtype. By default x's dtype.
     """
-    _check_activation(activation)
-    inside = x.to(_compute_type(x, compute_dtype))
-    hidden = _shape_of(gate)[0]
-    if _shape_of(up)[0] != hidden:
-        raise ValueError(f"up: expected {hidden} output features like gate, got {_shape_of(up)[0]}")
+    check_activation(activation)
+    compute = compute_type(x, compute_dtype)
+    hidden = shape_of(gate)[0]
+    if shape_of(up)[0] != hidden:
+        raise ValueError(f"up: expected {hidden} output features like gate, got {shape_of(up)[0]}")
     features = [x.shape[-1], x.shape[-1], hidden]
-    base, adapters, _, seed = _flatten(inside, (gate, up, down), features, inside.dtype, x.dtype)
-    y: Tensor = _call("gated_mlp", inside, *base, *adapters, seed, activation)[0]
+    base, adapters, _, seed = flatten(x, (gate, up, down), features, compute, compute)
+    y: Tensor = _call("gated_mlp", x.to(compute), *base, *adapters, seed, activation)[0]
     return y.to(x.dtype)
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """`activation(gate) * up` in one pass, computed in fp32. Saved for backward: gate and up."""
-    _check_activation(activation)
+    check_activation(activation)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         expected, got = f"{gate.dtype} of shape {tuple(gate.shape)}", f"{up.dtype} of {tuple(up.shape)}"
         raise ValueError(f"up: expected {expected} like gate, got {got}")
     y: Tensor = _call("gated_activation", gate, up, activation)
     return y
-
-
-def _flatten(
-    x: Tensor,
-    layers: Sequence[AdaptedLinear],
-    in_features: Sequence[int],
-    compute: torch.dtype,
-    bias_dtype: torch.dtype | None = None,
-) -> tuple[tuple[Any, ...], tuple[Any, ...], list[int], Tensor | None]:
-    """Layers as the lists that ops take: those of the bases, those of the adapters, groups, seed. A bias may
-    also be of `bias_dtype`."""
-    groups, shapes, biases = [], [], []
-    none = x.new_empty(0)
-    a, b, layer, scaling, dropout_p, group = [], [], [], [], [], []
-    for j, (item, features) in enumerate(zip(layers, in_features, strict=True)):
-        shape, base = _base(x, item.weight, compute, features)
-        _check_bias(x, item.bias, shape[0], bias_dtype or compute)
-        groups.append(base)
-        shapes.append(shape[0])
-        bias = item.bias if bias_dtype is None else _of_or_float(item.bias, x.dtype)
-        biases.append(none if bias is None else bias)
-        for adapter in item.adapters:
-            _check_adapter(x, shape, adapter.lora_a, adapter.lora_b, adapter.dropout_p)
-            a.append(adapter.lora_a)
-            b.append(adapter.lora_b)
-            layer.append(j)
-            scaling.append(float(adapter.scaling))
-            dropout_p.append(float(adapter.dropout_p))
-            group.append(adapter.group)
-    seed = _seed(x) if any(dropout_p) else None
-    weights = tuple(list(column) for column in zip(*groups, strict=True))
-    return (*weights, shapes, biases), (a, b, layer, scaling, dropout_p), group, seed
-
-
-def _seed(x: Tensor) -> Tensor:
-    return torch.randint(0, 2**63 - 1, (), device=x.device)
-
-
-def _shape_of(layer: AdaptedLinear) -> tuple[int, int]:
-    shape = layer.weight.shape
-    return shape[0], shape[1]
-
-
-def _compute_type(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
-    """Of the base product."""
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
-    if compute_dtype is None:
-        return x.dtype
-    if compute_dtype not in DTYPES:
-        expected = "torch.float32, torch.bfloat16 or torch.float16"
-        raise ValueError(f"compute_dtype: expected {expected}, got {compute_dtype}")
-    return compute_dtype
-
-
-def _unless_of(x: Tensor, compute: torch.dtype) -> torch.dtype | None:
-    """The argument of ops: none where the base product is in x's own dtype."""
-    return None if compute == x.dtype else compute
-
-
-def _of_or_float(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """In a dtype that ops for activations of `dtype` take."""
-    return bias if bias is None or bias.dtype == dtype else bias.float()
 
 
 def _base_product(
@@ -334,88 +263,18 @@ def _base_product(
     if group[1] is None:
         y = _dense_product(x.to(compute), group[0], None if bias is None else bias.to(compute))
     else:
-        y = _call("nf4_linear", x.to(compute), *group, out_features, _of_or_float(bias, compute))
+        bias = None if bias is None else of_or_float(bias, compute)
+        y = _call("nf4_linear", x.to(compute), *group, out_features, bias)
     return y.to(x.dtype)
 
 
 def _dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """In their dtype, whatever autocast says."""
     device = x.device.type
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    if autocast_dtype(device) is None:
         return F.linear(x, weight, bias)
     with torch.autocast(device, enabled=False):
         return F.linear(x, weight, bias)
-
-
-def _base(
-    x: Tensor,
-    weight: NF4Weight | NF4State | Tensor,
-    compute: torch.dtype,
-    in_features: int | None = None,
-) -> tuple[tuple[int, int], tuple[Any, ...]]:
-    """Shape of the weight, and the five arguments that ops take it as for a product in `compute`. Checked
-    against x or `in_features`."""
-    state = weight._state if isinstance(weight, NF4Weight) else weight
-    dense = state.dense if isinstance(state, NF4State) else state
-    if dense is None:
-        assert isinstance(state, NF4State)
-        if isinstance(weight, NF4Weight) and weight.requires_grad:
-            raise ValueError(
-                "weight: an NF4 weight cannot be trained, expected requires_grad=False, got True"
-            )
-        group: tuple[Any, ...] = state.op_args
-        shape: Any = state.shape
-    else:
-        if dense.dim() != 2:
-            raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(dense.shape)}")
-        if isinstance(state, NF4State):
-            dense = dense.to(compute)
-        elif dense.dtype != compute:
-            like = "x" if compute == x.dtype else "compute_dtype"
-            raise ValueError(f"weight: expected {compute} like {like}, got {dense.dtype}")
-        shape, group = dense.shape, (dense, None, None, None, 0)
-    device = group[0].device
-    if in_features is None:
-        if x.dim() == 0 or x.shape[-1] != shape[1]:
-            raise ValueError(f"x: expected shape (..., {shape[1]}), got {tuple(x.shape)}")
-    elif shape[1] != in_features:
-        raise ValueError(f"weight: expected {in_features} input features, got {shape[1]}")
-    if device != x.device:
-        raise ValueError(f"weight: expected device {x.device} like x, got {device}")
-    return (shape[0], shape[1]), group
-
-
-def _check_bias(x: Tensor, bias: Tensor | None, out_features: int, compute: torch.dtype) -> None:
-    if bias is None:
-        return
-    if bias.shape != (out_features,):
-        raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
-    if bias.device != x.device:
-        raise ValueError(f"bias: expected device {x.device} like x, got {bias.device}")
-    if bias.dtype not in (x.dtype, compute, torch.float32):
-        like = "x" if compute == x.dtype else f"x, {compute}"
-        raise ValueError(f"bias: expected {x.dtype} like {like} or float32, got {bias.dtype}")
-
-
-def _check_adapter(
-    x: Tensor, shape: tuple[int, int], lora_a: Tensor, lora_b: Tensor, dropout_p: float
-) -> None:
-    if lora_a.dim() != 2 or lora_a.shape[1] != shape[1]:
-        raise ValueError(f"lora_a: expected shape (r, {shape[1]}), got {tuple(lora_a.shape)}")
-    if lora_b.shape != (shape[0], lora_a.shape[0]):
-        raise ValueError(f"lora_b: expected shape {(shape[0], lora_a.shape[0])}, got {tuple(lora_b.shape)}")
-    for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if adapter.dtype not in (x.dtype, torch.float32):
-            raise ValueError(f"{name}: expected {x.dtype} like x or float32, got {adapter.dtype}")
-        if adapter.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} like x, got {adapter.device}")
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: expected 0 to 1, got {dropout_p}")
-
-
-def _check_activation(activation: str) -> None:
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
 
 
 def _call(op: str, *args: Any, like: Tensor | None = None) -> Any:

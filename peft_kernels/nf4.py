@@ -4,108 +4,42 @@ It sits in `nn.Linear.weight` as a frozen parameter. PEFT merges with `weight.da
 `model.to()`, deepcopy and state_dict all look at `module.weight`: a tensor subclass lets them. Three rules
 keep that honest:
 
-- `F.linear(x, weight)` runs the NF4 kernel; any other read runs on a dequantised copy.
+- `F.linear(x, weight)` runs the NF4 kernel; any other read runs on a dequantised copy. A view of that copy
+  is read-only: what is written to it would be lost, so that raises.
 - A write makes the weight *dense*, for every alias of it: what is written is kept in full, never rounded back
   to 4 bits or lost with a temporary. `requantize_()` packs it again.
-- A view of packed bytes as numbers cannot exist; asking for one raises.
+- A delta that is added in place and subtracted again (a merge and its unmerge) leaves the packed bytes as
+  they were, and frees the dense values. See `nf4_state`.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .code_tables import BLOCKSIZES, WEIGHT_DTYPES
+from .nf4_state import Addition, NF4State, fingerprint
+from .nf4_tensor import NF4Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-logger = logging.getLogger("peft_kernels")
+__all__ = ["NF4State", "NF4Weight"]
 
 ops = torch.ops.peft_kernels
-aten = torch.ops.aten
-
-_set_data = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-_get_data = torch.Tensor.data.__get__  # type: ignore[attr-defined]
-
-# Reads that may hand back the weight itself. From a dense weight they give the ordinary tensor instead: an
-# ordinary parameter's `data` may be assigned from it, which torch does not survive with a subclass on the
-# right-hand side.
-_READS = frozenset(
-    getattr(torch.Tensor, name)
-    for name in (
-        "to",
-        "float",
-        "half",
-        "bfloat16",
-        "double",
-        "cpu",
-        "cuda",
-        "contiguous",
-        "detach",
-        "type_as",
-    )
-)
 
 
-@dataclass
-class NF4State:
-    """The stored form of a weight, shared by all its aliases: `packed` and `absmax`, or else `dense`."""
-
-    shape: tuple[int, int]
-    blocksize: int
-    packed: Tensor | None = None  # uint8 (out, in / 2), or ((n + 1) // 2,) when `in` is odd
-    absmax: Tensor | None = None  # fp32 (nblocks,), or uint8 when double-quantised
-    absmax2: Tensor | None = None  # fp32 (ceil(nblocks / 256),)
-    offset: Tensor | None = None  # fp32 ()
-    dense: Tensor | None = None  # (out, in), after a write
-    double_quant: bool = True  # what requantize_() returns to
-
-    def tensors(self) -> dict[str, Tensor]:
-        named = {name: getattr(self, name) for name in ("packed", "absmax", "absmax2", "offset", "dense")}
-        return {name: tensor for name, tensor in named.items() if tensor is not None}
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> NF4State:
-        new = {name: function(tensor) for name, tensor in self.tensors().items()}
-        return NF4State(self.shape, self.blocksize, double_quant=self.double_quant, **new)
-
-    def become(self, other: NF4State) -> None:
-        self.__dict__.update(other.__dict__)
-
-    @property
-    def op_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
-        """The argument group that ops take for a packed base weight."""
-        assert self.packed is not None and self.absmax is not None
-        return self.packed, self.absmax, self.absmax2, self.offset, self.blocksize
-
-
-class NF4Weight(torch.Tensor):
+class NF4Weight(NF4Tensor):
     """A (out_features, in_features) weight in 4-bit NormalFloat, optionally with double-quantised scales.
 
     The format is that of QLoRA (Dettmers et al. 2023, section 3) as bitsandbytes stores it, to the bit. Make
     one with `quantize`, `from_state_dict` or `from_bnb`. `dtype` is nominal: the type the weight had, and has
     again when it is dequantised; products are computed in the type of the activations.
     """
-
-    _state: NF4State
-
-    @staticmethod
-    def __new__(cls, state: NF4State, dtype: torch.dtype) -> NF4Weight:
-        some = next(iter(state.tensors().values()))
-        self: NF4Weight = torch.Tensor._make_wrapper_subclass(
-            cls, state.shape, dtype=dtype, device=some.device
-        )
-        self._state = state
-        return self
-
-    def __init__(self, state: NF4State, dtype: torch.dtype) -> None:
-        pass
 
     @classmethod
     def quantize(
@@ -150,17 +84,10 @@ class NF4Weight(torch.Tensor):
             bad = int((~torch.isfinite(weight.detach())).sum())
             raise ValueError(f"{name}: expected finite values, got {bad} NaN or Inf among {weight.numel()}")
         shape = (weight.shape[0], weight.shape[1])
-        state = NF4State(shape, blocksize, _rows(packed, shape), absmax, double_quant=double_quant)
+        state = NF4State(shape, blocksize, _rows(packed, shape), absmax, double_quant=double_quant, name=name)
         if double_quant:
             state.absmax, state.absmax2, state.offset = ops.quantize_absmax(absmax)
         return cls(state, weight.dtype)
-
-    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight (out, in): `code * absmax` rounded once to `dtype`, by default its own."""
-        dtype = dtype or self.dtype
-        if self._state.dense is not None:
-            return self._state.dense.to(dtype, copy=True)
-        return ops.dequantize_nf4(*self._state.op_args, self._state.shape, dtype)
 
     def requantize_(self) -> NF4Weight:
         """Pack a weight that a write made dense. Loses what 4 bits cannot hold; see `is_dense`."""
@@ -170,30 +97,61 @@ class NF4Weight(torch.Tensor):
             state.become(packed._state)
         return self
 
-    @property
-    def is_dense(self) -> bool:
-        """Whether a write (a merge, say) has made the weight dense."""
-        return self._state.dense is not None
+    @contextmanager
+    def merging(self) -> Iterator[None]:
+        """Whatever is written inside, by assignment to `data` too, is a merge that `unmerging` takes back.
+
+        A delta that is added in place needs neither. The packed bytes are kept aside. Not while the weight is
+        dense for good. Nests: the last one to end counts.
+        """
+        kept = None if self._state.packed is None else self._state.packed_form()
+        self._in_merge = getattr(self, "_in_merge", 0) + 1
+        try:
+            yield
+        finally:
+            self._in_merge -= 1
+        state = self._state
+        if kept is not None and state.dense is not None:
+            state.keep(kept, fingerprint(state.dense))
+
+    @contextmanager
+    def unmerging(self) -> Iterator[None]:
+        """All that `merging` left is taken off inside: the weight is then its packed bytes again.
+
+        Unless it is no longer, to the bit, what `merging` left: then what is written inside stays, dense.
+        """
+        state = self._state
+        kept = None
+        if state.dense is not None and state.seal is not None and state.seal == fingerprint(state.dense):
+            kept = state.packed_form()
+        self._in_merge = getattr(self, "_in_merge", 0) + 1
+        try:
+            yield
+        finally:
+            self._in_merge -= 1
+        if kept is not None:
+            self._state.keep(kept, None)
+            self._state.repack()
 
     @property
     def packed(self) -> Tensor | None:
         """The 4-bit codes, two a byte, the first in the high half; None when dense."""
-        return self._state.packed
+        return None if self.is_dense else self._state.packed
 
     @property
     def absmax(self) -> Tensor | None:
         """Scale of each block: fp32, or uint8 when double-quantised; None when dense."""
-        return self._state.absmax
+        return None if self.is_dense else self._state.absmax
 
     @property
     def absmax2(self) -> Tensor | None:
         """Second-level scales, fp32 (ceil(nblocks / 256),); None without double quantisation."""
-        return self._state.absmax2
+        return None if self.is_dense else self._state.absmax2
 
     @property
     def offset(self) -> Tensor | None:
         """Mean of the scales, fp32 (); None without double quantisation."""
-        return self._state.offset
+        return None if self.is_dense else self._state.offset
 
     @property
     def blocksize(self) -> int:
@@ -206,7 +164,12 @@ class NF4Weight(torch.Tensor):
     @property
     def nbytes(self) -> int:  # type: ignore[override]
         """Bytes in memory, scales included."""
-        return sum(tensor.nbytes for tensor in self._state.tensors().values())
+        return self._state.nbytes
+
+    def nelement(self) -> int:
+        """How many elements of `dtype` the bytes in memory come to: transformers' `get_memory_footprint`
+        multiplies this by `element_size()`. The number of weights is `numel()`."""
+        return -(-self.nbytes // self.element_size())
 
     def state_dict(self, prefix: str = "", name: str = "weight") -> dict[str, Tensor]:
         """Tensors to save, under bitsandbytes' keys (`weight`, `weight.absmax`, ...). Shares memory."""
@@ -248,36 +211,18 @@ class NF4Weight(torch.Tensor):
 
     # How the tensor behaves in other people's hands.
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return _rebuild, (self._state, self.dtype, self.requires_grad, getattr(self, "_is_param", False))
+
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         state = self._state
-        return list(state.tensors()), (state.shape, state.blocksize, state.double_quant, self.dtype)
+        names = ["dense"] if state.merged else list(state.tensors())
+        return names, (state.shape, state.blocksize, state.double_quant, self.dtype)
 
     @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], context: Any, size: Any, stride: Any) -> NF4Weight:
+    def __tensor_unflatten__(inner: dict[str, Any], context: Any, size: Any, stride: Any) -> NF4Weight:
         shape, blocksize, double_quant, dtype = context
         return NF4Weight(NF4State(shape, blocksize, double_quant=double_quant, **inner), dtype)
-
-    @property
-    def dense(self) -> Tensor | None:
-        """The weight (out, in) when a write has made it dense, else None."""
-        return self._state.dense
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is F.linear:
-            return _linear(*args, **kwargs)
-        if func == _set_data:  # each look-up makes a new method-wrapper: equal, not identical
-            return _assign_data(*args)
-        if (func in _READS or func == _get_data) and isinstance(args[0], NF4Weight) and args[0].is_dense:
-            args = (args[0].dense, *args[1:])
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        handler = _HANDLERS.get(func, _on_dense)
-        return handler(func, args, kwargs or {})
 
 
 def _rows(packed: Tensor, shape: Any) -> Tensor:
@@ -285,104 +230,12 @@ def _rows(packed: Tensor, shape: Any) -> Tensor:
     return packed.view(shape[0], shape[1] // 2) if shape[1] % 2 == 0 else packed
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if isinstance(input, NF4Weight) or not isinstance(weight, NF4Weight):
-        # An NF4 activation or bias is nothing that a layer does; it is still only a tensor.
-        dense = [t.dequantize() if isinstance(t, NF4Weight) else t for t in (input, weight)]
-        return F.linear(dense[0], dense[1], bias)
-    from .functional import nf4_linear
-
-    return nf4_linear(input, weight, bias)
+def _rebuild(state: NF4State, dtype: torch.dtype, requires_grad: bool, is_param: bool) -> NF4Weight:
+    weight = NF4Weight(state, dtype)
+    if is_param:
+        weight._is_param = True
+    return weight
 
 
-def _assign_data(self: NF4Weight, value: Tensor) -> None:
-    """`self.data = value`. Torch asks the left side alone, so `self` is an NF4Weight."""
-    if not isinstance(value, NF4Weight):
-        old = self._state
-        if tuple(value.shape) != old.shape:
-            raise ValueError(f"data: expected shape {old.shape}, got {tuple(value.shape)}")
-        state = NF4State(old.shape, old.blocksize, dense=value.detach(), double_quant=old.double_quant)
-        value = NF4Weight(state, value.dtype)
-    with torch._C.DisableTorchFunctionSubclass():
-        _set_data(self, value)
-    self._state = value._state
-
-
-def _materialize(weight: NF4Weight) -> None:
-    state = weight._state
-    if state.dense is None:
-        logger.info(
-            "an NF4 weight %s was written to and is dense from now on; requantize_() packs it", state.shape
-        )
-        state.become(
-            NF4State(state.shape, state.blocksize, dense=weight.dequantize(), double_quant=state.double_quant)
-        )
-
-
-def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
-    """Run any op on dense values: reads see a dequantised copy, writes make the weight dense first."""
-    schema = func._schema.arguments
-    values = list(args) + [kwargs.get(argument.name) for argument in schema[len(args) :]]
-    for argument, value in zip(schema, values, strict=True):
-        if argument.alias_info is None:
-            continue
-        for weight in value if isinstance(value, (list, tuple)) else (value,):
-            if not isinstance(weight, NF4Weight):
-                continue
-            if argument.alias_info.is_write:
-                _materialize(weight)
-            elif not weight.is_dense:
-                raise NotImplementedError(
-                    f"{func}: an NF4 weight has no view of its numbers (writes to it would be lost); "
-                    "use weight.dequantize() for a dense copy"
-                )
-
-    def unwrap(value: Any) -> Any:
-        if not isinstance(value, NF4Weight):
-            return value
-        return value._state.dense if value.is_dense else value.dequantize()
-
-    out = func(*torch.utils._pytree.tree_map(unwrap, args), **torch.utils._pytree.tree_map(unwrap, kwargs))
-    # An in-place op returns the very argument that it wrote to.
-    if args and isinstance(args[0], NF4Weight) and func._schema.is_mutable and out is args[0]._state.dense:
-        return args[0]
-    return out
-
-
-def _alias(func: Any, args: Any, kwargs: Any) -> Tensor:
-    return NF4Weight(args[0]._state, args[0].dtype)
-
-
-def _clone(func: Any, args: Any, kwargs: Any) -> Tensor:
-    return NF4Weight(args[0]._state.map(torch.clone), args[0].dtype)
-
-
-def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """`.to()`: the bytes move between devices; a new dtype is a new nominal dtype."""
-    weight = args[0]
-    dtype = kwargs.get("dtype") or weight.dtype
-    if not dtype.is_floating_point:
-        return _on_dense(func, args, kwargs)
-    device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)
-    state = weight._state.map(lambda t: t.to(device, non_blocking=non_blocking, copy=True))
-    if state.dense is not None:
-        state.dense = state.dense.to(dtype)
-    return NF4Weight(state, dtype)
-
-
-def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
-    target, source = args[:2]
-    if isinstance(target, NF4Weight) and isinstance(source, NF4Weight) and target.shape == source.shape:
-        device = target.device
-        target._state.become(source._state.map(lambda t: t.to(device, copy=True)))
-        return target
-    return _on_dense(func, args, kwargs)
-
-
-_HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
-    aten.detach.default: _alias,
-    aten.alias.default: _alias,
-    aten.clone.default: _clone,
-    aten._to_copy.default: _to_copy,
-    aten.copy_.default: _copy_,
-}
+# For torch.load(weights_only=True): they hold tensors and numbers, and do nothing.
+torch.serialization.add_safe_globals([_rebuild, NF4State, Addition])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .arguments import autocast_dtype
 from .functional import dora_linear, lora_linear, nf4_linear
 from .nf4 import NF4Weight
+from .nf4_model import ModelLink
 
 __all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
 
@@ -19,27 +22,59 @@ class NF4Linear(nn.Linear):
 
     Everything that knows nn.Linear knows it: `peft.get_peft_model` injects LoRA, `model.to()` moves it,
     deepcopy and pickle copy it. `state_dict` holds bitsandbytes' keys and loads from a checkpoint of either
-    side. A merge into it leaves a dense weight (in the dtype that the layer had), and the layer is then an
-    ordinary nn.Linear.
+    side.
+
+    A merge into it leaves a dense weight (in the dtype that the layer had), and unmerging the 4 bits. When
+    PEFT puts a layer with a dense weight back to where it was, in `merge_and_unload`, or when `weight` is
+    assigned, the layer becomes an ordinary one of `plain_class`.
+
+    Attributes
+    ----------
+    compute_dtype : torch.dtype, optional
+        What wider activations (fp32, where this is 16 bits) are rounded to for the product, as in
+        bitsandbytes' Linear4bit. By default the type that the weight had when it was quantised. Other
+        activations are multiplied as they are; under autocast, in autocast's type.
+    plain_class : type
+        nn.Linear; or the class that was quantised, FalconLinear or Conv1D of transformers, of which the
+        latter holds its weight as (in_features, out_features).
     """
 
-    def __init__(self, weight: NF4Weight, bias: Tensor | None = None) -> None:
+    compute_dtype: torch.dtype | None = None
+    plain_class: type[nn.Module] = nn.Linear
+    link: ModelLink | None = None  # to the model that quantize_model was given
+
+    def __init__(
+        self, weight: NF4Weight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
+    ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would allocate a dense weight first
         self.out_features, self.in_features = weight._state.shape
+        self.compute_dtype = compute_dtype or weight.dtype
         self.weight = nn.Parameter(weight, requires_grad=False)
         bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
         self.register_parameter("bias", bias)
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, blocksize: int = 64, double_quant: bool = True, name: str = "weight"
+        cls,
+        linear: nn.Module,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        name: str = "weight",
+        compute_dtype: torch.dtype | None = None,
     ) -> NF4Linear:
-        """Quantise an nn.Linear (or requantise one that a merge made dense).
+        """Quantise an nn.Linear (or requantise one that a merge made dense), or a Conv1D of transformers.
 
         `linear` itself is left alone; the bias is shared with it. Errors as `NF4Weight.quantize`.
         """
-        new = cls(NF4Weight.quantize(linear.weight.detach(), blocksize, double_quant, name=name))
-        new.register_parameter("bias", linear.bias)
+        dense: Any = linear.weight.detach()  # type: ignore[operator]
+        if not isinstance(linear, nn.Linear):
+            dense = dense.t()
+        new = cls(NF4Weight.quantize(dense, blocksize, double_quant, name=name), compute_dtype=compute_dtype)
+        new.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
+        if not isinstance(linear, NF4Linear) and type(linear) is not nn.Linear:
+            new.plain_class = type(linear)
+        elif isinstance(linear, NF4Linear):
+            new.plain_class, new.link = linear.plain_class, linear.link
         return new.train(linear.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -47,27 +82,50 @@ class NF4Linear(nn.Linear):
         bias: Tensor | None = self.bias
         if not isinstance(weight, NF4Weight):
             return nn.functional.linear(x, weight, bias)
-        if torch.is_autocast_enabled(x.device.type):
-            dtype = torch.get_autocast_dtype(x.device.type)
-            x = x.to(dtype)
+        compute_dtype, autocast = None, autocast_dtype(x.device.type)
+        if autocast is not None:
+            x = x.to(autocast)
+        elif x.dtype == torch.float32:
+            compute_dtype = self.compute_dtype
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
-        return nf4_linear(x, weight, bias)
+        return nf4_linear(x, weight, bias, compute_dtype)
 
-    def settle(self) -> None:
-        """Become an nn.Linear if a merge has made the weight dense. Happens by itself when `weight` is looked
-        at."""
-        self.__getattr__("weight")
+    def settle(self) -> nn.Module:
+        """Become an ordinary layer, of `plain_class`, if the weight is dense. Returns the layer."""
+        weight = self._parameters["weight"]
+        if isinstance(weight, NF4Weight) and weight.dense is not None:
+            self.weight = weight
+        return self
 
-    def __getattr__(self, name: str) -> Any:
-        value = super().__getattr__(name)
-        if name == "weight" and isinstance(value, NF4Weight) and value.is_dense:
-            # A merge has made the weight dense: it is nothing special any more, and neither is the layer.
-            assert value.dense is not None
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """PEFT's `merge_and_unload` asks this of each layer that it has put back; nothing else would tell."""
+        weight = self._parameters["weight"]
+        dense = isinstance(weight, NF4Weight) and weight.is_dense
+        if memo is None and dense and self.link is not None and self.link.holds(self):
+            self.settle()
+        return nn.Module.named_modules(self, memo, prefix, remove_duplicate)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name != "weight" or "weight" not in self.__dict__["_parameters"]:
+            return super().__setattr__(name, value)
+        if isinstance(value, NF4Weight):
+            if value.dense is None:
+                return super().__setattr__(name, value)
             value = nn.Parameter(value.dense, requires_grad=False)
-            self._parameters["weight"] = value
-            self.__class__ = nn.Linear  # type: ignore[assignment]
-        return value
+        plain, link = self.plain_class, self.link
+        for attribute in ("compute_dtype", "plain_class", "link"):
+            self.__dict__.pop(attribute, None)
+        self.__class__ = plain  # type: ignore[assignment]
+        if not issubclass(plain, nn.Linear):
+            self.nf, self.nx = self.__dict__.pop("out_features"), self.__dict__.pop("in_features")
+            value = nn.Parameter(value.t().contiguous(), requires_grad=value.requires_grad)
+        self.weight = value
+        if link is not None:
+            link.layer_gone()
+        return None
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if isinstance(self.weight, NF4Weight):
@@ -113,13 +171,20 @@ class NF4Linear(nn.Linear):
         if new is not None and len(error_msgs) == errors:
             with torch.no_grad():
                 # Not copy_: the nominal dtype is part of what was saved.
-                self.weight.data = new.to(self.weight.device, copy=True)
+                assign = local_metadata.get("assign_to_params_buffers", False)
+                new._state.name = self.weight._state.name  # type: ignore[attr-defined]
+                if assign:
+                    self._parameters["weight"] = nn.Parameter(new, requires_grad=False)
+                else:
+                    self.weight.data = new.to(self.weight.device, copy=True)
 
     def extra_repr(self) -> str:
         weight = self.weight
-        form = (
-            f", blocksize={weight.blocksize}, dtype={weight.dtype}" if isinstance(weight, NF4Weight) else ""
-        )
+        form = ""
+        if isinstance(weight, NF4Weight):
+            form = f", blocksize={weight.blocksize}, dtype={weight.dtype}"
+            if self.compute_dtype != weight.dtype:
+                form += f", compute_dtype={self.compute_dtype}"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{form}"
 
 
@@ -187,16 +252,19 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         base, weight = self.base_layer, self.base_layer.weight
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        compute_dtype, autocast = None, autocast_dtype(x.device.type)
+        if autocast is not None:
+            x = x.to(autocast)
             if not isinstance(weight, NF4Weight):
-                weight = weight.to(x.dtype)
+                weight = weight.to(autocast)
+        elif x.dtype == torch.float32:
+            compute_dtype = getattr(base, "compute_dtype", None)
         bias = base.bias if base.bias is None else base.bias.to(x.dtype)
         dropout_p = self.lora_dropout if self.training else 0.0
         adapter, magnitude = (self.lora_A, self.lora_B), self.lora_magnitude_vector
         if magnitude is not None:
-            return dora_linear(x, weight, *adapter, magnitude, self.scaling, bias, dropout_p)
-        return lora_linear(x, weight, *adapter, self.scaling, bias, dropout_p)
+            return dora_linear(x, weight, *adapter, magnitude, self.scaling, bias, dropout_p, compute_dtype)
+        return lora_linear(x, weight, *adapter, self.scaling, bias, dropout_p, compute_dtype)
 
     def _weight(self) -> Tensor:
         """The base weight in fp32."""

@@ -264,6 +264,26 @@ def test_a_dense_weight_is_of_it() -> None:
         pk.lora_linear(x, w, a, b, 1.0, compute_dtype=BF16)
     with pytest.raises(ValueError, match=r"^weight: expected torch.float32 like x, got torch.bfloat16$"):
         pk.lora_linear(x, w.bfloat16(), a, b, 1.0)
+    sizes = ((N, K, FP32), (N, K, BF16), (K, N, BF16))
+    mlp = [AdaptedLinear(testing.tensor(n, k, dtype=dtype)) for n, k, dtype in sizes]
+    with pytest.raises(ValueError, match=r"^weight: expected torch.bfloat16 like compute_dtype, got torch.f"):
+        pk.gated_mlp(x, *mlp, compute_dtype=BF16)
+    mlp[0] = AdaptedLinear(w.bfloat16(), None, [Adapter(a.half(), b, 1.0)])
+    with pytest.raises(
+        ValueError, match=r"^lora_a: expected torch.bfloat16 like compute_dtype or float32, got torch.float16"
+    ):
+        pk.gated_mlp(x, *mlp, compute_dtype=BF16)
+
+
+def test_a_gated_mlp_takes_a_bias_in_any_of_its_dtypes(backend: str) -> None:
+    x, results = testing.tensor(3, K, dtype=FP16), []
+    for dtype in (FP16, BF16, FP32):
+        mlp = [layer(N, K, 1), layer(N, K, 11), layer(K, N, 21)]
+        for item in mlp:
+            assert item.bias is not None
+            item.bias = item.bias.detach().to(BF16).to(FP16).to(dtype)  # none of them rounds it
+        results.append(pk.gated_mlp(x, *mlp, compute_dtype=BF16))
+    assert results[0].dtype == FP16 and all(torch.equal(y, results[0]) for y in results)
 
 
 def test_a_merged_weight_is_rounded_to_it(backend: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import logging
 import pickle
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+from peft_kernels import nf4_state, testing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"even": (12, 64), "odd": (7, 33)}
@@ -267,33 +267,76 @@ VIEWS: dict[str, Callable[[Tensor], object]] = {
     "expand": lambda w: w.expand(2, 12, 64),
     "as_strided": lambda w: w.as_strided((2, 2), (1, 1)),
     "einsum": lambda w: torch.einsum("oi->io", w),
-    "index-assign": lambda w: w.__setitem__(0, 0.0),
+    "unbind": lambda w: w.unbind(0),
 }
 
 
-@pytest.mark.parametrize("how", VIEWS)
-def test_a_view_raises(how: str) -> None:
-    """Writing to a view of a temporary would be lost without a word."""
+def first_of(value: object) -> Tensor:
+    return value[0] if isinstance(value, (tuple, list)) else value  # type: ignore[return-value]
+
+
+READ_ONLY = "an NF4 weight has no view of its numbers that could be written to"
+
+
+def test_assigning_to_an_index_raises() -> None:
     weight = make()
     before = weight.dequantize()
-    with pytest.raises(
-        NotImplementedError, match=r"an NF4 weight has no view of its numbers.*dequantize\(\)"
-    ):
-        VIEWS[how](weight)
+    with pytest.raises(NotImplementedError, match=READ_ONLY):
+        weight[0] = 0.0
     assert not weight.is_dense and torch.equal(weight.dequantize(), before)
+
+
+@pytest.mark.parametrize("merged", [False, True], ids=["packed", "merged"])
+@pytest.mark.parametrize("how", VIEWS)
+def test_a_view_can_be_read_and_not_written_to(how: str, merged: bool) -> None:
+    """A write to a view of a temporary would be lost without a word, and so would one beneath a merge."""
+    weight = make()
+    if merged:
+        weight.add_(1.0)
+    before = weight.dequantize()
+    view, want = first_of(VIEWS[how](weight)), first_of(VIEWS[how](before.clone()))
+    assert torch.equal(view, want) and torch.equal(view + 1, want + 1) and view.tolist() == want.tolist()
+    assert type(view + 1) is Tensor and type(view.clone()) is Tensor and (view.numpy() == want.numpy()).all()
+    writes: list[Callable[[], object]] = [
+        lambda: view.fill_(5.0),
+        lambda: view.add_(1.0),
+        lambda: view.data.mul_(2.0),
+        lambda: view.detach().zero_(),
+        lambda: view.view_as(view).copy_(want),
+        lambda: view.unsqueeze(0)[0].fill_(1.0),
+        lambda: view.__setitem__(0, 1.0),
+        lambda: torch.add(want, 1.0, out=view),
+        lambda: torch._foreach_add_([view], 1.0),
+        lambda: nn.Parameter(view, requires_grad=False).data.add_(1.0),
+    ]
+    for write in writes:
+        with pytest.raises(NotImplementedError, match=READ_ONLY):
+            write()
+    assert weight.is_merged == merged and torch.equal(weight.dequantize(), before)
+
+
+def test_decompositions_and_gradients_run_on_views() -> None:
+    weight, x = make(), testing.tensor(5, 12).requires_grad_()
+    dense = weight.dequantize()
+    torch.manual_seed(0)
+    got = torch.svd_lowrank(weight, q=4, niter=2)
+    torch.manual_seed(0)
+    for part, want in zip(got, torch.svd_lowrank(dense, q=4, niter=2), strict=True):
+        assert type(part) is Tensor and torch.equal(part, want)
+    assert torch.equal(torch.linalg.qr(weight.T).Q, torch.linalg.qr(dense.T).Q)
+    (x @ weight.T.T).sum().backward()
+    torch.testing.assert_close(x.grad, dense.sum(1).expand(5, 12))
+    assert copy.deepcopy(weight.T).equal(dense.T) and pickle.loads(pickle.dumps(weight[0])).equal(dense[0])
 
 
 @pytest.mark.parametrize("how", VIEWS)
 def test_a_view_of_a_dense_weight_is_a_view(how: str) -> None:
     weight = make()
-    weight.mul_(1.0)
-    got = VIEWS[how](weight)
-    if how == "index-assign":
-        assert (weight.dense[0] == 0).all() and not (weight.dense[1] == 0).all()
-    else:
-        first = got[0] if isinstance(got, tuple) else got
-        first.fill_(5.0)
-        assert (weight.dense == 5.0).any()
+    weight.mul_(2.0)
+    first_of(VIEWS[how](weight)).fill_(5.0)
+    assert (weight.dense == 5.0).any()
+    weight[1] = 7.0
+    assert (weight.dense[1] == 7.0).all()
 
 
 # Writes
@@ -355,9 +398,10 @@ def test_a_write_reaches_every_alias(how: str) -> None:
         WRITES[how](parameter, delta)
     for alias in aliases:
         assert alias.is_dense and torch.equal(alias.dequantize(), want)
-    assert weight.nbytes == want.nbytes and parts(weight).keys() == {"dense"}, (
-        "the packed bytes must be freed"
-    )
+    if how in ("copy_", "out", "foreach"):  # no merge that could be taken back
+        assert parts(weight).keys() == {"dense"}, "the packed bytes must be freed"
+    else:
+        assert weight.is_merged
 
 
 def test_a_write_to_a_wrapped_dtype_rounds_to_that_dtype() -> None:
@@ -367,10 +411,37 @@ def test_a_write_to_a_wrapped_dtype_rounds_to_that_dtype() -> None:
     assert weight.dense.dtype == torch.bfloat16 and torch.equal(weight.dense, want)
 
 
-def test_a_write_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, logger="peft_kernels"):
-        make().add_(1)
-    assert "is dense from now on" in caplog.text
+def test_growth_is_told_once_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4_state, "_warned", set())
+    weight = pk.NF4Weight.quantize(testing.tensor(12, 64), name="model.q.weight")
+    with pytest.warns(
+        UserWarning, match=r"^model\.q\.weight: 4\.5\d bytes for each value .* until it is unmerged"
+    ):
+        weight.add_(1)
+    with pytest.warns(UserWarning, match=r"^model\.q\.weight: 4 bytes for each value .* from now on"):
+        weight.mul_(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make().add_(1).mul_(2)
+
+
+def test_writing_what_a_weight_holds_changes_nothing() -> None:
+    weight = make(dtype=torch.bfloat16)
+    packed = weight.packed
+    weight.copy_(weight.dequantize())
+    assert not weight.is_dense and weight.packed is packed
+    weight.mul_(1.0)
+    weight.add_(1.0)
+    weight.copy_(weight._state.dequantize(torch.bfloat16))
+    assert not weight.is_dense and weight.packed is packed
+
+
+def test_a_failed_write_changes_nothing() -> None:
+    weight = make()
+    for write in (lambda: weight.add_(torch.ones(5)), lambda: weight.copy_(torch.ones(5))):
+        with pytest.raises(RuntimeError):
+            write()
+    assert not weight.is_dense
 
 
 def test_assigning_a_dense_tensor() -> None:
@@ -395,7 +466,7 @@ def test_assigning_another_nf4_weight() -> None:
 def test_a_dense_weight_reads_as_the_plain_tensor(read: str) -> None:
     """A subclass on the right of `ordinary.data = ...` crashes torch, and a dense weight can be plain."""
     weight = nn.Parameter(make(), requires_grad=False)
-    weight.data += 1
+    weight.data *= 2
     value = getattr(weight, read)
     value = value if read == "data" else value(torch.float32) if read == "to" else value()
     assert type(value) is Tensor and value.data_ptr() == weight.dense.data_ptr()
@@ -449,18 +520,23 @@ def test_an_nf4_activation_is_only_a_tensor() -> None:
     assert torch.equal(F.linear(weight, weight), weight.dequantize() @ weight.dequantize().t())
 
 
-def test_a_weight_that_requires_grad_is_refused_in_products() -> None:
-    weight = nn.Parameter(make())
-    assert weight.requires_grad
-    x = testing.tensor(3, 64)
-    message = r"^weight: an NF4 weight cannot be trained, expected requires_grad=False, got True$"
-    for call in (
-        lambda: pk.nf4_linear(x, weight),
-        lambda: F.linear(x, weight),
-        lambda: pk.lora_linear(x, weight, testing.tensor(4, 64), testing.tensor(12, 4), 1.0),
-    ):
+def test_an_nf4_weight_cannot_be_trained() -> None:
+    layer = pk.nn.NF4Linear.from_linear(nn.Linear(64, 12), name="mlp.up_proj.weight")
+    message = (
+        r"^mlp\.up_proj: NF4 weights are frozen; for full fine-tuning load the model without quantize_model$"
+    )
+    writes: list[Callable[[], object]] = [
+        lambda: layer.requires_grad_(True),
+        lambda: layer.weight.requires_grad_(),
+        lambda: setattr(layer.weight, "requires_grad", True),
+        lambda: nn.Parameter(layer.weight),
+    ]
+    for call in writes:
         with pytest.raises(ValueError, match=message):
             call()
+    layer.weight.requires_grad_(False)
+    layer.weight.requires_grad = False
+    assert not layer.weight.requires_grad
 
 
 def test_autograd_through_f_linear() -> None:
@@ -474,24 +550,18 @@ def test_autograd_through_f_linear() -> None:
 # Layers
 
 
-def test_a_merge_into_nf4_linear_leaves_an_ordinary_layer() -> None:
+def test_a_dense_layer_settles_when_its_weight_is_assigned() -> None:
     layer = pk.nn.NF4Linear.from_linear(nn.Linear(64, 12))
     want = layer.weight.dequantize() + 0.125
     layer.weight.data += 0.125
-    assert torch.equal(layer.weight, want)
-    assert type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+    assert type(layer) is pk.nn.NF4Linear and torch.equal(layer.weight, want)
     assert layer.state_dict().keys() == {"weight", "bias"} and torch.equal(layer.state_dict()["weight"], want)
     x = testing.tensor(3, 64)
-    assert torch.equal(layer(x), F.linear(x, want, layer.bias))
-
-
-def test_state_dict_after_a_merge_before_anything_else() -> None:
-    layer = pk.nn.NF4Linear.from_linear(nn.Linear(64, 12))
-    weight = layer._parameters["weight"]
-    want = weight.dequantize() + 1
-    weight.data += 1
-    state = layer.state_dict()
-    assert state.keys() == {"weight", "bias"} and torch.equal(state["weight"], want)
+    y = layer(x)
+    layer.weight = layer.weight
+    assert type(layer) is nn.Linear and type(layer.weight) is nn.Parameter and torch.equal(layer.weight, want)
+    assert vars(layer).keys() == vars(nn.Linear(1, 1)).keys() and repr(layer) == repr(nn.Linear(64, 12))
+    assert torch.equal(layer(x), y) and torch.equal(y, F.linear(x, want, layer.bias))
 
 
 def test_parameters_of_a_model_are_frozen_nf4() -> None:

@@ -258,11 +258,35 @@ def test_quantisation_options_reach_the_weight() -> None:
     assert NF4LoRALinear(base, blocksize=128).base_layer is base  # quantised already: taken as it is
 
 
-def test_an_nf4_weight_cannot_be_trained() -> None:
-    layer = NF4Linear.from_linear(linear())
-    layer.weight.requires_grad_()
-    with pytest.raises(ValueError, match="weight: an NF4 weight cannot be trained"):
-        layer(testing.tensor(2, 100))
+@pytest.mark.parametrize("merged", [False, True], ids=["packed", "merged"])
+def test_fp32_activations_are_multiplied_in_compute_dtype(backend: str, merged: bool) -> None:
+    layer, x = NF4Linear.from_linear(linear(torch.bfloat16)), testing.tensor(7, 100).requires_grad_()
+    if merged:
+        layer.weight.data += testing.tensor(48, 100, seed=4)
+    assert layer.compute_dtype == torch.bfloat16
+    y, wide = layer(x), layer(x.detach().bfloat16())
+    assert y.dtype == torch.float32 and wide.dtype == torch.bfloat16 and torch.equal(y, wide.float())
+    y.sum().backward()
+    assert x.grad.dtype == torch.float32
+    layer.compute_dtype = None
+    assert layer(x).dtype == torch.float32 and not torch.equal(layer(x), y)
+    layer.compute_dtype = torch.bfloat16
+    half = x.detach().half()
+    assert layer(half).dtype == torch.float16 and not torch.equal(layer(half).float(), layer(half.float()))
+
+
+def test_compute_dtype_is_kept() -> None:
+    layer = NF4Linear.from_linear(linear(), compute_dtype=torch.float16)
+    other = NF4Linear.from_linear(linear(torch.bfloat16))
+    layer.load_state_dict(other.state_dict())
+    kept = [
+        copy.deepcopy(layer),
+        pickled(layer),
+        layer.float(),
+        NF4Linear.from_linear(layer, compute_dtype=torch.float16),
+    ]
+    assert [twin.compute_dtype for twin in kept] == [torch.float16] * 4
+    assert "compute_dtype=torch.float16" in repr(layer)
 
 
 def test_only_the_adapter_is_trained() -> None:

@@ -114,12 +114,21 @@ def test_patched_leaves_earlier_patches_in_place() -> None:
 
 
 def test_dry_run_changes_nothing() -> None:
-    model = lora(models.base_model("nf4"))
+    model = lora(models.base_model("dense"))
     report = pk.patch(model, dry_run=True)
     assert str(report) == "peft_kernels: 2 of 2 layers would be fused" and not patched_modules(model)
     assert "2 of 2 layers would be fused" in pk.explain(model) and "not patched" in pk.explain(model)
     pk.patch(model)
     assert pk.explain(model) == "peft_kernels: 2 of 2 layers fused"
+
+
+def test_explain_tells_what_is_quantised() -> None:
+    model = lora(models.base_model("nf4"))
+    pk.patch(model)
+    first, *rest = pk.explain(model).splitlines()
+    assert first.startswith("peft_kernels: 2 layers are NF4") and "peft_kernels: 2 of 2 layers fused" in rest
+    alone = models.base_model("nf4")
+    assert "2 of 2 layers fused" in pk.explain(alone) and "not patched" not in pk.explain(alone)
 
 
 @pytest.mark.parametrize(

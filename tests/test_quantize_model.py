@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
+import pickle
 import weakref
 
 import models
@@ -13,6 +15,7 @@ from torch import nn
 
 import peft_kernels as pk
 from peft_kernels.nn import NF4Linear
+from peft_kernels.quantize import report_of
 
 
 def kinds(model: nn.Module) -> dict[str, type]:
@@ -161,3 +164,106 @@ def test_each_dense_weight_is_freed_before_the_next_layer_but_one(monkeypatch: p
     monkeypatch.setattr(NF4Linear, "from_linear", classmethod(counting))
     pk.quantize_model(model)
     assert alive == [6, 5, 4, 3, 2, 1]
+
+
+# Names in skip, and the report.
+
+
+def deep() -> nn.Module:
+    return nn.ModuleDict(
+        {"layers": nn.ModuleList([models.Net(), models.Net()]), "vision_tower": models.Net()}
+    )
+
+
+def packed(model: nn.Module) -> list[str]:
+    return [name for name, kind in kinds(model).items() if kind is NF4Linear]
+
+
+@pytest.mark.parametrize(
+    ("skip", "expected"),
+    [
+        (
+            "vision_tower",
+            ["layers.0.q", "layers.0.o", "layers.0.lm_head", "layers.1.q", "layers.1.o", "layers.1.lm_head"],
+        ),
+        (["layers.0", "vision_tower", "lm_head"], ["layers.1.q", "layers.1.o"]),
+        (["layers.1.q", "vision_tower", "lm_head", "o"], ["layers.0.q"]),
+        (None, ["layers.0.q", "layers.0.o", "layers.1.q", "layers.1.o", "vision_tower.q", "vision_tower.o"]),
+    ],
+    ids=["container", "full", "parts", "default"],
+)
+def test_names_to_skip_in_two_spellings(skip: object, expected: list[str]) -> None:
+    assert packed(pk.quantize_model(deep(), skip=skip)) == expected
+    assert packed(pk.quantize_model(deep(), modules_to_not_convert=skip)) == expected
+
+
+def test_a_name_that_fits_nothing_is_refused() -> None:
+    model = deep()
+    message = r"^skip: expected names of modules of the model, got 'vision_towr', .*near it are vision_tower"
+    with pytest.raises(ValueError, match=message):
+        pk.quantize_model(model, skip=["lm_head", "vision_towr"])
+    with pytest.raises(ValueError, match="got 'ayers', which fits none"):
+        pk.quantize_model(model, modules_to_not_convert="ayers")
+    with pytest.raises(ValueError, match="expected it or modules_to_not_convert"):
+        pk.quantize_model(model, skip="q", modules_to_not_convert="q")
+    with pytest.raises(
+        ValueError, match=r"compute_dtype: expected float32, bfloat16 or float16, got torch.int8"
+    ):
+        pk.quantize_model(model, compute_dtype=torch.int8)
+    assert not packed(model)
+    pk.quantize_model(nn.Sequential(nn.Linear(64, 64)))  # the default names need not be there
+
+
+def test_compute_dtype_reaches_every_layer() -> None:
+    assert pk.quantize_model(models.Net().bfloat16()).q.compute_dtype == torch.bfloat16
+    assert pk.quantize_model(models.Net(), compute_dtype=torch.float16).o.compute_dtype == torch.float16
+
+
+class Special(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_report() -> None:
+    model = models.Net()
+    assert report_of(model) is None
+    model.special, model.twin = Special(64, 64), nn.Linear(128, 64, bias=False)
+    model.other = nn.Linear(128, 64)
+    model.other.weight = model.twin.weight
+    before = sum(p.nbytes for p in model.parameters())
+    pk.quantize_model(model)
+    report = report_of(model)
+    assert report.layers == ["q", "o"] and report.bytes_before == before
+    assert report.bytes_after == sum(p.nbytes for p in model.parameters()) < before
+    assert report.left == {
+        "lm_head": "a head that may be trained; skip=() would pack it",
+        "special": "a subclass of nn.Linear with a forward of its own, Special",
+        "twin": "it shares its weight with another place in the model",
+        "other": "it shares its weight with another place in the model",
+    }
+    text = str(report).splitlines()
+    assert text[0].startswith("peft_kernels: 2 layers are NF4, the model takes 0.") and len(text) == 4
+    assert "2 left as they are (twin, other): it shares its weight with another place in the model" in text
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert report_of(twin) == report and report_of(twin) is not report
+    assert report_of(nn.ModuleDict({"inner": model})) is report
+    assert len(pickle.dumps(report)) < 2000
+
+
+def test_quantising_the_rest_later_adds_to_the_report() -> None:
+    model = models.Net()
+    before = sum(p.nbytes for p in model.parameters())
+    pk.quantize_model(model, skip=["o", "lm_head"])
+    assert report_of(model).layers == ["q"]
+    pk.quantize_model(model)
+    assert report_of(model).layers == ["q", "o"] and report_of(model).bytes_before == before
+
+
+@pytest.mark.parametrize("call", ["model", "layer"])
+def test_full_fine_tuning_is_refused_by_name(call: str) -> None:
+    model = nn.ModuleDict({"mlp": models.Net()})
+    pk.quantize_model(model)
+    with pytest.raises(
+        ValueError, match=r"^mlp\.q: NF4 weights are frozen; for full fine-tuning load the model"
+    ):
+        (model if call == "model" else model["mlp"].q).requires_grad_(True)

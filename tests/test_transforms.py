@@ -1,4 +1,7 @@
-"""torch.func's transforms and forward-mode differentiation of the public calls."""
+"""torch.func's transforms and forward-mode differentiation of the public calls.
+
+Under them the plain-torch meaning of ops runs, whichever back end serves otherwise.
+"""
 
 from __future__ import annotations
 
@@ -112,7 +115,7 @@ def assert_near(got: Any, truth: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_grad(backend: str, name: str) -> None:
+def test_grad(name: str) -> None:
     call, definition, inputs = case(name)
     every = tuple(range(len(inputs)))
     got = grad(lambda *t: call(*t).sin().sum(), every)(*inputs)
@@ -122,7 +125,7 @@ def test_grad(backend: str, name: str) -> None:
 
 @pytest.mark.parametrize("in_dim", [0, 1])
 @pytest.mark.parametrize("name", CALLS)
-def test_vmap_over_x(backend: str, name: str, in_dim: int) -> None:
+def test_vmap_over_x(name: str, in_dim: int) -> None:
     call, definition, (x, *rest) = case(name)
     batch = torch.stack([x, 2 * x, x.flip(0)], in_dim)
     got = vmap(lambda x: call(x, *rest), in_dim)(batch)
@@ -131,7 +134,7 @@ def test_vmap_over_x(backend: str, name: str, in_dim: int) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_gradients_per_sample(backend: str, name: str) -> None:
+def test_gradients_per_sample(name: str) -> None:
     call, definition, (x, *rest) = case(name)
     batch, every = torch.stack([x, 2 * x, x.flip(0)]), tuple(range(1 + len(rest)))
     dims = (0, *(None for _ in rest))
@@ -142,7 +145,7 @@ def test_gradients_per_sample(backend: str, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_forward_mode(backend: str, name: str) -> None:
+def test_forward_mode(name: str) -> None:
     """Tangents are right, never dropped."""
     call, definition, inputs = case(name)
     tangents = [testing.tensor(*t.shape, seed=30 + i) for i, t in enumerate(inputs)]
@@ -154,7 +157,16 @@ def test_forward_mode(backend: str, name: str) -> None:
         assert_near([torch.autograd.forward_ad.unpack_dual(call(*duals)).tangent], truth[1:], name)
 
 
-def test_dropout_under_vmap(backend: str) -> None:
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_whichever_back_end_is_forced(name: str) -> None:
+    if (reason := testing.unavailable(name)) is not None:
+        pytest.skip(f"{name}: {reason}")
+    with pk.use_backend(name):
+        for call in CALLS:
+            test_grad(call)
+
+
+def test_dropout_under_vmap() -> None:
     """torch's rule for random functions: a mask for each sample, or one for all, if it is said which."""
     weight = testing.nf4_weight(N, K, 32)
     a, b = torch.eye(K), torch.ones(N, K)
@@ -171,7 +183,7 @@ def test_dropout_under_vmap(backend: str) -> None:
         masks("error")
 
 
-def test_a_module(backend: str) -> None:
+def test_a_module() -> None:
     layer = pk.nn.NF4LoRALinear(torch.nn.Linear(K, N), r=R)
     torch.nn.init.normal_(layer.lora_B, std=0.1)
     trained = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}

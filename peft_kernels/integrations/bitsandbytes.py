@@ -160,7 +160,7 @@ def to_params4bit(weight: NF4Weight) -> Any:
     from bitsandbytes.functional import QuantState
 
     state = weight._state
-    if state.packed is None or state.absmax is None:
+    if state.dense is not None or state.packed is None or state.absmax is None:
         raise ValueError(
             "weight: expected packed NF4, got a weight made dense by a write (call requantize_())"
         )

@@ -65,9 +65,9 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
         if name in packed:
             blocksize, double_quant = base.weight.blocksize, base.weight.double_quant
             module.merge(safe_merge=safe_merge)
-            if not _is_packed(base):  # else it has no active adapter
+            if base.weight.is_dense:  # else it has no active adapter
                 module.base_layer = NF4Linear.from_linear(
-                    base, blocksize, double_quant, name=f"{name}.weight"
+                    base, blocksize, double_quant, base.weight._state.name, base.compute_dtype
                 )
         elif bitsandbytes.is_quantized(base._parameters.get("weight")) and (adapters := _to_merge(module)):
             bitsandbytes.unpack(base)
@@ -95,7 +95,9 @@ def adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def _is_packed(base: Any) -> bool:
-    return isinstance(base, NF4Linear) and isinstance(base.weight, NF4Weight)
+    """Whether there are 4 bits to go back to: packed, or under a merge."""
+    weight = base.weight if isinstance(base, NF4Linear) else None
+    return isinstance(weight, NF4Weight) and (weight.is_merged or not weight.is_dense)
 
 
 def _to_merge(module: Any) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .. import dispatch
-from ..integrations import ddp
+from ..quantize import report_of
 from . import fused
 from .fused import Record
 from .report import Finding, LayerReport, PatchReport, examine, examine_block
@@ -70,7 +70,6 @@ def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False) -> PatchRep
         assert found.mixin is not None
         layer.record = Record(facts=found.facts)
         fused.fuse(module, found.mixin, layer.record)
-    ddp.ignore_packed(model)
     return report
 
 
@@ -82,7 +81,8 @@ def _entry(
     dry_run: bool,
 ) -> LayerReport:
     record = fused.record_of(module)
-    entry = LayerReport(name, found.kind, record, dry_run, found.reason, weakref.ref(module))
+    planned = dry_run and record is None and found.mixin is not None
+    entry = LayerReport(name, found.kind, record, planned, found.reason, weakref.ref(module))
     if record is None and found.mixin is not None and fused.replaced(module) is None:
         plan.append((module, entry, found))
     return entry
@@ -91,7 +91,6 @@ def _entry(
 def unpatch(model: nn.Module) -> int:
     """Take the fused forwards out again. Returns the number of modules restored."""
     _check_model(model, "unpatch")
-    ddp.ignore_packed(model, undo=True)
     return sum(fused.restore(module) for module in model.modules())
 
 
@@ -104,8 +103,6 @@ def patched(model: nn.Module, mlp: bool = True) -> Iterator[PatchReport]:
     try:
         yield report
     finally:
-        if not before:
-            ddp.ignore_packed(model, undo=True)
         for module in model.modules():
             if id(module) not in before:
                 fused.restore(module)
@@ -119,9 +116,11 @@ def explain(model: nn.Module | None = None) -> str:
     _check_model(model, "explain")
     installed = any(fused.record_of(module) is not None for module in model.modules())
     report = patch(model, dry_run=True)
-    report.dry_run = not installed
-    lines = [str(report)]
-    if not installed and report.layers:
+    report.dry_run = not installed and any(entry.planned for entry in report.layers)
+    quantised = report_of(model)
+    lines = [] if quantised is None else [str(quantised)]
+    lines.append(str(report))
+    if report.dry_run:
         lines.append("the model is not patched: pk.patch(model) does it")
     return "\n".join(lines)
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..arguments import autocast_dtype
 from ..functional import Adapter
 from ..integrations import bitsandbytes
 from ..nf4 import NF4State, NF4Weight
@@ -136,8 +137,8 @@ def base(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | str:
         if weight is None:
             return f"the weight of a {type(layer).__name__} is not a parameter"
     bias = parameters["bias"] if "bias" in parameters else layer.bias  # noqa: SIM401 (asks twice)
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = out_dtype = torch.get_autocast_dtype(device.type) if autocast else x_dtype
+    autocast = autocast_dtype(device.type)
+    dtype = out_dtype = x_dtype if autocast is None else autocast
     if kind is FOUR_BIT:
         reason = bitsandbytes.reason_unusable(weight)
         if reason is not None:
@@ -148,13 +149,13 @@ def base(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | str:
         dtype = compute if x_dtype == compute else torch.promote_types(x_dtype, compute)
     elif type(weight) is NF4Weight:
         own = d.get("compute_dtype")
-        compute = own if own is not None and dtype == torch.float32 and not autocast else dtype
+        compute = own if own is not None and dtype == torch.float32 and autocast is None else dtype
     else:
         if type(weight) is not nn.Parameter and type(weight) is not Tensor:
             return f"the base weight is a {type(weight).__name__}"
         compute = dtype
         if weight.dtype != dtype:
-            if not autocast:
+            if autocast is None:
                 return f"x is {x_dtype}, the base weight {weight.dtype}"
             weight = weight.to(dtype)
         if kind is TRANSPOSED:

@@ -7,12 +7,14 @@ that PEFT can do to a layer between two calls is seen.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..functional import AdaptedLinear, Adapter, dora_linear, lora_linear, multi_lora_linear
+from ..nf4 import NF4Weight
 from . import judge
 from .fused import RECORD, Fused
 
@@ -32,6 +34,21 @@ class FusedLora(Fused):
         if y:
             record.fallbacks[y] += 1
         return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+
+    # DoRA's merge assigns a weight where LoRA's adds to it: an NF4 weight has to be told that this is a
+    # merge, so that it is its packed bytes again afterwards.
+
+    def merge(self: Any, *args: Any, **kwargs: Any) -> None:
+        weight = self.get_base_layer().weight
+        assigned = self.lora_variant and isinstance(weight, NF4Weight)
+        with weight.merging() if assigned else nullcontext():
+            super().merge(*args, **kwargs)  # type: ignore[misc]
+
+    def unmerge(self: Any) -> None:
+        weight = self.get_base_layer().weight
+        assigned = self.lora_variant and isinstance(weight, NF4Weight)
+        with weight.unmerging() if assigned else nullcontext():
+            super().unmerge()  # type: ignore[misc]
 
 
 def prepare(module: Any, dtype: torch.dtype, device: torch.device) -> Prepared | str:

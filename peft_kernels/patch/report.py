@@ -69,7 +69,7 @@ class LayerReport:
     record: Record | None
     """Of the fused forward that was installed; None: none was."""
     planned: bool = False
-    """Only looked at: `patch(dry_run=True)`."""
+    """Only looked at, by `patch(dry_run=True)`: it would be fused by a patch."""
     as_found: str = ""
     """The reason at the time of patching; of use when the model is gone."""
     _module: Any = field(default=lambda: None, repr=False)

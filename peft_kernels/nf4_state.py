@@ -1,0 +1,210 @@
+"""What an NF4Weight holds: packed bytes, or dense values, or dense values with the packed bytes kept aside.
+
+The third form is a merge that can be taken back. Adding a delta to a 4-bit weight and subtracting it again
+leaves rounding errors, and no 4 bits; so the state notes exactly what was added. When the same values have
+been subtracted, nothing lies on the packed bytes any more, and they are what the weight is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ops = torch.ops.peft_kernels
+
+PACKED_FORM = ("packed", "absmax", "absmax2", "offset")
+
+# Of splitmix64, as signed numbers.
+_STEP, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+_CHUNK = 1 << 20
+
+_MOST_ADDITIONS = 100  # more than anybody merges: what adds on and on is training, not merging
+
+_warned: set[str] = set()
+"""Kinds of growth that this process has been warned of."""
+
+
+@dataclass(frozen=True)
+class Addition:
+    """One delta that was added in place: `alpha` times values known by their fingerprints."""
+
+    fingerprints: tuple[Any, ...]  # of the values as they came, and rounded to the weight's dtype
+    alpha: float
+
+    @classmethod
+    def of(cls, value: Any, alpha: float, dtype: torch.dtype) -> Addition:
+        both = [fingerprint(value)]
+        if isinstance(value, Tensor) and value.dim() and value.dtype != dtype:
+            both.append(fingerprint(value.to(dtype)))  # PEFT adds fp32 and subtracts what that is in bf16
+        return cls(tuple(both), float(alpha))
+
+    def undone_by(self, other: Addition) -> bool:
+        return self.alpha == -other.alpha and other.fingerprints[0] in self.fingerprints
+
+
+@dataclass
+class NF4State:
+    """The stored form of a weight, shared by all its aliases.
+
+    `packed` and `absmax` alone; or `dense` alone, after a write; or all of them while merged: `dense` is then
+    the weight, and the packed form what it is again when `additions` is empty.
+    """
+
+    shape: tuple[int, int]
+    blocksize: int
+    packed: Tensor | None = None  # uint8 (out, in / 2), or ((n + 1) // 2,) when `in` is odd
+    absmax: Tensor | None = None  # fp32 (nblocks,), or uint8 when double-quantised
+    absmax2: Tensor | None = None  # fp32 (ceil(nblocks / 256),)
+    offset: Tensor | None = None  # fp32 ()
+    dense: Tensor | None = None  # (out, in), after a write
+    double_quant: bool = True  # what requantize_() returns to
+    name: str = "weight"  # what errors and warnings call it
+    additions: list[Addition] = field(default_factory=list)
+    seal: Any = None  # fingerprint of `dense` as NF4Weight.merging left it
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {name: getattr(self, name) for name in (*PACKED_FORM, "dense")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> NF4State:
+        new = {name: function(tensor) for name, tensor in self.tensors().items()}
+        changed: dict[str, Any] = {"additions": list(self.additions), **new}
+        return dataclasses.replace(self, **changed)
+
+    def become(self, other: NF4State) -> None:
+        """All but the name."""
+        self.__dict__.update(other.__dict__ | {"name": self.name})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def merged(self) -> bool:
+        """Whether the packed form waits beneath dense values."""
+        return self.dense is not None and self.packed is not None
+
+    @property
+    def op_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
+        """The argument group that ops take for a packed base weight."""
+        assert self.packed is not None and self.absmax is not None
+        return self.packed, self.absmax, self.absmax2, self.offset, self.blocksize
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The packed values, whatever lies on them."""
+        dense: Tensor = ops.dequantize_nf4(*self.op_args, self.shape, dtype)
+        return dense
+
+    def packed_form(self) -> dict[str, Tensor | None]:
+        return {name: getattr(self, name) for name in PACKED_FORM}
+
+    def keep(self, packed_form: dict[str, Tensor | None], seal: Any) -> None:
+        """Lay dense values over a packed form."""
+        self.__dict__.update(packed_form)
+        self.additions.clear()
+        self.seal = seal
+
+    # Writes. Every one is `before_write`, the write to `dense`, and one of the others.
+
+    def before_write(self, dtype: torch.dtype) -> None:
+        if self.dense is None:
+            self.dense = self.dequantize(dtype)
+
+    def subtracts_the_rest(self, addition: Addition) -> bool:
+        """Whether adding `addition` leaves the packed form and nothing else. It need not be computed then."""
+        return len(self.additions) == 1 and self.additions[0].undone_by(addition)
+
+    def repack(self) -> None:
+        self.dense = self.seal = None
+        self.additions.clear()
+
+    def added(self, addition: Addition) -> None:
+        """After an addition: it can be taken back, or it takes back an earlier one."""
+        if self.packed is None:
+            return
+        self.seal = None
+        for earlier in self.additions:
+            if earlier.undone_by(addition):
+                self.additions.remove(earlier)
+                return
+        if addition.alpha < 0 or len(self.additions) == _MOST_ADDITIONS:
+            self.forget_packed()
+        else:
+            self.additions.append(addition)
+            warn_of_growth("merged", self)
+
+    def wrote(self) -> None:
+        """After any other write: it stays, unless it wrote what the packed form is."""
+        assert self.dense is not None
+        if self.packed is None:
+            return
+        if _same_bits(self.dense, self.dequantize(self.dense.dtype)):
+            self.repack()
+        else:
+            self.forget_packed()
+
+    def forget_packed(self) -> None:
+        for name in PACKED_FORM:
+            setattr(self, name, None)
+        self.additions.clear()
+        self.seal = None
+        warn_of_growth("for good", self)
+
+
+def fingerprint(value: Any) -> Any:
+    """Dtype, shape and a 64-bit hash of the bits of a tensor; a number is its own. The same in every run.
+
+    Needs 8 MB beside the tensor.
+    """
+    if not isinstance(value, Tensor):
+        return (type(value).__name__, value)
+    if value.layout == torch.sparse_coo:  # SHiRA adds these
+        value = value.detach().coalesce()
+        return ("sparse", tuple(value.shape), fingerprint(value.indices()), fingerprint(value.values()))
+    bits = value.detach().contiguous().view(-1)
+    if bits.numel() == 0 or value.dim() == 0:
+        return (value.dtype, tuple(value.shape), value.tolist())
+    itemsize = next((n for n in (8, 4, 2, 1) if bits.nbytes % n == 0 and bits.data_ptr() % n == 0), 1)
+    words = bits.view(torch.uint8).view(
+        {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[itemsize]
+    )
+    total = torch.zeros((), dtype=torch.int64, device=value.device)
+    keys = torch.arange(min(_CHUNK, words.numel()), device=value.device) * _STEP
+    for start in range(0, words.numel(), _CHUNK):
+        chunk = words[start : start + _CHUNK].to(torch.int64)
+        mixed = (chunk ^ keys[: chunk.numel()]).mul_(_MIX1)
+        mixed.bitwise_xor_(mixed >> 29).mul_(_MIX2)
+        mixed.bitwise_xor_(mixed >> 32)
+        total = total * _MIX1 + mixed.sum()
+    return (value.dtype, tuple(value.shape), int(total))
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+def warn_of_growth(kind: str, state: NF4State) -> None:
+    """Tell, once a process and kind, that 4-bit weights have become larger, and how much larger."""
+    if kind in _warned:
+        return
+    _warned.add(kind)
+    assert state.dense is not None
+    numel = state.shape[0] * state.shape[1]
+    why = {
+        "merged": "while adapters are merged into it: dense, with its 4 bits kept aside until it is unmerged",
+        "for good": "from now on: it was written to by something else than a merge that can be taken back "
+        "(PiSSA, OLoRA, a merge that assigns); requantize_() packs it, with the loss of 4 bits",
+    }[kind]
+    warnings.warn(
+        f"{state.name}: {state.nbytes / numel:.3g} bytes for each value of an NF4 weight instead of about "
+        f"{0.5 + 1 / state.blocksize:.2g} ({state.nbytes / 1e6:.3g} MB in all) {why}. So it is with every "
+        "layer that this is done to; it is said once.",
+        stacklevel=2,
+    )

@@ -1,0 +1,293 @@
+"""How a 4-bit tensor behaves in other people's hands: what torch asks of it, by function and by op.
+
+`nf4.NF4Weight` says by which rules; here they are kept.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from .code_tables import WEIGHT_DTYPES
+from .nf4_state import Addition, NF4State, warn_of_growth
+from .read_only import has_views, read_only, written
+
+aten = torch.ops.aten
+
+# Reads that may hand back the weight itself. From a weight that is dense for good they give the ordinary
+# tensor instead: an ordinary parameter's `data` may be assigned from it, which torch does not survive with a
+# subclass on the right-hand side.
+_READS = frozenset(
+    getattr(torch.Tensor, name)
+    for name in (
+        *("to", "float", "half", "bfloat16", "double", "type_as"),
+        *("cpu", "cuda", "contiguous", "detach"),
+    )
+)
+
+# What torch computes from a storage, which the wrapper has not.
+_STORAGE_READS = frozenset(
+    getattr(torch.Tensor, name) for name in ["numpy", "__array__", "tolist", "__dlpack__"]
+)
+
+FROZEN = "NF4 weights are frozen; for full fine-tuning load the model without quantize_model"
+
+
+class NF4Tensor(torch.Tensor):
+    """A tensor whose values are an NF4State."""
+
+    _state: NF4State
+
+    @staticmethod
+    def __new__(cls, state: NF4State, dtype: torch.dtype) -> Any:
+        some = next(iter(state.tensors().values()))
+        self = torch.Tensor._make_wrapper_subclass(cls, state.shape, dtype=dtype, device=some.device)
+        self._state = state
+        return self
+
+    def __init__(self, state: NF4State, dtype: torch.dtype) -> None:
+        pass
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The dense weight (out, in): `code * absmax` rounded once to `dtype`, by default its own."""
+        dtype = dtype or self.dtype
+        if self._state.dense is not None:
+            return self._state.dense.to(dtype, copy=True)
+        return self._state.dequantize(dtype)
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether a write (a merge, say) has made the weight dense."""
+        return self._state.dense is not None
+
+    @property
+    def is_merged(self) -> bool:
+        """Whether it is dense for as long as a merge is in it: the packed bytes are kept aside."""
+        return self._state.merged
+
+    @property
+    def dense(self) -> Tensor | None:
+        """The weight (out, in) when a write has made it dense, else None."""
+        return self._state.dense
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.linear:
+            return _linear(*args, **kwargs)
+        handler = _FUNCTIONS.get(
+            func
+        )  # of setters each look-up makes a new method-wrapper: equal, not identical
+        if handler is not None and isinstance(args[0], NF4Tensor):
+            return handler(func, *args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        handler = _HANDLERS.get(func, _on_dense)
+        return handler(func, args, kwargs or {})
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if isinstance(input, NF4Tensor) or not isinstance(weight, NF4Tensor):
+        # An NF4 activation or bias is nothing that a layer does; it is still only a tensor.
+        dense = [t.dequantize() if isinstance(t, NF4Tensor) else t for t in (input, weight)]
+        return F.linear(dense[0], dense[1], bias)
+    if weight.requires_grad:  # no parameter, but a copy to which something trained was added (SHiRA)
+        return _plainly(F.linear, input, weight, bias)
+    from .functional import nf4_linear
+
+    return nf4_linear(input, weight._state, bias)
+
+
+def _plainly(func: Any, *args: Any, **kwargs: Any) -> Any:
+    with torch._C.DisableTorchFunctionSubclass():
+        return func(*args, **kwargs)
+
+
+def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
+    """`self.data = value`. Torch asks the left side alone, so `self` is an NF4Tensor."""
+    old = self._state
+    if isinstance(value, NF4Tensor):
+        cast = value.__dict__.get("_cast")
+        if cast is not None and cast[0]() is old and value._state.packed is cast[1] and not value.is_dense:
+            return  # `p.data = p.data.to(dtype)`, PEFT's kbit preparation: there are no 16 bits here to widen
+    else:
+        if tuple(value.shape) != old.shape:
+            raise ValueError(f"data: expected shape {old.shape}, got {tuple(value.shape)}")
+        packed = old.packed is not None
+        state = NF4State(
+            old.shape, old.blocksize, dense=value.detach(), double_quant=old.double_quant, name=old.name
+        )
+        if packed:
+            warn_of_growth("merged" if getattr(self, "_in_merge", 0) else "for good", state)
+        value = type(self)(state, value.dtype)
+    _plainly(func, self, value)
+    self._state = value._state
+
+
+def _get_data(func: Any, self: NF4Tensor) -> Tensor:
+    if self.is_dense and not self.is_merged:
+        return _plainly(func, self.dense)
+    out: Tensor = _plainly(func, self)
+    out.__dict__["_data_of"] = weakref.ref(self._state)
+    return out
+
+
+def _read(func: Any, self: NF4Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    if self.is_dense and not self.is_merged:
+        return _plainly(func, self.dense, *args, **kwargs)
+    out: Tensor = _plainly(func, self, *args, **kwargs)
+    source = self.__dict__.get("_data_of")
+    if source is not None and isinstance(out, NF4Tensor) and out is not self and out.device == self.device:
+        out.__dict__["_cast"] = (source, out._state.packed)
+    return out
+
+
+def _read_storage(func: Any, self: NF4Tensor, *args: Any, **kwargs: Any) -> Any:
+    return func(self.dequantize(), *args, **kwargs)
+
+
+def _set_requires_grad(func: Any, self: NF4Tensor, requires_grad: bool = True) -> Any:
+    if requires_grad:
+        raise ValueError(f"{self._state.name.removesuffix('.weight')}: {FROZEN}")
+    return _plainly(func, self, requires_grad)
+
+
+def _share_memory(func: Any, self: NF4Tensor) -> NF4Tensor:
+    for tensor in self._state.tensors().values():
+        tensor.share_memory_()
+    return self
+
+
+def _is_shared(func: Any, self: NF4Tensor) -> bool:
+    return all(tensor.is_shared() for tensor in self._state.tensors().values())
+
+
+_FUNCTIONS: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys(_READS, _read),
+    **dict.fromkeys(_STORAGE_READS, _read_storage),
+    Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
+    Tensor.data.__set__: _assign_data,  # type: ignore[attr-defined]
+    Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
+    Tensor.requires_grad_: _set_requires_grad,
+    Tensor.share_memory_: _share_memory,
+    Tensor.is_shared: _is_shared,
+}
+
+
+def _dense(value: Any) -> Any:
+    if not isinstance(value, NF4Tensor):
+        return value
+    return value._state.dense if value.is_dense else value.dequantize()
+
+
+def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run any op on dense values: reads see a dequantised copy, writes make the weight dense first."""
+    targets = [target for target in written(func, args, kwargs) if isinstance(target, NF4Tensor)]
+    if targets:
+        return _write(func, args, kwargs, targets)
+    dense_args, dense_kwargs = tree_map(_dense, (args, kwargs))
+    out = func(*dense_args, **dense_kwargs)
+    if has_views(func) and any(isinstance(a, NF4Tensor) and a._state.packed is not None for a in args):
+        return read_only(out)
+    return out
+
+
+def _write(func: Any, args: Any, kwargs: Any, targets: list[NF4Tensor]) -> Any:
+    first: Any = args[0] if args else None
+    addition = _addition(func, args, kwargs)
+    if addition is not None and first._state.subtracts_the_rest(addition):
+        first._state.repack()
+        return first
+    before = [target._state.dense for target in targets]
+    for target in targets:
+        target._state.before_write(target.dtype)
+    written_to = first._state.dense if isinstance(first, NF4Tensor) else None
+    dense_args, dense_kwargs = tree_map(_dense, (args, kwargs))
+    try:
+        out = func(*dense_args, **dense_kwargs)
+    except BaseException:
+        for target, dense in zip(targets, before, strict=True):
+            target._state.dense = dense
+        raise
+    for target in targets:
+        if addition is not None:
+            target._state.added(addition)
+        else:
+            target._state.wrote()
+    if isinstance(first, NF4Tensor) and out is written_to:
+        return first  # an in-place op returns the very argument that it wrote to
+    return out
+
+
+def _addition(func: Any, args: Any, kwargs: Any) -> Addition | None:
+    """What an op adds to an NF4 weight in place, if that is all it does and can be taken back."""
+    sign = _ADDS.get(func)
+    if sign is None or not isinstance(args[0], NF4Tensor) or args[0]._state.packed is None:
+        return None
+    alpha = args[2] if len(args) > 2 else kwargs.get("alpha", 1)
+    return Addition.of(_dense(args[1]), sign * alpha, args[0].dtype)
+
+
+_ADDS = {
+    aten.add_.Tensor: 1,
+    aten.add_.Scalar: 1,
+    aten.sub_.Tensor: -1,
+    aten.sub_.Scalar: -1,
+}
+
+
+def _alias(func: Any, args: Any, kwargs: Any) -> Tensor:
+    return type(args[0])(args[0]._state, args[0].dtype)
+
+
+def _clone(func: Any, args: Any, kwargs: Any) -> Tensor:
+    return type(args[0])(args[0]._state.map(torch.clone), args[0].dtype)
+
+
+def _empty_like(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """`nn.Module.to_empty`, which names a device, wants a weight that can be loaded into."""
+    weight, device = args[0], kwargs.get("device")
+    if device is None or weight.is_dense:
+        return _on_dense(func, args, kwargs)
+    return type(weight)(weight._state.map(lambda t: torch.empty_like(t, device=device)), weight.dtype)
+
+
+def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """`.to()`: the bytes move between devices; a new dtype is a new nominal dtype."""
+    weight = args[0]
+    dtype = kwargs.get("dtype") or weight.dtype
+    if dtype not in WEIGHT_DTYPES:
+        return _on_dense(func, args, kwargs)
+    device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)
+    state = weight._state.map(lambda t: t.to(device, non_blocking=non_blocking, copy=True))
+    if state.dense is not None:
+        state.dense = state.dense.to(dtype)
+    return type(weight)(state, dtype)
+
+
+def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
+    target, source = args[:2]
+    if isinstance(target, NF4Tensor) and isinstance(source, NF4Tensor) and target.shape == source.shape:
+        device = target.device
+        target._state.become(source._state.map(lambda t: t.to(device, copy=True)))
+        return target
+    return _on_dense(func, args, kwargs)
+
+
+_HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
+    aten.detach.default: _alias,
+    aten.alias.default: _alias,
+    aten.clone.default: _clone,
+    aten.empty_like.default: _empty_like,
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy_,
+}

@@ -1,0 +1,162 @@
+"""Did the patched model run fused, and does it give stock's numbers? Shared by the flow tests."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from peft_kernels import testing
+
+EPS = torch.finfo(torch.float32).eps
+FUSED_OPS = ("lora_linear", "multi_lora_linear", "gated_mlp")
+
+
+class Calls(TorchDispatchMode):
+    """Counts calls of this package's ops, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        if namespace.startswith("peft_kernels"):
+            self.counts[name.partition(".")[0]] += 1
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def fused(self) -> int:
+        """Forwards in which a base product and the deltas of its adapters were one op."""
+        return sum(self.counts[name] for name in FUSED_OPS)
+
+
+def lora_layers(model: nn.Module) -> set[str]:
+    """Names of the LoRA layers over linear layers: what can be fused."""
+    others = (lora.Embedding, lora.layer._ConvNd, lora.layer.ParamWrapper, lora.layer.MultiheadAttention)
+    return {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, lora.LoraLayer) and not isinstance(module, others)
+    }
+
+
+def fused_layers(report: Any) -> set[str]:
+    return {layer.name for layer in report.layers if layer.fused}
+
+
+def fused_blocks(report: Any) -> set[str]:
+    return {block.name for block in report.blocks if block.fused}
+
+
+def layer_fallbacks(report: Any) -> Counter[str]:
+    """Calls of layers that took the original forward, by reason."""
+    return sum((Counter(entry.fallbacks) for entry in report.layers), Counter())
+
+
+def block_fallbacks(report: Any) -> Counter[str]:
+    """Calls of gated MLPs that ran layer by layer, by reason."""
+    return sum((Counter(entry.fallbacks) for entry in report.blocks), Counter())
+
+
+def fallbacks(report: Any) -> Counter[str]:
+    return layer_fallbacks(report) + block_fallbacks(report)
+
+
+def assert_fused(model: nn.Module, report: Any, blocks: int | None = None) -> None:
+    """Every LoRA layer is fused, `blocks` gated MLPs are, and no call has taken the original forward."""
+    layers = lora_layers(model)
+    assert layers and not layers - fused_layers(report), report.details()
+    if blocks is not None:
+        assert len(fused_blocks(report)) == blocks, report.details()
+    assert not fallbacks(report), str(report)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def step(model: nn.Module, loss: Callable[[Any], Tensor], seed: int = 5) -> dict[str, Tensor]:
+    """Loss and gradients of one step whose random numbers start at `seed`."""
+    model.zero_grad()
+    torch.manual_seed(seed)
+    value = loss(model)
+    value.backward()
+    return {"loss": value.detach(), **gradients(model)}
+
+
+def language_loss(model: Any, batch: Tensor) -> Tensor:
+    return model(input_ids=batch, labels=batch).loss
+
+
+Results = dict[str, Tensor]
+
+
+def assert_same_numbers(sample: Callable[[int], tuple[Results, Results, Results]], bound: float) -> None:
+    """The numbers policy for `sample(i)`: what the patched model, stock and fp64 give for input i.
+
+    Each result is within `bound` of the truth on both sides: a peer that is wrong would widen the policy. The
+    policy is for all results together, each at the same weight. A deep model turns one rounding into an error
+    of almost any size, so that one input may say little: then more are drawn, and their errors added up.
+    """
+    ours, theirs = errors(*sample(0), bound)
+    if ours**0.5 > 2 * theirs**0.5 + EPS:
+        for i in range(1, 8):
+            more = errors(*sample(i), bound)
+            ours, theirs = ours + more[0], theirs + more[1]
+    assert ours**0.5 <= 2 * theirs**0.5 + EPS, f"error {ours**0.5:.3g}, stock's {theirs**0.5:.3g}"
+
+
+def errors(got: Results, stock: Results, truth: Results, bound: float) -> tuple[float, float]:
+    """Mean over the results of the squared relative error, patched and stock."""
+    assert got.keys() == stock.keys() == truth.keys() and got
+    total, count = [0.0, 0.0], 0
+    for name, true in truth.items():
+        size = true.double().norm().item()
+        for side, value in enumerate((got[name], stock[name])):
+            assert value.dtype == stock[name].dtype, f"{name}: {value.dtype}"
+            error = (value.double() - true).norm().item()
+            what = ("patched", "stock")[side]
+            assert error <= bound * max(size, 1e-6), f"{what} {name}: error {error:.3g} of {size:.3g}"
+            total[side] += (error / size) ** 2 if size > 1e-6 else 0.0
+        count += 1
+    return total[0] / count, total[1] / count
+
+
+def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], bound: float = 1e-5) -> None:
+    assert got.keys() == want.keys() and got, f"not in both: {sorted(got.keys() ^ want.keys())}"
+    for name in want:
+        error = testing.relative_error(got[name], want[name])
+        assert error < bound, f"{name}: relative error {error:.3g}"
+
+
+def assert_curve(got: list[float], stock: list[float], truth: list[float], bound: float) -> None:
+    """A curve of losses: within `bound` of stock's, and no further from the truth than twice stock's."""
+    assert len(got) == len(stock) == len(truth) > 1
+    ours, theirs = (
+        max(abs(a - b) / abs(b) for a, b in zip(curve, truth, strict=True)) for curve in (got, stock)
+    )
+    apart = max(abs(a - b) / abs(b) for a, b in zip(got, stock, strict=True))
+    assert apart < bound, f"{apart:.3g} from stock: {got} {stock}"
+    assert ours <= 2 * theirs + 1e-4, f"{ours:.3g} from the truth, stock {theirs:.3g}"
+    assert abs(stock[-1] - stock[0]) > 3 * bound * abs(stock[0]), f"these curves could be anything's: {stock}"
+
+
+def train(
+    model: nn.Module, loss: Callable[[Any, int], Tensor], steps: int = 4, lr: float = 1e-2
+) -> list[float]:
+    """Losses of a plain loop over the parameters that train."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    losses = []
+    for i in range(steps):
+        optimizer.zero_grad()
+        value = loss(model, i)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses

@@ -1,0 +1,119 @@
+"""Tiny models with adapters that do something, a tokenizer without a hub, and data for the flow tests."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import models
+import peft
+import pytest
+import torch
+import transformers
+from torch import Tensor, nn
+
+import peft_kernels as pk
+
+VOCABULARY = 128
+BASES = models.BASES
+
+
+def llama(base: str = "dense", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+    """A Llama of two layers, whose weights are large enough that its losses tell one forward from another."""
+    defaults = {"intermediate_size": 128, "initializer_range": 0.2, "pad_token_id": 0}
+    model = models.tiny_llama(**defaults | overrides).to(dtype)
+    if base == "nf4":
+        pk.quantize_model(model)
+    elif base == "bnb":
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear) and name != "lm_head":
+                model.set_submodule(name, models.to_linear4bit(module))
+        model.is_loaded_in_4bit = True
+    return model
+
+
+def bnb_llama(folder: Path, **options: Any) -> Any:
+    """The same Llama as a tutorial loads it: `from_pretrained` with a BitsAndBytesConfig."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    llama(dtype=torch.bfloat16).save_pretrained(folder)
+    config = transformers.BitsAndBytesConfig(
+        **{
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": torch.bfloat16,
+        }
+        | options
+    )
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=torch.bfloat16, device_map={"": "cpu"}
+    )
+
+
+def config(**options: Any) -> Any:
+    """A LoraConfig for all linear layers whose B is not zero."""
+    defaults = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", "init_lora_weights": False}
+    return peft.LoraConfig(**defaults | options)
+
+
+def adapted(model: Any, **options: Any) -> Any:
+    """A PEFT model in training mode; the same adapters in each call."""
+    torch.manual_seed(3)
+    return peft.get_peft_model(model, config(**options)).train()
+
+
+def patched_copy(stock: nn.Module) -> tuple[Any, Any]:
+    """A patched copy of a model, and its report."""
+    model = copy.deepcopy(stock)
+    return model, pk.patch(model)
+
+
+def in_fp64(model: Any) -> Any:
+    """A copy in fp64 with every packed weight dequantised: the truth."""
+    model = copy.deepcopy(model)
+    for name, module in list(model.named_modules()):
+        weight = module._parameters.get("weight")
+        if isinstance(weight, pk.NF4Weight):
+            packed = weight
+        elif hasattr(weight, "quant_state"):
+            packed = pk.NF4Weight.from_bnb(weight)
+        else:
+            continue
+        dense = packed.dequantize(torch.float32).detach()
+        if isinstance(module, nn.Linear):
+            new: nn.Module = nn.Linear(dense.shape[1], dense.shape[0], bias=False)
+        else:  # Conv1D keeps its weight transposed
+            new = transformers.pytorch_utils.Conv1D(module.nf, module.nx)
+            dense = dense if dense.shape == new.weight.shape else dense.T
+        new.weight = nn.Parameter(dense.clone(), requires_grad=False)
+        new.bias = module.bias
+        model.set_submodule(name, new)
+    for flag in ("is_loaded_in_4bit", "is_quantized"):
+        for part in (model, model.get_base_model() if hasattr(model, "get_base_model") else model):
+            if flag in vars(part):
+                setattr(part, flag, False)
+    for parameter in [*model.parameters(), *model.buffers()]:
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.double()
+    model.config.dtype = torch.float64
+    return model
+
+
+def tokenizer() -> Any:
+    """Words w3 ... w127 of a vocabulary as large as the models'."""
+    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
+    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
+    words_ = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
+    words_.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words_, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<pad>"
+    )
+
+
+def ids(seed: int = 1, rows: int = 4, length: int = 10, vocabulary: int = VOCABULARY) -> Tensor:
+    return torch.randint(3, vocabulary, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def words(row: Tensor) -> str:
+    return " ".join(f"w{i}" for i in row.tolist())

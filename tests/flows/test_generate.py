@@ -1,0 +1,172 @@
+"""generate in all its modes, patched against stock: the same tokens from the same scores."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import pytest
+import torch
+from flow_checks import Calls, assert_fused
+from flow_models import adapted, config, ids, llama, patched_copy
+
+from peft_kernels import testing
+
+NEW = 5
+LENGTH = 6
+TOLERANCE = {"dense": 1e-4, "nf4": 1e-4, "bnb": 0.05}
+"""How near scores are to stock's: bitsandbytes rounds its scales to bf16 when it evaluates on a CPU."""
+
+MODES: dict[str, dict[str, Any]] = {
+    "greedy": {"do_sample": False},
+    "sampling": {"do_sample": True, "top_k": 20, "temperature": 0.8},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "static-cache": {"do_sample": False, "cache_implementation": "static"},
+    "no-cache": {"do_sample": False, "use_cache": False},
+}
+# Static caches are compiled where they can be; here that would only cost time.
+MODES["static-cache"]["disable_compile"] = True
+
+
+def generate(model: Any, grad_mode: Callable[[], Any] = torch.no_grad, **options: Any) -> Any:
+    torch.manual_seed(11)
+    with grad_mode():
+        return model.generate(
+            input_ids=ids(2, rows=2, length=LENGTH),
+            max_new_tokens=NEW,
+            min_new_tokens=NEW,
+            output_scores=True,
+            return_dict_in_generate=True,
+            **options,
+        )
+
+
+def assert_same_text(got: Any, want: Any, tolerance: float) -> None:
+    """The first scores are near; with dense and our own weights, all of the text is the same."""
+    assert got.sequences.shape == want.sequences.shape
+    finite = torch.isfinite(want.scores[0])
+    assert torch.equal(torch.isfinite(got.scores[0]), finite)
+    first = [each.scores[0].where(finite, torch.zeros(())) for each in (got, want)]
+    assert testing.relative_error(first[0], first[1]) < tolerance
+    if tolerance < 0.01:
+        assert torch.equal(got.sequences, want.sequences)
+
+
+@pytest.fixture(scope="module", params=["dense", "nf4", "bnb"])
+def pair(request: pytest.FixtureRequest) -> Any:
+    stock = adapted(llama(request.param)).eval()
+    model, report = patched_copy(stock)
+    return model, report, stock, TOLERANCE[request.param]
+
+
+@pytest.mark.parametrize("grad_mode", [torch.no_grad, torch.inference_mode], ids=lambda mode: mode.__name__)
+@pytest.mark.parametrize("mode", MODES)
+def test_modes(pair: Any, mode: str, grad_mode: Any) -> None:
+    model, report, stock, tolerance = pair
+    with Calls() as calls:
+        got = generate(model, grad_mode, **MODES[mode])
+    assert calls.counts["gated_mlp"] == 2 * NEW, calls.counts
+    assert_same_text(got, generate(stock, grad_mode, **MODES[mode]), tolerance)
+    assert_fused(model, report, blocks=2)
+
+
+def test_a_plain_forward_in_inference_mode(pair: Any) -> None:
+    model, report, stock, tolerance = pair
+    with torch.inference_mode():
+        got, want = (each(input_ids=ids(3)).logits for each in (model, stock))
+    assert testing.relative_error(got, want) < tolerance
+    assert_fused(model, report, blocks=2)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_assisted(base: str) -> None:
+    """A smaller patched draft model; the text is that of the large one alone."""
+    model, report = patched_copy(adapted(llama(base)).eval())
+    draft, draft_report = patched_copy(adapted(llama(base, num_hidden_layers=1)).eval())
+    alone = generate(model, do_sample=False)
+    prompt = ids(2, rows=1, length=LENGTH)
+    with Calls() as calls:
+        got = model.generate(
+            input_ids=prompt, assistant_model=draft, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False
+        )
+    assert calls.fused > 0
+    assert torch.equal(got, alone.sequences[:1])
+    assert_fused(model, report, blocks=2)
+    assert_fused(draft, draft_report, blocks=1)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_training_after_generating_under_inference_mode(base: str) -> None:
+    """Nothing that inference mode has made stays behind where training meets it."""
+    stock = adapted(llama(base))
+    model, report = patched_copy(stock)
+    generate(model.eval(), torch.inference_mode, do_sample=False)
+    losses = []
+    for each in (model, stock):
+        loss = each.train()(input_ids=ids(), labels=ids()).loss
+        loss.backward()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert_fused(model, report, blocks=2)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_merged_and_unmerged(base: str) -> None:
+    """A merged model runs its base layers alone, and is fused again when it is unmerged."""
+    stock = adapted(llama(base)).eval()
+    model, report = patched_copy(stock)
+    model.merge_adapter()
+    with Calls() as calls:
+        merged = generate(model, do_sample=False)
+    assert calls.fused == 0, calls.counts
+    twin = copy.deepcopy(stock)
+    twin.merge_adapter()
+    assert_same_text(merged, generate(twin, do_sample=False), 1e-4)
+    model.unmerge_adapter()
+    with Calls() as calls:
+        got = generate(model, do_sample=False)
+    assert calls.counts["gated_mlp"] == 2 * NEW
+    assert_same_text(got, generate(stock, do_sample=False), 1e-4)
+    assert_fused(model, report, blocks=2)
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_a_batch_of_several_adapters(base: str) -> None:
+    stock = adapted(llama(base))
+    torch.manual_seed(4)
+    stock.add_adapter("other", config(r=4))
+    stock.eval()
+    model, report = patched_copy(stock)
+    prompts = ids(2, rows=3, length=LENGTH)
+    names = ["default", "other", "__base__"]
+
+    def run(model: Any, **options: Any) -> Any:
+        return model.generate(
+            input_ids=prompts, adapter_names=names, max_new_tokens=NEW, min_new_tokens=NEW,
+            output_scores=True, return_dict_in_generate=True, **options,
+        )  # fmt: skip
+
+    for options in ({"do_sample": False}, {"do_sample": False, "num_beams": 2}):
+        with Calls() as calls:
+            got = run(model, **options)
+        assert calls.fused > 0, calls.counts
+        assert_same_text(got, run(stock, **options), 1e-4)
+    # The MLP as a block has no adapter for each row: its layers, each alone, do.
+    layers = {layer.name: layer.fallbacks for layer in report.layers if layer.fallbacks}
+    assert not layers, layers
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_a_disabled_adapter(base: str) -> None:
+    stock = adapted(llama(base)).eval()
+    model, report = patched_copy(stock)
+    with model.disable_adapter(), Calls() as calls:
+        got = generate(model, do_sample=False)
+    assert calls.counts["lora_linear"] == calls.counts["gated_mlp"] == 0
+    with stock.disable_adapter():
+        assert_same_text(got, generate(stock, do_sample=False), 1e-4)
+    assert isinstance(model, peft.PeftModel)
+    assert_same_text(generate(model, do_sample=False), generate(stock, do_sample=False), 1e-4)
+    assert_fused(model, report, blocks=2)

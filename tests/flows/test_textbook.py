@@ -1,0 +1,125 @@
+"""The script of every tutorial: NF4, prepare_model_for_kbit_training, LoRA, Trainer(bf16=True) or a loop,
+generate. Norms are fp32 there, so x is fp32 while the base computes in bf16; all of it runs fused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from flow_checks import Calls, assert_curve, assert_fused, assert_same_numbers, language_loss, step, train
+from flow_models import adapted, bnb_llama, ids, in_fp64, llama, patched_copy
+from torch import Tensor
+
+import peft_kernels as pk
+from peft_kernels import testing
+
+STEPS = 4
+
+
+@pytest.fixture(params=["bnb", "nf4"])
+def stock(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
+    """The model as it is after the tutorial's first three lines."""
+    if request.param == "bnb":
+        model = bnb_llama(tmp_path / "model")
+    else:
+        model = pk.quantize_model(llama(dtype=torch.bfloat16))
+    model = peft.prepare_model_for_kbit_training(model)
+    return adapted(model)
+
+
+def batch(i: int) -> Tensor:
+    return ids(i % 2)
+
+
+def plain_loss(model: Any, i: int) -> Tensor:
+    return language_loss(model, batch(i))
+
+
+def trained(model: Any, folder: Path) -> list[float]:
+    """Losses of a Trainer with bf16=True."""
+    data = [{"input_ids": row, "labels": row} for i in range(STEPS) for row in ids(i % 2)]
+    options = transformers.TrainingArguments(
+        output_dir=str(folder), max_steps=STEPS, logging_steps=1, per_device_train_batch_size=4,
+        learning_rate=1e-2, lr_scheduler_type="constant", save_strategy="no", report_to="none",
+        disable_tqdm=True, use_cpu=True, bf16=True, seed=0,
+    )  # fmt: skip
+    trainer = transformers.Trainer(model=model, args=options, train_dataset=data)
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_preparation_left_what_this_file_is_about(stock: Any) -> None:
+    norms = [p for name, p in stock.named_parameters() if "norm" in name]
+    assert norms and all(p.dtype == torch.float32 for p in norms)
+    assert stock.get_base_model().is_gradient_checkpointing
+
+
+def test_every_layer_is_fused(stock: Any) -> None:
+    model, report = patched_copy(stock)
+    model.get_base_model().gradient_checkpointing_disable()
+    with Calls() as calls:
+        language_loss(model, batch(0)).backward()
+    assert_fused(model, report, blocks=2)
+    assert calls.counts["gated_mlp"] == 2 and calls.counts["lora_linear"] == 8, calls.counts
+
+
+def test_the_headline_counts_lora_layers(stock: Any) -> None:
+    """And not the bases inside them once more."""
+    _, report = patched_copy(stock)
+    assert "14 of 14" in str(report).splitlines()[0], str(report)
+
+
+def test_plain_loop(stock: Any) -> None:
+    model, report = patched_copy(stock)
+    truth = in_fp64(stock)
+    assert_curve(train(model, plain_loss), train(stock, plain_loss), train(truth, plain_loss), 0.01)
+    assert_fused(model, report, blocks=2)
+
+
+def test_one_step_of_the_plain_loop(stock: Any) -> None:
+    model, report = patched_copy(stock)
+    truth = in_fp64(stock)
+
+    def sample(i: int) -> Any:
+        return tuple(step(each, lambda m: language_loss(m, ids(i))) for each in (model, stock, truth))
+
+    assert_same_numbers(sample, 0.1)
+    assert_fused(model, report, blocks=2)
+
+
+def test_trainer(stock: Any, tmp_path: Path) -> None:
+    model, report = patched_copy(stock)
+    truth = in_fp64(stock)
+    with Calls() as calls:
+        losses = trained(model, tmp_path)
+    assert calls.fused > 0
+    assert_curve(losses, trained(stock, tmp_path), train(truth, plain_loss), 0.01)
+    assert_fused(model, report, blocks=2)
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["plain", "autocast"])
+def test_generate_after_training(stock: Any, autocast: bool) -> None:
+    model, report = patched_copy(stock)
+    for each in (model, stock):
+        train(each, plain_loss, 2, lr=1e-3)
+        each.eval()
+
+    def scores(model: Any) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model.generate(
+                input_ids=ids(2, length=5), max_new_tokens=4, do_sample=False, output_scores=True,
+                return_dict_in_generate=True,
+            )  # fmt: skip
+        return out.sequences, out.scores[0]
+
+    with Calls() as calls:
+        sequences, first = scores(model)
+    assert calls.counts["gated_mlp"] == 2 * (sequences.shape[1] - 5), calls.counts
+    expected, stock_first = scores(stock)
+    assert sequences.shape[0] == expected.shape[0] == 4
+    assert testing.relative_error(first, stock_first) < 0.02
+    assert_fused(model, report, blocks=2)

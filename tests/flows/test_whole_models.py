@@ -1,0 +1,241 @@
+"""What torch does with a patched model as a whole: copies, threads, export, transforms, counters, meta."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from flow_checks import Calls, assert_fused, assert_near, language_loss, step, train
+from flow_models import adapted, ids, llama, patched_copy
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import peft_kernels as pk
+from peft_kernels import testing
+
+BASES = pytest.mark.parametrize("base", ["dense", "nf4", "bnb"])
+OWN = pytest.mark.parametrize("base", ["dense", "nf4"])
+
+
+def one_step(model: Any) -> dict[str, Tensor]:
+    return step(model, lambda m: language_loss(m, ids()))
+
+
+def pickled(model: nn.Module) -> Any:
+    return pickle.loads(pickle.dumps(model))
+
+
+def saved(model: nn.Module) -> Any:
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize("copying", [copy.deepcopy, pickled, saved], ids=["deepcopy", "pickle", "torch.save"])
+@BASES
+def test_a_copy_computes_with_its_own_weights(base: str, copying: Callable[[Any], Any]) -> None:
+    stock = adapted(llama(base))
+    model, report = patched_copy(stock)
+    before = one_step(model)
+    twin = copying(model)
+    assert_near(one_step(twin), before)
+    losses = train(twin, lambda m, i: language_loss(m, ids(i)))
+    assert losses == pytest.approx(
+        train(copy.deepcopy(stock), lambda m, i: language_loss(m, ids(i))), rel=1e-3
+    )
+    assert_near(one_step(model), before, 1e-7)
+    again = pk.patch(twin)
+    with Calls() as calls:
+        one_step(twin)
+    assert calls.fused > 0
+    assert_fused(twin, again, blocks=2)
+    assert_fused(model, report, blocks=2)
+
+
+def test_a_report_is_pickled() -> None:
+    model, report = patched_copy(adapted(llama("nf4")))
+    one_step(model)
+    assert str(pickle.loads(pickle.dumps(report))) == str(report)
+    assert str(copy.deepcopy(report)) == str(report)
+
+
+@OWN
+def test_two_threads(base: str) -> None:
+    """Both train-like steps on one patched model at once, again and again, then one thread alone."""
+    stock = adapted(llama(base))
+    model, report = patched_copy(stock)
+    batches = [ids(1), ids(2)]
+
+    def results(model: Any, batch: Tensor) -> dict[str, Tensor]:
+        """Gradients without touching `.grad`, which threads would share."""
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        loss = language_loss(model, batch)
+        grads = torch.autograd.grad(loss, list(parameters.values()))
+        return {"loss": loss.detach(), **dict(zip(parameters, grads, strict=True))}
+
+    want = [results(stock, batch) for batch in batches]
+    got: list[list[dict[str, Tensor]]] = [[], []]
+    failures: list[BaseException] = []
+    start = threading.Barrier(2)
+
+    def work(i: int) -> None:
+        try:
+            start.wait()
+            for _ in range(8):
+                got[i].append(results(model, batches[i]))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures
+    for i in range(2):
+        assert len(got[i]) == 8
+        for result in got[i]:
+            assert_near(result, want[i], 1e-4)
+    with Calls() as calls:
+        language_loss(model, ids())
+    assert calls.counts["gated_mlp"] == 2 and calls.counts["lora_linear"] == 8, calls.counts
+    assert_fused(model, report, blocks=2)
+
+
+class Logits(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.model(input_ids=tokens, use_cache=False).logits
+
+
+@pytest.mark.slow
+@OWN
+def test_export(base: str) -> None:
+    stock = adapted(llama(base, num_hidden_layers=1)).eval()
+    model, report = patched_copy(stock)
+    with torch.no_grad():
+        program = torch.export.export(Logits(model), (ids(),), strict=False)
+        assert_near({"y": program.module()(ids(3))}, {"y": Logits(stock)(ids(3))})
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert any("peft_kernels" in name and "gated_mlp" in name for name in called), called
+    assert_fused(model, report, blocks=1)
+
+
+def flops(model: Any, backward: bool) -> int:
+    with FlopCounterMode(display=False) as counter:
+        loss = language_loss(model, ids())
+        if backward:
+            loss.backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
+def test_flops_are_counted(backward: bool) -> None:
+    """As many as stock has on dense weights: dequantising is no product. Backward may do some again."""
+    stock = adapted(llama("dense"))
+    want = flops(stock, backward)
+    for base in ("dense", "nf4"):
+        model, _ = patched_copy(adapted(llama(base)))
+        counted = flops(model, backward)
+        assert want * 0.999 <= counted <= want * (1.35 if backward else 1.001), (base, counted, want)
+
+
+@OWN
+def test_functional_gradients(base: str) -> None:
+    """torch.func.grad over functional_call."""
+    stock = adapted(llama(base, num_hidden_layers=1)).eval()
+    model, report = patched_copy(stock)
+    names = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+
+    def gradients(model: Any) -> dict[str, Tensor]:
+        def loss(parameters: dict[str, Tensor]) -> Tensor:
+            return torch.func.functional_call(
+                model, parameters, (), {"input_ids": ids(), "labels": ids(), "use_cache": False}
+            ).loss
+
+        return torch.func.grad(loss)(names)
+
+    assert_near(gradients(model), gradients(stock))
+    assert_fused(model, report, blocks=1)
+
+
+@OWN
+def test_vmap_of_gradients(base: str) -> None:
+    """A gradient for each sample of a layer."""
+    stock = adapted(llama(base, num_hidden_layers=1)).eval()
+    model, _ = patched_copy(stock)
+
+    def each(model: Any, part: str) -> dict[str, Tensor]:
+        layer = model.get_submodule(f"base_model.model.model.layers.0.{part}")
+        names = {n: p.detach() for n, p in layer.named_parameters() if p.requires_grad}
+
+        def loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
+            return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+        return torch.func.vmap(torch.func.grad(loss), (None, 0))(names, testing.tensor(3, 5, 64))
+
+    for part in ("mlp", "self_attn.q_proj"):
+        assert_near(each(model, part), each(stock, part))
+
+
+@OWN
+def test_forward_mode_raises_or_is_right(base: str) -> None:
+    """torch.func.jvp: right, or a RuntimeError that says that an op has none; never silently zero."""
+    stock = adapted(llama(base, num_hidden_layers=1)).eval()
+    model, _ = patched_copy(stock)
+    x, v = testing.tensor(5, 64, seed=1), testing.tensor(5, 64, seed=2)
+
+    def tangent(model: Any) -> Tensor:
+        layer = model.base_model.model.model.layers[0].mlp
+        return torch.func.jvp(layer, (x,), (v,))[1]
+
+    dense = adapted(llama("dense", num_hidden_layers=1)).eval()
+    assert tangent(dense).norm() > 0
+    try:
+        got = tangent(model)
+    except (RuntimeError, NotImplementedError) as error:
+        assert any(word in str(error).lower() for word in ("forward", "jvp")), error
+    else:
+        assert_near({"tangent": got}, {"tangent": tangent(stock)}, 1e-4)
+
+
+@OWN
+def test_forward_on_meta_tensors(base: str) -> None:
+    model, _ = patched_copy(adapted(llama(base)))
+    model = model.to("meta")
+    x = torch.empty(2, 5, 64, device="meta")
+    for part, features in (("mlp", 64), ("self_attn.q_proj", 64), ("mlp.up_proj", 128)):
+        y = model.get_submodule(f"base_model.model.model.layers.0.{part}")(x)
+        assert y.device.type == "meta" and y.shape == (2, 5, features), part
+
+
+@OWN
+def test_forward_under_fake_tensors(base: str) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model, _ = patched_copy(adapted(llama(base)))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        out = model(input_ids=torch.ones(2, 5, dtype=torch.long), use_cache=False).logits
+    assert out.shape == (2, 5, 128)
+
+
+@OWN
+def test_states_are_stocks(base: str) -> None:
+    stock = adapted(llama(base))
+    model, _ = patched_copy(stock)
+    assert list(model.state_dict()) == list(stock.state_dict())
+    assert repr(model) == repr(stock)
+    assert [type(m).__name__ for m in model.modules()] == [type(m).__name__ for m in stock.modules()]
+    pk.unpatch(model)
+    assert [type(m) for m in model.modules()] == [type(m) for m in stock.modules()]
+    assert_near(one_step(model), one_step(stock), 1e-12)

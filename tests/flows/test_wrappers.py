@@ -1,0 +1,321 @@
+"""What holds a patched or packed model: DDP, FSDP, accelerate's hooks, replicas of DataParallel."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flow_checks import (
+    Calls,
+    assert_fused,
+    assert_near,
+    fallbacks,
+    fused_layers,
+    gradients,
+    language_loss,
+    lora_layers,
+    step,
+)
+from flow_models import adapted, ids, llama, patched_copy
+from torch import Tensor, nn
+
+import peft_kernels as pk
+
+OWN = pytest.mark.parametrize("base", ["dense", "nf4"])
+WORLD = 2
+
+
+def assert_fused_or_told(model: nn.Module, report: Any) -> None:
+    """Each layer is fused, or every call that was not is in the report with a reason."""
+    reasons = fallbacks(report)
+    not_fused = lora_layers(model) - fused_layers(report)
+    assert all(reason.strip() for reason in reasons)
+    for layer in report.layers:
+        if layer.name in not_fused:
+            assert layer.reason, str(report)
+
+
+# Processes.
+
+
+@pytest.fixture
+def _gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+        pytest.skip("torch is built without gloo")
+    if sys.platform == "linux":
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the name of the machine may resolve to nothing
+
+
+@pytest.fixture
+def _alone(_gloo: None) -> Iterator[None]:
+    """A process group of this process."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+WHEN = ("never", "before", "after")
+
+
+def small(base: str) -> Any:
+    return adapted(llama(base, num_hidden_layers=1), r=4)
+
+
+def ddp_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=WORLD,
+        timeout=timedelta(seconds=300),
+    )
+    for when in WHEN:
+        model = small("nf4")
+        report = pk.patch(model) if when == "before" else None
+        ddp = nn.parallel.DistributedDataParallel(model)
+        if when == "after":
+            report = pk.patch(ddp)
+        for _ in range(2):  # a parameter without gradient would raise in the second step
+            ddp.zero_grad()
+            language_loss(ddp, ids(rank)).backward()
+        if report is not None:
+            assert_fused(ddp if when == "after" else model, report, blocks=1)
+        torch.save(gradients(model), f"{folder}/{when}-{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("_gloo")
+def test_ddp(tmp_path: Path) -> None:
+    """An NF4 model unpatched, patched before and after wrapping: the mean of both processes' gradients."""
+    torch.multiprocessing.spawn(ddp_worker, args=(str(tmp_path),), nprocs=WORLD)
+    stock = small("nf4")
+    halves = [step(stock, lambda m, i=i: language_loss(m, ids(i))) for i in range(WORLD)]
+    want = {name: sum(half[name] for half in halves) / WORLD for name in halves[0] if name != "loss"}
+    for when in WHEN:
+        for rank in range(WORLD):
+            assert_near(torch.load(tmp_path / f"{when}-{rank}.pt"), want, 1e-4)
+
+
+@pytest.mark.parametrize("when", WHEN)
+@pytest.mark.usefixtures("_alone")
+def test_ddp_takes_nf4_weights_as_they_are(when: str) -> None:
+    model = small("nf4")
+    want = step(copy.deepcopy(model), lambda m: language_loss(m, ids()))
+    if when == "before":
+        pk.patch(model)
+    ddp = nn.parallel.DistributedDataParallel(model)
+    if when == "after":
+        pk.patch(ddp)
+    loss = language_loss(ddp, ids())
+    loss.backward()
+    assert_near({"loss": loss.detach(), **gradients(model)}, want)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.usefixtures("_alone")
+def test_fsdp1(when: str) -> None:
+    """Unsharded parameters, which are views and no nn.Parameters: right, and fused or told."""
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    stock = small("dense")
+    want = step(stock, lambda m: language_loss(m, ids()))
+    model = small("dense")
+    report = pk.patch(model) if when == "before" else None
+    block = type(model.base_model.model.model.layers[0])
+    wrapped = FullyShardedDataParallel(
+        model,
+        use_orig_params=True,
+        device_id=torch.device("cpu"),
+        sharding_strategy=ShardingStrategy.FULL_SHARD,
+        auto_wrap_policy=ModuleWrapPolicy({block}),
+    )
+    if when == "after":
+        report = pk.patch(wrapped)
+    loss = language_loss(wrapped, ids())
+    loss.backward()
+    assert loss.item() == pytest.approx(want["loss"].item(), rel=1e-5)
+    got = {
+        name.replace("_fsdp_wrapped_module.", ""): p.grad.reshape(-1)
+        for name, p in wrapped.named_parameters()
+        if p.grad is not None
+    }
+    assert_near(got, {name: value.reshape(-1) for name, value in want.items() if name != "loss"})
+    assert_fused_or_told(wrapped if when == "after" else model, report)
+
+
+@OWN
+@pytest.mark.usefixtures("_alone")
+def test_fsdp2(base: str) -> None:
+    """fully_shard gives the same numbers, or says in one sentence what it cannot do."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    want = step(small(base), lambda m: language_loss(m, ids()))
+    model = small(base)
+    report = pk.patch(model)
+    mesh = init_device_mesh("cpu", (1,))
+    try:
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    except (RuntimeError, ValueError, NotImplementedError) as error:
+        assert base == "nf4" and "NF4" in str(error), error
+        return
+    loss = language_loss(model, ids())
+    loss.backward()
+    got = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+    assert_near({"loss": loss.detach(), **got}, want)
+    assert_fused_or_told(model, report)
+
+
+# accelerate.
+
+
+def hooked(model: Any) -> None:
+    """An AlignDevicesHook on every module that only moves inputs, as dispatch_model leaves them."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    for module in model.modules():
+        if not list(module.children()):
+            hooks.add_hook_to_module(module, hooks.AlignDevicesHook(execution_device="cpu"))
+
+
+def dispatched(model: Any, target: str, folder: Path | None = None) -> Any:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    device_map = {"": "cpu"} if target == "cpu" else {"base_model.model.lm_head": "cpu"}
+    if target != "cpu":
+        device_map |= {
+            "base_model.model.model.embed_tokens": "cpu",
+            "base_model.model.model.norm": "cpu",
+            "base_model.model.model.rotary_emb": "cpu",
+            "base_model.model.model.layers.0": "cpu",
+            "base_model.model.model.layers.1": "disk",
+        }
+    return accelerate.dispatch_model(
+        model, device_map, main_device="cpu", offload_dir=folder, force_hooks=True
+    )
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("place", [hooked, lambda m: dispatched(m, "cpu")], ids=["each-module", "dispatch"])
+@OWN
+def test_hooks_that_only_move_x(base: str, place: Callable[[Any], Any], when: str) -> None:
+    stock = adapted(llama(base))
+    want = step(stock, lambda m: language_loss(m, ids()))
+    model = adapted(llama(base))
+    report = pk.patch(model) if when == "before" else None
+    place(model)
+    if report is None:
+        report = pk.patch(model)
+    with Calls() as calls:
+        got = step(model, lambda m: language_loss(m, ids()))
+    assert_near(got, want)
+    assert_fused_or_told(model, report)
+    claimed = fused_layers(report) & lora_layers(model)
+    assert bool(calls.fused) == bool(claimed) or fallbacks(report), str(report)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_hook_on_the_whole_model_leaves_every_layer_fused(when: str) -> None:
+    """What from_pretrained(device_map=...) does on one device."""
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    model = adapted(llama("nf4"))
+    report = pk.patch(model) if when == "before" else None
+    hooks.add_hook_to_module(model.base_model.model, hooks.AlignDevicesHook(execution_device="cpu"))
+    report = report or pk.patch(model)
+    step(model, lambda m: language_loss(m, ids()))
+    assert_fused(model, report, blocks=2)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_hooks_come_off_again(when: str) -> None:
+    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
+    stock = adapted(llama("nf4"))
+    model, _ = patched_copy(stock)
+    hooked(model)
+    if when == "before":
+        pk.unpatch(model)
+    hooks.remove_hook_from_submodules(model)
+    if when == "after":
+        pk.unpatch(model)
+    want = step(stock, lambda m: language_loss(m, ids()))
+    with Calls() as calls:
+        assert_near(step(model, lambda m: language_loss(m, ids())), want)
+    assert calls.fused == 0, calls.counts
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("base", ["dense"])
+def test_a_layer_that_lies_on_disk(base: str, when: str, tmp_path: Path) -> None:
+    """Weights that are there only inside a forward; in evaluation, as offloading is for."""
+    stock = adapted(llama(base)).eval()
+    model = adapted(llama(base)).eval()
+    report = pk.patch(model) if when == "before" else None
+    model = dispatched(model, "disk", tmp_path)
+    report = report or pk.patch(model)
+    with torch.no_grad():
+        got, want = (each(input_ids=ids()).logits for each in (model, stock))
+    assert_near({"logits": got}, {"logits": want})
+    assert_fused_or_told(model, report)
+
+
+# Replicas of DataParallel, made by hand: real ones need two GPUs.
+
+
+def replica_of(module: nn.Module, weights: dict[str, Tensor], prefix: str = "") -> nn.Module:
+    """As torch.nn.parallel.replicate: plain tensors for parameters, children that are replicas too."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        if child is not None:
+            replica._modules[name] = replica_of(child, weights, f"{prefix}{name}.")
+    for name, parameter in module._parameters.items():
+        if parameter is None:
+            replica._parameters[name] = None
+        else:  # not registered: a replica has no parameters of its own
+            setattr(replica, name, weights.get(prefix + name, parameter))
+    return replica
+
+
+@pytest.mark.parametrize("is_patched", [False, True], ids=["stock", "patched"])
+@OWN
+def test_a_replica_computes_with_its_own_weights(base: str, is_patched: bool) -> None:
+    stock = adapted(llama(base)).eval()
+    other = copy.deepcopy(stock)
+    with torch.no_grad():
+        for name, p in other.named_parameters():
+            if "lora_" in name:
+                p.mul_(1.5)
+    want = other(input_ids=ids()).logits.detach()
+    assert (want - stock(input_ids=ids()).logits).norm() > 1e-2 * want.norm()
+    model = copy.deepcopy(stock)
+    if is_patched:
+        pk.patch(model)
+    weights = {name: p.detach().clone() for name, p in other.named_parameters() if "lora_" in name}
+    with torch.no_grad():
+        got = replica_of(model, weights)(input_ids=ids()).logits
+    assert_near({"logits": got}, {"logits": want})
+
+
+def test_an_nf4_model_is_not_taken_apart_by_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trainer makes DataParallel by itself where it sees two GPUs, but not of a quantised model."""
+    import transformers
+
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    arguments._n_gpu = 2
+    trainer = transformers.Trainer(model=adapted(llama("nf4")), args=arguments)
+
+    class Refused(nn.DataParallel):
+        def __init__(self, *_: Any) -> None:
+            pytest.fail("DataParallel over NF4 weights")
+
+    monkeypatch.setattr(nn, "DataParallel", Refused)
+    assert trainer._wrap_model(trainer.model) is trainer.model

@@ -1,0 +1,159 @@
+"""Every tuner of PEFT over NF4: what it does over the same values in dense layers, or one sentence."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import nn
+
+import peft_kernels as pk
+from peft_kernels import testing
+from peft_kernels.nn import NF4Linear
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+pytest.importorskip("transformers", reason="transformers is not installed")
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Models of task ids, or of several adapters, and layers that are not linear ones.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "ADALORA": {"total_step": 10},
+    "ADAPTION_PROMPT": {"adapter_layers": 2, "adapter_len": 4, "target_modules": None},
+    "BOFT": {"boft_block_size": 8},
+    "C3A": {"block_size": 16},
+    "FOURIERFT": {"n_frequency": 20},
+    "IA3": {"feedforward_modules": []},
+    "LN_TUNING": {"target_modules": ["input_layernorm"]},
+    "OFT": {"oft_block_size": 8, "r": 0},
+    "ROAD": {"group_size": 16},
+    "SHIRA": {"r": 4},
+    "TRAINABLE_TOKENS": {"target_modules": ["embed_tokens"], "token_indices": [1, 2]},
+    "VBLORA": {"vector_length": 16, "num_vectors": 8},
+}
+NOT_ALONE = {"XLORA": "it is made of saved LoRA adapters", "POLY": "it asks for task ids"} | {
+    "MULTITASK_PROMPT_TUNING": "it asks for task ids",
+    "ADAMSS": "it asks for scikit-learn",
+    "CPT": "its loss is NaN without a prompt that has labels",
+}
+# Where NF4 answers with a sentence, and dense layers do not.
+SENTENCES = {
+    ("GLORA", "make"): "is not a plain torch.nn.Linear",
+    ("IA3", "unload"): "Cannot merge ia3 layers when the model is loaded in 4-bit mode",
+    ("SUPERTUNING", "cycle"): "an NF4 weight has no view of its numbers that could be written to",
+    ("SUPERTUNING", "unload"): "an NF4 weight has no view of its numbers that could be written to",
+}
+# Merging that only adds: unmerging brings back the 4 bits.
+ADDS = {"LORA", "ADALORA", "LOHA", "LOKR", "VERA", "FOURIERFT", "VBLORA", "WAVEFT", "RANDLORA"}
+
+TUNERS = sorted(kind.value for kind in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING)
+IDS = torch.arange(24).view(2, 12)
+
+
+def dense_twin(model: nn.Module) -> Any:
+    twin = copy.deepcopy(model)
+    for module in list(twin.modules()):
+        if isinstance(module, NF4Linear):
+            module.weight.data = module.weight.dequantize()
+            module.settle()
+    return twin
+
+
+def adapt(base: nn.Module, tuner: str) -> Any:
+    kind = next(k for k in peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING if k.value == tuner)
+    config = peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    known = config.__dataclass_fields__
+    defaults = {"target_modules": ["q_proj", "v_proj"], "task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
+    options = {k: v for k, v in defaults.items() if k in known} | OPTIONS.get(tuner, {})
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base, config(**options))
+    for name, p in model.named_parameters():  # not the identity that tuners start from
+        if p.requires_grad and p.is_floating_point():
+            p.data += testing.tensor(*p.shape, dtype=p.dtype, seed=len(name), scale=0.02)
+    return model
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model.eval()(input_ids=IDS).logits
+    return out
+
+
+def train(model: Any) -> dict[str, torch.Tensor]:
+    torch.manual_seed(1)
+    loss = model.train()(input_ids=IDS, labels=IDS).loss
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), "logits": logits(model), **grads}
+
+
+def cycle(model: Any) -> dict[str, torch.Tensor]:
+    model.merge_adapter()
+    merged = logits(model)
+    model.unmerge_adapter()
+    return {"merged": merged, "unmerged": logits(model)}
+
+
+def unload(model: Any) -> dict[str, torch.Tensor]:
+    return {"unloaded": logits(model.merge_and_unload())}
+
+
+def both(step: str, tuner: str, call: Callable[[Any], Any], nf4: Any, dense: Any) -> tuple[Any, Any]:
+    """The results over both bases; None when it is the same error, or an expected one, over NF4."""
+    outcomes: list[Any] = []
+    for model in (nf4, dense):
+        try:
+            outcomes.append(call(model))
+        except Exception as error:
+            outcomes.append(error)
+    got, want = outcomes
+    sentence = SENTENCES.get((tuner, step))
+    if sentence is not None and isinstance(got, Exception):
+        assert sentence in str(got)
+        return None, None
+    assert isinstance(got, Exception) == isinstance(want, Exception), f"{step}: {got!r}, dense {want!r}"
+    if isinstance(got, Exception):
+        assert type(got) is type(want), f"{step}: {got!r}, dense {want!r}"
+        return None, None
+    return got, want
+
+
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_tuner(tuner: str) -> None:
+    if tuner in NOT_ALONE:
+        pytest.skip(NOT_ALONE[tuner])
+    base = pk.quantize_model(models.tiny_llama())
+    nf4, dense = both("make", tuner, lambda b: adapt(b, tuner), base, dense_twin(base))
+    if nf4 is None:
+        return
+    for step, call in {"train": train, "cycle": cycle, "unload": unload}.items():
+        got, want = both(step, tuner, call, nf4, dense)
+        if got is None:
+            continue
+        assert got.keys() == want.keys() and len(got) > (2 if step == "train" else 0)
+        for name, value in want.items():
+            scale = value.abs().max().clamp_min(1e-3)
+            assert (got[name] - value).abs().max() < 2e-4 * scale, f"{step}: {name}"
+        if step == "cycle" and tuner in ADDS:
+            assert not any(p.is_dense for p in nf4.parameters() if isinstance(p, pk.NF4Weight))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora", "orthogonal", "gaussian", "mica"])
+def test_initialisations_of_lora(init: str) -> None:
+    """Those that take the adapter out of the weight make it dense; the model computes the same as before."""
+    base = pk.quantize_model(models.tiny_llama())
+    before = logits(base)
+    try:
+        config = peft.LoraConfig(init_lora_weights=init, target_modules=["q_proj", "v_proj"])
+    except ValueError:
+        pytest.skip(f"this PEFT has no {init}")
+    model = peft.get_peft_model(base, config)
+    if init not in ("orthogonal",):
+        assert testing.relative_error(logits(model), before) < 1e-4
+    dense = [p for p in model.parameters() if isinstance(p, pk.NF4Weight) and p.is_dense]
+    assert len(dense) == (4 if init.startswith("pissa") or init == "olora" else 0)
+    train(model)
