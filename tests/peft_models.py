@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
 from peft_kernels import testing
@@ -68,6 +69,52 @@ def run(
     y = (model if call is None else call)(x, **kwargs)
     y.backward(testing.tensor(*y.shape, dtype=y.dtype, seed=9))
     return {"y": y.detach(), "x": x.grad, **gradients(model)}
+
+
+Call = Callable[[Tensor], Tensor]
+
+
+def checkpointed(use_reentrant: bool) -> Callable[[Any], Call]:
+    return lambda model: lambda x: checkpoint(model, x, use_reentrant=use_reentrant)
+
+
+def unpacked_once(model: Any) -> Call:
+    def call(x: Tensor) -> Tensor:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: [t.clone()], list.pop):
+            return model(x)
+
+    return call
+
+
+def saved_on_cpu(model: Any) -> Call:
+    def call(x: Tensor) -> Tensor:
+        with torch.autograd.graph.save_on_cpu():
+            return model(x)
+
+    return call
+
+
+def second_backward(model: Any) -> Call:
+    """A first one through the graph that is kept, whose gradients are thrown away."""
+
+    def call(x: Tensor) -> Tensor:
+        y = model(x)
+        y.square().sum().backward(retain_graph=True)
+        x.grad = None
+        model.zero_grad()
+        return y
+
+    return call
+
+
+# What a training loop may do between forward and backward; each gives a call that does it.
+REGIMES: dict[str, Callable[[Any], Call]] = {
+    "reentrant": checkpointed(True),
+    "not-reentrant": checkpointed(False),
+    "unpacked-once": unpacked_once,
+    "saved-on-cpu": saved_on_cpu,
+    "second-backward": second_backward,
+}
 
 
 def in_fp64(model: nn.Module) -> nn.Module:

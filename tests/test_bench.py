@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import block, cases, chart, gate, harness, memory, model, report, run
 from bench.harness import OURS, Absent, Case, Contender, Goal, Result, Spread
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = (64, 128)
 TINY_BLOCK = block.Sizes(hidden=256, intermediate=512, heads=4, kv_heads=2)
@@ -58,15 +60,6 @@ def case_of(*contenders: Contender | Absent) -> Case:
 def measure(case: Case, machine: Machine | None = None, rounds: int = 2) -> Result:
     machine = machine or Machine()
     return harness.measure(case, 0.0, rounds, machine.clock)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny products on several threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

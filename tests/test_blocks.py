@@ -10,7 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from peft_models import DTYPES, add_adapter, in_fp64, lora, run, step
+from peft_models import DTYPES, REGIMES, add_adapter, in_fp64, lora, run, step
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -95,6 +95,18 @@ def test_gated_mlp(options: str, base: str, dtype: torch.dtype, calls: Counter[s
     report = compare(model, testing.tensor(2, 9, 64, dtype=dtype), mlp=True)
     assert [block.kind for block in report.blocks] == ["gated MLP Mlp"]
     assert calls["gated_mlp"] == 1 and not calls["lora_linear"]
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@BASES
+def test_gradients_under_every_regime(base: str, regime: str, calls: Counter[str]) -> None:
+    model, x = adapted(Mlp(bias=True), base), testing.tensor(9, 64)
+    pk.patch(model)
+    want, got = run(model, x), run(model, x, REGIMES[regime](model))
+    assert calls["gated_mlp"] == (3 if "reentrant" in regime else 2)
+    assert got.keys() == want.keys() and len(want) == 8
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
 
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {

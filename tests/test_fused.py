@@ -10,7 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from peft_models import DTYPES, add_adapter, assert_same_numbers, lora
+from peft_models import DTYPES, REGIMES, add_adapter, assert_same_numbers, lora, run
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -92,6 +92,19 @@ def build(case: str, base: str, dtype: torch.dtype) -> Any:
 @pytest.mark.parametrize("case", CASES)
 def test_same_outputs_and_gradients(case: str, base: str, dtype: torch.dtype) -> None:
     assert_same_numbers(build(case, base, dtype), testing.tensor(17, 64, dtype=dtype))
+
+
+@pytest.mark.parametrize("regime", REGIMES)
+@pytest.mark.parametrize("base", models.BASES)
+@pytest.mark.parametrize("case", CASES)
+def test_gradients_under_every_regime(case: str, base: str, regime: str) -> None:
+    model, x = build(case, base, torch.float32), testing.tensor(9, 64)
+    report = pk.patch(model)
+    want, got = run(model, x), run(model, x, REGIMES[regime](model))
+    assert got.keys() == want.keys() and len(want) >= 6
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+    assert not any(layer.fallbacks for layer in report.layers), str(report)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,5 +1,5 @@
-"""The machinery of training around a patched PEFT model: checkpointing, compilers, copies, processes, scalers
-and the trainers of Hugging Face, against the stock PEFT model or against the patched model without them."""
+"""The machinery of training around a patched PEFT model: checkpointing, compilers, copies, processes and
+scalers, against the stock PEFT model or the patched one without them. Trainers are in tests/flows."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import models
 import pytest
 import torch
 from models import inputs, pickled, saved_and_loaded
-from peft_models import config, gradients, in_fp64, lora, run, step
+from peft_models import gradients, in_fp64, lora, run, step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -413,16 +413,6 @@ def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
                 assert_close(torch.load(tmp_path / f"{base}-{rank}.pt"), gradients(whole))
 
 
-@pytest.mark.usefixtures("_gloo")
-def test_ddp_takes_nf4_weights_as_they_are() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        model, _ = patched_copy(net("nf4"))
-        nn.parallel.DistributedDataParallel(model)(inputs()).sum().backward()
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 # Precision.
 
 
@@ -474,174 +464,4 @@ def test_autocast(base: str) -> None:
     assert got.keys() == plain.keys() == truth.keys() and len(got) == 29
     for name in got:
         testing.assert_close(got[name], plain[name], truth[name], name)
-    assert_no_fallback(report)
-
-
-# Training loops.
-
-
-def arguments(kind: Any, folder: Path, **options: Any) -> Any:
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": 4,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 0,
-    }
-    return kind(**defaults | options)
-
-
-def history(trainer: Any, key: str = "loss") -> list[float]:
-    return [entry[key] for entry in trainer.state.log_history if key in entry]
-
-
-def assert_same_training(
-    ours: Any, stock: Any, rel: float, keys: tuple[str, ...] = ("loss", "grad_norm")
-) -> None:
-    """Trains both; the logged numbers of each step must agree."""
-    with CountFused() as fused:
-        ours.train()
-    assert fused.calls > 0
-    with CountFused() as fused:
-        stock.train()
-    assert fused.calls == 0, "the stock side must be stock"
-    for key in keys:
-        got = history(ours, key)
-        assert len(got) == 4 and all(math.isfinite(value) for value in got)
-        assert got == pytest.approx(history(stock, key), rel=rel, abs=rel), key
-
-
-@pytest.mark.parametrize("base,bf16", [("dense", False), ("nf4", True), ("bnb", False)])
-def test_trainer(base: str, bf16: bool, tmp_path: Path) -> None:
-    """With what users turn on: checkpointing, accumulation, clipping, autocast."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    pytest.importorskip("accelerate", reason="accelerate is not installed")
-    stock = llama(base)
-    model, report = patched_copy(stock)
-    data = [{"input_ids": row, "labels": row} for seed in range(4) for row in ids(seed)]
-
-    def trainer(model: Any) -> Any:
-        options = arguments(
-            transformers.TrainingArguments,
-            tmp_path,
-            bf16=bf16,
-            gradient_accumulation_steps=2,
-            gradient_checkpointing=True,
-            max_grad_norm=0.5,
-        )
-        return transformers.Trainer(model=model, args=options, train_dataset=data)
-
-    assert_same_training(trainer(model), trainer(stock), rel=0.01 if bf16 else 1e-3)
-    assert_no_fallback(report)
-
-
-def tokenizer() -> Any:
-    """Words w3 ... w127 of a vocabulary as large as the model's."""
-    tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, 128)}}
-    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<pad>"
-    )
-
-
-def words(row: Tensor) -> str:
-    return " ".join(f"w{i}" for i in row.tolist())
-
-
-@pytest.mark.parametrize("base", ["dense", "nf4", "bnb"])
-def test_sft_trainer(base: str, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    stock = llama(base)
-    model, report = patched_copy(stock)
-    rows = [row for seed in range(3) for row in ids(seed)]
-    data = datasets.Dataset.from_list(
-        [
-            {"prompt": words(row[:3]), "completion": " " + words(row[3 : 6 + i % 4])}
-            for i, row in enumerate(rows)
-        ]
-    )
-
-    def trainer(model: Any) -> Any:
-        options = arguments(trl.SFTConfig, tmp_path, max_length=16)
-        return trl.SFTTrainer(model=model, args=options, train_dataset=data, processing_class=tokenizer())
-
-    assert_same_training(trainer(model), trainer(stock), rel=0.01)
-    assert_no_fallback(report)
-
-
-def preferences() -> Any:
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    rows = [row for seed in range(3) for row in ids(seed)]
-    return datasets.Dataset.from_list(
-        [
-            {"prompt": words(row[:3]), "chosen": " " + words(row[3:6]), "rejected": " " + words(row[6:])}
-            for row in rows
-        ]
-    )
-
-
-DPO_KEYS = ("loss", "grad_norm", "rewards/margins", "logps/chosen", "logps/rejected")
-
-
-@pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_dpo_trainer_with_a_new_adapter(base: str, tmp_path: Path) -> None:
-    """The trainer makes the adapter; the reference is the model with the adapter disabled."""
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-
-    def trainer() -> Any:
-        torch.manual_seed(3)
-        return trl.DPOTrainer(
-            model=plain_llama(base),
-            args=arguments(trl.DPOConfig, tmp_path, max_length=16, beta=0.05),
-            train_dataset=preferences(),
-            processing_class=tokenizer(),
-            peft_config=config(target_modules="all-linear"),
-        )
-
-    stock, ours = trainer(), trainer()
-    assert_equal(adapter_state(ours.model), adapter_state(stock.model))
-    report = pk.patch(ours.model)
-    assert report.fused and not report.original
-    assert_same_training(ours, stock, 0.01, DPO_KEYS)
-    assert_no_fallback(report)
-
-    batch = next(iter(ours.get_train_dataloader()))
-    tokens, mask = batch["input_ids"], batch["completion_mask"][:, 1:]
-    logits = plain_llama(base)(input_ids=tokens, attention_mask=batch["attention_mask"]).logits[:, :-1]
-    each = logits.log_softmax(-1).gather(-1, tokens[:, 1:, None]).squeeze(-1)
-    expected = (each * mask).sum(1)
-    got = torch.cat(list(ours.compute_ref_log_probs(ours.model, batch)))
-    assert testing.relative_error(got, expected) < 1e-5
-    assert (
-        testing.relative_error(got, torch.cat(list(stock.compute_ref_log_probs(stock.model, batch)))) < 1e-6
-    )
-
-
-def test_dpo_trainer_goes_on_with_a_patched_adapter(tmp_path: Path) -> None:
-    """The trainer adds a frozen copy of the adapter after patching, and switches to it for the reference."""
-    trl = pytest.importorskip("trl", reason="TRL is not installed")
-    stock = llama("nf4")
-    model, report = patched_copy(stock)
-
-    def trainer(model: Any) -> Any:
-        options = arguments(trl.DPOConfig, tmp_path, max_length=16, beta=0.05)
-        return trl.DPOTrainer(
-            model=model, args=options, train_dataset=preferences(), processing_class=tokenizer()
-        )
-
-    ours = trainer(model)
-    assert set(model.peft_config) == {"default", "ref"}
-    assert_same_training(ours, trainer(stock), 0.01, DPO_KEYS)
-    assert history(ours)[0] == pytest.approx(math.log(2), abs=1e-4), "the policy starts as the reference"
     assert_no_fallback(report)
