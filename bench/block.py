@@ -92,8 +92,9 @@ class Model(NamedTuple):
     def remark(self) -> str:
         """Which layers have not run fused, by reason."""
         entries = [] if self.report is None else self.report.layers
-        reasons = Counter(reason for entry in entries for reason in entry.fallbacks)
-        reasons.update(entry.reason for entry in entries if not entry.fused)
+        reasons = Counter(
+            reason for entry in entries for reason in {*entry.fallbacks, entry.reason} if reason
+        )
         return "; ".join(f"original forward in {count} layers: {reason}" for reason, count in reasons.items())
 
 

@@ -92,6 +92,7 @@ def quick(dtype: str) -> list[Case]:
     found = [forward(LARGE, m, dtype) for m in (1, 128)] + [forward(SMALL, m, dtype) for m in (1, 64)]
     found += [training(group, SMALL, 256, dtype) for group in (QLORA, LORA)]
     found += [quantize(SMALL, dtype), dequantize(SMALL, dtype)]
+    found += [overhead(group, dtype) for group in (OVERHEAD, OVERHEAD_NF4)]
     return found + [block(group, *_batches(group)[0], dtype) for group in BLOCKS]
 
 

@@ -57,7 +57,7 @@ class Models(layers.Kept):
     def textbook(self, base: str, patch: bool) -> Model:
         """As tutorials make a model: 4-bit base, kbit preparation (norms, embeddings and head in fp32), LoRA.
         Steps are taken under autocast, as by `Trainer(bf16=True)`. Patched, all of it must run fused."""
-        model = self._on_bitsandbytes() if base == layers.BNB else self._quantised()
+        model = self._on_bitsandbytes(ours=True) if base == layers.BNB else self._quantised()
         prepared = self._prepared(model)
         if not patch:
             return Model(prepared, None)
@@ -133,11 +133,16 @@ class Models(layers.Kept):
         pk.quantize_model(model, skip=("lm_head",), progress=False)
         return model
 
-    def _on_bitsandbytes(self) -> Any:
+    def _on_bitsandbytes(self, ours: bool = False) -> Any:
+        """With `ours`, from the bits of our quantiser: bitsandbytes' own takes a neighbouring code of a scale
+        now and then, and no two models would hold the same weights."""
         model = self._dense()
         for name in self._projections(model):
             weight = model.get_submodule(name).weight.detach()
-            model.set_submodule(name, layers.linear4bit(weight))
+            layer = layers.linear4bit(weight)
+            if ours:
+                layer.weight = pk.NF4Weight.quantize(weight).to_bnb()
+            model.set_submodule(name, layer)
         model.is_loaded_in_4bit = True
         return model
 

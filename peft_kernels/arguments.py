@@ -86,7 +86,7 @@ def compute_type(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
     """Of the base product."""
     if not x.dtype.is_floating_point:
         raise ValueError(f"x: expected a floating dtype, got {x.dtype}")
-    if compute_dtype is None:
+    if compute_dtype is None or compute_dtype == x.dtype:
         return x.dtype
     if compute_dtype not in DTYPES:
         expected = "torch.float32, torch.bfloat16 or torch.float16"

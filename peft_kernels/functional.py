@@ -264,8 +264,9 @@ def _base_product(
         y = _dense_product(x.to(compute), group[0], None if bias is None else bias.to(compute))
     else:
         bias = None if bias is None else of_or_float(bias, compute)
-        y = _call("nf4_linear", x.to(compute), *group, out_features, bias)
-    return y.to(x.dtype)
+        rounded = x if compute == x.dtype else x.to(compute)
+        y = _call("nf4_linear", rounded, *group, out_features, bias)
+    return y if compute == x.dtype else y.to(x.dtype)
 
 
 def _dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

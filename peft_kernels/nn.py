@@ -32,8 +32,8 @@ class NF4Linear(nn.Linear):
     ----------
     compute_dtype : torch.dtype, optional
         What wider activations (fp32, where this is 16 bits) are rounded to for the product, as in
-        bitsandbytes' Linear4bit. By default the type that the weight had when it was quantised. Other
-        activations are multiplied as they are; under autocast, in autocast's type.
+        bitsandbytes' Linear4bit. None: the weight's nominal dtype, which is what it had when it was
+        quantised, through kbit preparation too, but not through `float()` or `half()`. Other activations are multiplied as they are; under autocast, in autocast's type.
     plain_class : type
         nn.Linear; or the class that was quantised, FalconLinear or Conv1D of transformers, of which the
         latter holds its weight as (in_features, out_features).
@@ -48,7 +48,7 @@ class NF4Linear(nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # nn.Linear's would allocate a dense weight first
         self.out_features, self.in_features = weight._state.shape
-        self.compute_dtype = compute_dtype or weight.dtype
+        self.compute_dtype = compute_dtype
         self.weight = nn.Parameter(weight, requires_grad=False)
         bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
         self.register_parameter("bias", bias)
@@ -86,7 +86,7 @@ class NF4Linear(nn.Linear):
         if autocast is not None:
             x = x.to(autocast)
         elif x.dtype == torch.float32:
-            compute_dtype = self.compute_dtype
+            compute_dtype = self.compute_dtype or weight.dtype
         if bias is not None and bias.dtype != x.dtype:
             bias = bias.to(x.dtype)
         return nf4_linear(x, weight, bias, compute_dtype)
@@ -183,7 +183,7 @@ class NF4Linear(nn.Linear):
         form = ""
         if isinstance(weight, NF4Weight):
             form = f", blocksize={weight.blocksize}, dtype={weight.dtype}"
-            if self.compute_dtype != weight.dtype:
+            if self.compute_dtype is not None:
                 form += f", compute_dtype={self.compute_dtype}"
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}{form}"
 
@@ -258,7 +258,7 @@ class LoRALinear(nn.Module):
             if not isinstance(weight, NF4Weight):
                 weight = weight.to(autocast)
         elif x.dtype == torch.float32:
-            compute_dtype = getattr(base, "compute_dtype", None)
+            compute_dtype = getattr(base, "compute_dtype", None) or weight.dtype
         bias = base.bias if base.bias is None else base.bias.to(x.dtype)
         dropout_p = self.lora_dropout if self.training else 0.0
         adapter, magnitude = (self.lora_A, self.lora_B), self.lora_magnitude_vector

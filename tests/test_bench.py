@@ -292,7 +292,10 @@ def test_every_kind_of_case_runs(group: str, dtype: str) -> None:
         case = cases.training(group, TINY, 4, dtype)
     elif group in cases.BLOCKS:
         case = block_case(group, dtype)
-    elif group in (cases.STEP, cases.DECODE):
+    elif group in (cases.OVERHEAD, cases.OVERHEAD_NF4):
+        pytest.importorskip("peft")
+        case = cases.overhead(group, dtype)
+    elif group in (cases.STEP, cases.TEXTBOOK, cases.DECODE):
         case = model_case(group, dtype)
     elif group == cases.FORWARD:
         case = cases.forward(TINY, 4, dtype)
@@ -309,7 +312,9 @@ def model_case(group: str, dtype: str = "bf16") -> Case:
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     sizes = model.ModelSizes(TINY_BLOCK, layers=2, vocabulary=500)
-    return cases.step(2, 16, dtype, sizes) if group == cases.STEP else cases.decode(8, 4, dtype, sizes)
+    if group == cases.DECODE:
+        return cases.decode(8, 4, dtype, sizes)
+    return (cases.step if group == cases.STEP else cases.textbook)(2, 16, dtype, sizes)
 
 
 @pytest.mark.parametrize("group", [cases.STEP, cases.DECODE])
@@ -342,6 +347,7 @@ def test_names_of_cases_are_unique() -> None:
     assert {"block-lora-576x1536-4x256-bf16", "block-mixed-576x1536-8x128-bf16"} <= set(names)
     assert {case.group for case in cases.quick("bf16")} == cases.TITLES.keys() - {
         cases.STEP,
+        cases.TEXTBOOK,
         cases.DECODE,
         cases.DX,
     }

@@ -137,9 +137,10 @@ def in_two_threads(run: Callable[[], Any]) -> list[Any]:
         pytest.skip(
             "Triton's interpreter puts its functions into triton.language while a kernel runs: one at a time"
         )
-    start, before = Barrier(2), sys.getswitchinterval()
+    start, before, threads = Barrier(2), sys.getswitchinterval(), torch.get_num_threads()
 
     def one(_: int) -> Any:
+        torch.set_num_threads(threads)  # a new thread has all: another order of torch's sums
         start.wait()
         return run()
 

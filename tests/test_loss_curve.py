@@ -103,7 +103,7 @@ class Sides:
             optimizer.zero_grad()
             losses.append(loss.item())
         if report is not None:
-            assert len(report.fused) == 2 * 210 and not report.original, report.details()
+            assert len(report.fused) == 210 and not report.original, report.details()
             assert not any(layer.fallbacks for layer in report.layers), str(report)
         model.unload()
         return losses

@@ -263,12 +263,12 @@ def test_fp32_activations_are_multiplied_in_compute_dtype(backend: str, merged: 
     layer, x = NF4Linear.from_linear(linear(torch.bfloat16)), testing.tensor(7, 100).requires_grad_()
     if merged:
         layer.weight.data += testing.tensor(48, 100, seed=4)
-    assert layer.compute_dtype == torch.bfloat16
+    assert layer.compute_dtype is None
     y, wide = layer(x), layer(x.detach().bfloat16())
     assert y.dtype == torch.float32 and wide.dtype == torch.bfloat16 and torch.equal(y, wide.float())
     y.sum().backward()
     assert x.grad.dtype == torch.float32
-    layer.compute_dtype = None
+    layer.compute_dtype = torch.float32
     assert layer(x).dtype == torch.float32 and not torch.equal(layer(x), y)
     layer.compute_dtype = torch.bfloat16
     half = x.detach().half()

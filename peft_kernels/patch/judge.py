@@ -151,8 +151,8 @@ def base(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | str:
         # The wider of both: the delta is computed from x as it is.
         dtype = compute if x_dtype == compute else torch.promote_types(x_dtype, compute)
     elif type(weight) is NF4Weight:
-        own = d.get("compute_dtype")
-        compute = own if own is not None and dtype == torch.float32 and autocast is None else dtype
+        wide = autocast is None and dtype == torch.float32
+        compute = (d.get("compute_dtype") or weight.dtype) if wide else dtype
     else:
         if type(weight) not in _ORDINARY:
             return f"the base weight is a {type(weight).__name__}"
