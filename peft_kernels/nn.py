@@ -33,7 +33,8 @@ class NF4Linear(nn.Linear):
     compute_dtype : torch.dtype, optional
         What wider activations (fp32, where this is 16 bits) are rounded to for the product, as in
         bitsandbytes' Linear4bit. None: the weight's nominal dtype, which is what it had when it was
-        quantised, through kbit preparation too, but not through `float()` or `half()`. Other activations are multiplied as they are; under autocast, in autocast's type.
+        quantised; kbit preparation leaves it so, `float()` and `half()` change it. Other activations are
+        multiplied as they are; under autocast, in autocast's type.
     plain_class : type
         nn.Linear; or the class that was quantised, FalconLinear or Conv1D of transformers, of which the
         latter holds its weight as (in_features, out_features).
