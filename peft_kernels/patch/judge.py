@@ -151,8 +151,13 @@ def base(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | str:
         # The wider of both: the delta is computed from x as it is.
         dtype = compute if x_dtype == compute else torch.promote_types(x_dtype, compute)
     elif type(weight) is NF4Weight:
-        wide = autocast is None and dtype == torch.float32
-        compute = (d.get("compute_dtype") or weight.dtype) if wide else dtype
+        compute = dtype
+        if autocast is None and dtype == torch.float32:
+            compute = d.get("compute_dtype")
+            if compute is None:
+                with torch._C.DisableTorchFunctionSubclass():  # for attributes too, ours costs microseconds
+                    compute = weight.dtype
+        weight = weight._state
     else:
         if type(weight) not in _ORDINARY:
             return f"the base weight is a {type(weight).__name__}"
