@@ -261,6 +261,26 @@ def test_transformers_conv1d(options: dict[str, Any]) -> None:
     assert len(report.fused) == 1 and not report.layers[0].fallbacks, str(report)
 
 
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_transposed_weight_is_taken_as_it_lies(backend: str, dtype: torch.dtype, rows: int) -> None:
+    w, a, b = (testing.tensor(*s, dtype=dtype, seed=i) for i, s in enumerate([(64, 96), (8, 64), (96, 8)]))
+    magnitude, dy = testing.tensor(96, seed=4), testing.tensor(rows, 96, dtype=dtype, seed=5)
+
+    def results(weight: Tensor) -> list[Tensor]:
+        inputs = [t.clone().requires_grad_() for t in (testing.tensor(rows, 64, dtype=dtype, seed=6), a, b)]
+        found = []
+        for y in (
+            pk.lora_linear(inputs[0], weight, *inputs[1:], 0.5),
+            pk.dora_linear(inputs[0], weight, *inputs[1:], magnitude, 0.5),
+        ):
+            found += [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+        return found
+
+    for got, expected in zip(results(w.t()), results(w.t().contiguous()), strict=True):
+        assert testing.relative_error(got, expected) <= 2 * torch.finfo(dtype).eps
+
+
 def test_a_subclass_with_a_forward_of_its_own_is_reported_as_not_fused() -> None:
     class Doubled(peft.tuners.lora.Linear):
         def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

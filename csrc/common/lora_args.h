@@ -60,7 +60,7 @@ class BaseWeightOf {
     } else {
       check_dtype(weight, compute_dtype, "weight");
       check_shape(weight, {out_features, in_features}, "weight");
-      dense_ = weight.contiguous();
+      dense_ = weight;  // GPT-2's is transposed: torch's products take it so, a copy would cost as much
     }
   }
   bool is_dense() const { return !nf4_; }

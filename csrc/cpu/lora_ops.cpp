@@ -22,7 +22,8 @@ class BaseWeight : public BaseWeightOf<Nf4Holder> {
   using BaseWeightOf::BaseWeightOf;
   // Whether its products with that many rows are torch's: those of a dense weight, unless ours are as fast.
   bool is_torchs(int64_t rows) const {
-    return is_dense() && !(dense().scalar_type() == at::kBFloat16 && rows > kFewRows && has_fast_dense());
+    return is_dense() && !(dense().scalar_type() == at::kBFloat16 && dense().is_contiguous() &&
+                           rows > kFewRows && has_fast_dense());
   }
   MatrixView matrix() const {
     return is_dense() ? dense_matrix(dense(), "weight") : nf4().matrix(in_features());
@@ -371,8 +372,8 @@ Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const Optio
                  double scaling) {
   const DoraNormArgs args(lora_a, lora_b);
   const int64_t out_features = args.out_features(), in_features = args.in_features();
-  const BaseWeight base(weight, absmax, absmax2, offset, blocksize, out_features, in_features,
-                        weight.scalar_type());
+  const BaseWeight base(absmax ? weight : weight.contiguous(), absmax, absmax2, offset, blocksize,
+                        out_features, in_features, weight.scalar_type());
   const MatrixView w = base.matrix();
 
   Tensor squares = at::empty({out_features}, args.a.options());

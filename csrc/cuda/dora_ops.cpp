@@ -81,7 +81,7 @@ Tensor dora_norm_op(const Tensor& weight, const OptionalTensor& absmax, const Op
   if (!absmax) dtype_of(weight, "weight");
   const BaseWeight base(weight, absmax, absmax2, offset, blocksize, args.out_features(), args.in_features(),
                         weight.scalar_type());
-  const Sums sums = base.is_dense() ? dense_sums(base.dense(), args) : nf4_sums(base, args);
+  const Sums sums = base.is_dense() ? dense_sums(base.dense().contiguous(), args) : nf4_sums(base, args);
   const Tensor gram = at::mm(args.a, args.a.t()), b = args.b.contiguous();
   Tensor norm = at::empty({args.out_features()}, gram.options());
   check(dora_norm(
