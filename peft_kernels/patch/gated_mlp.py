@@ -119,11 +119,12 @@ def examine(module: nn.Module) -> Facts | str | None:
     if isinstance(facts, str):
         return facts
     for name in names:
-        child: Any = module._modules[name]
+        child: Any = children[name]
         if judge.is_lora(child):
-            reason = judge.lora_class(child) or judge.lora(child, judge.active(child))
-            if not reason and any(one in child.lora_variant for one in judge.active(child)):
-                reason = "DoRA or another variant"
+            reason = judge.lora_class(child)  # before its adapters: other classes keep them elsewhere
+            reason = (
+                reason or judge.lora(child, judge.active(child)) or judge.summed(child, judge.active(child))
+            )
         else:
             reason = "" if judge.linear(child) else judge.no_forward(child)
         if reason:

@@ -239,10 +239,11 @@ def _judge_lora_class(cls: Any, module: Any) -> str:
     stands_for = {one.forward: one for one in lora_linear_classes()}.get(cls.forward)
     if stands_for is None:
         return f"no fused forward for {cls.__module__}.{cls.__qualname__}"
-    for name in ("_mixed_batch_forward", "_check_forward_args", "_cast_input_dtype"):
-        if getattr(cls, name, None) is not getattr(stands_for, name, None):
+    called = ("_mixed_batch_forward", "_check_forward_args", "_cast_input_dtype")
+    for name in called:
+        if getattr(cls, name) is not getattr(stands_for, name):
             return f"{cls.__module__}.{cls.__qualname__} has its own {name}"
-    reason = sources.reason_unknown(cls.forward) or sources.reason_unknown(cls._mixed_batch_forward)
+    reason = sources.reason_unknown(cls.forward, *(getattr(cls, name) for name in called))
     return "" if reason is None else verify.lora(module, reason)
 
 
@@ -325,6 +326,12 @@ def variants(module: Any, names: Sequence[str]) -> str:
     return ""
 
 
+def summed(module: Any, names: Sequence[str]) -> str:
+    """Why these adapters are not all plain LoRA, whose deltas an op over several layers sums, or ""."""
+    found = module.lora_variant
+    return "DoRA or another variant" if found and any(name in found for name in names) else ""
+
+
 def _dora(module: Any, variant: Any, magnitude: Any) -> str:
     key = type(variant).forward, type(magnitude).forward
     found = _doras.get(key)
@@ -344,8 +351,3 @@ def active(module: Any) -> list[str]:
     if len(set(names)) != len(names):
         raise ValueError(f"active adapters: expected each name once, got {', '.join(names)}")
     return [name for name in names if name in there]
-
-
-def is_plain(module: Any) -> bool:
-    """Whether a LoRA layer is to act as its base layer alone, by PEFT's own forward."""
-    return bool(getattr(module, "disable_adapters", False) or getattr(module, "merged", False))

@@ -61,9 +61,7 @@ def prepare(module: Any, dtype: torch.dtype, device: torch.device) -> Prepared |
     if reason or module.disable_adapters or module.merged_adapters:
         return reason
     names = judge.active(module)
-    if any(name in module.lora_variant for name in names):
-        return "DoRA or another variant"
-    return _prepare(module, dtype, device, names)
+    return judge.summed(module, names) or _prepare(module, dtype, device, names)
 
 
 def _prepare(

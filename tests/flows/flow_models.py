@@ -117,3 +117,22 @@ def ids(seed: int = 1, rows: int = 4, length: int = 10, vocabulary: int = VOCABU
 
 def words(row: Tensor) -> str:
     return " ".join(f"w{i}" for i in row.tolist())
+
+
+def arguments(kind: Any, folder: Path, steps: int, **more: Any) -> Any:
+    """TrainingArguments, or those of a trainer of TRL: a constant rate, each step logged, nothing saved."""
+    defaults = {
+        "output_dir": str(folder),
+        "max_steps": steps,
+        "logging_steps": 1,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 5e-3,
+        "lr_scheduler_type": "constant",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "bf16": False,
+        "seed": 0,
+    }
+    return kind(**defaults | more)

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from flow_checks import Calls, assert_fused, assert_near
-from flow_models import adapted, ids, llama, patched_copy
+from flow_models import adapted, arguments, ids, llama, patched_copy
 
 import peft_kernels as pk
 
@@ -31,23 +31,9 @@ def data(count: int = 8) -> list[dict[str, Any]]:
 
 
 def trainer(model: Any, folder: Path, **options: Any) -> Any:
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 0,
-    }
     return transformers.Trainer(
         model=model,
-        args=transformers.TrainingArguments(**defaults | options),
+        args=arguments(transformers.TrainingArguments, folder, **{"steps": STEPS} | options),
         train_dataset=data(),
         eval_dataset=data(4),
     )
@@ -161,7 +147,7 @@ def test_resume(base: str, tmp_path: Path) -> None:
     begun = adapted(llama(base))
     pk.patch(begun)
     options = {"save_strategy": "steps", "save_steps": 2}
-    trainer(begun, tmp_path / "half", max_steps=2, **options).train()
+    trainer(begun, tmp_path / "half", steps=2, **options).train()
 
     model = adapted(llama(base))
     report = pk.patch(model)

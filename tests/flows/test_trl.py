@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from flow_checks import Calls, assert_fused, assert_near
-from flow_models import adapted, config, ids, llama, patched_copy, tokenizer, words
+from flow_models import adapted, arguments, config, ids, llama, patched_copy, tokenizer, words
 
 import peft_kernels as pk
 
@@ -27,21 +27,7 @@ BASES = pytest.mark.parametrize("base", ["dense", "nf4", "bnb"])
 
 
 def options(kind: Any, folder: Path, **more: Any) -> Any:
-    defaults = {
-        "output_dir": str(folder),
-        "max_steps": STEPS,
-        "logging_steps": 1,
-        "per_device_train_batch_size": 2,
-        "learning_rate": 5e-3,
-        "lr_scheduler_type": "constant",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "bf16": False,
-        "seed": 0,
-    }
-    return kind(**defaults | more)
+    return arguments(kind, folder, STEPS, **more)
 
 
 def rows() -> list[torch.Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-import io
 import pickle
 import threading
 from collections.abc import Callable
 from typing import Any
 
+import models
 import pytest
 import torch
 from flow_checks import Calls, assert_fused, assert_near, language_loss, step, train
@@ -27,18 +27,11 @@ def one_step(model: Any) -> dict[str, Tensor]:
     return step(model, lambda m: language_loss(m, ids()))
 
 
-def pickled(model: nn.Module) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model: nn.Module) -> Any:
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
-
-
-@pytest.mark.parametrize("copying", [copy.deepcopy, pickled, saved], ids=["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize(
+    "copying",
+    [copy.deepcopy, models.pickled, models.saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
 @BASES
 def test_a_copy_computes_with_its_own_weights(base: str, copying: Callable[[Any], Any]) -> None:
     stock = adapted(llama(base))
