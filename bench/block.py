@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.patch import PatchReport
 
 from . import gate, layers

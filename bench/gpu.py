@@ -28,15 +28,16 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # results are checked by testing.py
 
 import torch
 
 import peft_kernels as pk
+import testing
 from bench import device_cases, events, harness, machine, report
 from bench.device_cases import Suite
 from bench.floors import Gpu
 from bench.harness import OURS, Case, Result
-from peft_kernels import testing
 from peft_kernels.backends import BACKENDS
 
 DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "simt": "cpu", "reference": "cpu"}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 RANK, ALPHA = 16, 32
 SCALING = ALPHA / RANK

@@ -9,7 +9,7 @@ from functools import lru_cache, partial
 
 from torch import Tensor
 
-from peft_kernels import testing
+import testing
 
 from . import layers
 from .block import SMOLLM2, Blocks, Sizes, Variant

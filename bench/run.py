@@ -30,6 +30,7 @@ from typing import Any
 
 # At the end: an installed peft_kernels, with its compiled library, goes before the source tree.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # results are checked by testing.py
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of peers about each other
     if options.threads:
         torch.set_num_threads(options.threads)
+    import testing
     from bench import cases, compiled, memory, triton_cases
-    from peft_kernels import testing
 
     timed = cases.quick(options.dtype) if options.quick else cases.standard(options.dtype, options.full)
     kernels = [] if options.quick else [*compiled.standard(), *triton_cases.standard()]

@@ -17,8 +17,9 @@ import torch
 from copied import backend_ids as copied_ids
 
 import peft_kernels as pk
-from peft_kernels import testing
-from peft_kernels.backends import BACKENDS, simt, triton
+import simt_backend as simt
+import testing
+from peft_kernels.backends import BACKENDS, triton
 
 if triton.BACKEND.interpreted and testing.unavailable("triton") is None:
     import triton_interpreter

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 BASES = ("dense", "nf4", "bnb")
 

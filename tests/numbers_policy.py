@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels import testing
+import testing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEATURES = (1, 7, 33, 96, 100, 576)

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from peft_kernels import spec, testing
+import testing
+from peft_kernels import spec
 from peft_kernels.backends import triton
 
 N, K, R = 20, 34, 4

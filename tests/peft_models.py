@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 

@@ -15,7 +15,7 @@ from peft_models import DTYPES, config, gradients, in_fp64, peft, run
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 # Ranks, alphas and the layers that take the adapter differ; "narrow" is on one of the two layers.
 ADAPTERS: dict[str, dict[str, Any]] = {

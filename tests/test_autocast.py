@@ -11,8 +11,8 @@ from test_gradient_regimes import Case, assert_same, each_case, namespace  # noq
 from torch.utils._pytree import tree_leaves
 
 import peft_kernels as pk
-from peft_kernels import autograd, testing
-from peft_kernels.functional import AdaptedLinear, Adapter
+import testing
+from peft_kernels import AdaptedLinear, Adapter, autograd
 
 N, K, R = 48, 96, 8
 
@@ -60,10 +60,10 @@ def calls(base: str) -> dict[str, Any]:
     one = gate.adapters[0]
     found = {
         "lora_linear": lambda: pk.lora_linear(x, gate.weight, one.lora_a, one.lora_b, 0.5, gate.bias),
-        "dora_linear": lambda: pk.functional.dora_linear(
+        "dora_linear": lambda: pk.dora_linear(
             x, gate.weight, one.lora_a, one.lora_b, torch.ones(N), 0.5, gate.bias
         ),
-        "dora_linear-dropout": lambda: pk.functional.dora_linear(
+        "dora_linear-dropout": lambda: pk.dora_linear(
             x, gate.weight, one.lora_a, one.lora_b, torch.ones(N), 0.5, gate.bias, 0.3
         ),
         "multi_lora_linear": lambda: pk.multi_lora_linear(x, [gate, up])[1],

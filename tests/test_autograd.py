@@ -14,7 +14,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}

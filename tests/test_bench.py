@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import peft_kernels as pk
-from peft_kernels import functional, testing
+import testing
+from peft_kernels import functional
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 

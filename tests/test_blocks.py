@@ -14,7 +14,8 @@ from peft_models import DTYPES, REGIMES, add_adapter, in_fp64, lora, run, step
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import functional, testing
+import testing
+from peft_kernels import functional
 from peft_kernels.patch import gated_mlp
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import code_tables, testing
+import testing
+from peft_kernels import code_tables
 from peft_kernels.code_tables import BLOCKSIZES
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

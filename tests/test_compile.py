@@ -11,7 +11,8 @@ from op_samples import CASES, NAMESPACES, K, N, R, leaf, mlp_args, multi_args, s
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels import spec, testing
+import testing
+from peft_kernels import spec
 from peft_kernels.backends import BACKENDS
 
 ops = torch.ops.peft_kernels

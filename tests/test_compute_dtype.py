@@ -13,8 +13,8 @@ from test_multi_lora import MultiCase, multi_case, named_gradients, named_output
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels import testing
-from peft_kernels.functional import AdaptedLinear, Adapter
+import testing
+from peft_kernels import AdaptedLinear, Adapter
 
 ops = torch.ops.peft_kernels
 N, K, R, SCALING = 48, 96, 8, 0.8
@@ -132,7 +132,7 @@ def ours(kind: str, v: dict[str, Any], compute: torch.dtype) -> Tensor:
     rest = (SCALING, v["bias"], 0.0, compute)
     if kind == "lora_linear":
         return pk.lora_linear(v["x"], v["weight"], v["lora_a"], v["lora_b"], *rest)
-    return pk.functional.dora_linear(v["x"], v["weight"], v["lora_a"], v["lora_b"], v["magnitude"], *rest)
+    return pk.dora_linear(v["x"], v["weight"], v["lora_a"], v["lora_b"], v["magnitude"], *rest)
 
 
 def gradients(y: Tensor, v: dict[str, Any]) -> dict[str, Tensor | None]:
@@ -223,7 +223,7 @@ def test_x_is_saved_once(backend: str, kind: str) -> None:
     calls = {
         "lora_linear": lambda: pk.lora_linear(x, *rest, SCALING, compute_dtype=BF16),
         "multi_lora_linear": lambda: pk.multi_lora_linear(x, mlp[:2], compute_dtype=BF16),
-        "dora_linear": lambda: pk.functional.dora_linear(x, *rest, magnitude, SCALING, compute_dtype=BF16),
+        "dora_linear": lambda: pk.dora_linear(x, *rest, magnitude, SCALING, compute_dtype=BF16),
         "gated_mlp": lambda: pk.gated_mlp(x, *mlp, compute_dtype=BF16),
     }
     there = [magnitude, *(t for m in mlp for t in (m.weight, m.adapters[0].lora_a, m.adapters[0].lora_b))]

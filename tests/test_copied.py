@@ -7,7 +7,7 @@ import torch
 from copied import CopiedBackend, copied
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.backends import BACKENDS
 
 DETOUR = CopiedBackend(BACKENDS["reference"], "cpu")
@@ -50,11 +50,11 @@ def test_ops_and_gradients_are_those_of_the_target(detour: str) -> None:
 def test_composite_ops_take_the_detour_in_their_parts(detour: str) -> None:
     gate, up, down = (testing.nf4_weight(*shape) for shape in ((96, 64), (96, 64), (64, 96)))
     x = testing.tensor(3, 64)
-    layers = [pk.functional.AdaptedLinear(weight) for weight in (gate, up, down)]
+    layers = [pk.AdaptedLinear(weight) for weight in (gate, up, down)]
     with pk.use_backend("reference"):
-        expected = pk.functional.gated_mlp(x, *layers)
+        expected = pk.gated_mlp(x, *layers)
     with pk.use_backend(detour):
-        assert torch.equal(pk.functional.gated_mlp(x, *layers), expected)
+        assert torch.equal(pk.gated_mlp(x, *layers), expected)
 
 
 def test_a_target_that_refuses_is_heard(detour: str, monkeypatch: pytest.MonkeyPatch) -> None:

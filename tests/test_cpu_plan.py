@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.backends import cpu
 
 pytestmark = pytest.mark.skipif(

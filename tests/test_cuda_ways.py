@@ -13,8 +13,8 @@ from numbers_policy import dense64, short
 from test_linear import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
 from test_multi_lora import check_backward, check_forward, multi_case
 
-from peft_kernels import testing
-from peft_kernels.backends import simt
+import simt_backend as simt
+import testing
 
 CARDS = {"A100": (80, 108, 163 << 10), "RTX-3090": (86, 82, 99 << 10), "H100": (90, 132, 227 << 10)}
 FEW = 4

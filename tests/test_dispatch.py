@@ -19,8 +19,10 @@ from fresh_process import Processes, Result
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels import dispatch, spec, testing
-from peft_kernels.backends import BACKENDS, cpu, cuda, simt
+import simt_backend as simt
+import testing
+from peft_kernels import dispatch, spec
+from peft_kernels.backends import BACKENDS, cpu, cuda
 from peft_kernels.backends.compiled import CompiledBackend
 
 PACKAGE = Path(pk.__file__).parent

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from numbers_policy import DTYPES, Result, assert_within_rounding, case_id, dense64, short
 from torch import Tensor
 
-from peft_kernels import testing
+import testing
 
 ops = torch.ops.peft_kernels
 INF, NAN = float("inf"), float("nan")

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import peft_kernels as pk
-from peft_kernels import flops, spec, testing
-from peft_kernels.functional import AdaptedLinear, Adapter
+import testing
+from peft_kernels import AdaptedLinear, Adapter, flops, spec
 
 N, K, R, M = 24, 40, 4, 6
 
@@ -89,7 +89,7 @@ def test_dora(backend: str) -> None:
         torch.ones(N),
     )
     norm, layer = 2 * R * (N * K + R * K + N * R), 2 * M * (N * K + R * K + N * R)
-    dora: Any = pk.functional.dora_linear
+    dora: Any = pk.dora_linear
     assert counted(lambda: dora(x, weight, a, b, magnitude, 1.0)) == layer + norm
     assert counted(lambda: dora(x, weight, a, b, magnitude, 1.0, None, 0.5)) == layer + norm + 2 * M * N * K
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import code_tables, testing
+import testing
+from peft_kernels import code_tables
 
 CPU = torch.device("cpu")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 
 def lora_arguments(**changes: Any) -> Callable[[], Tensor]:

@@ -14,7 +14,7 @@ from peft_models import DTYPES, REGIMES, add_adapter, assert_same_numbers, lora,
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.reference.dropout import dropped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")

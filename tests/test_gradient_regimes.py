@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from peft_kernels import autograd, spec, testing
+import testing
+from peft_kernels import autograd, spec
 from peft_kernels.backends import BACKENDS, triton
 
 DIFFERENTIABLE = [(op, sample) for op, sample in CASES if spec.OPS[op].backward is not None]

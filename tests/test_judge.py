@@ -12,7 +12,7 @@ from peft_models import lora, peft
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.patch import judge, sources
 
 

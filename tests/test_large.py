@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_kernels import testing
+import testing
 from peft_kernels.backends import cpu
 
 N, K, BLOCKSIZE = 32771, 65536, 4096  # 2^31 + 196,608 weights

@@ -22,7 +22,7 @@ from numbers_policy import (
 )
 from torch import Tensor
 
-from peft_kernels import testing
+import testing
 
 ops = torch.ops.peft_kernels
 ROWS = (0, 1, 2, 5, 17, 64, 130)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 for package in ("transformers", "peft", "gguf", "bitsandbytes"):
     pytest.importorskip(package, reason=f"{package} is not installed")

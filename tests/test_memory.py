@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 ROWS, FEATURES, RANK = 37, 64, 8
 BLOCK_BOUND = 0.6
@@ -119,7 +119,7 @@ class Fills(torch.utils._python_dispatch.TorchDispatchMode):
 def test_no_zeros_stand_in_for_gradients_of_what_is_only_saved(backend: str) -> None:
     x = testing.tensor(ROWS, FEATURES, dtype=torch.bfloat16).requires_grad_()
     gate, up, down = (testing.tensor(FEATURES, FEATURES, dtype=torch.bfloat16, seed=i) for i in range(3))
-    y = pk.gated_mlp(x, *(pk.functional.AdaptedLinear(weight) for weight in (gate, up, down)))
+    y = pk.gated_mlp(x, *(pk.AdaptedLinear(weight) for weight in (gate, up, down)))
     with Fills() as fills:
         y.backward(torch.ones_like(y.detach()))
     assert x.grad is not None and fills.nbytes == 0
@@ -145,11 +145,11 @@ def test_zeros_that_stand_in_for_gradients_are_seen() -> None:
 def test_an_output_that_is_not_used_has_a_gradient_of_zero(backend: str) -> None:
     x = testing.tensor(ROWS, FEATURES).requires_grad_()
     layers = [
-        pk.functional.AdaptedLinear(
+        pk.AdaptedLinear(
             testing.tensor(8, FEATURES, seed=i),
             None,
             [
-                pk.functional.Adapter(
+                pk.Adapter(
                     testing.tensor(RANK, FEATURES, seed=10 + i).requires_grad_(),
                     testing.tensor(8, RANK, seed=20 + i).requires_grad_(),
                     1.0,

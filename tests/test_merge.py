@@ -14,7 +14,7 @@ from peft_models import DTYPES, lora
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.integrations.peft import merge_and_unload
 from peft_kernels.nn import NF4Linear
 

@@ -15,7 +15,8 @@ from peft_models import DTYPES, lora
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import nf4_state, testing
+import testing
+from peft_kernels import nf4_state
 from peft_kernels.nn import NF4Linear
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")

@@ -16,7 +16,7 @@ import torch
 from numbers_policy import DTYPES, FEATURES, Result, bias_of, case_id, check, dense64, short
 from torch import Tensor
 
-from peft_kernels import testing
+import testing
 
 ops = torch.ops.peft_kernels
 ROWS = (0, 1, 2, 5, 17, 130)

@@ -14,7 +14,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 

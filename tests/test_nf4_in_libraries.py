@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.nn import NF4Linear
 from peft_kernels.quantize import report_of
 

@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.nn import NF4Linear
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*bytes for each value of an NF4 weight")

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.nn import NF4Linear
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")

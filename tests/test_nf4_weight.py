@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import nf4_state, testing
+import testing
+from peft_kernels import nf4_state
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = {"even": (12, 64), "odd": (7, 33)}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.nn import LoRALinear, NF4Linear, NF4LoRALinear
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from peft_kernels import testing
+import testing
 from peft_kernels.code_tables import BLOCKSIZES, NF4_CODE, NF4_THRESHOLDS, dynamic_map, dynamic_thresholds
 
 ops = torch.ops.peft_kernels

@@ -14,7 +14,7 @@ from peft_models import DTYPES, assert_same_numbers, in_fp64, lora, peft, run
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.patch import fused
 
 

@@ -12,7 +12,7 @@ from models import inputs
 from peft_models import config, gradients, lora, peft
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 from peft_kernels.nn import NF4Linear
 
 

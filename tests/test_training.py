@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning"),

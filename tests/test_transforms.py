@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.func import functional_call, grad, jvp, vmap
 
 import peft_kernels as pk
-from peft_kernels import testing
-from peft_kernels.functional import AdaptedLinear, Adapter
+import testing
+from peft_kernels import AdaptedLinear, Adapter
 
 N, K, R, SCALING = 24, 40, 4, 0.8
 CALLS = (
@@ -74,7 +74,7 @@ def case(name: str) -> tuple[Function, Function, list[Tensor]]:
             return magnitude.to(x.dtype) / norm * lora(x, gate, a, b) + bias.to(x.dtype)
 
         return (
-            lambda x, a, b: pk.functional.dora_linear(x, gate, a, b, magnitude, SCALING, bias),
+            lambda x, a, b: pk.dora_linear(x, gate, a, b, magnitude, SCALING, bias),
             dora,
             [x, *pair(2)],
         )

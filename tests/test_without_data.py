@@ -14,8 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
-from peft_kernels import testing
-from peft_kernels.functional import AdaptedLinear, Adapter
+import testing
+from peft_kernels import AdaptedLinear, Adapter
 
 N, K, R = 24, 64, 4
 CALLS = (
@@ -43,7 +43,7 @@ def moved(layer: AdaptedLinear, device: str) -> AdaptedLinear:
 
 
 def call(name: str, x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, down: AdaptedLinear) -> list[Tensor]:
-    one, functional = gate.adapters[0], pk.functional
+    one = gate.adapters[0]
     rest = (gate.weight, one.lora_a, one.lora_b)
     if name == "nf4_linear":
         return [pk.nf4_linear(x, gate.weight, gate.bias)]
@@ -51,12 +51,12 @@ def call(name: str, x: Tensor, gate: AdaptedLinear, up: AdaptedLinear, down: Ada
         return [pk.lora_linear(x, *rest, 0.5, gate.bias, 0.1)]
     if name.startswith("dora_linear"):
         magnitude, p = x.new_ones(N), 0.1 if name.endswith("dropout") else 0.0
-        return [functional.dora_linear(x, *rest, magnitude, 0.5, gate.bias, p)]
+        return [pk.dora_linear(x, *rest, magnitude, 0.5, gate.bias, p)]
     if name == "multi_lora_linear":
         return pk.multi_lora_linear(x, [gate, up])
     if name == "gated_mlp":
         return [pk.gated_mlp(x, gate, up, down)]
-    return [functional.gated_activation(x, x, "silu")]
+    return [pk.gated_activation(x, x, "silu")]
 
 
 each_call = pytest.mark.parametrize(

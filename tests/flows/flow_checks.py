@@ -11,7 +11,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from peft_kernels import testing
+import testing
 
 EPS = torch.finfo(torch.float32).eps
 FUSED_OPS = ("lora_linear", "multi_lora_linear", "gated_mlp")

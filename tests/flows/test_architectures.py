@@ -27,7 +27,7 @@ from flow_models import adapted, ids, in_fp64
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 SMALL = {"vocab_size": 100, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 BERT = SMALL | {"intermediate_size": 64, "max_position_embeddings": 66, "initializer_range": 0.2}

@@ -12,7 +12,7 @@ import torch
 from flow_checks import Calls, assert_fused
 from flow_models import adapted, config, ids, llama, patched_copy
 
-from peft_kernels import testing
+import testing
 
 NEW = 5
 LENGTH = 6

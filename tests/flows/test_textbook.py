@@ -15,7 +15,7 @@ from flow_models import adapted, bnb_llama, ids, in_fp64, llama, patched_copy
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 STEPS = 4
 

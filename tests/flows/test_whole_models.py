@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import peft_kernels as pk
-from peft_kernels import testing
+import testing
 
 BASES = pytest.mark.parametrize("base", ["dense", "nf4", "bnb"])
 OWN = pytest.mark.parametrize("base", ["dense", "nf4"])

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, spec
-from .backends import BACKENDS, cpu, simt, triton
-from .nf4 import NF4Weight
+import simt_backend as simt
+from peft_kernels import NF4Weight, dispatch, spec
+from peft_kernels.backends import BACKENDS, cpu, triton
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 EMULATED = {"amx": "amx_emulated"}

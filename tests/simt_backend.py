@@ -6,7 +6,7 @@ In the compiled library `peft_kernels._C_simt`, which a build with PEFT_KERNELS_
 
 from __future__ import annotations
 
-from .compiled import CompiledBackend
+from peft_kernels.backends.compiled import CompiledBackend
 
 
 class SimtBackend(CompiledBackend):
