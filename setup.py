@@ -30,6 +30,7 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
+SPECS = ROOT / "peft_kernels" / "ops"
 
 CPU_SOURCES = [
     "csrc/cpu/absmax.cpp",
@@ -82,7 +83,7 @@ def headers(*folders: str) -> list[str]:
     """What a change of makes a library out of date, beside its sources."""
     suffixes = (".h", ".inl", ".cuh")
     found = [p for folder in folders for p in sorted((ROOT / folder).glob("*")) if p.suffix in suffixes]
-    return ["peft_kernels/spec.py", *(str(p.relative_to(ROOT)) for p in found)]
+    return [str(p.relative_to(ROOT)) for p in (*sorted(SPECS.glob("*.py")), *found)]
 
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -128,21 +129,38 @@ def sanitize_flags() -> list[str]:
 
 
 def spec_hash() -> str:
-    """Fingerprint of the op schemas, taken from the source: spec.py imports torch, and the package."""
-    tree = ast.parse((ROOT / "peft_kernels" / "spec.py").read_text(encoding="utf-8"))
-    calls = sorted(
-        (node for node in ast.walk(tree) if isinstance(node, ast.Call)),
-        key=lambda node: (node.lineno, node.col_offset),
-    )
-    schemas = [
-        keyword.value.value
-        for call in calls
-        for keyword in call.keywords
-        if keyword.arg == "schema"
-        and isinstance(keyword.value, ast.Constant)
-        and isinstance(keyword.value.value, str)
-    ]
-    return hashlib.sha256("\n".join(schemas).encode()).hexdigest()
+    """Fingerprint of the op schemas, as ops/registry.py has it, but from the source: that imports torch."""
+    texts, groups = [], {}
+    for file in sorted(SPECS.glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                constants = assigned(node.body, ("name", "schema"))
+                if len(constants) == 2:
+                    texts.append(constants["name"] + constants["schema"])
+            elif isinstance(node, ast.Module):
+                groups |= assigned(node.body, ("GROUPS",))
+    return hashlib.sha256("\n".join([*sorted(texts), *groups["GROUPS"].values()]).encode()).hexdigest()
+
+
+def assigned(body: list[ast.stmt], names: tuple[str, ...]) -> dict[str, Any]:
+    """What the statements assign to those names, constants all."""
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id in names
+    }
+
+
+def generated_headers() -> str:
+    """The folder of spec_hash.h. One file includes it: a new schema compiles that again, not all kernels."""
+    folder = ROOT / "build" / "generated"
+    folder.mkdir(parents=True, exist_ok=True)
+    header, text = folder / "spec_hash.h", f'#define PEFT_KERNELS_SPEC_HASH "{spec_hash()}"\n'
+    if not header.exists() or header.read_text() != text:
+        header.write_text(text)
+    return str(folder)
 
 
 def compiler_problem() -> str | None:
@@ -182,8 +200,8 @@ def cpu_extension(emulate: bool) -> Any:
         name="peft_kernels._C",
         sources=CPU_SOURCES + (X86_SOURCES if IS_X86 else []) + (EMULATED_SOURCES if emulate else []),
         depends=headers("csrc/common", "csrc/cpu"),
+        include_dirs=[generated_headers()],
         define_macros=[
-            ("PEFT_KERNELS_SPEC_HASH", spec_hash()),
             ("PEFT_KERNELS_EMULATE", str(int(emulate))),
         ],
         extra_compile_args={"cxx": compile_args + sanitize_flags()},
@@ -209,8 +227,8 @@ def simt_extension() -> Any:
         name="peft_kernels._C_simt",
         sources=sources + EMULATOR_SOURCES,
         depends=CUDA_OPS + CUDA_KERNELS + headers("csrc/common", "csrc/cuda", "tests/simt"),
-        include_dirs=[str(ROOT / "tests/simt")],
-        define_macros=[("PEFT_KERNELS_SPEC_HASH", spec_hash()), ("PEFT_KERNELS_SIMT", None)],
+        include_dirs=[generated_headers(), str(ROOT / "tests/simt")],
+        define_macros=[("PEFT_KERNELS_SIMT", None)],
         extra_compile_args={"cxx": [*HOST_FLAGS, "-O2", "-Wno-unknown-pragmas", *sanitize_flags()]},
         extra_link_args=sanitize_flags(),
     )
@@ -277,8 +295,8 @@ def cuda_extension(toolkit: Toolkit) -> Any:
         name="peft_kernels._C_cuda",
         sources=CUDA_OPS + CUDA_KERNELS,
         depends=headers("csrc/common", "csrc/cuda"),
+        include_dirs=[generated_headers()],
         define_macros=[
-            ("PEFT_KERNELS_SPEC_HASH", spec_hash()),
             # Semicolons would end a shell's command, commas a macro's value for nvcc.
             ("PEFT_KERNELS_CUDA_ARCHITECTURES", toolkit.architectures.replace(";", ":")),
         ],

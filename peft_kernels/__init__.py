@@ -9,25 +9,18 @@ pk.patch(model)               # PEFT's LoRA layers run fused kernels; pk.unpatch
 
 from __future__ import annotations
 
-from . import dispatch as _dispatch
+from . import dispatch, nn, optim
+from .dispatch import use_backend
+from .nf4 import NF4Weight
+from .ops.dora import dora_linear
+from .ops.gated import gated_activation, gated_mlp
+from .ops.linear import nf4_linear
+from .ops.lora import lora_linear
+from .ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
+from .patch import explain, patch, patched, unpatch
+from .quantize import quantize_model
 
-_dispatch.install()
-
-from . import nn, optim  # noqa: E402
-from .dispatch import use_backend  # noqa: E402
-from .functional import (  # noqa: E402
-    AdaptedLinear,
-    Adapter,
-    dora_linear,
-    gated_activation,
-    gated_mlp,
-    lora_linear,
-    multi_lora_linear,
-    nf4_linear,
-)
-from .nf4 import NF4Weight  # noqa: E402
-from .patch import explain, patch, patched, unpatch  # noqa: E402
-from .quantize import quantize_model  # noqa: E402
+dispatch.install()
 
 __version__ = "0.1.0"
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import autograd, spec
 from .backends import BACKENDS, Backend
 from .backends.base import tensors
+from .ops import registry
 
 NAMESPACE = "peft_kernels"
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
@@ -37,12 +37,12 @@ def install() -> None:
     """Define the public ops and load the back ends. Done once, at import; has no effect outside torch.ops."""
     if _libraries:
         return
-    _libraries.append(spec.install(NAMESPACE, _public_kernel))
+    _libraries.append(registry.install(NAMESPACE, _public_kernel))
     for backend in BACKENDS.values():
         backend.load()
 
 
-def _public_kernel(op: spec.Op) -> Callable[..., Any]:
+def _public_kernel(op: type[registry.Op]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return kernel(op.name, args)(*args)
 
@@ -56,19 +56,23 @@ def kernel(op: str, args: Sequence[Any]) -> OpOverload:
     return found
 
 
-def eager_like(op: str, like: Tensor) -> Callable[..., Any]:
-    """As `kernel`, for eager calls whose device and dtype are those of `like`.
+def call(op: str, *args: Any, like: Tensor | None = None) -> Any:
+    """Call an op. Device and dtype of `like`, by default the first argument, decide which back end serves.
 
-    The choice is remembered: looking at all arguments in every call costs a small layer as much as its
+    Eager calls skip the public op and the dispatcher's autograd key; traced ones record the public op. The
+    choice is remembered: to look at all arguments in every call would cost a small layer as much as its
     arithmetic.
     """
+    if torch.compiler.is_compiling():
+        return getattr(torch.ops.peft_kernels, op)(*args)
+    like = args[0] if like is None else like
     if forced() is not None:
-        return autograd.eager(kernel(op, (like,)))
+        return registry.eager(kernel(op, (like,)))(*args)
     key = op, like.device.type, like.dtype
     found = _chosen.get(key)
     if found is None:
-        found = _chosen[key] = autograd.eager(kernel(op, (like,)))
-    return found
+        found = _chosen[key] = registry.eager(kernel(op, (like,)))
+    return found(*args)
 
 
 def select(op: str, args: Sequence[Any]) -> Backend:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from .code_tables import BLOCKSIZES, WEIGHT_DTYPES
-from .nf4_state import Addition, NF4State, fingerprint
+from .integrations import bitsandbytes
+from .nf4_state import Addition, NF4State, fingerprint, packed_rows
 from .nf4_tensor import NF4Tensor
 
 if TYPE_CHECKING:
@@ -84,7 +85,9 @@ class NF4Weight(NF4Tensor):
             bad = int((~torch.isfinite(weight.detach())).sum())
             raise ValueError(f"{name}: expected finite values, got {bad} NaN or Inf among {weight.numel()}")
         shape = (weight.shape[0], weight.shape[1])
-        state = NF4State(shape, blocksize, _rows(packed, shape), absmax, double_quant=double_quant, name=name)
+        state = NF4State(
+            shape, blocksize, packed_rows(packed, shape), absmax, double_quant=double_quant, name=name
+        )
         if double_quant:
             state.absmax, state.absmax2, state.offset = ops.quantize_absmax(absmax)
         return cls(state, weight.dtype)
@@ -173,18 +176,14 @@ class NF4Weight(NF4Tensor):
 
     def state_dict(self, prefix: str = "", name: str = "weight") -> dict[str, Tensor]:
         """Tensors to save, under bitsandbytes' keys (`weight`, `weight.absmax`, ...). Shares memory."""
-        from .integrations import bitsandbytes
-
-        return bitsandbytes.to_state_dict(self, prefix + name)
+        return bitsandbytes.to_state_dict(self._state, self.dtype, prefix + name)
 
     @classmethod
     def from_state_dict(
         cls, state_dict: Mapping[str, Any], prefix: str = "", name: str = "weight"
     ) -> NF4Weight:
         """Read what `state_dict` or bitsandbytes wrote. ValueError names an item that does not fit."""
-        from .integrations import bitsandbytes
-
-        return bitsandbytes.from_state_dict(state_dict, prefix + name)
+        return cls(*bitsandbytes.from_state_dict(state_dict, prefix + name))
 
     @classmethod
     def from_bnb(cls, params4bit: Any) -> NF4Weight:
@@ -192,15 +191,11 @@ class NF4Weight(NF4Tensor):
 
         ValueError when it is not quantised yet, is fp4, or was repacked by bitsandbytes' CPU inference.
         """
-        from .integrations import bitsandbytes
-
-        return bitsandbytes.from_params4bit(params4bit)
+        return cls(bitsandbytes.state_of(params4bit), params4bit.quant_state.dtype)
 
     def to_bnb(self) -> Any:
         """The same weight as a `bitsandbytes.nn.Params4bit`, sharing memory."""
-        from .integrations import bitsandbytes
-
-        return bitsandbytes.to_params4bit(self)
+        return bitsandbytes.to_params4bit(self._state, self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = self._state
@@ -223,11 +218,6 @@ class NF4Weight(NF4Tensor):
     def __tensor_unflatten__(inner: dict[str, Any], context: Any, size: Any, stride: Any) -> NF4Weight:
         shape, blocksize, double_quant, dtype = context
         return NF4Weight(NF4State(shape, blocksize, double_quant=double_quant, **inner), dtype)
-
-
-def _rows(packed: Tensor, shape: Any) -> Tensor:
-    """Packed bytes as (out, in / 2), so that rows shard, when a row is a whole number of bytes."""
-    return packed.view(shape[0], shape[1] // 2) if shape[1] % 2 == 0 else packed
 
 
 def _rebuild(state: NF4State, dtype: torch.dtype, requires_grad: bool, is_param: bool) -> NF4Weight:

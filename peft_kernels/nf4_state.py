@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .ops.registry import Base
+
 ops = torch.ops.peft_kernels
 
 PACKED_FORM = ("packed", "absmax", "absmax2", "offset")
@@ -91,10 +93,10 @@ class NF4State:
         return self.dense is not None and self.packed is not None
 
     @property
-    def op_args(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, int]:
-        """The argument group that ops take for a packed base weight."""
-        assert self.packed is not None and self.absmax is not None
-        return self.packed, self.absmax, self.absmax2, self.offset, self.blocksize
+    def op_args(self) -> Base:
+        """The packed weight as ops take it."""
+        assert self.packed is not None
+        return Base(self.packed, self.absmax, self.absmax2, self.offset, self.blocksize)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The packed values, whatever lies on them."""
@@ -155,6 +157,17 @@ class NF4State:
         self.additions.clear()
         self.seal = None
         warn_of_growth("for good", self)
+
+
+class HoldsNF4(torch.Tensor):
+    """A tensor whose values are an NF4State."""
+
+    _state: NF4State
+
+
+def packed_rows(packed: Tensor, shape: Any) -> Tensor:
+    """Packed bytes as (out, in / 2), so that rows shard, when a row is a whole number of bytes."""
+    return packed.view(shape[0], shape[1] // 2) if shape[1] % 2 == 0 else packed
 
 
 def fingerprint(value: Any) -> Any:

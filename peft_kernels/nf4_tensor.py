@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .code_tables import WEIGHT_DTYPES
-from .nf4_state import Addition, NF4State, warn_of_growth
+from .nf4_state import Addition, HoldsNF4, NF4State, warn_of_growth
+from .ops.linear import nf4_linear
 from .read_only import has_views, read_only, written
 
 aten = torch.ops.aten
@@ -39,10 +40,8 @@ _STORAGE_READS = frozenset(
 FROZEN = "NF4 weights are frozen; for full fine-tuning load the model without quantize_model"
 
 
-class NF4Tensor(torch.Tensor):
-    """A tensor whose values are an NF4State."""
-
-    _state: NF4State
+class NF4Tensor(HoldsNF4):
+    """What torch's functions and ops find it to be."""
 
     @staticmethod
     def __new__(cls, state: NF4State, dtype: torch.dtype) -> Any:
@@ -102,8 +101,6 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
         return F.linear(dense[0], dense[1], bias)
     if weight.requires_grad:  # no parameter, but a copy to which something trained was added (SHiRA)
         return _plainly(F.linear, input, weight, bias)
-    from .functional import nf4_linear
-
     return nf4_linear(input, weight._state, bias)
 
 

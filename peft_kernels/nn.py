@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import autocast_dtype
-from .functional import dora_linear, lora_linear, nf4_linear
 from .nf4 import NF4Weight
 from .nf4_model import ModelLink
+from .ops.arguments import autocast_dtype
+from .ops.dora import dora_linear
+from .ops.linear import nf4_linear
+from .ops.lora import lora_linear
 
 __all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
 
@@ -207,7 +209,7 @@ class LoRALinear(nn.Module):
     lora_dropout : float
         Probability of dropping an input of A in training.
     use_dora : bool
-        Learn the magnitudes of the rows too (DoRA, Liu et al. 2024); see `functional.dora_linear`.
+        Learn the magnitudes of the rows too (DoRA, Liu et al. 2024); see `dora_linear`.
     """
 
     lora_magnitude_vector: nn.Parameter | None

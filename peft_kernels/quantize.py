@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -14,7 +15,6 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .code_tables import BLOCKSIZES, WEIGHT_DTYPES
-from .integrations.peft import adapter_modules
 from .integrations.transformers import HEAD_NAMES, heads, is_linear
 from .nf4_model import ModelLink, announce, record_of
 from .nn import NF4Linear
@@ -172,7 +172,7 @@ def _targets(
         if isinstance(module, NF4Linear):
             module.settle()
         owners.update(id(part) for parts in (module._modules, module._parameters) for part in parts.values())
-    adapters = set(adapter_modules(model))
+    adapters = set(_adapter_modules(model))
     stay = heads(model) if skip is None else {}
     default = "a head that may be trained; skip=() would pack it"
     for name, module in model.named_modules():
@@ -284,3 +284,17 @@ class _Progress:
     def update(self, n: int) -> None:
         if self._bar is not None:
             self._bar.update(n)
+
+
+def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """What PEFT has added to a model and may train: everything inside its layers but the layers they wrap."""
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            for name, child in module.named_children():
+                if name not in ("base_layer", "original_module"):
+                    yield from child.modules()

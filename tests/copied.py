@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from peft_kernels import spec
 from peft_kernels.backends import BACKENDS, Backend, triton
+from peft_kernels.ops import registry
 
 
 class CopiedBackend:
@@ -23,7 +23,7 @@ class CopiedBackend:
 
     def load(self) -> None:
         if self._library is None:
-            self._library = spec.install(self.namespace, self._kernel)
+            self._library = registry.install(self.namespace, self._kernel)
 
     def probe(self) -> str | None:
         return self.target.probe()
@@ -37,8 +37,8 @@ class CopiedBackend:
                 return f"{op}: a tensor is on {tensor.device}, this back end takes CPU tensors"
         return self.target.supports(op, self._there(args))
 
-    def _kernel(self, op: spec.Op) -> Callable[..., Any] | None:
-        if op.composite is not None:
+    def _kernel(self, op: type[registry.Op]) -> Callable[..., Any] | None:
+        if op.composite:
             return None  # made of ops of this namespace
 
         def call(*args: Any) -> Any:

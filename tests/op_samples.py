@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import testing
-from peft_kernels import spec
 from peft_kernels.backends import triton
+from peft_kernels.ops import registry
 
 N, K, R = 20, 34, 4
 NAMESPACES = {
@@ -203,4 +203,4 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
     }[op]  # fmt: skip
 
 
-CASES = [(op, sample) for op in spec.OPS for sample in samples(op)]
+CASES = [(op, sample) for op in registry.OPS for sample in samples(op)]

@@ -15,7 +15,7 @@ import torch
 
 import peft_kernels as pk
 import testing
-from peft_kernels import functional
+from peft_kernels import dispatch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -154,8 +154,8 @@ def test_last_level_cache_is_the_largest(tmp_path: Path) -> None:
 
 
 def broken(op: str, change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`functional._call` with the result of one op changed."""
-    original = functional._call
+    """`dispatch.call` with the result of one op changed."""
+    original = dispatch.call
 
     def call(name: str, *args: Any) -> Any:
         result = original(name, *args)
@@ -182,7 +182,7 @@ def one_element_off(y: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.usefixtures("small_rotation")
 def test_a_wrong_forward_is_not_timed(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(functional, "_call", broken("nf4_linear", change))
+    monkeypatch.setattr(dispatch, "call", broken("nf4_linear", change))
     refused(measure(cases.forward(TINY, 4, "bf16")))
 
 
@@ -524,7 +524,7 @@ def test_run_writes_json_lines_table_and_picture(
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
     assert "[2/2]" in capsys.readouterr().out
 
-    monkeypatch.setattr(functional, "_call", broken("nf4_linear", one_element_off))
+    monkeypatch.setattr(dispatch, "call", broken("nf4_linear", one_element_off))
     cases._weights.cache_clear()
     assert run.main([*arguments, "--only", "m3"]) == 1
     assert "WRONG" in (tmp_path / "table.txt").read_text()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels import functional
+from peft_kernels import dispatch
 from peft_kernels.patch import gated_mlp
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -25,13 +25,13 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Ops by how often they were called."""
     counted: Counter[str] = Counter()
-    call = functional._call
+    call = dispatch.call
 
     def counting(op: str, *args: Any, **kwargs: Any) -> Any:
         counted[op] += 1
         return call(op, *args, **kwargs)
 
-    monkeypatch.setattr(functional, "_call", counting)
+    monkeypatch.setattr(dispatch, "call", counting)
     return counted
 
 

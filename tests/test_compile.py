@@ -12,8 +12,8 @@ from torch import Tensor
 
 import peft_kernels as pk
 import testing
-from peft_kernels import spec
 from peft_kernels.backends import BACKENDS
+from peft_kernels.ops import registry
 
 ops = torch.ops.peft_kernels
 
@@ -27,7 +27,7 @@ def test_opcheck(namespace: str, op: str, sample: str) -> None:
     torch.library.opcheck(function, samples(op)[sample])
 
 
-@pytest.mark.parametrize("op", spec.OPS)
+@pytest.mark.parametrize("op", registry.OPS)
 def test_every_op_is_sampled(op: str) -> None:
     assert samples(op)
 

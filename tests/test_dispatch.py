@@ -21,9 +21,10 @@ from torch import Tensor
 import peft_kernels as pk
 import simt_backend as simt
 import testing
-from peft_kernels import dispatch, spec
+from peft_kernels import dispatch
 from peft_kernels.backends import BACKENDS, cpu, cuda
 from peft_kernels.backends.compiled import CompiledBackend
+from peft_kernels.ops import registry
 
 PACKAGE = Path(pk.__file__).parent
 needs_cpu = pytest.mark.skipif(
@@ -269,7 +270,7 @@ def test_without_the_compiled_library_the_reference_serves(python: Python, compi
 def test_a_stale_library_is_refused_before_it_is_loaded(python: Python, compiled: Path) -> None:
     """Loading one with other schemas would abort the process."""
     content = library().read_bytes()
-    right = f"PEFT_KERNELS_SPEC_HASH={spec.spec_hash()}".encode()
+    right = f"PEFT_KERNELS_SPEC_HASH={registry.spec_hash()}".encode()
     assert content.count(right) == 1
     stale = compiled / "peft_kernels" / library().name
     stale.write_bytes(content.replace(right, b"PEFT_KERNELS_SPEC_HASH=" + b"0" * 64))
@@ -283,7 +284,7 @@ def test_a_stale_library_is_refused_before_it_is_loaded(python: Python, compiled
 def test_a_broken_library_is_refused_with_the_loader_s_words(python: Python, compiled: Path) -> None:
     """The right fingerprint in a file that is no library."""
     broken = compiled / "peft_kernels" / library().name
-    broken.write_bytes(f"PEFT_KERNELS_SPEC_HASH={spec.spec_hash()}".encode() * 10)
+    broken.write_bytes(f"PEFT_KERNELS_SPEC_HASH={registry.spec_hash()}".encode() * 10)
     out = python(USE, compiled).stdout
     assert re.search(r"^cpu +not usable: peft_kernels\._C does not load: .+", out, re.M)
 
@@ -294,7 +295,7 @@ def test_a_library_that_is_there_loads(backend: CompiledBackend) -> None:
     if importlib.util.find_spec(backend.library) is None:
         pytest.skip(f"{backend.name}: {backend.not_built}")
     assert backend._refusal is None
-    assert backend.extension.spec_hash() == spec.spec_hash()
+    assert backend.extension.spec_hash() == registry.spec_hash()
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.reference.dropout import dropped
+from peft_kernels.ops.dropout import dropped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
 

@@ -21,7 +21,7 @@ from bench import device_cases, events, gpu, harness
 from bench.device_cases import Suite
 from bench.floors import BY_ARCHITECTURE, Gpu
 from bench.harness import OURS, Absent, Case, Contender, Result
-from peft_kernels import functional
+from peft_kernels import dispatch
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu_check.sh"
 TINY = Gpu("a card", 90, 1, 1e9, 1e10, 1e11, 1 << 20)
@@ -189,8 +189,8 @@ def test_wrong_results_are_found(op: str, tmp_path: Path, monkeypatch: pytest.Mo
         result = original(name, *args)
         return result * 1.02 if name == op else result
 
-    original = functional._call
-    monkeypatch.setattr(functional, "_call", call)
+    original = dispatch.call
+    monkeypatch.setattr(dispatch, "call", call)
     (case,) = tiny("forward-72x64-m33-bf16")
     done = gpu.run([case], options(tmp_path, "--check"), {})
     wrong = bool(done.results[0].wrong)

@@ -17,14 +17,15 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 import testing
-from peft_kernels import autograd, spec
 from peft_kernels.backends import BACKENDS, triton
+from peft_kernels.ops import registry
 
-DIFFERENTIABLE = [(op, sample) for op, sample in CASES if spec.OPS[op].backward is not None]
+DIFFERENTIABLE = [(op, sample) for op, sample in CASES if registry.OPS[op].differentiable]
 
 
 def test_every_op_with_a_formula_is_here() -> None:
-    assert {op for op, _ in DIFFERENTIABLE} == {name for name, op in spec.OPS.items() if op.backward}
+    with_gradient = {name for name, op in registry.OPS.items() if op.differentiable}
+    assert {op for op, _ in DIFFERENTIABLE} == with_gradient
 
 
 @pytest.fixture(params=NAMESPACES)
@@ -41,7 +42,7 @@ class Case:
     """A call of an op as a function of its leaves."""
 
     def __init__(self, namespace: str, op: str, sample: str) -> None:
-        self._call = autograd.eager(getattr(getattr(torch.ops, namespace), op).default)
+        self._call = registry.eager(getattr(getattr(torch.ops, namespace), op).default)
         self._args, self._tree = tree_flatten(samples(op)[sample])
         self._trained = [i for i, t in enumerate(self._args) if isinstance(t, Tensor) and t.requires_grad]
         self.leaves = [self._args[i].detach().requires_grad_() for i in self._trained]

@@ -498,11 +498,11 @@ def test_requantize(nested: bool) -> None:
 @each_nesting
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_f_linear_runs_the_kernel(nested: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_kernels import functional
+    from peft_kernels import dispatch
 
     calls = []
-    original = functional._call
-    monkeypatch.setattr(functional, "_call", lambda op, *args: calls.append(op) or original(op, *args))
+    original = dispatch.call
+    monkeypatch.setattr(dispatch, "call", lambda op, *args: calls.append(op) or original(op, *args))
     weight, x = make(nested=nested), testing.tensor(3, 64)
     b = testing.tensor(12) if bias else None
     layer = nn.Linear(64, 12, bias=False)

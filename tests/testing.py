@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 import simt_backend as simt
-from peft_kernels import NF4Weight, dispatch, spec
+from peft_kernels import NF4Weight, dispatch
 from peft_kernels.backends import BACKENDS, cpu, triton
+from peft_kernels.ops import registry
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 EMULATED = {"amx": "amx_emulated"}
@@ -197,7 +198,7 @@ def widen(value: Any) -> Any:
 
 def reference_op(name: str) -> Any:
     """The plain-torch meaning of an op."""
-    return spec.OPS[name].reference
+    return registry.OPS[name].plain
 
 
 class _Saved:

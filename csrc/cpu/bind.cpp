@@ -9,9 +9,7 @@
 
 #include "../common/nf4.h"
 #include "isa.h"
-
-#define PEFT_KERNELS_QUOTE_(x) #x
-#define PEFT_KERNELS_QUOTE(x) PEFT_KERNELS_QUOTE_(x)
+#include "spec_hash.h"
 
 namespace {
 
@@ -20,8 +18,7 @@ using namespace peft_kernels;
 constexpr size_t kPrefixLength = sizeof("PEFT_KERNELS_SPEC_HASH=") - 1;
 
 // Python looks for these bytes in the file before it loads it, to refuse a library built from other schemas.
-__attribute__((used)) const char kSpecHash[] =
-    "PEFT_KERNELS_SPEC_HASH=" PEFT_KERNELS_QUOTE(PEFT_KERNELS_SPEC_HASH);
+__attribute__((used)) const char kSpecHash[] = "PEFT_KERNELS_SPEC_HASH=" PEFT_KERNELS_SPEC_HASH;
 
 std::vector<std::string> isa_levels() {
   std::vector<std::string> levels;

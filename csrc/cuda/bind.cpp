@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "base_product.h"
+#include "spec_hash.h"
 
 #ifdef PEFT_KERNELS_SIMT
 #  include "emulator.h"
@@ -26,8 +27,7 @@ using namespace peft_kernels;
 constexpr size_t kPrefixLength = sizeof("PEFT_KERNELS_SPEC_HASH=") - 1;
 
 // Python looks for these bytes in the file before it loads it, to refuse a library built from other schemas.
-__attribute__((used)) const char kSpecHash[] =
-    "PEFT_KERNELS_SPEC_HASH=" PEFT_KERNELS_QUOTE(PEFT_KERNELS_SPEC_HASH);
+__attribute__((used)) const char kSpecHash[] = "PEFT_KERNELS_SPEC_HASH=" PEFT_KERNELS_SPEC_HASH;
 
 at::ScalarType dtype_named(const std::string& name) {
   if (name == "float32") return at::kFloat;

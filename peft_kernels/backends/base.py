@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Backend(Protocol):
-    """A set of kernels for every op of `spec`, in an op namespace of its own."""
+    """A set of kernels for every op, in an op namespace of its own."""
 
     name: str
     namespace: str

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .. import spec
+from ..ops import registry
 from .base import unserved_tensors
 
 _HASH = re.compile(rb"PEFT_KERNELS_SPEC_HASH=([0-9a-f]{64})")
@@ -36,7 +36,7 @@ class CompiledBackend:
     def load(self) -> None:
         if self._ops is not None:
             return
-        self._ops = spec.install(self.namespace)
+        self._ops = registry.install(self.namespace)
         self._refusal = self._refusal_to_load()
         if self._refusal is None:
             try:
@@ -72,7 +72,7 @@ class CompiledBackend:
         ):
             match = _HASH.search(content)
             built_for = match.group(1).decode() if match else None
-        if built_for != spec.spec_hash():
+        if built_for != registry.spec_hash():
             return (
                 f"{found.origin} was built from other sources than this package: rebuild it (pip install .)"
             )

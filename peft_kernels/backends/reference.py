@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .. import spec
+from ..ops import registry
 
 
 class ReferenceBackend:
@@ -20,7 +20,7 @@ class ReferenceBackend:
 
     def load(self) -> None:
         if self._library is None:
-            self._library = spec.install(self.namespace, lambda op: op.reference)
+            self._library = registry.install(self.namespace, lambda op: None if op.composite else op.plain)
 
     def probe(self) -> str | None:
         return None

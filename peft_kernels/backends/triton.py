@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import spec
+from ..ops import registry
 from .base import tensors, unserved_tensors
 
 MINIMUM = (8, 0)
@@ -36,7 +36,7 @@ class TritonBackend:
 
     def load(self) -> None:
         if self._library is None:
-            self._library = spec.install(self.namespace, self._implement)
+            self._library = registry.install(self.namespace, self._implement)
 
     def probe(self) -> str | None:
         if not self._asked:
@@ -59,8 +59,8 @@ class TritonBackend:
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
         return unserved_tensors(op, args, ("cuda", "cpu") if self.interpreted else ("cuda",))
 
-    def _implement(self, op: spec.Op) -> Callable[..., Any] | None:
-        if op.composite is not None:
+    def _implement(self, op: type[registry.Op]) -> Callable[..., Any] | None:
+        if op.composite:
             return None
 
         def call(*args: Any) -> Any:

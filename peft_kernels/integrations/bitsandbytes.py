@@ -10,22 +10,22 @@ import torch
 from torch import Tensor
 
 from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map, nf4_code
-from ..nf4 import NF4State, NF4Weight, _rows
+from ..nf4_state import NF4State, packed_rows
 
 STATE_ITEM = "quant_state.bitsandbytes__nf4"
 _CPU = torch.device("cpu")
 
 
-def to_state_dict(weight: NF4Weight, key: str) -> dict[str, Tensor]:
-    """`weight` under bitsandbytes' keys, the first of which is `key`. A dense weight is one plain tensor."""
-    state = weight._state
+def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Tensor]:
+    """A weight of a nominal dtype under bitsandbytes' keys, the first of which is `key`. A dense one is one
+    plain tensor."""
     if state.dense is not None:
         return {key: state.dense}
     assert state.packed is not None and state.absmax is not None
     numbers: dict[str, Any] = {
         "quant_type": "nf4",
         "blocksize": state.blocksize,
-        "dtype": _name(weight.dtype),
+        "dtype": _name(dtype),
         "shape": list(state.shape),
     }
     device = state.packed.device
@@ -47,8 +47,9 @@ def to_state_dict(weight: NF4Weight, key: str) -> dict[str, Tensor]:
     return items
 
 
-def from_state_dict(state_dict: Mapping[str, Any], key: str) -> NF4Weight:
-    """The weight saved under `key`. ValueError names the item that is missing, truncated or foreign."""
+def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
+    """The weight saved under `key`, and its nominal dtype. ValueError names the item that is missing,
+    truncated or foreign."""
 
     def item(suffix: str) -> Tensor:
         value = state_dict.get(key + suffix)
@@ -91,7 +92,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> NF4Weight:
         item(".nested_absmax") if nested else None,
         torch.tensor(float(numbers["nested_offset"]), device=packed.device) if nested else None,
     )
-    return NF4Weight(state, dtype)
+    return state, dtype
 
 
 def is_quantized(params4bit: Any) -> bool:
@@ -129,14 +130,8 @@ def unpack(linear4bit: Any) -> None:
         quant_state.absmax = absmax.T.reshape(-1).float()  # bitsandbytes 0.50 leaves these as they were
 
 
-def from_params4bit(params4bit: Any, name: str = "params4bit") -> NF4Weight:
-    """View a quantised Params4bit as an NF4Weight, sharing memory. ValueError says why that cannot be."""
-    state = state_of(params4bit, name)
-    return NF4Weight(state, params4bit.quant_state.dtype)
-
-
 def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
-    """As `from_params4bit`, without the tensor around it: what ops need."""
+    """A quantised Params4bit as it is, sharing memory. ValueError says why that cannot be."""
     reason = reason_unusable(params4bit)
     if reason is not None:
         raise ValueError(f"{name}: {reason}")
@@ -154,12 +149,11 @@ def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
     )
 
 
-def to_params4bit(weight: NF4Weight) -> Any:
-    """A `bitsandbytes.nn.Params4bit` that shares memory with `weight`. ValueError when it is dense."""
+def to_params4bit(state: NF4State, dtype: torch.dtype) -> Any:
+    """A `bitsandbytes.nn.Params4bit` that shares memory with a weight. ValueError when that is dense."""
     import bitsandbytes
     from bitsandbytes.functional import QuantState
 
-    state = weight._state
     if state.dense is not None or state.packed is None or state.absmax is None:
         raise ValueError(
             "weight: expected packed NF4, got a weight made dense by a write (call requantize_())"
@@ -181,7 +175,7 @@ def to_params4bit(weight: NF4Weight) -> Any:
         code=nf4_code(device).clone(),
         blocksize=state.blocksize,
         quant_type="nf4",
-        dtype=weight.dtype,
+        dtype=dtype,
         offset=state.offset,
         state2=second,
     )
@@ -235,7 +229,7 @@ def _assemble(
     return NF4State(
         (shape[0], shape[1]),
         blocksize,
-        _rows(flat[:nbytes], shape),
+        packed_rows(flat[:nbytes], shape),
         absmax.contiguous().view(-1),
         None if absmax2 is None else absmax2.contiguous().view(-1),
         offset,

@@ -1,10 +1,8 @@
-"""PEFT models as wholes: merging back into NF4, and what in a model belongs to adapters."""
+"""PEFT models as wholes: merging back into NF4."""
 
 from __future__ import annotations
 
-import sys
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -78,20 +76,6 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
         if any(module.merged and not was for (_, module), was in zip(layers, already, strict=True)):
             warnings.filterwarnings("ignore", "All adapters are already merged")  # above, and not twice
         return model.merge_and_unload(safe_merge=safe_merge)
-
-
-def adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """What PEFT has added to a model and may train: everything inside its layers but the layers they wrap."""
-    if "peft" not in sys.modules:
-        return
-    from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.other import AuxiliaryTrainingWrapper
-
-    for module in model.modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            for name, child in module.named_children():
-                if name not in ("base_layer", "original_module"):
-                    yield from child.modules()
 
 
 def _is_packed(base: Any) -> bool:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import AdaptedLinear, gated_mlp
-from ..reference import ACTIVATIONS
+from ..ops.gated import ACTIVATIONS, gated_mlp
+from ..ops.multi_lora import AdaptedLinear
 from . import judge
 from .fused import RECORD, Fused, plain_class
-from .lora import prepare
+from .lora import FusedLora, prepare
 
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
 """Names of gate, up and down in Llama, Mistral, Qwen, Gemma and kin, and in older Mixtral experts."""
@@ -121,9 +121,13 @@ def examine(module: nn.Module) -> Facts | str | None:
     for name in names:
         child: Any = children[name]
         if judge.is_lora(child):
-            reason = judge.lora_class(child)  # before its adapters: other classes keep them elsewhere
+            reason = judge.lora_class(
+                child, FusedLora
+            )  # before its adapters: other classes keep them elsewhere
             reason = (
-                reason or judge.lora(child, judge.active(child)) or judge.summed(child, judge.active(child))
+                reason
+                or judge.lora(child, judge.active(child), FusedLora)
+                or judge.summed(child, judge.active(child))
             )
         else:
             reason = "" if judge.linear(child) else judge.no_forward(child)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # parameters while torch.export traces
 
-from ..arguments import autocast_dtype
-from ..functional import Adapter
 from ..integrations import bitsandbytes
 from ..nf4 import NF4State, NF4Weight
 from ..nn import NF4Linear
+from ..ops.arguments import autocast_dtype
+from ..ops.multi_lora import Adapter
 from . import fused, sources, verify
 
 HOOKED = "hooks on the base layer or an adapter, which a fused forward would pass by"
@@ -212,14 +212,14 @@ def is_lora(module: nn.Module) -> bool:
     return isinstance(module, LoraLayer)
 
 
-def lora_class(module: nn.Module) -> str:
-    """Why a LoRA layer of this class is not one whose forward ours stands in for, or ""."""
+def lora_class(module: nn.Module, ours: type[fused.Fused]) -> str:
+    """Why a LoRA layer of this class is not one whose forward `ours` stands in for, or ""."""
     cls = fused.plain_class(module)
     key = cls, cls.forward
     found = _lora_classes.get(key)
     if found is None:
         _lora_classes[key] = ""  # while it is tried
-        found = _lora_classes[key] = _judge_lora_class(cls, module)
+        found = _lora_classes[key] = _judge_lora_class(cls, module, ours)
     return found
 
 
@@ -235,7 +235,7 @@ def lora_linear_classes() -> tuple[Any, ...]:
     return (Linear, Linear4bit)
 
 
-def _judge_lora_class(cls: Any, module: Any) -> str:
+def _judge_lora_class(cls: Any, module: Any, ours: type[fused.Fused]) -> str:
     stands_for = {one.forward: one for one in lora_linear_classes()}.get(cls.forward)
     if stands_for is None:
         return f"no fused forward for {cls.__module__}.{cls.__qualname__}"
@@ -244,13 +244,13 @@ def _judge_lora_class(cls: Any, module: Any) -> str:
         if getattr(cls, name) is not getattr(stands_for, name):
             return f"{cls.__module__}.{cls.__qualname__} has its own {name}"
     reason = sources.reason_unknown(cls.forward, *(getattr(cls, name) for name in called))
-    return "" if reason is None else verify.lora(module, reason)
+    return "" if reason is None else verify.lora(module, active(module), ours, reason)
 
 
-def lora(module: Any, names: Sequence[str]) -> str:
+def lora(module: Any, names: Sequence[str], ours: type[fused.Fused]) -> str:
     """Why a LoRA layer with the active adapters `names` would not run fused, whatever x is, or ""."""
     layer = module._modules["base_layer"]
-    reason = lora_class(module) or ("" if linear(layer) else no_forward(layer))
+    reason = lora_class(module, ours) or ("" if linear(layer) else no_forward(layer))
     if reason:
         return reason
     reason = unusable(layer) if linear(layer) is FOUR_BIT else ""
@@ -259,7 +259,7 @@ def lora(module: Any, names: Sequence[str]) -> str:
         if not reason:
             found = adapter(module, name, torch.float32, None)
             reason = found if isinstance(found, str) else ""
-    return reason or variants(module, names)
+    return reason or variants(module, names, ours)
 
 
 def adapter(
@@ -302,7 +302,7 @@ def _weight(layer: Any) -> Any:
     return layer.weight if weight is None else weight
 
 
-def variants(module: Any, names: Sequence[str]) -> str:
+def variants(module: Any, names: Sequence[str], ours: type[fused.Fused]) -> str:
     """Why these adapters together are nothing that an op computes, or ""."""
     found = module.lora_variant
     if not found:
@@ -320,7 +320,7 @@ def variants(module: Any, names: Sequence[str]) -> str:
         magnitude = module.lora_magnitude_vector[name]
         if magnitude.fan_in_fan_out and linear(module.base_layer) is not TRANSPOSED:
             return "DoRA over a transposed weight"
-        reason = call_of(magnitude) or _dora(module, variant, magnitude)
+        reason = call_of(magnitude) or _dora(module, variant, magnitude, ours)
         if reason:
             return reason
     return ""
@@ -332,13 +332,13 @@ def summed(module: Any, names: Sequence[str]) -> str:
     return "DoRA or another variant" if found and any(name in found for name in names) else ""
 
 
-def _dora(module: Any, variant: Any, magnitude: Any) -> str:
+def _dora(module: Any, variant: Any, magnitude: Any, ours: type[fused.Fused]) -> str:
     key = type(variant).forward, type(magnitude).forward
     found = _doras.get(key)
     if found is None:
         _doras[key] = ""  # while it is tried
         reason = sources.reason_unknown(*key, type(magnitude).get_weight_norm)
-        found = _doras[key] = "" if reason is None else verify.lora(module, reason)
+        found = _doras[key] = "" if reason is None else verify.lora(module, active(module), ours, reason)
     return found
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..functional import nf4_linear
+from ..ops.linear import nf4_linear
 from . import judge
 from .fused import RECORD, Fused
 

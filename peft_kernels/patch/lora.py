@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import AdaptedLinear, Adapter, dora_linear, lora_linear, multi_lora_linear
 from ..nf4 import NF4Weight
+from ..ops.dora import dora_linear
+from ..ops.lora import lora_linear
+from ..ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
 from . import judge
 from .fused import RECORD, Fused
 
@@ -57,7 +59,7 @@ def prepare(module: Any, dtype: torch.dtype, device: torch.device) -> Prepared |
     if not judge.is_lora(module):
         base = judge.base(module, dtype, device)
         return base if isinstance(base, str) else (base, [])
-    reason = judge.call_of(module) or judge.lora_class(module)
+    reason = judge.call_of(module) or judge.lora_class(module, FusedLora)
     if reason or module.disable_adapters or module.merged_adapters:
         return reason
     names = judge.active(module)
@@ -69,7 +71,7 @@ def _prepare(
 ) -> Prepared | str:
     """`mixed`: each row takes one of the adapters, so their biases (`lora_bias=True`) are left to the
     caller."""
-    reason = judge.lora_class(module) or judge.variants(module, names)
+    reason = judge.lora_class(module, FusedLora) or judge.variants(module, names, FusedLora)
     if reason:
         return reason
     layer = module.__dict__["_modules"]["base_layer"]

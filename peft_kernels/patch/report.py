@@ -36,9 +36,9 @@ def examine(module: nn.Module) -> Finding | None:
     if judge.is_lora(module):
         base: Any = module.get_base_layer()  # type: ignore[operator]
         kind = f"PEFT LoRA {type(module).__name__} on {type(base).__name__}"
-        reason = judge.lora_class(module)
+        reason = judge.lora_class(module, FusedLora)
         return Finding(
-            kind, None if reason else FusedLora, reason or judge.lora(module, judge.active(module))
+            kind, None if reason else FusedLora, reason or judge.lora(module, judge.active(module), FusedLora)
         )
     if judge.is_linear4bit(module):
         known = bool(judge.linear(module))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import judge
-from .fused import Record, fuse, restore
+from .fused import Fused, Record, fuse, restore
 
 logger = logging.getLogger("peft_kernels")
 
@@ -18,14 +18,12 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
 """Relative, of outputs and gradients: a term that is missing or scaled otherwise is off by far more."""
 
 
-def lora(module: Any, reason: str) -> str:
+def lora(module: Any, active: Sequence[str], mixin: type[Fused], reason: str) -> str:
     """`reason` why a forward is not known, or "" when the layer gives the same by ours.
 
     A copy of the adapters is tried, with other numbers in them, over the layer's own base.
     """
-    from .lora import FusedLora
-
-    name = next(iter(judge.active(module)), None) or next(iter(module.lora_A), None)
+    name = next(iter(active), None) or next(iter(module.lora_A), None)
     weight = getattr(module.base_layer, "weight", None)
     if name is None or weight is None or weight.device.type == "meta":
         return f"{reason}, and could not be tried on this layer"
@@ -43,7 +41,7 @@ def lora(module: Any, reason: str) -> str:
     try:
         theirs = [_results(twin, name, x, call) for call in calls]
         record = Record()
-        fuse(twin, FusedLora, record)
+        fuse(twin, mixin, record)
         ours = [_results(twin, name, x, call) for call in calls]
     except Exception as error:  # whatever another version's layer does with what it does not expect
         return f"{reason}, and a trial failed ({type(error).__name__}: {error})"

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.dropout import dropout_scale, dropout_threshold
+from ..ops.dropout import dropout_scale, dropout_threshold
 from .common import check, check_dtype, check_float, check_lengths, check_shape
 from .dropout import check_dropout
 

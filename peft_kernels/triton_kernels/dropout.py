@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..reference.dropout import dropout_scale, dropout_threshold
+from ..ops.dropout import dropout_scale, dropout_threshold
 from .common import check, check_dtype, check_float, check_numel
 from .launch import launch
 

@@ -7,8 +7,12 @@ stream in the third, so that several masks can be drawn from one seed.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+from .registry import Op
 
 _LOW = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -16,12 +20,30 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 
-def dropout_mask(shape: torch.Size, p: float, seed: Tensor, stream: int) -> Tensor:
-    """Bool, of `shape`: which elements are kept."""
-    numel = shape.numel()
-    block = torch.arange((numel + 3) // 4, device=seed.device)
-    words = torch.stack(_philox(block, seed, stream), 1).reshape(-1)[:numel]
-    return (words >= dropout_threshold(p)).view(shape)
+class Dropout(Op):
+    name = "dropout"
+    schema = "(Tensor x, float p, Tensor seed) -> Tensor"
+
+    @staticmethod
+    def meaning(x: Tensor, p: float, seed: Tensor) -> Tensor:
+        return dropped(x, p, seed).clone() if p == 0 else dropped(x, p, seed)
+
+    @staticmethod
+    def fake(args: Any) -> Tensor:
+        return args.x.new_empty(args.x.shape)
+
+    differentiable = ("x",)
+    described = ("x",)
+    twice_differentiable = True
+
+    @staticmethod
+    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
+        return {"x": ops.dropout(dy, args.p, args.seed)}
+
+
+def new_seed(x: Tensor) -> Tensor:
+    """From torch's generator for x's device."""
+    return torch.randint(0, 2**63 - 1, (), device=x.device)
 
 
 def dropout_threshold(p: float) -> int:
@@ -42,8 +64,12 @@ def dropped(x: Tensor, p: float, seed: Tensor | None, stream: int = 0) -> Tensor
     return x * dropout_mask(x.shape, p, seed, stream) * dropout_scale(p)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
-    return dropped(x, p, seed).clone() if p == 0 else dropped(x, p, seed)
+def dropout_mask(shape: torch.Size, p: float, seed: Tensor, stream: int) -> Tensor:
+    """Bool, of `shape`: which elements are kept."""
+    numel = shape.numel()
+    block = torch.arange((numel + 3) // 4, device=seed.device)
+    words = torch.stack(_philox(block, seed, stream), 1).reshape(-1)[:numel]
+    return (words >= dropout_threshold(p)).view(shape)
 
 
 def _philox(block: Tensor, seed: Tensor, stream: int) -> tuple[Tensor, ...]:

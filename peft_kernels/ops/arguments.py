@@ -1,0 +1,92 @@
+"""The arguments that typed calls share, checked, and as the ops take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backends.base import DTYPES
+from ..nf4_state import HoldsNF4, NF4State
+from .registry import Base
+
+Weight = HoldsNF4 | NF4State | Tensor
+"""(out_features, in_features): an NF4Weight, what it holds, or a dense one."""
+
+
+def autocast_dtype(device_type: str) -> torch.dtype | None:
+    """What autocast computes in on devices of this type; None where it is off, or unknown (meta)."""
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def compute_type(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
+    """Of the base product."""
+    dtype = x.dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"x: expected a floating dtype, got {dtype}")
+    if compute_dtype is None or compute_dtype == dtype:
+        return dtype
+    if compute_dtype not in DTYPES:
+        expected = "torch.float32, torch.bfloat16 or torch.float16"
+        raise ValueError(f"compute_dtype: expected {expected}, got {compute_dtype}")
+    return compute_dtype
+
+
+def of_or_float(bias: Tensor, *dtypes: torch.dtype) -> Tensor:
+    """In a dtype that an op takes: one of `dtypes`, or fp32."""
+    return bias if bias.dtype in dtypes else bias.float()
+
+
+def base_of(
+    x: Tensor, weight: Weight, compute: torch.dtype, in_features: int | None = None
+) -> tuple[tuple[int, int], Base]:
+    """Shape of the weight, and the weight as ops take it for a product in `compute`. Checked against x or
+    `in_features`."""
+    state: Any = weight._state if isinstance(weight, HoldsNF4) else weight
+    packed = isinstance(state, NF4State)
+    dense = state.dense if packed else state
+    if dense is None:
+        if state is not weight and _requires_grad(weight):
+            raise ValueError(
+                "weight: an NF4 weight cannot be trained, expected requires_grad=False, got True"
+            )
+        shape, base = state.shape, state.op_args
+    else:
+        if dense.dim() != 2:
+            raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(dense.shape)}")
+        if packed:
+            dense = dense.to(compute)
+        elif dense.dtype != compute:
+            like = "x" if compute == x.dtype else "compute_dtype"
+            raise ValueError(f"weight: expected {compute} like {like}, got {dense.dtype}")
+        shape, base = dense.shape, Base(dense)
+    if in_features is None:
+        if x.dim() == 0 or x.shape[-1] != shape[1]:
+            raise ValueError(f"x: expected shape (..., {shape[1]}), got {tuple(x.shape)}")
+    elif shape[1] != in_features:
+        raise ValueError(f"weight: expected {in_features} input features, got {shape[1]}")
+    if base.weight.device != x.device:
+        raise ValueError(f"weight: expected device {x.device} like x, got {base.weight.device}")
+    return (shape[0], shape[1]), base
+
+
+def check_bias(x: Tensor, bias: Tensor | None, out_features: int, compute: torch.dtype) -> None:
+    if bias is None:
+        return
+    if bias.shape != (out_features,):
+        raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
+    if bias.device != x.device:
+        raise ValueError(f"bias: expected device {x.device} like x, got {bias.device}")
+    if bias.dtype not in (x.dtype, compute, torch.float32):
+        like = "x" if compute == x.dtype else f"x, {compute}"
+        raise ValueError(f"bias: expected {x.dtype} like {like} or float32, got {bias.dtype}")
+
+
+def _requires_grad(tensor: Any) -> bool:
+    """Past torch functions of its class, which cost a microsecond; only they can be traced."""
+    if torch.compiler.is_compiling():
+        return bool(tensor.requires_grad)
+    return torch._C._any_requires_grad(tensor)

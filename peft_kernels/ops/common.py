@@ -1,0 +1,36 @@
+"""What the meanings and gradients of several ops share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rows(t: Tensor) -> Tensor:
+    """(..., features) as (rows, features); a vector is one row."""
+    return t.flatten(0, -2) if t.dim() > 1 else t.unsqueeze(0)
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which products are summed, and in which `h = x A^T` is kept: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def new_h(x: Tensor, rank: int) -> Tensor:
+    """x A^T, uninitialised."""
+    return x.new_empty((*x.shape[:-1], rank), dtype=accumulator_dtype(x.dtype))
+
+
+def empty_unless(need: bool, like: Tensor) -> Tensor:
+    """A gradient, uninitialised; without elements where it is not wanted."""
+    return like.new_empty(like.shape if need else (0,))
+
+
+def bias_grad(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows(dy).sum(0, dtype=accumulator_dtype(dy.dtype)).to(dtype)
+
+
+def weight_grad(dy: Tensor, x: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
+    """Of a dense base weight: it comes from the base product alone."""
+    dtype = compute_dtype or x.dtype
+    return rows(dy).to(dtype).t() @ rows(x).to(dtype)

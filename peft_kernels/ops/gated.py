@@ -1,0 +1,244 @@
+"""activation(gate) * up, the middle of a gated MLP (SwiGLU, GeGLU; Shazeer 2020), and the MLP as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from . import arguments
+from .common import accumulator_dtype, new_h
+from .multi_lora import AdaptedLinear, flatten, layer_grads
+from .registry import Base, Op, columns
+
+
+class GatedActivation(Op):
+    name = "gated_activation"
+    schema = "(Tensor gate, Tensor up, str activation) -> Tensor"
+
+    @staticmethod
+    def meaning(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+        acc = accumulator_dtype(gate.dtype)
+        # Contiguous, as back ends give it: elementwise functions of torch would keep the layout of gate.
+        return (ACTIVATIONS[activation](gate.to(acc))[0] * up.to(acc)).to(gate.dtype).contiguous()
+
+    @staticmethod
+    def fake(args: Any) -> Tensor:
+        return args.gate.new_empty(args.gate.shape)
+
+    differentiable = ("gate", "up")
+
+    @staticmethod
+    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
+        d_gate, d_up = ops.gated_activation_backward(dy, *args)
+        return {"gate": d_gate, "up": d_up}
+
+
+class GatedActivationBackward(Op):
+    name = "gated_activation_backward"
+    schema = "(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup)"
+
+    @staticmethod
+    def meaning(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+        acc = accumulator_dtype(gate.dtype)
+        value, slope = ACTIVATIONS[activation](gate.to(acc))
+        d = dy.to(acc)
+        dgate, dup = (d * up.to(acc) * slope).to(gate.dtype), (d * value).to(up.dtype)
+        return dgate.contiguous(), dup.contiguous()
+
+    @staticmethod
+    def fake(args: Any) -> tuple[Tensor, Tensor]:
+        return args.gate.new_empty(args.gate.shape), args.up.new_empty(args.up.shape)
+
+
+class GatedMlp(Op):
+    """down(activation(gate(x)) * up(x)); its three layers are given in the order gate, up, down. Beside y,
+    what backward needs again: the outputs of gate and up, x A^T of their adapters, and of down's."""
+
+    name = "gated_mlp"
+    schema = (
+        "(Tensor x, $bases, SymInt[] out_features, Tensor[] bias, Tensor[] lora_a, Tensor[] lora_b, "
+        "int[] layer, float[] scaling, float[] dropout_p, Tensor? seed, str activation) "
+        "-> (Tensor y, Tensor gate, Tensor up, Tensor h, Tensor h_down)"
+    )
+    composite = True
+
+    @staticmethod
+    def meaning(
+        ops: Any,
+        x: Tensor,
+        bases: list[Base],
+        out_features: list[int],
+        bias: list[Tensor],
+        lora_a: list[Tensor],
+        lora_b: list[Tensor],
+        layer: list[int],
+        scaling: list[float],
+        dropout_p: list[float],
+        seed: Tensor | None,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        def call(half: _Half, x: Tensor, seed: Tensor | None) -> Any:
+            sizes, biases = half.of_layers(out_features, bias)
+            a, b, s, p = half.of_adapters(lora_a, lora_b, scaling, dropout_p)
+            layers = *half.bases, sizes, biases
+            return ops.multi_lora_linear(x, *layers, a, b, half.layer, s, p, seed, [0] * len(a), None, None)
+
+        first, last = _Half(bases, layer, 0, 2), _Half(bases, layer, 2, 3)
+        (gate, up), h = call(first, x, seed)
+        (y,), h_down = call(last, ops.gated_activation(gate, up, activation), _down_seed(seed))
+        return y, gate, up, h, h_down
+
+    @staticmethod
+    def fake(args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        gate, up, y = (args.x.new_empty((*args.x.shape[:-1], n)) for n in args.out_features)
+        ranks = [
+            sum(a.shape[0] for a, j in zip(args.lora_a, args.layer, strict=True) if (j == 2) is down)
+            for down in (False, True)
+        ]
+        return y, gate, up, new_h(args.x, ranks[0]), new_h(args.x, ranks[1])
+
+    differentiable = ("x", "weight", "bias", "lora_a", "lora_b")
+    described = ("bias", "y")
+    kept = ("gate", "up", "h", "h_down")
+
+    @staticmethod
+    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
+        gate, up = results.gate, results.up
+        first, last = (_Half(args.bases, args.layer, begin, end) for begin, end in ((0, 2), (2, 3)))
+
+        def call(
+            half: _Half, dy: list[Tensor], x: Tensor, h: Tensor, seed: Tensor | None, need_dx: bool
+        ) -> tuple[Tensor, list[Tensor], list[Tensor], list[Any], list[Any]]:
+            a, b, s, p = half.of_adapters(args.lora_a, args.lora_b, args.scaling, args.dropout_p)
+            dx, da, db = ops.multi_lora_linear_backward(
+                dy, x, h, *half.bases, a, b, half.layer, s, p, seed, [0] * len(a), None, None,
+                need_dx, *half.of_adapters(need.lora_a, need.lora_b),
+            )  # fmt: skip
+            return dx, da, db, *layer_grads(dy, x, None, *half.of_layers(args.bias, need.weight, need.bias))
+
+        product = ops.gated_activation(gate, up, args.activation)
+        d_product, *of_last = call(last, [dy], product, results.h_down, _down_seed(args.seed), True)
+        del product
+        d_gate, d_up = ops.gated_activation_backward(d_product, gate, up, args.activation)
+        del d_product
+        dx, *of_first = call(first, [d_gate, d_up], args.x, results.h, args.seed, need.x)
+        da, db = ([None] * len(args.layer) for _ in range(2))
+        for half, found in ((first, of_first), (last, of_last)):
+            for i, one_da, one_db in zip(half.chosen, *found[:2], strict=True):
+                da[i], db[i] = one_da, one_db
+        dw, dbias = (of_first[i] + of_last[i] for i in (2, 3))
+        return {"x": dx, "weight": dw, "bias": dbias, "lora_a": da, "lora_b": db}
+
+    @staticmethod
+    def flops(args: Any) -> int:
+        gate, up, down = args.out_features
+        m = prod(args.x[:-1])
+        base = 2 * m * (args.x[-1] * (gate + up) + gate * down)
+        return base + sum(2 * m * (prod(a) + prod(b)) for a, b in zip(args.lora_a, args.lora_b, strict=True))
+
+
+class _Half:
+    """What of an MLP's lists goes into one of its two calls: of the layers `begin` to `end`, gate and up, or
+    down."""
+
+    def __init__(self, bases: Sequence[Base], layer: Sequence[int], begin: int, end: int) -> None:
+        self._cut = slice(begin, end)
+        self.bases = columns(bases[begin:end])
+        self.chosen = [i for i, j in enumerate(layer) if begin <= j < end]
+        self.layer = [layer[i] - begin for i in self.chosen]
+
+    def of_layers(self, *lists: Any) -> list[Any]:
+        return [values[self._cut] for values in lists]
+
+    def of_adapters(self, *lists: Any) -> list[Any]:
+        return [[values[i] for i in self.chosen] for values in lists]
+
+
+def _down_seed(seed: Tensor | None) -> Tensor | None:
+    # Another key: gate and down must not draw from one stream.
+    return None if seed is None else seed + 1
+
+
+def _silu(x: Tensor) -> tuple[Tensor, Tensor]:
+    s = torch.sigmoid(x)
+    return x * s, s * (1 + x * (1 - s))
+
+
+def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
+    cdf = 0.5 * (1 + torch.erf(x * math.sqrt(0.5)))
+    pdf = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+    return F.gelu(x), cdf + x * pdf
+
+
+def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
+    k = math.sqrt(2 / math.pi)
+    t = torch.tanh(k * (x + 0.044715 * x * x * x))
+    slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * k * (1 + 3 * 0.044715 * x * x)
+    return F.gelu(x, approximate="tanh"), slope
+
+
+def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
+    return F.relu(x), (x > 0).to(x.dtype)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
+    "silu": _silu,
+    "gelu": _gelu,
+    "gelu_tanh": _gelu_tanh,
+    "relu": _relu,
+}
+"""Each gives value and derivative."""
+
+
+def gated_mlp(
+    x: Tensor,
+    gate: AdaptedLinear,
+    up: AdaptedLinear,
+    down: AdaptedLinear,
+    activation: str = "silu",
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`down(activation(gate(x)) * up(x))`: SwiGLU, GeGLU (Shazeer 2020), each layer with its adapters.
+
+    Saved for backward: x, the outputs of gate and up, x A^T of each adapter and the parameters; the product
+    in the middle is made again.
+
+    Parameters
+    ----------
+    activation : str
+        "silu", "gelu", "gelu_tanh" or "relu".
+    compute_dtype : torch.dtype, optional
+        fp32, bf16 or fp16: x is rounded to it once, and everything inside is as for an x of that dtype. That
+        copy alone is saved. The result gets x's dtype. By default x's dtype.
+    """
+    _check_activation(activation)
+    compute = arguments.compute_type(x, compute_dtype)
+    hidden = gate.weight.shape[0]
+    if up.weight.shape[0] != hidden:
+        raise ValueError(f"up: expected {hidden} output features like gate, got {up.weight.shape[0]}")
+    features = [x.shape[-1], x.shape[-1], hidden]
+    base, adapters, _, seed = flatten(x, (gate, up, down), features, compute, compute)
+    y: Tensor = dispatch.call("gated_mlp", x.to(compute), *base, *adapters, seed, activation)[0]
+    return y.to(x.dtype)
+
+
+def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
+    """`activation(gate) * up` in one pass, computed in fp32. Saved for backward: gate and up."""
+    _check_activation(activation)
+    if gate.shape != up.shape or gate.dtype != up.dtype:
+        expected, got = f"{gate.dtype} of shape {tuple(gate.shape)}", f"{up.dtype} of {tuple(up.shape)}"
+        raise ValueError(f"up: expected {expected} like gate, got {got}")
+    y: Tensor = dispatch.call("gated_activation", gate, up, activation)
+    return y
+
+
+def _check_activation(activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")

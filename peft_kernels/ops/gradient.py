@@ -1,0 +1,240 @@
+"""How ops are called: with their gradients, past autocast, and under torch.func's transforms.
+
+The gradient of an op is its formula behind a torch.autograd.Function. torch.library.register_autograd does as
+much for any schema, and costs 20 to 40 us a forward call: it fills in defaults, and takes lists apart by
+pytrees. Our schemas have no defaults, and say where the lists are; and only the arguments that have a
+gradient go through torch's function.
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import DispatchKey, DispatchKeySet
+from torch._ops import OpOverload
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_leaves, tree_map
+
+from . import flops
+
+if TYPE_CHECKING:
+    from .registry import Op
+
+Call = Callable[..., Any]
+
+_in_transform = torch._C._are_functorch_transforms_active
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_any_requires_grad = torch._C._any_requires_grad
+_Without = torch._C._ExcludeDispatchKeyGuard
+
+_AUTOCAST_KEYS = [name for name in vars(DispatchKey) if name.startswith("Autocast")]
+
+
+def _keyset(*names: str) -> DispatchKeySet:
+    keys = DispatchKeySet(getattr(DispatchKey, names[0]))
+    for name in names[1:]:
+        keys |= DispatchKeySet(getattr(DispatchKey, name))
+    return keys
+
+
+# An op says itself in which dtypes it computes: torch functions that a kernel calls must not see autocast.
+_AUTOCAST = _keyset(*_AUTOCAST_KEYS)
+_ABOVE_KERNELS = _AUTOCAST | _keyset("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
+
+
+class Like(NamedTuple):
+    """What is left of a tensor that is not saved."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, value: Any) -> Any:
+        """Of a tensor, of each in a list of them, or None of None."""
+        if isinstance(value, Tensor):
+            return cls(value.shape, value.dtype)
+        return value and [cls(t.shape, t.dtype) for t in value]
+
+
+def register(op: type[Op], overload: OpOverload, library: torch.library.Library, ops: Any) -> Call:
+    """Say how an op is called, through the dispatcher and, by what is returned, in eager calls.
+
+    What runs under torch.func's transforms and in forward-mode differentiation, for which kernels have no
+    rules, is the op in plain torch, which torch itself differentiates and batches. Saved tensors are unpacked
+    once in a backward: a second time is an error under hooks such as those of activation checkpointing.
+    """
+    call = differentiable = _differentiable(op, overload, ops)
+    if op.differentiable:
+        library.impl(overload, lambda _keys, *args: differentiable(*args), "Autograd", with_keyset=True)
+
+    def past_autocast(_keys: DispatchKeySet, *args: Any) -> Any:
+        with _Without(_AUTOCAST):
+            return overload(*args)
+
+    for key in _AUTOCAST_KEYS:
+        library.impl(overload, past_autocast, key, with_keyset=True)
+
+    def eager_call(*args: Any) -> Any:
+        if _in_transform() or forward_ad._current_level >= 0:
+            with _Without(_AUTOCAST):
+                return op.plain(*args)
+        if _dispatch_modes():
+            flops.tell()
+        return call(*args)
+
+    return eager_call
+
+
+def _below_autograd(overload: OpOverload) -> Call:
+    def call(*args: Any) -> Any:
+        with _Without(_ABOVE_KERNELS):
+            return overload(*args)
+
+    return call
+
+
+def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
+    below = _below_autograd(overload)
+    if not op.differentiable:
+        return below
+    returns = overload._schema.returns
+    several, first_is_list = len(returns) > 1, _is_list(returns[0].type)
+    saving = _Saving(op, overload)
+    place = {name: i for i, name in enumerate(op.arguments)}
+    of_lists = {a.name for a in overload._schema.arguments if _is_list(a.type)}
+    trained = [(place[name], name in of_lists) for name in op.differentiable]
+    Need: Any = namedtuple("Need", op.differentiable)  # type: ignore[misc]
+
+    # `args` are all arguments of the op; torch sees those behind it, which have a gradient.
+    def forward(ctx: Any, args: tuple[Any, ...], *_: Tensor | None) -> Any:
+        output = below(*args)
+        results = output if several else (output,)
+        saving.save(ctx, args, results)
+        return (*results[0], *results[1:]) if first_is_list else output
+
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        args, results = saving.restore(ctx)
+        flags: Iterator[bool] = iter(ctx.needs_input_grad[1:])
+        need = Need(*([next(flags) for _ in args[i]] if many else next(flags) for i, many in trained))
+        dy = grads[: len(results[0])] if first_is_list else grads[0]
+        if dy is None:  # no loss depends on it
+            return (None,) * len(ctx.needs_input_grad)
+        with _Without(_AUTOCAST):
+            if op.twice_differentiable or not torch.is_grad_enabled():
+                found = op.backward(ops, op.named(args), results, need, dy)
+            else:
+                found = _refusing(op, ops, op.named(args), results, need, dy)
+        gradients: list[Any] = [None]
+        for name, wanted in zip(op.differentiable, need, strict=True):
+            found_one: Any = found.get(name)
+            if name in of_lists:
+                gradients += [g if w else None for g, w in zip(found_one, wanted, strict=True)]
+            else:
+                gradients.append(found_one if wanted else None)
+        return tuple(gradients)
+
+    # The name is what a tensor's grad_fn shows, and it is taken when the class is made.
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    function: Any = type(f"{overload._namespace}_{op.name}_", (torch.autograd.Function,), methods)
+
+    def call(*args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return below(*args)
+        tensors: list[Any] = []
+        for i, many in trained:
+            if many:
+                tensors.extend(args[i])
+            else:
+                tensors.append(args[i])
+        if not _any_requires_grad(*tensors):
+            return below(*args)
+        output = function.apply(args, *tensors)
+        if not first_is_list:
+            return output
+        split = len(output) - len(returns) + 1
+        return (list(output[:split]), *output[split:]) if several else list(output)
+
+    return call
+
+
+class _Saving:
+    """What of a call's arguments and results its backward gets; tensors by torch's way, so that hooks on
+    saved tensors see them."""
+
+    def __init__(self, op: type[Op], overload: OpOverload) -> None:
+        arguments = overload._schema.arguments
+        tensors = [(i, _is_list(a.type)) for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
+        self._saved = [(i, many) for i, many in tensors if op.arguments[i] not in op.described]
+        self._described = [i for i, name in enumerate(op.arguments) if name in op.described]
+        results = op.returns or ["y"]
+        self._kept = [i for i, name in enumerate(results) if name in op.kept]
+        self._described_results = [i for i, name in enumerate(results) if name in op.described]
+        self._none: list[Any] = [None] * len(results)
+        self._named: Any = namedtuple("Results", results)  # type: ignore[misc]
+
+    def save(self, ctx: Any, args: Sequence[Any], results: Sequence[Any]) -> None:
+        rest, tensors = list(args), []
+        for i, many in self._saved:
+            if many:
+                tensors.extend(args[i])
+                rest[i] = len(args[i])
+            else:
+                tensors.append(args[i])
+                rest[i] = None
+        for i in self._described:
+            rest[i] = Like.of(args[i])
+        described = self._none.copy()
+        for i in self._described_results:
+            described[i] = Like.of(results[i])
+        if self._kept:
+            kept = [results[i] for i in self._kept]
+            tensors += kept
+            ctx.mark_non_differentiable(*kept)
+            # No zeros for gradients that there are none of: as much memory as the results themselves.
+            ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors)
+        ctx.rest, ctx.described = rest, described
+
+    def restore(self, ctx: Any) -> tuple[list[Any], Any]:
+        """Arguments, flat, and results by name."""
+        tensors: Iterator[Any] = iter(ctx.saved_tensors)
+        args, results = list(ctx.rest), list(ctx.described)
+        for i, many in self._saved:
+            args[i] = [next(tensors) for _ in range(args[i])] if many else next(tensors)
+        for i in self._kept:
+            results[i] = next(tensors)
+        return args, self._named(*results)
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether a schema's type is a list of tensors."""
+    kinds = (torch.ListType.ofTensors(), torch.ListType(torch.OptionalType.ofTensor()))
+    return any(kind.isSubtypeOf(one) for one in kinds)
+
+
+class _Refusal(torch.autograd.Function):
+    """The first `count` tensors, with an error in place of their gradient in any of the tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, sentence: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.sentence = sentence
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(ctx.sentence)
+
+
+def _refusing(op: type[Op], ops: Any, *inputs: Any) -> dict[str, Any]:
+    """Gradients whose own gradient raises, where torch would only warn or take them for constants."""
+    with torch.no_grad():
+        found = op.backward(ops, *inputs)
+    sentence = f"{op.name}: a gradient of its gradients was asked for, expected first order only"
+    tensors = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
+    sources = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
+    refusing = iter(_Refusal.apply(sentence, len(tensors), *tensors, *sources))
+    return tree_map(lambda value: next(refusing) if isinstance(value, Tensor) else value, found)

@@ -1,0 +1,131 @@
+"""Products with a frozen NF4 weight, and with its transposed in the backward."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ..nf4_state import HoldsNF4, NF4State
+from . import arguments
+from .arguments import autocast_dtype
+from .common import bias_grad
+from .nf4 import dense_weight
+from .registry import Base, Op
+
+
+class NF4Linear(Op):
+    name = "nf4_linear"
+    schema = "(Tensor x, $nf4, SymInt out_features, Tensor? bias) -> Tensor"
+
+    @staticmethod
+    def meaning(x: Tensor, base: Base, out_features: int, bias: Tensor | None) -> Tensor:
+        weight = dense_weight(base, (out_features, x.shape[-1]), x.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def fake(args: Any) -> Tensor:
+        return args.x.new_empty((*args.x.shape[:-1], args.out_features))
+
+    differentiable = ("x", "bias")
+    described = ("x", "bias")
+    twice_differentiable = True
+
+    @staticmethod
+    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
+        return {
+            "x": ops.nf4_linear_dx(dy, *args.base, args.x.shape[-1]) if need.x else None,
+            "bias": bias_grad(dy, args.bias.dtype) if need.bias else None,
+        }
+
+    @staticmethod
+    def flops(args: Any) -> int:
+        return 2 * prod(args.x) * args.out_features
+
+
+class NF4LinearDx(Op):
+    name = "nf4_linear_dx"
+    schema = "(Tensor dy, $nf4, SymInt in_features) -> Tensor"
+
+    @staticmethod
+    def meaning(dy: Tensor, base: Base, in_features: int) -> Tensor:
+        return dy @ dense_weight(base, (dy.shape[-1], in_features), dy.dtype)
+
+    @staticmethod
+    def fake(args: Any) -> Tensor:
+        return args.dy.new_empty((*args.dy.shape[:-1], args.in_features))
+
+    differentiable = ("dy",)
+    described = ("dy",)
+    twice_differentiable = True
+
+    @staticmethod
+    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
+        # dx is linear in dy, with the transposed weight: its own gradient is the forward product.
+        return {"dy": ops.nf4_linear(dy, *args.base, args.dy.shape[-1], None)}
+
+    @staticmethod
+    def flops(args: Any) -> int:
+        return 2 * prod(args.dy) * args.in_features
+
+
+def nf4_linear(
+    x: Tensor,
+    weight: HoldsNF4 | NF4State,
+    bias: Tensor | None = None,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`x W^T + bias` with a frozen NF4 weight, dequantised inside the kernel.
+
+    Parameters
+    ----------
+    x : Tensor, (..., in_features)
+        fp32, bf16 or fp16. Sums are in fp32.
+    weight : NF4Weight, (out_features, in_features)
+    bias : Tensor, (out_features,), optional
+        Of x's dtype, of compute_dtype or fp32.
+    compute_dtype : torch.dtype, optional
+        fp32, bf16 or fp16: x is rounded to it, and so is the result before it gets x's dtype, as in
+        bitsandbytes' Linear4bit. By default x's dtype.
+
+    Returns
+    -------
+    Tensor, (..., out_features), of x's dtype. Differentiable in x and bias.
+
+    Raises
+    ------
+    ValueError
+        Shapes, dtypes or devices that do not fit; a weight that requires grad.
+    """
+    if not isinstance(weight, (HoldsNF4, NF4State)):
+        raise ValueError(f"weight: expected an NF4Weight, got {type(weight).__name__}")
+    compute = arguments.compute_type(x, compute_dtype)
+    shape, base = arguments.base_of(x, weight, compute)
+    arguments.check_bias(x, bias, shape[0], compute)
+    return base_product(x, shape[0], base, bias, compute)
+
+
+def base_product(
+    x: Tensor, out_features: int, base: Base, bias: Tensor | None, compute: torch.dtype
+) -> Tensor:
+    """x W^T + bias, rounded to `compute`, in x's dtype."""
+    if base.absmax is None:
+        y = _dense_product(x.to(compute), base.weight, None if bias is None else bias.to(compute))
+    else:
+        bias = None if bias is None else arguments.of_or_float(bias, compute)
+        rounded = x if compute == x.dtype else x.to(compute)
+        y = dispatch.call("nf4_linear", rounded, *base, out_features, bias)
+    return y if compute == x.dtype else y.to(x.dtype)
+
+
+def _dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """In their dtype, whatever autocast says."""
+    device = x.device.type
+    if autocast_dtype(device) is None:
+        return F.linear(x, weight, bias)
+    with torch.autocast(device, enabled=False):
+        return F.linear(x, weight, bias)

@@ -1,0 +1,115 @@
+"""Quantising to NF4 and back (Dettmers et al. 2023), and the scales' double quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..code_tables import NESTED_BLOCKSIZE, dynamic_map, dynamic_thresholds, nf4_code, nf4_thresholds
+from .registry import Base, Op
+
+ZERO_CODE = 7
+"""Code of 0.0: what blocks without a usable scale, and the padding of an odd tail, are written as."""
+
+
+class QuantizeNF4(Op):
+    name = "quantize_nf4"
+    schema = "(Tensor weight, int blocksize) -> (Tensor packed, Tensor absmax)"
+
+    @staticmethod
+    def meaning(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+        flat = weight.reshape(-1).float()
+        blocks = _blocks(flat, blocksize)
+        absmax = blocks.abs().amax(1)
+        scaled = blocks * _reciprocal(absmax)[:, None]
+        codes = _code_of(scaled, nf4_thresholds(weight.device)).view(-1)[: flat.numel()]
+        codes = F.pad(codes, (0, codes.numel() % 2), value=ZERO_CODE)
+        return codes[0::2] << 4 | codes[1::2], absmax
+
+    @staticmethod
+    def fake(args: Any) -> tuple[Tensor, Tensor]:
+        weight, n = args.weight, args.weight.numel()
+        packed = weight.new_empty((n + 1) // 2, dtype=torch.uint8)
+        return packed, weight.new_empty((n + args.blocksize - 1) // args.blocksize, dtype=torch.float32)
+
+
+class QuantizeAbsmax(Op):
+    name = "quantize_absmax"
+    schema = "(Tensor absmax) -> (Tensor q8, Tensor absmax2, Tensor offset)"
+
+    @staticmethod
+    def meaning(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        offset = absmax.mean()
+        blocks = _blocks(absmax - offset, NESTED_BLOCKSIZE)
+        absmax2 = blocks.abs().amax(1)
+        q8 = _code_of(blocks * _reciprocal(absmax2)[:, None], dynamic_thresholds(absmax.device))
+        return q8.view(-1)[: absmax.numel()].contiguous(), absmax2, offset
+
+    @staticmethod
+    def fake(args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        absmax, n = args.absmax, args.absmax.numel()
+        absmax2 = absmax.new_empty((n + NESTED_BLOCKSIZE - 1) // NESTED_BLOCKSIZE)
+        return absmax.new_empty(n, dtype=torch.uint8), absmax2, absmax.new_empty(())
+
+
+class UnpackAbsmax(Op):
+    name = "unpack_absmax"
+    schema = "(Tensor q8, Tensor absmax2, Tensor offset) -> Tensor"
+
+    @staticmethod
+    def meaning(q8: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+        scale = absmax2.repeat_interleave(NESTED_BLOCKSIZE)[: q8.numel()]
+        return dynamic_map(q8.device)[q8.reshape(-1).long()] * scale + offset
+
+    @staticmethod
+    def fake(args: Any) -> Tensor:
+        return args.absmax2.new_empty(args.q8.numel())
+
+
+class DequantizeNF4(Op):
+    name = "dequantize_nf4"
+    schema = "($nf4, SymInt[] shape, ScalarType dtype) -> Tensor"
+
+    @staticmethod
+    def meaning(base: Base, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        absmax = base.absmax
+        assert absmax is not None
+        if base.absmax2 is not None:
+            assert base.offset is not None
+            absmax = UnpackAbsmax.meaning(absmax, base.absmax2, base.offset)
+        flat, numel = base.weight.reshape(-1), prod(shape)
+        codes = torch.stack((flat >> 4, flat & 15), dim=1).view(-1)[:numel]
+        scale = absmax.repeat_interleave(base.blocksize)[:numel]
+        return (nf4_code(flat.device)[codes.long()] * scale).to(dtype).reshape(tuple(shape))
+
+    @staticmethod
+    def fake(args: Any) -> Tensor:
+        return args.base.weight.new_empty(args.shape, dtype=args.dtype)
+
+
+def dense_weight(base: Base, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """A base weight as a matrix, (out, in): dequantised to `dtype` when it is NF4."""
+    return base.weight if base.absmax is None else DequantizeNF4.meaning(base, shape, dtype)
+
+
+def _blocks(flat: Tensor, blocksize: int) -> Tensor:
+    """Zero-pad a flat tensor and view it as (nblocks, blocksize)."""
+    nblocks = -(-flat.numel() // blocksize)
+    return F.pad(flat, (0, nblocks * blocksize - flat.numel())).view(nblocks, blocksize)
+
+
+def _reciprocal(absmax: Tensor) -> Tensor:
+    # 1/absmax overflows for an all-zero block and for the deepest subnormals; 0 sends both to the code of
+    # zero.
+    inverse = 1.0 / absmax
+    return torch.where(inverse.isinf(), torch.zeros_like(inverse), inverse)
+
+
+def _code_of(x: Tensor, thresholds: Tensor) -> Tensor:
+    # bucketize counts the thresholds below x, except that it sorts NaN last where `x > t` is never true.
+    return torch.where(x.isnan(), 0, torch.bucketize(x, thresholds)).to(torch.uint8)

@@ -1,0 +1,183 @@
+"""What an op is, the table of all, and how they are put into an op namespace.
+
+`install(namespace)` turns the table into a torch operator namespace: the public one, and one for each back
+end, so that two back ends can be compared in one process and none replaces another without a word. Gradients
+call the ops of their own namespace, so a back end's backward is its own too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import namedtuple
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from . import flops, gradient
+
+Call = Callable[..., Any]
+
+GROUPS = {
+    "$nf4": "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, int blocksize",
+    "$base": "Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? offset, int blocksize",
+    "$bases": "Tensor[] weight, Tensor?[] absmax, Tensor?[] absmax2, Tensor?[] offset, int[] blocksize",
+}
+"""The arguments of schemas that are a base weight: NF4, NF4 or dense, and such a one for each layer. Python
+code has a `Base` in their place, called `base`, or a list of these, called `bases`."""
+
+
+class Base(NamedTuple):
+    """The frozen weight of a linear layer, as ops take it."""
+
+    weight: Tensor  # uint8, (n + 1) // 2 bytes, flat or (out, in / 2); or dense (out, in)
+    absmax: Tensor | None = None  # fp32 (nblocks,), uint8 when double-quantised; None: the weight is dense
+    absmax2: Tensor | None = None  # fp32 (ceil(nblocks / 256),), of double quantisation
+    offset: Tensor | None = None  # fp32 (), of double quantisation
+    blocksize: int = 0
+
+
+def columns(bases: Sequence[Base]) -> list[list[Any]]:
+    """Several base weights as the lists that ops take."""
+    return [list(column) for column in zip(*bases, strict=True)] if bases else [[] for _ in Base._fields]
+
+
+class Op:
+    """One op; its subclasses are the table. What comes as `args` is a tuple of a call's arguments with the
+    names of the schema."""
+
+    name: ClassVar[str]
+    schema: ClassVar[str]
+    """In which a word of GROUPS stands for its arguments."""
+    composite: ClassVar[bool] = False
+    """Made of other ops: no back end needs a kernel, and `meaning(ops, ...)` gets those it is to call."""
+
+    @staticmethod
+    def meaning(*args: Any, **kwargs: Any) -> Any:
+        """The op in plain torch, for any floating dtype (fp64 included: run so, it is the truth that kernels
+        are judged against) and any device. Clarity before speed: weights are materialised."""
+        raise NotImplementedError
+
+    @staticmethod
+    def fake(args: Any) -> Any:
+        """Results of the right shapes and dtypes, with anything in them."""
+        raise NotImplementedError
+
+    differentiable: ClassVar[tuple[str, ...]] = ()
+    """Arguments that have a gradient."""
+    described: ClassVar[tuple[str, ...]] = ()
+    """Tensors, among arguments and results, of which backward needs but shape and dtype: `gradient.Like`.
+    Other arguments are saved."""
+    kept: ClassVar[tuple[str, ...]] = ()
+    """Results that leave the op only to be saved; a gradient through them there is none."""
+    twice_differentiable: ClassVar[bool] = False
+    """Whether the gradient is made of differentiable ops. Else a gradient of it is refused."""
+
+    @staticmethod
+    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Any) -> dict[str, Any]:
+        """Gradients by the names of arguments, at least of those that `need` says. `dy` is the gradient of
+        the first result; `ops` are to be called."""
+        raise NotImplementedError
+
+    @staticmethod
+    def flops(args: Any) -> int:
+        """What a call counts, of arguments with shapes in place of tensors."""
+        raise NotImplementedError
+
+    arguments: ClassVar[list[str]]
+    """Names of the arguments, one by one."""
+    returns: ClassVar[list[str]]
+    _named: ClassVar[Any]
+    _group: ClassVar[tuple[int, bool] | None]
+
+    def __init_subclass__(cls) -> None:
+        taken, given = cls.full_schema().split(" -> ")
+        cls.arguments, cls.returns = _names(taken), _names(given)
+        group = re.search(r"\$(\w+)", cls.schema)
+        names = _names(cls.schema.split(" -> ")[0])
+        cls._group = None
+        if group is not None:
+            cls._group = names.index("$" + group[1]), group[1] == "bases"
+            names[cls._group[0]] = "bases" if group[1] == "bases" else "base"
+        cls._named = namedtuple(cls.name, names)  # type: ignore[misc]
+        OPS[cls.name] = cls
+
+    @classmethod
+    def full_schema(cls) -> str:
+        return re.sub(r"\$\w+", lambda match: GROUPS[match[0]], cls.schema)
+
+    @classmethod
+    def named(cls, args: Sequence[Any]) -> Any:
+        """A call's arguments by name."""
+        if cls._group is not None:
+            at, many = cls._group
+            group = args[at : at + len(Base._fields)]
+            whole = [Base(*one) for one in zip(*group, strict=True)] if many else Base(*group)
+            args = (*args[:at], whole, *args[at + len(group) :])
+        return cls._named(*args)
+
+    @classmethod
+    def plain(cls, *args: Any) -> Any:
+        """The op in plain torch, as ops are called."""
+        ops = (_PLAIN,) if cls.composite else ()
+        return cls.meaning(*ops, *cls.named(args))
+
+
+OPS: dict[str, type[Op]] = {}
+_PLAIN: Any = SimpleNamespace()
+_calls: dict[OpOverload, Call] = {}
+
+
+def _names(declared: str) -> list[str]:
+    """Of "(Tensor x, int n)"; of "Tensor" nothing."""
+    return [item.split()[-1] for item in declared.strip("()").split(", ")] if "(" in declared else []
+
+
+def spec_hash() -> str:
+    """Fingerprint of all schemas. setup.py computes the same from the files' text and compiles it in."""
+    texts = sorted(f"{op.name}{op.schema}" for op in OPS.values())
+    return hashlib.sha256("\n".join([*texts, *GROUPS.values()]).encode()).hexdigest()
+
+
+def eager(op: OpOverload) -> Call:
+    """An op of ours for eager calls: with its gradient, and less on the way than through the dispatcher's
+    keys."""
+    return _calls[op]
+
+
+def install(
+    namespace: str, implement: Callable[[type[Op]], Call | None] | None = None
+) -> torch.library.Library:
+    """Define every op in `namespace`, with its fake kernel and its gradient.
+
+    `implement(op)` gives the Python kernel, for any device; None leaves the kernel to a compiled library.
+    The caller keeps the returned library alive: the ops vanish with it.
+    """
+    library = torch.library.Library(namespace, "DEF")
+    calls = SimpleNamespace()
+    for op in OPS.values():
+        setattr(_PLAIN, op.name, op.plain)
+        library.define(op.name + op.full_schema(), tags=(torch.Tag.pt2_compliant_tag,))
+        torch.library.register_fake(f"{namespace}::{op.name}", _fake(op), lib=library)
+        kernel = None if implement is None else implement(op)
+        if kernel is None and op.composite:
+            kernel = _composed(op, calls)
+        if kernel is not None:
+            library.impl(op.name, kernel, "CompositeExplicitAutograd")
+        overload = getattr(getattr(torch.ops, namespace), op.name).default
+        _calls[overload] = gradient.register(op, overload, library, calls)
+        setattr(calls, op.name, _calls[overload])
+    flops.know(namespace, {op.name: (op.named, op.flops) for op in OPS.values() if "flops" in vars(op)})
+    return library
+
+
+def _fake(op: type[Op]) -> Call:
+    return lambda *args: op.fake(op.named(args))
+
+
+def _composed(op: type[Op], calls: Any) -> Call:
+    return lambda *args: op.meaning(calls, *op.named(args))
