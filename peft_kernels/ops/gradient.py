@@ -129,12 +129,12 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
             else:
                 found = _refusing(op, ops, op.named(args), results, need, dy)
         gradients: list[Any] = [None]
-        for name, wanted in zip(op.differentiable, need, strict=True):
-            found_one: Any = found.get(name)
+        for name in op.differentiable:
+            wanted = getattr(need, name)
             if name in of_lists:
-                gradients += [g if w else None for g, w in zip(found_one, wanted, strict=True)]
+                gradients += [one if w else None for one, w in zip(found[name], wanted, strict=True)]
             else:
-                gradients.append(found_one if wanted else None)
+                gradients.append(found[name] if wanted else None)
         return tuple(gradients)
 
     # The name is what a tensor's grad_fn shows, and it is taken when the class is made.

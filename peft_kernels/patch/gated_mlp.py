@@ -121,14 +121,10 @@ def examine(module: nn.Module) -> Facts | str | None:
     for name in names:
         child: Any = children[name]
         if judge.is_lora(child):
-            reason = judge.lora_class(
-                child, FusedLora
-            )  # before its adapters: other classes keep them elsewhere
-            reason = (
-                reason
-                or judge.lora(child, judge.active(child), FusedLora)
-                or judge.summed(child, judge.active(child))
-            )
+            reason = judge.lora_class(child, FusedLora)
+            if not reason:  # another class keeps its adapters elsewhere
+                active = judge.active(child)
+                reason = judge.lora(child, active, FusedLora) or judge.summed(child, active)
         else:
             reason = "" if judge.linear(child) else judge.no_forward(child)
         if reason:
