@@ -29,6 +29,7 @@ Call = Callable[..., Any]
 _in_transform = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _any_requires_grad = torch._C._any_requires_grad
+_is_grad_enabled = torch.is_grad_enabled
 _Without = torch._C._ExcludeDispatchKeyGuard
 
 _AUTOCAST_KEYS = [name for name in vars(DispatchKey) if name.startswith("Autocast")]
@@ -67,9 +68,20 @@ def register(op: type[Op], overload: OpOverload, library: torch.library.Library,
     rules, is the op in plain torch, which torch itself differentiates and batches. Saved tensors are unpacked
     once in a backward: a second time is an error under hooks such as those of activation checkpointing.
     """
-    call = differentiable = _differentiable(op, overload, ops)
-    if op.differentiable:
-        library.impl(overload, lambda _keys, *args: differentiable(*args), "Autograd", with_keyset=True)
+    apply = _differentiable(op, overload, ops) if op.differentiable else None
+    trained = _items(op, overload)
+
+    # All in one function: each that is called on the way costs a tiny op some of its time.
+    def call(*args: Any) -> Any:
+        if _in_transform() or forward_ad._current_level >= 0:
+            with _Without(_AUTOCAST):
+                return op.plain(*args)
+        if _dispatch_modes():
+            flops.tell()
+        if apply is not None and _is_grad_enabled() and _any_requires_grad(*(tensors := trained(args))):
+            return apply(args, tensors)
+        with _Without(_ABOVE_KERNELS):
+            return overload(*args)
 
     def past_autocast(_keys: DispatchKeySet, *args: Any) -> Any:
         with _Without(_AUTOCAST):
@@ -77,30 +89,37 @@ def register(op: type[Op], overload: OpOverload, library: torch.library.Library,
 
     for key in _AUTOCAST_KEYS:
         library.impl(overload, past_autocast, key, with_keyset=True)
+    if apply is not None:
 
-    def eager_call(*args: Any) -> Any:
-        if _in_transform() or forward_ad._current_level >= 0:
-            with _Without(_AUTOCAST):
-                return op.plain(*args)
-        if _dispatch_modes():
-            flops.tell()
-        return call(*args)
+        def above_kernels(_keys: DispatchKeySet, *args: Any) -> Any:
+            tensors = trained(args)
+            if _is_grad_enabled() and _any_requires_grad(*tensors):
+                return apply(args, tensors)
+            with _Without(_ABOVE_KERNELS):
+                return overload(*args)
 
-    return eager_call
-
-
-def _below_autograd(overload: OpOverload) -> Call:
-    def call(*args: Any) -> Any:
-        with _Without(_ABOVE_KERNELS):
-            return overload(*args)
-
+        library.impl(overload, above_kernels, "Autograd", with_keyset=True)
     return call
 
 
+def _items(op: type[Op], overload: OpOverload) -> Callable[[Sequence[Any]], list[Any]]:
+    """Takes the tensors that have a gradient out of a call's arguments, items of lists one by one."""
+    place = {argument.name: i for i, argument in enumerate(overload._schema.arguments)}
+    places = [place[name] for name in op.differentiable]
+    if not any(_is_list(overload._schema.arguments[i].type) for i in places):
+        return lambda args: [args[i] for i in places]
+
+    def items(args: Sequence[Any]) -> list[Any]:
+        found: list[Any] = []
+        for i in places:
+            found += args[i] if isinstance(args[i], (list, tuple)) else [args[i]]
+        return found
+
+    return items
+
+
 def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
-    below = _below_autograd(overload)
-    if not op.differentiable:
-        return below
+    """Calls the op, given its arguments and those of them that have a gradient."""
     returns = overload._schema.returns
     several, first_is_list = len(returns) > 1, _is_list(returns[0].type)
     saving = _Saving(op, overload)
@@ -111,7 +130,8 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
 
     # `args` are all arguments of the op; torch sees those behind it, which have a gradient.
     def forward(ctx: Any, args: tuple[Any, ...], *_: Tensor | None) -> Any:
-        output = below(*args)
+        with _Without(_ABOVE_KERNELS):
+            output = overload(*args)
         results = output if several else (output,)
         saving.save(ctx, args, results)
         return (*results[0], *results[1:]) if first_is_list else output
@@ -141,18 +161,11 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(f"{overload._namespace}_{op.name}_", (torch.autograd.Function,), methods)
 
-    def call(*args: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return below(*args)
-        tensors: list[Any] = []
-        for i, many in trained:
-            if many:
-                tensors.extend(args[i])
-            else:
-                tensors.append(args[i])
-        if not _any_requires_grad(*tensors):
-            return below(*args)
-        output = function.apply(args, *tensors)
+    # Not Function.apply itself: all that it adds is for torch.func's transforms.
+    apply = super(torch.autograd.Function, function).apply
+
+    def call(args: tuple[Any, ...], tensors: list[Any]) -> Any:
+        output = apply(args, *tensors)
         if not first_is_list:
             return output
         split = len(output) - len(returns) + 1

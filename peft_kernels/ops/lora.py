@@ -189,16 +189,17 @@ def check_adapter(
     inside: torch.dtype | None = None,
 ) -> None:
     """Against x, the shape of the layer's weight, and the dtype `inside` of the activations (x's own)."""
-    dtype = inside or x.dtype
+    dtype, device = inside or x.dtype, x.device
     if lora_a.dim() != 2 or lora_a.shape[1] != shape[1]:
         raise ValueError(f"lora_a: expected shape (r, {shape[1]}), got {tuple(lora_a.shape)}")
-    if lora_b.shape != (shape[0], lora_a.shape[0]):
-        raise ValueError(f"lora_b: expected shape {(shape[0], lora_a.shape[0])}, got {tuple(lora_b.shape)}")
+    expected = shape[0], lora_a.shape[0]
+    if lora_b.shape != expected:
+        raise ValueError(f"lora_b: expected shape {expected}, got {tuple(lora_b.shape)}")
     for name, adapter in (("lora_a", lora_a), ("lora_b", lora_b)):
-        if adapter.dtype not in (dtype, torch.float32):
+        if adapter.dtype != dtype and adapter.dtype != torch.float32:
             like = "x" if dtype == x.dtype else "compute_dtype"
             raise ValueError(f"{name}: expected {dtype} like {like} or float32, got {adapter.dtype}")
-        if adapter.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} like x, got {adapter.device}")
+        if adapter.device != device:
+            raise ValueError(f"{name}: expected device {device} like x, got {adapter.device}")
     if not 0 <= dropout_p <= 1:
         raise ValueError(f"dropout_p: expected 0 to 1, got {dropout_p}")
