@@ -49,14 +49,14 @@ test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 	$(if $(ARGS),,$(MAKE) triton)
 
-INTERPRETED := ops linear multi_lora compute_dtype elementwise autograd format compile
+INTERPRETED := nf4 linear lora_multi compute_dtype dora gradients nf4_format compile
 # In a process of its own: Triton reads the flag when it sees a kernel first.
 triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(INTERPRETED:%=tests/test_%.py) $(ARGS)
 
 sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan
 
-SANITIZED := ops linear multi_lora compute_dtype elementwise autograd format
+SANITIZED := nf4 linear lora_multi compute_dtype dora gradients nf4_format
 # Indices beyond 2^31; tsan would take several times the memory.
 asan: SANITIZED += large
 asan: SANITIZER := address

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numbers_policy import assert_within_rounding, case_id, short
-from test_multi_lora import MultiCase, multi_case, named_gradients, named_outputs
+from test_lora_multi import MultiCase, multi_case, named_gradients, named_outputs
 from torch import Tensor
 
 import peft_kernels as pk

@@ -11,7 +11,7 @@ import pytest
 import torch
 from numbers_policy import dense64, short
 from test_linear import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
-from test_multi_lora import check_backward, check_forward, multi_case
+from test_lora_multi import check_backward, check_forward, multi_case
 
 import simt_backend as simt
 import testing

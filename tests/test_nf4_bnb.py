@@ -45,7 +45,7 @@ def test_tables_equal_bitsandbytes() -> None:
 
 # The adversarial ones are whole blocks at every blocksize: bitsandbytes' CPU build treats a partial last
 # block in its own way (absmax at least 1e-38, a division where all other blocks multiply by the reciprocal),
-# unlike its CUDA build. Subnormal blocks, which it scales by 1e38 instead of 1 / absmax, are in test_ops.py.
+# unlike its CUDA build. Subnormal blocks, which it scales by 1e38 instead of 1 / absmax, are in test_nf4.py.
 WEIGHTS = {
     "normal": lambda: testing.tensor(67, 96, scale=0.02),
     "odd": lambda: testing.tensor(33, 37),
@@ -88,7 +88,7 @@ def test_every_16_bit_value_quantizes_as_bitsandbytes(backend: str, dtype: torch
 @pytest.mark.parametrize("blocksize", [64, 256])
 def test_nested_state(backend: str, blocksize: int, dtype: torch.dtype) -> None:
     """Offset and second level equal. bitsandbytes' CPU build looks 8-bit codes up in 65,536 bins, so that
-    a few land one index beside the nearest. Ours are exact (test_ops.py): theirs may differ by that much."""
+    a few land one index beside the nearest. Ours are exact (test_nf4.py): theirs may differ by that much."""
     dense = testing.tensor(1000, 512, dtype=dtype, scale=0.02)
     theirs, state = bnb_functional.quantize_4bit(
         dense, blocksize=blocksize, quant_type="nf4", compress_statistics=True
