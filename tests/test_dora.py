@@ -5,14 +5,24 @@ The truth is torch's own function in fp64, and masks come from a Philox of the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import philox
 import pytest
 import torch
 import torch.nn.functional as F
-from numbers_policy import DTYPES, Result, assert_within_rounding, case_id, dense64, short
+from numbers_policy import (
+    DTYPES,
+    Result,
+    assert_within_rounding,
+    case_id,
+    check_odd_addresses,
+    dense64,
+    same_with_any_threads,
+    short,
+    transposed,
+)
 from torch import Tensor
 
 import testing
@@ -36,15 +46,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 each_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
-@pytest.fixture(autouse=True)
-def _nan_outputs() -> Iterator[None]:
-    with testing.nan_outputs():
-        yield
-
-
-def transposed(t: Tensor) -> Tensor:
-    """The same values, with memory in another order."""
-    return t.t().contiguous().t()
+pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 
 # gated_activation
@@ -185,31 +187,19 @@ def test_gated_activation_reads_views(backend: str, activation: str) -> None:
 
 
 @each_dtype
-def test_inputs_at_odd_addresses(backend: str, dtype: torch.dtype) -> None:
-    """Contiguous, but no vector of elements starts where the tensors do."""
-
-    def odd(t: Tensor) -> Tensor:
-        moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
-        return moved.copy_(t)
-
+def test_gated_activation_at_odd_addresses(backend: str, dtype: torch.dtype) -> None:
     x, y, z = (testing.tensor(24, 64, dtype=dtype, seed=i) for i in range(3))
-    scale, seed = testing.tensor(64), torch.tensor(SEED)
-    calls: tuple[tuple[Callable[..., Any], tuple[Any, ...]], ...] = (
-        (lambda *args: (ops.gated_activation(*args, "silu"),), (x, y)),
-        (lambda *args: ops.gated_activation_backward(*args, "gelu"), (x, y, z)),
-        (lambda *args: (ops.dropout(*args, 0.3, seed),), (x,)),
-        (lambda *args: (ops.dora_scale(*args),), (x, scale, scale)),
-        (ops.dora_scale_backward, (x, y, scale, scale)),
+    check_odd_addresses(backend, lambda *args: (ops.gated_activation(*args, "silu"),), (x, y))
+    check_odd_addresses(backend, lambda *args: ops.gated_activation_backward(*args, "gelu"), (x, y, z))
+
+
+def test_gated_activation_with_any_threads(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("reference: torch's own functions may split their work by threads")
+    x, y = testing.tensor(3, 50001), testing.tensor(3, 50001, seed=1)
+    same_with_any_threads(
+        lambda: (ops.gated_activation(x, y, "gelu"), *ops.gated_activation_backward(y, x, y, "silu"))
     )
-    for call, args in calls:
-        want = call(*args)
-        for moved in range(len(args)):
-            got = call(*(odd(arg) if i == moved else arg for i, arg in enumerate(args)))
-            for a, b in zip(got, want, strict=True):
-                if backend == "reference":  # torch's functions round by vectors
-                    torch.testing.assert_close(a, b)
-                else:
-                    assert torch.equal(a, b)
 
 
 GATED_REFUSED = {
@@ -319,25 +309,15 @@ def test_dropout_reads_views(backend: str) -> None:
         assert torch.equal(ops.dropout(view, 0.5, seed).reshape(9, 35), want)
 
 
-def test_threads_do_not_change_a_bit(backend: str) -> None:
-    if backend == "reference":
-        pytest.skip("reference: torch's own functions may split their work by threads")
-    x, y = testing.tensor(3, 50001), testing.tensor(3, 50001, seed=1)
-    z, dy, scale = testing.tensor(700, 200), testing.tensor(700, 200, seed=1), testing.tensor(200)
-    weight, a, b = testing.nf4_weight(300, 576), testing.tensor(8, 576), testing.tensor(300, 8)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results = [ops.dropout(x, 0.3, torch.tensor(5)), ops.gated_activation(x, y, "gelu")]
-            results += ops.gated_activation_backward(y, x, y, "silu")
-            results += [ops.dora_scale(z, scale, None), *ops.dora_scale_backward(dy, z, scale, None)]
-            found.append([*results, ops.dora_norm(*weight._state.op_args, a, b, 0.5)])
-    finally:
-        torch.set_num_threads(before)
-    for other in found[1:]:
-        for got, want in zip(other, found[0], strict=True):
-            assert torch.equal(got, want)
+@each_dtype
+def test_dropout_at_odd_addresses(backend: str, dtype: torch.dtype) -> None:
+    x, seed = testing.tensor(24, 64, dtype=dtype), torch.tensor(SEED)
+    check_odd_addresses(backend, lambda x: (ops.dropout(x, 0.3, seed),), (x,))
+
+
+def test_dropout_with_any_threads(backend: str) -> None:
+    x = testing.tensor(3, 50001)
+    same_with_any_threads(lambda: (ops.dropout(x, 0.3, torch.tensor(5)),))
 
 
 DROPOUT_REFUSED: dict[str, tuple[str, float, Tensor]] = {
@@ -443,6 +423,27 @@ def test_dora_scale_reads_views(backend: str) -> None:
         torch.testing.assert_close(a, c, rtol=1e-6, atol=1e-6)  # torch may sum views in another order
         torch.testing.assert_close(b.reshape(c.shape), c, rtol=1e-6, atol=1e-6)
         assert backend == "reference" or (torch.equal(a, c) and torch.equal(b.reshape(c.shape), c))
+
+
+@each_dtype
+def test_dora_scale_at_odd_addresses(backend: str, dtype: torch.dtype) -> None:
+    x, y = (testing.tensor(24, 64, dtype=dtype, seed=i) for i in range(2))
+    scale = testing.tensor(64)
+    check_odd_addresses(backend, lambda *args: (ops.dora_scale(*args),), (x, scale, scale))
+    check_odd_addresses(backend, ops.dora_scale_backward, (x, y, scale, scale))
+
+
+def test_dora_with_any_threads(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("reference: torch's own functions may split their work by threads")
+    z, dy, scale = testing.tensor(700, 200), testing.tensor(700, 200, seed=1), testing.tensor(200)
+    weight, a, b = testing.nf4_weight(300, 576), testing.tensor(8, 576), testing.tensor(300, 8)
+
+    def run() -> list[Tensor]:
+        results = [ops.dora_scale(z, scale, None), *ops.dora_scale_backward(dy, z, scale, None)]
+        return [*results, ops.dora_norm(*weight._state.op_args, a, b, 0.5)]
+
+    same_with_any_threads(run)
 
 
 def test_dora_scale_refuses(compiled_ops: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from numbers_policy import (
     case_id,
     check,
     dense64,
+    same_with_any_threads,
     short,
 )
 from torch import Tensor
@@ -28,10 +29,7 @@ ops = torch.ops.peft_kernels
 ROWS = (0, 1, 2, 5, 17, 64, 130)
 
 
-@pytest.fixture(autouse=True)
-def _nan_outputs() -> Iterator[None]:
-    with testing.nan_outputs():
-        yield
+pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 
 def weight_of(case: dict[str, Any], seed: int) -> Any:
@@ -328,16 +326,7 @@ def test_threads_do_not_change_a_bit(backend: str, dtype: torch.dtype, shape: st
         pytest.skip(f"{backend}: torch's own matmul may split sums by threads")
     m, n, k = THREADED[shape]
     c = LoraCase(lora_case(m, n, k, "nested", dtype))
-    before, results = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            results.append(everything(c, n, k))
-    finally:
-        torch.set_num_threads(before)
-    for other in results[1:]:
-        for got, want in zip(other, results[0], strict=True):
-            assert torch.equal(got, want)
+    same_with_any_threads(lambda: everything(c, n, k))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)

@@ -6,14 +6,24 @@ By the numbers policy against fp64 formulas that are written here, with masks fr
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import philox
 import pytest
 import torch
-from numbers_policy import DTYPES, FEATURES, Result, bias_of, case_id, check, dense64, short
+from numbers_policy import (
+    DTYPES,
+    FEATURES,
+    Result,
+    bias_of,
+    case_id,
+    check,
+    dense64,
+    same_with_any_threads,
+    short,
+)
 from torch import Tensor
 
 import testing
@@ -25,10 +35,7 @@ SCALING = (1.7, -0.6, 0.25, 3.0, 1.0)
 SEED = -987654321012345
 
 
-@pytest.fixture(autouse=True)
-def _nan_outputs() -> Iterator[None]:
-    with testing.nan_outputs():
-        yield
+pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 
 def test_philox_of_the_tests() -> None:
@@ -490,15 +497,7 @@ def test_threads_do_not_change_a_bit(backend: str, dtype: torch.dtype) -> None:
         pytest.skip(f"{backend}: torch's own matmul may split sums by threads")
     # The base of a dense layer is torch's own product.
     c = MultiCase(multi_case(**(BIG | {"base": "nested"}), dtype=dtype))
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            found.append(everything(c))
-    finally:
-        torch.set_num_threads(before)
-    for other in found[1:]:
-        assert_same(other, found[0])
+    same_with_any_threads(lambda: everything(c).values())
 
 
 def test_flags_do_not_change_a_bit(backend: str) -> None:

@@ -7,7 +7,6 @@ tables.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from numbers_policy import same_with_any_threads
 from torch import Tensor
 
 import testing
@@ -26,10 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _nan_outputs() -> Iterator[None]:
-    with testing.nan_outputs():
-        yield
+pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 
 def dtype_id(dtype: torch.dtype) -> str:
@@ -386,21 +383,14 @@ def test_dequantize_shapes_and_views(backend: str) -> None:
 
 def test_threads_do_not_change_a_bit(backend: str) -> None:
     weight = testing.tensor(300, 1001)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            packed, absmax = ops.quantize_nf4(weight, 64)
-            q8, absmax2, offset = ops.quantize_absmax(absmax)
-            back = ops.dequantize_nf4(packed, q8, absmax2, offset, 64, [300, 1001], torch.bfloat16)
-            results.append((packed, absmax, q8, absmax2, back))
-    finally:
-        torch.set_num_threads(before)
-    assert_same(results[0][0], oracle_quantize(weight, 64)[0], "packed")
-    for other in results[1:]:
-        for got, want in zip(other, results[0], strict=True):
-            assert_same(got, want, "threads")
+
+    def run() -> tuple[Tensor, ...]:
+        packed, absmax = ops.quantize_nf4(weight, 64)
+        q8, absmax2, offset = ops.quantize_absmax(absmax)
+        back = ops.dequantize_nf4(packed, q8, absmax2, offset, 64, [300, 1001], torch.bfloat16)
+        return packed, absmax, q8, absmax2, back
+
+    assert_same(same_with_any_threads(run)[0], oracle_quantize(weight, 64)[0], "packed")
 
 
 BAD_WEIGHTS = {
