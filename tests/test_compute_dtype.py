@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lora_multi_cases import MultiCase, multi_case, named_gradients, named_outputs
 from numbers_policy import assert_within_rounding, case_id, short
-from test_lora_multi import MultiCase, multi_case, named_gradients, named_outputs
 from torch import Tensor
 
 import peft_kernels as pk
