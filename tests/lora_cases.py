@@ -3,11 +3,12 @@ against it."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from numbers_policy import Result, bias_of, check, dense64
+from numbers_policy import Result, bias_of, check, dense64, once
 from torch import Tensor
 
 import testing
@@ -16,32 +17,44 @@ ops = torch.ops.peft_kernels
 ROWS = (0, 1, 2, 5, 17, 64, 130)
 
 
-def weight_of(case: dict[str, Any], seed: int) -> Any:
-    return testing.nf4_weight(case["n"], case["k"], case["bs"], case["nested"], seed=seed + 1)
+class LinearCase:
+    """The inputs of nf4_linear and nf4_linear_dx, the results of plain torch, and the truth in fp64."""
+
+    def __init__(self, case: dict[str, Any], seed: int) -> None:
+        m, n, k, dtype = (case[name] for name in ("m", "n", "k", "dtype"))
+        weight = testing.nf4_weight(n, k, case["bs"], case["nested"], seed=seed + 1)
+        bias = bias_of(case, case["bias"], n)
+        x, dy = (testing.activations(m, size, case["layout"], dtype, seed) for size in (k, n))
+        self.args = (x, *weight._state.op_args, n, bias)
+        self.dx_args = (dy, *weight._state.op_args, k)
+        w, b = dense64(weight), torch.zeros(n).double() if bias is None else bias.double()
+        self.y = (
+            testing.reference_op("nf4_linear")(*self.args),
+            x.double() @ w.t() + b,
+            x.double().abs() @ w.abs().t() + b.abs(),
+        )
+        self.dx = (
+            testing.reference_op("nf4_linear_dx")(*self.dx_args),
+            dy.double() @ w,
+            dy.double().abs() @ w.abs(),
+        )
+
+
+linear_case = once(LinearCase)
 
 
 def check_nf4_linear(case: dict[str, Any]) -> None:
     def run(seed: int) -> dict[str, Result]:
-        weight, bias = weight_of(case, seed), bias_of(case, case["bias"], case["n"])
-        x = testing.activations(case["m"], case["k"], case["layout"], case["dtype"], seed)
-        args = (x, *weight._state.op_args, case["n"], bias)
-        w, b = dense64(weight), torch.zeros(case["n"]).double() if bias is None else bias.double()
-        truth, magnitude = x.double() @ w.t() + b, x.double().abs() @ w.abs().t() + b.abs()
-        return {
-            "y": Result(ops.nf4_linear(*args), testing.reference_op("nf4_linear")(*args), truth, magnitude)
-        }
+        c = linear_case(case, seed)
+        return {"y": Result(ops.nf4_linear(*c.args), *c.y)}
 
     check(run, case["k"])
 
 
 def check_nf4_linear_dx(case: dict[str, Any]) -> None:
     def run(seed: int) -> dict[str, Result]:
-        weight = weight_of(case, seed)
-        dy = testing.activations(case["m"], case["n"], case["layout"], case["dtype"], seed)
-        args = (dy, *weight._state.op_args, case["k"])
-        got, plain = ops.nf4_linear_dx(*args), testing.reference_op("nf4_linear_dx")(*args)
-        w = dense64(weight)
-        return {"dx": Result(got, plain, dy.double() @ w, dy.double().abs() @ w.abs())}
+        c = linear_case(case, seed)
+        return {"dx": Result(ops.nf4_linear_dx(*c.dx_args), *c.dx)}
 
     check(run, case["n"])
 
@@ -93,38 +106,49 @@ class LoraCase:
             "db": SCALING * dy2.t() @ h.flatten(0, -2),
         }
 
+    @functools.cached_property
+    def truth(self) -> dict[str, Tensor]:
+        return self.products(lambda t: t)
+
+    @functools.cached_property
+    def magnitude(self) -> dict[str, Tensor]:
+        return self.products(torch.abs)
+
+    @functools.cached_property
+    def plain_outputs(self) -> tuple[Tensor, ...]:
+        return testing.reference_op("lora_linear")(*self.forward_args)
+
+    @functools.cached_property
+    def plain_gradients(self) -> tuple[Tensor, ...]:
+        dy, x, *rest = self.backward_args(self.truth["h"].float())
+        # Of contiguous tensors: of rows expanded from one, torch has sums that nobody else's can match.
+        return testing.reference_op("lora_linear_backward")(dy.contiguous(), x.contiguous(), *rest)
+
+
+lora_linear_case = once(LoraCase)
+
 
 def check_lora_linear(case: dict[str, Any]) -> None:
     def run(seed: int) -> dict[str, Result]:
-        c = LoraCase(case, seed)
-        truth, magnitude = c.products(lambda t: t), c.products(torch.abs)
-        y, h = ops.lora_linear(*c.forward_args)
-        plain_y, plain_h = testing.reference_op("lora_linear")(*c.forward_args)
-        return {
-            "y": Result(y, plain_y, truth["y"], magnitude["y"]),
-            "h": Result(h, plain_h, truth["h"], magnitude["h"]),
-        }
+        c = lora_linear_case(case, seed)
+        got = zip(("y", "h"), ops.lora_linear(*c.forward_args), c.plain_outputs, strict=True)
+        return {name: Result(g, p, c.truth[name], c.magnitude[name]) for name, g, p in got}
 
     check(run, case["k"] + case["r"])
 
 
 def check_lora_linear_backward(case: dict[str, Any]) -> None:
     def run(seed: int) -> dict[str, Result]:
-        c = LoraCase(case, seed)
-        truth, magnitude = c.products(lambda t: t), c.products(torch.abs)
-        h = truth["h"].float()
-        got = ops.lora_linear_backward(*c.backward_args(h, case["needs"]))
-        # Of contiguous tensors: of rows expanded from one, torch has sums that nobody else's can match.
-        c.x, c.dy = c.x.contiguous(), c.dy.contiguous()
-        plain = testing.reference_op("lora_linear_backward")(*c.backward_args(h))
+        c = lora_linear_case(case, seed)
+        got = ops.lora_linear_backward(*c.backward_args(c.truth["h"].float(), case["needs"]))
         results = {}
         for need, name, like, g, p in zip(
-            "xab", ("dx", "da", "db"), (c.x, c.a, c.b), got, plain, strict=True
+            "xab", ("dx", "da", "db"), (c.x, c.a, c.b), got, c.plain_gradients, strict=True
         ):
             assert g.dtype == like.dtype, name
             assert g.shape == (like.shape if need in case["needs"] else (0,)), name
             if need in case["needs"]:
-                results[name] = Result(g, p, truth[name], magnitude[name])
+                results[name] = Result(g, p, c.truth[name], c.magnitude[name])
         return results
 
     check(run, max(case["m"], case["n"], case["k"]) + case["r"])

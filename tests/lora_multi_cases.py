@@ -9,7 +9,7 @@ from typing import Any
 
 import philox
 import torch
-from numbers_policy import Result, bias_of, check, dense64
+from numbers_policy import Result, bias_of, check, dense64, once
 from torch import Tensor
 
 import testing
@@ -140,6 +140,25 @@ class MultiCase:
         named = {name: t.view(*lead, t.shape[1]) for name, t in named.items()}
         return named | {f"da{i}": t for i, t in enumerate(da)} | {f"db{i}": t for i, t in enumerate(db)}
 
+    @functools.cached_property
+    def truth(self) -> dict[str, Tensor]:
+        return self.products(lambda t: t)
+
+    @functools.cached_property
+    def magnitude(self) -> dict[str, Tensor]:
+        return self.products(torch.abs)
+
+    @functools.cached_property
+    def plain_outputs(self) -> dict[str, Tensor]:
+        return named_outputs(*testing.reference_op("multi_lora_linear")(*self.forward_args))
+
+    @functools.cached_property
+    def plain_gradients(self) -> dict[str, Tensor]:
+        """Those that the case needs."""
+        needs = self.case["needs"]
+        args = self.backward_args(self.truth["h"].float(), needs)
+        return named_gradients(self, needs, *testing.reference_op("multi_lora_linear_backward")(*args))
+
     @property
     def depth(self) -> int:
         return max(self.case["m"], self.case["k"], sum(self.n)) + sum(a.shape[0] for a in self.a)
@@ -162,30 +181,29 @@ def named_gradients(c: MultiCase, needs: str, dx: Tensor, da: Any, db: Any) -> d
     return {name: g for name, g, _, need in found if need}
 
 
+multi_lora_case = once(MultiCase)
+
+
 def results(c: MultiCase, got: dict[str, Tensor], plain: dict[str, Tensor]) -> dict[str, Result]:
-    truth, magnitude = c.products(lambda t: t), c.products(torch.abs)
-    return {name: Result(value, plain[name], truth[name], magnitude[name]) for name, value in got.items()}
+    return {name: Result(value, plain[name], c.truth[name], c.magnitude[name]) for name, value in got.items()}
 
 
 def check_forward(case: dict[str, Any]) -> None:
     def run(seed: int) -> dict[str, Result]:
-        c = MultiCase(case, seed)
-        got = named_outputs(*ops.multi_lora_linear(*c.forward_args))
-        plain = named_outputs(*testing.reference_op("multi_lora_linear")(*c.forward_args))
-        return results(c, got, plain)
+        c = multi_lora_case(case, seed)
+        return results(c, named_outputs(*ops.multi_lora_linear(*c.forward_args)), c.plain_outputs)
 
-    check(run, MultiCase(case).depth)
+    check(run, multi_lora_case(case, 0).depth)
 
 
 def check_backward(case: dict[str, Any]) -> None:
     def run(seed: int) -> dict[str, Result]:
-        c, needs = MultiCase(case, seed), case["needs"]
-        args = c.backward_args(c.products(lambda t: t)["h"].float(), needs)
+        c, needs = multi_lora_case(case, seed), case["needs"]
+        args = c.backward_args(c.truth["h"].float(), needs)
         got = named_gradients(c, needs, *ops.multi_lora_linear_backward(*args))
-        plain = named_gradients(c, needs, *testing.reference_op("multi_lora_linear_backward")(*args))
-        return results(c, got, plain)
+        return results(c, got, c.plain_gradients)
 
-    check(run, MultiCase(case).depth)
+    check(run, multi_lora_case(case, 0).depth)
 
 
 def assert_same(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:

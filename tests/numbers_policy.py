@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -118,6 +118,22 @@ def same_with_any_threads(run: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
         for got, want in zip(other, found[0], strict=True):
             assert torch.equal(got, want)
     return found[0]
+
+
+Built = TypeVar("Built")
+
+
+def once(build: Callable[[dict[str, Any], int], Built]) -> Callable[[dict[str, Any], int], Built]:
+    """`build` of a case and a seed, called once for each: every back end is held against the same."""
+    built: dict[Any, Built] = {}
+
+    def get(case: dict[str, Any], seed: int) -> Built:
+        key = (tuple(case.items()), seed)
+        if key not in built:
+            built[key] = build(case, seed)
+        return built[key]
+
+    return get
 
 
 def check(run: Callable[[int], dict[str, Result]], depth: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import philox
 import pytest
 import torch
 from lora_multi_cases import SCALING, SEED, MultiCase, assert_same, named_gradients, named_outputs, results
-from numbers_policy import DTYPES, Result, case_id, check, short
+from numbers_policy import DTYPES, Result, case_id, check, once, short
 from torch import Tensor
 
 import testing
@@ -67,6 +68,19 @@ class SingleCase(MultiCase):
     def single_backward_args(self, h: Tensor, needs: str) -> tuple[Any, ...]:
         return (self.dy[0], self.x, h, *self.weight, *self.adapter, *(name in needs for name in "xab"))
 
+    @functools.cached_property
+    def plain_outputs(self) -> dict[str, Tensor]:
+        return outputs_of_one(*testing.reference_op("lora_linear")(*self.single_forward_args))
+
+    @functools.cached_property
+    def plain_gradients(self) -> dict[str, Tensor]:
+        needs = self.case["needs"]
+        args = self.single_backward_args(self.truth["h"].float(), needs)
+        return gradients_of_one(self, needs, *testing.reference_op("lora_linear_backward")(*args))
+
+
+single_lora_case = once(SingleCase)
+
 
 def outputs_of_one(y: Tensor, h: Tensor) -> dict[str, Tensor]:
     return named_outputs([y], h)
@@ -79,28 +93,25 @@ def gradients_of_one(c: MultiCase, needs: str, dx: Tensor, da: Tensor, db: Tenso
 @each_single_case
 def test_lora_linear_with_dropout(backend: str, case: dict[str, Any]) -> None:
     def run(seed: int) -> dict[str, Result]:
-        c = SingleCase(case, seed)
+        c = single_lora_case(case, seed)
         got = outputs_of_one(*ops.lora_linear(*c.single_forward_args))
         assert_same(got, named_outputs(*ops.multi_lora_linear(*c.forward_args)))
-        plain = outputs_of_one(*testing.reference_op("lora_linear")(*c.single_forward_args))
-        return results(c, got, plain)
+        return results(c, got, c.plain_outputs)
 
-    check(run, SingleCase(case).depth)
+    check(run, single_lora_case(case, 0).depth)
 
 
 @each_single_case
 def test_lora_linear_backward_with_dropout(backend: str, case: dict[str, Any]) -> None:
     def run(seed: int) -> dict[str, Result]:
-        c, needs = SingleCase(case, seed), case["needs"]
-        h = c.products(lambda t: t)["h"].float()
-        args = c.single_backward_args(h, needs)
-        got = gradients_of_one(c, needs, *ops.lora_linear_backward(*args))
+        c, needs = single_lora_case(case, seed), case["needs"]
+        h = c.truth["h"].float()
+        got = gradients_of_one(c, needs, *ops.lora_linear_backward(*c.single_backward_args(h, needs)))
         many = ops.multi_lora_linear_backward(*c.backward_args(h, needs))
         assert_same(got, named_gradients(c, needs, *many))
-        plain = testing.reference_op("lora_linear_backward")(*args)
-        return results(c, got, gradients_of_one(c, needs, *plain))
+        return results(c, got, c.plain_gradients)
 
-    check(run, SingleCase(case).depth)
+    check(run, single_lora_case(case, 0).depth)
 
 
 # Masks
