@@ -49,14 +49,17 @@ test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
 	$(if $(ARGS),,$(MAKE) triton)
 
-INTERPRETED := ops linear multi_lora compute_dtype elementwise autograd format compile
+# The tests of every kernel.
+KERNELS := nf4 nf4_absmax nf4_format linear lora lora_dropout lora_multi lora_multi_refused dora gated dropout \
+  compute_dtype gradients gradcheck gradient_needs
+
 # In a process of its own: Triton reads the flag when it sees a kernel first.
 triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(INTERPRETED:%=tests/test_%.py) $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(KERNELS:%=tests/test_%.py) tests/test_compile.py $(ARGS)
 
 sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan
 
-SANITIZED := ops linear multi_lora compute_dtype elementwise autograd format
+SANITIZED := $(KERNELS)
 # Indices beyond 2^31; tsan would take several times the memory.
 asan: SANITIZED += large
 asan: SANITIZER := address

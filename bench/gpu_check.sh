@@ -130,7 +130,7 @@ part check 40 "$PYTHON" bench/gpu.py --backend $BACKEND --check --output "$OUT/c
 if ! has pytest || ! has hypothesis; then
   skip tests "$PYTHON lacks pytest or hypothesis"
 elif [ "$REHEARSE" = 1 ]; then
-  part tests 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_format.py
+  part tests 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_nf4_format.py
 else
   WORKERS=$(has xdist && echo "-n 4 --dist loadfile")
   part tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider $WORKERS --maxfail 40 -k $BACKEND

@@ -76,6 +76,13 @@ def _seed() -> None:
 
 
 @pytest.fixture
+def nan_outputs() -> Iterator[None]:
+    """What an op leaves unwritten is NaN."""
+    with testing.nan_outputs():
+        yield
+
+
+@pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny products on several threads mostly wait for each other."""
     before = torch.get_num_threads()

@@ -8,9 +8,9 @@ the reference is plain torch itself: every element within the rounding that its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -79,6 +79,61 @@ def assert_within_rounding(
         raise AssertionError(
             f"{what}: flat element {at}: expected {truth.reshape(-1)[at]}, got {got.reshape(-1)[at]}"
         )
+
+
+def transposed(t: Tensor) -> Tensor:
+    """The same values, with memory in another order."""
+    return t.t().contiguous().t()
+
+
+def check_odd_addresses(
+    backend: str, call: Callable[..., Iterable[Tensor]], args: tuple[Tensor, ...]
+) -> None:
+    """The same with each argument contiguous, but at an address where no vector of elements starts."""
+
+    def odd(t: Tensor) -> Tensor:
+        moved = torch.empty(t.numel() + 1, dtype=t.dtype)[1:].view(t.shape)
+        return moved.copy_(t)
+
+    want = call(*args)
+    for moved in range(len(args)):
+        got = call(*(odd(arg) if i == moved else arg for i, arg in enumerate(args)))
+        for a, b in zip(got, want, strict=True):
+            if backend == "reference":  # torch's functions round by vectors
+                torch.testing.assert_close(a, b)
+            else:
+                assert torch.equal(a, b)
+
+
+def same_with_any_threads(run: Callable[[], Iterable[Tensor]]) -> list[Tensor]:
+    """The results of `run`, which are to be the same bits with one, two and five threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(list(run()))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            assert torch.equal(got, want)
+    return found[0]
+
+
+Built = TypeVar("Built")
+
+
+def once(build: Callable[[dict[str, Any], int], Built]) -> Callable[[dict[str, Any], int], Built]:
+    """`build` of a case and a seed, called once for each: every back end is held against the same."""
+    built: dict[Any, Built] = {}
+
+    def get(case: dict[str, Any], seed: int) -> Built:
+        key = (tuple(case.items()), seed)
+        if key not in built:
+            built[key] = build(case, seed)
+        return built[key]
+
+    return get
 
 
 def check(run: Callable[[int], dict[str, Result]], depth: int) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from lora_multi_cases import MultiCase, multi_case, multi_lora_case, named_gradients, named_outputs
 from numbers_policy import assert_within_rounding, case_id, short
-from test_multi_lora import MultiCase, multi_case, named_gradients, named_outputs
 from torch import Tensor
 
 import peft_kernels as pk
@@ -43,27 +43,24 @@ each_case = pytest.mark.parametrize("case", CASES, ids=case_id)
 
 def check(c: MultiCase, got: dict[str, Tensor], plain: dict[str, Tensor]) -> None:
     """Products with the base may be off by roundings in its dtype; the adapters' own sums may not."""
-    truth, magnitude = c.products(lambda t: t), c.products(torch.abs)
     for name, value in got.items():
-        testing.assert_close(value, plain[name], truth[name], name)
+        testing.assert_close(value, plain[name], c.truth[name], name)
         of_base = name[0] == "y" or name == "dx"
         product = c.case["compute"] if of_base else value.dtype
-        assert_within_rounding(value, truth[name], magnitude[name], c.depth, name, product)
+        assert_within_rounding(value, c.truth[name], c.magnitude[name], c.depth, name, product)
 
 
 @each_case
 def test_multi_lora_linear(backend: str, case: dict[str, Any]) -> None:
-    c = MultiCase(case)
-    plain = testing.reference_op("multi_lora_linear")(*c.forward_args)
-    check(c, named_outputs(*ops.multi_lora_linear(*c.forward_args)), named_outputs(*plain))
+    c = multi_lora_case(case, 0)
+    check(c, named_outputs(*ops.multi_lora_linear(*c.forward_args)), c.plain_outputs)
 
 
 @each_case
 def test_multi_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
-    c, needs = MultiCase(case), case["needs"]
-    args = c.backward_args(c.products(lambda t: t)["h"].float(), needs)
-    plain = named_gradients(c, needs, *testing.reference_op("multi_lora_linear_backward")(*args))
-    check(c, named_gradients(c, needs, *ops.multi_lora_linear_backward(*args)), plain)
+    c, needs = multi_lora_case(case, 0), case["needs"]
+    args = c.backward_args(c.truth["h"].float(), needs)
+    check(c, named_gradients(c, needs, *ops.multi_lora_linear_backward(*args)), c.plain_gradients)
 
 
 def test_a_bias_may_be_of_either_dtype(backend: str) -> None:

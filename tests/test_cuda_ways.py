@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
+from lora_multi_cases import check_backward, check_forward, multi_case
 from numbers_policy import dense64, short
-from test_linear import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
-from test_multi_lora import check_backward, check_forward, multi_case
 
 import simt_backend as simt
 import testing

@@ -1,32 +1,24 @@
-"""Which back end serves a call and why; the compiled library; what importing does."""
+"""Which back end serves a call and why."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
-import shutil
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from fresh_process import Processes, Result
 from torch import Tensor
 
 import peft_kernels as pk
-import simt_backend as simt
 import testing
 from peft_kernels import dispatch
 from peft_kernels.backends import BACKENDS, cpu, cuda
-from peft_kernels.backends.compiled import CompiledBackend
-from peft_kernels.ops import registry
 
-PACKAGE = Path(pk.__file__).parent
 needs_cpu = pytest.mark.skipif(
     testing.unavailable("cpu") is not None, reason=f"cpu: {testing.unavailable('cpu')}"
 )
@@ -43,25 +35,6 @@ def automatic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setattr(dispatch, "_logged", set())
     yield
-
-
-class Python:
-    """Runs code in a process that has imported torch and nothing else, and expects it to succeed."""
-
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
-
-    def __call__(self, code: str, path: Path = PACKAGE.parent, **environment: str) -> Result:
-        result = self._processes.run(code, path, environment)
-        assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
-        return result
-
-
-@pytest.fixture(scope="module")
-def python() -> Iterator[Python]:
-    processes = Processes()
-    yield Python(processes)
-    processes.close()
 
 
 # The choice
@@ -229,75 +202,6 @@ def test_isa_levels_are_switched_and_restored() -> None:
     assert extension.isa_level() == before
 
 
-# The compiled library
-
-
-@pytest.fixture
-def compiled(tmp_path: Path) -> Path:
-    """A copy of the package without its compiled library; returns the folder to put on the path."""
-    target = tmp_path / "peft_kernels"
-    shutil.copytree(PACKAGE, target, ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
-    return tmp_path
-
-
-def library() -> Path:
-    return Path(cpu.BACKEND.extension.__file__)
-
-
-USE = """
-import logging; logging.basicConfig()
-import torch, peft_kernels as pk
-print(pk.__file__); print(pk.explain())
-w = pk.NF4Weight.quantize(torch.ones(4, 64))
-x = torch.ones(2, 64, requires_grad=True)
-y = pk.nf4_linear(x, w); y.sum().backward()
-assert torch.allclose(y, torch.full((2, 4), 64.0)) and x.grad is not None
-try:
-    with pk.use_backend("cpu"): pass
-except RuntimeError as error:
-    print("refused:", error)
-"""
-
-
-def test_without_the_compiled_library_the_reference_serves(python: Python, compiled: Path) -> None:
-    out = python(USE, compiled).stdout
-    assert str(compiled) in out
-    assert re.search(r"^cpu +not usable: not built .*reinstall", out, re.M)
-    assert re.search(r"^refused: back end cpu cannot be used here: not built", out, re.M)
-
-
-@needs_cpu
-def test_a_stale_library_is_refused_before_it_is_loaded(python: Python, compiled: Path) -> None:
-    """Loading one with other schemas would abort the process."""
-    content = library().read_bytes()
-    right = f"PEFT_KERNELS_SPEC_HASH={registry.spec_hash()}".encode()
-    assert content.count(right) == 1
-    stale = compiled / "peft_kernels" / library().name
-    stale.write_bytes(content.replace(right, b"PEFT_KERNELS_SPEC_HASH=" + b"0" * 64))
-    out = python(USE, compiled).stdout
-    message = rf"{re.escape(str(stale))} was built from other sources than this package: rebuild it"
-    assert re.search(rf"^cpu +not usable: {message}", out, re.M)
-    assert re.search(rf"^refused: back end cpu cannot be used here: {message}", out, re.M)
-
-
-@needs_cpu
-def test_a_broken_library_is_refused_with_the_loader_s_words(python: Python, compiled: Path) -> None:
-    """The right fingerprint in a file that is no library."""
-    broken = compiled / "peft_kernels" / library().name
-    broken.write_bytes(f"PEFT_KERNELS_SPEC_HASH={registry.spec_hash()}".encode() * 10)
-    out = python(USE, compiled).stdout
-    assert re.search(r"^cpu +not usable: peft_kernels\._C does not load: .+", out, re.M)
-
-
-@pytest.mark.parametrize("backend", [cpu.BACKEND, cuda.BACKEND, simt.BACKEND], ids=lambda b: b.name)
-def test_a_library_that_is_there_loads(backend: CompiledBackend) -> None:
-    """Also where nothing else would miss it: on a machine without a GPU, without a driver."""
-    if importlib.util.find_spec(backend.library) is None:
-        pytest.skip(f"{backend.name}: {backend.not_built}")
-    assert backend._refusal is None
-    assert backend.extension.spec_hash() == registry.spec_hash()
-
-
 @pytest.mark.parametrize(
     "capability,architectures,reason",
     [
@@ -393,46 +297,6 @@ def test_automatic_choice_by_device(
 
 
 @needs_cpu
-def test_isa_cap_from_the_environment(python: Python) -> None:
-    code = "from peft_kernels import _C; print(_C.isa_level(), *_C.isa_levels())"
-    levels = cpu.BACKEND.extension.isa_levels()
-    cap = levels[len(levels) // 2 - 1]  # where there are several, not the best
-    assert python(code, PEFT_KERNELS_CPU_ISA=cap).stdout.split() == [cap, *levels]
-
-
-@needs_cpu
-def test_unknown_isa_cap_is_a_clear_refusal(python: Python) -> None:
-    out = python(USE, PEFT_KERNELS_CPU_ISA="sse9").stdout
-    assert re.search(r"^cpu +not usable: .*PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512", out, re.M)
-    assert re.search(r"^refused: .*PEFT_KERNELS_CPU_ISA", out, re.M)
-
-
-# Importing
-
-
-def test_importing_has_no_effects(python: Python) -> None:
-    code = """
-import sys, os, logging, torch
-def state():
-    return (torch.get_default_dtype(), torch.get_num_threads(), torch.is_grad_enabled(), os.environ.copy(),
-            torch.are_deterministic_algorithms_enabled(), logging.root.handlers[:], torch.nn.Linear.forward)
-before, modules = state(), set(sys.modules)
-import peft_kernels as pk
-assert state() == before and not torch.cuda.is_initialized()
-heavy = {"transformers", "peft", "bitsandbytes", "accelerate", "triton", "torch._inductor", "tqdm"}
-assert not heavy & (set(sys.modules) - modules), heavy & set(sys.modules)
-for name in pk.__all__: getattr(pk, name)
-"""
-    result = python(code)
-    assert result.stdout == "" and result.stderr == ""
-
-
-def test_importing_twice_defines_the_ops_once() -> None:
-    dispatch.install()
-    assert len(dispatch._libraries) == 1
-
-
-@needs_cpu
 def test_refused_tiles_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where a sandbox forbids arch_prctl: the level below serves, and explain() says why."""
     reason = "amx: the kernel refuses the process its tiles"
@@ -444,12 +308,3 @@ def test_refused_tiles_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu.BACKEND, "_extension", fake)
     levels = "avx512_bf16 (of scalar, avx512_bf16)"
     assert f"instruction set {levels}, {torch.get_num_threads()} threads; not {reason}" in pk.explain()
-
-
-@needs_cpu
-def test_an_emulated_level_is_never_chosen_by_itself(python: Python) -> None:
-    extension = cpu.BACKEND.extension
-    assert not set(extension.emulated_levels()) & set(extension.isa_levels())
-    assert (
-        python("from peft_kernels import _C; print(_C.isa_level())").stdout.strip() in extension.isa_levels()
-    )

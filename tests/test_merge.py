@@ -4,134 +4,39 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import models
 import pytest
 import torch
-from peft_models import DTYPES, lora
-from torch import Tensor, nn
+from merge_models import (
+    DTYPE,
+    OPTION,
+    OPTIONS,
+    PATCHED,
+    SAFE,
+    SAME_4_BITS,
+    adapted,
+    assert_merged,
+    base_output,
+    by_hand,
+    dense,
+    inputs,
+    layers,
+    quantised,
+)
+from torch import nn
 
 import peft_kernels as pk
 import testing
 from peft_kernels.integrations.peft import merge_and_unload
 from peft_kernels.nn import NF4Linear
 
-peft = pytest.importorskip("peft", reason="PEFT is not installed")
-
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias"),
     pytest.mark.filterwarnings("ignore:.*may get different generations due to rounding errors"),
     pytest.mark.filterwarnings("ignore:.*lready.*merged"),
 ]
-
-# Alphas give scalings other than 1: a scaling that is left out has to show.
-OPTIONS: dict[str, list[dict[str, Any]]] = {  # of each active adapter
-    "plain": [{}],
-    "rslora": [{"use_rslora": True}],
-    "dora": [{"use_dora": True}],
-    "lora-bias": [{"lora_bias": True, "target_modules": ["q"]}],
-    "two": [{}, {"r": 4, "target_modules": ["o"]}],
-    "two-biases": [
-        {"lora_bias": True, "target_modules": ["q"]},
-        {"lora_bias": True, "target_modules": ["q"], "r": 4, "lora_alpha": 3},
-    ],
-}
-# The two libraries round a few of the double-quantised scales differently.
-SAME_4_BITS = 5e-3
-
-PATCHED = pytest.mark.parametrize("patched", [True, False], ids=["patched", "plain"])
-SAFE = pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
-OPTION = pytest.mark.parametrize("option", OPTIONS)
-DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-def adapted(
-    base: str | nn.Module = "nf4",
-    dtype: torch.dtype = torch.float32,
-    option: str = "plain",
-    patched: bool = True,
-) -> Any:
-    first, *more = OPTIONS[option]
-    model = lora(models.base_model(base, dtype) if isinstance(base, str) else base, **first)
-    for name, options in zip(("second",), more, strict=False):
-        defaults = {"r": 8, "lora_alpha": 16, "target_modules": ["q", "o"], "init_lora_weights": False}
-        model.add_adapter(name, peft.LoraConfig(**defaults | options))
-        for key, parameter in model.named_parameters():
-            if f".{name}." in key:
-                parameter.data = testing.tensor(*parameter.shape, seed=len(key), scale=0.1)
-        model.base_model.set_adapter(["default", name])
-    if patched:
-        pk.patch(model)
-    return model
-
-
-def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
-    """With a gradient: bitsandbytes' evaluation without one would repack the weight, and round its scales."""
-    return testing.tensor(33, 64, dtype=dtype).requires_grad_()
-
-
-def base_output(model: Any, x: Tensor) -> Tensor:
-    with model.disable_adapter():
-        return model(x)
-
-
-def layers(model: Any) -> dict[str, Any]:
-    return {name: getattr(model.base_model.model, name) for name in ("q", "o")}
-
-
-def dense(weight: Tensor) -> Tensor:
-    """Any weight as fp32."""
-    if hasattr(weight, "quant_state"):
-        weight = pk.NF4Weight.from_bnb(weight)
-    return (weight.dequantize(torch.float32) if isinstance(weight, pk.NF4Weight) else weight.float()).detach()
-
-
-def quantised(weight: Tensor) -> Tensor:
-    return pk.NF4Weight.quantize(weight).dequantize(torch.float32)
-
-
-@torch.no_grad()
-def by_hand(model: Any, rounded: Callable[[Tensor], Tensor] = lambda weight: weight) -> nn.Module:
-    """The merged model in fp32 from the formulas, with `rounded` after every adapter."""
-    net = models.Net()
-    net.lm_head.load_state_dict(model.base_model.model.lm_head.state_dict())
-    for name, layer in layers(model).items():
-        base = getattr(layer, "base_layer", layer)
-        weight = unmerged = dense(base.weight)
-        bias = None if base.bias is None else base.bias.float()
-        for adapter in getattr(layer, "active_adapters", []):
-            if adapter not in layer.lora_A:
-                continue
-            a, b, scaling = layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
-            delta = scaling * b.weight.float() @ a.weight.float()
-            weight = weight + delta
-            if adapter in layer.lora_magnitude_vector:
-                magnitude = layer.lora_magnitude_vector[adapter].weight.float()
-                weight = weight * (magnitude / (unmerged + delta).norm(dim=1))[:, None]
-            weight = rounded(weight)
-            if b.bias is not None:
-                bias = bias + scaling * b.bias.float()
-        getattr(net, name).weight.copy_(weight)
-        if bias is not None:
-            getattr(net, name).bias.copy_(bias)
-    return net
-
-
-def assert_merged(merged: nn.Module, expected: Any, dtype: torch.dtype, bnb: bool) -> None:
-    eps = torch.finfo(dtype).eps
-    for name in ("q", "o"):
-        layer, wanted = getattr(merged, name), getattr(expected, name)
-        assert not hasattr(layer, "lora_A")
-        limit = SAME_4_BITS + 8 * eps if bnb else 1e-6 + 4 * eps
-        assert testing.relative_error(dense(layer.weight), wanted.weight) < limit, name
-        if wanted.bias is not None:
-            assert layer.bias.dtype == dtype
-            assert testing.relative_error(layer.bias, wanted.bias) < 2 * eps, name
-
-
-# Right adapters, rightly merged.
 
 
 @PATCHED
@@ -287,121 +192,3 @@ def test_quantising_a_merged_model_again() -> None:
     merged = adapted(dtype=torch.bfloat16).merge_and_unload()
     pk.quantize_model(merged)
     assert type(merged.q) is NF4Linear and isinstance(merged.q.weight, pk.NF4Weight)
-
-
-# Broken adapters: nothing is merged.
-
-
-def spoil(key: str, value: float) -> Callable[[Any], Any]:
-    def change(model: Any) -> None:
-        with torch.no_grad():
-            model.base_model.model.get_parameter(key).view(-1)[-1] = value
-
-    return change
-
-
-def overflow(model: Any) -> None:
-    """Finite adapters, whose product is beyond fp16."""
-    with torch.no_grad():
-        model.base_model.model.o.lora_A.default.weight.fill_(300.0)
-        model.base_model.model.o.lora_B.default.weight.fill_(300.0)
-
-
-def zero_row(model: Any) -> None:
-    """Nothing to scale to a magnitude: 0 / 0."""
-    with torch.no_grad():
-        layer = model.base_model.model.o
-        layer.lora_B.default.weight[0] = 0
-        weight = dense(layer.base_layer.weight)
-        weight[0] = 0
-        layer.base_layer.weight.data = weight
-
-
-# The spoilt layer is the last one, if there is a choice: a merge that checks as it goes has merged the other.
-NAN, INF = float("nan"), float("inf")
-BROKEN: dict[str, tuple[str, Callable[[Any], Any], str]] = {
-    "lora_A": (
-        "plain",
-        spoil("o.lora_A.default.weight", NAN),
-        r"model\.o\.lora_A\.default\.weight: .* finite",
-    ),
-    "lora_B": (
-        "plain",
-        spoil("o.lora_B.default.weight", INF),
-        r"model\.o\.lora_B\.default\.weight: .* finite",
-    ),
-    "second": ("two", spoil("o.lora_B.second.weight", NAN), r"model\.o\.lora_B\.second\.weight: .* finite"),
-    "bias": ("lora-bias", spoil("q.lora_B.default.bias", INF), r"model\.q\.lora_B\.default\.bias: .* finite"),
-    "base-bias": (
-        "two-biases",
-        spoil("q.base_layer.bias", NAN),
-        r"model\.q\.bias: .* merging default, second",
-    ),
-    "magnitude": (
-        "dora",
-        spoil("o.lora_magnitude_vector.default.weight", NAN),
-        r"model\.o\.lora_magnitude_vector\.default\.weight: .* finite",
-    ),
-    "overflow": ("plain", overflow, r"model\.o\.weight: expected finite values after merging default"),
-}
-
-
-def assert_refused(model: Any, error: type[Exception], message: str, **options: bool) -> None:
-    before = copy.deepcopy(model.state_dict())
-    types = {name: type(module) for name, module in model.named_modules()}
-    with pytest.raises(error, match=f"{message}.*nothing is merged"):
-        merge_and_unload(model, **options)
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    for key, value in before.items():
-        assert torch.equal(value.nan_to_num(), after[key].nan_to_num()), key
-    assert types == {name: type(module) for name, module in model.named_modules()}
-    assert not any(layer.merged for layer in layers(model).values() if hasattr(layer, "lora_A"))
-
-
-@pytest.mark.parametrize("quantize", [False, True], ids=["dense", "quantize"])
-@pytest.mark.parametrize("case", BROKEN)
-@pytest.mark.parametrize("base", models.BASES)
-def test_safe_merge_of_a_broken_adapter_changes_nothing(base: str, case: str, quantize: bool) -> None:
-    option, spoil_it, message = BROKEN[case]
-    model = adapted(base, torch.float16, option)
-    spoil_it(model)
-    assert_refused(model, ValueError, message, safe_merge=True, quantize=quantize)
-
-
-def test_safe_merge_sees_what_dora_divides_by() -> None:
-    model = adapted("dense", option="dora", patched=False)
-    zero_row(model)
-    assert_refused(model, ValueError, r"model\.o\.weight: expected finite", safe_merge=True)
-
-
-def test_merging_a_broken_adapter_back_into_nf4_changes_nothing() -> None:
-    model = adapted()
-    spoil("o.lora_A.default.weight", INF)(model)
-    message = r"model\.o\.lora_A\.default\.weight: expected finite values, got NaN or Inf"
-    assert_refused(model, ValueError, message, quantize=True)
-
-
-def test_an_adapter_that_is_not_merged_may_be_broken() -> None:
-    model = adapted(option="two")
-    spoil("o.lora_A.second.weight", NAN)(model)
-    model.set_adapter("default")
-    y = model(inputs())
-    merged = merge_and_unload(model, safe_merge=True)
-    assert testing.relative_error(merged(inputs()), y) < 1e-5
-
-
-@SAFE
-@pytest.mark.parametrize("base", models.BASES)
-def test_a_bias_has_to_have_somewhere_to_go(base: str, safe: bool) -> None:
-    model = lora(models.base_model(base), lora_bias=True)  # q has a bias, o has none
-    assert_refused(model, RuntimeError, r"model\.o: impossible to merge adapter default", safe_merge=safe)
-
-
-@pytest.mark.parametrize("base", models.BASES)
-def test_an_adapter_that_is_active_twice_raises(base: str) -> None:
-    model = adapted(base, option="two", patched=False)
-    model.base_model.set_adapter(["second", "default", "second"])
-    with pytest.raises(ValueError, match="expected each name once, got second, default, second"):
-        merge_and_unload(model)
-    assert not any(layer.merged for layer in layers(model).values())

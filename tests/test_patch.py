@@ -10,7 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from peft_models import DTYPES, assert_same_numbers, in_fp64, lora, peft, run
+from peft_models import DTYPES, assert_same_numbers, lora, peft, run
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -295,23 +295,6 @@ def test_a_subclass_with_a_forward_of_its_own_is_reported_as_not_fused() -> None
     assert torch.equal(model.base_model.model.q(x), plain)
 
 
-def test_fp32_activations_over_a_base_that_computes_in_bf16() -> None:
-    """As after `prepare_model_for_kbit_training`: the base product in bf16, the delta from x as it is."""
-    torch.manual_seed(0)
-    model = nn.Sequential()
-    model.q = nn.Linear(128, 96, dtype=torch.bfloat16)
-    models.to_base(model, "bnb", torch.bfloat16)
-    layer, x = lora(model, target_modules=["q"]).base_model.model.q, testing.tensor(5, 128)
-    truth, plain = run(in_fp64(layer), x.double()), run(layer, x)
-    with pk.patched(layer) as report:
-        got = run(layer, x)
-    for name in got:
-        testing.assert_close(got[name], plain[name], truth[name], name)
-    with pk.patched(layer) as again, torch.autocast("cpu", dtype=torch.bfloat16):
-        layer(x)
-    assert not any(entry.fallbacks for entry in (*report.layers, *again.layers))
-
-
 def test_a_layer_without_the_active_adapter_is_its_base() -> None:
     model, x = lora(models.base_model("nf4")), testing.tensor(3, 128)
     model.add_adapter("other", peft.LoraConfig(r=4, target_modules=["q"], init_lora_weights=False))
@@ -340,61 +323,6 @@ def test_inference(base: str, mode: Any) -> None:
     with mode():
         y = model(x)
     assert torch.equal(y, expected) and not y.requires_grad
-
-
-@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"])
-def test_hooks_inside_a_layer_still_run(part: str) -> None:
-    model, x, calls = lora(models.base_model("nf4")), testing.tensor(3, 64), []
-    report = pk.patch(model)
-    model.base_model.model.q.get_submodule(part).register_forward_hook(lambda *_: calls.append(1))
-    model(x)
-    assert calls == [1]
-    assert any("hooks on the base layer" in key for layer in report.layers for key in layer.fallbacks)
-
-
-def test_hooks_on_a_layer_still_run() -> None:
-    model, x, calls = lora(models.base_model("nf4")), testing.tensor(3, 64), []
-    report = pk.patch(model)
-    model.base_model.model.q.register_forward_hook(lambda *_: calls.append(1))
-    model(x)
-    assert calls == [1] and not any(layer.fallbacks for layer in report.layers)
-
-
-def test_accelerate_hooks_on_a_layer() -> None:
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
-    model, x = lora(models.base_model("nf4")), testing.tensor(3, 64)
-    plain, layer = model(x), model.base_model.model.q
-    for first in ("hook", "patch"):
-        if first == "hook":
-            hooks.add_hook_to_module(layer, hooks.ModelHook())
-        report = pk.patch(model)
-        if first == "patch":
-            hooks.add_hook_to_module(layer, hooks.ModelHook())
-        assert not report.original, "it is fused, under the hook"
-        assert testing.relative_error(model(x), plain) < 1e-5 and not torch.equal(model(x), plain)
-        assert pk.unpatch(model) == 2
-        assert torch.equal(model(x), plain)
-        hooks.remove_hook_from_module(layer)
-        assert torch.equal(model(x), plain)
-
-    with pk.patched(model):
-        hooks.add_hook_to_module(layer, hooks.ModelHook())
-        hooks.remove_hook_from_module(layer)
-    assert torch.equal(model(x), plain) and pk.unpatch(model) == 0
-
-
-@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default"])
-def test_accelerate_hooks_inside_a_layer(part: str) -> None:
-    hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
-    model, x = lora(models.base_model("dense")), testing.tensor(3, 64)
-    plain, inside = model(x), model.base_model.model.q.get_submodule(part)
-    report = pk.patch(model)
-    hooks.add_hook_to_module(inside, hooks.AlignDevicesHook("cpu"))
-    assert testing.relative_error(model(x), plain) < 1e-5
-    assert not report.original and not report.layers[0].fallbacks, "x is there already: nothing to move"
-    hooks.add_hook_to_module(inside, hooks.AlignDevicesHook("cpu", offload=True))
-    assert testing.relative_error(model(x), plain) < 1e-5
-    assert report.layers[0].fallbacks == {"an accelerate hook inside that offloads weights": 1}
 
 
 def test_a_replica_computes_with_its_own_weights() -> None:
@@ -429,55 +357,3 @@ def test_autocast_gives_the_dtype_that_peft_gives(base: str, dtype: torch.dtype)
             got = layer(x)
     assert got.dtype == plain.dtype and not any(entry.fallbacks for entry in report.layers), str(report)
     assert testing.relative_error(got, plain) < 0.01
-
-
-# bitsandbytes' Linear4bit without an adapter.
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_linear4bit_alone(dtype: torch.dtype) -> None:
-    torch.manual_seed(0)
-    layer = models.to_linear4bit(nn.Linear(128, 96, dtype=dtype), compute_dtype=dtype)
-    x = testing.tensor(9, 128, dtype=dtype)
-    plain = run(layer, x)
-    weight = pk.NF4Weight.from_bnb(layer.weight).dequantize(torch.float32).double()
-    truth = nn.functional.linear(x.double(), weight, layer.bias.double())
-    report = pk.patch(layer)
-    assert str(report) == "peft_kernels: 1 of 1 layers fused"
-    testing.assert_close(layer(x), plain["y"], truth, "y")
-    dy = testing.tensor(9, 96, dtype=dtype, seed=9).double()
-    testing.assert_close(run(layer, x)["x"], plain["x"], dy @ weight, "x.grad")
-
-
-def test_linear4bit_compute_dtype() -> None:
-    layer = models.to_linear4bit(nn.Linear(128, 96), compute_dtype=torch.bfloat16)
-    x = testing.tensor(9, 128)
-    plain = layer(x.requires_grad_())
-    pk.patch(layer)
-    assert layer(x).dtype == torch.float32
-    assert testing.relative_error(layer(x), plain) < 0.01
-    assert torch.equal(layer(x), layer(x).bfloat16().float()), "computed in bf16, as bitsandbytes would"
-
-
-def test_linear4bit_evaluation_changes_no_state_and_training_goes_on() -> None:
-    """bitsandbytes' own CPU evaluation repacks the weight: another absmax, and no x.grad afterwards."""
-    torch.manual_seed(0)
-    layer = models.to_linear4bit(nn.Linear(128, 96, dtype=torch.bfloat16))
-    state = copy.deepcopy(layer.state_dict())
-    pk.patch(layer)
-    layer.eval()
-    layer(testing.tensor(4, 128, dtype=torch.bfloat16))
-    for key, value in layer.state_dict().items():
-        assert torch.equal(value, state[key]), key
-    layer.train()
-    x = testing.tensor(4, 128, dtype=torch.bfloat16).requires_grad_()
-    layer(x).sum().backward()
-    weight = pk.NF4Weight.from_bnb(layer.weight).dequantize(torch.float32)
-    assert testing.relative_error(x.grad, weight.sum(0).expand(4, 128)) < 0.01
-
-
-def test_linear4bit_that_cannot_be_read_is_reported() -> None:
-    layer = models.to_linear4bit(nn.Linear(128, 96, dtype=torch.bfloat16))
-    layer.weight.quant_state.packing_format_for_cpu = True
-    report = pk.patch(layer)
-    assert not report.fused and "repacked the weight for CPU inference" in str(report)

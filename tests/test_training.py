@@ -1,25 +1,34 @@
-"""The machinery of training around a patched PEFT model: checkpointing, compilers, copies, processes and
-scalers, against the stock PEFT model or the patched one without them. Trainers are in tests/flows."""
+"""The machinery of training around a patched PEFT model: checkpointing, dropout, copies and scalers, against
+the stock PEFT model or the patched one without them. Trainers are in tests/flows."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
-import models
 import pytest
 import torch
 from models import inputs, pickled, saved_and_loaded
-from peft_models import gradients, in_fp64, lora, run, step
+from peft_models import gradients, in_fp64, step
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from training_models import (
+    BASES,
+    ROWS,
+    adapter_state,
+    assert_close,
+    assert_equal,
+    assert_no_fallback,
+    labels,
+    llama,
+    llama_loss,
+    net,
+    net_loss,
+    patched_copy,
+)
 
 import peft_kernels as pk
 import testing
@@ -28,40 +37,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated and will be removed in v6:FutureWarning"),
     pytest.mark.usefixtures("one_thread"),
 ]
-
-BASES = pytest.mark.parametrize("base", models.BASES)
-ROWS = 24  # of a batch that is halved
-
-
-def net(base: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
-    """A stock PEFT model over q and o."""
-    return lora(models.base_model(base, dtype), **options)
-
-
-def plain_llama(base: str = "nf4") -> Any:
-    """A Llama whose weights are large enough that its losses tell one forward from another."""
-    model = models.tiny_llama(
-        intermediate_size=128, attention_bias=True, initializer_range=0.2, pad_token_id=0
-    )
-    for name, parameter in model.named_parameters():
-        if name.endswith("proj.bias"):
-            nn.init.normal_(parameter)
-    return models.to_base(model, base)
-
-
-def llama(base: str = "nf4", **options: Any) -> Any:
-    return lora(plain_llama(base), target_modules="all-linear", **options).train()
-
-
-def patched_copy(stock: nn.Module) -> tuple[Any, pk.patch.PatchReport]:
-    model = copy.deepcopy(stock)
-    report = pk.patch(model)
-    assert report.fused and not report.original, report.details()
-    return model, report
-
-
-def assert_no_fallback(report: Any) -> None:
-    assert not any(layer.fallbacks for layer in report.layers), str(report)
 
 
 class CountFused(TorchDispatchMode):
@@ -72,40 +47,6 @@ class CountFused(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.calls += func.name().endswith("::lora_linear")
         return func(*args, **(kwargs or {}))
-
-
-def labels(rows: int = ROWS) -> Tensor:
-    return torch.arange(rows) % 10
-
-
-def net_loss(model: nn.Module, x: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(model(x).float(), labels(len(x)))
-
-
-def ids(seed: int = 1) -> Tensor:
-    return torch.randint(3, 128, (4, 10), generator=torch.Generator().manual_seed(seed))
-
-
-def llama_loss(model: nn.Module, batch: Tensor | None = None) -> Tensor:
-    batch = ids() if batch is None else batch
-    return model(input_ids=batch, labels=batch).loss
-
-
-def assert_close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float = 1e-5) -> None:
-    assert got.keys() == want.keys() and len(got) > 1
-    for name in want:
-        error = testing.relative_error(got[name], want[name])
-        assert error < tolerance, f"{name}: relative error {error:.3g}"
-
-
-def assert_equal(got: dict[str, Tensor], want: dict[str, Tensor]) -> None:
-    assert got.keys() == want.keys() and len(got) > 1
-    for name in want:
-        assert torch.equal(got[name], want[name]), name
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
 # Gradient checkpointing.
@@ -261,55 +202,6 @@ def test_a_parameter_changed_before_backward_raises(base: str, part: str) -> Non
         loss.backward()
 
 
-# torch.compile.
-
-
-@pytest.fixture
-def _fresh_compiler() -> Iterator[None]:
-    torch.compiler.reset()
-    yield
-    torch.compiler.reset()
-
-
-def check_compiled_layer(base: str, backend: str) -> None:
-    stock = net(base).base_model.model.q
-    layer, report = patched_copy(stock)
-    compiled = torch.compile(layer, fullgraph=True, backend=backend)
-    got = run(layer, inputs(5), compiled)
-    assert_close(got, run(layer, inputs(5)))
-    assert_close(got, run(stock, inputs(5)))
-    assert_no_fallback(report)
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@BASES
-def test_compiled_layer(base: str) -> None:
-    check_compiled_layer(base, "aot_eager")
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_fresh_compiler")
-def test_compiled_layer_with_inductor() -> None:
-    check_compiled_layer("nf4", "inductor")
-
-
-@pytest.mark.usefixtures("_fresh_compiler")
-@BASES
-def test_compiled_decoder_block(base: str) -> None:
-    stock = llama(base)
-    model, report = patched_copy(stock)
-    hidden = testing.tensor(2, 5, 64)
-    position_embeddings = model.base_model.model.model.rotary_emb(hidden, torch.arange(5).view(1, 5))
-
-    block, plain = (each.base_model.model.model.layers[0] for each in (model, stock))
-    options = {"position_embeddings": position_embeddings}
-    got = run(block, hidden, torch.compile(block, fullgraph=True, backend="aot_eager"), **options)
-    assert len(got) == 2 + 14
-    assert_close(got, run(block, hidden, **options))
-    assert_close(got, run(plain, hidden, **options))
-    assert_no_fallback(report)
-
-
 # Copies.
 
 
@@ -358,59 +250,6 @@ def test_training_a_copy_leaves_the_original_alone(base: str, copying: Any) -> N
         assert fused.calls == 0
         model(x)
         assert fused.calls == 2, "the original stays patched"
-
-
-# Several processes.
-
-WORLD = 2
-
-
-def ddp_worker(rank: int, folder: str, bases: tuple[str, ...]) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=300),
-    )
-    for base in bases:
-        model = net(base)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(rank)  # DDP sends everybody the numbers of rank 0
-        report = pk.patch(model)
-        ddp = nn.parallel.DistributedDataParallel(model)
-        rows = slice(rank * ROWS // WORLD, (rank + 1) * ROWS // WORLD)
-        for _ in range(2):  # a parameter without gradient would raise in the second step
-            ddp.zero_grad()
-            nn.functional.cross_entropy(ddp(inputs(ROWS)[rows]), labels()[rows]).backward()
-        assert_no_fallback(report)
-        torch.save(gradients(model), f"{folder}/{base}-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture
-def _gloo(monkeypatch: pytest.MonkeyPatch) -> None:
-    if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
-        pytest.skip("torch is built without gloo")
-    if sys.platform == "linux":
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the name of the machine may resolve to nothing
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_gloo")
-def test_ddp_gives_the_gradients_of_the_whole_batch(tmp_path: Path) -> None:
-    bases = tuple(base for base in models.BASES if base != "bnb" or importlib.util.find_spec("bitsandbytes"))
-    torch.multiprocessing.spawn(ddp_worker, args=(str(tmp_path), bases), nprocs=WORLD)
-    for base in bases:
-        stock = net(base)
-        model, _ = patched_copy(stock)
-        for whole in (model, stock):
-            net_loss(whole, inputs(ROWS)).backward()
-            for rank in range(WORLD):
-                assert_close(torch.load(tmp_path / f"{base}-{rank}.pt"), gradients(whole))
 
 
 # Precision.

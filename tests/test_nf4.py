@@ -1,92 +1,25 @@
-"""The packing ops, bit for bit, on every back end: quantise, unpack and dequantise.
-
-The oracle here is written from the format's description in numpy and shares no code with the package but its
-tables.
-"""
+"""quantize_nf4 and dequantize_nf4, bit for bit, on every back end."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from nf4_oracle import DTYPES, assert_same, dtype_id, each_dtype, oracle_dequantize, oracle_quantize
+from numbers_policy import same_with_any_threads
 from torch import Tensor
 
 import testing
-from peft_kernels.code_tables import BLOCKSIZES, NF4_CODE, NF4_THRESHOLDS, dynamic_map, dynamic_thresholds
+from peft_kernels.code_tables import BLOCKSIZES, NF4_CODE, NF4_THRESHOLDS
 
 ops = torch.ops.peft_kernels
 reference = torch.ops.peft_kernels_reference
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CPU = torch.device("cpu")
 
-
-@pytest.fixture(autouse=True)
-def _nan_outputs() -> Iterator[None]:
-    with testing.nan_outputs():
-        yield
-
-
-def dtype_id(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
-
-
-def oracle_codes(scaled: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
-    return sum((scaled > t).astype(np.uint8) for t in thresholds)
-
-
-def oracle_scaled(flat: np.ndarray, blocksize: int) -> tuple[np.ndarray, np.ndarray]:
-    """(values * (1 / absmax), absmax), block by block, in fp32."""
-    absmax = np.maximum.reduceat(np.abs(flat), np.arange(0, flat.size, blocksize)) if flat.size else flat
-    with np.errstate(divide="ignore", over="ignore"):
-        inverse = np.float32(1) / absmax
-    inverse[np.isinf(inverse)] = 0
-    return flat * np.repeat(inverse, blocksize)[: flat.size], absmax
-
-
-def oracle_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-    scaled, absmax = oracle_scaled(weight.float().numpy().ravel(), blocksize)
-    codes = oracle_codes(scaled, np.array(NF4_THRESHOLDS, np.float32))
-    if codes.size % 2:
-        codes = np.append(codes, np.uint8(7))
-    return torch.from_numpy(codes[0::2] * 16 + codes[1::2]), torch.from_numpy(absmax)
-
-
-def oracle_dequantize(
-    packed: Tensor, absmax: Tensor, blocksize: int, numel: int, dtype: torch.dtype
-) -> Tensor:
-    data = packed.numpy().ravel()
-    values = np.empty(2 * data.size, np.float32)
-    table = np.array(NF4_CODE, np.float32)
-    values[0::2], values[1::2] = table[data >> 4], table[data & 15]
-    with np.errstate(invalid="ignore"):
-        values = values[:numel] * np.repeat(absmax.numpy(), blocksize)[:numel]
-    return torch.from_numpy(values).to(dtype)
-
-
-def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
-    """Equal to the bit, signed zeros included; NaN equals NaN."""
-    assert got.dtype == expected.dtype and got.shape == expected.shape, what
-    if got.is_floating_point():
-        both_nan = got.isnan() & expected.isnan()
-        integer = torch.int32 if got.dtype == torch.float32 else torch.int16
-        differ = (got.view(integer) != expected.view(integer)) & ~both_nan
-    else:
-        differ = got != expected
-    if differ.any():
-        at = differ.nonzero()[0].tolist()
-        raise AssertionError(
-            f"{what}: {int(differ.sum())} of {got.numel()} differ, the first at {at}: "
-            f"expected {expected[tuple(at)]}, got {got[tuple(at)]}"
-        )
+pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 
 def assert_quantizes(weight: Tensor, blocksize: int, what: str) -> None:
@@ -238,91 +171,6 @@ def test_round_trip(
     assert_same(absmax_again, absmax, "absmax")
 
 
-# quantize_absmax and unpack_absmax
-
-
-def oracle_quantize_absmax(absmax: Tensor, offset: Tensor) -> tuple[Tensor, Tensor]:
-    scaled, absmax2 = oracle_scaled((absmax - offset).numpy(), 256)
-    return torch.from_numpy(oracle_codes(scaled, dynamic_thresholds(CPU).numpy())), torch.from_numpy(absmax2)
-
-
-@pytest.mark.parametrize("numel", [1, 2, 255, 256, 257, 1000, 20011])
-@pytest.mark.parametrize("kind", ["normal", "constant", "wide"])
-def test_quantize_absmax(backend: str, kind: str, numel: int) -> None:
-    absmax = testing.tensor(numel).abs()
-    if kind == "constant":
-        absmax = torch.full((numel,), 0.7123)
-    elif kind == "wide":
-        absmax = absmax.pow(9)
-    q8, absmax2, offset = ops.quantize_absmax(absmax)
-    assert_same(offset, absmax.mean(), "offset")
-    want_q8, want_absmax2 = oracle_quantize_absmax(absmax, offset)
-    assert_same(absmax2, want_absmax2, "absmax2")
-    assert_same(q8, want_q8, "q8")
-
-
-def test_quantize_absmax_of_nothing(backend: str) -> None:
-    q8, absmax2, offset = ops.quantize_absmax(torch.empty(0))
-    assert q8.shape == (0,) and q8.dtype == torch.uint8 and absmax2.shape == (0,) and offset.shape == ()
-
-
-def test_quantize_absmax_ties_take_the_lower_code(backend: str) -> None:
-    midpoints = dynamic_thresholds(CPU)
-    inf = torch.tensor(float("inf"))
-    values = torch.stack(
-        (torch.nextafter(midpoints, -inf), midpoints, torch.nextafter(midpoints, inf)), 1
-    ).view(-1)
-    expected = [code for i in range(255) for code in (i, i, i + 1)]
-    for begin in range(0, values.numel(), 100):
-        chunk = values[begin : begin + 100]
-        # +1 and -1 fix the scale, a mirrored copy the mean: ties stay ties only with an offset of 0.
-        absmax = torch.cat((torch.tensor([1.0, -1.0]), torch.stack((chunk, -chunk), 1).view(-1)))
-        q8, absmax2, offset = ops.quantize_absmax(absmax)
-        assert offset.item() == 0.0 and absmax2.item() == 1.0, "the sample does not test ties"
-        assert q8[2::2].tolist() == expected[begin : begin + 100]
-
-
-def test_quantize_absmax_reads_views(backend: str) -> None:
-    base = testing.tensor(1200).abs()
-    for got, want in zip(ops.quantize_absmax(base[::2]), ops.quantize_absmax(base[::2].clone()), strict=True):
-        assert_same(got, want, "strided")
-
-
-@pytest.mark.parametrize("numel", [0, 1, 255, 256, 257, 70001])
-def test_unpack_absmax_rounds_twice(backend: str, numel: int) -> None:
-    q8 = torch.arange(numel).mul(37).to(torch.uint8)
-    absmax2 = testing.tensor(-(-numel // 256)).abs()
-    offset = torch.tensor(0.31415927)
-    scale = absmax2.repeat_interleave(256)[:numel]
-    values = dynamic_map(CPU)[q8.long()]
-    twice = torch.from_numpy(values.numpy() * scale.numpy()) + offset
-    assert_same(ops.unpack_absmax(q8, absmax2, offset), twice, "absmax")
-    once = (values.double() * scale.double() + offset.double()).float()
-    assert numel < 255 or not torch.equal(once, twice), "the sample cannot tell a fused multiply-add"
-
-
-def test_unpack_absmax_reads_views(backend: str) -> None:
-    q8, absmax2, offset = ops.quantize_absmax(testing.tensor(1000).abs())
-    wide8, wide2 = torch.zeros(1000, 3, dtype=torch.uint8), torch.zeros(4, 2)
-    wide8[:, 1], wide2[:, 1] = q8, absmax2
-    want = ops.unpack_absmax(q8, absmax2, offset)
-    assert_same(ops.unpack_absmax(wide8[:, 1], wide2[:, 1], offset.view(1)), want, "strided")
-
-
-@given(numel=st.integers(1, 2000), seed=st.integers(0, 1000), spread=st.sampled_from([0.0, 1e-3, 1.0, 6.0]))
-def test_absmax_round_trip(backend: str, numel: int, seed: int, spread: float) -> None:
-    """Within half a gap of the dynamic map, of its group's scale, and a few roundings."""
-    absmax = torch.exp(spread * testing.tensor(numel, seed=seed))
-    q8, absmax2, offset = ops.quantize_absmax(absmax)
-    back = ops.unpack_absmax(q8, absmax2, offset)
-    table = dynamic_map(CPU)
-    half_gap = float((table[1:] - table[:-1]).max()) / 2
-    scale = absmax2.repeat_interleave(256)[:numel]
-    # -1 is not in the map: what lies there is off by up to 1 - 0.99297.
-    rounding = 4 * torch.finfo(torch.float32).eps * (scale + offset)
-    assert ((back - absmax).abs() <= scale * max(half_gap, 1 - 0.99296) + rounding).all()
-
-
 # dequantize_nf4
 
 
@@ -386,21 +234,14 @@ def test_dequantize_shapes_and_views(backend: str) -> None:
 
 def test_threads_do_not_change_a_bit(backend: str) -> None:
     weight = testing.tensor(300, 1001)
-    before = torch.get_num_threads()
-    results = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            packed, absmax = ops.quantize_nf4(weight, 64)
-            q8, absmax2, offset = ops.quantize_absmax(absmax)
-            back = ops.dequantize_nf4(packed, q8, absmax2, offset, 64, [300, 1001], torch.bfloat16)
-            results.append((packed, absmax, q8, absmax2, back))
-    finally:
-        torch.set_num_threads(before)
-    assert_same(results[0][0], oracle_quantize(weight, 64)[0], "packed")
-    for other in results[1:]:
-        for got, want in zip(other, results[0], strict=True):
-            assert_same(got, want, "threads")
+
+    def run() -> tuple[Tensor, ...]:
+        packed, absmax = ops.quantize_nf4(weight, 64)
+        q8, absmax2, offset = ops.quantize_absmax(absmax)
+        back = ops.dequantize_nf4(packed, q8, absmax2, offset, 64, [300, 1001], torch.bfloat16)
+        return packed, absmax, q8, absmax2, back
+
+    assert_same(same_with_any_threads(run)[0], oracle_quantize(weight, 64)[0], "packed")
 
 
 BAD_WEIGHTS = {

@@ -1,0 +1,73 @@
+"""The packing of NF4 as the format's description has it, in numpy.
+
+Shares no code with the package but its tables.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from peft_kernels.code_tables import NF4_CODE, NF4_THRESHOLDS
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CPU = torch.device("cpu")
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+
+
+def oracle_codes(scaled: np.ndarray, thresholds: np.ndarray) -> np.ndarray:
+    return sum((scaled > t).astype(np.uint8) for t in thresholds)
+
+
+def oracle_scaled(flat: np.ndarray, blocksize: int) -> tuple[np.ndarray, np.ndarray]:
+    """(values * (1 / absmax), absmax), block by block, in fp32."""
+    absmax = np.maximum.reduceat(np.abs(flat), np.arange(0, flat.size, blocksize)) if flat.size else flat
+    with np.errstate(divide="ignore", over="ignore"):
+        inverse = np.float32(1) / absmax
+    inverse[np.isinf(inverse)] = 0
+    return flat * np.repeat(inverse, blocksize)[: flat.size], absmax
+
+
+def oracle_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+    scaled, absmax = oracle_scaled(weight.float().numpy().ravel(), blocksize)
+    codes = oracle_codes(scaled, np.array(NF4_THRESHOLDS, np.float32))
+    if codes.size % 2:
+        codes = np.append(codes, np.uint8(7))
+    return torch.from_numpy(codes[0::2] * 16 + codes[1::2]), torch.from_numpy(absmax)
+
+
+def oracle_dequantize(
+    packed: Tensor, absmax: Tensor, blocksize: int, numel: int, dtype: torch.dtype
+) -> Tensor:
+    data = packed.numpy().ravel()
+    values = np.empty(2 * data.size, np.float32)
+    table = np.array(NF4_CODE, np.float32)
+    values[0::2], values[1::2] = table[data >> 4], table[data & 15]
+    with np.errstate(invalid="ignore"):
+        values = values[:numel] * np.repeat(absmax.numpy(), blocksize)[:numel]
+    return torch.from_numpy(values).to(dtype)
+
+
+def assert_same(got: Tensor, expected: Tensor, what: str) -> None:
+    """Equal to the bit, signed zeros included; NaN equals NaN."""
+    assert got.dtype == expected.dtype and got.shape == expected.shape, what
+    if got.is_floating_point():
+        both_nan = got.isnan() & expected.isnan()
+        integer = torch.int32 if got.dtype == torch.float32 else torch.int16
+        differ = (got.view(integer) != expected.view(integer)) & ~both_nan
+    else:
+        differ = got != expected
+    if differ.any():
+        at = differ.nonzero()[0].tolist()
+        raise AssertionError(
+            f"{what}: {int(differ.sum())} of {got.numel()} differ, the first at {at}: "
+            f"expected {expected[tuple(at)]}, got {got[tuple(at)]}"
+        )

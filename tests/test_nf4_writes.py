@@ -1,0 +1,165 @@
+"""Writes to an NF4Weight are kept in full and reach every alias of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from nf4_weights import assert_equal_weights, each_nesting, each_shape, make, parts
+from torch import Tensor, nn
+
+import peft_kernels as pk
+import testing
+from peft_kernels import nf4_state
+
+
+def add_to_data(weight: Tensor, delta: Tensor) -> None:
+    weight.data += delta
+
+
+def assign_data(weight: Tensor, delta: Tensor) -> None:
+    weight.data = weight.data + delta
+
+
+def add_to_detached(weight: Tensor, delta: Tensor) -> None:
+    weight.detach().add_(delta)
+
+
+def copy_dense(weight: Tensor, delta: Tensor) -> None:
+    weight.copy_(weight.dequantize() + delta)  # type: ignore[attr-defined]
+
+
+WRITES: dict[str, Callable[[Tensor, Tensor], object]] = {
+    "data-iadd": add_to_data,
+    "add_": lambda w, d: w.add_(d),
+    "data-assign": assign_data,
+    "data-add_": lambda w, d: w.data.add_(d),
+    "detach-add_": add_to_detached,
+    "copy_": copy_dense,
+    "out": lambda w, d: torch.add(w.dequantize(), d, out=w),
+    "foreach": lambda w, d: torch._foreach_add_([w], [d]),
+}
+
+
+@each_shape
+@pytest.mark.parametrize("wrap", ["tensor", "parameter"])
+@pytest.mark.parametrize("how", WRITES)
+def test_a_write_is_kept_in_full(how: str, wrap: str, shape: tuple[int, int]) -> None:
+    weight: Tensor = make(shape)
+    if wrap == "parameter":
+        weight = nn.Parameter(weight, requires_grad=False)
+    delta = testing.tensor(*shape, seed=9, scale=1e-3)  # far below the 4-bit grid
+    want = weight.dequantize() + delta
+    with torch.no_grad():
+        WRITES[how](weight, delta)
+    assert weight.is_dense and torch.equal(weight.dequantize(), want) and torch.equal(weight + 0, want)
+    x = testing.tensor(3, shape[1])
+    torch.testing.assert_close(F.linear(x, weight), x @ want.t())
+    torch.testing.assert_close(pk.nf4_linear(x, weight), x @ want.t())
+
+
+@pytest.mark.parametrize("how", ["data-iadd", "add_", "data-add_", "detach-add_", "copy_", "out", "foreach"])
+def test_a_write_reaches_every_alias(how: str) -> None:
+    weight = make()
+    parameter = nn.Parameter(weight, requires_grad=False)
+    aliases = [weight, weight.detach(), weight.data, parameter, parameter.detach()]
+    delta = testing.tensor(12, 64, seed=9)
+    want = weight.dequantize() + delta
+    with torch.no_grad():
+        WRITES[how](parameter, delta)
+    for alias in aliases:
+        assert alias.is_dense and torch.equal(alias.dequantize(), want)
+    if how in ("copy_", "out", "foreach"):  # no merge that could be taken back
+        assert parts(weight).keys() == {"dense"}, "the packed bytes must be freed"
+    else:
+        assert weight.is_merged
+
+
+def test_a_write_to_a_wrapped_dtype_rounds_to_that_dtype() -> None:
+    weight = make(dtype=torch.bfloat16)
+    want = weight.dequantize() + 1
+    weight.add_(1)
+    assert weight.dense.dtype == torch.bfloat16 and torch.equal(weight.dense, want)
+
+
+def test_growth_is_told_once_of_each_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nf4_state, "_warned", set())
+    weight = pk.NF4Weight.quantize(testing.tensor(12, 64), name="model.q.weight")
+    with pytest.warns(
+        UserWarning, match=r"^model\.q\.weight: 4\.5\d bytes for each value .* until it is unmerged"
+    ):
+        weight.add_(1)
+    with pytest.warns(UserWarning, match=r"^model\.q\.weight: 4 bytes for each value .* from now on"):
+        weight.mul_(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make().add_(1).mul_(2)
+
+
+def test_writing_what_a_weight_holds_changes_nothing() -> None:
+    weight = make(dtype=torch.bfloat16)
+    packed = weight.packed
+    weight.copy_(weight.dequantize())
+    assert not weight.is_dense and weight.packed is packed
+    weight.mul_(1.0)
+    weight.add_(1.0)
+    weight.copy_(weight._state.dequantize(torch.bfloat16))
+    assert not weight.is_dense and weight.packed is packed
+
+
+def test_a_failed_write_changes_nothing() -> None:
+    weight = make()
+    for write in (lambda: weight.add_(torch.ones(5)), lambda: weight.copy_(torch.ones(5))):
+        with pytest.raises(RuntimeError):
+            write()
+    assert not weight.is_dense
+
+
+def test_assigning_a_dense_tensor() -> None:
+    weight = nn.Parameter(make(), requires_grad=False)
+    dense = testing.tensor(12, 64, dtype=torch.bfloat16, seed=5)
+    weight.data = dense
+    assert weight.is_dense and weight.dtype == torch.bfloat16 and torch.equal(weight.dequantize(), dense)
+    assert weight.dense.data_ptr() == dense.data_ptr()
+    with pytest.raises(ValueError, match=r"data: expected shape \(12, 64\), got \(64, 12\)"):
+        weight.data = torch.zeros(64, 12)
+    assert torch.equal(weight.dequantize(), dense)
+
+
+def test_assigning_another_nf4_weight() -> None:
+    weight, other = nn.Parameter(make(), requires_grad=False), make((7, 33), dtype=torch.float16, seed=3)
+    weight.data = other
+    assert_equal_weights(weight, other)
+    assert isinstance(weight, nn.Parameter)
+
+
+@pytest.mark.parametrize("read", ["data", "detach", "float", "contiguous", "to", "cpu"])
+def test_a_dense_weight_reads_as_the_plain_tensor(read: str) -> None:
+    """A subclass on the right of `ordinary.data = ...` crashes torch, and a dense weight can be plain."""
+    weight = nn.Parameter(make(), requires_grad=False)
+    weight.data *= 2
+    value = getattr(weight, read)
+    value = value if read == "data" else value(torch.float32) if read == "to" else value()
+    assert type(value) is Tensor and value.data_ptr() == weight.dense.data_ptr()
+    ordinary = nn.Parameter(torch.zeros(12, 64))
+    ordinary.data = value
+    assert torch.equal(ordinary, weight.dequantize())
+    value.fill_(3.0)
+    assert (weight.dequantize() == 3).all(), "the write was lost"
+
+
+@each_nesting
+def test_requantize(nested: bool) -> None:
+    weight = nn.Parameter(make(nested=nested, dtype=torch.bfloat16), requires_grad=False)
+    alias = weight.detach()
+    weight.data += 0.25
+    dense = weight.dequantize()
+    assert weight.requantize_() is weight
+    assert not weight.is_dense and not alias.is_dense and weight.dtype == torch.bfloat16
+    assert_equal_weights(weight, pk.NF4Weight.quantize(dense, 32, nested))
+    before = weight.packed.clone()
+    weight.requantize_()
+    assert torch.equal(weight.packed, before)

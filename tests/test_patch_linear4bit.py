@@ -1,0 +1,83 @@
+"""bitsandbytes' Linear4bit layers, with and without an adapter, patched."""
+
+from __future__ import annotations
+
+import copy
+
+import models
+import pytest
+import torch
+from peft_models import DTYPES, in_fp64, lora, run
+from torch import nn
+
+import peft_kernels as pk
+import testing
+
+
+def test_fp32_activations_over_a_base_that_computes_in_bf16() -> None:
+    """As after `prepare_model_for_kbit_training`: the base product in bf16, the delta from x as it is."""
+    torch.manual_seed(0)
+    model = nn.Sequential()
+    model.q = nn.Linear(128, 96, dtype=torch.bfloat16)
+    models.to_base(model, "bnb", torch.bfloat16)
+    layer, x = lora(model, target_modules=["q"]).base_model.model.q, testing.tensor(5, 128)
+    truth, plain = run(in_fp64(layer), x.double()), run(layer, x)
+    with pk.patched(layer) as report:
+        got = run(layer, x)
+    for name in got:
+        testing.assert_close(got[name], plain[name], truth[name], name)
+    with pk.patched(layer) as again, torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x)
+    assert not any(entry.fallbacks for entry in (*report.layers, *again.layers))
+
+
+# bitsandbytes' Linear4bit without an adapter.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_linear4bit_alone(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = models.to_linear4bit(nn.Linear(128, 96, dtype=dtype), compute_dtype=dtype)
+    x = testing.tensor(9, 128, dtype=dtype)
+    plain = run(layer, x)
+    weight = pk.NF4Weight.from_bnb(layer.weight).dequantize(torch.float32).double()
+    truth = nn.functional.linear(x.double(), weight, layer.bias.double())
+    report = pk.patch(layer)
+    assert str(report) == "peft_kernels: 1 of 1 layers fused"
+    testing.assert_close(layer(x), plain["y"], truth, "y")
+    dy = testing.tensor(9, 96, dtype=dtype, seed=9).double()
+    testing.assert_close(run(layer, x)["x"], plain["x"], dy @ weight, "x.grad")
+
+
+def test_linear4bit_compute_dtype() -> None:
+    layer = models.to_linear4bit(nn.Linear(128, 96), compute_dtype=torch.bfloat16)
+    x = testing.tensor(9, 128)
+    plain = layer(x.requires_grad_())
+    pk.patch(layer)
+    assert layer(x).dtype == torch.float32
+    assert testing.relative_error(layer(x), plain) < 0.01
+    assert torch.equal(layer(x), layer(x).bfloat16().float()), "computed in bf16, as bitsandbytes would"
+
+
+def test_linear4bit_evaluation_changes_no_state_and_training_goes_on() -> None:
+    """bitsandbytes' own CPU evaluation repacks the weight: another absmax, and no x.grad afterwards."""
+    torch.manual_seed(0)
+    layer = models.to_linear4bit(nn.Linear(128, 96, dtype=torch.bfloat16))
+    state = copy.deepcopy(layer.state_dict())
+    pk.patch(layer)
+    layer.eval()
+    layer(testing.tensor(4, 128, dtype=torch.bfloat16))
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, state[key]), key
+    layer.train()
+    x = testing.tensor(4, 128, dtype=torch.bfloat16).requires_grad_()
+    layer(x).sum().backward()
+    weight = pk.NF4Weight.from_bnb(layer.weight).dequantize(torch.float32)
+    assert testing.relative_error(x.grad, weight.sum(0).expand(4, 128)) < 0.01
+
+
+def test_linear4bit_that_cannot_be_read_is_reported() -> None:
+    layer = models.to_linear4bit(nn.Linear(128, 96, dtype=torch.bfloat16))
+    layer.weight.quant_state.packing_format_for_cpu = True
+    report = pk.patch(layer)
+    assert not report.fused and "repacked the weight for CPU inference" in str(report)
