@@ -15,28 +15,30 @@
 namespace peft_kernels::cpu {
 namespace {
 
-const KernelTable* built_kernels(Isa isa) {
-  switch (isa) {
-    case Isa::kScalar:
-      return &kScalarKernels;
+struct Level {
+  const char* name;
+  const KernelTable* kernels;  // null when it is not built
+};
+
 #if defined(__x86_64__)
-    case Isa::kAvx2:
-      return &kAvx2Kernels;
-    case Isa::kAvx512:
-      return &kAvx512Kernels;
-    case Isa::kAvx512Bf16:
-      return &kAvx512Bf16Kernels;
-    case Isa::kAmx:
-      return &kAmxKernels;
-#  if PEFT_KERNELS_EMULATE
-    case Isa::kAmxEmulated:
-      return &kAmxEmulatedKernels;
-#  endif
+#  define PEFT_KERNELS_X86(table) &table
+#else
+#  define PEFT_KERNELS_X86(table) nullptr
 #endif
-    default:
-      return nullptr;
-  }
-}
+#if PEFT_KERNELS_EMULATE
+#  define PEFT_KERNELS_EMULATED(table) PEFT_KERNELS_X86(table)
+#else
+#  define PEFT_KERNELS_EMULATED(table) nullptr
+#endif
+
+constexpr Level kLevels[kIsaCount + 1] = {
+    {"scalar", &scalar::kKernels},
+    {"avx2", PEFT_KERNELS_X86(avx2::kKernels)},
+    {"avx512", PEFT_KERNELS_X86(avx512::kKernels)},
+    {"avx512_bf16", PEFT_KERNELS_X86(avx512_bf16::kKernels)},
+    {"amx", PEFT_KERNELS_X86(amx::kKernels)},
+    {"amx_emulated", PEFT_KERNELS_EMULATED(amx_emulated::kKernels)},
+};
 
 #if defined(__x86_64__)
 
@@ -111,14 +113,12 @@ Isa best_isa() {
   return best;
 }
 
-std::atomic<const KernelTable*> current{&kScalarKernels};
+std::atomic<const Level*> current{kLevels};
 
 // A level by name, whether or not this machine can run it; -1 when there is no such level in any build.
 int isa_by_name(const char* name) {
-  static constexpr const char* kNames[kIsaCount + 1] = {"scalar",      "avx2", "avx512",
-                                                        "avx512_bf16", "amx",  "amx_emulated"};
   for (int i = 0; i <= kIsaCount; ++i) {
-    if (std::strcmp(name, kNames[i]) == 0) return i;
+    if (std::strcmp(name, kLevels[i].name) == 0) return i;
   }
   return -1;
 }
@@ -140,26 +140,23 @@ const char* refused_isa_reason() {
 
 const char* usable_isa_name(Isa isa) {
   if (isa > best_isa() && !(isa == Isa::kAmxEmulated && best_isa() >= Isa::kAvx512Bf16)) return nullptr;
-  const KernelTable* table = built_kernels(isa);
-  return table ? table->name : nullptr;
+  const Level& level = kLevels[static_cast<int>(isa)];
+  return level.kernels ? level.name : nullptr;
 }
+
+const KernelTable& kernels() { return *current.load(std::memory_order_relaxed)->kernels; }
+const char* isa_name() { return current.load(std::memory_order_relaxed)->name; }
 
 bool has_fast_dense() {
-#if defined(__x86_64__)
-  const KernelTable& table = kernels();
   // Level amx has never been timed against torch's tiles: until then torch keeps dense weights there.
-  return table.has_bf16_dot && best_isa() < Isa::kAmx && !refused;
-#else
-  return false;
-#endif
+  return current.load(std::memory_order_relaxed) >= &kLevels[static_cast<int>(Isa::kAvx512Bf16)] &&
+         best_isa() < Isa::kAmx && !refused;
 }
-
-const KernelTable& kernels() { return *current.load(std::memory_order_relaxed); }
 
 bool set_isa(const char* name) {
   const int isa = isa_by_name(name);
   if (isa < 0 || !usable_isa_name(static_cast<Isa>(isa))) return false;
-  current.store(built_kernels(static_cast<Isa>(isa)), std::memory_order_relaxed);
+  current.store(&kLevels[isa], std::memory_order_relaxed);
   return true;
 }
 
@@ -171,7 +168,7 @@ const char* select_isa_from_environment() {
     if (cap < 0) return "PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512, avx512_bf16 or amx";
   }
   while (!usable_isa_name(static_cast<Isa>(cap))) --cap;
-  current.store(built_kernels(static_cast<Isa>(cap)), std::memory_order_relaxed);
+  current.store(&kLevels[cap], std::memory_order_relaxed);
   return nullptr;
 }
 

@@ -1,4 +1,4 @@
-// The ops with LoRA adapters: tensors to pointers, and registration. Schemas live in peft_kernels/spec.py.
+// The ops with LoRA adapters: tensors to pointers, and registration.
 //
 // All of them are one thing here: linear layers that share x, each with any number of adapters. The deltas of
 // a layer are further terms of its base product.
@@ -8,27 +8,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/dora_args.h"
 #include "../common/lora_args.h"
-#include "checks.h"
 #include "dropout.h"
-#include "product.h"
+#include "linear_product.h"
+#include "weights.h"
 
 namespace peft_kernels::cpu {
 namespace {
-
-class BaseWeight : public BaseWeightOf<Nf4Holder> {
- public:
-  using BaseWeightOf::BaseWeightOf;
-  // Whether its products with that many rows are torch's: those of a dense weight, unless ours are as fast.
-  bool is_torchs(int64_t rows) const {
-    return is_dense() && !(dense().scalar_type() == at::kBFloat16 && dense().is_contiguous() &&
-                           rows > kFewRows && has_fast_dense());
-  }
-  MatrixView matrix() const {
-    return is_dense() ? dense_matrix(dense(), "weight") : nf4().matrix(in_features());
-  }
-};
 
 // Rows that an adapter serves.
 struct RowRun {
@@ -365,32 +351,6 @@ std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_b
   return {need_dx ? reshaped(g.dx, x.sizes()) : g.dx, g.da, g.db};
 }
 
-// DoRA: ||w + s b A||^2 = w . w + s (2 w A^T + s b A A^T) . b by row, so that the product B A is never
-// formed.
-Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
-                 const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a, const Tensor& lora_b,
-                 double scaling) {
-  const DoraNormArgs args(lora_a, lora_b);
-  const int64_t out_features = args.out_features(), in_features = args.in_features();
-  const BaseWeight base(absmax ? weight : weight.contiguous(), absmax, absmax2, offset, blocksize,
-                        out_features, in_features, weight.scalar_type());
-  const MatrixView w = base.matrix();
-
-  Tensor squares = at::empty({out_features}, args.a.options());
-  float* out = squares.mutable_data_ptr<float>();
-  const auto row_squares = kernels().row_squares;
-  constexpr int64_t kElementsPerThread = 65536;
-  parallel_for(0, out_features, ceil_div(kElementsPerThread, std::max<int64_t>(in_features, 1)),
-               [&](int64_t begin, int64_t end) { row_squares(w, in_features, begin, end, out); });
-
-  Tensor aw = at::empty({args.a.size(0), out_features}, args.a.options());  // [r, out_features]
-  Product product(aw);
-  product.add(term_of(args.a, "lora_a", w));
-  product.run_nt();
-  const Tensor dots = at::addmm(aw.t(), args.b, at::mm(args.a, args.a.t()), 2, scaling).mul_(args.b).sum(1);
-  return squares.add_(dots, scaling).clamp_min_(0).sqrt_();
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
@@ -398,7 +358,6 @@ TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
   m.impl("lora_linear_backward", lora_linear_backward);
   m.impl("multi_lora_linear", multi_lora_linear);
   m.impl("multi_lora_linear_backward", multi_lora_linear_backward);
-  m.impl("dora_norm", dora_norm);
 }
 
 }  // namespace peft_kernels::cpu

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
+#include "../common/checks.h"
 #include "parallel.h"
 
 namespace peft_kernels::cpu {
