@@ -42,27 +42,6 @@ constexpr Level kLevels[kIsaCount + 1] = {
 
 #if defined(__x86_64__)
 
-struct CpuidLeaf {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-};
-
-CpuidLeaf cpuid(unsigned leaf, unsigned subleaf) {
-  CpuidLeaf out;
-  __get_cpuid_count(leaf, subleaf, &out.eax, &out.ebx, &out.ecx, &out.edx);
-  return out;
-}
-
-bool has_bits(uint64_t value, uint64_t bits) { return (value & bits) == bits; }
-
-// Register state that the operating system saves on a context switch. Executing AVX without it faults.
-uint64_t enabled_state() {
-  constexpr unsigned kOsxsave = 1u << 27;
-  if (!has_bits(cpuid(1, 0).ecx, kOsxsave)) return 0;
-  unsigned low, high;
-  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (uint64_t{high} << 32) | low;
-}
-
 // Linux saves tiles only for processes that ask. Null when it does, else why not.
 const char* request_tiles() {
 #  if defined(__linux__)
@@ -76,27 +55,22 @@ const char* request_tiles() {
 
 const char* refused = nullptr;
 
+// gcc asks the operating system too: without its saving their registers, instructions fault.
 Isa detect() {
-  constexpr uint64_t kYmmState = 0x06;                   // XMM, upper YMM
-  constexpr uint64_t kZmmState = 0xe6;                   // and opmask, upper ZMM, ZMM16-31
-  constexpr unsigned kFma = 1u << 12, kF16c = 1u << 29;  // leaf 1, ecx
-  constexpr unsigned kAvx2 = 1u << 5;                    // leaf 7, ebx
-  constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;  // leaf 7, ebx
-  constexpr unsigned kBf16 = 1u << 5;                                                // leaf 7.1, eax
-
-  const uint64_t state = enabled_state();
-  const CpuidLeaf leaf7 = cpuid(7, 0);
-  if (!has_bits(state, kYmmState) || !has_bits(cpuid(1, 0).ecx, kFma | kF16c) ||
-      !has_bits(leaf7.ebx, kAvx2)) {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+  constexpr unsigned kF16c = 1u << 29;  // not among the names that gcc 10 knows
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !(ecx & kF16c))
     return Isa::kScalar;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx2;
   }
-  if (!has_bits(state, kZmmState) || !has_bits(leaf7.ebx, kF | kDq | kBw | kVl)) return Isa::kAvx2;
-  const bool has_leaf7_1 = leaf7.eax >= 1;
-  if (!has_leaf7_1 || !has_bits(cpuid(7, 1).eax, kBf16)) return Isa::kAvx512;
-  constexpr uint64_t kTileState = 0x60000;                      // XTILECFG, XTILEDATA
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // leaf 7, edx
-  if (!has_bits(leaf7.edx, kAmxBf16 | kAmxTile)) return Isa::kAvx512Bf16;
-  refused = has_bits(state, kTileState) ? request_tiles() : "amx: the operating system does not save tiles";
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24;  // bf16, tiles
+  if ((edx & kAmx) != kAmx) return Isa::kAvx512Bf16;
+  refused = request_tiles();
   return refused ? Isa::kAvx512Bf16 : Isa::kAmx;
 }
 

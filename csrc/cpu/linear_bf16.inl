@@ -1,12 +1,6 @@
 // Both micro-kernels on pairs of bf16. The weight is rounded to bf16, which is what dequantising it to the
 // activation's type does; sums are fp32.
 
-// Neither side loses more than that.
-inline bool has_bf16_values(const GemmTerm& term) {
-  return term.lhs_dtype == DType::kBF16 &&
-         (term.rhs.nf4 || (term.rhs.dtype == DType::kBF16 && term.rhs_scale == 1.0f));
-}
-
 inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, float, PanelBF16* out) {
   if (rhs.nf4) {
     dequantize_run(*rhs.nf4, first, count, out);

@@ -11,6 +11,10 @@ struct DotF32 : FloatSteps {
   static Vec load_lhs_part(const T* p, int64_t count) { return load_part(p, count); }
 };
 
+#if !PEFT_KERNELS_BF16_DOT
+using DotBF16 = DotF32<BF16>;
+#endif
+
 // tile[r][c] += lhs[r] . panel[c]. Panel rows are padded with zeros to a whole step.
 template <class Dot, int kRows>
 void dot_tile(const typename Dot::Lhs* lhs, int64_t lhs_ld, const typename Dot::Value* panel,

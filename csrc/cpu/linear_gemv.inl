@@ -30,6 +30,8 @@ struct GemvBF16 : PairSteps {
   static VecPairs lookup(const Table& table, VecI bits) { return lookup_code(table, bits); }
   static VecI next(VecI bits) { return next_nibble16(bits); }
 };
+#else
+using GemvBF16 = GemvF32;
 #endif
 
 struct GemvLayout {
@@ -211,16 +213,12 @@ void gemv_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols,
 }
 
 inline void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
-#if PEFT_KERNELS_BF16_DOT
-  if (has_bf16_values(term)) return gemv_arrange_lhs<GemvBF16>(term, rect, scratch);
-#endif
-  gemv_arrange_lhs<GemvF32>(term, rect, scratch);
+  has_bf16_values(term) ? gemv_arrange_lhs<GemvBF16>(term, rect, scratch)
+                        : gemv_arrange_lhs<GemvF32>(term, rect, scratch);
 }
 
 inline void gemv_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, void* scratch,
                           float* tile) {
-#if PEFT_KERNELS_BF16_DOT
-  if (has_bf16_values(term)) return gemv_add_term<GemvBF16>(term, rows, n0, cols, scratch, tile);
-#endif
-  gemv_add_term<GemvF32>(term, rows, n0, cols, scratch, tile);
+  has_bf16_values(term) ? gemv_add_term<GemvBF16>(term, rows, n0, cols, scratch, tile)
+                        : gemv_add_term<GemvF32>(term, rows, n0, cols, scratch, tile);
 }

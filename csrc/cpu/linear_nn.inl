@@ -67,12 +67,8 @@ void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t 
 
 inline void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t rows, int64_t n0,
                         int64_t cols, float* tile, void* panel, void* lhs) {
-#if PEFT_KERNELS_BF16_DOT
-  if (has_bf16_values(term)) {
-    return nn_add_term<OuterBF16>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs);
-  }
-#endif
-  nn_add_term<OuterF32>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs);
+  has_bf16_values(term) ? nn_add_term<OuterBF16>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs)
+                        : nn_add_term<OuterF32>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs);
 }
 
 void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {

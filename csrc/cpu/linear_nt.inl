@@ -82,9 +82,7 @@ inline void nt_add_thin_term(const GemmTerm& term, int64_t m0, int64_t rows, int
 inline void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
                         void* panel) {
   if (is_thin(term)) return nt_add_thin_term(term, m0, rows, n0, cols, tile, panel);
-#if PEFT_KERNELS_BF16_DOT
   if (has_bf16_values(term)) return nt_add_term<DotBF16>(term, m0, rows, n0, cols, tile, panel);
-#endif
   with_type(term.lhs_dtype,
             [&](auto type) { nt_add_term<DotF32<decltype(type)>>(term, m0, rows, n0, cols, tile, panel); });
 }

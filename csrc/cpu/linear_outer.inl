@@ -10,11 +10,10 @@ static_assert(kStrip % (kOuterVecs * kLanes) == 0, "");
 // tile[r][lane] += the sum over steps of rows[r] * strip[lane], in kVectors vectors of lanes, in partial sums
 // of Unit::kChain steps. One running fp32 sum over thousands of rows (dA and dB sum over all tokens) would
 // lose a bit for every fourfold; and a chain that followed the blocking would make a row's bits depend on how
-// many rows a thread was given. Inlined for its strides, of which the callers know some.
-template <class Unit, int kRows, int kVectors, class Strip>
-__attribute__((always_inline)) inline void sum_steps(const typename Unit::Value* rows, int64_t rows_ld,
-                                                     const Strip* strip, int64_t strip_ld, int64_t steps,
-                                                     float* tile, int64_t tile_ld) {
+// many rows a thread was given. A stride may be a Constant.
+template <class Unit, int kRows, int kVectors, class RowsLd, class Strip, class StripLd>
+void sum_steps(const typename Unit::Value* rows, RowsLd rows_ld, const Strip* strip, StripLd strip_ld,
+               int64_t steps, float* tile, int64_t tile_ld) {
   constexpr int kVectorLd = kLanes * sizeof(float) / sizeof(Strip);
   for (int64_t left = steps; left > 0; left -= Unit::kChain) {
     Vec sums[kRows][kVectors];
@@ -54,8 +53,8 @@ void outer_rows(int64_t rows, const typename Outer::Value* lhs, int64_t lhs_ld,
     if (rows < kRows) return outer_rows<Outer, kRows - 1>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
   }
   for (int64_t v = 0; v < kStrip; v += kOuterVecs * kLanes) {
-    sum_steps<Outer, kRows, kOuterVecs>(lhs, lhs_ld, strip + v * Outer::kElements, kStrip * Outer::kElements,
-                                        steps, tile + v, tile_ld);
+    sum_steps<Outer, kRows, kOuterVecs>(lhs, lhs_ld, strip + v * Outer::kElements,
+                                        Constant<kStrip * Outer::kElements>{}, steps, tile + v, tile_ld);
   }
 }
 
@@ -108,3 +107,7 @@ struct OuterF32 : FloatSteps {
     outer_rows<OuterF32, kTileRows>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
   }
 };
+
+#if !PEFT_KERNELS_BF16_DOT
+using OuterBF16 = OuterF32;
+#endif

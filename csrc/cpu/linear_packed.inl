@@ -182,10 +182,8 @@ void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
 #if PEFT_KERNELS_TILES
   const Tiles tiles;
 #endif
-#if PEFT_KERNELS_BF16_DOT
-  if (p.plan == NtPlan::kPairs) return gemm_packed<PairsUnit>(p, rect, scratch);
-#endif
-  gemm_packed<FloatsUnit>(p, rect, scratch);
+  p.plan == NtPlan::kPairs ? gemm_packed<PairsUnit>(p, rect, scratch)
+                           : gemm_packed<FloatsUnit>(p, rect, scratch);
 }
 
 NtPlan plan_nt(const GemmParams& p) {
@@ -193,9 +191,7 @@ NtPlan plan_nt(const GemmParams& p) {
   if (gemv_serves(p)) return NtPlan::kGemv;
   if (p.n == 0 || term.depth == 0) return NtPlan::kDots;
   if (!term.rhs.nf4 && p.m <= kFewRows) return NtPlan::kDots;
-#if PEFT_KERNELS_BF16_DOT
-  if (PairsUnit::serves(term)) return NtPlan::kPairs;
-#endif
+  if (has_bf16_values(term)) return NtPlan::kPairs;
   return FloatsUnit::serves(term) ? NtPlan::kFloats : NtPlan::kDots;
 }
 
@@ -211,8 +207,5 @@ void pack_strips(const PackParams& p, int64_t begin, int64_t end) {
 }
 
 void pack_strips(const PackParams& p, int64_t begin, int64_t end) {
-#if PEFT_KERNELS_BF16_DOT
-  if (p.plan == NtPlan::kPairs) return pack_strips<PairsUnit>(p, begin, end);
-#endif
-  pack_strips<FloatsUnit>(p, begin, end);
+  p.plan == NtPlan::kPairs ? pack_strips<PairsUnit>(p, begin, end) : pack_strips<FloatsUnit>(p, begin, end);
 }

@@ -62,17 +62,17 @@ struct FloatsUnit : FloatSteps {
   template <int kVectors>
   static void multiply(const float* rows, const float* strip, int64_t strip_ld, int64_t steps, float* tile,
                        int64_t tile_ld) {
-    sum_steps<FloatsUnit, kTileRows<kVectors>, kVectors>(rows, kPackedRowBytes / sizeof(*rows), strip,
-                                                         strip_ld, steps, tile, tile_ld);
+    sum_steps<FloatsUnit, kTileRows<kVectors>, kVectors>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{},
+                                                         strip, strip_ld, steps, tile, tile_ld);
   }
 
  private:
   template <int kRun>
   static void decode_run(const Nf4View& w, int64_t first, float* out) {
-    const SplitTable table(block_absmax(w, first >> w.block_shift));
+    const NibbleTable<float> table(block_absmax(w, first >> w.block_shift));
 #pragma GCC unroll 8
     for (int i = 0; i < kRun; i += kOrder)
-      table.decode(w.packed + (first + i) / 2, out + i, out + i + kLanes);
+      table.decode_split(w.packed + (first + i) / 2, out + i, out + i + kLanes);
   }
 };
 
@@ -94,8 +94,6 @@ struct PairsUnit : PairSteps {
   static constexpr int kTileRows = kPackedSums / kVectors;
   static constexpr int64_t kFewRowsCols = 48;
 #  endif
-
-  static bool serves(const GemmTerm& term) { return has_bf16_values(term); }
 
   static void pack_vector(const PackParams& p, int64_t first, uint32_t* out, int64_t out_ld) {
     const BF16* x = static_cast<const BF16*>(p.x) + first * p.depth;
@@ -150,8 +148,8 @@ struct PairsUnit : PairSteps {
     tiles_block<4 / kVectors, kVectors>(rows, kPackedRowBytes, strip, kElements * steps / kTileDepth, tile,
                                         tile_ld);
 #  else
-    sum_steps<PairsUnit, kTileRows<kVectors>, kVectors>(rows, kPackedRowBytes / sizeof(*rows), strip,
-                                                        strip_ld, steps, tile, tile_ld);
+    sum_steps<PairsUnit, kTileRows<kVectors>, kVectors>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{},
+                                                        strip, strip_ld, steps, tile, tile_ld);
 #  endif
   }
 
@@ -170,4 +168,6 @@ struct PairsUnit : PairSteps {
     store_pairs(out + kOrder / 2, step.odd);
   }
 };
+#else
+using PairsUnit = FloatsUnit;
 #endif

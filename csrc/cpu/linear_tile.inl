@@ -1,6 +1,12 @@
 // What the products share: their arithmetic, fp32 tiles of the output, and rows of a matrix as rows of a
 // panel.
 
+// A number that a function is compiled for, in the place of an argument.
+template <int kValue>
+struct Constant {
+  constexpr operator int() const { return kValue; }
+};
+
 // A step is what one lane multiplies at once.
 struct FloatSteps {
   using Value = float;
@@ -9,6 +15,12 @@ struct FloatSteps {
   static Vec splat_step(const float* p) { return splat(*p); }
   static Vec mac(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 };
+
+// Whether neither side of a product loses more than the weight does in dequantising to the activations' bf16.
+inline bool has_bf16_values(const GemmTerm& term) {
+  return PEFT_KERNELS_BF16_DOT && term.lhs_dtype == DType::kBF16 &&
+         (term.rhs.nf4 || (term.rhs.dtype == DType::kBF16 && term.rhs_scale == 1.0f));
+}
 
 #if PEFT_KERNELS_BF16_DOT
 struct PairSteps {
