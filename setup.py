@@ -33,11 +33,14 @@ ROOT = Path(__file__).resolve().parent
 SPECS = ROOT / "peft_kernels" / "ops"
 
 CPU_SOURCES = [
-    "csrc/cpu/absmax.cpp",
     "csrc/cpu/bind.cpp",
-    "csrc/cpu/elementwise_ops.cpp",
+    "csrc/cpu/dora_ops.cpp",
+    "csrc/cpu/dropout_ops.cpp",
+    "csrc/cpu/gated_ops.cpp",
     "csrc/cpu/isa.cpp",
+    "csrc/cpu/linear_ops.cpp",
     "csrc/cpu/lora_ops.cpp",
+    "csrc/cpu/nf4_absmax.cpp",
     "csrc/cpu/nf4_ops.cpp",
     "csrc/cpu/scalar.cpp",
 ]

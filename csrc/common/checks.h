@@ -84,7 +84,8 @@ inline Tensor activation(const Tensor& t, int64_t features, const char* name) {
 
 // The same as rows.
 inline Tensor as_rows(const Tensor& t, int64_t features, const char* name) {
-  return activation(t, features, name).view({rows_of(t), features});
+  const Tensor rows = activation(t, features, name);
+  return rows.dim() == 2 ? rows : rows.view({rows_of(rows), features});
 }
 
 // Contiguous, and of the shape and dtype of `like`.

@@ -1,16 +1,8 @@
-// Level amx: avx512_bf16 with its products on tiles. System headers come before the pragma:
-// what they define must stay baseline code.
-#include <float.h>
-#include <immintrin.h>
-#include <string.h>
-
-#include "../common/nf4.h"
-#include "isa.h"
-
+// Level amx: avx512_bf16 with its products on tiles.
 #define PEFT_KERNELS_BF16_DOT 1
 #define PEFT_KERNELS_TILES 1
+#include "level.h"
 
-#pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace peft_kernels::cpu::amx {
 // clang-format off
@@ -20,8 +12,3 @@ namespace peft_kernels::cpu::amx {
 #include "kernels.inl"
 // clang-format on
 }  // namespace peft_kernels::cpu::amx
-#pragma GCC pop_options
-
-namespace peft_kernels::cpu {
-const KernelTable kAmxKernels = PEFT_KERNELS_TABLE(amx);
-}

@@ -1,15 +1,6 @@
-// Level avx512. System headers come before the pragma: what they define must stay baseline code.
-#include <float.h>
-#include <immintrin.h>
-#include <string.h>
+// Level avx512.
+#include "level.h"
 
-#include "../common/nf4.h"
-#include "isa.h"
-
-#define PEFT_KERNELS_BF16_DOT 0
-#define PEFT_KERNELS_TILES 0
-
-#pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace peft_kernels::cpu::avx512 {
 // clang-format off
@@ -17,8 +8,3 @@ namespace peft_kernels::cpu::avx512 {
 #include "kernels.inl"
 // clang-format on
 }  // namespace peft_kernels::cpu::avx512
-#pragma GCC pop_options
-
-namespace peft_kernels::cpu {
-const KernelTable kAvx512Kernels = PEFT_KERNELS_TABLE(avx512);
-}

@@ -1,16 +1,7 @@
-// Level avx512_bf16: avx512 with products of bf16 pairs (vdpbf16ps). System headers come before the pragma:
-// what they define must stay baseline code.
-#include <float.h>
-#include <immintrin.h>
-#include <string.h>
-
-#include "../common/nf4.h"
-#include "isa.h"
-
+// Level avx512_bf16: avx512 with products of bf16 pairs (vdpbf16ps).
 #define PEFT_KERNELS_BF16_DOT 1
-#define PEFT_KERNELS_TILES 0
+#include "level.h"
 
-#pragma GCC push_options
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace peft_kernels::cpu::avx512_bf16 {
 // clang-format off
@@ -19,8 +10,3 @@ namespace peft_kernels::cpu::avx512_bf16 {
 #include "kernels.inl"
 // clang-format on
 }  // namespace peft_kernels::cpu::avx512_bf16
-#pragma GCC pop_options
-
-namespace peft_kernels::cpu {
-const KernelTable kAvx512Bf16Kernels = PEFT_KERNELS_TABLE(avx512_bf16);
-}

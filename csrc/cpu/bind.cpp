@@ -73,7 +73,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("emulated_levels", emulated_levels, "Further ones, for tests only.");
   m.def("refused_isa_reason", cpu::refused_isa_reason,
         "Why the processor's best level is not used, or None.");
-  m.def("isa_level", [] { return std::string(cpu::kernels().name); }, "The level in use.");
+  m.def("isa_level", cpu::isa_name, "The level in use.");
   m.def("set_isa_level", set_isa_level, "Choose a level for every later call in this process.");
   m.def("linear_plan", linear_plan, "Kernel of nf4_linear: dots, gemv, pairs or floats.",
         pybind11::arg("rows"), pybind11::arg("out_features"), pybind11::arg("in_features"),

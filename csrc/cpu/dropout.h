@@ -2,7 +2,6 @@
 #pragma once
 
 #include "../common/lora_args.h"
-#include "checks.h"
 #include "isa.h"
 #include "parallel.h"
 

@@ -61,14 +61,7 @@ void dropout_run(const DropoutParams& p, int64_t begin, int64_t end) {
 }
 
 void dropout(const DropoutParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::kF32:
-      return dropout_run<float>(p, begin, end);
-    case DType::kBF16:
-      return dropout_run<BF16>(p, begin, end);
-    case DType::kF16:
-      return dropout_run<F16>(p, begin, end);
-  }
+  with_type(p.dtype, [&](auto type) { dropout_run<decltype(type)>(p, begin, end); });
 }
 
 // sums[i] += x[i] * scale where element first + i is kept.

@@ -73,39 +73,31 @@ struct ActivationTag {
   static constexpr Activation kValue = kActivation;
 };
 
-template <class T, bool kBackward>
-void gated_typed(const GatedParams& p, int64_t begin, int64_t end) {
-  const auto run = [&](auto activation) {
-    constexpr Activation kActivation = decltype(activation)::kValue;
-    if constexpr (kBackward) {
-      gated_backward_run<kActivation, T>(p, begin, end);
-    } else {
-      gated_run<kActivation, T>(p, begin, end);
+// Calls run with the activation as a constant, and a value of the type that all tensors have.
+template <class Run>
+void with_activation(const GatedParams& p, const Run& run) {
+  with_type(p.dtype, [&](auto type) {
+    switch (p.activation) {
+      case Activation::kSilu:
+        return run(ActivationTag<Activation::kSilu>{}, type);
+      case Activation::kGelu:
+        return run(ActivationTag<Activation::kGelu>{}, type);
+      case Activation::kGeluTanh:
+        return run(ActivationTag<Activation::kGeluTanh>{}, type);
+      case Activation::kRelu:
+        return run(ActivationTag<Activation::kRelu>{}, type);
     }
-  };
-  switch (p.activation) {
-    case Activation::kSilu:
-      return run(ActivationTag<Activation::kSilu>{});
-    case Activation::kGelu:
-      return run(ActivationTag<Activation::kGelu>{});
-    case Activation::kGeluTanh:
-      return run(ActivationTag<Activation::kGeluTanh>{});
-    case Activation::kRelu:
-      return run(ActivationTag<Activation::kRelu>{});
-  }
+  });
 }
 
-template <bool kBackward>
-void gated_any(const GatedParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::kF32:
-      return gated_typed<float, kBackward>(p, begin, end);
-    case DType::kBF16:
-      return gated_typed<BF16, kBackward>(p, begin, end);
-    case DType::kF16:
-      return gated_typed<F16, kBackward>(p, begin, end);
-  }
+void gated(const GatedParams& p, int64_t begin, int64_t end) {
+  with_activation(p, [&](auto activation, auto type) {
+    gated_run<decltype(activation)::kValue, decltype(type)>(p, begin, end);
+  });
 }
 
-void gated(const GatedParams& p, int64_t begin, int64_t end) { gated_any<false>(p, begin, end); }
-void gated_backward(const GatedParams& p, int64_t begin, int64_t end) { gated_any<true>(p, begin, end); }
+void gated_backward(const GatedParams& p, int64_t begin, int64_t end) {
+  with_activation(p, [&](auto activation, auto type) {
+    gated_backward_run<decltype(activation)::kValue, decltype(type)>(p, begin, end);
+  });
+}

@@ -15,51 +15,32 @@
 namespace peft_kernels::cpu {
 namespace {
 
-const KernelTable* built_kernels(Isa isa) {
-  switch (isa) {
-    case Isa::kScalar:
-      return &kScalarKernels;
-#if defined(__x86_64__)
-    case Isa::kAvx2:
-      return &kAvx2Kernels;
-    case Isa::kAvx512:
-      return &kAvx512Kernels;
-    case Isa::kAvx512Bf16:
-      return &kAvx512Bf16Kernels;
-    case Isa::kAmx:
-      return &kAmxKernels;
-#  if PEFT_KERNELS_EMULATE
-    case Isa::kAmxEmulated:
-      return &kAmxEmulatedKernels;
-#  endif
-#endif
-    default:
-      return nullptr;
-  }
-}
-
-#if defined(__x86_64__)
-
-struct CpuidLeaf {
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+struct Level {
+  const char* name;
+  const KernelTable* kernels;  // null when it is not built
 };
 
-CpuidLeaf cpuid(unsigned leaf, unsigned subleaf) {
-  CpuidLeaf out;
-  __get_cpuid_count(leaf, subleaf, &out.eax, &out.ebx, &out.ecx, &out.edx);
-  return out;
-}
+#if defined(__x86_64__)
+#  define PEFT_KERNELS_X86(table) &table
+#else
+#  define PEFT_KERNELS_X86(table) nullptr
+#endif
+#if PEFT_KERNELS_EMULATE
+#  define PEFT_KERNELS_EMULATED(table) PEFT_KERNELS_X86(table)
+#else
+#  define PEFT_KERNELS_EMULATED(table) nullptr
+#endif
 
-bool has_bits(uint64_t value, uint64_t bits) { return (value & bits) == bits; }
+constexpr Level kLevels[kIsaCount + 1] = {
+    {"scalar", &scalar::kKernels},
+    {"avx2", PEFT_KERNELS_X86(avx2::kKernels)},
+    {"avx512", PEFT_KERNELS_X86(avx512::kKernels)},
+    {"avx512_bf16", PEFT_KERNELS_X86(avx512_bf16::kKernels)},
+    {"amx", PEFT_KERNELS_X86(amx::kKernels)},
+    {"amx_emulated", PEFT_KERNELS_EMULATED(amx_emulated::kKernels)},
+};
 
-// Register state that the operating system saves on a context switch. Executing AVX without it faults.
-uint64_t enabled_state() {
-  constexpr unsigned kOsxsave = 1u << 27;
-  if (!has_bits(cpuid(1, 0).ecx, kOsxsave)) return 0;
-  unsigned low, high;
-  __asm__ volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-  return (uint64_t{high} << 32) | low;
-}
+#if defined(__x86_64__)
 
 // Linux saves tiles only for processes that ask. Null when it does, else why not.
 const char* request_tiles() {
@@ -74,27 +55,22 @@ const char* request_tiles() {
 
 const char* refused = nullptr;
 
+// gcc asks the operating system too: without its saving their registers, instructions fault.
 Isa detect() {
-  constexpr uint64_t kYmmState = 0x06;                   // XMM, upper YMM
-  constexpr uint64_t kZmmState = 0xe6;                   // and opmask, upper ZMM, ZMM16-31
-  constexpr unsigned kFma = 1u << 12, kF16c = 1u << 29;  // leaf 1, ecx
-  constexpr unsigned kAvx2 = 1u << 5;                    // leaf 7, ebx
-  constexpr unsigned kF = 1u << 16, kDq = 1u << 17, kBw = 1u << 30, kVl = 1u << 31;  // leaf 7, ebx
-  constexpr unsigned kBf16 = 1u << 5;                                                // leaf 7.1, eax
-
-  const uint64_t state = enabled_state();
-  const CpuidLeaf leaf7 = cpuid(7, 0);
-  if (!has_bits(state, kYmmState) || !has_bits(cpuid(1, 0).ecx, kFma | kF16c) ||
-      !has_bits(leaf7.ebx, kAvx2)) {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  __get_cpuid(1, &eax, &ebx, &ecx, &edx);
+  constexpr unsigned kF16c = 1u << 29;  // not among the names that gcc 10 knows
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !(ecx & kF16c))
     return Isa::kScalar;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
+    return Isa::kAvx2;
   }
-  if (!has_bits(state, kZmmState) || !has_bits(leaf7.ebx, kF | kDq | kBw | kVl)) return Isa::kAvx2;
-  const bool has_leaf7_1 = leaf7.eax >= 1;
-  if (!has_leaf7_1 || !has_bits(cpuid(7, 1).eax, kBf16)) return Isa::kAvx512;
-  constexpr uint64_t kTileState = 0x60000;                      // XTILECFG, XTILEDATA
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;  // leaf 7, edx
-  if (!has_bits(leaf7.edx, kAmxBf16 | kAmxTile)) return Isa::kAvx512Bf16;
-  refused = has_bits(state, kTileState) ? request_tiles() : "amx: the operating system does not save tiles";
+  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
+  constexpr unsigned kAmx = 1u << 22 | 1u << 24;  // bf16, tiles
+  if ((edx & kAmx) != kAmx) return Isa::kAvx512Bf16;
+  refused = request_tiles();
   return refused ? Isa::kAvx512Bf16 : Isa::kAmx;
 }
 
@@ -111,14 +87,12 @@ Isa best_isa() {
   return best;
 }
 
-std::atomic<const KernelTable*> current{&kScalarKernels};
+std::atomic<const Level*> current{kLevels};
 
 // A level by name, whether or not this machine can run it; -1 when there is no such level in any build.
 int isa_by_name(const char* name) {
-  static constexpr const char* kNames[kIsaCount + 1] = {"scalar",      "avx2", "avx512",
-                                                        "avx512_bf16", "amx",  "amx_emulated"};
   for (int i = 0; i <= kIsaCount; ++i) {
-    if (std::strcmp(name, kNames[i]) == 0) return i;
+    if (std::strcmp(name, kLevels[i].name) == 0) return i;
   }
   return -1;
 }
@@ -140,26 +114,23 @@ const char* refused_isa_reason() {
 
 const char* usable_isa_name(Isa isa) {
   if (isa > best_isa() && !(isa == Isa::kAmxEmulated && best_isa() >= Isa::kAvx512Bf16)) return nullptr;
-  const KernelTable* table = built_kernels(isa);
-  return table ? table->name : nullptr;
+  const Level& level = kLevels[static_cast<int>(isa)];
+  return level.kernels ? level.name : nullptr;
 }
+
+const KernelTable& kernels() { return *current.load(std::memory_order_relaxed)->kernels; }
+const char* isa_name() { return current.load(std::memory_order_relaxed)->name; }
 
 bool has_fast_dense() {
-#if defined(__x86_64__)
-  const KernelTable& table = kernels();
   // Level amx has never been timed against torch's tiles: until then torch keeps dense weights there.
-  return table.has_bf16_dot && best_isa() < Isa::kAmx && !refused;
-#else
-  return false;
-#endif
+  return current.load(std::memory_order_relaxed) >= &kLevels[static_cast<int>(Isa::kAvx512Bf16)] &&
+         best_isa() < Isa::kAmx && !refused;
 }
-
-const KernelTable& kernels() { return *current.load(std::memory_order_relaxed); }
 
 bool set_isa(const char* name) {
   const int isa = isa_by_name(name);
   if (isa < 0 || !usable_isa_name(static_cast<Isa>(isa))) return false;
-  current.store(built_kernels(static_cast<Isa>(isa)), std::memory_order_relaxed);
+  current.store(&kLevels[isa], std::memory_order_relaxed);
   return true;
 }
 
@@ -171,7 +142,7 @@ const char* select_isa_from_environment() {
     if (cap < 0) return "PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512, avx512_bf16 or amx";
   }
   while (!usable_isa_name(static_cast<Isa>(cap))) --cap;
-  current.store(built_kernels(static_cast<Isa>(cap)), std::memory_order_relaxed);
+  current.store(&kLevels[cap], std::memory_order_relaxed);
   return nullptr;
 }
 

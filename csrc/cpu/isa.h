@@ -13,7 +13,6 @@ inline constexpr int kIsaCount = 5;  // without the last, which is for tests and
 
 // What an ISA file exports. `rect` and the block or element range pick the part a task owns.
 struct KernelTable {
-  const char* name;
   int64_t multiply_adds_per_thread;  // below which a second thread costs more to wake than it saves
   void (*quantize)(const QuantizeParams& params, int64_t block_begin, int64_t block_end);
   void (*dequantize)(const Nf4View& weight, int64_t begin, int64_t end, DType dtype, void* out);
@@ -26,7 +25,6 @@ struct KernelTable {
   NtPlan (*plan_nt)(const GemmParams& params);
   void (*gemm_packed)(const GemmParams& params, const Rect& rect, void* scratch);
   void (*pack_strips)(const PackParams& params, int64_t begin, int64_t end);
-  bool has_bf16_dot;  // products of pairs of bf16
   // Flat elements [begin, end).
   void (*dropout)(const DropoutParams& params, int64_t begin, int64_t end);
   void (*gated)(const GatedParams& params, int64_t begin, int64_t end);
@@ -38,35 +36,24 @@ struct KernelTable {
   void (*row_squares)(const MatrixView& matrix, int64_t cols, int64_t begin, int64_t end, float* out);
 };
 
-// The table of a level, from the functions in its namespace.
-#define PEFT_KERNELS_TABLE(level)  \
-  {#level,                         \
-   level::kMultiplyAddsPerThread,  \
-   level::quantize,                \
-   level::dequantize,              \
-   level::gemm_nt,                 \
-   level::gemm_nn,                 \
-   level::plan_nt,                 \
-   level::gemm_packed,             \
-   level::pack_strips,             \
-   PEFT_KERNELS_BF16_DOT,          \
-   level::dropout,                 \
-   level::gated,                   \
-   level::gated_backward,          \
-   level::scale_features,          \
-   level::scale_features_backward, \
-   level::row_squares}
-
-extern const KernelTable kScalarKernels;
-#if defined(__x86_64__)
-extern const KernelTable kAvx2Kernels;
-extern const KernelTable kAvx512Kernels;
-extern const KernelTable kAvx512Bf16Kernels;
-extern const KernelTable kAmxKernels;
-#  if PEFT_KERNELS_EMULATE
-extern const KernelTable kAmxEmulatedKernels;
-#  endif
-#endif
+namespace scalar {
+extern const KernelTable kKernels;
+}
+namespace avx2 {
+extern const KernelTable kKernels;
+}
+namespace avx512 {
+extern const KernelTable kKernels;
+}
+namespace avx512_bf16 {
+extern const KernelTable kKernels;
+}
+namespace amx {
+extern const KernelTable kKernels;
+}
+namespace amx_emulated {
+extern const KernelTable kKernels;
+}
 
 // Name of a level that is built and that this machine, and its operating system, can run; null otherwise.
 const char* usable_isa_name(Isa isa);
@@ -74,7 +61,9 @@ const char* usable_isa_name(Isa isa);
 // Why the best level of this machine is not in use though its processor has it; null when it is, or has not.
 const char* refused_isa_reason();
 
+// The level in use.
 const KernelTable& kernels();
+const char* isa_name();
 
 // Whether the level in use multiplies dense bf16 matrices as fast as torch does on this machine: not where
 // torch has tiles (AMX).

@@ -1,22 +1,41 @@
-// Everything that a level compiles, in the order of use. Expects the level's vectors and
-// PEFT_KERNELS_BF16_DOT, PEFT_KERNELS_TILES.
+// Everything that a level compiles, in the order of use. Expects the level's vectors.
 // clang-format off
-#include "dequantize.inl"
-#include "quantize.inl"
-#include "tile.inl"
-#include "dot.inl"
-#include "outer.inl"
+#include "lanes.inl"
+#include "nf4_dequantize.inl"
+#include "nf4_quantize.inl"
+#include "linear_tile.inl"
+#include "linear_dot.inl"
+#include "linear_outer.inl"
 #if PEFT_KERNELS_TILES
-#include "tiles.inl"
+#include "linear_tiles.inl"
 #endif
 #if PEFT_KERNELS_BF16_DOT
-#include "bf16.inl"
+#include "linear_bf16.inl"
 #endif
 #include "dropout.inl"
-#include "gemm_nt.inl"
-#include "gemm_nn.inl"
-#include "packed_units.inl"
-#include "gemm_packed.inl"
+#include "linear_nt.inl"
+#include "linear_nn.inl"
+#include "linear_packed_units.inl"
+#include "linear_packed.inl"
 #include "gated.inl"
-#include "scale.inl"
+#include "dora_scale.inl"
+#include "dora_norm.inl"
 // clang-format on
+
+// A constant, so that nothing of the level runs when the library is loaded.
+constexpr KernelTable kKernels = {
+    kMultiplyAddsPerThread,
+    quantize,
+    dequantize,
+    gemm_nt,
+    gemm_nn,
+    plan_nt,
+    gemm_packed,
+    pack_strips,
+    dropout,
+    gated,
+    gated_backward,
+    scale_features,
+    scale_features_backward,
+    row_squares,
+};

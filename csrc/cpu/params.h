@@ -59,7 +59,7 @@ struct GemmTerm {
   DropoutMask mask;        // gemm_nn: applied to the product before it is added
 };
 
-// Who computes a gemm_nt: rows as they lie (gemm_nt.inl), a packed weight as it comes (gemv.inl), or
+// Who computes a gemm_nt: rows as they lie (linear_nt.inl), a packed weight as it comes (linear_gemv.inl), or
 // gemm_packed with lhs packed as pairs of bf16 or as fp32.
 enum class NtPlan : uint8_t { kDots, kGemv, kPairs, kFloats };
 
@@ -83,7 +83,7 @@ struct GemmParams {
 
 // Rows [rows, depth] strip by strip of kPackRows rows, in a strip step by step of the depth, for each step
 // the rows side by side (of the last strip a multiple of the vectors' lanes), in the order of
-// packed_units.inl.
+// linear_packed_units.inl.
 struct PackParams {
   const void* x;
   DType dtype;
@@ -94,7 +94,7 @@ struct PackParams {
 inline constexpr int64_t kPackRows = 64;
 inline constexpr int64_t kPackDepth = 64;  // a multiple of every unit's order
 
-// Up to so many rows take a packed weight as it comes (gemv.inl), and want nothing packed.
+// Up to so many rows take a packed weight as it comes (linear_gemv.inl), and want nothing packed.
 inline constexpr int64_t kFewRows = 8;
 
 // The part of the output that one task computes.

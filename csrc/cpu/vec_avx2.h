@@ -159,6 +159,11 @@ struct NibbleTable<float> {
         _mm256_srlv_epi32(_mm256_shuffle_epi8(_mm256_set1_epi32(bytes), spread), _mm256_set1_epi64x(4));
     store(out, lookup_code(table, index));
   }
+  void decode_split(const uint8_t* packed, float* even, float* odd) const {
+    const VecI bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
+    store(even, lookup_code(table, next_nibble(bytes)));
+    store(odd, lookup_code(table, bytes));
+  }
 };
 
 template <class Half>
@@ -182,19 +187,6 @@ struct NibbleTable {
     __m256i* p = reinterpret_cast<__m256i*>(out);
     _mm256_storeu_si256(p, _mm256_permute2x128_si256(a, b, 0x20));
     _mm256_storeu_si256(p + 1, _mm256_permute2x128_si256(a, b, 0x31));
-  }
-};
-
-struct SplitTable {
-  CodeTable table;
-  explicit SplitTable(float absmax) {
-    table.low = mul(table.low, splat(absmax));
-    table.high = mul(table.high, splat(absmax));
-  }
-  void decode(const uint8_t* packed, float* even, float* odd) const {
-    const VecI bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(packed)));
-    store(even, lookup_code(table, next_nibble(bytes)));
-    store(odd, lookup_code(table, bytes));
   }
 };
 

@@ -198,6 +198,13 @@ struct NibbleTable<float> {
     const __m512i index = _mm512_shuffle_epi8(_mm512_set1_epi64(bytes), spread);
     store(out, _mm512_permutexvar_ps(_mm512_srlv_epi32(index, _mm512_set1_epi64(4)), table));
   }
+  // The even and the odd ones of 2 * kLanes elements apart: those are the high nibbles, these the low ones,
+  // so that neither has to be brought between the others.
+  void decode_split(const uint8_t* packed, float* even, float* odd) const {
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
+    store(even, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table));
+    store(odd, _mm512_permutexvar_ps(bytes, table));
+  }
 };
 
 template <class Half>
@@ -214,19 +221,6 @@ struct NibbleTable {
                                            -1, 3, -1, 3, -1, 2, -1, 2, -1, 1, -1, 1, -1, 0, -1, 0);
     const __m512i index = _mm512_srlv_epi16(_mm512_shuffle_epi8(bytes, spread), _mm512_set1_epi32(4));
     _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, table));
-  }
-};
-
-// A code table times one absmax, for the even and the odd ones of 2 * kLanes elements apart: those are the
-// high nibbles, these the low ones, so that neither has to be brought between the others.
-struct SplitTable {
-  Vec table;
-  explicit SplitTable(float absmax) : table(mul(load(nf4::kCode), splat(absmax))) {}
-  void decode(const uint8_t* packed, float* even, float* odd) const {
-    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
-    // vpermps reads only the low four bits of an index.
-    store(even, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table));
-    store(odd, _mm512_permutexvar_ps(bytes, table));
   }
 };
 

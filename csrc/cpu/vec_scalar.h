@@ -186,15 +186,10 @@ struct NibbleTable {
       out[2 * i + 1] = values[packed[i] & 15];
     }
   }
-};
-
-struct SplitTable {
-  NibbleTable<float> table;
-  explicit SplitTable(float absmax) : table(absmax) {}
-  void decode(const uint8_t* packed, float* even, float* odd) const {
+  void decode_split(const uint8_t* packed, Out* even, Out* odd) const {
     for (int i = 0; i < kLanes; ++i) {
-      even[i] = table.values[packed[i] >> 4];
-      odd[i] = table.values[packed[i] & 15];
+      even[i] = values[packed[i] >> 4];
+      odd[i] = values[packed[i] & 15];
     }
   }
 };

@@ -31,16 +31,16 @@ void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t 
   Value* packed = static_cast<Value*>(lhs_memory);
   for (int64_t p0 = 0; p0 < term.depth; p0 += depth_block) {
     const int64_t depth = min64(depth_block, term.depth - p0);
-    const int64_t padded = round_up(depth, Outer::kDepthUnit), steps = padded / Outer::kPair;
+    const int64_t padded = round_up(depth, Outer::kDepthUnit), steps = padded / Outer::kElements;
     const bool filled =
         Outer::fill_dense(term.rhs, term.rhs_scale, p0 * term.rhs.ld + n0, depth, cols, panel);
-    for (int64_t p = 0; p < padded && !filled; p += Outer::kPair) {
+    for (int64_t p = 0; p < padded && !filled; p += Outer::kElements) {
       for (int64_t c = 0; c < cols; c += kStrip) {
         Outer::fill_step(term.rhs, term.rhs_scale, (p0 + p) * term.rhs.ld + n0 + c,
-                         max64(0, min64(Outer::kPair, depth - p)), min64(kStrip, cols - c),
+                         max64(0, min64(Outer::kElements, depth - p)), min64(kStrip, cols - c),
                          panel + c * padded + p * kStrip);
       }
-      for (int64_t next = p0 + p + depth_block, end = next + Outer::kPair; next < min64(end, term.depth);
+      for (int64_t next = p0 + p + depth_block, end = next + Outer::kElements; next < min64(end, term.depth);
            ++next) {
         prefetch_columns(term.rhs, next * term.rhs.ld + n0, cols);
       }
@@ -67,12 +67,8 @@ void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t 
 
 inline void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t rows, int64_t n0,
                         int64_t cols, float* tile, void* panel, void* lhs) {
-#if PEFT_KERNELS_BF16_DOT
-  if (has_bf16_values(term)) {
-    return nn_add_term<OuterBF16>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs);
-  }
-#endif
-  nn_add_term<OuterF32>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs);
+  has_bf16_values(term) ? nn_add_term<OuterBF16>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs)
+                        : nn_add_term<OuterF32>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs);
 }
 
 void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {

@@ -14,7 +14,7 @@ void scale_features_run(const ScaleParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Columns [begin, end), kScaleStrip at a time; sums over rows are made of chains, as in outer.inl.
+// Columns [begin, end), kScaleStrip at a time; sums over rows are made of chains, as in linear_outer.inl.
 constexpr int64_t kScaleStrip = 64;
 
 template <class T>
@@ -43,23 +43,9 @@ void scale_features_backward_run(const ScaleParams& p, int64_t begin, int64_t en
 }
 
 void scale_features(const ScaleParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::kF32:
-      return scale_features_run<float>(p, begin, end);
-    case DType::kBF16:
-      return scale_features_run<BF16>(p, begin, end);
-    case DType::kF16:
-      return scale_features_run<F16>(p, begin, end);
-  }
+  with_type(p.dtype, [&](auto type) { scale_features_run<decltype(type)>(p, begin, end); });
 }
 
 void scale_features_backward(const ScaleParams& p, int64_t begin, int64_t end) {
-  switch (p.dtype) {
-    case DType::kF32:
-      return scale_features_backward_run<float>(p, begin, end);
-    case DType::kBF16:
-      return scale_features_backward_run<BF16>(p, begin, end);
-    case DType::kF16:
-      return scale_features_backward_run<F16>(p, begin, end);
-  }
+  with_type(p.dtype, [&](auto type) { scale_features_backward_run<decltype(type)>(p, begin, end); });
 }

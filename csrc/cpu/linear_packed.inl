@@ -4,7 +4,7 @@
 //   one step of a row of rhs (broadcast)   x   packed lhs [step][lane = row m]   ->   tile [n][m]
 //
 // lhs is packed once per call, in strips of kPackRows rows: step by step, the rows of the strip side by side.
-// What a step is says the unit (packed_units.inl): an fp32 element, or a pair of bf16.
+// What a step is says the unit (linear_packed_units.inl): an fp32 element, or a pair of bf16.
 
 constexpr int64_t kPackedBlockRows = 512;  // rows of lhs that one decoded row of rhs serves
 constexpr int64_t kPackedMaxCols = 192;    // rows of rhs decoded together
@@ -92,14 +92,8 @@ void packed_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const Pac
       const float* lhs = static_cast<const float*>(term.lhs) + b.m0 * term.lhs_ld + k0;
       for (int64_t i = m; i < m + kPackRows; i += kLanes) {
         for (int64_t k = 0; k < depth; k += kLanes) {
-          Vec rows[kLanes];
-          for (int r = 0; r < kLanes; ++r) {
-            const bool there = i + r >= first && i + r < last;
-            rows[r] = there ? load_lanes(lhs + (i + r) * term.lhs_ld + k, min64(kLanes, depth - k)) : zero();
-          }
-          transpose(rows);
-          for (int r = 0; r < min64(kLanes, depth - k); ++r)
-            store(strip + (k + r) * kPackRows + i - m, rows[r]);
+          transpose_part(lhs + i * term.lhs_ld + k, term.lhs_ld, b.rows - i, depth - k, 1.0f,
+                         strip + k * kPackRows + i - m, kPackRows);
         }
       }
       // Other rows must not change, not even when rhs holds an Inf.
@@ -119,19 +113,17 @@ void packed_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const Pac
   }
 }
 
-template <class T>
-void packed_load_out(const GemmParams& p, const PackedBlock& b) {
-  for (int64_t m = 0; m < b.rows; m += kLanes) {
-    for (int64_t n = 0; n < b.cols; n += kLanes) {
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const T* out = static_cast<const T*>(p.out) + (b.m0 + m + i) * p.out_ld + b.n0 + n;
-        block[i] = m + i < b.rows ? load_lanes(out, min64(kLanes, b.cols - n)) : zero();
+// The output's values in a block, as a tile.
+inline void packed_load_out(const GemmParams& p, const PackedBlock& b) {
+  with_type(p.out_dtype, [&](auto type) {
+    const auto* out = static_cast<const decltype(type)*>(p.out) + b.m0 * p.out_ld + b.n0;
+    for (int64_t m = 0; m < b.rows; m += kLanes) {
+      for (int64_t n = 0; n < b.cols; n += kLanes) {
+        transpose_part(out + m * p.out_ld + n, p.out_ld, b.rows - m, b.cols - n, 1.0f,
+                       b.tile + n * b.tile_ld + m, b.tile_ld);
       }
-      transpose(block);
-      for (int i = 0; i < min64(kLanes, b.cols - n); ++i) store(b.tile + (n + i) * b.tile_ld + m, block[i]);
     }
-  }
+  });
 }
 
 template <class T>
@@ -151,32 +143,12 @@ void packed_store_out(const GemmParams& p, const PackedBlock& b) {
 template <class Unit>
 void packed_start(const GemmParams& p, const PackedBlock& b) {
   memset(b.tile, 0, round_up(b.cols, Unit::kGroup) * b.tile_ld * sizeof(float));
-  if (p.add_to_out) {
-    switch (p.out_dtype) {
-      case DType::kF32:
-        return packed_load_out<float>(p, b);
-      case DType::kBF16:
-        return packed_load_out<BF16>(p, b);
-      case DType::kF16:
-        return packed_load_out<F16>(p, b);
-    }
-  }
+  if (p.add_to_out) return packed_load_out(p, b);
   if (!p.bias) return;
   for (int64_t c = 0; c < b.cols; ++c) {
     float bias;
     widen_run(p.bias, p.bias_dtype, b.n0 + c, 1, 1.0f, &bias);
     for (int64_t m = 0; m < b.tile_ld; m += kLanes) store(b.tile + c * b.tile_ld + m, splat(bias));
-  }
-}
-
-inline void packed_finish(const GemmParams& p, const PackedBlock& b) {
-  switch (p.out_dtype) {
-    case DType::kF32:
-      return packed_store_out<float>(p, b);
-    case DType::kBF16:
-      return packed_store_out<BF16>(p, b);
-    case DType::kF16:
-      return packed_store_out<F16>(p, b);
   }
 }
 
@@ -200,7 +172,7 @@ void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
         const int64_t begin = max64(m0, term.m_begin) - m0, end = min64(m0 + rows, term.m_end) - m0;
         if (begin < end) packed_add_thin(term, begin, end, block, thin);
       }
-      packed_finish(p, block);
+      with_type(p.out_dtype, [&](auto type) { packed_store_out<decltype(type)>(p, block); });
     }
   }
 }
@@ -210,10 +182,8 @@ void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
 #if PEFT_KERNELS_TILES
   const Tiles tiles;
 #endif
-#if PEFT_KERNELS_BF16_DOT
-  if (p.plan == NtPlan::kPairs) return gemm_packed<PairsUnit>(p, rect, scratch);
-#endif
-  gemm_packed<FloatsUnit>(p, rect, scratch);
+  p.plan == NtPlan::kPairs ? gemm_packed<PairsUnit>(p, rect, scratch)
+                           : gemm_packed<FloatsUnit>(p, rect, scratch);
 }
 
 NtPlan plan_nt(const GemmParams& p) {
@@ -221,9 +191,7 @@ NtPlan plan_nt(const GemmParams& p) {
   if (gemv_serves(p)) return NtPlan::kGemv;
   if (p.n == 0 || term.depth == 0) return NtPlan::kDots;
   if (!term.rhs.nf4 && p.m <= kFewRows) return NtPlan::kDots;
-#if PEFT_KERNELS_BF16_DOT
-  if (PairsUnit::serves(term)) return NtPlan::kPairs;
-#endif
+  if (has_bf16_values(term)) return NtPlan::kPairs;
   return FloatsUnit::serves(term) ? NtPlan::kFloats : NtPlan::kDots;
 }
 
@@ -239,8 +207,5 @@ void pack_strips(const PackParams& p, int64_t begin, int64_t end) {
 }
 
 void pack_strips(const PackParams& p, int64_t begin, int64_t end) {
-#if PEFT_KERNELS_BF16_DOT
-  if (p.plan == NtPlan::kPairs) return pack_strips<PairsUnit>(p, begin, end);
-#endif
-  pack_strips<FloatsUnit>(p, begin, end);
+  p.plan == NtPlan::kPairs ? pack_strips<PairsUnit>(p, begin, end) : pack_strips<FloatsUnit>(p, begin, end);
 }

@@ -4,20 +4,21 @@
 
 // fp32 arithmetic on lhs of any type, read where it lies.
 template <class T>
-struct DotF32 {
+struct DotF32 : FloatSteps {
   using Lhs = T;
-  using Rhs = float;
   static constexpr int kStep = kLanes;
   static Vec load_lhs(const T* p) { return load(p); }
   static Vec load_lhs_part(const T* p, int64_t count) { return load_part(p, count); }
-  static Vec load_rhs(const float* p) { return load(p); }
-  static Vec mac(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 };
+
+#if !PEFT_KERNELS_BF16_DOT
+using DotBF16 = DotF32<BF16>;
+#endif
 
 // tile[r][c] += lhs[r] . panel[c]. Panel rows are padded with zeros to a whole step.
 template <class Dot, int kRows>
-void dot_tile(const typename Dot::Lhs* lhs, int64_t lhs_ld, const typename Dot::Rhs* panel, int64_t panel_ld,
-              int64_t depth, float* tile, int64_t tile_ld) {
+void dot_tile(const typename Dot::Lhs* lhs, int64_t lhs_ld, const typename Dot::Value* panel,
+              int64_t panel_ld, int64_t depth, float* tile, int64_t tile_ld) {
   Vec sums[kRows][4];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -30,7 +31,7 @@ void dot_tile(const typename Dot::Lhs* lhs, int64_t lhs_ld, const typename Dot::
     for (int r = 0; r < kRows; ++r) a[r] = load_lhs(lhs + r * lhs_ld + k);
 #pragma GCC unroll 4
     for (int c = 0; c < 4; ++c) {
-      const auto b = Dot::load_rhs(panel + c * panel_ld + k);
+      const auto b = Dot::load_steps(panel + c * panel_ld + k);
 #pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) sums[r][c] = Dot::mac(a[r], b, sums[r][c]);
     }
@@ -52,7 +53,7 @@ void dot_tile(const typename Dot::Lhs* lhs, int64_t lhs_ld, const typename Dot::
 
 // Any number of rows up to kRows.
 template <class Dot, int kRows>
-void dot_rows(int64_t rows, const typename Dot::Lhs* lhs, int64_t lhs_ld, const typename Dot::Rhs* panel,
+void dot_rows(int64_t rows, const typename Dot::Lhs* lhs, int64_t lhs_ld, const typename Dot::Value* panel,
               int64_t panel_ld, int64_t depth, float* tile, int64_t tile_ld) {
   if constexpr (kRows > 1) {
     if (rows < kRows)

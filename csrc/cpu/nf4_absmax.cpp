@@ -1,4 +1,4 @@
-#include "absmax.h"
+#include "nf4_absmax.h"
 
 #include <algorithm>
 #include <cfloat>

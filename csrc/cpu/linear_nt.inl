@@ -12,7 +12,7 @@ constexpr int64_t kNtPanelBytes = kStrip * kNtPanelLdBytes;
 constexpr int64_t kGemvScratchBytes = kScratchBytes - kNtTileBytes - kNtPanelBytes;
 static_assert(kGemvScratchBytes > 0, "");
 
-#include "gemv.inl"
+#include "linear_gemv.inl"
 
 inline int64_t nt_depth_block(int64_t depth, int64_t element_bytes) {
   const int64_t most = kNtRowBytes / element_bytes;
@@ -24,11 +24,11 @@ inline int64_t nt_depth_block(int64_t depth, int64_t element_bytes) {
 template <class Dot>
 void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
                  void* panel_memory) {
-  using Rhs = typename Dot::Rhs;
-  Rhs* panel = static_cast<Rhs*>(panel_memory);
-  constexpr int64_t kPanelLd = kNtPanelLdBytes / sizeof(Rhs);
+  using Value = typename Dot::Value;
+  Value* panel = static_cast<Value*>(panel_memory);
+  constexpr int64_t kPanelLd = kNtPanelLdBytes / sizeof(Value);
   const auto* lhs = static_cast<const typename Dot::Lhs*>(term.lhs) + m0 * term.lhs_ld;
-  const int64_t block = nt_depth_block(term.depth, sizeof(Rhs));
+  const int64_t block = nt_depth_block(term.depth, sizeof(Value));
   // For a few rows the panel is read as soon as it is written: keep it in L1.
   const int64_t panel_rows = rows <= 6 * kDotRows ? 4 : kStrip;
   for (int64_t k0 = 0; k0 < term.depth; k0 += block) {
@@ -37,11 +37,11 @@ void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int
     for (int64_t c0 = 0; c0 < cols; c0 += panel_rows) {
       const int64_t filled = min64(panel_rows, cols - c0), padded = round_up(filled, 4);
       for (int64_t c = 0; c < filled; ++c) {
-        Rhs* row = panel + c * kPanelLd;
+        Value* row = panel + c * kPanelLd;
         fill_panel_row(term.rhs, (n0 + c0 + c) * term.rhs.ld + k0, depth, term.rhs_scale, row);
-        if (depth < padded_depth) memset(row + depth, 0, (padded_depth - depth) * sizeof(Rhs));
+        if (depth < padded_depth) memset(row + depth, 0, (padded_depth - depth) * sizeof(Value));
       }
-      for (int64_t c = filled; c < padded; ++c) memset(panel + c * kPanelLd, 0, padded_depth * sizeof(Rhs));
+      for (int64_t c = filled; c < padded; ++c) memset(panel + c * kPanelLd, 0, padded_depth * sizeof(Value));
       for (int64_t r = 0; r < rows; r += kDotRows) {
         for (int64_t c = 0; c < padded; c += 4) {
           dot_rows<Dot, kDotRows>(min64(kDotRows, rows - r), lhs + r * term.lhs_ld + k0, term.lhs_ld,
@@ -63,12 +63,15 @@ inline bool is_thin(const GemmTerm& term) {
 inline void nt_add_thin_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
                              float* tile, void* panel_memory) {
   float* strip = static_cast<float*>(panel_memory);
-  memset(strip, 0, term.depth * kStrip * sizeof(float));
-  for (int64_t c = 0; c < cols; ++c) {
-    float row[kThinDepth];
-    fill_panel_row(term.rhs, (n0 + c) * term.rhs.ld, term.depth, term.rhs_scale, row);
-    for (int64_t k = 0; k < term.depth; ++k) strip[k * kStrip + c] = row[k];
-  }
+  with_type(term.rhs.dtype, [&](auto type) {
+    const auto* rhs = static_cast<const decltype(type)*>(term.rhs.data) + n0 * term.rhs.ld;
+    for (int64_t c = 0; c < kStrip; c += kLanes) {
+      for (int64_t k = 0; k < term.depth; k += kLanes) {
+        transpose_part(rhs + c * term.rhs.ld + k, term.rhs.ld, cols - c, term.depth - k, term.rhs_scale,
+                       strip + k * kStrip + c, kStrip);
+      }
+    }
+  });
   const float* lhs = static_cast<const float*>(term.lhs) + m0 * term.lhs_ld;
   for (int64_t r = 0; r < rows; r += kOuterRows) {
     outer_rows<OuterF32, kOuterRows>(min64(kOuterRows, rows - r), lhs + r * term.lhs_ld, term.lhs_ld, strip,
@@ -79,17 +82,9 @@ inline void nt_add_thin_term(const GemmTerm& term, int64_t m0, int64_t rows, int
 inline void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
                         void* panel) {
   if (is_thin(term)) return nt_add_thin_term(term, m0, rows, n0, cols, tile, panel);
-#if PEFT_KERNELS_BF16_DOT
   if (has_bf16_values(term)) return nt_add_term<DotBF16>(term, m0, rows, n0, cols, tile, panel);
-#endif
-  switch (term.lhs_dtype) {
-    case DType::kF32:
-      return nt_add_term<DotF32<float>>(term, m0, rows, n0, cols, tile, panel);
-    case DType::kBF16:
-      return nt_add_term<DotF32<BF16>>(term, m0, rows, n0, cols, tile, panel);
-    case DType::kF16:
-      return nt_add_term<DotF32<F16>>(term, m0, rows, n0, cols, tile, panel);
-  }
+  with_type(term.lhs_dtype,
+            [&](auto type) { nt_add_term<DotF32<decltype(type)>>(term, m0, rows, n0, cols, tile, panel); });
 }
 
 void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {

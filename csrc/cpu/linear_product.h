@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
+#include "../common/checks.h"
 #include "parallel.h"
 
 namespace peft_kernels::cpu {
@@ -86,6 +86,8 @@ class Product {
   void start_from_out() { params.add_to_out = true; }
 
   void add(const GemmTerm& term) { terms_.push_back(term); }
+  // What a term points into, where its owner may be gone when the product is run.
+  void keep(const Tensor& t) { kept_.push_back(t); }
 
   // run_nt of many products, of which each would be too small for all threads.
   static void run_nt_together(std::vector<Product>& products) {
@@ -134,6 +136,7 @@ class Product {
 
   c10::SmallVector<GemmTerm, 4> terms_;
   Tensor bias_;
+  c10::SmallVector<Tensor, 2> kept_;
 };
 
 }  // namespace peft_kernels::cpu

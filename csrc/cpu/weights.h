@@ -1,8 +1,9 @@
-// Tensors to the views that kernels take.
+// Weights as the views that kernels take.
 #pragma once
 
+#include "../common/lora_args.h"
 #include "../common/nf4_tensors.h"
-#include "params.h"
+#include "isa.h"
 
 namespace peft_kernels::cpu {
 
@@ -38,5 +39,19 @@ class Nf4Holder {
 inline MatrixView dense_matrix(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), dtype_of(t, name), t.size(-1), nullptr};
 }
+
+// The frozen weight of a layer.
+class BaseWeight : public BaseWeightOf<Nf4Holder> {
+ public:
+  using BaseWeightOf::BaseWeightOf;
+  // Whether its products with that many rows are torch's: those of a dense weight, unless ours are as fast.
+  bool is_torchs(int64_t rows) const {
+    return is_dense() && !(dense().scalar_type() == at::kBFloat16 && dense().is_contiguous() &&
+                           rows > kFewRows && has_fast_dense());
+  }
+  MatrixView matrix() const {
+    return is_dense() ? dense_matrix(dense(), "weight") : nf4().matrix(in_features());
+  }
+};
 
 }  // namespace peft_kernels::cpu

@@ -12,28 +12,26 @@
 constexpr int64_t kChunk = 8 * kLanes;     // elements
 constexpr int64_t kGemvMaxWeightRows = 4;  // rows of the weight that share the loads of lhs
 
-struct GemvF32 {
-  using Value = float;  // of lhs as arranged
+struct GemvF32 : FloatSteps {
+  using Lhs = float;  // as arranged
   static constexpr int kSteps = 8;
   using Table = CodeTable;
   static constexpr float kTableScale = 1.0f;  // of the codes in it
-  static Vec load_lhs(const float* p) { return load(p); }
   static Vec lookup(const Table& table, VecI bits) { return lookup_code(table, bits); }
   static VecI next(VecI bits) { return next_nibble(bits); }
-  static Vec mac(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 };
 
 #if PEFT_KERNELS_BF16_DOT
-struct GemvBF16 {
-  using Value = BF16;
+struct GemvBF16 : PairSteps {
+  using Lhs = BF16;
   static constexpr int kSteps = 4;
   using Table = PairCodeTable;
   static constexpr float kTableScale = PairCodeTable::kScale;
-  static VecPairs load_lhs(const BF16* p) { return load_pairs(p); }
   static VecPairs lookup(const Table& table, VecI bits) { return lookup_code(table, bits); }
   static VecI next(VecI bits) { return next_nibble16(bits); }
-  static Vec mac(VecPairs a, VecPairs b, Vec sum) { return dot_pairs(a, b, sum); }
 };
+#else
+using GemvBF16 = GemvF32;
 #endif
 
 struct GemvLayout {
@@ -61,7 +59,7 @@ inline bool gemv_serves(const GemmParams& p) {
 template <class Gemv>
 void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
   const GemvLayout layout = gemv_layout(term.depth);
-  auto* arranged = static_cast<typename Gemv::Value*>(scratch);
+  auto* arranged = static_cast<typename Gemv::Lhs*>(scratch);
   constexpr int kStepLanes = kChunk / Gemv::kSteps;
   for (int64_t m = rect.m0; m < rect.m1; ++m) {
     for (int64_t first = 0; first < layout.lhs_values; first += kChunk, arranged += kChunk) {
@@ -80,7 +78,7 @@ void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
 // kWeightRows rows of the weight against kRows rows of lhs; out[r][w] += their products.
 template <class Gemv, int kRows, int kWeightRows, int kBlocks>
 void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const GemvLayout& layout,
-               const typename Gemv::Value* lhs, const float* scales, float* out) {
+               const typename Gemv::Lhs* lhs, const float* scales, float* out) {
   const typename Gemv::Table table;
   const int64_t row_bytes = depth / 2;
   Vec sums[kRows][kWeightRows];
@@ -110,7 +108,7 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
       }
 #pragma GCC unroll 4
       for (int r = 0; r < kRows; ++r) {
-        const auto xj = Gemv::load_lhs(x + r * layout.lhs_values + j * (kChunk / Gemv::kSteps));
+        const auto xj = Gemv::load_steps(x + r * layout.lhs_values + j * (kChunk / Gemv::kSteps));
 #pragma GCC unroll 4
         for (int i = 0; i < kWeightRows; ++i) products[r][i] = Gemv::mac(xj, values[i], products[r][i]);
       }
@@ -158,7 +156,7 @@ constexpr int gemv_weight_rows() {
 }
 
 template <class Gemv, int kRows, int kBlocks>
-void gemv_rows(const GemmTerm& term, int64_t n0, int64_t cols, const typename Gemv::Value* lhs, float* scales,
+void gemv_rows(const GemmTerm& term, int64_t n0, int64_t cols, const typename Gemv::Lhs* lhs, float* scales,
                float* tile) {
   constexpr int kWeightRows = gemv_weight_rows<kRows>();
   const Nf4View& w = *term.rhs.nf4;
@@ -188,7 +186,7 @@ void gemv_blocks(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, v
   const int64_t lhs_values = gemv_layout(term.depth).lhs_values;
   float* scales = static_cast<float*>(scratch) + rows * lhs_values;
   for (int64_t r = 0; r < rows; r += 4) {
-    const auto* lhs = static_cast<const typename Gemv::Value*>(scratch) + r * lhs_values;
+    const auto* lhs = static_cast<const typename Gemv::Lhs*>(scratch) + r * lhs_values;
     float* sums = tile + r * kStrip;
     switch (rows - r) {
       case 1:
@@ -215,16 +213,12 @@ void gemv_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols,
 }
 
 inline void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
-#if PEFT_KERNELS_BF16_DOT
-  if (has_bf16_values(term)) return gemv_arrange_lhs<GemvBF16>(term, rect, scratch);
-#endif
-  gemv_arrange_lhs<GemvF32>(term, rect, scratch);
+  has_bf16_values(term) ? gemv_arrange_lhs<GemvBF16>(term, rect, scratch)
+                        : gemv_arrange_lhs<GemvF32>(term, rect, scratch);
 }
 
 inline void gemv_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, void* scratch,
                           float* tile) {
-#if PEFT_KERNELS_BF16_DOT
-  if (has_bf16_values(term)) return gemv_add_term<GemvBF16>(term, rows, n0, cols, scratch, tile);
-#endif
-  gemv_add_term<GemvF32>(term, rows, n0, cols, scratch, tile);
+  has_bf16_values(term) ? gemv_add_term<GemvBF16>(term, rows, n0, cols, scratch, tile)
+                        : gemv_add_term<GemvF32>(term, rows, n0, cols, scratch, tile);
 }

@@ -1,12 +1,6 @@
 // Both micro-kernels on pairs of bf16. The weight is rounded to bf16, which is what dequantising it to the
 // activation's type does; sums are fp32.
 
-// Neither side loses more than that.
-inline bool has_bf16_values(const GemmTerm& term) {
-  return term.lhs_dtype == DType::kBF16 &&
-         (term.rhs.nf4 || (term.rhs.dtype == DType::kBF16 && term.rhs_scale == 1.0f));
-}
-
 inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, float, PanelBF16* out) {
   if (rhs.nf4) {
     dequantize_run(*rhs.nf4, first, count, out);
@@ -16,39 +10,31 @@ inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, 
 }
 
 // The pairs of the summed dimension lie side by side already.
-struct DotBF16 {
+struct DotBF16 : PairSteps {
   using Lhs = BF16;
-  using Rhs = PanelBF16;
   static constexpr int kStep = 2 * kLanes;
   static VecPairs load_lhs(const BF16* p) { return load_pairs(p); }
   static VecPairs load_lhs_part(const BF16* p, int64_t count) { return load_pairs_part(p, count); }
-  static VecPairs load_rhs(const PanelBF16* p) { return load_pairs(p); }
-  static Vec mac(VecPairs a, VecPairs b, Vec sum) { return dot_pairs(a, b, sum); }
 };
 
 // Rows p and p + 1 of rhs are interleaved while the panel is filled.
-struct OuterBF16 {
-  using Value = PanelBF16;
-  static constexpr int kPair = 2;
-  static constexpr int64_t kChain = 256;
+struct OuterBF16 : PairSteps {
+  static constexpr int64_t kChain = 128;
   static constexpr bool kWholeTiles = PEFT_KERNELS_TILES;
 #if PEFT_KERNELS_TILES
   static constexpr int kDepthUnit = kTileDepth, kTileRows = kTileDim;
   static void multiply(int64_t, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip, int64_t steps,
                        float* tile, int64_t tile_ld) {
-    tiles_block<1, kStrip / kTileDim>(lhs, lhs_ld * sizeof(PanelBF16), strip, kPair * steps / kTileDepth,
+    tiles_block<1, kStrip / kTileDim>(lhs, lhs_ld * sizeof(PanelBF16), strip, kElements * steps / kTileDepth,
                                       tile, tile_ld);
   }
 #else
-  static constexpr int kDepthUnit = kPair, kTileRows = kOuterRows;
+  static constexpr int kDepthUnit = kElements, kTileRows = kOuterRows;
   static void multiply(int64_t rows, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip,
                        int64_t steps, float* tile, int64_t tile_ld) {
     outer_rows<OuterBF16, kTileRows>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
   }
 #endif
-  static VecPairs splat_lhs(const PanelBF16* p) { return splat_pair(p); }
-  static VecPairs load_rhs(const PanelBF16* p) { return load_pairs(p); }
-  static Vec mac(VecPairs a, VecPairs b, Vec sum) { return dot_pairs(a, b, sum); }
 
   static void pack_lhs(const void* lhs, DType, int64_t first, int64_t count, PanelBF16* out) {
     memcpy(out, static_cast<const BF16*>(lhs) + first, count * sizeof(BF16));

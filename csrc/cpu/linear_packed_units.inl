@@ -1,4 +1,4 @@
-// What gemm_packed.inl multiplies: a unit packs lhs, decodes rows of rhs in the same order, and sums
+// What linear_packed.inl multiplies: a unit packs lhs, decodes rows of rhs in the same order, and sums
 // products.
 //
 // The order is the one in which a packed weight comes apart: of every kOrder elements the even ones, which
@@ -12,50 +12,13 @@ constexpr int kPackedVectors = kLanes == 16 ? 4 : 2;
 // The vectors of a strip that has `rows` rows.
 inline int64_t strip_vectors(int64_t rows) { return (min64(rows, kPackRows) + kLanes - 1) / kLanes; }
 
-// tile[r][lane] += the sum over steps of rows[r] * strip[lane], in kVectors vectors of lanes.
-template <class Unit, int kVectors>
-void packed_tile(const typename Unit::Value* rows, const typename Unit::Step* strip, int64_t strip_ld,
-                 int64_t steps, float* tile, int64_t tile_ld) {
-  constexpr int kRows = kPackedSums / kVectors;
-  constexpr int64_t kRowLd = kPackedRowBytes / sizeof(*rows);
-  for (int64_t left = steps; left > 0; left -= Unit::kChain) {
-    Vec sums[kRows][kVectors];
-#pragma GCC unroll 24
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) sums[r][v] = zero();
-    }
-    const int64_t count = min64(left, Unit::kChain);
-    for (int64_t s = 0; s < count; ++s, rows += Unit::kElements, strip += strip_ld) {
-      decltype(Unit::load_step(strip)) x[kVectors];
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) x[v] = Unit::load_step(strip + v * kLanes);
-#pragma GCC unroll 24
-      for (int r = 0; r < kRows; ++r) {
-        const auto w = Unit::splat_step(rows + r * kRowLd);
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sums[r][v] = Unit::mac(x[v], w, sums[r][v]);
-      }
-    }
-#pragma GCC unroll 24
-    for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) {
-        float* out = tile + r * tile_ld + v * kLanes;
-        store(out, add(load(out), sums[r][v]));
-      }
-    }
-  }
-}
-
 // fp32 arithmetic, for lhs of any type and packed weights whose rows lie in whole bytes and blocks.
-struct FloatsUnit {
-  using Value = float;  // of a decoded row
-  using Step = float;   // of packed lhs
-  static constexpr int kElements = 1;
+struct FloatsUnit : FloatSteps {
+  using Step = float;  // of packed lhs
   static constexpr int64_t kOrder = 2 * kLanes;
   static constexpr int64_t kDepth = 128;  // of one pass: a strip of lhs that long takes most of L1
-  static constexpr int64_t kChain = 64;   // steps of one running sum: longer ones lose bits (see outer.inl)
+  static constexpr int64_t kChain =
+      64;  // steps of one running sum: longer ones lose bits (see linear_outer.inl)
   static constexpr int kGroup = kPackedSums;
   template <int kVectors>
   static constexpr int kTileRows = kPackedSums / kVectors;
@@ -79,14 +42,9 @@ struct FloatsUnit {
   }
   static void pack_vector(const PackParams& p, int64_t first, float* out, int64_t out_ld) {
     const int64_t rows = min64(kLanes, p.rows - first), at = first * p.depth;
-    switch (p.dtype) {
-      case DType::kF32:
-        return pack_vector(static_cast<const float*>(p.x) + at, p.depth, rows, p.depth, out, out_ld);
-      case DType::kBF16:
-        return pack_vector(static_cast<const BF16*>(p.x) + at, p.depth, rows, p.depth, out, out_ld);
-      case DType::kF16:
-        return pack_vector(static_cast<const F16*>(p.x) + at, p.depth, rows, p.depth, out, out_ld);
-    }
+    with_type(p.dtype, [&](auto type) {
+      pack_vector(static_cast<const decltype(type)*>(p.x) + at, p.depth, rows, p.depth, out, out_ld);
+    });
   }
 
   // `count` elements of rhs from element `first`.
@@ -101,31 +59,27 @@ struct FloatsUnit {
     for (; i < count; i += nf4::kMinBlocksize) decode_run<nf4::kMinBlocksize>(w, first + i, out + i);
   }
 
-  static Vec load_step(const float* p) { return load(p); }
-  static Vec splat_step(const float* p) { return splat(*p); }
-  static Vec mac(Vec x, Vec w, Vec sum) { return fma(x, w, sum); }
   template <int kVectors>
   static void multiply(const float* rows, const float* strip, int64_t strip_ld, int64_t steps, float* tile,
                        int64_t tile_ld) {
-    packed_tile<FloatsUnit, kVectors>(rows, strip, strip_ld, steps, tile, tile_ld);
+    sum_steps<FloatsUnit, kTileRows<kVectors>, kVectors>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{},
+                                                         strip, strip_ld, steps, tile, tile_ld);
   }
 
  private:
   template <int kRun>
   static void decode_run(const Nf4View& w, int64_t first, float* out) {
-    const SplitTable table(block_absmax(w, first >> w.block_shift));
+    const NibbleTable<float> table(block_absmax(w, first >> w.block_shift));
 #pragma GCC unroll 8
     for (int i = 0; i < kRun; i += kOrder)
-      table.decode(w.packed + (first + i) / 2, out + i, out + i + kLanes);
+      table.decode_split(w.packed + (first + i) / 2, out + i, out + i + kLanes);
   }
 };
 
 #if PEFT_KERNELS_BF16_DOT
 // Pairs of bf16, for lhs in bf16 and any weight of no more precision.
-struct PairsUnit {
-  using Value = PanelBF16;
+struct PairsUnit : PairSteps {
   using Step = uint32_t;
-  static constexpr int kElements = 2;
   static constexpr int64_t kOrder = 64;
   static constexpr int64_t kDepth = 256;
   static constexpr int64_t kChain = 128;
@@ -140,8 +94,6 @@ struct PairsUnit {
   static constexpr int kTileRows = kPackedSums / kVectors;
   static constexpr int64_t kFewRowsCols = 48;
 #  endif
-
-  static bool serves(const GemmTerm& term) { return has_bf16_values(term); }
 
   static void pack_vector(const PackParams& p, int64_t first, uint32_t* out, int64_t out_ld) {
     const BF16* x = static_cast<const BF16*>(p.x) + first * p.depth;
@@ -189,9 +141,6 @@ struct PairsUnit {
     }
   }
 
-  static VecPairs load_step(const uint32_t* p) { return load_pairs(p); }
-  static VecPairs splat_step(const PanelBF16* p) { return splat_pair(p); }
-  static Vec mac(VecPairs x, VecPairs w, Vec sum) { return dot_pairs(x, w, sum); }
   template <int kVectors>
   static void multiply(const PanelBF16* rows, const uint32_t* strip, int64_t strip_ld, int64_t steps,
                        float* tile, int64_t tile_ld) {
@@ -199,7 +148,8 @@ struct PairsUnit {
     tiles_block<4 / kVectors, kVectors>(rows, kPackedRowBytes, strip, kElements * steps / kTileDepth, tile,
                                         tile_ld);
 #  else
-    packed_tile<PairsUnit, kVectors>(rows, strip, strip_ld, steps, tile, tile_ld);
+    sum_steps<PairsUnit, kTileRows<kVectors>, kVectors>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{},
+                                                        strip, strip_ld, steps, tile, tile_ld);
 #  endif
   }
 
@@ -218,4 +168,6 @@ struct PairsUnit {
     store_pairs(out + kOrder / 2, step.odd);
   }
 };
+#else
+using PairsUnit = FloatsUnit;
 #endif

@@ -6,11 +6,6 @@
 constexpr int kTileDim = 16;    // rows of a tile, and fp32 or pairs in a row
 constexpr int kTileDepth = 32;  // elements that one product sums
 
-template <int kValue>
-struct Constant {
-  constexpr operator int() const { return kValue; }
-};
-
 // visit(row, column) for a grid of tiles, with constants: a tile register is part of the instruction.
 template <int kRows, int kCols, int kAt = 0, class Visit>
 inline void for_tiles(const Visit& visit) {

@@ -61,12 +61,5 @@ void quantize_blocks(const QuantizeParams& p, int64_t block_begin, int64_t block
 }
 
 void quantize(const QuantizeParams& p, int64_t block_begin, int64_t block_end) {
-  switch (p.dtype) {
-    case DType::kF32:
-      return quantize_blocks<float>(p, block_begin, block_end);
-    case DType::kBF16:
-      return quantize_blocks<BF16>(p, block_begin, block_end);
-    case DType::kF16:
-      return quantize_blocks<F16>(p, block_begin, block_end);
-  }
+  with_type(p.dtype, [&](auto type) { quantize_blocks<decltype(type)>(p, block_begin, block_end); });
 }

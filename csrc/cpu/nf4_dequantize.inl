@@ -52,12 +52,7 @@ void dequantize_run(const Nf4View& w, int64_t first, int64_t count, Out* out) {
 
 // Elements [begin, end) of the flat weight, to out[begin] onwards.
 void dequantize(const Nf4View& w, int64_t begin, int64_t end, DType dtype, void* out) {
-  switch (dtype) {
-    case DType::kF32:
-      return dequantize_run(w, begin, end - begin, static_cast<float*>(out) + begin);
-    case DType::kBF16:
-      return dequantize_run(w, begin, end - begin, static_cast<BF16*>(out) + begin);
-    case DType::kF16:
-      return dequantize_run(w, begin, end - begin, static_cast<F16*>(out) + begin);
-  }
+  with_type(dtype, [&](auto type) {
+    dequantize_run(w, begin, end - begin, static_cast<decltype(type)*>(out) + begin);
+  });
 }

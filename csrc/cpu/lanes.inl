@@ -1,0 +1,78 @@
+// What kernels of all families share: the switch over the types of elements, runs of vectors, e^x.
+
+inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+inline int64_t max64(int64_t a, int64_t b) { return a < b ? b : a; }
+inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; }
+
+inline int64_t element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
+
+// Calls use with a value of the type that is meant.
+template <class Use>
+inline void with_type(DType dtype, const Use& use) {
+  switch (dtype) {
+    case DType::kF32:
+      return use(float{});
+    case DType::kBF16:
+      return use(BF16{});
+    case DType::kF16:
+      return use(F16{});
+  }
+}
+
+// Calls step(index, count) for every vector of [begin, end); count is kLanes but for the last one.
+template <class Step>
+inline void for_lanes(int64_t begin, int64_t end, const Step& step) {
+  for (int64_t i = begin; i < end; i += kLanes) step(i, min64(kLanes, end - i));
+}
+
+template <class T>
+inline Vec load_lanes(const T* p, int64_t count) {
+  return count == kLanes ? load(p) : load_part(p, count);
+}
+template <class T>
+inline void store_lanes(T* p, Vec x, int64_t count) {
+  count == kLanes ? store(p, x) : store_part(p, x, count);
+}
+
+inline Vec negate(Vec x) { return sub(splat(-0.0f), x); }
+
+// e^x within 2 ulp. Clamped to where the result is a normal number; a NaN comes through.
+inline Vec exponential(Vec x) {
+  x = max(splat(-87.0f), min(splat(88.0f), x));
+  // x = n ln 2 + r: adding 1.5 * 2^23 rounds to an integer, which lands, biased as an exponent, in the low
+  // bits.
+  const Vec shift = splat(12582912.0f + 127.0f);
+  const Vec shifted = fma(x, splat(1.44269504089f), shift);
+  const Vec n = sub(shifted, shift);
+  const Vec r = fma(n, splat(-1.42860677e-6f), fma(n, splat(-0.693145752f), x));
+  Vec sum = splat(1.0f / 5040);
+  sum = fma(sum, r, splat(1.0f / 720));
+  sum = fma(sum, r, splat(1.0f / 120));
+  sum = fma(sum, r, splat(1.0f / 24));
+  sum = fma(sum, r, splat(1.0f / 6));
+  sum = fma(sum, r, splat(0.5f));
+  sum = fma(sum, r, splat(1.0f));
+  sum = fma(sum, r, splat(1.0f));
+  return mul(sum, low_bits_to_exponent(shifted));
+}
+
+template <class T>
+void widen_run(const T* x, int64_t count, float scale, float* out) {
+  const Vec s = splat(scale);
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, mul(load(x + i), s));
+  if (i < count) store_part(out + i, mul(load_part(x + i, count - i), s), count - i);
+}
+
+// `count` elements of a dense array from element `first`, times `scale`, as fp32.
+inline void widen_run(const void* x, DType dtype, int64_t first, int64_t count, float scale, float* out) {
+  with_type(dtype,
+            [&](auto type) { widen_run(static_cast<const decltype(type)*>(x) + first, count, scale, out); });
+}
+
+template <class T>
+void narrow_run(const float* x, int64_t count, T* out) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(out + i, load(x + i));
+  if (i < count) store_part(out + i, load_part(x + i, count - i), count - i);
+}

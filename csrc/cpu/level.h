@@ -1,0 +1,20 @@
+// What an instruction-set level's file starts with, before its target pragma: what a system header defines
+// must stay baseline code.
+#pragma once
+
+#include <float.h>
+#include <string.h>
+#if defined(__x86_64__)
+#  include <immintrin.h>
+#endif
+
+#include "../common/nf4.h"
+#include "isa.h"
+
+// What the level has beside its vectors: products of bf16 pairs, and those on tiles.
+#ifndef PEFT_KERNELS_BF16_DOT
+#  define PEFT_KERNELS_BF16_DOT 0
+#endif
+#ifndef PEFT_KERNELS_TILES
+#  define PEFT_KERNELS_TILES 0
+#endif

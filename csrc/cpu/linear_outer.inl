@@ -1,0 +1,113 @@
+// Micro-kernel with vectors along the output's columns. A panel holds strips of kStrip columns, one row of a
+// strip after the other:
+//
+//   lhs[r, p] (broadcast)   x   strip[p, 0 .. kOuterVecs * kLanes)   ->   kOuterRows x kOuterVecs vectors of
+//   sums
+
+constexpr int64_t kStrip = 64;  // columns; one absmax block of the default size
+static_assert(kStrip % (kOuterVecs * kLanes) == 0, "");
+
+// tile[r][lane] += the sum over steps of rows[r] * strip[lane], in kVectors vectors of lanes, in partial sums
+// of Unit::kChain steps. One running fp32 sum over thousands of rows (dA and dB sum over all tokens) would
+// lose a bit for every fourfold; and a chain that followed the blocking would make a row's bits depend on how
+// many rows a thread was given. A stride may be a Constant.
+template <class Unit, int kRows, int kVectors, class RowsLd, class Strip, class StripLd>
+void sum_steps(const typename Unit::Value* rows, RowsLd rows_ld, const Strip* strip, StripLd strip_ld,
+               int64_t steps, float* tile, int64_t tile_ld) {
+  constexpr int kVectorLd = kLanes * sizeof(float) / sizeof(Strip);
+  for (int64_t left = steps; left > 0; left -= Unit::kChain) {
+    Vec sums[kRows][kVectors];
+#pragma GCC unroll 24
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sums[r][v] = zero();
+    }
+    const int64_t count = min64(left, Unit::kChain);
+    for (int64_t s = 0; s < count; ++s, rows += Unit::kElements, strip += strip_ld) {
+      decltype(Unit::load_steps(strip)) lanes[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) lanes[v] = Unit::load_steps(strip + v * kVectorLd);
+#pragma GCC unroll 24
+      for (int r = 0; r < kRows; ++r) {
+        const auto step = Unit::splat_step(rows + r * rows_ld);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sums[r][v] = Unit::mac(step, lanes[v], sums[r][v]);
+      }
+    }
+#pragma GCC unroll 24
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) {
+        float* out = tile + r * tile_ld + v * kLanes;
+        store(out, add(load(out), sums[r][v]));
+      }
+    }
+  }
+}
+
+// Any number of rows up to kRows, and a whole strip.
+template <class Outer, int kRows>
+void outer_rows(int64_t rows, const typename Outer::Value* lhs, int64_t lhs_ld,
+                const typename Outer::Value* strip, int64_t steps, float* tile, int64_t tile_ld) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return outer_rows<Outer, kRows - 1>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
+  }
+  for (int64_t v = 0; v < kStrip; v += kOuterVecs * kLanes) {
+    sum_steps<Outer, kRows, kOuterVecs>(lhs, lhs_ld, strip + v * Outer::kElements,
+                                        Constant<kStrip * Outer::kElements>{}, steps, tile + v, tile_ld);
+  }
+}
+
+template <class T>
+void widen_strips(const T* x, int64_t ld, float scale, int64_t depth, int64_t cols, float* out) {
+  const Vec s = splat(scale);
+  for (int64_t c = 0; c < cols; c += kStrip) {
+    for (int64_t p = 0; p < depth; ++p, out += kStrip) {
+      for (int64_t i = 0; i < kStrip; i += kLanes) {
+        const int64_t left = cols - c - i;
+        const T* from = x + p * ld + c + i;
+        store(out + i, left <= 0 ? zero() : mul(load_lanes(from, min64(kLanes, left)), s));
+      }
+    }
+  }
+}
+
+struct OuterF32 : FloatSteps {
+  static constexpr int kDepthUnit = 1;  // of what is multiplied at once, padded with zeros
+  static constexpr int kTileRows = kOuterRows;
+  // Whether multiply reads the lhs of all rows of a register tile, also of those it is not asked for.
+  static constexpr bool kWholeTiles = false;
+  static constexpr int64_t kChain = 32;  // steps of one running sum
+
+  static void pack_lhs(const void* lhs, DType dtype, int64_t first, int64_t count, float* out) {
+    widen_run(lhs, dtype, first, count, 1.0f, out);
+  }
+  // lhs from element `first`, where it can be read as it lies.
+  static const float* direct_lhs(const GemmTerm& term, int64_t first) {
+    return term.lhs_dtype == DType::kF32 ? static_cast<const float*>(term.lhs) + first : nullptr;
+  }
+  // Fills one step of a strip from rhs, from element `first` on. `cols` of its columns exist.
+  static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t /*rows*/, int64_t cols,
+                        float* out) {
+    fill_panel_row(rhs, first, cols, scale, out);
+    memset(out + cols, 0, (kStrip - cols) * sizeof(float));
+  }
+  // A whole panel at once, if rhs is dense: strips of kStrip columns, `depth` rows each.
+  static bool fill_dense(const MatrixView& rhs, float scale, int64_t first, int64_t depth, int64_t cols,
+                         float* out) {
+    if (rhs.nf4) return false;
+    with_type(rhs.dtype, [&](auto type) {
+      widen_strips(static_cast<const decltype(type)*>(rhs.data) + first, rhs.ld, scale, depth, cols, out);
+    });
+    return true;
+  }
+  // tile[r][c] += lhs[r] . strip[:, c] for `rows` rows and a whole strip.
+  static void multiply(int64_t rows, const float* lhs, int64_t lhs_ld, const float* strip, int64_t steps,
+                       float* tile, int64_t tile_ld) {
+    outer_rows<OuterF32, kTileRows>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
+  }
+};
+
+#if !PEFT_KERNELS_BF16_DOT
+using OuterBF16 = OuterF32;
+#endif

@@ -1,0 +1,81 @@
+// What the products share: their arithmetic, fp32 tiles of the output, and rows of a matrix as rows of a
+// panel.
+
+// A number that a function is compiled for, in the place of an argument.
+template <int kValue>
+struct Constant {
+  constexpr operator int() const { return kValue; }
+};
+
+// A step is what one lane multiplies at once.
+struct FloatSteps {
+  using Value = float;
+  static constexpr int kElements = 1;  // of a step
+  static Vec load_steps(const void* p) { return load(static_cast<const float*>(p)); }
+  static Vec splat_step(const float* p) { return splat(*p); }
+  static Vec mac(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
+};
+
+// Whether neither side of a product loses more than the weight does in dequantising to the activations' bf16.
+inline bool has_bf16_values(const GemmTerm& term) {
+  return PEFT_KERNELS_BF16_DOT && term.lhs_dtype == DType::kBF16 &&
+         (term.rhs.nf4 || (term.rhs.dtype == DType::kBF16 && term.rhs_scale == 1.0f));
+}
+
+#if PEFT_KERNELS_BF16_DOT
+struct PairSteps {
+  using Value = PanelBF16;
+  static constexpr int kElements = 2;
+  static VecPairs load_steps(const void* p) { return load_pairs(p); }
+  static VecPairs splat_step(const PanelBF16* p) { return splat_pair(p); }
+  static Vec mac(VecPairs a, VecPairs b, Vec sum) { return dot_pairs(a, b, sum); }
+};
+#endif
+
+// Sets an fp32 tile, rows of `tile_ld`, to what the sums start from. Columns from cols to tile_ld start at 0.
+inline void start_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
+                       int64_t tile_ld) {
+  for (int64_t i = 0; i < rows; ++i) {
+    float* row = tile + i * tile_ld;
+    memset(row, 0, tile_ld * sizeof(float));
+    if (p.add_to_out) {
+      widen_run(p.out, p.out_dtype, (m0 + i) * p.out_ld + n0, cols, 1.0f, row);
+    } else if (p.bias) {
+      widen_run(p.bias, p.bias_dtype, n0, cols, 1.0f, row);
+    }
+  }
+}
+
+// Rounds a tile to the output's type, once.
+inline void finish_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
+                        const float* tile, int64_t tile_ld) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = tile + i * tile_ld;
+    const int64_t first = (m0 + i) * p.out_ld + n0;
+    with_type(p.out_dtype,
+              [&](auto type) { narrow_run(row, cols, static_cast<decltype(type)*>(p.out) + first); });
+  }
+}
+
+// `count` elements of either kind of matrix, from element `first`. rhs_scale applies to a dense one.
+inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, float scale, float* out) {
+  if (rhs.nf4) {
+    dequantize_run(*rhs.nf4, first, count, out);
+  } else {
+    widen_run(rhs.data, rhs.dtype, first, count, scale, out);
+  }
+}
+
+// The first `rows` by `cols` of kLanes by kLanes elements, times `scale`, transposed. Rows that are not there
+// become zeros, columns that are not there are left out.
+template <class T>
+inline void transpose_part(const T* x, int64_t ld, int64_t rows, int64_t cols, float scale, float* out,
+                           int64_t out_ld) {
+  const int64_t width = min64(kLanes, cols);
+  Vec block[kLanes];
+  for (int r = 0; r < kLanes; ++r) {
+    block[r] = r < rows ? mul(load_lanes(x + r * ld, width), splat(scale)) : zero();
+  }
+  transpose(block);
+  for (int c = 0; c < width; ++c) store(out + c * out_ld, block[c]);
+}

@@ -1,0 +1,59 @@
+// The adapters of one call, and the rows that each serves.
+#pragma once
+
+#include <utility>
+#include <vector>
+
+#include "../common/lora_args.h"
+#include "dropout.h"
+
+namespace peft_kernels::cpu {
+
+// Rows that an adapter serves.
+struct RowRun {
+  int64_t begin, end;
+};
+
+struct Adapter : AdapterArgs {
+  DropoutMask mask;
+  std::vector<RowRun> runs;
+
+  Adapter(AdapterArgs args, const OptionalTensor& seed, std::vector<RowRun> runs)
+      : AdapterArgs(std::move(args)), mask(mask_of(dropout, seed, a.size(1))), runs(std::move(runs)) {}
+};
+
+using Adapters = std::vector<Adapter>;
+
+inline Adapters one_adapter(const Tensor& x, AdapterArgs args, const OptionalTensor& seed) {
+  Adapters adapters;
+  adapters.emplace_back(std::move(args), seed, std::vector<RowRun>{{0, rows_of(x)}});
+  return adapters;
+}
+
+// The rows of each group, as runs of equal neighbours.
+inline std::vector<RowRun> runs_of(int64_t group, const OptionalTensor& row_group, int64_t rows) {
+  if (!row_group) return {{0, rows}};
+  const int64_t* groups = row_group->const_data_ptr<int64_t>();
+  std::vector<RowRun> runs;
+  for (int64_t m = 0; m < rows;) {
+    const int64_t begin = m;
+    while (m < rows && groups[m] == groups[begin]) ++m;
+    if (groups[begin] == group) runs.push_back({begin, m});
+  }
+  return runs;
+}
+
+inline Adapters all_adapters(const Tensor& x, std::vector<AdapterArgs> args, const OptionalTensor& seed,
+                             const OptionalTensor& row_group) {
+  OptionalTensor groups = row_group;
+  if (row_group) groups = row_group->contiguous();
+  Adapters adapters;
+  adapters.reserve(args.size());
+  for (AdapterArgs& adapter : args) {
+    std::vector<RowRun> runs = runs_of(adapter.group, groups, rows_of(x));
+    adapters.emplace_back(std::move(adapter), seed, std::move(runs));
+  }
+  return adapters;
+}
+
+}  // namespace peft_kernels::cpu
