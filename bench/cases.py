@@ -14,7 +14,8 @@ import torch.nn.functional as F
 import peft_kernels as pk
 
 from . import gate, layers
-from .block import SMOLLM2, Blocks, Model, Sizes, Variant
+from .adapted import SMOLLM2, Model, Sizes, Variant
+from .block import Blocks
 from .harness import Absent, Case, Contender, Goal, copies, first_line
 from .layers import BNB, Kept, Weights
 from .model import SMOLLM2_135M, Models, ModelSizes
@@ -258,8 +259,8 @@ def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_13
 
         expected = models.expected_textbook(call)
         kinds = (
-            (OURS, BNB, True, expected.strict),
-            (PEFT_ON_BNB, BNB, False, expected.sane),
+            (OURS, "bnb", True, expected.strict),
+            (PEFT_ON_BNB, "bnb", False, expected.sane),
             (OURS_QUANTISED, "nf4", True, expected.strict),
         )
         entries = [

@@ -14,7 +14,8 @@ from torch import Tensor
 import testing
 
 from . import layers, report
-from .block import SMOLLM2, Blocks, Sizes, Variant
+from .adapted import SMOLLM2, Sizes, Variant
+from .block import Blocks
 from .cases import DTYPES, PEFT_ON_BNB, PEFT_ON_DENSE, missing
 from .harness import first_line
 from .layers import BNB, RANK, Weights

@@ -20,14 +20,27 @@ import testing
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench import block, cases, chart, compiled, gate, harness, memory, model, report, run, triton_cases
+from bench import (
+    adapted,
+    block,
+    cases,
+    chart,
+    compiled,
+    gate,
+    harness,
+    memory,
+    model,
+    report,
+    run,
+    triton_cases,
+)
 from bench.harness import Absent, Case, Contender, Goal, Result
 from bench.report import OURS, Spread, Timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = (64, 128)
-TINY_BLOCK = block.Sizes(hidden=256, intermediate=512, heads=4, kv_heads=2)
+TINY_BLOCK = adapted.Sizes(hidden=256, intermediate=512, heads=4, kv_heads=2)
 ONCE = Timing(0.0, 1)
 FACTS = {"cpu": "a machine", "versions": {"torch": torch.__version__}}
 
@@ -325,7 +338,7 @@ def model_case(group: str, dtype: str = "bf16") -> Case:
 def test_a_wrong_model_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, make = model_case(group), model.Models.ours
 
-    def off(models: model.Models) -> block.Model:
+    def off(models: model.Models) -> adapted.Model:
         ours = make(models)
         with torch.no_grad():
             next(p for n, p in ours.model.named_parameters() if "layers.1" in n and "lora_B" in n).mul_(-1)
@@ -360,7 +373,7 @@ def test_a_wrong_block_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch)
     """One LoRA matrix is off, in one of seven layers: by a tenth, or twofold where only y shows it."""
     case, adapt = block_case(group), block.Blocks.ours
 
-    def off(blocks: block.Blocks, variant: block.Variant) -> block.Model:
+    def off(blocks: block.Blocks, variant: adapted.Variant) -> adapted.Model:
         model = adapt(blocks, variant)
         lora_b = next(p for name, p in model.model.named_parameters() if "up_proj.lora_B" in name)
         with torch.no_grad():
@@ -410,12 +423,12 @@ def test_fallbacks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_sample_of_a_mixed_batch_has_its_own_adapter() -> None:
     block_case(cases.BLOCK_MIXED)
     blocks = block.Blocks(TINY_BLOCK, torch.float32)
-    mixed, inputs = block.Variant(adapters=3, training=False), blocks.inputs(3, 8)
+    mixed, inputs = adapted.Variant(adapters=3, training=False), blocks.inputs(3, 8)
     model = blocks.stock(mixed)
     y = blocks.run(model, mixed, inputs)()["y"]
     for i, name in enumerate(mixed.names):
         model.model.set_adapter(name)
-        alone = blocks.run(model, block.Variant(training=False), inputs)()["y"]
+        alone = blocks.run(model, adapted.Variant(training=False), inputs)()["y"]
         same = [testing.relative_error(y[j], alone[j]) < 1e-5 for j in range(3)]
         assert same == [j == i for j in range(3)]
 
