@@ -427,6 +427,21 @@ def test_comparison_tells_curves_that_agree_from_others(
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
+def test_compare_sets_both_back_ends_side_by_side(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("PYTHONPATH", str(EXAMPLES.parent))
+    # At a high rate 8 steps make much of a last bit.
+    assert tiny_run(tiny, tmp_path, "--compare", "--lr", "0.002") == 0
+    out = capfd.readouterr().out
+    assert "--- bitsandbytes" in out and "largest difference of the losses" in out
+    ours, theirs = (metrics_of(tmp_path / backend) for backend in finetune.BACKENDS)
+    assert (ours["backend"], theirs["backend"]) == finetune.BACKENDS
+    assert ours["losses"] == pytest.approx(theirs["losses"], rel=0.01)
+
+
 # The script to copy
 
 
