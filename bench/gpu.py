@@ -183,7 +183,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--list", action="store_true", help="print the names of the cases and stop")
     add("--check", action="store_true", help="small shapes, checked and not timed")
     add("--eager", action="store_true", help="time calls from Python, without CUDA graphs")
-    add("--seconds", type=float, default=240.0, metavar="S", help="start no case after that long (240)")
+    add(
+        "--seconds", type=float, default=240.0, metavar="S", help="leave out cases that would end later (240)"
+    )
     add("--min-time", type=float, default=0.3, metavar="S", help="to time a case (0.3)")
     add("--repeats", type=int, default=7, metavar="N", help="least number of rounds (7)")
     add("--output", type=Path, default=Path("gpu-output"), metavar="DIR", help="default: gpu-output")

@@ -51,19 +51,21 @@ def run(
     limit: float = float("inf"),
     lost: Callable[[], bool] = lambda: False,
 ) -> Done:
-    """One case after the other, until `limit` seconds are over. What one raises, the others do not feel,
-    unless the device itself is lost. Each adds a JSON line to the file `lines`, at once."""
+    """One case after the other, but for those that would not end within `limit` seconds. What one raises, the
+    others do not feel, unless the device itself is lost. Each adds a JSON line to the file `lines`, at
+    once."""
     done, started = Done(), time.perf_counter()
     with open(lines, "w", encoding="utf-8") as file:
         for number, case in enumerate(chosen, 1):
-            if time.perf_counter() - started > limit:
-                done.left_out = [case.name for case in chosen[number - 1 :]]
-                break
+            if time.perf_counter() - started + case.seconds > limit:
+                done.left_out.append(case.name)
+                continue
             head = f"[{number:>{len(str(len(chosen)))}}/{len(chosen)}] {case.name}: "
             try:
                 outcome = measure(case, partial(_show, head))
             except KeyboardInterrupt:  # what was measured so far is still reported
-                done.interrupted, done.left_out = True, [case.name for case in chosen[number - 1 :]]
+                done.interrupted = True
+                done.left_out += [case.name for case in chosen[number - 1 :]]
                 break
             except Exception as error:
                 traceback.print_exc()
@@ -76,7 +78,7 @@ def run(
             _show("", "")
             print(head + said, flush=True)
             if done.failed and lost():
-                done.left_out = [case.name for case in chosen[number:]]
+                done.left_out += [case.name for case in chosen[number:]]
                 break
     return done
 
@@ -84,7 +86,7 @@ def run(
 def estimate(chosen: Sequence[AnyCase], timing: Timing, limit: float) -> str:
     """What is ahead, for the user who waits."""
     seconds = sum(case.seconds + timing.seconds for case in chosen)
-    end = f"; none is started after {limit:.0f} s" if limit < float("inf") else ""
+    end = f"; what would not end within {limit:.0f} s is left out" if limit < float("inf") else ""
     return f"{len(chosen)} cases, about {seconds / 60:.1f} minutes on two quiet cores{end}"
 
 
