@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-
 from . import floors, limits, report, sass
 from .floors import BY_ARCHITECTURE, Gpu
 from .limits import Finding
@@ -74,7 +72,7 @@ class Compiled(report.Outcome):
         return {"group": "sass", "kernels": kernels}
 
     @classmethod
-    def tables(cls, outcomes: Sequence[Compiled], unit: str) -> Iterator[tuple[str, Table]]:
+    def tables(cls, outcomes: Sequence[Compiled], unit: str) -> Iterator[tuple[str, str]]:
         """A kernel in a row. Instructions for a weight are on the shortest way once through the main loop,
         and on the longest; all else is on the shortest.
 
@@ -112,7 +110,7 @@ def _row(finding: Finding, gpu: Gpu) -> list[str]:
     ]
 
 
-def floors_table(gpu: Gpu) -> Table:
+def floors_table(gpu: Gpu) -> str:
     """The shortest times that the card allows, by shape and number of rows of x."""
     rows = []
     for n, k in floors.SHAPES:

@@ -161,7 +161,7 @@ def render(done: session.Done, gpu: Gpu, timed: bool = True) -> str:
     for group in report.unique(result.case.group for result in done.outcomes):
         members = [result for result in done.outcomes if result.case.group == group]
         if gpu.architecture and (cells := floors(members, gpu)):
-            tables.append(f"{group}: floor / time of {OURS}\n{report.text(report.grid(cells))}")
+            tables.append(f"{group}: floor / time of {OURS}\n{report.grid(cells)}")
     return done.render(*tables, unit="us")
 
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from . import report
 from .report import OURS, WRONG, Spread, Timing, three_digits, unique
 
@@ -207,7 +205,7 @@ class Result(report.Outcome):
             yield text, None if ratio is None else goal.met(ratio)
 
     @classmethod
-    def tables(cls, outcomes: Sequence[Result], unit: str) -> Iterator[tuple[str, Table]]:
+    def tables(cls, outcomes: Sequence[Result], unit: str) -> Iterator[tuple[str, str]]:
         """For each group its times, and beside each contender the ratios, by shape and rows of x."""
         for group in unique(result.case.group for result in outcomes):
             members = [result for result in outcomes if result.case.group == group]
@@ -240,7 +238,7 @@ class Result(report.Outcome):
 UNITS = {"ms": 1e3, "us": 1e6}
 
 
-def ratio_table(results: Sequence[Result], name: str) -> Table:
+def ratio_table(results: Sequence[Result], name: str) -> str:
     return report.grid({(result.case.shape, result.column): result.cell(name) for result in results})
 
 

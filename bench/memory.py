@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from typing import Any
 
-from rich.table import Table
 from torch import Tensor
 
 import testing
@@ -109,7 +108,7 @@ class Saved(report.Outcome):
         }
 
     @classmethod
-    def tables(cls, outcomes: Sequence[Saved], unit: str) -> Iterator[tuple[str, Table]]:
+    def tables(cls, outcomes: Sequence[Saved], unit: str) -> Iterator[tuple[str, str]]:
         rows = []
         for saved in outcomes:
             found = [saved.bytes_per_token.get(name) for name in (saved.case.peer, OURS)]

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import io
-import re
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, TypeVar
-
-from rich.console import Console, Group
-from rich.table import Table
 
 OURS = "ours"
 """Name of the contender that the others are compared with."""
@@ -74,7 +69,7 @@ class Outcome:
         raise NotImplementedError
 
     @classmethod
-    def tables(cls, outcomes: Sequence[Any], unit: str) -> Iterator[tuple[str, Table]]:
+    def tables(cls, outcomes: Sequence[Any], unit: str) -> Iterator[tuple[str, str]]:
         """All of this kind, with titles."""
         raise NotImplementedError
 
@@ -98,7 +93,7 @@ def render(outcomes: Sequence[Outcome], unit: str = "ms") -> str:
     blocks = []
     for kind in unique(map(type, outcomes)):
         found = kind.tables([outcome for outcome in outcomes if type(outcome) is kind], unit)
-        blocks += [f"{title}\n{text(cells)}" for title, cells in found]
+        blocks += [f"{title}\n{cells}" for title, cells in found]
     words = {True: f": {MET}", False: f": {MISSED}", None: ""}
     goals = [
         f"  {outcome.case.name}, {goal}{words[met]}" for outcome in outcomes for goal, met in outcome.goals()
@@ -139,14 +134,13 @@ def cell(ratio: Spread) -> str:
     return f"{ratio.median:.2f} ({ratio.q1:.2f}-{ratio.q3:.2f})"
 
 
-def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
-    found = Table(*titles, box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for row in rows:
-        found.add_row(*row)
-    return found
+def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [titles, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
-def grid(cells: Mapping[tuple[str, tuple[int, str]], str]) -> Table:
+def grid(cells: Mapping[tuple[str, tuple[int, str]], str]) -> str:
     """By row title and column, which is its place and its title. What was not measured is blank."""
     columns = sorted(unique(column for _, column in cells))
     rows = unique(row for row, _ in cells)
@@ -154,13 +148,6 @@ def grid(cells: Mapping[tuple[str, tuple[int, str]], str]) -> Table:
         ["", *(title for _, title in columns)],
         ([row, *(cells.get((row, column), "") for column in columns)] for row in rows),
     )
-
-
-def text(found: Table | Group) -> str:
-    console = Console(file=io.StringIO(), width=1000, markup=False, emoji=False, highlight=False)
-    with console.capture() as capture:
-        console.print(found)
-    return re.sub(r" +$", "", capture.get(), flags=re.MULTILINE).strip("\n")
 
 
 def three_digits(x: float) -> str:

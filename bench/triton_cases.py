@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
-
 from . import report
 from .report import unique
 
@@ -59,7 +57,7 @@ class Compiled(report.Outcome):
         return {"group": "triton", "kernels": kernels}
 
     @classmethod
-    def tables(cls, outcomes: Sequence[Compiled], unit: str) -> Iterator[tuple[str, Table]]:
+    def tables(cls, outcomes: Sequence[Compiled], unit: str) -> Iterator[tuple[str, str]]:
         """A kernel with one of its configs in a row: the largest of what it comes to for arguments of several
         types, and the fewest warps. Warps are those that a multiprocessor holds at once, spills are bytes of
         a thread in local memory, matrix instructions are for tensor cores."""

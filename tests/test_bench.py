@@ -503,7 +503,7 @@ def test_table_has_shapes_as_rows_and_m_as_columns() -> None:
         return Result(case, contenders=[OURS, "peer"], seconds={OURS: [1.0], "peer": [ratio]})
 
     results = [result((8, 4), 16, 1.5), result((8, 4), 2, 2.0), result((4, 8), 16, 0.75)]
-    found = report.text(harness.ratio_table(results, "peer"))
+    found = harness.ratio_table(results, "peer")
     lines = [re.split(r" {2,}", line) for line in found.splitlines()]
     assert lines[0] == ["", "M=2", "M=16"]
     assert lines[1] == ["8x4", "2.00 (2.00-2.00)", "1.50 (1.50-1.50)"]
