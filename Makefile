@@ -83,7 +83,7 @@ PEFT_VERSIONS ?= 0.17.0 newest
 peft-tests: $(VENV)/.built ## Run PEFT's own tests with every model patched, its oldest and newest version (needs pip's index)
 	$(BIN)/python tools/peft_tests.py $(PEFT_VERSIONS:%=--peft %) $(ARGS)
 
-bench: $(VENV)/.built ## Measure against torch, bitsandbytes and PEFT on this machine (ARGS='--quick' and others)
+bench: $(VENV)/.built ## Measure against torch, bitsandbytes and PEFT on this machine, five minutes (ARGS='--quick' and others)
 	$(BIN)/python bench/run.py $(ARGS)
 
 lint: $(VENV)/.packages ## Check style and types

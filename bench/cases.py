@@ -10,15 +10,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 import peft_kernels as pk
 
 from . import gate, layers
-from .block import SMOLLM2, Blocks, Inputs, Model, Sizes, Variant
-from .harness import OURS, Absent, Case, Contender, Goal, copies, first_line
+from .adapted import SMOLLM2, Model, Sizes, Variant
+from .block import Blocks
+from .harness import Absent, Case, Contender, Goal, copies, first_line
 from .layers import BNB, Kept, Weights
 from .model import SMOLLM2_135M, Models, ModelSizes
+from .report import OURS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -75,25 +76,52 @@ BATCHES = ((1, 256), (4, 256), (8, 512))
 """Samples x tokens in training; the mixed batch, always of 8 samples, has as many tokens in all."""
 
 
-def standard(dtype: str, full: bool = False) -> list[Case]:
-    """All cases; the largest shape only when `full`."""
-    shapes = (LARGE, *((WIDE,) if full else ()), SMALL, SMALL_TALL)
+DEFAULT = (
+    r"^forward-4096x4096-m(1|16|128|512)-",
+    r"^forward-1536x576-m(1|64|512|2048)-",
+    r"^qlora-(4096x4096-m(16|128|512)|1536x576-m(256|1024|4096))-",
+    r"^lora-(4096x4096-m(16|128|512)|1536x576-m(256|1024|4096))-",
+    r"^(quantize|dequantize|step|decode|overhead|memory)-",
+    r"^block-.*-(4x256|8x128)-",
+)
+"""What a user needs to see: where most of the time goes, and all cells that are known to lose."""
+QUICK = (
+    r"^forward-(4096x4096-m(1|128)|1536x576-m(1|64))-",
+    r"^q?lora-1536x576-m256-",
+    r"^(quantize|dequantize|overhead|memory-layer)-",
+    r"^block-.*-(1x256|8x32)-",
+)
+"""For a look in under a minute."""
+SECONDS = {QLORA: (1.5, 0.9), LORA: (1.5, 0.9), STEP: (45.0, 0.0), TEXTBOOK: (90.0, 0.0), DECODE: (15.0, 0.0)}
+BLOCK_SECONDS, OTHERS = (3.0, 5.0), (1.0, 0.5)
+"""What a case takes on two cores at most, checks and five rounds: at once, and for 1e9 weights times rows."""
+
+
+def standard(dtype: str) -> list[Case]:
+    """All cases, the most telling groups first."""
+    shapes = (LARGE, WIDE, SMALL, SMALL_TALL)
     found = [forward(shape, m, dtype) for shape in shapes for m in FORWARD_M]
     for group in (QLORA, LORA):
         found += [training(group, shape, m, dtype) for shape, rows in TRAINING_M.items() for m in rows]
-    found += [quantize(LARGE, dtype), dequantize(LARGE, dtype)]
+    found += [step(4, 256, dtype), decode(64, 16, dtype)]
     found += [block(group, *batch, dtype) for group in BLOCKS for batch in _batches(group)]
-    found += [overhead(group, dtype) for group in (OVERHEAD, OVERHEAD_NF4)]
-    return [*found, step(4, 256, dtype), textbook(4, 256, dtype), decode(64, 16, dtype)]
-
-
-def quick(dtype: str) -> list[Case]:
-    """A few of each kind, for a look in under a minute."""
-    found = [forward(LARGE, m, dtype) for m in (1, 128)] + [forward(SMALL, m, dtype) for m in (1, 64)]
-    found += [training(group, SMALL, 256, dtype) for group in (QLORA, LORA)]
+    found += [quantize(LARGE, dtype), dequantize(LARGE, dtype)]
     found += [quantize(SMALL, dtype), dequantize(SMALL, dtype)]
     found += [overhead(group, dtype) for group in (OVERHEAD, OVERHEAD_NF4)]
-    return found + [block(group, *_batches(group)[0], dtype) for group in BLOCKS]
+    return [*found, textbook(4, 256, dtype)]
+
+
+def case(
+    group: str,
+    shape: Shape,
+    m: int | None,
+    dtype: str,
+    build: Callable[[], list[Contender | Absent]],
+    batch: int | None = None,
+) -> Case:
+    at_once, by_rows = SECONDS.get(group, BLOCK_SECONDS if group in BLOCKS else OTHERS)
+    seconds = at_once + by_rows * (m or 0) * shape[0] * shape[1] / 1e9
+    return Case(group, *shape, m, dtype, build, batch, GOALS.get(group, ()), TITLES[group], seconds)
 
 
 def forward(shape: Shape, m: int, dtype: str) -> Case:
@@ -122,42 +150,48 @@ def forward(shape: Shape, m: int, dtype: str) -> Case:
         )
         return contenders(weights, entries, lambda layer: layers.forward_call(layer, x))
 
-    return Case(FORWARD, *shape, m, dtype, build)
+    return case(FORWARD, shape, m, dtype, build)
 
 
 def training(group: str, shape: Shape, m: int, dtype: str) -> Case:
     """A LoRA layer against PEFT's on the same kind of base, and against the frozen dense layer alone."""
-    nf4_base = group == QLORA
 
     def build() -> list[Contender | Absent]:
         weights = _weights(group, shape, dtype)
-        x, dy = weights.x(m), weights.dy(m)
-        base = weights.exact if nf4_base else weights.rounded
-        expected = gate.lora(x, dy, base, weights.lora_a, weights.lora_b, layers.SCALING)
-        frozen = gate.linear_with_dx(x, dy, weights.rounded)
-        packed, dense = _copies(weights, 3)
+        entries, call = training_entries(weights, m, group == QLORA, _copies(weights, 3))
+        return contenders(weights, entries, call)
 
-        def ours() -> Sequence[Any]:
-            bases = layers.nf4_linears(weights, packed) if nf4_base else layers.dense_linears(weights, dense)
-            if importlib.util.find_spec("peft") is None:
-                return layers.own_loras(bases, weights)
-            return layers.peft_loras(bases, weights, patch=True)
+    return case(group, shape, m, dtype, build)
 
-        def stock() -> Sequence[Any]:
-            if nf4_base:
-                return layers.peft_loras(layers.bnb_linears(weights, packed, "train"), weights, patch=False)
-            return layers.peft_loras(layers.dense_linears(weights, dense), weights, patch=False)
 
-        peer, needs = (PEFT_ON_BNB, f"peft {BNB}") if nf4_base else (PEFT_ON_DENSE, "peft")
-        entries = (
-            Entry(OURS, ours, expected.strict),
-            Entry(peer, stock, expected.sane, needs),
-            Entry("frozen dense (no LoRA)", lambda: layers.dense_linears(weights, dense), frozen.sane),
-        )
-        x.requires_grad_()
-        return contenders(weights, entries, lambda layer: layers.training_call(layer, x, dy))
+def training_entries(
+    weights: Weights, m: int, nf4_base: bool, counts: tuple[int, int], alone: str = "frozen dense (no LoRA)"
+) -> tuple[list[Entry], Callable[[Any], Callable[[], Any]]]:
+    """Who competes, and how a layer is called."""
+    x, dy = weights.x(m), weights.dy(m)
+    base = weights.exact if nf4_base else weights.rounded
+    expected = gate.lora(x, dy, base, weights.lora_a, weights.lora_b, layers.SCALING)
+    frozen = gate.linear_with_dx(x, dy, weights.rounded)
+    packed, dense = counts
+    x.requires_grad_()
 
-    return Case(group, *shape, m, dtype, build)
+    def ours() -> Sequence[Any]:
+        bases = layers.nf4_linears(weights, packed) if nf4_base else layers.dense_linears(weights, dense)
+        if missing("peft"):
+            return layers.own_loras(bases, weights)
+        return layers.peft_loras(bases, weights, patch=True)
+
+    def stock() -> Sequence[Any]:
+        on_bnb = nf4_base and layers.bnb_linears(weights, packed, "train")
+        return layers.peft_loras(on_bnb or layers.dense_linears(weights, dense), weights, patch=False)
+
+    peer, needs = (PEFT_ON_BNB, f"peft {BNB}") if nf4_base else (PEFT_ON_DENSE, "peft")
+    entries = [
+        Entry(OURS, ours, expected.strict),
+        Entry(peer, stock, expected.sane, needs),
+        Entry(alone, lambda: layers.dense_linears(weights, dense), frozen.sane),
+    ]
+    return entries, lambda layer: layers.training_call(layer, x, dy)
 
 
 def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM2) -> Case:
@@ -172,26 +206,34 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
         ours, theirs = blocks.expected(variant, inputs)
         count = copies(blocks.nbytes, 3)
         nf4_base = variant.base == "nf4"
-        cheaper = {
-            PLAIN_LORA: replace(variant, dora=False) if variant.dora else variant,
-            ONE_ADAPTER: replace(variant, adapters=1),
-        }
+
+        def entry(
+            name: str,
+            of: Variant,
+            make: Callable[[Variant], Model],
+            verify: Callable[[Any], float],
+            needs: str = "",
+        ) -> Entry:
+            def call(model: Model) -> Callable[[], Any]:
+                return blocks.run(model, of, inputs)
+
+            return Entry(name, lambda: [make(of) for _ in range(count)], verify, needs, call, Model.remark)
+
+        peer, needs = (PEFT_ON_BNB, BNB) if nf4_base else (PEFT_ON_DENSE, "")
         entries = [
-            _block_entry(OURS, blocks, variant, inputs, blocks.ours, count, ours.strict),
-            _block_entry(
-                PEFT_ON_BNB if nf4_base else PEFT_ON_DENSE,
-                blocks, variant, inputs, blocks.stock, count, theirs.sane, BNB if nf4_base else "",
-            ),
-        ]  # fmt: skip
+            entry(OURS, variant, blocks.ours, ours.strict),
+            entry(peer, variant, blocks.stock, theirs.sane, needs),
+        ]
+        cheaper = {PLAIN_LORA: replace(variant, dora=False), ONE_ADAPTER: replace(variant, adapters=1)}
         for goal in GOALS.get(group, ()):
             if goal.cost:
                 other = cheaper[goal.against]
-                strict = blocks.expected(other, inputs)[0].strict
-                entries.append(_block_entry(goal.against, blocks, other, inputs, blocks.ours, count, strict))
+                entries.append(
+                    entry(goal.against, other, blocks.ours, blocks.expected(other, inputs)[0].strict)
+                )
         return contenders(blocks, entries)
 
-    rows = batch * tokens
-    return Case(group, sizes.hidden, sizes.intermediate, rows, dtype, build, batch, GOALS.get(group, ()))
+    return case(group, (sizes.hidden, sizes.intermediate), batch * tokens, dtype, build, batch)
 
 
 def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
@@ -216,26 +258,20 @@ def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_13
             return models.textbook_step(model, models.tokens(batch, tokens))
 
         expected = models.expected_textbook(call)
+        kinds = (
+            (OURS, "bnb", True, expected.strict),
+            (PEFT_ON_BNB, "bnb", False, expected.sane),
+            (OURS_QUANTISED, "nf4", True, expected.strict),
+        )
         entries = [
             Entry(
-                name,
-                lambda base=base, patch=patch: [models.textbook(base, patch)],
-                verify,
-                call=call,
-                remark=remark,
+                name, lambda b=base, p=patch: [models.textbook(b, p)], verify, call=call, remark=Model.remark
             )
-            for name, base, patch, verify, remark in (
-                (OURS, BNB, True, expected.strict, Model.remark),
-                (PEFT_ON_BNB, BNB, False, expected.sane, Model.remark),
-                (OURS_QUANTISED, "nf4", True, expected.strict, Model.remark),
-            )
+            for name, base, patch, verify in kinds
         ]
         return contenders(models, entries)
 
-    goals = GOALS[TEXTBOOK]
-    return Case(
-        TEXTBOOK, sizes.block.hidden, sizes.block.intermediate, batch * tokens, dtype, build, batch, goals
-    )
+    return case(TEXTBOOK, _shape(sizes), batch * tokens, dtype, build, batch)
 
 
 def overhead(group: str, dtype: str) -> Case:
@@ -258,7 +294,7 @@ def overhead(group: str, dtype: str) -> Case:
         )
         return contenders(weights, entries, lambda one: layers.forward_call(one, x))
 
-    return Case(group, 64, 64, 1, dtype, build)
+    return case(group, (64, 64), 1, dtype, build)
 
 
 def decode(prompt: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
@@ -287,8 +323,11 @@ def _model_case(
         )
         return contenders(models, entries)
 
-    goals = GOALS.get(group, ())
-    return Case(group, sizes.block.hidden, sizes.block.intermediate, rows, dtype, build, batch, goals)
+    return case(group, _shape(sizes), rows, dtype, build, batch)
+
+
+def _shape(sizes: ModelSizes) -> Shape:
+    return sizes.block.hidden, sizes.block.intermediate
 
 
 def quantize(shape: Shape, dtype: str) -> Case:
@@ -316,37 +355,32 @@ def quantize(shape: Shape, dtype: str) -> Case:
         )
         return contenders(weights, entries)
 
-    return Case(QUANTIZE, *shape, None, dtype, build)
+    return case(QUANTIZE, shape, None, dtype, build)
 
 
 def dequantize(shape: Shape, dtype: str) -> Case:
     def build() -> list[Contender | Absent]:
         weights = _weights(DEQUANTIZE, shape, dtype)
-        packed, _ = _copies(weights, 2)
-        expected = gate.Bits({"weight": weights.rounded})
+        return contenders(weights, dequantize_entries(weights, _copies(weights, 2)[0]))
 
-        def theirs() -> Sequence[Any]:
-            dequantizer = layers.bitsandbytes().functional.dequantize_4bit
-            params = [layer.weight for layer in layers.bnb_linears(weights, packed, "train")]
-            return [partial(dequantizer, param.data, param.quant_state) for param in params]
+    return case(DEQUANTIZE, shape, None, dtype, build)
 
-        def strict(weight: Tensor) -> float:
-            return expected.strict({"weight": weight})
 
-        def sane(weight: Tensor) -> float:
-            return expected.sane({"weight": weight})
+def dequantize_entries(weights: Weights, count: int) -> list[Entry]:
+    expected = gate.Bits({"weight": weights.rounded})
 
-        entries = (
-            Entry(
-                OURS,
-                lambda: [partial(w.dequantize, weights.dtype) for w in layers.nf4_copies(weights, packed)],
-                strict,
-            ),
-            Entry("bnb", theirs, sane, BNB),
-        )
-        return contenders(weights, entries)
+    def ours() -> Sequence[Any]:
+        return [partial(w.dequantize, weights.dtype) for w in layers.nf4_copies(weights, count)]
 
-    return Case(DEQUANTIZE, *shape, None, dtype, build)
+    def theirs() -> Sequence[Any]:
+        dequantizer = layers.bitsandbytes().functional.dequantize_4bit
+        params = [layer.weight for layer in layers.bnb_linears(weights, count, "train")]
+        return [partial(dequantizer, param.data, param.quant_state) for param in params]
+
+    return [
+        Entry(OURS, ours, lambda got: expected.strict({"weight": got})),
+        Entry("bnb", theirs, lambda got: expected.sane({"weight": got}), BNB),
+    ]
 
 
 @dataclass
@@ -385,26 +419,6 @@ def contenders(
         calls = [(entry.call or call)(layer) for layer in kept]
         built.append(Contender(entry.name, calls, entry.verify, partial(entry.remark, kept[0])))
     return built
-
-
-def _block_entry(
-    name: str,
-    blocks: Blocks,
-    variant: Variant,
-    inputs: Inputs,
-    make: Callable[[Variant], Model],
-    count: int,
-    verify: Callable[[Any], float],
-    needs: str = "",
-) -> Entry:
-    return Entry(
-        name,
-        lambda: [make(variant) for _ in range(count)],
-        verify,
-        needs,
-        lambda model: blocks.run(model, variant, inputs),
-        Model.remark,
-    )
 
 
 def _batches(group: str) -> list[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,8 +18,9 @@ from peft_kernels.backends import BACKENDS
 from . import cases, gate, layers
 from .cases import DEQUANTIZE, DX, FORWARD, QLORA, Entry, Shape
 from .floors import Gpu
-from .harness import OURS, Absent, Case, Contender, copies
+from .harness import Absent, Case, Contender, copies
 from .layers import BNB, RANK, Kept, Weights
+from .report import OURS
 
 SHAPES: Sequence[Shape] = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
 ROWS = (1, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
@@ -27,7 +29,7 @@ TINY_ROWS = (1, 5, 16, 33, 130)
 CHECKED_ROWS = 256
 """Of a product: each row of x has one of y, and fp64 is slow on most cards."""
 DTYPE = "bf16"
-CUBLAS, UNFUSED, PEFT_ON_BNB = "cuBLAS bf16", "dequantise + cuBLAS", cases.PEFT_ON_BNB
+CUBLAS, UNFUSED = "cuBLAS bf16", "dequantise + cuBLAS"
 CUBLAS_FROZEN = "cuBLAS bf16 (no LoRA)"
 BESIDE = ("triton", "reference")
 """Back ends that compete in products, unless they are ours."""
@@ -91,7 +93,7 @@ class Suite:
             found = entries(weights, *([] if m is None else [m]))
             return cases.contenders(self.kept(group, shape), found)
 
-        return Case(group, *shape, m, DTYPE, build)
+        return Case(group, *shape, m, DTYPE, build, title=cases.TITLES[group])
 
     def weights(self, shape: Shape) -> DeviceWeights:
         """Those of the last shape."""
@@ -118,113 +120,77 @@ class Suite:
         return packed, copies(weights.rounded.nbytes, contenders, self.cache)
 
     def forward(self, weights: DeviceWeights, m: int) -> list[Entry]:
-        x = weights.x(m)
-        rows = checked_rows(m)
-        expected = gate.linear(x[rows], weights.exact)
-        others = _others()
-        packed, dense = self.copies(weights, 4 + len(others))
-
-        def entry(name: str, make: Callable[[], Sequence[Any]], needs: str = "") -> Entry:
-            verify = expected.strict if name == OURS else expected.sane
-            return Entry(
-                name, make, lambda got: verify({"y": got["y"][rows]}), needs,
-                lambda layer: layers.forward_call(layer, x), lambda layer: _way(name, weights, m)[0],
-            )  # fmt: skip
-
         def ours(weight: pk.NF4Weight) -> Call:
             return partial(pk.nf4_linear, weight=weight)
 
-        def unfused(weight: pk.NF4Weight) -> Call:
-            return lambda x: F.linear(x, weight.dequantize(x.dtype))
+        def theirs(count: int) -> Sequence[Call]:
+            return layers.bnb_linears(weights, count, "eval")
 
-        return [
-            entry(OURS, lambda: [ours(w) for w in layers.nf4_copies(weights, packed)]),
-            *(entry(name, partial(_served_by, name, ours, weights, packed)) for name in others),
-            entry(CUBLAS, lambda: [partial(F.linear, weight=weights.rounded.clone()) for _ in range(dense)]),
-            entry(UNFUSED, lambda: [unfused(w) for w in layers.nf4_copies(weights, packed)]),
-            entry("bnb", lambda: layers.bnb_linears(weights, packed, "eval"), BNB),
-        ]
+        return self.product(weights, weights.x(m), 0, ours, lambda weight: weight, theirs)
 
     def dx(self, weights: DeviceWeights, m: int) -> list[Entry]:
         dy = weights.dy(m)
-        rows = checked_rows(m)
-        transposed = weights.exact.t()
-        expected = gate.linear(dy[rows], transposed)
-        others = _others()
-        packed, dense = self.copies(weights, 4 + len(others))
-
-        def entry(name: str, make: Callable[[], Sequence[Any]], needs: str = "") -> Entry:
-            verify = expected.strict if name == OURS else expected.sane
-            return Entry(
-                name, make, lambda got: verify({"y": got["y"][rows]}), needs,
-                lambda layer: layers.forward_call(layer, dy), lambda layer: _way(name, weights, m)[1],
-            )  # fmt: skip
 
         def ours(weight: pk.NF4Weight) -> Call:
             parts = (weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.blocksize)
             kernel = dispatch.kernel("nf4_linear_dx", (dy, *parts, weights.in_features))
             return lambda dy: kernel(dy, *parts, weights.in_features)
 
-        def unfused(weight: pk.NF4Weight) -> Call:
-            return lambda dy: dy @ weight.dequantize(dy.dtype)
-
         def bnb(layer: Any) -> Call:
             dequantize = layers.bitsandbytes().functional.dequantize_4bit
             return lambda dy: dy @ dequantize(layer.weight.data, layer.weight.quant_state)
 
+        def theirs(count: int) -> Sequence[Call]:
+            return [bnb(layer) for layer in layers.bnb_linears(weights, count, "train")]
+
+        return self.product(weights, dy, 1, ours, Tensor.t, theirs)
+
+    def product(
+        self,
+        weights: DeviceWeights,
+        x: Tensor,
+        way: int,
+        ours: Callable[[pk.NF4Weight], Call],
+        laid: Callable[[Tensor], Tensor],
+        theirs: Callable[[int], Sequence[Call]],
+    ) -> list[Entry]:
+        """x times the weight as `laid` turns it; forward (way 0) or backward (1)."""
+        rows = checked_rows(len(x))
+        expected = gate.linear(x[rows], laid(weights.exact))
+        others = [name for name in BESIDE if name != dispatch.forced()]
+        packed, dense = self.copies(weights, 4 + len(others))
+
+        def entry(name: str, make: Callable[[], Sequence[Any]], needs: str = "") -> Entry:
+            verify = expected.strict if name == OURS else expected.sane
+
+            def remark(layer: Any) -> str:
+                return _plan(weights, len(x))[way] if name == OURS else ""
+
+            def checked(got: dict[str, Tensor]) -> float:
+                return verify({"y": got["y"][rows]})
+
+            return Entry(name, make, checked, needs, lambda layer: layers.forward_call(layer, x), remark)
+
+        def unfused(weight: pk.NF4Weight) -> Call:
+            return lambda x: F.linear(x, laid(weight.dequantize(x.dtype)))
+
+        def plain() -> Sequence[Call]:
+            return [partial(F.linear, weight=laid(weights.rounded.clone())) for _ in range(dense)]
+
         return [
             entry(OURS, lambda: [ours(w) for w in layers.nf4_copies(weights, packed)]),
             *(entry(name, partial(_served_by, name, ours, weights, packed)) for name in others),
-            entry(CUBLAS, lambda: [partial(_times, weights.rounded.clone()) for _ in range(dense)]),
+            entry(CUBLAS, plain),
             entry(UNFUSED, lambda: [unfused(w) for w in layers.nf4_copies(weights, packed)]),
-            entry("bnb", lambda: [bnb(layer) for layer in layers.bnb_linears(weights, packed, "train")], BNB),
+            entry("bnb", lambda: theirs(packed), BNB),
         ]
 
     def lora(self, weights: DeviceWeights, m: int) -> list[Entry]:
-        x, dy = weights.x(m), weights.dy(m)
-        expected = gate.lora(x, dy, weights.exact, weights.lora_a, weights.lora_b, layers.SCALING)
-        frozen = gate.linear_with_dx(x, dy, weights.rounded)
-        packed, dense = self.copies(weights, 3)
-        x.requires_grad_()
-
-        def call(layer: Any) -> Callable[[], Any]:
-            return layers.training_call(layer, x, dy)
-
-        def ours() -> Sequence[Any]:
-            bases = layers.nf4_linears(weights, packed)
-            if cases.missing("peft"):
-                return layers.own_loras(bases, weights)
-            return layers.peft_loras(bases, weights, patch=True)
-
-        def stock() -> Sequence[Any]:
-            return layers.peft_loras(layers.bnb_linears(weights, packed, "train"), weights, patch=False)
-
-        return [
-            Entry(OURS, ours, expected.strict, call=call),
-            Entry(PEFT_ON_BNB, stock, expected.sane, f"peft {BNB}", call=call),
-            Entry(CUBLAS_FROZEN, lambda: layers.dense_linears(weights, dense), frozen.sane, call=call),
-        ]
+        entries, call = cases.training_entries(weights, m, True, self.copies(weights, 3), CUBLAS_FROZEN)
+        return [replace(entry, call=call) for entry in entries]
 
     def dequantize(self, weights: DeviceWeights) -> list[Entry]:
-        expected = gate.Bits({"weight": weights.rounded})
-        packed, _ = self.copies(weights, 2)
-
-        def theirs() -> Sequence[Any]:
-            dequantizer = layers.bitsandbytes().functional.dequantize_4bit
-            params = [layer.weight for layer in layers.bnb_linears(weights, packed, "train")]
-            return [partial(dequantizer, param.data, param.quant_state) for param in params]
-
-        def ours() -> Sequence[Any]:
-            return [partial(w.dequantize, weights.dtype) for w in layers.nf4_copies(weights, packed)]
-
-        return [
-            Entry(OURS, ours, lambda got: expected.strict({"weight": got})),
-            Entry("bnb", theirs, lambda got: expected.sane({"weight": got}), BNB),
-        ]
-
-
-def _others() -> list[str]:
-    return [name for name in BESIDE if name != dispatch.forced()]
+        return cases.dequantize_entries(weights, self.copies(weights, 2)[0])
 
 
 def _served_by(
@@ -244,18 +210,14 @@ def _served_by(
     return [served(call) for call in calls]
 
 
-def _way(name: str, weights: Weights, m: int) -> tuple[str, str]:
+def _plan(weights: Weights, m: int) -> tuple[str, str]:
     """Which kernels ours takes, forward and backward, where the back end tells."""
     plan = getattr(BACKENDS[dispatch.forced() or "reference"], "plan", None)
-    if name != OURS or plan is None:
+    if plan is None:
         return "", ""
     shape = (weights.out_features, weights.in_features)
     forward, backward = plan(m, *shape, weights.nf4.blocksize, weights.dtype)
     return f"by {forward}", f"by {backward}"
-
-
-def _times(weight: Tensor, dy: Tensor) -> Tensor:
-    return dy @ weight
 
 
 def checked_rows(m: int) -> Tensor:

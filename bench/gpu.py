@@ -19,10 +19,7 @@ import contextlib
 import re
 import subprocess
 import sys
-import time
-import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,22 +31,14 @@ import torch
 
 import peft_kernels as pk
 import testing
-from bench import device_cases, events, harness, machine, report
+from bench import device_cases, events, harness, machine, report, session
 from bench.device_cases import Suite
 from bench.floors import Gpu
-from bench.harness import OURS, Case, Result
+from bench.harness import Case, Result
+from bench.report import OURS, Progress, Timing
 from peft_kernels.backends import BACKENDS
 
 DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "simt": "cpu", "reference": "cpu"}
-
-
-@dataclass
-class Run:
-    """What came of all cases."""
-
-    results: list[Result] = field(default_factory=list)
-    failed: dict[str, str] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,8 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     tiny = options.check or device == "cpu"
     gpu = ceilings(device, measured=not (options.check or options.list))
-    suite = Suite(device, tiny, gpu.l2)
-    cases = [case for case in suite.cases() if re.search(options.only, case.name)]
+    cases = [case for case in Suite(device, tiny, gpu.l2).cases() if re.search(options.only, case.name)]
     if options.list:
         print("\n".join(case.name for case in cases))
         return 0
@@ -74,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     body = render(done, gpu, timed=not options.check)
     print("\n" + body)
     (options.output / "table.txt").write_text(f"{header}\n\n{body}", encoding="utf-8")
-    return 1 if done.failed or any(result.wrong for result in done.results) else 0
+    return done.status
 
 
 def refusal(backend: str) -> str | None:
@@ -86,51 +74,32 @@ def refusal(backend: str) -> str | None:
     return BACKENDS[backend].probe()
 
 
-def run(cases: Sequence[Case], options: argparse.Namespace, facts: dict[str, Any]) -> Run:
-    """One case after the other until the time is up. What one raises, the others do not feel, unless the GPU
-    itself is lost."""
-    done = Run()
-    end = time.perf_counter() + options.seconds
+def run(cases: Sequence[Case], options: argparse.Namespace, facts: dict[str, Any]) -> session.Done:
     on_gpu = DEVICES[options.backend] == "cuda"
     turns = partial(events.take_turns, graphs=not options.eager) if on_gpu else None
-    with open(options.output / "results.jsonl", "w", encoding="utf-8") as lines:
-        for number, case in enumerate(cases, 1):
-            if time.perf_counter() > end:
-                done.left_out = [case.name for case in cases[number - 1 :]]
-                break
-            head = f"[{number:>{len(str(len(cases)))}}/{len(cases)}] {case.name}: "
-            try:
-                if options.check:
-                    result = check(case)
-                else:
-                    result = harness.measure(case, options.min_time, options.repeats, take_turns=turns)
-            except Exception as error:
-                traceback.print_exc()
-                done.failed[case.name] = f"{type(error).__name__}: {harness.first_line(error)}"
-                print(head + done.failed[case.name], flush=True)
-                if gpu_is_lost():
-                    done.left_out = [case.name for case in cases[number:]]
-                    break
-                continue
-            done.results.append(result)
-            lines.write(report.json_line(result, facts) + "\n")
-            lines.flush()
-            line = "; ".join(f"{name} {error:.2g}" for name, error in result.errors.items())
-            print(head + (f"errors: {line}" if options.check else report.progress_line(result)), flush=True)
-    return done
+    timing = Timing(options.min_time, options.repeats)
+
+    def measure(case: Case, progress: Progress) -> Result:
+        return Checked.of(case) if options.check else case.run(timing, progress, take_turns=turns)
+
+    lines = options.output / "results.jsonl"
+    return session.run(cases, measure, lines, facts, options.seconds, gpu_is_lost)
 
 
-def check(case: Case) -> Result:
+class Checked(Result):
     """Ours against the reference, nothing timed."""
-    result = Result(case)
-    for contender in case.build():
-        if contender.name == OURS:
-            result.contenders.append(OURS)
-            if isinstance(contender, harness.Absent):
-                result.wrong[OURS] = contender.reason
-            else:
+
+    @classmethod
+    def of(cls, case: Case) -> Checked:
+        result = cls(case)
+        for contender in case.build():
+            if contender.name == OURS:
+                result.contenders.append(OURS)
                 harness.admit(contender, result)
-    return result
+        return result
+
+    def line(self) -> str:
+        return "; ".join([*(f"error {error:.2g}" for error in self.errors.values()), *self.wrong.values()])
 
 
 def gpu_is_lost() -> bool:
@@ -182,33 +151,27 @@ def _said(command: Sequence[str]) -> str | None:
     return None
 
 
-def render(done: Run, gpu: Gpu, timed: bool = True) -> str:
-    blocks = []
-    if timed and done.results:
-        blocks.append(report.render(done.results, unit="us").rstrip())
-        for group in report.unique(result.case.group for result in done.results):
-            members = [result for result in done.results if result.case.group == group]
-            if gpu.architecture and (table := floors_table(members, gpu)):
-                blocks.append(f"{group}: floor / time of {OURS}\n{table}")
-    elif done.results:
-        wrong = [f"{r.case.name}: {r.wrong[OURS]}" for r in done.results if r.wrong]
-        blocks.append(
-            "\n".join([f"{len(done.results) - len(wrong)} cases right, {len(wrong)} wrong", *wrong])
-        )
-    blocks += [f"FAILED {name}: {reason}" for name, reason in done.failed.items()]
-    if done.left_out:
-        blocks.append(f"left out, {len(done.left_out)} cases: {', '.join(done.left_out)}")
-    return "\n\n".join(blocks) + "\n"
+def render(done: session.Done, gpu: Gpu, timed: bool = True) -> str:
+    if not timed:
+        wrong = [f"{r.case.name}: {r.wrong[OURS]}" for r in done.outcomes if r.wrong]
+        right = len(done.outcomes) - len(wrong)
+        checked = "\n".join([f"{right} cases right, {len(wrong)} wrong", *wrong])
+        return session.Done(failed=done.failed, left_out=done.left_out).render(checked)
+    tables = []
+    for group in report.unique(result.case.group for result in done.outcomes):
+        members = [result for result in done.outcomes if result.case.group == group]
+        if gpu.architecture and (cells := floors(members, gpu)):
+            tables.append(f"{group}: floor / time of {OURS}\n{report.grid(cells)}")
+    return done.render(*tables, unit="us")
 
 
-def floors_table(results: Sequence[Result], gpu: Gpu) -> str:
+def floors(results: Sequence[Result], gpu: Gpu) -> dict[tuple[str, tuple[int, str]], str]:
     """How near each case comes to what bandwidth and matrix peak allow."""
-    cells = {}
-    for result in results:
-        floor, spent = device_cases.floor(result.case, gpu), result.time(OURS)
-        if floor is not None and spent is not None:
-            cells[result.case.shape, report.column(result)] = (f"{floor / spent.median:.0%}",)
-    return report.grid(cells) if cells else ""
+    return {
+        (result.case.shape, result.column): f"{floor / spent.median:.0%}"
+        for result in results
+        if (floor := device_cases.floor(result.case, gpu)) and (spent := result.time(OURS))
+    }
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -220,7 +183,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--list", action="store_true", help="print the names of the cases and stop")
     add("--check", action="store_true", help="small shapes, checked and not timed")
     add("--eager", action="store_true", help="time calls from Python, without CUDA graphs")
-    add("--seconds", type=float, default=240.0, metavar="S", help="start no case after that long (240)")
+    add(
+        "--seconds", type=float, default=240.0, metavar="S", help="leave out cases that would end later (240)"
+    )
     add("--min-time", type=float, default=0.3, metavar="S", help="to time a case (0.3)")
     add("--repeats", type=int, default=7, metavar="N", help="least number of rounds (7)")
     add("--output", type=Path, default=Path("gpu-output"), metavar="DIR", help="default: gpu-output")

@@ -10,18 +10,18 @@ from __future__ import annotations
 import gc
 import itertools
 import math
-import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-OURS = "ours"
-"""Name of the contender that the others are compared with."""
+from . import report
+from .report import OURS, WRONG, Spread, Timing, three_digits, unique
 
 MIN_TURN = 1e-3  # seconds of timed calls in a turn
 SETTLE_BELOW = 5e-3  # a call shorter than this still feels the contender before it: the turn starts untimed
+LONG = 0.1  # a call's own length that no interruption comes near to
 MAX_ROUNDS = 1000
 MIB = 2**20
 ROTATION_LIMIT = 1024 * MIB  # bytes, all contenders of a case together
@@ -74,7 +74,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Case:
-    """What is measured once. `build` makes the contenders, ours among them."""
+    """What is timed once. `build` makes the contenders, ours among them."""
 
     group: str
     out_features: int
@@ -85,6 +85,9 @@ class Case:
     batch: int | None = None
     """Of a block: the samples that the M rows are split into."""
     goals: Sequence[Goal] = ()
+    title: str = ""
+    """Of its group's tables."""
+    seconds: float = 1.0
 
     @property
     def shape(self) -> str:
@@ -102,34 +105,39 @@ class Case:
         rows = self.rows.lower().replace("=", "")
         return "-".join(part for part in (self.group, self.shape, rows, self.dtype) if part)
 
-
-class Spread(NamedTuple):
-    """Median and quartiles."""
-
-    median: float
-    q1: float
-    q3: float
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> Spread:
-        if len(values) == 1:
-            return cls(values[0], values[0], values[0])
-        q1, median, q3 = statistics.quantiles(values, n=4, method="inclusive")
-        return cls(median, q1, q3)
+    def run(
+        self,
+        timing: Timing,
+        progress: report.Progress = lambda phase: None,
+        clock: Clock = time.perf_counter,
+        take_turns: TakeTurns | None = None,
+    ) -> Result:
+        """Check every contender, then time those that are right. When ours is wrong, nothing is timed."""
+        progress("build")
+        result = Result(self)
+        runners: list[Contender] = []
+        for contender in self.build():
+            result.contenders.append(contender.name)
+            progress(f"check {contender.name}")
+            if admit(contender, result):
+                runners.append(contender)
+        if OURS in result.wrong:
+            return result
+        progress("time")
+        result.seconds = interleave(runners, timing, clock, take_turns)
+        result.remarks |= {runner.name: remark for runner in runners if (remark := runner.remark())}
+        return result
 
 
 @dataclass
-class Result:
+class Result(report.Outcome):
     """What came of a case. A contender has seconds, or a reason in `wrong` or `absent`."""
 
     case: Case
     contenders: list[str] = field(default_factory=list)
     seconds: dict[str, list[float]] = field(default_factory=dict)  # per call, one entry a round
     errors: dict[str, float] = field(default_factory=dict)
-    wrong: dict[str, str] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
     copies: dict[str, int] = field(default_factory=dict)
-    remarks: dict[str, str] = field(default_factory=dict)
 
     @property
     def peers(self) -> list[str]:
@@ -140,71 +148,111 @@ class Result:
         """Cheaper jobs of ours, by which the cost of this one is measured."""
         return [goal.against for goal in self.case.goals if goal.cost]
 
-    @property
-    def rounds(self) -> int:
-        return max((len(values) for values in self.seconds.values()), default=0)
-
     def time(self, name: str) -> Spread | None:
         return Spread.of(self.seconds[name]) if name in self.seconds else None
 
-    def ratio(self, peer: str) -> Spread | None:
-        """Time of the peer / our time, over the rounds: above 1 we win. None when either was not timed."""
-        return self._quotient(peer, OURS)
-
-    def cost(self, yardstick: str) -> Spread | None:
-        """Our time / time of the yardstick, over the rounds. None when either was not timed."""
-        return self._quotient(OURS, yardstick)
-
     def against(self, name: str) -> Spread | None:
-        """The cost beside a yardstick, the ratio of a peer."""
-        return self.cost(name) if name in self.yardsticks else self.ratio(name)
-
-    def _quotient(self, over: str, under: str) -> Spread | None:
-        if over not in self.seconds or under not in self.seconds:
+        """Over the rounds: time of a peer / our time, above 1 we win; our time / that of a yardstick. None
+        when either was not timed."""
+        if not {OURS, name} <= self.seconds.keys():
             return None
+        over, under = (OURS, name) if name in self.yardsticks else (name, OURS)
         pairs = zip(self.seconds[over], self.seconds[under], strict=True)
         return Spread.of([one / other for one, other in pairs])
 
+    def ratios(self) -> dict[str, Spread]:
+        return {peer: ratio for peer in self.peers if (ratio := self.against(peer)) is not None}
 
-def measure(
-    case: Case,
-    min_seconds: float,
-    min_rounds: int,
-    clock: Clock = time.perf_counter,
-    take_turns: TakeTurns | None = None,
-    progress: Callable[[str], None] = lambda phase: None,
-) -> Result:
-    """Check every contender, then time those that are right. When ours is wrong, nothing is timed."""
-    progress("build")
-    result = Result(case)
-    runners: list[Contender] = []
-    for contender in case.build():
-        result.contenders.append(contender.name)
-        if isinstance(contender, Absent):
-            result.absent[contender.name] = contender.reason
-            continue
-        progress(f"check {contender.name}")
-        if admit(contender, result):
-            runners.append(contender)
-            result.copies[contender.name] = len(contender.calls)
-    if OURS in result.absent:
-        result.wrong[OURS] = result.absent.pop(OURS)
-    if OURS in result.wrong:
-        return result
-    progress("time")
-    result.seconds = interleave(runners, min_seconds, min_rounds, clock, take_turns)
-    result.remarks |= {runner.name: remark for runner in runners if (remark := runner.remark())}
-    return result
+    def cell(self, name: str) -> str:
+        """`1.83 (1.80-1.90)`, with LOSES; WRONG; or `-` when the peer (or yardstick) is absent."""
+        ratio = self.against(name)
+        if ratio is None:
+            return WRONG if OURS in self.wrong or name in self.wrong else "-"
+        return report.cell(ratio) + (f" {report.LOSES}" if name in self.peers and report.loses(ratio) else "")
+
+    def line(self) -> str:
+        ours = self.time(OURS)
+        if ours is None:
+            return f"{WRONG}: {self.wrong[OURS]}"
+        parts = [f"{OURS} {three_digits(ours.median * 1e3)} ms"]
+        parts += [f"{name} {self.cell(name).partition(' (')[0]}" for name in (*self.peers, *self.yardsticks)]
+        return "; ".join([", ".join(parts), *(f"{name}: {remark}" for name, remark in self.remarks.items())])
+
+    def data(self) -> dict[str, Any]:
+        case = self.case
+        times = {name: report.rounded(Spread.of(values), 1e3) for name, values in self.seconds.items()}
+        costs = {name: cost for name in self.yardsticks if (cost := self.against(name)) is not None}
+        return {
+            "group": case.group,
+            "shape": [case.out_features, case.in_features],
+            "m": case.m,
+            "batch": case.batch,
+            "dtype": case.dtype,
+            "times_ms": times,
+            "ratios": {name: report.rounded(ratio) for name, ratio in self.ratios().items()},
+            "costs": {name: report.rounded(cost) for name, cost in costs.items()},
+            "goals": {goal.against: {"limit": goal.limit, "cost": goal.cost} for goal in case.goals},
+            "errors": {name: float(f"{error:.4g}") for name, error in self.errors.items()},
+            "rounds": max(map(len, self.seconds.values()), default=0),
+            "copies": self.copies,
+        }
+
+    def goals(self) -> Iterator[tuple[str, bool | None]]:
+        for goal in self.case.goals:
+            ratio = self.against(goal.against)
+            quotient = f"{OURS} / {goal.against}" if goal.cost else f"{goal.against} / {OURS}"
+            text = f"{quotient}: {goal}, measured {self.cell(goal.against).partition(' (')[0]}"
+            yield text, None if ratio is None else goal.met(ratio)
+
+    @classmethod
+    def tables(cls, outcomes: Sequence[Result], unit: str) -> Iterator[tuple[str, str]]:
+        """For each group its times, and beside each contender the ratios, by shape and rows of x."""
+        for group in unique(result.case.group for result in outcomes):
+            members = [result for result in outcomes if result.case.group == group]
+            dtypes = "/".join(unique(result.case.dtype for result in members))
+            title = f"{members[0].case.title or group}, {dtypes}"
+            times = {
+                (f"{result.case.shape} {name}", result.column): result.time_cell(name, UNITS[unit])
+                for shape in unique(result.case.shape for result in members)
+                for name in unique(name for result in members for name in result.contenders)
+                for result in members
+                if result.case.shape == shape
+            }
+            yield f"{title}: {unit} per call, median", report.grid(times)
+            for peer in unique(peer for result in members for peer in result.peers):
+                yield f"{title}: time of {peer} / {OURS}", ratio_table(members, peer)
+            for name in unique(name for result in members for name in result.yardsticks):
+                yield f"{title}: cost, time of {OURS} / {name}", ratio_table(members, name)
+
+    @property
+    def column(self) -> tuple[int, str]:
+        return self.case.m or 0, self.case.rows
+
+    def time_cell(self, name: str, scale: float) -> str:
+        time = self.time(name)
+        if time is None:
+            return WRONG if name in self.wrong else "-"
+        return three_digits(time.median * scale)
 
 
-def admit(contender: Contender, result: Result) -> bool:
-    """Whether the contender may be timed. A peer that raises is absent; ours is wrong when it raises."""
+UNITS = {"ms": 1e3, "us": 1e6}
+
+
+def ratio_table(results: Sequence[Result], name: str) -> str:
+    return report.grid({(result.case.shape, result.column): result.cell(name) for result in results})
+
+
+def admit(contender: Contender | Absent, result: Result) -> bool:
+    """Whether the contender may be timed. A peer that raises is absent; ours is wrong when it does."""
     name = contender.name
+    missing = result.wrong if name == OURS else result.absent
+    if isinstance(contender, Absent):
+        missing[name] = contender.reason
+        return False
     try:
         output = contender.calls[0]()
     except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        (result.wrong if name == OURS else result.absent)[name] = reason
+        missing[name] = f"{type(error).__name__}: {first_line(error)}"
         return False
     try:
         result.errors[name] = contender.verify(output)
@@ -214,13 +262,13 @@ def admit(contender: Contender, result: Result) -> bool:
     finally:
         if remark := contender.remark():
             result.remarks[name] = remark
+    result.copies[name] = len(contender.calls)
     return True
 
 
 def interleave(
     contenders: Sequence[Contender],
-    min_seconds: float,
-    min_rounds: int,
+    timing: Timing,
     clock: Clock = time.perf_counter,
     take_turns: TakeTurns | None = None,
 ) -> dict[str, list[float]]:
@@ -234,16 +282,15 @@ def interleave(
     gc.collect()
     gc.disable()
     try:
-        start = clock()
-        for done in itertools.count(1):
+        start, done = clock(), 0
+        while done < MAX_ROUNDS and (done < timing.rounds or clock() - start < timing.seconds):
             for name, turn in turns.items():
                 seconds[name].append(turn())
-            if done >= MAX_ROUNDS or (done >= min_rounds and clock() - start >= min_seconds):
-                return seconds
+            done += 1
     finally:
         if collecting:
             gc.enable()
-    raise AssertionError("unreachable")
+    return seconds
 
 
 def _turn(contender: Contender, clock: Clock) -> Turn:
@@ -259,7 +306,9 @@ def _turn(contender: Contender, clock: Clock) -> Turn:
 
     next(calls)()
     # The least of three: one interruption must not make a short call look long.
-    estimate = max(min(timed(1) for _ in range(3)), 1e-9)
+    estimate = timed(1)
+    if estimate < LONG:
+        estimate = max(min(estimate, timed(1), timed(1)), 1e-9)
     count = math.ceil(MIN_TURN / estimate)
 
     def turn() -> float:

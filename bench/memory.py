@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from typing import Any
 
 from torch import Tensor
 
 import testing
 
-from . import layers
-from .block import SMOLLM2, Blocks, Sizes, Variant
+from . import layers, report
+from .adapted import SMOLLM2, Sizes, Variant
+from .block import Blocks
 from .cases import DTYPES, PEFT_ON_BNB, PEFT_ON_DENSE, missing
-from .harness import OURS, first_line
+from .harness import first_line
 from .layers import BNB, RANK, Weights
+from .report import OURS
 
 LAYER, BLOCK = "layer", "block"
 VARIANTS = {"lora": Variant(), "dropout": Variant(dropout=0.05), "dora": Variant(dora=True)}
@@ -49,50 +52,75 @@ class Case:
     def variant(self) -> Variant:
         return VARIANTS[self.adapter]
 
+    seconds = 1.0
+
+    def run(
+        self, timing: report.Timing | None = None, progress: report.Progress = lambda phase: None
+    ) -> Saved:
+        """Exact, so `timing` has no say."""
+        saved = Saved(self)
+        measure_one = _of_layer if self.subject == LAYER else _of_block
+        for name in (OURS, self.peer):
+            progress(name)
+            if reason := missing(f"peft transformers {BNB if name == PEFT_ON_BNB else ''}"):
+                saved.absent[name] = reason
+                continue
+            try:
+                saved.bytes_per_token[name] = measure_one(saved, name) / (BATCH * TOKENS)
+            except Exception as error:  # whatever one raises, the other is still told
+                saved.absent[name] = f"{type(error).__name__}: {first_line(error)}"
+        return saved
+
 
 @dataclass
-class Saved:
+class Saved(report.Outcome):
     """What came of a case: bytes per token by contender, or the reason why there are none."""
 
     case: Case
     bytes_per_token: dict[str, float] = field(default_factory=dict)
-    absent: dict[str, str] = field(default_factory=dict)
-    remarks: dict[str, str] = field(default_factory=dict)
 
     @property
     def ratio(self) -> float | None:
         """Ours / PEFT's."""
         return None if self.absent else self.bytes_per_token[OURS] / self.bytes_per_token[self.case.peer]
 
-    def goal(self) -> tuple[str, bool] | None:
-        """What was to be reached and what was measured, and whether it is met. None without a goal."""
+    def goals(self) -> Iterator[tuple[str, bool]]:
         case, ours = self.case, self.bytes_per_token.get(OURS)
         if case.subject == BLOCK and self.ratio is not None:
             text = f"{OURS} / {case.peer}: at most {GOAL:.0%}, measured {self.ratio:.1%}"
-            return text, self.ratio <= GOAL
+            yield text, self.ratio <= GOAL
         if case.subject == LAYER and case.variant == Variant() and ours is not None:
             least = case.sizes.hidden * DTYPES[case.dtype].itemsize + RANK * H_BYTES
-            return f"{OURS}: x and x A^T, {least:,} bytes, measured {ours:,.0f}", ours == least
-        return None
+            yield f"{OURS}: x and x A^T, {least:,} bytes, measured {ours:,.0f}", ours == least
+
+    def line(self) -> str:
+        parts = [f"{name} {nbytes:.0f}" for name, nbytes in self.bytes_per_token.items()]
+        return "; ".join([*parts, *(f"{name}: {why}" for name, why in (self.absent | self.remarks).items())])
+
+    def data(self) -> dict[str, Any]:
+        case = self.case
+        return {
+            "group": "memory",
+            "shape": [case.sizes.hidden, case.sizes.intermediate],
+            "dtype": case.dtype,
+            "bytes_per_token": self.bytes_per_token,
+            "ratio": self.ratio,
+        }
+
+    @classmethod
+    def tables(cls, outcomes: Sequence[Saved], unit: str) -> Iterator[tuple[str, str]]:
+        rows = []
+        for saved in outcomes:
+            found = [saved.bytes_per_token.get(name) for name in (saved.case.peer, OURS)]
+            ratio = "-" if saved.ratio is None else f"{saved.ratio:.1%}"
+            cells = ["-" if nbytes is None else f"{nbytes:,.0f}" for nbytes in found]
+            rows.append([saved.case.name.removeprefix("memory-"), *cells, ratio])
+        yield "saved for backward, bytes per token", report.table(["", "PEFT", OURS, f"{OURS} / PEFT"], rows)
 
 
 def standard(dtype: str) -> list[Case]:
     """All cases: they take a second each."""
     return [Case(*parts, dtype) for parts in itertools.product((LAYER, BLOCK), BASES, VARIANTS)]
-
-
-def measure(case: Case) -> Saved:
-    saved = Saved(case)
-    measure_one = _of_layer if case.subject == LAYER else _of_block
-    for name in (OURS, case.peer):
-        if reason := missing(f"peft transformers {BNB if name == PEFT_ON_BNB else ''}"):
-            saved.absent[name] = reason
-            continue
-        try:
-            saved.bytes_per_token[name] = measure_one(saved, name) / (BATCH * TOKENS)
-        except Exception as error:  # whatever one raises, the other is still told
-            saved.absent[name] = f"{type(error).__name__}: {first_line(error)}"
-    return saved
 
 
 def _of_layer(saved: Saved, name: str) -> int:

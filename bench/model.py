@@ -8,15 +8,14 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import peft_kernels as pk
-import testing
 
-from . import gate, layers
-from .block import SMOLLM2, Model, Sizes
+from . import gate
+from .adapted import SMOLLM2, Adapted, Model, Sizes, Variant
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA = Variant(base="nf4")
 
 
 @dataclass(frozen=True)
@@ -29,12 +28,12 @@ class ModelSizes:
 SMOLLM2_135M = ModelSizes(SMOLLM2, layers=30, vocabulary=49152)
 
 
-class Models(layers.Kept):
-    """Models that hold the same numbers over bases of each kind, in one dtype throughout."""
+class Models(Adapted):
+    delta = 0.2
 
     def __init__(self, sizes: ModelSizes, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.sizes, self.dtype = sizes, dtype
+        super().__init__(dtype)
+        self.sizes = sizes
 
     @cached_property
     def config(self) -> Any:
@@ -42,27 +41,34 @@ class Models(layers.Kept):
             vocab_size=self.sizes.vocabulary, num_hidden_layers=self.sizes.layers, tie_word_embeddings=True
         )
 
+    def plain(self) -> Any:
+        import transformers
+
+        torch.manual_seed(0)
+        model = transformers.LlamaForCausalLM(self.config).to(self.dtype)
+        return model.requires_grad_(False)
+
+    def over(self, base: str) -> Any:
+        return pk.quantize_model(self.plain(), progress=False) if base == "nf4" else super().over(base)
+
     def tokens(self, batch: int, count: int) -> Tensor:
         generator = torch.Generator().manual_seed(1)
         return torch.randint(0, self.sizes.vocabulary, (batch, count), generator=generator)
 
-    def ours(self) -> Model:
-        model = self._adapted(self._quantised())
-        return Model(model, pk.patch(model))
-
-    def stock(self) -> Model:
-        """PEFT over bitsandbytes' 4-bit layers."""
-        return Model(self._adapted(self._on_bitsandbytes()), None)
-
     def textbook(self, base: str, patch: bool) -> Model:
         """As tutorials make a model: 4-bit base, kbit preparation (norms, embeddings and head in fp32), LoRA.
         Steps are taken under autocast, as by `Trainer(bf16=True)`. Patched, all of it must run fused."""
-        model = self._on_bitsandbytes(ours=True) if base == layers.BNB else self._quantised()
+        model = self.over(base)
+        if base == "bnb":
+            # Of the bits of our quantiser: bitsandbytes' own takes a neighbouring code of a scale now and
+            # then, and no two models would hold the same weights.
+            for name, weight in self.packed.items():
+                model.get_submodule(name).weight = weight.to_bnb()
         prepared = self._prepared(model)
         if not patch:
-            return Model(prepared, None)
+            return Model(prepared)
         report = pk.patch(prepared)
-        if report.original or len(report.fused) != len(PROJECTIONS) * self.sizes.layers:
+        if report.original or len(report.fused) != len(self.originals):
             raise RuntimeError(f"pk.patch: {report}")
         return Model(prepared, report)
 
@@ -77,8 +83,8 @@ class Models(layers.Kept):
 
     def expected_textbook(self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]) -> gate.Expected:
         """PEFT over the dequantised weights: in fp64, and under autocast."""
-        plain, truth = (run(Model(self._prepared(self._exact(wide)), None)) for wide in (False, True))
-        return gate.Expected(plain(), truth())
+        plain = run(Model(self._prepared(self.over("dense"))))()
+        return gate.Expected(plain, run(Model(self._prepared(self.over("exact").double())))())
 
     def step(self, model: Model, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
         """Forward, loss and backward of one training step."""
@@ -115,63 +121,12 @@ class Models(layers.Kept):
 
     def expected(self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]) -> gate.Expected:
         """PEFT over the dequantised weights: in fp64, and in the dtype of the case."""
-        plain, truth = (run(Model(self._reference(wide), None))() for wide in (False, True))
+        plain, truth = (run(self.reference(LORA, wide))() for wide in (False, True))
         return gate.Expected(plain, truth)
-
-    def _projections(self, model: nn.Module) -> list[str]:
-        return [name for name, _ in model.named_modules() if name.endswith(PROJECTIONS)]
-
-    def _dense(self) -> Any:
-        import transformers
-
-        torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(self.config).to(self.dtype)
-        return model.requires_grad_(False)
-
-    def _quantised(self) -> Any:
-        model = self._dense()
-        pk.quantize_model(model, skip=("lm_head",), progress=False)
-        return model
-
-    def _on_bitsandbytes(self, ours: bool = False) -> Any:
-        """With `ours`, from the bits of our quantiser: bitsandbytes' own takes a neighbouring code of a scale
-        now and then, and no two models would hold the same weights."""
-        model = self._dense()
-        for name in self._projections(model):
-            weight = model.get_submodule(name).weight.detach()
-            layer = layers.linear4bit(weight)
-            if ours:
-                layer.weight = pk.NF4Weight.quantize(weight).to_bnb()
-            model.set_submodule(name, layer)
-        model.is_loaded_in_4bit = True
-        return model
 
     def _prepared(self, model: Any) -> Any:
         import peft
 
         wide = next(model.parameters()).dtype == torch.float64
         prepared = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-        adapted = self._adapted(prepared)
-        return adapted.double() if wide else adapted
-
-    def _reference(self, wide: bool) -> Any:
-        adapted = self._adapted(self._exact(wide))
-        return adapted.double() if wide else adapted
-
-    def _exact(self, wide: bool) -> Any:
-        """The model with its NF4 weights dequantised, in fp64 or in the dtype of the case."""
-        model = self._quantised()
-        for name in self._projections(model):
-            exact = layers.dequantized(model.get_submodule(name).weight)
-            model.set_submodule(name, layers.dense_linear(exact if wide else exact.to(self.dtype)))
-        return model.double() if wide else model
-
-    def _adapted(self, model: Any) -> Any:
-        count = len(PROJECTIONS) * self.sizes.layers
-        adapted = layers.adapted(model, list(PROJECTIONS), count, ("default",))
-        for seed, layer in enumerate(layers.lora_layers(adapted).values()):
-            for parts, scale in ((layer.lora_A, 1.0), (layer.lora_B, 0.1)):
-                shape = parts["default"].weight.shape
-                values = testing.tensor(*shape, seed=seed, scale=scale * shape[1] ** -0.5)
-                parts["default"].weight.data.copy_(values)
-        return adapted
+        return self.adapt(prepared, LORA, wide)

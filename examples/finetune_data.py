@@ -1,4 +1,4 @@
-"""Prompt/response pairs for finetune.py: docstrings of the standard library, or the user's JSONL file."""
+"""What finetune.py trains on: docstrings of the standard library, or the user's JSONL file, as tokens."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 INSTRUCTION = "Write the one-line summary of this Python function."
 MIN_DOCSTRINGS = 2_000
 MIN_SUMMARY_CHARS, MAX_SUMMARY_CHARS = 15, 120
 MAX_SIGNATURE_CHARS = 240
-VALIDATION_FRACTION = 0.1
-# Not the run's --seed: runs with different seeds must be judged on the same validation examples.
-SPLIT_SEED = 20240229
-
 # Tests, and other people's code.
 SKIPPED = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip"})
+# Not the run's --seed: runs with different seeds must be judged on the same validation examples.
+SPLIT_SEED = 20240229
+IGNORED = -100  # label of the positions that the loss leaves out
+
+Encoded = dict[str, list[int]]
 
 
 class UserError(Exception):
@@ -34,20 +36,13 @@ class Example:
     response: str
 
 
-def load_examples(jsonl: Path | None) -> list[Example]:
-    """The user's pairs if a file is named, else those made from the standard library."""
-    return read_jsonl(jsonl) if jsonl is not None else docstring_examples()
-
-
 def split(examples: list[Example]) -> tuple[list[Example], list[Example]]:
     """Shuffle by a fixed seed and return (train, validation); validation gets a tenth, and at least one."""
     if len(examples) < 2:
-        raise UserError(
-            f"the data has {len(examples)} example(s), but a train and a validation split need at least 2"
-        )
+        raise UserError(f"--data: expected at least 2 examples, one to validate with, got {len(examples)}")
     shuffled = examples.copy()
     random.Random(SPLIT_SEED).shuffle(shuffled)
-    held_out = max(1, int(len(shuffled) * VALIDATION_FRACTION))
+    held_out = max(1, len(shuffled) // 10)
     return shuffled[held_out:], shuffled[:held_out]
 
 
@@ -62,7 +57,8 @@ def docstring_examples(root: Path | None = None) -> list[Example]:
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         if SKIPPED.isdisjoint(relative.parts):
-            for example in _examples_of_module(path, _module_name(relative)):
+            module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")
+            for example in _examples_of_module(path, module):
                 by_summary.setdefault(example.response.casefold(), example)
     if len(by_summary) < MIN_DOCSTRINGS:
         raise UserError(
@@ -70,11 +66,6 @@ def docstring_examples(root: Path | None = None) -> list[Example]:
             "Python may come without its sources); name your own prompt/response pairs with --data FILE.jsonl"
         )
     return sorted(by_summary.values())
-
-
-def _module_name(relative: Path) -> str:
-    parts = relative.with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
 def _examples_of_module(path: Path, module: str) -> Iterator[Example]:
@@ -86,10 +77,12 @@ def _examples_of_module(path: Path, module: str) -> Iterator[Example]:
         return
     for function, classes in _functions(tree, ()):
         summary = summarise(ast.get_docstring(function) or "")
-        text = signature(function)
-        if summary is not None and len(text) <= MAX_SIGNATURE_CHARS:
+        keyword = "async def" if isinstance(function, ast.AsyncFunctionDef) else "def"
+        returns = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+        signature = f"{keyword} {function.name}({ast.unparse(function.args)}){returns}:"
+        if summary is not None and len(signature) <= MAX_SIGNATURE_CHARS:
             owner = f"module {module}" + (f", class {'.'.join(classes)}" if classes else "")
-            yield Example(f"{INSTRUCTION}\n\n# {owner}\n{text}", summary)
+            yield Example(f"{INSTRUCTION}\n\n# {owner}\n{signature}", summary)
 
 
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -101,13 +94,6 @@ def _functions(node: ast.AST, classes: tuple[str, ...]) -> Iterator[tuple[Functi
         if isinstance(child, Function):
             yield child, classes
         yield from _functions(child, (*classes, child.name) if isinstance(child, ast.ClassDef) else classes)
-
-
-def signature(function: Function) -> str:
-    """`def name(arguments) -> returns:` as one line of source."""
-    keyword = "async def" if isinstance(function, ast.AsyncFunctionDef) else "def"
-    returns = f" -> {ast.unparse(function.returns)}" if function.returns else ""
-    return f"{keyword} {function.name}({ast.unparse(function.args)}){returns}:"
 
 
 def summarise(docstring: str) -> str | None:
@@ -126,48 +112,69 @@ def read_jsonl(path: Path) -> list[Example]:
         UserError: naming the file, the line and what is wrong with it.
     """
     try:
-        with path.open("rb") as file:
-            numbered = [(number, line) for number, line in enumerate(file, 1) if line.strip()]
+        lines = path.read_bytes().splitlines()
     except OSError as error:
         raise UserError(f"--data: cannot read {path}: {error.strerror or error}") from None
-    if not numbered:
-        raise UserError(f"{path}: the file is empty; expected lines such as {_SAMPLE_LINE}")
-    return [_parse_line(line.rstrip(), f"{path}, line {number}") for number, line in numbered]
+    return [_example(line, f"{path}, line {i}") for i, line in enumerate(lines, 1) if line.strip()]
 
 
-_SAMPLE_LINE = '{"prompt": "...", "response": "..."}'
-_JSON_NAMES = {dict: "an object", list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-
-
-def _parse_line(line: bytes, where: str) -> Example:
+def _example(line: bytes, where: str) -> Example:
     try:
         record = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 text (byte {error.start + 1})") from None
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON: {error.msg} at column {error.colno}") from None
-    except RecursionError:
-        raise UserError(f"{where}: nested too deeply; expected {_SAMPLE_LINE}") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: expected an object {_SAMPLE_LINE}, got {_json_name(record)}")
-    return Example(_text(record, "prompt", where), _text(record, "response", where))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON in UTF-8: {error}") from None
+    found = [record.get(key) for key in ("prompt", "response")] if isinstance(record, dict) else [None]
+    if not all(isinstance(text, str) and text.strip() for text in found):
+        raise UserError(
+            f'{where}: expected {{"prompt": "...", "response": "..."}}, two texts that are not empty, '
+            f"got {json.dumps(record)[:60]}"
+        )
+    return Example(*found)
 
 
-def _text(record: dict[str, object], key: str, where: str) -> str:
-    if key not in record:
-        raise UserError(f'{where}: "{key}" is missing; expected {_SAMPLE_LINE}')
-    value = record[key]
-    if not isinstance(value, str):
-        raise UserError(f'{where}: "{key}": expected a string, got {_json_name(value)}')
-    if not value.strip():
-        raise UserError(f'{where}: "{key}" is empty')
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        code = f"\\u{ord(value[error.start]):04x}"
-        raise UserError(f'{where}: "{key}" holds half a surrogate pair ({code}), which is no text') from None
-    return value
+# Tokens.
 
 
-def _json_name(value: object) -> str:
-    return _JSON_NAMES.get(type(value), "a number")
+def prompt_text(prompt: str, tokenizer: Any) -> str:
+    """The prompt as the model expects it: by its chat template if it has one."""
+    if tokenizer.chat_template is None:
+        return f"{tokenizer.bos_token or ''}{prompt}\n\n"
+    turns = [{"role": "user", "content": prompt}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+
+
+def encode(examples: list[Example], tokenizer: Any, max_length: int) -> list[Encoded]:
+    """Tokenise; responses are cut to fit, and prompts that reach `max_length` alone are left out.
+
+    Only responses have labels.
+    """
+    texts = [prompt_text(example.prompt, tokenizer) for example in examples]
+    prompts = tokenizer(texts, add_special_tokens=False).input_ids
+    responses = tokenizer([example.response for example in examples], add_special_tokens=False).input_ids
+    end = [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+    found = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        ids = [*prompt, *response, *end][:max_length]
+        if len(prompt) < max_length:
+            labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
+            found.append({"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels})
+    if not found:
+        raise UserError(f"--max-length: the prompts alone reach {max_length} tokens")
+    return found
+
+
+def in_order(examples: list[Encoded], batch_size: int, steps: int, seed: int) -> list[Encoded]:
+    """The examples of `steps` batches, one after the other: the whole order of a run, from the seed alone.
+
+    A batch holds examples of like length, and so little padding; an epoch is its batches, shuffled.
+    """
+    if len(examples) < batch_size:
+        raise UserError(f"--batch-size: expected at most {len(examples)}, all examples, got {batch_size}")
+    rng = random.Random(seed)
+    batches: list[list[Encoded]] = []
+    while len(batches) < steps:
+        epoch = sorted(rng.sample(examples, len(examples)), key=lambda example: len(example["input_ids"]))
+        first = rng.randrange(len(epoch) % batch_size + 1)  # who is left over differs from epoch to epoch
+        starts = range(first, len(epoch) - batch_size + 1, batch_size)
+        batches += rng.sample([epoch[start : start + batch_size] for start in starts], len(starts))
+    return [example for batch in batches[:steps] for example in batch]

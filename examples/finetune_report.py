@@ -1,121 +1,75 @@
-"""What finetune.py shows: stages as they end, the final report, two runs side by side, the picture."""
+"""What finetune.py shows at its end: a run, two runs side by side, their loss curves."""
 
 from __future__ import annotations
 
 import importlib.util
-import json
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
-# The losses of two back ends must agree to this fraction at every step.
+from rich.console import Console
+from rich.table import Table
+
 LOSS_TOLERANCE = 0.01
+"""The losses of two back ends must agree to this fraction at every step."""
 
 Metrics = dict[str, Any]  # the content of metrics.json
+FIGURES = {
+    "validation loss before": ("loss_before", ".4f"),
+    "validation loss after": ("loss_after", ".4f"),
+    "tokens/s": ("tokens_per_second", ",.0f"),
+    "seconds a step (median)": ("seconds_per_step", ".2f"),
+    "peak memory while training, MB": ("peak_memory_mb", ",.0f"),
+}
 
 
-class Stages:
-    """Prints a line with the seconds taken as each stage of a run ends, and keeps them for metrics.json."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._start = time.perf_counter()
-
-    def done(self, name: str, text: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name] = round(now - self._start, 3)
-        print(f"{name:<10} {text} ({now - self._start:.1f} s)", flush=True)
-        self._start = now
+def table(*titles: str) -> Table:
+    found = Table(box=None, pad_edge=False)
+    for title in titles:
+        found.add_column(title, justify="right" if title else "left", overflow="fold")
+    return found
 
 
-def write_metrics(metrics: Metrics, path: Path) -> None:
-    path.write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+def show(found: Table) -> None:
+    Console(width=100).print(found)
 
 
-def read_metrics(path: Path) -> Metrics:
-    return dict(json.loads(path.read_text(encoding="utf-8")))
-
-
-def print_report(metrics: Metrics) -> None:
-    before, after, sample = metrics["loss_before"], metrics["loss_after"], metrics["sample"]
-    trained, total = metrics["trainable_parameters"], metrics["total_parameters"]
+def print_run(metrics: Metrics) -> None:
+    sample, check = metrics["sample"], metrics.get("check")
     print("\nsample prompt\n" + textwrap.indent(sample["prompt"].strip(), "    "))
     for name in ("reference", "before", "after"):
         print(f"  {name:<10} {sample[name]}")
     print()
-    print(f"validation loss       {before:.3f} before, {after:.3f} after ({after / before - 1:+.1%})")
-    print(f"speed                 {_speed(metrics)}")
-    print(f"peak memory           {_memory(metrics)}")
-    print(f"trainable parameters  {trained:,} of {total:,} ({trained / total:.2%})")
-    if "check" in metrics:
-        _print_check(metrics["check"])
-
-
-def _print_check(check: dict[str, Any]) -> None:
-    print("logits, against the trained model")
-    forms = {
-        "reloaded": "reloaded",
-        "merged": "merged",
-        "merged_nf4": "merged into NF4",
-        "base_only": "base only",
-    }
-    for name, label in forms.items():
-        error = check[name]
-        print(
-            f"  {label:<20}relative RMS {error['relative_rms']:.2e}, "
-            f"largest {error['max_abs']:.3f}, same top token {error['argmax_agreement']:.1%}"
-        )
+    figures = table("", " ")
+    for label, (key, form) in FIGURES.items():
+        figures.add_row(label, f"{metrics[key]:{form}}")
+    trained, total = metrics["trainable_parameters"], metrics["total_parameters"]
+    figures.add_row("trainable parameters", f"{trained:,} of {total:,}")
+    show(figures)
+    if check is None:
+        return
+    forms = table("", "logits' relative RMS error", "same top token", "validation loss")
+    for form, found in check["forms"].items():
+        loss = found.get("loss")
+        percent = "" if loss is None else f"{loss:.3f} ({loss / metrics['loss_after'] - 1:+.1%})"
+        forms.add_row(form, f"{found['relative_rms']:.2e}", f"{found['same_top_token']:.1%}", percent)
+    print("\nagainst the trained model")
+    show(forms)
     for problem in check["problems"]:
         print(f"CHECK FAILED: {problem}")
-    if not check["problems"]:
-        print(f"  within the limits: {check['reload_limit']:g} reloaded, {check['merge_limit']:g} merged")
-    if check["base_only"]["relative_rms"] <= check["merge_limit"]:
-        print("  note: the adapter changes the logits too little for a lost merge to show")
-    trained, merged, packed = (check["losses"][name] for name in ("trained", "merged", "merged_nf4"))
-    print(
-        f"validation loss merged {merged:.3f} ({merged / trained - 1:+.1%} against the trained model), "
-        f"merged back into NF4 {packed:.3f} ({packed / trained - 1:+.1%})"
-    )
-
-
-def _speed(metrics: Metrics) -> str:
-    return f"{metrics['tokens_per_second']:.0f} tokens/s, {metrics['seconds_per_step']:.2f} s a step"
-
-
-def _memory(metrics: Metrics) -> str:
-    scope = "on the GPU" if metrics["device"].startswith("cuda") else "the whole process"
-    return f"{metrics['peak_memory_mb']:,.0f} MB while training ({scope})"
-
-
-def relative_differences(ours: list[float], theirs: list[float]) -> list[float]:
-    """|ours - theirs| / theirs, step by step."""
-    return [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
 
 
 def print_comparison(ours: Metrics, theirs: Metrics) -> bool:
-    """Print the loss curves, speed and memory of two runs; True if the curves agree."""
-    differences = relative_differences(ours["losses"], theirs["losses"])
-    print(f"\n{'step':>4} {ours['backend']:>14} {theirs['backend']:>14} {'difference':>11}")
-    every = max(1, len(differences) // 20)
-    for step, (a, b, difference) in enumerate(
-        zip(ours["losses"], theirs["losses"], differences, strict=True), 1
-    ):
-        if step == 1 or step % every == 0 or step == len(differences):
-            print(f"{step:>4} {a:>14.4f} {b:>14.4f} {difference:>11.2%}")
-
-    rows = {
-        "validation loss before": ("loss_before", "{:.4f}"),
-        "validation loss after": ("loss_after", "{:.4f}"),
-        "tokens/s": ("tokens_per_second", "{:,.0f}"),
-        "seconds a step (median)": ("seconds_per_step", "{:.2f}"),
-        "peak memory, MB": ("peak_memory_mb", "{:,.0f}"),
-    }
-    print(f"\n{'':<24}{ours['backend']:>14} {theirs['backend']:>14} {'ratio':>8}")
-    for label, (key, form) in rows.items():
-        ratio = ours[key] / theirs[key]
-        print(f"{label:<24}{form.format(ours[key]):>14} {form.format(theirs[key]):>14} {ratio:>8.2f}")
-
+    """Loss curves, speed and memory of two runs; True if the curves agree."""
+    pairs = zip(ours["losses"], theirs["losses"], strict=True)
+    differences = [abs(a - b) / abs(b) for a, b in pairs]
+    names = ours["backend"], theirs["backend"]
+    figures = table("", *names, "ratio")
+    for label, (key, form) in FIGURES.items():
+        a, b = ours[key], theirs[key]
+        figures.add_row(label, f"{a:{form}}", f"{b:{form}}", f"{a / b:.2f}")
+    print()
+    show(figures)
     worst = max(differences)
     agree = worst <= LOSS_TOLERANCE
     print(
@@ -125,68 +79,30 @@ def print_comparison(ours: Metrics, theirs: Metrics) -> bool:
     return agree
 
 
-def plot_run(metrics: Metrics, path: Path) -> None:
-    """Training loss by step, with the validation loss before and after."""
-    if not _have_matplotlib():
+def plot(runs: list[Metrics], path: Path) -> None:
+    """The loss curve of each run."""
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no picture drawn: pip install matplotlib (or peft_kernels[demo])")
         return
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    steps = range(1, len(metrics["losses"]) + 1)
-    axes.plot(steps, metrics["losses"], color="tab:blue", linewidth=1.5, label="training, one batch a step")
-    axes.plot(
-        [0, len(metrics["losses"])],
-        [metrics["loss_before"], metrics["loss_after"]],
-        color="tab:orange",
-        marker="o",
-        linestyle=":",
-        label="validation, before and after",
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    # The curves cover each other: a wide pale line under a thin dark one shows both.
+    styles = [("tab:blue", 1.5, 1.0), ("tab:orange", 5.0, 0.5)]
+    for run, (colour, width, alpha) in reversed(list(zip(runs, styles, strict=False))):
+        losses, speed, memory = run["losses"], run["tokens_per_second"], run["peak_memory_mb"]
+        label = f"{run['backend']}: {speed:.0f} tokens/s, {memory:,.0f} MB"
+        axes.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=width, alpha=alpha, label=label)
+        ends = [run["loss_before"], run["loss_after"]]
+        axes.plot(
+            [0, len(losses)], ends, "o:", color=colour, alpha=alpha, label="validation, before and after"
+        )
+    axes.set(
+        xlabel="step",
+        ylabel="loss (nats per response token)",
+        title=f"QLoRA of {Path(runs[0]['model']).name}",
     )
-    axes.set(xlabel="step", ylabel="loss (nats per response token)", title=_title(metrics))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)
-
-
-def plot_comparison(ours: Metrics, theirs: Metrics, path: Path) -> None:
-    """Both loss curves above, their relative difference below."""
-    if not _have_matplotlib():
-        return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=[3, 1])
-    steps = range(1, len(ours["losses"]) + 1)
-    # The curves cover each other: a wide pale line under a thin dark one shows both.
-    upper.plot(
-        steps, theirs["losses"], color="tab:orange", linewidth=5, alpha=0.5, label=_curve_label(theirs)
-    )
-    upper.plot(steps, ours["losses"], color="tab:blue", linewidth=1.5, label=_curve_label(ours))
-    upper.set(ylabel="training loss\n(nats per response token)", title=_title(ours))
-    upper.legend()
-    differences = [100 * difference for difference in relative_differences(ours["losses"], theirs["losses"])]
-    lower.plot(steps, differences, color="tab:gray", linewidth=1.5)
-    lower.axhline(100 * LOSS_TOLERANCE, color="tab:red", linestyle="--", linewidth=1, label="limit")
-    lower.set(xlabel="step", ylabel="difference, %", ylim=(0, None))
-    lower.legend(loc="upper left")
-    for axes in (upper, lower):
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-
-
-def _title(metrics: Metrics) -> str:
-    run = metrics["run"]
-    return f"QLoRA (r={run['r']}, {run['dtype']}) of {Path(metrics['model']).name}"
-
-
-def _curve_label(metrics: Metrics) -> str:
-    speed, memory = metrics["tokens_per_second"], metrics["peak_memory_mb"]
-    return f"{metrics['backend']}: {speed:.0f} tokens/s, {memory:,.0f} MB"
-
-
-def _have_matplotlib() -> bool:
-    if importlib.util.find_spec("matplotlib") is None:
-        print("no picture drawn: pip install matplotlib (or peft_kernels[demo])")
-        return False
-    return True

@@ -5,27 +5,43 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from broken_ops import break_op
 
 import peft_kernels as pk
 import testing
-from peft_kernels import dispatch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench import block, cases, chart, gate, harness, memory, model, report, run
-from bench.harness import OURS, Absent, Case, Contender, Goal, Result, Spread
+from bench import (
+    adapted,
+    block,
+    cases,
+    chart,
+    compiled,
+    gate,
+    harness,
+    memory,
+    model,
+    report,
+    run,
+    triton_cases,
+)
+from bench.harness import Absent, Case, Contender, Goal, Result
+from bench.report import OURS, Spread, Timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = (64, 128)
-TINY_BLOCK = block.Sizes(hidden=256, intermediate=512, heads=4, kv_heads=2)
+TINY_BLOCK = adapted.Sizes(hidden=256, intermediate=512, heads=4, kv_heads=2)
+ONCE = Timing(0.0, 1)
 FACTS = {"cpu": "a machine", "versions": {"torch": torch.__version__}}
 
 
@@ -60,7 +76,11 @@ def case_of(*contenders: Contender | Absent) -> Case:
 
 def measure(case: Case, machine: Machine | None = None, rounds: int = 2) -> Result:
     machine = machine or Machine()
-    return harness.measure(case, 0.0, rounds, machine.clock)
+    return case.run(Timing(0.0, rounds), clock=machine.clock)
+
+
+def line_of(outcome: report.Outcome) -> Any:
+    return json.loads(json.dumps(report.json_data(outcome, FACTS)))
 
 
 @pytest.fixture
@@ -78,19 +98,19 @@ def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_contenders_take_turns() -> None:
     machine = Machine()
     contenders = [machine.contender(name, 0.01) for name in "ABC"]
-    harness.interleave(contenders, 0.0, 3, machine.clock)
+    harness.interleave(contenders, Timing(0.0, 3), machine.clock)
     assert "".join(call[0] for call in machine.calls[-9:]) == "ABCABCABC"
 
 
 def test_calls_rotate_through_the_copies() -> None:
     machine = Machine()
-    harness.interleave([machine.contender("A", 0.01, copies=3)], 0.0, 4, machine.clock)
+    harness.interleave([machine.contender("A", 0.01, copies=3)], Timing(0.0, 4), machine.clock)
     assert machine.calls == [f"A{i % 3}" for i in range(len(machine.calls))]
 
 
 def test_short_calls_share_a_turn_and_seconds_are_per_call() -> None:
     machine = Machine()
-    seconds = harness.interleave([machine.contender("A", 2**-13, copies=4)], 0.0, 1, machine.clock)
+    seconds = harness.interleave([machine.contender("A", 2**-13, copies=4)], Timing(0.0, 1), machine.clock)
     assert seconds["A"] == [2**-13]
     warm_up, settling = 4, 1
     assert len(machine.calls) == warm_up + settling + 9  # 9 / 2**13 s is the first turn of a millisecond
@@ -98,21 +118,23 @@ def test_short_calls_share_a_turn_and_seconds_are_per_call() -> None:
 
 def test_warm_up_is_not_timed() -> None:
     machine = Machine()
-    seconds = harness.interleave([machine.contender("A", 5.0, 0.01)], 0.0, 3, machine.clock)
+    seconds = harness.interleave([machine.contender("A", 5.0, 0.01)], Timing(0.0, 3), machine.clock)
     assert seconds["A"] == pytest.approx([0.01] * 3)
 
 
 def test_rounds_go_on_until_both_minima_are_reached() -> None:
     for seconds, rounds, expected in ((0.0, 7, 7), (0.625, 2, 5)):
         machine = Machine()
-        got = harness.interleave([machine.contender("A", 0.125)], seconds, rounds, machine.clock)
+        got = harness.interleave([machine.contender("A", 0.125)], Timing(seconds, rounds), machine.clock)
         assert len(got["A"]) == expected
 
 
 def test_ratio_is_the_median_of_the_ratios_of_the_rounds() -> None:
-    result = Result(case_of(), [OURS, "peer"], {OURS: [1.0, 10.0, 2.0], "peer": [2.0, 30.0, 1.0]})
-    assert result.ratio("peer") == Spread(2.0, 1.25, 2.5)  # of 2, 3 and 0.5; the ratio of the medians is 1
-    assert result.ratio("absent") is None
+    result = Result(
+        case_of(), contenders=[OURS, "peer"], seconds={OURS: [1.0, 10.0, 2.0], "peer": [2.0, 30.0, 1.0]}
+    )
+    assert result.against("peer") == Spread(2.0, 1.25, 2.5)  # of 2, 3 and 0.5; the ratio of the medians is 1
+    assert result.against("absent") is None
 
 
 def test_a_slow_second_of_the_machine_leaves_the_ratio_alone() -> None:
@@ -120,8 +142,8 @@ def test_a_slow_second_of_the_machine_leaves_the_ratio_alone() -> None:
     slow_then_quick = [0.01] * 4 + [0.08, 0.08, 0.01]
     ours = machine.contender(OURS, *slow_then_quick)
     peer = machine.contender("peer", *(2 * seconds for seconds in slow_then_quick))
-    result = harness.measure(case_of(ours, peer), 0.0, 6, machine.clock)
-    assert result.ratio("peer") == pytest.approx((2.0, 2.0, 2.0))
+    result = measure(case_of(ours, peer), machine, 6)
+    assert result.against("peer") == pytest.approx((2.0, 2.0, 2.0))
 
 
 @pytest.mark.parametrize(
@@ -153,17 +175,6 @@ def test_last_level_cache_is_the_largest(tmp_path: Path) -> None:
 # The gate.
 
 
-def broken(op: str, change: Callable[[Any], Any]) -> Callable[..., Any]:
-    """`dispatch.call` with the result of one op changed."""
-    original = dispatch.call
-
-    def call(name: str, *args: Any) -> Any:
-        result = original(name, *args)
-        return change(result) if name == op else result
-
-    return call
-
-
 def one_element_off(y: torch.Tensor) -> torch.Tensor:
     y = y.clone()
     y.view(-1)[-1] += 1.0
@@ -182,7 +193,7 @@ def one_element_off(y: torch.Tensor) -> torch.Tensor:
 )
 @pytest.mark.usefixtures("small_rotation")
 def test_a_wrong_forward_is_not_timed(change: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "call", broken("nf4_linear", change))
+    break_op(monkeypatch, "nf4_linear", change)
     refused(measure(cases.forward(TINY, 4, "bf16")))
 
 
@@ -236,12 +247,12 @@ def refused(result: Result) -> None:
     """No time and no ratio, in memory or on paper."""
     assert OURS in result.wrong
     assert result.seconds == {}
-    line = json.loads(report.json_line(result, FACTS))
+    line = line_of(result)
     assert line["times_ms"] == line["ratios"] == {}
     assert line["wrong"][OURS]
     text = report.render([result])
     assert "WRONG" in text and "0 cells" in text
-    assert " ms" not in report.progress_line(result)
+    assert " ms" not in result.line()
 
 
 def test_a_wrong_peer_is_not_timed_and_the_others_are() -> None:
@@ -251,8 +262,8 @@ def test_a_wrong_peer_is_not_timed_and_the_others_are() -> None:
     peer = machine.contender("peer", 0.02)
     result = measure(case_of(machine.contender(OURS, 0.01), rubbish, peer), machine)
     assert set(result.seconds) == {OURS, "peer"}
-    assert report.ratio_cell(result, "rubbish") == ("WRONG",)
-    assert report.ratio_cell(result, "peer")[0] == "2.00"
+    assert result.cell("rubbish") == "WRONG"
+    assert result.cell("peer") == "2.00 (2.00-2.00)"
 
 
 def test_a_peer_that_raises_is_shown_with_its_reason() -> None:
@@ -262,7 +273,7 @@ def test_a_peer_that_raises_is_shown_with_its_reason() -> None:
     machine = Machine()
     peer = Contender("peer", [fails], lambda result: 0.0)
     result = measure(case_of(machine.contender(OURS, 0.01), peer), machine)
-    assert report.ratio_cell(result, "peer") == ("-",)
+    assert result.cell("peer") == "-"
     assert "- peer: AssertionError: N must be divisible by block_n (" in report.render([result])
     assert set(result.seconds) == {OURS}
 
@@ -274,9 +285,9 @@ def test_a_missing_library_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name in missing else find_spec(name)
     )
-    forward = harness.measure(cases.forward(TINY, 4, "bf16"), 0.0, 1)
+    forward = cases.forward(TINY, 4, "bf16").run(ONCE)
     assert forward.absent == dict.fromkeys(("bnb eval", "bnb train"), "bitsandbytes not installed")
-    qlora = harness.measure(cases.training(cases.QLORA, TINY, 4, "bf16"), 0.0, 1)
+    qlora = cases.training(cases.QLORA, TINY, 4, "bf16").run(ONCE)
     assert qlora.absent == {"PEFT on bnb": "peft, bitsandbytes not installed"}
     assert set(qlora.seconds) == {OURS, "frozen dense (no LoRA)"}
 
@@ -284,8 +295,13 @@ def test_a_missing_library_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPat
 # All kinds of cases, right.
 
 
-@pytest.mark.parametrize("dtype", cases.DTYPES)
-@pytest.mark.parametrize("group", sorted(cases.TITLES.keys() - {cases.DX}))
+@pytest.mark.parametrize(
+    ("group", "dtype"),
+    [
+        *((group, "bf16") for group in sorted(cases.TITLES.keys() - {cases.DX})),
+        *((group, dtype) for group in (cases.FORWARD, cases.QLORA, cases.STEP) for dtype in ("fp32", "fp16")),
+    ],
+)
 @pytest.mark.usefixtures("small_rotation")
 def test_every_kind_of_case_runs(group: str, dtype: str) -> None:
     if group in (cases.QLORA, cases.LORA):
@@ -302,7 +318,7 @@ def test_every_kind_of_case_runs(group: str, dtype: str) -> None:
         case = cases.forward(TINY, 4, dtype)
     else:
         case = {cases.QUANTIZE: cases.quantize, cases.DEQUANTIZE: cases.dequantize}[group](TINY, dtype)
-    result = harness.measure(case, 0.0, 1)
+    result = case.run(ONCE)
     assert result.wrong == {}
     assert OURS in result.seconds
     if importlib.util.find_spec("bitsandbytes"):
@@ -322,14 +338,14 @@ def model_case(group: str, dtype: str = "bf16") -> Case:
 def test_a_wrong_model_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case, make = model_case(group), model.Models.ours
 
-    def off(models: model.Models) -> block.Model:
+    def off(models: model.Models) -> adapted.Model:
         ours = make(models)
         with torch.no_grad():
             next(p for n, p in ours.model.named_parameters() if "layers.1" in n and "lora_B" in n).mul_(-1)
         return ours
 
     monkeypatch.setattr(model.Models, "ours", off)
-    result = harness.measure(case, 0.0, 1)
+    result = case.run(ONCE)
     assert OURS in result.wrong and not result.seconds
 
 
@@ -342,16 +358,10 @@ def block_case(group: str, dtype: str = "bf16") -> Case:
 
 
 def test_names_of_cases_are_unique() -> None:
-    names = [case.name for case in (*cases.standard("bf16", full=True), *memory.standard("bf16"))]
+    names = [case.name for case in (*cases.standard("bf16"), *memory.standard("bf16"))]
     assert len(names) == len(set(names))
     assert "forward-14336x4096-m2048-bf16" in names
     assert {"block-lora-576x1536-4x256-bf16", "block-mixed-576x1536-8x128-bf16"} <= set(names)
-    assert {case.group for case in cases.quick("bf16")} == cases.TITLES.keys() - {
-        cases.STEP,
-        cases.TEXTBOOK,
-        cases.DECODE,
-        cases.DX,
-    }
 
 
 # The block.
@@ -363,7 +373,7 @@ def test_a_wrong_block_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch)
     """One LoRA matrix is off, in one of seven layers: by a tenth, or twofold where only y shows it."""
     case, adapt = block_case(group), block.Blocks.ours
 
-    def off(blocks: block.Blocks, variant: block.Variant) -> block.Model:
+    def off(blocks: block.Blocks, variant: adapted.Variant) -> adapted.Model:
         model = adapt(blocks, variant)
         lora_b = next(p for name, p in model.model.named_parameters() if "up_proj.lora_B" in name)
         with torch.no_grad():
@@ -371,7 +381,7 @@ def test_a_wrong_block_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch)
         return model
 
     monkeypatch.setattr(block.Blocks, "ours", off)
-    refused(harness.measure(case, 0.0, 1))
+    refused(case.run(ONCE))
 
 
 @pytest.mark.usefixtures("small_rotation")
@@ -386,7 +396,7 @@ def test_a_block_that_drops_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch
         return patch(model)
 
     monkeypatch.setattr(pk, "patch", without_dropout)
-    result = harness.measure(case, 0.0, 1)
+    result = case.run(ONCE)
     refused(result)
     assert "dropout moves it by" in result.wrong[OURS]
 
@@ -403,22 +413,22 @@ def test_fallbacks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         return patch(model)
 
     monkeypatch.setattr(pk, "patch", with_hook)
-    result = harness.measure(case, 0.0, 1)
+    result = case.run(ONCE)
     assert "original forward in 2 layers: hooks on the base layer" in result.remarks[OURS]
-    assert result.remarks[OURS] in report.progress_line(result)
+    assert result.remarks[OURS] in result.line()
     assert f"{OURS}: {result.remarks[OURS]} ({case.name})" in report.render([result])
-    assert json.loads(report.json_line(result, FACTS))["remarks"] == result.remarks
+    assert line_of(result)["remarks"] == result.remarks
 
 
 def test_every_sample_of_a_mixed_batch_has_its_own_adapter() -> None:
     block_case(cases.BLOCK_MIXED)
     blocks = block.Blocks(TINY_BLOCK, torch.float32)
-    mixed, inputs = block.Variant(adapters=3, training=False), blocks.inputs(3, 8)
+    mixed, inputs = adapted.Variant(adapters=3, training=False), blocks.inputs(3, 8)
     model = blocks.stock(mixed)
     y = blocks.run(model, mixed, inputs)()["y"]
     for i, name in enumerate(mixed.names):
         model.model.set_adapter(name)
-        alone = blocks.run(model, block.Variant(training=False), inputs)()["y"]
+        alone = blocks.run(model, adapted.Variant(training=False), inputs)()["y"]
         same = [testing.relative_error(y[j], alone[j]) < 1e-5 for j in range(3)]
         assert same == [j == i for j in range(3)]
 
@@ -445,8 +455,8 @@ def test_goals_stand_beside_what_was_measured(goal: Goal, seconds: float, met: b
     verdict = report.MET if met else report.MISSED
     assert f"block-lora-64x128-2x4-bf16, {quotient}: {goal}, measured {value}: {verdict}" in text
     # What costs more than a cheaper job of ours has not lost against a peer.
-    assert "0 lose" in text and report.LOSES not in text
-    line = json.loads(report.json_line(result, FACTS))
+    assert ("0 lose" in text) is not goal.cost and report.LOSES not in text
+    line = line_of(result)
     assert ("other" in line["costs"], "other" in line["ratios"]) == (goal.cost, not goal.cost)
     assert line["goals"]["other"]["limit"] == goal.limit and line["batch"] == 2
 
@@ -460,18 +470,18 @@ def test_every_kind_of_saved_bytes(case: memory.Case) -> None:
     pytest.importorskip("transformers")
     if case.base == "nf4":
         pytest.importorskip("bitsandbytes")
-    saved = memory.measure(dataclasses.replace(case, sizes=TINY_BLOCK))
+    saved = dataclasses.replace(case, sizes=TINY_BLOCK).run()
     assert saved.absent == {} and saved.ratio is not None and saved.ratio <= 1.0
-    assert f"{saved.ratio:.1%}" in report.render([], [saved])
-    line = json.loads(report.saved_json_line(saved, FACTS))
+    assert f"{saved.ratio:.1%}" in report.render([saved])
+    line = line_of(saved)
     assert line["bytes_per_token"].keys() == {OURS, case.peer} and line["ratio"] == saved.ratio
 
 
 def test_saved_bytes_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "missing", lambda needs: "peft not installed")
-    saved = memory.measure(memory.standard("bf16")[0])
-    assert saved.ratio is None and saved.goal() is None
-    text = report.render([], [saved])
+    saved = memory.standard("bf16")[0].run()
+    assert saved.ratio is None and not list(saved.goals())
+    text = report.render([saved])
     assert "- PEFT on dense: peft not installed (memory-layer-dense-lora-bf16)" in text
 
 
@@ -482,7 +492,7 @@ def test_losing_cells_are_marked_and_listed() -> None:
     machine = Machine()
     result = measure(case_of(machine.contender(OURS, 0.02), machine.contender("peer", 0.01)), machine)
     text = report.render([result])
-    assert "0.50 LOSES" in report.ratio_table([result], "peer")
+    assert "0.50 (0.50-0.50) LOSES" in text and "peer 0.50" in result.line()
     assert "1 cells: 0 win, 1 lose" in text
     assert "LOSES forward-64x128-m4-bf16 against peer: 0.50 (0.50-0.50)" in text
 
@@ -490,13 +500,29 @@ def test_losing_cells_are_marked_and_listed() -> None:
 def test_table_has_shapes_as_rows_and_m_as_columns() -> None:
     def result(shape: tuple[int, int], m: int, ratio: float) -> Result:
         case = Case(cases.FORWARD, *shape, m, "bf16", list)
-        return Result(case, [OURS, "peer"], {OURS: [1.0], "peer": [ratio]})
+        return Result(case, contenders=[OURS, "peer"], seconds={OURS: [1.0], "peer": [ratio]})
 
     results = [result((8, 4), 16, 1.5), result((8, 4), 2, 2.0), result((4, 8), 16, 0.75)]
-    lines = [line.split() for line in report.ratio_table(results, "peer").splitlines()]
-    assert lines[0] == ["M=2", "M=16"]
-    assert lines[1] == ["8x4", "2.00", "1.50"]
-    assert lines[3] == ["4x8", "0.75", "LOSES"]
+    found = harness.ratio_table(results, "peer")
+    lines = [re.split(r" {2,}", line) for line in found.splitlines()]
+    assert lines[0] == ["", "M=2", "M=16"]
+    assert lines[1] == ["8x4", "2.00 (2.00-2.00)", "1.50 (1.50-1.50)"]
+    assert re.search(r"^4x8 +0\.75 \(0\.75-0\.75\) LOSES$", found, re.MULTILINE)
+
+
+# The run.
+
+
+def run_of(
+    monkeypatch: pytest.MonkeyPatch, output: Path, *found: Any, arguments: Sequence[str] = ("--full",)
+) -> tuple[int, list[Any], str]:
+    """Status, JSON lines and table of a run of these cases."""
+    timed = [case for case in found if isinstance(case, Case)]
+    monkeypatch.setattr(cases, "standard", lambda dtype: timed)
+    monkeypatch.setattr(memory, "standard", lambda dtype: [case for case in found if case not in timed])
+    status = run.main([*arguments, "--repeats", "2", "--min-time", "1e-9", "--output", str(output)])
+    lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    return status, lines, (output / "table.txt").read_text()
 
 
 @pytest.mark.usefixtures("small_rotation")
@@ -504,30 +530,61 @@ def test_run_writes_json_lines_table_and_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(
-        cases,
-        "quick",
-        lambda dtype: [cases.forward(TINY, m, dtype) for m in (1, 3)] + [cases.quantize(TINY, dtype)],
-    )
-    monkeypatch.setattr(memory, "standard", lambda dtype: [])
-    arguments = ["--quick", "--repeats", "2", "--min-time", "0", "--output", str(tmp_path)]
-    assert run.main([*arguments, "--only", "^forward"]) == 0
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["name"] for line in lines] == ["forward-64x128-m1-bf16", "forward-64x128-m3-bf16"]
-    for line in lines:
+    tiny = [cases.forward(TINY, m, "bf16") for m in (1, 3)]
+    saved = memory.Case(memory.BLOCK, "dense", "lora", "bf16", TINY_BLOCK)
+    status, lines, table = run_of(monkeypatch, tmp_path, *tiny, block_case(cases.BLOCK_DORA), saved)
+    assert status == 0
+    assert [line["name"] for line in lines] == [
+        "forward-64x128-m1-bf16",
+        "forward-64x128-m3-bf16",
+        "block-dora-256x512-2x16-bf16",
+        "memory-block-dense-lora-bf16",
+    ]
+    for line in lines[:2]:
         assert line["times_ms"][OURS]["median"] > 0
         assert line["errors"][OURS] < 0.01
         assert line["ratios"]["torch dense"].keys() == {"median", "q1", "q3"}
         assert line["versions"]["torch"] and line["shape"] == [64, 128] and line["dtype"] == "bf16"
-    table = (tmp_path / "table.txt").read_text()
-    assert "time of torch dense / ours" in table and torch.__version__.partition("+")[0] in table
+    assert lines[2]["ratios"].keys() == {cases.PEFT_ON_DENSE} and lines[2]["costs"].keys() == {
+        cases.PLAIN_LORA
+    }
+    for text in (
+        "NF4 linear, forward without grad, bf16: time of torch dense / ours",
+        torch.__version__.partition("+")[0],
+        "2x16",
+        "cost, time of ours / ours, plain LoRA",
+        "bytes per token",
+        "at most 1.35, measured",
+    ):
+        assert text in table
     assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
-    assert "[2/2]" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 cases, about" in said and "[4/4]" in said
 
-    monkeypatch.setattr(dispatch, "call", broken("nf4_linear", one_element_off))
+    break_op(monkeypatch, "nf4_linear", one_element_off)
     cases._weights.cache_clear()
-    assert run.main([*arguments, "--only", "m3"]) == 1
-    assert "WRONG" in (tmp_path / "table.txt").read_text()
+    status, _, table = run_of(monkeypatch, tmp_path, tiny[1])
+    assert status == 1 and "WRONG" in table
+
+
+def test_run_ends_in_time_and_names_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    found = [Case(cases.FORWARD, *TINY, m, "bf16", lambda: [machine.contender(OURS, 0.01)]) for m in (1, 2)]
+    status, lines, table = run_of(monkeypatch, tmp_path, *found, arguments=["--full", "--seconds", "1e-9"])
+    assert (status, lines) == (0, [])
+    assert f"left out, 2 cases: {found[0].name}, {found[1].name}" in table
+
+
+def test_ctrl_c_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> Any:
+        raise KeyboardInterrupt
+
+    builds = (lambda: [Machine().contender(OURS, 0.01)], stop)
+    found = [Case(cases.FORWARD, *TINY, m, "bf16", build) for m, build in enumerate(builds, 1)]
+    status, lines, table = run_of(monkeypatch, tmp_path, *found)
+    assert status == 130
+    assert [line["name"] for line in lines] == [found[0].name]
+    assert f"left out, 1 cases: {found[1].name}" in table
 
 
 def test_run_refuses_what_it_does_not_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -537,44 +594,35 @@ def test_run_refuses_what_it_does_not_have(tmp_path: Path, capsys: pytest.Captur
     assert not list(tmp_path.iterdir())
 
 
+def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the estimates; and all kinds are in it, but for those that run by name."""
+
+    def listed(*arguments: str) -> set[str]:
+        assert run.main(["--list", *arguments]) == 0
+        return set(capsys.readouterr().out.split())
+
+    every, default, full = listed(), listed("--only", "|".join(cases.DEFAULT)), listed("--full")
+    quick = listed("--quick")
+    assert default < full < every and quick < full
+    assert every - full == {case.name for case in (*compiled.standard(), *triton_cases.standard())}
+    kinds = {name.rpartition("-")[0] if "memory" in name else re.split(r"-\d", name)[0] for name in full}
+    for chosen in (default, quick):
+        assert {kind for kind in kinds if any(name.startswith(kind) for name in chosen)} >= kinds - {
+            "textbook", "step", "decode", *(kind for kind in kinds if "memory-block" in kind),
+        }  # fmt: skip
+    seconds = {case.name: case.seconds for case in (*cases.standard("bf16"), *memory.standard("bf16"))}
+    assert sum(seconds[name] + 1.0 for name in default) < 240
+    assert sum(seconds[name] + 1.0 for name in quick) < 70
+    assert {"step-576x1536-4x256-bf16", "qlora-1536x576-m4096-bf16", "forward-4096x4096-m512-bf16"} < default
+
+
 @pytest.mark.usefixtures("small_rotation")
 def test_isa_option_holds_our_kernels_to_a_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := testing.unavailable("cpu-scalar"):
         pytest.skip(reason)
-    monkeypatch.setattr(cases, "quick", lambda dtype: [cases.dequantize(TINY, dtype)])
-    monkeypatch.setattr(memory, "standard", lambda dtype: [])
-    arguments = ["--quick", "--repeats", "1", "--min-time", "0", "--output", str(tmp_path)]
-    assert run.main([*arguments, "--isa", "scalar"]) == 0
-    (line,) = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    arguments = ["--full", "--isa", "scalar"]
+    _, (line,), _ = run_of(monkeypatch, tmp_path, cases.dequantize(TINY, "bf16"), arguments=arguments)
     assert line["isa"] == "scalar"
-
-
-@pytest.mark.usefixtures("small_rotation")
-def test_run_of_a_block_and_of_saved_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("matplotlib")
-    tiny = memory.Case(memory.BLOCK, "dense", "lora", "bf16", TINY_BLOCK)
-    monkeypatch.setattr(cases, "quick", lambda dtype: [block_case(cases.BLOCK_DORA, dtype)])
-    monkeypatch.setattr(memory, "standard", lambda dtype: [tiny])
-    arguments = ["--quick", "--repeats", "1", "--min-time", "0", "--output", str(tmp_path)]
-    assert run.main(arguments) == 0
-    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
-    assert [line["name"] for line in lines] == [
-        "block-dora-256x512-2x16-bf16",
-        "memory-block-dense-lora-bf16",
-    ]
-    assert lines[0]["ratios"].keys() == {cases.PEFT_ON_DENSE} and lines[0]["costs"].keys() == {
-        cases.PLAIN_LORA
-    }
-    table = (tmp_path / "table.txt").read_text()
-    for text in (
-        "2x16",
-        "cost, time of ours / ours, plain LoRA",
-        "bytes per token",
-        "at most 1.35, measured",
-    ):
-        assert text in table
-    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
-    assert run.main([*arguments, "--only", "^memory"]) == 0
 
 
 def test_no_picture_of_nothing(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import importlib
-import json
 import pkgutil
 import re
 import sys
@@ -207,8 +206,8 @@ def test_a_kernel_that_does_not_compile_is_found() -> None:
 def test_a_target_that_triton_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_code, "gpu_target", lambda name: GPUTarget("metal", name, 32))
     assert "cannot compile for sm90: 0 compatible backends" in str(triton_code.unsupported("sm90"))
-    result = triton_cases.measure(triton_cases.Case("sm90"))
-    assert "cannot compile for sm90" in report.triton_progress_line(result)
+    result = triton_cases.Case("sm90").run()
+    assert "cannot compile for sm90" in result.line()
 
 
 # What decides between configs.
@@ -232,15 +231,15 @@ def test_nothing_is_timed_where_results_must_repeat(monkeypatch: pytest.MonkeyPa
 
 def test_the_table_has_a_line_for_each_config() -> None:
     code = product("sm90", 64, 32, 32)
-    result = triton_cases.Compiled(triton_cases.Case("sm90"), [code, code])
-    text = report.render([], [], [], triton=[result])
+    result = triton_cases.Compiled(triton_cases.Case("sm90"), codes=[code, code])
+    text = report.render([result])
     assert "Triton kernels as compiled for sm90" in text
     assert re.search(
         r"^product_kernel +4 warps, 3 stages +2 +\d+ +[\d,]+ +\d+ +0 +\d+ *$", text, re.MULTILINE
     )
-    (kernel,) = json.loads(report.triton_json_line(result, {}))["kernels"][:1]
+    (kernel,) = result.data()["kernels"][:1]
     assert kernel["matrix"] == code.matrix and kernel["registers"] == code.registers
-    assert report.triton_progress_line(result) == "2 kernels, 0 beyond their limits"
+    assert result.line() == "2 kernels, 0 beyond their limits"
 
 
 def test_run_selects_targets(capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,15 @@ from typing import Any
 
 import pytest
 import torch
+from broken_ops import break_op
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench import device_cases, events, gpu, harness
+from bench import device_cases, events, gpu, session
 from bench.device_cases import Suite
 from bench.floors import BY_ARCHITECTURE, Gpu
-from bench.harness import OURS, Absent, Case, Contender, Result
-from peft_kernels import dispatch
+from bench.harness import Absent, Case, Contender, Result
+from bench.report import OURS, Timing
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu_check.sh"
 TINY = Gpu("a card", 90, 1, 1e9, 1e10, 1e11, 1 << 20)
@@ -169,7 +170,7 @@ def test_every_kind_of_case_is_checked_and_timed() -> None:
     for case in tiny(
         "forward-72x64-m5-bf16", "dequantize-72x64-bf16", "dx-72x64-m33-bf16", "qlora-72x64-m5-bf16"
     ):
-        result = harness.measure(case, 0.0, 1)
+        result = case.run(Timing(0.0, 1))
         assert not result.wrong and result.time(OURS) is not None, result.wrong
         assert device_cases.floor(case, TINY) is not None or case.group == "qlora"
 
@@ -179,21 +180,16 @@ def test_the_kernels_taken_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ways = ("a forward kernel", "a backward kernel")
     monkeypatch.setattr(gpu.BACKENDS["cpu"], "plan", lambda m, n, k, blocksize, dtype: ways, raising=False)
     for case, way in zip(tiny("forward-72x64-m5-bf16", "dx-72x64-m5-bf16"), ways, strict=True):
-        assert harness.measure(case, 0.0, 1).remarks == {OURS: f"by {way}"}
+        assert case.run(Timing(0.0, 1)).remarks == {OURS: f"by {way}"}
 
 
 @pytest.mark.usefixtures("on_cpu")
 @pytest.mark.parametrize("op", ["nf4_linear", "dequantize_nf4"])
 def test_wrong_results_are_found(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def call(name: str, *args: Any) -> Any:
-        result = original(name, *args)
-        return result * 1.02 if name == op else result
-
-    original = dispatch.call
-    monkeypatch.setattr(dispatch, "call", call)
+    break_op(monkeypatch, op, lambda result: result * 1.02)
     (case,) = tiny("forward-72x64-m33-bf16")
     done = gpu.run([case], options(tmp_path, "--check"), {})
-    wrong = bool(done.results[0].wrong)
+    wrong = bool(done.outcomes[0].wrong)
     assert wrong == (op == "nf4_linear")
     assert ("0 cases right, 1 wrong" in gpu.render(done, TINY, timed=False)) == wrong
 
@@ -214,17 +210,17 @@ def test_a_case_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
 
     cases = [Case("forward", 8, 8, m, "bf16", build) for m, build in ((1, fails), (2, works))]
     done = gpu.run(cases, options(tmp_path), {})
-    assert [result.case.m for result in done.results] == [2]
+    assert [result.case.m for result in done.outcomes] == [2]
     assert "FAILED forward-8x8-m1-bf16: MemoryError: no room" in gpu.render(done, TINY)
     done = gpu.run(cases, options(tmp_path, "--seconds", "-1"), {})
-    assert not done.results and not done.failed
+    assert not done.outcomes and not done.failed
     assert "left out, 2 cases: forward-8x8-m1-bf16, forward-8x8-m2-bf16" in gpu.render(done, TINY)
 
 
 def test_times_stand_beside_floors() -> None:
     case = Case("forward", 4096, 4096, 1, "bf16", list)
-    result = Result(case, [OURS, "bnb"], {OURS: [5e-6], "bnb": [1e-5]})
-    text = gpu.render(gpu.Run([result]), BY_ARCHITECTURE[90])
+    result = Result(case, contenders=[OURS, "bnb"], seconds={OURS: [5e-6], "bnb": [1e-5]})
+    text = gpu.render(session.Done([result]), BY_ARCHITECTURE[90])
     assert "us per call" in text and "4096x4096 ours  5.00" in text
     assert "forward: floor / time of ours\n           M=1\n4096x4096  52%" in text
 

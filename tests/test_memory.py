@@ -94,7 +94,7 @@ def test_a_decoder_block_saves_little(adapter: str, base: str) -> None:
     sys.path.append(str(Path(__file__).resolve().parent.parent))
     from bench import memory
 
-    saved = memory.measure(memory.Case(memory.BLOCK, base, adapter, "bf16"))
+    saved = memory.Case(memory.BLOCK, base, adapter, "bf16").run()
     assert saved.ratio is not None, saved.absent
     assert saved.ratio <= BLOCK_BOUND, saved
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 import sys
@@ -359,8 +358,8 @@ def test_the_table_has_kernels_beside_floors(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(limits, "RULES", [Rule("k", 0.5, tokens=8)])
     finding = limits.judge(listed())
     assert finding.faults[0] == "spills 16 bytes" and finding.per_weight == 6 / 16
-    result = compiled.Compiled(compiled.Case(90), [finding])
-    text = report.render([], [], [result])
+    result = compiled.Compiled(compiled.Case(90), findings=[finding])
+    text = report.render([result])
     assert "kernels as compiled for sm_90, beside H100 SXM" in text
     assert re.search(
         r"^k +54 +1,056 +32 +0\.38 +0\.5 +8% +3\.0 +100% +7 +spills 16 bytes$", text, re.MULTILINE
@@ -368,16 +367,16 @@ def test_the_table_has_kernels_beside_floors(monkeypatch: pytest.MonkeyPatch) ->
     assert re.search(
         r"^4096x4096 +2\.59 m +2\.66 m +5\.37 c +85\.9 c +344 c +12\.6 m +10\.0 m$", text, re.MULTILINE
     )
-    (kernel,) = json.loads(report.compiled_json_line(result, {}))["kernels"]
-    assert kernel["per_weight"] == [6 / 16, 6 / 16] and kernel["faults"] == ["spills 16 bytes"]
+    (kernel,) = result.data()["kernels"]
+    assert kernel["per_weight"] == [6 / 16, 6 / 16] and kernel["faults"] == ("spills 16 bytes",)
 
 
 def test_without_the_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     missing = sass.tools()
     assert missing == "nvcc, nvdisasm, c++filt not found"
-    result = compiled.measure(compiled.Case(90))
-    assert missing in report.compiled_progress_line(result) and missing in report.render([], [], [result])
+    result = compiled.Case(90).run()
+    assert missing in result.line() and missing in report.render([result])
 
 
 def test_run_selects_architectures(capsys: pytest.CaptureFixture[str]) -> None:
