@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,8 +15,9 @@ import peft_kernels as pk
 from . import gate, layers
 from .adapted import SMOLLM2, Model, Sizes, Variant
 from .block import Blocks
-from .harness import Absent, Case, Contender, Goal, copies, first_line
-from .layers import BNB, Kept, Weights
+from .contenders import Entry, contenders, missing
+from .harness import Absent, Case, Contender, Goal, copies
+from .layers import BNB, Weights
 from .model import SMOLLM2_135M, Models, ModelSizes
 from .report import OURS
 
@@ -76,22 +76,6 @@ BATCHES = ((1, 256), (4, 256), (8, 512))
 """Samples x tokens in training; the mixed batch, always of 8 samples, has as many tokens in all."""
 
 
-DEFAULT = (
-    r"^forward-4096x4096-m(1|16|128|512)-",
-    r"^forward-1536x576-m(1|64|512|2048)-",
-    r"^qlora-(4096x4096-m(16|128|512)|1536x576-m(256|1024|4096))-",
-    r"^lora-(4096x4096-m(16|128|512)|1536x576-m(256|1024|4096))-",
-    r"^(quantize|dequantize|step|decode|overhead|memory)-",
-    r"^block-.*-(4x256|8x128)-",
-)
-"""What a user needs to see: where most of the time goes, and all cells that are known to lose."""
-QUICK = (
-    r"^forward-(4096x4096-m(1|128)|1536x576-m(1|64))-",
-    r"^q?lora-1536x576-m256-",
-    r"^(quantize|dequantize|overhead|memory-layer)-",
-    r"^block-.*-(1x256|8x32)-",
-)
-"""For a look in under a minute."""
 SECONDS = {QLORA: (1.5, 0.9), LORA: (1.5, 0.9), STEP: (45.0, 0.0), TEXTBOOK: (90.0, 0.0), DECODE: (15.0, 0.0)}
 BLOCK_SECONDS, OTHERS = (3.0, 5.0), (1.0, 0.5)
 """What a case takes on two cores at most, checks and five rounds: at once, and for 1e9 weights times rows."""
@@ -381,44 +365,6 @@ def dequantize_entries(weights: Weights, count: int) -> list[Entry]:
         Entry(OURS, ours, lambda got: expected.strict({"weight": got})),
         Entry("bnb", theirs, lambda got: expected.sane({"weight": got}), BNB),
     ]
-
-
-@dataclass
-class Entry:
-    """A contender to be built: `make` gives its layers (or calls), one for each copy of the weights."""
-
-    name: str
-    make: Callable[[], Sequence[Any]]
-    verify: Callable[[Any], float]
-    needs: str = ""
-    """Libraries, by import name, without which it is absent."""
-    call: Callable[[Any], Callable[[], Any]] | None = None
-    """How one of its layers is called, where that is not the same for all entries."""
-    remark: Callable[[Any], str] = lambda layer: ""
-
-
-def missing(needs: str) -> str:
-    """Which of the libraries are not installed, or nothing."""
-    absent = [library for library in needs.split() if importlib.util.find_spec(library) is None]
-    return f"{', '.join(absent)} not installed" if absent else ""
-
-
-def contenders(
-    weights: Kept, entries: Sequence[Entry], call: Callable[[Any], Callable[[], Any]] = lambda layer: layer
-) -> list[Contender | Absent]:
-    built: list[Contender | Absent] = []
-    for entry in entries:
-        if reason := missing(entry.needs):
-            built.append(Absent(entry.name, reason))
-            continue
-        try:
-            kept = weights.keep(entry.name, entry.make)
-        except Exception as error:  # whatever a peer raises, the others go on
-            built.append(Absent(entry.name, f"{type(error).__name__}: {first_line(error)}"))
-            continue
-        calls = [(entry.call or call)(layer) for layer in kept]
-        built.append(Contender(entry.name, calls, entry.verify, partial(entry.remark, kept[0])))
-    return built
 
 
 def _batches(group: str) -> list[tuple[int, int]]:

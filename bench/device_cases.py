@@ -16,7 +16,8 @@ from peft_kernels import dispatch
 from peft_kernels.backends import BACKENDS
 
 from . import cases, gate, layers
-from .cases import DEQUANTIZE, DX, FORWARD, QLORA, Entry, Shape
+from .cases import DEQUANTIZE, DX, FORWARD, QLORA, Shape
+from .contenders import Entry, contenders
 from .floors import Gpu
 from .harness import Absent, Case, Contender, copies
 from .layers import BNB, RANK, Kept, Weights
@@ -91,7 +92,7 @@ class Suite:
         def build() -> list[Contender | Absent]:
             weights = self.weights(shape)
             found = entries(weights, *([] if m is None else [m]))
-            return cases.contenders(self.kept(group, shape), found)
+            return contenders(self.kept(group, shape), found)
 
         return Case(group, *shape, m, DTYPE, build, title=cases.TITLES[group])
 

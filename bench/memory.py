@@ -15,7 +15,8 @@ import testing
 from . import layers, report
 from .adapted import SMOLLM2, Sizes, Variant
 from .block import Blocks
-from .cases import DTYPES, PEFT_ON_BNB, PEFT_ON_DENSE, missing
+from .cases import DTYPES, PEFT_ON_BNB, PEFT_ON_DENSE
+from .contenders import missing
 from .harness import first_line
 from .layers import BNB, RANK, Weights
 from .report import OURS

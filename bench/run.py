@@ -33,6 +33,24 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # results are checked by testing.py
 
 
+DEFAULT = (
+    r"^forward-4096x4096-m(1|16|128|512)-",
+    r"^forward-1536x576-m(1|64|512|2048)-",
+    r"^qlora-(4096x4096-m(16|128|512)|1536x576-m(256|1024|4096))-",
+    r"^lora-(4096x4096-m(16|128|512)|1536x576-m(256|1024|4096))-",
+    r"^(quantize|dequantize|step|decode|overhead|memory)-",
+    r"^block-.*-(4x256|8x128)-",
+)
+"""What a user needs to see: where most of the time goes, and all cells that are known to lose."""
+QUICK = (
+    r"^forward-(4096x4096-m(1|128)|1536x576-m(1|64))-",
+    r"^q?lora-1536x576-m256-",
+    r"^(quantize|dequantize|overhead|memory-layer)-",
+    r"^block-.*-(1x256|8x32)-",
+)
+"""For a look in under a minute."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options, started = _parse(arguments), time.perf_counter()
     # These are read when torch and bitsandbytes are imported.
@@ -54,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     elif options.full:
         chosen = timed
     else:
-        pattern = options.only or "|".join(cases.QUICK if options.quick else cases.DEFAULT)
+        pattern = options.only or "|".join(QUICK if options.quick else DEFAULT)
         chosen = [case for case in every if re.search(pattern, case.name)]
     if options.list:
         print("\n".join(case.name for case in chosen))
