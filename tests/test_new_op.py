@@ -29,8 +29,9 @@ def ops() -> Iterator[Any]:
         schema = "(Tensor x, $base, Tensor scale) -> (Tensor y, Tensor product)"
 
         @staticmethod
-        def meaning(x: Tensor, base: Base, scale: Tensor) -> tuple[Tensor, Tensor]:
-            product = F.linear(x, dense_weight(base, (scale.shape[0], x.shape[-1]), x.dtype))
+        def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+            x, scale = args.x, args.scale
+            product = F.linear(x, dense_weight(args.base, (scale.shape[0], x.shape[-1]), x.dtype))
             return product * scale, product
 
         @staticmethod

@@ -15,7 +15,7 @@ from .dropout import new_seed
 from .linear import base_product
 from .lora import check_adapter, lora_linear
 from .nf4 import dense_weight
-from .registry import Base, Op
+from .registry import Op
 
 
 class DoraNorm(Op):
@@ -25,10 +25,10 @@ class DoraNorm(Op):
     schema = "($base, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor"
 
     @staticmethod
-    def meaning(base: Base, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
-        acc = accumulator_dtype(lora_a.dtype)
-        a, b = lora_a.to(acc), lora_b.to(acc)
-        w = dense_weight(base, (b.shape[0], a.shape[1]), acc).to(acc)
+    def meaning(ops: Any, args: Any) -> Tensor:
+        acc, scaling = accumulator_dtype(args.lora_a.dtype), args.scaling
+        a, b = args.lora_a.to(acc), args.lora_b.to(acc)
+        w = dense_weight(args.base, (b.shape[0], a.shape[1]), acc).to(acc)
         # Without the product B A.
         square = w.square().sum(1) + (2 * scaling * (w @ a.t()) * b).sum(1)
         square = square + (scaling**2 * (b @ (a @ a.t())) * b).sum(1)
@@ -52,7 +52,8 @@ class DoraScale(Op):
     schema = "(Tensor z, Tensor scale, Tensor? bias) -> Tensor"
 
     @staticmethod
-    def meaning(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    def meaning(ops: Any, args: Any) -> Tensor:
+        z, scale, bias = args
         acc = accumulator_dtype(z.dtype)
         # Not (z - bias) * scale + bias: a scale of 1 is to change no bit.
         y = z.to(acc) + (scale.to(acc) - 1) * _unbiased(z, bias)
@@ -80,7 +81,8 @@ class DoraScaleBackward(Op):
     schema = "(Tensor dy, Tensor z, Tensor scale, Tensor? bias) -> (Tensor dz, Tensor dscale)"
 
     @staticmethod
-    def meaning(dy: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+        dy, z, scale, bias = args
         acc = accumulator_dtype(z.dtype)
         dz = (dy.to(acc) * scale.to(acc)).to(dy.dtype)
         return dz, (rows(dy).to(acc) * rows(_unbiased(z, bias))).sum(0).to(scale.dtype)

@@ -25,8 +25,8 @@ class Dropout(Op):
     schema = "(Tensor x, float p, Tensor seed) -> Tensor"
 
     @staticmethod
-    def meaning(x: Tensor, p: float, seed: Tensor) -> Tensor:
-        return dropped(x, p, seed).clone() if p == 0 else dropped(x, p, seed)
+    def meaning(ops: Any, args: Any) -> Tensor:
+        return args.x.clone() if args.p == 0 else dropped(args.x, args.p, args.seed)
 
     @staticmethod
     def fake(args: Any) -> Tensor:

@@ -23,7 +23,8 @@ class GatedActivation(Op):
     schema = "(Tensor gate, Tensor up, str activation) -> Tensor"
 
     @staticmethod
-    def meaning(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    def meaning(ops: Any, args: Any) -> Tensor:
+        gate, up, activation = args
         acc = accumulator_dtype(gate.dtype)
         # Contiguous, as back ends give it: elementwise functions of torch would keep the layout of gate.
         return (ACTIVATIONS[activation](gate.to(acc))[0] * up.to(acc)).to(gate.dtype).contiguous()
@@ -45,7 +46,8 @@ class GatedActivationBackward(Op):
     schema = "(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup)"
 
     @staticmethod
-    def meaning(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+        dy, gate, up, activation = args
         acc = accumulator_dtype(gate.dtype)
         value, slope = ACTIVATIONS[activation](gate.to(acc))
         d = dy.to(acc)
@@ -70,29 +72,16 @@ class GatedMlp(Op):
     composite = True
 
     @staticmethod
-    def meaning(
-        ops: Any,
-        x: Tensor,
-        bases: list[Base],
-        out_features: list[int],
-        bias: list[Tensor],
-        lora_a: list[Tensor],
-        lora_b: list[Tensor],
-        layer: list[int],
-        scaling: list[float],
-        dropout_p: list[float],
-        seed: Tensor | None,
-        activation: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         def call(half: _Half, x: Tensor, seed: Tensor | None) -> Any:
-            sizes, biases = half.of_layers(out_features, bias)
-            a, b, s, p = half.of_adapters(lora_a, lora_b, scaling, dropout_p)
+            sizes, biases = half.of_layers(args.out_features, args.bias)
+            a, b, s, p = half.of_adapters(args.lora_a, args.lora_b, args.scaling, args.dropout_p)
             layers = *half.bases, sizes, biases
             return ops.multi_lora_linear(x, *layers, a, b, half.layer, s, p, seed, [0] * len(a), None, None)
 
-        first, last = _Half(bases, layer, 0, 2), _Half(bases, layer, 2, 3)
-        (gate, up), h = call(first, x, seed)
-        (y,), h_down = call(last, ops.gated_activation(gate, up, activation), _down_seed(seed))
+        first, last = _halves(args)
+        (gate, up), h = call(first, args.x, args.seed)
+        (y,), h_down = call(last, ops.gated_activation(gate, up, args.activation), _down_seed(args.seed))
         return y, gate, up, h, h_down
 
     @staticmethod
@@ -111,7 +100,7 @@ class GatedMlp(Op):
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
         gate, up = results.gate, results.up
-        first, last = (_Half(args.bases, args.layer, begin, end) for begin, end in ((0, 2), (2, 3)))
+        first, last = _halves(args)
 
         def call(
             half: _Half, dy: list[Tensor], x: Tensor, h: Tensor, seed: Tensor | None, need_dx: bool
@@ -159,6 +148,10 @@ class _Half:
 
     def of_adapters(self, *lists: Any) -> list[Any]:
         return [[values[i] for i in self.chosen] for values in lists]
+
+
+def _halves(args: Any) -> tuple[_Half, _Half]:
+    return _Half(args.bases, args.layer, 0, 2), _Half(args.bases, args.layer, 2, 3)
 
 
 def _down_seed(seed: Tensor | None) -> Tensor | None:

@@ -23,8 +23,9 @@ class NF4Linear(Op):
     schema = "(Tensor x, $nf4, SymInt out_features, Tensor? bias) -> Tensor"
 
     @staticmethod
-    def meaning(x: Tensor, base: Base, out_features: int, bias: Tensor | None) -> Tensor:
-        weight = dense_weight(base, (out_features, x.shape[-1]), x.dtype)
+    def meaning(ops: Any, args: Any) -> Tensor:
+        x, bias = args.x, args.bias
+        weight = dense_weight(args.base, (args.out_features, x.shape[-1]), x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
     @staticmethod
@@ -52,8 +53,9 @@ class NF4LinearDx(Op):
     schema = "(Tensor dy, $nf4, SymInt in_features) -> Tensor"
 
     @staticmethod
-    def meaning(dy: Tensor, base: Base, in_features: int) -> Tensor:
-        return dy @ dense_weight(base, (dy.shape[-1], in_features), dy.dtype)
+    def meaning(ops: Any, args: Any) -> Tensor:
+        dy = args.dy
+        return dy @ dense_weight(args.base, (dy.shape[-1], args.in_features), dy.dtype)
 
     @staticmethod
     def fake(args: Any) -> Tensor:

@@ -14,7 +14,7 @@ from .arguments import Weight
 from .common import accumulator_dtype, bias_grad, empty_unless, new_h, rows, weight_grad
 from .dropout import dropped, new_seed
 from .nf4 import dense_weight
-from .registry import Base, Op
+from .registry import Op
 
 
 class LoraLinear(Op):
@@ -31,22 +31,13 @@ class LoraLinear(Op):
     )
 
     @staticmethod
-    def meaning(
-        x: Tensor,
-        base: Base,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        dropout_p: float,
-        seed: Tensor | None,
-        compute_dtype: torch.dtype | None,
-    ) -> tuple[Tensor, Tensor]:
-        acc, compute = accumulator_dtype(x.dtype), compute_dtype or x.dtype
-        weight = dense_weight(base, (lora_b.shape[0], lora_a.shape[1]), compute)
-        h = dropped(x.to(acc), dropout_p, seed) @ lora_a.to(acc).t()
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+        x, a, b, bias = args.x, args.lora_a, args.lora_b, args.bias
+        acc, compute = accumulator_dtype(x.dtype), args.compute_dtype or x.dtype
+        weight = dense_weight(args.base, (b.shape[0], a.shape[1]), compute)
+        h = dropped(x.to(acc), args.dropout_p, args.seed) @ a.to(acc).t()
         product = F.linear(x.to(compute), weight, None if bias is None else bias.to(compute))
-        return (product.to(acc) + scaling * (h @ lora_b.to(acc).t())).to(x.dtype), h
+        return (product.to(acc) + args.scaling * (h @ b.to(acc).t())).to(x.dtype), h
 
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, Tensor]:
@@ -84,34 +75,22 @@ class LoraLinearBackward(Op):
     )
 
     @staticmethod
-    def meaning(
-        dy: Tensor,
-        x: Tensor,
-        h: Tensor,
-        base: Base,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scaling: float,
-        dropout_p: float,
-        seed: Tensor | None,
-        compute_dtype: torch.dtype | None,
-        need_dx: bool,
-        need_da: bool,
-        need_db: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        acc, compute = accumulator_dtype(x.dtype), compute_dtype or x.dtype
-        dy2, x2, h2 = rows(dy), rows(x), rows(h)
-        dy_acc = dy2.to(acc)
-        dh = scaling * (dy_acc @ lora_b.to(acc))
-        dx, da, db = x.new_empty(0), lora_a.new_empty(0), lora_b.new_empty(0)
-        if need_dx:
-            weight = dense_weight(base, (lora_b.shape[0], lora_a.shape[1]), compute)
-            delta = dropped(dh @ lora_a.to(acc), dropout_p, seed)
-            dx = ((dy2.to(compute) @ weight).to(acc) + delta).to(x.dtype).view(x.shape).contiguous()
-        if need_da:
-            da = (dh.t() @ dropped(x2.to(acc), dropout_p, seed)).to(lora_a.dtype)
-        if need_db:
-            db = (scaling * (dy_acc.t() @ h2)).to(lora_b.dtype)
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, a, b, scaling = args.x, args.lora_a, args.lora_b, args.scaling
+        p, seed = args.dropout_p, args.seed
+        acc, compute = accumulator_dtype(x.dtype), args.compute_dtype or x.dtype
+        dy, x2 = rows(args.dy), rows(x)
+        dy_acc = dy.to(acc)
+        dh = scaling * (dy_acc @ b.to(acc))
+        dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
+        if args.need_dx:
+            weight = dense_weight(args.base, (b.shape[0], a.shape[1]), compute)
+            delta = dropped(dh @ a.to(acc), p, seed)
+            dx = ((dy.to(compute) @ weight).to(acc) + delta).to(x.dtype).view(x.shape).contiguous()
+        if args.need_da:
+            da = (dh.t() @ dropped(x2.to(acc), p, seed)).to(a.dtype)
+        if args.need_db:
+            db = (scaling * (dy_acc.t() @ rows(args.h))).to(b.dtype)
         return dx, da, db
 
     @staticmethod

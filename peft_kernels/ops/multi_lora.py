@@ -17,7 +17,7 @@ from .common import accumulator_dtype, bias_grad, empty_unless, new_h, rows, wei
 from .dropout import dropped, new_seed
 from .lora import check_adapter
 from .nf4 import dense_weight
-from .registry import Base, Op, columns
+from .registry import Op, columns
 
 
 class MultiLoraLinear(Op):
@@ -35,34 +35,21 @@ class MultiLoraLinear(Op):
     )
 
     @staticmethod
-    def meaning(
-        x: Tensor,
-        bases: Sequence[Base],
-        out_features: Sequence[int],
-        bias: Sequence[Tensor],
-        lora_a: Sequence[Tensor],
-        lora_b: Sequence[Tensor],
-        layer: Sequence[int],
-        scaling: Sequence[float],
-        dropout_p: Sequence[float],
-        seed: Tensor | None,
-        group: Sequence[int],
-        row_group: Tensor | None,
-        compute_dtype: torch.dtype | None,
-    ) -> tuple[list[Tensor], Tensor]:
-        acc, compute = accumulator_dtype(x.dtype), compute_dtype or x.dtype
+    def meaning(ops: Any, args: Any) -> tuple[list[Tensor], Tensor]:
+        x = args.x
+        acc, compute = accumulator_dtype(x.dtype), args.compute_dtype or x.dtype
         x2 = rows(x)
         parts = [
-            _of_group(dropped(x2.to(acc), p, seed, i) @ a.to(acc).t(), group, i, row_group)
-            for i, (a, p) in enumerate(zip(lora_a, dropout_p, strict=True))
+            _of_group(args, i, dropped(x2.to(acc), p, args.seed, i) @ a.to(acc).t())
+            for i, (a, p) in enumerate(zip(args.lora_a, args.dropout_p, strict=True))
         ]
         y = []
-        for j, (base, n, b) in enumerate(zip(bases, out_features, bias, strict=True)):
+        for j, (base, n, b) in enumerate(zip(args.bases, args.out_features, args.bias, strict=True)):
             w = dense_weight(base, (n, x.shape[-1]), compute)
             out = F.linear(x2.to(compute), w, b.to(compute) if b.numel() else None).to(acc)
             for i, part in enumerate(parts):
-                if layer[i] == j:
-                    out = out + scaling[i] * (part @ lora_b[i].to(acc).t())
+                if args.layer[i] == j:
+                    out = out + args.scaling[i] * (part @ args.lora_b[i].to(acc).t())
             y.append(out.to(x.dtype).reshape(*x.shape[:-1], n))
         h = torch.cat(parts, 1) if parts else x2.new_empty((x2.shape[0], 0), dtype=acc)
         return y, h.reshape(*x.shape[:-1], h.shape[1])
@@ -105,42 +92,28 @@ class MultiLoraLinearBackward(Op):
     )
 
     @staticmethod
-    def meaning(
-        dy: Sequence[Tensor],
-        x: Tensor,
-        h: Tensor,
-        bases: Sequence[Base],
-        lora_a: Sequence[Tensor],
-        lora_b: Sequence[Tensor],
-        layer: Sequence[int],
-        scaling: Sequence[float],
-        dropout_p: Sequence[float],
-        seed: Tensor | None,
-        group: Sequence[int],
-        row_group: Tensor | None,
-        compute_dtype: torch.dtype | None,
-        need_dx: bool,
-        need_da: Sequence[bool],
-        need_db: Sequence[bool],
-    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        acc, compute = accumulator_dtype(x.dtype), compute_dtype or x.dtype
-        x2, dy2 = rows(x), [rows(d) for d in dy]
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        x, seed = args.x, args.seed
+        acc, compute = accumulator_dtype(x.dtype), args.compute_dtype or x.dtype
+        x2, dy = rows(x), [rows(d) for d in args.dy]
         total = x2.new_zeros(x2.shape, dtype=acc)
-        if need_dx:
-            for base, d in zip(bases, dy2, strict=True):
+        if args.need_dx:
+            for base, d in zip(args.bases, dy, strict=True):
                 w = dense_weight(base, (d.shape[1], x.shape[-1]), compute)
                 total = total + (d.to(compute) @ w).to(acc)
         da, db = [], []
-        h_parts = rows(h).split([a.shape[0] for a in lora_a], 1)
-        for i, (a, b) in enumerate(zip(lora_a, lora_b, strict=True)):
-            d, p = dy2[layer[i]].to(acc), dropout_p[i]
-            dh = _of_group(scaling[i] * (d @ b.to(acc)), group, i, row_group)
-            mine = (dh.t() @ dropped(x2.to(acc), p, seed, i)).to(a.dtype) if need_da[i] else a.new_empty(0)
+        h_parts = rows(args.h).split([a.shape[0] for a in args.lora_a], 1)
+        for i, (a, b) in enumerate(zip(args.lora_a, args.lora_b, strict=True)):
+            d, p, scaling = dy[args.layer[i]].to(acc), args.dropout_p[i], args.scaling[i]
+            dh = _of_group(args, i, scaling * (d @ b.to(acc)))
+            mine = (
+                (dh.t() @ dropped(x2.to(acc), p, seed, i)).to(a.dtype) if args.need_da[i] else a.new_empty(0)
+            )
             da.append(mine)
-            db.append((scaling[i] * (d.t() @ h_parts[i])).to(b.dtype) if need_db[i] else b.new_empty(0))
-            if need_dx:
+            db.append((scaling * (d.t() @ h_parts[i])).to(b.dtype) if args.need_db[i] else b.new_empty(0))
+            if args.need_dx:
                 total = total + dropped(dh @ a.to(acc), p, seed, i)
-        return total.to(x.dtype).view(x.shape) if need_dx else x.new_empty(0), da, db
+        return total.to(x.dtype).view(x.shape) if args.need_dx else x.new_empty(0), da, db
 
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
@@ -168,11 +141,11 @@ def layer_grads(
     return dw, dbias
 
 
-def _of_group(values: Tensor, group: Sequence[int], adapter: int, row_group: Tensor | None) -> Tensor:
+def _of_group(args: Any, adapter: int, values: Tensor) -> Tensor:
     """`values` by row, zero in rows of another group than the adapter's."""
-    if row_group is None:
+    if args.row_group is None:
         return values
-    return values * (row_group == group[adapter])[:, None]
+    return values * (args.row_group == args.group[adapter])[:, None]
 
 
 @dataclass

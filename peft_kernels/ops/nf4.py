@@ -22,12 +22,12 @@ class QuantizeNF4(Op):
     schema = "(Tensor weight, int blocksize) -> (Tensor packed, Tensor absmax)"
 
     @staticmethod
-    def meaning(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
-        flat = weight.reshape(-1).float()
-        blocks = _blocks(flat, blocksize)
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+        flat = args.weight.reshape(-1).float()
+        blocks = _blocks(flat, args.blocksize)
         absmax = blocks.abs().amax(1)
         scaled = blocks * _reciprocal(absmax)[:, None]
-        codes = _code_of(scaled, nf4_thresholds(weight.device)).view(-1)[: flat.numel()]
+        codes = _code_of(scaled, nf4_thresholds(flat.device)).view(-1)[: flat.numel()]
         codes = F.pad(codes, (0, codes.numel() % 2), value=ZERO_CODE)
         return codes[0::2] << 4 | codes[1::2], absmax
 
@@ -43,7 +43,8 @@ class QuantizeAbsmax(Op):
     schema = "(Tensor absmax) -> (Tensor q8, Tensor absmax2, Tensor offset)"
 
     @staticmethod
-    def meaning(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        absmax = args.absmax
         offset = absmax.mean()
         blocks = _blocks(absmax - offset, NESTED_BLOCKSIZE)
         absmax2 = blocks.abs().amax(1)
@@ -62,9 +63,8 @@ class UnpackAbsmax(Op):
     schema = "(Tensor q8, Tensor absmax2, Tensor offset) -> Tensor"
 
     @staticmethod
-    def meaning(q8: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
-        scale = absmax2.repeat_interleave(NESTED_BLOCKSIZE)[: q8.numel()]
-        return dynamic_map(q8.device)[q8.reshape(-1).long()] * scale + offset
+    def meaning(ops: Any, args: Any) -> Tensor:
+        return _unpacked(args.q8, args.absmax2, args.offset)
 
     @staticmethod
     def fake(args: Any) -> Tensor:
@@ -76,25 +76,30 @@ class DequantizeNF4(Op):
     schema = "($nf4, SymInt[] shape, ScalarType dtype) -> Tensor"
 
     @staticmethod
-    def meaning(base: Base, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        absmax = base.absmax
-        assert absmax is not None
-        if base.absmax2 is not None:
-            assert base.offset is not None
-            absmax = UnpackAbsmax.meaning(absmax, base.absmax2, base.offset)
-        flat, numel = base.weight.reshape(-1), prod(shape)
-        codes = torch.stack((flat >> 4, flat & 15), dim=1).view(-1)[:numel]
-        scale = absmax.repeat_interleave(base.blocksize)[:numel]
-        return (nf4_code(flat.device)[codes.long()] * scale).to(dtype).reshape(tuple(shape))
+    def meaning(ops: Any, args: Any) -> Tensor:
+        return dense_weight(args.base, args.shape, args.dtype)
 
     @staticmethod
     def fake(args: Any) -> Tensor:
         return args.base.weight.new_empty(args.shape, dtype=args.dtype)
 
 
-def dense_weight(base: Base, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def dense_weight(base: Base, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """A base weight as a matrix, (out, in): dequantised to `dtype` when it is NF4."""
-    return base.weight if base.absmax is None else DequantizeNF4.meaning(base, shape, dtype)
+    absmax = base.absmax
+    if absmax is None:
+        return base.weight
+    if base.absmax2 is not None and base.offset is not None:
+        absmax = _unpacked(absmax, base.absmax2, base.offset)
+    flat, numel = base.weight.reshape(-1), prod(shape)
+    codes = torch.stack((flat >> 4, flat & 15), dim=1).view(-1)[:numel]
+    scale = absmax.repeat_interleave(base.blocksize)[:numel]
+    return (nf4_code(flat.device)[codes.long()] * scale).to(dtype).reshape(tuple(shape))
+
+
+def _unpacked(q8: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+    scale = absmax2.repeat_interleave(NESTED_BLOCKSIZE)[: q8.numel()]
+    return dynamic_map(q8.device)[q8.reshape(-1).long()] * scale + offset
 
 
 def _blocks(flat: Tensor, blocksize: int) -> Tensor:

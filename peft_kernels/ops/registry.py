@@ -54,10 +54,10 @@ class Op:
     schema: ClassVar[str]
     """In which a word of GROUPS stands for its arguments."""
     composite: ClassVar[bool] = False
-    """Made of other ops: no back end needs a kernel, and `meaning(ops, ...)` gets those it is to call."""
+    """Made of other ops, those of `meaning`'s namespace `ops`: no back end needs a kernel."""
 
     @staticmethod
-    def meaning(*args: Any, **kwargs: Any) -> Any:
+    def meaning(ops: Any, args: Any) -> Any:
         """The op in plain torch, for any floating dtype (fp64 included: run so, it is the truth that kernels
         are judged against) and any device. Clarity before speed: weights are materialised."""
         raise NotImplementedError
@@ -123,8 +123,7 @@ class Op:
     @classmethod
     def plain(cls, *args: Any) -> Any:
         """The op in plain torch, as ops are called."""
-        ops = (_PLAIN,) if cls.composite else ()
-        return cls.meaning(*ops, *cls.named(args))
+        return cls.meaning(_PLAIN, cls.named(args))
 
 
 OPS: dict[str, type[Op]] = {}
@@ -180,4 +179,4 @@ def _fake(op: type[Op]) -> Call:
 
 
 def _composed(op: type[Op], calls: Any) -> Call:
-    return lambda *args: op.meaning(calls, *op.named(args))
+    return lambda *args: op.meaning(calls, op.named(args))
