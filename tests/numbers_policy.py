@@ -8,10 +8,11 @@ the reference is plain torch itself: every element within the rounding that its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -33,9 +34,19 @@ def case_id(case: dict[str, Any]) -> str:
             return name if value else f"not_{name}"
         if isinstance(value, int):
             return f"{name}{value}"
+        if isinstance(value, tuple):
+            return "-".join(map(str, value)) or f"no_{name}"
         return f"{name}_{value}" if name in NAMED else short(value)
 
     return "-".join(part(name, value) for name, value in case.items())
+
+
+def pairs(**axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test by few cases in which any two values of any two axes meet."""
+    cases = testing.pairwise(**axes)
+    return pytest.mark.parametrize(
+        list(axes), [tuple(case.values()) for case in cases], ids=[case_id(case) for case in cases]
+    )
 
 
 def bias_of(case: dict[str, Any], kind: str, features: int) -> Tensor | None:
