@@ -46,7 +46,7 @@ demo: $(VENV)/.built ## Fine-tune a 135M-parameter model with QLoRA on this mach
 	$(BIN)/python examples/finetune.py $(ARGS)
 
 test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(if $(ARGS),,$(MAKE) triton)
 
 # The tests of every kernel.

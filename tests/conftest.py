@@ -15,6 +15,7 @@ import hypothesis
 import pytest
 import torch
 from copied import backend_ids as copied_ids
+from fresh_process import Processes, Python
 
 import peft_kernels as pk
 import simt_backend as simt
@@ -70,6 +71,31 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)
 
 
+# By the time they take: a long file that one worker starts last is waited for by the other.
+LONGEST = [
+    "cross_compilation",
+    "sass",
+    "emulator",
+    "loss_curve",
+    "bench",
+    "example_finetune",
+    "cuda_ways",
+    "architectures",
+    "compile",
+    "large",
+    "lora_multi",
+    "lora",
+]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        name = item.path.stem.removeprefix("test_")
+        return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
@@ -80,6 +106,13 @@ def nan_outputs() -> Iterator[None]:
     """What an op leaves unwritten is NaN."""
     with testing.nan_outputs():
         yield
+
+
+@pytest.fixture(scope="session")
+def python() -> Iterator[Python]:
+    processes = Processes()
+    yield Python(processes)
+    processes.close()
 
 
 @pytest.fixture

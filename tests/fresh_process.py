@@ -10,6 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft_kernels as pk
+
+ROOT = Path(pk.__file__).parent.parent
+
 SERVER = """
 import gc, json, os, signal, sys, tempfile
 import torch
@@ -66,3 +70,15 @@ class Processes:
 
     def close(self) -> None:
         self._server.communicate()
+
+
+class Python:
+    """Runs code in a process that has imported torch and nothing else, and expects it to succeed."""
+
+    def __init__(self, processes: Processes) -> None:
+        self._processes = processes
+
+    def __call__(self, code: str, path: Path = ROOT, **environment: str) -> Result:
+        result = self._processes.run(code, path, environment)
+        assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
+        return result

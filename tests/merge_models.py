@@ -8,7 +8,7 @@ from typing import Any
 import models
 import pytest
 import torch
-from peft_models import DTYPES, lora
+from peft_models import lora
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -34,7 +34,6 @@ SAME_4_BITS = 5e-3
 PATCHED = pytest.mark.parametrize("patched", [True, False], ids=["patched", "plain"])
 SAFE = pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])
 OPTION = pytest.mark.parametrize("option", OPTIONS)
-DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def adapted(

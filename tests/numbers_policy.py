@@ -8,10 +8,11 @@ the reference is plain torch itself: every element within the rounding that its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -33,9 +34,19 @@ def case_id(case: dict[str, Any]) -> str:
             return name if value else f"not_{name}"
         if isinstance(value, int):
             return f"{name}{value}"
+        if isinstance(value, tuple):
+            return "-".join(map(str, value)) or f"no_{name}"
         return f"{name}_{value}" if name in NAMED else short(value)
 
     return "-".join(part(name, value) for name, value in case.items())
+
+
+def pairs(**axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrises a test by few cases in which any two values of any two axes meet."""
+    cases = testing.pairwise(**axes)
+    return pytest.mark.parametrize(
+        list(axes), [tuple(case.values()) for case in cases], ids=[case_id(case) for case in cases]
+    )
 
 
 def bias_of(case: dict[str, Any], kind: str, features: int) -> Tensor | None:
@@ -124,23 +135,32 @@ Built = TypeVar("Built")
 
 
 def once(build: Callable[[dict[str, Any], int], Built]) -> Callable[[dict[str, Any], int], Built]:
-    """`build` of a case and a seed, called once for each: every back end is held against the same."""
+    """`build` of a case and a seed, called once for each: every back end is held against the same.
+
+    Large ones are built again each time, for they would stay in memory."""
     built: dict[Any, Built] = {}
 
     def get(case: dict[str, Any], seed: int) -> Built:
         key = (tuple(case.items()), seed)
-        if key not in built:
-            built[key] = build(case, seed)
-        return built[key]
+        if key in built:
+            return built[key]
+        value = build(case, seed)
+        if (case["m"] + case["n"]) * case["k"] < 2**19:
+            built[key] = value
+        return value
 
     return get
+
+
+ENOUGH = 16
+"""Elements on which errors are compared."""
 
 
 def check(run: Callable[[int], dict[str, Result]], depth: int) -> None:
     """Judge the results of `run(seed)`; small ones from more seeds, as one rounding says little."""
     samples = [run(0)]
-    smallest = min((r.got.numel() for r in samples[0].values() if r.got.numel()), default=64)
-    samples += [run(seed) for seed in range(10, 10 + -(-64 // smallest) - 1)]
+    smallest = min((r.got.numel() for r in samples[0].values() if r.got.numel()), default=ENOUGH)
+    samples += [run(seed) for seed in range(10, 10 + -(-ENOUGH // smallest) - 1)]
     for name, first in samples[0].items():
         assert first.got.shape == first.truth.shape, name
         parts = [vars(sample[name]).values() for sample in samples]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from adapter_models import activate, adapted, assert_fused, assert_same, compare, stir, stock
 from models import inputs
+from numbers_policy import pairs
 from peft_models import DTYPES, config, gradients, run
 from torch import Tensor, nn
 
@@ -50,25 +51,22 @@ def test_training_one_adapter_leaves_everything_else_alone(base: str, heads: boo
 
 # Ranks and alphas of all kinds; one active, several, none.
 
-ACTIVE: list[str | list[str]] = [
+ACTIVE = (
     "two",
     "three",
     "narrow",
-    ["one", "two"],
-    ["two", "one"],
-    ["narrow", "three"],
-    ["one", "two", "three", "narrow"],
-]
+    ("one", "two"),
+    ("two", "one"),
+    ("narrow", "three"),
+    ("one", "two", "three", "narrow"),
+)
 
 
-@pytest.mark.parametrize("active", ACTIVE, ids=lambda a: a if isinstance(a, str) else "+".join(a))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("base", models.BASES)
-def test_active_adapters(base: str, dtype: torch.dtype, active: str | list[str]) -> None:
-    model = adapted(base, dtype)
-    activate(model, active)
+@pairs(active=ACTIVE, dtype=DTYPES, base=models.BASES)
+def test_active_adapters(active: str | tuple[str, ...], dtype: torch.dtype, base: str) -> None:
+    model, names = adapted(base, dtype), [active] if isinstance(active, str) else list(active)
+    activate(model, active if isinstance(active, str) else names)
     got = compare(model, inputs(dtype=dtype))
-    names = [active] if isinstance(active, str) else active
     layers = sum(2 if name != "narrow" else 1 for name in names)
     assert len(got) == 2 + 2 * layers, "output, x.grad, and gradients of A and B"
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fresh_process import Processes, Result
+from fresh_process import Python
 
 import peft_kernels as pk
 import simt_backend as simt
@@ -23,25 +22,6 @@ PACKAGE = Path(pk.__file__).parent
 needs_cpu = pytest.mark.skipif(
     testing.unavailable("cpu") is not None, reason=f"cpu: {testing.unavailable('cpu')}"
 )
-
-
-class Python:
-    """Runs code in a process that has imported torch and nothing else, and expects it to succeed."""
-
-    def __init__(self, processes: Processes) -> None:
-        self._processes = processes
-
-    def __call__(self, code: str, path: Path = PACKAGE.parent, **environment: str) -> Result:
-        result = self._processes.run(code, path, environment)
-        assert result.returncode == 0, f"{code}\n{result.stdout}\n{result.stderr}"
-        return result
-
-
-@pytest.fixture(scope="module")
-def python() -> Iterator[Python]:
-    processes = Processes()
-    yield Python(processes)
-    processes.close()
 
 
 # The compiled library

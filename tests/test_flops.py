@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from fresh_process import Python
 from op_samples import NAMESPACES
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -105,7 +104,7 @@ def test_every_namespace_is_known() -> None:
 
 
 @pytest.mark.parametrize("first", ["peft_kernels", "torch.utils.flop_counter"])
-def test_in_either_order_of_imports(first: str) -> None:
+def test_in_either_order_of_imports(python: Python, first: str) -> None:
     """And nothing imports the counter, and Triton with it, for somebody who does not count."""
     script = f"""
 import sys, torch
@@ -119,4 +118,4 @@ with FlopCounterMode(display=False) as counter:
     pk.nf4_linear(torch.ones(3, 64), weight)
 assert counter.get_total_flops() == 2 * 3 * 8 * 64, counter.get_total_flops()
 """
-    subprocess.run([sys.executable, "-c", script], check=True)
+    python(script)

@@ -10,6 +10,7 @@ from typing import Any
 import models
 import pytest
 import torch
+from numbers_policy import pairs
 from peft_models import DTYPES, REGIMES, add_adapter, assert_same_numbers, lora, run
 from torch import Tensor, nn
 
@@ -94,9 +95,7 @@ def test_same_outputs_and_gradients(case: str, base: str, dtype: torch.dtype) ->
     assert_same_numbers(build(case, base, dtype), testing.tensor(17, 64, dtype=dtype))
 
 
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("base", models.BASES)
-@pytest.mark.parametrize("case", CASES)
+@pairs(case=tuple(CASES), base=models.BASES, regime=tuple(REGIMES))
 def test_gradients_under_every_regime(case: str, base: str, regime: str) -> None:
     model, x = build(case, base, torch.float32), testing.tensor(9, 64)
     report = pk.patch(model)
@@ -107,9 +106,7 @@ def test_gradients_under_every_regime(case: str, base: str, regime: str) -> None
     assert not any(layer.fallbacks for layer in report.layers), str(report)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("base", models.BASES)
-@pytest.mark.parametrize("case", CASES)
+@pairs(case=tuple(CASES), base=models.BASES, dtype=DTYPES)
 def test_ten_steps_of_training(case: str, base: str, dtype: torch.dtype) -> None:
     stock = build(case, base, dtype)
     ours = copy.deepcopy(stock)

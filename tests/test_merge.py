@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from typing import Any
 
@@ -10,7 +11,6 @@ import models
 import pytest
 import torch
 from merge_models import (
-    DTYPE,
     OPTION,
     OPTIONS,
     PATCHED,
@@ -25,6 +25,8 @@ from merge_models import (
     layers,
     quantised,
 )
+from numbers_policy import pairs
+from peft_models import DTYPES
 from torch import nn
 
 import peft_kernels as pk
@@ -39,14 +41,15 @@ pytestmark = [
 ]
 
 
-@PATCHED
-@SAFE
-@OPTION
-@DTYPE
-@pytest.mark.parametrize("base", models.BASES)
+MODELS = tuple(itertools.product(models.BASES, OPTIONS))
+FLAGS = {"safe": (False, True), "patched": (True, False)}
+
+
+@pairs(model=MODELS, dtype=DTYPES, **FLAGS)
 def test_the_merged_model_computes_what_the_adapted_one_did(
-    base: str, dtype: torch.dtype, option: str, safe: bool, patched: bool
+    model: Any, dtype: torch.dtype, safe: bool, patched: bool
 ) -> None:
+    base, option = model
     model, x = adapted(base, dtype, option, patched), inputs(dtype)
     y, alone, bnb = model(x), base_output(model, x), base == "bnb"
     exact = by_hand(model)
@@ -87,11 +90,8 @@ def test_merge_then_unmerge(base: str, option: str, patched: bool) -> None:
     assert testing.relative_error(base_output(model, x), y) > 0.1 / 3
 
 
-@PATCHED
-@SAFE
-@OPTION
-@DTYPE
-def test_merging_back_into_nf4(dtype: torch.dtype, option: str, safe: bool, patched: bool) -> None:
+@pairs(option=tuple(OPTIONS), dtype=DTYPES, **FLAGS)
+def test_merging_back_into_nf4(option: str, dtype: torch.dtype, safe: bool, patched: bool) -> None:
     model, x = adapted("nf4", dtype, option, patched), inputs(dtype)
     y, alone = model(x), base_output(model, x)
     wide = copy.deepcopy(model).merge_and_unload(safe_merge=safe)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from adapter_models import adapted, assert_fused, compare
 from models import inputs
+from numbers_policy import pairs
 from peft_models import DTYPES
 from torch import Tensor
 
@@ -17,23 +18,21 @@ import peft_kernels as pk
 import testing
 
 MIXED = (
-    ["one", "two", "__base__", "three", "narrow"],
-    ["narrow", "one", "two", "one", "__base__", "two", "three", "one"],
-    ["two"],
-    ["__base__", "__base__", "narrow"],
-    ["__base__", "__base__"],
-    ["three", "three", "three"],
-    [],
+    ("one", "two", "__base__", "three", "narrow"),
+    ("narrow", "one", "two", "one", "__base__", "two", "three", "one"),
+    ("two",),
+    ("__base__", "__base__", "narrow"),
+    ("__base__", "__base__"),
+    ("three", "three", "three"),
+    (),
 )
 
 
-@pytest.mark.parametrize("names", MIXED, ids=lambda names: "-".join(names) or "no-rows")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("base", models.BASES)
-def test_mixed_batches(base: str, dtype: torch.dtype, names: list[str]) -> None:
+@pairs(names=MIXED, dtype=DTYPES, base=models.BASES)
+def test_mixed_batches(names: tuple[str, ...], dtype: torch.dtype, base: str) -> None:
     model = adapted(base, dtype).eval()
     for shape in ((len(names), 64), (len(names), 6, 64), (len(names), 1, 64)):
-        compare(model, testing.tensor(*shape, dtype=dtype), adapter_names=names)
+        compare(model, testing.tensor(*shape, dtype=dtype), adapter_names=list(names))
 
 
 @pytest.mark.parametrize("base", models.BASES)

@@ -44,48 +44,58 @@ def build(case: str) -> Any:
     return Wrapper(model) if case == "different" else model
 
 
-def work(rank: int, port: int, case: str, queue: Any) -> None:
+def one(case: str, rank: int) -> tuple[dict[str, float], list[str], Any]:
+    """Gradients, the weights that are dense afterwards, and outputs."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore" if case == "different" else "error", ".*NF4 weight.*")
+        model = build(case)
+        if case == "different" and rank == 1:
+            model.inner.base_model.model.q.base_layer.weight.copy_(
+                pk.NF4Weight.quantize(testing.tensor(128, 64, seed=8))
+            )
+        ddp = nn.parallel.DistributedDataParallel(model)
+        if case == "patched after":
+            pk.patch(model)
+        y = ddp(testing.tensor(5, 64, seed=rank))
+        y.square().sum().backward()
+    grads = {n: p.grad.sum().item() for n, p in model.named_parameters() if p.grad is not None}
+    dense = [n for n, p in model.named_parameters() if isinstance(p, pk.NF4Weight) and p.is_dense]
+    return grads, dense, model(testing.tensor(5, 64)).detach().numpy()
+
+
+CASES = ("bare", "plain", "patched after", "different")
+
+
+def work(rank: int, port: int, queue: Any) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore" if case == "different" else "error", ".*NF4 weight.*")
-            model = build(case)
-            if case == "different" and rank == 1:
-                model.inner.base_model.model.q.base_layer.weight.copy_(
-                    pk.NF4Weight.quantize(testing.tensor(128, 64, seed=8))
-                )
-            ddp = nn.parallel.DistributedDataParallel(model)
-            if case == "patched after":
-                pk.patch(model)
-            y = ddp(testing.tensor(5, 64, seed=rank))
-            y.square().sum().backward()
-        grads = {n: p.grad.sum().item() for n, p in model.named_parameters() if p.grad is not None}
-        dense = [n for n, p in model.named_parameters() if isinstance(p, pk.NF4Weight) and p.is_dense]
-        out = model(testing.tensor(5, 64)).detach().numpy()
-        queue.put((rank, grads, dense, out))
+        queue.put((rank, {case: one(case, rank) for case in CASES}))
     finally:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("case", ["bare", "plain", "patched after", "different"])
-def test_ddp(case: str) -> None:
+@pytest.fixture(scope="module")
+def results() -> dict[int, Any]:
+    """Of every case, by process: two processes are started once, for it takes them seconds."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = mp.get_context("spawn")
     queue = context.Queue()
-    processes = [context.Process(target=work, args=(rank, port, case, queue)) for rank in range(2)]
+    processes = [context.Process(target=work, args=(rank, port, queue)) for rank in range(2)]
     for process in processes:
         process.start()
-    results = {}
-    for _ in processes:
-        rank, *result = queue.get(timeout=240)
-        results[rank] = result
+    found = dict(queue.get(timeout=240) for _ in processes)
     for process in processes:
         process.join(timeout=60)
         assert process.exitcode == 0
-    (grads, dense, out), (other_grads, other_dense, other_out) = results[0], results[1]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ddp(results: dict[int, Any], case: str) -> None:
+    (grads, dense, out), (other_grads, other_dense, other_out) = results[0][case], results[1][case]
     assert grads and grads == other_grads, "gradients are averaged"
     assert abs(out - other_out).max() < 1e-5, "the weights of the first process are everybody's"
     assert dense == [] and bool(other_dense) == (case == "different"), "4 bits stay where they agree"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -67,6 +68,12 @@ def small(base: str) -> Any:
     return adapted(llama(base, num_hidden_layers=1), r=4)
 
 
+def ddp_cases() -> list[tuple[str, str]]:
+    """Each base and when it is patched."""
+    others = ["dense", "bnb"] if importlib.util.find_spec("bitsandbytes") else ["dense"]
+    return [*(("nf4", when) for when in WHEN), *((base, "before") for base in others)]
+
+
 def ddp_worker(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -76,8 +83,12 @@ def ddp_worker(rank: int, folder: str) -> None:
         world_size=WORLD,
         timeout=timedelta(seconds=300),
     )
-    for when in WHEN:
-        model = small("nf4")
+    for base, when in ddp_cases():
+        model = small(base)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(rank)  # DDP sends everybody the numbers of rank 0
         report = pk.patch(model) if when == "before" else None
         ddp = nn.parallel.DistributedDataParallel(model)
         if when == "after":
@@ -87,21 +98,22 @@ def ddp_worker(rank: int, folder: str) -> None:
             language_loss(ddp, ids(rank)).backward()
         if report is not None:
             assert_fused(ddp if when == "after" else model, report, blocks=1)
-        torch.save(gradients(model), f"{folder}/{when}-{rank}.pt")
+        torch.save(gradients(model), f"{folder}/{base}-{when}-{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("_gloo")
 def test_ddp(tmp_path: Path) -> None:
-    """An NF4 model unpatched, patched before and after wrapping: the mean of both processes' gradients."""
+    """An NF4 model unpatched, patched before and after wrapping, and models on other bases: the mean of both
+    processes' gradients."""
     torch.multiprocessing.spawn(ddp_worker, args=(str(tmp_path),), nprocs=WORLD)
-    stock = small("nf4")
-    halves = [step(stock, lambda m, i=i: language_loss(m, ids(i))) for i in range(WORLD)]
-    want = {name: sum(half[name] for half in halves) / WORLD for name in halves[0] if name != "loss"}
-    for when in WHEN:
+    for base, when in ddp_cases():
+        stock = small(base)
+        halves = [step(stock, lambda m, i=i: language_loss(m, ids(i))) for i in range(WORLD)]
+        want = {name: sum(half[name] for half in halves) / WORLD for name in halves[0] if name != "loss"}
         for rank in range(WORLD):
-            assert_near(torch.load(tmp_path / f"{when}-{rank}.pt"), want, 1e-4)
+            assert_near(torch.load(tmp_path / f"{base}-{when}-{rank}.pt"), want, 1e-4)
 
 
 @pytest.mark.parametrize("when", WHEN)
