@@ -1,4 +1,4 @@
-"""Calls of the ops of back end `triton` that reach every kernel, and each with all its configs.
+"""Calls of the ops of back end `triton` that reach every kernel, with every config.
 
 Their tensors have no memory (device "meta"): the calls are for `launch.recording`, inside which nothing runs.
 """
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.triton_kernels.gated import ACTIVATIONS
-from peft_kernels.triton_kernels.linear_plan import table_for
+from peft_kernels.triton_kernels.linear import table_for
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZE, ODD, SMALL, WHOLE = 4096, 4097, 64, 512

@@ -1,21 +1,20 @@
 """What Triton's compiler makes of the kernels of back end `triton`, for cards that need not be here.
 
-Each launch of `triton_calls.py` is compiled with each of its configs, as it would be on the card.
+Each launch of `triton_calls.py` is compiled as it would be on the card.
 """
 
 from __future__ import annotations
 
-import importlib
-import json
 import re
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -24,7 +23,7 @@ from peft_kernels import triton_kernels
 from peft_kernels.triton_kernels import launch
 
 from . import limits, sass
-from .triton_calls import BF16, FP16, FP32, calls
+from .triton_calls import BF16, FP16, FP32, Call, calls
 
 CACHE = sass.ROOT / "build" / "triton"
 JOBS = 2
@@ -54,9 +53,7 @@ class Variant:
     config: str
     """Meta-parameters, warps and stages."""
     types: str
-    """Of the tensors and constants."""
-    data: str
-    """All that Triton compiles it by, in its own words."""
+    """Of the tensors, and the constants."""
 
 
 @dataclass(frozen=True)
@@ -121,76 +118,105 @@ def _nothing():
     pass
 
 
-@dataclass(frozen=True)
-class Launched:
-    """What `launch` was called with, and one of the configs."""
+class Launched(NamedTuple):
+    """What `launch` was called with."""
 
     kernel: Any
     args: tuple[Any, ...]
     constants: dict[str, Any]
-    config: triton.Config
+    config: launch.Config
+    """As the tables have it."""
+    options: launch.Config
+    """As it is for the target."""
 
 
-def launches(target: str) -> list[Launched]:
-    """Of all calls, with every config."""
+def launches(target: str, calls: Iterable[Call]) -> list[Launched]:
     found: list[Launched] = []
-    with compiling_for(target), launch.recording(lambda *launched: found.append(Launched(*launched))):
-        on_cuda = gpu_target(target).backend == "cuda"
-        for call in calls(ALL if target in THOROUGH else ALL[:1], adapters_on_every_line=on_cuda):
+
+    def note(*launched: Any) -> None:
+        found.append(Launched(*launched, launch.for_target(launched[-1])))
+
+    with compiling_for(target), launch.recording(note):
+        for call in calls:
             getattr(triton_kernels, call.op)(*call.args)
     return found
 
 
-def variants(target: str, launched: Sequence[Launched]) -> list[Variant]:
-    """What is to be compiled for launches, each once."""
-    found: dict[str, Variant] = {}
+def standard(target: str) -> list[Launched]:
+    """The launches that reach everything."""
+    on_cuda = gpu_target(target).backend == "cuda"
+    return launches(target, calls(ALL if target in THOROUGH else ALL[:1], adapters_on_every_line=on_cuda))
+
+
+def by_code(target: str, launched: Iterable[Launched]) -> dict[tuple[str, str], Launched]:
+    """Those that Triton compiles different code for, by what it knows that from."""
+    found: dict[tuple[str, str], Launched] = {}
     with compiling_for(target):
         for item in launched:
 
             def note(*, compile: dict[str, Any], item: Launched = item, **_: Any) -> bool:
-                data = compile["specialization_data"]
-                found.setdefault(data, _variant(item, json.loads(data)))
+                found.setdefault((item.kernel.__name__, compile["key"]), item)
                 return True  # and no more is done
 
             triton.knobs.runtime.jit_cache_hook = note
-            item.kernel.warmup(*item.args, grid=(1,), **item.constants, **item.config.all_kwargs())
-    return list(found.values())
+            _warm_up(item)
+    return found
 
 
-def _variant(item: Launched, data: dict[str, Any]) -> Variant:
-    names = list(data["signature"])
-    constants = {
-        names[at]: value for (at,), value in zip(data["constant_keys"], data["constant_vals"], strict=True)
-    }
-    pointers = [kind for kind in data["signature"].values() if kind.startswith("*")]
-    others = (f"{name}={value}" for name, value in constants.items() if name not in item.config.kwargs)
-    config, types = describe(item.config), " ".join((*pointers, *others))
-    return Variant(item.kernel.__name__, config, types, json.dumps(data))
+@lru_cache
+def different(target: str) -> list[Launched]:
+    return list(by_code(target, standard(target)).values())
 
 
-def describe(config: triton.Config) -> str:
-    blocks = " ".join(f"{name}={value}" for name, value in config.kwargs.items())
-    rest = f"{config.num_warps} warps, {config.num_stages} stages"
+def _warm_up(item: Launched) -> Any:
+    return item.kernel.warmup(*item.args, grid=(1,), **item.constants, **item.options)
+
+
+def describe(config: launch.Config) -> str:
+    blocks = " ".join(f"{name}={value}" for name, value in config.items() if not name.startswith("num_"))
+    rest = f"{config['num_warps']} warps, {config['num_stages']} stages"
     return f"{blocks}, {rest}" if blocks else rest
 
 
 def compile_all(targets: Sequence[str]) -> list[Code]:
     """The code of every kernel for each of the targets, compiled by several processes."""
-    jobs = [(target, variant) for target in targets for variant in variants(target, launches(target))]
+    jobs = [(target, i) for target in targets for i in range(len(different(target)))]
     with ProcessPoolExecutor(JOBS, get_context("spawn")) as pool:
-        return list(pool.map(compiled, *zip(*jobs, strict=True), chunksize=4))
+        return list(pool.map(_compiled_at, *zip(*jobs, strict=True), chunksize=4))
 
 
-def compiled(target: str, variant: Variant) -> Code:
-    module, _, name = json.loads(variant.data)["name"].rpartition(".")
-    kernel = getattr(importlib.import_module(module), name)
+def _compiled_at(target: str, index: int) -> Code:
+    return compiled(target, different(target)[index])
+
+
+def compiled(target: str, item: Launched) -> Code:
     with compiling_for(target):
+        name, config = item.kernel.__name__, describe(item.options)
         try:
-            made = kernel.preload(variant.data)
+            made = _warm_up(item)
         except Exception as error:
-            return Code(variant, target, faults=(f"does not compile: {error}",))
+            return Code(Variant(name, config, ""), target, faults=(f"does not compile: {error}",))
     read = _read_cuda if gpu_target(target).backend == "cuda" else _read_hip
-    return read(variant, target, made)
+    return read(Variant(name, config, _types(item, made.src)), target, made)
+
+
+def _types(item: Launched, source: Any) -> str:
+    names = list(source.signature)
+    pointers = [kind for kind in _flat(source.signature.values()) if kind.startswith("*")]
+    constants = [
+        f"{'.'.join((names[at], *map(str, within)))}={value}"
+        for (at, *within), value in source.constants.items()
+        if names[at] not in item.config
+    ]
+    return " ".join((*pointers, *constants))
+
+
+def _flat(kinds: Iterable[Any]) -> Iterator[str]:
+    for kind in kinds:
+        if isinstance(kind, str):
+            yield kind
+        else:
+            yield from _flat(kind)
 
 
 def _read_cuda(variant: Variant, target: str, made: Any) -> Code:

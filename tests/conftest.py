@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("PEFT_KERNELS_AUTOTUNE", "0")  # what runs is not to depend on how fast it was
 
 import hypothesis
 import pytest

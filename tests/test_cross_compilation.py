@@ -23,14 +23,23 @@ if triton.knobs.runtime.interpret:
 
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.runtime.errors import OutOfResources
 
 from bench import report, run, triton_cases, triton_code
+from bench.triton_calls import BF16, Call, empty, nf4
 from bench.triton_cases import TARGETS
 from bench.triton_code import Code, Launched
 from peft_kernels import triton_kernels
 from peft_kernels.triton_kernels import launch
 
-PRODUCTS = {"linear_kernel", "linear_dx_kernel", "to_ranks_kernel", "from_ranks_kernel", "over_rows_kernel"}
+PRODUCTS = {
+    "linear_kernel",
+    "linear_dx_kernel",
+    "unaligned_product_kernel",
+    "shrink_kernel",
+    "expand_kernel",
+    "over_rows_kernel",
+}
 
 each_target = pytest.mark.parametrize("target", TARGETS)
 refusal = lru_cache(triton_code.unsupported)
@@ -78,7 +87,7 @@ def modules() -> Iterator[Any]:
 
 
 def configs_in(value: Any) -> Iterator[Any]:
-    if isinstance(value, triton.Config):
+    if isinstance(value, dict) and "num_warps" in value:
         yield value
     elif isinstance(value, (list, tuple)):
         for item in value:
@@ -87,7 +96,7 @@ def configs_in(value: Any) -> Iterator[Any]:
 
 @lru_cache(maxsize=1)
 def launched() -> list[Launched]:
-    return [item for target in TARGETS for item in triton_code.launches(target)]
+    return [item for target in TARGETS for item in triton_code.standard(target)]
 
 
 def test_every_kernel_is_compiled() -> None:
@@ -121,7 +130,7 @@ def test_every_config_is_compiled() -> None:
 @each_target
 def test_nothing_is_read_on_the_host(target: str) -> None:
     """Tensors without memory, as the calls have, cannot tell what they hold."""
-    assert triton_code.launches(target)
+    assert triton_code.standard(target)
     with pytest.raises(RuntimeError, match="meta"):
         torch.empty((), device="meta").item()
 
@@ -161,9 +170,8 @@ def refused_kernel(x):
 
 def judged(target: str, kernel: Any, *args: Any, stages: int = 3, **constants: int) -> Code:
     require(target)
-    item = Launched(kernel, args, constants, triton.Config({}, num_warps=4, num_stages=stages))
-    (variant,) = triton_code.variants(target, [item])
-    return triton_code.compiled(target, variant)
+    config = launch.config(4, stages)
+    return triton_code.compiled(target, Launched(kernel, args, constants, config, config))
 
 
 def product(target: str, m: int, n: int, k: int, wide: bool = False, stages: int = 3) -> Code:
@@ -210,20 +218,94 @@ def test_a_target_that_triton_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert "cannot compile for sm90" in result.line()
 
 
-# What decides between configs.
+# How kernels are started.
 
 
-def test_nothing_is_timed_where_results_must_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(launch.ENVIRONMENT_VARIABLE, raising=False)
-    before = torch.are_deterministic_algorithms_enabled()
-    try:
-        for deterministic in (True, False):
-            torch._C._set_deterministic_algorithms(deterministic)  # the public one imports Inductor
-            assert launch._may_time() is not deterministic
-    finally:
-        torch._C._set_deterministic_algorithms(before)
-    monkeypatch.setenv(launch.ENVIRONMENT_VARIABLE, "0")
-    assert not launch._may_time()
+class Unfit:
+    """A kernel that wants more memory than there is, from some number of stages on."""
+
+    __name__ = "unfit_kernel"
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.tried: list[int] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return self
+
+    def __call__(self, *args: Any, num_stages: int, **options: Any) -> None:
+        self.tried.append(num_stages)
+        if num_stages > self.most:
+            raise OutOfResources(required=2, limit=1, name="shared memory")
+
+
+@pytest.fixture
+def on_sm90() -> Iterator[None]:
+    with triton_code.compiling_for("sm90"):
+        yield
+
+
+@pytest.mark.usefixtures("on_sm90")
+def test_a_config_that_does_not_fit_goes_on_in_fewer_stages(caplog: pytest.LogCaptureFixture) -> None:
+    kernel, config = Unfit(most=2), launch.config(4, 4)
+    with caplog.at_level("INFO", "peft_kernels"):
+        launch.launch(kernel, (1,), config=config)
+        launch.launch(kernel, (1,), config=config)
+    assert kernel.tried == [4, 3, 2, 2]  # what fitted is remembered
+    first, *warnings = [record.getMessage() for record in caplog.records]
+    assert first.startswith("first launch of unfit_kernel") and "compiled for cuda" in first
+    assert [text[-len("goes on in 3 stages") :] for text in warnings] == [
+        "goes on in 3 stages",
+        "goes on in 2 stages",
+    ]
+
+
+@pytest.mark.usefixtures("on_sm90")
+def test_a_config_that_never_fits_is_an_error() -> None:
+    with pytest.raises(OutOfResources):
+        launch.launch(Unfit(most=0), (1,), config=launch.config(4, 2))
+
+
+@pytest.mark.usefixtures("on_sm90")
+def test_no_programs_are_no_launch() -> None:
+    kernel = Unfit(most=1)
+    launch.launch(kernel, (0, 4), config=launch.config(4, 1))
+    assert kernel.tried == []
+
+
+def test_stages_are_two_at_most_on_amd() -> None:
+    with triton_code.compiling_for("gfx942"):
+        assert launch.for_target(launch.config(4, 3)) == launch.config(4, 2)
+    with triton_code.compiling_for("sm90"):
+        assert launch.for_target(launch.config(4, 3)) == launch.config(4, 3)
+
+
+def lora_calls(m: int, adapters: int) -> list[Call]:
+    """Of a layer with some adapters, each for a group of rows, in training."""
+    x, seed, count = empty(m, 512, dtype=BF16), empty(dtype=torch.int64), range(adapters)
+    base, h, row_group = nf4(512, 512), empty(m, 16 * adapters), empty(m, dtype=torch.int64)
+    a, b = [empty(16, 512) for _ in count], [empty(512, 16) for _ in count]
+    rest = a, b, [0 for _ in count], [0.5 for _ in count], [0.3 for _ in count], seed, list(count), row_group
+    lists, needs = [[part] for part in base], (True, [True for _ in count], [True for _ in count])
+    return [
+        Call("nf4_linear", (x, *base, 512, None)),
+        Call("nf4_linear_dx", (x, *base, 512)),
+        Call("multi_lora_linear", (x, *lists, [512], [empty(0)], *rest, None)),
+        Call("multi_lora_linear_backward", ([x], x, h, *lists, *rest, None, *needs)),
+    ]
+
+
+@each_target
+def test_batches_and_adapters_share_what_was_compiled(target: str) -> None:
+    """Other numbers of rows, within a line of the tables, and further adapters compile nothing more."""
+    require(target)
+
+    def codes(m: int, adapters: int) -> set[Any]:
+        return set(triton_code.by_code(target, triton_code.launches(target, lora_calls(m, adapters))))
+
+    # A third adapter is the first that is added to one sum and makes another.
+    assert codes(17, 3) == codes(24, 3) == codes(32, 3) == codes(31, 4)
+    assert {kernel for kernel, _ in codes(17, 3)} >= PRODUCTS - {"unaligned_product_kernel"}
 
 
 # What is printed.

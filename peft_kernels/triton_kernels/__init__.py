@@ -3,14 +3,13 @@
 Importing this package imports Triton, so that only back end `triton` does it, when it is first asked.
 """
 
-from .dequantize import dequantize_nf4
 from .dora import dora_norm, dora_scale, dora_scale_backward
 from .dropout import dropout
 from .gated import gated_activation, gated_activation_backward
 from .launch import check_usable
 from .linear import nf4_linear, nf4_linear_dx
 from .lora import lora_linear, lora_linear_backward, multi_lora_linear, multi_lora_linear_backward
-from .quantize import quantize_absmax, quantize_nf4, unpack_absmax
+from .nf4 import dequantize_nf4, quantize_absmax, quantize_nf4, unpack_absmax
 
 __all__ = [
     "check_usable",

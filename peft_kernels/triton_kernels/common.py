@@ -1,37 +1,18 @@
-"""What ops share: their arguments, checked."""
+"""Checks of arguments, in the words of the compiled back ends."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence, Sized
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..backends.base import DTYPES
-from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, dynamic_map
-from .launch import INTERPRETED, launch
-
-__all__ = [
-    "INTERPRETED",
-    "Nf4",
-    "check",
-    "check_blocksize",
-    "check_dtype",
-    "check_float",
-    "check_lengths",
-    "check_nested",
-    "check_numel",
-    "check_shape",
-    "compute_type",
-    "launch",
-    "matching",
-    "nf4",
-]
+from ..code_tables import BLOCKSIZES
 
 
 def check(condition: bool, name: str, expected: object, got: object) -> None:
-    """RuntimeError that names an argument, in the words of the compiled back ends."""
+    """RuntimeError that names an argument."""
     if not condition:
         raise RuntimeError(f"{name}: expected {expected}, got {got}")
 
@@ -88,47 +69,3 @@ def matching(t: Tensor, like: Tensor, name: str) -> Tensor:
     check_dtype(t, like.dtype, name)
     check_shape(t, like.shape, name)
     return t.contiguous()
-
-
-class Nf4(NamedTuple):
-    """A weight in NF4, checked and contiguous. In the order in which kernels take its pointers."""
-
-    packed: Tensor  # uint8 [ceil(numel / 2)]
-    absmax: Tensor  # fp32, or uint8 codes of it when double-quantised [blocks]
-    absmax2: Tensor | None  # fp32 [ceil(blocks / 256)]
-    offset: Tensor | None  # fp32, one element
-    dynamic_map: Tensor | None  # fp32 [256]: what those codes mean
-    blocksize: int
-
-
-def nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    numel: int,
-) -> Nf4:
-    """The arguments that make an NF4 weight of `numel` elements. RuntimeError when they do not fit."""
-    check_blocksize(blocksize)
-    check_dtype(packed, torch.uint8, "packed")
-    check(packed.numel() == (numel + 1) // 2, "packed", f"{(numel + 1) // 2} bytes", packed.numel())
-    blocks = -(-numel // blocksize)
-    if absmax2 is None or offset is None:
-        check(absmax2 is offset, "absmax2, offset", "both or neither", "only one of them")
-        check_dtype(absmax, torch.float32, "absmax")
-        table = None
-    else:
-        check_dtype(absmax, torch.uint8, "absmax")
-        check_nested(absmax2, offset, blocks)
-        absmax2, table = absmax2.contiguous(), dynamic_map(packed.device)
-    check_numel(absmax, blocks, "absmax")
-    return Nf4(packed.contiguous(), absmax.contiguous(), absmax2, offset, table, blocksize)
-
-
-def check_nested(absmax2: Tensor, offset: Tensor, blocks: int) -> None:
-    """The second level of double quantisation, for `blocks` absmax values."""
-    check_dtype(absmax2, torch.float32, "absmax2")
-    check_dtype(offset, torch.float32, "offset")
-    check_numel(absmax2, -(-blocks // NESTED_BLOCKSIZE), "absmax2")
-    check_numel(offset, 1, "offset")

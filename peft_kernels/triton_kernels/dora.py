@@ -7,75 +7,83 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check, check_dtype, check_float, check_shape, matching, nf4
-from .decode import load_absmax, value_of
-from .launch import launch
+from .common import check, check_dtype, check_float, check_shape, matching
+from .launch import VARYING, cdiv, config, launch
+from .nf4 import Nf4, Pointers, nf4
+from .nf4_decode import load_elements
+from .products import dot
 
-SCALE_CONFIGS = [triton.Config({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=4)]
-BACKWARD_CONFIGS = [triton.Config({"BLOCK_M": 16, "BLOCK_N": 128}, num_warps=8)]
-NORM_CONFIGS = [triton.Config({"BLOCK_N": 32, "BLOCK_K": 64}, num_warps=8, num_stages=2)]
+SCALE = config(4, 3, BLOCK_M=16, BLOCK_N=128)
+SCALE_BACKWARD = config(8, 3, BLOCK_M=16, BLOCK_N=128)
+NORM = config(8, 2, BLOCK_N=32, BLOCK_K=64)
 
 CHUNK = 256  # rows that one program sums
 RANKS = 64  # of A that one program multiplies with W
 
 
-@triton.jit
-def scale_kernel(z, scale, bias, out, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+@triton.jit(do_not_specialize=VARYING)
+def scale_kernel(z_ptr, scale_ptr, bias_ptr, out_ptr, m, n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     strips = tl.cdiv(n, BLOCK_N)
     row = (tl.program_id(0) // strips).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     col = tl.program_id(0) % strips * BLOCK_N + tl.arange(0, BLOCK_N)
     there = col < n
-    s = tl.load(scale + col, mask=there, other=0.0)[None, :]
+    s = tl.load(scale_ptr + col, mask=there, other=0.0)[None, :]
     at = row[:, None] * n + col[None, :]
     inside = (row < m)[:, None] & there[None, :]
-    values = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-    if bias is None:
+    values = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if bias_ptr is None:
         values = values * s
     else:
-        b = tl.load(bias + col, mask=there, other=0.0).to(tl.float32)
+        b = tl.load(bias_ptr + col, mask=there, other=0.0).to(tl.float32)
         values += (s - 1.0) * (values - b[None, :])
-    tl.store(out + at, values.to(out.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def scale_backward_kernel(
-    dy, z, scale, bias, dz, sums, m, n, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+    dy_ptr,
+    z_ptr,
+    scale_ptr,
+    bias_ptr,
+    dz_ptr,
+    sums_ptr,
+    m,
+    n,
+    CHUNK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
     """dz, and of each chunk of rows its part of dscale: sums[chunks, n]."""
     strips = tl.cdiv(n, BLOCK_N)
     chunk = (tl.program_id(0) // strips).to(tl.int64)
     col = tl.program_id(0) % strips * BLOCK_N + tl.arange(0, BLOCK_N)
     there = col < n
-    s = tl.load(scale + col, mask=there, other=0.0)[None, :]
+    s = tl.load(scale_ptr + col, mask=there, other=0.0)[None, :]
     total = tl.zeros((BLOCK_N,), tl.float32)
     for first in range(0, CHUNK, BLOCK_M):
         row = chunk * CHUNK + first + tl.arange(0, BLOCK_M)
         at = row[:, None] * n + col[None, :]
         inside = (row < m)[:, None] & there[None, :]
-        d = tl.load(dy + at, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(z + at, mask=inside, other=0.0).to(tl.float32)
-        tl.store(dz + at, (d * s).to(dz.dtype.element_ty), mask=inside)
-        if bias is not None:
-            values -= tl.load(bias + col, mask=there, other=0.0).to(tl.float32)[None, :]
+        d = tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(z_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dz_ptr + at, (d * s).to(dz_ptr.dtype.element_ty), mask=inside)
+        if bias_ptr is not None:
+            values -= tl.load(bias_ptr + col, mask=there, other=0.0).to(tl.float32)[None, :]
         total += tl.sum(d * values, axis=0)
-    tl.store(sums + chunk * n + col, total, mask=there)
+    tl.store(sums_ptr + chunk * n + col, total, mask=there)
 
 
 @triton.jit
 def norm_kernel(
     weight,
-    absmax,
-    absmax2,
-    offset,
-    dynamic_map,
-    a,
-    b,
-    squares,
+    a_ptr,
+    b_ptr,
+    squares_ptr,
     n,
     k,
     r,
     scaling,
-    BLOCKSIZE: tl.constexpr,
+    BLOCK_SHIFT: tl.constexpr,
     RANKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -91,23 +99,20 @@ def norm_kernel(
         col = first + tl.arange(0, BLOCK_K)
         element = row[:, None] * k + col[None, :]
         inside = (row < n)[:, None] & (col < k)[None, :]
-        if absmax is None:
-            w = tl.load(weight + element, mask=inside, other=0.0).to(tl.float32)
+        if weight.absmax is None:
+            w = tl.load(weight.packed + element, mask=inside, other=0.0).to(tl.float32)
         else:
-            byte = tl.load(weight + element // 2, mask=inside, other=0).to(tl.int32)
-            code = tl.where(element % 2 == 0, byte >> 4, byte & 15)
-            scale = load_absmax(absmax, absmax2, offset, dynamic_map, element // BLOCKSIZE, inside)
-            w = value_of(code) * scale
+            w = load_elements(weight, element, inside, BLOCK_SHIFT)
         square += tl.sum(w * w, axis=1)
         # [BLOCK_K, RANKS]
         at = rank[None, :] * k + col[:, None]
-        a_t = tl.load(a + at, mask=(rank < r)[None, :] & (col < k)[:, None], other=0.0).to(tl.float32)
-        product = tl.dot(w, a_t, product, input_precision="ieee")
+        a_t = tl.load(a_ptr + at, mask=(rank < r)[None, :] & (col < k)[:, None], other=0.0).to(tl.float32)
+        product = dot(w, a_t, tl.float32, product)
     there = (row < n)[:, None] & (rank < r)[None, :]
-    factor = tl.load(b + row[:, None] * r + rank[None, :], mask=there, other=0.0).to(tl.float32)
+    factor = tl.load(b_ptr + row[:, None] * r + rank[None, :], mask=there, other=0.0).to(tl.float32)
     total = 2.0 * scaling * tl.sum(product * factor, axis=1)
     total += tl.where(part == 0, square, 0.0)
-    tl.store(squares + part * n + row, total, mask=row < n)
+    tl.store(squares_ptr + part * n + row, total, mask=row < n)
 
 
 def dora_norm(
@@ -129,27 +134,15 @@ def dora_norm(
     if absmax is None:
         check_float(weight, "weight")
         check_shape(weight, (n, k), "weight")
-        base: tuple[Tensor | None, ...] = (weight.contiguous(), None, None, None, None)
+        base = Nf4(Pointers(weight.contiguous()), blocksize)
     else:
-        base = nf4(weight, absmax, absmax2, offset, blocksize, n * k)[:5]
+        base = nf4(weight, absmax, absmax2, offset, blocksize, n * k)
     a, b = lora_a.float().contiguous(), lora_b.float().contiguous()
-    parts = max(triton.cdiv(r, RANKS), 1)
+    parts = max(cdiv(r, RANKS), 1)
     squares = a.new_empty((parts, n))
-    launch(
-        norm_kernel,
-        lambda meta: (parts * triton.cdiv(n, meta["BLOCK_N"]),),
-        *base,
-        a,
-        b,
-        squares,
-        n,
-        k,
-        r,
-        scaling,
-        configs=NORM_CONFIGS,
-        BLOCKSIZE=blocksize,
-        RANKS=RANKS,
-    )
+    grid = (parts * cdiv(n, NORM["BLOCK_N"]),)
+    args = base.pointers, a, b, squares, n, k, r, scaling
+    launch(norm_kernel, grid, *args, config=NORM, BLOCK_SHIFT=base.shift, RANKS=RANKS)
     delta = ((b @ (a @ a.t())) * b).sum(1)
     return (squares.sum(0) + scaling**2 * delta).clamp_min_(0).sqrt_()
 
@@ -158,17 +151,8 @@ def dora_scale(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     z, scale, bias = _checked(z, scale, bias)
     out = torch.empty_like(z)
     m, n = _rows(z), z.shape[-1]
-    launch(
-        scale_kernel,
-        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]),),
-        z,
-        scale,
-        bias,
-        out,
-        m,
-        n,
-        configs=SCALE_CONFIGS,
-    )
+    grid = (cdiv(m, SCALE["BLOCK_M"]) * cdiv(n, SCALE["BLOCK_N"]),)
+    launch(scale_kernel, grid, z, scale, bias, out, m, n, config=SCALE)
     return out
 
 
@@ -177,22 +161,11 @@ def dora_scale_backward(dy: Tensor, z: Tensor, scale: Tensor, bias: Tensor | Non
     dy = matching(dy, z, "dy")
     dz = torch.empty_like(z)
     m, n = _rows(z), z.shape[-1]
-    chunks = triton.cdiv(m, CHUNK)
+    chunks = cdiv(m, CHUNK)
     sums = scale.new_empty((chunks, n))
-    launch(
-        scale_backward_kernel,
-        lambda meta: (chunks * triton.cdiv(n, meta["BLOCK_N"]),),
-        dy,
-        z,
-        scale,
-        bias,
-        dz,
-        sums,
-        m,
-        n,
-        configs=BACKWARD_CONFIGS,
-        CHUNK=CHUNK,
-    )
+    grid = (chunks * cdiv(n, SCALE_BACKWARD["BLOCK_N"]),)
+    args = dy, z, scale, bias, dz, sums, m, n
+    launch(scale_backward_kernel, grid, *args, config=SCALE_BACKWARD, CHUNK=CHUNK)
     return dz, sums.sum(0)
 
 

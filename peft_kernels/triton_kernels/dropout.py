@@ -1,6 +1,8 @@
-"""Dropout whose mask is a function of a seed: bit-equal to reference/dropout.py."""
+"""Dropout whose mask is a function of a seed: bit-equal to the op of the reference."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -9,33 +11,74 @@ from torch import Tensor
 
 from ..ops.dropout import dropout_scale, dropout_threshold
 from .common import check, check_dtype, check_float, check_numel
-from .launch import launch
+from .launch import VARYING, cdiv, config, launch
 
-CONFIGS = [triton.Config({"BLOCK": 2048}, num_warps=8)]
+DROPOUT = config(8, 3, BLOCK=2048)
+
+
+class Mask(NamedTuple):
+    """Of activations: which of them an adapter sees, times `scale`."""
+
+    seed: Tensor
+    stream: int
+    p: float
+
+    @property
+    def threshold(self) -> int:
+        return dropout_threshold(self.p)
+
+    @property
+    def scale(self) -> float:
+        return dropout_scale(self.p)
+
+
+def mask_args(mask: Mask | None) -> tuple[Tensor | None, int, int]:
+    return (None, 0, 0) if mask is None else (mask.seed, mask.stream, mask.threshold)
 
 
 @triton.jit
-def words_of(seed, stream, block):
-    """The four words of Philox4x32-10 of each block, int64 of any shape. `seed` points to int64.
+def words_of(seed_ptr, stream, block):
+    """The four words of Philox4x32-10 of each block, int64 of any shape. The seed is an int64.
 
     Word i of block b decides on element 4 b + i of the flattened activations.
     """
     low = (block & 0xFFFFFFFF).to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
-    return tl.philox(tl.load(seed), low, high, tl.cast(stream, tl.uint32), 0)
+    return tl.philox(tl.load(seed_ptr), low, high, tl.cast(stream, tl.uint32), 0)
 
 
 @triton.jit
-def dropout_kernel(x, out, seed, threshold: tl.uint32, scale, numel, BLOCK: tl.constexpr):
+def kept(mask, token, first, features, WIDTH: tl.constexpr, QUADS: tl.constexpr):
+    """Which elements of activations [.., features] dropout keeps: bool [rows, WIDTH].
+
+    In the rows `token`, int64, from feature `first` on. `mask` is what `mask_args` gives. QUADS: features and
+    first are multiples of 4.
+    """
+    seed_ptr, stream, threshold = mask
+    element = token * features + first
+    if QUADS:
+        block = (element >> 2)[:, None] + tl.arange(0, WIDTH // 4)[None, :]
+        w0, w1, w2, w3 = words_of(seed_ptr, stream, block)
+        words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+    else:
+        each = element[:, None] + tl.arange(0, WIDTH)[None, :]
+        w0, w1, w2, w3 = words_of(seed_ptr, stream, each >> 2)
+        at = each & 3
+        words = tl.where(at < 2, tl.where(at == 0, w0, w1), tl.where(at == 2, w2, w3))
+    return words >= tl.cast(threshold, tl.uint32)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def dropout_kernel(x_ptr, out_ptr, seed_ptr, threshold: tl.uint32, scale, numel, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    w0, w1, w2, w3 = words_of(seed, 0, first // 4 + tl.arange(0, BLOCK // 4))
+    w0, w1, w2, w3 = words_of(seed_ptr, 0, first // 4 + tl.arange(0, BLOCK // 4))
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     # Not a selection of x: NaN stays where its element is dropped.
     factor = tl.where(words >= tl.cast(threshold, tl.uint32), scale, 0.0)
     element = first + tl.arange(0, BLOCK)
     inside = element < numel
-    values = tl.load(x + element, mask=inside, other=0.0).to(tl.float32) * factor
-    tl.store(out + element, values.to(out.dtype.element_ty), mask=inside)
+    values = tl.load(x_ptr + element, mask=inside, other=0.0).to(tl.float32) * factor
+    tl.store(out_ptr + element, values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -45,17 +88,9 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
         return x.clone(memory_format=torch.contiguous_format)
     x = x.contiguous()
     out = torch.empty_like(x)
-    launch(
-        dropout_kernel,
-        lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),),
-        x,
-        out,
-        seed,
-        dropout_threshold(p),
-        dropout_scale(p),
-        x.numel(),
-        configs=CONFIGS,
-    )
+    grid = (cdiv(x.numel(), DROPOUT["BLOCK"]),)
+    args = x, out, seed, dropout_threshold(p), dropout_scale(p), x.numel()
+    launch(dropout_kernel, grid, *args, config=DROPOUT)
     return out
 
 

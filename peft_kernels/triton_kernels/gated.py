@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import check, check_float, matching
-from .launch import launch
+from .launch import cdiv, config, launch
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
-CONFIGS = [triton.Config({"BLOCK": 2048}, num_warps=8)]
+GATED = config(8, 3, BLOCK=2048)
 
 HALF_ROOT = tl.constexpr(math.sqrt(0.5))
 DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
@@ -54,25 +54,27 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def gated_kernel(gate, up, out, numel, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def gated_kernel(gate_ptr, up_ptr, out_ptr, numel, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < numel
-    g = tl.load(gate + element, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + element, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate_ptr + element, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up_ptr + element, mask=inside, other=0.0).to(tl.float32)
     value, _ = activate(g, ACTIVATION)
-    tl.store(out + element, (value * u).to(out.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + element, (value * u).to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def gated_backward_kernel(dy, gate, up, dgate, dup, numel, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):
+def gated_backward_kernel(
+    dy_ptr, gate_ptr, up_ptr, dgate_ptr, dup_ptr, numel, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr
+):
     element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = element < numel
-    d = tl.load(dy + element, mask=inside, other=0.0).to(tl.float32)
-    g = tl.load(gate + element, mask=inside, other=0.0).to(tl.float32)
-    u = tl.load(up + element, mask=inside, other=0.0).to(tl.float32)
+    d = tl.load(dy_ptr + element, mask=inside, other=0.0).to(tl.float32)
+    g = tl.load(gate_ptr + element, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up_ptr + element, mask=inside, other=0.0).to(tl.float32)
     value, slope = activate(g, ACTIVATION)
-    tl.store(dgate + element, (d * u * slope).to(dgate.dtype.element_ty), mask=inside)
-    tl.store(dup + element, (d * value).to(dup.dtype.element_ty), mask=inside)
+    tl.store(dgate_ptr + element, (d * u * slope).to(dgate_ptr.dtype.element_ty), mask=inside)
+    tl.store(dup_ptr + element, (d * value).to(dup_ptr.dtype.element_ty), mask=inside)
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
@@ -98,11 +100,5 @@ def _checked(activation: str, gate: Tensor, **like_gate: Tensor) -> list[Tensor]
 
 def _run(kernel: object, activation: str, *tensors: Tensor) -> None:
     numel = tensors[0].numel()
-    launch(
-        kernel,
-        lambda meta: (triton.cdiv(numel, meta["BLOCK"]),),
-        *tensors,
-        numel,
-        configs=CONFIGS,
-        ACTIVATION=activation,
-    )
+    grid = (cdiv(numel, GATED["BLOCK"]),)
+    launch(kernel, grid, *tensors, numel, config=GATED, ACTIVATION=activation)

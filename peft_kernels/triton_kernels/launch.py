@@ -1,32 +1,47 @@
-"""Launches: what a kernel is compiled with, and which of its configs runs."""
+"""Launches: the one place where kernels are started, or noted instead."""
 
 from __future__ import annotations
 
 import functools
-import os
-from collections.abc import Callable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import triton
-from torch import Tensor
+from triton.language.target_info import is_cuda
 from triton.runtime.errors import OutOfResources
 
-Run = Callable[[triton.Config], None]
+log = logging.getLogger(__name__)
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 """Whether the kernels of this process run in numpy. Triton decides that when it sees a kernel first."""
 
-ENVIRONMENT_VARIABLE = "PEFT_KERNELS_AUTOTUNE"
-"""0: nothing is timed, the first config is taken."""
+VARYING = ("m", "rows", "first_row", "split", "splits", "stream", "threshold", "group")
+"""Parameters of kernels whose values change from batch to batch, or from adapter to adapter. Kernels are not
+compiled anew where they are 1 or multiples of 16, as they are for all others: features, strides and numbers
+of elements, which a model has few of, and without which loads could not be wide."""
 
-_fastest: dict[tuple[Any, ...], triton.Config] = {}
+Config = dict[str, int]
+"""Meta-parameters of a kernel, warps and stages. Configs are constants of modules: one that a card has too
+little memory for is known again."""
+
+_fitting: dict[tuple[int, int], Config] = {}
 _recorder: Callable[..., None] | None = None
 
 
-def config(warps: int, stages: int, **blocks: int) -> triton.Config:
-    return triton.Config(blocks, num_warps=warps, num_stages=stages)
+def config(warps: int, stages: int, **blocks: int) -> Config:
+    return {**blocks, "num_warps": warps, "num_stages": stages}
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own, made for kernels too, costs a microsecond."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least that is n or more."""
+    return 1 << (n - 1).bit_length()
 
 
 def check_usable() -> None:
@@ -37,111 +52,68 @@ def check_usable() -> None:
 
 def target() -> str:
     """What kernels are compiled for, "cuda" or "hip"; or "numpy" when they are interpreted."""
-    return "numpy" if INTERPRETED else triton.runtime.driver.active.get_current_target().backend
+    return "numpy" if INTERPRETED else _target_of(triton.runtime.driver.active)
 
 
-def launch(
-    kernel: Any,
-    grid: Callable[[dict[str, Any]], tuple[int, ...]],
-    *args: Any,
-    configs: Sequence[triton.Config],
-    key: tuple[Any, ...] = (),
-    **constants: Any,
-) -> None:
+@functools.cache
+def _target_of(driver: Any) -> str:
+    return driver.get_current_target().backend
+
+
+@triton.constexpr_function
+def takes_ptx() -> bool:
+    """Inside kernels: whether the target does."""
+    return not INTERPRETED and is_cuda()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any) -> None:
     """Run a kernel on the current device.
 
     Parameters
     ----------
     kernel
-        A function under @triton.jit. A parameter `PTX: tl.constexpr` gets whether the target takes PTX.
-    grid : callable
-        The number of programs by the meta-parameters of the config and the constants. 0 programs are none.
-        Only the first dimension may pass 65535.
+        A function under @triton.jit.
+    grid : tuple of int
+        The number of programs. 0 are none. Only the first dimension may pass 65535.
     args
-        Tensors (None for one that is not there) and numbers, in the kernel's order.
-    configs : sequence of triton.Config
-        Meta-parameters, warps and stages to choose from, the best guess first. They must not differ in what
-        changes the order of a sum: results are to be the same from run to run.
-    key : tuple
-        The class of shapes. For each, and for the dtypes of `args`, the fastest config is found once by
-        timing; the kernel must not read what it writes. Under torch's deterministic algorithms, while a CUDA
-        graph is captured, and with PEFT_KERNELS_AUTOTUNE=0 the first config that fits the card runs.
+        Tensors (None for one that is not there), named tuples of them, and numbers, in the kernel's order.
+    config
+        Of a table. Where a card has less shared memory, or fewer registers, than it takes, stages are fewer.
     constants
         The kernel's other constexpr parameters, and options of the compiler (enable_fp_fusion).
     """
-    compiled_for = target()
-    if "PTX" in kernel.arg_names:
-        constants["PTX"] = compiled_for == "cuda"
-    if compiled_for == "hip":
-        configs = _in_two_stages(tuple(configs))
     if _recorder is not None:
-        for config in configs:
-            _recorder(kernel, args, constants, config)
+        _recorder(kernel, args, constants, config)
         return
+    if 0 in grid:
+        return
+    key = id(kernel), id(config)
+    if key not in _fitting:
+        log.info("first launch of %s with %s, compiled for %s", kernel.__name__, config, target())
+        _fitting[key] = for_target(config)
+    try:
+        kernel[grid](*args, **constants, **_fitting[key])
+    except OutOfResources as error:
+        stages = _fitting[key]["num_stages"] - 1
+        if stages == 0:
+            raise
+        log.warning("%s with %s: %s; goes on in %d stages", kernel.__name__, config, error, stages)
+        _fitting[key] = {**config, "num_stages": stages}
+        launch(kernel, grid, *args, config=config, **constants)
 
-    def run(config: triton.Config) -> None:
-        meta = {**constants, **config.all_kwargs()}
-        programs = grid(meta)
-        if 0 not in programs:
-            kernel[programs](*args, **meta)
 
-    if len(configs) > 1 and _may_time():
-        dtypes = (arg.dtype for arg in args if isinstance(arg, Tensor))
-        _run_fastest(run, configs, (kernel, torch.cuda.current_device(), *key, *dtypes))
-    else:
-        _run_first_that_fits(run, configs)
-
-
-@functools.cache
-def _in_two_stages(configs: tuple[triton.Config, ...]) -> list[triton.Config]:
-    """On AMD's cards further stages wait in registers, more than there are."""
-    found = []
-    for config in configs:
-        stages = min(config.num_stages, 2)
-        found.append(triton.Config(config.kwargs, num_warps=config.num_warps, num_stages=stages))
-    return list(dict.fromkeys(found))
+def for_target(config: Config) -> Config:
+    """On AMD's cards stages beyond two wait in registers, more than there are."""
+    return {**config, "num_stages": min(config["num_stages"], 2)} if target() == "hip" else config
 
 
 @contextmanager
 def recording(record: Callable[..., None]) -> Iterator[None]:
-    """Inside, kernels do not run: `record(kernel, args, constants, config)` gets each launch, with each of
-    its configs. Tensors may be without memory, on device "meta"."""
+    """Inside, kernels do not run: `record(kernel, args, constants, config)` gets each launch. Tensors may be
+    without memory, on device "meta"."""
     global _recorder
     before, _recorder = _recorder, record
     try:
         yield
     finally:
         _recorder = before
-
-
-def _may_time() -> bool:
-    return not (
-        INTERPRETED
-        or torch.are_deterministic_algorithms_enabled()
-        or os.environ.get(ENVIRONMENT_VARIABLE) == "0"
-    )
-
-
-def _run_fastest(run: Run, configs: Sequence[triton.Config], key: tuple[Any, ...]) -> None:
-    if key not in _fastest:
-        if torch.cuda.is_current_stream_capturing():
-            return _run_first_that_fits(run, configs)
-        times = [_milliseconds(run, config) for config in configs]
-        _fastest[key] = configs[times.index(min(times))]
-    return run(_fastest[key])
-
-
-def _milliseconds(run: Run, config: triton.Config) -> float:
-    try:
-        return triton.testing.do_bench(lambda: run(config), warmup=5, rep=20, return_mode="median")
-    except OutOfResources:
-        return float("inf")
-
-
-def _run_first_that_fits(run: Run, configs: Sequence[triton.Config]) -> None:
-    for config in configs[:-1]:
-        try:
-            return run(config)
-        except OutOfResources:  # of shared memory, or registers: a smaller card than the config is meant for
-            continue
-    return run(configs[-1])

@@ -3,133 +3,120 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from .adapters import Delta, mask_args
-from .common import Nf4, check, check_dtype, check_float, check_shape, nf4
-from .launch import launch
+from .common import check, check_dtype, check_float, check_shape
+from .dropout import mask_args
+from .launch import Config, cdiv, config, launch, target
 from .linear_kernels import linear_dx_kernel, linear_kernel
 from .linear_pieces import backward_by_pieces, forward_by_pieces
-from .linear_plan import Tiles, table_for, tiles_for
-from .sums import split_sum
+from .linear_unaligned import BLOCK_D, unaligned_product_kernel
+from .lora_adapters import Delta, delta_args
+from .nf4 import Nf4, nf4
+from .products import split_sum
 
 RUN = 64  # weights at a time
-RANKS = 16  # of an adapter at a time
 
 
-def linear(x: Tensor, weight: Nf4, n: int, bias: Tensor | None, delta: Delta | None = None) -> Tensor | None:
-    """y [m, n] of x [m, k], contiguous; None when no kernel is for so many rows."""
-    m, k = x.shape
-    tiles = tiles_for(table_for(x.dtype, backward=False), m)
+class Tiles(NamedTuple):
+    """Tiles of programs for up to `rows` rows of x or dy."""
+
+    rows: int
+    groups: int  # runs of weights that a program reads at a time, at most
+    config: Config
+
+
+# Up to 64 rows one tile holds them all, and each weight is decoded once. Few rows leave little to multiply:
+# several runs at a time keep bytes on their way. Many rows take a longer tile, which reads x less often.
+# Beyond the last line the weight is dequantised, piece by piece, for torch's product.
+FORWARD = [
+    Tiles(8, 4, config(4, 3, BLOCK_M=8, BLOCK_F=64)),
+    Tiles(16, 4, config(4, 3, BLOCK_M=16, BLOCK_F=64)),
+    Tiles(32, 2, config(4, 3, BLOCK_M=32, BLOCK_F=64)),
+    Tiles(256, 1, config(8, 3, BLOCK_M=64, BLOCK_F=128)),
+]
+# Beyond 64 rows a tile of 128 decodes each weight half as often as one of 64 would.
+BACKWARD = [
+    Tiles(16, 1, config(4, 3, BLOCK_M=16, BLOCK_F=64)),
+    Tiles(32, 1, config(4, 3, BLOCK_M=32, BLOCK_F=64)),
+    Tiles(64, 1, config(8, 2, BLOCK_M=64, BLOCK_F=64)),
+    Tiles(256, 1, config(8, 3, BLOCK_M=128, BLOCK_F=128)),
+]
+# fp32 goes without tensor cores, and torch's products do better from few rows on.
+FORWARD_F32 = [Tiles(16, 1, config(4, 2, BLOCK_M=16, BLOCK_F=32))]
+BACKWARD_F32 = [Tiles(16, 1, config(8, 2, BLOCK_M=16, BLOCK_F=32))]
+
+
+def tiles_for(table: list[Tiles], rows: int) -> Tiles | None:
+    least = 16 if target() == "hip" else 8  # columns of a matrix instruction
+    return next((t for t in table if rows <= t.rows and least <= t.config["BLOCK_M"]), None)
+
+
+def table_for(dtype: torch.dtype, backward: bool) -> list[Tiles]:
+    if dtype == torch.float32:
+        return BACKWARD_F32 if backward else FORWARD_F32
+    return BACKWARD if backward else FORWARD
+
+
+def fused_product(
+    x: Tensor,
+    weight: Nf4,
+    features: int,
+    backward: bool,
+    bias: Tensor | None = None,
+    delta: Delta | None = None,
+) -> Tensor | None:
+    """x [m, depth] times the weight [depth, features] if `backward`, else times the transpose of the weight
+    [features, depth]; with bias and delta. Contiguous; None when no kernel is for so many rows."""
+    m, depth = x.shape
+    tiles = tiles_for(table_for(x.dtype, backward), m)
     if tiles is None:
         return None
-    out = x.new_empty(m, n)
+    out = x.new_empty(m, features)
     if out.numel() == 0:
         return out
-    run, aligned = _runs(weight, k, x.dtype)
-    groups = math.gcd(k // run, tiles.groups) if aligned else 1
-    split = split_sum(_programs(tiles, "BLOCK_N", m, n), k, groups * run, out)
-    launch(
-        linear_kernel,
-        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(n, meta["BLOCK_N"]), split.count),
-        x,
-        *weight[:5],
-        bias,
-        *_delta_args(delta),
-        split.target,
-        m,
-        n,
-        k,
-        split.depth,
-        *_delta_sizes(delta),
-        configs=tiles.configs,
-        key=(tiles.rows, n, k, x.dtype, weight.blocksize, weight.absmax.dtype, delta is None),
-        BLOCK_SHIFT=weight.blocksize.bit_length() - 1,
-        ALIGNED=aligned,
-        SPLIT=split.count > 1,
-        BLOCK_K=run,
-        GROUPS=groups,
-        BLOCK_R=RANKS,
-    )
+    run = _run_of(weight, features if backward else depth, x.dtype)
+    kernel: Any
+    constants: dict[str, int]
+    if run is None:
+        kernel, unit, constants = unaligned_product_kernel, BLOCK_D.value, {"BACKWARD": backward}
+    elif backward:
+        unit = RUN // 2 if x.dtype == torch.float32 else RUN
+        kernel, constants = linear_dx_kernel, {"RUN": run, "BLOCK_D": unit}
+    else:
+        groups = math.gcd(depth // run, tiles.groups)
+        kernel, unit, constants = linear_kernel, groups * run, {"RUN": run, "GROUPS": groups}
+    programs = cdiv(m, tiles.config["BLOCK_M"]) * cdiv(features, tiles.config["BLOCK_F"])
+    split = split_sum(programs, depth, unit, out)
+    tensors = x, weight.pointers, bias, delta_args(delta), split.target
+    sizes = m, features, depth, split.units
+    args = *tensors, *sizes, *mask_args(None if delta is None else delta.seen.mask)
+    grid = programs, split.count
+    launch(kernel, grid, *args, config=tiles.config, BLOCK_SHIFT=weight.shift, **constants)
     split.finish()
     return out
 
 
-def linear_dx(dy: Tensor, weight: Nf4, k: int, delta: Delta | None = None) -> Tensor | None:
-    """dx [m, k] of dy [m, n], contiguous; None when no kernel is for so many rows."""
-    m, n = dy.shape
-    tiles = tiles_for(table_for(dy.dtype, backward=True), m)
-    if tiles is None:
-        return None
-    out = dy.new_empty(m, k)
-    if out.numel() == 0:
-        return out
-    run, aligned = _runs(weight, k, dy.dtype)
-    block_n = RUN if aligned and dy.dtype != torch.float32 else 32  # registers do not hold more one by one
-    split = split_sum(_programs(tiles, "BLOCK_K", m, k), n, block_n, out)
-    mask = None if delta is None else delta.mask
-    launch(
-        linear_dx_kernel,
-        lambda meta: (triton.cdiv(m, meta["BLOCK_M"]) * triton.cdiv(k, meta["BLOCK_K"]), split.count),
-        dy,
-        *weight[:5],
-        *_delta_args(delta),
-        split.target,
-        m,
-        n,
-        k,
-        split.depth,
-        *_delta_sizes(delta),
-        *mask_args(mask),
-        configs=tiles.configs,
-        key=(tiles.rows, n, k, dy.dtype, weight.blocksize, weight.absmax.dtype, delta is None, mask is None),
-        BLOCK_SHIFT=weight.blocksize.bit_length() - 1,
-        ALIGNED=aligned,
-        SPLIT=split.count > 1,
-        QUADS=k % 4 == 0,
-        RUN=run,
-        BLOCK_N=block_n,
-        BLOCK_R=RANKS,
-    )
-    split.finish()
-    return out
-
-
-def _runs(weight: Nf4, k: int, dtype: torch.dtype) -> tuple[int, bool]:
-    """How many weights of a row go together, and whether they always share an absmax and whole bytes."""
+def _run_of(weight: Nf4, k: int, dtype: torch.dtype) -> int | None:
+    """How many weights of a row go together, that share an absmax and are whole bytes; None where not all
+    rows consist of such."""
     for run in (RUN, RUN // 2):
         if k % run == 0 and weight.blocksize % run == 0 and (run < RUN or dtype != torch.float32):
-            return run, True
-    return RUN // 2, False
+            return run
+    return None
 
 
-def _programs(tiles: Tiles, block: str, rows: int, features: int) -> int:
-    sizes = tiles.configs[0].kwargs
-    return triton.cdiv(rows, sizes["BLOCK_M"]) * triton.cdiv(features, sizes[block])
-
-
-def _delta_args(delta: Delta | None) -> tuple[Tensor | None, Tensor | None]:
-    return (None, None) if delta is None else (delta.u, delta.v)
-
-
-def _delta_sizes(delta: Delta | None) -> tuple[int, int, float]:
-    if delta is None:
-        return 0, 0, 1.0
-    return delta.u.shape[1], delta.u.stride(0), delta.factor
-
-
-def product(x: Tensor, weight: Nf4, n: int, bias: Tensor | None) -> Tensor:
-    """y of any number of rows."""
-    y = linear(x, weight, n, bias)
-    return forward_by_pieces(x, weight, n, bias) if y is None else y
-
-
-def product_dx(dy: Tensor, weight: Nf4, k: int) -> Tensor:
-    dx = linear_dx(dy, weight, k)
-    return backward_by_pieces(dy, weight, k) if dx is None else dx
+def base_product(x: Tensor, weight: Nf4, features: int, backward: bool, bias: Tensor | None = None) -> Tensor:
+    """The same of any number of rows, without a delta."""
+    out = fused_product(x, weight, features, backward, bias)
+    if out is not None:
+        return out
+    return (
+        backward_by_pieces(x, weight, features) if backward else forward_by_pieces(x, weight, features, bias)
+    )
 
 
 # The ops
@@ -149,7 +136,7 @@ def nf4_linear(
     weight = nf4(packed, absmax, absmax2, offset, blocksize, out_features * rows.shape[1])
     if bias is not None:
         bias = checked_bias(bias, out_features, x.dtype)
-    return product(rows, weight, out_features, bias).view(*x.shape[:-1], out_features)
+    return base_product(rows, weight, out_features, False, bias).view(*x.shape[:-1], out_features)
 
 
 def nf4_linear_dx(
@@ -163,7 +150,7 @@ def nf4_linear_dx(
 ) -> Tensor:
     rows = as_rows(dy, "dy")
     weight = nf4(packed, absmax, absmax2, offset, blocksize, rows.shape[1] * in_features)
-    return product_dx(rows, weight, in_features).view(*dy.shape[:-1], in_features)
+    return base_product(rows, weight, in_features, True).view(*dy.shape[:-1], in_features)
 
 
 def as_rows(t: Tensor, name: str) -> Tensor:

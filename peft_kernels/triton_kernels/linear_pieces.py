@@ -6,30 +6,27 @@ A piece is small enough to be still in the cache of the card when its product re
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import Nf4
-from .decode import decode, load_absmax
-from .launch import launch
-from .linear_tiles import load_elements
+from .launch import VARYING, cdiv, config, launch
+from .linear_unaligned import unaligned_piece_kernel
+from .nf4 import Nf4
+from .nf4_decode import decode, load_absmax
 
 PIECE_BYTES = 16 << 20
 UNIT = 256  # rows or columns: whole tiles of torch's product
-CONFIGS = [triton.Config({"BLOCK_ROWS": 16, "BLOCK_COLS": 256}, num_warps=8)]
+PIECE = config(8, 3, BLOCK_ROWS=16, BLOCK_COLS=256)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def piece_kernel(
-    packed,
-    absmax,
-    absmax2,
-    offset,
-    dynamic_map,
-    out,
+    weight,
+    out_ptr,
     first_row,
     rows,
     first_col,
@@ -38,67 +35,47 @@ def piece_kernel(
     out_stride,
     BLOCK_SHIFT: tl.constexpr,
     RUN: tl.constexpr,
-    ALIGNED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
-    PTX: tl.constexpr,
 ):
-    """Part of a weight [.., k] into out. ALIGNED: k and first_col are multiples of RUN, and that divides the
+    """Part of a weight [.., k] into out. k and first_col are multiples of RUN, and that divides the
     blocksize, 2^BLOCK_SHIFT."""
+    RUNS: tl.constexpr = BLOCK_COLS // RUN
     col_tiles = tl.cdiv(cols, BLOCK_COLS)
     row = tl.program_id(0) // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(0) % col_tiles * BLOCK_COLS
+    start = (first_row + row).to(tl.int64) * k + first_col
+    half = first // 2 + tl.arange(0, BLOCK_COLS // 2)
+    there = (row < rows)[:, None] & (2 * half < cols)[None, :]
+    packed = tl.load(weight.packed + (start >> 1)[:, None] + half[None, :], mask=there, other=0)
+    run = first + RUN * tl.arange(0, RUNS)
+    there = (row < rows)[:, None] & (run < cols)[None, :]
+    scales = load_absmax(weight, (start[:, None] + run[None, :]) >> BLOCK_SHIFT, there)
+    weights = tl.reshape(decode(packed, tl.float32), (BLOCK_ROWS, RUNS, RUN)) * scales[:, :, None]
+    weights = tl.reshape(weights, (BLOCK_ROWS, BLOCK_COLS))
     col = first + tl.arange(0, BLOCK_COLS)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
-    start = (first_row + row).to(tl.int64) * k + first_col
-    if ALIGNED:
-        RUNS: tl.constexpr = BLOCK_COLS // RUN
-        half = first // 2 + tl.arange(0, BLOCK_COLS // 2)
-        there = (row < rows)[:, None] & (2 * half < cols)[None, :]
-        numbers = decode(
-            tl.load(packed + (start >> 1)[:, None] + half[None, :], mask=there, other=0), tl.float32, PTX
-        )
-        run = first + RUN * tl.arange(0, RUNS)
-        there = (row < rows)[:, None] & (run < cols)[None, :]
-        block = (start[:, None] + run[None, :]) >> BLOCK_SHIFT
-        scales = load_absmax(absmax, absmax2, offset, dynamic_map, block, there)
-        weights = tl.reshape(numbers, (BLOCK_ROWS, RUNS, RUN)) * scales[:, :, None]
-        weights = tl.reshape(weights, (BLOCK_ROWS, BLOCK_COLS))
-    else:
-        element = start[:, None] + col[None, :]
-        weights = load_elements(packed, absmax, absmax2, offset, dynamic_map, element, inside, BLOCK_SHIFT)
-    at = out + row.to(tl.int64)[:, None] * out_stride + col[None, :]
-    tl.store(at, weights.to(out.dtype.element_ty), mask=inside)
+    at = out_ptr + row.to(tl.int64)[:, None] * out_stride + col[None, :]
+    tl.store(at, weights.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def dequantize_part(weight: Nf4, k: int, rows: range, cols: range, out: Tensor) -> None:
     """Rows and columns of a weight [.., k] into out [rows, cols], whose rows may lie apart."""
-    run = next((run for run in (64, 32) if k % run == cols.start % run == weight.blocksize % run == 0), 0)
-    launch(
-        piece_kernel,
-        lambda meta: (
-            triton.cdiv(len(rows), meta["BLOCK_ROWS"]) * triton.cdiv(len(cols), meta["BLOCK_COLS"]),
-        ),
-        *weight[:5],
-        out,
-        rows.start,
-        len(rows),
-        cols.start,
-        len(cols),
-        k,
-        out.stride(0),
-        configs=CONFIGS,
-        BLOCK_SHIFT=weight.blocksize.bit_length() - 1,
-        RUN=run,
-        ALIGNED=run > 0,
-    )
+    tiles = cdiv(len(rows), PIECE["BLOCK_ROWS"]) * cdiv(len(cols), PIECE["BLOCK_COLS"])
+    kernel: Any = unaligned_piece_kernel
+    constants = {"BLOCK_SHIFT": weight.shift}
+    for run in (32, 64):
+        if k % run == cols.start % run == weight.blocksize % run == 0:
+            kernel, constants["RUN"] = piece_kernel, run
+    args = rows.start, len(rows), cols.start, len(cols), k, out.stride(0)
+    launch(kernel, (tiles,), weight.pointers, out, *args, config=PIECE, **constants)
 
 
 def pieces(count: int, length: int, itemsize: int) -> Iterator[range]:
     """`count` rows or columns of `length` elements in equal pieces, multiples of UNIT but for the last."""
     most = max(PIECE_BYTES // (max(length, 1) * itemsize) // UNIT, 1) * UNIT
-    number = max(triton.cdiv(count, most), 1)
-    size = triton.cdiv(triton.cdiv(count, number), UNIT) * UNIT
+    number = max(cdiv(count, most), 1)
+    size = cdiv(cdiv(count, number), UNIT) * UNIT
     for begin in range(0, count, size):
         yield range(begin, min(begin + size, count))
 

@@ -1,99 +1,52 @@
-"""Linear layers with LoRA adapters: layers that share x, each with any number of adapters."""
+"""Linear layers with LoRA adapters: layers that share x, each with any number of adapters.
+
+A layer has a frozen weight, dense or NF4: y = x W^T + bias, dx = dY W, and what adapters add.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .adapters import Adapter, Delta, adapters_of, check_outputs
 from .common import check, check_dtype, check_lengths, check_shape, compute_type
-from .layers import forward, input_gradient, layers_of
-from .linear import as_rows
-from .lora_products import over_rows, to_ranks
+from .linear import as_rows, base_product, checked_bias, fused_product
+from .lora_adapters import Adapter, Delta, adapters_of, check_outputs
+from .lora_products import over_rows, shrink, sum_with_deltas
+from .nf4 import Nf4, nf4
 
 
-def lora_linear(
+class Layer(NamedTuple):
+    weight: Nf4 | Tensor  # dense: of the base product's type, contiguous
+    n: int  # outputs
+    k: int  # inputs
+
+
+def layers_of(
     x: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    bias: Tensor | None,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
+    weight: Sequence[Tensor],
+    absmax: Sequence[Tensor | None],
+    absmax2: Sequence[Tensor | None],
+    offset: Sequence[Tensor | None],
+    blocksize: Sequence[int],
+    out_features: Sequence[int],
     compute_dtype: torch.dtype | None,
-) -> tuple[Tensor, Tensor]:
-    check(lora_b.dim() == 2, "lora_b", "2 dimensions", lora_b.dim())
-    (y,), h = multi_lora_linear(
-        x,
-        [weight],
-        [absmax],
-        [absmax2],
-        [offset],
-        [blocksize],
-        [lora_b.shape[0]],
-        [bias],
-        [lora_a],
-        [lora_b],
-        [0],
-        [scaling],
-        [dropout_p],
-        seed,
-        [0],
-        None,
-        compute_dtype,
-    )
-    return y, h
-
-
-def lora_linear_backward(
-    dy: Tensor,
-    x: Tensor,
-    h: Tensor,
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    compute_dtype: torch.dtype | None,
-    need_dx: bool,
-    need_da: bool,
-    need_db: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx, (da,), (db,) = multi_lora_linear_backward(
-        [dy],
-        x,
-        h,
-        [weight],
-        [absmax],
-        [absmax2],
-        [offset],
-        [blocksize],
-        [lora_a],
-        [lora_b],
-        [0],
-        [scaling],
-        [dropout_p],
-        seed,
-        [0],
-        None,
-        compute_dtype,
-        need_dx,
-        [need_da],
-        [need_db],
-    )
-    return dx, da, db
+) -> list[Layer]:
+    """The arguments that make layers on x [m, k]. RuntimeError when they do not fit."""
+    lists = (absmax, absmax2, offset, blocksize, out_features)
+    check_lengths(lists, len(weight), "absmax, absmax2, offset, blocksize, out_features", "weight")
+    layers, k = [], x.shape[1]
+    for w, scales, scales2, shift, size, n in zip(weight, *lists, strict=True):
+        if scales is None:
+            check_dtype(w, compute_type(compute_dtype, x), "weight")
+            check_shape(w, (n, k), "weight")
+            layers.append(Layer(w.contiguous(), n, k))
+        else:
+            layers.append(Layer(nf4(w, scales, scales2, shift, size, n * k), n, k))
+    return layers
 
 
 def multi_lora_linear(
@@ -124,19 +77,16 @@ def multi_lora_linear(
     check_outputs(adapters, out_features)
     check(len(bias) == len(layers), "bias", f"{len(layers)} like weight", len(bias))
     h = _empty_ranks(rows, adapters)
-    for adapter in adapters:
-        to_ranks(rows, adapter.a.t(), h[:, adapter.columns], 1.0, adapter.mask, adapter.served)
+    for a in adapters:
+        shrink(rows, a.a.t(), h[:, a.columns], 1.0, a.seen)
     y = []
     for j, of_layer in enumerate(layers):
         own_bias = bias[j]
         if own_bias is not None and own_bias.numel() == 0:
             own_bias = None
-        deltas = [
-            Delta(h[:, adapter.columns], adapter.b, adapter.scaling, None, adapter.served)
-            for adapter in adapters
-            if adapter.layer == j
-        ]
-        out = forward(rounded, of_layer, own_bias, deltas, x.dtype)
+        own = [adapter for adapter in adapters if adapter.layer == j]
+        deltas = [Delta(h[:, a.columns], a.b, a.scaling, a.seen.without_mask) for a in own]
+        out = _forward(rounded, of_layer, own_bias, deltas, x.dtype)
         y.append(out.view(*x.shape[:-1], of_layer.n))
     return y, h.view(*x.shape[:-1], h.shape[1])
 
@@ -179,24 +129,86 @@ def multi_lora_linear_backward(
     check_shape(h, (*x.shape[:-1], dh.shape[1]), "h")
     h = as_rows(h, "h")
     if need_dx or any(need_da):
-        for adapter in adapters:
-            d, part = gradients[adapter.layer], dh[:, adapter.columns]
-            to_ranks(d, adapter.b, part, adapter.scaling, None, adapter.served)
+        for a in adapters:
+            shrink(gradients[a.layer], a.b, dh[:, a.columns], a.scaling, a.seen.without_mask)
 
     dx = x.new_empty(x.shape if need_dx else 0)
     if need_dx:
-        deltas = [Delta(dh[:, a.columns], a.a.t(), 1.0, a.mask, a.served) for a in adapters]
-        dx = input_gradient(rounded, layers, deltas, x.dtype).view(x.shape) if layers else dx.zero_()
+        deltas = [Delta(dh[:, a.columns], a.a.t(), 1.0, a.seen) for a in adapters]
+        dx = _input_gradient(rounded, layers, deltas, x.dtype).view(x.shape) if layers else dx.zero_()
     da, db = [], []
-    for adapter, for_a, for_b in zip(adapters, need_da, need_db, strict=True):
-        da.append(adapter.a.new_empty(adapter.a.shape if for_a else 0))
-        db.append(adapter.b.new_empty(adapter.b.shape if for_b else 0))
+    for a, for_a, for_b in zip(adapters, need_da, need_db, strict=True):
+        da.append(a.a.new_empty(a.a.shape if for_a else 0))
+        db.append(a.b.new_empty(a.b.shape if for_b else 0))
         if for_a:
-            over_rows(rows, dh[:, adapter.columns], da[-1].t(), 1.0, adapter.mask, adapter.served)
+            over_rows(rows, dh[:, a.columns], da[-1].t(), 1.0, a.seen)
         if for_b:
-            d = gradients[adapter.layer]
-            over_rows(d, h[:, adapter.columns], db[-1], adapter.scaling, None, adapter.served)
+            over_rows(gradients[a.layer], h[:, a.columns], db[-1], a.scaling, a.seen.without_mask)
     return dx, da, db
+
+
+def lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """`multi_lora_linear` of one layer with one adapter."""
+    *base, bias, a, b, scaling, dropout_p, seed, compute_dtype = args
+    check(b.dim() == 2, "lora_b", "2 dimensions", b.dim())
+    lists = _lists(*base, b.shape[0], bias, a, b, 0, scaling, dropout_p)
+    rest: Any = seed, [0], None, compute_dtype
+    (y,), h = multi_lora_linear(x, *lists, *rest)
+    return y, h
+
+
+def lora_linear_backward(dy: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`multi_lora_linear_backward` of one layer with one adapter."""
+    *base, a, b, scaling, dropout_p, seed, compute_dtype, need_dx, need_da, need_db = args
+    lists = _lists(*base, a, b, 0, scaling, dropout_p)
+    rest: Any = seed, [0], None, compute_dtype, need_dx, [need_da], [need_db]
+    dx, (da,), (db,) = multi_lora_linear_backward([dy], x, h, *lists, *rest)
+    return dx, da, db
+
+
+def _lists(*values: Any) -> list[Any]:
+    return [[value] for value in values]
+
+
+def _forward(
+    x: Tensor, layer: Layer, bias: Tensor | None, deltas: Sequence[Delta], dtype: torch.dtype
+) -> Tensor:
+    """y [m, n], of `dtype`, of x [m, k] in the base product's type. Contiguous."""
+    weight, n, _ = layer
+    if bias is not None:
+        bias = checked_bias(bias, n, x.dtype if bias.dtype == x.dtype else dtype)
+        bias = bias if bias.dtype == x.dtype else bias.float()
+    if isinstance(weight, Tensor):
+        y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    else:
+        if x.dtype == dtype and _joins(deltas):
+            fused = fused_product(x, weight, n, False, bias, deltas[0])
+            if fused is not None:
+                return fused
+        y = base_product(x, weight, n, False, bias)
+    return sum_with_deltas([y.to(dtype)], deltas)
+
+
+def _input_gradient(
+    dy: Sequence[Tensor], layers: Sequence[Layer], deltas: Sequence[Delta], dtype: torch.dtype
+) -> Tensor:
+    """dx [m, k], of `dtype`, of the dy [m, n] of all layers in the base product's type, at least one."""
+    weight, _, k = layers[0]
+    if dy[0].dtype == dtype and len(layers) == 1 and isinstance(weight, Nf4) and _joins(deltas):
+        fused = fused_product(dy[0], weight, k, True, None, deltas[0])
+        if fused is not None:
+            return fused
+    terms = [
+        (torch.mm(d, weight) if isinstance(weight, Tensor) else base_product(d, weight, k, True)).to(dtype)
+        for d, (weight, _, k) in zip(dy, layers, strict=True)
+    ]
+    return sum_with_deltas(terms, deltas)
+
+
+def _joins(deltas: Sequence[Delta]) -> bool:
+    """Whether the kernels of the product can add them: a single one, and in every row. In rows that it does
+    not serve, zeros would meet what the adapter holds, which may be Inf."""
+    return len(deltas) == 1 and deltas[0].seen.served is None
 
 
 def _empty_ranks(rows: Tensor, adapters: Sequence[Adapter]) -> Tensor:

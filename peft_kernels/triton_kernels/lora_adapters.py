@@ -6,27 +6,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from ..ops.dropout import dropout_scale, dropout_threshold
 from .common import check, check_dtype, check_float, check_lengths, check_shape
-from .dropout import check_dropout
-
-
-class Mask(NamedTuple):
-    """Dropout as in reference/dropout.py."""
-
-    seed: Tensor
-    stream: int
-    p: float
-
-    @property
-    def threshold(self) -> int:
-        return dropout_threshold(self.p)
-
-    @property
-    def scale(self) -> float:
-        return dropout_scale(self.p)
+from .dropout import Mask, check_dropout, mask_args
+from .products import dot
 
 
 class Served(NamedTuple):
@@ -34,6 +20,27 @@ class Served(NamedTuple):
 
     row_group: Tensor  # int64 [m], contiguous
     group: int
+
+
+class Seen(NamedTuple):
+    """What an adapter sees of activations: elements that dropout keeps, and rows that it serves."""
+
+    mask: Mask | None = None
+    served: Served | None = None  # None: it serves all rows
+
+    @property
+    def scale(self) -> float:
+        """Of what dropout keeps."""
+        return 1.0 if self.mask is None else self.mask.scale
+
+    @property
+    def without_mask(self) -> Seen:
+        return Seen(None, self.served)
+
+    @property
+    def args(self) -> tuple[Tensor | None, int, Tensor | None, int, int]:
+        """Row groups, the group, and the mask, for kernels."""
+        return *((None, 0) if self.served is None else self.served), *mask_args(self.mask)
 
 
 class Adapter(NamedTuple):
@@ -44,8 +51,7 @@ class Adapter(NamedTuple):
     b: Tensor  # [n, rank]
     layer: int
     scaling: float
-    mask: Mask | None
-    served: Served | None  # None: it serves all rows
+    seen: Seen  # of x; of dy without the mask
     columns: slice
 
     @property
@@ -59,25 +65,42 @@ class Delta(NamedTuple):
     u: Tensor  # fp32 [m, rank], rows may lie apart
     v: Tensor  # [features, rank], B forward and A transposed backward
     scale: float
-    mask: Mask | None = None
-    served: Served | None = None
-
-    @property
-    def factor(self) -> float:
-        """Of what the mask keeps."""
-        return self.scale * mask_scale(self.mask)
+    seen: Seen
 
 
-def mask_scale(mask: Mask | None) -> float:
-    return 1.0 if mask is None else mask.scale
+class DeltaArgs(NamedTuple):
+    """The same for kernels, but for mask and rows."""
+
+    u: Tensor
+    v: Tensor
+    u_stride: int
+    v_stride: int
+    v_rank_stride: int
+    rank: int
+    scale: float  # times the mask's
 
 
-def mask_args(mask: Mask | None) -> tuple[Tensor | None, int, int]:
-    return (None, 0, 0) if mask is None else (mask.seed, mask.stream, mask.threshold)
+def delta_args(delta: Delta | None) -> DeltaArgs | None:
+    if delta is None:
+        return None
+    u, v, scale, seen = delta
+    return DeltaArgs(u, v, u.stride(0), v.stride(0), v.stride(1), v.shape[1], scale * seen.scale)
 
 
-def served_args(served: Served | None) -> tuple[Tensor | None, int]:
-    return (None, 0) if served is None else served
+@triton.jit
+def delta_tile(delta, token, m, feature, features, result: tl.constexpr, BLOCK_R: tl.constexpr):
+    """v u^T [features, tokens] of a delta, for a result of that type."""
+    u_rows = tl.minimum(token, m - 1).to(tl.int64) * delta.u_stride
+    v_rows = tl.minimum(feature, features - 1).to(tl.int64) * delta.v_stride
+    sum = tl.zeros((feature.shape[0], token.shape[0]), tl.float32)
+    for first in range(0, delta.rank, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        inside = (r < delta.rank)[None, :]
+        u = tl.load(delta.u + u_rows[:, None] + r[None, :], mask=inside, other=0.0)
+        at = v_rows[:, None] + r.to(tl.int64)[None, :] * delta.v_rank_stride
+        v = tl.load(delta.v + at, mask=inside, other=0.0)
+        sum += dot(v, tl.trans(u), result)
+    return sum
 
 
 def adapters_of(
@@ -108,10 +131,10 @@ def adapters_of(
         check_shape(b, (b.shape[0], a.shape[0]), "lora_b")
         check_dropout(p, seed)
         mask = None if p == 0 or seed is None else Mask(seed, i, p)
-        served = None if row_group is None else Served(row_group, group[i])
+        seen = Seen(mask, None if row_group is None else Served(row_group, group[i]))
         first = adapters[-1].columns.stop if adapters else 0
         columns = slice(first, first + a.shape[0])
-        adapters.append(Adapter(a.contiguous(), b.contiguous(), j, scaling[i], mask, served, columns))
+        adapters.append(Adapter(a.contiguous(), b.contiguous(), j, scaling[i], seen, columns))
     return adapters
 
 

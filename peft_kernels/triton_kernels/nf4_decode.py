@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from ..code_tables import NF4_CODE
+from .launch import takes_ptx
 
 STRETCH = {torch.float32: 1.0, torch.bfloat16: 1.436715, torch.float16: 1.36619}
 """Codes are decoded times this: a factor with which all 16 numbers lie close to numbers of the dtype. The RMS
@@ -85,13 +86,12 @@ def value_of(code):
 
 
 @triton.jit
-def decode(packed, dtype: tl.constexpr, PTX: tl.constexpr):
+def decode(packed, dtype: tl.constexpr):
     """The codes in `packed`, uint8 [.., width], as numbers [.., 2 width] that are not scaled yet.
 
-    `dtype` is tl.float32 (exact), tl.bfloat16 or tl.float16: numbers times `stretch`, rounded once. `PTX`:
-    whether the target takes it; `launch` knows.
+    `dtype` is tl.float32 (exact), tl.bfloat16 or tl.float16: numbers times `stretch`, rounded once.
     """
-    if PTX:
+    if takes_ptx():
         if dtype == tl.float32:
             high, low = tl.inline_asm_elementwise(
                 DECODE_F32, "=r,=r,=r,=r,=r,=r,=r,=r,r", [packed], (tl.float32, tl.float32), True, 4
@@ -121,18 +121,28 @@ def stretch(dtype: tl.constexpr):
 
 
 @triton.jit
-def load_absmax(absmax, absmax2, offset, dynamic_map, block, mask):
-    """The absmax, fp32, of `block`, int64 of any shape; 0 where `mask` is false.
+def load_absmax(weight, block, mask):
+    """The absmax, fp32, of `block` of a weight, int64 of any shape; 0 where `mask` is false.
 
-    The pointers are those of an `Nf4` (common.py); absmax2, offset and dynamic_map are None for a weight
-    without double quantisation. Equal to the format to the bit when the kernel is launched with
-    enable_fp_fusion=False.
+    `weight` are the pointers of an `Nf4` (nf4.py). Equal to the format to the bit when the kernel is launched
+    with enable_fp_fusion=False.
     """
-    if absmax2 is None:
-        value = tl.load(absmax + block, mask=mask, other=0.0)
+    if weight.absmax2 is None:
+        value = tl.load(weight.absmax + block, mask=mask, other=0.0)
     else:
-        code = tl.load(absmax + block, mask=mask, other=0).to(tl.int32)
-        scale = tl.load(absmax2 + (block >> 8), mask=mask, other=0.0)
-        value = tl.load(dynamic_map + code) * scale + tl.load(offset)
+        code = tl.load(weight.absmax + block, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(weight.absmax2 + (block >> 8), mask=mask, other=0.0)
+        value = tl.load(weight.dynamic_map + code) * scale + tl.load(weight.offset)
         value = tl.where(mask, value, 0.0)
     return value
+
+
+@triton.jit
+def load_elements(weight, element, mask, BLOCK_SHIFT: tl.constexpr):
+    """Elements of a weight, fp32, one by one: for rows that begin amid a byte or block. 0 without `mask`.
+
+    `element` is int64, `mask` of its shape.
+    """
+    byte = tl.load(weight.packed + (element >> 1), mask=mask, other=0).to(tl.int32)
+    code = tl.where((element & 1) == 0, byte >> 4, byte & 15)
+    return tl.where(mask, value_of(code) * load_absmax(weight, element >> BLOCK_SHIFT, mask), 0.0)
