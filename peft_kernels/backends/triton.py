@@ -66,7 +66,7 @@ class TritonBackend:
         def call(*args: Any) -> Any:
             # Triton launches on the current device.
             with torch.cuda.device_of(next(tensors(args))):
-                return getattr(_kernels(), op.name)(*args)
+                return getattr(_kernels(), op.name)(op.named(args))
 
         return call
 

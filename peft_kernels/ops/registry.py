@@ -116,7 +116,7 @@ class Op:
         if cls._group is not None:
             at, many = cls._group
             group = args[at : at + len(Base._fields)]
-            whole = [Base(*one) for one in zip(*group, strict=True)] if many else Base(*group)
+            whole = _bases(group) if many else Base(*group)
             args = (*args[:at], whole, *args[at + len(group) :])
         return cls._named(*args)
 
@@ -129,6 +129,14 @@ class Op:
 OPS: dict[str, type[Op]] = {}
 _PLAIN: Any = SimpleNamespace()
 _calls: dict[OpOverload, Call] = {}
+
+
+def _bases(lists: Sequence[Sequence[Any]]) -> list[Base]:
+    first, *others = (len(values) for values in lists)
+    if others != [first] * len(others):
+        got = ", ".join(map(str, others))
+        raise RuntimeError(f"{', '.join(Base._fields[1:])}: expected {first} of each like weight, got {got}")
+    return [Base(*one) for one in zip(*lists, strict=True)]
 
 
 def _names(declared: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Triton kernels, one file per family: the functions here are the ops of `spec` by the same names.
+"""Triton kernels, one file per family: the functions here are ops by the same names, of named arguments.
 
 Importing this package imports Triton, so that only back end `triton` does it, when it is first asked.
 """

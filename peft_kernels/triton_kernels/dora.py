@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -115,40 +117,32 @@ def norm_kernel(
     tl.store(squares_ptr + part * n + row, total, mask=row < n)
 
 
-def dora_norm(
-    weight: Tensor,
-    absmax: Tensor | None,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float,
-) -> Tensor:
+def dora_norm(args: Any) -> Tensor:
+    base, lora_a, lora_b, scaling = args
     dims = f"{lora_a.dim()}, {lora_b.dim()}"
     check(lora_a.dim() == lora_b.dim() == 2, "lora_a, lora_b", "2 dimensions", dims)
     (r, k), n = lora_a.shape, lora_b.shape[0]
     check_shape(lora_b, (n, r), "lora_b")
     check_float(lora_a, "lora_a")
     check_float(lora_b, "lora_b")
-    if absmax is None:
-        check_float(weight, "weight")
-        check_shape(weight, (n, k), "weight")
-        base = Nf4(Pointers(weight.contiguous()), blocksize)
+    if base.absmax is None:
+        check_float(base.weight, "weight")
+        check_shape(base.weight, (n, k), "weight")
+        weight = Nf4(Pointers(base.weight.contiguous()), base.blocksize)
     else:
-        base = nf4(weight, absmax, absmax2, offset, blocksize, n * k)
+        weight = nf4(base, n * k)
     a, b = lora_a.float().contiguous(), lora_b.float().contiguous()
     parts = max(cdiv(r, RANKS), 1)
     squares = a.new_empty((parts, n))
     grid = (parts * cdiv(n, NORM["BLOCK_N"]),)
-    args = base.pointers, a, b, squares, n, k, r, scaling
-    launch(norm_kernel, grid, *args, config=NORM, BLOCK_SHIFT=base.shift, RANKS=RANKS)
+    tensors = weight.pointers, a, b, squares, n, k, r, scaling
+    launch(norm_kernel, grid, *tensors, config=NORM, BLOCK_SHIFT=weight.shift, RANKS=RANKS)
     delta = ((b @ (a @ a.t())) * b).sum(1)
     return (squares.sum(0) + scaling**2 * delta).clamp_min_(0).sqrt_()
 
 
-def dora_scale(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    z, scale, bias = _checked(z, scale, bias)
+def dora_scale(args: Any) -> Tensor:
+    z, scale, bias = _checked(*args)
     out = torch.empty_like(z)
     m, n = _rows(z), z.shape[-1]
     grid = (cdiv(m, SCALE["BLOCK_M"]) * cdiv(n, SCALE["BLOCK_N"]),)
@@ -156,16 +150,16 @@ def dora_scale(z: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     return out
 
 
-def dora_scale_backward(dy: Tensor, z: Tensor, scale: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    z, scale, bias = _checked(z, scale, bias)
-    dy = matching(dy, z, "dy")
+def dora_scale_backward(args: Any) -> tuple[Tensor, Tensor]:
+    z, scale, bias = _checked(args.z, args.scale, args.bias)
+    dy = matching(args.dy, z, "dy")
     dz = torch.empty_like(z)
     m, n = _rows(z), z.shape[-1]
     chunks = cdiv(m, CHUNK)
     sums = scale.new_empty((chunks, n))
     grid = (chunks * cdiv(n, SCALE_BACKWARD["BLOCK_N"]),)
-    args = dy, z, scale, bias, dz, sums, m, n
-    launch(scale_backward_kernel, grid, *args, config=SCALE_BACKWARD, CHUNK=CHUNK)
+    tensors = dy, z, scale, bias, dz, sums, m, n
+    launch(scale_backward_kernel, grid, *tensors, config=SCALE_BACKWARD, CHUNK=CHUNK)
     return dz, sums.sum(0)
 
 

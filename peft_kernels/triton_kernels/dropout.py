@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -81,7 +81,8 @@ def dropout_kernel(x_ptr, out_ptr, seed_ptr, threshold: tl.uint32, scale, numel,
     tl.store(out_ptr + element, values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
+def dropout(args: Any) -> Tensor:
+    x, p, seed = args
     check_float(x, "x")
     check_dropout(p, seed)
     if p == 0:
@@ -89,8 +90,8 @@ def dropout(x: Tensor, p: float, seed: Tensor) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x)
     grid = (cdiv(x.numel(), DROPOUT["BLOCK"]),)
-    args = x, out, seed, dropout_threshold(p), dropout_scale(p), x.numel()
-    launch(dropout_kernel, grid, *args, config=DROPOUT)
+    tensors = x, out, seed, dropout_threshold(p), dropout_scale(p), x.numel()
+    launch(dropout_kernel, grid, *tensors, config=DROPOUT)
     return out
 
 

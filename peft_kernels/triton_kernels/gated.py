@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -77,17 +78,17 @@ def gated_backward_kernel(
     tl.store(dup_ptr + element, (d * value).to(dup_ptr.dtype.element_ty), mask=inside)
 
 
-def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    gate, up = _checked(activation, gate, up=up)
+def gated_activation(args: Any) -> Tensor:
+    gate, up = _checked(args.activation, args.gate, up=args.up)
     out = torch.empty_like(gate)
-    _run(gated_kernel, activation, gate, up, out)
+    _run(gated_kernel, args.activation, gate, up, out)
     return out
 
 
-def gated_activation_backward(dy: Tensor, gate: Tensor, up: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    gate, up, dy = _checked(activation, gate, up=up, dy=dy)
+def gated_activation_backward(args: Any) -> tuple[Tensor, Tensor]:
+    gate, up, dy = _checked(args.activation, args.gate, up=args.up, dy=args.dy)
     dgate, dup = torch.empty_like(gate), torch.empty_like(up)
-    _run(gated_backward_kernel, activation, dy, gate, up, dgate, dup)
+    _run(gated_backward_kernel, args.activation, dy, gate, up, dgate, dup)
     return dgate, dup
 
 

@@ -122,34 +122,19 @@ def base_product(x: Tensor, weight: Nf4, features: int, backward: bool, bias: Te
 # The ops
 
 
-def nf4_linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    out_features: int,
-    bias: Tensor | None,
-) -> Tensor:
+def nf4_linear(args: Any) -> Tensor:
+    x, base, out_features, bias = args
     rows = as_rows(x, "x")
-    weight = nf4(packed, absmax, absmax2, offset, blocksize, out_features * rows.shape[1])
+    weight = nf4(base, out_features * rows.shape[1])
     if bias is not None:
         bias = checked_bias(bias, out_features, x.dtype)
     return base_product(rows, weight, out_features, False, bias).view(*x.shape[:-1], out_features)
 
 
-def nf4_linear_dx(
-    dy: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    in_features: int,
-) -> Tensor:
+def nf4_linear_dx(args: Any) -> Tensor:
+    dy, base, in_features = args
     rows = as_rows(dy, "dy")
-    weight = nf4(packed, absmax, absmax2, offset, blocksize, rows.shape[1] * in_features)
+    weight = nf4(base, rows.shape[1] * in_features)
     return base_product(rows, weight, in_features, True).view(*dy.shape[:-1], in_features)
 
 

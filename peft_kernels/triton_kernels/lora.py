@@ -6,6 +6,7 @@ A layer has a frozen weight, dense or NF4: y = x W^T + bias, dx = dY W, and what
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,55 +26,26 @@ class Layer(NamedTuple):
     k: int  # inputs
 
 
-def layers_of(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    absmax: Sequence[Tensor | None],
-    absmax2: Sequence[Tensor | None],
-    offset: Sequence[Tensor | None],
-    blocksize: Sequence[int],
-    out_features: Sequence[int],
-    compute_dtype: torch.dtype | None,
-) -> list[Layer]:
-    """The arguments that make layers on x [m, k]. RuntimeError when they do not fit."""
-    lists = (absmax, absmax2, offset, blocksize, out_features)
-    check_lengths(lists, len(weight), "absmax, absmax2, offset, blocksize, out_features", "weight")
+def layers_of(args: Any, x: Tensor, out_features: Sequence[int]) -> list[Layer]:
+    """The base weights of an op on x [m, k]. RuntimeError when they do not fit."""
+    check_lengths((out_features,), len(args.bases), "out_features", "weight")
     layers, k = [], x.shape[1]
-    for w, scales, scales2, shift, size, n in zip(weight, *lists, strict=True):
-        if scales is None:
-            check_dtype(w, compute_type(compute_dtype, x), "weight")
-            check_shape(w, (n, k), "weight")
-            layers.append(Layer(w.contiguous(), n, k))
+    for base, n in zip(args.bases, out_features, strict=True):
+        if base.absmax is None:
+            check_dtype(base.weight, compute_type(args.compute_dtype, x), "weight")
+            check_shape(base.weight, (n, k), "weight")
+            layers.append(Layer(base.weight.contiguous(), n, k))
         else:
-            layers.append(Layer(nf4(w, scales, scales2, shift, size, n * k), n, k))
+            layers.append(Layer(nf4(base, n * k), n, k))
     return layers
 
 
-def multi_lora_linear(
-    x: Tensor,
-    weight: Sequence[Tensor],
-    absmax: Sequence[Tensor | None],
-    absmax2: Sequence[Tensor | None],
-    offset: Sequence[Tensor | None],
-    blocksize: Sequence[int],
-    out_features: Sequence[int],
-    bias: Sequence[Tensor | None],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    layer: Sequence[int],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    group: Sequence[int],
-    row_group: Tensor | None,
-    compute_dtype: torch.dtype | None,
-) -> tuple[list[Tensor], Tensor]:
+def multi_lora_linear(args: Any) -> tuple[list[Tensor], Tensor]:
+    x, bias, out_features = args.x, args.bias, args.out_features
     rows = as_rows(x, "x")
-    rounded = rows.to(compute_type(compute_dtype, x))
-    adapters = adapters_of(
-        rows, len(weight), lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group
-    )
-    layers = layers_of(rows, weight, absmax, absmax2, offset, blocksize, out_features, compute_dtype)
+    rounded = rows.to(compute_type(args.compute_dtype, x))
+    adapters = adapters_of(args, rows)
+    layers = layers_of(args, rows, out_features)
     check_outputs(adapters, out_features)
     check(len(bias) == len(layers), "bias", f"{len(layers)} like weight", len(bias))
     h = _empty_ranks(rows, adapters)
@@ -91,38 +63,18 @@ def multi_lora_linear(
     return y, h.view(*x.shape[:-1], h.shape[1])
 
 
-def multi_lora_linear_backward(
-    dy: Sequence[Tensor],
-    x: Tensor,
-    h: Tensor,
-    weight: Sequence[Tensor],
-    absmax: Sequence[Tensor | None],
-    absmax2: Sequence[Tensor | None],
-    offset: Sequence[Tensor | None],
-    blocksize: Sequence[int],
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    layer: Sequence[int],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    group: Sequence[int],
-    row_group: Tensor | None,
-    compute_dtype: torch.dtype | None,
-    need_dx: bool,
-    need_da: Sequence[bool],
-    need_db: Sequence[bool],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+def multi_lora_linear_backward(args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    x, h, dy = args.x, args.h, args.dy
+    need_dx, need_da, need_db = args.need_dx, args.need_da, args.need_db
     rows = as_rows(x, "x")
-    check(len(dy) == len(weight), "dy", f"{len(weight)} like weight", len(dy))
-    check_lengths((need_da, need_db), len(lora_a), "need_da, need_db", "lora_a")
+    layers_count = len(args.bases)
+    check(len(dy) == layers_count, "dy", f"{layers_count} like weight", len(dy))
+    check_lengths((need_da, need_db), len(args.lora_a), "need_da, need_db", "lora_a")
     gradients = [_gradient_rows(d, x) for d in dy]
     out_features = [d.shape[1] for d in gradients]
-    adapters = adapters_of(
-        rows, len(weight), lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group
-    )
-    rounded = [d.to(compute_type(compute_dtype, x)) for d in gradients]
-    layers = layers_of(rows, weight, absmax, absmax2, offset, blocksize, out_features, compute_dtype)
+    adapters = adapters_of(args, rows)
+    rounded = [d.to(compute_type(args.compute_dtype, x)) for d in gradients]
+    layers = layers_of(args, rows, out_features)
     check_outputs(adapters, out_features)
     dh = _empty_ranks(rows, adapters)
     check_dtype(h, torch.float32, "h")
@@ -147,27 +99,28 @@ def multi_lora_linear_backward(
     return dx, da, db
 
 
-def lora_linear(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+def lora_linear(args: Any) -> tuple[Tensor, Tensor]:
     """`multi_lora_linear` of one layer with one adapter."""
-    *base, bias, a, b, scaling, dropout_p, seed, compute_dtype = args
+    b = args.lora_b
     check(b.dim() == 2, "lora_b", "2 dimensions", b.dim())
-    lists = _lists(*base, b.shape[0], bias, a, b, 0, scaling, dropout_p)
-    rest: Any = seed, [0], None, compute_dtype
-    (y,), h = multi_lora_linear(x, *lists, *rest)
+    (y,), h = multi_lora_linear(_one_of_many(args, out_features=[b.shape[0]], bias=[args.bias]))
     return y, h
 
 
-def lora_linear_backward(dy: Tensor, x: Tensor, h: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def lora_linear_backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`multi_lora_linear_backward` of one layer with one adapter."""
-    *base, a, b, scaling, dropout_p, seed, compute_dtype, need_dx, need_da, need_db = args
-    lists = _lists(*base, a, b, 0, scaling, dropout_p)
-    rest: Any = seed, [0], None, compute_dtype, need_dx, [need_da], [need_db]
-    dx, (da,), (db,) = multi_lora_linear_backward([dy], x, h, *lists, *rest)
+    needs = {"need_dx": args.need_dx, "need_da": [args.need_da], "need_db": [args.need_db]}
+    many = _one_of_many(args, dy=[args.dy], h=args.h, **needs)
+    dx, (da,), (db,) = multi_lora_linear_backward(many)
     return dx, da, db
 
 
-def _lists(*values: Any) -> list[Any]:
-    return [[value] for value in values]
+def _one_of_many(args: Any, **others: Any) -> Any:
+    """The arguments of an op of one layer as those of an op of several."""
+    lists = {"bases": [args.base], "lora_a": [args.lora_a], "lora_b": [args.lora_b], "layer": [0]}
+    lists |= {"scaling": [args.scaling], "dropout_p": [args.dropout_p], "group": [0]}
+    same = {"x": args.x, "seed": args.seed, "row_group": None, "compute_dtype": args.compute_dtype}
+    return SimpleNamespace(**lists, **same, **others)
 
 
 def _forward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -103,38 +103,29 @@ def delta_tile(delta, token, m, feature, features, result: tl.constexpr, BLOCK_R
     return sum
 
 
-def adapters_of(
-    x: Tensor,
-    layers: int,
-    lora_a: Sequence[Tensor],
-    lora_b: Sequence[Tensor],
-    layer: Sequence[int],
-    scaling: Sequence[float],
-    dropout_p: Sequence[float],
-    seed: Tensor | None,
-    group: Sequence[int],
-    row_group: Tensor | None,
-) -> list[Adapter]:
-    """The arguments that make adapters of `layers` layers on x [m, k]. RuntimeError when they do not fit."""
-    lists = (lora_b, layer, scaling, dropout_p, group)
-    check_lengths(lists, len(lora_a), "lora_b, layer, scaling, dropout_p, group", "lora_a")
+def adapters_of(args: Any, x: Tensor) -> list[Adapter]:
+    """The adapters of an op's layers on x [m, k]. RuntimeError when they do not fit."""
+    layers, row_group = len(args.bases), args.row_group
+    factors = args.lora_a, args.lora_b, args.layer, args.dropout_p
+    lists = (*factors[1:], args.scaling, args.group)
+    check_lengths(lists, len(args.lora_a), "lora_b, layer, dropout_p, scaling, group", "lora_a")
     if row_group is not None:
         check_dtype(row_group, torch.int64, "row_group")
         check_shape(row_group, x.shape[:1], "row_group")
         row_group = row_group.contiguous()
     adapters: list[Adapter] = []
-    for i, (a, b, j, p) in enumerate(zip(lora_a, lora_b, layer, dropout_p, strict=True)):
+    for i, (a, b, j, p) in enumerate(zip(*factors, strict=True)):
         _check_factor(a, x.dtype, "lora_a")
         _check_factor(b, x.dtype, "lora_b")
         check(0 <= j < layers, "layer", f"0 to {layers - 1}", j)
         check_shape(a, (a.shape[0], x.shape[1]), "lora_a")
         check_shape(b, (b.shape[0], a.shape[0]), "lora_b")
-        check_dropout(p, seed)
-        mask = None if p == 0 or seed is None else Mask(seed, i, p)
-        seen = Seen(mask, None if row_group is None else Served(row_group, group[i]))
+        check_dropout(p, args.seed)
+        mask = None if p == 0 or args.seed is None else Mask(args.seed, i, p)
+        seen = Seen(mask, None if row_group is None else Served(row_group, args.group[i]))
         first = adapters[-1].columns.stop if adapters else 0
         columns = slice(first, first + a.shape[0])
-        adapters.append(Adapter(a.contiguous(), b.contiguous(), j, scaling[i], seen, columns))
+        adapters.append(Adapter(a.contiguous(), b.contiguous(), j, args.scaling[i], seen, columns))
     return adapters
 
 

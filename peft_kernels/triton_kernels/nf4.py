@@ -5,8 +5,7 @@ Bit-equal to the ops of the reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..code_tables import NESTED_BLOCKSIZE, NF4_THRESHOLDS, dynamic_map, dynamic_thresholds
+from ..ops.registry import Base
 from .common import check, check_blocksize, check_dtype, check_float, check_numel
 from .launch import cdiv, config, launch
 from .nf4_decode import decode, load_absmax
@@ -51,10 +51,10 @@ class Nf4(NamedTuple):
         return self.blocksize.bit_length() - 1
 
 
-def nf4(
-    packed: Tensor, absmax: Tensor, absmax2: Tensor | None, offset: Tensor | None, blocksize: int, numel: int
-) -> Nf4:
-    """The arguments that make an NF4 weight of `numel` elements. RuntimeError when they do not fit."""
+def nf4(base: Base, numel: int) -> Nf4:
+    """An NF4 weight of `numel` elements. RuntimeError when its parts do not fit."""
+    packed, absmax, absmax2, offset, blocksize = base
+    assert absmax is not None
     check_blocksize(blocksize)
     check_dtype(packed, torch.uint8, "packed")
     check(packed.numel() == (numel + 1) // 2, "packed", f"{(numel + 1) // 2} bytes", packed.numel())
@@ -149,55 +149,59 @@ def unpack_absmax_kernel(weight, out_ptr, nblocks, BLOCK: tl.constexpr):
     tl.store(out_ptr + block, load_absmax(weight, block, inside), mask=inside)
 
 
-def quantize_nf4(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
+def quantize_nf4(args: Any) -> tuple[Tensor, Tensor]:
+    weight, blocksize = args
     check_blocksize(blocksize)
     check_float(weight, "weight")
     weight = weight.contiguous()
     numel = weight.numel()
     packed = weight.new_empty((numel + 1) // 2, dtype=torch.uint8)
     absmax = weight.new_empty(cdiv(numel, blocksize), dtype=torch.float32)
-    args = weight, packed, absmax, numel, packed.numel(), absmax.numel()
+    tensors = weight, packed, absmax, numel, packed.numel(), absmax.numel()
     blocks = {"BLOCKSIZE": blocksize, "BLOCKS": ELEMENTS // blocksize}
-    launch(quantize_kernel, (cdiv(numel, ELEMENTS),), *args, config=QUANTIZE, **blocks)
+    launch(quantize_kernel, (cdiv(numel, ELEMENTS),), *tensors, config=QUANTIZE, **blocks)
     return packed, absmax
 
 
-def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    absmax2: Tensor | None,
-    offset: Tensor | None,
-    blocksize: int,
-    shape: Sequence[int],
-    dtype: torch.dtype,
-) -> Tensor:
-    out = packed.new_empty(tuple(shape), dtype=dtype)
-    weight = nf4(packed, absmax, absmax2, offset, blocksize, out.numel())
+def dequantize_nf4(args: Any) -> Tensor:
+    packed, blocksize = args.base.weight, args.base.blocksize
+    out = packed.new_empty(tuple(args.shape), dtype=args.dtype)
+    weight = nf4(args.base, out.numel())
     grid = (cdiv(out.numel(), ELEMENTS),)
-    args = weight.pointers, out, out.numel(), packed.numel()
+    tensors = weight.pointers, out, out.numel(), packed.numel()
     blocks = {"BLOCKSIZE": blocksize, "BLOCKS": ELEMENTS // blocksize}
-    launch(dequantize_kernel, grid, *args, config=DEQUANTIZE, **blocks, enable_fp_fusion=False)
+    launch(dequantize_kernel, grid, *tensors, config=DEQUANTIZE, **blocks, enable_fp_fusion=False)
     return out
 
 
-def quantize_absmax(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    check_dtype(absmax, torch.float32, "absmax")
-    absmax = absmax.contiguous()
+def quantize_absmax(args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_dtype(args.absmax, torch.float32, "absmax")
+    absmax = args.absmax.contiguous()
     nblocks, groups = absmax.numel(), 4
     offset = absmax.mean()  # torch's, as in the reference: another order of its sums would be another format
     q8 = absmax.new_empty(nblocks, dtype=torch.uint8)
     absmax2 = absmax.new_empty(cdiv(nblocks, NESTED_BLOCKSIZE))
     grid = (cdiv(absmax2.numel(), groups),)
-    args = absmax, offset, dynamic_thresholds(absmax.device), q8, absmax2, nblocks
-    launch(quantize_absmax_kernel, grid, *args, config=ABSMAX, GROUPS=groups)
+    tensors = absmax, offset, dynamic_thresholds(absmax.device), q8, absmax2, nblocks
+    launch(quantize_absmax_kernel, grid, *tensors, config=ABSMAX, GROUPS=groups)
     return q8, absmax2, offset
 
 
-def unpack_absmax(q8: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+def unpack_absmax(args: Any) -> Tensor:
+    q8, absmax2, offset = args
     check_dtype(q8, torch.uint8, "q8")
     check_nested(absmax2, offset, q8.numel())
     out = absmax2.new_empty(q8.numel())
     weight = Pointers(None, q8.contiguous(), absmax2.contiguous(), offset, dynamic_map(q8.device))
-    grid, args = (cdiv(out.numel(), 1024),), (weight, out, out.numel())
-    launch(unpack_absmax_kernel, grid, *args, config=ABSMAX, BLOCK=1024, enable_fp_fusion=False)
+    grid = (cdiv(out.numel(), 1024),)
+    launch(
+        unpack_absmax_kernel,
+        grid,
+        weight,
+        out,
+        out.numel(),
+        config=ABSMAX,
+        BLOCK=1024,
+        enable_fp_fusion=False,
+    )
     return out
