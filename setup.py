@@ -45,7 +45,7 @@ CPU_SOURCES = [
     "csrc/cpu/scalar.cpp",
 ]
 X86_SOURCES = [f"csrc/cpu/{level}.cpp" for level in ("avx2", "avx512", "avx512_bf16", "amx")]
-EMULATED_SOURCES = ["csrc/cpu/amx_emulated.cpp"]
+EMULATED_SOURCES = ["tests/amx/amx_emulated.cpp"]
 
 # Host code; the kernels' .cu files include nothing of torch, whose headers take nvcc minutes.
 CUDA_OPS = [
@@ -202,7 +202,7 @@ def cpu_extension(emulate: bool) -> Any:
     return CppExtension(
         name="peft_kernels._C",
         sources=CPU_SOURCES + (X86_SOURCES if IS_X86 else []) + (EMULATED_SOURCES if emulate else []),
-        depends=headers("csrc/common", "csrc/cpu"),
+        depends=headers("csrc/common", "csrc/cpu", "tests/amx"),
         include_dirs=[generated_headers()],
         define_macros=[
             ("PEFT_KERNELS_EMULATE", str(int(emulate))),
