@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "base_product.h"
+#include "linear_product.h"
 #include "spec_hash.h"
 
 #ifdef PEFT_KERNELS_SIMT

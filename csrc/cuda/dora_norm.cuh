@@ -1,7 +1,7 @@
 // The norms of the rows of W + s B A: ||w + s b A||^2 = w . w + s (2 w A^T + s b A A^T) . b.
 #pragma once
 
-#include "decode.cuh"
+#include "nf4_decode.cuh"
 
 namespace peft_kernels::cuda {
 

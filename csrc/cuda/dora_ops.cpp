@@ -1,12 +1,12 @@
-// The ops of DoRA: tensors to pointers, and registration. Schemas live in peft_kernels/spec.py.
+// The ops of DoRA: tensors to pointers, and registration. Schemas live in peft_kernels/ops/.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "../common/dora_args.h"
-#include "adapters.h"
-#include "base_product.h"
+#include "linear_product.h"
+#include "lora_adapters.h"
 
 namespace peft_kernels::cuda {
 namespace {

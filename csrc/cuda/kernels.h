@@ -43,8 +43,8 @@ struct Slab {
   int64_t depth;
 };
 
-// Dropout as in reference/dropout.py: keep where Philox(seed, stream, element) >= threshold, kept ones times
-// scale.
+// Dropout as in peft_kernels/ops/dropout.py: keep where Philox(seed, stream, element) >= threshold, kept ones
+// times scale.
 struct DropoutMask {
   const int64_t* seed;  // on the device, or null: nothing dropped
   uint32_t stream;
@@ -52,7 +52,8 @@ struct DropoutMask {
   float scale;
 };
 
-// ---- quantize.cu, dequantize.cu ------------------------------------------------------------------------
+// ---- nf4_quantize.cu, nf4_dequantize.cu
+// ------------------------------------------------------------------------
 
 Status quantize_nf4(const void* weight, DType dtype, int64_t numel, int block_shift, uint8_t* packed,
                     float* absmax, Stream stream);

@@ -1,7 +1,7 @@
 // The kernels that plan_linear() and plan_linear_dx() choose from.
 #pragma once
 
-#include "plan.h"
+#include "linear_plan.h"
 
 namespace peft_kernels::cuda {
 

@@ -2,10 +2,10 @@
 // terms.
 #pragma once
 
-#include "decode.cuh"
 #include "launch.cuh"
 #include "linear_output.cuh"
-#include "plan.h"
+#include "linear_plan.h"
+#include "nf4_decode.cuh"
 
 namespace peft_kernels::cuda {
 

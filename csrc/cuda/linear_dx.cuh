@@ -219,8 +219,8 @@ struct LinearDx {
 
   // ---- The products
 
-  // As in decode.cuh, the order of rows within a group is free. Lane (g, t) has rows 16t.., four of them in a
-  // step, and bytes 4g.. of each; of byte j, columns 8g + 2j and 8g + 2j + 1 are features g and g + 8.
+  // As in nf4_decode.cuh, the order of rows within a group is free. Lane (g, t) has rows 16t.., four of them
+  // in a step, and bytes 4g.. of each; of byte j, columns 8g + 2j and 8g + 2j + 1 are features g and g + 8.
   DEVICE void multiply_stage(Sums& sums) {
     copy_async_wait<kStages - 2>();
     sync_threads();

@@ -6,8 +6,8 @@
 #pragma once
 
 #include "device.cuh"
+#include "dropout.cuh"
 #include "kernels.h"
-#include "philox.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -81,8 +81,7 @@ DEVICE void load_factor_run(const void* factor, bool is_f32, int64_t row, int64_
   }
 }
 
-// ---- Dropout
-// -----------------------------------------------------------------------------------------------
+// ---- Dropout ---------------------------------------------------------------------------------------------
 
 // Sets to 0 what the mask drops of the elements [first, first + 8) of activations. kVector: first is a
 // multiple of 4.

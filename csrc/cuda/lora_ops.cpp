@@ -1,4 +1,4 @@
-// The ops with LoRA adapters: tensors to pointers, and registration. Schemas live in peft_kernels/spec.py.
+// The ops with LoRA adapters: tensors to pointers, and registration. Schemas live in peft_kernels/ops/.
 //
 // All of them are one thing here: linear layers that share x, each with any number of adapters. Which rows an
 // adapter serves is known on the device alone.
@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "adapters.h"
-#include "base_product.h"
+#include "linear_product.h"
+#include "lora_adapters.h"
 
 namespace peft_kernels::cuda {
 namespace {

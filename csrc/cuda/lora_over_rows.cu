@@ -6,7 +6,7 @@
 namespace peft_kernels::cuda {
 namespace {
 
-using Any = OverRows<bf16, true>;
+using Any = LoraOverRows<bf16, true>;
 
 // One kind of gradient of all adapters, dA or dB.
 struct Gradients {
@@ -138,8 +138,9 @@ Status over_rows(const Gradients& gradients, const Activations* x, int count, co
         begin += gradients.batch.adapter[i].rank * features_of(gradients, x, i);
       }
       const bool vectors = has_vectors(x[j].rows, x[j].features);
-      const Status status = vectors ? run<OverRows<T, true>>(gradients, x[j], tiles, plan, partial, stream)
-                                    : run<OverRows<T, false>>(gradients, x[j], tiles, plan, partial, stream);
+      const Status status = vectors
+                                ? run<LoraOverRows<T, true>>(gradients, x[j], tiles, plan, partial, stream)
+                                : run<LoraOverRows<T, false>>(gradients, x[j], tiles, plan, partial, stream);
       if (status != 0) return status;
     }
     return sum_gradients<T>(gradients, x, plan, partial, stream);

@@ -23,7 +23,7 @@ struct GradientTile {
 // of rows t, t + 4, t + 8 and t + 12, and each word of such a run gives two rows of an operand, its features
 // being free to stand in any row. Warps of a block take other rows of the same 64 features.
 template <class T, bool kVector>
-struct OverRows {
+struct LoraOverRows {
   static constexpr int kThreads = 128;
   static constexpr int kBlocksPerSm = kVector ? 3 : 2;
   static constexpr int kWarps = kThreads / kWarp;

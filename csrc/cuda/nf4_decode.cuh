@@ -8,7 +8,7 @@
 #include "../common/nf4.h"
 #include "device.cuh"
 #include "kernels.h"
-#include "plan.h"
+#include "linear_plan.h"
 
 namespace peft_kernels::cuda {
 

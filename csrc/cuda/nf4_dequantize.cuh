@@ -1,8 +1,8 @@
 // NF4 weights back to floats, the double-quantised absmax unpacked on the way: bit-equal to
-// peft_kernels/reference/nf4.py.
+// peft_kernels/ops/nf4.py.
 #pragma once
 
-#include "decode.cuh"
+#include "nf4_decode.cuh"
 
 namespace peft_kernels::cuda {
 

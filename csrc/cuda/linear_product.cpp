@@ -1,4 +1,4 @@
-#include "base_product.h"
+#include "linear_product.h"
 
 namespace peft_kernels::cuda {
 namespace {

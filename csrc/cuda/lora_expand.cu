@@ -1,6 +1,6 @@
 #include <vector>
 
-#include "lora_from_ranks.cuh"
+#include "lora_expand.cuh"
 #include "lora_launch.h"
 
 namespace peft_kernels::cuda {
@@ -14,7 +14,7 @@ struct Terms {
 template <class T, bool kVector>
 Status run(const LoraBatch& batch, const Terms& terms, int64_t features, const float* ranks,
            const std::vector<Delta>& deltas, void* out, Stream stream) {
-  using Kernel = FromRanks<T, kVector>;
+  using Kernel = LoraExpand<T, kVector>;
   typename Kernel::Params params{};
   params.out = static_cast<T*>(out);
   params.m = batch.m;
@@ -43,8 +43,8 @@ Status run(const LoraBatch& batch, const Terms& terms, int64_t features, const f
   return 0;
 }
 
-Status from_ranks(const LoraBatch& batch, const Terms& terms, int64_t features, const float* ranks,
-                  const std::vector<Delta>& deltas, void* out, Stream stream) {
+Status expand(const LoraBatch& batch, const Terms& terms, int64_t features, const float* ranks,
+              const std::vector<Delta>& deltas, void* out, Stream stream) {
   bool vectors = has_vectors(out, features);
   for (int i = 0; i < terms.count; ++i) vectors = vectors && has_vectors(terms.term[i], features);
   for (const Delta& delta : deltas) {
@@ -81,7 +81,7 @@ Status lora_y(const LoraBatch& batch, int layer, const void* const* term, int te
     delta.is_f32 = adapter.b_dtype == DType::kF32;
     deltas.push_back(delta);
   }
-  return from_ranks(batch, {term, terms}, n, h, deltas, y, stream);
+  return expand(batch, {term, terms}, n, h, deltas, y, stream);
 }
 
 Status lora_dx(const LoraBatch& batch, const void* const* term, int terms, const float* dh, void* dx,
@@ -98,7 +98,7 @@ Status lora_dx(const LoraBatch& batch, const void* const* term, int terms, const
     delta.is_f32 = adapter.a_dtype == DType::kF32;
     deltas.push_back(delta);
   }
-  return from_ranks(batch, {term, terms}, batch.k, dh, deltas, dx, stream);
+  return expand(batch, {term, terms}, batch.k, dh, deltas, dx, stream);
 }
 
 }  // namespace peft_kernels::cuda

@@ -1,4 +1,4 @@
-// Weights to NF4 codes, and double quantisation of their absmax: bit-equal to peft_kernels/reference/nf4.py.
+// Weights to NF4 codes, and double quantisation of their absmax: bit-equal to peft_kernels/ops/nf4.py.
 #pragma once
 
 #include <cfloat>

@@ -1,4 +1,4 @@
-#include "plan.h"
+#include "linear_plan.h"
 
 #include <algorithm>
 

@@ -1,13 +1,13 @@
 #include <vector>
 
 #include "lora_launch.h"
-#include "lora_to_ranks.cuh"
+#include "lora_shrink.cuh"
 #include "sum_splits.cuh"
 
 namespace peft_kernels::cuda {
 namespace {
 
-using Any = ToRanks<bf16, true, false>;
+using Any = LoraShrink<bf16, true, false>;
 
 struct Plan {
   int row_warps;
@@ -86,16 +86,16 @@ Status run(const LoraBatch& batch, const void* x, int64_t features, const std::v
 
 // The tiles' columns of out, or of each split's part.
 template <bool kTransposed>
-Status to_ranks(const LoraBatch& batch, const void* x, int64_t features, const std::vector<RankTile>& tiles,
-                const Plan& plan, float* out, Stream stream) {
+Status shrink(const LoraBatch& batch, const void* x, int64_t features, const std::vector<RankTile>& tiles,
+              const Plan& plan, float* out, Stream stream) {
   bool vectors = has_vectors(x, features);
   if (!kTransposed) {
     for (const RankTile& tile : tiles) vectors = vectors && has_vectors(tile.factor, features);
   }
   return with_half(batch.dtype, [&](auto type) {
     using T = decltype(type);
-    return vectors ? run<ToRanks<T, true, kTransposed>>(batch, x, features, tiles, plan, out, stream)
-                   : run<ToRanks<T, false, kTransposed>>(batch, x, features, tiles, plan, out, stream);
+    return vectors ? run<LoraShrink<T, true, kTransposed>>(batch, x, features, tiles, plan, out, stream)
+                   : run<LoraShrink<T, false, kTransposed>>(batch, x, features, tiles, plan, out, stream);
   });
 }
 
@@ -120,7 +120,7 @@ Status lora_h(const LoraBatch& batch, const void* x, float* h, const Card& card,
     const std::vector<RankTile> own = tiles_of<false>(batch.adapter[i], batch.k);
     tiles.insert(tiles.end(), own.begin(), own.end());
   }
-  const Status status = to_ranks<false>(batch, x, batch.k, tiles, plan, out, stream);
+  const Status status = shrink<false>(batch, x, batch.k, tiles, plan, out, stream);
   return status != 0 ? status : sum_splits(batch, plan, out, h, stream);
 }
 
@@ -139,7 +139,7 @@ Status lora_dh(const LoraBatch& batch, const LayerGradient* layer, int layers, f
       const std::vector<RankTile> own = tiles_of<true>(batch.adapter[i], layer[j].n);
       tiles.insert(tiles.end(), own.begin(), own.end());
     }
-    const Status status = to_ranks<true>(batch, layer[j].dy, layer[j].n, tiles, plan, out, stream);
+    const Status status = shrink<true>(batch, layer[j].dy, layer[j].n, tiles, plan, out, stream);
     if (status != 0) return status;
   }
   return sum_splits(batch, plan, out, dh, stream);

@@ -1,9 +1,9 @@
 #include <algorithm>
 
 #include "../common/integers.h"
-#include "dequantize.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "nf4_dequantize.cuh"
 
 namespace peft_kernels::cuda {
 namespace {

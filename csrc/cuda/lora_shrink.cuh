@@ -26,7 +26,7 @@ struct RankTile {
 // the product sums over features, so any order of them will do. Warps of a block that have other rows read
 // the same factors, out of the first-level cache.
 template <class T, bool kVector, bool kTransposed>
-struct ToRanks {
+struct LoraShrink {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 2;
   static constexpr int kWarps = kThreads / kWarp;

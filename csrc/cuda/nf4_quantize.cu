@@ -1,7 +1,7 @@
 #include "../common/integers.h"
 #include "kernels.h"
 #include "launch.cuh"
-#include "quantize.cuh"
+#include "nf4_quantize.cuh"
 
 namespace peft_kernels::cuda {
 namespace {

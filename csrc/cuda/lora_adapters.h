@@ -4,7 +4,7 @@
 #include <memory>
 #include <vector>
 
-#include "base_product.h"
+#include "linear_product.h"
 
 namespace peft_kernels::cuda {
 

@@ -12,8 +12,8 @@ namespace peft_kernels::cuda {
 
 inline constexpr int kGroup = 64;  // elements of a row that share a scale, at least
 
-// Where a wide table of pairs lies in the shared memory of a block (see decode.cuh), and how much of it is
-// left: before the table, of which the first KB is the system's on some cards, and behind it.
+// Where a wide table of pairs lies in the shared memory of a block (see nf4_decode.cuh), and how much of it
+// is left: before the table, of which the first KB is the system's on some cards, and behind it.
 inline constexpr int kWideTableAddress = 0x10000, kWideTableBytes = 0x10000, kNarrowTableBytes = 0x8000;
 inline constexpr int kBeforeWideTable = kWideTableAddress - 1024;
 inline constexpr int kBehindWideTable = kWideTableAddress + kWideTableBytes;

@@ -1,4 +1,4 @@
-#include "adapters.h"
+#include "lora_adapters.h"
 
 namespace peft_kernels::cuda {
 namespace {
