@@ -16,7 +16,7 @@ Tensor dropout_op(const Tensor& x, double p, const Tensor& seed) {
   const Tensor in = x.contiguous();
   Tensor out = at::empty(in.sizes(), in.options());
   const DropoutMask mask{seed.const_data_ptr<int64_t>(), args.stream, args.threshold, args.scale};
-  check(dropout(in.const_data_ptr(), dtype, in.numel(), 0, mask, out.mutable_data_ptr(), current_stream()));
+  dropout(in.const_data_ptr(), dtype, in.numel(), 0, mask, out.mutable_data_ptr(), current_stream());
   return out;
 }
 

@@ -24,7 +24,7 @@ Tensor nf4_linear_op(const Tensor& x, const Tensor& packed, const Tensor& absmax
   const int64_t in_features = x.size(-1);
   const Tensor rows = as_rows(x, in_features, "x");
   const BaseWeight base = nf4_base(packed, absmax, absmax2, offset, blocksize, out_features, in_features, x);
-  return reshaped(forward_product(rows, base, bias), sizes_with_last(x, out_features));
+  return reshaped(BaseProduct::forward(rows, base).run(bias), sizes_with_last(x, out_features));
 }
 
 Tensor nf4_linear_dx_op(const Tensor& dy, const Tensor& packed, const Tensor& absmax,
@@ -36,7 +36,7 @@ Tensor nf4_linear_dx_op(const Tensor& dy, const Tensor& packed, const Tensor& ab
   const int64_t out_features = dy.size(-1);
   const Tensor rows = as_rows(dy, out_features, "dy");
   const BaseWeight base = nf4_base(packed, absmax, absmax2, offset, blocksize, out_features, in_features, dy);
-  return reshaped(backward_product(rows, base), sizes_with_last(dy, in_features));
+  return reshaped(BaseProduct::backward(rows, base).run(), sizes_with_last(dy, in_features));
 }
 
 }  // namespace

@@ -1,64 +1,58 @@
 // Products with the frozen weight of a layer, dense or NF4.
 #pragma once
 
-#include <functional>
+#include <c10/util/FunctionRef.h>
 
 #include "../common/lora_args.h"
 #include "../common/nf4_tensors.h"
+#include "linear.h"
 #include "runtime.h"
 
 namespace peft_kernels::cuda {
 
-class Nf4Holder {
- public:
-  template <class... Args>
-  explicit Nf4Holder(const Args&... args) : tensors_(args...) {
-    view_.packed = tensors_.packed();
-    view_.block_shift = tensors_.block_shift();
-    if (tensors_.is_nested()) {
-      view_.q8 = tensors_.q8();
-      view_.absmax2 = tensors_.absmax2();
-      view_.offset = tensors_.offset();
-    } else {
-      view_.absmax = tensors_.absmax();
-    }
+using BaseWeight = BaseWeightOf<Nf4Tensors>;
+
+inline Nf4View view_of(const Nf4Tensors& weight) {
+  if (weight.is_nested()) {
+    return {weight.packed(),        weight.q8(),         weight.absmax2(), weight.offset(),
+            nf4::kAbsmaxBlockShift, weight.block_shift()};
   }
-
-  const Nf4View& view() const { return view_; }
-
- private:
-  Nf4Tensors tensors_;
-  Nf4View view_{};
-};
-
-using BaseWeight = BaseWeightOf<Nf4Holder>;
-
-// Which way a product with an NF4 weight goes: the name of a kernel, or "pieces", the general way. m is what
-// x and dy have of rows.
-const char* forward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::ScalarType dtype,
-                        const Card& card);
-const char* backward_way(int64_t m, int64_t n, int64_t k, int block_shift, at::ScalarType dtype,
-                         const Card& card);
+  return {weight.packed(), weight.packed(), weight.absmax(), nullptr, 0, weight.block_shift()};
+}
 
 // Dequantises an NF4 weight piece by piece: body(begin, end, rows [end - begin, in_features]), of the type
 // that `options` have. The next piece overwrites `rows`.
-using RowPiece = std::function<void(int64_t begin, int64_t end, const Tensor& rows)>;
-void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, const RowPiece& body);
+using RowPiece = c10::function_ref<void(int64_t begin, int64_t end, const Tensor& rows)>;
+void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, RowPiece body);
 
-// A dense product that joins one with an NF4 weight in the same sums, as Slab has it; or nothing.
-struct SlabTensors {
-  Tensor u, v;
+// A slab and its memory; or nothing.
+struct SlabTensor {
+  Tensor memory;
+  Slab view{};
 };
 
-// Whether the products of x or dy with the weight have a kernel, which takes a slab.
-bool forward_is_fused(const Tensor& x, const BaseWeight& base);
-bool backward_is_fused(const Tensor& dy, const BaseWeight& base);
+// x W^T + bias or dY W: planned once, and then computed. x [m, in_features] and dY [m, out_features] are
+// contiguous, and must live as long as this does.
+class BaseProduct {
+ public:
+  static BaseProduct forward(const Tensor& x, const BaseWeight& base) { return {x, base, false}; }
+  static BaseProduct backward(const Tensor& dy, const BaseWeight& base) { return {dy, base, true}; }
 
-// x W^T + bias; x [m, in_features], contiguous. A slab only where it is fused.
-Tensor forward_product(const Tensor& x, const BaseWeight& base, const OptionalTensor& bias,
-                       const SlabTensors& slab = {});
+  // Whether it is a kernel's, which takes a slab.
+  bool takes_slab() const { return plan_.has_kernel(); }
+  Tensor run(const OptionalTensor& bias = std::nullopt, const Slab& slab = {}) const;
 
-// dy W; dy [m, out_features], contiguous. A slab only where it is fused.
-Tensor backward_product(const Tensor& dy, const BaseWeight& base, const SlabTensors& slab = {});
+ private:
+  BaseProduct(const Tensor& rows, const BaseWeight& base, bool is_dx);
+
+  Tensor by_kernel(const OptionalTensor& bias, const Slab& slab) const;
+  Tensor forward_by_pieces(const OptionalTensor& bias) const;
+  Tensor backward_by_pieces() const;
+
+  const Tensor& rows_;
+  const BaseWeight& base_;
+  bool is_dx_;
+  LinearPlan plan_;
+};
 
 }  // namespace peft_kernels::cuda

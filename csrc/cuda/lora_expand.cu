@@ -1,104 +1,86 @@
-#include <vector>
-
+#include "launch.cuh"
 #include "lora_expand.cuh"
-#include "lora_launch.h"
 
 namespace peft_kernels::cuda {
 namespace {
 
-struct Terms {
-  const void* const* term;
-  int count;
+struct Expansion {
+  const LoraBatch& batch;
+  int64_t features;
+  const float* ranks;  // h or dh
+  std::vector<const void*> terms;
+  std::vector<Delta> deltas;
+  void* out;
 };
 
 template <class T, bool kVector>
-Status run(const LoraBatch& batch, const Terms& terms, int64_t features, const float* ranks,
-           const std::vector<Delta>& deltas, void* out, Stream stream) {
+void run(const Expansion& from, Stream stream) {
   using Kernel = LoraExpand<T, kVector>;
   typename Kernel::Params params{};
-  params.out = static_cast<T*>(out);
-  params.m = batch.m;
-  params.features = features;
-  params.row_group = batch.row_group;
-  params.ranks = ranks;
-  params.ld = batch.ranks;
-  params.feature_blocks = ceil_div(features, Kernel::kWarps * Kernel::kFeatures);
-  const int64_t blocks = ceil_div(batch.m, Kernel::kRows) * params.feature_blocks;
-  int next_term = 0;
-  size_t next_delta = 0;
+  params.out = static_cast<T*>(from.out);
+  params.m = from.batch.m;
+  params.features = from.features;
+  params.row_group = from.batch.row_group;
+  params.ranks = from.ranks;
+  params.ld = from.batch.ranks;
+  params.feature_blocks = ceil_div(from.features, Kernel::kWarps * Kernel::kFeatures);
+  const int64_t blocks = ceil_div(from.batch.m, Kernel::kRows) * params.feature_blocks;
+  size_t next_term = 0, next_delta = 0;
   do {
     // What earlier launches have summed up is a term of the next one.
     params.terms = 0;
     if (next_term > 0 || next_delta > 0) params.term[params.terms++] = params.out;
-    while (next_term < terms.count && params.terms < Kernel::kMaxTerms) {
-      params.term[params.terms++] = static_cast<const T*>(terms.term[next_term++]);
+    while (next_term < from.terms.size() && params.terms < Kernel::kMaxTerms) {
+      params.term[params.terms++] = static_cast<const T*>(from.terms[next_term++]);
     }
     params.deltas = 0;
-    while (next_term == terms.count && next_delta < deltas.size() && params.deltas < Kernel::kMaxDeltas) {
-      params.delta[params.deltas++] = deltas[next_delta++];
+    while (next_term == from.terms.size() && next_delta < from.deltas.size() &&
+           params.deltas < Kernel::kMaxDeltas) {
+      params.delta[params.deltas++] = from.deltas[next_delta++];
     }
-    const Status status = launch<Kernel>(params, blocks, stream);
-    if (status != 0) return status;
-  } while (next_term < terms.count || next_delta < deltas.size());
-  return 0;
+    launch<Kernel>(params, blocks, stream);
+  } while (next_term < from.terms.size() || next_delta < from.deltas.size());
 }
 
-Status expand(const LoraBatch& batch, const Terms& terms, int64_t features, const float* ranks,
-              const std::vector<Delta>& deltas, void* out, Stream stream) {
-  bool vectors = has_vectors(out, features);
-  for (int i = 0; i < terms.count; ++i) vectors = vectors && has_vectors(terms.term[i], features);
-  for (const Delta& delta : deltas) {
-    if (delta.feature_stride == 1) vectors = vectors && has_vectors(delta.factor, features);
+void expand(const Expansion& from, Stream stream) {
+  bool vectors = has_vectors(from.out, from.features);
+  for (const void* term : from.terms) vectors = vectors && has_vectors(term, from.features);
+  for (const Delta& delta : from.deltas) {
+    if (delta.feature_stride == 1) vectors = vectors && has_vectors(delta.factor, from.features);
   }
-  return with_half(batch.dtype, [&](auto type) {
+  with_half(from.batch.dtype, [&](auto type) {
     using T = decltype(type);
-    return vectors ? run<T, true>(batch, terms, features, ranks, deltas, out, stream)
-                   : run<T, false>(batch, terms, features, ranks, deltas, out, stream);
+    vectors ? run<T, true>(from, stream) : run<T, false>(from, stream);
   });
-}
-
-Delta delta_of(const AdapterView& adapter) {
-  Delta delta{};
-  delta.group = adapter.group;
-  delta.column = adapter.h_begin;
-  delta.rank = adapter.rank;
-  return delta;
 }
 
 }  // namespace
 
-Status lora_y(const LoraBatch& batch, int layer, const void* const* term, int terms, int64_t n,
-              const float* h, void* y, Stream stream) {
+void lora_y(const LoraBatch& batch, int layer, int64_t n, const float* h, void* y, Stream stream) {
   std::vector<Delta> deltas;
-  for (int i = 0; i < batch.adapters; ++i) {
-    const AdapterView& adapter = batch.adapter[i];
+  for (const AdapterView& adapter : batch.adapters) {
     if (adapter.layer != layer) continue;
-    Delta delta = delta_of(adapter);
-    delta.factor = adapter.b;
-    delta.rank_stride = 1;
-    delta.feature_stride = adapter.rank;
-    delta.scale = adapter.scaling;
-    delta.is_f32 = adapter.b_dtype == DType::kF32;
-    deltas.push_back(delta);
+    deltas.push_back({adapter.b,
+                      1,
+                      adapter.rank,
+                      {},
+                      adapter.scaling,
+                      adapter.group,
+                      adapter.h_begin,
+                      adapter.rank,
+                      adapter.b_dtype == DType::kF32});
   }
-  return expand(batch, {term, terms}, n, h, deltas, y, stream);
+  if (!deltas.empty()) expand({batch, n, h, {y}, deltas, y}, stream);
 }
 
-Status lora_dx(const LoraBatch& batch, const void* const* term, int terms, const float* dh, void* dx,
-               Stream stream) {
+void lora_dx(const LoraBatch& batch, const std::vector<const void*>& terms, const float* dh, void* dx,
+             Stream stream) {
   std::vector<Delta> deltas;
-  for (int i = 0; i < batch.adapters; ++i) {
-    const AdapterView& adapter = batch.adapter[i];
-    Delta delta = delta_of(adapter);
-    delta.factor = adapter.a;
-    delta.rank_stride = batch.k;
-    delta.feature_stride = 1;
-    delta.mask = adapter.mask;
-    delta.scale = adapter.mask.scale;
-    delta.is_f32 = adapter.a_dtype == DType::kF32;
-    deltas.push_back(delta);
+  for (const AdapterView& adapter : batch.adapters) {
+    deltas.push_back({adapter.a, batch.k, 1, adapter.mask, adapter.mask.scale, adapter.group, adapter.h_begin,
+                      adapter.rank, adapter.a_dtype == DType::kF32});
   }
-  return expand(batch, {term, terms}, batch.k, dh, deltas, dx, stream);
+  expand({batch, batch.k, dh, terms, deltas, dx}, stream);
 }
 
 }  // namespace peft_kernels::cuda

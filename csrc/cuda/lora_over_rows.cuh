@@ -5,15 +5,9 @@
 
 namespace peft_kernels::cuda {
 
-// Up to eight ranks of one adapter.
-struct GradientTile {
+struct GradientTile : RankTile {
   int64_t begin;  // where the gradient of the first rank's first feature goes, in `partial`
   int64_t rank_stride, feature_stride;
-  int64_t group;
-  DropoutMask mask;
-  float scale;
-  int column;  // of the first rank, in `factors`
-  int ranks;
 };
 
 // partial[split][begin + rank * rank_stride + feature * feature_stride] = scale * the sum over this split's

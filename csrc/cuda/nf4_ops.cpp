@@ -16,8 +16,8 @@ std::tuple<Tensor, Tensor> quantize_nf4_op(const Tensor& weight, int64_t blocksi
   const Tensor w = weight.contiguous();
   Tensor packed = at::empty({(w.numel() + 1) / 2}, w.options().dtype(at::kByte));
   Tensor absmax = at::empty({ceil_div(w.numel(), blocksize)}, w.options().dtype(at::kFloat));
-  check(quantize_nf4(w.const_data_ptr(), dtype, w.numel(), shift, packed.mutable_data_ptr<uint8_t>(),
-                     absmax.mutable_data_ptr<float>(), current_stream()));
+  quantize_nf4(w.const_data_ptr(), dtype, w.numel(), shift, packed.mutable_data_ptr<uint8_t>(),
+               absmax.mutable_data_ptr<float>(), current_stream());
   return {packed, absmax};
 }
 
@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax_op(const Tensor& absmax) {
   const Tensor offset = a.mean();
   Tensor q8 = at::empty(a.sizes(), a.options().dtype(at::kByte)).flatten();
   Tensor absmax2 = at::empty({ceil_div(a.numel(), nf4::kAbsmaxBlock)}, a.options());
-  check(quantize_absmax(a.const_data_ptr<float>(), a.numel(), offset.const_data_ptr<float>(),
-                        q8.mutable_data_ptr<uint8_t>(), absmax2.mutable_data_ptr<float>(), current_stream()));
+  quantize_absmax(a.const_data_ptr<float>(), a.numel(), offset.const_data_ptr<float>(),
+                  q8.mutable_data_ptr<uint8_t>(), absmax2.mutable_data_ptr<float>(), current_stream());
   return {q8, absmax2, offset};
 }
 
@@ -43,9 +43,9 @@ Tensor unpack_absmax_op(const Tensor& q8, const Tensor& absmax2, const Tensor& o
   check_numel(offset, 1, "offset");
   const Tensor codes = q8.contiguous(), scales = absmax2.contiguous();
   Tensor absmax = at::empty({codes.numel()}, scales.options());
-  check(unpack_absmax(codes.const_data_ptr<uint8_t>(), scales.const_data_ptr<float>(),
-                      offset.const_data_ptr<float>(), codes.numel(), absmax.mutable_data_ptr<float>(),
-                      current_stream()));
+  unpack_absmax(codes.const_data_ptr<uint8_t>(), scales.const_data_ptr<float>(),
+                offset.const_data_ptr<float>(), codes.numel(), absmax.mutable_data_ptr<float>(),
+                current_stream());
   return absmax;
 }
 
@@ -55,9 +55,9 @@ Tensor dequantize_nf4_op(const Tensor& packed, const Tensor& absmax, const Optio
   const OnDeviceOf device(packed, "packed");
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
   const int64_t numel = out.numel();
-  const Nf4Holder weight(packed, absmax, absmax2, offset, blocksize, numel);
-  check(dequantize_nf4(weight.view(), {0, 1, 0, numel, numel}, out.mutable_data_ptr(), dtype_of(out, "dtype"),
-                       numel, current_stream()));
+  const Nf4Tensors weight(packed, absmax, absmax2, offset, blocksize, numel);
+  dequantize_nf4(view_of(weight), {0, 1, 0, numel, numel}, out.mutable_data_ptr(), dtype_of(out, "dtype"),
+                 numel, current_stream());
   return out;
 }
 
