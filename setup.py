@@ -49,21 +49,20 @@ EMULATED_SOURCES = ["tests/amx/amx_emulated.cpp"]
 
 # Host code; the kernels' .cu files include nothing of torch, whose headers take nvcc minutes.
 CUDA_OPS = [
-    "csrc/cuda/adapters.cpp",
-    "csrc/cuda/adapters_fused.cpp",
-    "csrc/cuda/adapters_general.cpp",
-    "csrc/cuda/base_product.cpp",
     "csrc/cuda/bind.cpp",
     "csrc/cuda/dora_ops.cpp",
-    "csrc/cuda/elementwise_ops.cpp",
-    "csrc/cuda/linear.cpp",
+    "csrc/cuda/dropout_ops.cpp",
+    "csrc/cuda/gated_ops.cpp",
+    "csrc/cuda/linear_ops.cpp",
+    "csrc/cuda/linear_plan.cpp",
+    "csrc/cuda/linear_product.cpp",
+    "csrc/cuda/lora_fused.cpp",
+    "csrc/cuda/lora_general.cpp",
     "csrc/cuda/lora_ops.cpp",
     "csrc/cuda/nf4_ops.cpp",
-    "csrc/cuda/plan.cpp",
     "csrc/cuda/runtime.cpp",
 ]
 CUDA_KERNELS = [
-    "csrc/cuda/dequantize.cu",
     "csrc/cuda/dora_norm.cu",
     "csrc/cuda/dora_scale.cu",
     "csrc/cuda/dropout.cu",
@@ -71,11 +70,12 @@ CUDA_KERNELS = [
     "csrc/cuda/linear_dx.cu",
     "csrc/cuda/linear_small.cu",
     "csrc/cuda/linear_tiles.cu",
-    "csrc/cuda/lora_from_ranks.cu",
+    "csrc/cuda/lora_expand.cu",
     "csrc/cuda/lora_over_rows.cu",
+    "csrc/cuda/lora_shrink.cu",
     "csrc/cuda/lora_slab.cu",
-    "csrc/cuda/lora_to_ranks.cu",
-    "csrc/cuda/quantize.cu",
+    "csrc/cuda/nf4_dequantize.cu",
+    "csrc/cuda/nf4_quantize.cu",
 ]
 # Code for 8.0 runs on 8.6 and 8.9 as well; PTX serves what comes later.
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")

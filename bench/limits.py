@@ -74,7 +74,7 @@ RULES: Sequence[Rule] = (
     Rule(r"LinearDx<bf16, NarrowTable, 4>", 3.7, tokens=32),
     Rule(r"LinearDx<fp16, NarrowTable, 4>", 3.9, tokens=32),
     Rule(r"LinearDx<\w+, NarrowTable, 8>", 4.5, tokens=64, architectures=WIDE),
-    Rule(r"(ToRanks|FromRanks|OverRows)<.*>"),
+    Rule(r"(LoraShrink|LoraExpand|LoraOverRows)<.*>"),
     Rule(r"Gated<float, .*, false>", 36.0, written=4, read=8),
     Rule(r"Gated<(bf16|fp16), .*, false>", 36.0, written=2, read=4),
     Rule(r"Gated<float, .*, true>", 54.0, written=8, read=12),

@@ -147,7 +147,7 @@ def test_norms_of_dora_have_a_kernel(extension: ModuleType) -> None:
 @pytest.mark.parametrize("card", CARDS)
 def test_large_products_have_no_bank_conflicts(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
     """But for where scales are looked up by their codes, once for a group."""
-    sources = {name: lines_of(f"{name}.cuh") for name in ("linear_tiles", "linear_dx", "decode")}
+    sources = {name: lines_of(f"{name}.cuh") for name in ("linear_tiles", "linear_dx", "linear_decode")}
     extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
     weight, long = testing.nf4_weight(264, 320, 64, True), testing.nf4_weight(40, 2560)
     extension.reset_bank_counts()

@@ -126,10 +126,13 @@ struct Indexing {
 START = """
 #include "toy.cuh"
 namespace peft_kernels::cuda {
-Status start(Stream stream) {
-  return launch<Product<8, true, 1>>({}, 1, stream) + launch<Product<8, true, 4>>({}, 1, stream) +
-         launch<Product<64, true, 1>>({}, 1, stream) + launch<Product<8, false, 1>>({}, 1, stream) +
-         launch<Spilling>({}, 1, stream) + launch<Indexing>({}, 1, stream, sizeof(Indexing::Shared));
+void start(Stream stream) {
+  launch<Product<8, true, 1>>({}, 1, stream);
+  launch<Product<8, true, 4>>({}, 1, stream);
+  launch<Product<64, true, 1>>({}, 1, stream);
+  launch<Product<8, false, 1>>({}, 1, stream);
+  launch<Spilling>({}, 1, stream);
+  launch<Indexing>({}, 1, stream, sizeof(Indexing::Shared));
 }
 }  // namespace peft_kernels::cuda
 """

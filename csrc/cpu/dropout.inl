@@ -1,4 +1,4 @@
-// Dropout: which elements are kept, as a function of seed and position (params.h, reference/dropout.py).
+// Dropout: which elements are kept, as a function of seed and position (params.h, ops/dropout.py).
 
 constexpr int kMaskChains = 4;                             // vectors in flight: rounds depend on each other
 constexpr int64_t kMaskBlocks = kMaskChains * kLanes / 2;  // of the generator, made together

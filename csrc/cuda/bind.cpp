@@ -10,7 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include "base_product.h"
+#include "linear.h"
+#include "runtime.h"
 #include "spec_hash.h"
 
 #ifdef PEFT_KERNELS_SIMT
@@ -29,10 +30,10 @@ constexpr size_t kPrefixLength = sizeof("PEFT_KERNELS_SPEC_HASH=") - 1;
 // Python looks for these bytes in the file before it loads it, to refuse a library built from other schemas.
 __attribute__((used)) const char kSpecHash[] = "PEFT_KERNELS_SPEC_HASH=" PEFT_KERNELS_SPEC_HASH;
 
-at::ScalarType dtype_named(const std::string& name) {
-  if (name == "float32") return at::kFloat;
-  if (name == "bfloat16") return at::kBFloat16;
-  if (name == "float16") return at::kHalf;
+DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::kF32;
+  if (name == "bfloat16") return DType::kBF16;
+  if (name == "float16") return DType::kF16;
   throw pybind11::value_error("dtype: expected float32, bfloat16 or float16, got " + name);
 }
 
@@ -41,8 +42,9 @@ using Ways = std::pair<std::string, std::string>;
 Ways plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,
           const cuda::Card& card) {
   const int shift = block_shift_of(blocksize);
-  const at::ScalarType type = dtype_named(dtype);
-  return {cuda::forward_way(m, n, k, shift, type, card), cuda::backward_way(m, n, k, shift, type, card)};
+  const DType type = dtype_named(dtype);
+  return {cuda::plan_linear(type, m, n, k, shift, card).name,
+          cuda::plan_linear_dx(type, m, n, k, shift, card).name};
 }
 
 }  // namespace

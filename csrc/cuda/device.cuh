@@ -14,17 +14,21 @@
 // Shared memory is dynamic: shared_memory<T>() is its start, 16-byte aligned, T a struct of arrays, never of
 // more than launch() was told. It and global memory are read and written by load() and store() alone, never
 // through a plain pointer, so that the emulator sees every access. Lanes of a warp call a collective
-// (shuffles, ballots, matrix instructions, sync_warp) together, all 32 of them.
+// (shuffles, ballots, matrix instructions) together, all 32 of them. Tables of numbers that the host knows
+// are DEVICE_TABLEs, and read like any array.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #ifdef PEFT_KERNELS_SIMT
 #  define DEVICE inline
+#  define DEVICE_TABLE inline constexpr
 #else
 #  include <cuda_bf16.h>
 #  include <cuda_fp16.h>
 #  define DEVICE __device__ __forceinline__
+#  define DEVICE_TABLE [[maybe_unused]] static __constant__ const
 #endif
 
 namespace peft_kernels::cuda {
@@ -75,7 +79,6 @@ DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x / kWarp, 0); }
 // ---- Waiting and exchanging ----------------------------------------------------------------------------
 
 DEVICE void sync_threads() { __syncthreads(); }
-DEVICE void sync_warp() { __syncwarp(); }
 
 // T of 4 bytes.
 template <class T>
@@ -103,40 +106,24 @@ DEVICE uint32_t ballot(bool value) { return __ballot_sync(~0u, value); }
 // T of 1, 2, 4, 8 or 16 bytes, aligned to its size: a Vec, or a number.
 
 namespace detail {
-template <int kBytes>
-struct Raw;
-template <>
-struct Raw<1> {
-  using Type = uint8_t;
-};
-template <>
-struct Raw<2> {
-  using Type = uint16_t;
-};
-template <>
-struct Raw<4> {
-  using Type = uint32_t;
-};
-template <>
-struct Raw<8> {
-  using Type = uint2;
-};
-template <>
-struct Raw<16> {
-  using Type = uint4;
-};
+template <class T>
+using Raw = std::conditional_t<
+    sizeof(T) == 16, uint4,
+    std::conditional_t<sizeof(T) == 8, uint2,
+                       std::conditional_t<sizeof(T) == 4, uint32_t,
+                                          std::conditional_t<sizeof(T) == 2, uint16_t, uint8_t> > > >;
 }  // namespace detail
 
 template <class T>
 DEVICE T load(const T* p) {
   // Copied first: a reference to memory would have bit_cast() forget its alignment, and load single bytes.
-  const auto raw = *reinterpret_cast<const typename detail::Raw<sizeof(T)>::Type*>(p);
+  const auto raw = *reinterpret_cast<const detail::Raw<T>*>(p);
   return bit_cast<T>(raw);
 }
 // From global memory that nobody writes while the kernel runs.
 template <class T>
 DEVICE T load_constant(const T* p) {
-  return bit_cast<T>(__ldg(reinterpret_cast<const typename detail::Raw<sizeof(T)>::Type*>(p)));
+  return bit_cast<T>(__ldg(reinterpret_cast<const detail::Raw<T>*>(p)));
 }
 // The same, read once: it passes by the first-level cache and is the first to leave the second.
 template <class T>
@@ -160,8 +147,7 @@ DEVICE T load_once(const T* p) {
 }
 template <class T>
 DEVICE void store(T* p, const T& value) {
-  using Raw = typename detail::Raw<sizeof(T)>::Type;
-  *reinterpret_cast<Raw*>(p) = bit_cast<Raw>(value);
+  *reinterpret_cast<detail::Raw<T>*>(p) = bit_cast<detail::Raw<T> >(value);
 }
 
 template <class T>
@@ -223,22 +209,6 @@ DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
-// Four 8x8 matrices of 16-bit elements from shared memory. Lane i gives the address of row i % 8 of matrix
-// i / 8, 16 bytes; r[j] is matrix j's (row g, columns 2t..).
-DEVICE void load_matrix_x4(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
-}
-// The same, transposed: r[j] is matrix j's (rows 2t.., column g).
-DEVICE void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0,%1,%2,%3}, [%4];"
-               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-               : "r"(shared_address(row))
-               : "memory");
 }
 
 // ---- Bits and numbers ----------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 #include "dora_norm.cuh"
-#include "lora_launch.h"
+#include "launch.cuh"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -14,13 +14,12 @@ int64_t rank_blocks_of(const RowSums& params) {
 }
 
 template <int kRanks>
-Status run(const RowSums& params, int splits, float* out, Stream stream) {
+void run(const RowSums& params, int splits, float* out, Stream stream) {
   using Kernel = SumRows<kRanks>;
   const int64_t row_blocks = row_blocks_of(params);
-  return launch<Kernel>({decode_params<float>(params.weight), params.a, params.n, params.k,
-                         static_cast<int>(params.ranks), row_blocks, splits, out},
-                        row_blocks * splits * rank_blocks_of(params), stream,
-                        sizeof(typename Kernel::Shared));
+  launch<Kernel>(
+      {params.weight, params.a, params.n, params.k, static_cast<int>(params.ranks), row_blocks, splits, out},
+      row_blocks * splits * rank_blocks_of(params), stream, sizeof(typename Kernel::Shared));
 }
 
 }  // namespace
@@ -34,13 +33,13 @@ int row_sums_splits(const RowSums& params, const Card& card) {
   return splits_for(row_blocks_of(params) * rank_blocks_of(params), ceil_div(params.k, Any::kSlice), card);
 }
 
-Status row_sums(const RowSums& params, int splits, float* out, Stream stream) {
-  return params.ranks > kFewRanks ? run<kManyRanks>(params, splits, out, stream)
-                                  : run<kFewRanks>(params, splits, out, stream);
+void row_sums(const RowSums& params, int splits, float* out, Stream stream) {
+  params.ranks > kFewRanks ? run<kManyRanks>(params, splits, out, stream)
+                           : run<kFewRanks>(params, splits, out, stream);
 }
 
-Status dora_norm(const DoraNorm& params, Stream stream) {
-  return launch<FinishNorms>(params, ceil_div(params.n, FinishNorms::kRowsOfBlock), stream);
+void dora_norm(const DoraNorm& params, Stream stream) {
+  launch<FinishNorms>(params, ceil_div(params.n, FinishNorms::kRowsOfBlock), stream);
 }
 
 }  // namespace peft_kernels::cuda

@@ -1,7 +1,7 @@
 // The norms of the rows of W + s B A: ||w + s b A||^2 = w . w + s (2 w A^T + s b A A^T) . b.
 #pragma once
 
-#include "decode.cuh"
+#include "nf4_tables.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -23,7 +23,7 @@ struct SumRows {
   static constexpr int kHalf = kRun / 2;
 
   struct Params {
-    DecodeParams weight;
+    Nf4View weight;
     const float* a;  // [ranks, k], 16-byte aligned
     int64_t n, k;    // k a multiple of kRun
     int ranks;
@@ -50,9 +50,9 @@ struct SumRows {
     const int64_t slices = (p.k + kSlice - 1) / kSlice;
     const int64_t begin = slices * split / p.splits, end = slices * (split + 1) / p.splits;
 
-    if (thread < nf4::kCodes) store(&shared->code[thread], p.weight.code[thread]);
-    store(&shared->map[thread], p.weight.map[thread]);
-    const float offset = p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f;
+    if (thread < nf4::kCodes) store(&shared->code[thread], kCodeTable.value[thread]);
+    fill_map<kThreads>(p.weight, shared->map);
+    const float offset = load_scale_offset(p.weight);
 
     float squares[kRows] = {}, products[kRows * kRanks] = {};
     copy_slice(p, shared->a[begin % 2], first_rank, begin);

@@ -1,12 +1,11 @@
-// The ops of DoRA: tensors to pointers, and registration. Schemas live in peft_kernels/spec.py.
+// The ops of DoRA: tensors to pointers, and registration. Schemas live in peft_kernels/ops/.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <tuple>
 
 #include "../common/dora_args.h"
-#include "adapters.h"
-#include "base_product.h"
+#include "lora_adapters.h"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -20,7 +19,7 @@ Tensor dora_scale_op(const Tensor& z, const Tensor& scale, const OptionalTensor&
   const OnDeviceOf device(z, "z");
   const DoraScaleArgs args(z, scale, bias);
   Tensor y = at::empty(z.sizes(), z.options());
-  check(dora_scale(params_of(args), y.mutable_data_ptr(), current_stream()));
+  dora_scale(params_of(args), y.mutable_data_ptr(), current_stream());
   return y;
 }
 
@@ -30,12 +29,9 @@ std::tuple<Tensor, Tensor> dora_scale_backward_op(const Tensor& dy, const Tensor
   const DoraScaleArgs args(z, scale, bias);
   const Tensor d = matching(dy, z, "dy");
   Tensor dz = at::empty(z.sizes(), z.options()), d_scale = at::empty_like(args.scale);
-  const DoraScale params = params_of(args);
-  const Tensor workspace = at::empty({dora_scale_backward_workspace(params, current_card())},
-                                     args.scale.options().dtype(at::kByte));
-  check(dora_scale_backward(params, d.const_data_ptr(), dz.mutable_data_ptr(),
-                            d_scale.mutable_data_ptr<float>(), current_card(), workspace.mutable_data_ptr(),
-                            current_stream()));
+  CallContext context;
+  dora_scale_backward(params_of(args), d.const_data_ptr(), dz.mutable_data_ptr(),
+                      d_scale.mutable_data_ptr<float>(), context);
   return {dz, d_scale};
 }
 
@@ -49,11 +45,11 @@ Sums parts_of(const Tensor& sums) { return {sums.select(-1, 0), sums.slice(-1, 1
 
 Sums nf4_sums(const BaseWeight& base, const DoraNormArgs& args) {
   const int64_t n = base.out_features(), k = base.in_features(), ranks = args.a.size(0);
-  const RowSums params{base.nf4().view(), n, k, args.a.const_data_ptr<float>(), ranks};
+  const RowSums params{view_of(base.nf4()), n, k, args.a.const_data_ptr<float>(), ranks};
   if (has_row_sums(params)) {
     const int splits = row_sums_splits(params, current_card());
     Tensor sums = at::empty({splits, n, 1 + ranks}, args.a.options());
-    check(row_sums(params, splits, sums.mutable_data_ptr<float>(), current_stream()));
+    row_sums(params, splits, sums.mutable_data_ptr<float>(), current_stream());
     return parts_of(sums);
   }
   const Tensor sums = at::empty({1, n, 1 + ranks}, args.a.options());
@@ -84,12 +80,12 @@ Tensor dora_norm_op(const Tensor& weight, const OptionalTensor& absmax, const Op
   const Sums sums = base.is_dense() ? dense_sums(base.dense().contiguous(), args) : nf4_sums(base, args);
   const Tensor gram = at::mm(args.a, args.a.t()), b = args.b.contiguous();
   Tensor norm = at::empty({args.out_features()}, gram.options());
-  check(dora_norm(
+  dora_norm(
       {sums.squares.const_data_ptr<float>(), sums.squares.stride(1), sums.products.const_data_ptr<float>(),
        sums.products.stride(1), static_cast<int>(sums.products.size(0)), sums.products.stride(0),
        b.const_data_ptr<float>(), gram.const_data_ptr<float>(), static_cast<float>(scaling), norm.numel(),
        gram.size(0), norm.mutable_data_ptr<float>()},
-      current_stream()));
+      current_stream());
   return norm;
 }
 

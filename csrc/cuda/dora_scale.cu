@@ -1,6 +1,6 @@
 #include "dora_scale.cuh"
 #include "kernels.h"
-#include "lora_launch.h"
+#include "launch.cuh"
 #include "sum_splits.cuh"
 
 namespace peft_kernels::cuda {
@@ -13,13 +13,13 @@ bool has_vectors(const DoraScale& params, const void* in, const void* out) {
 }
 
 template <class T, bool kVector>
-Status scale_columns(const DoraScale& params, void* y, Stream stream) {
+void scale_columns(const DoraScale& params, void* y, Stream stream) {
   using Kernel = ScaleColumns<T, kVector>;
   using Elements = typename Kernel::Elements;
   const int64_t width = params.n / Kernel::kWidth, column_blocks = ceil_div(width, kWarp);
-  return launch<Kernel>({static_cast<const Elements*>(params.z), params.scale, params.bias, params.m, width,
-                         column_blocks, static_cast<Elements*>(y)},
-                        column_blocks * ceil_div(params.m, Kernel::kRowsOfBlock), stream);
+  launch<Kernel>({static_cast<const Elements*>(params.z), params.scale, params.bias, params.m, width,
+                  column_blocks, static_cast<Elements*>(y)},
+                 column_blocks * ceil_div(params.m, Kernel::kRowsOfBlock), stream);
 }
 
 // Of the rows, for the gradient of `scale`. The same for all types and alignments, within which columns of a
@@ -38,12 +38,12 @@ struct Strips {
 };
 
 template <class T, bool kVector>
-Status scale_columns_backward(const DoraScale& params, const void* dy, void* dz, const Strips& strips,
-                              float* d_scale, Stream stream) {
+void scale_columns_backward(const DoraScale& params, const void* dy, void* dz, const Strips& strips,
+                            float* d_scale, Stream stream) {
   using Kernel = ScaleColumnsBackward<T, kVector>;
   using Elements = typename Kernel::Elements;
   const int64_t width = params.n / Kernel::kWidth, column_blocks = ceil_div(width, kWarp);
-  return launch<Kernel>(
+  launch<Kernel>(
       {static_cast<const Elements*>(dy), static_cast<const Elements*>(params.z), params.scale, params.bias,
        params.m, width, column_blocks, strips.rows, static_cast<Elements*>(dz), d_scale},
       column_blocks * strips.count, stream, sizeof(typename Kernel::Shared));
@@ -51,32 +51,25 @@ Status scale_columns_backward(const DoraScale& params, const void* dy, void* dz,
 
 }  // namespace
 
-Status dora_scale(const DoraScale& params, void* y, Stream stream) {
-  return with_type(params.dtype, [&](auto type) {
+void dora_scale(const DoraScale& params, void* y, Stream stream) {
+  with_type(params.dtype, [&](auto type) {
     using T = decltype(type);
-    return has_vectors<T>(params, nullptr, y) ? scale_columns<T, true>(params, y, stream)
-                                              : scale_columns<T, false>(params, y, stream);
+    has_vectors<T>(params, nullptr, y) ? scale_columns<T, true>(params, y, stream)
+                                       : scale_columns<T, false>(params, y, stream);
   });
 }
 
-int64_t dora_scale_backward_workspace(const DoraScale& params, const Card& card) {
-  const int strips = Strips(params, card).count;
-  return strips > 1 ? strips * params.n * int64_t{sizeof(float)} : 0;
-}
-
-Status dora_scale_backward(const DoraScale& params, const void* dy, void* dz, float* d_scale,
-                           const Card& card, void* workspace, Stream stream) {
-  const Strips strips(params, card);
-  float* sums = strips.count > 1 ? static_cast<float*>(workspace) : d_scale;
-  const Status status = with_type(params.dtype, [&](auto type) {
-    using T = decltype(type);
-    return has_vectors<T>(params, dy, dz)
-               ? scale_columns_backward<T, true>(params, dy, dz, strips, sums, stream)
-               : scale_columns_backward<T, false>(params, dy, dz, strips, sums, stream);
+void dora_scale_backward(const DoraScale& params, const void* dy, void* dz, float* d_scale,
+                         Context& context) {
+  const Strips strips(params, context.card);
+  sum_splits(strips.count, params.n, d_scale, context, [&](float* sums) {
+    with_type(params.dtype, [&](auto type) {
+      using T = decltype(type);
+      has_vectors<T>(params, dy, dz)
+          ? scale_columns_backward<T, true>(params, dy, dz, strips, sums, context.stream)
+          : scale_columns_backward<T, false>(params, dy, dz, strips, sums, context.stream);
+    });
   });
-  if (status != 0 || strips.count == 1) return status;
-  return launch<SumSplits>({sums, strips.count, params.n, d_scale}, ceil_div(params.n, SumSplits::kThreads),
-                           stream);
 }
 
 }  // namespace peft_kernels::cuda

@@ -1,4 +1,3 @@
-#include "../common/integers.h"
 #include "dropout.cuh"
 #include "launch.cuh"
 
@@ -6,25 +5,25 @@ namespace peft_kernels::cuda {
 namespace {
 
 template <class T, bool kVector>
-Status run(const void* x, int64_t numel, int64_t first, const DropoutMask& mask, void* out, Stream stream) {
+void run(const void* x, int64_t numel, int64_t first, const DropoutMask& mask, void* out, Stream stream) {
   using Kernel = Dropout4<T, kVector>;
-  if (numel == 0) return 0;
+  if (numel == 0) return;
   const int64_t end = first + numel;
   const int64_t blocks = ceil_div(end, Kernel::kElements) - first / Kernel::kElements;
-  return launch<Kernel>({static_cast<const T*>(x), static_cast<T*>(out), first, end, mask},
-                        ceil_div(blocks, Kernel::kThreads), stream);
+  launch<Kernel>({static_cast<const T*>(x), static_cast<T*>(out), first, end, mask},
+                 ceil_div(blocks, Kernel::kThreads), stream);
 }
 
 }  // namespace
 
-Status dropout(const void* x, DType dtype, int64_t numel, int64_t first, const DropoutMask& mask, void* out,
-               Stream stream) {
-  return with_type(dtype, [&](auto type) {
+void dropout(const void* x, DType dtype, int64_t numel, int64_t first, const DropoutMask& mask, void* out,
+             Stream stream) {
+  with_type(dtype, [&](auto type) {
     using T = decltype(type);
     constexpr uintptr_t kBytes = 4 * sizeof(T);
     const bool vectors = first % 4 == 0 && are_aligned({x, out}, kBytes);
-    return vectors ? run<T, true>(x, numel, first, mask, out, stream)
-                   : run<T, false>(x, numel, first, mask, out, stream);
+    vectors ? run<T, true>(x, numel, first, mask, out, stream)
+            : run<T, false>(x, numel, first, mask, out, stream);
   });
 }
 

@@ -1,11 +1,30 @@
-// Dropout, as peft_kernels/reference/dropout.py has it.
+// Dropout, as peft_kernels/ops/dropout.py has it.
 #pragma once
 
 #include "device.cuh"
 #include "kernels.h"
-#include "philox.cuh"
 
 namespace peft_kernels::cuda {
+
+// Philox4x32-10 (Salmon et al. 2011): the words of elements 4 block .. 4 block + 3.
+DEVICE Words4 philox(int64_t block, uint64_t seed, uint32_t stream) {
+  constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
+  constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
+  constexpr int kRounds = 10;
+  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32), c2 = stream, c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+#pragma unroll
+  for (int round = 0; round < kRounds; ++round) {
+    const uint64_t p0 = uint64_t{c0} * kMultiplier0, p1 = uint64_t{c2} * kMultiplier1;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += kWeyl0;
+    k1 += kWeyl1;
+  }
+  return {{c0, c1, c2, c3}};
+}
 
 // A thread has the four elements that one block of Philox decides about, as far as they are among those from
 // `first` on.

@@ -1,4 +1,3 @@
-#include "../common/integers.h"
 #include "gated.cuh"
 #include "kernels.h"
 #include "launch.cuh"
@@ -7,18 +6,18 @@ namespace peft_kernels::cuda {
 namespace {
 
 template <class Kernel>
-Status run(typename Kernel::Params params, Stream stream) {
+void run(typename Kernel::Params params, Stream stream) {
   if (are_aligned({params.gate, params.up, params.dy, params.out[0], params.out[1]})) {
     params.vectors = params.count / Kernel::kWidth;
   }
   const int64_t threads = params.count - params.vectors * (Kernel::kWidth - 1);
-  return launch<Kernel>(params, ceil_div(threads, Kernel::kThreads), stream);
+  launch<Kernel>(params, ceil_div(threads, Kernel::kThreads), stream);
 }
 
 template <bool kBackward>
-Status gated(Activation activation, DType dtype, const void* gate, const void* up, const void* dy,
-             int64_t count, void* first, void* second, Stream stream) {
-  return with_type(dtype, [&](auto type) {
+void gated(Activation activation, DType dtype, const void* gate, const void* up, const void* dy,
+           int64_t count, void* first, void* second, Stream stream) {
+  with_type(dtype, [&](auto type) {
     using T = decltype(type);
     const GatedParams<T> params{static_cast<const T*>(gate),
                                 static_cast<const T*>(up),
@@ -41,14 +40,14 @@ Status gated(Activation activation, DType dtype, const void* gate, const void* u
 
 }  // namespace
 
-Status gated_activation(Activation activation, const void* gate, const void* up, DType dtype, int64_t count,
-                        void* out, Stream stream) {
-  return gated<false>(activation, dtype, gate, up, nullptr, count, out, nullptr, stream);
+void gated_activation(Activation activation, const void* gate, const void* up, DType dtype, int64_t count,
+                      void* out, Stream stream) {
+  gated<false>(activation, dtype, gate, up, nullptr, count, out, nullptr, stream);
 }
 
-Status gated_activation_backward(Activation activation, const void* dy, const void* gate, const void* up,
-                                 DType dtype, int64_t count, void* d_gate, void* d_up, Stream stream) {
-  return gated<true>(activation, dtype, gate, up, dy, count, d_gate, d_up, stream);
+void gated_activation_backward(Activation activation, const void* dy, const void* gate, const void* up,
+                               DType dtype, int64_t count, void* d_gate, void* d_up, Stream stream) {
+  gated<true>(activation, dtype, gate, up, dy, count, d_gate, d_up, stream);
 }
 
 }  // namespace peft_kernels::cuda

@@ -1,4 +1,4 @@
-// activation(gate) * up and its gradients, as peft_kernels/reference/gated.py has them.
+// activation(gate) * up and its gradients, as peft_kernels/ops/gated.py has them.
 #pragma once
 
 #include "../common/activation.h"

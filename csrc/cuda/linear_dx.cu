@@ -1,34 +1,30 @@
-#include "launch.cuh"
-#include "linear.h"
 #include "linear_dx.cuh"
 
 namespace peft_kernels::cuda {
 namespace {
 
 template <class T, class Table, int kTokenTiles>
-Status run(const LinearParams& params, const Cut& cut, uint32_t* counters, void* workspace, Stream stream) {
-  using Kernel = LinearDx<T, Table, kTokenTiles>;
-  const ShareParams work{static_cast<int>(cut.units), cut.part, counters, static_cast<float*>(workspace)};
-  return launch<Kernel>({linear_args<T>(params), work, cut.shared_offset, cut.x_offset}, cut.blocks, stream,
-                        static_cast<int>(cut.shared_bytes));
+void run(const Cut& cut, const LinearParams& params, Context& context) {
+  launch<LinearDx<T, Table, kTokenTiles>>(
+      {params, share_params(cut, context), cut.shared_offset, cut.x_offset}, cut.blocks, context.stream,
+      static_cast<int>(cut.shared_bytes));
 }
 
 }  // namespace
 
-Status start_linear_dx(const DxShape& shape, const LinearParams& params, const Cut& cut, uint32_t* counters,
-                       void* workspace, Stream stream) {
-  return with_operands(params.dtype, shape.wide_table, [&](auto type, auto table) {
+void start_kernel(const DxShape& shape, const Cut& cut, const LinearParams& params, Context& context) {
+  with_operands(params.dtype, shape.wide_table, [&](auto type, auto table) {
     using T = decltype(type);
     using Table = decltype(table);
     switch (shape.token_tiles) {
       case 1:
-        return run<T, Table, 1>(params, cut, counters, workspace, stream);
+        return run<T, Table, 1>(cut, params, context);
       case 2:
-        return run<T, Table, 2>(params, cut, counters, workspace, stream);
+        return run<T, Table, 2>(cut, params, context);
       case 4:
-        return run<T, Table, 4>(params, cut, counters, workspace, stream);
+        return run<T, Table, 4>(cut, params, context);
       default:  // no plan has them with a wide table, beside which there is no room
-        return run<T, NarrowTable, 8>(params, cut, counters, workspace, stream);
+        return run<T, NarrowTable, 8>(cut, params, context);
     }
   });
 }

@@ -11,7 +11,7 @@
 
 #include <type_traits>
 
-#include "linear_args.cuh"
+#include "linear_shared.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -32,15 +32,14 @@ struct LinearDx {
 
   static constexpr float kFactor = 1.0f / kCodeFactor<T>;  // of scales
 
-  struct Params : LinearArgs<T> {
+  struct Params : LinearParams {
     ShareParams work;                  // by stages
     int shared_offset, stages_offset;  // where in shared memory Shared and the stages are
   };
-  using Floats = Vec<float, 4>;  // a lane's of one matrix instruction
   struct Shared {
     float map[nf4::kDynamicCodes];
     alignas(16) uint32_t last;
-    alignas(16) Floats sum[kRowWarps - 1][kColumnWarps][kFeatureTiles][kWarp];  // of 8 tokens
+    alignas(16) Four sum[kRowWarps - 1][kColumnWarps][kFeatureTiles][kWarp];  // of 8 tokens
   };
   struct Stage {
     uint8_t weight[kRows][kColumns / 2];  // see code_unit()
@@ -56,9 +55,8 @@ struct LinearDx {
       self.start_stage(self.unit_ + i, i, self.scales_[i]);
       if (self.rows_left_ <= 0) self.start_next_tile();
     }
-    self.table_ = fill_table<T, Table, kThreads>(p.weight, shared_memory<uint8_t>());
-    const int thread = thread_index();
-    if (thread < nf4::kDynamicCodes) store(&self.shared_->map[thread], p.weight.map[thread] * kFactor);
+    self.table_ = fill_table<T, Table, kThreads>(shared_memory<uint8_t>());
+    fill_map<kThreads>(p.weight, self.shared_->map, kFactor);
     while (self.unit_ < self.end_) {
       Sums sums{};
       const int first = self.unit_, steps = self.steps_;
@@ -113,7 +111,7 @@ struct LinearDx {
         stages_(reinterpret_cast<Stage*>(shared_memory<uint8_t>() + p.stages_offset)),
         row_bytes_(static_cast<uint32_t>(p.k / 2)),
         row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
-        scale_offset_(p.weight.scale_offset ? load_constant(p.weight.scale_offset) * kFactor : 0.0f),
+        scale_offset_(load_scale_offset(p.weight, kFactor)),
         unit_(p.work.begin()),
         end_(p.work.end()),
         column_(column_of(unit_ / steps_)),
@@ -152,7 +150,8 @@ struct LinearDx {
     codes_at_ = p_.weight.packed +
                 static_cast<uint64_t>(static_cast<uint32_t>(row + code_row())) * row_bytes_ +
                 existing_column(column_ + thread_index() % kCodeUnits * 32) / 2;
-    dy_at_ = reinterpret_cast<const uint8_t*>(p_.x + int64_t{token} * p_.n + row + dy_row());
+    dy_at_ = reinterpret_cast<const uint8_t*>(static_cast<const T*>(p_.x) + int64_t{token} * p_.n + row +
+                                              dy_row());
     scale_at_ =
         static_cast<uint32_t>(row + scale_row()) * row_scales_ +
         (static_cast<uint32_t>(existing_column(column_ + column_warp_ * kGroup)) >> p_.weight.block_shift);
@@ -219,8 +218,9 @@ struct LinearDx {
 
   // ---- The products
 
-  // As in decode.cuh, the order of rows within a group is free. Lane (g, t) has rows 16t.., four of them in a
-  // step, and bytes 4g.. of each; of byte j, columns 8g + 2j and 8g + 2j + 1 are features g and g + 8.
+  // As in linear_decode.cuh, the order of rows within a group is free. Lane (g, t) has rows 16t.., four of
+  // them in a step, and bytes 4g.. of each; of byte j, columns 8g + 2j and 8g + 2j + 1 are features g and g
+  // + 8.
   DEVICE void multiply_stage(Sums& sums) {
     copy_async_wait<kStages - 2>();
     sync_threads();
@@ -282,18 +282,19 @@ struct LinearDx {
 
   // u v; steps of 16 go round the warps that share the sums.
   DEVICE void multiply_slab(int column, int token, Sums& sums) const {
-    for (int at = row_warp_ * 16 + 4 * t_; at < p_.depth; at += kRowWarps * 16) {
+    for (int at = row_warp_ * 16 + 4 * t_; at < p_.slab.depth; at += kRowWarps * 16) {
       Words4 v[4];  // rows of it
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        v[i] = load_constant(
-            reinterpret_cast<const Words4*>(p_.v + int64_t{at + i} * p_.k + existing_column(column)));
+        v[i] = load_constant(reinterpret_cast<const Words4*>(
+            static_cast<const T*>(p_.slab.v) + int64_t{at + i} * p_.k + existing_column(column)));
       }
       uint32_t b[kTokenTiles][2];
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i) {
         const auto u = load_constant(reinterpret_cast<const Words2*>(
-            p_.u + int64_t{existing_token(token + i * 8 + g_)} * p_.depth + at));
+            static_cast<const T*>(p_.slab.u) + int64_t{existing_token(token + i * 8 + g_)} * p_.slab.depth +
+            at));
         b[i][0] = u.v[0];
         b[i][1] = u.v[1];
       }
@@ -319,12 +320,6 @@ struct LinearDx {
     if (row_warp_ == 0 && column < p_.k) write(column, token, sums);
   }
 
-  static DEVICE Floats floats_of(const float (&c)[4]) { return {c[0], c[1], c[2], c[3]}; }
-  static DEVICE void add(const Floats& part, float (&c)[4]) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) c[e] += part.v[e];
-  }
-
   // The first warp of those that have the same columns gets their sums.
   DEVICE void add_row_warps(Sums& sums) const {
     const int lane = lane_index();
@@ -334,7 +329,7 @@ struct LinearDx {
       if (row_warp_ > 0) {
 #pragma unroll
         for (int j = 0; j < kFeatureTiles; ++j) {
-          store(&shared_->sum[row_warp_ - 1][column_warp_][j][lane], floats_of(sums.c[j][i]));
+          store(&shared_->sum[row_warp_ - 1][column_warp_][j][lane], bit_cast<Four>(sums.c[j][i]));
         }
       }
       sync_threads();
@@ -348,33 +343,19 @@ struct LinearDx {
     }
   }
 
-  DEVICE Floats* partial_of(const Sharers& sharers, int block) const {
-    return reinterpret_cast<Floats*>(sharers.partial_of(block, kTokens * kColumns)) +
+  DEVICE Four* part_of(const Sharers& sharers, int block) const {
+    return reinterpret_cast<Four*>(sharers.partial_of(block, kTokens * kColumns)) +
            column_warp_ * kFeatureTiles * kTokenTiles * kWarp + lane_index();
   }
   // Whether this block is the last one that comes to the tile; it gets the sums of all, added in their order.
   DEVICE bool add_blocks(const Sharers& sharers, Sums& sums) const {
-    if (row_warp_ == 0) {
-      Floats* partial = partial_of(sharers, block_index());
-#pragma unroll
-      for (int j = 0; j < kFeatureTiles; ++j) {
-#pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) {
-          store(partial + (j * kTokenTiles + i) * kWarp, floats_of(sums.c[j][i]));
-        }
-      }
-    }
+    const auto all = [](int) { return true; };
+    if (row_warp_ == 0) store_part(sums.c, part_of(sharers, block_index()), kWarp, all);
     if (!sharers.last_has_come(&shared_->last)) return false;
     if (row_warp_ > 0) return true;
     sums = {};
     for (int block = sharers.first; block <= sharers.last; ++block) {
-      const Floats* partial = partial_of(sharers, block);
-#pragma unroll
-      for (int j = 0; j < kFeatureTiles; ++j) {
-#pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i)
-          add(load(partial + (j * kTokenTiles + i) * kWarp), sums.c[j][i]);
-      }
+      add_part(part_of(sharers, block), kWarp, all, sums.c);
     }
     return true;
   }
@@ -390,7 +371,7 @@ struct LinearDx {
         Words4 words;
 #pragma unroll
         for (int j = 0; j < 4; ++j) words.v[j] = pack2<T>(sums.c[j][i][e], sums.c[j][i][e + 2]);
-        store(reinterpret_cast<Words4*>(p_.y + int64_t{row} * p_.k + column), words);
+        store(reinterpret_cast<Words4*>(static_cast<T*>(p_.y) + int64_t{row} * p_.k + column), words);
       }
     }
   }

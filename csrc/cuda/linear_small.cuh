@@ -6,7 +6,7 @@
 // chunk, and add up in shared memory.
 #pragma once
 
-#include "linear_args.cuh"
+#include "linear_shared.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -25,7 +25,7 @@ struct LinearSmall {
   // basic block: that hides latencies better, but registers would not do for many sums.
   static constexpr bool kSkips = kTokenTiles == 4;
 
-  struct Params : LinearArgs<T> {
+  struct Params : LinearParams {
     SplitParams split;
     int slice_chunks;             // of each of the slices into which `split` cuts k
     int shared_offset, x_offset;  // where in shared memory Shared and the slice of x are
@@ -41,9 +41,8 @@ struct LinearSmall {
     LinearSmall self(p);
     self.copy_x();
     self.start_loading();
-    self.table_ = fill_table<T, Table, kThreads>(p.weight, self.start_);
-    const int thread = thread_index();
-    if (thread < nf4::kDynamicCodes) store(&self.shared_->map[thread], p.weight.map[thread]);
+    self.table_ = fill_table<T, Table, kThreads>(self.start_);
+    fill_map<kThreads>(p.weight, self.shared_->map);
     copy_async_wait<0>();
     sync_threads();
     for (int tile = self.first_tile_; tile < self.tiles_; tile += self.tile_stride_) {
@@ -92,7 +91,7 @@ struct LinearSmall {
         start_(shared_memory<uint8_t>()),
         shared_(reinterpret_cast<Shared*>(start_ + p.shared_offset)),
         x_at_(x_row(kTokenTiles == 1 ? token_of(0) : g_) + 16 * t_),
-        scale_offset_(p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f),
+        scale_offset_(load_scale_offset(p.weight)),
         row_bytes_(static_cast<uint32_t>(p.k / 2)),
         row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
         first_bytes_(p.weight.packed + (slice_begin() + warp_ * kChunk) / 2 + 8 * t_) {
@@ -124,7 +123,8 @@ struct LinearSmall {
       if (row >= p_.m) break;
       const int col = begin + unit * kUnit;
       const bool valid = col < p_.k;
-      copy_async_16(x_row(row) + unit * kUnit, p_.x + (valid ? int64_t{row} * p_.k + col : 0), valid);
+      copy_async_16(x_row(row) + unit * kUnit,
+                    static_cast<const T*>(p_.x) + (valid ? int64_t{row} * p_.k + col : 0), valid);
     }
     copy_async_commit();
   }
@@ -222,7 +222,7 @@ struct LinearSmall {
   DEVICE void write(int row, int token, float sum) const {
     if (row >= p_.n) return;
     if (p_.bias) sum += load_as_float(p_.bias, p_.bias_dtype, row);
-    store(p_.y + int64_t{token} * p_.n + row, from_float<T>(sum));
+    store(static_cast<T*>(p_.y) + int64_t{token} * p_.n + row, from_float<T>(sum));
   }
 
   DEVICE void finish(int tile, Sums& sums) {

@@ -9,7 +9,7 @@
 // Blocks have equal shares of all tiles' chunks of k, and loading runs on from tile to tile.
 #pragma once
 
-#include "linear_args.cuh"
+#include "linear_shared.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -29,7 +29,7 @@ struct LinearTiles {
   static constexpr int kAhead = TileShape::kStages - 1;
   static_assert(kChunkStages % kAhead == 0, "a stage of a chunk has its place in bytes_");
 
-  struct Params : LinearArgs<T> {
+  struct Params : LinearParams {
     ShareParams work;  // by chunks of k
   };
   struct Shared {
@@ -43,9 +43,8 @@ struct LinearTiles {
   static DEVICE void run(const Params& p) {
     LinearTiles self(p);
     self.start_loading();
-    self.table_ = fill_table<T, Table, kThreads>(p.weight, shared_memory<uint8_t>());
-    const int thread = thread_index();
-    if (thread < nf4::kDynamicCodes) store(&self.shared_->map[thread], p.weight.map[thread]);
+    self.table_ = fill_table<T, Table, kThreads>(shared_memory<uint8_t>());
+    fill_map<kThreads>(p.weight, self.shared_->map);
     sync_threads();
     for (int tile = self.begin_ / self.chunks_; tile * self.chunks_ < self.end_; ++tile) {
       const Place place = self.place_of(tile);
@@ -58,7 +57,6 @@ struct LinearTiles {
   }
 
  private:
-  using Four = Vec<float, 4>;
   static constexpr int kFeatureLanes = kFeatureWarps * kWarp;
   static_assert(kDepthWarps == 1 || kStage * sizeof(T) >= kTokenTiles * kFeatureLanes * sizeof(Four));
 
@@ -108,7 +106,7 @@ struct LinearTiles {
         begin_(p.work.begin()),
         end_(p.work.end()),
         shared_(reinterpret_cast<Shared*>(shared_memory<uint8_t>() + kSharedOffset)),
-        scale_offset_(p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f) {}
+        scale_offset_(load_scale_offset(p.weight)) {}
 
   // Neighbours share rows of the weight.
   DEVICE Place place_of(int tile) const {
@@ -141,7 +139,8 @@ struct LinearTiles {
     next_chunk_ = chunk;
     const Place place = place_of(tile);
     const int token = place.token + thread_index() / kRowUnits;
-    x_from_ = p_.x + int64_t{token} * p_.k + chunk * kChunk + thread_index() % kRowUnits * kUnit;
+    x_from_ = static_cast<const T*>(p_.x) + int64_t{token} * p_.k + chunk * kChunk +
+              thread_index() % kRowUnits * kUnit;
     next_tokens_ = p_.m - token;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
@@ -266,9 +265,13 @@ struct LinearTiles {
     }
     if constexpr (kDepthWarps > 1) add_depth_warps(sums);
     if (!sharers.is_one()) {
-      store_part(sharers, place, sums);
+      const auto has = [&](int i) { return finishes(i, place.tokens); };
+      store_part(sums.c, part_of(sharers, block_index()), kFeatureLanes, has);
       if (!sharers.last_has_come(&shared_->last)) return;
-      add_parts(sharers, place, sums);
+      sums = {};
+      for (int block = sharers.first; block <= sharers.last; ++block) {
+        add_part(part_of(sharers, block), kFeatureLanes, has, sums.c);
+      }
     }
     write(place, sums);
   }
@@ -292,40 +295,9 @@ struct LinearTiles {
     }
   }
 
-  DEVICE static void add(const Four& more, float (&sum)[4]) {
-#pragma unroll
-    for (int e = 0; e < 4; ++e) sum[e] += more.v[e];
-  }
-
   DEVICE Four* part_of(const Sharers& sharers, int block) const {
     return reinterpret_cast<Four*>(sharers.partial_of(block, kRows * kTokens)) + feature_lane();
   }
-  DEVICE void store_part(const Sharers& sharers, const Place& place, const Sums& sums) const {
-    Four* part = part_of(sharers, block_index());
-#pragma unroll
-    for (int i = 0; i < kTokenTiles; ++i) {
-      if (!finishes(i, place.tokens)) continue;
-#pragma unroll
-      for (int r = 0; r < kRowTiles; ++r) {
-        store(part + (i * kRowTiles + r) * kFeatureLanes, bit_cast<Four>(sums.c[r][i]));
-      }
-    }
-  }
-  DEVICE void add_parts(const Sharers& sharers, const Place& place, Sums& sums) const {
-    sums = {};
-    for (int block = sharers.first; block <= sharers.last; ++block) {
-      const Four* part = part_of(sharers, block);
-#pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) {
-        if (!finishes(i, place.tokens)) continue;
-#pragma unroll
-        for (int r = 0; r < kRowTiles; ++r) {
-          add(load(part + (i * kRowTiles + r) * kFeatureLanes), sums.c[r][i]);
-        }
-      }
-    }
-  }
-
   DEVICE void write(const Place& place, const Sums& sums) const {
     const int row = place.row + 4 * g_;
     if (row >= p_.n) return;
@@ -344,7 +316,7 @@ struct LinearTiles {
         float y[kLaneRows];
 #pragma unroll
         for (int j = 0; j < kLaneRows; ++j) y[j] = sums.c[j / 2][i][j % 2 * 2 + e] + bias[j];
-        T* to = p_.y + int64_t{place.token + token} * p_.n + row;
+        T* to = static_cast<T*>(p_.y) + int64_t{place.token + token} * p_.n + row;
         if (p_.n % kLaneRows == 0) {
           store(reinterpret_cast<Words2*>(to), {pack2<T>(y[0], y[1]), pack2<T>(y[2], y[3])});
         } else {

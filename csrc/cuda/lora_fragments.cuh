@@ -6,8 +6,9 @@
 #pragma once
 
 #include "device.cuh"
+#include "dropout.cuh"
 #include "kernels.h"
-#include "philox.cuh"
+#include "launch.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -81,8 +82,7 @@ DEVICE void load_factor_run(const void* factor, bool is_f32, int64_t row, int64_
   }
 }
 
-// ---- Dropout
-// -----------------------------------------------------------------------------------------------
+// ---- Dropout ---------------------------------------------------------------------------------------------
 
 // Sets to 0 what the mask drops of the elements [first, first + 8) of activations. kVector: first is a
 // multiple of 4.
@@ -109,11 +109,41 @@ DEVICE void drop_run(const DropoutMask& mask, int64_t first, float (&values)[kRu
   }
 }
 
-// Whether two tiles of ranks see the same activations. Those of one adapter do.
-template <class Tile>
-DEVICE bool sees_the_same(const Tile& a, const Tile& b) {
+// ---- Tiles of ranks --------------------------------------------------------------------------------------
+
+inline constexpr int kTileRanks = 8;  // at most: a tile of the tensor core
+
+// Ranks of one adapter side by side, and how activations and sums go with them.
+struct RankTile {
+  int64_t group;
+  DropoutMask mask;  // of the activations
+  float scale;       // of the sums
+  int column;        // of the first rank, in h or dh
+  int ranks;
+};
+
+// From `rank` on, for sums with x or with dY, which has no mask.
+inline RankTile rank_tile(const AdapterView& adapter, int rank, bool of_dy) {
+  return {adapter.group, of_dy ? DropoutMask{} : adapter.mask, of_dy ? adapter.scaling : adapter.mask.scale,
+          static_cast<int>(adapter.h_begin + rank), std::min(adapter.rank - rank, kTileRanks)};
+}
+
+// Whether two tiles see the same activations. Those of one adapter do.
+DEVICE bool sees_the_same(const RankTile& a, const RankTile& b) {
   return a.group == b.group && a.mask.threshold == b.mask.threshold &&
          (a.mask.threshold == 0 || a.mask.stream == b.mask.stream);
+}
+
+// Starts Kernel with as many tiles at a time as its params have room for: for each kTiles, so many blocks.
+template <class Kernel, class Tile>
+void launch_by_tiles(typename Kernel::Params params, const std::vector<Tile>& tiles, int64_t blocks,
+                     Stream stream) {
+  for (size_t begin = 0; begin < tiles.size(); begin += Kernel::kMaxTiles) {
+    params.tiles = static_cast<int>(std::min<size_t>(tiles.size() - begin, Kernel::kMaxTiles));
+    std::copy_n(tiles.data() + begin, params.tiles, params.tile);
+    launch<Kernel>(params, blocks * ceil_div(params.tiles, Kernel::kTiles), stream,
+                   sizeof(typename Kernel::Shared));
+  }
 }
 
 }  // namespace peft_kernels::cuda

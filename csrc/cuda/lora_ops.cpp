@@ -1,4 +1,4 @@
-// The ops with LoRA adapters: tensors to pointers, and registration. Schemas live in peft_kernels/spec.py.
+// The ops with LoRA adapters: tensors to pointers, and registration. Schemas live in peft_kernels/ops/.
 //
 // All of them are one thing here: linear layers that share x, each with any number of adapters. Which rows an
 // adapter serves is known on the device alone.
@@ -8,8 +8,8 @@
 #include <tuple>
 #include <vector>
 
-#include "adapters.h"
-#include "base_product.h"
+#include "linear_product.h"
+#include "lora_adapters.h"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -24,28 +24,32 @@ Tensor layer_forward(const Tensor& x, const Tensor& rounded, const BaseWeight& b
                      const OptionalTensor& bias, size_t layer, const Adapters& adapters, const Tensor& h) {
   adapters.check_out_features(layer, base.out_features());
   const at::ScalarType compute = rounded.scalar_type();
-  if (compute == x.scalar_type() && forward_is_fused(x, base)) {
-    const SlabTensors slab = adapters.slab(base, layer, h);
-    if (slab.u.defined()) return forward_product(x, base, bias, slab);
+  const BaseProduct product = BaseProduct::forward(rounded, base);
+  if (compute == x.scalar_type() && product.takes_slab()) {
+    const SlabTensor slab = adapters.slab(base, layer, false, h);
+    if (slab.view.depth != 0) return product.run(bias, slab.view);
   }
   OptionalTensor base_bias = bias;
   if (bias && bias->scalar_type() != compute) {
     check_bias(*bias, base.out_features(), x.scalar_type());
     base_bias = bias->to(at::kFloat);
   }
-  const Tensor y = forward_product(rounded, base, base_bias).to(x.scalar_type());
-  return adapters.with_deltas(y, layer, h);
+  const Tensor y = product.run(base_bias).to(x.scalar_type());
+  adapters.add_deltas(y, layer, h);
+  return y;
 }
 
 Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
                       const Adapters& adapters, const Tensor& dh, at::ScalarType compute) {
-  if (compute == x.scalar_type() && bases.size() == 1 && backward_is_fused(dy[0], bases[0])) {
-    const SlabTensors slab = adapters.dx_slab(bases[0], dh);
-    if (slab.u.defined()) return backward_product(dy[0], bases[0], slab);
-  }
   std::vector<Tensor> terms;
   for (size_t j = 0; j < bases.size(); ++j) {
-    terms.push_back(backward_product(dy[j].to(compute), bases[j]).to(x.scalar_type()));
+    const Tensor rounded = dy[j].to(compute);
+    const BaseProduct product = BaseProduct::backward(rounded, bases[j]);
+    if (compute == x.scalar_type() && bases.size() == 1 && product.takes_slab()) {
+      const SlabTensor slab = adapters.slab(bases[0], 0, true, dh);
+      if (slab.view.depth != 0) return product.run(std::nullopt, slab.view);
+    }
+    terms.push_back(product.run().to(x.scalar_type()));
   }
   return adapters.dx(terms, x, dh);
 }

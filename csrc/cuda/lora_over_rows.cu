@@ -1,80 +1,69 @@
-#include <vector>
-
-#include "lora_launch.h"
 #include "lora_over_rows.cuh"
 
 namespace peft_kernels::cuda {
 namespace {
 
-using Any = OverRows<bf16, true>;
+using Any = LoraOverRows<bf16, true>;
 
-// One kind of gradient of all adapters, dA or dB.
+// One kind of gradient of all adapters: of A with x, of B with dY by layer.
 struct Gradients {
   const LoraBatch& batch;
-  void* const* out;  // by adapter, or null
+  std::vector<Activations> rows;
   bool is_b;
-  const float* factors;  // dh, or h
+  const float* factors;           // dh, or h
+  const std::vector<void*>& out;  // by adapter, or null
 
-  bool wants(int i) const { return out[i] != nullptr; }
-  bool is_f32(int i) const {
-    return (is_b ? batch.adapter[i].b_dtype : batch.adapter[i].a_dtype) == DType::kF32;
+  const Activations& rows_of(const AdapterView& adapter) const { return rows[is_b ? adapter.layer : 0]; }
+  int64_t size(const AdapterView& adapter) const { return adapter.rank * rows_of(adapter).features; }
+  bool is_f32(const AdapterView& adapter) const {
+    return (is_b ? adapter.b_dtype : adapter.a_dtype) == DType::kF32;
   }
 };
 
-struct Activations {
-  const void* rows;
-  int64_t features;
-};
-
-int64_t features_of(const Gradients& gradients, const Activations* x, int i) {
-  return x[gradients.is_b ? gradients.batch.adapter[i].layer : 0].features;
-}
-
 // Does not depend on which gradients are wanted: they are to be the same to the bit.
-int splits_of(const Gradients& gradients, const Activations* x, const Card& card) {
+int splits_of(const Gradients& gradients, const Card& card) {
   int64_t blocks = 0;
-  for (int i = 0; i < gradients.batch.adapters; ++i) {
-    blocks += ceil_div(tiles_of(gradients.batch.adapter[i].rank), Any::kTiles) *
-              ceil_div(features_of(gradients, x, i), Any::kFeatures);
+  for (const AdapterView& adapter : gradients.batch.adapters) {
+    blocks += ceil_div(ceil_div(adapter.rank, kTileRanks), Any::kTiles) *
+              ceil_div(gradients.rows_of(adapter).features, Any::kFeatures);
   }
   // Two times 16 rows for each warp, or more.
   return splits_for(blocks, ceil_div(gradients.batch.m, 2 * Any::kRows * Any::kWarps), card,
                     Any::kBlocksPerSm);
 }
 
-struct Plan {
-  int64_t count = 0;  // elements of the gradients
+// Of all gradients that are wanted, one after the other: [splits, count] floats.
+struct Partial {
+  float* sums;
   int splits;
+  int64_t count = 0;
+  std::vector<int64_t> begin;  // by adapter; of those that are not wanted, that of the next one
 
-  Plan(const Gradients& gradients, const Activations* x, const Card& card)
-      : splits(splits_of(gradients, x, card)) {
-    for (int i = 0; i < gradients.batch.adapters; ++i) {
-      if (gradients.wants(i)) count += gradients.batch.adapter[i].rank * features_of(gradients, x, i);
+  Partial(const Gradients& gradients, Context& context) : splits(splits_of(gradients, context.card)) {
+    for (size_t i = 0; i < gradients.out.size(); ++i) {
+      begin.push_back(count);
+      if (gradients.out[i]) count += gradients.size(gradients.batch.adapters[i]);
     }
+    sums = static_cast<float*>(context.workspace(splits * count * int64_t{sizeof(float)}));
   }
-  int64_t workspace() const { return splits * count * int64_t{sizeof(float)}; }
 };
 
-void append_tiles(const Gradients& gradients, int i, int64_t features, int64_t begin,
-                  std::vector<GradientTile>& tiles) {
-  const AdapterView& adapter = gradients.batch.adapter[i];
-  for (int rank = 0; rank < adapter.rank; rank += 8) {
-    GradientTile tile{};
-    tile.rank_stride = gradients.is_b ? 1 : features;
-    tile.feature_stride = gradients.is_b ? adapter.rank : 1;
-    tile.begin = begin + rank * tile.rank_stride;
-    tile.group = adapter.group;
-    if (!gradients.is_b) tile.mask = adapter.mask;
-    tile.scale = gradients.is_b ? adapter.scaling : adapter.mask.scale;
-    tile.column = static_cast<int>(adapter.h_begin + rank);
-    tile.ranks = std::min(adapter.rank - rank, 8);
-    tiles.push_back(tile);
+std::vector<GradientTile> tiles_of(const Gradients& gradients, const Activations& x, const Partial& partial) {
+  std::vector<GradientTile> tiles;
+  for (size_t i = 0; i < gradients.out.size(); ++i) {
+    const AdapterView& adapter = gradients.batch.adapters[i];
+    if (!gradients.out[i] || &gradients.rows_of(adapter) != &x) continue;
+    const int64_t rank_stride = gradients.is_b ? 1 : x.features;
+    for (int rank = 0; rank < adapter.rank; rank += kTileRanks) {
+      tiles.push_back({rank_tile(adapter, rank, gradients.is_b), partial.begin[i] + rank * rank_stride,
+                       rank_stride, gradients.is_b ? adapter.rank : 1});
+    }
   }
+  return tiles;
 }
 
 template <class Kernel>
-Status run(const Gradients& gradients, const Activations& x, const std::vector<GradientTile>& tiles,
-           const Plan& plan, float* partial, Stream stream) {
+void run(const Gradients& gradients, const Activations& x, const Partial& partial, Stream stream) {
   typename Kernel::Params params{};
   params.x = static_cast<decltype(params.x)>(x.rows);
   params.m = gradients.batch.m;
@@ -82,98 +71,58 @@ Status run(const Gradients& gradients, const Activations& x, const std::vector<G
   params.row_group = gradients.batch.row_group;
   params.factors = gradients.factors;
   params.ld = gradients.batch.ranks;
-  params.partial = partial;
-  params.count = plan.count;
+  params.partial = partial.sums;
+  params.count = partial.count;
   params.feature_blocks = ceil_div(x.features, Kernel::kFeatures);
-  params.splits = plan.splits;
-  for (size_t begin = 0; begin < tiles.size(); begin += Kernel::kMaxTiles) {
-    params.tiles = static_cast<int>(std::min<size_t>(tiles.size() - begin, Kernel::kMaxTiles));
-    std::copy_n(tiles.begin() + static_cast<int64_t>(begin), params.tiles, params.tile);
-    const int64_t blocks = ceil_div(params.tiles, Kernel::kTiles) * params.feature_blocks * plan.splits;
-    const Status status = launch<Kernel>(params, blocks, stream, sizeof(typename Kernel::Shared));
-    if (status != 0) return status;
-  }
-  return 0;
+  params.splits = partial.splits;
+  launch_by_tiles<Kernel>(params, tiles_of(gradients, x, partial), params.feature_blocks * partial.splits,
+                          stream);
 }
 
-// `begin` of each gradient in `partial` is the sum of the sizes of those before it.
 template <class T>
-Status sum_gradients(const Gradients& gradients, const Activations* x, const Plan& plan, const float* partial,
-                     Stream stream) {
+void add_splits(const Gradients& gradients, const Partial& partial, Stream stream) {
   using Kernel = SumGradients<T>;
   typename Kernel::Params params{};
-  params.partial = partial;
-  params.splits = plan.splits;
-  params.split_stride = plan.count;
-  for (int i = 0; i < gradients.batch.adapters; ++i) {
-    if (gradients.wants(i)) {
-      params.part[params.parts++] = {params.count, gradients.out[i], gradients.is_f32(i)};
-      params.count += gradients.batch.adapter[i].rank * features_of(gradients, x, i);
+  params.partial = partial.sums;
+  params.splits = partial.splits;
+  params.split_stride = partial.count;
+  for (size_t i = 0; i < gradients.out.size(); ++i) {
+    const AdapterView& adapter = gradients.batch.adapters[i];
+    if (gradients.out[i]) {
+      params.part[params.parts++] = {params.count, gradients.out[i], gradients.is_f32(adapter)};
+      params.count += gradients.size(adapter);
     }
-    if (params.parts == Kernel::kMaxParts || i + 1 == gradients.batch.adapters) {
-      const Status status = launch<Kernel>(params, ceil_div(params.count, Kernel::kThreads), stream);
-      if (status != 0) return status;
+    if (params.parts == Kernel::kMaxParts || i + 1 == gradients.out.size()) {
+      launch<Kernel>(params, ceil_div(params.count, Kernel::kThreads), stream);
       params.partial += params.count;
       params.count = 0;
       params.parts = 0;
     }
   }
-  return 0;
 }
 
-// `x` by layer for dB, the one x for dA.
-Status over_rows(const Gradients& gradients, const Activations* x, int count, const Card& card,
-                 void* workspace, Stream stream) {
-  const Plan plan(gradients, x, card);
-  auto* partial = static_cast<float*>(workspace);
-  return with_half(gradients.batch.dtype, [&](auto type) {
+void over_rows(const Gradients& gradients, Context& context) {
+  const Partial partial(gradients, context);
+  with_half(gradients.batch.dtype, [&](auto type) {
     using T = decltype(type);
-    for (int j = 0; j < count; ++j) {
-      std::vector<GradientTile> tiles;
-      int64_t begin = 0;
-      for (int i = 0; i < gradients.batch.adapters; ++i) {
-        if (!gradients.wants(i)) continue;
-        const bool here = !gradients.is_b || gradients.batch.adapter[i].layer == j;
-        if (here) append_tiles(gradients, i, x[j].features, begin, tiles);
-        begin += gradients.batch.adapter[i].rank * features_of(gradients, x, i);
-      }
-      const bool vectors = has_vectors(x[j].rows, x[j].features);
-      const Status status = vectors ? run<OverRows<T, true>>(gradients, x[j], tiles, plan, partial, stream)
-                                    : run<OverRows<T, false>>(gradients, x[j], tiles, plan, partial, stream);
-      if (status != 0) return status;
+    for (const Activations& x : gradients.rows) {
+      has_vectors(x.rows, x.features) ? run<LoraOverRows<T, true>>(gradients, x, partial, context.stream)
+                                      : run<LoraOverRows<T, false>>(gradients, x, partial, context.stream);
     }
-    return sum_gradients<T>(gradients, x, plan, partial, stream);
+    add_splits<T>(gradients, partial, context.stream);
   });
-}
-
-std::vector<Activations> by_layer(const LayerGradient* layer, int layers) {
-  std::vector<Activations> x;
-  for (int j = 0; j < layers; ++j) x.push_back({layer[j].dy, layer[j].n});
-  return x;
 }
 
 }  // namespace
 
-int64_t lora_da_workspace(const LoraBatch& batch, void* const* da, const Card& card) {
-  const Activations x{nullptr, batch.k};
-  return Plan({batch, da, false, nullptr}, &x, card).workspace();
+void lora_da(const LoraBatch& batch, const void* x, const float* dh, const std::vector<void*>& da,
+             Context& context) {
+  over_rows({batch, {{x, batch.k}}, false, dh, da}, context);
 }
 
-Status lora_da(const LoraBatch& batch, const void* x, const float* dh, void* const* da, const Card& card,
-               void* workspace, Stream stream) {
-  const Activations rows{x, batch.k};
-  return over_rows({batch, da, false, dh}, &rows, 1, card, workspace, stream);
-}
-
-int64_t lora_db_workspace(const LoraBatch& batch, const LayerGradient* layer, int layers, void* const* db,
-                          const Card& card) {
-  return Plan({batch, db, true, nullptr}, by_layer(layer, layers).data(), card).workspace();
-}
-
-Status lora_db(const LoraBatch& batch, const LayerGradient* layer, int layers, const float* h,
-               void* const* db, const Card& card, void* workspace, Stream stream) {
-  const std::vector<Activations> rows = by_layer(layer, layers);
-  return over_rows({batch, db, true, h}, rows.data(), layers, card, workspace, stream);
+void lora_db(const LoraBatch& batch, const std::vector<Activations>& dy, const float* h,
+             const std::vector<void*>& db, Context& context) {
+  over_rows({batch, dy, true, h, db}, context);
 }
 
 }  // namespace peft_kernels::cuda

@@ -5,15 +5,9 @@
 
 namespace peft_kernels::cuda {
 
-// Up to eight ranks of one adapter.
-struct GradientTile {
+struct GradientTile : RankTile {
   int64_t begin;  // where the gradient of the first rank's first feature goes, in `partial`
   int64_t rank_stride, feature_stride;
-  int64_t group;
-  DropoutMask mask;
-  float scale;
-  int column;  // of the first rank, in `factors`
-  int ranks;
 };
 
 // partial[split][begin + rank * rank_stride + feature * feature_stride] = scale * the sum over this split's
@@ -23,7 +17,7 @@ struct GradientTile {
 // of rows t, t + 4, t + 8 and t + 12, and each word of such a run gives two rows of an operand, its features
 // being free to stand in any row. Warps of a block take other rows of the same 64 features.
 template <class T, bool kVector>
-struct OverRows {
+struct LoraOverRows {
   static constexpr int kThreads = 128;
   static constexpr int kBlocksPerSm = kVector ? 3 : 2;
   static constexpr int kWarps = kThreads / kWarp;

@@ -1,10 +1,10 @@
-// The NF4 ops: tensors to pointers, and registration. Schemas live in peft_kernels/spec.py.
+// The ops of the NF4 format: tensors to pointers, and registration. Schemas live in peft_kernels/ops/.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <tuple>
 
-#include "base_product.h"
+#include "linear_product.h"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -16,8 +16,8 @@ std::tuple<Tensor, Tensor> quantize_nf4_op(const Tensor& weight, int64_t blocksi
   const Tensor w = weight.contiguous();
   Tensor packed = at::empty({(w.numel() + 1) / 2}, w.options().dtype(at::kByte));
   Tensor absmax = at::empty({ceil_div(w.numel(), blocksize)}, w.options().dtype(at::kFloat));
-  check(quantize_nf4(w.const_data_ptr(), dtype, w.numel(), shift, packed.mutable_data_ptr<uint8_t>(),
-                     absmax.mutable_data_ptr<float>(), current_stream()));
+  quantize_nf4(w.const_data_ptr(), dtype, w.numel(), shift, packed.mutable_data_ptr<uint8_t>(),
+               absmax.mutable_data_ptr<float>(), current_stream());
   return {packed, absmax};
 }
 
@@ -29,8 +29,8 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax_op(const Tensor& absmax) {
   const Tensor offset = a.mean();
   Tensor q8 = at::empty(a.sizes(), a.options().dtype(at::kByte)).flatten();
   Tensor absmax2 = at::empty({ceil_div(a.numel(), nf4::kAbsmaxBlock)}, a.options());
-  check(quantize_absmax(a.const_data_ptr<float>(), a.numel(), offset.const_data_ptr<float>(),
-                        q8.mutable_data_ptr<uint8_t>(), absmax2.mutable_data_ptr<float>(), current_stream()));
+  quantize_absmax(a.const_data_ptr<float>(), a.numel(), offset.const_data_ptr<float>(),
+                  q8.mutable_data_ptr<uint8_t>(), absmax2.mutable_data_ptr<float>(), current_stream());
   return {q8, absmax2, offset};
 }
 
@@ -43,9 +43,9 @@ Tensor unpack_absmax_op(const Tensor& q8, const Tensor& absmax2, const Tensor& o
   check_numel(offset, 1, "offset");
   const Tensor codes = q8.contiguous(), scales = absmax2.contiguous();
   Tensor absmax = at::empty({codes.numel()}, scales.options());
-  check(unpack_absmax(codes.const_data_ptr<uint8_t>(), scales.const_data_ptr<float>(),
-                      offset.const_data_ptr<float>(), codes.numel(), absmax.mutable_data_ptr<float>(),
-                      current_stream()));
+  unpack_absmax(codes.const_data_ptr<uint8_t>(), scales.const_data_ptr<float>(),
+                offset.const_data_ptr<float>(), codes.numel(), absmax.mutable_data_ptr<float>(),
+                current_stream());
   return absmax;
 }
 
@@ -55,40 +55,10 @@ Tensor dequantize_nf4_op(const Tensor& packed, const Tensor& absmax, const Optio
   const OnDeviceOf device(packed, "packed");
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
   const int64_t numel = out.numel();
-  const Nf4Holder weight(packed, absmax, absmax2, offset, blocksize, numel);
-  check(dequantize_nf4(weight.view(), {0, 1, 0, numel, numel}, out.mutable_data_ptr(), dtype_of(out, "dtype"),
-                       numel, current_stream()));
+  const Nf4Tensors weight(packed, absmax, absmax2, offset, blocksize, numel);
+  dequantize_nf4(view_of(weight), {0, 1, 0, numel, numel}, out.mutable_data_ptr(), dtype_of(out, "dtype"),
+                 numel, current_stream());
   return out;
-}
-
-BaseWeight nf4_base(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-                    const OptionalTensor& offset, int64_t blocksize, int64_t out_features,
-                    int64_t in_features, const Tensor& x) {
-  return {packed, absmax, absmax2, offset, blocksize, out_features, in_features, x.scalar_type()};
-}
-
-Tensor nf4_linear_op(const Tensor& x, const Tensor& packed, const Tensor& absmax,
-                     const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
-                     int64_t out_features, const OptionalTensor& bias) {
-  const OnDeviceOf device(x, "x");
-  TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, got 0");
-  TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
-  const int64_t in_features = x.size(-1);
-  const Tensor rows = as_rows(x, in_features, "x");
-  const BaseWeight base = nf4_base(packed, absmax, absmax2, offset, blocksize, out_features, in_features, x);
-  return reshaped(forward_product(rows, base, bias), sizes_with_last(x, out_features));
-}
-
-Tensor nf4_linear_dx_op(const Tensor& dy, const Tensor& packed, const Tensor& absmax,
-                        const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
-                        int64_t in_features) {
-  const OnDeviceOf device(dy, "dy");
-  TORCH_CHECK(dy.dim() >= 1, "dy: expected at least 1 dimension, got 0");
-  TORCH_CHECK(in_features >= 0, "in_features: expected 0 or more, got ", in_features);
-  const int64_t out_features = dy.size(-1);
-  const Tensor rows = as_rows(dy, out_features, "dy");
-  const BaseWeight base = nf4_base(packed, absmax, absmax2, offset, blocksize, out_features, in_features, dy);
-  return reshaped(backward_product(rows, base), sizes_with_last(dy, in_features));
 }
 
 }  // namespace
@@ -98,8 +68,6 @@ TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_DISPATCH_KEY, m) {
   m.impl("quantize_absmax", quantize_absmax_op);
   m.impl("unpack_absmax", unpack_absmax_op);
   m.impl("dequantize_nf4", dequantize_nf4_op);
-  m.impl("nf4_linear", nf4_linear_op);
-  m.impl("nf4_linear_dx", nf4_linear_dx_op);
 }
 
 }  // namespace peft_kernels::cuda

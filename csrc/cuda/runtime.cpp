@@ -103,9 +103,9 @@ const Card& current_card() {
 namespace {
 
 #ifdef PEFT_KERNELS_SIMT
-constexpr auto kCountersDevice = at::kCPU;
+constexpr auto kDevice = at::kCPU;
 #else
-constexpr auto kCountersDevice = at::kCUDA;
+constexpr auto kDevice = at::kCUDA;
 #endif
 
 struct AllCounters {
@@ -115,7 +115,13 @@ struct AllCounters {
 
 }  // namespace
 
-uint32_t* zeroed_counters(int64_t count) {
+void* CallContext::workspace(int64_t bytes) {
+  if (bytes == 0) return nullptr;
+  workspace_ = at::empty({bytes}, at::TensorOptions(kDevice).dtype(at::kByte));
+  return workspace_.mutable_data_ptr();
+}
+
+uint32_t* CallContext::counters(int64_t count) {
   if (count == 0) return nullptr;
   // Never destroyed: CUDA may be gone before static objects are.
   static AllCounters& all = *new AllCounters;
@@ -123,7 +129,7 @@ uint32_t* zeroed_counters(int64_t count) {
   Tensor& counters = all.tensors[counters_key()];
   if (!counters.defined() || counters.numel() < count) {
     // Zeroing them is captured with the rest, so that every replay of a graph starts from zeros.
-    counters = at::zeros({count}, at::TensorOptions(kCountersDevice).dtype(at::kInt));
+    counters = at::zeros({count}, at::TensorOptions(kDevice).dtype(at::kInt));
   }
   return reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int32_t>());
 }

@@ -1,4 +1,4 @@
-// What the ops need beside kernels: a device, its stream, its card, zeroed counters. The ops are compiled
+// What the ops need beside kernels: a device, its stream, its card, memory. The ops are compiled
 // twice, for CUDA and for the emulator of tests/simt, which works on CPU tensors; here and in runtime.cpp is
 // all in which the two differ.
 #pragma once
@@ -38,14 +38,19 @@ class OnDeviceOf {
 Stream current_stream();
 const Card& current_card();
 
-// So many counters or more on the current device, for kernels on the current stream alone: zeros at first,
-// and every kernel leaves them zero again. In a CUDA graph the capture's own, so that replays of it need
-// nothing from outside.
-uint32_t* zeroed_counters(int64_t count);
+// For one call of a function of kernels.h on the current device and stream.
+class CallContext final : public Context {
+ public:
+  CallContext() : Context(current_card(), current_stream()) {}
 
-inline void check(Status status) {
-  TORCH_CHECK(status == 0, "a kernel did not start: ", status_text(status));
-}
+  void* workspace(int64_t bytes) override;
+  // For kernels on the current stream alone: zeros at first, and every kernel leaves them zero again. In a
+  // CUDA graph the capture's own, so that replays of it need nothing from outside.
+  uint32_t* counters(int64_t count) override;
+
+ private:
+  Tensor workspace_;
+};
 
 #ifdef PEFT_KERNELS_SIMT
 // The made-up card that the emulator's kernels are planned for.

@@ -8,13 +8,7 @@
 #  include <cuda_runtime_api.h>
 
 namespace peft_kernels::cuda {
-
 using Stream = cudaStream_t;
-// 0, or why a launch failed.
-using Status = int;
-
-inline const char* status_text(Status status) { return cudaGetErrorString(static_cast<cudaError_t>(status)); }
-
 }  // namespace peft_kernels::cuda
 
 #endif

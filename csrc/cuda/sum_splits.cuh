@@ -1,7 +1,8 @@
 // The second half of a sum that several blocks have parts of.
 #pragma once
 
-#include "device.cuh"
+#include "kernels.h"
+#include "launch.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -25,5 +26,14 @@ struct SumSplits {
     store(p.out + i, sum);
   }
 };
+
+// out[count] = the sum of what `parts` writes [splits, count] to: out itself, or workspace.
+template <class Parts>
+void sum_splits(int splits, int64_t count, float* out, Context& context, const Parts& parts) {
+  if (splits == 1) return parts(out);
+  auto* partial = static_cast<float*>(context.workspace(splits * count * int64_t{sizeof(float)}));
+  parts(partial);
+  launch<SumSplits>({partial, splits, count, out}, ceil_div(count, SumSplits::kThreads), context.stream);
+}
 
 }  // namespace peft_kernels::cuda

@@ -39,7 +39,6 @@ class Emulator {
   [[noreturn]] void run_thread();
   [[noreturn]] void stop(const std::string& what, const std::string& where);
   void collective(const char* name, void* given, void (*perform)(void* const*), Site site);
-  void order_warp();
   void sync_threads(Site site);
   void pause(bool always);
   bool is_here() const { return current_ != nullptr && pthread_equal(pthread_self(), host_) != 0; }
@@ -176,12 +175,6 @@ void Emulator::collective(const char* name, void* given, void (*perform)(void* c
     warp.ready = ~0u;
   }
   leave(thread);
-}
-
-void Emulator::order_warp() {
-  Warp& warp = *self().warp;
-  warp.epoch = memory.advance();
-  warp.acquired = warp.lanes_acquired;
 }
 
 void Emulator::sync_threads(Site site) {
@@ -322,10 +315,6 @@ const void* check_read(const void* p, int bytes, Site site) {
 const void* check_read_constant(const void* p, int bytes, Site site) {
   return access(p, bytes, Memory::Kind::kReadConstant, site);
 }
-const void* check_read_shared(const void* p, int bytes, Site site) {
-  if (!the.memory.in_shared(p)) fail("this is not the address of shared memory", site);
-  return access(p, bytes, Memory::Kind::kRead, site);
-}
 void* check_write(void* p, int bytes, Site site) { return access(p, bytes, Memory::Kind::kWrite, site); }
 
 void* shared_window(int64_t bytes, Site site) {
@@ -356,7 +345,6 @@ void sync_threads(Site site) { the.sync_threads(site); }
 void collective(const char* name, void* given, void (*perform)(void* const* given), Site site) {
   the.collective(name, given, perform, site);
 }
-void order_warp() { the.order_warp(); }
 
 uint32_t atomic_add(uint32_t* counter, uint32_t value, Site site) {
   const uint32_t before = the.memory.atomic_add(the.self(), counter, value, site);

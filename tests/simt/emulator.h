@@ -40,7 +40,6 @@ Position position();
 // address of shared memory is none of ours.
 const void* check_read(const void* p, int bytes, Site site);
 const void* check_read_constant(const void* p, int bytes, Site site);  // global, not written by this launch
-const void* check_read_shared(const void* p, int bytes, Site site);
 void* check_write(void* p, int bytes, Site site);
 
 void* shared_window(int64_t bytes, Site site);  // the block's shared memory, which must have so many
@@ -54,8 +53,6 @@ void copy_async_wait(int pending, Site site);
 void sync_threads(Site site);
 // Waits for all lanes of the warp to come here. The last one runs `perform` on what each of them gave.
 void collective(const char* name, void* given, void (*perform)(void* const* given), Site site);
-// Orders memory between the lanes; to be called from `perform`.
-void order_warp();
 
 uint32_t atomic_add(uint32_t* counter, uint32_t value, Site site);
 

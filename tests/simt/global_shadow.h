@@ -65,8 +65,7 @@ class GlobalShadow {
   }
 
   void release(const Thread& thread, uint32_t tick) {
-    releases_[static_cast<size_t>(thread.block->index)].push_back(
-        {tick, thread.block->epoch, thread.warp->epoch, thread.index});
+    releases_[static_cast<size_t>(thread.block->index)].push_back({tick, thread.block->epoch, thread.index});
   }
 
  private:
@@ -76,7 +75,7 @@ class GlobalShadow {
   };
   using Page = std::array<Word, kPageWords>;
   struct Release {
-    uint32_t tick, block_epoch, warp_epoch;
+    uint32_t tick, block_epoch;
     int thread;
   };
   struct Recent {
@@ -108,18 +107,17 @@ class GlobalShadow {
     return recent.page;
   }
 
-  static bool seen(const Record& access, int thread, uint32_t block_epoch, uint32_t warp_epoch) {
-    return access.thread == thread || access.tick < block_epoch ||
-           (access.thread / kLanes == thread / kLanes && access.tick < warp_epoch);
+  static bool seen(const Record& access, int thread, uint32_t block_epoch) {
+    return access.thread == thread || access.tick < block_epoch;
   }
   bool ordered(const Record& access, const Thread& thread) const {
     if (access.block == thread.block->index) {
-      return seen(access, thread.index, thread.block->epoch, thread.warp->epoch);
+      return seen(access, thread.index, thread.block->epoch);
     }
-    const uint32_t acquired = std::max({thread.acquired, thread.warp->acquired, thread.block->acquired});
+    const uint32_t acquired = std::max(thread.acquired, thread.block->acquired);
     for (const Release& release : releases_[static_cast<size_t>(access.block)]) {
       if (access.tick < release.tick && release.tick < acquired &&
-          seen(access, release.thread, release.block_epoch, release.warp_epoch)) {
+          seen(access, release.thread, release.block_epoch)) {
         return true;
       }
     }

@@ -63,7 +63,7 @@ class Memory {
 
   uint16_t site_index(Site site);
   Access as_access(const Thread& thread, uint16_t site) const {
-    return {tick_, thread.block->epoch, thread.warp->epoch, site, static_cast<uint16_t>(thread.index)};
+    return {tick_, thread.block->epoch, site, static_cast<uint16_t>(thread.index)};
   }
   int shared_offset(const Thread& thread, const void* p, int bytes, Site site) const;
   char* real(const void* p) const { return storage_ + (static_cast<const char*>(p) - windows_); }
@@ -115,11 +115,7 @@ inline void Memory::start_block(Block& block) {
     thread.acquired = 0;
   }
   if (copies_left) block.shadow->clear_under_way();
-  for (Warp& warp : block.warps) {
-    warp.epoch = 0;
-    warp.acquired = warp.lanes_acquired = 0;
-    warp.log.clear();
-  }
+  for (Warp& warp : block.warps) warp.log.clear();
 }
 
 inline uint16_t Memory::site_index(Site site) {
@@ -153,8 +149,6 @@ inline void Memory::check_race(const Shadow::Conflict& conflict, bool write, Sit
   std::string who = "thread " + std::to_string(cell.who());
   if (cell.who() == Shadow::kReaders) {
     who = "other threads";
-  } else if (cell.who() >= Shadow::kWarpReaders) {
-    who = "threads of warp " + std::to_string(cell.who() - Shadow::kWarpReaders);
   }
   const std::string line = " (" + text(sites_[cell.site()]) + ")";
   const std::string mine =
@@ -239,7 +233,7 @@ inline uint32_t Memory::atomic_add(Thread& thread, uint32_t* counter, uint32_t v
     fail("deadlock: waits for a counter, and nothing else has happened for a million atomics", site);
   }
   const uint32_t tick = advance();
-  thread.acquired = thread.warp->lanes_acquired = thread.block->threads_acquired = tick;
+  thread.acquired = thread.block->threads_acquired = tick;
   global_.release(thread, tick);
   const uint32_t before = *counter;
   *counter = before + value;

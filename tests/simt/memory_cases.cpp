@@ -19,7 +19,7 @@ void move_body(const T* in, T* out) {
   const int i = thread_index();
   auto* s = shared_memory<T>();
   store(s + i, load(in + i));
-  sync_warp();
+  sync_threads();
   store(out + i, load(s + (i ^ 1)));
   store(out + kWarp + i, load_constant(in + i));
   if constexpr (sizeof(T) >= 4) store(out + 2 * kWarp + i, load_once(in + i));
@@ -116,11 +116,6 @@ void unequal_loops(const float*, float*) {
   for (int i = 0; i <= lane_index() / 8; ++i) store(s + 64 * lane_index() + i, 1.0f);
 }
 template <int kStride>
-void rows(const float*, float*) {
-  uint32_t r[4];
-  load_matrix_x4(r, shared_memory<char>() + kStride * lane_index());
-}
-template <int kStride>
 void copied_rows(const float* in, float*) {
   copy_async_16(shared_memory<char>() + kStride * lane_index(), in, false);
 }
@@ -140,8 +135,6 @@ void banks() {
   expect_banks<one_word_for_all>(1, 1, 0);
   expect_banks<half_a_warp>(1, 16, 15);
   expect_banks<unequal_loops>(4, 32 + 24 + 16 + 8, 31 + 23 + 15 + 7);
-  expect_banks<rows<16>>(1, 4, 0);
-  expect_banks<rows<128>>(1, 32, 28);
   expect_banks<copied_rows<80>>(1, 4, 0);
   expect_banks<copied_rows<64>>(1, 16, 12);
 }
@@ -199,12 +192,18 @@ struct Wide {
 void launches() {
   uint32_t sum = 0;
   simt::set_shared_limit(simt::kMaxSharedBytes);
-  expect(launch<Wide>({&sum}, 3, nullptr, simt::kMaxSharedBytes) == 0 && sum == 3 * 1024 * 3,
-         "all threads to run");
-  expect(launch<Wide>({&sum}, 0, nullptr) == 0 && sum == 3 * 1024 * 3, "no blocks to do nothing");
+  launch<Wide>({&sum}, 3, nullptr, simt::kMaxSharedBytes);
+  expect(sum == 3 * 1024 * 3, "all threads to run");
+  launch<Wide>({&sum}, 0, nullptr);
+  expect(sum == 3 * 1024 * 3, "no blocks to do nothing");
   simt::set_shared_limit(99 << 10);
-  const Status status = launch<Wide>({&sum}, 1, nullptr, (99 << 10) + 1);
-  expect(status != 0 && std::string(status_text(status)) == "invalid argument", "too much memory to fail");
+  std::string told;
+  try {
+    launch<Wide>({&sum}, 1, nullptr, (99 << 10) + 1);
+  } catch (const std::runtime_error& error) {
+    told = error.what();
+  }
+  expect(told == "a kernel did not start: invalid argument", "too much memory to fail");
 }
 
 }  // namespace

@@ -93,27 +93,6 @@ void unaligned_load(const Pointers& p) {
 }
 
 template <bool kBroken>
-void unaligned_row(const Pointers& p) {
-  auto* s = shared_memory<char>();
-  uint32_t r[4];
-  store(reinterpret_cast<Words4*>(s) + thread_index() % 32 + 32 * warp_index(), Words4{});
-  sync_threads();
-  load_matrix_x4(r, s + 16 * lane_index() + (kBroken ? 8 : 0));  // fault: unaligned_row
-  store(p.out + thread_index(), bit_cast<float>(r[0]));
-}
-
-template <bool kBroken>
-void row_in_global_memory(const Pointers& p) {
-  auto* s = shared_memory<Words4>();
-  uint32_t r[4];
-  store(s + thread_index(), Words4{});
-  sync_threads();
-  const void* row = kBroken ? static_cast<const void*>(p.in) : s;
-  load_matrix_x4(r, row);  // fault: row_in_global_memory
-  store(p.out + thread_index(), bit_cast<float>(r[0]));
-}
-
-template <bool kBroken>
 void out_of_bounds(const Pointers&) {
   auto* s = shared_memory<float>();
   store(s + thread_index() + (kBroken ? 1 : 0), 1.0f);  // fault: out_of_bounds
@@ -201,20 +180,19 @@ void ticket_too_early(const Pointers& p) {
   store(p.out + kCount * blocks + i, sum);
 }
 
-// The same by one warp of each block. Ballots and shuffles order its lanes in time alone.
+// The same, of what one warp of each block wrote. Ballots and shuffles order its lanes in time alone.
 enum class Fault { kNone, kBefore, kAfter, kLate };
 template <Fault kFault>
 void sum_of_warps(const Pointers& p) {
   const int i = thread_index(), blocks = grid_size();
-  if (i >= kWarp) return;
   if (kFault != Fault::kLate) store(p.out + kCount * block_index() + i, 1.0f);
-  kFault == Fault::kBefore ? static_cast<void>(ballot(true)) : sync_warp();
+  kFault == Fault::kBefore ? static_cast<void>(ballot(true)) : sync_threads();
   uint32_t ticket = 0;
   if (i == 0) ticket = atomic_add_ordered(p.counter, 1);
   ticket = shuffle(ticket, 0);
   if (kFault == Fault::kLate) store(p.out + kCount * block_index() + i, 1.0f);
-  if (kFault != Fault::kAfter) sync_warp();
-  if (ticket != static_cast<uint32_t>(blocks - 1)) return;
+  if (kFault != Fault::kAfter) sync_threads();
+  if (i >= kWarp || ticket != static_cast<uint32_t>(blocks - 1)) return;
   float sum = 0;
   for (int block = 0; block < blocks; ++block) sum += load(p.out + kCount * block + i);
   store(p.out + kCount * blocks + i, sum);
@@ -247,16 +225,15 @@ void read_of_another_block(const Pointers& p) {
 template <bool kBroken>
 void overwritten_by_another_block(const Pointers& p) {
   const int i = thread_index();
-  if (i >= kWarp) return;
   store(p.out + kCount * block_index() + i, 1.0f);
   if (block_index() == 0) {
     const float value = load(p.out + 2 * kCount + i);
-    kBroken ? static_cast<void>(ballot(value == 0)) : sync_warp();
+    kBroken ? static_cast<void>(ballot(value == 0)) : sync_threads();
     if (i == 0) atomic_add_ordered(p.counter, 1);
   } else {
     while (i == 0 && atomic_add_ordered(p.counter, 0) == 0) {
     }
-    sync_warp();
+    sync_threads();
     store(p.out + 2 * kCount + i, 1.0f);  // fault: overwritten_by_another_block
   }
 }
@@ -320,8 +297,6 @@ const Cases& memory_faults() {
       FAULT(copy_from_shared, 1, 16 * kCount),
       FAULT(copy_over_read, 1),
       FAULT(unaligned_load, 1),
-      FAULT(unaligned_row, 1, 16 * kCount),
-      FAULT(row_in_global_memory, 1, 16 * kCount),
       FAULT(out_of_bounds, 1),
       FAULT(below_bounds, 1),
       FAULT(more_than_launched, 1),

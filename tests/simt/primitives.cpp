@@ -199,40 +199,6 @@ void matrix_products() {
   }
 }
 
-template <bool kTransposed>
-void matrices_body(const uint16_t* in, uint32_t* out) {
-  auto* s = shared_memory<uint16_t>();
-  const int lane = lane_index();
-  // Rows lie in no order that could be right by chance.
-  const auto place = [](int row) { return (13 * (row % 8) + 8 * (row / 8)) % 32; };
-  auto* rows = reinterpret_cast<Words4*>(s);
-  store(rows + place(lane), load(reinterpret_cast<const Words4*>(in) + lane));
-  sync_warp();
-  uint32_t r[4];
-  if (kTransposed) {
-    load_matrix_x4_transposed(r, rows + place(lane));
-  } else {
-    load_matrix_x4(r, rows + place(lane));
-  }
-  store(reinterpret_cast<Words4*>(out) + lane, Words4{{r[0], r[1], r[2], r[3]}});
-}
-template <bool kTransposed>
-void matrices() {
-  std::vector<uint16_t> in(4 * 64);  // [matrix][row][column]
-  for (size_t i = 0; i < in.size(); ++i) in[i] = static_cast<uint16_t>(i);
-  std::vector<uint32_t> out(4 * kWarp);
-  run_kernel<uint16_t, uint32_t, matrices_body<kTransposed>>(in, out);
-  for (int lane = 0; lane < kWarp; ++lane) {
-    for (int j = 0; j < 4; ++j) {
-      const int g = lane / 4, t = lane % 4;
-      const int low = kTransposed ? 2 * t * 8 + g : g * 8 + 2 * t;
-      const int high = kTransposed ? (2 * t + 1) * 8 + g : g * 8 + 2 * t + 1;
-      expect(out[4 * lane + j] == (uint32_t(64 * j + low) | uint32_t(64 * j + high) << 16),
-             "element of a loaded matrix");
-    }
-  }
-}
-
 }  // namespace
 
 const Cases& primitive_cases() {
@@ -247,8 +213,6 @@ const Cases& primitive_cases() {
       {"exchange", exchange},
       {"matrix_products_bf16", matrix_products<bf16>},
       {"matrix_products_fp16", matrix_products<fp16>},
-      {"matrices", matrices<false>},
-      {"matrices_transposed", matrices<true>},
   };
   return cases;
 }

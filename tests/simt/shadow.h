@@ -1,8 +1,8 @@
 // Who wrote and who read each byte of a block's shared memory last, to find accesses that no barrier orders.
 //
 // Time is a count of the barriers that have completed anywhere. What happened before the tick at which the
-// block's last barrier completed is ordered before what its threads do now; within a warp, sync_warp does the
-// same. Ticks never come back, so that nothing is cleared between blocks.
+// block's last barrier completed is ordered before what its threads do now. Ticks never come back, so that
+// nothing is cleared between blocks.
 #pragma once
 
 #include <cstdint>
@@ -11,13 +11,13 @@
 namespace peft_kernels::simt {
 
 struct Access {
-  uint32_t now, block_epoch, warp_epoch;  // ticks: this one, the last sync_threads, the last sync_warp
+  uint32_t now, block_epoch;  // ticks: this one, the last sync_threads
   uint16_t site, thread;
 };
 
 class Shadow {
  public:
-  // A recorded access. `who` is a thread, or several that have read: kWarpReaders + warp, or kReaders.
+  // A recorded access. `who` is a thread, or several that have read: kReaders.
   struct Cell {
     uint64_t bits = 0;  // tick, site, who: compared as one number, the later is the greater
 
@@ -28,7 +28,7 @@ class Shadow {
     uint16_t site() const { return static_cast<uint16_t>(bits >> 16); }
     uint16_t who() const { return static_cast<uint16_t>(bits); }
   };
-  static constexpr uint16_t kWarpReaders = 0x4000, kReaders = 0x8000;
+  static constexpr uint16_t kReaders = 0x8000;
   // The tick of bytes that an asynchronous copy is about to write.
   static constexpr uint32_t kUnderWay = UINT32_MAX;
 
@@ -67,12 +67,7 @@ class Shadow {
   static bool ordered(Cell cell, const Access& access) {
     if (cell.tick() < access.block_epoch) return true;
     if (cell.tick() == kUnderWay) return false;
-    if (cell.who() == access.thread) return true;
-    return warp_of(cell) == access.thread / 32 && cell.tick() < access.warp_epoch;
-  }
-  static int warp_of(Cell cell) {
-    if (cell.who() == kReaders) return -1;
-    return cell.who() >= kWarpReaders ? cell.who() - kWarpReaders : cell.who() / 32;
+    return cell.who() == access.thread;
   }
   static Conflict find(const std::vector<Cell>& cells, int offset, int bytes, const Access& access,
                        bool reads) {
@@ -87,16 +82,8 @@ class Shadow {
     return {};
   }
   static Cell add_reader(Cell cell, const Access& access) {
-    uint16_t who = access.thread;
-    if (cell.tick() >= access.block_epoch && cell.who() != access.thread) {
-      const int warp = access.thread / 32;
-      if (warp_of(cell) != warp) {
-        who = kReaders;
-      } else if (cell.tick() >= access.warp_epoch) {
-        who = static_cast<uint16_t>(kWarpReaders + warp);
-      }
-    }
-    return Cell::of(access.now, access.site, who);
+    const bool others = cell.tick() >= access.block_epoch && cell.who() != access.thread;
+    return Cell::of(access.now, access.site, others ? kReaders : access.thread);
   }
   void set_writer(int offset, int bytes, const Access& access, uint32_t tick) {
     for (int i = offset; i < offset + bytes; ++i) writes_[i] = Cell::of(tick, access.site, access.thread);

@@ -26,9 +26,6 @@ inline int warp_index(Site site = Site::here()) {
 // ---- Waiting and exchanging ----------------------------------------------------------------------------
 
 inline void sync_threads(Site site = Site::here()) { simt::sync_threads(site); }
-inline void sync_warp(Site site = Site::here()) {
-  simt::collective("sync_warp", nullptr, [](void* const*) { simt::order_warp(); }, site);
-}
 
 namespace detail {
 
@@ -302,33 +299,6 @@ inline void multiply_tf32_matrices(void* const* given) {
   }
 }
 
-struct MatrixRow {
-  const void* row;
-  uint32_t* r;
-};
-
-template <bool kTransposed>
-void load_matrices(void* const* given) {
-  for (int j = 0; j < 4; ++j) {
-    uint16_t matrix[8][8];
-    for (int i = 0; i < 8; ++i) {
-      std::memcpy(matrix[i], static_cast<const MatrixRow*>(given[8 * j + i])->row, sizeof(matrix[i]));
-    }
-    for (int lane = 0; lane < kWarp; ++lane) {
-      const int g = lane / 4, t = lane % 4;
-      const uint32_t low = kTransposed ? matrix[2 * t][g] : matrix[g][2 * t];
-      const uint32_t high = kTransposed ? matrix[2 * t + 1][g] : matrix[g][2 * t + 1];
-      static_cast<const MatrixRow*>(given[lane])->r[j] = low | high << 16;
-    }
-  }
-}
-
-template <bool kTransposed>
-void load_matrix(const char* name, uint32_t (&r)[4], const void* row, Site site) {
-  MatrixRow mine{simt::check_read_shared(row, 16, site), r};
-  simt::collective(name, &mine, load_matrices<kTransposed>, site);
-}
-
 }  // namespace detail
 
 template <class T>
@@ -341,13 +311,6 @@ inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
   detail::MmaOperands mine{c, a, b};
   simt::collective("mma_tf32", &mine, detail::multiply_tf32_matrices, site);
 }
-inline void load_matrix_x4(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
-  detail::load_matrix<false>("load_matrix_x4", r, row, site);
-}
-inline void load_matrix_x4_transposed(uint32_t (&r)[4], const void* row, Site site = Site::here()) {
-  detail::load_matrix<true>("load_matrix_x4_transposed", r, row, site);
-}
-
 // ---- Between blocks ------------------------------------------------------------------------------------
 
 inline uint32_t atomic_add_ordered(uint32_t* counter, uint32_t value, Site site = Site::here()) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <stdexcept>
 #include <type_traits>
 #include <typeinfo>
 
@@ -10,22 +11,20 @@
 namespace peft_kernels::cuda {
 
 using Stream = void*;
-using Status = int;
 
 template <class Kernel>
-Status launch(const typename Kernel::Params& params, int64_t blocks, Stream, int shared_bytes = 0) {
+void launch(const typename Kernel::Params& params, int64_t blocks, Stream, int shared_bytes = 0) {
   using Params = typename Kernel::Params;
   static_assert(Kernel::kThreads % simt::kLanes == 0 && Kernel::kThreads <= 1024);
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
   static_assert(Kernel::kBlocksPerSm >= 1);
-  if (blocks == 0) return 0;
-  if (blocks < 0 || blocks > INT32_MAX || shared_bytes < 0 || shared_bytes > simt::shared_limit) return 1;
+  if (blocks == 0) return;
+  if (blocks < 0 || blocks > INT32_MAX || shared_bytes < 0 || shared_bytes > simt::shared_limit) {
+    throw std::runtime_error("a kernel did not start: invalid argument");
+  }
   const Params copy = params;
   simt::run({typeid(Kernel).name(), [](const void* p) { Kernel::run(*static_cast<const Params*>(p)); }, &copy,
              Kernel::kThreads, blocks, shared_bytes});
-  return 0;
 }
-
-inline const char* status_text(Status status) { return status == 0 ? "no error" : "invalid argument"; }
 
 }  // namespace peft_kernels::cuda

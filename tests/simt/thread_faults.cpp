@@ -36,10 +36,10 @@ void overwritten_after_shuffle(const Pointers& p) {
   auto* s = shared_memory<float>();
   const int i = thread_index();
   store(s + i, 1.0f);
-  sync_warp();
+  sync_threads();
   float value = load(s + (i ^ 1));
   value = shuffle(value, 0);
-  if (!kBroken) sync_warp();
+  if (!kBroken) sync_threads();
   store(s + i, value);  // fault: overwritten_after_shuffle
   store(p.out + i, value);
 }
@@ -48,11 +48,11 @@ void overwritten_after_shuffle(const Pointers& p) {
 template <bool kBroken>
 void read_by_the_warp(const Pointers& p) {
   auto* s = shared_memory<float>();
-  if (thread_index() >= kWarp) return;
-  float value = load(s);
+  float value = 0;
+  if (thread_index() < kWarp) value = load(s);
   value = shuffle(value, 0);
-  if (!kBroken) sync_warp();
-  if (lane_index() == 7) {
+  if (!kBroken) sync_threads();
+  if (thread_index() == 7) {
     value += load(s);
     store(s, value);  // fault: read_by_the_warp
   }
@@ -79,26 +79,6 @@ void written_twice(const Pointers&) {
   auto* s = shared_memory<float>();
   const int i = thread_index();
   store(s + (kBroken ? i / 2 : i), 1.0f);  // fault: written_twice
-}
-
-template <bool kBroken>
-void warp_barrier_missing(const Pointers& p) {
-  auto* s = shared_memory<float>();
-  const int i = thread_index();
-  store(s + i, 1.0f);
-  if (!kBroken) sync_warp();
-  store(p.out + i, load(s + (i ^ 1)));  // fault: warp_barrier_missing
-}
-
-// What one warp's barrier does not order: other warps.
-template <bool kBroken>
-void warp_barrier_for_block(const Pointers& p) {
-  auto* s = shared_memory<float>();
-  const int i = thread_index();
-  store(s + i, 1.0f);
-  for (int turn = 0; turn < (i < 32 ? 1 : 30); ++turn) sync_warp();
-  if (!kBroken) sync_threads();
-  store(p.out + i, load(s + (i ^ 32)));  // fault: warp_barrier_for_block
 }
 
 // Bytes of one word are apart, as far as races go.
@@ -159,11 +139,10 @@ void two_barriers(const Pointers& p) {
 
 const Cases& thread_faults() {
   static const Cases cases = {
-      FAULT(barrier_missing, 1),      FAULT(overwritten_too_early, 1),  FAULT(overwritten_after_shuffle, 1),
-      FAULT(read_by_the_warp, 1),     FAULT(read_by_two_warps, 1),      FAULT(written_twice, 1),
-      FAULT(warp_barrier_missing, 1), FAULT(warp_barrier_for_block, 1), FAULT(neighbouring_bytes, 1),
-      FAULT(lane_skips_shuffle, 1),   FAULT(lanes_in_two_shuffles, 1),  FAULT(barrier_or_shuffle, 1),
-      FAULT(barrier_skipped, 1),      FAULT(two_barriers, 1),
+      FAULT(barrier_missing, 1),    FAULT(overwritten_too_early, 1), FAULT(overwritten_after_shuffle, 1),
+      FAULT(read_by_the_warp, 1),   FAULT(read_by_two_warps, 1),     FAULT(written_twice, 1),
+      FAULT(neighbouring_bytes, 1), FAULT(lane_skips_shuffle, 1),    FAULT(lanes_in_two_shuffles, 1),
+      FAULT(barrier_or_shuffle, 1), FAULT(barrier_skipped, 1),       FAULT(two_barriers, 1),
   };
   return cases;
 }

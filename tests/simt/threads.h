@@ -49,8 +49,6 @@ struct Thread {
 
 struct Warp {
   uint32_t ready, at_collective, at_barrier, exited;  // lanes; one in none of these runs
-  uint32_t epoch;                                     // the tick of its last sync_warp
-  uint32_t acquired, lanes_acquired;                  // told by that; by any of its lanes
   const char* collective;                             // where at_collective wait
   Site collective_site;
   void* given[kLanes];

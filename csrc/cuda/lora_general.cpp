@@ -1,4 +1,4 @@
-#include "adapters.h"
+#include "lora_adapters.h"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -26,8 +26,8 @@ void add_product(const Tensor& a, const Tensor& b, Tensor& sum) {
 // `rows` with a mask, of which `first` is the number of their first element. Contiguous.
 Tensor dropped(const Tensor& rows, const DropoutMask& mask, int64_t first) {
   Tensor out = at::empty_like(rows);
-  check(dropout(rows.const_data_ptr(), DType::kF32, rows.numel(), first, mask, out.mutable_data_ptr(),
-                current_stream()));
+  dropout(rows.const_data_ptr(), DType::kF32, rows.numel(), first, mask, out.mutable_data_ptr(),
+          current_stream());
   return out;
 }
 
@@ -66,19 +66,16 @@ class GeneralAdapters : public Adapters {
     return dh;
   }
 
-  SlabTensors slab(const BaseWeight&, size_t, const Tensor&) const override { return {}; }
-  SlabTensors dx_slab(const BaseWeight&, const Tensor&) const override { return {}; }
+  SlabTensor slab(const BaseWeight&, size_t, bool, const Tensor&) const override { return {}; }
 
-  Tensor with_deltas(const Tensor& y, size_t layer, const Tensor& h) const override {
-    Tensor out = y;
+  void add_deltas(const Tensor& y, size_t layer, const Tensor& h) const override {
     for (size_t i = 0; i < list().size(); ++i) {
       if (list()[i].layer != layer) continue;
       const Tensor b = list()[i].b.mul(list()[i].scaling).t();
       by_rows(y.size(0), y.size(1), [&](int64_t begin, int64_t end) {
-        add_delta(at::mm(columns(h, i, begin, end), b), i, begin, end, out);
+        add_delta(at::mm(columns(h, i, begin, end), b), i, begin, end, y);
       });
     }
-    return out;
   }
 
   Tensor dx(const std::vector<Tensor>& terms, const Tensor& x, const Tensor& dh) const override {
@@ -95,39 +92,41 @@ class GeneralAdapters : public Adapters {
   }
 
   std::vector<Tensor> da(const Tensor& dh, const Tensor& x, const std::vector<bool>& need) const override {
-    std::vector<Tensor> found;
-    for (size_t i = 0; i < list().size(); ++i) {
+    return gradients(&Adapter::a, need, [&](size_t i) {
       Tensor da;
-      if (need[i]) {
-        by_rows(x.size(0), x.size(1), [&](int64_t begin, int64_t end) {
-          add_product(columns(dh, i, begin, end).t(), seen_rows(x, i, begin, end), da);
-        });
-      }
-      found.push_back(need[i] ? da : at::empty({0}, list()[i].a.options()));
-    }
-    return found;
+      by_rows(x.size(0), x.size(1), [&](int64_t begin, int64_t end) {
+        add_product(columns(dh, i, begin, end).t(), seen_rows(x, i, begin, end), da);
+      });
+      return da;
+    });
   }
 
   std::vector<Tensor> db(const std::vector<Tensor>& dy, const Tensor& h,
                          const std::vector<bool>& need) const override {
-    std::vector<Tensor> found;
-    for (size_t i = 0; i < list().size(); ++i) {
+    return gradients(&Adapter::b, need, [&](size_t i) {
       const Tensor& d = dy[list()[i].layer];
       Tensor db;
-      if (need[i]) {
-        by_rows(d.size(0), d.size(1), [&](int64_t begin, int64_t end) {
-          Tensor rows = d.slice(0, begin, end);
-          if (row_group()) rows = rows.masked_fill(others_[i].slice(0, begin, end), 0);
-          add_product(rows.t(), columns(h, i, begin, end), db);
-        });
-        db.mul_(list()[i].scaling);
-      }
-      found.push_back(need[i] ? db : at::empty({0}, list()[i].b.options()));
+      by_rows(d.size(0), d.size(1), [&](int64_t begin, int64_t end) {
+        Tensor rows = d.slice(0, begin, end);
+        if (row_group()) rows = rows.masked_fill(others_[i].slice(0, begin, end), 0);
+        add_product(rows.t(), columns(h, i, begin, end), db);
+      });
+      return db.mul_(list()[i].scaling);
+    });
+  }
+
+ private:
+  // Of the parameters that are needed; others have no elements.
+  template <class Compute>
+  std::vector<Tensor> gradients(Tensor AdapterArgs::* parameter, const std::vector<bool>& need,
+                                const Compute& compute) const {
+    std::vector<Tensor> found;
+    for (size_t i = 0; i < list().size(); ++i) {
+      found.push_back(need[i] ? compute(i) : at::empty({0}, (list()[i].*parameter).options()));
     }
     return found;
   }
 
- private:
   // Rows [begin, end) of x as an adapter sees them: with its mask, and 0 where it does not serve. May share
   // memory with x.
   Tensor seen_rows(const Tensor& x, size_t i, int64_t begin, int64_t end) const {
@@ -145,7 +144,7 @@ class GeneralAdapters : public Adapters {
     if (row_group()) rows.masked_fill_(others_[i].slice(0, begin, end), 0);
   }
 
-  void add_delta(Tensor delta, size_t i, int64_t begin, int64_t end, Tensor& out) const {
+  void add_delta(Tensor delta, size_t i, int64_t begin, int64_t end, const Tensor& out) const {
     clear_others(delta, i, begin, end);
     out.slice(0, begin, end).add_(delta);
   }

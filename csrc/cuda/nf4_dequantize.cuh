@@ -1,8 +1,8 @@
 // NF4 weights back to floats, the double-quantised absmax unpacked on the way: bit-equal to
-// peft_kernels/reference/nf4.py.
+// peft_kernels/ops/nf4.py.
 #pragma once
 
-#include "decode.cuh"
+#include "nf4_tables.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -33,7 +33,7 @@ struct DequantizeNf4 {
   using Elements = Vec<T, kUnit / kStores>;
 
   struct Params {
-    DecodeParams weight;
+    Nf4View weight;
     RowsOfUnits rows;
     uint32_t units;  // up to 2^31
     uint32_t first;  // unit of the flat weight
@@ -57,9 +57,9 @@ struct DequantizeNf4 {
       const uint32_t unit = begin + i * kThreads;
       units[i] = load_unit(p, unit < p.units ? unit : p.units - 1);
     }
-    if (thread < nf4::kCodes) store(&shared->code[thread], p.weight.code[thread]);
-    store(&shared->map[thread], p.weight.map[thread]);
-    const float offset = p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f;
+    if (thread < nf4::kCodes) store(&shared->code[thread], kCodeTable.value[thread]);
+    fill_map<kThreads>(p.weight, shared->map);
+    const float offset = load_scale_offset(p.weight);
     sync_threads();
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
@@ -69,8 +69,6 @@ struct DequantizeNf4 {
   }
 
  private:
-  static_assert(kThreads == nf4::kDynamicCodes);
-
   struct Unit {
     uint32_t word;
     PackedScale scale;
@@ -117,7 +115,7 @@ struct DequantizeElements {
   static constexpr int kElements = 8;  // of a thread
 
   struct Params {
-    DecodeParams weight;
+    Nf4View weight;
     int64_t first;  // element of the flat weight
     int64_t ld;     // elements from one row of the weight to the next
     int64_t rows, cols;
@@ -129,9 +127,9 @@ struct DequantizeElements {
   static DEVICE void run(const Params& p) {
     Shared* shared = shared_memory<Shared>();
     const int thread = thread_index();
-    if (thread < nf4::kCodes) store(&shared->code[thread], p.weight.code[thread]);
-    store(&shared->map[thread], p.weight.map[thread]);
-    const float offset = p.weight.scale_offset ? load_constant(p.weight.scale_offset) : 0.0f;
+    if (thread < nf4::kCodes) store(&shared->code[thread], kCodeTable.value[thread]);
+    fill_map<kThreads>(p.weight, shared->map);
+    const float offset = load_scale_offset(p.weight);
     sync_threads();
     const int64_t begin = int64_t{block_index()} * (kThreads * kElements) + thread;
     for (int i = 0; i < kElements; ++i) {
@@ -160,7 +158,6 @@ struct UnpackAbsmax {
     const float* offset;
     int64_t blocks;
     float* out;
-    float map[nf4::kDynamicCodes];
   };
   struct Shared {
     float map[nf4::kDynamicCodes];
@@ -168,7 +165,7 @@ struct UnpackAbsmax {
 
   static DEVICE void run(const Params& p) {
     Shared* shared = shared_memory<Shared>();
-    store(&shared->map[thread_index()], p.map[thread_index()]);
+    store(&shared->map[thread_index()], kDynamicTable.value[thread_index()]);
     sync_threads();
     const float offset = load_constant(p.offset);
     const int64_t first = int64_t{block_index()} * kThreads * kPerThread + thread_index();

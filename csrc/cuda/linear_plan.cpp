@@ -1,6 +1,6 @@
-#include "plan.h"
-
 #include <algorithm>
+
+#include "linear.h"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -23,16 +23,15 @@ bool belongs(const Card& card, Cards cards) {
   }
 }
 
-template <class Shape>
 struct Rule {
   const char* name;
   Cards cards;
   int64_t max_m;
-  Shape shape;
+  decltype(LinearPlan::shape) shape;
 };
 
 // The first that fits is taken.
-constexpr Rule<Shape> kLinearRules[] = {
+constexpr Rule kLinearRules[] = {
     {"small8", Cards::kWide, 8, SmallShape{1, 1, true}},
     {"small16", Cards::kWide, 16, SmallShape{2, 2, true}},
     {"small32", Cards::kWide, 32, SmallShape{4, 2, true}},
@@ -47,30 +46,23 @@ constexpr Rule<Shape> kLinearRules[] = {
     {"tiles128_narrow", Cards::kNarrow, 1024, TileShape{4, false}},
 };
 // Beyond one tile of tokens the weight is decoded once for each, and beyond the last of these dequantised.
-constexpr Rule<DxShape> kDxRules[] = {
-    {"dx8", Cards::kWide, 8, {1, true}},
-    {"dx16", Cards::kWide, 16, {2, true}},
-    {"dx32", Cards::kWide, 32, {4, true}},
-    {"dx8_narrow", Cards::kNarrow, 8, {1, false}},
-    {"dx16_narrow", Cards::kNarrow, 16, {2, false}},
-    {"dx32_narrow", Cards::kAny, 32, {4, false}},
-    {"dx64", Cards::kWide, 512, {8, false}},
-    {"dx32_narrow", Cards::kNarrow, 512, {4, false}},
+constexpr Rule kDxRules[] = {
+    {"dx8", Cards::kWide, 8, DxShape{1, true}},
+    {"dx16", Cards::kWide, 16, DxShape{2, true}},
+    {"dx32", Cards::kWide, 32, DxShape{4, true}},
+    {"dx8_narrow", Cards::kNarrow, 8, DxShape{1, false}},
+    {"dx16_narrow", Cards::kNarrow, 16, DxShape{2, false}},
+    {"dx32_narrow", Cards::kAny, 32, DxShape{4, false}},
+    {"dx64", Cards::kWide, 512, DxShape{8, false}},
+    {"dx32_narrow", Cards::kNarrow, 512, DxShape{4, false}},
 };
 
-Cut cut_of(const DxShape& shape, int64_t m, int64_t n, int64_t k, const Card& card) {
-  return shape.cut(m, n, k, card);
-}
-Cut cut_of(const Shape& shape, int64_t m, int64_t n, int64_t k, const Card& card) {
-  return std::visit([&](const auto& each) { return each.cut(m, n, k, card); }, shape);
-}
-
 // Scales of whole groups, by 32-bit indices.
-bool takes(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
+bool takes(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
   constexpr int64_t kMost = int64_t{1} << 30;
-  return card.compute_capability >= 80 && m > 0 && n > 0 && k > 0 && k % kGroup == 0 &&
-         (1 << block_shift) % kGroup == 0 && k % (1 << block_shift) == 0 && n < kMost && k < kMost &&
-         n * k / kGroup < int64_t{1} << 32;
+  return dtype != DType::kF32 && card.compute_capability >= 80 && m > 0 && n > 0 && k > 0 &&
+         k % kGroup == 0 && (1 << block_shift) % kGroup == 0 && k % (1 << block_shift) == 0 && n < kMost &&
+         k < kMost && n * k / kGroup < int64_t{1} << 32;
 }
 
 // Finds places for x, the larger one, and what is of fixed size; returns the bytes for x.
@@ -167,12 +159,11 @@ Cut TileShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
 
 namespace {
 
-template <class Shape, size_t kRules>
-ChoiceOf<Shape> choose(const Rule<Shape> (&rules)[kRules], int64_t m, int64_t n, int64_t k,
-                       const Card& card) {
-  for (const Rule<Shape>& rule : rules) {
+template <size_t kRules>
+LinearPlan choose(const Rule (&rules)[kRules], int64_t m, int64_t n, int64_t k, const Card& card) {
+  for (const Rule& rule : rules) {
     if (m > rule.max_m || !belongs(card, rule.cards)) continue;
-    const Cut cut = cut_of(rule.shape, m, n, k, card);
+    const Cut cut = std::visit([&](const auto& shape) { return shape.cut(m, n, k, card); }, rule.shape);
     if (cut.blocks != 0) return {rule.name, rule.shape, cut};
   }
   return {};
@@ -180,23 +171,19 @@ ChoiceOf<Shape> choose(const Rule<Shape> (&rules)[kRules], int64_t m, int64_t n,
 
 }  // namespace
 
-ChoiceOf<Shape> choose_linear(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  if (!takes(m, n, k, block_shift, card)) return {};
+LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
+  if (!takes(dtype, m, n, k, block_shift, card)) return {};
   return choose(kLinearRules, m, n, k, card);
 }
 
-ChoiceOf<DxShape> choose_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
+LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
   // Rows of dY are copied 16 bytes at a time.
-  if (!takes(m, n, k, block_shift, card) || n % 8 != 0) return {};
+  if (!takes(dtype, m, n, k, block_shift, card) || n % 8 != 0) return {};
   return choose(kDxRules, m, n, k, card);
 }
 
-LinearPlan plan_linear(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  return choose_linear(m, n, k, block_shift, card).plan();
-}
-
-LinearPlan plan_linear_dx(int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  return choose_linear_dx(m, n, k, block_shift, card).plan();
+void LinearPlan::start(const LinearParams& params, Context& context) const {
+  std::visit([&](const auto& each) { start_kernel(each, cut, params, context); }, shape);
 }
 
 }  // namespace peft_kernels::cuda

@@ -1,9 +1,8 @@
 #include <algorithm>
 
-#include "../common/integers.h"
-#include "dequantize.cuh"
 #include "kernels.h"
 #include "launch.cuh"
+#include "nf4_dequantize.cuh"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -29,7 +28,7 @@ struct Block {
 
 // Whether it is whole units, as DequantizeNf4 wants them.
 template <class T>
-bool has_units(const DecodeParams& weight, const Block<T>& part) {
+bool has_units(const Nf4View& weight, const Block<T>& part) {
   using Kernel = DequantizeNf4<T>;
   constexpr int64_t kUnit = Kernel::kUnit, kVector = kUnit / Kernel::kStores, kIndices = int64_t{1} << 32;
   return are_aligned({weight.packed}, 4) && are_aligned({part.out}) && part.first % kUnit == 0 &&
@@ -41,15 +40,15 @@ bool has_units(const DecodeParams& weight, const Block<T>& part) {
 }
 
 template <class T>
-Status launch_elements(const DecodeParams& weight, const Block<T>& part, Stream stream) {
+void launch_elements(const Nf4View& weight, const Block<T>& part, Stream stream) {
   using Kernel = DequantizeElements<T>;
-  return launch<Kernel>({weight, part.first, part.ld, part.rows, part.cols, part.out, part.out_stride},
-                        ceil_div(part.rows * part.cols, Kernel::kThreads * Kernel::kElements), stream,
-                        sizeof(typename Kernel::Shared));
+  launch<Kernel>({weight, part.first, part.ld, part.rows, part.cols, part.out, part.out_stride},
+                 ceil_div(part.rows * part.cols, Kernel::kThreads * Kernel::kElements), stream,
+                 sizeof(typename Kernel::Shared));
 }
 
 template <class T>
-Status launch_part(const DecodeParams& weight, const Block<T>& part, Stream stream) {
+void launch_part(const Nf4View& weight, const Block<T>& part, Stream stream) {
   if (!has_units(weight, part)) return launch_elements(weight, part, stream);
   using Kernel = DequantizeNf4<T>;
   constexpr int64_t kUnit = Kernel::kUnit, kVector = kUnit / Kernel::kStores;
@@ -61,52 +60,48 @@ Status launch_part(const DecodeParams& weight, const Block<T>& part, Stream stre
   params.ld = static_cast<uint32_t>(part.ld / kUnit);
   params.out = reinterpret_cast<typename Kernel::Elements*>(part.out);
   params.out_stride = static_cast<uint32_t>(part.out_stride / kVector);
-  return launch<Kernel>(params, ceil_div(params.units, Kernel::kThreads * Kernel::kUnits), stream,
-                        sizeof(typename Kernel::Shared));
+  launch<Kernel>(params, ceil_div(params.units, Kernel::kThreads * Kernel::kUnits), stream,
+                 sizeof(typename Kernel::Shared));
 }
 
 // One row, of any length; what it has beyond whole units, by itself.
 template <class T>
-Status launch_row(const DecodeParams& weight, Block<T> row, Stream stream) {
+void launch_row(const Nf4View& weight, Block<T> row, Stream stream) {
   constexpr int64_t kUnit = DequantizeNf4<T>::kUnit, kMost = int64_t{1} << 30;
-  Status status = 0;
-  while (row.cols > 0 && status == 0) {
+  while (row.cols > 0) {
     Block<T> part = row;
     part.cols = row.cols < kUnit ? row.cols : std::min(row.cols / kUnit * kUnit, kMost);
-    status = launch_part(weight, part, stream);
+    launch_part(weight, part, stream);
     row.first += part.cols;
     row.out += part.cols;
     row.cols -= part.cols;
   }
-  return status;
 }
 
 }  // namespace
 
-Status dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dtype, int64_t out_stride,
-                      Stream stream) {
+void dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dtype, int64_t out_stride,
+                    Stream stream) {
   int64_t rows = part.row_end - part.row_begin, cols = part.col_end - part.col_begin;
-  if (rows == 0 || cols == 0) return 0;
+  if (rows == 0 || cols == 0) return;
   if (cols == part.ld && out_stride == part.ld) {
     // Whole rows, close together: one long row, whatever their length.
     cols *= rows;
     rows = 1;
   }
-  return with_type(dtype, [&](auto type) {
+  with_type(dtype, [&](auto type) {
     using T = decltype(type);
-    const DecodeParams decode = decode_params<float>(weight);
     const Block<T> all{
         part.row_begin * part.ld + part.col_begin, part.ld, rows, cols, static_cast<T*>(out), out_stride};
-    return rows == 1 ? launch_row(decode, all, stream) : launch_part(decode, all, stream);
+    rows == 1 ? launch_row(weight, all, stream) : launch_part(weight, all, stream);
   });
 }
 
-Status unpack_absmax(const uint8_t* q8, const float* absmax2, const float* offset, int64_t blocks,
-                     float* absmax, Stream stream) {
-  UnpackAbsmax::Params params{q8, absmax2, offset, blocks, absmax, {}};
-  std::copy_n(nf4::kDynamicMap, nf4::kDynamicCodes, params.map);
-  return launch<UnpackAbsmax>(params, ceil_div(blocks, UnpackAbsmax::kThreads * UnpackAbsmax::kPerThread),
-                              stream, sizeof(UnpackAbsmax::Shared));
+void unpack_absmax(const uint8_t* q8, const float* absmax2, const float* offset, int64_t blocks,
+                   float* absmax, Stream stream) {
+  launch<UnpackAbsmax>({q8, absmax2, offset, blocks, absmax},
+                       ceil_div(blocks, UnpackAbsmax::kThreads * UnpackAbsmax::kPerThread), stream,
+                       sizeof(UnpackAbsmax::Shared));
 }
 
 }  // namespace peft_kernels::cuda

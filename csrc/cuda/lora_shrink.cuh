@@ -5,15 +5,9 @@
 
 namespace peft_kernels::cuda {
 
-// Up to eight ranks of one adapter: a tile of the tensor core.
-struct RankTile {
+struct ShrinkTile : RankTile {
   const void* factor;  // A, from the row of the first rank on; or B, from its column on
   int64_t ld;          // elements from one row of the factor to the next
-  int64_t group;
-  DropoutMask mask;
-  float scale;
-  int column;  // of the first rank, in `out`
-  int ranks;
   bool is_f32;
 };
 
@@ -26,7 +20,7 @@ struct RankTile {
 // the product sums over features, so any order of them will do. Warps of a block that have other rows read
 // the same factors, out of the first-level cache.
 template <class T, bool kVector, bool kTransposed>
-struct ToRanks {
+struct LoraShrink {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 2;
   static constexpr int kWarps = kThreads / kWarp;
@@ -46,7 +40,7 @@ struct ToRanks {
     int splits;
     int row_warps;  // of a block, a power of two; the others take other features
     int tiles;
-    RankTile tile[kMaxTiles];
+    ShrinkTile tile[kMaxTiles];
   };
   struct Shared {
     // Odd rows of 8 banks: a half warp's pairs fall into all of them.
@@ -85,7 +79,7 @@ struct ToRanks {
 #pragma unroll
         for (int q = 0; q < kTiles; ++q) {
           if ((serving >> q & 1) == 0) continue;
-          const RankTile& tile = p.tile[first_tile + q];
+          const ShrinkTile& tile = p.tile[first_tile + q];
           if (seen < 0 || !sees_the_same(p.tile[seen], tile)) {
             seen = first_tile + q;
 #pragma unroll
@@ -134,7 +128,7 @@ struct ToRanks {
   }
 
   // sum += values (16 rows, 32 features) times those features of the tile.
-  static DEVICE void add_window(const Params& p, const RankTile& tile, int g, int64_t feature,
+  static DEVICE void add_window(const Params& p, const ShrinkTile& tile, int g, int64_t feature,
                                 const float (&values)[2][kRun], float (&sum)[4]) {
     float factor[kRun];
     if constexpr (kTransposed) {
@@ -170,7 +164,7 @@ struct ToRanks {
       const int column = i % (8 * kTiles), in_block = i / (8 * kTiles), tile_index = first_tile + column / 8;
       const int64_t row = rows + in_block;
       if (row >= p.m || tile_index >= p.tiles) continue;
-      const RankTile& tile = p.tile[tile_index];
+      const ShrinkTile& tile = p.tile[tile_index];
       if (column % 8 >= tile.ranks) continue;
       float sum = 0.0f;
       if (!p.row_group || load_constant(p.row_group + row) == tile.group) {

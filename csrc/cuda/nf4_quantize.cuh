@@ -1,10 +1,9 @@
-// Weights to NF4 codes, and double quantisation of their absmax: bit-equal to peft_kernels/reference/nf4.py.
+// Weights to NF4 codes, and double quantisation of their absmax: bit-equal to peft_kernels/ops/nf4.py.
 #pragma once
 
 #include <cfloat>
 
-#include "../common/nf4.h"
-#include "device.cuh"
+#include "nf4_tables.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -47,7 +46,6 @@ struct QuantizeNf4 {
     int block_shift;
     uint8_t* packed;  // 8-byte aligned
     float* absmax;
-    float thresholds[nf4::kCodes - 1];
   };
   struct Shared {
     uint32_t by_warp[kThreads / kWarp];
@@ -72,7 +70,7 @@ struct QuantizeNf4 {
     Words2 bytes{};
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      const uint32_t code = i < count ? code_of(p, multiply_rn(x[i], inverse)) : nf4::kZeroCode;
+      const uint32_t code = i < count ? code_of(multiply_rn(x[i], inverse)) : nf4::kZeroCode;
       bytes.v[i / 8] |= code << (i % 8 / 2 * 8 + (i % 2 ? 0 : 4));
     }
     uint8_t* out = p.packed + first / 2;
@@ -105,10 +103,10 @@ struct QuantizeNf4 {
   }
 
   // How many thresholds t satisfy x > t, strictly; 0 for a NaN.
-  static DEVICE uint32_t code_of(const Params& p, float x) {
+  static DEVICE uint32_t code_of(float x) {
     uint32_t code = 0;
 #pragma unroll
-    for (int i = 0; i + 1 < nf4::kCodes; ++i) code += x > p.thresholds[i];
+    for (int i = 0; i + 1 < nf4::kCodes; ++i) code += x > kThresholdTable.value[i];
     return code;
   }
 };
@@ -124,7 +122,6 @@ struct QuantizeAbsmax {
     const float* offset;
     uint8_t* q8;
     float* absmax2;
-    float midpoints[nf4::kDynamicCodes - 1];
   };
   struct Shared {
     uint32_t by_warp[kThreads / kWarp];
@@ -134,7 +131,10 @@ struct QuantizeAbsmax {
   static DEVICE void run(const Params& p) {
     Shared* shared = shared_memory<Shared>();
     const int thread = thread_index();
-    if (thread + 1 < nf4::kDynamicCodes) store(&shared->midpoints[thread], p.midpoints[thread]);
+    if (thread + 1 < nf4::kDynamicCodes) {
+      const float sum = add_rn(kDynamicTable.value[thread], kDynamicTable.value[thread + 1]);
+      store(&shared->midpoints[thread], multiply_rn(sum, 0.5f));
+    }
     const int64_t i = int64_t{block_index()} * kThreads + thread;
     float x = 0.0f;
     if (i < p.blocks) x = add_rn(load_constant(p.absmax + i), -load_constant(p.offset));

@@ -1,14 +1,12 @@
-// NF4 codes to 16-bit pairs, as operands of matrix instructions, and the scales that belong to them.
+// NF4 codes to 16-bit pairs, as operands of matrix instructions, and their products.
 //
 // A byte holds two neighbours of a row, which is what a register of an operand holds, so one look-up in a
 // table of 256 pairs decodes both. The table is in shared memory, a copy for each lane: lane i's is in bank
 // i, and no two lanes ever meet in one.
 #pragma once
 
-#include "../common/nf4.h"
-#include "device.cuh"
-#include "kernels.h"
-#include "plan.h"
+#include "linear.h"
+#include "nf4_tables.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -20,41 +18,6 @@ template <>
 inline constexpr float kCodeFactor<bf16> = 1.436715f;
 template <>
 inline constexpr float kCodeFactor<fp16> = 1.36619f;
-template <>
-inline constexpr float kCodeFactor<float> = 1.0f;  // not rounded
-
-// What decoding takes from the host: codes times their factor, and how a block's scale comes about,
-// map[code[block]] * scale[block >> scale_shift] + offset. For plain absmax the map is all ones.
-struct DecodeParams {
-  const uint8_t* packed;
-  const uint8_t* scale_code;
-  const float* scale;
-  const float* scale_offset;  // or null: 0
-  int scale_shift;
-  int block_shift;  // log2 of the blocksize, which divides k
-  float code[nf4::kCodes];
-  float map[nf4::kDynamicCodes];
-};
-
-template <class T>
-DecodeParams decode_params(const Nf4View& weight) {
-  DecodeParams p{};
-  p.packed = weight.packed;
-  p.block_shift = weight.block_shift;
-  for (int i = 0; i < nf4::kCodes; ++i) p.code[i] = nf4::kCode[i] * kCodeFactor<T>;
-  if (weight.absmax) {
-    p.scale = weight.absmax;
-    p.scale_code = weight.packed;  // any bytes do
-    for (float& each : p.map) each = 1;
-  } else {
-    p.scale = weight.absmax2;
-    p.scale_code = weight.q8;
-    p.scale_offset = weight.offset;
-    p.scale_shift = nf4::kAbsmaxBlockShift;
-    for (int i = 0; i < nf4::kDynamicCodes; ++i) p.map[i] = nf4::kDynamicMap[i];
-  }
-  return p;
-}
 
 // A table with rows of 256 bytes at an address that is a multiple of 2^16: one instruction puts a byte of
 // codes in its place in the address.
@@ -85,14 +48,15 @@ struct NarrowTable {
 
 // Fills the table, `start` being the shared memory of the block. For all threads; a barrier must follow.
 template <class T, class Table, int kThreads>
-DEVICE Table fill_table(const DecodeParams& p, uint8_t* start) {
+DEVICE Table fill_table(uint8_t* start) {
   constexpr int kRows = 256, kRowsOfWarp = kRows / (kThreads / kWarp);
   static_assert(kRowsOfWarp <= kWarp && kRowsOfWarp % 4 == 0);
   const int lane = lane_index(), first = warp_index() * kRowsOfWarp;
   const uint32_t start_address = shared_address(start), address = Table::address(start_address);
   // A lane knows one row, and writes 16 bytes of each fourth.
   const int mine = first + lane % kRowsOfWarp;
-  const uint32_t pair = pack2<T>(p.code[mine >> 4], p.code[mine & 15]);
+  const auto code = [](int i) { return multiply_rn(kCodeTable.value[i], kCodeFactor<T>); };
+  const uint32_t pair = pack2<T>(code(mine >> 4), code(mine & 15));
   uint8_t* row = start + (address - start_address) + (first + lane / 8) * Table::kRowBytes + lane % 8 * 16;
 #pragma unroll
   for (int i = 0; i < kRowsOfWarp; i += 4) {
@@ -100,19 +64,6 @@ DEVICE Table fill_table(const DecodeParams& p, uint8_t* start) {
     store(reinterpret_cast<Words4*>(row + i * Table::kRowBytes), {value, value, value, value});
   }
   return {address + static_cast<uint32_t>(lane) * 4};
-}
-
-// A scale on its way from global memory.
-struct PackedScale {
-  uint32_t code;
-  float scale;
-};
-DEVICE PackedScale load_scale(const DecodeParams& p, uint32_t block) {
-  return {load_constant(p.scale_code + block), load_constant(p.scale + (block >> p.scale_shift))};
-}
-// `map` is in shared memory.
-DEVICE float unpack_scale(const PackedScale& packed, const float* map, float offset) {
-  return multiply_add(load(map + packed.code), packed.scale, offset);
 }
 
 // ---- The weight as first operand: 16 rows ("features") by a group of k, with x^T, 8 tokens wide

@@ -26,7 +26,7 @@ struct Delta {
 // columns of a product may stand in any order, it then has features 8t .. 8t + 7 of the sums: two blocks of
 // Philox for each row, and one access to memory.
 template <class T, bool kVector>
-struct FromRanks {
+struct LoraExpand {
   static constexpr int kThreads = 128;
   static constexpr int kBlocksPerSm = kVector ? 3 : 2;
   static constexpr int kWarps = kThreads / kWarp;

@@ -1,0 +1,105 @@
+#include "linear_product.h"
+
+namespace peft_kernels::cuda {
+namespace {
+
+// A weight is dequantised piece by piece: one that is still in the L2 cache when its product reads it.
+constexpr int64_t kPieceBytes = 16 << 20;
+// Pieces are multiples of this many rows or columns: whole tiles of torch's products, and whole words.
+constexpr int64_t kPieceUnit = 256;
+
+// How many of `count` rows or columns of `length` elements each make a piece, pieces being equal.
+int64_t piece_of(int64_t count, int64_t length, int64_t element_size) {
+  const int64_t most = std::max<int64_t>(kPieceBytes / (std::max<int64_t>(length, 1) * element_size), 1);
+  const int64_t pieces = ceil_div(count, std::max(most / kPieceUnit * kPieceUnit, kPieceUnit));
+  return std::max<int64_t>(ceil_div(ceil_div(count, std::max<int64_t>(pieces, 1)), kPieceUnit) * kPieceUnit,
+                           1);
+}
+
+}  // namespace
+
+void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, RowPiece body) {
+  const int64_t n = base.out_features(), k = base.in_features();
+  const int64_t count = std::min(piece_of(n, k, static_cast<int64_t>(options.dtype().itemsize())), n);
+  const Tensor buffer = at::empty({count, k}, options);
+  for (int64_t begin = 0; begin < n; begin += count) {
+    const int64_t end = std::min(begin + count, n);
+    const Tensor rows = buffer.slice(0, 0, end - begin);
+    dequantize_nf4(view_of(base.nf4()), {begin, end, 0, k, k}, rows.mutable_data_ptr(),
+                   dtype_of(rows, "rows"), k, current_stream());
+    body(begin, end, rows);
+  }
+}
+
+BaseProduct::BaseProduct(const Tensor& rows, const BaseWeight& base, bool is_dx)
+    : rows_(rows), base_(base), is_dx_(is_dx) {
+  if (base.is_dense() || !are_aligned({base.nf4().packed()})) return;
+  plan_ =
+      (is_dx ? plan_linear_dx : plan_linear)(dtype_of(rows, "rows"), rows.size(0), base.out_features(),
+                                             base.in_features(), base.nf4().block_shift(), current_card());
+}
+
+Tensor BaseProduct::run(const OptionalTensor& bias, const Slab& slab) const {
+  if (bias) check_bias(*bias, base_.out_features(), rows_.scalar_type());
+  if (plan_.has_kernel()) return by_kernel(bias, slab);
+  if (is_dx_) return base_.is_dense() ? at::mm(rows_, base_.dense()).contiguous() : backward_by_pieces();
+  const OptionalTensor own_bias = bias ? OptionalTensor(bias->to(rows_.scalar_type()).contiguous()) : bias;
+  return base_.is_dense() ? at::linear(rows_, base_.dense(), own_bias).contiguous()
+                          : forward_by_pieces(own_bias);
+}
+
+Tensor BaseProduct::by_kernel(const OptionalTensor& bias, const Slab& slab) const {
+  const Tensor x = are_aligned({rows_.const_data_ptr()}) ? rows_ : rows_.clone();
+  Tensor y = at::empty({x.size(0), is_dx_ ? base_.in_features() : base_.out_features()}, x.options());
+  const Tensor own_bias = bias ? bias->contiguous() : Tensor();
+  LinearParams params{};
+  params.x = x.const_data_ptr();
+  params.dtype = dtype_of(x, "x");
+  params.weight = view_of(base_.nf4());
+  params.m = static_cast<int>(x.size(0));
+  params.n = static_cast<int>(base_.out_features());
+  params.k = static_cast<int>(base_.in_features());
+  if (bias) {
+    params.bias = own_bias.const_data_ptr();
+    params.bias_dtype = dtype_of(own_bias, "bias");
+  }
+  params.slab = slab;
+  params.y = y.mutable_data_ptr();
+  CallContext context;
+  plan_.start(params, context);
+  return y;
+}
+
+// W dequantised by rows.
+Tensor BaseProduct::forward_by_pieces(const OptionalTensor& bias) const {
+  const Tensor y = at::empty({rows_.size(0), base_.out_features()}, rows_.options());
+  by_row_pieces(base_, rows_.options(), [&](int64_t begin, int64_t end, const Tensor& rows) {
+    const Tensor transposed = rows.t();
+    Tensor out = y.slice(1, begin, end);
+    if (bias) {
+      at::addmm_out(out, bias->slice(0, begin, end), rows_, transposed);
+    } else {
+      at::mm_out(out, rows_, transposed);
+    }
+  });
+  return y;
+}
+
+// W dequantised by columns: sums over rows would be rounded piece by piece.
+Tensor BaseProduct::backward_by_pieces() const {
+  const int64_t n = base_.out_features(), k = base_.in_features();
+  const int64_t cols = piece_of(k, n, rows_.element_size());
+  const Tensor dx = at::empty({rows_.size(0), k}, rows_.options());
+  const Tensor buffer = at::empty({n, std::min(cols, k)}, rows_.options());
+  for (int64_t begin = 0; begin < k; begin += cols) {
+    const int64_t end = std::min(begin + cols, k);
+    dequantize_nf4(view_of(base_.nf4()), {0, n, begin, end, k}, buffer.mutable_data_ptr(),
+                   dtype_of(rows_, "rows"), buffer.size(1), current_stream());
+    const Tensor piece = buffer.slice(1, 0, end - begin);
+    Tensor out = dx.slice(1, begin, end);
+    at::mm_out(out, rows_, piece);
+  }
+  return dx;
+}
+
+}  // namespace peft_kernels::cuda

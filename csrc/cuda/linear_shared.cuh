@@ -1,0 +1,159 @@
+// What the kernels of products with an NF4 weight share: the choice of an instance, the sums' last terms, and
+// sums that blocks share.
+#pragma once
+
+#include "launch.cuh"
+#include "linear_decode.cuh"
+#include "nf4_tables.cuh"
+
+namespace peft_kernels::cuda {
+
+// Calls `body` with a value of the activations' type and one of the table's.
+template <class Body>
+void with_operands(DType dtype, bool wide_table, const Body& body) {
+  with_half(dtype, [&](auto type) { wide_table ? body(type, WideTable{}) : body(type, NarrowTable{}); });
+}
+
+// Sums of products with codes, which are multiples of a factor, to those of products with weights.
+template <class T, int kRowTiles, int kTokenTiles>
+DEVICE void take_out_factor(float (&sums)[kRowTiles][kTokenTiles][4]) {
+#pragma unroll
+  for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[r][i][e] *= 1.0f / kCodeFactor<T>;
+    }
+  }
+}
+
+// sums += v u^T, `turns` warps taking turns in its steps of 16. The lane's rows of v are row(2r) and
+// row(2r + 1) in row tile r, and token(i) of u in token tile i.
+template <class T, int kRowTiles, int kTokenTiles, class Row, class Token>
+DEVICE void multiply_slab(const LinearParams& params, int turn, int turns, const Row& row, const Token& token,
+                          float (&sums)[kRowTiles][kTokenTiles][4]) {
+  const int t = lane_index() % 4;
+  for (int step = turn; step < params.slab.depth / 16; step += turns) {
+    const int at = step * 16 + 4 * t;
+    const auto words = [&](const void* matrix, int i) {
+      const T* row = static_cast<const T*>(matrix) + int64_t{i} * params.slab.depth;
+      return load_constant(reinterpret_cast<const Words2*>(row + at));
+    };
+    uint32_t b[kTokenTiles][2];
+#pragma unroll
+    for (int i = 0; i < kTokenTiles; ++i) {
+      const Words2 u = words(params.slab.u, token(i));
+      b[i][0] = u.v[0];
+      b[i][1] = u.v[1];
+    }
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+      const Words2 low = words(params.slab.v, row(2 * r)), high = words(params.slab.v, row(2 * r + 1));
+      const uint32_t a[4] = {low.v[0], high.v[0], low.v[1], high.v[1]};
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) mma<T>(sums[r][i], a, b[i]);
+    }
+  }
+}
+
+DEVICE float load_as_float(const void* p, DType dtype, int64_t i) {
+  if (dtype == DType::kF32) return load_constant(static_cast<const float*>(p) + i);
+  if (dtype == DType::kBF16) return to_float(load_constant(static_cast<const bf16*>(p) + i));
+  return to_float(load_constant(static_cast<const fp16*>(p) + i));
+}
+
+// ---- Sums that warps and blocks share ------------------------------------------------------------------
+
+using Four = Vec<float, 4>;  // a lane's sums of one matrix instruction
+
+DEVICE void add(const Four& more, float (&sum)[4]) {
+#pragma unroll
+  for (int e = 0; e < 4; ++e) sum[e] += more.v[e];
+}
+
+// A lane's part of a tile in memory, `stride` from one matrix instruction's sums to the next: of the token
+// tiles that has(i) says it has.
+template <int kRowTiles, int kTokenTiles, class Has>
+DEVICE void store_part(const float (&sums)[kRowTiles][kTokenTiles][4], Four* part, int stride,
+                       const Has& has) {
+#pragma unroll
+  for (int i = 0; i < kTokenTiles; ++i) {
+    if (!has(i)) continue;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r)
+      store(part + (i * kRowTiles + r) * stride, bit_cast<Four>(sums[r][i]));
+  }
+}
+template <int kRowTiles, int kTokenTiles, class Has>
+DEVICE void add_part(const Four* part, int stride, const Has& has, float (&sums)[kRowTiles][kTokenTiles][4]) {
+#pragma unroll
+  for (int i = 0; i < kTokenTiles; ++i) {
+    if (!has(i)) continue;
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) add(load(part + (i * kRowTiles + r) * stride), sums[r][i]);
+  }
+}
+
+// Sums of a tile that blocks share: each leaves its part in memory, and the last one that comes adds them up
+// in their order, so that the result does not depend on who that was.
+
+// Whether this block is the last one of so many. For all threads, after they wrote their parts. The tile's
+// counter is zero before and after; `last` is a word of shared memory.
+DEVICE bool is_last_of_tile(uint32_t* counter, int blocks, uint32_t* last) {
+  sync_threads();
+  if (thread_index() == 0) {
+    const uint32_t before = atomic_add_ordered(counter, 1);
+    const bool is_last = before + 1 == static_cast<uint32_t>(blocks);
+    if (is_last) store(counter, 0u);
+    store(last, uint32_t{is_last});
+  }
+  sync_threads();
+  return load(last) != 0;
+}
+
+// Every tile in as many parts.
+struct SplitParams {
+  int splits;
+  uint32_t* counter;  // [tiles]
+  float* partial;     // [tiles, splits, elements of a tile]
+};
+
+// Equal shares of all tiles' units of work, tile after tile: a tile may begin in one block and end in
+// another.
+struct ShareParams {
+  int units, share;   // of all tiles, of a block
+  uint32_t* counter;  // [tiles]
+  float* partial;     // [blocks, 2, elements of a tile]
+
+  DEVICE int begin() const { return block_index() * share; }
+  DEVICE int end() const { return units - begin() < share ? units : begin() + share; }
+};
+
+inline ShareParams share_params(const Cut& cut, Context& context) {
+  return {static_cast<int>(cut.units), cut.part, context.counters(cut.counters),
+          static_cast<float*>(context.workspace(cut.workspace_bytes))};
+}
+
+// The blocks that have units of a tile.
+struct Sharers {
+  const ShareParams& p;
+  int tile, first, last;
+
+  DEVICE Sharers(const ShareParams& params, int of_tile, int tile_units)
+      : p(params),
+        tile(of_tile),
+        first(tile * tile_units / p.share),
+        last(((tile + 1) * tile_units - 1) / p.share) {}
+
+  DEVICE bool is_first() const { return block_index() == first; }
+  DEVICE bool is_one() const { return first == last; }
+  // A block has two tiles at most that are not its own alone: one that others began, and one that it begins.
+  DEVICE float* partial_of(int block, int64_t tile_elements) const {
+    return p.partial + (2 * block + (block == first)) * tile_elements;
+  }
+  DEVICE bool last_has_come(uint32_t* shared_word) const {
+    return is_last_of_tile(p.counter + tile, last - first + 1, shared_word);
+  }
+};
+
+}  // namespace peft_kernels::cuda
