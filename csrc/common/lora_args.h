@@ -116,18 +116,22 @@ int64_t ranks_of(const Adapters& adapters) {
 }
 
 // One layer, one adapter.
-inline AdapterArgs one_adapter_args(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
-                                    double scaling, double dropout_p, const OptionalTensor& seed) {
+inline std::vector<AdapterArgs> one_adapter(const Tensor& x, const Tensor& lora_a, const Tensor& lora_b,
+                                            double scaling, double dropout_p, const OptionalTensor& seed) {
   TORCH_CHECK(x.dim() >= 1, "x: expected at least 1 dimension, got 0");
   const int64_t in_features = lora_a.dim() == 2 ? lora_a.size(1) : x.size(-1);
-  return {lora_a, lora_b, in_features, x.scalar_type(), 0, scaling, dropout_of(dropout_p, seed, 0), 0, 0};
+  std::vector<AdapterArgs> adapters;
+  adapters.emplace_back(lora_a, lora_b, in_features, x.scalar_type(), 0, scaling,
+                        dropout_of(dropout_p, seed, 0), 0, 0);
+  TORCH_CHECK(x.size(-1) == in_features, "x: expected ", in_features, " features, got ", x.size(-1));
+  return adapters;
 }
 
-inline std::vector<AdapterArgs> all_adapter_args(const Tensor& x, at::TensorList lora_a,
-                                                 at::TensorList lora_b, at::IntArrayRef layer,
-                                                 at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p,
-                                                 const OptionalTensor& seed, at::IntArrayRef group,
-                                                 const OptionalTensor& row_group, size_t layers) {
+inline std::vector<AdapterArgs> all_adapters(const Tensor& x, at::TensorList lora_a, at::TensorList lora_b,
+                                             at::IntArrayRef layer, at::ArrayRef<double> scaling,
+                                             at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
+                                             at::IntArrayRef group, const OptionalTensor& row_group,
+                                             size_t layers) {
   const size_t count = lora_a.size();
   TORCH_CHECK(lora_b.size() == count && layer.size() == count && scaling.size() == count &&
                   dropout_p.size() == count && group.size() == count,
@@ -169,11 +173,6 @@ std::vector<BaseWeight> all_bases(const Tensor& x, at::TensorList weight, const 
                        x.size(-1), compute_dtype);
   }
   return bases;
-}
-
-// The bias of a layer in a list: one without elements is none.
-inline OptionalTensor optional_bias(const Tensor& bias) {
-  return bias.numel() ? OptionalTensor(bias) : std::nullopt;
 }
 
 // The gradient of a layer's output as rows; `out_features` of them a row.

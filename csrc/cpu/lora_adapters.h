@@ -24,12 +24,6 @@ struct Adapter : AdapterArgs {
 
 using Adapters = std::vector<Adapter>;
 
-inline Adapters one_adapter(const Tensor& x, AdapterArgs args, const OptionalTensor& seed) {
-  Adapters adapters;
-  adapters.emplace_back(std::move(args), seed, std::vector<RowRun>{{0, rows_of(x)}});
-  return adapters;
-}
-
 // The rows of each group, as runs of equal neighbours.
 inline std::vector<RowRun> runs_of(int64_t group, const OptionalTensor& row_group, int64_t rows) {
   if (!row_group) return {{0, rows}};
@@ -43,8 +37,8 @@ inline std::vector<RowRun> runs_of(int64_t group, const OptionalTensor& row_grou
   return runs;
 }
 
-inline Adapters all_adapters(const Tensor& x, std::vector<AdapterArgs> args, const OptionalTensor& seed,
-                             const OptionalTensor& row_group) {
+inline Adapters adapters_of(const Tensor& x, std::vector<AdapterArgs> args, const OptionalTensor& seed,
+                            const OptionalTensor& row_group) {
   OptionalTensor groups = row_group;
   if (row_group) groups = row_group->contiguous();
   Adapters adapters;

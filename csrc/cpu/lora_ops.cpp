@@ -1,11 +1,6 @@
-// The ops with LoRA adapters: tensors to pointers, and registration.
-//
-// All of them are one thing here: linear layers that share x, each with any number of adapters. The deltas of
-// a layer are further terms of its base product.
-#include <ATen/ATen.h>
-#include <torch/library.h>
+// What the ops with LoRA adapters compute here: the deltas of a layer are further terms of its base product.
+#include "../common/lora_ops.h"
 
-#include <tuple>
 #include <vector>
 
 #include "linear_product.h"
@@ -116,11 +111,6 @@ Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, 
   return y;
 }
 
-struct Gradients {
-  Tensor dx;
-  std::vector<Tensor> da, db;
-};
-
 Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
                       const Adapters& adapters, const Tensor& dh, at::ScalarType compute) {
   std::vector<Tensor> of_base;  // dy for the base products
@@ -176,136 +166,63 @@ Tensor sum_over_rows(const Tensor& h, const Tensor& rows, const Adapter& adapter
   return out;
 }
 
-// All but x as rows.
-Gradients backward(const std::vector<Tensor>& dy, const Tensor& x, const Tensor& rows, const Tensor& h,
-                   const std::vector<BaseWeight>& bases, const Adapters& adapters, at::ScalarType compute,
-                   bool need_dx, const std::vector<bool>& need_da, const std::vector<bool>& need_db) {
-  for (const Adapter& adapter : adapters) {
-    adapter.check_out_features(dy[adapter.layer].size(1));
+class Layers {
+ public:
+  using Base = BaseWeight;
+
+  Layers(const Tensor& x, std::vector<AdapterArgs> args, const OptionalTensor& seed,
+         const OptionalTensor& row_group, at::ScalarType compute)
+      : x_(x),
+        rows_(as_rows(x, x.size(-1), "x")),
+        adapters_(adapters_of(x, std::move(args), seed, row_group)),
+        has_gaps_(row_group.has_value()),
+        compute_(compute) {}
+
+  LoraForward forward(const std::vector<BaseWeight>& bases, const std::vector<OptionalTensor>& bias) const {
+    const Rows rows(in_type(rows_, compute_));
+    LoraForward out;
+    out.h = shrink(x_, rows_, adapters_, has_gaps_);
+    for (size_t j = 0; j < bases.size(); ++j) {
+      out.y.push_back(layer_forward(x_, rows, bases[j], bias[j], j, adapters_, out.h));
+    }
+    return out;
   }
-  bool need_dh = need_dx;
-  for (const bool need : need_da) need_dh |= need;
-  const Tensor dh = need_dh ? shrink_gradients(dy, adapters, h) : Tensor();
-  const auto none = [](const Tensor& t) { return at::empty({0}, t.options()); };
-  Gradients out;
-  out.dx = need_dx ? input_gradient(dy, x, bases, adapters, dh, compute) : none(x);
-  for (size_t i = 0; i < adapters.size(); ++i) {
-    const Adapter& adapter = adapters[i];
-    const Tensor &a = adapter.a, &b = adapter.b;
-    out.da.push_back(
-        need_da[i]
-            ? in_type(sum_over_rows(dh, masked(rows, adapter), adapter, adapter.mask.scale), a.scalar_type())
-            : none(a));
-    out.db.push_back(need_db[i] ? in_type(sum_over_rows(h, dy[adapter.layer], adapter, adapter.scaling).t(),
-                                          b.scalar_type())
-                                      .contiguous()
-                                : none(b));
+
+  LoraGradients backward(const std::vector<Tensor>& dy, const Tensor& h, const std::vector<BaseWeight>& bases,
+                         bool need_dx, const std::vector<bool>& need_da,
+                         const std::vector<bool>& need_db) const {
+    for (const Adapter& adapter : adapters_) adapter.check_out_features(dy[adapter.layer].size(1));
+    bool need_dh = need_dx;
+    for (const bool need : need_da) need_dh |= need;
+    const Tensor dh = need_dh ? shrink_gradients(dy, adapters_, h) : Tensor();
+    const auto none = [](const Tensor& t) { return at::empty({0}, t.options()); };
+    LoraGradients out;
+    out.dx = need_dx ? input_gradient(dy, x_, bases, adapters_, dh, compute_) : none(x_);
+    for (size_t i = 0; i < adapters_.size(); ++i) {
+      const Adapter& adapter = adapters_[i];
+      const Tensor &a = adapter.a, &b = adapter.b;
+      out.da.push_back(need_da[i]
+                           ? in_type(sum_over_rows(dh, masked(rows_, adapter), adapter, adapter.mask.scale),
+                                     a.scalar_type())
+                           : none(a));
+      out.db.push_back(need_db[i] ? in_type(sum_over_rows(h, dy[adapter.layer], adapter, adapter.scaling).t(),
+                                            b.scalar_type())
+                                        .contiguous()
+                                  : none(b));
+    }
+    return out;
   }
-  return out;
-}
 
-// One layer, one adapter.
-
-std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const OptionalTensor& absmax,
-                                       const OptionalTensor& absmax2, const OptionalTensor& offset,
-                                       int64_t blocksize, const OptionalTensor& bias, const Tensor& lora_a,
-                                       const Tensor& lora_b, double scaling, double dropout_p,
-                                       const OptionalTensor& seed, const OptionalDtype& compute_dtype) {
-  const at::ScalarType compute = compute_type(compute_dtype, x);
-  const Adapters adapters =
-      one_adapter(x, one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed), seed);
-  const Adapter& adapter = adapters[0];
-  const Tensor x_rows = as_rows(x, adapter.a.size(1), "x");
-  const Rows rows(in_type(x_rows, compute));
-  const BaseWeight base(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
-                        compute);
-  const Tensor h = shrink(x, x_rows, adapters, false);
-  return {layer_forward(x, rows, base, bias, 0, adapters, h), h};
-}
-
-std::tuple<Tensor, Tensor, Tensor> lora_linear_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& weight, const OptionalTensor& absmax,
-    const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a,
-    const Tensor& lora_b, double scaling, double dropout_p, const OptionalTensor& seed,
-    const OptionalDtype& compute_dtype, bool need_dx, bool need_da, bool need_db) {
-  const at::ScalarType compute = compute_type(compute_dtype, x);
-  const Adapters adapters =
-      one_adapter(x, one_adapter_args(x, lora_a, lora_b, scaling, dropout_p, seed), seed);
-  const Adapter& adapter = adapters[0];
-  check_shape(dy, sizes_with_last(x, adapter.b.size(0)), "dy");
-  std::vector<BaseWeight> bases;
-  bases.emplace_back(weight, absmax, absmax2, offset, blocksize, adapter.b.size(0), adapter.a.size(1),
-                     compute);
-  Gradients g =
-      backward({gradient_rows(dy, x)}, x, as_rows(x, adapter.a.size(1), "x"), h_rows(h, x, adapter.rank()),
-               bases, adapters, compute, need_dx, {need_da}, {need_db});
-  return {g.dx, g.da[0], g.db[0]};
-}
-
-// Several layers, any number of adapters.
-
-std::tuple<std::vector<Tensor>, Tensor> multi_lora_linear(
-    const Tensor& x, at::TensorList weight, const OptionalTensors& absmax, const OptionalTensors& absmax2,
-    const OptionalTensors& offset, at::IntArrayRef blocksize, at::IntArrayRef out_features,
-    at::TensorList bias, at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer,
-    at::ArrayRef<double> scaling, at::ArrayRef<double> dropout_p, const OptionalTensor& seed,
-    at::IntArrayRef group, const OptionalTensor& row_group, const OptionalDtype& compute_dtype) {
-  const at::ScalarType compute = compute_type(compute_dtype, x);
-  const Adapters adapters = all_adapters(
-      x,
-      all_adapter_args(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size()),
-      seed, row_group);
-  const std::vector<BaseWeight> bases =
-      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features, compute);
-  TORCH_CHECK(bias.size() == bases.size(), "bias: expected ", bases.size(), " like weight, got ",
-              bias.size());
-  const Tensor x_rows = as_rows(x, x.size(-1), "x");
-  const Rows rows(in_type(x_rows, compute));
-  const Tensor h = shrink(x, x_rows, adapters, row_group.has_value());
-  std::vector<Tensor> y;
-  for (size_t j = 0; j < bases.size(); ++j) {
-    y.push_back(layer_forward(x, rows, bases[j], optional_bias(bias[j]), j, adapters, h));
-  }
-  return {y, h};
-}
-
-std::tuple<Tensor, std::vector<Tensor>, std::vector<Tensor>> multi_lora_linear_backward(
-    at::TensorList dy, const Tensor& x, const Tensor& h, at::TensorList weight, const OptionalTensors& absmax,
-    const OptionalTensors& absmax2, const OptionalTensors& offset, at::IntArrayRef blocksize,
-    at::TensorList lora_a, at::TensorList lora_b, at::IntArrayRef layer, at::ArrayRef<double> scaling,
-    at::ArrayRef<double> dropout_p, const OptionalTensor& seed, at::IntArrayRef group,
-    const OptionalTensor& row_group, const OptionalDtype& compute_dtype, bool need_dx,
-    const c10::List<bool>& need_da, const c10::List<bool>& need_db) {
-  const at::ScalarType compute = compute_type(compute_dtype, x);
-  TORCH_CHECK(dy.size() == weight.size(), "dy: expected ", weight.size(), " like weight, got ", dy.size());
-  TORCH_CHECK(need_da.size() == lora_a.size() && need_db.size() == lora_a.size(),
-              "need_da, need_db: expected ", lora_a.size(), " of each like lora_a, got ", need_da.size(),
-              ", ", need_db.size());
-  const Adapters adapters = all_adapters(
-      x,
-      all_adapter_args(x, lora_a, lora_b, layer, scaling, dropout_p, seed, group, row_group, weight.size()),
-      seed, row_group);
-  std::vector<int64_t> out_features;
-  std::vector<Tensor> dy_rows;
-  for (const Tensor& d : dy) {
-    dy_rows.push_back(gradient_rows(d, x));
-    out_features.push_back(d.size(-1));
-  }
-  const std::vector<BaseWeight> bases =
-      all_bases<BaseWeight>(x, weight, absmax, absmax2, offset, blocksize, out_features, compute);
-  Gradients g =
-      backward(dy_rows, x, as_rows(x, x.size(-1), "x"), h_rows(h, x, ranks_of(adapters)), bases, adapters,
-               compute, need_dx, {need_da.begin(), need_da.end()}, {need_db.begin(), need_db.end()});
-  return {g.dx, g.da, g.db};
-}
+ private:
+  const Tensor& x_;
+  const Tensor rows_;
+  const Adapters adapters_;
+  const bool has_gaps_;  // rows without an adapter
+  const at::ScalarType compute_;
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
-  m.impl("lora_linear", lora_linear);
-  m.impl("lora_linear_backward", lora_linear_backward);
-  m.impl("multi_lora_linear", multi_lora_linear);
-  m.impl("multi_lora_linear_backward", multi_lora_linear_backward);
-}
+TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) { LoraOps<Layers>::implement(m); }
 
 }  // namespace peft_kernels::cpu
