@@ -20,6 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from peft_kernels import triton_kernels
+from peft_kernels.ops.registry import OPS
 from peft_kernels.triton_kernels import launch
 
 from . import limits, sass
@@ -138,7 +139,7 @@ def launches(target: str, calls: Iterable[Call]) -> list[Launched]:
 
     with compiling_for(target), launch.recording(note):
         for call in calls:
-            getattr(triton_kernels, call.op)(*call.args)
+            getattr(triton_kernels, call.op)(OPS[call.op].named(call.args))
     return found
 
 
