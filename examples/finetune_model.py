@@ -159,7 +159,6 @@ def make_trainer(model: nn.Module, tokenizer: Any, examples: list[Encoded], args
         train_sampling_strategy="sequential",
         learning_rate=args.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=args.steps // 10,
         bf16=True,
         use_cpu=DEVICE == "cpu",
         seed=args.seed,
