@@ -152,7 +152,7 @@ def once(build: Callable[[dict[str, Any], int], Built]) -> Callable[[dict[str, A
     return get
 
 
-ENOUGH = 16
+ENOUGH = 64
 """Elements on which errors are compared."""
 
 

@@ -104,8 +104,7 @@ def register(op: type[Op], overload: OpOverload, library: torch.library.Library,
 
 def _items(op: type[Op], overload: OpOverload) -> Callable[[Sequence[Any]], list[Any]]:
     """Takes the tensors that have a gradient out of a call's arguments, items of lists one by one."""
-    place = {argument.name: i for i, argument in enumerate(overload._schema.arguments)}
-    places = [place[name] for name in op.differentiable]
+    places = [op.arguments.index(name) for name in op.differentiable]
     if not any(_is_list(overload._schema.arguments[i].type) for i in places):
         return lambda args: [args[i] for i in places]
 
@@ -123,9 +122,8 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
     returns = overload._schema.returns
     several, first_is_list = len(returns) > 1, _is_list(returns[0].type)
     saving = _Saving(op, overload)
-    place = {name: i for i, name in enumerate(op.arguments)}
     of_lists = {a.name for a in overload._schema.arguments if _is_list(a.type)}
-    trained = [(place[name], name in of_lists) for name in op.differentiable]
+    trained = [(op.arguments.index(name), name in of_lists) for name in op.differentiable]
     Need: Any = namedtuple("Need", op.differentiable)  # type: ignore[misc]
 
     # `args` are all arguments of the op; torch sees those behind it, which have a gradient.
