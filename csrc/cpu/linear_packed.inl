@@ -3,8 +3,9 @@
 //
 //   one step of a row of rhs (broadcast)   x   packed lhs [step][lane = row m]   ->   tile [n][m]
 //
-// lhs is packed once per call, in strips of kPackRows rows: step by step, the rows of the strip side by side.
-// What a step is says the unit (linear_packed_units.inl): an fp32 element, or a pair of bf16.
+// lhs is packed once per call, in strips of kPackRows rows, and these in as many vectors as belong to a
+// register tile: step by step, the rows of the vectors side by side. What a step is says the unit
+// (linear_packed_units.inl): an fp32 element, or a pair of bf16.
 
 constexpr int64_t kPackedBlockRows = 512;  // rows of lhs that one decoded row of rhs serves
 constexpr int64_t kPackedMaxCols = 192;    // rows of rhs decoded together
@@ -15,20 +16,23 @@ constexpr int64_t kPackedScratchBytes = kPackedTileFloats * 4 + kPackedMaxCols *
                                         kThinDepthBlock * kPackRows * 4;
 static_assert(kPackedScratchBytes <= kScratchBytes, "");
 
-// All rows of a panel against `vectors` vectors of one strip. Rows of zeros fill the last register tile.
+// All rows of a panel against `vectors` vectors of a strip, to be added to the tile, or stored there. Rows of
+// zeros fill the last register tile. `next` is the strip that comes after: it is fetched meanwhile.
 template <class Unit, int kVectors>
 void packed_strip(int64_t vectors, const typename Unit::Value* panel, int64_t cols,
-                  const typename Unit::Step* strip, int64_t strip_ld, int64_t steps, float* tile,
-                  int64_t tile_ld) {
+                  const typename Unit::Step* strip, const typename Unit::Step* next, int64_t steps, bool adds,
+                  float* tile, int64_t tile_ld) {
   if constexpr (kVectors > 1) {
     if (vectors < kVectors) {
-      return packed_strip<Unit, kVectors - 1>(vectors, panel, cols, strip, strip_ld, steps, tile, tile_ld);
+      return packed_strip<Unit, kVectors - 1>(vectors, panel, cols, strip, next, steps, adds, tile, tile_ld);
     }
   }
-  constexpr int64_t kRowLd = kPackedRowBytes / sizeof(*panel);
-  for (int64_t c = 0; c < cols; c += Unit::template kTileRows<kVectors>) {
-    Unit::template multiply<kVectors>(panel + c * kRowLd, strip, strip_ld, steps, tile + c * tile_ld,
-                                      tile_ld);
+  constexpr int64_t kRowLd = kPackedRowBytes / sizeof(*panel), kRows = Unit::template kTileRows<kVectors>;
+  const int64_t share = ceil_div(steps * kVectors * kLanes * sizeof(*strip), ceil_div(cols, kRows));
+  const char* ahead = reinterpret_cast<const char*>(next);
+  for (int64_t c = 0; c < cols; c += kRows, ahead += share) {
+    Unit::template multiply<kVectors>(panel + c * kRowLd, strip, steps, adds, tile + c * tile_ld, tile_ld,
+                                      ahead, share);
   }
 }
 
@@ -37,7 +41,17 @@ struct PackedBlock {
   int64_t m0, rows, n0, cols;
   float* tile;
   int64_t tile_ld;
+  // Then what is in the tile does not count; in lanes beyond the last vector it stays, and is never read.
+  bool starts_from_zero;
 };
+
+// How much of the depth a pass takes: a short last one would load and store the sums for little.
+template <class Unit>
+int64_t pass_depth(int64_t depth) {
+  constexpr int64_t kUsual = Unit::kUsualDepth;
+  const int64_t even = round_up(ceil_div(depth, max64(depth / kUsual, 1)), Unit::kOrder);
+  return even <= Unit::kDepth ? even : kUsual;
+}
 
 template <class Unit>
 void packed_add_first(const GemmParams& p, const PackedBlock& b, void* panel_memory) {
@@ -48,30 +62,36 @@ void packed_add_first(const GemmParams& p, const PackedBlock& b, void* panel_mem
   const GemmTerm& term = p.terms[0];
   const int64_t padded = round_up(term.depth, Unit::kOrder);
   const int64_t filled = round_up(b.cols, Unit::kGroup);
-  for (int64_t k0 = 0; k0 < term.depth; k0 += Unit::kDepth) {
-    const int64_t depth = min64(Unit::kDepth, term.depth - k0);
+  constexpr int64_t kRows = Unit::kVectors * kLanes;
+  const auto vectors_at = [&](int64_t m) {
+    return min64(Unit::kVectors, ceil_div(p.packed_end - b.m0 - m, kLanes));
+  };
+  const auto strip_at = [&](int64_t m, int64_t k) {
+    return static_cast<const typename Unit::Step*>(p.packed_lhs) +
+           ((b.m0 + m - p.packed_begin) * padded + k * vectors_at(m) * kLanes) / Unit::kElements;
+  };
+  const int64_t pass = pass_depth<Unit>(term.depth);
+  for (int64_t k0 = 0; k0 < term.depth; k0 += pass) {
+    const int64_t depth = min64(pass, term.depth - k0);
     const int64_t steps = round_up(depth, Unit::kOrder) / Unit::kElements;
     for (int64_t c = 0; c < b.cols; ++c) {
       const int64_t first = (b.n0 + c) * term.rhs.ld;
       Unit::fill_row(term.rhs, first + k0, depth, panel + c * kRowLd);
       // What the next pass decodes here arrives while this one is multiplied.
-      const int64_t next = k0 + Unit::kDepth;
+      const int64_t next = k0 + pass;
       if (next < term.depth) {
-        prefetch_columns(term.rhs, first + next, min64(Unit::kDepth, term.depth - next));
+        prefetch_columns(term.rhs, first + next, min64(pass, term.depth - next));
       } else if (b.n0 + c + b.cols < p.n) {
-        prefetch_columns(term.rhs, first + b.cols * term.rhs.ld, min64(Unit::kDepth, term.depth));
+        prefetch_columns(term.rhs, first + b.cols * term.rhs.ld, min64(pass, term.depth));
       }
     }
     for (int64_t c = b.cols; c < filled; ++c)
       memset(panel + c * kRowLd, 0, steps * Unit::kElements * sizeof(Value));
-    for (int64_t m = 0; m < b.rows; m += kPackRows) {
-      const int64_t vectors = strip_vectors(p.packed_end - b.m0 - m), strip_ld = vectors * kLanes;
-      const auto* strip = static_cast<const typename Unit::Step*>(p.packed_lhs) +
-                          ((b.m0 + m - p.packed_begin) * padded + k0 * strip_ld) / Unit::kElements;
-      for (int64_t v = 0; v < vectors; v += kPackedVectors) {
-        packed_strip<Unit, kPackedVectors>(vectors - v, panel, b.cols, strip + v * kLanes, strip_ld, steps,
-                                           b.tile + m + v * kLanes, b.tile_ld);
-      }
+    for (int64_t m = 0; m < b.rows; m += kRows) {
+      const bool ends = m + kRows >= b.rows;
+      packed_strip<Unit, Unit::kVectors>(vectors_at(m), panel, b.cols, strip_at(m, k0),
+                                         ends ? strip_at(0, k0 + pass) : strip_at(m + kRows, k0), steps,
+                                         k0 > 0 || !b.starts_from_zero, b.tile + m, b.tile_ld);
     }
   }
 }
@@ -142,6 +162,7 @@ void packed_store_out(const GemmParams& p, const PackedBlock& b) {
 
 template <class Unit>
 void packed_start(const GemmParams& p, const PackedBlock& b) {
+  if (b.starts_from_zero) return;
   memset(b.tile, 0, round_up(b.cols, Unit::kGroup) * b.tile_ld * sizeof(float));
   if (p.add_to_out) return packed_load_out(p, b);
   if (!p.bias) return;
@@ -164,7 +185,8 @@ void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
     const int64_t most = kPackedTileFloats / tile_ld / Unit::kGroup * Unit::kGroup;
     const int64_t width = rows <= kPackRows ? Unit::kFewRowsCols : min64(kPackedMaxCols, most);
     for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += width) {
-      const PackedBlock block{m0, rows, n0, min64(width, rect.n1 - n0), tile, tile_ld};
+      const bool starts_from_zero = Unit::kStores && !p.add_to_out && !p.bias;
+      const PackedBlock block{m0, rows, n0, min64(width, rect.n1 - n0), tile, tile_ld, starts_from_zero};
       packed_start<Unit>(p, block);
       packed_add_first<Unit>(p, block, panel);
       for (int64_t t = 1; t < p.term_count; ++t) {
@@ -200,9 +222,12 @@ void pack_strips(const PackParams& p, int64_t begin, int64_t end) {
   const int64_t padded = round_up(p.depth, Unit::kOrder);
   for (int64_t strip = begin; strip < end; ++strip) {
     const int64_t first = strip * kPackRows, vectors = strip_vectors(p.rows - first);
-    auto* out = static_cast<typename Unit::Step*>(p.out) + first * padded / Unit::kElements;
-    for (int64_t v = 0; v < vectors; ++v)
-      Unit::pack_vector(p, first + v * kLanes, out + v * kLanes, vectors * kLanes);
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t side = v % Unit::kVectors, together = min64(vectors - v + side, Unit::kVectors);
+      auto* out = static_cast<typename Unit::Step*>(p.out) +
+                  (first + (v - side) * kLanes) * padded / Unit::kElements + side * kLanes;
+      Unit::pack_vector(p, first + v * kLanes, out, together * kLanes);
+    }
   }
 }
 

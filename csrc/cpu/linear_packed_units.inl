@@ -4,7 +4,8 @@
 // The order is the one in which a packed weight comes apart: of every kOrder elements the even ones, which
 // are high nibbles, before the odd ones. A step is what one lane multiplies at once.
 
-constexpr int64_t kPackedRowBytes = 576;  // of one decoded row: an odd number of lines, for different sets
+// Of one decoded row: an odd number of lines, for different sets.
+constexpr int64_t kPackedRowBytes = PEFT_KERNELS_TILES ? 704 : 576;
 // Register tiles: vectors of sums, of which so many at most belong to one row of rhs.
 constexpr int kPackedSums = kLanes == 16 ? 24 : 12;
 constexpr int kPackedVectors = kLanes == 16 ? 4 : 2;
@@ -16,12 +17,15 @@ inline int64_t strip_vectors(int64_t rows) { return (min64(rows, kPackRows) + kL
 struct FloatsUnit : FloatSteps {
   using Step = float;  // of packed lhs
   static constexpr int64_t kOrder = 2 * kLanes;
-  static constexpr int64_t kDepth = 128;  // of one pass: a strip of lhs that long takes most of L1
+  // Of one pass, usually and at most: a strip of lhs that long takes most of L1.
+  static constexpr int64_t kUsualDepth = 128, kDepth = 128;
   static constexpr int64_t kChain =
       64;  // steps of one running sum: longer ones lose bits (see linear_outer.inl)
   static constexpr int kGroup = kPackedSums;
-  template <int kVectors>
-  static constexpr int kTileRows = kPackedSums / kVectors;
+  static constexpr int kVectors = kPackedVectors;  // of a register tile
+  static constexpr bool kStores = false;           // else it can only add to a tile
+  template <int kSide>
+  static constexpr int kTileRows = kPackedSums / kSide;
   static constexpr int64_t kFewRowsCols = 48;  // rows of rhs decoded together where lhs is one strip
 
   static bool serves(const GemmTerm& term) {
@@ -59,11 +63,11 @@ struct FloatsUnit : FloatSteps {
     for (; i < count; i += nf4::kMinBlocksize) decode_run<nf4::kMinBlocksize>(w, first + i, out + i);
   }
 
-  template <int kVectors>
-  static void multiply(const float* rows, const float* strip, int64_t strip_ld, int64_t steps, float* tile,
-                       int64_t tile_ld) {
-    sum_steps<FloatsUnit, kTileRows<kVectors>, kVectors>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{},
-                                                         strip, strip_ld, steps, tile, tile_ld);
+  template <int kSide>
+  static void multiply(const float* rows, const float* strip, int64_t steps, bool, float* tile,
+                       int64_t tile_ld, const char*, int64_t) {
+    sum_steps<FloatsUnit, kTileRows<kSide>, kSide>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{}, strip,
+                                                   Constant<kSide * kLanes>{}, steps, tile, tile_ld);
   }
 
  private:
@@ -81,17 +85,22 @@ struct FloatsUnit : FloatSteps {
 struct PairsUnit : PairSteps {
   using Step = uint32_t;
   static constexpr int64_t kOrder = 64;
-  static constexpr int64_t kDepth = 256;
   static constexpr int64_t kChain = 128;
 #  if PEFT_KERNELS_TILES
+  static constexpr int64_t kUsualDepth = 256, kDepth = 320;
   static constexpr int kGroup = 64;  // a multiple of every kTileRows
-  template <int kVectors>
-  static constexpr int kTileRows = kTileDim * (4 / kVectors);
+  static constexpr int kVectors = 2;
+  static constexpr bool kStores = true;
+  template <int kSide>
+  static constexpr int kTileRows = kTileDim * (4 / kSide);
   static constexpr int64_t kFewRowsCols = 64;
 #  else
+  static constexpr int64_t kUsualDepth = 256, kDepth = 256;
   static constexpr int kGroup = kPackedSums;
-  template <int kVectors>
-  static constexpr int kTileRows = kPackedSums / kVectors;
+  static constexpr int kVectors = kPackedVectors;
+  static constexpr bool kStores = false;
+  template <int kSide>
+  static constexpr int kTileRows = kPackedSums / kSide;
   static constexpr int64_t kFewRowsCols = 48;
 #  endif
 
@@ -141,15 +150,16 @@ struct PairsUnit : PairSteps {
     }
   }
 
-  template <int kVectors>
-  static void multiply(const PanelBF16* rows, const uint32_t* strip, int64_t strip_ld, int64_t steps,
-                       float* tile, int64_t tile_ld) {
+  template <int kSide>
+  static void multiply(const PanelBF16* rows, const uint32_t* strip, int64_t steps, bool adds, float* tile,
+                       int64_t tile_ld, const char* ahead, int64_t ahead_bytes) {
 #  if PEFT_KERNELS_TILES
-    tiles_block<4 / kVectors, kVectors>(rows, kPackedRowBytes, strip, kElements * steps / kTileDepth, tile,
-                                        tile_ld);
+    const int64_t tile_steps = kElements * steps / kTileDepth;
+    tiles_block<4 / kSide, kSide>(rows, kPackedRowBytes, strip, tile_steps, adds, tile, tile_ld,
+                                  {ahead, ceil_div(ahead_bytes, 64 * tile_steps)});
 #  else
-    sum_steps<PairsUnit, kTileRows<kVectors>, kVectors>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{},
-                                                        strip, strip_ld, steps, tile, tile_ld);
+    sum_steps<PairsUnit, kTileRows<kSide>, kSide>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{}, strip,
+                                                  Constant<kSide * kLanes>{}, steps, tile, tile_ld);
 #  endif
   }
 

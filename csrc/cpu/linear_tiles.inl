@@ -15,17 +15,28 @@ inline void for_tiles(const Visit& visit) {
   }
 }
 
-// kRowTiles tiles of rows against kVectors of lanes, at most four of sums.
+// What is needed next: so many lines of it are fetched in each step.
+struct Ahead {
+  const char* at = nullptr;
+  int64_t lines = 0;
+};
+
+// kRowTiles tiles of rows against kVectors of lanes, at most four of sums, which are added to what is there,
+// or stored.
 template <int kRowTiles, int kVectors>
-void tiles_block(const void* rows, int64_t row_bytes, const void* pairs, int64_t steps, float* sums,
-                 int64_t sums_ld) {
+void tiles_block(const void* rows, int64_t row_bytes, const void* pairs, int64_t steps, bool adds,
+                 float* sums, int64_t sums_ld, Ahead ahead = {}) {
   static_assert(kRowTiles * kVectors <= 4, "");
   const int64_t sums_bytes = sums_ld * sizeof(float), pair_bytes = kVectors * 64;
   const auto* a = static_cast<const char*>(rows);
   const auto* b = static_cast<const char*>(pairs);
   const auto sums_at = [&](int r, int v) { return sums + r * kTileDim * sums_ld + v * kTileDim; };
-  for_tiles<kRowTiles, kVectors>(
-      [&](auto r, auto v) { tile_load<r * kVectors + v>(sums_at(r, v), sums_bytes); });
+  if (adds) {
+    for_tiles<kRowTiles, kVectors>(
+        [&](auto r, auto v) { tile_load<r * kVectors + v>(sums_at(r, v), sums_bytes); });
+  } else {
+    for_tiles<kRowTiles, kVectors>([](auto r, auto v) { tile_zero<r * kVectors + v>(); });
+  }
   for (int64_t s = 0; s < steps; ++s, a += 2 * kTileDepth, b += kTileDim * pair_bytes) {
     // Tiles 4 and 5 take turns for rows, 6 and 7 for lanes: a load need not wait for the last product.
     for_tiles<kRowTiles, 1>([&](auto r, auto) {
@@ -35,6 +46,7 @@ void tiles_block(const void* rows, int64_t row_bytes, const void* pairs, int64_t
         tile_dot_pairs<r * kVectors + v, 4 + r % 2, 6 + v % 2>();
       });
     });
+    for (int64_t i = 0; i < ahead.lines; ++i, ahead.at += 64) __builtin_prefetch(ahead.at);
   }
   for_tiles<kRowTiles, kVectors>(
       [&](auto r, auto v) { tile_store<r * kVectors + v>(sums_at(r, v), sums_bytes); });

@@ -81,9 +81,9 @@ struct GemmParams {
   int64_t packed_begin, packed_end;
 };
 
-// Rows [rows, depth] strip by strip of kPackRows rows, in a strip step by step of the depth, for each step
-// the rows side by side (of the last strip a multiple of the vectors' lanes), in the order of
-// linear_packed_units.inl.
+// Rows [rows, depth] strip by strip of kPackRows rows, in a strip by the vectors of a register tile, in these
+// step by step of the depth, for each step the rows side by side (at the end a multiple of the vectors'
+// lanes), in the order of linear_packed_units.inl.
 struct PackParams {
   const void* x;
   DType dtype;

@@ -11,6 +11,10 @@ inline uint32_t (*tile(int index))[16] {
 }
 
 template <int kTile>
+inline void tile_zero() {
+  memset(tile(kTile), 0, sizeof(uint32_t[16][16]));
+}
+template <int kTile>
 inline void tile_load(const void* p, int64_t row_bytes) {
   for (int r = 0; r < 16; ++r) memcpy(tile(kTile)[r], static_cast<const char*>(p) + r * row_bytes, 64);
 }
