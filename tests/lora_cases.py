@@ -148,7 +148,8 @@ def check_lora_linear_backward(case: dict[str, Any]) -> None:
             assert g.dtype == like.dtype, name
             assert g.shape == (like.shape if need in case["needs"] else (0,)), name
             if need in case["needs"]:
-                results[name] = Result(g, p, c.truth[name], c.magnitude[name])
+                sums = case["m"] * case["r"] if name == "da" else None
+                results[name] = Result(g, p, c.truth[name], c.magnitude[name], sums)
         return results
 
     check(run, max(case["m"], case["n"], case["k"]) + case["r"])

@@ -185,7 +185,15 @@ multi_lora_case = once(MultiCase)
 
 
 def results(c: MultiCase, got: dict[str, Tensor], plain: dict[str, Tensor]) -> dict[str, Result]:
-    return {name: Result(value, plain[name], c.truth[name], c.magnitude[name]) for name, value in got.items()}
+    def sums(name: str) -> int | None:
+        if not name.startswith("da"):
+            return None
+        return int(c.served(int(name[2:])).sum()) * len(got[name])
+
+    return {
+        name: Result(value, plain[name], c.truth[name], c.magnitude[name], sums(name))
+        for name, value in got.items()
+    }
 
 
 def check_forward(case: dict[str, Any]) -> None:
