@@ -62,6 +62,8 @@ CUDA_OPS = [
     "csrc/cuda/nf4_ops.cpp",
     "csrc/cuda/runtime.cpp",
 ]
+# What the emulator has in its own way.
+CUDA_STARTS = ["csrc/cuda/counters.cpp", "csrc/cuda/launch.cpp"]
 CUDA_KERNELS = [
     "csrc/cuda/dora_norm.cu",
     "csrc/cuda/dora_scale.cu",
@@ -296,7 +298,7 @@ def cuda_extension(toolkit: Toolkit) -> Any:
     os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures
     return cpp_extension.CUDAExtension(
         name="peft_kernels._C_cuda",
-        sources=CUDA_OPS + CUDA_KERNELS,
+        sources=CUDA_OPS + CUDA_STARTS + CUDA_KERNELS,
         depends=headers("csrc/common", "csrc/cuda"),
         include_dirs=[generated_headers()],
         define_macros=[

@@ -15,6 +15,8 @@
 #include "spec_hash.h"
 
 #ifdef PEFT_KERNELS_SIMT
+#  include <c10/util/Type.h>
+
 #  include "emulator.h"
 #endif
 
@@ -75,6 +77,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       "The card that kernels are planned for.");
   m.def("set_seed", simt::set_seed, "Of the order in which threads run.");
   m.def("set_resident_blocks", simt::set_resident_blocks, "How many blocks run at a time; 0: by the seed.");
+  m.def("set_shared_start", simt::set_shared_start, "Where shared memory begins; 1024 at first.");
+  m.def(
+      "note_launches",
+      [](bool note) {
+        using Noted = std::tuple<std::string, int64_t, int, int>;
+        static std::vector<simt::NotedLaunch> launches;
+        std::vector<Noted> found;
+        for (const simt::NotedLaunch& each : launches) {
+          found.emplace_back(c10::demangle(each.kernel), each.blocks, each.threads, each.shared_bytes);
+        }
+        launches.clear();
+        simt::noted_launches = note ? &launches : nullptr;
+        return found;
+      },
+      "From now on launches are noted and do nothing, or run as ever; returns those noted since the last "
+      "call: "
+      "kernel, blocks, threads of a block, bytes of shared memory.");
   m.def(
       "bank_counts",
       [] {

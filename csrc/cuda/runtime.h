@@ -5,10 +5,7 @@
 
 #include <ATen/ATen.h>
 
-#ifndef PEFT_KERNELS_SIMT
-#  include <c10/cuda/CUDAGuard.h>
-#endif
-
+#include "../common/autocast.h"
 #include "../common/checks.h"
 #include "kernels.h"
 
@@ -22,16 +19,18 @@
 
 namespace peft_kernels::cuda {
 
-// Makes the device of an op's first tensor the current one until the op returns: kernels start there, and
-// check_device() wants all other tensors there.
+// What every op begins with. Makes the device of its first tensor the current one until the op returns:
+// kernels start there, and check_device() wants all other tensors there.
 class OnDeviceOf {
  public:
   OnDeviceOf(const Tensor& t, const char* name);
+  ~OnDeviceOf();
+  OnDeviceOf(const OnDeviceOf&) = delete;
+  OnDeviceOf& operator=(const OnDeviceOf&) = delete;
 
  private:
-#ifndef PEFT_KERNELS_SIMT
-  c10::cuda::OptionalCUDAGuard guard_;
-#endif
+  const WithoutAutocast without_autocast_;
+  c10::DeviceIndex before_ = -1;
 };
 
 // Of the current device.
@@ -44,8 +43,7 @@ class CallContext final : public Context {
   CallContext() : Context(current_card(), current_stream()) {}
 
   void* workspace(int64_t bytes) override;
-  // For kernels on the current stream alone: zeros at first, and every kernel leaves them zero again. In a
-  // CUDA graph the capture's own, so that replays of it need nothing from outside.
+  // For kernels on the current stream alone (see counters.cpp).
   uint32_t* counters(int64_t count) override;
 
  private:

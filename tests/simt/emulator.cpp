@@ -328,7 +328,7 @@ void* shared_window(int64_t bytes, Site site) {
 uint32_t shared_address(const void* p, Site site) {
   if (!the.memory.in_shared(p)) fail("this is not the address of shared memory", site);
   return static_cast<uint32_t>(static_cast<const char*>(p) - the.self().block->window +
-                               Memory::kFirstAddress);
+                               the.memory.first_address);
 }
 const void* shared_pointer(uint32_t address, Site site) {
   return the.memory.shared_pointer(the.self(), address, site);
@@ -342,6 +342,7 @@ void copy_async_commit() { ++the.self().groups; }
 void copy_async_wait(int pending, Site site) { the.memory.wait_for_copies(the.self(), pending, site); }
 
 void sync_threads(Site site) { the.sync_threads(site); }
+void trap(const char* why, Site site) { fail(std::string("trap: ") + why, site); }
 void collective(const char* name, void* given, void (*perform)(void* const* given), Site site) {
   the.collective(name, given, perform, site);
 }
@@ -356,6 +357,7 @@ void run(const Launch& launch) { the.run(launch); }
 
 void set_seed(uint64_t seed) { the.seed = seed; }
 void set_shared_limit(int64_t bytes) { shared_limit = std::min<int64_t>(bytes, kMaxSharedBytes); }
+void set_shared_start(int address) { the.memory.first_address = address; }
 void set_resident_blocks(int blocks) { the.resident_blocks = std::min(blocks, kMaxResidentBlocks); }
 
 std::map<std::string, BankCount> bank_counts() { return the.memory.bank_counts(); }

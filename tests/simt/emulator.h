@@ -51,6 +51,7 @@ void copy_async_commit();
 void copy_async_wait(int pending, Site site);
 
 void sync_threads(Site site);
+void trap(const char* why, Site site);
 // Waits for all lanes of the warp to come here. The last one runs `perform` on what each of them gave.
 void collective(const char* name, void* given, void (*perform)(void* const* given), Site site);
 
@@ -70,6 +71,14 @@ void run(const Launch& launch);
 // What a launch may ask for at most.
 inline int64_t shared_limit = 163 << 10;
 
+// While there is one, launches are noted in it and do nothing: for what host code alone does.
+struct NotedLaunch {
+  const char* kernel;  // its typeid's name
+  int64_t blocks;
+  int threads, shared_bytes;
+};
+inline std::vector<NotedLaunch>* noted_launches = nullptr;
+
 // ---- For tests -------------------------------------------------------------------------------------------
 
 // Lanes, warps and blocks run in an order that the seed decides, the same in every launch. It starts as
@@ -77,6 +86,8 @@ inline int64_t shared_limit = 163 << 10;
 void set_seed(uint64_t seed);
 // The shared memory that a block can have on the card. It starts as sm_80's.
 void set_shared_limit(int64_t bytes);
+// Where shared memory begins: at 1024, as on sm_90, where no other place is told.
+void set_shared_start(int address);
 // How many blocks run at a time; 0: two or three, as the seed says.
 void set_resident_blocks(int blocks);
 

@@ -19,8 +19,8 @@ namespace peft_kernels::simt {
 
 class Memory {
  public:
-  // Shared memory begins here in its window, as on sm_90: no kernel may count on 0.
-  static constexpr int kFirstAddress = 1024;
+  // Where shared memory begins for a kernel, as on sm_90: none may count on 0.
+  int first_address = 1024;
 
   enum class Kind { kRead, kReadConstant, kWrite };
 
@@ -41,7 +41,7 @@ class Memory {
   }
   char* shared_pointer(const Thread& thread, uint32_t address, Site site) const {
     if (address >= kWindowStride / 2) fail("address " + std::to_string(address) + " is not shared", site);
-    return thread.block->window - kFirstAddress + address;
+    return thread.block->window - first_address + address;
   }
   void copy_async(Thread& thread, void* to, const void* from, bool valid, Site site);
   void wait_for_copies(Thread& thread, int pending, Site site);
@@ -99,7 +99,7 @@ inline void Memory::start_launch(const Launch& launch) {
 }
 
 inline void Memory::place(Block& block, size_t slot) {
-  block.window = windows_ + static_cast<int64_t>(slot) * kWindowStride + kWindowStride / 2 + kFirstAddress;
+  block.window = windows_ + static_cast<int64_t>(slot) * kWindowStride + kWindowStride / 2;
   block.shadow = std::make_unique<Shadow>(kMaxSharedBytes);
 }
 

@@ -26,6 +26,7 @@ inline int warp_index(Site site = Site::here()) {
 // ---- Waiting and exchanging ----------------------------------------------------------------------------
 
 inline void sync_threads(Site site = Site::here()) { simt::sync_threads(site); }
+inline void trap(const char* why, Site site = Site::here()) { simt::trap(why, site); }
 
 namespace detail {
 
