@@ -17,7 +17,6 @@ from copied import backend_ids as copied_ids
 from fresh_process import Processes, Python
 
 import peft_kernels as pk
-import simt_backend as simt
 import testing
 from peft_kernels.backends import BACKENDS, triton
 
@@ -39,14 +38,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     reason = testing.unavailable(request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    if request.param == "simt":
+    if request.param in testing.EMULATORS:
         # Three orders in which threads run, spread over the cases; a case always has the same.
-        simt.BACKEND.extension.set_seed(zlib.crc32(request.node.nodeid.encode()) % 3)
+        emulator = testing.EMULATORS[request.param].extension
+        emulator.set_seed(zlib.crc32(request.node.nodeid.encode()) % 3)
     with testing.running_on(request.param):
         yield request.param
 
 
-@pytest.fixture(params=["triton"] if triton.BACKEND.interpreted else ["cpu", "simt"])
+@pytest.fixture(params=["triton"] if triton.BACKEND.interpreted else ["cpu", *testing.EMULATORS])
 def compiled_ops(request: pytest.FixtureRequest) -> Any:
     """The ops of a compiled back end, called past all checks in Python."""
     reason = testing.unavailable(request.param)

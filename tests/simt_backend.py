@@ -1,7 +1,7 @@
 """Back end `simt`, for tests alone: the sources of back end `cuda`, run on the CPU by an emulator.
 
 In the compiled library `peft_kernels._C_simt`, which a build with PEFT_KERNELS_EMULATE=1 makes. Nobody but
-`testing.register_simt` puts it among the back ends, and nothing chooses it by itself.
+`testing.register_emulators` puts it among the back ends, and nothing chooses it by itself.
 """
 
 from __future__ import annotations
