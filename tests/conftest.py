@@ -19,6 +19,7 @@ from fresh_process import Processes, Python
 import peft_kernels as pk
 import testing
 from peft_kernels.backends import BACKENDS, triton
+from ptx import executed
 
 if triton.BACKEND.interpreted and testing.unavailable("triton") is None:
     import triton_interpreter
@@ -146,6 +147,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A back end that is usable here and whose every case was skipped has not been tested: that is a
     failure."""
+    if testing.unavailable("ptx") is None:
+        executed.leave(testing.EMULATORS["ptx"].extension)
     for name in BACKEND_IDS:
         if testing.unavailable(name) is None and _skipped[name] and not _ran[name]:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

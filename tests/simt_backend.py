@@ -16,6 +16,10 @@ class SimtBackend(CompiledBackend):
     library = "peft_kernels._C_simt"
     not_built = "not built (needs PEFT_KERNELS_EMULATE=1 at installation)"
 
+    def reset(self) -> None:
+        """The card that it has at the start."""
+        self.extension.set_card(80, 4, 163 << 10)
+
     def describe(self) -> str:
         return "the CUDA kernels' sources on the CPU, emulated: for tests"
 

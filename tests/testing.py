@@ -19,11 +19,10 @@ import ptx_backend as ptx
 import simt_backend as simt
 from peft_kernels import NF4Weight, dispatch
 from peft_kernels.backends import BACKENDS, cpu, triton
-from peft_kernels.backends.compiled import CompiledBackend
 from peft_kernels.ops import registry
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
-EMULATORS: dict[str, CompiledBackend] = {"simt": simt.BACKEND, "ptx": ptx.BACKEND}
+EMULATORS: dict[str, simt.SimtBackend | ptx.PtxBackend] = {"simt": simt.BACKEND, "ptx": ptx.BACKEND}
 """Back ends that run the CUDA kernels on CPU tensors."""
 EMULATED = {"amx": "amx_emulated"}
 """Levels that stand in for one which the machine lacks, in a build with PEFT_KERNELS_EMULATE=1."""
