@@ -40,7 +40,7 @@ struct Attributes {
   int target;             // 80 for sm_80
 };
 std::vector<std::string> entries(const Module& module);
-Attributes attributes(const Module& module, const std::string& entry);
+Attributes attributes(Module& module, const std::string& entry);
 
 // Runs a kernel to its end, in the calling thread; one at a time. `arguments` as cudaLaunchKernel has them.
 struct Launch {
