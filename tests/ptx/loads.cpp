@@ -183,7 +183,7 @@ Handler handler_of(const Instruction& i, bool loads, bool constant, std::string_
 }
 
 bool is_cache_hint(std::string_view word) {
-  static constexpr std::string_view kHints[] = {"weak", "ca", "cg", "cs", "lu", "wb", "wt"};
+  static constexpr std::string_view kHints[] = {"weak", "volatile", "ca", "cg", "cs", "lu", "wb", "wt"};
   for (const std::string_view hint : kHints) {
     if (word == hint) return true;
   }

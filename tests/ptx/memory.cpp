@@ -140,7 +140,7 @@ void Memory::check(const SharedShadow::Conflict& conflict, const Warp& warp, int
   const std::string line = " (" + site_text(cell.site()) + ")";
   const std::string mine =
       (writes ? "writes byte " : "reads byte ") + std::to_string(conflict.byte) + " of shared memory";
-  if (conflict.why == Why::kNobody) fail(warp, lane, at.site, mine + ", which nobody has written");
+  if (conflict.why == Why::kNobody) fail(warp, lane, at.site, mine + ", which nobody wrote");
   if (cell.tick() == SharedShadow::kUnderWay) {
     fail(warp, lane, at.site, mine + ", where an asynchronous copy by " + who + line + " is under way");
   }

@@ -288,7 +288,7 @@ bool Scheduler::step(Warp& warp, int steps) {
 // -------------------------------------------------------------------------------------
 
 void Scheduler::set_grid(Module& module, Entry& entry, const Launch& launch) {
-  if (launch.threads == 0 || launch.threads > kMaxThreads || launch.threads % kLanes != 0 ||
+  if (launch.threads == 0 || launch.threads > kMaxThreads ||
       launch.threads > static_cast<unsigned>(entry.max_threads)) {
     throw Fault(entry.readable + ": a launch with " + std::to_string(launch.threads) + " threads");
   }
@@ -326,10 +326,13 @@ void Scheduler::start_block(Block& block, int64_t index) {
   block.index = index;
   block.waiting = block.exited = 0;
   for (const auto& warp : block.warps) {
+    // The last warp may have fewer lanes.
+    const unsigned lanes = grid.threads - static_cast<unsigned>(warp->index * kLanes);
     warp->pc = 0;
-    warp->lanes = kAllLanes;
+    warp->lanes = lanes >= kLanes ? kAllLanes : (1u << lanes) - 1;
     warp->join = UINT32_MAX;
-    warp->at_barrier = warp->exited = 0;
+    warp->at_barrier = 0;
+    warp->exited = ~warp->lanes;
     warp->parked.clear();
     ready_.push_back(warp.get());
   }
@@ -349,7 +352,7 @@ void Scheduler::start_blocks() {
 }
 
 void Scheduler::fill_registers() {
-  const size_t warps = grid.threads / kLanes;
+  const size_t warps = (grid.threads + kLanes - 1) / kLanes;
   const auto bytes = (static_cast<size_t>(entry_->register_bytes) + 63) / 64 * 64;
   if (registers_.size() < resident_ * warps * bytes + 64) registers_.resize(resident_ * warps * bytes + 64);
   const auto address = reinterpret_cast<uintptr_t>(registers_.data());
@@ -417,8 +420,8 @@ void Scheduler::run(Module& module, const std::string& name, const Launch& launc
                                                    : 2 + static_cast<int>(random() % 2);
   resident_ = std::min<size_t>(static_cast<size_t>(wanted), launch.blocks);
   ready_.clear();
-  fill_registers();
   memory.start_launch();
+  fill_registers();
   waiting_.resize(launch.blocks);
   std::iota(waiting_.begin(), waiting_.end(), int64_t{0});
   for (size_t i = waiting_.size(); i > 1; --i) std::swap(waiting_[i - 1], waiting_[random() % i]);
