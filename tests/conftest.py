@@ -19,9 +19,11 @@ from fresh_process import Processes, Python
 import peft_kernels as pk
 import testing
 from peft_kernels.backends import BACKENDS, triton
-from ptx import executed
+from ptx import executed, triton_driver
 
-if triton.BACKEND.interpreted and testing.unavailable("triton") is None:
+if capability := triton_driver.wanted():
+    triton_driver.install(capability)
+elif triton.BACKEND.interpreted and testing.unavailable("triton") is None:
     import triton_interpreter
 
     triton_interpreter.mend()

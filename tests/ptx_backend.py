@@ -32,11 +32,12 @@ class PtxBackend(CompiledBackend):
             self.reset()
 
     def reset(self) -> None:
-        """The card that the environment asks for."""
+        """The card and the arithmetic that the environment asks for."""
         architecture = int(os.environ.get("PEFT_KERNELS_PTX_ARCH") or 80)
         if architecture not in SHARED:
             raise RuntimeError(f"PEFT_KERNELS_PTX_ARCH: expected one of {(*SHARED,)}, got {architecture}")
         self.extension.set_card(architecture, FEW, SHARED[architecture])
+        self.extension.set_truncate_sums(os.environ.get("PEFT_KERNELS_PTX_TRUNCATE") == "1")
 
     def describe(self) -> str:
         return "the CUDA kernels as PTX, run on the CPU: for tests"

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "fat_binary.h"
+#include "guarded.h"
 
 namespace peft_kernels::cudart {
 namespace {
@@ -273,15 +274,13 @@ const char* cudaGetErrorString(cudaError_t error) {
 }
 
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
-  // As on a card at least, and what nobody wrote is NaN.
-  constexpr size_t kAlignment = 256;
-  *pointer = std::aligned_alloc(kAlignment, (bytes + kAlignment - 1) / kAlignment * kAlignment);
+  *pointer = peft_kernels::cudart::allocate_guarded(bytes);
   if (*pointer == nullptr) return runtime().result(cudaErrorMemoryAllocation);
-  std::memset(*pointer, 0xff, bytes);
+  std::memset(*pointer, 0xff, bytes);  // what nobody wrote is NaN
   return runtime().result(cudaSuccess);
 }
 cudaError_t cudaFree(void* pointer) {
-  std::free(pointer);
+  peft_kernels::cudart::free_guarded(pointer);
   return runtime().result(cudaSuccess);
 }
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {

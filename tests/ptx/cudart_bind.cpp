@@ -1,11 +1,15 @@
 #include "cudart_bind.h"
 
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
 #include <pybind11/functional.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -14,6 +18,8 @@
 
 #include "cases.cuh"
 #include "cudart.h"
+#include "guarded.h"
+#include "kernels.h"
 
 namespace peft_kernels::cudart {
 namespace {
@@ -29,6 +35,52 @@ const cases::Cases& all_cases() {
     return found;
   }();
   return all;
+}
+
+struct Loaded {
+  ptx::ModulePointer module;
+
+  void run(const std::string& entry, std::array<unsigned, 3> blocks, unsigned threads, int64_t shared_bytes,
+           const std::vector<std::string>& parameters) {
+    std::vector<const void*> arguments;
+    for (const std::string& bytes : parameters) arguments.push_back(bytes.data());
+    const ptx::Launch launch{blocks[0], threads, shared_bytes, arguments.data()};
+    if (blocks[1] != 1 || blocks[2] != 1) throw std::runtime_error("grids of one dimension alone");
+    ptx::run(*module, entry, launch);
+  }
+};
+
+// To addresses, as no op asks for every part.
+void dequantize_part(uintptr_t packed, uintptr_t absmax, int block_shift, std::array<int64_t, 5> part,
+                     uintptr_t out, int64_t out_stride, int dtype) {
+  const cuda::Nf4View weight{reinterpret_cast<const uint8_t*>(packed),
+                             reinterpret_cast<const uint8_t*>(packed),
+                             reinterpret_cast<const float*>(absmax),
+                             nullptr,
+                             0,
+                             block_shift};
+  const auto [row_begin, row_end, col_begin, col_end, ld] = part;
+  cuda::dequantize_nf4(weight, {row_begin, row_end, col_begin, col_end, ld}, reinterpret_cast<void*>(out),
+                       static_cast<DType>(dtype), out_stride, nullptr);
+}
+
+// torch's memory while it is asked for.
+struct GuardedAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* pointer = bytes == 0 ? nullptr : allocate_guarded(bytes);
+    TORCH_CHECK(pointer != nullptr || bytes == 0, "no memory for a tensor of ", bytes, " bytes");
+    return {pointer, pointer, free_guarded, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return free_guarded; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+};
+
+void set_guarded(bool guarded) {
+  static c10::Allocator* const usual = c10::GetCPUAllocator();
+  static GuardedAllocator guarding;
+  c10::SetCPUAllocator(guarded ? &guarding : usual);
 }
 
 }  // namespace
@@ -80,6 +132,18 @@ void bind(pybind11::module_& m) {
       "By architecture: the instructions of all kernels that ran, as (kernel, line, text, how often), and "
       "the "
       "kernels that did not.");
+  pybind11::class_<Loaded>(m, "Module", "PTX that did not come by a fat binary.")
+      .def("run", &Loaded::run,
+           "Run a kernel: its name, blocks (x, y, z), threads, shared bytes, parameters.");
+  m.def(
+      "load", [](const std::string& text) { return std::make_unique<Loaded>(Loaded{ptx::load(text)}); }, "");
+  m.def("set_guarded", set_guarded,
+        "Whether what leaves the memory of a new CPU tensor at its end is a fault.");
+  m.def("dequantize_part", dequantize_part,
+        "Rows and columns of a weight with `ld` elements a row: its packed codes, absmax, log2 of the "
+        "blocksize, "
+        "(row_begin, row_end, col_begin, col_end, ld), where to, the stride there, 0, 1 or 2 for fp32, bf16, "
+        "fp16.");
   m.def(
       "cases",
       [] {

@@ -8,7 +8,9 @@ template <bool kBroken>
 __global__ void barrier_missing(Pointers p) {
   auto* s = shared_memory<float>();
   const int i = threadIdx.x;
-  s[i] = 1.0f;
+  s[i] = 0.0f;
+  __syncthreads();
+  s[i] = p.in[i];
   if (!kBroken) __syncthreads();
   p.out[i] = s[(i + 32) % kCount];  // fault: barrier_missing
 }
