@@ -13,7 +13,7 @@ bool decode_control(Decoder& decoder, const Decoder::Words& words) {
     instruction.kind = Kind::kExit;
   } else if (is_barrier && decoder.statement().operands.size() == 1) {
     const Operand& number = decoder.operand(0);
-    if (number.kind != Operand::Kind::kImmediate || number.value != 0) return false;
+    if (number.kind != Operand::Kind::kImmediate) return false;
     instruction.kind = Kind::kBarrier;
   } else {
     return false;

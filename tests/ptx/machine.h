@@ -59,6 +59,9 @@ struct Options {
   // Results of the .approx instructions, exact but for rounding, are moved by -1, 0 or 1 units in the last
   // place, as a hash of the operand says.
   bool perturb_approximations = false;
+  // Shared memory that nobody wrote is NaN; whether to read it is a fault. A kernel may, of rows that it throws
+  // away.
+  bool report_unwritten = false;
   int64_t shared_limit = 163 << 10;     // of a block on the card; starts as sm_80's
   int64_t first_shared_address = 1024;  // where a block's shared memory begins, as on sm_90
 };

@@ -67,9 +67,11 @@ class Memory {
   bool in_windows(uint64_t address) const {
     return address - reinterpret_cast<uint64_t>(windows_) < uint64_t{kMaxResidentBlocks * kWindowStride};
   }
+  // Kernels may read what nobody wrote, as long as they do not use it.
   SharedAccess as_access(const Warp& warp, int lane, uint16_t site) const {
+    const uint32_t start = options().report_unwritten ? warp.block->start : 0;
     return {tick_,
-            warp.block->start,
+            options().report_unwritten ? warp.block->start : 0,
             warp.block->epoch,
             warp.epoch,
             site,
