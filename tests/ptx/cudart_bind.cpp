@@ -102,6 +102,9 @@ void bind(pybind11::module_& m) {
         set_edit(edit ? *edit : nullptr);
       },
       "What to make of the PTX before it runs; None: nothing.");
+  m.def(
+      "set_report_unwritten", [](bool report) { ptx::options().report_unwritten = report; },
+      "Whether to read shared memory that nobody wrote is a fault.");
   m.def("set_sticky_error", set_sticky_error, "An error that every call of CUDA's returns; 0: none.");
   m.def(
       "bank_counts",

@@ -54,7 +54,7 @@ FAULTS: dict[str, str | tuple[str, ...]] = {
     "copy_over_read": SHARED_RACE,
     "unaligned_load": r"misaligned load of 16 bytes at 0x",
     "out_of_bounds": r"thread 63, .*: 4 bytes at byte 256 of shared memory, which has 256",
-    "below_bounds": r"thread 0, .*: 4 bytes at byte 4294967292 of shared memory, which has 256",
+    "below_bounds": r"thread 0, .*: 4 bytes at byte (-4|4294967292) of shared memory, which has 256",
     "read_before_written": NOBODY,
     "constant_in_shared": SHARED_AS_GLOBAL,
     "atomic_in_shared": SHARED_AS_GLOBAL,
@@ -81,7 +81,9 @@ def machine() -> Iterator[ModuleType]:
     if (reason := testing.unavailable("ptx")) is not None:
         pytest.skip(f"ptx: {reason}")
     ptx.BACKEND.reset()
+    ptx.BACKEND.extension.set_report_unwritten(True)
     yield ptx.BACKEND.extension
+    ptx.BACKEND.extension.set_report_unwritten(False)
     ptx.BACKEND.extension.set_seed(0)
 
 
