@@ -71,7 +71,7 @@ class Memory {
   SharedAccess as_access(const Warp& warp, int lane, uint16_t site) const {
     const uint32_t start = options().report_unwritten ? warp.block->start : 0;
     return {tick_,
-            options().report_unwritten ? warp.block->start : 0,
+            start,
             warp.block->epoch,
             warp.epoch,
             site,
