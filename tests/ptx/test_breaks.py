@@ -50,6 +50,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "few-fp16": lambda: both(case(3, 64, 320, FP16)),
     "tiles-bf16": lambda: both(case(70, 136, 320)),
     "tiles-fp16": lambda: both(case(70, 136, 320, FP16)),
+    "shared-tiles": lambda: both(case(70, 48, 2560)),
     "adapters-bf16": lambda: adapters(case(17, 64, 128)),
     "adapters-fp16": lambda: adapters(case(17, 64, 128, FP16)),
     "masks-bf16": lambda: masks(BF16, 96),
@@ -58,13 +59,13 @@ CHECKS: dict[str, Callable[[], None]] = {
 }
 
 REGISTER = r"%\w+"
-MMA = r"(mma\.sync\S+{}\.f32 \{{[^}}]*\}}, \{{)({r}),({r}),({r}),({r})(\}}, \{{)({r}),({r})"
+MMA = r"(mma\.sync\S+\.{k}\.{k}\.f32 \{{[^}}]*\}}, \{{)({r}),({r}),({r}),({r})(\}}, \{{)({r}),({r})"
 
 
 def fragments(kind: str, order: str) -> Callable[[str], str]:
     """Registers of a and b of matrix instructions in another order."""
     a, b = order.split()
-    pattern = re.compile(MMA.format(kind, r=REGISTER))
+    pattern = re.compile(MMA.format(k=kind, r=REGISTER))
 
     def edit(text: str) -> str:
         return pattern.sub(
@@ -123,15 +124,15 @@ BREAKS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
     ),
     "another-lop3-table": (replaced(r"(lop3\.b32 .*), 0xe4;", r"\1, 0xd8;"), ("tiles-bf16",)),
     "shuffle-over-segments": (replaced(r", 0x31f, 0xffffffff", ", 0x1f, 0xffffffff"), ("few-bf16",)),
-    "relaxed-atomic": (replaced(r"atom\.acq_rel\.", "atom.relaxed."), ("few-bf16", "tiles-bf16")),
+    "relaxed-atomic": (replaced(r"atom\.acq_rel\.", "atom.relaxed."), ("shared-tiles",)),
     "words-of-a-load-swapped": (replaced(LOAD, r"\1\3, \2}"), ("few-bf16", "tiles-bf16")),
-    "words-of-four-swapped": (replaced(LOAD4, r"\1\2, \4, \3, \5}"), ("few-bf16", "tiles-bf16")),
+    "words-of-four-swapped": (replaced(LOAD4, r"\1\2, \4, \3, \5}"), ("masks-bf16", "adapters-fp16")),
     "prmt-swapped": (
         replaced(r"(prmt\.b32 %r\d+), (%r\d+), (%r\d+),", r"\1, \3, \2,"),
         ("few-bf16", "tiles-bf16"),
     ),
     "first-barrier-lost": (without_barrier(0), ("few-bf16", "tiles-bf16", "adapters-bf16", "pieces")),
-    "last-barrier-lost": (without_barrier(-1), ("few-bf16", "tiles-bf16", "adapters-bf16", "pieces")),
+    "last-barrier-lost": (without_barrier(-1), ("shared-tiles", "adapters-bf16", "masks-odd")),
     "philox-multiplier": (
         replaced(r"3528531795|-766435501", lambda m: str(int(m[0]) ^ 1)),
         ("masks-bf16", "masks-odd"),
