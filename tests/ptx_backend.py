@@ -10,6 +10,8 @@ PEFT_KERNELS_PTX_TRUNCATE  1: matrix instructions cut their sums off as tensor c
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from peft_kernels.backends.compiled import CompiledBackend
 
@@ -38,6 +40,15 @@ class PtxBackend(CompiledBackend):
             raise RuntimeError(f"PEFT_KERNELS_PTX_ARCH: expected one of {(*SHARED,)}, got {architecture}")
         self.extension.set_card(architecture, FEW, SHARED[architecture])
         self.extension.set_truncate_sums(os.environ.get("PEFT_KERNELS_PTX_TRUNCATE") == "1")
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Inside, to leave a tensor's memory at its end is a fault, in kernels and elsewhere."""
+        self.extension.set_guarded(True)
+        try:
+            yield
+        finally:
+            self.extension.set_guarded(False)
 
     def describe(self) -> str:
         return "the CUDA kernels as PTX, run on the CPU: for tests"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import combinations
 from typing import Any
 
@@ -69,9 +69,9 @@ def unavailable(backend_id: str) -> str | None:
 
 @contextmanager
 def running_on(backend_id: str) -> Iterator[None]:
-    """Force a back end and, for cpu, the instruction set."""
+    """Force a back end and, for cpu, the instruction set. On ptx, tensors end where their memory does."""
     name, _, level = backend_id.partition("-")
-    with dispatch.use_backend(name):
+    with dispatch.use_backend(name), ptx.BACKEND.guarding() if name == "ptx" else nullcontext():
         if level:
             with cpu.BACKEND.use_isa(level):
                 yield

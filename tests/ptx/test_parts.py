@@ -56,3 +56,14 @@ def test_a_part_of_a_weight(machine: ModuleType, part: str, dtype: torch.dtype) 
         )
         assert torch.equal(out[:, :columns], whole[row : row + rows, column : column + columns])
         assert out[:, columns:].isnan().all(), "written beside the part"
+
+
+def test_beyond_the_end_of_a_tensor_is_a_fault(machine: ModuleType) -> None:
+    weight = testing.nf4_weight(64, 64, 32, False)._state
+    assert weight.packed is not None and weight.absmax is not None
+    with ptx.BACKEND.guarding():
+        out = torch.empty(63, 64)
+    addresses = (weight.packed.data_ptr(), weight.absmax.data_ptr())
+    with pytest.raises(RuntimeError, match=r"nf4_dequantize\.cuh:\d+: segmentation fault"):
+        machine.dequantize_part(*addresses, 5, (0, 64, 0, 64, 64), out.data_ptr(), 64, 0)
+    machine.dequantize_part(*addresses, 5, (0, 63, 0, 64, 64), out.data_ptr(), 64, 0)
