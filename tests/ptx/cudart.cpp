@@ -8,6 +8,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -82,10 +83,12 @@ struct Runtime {
     if (function == nullptr) return result(cudaErrorInvalidDeviceFunction);
     ptx::Module* module = module_of(*function);
     if (module == nullptr) return result(cudaErrorNoKernelImageForDevice);
-    if (grid.y != 1 || grid.z != 1 || block.y != 1 || block.z != 1) {
-      throw std::runtime_error("the machine runs grids and blocks of one dimension alone");
+    if (block.y != 1 || block.z != 1) {
+      throw std::runtime_error("the machine runs blocks of one dimension alone");
     }
-    if (grid.x == 0 || grid.x > 0x7fffffffu || block.x == 0 || block.x > kMaxThreads) {
+    constexpr unsigned kMaxOthers = 0xffff;
+    if (grid.x == 0 || grid.x > 0x7fffffffu || grid.y == 0 || grid.y > kMaxOthers || grid.z == 0 ||
+        grid.z > kMaxOthers || block.x == 0 || block.x > kMaxThreads) {
       return result(cudaErrorInvalidConfiguration);
     }
     const ptx::Attributes has = ptx::attributes(*module, function->name);
@@ -94,7 +97,8 @@ struct Runtime {
     if (has.max_threads > 0 && block.x > static_cast<unsigned>(has.max_threads)) {
       return result(cudaErrorInvalidValue);
     }
-    ptx::run(*module, function->name, {grid.x, block.x, static_cast<int64_t>(shared_bytes), arguments});
+    ptx::run(*module, function->name,
+             {grid.x, block.x, static_cast<int64_t>(shared_bytes), arguments, grid.y, grid.z});
     return cudaSuccess;
   }
 };
@@ -127,24 +131,24 @@ void set_edit(std::function<std::string(std::string)> edit) {
 void set_sticky_error(int error) { runtime().sticky = static_cast<cudaError_t>(error); }
 
 std::vector<Executed> executed() {
-  std::map<int, Executed> found;
+  std::vector<Executed> result;
+  int index = 0;
   for (const Binary* binary : runtime().binaries) {
     for (const auto& [architecture, module] : binary->modules) {
-      Executed& all = found[architecture];
-      all.architecture = architecture;
-      std::map<std::string, bool> ran;
+      std::set<std::string> ran;
+      Executed all{index, architecture, {}, {}};
       for (ptx::Executed& instruction : ptx::executed(*module)) {
-        bool& any = ran[instruction.entry];
-        any = any || instruction.times > 0;
+        ran.insert(instruction.entry);
         all.instructions.push_back(std::move(instruction));
       }
       for (const std::string& entry : ptx::entries(*module)) {
-        if (!ran[entry]) all.never_run.push_back(entry);
+        const std::string name = ptx::readable(entry);
+        if (ran.count(name) == 0) all.never_run.push_back(name);
       }
+      result.push_back(std::move(all));
     }
+    ++index;
   }
-  std::vector<Executed> result;
-  for (auto& [architecture, all] : found) result.push_back(std::move(all));
   return result;
 }
 

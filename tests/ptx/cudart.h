@@ -24,9 +24,9 @@ void set_edit(std::function<std::string(std::string)> edit);
 // As if a kernel had failed: every call returns this error until it is 0 again.
 void set_sticky_error(int error);
 
-// How often the instructions of all kernels that ran were executed, and the kernels that did not run.
+// How often the instructions of the kernels of a fat binary were executed, of those that ran, and the others.
 struct Executed {
-  int architecture;
+  int binary, architecture;
   std::vector<ptx::Executed> instructions;
   std::vector<std::string> never_run;
 };

@@ -44,8 +44,7 @@ struct Loaded {
            const std::vector<std::string>& parameters) {
     std::vector<const void*> arguments;
     for (const std::string& bytes : parameters) arguments.push_back(bytes.data());
-    const ptx::Launch launch{blocks[0], threads, shared_bytes, arguments.data()};
-    if (blocks[1] != 1 || blocks[2] != 1) throw std::runtime_error("grids of one dimension alone");
+    const ptx::Launch launch{blocks[0], threads, shared_bytes, arguments.data(), blocks[1], blocks[2]};
     ptx::run(*module, entry, launch);
   }
 };
@@ -122,22 +121,20 @@ void bind(pybind11::module_& m) {
       "executed",
       [] {
         using Instruction = std::tuple<std::string, std::string, std::string, uint64_t>;
-        std::map<int, std::pair<std::vector<Instruction>, std::vector<std::string>>> result;
+        std::vector<std::tuple<int, int, std::vector<Instruction>, std::vector<std::string>>> result;
         for (Executed& one : executed()) {
-          auto& [instructions, never_run] = result[one.architecture];
-          never_run = one.never_run;
+          std::vector<Instruction> instructions;
           for (ptx::Executed& i : one.instructions) {
             instructions.emplace_back(std::move(i.entry), std::move(i.line), std::move(i.text), i.times);
           }
+          result.emplace_back(one.binary, one.architecture, std::move(instructions),
+                              std::move(one.never_run));
         }
         return result;
       },
-      "By architecture: the instructions of all kernels that ran, as (kernel, line, text, how often), and "
-      "the "
-      "kernels that did not.");
-  pybind11::class_<Loaded>(m, "Module", "PTX that did not come by a fat binary.")
-      .def("run", &Loaded::run,
-           "Run a kernel: its name, blocks (x, y, z), threads, shared bytes, parameters.");
+      "Of each fat binary: its number, the architecture, the instructions of the kernels that ran, as "
+      "(kernel, "
+      "line, text, how often), and the kernels that did not.");
   m.def(
       "load", [](const std::string& text) { return std::make_unique<Loaded>(Loaded{ptx::load(text)}); }, "");
   m.def("set_guarded", set_guarded,

@@ -58,17 +58,17 @@ def leave(extension: ModuleType) -> None:
 
 def read(folder: Path) -> list[Kernel]:
     """The kernels, with what all processes executed of them."""
-    kernels: dict[tuple[str, str], Kernel] = {}
+    kernels: dict[tuple[int, int, str], Kernel] = {}
     for path in sorted(folder.glob("*.json")):
-        for architecture, (instructions, never_run) in json.loads(path.read_text(encoding="utf-8")).items():
+        for binary, architecture, instructions, never_run in json.loads(path.read_text(encoding="utf-8")):
             seen: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
             for name, line, text, times in instructions:
                 seen[name].append((line, text, times))
             for name in (*seen, *never_run):
-                kernel = kernels.setdefault((architecture, name), Kernel(name, int(architecture)))
+                key = architecture, binary, name
+                kernel = kernels.setdefault(key, Kernel(name, architecture))
                 if name in seen and not kernel.times:
-                    kernel.lines, kernel.texts, times = map(list, zip(*seen[name], strict=True))
-                    kernel.times = times
+                    kernel.lines, kernel.texts, kernel.times = map(list, zip(*seen[name], strict=True))
                 elif name in seen:
                     kernel.times = [a + b[2] for a, b in zip(kernel.times, seen[name], strict=True)]
     return sorted(kernels.values(), key=lambda kernel: (kernel.architecture, kernel.name))

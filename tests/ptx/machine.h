@@ -40,6 +40,7 @@ struct Attributes {
   int target;             // 80 for sm_80
 };
 std::vector<std::string> entries(const Module& module);
+std::string readable(const std::string& entry);  // as faults call it
 Attributes attributes(Module& module, const std::string& entry);
 
 // Runs a kernel to its end, in the calling thread; one at a time. `arguments` as cudaLaunchKernel has them.
@@ -47,6 +48,7 @@ struct Launch {
   unsigned blocks, threads;
   int64_t shared_bytes;  // dynamic
   const void* const* arguments;
+  unsigned blocks_y = 1, blocks_z = 1;  // `blocks` is the first dimension's; blocks of threads have one
 };
 void run(Module& module, const std::string& entry, const Launch& launch);
 
@@ -59,8 +61,8 @@ struct Options {
   // Results of the .approx instructions, exact but for rounding, are moved by -1, 0 or 1 units in the last
   // place, as a hash of the operand says.
   bool perturb_approximations = false;
-  // Shared memory that nobody wrote is NaN; whether to read it is a fault. A kernel may, of rows that it throws
-  // away.
+  // Shared memory that nobody wrote is NaN; whether to read it is a fault. A kernel may, of rows that it
+  // throws away.
   bool report_unwritten = false;
   int64_t shared_limit = 163 << 10;     // of a block on the card; starts as sm_80's
   int64_t first_shared_address = 1024;  // where a block's shared memory begins, as on sm_90

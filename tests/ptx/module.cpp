@@ -9,7 +9,6 @@
 #include "statement.h"
 
 namespace ptx {
-namespace {
 
 // `void a::b<C>(D)` as b<C>, and launch.cuh's entry<Kernel> as Kernel.
 std::string readable(const std::string& name) {
@@ -34,6 +33,8 @@ std::string readable(const std::string& name) {
   while (!result.empty() && result.back() == ' ') result.pop_back();
   return result;
 }
+
+namespace {
 
 int64_t aligned(int64_t offset, int64_t align) { return (offset + align - 1) / align * align; }
 

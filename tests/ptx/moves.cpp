@@ -17,7 +17,20 @@ struct Same {
   }
 };
 
-enum class Special : uint32_t { kThread, kThreads, kBlock, kBlocks, kLane, kWarp, kZero, kOne };
+enum class Special : uint32_t {
+  kThread,
+  kThreads,
+  kBlockX,
+  kBlockY,
+  kBlockZ,
+  kBlocksX,
+  kBlocksY,
+  kBlocksZ,
+  kLane,
+  kWarp,
+  kZero,
+  kOne
+};
 
 void read_special(Warp& warp, const Instruction& i) {
   alignas(64) uint32_t result[kLanes];
@@ -30,11 +43,23 @@ void read_special(Warp& warp, const Instruction& i) {
       case Special::kThreads:
         value = grid.threads;
         break;
-      case Special::kBlock:
-        value = static_cast<uint32_t>(warp.block->index);
+      case Special::kBlockX:
+        value = static_cast<uint32_t>(warp.block->index) % grid.blocks_x;
         break;
-      case Special::kBlocks:
-        value = grid.blocks;
+      case Special::kBlockY:
+        value = static_cast<uint32_t>(warp.block->index) / grid.blocks_x % grid.blocks_y;
+        break;
+      case Special::kBlockZ:
+        value = static_cast<uint32_t>(warp.block->index) / grid.blocks_x / grid.blocks_y;
+        break;
+      case Special::kBlocksX:
+        value = grid.blocks_x;
+        break;
+      case Special::kBlocksY:
+        value = grid.blocks_y;
+        break;
+      case Special::kBlocksZ:
+        value = grid.blocks / grid.blocks_x / grid.blocks_y;
         break;
       case Special::kLane:
         value = static_cast<uint32_t>(lane);
@@ -59,11 +84,11 @@ bool find_special(std::string_view name, Special& special) {
     Special special;
   };
   static constexpr Known kKnown[] = {
-      {"%tid.x", Special::kThread},    {"%ntid.x", Special::kThreads}, {"%ctaid.x", Special::kBlock},
-      {"%nctaid.x", Special::kBlocks}, {"%laneid", Special::kLane},    {"%warpid", Special::kWarp},
-      {"%tid.y", Special::kZero},      {"%tid.z", Special::kZero},     {"%ctaid.y", Special::kZero},
-      {"%ctaid.z", Special::kZero},    {"%ntid.y", Special::kOne},     {"%ntid.z", Special::kOne},
-      {"%nctaid.y", Special::kOne},    {"%nctaid.z", Special::kOne},
+      {"%tid.x", Special::kThread},     {"%ntid.x", Special::kThreads},   {"%ctaid.x", Special::kBlockX},
+      {"%nctaid.x", Special::kBlocksX}, {"%laneid", Special::kLane},      {"%warpid", Special::kWarp},
+      {"%tid.y", Special::kZero},       {"%tid.z", Special::kZero},       {"%ctaid.y", Special::kBlockY},
+      {"%ctaid.z", Special::kBlockZ},   {"%ntid.y", Special::kOne},       {"%ntid.z", Special::kOne},
+      {"%nctaid.y", Special::kBlocksY}, {"%nctaid.z", Special::kBlocksZ},
   };
   for (const Known& known : kKnown) {
     if (known.name == name) {

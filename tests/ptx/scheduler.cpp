@@ -305,7 +305,9 @@ void Scheduler::set_grid(Module& module, Entry& entry, const Launch& launch) {
   grid.sites = &module.lines.sites;
   grid.constants = &module.constants;
   grid.target = module.target;
-  grid.blocks = launch.blocks;
+  grid.blocks = launch.blocks * launch.blocks_y * launch.blocks_z;
+  grid.blocks_x = launch.blocks;
+  grid.blocks_y = launch.blocks_y;
   grid.threads = launch.threads;
   grid.shared_bytes = (entry.static_shared + kAlign - 1) / kAlign * kAlign + launch.shared_bytes;
   if (launch.shared_bytes < 0 ||
@@ -418,11 +420,11 @@ void Scheduler::run(Module& module, const std::string& name, const Launch& launc
   random_ = (uint64_t{options().seed} + 1) * 0x9e3779b97f4a7c15u | 1u;
   const int wanted = options().resident_blocks > 0 ? std::min(options().resident_blocks, kMaxResidentBlocks)
                                                    : 2 + static_cast<int>(random() % 2);
-  resident_ = std::min<size_t>(static_cast<size_t>(wanted), launch.blocks);
+  resident_ = std::min<size_t>(static_cast<size_t>(wanted), grid.blocks);
   ready_.clear();
   memory.start_launch();
   fill_registers();
-  waiting_.resize(launch.blocks);
+  waiting_.resize(grid.blocks);
   std::iota(waiting_.begin(), waiting_.end(), int64_t{0});
   for (size_t i = waiting_.size(); i > 1; --i) std::swap(waiting_[i - 1], waiting_[random() % i]);
 

@@ -105,7 +105,9 @@ struct Grid {
   Entry* entry;
   const std::vector<std::string>* sites;
   std::vector<std::byte> parameters;
-  unsigned blocks, threads;
+  unsigned blocks;  // of all dimensions
+  unsigned blocks_x, blocks_y;
+  unsigned threads;
   int target;                               // 80 for sm_80
   int64_t shared_bytes;                     // static and dynamic
   const std::vector<std::byte>* constants;  // what ld.const reads
