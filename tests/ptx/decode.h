@@ -49,8 +49,7 @@ class Decoder {
   Decoder(Module& module, Entry& entry, const Body& body);
   void decode();
 
-  // ---- For what makes instructions of one family, which is false for an opcode that it does not know
-  // ---------
+  // ---- For what makes instructions of one family, which is false for an opcode that it does not know --
   struct Words {
     std::vector<std::string_view> parts;  // the opcode's, between dots
     std::string_view operator[](size_t i) const { return i < parts.size() ? parts[i] : std::string_view(); }

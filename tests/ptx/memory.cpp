@@ -76,8 +76,7 @@ void Memory::check_aligned(const Warp& warp, const uint64_t (&addresses)[kLanes]
   });
 }
 
-// ---- Global memory
-// -------------------------------------------------------------------------------------------
+// ---- Global memory ------------------------------------------------------------------------------------
 
 void Memory::find_global(Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, Access access,
                          const Instruction& at, char* (&places)[kLanes]) {
@@ -104,8 +103,7 @@ void Memory::find_global(Warp& warp, const uint64_t (&addresses)[kLanes], int by
   if (access == Access::kWrite) progress();
 }
 
-// ---- Shared memory
-// -------------------------------------------------------------------------------------------
+// ---- Shared memory ------------------------------------------------------------------------------------
 
 uint64_t Memory::to_shared(const Warp& warp, int lane, uint64_t generic, const Instruction& at) const {
   if (!in_windows(generic)) fail(warp, lane, at.site, "this is not the address of shared memory");

@@ -142,8 +142,7 @@ const Module::Global* Module::find(std::string_view name) const {
   return found != variables_.end() ? &found->second : nullptr;
 }
 
-// ---- machine.h
-// -----------------------------------------------------------------------------------------------
+// ---- machine.h ----------------------------------------------------------------------------------------
 
 ModulePointer load(std::string_view text) { return ModulePointer(new Module(text)); }
 void DeleteModule::operator()(Module* module) const { delete module; }

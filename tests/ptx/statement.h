@@ -54,8 +54,7 @@ struct Lines;
 // `shared_bytes`: of what the module declares outside of kernels. Throws Fault.
 Body read_body(std::string_view text, Lines& lines, int64_t shared_bytes);
 
-// ---- Of text, for readers of modules and bodies
-// --------------------------------------------------------------
+// ---- Of text, for readers of modules and bodies -------------------------------------------------------
 
 [[noreturn]] void fail_to_read(std::string_view near, const std::string& what);
 

@@ -49,8 +49,7 @@ struct Copy {
 };
 
 struct Warp {
-  // ---- For handlers
-  // -------------------------------------------------------------------------------------------
+  // ---- For handlers -----------------------------------------------------------------------------------
   std::byte* registers;
   const std::byte* constants;  // their end
   uint32_t active;             // lanes that execute the instruction
@@ -72,16 +71,14 @@ struct Warp {
     *to = (*to & ~active) | (lanes & active);
   }
 
-  // ---- For the scheduler
-  // ---------------------------------------------------------------------------------------
+  // ---- For the scheduler ------------------------------------------------------------------------------
   uint32_t pc, lanes;  // that run
   uint32_t join;       // the least pc of others that only wait for their turn
   uint32_t at_barrier, exited;
   bool fair;  // lets others pass: they may be what it waits for
   std::vector<Parked> parked;
 
-  // ---- For memory
-  // ----------------------------------------------------------------------------------------------
+  // ---- For memory -------------------------------------------------------------------------------------
   uint32_t epoch;  // tick of the last bar.warp.sync
   std::array<ThreadOrder, kLanes> order;
   std::array<int, kLanes> groups;  // of copies, committed
