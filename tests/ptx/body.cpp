@@ -199,6 +199,11 @@ Declaration read_declaration(Scanner& scanner) {
   declaration.element_bytes = bytes;
   declaration.align = std::max<int64_t>(declaration.align, bytes);
   declaration.name = scanner.word();
+  // `.ptr .global .align 16`, of what a pointer points to.
+  while (!declaration.name.empty() && declaration.name.front() == '.') {
+    if (declaration.name == ".align") scanner.number();
+    declaration.name = scanner.word();
+  }
   declaration.bytes = bytes;
   if (scanner.take('[')) {
     declaration.bytes = scanner.is(']') ? 0 : bytes * scanner.number();

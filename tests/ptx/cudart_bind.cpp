@@ -152,8 +152,12 @@ void bind(pybind11::module_& m) {
       "Of each fat binary: its number, the architecture, the instructions of the kernels that ran, as "
       "(kernel, "
       "line, text, how often), and the kernels that did not.");
+  pybind11::class_<Loaded>(m, "Module", "PTX that did not come in a fat binary.")
+      .def("run", &Loaded::run,
+           "Run a kernel: its name, blocks (x, y, z), threads, bytes of shared memory, parameters as bytes.");
   m.def(
-      "load", [](const std::string& text) { return std::make_unique<Loaded>(Loaded{ptx::load(text)}); }, "");
+      "load", [](const std::string& text) { return std::make_unique<Loaded>(Loaded{ptx::load(text)}); },
+      "A Module of a PTX text.");
   m.def("set_guarded", set_guarded,
         "Whether what leaves the memory of a new CPU tensor at its end is a fault.");
   m.def("dequantize_part", dequantize_part,

@@ -4,8 +4,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstdint>
+#include <deque>
 #include <mutex>
 #include <unordered_map>
+#include <utility>
 
 namespace peft_kernels::cudart {
 namespace {
@@ -13,11 +16,33 @@ namespace {
 struct Mapping {
   void* start;
   size_t bytes;
+  uint64_t serial;
 };
+
+size_t page_bytes() {
+  static const auto bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return bytes;
+}
 
 struct Mappings {
   std::mutex mutex;
   std::unordered_map<void*, Mapping> by_pointer;
+  std::deque<std::pair<void*, uint64_t>> guarded;  // with their serials, the oldest first
+  uint64_t serial = 0;
+
+  // Linux has room for 65530 mappings. What is no longer guarded joins its neighbours.
+  void retire_the_oldest() {
+    constexpr size_t kMost = 8000;
+    while (guarded.size() > kMost) {
+      const auto [pointer, made] = guarded.front();
+      guarded.pop_front();
+      const auto found = by_pointer.find(pointer);
+      if (found == by_pointer.end() || found->second.serial != made) continue;  // freed since
+      const Mapping& old = found->second;
+      mprotect(static_cast<char*>(old.start) + old.bytes - page_bytes(), page_bytes(),
+               PROT_READ | PROT_WRITE);
+    }
+  }
 };
 Mappings& mappings() {
   static Mappings& all = *new Mappings;  // tensors may be freed after static objects are gone
@@ -28,7 +53,7 @@ Mappings& mappings() {
 
 void* allocate_guarded(size_t bytes) {
   constexpr size_t kAlignment = 16;  // what kernels and torch count on
-  const auto page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const size_t page = page_bytes();
   const size_t rounded = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
   const size_t usable = (rounded + page - 1) / page * page;
   void* start = mmap(nullptr, usable + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -40,7 +65,9 @@ void* allocate_guarded(size_t bytes) {
   void* pointer = static_cast<char*>(start) + usable - rounded;
   Mappings& all = mappings();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  all.by_pointer[pointer] = {start, usable + page};
+  all.by_pointer[pointer] = {start, usable + page, ++all.serial};
+  all.guarded.emplace_back(pointer, all.serial);
+  all.retire_the_oldest();
   return pointer;
 }
 

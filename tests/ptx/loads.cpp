@@ -237,8 +237,8 @@ bool decode_memory(Decoder& decoder, const Decoder::Words& words) {
 
   const Operand& values = decoder.operand(loads ? 0 : 1);
   const bool is_list = values.kind == Operand::Kind::kList;
-  if (is_list != (instruction.count > 1) || (is_list && values.list.size() != instruction.count))
-    return false;
+  // `{ %r1 }` is a list too.
+  if (is_list ? values.list.size() != instruction.count : instruction.count > 1) return false;
   // Registers are all of one width; immediates take that.
   instruction.width = static_cast<uint8_t>(std::max(bytes, 2));
   for (size_t k = 0; k < instruction.count; ++k) {

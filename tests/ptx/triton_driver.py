@@ -99,7 +99,8 @@ def install(capability: int) -> None:
     import triton
     from triton.backends.nvidia.compiler import CUDABackend
 
-    driver = Driver(capability)  # first: it may refuse
+    ptx.BACKEND.load()
+    driver = Driver(capability)
     ptx.BACKEND.extension.set_card(capability, ptx.FEW, ptx.SHARED[capability])
 
     class PtxAlone(CUDABackend):
