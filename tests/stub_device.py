@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-import simt_backend as simt
+import ptx_backend as ptx
 import testing
 from peft_kernels import dispatch
 from peft_kernels.backends import BACKENDS
 
 A100, H100 = (80, 108, 163 << 10), (90, 132, 227 << 10)
 FEW = (80, 4, 163 << 10)
-"""The emulator's own card."""
+"""The card of back end ptx."""
 
 
 class Launch(NamedTuple):
@@ -34,15 +34,15 @@ def stub_device(card: tuple[int, int, int] = H100) -> Iterator[Launches]:
     """Calls on CPU tensors take the way of CUDA tensors, chosen as ever; what they return is anything.
 
     Yields a function that gives the launches since it was last called. RuntimeError where a back end is
-    forced, or where the emulator, whose build this is, is not there.
+    forced, or where back end ptx, whose build this is, is not there.
     """
-    testing.register_simt()
-    extension = simt.BACKEND.extension
+    testing.register_ptx()
+    extension = ptx.BACKEND.extension
     if (name := dispatch.forced()) is not None:
         raise RuntimeError(f"back end {name} is forced")
     backends, chosen = dict(BACKENDS), dict(dispatch._chosen)
     BACKENDS.clear()
-    BACKENDS.update({name: backends[name] for name in ("simt", "reference")})
+    BACKENDS.update({name: backends[name] for name in ("ptx", "reference")})
     dispatch._chosen.clear()
     extension.set_card(*card)
     extension.note_launches(True)

@@ -27,7 +27,7 @@ import testing
 from peft_kernels.backends import cuda
 
 needs_stub = pytest.mark.skipif(
-    testing.unavailable("simt") is not None, reason=f"simt: {testing.unavailable('simt')}"
+    testing.unavailable("ptx") is not None, reason=f"ptx: {testing.unavailable('ptx')}"
 )
 
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique_dim", "_unique2", "masked_select"}

@@ -1,4 +1,4 @@
-"""Which way a product goes on CUDA, and that every way computes it: on the emulators, for several cards."""
+"""Which way a product goes on CUDA, and that every way computes it: as PTX, for several cards."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_
 from lora_multi_cases import check_backward, check_forward, multi_case
 from numbers_policy import dense64, short
 
+import ptx_backend as ptx
 import testing
 
 CARDS = {"A100": (80, 108, 163 << 10), "RTX-3090": (86, 82, 99 << 10), "H100": (90, 132, 227 << 10)}
 FEW = 4
-"""Multiprocessors of the emulated card: a handful of tiles is more than it has, and less than a card."""
+"""Multiprocessors of the made-up card: a handful of tiles is more than it has, and less than a card."""
 
 # Sizes at the edges of the kernels' tiles, and beyond them.
 ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 130)
@@ -25,14 +26,13 @@ SHAPES = ((16, 64), (33, 128), (64, 320), (130, 192), (257, 64), (8, 1024), (136
 REFUSED = ((33, 96), (64, 100), (7, 33))
 
 
-@pytest.fixture(params=testing.EMULATORS)
-def extension(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    if (reason := testing.unavailable(request.param)) is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    emulator = testing.EMULATORS[request.param]
-    with testing.nan_outputs(), testing.running_on(request.param):
-        yield emulator.extension
-    emulator.reset()
+@pytest.fixture
+def extension() -> Iterator[ModuleType]:
+    if (reason := testing.unavailable("ptx")) is not None:
+        pytest.skip(f"ptx: {reason}")
+    with testing.nan_outputs(), testing.running_on("ptx"):
+        yield ptx.BACKEND.extension
+    ptx.BACKEND.reset()
 
 
 def ways(extension: ModuleType, card: str, direction: int) -> set[str]:

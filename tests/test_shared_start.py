@@ -9,7 +9,7 @@ import pytest
 import torch
 from stub_device import FEW
 
-import simt_backend as simt
+import ptx_backend as ptx
 import testing
 
 NARROW = (86, 4, 99 << 10)
@@ -19,9 +19,9 @@ CALLS = {"small8": (1, 0), "tiles256": (40, 0), "dx8": (1, 1)}
 
 @pytest.fixture
 def extension() -> Iterator[ModuleType]:
-    if (reason := testing.unavailable("simt")) is not None:
-        pytest.skip(f"simt: {reason}")
-    extension = simt.BACKEND.extension
+    if (reason := testing.unavailable("ptx")) is not None:
+        pytest.skip(f"ptx: {reason}")
+    extension = ptx.BACKEND.extension
     yield extension
     extension.set_shared_start(1024)
     extension.set_card(*FEW)
@@ -35,7 +35,7 @@ def product(extension: ModuleType, way: str, card: tuple[int, int, int]) -> torc
     assert planned in (way, f"{way}_narrow"), planned
     group = testing.nf4_weight(n, k)._state.op_args
     x = testing.tensor(m, k if direction == 0 else n, dtype=torch.bfloat16)
-    with testing.running_on("simt"):
+    with testing.running_on("ptx"):
         if direction == 0:
             return torch.ops.peft_kernels.nf4_linear(x, *group, n, None)
         return torch.ops.peft_kernels.nf4_linear_dx(x, *group, k)

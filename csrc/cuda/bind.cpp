@@ -71,51 +71,13 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes});
       },
       "The same on any card.");
-#ifdef PEFT_KERNELS_ON_CPU
+#ifdef PEFT_KERNELS_PTX
   m.def(
       "set_card",
       [](int compute_capability, int sms, int64_t shared_bytes) {
         cuda::set_card({compute_capability, sms, shared_bytes});
       },
       "The card that kernels are planned for.");
-#endif
-#ifdef PEFT_KERNELS_PTX
   cudart::bind(m);
-#elif defined(PEFT_KERNELS_SIMT)
-  m.def("set_seed", simt::set_seed, "Of the order in which threads run.");
-  m.def("set_resident_blocks", simt::set_resident_blocks, "How many blocks run at a time; 0: by the seed.");
-  m.def("set_shared_start", simt::set_shared_start, "Where shared memory begins; 1024 at first.");
-  m.def(
-      "note_launches",
-      [](bool note) {
-        using Noted = std::tuple<std::string, int64_t, int, int>;
-        static std::vector<simt::NotedLaunch> launches;
-        std::vector<Noted> found;
-        for (const simt::NotedLaunch& each : launches) {
-          found.emplace_back(c10::demangle(each.kernel), each.blocks, each.threads, each.shared_bytes);
-        }
-        launches.clear();
-        simt::noted_launches = note ? &launches : nullptr;
-        return found;
-      },
-      "From now on launches are noted and do nothing, or run as ever; returns those noted since the last "
-      "call: "
-      "kernel, blocks, threads of a block, bytes of shared memory.");
-  m.def(
-      "bank_counts",
-      [] {
-        std::map<std::string, std::tuple<int64_t, int64_t, int64_t> > counts;
-        for (const auto& [line, count] : simt::bank_counts()) {
-          counts[line] = {count.accesses, count.wavefronts, count.conflicts};
-        }
-        return counts;
-      },
-      "By line: warp-wide accesses to shared memory, their wavefronts, and those of them that are "
-      "conflicts.");
-  m.def("reset_bank_counts", simt::reset_bank_counts, "");
-#else
-  m.def(
-      "architectures", [] { return std::string(PEFT_KERNELS_QUOTE(PEFT_KERNELS_CUDA_ARCHITECTURES)); },
-      "What the kernels are compiled for: TORCH_CUDA_ARCH_LIST with colons.");
 #endif
 }

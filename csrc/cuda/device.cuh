@@ -18,18 +18,14 @@
 // are DEVICE_TABLEs, and read like any array.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 #include <type_traits>
 
-#ifdef PEFT_KERNELS_SIMT
-#  define DEVICE inline
-#  define DEVICE_TABLE inline constexpr
-#else
-#  include <cuda_bf16.h>
-#  include <cuda_fp16.h>
-#  define DEVICE __device__ __forceinline__
-#  define DEVICE_TABLE [[maybe_unused]] static __constant__ const
-#endif
+#define DEVICE __device__ __forceinline__
+#define DEVICE_TABLE [[maybe_unused]] static __constant__ const
 
 namespace peft_kernels::cuda {
 
@@ -58,14 +54,6 @@ DEVICE To bit_cast(const From& from) {
   __builtin_memcpy(&to, &from, sizeof(To));
   return to;
 }
-
-}  // namespace peft_kernels::cuda
-
-#ifdef PEFT_KERNELS_SIMT
-#  include "simt_device.h"
-#else
-
-namespace peft_kernels::cuda {
 
 // ---- Where am I ----------------------------------------------------------------------------------------
 
@@ -318,5 +306,3 @@ DEVICE uint32_t atomic_add_ordered(uint32_t* counter, uint32_t value) {
 }
 
 }  // namespace peft_kernels::cuda
-
-#endif

@@ -1,14 +1,12 @@
-// Starting a kernel (see device.cuh): by nvcc on a stream, under the emulator on the CPU.
+// Starting a kernel (see device.cuh).
 #pragma once
+
+#include <typeinfo>
 
 #include "../common/dtype.h"
 #include "../common/integers.h"
 #include "device.cuh"
 #include "stream.h"
-
-#ifndef PEFT_KERNELS_SIMT
-
-#  include <typeinfo>
 
 namespace peft_kernels::cuda {
 
@@ -29,12 +27,6 @@ void launch(const typename Kernel::Params& params, int64_t blocks, Stream stream
   void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
   start_blocks(kernel, arguments, blocks, shared_bytes, stream);
 }
-
-}  // namespace peft_kernels::cuda
-
-#endif
-
-namespace peft_kernels::cuda {
 
 // Calls `body` with a value of the type: with_type(dtype, [&](auto type) { .. decltype(type) .. }).
 template <class Body>

@@ -1,11 +1,9 @@
 #include "runtime.h"
 
 #ifdef PEFT_KERNELS_PTX
-#  include "cudart.h"
-#endif
-
-#ifdef PEFT_KERNELS_ON_CPU
 #  include <vector>
+
+#  include "cudart.h"
 #else
 #  include <c10/cuda/CUDAException.h>
 #  include <c10/cuda/CUDAFunctions.h>
@@ -18,7 +16,7 @@
 
 namespace peft_kernels {
 
-#ifdef PEFT_KERNELS_ON_CPU
+#ifdef PEFT_KERNELS_PTX
 
 void check_device(const Tensor& t, const char* name) {
   TORCH_CHECK(t.device().is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
@@ -45,11 +43,7 @@ const Card& current_card() { return card(); }
 
 void set_card(const Card& new_card) {
   card() = new_card;
-#  ifdef PEFT_KERNELS_SIMT
-  simt::set_shared_limit(new_card.shared_bytes);
-#  else
   cudart::set_card(new_card.compute_capability, new_card.shared_bytes);
-#  endif
 }
 
 uint32_t* CallContext::counters(int64_t count) {

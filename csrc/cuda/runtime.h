@@ -1,22 +1,14 @@
 // What the ops need beside kernels: a device, its stream, its card, memory. The ops are compiled for CUDA,
-// and for the emulators of tests/simt and tests/ptx, which work on CPU tensors; here and in runtime.cpp is
-// all in which they differ.
+// and for CPU tensors and the machine of tests/ptx; here and in runtime.cpp is all in which the two differ.
 #pragma once
 
 #include <ATen/ATen.h>
-
-#if defined(PEFT_KERNELS_SIMT) || defined(PEFT_KERNELS_PTX)
-#  define PEFT_KERNELS_ON_CPU
-#endif
 
 #include "../common/autocast.h"
 #include "../common/checks.h"
 #include "kernels.h"
 
-#ifdef PEFT_KERNELS_SIMT
-#  define PEFT_KERNELS_NAMESPACE peft_kernels_simt
-#  define PEFT_KERNELS_DISPATCH_KEY CPU
-#elif defined(PEFT_KERNELS_PTX)
+#ifdef PEFT_KERNELS_PTX
 #  define PEFT_KERNELS_NAMESPACE peft_kernels_ptx
 #  define PEFT_KERNELS_DISPATCH_KEY CPU
 #else
@@ -57,8 +49,8 @@ class CallContext final : public Context {
   Tensor workspace_;
 };
 
-#ifdef PEFT_KERNELS_ON_CPU
-// The made-up card that the emulator's kernels are planned for.
+#ifdef PEFT_KERNELS_PTX
+// The made-up card that kernels are planned for.
 void set_card(const Card& card);
 #endif
 

@@ -1,14 +1,10 @@
 // What host code and the starting of kernels have in common. For every compiler: no device code.
 #pragma once
 
-#ifdef PEFT_KERNELS_SIMT
-#  include "simt_launch.h"
-#else
+#include <cuda_runtime_api.h>
 
-#  include <cuda_runtime_api.h>
-
-#  include <atomic>
-#  include <cstdint>
+#include <atomic>
+#include <cstdint>
 
 namespace peft_kernels::cuda {
 
@@ -27,5 +23,3 @@ struct KernelEntry {
 void start_blocks(KernelEntry& kernel, void** arguments, int64_t blocks, int shared_bytes, Stream stream);
 
 }  // namespace peft_kernels::cuda
-
-#endif
