@@ -55,3 +55,10 @@ def test_case(program: Callable[[str], str], case: str) -> None:
 
 def test_there_are_cases() -> None:
     assert len(CASES) == 19
+
+
+def test_what_lanes_do_together_stays_in_place() -> None:
+    """What is not volatile may be moved into a branch that some of them do not take."""
+    source = (CSRC / "device.cuh").read_text(encoding="utf-8")
+    together = re.findall(r'asm( volatile)?\(\s*"(\w+\.sync\b[^"]*)', source)
+    assert len(together) == 4 and all(volatile for volatile, _ in together), together
