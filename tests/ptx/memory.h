@@ -70,12 +70,7 @@ class Memory {
   // Kernels may read what nobody wrote, as long as they do not use it.
   SharedAccess as_access(const Warp& warp, int lane, uint16_t site) const {
     const uint32_t start = options().report_unwritten ? warp.block->start : 0;
-    return {tick_,
-            start,
-            warp.block->epoch,
-            warp.epoch,
-            site,
-            static_cast<uint16_t>(thread_of(warp, lane))};
+    return {tick_, start, warp.block->epoch, warp.epoch, site, static_cast<uint16_t>(thread_of(warp, lane))};
   }
   void check_aligned(const Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, bool writes,
                      const Instruction& at) const;
