@@ -34,7 +34,7 @@ class GlobalShadow {
     start_ = tick;
     releases_.assign(static_cast<size_t>(blocks), {});
     // Nothing of an earlier launch is of interest, so this is only about memory.
-    constexpr size_t kMaxPages = 8192;
+    constexpr size_t kMaxPages = 1024;
     if (pages_.size() > kMaxPages) {
       pages_.clear();
       recent_ = {};
