@@ -41,8 +41,8 @@ class Case:
         return f"host-{self.size}x{self.size}-m1-{self.dtype}"
 
     def run(self, timing: Timing, progress: report.Progress = lambda phase: None) -> HostCost:
-        testing.register_simt()
-        reason = testing.unavailable("simt") or missing("peft")
+        testing.register_ptx()
+        reason = testing.unavailable("ptx") or missing("peft")
         if reason:
             return HostCost(self, absent={OURS: reason})
         progress("build")

@@ -27,9 +27,9 @@ COUNTS = {
 @pytest.fixture(scope="module")
 def cost() -> host.HostCost:
     pytest.importorskip("peft")
-    testing.register_simt()
-    if (reason := testing.unavailable("simt")) is not None:
-        pytest.skip(f"simt: {reason}")
+    testing.register_ptx()
+    if (reason := testing.unavailable("ptx")) is not None:
+        pytest.skip(f"ptx: {reason}")
     return host.Case("bf16").run(Timing(0.0, 1))
 
 

@@ -14,11 +14,6 @@
 #include "runtime.h"
 #include "spec_hash.h"
 
-#ifdef PEFT_KERNELS_SIMT
-#  include <c10/util/Type.h>
-
-#  include "emulator.h"
-#endif
 #ifdef PEFT_KERNELS_PTX
 #  include "cudart_bind.h"
 #endif
