@@ -104,20 +104,21 @@ def test_both_back_ends_cut_the_same_pieces(plans: ModuleType) -> None:
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.slug)
-def test_a_piece_is_a_wave_or_of_128_mb(plans: ModuleType, card: Card) -> None:
+def test_a_piece_fills_a_wave_or_is_large(plans: ModuleType, card: Card) -> None:
     for n, k in waves.shapes():
         for m in (1024, 2048, 8192):
-            piece = min(plans.piece_of(n, k, 2, m, card.gpu.sms), n)
-            tiles = -(-m // 256) * -(-piece // 128)
-            # Nearly: a little less in one wave may be better than a little more in two.
-            full = tiles >= 0.75 * card.gpu.sms
-            assert piece * k * 2 <= 2**27 and (full or piece == n or (piece + 256) * k * 2 > 2**26), (n, k, m)
+            size = plans.piece_of(n, k, 2, m, card.gpu.sms)
+            piece, tiles = min(size, n), -(-m // 256) * -(-min(size, n) // 128)
+            assert piece * k * 2 <= 2**27
+            twice = min(2 * piece, n) * k * 2
+            assert tiles >= 0.85 * card.gpu.sms or piece == n or twice > 2**27, (n, k, m)
 
 
 def test_pieces_stay_small_where_that_costs_no_wave(plans: ModuleType) -> None:
     assert plans.piece_of(4096, 14336, 2, 2048, 132) == 2048  # one wave each; of 512 columns eight
     assert plans.piece_of(4096, 14336, 2, 8192, 132) == 512  # eight waves in any case
     assert plans.piece_of(4096, 4096, 2, 2048, 132) == 4096 // 2
+    assert plans.piece_of(2048, 8192, 2, 2048, 132) == 2048  # two waves in any case, and better in one piece
     assert plans.piece_of(4096, 14336, 2, 0, 132) == 512  # nothing to multiply with
 
 

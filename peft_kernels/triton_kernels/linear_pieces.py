@@ -76,7 +76,8 @@ def pieces(count: int, length: int, itemsize: int, rows: int, processors: int) -
 
     Products take waves of tiles, one for each processor of the card. Of all cuts into pieces of 16 to 128 MB
     the one with the fewest waves is taken: large pieces fill the card. Of those that are as good it is the
-    one with the smallest pieces, for a piece of 16 MB is still in the cache when its product reads it.
+    one with the smallest pieces that fill nine tenths of a wave, or else the largest: small ones take less
+    memory, and one of 16 MB is still in the cache when its product reads it.
     """
     size = piece_size(count, length, itemsize, rows, processors)
     for begin in range(0, count, size):
@@ -87,15 +88,19 @@ def piece_size(count: int, length: int, itemsize: int, rows: int, processors: in
     def number_of(size: int) -> int:
         return max(cdiv(count, max(size // (max(length, 1) * itemsize) // UNIT, 1) * UNIT), 1)
 
+    def tiles_of(size: int) -> int:
+        return cdiv(size, TILE_COUNT) * cdiv(rows, TILE_ROWS)
+
     def waves_of(size: int) -> int:
-        return cdiv(cdiv(size, TILE_COUNT) * cdiv(rows, TILE_ROWS), processors)
+        return cdiv(tiles_of(size), processors)
 
     best = fewest = 0
     for number in range(number_of(LEAST_BYTES), number_of(MOST_BYTES) - 1, -1):
         size = max(cdiv(cdiv(count, number), UNIT), 1) * UNIT
         whole, rest = divmod(count, size)
         waves = whole * waves_of(size) + waves_of(rest)
-        if best == 0 or waves < fewest:
+        best_fills = 10 * tiles_of(best) >= 9 * processors or rows == 0
+        if best == 0 or waves < fewest or (waves == fewest and not best_fills):
             best, fewest = size, waves
     return best
 
