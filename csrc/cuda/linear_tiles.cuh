@@ -81,6 +81,7 @@ struct LinearTiles {
   const int token_tiles_, stages_;  // of a tile
   const int begin_, end_;           // the block's share of all tiles' stages
   Shared* const shared_;
+  const uint32_t row_scales_;
   const float scale_offset_;
   Table table_{};
 
@@ -95,7 +96,7 @@ struct LinearTiles {
   const T* x_from_;
   int next_tokens_;  // from the thread's first one on
   const uint8_t* bytes_at_[kLaneRows];
-  uint32_t scales_at_[kLaneRows];
+  uint32_t rows_[kLaneRows];
   Words2 bytes_[kAhead][kLaneRows]{};
   PackedScale scales_[kLaneRows];
   float scale_[kLaneRows];  // of the chunk that is multiplied
@@ -112,6 +113,7 @@ struct LinearTiles {
         begin_(p.work.begin()),
         end_(p.work.end()),
         shared_(reinterpret_cast<Shared*>(shared_memory<uint8_t>() + kSharedOffset)),
+        row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
         scale_offset_(load_scale_offset(p.weight)) {}
 
   // Neighbours share rows of the weight.
@@ -149,10 +151,9 @@ struct LinearTiles {
     next_tokens_ = p_.m - token;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      const auto row = static_cast<uint32_t>(row_of(place, i));
-      bytes_at_[i] = p_.weight.packed + uint64_t{row} * static_cast<uint32_t>(p_.k / 2) +
+      rows_[i] = static_cast<uint32_t>(row_of(place, i));
+      bytes_at_[i] = p_.weight.packed + uint64_t{rows_[i]} * static_cast<uint32_t>(p_.k / 2) +
                      (stage * kDepth + depth_warp_ * kGroup) / 2 + 8 * t_;
-      scales_at_[i] = row * static_cast<uint32_t>(p_.k >> p_.weight.block_shift);
     }
     start_chunk();
   }
@@ -172,7 +173,7 @@ struct LinearTiles {
     next_k_ = next_tile_ * stages_ + next_stage_ < end_ ? p_.k - begin : 0;
     const uint32_t block = static_cast<uint32_t>(k < p_.k ? k : 0) >> p_.weight.block_shift;
 #pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) scales_[i] = load_scale(p_.weight, scales_at_[i] + block);
+    for (int i = 0; i < kLaneRows; ++i) scales_[i] = load_scale(p_.weight, rows_[i] * row_scales_ + block);
   }
   DEVICE void copy_x(int stage, int to) const {
     if (stage * kDepth + thread_index() % kRowUnits * kUnit < next_k_) {
