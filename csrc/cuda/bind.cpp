@@ -47,6 +47,22 @@ Ways plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string&
           cuda::plan_linear_dx(type, m, n, k, shift, card).name};
 }
 
+std::map<std::string, int64_t> told(const cuda::LinearPlan& plan) {
+  if (!plan.has_kernel()) return {};
+  const cuda::Cut& cut = plan.cut;
+  const cuda::Load load = plan.load();
+  return {{"tiles", cut.tiles},
+          {"splits", cut.splits},
+          {"part", cut.part},
+          {"blocks", cut.blocks},
+          {"workspace_bytes", cut.workspace_bytes},
+          {"features", load.features},
+          {"tokens", load.tokens},
+          {"depth", load.depth},
+          {"share", load.share},
+          {"workers", load.workers}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -66,6 +82,20 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes});
       },
       "The same on any card.");
+  m.def(
+      "cuts_for",
+      [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
+         int sms, int64_t shared_bytes) {
+        const cuda::Card card{compute_capability, sms, shared_bytes};
+        const int shift = block_shift_of(blocksize);
+        const DType type = dtype_named(dtype);
+        return std::pair{told(cuda::plan_linear(type, m, n, k, shift, card)),
+                         told(cuda::plan_linear_dx(type, m, n, k, shift, card))};
+      },
+      "How each of these is cut, and what load the busiest gets: see Cut and Load in linear.h. Empty for "
+      "pieces.");
+  m.def("piece_of", cuda::piece_of,
+        "Rows or columns of a weight that are dequantised at a time: see linear.h.");
 #ifdef PEFT_KERNELS_PTX
   m.def(
       "set_card",
