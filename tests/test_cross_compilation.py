@@ -23,7 +23,6 @@ if triton.knobs.runtime.interpret:
 
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
-from triton.runtime.errors import OutOfResources
 
 from bench import report, run, triton_cases, triton_code
 from bench.triton_calls import BF16, Call, empty, nf4
@@ -218,59 +217,7 @@ def test_a_target_that_triton_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> 
     assert "cannot compile for sm90" in result.line()
 
 
-# How kernels are started.
-
-
-class Unfit:
-    """A kernel that wants more memory than there is, from some number of stages on."""
-
-    __name__ = "unfit_kernel"
-
-    def __init__(self, most: int) -> None:
-        self.most = most
-        self.tried: list[int] = []
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        return self
-
-    def __call__(self, *args: Any, num_stages: int, **options: Any) -> None:
-        self.tried.append(num_stages)
-        if num_stages > self.most:
-            raise OutOfResources(required=2, limit=1, name="shared memory")
-
-
-@pytest.fixture
-def on_sm90() -> Iterator[None]:
-    with triton_code.compiling_for("sm90"):
-        yield
-
-
-@pytest.mark.usefixtures("on_sm90")
-def test_a_config_that_does_not_fit_goes_on_in_fewer_stages(caplog: pytest.LogCaptureFixture) -> None:
-    kernel, config = Unfit(most=2), launch.config(4, 4)
-    with caplog.at_level("INFO", "peft_kernels"):
-        launch.launch(kernel, (1,), config=config)
-        launch.launch(kernel, (1,), config=config)
-    assert kernel.tried == [4, 3, 2, 2]  # what fitted is remembered
-    first, *warnings = [record.getMessage() for record in caplog.records]
-    assert first.startswith("first launch of unfit_kernel") and "compiled for cuda" in first
-    assert [text[-len("goes on in 3 stages") :] for text in warnings] == [
-        "goes on in 3 stages",
-        "goes on in 2 stages",
-    ]
-
-
-@pytest.mark.usefixtures("on_sm90")
-def test_a_config_that_never_fits_is_an_error() -> None:
-    with pytest.raises(OutOfResources):
-        launch.launch(Unfit(most=0), (1,), config=launch.config(4, 2))
-
-
-@pytest.mark.usefixtures("on_sm90")
-def test_no_programs_are_no_launch() -> None:
-    kernel = Unfit(most=1)
-    launch.launch(kernel, (0, 4), config=launch.config(4, 1))
-    assert kernel.tried == []
+# What configs and batches come to.
 
 
 def test_stages_are_two_at_most_on_amd() -> None:
