@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from triton.language.target_info import is_cuda
+from triton.language.target_info import is_cuda, is_hip
 from triton.runtime.errors import OutOfResources, PTXASError
 
 log = logging.getLogger(__name__)
@@ -84,6 +84,12 @@ def _target_of(driver: Any) -> str:
 def takes_ptx() -> bool:
     """Inside kernels: whether the target does."""
     return not INTERPRETED and is_cuda()
+
+
+@triton.constexpr_function
+def on_amd() -> bool:
+    """Inside kernels: whether they are compiled for one of AMD's cards."""
+    return not INTERPRETED and is_hip()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any) -> None:

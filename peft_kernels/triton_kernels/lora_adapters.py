@@ -11,7 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import check, check_dtype, check_float, check_lengths, check_shape
-from .dropout import Mask, check_dropout, mask_args
+from .dropout import Mask, MaskArgs, check_dropout, mask_of
+from .launch import varying
 from .products import dot
 
 
@@ -38,9 +39,17 @@ class Seen(NamedTuple):
         return Seen(None, self.served)
 
     @property
-    def args(self) -> tuple[Tensor | None, int, Tensor | None, int, int]:
-        """Row groups, the group, and the mask, for kernels."""
-        return *((None, 0) if self.served is None else self.served), *mask_args(self.mask)
+    def args(self) -> SeenArgs:
+        row_group, group = (None, 0) if self.served is None else self.served
+        return SeenArgs(row_group, varying(group), mask_of(self.mask))
+
+
+class SeenArgs(NamedTuple):
+    """The same for kernels."""
+
+    row_group: Tensor | None
+    group: int  # varying
+    mask: MaskArgs
 
 
 class Adapter(NamedTuple):
