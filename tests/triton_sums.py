@@ -1,4 +1,4 @@
-"""Sums, exponentials and quotients as NVIDIA's cards round them, for Triton's interpreter, which lets numpy do it.
+"""Sums, exponentials and quotients as NVIDIA's cards round them, for Triton's interpreter: numpy is better.
 
 Sums on tensor cores: products are exact; eight of them and what they are added to are cut, towards zero, to
 bits of the largest, and so is their sum (Fasi et al. 2021; Ampere's, the shortest of those that are served).

@@ -279,8 +279,10 @@ def _launch(
         units, splits = split_sum(alone, depth, unit, x.device)
         programs = cdiv(size, block) * cdiv(rank, block_r) * splits
         counts = varying(first), varying(programs), varying(splits), varying(units)
-        strides, scale = (*product.factor.stride(), *product.out.stride()), product.scale * product.seen.scale
-        jobs.append(Job(*product[:3], features, rank, *strides, scale, product.seen.args, *counts))
+        tensors, scale = (product.x, product.factor, product.out), product.scale * product.seen.scale
+        (f, f_rank), (o, o_rank) = product.factor.stride(), product.out.stride()
+        numbers = features, rank, f, f_rank, o, o_rank
+        jobs.append(Job(*tensors, *numbers, scale, product.seen.args, *counts))
         first += programs
         cut = cut or splits > 1
     parts = parts_of(first, block * block_r, x.device) if cut else None
