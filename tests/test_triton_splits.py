@@ -20,7 +20,15 @@ import triton.language as tl
 
 from bench.triton_calls import BF16, Call, empty, nf4
 from peft_kernels.triton_kernels import launch, products
-from peft_kernels.triton_kernels.products import MOST_SPLITS, Parts, parts_of, split_sum, sum_splits
+from peft_kernels.triton_kernels.products import (
+    MOST_SPLITS,
+    Parts,
+    add_part,
+    dot,
+    parts_of,
+    split_sum,
+    sum_splits,
+)
 
 interpreted = pytest.mark.skipif(not launch.INTERPRETED, reason="for Triton's interpreter (make triton)")
 compiled = pytest.mark.skipif(launch.INTERPRETED, reason="Triton interprets its kernels in this process")
@@ -127,6 +135,30 @@ def test_waves_wait_for_their_stores_before_the_barrier(target: str) -> None:
     barrier = next(i for i, line in enumerate(between) if "s_barrier" in line)
     waits = r"s_waitcnt vmcnt\(0\)|s_waitcnt_vscnt null, 0x0|s_wait_storecnt 0x0"
     assert any(re.search(waits, line) for line in between[:barrier])
+
+
+@triton.jit
+def chain_kernel(a, b, out, BLOCK: tl.constexpr, CHAIN: tl.constexpr):
+    at = tl.arange(0, BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for _ in range(4):
+        part = dot(tl.load(a + at), tl.load(b + at), tl.float32)
+        acc = acc + part if CHAIN else add_part(acc, part)
+        a += BLOCK * BLOCK
+    tl.store(out + at, acc)
+
+
+@compiled
+def test_parts_of_sums_do_not_become_one_chain() -> None:
+    """The compiler lets `tl.dot` add to what its result is added to, as tests/triton_sums.py has it."""
+    from bench import triton_code
+
+    half, out = torch.empty(1, dtype=BF16, device="meta"), torch.empty(1, device="meta")
+    for chain in (True, False):
+        with triton_code.compiling_for("sm80"):
+            made = chain_kernel.warmup(half, half, out, BLOCK=16, CHAIN=chain, grid=(1,))
+        (added_to,) = re.findall(r"tt\.dot %\w+, %\w+, (%\w+)", made.asm["ttir"])
+        assert added_to.startswith("%acc" if chain else "%cst")
 
 
 # How many launches a layer takes.

@@ -10,8 +10,10 @@ import pytest
 import test_gated
 import test_linear
 import test_lora
+import test_lora_multi
 import torch
 from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_linear_dx
+from lora_multi_cases import check_forward
 from numbers_policy import case_id
 
 from peft_kernels.backends import triton
@@ -67,6 +69,14 @@ def test_lora_linear(backend: str, case: dict[str, Any]) -> None:
 )
 def test_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
     check_lora_linear_backward(case)
+
+
+@chosen(
+    test_lora_multi.CASES,
+    "m5-k576-n576-r16-layers3-adapters_2-nf4-bs4096-fp32-adapter_fp32-bias_same-contiguous-p_0.5-groups_runs-needs_xab",
+)
+def test_multi_lora_linear(backend: str, case: dict[str, Any]) -> None:
+    check_forward(case)
 
 
 @pytest.mark.parametrize("shape", ["lanes", "3-d"])
