@@ -255,8 +255,11 @@ def test_what_never_fits_is_told(card: Card, error: Exception) -> None:
     assert found.value.__cause__ is not None and not card.launched
 
 
-def test_a_full_card_is_told_and_tried_again(card: Card) -> None:
-    """Triton would launch a kernel that is not loaded, the next time."""
+@pytest.mark.parametrize("hooks", (True, False), ids=("hooks", "no-hooks"))
+def test_a_full_card_is_told_and_tried_again(card: Card, hooks: bool) -> None:
+    """Where there are no hooks, Triton would launch a kernel that is not loaded, the next time."""
+    if not hooks:
+        triton.knobs.runtime.launch_enter_hook = None
     count = 0
 
     def refuse(name: str) -> None:

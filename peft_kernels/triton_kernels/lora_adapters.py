@@ -13,7 +13,7 @@ from torch import Tensor
 from .common import check, check_dtype, check_float, check_lengths, check_shape
 from .dropout import Mask, MaskArgs, check_dropout, mask_of
 from .launch import varying
-from .products import dot
+from .products import add_part, dot
 
 
 class Served(NamedTuple):
@@ -108,7 +108,7 @@ def delta_tile(delta, token, m, feature, features, result: tl.constexpr, BLOCK_R
         u = tl.load(delta.u + u_rows[:, None] + r[None, :], mask=inside, other=0.0)
         at = v_rows[:, None] + r.to(tl.int64)[None, :] * delta.v_rank_stride
         v = tl.load(delta.v + at, mask=inside, other=0.0)
-        sum += dot(v, tl.trans(u), result)
+        sum = add_part(sum, dot(v, tl.trans(u), result))
     return sum
 
 
