@@ -165,22 +165,21 @@ def expand_kernel(
     feature = first + tl.arange(0, BLOCK_F)
     at = row[None, :] * features + feature[:, None]
     inside = (feature < features)[:, None] & (token < m)[None, :]
-    added = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
-    if deltas is not None:  # first, for its products take registers
-        for i in tl.static_range(len(deltas)):
-            own = deltas[i].scale * delta_tile(deltas[i], token, m, feature, features, DTYPE, BLOCK_R)
-            there = is_served(seen[i], row, m)[None, :]
-            if seen[i].mask.seed is not None:
-                mask = known_mask(seen[i].mask)
-                there &= tl.trans(kept(mask, row, first, features, BLOCK_F, QUADS))
-            added += tl.where(there, own, 0.0)
     sum = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
     if total_ptr is not None:
         sum += tl.load(total_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if terms is not None:
         for i in tl.static_range(len(terms)):
             sum += tl.load(terms[i] + at, mask=inside, other=0.0).to(tl.float32)
-    store_tile(out_ptr, sum + added, token, m, feature, features, True)
+    if deltas is not None:
+        for i in tl.static_range(len(deltas)):
+            own = deltas[i].scale * delta_tile(deltas[i], token, m, feature, features, DTYPE, BLOCK_R)
+            there = is_served(seen[i], row, m)[None, :]
+            if seen[i].mask.seed is not None:
+                mask = known_mask(seen[i].mask)
+                there &= tl.trans(kept(mask, row, first, features, BLOCK_F, QUADS))
+            sum += tl.where(there, own, 0.0)
+    store_tile(out_ptr, sum, token, m, feature, features, True)
 
 
 @triton.jit
