@@ -186,6 +186,60 @@ def test_sync_warp_orders_its_lanes(machine: ModuleType) -> None:
         run(machine, exchange.format(""))
 
 
+TICKETS = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry kernel(.param .u64 counter, .param .u64 out)
+{{
+  .reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .pred %p<3>;
+  .shared .align 4 .b8 ticket[4];
+  ld.param.u64 %rd1, [counter];
+  ld.param.u64 %rd2, [out];
+  mov.u32 %r1, %tid.x;
+  mov.u32 %r2, %ctaid.x;
+  shl.b32 %r3, %r2, 5;
+  add.u32 %r3, %r3, %r1;
+  mul.wide.u32 %rd3, %r3, 4;
+  add.s64 %rd3, %rd2, %rd3;
+  st.global.u32 [%rd3], 1;
+  bar.sync 0;
+  setp.ne.u32 %p1, %r1, 0;
+  @%p1 bra JOIN;
+  {before}
+  atom.global.add.u32 %r4, [%rd1], 1;
+  {after}
+  st.shared.u32 [ticket], %r4;
+JOIN:
+  bar.sync 0;
+  ld.shared.u32 %r4, [ticket];
+  setp.ne.u32 %p2, %r4, 2;
+  @%p2 bra DONE;
+  mul.wide.u32 %rd4, %r1, 4;
+  add.s64 %rd4, %rd2, %rd4;
+  ld.global.u32 %r5, [%rd4];
+  ld.global.u32 %r6, [%rd4+128];
+  ld.global.u32 %r7, [%rd4+256];
+DONE:
+  ret;
+}}
+"""
+
+
+@pytest.mark.parametrize("before", ["", "membar.gl;", "fence.acq_rel.gpu;", "membar.cta;"])
+@pytest.mark.parametrize("after", ["", "membar.gl;"])
+def test_fences_around_a_relaxed_atomic_order_blocks(machine: ModuleType, before: str, after: str) -> None:
+    counter, out = torch.zeros(1, dtype=torch.int32), torch.zeros(96, dtype=torch.int32)
+    pointers = [struct.pack("q", tensor.data_ptr()) for tensor in (counter, out)]
+    module = machine.load(TICKETS.format(before=before, after=after))
+    if before in ("", "membar.cta;") or not after:
+        with pytest.raises(RuntimeError, match="race: reads global memory"):
+            module.run("kernel", (3, 1, 1), LANES, 0, pointers)
+    else:
+        module.run("kernel", (3, 1, 1), LANES, 0, pointers)
+        assert counter.item() == 3
+
+
 FAULTS = {
     "unknown": ("sin.exact.f32 %f2, %f1;", r"does not know: sin\.exact\.f32 %f2, %f1"),
     "type": ("add.s64 %rd4, %r1, %r2;", r"a register of an unexpected type: add\.s64"),
