@@ -93,7 +93,7 @@ struct LoraShrink {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               unpack_run<T>(words[i], values[i]);
-              if (tile.mask.threshold != 0) {
+              if (!kTransposed && tile.mask.threshold != 0) {  // dY has none
                 drop_run<kVector>(tile.mask, (row + 8 * i) * p.features + feature, values[i]);
               }
             }
