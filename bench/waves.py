@@ -212,7 +212,7 @@ def cell(plans: Any, card: Card, n: int, k: int, m: int, is_dx: bool) -> Cell:
     cut = plans.cuts_for(m, n, k, 64, "bfloat16", *card.args)[is_dx]
     if way == PIECES:
         count, length = (k, n) if is_dx else (n, k)
-        cut = {"piece": plans.piece_of(count, length, 2, m, card.gpu.sms)}
+        cut = {"piece": plans.piece_of(count, length, 2)}
     return Cell(card, n, k, m, is_dx, way, cut)
 
 

@@ -206,20 +206,19 @@ def llama_layer(m: int) -> Iterator[Call]:
 @compiled
 @pytest.mark.parametrize("processors", (2, 132))
 def test_launches_of_a_transformer_layer(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of Llama-3.1-8B at 2048 rows: 34, and one for each piece of a dequantised weight."""
+    """Of Llama-3.1-8B at 2048 rows, forward and backward: 48, and torch's 14 products."""
     from bench import triton_code
 
     monkeypatch.setattr(products, "processors", lambda device: processors)
     counted = Counter(item.kernel.__name__ for item in triton_code.launches("sm90", llama_layer(2048)))
-    pieces = counted.pop("piece_kernel")
     assert counted == {
+        "piece_kernel": 14,
         "shrink_kernel": 12,
         "expand_kernel": 13,
         "over_rows_kernel": 6,
         "gated_kernel": 2,
         "gated_backward_kernel": 1,
     }
-    assert pieces >= 14  # a product each
 
 
 @compiled

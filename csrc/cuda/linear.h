@@ -163,9 +163,8 @@ LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_s
 LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
 
 // Where there is no kernel: how many of a weight's `count` rows or columns, of `length` elements each, are to
-// be dequantised at a time, for torch's product with m rows of activations. A multiple of 256, or more than
-// there are.
-int64_t piece_of(int64_t count, int64_t length, int64_t element_size, int64_t m, int64_t sms);
+// be dequantised at a time, for torch's product. A multiple of 256, or more than there are.
+int64_t piece_of(int64_t count, int64_t length, int64_t element_size);
 
 // The kernels, each in a file of its own.
 void start_kernel(const SmallShape& shape, const Cut& cut, const LinearParams& params, Context& context);

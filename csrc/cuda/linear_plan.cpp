@@ -191,31 +191,14 @@ LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int bloc
   return choose(kDxRules, m, n, k, card);
 }
 
-// Products take waves of tiles, one for each multiprocessor. Of all cuts into equal pieces of 16 to 128 MB
-// the one with the fewest waves is taken: large pieces fill the card. Of those that are as good it is the one
-// with the smallest pieces that fill nine tenths of a wave, or else the largest: small ones take less memory,
-// and one of 16 MB is still in the L2 cache when its product reads it. The rule is linear_pieces.py's too,
-// for Triton (`piece_size`).
-int64_t piece_of(int64_t count, int64_t length, int64_t element_size, int64_t m, int64_t sms) {
-  constexpr int64_t kLeastBytes = 16 << 20, kMostBytes = 128 << 20;
-  // Whole tiles of torch's products, which are of that many of the weight's and of the activations' rows.
-  constexpr int64_t kUnit = 256, kTile = 128, kTileRows = 256;
-  const auto number_of = [&](int64_t bytes) {
-    const int64_t most = bytes / (std::max<int64_t>(length, 1) * element_size) / kUnit * kUnit;
-    return std::max<int64_t>(ceil_div(count, std::max(most, kUnit)), 1);
-  };
-  const auto tiles_of = [&](int64_t size) { return ceil_div(size, kTile) * ceil_div(m, kTileRows); };
-  const auto waves_of = [&](int64_t size) { return ceil_div(tiles_of(size), sms); };
-  int64_t best = 0, fewest = 0;
-  for (int64_t number = number_of(kLeastBytes); number >= number_of(kMostBytes); --number) {
-    const int64_t size = std::max<int64_t>(ceil_div(ceil_div(count, number), kUnit), 1) * kUnit;
-    const int64_t waves = count / size * waves_of(size) + waves_of(count % size);
-    const bool best_fills = 10 * tiles_of(best) >= 9 * sms || m == 0;
-    if (best != 0 && (waves > fewest || (waves == fewest && best_fills))) continue;
-    best = size;
-    fewest = waves;
-  }
-  return best;
+// As few equal pieces as 128 MB allow: each is two launches, and a large one fills the card. The rule is
+// linear_pieces.py's too, for Triton (`piece_size`).
+int64_t piece_of(int64_t count, int64_t length, int64_t element_size) {
+  constexpr int64_t kMostBytes = 128 << 20;
+  constexpr int64_t kUnit = 256;  // whole tiles of torch's products
+  const int64_t most = kMostBytes / (std::max<int64_t>(length, 1) * element_size) / kUnit * kUnit;
+  const int64_t pieces = std::max<int64_t>(ceil_div(count, std::max(most, kUnit)), 1);
+  return std::max<int64_t>(ceil_div(ceil_div(count, pieces), kUnit), 1) * kUnit;
 }
 
 Load LinearPlan::load() const {

@@ -1,10 +1,11 @@
 #include "linear_product.h"
 
 namespace peft_kernels::cuda {
-void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, RowPiece body, int64_t m) {
+
+void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, RowPiece body) {
   const int64_t n = base.out_features(), k = base.in_features();
   const auto size = static_cast<int64_t>(options.dtype().itemsize());
-  const int64_t count = std::min(piece_of(n, k, size, m, current_card().sms), n);
+  const int64_t count = std::min(piece_of(n, k, size), n);
   const Tensor buffer = at::empty({count, k}, options);
   for (int64_t begin = 0; begin < n; begin += count) {
     const int64_t end = std::min(begin + count, n);
@@ -66,14 +67,14 @@ Tensor BaseProduct::forward_by_pieces(const OptionalTensor& bias) const {
       at::mm_out(out, rows_, transposed);
     }
   };
-  by_row_pieces(base_, rows_.options(), multiply, rows_.size(0));
+  by_row_pieces(base_, rows_.options(), multiply);
   return y;
 }
 
 // W dequantised by columns: sums over rows would be rounded piece by piece.
 Tensor BaseProduct::backward_by_pieces() const {
   const int64_t n = base_.out_features(), k = base_.in_features();
-  const int64_t cols = piece_of(k, n, rows_.element_size(), rows_.size(0), current_card().sms);
+  const int64_t cols = piece_of(k, n, rows_.element_size());
   const Tensor dx = at::empty({rows_.size(0), k}, rows_.options());
   const Tensor buffer = at::empty({n, std::min(cols, k)}, rows_.options());
   for (int64_t begin = 0; begin < k; begin += cols) {

@@ -21,10 +21,9 @@ inline Nf4View view_of(const Nf4Tensors& weight) {
 }
 
 // Dequantises an NF4 weight piece by piece: body(begin, end, rows [end - begin, in_features]), of the type
-// that `options` have. The next piece overwrites `rows`. Pieces are cut for products with m rows of
-// activations (see piece_of()); 0: small ones.
+// that `options` have. The next piece overwrites `rows`.
 using RowPiece = c10::function_ref<void(int64_t begin, int64_t end, const Tensor& rows)>;
-void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, RowPiece body, int64_t m = 0);
+void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, RowPiece body);
 
 // A slab and its memory; or nothing.
 struct SlabTensor {

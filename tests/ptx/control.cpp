@@ -1,7 +1,15 @@
 // Branches, barriers and the end, which the scheduler executes.
 #include "decode.h"
+#include "warp.h"
 
 namespace ptx {
+namespace {
+
+void trap(Warp& warp, const Instruction& instruction) {
+  fail(warp, warp.active, instruction, "trap");
+}
+
+}  // namespace
 
 bool decode_control(Decoder& decoder, const Decoder::Words& words) {
   Instruction instruction = decoder.begin();
@@ -11,6 +19,8 @@ bool decode_control(Decoder& decoder, const Decoder::Words& words) {
     instruction.target = decoder.label(decoder.operand(0).name);
   } else if (words[0] == "ret" || words[0] == "exit") {
     instruction.kind = Kind::kExit;
+  } else if (words[0] == "trap") {
+    instruction.execute = trap;
   } else if (is_barrier && decoder.statement().operands.size() == 1) {
     const Operand& number = decoder.operand(0);
     if (number.kind != Operand::Kind::kImmediate) return false;
