@@ -113,6 +113,7 @@ MOST = 0.8
 """What the op tests execute of every other kernel, at least."""
 KNOWN = (
     Known(r"^DequantizeElements<(bf16|fp16)>", 0.15, "of odd parts, which test_parts.py asks for, and no op"),
+    Known(r"^LoraShrink<\w+, true, true>", 0.7, "of eight tiles, some with B in fp32 alone, some in 16 bits"),
     Known(r"^LinearDx<\w+, WideTable, 4>", 0.0, "no plan has it (linear_dx.cu): there is no room"),
 )
 
@@ -163,6 +164,8 @@ def main() -> int:
         ]
     if not options.check:
         print(table(kernels))
+    elif not kernels:
+        print("executed.py: back end ptx did not run, nothing to check")
     elif found := unknown(kernels):
         print("\n".join(found))
         return 1
