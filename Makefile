@@ -8,10 +8,10 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0;9.0)
-CPP := $(shell find csrc tests/amx tests/simt -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/amx tests/simt tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test triton sanitize asan tsan peft-tests bench lint format clean
+.PHONY: help setup demo test triton ptx sanitize asan tsan peft-tests bench lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -47,7 +47,7 @@ demo: $(VENV)/.built ## Fine-tune a 135M-parameter model with QLoRA on this mach
 
 test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
-	$(if $(ARGS),,$(MAKE) triton)
+	$(if $(ARGS),,$(MAKE) triton ptx)
 
 # The tests of every kernel.
 KERNELS := nf4 nf4_absmax nf4_format linear lora lora_dropout lora_multi lora_multi_refused dora gated dropout \
@@ -56,6 +56,18 @@ KERNELS := nf4 nf4_absmax nf4_format linear lora lora_dropout lora_multi lora_mu
 # In a process of its own: Triton reads the flag when it sees a kernel first.
 triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(KERNELS:%=tests/test_%.py) tests/test_compile.py $(ARGS)
+
+# Beside `test`, which runs the PTX for compute capability 8.0.
+ptx: $(VENV)/.built ## Run the CUDA kernels' tests on what nvcc makes for other cards, and with sums cut off (needs nvcc)
+ifeq ($(shell command -v nvcc),)
+	@echo "ptx: no nvcc, nothing to run"
+else
+	for architecture in 90 100 120; do \
+	  PEFT_KERNELS_PTX_ARCH=$$architecture $(BIN)/python -m pytest -q -n 2 -k ptx $(KERNELS:%=tests/test_%.py) $(ARGS) \
+	    || exit 1; \
+	done
+	PEFT_KERNELS_PTX_TRUNCATE=1 $(BIN)/python -m pytest -q -n 2 -k ptx $(KERNELS:%=tests/test_%.py) $(ARGS)
+endif
 
 sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan
 

@@ -6,7 +6,8 @@ PEFT_KERNELS_CUDA  unset: build the CUDA back end where torch has CUDA and an nv
                    0: leave it out; 1: fail without it
 TORCH_CUDA_ARCH_LIST  what it is built for ("8.0;9.0+PTX"); unset: the cards that are here, else all from
                    compute capability 8.0 on
-PEFT_KERNELS_EMULATE  1: for tests: emulated instruction-set levels, and the CUDA kernels on the CPU
+PEFT_KERNELS_EMULATE  1: for tests: emulated instruction-set levels, and the CUDA kernels on the CPU: their
+                   sources, and where there is an nvcc what it makes of them
 PEFT_KERNELS_SANITIZE  address (with undefined behaviour) or thread: a build for `make sanitize`, by gcc
 
 A compile error is always an error: a machine with a compiler should not get the slow package by accident.
@@ -80,6 +81,7 @@ CUDA_KERNELS = [
 # Code for 8.0 runs on 8.6 and 8.9 as well; PTX serves what comes later.
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 EMULATOR_SOURCES = ["tests/simt/emulator.cpp"]
+PTX_FOLDER, PTX_PROGRAM = "tests/ptx", "main.cu"
 
 
 def headers(*folders: str) -> list[str]:
@@ -216,23 +218,62 @@ def simt_extension() -> Any:
     """`peft_kernels._C_simt`, for tests: the sources of the CUDA back end, run by the emulator."""
     from torch.utils.cpp_extension import CppExtension
 
-    # Under other names: objects are named after sources, and a .cu file would go to nvcc.
-    folder = ROOT / "build" / "simt"
-    folder.mkdir(parents=True, exist_ok=True)
-    sources = []
-    for source in CUDA_OPS + CUDA_KERNELS:
-        wrapper = folder / f"{Path(source).stem}_{Path(source).suffix[1:]}.cpp"
-        text = f'#include "{ROOT / source}"\n'
-        if not wrapper.exists() or wrapper.read_text() != text:
-            wrapper.write_text(text)
-        sources.append(str(wrapper.relative_to(ROOT)))
+    # A .cu file would go to nvcc.
+    named = {
+        source: f"{Path(source).stem}_{Path(source).suffix[1:]}.cpp" for source in CUDA_OPS + CUDA_KERNELS
+    }
     return CppExtension(
         name="peft_kernels._C_simt",
-        sources=sources + EMULATOR_SOURCES,
+        sources=wrapped("simt", named) + EMULATOR_SOURCES,
         depends=CUDA_OPS + CUDA_KERNELS + headers("csrc/common", "csrc/cuda", "tests/simt"),
         include_dirs=[generated_headers(), str(ROOT / "tests/simt")],
         define_macros=[("PEFT_KERNELS_SIMT", None)],
         extra_compile_args={"cxx": [*HOST_FLAGS, "-O2", "-Wno-unknown-pragmas", *sanitize_flags()]},
+        extra_link_args=sanitize_flags(),
+    )
+
+
+def wrapped(folder: str, named: dict[str, str]) -> list[str]:
+    """Files in build/FOLDER, by the names given, that include a source each: objects are named after sources,
+    and those of two libraries must not meet."""
+    into = ROOT / "build" / folder
+    into.mkdir(parents=True, exist_ok=True)
+    for source, name in named.items():
+        text = f'#include "{ROOT / source}"\n'
+        if not (into / name).exists() or (into / name).read_text() != text:
+            (into / name).write_text(text)
+    return [str((into / name).relative_to(ROOT)) for name in named.values()]
+
+
+def ptx_extension(toolkit: Toolkit) -> Any:
+    """`peft_kernels._C_ptx`, for tests: the CUDA back end for CPU tensors. Its kernels are what nvcc makes of
+    them, as PTX for several architectures, which tests/ptx runs in place of a card and its runtime."""
+    from torch.utils import cpp_extension
+
+    cpp_extension.CUDA_HOME = toolkit.home
+    named = {source: f"{Path(source).stem}_ops.cpp" for source in CUDA_OPS}
+    named |= {source: Path(source).name for source in CUDA_KERNELS}
+    machine = [
+        str(path.relative_to(ROOT))
+        for path in sorted((ROOT / PTX_FOLDER).glob("*.c*"))
+        if path.suffix in (".cpp", ".cu") and path.name != PTX_PROGRAM
+    ]
+    architectures = [a.replace(".", "") for a in toolkit.known()]
+    code = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in architectures]
+    return cpp_extension.CppExtension(
+        name="peft_kernels._C_ptx",
+        sources=wrapped("ptx", named) + machine,
+        depends=CUDA_OPS + CUDA_KERNELS + headers("csrc/common", "csrc/cuda", PTX_FOLDER),
+        include_dirs=[
+            *(generated_headers(), str(ROOT / PTX_FOLDER), str(ROOT / "csrc/cuda")),
+            str(Path(toolkit.home, "include")),
+        ],
+        define_macros=[("PEFT_KERNELS_PTX", None)],
+        extra_compile_args={
+            "cxx": [*HOST_FLAGS, "-march=native", "-Wno-unknown-pragmas", *sanitize_flags()],
+            # The fat binary holds the text as it is, each line with where it comes from.
+            "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden", "--no-compress", "-lineinfo", *code],
+        },
         extra_link_args=sanitize_flags(),
     )
 
@@ -273,9 +314,17 @@ class Toolkit:
         ).stderr
         match = re.search(r"^#\$ TOP=(.+)$", told, re.M)
         self.home = str(Path(match[1] if match else str(home)).resolve())
-        self.architectures = self._architectures(str(nvcc))
+        self._nvcc = str(nvcc)
+        self.architectures = self._architectures()
 
-    def _architectures(self, nvcc: str) -> str:
+    def known(self) -> list[str]:
+        """Which of CUDA_ARCHITECTURES this nvcc compiles for."""
+        told = subprocess.run(
+            [self._nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False
+        ).stdout
+        return [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in told]
+
+    def _architectures(self) -> str:
         import torch
 
         wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
@@ -284,8 +333,7 @@ class Toolkit:
         here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         if here:
             return ";".join(f"{major}.{minor}" for major, minor in sorted(here)) + "+PTX"
-        known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False).stdout
-        return ";".join(a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in known) + "+PTX"
+        return ";".join(self.known()) + "+PTX"
 
 
 def cuda_extension(toolkit: Toolkit) -> Any:
@@ -338,8 +386,11 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
     # Fibers are strange to ThreadSanitizer.
     if emulate and sys.platform == "linux" and os.environ.get("PEFT_KERNELS_SANITIZE") != "thread":
         found.append(simt_extension())
-    if cuda is not False:
+    if emulate or cuda is not False:
         toolkit = Toolkit()
+        if emulate and toolkit.problem is None:
+            found.append(ptx_extension(toolkit))
+    if cuda is not False:
         if toolkit.problem is None:
             found.append(cuda_extension(toolkit))
         elif cuda or "built without CUDA" not in toolkit.problem:

@@ -17,11 +17,13 @@ from copied import backend_ids as copied_ids
 from fresh_process import Processes, Python
 
 import peft_kernels as pk
-import simt_backend as simt
 import testing
 from peft_kernels.backends import BACKENDS, triton
+from ptx import executed, triton_driver
 
-if triton.BACKEND.interpreted and testing.unavailable("triton") is None:
+if capability := triton_driver.wanted():
+    triton_driver.install(capability)
+elif triton.BACKEND.interpreted and testing.unavailable("triton") is None:
     import triton_interpreter
 
     triton_interpreter.mend()
@@ -39,14 +41,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     reason = testing.unavailable(request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    if request.param == "simt":
+    if request.param in testing.EMULATORS:
         # Three orders in which threads run, spread over the cases; a case always has the same.
-        simt.BACKEND.extension.set_seed(zlib.crc32(request.node.nodeid.encode()) % 3)
+        emulator = testing.EMULATORS[request.param].extension
+        emulator.set_seed(zlib.crc32(request.node.nodeid.encode()) % 3)
     with testing.running_on(request.param):
         yield request.param
 
 
-@pytest.fixture(params=["triton"] if triton.BACKEND.interpreted else ["cpu", "simt"])
+@pytest.fixture(params=["triton"] if triton.BACKEND.interpreted else ["cpu", *testing.EMULATORS])
 def compiled_ops(request: pytest.FixtureRequest) -> Any:
     """The ops of a compiled back end, called past all checks in Python."""
     reason = testing.unavailable(request.param)
@@ -146,6 +149,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """A back end that is usable here and whose every case was skipped has not been tested: that is a
     failure."""
+    if testing.unavailable("ptx") is None:
+        executed.leave(testing.EMULATORS["ptx"].extension)
     for name in BACKEND_IDS:
         if testing.unavailable(name) is None and _skipped[name] and not _ran[name]:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

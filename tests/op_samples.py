@@ -17,6 +17,7 @@ NAMESPACES = {
     "reference": "peft_kernels_reference",
     "cpu": "peft_kernels_cpu",
     "simt": "peft_kernels_simt",
+    "ptx": "peft_kernels_ptx",
 }
 if triton.BACKEND.interpreted:
     NAMESPACES = {"triton": "peft_kernels_triton"}

@@ -1,4 +1,4 @@
-"""Which way a product goes on CUDA, and that every way computes it: on the emulator, for several cards."""
+"""Which way a product goes on CUDA, and that every way computes it: on the emulators, for several cards."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_
 from lora_multi_cases import check_backward, check_forward, multi_case
 from numbers_policy import dense64, short
 
-import simt_backend as simt
 import testing
 
 CARDS = {"A100": (80, 108, 163 << 10), "RTX-3090": (86, 82, 99 << 10), "H100": (90, 132, 227 << 10)}
@@ -26,14 +25,14 @@ SHAPES = ((16, 64), (33, 128), (64, 320), (130, 192), (257, 64), (8, 1024), (136
 REFUSED = ((33, 96), (64, 100), (7, 33))
 
 
-@pytest.fixture
-def extension() -> Iterator[ModuleType]:
-    if (reason := testing.unavailable("simt")) is not None:
-        pytest.skip(f"simt: {reason}")
-    extension = simt.BACKEND.extension
-    with testing.nan_outputs(), testing.running_on("simt"):
-        yield extension
-    extension.set_card(80, FEW, 163 << 10)
+@pytest.fixture(params=testing.EMULATORS)
+def extension(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    if (reason := testing.unavailable(request.param)) is not None:
+        pytest.skip(f"{request.param}: {reason}")
+    emulator = testing.EMULATORS[request.param]
+    with testing.nan_outputs(), testing.running_on(request.param):
+        yield emulator.extension
+    emulator.reset()
 
 
 def ways(extension: ModuleType, card: str, direction: int) -> set[str]:
@@ -118,7 +117,7 @@ def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed:
     x, dy = testing.tensor(70, 2560, dtype=torch.bfloat16), testing.tensor(33, 520, dtype=torch.bfloat16)
 
     def run() -> list[torch.Tensor]:
-        ops = torch.ops.peft_kernels_simt
+        ops = torch.ops.peft_kernels
         y = [ops.nf4_linear(x[:m], *weight._state.op_args, 48, None) for m in (1, 9, 17, 70)]
         return y + [ops.nf4_linear_dx(dy[:m], *of_dx._state.op_args, 320) for m in (1, 9, 17, 33)]
 
@@ -153,11 +152,11 @@ def test_large_products_have_no_bank_conflicts(extension: ModuleType, card: str,
     extension.reset_bank_counts()
     for w, n, k in ((weight, 264, 320), (long, 40, 2560)):
         assert extension.plan(70, n, k, 64, str(dtype)[6:])[0].startswith("tiles")
-        torch.ops.peft_kernels_simt.nf4_linear(testing.tensor(70, k, dtype=dtype), *w._state.op_args, n, None)
+        torch.ops.peft_kernels.nf4_linear(testing.tensor(70, k, dtype=dtype), *w._state.op_args, n, None)
     for m in (8, 16, 32, 70):
         assert extension.plan(m, 264, 320, 64, str(dtype)[6:])[1] != "pieces"
         dy = testing.tensor(m, 264, dtype=dtype)
-        torch.ops.peft_kernels_simt.nf4_linear_dx(dy, *weight._state.op_args, 320)
+        torch.ops.peft_kernels.nf4_linear_dx(dy, *weight._state.op_args, 320)
     seen = dict.fromkeys(sources, 0)
     for site, (accesses, _, conflicts) in extension.bank_counts().items():
         name, line = Path(site.split(":")[0]).stem, int(site.split(":")[1])

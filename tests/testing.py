@@ -8,38 +8,43 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import ptx_backend as ptx
 import simt_backend as simt
 from peft_kernels import NF4Weight, dispatch
 from peft_kernels.backends import BACKENDS, cpu, triton
 from peft_kernels.ops import registry
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+EMULATORS: dict[str, simt.SimtBackend | ptx.PtxBackend] = {"simt": simt.BACKEND, "ptx": ptx.BACKEND}
+"""Back ends that run the CUDA kernels on CPU tensors."""
 EMULATED = {"amx": "amx_emulated"}
 """Levels that stand in for one which the machine lacks, in a build with PEFT_KERNELS_EMULATE=1."""
 
 
 def backend_ids() -> list[str]:
     """Every back end for CPU tensors by the name that tests use: reference, cpu-scalar, cpu-avx2, ..., and
-    simt where it is built. triton alone in a process whose Triton interprets its kernels."""
-    register_simt()
+    simt and ptx where they are built. triton alone in a process whose Triton interprets its kernels."""
+    register_emulators()
     if triton.BACKEND.interpreted:
         return [triton.BACKEND.name]
-    emulated = ["simt"] if BACKENDS["simt"].probe() is None else []
+    emulated = [name for name in EMULATORS if BACKENDS[name].probe() is None]
     return ["reference", *(f"cpu-{_level(level)}" for level in ISA_LEVELS), *emulated]
 
 
-def register_simt() -> None:
-    """Make back end `simt` one that can be forced; automatic choice ends before it, at the reference."""
-    if simt.BACKEND.name not in BACKENDS:
-        simt.BACKEND.load()
-        BACKENDS[simt.BACKEND.name] = simt.BACKEND
+def register_emulators() -> None:
+    """Make back ends `simt` and `ptx` ones that can be forced; automatic choice ends before, at the
+    reference."""
+    for name, backend in EMULATORS.items():
+        if name not in BACKENDS:
+            backend.load()
+            BACKENDS[name] = backend
 
 
 def _level(level: str) -> str:
@@ -64,9 +69,9 @@ def unavailable(backend_id: str) -> str | None:
 
 @contextmanager
 def running_on(backend_id: str) -> Iterator[None]:
-    """Force a back end and, for cpu, the instruction set."""
+    """Force a back end and, for cpu, the instruction set. On ptx, tensors end where their memory does."""
     name, _, level = backend_id.partition("-")
-    with dispatch.use_backend(name):
+    with dispatch.use_backend(name), ptx.BACKEND.guarding() if name == "ptx" else nullcontext():
         if level:
             with cpu.BACKEND.use_isa(level):
                 yield

@@ -17,6 +17,9 @@
 #ifdef PEFT_KERNELS_SIMT
 #  include "emulator.h"
 #endif
+#ifdef PEFT_KERNELS_PTX
+#  include "cudart_bind.h"
+#endif
 
 #define PEFT_KERNELS_QUOTE_(x) #x
 #define PEFT_KERNELS_QUOTE(x) PEFT_KERNELS_QUOTE_(x)
@@ -66,19 +69,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes});
       },
       "The same on any card.");
-#ifdef PEFT_KERNELS_SIMT
+#ifdef PEFT_KERNELS_ON_CPU
   m.def(
       "set_card",
       [](int compute_capability, int sms, int64_t shared_bytes) {
         cuda::set_card({compute_capability, sms, shared_bytes});
       },
       "The card that kernels are planned for.");
+#endif
+#ifdef PEFT_KERNELS_PTX
+  cudart::bind(m);
+#elif defined(PEFT_KERNELS_SIMT)
   m.def("set_seed", simt::set_seed, "Of the order in which threads run.");
   m.def("set_resident_blocks", simt::set_resident_blocks, "How many blocks run at a time; 0: by the seed.");
   m.def(
       "bank_counts",
       [] {
-        std::map<std::string, std::tuple<int64_t, int64_t, int64_t>> counts;
+        std::map<std::string, std::tuple<int64_t, int64_t, int64_t> > counts;
         for (const auto& [line, count] : simt::bank_counts()) {
           counts[line] = {count.accesses, count.wavefronts, count.conflicts};
         }

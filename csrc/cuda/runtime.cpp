@@ -5,7 +5,11 @@
 #include <tuple>
 #include <vector>
 
-#ifndef PEFT_KERNELS_SIMT
+#ifdef PEFT_KERNELS_PTX
+#  include "cudart.h"
+#endif
+
+#ifndef PEFT_KERNELS_ON_CPU
 #  include <c10/cuda/CUDAException.h>
 #  include <c10/cuda/CUDAFunctions.h>
 #  include <c10/cuda/CUDAStream.h>
@@ -13,7 +17,7 @@
 
 namespace peft_kernels {
 
-#ifdef PEFT_KERNELS_SIMT
+#ifdef PEFT_KERNELS_ON_CPU
 
 void check_device(const Tensor& t, const char* name) {
   TORCH_CHECK(t.device().is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
@@ -44,7 +48,11 @@ const Card& current_card() { return card(); }
 
 void set_card(const Card& new_card) {
   card() = new_card;
+#  ifdef PEFT_KERNELS_SIMT
   simt::set_shared_limit(new_card.shared_bytes);
+#  else
+  cudart::set_card(new_card.compute_capability, new_card.shared_bytes);
+#  endif
 }
 
 #else
@@ -102,7 +110,7 @@ const Card& current_card() {
 
 namespace {
 
-#ifdef PEFT_KERNELS_SIMT
+#ifdef PEFT_KERNELS_ON_CPU
 constexpr auto kDevice = at::kCPU;
 #else
 constexpr auto kDevice = at::kCUDA;

@@ -1,11 +1,13 @@
-// What the ops need beside kernels: a device, its stream, its card, memory. The ops are compiled
-// twice, for CUDA and for the emulator of tests/simt, which works on CPU tensors; here and in runtime.cpp is
-// all in which the two differ.
+// What the ops need beside kernels: a device, its stream, its card, memory. The ops are compiled for CUDA,
+// and for the emulators of tests/simt and tests/ptx, which work on CPU tensors; here and in runtime.cpp is
+// all in which they differ.
 #pragma once
 
 #include <ATen/ATen.h>
 
-#ifndef PEFT_KERNELS_SIMT
+#if defined(PEFT_KERNELS_SIMT) || defined(PEFT_KERNELS_PTX)
+#  define PEFT_KERNELS_ON_CPU
+#else
 #  include <c10/cuda/CUDAGuard.h>
 #endif
 
@@ -14,6 +16,9 @@
 
 #ifdef PEFT_KERNELS_SIMT
 #  define PEFT_KERNELS_NAMESPACE peft_kernels_simt
+#  define PEFT_KERNELS_DISPATCH_KEY CPU
+#elif defined(PEFT_KERNELS_PTX)
+#  define PEFT_KERNELS_NAMESPACE peft_kernels_ptx
 #  define PEFT_KERNELS_DISPATCH_KEY CPU
 #else
 #  define PEFT_KERNELS_NAMESPACE peft_kernels_cuda
@@ -29,7 +34,7 @@ class OnDeviceOf {
   OnDeviceOf(const Tensor& t, const char* name);
 
  private:
-#ifndef PEFT_KERNELS_SIMT
+#ifndef PEFT_KERNELS_ON_CPU
   c10::cuda::OptionalCUDAGuard guard_;
 #endif
 };
@@ -52,7 +57,7 @@ class CallContext final : public Context {
   Tensor workspace_;
 };
 
-#ifdef PEFT_KERNELS_SIMT
+#ifdef PEFT_KERNELS_ON_CPU
 // The made-up card that the emulator's kernels are planned for.
 void set_card(const Card& card);
 #endif

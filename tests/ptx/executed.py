@@ -1,0 +1,123 @@
+"""Which PTX instructions of the CUDA kernels the op tests never execute, kernel by kernel.
+
+    python tests/ptx/executed.py               # runs the tests of back end `ptx`, then tells
+    python tests/ptx/executed.py --only shrink # the kernels whose name has that
+
+A process whose environment names a folder in PEFT_KERNELS_PTX_EXECUTED leaves there what its kernels executed
+(`leave`, called by conftest.py at its end).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+FOLDER = "PEFT_KERNELS_PTX_EXECUTED"
+FAMILIES = (
+    *("nf4", "nf4_absmax", "nf4_format", "linear", "lora", "lora_dropout", "lora_multi", "dora", "gated"),
+    *("dropout", "compute_dtype", "gradients", "cuda_ways"),
+)
+
+
+@dataclass
+class Kernel:
+    """A kernel as it is for one architecture: its instructions, in order, and how often each was executed."""
+
+    name: str
+    architecture: int
+    lines: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)
+
+    @property
+    def missed(self) -> list[int]:
+        return [i for i, times in enumerate(self.times) if times == 0]
+
+    @property
+    def share(self) -> float:
+        """Of its instructions that were executed; 0 of a kernel that never ran."""
+        return 1 - len(self.missed) / len(self.times) if self.times else 0.0
+
+
+def leave(extension: ModuleType) -> None:
+    """Write what this process executed, where the environment asks for it."""
+    if folder := os.environ.get(FOLDER):
+        path = Path(folder, f"{os.getpid()}.json")
+        path.write_text(json.dumps(extension.executed()), encoding="utf-8")
+
+
+def read(folder: Path) -> list[Kernel]:
+    """The kernels, with what all processes executed of them."""
+    kernels: dict[tuple[int, int, str], Kernel] = {}
+    for path in sorted(folder.glob("*.json")):
+        for binary, architecture, instructions, never_run in json.loads(path.read_text(encoding="utf-8")):
+            seen: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
+            for name, line, text, times in instructions:
+                seen[name].append((line, text, times))
+            for name in (*seen, *never_run):
+                key = architecture, binary, name
+                kernel = kernels.setdefault(key, Kernel(name, architecture))
+                if name in seen and not kernel.times:
+                    kernel.lines, kernel.texts, kernel.times = map(list, zip(*seen[name], strict=True))
+                elif name in seen:
+                    kernel.times = [a + b[2] for a, b in zip(kernel.times, seen[name], strict=True)]
+    return sorted(kernels.values(), key=lambda kernel: (kernel.architecture, kernel.name))
+
+
+def run_tests(folder: Path, arguments: Sequence[str] = ()) -> None:
+    """The op tests of `ptx`, in processes of their own. RuntimeError with their words when one fails."""
+    files = [str(ROOT / "tests" / f"test_{family}.py") for family in FAMILIES]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "ptx",
+        *files,
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {FOLDER: str(folder)}, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout[-4000:]}{done.stderr[-2000:]}")
+
+
+def table(kernels: Sequence[Kernel]) -> str:
+    lines = []
+    for kernel in kernels:
+        lines.append(f"sm_{kernel.architecture} {kernel.name}: {kernel.share:.1%} of {len(kernel.times)}")
+        lines += [f"    {kernel.lines[i]}: {kernel.texts[i]}" for i in kernel.missed]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="kernels whose name has this")
+    parser.add_argument("--folder", type=Path, help="with the files of tests that ran already")
+    options, arguments = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = options.folder or Path(made)
+        if options.folder is None:
+            run_tests(folder, arguments)
+        print(table([kernel for kernel in read(folder) if options.only in kernel.name]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

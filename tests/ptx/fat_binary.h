@@ -1,0 +1,60 @@
+// The PTX in a fat binary, as nvcc embeds it in host objects. Its layout is not documented; this much of it
+// has been the same since CUDA 9.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <stdexcept>
+#include <string_view>
+
+namespace peft_kernels::cudart {
+
+// What __cudaRegisterFatBinary gets.
+struct FatBinaryWrapper {
+  uint32_t magic, version;
+  const char* data;
+  const void* unused;
+};
+
+// The texts by architecture (80 for compute_80). They end with zeros.
+inline std::map<int, std::string_view> ptx_texts(const void* wrapper) {
+  struct Header {
+    uint32_t magic;
+    uint16_t version, header_bytes;
+    uint64_t bytes;  // of all parts
+  };
+  struct Part {
+    uint16_t kind, version;
+    uint32_t header_bytes;
+    uint64_t bytes;
+    uint32_t compressed_bytes, options_offset;
+    uint16_t minor, major;
+    uint32_t architecture;
+  };
+  constexpr uint32_t kWrapperMagic = 0x466243b1, kMagic = 0xba55ed50;
+  constexpr uint16_t kPtx = 1;
+  const auto& outer = *static_cast<const FatBinaryWrapper*>(wrapper);
+  Header header;
+  std::memcpy(&header, outer.data, sizeof(header));
+  if (outer.magic != kWrapperMagic || header.magic != kMagic) {
+    throw std::runtime_error("a fat binary of another layout than this reads");
+  }
+  std::map<int, std::string_view> texts;
+  const char* at = outer.data + header.header_bytes;
+  const char* const end = at + header.bytes;
+  while (at < end) {
+    Part part;
+    std::memcpy(&part, at, sizeof(part));
+    at += part.header_bytes;
+    if (part.kind == kPtx) {
+      if (part.compressed_bytes != 0) throw std::runtime_error("compressed PTX: compile with --no-compress");
+      const std::string_view text(at, part.bytes);
+      texts[static_cast<int>(part.architecture)] = text.substr(0, text.find('\0'));
+    }
+    at += part.bytes;
+  }
+  return texts;
+}
+
+}  // namespace peft_kernels::cudart

@@ -1,0 +1,232 @@
+// Lanes of a warp: they run together, part at branches and meet again where the least far of them come to the
+// others; collectives and barriers wait for all that they are for.
+#include <algorithm>
+#include <string>
+
+#include "scheduler.h"
+
+namespace ptx {
+namespace {
+
+std::string waiting_lanes(const Warp& warp) {
+  uint32_t lanes = 0, pc = 0;
+  for (const Parked& parked : warp.parked) {
+    if (parked.why == Parked::Why::kCollective) {
+      lanes |= parked.lanes;
+      pc = parked.pc;
+    }
+  }
+  const auto& text = grid.entry->texts[pc];
+  return lane_list(lanes) + " of the warp wait at " + std::string(text.substr(0, text.find_first_of(" \t"))) +
+         " (" + site_text(grid.entry->code[pc].site) + ")";
+}
+
+bool any_at_collective(const Warp& warp) {
+  for (const Parked& parked : warp.parked) {
+    if (parked.why == Parked::Why::kCollective) return true;
+  }
+  return false;
+}
+
+std::string opcode_text(const Instruction& i) {
+  const auto& text = grid.entry->texts[static_cast<size_t>(&i - grid.entry->code.data())];
+  size_t begin = 0;
+  if (text[0] == '@') begin = text.find_first_not_of(" \t", text.find_first_of(" \t"));
+  return std::string(text.substr(begin, text.find_first_of(" \t", begin) - begin));
+}
+
+}  // namespace
+
+// ---- Lanes of a warp ----------------------------------------------------------------------------------
+
+void Scheduler::set_join(Warp& warp) const {
+  warp.join = UINT32_MAX;
+  for (const Parked& parked : warp.parked) {
+    if (parked.why == Parked::Why::kTurn) warp.join = std::min(warp.join, parked.pc);
+  }
+}
+
+// Takes the lanes that are least far, of those that can go on; false if none can.
+bool Scheduler::choose(Warp& warp) {
+  if (warp.lanes != 0) {
+    warp.parked.push_back({Parked::Why::kTurn, warp.pc, warp.lanes});
+    warp.lanes = 0;
+  }
+  set_join(warp);
+  if (warp.join == UINT32_MAX) {
+    for (Parked& parked : warp.parked) {
+      if (parked.why == Parked::Why::kYield) parked.why = Parked::Why::kTurn;
+    }
+    set_join(warp);
+    if (warp.join == UINT32_MAX) return false;
+  }
+  warp.pc = warp.join;
+  size_t kept = 0;
+  for (const Parked& parked : warp.parked) {
+    if (parked.why == Parked::Why::kTurn && parked.pc == warp.pc) {
+      warp.lanes |= parked.lanes;
+    } else {
+      warp.parked[kept++] = parked;
+    }
+  }
+  warp.parked.resize(kept);
+  set_join(warp);
+  return true;
+}
+
+bool Scheduler::branch(Warp& warp, const Instruction& i) {
+  uint32_t taken = warp.lanes;
+  if (i.guard != Instruction::kUnguarded) {
+    const uint32_t holds = warp.predicate(i.guard);
+    taken &= i.negated ? ~holds : holds;
+  }
+  if (taken == warp.lanes) {
+    warp.pc = i.target;
+  } else {
+    ++warp.pc;
+    if (taken != 0) {
+      warp.parked.push_back({Parked::Why::kTurn, i.target, taken});
+      warp.lanes &= ~taken;
+      return choose(warp);
+    }
+  }
+  return warp.pc < warp.join || choose(warp);
+}
+
+// Lanes whose guard does not hold go on without the others.
+void Scheduler::split(Warp& warp, uint32_t lanes) {
+  warp.parked.push_back({Parked::Why::kTurn, warp.pc + 1, warp.lanes & ~lanes});
+  warp.lanes = lanes;
+  set_join(warp);
+}
+
+bool Scheduler::finish(Warp& warp, const Instruction& i) {
+  Block& block = *warp.block;
+  const uint32_t lanes = warp.lanes;
+  warp.exited |= lanes;
+  block.exited += __builtin_popcount(lanes);
+  memory.progress();
+  if (any_at_collective(warp)) fail(warp, lanes, i, "returned, but " + waiting_lanes(warp));
+  if (block.waiting != 0) {
+    fail(warp, lanes, i,
+         "returned, but " + std::to_string(block.waiting) + " threads wait at a barrier (" +
+             site_text(entry_->code[block.barrier_pc].site) + ")");
+  }
+  warp.lanes = 0;
+  return choose(warp);
+}
+
+// At a collective: runs it when all that it is for are here.
+bool Scheduler::meet(Warp& warp, const Instruction& i) {
+  const uint32_t lane = static_cast<uint32_t>(__builtin_ctz(warp.lanes));
+  const uint32_t members = warp.in<uint32_t>(i.members)[lane];
+  uint32_t here = warp.lanes;
+  if (here != members) {
+    const std::string name = opcode_text(i);
+    if ((here & ~members) != 0) fail(warp, here & ~members, i, name + " by lanes that are not in its mask");
+    if ((warp.exited & members) != 0) {
+      fail(warp, here, i, name + ", but " + lane_list(warp.exited & members) + " returned");
+    }
+    if ((warp.at_barrier & members) != 0) {
+      fail(warp, here, i,
+           name + ", but " + lane_list(warp.at_barrier & members) + " wait at a barrier (" +
+               site_text(entry_->code[warp.block->barrier_pc].site) + ")");
+    }
+    size_t kept = 0;
+    for (const Parked& parked : warp.parked) {
+      if (parked.why == Parked::Why::kCollective && parked.pc == warp.pc) {
+        here |= parked.lanes;
+      } else if (parked.why == Parked::Why::kCollective && (parked.lanes & members) != 0) {
+        fail(warp, warp.lanes, i, name + ", but " + waiting_lanes(warp));
+      } else {
+        warp.parked[kept++] = parked;
+      }
+    }
+    warp.parked.resize(kept);
+    if (here != members) {
+      warp.parked.push_back({Parked::Why::kCollective, warp.pc, here});
+      warp.lanes = 0;
+      return choose(warp);
+    }
+    warp.lanes = here;
+    set_join(warp);
+  }
+  warp.active = here;
+  i.execute(warp, i);
+  ++warp.pc;
+  return warp.pc < warp.join || choose(warp);
+}
+
+bool Scheduler::reach_barrier(Warp& warp, const Instruction& i) {
+  Block& block = *warp.block;
+  const uint32_t lanes = warp.lanes;
+  const std::string name = opcode_text(i);
+  if (block.exited != 0) {
+    fail(warp, lanes, i, name + ", but " + std::to_string(block.exited) + " threads of the block returned");
+  }
+  if (any_at_collective(warp)) fail(warp, lanes, i, name + ", but " + waiting_lanes(warp));
+  if (block.waiting == 0) {
+    block.barrier_pc = warp.pc;
+  } else if (block.barrier_pc != warp.pc) {
+    fail(warp, lanes, i,
+         name + ", but " + std::to_string(block.waiting) + " threads wait at another one (" +
+             site_text(entry_->code[block.barrier_pc].site) + ")");
+  }
+  warp.at_barrier |= lanes;
+  block.waiting += __builtin_popcount(lanes);
+  warp.lanes = 0;
+  if (block.waiting < static_cast<int>(grid.threads)) return choose(warp);
+  block.waiting = 0;
+  block.epoch = memory.advance();
+  block.acquired = block.threads_acquired;
+  for (const auto& each : block.warps) {
+    each->lanes = each->at_barrier;
+    each->pc = block.barrier_pc + 1;
+    each->at_barrier = 0;
+    if (each.get() != &warp) ready_.push_back(each.get());
+  }
+  return true;
+}
+
+bool Scheduler::step(Warp& warp, int steps) {
+  const Instruction* const code = entry_->code.data();
+  uint64_t* const times = entry_->times.data();
+  while (steps-- > 0) {
+    const Instruction& i = code[warp.pc];
+    ++times[warp.pc];
+    if (i.kind == Kind::kBranch) {
+      if (!branch(warp, i)) return false;
+      continue;
+    }
+    uint32_t active = warp.lanes;
+    if (i.guard != Instruction::kUnguarded) {
+      const uint32_t holds = warp.predicate(i.guard);
+      active &= i.negated ? ~holds : holds;
+    }
+    if (i.kind == Kind::kPlain || i.kind == Kind::kAtomic || active == 0) {
+      warp.active = active;
+      if (active != 0) i.execute(warp, i);
+      ++warp.pc;
+      if (i.kind == Kind::kAtomic && active != 0) {
+        steps = 0;
+        // Lanes that try again and again may wait for those that are behind.
+        if (!warp.parked.empty() && random() % 4 == 0) {
+          warp.parked.push_back({Parked::Why::kYield, warp.pc, warp.lanes});
+          warp.lanes = 0;
+          if (!choose(warp)) return false;
+          continue;
+        }
+      }
+      if (warp.pc >= warp.join && !choose(warp)) return false;
+      continue;
+    }
+    if (active != warp.lanes) split(warp, active);
+    const bool goes_on = i.kind == Kind::kCollective ? meet(warp, i)
+                         : i.kind == Kind::kBarrier  ? reach_barrier(warp, i)
+                                                     : finish(warp, i);
+    if (!goes_on) return false;
+  }
+  return true;
+}
+
+}  // namespace ptx

@@ -1,0 +1,155 @@
+// Who wrote and who read each word of a block's shared memory last, to find accesses that no barrier orders.
+// Words that are accessed in parts are kept by the byte.
+//
+// Time is a count of the barriers and atomics that have completed anywhere. What happened before the tick at
+// which the block's last barrier completed is ordered before what its threads do now; what lanes of a warp
+// did before its last bar.warp.sync is so for that warp. Ticks never come back, so that nothing is cleared
+// between blocks.
+#pragma once
+
+#include <cstdint>
+#include <vector>
+
+namespace ptx {
+
+struct SharedAccess {
+  uint32_t now, block_start, block_epoch, warp_epoch;  // ticks
+  uint16_t site, thread;
+};
+
+class SharedShadow {
+ public:
+  // A recorded access. `who` is a thread, or several that have read: of a warp, kWarp and its index, or any.
+  struct Cell {
+    uint64_t bits = 0;  // tick, site, who: compared as one number, the later is the greater
+
+    static Cell of(uint32_t tick, uint16_t site, uint16_t who) {
+      return {uint64_t{tick} << 32 | uint64_t{site} << 16 | who};
+    }
+    uint32_t tick() const { return static_cast<uint32_t>(bits >> 32); }
+    uint16_t site() const { return static_cast<uint16_t>(bits >> 16); }
+    uint16_t who() const { return static_cast<uint16_t>(bits); }
+  };
+  static constexpr uint16_t kReaders = 0x8000, kWarp = 0x4000;
+  // The tick of what an asynchronous copy is about to write.
+  static constexpr uint32_t kUnderWay = UINT32_MAX;
+
+  enum class Why : uint8_t { kNone, kWrote, kRead, kNobody };
+  struct Conflict {
+    Why why = Why::kNone;
+    uint32_t byte = 0;
+    Cell cell;
+  };
+
+  explicit SharedShadow(int64_t bytes) : words_(static_cast<size_t>((bytes + 3) / 4)) {}
+
+  // Notes a read, or returns why it must not be.
+  Conflict read(uint32_t offset, uint32_t bytes, const SharedAccess& access) {
+    const uint64_t epoch = uint64_t{access.block_epoch} << 32;
+    if (bytes < 4) return read_part(offset, bytes, access);
+    for (uint32_t at = offset; at < offset + bytes; at += 4) {
+      Word& word = words_[at / 4];
+      if (word.write.tick() == kParted) {
+        const Conflict conflict = read_part(at, 4, access);
+        if (conflict.why != Why::kNone) return conflict;
+        continue;
+      }
+      if (word.write.tick() < access.block_start) return {Why::kNobody, at, word.write};
+      if (word.write.bits >= epoch && !ordered(word.write, access)) return {Why::kWrote, at, word.write};
+      word.read = add_reader(word.read, access);
+    }
+    return {};
+  }
+
+  // Notes a write, or returns why it must not be. `lands_later`: by an asynchronous copy; written() then
+  // tells when it has.
+  Conflict write(uint32_t offset, uint32_t bytes, const SharedAccess& access, bool lands_later = false) {
+    const uint64_t epoch = uint64_t{access.block_epoch} << 32;
+    const Cell mine = Cell::of(lands_later ? kUnderWay : access.now, access.site, access.thread);
+    if (bytes < 4) return write_part(offset, bytes, access, mine);
+    for (uint32_t at = offset; at < offset + bytes; at += 4) {
+      Word& word = words_[at / 4];
+      if (word.write.tick() == kParted) {
+        const Conflict conflict = write_part(at, 4, access, mine);
+        if (conflict.why != Why::kNone) return conflict;
+        continue;
+      }
+      if (word.write.bits >= epoch && !ordered(word.write, access)) return {Why::kWrote, at, word.write};
+      if (word.read.bits >= epoch && !ordered(word.read, access)) return {Why::kRead, at, word.read};
+      word.write = mine;
+    }
+    return {};
+  }
+  void written(uint32_t offset, uint32_t bytes, const SharedAccess& access) {
+    const Cell mine = Cell::of(access.now, access.site, access.thread);
+    for (uint32_t at = offset; at < offset + bytes; ++at) {
+      Word& word = words_[at / 4];
+      (word.write.tick() == kParted ? parts_[at].write : word.write) = mine;
+    }
+  }
+  // For a new block: drops copies that the last one did not wait for, and joins words again.
+  void clear() {
+    for (Word& word : words_) {
+      if (word.write.tick() >= kParted) word = {};
+    }
+    parts_.clear();
+  }
+  bool has_parts() const { return !parts_.empty(); }
+
+ private:
+  struct Word {
+    Cell write, read;
+  };
+  // The tick of a word whose bytes are apart.
+  static constexpr uint32_t kParted = UINT32_MAX - 1;
+
+  static bool ordered(Cell cell, const SharedAccess& access) {
+    if (cell.tick() < access.block_epoch) return true;
+    if (cell.tick() == kUnderWay) return false;
+    return cell.who() == access.thread || (cell.tick() < access.warp_epoch && in_warp(cell, access));
+  }
+  static uint16_t warp_of(const SharedAccess& access) {
+    return kWarp | static_cast<uint16_t>(access.thread / 32);
+  }
+  static bool in_warp(Cell cell, const SharedAccess& access) {
+    return cell.who() == warp_of(access) || (cell.who() < kWarp && cell.who() / 32 == access.thread / 32);
+  }
+  static Cell add_reader(Cell cell, const SharedAccess& access) {
+    uint16_t who = access.thread;
+    if (!ordered(cell, access)) who = in_warp(cell, access) ? warp_of(access) : kReaders;
+    return Cell::of(access.now, access.site, who);
+  }
+
+  void take_apart(uint32_t offset) {
+    Word& word = words_[offset / 4];
+    if (word.write.tick() == kParted) return;
+    if (parts_.empty()) parts_.resize(4 * words_.size());
+    for (uint32_t i = 0; i < 4; ++i) parts_[offset / 4 * 4 + i] = word;
+    word.write = Cell::of(kParted, 0, 0);
+  }
+  Conflict read_part(uint32_t offset, uint32_t bytes, const SharedAccess& access) {
+    take_apart(offset);
+    for (uint32_t at = offset; at < offset + bytes; ++at) {
+      Word& part = parts_[at];
+      if (part.write.tick() < access.block_start) return {Why::kNobody, at, part.write};
+      if (!ordered(part.write, access)) return {Why::kWrote, at, part.write};
+      part.read = add_reader(part.read, access);
+    }
+    return {};
+  }
+  Conflict write_part(uint32_t offset, uint32_t bytes, const SharedAccess& access, Cell mine) {
+    take_apart(offset);
+    for (uint32_t at = offset; at < offset + bytes; ++at) {
+      Word& part = parts_[at];
+      if (!ordered(part.write, access)) return {Why::kWrote, at, part.write};
+      if (!ordered(part.read, access)) return {Why::kRead, at, part.read};
+      part.write = mine;
+    }
+    return {};
+  }
+
+  std::vector<Word> words_;
+  std::vector<Word> parts_;  // by byte; empty while no word is apart
+};
+
+}  // namespace ptx

@@ -1,0 +1,92 @@
+// PTX text as statements whose names are not resolved yet.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+namespace ptx {
+
+struct Operand {
+  enum class Kind : uint8_t { kRegister, kImmediate, kName, kAddress, kList, kPair, kSink };
+  Kind kind = Kind::kSink;
+  bool negated = false;       // !%p1
+  int32_t reg = -1;           // also an address's, if it has one
+  int64_t value = 0;          // an immediate's bits; what is added to a name or address
+  std::string_view name;      // of a variable, label or special register
+  std::vector<Operand> list;  // {a, b} or a|b
+};
+
+struct Statement {
+  int32_t guard = -1;  // a register
+  bool negated = false;
+  uint16_t site = 0;
+  std::string_view opcode, text;
+  std::vector<Operand> operands;
+};
+
+struct Register {
+  int bytes;  // of a lane; 0: a predicate
+};
+
+struct Label {
+  std::string_view name;
+  uint32_t statement;
+};
+
+// A variable in shared memory.
+struct Variable {
+  std::string_view name;
+  int64_t offset;
+};
+
+struct Body {
+  std::vector<Statement> statements;
+  std::vector<Register> registers;
+  std::vector<Label> labels;
+  std::vector<Variable> shared;
+  int64_t shared_bytes = 0;
+};
+
+struct Lines;
+
+// `shared_bytes`: of what the module declares outside of kernels. Throws Fault.
+Body read_body(std::string_view text, Lines& lines, int64_t shared_bytes);
+
+// ---- Of text, for readers of modules and bodies -------------------------------------------------------
+
+[[noreturn]] void fail_to_read(std::string_view near, const std::string& what);
+
+class Scanner {
+ public:
+  explicit Scanner(std::string_view text) : text_(text) {}
+  bool done();  // after spaces and comments
+  bool is(char c) { return !done() && text_[at_] == c; }
+  bool take(char c);  // goes past it if it is next
+  void expect(char c);
+  std::string_view word();         // letters, digits, _ $ % . and what follows :: in opcodes
+  std::string_view until(char c);  // and goes past that
+  std::string_view line();         // the rest of it
+  std::string_view braces();       // what {} enclose, which come next
+  int64_t number();
+  size_t position() const { return at_; }
+  std::string_view from(size_t position) const { return text_.substr(position, at_ - position); }
+  std::string_view rest() const { return text_.substr(at_); }
+
+ private:
+  std::string_view text_;
+  size_t at_ = 0;
+};
+
+struct Declaration {
+  std::string_view name;
+  int64_t align = 1, bytes = 0, element_bytes = 1;
+};
+Declaration read_declaration(Scanner& scanner);  // of a variable or parameter, from ".align" or its type on
+
+// An immediate operand's bits: 12, -3, 0x1f, 0f3F800000, 0d3FF0000000000000.
+bool read_immediate(std::string_view word, int64_t& value);
+int bytes_of_type(std::string_view type);  // "b32", ".v2" not included; 0 for pred, -1 for what is no type
+
+}  // namespace ptx
