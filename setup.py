@@ -6,8 +6,8 @@ PEFT_KERNELS_CUDA  unset: build the CUDA back end where torch has CUDA and an nv
                    0: leave it out; 1: fail without it
 TORCH_CUDA_ARCH_LIST  what it is built for ("8.0;9.0+PTX"); unset: the cards that are here, else all from
                    compute capability 8.0 on
-PEFT_KERNELS_EMULATE  1: for tests: emulated instruction-set levels, and the CUDA kernels on the CPU: their
-                   sources, and where there is an nvcc what it makes of them
+PEFT_KERNELS_EMULATE  1: for tests: emulated instruction-set levels, and, with nvcc, the CUDA kernels as PTX,
+                   run on the CPU
 PEFT_KERNELS_SANITIZE  address (with undefined behaviour) or thread: a build for `make sanitize`, by gcc
 
 A compile error is always an error: a machine with a compiler should not get the slow package by accident.
@@ -63,6 +63,9 @@ CUDA_OPS = [
     "csrc/cuda/nf4_ops.cpp",
     "csrc/cuda/runtime.cpp",
 ]
+# Counters are for a device alone.
+LAUNCH = "csrc/cuda/launch.cpp"
+CUDA_STARTS = ["csrc/cuda/counters.cpp", LAUNCH]
 CUDA_KERNELS = [
     "csrc/cuda/dora_norm.cu",
     "csrc/cuda/dora_scale.cu",
@@ -80,7 +83,6 @@ CUDA_KERNELS = [
 ]
 # Code for 8.0 runs on 8.6 and 8.9 as well; PTX serves what comes later.
 CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
-EMULATOR_SOURCES = ["tests/simt/emulator.cpp"]
 PTX_FOLDER, PTX_PROGRAM = "tests/ptx", "main.cu"
 
 
@@ -214,25 +216,6 @@ def cpu_extension(emulate: bool) -> Any:
     )
 
 
-def simt_extension() -> Any:
-    """`peft_kernels._C_simt`, for tests: the sources of the CUDA back end, run by the emulator."""
-    from torch.utils.cpp_extension import CppExtension
-
-    # A .cu file would go to nvcc.
-    named = {
-        source: f"{Path(source).stem}_{Path(source).suffix[1:]}.cpp" for source in CUDA_OPS + CUDA_KERNELS
-    }
-    return CppExtension(
-        name="peft_kernels._C_simt",
-        sources=wrapped("simt", named) + EMULATOR_SOURCES,
-        depends=CUDA_OPS + CUDA_KERNELS + headers("csrc/common", "csrc/cuda", "tests/simt"),
-        include_dirs=[generated_headers(), str(ROOT / "tests/simt")],
-        define_macros=[("PEFT_KERNELS_SIMT", None)],
-        extra_compile_args={"cxx": [*HOST_FLAGS, "-O2", "-Wno-unknown-pragmas", *sanitize_flags()]},
-        extra_link_args=sanitize_flags(),
-    )
-
-
 def wrapped(folder: str, named: dict[str, str]) -> list[str]:
     """Files in build/FOLDER, by the names given, that include a source each: objects are named after sources,
     and those of two libraries must not meet."""
@@ -251,7 +234,7 @@ def ptx_extension(toolkit: Toolkit) -> Any:
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = toolkit.home
-    named = {source: f"{Path(source).stem}_ops.cpp" for source in CUDA_OPS}
+    named = {source: f"{Path(source).stem}_ops.cpp" for source in (*CUDA_OPS, LAUNCH)}
     named |= {source: Path(source).name for source in CUDA_KERNELS}
     machine = [
         str(path.relative_to(ROOT))
@@ -344,7 +327,7 @@ def cuda_extension(toolkit: Toolkit) -> Any:
     os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures
     return cpp_extension.CUDAExtension(
         name="peft_kernels._C_cuda",
-        sources=CUDA_OPS + CUDA_KERNELS,
+        sources=CUDA_OPS + CUDA_STARTS + CUDA_KERNELS,
         depends=headers("csrc/common", "csrc/cuda"),
         include_dirs=[generated_headers()],
         define_macros=[
@@ -383,9 +366,6 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
     emulate = bool(switch("PEFT_KERNELS_EMULATE"))
     if cpu is not False:
         found.append(cpu_extension(emulate and IS_X86))
-    # Fibers are strange to ThreadSanitizer.
-    if emulate and sys.platform == "linux" and os.environ.get("PEFT_KERNELS_SANITIZE") != "thread":
-        found.append(simt_extension())
     if emulate or cuda is not False:
         toolkit = Toolkit()
         if emulate and toolkit.problem is None:

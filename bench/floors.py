@@ -47,7 +47,7 @@ class Gpu:
         return per_weight * self.bandwidth / weight_bytes / self.lanes
 
 
-MIB = 2**20
+KIB, MIB = 2**10, 2**20
 GPUS = (
     Gpu("A100 SXM", 80, 108, 1.41e9, 2.04e12, 250e12, 40 * MIB),
     Gpu("RTX 3090", 86, 82, 1.70e9, 0.936e12, 57e12, 6 * MIB),

@@ -4,7 +4,7 @@
     python bench/gpu.py --only '^forward-4096x4096'
     python bench/gpu.py --eager --only m1-   # what Python and launches cost
     python bench/gpu.py --check              # small shapes, checked and not timed: for sanitizers
-    python bench/gpu.py --backend cpu        # small shapes on the CPU, for the suite itself (or simt, ptx)
+    python bench/gpu.py --backend cpu        # small shapes on the CPU, for the suite itself (or ptx)
 
 Every case is checked against the reference in fp64 first; what is wrong is never timed. Weights rotate
 through copies larger than the cache. A floor is the time that the measured bandwidth and matrix peak of this
@@ -38,7 +38,7 @@ from bench.harness import Case, Result
 from bench.report import OURS, Progress, Timing
 from peft_kernels.backends import BACKENDS
 
-DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "simt": "cpu", "ptx": "cpu", "reference": "cpu"}
+DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "ptx": "cpu", "reference": "cpu"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -68,7 +68,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def refusal(backend: str) -> str | None:
-    testing.register_emulators()
+    testing.register_ptx()
     if DEVICES[backend] == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU"
     if backend not in BACKENDS:

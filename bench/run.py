@@ -11,8 +11,10 @@ Every case is checked against the fp64 reference first; what is wrong is reporte
 peer's time / our time: above 1 we win. A cost is our time / that of a cheaper job of ours. The cases called
 memory-... count the bytes that a forward saves for its backward. Those called sass-... and triton-..., which
 run by name alone, compile the kernels for cards that need not be here: the CUDA kernels' instructions are put
-beside what a card allows, of the Triton kernels registers, spills and the like are told. Writes
-results.jsonl, table.txt and ratios.png to the output folder. Exits with 1 when a result was wrong.
+beside what a card allows, of the Triton kernels registers, spills and the like are told. So does host-...: it
+times the CUDA back end's host code, without a card. waves-... tells by arithmetic how far products with NF4
+weights fill a card, every-cell-... for each of them. Writes results.jsonl, table.txt and ratios.png to the
+output folder. Exits with 1 when a result was wrong.
 """
 
 from __future__ import annotations
@@ -63,10 +65,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     import testing
-    from bench import cases, chart, compiled, harness, machine, memory, report, session, triton_cases
+    from bench import (
+        cases,
+        chart,
+        compiled,
+        harness,
+        host,
+        machine,
+        memory,
+        report,
+        session,
+        triton_cases,
+        waves,
+    )
 
     timed = [*cases.standard(options.dtype), *memory.standard(options.dtype)]
-    every: list[Any] = [*timed, *compiled.standard(), *triton_cases.standard()]
+    by_name = [
+        *host.standard(options.dtype),
+        *compiled.standard(),
+        *triton_cases.standard(),
+        *waves.standard(),
+    ]
+    every: list[Any] = [*timed, *by_name]
     if options.list and not (options.only or options.quick or options.full):
         chosen = every
     elif options.full:

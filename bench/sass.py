@@ -189,11 +189,11 @@ class Kernel:
         of the next loop outwards instead, with one round of this one in it.
         """
         work = {start: count(self._block(start), pattern) for start in self.successors}
-        loop = max(
-            self._graph.innermost(block for block, found in work.items() if found),
-            key=lambda body: sum(work[block] for block in body),
-            default=None,
-        )
+        own: dict[frozenset[int] | None, int] = {}  # of a loop, without those in it
+        for block, found in work.items():
+            for body in self._graph.innermost([block]) if found else ():
+                own[body] = own.get(body, 0) + found
+        loop = max(own, key=lambda body: (own[body], -len(body or ())), default=None)
         if around and loop is not None:
             loop = self._graph.around(loop)
         sign = 1 if longest else -1

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -28,9 +28,9 @@ ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
 logger = logging.getLogger("peft_kernels")
 
 _forced: ContextVar[str | None] = ContextVar("peft_kernels_backend", default=None)
-_logged: set[tuple[str, str]] = set()
+_logged: set[str] = set()
 _libraries: list[torch.library.Library] = []
-_chosen: dict[tuple[str, str, torch.dtype], Callable[..., Any]] = {}
+_chosen: dict[tuple[str, torch.device, torch.dtype], Callable[..., Any]] = {}
 
 
 def install() -> None:
@@ -68,7 +68,7 @@ def call(op: str, *args: Any, like: Tensor | None = None) -> Any:
     like = args[0] if like is None else like
     if forced() is not None:
         return registry.eager(kernel(op, (like,)))(*args)
-    key = op, like.device.type, like.dtype
+    key = op, like.device, like.dtype  # with its index: cards may differ
     found = _chosen.get(key)
     if found is None:
         found = _chosen[key] = registry.eager(kernel(op, (like,)))
@@ -85,15 +85,34 @@ def select(op: str, args: Sequence[Any]) -> Backend:
             raise RuntimeError(f"back end {name} was asked for but cannot serve {op}: {reason}")
         return backend
     device = next((tensor.device.type for tensor in tensors(args)), None)
+    unusable: dict[str, str] = {}
+    passed_over = False
     for backend in BACKENDS.values():
-        # A back end for another device, or one that is not usable at all, is nothing to talk about.
-        if backend.device_type not in (None, device) or backend.probe() is not None:
-            continue
-        reason = backend.supports(op, args)
-        if reason is None:
+        if backend.device_type is None:
+            if not passed_over:
+                _tell_of_the_reference(device, unusable)
             return backend
-        _log_once(backend.name, reason)
+        if backend.device_type != device:
+            continue  # nothing to talk about
+        if (reason := backend.probe()) is not None:
+            unusable[backend.name] = reason
+        elif (reason := backend.supports(op, args)) is not None:
+            _log_once(f"back end {backend.name} passed over: {reason}")
+            passed_over = True
+        else:
+            return backend
     raise AssertionError("unreachable: the reference supports everything")
+
+
+def _tell_of_the_reference(device: str | None, unusable: Mapping[str, str]) -> None:
+    """Once, why all tensors on such devices end at plain torch. Where that is the CPU, installation told."""
+    if device in (None, "cpu", "meta"):
+        return
+    reasons = "; ".join(f"back end {name}: {reason}" for name, reason in unusable.items())
+    _log_once(
+        f"{device} tensors are served by plain torch (back end reference), slowly: "
+        + (reasons or f"no back end has kernels for {device}")
+    )
 
 
 def forced() -> str | None:
@@ -146,7 +165,7 @@ def explain() -> str:
     return "\n".join(lines)
 
 
-def _log_once(backend: str, reason: str) -> None:
-    if (backend, reason) not in _logged:
-        _logged.add((backend, reason))
-        logger.warning("back end %s passed over: %s", backend, reason)
+def _log_once(sentence: str) -> None:
+    if sentence not in _logged:
+        _logged.add(sentence)
+        logger.warning("%s", sentence)

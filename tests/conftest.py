@@ -17,6 +17,7 @@ from copied import backend_ids as copied_ids
 from fresh_process import Processes, Python
 
 import peft_kernels as pk
+import ptx_backend as ptx
 import testing
 from peft_kernels.backends import BACKENDS, triton
 from ptx import executed, triton_driver
@@ -41,15 +42,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     reason = testing.unavailable(request.param)
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
-    if request.param in testing.EMULATORS:
+    if request.param == "ptx":
         # Three orders in which threads run, spread over the cases; a case always has the same.
-        emulator = testing.EMULATORS[request.param].extension
-        emulator.set_seed(zlib.crc32(request.node.nodeid.encode()) % 3)
+        ptx.BACKEND.extension.set_seed(zlib.crc32(request.node.nodeid.encode()) % 3)
     with testing.running_on(request.param):
         yield request.param
 
 
-@pytest.fixture(params=["triton"] if triton.BACKEND.interpreted else ["cpu", *testing.EMULATORS])
+@pytest.fixture(params=["triton"] if triton.BACKEND.interpreted else ["cpu", "ptx"])
 def compiled_ops(request: pytest.FixtureRequest) -> Any:
     """The ops of a compiled back end, called past all checks in Python."""
     reason = testing.unavailable(request.param)
@@ -150,7 +150,7 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     """A back end that is usable here and whose every case was skipped has not been tested: that is a
     failure."""
     if testing.unavailable("ptx") is None:
-        executed.leave(testing.EMULATORS["ptx"].extension)
+        executed.leave(ptx.BACKEND.extension)
     for name in BACKEND_IDS:
         if testing.unavailable(name) is None and _skipped[name] and not _ran[name]:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -16,7 +16,6 @@ NAMESPACES = {
     "public": "peft_kernels",
     "reference": "peft_kernels_reference",
     "cpu": "peft_kernels_cpu",
-    "simt": "peft_kernels_simt",
     "ptx": "peft_kernels_ptx",
 }
 if triton.BACKEND.interpreted:

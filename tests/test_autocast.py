@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -41,6 +42,15 @@ def test_outputs(namespace: str, op: str, sample: str) -> None:  # noqa: F811
 @each_sample
 def test_outputs_of_eager_calls(op: str, sample: str) -> None:
     check_outputs(registry.eager(getattr(torch.ops.peft_kernels, op).default), op, sample)
+
+
+@each_sample
+def test_compiled_kernels(compiled_ops: Any, op: str, sample: str) -> None:
+    """Called below the dispatcher's autocast keys, as C++ without Python can: torch's products inside an op
+    must not be computed, and handed to kernels, in another type."""
+    kernel = functools.partial(getattr(compiled_ops, op).default._op_dk, torch._C.DispatchKey.CPU)
+    with torch.no_grad():
+        check_outputs(kernel, op, sample)
 
 
 @each_case

@@ -12,7 +12,6 @@ from fresh_process import Python
 
 import peft_kernels as pk
 import ptx_backend as ptx
-import simt_backend as simt
 import testing
 from peft_kernels import dispatch
 from peft_kernels.backends import cpu, cuda
@@ -85,9 +84,7 @@ def test_a_broken_library_is_refused_with_the_loader_s_words(python: Python, com
     assert re.search(r"^cpu +not usable: peft_kernels\._C does not load: .+", out, re.M)
 
 
-@pytest.mark.parametrize(
-    "backend", [cpu.BACKEND, cuda.BACKEND, simt.BACKEND, ptx.BACKEND], ids=lambda b: b.name
-)
+@pytest.mark.parametrize("backend", [cpu.BACKEND, cuda.BACKEND, ptx.BACKEND], ids=lambda b: b.name)
 def test_a_library_that_is_there_loads(backend: CompiledBackend) -> None:
     """Also where nothing else would miss it: on a machine without a GPU, without a driver."""
     if importlib.util.find_spec(backend.library) is None:

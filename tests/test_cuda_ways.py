@@ -1,4 +1,4 @@
-"""Which way a product goes on CUDA, and that every way computes it: on the emulators, for several cards."""
+"""Which way a product goes on CUDA, and that every way computes it: as PTX, for several cards."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_
 from lora_multi_cases import check_backward, check_forward, multi_case
 from numbers_policy import dense64, short
 
+import ptx_backend as ptx
 import testing
 
 CARDS = {"A100": (80, 108, 163 << 10), "RTX-3090": (86, 82, 99 << 10), "H100": (90, 132, 227 << 10)}
 FEW = 4
-"""Multiprocessors of the emulated card: a handful of tiles is more than it has, and less than a card."""
+"""Multiprocessors of the made-up card: a handful of tiles is more than it has, and less than a card."""
 
 # Sizes at the edges of the kernels' tiles, and beyond them.
 ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 130)
@@ -25,14 +26,13 @@ SHAPES = ((16, 64), (33, 128), (64, 320), (130, 192), (257, 64), (8, 1024), (136
 REFUSED = ((33, 96), (64, 100), (7, 33))
 
 
-@pytest.fixture(params=testing.EMULATORS)
-def extension(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
-    if (reason := testing.unavailable(request.param)) is not None:
-        pytest.skip(f"{request.param}: {reason}")
-    emulator = testing.EMULATORS[request.param]
-    with testing.nan_outputs(), testing.running_on(request.param):
-        yield emulator.extension
-    emulator.reset()
+@pytest.fixture
+def extension() -> Iterator[ModuleType]:
+    if (reason := testing.unavailable("ptx")) is not None:
+        pytest.skip(f"ptx: {reason}")
+    with testing.nan_outputs(), testing.running_on("ptx"):
+        yield ptx.BACKEND.extension
+    ptx.BACKEND.reset()
 
 
 def ways(extension: ModuleType, card: str, direction: int) -> set[str]:
@@ -97,7 +97,8 @@ def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype
 def test_a_weight_in_several_pieces(extension: ModuleType, n: int, k: int) -> None:
     """Of more than 16 MB, cut by rows forward and by columns backward."""
     case = sizes(3, n, k, torch.float32, 2) | {"layout": "contiguous"}
-    assert extension.plan(3, n, k, case["bs"], "float32") == ("pieces", "pieces") and n * k * 4 > 2**24
+    assert extension.plan(3, n, k, case["bs"], "float32") == ("pieces", "pieces")
+    assert extension.piece_of(n, k, 4, 3, FEW) < n and extension.piece_of(k, n, 4, 3, FEW) < k
     check_nf4_linear(case)
     check_nf4_linear_dx(case)
 
@@ -170,14 +171,64 @@ def test_large_products_have_no_bank_conflicts(extension: ModuleType, card: str,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("card", ["A100", "RTX-3090"])
 @pytest.mark.parametrize(
-    "way,sms,m,n,k", [("tiles256", 5, 33, 136, 1088), ("tiles128", 4, 70, 48, 2560)], ids=["one", "two"]
+    "way,sms,m,n,k", [("tiles256", 3, 33, 200, 3648), ("tiles128", 3, 70, 48, 2432)], ids=["one", "two"]
 )
 def test_tiles_that_blocks_share(
     extension: ModuleType, card: str, way: str, sms: int, m: int, n: int, k: int, dtype: torch.dtype
 ) -> None:
-    """Five blocks have a part of one tile each; of four, the second has parts of two."""
+    """Three blocks have a part of one tile each, or the second has parts of two; odd numbers of stages."""
     extension.set_card(CARDS[card][0], sms, CARDS[card][2])
     case = sizes(m, n, k, dtype, m) | {"bs": 64}
     assert extension.plan(m, n, k, 64, str(dtype)[6:])[0].startswith(way)
     check_nf4_linear(case)
     check_lora_linear(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("card", ["A100", "RTX-3090"])
+@pytest.mark.parametrize(
+    "sms,m,n,k,parts",
+    [
+        (2, 5, 600, 64, 1),
+        (7, 16, 16, 3584, 4),
+        (5, 8, 100, 960, 2),
+        (11, 32, 130, 2240, 5),
+        (1, 32, 70, 1600, 2),
+    ],
+    ids=[
+        "tiles-of-a-warp",
+        "blocks-of-a-tile",
+        "ends-within-chunks",
+        "uneven-slices",
+        "more-slices-than-blocks",
+    ],
+)
+def test_shares_of_warps(
+    extension: ModuleType, card: str, sms: int, m: int, n: int, k: int, parts: int, dtype: torch.dtype
+) -> None:
+    """Few rows: of a share, whole tiles or less than one; of a tile, several warps, blocks and slices."""
+    extension.set_card(CARDS[card][0], sms, CARDS[card][2])
+    cut = extension.cuts_for(m, n, k, 64, str(dtype)[6:], CARDS[card][0], sms, CARDS[card][2])[0]
+    assert cut["workers"] == 8 and cut["blocks"] >= parts
+    case = sizes(m, n, k, dtype, m) | {"bs": 64}
+    check_nf4_linear(case)
+    check_lora_linear(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("card", ["A100", "RTX-3090"])
+@pytest.mark.parametrize(
+    "sms,m,n,k",
+    [(3, 8, 520, 320), (2, 20, 640, 64), (32, 40, 392, 512), (7, 5, 64, 640)],
+    ids=["ends-halfway", "of-one-tile", "half-a-stage-each", "second-half-empty"],
+)
+def test_half_stages_of_dx(
+    extension: ModuleType, card: str, sms: int, m: int, n: int, k: int, dtype: torch.dtype
+) -> None:
+    """Blocks that begin or end in the middle of a stage."""
+    extension.set_card(CARDS[card][0], sms, CARDS[card][2])
+    cut = extension.cuts_for(m, n, k, 64, str(dtype)[6:], CARDS[card][0], sms, CARDS[card][2])[1]
+    assert cut["share"] % 2 == 1 and cut["blocks"] > 1
+    case = sizes(m, n, k, dtype, m) | {"bs": 64}
+    check_nf4_linear_dx(case)
+    check_lora_linear_backward(case)

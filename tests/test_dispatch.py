@@ -17,7 +17,8 @@ from torch import Tensor
 import peft_kernels as pk
 import testing
 from peft_kernels import dispatch
-from peft_kernels.backends import BACKENDS, cpu, cuda
+from peft_kernels.backends import BACKENDS, cpu, cuda, triton
+from peft_kernels.ops import registry
 
 needs_cpu = pytest.mark.skipif(
     testing.unavailable("cpu") is not None, reason=f"cpu: {testing.unavailable('cpu')}"
@@ -230,7 +231,7 @@ class FakeCards:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"card {i}")
         monkeypatch.setattr(cuda.BACKEND, "_refusal", None)
-        monkeypatch.setattr(cuda.BACKEND, "_cards", {})
+        monkeypatch.setattr(cuda.BACKEND, "_cards", cuda.BACKEND._no_card_seen())
         monkeypatch.setattr(cuda.BACKEND, "_extension", SimpleNamespace(architectures=lambda: "8.0:9.0"))
 
 
@@ -257,11 +258,11 @@ def test_explain_cards(monkeypatch: pytest.MonkeyPatch) -> None:
 class OnCard(Tensor):
     """A CPU tensor that says it is on a card."""
 
-    index = 0
+    kind, index = "cuda", 0
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
-        return torch.device("cuda", self.index)
+        return torch.device(self.kind, self.index)
 
 
 @pytest.mark.usefixtures("automatic")
@@ -278,8 +279,6 @@ def test_automatic_choice_by_device(
 
     x = testing.tensor(3, 64)
     with caplog.at_level(logging.WARNING, logger="peft_kernels"):
-        FakeCards(monkeypatch)
-        assert served_by("nf4_linear", *on_card(0)) == "reference"
         FakeCards(monkeypatch, (9, 0), (7, 5))
         assert served_by("nf4_linear", *on_card(0)) == "cuda"
         cpu_usable = testing.unavailable("cpu") is None
@@ -287,12 +286,51 @@ def test_automatic_choice_by_device(
             "cpu" if cpu_usable else "reference"
         )
         assert caplog.messages == []  # a back end for another device is nothing to talk about
+        monkeypatch.setattr(triton.BACKEND, "probe", lambda: "not today")
         assert served_by("nf4_linear", *on_card(1)) == "reference"
         assert served_by("nf4_linear", *on_card(0, torch.float64)) == "reference"
     assert caplog.messages == [
         "back end cuda passed over: nf4_linear: cuda:1 has compute capability 7.5, the kernels need 8.0 or "
         "later",
         "back end cuda passed over: nf4_linear: no kernel for torch.float64",
+    ]
+
+
+@pytest.mark.usefixtures("automatic")
+@pytest.mark.parametrize("first", [0, 1])
+def test_the_choice_is_remembered_for_a_card(monkeypatch: pytest.MonkeyPatch, first: int) -> None:
+    """Where cards differ, what serves the one need not serve the other."""
+    FakeCards(monkeypatch, (9, 0), (7, 5))
+    monkeypatch.setattr(triton.BACKEND, "probe", lambda: "not today")
+    monkeypatch.setattr(dispatch, "_chosen", {})
+    monkeypatch.setattr(registry, "eager", lambda op: lambda *args: op.namespace)
+    served = {0: "peft_kernels_cuda", 1: "peft_kernels_reference"}
+    for _ in range(2):
+        for index in (first, 1 - first):
+            x = testing.tensor(3, 64).as_subclass(OnCard)
+            x.index = index
+            assert dispatch.call("dropout", x, 0.5, x) == served[index]
+
+
+@pytest.mark.usefixtures("automatic")
+def test_what_ends_at_plain_torch_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    x = testing.tensor(3, 64).as_subclass(OnCard)
+    monkeypatch.setattr(cuda.BACKEND, "_refusal", "not built: reinstall with nvcc")
+    monkeypatch.setattr(triton.BACKEND, "probe", lambda: "not installed: pip install triton")
+    with pk.use_backend("reference"):
+        assert served_by("dropout", x, 0.5, x) == "reference"
+    assert caplog.messages == []  # it was asked for
+    for _ in range(2):
+        assert served_by("dropout", x, 0.5, x) == served_by("gated_activation", x, x, "silu") == "reference"
+    x.kind = "xpu"
+    assert served_by("dropout", x, 0.5, x) == "reference"
+    assert served_by("dropout", testing.tensor(3, 64).to("meta"), 0.5, x) == "reference"
+    assert caplog.messages == [
+        "cuda tensors are served by plain torch (back end reference), slowly: back end cuda: not built: "
+        "reinstall with nvcc; back end triton: not installed: pip install triton",
+        "xpu tensors are served by plain torch (back end reference), slowly: no back end has kernels for xpu",
     ]
 
 

@@ -315,6 +315,15 @@ def test_the_main_path_does_most_of_the_work() -> None:
     assert whole.count("LDG.E.U8") == 1 and len(whole) == 14
 
 
+def test_work_around_the_main_loop_does_not_count() -> None:
+    """A tail of two in every round of the loop around one of three."""
+    work = Instruction("HMMA.16816.F32", False, ())
+    jumps = [Instruction("BRA", True, (label,)) for label in (".inner", ".outer")]
+    code = [*[work] * 5, *jumps, Instruction("EXIT", False, ())]
+    kernel = Kernel("k", Path(), 90, instructions=code, labels={".outer": 0, ".inner": 2})
+    assert [i.name for i in kernel.main_path(MATRIX)] == ["HMMA"] * 3 + ["BRA"]
+
+
 def test_the_innermost_loop_counts() -> None:
     inner_and_outer = {0: [1], 1: [2], 2: [2, 3], 3: [1, 4], 4: [flow.END]}
     graph = flow.Graph(inner_and_outer)

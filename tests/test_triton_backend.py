@@ -33,6 +33,7 @@ def _compiled(monkeypatch: pytest.MonkeyPatch) -> None:
 def card(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is one that is new enough."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
 
 
@@ -51,7 +52,58 @@ def test_without_a_card(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("card")
 def test_on_an_old_card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
-    assert triton.TritonBackend().probe() == "Triton needs compute capability 8.0 or later"
+    refused = "cuda:0 has compute capability 7.5, Triton needs 8.0 or later"
+    assert triton.TritonBackend().probe() == refused
+    monkeypatch.setattr(torch.version, "hip", "7.0")  # other numbers
+    assert triton._unserved(0) is None
+
+
+@needs_triton
+@pytest.mark.usefixtures("card")
+@pytest.mark.parametrize("current", [0, 1])
+def test_on_cards_that_differ(monkeypatch: pytest.MonkeyPatch, current: int) -> None:
+    """Each is judged by itself, whichever is the current one."""
+    capabilities = [(8, 0), (7, 5)]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_capability",
+        lambda device=None: capabilities[current if device is None else device],
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"card {device}")
+    monkeypatch.setattr(triton._kernels(), "check_usable", lambda: None)
+    with monkeypatch.context() as without_card, FakeTensorMode():
+        without_card.setattr(torch.cuda, "is_available", lambda: False)
+        on = [torch.empty(2, 64, device=f"cuda:{index}") for index in range(2)]
+    backend = triton.TritonBackend()
+    assert backend.probe() is None
+    old = "cuda:1 has compute capability 7.5, Triton needs 8.0 or later"
+    assert backend.describe().endswith(f"cuda:0 card 0, compute capability 8.0; {old}")
+    for x, reason in zip(on, (None, f"dropout: {old}"), strict=True):
+        assert backend.supports("dropout", (x, 0.5, x)) == reason
+
+
+@needs_triton
+@pytest.mark.usefixtures("card")
+def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Which it needs when kernels run, and finds as Triton does."""
+    monkeypatch.setattr(triton._kernels(), "check_usable", lambda: None)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    needs = "Triton needs a C compiler at run time, and "
+    remedy = ": install one, or set CC to one"
+    assert triton.TritonBackend().probe() == f"{needs}there is neither gcc nor clang{remedy}"
+    monkeypatch.setattr(BACKENDS["triton"], "_asked", False)
+    assert f"triton     not usable: {needs}there is neither" in pk.explain()
+    monkeypatch.setenv("CC", "cc-of-mine")
+    assert triton.TritonBackend().probe() == f"{needs}CC=cc-of-mine is not there{remedy}"
+    for name in ("cc-of-mine", "clang"):
+        compiler = tmp_path / name
+        compiler.write_text("")
+        compiler.chmod(0o755)
+        assert triton.TritonBackend().probe() is None
+        monkeypatch.delenv("CC", raising=False)
 
 
 @needs_triton

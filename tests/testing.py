@@ -16,35 +16,30 @@ import torch
 from torch import Tensor
 
 import ptx_backend as ptx
-import simt_backend as simt
 from peft_kernels import NF4Weight, dispatch
 from peft_kernels.backends import BACKENDS, cpu, triton
 from peft_kernels.ops import registry
 
 ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
-EMULATORS: dict[str, simt.SimtBackend | ptx.PtxBackend] = {"simt": simt.BACKEND, "ptx": ptx.BACKEND}
-"""Back ends that run the CUDA kernels on CPU tensors."""
 EMULATED = {"amx": "amx_emulated"}
 """Levels that stand in for one which the machine lacks, in a build with PEFT_KERNELS_EMULATE=1."""
 
 
 def backend_ids() -> list[str]:
     """Every back end for CPU tensors by the name that tests use: reference, cpu-scalar, cpu-avx2, ..., and
-    simt and ptx where they are built. triton alone in a process whose Triton interprets its kernels."""
-    register_emulators()
+    ptx where it is built. triton alone in a process whose Triton interprets its kernels."""
+    register_ptx()
     if triton.BACKEND.interpreted:
         return [triton.BACKEND.name]
-    emulated = [name for name in EMULATORS if BACKENDS[name].probe() is None]
-    return ["reference", *(f"cpu-{_level(level)}" for level in ISA_LEVELS), *emulated]
+    built = ["ptx"] if ptx.BACKEND.probe() is None else []
+    return ["reference", *(f"cpu-{_level(level)}" for level in ISA_LEVELS), *built]
 
 
-def register_emulators() -> None:
-    """Make back ends `simt` and `ptx` ones that can be forced; automatic choice ends before, at the
-    reference."""
-    for name, backend in EMULATORS.items():
-        if name not in BACKENDS:
-            backend.load()
-            BACKENDS[name] = backend
+def register_ptx() -> None:
+    """Make back end `ptx` one that can be forced; automatic choice ends before it, at the reference."""
+    if ptx.BACKEND.name not in BACKENDS:
+        ptx.BACKEND.load()
+        BACKENDS[ptx.BACKEND.name] = ptx.BACKEND
 
 
 def _level(level: str) -> str:

@@ -4,6 +4,7 @@
 
 #include <tuple>
 
+#include "../common/autocast.h"
 #include "../common/dora_args.h"
 #include "linear_product.h"
 #include "weights.h"
@@ -16,6 +17,7 @@ namespace {
 Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
                  const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a, const Tensor& lora_b,
                  double scaling) {
+  const WithoutAutocast without_autocast;
   const DoraNormArgs args(lora_a, lora_b);
   const int64_t out_features = args.out_features(), in_features = args.in_features();
   const BaseWeight base(absmax ? weight : weight.contiguous(), absmax, absmax2, offset, blocksize,

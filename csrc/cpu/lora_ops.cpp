@@ -3,6 +3,7 @@
 
 #include <vector>
 
+#include "../common/autocast.h"
 #include "linear_product.h"
 #include "lora_adapters.h"
 #include "weights.h"
@@ -214,6 +215,7 @@ class Layers {
   }
 
  private:
+  const WithoutAutocast without_autocast_;
   const Tensor& x_;
   const Tensor rows_;
   const Adapters adapters_;

@@ -14,9 +14,6 @@
 #include "runtime.h"
 #include "spec_hash.h"
 
-#ifdef PEFT_KERNELS_SIMT
-#  include "emulator.h"
-#endif
 #ifdef PEFT_KERNELS_PTX
 #  include "cudart_bind.h"
 #endif
@@ -50,6 +47,22 @@ Ways plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string&
           cuda::plan_linear_dx(type, m, n, k, shift, card).name};
 }
 
+std::map<std::string, int64_t> told(const cuda::LinearPlan& plan) {
+  if (!plan.has_kernel()) return {};
+  const cuda::Cut& cut = plan.cut;
+  const cuda::Load load = plan.load();
+  return {{"tiles", cut.tiles},
+          {"splits", cut.splits},
+          {"part", cut.part},
+          {"blocks", cut.blocks},
+          {"workspace_bytes", cut.workspace_bytes},
+          {"features", load.features},
+          {"tokens", load.tokens},
+          {"depth", load.depth},
+          {"share", load.share},
+          {"workers", load.workers}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
@@ -69,34 +82,27 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes});
       },
       "The same on any card.");
-#ifdef PEFT_KERNELS_ON_CPU
+  m.def(
+      "cuts_for",
+      [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
+         int sms, int64_t shared_bytes) {
+        const cuda::Card card{compute_capability, sms, shared_bytes};
+        const int shift = block_shift_of(blocksize);
+        const DType type = dtype_named(dtype);
+        return std::pair{told(cuda::plan_linear(type, m, n, k, shift, card)),
+                         told(cuda::plan_linear_dx(type, m, n, k, shift, card))};
+      },
+      "How each of these is cut, and what load the busiest gets: see Cut and Load in linear.h. Empty for "
+      "pieces.");
+  m.def("piece_of", cuda::piece_of,
+        "Rows or columns of a weight that are dequantised at a time: see linear.h.");
+#ifdef PEFT_KERNELS_PTX
   m.def(
       "set_card",
       [](int compute_capability, int sms, int64_t shared_bytes) {
         cuda::set_card({compute_capability, sms, shared_bytes});
       },
       "The card that kernels are planned for.");
-#endif
-#ifdef PEFT_KERNELS_PTX
   cudart::bind(m);
-#elif defined(PEFT_KERNELS_SIMT)
-  m.def("set_seed", simt::set_seed, "Of the order in which threads run.");
-  m.def("set_resident_blocks", simt::set_resident_blocks, "How many blocks run at a time; 0: by the seed.");
-  m.def(
-      "bank_counts",
-      [] {
-        std::map<std::string, std::tuple<int64_t, int64_t, int64_t> > counts;
-        for (const auto& [line, count] : simt::bank_counts()) {
-          counts[line] = {count.accesses, count.wavefronts, count.conflicts};
-        }
-        return counts;
-      },
-      "By line: warp-wide accesses to shared memory, their wavefronts, and those of them that are "
-      "conflicts.");
-  m.def("reset_bank_counts", simt::reset_bank_counts, "");
-#else
-  m.def(
-      "architectures", [] { return std::string(PEFT_KERNELS_QUOTE(PEFT_KERNELS_CUDA_ARCHITECTURES)); },
-      "What the kernels are compiled for: TORCH_CUDA_ARCH_LIST with colons.");
 #endif
 }

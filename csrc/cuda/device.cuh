@@ -18,18 +18,14 @@
 // are DEVICE_TABLEs, and read like any array.
 #pragma once
 
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <cstdint>
 #include <type_traits>
 
-#ifdef PEFT_KERNELS_SIMT
-#  define DEVICE inline
-#  define DEVICE_TABLE inline constexpr
-#else
-#  include <cuda_bf16.h>
-#  include <cuda_fp16.h>
-#  define DEVICE __device__ __forceinline__
-#  define DEVICE_TABLE [[maybe_unused]] static __constant__ const
-#endif
+#define DEVICE __device__ __forceinline__
+#define DEVICE_TABLE [[maybe_unused]] static __constant__ const
 
 namespace peft_kernels::cuda {
 
@@ -59,14 +55,6 @@ DEVICE To bit_cast(const From& from) {
   return to;
 }
 
-}  // namespace peft_kernels::cuda
-
-#ifdef PEFT_KERNELS_SIMT
-#  include "simt_device.h"
-#else
-
-namespace peft_kernels::cuda {
-
 // ---- Where am I ----------------------------------------------------------------------------------------
 
 DEVICE int thread_index() { return threadIdx.x; }
@@ -79,6 +67,8 @@ DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x / kWarp, 0); }
 // ---- Waiting and exchanging ----------------------------------------------------------------------------
 
 DEVICE void sync_threads() { __syncthreads(); }
+// Ends the kernel, and with it all work of the process on the card: where to go on would overwrite memory.
+DEVICE void trap(const char*) { __trap(); }
 
 // T of 4 bytes.
 template <class T>
@@ -182,6 +172,9 @@ DEVICE void copy_async_wait() {
 
 // ---- Matrix instructions -------------------------------------------------------------------------------
 // g = lane / 4, t = lane % 4; the lower index of a pair in the low half.
+//
+// volatile though they only compute: all lanes must come to them together, and what is not volatile may be
+// moved to where its result is used, which can be a branch that some lanes do not take.
 
 // c[16, 8] += a[16, 16] b[16, 8].  a: (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..);
 // b: rows 2t.. and 2t + 8.. of column g;  c: (g, 2t..), (g + 8, 2t..). T is bf16 or fp16.
@@ -189,14 +182,16 @@ template <class T>
 DEVICE void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 template <>
 DEVICE void mma<bf16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 template <>
 DEVICE void mma<fp16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -205,7 +200,8 @@ DEVICE void mma<fp16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
 // c[16, 8] += a[16, 8] b[8, 8] of floats, of each of which the upper 19 bits count (tf32).  a: (g, t),
 // (g + 8, t), (g, t + 4), (g + 8, t + 4);  b: rows t and t + 4 of column g;  c as above.
 DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
       "{%0,%1,%2,%3};"
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
@@ -310,5 +306,3 @@ DEVICE uint32_t atomic_add_ordered(uint32_t* counter, uint32_t value) {
 }
 
 }  // namespace peft_kernels::cuda
-
-#endif

@@ -1,15 +1,12 @@
-// Starting a kernel (see device.cuh): by nvcc on a stream, under the emulator on the CPU.
+// Starting a kernel (see device.cuh).
 #pragma once
+
+#include <typeinfo>
 
 #include "../common/dtype.h"
 #include "../common/integers.h"
 #include "device.cuh"
 #include "stream.h"
-
-#ifndef PEFT_KERNELS_SIMT
-
-#  include <stdexcept>
-#  include <string>
 
 namespace peft_kernels::cuda {
 
@@ -19,34 +16,17 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
     entry(const __grid_constant__ typename Kernel::Params params) {
   Kernel::run(params);
 }
-
-inline void check(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  throw std::runtime_error(std::string("a kernel did not start: ") + cudaGetErrorString(error));
-}
 }  // namespace detail
 
 // Runs `blocks` blocks of Kernel with that much shared memory each; nothing at all for 0 blocks.
 template <class Kernel>
 void launch(const typename Kernel::Params& params, int64_t blocks, Stream stream, int shared_bytes = 0) {
   if (blocks == 0) return;
-  const auto entry = detail::entry<Kernel>;
-  // What a kernel has without asking.
-  constexpr int kDefaultSharedBytes = 48 << 10;
-  if (shared_bytes > kDefaultSharedBytes) {
-    detail::check(cudaFuncSetAttribute(entry, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
-  }
-  // Not `<<<>>>`, which clang-format takes apart.
+  static KernelEntry kernel{reinterpret_cast<const void*>(detail::entry<Kernel>), typeid(Kernel).name(),
+                            Kernel::kThreads};
   void* arguments[] = {const_cast<typename Kernel::Params*>(&params)};
-  detail::check(cudaLaunchKernel(entry, dim3(static_cast<unsigned>(blocks)), dim3(Kernel::kThreads),
-                                 arguments, static_cast<size_t>(shared_bytes), stream));
+  start_blocks(kernel, arguments, blocks, shared_bytes, stream);
 }
-
-}  // namespace peft_kernels::cuda
-
-#endif
-
-namespace peft_kernels::cuda {
 
 // Calls `body` with a value of the type: with_type(dtype, [&](auto type) { .. decltype(type) .. }).
 template <class Body>

@@ -39,8 +39,9 @@ inline constexpr int kWideTableAddress = 0x10000, kWideTableBytes = 0x10000, kNa
 inline constexpr int kBeforeWideTable = kWideTableAddress - 1024;
 inline constexpr int kBehindWideTable = kWideTableAddress + kWideTableBytes;
 
-// How a product is cut. Either every tile's contraction in `splits` parts, of `part` units each, or the
-// `units` of all tiles in shares of `part`, one for each block.
+// How a product is cut: the units of all tiles, tile after tile, in shares of `part`, one for each block or,
+// in LinearSmall, for each warp. There every tile's sums are cut in `splits` slices beforehand, each of which
+// has blocks of its own.
 struct Cut {
   int64_t blocks = 0;  // 0: does not fit
   int splits = 1;
@@ -51,12 +52,18 @@ struct Cut {
   int64_t counters = 0, workspace_bytes = 0;
 };
 
+// What a plan makes of a product: equal units of work, each one `features` of the result by `tokens` and by
+// `depth` terms of their sums, of which no worker has more than `share`.
+struct Load {
+  int64_t features, tokens, depth;
+  int64_t share;
+  int workers;  // of a multiprocessor: its warps, or the one block on it, whose warps share units
+};
+
 // LinearSmall.
 struct SmallShape {
   static constexpr int kWarps = 8;
-  // Of sums in shared memory: with it no two lanes that write together meet in a bank.
-  static constexpr int kSumPitch = 16 + 4;
-  // Between rows of x there: the lanes that read together, two rows, lie in different banks.
+  // Between rows of x in shared memory: the lanes that read together, two rows, lie in different banks.
   static constexpr int kPad = 8;
 
   int token_tiles, row_tiles;
@@ -66,17 +73,18 @@ struct SmallShape {
   constexpr int rows() const { return 16 * row_tiles; }     // of the weight, in a tile
   // Of a chunk. In each lane 16 loads of a chunk are under way while the chunk before is computed.
   constexpr int groups() const { return 8 / row_tiles; }
-  constexpr int chunk() const { return groups() * kGroup; }
+  // The map of scales, a flag for each thread, and a warp's sums of the tile that another one began.
   constexpr int fixed_bytes() const {
-    return nf4::kDynamicCodes * 4 + 16 + kWarps * tokens() * kSumPitch * 4;
+    return nf4::kDynamicCodes * 4 + kWarps * 32 * 4 + kWarps * tokens() * rows() * 4;
   }
   // Tiles of tokens are whole, unless there is but one.
   constexpr int64_t x_rows(int64_t m) const { return token_tiles == 1 ? m : tokens(); }
-  constexpr int64_t x_bytes(int64_t m, int64_t chunks) const {
-    return x_rows(m) * (chunks * chunk() + kPad) * 2;
+  constexpr int64_t x_bytes(int64_t m, int64_t groups) const {
+    return x_rows(m) * (groups * kGroup + kPad) * 2;
   }
 
   Cut cut(int64_t m, int64_t n, int64_t k, const Card& card) const;
+  Load load(const Cut& cut) const;
 };
 
 // LinearDx.
@@ -99,6 +107,7 @@ struct DxShape {
   }
 
   Cut cut(int64_t m, int64_t n, int64_t k, const Card& card) const;
+  Load load(const Cut& cut) const;
 };
 
 // LinearTiles.
@@ -107,7 +116,7 @@ struct TileShape {
   static constexpr int kRowTiles = 2;  // of a warp
   static constexpr int kTokens = 64;
   static constexpr int kStages = 3;       // in the ring
-  static constexpr int kChunkStages = 4;  // of a chunk
+  static constexpr int kChunkStages = 4;  // of a chunk, of which a lane has a scale each
   // Between rows of x: the lanes that read together, two rows, lie in different banks.
   static constexpr int kPad = 8;
 
@@ -117,24 +126,26 @@ struct TileShape {
   constexpr int rows() const { return feature_warps * 16 * kRowTiles; }  // of the weight, in a tile
   constexpr int depth_warps() const { return kWarps / feature_warps; }
   constexpr int depth() const { return depth_warps() * kGroup; }  // of a stage
-  constexpr int chunk() const { return kChunkStages * depth(); }
   constexpr int fixed_bytes() const {
     return kStages * kTokens * (depth() + kPad) * 2 + nf4::kDynamicCodes * 4 + 16;
   }
-  // How long a block takes for a chunk, and how many it could do while a tile's parts are put together:
-  // estimates. A chunk of smaller tiles is as much work, with more of x to be read.
-  constexpr int64_t chunk_cost() const { return depth_warps() == 1 ? 8 : 9; }
-  constexpr int64_t sharing_chunks() const { return depth_warps() == 1 ? 2 : 1; }
+  // How long a block takes for a stage, and how many it could do while a tile's parts are put together:
+  // estimates. A stage of smaller tiles is as much work, with more of x to be read. On H100 it is about 1000
+  // clocks of the matrix units, and a part's way through the L2 cache twice that; on other cards stages take
+  // longer.
+  constexpr int64_t stage_cost() const { return depth_warps() == 1 ? 8 : 9; }
+  constexpr int64_t sharing_stages() const { return depth_warps() == 1 ? 4 : 2; }
   // There is room before the wide table.
   constexpr int shared_offset() const { return wide_table ? 0 : kNarrowTableBytes; }
 
   int64_t tiles(int64_t m, int64_t n) const;
-  // Of all tiles' chunks, a block's: whole tiles, or the same number for all blocks.
+  // Of all tiles' stages, a block's: whole tiles, or the same number for all blocks.
   struct Share {
-    int64_t chunks, cost;
+    int64_t stages, cost;
   };
   Share share(int64_t m, int64_t n, int64_t k, const Card& card) const;
   Cut cut(int64_t m, int64_t n, int64_t k, const Card& card) const;
+  Load load(const Cut& cut) const;
 };
 
 // A product as it is planned, once, from the shape and the card alone: a kernel and a cut, or none.
@@ -144,11 +155,17 @@ struct LinearPlan {
   Cut cut{};
 
   bool has_kernel() const { return cut.blocks != 0; }
+  Load load() const;
   // With params of the shape that it was planned for.
   void start(const LinearParams& params, Context& context) const;
 };
 LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
 LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
+
+// Where there is no kernel: how many of a weight's `count` rows or columns, of `length` elements each, are to
+// be dequantised at a time, for torch's product with m rows of activations. A multiple of 256, or more than
+// there are.
+int64_t piece_of(int64_t count, int64_t length, int64_t element_size, int64_t m, int64_t sms);
 
 // The kernels, each in a file of its own.
 void start_kernel(const SmallShape& shape, const Cut& cut, const LinearParams& params, Context& context);

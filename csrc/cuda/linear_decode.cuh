@@ -53,6 +53,11 @@ DEVICE Table fill_table(uint8_t* start) {
   static_assert(kRowsOfWarp <= kWarp && kRowsOfWarp % 4 == 0);
   const int lane = lane_index(), first = warp_index() * kRowsOfWarp;
   const uint32_t start_address = shared_address(start), address = Table::address(start_address);
+  if constexpr (Table::kIsWide) {
+    if (start_address > kWideTableAddress - kBeforeWideTable) {
+      trap("more of shared memory is the system's than linear.h leaves to it");
+    }
+  }
   // A lane knows one row, and writes 16 bytes of each fourth.
   const int mine = first + lane % kRowsOfWarp;
   const auto code = [](int i) { return multiply_rn(kCodeTable.value[i], kCodeFactor<T>); };

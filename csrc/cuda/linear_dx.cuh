@@ -4,9 +4,9 @@
 // ("features") by 16 rows, with dY^T, 8 tokens wide, as the second. A register of an operand holds two rows
 // of a column, but a byte holds two columns of a row: nibbles of two rows are exchanged before the look-up.
 //
-// Blocks have equal shares of the work, whose units are stages of rows for a tile of columns by tokens. A
-// stage's codes and dY pass through a ring in shared memory. Of a block's warps, some share a tile's columns,
-// and the others the rows of a stage.
+// Blocks have equal shares of the work, whose units are half stages of rows for a tile of columns by
+// tokens. A stage's codes and dY pass through a ring in shared memory. Of a block's warps, some share a
+// tile's columns, and the others the rows of a stage.
 #pragma once
 
 #include <type_traits>
@@ -33,7 +33,7 @@ struct LinearDx {
   static constexpr float kFactor = 1.0f / kCodeFactor<T>;  // of scales
 
   struct Params : LinearParams {
-    ShareParams work;                  // by stages
+    ShareParams work;                  // by half stages
     int shared_offset, stages_offset;  // where in shared memory Shared and the stages are
   };
   struct Shared {
@@ -52,23 +52,30 @@ struct LinearDx {
     LinearDx self(p);
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
-      self.start_stage(self.unit_ + i, i, self.scales_[i]);
+      self.start_stage(self.stage_ + i, i, self.scales_[i]);
       if (self.rows_left_ <= 0) self.start_next_tile();
     }
     self.table_ = fill_table<T, Table, kThreads>(shared_memory<uint8_t>());
     fill_map<kThreads>(p.weight, self.shared_->map, kFactor);
-    while (self.unit_ < self.end_) {
+    bool begins_halfway = self.begin_ % 2 != 0;
+    while (self.stage_ < self.end_) {
       Sums sums{};
-      const int first = self.unit_, steps = self.steps_;
+      const int first = self.stage_, steps = self.steps_;
       const int tile = first / steps, next_tile = (tile + 1) * steps;
-      const int end = self.end_ < next_tile ? self.end_ : next_tile;
-      while (self.unit_ < end) {
+      const bool is_last = self.end_ <= next_tile;
+      const int end = is_last ? self.end_ : next_tile;
+      if (begins_halfway) self.template multiply_next<2, 4>(sums);
+      begins_halfway = false;
+      const bool ends_halfway = is_last && p.work.end() % 2 != 0;
+      const int whole_end = end - ends_halfway;
+      while (self.stage_ < whole_end) {
         // As far as one tile is fetched, to keep the change to the next one out of the main loop.
-        const int fetched_end = self.unit_ + (self.rows_left_ + kRows - 1) / kRows;
-        const int stop = end < fetched_end ? end : fetched_end;
-        for (; self.unit_ < stop; ++self.unit_) self.multiply_stage(sums);
+        const int fetched_end = self.stage_ + (self.rows_left_ + kRows - 1) / kRows;
+        const int stop = whole_end < fetched_end ? whole_end : fetched_end;
+        for (; self.stage_ < stop; ++self.stage_) self.template multiply_stage<0, 4>(sums);
         if (self.rows_left_ <= 0) self.start_next_tile();
       }
+      if (ends_halfway) self.template multiply_next<0, 2>(sums);
       self.finish(tile, sums);
     }
   }
@@ -88,10 +95,11 @@ struct LinearDx {
   const float scale_offset_;
   Table table_{};
 
-  int unit_, end_;
-  int slot_ = 0;  // of the unit, in the ring
+  const int begin_;  // in half stages
+  int stage_, end_;  // in stages, parts of one counted
+  int slot_ = 0;     // of the stage, in the ring
 
-  // What a thread fetches of the next unit to be fetched, and the scales that are on their way.
+  // What a thread fetches of the next stage to be fetched, and the scales that are on their way.
   int column_, token_;
   int rows_left_, tokens_after_;
   const uint8_t* codes_at_;
@@ -112,11 +120,12 @@ struct LinearDx {
         row_bytes_(static_cast<uint32_t>(p.k / 2)),
         row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
         scale_offset_(load_scale_offset(p.weight, kFactor)),
-        unit_(p.work.begin()),
-        end_(p.work.end()),
-        column_(column_of(unit_ / steps_)),
-        token_(token_of(unit_ / steps_)) {
-    start_tile(unit_ % steps_ * kRows);
+        begin_(p.work.begin()),
+        stage_(begin_ / 2),
+        end_((p.work.end() + 1) / 2),
+        column_(column_of(stage_ / steps_)),
+        token_(token_of(stage_ / steps_)) {
+    start_tile(stage_ % steps_ * kRows);
   }
 
   // The first ones of a tile.
@@ -164,9 +173,9 @@ struct LinearDx {
     }
     start_tile(0);
   }
-  // Starts what brings the next unit into a slot; zeros for rows beyond the last.
-  DEVICE void start_stage(int unit, int slot, PackedScale (&scales)[2]) {
-    if (unit < end_) {
+  // Starts what brings the next stage into a slot; zeros for rows beyond the last.
+  DEVICE void start_stage(int stage, int slot, PackedScale (&scales)[2]) {
+    if (stage < end_) {
       copy_codes(stages_[slot]);
       copy_dy(stages_[slot]);
       load_scales(scales);
@@ -221,12 +230,15 @@ struct LinearDx {
   // As in linear_decode.cuh, the order of rows within a group is free. Lane (g, t) has rows 16t.., four of
   // them in a step, and bytes 4g.. of each; of byte j, columns 8g + 2j and 8g + 2j + 1 are features g and g
   // + 8.
+  //
+  // Steps kBegin .. kEnd - 1: half a stage has half of them.
+  template <int kBegin, int kEnd>
   DEVICE void multiply_stage(Sums& sums) {
     copy_async_wait<kStages - 2>();
     sync_threads();
     const Stage& stage = stages_[slot_];
     const uint32_t packed_scales = next_scales();
-    start_stage(unit_ + kStages - 1, slot_ == 0 ? kStages - 1 : slot_ - 1, scales_[kStages - 2]);
+    start_stage(stage_ + kStages - 1, slot_ == 0 ? kStages - 1 : slot_ - 1, scales_[kStages - 2]);
     slot_ = slot_ == kStages - 1 ? 0 : slot_ + 1;
     uint32_t scale[8];  // of two rows each
 #pragma unroll
@@ -237,7 +249,7 @@ struct LinearDx {
     const T* dy = &stage.dy[g_][row];
     Words4 x[kTokenTiles];
 #pragma unroll
-    for (int s = 0; s < 4; ++s) {
+    for (int s = kBegin; s < kEnd; ++s) {
       if (s % 2 == 0) {
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i) {
@@ -263,6 +275,13 @@ struct LinearDx {
         }
       }
     }
+  }
+  // One that is not in the main loop.
+  template <int kBegin, int kEnd>
+  DEVICE void multiply_next(Sums& sums) {
+    multiply_stage<kBegin, kEnd>(sums);
+    ++stage_;
+    if (rows_left_ <= 0) start_next_tile();
   }
   DEVICE void decode_step(const uint8_t* codes, uint32_t (&weight)[kFeatureTiles][4]) const {
 #pragma unroll
@@ -312,7 +331,7 @@ struct LinearDx {
   // ---- The sums of a tile, as far as this block has them
 
   DEVICE void finish(int tile, Sums& sums) {
-    const Sharers sharers(p_.work, tile, steps_);
+    const Sharers sharers(p_.work, tile, 2 * steps_);
     const int column = column_of(tile) + column_warp_ * kGroup + 8 * g_, token = token_of(tile);
     if (sharers.is_first()) multiply_slab(column, token, sums);
     add_row_warps(sums);

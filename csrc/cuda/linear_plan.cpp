@@ -91,22 +91,27 @@ int64_t shared_bytes(bool wide_table, int64_t x_bytes, int64_t fixed_bytes, cons
 Cut SmallShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
   Cut cut;
   const int64_t room = place(wide_table, fixed_bytes(), card, cut);
-  const int64_t most_chunks = (room / (2 * x_rows(m)) - kPad) / chunk();
-  if (most_chunks < 1) return {};
+  const int64_t most_groups = (room / (2 * x_rows(m)) - kPad) / kGroup;
+  if (most_groups < 1) return {};
 
-  // Slices of k that fit, and more of them where there are multiprocessors without a tile, as long as half
-  // the warps have something to do.
-  const int64_t chunks = ceil_div(k, chunk());
+  // Slices of k that fit, or more of them where multiprocessors can be dealt out to these more evenly.
+  const int64_t groups = k / kGroup, least_splits = ceil_div(groups, most_groups);
   cut.tiles = ceil_div(n, rows());
-  const int64_t wanted = std::min<int64_t>(card.sms / cut.tiles, ceil_div(chunks, kWarps / 2));
-  const int64_t splits = std::max<int64_t>({1, wanted, ceil_div(chunks, most_chunks)});
-  cut.part = static_cast<int>(ceil_div(chunks, splits));
-  cut.splits = static_cast<int>(ceil_div(chunks, cut.part));
-  cut.blocks = cut.splits * std::min(cut.tiles, std::max<int64_t>(1, card.sms / cut.splits));
-  cut.shared_bytes = shared_bytes(wide_table, x_bytes(m, cut.part), fixed_bytes(), cut);
-  if (cut.splits > 1) {
+  for (int64_t splits = least_splits; splits <= std::min(2 * least_splits, groups); ++splits) {
+    const int64_t units = cut.tiles * ceil_div(groups, splits);
+    const int64_t workers = std::max<int64_t>(1, card.sms / splits) * kWarps;
+    const int64_t part = ceil_div(units, workers);
+    if (cut.part != 0 && part >= cut.part) continue;
+    cut.splits = static_cast<int>(splits);
+    cut.part = static_cast<int>(part);
+    cut.units = units;
+  }
+  cut.blocks = cut.splits * ceil_div(cut.units, kWarps * cut.part);
+  cut.shared_bytes = shared_bytes(wide_table, x_bytes(m, ceil_div(groups, cut.splits)), fixed_bytes(), cut);
+  const bool shares_tiles = cut.splits > 1 || kWarps * cut.part % groups != 0;
+  if (shares_tiles) {
     cut.counters = cut.tiles;
-    cut.workspace_bytes = cut.tiles * cut.splits * m * rows() * 4;
+    cut.workspace_bytes = (cut.splits * cut.tiles + cut.blocks) * rows() * tokens() * 4;
   }
   return cut;
 }
@@ -116,12 +121,12 @@ Cut DxShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
   const int64_t x_bytes = stages() * stage_bytes();
   if (place(wide_table, fixed_bytes(), card, cut) < x_bytes) return {};
   cut.shared_bytes = shared_bytes(wide_table, x_bytes, fixed_bytes(), cut);
-  const int64_t steps = ceil_div(n, kRows);
+  const int64_t halves = 2 * ceil_div(n, kRows);
   cut.tiles = ceil_div(k, kColumns) * ceil_div(m, tokens());
-  cut.units = cut.tiles * steps;
+  cut.units = cut.tiles * halves;
   cut.part = static_cast<int>(ceil_div(cut.units, card.sms));
   cut.blocks = ceil_div(cut.units, cut.part);
-  if (cut.part % steps != 0) {
+  if (cut.part % halves != 0) {
     cut.counters = cut.tiles;
     cut.workspace_bytes = cut.blocks * 2 * tokens() * kColumns * 4;
   }
@@ -131,11 +136,11 @@ Cut DxShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
 int64_t TileShape::tiles(int64_t m, int64_t n) const { return ceil_div(n, rows()) * ceil_div(m, kTokens); }
 
 TileShape::Share TileShape::share(int64_t m, int64_t n, int64_t k, const Card& card) const {
-  const int64_t chunks = ceil_div(k, chunk());
-  const int64_t whole = ceil_div(tiles(m, n), card.sms) * chunks;
-  const int64_t equal = ceil_div(tiles(m, n) * chunks, card.sms);
-  return equal + sharing_chunks() < whole ? Share{equal, (equal + sharing_chunks()) * chunk_cost()}
-                                          : Share{whole, whole * chunk_cost()};
+  const int64_t stages = ceil_div(k, depth());
+  const int64_t whole = ceil_div(tiles(m, n), card.sms) * stages;
+  const int64_t equal = ceil_div(tiles(m, n) * stages, card.sms);
+  return equal + sharing_stages() < whole ? Share{equal, (equal + sharing_stages()) * stage_cost()}
+                                          : Share{whole, whole * stage_cost()};
 }
 
 Cut TileShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
@@ -143,19 +148,23 @@ Cut TileShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
   // The smaller tiles, where they are done sooner.
   if (depth_warps() == 1 && TileShape{kWarps / 2, wide_table}.share(m, n, k, card).cost < share.cost)
     return {};
-  const int64_t chunks = ceil_div(k, chunk());
+  const int64_t stages = ceil_div(k, depth());
   Cut cut;
   cut.tiles = tiles(m, n);
-  cut.part = static_cast<int>(share.chunks);
-  cut.units = cut.tiles * chunks;
-  cut.blocks = ceil_div(cut.units, share.chunks);
+  cut.part = static_cast<int>(share.stages);
+  cut.units = cut.tiles * stages;
+  cut.blocks = ceil_div(cut.units, share.stages);
   cut.shared_bytes = wide_table ? kBehindWideTable : kNarrowTableBytes + fixed_bytes();
-  if (share.chunks % chunks != 0) {
+  if (share.stages % stages != 0) {
     cut.counters = cut.tiles;
     cut.workspace_bytes = 2 * cut.blocks * rows() * kTokens * 4;
   }
   return cut;
 }
+
+Load SmallShape::load(const Cut& cut) const { return {rows(), tokens(), kGroup, cut.part, kWarps}; }
+Load DxShape::load(const Cut& cut) const { return {kColumns, tokens(), kRows / 2, cut.part, 1}; }
+Load TileShape::load(const Cut& cut) const { return {rows(), kTokens, depth(), cut.part, 1}; }
 
 namespace {
 
@@ -180,6 +189,37 @@ LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int bloc
   // Rows of dY are copied 16 bytes at a time.
   if (!takes(dtype, m, n, k, block_shift, card) || n % 8 != 0) return {};
   return choose(kDxRules, m, n, k, card);
+}
+
+// Products take waves of tiles, one for each multiprocessor. Of all cuts into equal pieces of 16 to 128 MB
+// the one with the fewest waves is taken: large pieces fill the card. Of those that are as good it is the one
+// with the smallest pieces that fill nine tenths of a wave, or else the largest: small ones take less memory,
+// and one of 16 MB is still in the L2 cache when its product reads it. The rule is linear_pieces.py's too,
+// for Triton (`piece_size`).
+int64_t piece_of(int64_t count, int64_t length, int64_t element_size, int64_t m, int64_t sms) {
+  constexpr int64_t kLeastBytes = 16 << 20, kMostBytes = 128 << 20;
+  // Whole tiles of torch's products, which are of that many of the weight's and of the activations' rows.
+  constexpr int64_t kUnit = 256, kTile = 128, kTileRows = 256;
+  const auto number_of = [&](int64_t bytes) {
+    const int64_t most = bytes / (std::max<int64_t>(length, 1) * element_size) / kUnit * kUnit;
+    return std::max<int64_t>(ceil_div(count, std::max(most, kUnit)), 1);
+  };
+  const auto tiles_of = [&](int64_t size) { return ceil_div(size, kTile) * ceil_div(m, kTileRows); };
+  const auto waves_of = [&](int64_t size) { return ceil_div(tiles_of(size), sms); };
+  int64_t best = 0, fewest = 0;
+  for (int64_t number = number_of(kLeastBytes); number >= number_of(kMostBytes); --number) {
+    const int64_t size = std::max<int64_t>(ceil_div(ceil_div(count, number), kUnit), 1) * kUnit;
+    const int64_t waves = count / size * waves_of(size) + waves_of(count % size);
+    const bool best_fills = 10 * tiles_of(best) >= 9 * sms || m == 0;
+    if (best != 0 && (waves > fewest || (waves == fewest && best_fills))) continue;
+    best = size;
+    fewest = waves;
+  }
+  return best;
+}
+
+Load LinearPlan::load() const {
+  return std::visit([&](const auto& each) { return each.load(cut); }, shape);
 }
 
 void LinearPlan::start(const LinearParams& params, Context& context) const {

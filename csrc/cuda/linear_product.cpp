@@ -1,26 +1,10 @@
 #include "linear_product.h"
 
 namespace peft_kernels::cuda {
-namespace {
-
-// A weight is dequantised piece by piece: one that is still in the L2 cache when its product reads it.
-constexpr int64_t kPieceBytes = 16 << 20;
-// Pieces are multiples of this many rows or columns: whole tiles of torch's products, and whole words.
-constexpr int64_t kPieceUnit = 256;
-
-// How many of `count` rows or columns of `length` elements each make a piece, pieces being equal.
-int64_t piece_of(int64_t count, int64_t length, int64_t element_size) {
-  const int64_t most = std::max<int64_t>(kPieceBytes / (std::max<int64_t>(length, 1) * element_size), 1);
-  const int64_t pieces = ceil_div(count, std::max(most / kPieceUnit * kPieceUnit, kPieceUnit));
-  return std::max<int64_t>(ceil_div(ceil_div(count, std::max<int64_t>(pieces, 1)), kPieceUnit) * kPieceUnit,
-                           1);
-}
-
-}  // namespace
-
-void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, RowPiece body) {
+void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, RowPiece body, int64_t m) {
   const int64_t n = base.out_features(), k = base.in_features();
-  const int64_t count = std::min(piece_of(n, k, static_cast<int64_t>(options.dtype().itemsize())), n);
+  const auto size = static_cast<int64_t>(options.dtype().itemsize());
+  const int64_t count = std::min(piece_of(n, k, size, m, current_card().sms), n);
   const Tensor buffer = at::empty({count, k}, options);
   for (int64_t begin = 0; begin < n; begin += count) {
     const int64_t end = std::min(begin + count, n);
@@ -73,7 +57,7 @@ Tensor BaseProduct::by_kernel(const OptionalTensor& bias, const Slab& slab) cons
 // W dequantised by rows.
 Tensor BaseProduct::forward_by_pieces(const OptionalTensor& bias) const {
   const Tensor y = at::empty({rows_.size(0), base_.out_features()}, rows_.options());
-  by_row_pieces(base_, rows_.options(), [&](int64_t begin, int64_t end, const Tensor& rows) {
+  const auto multiply = [&](int64_t begin, int64_t end, const Tensor& rows) {
     const Tensor transposed = rows.t();
     Tensor out = y.slice(1, begin, end);
     if (bias) {
@@ -81,14 +65,15 @@ Tensor BaseProduct::forward_by_pieces(const OptionalTensor& bias) const {
     } else {
       at::mm_out(out, rows_, transposed);
     }
-  });
+  };
+  by_row_pieces(base_, rows_.options(), multiply, rows_.size(0));
   return y;
 }
 
 // W dequantised by columns: sums over rows would be rounded piece by piece.
 Tensor BaseProduct::backward_by_pieces() const {
   const int64_t n = base_.out_features(), k = base_.in_features();
-  const int64_t cols = piece_of(k, n, rows_.element_size());
+  const int64_t cols = piece_of(k, n, rows_.element_size(), rows_.size(0), current_card().sms);
   const Tensor dx = at::empty({rows_.size(0), k}, rows_.options());
   const Tensor buffer = at::empty({n, std::min(cols, k)}, rows_.options());
   for (int64_t begin = 0; begin < k; begin += cols) {

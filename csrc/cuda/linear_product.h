@@ -21,9 +21,10 @@ inline Nf4View view_of(const Nf4Tensors& weight) {
 }
 
 // Dequantises an NF4 weight piece by piece: body(begin, end, rows [end - begin, in_features]), of the type
-// that `options` have. The next piece overwrites `rows`.
+// that `options` have. The next piece overwrites `rows`. Pieces are cut for products with m rows of
+// activations (see piece_of()); 0: small ones.
 using RowPiece = c10::function_ref<void(int64_t begin, int64_t end, const Tensor& rows)>;
-void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, RowPiece body);
+void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, RowPiece body, int64_t m = 0);
 
 // A slab and its memory; or nothing.
 struct SlabTensor {

@@ -5,6 +5,7 @@
 #include "launch.cuh"
 #include "linear_decode.cuh"
 #include "nf4_tables.cuh"
+#include "sum_splits.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -71,6 +72,10 @@ DEVICE void add(const Four& more, float (&sum)[4]) {
   for (int e = 0; e < 4; ++e) sum[e] += more.v[e];
 }
 
+struct AllTokens {
+  DEVICE bool operator()(int) const { return true; }
+};
+
 // A lane's part of a tile in memory, `stride` from one matrix instruction's sums to the next: of the token
 // tiles that has(i) says it has.
 template <int kRowTiles, int kTokenTiles, class Has>
@@ -94,28 +99,69 @@ DEVICE void add_part(const Four* part, int stride, const Has& has, float (&sums)
   }
 }
 
-// Sums of a tile that blocks share: each leaves its part in memory, and the last one that comes adds them up
-// in their order, so that the result does not depend on who that was.
+// Sums over k in slices, and of each slice equal shares of all tiles' groups for the warps of its blocks.
+struct SliceParams {
+  int splits, groups;  // slices, and of all groups what each has at least
+  int longer;          // slices, the first ones, that have one more
+  int tiles, share;    // a warp's share
+  bool shares_tiles;   // whether any tile is in several blocks
+  uint32_t* counter;   // [tiles]
+  float* partial;      // [splits, tiles + blocks of a slice, elements of a tile]
 
-// Whether this block is the last one of so many. For all threads, after they wrote their parts. The tile's
-// counter is zero before and after; `last` is a word of shared memory.
-DEVICE bool is_last_of_tile(uint32_t* counter, int blocks, uint32_t* last) {
-  sync_threads();
-  if (thread_index() == 0) {
-    const uint32_t before = atomic_add_ordered(counter, 1);
-    const bool is_last = before + 1 == static_cast<uint32_t>(blocks);
-    if (is_last) store(counter, 0u);
-    store(last, uint32_t{is_last});
+  DEVICE int begin_of(int slice) const { return slice * groups + (slice < longer ? slice : longer); }
+  DEVICE int most_groups() const { return groups + (longer > 0); }
+};
+// A block's slice, and the shares of its warps.
+struct SliceOfWork {
+  const SliceParams& p;
+  int index, block, blocks;  // the slice, and of the slice's blocks this one
+  int begin, groups;
+
+  DEVICE explicit SliceOfWork(const SliceParams& params)
+      : p(params),
+        index(block_index() % p.splits),
+        block(block_index() / p.splits),
+        blocks(grid_size() / p.splits),
+        begin(p.begin_of(index)),
+        groups(p.begin_of(index + 1) - begin) {}
+
+  // Of the block's warps; that of the warp after the last is where the last one's ends.
+  DEVICE int share_begin(int warp) const {
+    const int at = (block * kWarpsOfBlock + warp) * p.share, units = p.tiles * groups;
+    return at < units ? at : units;
   }
-  sync_threads();
-  return load(last) != 0;
-}
 
-// Every tile in as many parts.
-struct SplitParams {
-  int splits;
-  uint32_t* counter;  // [tiles]
-  float* partial;     // [tiles, splits, elements of a tile]
+  // The parts of a tile: blocks of a slice that have groups of it, slice after slice.
+  struct Blocks {
+    int first, last;
+  };
+  DEVICE Blocks blocks_of(int slice, int tile) const {
+    const int length = p.begin_of(slice + 1) - p.begin_of(slice), units = p.share * kWarpsOfBlock;
+    return {tile * length / units, ((tile + 1) * length - 1) / units};
+  }
+  DEVICE int parts_of(int tile) const {
+    int parts = 0;
+    for (int slice = 0; slice < p.splits; ++slice) {
+      const Blocks sharing = blocks_of(slice, tile);
+      parts += sharing.last - sharing.first + 1;
+    }
+    return parts;
+  }
+  // Where the part of this block is. From one part of a slice to the next, tile or block is the next one.
+  DEVICE int64_t part(int tile) const { return part(index, block, tile); }
+  DEVICE int64_t part(int slice, int of_block, int tile) const {
+    return int64_t{slice} * (p.tiles + blocks) + of_block + tile;
+  }
+  template <class Body>
+  DEVICE void for_each_part(int tile, const Body& body) const {
+    for (int slice = 0; slice < p.splits; ++slice) {
+      const Blocks sharing = blocks_of(slice, tile);
+      for (int at = sharing.first; at <= sharing.last; ++at) body(part(slice, at, tile));
+    }
+  }
+
+ private:
+  static constexpr int kWarpsOfBlock = SmallShape::kWarps;
 };
 
 // Equal shares of all tiles' units of work, tile after tile: a tile may begin in one block and end in

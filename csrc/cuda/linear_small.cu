@@ -5,11 +5,18 @@ namespace {
 
 template <class T, class Table, int kTokenTiles, int kRowTiles>
 void run(const Cut& cut, const LinearParams& params, Context& context) {
-  const SplitParams split{cut.splits, context.counters(cut.counters),
-                          static_cast<float*>(context.workspace(cut.workspace_bytes))};
-  launch<LinearSmall<T, Table, kTokenTiles, kRowTiles>>(
-      {params, split, cut.part, cut.shared_offset, cut.x_offset}, cut.blocks, context.stream,
-      static_cast<int>(cut.shared_bytes));
+  const int groups = params.k / kGroup;
+  const SliceParams work{cut.splits,
+                         groups / cut.splits,
+                         groups % cut.splits,
+                         static_cast<int>(cut.tiles),
+                         cut.part,
+                         cut.counters != 0,
+                         context.counters(cut.counters),
+                         static_cast<float*>(context.workspace(cut.workspace_bytes))};
+  launch<LinearSmall<T, Table, kTokenTiles, kRowTiles>>({params, work, cut.shared_offset, cut.x_offset},
+                                                        cut.blocks, context.stream,
+                                                        static_cast<int>(cut.shared_bytes));
 }
 
 }  // namespace

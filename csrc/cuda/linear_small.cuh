@@ -2,8 +2,11 @@
 //
 // The weight is the matrix instruction's first operand, 16 of its rows ("features") by 16 of k, and x^T the
 // second, 8 tokens wide: 1 token costs what 8 do. A block keeps a slice of x, all tokens by part of k, in
-// shared memory, and passes through tiles of the weight with it. Its warps share the k of a tile, chunk by
-// chunk, and add up in shared memory.
+// shared memory.
+//
+// Warps have equal shares of the slice's groups of all tiles, tile after tile, and no need of each other
+// until the end. Then those of a block add up what they have of the same tile, and blocks in turn what they
+// have, all in the order of the shares.
 #pragma once
 
 #include "linear_shared.cuh"
@@ -17,23 +20,22 @@ struct LinearSmall {
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kWarps = SmallShape::kWarps;
   static constexpr int kRows = kShape.rows(), kTokens = kShape.tokens();
-  static constexpr int kGroups = kShape.groups(), kChunk = kShape.chunk();
+  static constexpr int kGroups = kShape.groups();  // of a chunk
   static constexpr int kQuads = kGroups / 4;
   static constexpr int kLaneRows = 2 * kRowTiles;  // of the weight, that a lane reads
 
-  // Whether groups beyond k are skipped. If not, they meet zeros of x, and all groups of a chunk are one
-  // basic block: that hides latencies better, but registers would not do for many sums.
-  static constexpr bool kSkips = kTokenTiles == 4;
+  // Whether a chunk that is whole is multiplied as one basic block, with no look at how many groups it has:
+  // that hides latencies better, but registers would not do for many sums.
+  static constexpr bool kUnrolls = kTokenTiles < 4;
 
   struct Params : LinearParams {
-    SplitParams split;
-    int slice_chunks;             // of each of the slices into which `split` cuts k
+    SliceParams work;
     int shared_offset, x_offset;  // where in shared memory Shared and the slice of x are
   };
   struct Shared {
     float map[nf4::kDynamicCodes];
-    alignas(16) uint32_t last;
-    alignas(16) float sum[kWarps][kTokens][SmallShape::kSumPitch];  // of one row tile
+    uint32_t is_last[kThreads];                                      // of tiles
+    alignas(16) Four begun[kWarps][kRowTiles * kTokenTiles][kWarp];  // by warps before, each warp's first
   };
   static_assert(sizeof(Shared) == kShape.fixed_bytes());
 
@@ -45,38 +47,39 @@ struct LinearSmall {
     fill_map<kThreads>(p.weight, self.shared_->map);
     copy_async_wait<0>();
     sync_threads();
-    for (int tile = self.first_tile_; tile < self.tiles_; tile += self.tile_stride_) {
-      Sums sums{};
-      for (int chunk = self.warp_; chunk < self.chunks_; chunk += kWarps) self.multiply_chunk(chunk, sums);
-      self.finish(tile, sums);
-    }
+    self.multiply();
+    self.finish();
   }
 
  private:
-  struct Sums {
-    float c[kRowTiles][kTokenTiles][4];
-  };
+  using Sums = float[kRowTiles][kTokenTiles][4];
 
   const Params& p_;
   const int warp_, g_, t_;
-  const int slice_;
-  const int tiles_, tile_stride_, first_tile_;
+  const SliceOfWork slice_;
   uint8_t* const start_;
   Shared* const shared_;
   const T* const x_at_;
   const float scale_offset_;
-  int chunks_;  // of the slice
   Table table_{};
 
-  const uint32_t row_bytes_, row_scales_;
+  const uint32_t row_bytes_, row_scales_, last_scale_;
   const uint8_t* const first_bytes_;  // of row 0
+  const int first_scale_k_, last_row_;
+
+  // The warp's share: of units, which are groups, tile after tile.
+  const int begin_, end_;
+  int tile_;
+  Sums sums_{};  // of the tile, in the end of the last one
 
   // The chunk that is on its way.
-  int next_tile_, next_chunk_;
-  int next_groups_;  // that it has, or more
+  int next_row_;     // the lane's first
+  int next_groups_;  // of the tile, from it on
+  int next_left_;    // of the share, behind these
   const uint8_t* bytes_at_[kLaneRows];
-  uint32_t scales_at_[kLaneRows];
-  Words2 bytes_[kGroups][kLaneRows];
+  uint32_t rows_[kLaneRows];
+  int scale_k_;  // where the first group is of which the lane has the scales
+  Words2 bytes_[kGroups][kLaneRows]{};
   PackedScale scales_[kQuads][kLaneRows];
 
   DEVICE explicit LinearSmall(const Params& p)
@@ -84,23 +87,24 @@ struct LinearSmall {
         warp_(warp_index()),
         g_(lane_index() / 4),
         t_(lane_index() % 4),
-        slice_(block_index() % p.split.splits),
-        tiles_((p.n + kRows - 1) / kRows),
-        tile_stride_(grid_size() / p.split.splits),
-        first_tile_(block_index() / p.split.splits),
+        slice_(p.work),
         start_(shared_memory<uint8_t>()),
         shared_(reinterpret_cast<Shared*>(start_ + p.shared_offset)),
         x_at_(x_row(kTokenTiles == 1 ? token_of(0) : g_) + 16 * t_),
         scale_offset_(load_scale_offset(p.weight)),
         row_bytes_(static_cast<uint32_t>(p.k / 2)),
         row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
-        first_bytes_(p.weight.packed + (slice_begin() + warp_ * kChunk) / 2 + 8 * t_) {
-    const int chunks = (p.k - slice_begin() + kChunk - 1) / kChunk;
-    chunks_ = chunks < p.slice_chunks ? chunks : p.slice_chunks;
-  }
+        last_scale_(row_scales_ - 1),
+        first_bytes_(p.weight.packed + slice_.begin * (kGroup / 2) + 8 * t_),
+        first_scale_k_((slice_.begin + t_) * kGroup),
+        last_row_(p.n - 1),
+        begin_(slice_.share_begin(warp_)),
+        end_(slice_.share_begin(warp_ + 1)),
+        tile_(begin_ / slice_.groups),
+        next_row_(tile_ * kRows + kLaneRows * g_),
+        next_left_(end_ - begin_) {}
 
-  DEVICE int slice_begin() const { return slice_ * p_.slice_chunks * kChunk; }
-  DEVICE int x_pitch() const { return p_.slice_chunks * kChunk + SmallShape::kPad; }
+  DEVICE int x_pitch() const { return p_.work.most_groups() * kGroup + SmallShape::kPad; }
   DEVICE T* x_row(int token) const { return reinterpret_cast<T*>(start_ + p_.x_offset) + token * x_pitch(); }
   // Tokens beyond the last compute what nobody reads.
   DEVICE int token_of(int tile) const {
@@ -109,22 +113,18 @@ struct LinearSmall {
   }
   // Of a lane's rows in a tile, those beyond the last one likewise.
   DEVICE int row_of(int tile, int i) const {
-    const int row = tile * kRows + i * 8 + g_;
+    const int row = tile * kRows + kLaneRows * g_ + i;
     return row < p_.n ? row : p_.n - 1;
   }
 
-  // The slice, zeros beyond k.
   DEVICE void copy_x() const {
     constexpr int kUnit = 16 / sizeof(T);
-    const int units = chunks_ * kChunk / kUnit;
-    const int begin = slice_begin();
+    const int units = slice_.groups * kGroup / kUnit;
     for (int row = 0, unit = thread_index();; unit += kThreads) {
       for (; unit >= units; unit -= units) ++row;
       if (row >= p_.m) break;
-      const int col = begin + unit * kUnit;
-      const bool valid = col < p_.k;
       copy_async_16(x_row(row) + unit * kUnit,
-                    static_cast<const T*>(p_.x) + (valid ? int64_t{row} * p_.k + col : 0), valid);
+                    static_cast<const T*>(p_.x) + int64_t{row} * p_.k + slice_.begin * kGroup + unit * kUnit);
     }
     copy_async_commit();
   }
@@ -132,45 +132,44 @@ struct LinearSmall {
   // ---- The weight's way here
 
   DEVICE void start_loading() {
-    next_chunk_ = warp_;
-    start_tile(first_tile_);
+    start_tile(begin_ % slice_.groups);
     load_scales();
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) load_group(j);
   }
-  DEVICE void start_tile(int tile) {
-    next_tile_ = tile;
-    next_chunk_ = warp_;
+  // From its group on.
+  DEVICE void start_tile(int group) {
+    const int groups = slice_.groups - group;
+    next_groups_ = groups < next_left_ ? groups : next_left_;
+    next_left_ -= next_groups_;
+    scale_k_ = first_scale_k_ + group * kGroup;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      const auto row = static_cast<uint32_t>(row_of(tile, i));
-      bytes_at_[i] = first_bytes_ + uint64_t{row} * row_bytes_;
-      scales_at_[i] = row * row_scales_;
+      rows_[i] = static_cast<uint32_t>(next_row_ + i < last_row_ ? next_row_ + i : last_row_);
+      bytes_at_[i] = first_bytes_ + uint64_t{rows_[i]} * row_bytes_ + group * (kGroup / 2);
     }
-    count_groups();
   }
   DEVICE void advance() {
-    next_chunk_ += kWarps;
-    if (next_chunk_ >= chunks_) return start_tile(next_tile_ + tile_stride_);
+    if (next_groups_ <= kGroups) {
+      next_row_ += kRows;
+      return start_tile(0);
+    }
+    next_groups_ -= kGroups;
+    scale_k_ += kGroups * kGroup;
 #pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) bytes_at_[i] += kWarps * kChunk / 2;
-    count_groups();
-  }
-  DEVICE void count_groups() {
-    const bool any = next_tile_ < tiles_ && next_chunk_ < chunks_;
-    next_groups_ = any ? (p_.k - slice_begin()) / kGroup - next_chunk_ * kGroups : 0;
+    for (int i = 0; i < kLaneRows; ++i) bytes_at_[i] += kGroups * kGroup / 2;
   }
   // Lane (g, t) has the scales of its rows' groups t of each quad; any scales for what is not there.
   DEVICE void load_scales() {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      const int k = slice_begin() + next_chunk_ * kChunk + (q * 4 + t_) * kGroup;
-      const uint32_t block = static_cast<uint32_t>(k < p_.k ? k : 0) >> p_.weight.block_shift;
+      const uint32_t block = static_cast<uint32_t>(scale_k_ + q * 4 * kGroup) >> p_.weight.block_shift;
+      const uint32_t existing = block < last_scale_ ? block : last_scale_;
 #pragma unroll
-      for (int i = 0; i < kLaneRows; ++i) scales_[q][i] = load_scale(p_.weight, scales_at_[i] + block);
+      for (int i = 0; i < kLaneRows; ++i)
+        scales_[q][i] = load_scale(p_.weight, rows_[i] * row_scales_ + existing);
     }
   }
-  // Where there is no group the old bytes stay: they meet zeros of x.
   DEVICE void load_group(int j) {
     if (j >= next_groups_) return;
 #pragma unroll
@@ -181,7 +180,47 @@ struct LinearSmall {
 
   // ---- The products
 
-  DEVICE void multiply_chunk(int chunk, Sums& sums) {
+  // All of the share. The sums of its last tile stay here.
+  DEVICE void multiply() {
+    int group = begin_ % slice_.groups;
+    for (int left = end_ - begin_; left > 0; ++tile_, group = 0) {
+      const int groups = slice_.groups - group < left ? slice_.groups - group : left;
+      const T* x = x_at_ + group * kGroup;
+      clear(sums_);
+      for (int rest = groups; rest > 0; rest -= kGroups, x += kGroups * kGroup) {
+        if (kUnrolls && rest >= kGroups) {
+          multiply_chunk<true>(x, kGroups);
+        } else {
+          multiply_chunk<false>(x, rest);
+        }
+      }
+      left -= groups;
+      take_out_factor<T>(sums_);
+      if (slice_.index == 0 && group == 0) {
+        multiply_slab<T>(
+            p_, 0, 1, [&](int i) { return row_of(tile_, i); }, [&](int i) { return token_of(i); }, sums_);
+      }
+      if (group > 0) {
+        store_part(sums_, &shared_->begun[warp_][0][lane_index()], kWarp, AllTokens{});
+      } else if (left > 0) {
+        write_part(tile_, sums_);
+      }
+    }
+    --tile_;
+  }
+  static DEVICE void clear(Sums& sums) {
+#pragma unroll
+    for (int r = 0; r < kRowTiles; ++r) {
+#pragma unroll
+      for (int i = 0; i < kTokenTiles; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[r][i][e] = 0.0f;
+      }
+    }
+  }
+
+  template <bool kWhole>
+  DEVICE void multiply_chunk(const T* x, int groups) {
     float scale[kQuads][kLaneRows];
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
@@ -192,15 +231,14 @@ struct LinearSmall {
     }
     advance();
     load_scales();
-    const int groups = (p_.k - slice_begin()) / kGroup - chunk * kGroups;
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) {
-      if (!kSkips || j < groups) multiply_group_of(chunk, j, scale[j / 4], sums);
+      if (kWhole || j == 0 || j < groups) multiply_group_of(x, j, scale[j / 4]);
       load_group(j);
     }
   }
 
-  DEVICE void multiply_group_of(int chunk, int j, const float (&scale)[kLaneRows], Sums& sums) {
+  DEVICE void multiply_group_of(const T* x_of_chunk, int j, const float (&scale)[kLaneRows]) {
     uint32_t weight[kRowTiles][4][4];
     float row_scale[kLaneRows];
 #pragma unroll
@@ -211,63 +249,111 @@ struct LinearSmall {
     for (int i = 0; i < kLaneRows; ++i) row_scale[i] = shuffle_in_quad(scale[i], j % 4);
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
-      const GroupOfX x = load_group_of_x(x_at_ + chunk * kChunk + i * 8 * x_pitch() + j * kGroup);
+      const GroupOfX x = load_group_of_x(x_of_chunk + i * 8 * x_pitch() + j * kGroup);
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
-        multiply_group<T>(weight[r], x, row_scale[2 * r], row_scale[2 * r + 1], sums.c[r][i]);
+        multiply_group<T>(weight[r], x, row_scale[2 * r], row_scale[2 * r + 1], sums_[r][i]);
       }
     }
   }
 
-  DEVICE void write(int row, int token, float sum) const {
+  // ---- The sums' way out
+
+  DEVICE void finish() {
+    sync_threads();  // what other warps began and this one ends lies in shared memory
+    add_begun();
+    if (!p_.work.shares_tiles) return;
+    sync_threads();
+    const int begin = slice_.share_begin(0), end = slice_.share_begin(kWarps);
+    if (begin >= end) return;
+    const int last = (end - 1) / slice_.groups;
+    for (int tile = begin / slice_.groups; tile <= last; tile += kThreads) add_blocks(tile, last);
+  }
+
+  // A tile's parts in a block are added by the warp that has the first of them.
+  DEVICE void add_begun() {
+    if (begin_ >= end_) return;
+    const int first = begin_ / slice_.groups;
+    const bool begins_in_tile = begin_ % slice_.groups != 0;
+    if (warp_ == 0 && begins_in_tile) {
+      Sums sums{};
+      add_rest(first, 0, sums);
+    }
+    if (!begins_in_tile || tile_ != first) add_rest(tile_, 1, sums_);
+  }
+  DEVICE void add_rest(int tile, int from_warp, Sums& sums) {
+    for (int w = warp_ + from_warp; w < kWarps; ++w) {
+      const int begin = slice_.share_begin(w);
+      if (begin >= (tile + 1) * slice_.groups || begin == slice_.share_begin(w + 1)) break;
+      add_part(&shared_->begun[w][0][lane_index()], kWarp, AllTokens{}, sums);
+    }
+    write_part(tile, sums);
+  }
+
+  // To y, where this block has all of a tile.
+  DEVICE void write_part(int tile, const Sums& sums) const {
+    if (slice_.parts_of(tile) == 1) return write(tile, sums);
+    store_part(sums, part_of(slice_.part(tile)), kWarp, AllTokens{});
+  }
+  DEVICE Four* part_of(int64_t part) const {
+    return reinterpret_cast<Four*>(p_.work.partial + part * (kRows * kTokens)) + lane_index();
+  }
+
+  // Of as many tiles as there are threads, from `first` on: those to which this is the last block that comes
+  // are added up, by a warp each.
+  DEVICE void add_blocks(int first, int last) {
+    const int mine = first + thread_index();
+    bool is_last = false;
+    if (mine <= last) {
+      const auto parts = static_cast<uint32_t>(slice_.parts_of(mine));
+      if (parts > 1) {
+        is_last = atomic_add_ordered(p_.work.counter + mine, 1) + 1 == parts;
+        if (is_last) store(p_.work.counter + mine, 0u);
+      }
+    }
+    sync_threads();  // the flags of the tiles before have been read
+    store(&shared_->is_last[thread_index()], uint32_t{is_last});
+    sync_threads();
+    for (int i = warp_; i < kThreads && first + i <= last; i += kWarps) {
+      if (load(&shared_->is_last[i]) == 0) continue;
+      Sums sums{};
+      slice_.for_each_part(first + i,
+                           [&](int64_t part) { add_part(part_of(part), kWarp, AllTokens{}, sums); });
+      write(first + i, sums);
+    }
+  }
+
+  // A lane has kLaneRows neighbouring features of its tokens.
+  DEVICE void write(int tile, const Sums& sums) const {
+    const int row = tile * kRows + kLaneRows * g_;
     if (row >= p_.n) return;
-    if (p_.bias) sum += load_as_float(p_.bias, p_.bias_dtype, row);
-    store(static_cast<T*>(p_.y) + int64_t{token} * p_.n + row, from_float<T>(sum));
-  }
-
-  DEVICE void finish(int tile, Sums& sums) {
-    take_out_factor<T>(sums.c);
-    if (slice_ == 0) {
-      multiply_slab<T>(
-          p_, warp_, kWarps, [&](int i) { return row_of(tile, i); }, [&](int i) { return token_of(i); },
-          sums.c);
+    float bias[kLaneRows] = {};
+    if (p_.bias) {
+#pragma unroll
+      for (int i = 0; i < kLaneRows; ++i) bias[i] = load_as_float(p_.bias, p_.bias_dtype, row_of(tile, i));
     }
-    float* partial = p_.split.partial + (int64_t{tile} * p_.split.splits + slice_) * p_.m * kRows;
 #pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      sync_threads();  // others may still read what stands there
+    for (int i = 0; i < kTokenTiles; ++i) {
 #pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) {
+      for (int e = 0; e < 2; ++e) {
+        const int token = i * 8 + 2 * t_ + e;
+        if (token >= p_.m) continue;
+        uint32_t pairs[kRowTiles];
+        float y[kLaneRows];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          store(&shared_->sum[warp_][i * 8 + 2 * t_ + e % 2][g_ + e / 2 * 8], sums.c[r][i][e]);
-        }
-      }
-      sync_threads();
-      for (int element = thread_index(); element < p_.m * 16; element += kThreads) {
-        const int token = element / 16, row = element % 16;
-        float sum = 0;
+        for (int j = 0; j < kLaneRows; ++j) y[j] = sums[j / 2][i][j % 2 * 2 + e] + bias[j];
+        T* to = static_cast<T*>(p_.y) + int64_t{token} * p_.n + row;
+        if (p_.n % kLaneRows == 0) {
 #pragma unroll
-        for (int w = 0; w < kWarps; ++w) sum += load(&shared_->sum[w][token][row]);
-        if (p_.split.splits == 1) {
-          write(tile * kRows + r * 16 + row, token, sum);
+          for (int r = 0; r < kRowTiles; ++r) pairs[r] = pack2<T>(y[2 * r], y[2 * r + 1]);
+          store(reinterpret_cast<Vec<uint32_t, kRowTiles>*>(to), bit_cast<Vec<uint32_t, kRowTiles>>(pairs));
         } else {
-          store(partial + token * kRows + r * 16 + row, sum);
+#pragma unroll
+          for (int j = 0; j < kLaneRows; ++j) {
+            if (row + j < p_.n) store(to + j, from_float<T>(y[j]));
+          }
         }
       }
-    }
-    if (p_.split.splits > 1 && is_last_of_tile(p_.split.counter + tile, p_.split.splits, &shared_->last))
-      add_slices(tile);
-  }
-
-  DEVICE void add_slices(int tile) const {
-    const int elements = p_.m * kRows;
-    const float* part = p_.split.partial + int64_t{tile} * p_.split.splits * elements;
-    for (int element = thread_index(); element < elements; element += kThreads) {
-      float sum = 0;
-      for (int slice = 0; slice < p_.split.splits; ++slice)
-        sum += load(part + int64_t{slice} * elements + element);
-      write(tile * kRows + element % kRows, element / kRows, sum);
     }
   }
 };

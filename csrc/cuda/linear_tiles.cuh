@@ -6,7 +6,8 @@
 // would be too few, half of them have every other group of k. x comes through a ring in shared memory and the
 // weight through registers, both two stages ahead.
 //
-// Blocks have equal shares of all tiles' chunks of k, and loading runs on from tile to tile.
+// Blocks have equal shares of all tiles' stages of k, and loading runs on from tile to tile. Stages come
+// in pairs, of which a block at the ends of its share may multiply but one.
 #pragma once
 
 #include "linear_shared.cuh"
@@ -22,15 +23,15 @@ struct LinearTiles {
   static constexpr int kRowTiles = TileShape::kRowTiles, kTokenTiles = kTokens / 8;
   static constexpr int kLaneRows = 2 * kRowTiles;  // of the weight, that a lane reads
   static constexpr int kDepthWarps = kShape.depth_warps(), kDepth = kShape.depth();
-  static constexpr int kChunk = kShape.chunk(), kChunkStages = TileShape::kChunkStages;
+  static constexpr int kChunkStages = TileShape::kChunkStages;
   static constexpr int kPitch = kDepth + TileShape::kPad;
   static constexpr int kStage = kTokens * kPitch;
   static constexpr int kSharedOffset = kShape.shared_offset();
   static constexpr int kAhead = TileShape::kStages - 1;
-  static_assert(kChunkStages % kAhead == 0, "a stage of a chunk has its place in bytes_");
+  static_assert(kAhead == 2 && kChunkStages == 4, "a stage of a chunk has its place in bytes_");
 
   struct Params : LinearParams {
-    ShareParams work;  // by chunks of k
+    ShareParams work;  // by stages
   };
   struct Shared {
     alignas(16) T x[TileShape::kStages][kStage];
@@ -46,12 +47,17 @@ struct LinearTiles {
     self.table_ = fill_table<T, Table, kThreads>(shared_memory<uint8_t>());
     fill_map<kThreads>(p.weight, self.shared_->map);
     sync_threads();
-    for (int tile = self.begin_ / self.chunks_; tile * self.chunks_ < self.end_; ++tile) {
+    for (int tile = self.begin_ / self.stages_; tile * self.stages_ < self.end_; ++tile) {
       const Place place = self.place_of(tile);
       Sums sums{};
-      const int before = tile * self.chunks_, first = before < self.begin_ ? self.begin_ - before : 0;
-      const int last = before + self.chunks_ < self.end_ ? self.chunks_ : self.end_ - before;
-      for (int chunk = first; chunk < last; ++chunk) self.multiply_chunk(place, chunk, sums);
+      const int before = tile * self.stages_, first = before < self.begin_ ? self.begin_ - before : 0;
+      const int end = before + self.stages_ < self.end_ ? self.stages_ : self.end_ - before;
+      int stage = first / kAhead * kAhead;
+      bool skips = stage < first;
+      for (; stage + kAhead < end; stage += kChunkStages, skips = false) {
+        self.template multiply_chunk<kChunkStages>(place, stage, end, skips, sums);
+      }
+      if (stage < end) self.template multiply_chunk<kAhead>(place, stage, end, skips, sums);
       self.finish(tile, place, sums);
     }
   }
@@ -72,9 +78,10 @@ struct LinearTiles {
 
   const Params& p_;
   const int feature_warp_, depth_warp_, g_, t_;
-  const int token_tiles_, chunks_;  // of a tile
-  const int begin_, end_;           // the block's share of all tiles' chunks
+  const int token_tiles_, stages_;  // of a tile
+  const int begin_, end_;           // the block's share of all tiles' stages
   Shared* const shared_;
+  const uint32_t row_scales_;
   const float scale_offset_;
   Table table_{};
 
@@ -82,14 +89,14 @@ struct LinearTiles {
   int stage_ = 0, free_ = kAhead * kStage;
 
   // The chunk that is on its way.
-  int next_, next_tile_, next_chunk_;  // `next_` of all tiles' chunks
-  int next_k_;                         // that it has, or more
+  int next_tile_, next_stage_;  // where it begins
+  int next_k_;                  // that it has, or more
   static constexpr int kUnit = 16 / sizeof(T), kRowUnits = kDepth / kUnit;
   static constexpr int kCopiedRows = kThreads / kRowUnits, kCopies = kTokens / kCopiedRows;
   const T* x_from_;
   int next_tokens_;  // from the thread's first one on
   const uint8_t* bytes_at_[kLaneRows];
-  uint32_t scales_at_[kLaneRows];
+  uint32_t rows_[kLaneRows];
   Words2 bytes_[kAhead][kLaneRows]{};
   PackedScale scales_[kLaneRows];
   float scale_[kLaneRows];  // of the chunk that is multiplied
@@ -102,10 +109,11 @@ struct LinearTiles {
         g_(lane_index() / 4),
         t_(lane_index() % 4),
         token_tiles_((p.m + kTokens - 1) / kTokens),
-        chunks_((p.k + kChunk - 1) / kChunk),
+        stages_((p.k + kDepth - 1) / kDepth),
         begin_(p.work.begin()),
         end_(p.work.end()),
         shared_(reinterpret_cast<Shared*>(shared_memory<uint8_t>() + kSharedOffset)),
+        row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
         scale_offset_(load_scale_offset(p.weight)) {}
 
   // Neighbours share rows of the weight.
@@ -126,46 +134,46 @@ struct LinearTiles {
   // ---- The way here
 
   DEVICE void start_loading() {
-    next_ = begin_;
-    start_tile(begin_ / chunks_, begin_ % chunks_);
+    start_tile(begin_ / stages_, begin_ % stages_ / kAhead * kAhead);
 #pragma unroll
     for (int stage = 0; stage < kAhead; ++stage) {
       copy_x(stage, stage * kStage);
       load_bytes(stage);
     }
   }
-  DEVICE void start_tile(int tile, int chunk) {
+  DEVICE void start_tile(int tile, int stage) {
     next_tile_ = tile;
-    next_chunk_ = chunk;
+    next_stage_ = stage;
     const Place place = place_of(tile);
     const int token = place.token + thread_index() / kRowUnits;
-    x_from_ = static_cast<const T*>(p_.x) + int64_t{token} * p_.k + chunk * kChunk +
+    x_from_ = static_cast<const T*>(p_.x) + int64_t{token} * p_.k + stage * kDepth +
               thread_index() % kRowUnits * kUnit;
     next_tokens_ = p_.m - token;
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
-      const auto row = static_cast<uint32_t>(row_of(place, i));
-      bytes_at_[i] = p_.weight.packed + uint64_t{row} * static_cast<uint32_t>(p_.k / 2) +
-                     (chunk * kChunk + depth_warp_ * kGroup) / 2 + 8 * t_;
-      scales_at_[i] = row * static_cast<uint32_t>(p_.k >> p_.weight.block_shift);
+      rows_[i] = static_cast<uint32_t>(row_of(place, i));
+      bytes_at_[i] = p_.weight.packed + uint64_t{rows_[i]} * static_cast<uint32_t>(p_.k / 2) +
+                     (stage * kDepth + depth_warp_ * kGroup) / 2 + 8 * t_;
     }
     start_chunk();
   }
+  // By as many stages as the chunk before had.
+  template <int kStages>
   DEVICE void advance() {
-    ++next_;
-    if (++next_chunk_ == chunks_) return start_tile(next_tile_ + 1, 0);
-    x_from_ += kChunk;
+    next_stage_ += kStages;
+    if (next_stage_ >= stages_) return start_tile(next_tile_ + 1, 0);
+    x_from_ += kStages * kDepth;
 #pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) bytes_at_[i] += kChunk / 2;
+    for (int i = 0; i < kLaneRows; ++i) bytes_at_[i] += kStages * kDepth / 2;
     start_chunk();
   }
   // Lane (g, t) has the scales of its rows' groups in stage t; any scales for what is not there.
   DEVICE void start_chunk() {
-    const int begin = next_chunk_ * kChunk, k = begin + group_begin(t_);
-    next_k_ = next_ < end_ ? p_.k - begin : 0;
+    const int begin = next_stage_ * kDepth, k = begin + group_begin(t_);
+    next_k_ = next_tile_ * stages_ + next_stage_ < end_ ? p_.k - begin : 0;
     const uint32_t block = static_cast<uint32_t>(k < p_.k ? k : 0) >> p_.weight.block_shift;
 #pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) scales_[i] = load_scale(p_.weight, scales_at_[i] + block);
+    for (int i = 0; i < kLaneRows; ++i) scales_[i] = load_scale(p_.weight, rows_[i] * row_scales_ + block);
   }
   DEVICE void copy_x(int stage, int to) const {
     if (stage * kDepth + thread_index() % kRowUnits * kUnit < next_k_) {
@@ -197,10 +205,13 @@ struct LinearTiles {
 
   // ---- The products
 
-  DEVICE void multiply_chunk(const Place& place, int chunk, Sums& sums) {
-    const int k = place.any ? p_.k - chunk * kChunk : 0;
+  // Stages first .. of a tile, as far as there are; others than the block's own are passed by.
+  template <int kStages>
+  DEVICE void multiply_chunk(const Place& place, int first, int end, bool skips_first, Sums& sums) {
+    const int own = end < stages_ ? end * kDepth : p_.k;
+    const int k = place.any ? own - first * kDepth : 0;
 #pragma unroll
-    for (int stage = 0; stage < kChunkStages; ++stage) {
+    for (int stage = 0; stage < kStages; ++stage) {
       uint32_t weight[kRowTiles][4][4];
 #pragma unroll
       for (int r = 0; r < kRowTiles; ++r) {
@@ -208,13 +219,15 @@ struct LinearTiles {
         decode_group(table_, bytes[2 * r], bytes[2 * r + 1], weight[r]);
       }
       if (stage == 0) unpack_scales();
-      if (stage == kChunkStages - kAhead) advance();
-      const int next = (stage + kAhead) % kChunkStages;
+      if (stage == kStages - kAhead) advance<kStages>();
+      const int next = (stage + kAhead) % kStages;
       load_bytes(next);
       copy_async_wait<kAhead - 1>();
       sync_threads();  // the stage is here, and nobody reads the one before any longer
       copy_x(next, free_);
-      if (group_begin(stage) < k) multiply_stage(weight, stage, place.tokens, sums);
+      if (group_begin(stage) < k && (stage > 0 || !skips_first)) {
+        multiply_stage(weight, stage, place.tokens, sums);
+      }
       free_ = stage_;
       stage_ = stage_ == kAhead * kStage ? 0 : stage_ + kStage;
     }
@@ -257,7 +270,7 @@ struct LinearTiles {
 
   DEVICE void finish(int tile, const Place& place, Sums& sums) {
     take_out_factor<T>(sums.c);
-    const Sharers sharers(p_.work, tile, chunks_);
+    const Sharers sharers(p_.work, tile, stages_);
     if (sharers.is_first()) {
       multiply_slab<T>(
           p_, depth_warp_, kDepthWarps, [&](int i) { return row_of(place, i); },

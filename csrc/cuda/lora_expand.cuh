@@ -54,14 +54,18 @@ struct LoraExpand {
         (block_index() % p.feature_blocks * kWarps + warp_index()) * kFeatures;  // the warp's first
     if (features >= p.features) return;
     float total[kRows / 8][kRun] = {};  // rows g, g + 8, ..; features 8t ..
+    for (int term = 0; term < p.terms; ++term) {
+      Words4 words[kRows / 8];  // all on their way before the first is needed
 #pragma unroll
-    for (int i = 0; i < kRows / 8; ++i) {
-      const int64_t row = rows + g + 8 * i;
-      for (int term = 0; term < p.terms; ++term) {
-        const Words4 words = load_run<T, kVector, false>(p.term[term] + row * p.features, features + kRun * t,
-                                                         row < p.m ? p.features : 0);
+      for (int i = 0; i < kRows / 8; ++i) {
+        const int64_t row = rows + g + 8 * i;
+        words[i] = load_run<T, kVector, false>(p.term[term] + row * p.features, features + kRun * t,
+                                               row < p.m ? p.features : 0);
+      }
+#pragma unroll
+      for (int i = 0; i < kRows / 8; ++i) {
         float values[kRun];
-        unpack_run<T>(words, values);
+        unpack_run<T>(words[i], values);
 #pragma unroll
         for (int j = 0; j < kRun; ++j) total[i][j] += values[j];
       }

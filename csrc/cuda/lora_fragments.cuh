@@ -55,31 +55,56 @@ DEVICE void unpack_run(const Words4& words, float (&values)[kRun]) {
   }
 }
 
-// The same of an adapter's factor, which is fp32 or of type T.
+// The same of an adapter's factor, which is fp32 or of type T, as it comes from memory: words of a float
+// each, or two of T.
+struct FactorRun {
+  Words4 words[2];
+};
 template <class T, bool kVector>
-DEVICE void load_factor_run(const void* factor, bool is_f32, int64_t row, int64_t begin, int64_t end,
-                            float (&values)[kRun]) {
+DEVICE FactorRun load_factor_run(const void* factor, bool is_f32, int64_t row, int64_t begin, int64_t end) {
+  FactorRun run{};
   if (!is_f32) {
-    unpack_run<T>(load_run<T, kVector>(static_cast<const T*>(factor) + row, begin, end), values);
-    return;
+    run.words[0] = load_run<T, kVector>(static_cast<const T*>(factor) + row, begin, end);
+    return run;
   }
-  const float* from = static_cast<const float*>(factor) + row;
-  if constexpr (kVector) {
-    using Floats = Vec<float, 4>;
-    Floats low{}, high{};
-    if (begin < end) {
-      low = load_constant(reinterpret_cast<const Floats*>(from + begin));
-      high = load_constant(reinterpret_cast<const Floats*>(from + begin + 4));
-    }
+  const auto* from = static_cast<const uint32_t*>(factor) + row;
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      values[i] = low.v[i];
-      values[i + 4] = high.v[i];
-    }
-  } else {
+  for (int half = 0; half < 2; ++half) {
+    if constexpr (kVector) {
+      if (begin < end) run.words[half] = load_constant(reinterpret_cast<const Words4*>(from + begin) + half);
+    } else {
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) values[i] = begin + i < end ? load_constant(from + begin + i) : 0.0f;
+      for (int i = 0; i < 4; ++i) {
+        const int64_t at = begin + 4 * half + i;
+        if (at < end) run.words[half].v[i] = load_constant(from + at);
+      }
+    }
   }
+  return run;
+}
+// The same of neighbours in a column, `stride` elements apart.
+template <class T>
+DEVICE FactorRun load_factor_column(const void* factor, bool is_f32, int64_t column, int64_t stride,
+                                    int64_t begin, int64_t end) {
+  FactorRun run{};
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) {
+    if (begin + i >= end) continue;
+    const int64_t at = (begin + i) * stride + column;
+    if (is_f32) {
+      run.words[i / 4].v[i % 4] = load_constant(static_cast<const uint32_t*>(factor) + at);
+    } else {
+      const uint32_t bits = load_constant(static_cast<const T*>(factor) + at).bits;
+      run.words[0].v[i / 2] |= i % 2 ? bits << 16 : bits;
+    }
+  }
+  return run;
+}
+template <class T>
+DEVICE void unpack_factor(const FactorRun& run, bool is_f32, float (&values)[kRun]) {
+  if (!is_f32) return unpack_run<T>(run.words[0], values);
+#pragma unroll
+  for (int i = 0; i < kRun; ++i) values[i] = bit_cast<float>(run.words[i / 4].v[i % 4]);
 }
 
 // ---- Dropout ---------------------------------------------------------------------------------------------

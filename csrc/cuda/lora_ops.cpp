@@ -10,6 +10,9 @@
 namespace peft_kernels::cuda {
 namespace {
 
+// Without a way through torch's dispatcher where there is nothing to do.
+Tensor in_type(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
+
 // Of one layer: x W^T + bias + the deltas of its adapters, given x in the type of the base product too.
 Tensor layer_forward(const Tensor& x, const Tensor& rounded, const BaseWeight& base,
                      const OptionalTensor& bias, size_t layer, const Adapters& adapters, const Tensor& h) {
@@ -25,7 +28,7 @@ Tensor layer_forward(const Tensor& x, const Tensor& rounded, const BaseWeight& b
     check_bias(*bias, base.out_features(), x.scalar_type());
     base_bias = bias->to(at::kFloat);
   }
-  const Tensor y = product.run(base_bias).to(x.scalar_type());
+  const Tensor y = in_type(product.run(base_bias), x.scalar_type());
   adapters.add_deltas(y, layer, h);
   return y;
 }
@@ -34,13 +37,13 @@ Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std:
                       const Adapters& adapters, const Tensor& dh, at::ScalarType compute) {
   std::vector<Tensor> terms;
   for (size_t j = 0; j < bases.size(); ++j) {
-    const Tensor rounded = dy[j].to(compute);
+    const Tensor rounded = in_type(dy[j], compute);
     const BaseProduct product = BaseProduct::backward(rounded, bases[j]);
     if (compute == x.scalar_type() && bases.size() == 1 && product.takes_slab()) {
       const SlabTensor slab = adapters.slab(bases[0], 0, true, dh);
       if (slab.view.depth != 0) return product.run(std::nullopt, slab.view);
     }
-    terms.push_back(product.run().to(x.scalar_type()));
+    terms.push_back(in_type(product.run(), x.scalar_type()));
   }
   return adapters.dx(terms, x, dh);
 }
@@ -58,7 +61,7 @@ class Layers {
         compute_(compute) {}
 
   LoraForward forward(const std::vector<BaseWeight>& bases, const std::vector<OptionalTensor>& bias) const {
-    const Tensor rounded = rows_.to(compute_), h = adapters_->h(rows_);
+    const Tensor rounded = in_type(rows_, compute_), h = adapters_->h(rows_);
     LoraForward out;
     for (size_t j = 0; j < bases.size(); ++j) {
       const Tensor y = layer_forward(rows_, rounded, bases[j], bias[j], j, *adapters_, h);

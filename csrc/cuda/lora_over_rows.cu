@@ -32,9 +32,10 @@ int splits_of(const Gradients& gradients, const Card& card) {
                     Any::kBlocksPerSm);
 }
 
-// Of all gradients that are wanted, one after the other: [splits, count] floats.
+// Of all gradients that are wanted, one after the other: [splits, count] floats, where there are splits.
 struct Partial {
-  float* sums;
+  float* sums = nullptr;
+  uint32_t* counters = nullptr;
   int splits;
   int64_t count = 0;
   std::vector<int64_t> begin;  // by adapter; of those that are not wanted, that of the next one
@@ -44,7 +45,11 @@ struct Partial {
       begin.push_back(count);
       if (gradients.out[i]) count += gradients.size(gradients.batch.adapters[i]);
     }
+    if (splits == 1) return;
     sums = static_cast<float*>(context.workspace(splits * count * int64_t{sizeof(float)}));
+    int64_t features = 0;
+    for (const Activations& x : gradients.rows) features = std::max(features, x.features);
+    counters = context.counters(ceil_div(features, Any::kFeatures) * ceil_div(Any::kMaxTiles, Any::kTiles));
   }
 };
 
@@ -53,10 +58,13 @@ std::vector<GradientTile> tiles_of(const Gradients& gradients, const Activations
   for (size_t i = 0; i < gradients.out.size(); ++i) {
     const AdapterView& adapter = gradients.batch.adapters[i];
     if (!gradients.out[i] || &gradients.rows_of(adapter) != &x) continue;
+    const bool is_f32 = gradients.is_f32(adapter);
     const int64_t rank_stride = gradients.is_b ? 1 : x.features;
     for (int rank = 0; rank < adapter.rank; rank += kTileRanks) {
-      tiles.push_back({rank_tile(adapter, rank, gradients.is_b), partial.begin[i] + rank * rank_stride,
-                       rank_stride, gradients.is_b ? adapter.rank : 1});
+      const int64_t begin = rank * rank_stride;
+      tiles.push_back({rank_tile(adapter, rank, gradients.is_b),
+                       static_cast<char*>(gradients.out[i]) + begin * (is_f32 ? 4 : 2),
+                       partial.begin[i] + begin, rank_stride, gradients.is_b ? adapter.rank : 1, is_f32});
     }
   }
   return tiles;
@@ -73,32 +81,11 @@ void run(const Gradients& gradients, const Activations& x, const Partial& partia
   params.ld = gradients.batch.ranks;
   params.partial = partial.sums;
   params.count = partial.count;
+  params.counter = partial.counters;
   params.feature_blocks = ceil_div(x.features, Kernel::kFeatures);
   params.splits = partial.splits;
   launch_by_tiles<Kernel>(params, tiles_of(gradients, x, partial), params.feature_blocks * partial.splits,
                           stream);
-}
-
-template <class T>
-void add_splits(const Gradients& gradients, const Partial& partial, Stream stream) {
-  using Kernel = SumGradients<T>;
-  typename Kernel::Params params{};
-  params.partial = partial.sums;
-  params.splits = partial.splits;
-  params.split_stride = partial.count;
-  for (size_t i = 0; i < gradients.out.size(); ++i) {
-    const AdapterView& adapter = gradients.batch.adapters[i];
-    if (gradients.out[i]) {
-      params.part[params.parts++] = {params.count, gradients.out[i], gradients.is_f32(adapter)};
-      params.count += gradients.size(adapter);
-    }
-    if (params.parts == Kernel::kMaxParts || i + 1 == gradients.out.size()) {
-      launch<Kernel>(params, ceil_div(params.count, Kernel::kThreads), stream);
-      params.partial += params.count;
-      params.count = 0;
-      params.parts = 0;
-    }
-  }
 }
 
 void over_rows(const Gradients& gradients, Context& context) {
@@ -109,7 +96,6 @@ void over_rows(const Gradients& gradients, Context& context) {
       has_vectors(x.rows, x.features) ? run<LoraOverRows<T, true>>(gradients, x, partial, context.stream)
                                       : run<LoraOverRows<T, false>>(gradients, x, partial, context.stream);
     }
-    add_splits<T>(gradients, partial, context.stream);
   });
 }
 

@@ -2,16 +2,20 @@
 #pragma once
 
 #include "lora_fragments.cuh"
+#include "sum_splits.cuh"
 
 namespace peft_kernels::cuda {
 
 struct GradientTile : RankTile {
-  int64_t begin;  // where the gradient of the first rank's first feature goes, in `partial`
+  void* out;      // where the gradient of the first rank's first feature goes
+  int64_t begin;  // and its parts, in `partial`
   int64_t rank_stride, feature_stride;
+  bool is_f32;  // else T
 };
 
-// partial[split][begin + rank * rank_stride + feature * feature_stride] = scale * the sum over this split's
-// rows of factors[m, column + rank] * mask(x)[m, feature].
+// out[rank * rank_stride + feature * feature_stride] = scale * the sum over rows of factors[m, column +
+// rank] * mask(x)[m, feature]. Blocks may have the rows in splits; the last of them adds up what all
+// have, in their order.
 //
 // Activations go from global memory to the tensor core as they are: lane (g, t) holds features 8g .. 8g + 7
 // of rows t, t + 4, t + 8 and t + 12, and each word of such a run gives two rows of an operand, its features
@@ -24,16 +28,17 @@ struct LoraOverRows {
   static constexpr int kFeatures = 64;  // of a block
   static constexpr int kTiles = 2;      // of a block
   static constexpr int kRows = 16;      // at a time, of a warp
-  static constexpr int kMaxTiles = 48;
+  static constexpr int kMaxTiles = 44;
 
   struct Params {
     const T* x;
     int64_t m, features;
     const int64_t* row_group;  // or null: all rows are served
     const float* factors;
-    int64_t ld;  // of factors
-    float* partial;
-    int64_t count;  // of one split, in partial
+    int64_t ld;         // of factors
+    float* partial;     // [splits, count]
+    int64_t count;      // of all gradients' elements
+    uint32_t* counter;  // of a launch's blocks / splits
     int64_t feature_blocks;
     int splits;
     int tiles;
@@ -41,6 +46,7 @@ struct LoraOverRows {
   };
   struct Shared {
     float sum[kWarps][8 * kTiles][kFeatures + 2];
+    uint32_t last;
   };
 
   static DEVICE void run(const Params& p) {
@@ -113,7 +119,10 @@ struct LoraOverRows {
       }
     }
     sync_threads();
-    write_sums(p, *shared, first_tile, first_feature, p.partial + split * p.count);
+    write_sums(p, *shared, first_tile, first_feature, split);
+    if (p.splits == 1) return;
+    uint32_t* counter = p.counter + block_index() % (chunks * static_cast<int>(p.feature_blocks));
+    if (is_last_of_tile(counter, p.splits, &shared->last)) add_splits(p, first_tile, first_feature);
   }
 
  private:
@@ -152,8 +161,10 @@ struct LoraOverRows {
     }
   }
 
-  static DEVICE void write_sums(const Params& p, const Shared& shared, int first_tile, int64_t first_feature,
-                                float* partial) {
+  // body(tile, element of the gradient, the column and the feature in the block) of a thread's part of a
+  // block's sums.
+  template <class Body>
+  static DEVICE void for_each_sum(const Params& p, int first_tile, int64_t first_feature, const Body& body) {
     // Neighbours in memory go to neighbouring threads.
     const bool ranks_first = p.tile[first_tile].rank_stride == 1;
     for (int i = thread_index(); i < 8 * kTiles * kFeatures; i += kThreads) {
@@ -164,48 +175,39 @@ struct LoraOverRows {
       if (tile_index >= p.tiles || feature >= p.features) continue;
       const GradientTile& tile = p.tile[tile_index];
       if (rank >= tile.ranks) continue;
-      float sum = 0.0f;
-#pragma unroll
-      for (int warp = 0; warp < kWarps; ++warp) sum += load(&shared.sum[warp][column][in_block]);
-      store(partial + tile.begin + rank * tile.rank_stride + feature * tile.feature_stride, sum * tile.scale);
+      body(tile, rank * tile.rank_stride + feature * tile.feature_stride, column, in_block);
     }
   }
-};
-
-// The gradients of several parameters, each contiguous: the sums over splits, in the parameters' types.
-template <class T>
-struct SumGradients {
-  static constexpr int kThreads = 256;
-  static constexpr int kBlocksPerSm = 4;
-  static constexpr int kMaxParts = 64;
-
-  struct Part {
-    int64_t begin;  // from partial on
-    void* out;
-    bool is_f32;  // else T
-  };
-  struct Params {
-    const float* partial;
-    int splits;
-    int64_t split_stride;
-    int64_t count;  // of what is to be summed
-    int parts;
-    Part part[kMaxParts];
-  };
-
-  static DEVICE void run(const Params& p) {
-    const int64_t i = int64_t{block_index()} * kThreads + thread_index();
-    if (i >= p.count) return;
-    int which = 0;
-    while (which + 1 < p.parts && i >= p.part[which + 1].begin) ++which;
-    const Part& part = p.part[which];
-    float sum = 0.0f;
-    for (int split = 0; split < p.splits; ++split)
-      sum += load_constant(p.partial + split * p.split_stride + i);
-    if (part.is_f32) {
-      store(static_cast<float*>(part.out) + (i - part.begin), sum);
+  static DEVICE void write_sums(const Params& p, const Shared& shared, int first_tile, int64_t first_feature,
+                                int split) {
+    float* partial = p.partial + split * p.count;
+    for_each_sum(p, first_tile, first_feature,
+                 [&](const GradientTile& tile, int64_t element, int column, int in_block) {
+                   float sum = 0.0f;
+#pragma unroll
+                   for (int warp = 0; warp < kWarps; ++warp) sum += load(&shared.sum[warp][column][in_block]);
+                   sum *= tile.scale;
+                   if (p.splits > 1) {
+                     store(partial + tile.begin + element, sum);
+                   } else {
+                     write(tile, element, sum);
+                   }
+                 });
+  }
+  static DEVICE void add_splits(const Params& p, int first_tile, int64_t first_feature) {
+    for_each_sum(p, first_tile, first_feature, [&](const GradientTile& tile, int64_t element, int, int) {
+      float sum = 0.0f;
+      for (int split = 0; split < p.splits; ++split) {
+        sum += load(p.partial + split * p.count + tile.begin + element);
+      }
+      write(tile, element, sum);
+    });
+  }
+  static DEVICE void write(const GradientTile& tile, int64_t element, float sum) {
+    if (tile.is_f32) {
+      store(static_cast<float*>(tile.out) + element, sum);
     } else {
-      store(static_cast<T*>(part.out) + (i - part.begin), from_float<T>(sum));
+      store(static_cast<T*>(tile.out) + element, from_float<T>(sum));
     }
   }
 };

@@ -1,6 +1,5 @@
 #include "launch.cuh"
 #include "lora_shrink.cuh"
-#include "sum_splits.cuh"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -40,7 +39,7 @@ void append_tiles(const AdapterView& adapter, int64_t features, std::vector<Shri
 
 template <class Kernel>
 void run(const LoraBatch& batch, const Activations& x, const std::vector<ShrinkTile>& tiles, const Plan& plan,
-         float* out, Stream stream) {
+         float* out, float* partial, uint32_t* counter, Stream stream) {
   typename Kernel::Params params{};
   params.x = static_cast<decltype(params.x)>(x.rows);
   params.m = batch.m;
@@ -48,6 +47,8 @@ void run(const LoraBatch& batch, const Activations& x, const std::vector<ShrinkT
   params.row_group = batch.row_group;
   params.out = out;
   params.out_ld = batch.ranks;
+  params.partial = partial;
+  params.counter = counter;
   params.row_blocks = plan.row_blocks;
   params.splits = plan.splits;
   params.row_warps = plan.row_warps;
@@ -58,25 +59,31 @@ void run(const LoraBatch& batch, const Activations& x, const std::vector<ShrinkT
 template <bool kTransposed>
 void shrink(const LoraBatch& batch, const std::vector<Activations>& layers, float* out, Context& context) {
   const Plan plan(batch, layers, context.card);
-  sum_splits(plan.splits, batch.m * batch.ranks, out, context, [&](float* parts) {
-    for (size_t j = 0; j < layers.size(); ++j) {
-      std::vector<ShrinkTile> tiles;
-      for (const AdapterView& adapter : batch.adapters) {
-        if (kTransposed && adapter.layer != static_cast<int>(j)) continue;
-        append_tiles<kTransposed>(adapter, layers[j].features, tiles);
-      }
-      bool vectors = has_vectors(layers[j].rows, layers[j].features);
-      for (const ShrinkTile& tile : tiles) {
-        vectors = vectors && (kTransposed || has_vectors(tile.factor, layers[j].features));
-      }
-      with_half(batch.dtype, [&](auto type) {
-        using T = decltype(type);
-        vectors
-            ? run<LoraShrink<T, true, kTransposed>>(batch, layers[j], tiles, plan, parts, context.stream)
-            : run<LoraShrink<T, false, kTransposed>>(batch, layers[j], tiles, plan, parts, context.stream);
-      });
+  float* partial = nullptr;
+  uint32_t* counter = nullptr;
+  if (plan.splits > 1) {
+    const int64_t sums = batch.m * batch.ranks * plan.splits;
+    partial = static_cast<float*>(context.workspace(sums * int64_t{sizeof(float)}));
+    counter = context.counters(plan.row_blocks * ceil_div(Any::kMaxTiles, Any::kTiles));
+  }
+  for (size_t j = 0; j < layers.size(); ++j) {
+    std::vector<ShrinkTile> tiles;
+    for (const AdapterView& adapter : batch.adapters) {
+      if (kTransposed && adapter.layer != static_cast<int>(j)) continue;
+      append_tiles<kTransposed>(adapter, layers[j].features, tiles);
     }
-  });
+    bool vectors = has_vectors(layers[j].rows, layers[j].features);
+    for (const ShrinkTile& tile : tiles) {
+      vectors = vectors && (kTransposed || has_vectors(tile.factor, layers[j].features));
+    }
+    with_half(batch.dtype, [&](auto type) {
+      using T = decltype(type);
+      vectors ? run<LoraShrink<T, true, kTransposed>>(batch, layers[j], tiles, plan, out, partial, counter,
+                                                      context.stream)
+              : run<LoraShrink<T, false, kTransposed>>(batch, layers[j], tiles, plan, out, partial, counter,
+                                                       context.stream);
+    });
+  }
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "lora_fragments.cuh"
+#include "sum_splits.cuh"
 
 namespace peft_kernels::cuda {
 
@@ -11,9 +12,9 @@ struct ShrinkTile : RankTile {
   bool is_f32;
 };
 
-// out[split][m, column + rank] = scale * the sum over this split's features of mask(x)[m, feature] *
-// factor[rank, feature]; 0 in rows that the tile's adapter does not serve. kTransposed: the factor is stored
-// as [feature, rank].
+// out[m, column + rank] = scale * the sum over features of mask(x)[m, feature] * factor[rank, feature]; 0
+// in rows that the tile's adapter does not serve. kTransposed: the factor is stored as [feature, rank].
+// Blocks may have the features in splits; the last of them adds up what all have, in their order.
 //
 // Nothing goes through shared memory but sums: a warp has 16 rows and reads its operands as the tensor core
 // wants them. Lane (g, t) holds features 8t .. 8t + 7 of rows g and g + 8, and of rank g, of a window of 32;
@@ -36,6 +37,8 @@ struct LoraShrink {
     const int64_t* row_group;  // or null: all rows are served
     float* out;
     int64_t out_ld;
+    float* partial;     // [splits, m, out_ld]
+    uint32_t* counter;  // of a launch's blocks / splits
     int64_t row_blocks;
     int splits;
     int row_warps;  // of a block, a power of two; the others take other features
@@ -45,6 +48,7 @@ struct LoraShrink {
   struct Shared {
     // Odd rows of 8 banks: a half warp's pairs fall into all of them.
     float sum[kWarps][kRows][8 * kTiles + 8];
+    uint32_t last;
   };
 
   static DEVICE void run(const Params& p) {
@@ -69,6 +73,10 @@ struct LoraShrink {
       Words4 next[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) next[i] = load_run<T, kVector>(x[i], begin * kWindow + kRun * t, x_end[i]);
+      int first_serving = 0;
+      while ((serving >> first_serving & 1) == 0) ++first_serving;
+      FactorRun next_factor =
+          load_factor(p, p.tile[first_tile + first_serving], g, begin * kWindow + kRun * t);
       for (int64_t window = begin; window < end; ++window) {
         const int64_t feature = window * kWindow + kRun * t;
         const Words4 words[2] = {next[0], next[1]};
@@ -90,7 +98,14 @@ struct LoraShrink {
               }
             }
           }
-          add_window(p, tile, g, feature, values, sums[q]);
+          // The next one is on its way while this one is multiplied: of this window, or the next one's first.
+          const FactorRun factor = next_factor;
+          int next_q = q + 1;
+          while (next_q < kTiles && (serving >> next_q & 1) == 0) ++next_q;
+          const bool same_window = next_q < kTiles;
+          next_factor = load_factor(p, p.tile[first_tile + (same_window ? next_q : first_serving)], g,
+                                    same_window ? feature : feature + kWindow);
+          add_window(tile, factor, values, sums[q]);
         }
       }
     }
@@ -103,7 +118,10 @@ struct LoraShrink {
             {sums[q][2], sums[q][3]});
     }
     sync_threads();
-    write_sums(p, *shared, rows, first_tile, slices, p.out + split * p.m * p.out_ld);
+    write_sums(p, *shared, rows, first_tile, slices, split);
+    if (p.splits == 1) return;
+    uint32_t* counter = p.counter + first_tile / kTiles * p.row_blocks + row_block;
+    if (is_last_of_tile(counter, p.splits, &shared->last)) add_splits(p, rows, first_tile);
   }
 
  private:
@@ -127,54 +145,67 @@ struct LoraShrink {
     return serving;
   }
 
-  // sum += values (16 rows, 32 features) times those features of the tile.
-  static DEVICE void add_window(const Params& p, const ShrinkTile& tile, int g, int64_t feature,
-                                const float (&values)[2][kRun], float (&sum)[4]) {
-    float factor[kRun];
+  static DEVICE FactorRun load_factor(const Params& p, const ShrinkTile& tile, int g, int64_t feature) {
+    const int64_t end = g < tile.ranks ? p.features : 0;
     if constexpr (kTransposed) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        factor[i] = 0.0f;
-        if (g >= tile.ranks || feature + i >= p.features) continue;
-        const int64_t at = (feature + i) * tile.ld + g;
-        factor[i] = tile.is_f32 ? load_constant(static_cast<const float*>(tile.factor) + at)
-                                : to_float(load_constant(static_cast<const T*>(tile.factor) + at));
-      }
+      return load_factor_column<T>(tile.factor, tile.is_f32, g, tile.ld, feature, end);
     } else {
-      load_factor_run<T, kVector>(tile.factor, tile.is_f32, g * tile.ld, feature,
-                                  g < tile.ranks ? p.features : 0, factor);
+      return load_factor_run<T, kVector>(tile.factor, tile.is_f32, g * tile.ld, feature, end);
     }
-    float high[4] = {}, low[4] = {};
+  }
+
+  // sum += values (16 rows, 32 features) times those features of the tile.
+  static DEVICE void add_window(const ShrinkTile& tile, const FactorRun& run, const float (&values)[2][kRun],
+                                float (&sum)[4]) {
+    float factor[kRun];
+    unpack_factor<T>(run, tile.is_f32, factor);
+    // A tensor core cuts off what fp32 would round: no more than two products in a row go without rounding.
+    float high[2][4] = {}, low[4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const Tf32Pair b[2] = {split_tf32(factor[2 * step]), split_tf32(factor[2 * step + 1])};
       const uint32_t a[4] = {bit_cast<uint32_t>(values[0][2 * step]), bit_cast<uint32_t>(values[1][2 * step]),
                              bit_cast<uint32_t>(values[0][2 * step + 1]),
                              bit_cast<uint32_t>(values[1][2 * step + 1])};
-      mma_tf32(high, a, {b[0].high, b[1].high});
+      mma_tf32(high[step / 2], a, {b[0].high, b[1].high});
       if (tile.is_f32) mma_tf32(low, a, {b[0].low, b[1].low});
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += high[i] + low[i];
+    for (int i = 0; i < 4; ++i) sum[i] += high[0][i] + (high[1][i] + low[i]);
   }
 
-  static DEVICE void write_sums(const Params& p, const Shared& shared, int64_t rows, int first_tile,
-                                int slices, float* out) {
+  // body(tile, row, rank, the row and the column in the block) of a thread's part of a block's sums.
+  template <class Body>
+  static DEVICE void for_each_sum(const Params& p, int64_t rows, int first_tile, const Body& body) {
     for (int i = thread_index(); i < p.row_warps * kRows * 8 * kTiles; i += kThreads) {
-      const int column = i % (8 * kTiles), in_block = i / (8 * kTiles), tile_index = first_tile + column / 8;
-      const int64_t row = rows + in_block;
-      if (row >= p.m || tile_index >= p.tiles) continue;
-      const ShrinkTile& tile = p.tile[tile_index];
-      if (column % 8 >= tile.ranks) continue;
-      float sum = 0.0f;
-      if (!p.row_group || load_constant(p.row_group + row) == tile.group) {
-        for (int slice = 0; slice < slices; ++slice) {
-          sum += load(&shared.sum[slice * p.row_warps + in_block / kRows][in_block % kRows][column]);
-        }
-        sum *= tile.scale;
-      }
-      store(out + row * p.out_ld + tile.column + column % 8, sum);
+      const int column = i % (8 * kTiles), in_block = i / (8 * kTiles), tile = first_tile + column / 8;
+      if (rows + in_block >= p.m || tile >= p.tiles || column % 8 >= p.tile[tile].ranks) continue;
+      body(p.tile[tile], rows + in_block, column % 8, in_block, column);
     }
+  }
+  static DEVICE void write_sums(const Params& p, const Shared& shared, int64_t rows, int first_tile,
+                                int slices, int split) {
+    float* out = p.splits == 1 ? p.out : p.partial + split * p.m * p.out_ld;
+    for_each_sum(p, rows, first_tile,
+                 [&](const ShrinkTile& tile, int64_t row, int rank, int in_block, int column) {
+                   float sum = 0.0f;
+                   if (!p.row_group || load_constant(p.row_group + row) == tile.group) {
+                     for (int slice = 0; slice < slices; ++slice) {
+                       const int warp = slice * p.row_warps + in_block / kRows;
+                       sum += load(&shared.sum[warp][in_block % kRows][column]);
+                     }
+                     sum *= tile.scale;
+                   }
+                   store(out + row * p.out_ld + tile.column + rank, sum);
+                 });
+  }
+  static DEVICE void add_splits(const Params& p, int64_t rows, int first_tile) {
+    for_each_sum(p, rows, first_tile, [&](const ShrinkTile& tile, int64_t row, int rank, int, int) {
+      const int64_t at = row * p.out_ld + tile.column + rank;
+      float sum = 0.0f;
+      for (int split = 0; split < p.splits; ++split) sum += load(p.partial + split * p.m * p.out_ld + at);
+      store(p.out + at, sum);
+    });
   }
 };
 

@@ -1,23 +1,22 @@
 #include "runtime.h"
 
-#include <map>
-#include <mutex>
-#include <tuple>
-#include <vector>
-
 #ifdef PEFT_KERNELS_PTX
-#  include "cudart.h"
-#endif
+#  include <vector>
 
-#ifndef PEFT_KERNELS_ON_CPU
+#  include "cudart.h"
+#else
 #  include <c10/cuda/CUDAException.h>
 #  include <c10/cuda/CUDAFunctions.h>
 #  include <c10/cuda/CUDAStream.h>
+
+#  include <map>
+
+#  include "counters.h"
 #endif
 
 namespace peft_kernels {
 
-#ifdef PEFT_KERNELS_ON_CPU
+#ifdef PEFT_KERNELS_PTX
 
 void check_device(const Tensor& t, const char* name) {
   TORCH_CHECK(t.device().is_cpu(), name, ": expected a CPU tensor, got one on ", t.device());
@@ -26,12 +25,7 @@ void check_device(const Tensor& t, const char* name) {
 namespace cuda {
 namespace {
 
-// One user after another: the emulator runs a kernel to its end before launch() returns, in the calling
-// thread.
-struct CountersKey {
-  bool operator<(const CountersKey&) const { return false; }
-};
-CountersKey counters_key() { return {}; }
+constexpr auto kDevice = at::kCPU;
 
 Card& card() {
   static Card card{80, 4, 163 << 10};
@@ -41,6 +35,7 @@ Card& card() {
 }  // namespace
 
 OnDeviceOf::OnDeviceOf(const Tensor& t, const char* name) { check_device(t, name); }
+OnDeviceOf::~OnDeviceOf() = default;
 
 Stream current_stream() { return {}; }
 
@@ -48,11 +43,14 @@ const Card& current_card() { return card(); }
 
 void set_card(const Card& new_card) {
   card() = new_card;
-#  ifdef PEFT_KERNELS_SIMT
-  simt::set_shared_limit(new_card.shared_bytes);
-#  else
   cudart::set_card(new_card.compute_capability, new_card.shared_bytes);
-#  endif
+}
+
+uint32_t* CallContext::counters(int64_t count) {
+  // A kernel runs to its end in the calling thread before launch() returns.
+  thread_local std::vector<uint32_t> counters;
+  if (static_cast<int64_t>(counters.size()) < count) counters.resize(static_cast<size_t>(count));
+  return count == 0 ? nullptr : counters.data();
 }
 
 #else
@@ -66,16 +64,7 @@ void check_device(const Tensor& t, const char* name) {
 namespace cuda {
 namespace {
 
-// Device, stream, and the capture of a CUDA graph that the stream takes part in, or 0.
-using CountersKey = std::tuple<int, cudaStream_t, unsigned long long>;
-
-CountersKey counters_key() {
-  cudaStreamCaptureStatus status{};
-  unsigned long long capture = 0;
-  C10_CUDA_CHECK(cudaStreamGetCaptureInfo(current_stream(), &status, &capture));
-  if (status == cudaStreamCaptureStatusNone) capture = 0;
-  return {c10::cuda::current_device(), current_stream(), capture};
-}
+constexpr auto kDevice = at::kCUDA;
 
 int attribute(cudaDeviceAttr name, int device) {
   int value = 0;
@@ -87,8 +76,9 @@ int attribute(cudaDeviceAttr name, int device) {
 
 OnDeviceOf::OnDeviceOf(const Tensor& t, const char* name) {
   TORCH_CHECK(t.is_cuda(), name, ": expected a CUDA tensor, got one on ", t.device());
-  guard_.set_index(t.device().index());
+  before_ = c10::cuda::ExchangeDevice(t.device().index());
 }
+OnDeviceOf::~OnDeviceOf() { c10::cuda::MaybeSetDevice(before_); }
 
 Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
@@ -106,40 +96,16 @@ const Card& current_card() {
   return found->second;
 }
 
+uint32_t* CallContext::counters(int64_t count) {
+  return count == 0 ? nullptr : counters_on(c10::cuda::current_device(), stream, count);
+}
+
 #endif
-
-namespace {
-
-#ifdef PEFT_KERNELS_ON_CPU
-constexpr auto kDevice = at::kCPU;
-#else
-constexpr auto kDevice = at::kCUDA;
-#endif
-
-struct AllCounters {
-  std::mutex mutex;
-  std::map<CountersKey, Tensor> tensors;
-};
-
-}  // namespace
 
 void* CallContext::workspace(int64_t bytes) {
   if (bytes == 0) return nullptr;
   workspace_ = at::empty({bytes}, at::TensorOptions(kDevice).dtype(at::kByte));
   return workspace_.mutable_data_ptr();
-}
-
-uint32_t* CallContext::counters(int64_t count) {
-  if (count == 0) return nullptr;
-  // Never destroyed: CUDA may be gone before static objects are.
-  static AllCounters& all = *new AllCounters;
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  Tensor& counters = all.tensors[counters_key()];
-  if (!counters.defined() || counters.numel() < count) {
-    // Zeroing them is captured with the rest, so that every replay of a graph starts from zeros.
-    counters = at::zeros({count}, at::TensorOptions(kDevice).dtype(at::kInt));
-  }
-  return reinterpret_cast<uint32_t*>(counters.mutable_data_ptr<int32_t>());
 }
 
 }  // namespace cuda

@@ -1,23 +1,14 @@
 // What the ops need beside kernels: a device, its stream, its card, memory. The ops are compiled for CUDA,
-// and for the emulators of tests/simt and tests/ptx, which work on CPU tensors; here and in runtime.cpp is
-// all in which they differ.
+// and for CPU tensors and the machine of tests/ptx; here and in runtime.cpp is all in which the two differ.
 #pragma once
 
 #include <ATen/ATen.h>
 
-#if defined(PEFT_KERNELS_SIMT) || defined(PEFT_KERNELS_PTX)
-#  define PEFT_KERNELS_ON_CPU
-#else
-#  include <c10/cuda/CUDAGuard.h>
-#endif
-
+#include "../common/autocast.h"
 #include "../common/checks.h"
 #include "kernels.h"
 
-#ifdef PEFT_KERNELS_SIMT
-#  define PEFT_KERNELS_NAMESPACE peft_kernels_simt
-#  define PEFT_KERNELS_DISPATCH_KEY CPU
-#elif defined(PEFT_KERNELS_PTX)
+#ifdef PEFT_KERNELS_PTX
 #  define PEFT_KERNELS_NAMESPACE peft_kernels_ptx
 #  define PEFT_KERNELS_DISPATCH_KEY CPU
 #else
@@ -27,16 +18,18 @@
 
 namespace peft_kernels::cuda {
 
-// Makes the device of an op's first tensor the current one until the op returns: kernels start there, and
-// check_device() wants all other tensors there.
+// What every op begins with. Makes the device of its first tensor the current one until the op returns:
+// kernels start there, and check_device() wants all other tensors there.
 class OnDeviceOf {
  public:
   OnDeviceOf(const Tensor& t, const char* name);
+  ~OnDeviceOf();
+  OnDeviceOf(const OnDeviceOf&) = delete;
+  OnDeviceOf& operator=(const OnDeviceOf&) = delete;
 
  private:
-#ifndef PEFT_KERNELS_ON_CPU
-  c10::cuda::OptionalCUDAGuard guard_;
-#endif
+  const WithoutAutocast without_autocast_;
+  c10::DeviceIndex before_ = -1;
 };
 
 // Of the current device.
@@ -49,16 +42,15 @@ class CallContext final : public Context {
   CallContext() : Context(current_card(), current_stream()) {}
 
   void* workspace(int64_t bytes) override;
-  // For kernels on the current stream alone: zeros at first, and every kernel leaves them zero again. In a
-  // CUDA graph the capture's own, so that replays of it need nothing from outside.
+  // For kernels on the current stream alone (see counters.cpp).
   uint32_t* counters(int64_t count) override;
 
  private:
   Tensor workspace_;
 };
 
-#ifdef PEFT_KERNELS_ON_CPU
-// The made-up card that the emulator's kernels are planned for.
+#ifdef PEFT_KERNELS_PTX
+// The made-up card that kernels are planned for.
 void set_card(const Card& card);
 #endif
 

@@ -1,10 +1,33 @@
-// The second half of a sum that several blocks have parts of.
+// Sums that several blocks have parts of.
 #pragma once
 
 #include "kernels.h"
 #include "launch.cuh"
 
 namespace peft_kernels::cuda {
+
+// ---- In the same launch
+// ------------------------------------------------------------------------------------
+
+// Sums of a tile that blocks share: each leaves its part in memory, and the last one that comes adds them
+// up in their order, so that the result does not depend on who that was.
+
+// Whether this block is the last one of so many. For all threads, after they wrote their parts. The
+// tile's counter is zero before and after; `last` is a word of shared memory.
+DEVICE bool is_last_of_tile(uint32_t* counter, int blocks, uint32_t* last) {
+  sync_threads();
+  if (thread_index() == 0) {
+    const uint32_t before = atomic_add_ordered(counter, 1);
+    const bool is_last = before + 1 == static_cast<uint32_t>(blocks);
+    if (is_last) store(counter, 0u);
+    store(last, uint32_t{is_last});
+  }
+  sync_threads();
+  return load(last) != 0;
+}
+
+// ---- In a second launch
+// ------------------------------------------------------------------------------------
 
 // out[i] = the sum over splits of partial[split][i].
 struct SumSplits {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -55,3 +55,44 @@ def unserved_tensors(op: str, args: Sequence[Any], device_types: Collection[str]
     if op == "dequantize_nf4" and args[6] not in DTYPES:
         return f"{op}: no kernel for {args[6]}"
     return None
+
+
+class Cards:
+    """The CUDA devices here, as a back end sees them. `judge(index)` tells why one cannot serve, or None; it
+    is asked once for each."""
+
+    def __init__(self, judge: Callable[[int], str | None]) -> None:
+        self._judge = judge
+        self._refusals: dict[int, str | None] = {}
+
+    def refusal(self, index: int) -> str | None:
+        if index not in self._refusals:
+            reason = self._judge(index)
+            self._refusals[index] = reason and f"cuda:{index} {reason}"
+        return self._refusals[index]
+
+    def refusal_of_all(self) -> str | None:
+        """None when any can serve, else why none can."""
+        if None in self._refusals.values():  # quick: it is asked in every call
+            return None
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device here"
+        reasons = [self.refusal(i) for i in range(torch.cuda.device_count())]
+        return None if None in reasons else "; ".join(filter(None, reasons))
+
+    def refusal_of_tensors(self, op: str, args: Sequence[Any]) -> str | None:
+        """Why those that hold an op's arguments cannot serve it, or None."""
+        for device in {tensor.device for tensor in tensors(args) if tensor.device.type == "cuda"}:
+            reason = self.refusal(device.index)
+            if reason is not None:
+                return f"{op}: {reason}"
+        return None
+
+    def describe(self) -> str:
+        """Names of those that can serve, and why others cannot."""
+        found = []
+        for i in range(torch.cuda.device_count()):
+            major, minor = torch.cuda.get_device_capability(i)
+            name = f"cuda:{i} {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
+            found.append(self.refusal(i) or name)
+        return "; ".join(found)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .base import tensors
+from .base import Cards
 from .compiled import CompiledBackend
 
 MINIMUM = (8, 0)
@@ -28,40 +28,20 @@ class CudaBackend(CompiledBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self._cards: dict[int, str | None] = {}
+        self._cards = self._no_card_seen()
 
     def probe(self) -> str | None:
         if self._refusal is not None:
             return self._refusal
-        if None in self._cards.values():  # quick: it is asked in every call
-            return None
-        built = f"built for compute capability {', '.join(self.architectures())}"
-        if not torch.cuda.is_available():
-            return f"{built}, but torch finds no CUDA device here"
-        reasons = [self._refusal_of(i) for i in range(torch.cuda.device_count())]
-        return None if None in reasons else f"{built}, but {'; '.join(filter(None, reasons))}"
+        reason = self._cards.refusal_of_all()
+        built = f"built for compute capability {', '.join(self.architectures())}" if reason else ""
+        return reason and f"{built}, but {reason}"
 
     def describe(self) -> str:
-        cards = []
-        for i in range(torch.cuda.device_count()):
-            major, minor = torch.cuda.get_device_capability(i)
-            reason = self._refusal_of(i)
-            cards.append(
-                f"cuda:{i} {torch.cuda.get_device_name(i)}, compute capability {major}.{minor}"
-                if reason is None
-                else reason
-            )
-        return f"CUDA C++, built for {', '.join(self.architectures())}; {'; '.join(cards)}"
+        return f"CUDA C++, built for {', '.join(self.architectures())}; {self._cards.describe()}"
 
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
-        reason = super().supports(op, args)
-        if reason is not None:
-            return reason
-        for device in {tensor.device for tensor in tensors(args)}:
-            reason = self._refusal_of(device.index)
-            if reason is not None:
-                return f"{op}: {reason}"
-        return None
+        return super().supports(op, args) or self._cards.refusal_of_tensors(op, args)
 
     def architectures(self) -> list[str]:
         """What the library has code for, as in TORCH_CUDA_ARCH_LIST: "8.0", "9.0+PTX"."""
@@ -83,12 +63,8 @@ class CudaBackend(CompiledBackend):
         """
         return self.extension.plan(m, n, k, blocksize, str(dtype).removeprefix("torch."))
 
-    def _refusal_of(self, device: int) -> str | None:
-        if device not in self._cards:
-            capability = torch.cuda.get_device_capability(device)
-            reason = unserved(capability, self.architectures())
-            self._cards[device] = reason and f"cuda:{device} {reason}"
-        return self._cards[device]
+    def _no_card_seen(self) -> Cards:
+        return Cards(lambda i: unserved(torch.cuda.get_device_capability(i), self.architectures()))
 
 
 def unserved(capability: tuple[int, int], architectures: Sequence[str]) -> str | None:

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from ..ops import registry
-from .base import tensors, unserved_tensors
+from .base import Cards, tensors, unserved_tensors
 
 MINIMUM = (8, 0)
 """Compute capability that Triton's code for NVIDIA cards needs."""
@@ -33,6 +34,7 @@ class TritonBackend:
         self._library: torch.library.Library | None = None
         self._refusal: str | None = "not asked yet"
         self._asked = False
+        self._cards = Cards(_unserved)
 
     def load(self) -> None:
         if self._library is None:
@@ -53,11 +55,12 @@ class TritonBackend:
         version = importlib.import_module("triton").__version__
         if self.interpreted:
             return f"Triton {version}, interpreted on the CPU (TRITON_INTERPRET is set): for tests"
-        cards = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(torch.cuda.device_count())]
-        return f"Triton {version}, compiled on first use; {'; '.join(cards)}"
+        return f"Triton {version}, compiled on first use; {self._cards.describe()}"
 
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
-        return unserved_tensors(op, args, ("cuda", "cpu") if self.interpreted else ("cuda",))
+        if self.interpreted:
+            return unserved_tensors(op, args, ("cuda", "cpu"))
+        return unserved_tensors(op, args, ("cuda",)) or self._cards.refusal_of_tensors(op, args)
 
     def _implement(self, op: type[registry.Op]) -> Callable[..., Any] | None:
         if op.composite:
@@ -73,16 +76,34 @@ class TritonBackend:
     def _find_refusal(self) -> str | None:
         if importlib.util.find_spec("triton") is None:
             return "Triton is not installed (pip install triton)"
-        if not self.interpreted:
-            if not torch.cuda.is_available():
-                return "torch finds no CUDA device here"
-            if torch.version.hip is None and torch.cuda.get_device_capability() < MINIMUM:
-                return f"Triton needs compute capability {MINIMUM[0]}.{MINIMUM[1]} or later"
+        if not self.interpreted and (reason := self._cards.refusal_of_all() or _compiler_problem()):
+            return reason
         try:
             _kernels().check_usable()
-        except Exception as error:  # a missing C compiler, an unknown card, a broken installation
+        except Exception as error:  # an unknown card, a broken installation
             return f"Triton does not work here: {error}"
         return None
+
+
+def _unserved(index: int) -> str | None:
+    """Why a card cannot run what Triton makes, or None."""
+    major, minor = torch.cuda.get_device_capability(index)
+    if torch.version.hip is not None or (major, minor) >= MINIMUM:
+        return None
+    needed = f"{MINIMUM[0]}.{MINIMUM[1]}"
+    return f"has compute capability {major}.{minor}, Triton needs {needed} or later"
+
+
+def _compiler_problem() -> str | None:
+    """What Triton lacks to compile what launches its kernels; it does so for every new kind of arguments, and
+    its cache does not help with those that are new. It looks in the same places (triton/runtime/build.py)."""
+    if importlib.import_module("triton").knobs.build.impl is not None:
+        return None
+    wanted = os.environ.get("CC")
+    if any(map(shutil.which, ["gcc", "clang"] if wanted is None else [wanted])):
+        return None
+    lacks = "there is neither gcc nor clang" if wanted is None else f"CC={wanted} is not there"
+    return f"Triton needs a C compiler at run time, and {lacks}: install one, or set CC to one"
 
 
 @functools.cache

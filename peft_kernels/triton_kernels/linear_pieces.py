@@ -1,7 +1,4 @@
-"""Products of many rows with an NF4 weight: it is dequantised, piece by piece, for torch's product.
-
-A piece is small enough to be still in the cache of the card when its product reads it.
-"""
+"""Products of many rows with an NF4 weight: it is dequantised, piece by piece, for torch's product."""
 
 from __future__ import annotations
 
@@ -17,9 +14,11 @@ from .launch import VARYING, cdiv, config, launch
 from .linear_unaligned import unaligned_piece_kernel
 from .nf4 import Nf4
 from .nf4_decode import decode, load_absmax
+from .products import processors
 
-PIECE_BYTES = 16 << 20
-UNIT = 256  # rows or columns: whole tiles of torch's product
+LEAST_BYTES, MOST_BYTES = 16 << 20, 128 << 20  # of a piece: see `pieces`
+UNIT = 256  # rows or columns of the weight: whole tiles of torch's product
+TILE_ROWS, TILE_COUNT = 256, 128  # its tiles: of activations, of rows or columns of the weight
 PIECE = config(8, 3, BLOCK_ROWS=16, BLOCK_COLS=256)
 
 
@@ -71,13 +70,39 @@ def dequantize_part(weight: Nf4, k: int, rows: range, cols: range, out: Tensor) 
     launch(kernel, (tiles,), weight.pointers, out, *args, config=PIECE, **constants)
 
 
-def pieces(count: int, length: int, itemsize: int) -> Iterator[range]:
-    """`count` rows or columns of `length` elements in equal pieces, multiples of UNIT but for the last."""
-    most = max(PIECE_BYTES // (max(length, 1) * itemsize) // UNIT, 1) * UNIT
-    number = max(cdiv(count, most), 1)
-    size = cdiv(cdiv(count, number), UNIT) * UNIT
+def pieces(count: int, length: int, itemsize: int, rows: int, processors: int) -> Iterator[range]:
+    """`count` rows or columns of `length` elements in equal pieces, multiples of UNIT but for the last, for
+    products with `rows` rows of activations. The rule is csrc/cuda/linear_plan.cpp's too (`piece_of`).
+
+    Products take waves of tiles, one for each processor of the card. Of all cuts into pieces of 16 to 128 MB
+    the one with the fewest waves is taken: large pieces fill the card. Of those that are as good it is the
+    one with the smallest pieces that fill nine tenths of a wave, or else the largest: small ones take less
+    memory, and one of 16 MB is still in the cache when its product reads it.
+    """
+    size = piece_size(count, length, itemsize, rows, processors)
     for begin in range(0, count, size):
         yield range(begin, min(begin + size, count))
+
+
+def piece_size(count: int, length: int, itemsize: int, rows: int, processors: int) -> int:
+    def number_of(size: int) -> int:
+        return max(cdiv(count, max(size // (max(length, 1) * itemsize) // UNIT, 1) * UNIT), 1)
+
+    def tiles_of(size: int) -> int:
+        return cdiv(size, TILE_COUNT) * cdiv(rows, TILE_ROWS)
+
+    def waves_of(size: int) -> int:
+        return cdiv(tiles_of(size), processors)
+
+    best = fewest = 0
+    for number in range(number_of(LEAST_BYTES), number_of(MOST_BYTES) - 1, -1):
+        size = max(cdiv(cdiv(count, number), UNIT), 1) * UNIT
+        whole, rest = divmod(count, size)
+        waves = whole * waves_of(size) + waves_of(rest)
+        best_fills = 10 * tiles_of(best) >= 9 * processors or rows == 0
+        if best == 0 or waves < fewest or (waves == fewest and not best_fills):
+            best, fewest = size, waves
+    return best
 
 
 def forward_by_pieces(x: Tensor, weight: Nf4, n: int, bias: Tensor | None) -> Tensor:
@@ -85,7 +110,7 @@ def forward_by_pieces(x: Tensor, weight: Nf4, n: int, bias: Tensor | None) -> Te
     k = x.shape[1]
     y = x.new_empty(x.shape[0], n)
     bias = None if bias is None else bias.to(x.dtype)
-    for rows in pieces(n, k, x.element_size()):
+    for rows in pieces(n, k, x.element_size(), x.shape[0], processors(x.device)):
         piece = x.new_empty(len(rows), k)
         dequantize_part(weight, k, rows, range(k), piece)
         out = y[:, rows.start : rows.stop]
@@ -100,7 +125,7 @@ def backward_by_pieces(dy: Tensor, weight: Nf4, k: int) -> Tensor:
     """dx [m, k] of dy [m, n], contiguous."""
     n = dy.shape[1]
     dx = dy.new_empty(dy.shape[0], k)
-    for cols in pieces(k, n, dy.element_size()):
+    for cols in pieces(k, n, dy.element_size(), dy.shape[0], processors(dy.device)):
         piece = dy.new_empty(n, len(cols))
         dequantize_part(weight, k, range(n), cols, piece)
         torch.mm(dy, piece, out=dx[:, cols.start : cols.stop])

@@ -37,7 +37,8 @@ int setting(const char* name, int otherwise) {
 struct Function {
   Binary* binary;
   std::string name;
-  int64_t dynamic_shared = 0;  // that it asked for
+  int64_t dynamic_shared = 0;   // that it asked for
+  bool has_all_shared = false;  // that is all there is
 };
 
 struct Configuration {
@@ -53,6 +54,7 @@ struct Runtime {
   std::vector<Configuration> pushed;
   int compute_capability = setting("PEFT_KERNELS_PTX_ARCH", 80);
   std::function<std::string(std::string)> edit;
+  std::vector<Note>* notes = nullptr;
   cudaError_t last = cudaSuccess, sticky = cudaSuccess;
 
   cudaError_t result(cudaError_t error) {
@@ -97,6 +99,10 @@ struct Runtime {
     if (has.max_threads > 0 && block.x > static_cast<unsigned>(has.max_threads)) {
       return result(cudaErrorInvalidValue);
     }
+    if (notes != nullptr) {
+      notes->push_back({ptx::readable(function->name), grid.x, block.x, static_cast<int64_t>(shared_bytes)});
+      return cudaSuccess;
+    }
     ptx::run(*module, function->name,
              {grid.x, block.x, static_cast<int64_t>(shared_bytes), arguments, grid.y, grid.z});
     return cudaSuccess;
@@ -119,14 +125,18 @@ void set_card(int compute_capability, int64_t shared_bytes) {
   r.compute_capability = compute_capability;
   ptx::options().shared_limit = shared_bytes;
   ptx::options().first_shared_address = compute_capability >= 90 ? 1024 : 0;
-  // To another card nothing has been said yet.
-  for (auto& [stub, function] : r.functions) function.dynamic_shared = 0;
+  // To another card nothing has been said yet; but callers who asked for all there is ask no card twice.
+  for (auto& [stub, function] : r.functions) {
+    function.dynamic_shared = function.has_all_shared ? shared_bytes : 0;
+  }
 }
 
 void set_edit(std::function<std::string(std::string)> edit) {
   runtime().edit = std::move(edit);
   for (Binary* binary : runtime().binaries) binary->modules.clear();
 }
+
+void note_launches(std::vector<Note>* notes) { runtime().notes = notes; }
 
 void set_sticky_error(int error) { runtime().sticky = static_cast<cudaError_t>(error); }
 
@@ -226,6 +236,7 @@ cudaError_t cudaFuncSetAttribute(const void* stub, cudaFuncAttribute attribute, 
   const int64_t has = ptx::attributes(*module, function->name).static_shared;
   if (value < 0 || value + has > ptx::options().shared_limit) return r.result(cudaErrorInvalidValue);
   function->dynamic_shared = value;
+  function->has_all_shared = value + has == ptx::options().shared_limit;
   return r.result(cudaSuccess);
 }
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* stub) {
@@ -250,6 +261,16 @@ cudaError_t cudaGetLastError() {
   const cudaError_t error = r.last;
   r.last = cudaSuccess;
   return error;
+}
+const char* cudaGetErrorName(cudaError_t error) { return cudaGetErrorString(error); }
+cudaError_t cudaGetDevice(int* device) {
+  *device = 0;
+  return runtime().result(cudaSuccess);
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  if (attribute != cudaDevAttrMaxSharedMemoryPerBlockOptin) return runtime().result(cudaErrorInvalidValue);
+  *value = static_cast<int>(ptx::options().shared_limit);
+  return runtime().result(cudaSuccess);
 }
 cudaError_t cudaPeekAtLastError() {
   return runtime().sticky != cudaSuccess ? runtime().sticky : runtime().last;

@@ -21,6 +21,13 @@ namespace peft_kernels::cudart {
 void set_card(int compute_capability, int64_t shared_bytes);
 // Runs what `edit` makes of the PTX of a fat binary; null: the PTX as it is.
 void set_edit(std::function<std::string(std::string)> edit);
+struct Note {
+  std::string kernel;
+  unsigned blocks, threads;
+  int64_t shared_bytes;
+};
+// From now on launches are noted there and do nothing; null: they run.
+void note_launches(std::vector<Note>* notes);
 // As if a kernel had failed: every call returns this error until it is 0 again.
 void set_sticky_error(int error);
 

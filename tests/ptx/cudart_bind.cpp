@@ -104,6 +104,23 @@ void bind(pybind11::module_& m) {
   m.def(
       "set_report_unwritten", [](bool report) { ptx::options().report_unwritten = report; },
       "Whether to read shared memory that nobody wrote is a fault.");
+  m.def(
+      "set_shared_start", [](int64_t address) { ptx::options().first_shared_address = address; },
+      "Where shared memory begins; a card's own at first.");
+  m.def(
+      "note_launches",
+      [](bool note) {
+        static std::vector<Note> notes;
+        std::vector<std::tuple<std::string, unsigned, unsigned, int64_t>> found;
+        for (Note& each : notes) {
+          found.emplace_back(std::move(each.kernel), each.blocks, each.threads, each.shared_bytes);
+        }
+        notes.clear();
+        note_launches(note ? &notes : nullptr);
+        return found;
+      },
+      "From now on launches are noted and do nothing, or run as ever; returns those noted since the last "
+      "call: kernel, blocks, threads of a block, bytes of shared memory.");
   m.def("set_sticky_error", set_sticky_error, "An error that every call of CUDA's returns; 0: none.");
   m.def(
       "bank_counts",

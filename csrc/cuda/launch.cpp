@@ -1,0 +1,93 @@
+// Where kernels are started, and what is said when one is not.
+#include <cxxabi.h>
+
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "stream.h"
+
+namespace peft_kernels::cuda {
+namespace {
+
+constexpr int64_t kMostBlocks = 0x7fffffff;
+// What a kernel has without asking.
+constexpr int kDefaultSharedBytes = 48 << 10;
+
+std::string name_of(const KernelEntry& kernel) {
+  int status = 0;
+  const std::unique_ptr<char, void (*)(void*)> name(
+      abi::__cxa_demangle(kernel.name, nullptr, nullptr, &status), std::free);
+  return status == 0 ? name.get() : kernel.name;
+}
+
+std::string text(cudaError_t error) {
+  return std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")";
+}
+
+// Whether it is told by any call that comes after the kernel which made it.
+bool is_of_a_kernel_before(cudaError_t error) {
+  switch (error) {
+    case cudaErrorIllegalAddress:
+    case cudaErrorIllegalInstruction:
+    case cudaErrorMisalignedAddress:
+    case cudaErrorInvalidAddressSpace:
+    case cudaErrorInvalidPc:
+    case cudaErrorHardwareStackError:
+    case cudaErrorAssert:
+    case cudaErrorLaunchTimeout:
+    case cudaErrorLaunchFailure:
+    case cudaErrorECCUncorrectable:
+      return true;
+    default:
+      return false;
+  }
+}
+
+[[noreturn]] void fail(const KernelEntry& kernel, int64_t blocks, int shared_bytes, const std::string& why) {
+  throw std::runtime_error(name_of(kernel) + " did not start, with " + std::to_string(blocks) +
+                           " blocks of " + std::to_string(kernel.threads) + " threads and " +
+                           std::to_string(shared_bytes) + " bytes of shared memory each: " + why);
+}
+
+cudaError_t allow_large_shared(KernelEntry& kernel) {
+  int device = 0, most = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const uint64_t bit = device < 64 ? uint64_t{1} << device : 0;
+  if ((kernel.has_large_shared.load(std::memory_order_relaxed) & bit) != 0) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error != cudaSuccess) return error;
+  error = cudaFuncSetAttribute(kernel.entry, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+  if (error == cudaSuccess) kernel.has_large_shared.fetch_or(bit, std::memory_order_relaxed);
+  return error;
+}
+
+}  // namespace
+
+void start_blocks(KernelEntry& kernel, void** arguments, int64_t blocks, int shared_bytes, Stream stream) {
+  if (blocks < 0 || blocks > kMostBlocks) {
+    fail(kernel, blocks, shared_bytes, "a grid has 2147483647 blocks at most");
+  }
+  // What a call before this one left unasked for would be taken for this kernel's, or for torch's next one's.
+  // That an event has not come yet is none.
+  if (const cudaError_t earlier = cudaGetLastError();
+      earlier != cudaSuccess && earlier != cudaErrorNotReady) {
+    fail(kernel, blocks, shared_bytes,
+         "not an error of this kernel, but of a CUDA call before it, which nobody had asked for: " +
+             text(earlier));
+  }
+  cudaError_t error = shared_bytes > kDefaultSharedBytes ? allow_large_shared(kernel) : cudaSuccess;
+  if (error == cudaSuccess) {
+    error = cudaLaunchKernel(kernel.entry, dim3(static_cast<unsigned>(blocks)),
+                             dim3(static_cast<unsigned>(kernel.threads)), arguments,
+                             static_cast<size_t>(shared_bytes), stream);
+  }
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // or torch would find it after its next kernel
+  fail(kernel, blocks, shared_bytes,
+       (is_of_a_kernel_before(error) ? "a kernel that ran before failed: " : "") + text(error));
+}
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,61 @@
+// A CUDA runtime without a device, as far as counters.cpp and launch.cpp call it. What a stream is given runs
+// at once; in a capture it becomes a node of a graph.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <set>
+#include <string>
+#include <vector>
+
+namespace fake {
+
+struct Graph {
+  std::vector<std::function<void()>> nodes;
+  std::vector<std::shared_ptr<void>> objects;  // that it retains
+};
+
+struct Stream {
+  unsigned long long id;
+  unsigned long long capture = 0;
+  Graph* graph = nullptr;
+};
+
+struct Launch {
+  const void* entry;
+  unsigned blocks, threads;
+  size_t shared_bytes;
+};
+
+struct State {
+  int device = 0;
+  cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
+  int captures = 0;  // that are going on, in any thread
+  cudaError_t last_error = cudaSuccess;
+  std::string fails;  // the function that fails, with `error`
+  cudaError_t error = cudaErrorUnknown;
+  std::vector<std::string> calls;
+  std::vector<std::vector<uint32_t>> memory;  // all that was allocated, of words that are not zero
+  std::vector<Launch> launches;
+};
+extern State state;
+
+cudaStream_t handle(Stream& stream);
+// Puts streams into a capture of their own, which ends with it.
+class Capture {
+ public:
+  explicit Capture(const std::vector<Stream*>& streams);
+  ~Capture();
+
+  const std::unique_ptr<Graph> graph = std::make_unique<Graph>();
+
+ private:
+  std::vector<Stream*> streams_;
+};
+
+int64_t calls(const std::string& function);
+
+}  // namespace fake

@@ -1,0 +1,65 @@
+"""The CUDA back end's host code without a device: launches are noted and do nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+import ptx_backend as ptx
+import testing
+from peft_kernels import dispatch
+from peft_kernels.backends import BACKENDS
+
+A100, H100 = (80, 108, 163 << 10), (90, 132, 227 << 10)
+FEW = (80, 4, 163 << 10)
+"""The card of back end ptx."""
+
+
+class Launch(NamedTuple):
+    kernel: str
+    blocks: int
+    threads: int
+    shared_bytes: int
+
+
+Launches = Callable[[], list[Launch]]
+
+
+@contextmanager
+def stub_device(card: tuple[int, int, int] = H100) -> Iterator[Launches]:
+    """Calls on CPU tensors take the way of CUDA tensors, chosen as ever; what they return is anything.
+
+    Yields a function that gives the launches since it was last called. RuntimeError where a back end is
+    forced, or where back end ptx, whose build this is, is not there.
+    """
+    testing.register_ptx()
+    extension = ptx.BACKEND.extension
+    if (name := dispatch.forced()) is not None:
+        raise RuntimeError(f"back end {name} is forced")
+    backends, chosen = dict(BACKENDS), dict(dispatch._chosen)
+    BACKENDS.clear()
+    BACKENDS.update({name: backends[name] for name in ("ptx", "reference")})
+    dispatch._chosen.clear()
+    extension.set_card(*card)
+    extension.note_launches(True)
+    try:
+        yield lambda: [Launch(*launch) for launch in extension.note_launches(True)]
+    finally:
+        extension.note_launches(False)
+        extension.set_card(*FEW)
+        BACKENDS.clear()
+        BACKENDS.update(backends)
+        dispatch._chosen.clear()
+        dispatch._chosen.update(chosen)
+
+
+def torch_ops(call: Callable[[], Any]) -> Counter[str]:
+    """The torch functions that a call goes through, those that C++ calls included."""
+    with torch.autograd.profiler.profile() as profile:
+        call()
+    events: Any = profile.function_events
+    return Counter(event.name for event in events if event.name.startswith("aten::"))

@@ -1,0 +1,214 @@
+"""A decoded token can be captured in a CUDA graph: shown of host code on a stub device, and of the library.
+
+Inside a capture nothing may wait for the device or read from it, memory must come from torch's allocator (or
+be there already), and what is launched must not depend on what the call before left.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models import tiny_llama
+from stub_device import A100, H100, Launch, Launches, stub_device
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import peft_kernels as pk
+import testing
+from peft_kernels.backends import cuda
+
+needs_stub = pytest.mark.skipif(
+    testing.unavailable("ptx") is not None, reason=f"ptx: {testing.unavailable('ptx')}"
+)
+
+WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique_dim", "_unique2", "masked_select"}
+"""ATen functions that wait for the device: their results, or the sizes of these, go to the host."""
+READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
+"""Methods of tensors that do."""
+
+
+class NoReads(TorchDispatchMode):
+    """An error where something waits for the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if name in WAITS or (func is torch.ops.aten.index.Tensor and _has_mask(args[1])):
+            raise AssertionError(f"{func} in a token")
+        return func(*args, **(kwargs or {}))
+
+
+class NoCopies(TorchFunctionMode):
+    """An error where Python reads something, or sends it to the CPU: CPU tensors do not show it otherwise."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = getattr(func, "__name__", ""), kwargs or {}
+        if name in READS or (
+            name == "to" and "cpu" in [v for v in (*args, *kwargs.values()) if type(v) is str]
+        ):
+            raise AssertionError(f"Tensor.{name} in a token")
+        return func(*args, **kwargs)
+
+
+def _has_mask(indices: Any) -> bool:
+    return any(index is not None and index.dtype == torch.bool for index in indices)
+
+
+@contextmanager
+def nothing_read() -> Iterator[None]:
+    with NoReads(), NoCopies():
+        yield
+
+
+class Token:
+    """A call of a patched Llama on NF4 weights that decodes one token into a static cache."""
+
+    def __init__(self) -> None:
+        peft = pytest.importorskip("peft")
+        transformers = pytest.importorskip("transformers")
+        model = tiny_llama(hidden_size=256, intermediate_size=512).to(torch.bfloat16).eval()
+        self.config = model.config
+        pk.quantize_model(model)
+        options = {"r": 8, "lora_dropout": 0.05, "target_modules": "all-linear"}
+        self.model = peft.get_peft_model(model, peft.LoraConfig(**options)).eval()
+        self.report = pk.patch(self.model)
+        self.cache = transformers.StaticCache(config=self.config, max_cache_len=16)
+        self.inputs = {
+            "input_ids": torch.tensor([[3]]),
+            "position_ids": torch.tensor([[5]]),
+            "cache_position": torch.tensor([5]),
+        }
+
+    def __call__(self) -> Any:
+        with torch.no_grad():
+            return self.model(**self.inputs, past_key_values=self.cache, use_cache=True).logits
+
+
+@needs_stub
+@pytest.mark.parametrize("card", [A100, H100], ids=["A100", "H100"])
+def test_a_token_on_the_stub(card: tuple[int, int, int]) -> None:
+    token = Token()
+    with stub_device(card) as launches:
+        token()  # what is set up once, is now
+        first = _launched(token, launches)
+        with nothing_read():
+            second = _launched(token, launches)
+        inside = _inside_our_ops(token)
+    assert not token.report.original, str(token.report)
+    assert second == first
+    # Two blocks, each with seven projections.
+    assert Counter(launch.kernel.split("<")[0] for launch in first)["peft_kernels::cuda::LinearSmall"] == 14
+    assert inside <= ALLOWED_INSIDE, inside - ALLOWED_INSIDE
+
+
+ALLOWED_INSIDE = {
+    *("aten::empty", "aten::empty_like", "aten::empty_strided"),
+    *("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::slice", "aten::t", "aten::transpose"),
+    *("aten::as_strided", "aten::detach", "aten::to", "aten::contiguous"),
+}
+"""Memory of torch's allocator and views: all that ops at 16 bits ask of torch for a token."""
+
+
+def _launched(token: Token, launches: Launches) -> list[Launch]:
+    launches()
+    token()
+    return launches()
+
+
+def _inside_our_ops(token: Token) -> set[str]:
+    """The torch functions that our ops call."""
+    with torch.autograd.profiler.profile() as profile:
+        token()
+    found: set[str] = set()
+
+    def gather(event: Any) -> None:
+        for child in event.cpu_children:
+            if not child.name.startswith("peft_kernels"):
+                found.add(child.name)
+            gather(child)
+
+    ours = [event for event in profile.function_events if event.name.startswith("peft_kernels")]
+    assert ours
+    for event in ours:
+        gather(event)
+    return found
+
+
+@needs_stub
+@pytest.mark.parametrize(
+    "read", ["x.sum().item()", "x.nonzero()", "x[x > 0]", "x.cpu()", "x.to('cpu')", "bool(x.sum())"]
+)
+def test_reads_are_seen(read: str) -> None:
+    with pytest.raises(AssertionError, match="in a token"), nothing_read():
+        eval(read, {"x": testing.tensor(3)})
+
+
+# The library
+
+
+IN_CAPTURES = {
+    "cudaLaunchKernel": "becomes a node",
+    "cudaMemsetAsync": "becomes a node",
+    "cudaStreamGetCaptureInfo": "a question",
+    "cudaStreamGetCaptureInfo_v2": "a question",
+    "cudaStreamGetId": "a question, asked outside captures",
+    "cudaGetDevice": "a question",
+    "cudaDeviceGetAttribute": "a question",
+    "cudaGetLastError": "a question",
+    "cudaGetErrorString": "a question",
+    "cudaGetErrorName": "a question",
+    "cudaFuncSetAttribute": "of a kernel, not of a stream",
+    "cudaMalloc": "in counters.cpp alone, in relaxed mode",
+    "cudaThreadExchangeStreamCaptureMode": "for that",
+    "cudaUserObjectCreate": "a graph's counters",
+    "cudaGraphRetainUserObject": "a graph's counters",
+}
+"""Every function of the CUDA runtime that the library calls, and why a capture stands it."""
+OF_TORCH = {
+    "current_device",
+    "getCurrentCUDAStream",
+    "ExchangeDevice",
+    "MaybeSetDevice",
+    "CUDAStream::stream",
+}
+"""What it calls of c10::cuda."""
+
+
+def imported() -> list[str]:
+    """What the compiled library asks of others, without arguments."""
+    nm = shutil.which("nm")
+    if nm is None or cuda.BACKEND._extension is None:
+        pytest.skip("no nm" if nm is None else "cuda: not built")
+    command = [nm, "-D", "--undefined-only", "-C", str(Path(cuda.BACKEND.extension.__file__))]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"[(@].*", "", line.split(maxsplit=1)[1]) for line in told.splitlines()]
+
+
+def test_every_call_of_cuda_may_be_captured() -> None:
+    names = imported()
+    runtime = {name for name in names if re.match(r"cuda[A-Z]", name)}
+    assert "cudaLaunchKernel" in runtime
+    assert runtime <= IN_CAPTURES.keys(), runtime - IN_CAPTURES.keys()
+    of_torch = {name.removeprefix("c10::cuda::") for name in names if name.startswith("c10::cuda::")}
+    assert of_torch - {"c10_cuda_check_implementation"} <= OF_TORCH, of_torch - OF_TORCH
+
+
+def test_nothing_in_the_library_reads_from_the_device() -> None:
+    called = Counter(
+        match[1] for name in imported() if (match := re.match(r"at::_ops::(\w+?)(_\w+)?::call", name))
+    )
+    assert called["mm"], "no calls of torch found"
+    words = WAITS | {"item", "is_nonzero", "_to_copy", "copy", "to_device", "nonzero_static", "unique"}
+    assert not called.keys() & words, called.keys() & words
+    methods = {
+        name for name in imported() if re.match(r"at::Tensor(Base)?::(item|cpu|_local_scalar_dense)", name)
+    }
+    assert not methods, methods
