@@ -261,7 +261,7 @@ if wants tests; then
     skip tests "$PYTHON lacks pytest or hypothesis"
   elif [ "$REHEARSE" = 1 ]; then
     examined tests-cpu 60 tests/test_nf4_format.py
-    examined tests-on-card 60 tests/test_on_card.py
+    examined tests-on-card 60 tests/test_on_card.py -k cpu-m5
   else
     WORKERS=$(has xdist && echo "-n 6 --dist loadfile")
     for name in $USABLE; do
