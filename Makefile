@@ -55,7 +55,8 @@ KERNELS := nf4 nf4_absmax nf4_format linear lora lora_dropout lora_multi lora_mu
 
 # In a process of its own: Triton reads the flag when it sees a kernel first.
 triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(KERNELS:%=tests/test_%.py) tests/test_compile.py $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(KERNELS:%=tests/test_%.py) tests/test_compile.py \
+	  tests/test_triton_splits.py tests/test_triton_sums.py $(ARGS)
 
 # Beside `test`, which runs the PTX for compute capability 8.0.
 ptx: $(VENV)/.built ## Run the CUDA kernels' tests on what nvcc makes for other cards, and with sums cut off (needs nvcc)

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *triton_cases.standard(),
         *waves.standard(),
     ]
-    every: list[Any] = [*timed, *by_name]
+    every: list[Any] = [*timed, *by_name, *triton_cases.standard()]
     if options.list and not (options.only or options.quick or options.full):
         chosen = every
     elif options.full:

@@ -108,10 +108,15 @@ def _adapters(dtype: torch.dtype, nested: bool, every: bool) -> Iterator[Call]:
     for m in _rows(dtype, backward=False) if every else (FEW, MANY):
         x = empty(m, WHOLE, dtype=dtype)
         yield Call("lora_linear", (x, *weight, None, a, b, 0.5, 0.3, seed, None))
+    needs = True, True, True
     for m in _rows(dtype, backward=True) if every else (FEW, MANY):
         x, h = empty(m, WHOLE, dtype=dtype), empty(m, RANK)
-        needs = True, True, True
         yield Call("lora_linear_backward", (x, x, h, *weight, a, b, 0.5, 0.3, seed, None, *needs))
+    # So few features that sums over rows are cut.
+    x, h, a, b = empty(MANY, SMALL, dtype=dtype), empty(MANY, RANK), empty(RANK, SMALL), empty(SMALL, RANK)
+    yield Call(
+        "lora_linear_backward", (x, x, h, *nf4(SMALL, SMALL, nested), a, b, 0.5, 0.3, seed, None, *needs)
+    )
 
 
 def _lists(dtype: torch.dtype) -> Iterator[Call]:

@@ -11,7 +11,7 @@ from typing import Any
 from . import report
 from .report import unique
 
-TARGETS = ("sm80", "sm90", "sm100", "sm120", "gfx942", "gfx1100")
+TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942", "gfx950", "gfx1100", "gfx1200")
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ TILE = (128, 256)
 def planner() -> ModuleType | str:
     """A compiled library that plans, or why there is none."""
     reasons = []
-    for name in ("_C_simt", "_C_cuda"):
+    for name in ("_C_ptx", "_C_cuda"):
         try:
             return importlib.import_module(f"peft_kernels.{name}")
         except ImportError as error:

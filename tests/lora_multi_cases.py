@@ -56,7 +56,7 @@ class MultiCase:
 
     def __init__(self, case: dict[str, Any], seed: int = 0) -> None:
         self.case, dtype, m, k = case, case["dtype"], case["m"], case["k"]
-        self.n = [case["n"], 33, 100][: case["layers"]]
+        self.n = [case["n"], 33, 100, 32, 7, 64][: case["layers"]]
         self.layer = [int(c) % case["layers"] for c in case["adapters"]]
         count = len(self.layer)
         ranks = [case["r"] if i == count // 2 else r for i, r in enumerate((5, 16, 1, 3, 2)[:count])]
@@ -73,8 +73,9 @@ class MultiCase:
             testing.tensor(self.n[j], r, dtype=b_dtype, seed=seed + 9 + i, scale=r**-0.5)
             for i, (r, j) in enumerate(zip(ranks, self.layer, strict=True))
         ]
-        kinds = [("fp32", "none", "same")[j] if case["bias"] == "various" else case["bias"] for j in range(3)]
-        biases = [bias_of(case, kind, n) for kind, n in zip(kinds, self.n, strict=False)]
+        various = ("fp32", "none", "same")
+        kinds = [various[j % 3] if case["bias"] == "various" else case["bias"] for j in range(len(self.n))]
+        biases = [bias_of(case, kind, n) for kind, n in zip(kinds, self.n, strict=True)]
         self.bias = [torch.empty(0) if bias is None else bias for bias in biases]
         bases = [self._base(j, n, seed) for j, n in enumerate(self.n)]
         self.w = [w for _, w in bases]

@@ -159,6 +159,15 @@ def test_same_inputs_same_bits(backend: str, dtype: torch.dtype) -> None:
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "an input was changed"
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("k", [35, 96])
+def test_many_layers(backend: str, k: int, dtype: torch.dtype) -> None:
+    """Their gradients of x are terms of one sum."""
+    case = multi_case(m=17, k=k, n=32, layers=6, adapters="0123", dtype=dtype, p=0.0)
+    check_forward(case)
+    check_backward(case)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_threads_do_not_change_a_bit(backend: str, dtype: torch.dtype) -> None:
     if backend in ("reference", "ptx", "triton"):

@@ -55,5 +55,5 @@ def test_starts_that_leave_room(extension: ModuleType, way: str) -> None:
 def test_a_start_that_does_not(extension: ModuleType, way: str) -> None:
     """The wide table has its place, and would lie over what is before it."""
     extension.set_shared_start(1024 + 16)
-    with pytest.raises(RuntimeError, match="trap: more of shared memory is the system's"):
+    with pytest.raises(RuntimeError, match="trap"):
         product(extension, way, FEW)

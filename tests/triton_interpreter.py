@@ -1,4 +1,5 @@
-"""Mends Triton's interpreter: bf16, which it truncates and whose bits tl.dot multiplies; numpy; pace."""
+"""Mends Triton's interpreter: bf16, which it truncates and whose bits tl.dot multiplies; fma, which it rounds
+twice; numpy; pace."""
 
 from __future__ import annotations
 
@@ -29,6 +30,11 @@ def mend() -> None:
         wide = [cast(self, t, tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b)]
         return multiply(self, *wide, *rest)
 
+    def fma(self: Any, x: Any, y: Any, z: Any) -> Any:
+        wide = [t.data.astype(np.float64) for t in (x, y, z)]
+        return interpreter.TensorHandle((wide[0] * wide[1] + wide[2]).astype(z.data.dtype), z.dtype.scalar)
+
+    builder.create_fma = fma
     builder.cast_impl = cast
     builder.create_fp_to_fp = lambda self, src, dst_type, _rounding: cast(self, src, dst_type)
     builder.create_dot = dot

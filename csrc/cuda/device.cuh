@@ -1,6 +1,5 @@
-// What kernels are written in: one wrapper per instruction that C++ lacks. Everything else about a kernel is
-// plain C++, so that the same source runs on the CPU under the emulator of tests/simt, which has a second
-// implementation of this header.
+// What kernels are written in beside CUDA C++: instructions that it has no function for, loads and stores of
+// whole vectors, and 16-bit floats by their bits.
 //
 // A kernel is a struct:
 //   struct Kernel {
@@ -12,10 +11,8 @@
 // and launch.cuh starts it. Grids, blocks and threads have one dimension.
 //
 // Shared memory is dynamic: shared_memory<T>() is its start, 16-byte aligned, T a struct of arrays, never of
-// more than launch() was told. It and global memory are read and written by load() and store() alone, never
-// through a plain pointer, so that the emulator sees every access. Lanes of a warp call a collective
-// (shuffles, ballots, matrix instructions) together, all 32 of them. Tables of numbers that the host knows
-// are DEVICE_TABLEs, and read like any array.
+// more than launch() was told. Lanes of a warp call a collective (shuffles, ballots, matrix instructions)
+// together, all 32 of them. Tables of numbers that the host knows are DEVICE_TABLEs, and read like any array.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -30,6 +27,7 @@
 namespace peft_kernels::cuda {
 
 inline constexpr int kWarp = 32;
+inline constexpr unsigned kAllLanes = ~0u;  // of a warp, for shuffles and ballots
 
 // 16-bit floats by their bits: all that kernels do with one is to convert it.
 struct alignas(2) bf16 {
@@ -62,35 +60,16 @@ DEVICE int block_index() { return blockIdx.x; }
 DEVICE int grid_size() { return gridDim.x; }
 DEVICE int lane_index() { return threadIdx.x & (kWarp - 1); }
 // The same value in all lanes, and known to be so: what depends on it stays in uniform registers.
-DEVICE int warp_index() { return __shfl_sync(~0u, threadIdx.x / kWarp, 0); }
+DEVICE int warp_index() { return __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0); }
 
-// ---- Waiting and exchanging ----------------------------------------------------------------------------
+// ---- Exchanging ----------------------------------------------------------------------------------------
 
-DEVICE void sync_threads() { __syncthreads(); }
-// Ends the kernel, and with it all work of the process on the card: where to go on would overwrite memory.
-DEVICE void trap(const char*) { __trap(); }
-
-// T of 4 bytes.
-template <class T>
-DEVICE T shuffle(T value, int lane) {
-  return __shfl_sync(~0u, value, lane);
-}
-template <class T>
-DEVICE T shuffle_xor(T value, int mask) {
-  return __shfl_xor_sync(~0u, value, mask);
-}
-// Lane t of the caller's four.
-template <class T>
-DEVICE T shuffle_in_quad(T value, int t) {
-  return __shfl_sync(~0u, value, t, 4);
-}
 // The lane of quad g that has the caller's place in it. As one instruction, which no intrinsic has for this.
 DEVICE uint32_t shuffle_from_quad(uint32_t value, int g) {
   uint32_t r;
   asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x31f, 0xffffffff;" : "=r"(r) : "r"(value), "r"(4 * g));
   return r;
 }
-DEVICE uint32_t ballot(bool value) { return __ballot_sync(~0u, value); }
 
 // ---- Memory --------------------------------------------------------------------------------------------
 // T of 1, 2, 4, 8 or 16 bytes, aligned to its size: a Vec, or a number.
@@ -209,27 +188,13 @@ DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 // ---- Bits and numbers ----------------------------------------------------------------------------------
 
-// Byte i of the result is byte (selector >> 4 i) & 7 of b:a, a the low word.
-DEVICE uint32_t byte_permute(uint32_t a, uint32_t b, uint32_t selector) {
-  return __byte_perm(a, b, selector);
-}
 // The bits of a where the mask has ones, else those of b: as one instruction, of which compilers make two.
 DEVICE uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
   uint32_t r;
   asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(r) : "r"(a), "r"(b), "r"(mask));
   return r;
 }
-DEVICE uint32_t multiply_high(uint32_t a, uint32_t b) { return __umulhi(a, b); }
 
-// Rounded on their own, never contracted: where a result must be exact to the bit.
-DEVICE float multiply_rn(float a, float b) { return __fmul_rn(a, b); }
-DEVICE float add_rn(float a, float b) { return __fadd_rn(a, b); }
-DEVICE float divide_rn(float a, float b) { return __fdiv_rn(a, b); }
-DEVICE float sqrt_rn(float a) { return __fsqrt_rn(a); }
-DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
-// Within two units in the last place.
-DEVICE float exponential(float x) { return expf(x); }
-DEVICE float error_function(float x) { return erff(x); }
 // Of normal numbers, within one.
 DEVICE float reciprocal(float x) {
   float r;

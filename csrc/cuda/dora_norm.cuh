@@ -74,7 +74,7 @@ struct SumRows {
     load_codes(p, row, begin, depth_warp, next);
     for (int64_t slice = begin; slice < end; ++slice) {
       copy_async_wait<0>();
-      sync_threads();  // also: everybody is through with the other buffer
+      __syncthreads();  // also: everybody is through with the other buffer
       if (slice + 1 < end) copy_slice(p, shared->a[(slice + 1) % 2], first_rank, slice + 1);
       Codes codes;
       PackedScale scales[kRowTiles][2];  // wanted when all products are made
@@ -88,9 +88,9 @@ struct SumRows {
       if (slice * kSlice + depth_warp * kGroup >= p.k) continue;
       add_group(*shared, codes, scales, shared->a[slice % 2], depth_warp, offset, totals);
     }
-    sync_threads();  // everybody is through with A
+    __syncthreads();  // everybody is through with A
     keep(totals, shared->sums[depth_warp], row_warp * kRowsOfWarp);
-    sync_threads();
+    __syncthreads();
     write(p, split, first_row, first_rank, shared->sums);
   }
 
@@ -172,7 +172,7 @@ struct SumRows {
             const Code code = load(&shared.code[word >> (step * 8 + (i < 2 ? 4 : 0)) & 15]);
             w[i] = bit_cast<uint32_t>(code.v[0]);
             w_rest[i] = bit_cast<uint32_t>(code.v[1]);
-            squares[tile][i % 2] = multiply_add(code.v[0], code.v[0], squares[tile][i % 2]);
+            squares[tile][i % 2] = __fmaf_rn(code.v[0], code.v[0], squares[tile][i % 2]);
           }
 #pragma unroll
           for (int rank = 0; rank < kRankTiles; ++rank) {
@@ -194,13 +194,13 @@ struct SumRows {
       for (int half = 0; half < 2; ++half) {
         const float scale = unpack_scale(scales[tile][half], shared.map, offset);
         float& square = totals.squares[tile][half];
-        square = multiply_add(scale * scale, squares[tile][half], square);
+        square = __fmaf_rn(scale * scale, squares[tile][half], square);
 #pragma unroll
         for (int rank = 0; rank < kRankTiles; ++rank) {
 #pragma unroll
           for (int i = 2 * half; i < 2 * half + 2; ++i) {
             float& total = totals.products[tile][rank][i];
-            total = multiply_add(scale, large[tile][rank][i] + small[tile][rank][i], total);
+            total = __fmaf_rn(scale, large[tile][rank][i] + small[tile][rank][i], total);
           }
         }
       }
@@ -214,8 +214,8 @@ struct SumRows {
     for (int i = 0; i < 2 * kRowTiles; ++i) {
       float* row = sums[first_row + i * 8 + g];
       float square = totals.squares[i / 2][i % 2];
-      square += shuffle_xor(square, 1);
-      square += shuffle_xor(square, 2);
+      square += __shfl_xor_sync(kAllLanes, square, 1);
+      square += __shfl_xor_sync(kAllLanes, square, 2);
       if (t == 0) store(row, square);
 #pragma unroll
       for (int rank = 0; rank < kRankTiles; ++rank) {
@@ -258,17 +258,17 @@ struct FinishNorms {
     for (int64_t rank = lane_index(); rank < p.ranks; rank += kWarp) {
       float product = 0.0f;
       for (int64_t i = 0; i < p.ranks; ++i) {
-        product = multiply_add(load_constant(b + i), load_constant(p.gram + i * p.ranks + rank), product);
+        product = __fmaf_rn(load_constant(b + i), load_constant(p.gram + i * p.ranks + rank), product);
       }
       const float sum = sum_of_splits(p, p.products + row * p.products_ld + rank);
-      dot = multiply_add(multiply_add(p.scaling, product, 2.0f * sum), load_constant(b + rank), dot);
+      dot = __fmaf_rn(__fmaf_rn(p.scaling, product, 2.0f * sum), load_constant(b + rank), dot);
     }
 #pragma unroll
-    for (int step = kWarp / 2; step > 0; step /= 2) dot += shuffle_xor(dot, step);
+    for (int step = kWarp / 2; step > 0; step /= 2) dot += __shfl_xor_sync(kAllLanes, dot, step);
     if (lane_index() != 0) return;
-    const float square = multiply_add(p.scaling, dot, sum_of_splits(p, p.squares + row * p.squares_ld));
+    const float square = __fmaf_rn(p.scaling, dot, sum_of_splits(p, p.squares + row * p.squares_ld));
     // Rounding may have made it negative; a NaN stays one.
-    store(p.norm + row, square < 0.0f ? 0.0f : sqrt_rn(square));
+    store(p.norm + row, square < 0.0f ? 0.0f : __fsqrt_rn(square));
   }
 
  private:

@@ -62,7 +62,7 @@ struct ScaleColumns {
       for (int j = 0; j < kWidth; ++j) {
         const float x = to_float(z[i].v[j]);
         // Not (z - bias) * scale + bias: a scale of 1 is to change no bit.
-        y.v[j] = from_float<T>(p.bias ? multiply_add(x - bias[j], scale[j] - 1.0f, x) : x * scale[j]);
+        y.v[j] = from_float<T>(p.bias ? __fmaf_rn(x - bias[j], scale[j] - 1.0f, x) : x * scale[j]);
       }
       store(p.y + (first + i) * p.width + column, y);
     }
@@ -113,7 +113,7 @@ struct ScaleColumnsBackward {
     Shared* shared = shared_memory<Shared>();
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) store(&shared->sum[warp][lane_index() * kWidth + j], sums[j]);
-    sync_threads();
+    __syncthreads();
     const int mine = thread_index();
     const int64_t n = p.width * kWidth, at = columns * kWidth + mine;
     if (mine >= kWarp * kWidth || at >= n) return;
@@ -146,7 +146,7 @@ struct ScaleColumnsBackward {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         const float d = to_float(dy[i].v[j]);
-        sum[j] = multiply_add(d, to_float(z[i].v[j]) - bias[j], sum[j]);
+        sum[j] = __fmaf_rn(d, to_float(z[i].v[j]) - bias[j], sum[j]);
         dz.v[j] = from_float<T>(d * scale[j]);
       }
       store(p.dz + (row + i) * p.width + column, dz);

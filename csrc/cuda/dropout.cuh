@@ -66,7 +66,7 @@ struct Dropout4 {
  private:
   // A product, so that a NaN stays one.
   static DEVICE T masked(const DropoutMask& mask, uint32_t word, T x) {
-    return from_float<T>(multiply_rn(to_float(x), word >= mask.threshold ? mask.scale : 0.0f));
+    return from_float<T>(__fmul_rn(to_float(x), word >= mask.threshold ? mask.scale : 0.0f));
   }
 };
 

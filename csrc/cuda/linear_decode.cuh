@@ -30,7 +30,7 @@ struct WideTable {
 
   DEVICE static uint32_t address(uint32_t) { return kAddress; }
   DEVICE uint32_t pair(uint32_t word, int byte) const {
-    return load_shared(byte_permute(word, lane, 0x7604u | static_cast<uint32_t>(byte) << 4));
+    return load_shared(__byte_perm(word, lane, 0x7604u | static_cast<uint32_t>(byte) << 4));
   }
 };
 // Half the size, anywhere, for two instructions: for cards with less than 128 KB of shared memory.
@@ -42,7 +42,7 @@ struct NarrowTable {
 
   DEVICE static uint32_t address(uint32_t start) { return start; }
   DEVICE uint32_t pair(uint32_t word, int byte) const {
-    return load_shared(lane + (byte_permute(word, 0, 0x4440u | static_cast<uint32_t>(byte)) << 7));
+    return load_shared(lane + (__byte_perm(word, 0, 0x4440u | static_cast<uint32_t>(byte)) << 7));
   }
 };
 
@@ -54,18 +54,18 @@ DEVICE Table fill_table(uint8_t* start) {
   const int lane = lane_index(), first = warp_index() * kRowsOfWarp;
   const uint32_t start_address = shared_address(start), address = Table::address(start_address);
   if constexpr (Table::kIsWide) {
-    if (start_address > kWideTableAddress - kBeforeWideTable) {
-      trap("more of shared memory is the system's than linear.h leaves to it");
-    }
+    // More of shared memory is the system's than linear.h leaves to it: rather no result than another's
+    // memory.
+    if (start_address > kWideTableAddress - kBeforeWideTable) __trap();
   }
   // A lane knows one row, and writes 16 bytes of each fourth.
   const int mine = first + lane % kRowsOfWarp;
-  const auto code = [](int i) { return multiply_rn(kCodeTable.value[i], kCodeFactor<T>); };
+  const auto code = [](int i) { return __fmul_rn(kCodeTable.value[i], kCodeFactor<T>); };
   const uint32_t pair = pack2<T>(code(mine >> 4), code(mine & 15));
   uint8_t* row = start + (address - start_address) + (first + lane / 8) * Table::kRowBytes + lane % 8 * 16;
 #pragma unroll
   for (int i = 0; i < kRowsOfWarp; i += 4) {
-    const uint32_t value = shuffle(pair, i + lane / 8);
+    const uint32_t value = __shfl_sync(kAllLanes, pair, i + lane / 8);
     store(reinterpret_cast<Words4*>(row + i * Table::kRowBytes), {value, value, value, value});
   }
   return {address + static_cast<uint32_t>(lane) * 4};
@@ -109,10 +109,10 @@ DEVICE void multiply_group(const uint32_t (&weight)[4][4], const GroupOfX& x, fl
     const uint32_t b[2] = {half.v[s % 2 * 2], half.v[s % 2 * 2 + 1]};
     mma<T>(c, weight[s], b);
   }
-  sums[0] = multiply_add(c[0], scale, sums[0]);
-  sums[1] = multiply_add(c[1], scale, sums[1]);
-  sums[2] = multiply_add(c[2], scale8, sums[2]);
-  sums[3] = multiply_add(c[3], scale8, sums[3]);
+  sums[0] = __fmaf_rn(c[0], scale, sums[0]);
+  sums[1] = __fmaf_rn(c[1], scale, sums[1]);
+  sums[2] = __fmaf_rn(c[2], scale8, sums[2]);
+  sums[3] = __fmaf_rn(c[3], scale8, sums[3]);
 }
 
 }  // namespace peft_kernels::cuda

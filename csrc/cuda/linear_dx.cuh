@@ -235,7 +235,7 @@ struct LinearDx {
   template <int kBegin, int kEnd>
   DEVICE void multiply_stage(Sums& sums) {
     copy_async_wait<kStages - 2>();
-    sync_threads();
+    __syncthreads();
     const Stage& stage = stages_[slot_];
     const uint32_t packed_scales = next_scales();
     start_stage(stage_ + kStages - 1, slot_ == 0 ? kStages - 1 : slot_ - 1, scales_[kStages - 2]);
@@ -320,8 +320,8 @@ struct LinearDx {
 #pragma unroll
       for (int j = 0; j < kFeatureTiles; ++j) {
         const uint32_t a[4] = {
-            byte_permute(v[0].v[j], v[1].v[j], 0x5410), byte_permute(v[0].v[j], v[1].v[j], 0x7632),
-            byte_permute(v[2].v[j], v[3].v[j], 0x5410), byte_permute(v[2].v[j], v[3].v[j], 0x7632)};
+            __byte_perm(v[0].v[j], v[1].v[j], 0x5410), __byte_perm(v[0].v[j], v[1].v[j], 0x7632),
+            __byte_perm(v[2].v[j], v[3].v[j], 0x5410), __byte_perm(v[2].v[j], v[3].v[j], 0x7632)};
 #pragma unroll
         for (int i = 0; i < kTokenTiles; ++i) mma<T>(sums.c[j][i], a, b[i]);
       }
@@ -344,14 +344,14 @@ struct LinearDx {
     const int lane = lane_index();
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
-      sync_threads();  // others may still read what stands there
+      __syncthreads();  // others may still read what stands there
       if (row_warp_ > 0) {
 #pragma unroll
         for (int j = 0; j < kFeatureTiles; ++j) {
           store(&shared_->sum[row_warp_ - 1][column_warp_][j][lane], bit_cast<Four>(sums.c[j][i]));
         }
       }
-      sync_threads();
+      __syncthreads();
       if (row_warp_ > 0) continue;
 #pragma unroll
       for (int w = 0; w < kRowWarps - 1; ++w) {

@@ -46,7 +46,7 @@ struct LinearSmall {
     self.table_ = fill_table<T, Table, kThreads>(self.start_);
     fill_map<kThreads>(p.weight, self.shared_->map);
     copy_async_wait<0>();
-    sync_threads();
+    __syncthreads();
     self.multiply();
     self.finish();
   }
@@ -246,7 +246,7 @@ struct LinearSmall {
       decode_group(table_, bytes_[j][2 * r], bytes_[j][2 * r + 1], weight[r]);
     }
 #pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) row_scale[i] = shuffle_in_quad(scale[i], j % 4);
+    for (int i = 0; i < kLaneRows; ++i) row_scale[i] = __shfl_sync(kAllLanes, scale[i], j % 4, 4);
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
       const GroupOfX x = load_group_of_x(x_of_chunk + i * 8 * x_pitch() + j * kGroup);
@@ -260,10 +260,10 @@ struct LinearSmall {
   // ---- The sums' way out
 
   DEVICE void finish() {
-    sync_threads();  // what other warps began and this one ends lies in shared memory
+    __syncthreads();  // what other warps began and this one ends lies in shared memory
     add_begun();
     if (!p_.work.shares_tiles) return;
-    sync_threads();
+    __syncthreads();
     const int begin = slice_.share_begin(0), end = slice_.share_begin(kWarps);
     if (begin >= end) return;
     const int last = (end - 1) / slice_.groups;
@@ -311,9 +311,9 @@ struct LinearSmall {
         if (is_last) store(p_.work.counter + mine, 0u);
       }
     }
-    sync_threads();  // the flags of the tiles before have been read
+    __syncthreads();  // the flags of the tiles before have been read
     store(&shared_->is_last[thread_index()], uint32_t{is_last});
-    sync_threads();
+    __syncthreads();
     for (int i = warp_; i < kThreads && first + i <= last; i += kWarps) {
       if (load(&shared_->is_last[i]) == 0) continue;
       Sums sums{};

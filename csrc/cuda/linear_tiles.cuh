@@ -46,7 +46,7 @@ struct LinearTiles {
     self.start_loading();
     self.table_ = fill_table<T, Table, kThreads>(shared_memory<uint8_t>());
     fill_map<kThreads>(p.weight, self.shared_->map);
-    sync_threads();
+    __syncthreads();
     for (int tile = self.begin_ / self.stages_; tile * self.stages_ < self.end_; ++tile) {
       const Place place = self.place_of(tile);
       Sums sums{};
@@ -223,7 +223,7 @@ struct LinearTiles {
       const int next = (stage + kAhead) % kStages;
       load_bytes(next);
       copy_async_wait<kAhead - 1>();
-      sync_threads();  // the stage is here, and nobody reads the one before any longer
+      __syncthreads();  // the stage is here, and nobody reads the one before any longer
       copy_x(next, free_);
       if (group_begin(stage) < k && (stage > 0 || !skips_first)) {
         multiply_stage(weight, stage, place.tokens, sums);
@@ -236,7 +236,7 @@ struct LinearTiles {
   DEVICE void multiply_stage(const uint32_t (&weight)[kRowTiles][4][4], int stage, int tokens, Sums& sums) {
     float scale[kLaneRows];
 #pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) scale[i] = shuffle_in_quad(scale_[i], stage);
+    for (int i = 0; i < kLaneRows; ++i) scale[i] = __shfl_sync(kAllLanes, scale_[i], stage, 4);
     const T* x_at = shared_->x[0] + stage_ + g_ * kPitch + depth_warp_ * kGroup + 16 * t_;
     // Token tiles at once: as few as keep the matrix units busy, for the sake of registers.
     constexpr int kAtOnce = 2;
@@ -295,12 +295,12 @@ struct LinearTiles {
     Four* others = reinterpret_cast<Four*>(shared_->x[0] + free_) + feature_lane();
 #pragma unroll
     for (int r = 0; r < kRowTiles; ++r) {
-      sync_threads();
+      __syncthreads();
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i) {
         if (i % kDepthWarps != depth_warp_) store(others + i * kFeatureLanes, bit_cast<Four>(sums.c[r][i]));
       }
-      sync_threads();
+      __syncthreads();
 #pragma unroll
       for (int i = 0; i < kTokenTiles; ++i) {
         if (i % kDepthWarps == depth_warp_) add(load(others + i * kFeatureLanes), sums.c[r][i]);

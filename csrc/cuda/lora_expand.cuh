@@ -89,7 +89,7 @@ struct LoraExpand {
       served[i] = row < p.m && (!p.row_group || load_constant(p.row_group + row) == delta.group);
       any = any || served[i];
     }
-    if (ballot(any) == 0) return;
+    if (__ballot_sync(kAllLanes, any) == 0) return;
     float sums[kRows / 16][4][4] = {};  // [16 rows][column mod 4]
     for (int rank = 0; rank < delta.rank; rank += 8) {
       float factor[2][4];  // ranks t, t + 4; features 4g ..

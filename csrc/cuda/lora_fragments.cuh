@@ -19,7 +19,7 @@ struct Tf32Pair {
 // The lower 13 bits of `low` count for nothing.
 DEVICE Tf32Pair split_tf32(float value) {
   const uint32_t high = (bit_cast<uint32_t>(value) + 0x1000u) & 0xffffe000u;
-  return {high, bit_cast<uint32_t>(add_rn(value, -bit_cast<float>(high)))};
+  return {high, bit_cast<uint32_t>(__fadd_rn(value, -bit_cast<float>(high)))};
 }
 
 // ---- Eight neighbours in a row ---------------------------------------------------------------------------

@@ -85,7 +85,7 @@ struct LoraOverRows {
         if (p.row_group) {
           const bool any = group[0] == tile.group || group[1] == tile.group || group[2] == tile.group ||
                            group[3] == tile.group;
-          if (ballot(any) == 0) continue;
+          if (__ballot_sync(kAllLanes, any) == 0) continue;
         }
         if (seen < 0 || !sees_the_same(p.tile[seen], tile)) {
           seen = first_tile + q;
@@ -118,7 +118,7 @@ struct LoraOverRows {
         }
       }
     }
-    sync_threads();
+    __syncthreads();
     write_sums(p, *shared, first_tile, first_feature, split);
     if (p.splits == 1) return;
     uint32_t* counter = p.counter + block_index() % (chunks * static_cast<int>(p.feature_blocks));

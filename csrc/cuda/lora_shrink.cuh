@@ -93,7 +93,7 @@ struct LoraShrink {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               unpack_run<T>(words[i], values[i]);
-              if (tile.mask.threshold != 0) {
+              if (!kTransposed && tile.mask.threshold != 0) {  // dY has none
                 drop_run<kVector>(tile.mask, (row + 8 * i) * p.features + feature, values[i]);
               }
             }
@@ -117,7 +117,7 @@ struct LoraShrink {
       store(reinterpret_cast<Vec<float, 2>*>(&shared->sum[warp][g + 8][8 * q + 2 * t]),
             {sums[q][2], sums[q][3]});
     }
-    sync_threads();
+    __syncthreads();
     write_sums(p, *shared, rows, first_tile, slices, split);
     if (p.splits == 1) return;
     uint32_t* counter = p.counter + first_tile / kTiles * p.row_blocks + row_block;
@@ -140,7 +140,8 @@ struct LoraShrink {
     uint32_t serving = 0;
     for (int q = 0; q < kTiles && first + q < p.tiles; ++q) {
       const int64_t own = p.tile[first + q].group;
-      if (!p.row_group || ballot(group[0] == own || group[1] == own) != 0) serving |= 1u << q;
+      if (!p.row_group || __ballot_sync(kAllLanes, group[0] == own || group[1] == own) != 0)
+        serving |= 1u << q;
     }
     return serving;
   }

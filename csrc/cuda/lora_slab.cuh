@@ -67,10 +67,10 @@ struct PackSlab {
       const int64_t from = row * factor.row_stride + at % adapter.rank * factor.rank_stride;
       const float value = factor.is_f32 ? load_constant(static_cast<const float*>(factor.data) + from)
                                         : to_float(load_constant(static_cast<const T*>(factor.data) + from));
-      const float scaled = multiply_rn(factor.scale, value);
+      const float scaled = __fmul_rn(factor.scale, value);
       const T high = from_float<T>(scaled);
       // u's low part is the second, v's the third.
-      return part == 1 + which ? from_float<T>(add_rn(scaled, -to_float(high))) : high;
+      return part == 1 + which ? from_float<T>(__fadd_rn(scaled, -to_float(high))) : high;
     }
     return from_float<T>(0.0f);
   }

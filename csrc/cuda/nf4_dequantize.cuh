@@ -12,12 +12,12 @@ struct RowsOfUnits {
   uint32_t units, factor;
   int shift;
 
-  DEVICE uint32_t row_of(uint32_t unit) const { return multiply_high(unit, factor) >> shift; }
+  DEVICE uint32_t row_of(uint32_t unit) const { return __umulhi(unit, factor) >> shift; }
 };
 
 // `map` is in shared memory. Rounded twice: a fused multiply-add would not give the format's bits.
 DEVICE float unpack_scale_rn(const PackedScale& packed, const float* map, float offset) {
-  return add_rn(multiply_rn(load(map + packed.code), packed.scale), offset);
+  return __fadd_rn(__fmul_rn(load(map + packed.code), packed.scale), offset);
 }
 
 // Units of 8 elements in rows of a weight: 4 bytes read, 16 or 32 written. Every one starts in a high nibble
@@ -60,7 +60,7 @@ struct DequantizeNf4 {
     if (thread < nf4::kCodes) store(&shared->code[thread], kCodeTable.value[thread]);
     fill_map<kThreads>(p.weight, shared->map);
     const float offset = load_scale_offset(p.weight);
-    sync_threads();
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
       if (begin + i * kThreads >= p.units) return;
@@ -94,8 +94,8 @@ struct DequantizeNf4 {
     const uint32_t places[2] = {unit.word >> 2 & kPlaces, unit.word << 2 & kPlaces};
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
-      const uint32_t place = byte_permute(places[i % 2], 0, 0x4440u | static_cast<uint32_t>(i / 2));
-      x[i] = multiply_rn(load(reinterpret_cast<const float*>(codes + place)), absmax);
+      const uint32_t place = __byte_perm(places[i % 2], 0, 0x4440u | static_cast<uint32_t>(i / 2));
+      x[i] = __fmul_rn(load(reinterpret_cast<const float*>(codes + place)), absmax);
     }
     if constexpr (sizeof(T) == 4) {
       store(out, {x[0], x[1], x[2], x[3]});
@@ -130,7 +130,7 @@ struct DequantizeElements {
     if (thread < nf4::kCodes) store(&shared->code[thread], kCodeTable.value[thread]);
     fill_map<kThreads>(p.weight, shared->map);
     const float offset = load_scale_offset(p.weight);
-    sync_threads();
+    __syncthreads();
     const int64_t begin = int64_t{block_index()} * (kThreads * kElements) + thread;
     for (int i = 0; i < kElements; ++i) {
       const int64_t at = begin + i * kThreads;
@@ -141,7 +141,7 @@ struct DequantizeElements {
       const uint32_t code = element % 2 ? byte & 15 : byte >> 4;
       const auto block = static_cast<uint32_t>(element >> p.weight.block_shift);
       const float absmax = unpack_scale_rn(load_scale(p.weight, block), shared->map, offset);
-      store(p.out + row * p.out_stride + col, from_float<T>(multiply_rn(load(&shared->code[code]), absmax)));
+      store(p.out + row * p.out_stride + col, from_float<T>(__fmul_rn(load(&shared->code[code]), absmax)));
     }
   }
 };
@@ -166,7 +166,7 @@ struct UnpackAbsmax {
   static DEVICE void run(const Params& p) {
     Shared* shared = shared_memory<Shared>();
     store(&shared->map[thread_index()], kDynamicTable.value[thread_index()]);
-    sync_threads();
+    __syncthreads();
     const float offset = load_constant(p.offset);
     const int64_t first = int64_t{block_index()} * kThreads * kPerThread + thread_index();
 #pragma unroll

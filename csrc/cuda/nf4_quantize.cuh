@@ -16,19 +16,19 @@ DEVICE uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
 template <int kThreads>
 DEVICE uint32_t max_of_run(uint32_t value, int threads, uint32_t (&by_warp)[kThreads / kWarp]) {
   for (int mask = 1; mask < threads && mask < kWarp; mask *= 2) {
-    value = max_of(value, shuffle_xor(value, mask));
+    value = max_of(value, __shfl_xor_sync(kAllLanes, value, mask));
   }
   if (threads <= kWarp) return value;
   const int warps = threads / kWarp, warp = warp_index();
   if (lane_index() == 0) store(&by_warp[warp], value);
-  sync_threads();
+  __syncthreads();
   for (int i = 0; i < warps; ++i) value = max_of(value, load(&by_warp[(warp & -warps) + i]));
   return value;
 }
 
 // All zero, or too small to invert: 0, which gives every element the code of 0.0.
 DEVICE float usable_inverse(float absmax) {
-  const float inverse = divide_rn(1.0f, absmax);
+  const float inverse = __fdiv_rn(1.0f, absmax);
   return inverse > FLT_MAX ? 0.0f : inverse;
 }
 
@@ -70,7 +70,7 @@ struct QuantizeNf4 {
     Words2 bytes{};
 #pragma unroll
     for (int i = 0; i < kRun; ++i) {
-      const uint32_t code = i < count ? code_of(multiply_rn(x[i], inverse)) : nf4::kZeroCode;
+      const uint32_t code = i < count ? code_of(__fmul_rn(x[i], inverse)) : nf4::kZeroCode;
       bytes.v[i / 8] |= code << (i % 8 / 2 * 8 + (i % 2 ? 0 : 4));
     }
     uint8_t* out = p.packed + first / 2;
@@ -132,16 +132,16 @@ struct QuantizeAbsmax {
     Shared* shared = shared_memory<Shared>();
     const int thread = thread_index();
     if (thread + 1 < nf4::kDynamicCodes) {
-      const float sum = add_rn(kDynamicTable.value[thread], kDynamicTable.value[thread + 1]);
-      store(&shared->midpoints[thread], multiply_rn(sum, 0.5f));
+      const float sum = __fadd_rn(kDynamicTable.value[thread], kDynamicTable.value[thread + 1]);
+      store(&shared->midpoints[thread], __fmul_rn(sum, 0.5f));
     }
     const int64_t i = int64_t{block_index()} * kThreads + thread;
     float x = 0.0f;
-    if (i < p.blocks) x = add_rn(load_constant(p.absmax + i), -load_constant(p.offset));
+    if (i < p.blocks) x = __fadd_rn(load_constant(p.absmax + i), -load_constant(p.offset));
     const uint32_t max_bits = max_of_run<kThreads>(abs_bits(x), kThreads, shared->by_warp);
     const float absmax2 = bit_cast<float>(max_bits), inverse = usable_inverse(absmax2);
     if (thread == 0) store(p.absmax2 + block_index(), absmax2);
-    if (i < p.blocks) store(p.q8 + i, code_of(shared->midpoints, multiply_rn(x, inverse)));
+    if (i < p.blocks) store(p.q8 + i, code_of(shared->midpoints, __fmul_rn(x, inverse)));
   }
 
  private:

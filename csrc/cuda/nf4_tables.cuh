@@ -42,7 +42,7 @@ DEVICE PackedScale load_scale(const Nf4View& weight, uint32_t block) {
           load_constant(weight.scale + (block >> weight.scale_shift))};
 }
 DEVICE float unpack_scale(const PackedScale& packed, const float* map, float offset) {
-  return multiply_add(load(map + packed.code), packed.scale, offset);
+  return __fmaf_rn(load(map + packed.code), packed.scale, offset);
 }
 
 }  // namespace peft_kernels::cuda

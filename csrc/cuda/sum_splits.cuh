@@ -15,14 +15,14 @@ namespace peft_kernels::cuda {
 // Whether this block is the last one of so many. For all threads, after they wrote their parts. The
 // tile's counter is zero before and after; `last` is a word of shared memory.
 DEVICE bool is_last_of_tile(uint32_t* counter, int blocks, uint32_t* last) {
-  sync_threads();
+  __syncthreads();
   if (thread_index() == 0) {
     const uint32_t before = atomic_add_ordered(counter, 1);
     const bool is_last = before + 1 == static_cast<uint32_t>(blocks);
     if (is_last) store(counter, 0u);
     store(last, uint32_t{is_last});
   }
-  sync_threads();
+  __syncthreads();
   return load(last) != 0;
 }
 

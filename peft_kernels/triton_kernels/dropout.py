@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops.dropout import dropout_scale, dropout_threshold
 from .common import check, check_dtype, check_float, check_numel
-from .launch import VARYING, cdiv, config, launch
+from .launch import VARYING, cdiv, config, launch, varying
 
 DROPOUT = config(8, 3, BLOCK=2048)
 
@@ -30,6 +30,27 @@ class Mask(NamedTuple):
     @property
     def scale(self) -> float:
         return dropout_scale(self.p)
+
+
+class MaskArgs(NamedTuple):
+    """A mask for kernels, inside tuples."""
+
+    seed: Tensor | None
+    stream: int  # varying
+    threshold: int  # varying
+
+
+def mask_of(mask: Mask | None) -> MaskArgs:
+    if mask is None:
+        return MaskArgs(None, 0, 0)
+    # Beyond 2^36, so that it is an int64 for every p.
+    return MaskArgs(mask.seed, varying(mask.stream), varying(mask.threshold + (1 << 32)))
+
+
+@triton.jit
+def known_mask(mask):
+    """What `kept` takes, of a MaskArgs."""
+    return mask.seed, mask.stream >> 4, mask.threshold >> 4 & 0xFFFFFFFF
 
 
 def mask_args(mask: Mask | None) -> tuple[Tensor | None, int, int]:

@@ -22,20 +22,39 @@ TANH_1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
 TANH_3 = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
 
 
+LOG2_E = tl.constexpr(1.4426950216293335)  # in fp32, and what that leaves
+LOG2_E_REST = tl.constexpr(1 / math.log(2) - 1.4426950216293335)
+LN_2 = tl.constexpr(math.log(2))
+
+
 @triton.jit
-def sigmoid(x):
+def exact_exp(x):
+    """e^x for x <= 0, to two roundings. `tl.exp` rounds x log2(e), and so errs by a rounding times x."""
+    x = tl.where(x < -200.0, -200.0, x)  # below that it is 0; Inf would be no number
+    power = x * LOG2_E
+    rest = tl.fma(x, LOG2_E, -power) + x * LOG2_E_REST
+    value = tl.exp2(power)
+    return tl.fma(value, rest * LN_2, value)
+
+
+@triton.jit
+def sigmoid(x, EXACT: tl.constexpr):
     """1 / (1 + e^-x), and 1 minus that without cancellation."""
-    e = tl.exp(-tl.abs(x))
-    large = 1.0 / (1.0 + e)
+    if EXACT:
+        e = exact_exp(-tl.abs(x))
+        large = tl.div_rn(1.0, 1.0 + e)
+    else:
+        e = tl.exp(-tl.abs(x))
+        large = 1.0 / (1.0 + e)
     small = e * large
     return tl.where(x < 0.0, small, large), tl.where(x < 0.0, large, small)
 
 
 @triton.jit
-def activate(x, ACTIVATION: tl.constexpr):
-    """Value and derivative, of fp32."""
+def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """Value and derivative, of fp32. EXACT: for results in fp32; those of 16 bits do not show it."""
     if ACTIVATION == "silu":
-        s, rest = sigmoid(x)
+        s, rest = sigmoid(x, EXACT)
         value = x * s
         slope = s * (1.0 + x * rest)
     elif ACTIVATION == "gelu":
@@ -45,7 +64,7 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid(2 u) with 2 u = x (TANH_1 + TANH_3 x^2).
         square = x * x
-        s, rest = sigmoid(x * (TANH_1 + TANH_3 * square))
+        s, rest = sigmoid(x * (TANH_1 + TANH_3 * square), EXACT)
         value = x * s
         slope = s + value * rest * (TANH_1 + 3 * TANH_3 * square)
     else:
@@ -60,7 +79,7 @@ def gated_kernel(gate_ptr, up_ptr, out_ptr, numel, ACTIVATION: tl.constexpr, BLO
     inside = element < numel
     g = tl.load(gate_ptr + element, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up_ptr + element, mask=inside, other=0.0).to(tl.float32)
-    value, _ = activate(g, ACTIVATION)
+    value, _ = activate(g, ACTIVATION, out_ptr.dtype.element_ty == tl.float32)
     tl.store(out_ptr + element, (value * u).to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -73,7 +92,7 @@ def gated_backward_kernel(
     d = tl.load(dy_ptr + element, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate_ptr + element, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up_ptr + element, mask=inside, other=0.0).to(tl.float32)
-    value, slope = activate(g, ACTIVATION)
+    value, slope = activate(g, ACTIVATION, dup_ptr.dtype.element_ty == tl.float32)
     tl.store(dgate_ptr + element, (d * u * slope).to(dgate_ptr.dtype.element_ty), mask=inside)
     tl.store(dup_ptr + element, (d * value).to(dup_ptr.dtype.element_ty), mask=inside)
 

@@ -16,7 +16,7 @@ from .linear_pieces import backward_by_pieces, forward_by_pieces
 from .linear_unaligned import BLOCK_D, unaligned_product_kernel
 from .lora_adapters import Delta, delta_args
 from .nf4 import Nf4, nf4
-from .products import split_sum
+from .products import parts_of, split_sum
 
 RUN = 64  # weights at a time
 
@@ -90,13 +90,14 @@ def fused_product(
         groups = math.gcd(depth // run, tiles.groups)
         kernel, unit, constants = linear_kernel, groups * run, {"RUN": run, "GROUPS": groups}
     programs = cdiv(m, tiles.config["BLOCK_M"]) * cdiv(features, tiles.config["BLOCK_F"])
-    split = split_sum(programs, depth, unit, out)
-    tensors = x, weight.pointers, bias, delta_args(delta), split.target
+    split = split_sum(programs, depth, unit, x.device)
+    tile = tiles.config["BLOCK_M"] * tiles.config["BLOCK_F"]
+    parts = None if split.splits == 1 else parts_of(programs * split.splits, tile, x.device)
+    tensors = x, weight.pointers, bias, delta_args(delta), out, parts
     sizes = m, features, depth, split.units
     args = *tensors, *sizes, *mask_args(None if delta is None else delta.seen.mask)
-    grid = programs, split.count
+    grid = programs, split.splits
     launch(kernel, grid, *args, config=tiles.config, BLOCK_SHIFT=weight.shift, **constants)
-    split.finish()
     return out
 
 

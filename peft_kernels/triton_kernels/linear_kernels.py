@@ -13,7 +13,7 @@ from .dropout import kept
 from .launch import VARYING
 from .lora_adapters import delta_tile
 from .nf4_decode import decode, load_absmax, stretch
-from .products import dot, store_tile
+from .products import add_part, dot, store_tile, sum_splits
 
 RANKS = tl.constexpr(16)  # of an adapter at a time
 
@@ -28,6 +28,7 @@ def load_run_absmax(weight, element, BLOCK_SHIFT: tl.constexpr):
 def finish_tile(
     out_ptr,
     acc,
+    parts,
     bias_ptr,
     delta,
     mask,
@@ -39,8 +40,8 @@ def finish_tile(
     BLOCK_F: tl.constexpr,
     QUADS: tl.constexpr,
 ):
-    """Store sums [features, tokens], for activations of `dtype`, with what the first split adds to them:
-    mask(delta) and bias. `mask` and QUADS as in `kept`."""
+    """Store the splits' sums [features, tokens], for activations of `dtype`, with what the first adds to
+    them: mask(delta) and bias. `mask` and QUADS as in `kept`."""
     feature = first + tl.arange(0, BLOCK_F)
     if tl.program_id(1) == 0:
         if delta is not None:
@@ -51,7 +52,9 @@ def finish_tile(
             acc += delta.scale * added
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)[:, None]
-    store_tile(out_ptr, acc, token, m, feature, features)
+    splits = tl.num_programs(1)
+    total, last = sum_splits(acc, parts, tl.program_id(0) * splits, tl.program_id(1), splits)
+    store_tile(out_ptr, total, token, m, feature, features, last)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -61,6 +64,7 @@ def linear_kernel(
     bias_ptr,
     delta,
     out_ptr,
+    parts,
     m,
     features,
     depth,
@@ -113,7 +117,7 @@ def linear_kernel(
     acc *= 1.0 / stretch(dtype)
     mask = (seed_ptr, stream, threshold)
     finish_tile(
-        out_ptr, acc, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, QUADS=True
+        out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, True
     )
 
 
@@ -124,6 +128,7 @@ def linear_dx_kernel(
     bias_ptr,
     delta,
     out_ptr,
+    parts,
     m,
     features,
     depth,
@@ -163,8 +168,11 @@ def linear_dx_kernel(
         scales = load_run_absmax(weight, element, BLOCK_SHIFT) * (1.0 / stretch(dtype))
         weights = tl.reshape(numbers, (BLOCK_D, RUNS, RUN)) * scales[:, :, None]
         weights = tl.reshape(weights, (BLOCK_D, BLOCK_F)).to(dtype)
-        acc = dot(tl.trans(weights), tl.trans(gradients), dtype, acc)
+        if dtype == tl.float32:
+            acc = add_part(acc, dot(tl.trans(weights), tl.trans(gradients), dtype))
+        else:
+            acc = dot(tl.trans(weights), tl.trans(gradients), dtype, acc)
     mask = (seed_ptr, stream, threshold)
     finish_tile(
-        out_ptr, acc, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, QUADS=True
+        out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, True
     )

@@ -8,7 +8,7 @@ import triton.language as tl
 from .launch import VARYING
 from .linear_kernels import finish_tile
 from .nf4_decode import load_elements
-from .products import dot
+from .products import add_part, dot
 
 BLOCK_D = tl.constexpr(32)  # registers do not hold more, one by one
 
@@ -20,6 +20,7 @@ def unaligned_product_kernel(
     bias_ptr,
     delta,
     out_ptr,
+    parts,
     m,
     features,
     depth,
@@ -56,10 +57,13 @@ def unaligned_product_kernel(
             element = feature[:, None] * depth + at[None, :]
             inside = tl.broadcast_to((at < depth)[None, :], (BLOCK_F, BLOCK_D))
             weights = load_elements(weight, element, inside, BLOCK_SHIFT).to(dtype)
-        acc = dot(weights, tl.trans(tokens), dtype, acc)
+        if dtype == tl.float32:
+            acc = add_part(acc, dot(weights, tl.trans(tokens), dtype))
+        else:
+            acc = dot(weights, tl.trans(tokens), dtype, acc)
     mask = (seed_ptr, stream, threshold)
     finish_tile(
-        out_ptr, acc, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, QUADS=False
+        out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, False
     )
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from .common import check, check_dtype, check_lengths, check_shape, compute_type
 from .linear import as_rows, base_product, checked_bias, fused_product
 from .lora_adapters import Adapter, Delta, adapters_of, check_outputs
-from .lora_products import over_rows, shrink, sum_with_deltas
+from .lora_products import Product, over_rows, shrink, sum_with_deltas
 from .nf4 import Nf4, nf4
 
 
@@ -49,8 +49,7 @@ def multi_lora_linear(args: Any) -> tuple[list[Tensor], Tensor]:
     check_outputs(adapters, out_features)
     check(len(bias) == len(layers), "bias", f"{len(layers)} like weight", len(bias))
     h = _empty_ranks(rows, adapters)
-    for a in adapters:
-        shrink(rows, a.a.t(), h[:, a.columns], 1.0, a.seen)
+    shrink([Product(rows, a.a.t(), h[:, a.columns], 1.0, a.seen) for a in adapters])
     y = []
     for j, of_layer in enumerate(layers):
         own_bias = bias[j]
@@ -81,21 +80,27 @@ def multi_lora_linear_backward(args: Any) -> tuple[Tensor, list[Tensor], list[Te
     check_shape(h, (*x.shape[:-1], dh.shape[1]), "h")
     h = as_rows(h, "h")
     if need_dx or any(need_da):
-        for a in adapters:
-            shrink(gradients[a.layer], a.b, dh[:, a.columns], a.scaling, a.seen.without_mask)
+        shrink(
+            [
+                Product(gradients[a.layer], a.b, dh[:, a.columns], a.scaling, a.seen.without_mask)
+                for a in adapters
+            ]
+        )
 
     dx = x.new_empty(x.shape if need_dx else 0)
     if need_dx:
         deltas = [Delta(dh[:, a.columns], a.a.t(), 1.0, a.seen) for a in adapters]
         dx = _input_gradient(rounded, layers, deltas, x.dtype).view(x.shape) if layers else dx.zero_()
-    da, db = [], []
+    da, db, sums = [], [], []
     for a, for_a, for_b in zip(adapters, need_da, need_db, strict=True):
         da.append(a.a.new_empty(a.a.shape if for_a else 0))
         db.append(a.b.new_empty(a.b.shape if for_b else 0))
         if for_a:
-            over_rows(rows, dh[:, a.columns], da[-1].t(), 1.0, a.seen)
+            sums.append(Product(rows, dh[:, a.columns], da[-1].t(), 1.0, a.seen))
         if for_b:
-            over_rows(gradients[a.layer], h[:, a.columns], db[-1], a.scaling, a.seen.without_mask)
+            seen = a.seen.without_mask
+            sums.append(Product(gradients[a.layer], h[:, a.columns], db[-1], a.scaling, seen))
+    over_rows(sums)
     return dx, da, db
 
 

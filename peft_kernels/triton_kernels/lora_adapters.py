@@ -11,8 +11,9 @@ import triton.language as tl
 from torch import Tensor
 
 from .common import check, check_dtype, check_float, check_lengths, check_shape
-from .dropout import Mask, check_dropout, mask_args
-from .products import dot
+from .dropout import Mask, MaskArgs, check_dropout, mask_of
+from .launch import varying
+from .products import add_part, dot
 
 
 class Served(NamedTuple):
@@ -38,9 +39,17 @@ class Seen(NamedTuple):
         return Seen(None, self.served)
 
     @property
-    def args(self) -> tuple[Tensor | None, int, Tensor | None, int, int]:
-        """Row groups, the group, and the mask, for kernels."""
-        return *((None, 0) if self.served is None else self.served), *mask_args(self.mask)
+    def args(self) -> SeenArgs:
+        row_group, group = (None, 0) if self.served is None else self.served
+        return SeenArgs(row_group, varying(group), mask_of(self.mask))
+
+
+class SeenArgs(NamedTuple):
+    """The same for kernels."""
+
+    row_group: Tensor | None
+    group: int  # varying
+    mask: MaskArgs
 
 
 class Adapter(NamedTuple):
@@ -99,7 +108,7 @@ def delta_tile(delta, token, m, feature, features, result: tl.constexpr, BLOCK_R
         u = tl.load(delta.u + u_rows[:, None] + r[None, :], mask=inside, other=0.0)
         at = v_rows[:, None] + r.to(tl.int64)[None, :] * delta.v_rank_stride
         v = tl.load(delta.v + at, mask=inside, other=0.0)
-        sum += dot(v, tl.trans(u), result)
+        sum = add_part(sum, dot(v, tl.trans(u), result))
     return sum
 
 

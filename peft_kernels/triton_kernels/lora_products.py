@@ -1,25 +1,29 @@
 """The products of LoRA adapters: shrink (activations to ranks), expand (ranks to features), sums over rows.
 
 Adapters may be in fp32 beside 16-bit activations, and are not rounded then. With `row_group` the rows of
-other groups count as zeros, whatever they hold. Activations are rows, contiguous.
+other groups count as zeros, whatever they hold. Activations are rows, contiguous. A launch computes several
+products: each program works on one, and those of an x, which lie side by side, find it in the card's cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import zip_longest
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .dropout import kept
-from .launch import VARYING, cdiv, config, launch, power_of_2
-from .lora_adapters import Delta, Seen, delta_args, delta_tile
-from .products import dot, split_sum, store_tile
+from .dropout import kept, known_mask
+from .launch import VARYING, Config, cdiv, config, launch, power_of_2, varying
+from .lora_adapters import Delta, DeltaArgs, Seen, SeenArgs, delta_args, delta_tile
+from .products import add_part, dot, parts_of, split_sum, store_tile, sum_splits
 
 MAX_RANKS = 64  # of a program
+SHRINKS, SUMS, DELTAS = 2, 4, 2
+"""Of one launch, at most: each is code of its own in the kernel, which takes time to compile. Gate and up of
+an MLP with an adapter each have so many."""
 
 # Few rows make small tiles, of which nothing is wasted.
 FEW_ROWS = 16
@@ -30,93 +34,130 @@ EXPAND = config(8, 2, BLOCK_M=64, BLOCK_F=128)
 OVER_ROWS = config(4, 3, BLOCK_F=64)
 
 
+class Product(NamedTuple):
+    """`shrink`: out = scale mask(x) factor, fp32 [m, rank], of a factor [features, rank]; 0 in rows that are
+    not served. `over_rows`: out = scale mask(x)^T factor, [features, rank], of a factor [m, rank] in fp32,
+    over rows that are served."""
+
+    x: Tensor  # [m, features]
+    factor: Tensor
+    out: Tensor  # rows, or columns, may lie apart
+    scale: float
+    seen: Seen  # of x
+
+
+class Job(NamedTuple):
+    """A product for kernels."""
+
+    x: Tensor
+    factor: Tensor
+    out: Tensor
+    features: int
+    rank: int
+    factor_stride: int
+    factor_rank_stride: int
+    out_stride: int
+    out_rank_stride: int
+    scale: float  # times the mask's
+    seen: SeenArgs
+    # Varying:
+    first: int  # program
+    programs: int
+    splits: int
+    split: int  # units of a program's sum
+
+
 @triton.jit
-def is_served(row_group_ptr, group, row, m):
+def is_served(seen, row, m):
     """Which of `row`, int64, are rows of an adapter."""
     there = row < m
-    if row_group_ptr is not None:
-        there &= tl.load(row_group_ptr + row, mask=there, other=0) == group
+    if seen.row_group is not None:
+        there &= tl.load(seen.row_group + row, mask=there, other=0) == (seen.group >> 4)
     return there
 
 
 @triton.jit
-def load_seen(x_ptr, row, there, first, features, mask, QUADS: tl.constexpr, BLOCK_F: tl.constexpr):
+def load_seen(job, row, there, first, QUADS: tl.constexpr, BLOCK_F: tl.constexpr):
     """x[m, features] as an adapter sees it: elements that dropout drops, and those of rows that are not
     `there`, are 0. Features from `first` on."""
     feature = first + tl.arange(0, BLOCK_F)
-    inside = there[:, None] & (feature < features)[None, :]
-    tile = tl.load(x_ptr + row[:, None] * features + feature[None, :], mask=inside, other=0.0)
-    if mask[0] is not None:
-        tile = tl.where(kept(mask, row, first, features, BLOCK_F, QUADS), tile, 0.0)
+    inside = there[:, None] & (feature < job.features)[None, :]
+    tile = tl.load(job.x + row[:, None] * job.features + feature[None, :], mask=inside, other=0.0)
+    if job.seen.mask.seed is not None:
+        mask = known_mask(job.seen.mask)
+        tile = tl.where(kept(mask, row, first, job.features, BLOCK_F, QUADS), tile, 0.0)
     return tile
 
 
-@triton.jit(do_not_specialize=VARYING)
-def shrink_kernel(
-    x_ptr,
-    v_ptr,
-    out_ptr,
+@triton.jit
+def shrink_tile(
+    job,
+    program,
+    parts,
     m,
-    features,
-    rank,
-    split,
-    v_stride,
-    v_rank_stride,
-    out_stride,
-    scale,
-    row_group_ptr,
-    group,
-    seed_ptr,
-    stream,
-    threshold: tl.uint32,
     QUADS: tl.constexpr,
     BLOCK_F: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """out[m, rank] = scale mask(x)[m, features] v[features, rank], 0 in rows that are not served. A program
-    sums over `split` times BLOCK_F."""
-    mask = (seed_ptr, stream, threshold)
+    splits = job.splits >> 4
+    split = program % splits
     row_tiles = tl.cdiv(m, BLOCK_M)
-    row = (tl.program_id(0) % row_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    r = tl.program_id(0) // row_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    there = is_served(row_group_ptr, group, row, m)
-    first = tl.program_id(1) * split * BLOCK_F
+    row = (program // splits % row_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    r = program // splits // row_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    there = is_served(job.seen, row, m)
+    depth = (job.split >> 4) * BLOCK_F
+    begin = split * depth
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(first, tl.minimum(first + split * BLOCK_F, features), BLOCK_F):
-        tile = load_seen(x_ptr, row, there, start, features, mask, QUADS, BLOCK_F)
+    for start in range(begin, tl.minimum(begin + depth, job.features), BLOCK_F):
+        tile = load_seen(job, row, there, start, QUADS, BLOCK_F)
         feature = start + tl.arange(0, BLOCK_F)
-        at = feature.to(tl.int64)[:, None] * v_stride + r.to(tl.int64)[None, :] * v_rank_stride
-        inside = (feature < features)[:, None] & (r < rank)[None, :]
-        acc += dot(tile, tl.load(v_ptr + at, mask=inside, other=0.0), tl.float32)
-    # Where v has Inf or NaN, zeros times it are not zeros.
-    acc = tl.where(there[:, None], acc * scale, 0.0)
-    at = out_ptr + row[:, None] * out_stride + r[None, :]
-    at += tl.program_id(1).to(tl.int64) * m * rank
-    tl.store(at, acc, mask=(row < m)[:, None] & (r < rank)[None, :])
+        at = feature.to(tl.int64)[:, None] * job.factor_stride
+        at += r.to(tl.int64)[None, :] * job.factor_rank_stride
+        inside = (feature < job.features)[:, None] & (r < job.rank)[None, :]
+        acc = add_part(acc, dot(tile, tl.load(job.factor + at, mask=inside, other=0.0), tl.float32))
+    # Where the factor has Inf or NaN, zeros times it are not zeros.
+    acc = tl.where(there[:, None], acc * job.scale, 0.0)
+    total, last = sum_splits(acc, parts, (job.first >> 4) + program - split, split, splits)
+    at = job.out + row[:, None] * job.out_stride + r[None, :]
+    tl.store(at, total, mask=(row < m)[:, None] & (r < job.rank)[None, :] & last)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def shrink_kernel(
+    jobs,
+    parts,
+    m,
+    JOBS: tl.constexpr,
+    QUADS: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):
+    """out[m, rank] = scale mask(x)[m, features] factor[features, rank] of each job."""
+    for i in tl.static_range(JOBS):
+        program = tl.program_id(0) - (jobs[i].first >> 4)
+        if (program >= 0) & (program < (jobs[i].programs >> 4)):
+            shrink_tile(jobs[i], program, parts, m, QUADS, BLOCK_F, BLOCK_R, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=VARYING)
 def expand_kernel(
     total_ptr,
-    term_ptr,
-    delta,
+    terms,
+    deltas,
+    seen,
     out_ptr,
     m,
     features,
-    row_group_ptr,
-    group,
-    seed_ptr,
-    stream,
-    threshold: tl.uint32,
     DTYPE: tl.constexpr,
     QUADS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """out[m, features] = total + term + mask(delta), that in rows that are served alone. Each may be None;
-    `out` may be one of the first two. DTYPE: of the activations."""
+    """out[m, features] = total + terms + masks(deltas), each delta as its `seen` says: masked, and in rows
+    that are served alone. None is none; `out` may be one of the addends. DTYPE: of the activations."""
     row_tiles = tl.cdiv(m, BLOCK_M)
     token = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     row = token.to(tl.int64)
@@ -124,84 +165,129 @@ def expand_kernel(
     feature = first + tl.arange(0, BLOCK_F)
     at = row[None, :] * features + feature[:, None]
     inside = (feature < features)[:, None] & (token < m)[None, :]
-    added = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
-    if delta is not None:  # first, for its products take registers
-        added = delta.scale * delta_tile(delta, token, m, feature, features, DTYPE, BLOCK_R)
-        there = is_served(row_group_ptr, group, row, m)[None, :]
-        if seed_ptr is not None:
-            mask = (seed_ptr, stream, threshold)
-            there &= tl.trans(kept(mask, row, first, features, BLOCK_F, QUADS))
-        added = tl.where(there, added, 0.0)
     sum = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
     if total_ptr is not None:
         sum += tl.load(total_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if term_ptr is not None:
-        sum += tl.load(term_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    sum += added
-    store_tile(out_ptr, sum, token, m, feature, features)
+    if terms is not None:
+        for i in tl.static_range(len(terms)):
+            sum += tl.load(terms[i] + at, mask=inside, other=0.0).to(tl.float32)
+    if deltas is not None:
+        for i in tl.static_range(len(deltas)):
+            own = deltas[i].scale * delta_tile(deltas[i], token, m, feature, features, DTYPE, BLOCK_R)
+            there = is_served(seen[i], row, m)[None, :]
+            if seen[i].mask.seed is not None:
+                mask = known_mask(seen[i].mask)
+                there &= tl.trans(kept(mask, row, first, features, BLOCK_F, QUADS))
+            sum += tl.where(there, own, 0.0)
+    store_tile(out_ptr, sum, token, m, feature, features, True)
 
 
-@triton.jit(do_not_specialize=VARYING)
-def over_rows_kernel(
-    x_ptr,
-    u_ptr,
-    out_ptr,
+@triton.jit
+def over_rows_tile(
+    job,
+    program,
+    parts,
     m,
-    features,
-    rank,
-    split,
-    u_stride,
-    out_stride,
-    out_rank_stride,
-    scale,
-    row_group_ptr,
-    group,
-    seed_ptr,
-    stream,
-    threshold: tl.uint32,
     QUADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """out[features, rank] = scale mask(x)[m, features]^T u[m, rank], over rows that are served. A program
-    sums over `split` times BLOCK_M."""
-    mask = (seed_ptr, stream, threshold)
-    feature_tiles = tl.cdiv(features, BLOCK_F)
-    first_feature = tl.program_id(0) % feature_tiles * BLOCK_F
-    r = tl.program_id(0) // feature_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    first = tl.program_id(1) * split * BLOCK_M
+    splits = job.splits >> 4
+    split = program % splits
+    feature_tiles = tl.cdiv(job.features, BLOCK_F)
+    first_feature = program // splits % feature_tiles * BLOCK_F
+    r = program // splits // feature_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    depth = (job.split >> 4) * BLOCK_M
+    begin = split * depth
     acc = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
-    for start in range(first, tl.minimum(first + split * BLOCK_M, m), BLOCK_M):
+    for start in range(begin, tl.minimum(begin + depth, m), BLOCK_M):
         row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
-        there = is_served(row_group_ptr, group, row, m)
-        tile = load_seen(x_ptr, row, there, first_feature, features, mask, QUADS, BLOCK_F)
-        inside = there[:, None] & (r < rank)[None, :]
-        ranks = tl.load(u_ptr + row[:, None] * u_stride + r[None, :], mask=inside, other=0.0)
-        acc += dot(tl.trans(tile), ranks, tl.float32)
+        there = is_served(job.seen, row, m)
+        tile = load_seen(job, row, there, first_feature, QUADS, BLOCK_F)
+        inside = there[:, None] & (r < job.rank)[None, :]
+        at = row[:, None] * job.factor_stride + r[None, :]
+        ranks = tl.load(job.factor + at, mask=inside, other=0.0)
+        acc = add_part(acc, dot(tl.trans(tile), ranks, tl.float32))
+    total, last = sum_splits(acc, parts, (job.first >> 4) + program - split, split, splits)
     feature = first_feature + tl.arange(0, BLOCK_F)
-    at = out_ptr + feature.to(tl.int64)[:, None] * out_stride + r.to(tl.int64)[None, :] * out_rank_stride
-    at += tl.program_id(1).to(tl.int64) * features * rank
-    inside = (feature < features)[:, None] & (r < rank)[None, :]
-    tl.store(at, (acc * scale).to(out_ptr.dtype.element_ty), mask=inside)
+    at = job.out + feature.to(tl.int64)[:, None] * job.out_stride
+    at += r.to(tl.int64)[None, :] * job.out_rank_stride
+    inside = (feature < job.features)[:, None] & (r < job.rank)[None, :] & last
+    tl.store(at, (total * job.scale).to(job.out.dtype.element_ty), mask=inside)
 
 
-def shrink(x: Tensor, v: Tensor, out: Tensor, scale: float, seen: Seen) -> None:
-    """out = scale mask(x) v, fp32 [m, rank], with x [m, features] and v [features, rank]; 0 in rows that are
-    not served."""
-    if out.numel() == 0:
-        return
-    (m, features), rank = x.shape, v.shape[1]
-    tiles = SHRINK_FEW if m <= FEW_ROWS else SHRINK
-    block_f, block_r = _depth(x), _ranks(rank)
-    programs = cdiv(m, tiles["BLOCK_M"]) * cdiv(rank, block_r)
-    split = split_sum(programs, features, block_f, out)
-    tensors, sizes = (x, v, split.target), (m, features, rank, split.units)
-    strides = *v.stride(), split.target.stride(-2)
-    args = *tensors, *sizes, *strides, scale * seen.scale, *seen.args
-    blocks = {"QUADS": features % 4 == 0, "BLOCK_F": block_f, "BLOCK_R": block_r}
-    launch(shrink_kernel, (programs, split.count), *args, config=tiles, **blocks)
-    split.finish()
+@triton.jit(do_not_specialize=VARYING)
+def over_rows_kernel(
+    jobs,
+    parts,
+    m,
+    JOBS: tl.constexpr,
+    QUADS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """out[features, rank] = scale mask(x)[m, features]^T factor[m, rank] of each job."""
+    for i in tl.static_range(JOBS):
+        program = tl.program_id(0) - (jobs[i].first >> 4)
+        if (program >= 0) & (program < (jobs[i].programs >> 4)):
+            over_rows_tile(jobs[i], program, parts, m, QUADS, BLOCK_M, BLOCK_R, BLOCK_F)
+
+
+def shrink(products: Sequence[Product]) -> None:
+    """See `Product`. All of as many rows."""
+    for some in _at_once(products, SHRINKS):
+        m = some[0].x.shape[0]
+        tiles = SHRINK_FEW if m <= FEW_ROWS else SHRINK
+        _launch(shrink_kernel, some, tiles, "BLOCK_F", tiles["BLOCK_M"], [(m, p.x.shape[1]) for p in some])
+
+
+def over_rows(products: Sequence[Product]) -> None:
+    """See `Product`. All of as many rows."""
+    for some in _at_once(products, SUMS):
+        m = some[0].x.shape[0]
+        block_f = OVER_ROWS["BLOCK_F"]
+        _launch(over_rows_kernel, some, OVER_ROWS, "BLOCK_M", block_f, [(p.x.shape[1], m) for p in some])
+
+
+def _at_once(products: Sequence[Product], count: int) -> Iterator[Sequence[Product]]:
+    products = [product for product in products if product.out.numel()]
+    for begin in range(0, len(products), count):
+        yield products[begin : begin + count]
+
+
+def _launch(
+    kernel: Callable[..., Any],
+    products: Sequence[Product],
+    tiles: Config,
+    unit_name: str,
+    block: int,
+    sizes: Sequence[tuple[int, int]],
+) -> None:
+    """Products whose tiles are of `block` of the first size, and whose sums are over the second, so many
+    `unit_name` at a time. How they are cut does not depend on which others there are."""
+    x = products[0].x
+    unit = 32 if x.dtype == torch.float32 else 64
+    ranks = [product.out.shape[1] for product in products]
+    block_r = _ranks(max(ranks))
+    jobs: list[Job] = []
+    first, cut = 0, False
+    for product, (size, depth), rank in zip(products, sizes, ranks, strict=True):
+        alone, features = cdiv(size, block) * cdiv(rank, _ranks(rank)), product.x.shape[1]
+        units, splits = split_sum(alone, depth, unit, x.device)
+        programs = cdiv(size, block) * cdiv(rank, block_r) * splits
+        counts = varying(first), varying(programs), varying(splits), varying(units)
+        tensors, scale = (product.x, product.factor, product.out), product.scale * product.seen.scale
+        (f, f_rank), (o, o_rank) = product.factor.stride(), product.out.stride()
+        numbers = features, rank, f, f_rank, o, o_rank
+        jobs.append(Job(*tensors, *numbers, scale, product.seen.args, *counts))
+        first += programs
+        cut = cut or splits > 1
+    parts = parts_of(first, block * block_r, x.device) if cut else None
+    quads = all(product.x.shape[1] % 4 == 0 for product in products)
+    blocks = {"JOBS": len(jobs), "QUADS": quads, unit_name: unit, "BLOCK_R": block_r}
+    launch(kernel, (first,), tuple(jobs), parts, x.shape[0], config=tiles, **blocks)
 
 
 def sum_with_deltas(terms: Sequence[Tensor], deltas: Sequence[Delta]) -> Tensor:
@@ -210,49 +296,34 @@ def sum_with_deltas(terms: Sequence[Tensor], deltas: Sequence[Delta]) -> Tensor:
     first = terms[0]
     if len(terms) == 1 and not deltas:
         return first
-    steps = list(zip_longest(terms, deltas))
+    count = max(len(terms), len(deltas))
     total = None
-    for term, delta in steps[:-1]:
-        out = torch.empty_like(first, dtype=torch.float32) if total is None else total
-        _expand(total, term, delta, out, first.dtype)
+    for begin in range(0, count, DELTAS):
+        end = begin + DELTAS
+        if end >= count:
+            out = first
+        else:
+            out = torch.empty_like(first, dtype=torch.float32) if total is None else total
+        _expand(total, terms[begin:end], deltas[begin:end], out, first.dtype)
         total = out
-    _expand(total, *steps[-1], first, first.dtype)
     return first
 
 
 def _expand(
-    total: Tensor | None, term: Tensor | None, delta: Delta | None, out: Tensor, dtype: torch.dtype
+    total: Tensor | None, terms: Sequence[Tensor], deltas: Sequence[Delta], out: Tensor, dtype: torch.dtype
 ) -> None:
-    """out = total + term + delta, of activations of `dtype`."""
+    """out = total + terms + deltas, of activations of `dtype`."""
     m, features = out.shape
     tiles = EXPAND_FEW if m <= FEW_ROWS else EXPAND
-    seen = Seen() if delta is None else delta.seen
     grid = (cdiv(m, tiles["BLOCK_M"]) * cdiv(features, tiles["BLOCK_F"]), 1)
-    args = total, term, delta_args(delta), out, m, features, *seen.args
-    block_r = _ranks(0 if delta is None else delta.v.shape[1])
+    found: tuple[DeltaArgs, ...] = tuple(filter(None, map(delta_args, deltas)))
+    seen = tuple(delta.seen.args for delta in deltas)
+    args = total, tuple(terms) or None, found or None, seen or None, out, m, features
+    block_r = _ranks(max((delta.v.shape[1] for delta in deltas), default=0))
+    if dtype == torch.float32:
+        block_r = min(block_r, 16)  # a longer chain of sums in fp32 would show
     constants = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "QUADS": features % 4 == 0}
     launch(expand_kernel, grid, *args, config=tiles, BLOCK_R=block_r, **constants)
-
-
-def over_rows(x: Tensor, u: Tensor, out: Tensor, scale: float, seen: Seen) -> None:
-    """out = scale mask(x)^T u, [features, rank], contiguous or the transpose of such, over rows that are
-    served; with x [m, features] and u [m, rank] in fp32."""
-    if out.numel() == 0:
-        return
-    (m, features), rank = x.shape, u.shape[1]
-    block_m, block_r = _depth(x), _ranks(rank)
-    programs = cdiv(features, OVER_ROWS["BLOCK_F"]) * cdiv(rank, block_r)
-    split = split_sum(programs, m, block_m, out if out.is_contiguous() else out.t())
-    tensors, sizes = (x, u, split.target), (m, features, rank, split.units)
-    args = *tensors, *sizes, u.stride(0), *out.stride(), scale * seen.scale, *seen.args
-    blocks = {"QUADS": features % 4 == 0, "BLOCK_M": block_m, "BLOCK_R": block_r}
-    launch(over_rows_kernel, (programs, split.count), *args, config=OVER_ROWS, **blocks)
-    split.finish()
-
-
-def _depth(x: Tensor) -> int:
-    """How many terms of a sum a program takes at a time."""
-    return 32 if x.dtype == torch.float32 else 64
 
 
 def _ranks(rank: int) -> int:

@@ -7,23 +7,32 @@ import triton
 import triton.language as tl
 
 from ..code_tables import NF4_CODE
-from .launch import takes_ptx
+from .launch import on_amd, takes_ptx
 
 STRETCH = {torch.float32: 1.0, torch.bfloat16: 1.436715, torch.float16: 1.36619}
 """Codes are decoded times this: a factor with which all 16 numbers lie close to numbers of the dtype. The RMS
 error of the codes in bfloat16 is 7e-4 so, against 1.1e-3 without."""
 
 
-def _asm(dtype: torch.dtype) -> str:
-    """PTX that looks up the eight codes of four packed bytes, $0 .. from the last operand.
-
-    The table of 16 numbers is cut into planes, one for each of their bytes. `prmt` picks four entries of half
-    a plane by the low three bits of four codes; another picks between the two halves by the codes' high bits.
-    Results of 16 bits are pairs, one for each byte; those of 32 are the high codes, then the low ones.
-    """
+def _planes(dtype: torch.dtype) -> list[list[int]]:
+    """The table of 16 numbers, cut into planes, one for each of their bytes: four words of four entries."""
     numbers = (torch.tensor(NF4_CODE) * STRETCH[dtype]).to(dtype)
     entries = numbers.view(torch.uint8).view(len(NF4_CODE), -1).tolist()
-    size = len(entries[0])
+    return [
+        [int.from_bytes(bytes(e[plane] for e in entries[i : i + 4]), "little") for i in range(0, 16, 4)]
+        for plane in range(len(entries[0]))
+    ]
+
+
+def ptx(dtype: torch.dtype) -> str:
+    """PTX that looks up the eight codes of four packed bytes, $0 .. from the last operand.
+
+    `prmt` picks four entries of half a plane by the low three bits of four codes; another picks between the
+    two halves by the codes' high bits. Results of 16 bits are pairs, one for each byte; those of 32 are the
+    high codes, then the low ones.
+    """
+    planes = _planes(dtype)
+    size = len(planes)
     packed = f"${2 * size}"
     lines = [
         ".reg .b32 low<2>, high<2>, first, second, plane<4>, part<4>;",
@@ -35,11 +44,7 @@ def _asm(dtype: torch.dtype) -> str:
         "shr.u32 high1, high0, 16;",
     ]
     for half in range(2):  # two bytes, whose codes are, in order: low, high, low, high
-        for plane in range(size):
-            words = [
-                int.from_bytes(bytes(entry[plane] for entry in entries[i : i + 4]), "little")
-                for i in range(0, 16, 4)
-            ]
+        for plane, words in enumerate(planes):
             lines += [
                 f"prmt.b32 first, {words[0]:#x}, {words[1]:#x}, low{half};",
                 f"prmt.b32 second, {words[2]:#x}, {words[3]:#x}, low{half};",
@@ -64,10 +69,71 @@ def _asm(dtype: torch.dtype) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
+def amdgcn(dtype: torch.dtype) -> str:
+    """The same in instructions of AMD's cards, where `v_perm_b32` picks bytes by bytes.
+
+    The results are the numbers of the high codes, in registers $0 .., then those of the low codes. Behind
+    them come eight registers to work in, and the bytes, two in a register. GFX9 reads one scalar register,
+    and no constant, in an instruction with three operands.
+    """
+    planes = _planes(dtype)
+    count = len(planes)  # registers of four numbers
+    spare = [f"${2 * count + i}" for i in range(8)]
+    index, half, table, packed, *parts = spare
+    first, second = (f"${2 * count + 8 + i}" for i in range(2))
+    lines = ["s_mov_b32 s70, 0x6040200", f"v_perm_b32 {packed}, {second}, {first}, s70"]
+    for high in (True, False):
+        shift, out = (4, 0) if high else (0, count)
+        lines += [
+            f"v_lshrrev_b32 {index}, {shift}, {packed}",
+            f"v_lshrrev_b32 {half}, {shift + 1}, {packed}",
+            f"v_and_b32 {index}, 0x7070707, {index}",
+            f"v_and_b32 {half}, 0x4040404, {half}",
+            f"v_or_b32 {half}, 0x3020100, {half}",
+        ]
+        for part, words in zip(parts, planes, strict=False):
+            lines += [
+                f"s_mov_b32 s70, {words[0]:#x}",
+                f"s_mov_b32 s71, {words[2]:#x}",
+                f"v_mov_b32 {part}, {words[1]:#x}",
+                f"v_mov_b32 {table}, {words[3]:#x}",
+                f"v_perm_b32 {part}, {part}, s70, {index}",
+                f"v_perm_b32 {table}, {table}, s71, {index}",
+                f"v_perm_b32 {part}, {table}, {part}, {half}",
+            ]
+        lines += ["s_mov_b32 s70, 0x5010400", "s_mov_b32 s71, 0x7030602"]
+        if count == 2:
+            lines += [f"v_perm_b32 ${out + i}, {parts[1]}, {parts[0]}, s7{i}" for i in range(2)]
+        else:
+            lines += [
+                f"v_perm_b32 {table}, {parts[1]}, {parts[0]}, s71",
+                f"v_perm_b32 {parts[0]}, {parts[1]}, {parts[0]}, s70",
+                f"v_perm_b32 {parts[1]}, {parts[3]}, {parts[2]}, s71",
+                f"v_perm_b32 {parts[2]}, {parts[3]}, {parts[2]}, s70",
+                "s_mov_b32 s70, 0x5040100",
+                "s_mov_b32 s71, 0x7060302",
+                f"v_perm_b32 ${out}, {parts[2]}, {parts[0]}, s70",
+                f"v_perm_b32 ${out + 1}, {parts[2]}, {parts[0]}, s71",
+                f"v_perm_b32 ${out + 2}, {parts[1]}, {table}, s70",
+                f"v_perm_b32 ${out + 3}, {parts[1]}, {table}, s71",
+            ]
+    return "\n".join(lines)
+
+
+def _constraints(dtype: torch.dtype) -> str:
+    """Of `amdgcn`. All results are written before the bytes have been read for the last time."""
+    return ",".join(["=&v"] * (2 * dtype.itemsize + 8) + ["v", "v", "~{s70}", "~{s71}"])
+
+
 CODE = tl.constexpr(NF4_CODE)
-DECODE_F32 = tl.constexpr(_asm(torch.float32))
-DECODE_BF16 = tl.constexpr(_asm(torch.bfloat16))
-DECODE_F16 = tl.constexpr(_asm(torch.float16))
+DECODE_F32 = tl.constexpr(ptx(torch.float32))
+DECODE_BF16 = tl.constexpr(ptx(torch.bfloat16))
+DECODE_F16 = tl.constexpr(ptx(torch.float16))
+PERM_F32 = tl.constexpr(amdgcn(torch.float32))
+PERM_BF16 = tl.constexpr(amdgcn(torch.bfloat16))
+PERM_F16 = tl.constexpr(amdgcn(torch.float16))
+PERM_OF_4 = tl.constexpr(_constraints(torch.float32))
+PERM_OF_2 = tl.constexpr(_constraints(torch.bfloat16))
 STRETCH_BF16 = tl.constexpr(STRETCH[torch.bfloat16])
 STRETCH_F16 = tl.constexpr(STRETCH[torch.float16])
 
@@ -102,6 +168,21 @@ def decode(packed, dtype: tl.constexpr):
             pair = tl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r", [packed], tl.uint32, True, 4)
             high = (pair & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
             low = (pair >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    elif on_amd():
+        wide = packed.to(tl.uint16)  # four bytes in one operand LLVM does not take
+        # The last two results are the registers to work in.
+        if dtype == tl.float32:
+            high, low, _, _ = tl.inline_asm_elementwise(
+                PERM_F32, PERM_OF_4, [wide], (tl.float32, tl.float32, tl.uint32, tl.uint32), True, 4
+            )
+        elif dtype == tl.bfloat16:
+            high, low, _, _ = tl.inline_asm_elementwise(
+                PERM_BF16, PERM_OF_2, [wide], (tl.bfloat16, tl.bfloat16, tl.uint32, tl.uint32), True, 4
+            )
+        else:
+            high, low, _, _ = tl.inline_asm_elementwise(
+                PERM_F16, PERM_OF_2, [wide], (tl.float16, tl.float16, tl.uint32, tl.uint32), True, 4
+            )
     else:
         codes = packed.to(tl.int32)
         high = (value_of(codes >> 4) * stretch(dtype)).to(dtype)

@@ -1,23 +1,25 @@
 """What products share: their precision, tiles of results, and sums that are cut into splits.
 
-Splits leave parts in fp32, which are put together in a fixed order: the same bits every time.
+Splits leave parts in fp32. The program that is done last puts them together in a fixed order: the same bits
+every time.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import itertools
+import secrets
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import VARYING, cdiv, config, launch, power_of_2, takes_ptx
+from .launch import cdiv, on_amd, takes_ptx
 
-SUM_PARTS = config(4, 3)
-ELEMENTS = 1024  # of a program
-
+MOST_SPLITS = tl.constexpr(128)
+MOST_THREADS = tl.constexpr(512)
 PROGRAMS_PER_PROCESSOR = 4
 LEAST_DEPTH = 512  # of a split's sum
 
@@ -62,69 +64,97 @@ def dot(a, b, result: tl.constexpr, acc=None):
 
 
 @triton.jit
-def store_tile(out_ptr, values, token, m, feature, features):
-    """values [features, tokens] to out [m, features], rounded once; of each split to its own such part."""
+def add_part(acc, part):
+    """acc + part, where part is a `dot`. Of a plain sum the compiler would make dot(.., acc): one long chain
+    of additions, each of which is rounded, on tensor cores towards zero."""
+    return tl.fma(part, 1.0, acc)
+
+
+@triton.jit
+def sum_splits(acc, parts, first, split, splits):
+    """The sum of `acc` of all `splits` of a tile, and whether it is this program that has it: the last one.
+    The splits are programs from `first` on.
+
+    `parts` is what `parts_of` gives. Each program leaves its part, raises its flag and then looks at all
+    flags. So one sees all of them raised, at least; if several do, they store the same numbers. A raised flag
+    holds the launch's own number, so that memory need not be cleared before. It is lowered afterwards, for a
+    CUDA graph would launch the same again.
+    """
+    if parts is None:
+        total = acc
+        last = True
+    else:
+        SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]
+        at = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
+        at = parts.sums + tl.cast(first, tl.int64) * SIZE + at
+        tl.store(at + split * SIZE, acc)
+        flag = parts.flags + first + split
+        if on_amd():  # a barrier does not wait for what other waves store: each of them does here
+            each = tl.zeros((MOST_THREADS,), tl.int64)
+            tl.atomic_or(flag + each, each, sem="release", scope="gpu")
+        tl.debug_barrier()  # all threads have stored theirs
+        tl.atomic_xchg(flag, parts.number, sem="acq_rel", scope="gpu")
+        lane = tl.arange(0, MOST_SPLITS)
+        there = lane < splits
+        flags = parts.flags + first + lane
+        # Not loads: between two of these, on any flag of two, there is an order.
+        seen = tl.atomic_or(flags, tl.zeros_like(lane).to(tl.int64), mask=there, sem="acq_rel", scope="gpu")
+        last = tl.sum(tl.where(there & (seen != parts.number), 1, 0), axis=0) == 0
+        total = tl.zeros_like(acc)
+        for _ in range(0, tl.where(last, splits, 0)):
+            total += tl.load(at)
+            at += SIZE
+        tl.store(flags, tl.zeros_like(lane).to(tl.int64), mask=there & last)
+    return total, last
+
+
+@triton.jit
+def store_tile(out_ptr, values, token, m, feature, features, wanted):
+    """values [features, tokens] to out [m, features], rounded once, if `wanted`."""
     at = out_ptr + token.to(tl.int64)[None, :] * features + feature[:, None]
-    if out_ptr.dtype.element_ty == tl.float32:  # as parts are
-        at += tl.program_id(1).to(tl.int64) * m * features
     inside = (feature < features)[:, None] & (token < m)[None, :]
-    tl.store(at, values.to(out_ptr.dtype.element_ty), mask=inside)
+    tl.store(at, values.to(out_ptr.dtype.element_ty), mask=inside & wanted)
 
 
-@dataclass(frozen=True)
-class Split:
-    """How a sum is cut, and where its parts are."""
+class Split(NamedTuple):
+    """How a sum is cut."""
 
     units: int  # of a part
-    count: int
-    target: Tensor  # what the kernel writes: `out`, or parts of it [count, rows, cols] in fp32
-    out: Tensor
-
-    def finish(self) -> None:
-        """Put the parts together, if there are several."""
-        if self.count == 1:
-            return
-        rows, cols = self.out.shape
-        block_cols = min(power_of_2(cols), ELEMENTS)
-        block_rows = ELEMENTS // block_cols
-        grid = (cdiv(rows, block_rows) * cdiv(cols, block_cols),)
-        args = self.target, self.out, rows, cols, self.out.stride(0), self.count
-        blocks = {"BLOCK_ROWS": block_rows, "BLOCK_COLS": block_cols}
-        launch(sum_parts_kernel, grid, *args, config=SUM_PARTS, **blocks)
+    splits: int
 
 
-def split_sum(programs: int, depth: int, unit: int, out: Tensor) -> Split:
-    """Cut the sums over `depth` that make out [rows, cols], so that all processors work.
+class Parts(NamedTuple):
+    """Where the programs of a launch leave parts of sums, and tell that they did."""
 
-    `programs` are what there are without it, a part is a multiple of `unit`, and rows of `out` may lie apart.
-    The order of sums depends on shapes and the card's size alone.
+    sums: Tensor  # fp32, a tile of each program
+    flags: Tensor  # int64, one of each program
+    number: int  # of the launch, never the same again
+
+
+_numbers = itertools.count(secrets.randbits(58))
+
+
+def parts_of(programs: int, tile: int, device: torch.device) -> Parts:
+    """For a launch of `programs` whose tiles have `tile` elements, a multiple of 4."""
+    memory = torch.empty(programs * (tile + 2), dtype=torch.float32, device=device)
+    # Odd and long: compiled code is the same for all. The factor keeps them apart from numbers that happen.
+    number = next(_numbers) * 0x9E3779B97F4A7C15 % (1 << 60) * 2 + 1 + (1 << 61)
+    return Parts(memory, memory[programs * tile :].view(torch.int64), number)
+
+
+def split_sum(programs: int, depth: int, unit: int, device: torch.device) -> Split:
+    """Cut sums over `depth` so that all processors work.
+
+    `programs` are what there are without it, and a part is a multiple of `unit`. The order of sums depends on
+    shapes and the card's size alone.
     """
-    splits = max(processors(out.device) * PROGRAMS_PER_PROCESSOR // max(programs, 1), 1)
-    units = cdiv(cdiv(depth, splits), unit)
+    splits = max(processors(device) * PROGRAMS_PER_PROCESSOR // max(programs, 1), 1)
+    units = cdiv(cdiv(depth, min(splits, MOST_SPLITS.value)), unit)
     units = max(units, cdiv(min(LEAST_DEPTH, depth), unit), 1)
-    count = max(cdiv(depth, units * unit), 1)
-    target = out if count == 1 else out.new_empty((count, *out.shape), dtype=torch.float32)
-    return Split(units, count, target, out)
+    return Split(units, max(cdiv(depth, units * unit), 1))
 
 
 @functools.cache
 def processors(device: torch.device) -> int:
     """Multiprocessors, or compute units, of a card; where there is none, few."""
     return 2 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@triton.jit(do_not_specialize=VARYING)
-def sum_parts_kernel(
-    parts_ptr, out_ptr, rows, cols, row_stride, splits, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
-):
-    """out[rows, cols], whose rows may lie apart, = the sum over parts[splits, rows, cols], rounded once."""
-    col_tiles = tl.cdiv(cols, BLOCK_COLS)
-    row = (tl.program_id(0) // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)[:, None]
-    col = (tl.program_id(0) % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS))[None, :]
-    inside = (row < rows) & (col < cols)
-    total = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    at = parts_ptr + row * cols + col
-    for _ in range(splits):
-        total += tl.load(at, mask=inside, other=0.0)
-        at += tl.cast(rows, tl.int64) * cols
-    tl.store(out_ptr + row * row_stride + col, total.to(out_ptr.dtype.element_ty), mask=inside)

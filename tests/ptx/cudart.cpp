@@ -26,6 +26,7 @@ constexpr unsigned kMaxThreads = 1024;
 struct Binary {
   std::map<int, std::string_view> texts;      // by architecture
   std::map<int, ptx::ModulePointer> modules;  // those that were needed
+  std::map<int, ptx::ModulePointer> edited;   // the same, of edited texts
 };
 
 // A number from the environment.
@@ -74,7 +75,7 @@ struct Runtime {
     auto text = binary.texts.upper_bound(compute_capability);
     if (text == binary.texts.begin()) return nullptr;
     --text;
-    ptx::ModulePointer& module = binary.modules[text->first];
+    ptx::ModulePointer& module = (edit ? binary.edited : binary.modules)[text->first];
     if (module == nullptr)
       module = edit ? ptx::load(edit(std::string(text->second))) : ptx::load(text->second);
     return module.get();
@@ -133,7 +134,7 @@ void set_card(int compute_capability, int64_t shared_bytes) {
 
 void set_edit(std::function<std::string(std::string)> edit) {
   runtime().edit = std::move(edit);
-  for (Binary* binary : runtime().binaries) binary->modules.clear();
+  for (Binary* binary : runtime().binaries) binary->edited.clear();
 }
 
 void note_launches(std::vector<Note>* notes) { runtime().notes = notes; }

@@ -162,8 +162,8 @@ struct Bits {
   static __device__ Words4 of(Vec<uint32_t, 4> v) {
     uint32_t parity;
     asm("lop3.b32 %0, %1, %2, %3, 0x96;" : "=r"(parity) : "r"(v.v[0]), "r"(v.v[1]), "r"(v.v[2]));
-    return {{byte_permute(v.v[0], v.v[1], v.v[2] & 0xffff), select_bits(v.v[2], v.v[0], v.v[1]),
-             multiply_high(v.v[0], v.v[1]), parity}};
+    return {{__byte_perm(v.v[0], v.v[1], v.v[2] & 0xffff), select_bits(v.v[2], v.v[0], v.v[1]),
+             __umulhi(v.v[0], v.v[1]), parity}};
   }
 };
 void bits() {
@@ -189,8 +189,8 @@ void bits() {
 struct Rounded {
   // 1 + 2^-12 squared is cut off, unless it is added before rounding.
   static __device__ Vec<float, 4> of(float x) {
-    return {{add_rn(multiply_rn(x, x), -1.0f - 0x1p-11f), multiply_add(x, x, -1.0f - 0x1p-11f),
-             divide_rn(1.0f, 3.0f + (x - x)), sqrt_rn(2.0f + (x - x))}};
+    return {{__fadd_rn(__fmul_rn(x, x), -1.0f - 0x1p-11f), __fmaf_rn(x, x, -1.0f - 0x1p-11f),
+             __fdiv_rn(1.0f, 3.0f + (x - x)), __fsqrt_rn(2.0f + (x - x))}};
   }
 };
 void floats() {
@@ -201,9 +201,7 @@ void floats() {
 }
 
 struct Approximate {
-  static __device__ Vec<float, 4> of(float x) {
-    return {{exponential(x), reciprocal(x), error_function(x), 0.0f}};
-  }
+  static __device__ Vec<float, 4> of(float x) { return {{expf(x), reciprocal(x), erff(x), 0.0f}}; }
 };
 void approximations() {
   std::vector<float> in;
@@ -227,12 +225,12 @@ void approximations() {
 __global__ void exchange_lanes(Map<uint32_t, uint32_t> m) {
   const int lane = threadIdx.x % 32;
   const uint32_t value = m.in[lane];
-  m.out[lane] = shuffle(value, (lane * 7 + 3) % 32);
-  m.out[32 + lane] = shuffle_xor(value, 5);
+  m.out[lane] = __shfl_sync(kAllLanes, value, (lane * 7 + 3) % 32);
+  m.out[32 + lane] = __shfl_xor_sync(kAllLanes, value, 5);
   m.out[64 + lane] = __ballot_sync(~0u, (value & 1) != 0);
   m.out[96 + lane] = static_cast<uint32_t>(warp_index());
   m.out[128 + lane] = shuffle_from_quad(value, 5);
-  m.out[160 + lane] = shuffle_in_quad(value, (lane >> 3) % 4);
+  m.out[160 + lane] = __shfl_sync(kAllLanes, value, (lane >> 3) % 4, 4);
 }
 void exchange() {
   std::vector<uint32_t> values(32);
