@@ -60,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with pk.use_backend(options.backend):
         done = run(cases, options, facts)
     body = render(done, gpu, timed=not options.check)
+    if gpu.architecture:
+        body += f"\nat the end: {clocks()}\n"
     print("\n" + body)
     (options.output / "table.txt").write_text(f"{header}\n\n{body}", encoding="utf-8")
     return done.status
@@ -131,18 +133,24 @@ def describe(backend: str, gpu: Gpu) -> dict[str, Any]:
     """The facts that go into every JSON line."""
     facts: dict[str, Any] = {"device": gpu.name, "backend": BACKENDS[backend].describe()}
     if gpu.architecture:
-        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
         facts |= {
             "compute_capability": gpu.architecture,
             "sms": gpu.sms,
             "l2_mib": gpu.l2 // harness.MIB,
             "copy_bandwidth_gb_s": round(gpu.bandwidth / 1e9),
             "matrix_peak_tflop_s": round(gpu.flops / 1e12, 1),
-            "nvidia_smi": _said(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]),
+            "nvidia_smi": clocks(),
             "cuda": torch.version.cuda,
         }
     packages = ("peft_kernels", "torch", "triton", "bitsandbytes", "peft", "transformers")
     return facts | {"versions": {package: machine.version(package) for package in packages}}
+
+
+def clocks() -> str | None:
+    """Driver, clocks, power and temperature, with their names: where a card is too hot, times say little."""
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+    said = _said(["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"])
+    return said and ", ".join(map(" ".join, zip(query.split(","), said.split(", "), strict=True)))
 
 
 def _said(command: Sequence[str]) -> str | None:

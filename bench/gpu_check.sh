@@ -1,170 +1,300 @@
 #!/usr/bin/env bash
-# Everything there is to check and measure on a machine with a GPU, unattended, in under nine minutes and
-# without a network: bench/gpu_check.sh OUT. What cannot be run is named with its reason, the rest goes on.
+# Everything there is to check and measure on a machine with a GPU, unattended and without a network:
 #
-# OUT gets a log for each part, summary.txt, and the tables and JSON lines of bench/gpu.py.
+#   bench/gpu_check.sh --part tests OUT    # in nine minutes: primitives, tests, sanitizers
+#   bench/gpu_check.sh --part speed OUT    # in nine minutes: times against cuBLAS and bitsandbytes
+#   bench/gpu_check.sh OUT                 # both, one after the other
+#
+# What cannot be run is named with its reason, the rest goes on. OUT, a folder of its own for each run, gets
+# summary.txt and results.tar.gz, below 16 MB, with the logs, tables and JSON lines. Both are rewritten after
+# every part of the run, so that one that is cut off leaves what it had.
+#
 # Exits with 0 when every part that ran passed, 1 when one failed, 2 on a wrong call, 3 without a GPU.
-# Without nvcc there, build elsewhere (TORCH_CUDA_ARCH_LIST=9.0 python setup.py build_ext --inplace, the same
-# Python and torch) and bring peft_kernels/_C_cuda*.so along.
+# --carry FOLDER  what tools/carry.py made elsewhere: FOLDER/python goes on Python's path (bitsandbytes),
+#                 FOLDER/peft_kernels is the default of PEFT_KERNELS_PREBUILT
+# PEFT_KERNELS_PREBUILT  a folder with _C_cuda*.so for this Python, used where nothing can be compiled
+# GPU_CHECK_SECONDS  how long either run may take (530): every part has a share of it
 # PYTHON    the interpreter (python3), which has torch
 # REHEARSE  1: go through all parts on the CPU with small shapes, to see that they work
 set -u
+usage() { echo "usage: bench/gpu_check.sh [--part tests|speed] [--carry FOLDER] OUT" >&2; exit 2; }
+PARTS="tests speed" CARRY=
+while [ $# -gt 1 ]; do
+  case $1 in
+    --part) [ "$2" = tests ] || [ "$2" = speed ] || usage; PARTS=$2 ;;
+    --carry) CARRY=$(cd "$2" 2> /dev/null && pwd) || { echo "--carry: no folder $2" >&2; exit 2; } ;;
+    *) usage ;;
+  esac
+  shift 2
+done
 OUT=${1:-}
-[ -n "$OUT" ] || { echo "usage: bench/gpu_check.sh OUT" >&2; exit 2; }
+case $OUT in "" | -*) usage ;; esac
 mkdir -p "$OUT" && OUT=$(cd "$OUT" && pwd) || exit 2
 PYTHON=${PYTHON:-python3}
 case $PYTHON in
   /*) ;;
   */*) PYTHON=$PWD/$PYTHON ;;
 esac
+PREBUILT=${PEFT_KERNELS_PREBUILT:-${CARRY:+$CARRY/peft_kernels}}
+[ -z "$PREBUILT" ] || PREBUILT=$(cd "$PREBUILT" 2> /dev/null && pwd) || PREBUILT=
 cd "$(dirname "$0")/.." || exit 2
 REHEARSE=${REHEARSE:-0}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD${CARRY:+:$CARRY/python}${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
+WORK=$(mktemp -d) || exit 2
+trap 'rm -rf "$WORK"' EXIT
+RESULTS=$WORK/results
+mkdir "$RESULTS"
 SUMMARY=$OUT/summary.txt
 : > "$SUMMARY"
 FAILED=0
-DEADLINE=525
+
+wants() { [[ " $PARTS " == *" $1 "* ]]; }
 
 say() { echo "$*" | tee -a "$SUMMARY"; }
 
-left() { echo $((DEADLINE - SECONDS)); }
+skip() { say "$1: skipped, $2"; }
 
-# part NAME SECONDS COMMAND...: run it within that time, all it says into OUT/NAME.log, its end shown here.
+has() { "$PYTHON" -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)" &> /dev/null; }
+
+# One archive of all results. Of files that are too long the middle is cut out, of more where that is needed.
+ARCHIVE_BYTES=15000000
+bundle() {
+  local keep file
+  for keep in 4000000 400000 40000; do
+    rm -rf "$WORK/bundle"
+    mkdir "$WORK/bundle"
+    cp "$SUMMARY" "$WORK/bundle"
+    (cd "$RESULTS" && find . -type f) | while read -r file; do
+      mkdir -p "$WORK/bundle/$(dirname "$file")"
+      if [ "$(stat -c %s "$RESULTS/$file")" -le $keep ]; then
+        cp "$RESULTS/$file" "$WORK/bundle/$file"
+      else
+        {
+          head -c $((keep / 2)) "$RESULTS/$file"
+          printf '\n[... the middle is left out ...]\n'
+          tail -c $((keep / 2)) "$RESULTS/$file"
+        } > "$WORK/bundle/$file"
+      fi
+    done
+    tar -C "$WORK/bundle" -czf "$WORK/results.tar.gz" .
+    [ "$(stat -c %s "$WORK/results.tar.gz")" -gt $ARCHIVE_BYTES ] || break
+  done
+  # Moved into its place: whoever looks in between finds the last one whole.
+  cp "$WORK/results.tar.gz" "$OUT/.results.tar.gz" && mv "$OUT/.results.tar.gz" "$OUT/results.tar.gz"
+}
+
+# A shell that was started in the background has SIGINT ignored, and so would Python.
+LISTEN=
+env --default-signal=INT true 2> /dev/null && LISTEN="env --default-signal=INT"
+
+# part NAME SHARE COMMAND...: run it, all it says into NAME.log, its end shown here. SHARE is in seconds, of
+# $WHOLE. A part may take its own and what those before it left of theirs; {seconds} in the command becomes a
+# little less. It is interrupted then, as by Ctrl-C, upon which pytest and gpu.py tell what they have.
+WHOLE=530
+TOTAL=${GPU_CHECK_SECONDS:-$WHOLE}
+SCHEDULE=20 # between the parts, Python is asked what there is
 part() {
-  local name=$1 limit=$2 started=$SECONDS status
+  local name=$1 limit started=$SECONDS status
+  SCHEDULE=$((SCHEDULE + $2))
+  limit=$((SCHEDULE * TOTAL / WHOLE - SECONDS))
   shift 2
-  [ "$limit" -le "$(left)" ] || limit=$(left)
-  [ "$limit" -ge 15 ] || { skip "$name" "the other parts took $SECONDS s"; return; }
-  timeout --kill-after=10 "$limit" "$@" > "$OUT/$name.log" 2>&1 < /dev/null
+  [ "$limit" -ge 3 ] || { skip "$name" "the parts before it took $SECONDS s"; return 1; }
+  $LISTEN timeout -s INT --kill-after=8 "$limit" "${@//\{seconds\}/$((limit * 9 / 10))}" \
+    > "$RESULTS/$name.log" 2>&1 < /dev/null
   status=$?
   if [ $status -eq 0 ]; then
-    say "$name: passed ($((SECONDS - started)) s)"
+    say "$name: passed ($((SECONDS - started)) of $limit s)"
   else
     FAILED=1
     [ $status -eq 124 ] || [ $status -eq 137 ] && status="$status, out of time"
-    say "$name: FAILED (status $status, $((SECONDS - started)) s), the end of $OUT/$name.log:"
-    tail -n 25 "$OUT/$name.log" | tee -a "$SUMMARY"
+    say "$name: FAILED (status $status, $((SECONDS - started)) of $limit s), the end of $name.log:"
+    tail -n 25 "$RESULTS/$name.log" | tee -a "$SUMMARY"
   fi
+  bundle
+  [ "$status" = 0 ]
 }
-
-skip() { say "$1: skipped, $2"; }
-
-has() { "$PYTHON" -c "import sys, importlib.util as util; sys.exit(util.find_spec('$1') is None)" 2> /dev/null; }
 
 # tool NAME: where a program of the CUDA toolkit is, from the path, the toolkit or a Python package.
 tool() {
   command -v "$1" && return
   local site
   site=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])' 2> /dev/null)
-  find -L "${CUDA_HOME:-/usr/local/cuda}" "$site/nvidia" -name "$1" -type f -perm -u+x 2> /dev/null | head -n 1
+  find -L "${CUDA_HOME:-/usr/local/cuda}" "$site/nvidia" -name "$1" -type f -perm -u+x 2> /dev/null |
+    head -n 1
 }
 
 # ---- Is there a GPU? -------------------------------------------------------------------------------------
 
+VENDOR=nvidia
 if [ "$REHEARSE" = 1 ]; then
   say "a rehearsal on the CPU: nothing here was run on a GPU"
-  BACKEND=cpu
-else
-  BACKEND=cuda
-  if ! reason=$("$PYTHON" -c '
+elif VENDOR=$("$PYTHON" -c '
 import sys
 try:
     import torch
 except ImportError as error:
     sys.exit(f"torch cannot be imported: {error}")
-if torch.version.cuda is None:
-    sys.exit(f"torch {torch.__version__} is a build without CUDA")
+if torch.version.cuda is None and torch.version.hip is None:
+    sys.exit(f"torch {torch.__version__} is a build without CUDA or ROCm")
 if not torch.cuda.is_available():
-    sys.exit(f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no NVIDIA GPU")
+    sys.exit(f"torch {torch.__version__} (CUDA {torch.version.cuda}) sees no GPU")
 torch.zeros(1, device="cuda").add_(1).item()
-' 2>&1); then
-    say "gpu_check: there is no usable GPU here: $(echo "$reason" | tail -n 1)"
-    exit 3
-  fi
+print("amd" if torch.version.hip else "nvidia")
+' 2> "$WORK/reason"); then
+  VENDOR=$(echo "$VENDOR" | tail -n 1)
+else
+  say "gpu_check: there is no usable GPU here: $(tail -n 1 "$WORK/reason")"
+  exit 3
 fi
 
 # ---- What machine is this? -------------------------------------------------------------------------------
 
 environment() {
-  nvidia-smi || echo "no nvidia-smi"
+  nvidia-smi || rocm-smi || echo "neither nvidia-smi nor rocm-smi"
   nvidia-smi -q -d CLOCK,POWER,TEMPERATURE,PERFORMANCE 2> /dev/null
   uname -a
   nproc
   free -g
   "$PYTHON" -m torch.utils.collect_env
   "$PYTHON" -m pip list 2> /dev/null || echo "no pip"
-  for name in nvcc nvdisasm compute-sanitizer ninja g++; do
+  for name in nvcc nvdisasm compute-sanitizer ncu ninja g++; do
     echo "$name: $(tool $name || true)"
   done
 }
 export PYTHON CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}"
 export -f environment tool
-part environment 30 bash -c environment
+# torch looks for ninja on the path alone, where an environment that was not activated has not put it.
+SCRIPTS=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))' 2> /dev/null | tail -n 1)
+export PATH=$PATH${SCRIPTS:+:$SCRIPTS}
+part environment 15 bash -c environment
 
 # ---- Build -----------------------------------------------------------------------------------------------
 
+# Why nothing can be compiled here, or nothing.
+obstacle() {
+  local include
+  [ "$REHEARSE" = 1 ] && { echo "a rehearsal"; return; }
+  [ "$VENDOR" = nvidia ] || { echo "an AMD card, which back end triton serves"; return; }
+  [ -n "$NVCC" ] || { echo "there is no nvcc"; return; }
+  for name in setuptools pybind11; do
+    has $name || { echo "$PYTHON lacks $name"; return; }
+  done
+  [ -n "$(command -v ninja)" ] || { echo "there is no ninja on the path or in ${SCRIPTS:-?}"; return; }
+  [ -n "$(command -v "${CXX:-g++}")" ] || { echo "there is no C++ compiler ${CXX:-g++}"; return; }
+  include=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_paths()["include"])' | tail -n 1)
+  [ -e "$include/Python.h" ] || echo "there is no Python.h in ${include:-its folder} (package python3-dev)"
+}
 NVCC=$(tool nvcc)
-# What is there already, cross-compiled elsewhere perhaps, is used as it is where nothing can be compiled.
+NVCC_HOME=$(dirname "$(dirname "$(readlink -f "${NVCC:-/}")")")
 backend() { "$PYTHON" -c "import sys, peft_kernels.backends as b; sys.exit(b.BACKENDS['$1'].probe())" 2>&1; }
-if [ "$REHEARSE" = 1 ]; then
-  skip build "a rehearsal"
-elif [ -z "$NVCC" ]; then
-  skip build "there is no nvcc"
-elif ! has setuptools || ! has ninja || ! has pybind11; then
-  skip build "$PYTHON lacks setuptools, ninja or pybind11"
+REASON=$(obstacle)
+BUILT=0
+if [ -n "$REASON" ]; then
+  skip build "$REASON"
 else
   CAPABILITY=$("$PYTHON" -c 'import torch; print("%d.%d" % torch.cuda.get_device_capability())')
-  part build 150 env PEFT_KERNELS_CUDA=1 PEFT_KERNELS_CPU=0 TORCH_CUDA_ARCH_LIST="$CAPABILITY" \
-    MAX_JOBS="$(nproc)" CUDA_HOME="$(dirname "$(dirname "$(readlink -f "$NVCC")")")" \
-    "$PYTHON" setup.py build_ext --inplace
+  part build 120 env PEFT_KERNELS_CUDA=1 PEFT_KERNELS_CPU=0 TORCH_CUDA_ARCH_LIST="$CAPABILITY" \
+    MAX_JOBS="$(nproc)" CUDA_HOME="$NVCC_HOME" "$PYTHON" setup.py build_ext --inplace && BUILT=1
 fi
-if ! reason=$(backend $BACKEND); then
-  FAILED=1
-  say "back end $BACKEND: NOT USABLE, so nothing more is run: $(echo "$reason" | tail -n 1)"
+if [ $BUILT = 0 ] && [ -n "$PREBUILT" ] && [ "$REHEARSE" != 1 ] && [ "$VENDOR" = nvidia ]; then
+  cp "$PREBUILT"/_C_cuda*.so peft_kernels/ && say "prebuilt: $(cd "$PREBUILT" && ls _C_cuda*.so) is used"
+fi
+USABLE=
+for name in $([ "$REHEARSE" = 1 ] && echo cpu || echo cuda triton); do
+  if reason=$(backend $name); then
+    USABLE="$USABLE $name"
+  elif [ "$VENDOR" = nvidia ] || [ $name != cuda ]; then
+    FAILED=1
+    say "back end $name: NOT USABLE: $(echo "$reason" | tail -n 1)"
+  fi
+done
+read -r BACKEND _ <<< "$USABLE"
+if [ -z "$BACKEND" ]; then
+  say "no back end of ours can be used, so nothing more is run"
+  bundle
   exit 1
 fi
+usable() { [[ " $USABLE " == *" $1 "* ]]; }
 
 # ---- Are the results right? ------------------------------------------------------------------------------
 
-part check 40 "$PYTHON" bench/gpu.py --backend $BACKEND --check --output "$OUT/check"
-if ! has pytest || ! has hypothesis; then
-  skip tests "$PYTHON lacks pytest or hypothesis"
-elif [ "$REHEARSE" = 1 ]; then
-  part tests 60 "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_nf4_format.py
-else
-  WORKERS=$(has xdist && echo "-n 4 --dist loadfile")
-  part tests 100 "$PYTHON" -m pytest -q -p no:cacheprovider $WORKERS --maxfail 40 -k $BACKEND
-  if backend triton > /dev/null; then
-    part tests-triton 60 "$PYTHON" -m pytest -q -p no:cacheprovider $WORKERS --maxfail 40 -k triton
+SANITIZER=$(tool compute-sanitizer)
+# Of our kernels alone where the tool can choose: torch's are many. Without torch's cache of memory every
+# tensor is an allocation of its own, at whose end the tool sees an access.
+CHOOSE=
+[ -n "$SANITIZER" ] && "$SANITIZER" --help 2> /dev/null | grep -q -- --kernel-regex &&
+  CHOOSE="--kernel-regex kns=peft_kernels"
+# sanitize NAME SHARE TOOL COMMAND...
+sanitize() {
+  local name=$1 limit=$2 tool=$3
+  shift 3
+  if [ -z "$SANITIZER" ]; then
+    skip "$name" "there is no compute-sanitizer"
+  else
+    part "$name" "$limit" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool "$tool" $CHOOSE \
+      --error-exitcode 9 --print-limit 20 "$@"
+  fi
+}
+
+PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider --continue-on-collection-errors)
+# examined NAME SHARE ARGUMENTS OF PYTEST...: the first test of them that fails is run again at once,
+# alone and under memcheck: what went wrong there is behind much of the rest.
+examined() {
+  local name=$1 limit=$2 failed
+  shift 2
+  part "$name" "$limit" "${PYTEST[@]}" "$@" && return
+  failed=$(sed -n -E 's/^(FAILED|ERROR) (tests[^ ]*::.*)$/\2/p' "$RESULTS/$name.log" 2> /dev/null |
+    head -n 1 | sed 's/ - .*//')
+  [ -z "$failed" ] || sanitize "memcheck-$name" 20 memcheck "${PYTEST[@]}" "$failed"
+}
+
+if wants tests; then
+  if [ "$REHEARSE" = 1 ] || [ "$VENDOR" != nvidia ] || [ -z "$NVCC" ]; then
+    skip primitives "$REASON"
+  else
+    # Of nvcc and the card alone: where these are wrong, no other result means anything.
+    part primitives 40 bash -c 'bash tests/card/build.sh "$0" "$1" -arch=native && "$1"' \
+      "$NVCC" "$WORK/primitives"
+  fi
+  part check 20 "$PYTHON" bench/gpu.py --backend "$BACKEND" --check --output "$RESULTS/check"
+  if ! has pytest || ! has hypothesis; then
+    skip tests "$PYTHON lacks pytest or hypothesis"
+  elif [ "$REHEARSE" = 1 ]; then
+    examined tests-cpu 60 tests/test_nf4_format.py
+    examined tests-on-card 60 tests/test_on_card.py -k cpu-m5
+  else
+    WORKERS=$(has xdist && echo "-n 6 --dist loadfile")
+    for name in $USABLE; do
+      examined tests-$name 75 $WORKERS --maxfail 40 --ignore tests/test_on_card.py -k $name
+    done
+    examined tests-on-card 45 $WORKERS --maxfail 40 tests/test_on_card.py
   fi
 fi
 
 # ---- How fast are they? ----------------------------------------------------------------------------------
 
-for name in bitsandbytes peft; do
-  has $name || skip "contender $name" "it is not installed"
-done
-QUICK=$([ "$REHEARSE" = 1 ] && echo "--min-time 0 --repeats 1 --only 72x64")
-part bench 200 "$PYTHON" bench/gpu.py --backend $BACKEND --seconds 160 --output "$OUT/bench" $QUICK
-cat "$OUT/bench/table.txt" 2> /dev/null
+if wants speed; then
+  for name in bitsandbytes peft; do
+    has $name || skip "contender $name" "it is not installed"
+  done
+  QUICK=$([ "$REHEARSE" = 1 ] && echo "--min-time 0 --repeats 1 --only 72x64")
+  part speed 300 "$PYTHON" bench/gpu.py --backend "$BACKEND" --seconds "{seconds}" \
+    --output "$RESULTS/speed" $QUICK
+  cat "$RESULTS/speed/table.txt" 2> /dev/null
+  part speed-eager 60 "$PYTHON" bench/gpu.py --backend "$BACKEND" --eager --seconds "{seconds}" \
+    --only '^(forward|qlora)-.*-m(1|2048)-' --output "$RESULTS/speed-eager" $QUICK
+fi
 
-# Of our kernels alone where the tool can choose: torch's are many. Without torch's cache of memory every
-# tensor is an allocation of its own, at whose end the tool sees an access.
-SANITIZER=$(tool compute-sanitizer)
-if [ -z "$SANITIZER" ]; then
-  skip sanitizer "there is no compute-sanitizer"
-else
-  CHOOSE=
-  "$SANITIZER" --help 2> /dev/null | grep -q -- --kernel-regex && CHOOSE="--kernel-regex kns=peft_kernels"
+# ---- Do they touch what is not theirs? -------------------------------------------------------------------
+
+if wants tests && [ "$VENDOR" = nvidia ]; then
   for name in memcheck racecheck; do
-    part $name 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$SANITIZER" --tool $name $CHOOSE --error-exitcode 9 \
-      --print-limit 20 "$PYTHON" bench/gpu.py --backend $BACKEND --check --only 192 --output "$OUT/$name"
+    sanitize $name 30 $name "$PYTHON" bench/gpu.py --backend "$BACKEND" --check --only 192 \
+      --output "$RESULTS/$name"
   done
 fi
 
-part bench-eager 60 "$PYTHON" bench/gpu.py --backend $BACKEND --eager --seconds 40 \
-  --only '^(forward|qlora)-.*-m(1|2048)-' --output "$OUT/bench-eager" $QUICK
-
+bundle
 echo
 cat "$SUMMARY"
 exit $FAILED

@@ -1,42 +1,39 @@
-"""What is run on a machine with a GPU, as far as it runs without one: the script, the cases, the timing."""
+"""bench/gpu_check.sh, all there is to run on a machine with a GPU, as far as it runs without one."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from broken_ops import break_op
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench import device_cases, events, gpu, session
-from bench.device_cases import Suite
-from bench.floors import BY_ARCHITECTURE, Gpu
-from bench.harness import Absent, Case, Contender, Result
-from bench.report import OURS, Timing
+from bench import gpu
 
-SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu_check.sh"
-TINY = Gpu("a card", 90, 1, 1e9, 1e10, 1e11, 1 << 20)
-needs_bash = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "bench" / "gpu_check.sh"
+WHOLE = 540
+"""Seconds in which either part ends: rented machines end a command after ten minutes."""
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-# The script.
-
-
-def gpu_check(out: Path, python: str | Path = sys.executable, **variables: str) -> tuple[int, str]:
+def gpu_check(
+    out: Path, *arguments: str, python: str | Path = sys.executable, **variables: str
+) -> tuple[int, str]:
     """Its status, and what it said."""
     done = subprocess.run(
-        ["bash", str(SCRIPT), out.name],
+        ["bash", str(SCRIPT), *arguments, out.name],
         cwd=out.parent,
         env={**os.environ, "PYTHON": str(python), **variables},
         capture_output=True,
@@ -47,12 +44,38 @@ def gpu_check(out: Path, python: str | Path = sys.executable, **variables: str) 
     return done.returncode, done.stdout + done.stderr
 
 
+def results(out: Path) -> dict[str, str]:
+    """What is in the archive, by name."""
+    with tarfile.open(out / "results.tar.gz") as archive:
+        files = [member for member in archive if member.isfile()]
+        opened = {member.name.removeprefix("./"): archive.extractfile(member) for member in files}
+        return {
+            name: file.read().decode(errors="replace") for name, file in opened.items() if file is not None
+        }
+
+
+def outcomes(out: Path) -> dict[str, str]:
+    """Of each part what the summary says of it, in order."""
+    lines = (out / "summary.txt").read_text().splitlines()
+    found = [re.match(r"([\w-]+): ((passed|FAILED|skipped)\b.*)", line) for line in lines]
+    return {match[1]: match[2] for match in found if match is not None}
+
+
+def parts(out: Path) -> list[str]:
+    return [name for name, outcome in outcomes(out).items() if not outcome.startswith("skipped")]
+
+
+Stub = Callable[..., Path]
+
+
 @pytest.fixture
-def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
     """Programs on the path that write down their calls, and fail where a call matches a pattern."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for name in [name for name in os.environ if name.startswith("PEFT_KERNELS_")]:
+        monkeypatch.delenv(name)
 
     def stub(name: str, fails: str = "nothing", run: str = "") -> Path:
         path = folder / name
@@ -66,267 +89,303 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     return stub
 
 
+@pytest.fixture
+def machine(tmp_path: Path, stubs: Stub) -> Stub:
+    """All programs of a machine with a card are stubs; the Python, in which `fails` may fail, is returned."""
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+    stubs(
+        "nvcc", run=f'while [ $# -gt 1 ]; do [ "$1" = -o ] && cp "{tmp_path}/bin/program" "$2"; shift; done'
+    )
+    stubs("program")
+    stubs("ninja")
+    stubs("g++")
+    stubs("compute-sanitizer", run='[ "$1" = --help ] && echo "  --kernel-regex"')
+
+    def python(fails: str = "nothing", run: str = "") -> Path:
+        answers = (
+            f'case "$*" in *get_device_capability*) echo 9.0;; *\'"include"\'*) echo "{tmp_path}/include";;'
+            f" *'\"amd\" if'*) echo nvidia;; esac"
+        )
+        return stubs("python-stub", fails, f"{answers}\n{run}")
+
+    return python
+
+
+def calls(tmp_path: Path) -> str:
+    return (tmp_path / "calls").read_text()
+
+
+# Wrong calls, and no card.
+
+
 @no_gpu
-@needs_bash
 def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
     status, said = gpu_check(tmp_path)
     assert status == 3
     assert said.startswith("gpu_check: there is no usable GPU here: torch ") and len(said.splitlines()) == 1
 
 
-@needs_bash
-def test_without_a_folder_the_script_says_what_it_wants() -> None:
-    done = subprocess.run(["bash", str(SCRIPT)], capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "usage: bench/gpu_check.sh OUT\n")
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--part"], ["--part", "tests"], ["--part", "all", "out"], ["--fast", "1", "out"], ["--carry", "."]],
+    ids=" ".join,
+)
+def test_a_wrong_call_is_told(arguments: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    usage = "usage: bench/gpu_check.sh [--part tests|speed] [--carry FOLDER] OUT\n"
+    assert (done.returncode, done.stderr) == (2, usage)
+    assert not list(tmp_path.iterdir())
 
 
-@needs_bash
+# The rehearsal.
+
+
+@pytest.mark.slow
 def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
     if reason := gpu.refusal("cpu"):
         pytest.skip(reason)
     # An installed package may have them while the source tree has none.
-    if not list((SCRIPT.parent.parent / "peft_kernels").glob("_C.*")):
+    if not list((ROOT / "peft_kernels").glob("_C.*")):
         pytest.skip("the script runs the source tree, in which no kernels are compiled")
-    status, said = gpu_check(tmp_path, REHEARSE="1", OMP_NUM_THREADS="1")
+    out = tmp_path / "out"
+    status, said = gpu_check(out, REHEARSE="1", OMP_NUM_THREADS="1")
     assert status == 0, said
-    for name in ("environment", "check", "tests", "bench", "bench-eager"):
-        assert f"\n{name}: passed" in said
-        assert (tmp_path / f"{name}.log").exists()
-    lines = (tmp_path / "bench" / "results.jsonl").read_text().splitlines()
+    assert parts(out) == ["environment", "check", "tests-cpu", "tests-on-card", "speed", "speed-eager"]
+    assert sorted(path.name for path in out.iterdir()) == ["results.tar.gz", "summary.txt"]
+    found = results(out)
+    assert found["summary.txt"] == (out / "summary.txt").read_text()
+    assert {f"{name}.log" for name in parts(out)} < found.keys()
+    lines = found["speed/results.jsonl"].splitlines()
     assert {json.loads(line)["group"] for line in lines} == {"forward", "dequantize", "dx", "qlora"}
-    assert "cases right, 0 wrong" in (tmp_path / "check" / "table.txt").read_text()
+    assert "cases right, 0 wrong" in found["check/table.txt"]
+    assert re.search(r"\d+ passed", found["tests-on-card.log"])
 
 
-@needs_bash
-def test_the_way_of_a_machine_with_a_gpu(tmp_path: Path, stubs: Callable[..., Path]) -> None:
-    """All programs are stubs; the last part but one, and only that, fails."""
-    python = stubs("python-stub", run='case "$*" in *capability*) echo 9.0;; esac')
-    stubs("nvcc")
-    stubs("compute-sanitizer", fails="*racecheck*", run='[ "$1" = --help ] && echo "  --kernel-regex"')
-    status, said = gpu_check(tmp_path, python)
-    assert status == 1
-    lines = (tmp_path / "summary.txt").read_text().splitlines()
-    outcomes = dict(line.split(": ", 1) for line in lines if ": " in line)
-    assert {name for name, outcome in outcomes.items() if not outcome.startswith("passed")} == {"racecheck"}
-    assert {"environment", "build", "check", "tests", "bench", "memcheck", "bench-eager"} < outcomes.keys()
-    assert "racecheck: FAILED (status 1" in said and "compute-sanitizer is out of luck" in said
-    calls = (tmp_path / "calls").read_text()
-    assert "python-stub setup.py build_ext --inplace" in calls
-    assert "--tool memcheck --kernel-regex kns=peft_kernels" in calls
-    assert "-m pytest -q -p no:cacheprovider -n 4 --dist loadfile --maxfail 40 -k cuda" in calls
+# The way of a machine with a GPU.
+
+TESTS = ["primitives", "check", "tests-cuda", "tests-triton", "tests-on-card"]
+SPEED = ["speed", "speed-eager"]
+SANITIZERS = ["memcheck", "racecheck"]
 
 
-@needs_bash
-def test_what_is_missing_is_skipped_with_its_reason(tmp_path: Path, stubs: Callable[..., Path]) -> None:
-    python = stubs("python-stub", fails="*\"'hypothesis'\"*|*\"'peft'\"*")
-    status, said = gpu_check(tmp_path, python, CUDA_HOME=str(tmp_path), PATH=f"{tmp_path}/bin:/usr/bin:/bin")
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        ([], [*TESTS, *SPEED, *SANITIZERS]),
+        (["--part", "tests"], [*TESTS, *SANITIZERS]),
+        (["--part", "speed"], SPEED),
+    ],
+    ids=["both", "tests", "speed"],
+)
+def test_parts_in_their_order(
+    arguments: list[str], expected: list[str], tmp_path: Path, machine: Stub
+) -> None:
+    status, said = gpu_check(tmp_path, *arguments, python=machine())
     assert status == 0, said
-    assert "build: skipped, there is no nvcc" in said
-    assert f"tests: skipped, {python} lacks pytest or hypothesis" in said
-    assert "sanitizer: skipped, there is no compute-sanitizer" in said
-    assert "contender peft: skipped, it is not installed" in said
+    assert parts(tmp_path) == ["environment", "build", *expected]
+    told = calls(tmp_path)
+    assert "python-stub setup.py build_ext --inplace" in told
+    if "primitives" in expected:
+        assert "-arch=native -Icsrc/cuda" in told and "\nprogram " in told
+        assert re.search(r"-m pytest .* -n 6 --dist loadfile .* -k cuda\n", told)
+        assert "--tool memcheck --kernel-regex kns=peft_kernels" in told
+    if "speed" in expected:
+        assert re.search(r"bench/gpu.py --backend cuda --seconds \d+ --output", told)
 
 
-@needs_bash
-def test_without_kernels_nothing_is_measured(tmp_path: Path, stubs: Callable[..., Path]) -> None:
-    python = stubs("python-stub", fails="*probe*")
-    status, said = gpu_check(tmp_path, python)
+def test_only_what_failed_fails(tmp_path: Path, machine: Stub, stubs: Stub) -> None:
+    python = machine()
+    stubs("compute-sanitizer", fails="*racecheck*")
+    status, said = gpu_check(tmp_path, python=python)
     assert status == 1
-    assert "back end cuda: NOT USABLE, so nothing more is run: python-stub is out of luck" in said
-    assert "bench/gpu.py" not in (tmp_path / "calls").read_text()
+    failed = [name for name, outcome in outcomes(tmp_path).items() if outcome.startswith("FAILED")]
+    assert failed == ["racecheck"]
+    assert "racecheck: FAILED (status 1" in said and "compute-sanitizer is out of luck" in said
 
 
-# The cases.
-
-
-def tiny(*names: str) -> list[Case]:
-    return [case for case in Suite("cpu", True, 1 << 20).cases() if case.name in names]
-
-
-def options(tmp_path: Path, *arguments: str) -> Any:
-    return gpu._parse(
-        ["--backend", "cpu", "--min-time", "0", "--repeats", "1", "--output", str(tmp_path), *arguments]
+def test_a_failed_test_goes_under_memcheck_at_once(tmp_path: Path, machine: Stub) -> None:
+    first = "tests/test_a.py::test_b[cuda_copied-m1]"
+    log = f"FAILED {first} - RuntimeError: CUDA error - and more\\nFAILED tests/test_a.py::test_c - no"
+    python = machine(run=f'case "$*" in *"-k cuda") printf "{log}\\n"; exit 1;; esac')
+    status, _ = gpu_check(tmp_path, "--part", "tests", python=python)
+    assert status == 1
+    order = parts(tmp_path)
+    assert order[order.index("tests-cuda") + 1] == "memcheck-tests-cuda"
+    assert re.search(
+        rf"compute-sanitizer --tool memcheck .* {re.escape(str(python))} -m pytest .* {re.escape(first)}\n",
+        calls(tmp_path),
     )
 
 
+@pytest.mark.parametrize("part", ["tests", "speed"])
+def test_the_parts_fit_into_their_time(part: str, tmp_path: Path, machine: Stub) -> None:
+    """Each may take what those before it left: where these take no time, the last has all there is."""
+    failing = 'case "$*" in *"-m pytest"*) echo "FAILED tests/test_a.py::test_b - no"; exit 1;; esac'
+    _, said = gpu_check(tmp_path, "--part", part, python=machine(run=failing))
+    limits = [
+        int(seconds) for seconds in re.findall(r"\d+ of (\d+) s\)", (tmp_path / "summary.txt").read_text())
+    ]
+    assert len(limits) == len(parts(tmp_path)) >= 4, said
+    killed_after = 8
+    assert WHOLE - 60 < max(limits) <= WHOLE - killed_after
+
+
+@pytest.mark.slow
+def test_pytest_tells_what_it_has_when_time_is_up(tmp_path: Path, machine: Stub) -> None:
+    """Interrupted as by Ctrl-C, also where the script runs in the background, which ignores Ctrl-C."""
+    test = tmp_path / "test_slow.py"
+    test.write_text(
+        "import time\ndef test_wrong():\n    assert 1 == 2\ndef test_slow():\n    time.sleep(100)\n"
+    )
+    run = f'case "$*" in *"-k cuda") exec {sys.executable} -m pytest -q -p no:cacheprovider {test};; esac'
+    command = f"bash {SCRIPT} --part tests {tmp_path}/out & wait $!"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, "PYTHON": str(machine(run=run)), "GPU_CHECK_SECONDS": "30"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert outcomes(tmp_path / "out")["tests-cuda"].startswith("FAILED (status 124, out of time")
+    log = results(tmp_path / "out")["tests-cuda.log"]
+    assert "KeyboardInterrupt" in log and "1 failed" in log and "assert 1 == 2" in log
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_had(tmp_path: Path, machine: Stub) -> None:
+    """Looked at from within: while a part runs, the archive holds those before it."""
+    look = f'case "$*" in *"-k triton") tar -tzf "{tmp_path}/results.tar.gz" > "{tmp_path}/seen";; esac'
+    gpu_check(tmp_path, "--part", "tests", python=machine(run=look))
+    seen = (tmp_path / "seen").read_text()
+    assert "./tests-cuda.log" in seen and "tests-triton.log" not in seen and "./summary.txt" in seen
+
+
+def test_a_long_log_loses_its_middle(tmp_path: Path, machine: Stub) -> None:
+    run = 'case "$*" in *"-k cuda") echo first; yes 0123456789 | head -c 5000000; echo last;; esac'
+    assert gpu_check(tmp_path, "--part", "tests", python=machine(run=run))[0] == 0
+    log = results(tmp_path)["tests-cuda.log"]
+    assert log.startswith("first\n") and log.endswith("last\n")
+    assert log.count("[... the middle is left out ...]") == 1 and 3_900_000 < len(log) < 4_100_000
+
+
+def test_the_archive_comes_home_whole(tmp_path: Path, machine: Stub, stubs: Stub) -> None:
+    """Results that cannot be packed are cut shorter, all of them."""
+    python = machine()
+    write = 'mkdir -p "${!#}"; for i in 1 2 3 4 5; do head -c 3500000 /dev/urandom > "${!#}/$i"; done'
+    stubs("compute-sanitizer", run=f'case "$*" in *--tool*/racecheck) {write};; esac')
+    assert gpu_check(tmp_path, "--part", "tests", python=python)[0] == 0
+    assert (tmp_path / "results.tar.gz").stat().st_size < 15_000_000
+    found = results(tmp_path)
+    assert all("middle is left out" in found[f"racecheck/{i}"] for i in range(1, 6))
+    assert "tests-cuda.log" in found
+
+
+# What is missing.
+
+
+@pytest.mark.parametrize(
+    "lacking,words",
+    [
+        ("nvcc", "there is no nvcc"),
+        ("ninja", "there is no ninja on the path or in "),
+        ("g++", "there is no C++ compiler g++"),
+        ("include/Python.h", "there is no Python.h in {tmp_path}/include (package python3-dev)"),
+        ("pybind11", "{python} lacks pybind11"),
+    ],
+)
+def test_why_nothing_is_built(lacking: str, words: str, tmp_path: Path, machine: Stub) -> None:
+    python = machine(fails=f"*\"'{lacking}'\"*")
+    for path in (tmp_path / "bin" / lacking, tmp_path / lacking):
+        path.unlink(missing_ok=True)
+    status, said = gpu_check(
+        tmp_path, "--part", "tests", python=python, CUDA_HOME=str(tmp_path), PATH=bare_path(tmp_path)
+    )
+    assert f"build: skipped, {words.format(python=python, tmp_path=tmp_path)}" in said
+    # The library may be there all the same.
+    assert status == 0 and {"tests-cuda", "tests-triton"} < set(parts(tmp_path)), said
+    assert "setup.py" not in calls(tmp_path)
+
+
+def bare_path(tmp_path: Path) -> str:
+    """The stubs, and of this machine's programs only those that every machine has."""
+    folder = tmp_path / "usual"
+    folder.mkdir()
+    usual = (
+        "bash cat cp dirname env find free grep gzip head ls mkdir mktemp mv nproc readlink rm sed stat tail"
+    )
+    for name in [*usual.split(), "tar", "tee", "timeout", "uname"]:
+        if (found := shutil.which(name)) is not None:
+            (folder / name).symlink_to(found)
+    return f"{tmp_path}/bin:{folder}"
+
+
+def test_what_is_missing_is_skipped_with_its_reason(tmp_path: Path, machine: Stub) -> None:
+    python = machine(fails="*\"'hypothesis'\"*|*\"'peft'\"*")
+    (tmp_path / "bin" / "compute-sanitizer").unlink()
+    status, said = gpu_check(tmp_path, python=python, CUDA_HOME=str(tmp_path), PATH=bare_path(tmp_path))
+    assert status == 0, said
+    assert f"tests: skipped, {python} lacks pytest or hypothesis" in said
+    assert "memcheck: skipped, there is no compute-sanitizer" in said
+    assert "contender peft: skipped, it is not installed" in said
+    assert "contender bitsandbytes" not in said
+
+
+def test_without_cuda_triton_is_tested_and_timed(tmp_path: Path, machine: Stub) -> None:
+    python = machine(fails="*BACKENDS[\\'cuda*|*setup.py*")
+    status, said = gpu_check(tmp_path, python=python)
+    assert status == 1
+    assert "back end cuda: NOT USABLE: python-stub is out of luck" in said
+    assert "tests-triton" in parts(tmp_path) and "tests-cuda" not in parts(tmp_path)
+    assert "bench/gpu.py --backend triton --seconds" in calls(tmp_path)
+
+
+def test_on_an_amd_card_triton_is_tested(tmp_path: Path, machine: Stub) -> None:
+    python = machine(fails="*BACKENDS[\\'cuda*")
+    python.write_text(python.read_text().replace("echo nvidia", "echo amd"))
+    status, said = gpu_check(tmp_path, python=python)
+    assert status == 0, said
+    assert "build: skipped, an AMD card, which back end triton serves" in said
+    assert parts(tmp_path) == ["environment", "check", "tests-triton", "tests-on-card", *SPEED]
+
+
+def test_without_kernels_nothing_is_measured(tmp_path: Path, machine: Stub) -> None:
+    status, said = gpu_check(tmp_path, python=machine(fails="*probe*"))
+    assert status == 1
+    assert "no back end of ours can be used, so nothing more is run" in said
+    assert "bench/gpu.py" not in calls(tmp_path)
+    assert set(results(tmp_path)) == {"summary.txt", "environment.log", "build.log"}
+
+
+# What is carried along.
+
+
 @pytest.fixture
-def on_cpu() -> Iterator[None]:
-    if reason := gpu.refusal("cpu"):
-        pytest.skip(reason)
-    with gpu.pk.use_backend("cpu"):
-        yield
+def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as tools/carry.py makes it, and a copy of the script beside a package of its own."""
+    for name in ("bench", "peft_kernels", "tests"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+    shutil.copy(SCRIPT, tmp_path / "tree" / "bench")
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", tmp_path / "tree" / "bench" / SCRIPT.name)
+    folder = tmp_path / "carried"
+    (folder / "peft_kernels").mkdir(parents=True)
+    (folder / "peft_kernels" / "_C_cuda.cpython-312-x86_64-linux-gnu.so").write_text("built elsewhere")
+    return folder
 
 
-def test_cases_are_those_of_the_design() -> None:
-    names = [case.name for case in Suite("cuda", False, 1 << 20).cases()]
-    assert len(names) == len(set(names)) == 4 * (3 * 10 + 1)
-    for name in ("forward-4096x4096-m1-bf16", "dx-14336x4096-m8192-bf16", "dequantize-1024x4096-bf16"):
-        assert name in names
-    assert names.index("qlora-4096x4096-m8192-bf16") < names.index("forward-1024x4096-m1-bf16")
-
-
-@pytest.mark.usefixtures("on_cpu")
-def test_every_kind_of_case_is_checked_and_timed() -> None:
-    for case in tiny(
-        "forward-72x64-m5-bf16", "dequantize-72x64-bf16", "dx-72x64-m33-bf16", "qlora-72x64-m5-bf16"
-    ):
-        result = case.run(Timing(0.0, 1))
-        assert not result.wrong and result.time(OURS) is not None, result.wrong
-        assert device_cases.floor(case, TINY) is not None or case.group == "qlora"
-
-
-@pytest.mark.usefixtures("on_cpu")
-def test_the_kernels_taken_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    ways = ("a forward kernel", "a backward kernel")
-    monkeypatch.setattr(gpu.BACKENDS["cpu"], "plan", lambda m, n, k, blocksize, dtype: ways, raising=False)
-    for case, way in zip(tiny("forward-72x64-m5-bf16", "dx-72x64-m5-bf16"), ways, strict=True):
-        assert case.run(Timing(0.0, 1)).remarks == {OURS: f"by {way}"}
-
-
-@pytest.mark.usefixtures("on_cpu")
-@pytest.mark.parametrize("op", ["nf4_linear", "dequantize_nf4"])
-def test_wrong_results_are_found(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    break_op(monkeypatch, op, lambda result: result * 1.02)
-    (case,) = tiny("forward-72x64-m33-bf16")
-    done = gpu.run([case], options(tmp_path, "--check"), {})
-    wrong = bool(done.outcomes[0].wrong)
-    assert wrong == (op == "nf4_linear")
-    assert ("0 cases right, 1 wrong" in gpu.render(done, TINY, timed=False)) == wrong
-
-
-def test_rows_to_check_reach_from_the_first_to_the_last() -> None:
-    assert device_cases.checked_rows(1).tolist() == [0]
-    assert device_cases.checked_rows(7).tolist() == list(range(7))
-    rows = device_cases.checked_rows(8192).tolist()
-    assert rows[0] == 0 and rows[-1] == 8191 and len(set(rows)) == device_cases.CHECKED_ROWS
-
-
-def test_a_case_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
-    def fails() -> Sequence[Contender | Absent]:
-        raise MemoryError("no room")
-
-    def works() -> Sequence[Contender | Absent]:
-        return [Contender(OURS, [lambda: None], lambda result: 0.0)]
-
-    cases = [Case("forward", 8, 8, m, "bf16", build) for m, build in ((1, fails), (2, works))]
-    done = gpu.run(cases, options(tmp_path), {})
-    assert [result.case.m for result in done.outcomes] == [2]
-    assert "FAILED forward-8x8-m1-bf16: MemoryError: no room" in gpu.render(done, TINY)
-    done = gpu.run(cases, options(tmp_path, "--seconds", "-1"), {})
-    assert not done.outcomes and not done.failed
-    assert "left out, 2 cases: forward-8x8-m1-bf16, forward-8x8-m2-bf16" in gpu.render(done, TINY)
-
-
-def test_times_stand_beside_floors() -> None:
-    case = Case("forward", 4096, 4096, 1, "bf16", list)
-    result = Result(case, contenders=[OURS, "bnb"], seconds={OURS: [5e-6], "bnb": [1e-5]})
-    text = gpu.render(session.Done([result]), BY_ARCHITECTURE[90])
-    assert "us per call" in text and "4096x4096 ours  5.00" in text
-    assert "forward: floor / time of ours\n           M=1\n4096x4096  52%" in text
-
-
-@no_gpu
-def test_without_a_gpu_the_benchmark_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--output", str(tmp_path)]) == 2
-    assert "back end cuda cannot be used here: torch sees no GPU" in capsys.readouterr().err
-
-
-# The timing, with a card that only counts.
-
-
-class Card:
-    """Stands in for torch.cuda: calls take the time they say, replays that of the calls recorded."""
-
-    def __init__(self, captures: bool = True) -> None:
-        self.now, self.captures = 0.0, captures
-        self.recording: list[tuple[str, float]] | None = None
-        self.calls: list[str] = []
-        card = self
-
-        class Event:
-            def __init__(self, enable_timing: bool) -> None:
-                assert enable_timing
-
-            def record(self) -> None:
-                self.at = card.now
-
-            def synchronize(self) -> None:
-                pass
-
-            def elapsed_time(self, end: Event) -> float:
-                return (end.at - self.at) * 1e3
-
-        class CUDAGraph:
-            nodes: list[tuple[str, float]]
-
-            def replay(self) -> None:
-                for name, took in self.nodes:
-                    card.calls.append(name)
-                    card.now += took
-
-        @contextmanager
-        def graph(into: CUDAGraph) -> Iterator[None]:
-            card.recording = []
-            yield
-            into.nodes, card.recording = card.recording, None
-
-        self.Event, self.CUDAGraph, self.graph = Event, CUDAGraph, graph
-
-    def contender(self, name: str, on_card: float, in_python: float = 0.0, copies: int = 1) -> Contender:
-        def call(label: str) -> None:
-            if self.recording is not None:
-                if not self.captures:
-                    self.recording = None
-                    raise RuntimeError("operation not permitted when stream is capturing")
-                self.recording.append((label, on_card))
-            else:
-                self.calls.append(label)
-                self.now += max(on_card, in_python)
-
-        calls = [lambda i=i: call(f"{name}{i}") for i in range(copies)]  # type: ignore[misc]
-        return Contender(name, calls, lambda result: 0.0)
-
-    class Stream:
-        def wait_stream(self, other: Card.Stream) -> None:
-            pass
-
-    def current_stream(self) -> Stream:
-        return self.Stream()
-
-    def stream(self, stream: Stream) -> Any:
-        return nullcontext()
-
-    def synchronize(self) -> None:
-        pass
-
-
-def take_turns(
-    monkeypatch: pytest.MonkeyPatch, card: Card, contenders: Sequence[Contender], graphs: bool = True
-) -> dict[str, float]:
-    monkeypatch.setattr(torch, "cuda", card)
-    turns = events.take_turns(contenders, graphs)
-    card.calls.clear()
-    return {name: turn() for name, turn in turns.items()}
-
-
-def test_graphs_leave_python_out_and_rotate(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = Card()
-    contenders = [card.contender("A", 2**-18, in_python=2**-15, copies=3), card.contender("B", 2**-17)]
-    assert take_turns(monkeypatch, card, contenders) == {"A": 2**-18, "B": 2**-17}
-    turn = [call for call in card.calls if call[0] == "A"]
-    # As many as make a millisecond of the card's own time, after those that made one of Python's.
-    assert turn == [f"A{i % 3}" for i in range(len(turn))] and 2**-18 * len(turn) >= events.MIN_TURN
-
-
-def test_long_calls_are_each_copy_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = Card()
-    assert take_turns(monkeypatch, card, [card.contender("A", 1.0, copies=3)]) == {"A": 1.0}
-    assert card.calls == ["A0", "A1", "A2"]
-
-
-def test_without_graphs_for_one_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
-    card = Card(captures=False)
-    contenders = [card.contender("A", 2**-12, in_python=2**-11)]
-    assert take_turns(monkeypatch, card, contenders) == {"A": 2**-11}
-    assert contenders[0].remark() == "timed without graphs: operation not permitted when stream is capturing"
-    assert take_turns(monkeypatch, Card(), [card.contender("A", 2**-12)], graphs=False) == {"A": 0.0}
+@pytest.mark.parametrize("failing", ["nothing", "*setup.py*"], ids=["built", "not-built"])
+@pytest.mark.parametrize("way", ["option", "variable"])
+def test_a_carried_library_is_used_where_none_is_built(
+    way: str, failing: str, carried: Path, tmp_path: Path, machine: Stub
+) -> None:
+    option = ["--carry", str(carried)] if way == "option" else []
+    variables = {} if option else {"PEFT_KERNELS_PREBUILT": str(carried / "peft_kernels")}
+    python = machine(fails=failing, run='echo "path $PYTHONPATH" >&2')
+    _, said = gpu_check(tmp_path, "--part", "speed", *option, python=python, **variables)
+    used = failing != "nothing"
+    assert ("prebuilt: _C_cuda.cpython-312-x86_64-linux-gnu.so is used" in said) == used
+    assert len(list((tmp_path / "tree" / "peft_kernels").glob("_C_cuda*.so"))) == used
+    assert (f":{carried}/python" in results(tmp_path)["speed.log"]) == bool(option)
