@@ -104,5 +104,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       },
       "The card that kernels are planned for.");
   cudart::bind(m);
+#else
+  m.def(
+      "architectures", [] { return std::string(PEFT_KERNELS_QUOTE(PEFT_KERNELS_CUDA_ARCHITECTURES)); },
+      "What the kernels are compiled for: TORCH_CUDA_ARCH_LIST with colons.");
 #endif
 }

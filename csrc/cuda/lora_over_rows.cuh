@@ -146,18 +146,19 @@ struct LoraOverRows {
     }
 #pragma unroll
     for (int j = 0; j < kRun / 2; ++j) {
-      float sum[4] = {};
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
+        // Two in a row and no more: matrix units cut sums off.
+        float sum[4] = {};
         const float (&first)[kRun] = values[2 * step];
         const float (&second)[kRun] = values[2 * step + 1];
         const uint32_t a[4] = {bit_cast<uint32_t>(first[2 * j]), bit_cast<uint32_t>(first[2 * j + 1]),
                                bit_cast<uint32_t>(second[2 * j]), bit_cast<uint32_t>(second[2 * j + 1])};
         mma_tf32(sum, a, {factor[2 * step].low, factor[2 * step + 1].low});
         mma_tf32(sum, a, {factor[2 * step].high, factor[2 * step + 1].high});
-      }
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[j][i] += sum[i];
+        for (int i = 0; i < 4; ++i) sums[j][i] += sum[i];
+      }
     }
   }
 

@@ -5,9 +5,7 @@
 namespace ptx {
 namespace {
 
-void trap(Warp& warp, const Instruction& instruction) {
-  fail(warp, warp.active, instruction, "trap");
-}
+void trap(Warp& warp, const Instruction& instruction) { fail(warp, warp.active, instruction, "trap"); }
 
 }  // namespace
 
