@@ -73,10 +73,6 @@ struct LoraShrink {
       Words4 next[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) next[i] = load_run<T, kVector>(x[i], begin * kWindow + kRun * t, x_end[i]);
-      int first_serving = 0;
-      while ((serving >> first_serving & 1) == 0) ++first_serving;
-      FactorRun next_factor =
-          load_factor(p, p.tile[first_tile + first_serving], g, begin * kWindow + kRun * t);
       for (int64_t window = begin; window < end; ++window) {
         const int64_t feature = window * kWindow + kRun * t;
         const Words4 words[2] = {next[0], next[1]};
@@ -88,6 +84,7 @@ struct LoraShrink {
         for (int q = 0; q < kTiles; ++q) {
           if ((serving >> q & 1) == 0) continue;
           const ShrinkTile& tile = p.tile[first_tile + q];
+          const FactorRun factor = load_factor(p, tile, g, feature);  // under way while values are made
           if (seen < 0 || !sees_the_same(p.tile[seen], tile)) {
             seen = first_tile + q;
 #pragma unroll
@@ -98,13 +95,6 @@ struct LoraShrink {
               }
             }
           }
-          // The next one is on its way while this one is multiplied: of this window, or the next one's first.
-          const FactorRun factor = next_factor;
-          int next_q = q + 1;
-          while (next_q < kTiles && (serving >> next_q & 1) == 0) ++next_q;
-          const bool same_window = next_q < kTiles;
-          next_factor = load_factor(p, p.tile[first_tile + (same_window ? next_q : first_serving)], g,
-                                    same_window ? feature : feature + kWindow);
           add_window(tile, factor, values, sums[q]);
         }
       }
@@ -160,19 +150,20 @@ struct LoraShrink {
                                 float (&sum)[4]) {
     float factor[kRun];
     unpack_factor<T>(run, tile.is_f32, factor);
-    // A tensor core cuts off what fp32 would round: no more than two products in a row go without rounding.
-    float high[2][4] = {}, low[4] = {};
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const Tf32Pair b[2] = {split_tf32(factor[2 * step]), split_tf32(factor[2 * step + 1])};
       const uint32_t a[4] = {bit_cast<uint32_t>(values[0][2 * step]), bit_cast<uint32_t>(values[1][2 * step]),
                              bit_cast<uint32_t>(values[0][2 * step + 1]),
                              bit_cast<uint32_t>(values[1][2 * step + 1])};
-      mma_tf32(high[step / 2], a, {b[0].high, b[1].high});
-      if (tile.is_f32) mma_tf32(low, a, {b[0].low, b[1].low});
-    }
+      // A tensor core cuts off what fp32 would round: what is small goes first, and nothing else is added to
+      // it.
+      float product[4] = {};
+      if (tile.is_f32) mma_tf32(product, a, {b[0].low, b[1].low});
+      mma_tf32(product, a, {b[0].high, b[1].high});
 #pragma unroll
-    for (int i = 0; i < 4; ++i) sum[i] += high[0][i] + (high[1][i] + low[i]);
+      for (int i = 0; i < 4; ++i) sum[i] += product[i];
+    }
   }
 
   // body(tile, row, rank, the row and the column in the block) of a thread's part of a block's sums.
