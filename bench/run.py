@@ -82,11 +82,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timed = [*cases.standard(options.dtype), *memory.standard(options.dtype)]
     by_name = [
         *host.standard(options.dtype),
+        *waves.standard(),
         *compiled.standard(),
         *triton_cases.standard(),
-        *waves.standard(),
     ]
-    every: list[Any] = [*timed, *by_name, *triton_cases.standard()]
+    every: list[Any] = [*timed, *by_name]
     if options.list and not (options.only or options.quick or options.full):
         chosen = every
     elif options.full:

@@ -34,10 +34,12 @@ from bench import (
     chart,
     compiled,
     harness,
+    host,
     memory,
     report,
     run,
     triton_cases,
+    waves,
 )
 from bench.harness import Case, Goal, Result
 from bench.report import OURS
@@ -216,7 +218,8 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
     every, default, full = listed(), listed("--only", "|".join(run.DEFAULT)), listed("--full")
     quick = listed("--quick")
     assert default < full < every and quick < full
-    assert every - full == {case.name for case in (*compiled.standard(), *triton_cases.standard())}
+    by_name = compiled.standard(), triton_cases.standard(), waves.standard(), host.standard("bf16")
+    assert every - full == {case.name for cases_of in by_name for case in cases_of}
     kinds = {name.rpartition("-")[0] if "memory" in name else re.split(r"-\d", name)[0] for name in full}
     for chosen in (default, quick):
         assert {kind for kind in kinds if any(name.startswith(kind) for name in chosen)} >= kinds - {

@@ -131,8 +131,8 @@ def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed:
 
 
 def test_norms_of_dora_have_a_kernel(extension: ModuleType) -> None:
-    """For rows that are whole words of codes; others are dequantised piece by piece."""
-    for k, has_kernel in ((8, True), (264, True), (1096, True), (100, False)):
+    """For rows that are whole groups of 64 codes; others are dequantised piece by piece."""
+    for k, has_kernel in ((64, True), (320, True), (1088, True), (8, False), (100, False)):
         weight = testing.nf4_weight(70, k, 64, True)
         a, b = testing.tensor(19, k, seed=3), testing.tensor(70, 19, seed=4)
         extension.reset_bank_counts()

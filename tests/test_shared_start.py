@@ -23,13 +23,13 @@ def extension() -> Iterator[ModuleType]:
         pytest.skip(f"ptx: {reason}")
     extension = ptx.BACKEND.extension
     yield extension
-    extension.set_shared_start(1024)
-    extension.set_card(*FEW)
+    ptx.BACKEND.reset()
 
 
-def product(extension: ModuleType, way: str, card: tuple[int, int, int]) -> torch.Tensor:
+def product(extension: ModuleType, way: str, card: tuple[int, int, int], start: int) -> torch.Tensor:
     n, k = 128, 64
     extension.set_card(*card)
+    extension.set_shared_start(start)
     m, direction = CALLS[way]
     planned = extension.plan_for(m, n, k, 64, "bfloat16", *card)[direction]
     assert planned in (way, f"{way}_narrow"), planned
@@ -44,16 +44,13 @@ def product(extension: ModuleType, way: str, card: tuple[int, int, int]) -> torc
 @pytest.mark.parametrize("way", CALLS)
 def test_starts_that_leave_room(extension: ModuleType, way: str) -> None:
     for card, starts in ((FEW, (0, 512)), (NARROW, (0, 2048))):
-        extension.set_shared_start(1024)
-        want = product(extension, way, card)
+        want = product(extension, way, card, 1024)
         for start in starts:
-            extension.set_shared_start(start)
-            assert torch.equal(product(extension, way, card), want)
+            assert torch.equal(product(extension, way, card, start), want)
 
 
 @pytest.mark.parametrize("way", CALLS)
 def test_a_start_that_does_not(extension: ModuleType, way: str) -> None:
     """The wide table has its place, and would lie over what is before it."""
-    extension.set_shared_start(1024 + 16)
     with pytest.raises(RuntimeError, match="trap"):
-        product(extension, way, FEW)
+        product(extension, way, FEW, 1024 + 16)

@@ -1,6 +1,7 @@
 // The norms of the rows of W + s B A: ||w + s b A||^2 = w . w + s (2 w A^T + s b A A^T) . b.
 #pragma once
 
+#include "lora_fragments.cuh"
 #include "nf4_tables.cuh"
 
 namespace peft_kernels::cuda {
@@ -159,7 +160,7 @@ struct SumRows {
 #pragma unroll
           for (int i = 0; i < 2; ++i) {
             factor[rank][i] = bit_cast<uint32_t>(values.v[i]);
-            factor_rest[rank][i] = bit_cast<uint32_t>(values.v[i] - upper_bits(values.v[i]));
+            factor_rest[rank][i] = bit_cast<uint32_t>(raised_for_tf32(values.v[i] - upper_bits(values.v[i])));
           }
         }
 #pragma unroll

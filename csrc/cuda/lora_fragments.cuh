@@ -12,6 +12,10 @@
 
 namespace peft_kernels::cuda {
 
+// x, whose lower 13 bits mma_tf32 will cut off, raised by half a unit of the upper ones (0.34 to 0.69 of
+// one), so that what is lost has no sign. By a product, as NaN stays NaN so.
+DEVICE float raised_for_tf32(float x) { return __fmaf_rn(x, 0x1.6p-12f, x); }
+
 struct Tf32Pair {
   uint32_t high, low;
 };
@@ -19,7 +23,7 @@ struct Tf32Pair {
 // The lower 13 bits of `low` count for nothing.
 DEVICE Tf32Pair split_tf32(float value) {
   const uint32_t high = (bit_cast<uint32_t>(value) + 0x1000u) & 0xffffe000u;
-  return {high, bit_cast<uint32_t>(__fadd_rn(value, -bit_cast<float>(high)))};
+  return {high, bit_cast<uint32_t>(raised_for_tf32(__fadd_rn(value, -bit_cast<float>(high))))};
 }
 
 // ---- Eight neighbours in a row ---------------------------------------------------------------------------

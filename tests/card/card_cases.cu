@@ -118,8 +118,8 @@ struct Words {
 __global__ void in_each_warp(Words p) {
   const int i = threadIdx.x;
   p.out[i] = static_cast<uint32_t>(warp_index());
-  p.out[kThreads + i] = shuffle(p.in[i], 31 - i % 32);
-  p.out[2 * kThreads + i] = peft_kernels::cuda::ballot((p.in[i] >> (i / 32) & 1) != 0);
+  p.out[kThreads + i] = __shfl_sync(peft_kernels::cuda::kAllLanes, p.in[i], 31 - i % 32);
+  p.out[2 * kThreads + i] = __ballot_sync(peft_kernels::cuda::kAllLanes, (p.in[i] >> (i / 32) & 1) != 0);
 }
 void warps() {
   std::vector<uint32_t> values(kThreads);

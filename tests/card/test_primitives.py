@@ -22,7 +22,7 @@ BUILD = ROOT / "tests" / "card" / "build.sh"
 CASES = [*(ROOT / "tests" / "ptx" / f"{name}_cases.cu" for name in ("value", "matrix", "memory"))]
 CASES.append(ROOT / "tests" / "card" / "card_cases.cu")
 ARCHITECTURES = (80, 90, 100, 120)
-PLACES = ("thread_index", "block_index", "grid_size", "lane_index", "sync_threads")
+PLACES = ("thread_index", "block_index", "grid_size", "lane_index")
 """Names of what CUDA has names for."""
 
 
