@@ -65,7 +65,7 @@ def test_without_the_stub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("n,k", [(4096, 4096), (4096, 14336)])
 def test_launches_at_2048_rows(n: int, k: int) -> None:
-    """Of a layer with LoRA: four and seven at most, torch's product with the one piece of the weight included."""
+    """Of a layer with LoRA: four and seven at most, with torch's product with the one piece of the weight."""
     if (reason := testing.unavailable("ptx")) is not None:
         pytest.skip(f"ptx: {reason}")
     weight = pk.NF4Weight.quantize(torch.ones(n, k, dtype=torch.bfloat16))
