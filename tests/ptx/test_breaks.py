@@ -55,7 +55,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "adapters-fp16": lambda: adapters(case(17, 64, 128, FP16)),
     "masks-bf16": lambda: masks(BF16, 96),
     "masks-odd": lambda: masks(BF16, 35),
-    "pieces": lambda: both(case(3, 2100, 2048, FP32)),
+    "pieces": lambda: both(case(3, 768, 49152, FP32)),
 }
 
 REGISTER = r"%\w+"
@@ -132,7 +132,7 @@ BREAKS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
         ("few-bf16", "tiles-bf16"),
     ),
     "first-barrier-lost": (without_barrier(0), ("few-bf16", "tiles-bf16", "adapters-bf16", "pieces")),
-    "last-barrier-lost": (without_barrier(-1), ("shared-tiles", "adapters-bf16", "masks-odd")),
+    "last-barrier-lost": (without_barrier(-1), ("shared-tiles", "adapters-bf16")),
     "philox-multiplier": (
         replaced(r"3528531795|-766435501", lambda m: str(int(m[0]) ^ 1)),
         ("masks-bf16", "masks-odd"),
