@@ -95,6 +95,7 @@ def test_without_a_compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
     remedy = ": install one, or set CC to one"
     assert triton.TritonBackend().probe() == f"{needs}there is neither gcc nor clang{remedy}"
     monkeypatch.setattr(BACKENDS["triton"], "_asked", False)
+    monkeypatch.setattr(BACKENDS["cuda"], "probe", lambda: "the card of this test is none of CUDA's")
     assert f"triton     not usable: {needs}there is neither" in pk.explain()
     monkeypatch.setenv("CC", "cc-of-mine")
     assert triton.TritonBackend().probe() == f"{needs}CC=cc-of-mine is not there{remedy}"

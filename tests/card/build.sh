@@ -6,7 +6,10 @@ shift 2
 cd "$(dirname "$0")/../.."
 objects=$(mktemp -d)
 trap 'rm -rf "$objects"' EXIT
-printf '%s\n' csrc/cuda/launch.cpp tests/card/{main,card_cases}.cu tests/ptx/{value,matrix,memory}_cases.cu |
-  xargs -P "$(nproc)" -I{} bash -c '"$0" "${@:3}" -c -o "$1/$(basename "$2").o" "$2"' \
-    "$nvcc" "$objects" {} -std=c++17 -O3 -Icsrc/cuda -Itests/ptx "$@"
+jobs=()
+for source in csrc/cuda/launch.cpp tests/card/{main,card_cases}.cu tests/ptx/{value,matrix,memory}_cases.cu; do
+  "$nvcc" -std=c++17 -O3 "$@" -Icsrc/cuda -Itests/ptx -c -o "$objects/${source##*/}.o" "$source" &
+  jobs+=($!)
+done
+for job in "${jobs[@]}"; do wait "$job"; done
 "$nvcc" "$@" -o "$program" "$objects"/*.o
