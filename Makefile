@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0;9.0)
-CPP := $(shell find csrc tests/amx tests/ptx -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/amx tests/ptx tests/card tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test triton ptx sanitize asan tsan peft-tests bench lint format clean
@@ -45,13 +45,8 @@ setup: $(VENV)/.built ## Set everything up, run nothing
 demo: $(VENV)/.built ## Fine-tune a 135M-parameter model with QLoRA on this machine (ARGS='--compare' and others)
 	$(BIN)/python examples/finetune.py $(ARGS)
 
-# All of it also counts what was executed of the CUDA kernels.
-EXECUTED := build/ptx_executed
 test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
-	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED)
-	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) \
-	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
-	$(if $(ARGS),,$(BIN)/python tests/ptx/executed.py --folder $(EXECUTED) --check)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 	$(if $(ARGS),,$(MAKE) triton ptx)
 
 # The tests of every kernel.
