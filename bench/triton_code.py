@@ -35,9 +35,6 @@ ALL, THOROUGH = (BF16, FP16, FP32), ("sm80",)
 """Types of activations, and the targets for which all of them are compiled. It takes minutes as it is."""
 SPILLING = ("gfx1100",)
 """Where spills are told, and not held against a kernel: RDNA 3 has 256 registers, large tiles want more."""
-SPILLED = {"linear_kernel": 8, "over_rows_kernel": 24, "expand_kernel": 24}
-"""Bytes of a thread in local memory that some variants of these kernels need, since one launch serves several
-adapters. They are told, and more is held against a kernel."""
 IN_FP32 = ("norm_kernel",)
 """They multiply in fp32 whatever the type of their tensors."""
 
@@ -232,7 +229,7 @@ def _read_cuda(variant: Variant, target: str, made: Any) -> Code:
     threads, shared = 32 * made.metadata.num_warps, made.metadata.shared
     kernel = sass.Kernel(variant.kernel, cubin, gpu_target(target).arch, threads, registers, shared)
     warps, faults = limits.resident_warps(kernel), _product_faults(variant, made, matrix)
-    if spills > SPILLED.get(variant.kernel, 0):
+    if spills:
         faults.append(f"{spills} bytes of local memory")
     if not warps:
         faults.append(f"does not fit: {registers} registers, {shared:,} bytes of shared memory")
@@ -249,7 +246,7 @@ def _read_hip(variant: Variant, target: str, made: Any) -> Code:
     )
     matrix = len(re.findall(MATRIX["hip"], listing))
     faults = _product_faults(variant, made, matrix)
-    if spills > SPILLED.get(variant.kernel, 0) and target not in SPILLING:
+    if spills and target not in SPILLING:
         faults.append(f"{spills} bytes of local memory")
     if shared > LOCAL_DATA_SHARE:
         faults.append(f"does not fit: {shared:,} bytes of shared memory")

@@ -31,7 +31,7 @@ SHRINK_FEW = config(4, 3, BLOCK_M=16)
 SHRINK = config(4, 3, BLOCK_M=64)
 EXPAND_FEW = config(4, 2, BLOCK_M=16, BLOCK_F=128)
 EXPAND = config(8, 2, BLOCK_M=64, BLOCK_F=128)
-OVER_ROWS = config(4, 3, BLOCK_F=64)
+OVER_ROWS = config(8, 3, BLOCK_F=64)
 
 
 class Product(NamedTuple):
@@ -314,13 +314,14 @@ def _expand(
 ) -> None:
     """out = total + terms + deltas, of activations of `dtype`."""
     m, features = out.shape
-    tiles = EXPAND_FEW if m <= FEW_ROWS else EXPAND
+    in_fp32 = dtype == torch.float32
+    tiles = EXPAND_FEW if m <= FEW_ROWS or in_fp32 else EXPAND  # else too many registers
     grid = (cdiv(m, tiles["BLOCK_M"]) * cdiv(features, tiles["BLOCK_F"]), 1)
     found: tuple[DeltaArgs, ...] = tuple(filter(None, map(delta_args, deltas)))
     seen = tuple(delta.seen.args for delta in deltas)
     args = total, tuple(terms) or None, found or None, seen or None, out, m, features
     block_r = _ranks(max((delta.v.shape[1] for delta in deltas), default=0))
-    if dtype == torch.float32:
+    if in_fp32:
         block_r = min(block_r, 16)  # a longer chain of sums in fp32 would show
     constants = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "QUADS": features % 4 == 0}
     launch(expand_kernel, grid, *args, config=tiles, BLOCK_R=block_r, **constants)
