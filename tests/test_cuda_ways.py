@@ -26,7 +26,7 @@ SHAPES = ((16, 64), (33, 128), (64, 320), (130, 192), (257, 64), (8, 1024), (136
 REFUSED = ((33, 96), (64, 100), (7, 33))
 
 
-@pytest.fixture
+@pytest.fixture(params=["ptx"])  # in the tests' names, to be chosen by
 def extension() -> Iterator[ModuleType]:
     if (reason := testing.unavailable("ptx")) is not None:
         pytest.skip(f"ptx: {reason}")
@@ -91,6 +91,31 @@ def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype
             check_lora_linear_backward(case)
     for direction in (0, 1):
         assert ways(extension, card, direction) <= taken[direction], "a way that no case of this test takes"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("card", CARDS)
+@pytest.mark.parametrize("n,k", [(264, 2560), (70, 10240), (1030, 128)], ids=["tiles", "slices", "whole"])
+def test_long_shares_of_few_rows(
+    extension: ModuleType, n: int, k: int, card: str, dtype: torch.dtype
+) -> None:
+    """Of a warp: whole chunks of groups, over several tiles; of slices of k, whose parts are added up; tiles
+    that nobody shares, with an odd number of rows in the last."""
+    extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
+    for i, m in enumerate((1, 9, 17, 8, 16, 32), 3):  # with biases of both types each
+        case = sizes(m, n, k, dtype, i)
+        assert extension.plan(m, n, k, case["bs"], str(dtype)[6:])[0].startswith("small")
+        check_nf4_linear(case)
+        check_lora_linear(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("adapter", ["fp32", "same"])
+def test_many_ranks(extension: ModuleType, adapter: str, dtype: torch.dtype) -> None:
+    """As many as one launch has for an adapter, of rows that are read by vectors."""
+    case = sizes(17, 136, 128, dtype, 1) | {"r": 64, "adapter": adapter, "needs": "xab"}
+    check_lora_linear(case)
+    check_lora_linear_backward(case)
 
 
 @pytest.mark.parametrize("n,k", [(768, 49152), (770, 43611)], ids=["even", "odd"])

@@ -230,6 +230,8 @@ struct SumRows {
   static DEVICE void write(const Params& p, int split, int64_t first_row, int first_rank, const Sums& sums) {
     const int64_t ld = 1 + p.ranks;
     float* out = p.out + split * p.n * ld;
+    // Few rounds: not worth the code of several at a time.
+#pragma unroll 1
     for (int i = thread_index(); i < kRowsOfBlock * (kRanks + 1); i += kThreads) {
       const int row = i / (kRanks + 1), column = i % (kRanks + 1);
       if (first_row + row >= p.n || first_rank + column > p.ranks || (column == 0 && first_rank > 0))
