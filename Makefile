@@ -45,8 +45,13 @@ setup: $(VENV)/.built ## Set everything up, run nothing
 demo: $(VENV)/.built ## Fine-tune a 135M-parameter model with QLoRA on this machine (ARGS='--compare' and others)
 	$(BIN)/python examples/finetune.py $(ARGS)
 
+# All of it also counts what was executed of the CUDA kernels.
+EXECUTED := build/ptx_executed
 test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED)
+	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) \
+	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(if $(ARGS),,$(BIN)/python tests/ptx/executed.py --folder $(EXECUTED) --check)
 	$(if $(ARGS),,$(MAKE) triton ptx)
 
 # The tests of every kernel.

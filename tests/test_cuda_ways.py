@@ -95,7 +95,9 @@ def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize("n,k", [(264, 2560), (70, 10240), (1030, 128)], ids=["tiles", "slices", "whole"])
+@pytest.mark.parametrize(
+    "n,k", [(264, 2560), (70, 10240), (1030, 128), (1032, 128)], ids=["tiles", "slices", "whole", "even"]
+)
 def test_long_shares_of_few_rows(
     extension: ModuleType, n: int, k: int, card: str, dtype: torch.dtype
 ) -> None:

@@ -141,6 +141,8 @@ struct SliceOfWork {
   }
   DEVICE int parts_of(int tile) const {
     int parts = 0;
+    // Few rounds, here and below: not worth the code of several at a time.
+#pragma unroll 1
     for (int slice = 0; slice < p.splits; ++slice) {
       const Blocks sharing = blocks_of(slice, tile);
       parts += sharing.last - sharing.first + 1;
@@ -154,6 +156,7 @@ struct SliceOfWork {
   }
   template <class Body>
   DEVICE void for_each_part(int tile, const Body& body) const {
+#pragma unroll 1
     for (int slice = 0; slice < p.splits; ++slice) {
       const Blocks sharing = blocks_of(slice, tile);
       for (int at = sharing.first; at <= sharing.last; ++at) body(part(slice, at, tile));

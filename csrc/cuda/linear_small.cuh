@@ -278,16 +278,19 @@ struct LinearSmall {
     if (warp_ == 0 && begins_in_tile) {
       Sums sums{};
       add_rest(first, 0, sums);
+      store_part(sums, part_of(slice_.part(first)), kWarp, AllTokens{});  // a block before has another
     }
-    if (!begins_in_tile || tile_ != first) add_rest(tile_, 1, sums_);
+    if (!begins_in_tile || tile_ != first) {
+      add_rest(tile_, 1, sums_);
+      write_part(tile_, sums_);
+    }
   }
-  DEVICE void add_rest(int tile, int from_warp, Sums& sums) {
+  DEVICE void add_rest(int tile, int from_warp, Sums& sums) const {
     for (int w = warp_ + from_warp; w < kWarps; ++w) {
       const int begin = slice_.share_begin(w);
       if (begin >= (tile + 1) * slice_.groups || begin == slice_.share_begin(w + 1)) break;
       add_part(&shared_->begun[w][0][lane_index()], kWarp, AllTokens{}, sums);
     }
-    write_part(tile, sums);
   }
 
   // To y, where this block has all of a tile.
