@@ -11,7 +11,7 @@ CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0;9.0)
 CPP := $(shell find csrc tests/amx tests/ptx tests/card tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test triton ptx sanitize asan tsan peft-tests bench lint format clean
+.PHONY: help setup demo test triton ptx sanitize asan tsan peft-tests package bench lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -100,6 +100,9 @@ asan tsan: $(VENV)/.packages
 PEFT_VERSIONS ?= 0.17.0 newest
 peft-tests: $(VENV)/.built ## Run PEFT's own tests with every model patched, its oldest and newest version (needs pip's index)
 	$(BIN)/python tools/peft_tests.py $(PEFT_VERSIONS:%=--peft %) $(ARGS)
+
+package: $(VENV)/.packages ## Build the source distribution and a wheel and use both as a new user would (needs pip's index)
+	$(BIN)/python tools/package_check.py $(ARGS)
 
 bench: $(VENV)/.built ## Measure against torch, bitsandbytes and PEFT on this machine, five minutes (ARGS='--quick' and others)
 	$(BIN)/python bench/run.py $(ARGS)

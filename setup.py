@@ -161,10 +161,13 @@ def assigned(body: list[ast.stmt], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def generated_headers() -> str:
-    """The folder of spec_hash.h. One file includes it: a new schema compiles that again, not all kernels."""
+    """The folder of generated.h. One file includes it: a new schema compiles that again, not all kernels."""
+    import torch
+
     folder = ROOT / "build" / "generated"
     folder.mkdir(parents=True, exist_ok=True)
-    header, text = folder / "spec_hash.h", f'#define PEFT_KERNELS_SPEC_HASH "{spec_hash()}"\n'
+    values = {"PEFT_KERNELS_SPEC_HASH": spec_hash(), "PEFT_KERNELS_TORCH": torch.__version__}
+    header, text = folder / "generated.h", "".join(f'#define {k} "{v}"\n' for k, v in values.items())
     if not header.exists() or header.read_text() != text:
         header.write_text(text)
     return str(folder)

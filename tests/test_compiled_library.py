@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from fresh_process import Python
 
 import peft_kernels as pk
@@ -76,10 +77,23 @@ def test_a_stale_library_is_refused_before_it_is_loaded(python: Python, compiled
 
 
 @needs_cpu
+def test_a_library_for_another_torch_is_refused_before_it_is_loaded(python: Python, compiled: Path) -> None:
+    content = library().read_bytes()
+    right = f"PEFT_KERNELS_TORCH={torch.__version__};".encode()
+    assert content.count(right) == 1
+    foreign = compiled / "peft_kernels" / library().name
+    foreign.write_bytes(content.replace(right, b"PEFT_KERNELS_TORCH=2.0.1;".ljust(len(right), b"\0")))
+    out = python(USE, compiled).stdout
+    message = rf"{re.escape(str(foreign))} was built with torch 2\.0\.1, this is torch .*: rebuild it"
+    assert re.search(rf"^cpu +not usable: {message}", out, re.M)
+
+
+@needs_cpu
 def test_a_broken_library_is_refused_with_the_loader_s_words(python: Python, compiled: Path) -> None:
     """The right fingerprint in a file that is no library."""
     broken = compiled / "peft_kernels" / library().name
-    broken.write_bytes(f"PEFT_KERNELS_SPEC_HASH={registry.spec_hash()}".encode() * 10)
+    said = f"PEFT_KERNELS_SPEC_HASH={registry.spec_hash()};PEFT_KERNELS_TORCH={torch.__version__};"
+    broken.write_bytes(said.encode() * 10)
     out = python(USE, compiled).stdout
     assert re.search(r"^cpu +not usable: peft_kernels\._C does not load: .+", out, re.M)
 

@@ -7,18 +7,13 @@
 #include <string>
 #include <vector>
 
+#include "../common/built_for.h"
 #include "../common/nf4.h"
 #include "isa.h"
-#include "spec_hash.h"
 
 namespace {
 
 using namespace peft_kernels;
-
-constexpr size_t kPrefixLength = sizeof("PEFT_KERNELS_SPEC_HASH=") - 1;
-
-// Python looks for these bytes in the file before it loads it, to refuse a library built from other schemas.
-__attribute__((used)) const char kSpecHash[] = "PEFT_KERNELS_SPEC_HASH=" PEFT_KERNELS_SPEC_HASH;
 
 std::vector<std::string> isa_levels() {
   std::vector<std::string> levels;
@@ -82,6 +77,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("nf4_thresholds", [] { return to_vector(nf4::kThresholds); });
   m.def("dynamic_map", [] { return to_vector(nf4::kDynamicMap); });
   m.def(
-      "spec_hash", [] { return std::string(kSpecHash + kPrefixLength); },
+      "spec_hash", [] { return std::string(spec_hash()); },
       "SHA-256 of the schemas built against.");
 }

@@ -10,9 +10,9 @@
 #include <utility>
 #include <vector>
 
+#include "../common/built_for.h"
 #include "linear.h"
 #include "runtime.h"
-#include "spec_hash.h"
 
 #ifdef PEFT_KERNELS_PTX
 #  include "cudart_bind.h"
@@ -24,11 +24,6 @@
 namespace {
 
 using namespace peft_kernels;
-
-constexpr size_t kPrefixLength = sizeof("PEFT_KERNELS_SPEC_HASH=") - 1;
-
-// Python looks for these bytes in the file before it loads it, to refuse a library built from other schemas.
-__attribute__((used)) const char kSpecHash[] = "PEFT_KERNELS_SPEC_HASH=" PEFT_KERNELS_SPEC_HASH;
 
 DType dtype_named(const std::string& name) {
   if (name == "float32") return DType::kF32;
@@ -67,7 +62,7 @@ std::map<std::string, int64_t> told(const cuda::LinearPlan& plan) {
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
-      "spec_hash", [] { return std::string(kSpecHash + kPrefixLength); },
+      "spec_hash", [] { return std::string(spec_hash()); },
       "SHA-256 of the schemas built against.");
   m.def(
       "plan",

@@ -16,6 +16,7 @@ from ..ops import registry
 from .base import unserved_tensors
 
 _HASH = re.compile(rb"PEFT_KERNELS_SPEC_HASH=([0-9a-f]{64})")
+_TORCH = re.compile(rb"PEFT_KERNELS_TORCH=([^;]{1,40});")
 
 
 class CompiledBackend:
@@ -60,8 +61,8 @@ class CompiledBackend:
     def _refusal_to_load(self) -> str | None:
         """Why the compiled library must not be loaded, found without loading it.
 
-        A library built for other schemas would abort the process when it registers its kernels, so the
-        fingerprint that the build wrote into the file is compared first.
+        A library built for other schemas would abort the process when it registers its kernels, and one for
+        another torch may do anything, so what the build wrote into the file is compared first.
         """
         found = importlib.util.find_spec(self.library)
         if found is None or found.origin is None:
@@ -70,10 +71,19 @@ class CompiledBackend:
             open(found.origin, "rb") as file,
             mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
         ):
-            match = _HASH.search(content)
-            built_for = match.group(1).decode() if match else None
-        if built_for != registry.spec_hash():
+            schemas, built_with = (_group(pattern.search(content)) for pattern in (_HASH, _TORCH))
+        if schemas != registry.spec_hash():
             return (
                 f"{found.origin} was built from other sources than this package: rebuild it (pip install .)"
             )
+        # C++ of a minor version of torch is compatible with no other's.
+        if built_with is None or built_with.split(".")[:2] != torch.__version__.split(".")[:2]:
+            return (
+                f"{found.origin} was built with torch {built_with}, this is torch {torch.__version__}: "
+                "rebuild it (pip install --no-deps --force-reinstall --no-build-isolation .)"
+            )
         return None
+
+
+def _group(match: re.Match[bytes] | None) -> str | None:
+    return match.group(1).decode() if match else None

@@ -1,0 +1,107 @@
+"""Build the source distribution and a wheel of it, and install both as a user would, in an empty environment.
+
+    python tools/package_check.py                    # with the newest torch that pip finds
+    python tools/package_check.py --torch torch==2.9.1
+
+First with a C++ compiler, by pip's isolated build, then without one. Needs pip's index.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+USE = """
+import torch, peft_kernels as pk
+print(pk.explain())
+torch.manual_seed(0)
+weight = pk.NF4Weight.quantize(torch.randn(96, 64))
+a, b = torch.randn(8, 64, requires_grad=True), torch.randn(96, 8, requires_grad=True)
+x = torch.randn(5, 64, requires_grad=True)
+y = pk.lora_linear(x, weight, a, b, 2.0)
+want = x @ weight.dequantize(torch.float32).t() + 2.0 * (x @ a.t()) @ b.t()
+torch.testing.assert_close(y, want)
+grads = [torch.autograd.grad(out.square().sum(), (x, a, b)) for out in (y, want)]
+torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
+"""
+
+
+def run(command: Sequence[str | Path], cwd: Path, **environment: str) -> str:
+    """What a command prints. SystemExit with its words when it fails."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PEFT_KERNELS_", "PYTHONPATH"))}
+    done = subprocess.run(
+        list(map(str, command)), cwd=cwd, env=env | environment, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{' '.join(map(str, command))}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+    return done.stdout
+
+
+def expect(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise SystemExit(sentence)
+
+
+def check_use(python: Path, folder: Path, cpu: str) -> None:
+    """That the installed package computes right, and says of its back end `cpu` what is expected."""
+    said = run([python, "-c", USE], folder)
+    line = next(line for line in said.splitlines() if line.startswith("cpu "))
+    expect(cpu in line, f"back end cpu: expected {cpu!r}, got {line!r}")
+    expect(
+        line in run([python.parent / "peft-kernels", "info"], folder), "peft-kernels info: expected the same"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--torch", default="torch>=2.9", help="the user's torch, as pip takes it")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder, begin = Path(name), time.monotonic()
+
+        def tell(what: str) -> None:
+            print(f"{time.monotonic() - begin:5.0f} s  {what}", flush=True)
+
+        run(
+            [sys.executable, "setup.py", "-q", "sdist", "-d", folder],
+            ROOT,
+            PEFT_KERNELS_CPU="0",
+            PEFT_KERNELS_CUDA="0",
+        )
+        (sdist,) = folder.glob("*.tar.gz")
+        tell(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
+        run([sys.executable, "-m", "venv", folder / "user"], folder)
+        python = folder / "user" / "bin" / "python"
+        pip = [python, "-m", "pip", "-q", "--disable-pip-version-check"]
+        run([*pip, "install", options.torch, "numpy"], folder)
+        tell(f"torch {run([python, '-c', 'import torch; print(torch.__version__)'], folder).strip()}")
+        run([*pip, "wheel", "--no-deps", "-w", folder, sdist], folder)
+        (wheel,) = folder.glob("*.whl")
+        names = zipfile.ZipFile(wheel).namelist()
+        expect("peft_kernels/py.typed" in names, f"{wheel.name}: expected py.typed, got {names}")
+        foreign = [n for n in names if not n.startswith("peft_kernels")]
+        expect(not foreign, f"{wheel.name}: expected peft_kernels alone, got {foreign}")
+        run([*pip, "install", wheel], folder)
+        check_use(python, folder, "usable: ")
+        tell(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, installed, used")
+        without = run(
+            [*pip, "install", "-v", "--no-deps", "--force-reinstall", sdist], folder, CXX="/nonexistent/c++"
+        )
+        expect("installed WITHOUT its C++ back end" in without, f"expected a warning, got {without[-2000:]}")
+        check_use(python, folder, "not usable: not built")
+        tell("without a compiler: installed on plain torch, used")
+
+
+if __name__ == "__main__":
+    main()
