@@ -22,8 +22,9 @@ from peft_kernels.backends import triton
 if not triton.BACKEND.interpreted:
     pytest.skip("for Triton's interpreter (make triton)", allow_module_level=True)
 
-import testing
 import triton_sums
+
+import testing
 
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 
