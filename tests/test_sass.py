@@ -200,26 +200,6 @@ def test_the_limit_is_for_the_longest_way(monkeypatch: pytest.MonkeyPatch) -> No
         assert (finding.least, finding.per_weight, finding.faults) == (4 / 8, 5 / 8, faults)
 
 
-def test_products_of_fp32_are_several_of_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve matrix instructions: by two tiles of ranks, in three products, twice four weights."""
-    monkeypatch.setattr(limits, "RULES", [Rule("k", 2.0, tokens=16, tf32_products=3)])
-
-    def judge(matrix: str, others: int) -> limits.Finding:
-        work, other = Instruction(matrix, False, ()), Instruction("NOP", False, ())
-        leave = Instruction("BRA", True, (".loop",)), Instruction("EXIT", False, ())
-        code, labels = [*[work] * 12, *[other] * others, *leave], {".loop": 0}
-        return limits.judge(
-            Kernel("k", Path(), 90, threads=32, registers=32, instructions=code, labels=labels)
-        )
-
-    assert judge("HMMA.1688.F32.TF32", 3).per_weight == 16 / 8
-    assert judge("HMMA.1688.F32.TF32", 3).faults == ()
-    (fault,) = judge("HMMA.1688.F32.TF32", 4).faults
-    assert fault == "2.12 instructions per weight, at most 2 allowed"
-    (fault,) = judge("HMMA.16816.F32", 3).faults
-    assert fault == f"has no {limits.MATRIX_TF32}"
-
-
 def test_unrolling_and_tokens_are_seen_through(
     toys: dict[str, Kernel], held_to: Callable[[float], None]
 ) -> None:
