@@ -10,10 +10,12 @@ from typing import NamedTuple
 from .floors import NF4_BYTES
 from .sass import ARCHITECTURES, Instruction, Kernel, count
 
-MATRIX, MATRIX_16, WIDE_STORE = r"HMMA", r"HMMA\.16816", r"STG?\.E\.(EF\.|NA\.)*128"
+MATRIX, MATRIX_16, MATRIX_TF32 = r"HMMA", r"HMMA\.16816", r"HMMA\.1688\.F32\.TF32"
+WIDE_STORE = r"STG?\.E\.(EF\.|NA\.)*128"
 LOCAL = r"(LDL|STL)\b"
-MATRIX_WEIGHTS, STORE_BYTES = 8, 16
-"""Of a lane in one such instruction: a matrix instruction multiplies 16 x 16 weights by 8 tokens."""
+MATRIX_WEIGHTS, TF32_WEIGHTS, STORE_BYTES = 8, 4, 16
+"""Of a lane in one such instruction: a matrix instruction multiplies 16 x 16 weights by 8 tokens, or of tf32,
+16 x 8 of them, for which it takes as long."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,9 @@ class Rule:
     limit: float | None = None
     """The most instructions of a lane for a weight, on the longest way that does as much as any."""
     tokens: int = 0
-    """That a warp multiplies each of its weights by; 0: no product with weights."""
+    """That a warp multiplies each of its weights by, or ranks of an adapter; 0: no product with weights."""
+    tf32_products: int = 0
+    """That one of numbers in fp32 is made of; 0: it is of 16 bits."""
     written: int = 0
     """Bytes that each weight is written out in; 0: none is."""
     read: float = NF4_BYTES
@@ -37,14 +41,17 @@ class Rule:
 
     @property
     def does(self) -> str:
-        return WIDE_STORE if self.written else MATRIX_16 if self.tokens else MATRIX
+        if self.written:
+            return WIDE_STORE
+        return MATRIX_TF32 if self.tf32_products else MATRIX_16 if self.tokens else MATRIX
 
     def per_weight(self, path: Sequence[Instruction]) -> float | None:
         """Instructions of a lane for one of the weights that it handles on the path."""
         done = count(path, self.does)
         weights = done * STORE_BYTES / self.written if self.written else 0
         if self.tokens:
-            weights = done * MATRIX_WEIGHTS / (self.tokens / 8)
+            one = TF32_WEIGHTS / self.tf32_products if self.tf32_products else MATRIX_WEIGHTS
+            weights = done * one / (self.tokens / 8)
         return len(path) / weights if weights else None
 
 
@@ -74,6 +81,8 @@ RULES: Sequence[Rule] = (
     Rule(r"LinearDx<bf16, NarrowTable, 4>", 3.7, tokens=32),
     Rule(r"LinearDx<fp16, NarrowTable, 4>", 3.9, tokens=32),
     Rule(r"LinearDx<\w+, NarrowTable, 8>", 4.5, tokens=64, architectures=WIDE),
+    Rule(r"SumRows<1>", 11.0, tokens=8, tf32_products=3),
+    Rule(r"SumRows<2>", 15.5, tokens=16, tf32_products=3),
     Rule(r"(LoraShrink|LoraExpand|LoraOverRows)<.*>"),
     Rule(r"Gated<float, .*, false>", 36.0, written=4, read=8),
     Rule(r"Gated<(bf16|fp16), .*, false>", 36.0, written=2, read=4),

@@ -17,7 +17,7 @@ from peft_kernels.triton_kernels.linear import table_for
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZE, ODD, SMALL, WHOLE = 4096, 4097, 64, 512
 """Features: many programs; rows that begin amid a byte or block; sums cut into splits, and uncut."""
-FEW, MANY, RANK = 16, 1024, 16
+FEW, MANY, RANK, RANKS = 16, 1024, 16, 64
 
 
 class Call(NamedTuple):
@@ -62,6 +62,8 @@ def _weights(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
     yield Call("dequantize_nf4", (*nf4(SIZE, SIZE, nested), [SIZE, SIZE], dtype))
     a, b = empty(RANK, SIZE), empty(SIZE, RANK)
     yield Call("dora_norm", (*nf4(SIZE, SIZE, nested), a, b, 0.5))
+    yield Call("dora_norm", (*nf4(SIZE, ODD, nested), empty(RANKS, ODD), empty(SIZE, RANKS), 0.5))
+    yield Call("dora_norm", (*nf4(SIZE, SIZE, nested), empty(RANKS, SIZE), empty(SIZE, RANKS), 0.5))
     yield Call("dora_norm", (empty(SIZE, SIZE, dtype=dtype), None, None, None, 0, a, b, 0.5))
 
 

@@ -35,8 +35,6 @@ ALL, THOROUGH = (BF16, FP16, FP32), ("sm80",)
 """Types of activations, and the targets for which all of them are compiled. It takes minutes as it is."""
 SPILLING = ("gfx1100",)
 """Where spills are told, and not held against a kernel: RDNA 3 has 256 registers, large tiles want more."""
-IN_FP32 = ("norm_kernel",)
-"""They multiply in fp32 whatever the type of their tensors."""
 
 
 def gpu_target(name: str) -> GPUTarget:
@@ -256,15 +254,12 @@ def _read_hip(variant: Variant, target: str, made: Any) -> Code:
 def _product_faults(variant: Variant, made: Any, matrix: int) -> list[str]:
     """Products of 16-bit numbers are for tensor cores, and so are those with 16-bit activations."""
     products = re.findall(r"tt\.dot .*: tensor<\w+x(\w+)> \*", made.asm["ttir"])
-    narrow = [kind for kind in products if kind in ("bf16", "f16")] or "tf32" in made.asm["ttir"]
+    narrow = [kind for kind in products if kind in ("bf16", "f16")] or re.search(
+        "tf32|bf16x6", made.asm["ttir"]
+    )
     if narrow and not matrix:
         return ["no instructions for tensor cores"]
-    if (
-        products
-        and not narrow
-        and re.search(r"\*(bf16|fp16)", variant.types)
-        and variant.kernel not in IN_FP32
-    ):
+    if products and not narrow and re.search(r"\*(bf16|fp16)", variant.types):
         return ["multiplies in fp32"]
     return []
 

@@ -204,18 +204,23 @@ def check_norm(group: tuple[Any, ...], w: Tensor, a: Tensor, b: Tensor, scaling:
     return got
 
 
-@pytest.mark.parametrize("case", NORM_CASES, ids=case_id)
-def test_dora_norm(backend: str, case: dict[str, Any]) -> None:
+def check_norm_case(case: dict[str, Any]) -> None:
+    """With A `a_size` times as large, and B so much smaller."""
     group, w = norm_base(case)
-    n, k, r = case["n"], case["k"], case["r"]
-    a = testing.tensor(r, k, dtype=case["a_dtype"], seed=3, scale=k**-0.5)
-    b = testing.tensor(n, r, dtype=case["b_dtype"], seed=4, scale=r**-0.5)
+    n, k, r, size = case["n"], case["k"], case["r"], case.get("a_size", 1.0)
+    a = testing.tensor(r, k, dtype=case["a_dtype"], seed=3, scale=k**-0.5 * size)
+    b = testing.tensor(n, r, dtype=case["b_dtype"], seed=4, scale=r**-0.5 / size)
     if case["layout"] == "transposed":
         a, b = transposed(a), transposed(b)
     got = check_norm(group, w, a, b, NORM_SCALING)
     if n > 60 and k > 1:
         plain = testing.reference_op("dora_norm")(*group, a, b, NORM_SCALING)
         testing.assert_close(got, plain, (w + NORM_SCALING * b.double() @ a.double()).norm(dim=1))
+
+
+@pytest.mark.parametrize("case", NORM_CASES, ids=case_id)
+def test_dora_norm(backend: str, case: dict[str, Any]) -> None:
+    check_norm_case(case)
 
 
 @pytest.mark.parametrize("base", ["nested", "fp32", "bf16"])

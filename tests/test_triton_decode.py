@@ -24,6 +24,11 @@ from peft_kernels.code_tables import NF4_CODE
 from peft_kernels.triton_kernels import launch, nf4_decode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IN_TWO = "in_two"
+"""Beside the types: two tables of float16."""
+each_kind = pytest.mark.parametrize(
+    "kind", (*DTYPES, IN_TWO), ids=lambda kind: str(kind).removeprefix("torch.")
+)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
@@ -51,10 +56,13 @@ def v_perm(high: int, low: int, selector: int) -> int:
     return result
 
 
+LANES_BEFORE_THE_LAST = (1 << 31) - 1
 INSTRUCTIONS: dict[str, Callable[..., int]] = {
     "and.b32": lambda a, b: a & b,
     "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
     "shr.u32": lambda a, n: a >> n,
+    "mov.u32": lambda a: a,
     "prmt.b32": prmt,
     "v_and_b32": lambda a, b: a & b,
     "v_or_b32": lambda a, b: a | b,
@@ -67,7 +75,7 @@ INSTRUCTIONS: dict[str, Callable[..., int]] = {
 
 def run(assembly: str, given: dict[str, int]) -> dict[str, int]:
     """What is in the registers after those instructions."""
-    registers = dict(given)
+    registers = {"%lanemask_lt": LANES_BEFORE_THE_LAST, **given}
 
     def value(operand: str) -> int:
         return registers[operand] if operand in registers else int(operand, 0)
@@ -81,12 +89,15 @@ def run(assembly: str, given: dict[str, int]) -> dict[str, int]:
     return registers
 
 
-def expected(byte: int, dtype: torch.dtype) -> tuple[int, int]:
+def tables_of(kind: Any) -> tuple[torch.Tensor, ...]:
+    return nf4_decode.in_two() if kind == IN_TWO else (nf4_decode.table(kind),)
+
+
+def expected(byte: int, numbers: torch.Tensor) -> tuple[int, int]:
     """The bits of the numbers of a byte: of its high code, which comes first, and of its low one."""
-    bits = (torch.tensor(NF4_CODE) * nf4_decode.STRETCH[dtype]).to(dtype)
-    numbers = bits.view(torch.int32 if dtype == torch.float32 else torch.int16).tolist()
-    mask = (1 << 8 * dtype.itemsize) - 1
-    return numbers[byte >> 4] & mask, numbers[byte & 15] & mask
+    bits = numbers.view(torch.int32 if numbers.itemsize == 4 else torch.int16).tolist()
+    mask = (1 << 8 * numbers.itemsize) - 1
+    return bits[byte >> 4] & mask, bits[byte & 15] & mask
 
 
 def words() -> list[list[int]]:
@@ -97,43 +108,67 @@ def words() -> list[list[int]]:
 
 
 @each_dtype
-def test_ptx(dtype: torch.dtype) -> None:
-    assembly = nf4_decode.ptx(dtype)
+def test_tables_are_of_the_codes(dtype: torch.dtype) -> None:
+    numbers = (torch.tensor(NF4_CODE) * nf4_decode.STRETCH[dtype]).to(dtype)
+    assert torch.equal(nf4_decode.table(dtype), numbers)
+
+
+def test_two_numbers_of_float16_hold_a_code() -> None:
+    """To a unit of fp32, and with no number that some cards take for 0."""
+    high, low = (numbers.double() for numbers in nf4_decode.in_two())
+    truth = torch.tensor(NF4_CODE, dtype=torch.float64) * nf4_decode.IN_TWO
+    assert ((high + low - truth).abs() <= truth.abs() * 2**-23).all()
+    least = torch.finfo(torch.float16).smallest_normal
+    assert all(number == 0 or abs(number) >= least for number in (*high.tolist(), *low.tolist()))
+
+
+@each_kind
+def test_ptx(kind: Any) -> None:
+    tables = tables_of(kind)
+    assembly, count = nf4_decode.ptx(*tables), sum(2 * numbers.itemsize for numbers in tables)
     for word in words():
-        packed = int.from_bytes(bytes(word), "little")
-        got = run(assembly, {"$8" if dtype == torch.float32 else "$4": packed})
-        for i, byte in enumerate(word):
-            high, low = expected(byte, dtype)
-            if dtype == torch.float32:
-                assert (got[f"${i}"], got[f"${4 + i}"]) == (high, low)
-            else:
-                assert got[f"${i}"] == low << 16 | high
+        got = run(assembly, {f"${count}": int.from_bytes(bytes(word), "little")})
+        first = 0
+        for numbers in tables:
+            for i, byte in enumerate(word):
+                high, low = expected(byte, numbers)
+                if numbers.itemsize == 4:
+                    assert (got[f"${i}"], got[f"${4 + i}"]) == (high, low)
+                else:
+                    assert got[f"${first + i}"] == low << 16 | high
+            first += 2 * numbers.itemsize
 
 
-@each_dtype
-def test_amdgcn(dtype: torch.dtype) -> None:
-    assembly, count = nf4_decode.amdgcn(dtype), dtype.itemsize
+@each_kind
+def test_amdgcn(kind: Any) -> None:
+    tables = tables_of(kind)
+    assembly, results = nf4_decode.amdgcn(*tables), sum(2 * numbers.itemsize for numbers in tables)
     for word in words():
         pairs = [word[0] | word[1] << 16, word[2] | word[3] << 16]
-        got = run(assembly, {f"${2 * count + 8 + i}": pair for i, pair in enumerate(pairs)})
-        numbers = [
-            int.from_bytes(
-                b"".join(got[f"${first + i}"].to_bytes(4, "little") for i in range(count)), "little"
-            )
-            for first in (0, count)
-        ]
-        for i, byte in enumerate(word):
-            mask, shift = (1 << 8 * count) - 1, 8 * count * i
-            assert tuple(number >> shift & mask for number in numbers) == expected(byte, dtype)
+        got = run(assembly, {f"${results + 8 + i}": pair for i, pair in enumerate(pairs)})
+        begin = 0
+        for table in tables:
+            count = table.itemsize
+            numbers = [
+                int.from_bytes(
+                    b"".join(got[f"${first + i}"].to_bytes(4, "little") for i in range(count)), "little"
+                )
+                for first in (begin, begin + count)
+            ]
+            begin += 2 * count
+            for i, byte in enumerate(word):
+                mask, shift = (1 << 8 * count) - 1, 8 * count * i
+                assert tuple(number >> shift & mask for number in numbers) == expected(byte, table)
 
 
-@each_dtype
-def test_amdgcn_keeps_to_what_the_oldest_takes(dtype: torch.dtype) -> None:
+@each_kind
+def test_amdgcn_keeps_to_what_the_oldest_takes(kind: Any) -> None:
     """GFX9: one scalar register, and no constant, in an instruction with three operands. Only the results,
     and the registers that are told of, are written, and those before they are read."""
-    count, written = 2 * dtype.itemsize, set()
+    tables, written = tables_of(kind), set()
+    count = sum(2 * numbers.itemsize for numbers in tables)
     spare = {f"${count + i}" for i in range(8)} | {"s70", "s71"}
-    for line in nf4_decode.amdgcn(dtype).splitlines():
+    for line in nf4_decode.amdgcn(*tables).splitlines():
         name, _, rest = line.partition(" ")
         target, *operands = rest.split(", ")
         assert target in spare | {f"${i}" for i in range(count)}

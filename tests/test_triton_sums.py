@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_dora
 import test_gated
 import test_linear
 import test_lora
@@ -23,6 +24,8 @@ if not triton.BACKEND.interpreted:
 
 import triton_sums
 
+import testing
+
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 
@@ -31,6 +34,18 @@ def _as_on_cards(one_thread: None) -> Iterator[None]:
     """With plain torch on one thread, which is at its best so."""
     with triton_sums.as_on_cards():
         yield
+
+
+LONG_SUMS = {
+    "n": 100,
+    "k": 1152,
+    "r": 16,
+    "base": "nested",
+    "bs": 64,
+    "a_dtype": torch.float32,
+    "b_dtype": torch.float32,
+    "layout": "contiguous",
+}
 
 
 def chosen(cases: Sequence[dict[str, Any]], *ids: str) -> pytest.MarkDecorator:
@@ -84,6 +99,28 @@ def test_multi_lora_linear(backend: str, case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gated_activation(backend: str, shape: str, activation: str) -> None:
     test_gated.test_gated_activation(backend, shape, torch.float32, activation)
+
+
+# As good as in fp32 on tensor cores, by sums of numbers of float16.
+
+
+@pytest.mark.parametrize("case", test_dora.NORM_CASES, ids=case_id)
+def test_dora_norm(backend: str, case: dict[str, Any]) -> None:
+    test_dora.check_norm_case(case)
+
+
+@pytest.mark.parametrize("size", [1e-15, 1e-6, 3e4, 1e15], ids="{:g}".format)
+def test_dora_norm_of_any_size(backend: str, size: float) -> None:
+    """A in float16 would be 0 or infinite. B makes up for it."""
+    test_dora.check_norm_case({**LONG_SUMS, "a_size": size})
+
+
+def test_dora_norm_of_one_large_element(backend: str) -> None:
+    """Beside it the others of its rank are small, and so is what they add."""
+    group, w = test_dora.norm_base(LONG_SUMS)
+    a, b = testing.tensor(4, 1152, seed=3), testing.tensor(100, 4, seed=4)
+    a[:, 700] = 3e6
+    test_dora.check_norm(group, w, a, b, 1.0)
 
 
 # The model.

@@ -3,7 +3,8 @@
 Importing this package imports Triton, so that only back end `triton` does it, when it is first asked.
 """
 
-from .dora import dora_norm, dora_scale, dora_scale_backward
+from .dora import dora_scale, dora_scale_backward
+from .dora_norm import dora_norm
 from .dropout import dropout
 from .gated import gated_activation, gated_activation_backward
 from .launch import check_usable

@@ -1,4 +1,4 @@
-"""DoRA: the row norms of W0 + s B A, and the magnitudes' part of a layer with its gradients."""
+"""DoRA: the magnitudes' part of a layer, with its gradients."""
 
 from __future__ import annotations
 
@@ -11,16 +11,11 @@ from torch import Tensor
 
 from .common import check, check_dtype, check_float, check_shape, matching
 from .launch import VARYING, cdiv, config, launch
-from .nf4 import Nf4, Pointers, nf4
-from .nf4_decode import load_elements
-from .products import dot
 
 SCALE = config(4, 3, BLOCK_M=16, BLOCK_N=128)
 SCALE_BACKWARD = config(8, 3, BLOCK_M=16, BLOCK_N=128)
-NORM = config(8, 2, BLOCK_N=32, BLOCK_K=64)
 
 CHUNK = 256  # rows that one program sums
-RANKS = 64  # of A that one program multiplies with W
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -73,72 +68,6 @@ def scale_backward_kernel(
             values -= tl.load(bias_ptr + col, mask=there, other=0.0).to(tl.float32)[None, :]
         total += tl.sum(d * values, axis=0)
     tl.store(sums_ptr + chunk * n + col, total, mask=there)
-
-
-@triton.jit
-def norm_kernel(
-    weight,
-    a_ptr,
-    b_ptr,
-    squares_ptr,
-    n,
-    k,
-    r,
-    scaling,
-    BLOCK_SHIFT: tl.constexpr,
-    RANKS: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """squares[part, n]: ||W||^2 by row in part 0, and 2 s (W A^T) . B of the part's ranks in each."""
-    tiles = tl.cdiv(n, BLOCK_N)
-    part = (tl.program_id(0) // tiles).to(tl.int64)
-    row = (tl.program_id(0) % tiles).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rank = part * RANKS + tl.arange(0, RANKS)
-    product = tl.zeros((BLOCK_N, RANKS), tl.float32)
-    square = tl.zeros((BLOCK_N,), tl.float32)
-    for first in range(0, k, BLOCK_K):
-        col = first + tl.arange(0, BLOCK_K)
-        element = row[:, None] * k + col[None, :]
-        inside = (row < n)[:, None] & (col < k)[None, :]
-        if weight.absmax is None:
-            w = tl.load(weight.packed + element, mask=inside, other=0.0).to(tl.float32)
-        else:
-            w = load_elements(weight, element, inside, BLOCK_SHIFT)
-        square += tl.sum(w * w, axis=1)
-        # [BLOCK_K, RANKS]
-        at = rank[None, :] * k + col[:, None]
-        a_t = tl.load(a_ptr + at, mask=(rank < r)[None, :] & (col < k)[:, None], other=0.0).to(tl.float32)
-        product = dot(w, a_t, tl.float32, product)
-    there = (row < n)[:, None] & (rank < r)[None, :]
-    factor = tl.load(b_ptr + row[:, None] * r + rank[None, :], mask=there, other=0.0).to(tl.float32)
-    total = 2.0 * scaling * tl.sum(product * factor, axis=1)
-    total += tl.where(part == 0, square, 0.0)
-    tl.store(squares_ptr + part * n + row, total, mask=row < n)
-
-
-def dora_norm(args: Any) -> Tensor:
-    base, lora_a, lora_b, scaling = args
-    dims = f"{lora_a.dim()}, {lora_b.dim()}"
-    check(lora_a.dim() == lora_b.dim() == 2, "lora_a, lora_b", "2 dimensions", dims)
-    (r, k), n = lora_a.shape, lora_b.shape[0]
-    check_shape(lora_b, (n, r), "lora_b")
-    check_float(lora_a, "lora_a")
-    check_float(lora_b, "lora_b")
-    if base.absmax is None:
-        check_float(base.weight, "weight")
-        check_shape(base.weight, (n, k), "weight")
-        weight = Nf4(Pointers(base.weight.contiguous()), base.blocksize)
-    else:
-        weight = nf4(base, n * k)
-    a, b = lora_a.float().contiguous(), lora_b.float().contiguous()
-    parts = max(cdiv(r, RANKS), 1)
-    squares = a.new_empty((parts, n))
-    grid = (parts * cdiv(n, NORM["BLOCK_N"]),)
-    tensors = weight.pointers, a, b, squares, n, k, r, scaling
-    launch(norm_kernel, grid, *tensors, config=NORM, BLOCK_SHIFT=weight.shift, RANKS=RANKS)
-    delta = ((b @ (a @ a.t())) * b).sum(1)
-    return (squares.sum(0) + scaling**2 * delta).clamp_min_(0).sqrt_()
 
 
 def dora_scale(args: Any) -> Tensor:

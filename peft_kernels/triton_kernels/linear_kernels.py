@@ -12,8 +12,8 @@ import triton.language as tl
 from .dropout import kept
 from .launch import VARYING
 from .lora_adapters import delta_tile
-from .nf4_decode import decode, load_absmax, stretch
-from .products import add_part, dot, store_tile, sum_splits
+from .nf4_decode import absmax_of, decode, load_absmax, load_packed_absmax, stretch
+from .products import add_part, dot, store_tile, sum_splits, takes_wgmma
 
 RANKS = tl.constexpr(16)  # of an adapter at a time
 
@@ -22,6 +22,12 @@ RANKS = tl.constexpr(16)  # of an adapter at a time
 def load_run_absmax(weight, element, BLOCK_SHIFT: tl.constexpr):
     """The absmax of the blocks of `element`, int64 of any shape."""
     return load_absmax(weight, element >> BLOCK_SHIFT, tl.full(element.shape, True, tl.int1))
+
+
+@triton.jit
+def load_run_packed_absmax(weight, element, there, BLOCK_SHIFT: tl.constexpr):
+    """What is stored of it, for `absmax_of`. `there`: whether the weight has elements."""
+    return load_packed_absmax(weight, element >> BLOCK_SHIFT, tl.full(element.shape, True, tl.int1) & there)
 
 
 @triton.jit
@@ -96,21 +102,30 @@ def linear_kernel(
     STEP: tl.constexpr = GROUPS * RUN
     first = tl.program_id(1) * split * STEP
 
-    # Sums may run in any order. With this one a thread's operands are neighbours: byte j of a run stands
-    # at 4 (j % QUARTER) + j // QUARTER.
+    # Sums may run in any order. For wgmma, byte j of a run stands at 4 (j % QUARTER) + j // QUARTER: so a
+    # thread's operands are neighbours. For others the compiler finds such an order, and x can be copied in
+    # longer vectors. Eight tokens make programs of more warps than wgmma has rows for.
+    PERMUTED: tl.constexpr = takes_wgmma() and BLOCK_M > 8
     QUARTER: tl.constexpr = RUN // 8
-    at = tl.arange(0, RUN)
-    column = at // 2 % 4 * (2 * QUARTER) + at // 8 * 2 + at % 2
+    column = tl.arange(0, RUN)
+    if PERMUTED:
+        column = column // 2 % 4 * (2 * QUARTER) + column // 8 * 2 + column % 2
     x_tile = x_ptr + x_rows[:, None] + (first + column)[None, :]
     w_tile = weight.packed + (w_rows >> 1)[:, None] + (first // 2 + tl.arange(0, RUN // 2))[None, :]
     acc = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
+    # A run ahead: what is stored tells where to look up the absmax, so they would be waited for twice.
+    stored = load_run_packed_absmax(weight, w_rows + first, depth > 0, BLOCK_SHIFT)
     for start in range(first, tl.minimum(first + split * STEP, depth), STEP):
         for group in tl.static_range(GROUPS):
-            packed = tl.reshape(tl.load(w_tile + group * (RUN // 2)), (BLOCK_F, 4, QUARTER))
-            packed = tl.reshape(tl.permute(packed, (0, 2, 1)), (BLOCK_F, RUN // 2))
+            scales = absmax_of(weight, stored[0], stored[1])
+            ahead = tl.minimum(start + (group + 1) * RUN, depth - RUN)
+            stored = load_run_packed_absmax(weight, w_rows + ahead, True, BLOCK_SHIFT)
+            packed = tl.load(w_tile + group * (RUN // 2))
+            if PERMUTED:
+                packed = tl.permute(tl.reshape(packed, (BLOCK_F, 4, QUARTER)), (0, 2, 1))
+                packed = tl.reshape(packed, (BLOCK_F, RUN // 2))
             tokens = tl.trans(tl.load(x_tile + group * RUN))
             part = dot(decode(packed, dtype), tokens, dtype)
-            scales = load_run_absmax(weight, w_rows + (start + group * RUN), BLOCK_SHIFT)
             acc += part * scales[:, None]
         x_tile += STEP
         w_tile += STEP // 2

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.target_info import cuda_capability_geq
 
 from .launch import cdiv, on_amd, takes_ptx
 
@@ -22,6 +23,12 @@ MOST_SPLITS = tl.constexpr(128)
 MOST_THREADS = tl.constexpr(512)
 PROGRAMS_PER_PROCESSOR = 4
 LEAST_DEPTH = 512  # of a split's sum
+
+
+@triton.constexpr_function
+def takes_wgmma() -> bool:
+    """Inside kernels: whether products are Hopper's, of four warps that share an operand."""
+    return takes_ptx() and cuda_capability_geq(9) and not cuda_capability_geq(10)
 
 
 @triton.jit

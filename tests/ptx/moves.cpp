@@ -27,6 +27,7 @@ enum class Special : uint32_t {
   kBlocksY,
   kBlocksZ,
   kLane,
+  kLanesBefore,
   kWarp,
   kZero,
   kOne
@@ -64,6 +65,9 @@ void read_special(Warp& warp, const Instruction& i) {
       case Special::kLane:
         value = static_cast<uint32_t>(lane);
         break;
+      case Special::kLanesBefore:
+        value = (uint32_t{1} << lane) - 1;
+        break;
       case Special::kWarp:
         value = static_cast<uint32_t>(warp.index);
         break;
@@ -84,11 +88,21 @@ bool find_special(std::string_view name, Special& special) {
     Special special;
   };
   static constexpr Known kKnown[] = {
-      {"%tid.x", Special::kThread},     {"%ntid.x", Special::kThreads},   {"%ctaid.x", Special::kBlockX},
-      {"%nctaid.x", Special::kBlocksX}, {"%laneid", Special::kLane},      {"%warpid", Special::kWarp},
-      {"%tid.y", Special::kZero},       {"%tid.z", Special::kZero},       {"%ctaid.y", Special::kBlockY},
-      {"%ctaid.z", Special::kBlockZ},   {"%ntid.y", Special::kOne},       {"%ntid.z", Special::kOne},
-      {"%nctaid.y", Special::kBlocksY}, {"%nctaid.z", Special::kBlocksZ},
+      {"%tid.x", Special::kThread},
+      {"%ntid.x", Special::kThreads},
+      {"%ctaid.x", Special::kBlockX},
+      {"%nctaid.x", Special::kBlocksX},
+      {"%laneid", Special::kLane},
+      {"%warpid", Special::kWarp},
+      {"%tid.y", Special::kZero},
+      {"%tid.z", Special::kZero},
+      {"%ctaid.y", Special::kBlockY},
+      {"%ctaid.z", Special::kBlockZ},
+      {"%ntid.y", Special::kOne},
+      {"%ntid.z", Special::kOne},
+      {"%nctaid.y", Special::kBlocksY},
+      {"%nctaid.z", Special::kBlocksZ},
+      {"%lanemask_lt", Special::kLanesBefore},
   };
   for (const Known& known : kKnown) {
     if (known.name == name) {
