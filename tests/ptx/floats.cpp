@@ -1,6 +1,7 @@
 // Arithmetic of floats. Results are rounded to the nearest, or as the opcode says. The .approx instructions
 // are exact but for rounding, from which Options::perturb_approximations moves them.
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "decode.h"
@@ -39,11 +40,18 @@ struct MultiplyAdd {
   static float of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static double of(double a, double b, double c) { return __builtin_fma(a, b, c); }
 };
+// What arithmetic makes of what is no number.
+template <class T>
+T no_number() {
+  if constexpr (sizeof(T) == 4) return bits_as<float>(0x7fffffffu);
+  return std::numeric_limits<T>::quiet_NaN();
+}
 // What is no number yields to what is one.
 struct Minimum {
   template <class T>
   static T of(T a, T b) {
     if (a == b) return std::signbit(a) ? a : b;
+    if (a != a && b != b) return no_number<T>();
     return a < b || b != b ? a : b;
   }
 };
@@ -51,6 +59,7 @@ struct Maximum {
   template <class T>
   static T of(T a, T b) {
     if (a == b) return std::signbit(a) ? b : a;
+    if (a != a && b != b) return no_number<T>();
     return a > b || b != b ? a : b;
   }
 };
@@ -58,7 +67,7 @@ template <class Of>
 struct OrNan {
   template <class T>
   static T of(T a, T b) {
-    return a != a ? a : b != b ? b : Of::of(a, b);
+    return a != a || b != b ? no_number<T>() : Of::of(a, b);
   }
 };
 struct Negate {

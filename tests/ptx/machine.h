@@ -49,6 +49,9 @@ struct Launch {
   int64_t shared_bytes;  // dynamic
   const void* const* arguments;
   unsigned blocks_y = 1, blocks_z = 1;  // `blocks` is the first dimension's; blocks of threads have one
+  // Whether threads may write to shared memory, with no barrier between, what another wrote there, if it is
+  // the same. Triton's code does where it has more threads than numbers.
+  bool same_writes = false;
 };
 void run(Module& module, const std::string& entry, const Launch& launch);
 

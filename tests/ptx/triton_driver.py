@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 import ptx_backend as ptx
 from peft_kernels.backends import triton as backend
 
@@ -61,7 +63,8 @@ class Launcher:
         module, name = function
         arguments = rest[4:]  # after metadata and hooks
         scratch = [struct.pack("Q", 0)] * 2
-        module.run(name, (x, y, z), self.threads, self.shared, [*packed(self.signature, arguments), *scratch])
+        parameters = [*packed(self.signature, arguments), *scratch]
+        module.run(name, (x, y, z), self.threads, self.shared, parameters, same_writes=True)
 
 
 class Utils:
@@ -118,4 +121,5 @@ def install(capability: int) -> None:
     found["nvidia"] = dataclasses.replace(found["nvidia"], compiler=PtxAlone)
     triton.knobs.cache.dir = str(CACHE)
     triton.runtime.driver.set_active(driver)
+    torch.cuda.is_current_stream_capturing = lambda: False  # without a driver it raises
     backend.TritonBackend.interpreted = property(lambda self: True)  # type: ignore[assignment]
