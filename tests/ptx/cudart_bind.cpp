@@ -157,7 +157,10 @@ void bind(pybind11::module_& m) {
       .def("run", &Loaded::run, pybind11::arg("entry"), pybind11::arg("blocks"), pybind11::arg("threads"),
            pybind11::arg("shared_bytes"), pybind11::arg("parameters"), pybind11::arg("same_writes") = false,
            "Run a kernel: its name, blocks (x, y, z), threads, bytes of shared memory, parameters as bytes, "
-           "and whether threads may write the same to the same place of shared memory.");
+           "and whether threads may write the same to the same place of shared memory.")
+      .def(
+          "read_all", [](const Loaded& loaded) { ptx::read_all(*loaded.module); },
+          "Read all kernels' instructions, which else happens when they are run.");
   m.def(
       "load", [](const std::string& text) { return std::make_unique<Loaded>(Loaded{ptx::load(text)}); },
       "A Module of a PTX text.");

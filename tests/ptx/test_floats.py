@@ -247,3 +247,26 @@ def test_extremes_of_no_number(machine: ModuleType, opcode: str) -> None:
     ):
         body = f"{opcode}{suffix}.f32 %f2, 0f{a:08X}, 0f{b:08X}; mov.b32 %r0, %f2;"
         assert run(machine, body) == [expected] * LANES
+
+
+@pytest.mark.parametrize("opcode, units", [("rcp.approx", 1), ("ex2.approx", 2), ("div.full", 2)])
+def test_approximations(machine: ModuleType, opcode: str, units: int) -> None:
+    """As near as floats are; or, where that is asked for, off by what the ISA allows if they are not exact."""
+    exact = {
+        "rcp.approx": lambda x: 1 / x,
+        "ex2.approx": lambda x: 2**x,
+        "div.full": lambda x: x / 3,
+    }[opcode]
+    numbers = [1.0 + i / 37 for i in range(LANES)]
+    words = [as_word(x) for x in numbers]
+    body = f"{opcode}.f32 %f2, %f1{', 0f40400000' if opcode == 'div.full' else ''}; mov.b32 %r0, %f2;"
+    nearest = [as_word(exact(as_float(word))) for word in words]
+    assert run(machine, body, words=words) == nearest
+    try:
+        machine.set_perturb_approximations(True)
+        found = run(machine, body, words=words)
+    finally:
+        machine.set_perturb_approximations(False)
+    off = {a - b for a, b in zip(found, nearest, strict=True)}
+    assert off == {*range(-units, units + 1)}
+    assert found[0] == nearest[0] or opcode == "div.full"

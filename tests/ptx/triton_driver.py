@@ -105,6 +105,7 @@ def install(capability: int) -> None:
     ptx.BACKEND.load()
     driver = Driver(capability)
     ptx.BACKEND.extension.set_card(capability, ptx.FEW, ptx.SHARED[capability])
+    ptx.BACKEND.extension.set_perturb_approximations(True)
 
     class PtxAlone(CUDABackend):
         """PTX is what is launched; ptxas is not called."""
