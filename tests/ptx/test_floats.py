@@ -251,7 +251,7 @@ def test_extremes_of_no_number(machine: ModuleType, opcode: str) -> None:
 
 @pytest.mark.parametrize("opcode, units", [("rcp.approx", 1), ("ex2.approx", 2), ("div.full", 2)])
 def test_approximations(machine: ModuleType, opcode: str, units: int) -> None:
-    """As near as floats are; or, where that is asked for, off by what the ISA allows if they are not exact."""
+    """As near as floats are; or, where that is asked for, off by what the ISA allows."""
     exact = {
         "rcp.approx": lambda x: 1 / x,
         "ex2.approx": lambda x: 2**x,
