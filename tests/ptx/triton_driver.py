@@ -114,6 +114,9 @@ def install(capability: int) -> None:
             super().__init__(target)
             self.binary_ext = "ptx"
 
+        def hash(self) -> str:
+            return f"{super().hash()}-ptx"  # what is found on disk has no cubin
+
         def add_stages(self, stages: dict[str, Any], *rest: Any) -> None:
             super().add_stages(stages, *rest)
             del stages["cubin"]
