@@ -11,7 +11,7 @@ CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0;9.0)
 CPP := $(shell find csrc tests/amx tests/ptx tests/card tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test triton ptx sanitize asan tsan peft-tests package bench lint format clean
+.PHONY: help setup demo test triton triton-ptx ptx sanitize asan tsan peft-tests package bench lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -73,6 +73,15 @@ else
 	  PEFT_KERNELS_PTX_ARCH=$$architecture PEFT_KERNELS_PTX_TRUNCATE=1 \
 	    $(BIN)/python -m pytest -q -n 2 -k ptx $(KERNELS:%=tests/test_%.py) $(ARGS) || exit 1; \
 	done
+endif
+
+# As compiled for compute capability 8.0, which takes minutes the first time.
+triton-ptx: $(VENV)/.built ## Run the Triton kernels' tests on the PTX that Triton makes of them (needs nvcc)
+ifeq ($(shell command -v nvcc),)
+	@echo "triton-ptx: no nvcc, which the machine that runs PTX is made with: nothing to run"
+else
+	PEFT_KERNELS_TRITON_PTX=80 $(BIN)/python -m pytest -q -n 2 -k triton $(KERNELS:%=tests/test_%.py) \
+	  tests/test_triton_splits.py $(ARGS)
 endif
 
 sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan

@@ -158,7 +158,7 @@ def by_code(target: str, launched: Iterable[Launched]) -> dict[tuple[str, str], 
                 return True  # and no more is done
 
             triton.knobs.runtime.jit_cache_hook = note
-            _warm_up(item)
+            warm_up(item)
     return found
 
 
@@ -167,7 +167,8 @@ def different(target: str) -> list[Launched]:
     return list(by_code(target, standard(target)).values())
 
 
-def _warm_up(item: Launched) -> Any:
+def warm_up(item: Launched) -> Any:
+    """What Triton makes of a launch for the target of `compiling_for`, inside which this is called."""
     return item.kernel.warmup(*item.args, grid=(1,), **item.constants, **item.options)
 
 
@@ -192,7 +193,7 @@ def compiled(target: str, item: Launched) -> Code:
     with compiling_for(target):
         name, config = item.kernel.__name__, describe(item.options)
         try:
-            made = _warm_up(item)
+            made = warm_up(item)
         except Exception as error:
             return Code(Variant(name, config, ""), target, faults=(f"does not compile: {error}",))
     read = _read_cuda if gpu_target(target).backend == "cuda" else _read_hip

@@ -24,6 +24,8 @@ if triton.knobs.runtime.interpret:
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 
+import ptx_backend as ptx
+import testing
 from bench import report, run, triton_cases, triton_code
 from bench.triton_calls import BF16, Call, empty, nf4
 from bench.triton_cases import TARGETS
@@ -132,6 +134,18 @@ def test_nothing_is_read_on_the_host(target: str) -> None:
     assert triton_code.standard(target)
     with pytest.raises(RuntimeError, match="meta"):
         torch.empty((), device="meta").item()
+
+
+@pytest.mark.parametrize("target", ("sm80", "sm86", "sm89"))
+def test_the_machine_of_tests_knows_every_instruction(target: str) -> None:
+    """`make triton-ptx` runs what its tests reach: this is all that there is."""
+    if reason := testing.unavailable("ptx"):
+        pytest.skip(f"ptx: {reason}")
+    require(target)
+    with triton_code.compiling_for(target):
+        for item in triton_code.different(target):
+            made = triton_code.warm_up(item)
+            ptx.BACKEND.extension.load(made.asm["ptx"]).read_all()
 
 
 # Kernels that break the rules.

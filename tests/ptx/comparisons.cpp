@@ -5,6 +5,7 @@
 
 #include "decode.h"
 #include "lanes.h"
+#include "numbers.h"
 
 namespace ptx {
 namespace {
@@ -59,6 +60,11 @@ struct Unless {
     return !Opposite::of(a, b);
   }
 };
+// Of 16-bit floats.
+template <class Of, class Number>
+struct Widened {
+  static bool of(uint16_t a, uint16_t b) { return Of::of(Number::widen(a), Number::widen(b)); }
+};
 
 template <class Of, class T>
 uint32_t compare_lanes(const Warp& warp, const Instruction& i) {
@@ -106,30 +112,67 @@ void add_comparison(Table& table, const std::string& name, const std::string& ty
   table.add("set." + name + ".s32." + type, "4" + size + size, compare_to_word<Of, T>);
 }
 
+// Both numbers of a register, each for a predicate of its own.
+template <class Of>
+void compare_pairs(Warp& warp, const Instruction& i) {
+  const auto* a = warp.in<uint32_t>(i.a);
+  const auto* b = warp.in<uint32_t>(i.b);
+  uint32_t low = 0, high = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const uint32_t x = a[lane], y = b[lane];
+    low |= uint32_t{Of::of(static_cast<uint16_t>(x), static_cast<uint16_t>(y))} << lane;
+    high |= uint32_t{Of::of(static_cast<uint16_t>(x >> 16), static_cast<uint16_t>(y >> 16))} << lane;
+  }
+  warp.set_predicate(i.d, low);
+  warp.set_predicate(i.e, high);
+}
+
+// Call `add` with each comparison's name and itself.
+template <class Add>
+void for_all(const Add& add) {
+  add("eq", Equal());
+  add("ne", NotEqual());
+  add("lt", Less());
+  add("le", LessOrEqual());
+  add("gt", Greater());
+  add("ge", GreaterOrEqual());
+}
+template <class Add>
+void for_unsigned(const Add& add) {
+  add("lo", Less());
+  add("ls", LessOrEqual());
+  add("hi", Greater());
+  add("hs", GreaterOrEqual());
+}
+template <class Add>
+void for_floats(const Add& add) {
+  add("equ", Unless<NotEqual>());
+  add("neu", Unless<Equal>());
+  add("ltu", Unless<GreaterOrEqual>());
+  add("leu", Unless<Greater>());
+  add("gtu", Unless<LessOrEqual>());
+  add("geu", Unless<Less>());
+  add("num", AreNumbers());
+  add("nan", Unless<AreNumbers>());
+}
+
 template <class T>
 void add_type(Table& table, const std::string& type) {
-  add_comparison<Equal, T>(table, "eq", type);
-  add_comparison<NotEqual, T>(table, "ne", type);
-  add_comparison<Less, T>(table, "lt", type);
-  add_comparison<LessOrEqual, T>(table, "le", type);
-  add_comparison<Greater, T>(table, "gt", type);
-  add_comparison<GreaterOrEqual, T>(table, "ge", type);
-  if (std::is_unsigned_v<T>) {
-    add_comparison<Less, T>(table, "lo", type);
-    add_comparison<LessOrEqual, T>(table, "ls", type);
-    add_comparison<Greater, T>(table, "hi", type);
-    add_comparison<GreaterOrEqual, T>(table, "hs", type);
-  }
-  if (std::is_floating_point_v<T>) {
-    add_comparison<Unless<NotEqual>, T>(table, "equ", type);
-    add_comparison<Unless<Equal>, T>(table, "neu", type);
-    add_comparison<Unless<GreaterOrEqual>, T>(table, "ltu", type);
-    add_comparison<Unless<Greater>, T>(table, "leu", type);
-    add_comparison<Unless<LessOrEqual>, T>(table, "gtu", type);
-    add_comparison<Unless<Less>, T>(table, "geu", type);
-    add_comparison<AreNumbers, T>(table, "num", type);
-    add_comparison<Unless<AreNumbers>, T>(table, "nan", type);
-  }
+  const auto add = [&](const char* name, auto of) { add_comparison<decltype(of), T>(table, name, type); };
+  for_all(add);
+  if constexpr (std::is_unsigned_v<T>) for_unsigned(add);
+  if constexpr (std::is_floating_point_v<T>) for_floats(add);
+}
+
+template <class Number>
+void add_half(Table& table, const std::string& type) {
+  const auto add = [&](const std::string& name, auto of) {
+    using Of = Widened<decltype(of), Number>;
+    add_comparison<Of, uint16_t>(table, name, type);
+    table.add("setp." + name + "." + type + "x2", "q44", compare_pairs<Of>);
+  };
+  for_all(add);
+  for_floats(add);
 }
 
 template <class T>
@@ -171,6 +214,8 @@ void add_comparisons(Table& table) {
   add_type<uint64_t>(table, "b64");
   add_type<float>(table, "f32");
   add_type<double>(table, "f64");
+  add_half<Bf16>(table, "bf16");
+  add_half<Fp16>(table, "f16");
   for (const char* type : {"b16", "u16", "s16"}) {
     table.add(std::string("selp.") + type, "222p", select<uint16_t>);
   }

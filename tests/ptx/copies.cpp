@@ -66,7 +66,7 @@ void copy(Warp& warp, const Instruction& i) {
   const auto* size = warp.in<uint32_t>(i.c);
   uint32_t read[kLanes];
   for (int lane = 0; lane < kLanes; ++lane) {
-    from[lane] = source[lane] + i.target;
+    from[lane] = source[lane] + static_cast<uint64_t>(static_cast<int32_t>(i.target));
     read[lane] = size[lane];
   }
   warp.memory->copy_async(warp, to, from, read, i.bytes, i);

@@ -41,10 +41,11 @@ struct Loaded {
   ptx::ModulePointer module;
 
   void run(const std::string& entry, std::array<unsigned, 3> blocks, unsigned threads, int64_t shared_bytes,
-           const std::vector<std::string>& parameters) {
+           const std::vector<std::string>& parameters, bool same_writes) {
     std::vector<const void*> arguments;
     for (const std::string& bytes : parameters) arguments.push_back(bytes.data());
-    const ptx::Launch launch{blocks[0], threads, shared_bytes, arguments.data(), blocks[1], blocks[2]};
+    const ptx::Launch launch{blocks[0], threads,   shared_bytes, arguments.data(),
+                             blocks[1], blocks[2], same_writes};
     ptx::run(*module, entry, launch);
   }
 };
@@ -153,8 +154,13 @@ void bind(pybind11::module_& m) {
       "(kernel, "
       "line, text, how often), and the kernels that did not.");
   pybind11::class_<Loaded>(m, "Module", "PTX that did not come in a fat binary.")
-      .def("run", &Loaded::run,
-           "Run a kernel: its name, blocks (x, y, z), threads, bytes of shared memory, parameters as bytes.");
+      .def("run", &Loaded::run, pybind11::arg("entry"), pybind11::arg("blocks"), pybind11::arg("threads"),
+           pybind11::arg("shared_bytes"), pybind11::arg("parameters"), pybind11::arg("same_writes") = false,
+           "Run a kernel: its name, blocks (x, y, z), threads, bytes of shared memory, parameters as bytes, "
+           "and whether threads may write the same to the same place of shared memory.")
+      .def(
+          "read_all", [](const Loaded& loaded) { ptx::read_all(*loaded.module); },
+          "Read all kernels' instructions, which else happens when they are run.");
   m.def(
       "load", [](const std::string& text) { return std::make_unique<Loaded>(Loaded{ptx::load(text)}); },
       "A Module of a PTX text.");

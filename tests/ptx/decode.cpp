@@ -275,6 +275,12 @@ bool Decoder::decode_from_table() {
   if (statement_->operands.size() != count) fail("not as many operands as expected");
   for (size_t i = 0; i < count; ++i) {
     const char kind = opcode->operands[i];
+    if (kind == 'q') {
+      if (operand(i).kind != Operand::Kind::kPair) fail("expected two predicates, p|q");
+      instruction.d = destination(operand(i).list[0], 0);
+      instruction.e = destination(operand(i).list[1], 0);
+      continue;
+    }
     const int bytes = kind == 'p' ? 0 : kind - '0';
     *places[i] = i == 0 ? destination(operand(i), bytes) : source(operand(i), bytes);
   }

@@ -17,7 +17,8 @@
 
 namespace ptx {
 
-// A handler and what it takes: bytes of a lane of each operand, the result first; 'p' for a predicate.
+// A handler and what it takes: bytes of a lane of each operand, the result first; 'p' for a predicate, 'q'
+// for a result of two, p|q, in d and e.
 struct Opcode {
   std::string operands;
   Handler execute;

@@ -1,6 +1,7 @@
 // Arithmetic of floats. Results are rounded to the nearest, or as the opcode says. The .approx instructions
 // are exact but for rounding, from which Options::perturb_approximations moves them.
 #include <cmath>
+#include <limits>
 #include <string>
 
 #include "decode.h"
@@ -39,11 +40,18 @@ struct MultiplyAdd {
   static float of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static double of(double a, double b, double c) { return __builtin_fma(a, b, c); }
 };
+// What arithmetic makes of what is no number.
+template <class T>
+T no_number() {
+  if constexpr (sizeof(T) == 4) return bits_as<float>(0x7fffffffu);
+  return std::numeric_limits<T>::quiet_NaN();
+}
 // What is no number yields to what is one.
 struct Minimum {
   template <class T>
   static T of(T a, T b) {
     if (a == b) return std::signbit(a) ? a : b;
+    if (a != a && b != b) return no_number<T>();
     return a < b || b != b ? a : b;
   }
 };
@@ -51,6 +59,7 @@ struct Maximum {
   template <class T>
   static T of(T a, T b) {
     if (a == b) return std::signbit(a) ? b : a;
+    if (a != a && b != b) return no_number<T>();
     return a > b || b != b ? a : b;
   }
 };
@@ -58,7 +67,7 @@ template <class Of>
 struct OrNan {
   template <class T>
   static T of(T a, T b) {
-    return a != a ? a : b != b ? b : Of::of(a, b);
+    return a != a || b != b ? no_number<T>() : Of::of(a, b);
   }
 };
 struct Negate {
@@ -109,18 +118,18 @@ struct Flushing {
   static float of(float a, float b, float c) { return flush(Of::of(flush(a), flush(b), flush(c))); }
 };
 
-// Rounds, and moves the result by up to one unit in the last place when asked to.
-float approximate(double exact, float operand) {
+// Rounds, and moves the result by up to that many units in the last place when asked to.
+float approximate(double exact, float operand, uint32_t units = 1) {
   const auto rounded = static_cast<float>(exact);
   if (!options().perturb_approximations || !std::isnormal(rounded)) return rounded;
   uint32_t hash = (bits_as<uint32_t>(operand) ^ options().seed * 0x85ebca6bu) * 0x9e3779b1u;
   hash ^= hash >> 15;
   // 1 and 0 stay what they are, which kernels may count on.
   if (exact == static_cast<double>(rounded)) return rounded;
-  return bits_as<float>(bits_as<uint32_t>(rounded) + hash % 3 - 1);
+  return bits_as<float>(bits_as<uint32_t>(rounded) + hash % (2 * units + 1) - units);
 }
 struct Exponential {
-  static float of(float a) { return approximate(std::exp2(static_cast<double>(a)), a); }
+  static float of(float a) { return approximate(std::exp2(static_cast<double>(a)), a, 2); }
 };
 struct Logarithm {
   static float of(float a) { return approximate(std::log2(static_cast<double>(a)), a); }
@@ -135,7 +144,7 @@ struct Root {
   static float of(float a) { return approximate(std::sqrt(static_cast<double>(a)), a); }
 };
 struct Quotient {
-  static float of(float a, float b) { return approximate(static_cast<double>(a) / b, a); }
+  static float of(float a, float b) { return approximate(static_cast<double>(a) / b, a, 2); }
 };
 struct Sine {
   static float of(float a) { return approximate(std::sin(static_cast<double>(a)), a); }

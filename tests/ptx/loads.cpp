@@ -27,14 +27,15 @@ namespace {
 enum class Space : uint8_t { kGeneric, kGlobal, kShared };
 
 template <Space kSpace>
-void find(Warp& warp, const Instruction& i, Access access, char* (&places)[kLanes]) {
+void find(Warp& warp, const Instruction& i, Access access, char* (&places)[kLanes],
+          const Memory::Values* values = nullptr) {
   uint64_t addresses[kLanes];
   read_addresses(warp, i, addresses);
   const int bytes = i.bytes * i.count;
   if (kSpace == Space::kGlobal) {
     warp.memory->find_global(warp, addresses, bytes, access, i, places);
   } else if (kSpace == Space::kShared) {
-    warp.memory->find_shared(warp, addresses, bytes, access, i, places);
+    warp.memory->find_shared(warp, addresses, bytes, access, i, places, values);
   } else {
     warp.memory->find_generic(warp, addresses, bytes, access, i, places);
   }
@@ -80,6 +81,13 @@ void load_constant(Warp& warp, const Instruction& i) {
 template <Space kSpace, class Element, class Register>
 void store(Warp& warp, const Instruction& i) {
   char* places[kLanes];
+  if (kSpace == Space::kShared && grid.same_writes) {
+    Memory::Values values;
+    for (int lane = 0; lane < kLanes; ++lane) places[lane] = values[lane];
+    put<Element, Register>(warp, i, places);
+    find<kSpace>(warp, i, Access::kWrite, places, &values);
+    return;
+  }
   find<kSpace>(warp, i, Access::kWrite, places);
   put<Element, Register>(warp, i, places);
   warp.memory->now = {};

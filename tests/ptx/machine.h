@@ -49,6 +49,9 @@ struct Launch {
   int64_t shared_bytes;  // dynamic
   const void* const* arguments;
   unsigned blocks_y = 1, blocks_z = 1;  // `blocks` is the first dimension's; blocks of threads have one
+  // Whether threads may write to shared memory, with no barrier between, what another wrote there, if it is
+  // the same. Triton's code does where it has more threads than numbers.
+  bool same_writes = false;
 };
 void run(Module& module, const std::string& entry, const Launch& launch);
 
@@ -58,8 +61,8 @@ struct Options {
   int resident_blocks = 0;  // how many run at a time, 4 at most; 0: two or three, as the seed says
   // Sums of matrix instructions as tensor cores make them (see mma.cpp), not rounded to the nearest.
   bool truncate_sums = false;
-  // Results of the .approx instructions, exact but for rounding, are moved by -1, 0 or 1 units in the last
-  // place, as a hash of the operand says.
+  // Results of the .approx instructions and of div.full, exact but for rounding, are moved by up to a unit in
+  // the last place, those of ex2 and div by up to two, as a hash of the operand says.
   bool perturb_approximations = false;
   // Shared memory that nobody wrote is NaN; whether to read it is a fault. A kernel may, of rows that it
   // throws away.

@@ -148,7 +148,7 @@ void Memory::check(const SharedShadow::Conflict& conflict, const Warp& warp, int
 }
 
 void Memory::find_shared(Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, Access access,
-                         const Instruction& at, char* (&places)[kLanes]) {
+                         const Instruction& at, char* (&places)[kLanes], const Values* values) {
   const bool writes = is_write(access);
   check_aligned(warp, addresses, bytes, writes, at);
   uint32_t offsets[kLanes];
@@ -158,10 +158,15 @@ void Memory::find_shared(Warp& warp, const uint64_t (&addresses)[kLanes], int by
     const uint32_t offset = shared_offset(warp, lane, addresses[lane], bytes, at);
     mine.thread = static_cast<uint16_t>(thread_of(warp, lane));
     const auto size = static_cast<uint32_t>(bytes);
+    places[lane] = warp.block->storage + offset;
+    if (values != nullptr) {
+      mine.value = (*values)[lane];
+      mine.there = places[lane];
+    }
     check(writes ? shadow.write(offset, size, mine) : shadow.read(offset, size, mine), warp, lane, writes,
           at);
     offsets[lane] = offset;
-    places[lane] = warp.block->storage + offset;
+    if (values != nullptr) std::memcpy(places[lane], (*values)[lane], size);
   });
   banks.add(offsets, warp.active, bytes, at.site);
 }

@@ -25,8 +25,10 @@ class Memory {
   // Of the active lanes, `bytes` each. Check, tell the race detectors, and fill in where the bytes are.
   void find_global(Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, Access access,
                    const Instruction& at, char* (&places)[kLanes]);
+  // `values`: what is written, where several threads may write the same. It is there afterwards.
+  using Values = char[kLanes][32];
   void find_shared(Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, Access access,
-                   const Instruction& at, char* (&places)[kLanes]);
+                   const Instruction& at, char* (&places)[kLanes], const Values* values = nullptr);
   void find_generic(Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, Access access,
                     const Instruction& at, char* (&places)[kLanes]);
 

@@ -1,4 +1,5 @@
 // Arithmetic of 16-bit floats, alone and two in a register. Each result is rounded once.
+#include <cmath>
 #include <string>
 
 #include "decode.h"
@@ -30,11 +31,18 @@ struct Multiply {
 struct MultiplyAdd {
   static double of(float a, float b, float c) { return sum_to_odd(static_cast<double>(a) * b, c); }
 };
+// What is no number yields to what is one, and -0 is less than 0.
 struct Minimum {
-  static double of(float a, float b) { return a < b || b != b ? a : b; }
+  static double of(float a, float b) {
+    if (a == b) return std::signbit(a) ? a : b;
+    return a < b || b != b ? a : b;
+  }
 };
 struct Maximum {
-  static double of(float a, float b) { return a > b || b != b ? a : b; }
+  static double of(float a, float b) {
+    if (a == b) return std::signbit(a) ? b : a;
+    return a > b || b != b ? a : b;
+  }
 };
 
 // Of one.

@@ -38,6 +38,7 @@ void Scheduler::set_grid(Module& module, Entry& entry, const Launch& launch) {
   grid.sites = &module.lines.sites;
   grid.constants = &module.constants;
   grid.target = module.target;
+  grid.same_writes = launch.same_writes;
   grid.blocks = launch.blocks * launch.blocks_y * launch.blocks_z;
   grid.blocks_x = launch.blocks;
   grid.blocks_y = launch.blocks_y;
@@ -99,6 +100,8 @@ void Scheduler::fill_registers() {
     }
     Block& block = *blocks_[slot];
     block.index = -1;
+    // Copies that a fault left under way would be forgotten with their warps.
+    if (block.warps.size() > warps) block.shadow->clear();
     while (block.warps.size() < warps) block.warps.push_back(std::make_unique<Warp>());
     block.warps.resize(warps);
     for (size_t i = 0; i < warps; ++i) {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace ptx {
@@ -15,6 +16,9 @@ namespace ptx {
 struct SharedAccess {
   uint32_t now, block_start, block_epoch, warp_epoch;  // ticks
   uint16_t site, thread;
+  // Of a write that others may do as well, if to the same: what it writes, and what is there.
+  const char* value = nullptr;
+  const char* there = nullptr;
 };
 
 class SharedShadow {
@@ -70,11 +74,14 @@ class SharedShadow {
     for (uint32_t at = offset; at < offset + bytes; at += 4) {
       Word& word = words_[at / 4];
       if (word.write.tick() == kParted) {
-        const Conflict conflict = write_part(at, 4, access, mine);
+        const Conflict conflict = write_part(at, 4, access, mine, at - offset);
         if (conflict.why != Why::kNone) return conflict;
         continue;
       }
-      if (word.write.bits >= epoch && !ordered(word.write, access)) return {Why::kWrote, at, word.write};
+      if (word.write.bits >= epoch && !ordered(word.write, access) &&
+          !is_same(word.write, access, at - offset, 4)) {
+        return {Why::kWrote, at, word.write};
+      }
       if (word.read.bits >= epoch && !ordered(word.read, access)) return {Why::kRead, at, word.read};
       word.write = mine;
     }
@@ -108,6 +115,11 @@ class SharedShadow {
     if (cell.tick() == kUnderWay) return false;
     return cell.who() == access.thread || (cell.tick() < access.warp_epoch && in_warp(cell, access));
   }
+  // Whether the write leaves what the earlier one put there.
+  static bool is_same(Cell earlier, const SharedAccess& access, uint32_t from, uint32_t bytes) {
+    return access.value != nullptr && earlier.tick() != kUnderWay &&
+           std::memcmp(access.value + from, access.there + from, bytes) == 0;
+  }
   static uint16_t warp_of(const SharedAccess& access) {
     return kWarp | static_cast<uint16_t>(access.thread / 32);
   }
@@ -137,11 +149,15 @@ class SharedShadow {
     }
     return {};
   }
-  Conflict write_part(uint32_t offset, uint32_t bytes, const SharedAccess& access, Cell mine) {
+  // `from`: where in access.value these bytes begin.
+  Conflict write_part(uint32_t offset, uint32_t bytes, const SharedAccess& access, Cell mine,
+                      uint32_t from = 0) {
     take_apart(offset);
     for (uint32_t at = offset; at < offset + bytes; ++at) {
       Word& part = parts_[at];
-      if (!ordered(part.write, access)) return {Why::kWrote, at, part.write};
+      if (!ordered(part.write, access) && !is_same(part.write, access, from + at - offset, 1)) {
+        return {Why::kWrote, at, part.write};
+      }
       if (!ordered(part.read, access)) return {Why::kRead, at, part.read};
       part.write = mine;
     }

@@ -18,7 +18,6 @@ from lora_multi_cases import check_backward as check_masked_backward
 from lora_multi_cases import check_forward as check_masked
 from lora_multi_cases import multi_case
 
-import ptx_backend as ptx
 import testing
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -150,12 +149,9 @@ BREAKS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
 
 
 @pytest.fixture
-def machine() -> Iterator[ModuleType]:
-    if (reason := testing.unavailable("ptx")) is not None:
-        pytest.skip(f"ptx: {reason}")
-    ptx.BACKEND.reset()
+def machine(machine: ModuleType) -> Iterator[ModuleType]:
     with testing.nan_outputs(), testing.running_on("ptx"):
-        yield ptx.BACKEND.extension
+        yield machine
 
 
 @contextmanager

@@ -12,64 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-import ptx_backend as ptx
-import testing
-
-LANES = 32
-WORDS = [(0x9E3779B1 * (i + 1)) & 0xFFFFFFFF for i in range(LANES)]
-"""A word for each lane, of both signs."""
-
-
-@pytest.fixture
-def machine() -> ModuleType:
-    if (reason := testing.unavailable("ptx")) is not None:
-        pytest.skip(f"ptx: {reason}")
-    ptx.BACKEND.reset()
-    return ptx.BACKEND.extension
-
-
-def run(machine: ModuleType, body: str, target: str = "sm_80") -> list[int]:
-    """What each lane has in %r0 after `body`, which finds its own word in %r1 and its number in %r2."""
-    words = torch.tensor([w - (w >> 31 << 32) for w in WORDS], dtype=torch.int32)
-    out = torch.zeros(LANES, dtype=torch.int32)
-    text = f"""
-.version 8.0
-.target {target}
-.address_size 64
-.visible .entry kernel(.param .u64 in, .param .u64 out)
-.maxntid 32, 1, 1
-{{
-  .reg .b32 %r<40>; .reg .b64 %rd<8>; .reg .f32 %f<8>; .reg .pred %p<8>;
-  .shared .align 16 .b8 room[512];
-  ld.param.u64 %rd1, [in];
-  ld.param.u64 %rd2, [out];
-  mov.u32 %r2, %tid.x;
-  mul.wide.u32 %rd3, %r2, 4;
-  add.s64 %rd1, %rd1, %rd3;
-  add.s64 %rd2, %rd2, %rd3;
-  ld.global.u32 %r1, [%rd1];
-  mov.b32 %f1, %r1;
-  mov.u32 %r0, 0;
-  {body}
-  st.global.u32 [%rd2], %r0;
-  ret;
-}}
-"""
-    pointers = [struct.pack("q", tensor.data_ptr()) for tensor in (words, out)]
-    machine.load(text).run("kernel", (1, 1, 1), LANES, 0, pointers)
-    return [value & 0xFFFFFFFF for value in out.tolist()]
-
-
-def signed(word: int) -> int:
-    return word - (word >> 31 << 32)
-
-
-def as_float(word: int) -> float:
-    return float(struct.unpack("f", struct.pack("I", word & 0xFFFFFFFF))[0])
-
-
-def as_word(x: float) -> int:
-    return int(struct.unpack("I", struct.pack("f", x))[0])
+from ptx.by_hand import LANES, WORDS, as_float, as_word, run, signed
 
 
 def quotient(a: int, b: int) -> int:
@@ -257,3 +200,72 @@ def test_fault(machine: ModuleType, case: str) -> None:
     body, words = FAULTS[case]
     with pytest.raises(RuntimeError, match=words):
         run(machine, body)
+
+
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_threads_that_write_the_same(machine: ModuleType, bits: int) -> None:
+    """To one place of shared memory: right where it is allowed, and all that they write is the same."""
+
+    def store(value: str, before: str = "") -> str:
+        store, load = f"st.shared.u{bits} [%r3], {value};", f"ld.shared.u{bits} %r0, [%r3];"
+        return f"mov.u32 %r3, room; {before} {store} bar.sync 0; {load}"
+
+    same, own = store("77"), store("%r1")
+    after_reads = store("77", "st.shared.u32 [%r3], 77; bar.sync 0; ld.shared.u32 %r4, [%r3];")
+    over_zero = store("77", "setp.eq.u32 %p1, %r2, 9; @%p1 st.shared.u32 [%r3], 0;")
+    assert run(machine, same, same_writes=True) == [77] * LANES
+    for body, allowed in ((same, False), (own, True), (after_reads, True), (over_zero, True)):
+        with pytest.raises(RuntimeError, match="race: writes byte 0 of shared memory, which"):
+            run(machine, body, same_writes=allowed)
+
+
+def test_a_copy_from_below_an_address(machine: ModuleType) -> None:
+    body = (
+        "setp.lt.u32 %p1, %r2, 31; mov.u32 %r3, room; shl.b32 %r4, %r2, 2; add.u32 %r3, %r3, %r4;"
+        "ld.param.u64 %rd4, [in]; add.s64 %rd4, %rd4, %rd3; add.s64 %rd4, %rd4, 8;"
+        "cp.async.ca.shared.global [%r3], [%rd4+-8], 4; cp.async.wait_all; ld.shared.u32 %r0, [%r3];"
+    )
+    assert run(machine, body) == WORDS
+
+
+LEFT_OVER = """
+.version 8.0
+.target sm_80
+.address_size 64
+.visible .entry faulty(.param .u64 in)
+{
+  .reg .b32 %r<4>; .reg .b64 %rd<4>; .reg .pred %p<2>;
+  .shared .align 16 .b8 room[256];
+  ld.param.u64 %rd1, [in];
+  mov.u32 %r1, %tid.x;
+  mov.u32 %r2, room;
+  shl.b32 %r3, %r1, 2;
+  add.u32 %r2, %r2, %r3;
+  setp.lt.u32 %p1, %r1, 32;
+  @!%p1 cp.async.ca.shared.global [%r2], [%rd1], 4;
+  bar.sync 0;
+  mov.u64 %rd2, 0;
+  ld.global.u32 %r3, [%rd2];
+  ret;
+}
+.visible .entry clean(.param .u64 in)
+{
+  .reg .b32 %r<4>;
+  .shared .align 16 .b8 room[256];
+  mov.u32 %r1, %tid.x;
+  mov.u32 %r2, room;
+  shl.b32 %r3, %r1, 2;
+  add.u32 %r2, %r2, %r3;
+  st.shared.u32 [%r2+128], %r1;
+  ret;
+}
+"""
+
+
+def test_a_fault_leaves_no_copy_under_way(machine: ModuleType) -> None:
+    """Of a warp that the next launch does not have."""
+    pointer = [struct.pack("q", torch.zeros(64, dtype=torch.int32).data_ptr())]
+    module = machine.load(LEFT_OVER)
+    with pytest.raises(RuntimeError, match="null pointer"):
+        module.run("faulty", (1, 1, 1), 2 * LANES, 0, pointer)
+    module.run("clean", (1, 1, 1), LANES, 0, pointer)

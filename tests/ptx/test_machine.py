@@ -13,7 +13,6 @@ from types import ModuleType
 import pytest
 
 import ptx_backend as ptx
-import testing
 
 HERE = Path(__file__).resolve().parent
 SEEDS = range(8)
@@ -77,14 +76,11 @@ FAULTS: dict[str, str | tuple[str, ...]] = {
 
 
 @pytest.fixture
-def machine() -> Iterator[ModuleType]:
-    if (reason := testing.unavailable("ptx")) is not None:
-        pytest.skip(f"ptx: {reason}")
-    ptx.BACKEND.reset()
-    ptx.BACKEND.extension.set_report_unwritten(True)
-    yield ptx.BACKEND.extension
-    ptx.BACKEND.extension.set_report_unwritten(False)
-    ptx.BACKEND.extension.set_seed(0)
+def machine(machine: ModuleType) -> Iterator[ModuleType]:
+    machine.set_report_unwritten(True)
+    yield machine
+    machine.set_report_unwritten(False)
+    machine.set_seed(0)
 
 
 def report(machine: ModuleType, case: str, seed: int = 0) -> str:

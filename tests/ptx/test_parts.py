@@ -14,14 +14,6 @@ import testing
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
-@pytest.fixture
-def machine() -> ModuleType:
-    if (reason := testing.unavailable("ptx")) is not None:
-        pytest.skip(f"ptx: {reason}")
-    ptx.BACKEND.reset()
-    return ptx.BACKEND.extension
-
-
 # (rows, columns) of the weight, then of the part: first row and column, rows, columns.
 PARTS = {
     "all": ((5, 64), (0, 0, 5, 64)),

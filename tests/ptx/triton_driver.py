@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 import ptx_backend as ptx
 from peft_kernels.backends import triton as backend
 
@@ -61,7 +63,8 @@ class Launcher:
         module, name = function
         arguments = rest[4:]  # after metadata and hooks
         scratch = [struct.pack("Q", 0)] * 2
-        module.run(name, (x, y, z), self.threads, self.shared, [*packed(self.signature, arguments), *scratch])
+        parameters = [*packed(self.signature, arguments), *scratch]
+        module.run(name, (x, y, z), self.threads, self.shared, parameters, same_writes=True)
 
 
 class Utils:
@@ -102,6 +105,7 @@ def install(capability: int) -> None:
     ptx.BACKEND.load()
     driver = Driver(capability)
     ptx.BACKEND.extension.set_card(capability, ptx.FEW, ptx.SHARED[capability])
+    ptx.BACKEND.extension.set_perturb_approximations(True)
 
     class PtxAlone(CUDABackend):
         """PTX is what is launched; ptxas is not called."""
@@ -109,6 +113,9 @@ def install(capability: int) -> None:
         def __init__(self, target: Any) -> None:
             super().__init__(target)
             self.binary_ext = "ptx"
+
+        def hash(self) -> str:
+            return f"{super().hash()}-ptx"  # what is found on disk has no cubin
 
         def add_stages(self, stages: dict[str, Any], *rest: Any) -> None:
             super().add_stages(stages, *rest)
@@ -118,4 +125,5 @@ def install(capability: int) -> None:
     found["nvidia"] = dataclasses.replace(found["nvidia"], compiler=PtxAlone)
     triton.knobs.cache.dir = str(CACHE)
     triton.runtime.driver.set_active(driver)
+    torch.cuda.is_current_stream_capturing = lambda: False  # without a driver it raises
     backend.TritonBackend.interpreted = property(lambda self: True)  # type: ignore[assignment]

@@ -106,6 +106,7 @@ struct Grid {
   unsigned blocks_x, blocks_y;
   unsigned threads;
   int target;                               // 80 for sm_80
+  bool same_writes;                         // Launch::same_writes
   int64_t shared_bytes;                     // static and dynamic
   const std::vector<std::byte>* constants;  // what ld.const reads
 };
