@@ -47,6 +47,7 @@ EACH: dict[str, tuple[str, Any]] = {
                   lambda w, i: WORDS[i + 3] if i < 29 else 1),
     "shfl-clamp": ("shfl.sync.idx.b32 %r0, %r1, 9, 0x1804, -1;", lambda w, i: WORDS[i // 8 * 8 + 1]),
     "shfl-out": ("shfl.sync.idx.b32 %r0, %r1, 5, 0x1804, -1;", lambda w, i: w),
+    "lanes-before": ("mov.u32 %r0, %lanemask_lt;", lambda w, i: (1 << i) - 1),
     "redux": ("redux.sync.max.s32 %r0, %r1, -1;", lambda w, i: max(map(signed, WORDS))),
     "vote": ("setp.lt.u32 %p1, %r2, 9; vote.sync.all.pred %p2, %p1, -1; selp.b32 %r0, 1, 2, %p2;",
              lambda w, i: 2),
