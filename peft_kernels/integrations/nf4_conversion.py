@@ -10,11 +10,7 @@ from transformers.core_model_loading import ConversionOps
 
 from ..nf4 import NF4Weight
 from ..nn import NF4Linear
-from .bitsandbytes import STATE_ITEM
 from .nf4_config import NF4Config
-
-SERIALIZED = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_ITEM)
-"""What stands beside `weight` in a checkpoint of bitsandbytes, as `weight.absmax` and so on."""
 
 _ALIGNMENT = 64
 
@@ -68,7 +64,7 @@ class Quantize(_Conversion):
         }
 
     def _convert(self, key: str, layer: Any, value: Tensor) -> nn.Parameter:
-        dense, config = _as_linear(key, layer, value), self.config
+        dense, config = _as_linear(key, layer, value).to(layer.weight.dtype), self.config
         on_meta = dense.device.type == "meta"
         weight = NF4Weight.quantize(
             dense, config.blocksize, config.double_quant, check_finite=not on_meta, name=key
@@ -92,6 +88,7 @@ class Read(_Conversion):
         if len(items) > 1:
             kind = type(layer).__name__
             self.errors.of(ValueError(f"{key}: expected a dense weight for a {kind}, got 4 bits"))
+            return {"weight": getattr(layer, key.rpartition(".")[2])}
         return {name: self._dense(item) for name, item in items.items() if name == "weight"}
 
     def _convert(self, key: str, layer: Any, items: dict[str, Tensor]) -> nn.Parameter:
@@ -102,6 +99,8 @@ class Read(_Conversion):
         packed = NF4Weight.from_state_dict(named, key.removesuffix("weight"))
         _check_shape(key, layer, tuple(packed.shape))
         packed._state.name = key
+        if layer.compute_dtype == packed.dtype:
+            layer.compute_dtype = None  # which is the same, and PEFT rounds adapters to one that is set
         return nn.Parameter(packed, requires_grad=False)
 
     def _dense(self, weight: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig
-from transformers.core_model_loading import WeightConverter
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -18,9 +17,10 @@ from ..nf4_model import METHOD, ModelLink, announce
 from ..nn import NF4Linear
 from ..quantize_report import QuantizeReport, nbytes_of
 from ..targets import check_names, targets, warn_about_experts
+from . import layouts
 from .architectures import is_linear
 from .nf4_config import NF4Config
-from .nf4_conversion import SERIALIZED, Errors, Quantize, Read
+from .nf4_conversion import Errors, Quantize, Read
 
 logger = logging.getLogger("peft_kernels")
 
@@ -39,6 +39,7 @@ class NF4Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.errors = Errors()
         self.report = QuantizeReport()
+        self.in_four_bits: set[str] = set()
 
     def is_serializable(self) -> bool:
         return True
@@ -72,11 +73,11 @@ class NF4Quantizer(HfQuantizer):
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self.quantization_config, self.errors)
 
-    def get_weight_conversions(self) -> list[WeightConverter]:
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         if not self.pre_quantized:
-            return []
-        items = ["weight", *(f"weight.{item}" for item in SERIALIZED), "weight.quant_state.bitsandbytes__fp4"]
-        return [WeightConverter(items, "weight", [Read(self.quantization_config, self.errors)])]
+            return list(weight_conversions)
+        others = layouts.to_read(weight_conversions, self.in_four_bits)
+        return [*others, layouts.reading(self.quantization_config, self.errors)]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         for operation in getattr(converter, "operations", ()):
@@ -84,16 +85,20 @@ class NF4Quantizer(HfQuantizer):
                 operation.dtype = dtype
         return super().get_new_dtype(converter, param, dtype)
 
-    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
-        config, report = self.quantization_config, QuantizeReport(bytes_before=nbytes_of(model))
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, **_: Any
+    ) -> None:
+        tied = model.all_tied_weights_keys
+        twice = sum(model.get_parameter_or_buffer(key).nbytes for key in tied)
+        config, report = self.quantization_config, QuantizeReport(bytes_before=nbytes_of(model) - twice)
         names = config.modules_to_not_convert
         if self.pre_quantized:
             names = []  # the file says which layers are in 4 bits
+            self.in_four_bits = layouts.in_four_bits(checkpoint_files or ())
         elif names is not None:
             check_names(model, names, "modules_to_not_convert")
-        tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}
         skip = None if names is None else tuple(names)
-        for name, linear in list(targets(model, skip, report.left, tied)):
+        for name, linear in list(targets(model, skip, report.left, {*tied, *tied.values()})):
             model.set_submodule(name, NF4Linear.awaiting(linear, config.compute_dtype))
         warn_about_experts(model, report.left)
         self.report = report
@@ -119,6 +124,8 @@ class NF4Quantizer(HfQuantizer):
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Before anything is written: the configuration tells which layers are in 4 bits now."""
         packed = {name for name, module in model.named_modules() if _is_packed(module)}
+        layouts.restore(model)
+        layouts.keep_own(model, packed)
         if packed:
             self.quantization_config.describe(_dense(model, packed), model.dtype)
             model.config.quantization_config = self.quantization_config
@@ -128,7 +135,9 @@ class NF4Quantizer(HfQuantizer):
 
     # Back to dense
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if isinstance(dtype, str):  # as `config.dtype` is when the model has been saved
+            dtype = getattr(torch, dtype)
         other = dtype is not None and dtype != model.dtype
         for module in list(model.modules()):
             if isinstance(module, NF4Linear):
@@ -138,6 +147,7 @@ class NF4Quantizer(HfQuantizer):
         return model.to(dtype) if other else model
 
     def remove_quantization_config(self, model: Any) -> None:
+        layouts.restore(model)
         for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit"):
             vars(model).pop(name, None)
         for module in model.modules():
