@@ -1,10 +1,10 @@
 """Loading a checkpoint in 4 bits: the memory that it takes at its peak, and the time.
 
 A checkpoint of random bf16 or fp32 weights is made in a temporary folder, and each contender loads it in a
-fresh process, as bf16. What is judged is anonymous memory (RssAnon, looked at every millisecond from
-outside), less what the process has before, plus what of the model stays in the mapped file. Pages of the
-file that were read and are not the model's are told as well (the peak of all resident memory), but not
-judged: the system takes them back when it needs memory.
+fresh process, as bf16. Memory is looked at every millisecond from outside, and is told above what the process
+had before. What is judged is all that is resident, plus what of the model is left in the mapped file, as if
+none of it were resident yet. Out of fp32 it is anonymous memory instead: transformers casts before a
+quantiser sees a tensor, and pages of the file that it has read stay until the system takes them back.
 
 transformers leaves weights whose type need not change in the file: plain loading in bf16 reads nothing
 ("bf16, mapped"). So time is put beside loading them into memory ("bf16, in memory").
@@ -130,14 +130,14 @@ class Load:
     """Of the dense ones, what is still in the file."""
     anonymous: int
     """At the peak, above what the process had."""
-    floor: int
-    """Anonymous memory before."""
     resident: int
-    """At the peak, pages of files included, of the whole process."""
+    """The same of all memory, pages of files included."""
+    floor: int
+    """All that was resident before."""
 
-    def peak(self) -> int:
+    def peak(self, stored: str) -> int:
         """What is judged."""
-        return self.anonymous + self.mapped
+        return self.mapped + (self.resident if stored == "bf16" else self.anonymous)
 
     def limit(self, largest: int) -> int:
         return int(self.nf4 + self.dense + SLACK * largest)
@@ -157,14 +157,18 @@ class Loaded(report.Outcome):
         return None if not loads else statistics.median(load.seconds for load in loads)
 
     def worst(self, name: str) -> Load | None:
-        return max(self.loads.get(name, ()), key=Load.peak, default=None)
+        return max(self.loads.get(name, ()), key=self.peak, default=None)
+
+    def peak(self, load: Load) -> int:
+        return load.peak(self.case.stored)
 
     def goals(self) -> Iterator[tuple[str, bool | None]]:
         worst, ours, plain = self.worst(OURS), self.time(OURS), self.time(IN_MEMORY)
         if worst is not None:
-            limit = worst.limit(self.largest)
-            text = f"peak above the process's floor: at most {mb(limit)}, measured {mb(worst.peak())}"
-            yield text, worst.peak() <= limit
+            limit, peak = worst.limit(self.largest), self.peak(worst)
+            what = "resident" if self.case.stored == "bf16" else "anonymous"
+            text = f"peak of {what} memory above the floor: at most {mb(limit)}, measured {mb(peak)}"
+            yield text, peak <= limit
         if ours is not None and plain is not None:
             text = f"time: at most {TIME_GOAL} times {IN_MEMORY}, measured {ours / plain:.2f}"
             yield text, ours <= TIME_GOAL * plain
@@ -178,7 +182,7 @@ class Loaded(report.Outcome):
 
     def line(self) -> str:
         parts = [
-            f"{name} {self.time(name):.2f} s, {mb(max(map(Load.peak, loads)))}"
+            f"{name} {self.time(name):.2f} s, {mb(max(map(self.peak, loads)))}"
             for name, loads in self.loads.items()
         ]
         return "; ".join([*parts, *(f"{name}: {why}" for name, why in (self.absent | self.wrong).items())])
@@ -189,13 +193,14 @@ class Loaded(report.Outcome):
 
     @classmethod
     def tables(cls, outcomes: Sequence[Loaded], unit: str) -> Iterator[tuple[str, str]]:
-        titles = ["", "", "s", "peak", "model", "floor", "with files' pages"]
+        titles = ["", "", "s", "peak", "model", "anonymous", "resident", "floor"]
         rows = []
         for outcome in outcomes:
             for name in outcome.loads:
                 worst = outcome.worst(name)
                 assert worst is not None
-                sizes = (worst.peak(), worst.nf4 + worst.dense, worst.floor, worst.resident)
+                model = worst.nf4 + worst.dense
+                sizes = (outcome.peak(worst), model, worst.anonymous, worst.resident, worst.floor)
                 cells = [f"{outcome.time(name):.2f}", *map(mb, sizes)]
                 rows.append([outcome.case.name.removeprefix("loading-"), name, *cells])
         yield "loading a checkpoint as bf16 or 4 bits; peak is above the floor", report.table(titles, rows)
@@ -258,20 +263,21 @@ def load(how: str, folder: Path) -> Load:
             return text
 
         line()
-        floor = _status(child.pid, "RssAnon")
+        anonymous, resident = _memory(child.pid)
         with _Watch(child.pid) as watch:
             print(file=child.stdin, flush=True)
             found = json.loads(line())
-        resident = _status(child.pid, "VmHWM")
         print(file=child.stdin, flush=True)
-    return Load(**found, anonymous=watch.peak - floor, floor=floor, resident=resident)
+    above = {"anonymous": watch.anonymous - anonymous, "resident": watch.resident - resident}
+    return Load(**found, **above, floor=resident)
 
 
 class _Watch:
-    """The largest anonymous memory of another process while this is open."""
+    """The most that another process has in memory while this is open."""
 
     def __init__(self, pid: int) -> None:
-        self.peak, self._pid, self._over = 0, pid, threading.Event()
+        self.anonymous = self.resident = 0
+        self._pid, self._over = pid, threading.Event()
         self._thread = threading.Thread(target=self._look)
 
     def __enter__(self) -> _Watch:
@@ -284,15 +290,17 @@ class _Watch:
 
     def _look(self) -> None:
         while not self._over.is_set():
-            self.peak = max(self.peak, _status(self._pid, "RssAnon"))
+            anonymous, resident = _memory(self._pid)
+            self.anonymous, self.resident = max(self.anonymous, anonymous), max(self.resident, resident)
             time.sleep(0.001)
 
 
-def _status(pid: int, field: str) -> int:
-    """Bytes, by what Linux says of a process; 0 when it is gone."""
+def _memory(pid: int) -> tuple[int, int]:
+    """Anonymous and all resident bytes, by what Linux says of a process; zeros when it is gone."""
     try:
         text = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return 0
-    found = re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE)
-    return 0 if found is None else int(found[1]) * 1024
+        return 0, 0
+    found = [re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE) for field in ("RssAnon", "VmRSS")]
+    anonymous, resident = (0 if match is None else int(match[1]) * 1024 for match in found)
+    return anonymous, resident

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import sys
 from collections.abc import Iterable
@@ -127,9 +126,13 @@ def quantize_model(
 
 def _tell_transformers(model: nn.Module, *arguments: Any) -> None:
     """`save_pretrained` and `dequantize` of its models ask a quantiser."""
-    if "transformers" not in sys.modules or not importlib.util.find_spec("transformers.core_model_loading"):
-        return  # transformers 4 reads weights another way
+    if "transformers" not in sys.modules:
+        return
     from transformers import PreTrainedModel
+    from transformers.quantizers.base import HfQuantizer
+
+    if not hasattr(HfQuantizer, "get_new_dtype"):
+        return  # before 5.23 transformers asks other things
 
     from .integrations.nf4_config import NF4Config
     from .integrations.nf4_quantizer import attach

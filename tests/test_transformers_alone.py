@@ -43,6 +43,25 @@ def test_importing_imports_no_transformers_and_replaces_nothing(python: Python) 
     )
 
 
+def test_an_older_transformers_is_named_and_quantize_model_works(python: Python) -> None:
+    python(
+        f"import sys; sys.path.append({str(TESTS)!r})\n"
+        "import transformers\n"
+        "from transformers.quantizers.base import HfQuantizer\n"
+        "del HfQuantizer.get_new_dtype\n"
+        "import models, peft_kernels as pk\n"
+        "model = pk.quantize_model(models.tiny_llama())\n"
+        "assert model.is_loaded_in_4bit and getattr(model, 'hf_quantizer', None) is None\n"
+        "try:\n"
+        "    import peft_kernels.integrations.transformers\n"
+        "except ImportError as error:\n"
+        "    expected = f'transformers: expected 5.23 or later, got {transformers.__version__}'\n"
+        "    assert str(error) == expected, error\n"
+        "else:\n"
+        "    raise AssertionError('it was imported')\n"
+    )
+
+
 def test_reads_and_writes_without_bitsandbytes(python: Python, tmp_path: Path) -> None:
     bnb_config()
     theirs = Auto.from_pretrained(saved(tmp_path / "dense"), quantization_config=bnb_config())

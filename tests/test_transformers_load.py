@@ -26,6 +26,7 @@ from transformers_models import (
 )
 
 import peft_kernels as pk
+from peft_kernels.integrations.transformers import NF4Quantizer
 from peft_kernels.quantize import report_of
 
 
@@ -99,6 +100,19 @@ def test_nothing_is_offloaded(device_map: Any, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     with pytest.raises(ValueError, match=r"^device_map: expected all of a 4-bit model on the CPU or all"):
         loaded(saved(tmp_path), device_map=device_map, offload_folder=str(tmp_path / "offload"))
+
+
+@pytest.mark.parametrize(
+    "device_map", [{"a": 0, "b": "cuda:1"}, {"a": torch.device("cpu"), "b": "cpu"}, None, "auto"], ids=str
+)
+def test_maps_that_keep_it_together(device_map: Any) -> None:
+    NF4Quantizer(NF4Config()).validate_environment(device_map=device_map, weights_only=True)
+
+
+@pytest.mark.parametrize("device_map", [{"a": 0, "b": "cpu"}, {"a": "cuda:0", "b": "meta"}], ids=str)
+def test_maps_that_do_not(device_map: Any) -> None:
+    with pytest.raises(ValueError, match=r"^device_map: expected all of a 4-bit model on the CPU or all"):
+        NF4Quantizer(NF4Config()).validate_environment(device_map=device_map)
 
 
 # What stays dense.

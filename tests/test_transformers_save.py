@@ -69,6 +69,17 @@ def test_a_model_of_quantize_model(kind: str, tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(again))
 
 
+def test_a_dense_model_with_the_same_configuration_stays_dense(tmp_path: Path) -> None:
+    """Models that are made by hand share the object that they are made of."""
+    dense = llama()
+    twin = type(dense)(dense.config)
+    pk.quantize_model(twin)
+    twin.save_pretrained(tmp_path / "4bit")
+    dense.save_pretrained(tmp_path / "dense")
+    assert stored(tmp_path / "4bit") is not None and stored(tmp_path / "dense") is None
+    assert_same_state(read(tmp_path / "4bit"), twin)
+
+
 def test_what_is_written(tmp_path: Path) -> None:
     model = loaded(saved(tmp_path), nf4={"modules_to_not_convert": ["mlp", "lm_head"]})
     model.save_pretrained(tmp_path / "4bit")

@@ -15,6 +15,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter
 
 from .bitsandbytes import STATE_ITEM
+from .mapped_files import MappedFiles
 from .nf4_config import NF4Config
 from .nf4_conversion import Errors, Read
 
@@ -23,10 +24,10 @@ _FP4 = "quant_state.bitsandbytes__fp4"  # read so that it can be refused
 _CONVERSIONS, _KEPT = "_weight_conversions", "_peft_kernels_weight_conversions"
 
 
-def reading(config: NF4Config, errors: Errors) -> WeightConverter:
+def reading(config: NF4Config, errors: Errors, files: MappedFiles) -> WeightConverter:
     """What collects the items of a weight in 4 bits."""
     items = ["weight", *(f"weight.{item}" for item in (*_ITEMS, _FP4))]
-    return WeightConverter(items, "weight", [Read(config, errors)])
+    return WeightConverter(items, "weight", [Read(config, errors, files)])
 
 
 def in_four_bits(files: Iterable[str]) -> set[str]:

@@ -10,12 +10,17 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import transformers
 from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import register_quantization_config
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from ..nf4_model import METHOD
+
+if not hasattr(HfQuantizer, "get_new_dtype"):  # what a quantiser is asked changed with 5.23
+    raise ImportError(f"transformers: expected 5.23 or later, got {transformers.__version__}")
 
 _BLOCKSIZE = "bnb_4bit_blocksize"  # ours, and left out where it is bitsandbytes' only one
 _DEFAULT_BLOCKSIZE = 64

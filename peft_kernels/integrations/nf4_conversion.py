@@ -10,6 +10,7 @@ from transformers.core_model_loading import ConversionOps
 
 from ..nf4 import NF4Weight
 from ..nn import NF4Linear
+from .mapped_files import MappedFiles
 from .nf4_config import NF4Config
 
 _ALIGNMENT = 64
@@ -34,12 +35,12 @@ class Errors:
 
 
 class _Conversion(ConversionOps):
-    def __init__(self, config: NF4Config, errors: Errors) -> None:
-        self.config, self.errors = config, errors
+    def __init__(self, config: NF4Config, errors: Errors, files: MappedFiles) -> None:
+        self.config, self.errors, self.files = config, errors, files
 
     def __deepcopy__(self, memo: Any) -> Any:
         """transformers copies it for each weight."""
-        return type(self)(self.config, self.errors)
+        return type(self)(self.config, self.errors, self.files)
 
     def guarded(self, key: str, layer: nn.Module, value: Any) -> Any:
         """What `_convert` makes of it; after an error the layer's own weight, which holds no data."""
@@ -69,6 +70,7 @@ class Quantize(_Conversion):
         weight = NF4Weight.quantize(
             dense, config.blocksize, config.double_quant, check_finite=not on_meta, name=key
         )
+        self.files.release(value)
         return nn.Parameter(weight, requires_grad=False)
 
 
@@ -95,13 +97,21 @@ class Read(_Conversion):
         weight = items.get("weight")
         if weight is not None and len(items) == 1 and weight.is_floating_point():
             return nn.Parameter(_as_linear(key, layer, self._dense(weight)))
-        named = {key + name.removeprefix("weight"): _aligned(item) for name, item in items.items()}
+        named = {key + name.removeprefix("weight"): self._aligned(item) for name, item in items.items()}
         packed = NF4Weight.from_state_dict(named, key.removesuffix("weight"))
         _check_shape(key, layer, tuple(packed.shape))
         packed._state.name = key
         if layer.compute_dtype == packed.dtype:
             layer.compute_dtype = None  # which is the same, and PEFT rounds adapters to one that is set
         return nn.Parameter(packed, requires_grad=False)
+
+    def _aligned(self, item: Tensor) -> Tensor:
+        """Where kernels read fastest: a file's tensors lie at any byte of it."""
+        if item.data_ptr() % _ALIGNMENT == 0:
+            return item
+        copied = item.clone()
+        self.files.release(item)
+        return copied
 
     def _dense(self, weight: Tensor) -> Tensor:
         return weight if self.dtype is None else weight.to(self.dtype)
@@ -134,8 +144,3 @@ def _check_shape(key: str, layer: Any, shape: tuple[int, ...]) -> None:
     expected = (layer.out_features, layer.in_features)
     if shape != expected:
         raise ValueError(f"{key}: expected shape {expected}, got {shape}")
-
-
-def _aligned(item: Tensor) -> Tensor:
-    """Where kernels read fastest: a file's tensors lie at any byte of it."""
-    return item.clone() if item.data_ptr() % _ALIGNMENT else item

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -19,6 +19,7 @@ from ..quantize_report import QuantizeReport, nbytes_of
 from ..targets import check_names, targets, warn_about_experts
 from . import layouts
 from .architectures import is_linear
+from .mapped_files import MappedFiles
 from .nf4_config import NF4Config
 from .nf4_conversion import Errors, Quantize, Read
 
@@ -32,6 +33,8 @@ class NF4Quantizer(HfQuantizer):
     quantization_config: NF4Config
     is_trainable = True  # what PEFT adds to the model
     is_compileable = True
+    attached = False
+    """Whether the model was there before the quantiser."""
 
     def __init__(self, quantization_config: NF4Config | BitsAndBytesConfig, **kwargs: Any) -> None:
         if isinstance(quantization_config, BitsAndBytesConfig):
@@ -40,6 +43,7 @@ class NF4Quantizer(HfQuantizer):
         self.errors = Errors()
         self.report = QuantizeReport()
         self.in_four_bits: set[str] = set()
+        self.files = MappedFiles()
 
     def is_serializable(self) -> bool:
         return True
@@ -71,13 +75,13 @@ class NF4Quantizer(HfQuantizer):
         return name == "weight" and isinstance(model.get_submodule(module), NF4Linear)
 
     def get_quantize_ops(self) -> Quantize:
-        return Quantize(self.quantization_config, self.errors)
+        return Quantize(self.quantization_config, self.errors, self.files)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         if not self.pre_quantized:
             return list(weight_conversions)
         others = layouts.to_read(weight_conversions, self.in_four_bits)
-        return [*others, layouts.reading(self.quantization_config, self.errors)]
+        return [*others, layouts.reading(self.quantization_config, self.errors, self.files)]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         for operation in getattr(converter, "operations", ()):
@@ -88,6 +92,7 @@ class NF4Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: Any = None, **_: Any
     ) -> None:
+        self.files = MappedFiles(checkpoint_files or ())
         tied = model.all_tied_weights_keys
         twice = sum(model.get_parameter_or_buffer(key).nbytes for key in tied)
         config, report = self.quantization_config, QuantizeReport(bytes_before=nbytes_of(model) - twice)
@@ -105,7 +110,7 @@ class NF4Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         errors, report, link = self.errors, self.report, ModelLink()
-        self.errors, self.report = Errors(), QuantizeReport()
+        self.errors, self.report, self.files = Errors(), QuantizeReport(), MappedFiles()
         errors.check()
         layers = {name: module for name, module in model.named_modules() if _is_packed(module)}
         if not layers:
@@ -129,6 +134,8 @@ class NF4Quantizer(HfQuantizer):
         if packed:
             self.quantization_config.describe(_dense(model, packed), model.dtype)
             model.config.quantization_config = self.quantization_config
+            if self.attached:
+                _forget_with_the_state_dict(model)
         else:  # all of them merged, or all dense for good
             vars(model.config).pop("quantization_config", None)
         return None, {}
@@ -151,16 +158,29 @@ class NF4Quantizer(HfQuantizer):
         for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit"):
             vars(model).pop(name, None)
         for module in model.modules():
-            for name in ("quantization_config", "_is_quantized"):
-                vars(getattr(module, "config", model.config)).pop(name, None)
+            if isinstance(module, PreTrainedModel):
+                for name in ("quantization_config", "_is_quantized"):
+                    vars(module.config).pop(name, None)
 
 
 def attach(model: Any, config: NF4Config) -> None:
     """Have a model that `quantize_model` was given save and dequantize like one that was loaded in 4 bits."""
     if getattr(model, "hf_quantizer", None) is None:
-        quantizer = NF4Quantizer(config, pre_quantized=False)
-        vars(model)["hf_quantizer"] = quantizer
-        quantizer.get_state_dict_and_metadata(model)
+        quantizer = vars(model)["hf_quantizer"] = NF4Quantizer(config, pre_quantized=False)
+        quantizer.attached = True
+
+
+def _forget_with_the_state_dict(model: Any) -> None:
+    """Models that are made by hand may share a configuration: it tells of 4 bits while it is written only.
+
+    `save_pretrained` asks for the state dict next.
+    """
+
+    def forget(*_: Any) -> None:
+        vars(model.config).pop("quantization_config", None)
+        hook.remove()
+
+    hook = model.register_state_dict_pre_hook(forget)
 
 
 def _is_packed(module: nn.Module) -> bool:
@@ -184,4 +204,5 @@ def _dense(model: nn.Module, packed: set[str]) -> list[str]:
 def _kind_of(device: Any) -> str:
     if device == "disk":
         return "disk"
-    return torch.device(device).type
+    kind = "gpu" if isinstance(device, int) else torch.device(device).type
+    return kind if kind in ("cpu", "meta") else "gpu"
