@@ -257,6 +257,17 @@ def test_enabled_bitsandbytes_is_ours(enabled: None, tmp_path: Path) -> None:
     assert not nf4_layers(Auto.from_pretrained(tmp_path / "4bit"))
 
 
+@pytest.mark.parametrize(
+    "skip", [["layers.0", "o_proj"], ["_proj"], ["model.layers.[1]", "nothing"]], ids=str
+)
+def test_enabled_names_are_patterns_as_theirs(skip: list[str], enabled: None, tmp_path: Path) -> None:
+    config = bnb_config(llm_int8_skip_modules=skip)
+    model = Auto.from_pretrained(saved(tmp_path), quantization_config=config)
+    integration.disable()
+    theirs = Auto.from_pretrained(tmp_path, quantization_config=config)
+    assert nf4_layers(model) == {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
+
+
 def test_enabled_leaves_the_rest_to_bitsandbytes(enabled: None, tmp_path: Path) -> None:
     model = Auto.from_pretrained(
         saved(tmp_path / "dense"), quantization_config=bnb_config(bnb_4bit_quant_type="fp4")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import Any
 
 import torch
@@ -35,8 +36,11 @@ class NF4Quantizer(HfQuantizer):
     is_compileable = True
     attached = False
     """Whether the model was there before the quantiser."""
+    by_their_rules = False
+    """Whether names of modules are patterns, as bitsandbytes' configuration has them."""
 
     def __init__(self, quantization_config: NF4Config | BitsAndBytesConfig, **kwargs: Any) -> None:
+        self.by_their_rules = isinstance(quantization_config, BitsAndBytesConfig)
         if isinstance(quantization_config, BitsAndBytesConfig):
             quantization_config = NF4Config.from_dict(quantization_config.to_dict())
         super().__init__(quantization_config, **kwargs)
@@ -100,6 +104,10 @@ class NF4Quantizer(HfQuantizer):
         if self.pre_quantized:
             names = []  # the file says which layers are in 4 bits
             self.in_four_bits = layouts.in_four_bits(checkpoint_files or ())
+        elif names is not None and self.by_their_rules:
+            patterns = [*names, *(model._keep_in_fp32_modules or ())]
+            every = [name for name, module in model.named_modules() if is_linear(module)]
+            names = [name for name in every if not should_convert_module(name, patterns)]
         elif names is not None:
             check_names(model, names, "modules_to_not_convert")
         skip = None if names is None else tuple(names)
@@ -146,10 +154,13 @@ class NF4Quantizer(HfQuantizer):
         if isinstance(dtype, str):  # as `config.dtype` is when the model has been saved
             dtype = getattr(torch, dtype)
         other = dtype is not None and dtype != model.dtype
-        for module in list(model.modules()):
-            if isinstance(module, NF4Linear):
-                weight: NF4Weight = module._parameters["weight"]  # type: ignore[assignment]
-                module.weight = nn.Parameter(weight.dequantize(dtype), requires_grad=False)
+        layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+        weights: list[Any] = [layer._parameters["weight"] for layer in layers]
+        usual = Counter(weight.dtype for weight in weights).most_common(1)
+        for layer, weight in zip(layers, weights, strict=True):
+            # A router that the model has in fp32, say, stays so.
+            own = dtype if other or weight.dtype == usual[0][0] else weight.dtype
+            layer.weight = nn.Parameter(weight.dequantize(own), requires_grad=False)
         self.remove_quantization_config(model)
         return model.to(dtype) if other else model
 

@@ -13,6 +13,7 @@ import torch
 import transformers
 import transformers_models
 from flow_checks import Calls, assert_fused
+from flow_families import tiny
 from flow_models import adapted, arguments, config, ids, llama, patched_copy, tokenizer, words
 from torch import nn
 
@@ -49,6 +50,34 @@ def data() -> list[dict[str, Any]]:
 
 def losses(trainer: Any) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+CUT = ["hrm_text", "lara_mini", "sarvam_moe"]
+"""Their files hold tensors that transformers cuts into linear layers."""
+
+
+@pytest.mark.parametrize("family", [*CUT, "hunyuan_v1_moe", "gemma2", "falcon", "opt", "modernbert-decoder"])
+def test_families(family: str, tmp_path: Path) -> None:
+    """Each layer as quantize_model packs it; the same read again, by bitsandbytes too."""
+    tiny(family).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
+    options = {"quantization_config": NF4Config(), "dtype": torch.bfloat16}
+    model = Auto.from_pretrained(tmp_path / "dense", **options)
+    other = pk.quantize_model(Auto.from_pretrained(tmp_path / "dense", dtype=torch.bfloat16))
+    transformers_models.assert_same_state(model, other)
+    model.save_pretrained(tmp_path / "4bit")
+    other.save_pretrained(tmp_path / "other")
+    for folder in ("4bit", "other"):
+        read = Auto.from_pretrained(tmp_path / folder, config=read_config(tmp_path / folder))
+        transformers_models.assert_same_state(read, model)
+    read.save_pretrained(tmp_path / "again")
+    again = Auto.from_pretrained(tmp_path / "again", config=read_config(tmp_path / "again"))
+    transformers_models.assert_same_state(again, model)
+    if family != "falcon":  # whose linear layers bitsandbytes leaves dense
+        transformers_models.bnb_config()
+        transformers_models.assert_same_state(Auto.from_pretrained(tmp_path / "4bit"), model)
+    dense = model.dequantize()
+    dense.save_pretrained(tmp_path / "dense-again")
+    transformers_models.assert_same_state(Auto.from_pretrained(tmp_path / "dense-again"), dense)
 
 
 @pytest.mark.parametrize("made", ["dense", "ours", "bnb"])
