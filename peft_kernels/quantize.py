@@ -66,7 +66,8 @@ def quantize_model(
     -------
     nn.Module
         The model itself. `is_loaded_in_4bit` is set on it, as on a model of bitsandbytes', for as long as it
-        has an NF4 layer.
+        has an NF4 layer. One of transformers (5.23 or later) saves itself as a checkpoint in 4 bits, which
+        `integrations.transformers` reads without bitsandbytes, and has a `dequantize()`.
 
     Raises
     ------

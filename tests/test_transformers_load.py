@@ -62,6 +62,33 @@ def test_shards(tmp_path: Path) -> None:
     assert_same_state(loaded(one), loaded(many))
 
 
+def test_files_that_are_not_mapped_or_no_safetensors(tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path / "file"))
+    assert_same_state(loaded(tmp_path / "file", disable_mmap=True), model)
+    items = safetensors.torch.load_file(tmp_path / "file" / "model.safetensors")
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "config.json").write_text((tmp_path / "file" / "config.json").read_text())
+    torch.save(items, tmp_path / "bin" / "pytorch_model.bin")
+    assert_same_state(loaded(tmp_path / "bin"), model)
+
+
+def test_a_state_dict_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
+    """It may lie in a mapped file, whose pages are not ours to give back: they have been written to."""
+    saved(tmp_path)
+    items = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    for item in items.values():
+        item.mul_(2)
+    before = {key: item.clone() for key, item in items.items()}
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    model = transformers.LlamaForCausalLM.from_pretrained(
+        None, config=config, state_dict=items, quantization_config=NF4Config(), dtype=torch.bfloat16
+    )
+    assert all(torch.equal(items[key], before[key]) for key in items)
+    dense = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    dense.load_state_dict(items)
+    assert_same_state(model, pk.quantize_model(dense))
+
+
 @pytest.mark.parametrize("stored", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("asked", ["auto", torch.bfloat16, None], ids=str)
 def test_the_type_that_is_asked_for(stored: torch.dtype, asked: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import models
 import pytest
 import safetensors.torch
 import torch
@@ -26,6 +27,7 @@ from transformers_models import (
     read,
     read_config,
     saved,
+    transformers,
 )
 
 import peft_kernels as pk
@@ -172,6 +174,24 @@ def test_a_copy_saves_itself(tmp_path: Path) -> None:
     twin.save_pretrained(tmp_path / "4bit")
     assert_same_state(read(tmp_path / "4bit"), twin)
     assert len(nf4_layers(twin)) == 14
+
+
+def test_other_heads_on_the_same_file(tmp_path: Path) -> None:
+    loaded(saved(tmp_path / "dense")).save_pretrained(tmp_path / "4bit")
+    config = read_config(tmp_path / "4bit", num_labels=3)
+    for kind in (transformers.AutoModel, transformers.AutoModelForSequenceClassification):
+        model = kind.from_pretrained(tmp_path / "4bit", config=config)
+        assert len(nf4_layers(model)) == 14
+        model.save_pretrained(tmp_path / "again")
+        again = kind.from_pretrained(tmp_path / "again", config=read_config(tmp_path / "again"))
+        assert_same_state(again, model)
+    assert model.score.weight.shape == (3, 64)
+
+
+def test_pickled_it_saves_itself(tmp_path: Path) -> None:
+    model = models.pickled(loaded(saved(tmp_path)))
+    model.save_pretrained(tmp_path / "4bit")
+    assert_same_state(read(tmp_path / "4bit"), model)
 
 
 # Theirs.
