@@ -47,7 +47,7 @@ def targets(
         named = HEAD_NAMES if skip is None else skip
         if not is_linear(module):
             left[name] = _reason_other(module)
-        elif any(_fits(part, name) for part in named):
+        elif any(fits(part, name) for part in named):
             left[name] = "named in skip" if skip is not None else default
         elif module in stay:
             left[name] = f"{stay[module]}; skip=() would pack it"
@@ -74,7 +74,7 @@ def _plain(name: str) -> str:
     return name.removeprefix("base_model.model.")
 
 
-def _fits(key: str, name: str) -> bool:
+def fits(key: str, name: str) -> bool:
     """Whether `key` is the name, or consecutive parts of it."""
     return f".{key}." in f".{name}." or f".{key}." in f".{_plain(name)}."
 
@@ -83,7 +83,7 @@ def check_names(model: nn.Module, skip: Iterable[str], argument: str = "skip") -
     """ValueError for a name that fits no module."""
     known = [name for name, _ in model.named_modules() if name]
     for key in skip:
-        if any(_fits(key, name) for name in known):
+        if any(fits(key, name) for name in known):
             continue
         parts = sorted({part for name in known for part in (name, name.rpartition(".")[2])})
         near = difflib.get_close_matches(key, parts, n=3, cutoff=0.5)
