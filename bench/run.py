@@ -13,8 +13,9 @@ memory-... count the bytes that a forward saves for its backward. Those called s
 run by name alone, compile the kernels for cards that need not be here: the CUDA kernels' instructions are put
 beside what a card allows, of the Triton kernels registers, spills and the like are told. So does host-...: it
 times the CUDA back end's host code, without a card. waves-... tells by arithmetic how far products with NF4
-weights fill a card, every-cell-... for each of them. Writes results.jsonl, table.txt and ratios.png to the
-output folder. Exits with 1 when a result was wrong.
+weights fill a card, every-cell-... for each of them. loading-... tells the memory and the time that loading a
+checkpoint in 4 bits takes. Writes results.jsonl, table.txt and ratios.png to the output folder. Exits with 1
+when a result was wrong.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         compiled,
         harness,
         host,
+        loading,
         machine,
         memory,
         report,
@@ -85,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *waves.standard(),
         *compiled.standard(),
         *triton_cases.standard(),
+        *loading.standard(),
     ]
     every: list[Any] = [*timed, *by_name]
     if options.list and not (options.only or options.quick or options.full):

@@ -81,7 +81,7 @@ class NF4Weight(NF4Tensor):
         if blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
         packed, absmax = ops.quantize_nf4(weight.detach(), blocksize)
-        if check_finite and not bool(torch.isfinite(absmax).all()):
+        if check_finite and not (bool(absmax.sum().isfinite()) or bool(absmax.isfinite().all())):
             bad = int((~torch.isfinite(weight.detach())).sum())
             raise ValueError(f"{name}: expected finite values, got {bad} NaN or Inf among {weight.numel()}")
         shape = (weight.shape[0], weight.shape[1])

@@ -16,12 +16,14 @@ from .integrations import ddp
 from .nf4 import NF4Weight
 
 RECORD = "_peft_kernels_nf4"
+METHOD = "peft_kernels_nf4"
+"""What transformers calls the way in which our models are quantised."""
 
 # PEFT's and TRL's kbit preparation turn checkpointing on for such a model, TRL does not cast it, Trainer
 # makes no DataParallel of it. Not `is_quantized`: transformers then asks for an `hf_quantizer`, and refuses
 # half() and float(), which are right here. Accelerate takes a 4-bit model without a `quantization_method` for
 # one of bitsandbytes.
-_FLAGS = {"is_loaded_in_4bit": True, "quantization_method": "peft_kernels_nf4"}
+_FLAGS = {"is_loaded_in_4bit": True, "quantization_method": METHOD}
 
 
 class ModelLink:
@@ -84,7 +86,7 @@ def announce(model: nn.Module, link: ModelLink, report: Any) -> None:
     """Set on the model, and on the transformers models that it wraps, what other libraries look at."""
     link.tie(model)
     vars(model)[RECORD] = Record(model, link, report, ddp.ignore_packed(model))
-    for owner in _owners(model):
+    for owner in owners(model):
         for name, value in _FLAGS.items():
             if not getattr(owner, name, False):
                 vars(owner)[name] = value
@@ -101,8 +103,11 @@ def _take_back(model: nn.Module) -> None:
     record = vars(model).pop(RECORD, None)
     if record is not None:
         ddp.forget(model, record.ignored_by_ddp)
-    for owner in _owners(model):
-        if vars(owner).get("quantization_method") == _FLAGS["quantization_method"]:
+    for owner in owners(model):
+        quantizer: Any = vars(owner).get("hf_quantizer")
+        if quantizer is not None and quantizer.quantization_config.quant_method == METHOD:
+            quantizer.remove_quantization_config(owner)
+        if vars(owner).get("quantization_method") == METHOD:
             for name in (*_FLAGS, "num_parameters"):
                 vars(owner).pop(name, None)
 
@@ -118,7 +123,7 @@ def _num_parameters(model: Any, *args: Any, **kwargs: Any) -> int:
     return count
 
 
-def _owners(model: nn.Module) -> Iterator[nn.Module]:
+def owners(model: nn.Module) -> Iterator[nn.Module]:
     """The model itself, and the outermost transformers models inside it (a value head or PEFT around one)."""
     yield model
     if "transformers" not in sys.modules:

@@ -80,6 +80,24 @@ class NF4Linear(nn.Linear):
             new.plain_class, new.link = linear.plain_class, linear.link
         return new.train(linear.training)
 
+    @classmethod
+    def awaiting(cls, linear: nn.Module, compute_dtype: torch.dtype | None = None) -> NF4Linear:
+        """What stands for a layer on the meta device until its weight is assigned.
+
+        An NF4Weight makes it the layer that it is for, a dense weight, (out_features, in_features), an
+        ordinary layer of `linear`'s class.
+        """
+        new = cls.__new__(cls)
+        nn.Module.__init__(new)
+        weight: Any = linear.weight
+        if not isinstance(linear, nn.Linear):
+            weight = weight.t()
+        new.out_features, new.in_features = weight.shape
+        new.compute_dtype, new.plain_class = compute_dtype, type(linear)
+        new.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        new.register_parameter("bias", linear.bias)  # type: ignore[arg-type]
+        return new.train(linear.training)
+
     def forward(self, x: Tensor) -> Tensor:
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias

@@ -35,6 +35,7 @@ from bench import (
     compiled,
     harness,
     host,
+    loading,
     memory,
     report,
     run,
@@ -218,7 +219,8 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
     every, default, full = listed(), listed("--only", "|".join(run.DEFAULT)), listed("--full")
     quick = listed("--quick")
     assert default < full < every and quick < full
-    by_name = compiled.standard(), triton_cases.standard(), waves.standard(), host.standard("bf16")
+    kinds_by_name = (compiled, triton_cases, waves, loading)
+    by_name = [host.standard("bf16"), *(kind.standard() for kind in kinds_by_name)]
     assert every - full == {case.name for cases_of in by_name for case in cases_of}
     kinds = {name.rpartition("-")[0] if "memory" in name else re.split(r"-\d", name)[0] for name in full}
     for chosen in (default, quick):

@@ -40,7 +40,7 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
         numbers |= {
             "nested_blocksize": NESTED_BLOCKSIZE,
             "nested_dtype": "float32",
-            "nested_offset": state.offset.item(),
+            "nested_offset": 0.0 if device.type == "meta" else state.offset.item(),  # no data there anyway
         }
     blob = json.dumps(numbers).encode()
     items[f"{key}.{STATE_ITEM}"] = torch.tensor(list(blob), dtype=torch.uint8, device=device)

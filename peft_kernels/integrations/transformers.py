@@ -1,72 +1,79 @@
-"""What models of transformers say of their layers: which are linear, which are heads."""
+"""transformers: models in 4 bits from one call, and bitsandbytes' checkpoints without bitsandbytes."""
 
 from __future__ import annotations
 
-import re
-import sys
-from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from transformers import AutoConfig
+from transformers.quantizers import auto
 
-HEAD_NAMES = ("lm_head", "score", "classifier", "qa_outputs", "summary", "v_head")
+from ..nf4_model import METHOD
+from .nf4_config import NF4Config
+from .nf4_quantizer import NF4Quantizer
 
-_WITH_A_HEAD = re.compile(
-    r"For\w*(Classification|QuestionAnswering|MultipleChoice|Regression)|Reward\w*Model"
-)
+__all__ = ["NF4Config", "NF4Quantizer", "disable", "enable", "read_config"]
+
+_BITSANDBYTES = "bitsandbytes_4bit"
+_theirs: list[Any] = []  # the quantiser that `enable` has replaced
 
 
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is exactly a linear layer: nn.Linear, or FalconLinear or Conv1D of transformers.
+def read_config(path: Any, **kwargs: Any) -> Any:
+    """The configuration of a 4-bit checkpoint, to load it without bitsandbytes.
 
-    Conv1D (GPT-2) is no nn.Linear; its weight is (in_features, out_features).
+    `AutoModelForCausalLM.from_pretrained(path, config=read_config(path))` reads what bitsandbytes or this
+    package has saved. Which layers are in 4 bits, and the blocksize of each, stands in the file.
+
+    Parameters
+    ----------
+    path
+        A folder, or a name on the hub.
+    **kwargs
+        As `AutoConfig.from_pretrained` takes: revision, token, and what overrides the configuration.
+
+    Raises
+    ------
+    ValueError
+        The checkpoint is not quantised, in 8 bits, in FP4, or quantised by somebody else.
     """
-    if type(module) is nn.Linear:
-        return True
-    name, home = type(module).__name__, type(module).__module__
-    return (name, home) in (
-        ("Conv1D", "transformers.pytorch_utils"),
-        ("FalconLinear", "transformers.models.falcon.modeling_falcon"),
-    )
+    config = AutoConfig.from_pretrained(path, **kwargs)
+    text = config.get_text_config(decoder=True)
+    owner = text if getattr(config, "quantization_config", None) is None else config
+    stored = getattr(owner, "quantization_config", None)
+    if stored is None:
+        raise ValueError(
+            f"path: expected a checkpoint in 4 bits, got one without a quantization_config, {path}; load it "
+            "with quantization_config=NF4Config()"
+        )
+    ours = NF4Config.from_dict(stored)
+    vars(owner).pop("quantization_config")
+    config.quantization_config = {
+        "quant_method": METHOD,
+        "blocksize": ours.blocksize,
+        "double_quant": ours.double_quant,
+        "modules_to_not_convert": ours.modules_to_not_convert,
+        "compute_dtype": ours.compute_dtype,
+    }
+    return config
 
 
-def heads(model: nn.Module) -> dict[nn.Module, str]:
-    """Modules that a fine-tuning trains or that must keep their precision, with the reason."""
-    found: dict[nn.Module, str] = {}
-    if "transformers" not in sys.modules:
-        return found
-    from transformers import PreTrainedModel
+def enable() -> None:
+    """From now on NF4 by bitsandbytes' configuration is ours, for the whole process, until `disable()`.
 
-    for module in model.modules():
-        if not isinstance(module, PreTrainedModel):
-            continue
-        embeddings = _output_embeddings(module)
-        if embeddings is not None:
-            found[embeddings] = "the output embeddings"
-        if _WITH_A_HEAD.search(type(module).__name__) and module.base_model is not module:
-            inside = set(module.base_model.modules())
-            found.update((m, "in the model's head") for m in module.modules() if m not in inside)
-        for key in _names(module, "_tied_weights_keys"):
-            found.update((m, f"in {type(module).__name__}._tied_weights_keys") for m in _find(module, key))
-        for key in _names(module, "_keep_in_fp32_modules"):
-            found.update((m, f"in {type(module).__name__}._keep_in_fp32_modules") for m in _find(module, key))
-    return found
+    `BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")` and checkpoints in 4 bits then load
+    with NF4Linear, whoever calls `from_pretrained` (AutoPeftModel, TRL), and need no bitsandbytes. FP4 and
+    8 bits stay bitsandbytes'.
+    """
+    if not _theirs:
+        _theirs.append(auto.AUTO_QUANTIZER_MAPPING[_BITSANDBYTES])
+        auto.AUTO_QUANTIZER_MAPPING[_BITSANDBYTES] = _nf4_or_theirs  # type: ignore[assignment]
 
 
-def _output_embeddings(model: Any) -> nn.Module | None:
-    try:
-        embeddings = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    return embeddings if isinstance(embeddings, nn.Module) else None
+def disable() -> None:
+    """Take back what `enable()` did. Models that are loaded stay as they are."""
+    if _theirs:
+        auto.AUTO_QUANTIZER_MAPPING[_BITSANDBYTES] = _theirs.pop()
 
 
-def _names(model: nn.Module, attribute: str) -> list[str]:
-    return [str(key).removesuffix(".weight") for key in getattr(model, attribute, None) or ()]
-
-
-def _find(model: nn.Module, key: str) -> Iterator[nn.Module]:
-    """Modules whose dotted name holds `key`, and what is inside them."""
-    for name, module in model.named_modules():
-        if f".{key}." in f".{name}.":
-            yield module
+def _nf4_or_theirs(config: Any, **kwargs: Any) -> Any:
+    kind = NF4Quantizer if config.bnb_4bit_quant_type == "nf4" else _theirs[0]
+    return kind(config, **kwargs)

@@ -1,0 +1,89 @@
+"""In which layout the layers of a model stand in its file.
+
+Some models of transformers cut tensors of their files into layers (q, k and v out of one), turn them, or glue
+them together, and undo that when they are saved. 4 bits cannot be cut or turned: packed layers are saved as
+the model has them, under the model's own names, and read back so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from safetensors import safe_open
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightConverter
+
+from .bitsandbytes import STATE_ITEM
+from .mapped_files import MappedFiles
+from .nf4_config import NF4Config
+from .nf4_conversion import Errors, Read
+
+_ITEMS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_ITEM)
+_FP4 = "quant_state.bitsandbytes__fp4"  # read so that it can be refused
+_CONVERSIONS, _KEPT = "_weight_conversions", "_peft_kernels_weight_conversions"
+
+
+def reading(config: NF4Config, errors: Errors, files: MappedFiles) -> WeightConverter:
+    """What collects the items of a weight in 4 bits."""
+    items = ["weight", *(f"weight.{item}" for item in (*_ITEMS, _FP4))]
+    return WeightConverter(items, "weight", [Read(config, errors, files)])
+
+
+def in_four_bits(files: Iterable[str]) -> set[str]:
+    """Names of the weights that are in 4 bits in a checkpoint."""
+    suffix, found = f".{STATE_ITEM}", set()
+    for file in files:
+        if str(file).endswith(".safetensors"):
+            with safe_open(file, framework="pt") as opened:
+                keys = list(opened.keys())
+            found |= {key.removesuffix(suffix) for key in keys if key.endswith(suffix)}
+    return found
+
+
+def to_read(conversions: Iterable[Any], packed: set[str]) -> list[Any]:
+    """A model's conversions but for those of weights that are in 4 bits under the model's own names.
+
+    ValueError for a weight in 4 bits that the model wants cut into others.
+    """
+    kept = []
+    for conversion in conversions:
+        own = False
+        for key in packed if isinstance(conversion, WeightConverter) else ():
+            new, pattern = conversion.rename_source_key(key)
+            if pattern is not None and new != key:
+                raise ValueError(
+                    f"{key}: expected a dense weight, which this model converts to {new}, got 4 bits; "
+                    "quantise the checkpoint in 16 bits"
+                )
+            own = own or pattern is not None
+        if not own:
+            kept.append(conversion)
+    return kept
+
+
+def keep_own(model: Any, packed: set[str]) -> None:
+    """Have the next save leave the named layers in the layout that the model has."""
+    conversions = getattr(model, _CONVERSIONS, None)
+    if conversions is None:  # as transformers takes them for a model that was not loaded
+        found = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [each for each in found if not isinstance(each, PrefixChange)]
+    kept = [each for each in conversions if not _touches(each, packed)]
+    if len(kept) < len(conversions):
+        vars(model)[_KEPT] = vars(model).get(_CONVERSIONS)
+        vars(model)[_CONVERSIONS] = kept
+
+
+def restore(model: Any) -> None:
+    """Undo `keep_own`."""
+    if _KEPT in vars(model):
+        vars(model)[_CONVERSIONS] = vars(model).pop(_KEPT)
+
+
+def _touches(conversion: Any, packed: set[str]) -> bool:
+    if not isinstance(conversion, WeightConverter):
+        return False
+    if any(isinstance(operation, Read) for operation in conversion.operations):
+        return False
+    reverse = conversion.reverse_transform()
+    return any(reverse.rename_source_key(f"{name}.weight")[1] is not None for name in packed)

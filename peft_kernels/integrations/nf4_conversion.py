@@ -1,0 +1,146 @@
+"""From a checkpoint's tensors to NF4 weights, one at a time, as transformers reads them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+
+from ..nf4 import NF4Weight
+from ..nn import NF4Linear
+from .mapped_files import MappedFiles
+from .nf4_config import NF4Config
+
+_ALIGNMENT = 64
+
+
+class Errors:
+    """Sentences about weights that do not fit.
+
+    transformers catches what a conversion raises, and raises an error of its own that names no tensor. So it
+    is kept here, and raised when all is read; nothing is quantised after the first.
+    """
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def check(self) -> None:
+        if self.sentences:
+            raise ValueError(self.sentences[0])
+
+    def of(self, error: ValueError) -> None:
+        self.sentences.append(str(error))
+
+
+class _Conversion(ConversionOps):
+    def __init__(self, config: NF4Config, errors: Errors, files: MappedFiles) -> None:
+        self.config, self.errors, self.files = config, errors, files
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        """transformers copies it for each weight."""
+        return type(self)(self.config, self.errors, self.files)
+
+    def guarded(self, key: str, layer: nn.Module, value: Any) -> Any:
+        """What `_convert` makes of it; after an error the layer's own weight, which holds no data."""
+        if not self.errors.sentences:
+            try:
+                return self._convert(key, layer, value)
+            except ValueError as error:
+                self.errors.of(error)
+        return layer.weight
+
+    def _convert(self, key: str, layer: Any, value: Any) -> nn.Parameter:
+        raise NotImplementedError
+
+
+class Quantize(_Conversion):
+    """A dense weight as it was read -> NF4."""
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        return {
+            key: self.guarded(key, _owner(about, key), value[0] if isinstance(value, list) else value)
+            for key, value in input_dict.items()
+        }
+
+    def _convert(self, key: str, layer: Any, value: Tensor) -> nn.Parameter:
+        dense, config = _as_linear(key, layer, value).to(layer.weight.dtype), self.config
+        on_meta = dense.device.type == "meta"
+        weight = NF4Weight.quantize(
+            dense, config.blocksize, config.double_quant, check_finite=not on_meta, name=key
+        )
+        self.files.release(value)
+        return nn.Parameter(weight, requires_grad=False)
+
+
+class Read(_Conversion):
+    """bitsandbytes' items of a weight -> NF4; a weight that is dense in the file stays dense."""
+
+    hf_quantizer = True  # transformers asks for it: then `get_new_dtype` decides about casts
+    dtype: torch.dtype | None = None
+    """Of a weight that is dense; what is packed has its own."""
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        items = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        key: str = about["full_layer_name"]
+        layer = _owner(about, key)
+        if key.endswith(".weight") and isinstance(layer, NF4Linear):
+            return {"weight": self.guarded(key, layer, items)}
+        if len(items) > 1:
+            kind = type(layer).__name__
+            self.errors.of(ValueError(f"{key}: expected a dense weight for a {kind}, got 4 bits"))
+            return {"weight": getattr(layer, key.rpartition(".")[2])}
+        return {name: self._dense(item) for name, item in items.items() if name == "weight"}
+
+    def _convert(self, key: str, layer: Any, items: dict[str, Tensor]) -> nn.Parameter:
+        weight = items.get("weight")
+        if weight is not None and len(items) == 1 and weight.is_floating_point():
+            return nn.Parameter(_as_linear(key, layer, self._dense(weight)))
+        named = {key + name.removeprefix("weight"): self._aligned(item) for name, item in items.items()}
+        packed = NF4Weight.from_state_dict(named, key.removesuffix("weight"))
+        _check_shape(key, layer, tuple(packed.shape))
+        packed._state.name = key
+        if layer.compute_dtype == packed.dtype:
+            layer.compute_dtype = None  # which is the same, and PEFT rounds adapters to one that is set
+        return nn.Parameter(packed, requires_grad=False)
+
+    def _aligned(self, item: Tensor) -> Tensor:
+        """Where kernels read fastest: a file's tensors lie at any byte of it."""
+        if item.data_ptr() % _ALIGNMENT == 0:
+            return item
+        copied = item.clone()
+        self.files.release(item)
+        return copied
+
+    def _dense(self, weight: Tensor) -> Tensor:
+        return weight if self.dtype is None else weight.to(self.dtype)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Written()
+
+
+class _Written(ConversionOps):
+    """A state dict has bitsandbytes' items already."""
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        return input_dict
+
+
+def _owner(about: dict[str, Any], key: str) -> Any:
+    return about["model"].get_submodule(key.rpartition(".")[0])
+
+
+def _as_linear(key: str, layer: Any, value: Tensor) -> Tensor:
+    """(out_features, in_features): a Conv1D's weight is stored transposed."""
+    if not issubclass(layer.plain_class, nn.Linear) and value.dim() == 2:
+        value = value.t()
+    _check_shape(key, layer, tuple(value.shape))
+    return value
+
+
+def _check_shape(key: str, layer: Any, shape: tuple[int, ...]) -> None:
+    expected = (layer.out_features, layer.in_features)
+    if shape != expected:
+        raise ValueError(f"{key}: expected shape {expected}, got {shape}")

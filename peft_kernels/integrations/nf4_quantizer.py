@@ -1,0 +1,219 @@
+"""The quantiser of transformers for NF4Config: what from_pretrained, save_pretrained and dequantize ask."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ..nf4 import NF4Weight
+from ..nf4_model import METHOD, ModelLink, announce
+from ..nn import NF4Linear
+from ..quantize_report import QuantizeReport, nbytes_of
+from ..targets import check_names, targets, warn_about_experts
+from . import layouts
+from .architectures import is_linear
+from .mapped_files import MappedFiles
+from .nf4_config import NF4Config
+from .nf4_conversion import Errors, Quantize, Read
+
+logger = logging.getLogger("peft_kernels")
+
+
+@register_quantizer(METHOD)
+class NF4Quantizer(HfQuantizer):
+    """Puts NF4Linear where linear layers are, before anything is read, and NF4 weights into them."""
+
+    quantization_config: NF4Config
+    is_trainable = True  # what PEFT adds to the model
+    is_compileable = True
+    attached = False
+    """Whether the model was there before the quantiser."""
+    by_their_rules = False
+    """Whether names of modules are patterns, as bitsandbytes' configuration has them."""
+
+    def __init__(self, quantization_config: NF4Config | BitsAndBytesConfig, **kwargs: Any) -> None:
+        self.by_their_rules = isinstance(quantization_config, BitsAndBytesConfig)
+        if isinstance(quantization_config, BitsAndBytesConfig):
+            quantization_config = NF4Config.from_dict(quantization_config.to_dict())
+        super().__init__(quantization_config, **kwargs)
+        self.errors = Errors()
+        self.report = QuantizeReport()
+        self.in_four_bits: set[str] = set()
+        self.files = MappedFiles()
+
+    def is_serializable(self) -> bool:
+        return True
+
+    # Loading
+
+    def validate_environment(self, device_map: Any = None, **_: Any) -> None:
+        if not isinstance(device_map, dict):
+            return
+        kinds = {_kind_of(device) for device in device_map.values()}
+        if "disk" in kinds or len(kinds) > 1:
+            raise ValueError(
+                f"device_map: expected all of a 4-bit model on the CPU or all of it on GPUs, got {device_map}"
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """As for bitsandbytes: where there is a GPU, on it."""
+        if device_map is None and torch.cuda.is_available():
+            return {"": torch.cuda.current_device()}
+        return device_map
+
+    @property
+    def quantized_element_size(self) -> float:
+        config = self.quantization_config
+        return 0.5 + (1 if config.double_quant else 4) / config.blocksize
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        module, _dot, name = param_name.rpartition(".")
+        return name == "weight" and isinstance(model.get_submodule(module), NF4Linear)
+
+    def get_quantize_ops(self) -> Quantize:
+        return Quantize(self.quantization_config, self.errors, self.files)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        if not self.pre_quantized:
+            return list(weight_conversions)
+        others = layouts.to_read(weight_conversions, self.in_four_bits)
+        return [*others, layouts.reading(self.quantization_config, self.errors, self.files)]
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, Read):
+                operation.dtype = dtype
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, **_: Any
+    ) -> None:
+        self.files = MappedFiles(checkpoint_files or ())
+        tied = model.all_tied_weights_keys
+        twice = sum(model.get_parameter_or_buffer(key).nbytes for key in tied)
+        config, report = self.quantization_config, QuantizeReport(bytes_before=nbytes_of(model) - twice)
+        names = config.modules_to_not_convert
+        if self.pre_quantized:
+            names = []  # the file says which layers are in 4 bits
+            self.in_four_bits = layouts.in_four_bits(checkpoint_files or ())
+        elif names is not None and self.by_their_rules:
+            patterns = [*names, *(model._keep_in_fp32_modules or ())]
+            every = [name for name, module in model.named_modules() if is_linear(module)]
+            names = [name for name in every if not should_convert_module(name, patterns)]
+        elif names is not None:
+            check_names(model, names, "modules_to_not_convert")
+        skip = None if names is None else tuple(names)
+        for name, linear in list(targets(model, skip, report.left, {*tied, *tied.values()})):
+            model.set_submodule(name, NF4Linear.awaiting(linear, config.compute_dtype))
+        warn_about_experts(model, report.left)
+        self.report = report
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        errors, report, link = self.errors, self.report, ModelLink()
+        self.errors, self.report, self.files = Errors(), QuantizeReport(), MappedFiles()
+        errors.check()
+        layers = {name: module for name, module in model.named_modules() if _is_packed(module)}
+        if not layers:
+            logger.warning("no layer of %s is NF4: %s", type(model).__name__, report.left or "it has none")
+            self.remove_quantization_config(model)
+            return model
+        for layer in layers.values():
+            layer.link = link
+        report.layers, report.bytes_after = list(layers), nbytes_of(model)
+        announce(model, link, report)
+        logger.info("%s", report)
+        return model
+
+    # Saving
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+        """Before anything is written: the configuration tells which layers are in 4 bits now."""
+        packed = {name for name, module in model.named_modules() if _is_packed(module)}
+        layouts.restore(model)
+        layouts.keep_own(model, packed)
+        if packed:
+            self.quantization_config.describe(_dense(model, packed), model.dtype)
+            model.config.quantization_config = self.quantization_config
+            if self.attached:
+                _forget_with_the_state_dict(model)
+        else:  # all of them merged, or all dense for good
+            vars(model.config).pop("quantization_config", None)
+        return None, {}
+
+    # Back to dense
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if isinstance(dtype, str):  # as `config.dtype` is when the model has been saved
+            dtype = getattr(torch, dtype)
+        other = dtype is not None and dtype != model.dtype
+        layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
+        weights: list[Any] = [layer._parameters["weight"] for layer in layers]
+        usual = Counter(weight.dtype for weight in weights).most_common(1)
+        for layer, weight in zip(layers, weights, strict=True):
+            # A router that the model has in fp32, say, stays so.
+            own = dtype if other or weight.dtype == usual[0][0] else weight.dtype
+            layer.weight = nn.Parameter(weight.dequantize(own), requires_grad=False)
+        self.remove_quantization_config(model)
+        return model.to(dtype) if other else model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        layouts.restore(model)
+        for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit"):
+            vars(model).pop(name, None)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                for name in ("quantization_config", "_is_quantized"):
+                    vars(module.config).pop(name, None)
+
+
+def attach(model: Any, config: NF4Config) -> None:
+    """Have a model that `quantize_model` was given save and dequantize like one that was loaded in 4 bits."""
+    if getattr(model, "hf_quantizer", None) is None:
+        quantizer = vars(model)["hf_quantizer"] = NF4Quantizer(config, pre_quantized=False)
+        quantizer.attached = True
+
+
+def _forget_with_the_state_dict(model: Any) -> None:
+    """Models that are made by hand may share a configuration: it tells of 4 bits while it is written only.
+
+    `save_pretrained` asks for the state dict next.
+    """
+
+    def forget(*_: Any) -> None:
+        vars(model.config).pop("quantization_config", None)
+        hook.remove()
+
+    hook = model.register_state_dict_pre_hook(forget)
+
+
+def _is_packed(module: nn.Module) -> bool:
+    weight = module._parameters.get("weight")
+    return isinstance(weight, NF4Weight) and not weight.is_dense
+
+
+def _dense(model: nn.Module, packed: set[str]) -> list[str]:
+    """Names by which bitsandbytes' readers leave the dense linear layers alone, and no packed one.
+
+    They take a name as the beginning or the end of a module's, and as a regular expression.
+    """
+    names = []
+    for name, module in model.named_modules():
+        if name not in packed and (is_linear(module) or isinstance(module, nn.Linear)):
+            alone = all(should_convert_module(other, [name]) for other in packed)
+            names.append(name if alone else f"{name}$")
+    return names
+
+
+def _kind_of(device: Any) -> str:
+    if device == "disk":
+        return "disk"
+    kind = "gpu" if isinstance(device, int) else torch.device(device).type
+    return kind if kind in ("cpu", "meta") else "gpu"

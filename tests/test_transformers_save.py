@@ -1,0 +1,396 @@
+"""save_pretrained of a model in 4 bits, and what reads it: ourselves, and transformers with bitsandbytes."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import models
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from transformers.core_model_loading import Chunk, WeightConverter
+from transformers_models import (
+    MODELS,
+    Auto,
+    assert_same_state,
+    auto,
+    bnb_config,
+    ids,
+    llama,
+    loaded,
+    logits,
+    nf4_layers,
+    read,
+    read_config,
+    saved,
+    transformers,
+)
+
+import peft_kernels as pk
+from peft_kernels.integrations import layouts
+from peft_kernels.integrations import transformers as integration
+from peft_kernels.quantize import report_of
+
+
+def stored(folder: Path) -> Any:
+    """What config.json says of the quantisation."""
+    return json.loads((folder / "config.json").read_text()).get("quantization_config")
+
+
+# Ours.
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_read_again_it_is_the_same(kind: str, tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path / "dense", kind), kind)
+    model.save_pretrained(tmp_path / "4bit", max_shard_size="30kB")
+    again = read(tmp_path / "4bit", kind)
+    assert_same_state(model, again)
+    assert nf4_layers(model) == nf4_layers(again)
+    assert torch.equal(logits(model), logits(again))
+    ours, theirs = report_of(model), report_of(again)
+    assert ours is not None and theirs is not None and ours.layers == theirs.layers
+    again.save_pretrained(tmp_path / "again", max_shard_size="30kB")
+    for file in (tmp_path / "4bit").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_a_model_of_quantize_model(kind: str, tmp_path: Path) -> None:
+    dense = auto(kind).from_pretrained(saved(tmp_path / "dense", kind))
+    model = pk.quantize_model(dense, blocksize=128, double_quant=False)
+    model.save_pretrained(tmp_path)
+    numbers = stored(tmp_path)
+    assert (numbers["bnb_4bit_blocksize"], numbers["bnb_4bit_use_double_quant"]) == (128, False)
+    again = read(tmp_path, kind)
+    assert_same_state(model, again)
+    assert torch.equal(logits(model), logits(again))
+
+
+def test_a_dense_model_with_the_same_configuration_stays_dense(tmp_path: Path) -> None:
+    """Models that are made by hand share the object that they are made of."""
+    dense = llama()
+    twin = type(dense)(dense.config)
+    pk.quantize_model(twin)
+    twin.save_pretrained(tmp_path / "4bit")
+    dense.save_pretrained(tmp_path / "dense")
+    assert stored(tmp_path / "4bit") is not None and stored(tmp_path / "dense") is None
+    assert_same_state(read(tmp_path / "4bit"), twin)
+
+
+def test_what_is_written(tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path), nf4={"modules_to_not_convert": ["mlp", "lm_head"]})
+    model.save_pretrained(tmp_path / "4bit")
+    numbers = stored(tmp_path / "4bit")
+    expected = bnb_config(llm_int8_skip_modules=numbers["llm_int8_skip_modules"]).to_dict()
+    assert numbers == json.loads(json.dumps(expected))
+    dense = {f"model.layers.{i}.mlp.{name}_proj" for i in (0, 1) for name in ("gate", "up", "down")}
+    assert set(numbers["llm_int8_skip_modules"]) == {"lm_head", *dense}
+    keys = set(safetensors.torch.load_file(tmp_path / "4bit" / "model.safetensors"))
+    names = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+    layer = "model.layers.0.self_attn.q_proj.weight"
+    assert {key for key in keys if key.startswith(layer)} == {
+        *(layer + name for name in names),
+        f"{layer}.quant_state.bitsandbytes__nf4",
+    }
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_file_may_be_written_over_while_it_is_read_from(times: int, tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path))
+    for _ in range(times):
+        model.save_pretrained(tmp_path)
+        model = read(tmp_path)
+    assert_same_state(model, pk.quantize_model(llama().to(torch.bfloat16)))
+
+
+def test_a_merged_layer_is_saved_dense_and_an_unmerged_one_is_not(tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path))
+    layer = model.model.layers[0].mlp.up_proj
+    delta = torch.full_like(layer.weight.dequantize(), 0.01)
+    layer.weight.data += delta
+    model.save_pretrained(tmp_path / "merged")
+    assert "model.layers.0.mlp.up_proj" in stored(tmp_path / "merged")["llm_int8_skip_modules"]
+    again = read(tmp_path / "merged")
+    dense = again.model.layers[0].mlp.up_proj
+    assert type(dense) is nn.Linear and torch.equal(dense.weight, layer.weight.dense)
+    assert len(nf4_layers(again)) == 13
+    layer.weight.data -= delta
+    model.save_pretrained(tmp_path / "unmerged")
+    assert_same_state(read(tmp_path / "unmerged"), loaded(saved(tmp_path / "dense")))
+
+
+def test_a_model_that_is_all_merged_says_nothing_of_4_bits(tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path))
+    layers = [model.get_submodule(name) for name in nf4_layers(model)]
+    deltas = [torch.full_like(layer.weight.dequantize(), 0.01) for layer in layers]
+    for layer, delta in zip(layers, deltas, strict=True):
+        layer.weight.data += delta
+    model.save_pretrained(tmp_path / "merged")
+    assert stored(tmp_path / "merged") is None
+    assert torch.equal(logits(Auto.from_pretrained(tmp_path / "merged")), logits(model))
+    for layer, delta in zip(layers, deltas, strict=True):
+        layer.weight.data -= delta
+    model.save_pretrained(tmp_path / "unmerged")
+    assert_same_state(read(tmp_path / "unmerged"), model)
+
+
+@pytest.mark.parametrize("made", ["loaded", "quantized", "read"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+def test_dequantize(made: str, kind: str, dtype: Any, tmp_path: Path) -> None:
+    saved(tmp_path, kind)
+    model = loaded(tmp_path, kind)
+    if made == "quantized":
+        model = pk.quantize_model(Auto.from_pretrained(tmp_path))
+    elif made == "read":
+        model.save_pretrained(tmp_path / "4bit")
+        model = read(tmp_path / "4bit", kind)
+    plain = Auto.from_pretrained(tmp_path)
+    values = {name: model.get_submodule(name).weight.dequantize(dtype) for name in nf4_layers(model)}
+    model = model.dequantize(dtype)
+    assert not nf4_layers(model) and model.dtype == (dtype or torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {dtype or torch.bfloat16}
+    for name, value in values.items():
+        layer = model.get_submodule(name)
+        assert type(layer) is type(plain.get_submodule(name))
+        assert torch.equal(layer.weight, value if isinstance(layer, nn.Linear) else value.t())
+    left = vars(model).keys() - vars(plain).keys()
+    assert left == set(), "flags of a model in 4 bits"
+    model.float()  # refused to a quantised one
+    model.save_pretrained(tmp_path / "dense")
+    assert stored(tmp_path / "dense") is None
+    assert torch.equal(logits(Auto.from_pretrained(tmp_path / "dense")), logits(model))
+
+
+def test_a_copy_saves_itself(tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path))
+    twin = copy.deepcopy(model)
+    model.dequantize()
+    twin.save_pretrained(tmp_path / "4bit")
+    assert_same_state(read(tmp_path / "4bit"), twin)
+    assert len(nf4_layers(twin)) == 14
+
+
+def test_other_heads_on_the_same_file(tmp_path: Path) -> None:
+    loaded(saved(tmp_path / "dense")).save_pretrained(tmp_path / "4bit")
+    config = read_config(tmp_path / "4bit", num_labels=3)
+    for kind in (transformers.AutoModel, transformers.AutoModelForSequenceClassification):
+        model = kind.from_pretrained(tmp_path / "4bit", config=config)
+        assert len(nf4_layers(model)) == 14
+        model.save_pretrained(tmp_path / "again")
+        again = kind.from_pretrained(tmp_path / "again", config=read_config(tmp_path / "again"))
+        assert_same_state(again, model)
+    assert model.score.weight.shape == (3, 64)
+
+
+def test_pickled_it_saves_itself(tmp_path: Path) -> None:
+    model = models.pickled(loaded(saved(tmp_path)))
+    model.save_pretrained(tmp_path / "4bit")
+    assert_same_state(read(tmp_path / "4bit"), model)
+
+
+# Theirs.
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_bitsandbytes_reads_ours(kind: str, tmp_path: Path) -> None:
+    bnb_config()
+    model = loaded(saved(tmp_path / "dense", kind), kind)
+    model.save_pretrained(tmp_path / "4bit")
+    theirs = auto(kind).from_pretrained(tmp_path / "4bit")
+    assert_same_state(model, theirs)
+    assert {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"} == nf4_layers(model)
+    assert_outputs_agree(kind, model, theirs)
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("kind", MODELS)
+def test_ours_reads_bitsandbytes(kind: str, double_quant: bool, tmp_path: Path) -> None:
+    config = bnb_config(bnb_4bit_use_double_quant=double_quant)
+    theirs = auto(kind).from_pretrained(saved(tmp_path / "dense", kind), quantization_config=config)
+    theirs.save_pretrained(tmp_path / "4bit")
+    model = read(tmp_path / "4bit", kind)
+    assert_same_state(model, theirs)
+    assert {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"} == nf4_layers(model)
+    assert_outputs_agree(kind, model, theirs)
+    model.save_pretrained(tmp_path / "again")
+    weights = [folder / "model.safetensors" for folder in (tmp_path / "4bit", tmp_path / "again")]
+    first, second = (safetensors.torch.load_file(file) for file in weights)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def assert_outputs_agree(kind: str, model: Any, theirs: Any) -> None:
+    """Policy: our error against fp64 on the same 4 bits is at most twice theirs, and one rounding."""
+    exact = copy.deepcopy(model).dequantize(torch.float32)
+    if kind != "moe":  # its grouped products take no fp64
+        exact.double().config.dtype = torch.float64
+    truth = exact(input_ids=ids()).logits.detach().double()
+    ours, other = (float((logits(each).double() - truth).abs().max()) for each in (model, theirs))
+    assert ours <= 2 * other + torch.finfo(torch.bfloat16).eps * float(truth.abs().max()), (ours, other)
+
+
+def test_bytes_that_are_stored_under_a_float_type(tmp_path: Path) -> None:
+    """As FSDP with bitsandbytes asks for."""
+    config = bnb_config(bnb_4bit_quant_storage=torch.bfloat16)
+    theirs = Auto.from_pretrained(saved(tmp_path / "dense"), quantization_config=config)
+    theirs.save_pretrained(tmp_path / "4bit")
+    assert_same_state(read(tmp_path / "4bit"), loaded(tmp_path / "dense"))
+
+
+def test_dense_layers_take_the_type_that_is_asked_for(tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path / "dense", "biased"))
+    model.save_pretrained(tmp_path / "4bit")
+    again = read(tmp_path / "4bit", dtype=torch.float16)
+    layer = again.model.layers[0].mlp.up_proj
+    assert layer.weight.dtype == torch.bfloat16, "what was quantised"
+    assert {p.dtype for p in again.parameters() if p is not layer.weight} >= {torch.float16}
+    assert again.model.norm.weight.dtype == again.lm_head.weight.dtype == layer.bias.dtype == torch.float16
+    assert torch.isfinite(logits(again)).all()
+
+
+# For the whole process, by name.
+
+
+@pytest.fixture
+def enabled() -> Any:
+    integration.enable()
+    yield
+    integration.disable()
+
+
+def test_enabled_bitsandbytes_is_ours(enabled: None, tmp_path: Path) -> None:
+    model = Auto.from_pretrained(saved(tmp_path / "dense"), quantization_config=bnb_config())
+    assert_same_state(model, loaded(tmp_path / "dense"))
+    assert nf4_layers(model)
+    model.save_pretrained(tmp_path / "4bit")
+    again = Auto.from_pretrained(tmp_path / "4bit")
+    assert_same_state(model, again)
+    assert nf4_layers(again) == nf4_layers(model)
+    integration.enable()  # twice is once
+    integration.disable()
+    assert not nf4_layers(Auto.from_pretrained(tmp_path / "4bit"))
+
+
+@pytest.mark.parametrize(
+    "skip", [["layers.0", "o_proj"], ["_proj"], ["model.layers.[1]", "nothing"]], ids=str
+)
+def test_enabled_names_are_patterns_as_theirs(skip: list[str], enabled: None, tmp_path: Path) -> None:
+    config = bnb_config(llm_int8_skip_modules=skip)
+    model = Auto.from_pretrained(saved(tmp_path), quantization_config=config)
+    integration.disable()
+    theirs = Auto.from_pretrained(tmp_path, quantization_config=config)
+    assert nf4_layers(model) == {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"}
+
+
+def test_enabled_leaves_the_rest_to_bitsandbytes(enabled: None, tmp_path: Path) -> None:
+    model = Auto.from_pretrained(
+        saved(tmp_path / "dense"), quantization_config=bnb_config(bnb_4bit_quant_type="fp4")
+    )
+    assert type(model.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+
+
+# What is refused, each with a sentence.
+
+
+def test_a_dense_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^path: expected a checkpoint in 4 bits, got one without a"):
+        read_config(saved(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"bnb_4bit_quant_type": "fp4"}, r"^bnb_4bit_quant_type: expected nf4, got 'fp4'$"),
+        ({"load_in_8bit": True, "load_in_4bit": False}, r"^quantization_config: .*, got 'load_in_8bit'$"),
+        ({"quant_method": "gptq"}, r"^quantization_config: expected bitsandbytes in 4 bits, got 'gptq'$"),
+        ({"bnb_4bit_compute_dtype": "int4"}, r"^bnb_4bit_compute_dtype: expected float32, .*, got 'int4'$"),
+        ({"bnb_4bit_blocksize": 65}, r"^blocksize: expected one of .*, got 65$"),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_another_configuration(change: Any, sentence: str, tmp_path: Path) -> None:
+    loaded(saved(tmp_path)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    numbers = json.loads(path.read_text())
+    numbers["quantization_config"] |= change
+    path.write_text(json.dumps(numbers))
+    with pytest.raises(ValueError, match=sentence):
+        read_config(tmp_path)
+
+
+def broken(folder: Path, change: Any) -> Path:
+    """A checkpoint in 4 bits whose items `change` has been at."""
+    loaded(saved(folder)).save_pretrained(folder)
+    file = folder / "model.safetensors"
+    items = safetensors.torch.load_file(file)
+    change(items)
+    safetensors.torch.save_file(items, file, metadata={"format": "pt"})
+    return folder
+
+
+KEY = "model.layers.1.mlp.up_proj.weight"
+
+
+def truncate(items: Any) -> None:
+    items[KEY] = items[KEY][:-1].clone()
+
+
+def other_shape(items: Any) -> None:
+    for name in [name for name in items if name.startswith("model.layers.1.mlp.down_proj.weight")]:
+        items[name.replace("down_proj", "up_proj")] = items[name].clone()
+
+
+def as_fp4(items: Any) -> None:
+    state = f"{KEY}.quant_state.bitsandbytes__nf4"
+    items[state.replace("nf4", "fp4")] = items.pop(state)
+
+
+def norm_in_4_bits(items: Any) -> None:
+    for name in [name for name in items if name.startswith(KEY)]:
+        items[name.replace(KEY, "model.norm.weight")] = items[name].clone()
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (truncate, rf"^{KEY}: expected 4096 bytes for shape \(128, 64\), got 4095$"),
+        (lambda items: items.pop(f"{KEY}.absmax"), rf"^{KEY}\.absmax: expected a tensor"),
+        (lambda items: items.pop(KEY), rf"^{KEY}: expected a tensor in the state dict"),
+        (other_shape, rf"^{KEY}: expected shape \(128, 64\), got \(64, 128\)$"),
+        (as_fp4, rf"^{KEY}\.quant_state\.bitsandbytes__fp4: expected quantisation type nf4"),
+        (norm_in_4_bits, r"^model\.norm\.weight: expected a dense weight for a LlamaRMSNorm, got 4 bits$"),
+    ],
+    ids=["truncated", "no-absmax", "no-weight", "other-shape", "fp4", "norm"],
+)
+def test_a_broken_checkpoint(change: Any, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        read(broken(tmp_path, change))
+
+
+def test_a_layer_in_4_bits_that_the_model_wants_cut(tmp_path: Path) -> None:
+    """As transformers 4 has saved models whose query, key and value were one layer then."""
+    conversions = [
+        WeightConverter("attn.qkv.weight", ["attn.q.weight", "attn.k.weight"], [Chunk(dim=0)]),
+        WeightConverter("mlp.wi.weight", "mlp.wi.weight", [Chunk(dim=0)]),
+    ]
+    with pytest.raises(
+        ValueError, match=r"^h\.0\.attn\.qkv\.weight: expected a dense weight, which this model"
+    ):
+        layouts.to_read(conversions, {"h.0.attn.qkv.weight"})
+    assert layouts.to_read(conversions, {"h.0.mlp.wi.weight"}) == conversions[:1]
+    assert layouts.to_read(conversions, {"h.0.other.weight"}) == conversions
+
+
+def test_quantize_model_leaves_another_quantizer_alone(tmp_path: Path) -> None:
+    config = bnb_config(llm_int8_skip_modules=["mlp"])
+    theirs = Auto.from_pretrained(saved(tmp_path), quantization_config=config)
+    quantizer = theirs.hf_quantizer
+    pk.quantize_model(theirs)
+    assert theirs.hf_quantizer is quantizer
+    assert theirs.config.quantization_config is quantizer.quantization_config
