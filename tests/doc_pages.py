@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import re
@@ -21,7 +22,8 @@ HOMES = [DOCS / "benchmarks.md", DOCS / "gpu.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEEDS = re.compile(r"<!-- needs: (\w+) -->")
 QUOTE = re.compile(r"(\d[\d,.]*)%?\**<!-- f:([\w-]+) -->")
-MEASURED = re.compile(r"\d(?:\**<!-- f:[\w-]+ -->)?(?:%| ?(?:times (?:as|the)\b|ms\b|us\b|tokens/s|[MG]B\b))")
+"""A figure and its name; `-` says that it is no measurement."""
+MEASURED = re.compile(r"\d[\d.,]*\**(?:%| ?(?:times (?:as|the)\b|ms\b|us\b|tokens/s|[MG]B\b))")
 
 
 class Snippet(NamedTuple):
@@ -38,7 +40,7 @@ def name_of(page: Path) -> str:
 
 
 def snippets(page: Path) -> Iterator[Snippet]:
-    """All fenced blocks. `<!-- needs: ... -->` holds for the whole page at its top, else for the next block."""
+    """All fenced blocks. `<!-- needs: ... -->` at the top holds for the whole page, else for the next block."""
     text = page.read_text(encoding="utf-8")
     top = NEEDS.match(text)
     end = 0
@@ -54,6 +56,7 @@ def prose(page: Path) -> str:
     return FENCE.sub("", page.read_text(encoding="utf-8"))
 
 
+@functools.cache
 def missing(needs: str) -> str:
     """Why snippets that need this cannot run here, or ""."""
     if needs == "cli":

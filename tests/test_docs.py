@@ -19,6 +19,9 @@ import doc_pages
 import pytest
 from doc_pages import DOCS, HOMES, MEASURED, NOTEBOOKS, PAGES, QUOTE, README, ROOT, name_of, prose, snippets
 
+if not DOCS.is_dir():
+    pytest.skip("docs/ is not here: a source distribution", allow_module_level=True)
+
 COMMANDS = "peft-kernels "
 RUNNABLE = {
     page: [block for block in snippets(page) if block.language == "python" or COMMANDS in block.code]
@@ -56,10 +59,10 @@ def workplace(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_every_snippet_runs(page: Path, workplace: Path, one_thread: None) -> None:
     """Those of a page one after the other, as a reader would paste them."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
-    skipped = {}
+    skipped: list[str] = []
     for block in RUNNABLE[page]:
         if reason := doc_pages.missing(block.needs):
-            skipped[block.line] = reason
+            skipped.append(reason)
         elif block.language == "python":
             # Line numbers of the page in tracebacks.
             code = "\n" * block.line + block.code
@@ -68,8 +71,9 @@ def test_every_snippet_runs(page: Path, workplace: Path, one_thread: None) -> No
             for command in block.code.replace("\\\n", " ").splitlines():
                 if command.startswith(COMMANDS):
                     run_command(command, workplace)
-    if len(skipped) == len(RUNNABLE[page]):
-        pytest.skip(f"{name_of(page)}: {', '.join(sorted(set(skipped.values())))}")
+    if skipped:
+        ran = len(RUNNABLE[page]) - len(skipped)
+        pytest.skip(f"{name_of(page)}: {ran} of {len(RUNNABLE[page])} ran; {', '.join(sorted(set(skipped)))}")
 
 
 def run_command(command: str, folder: Path) -> None:
@@ -103,8 +107,9 @@ def test_notebook_runs_and_shows_what_it_showed(
     import nbclient
     import nbformat
 
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
+    # Threads of two workers' kernels would wait for each other.
+    for name, value in {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}.items():
+        monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, as_version=4)
     saved = [printed(cell) for cell in notebook.cells if cell.cell_type == "code"]
     client = nbclient.NotebookClient(
@@ -124,7 +129,8 @@ def test_notebook_runs_and_shows_what_it_showed(
 def figures(page: Path) -> Iterator[tuple[str, str]]:
     """Name and value of each marked figure."""
     for value, name in QUOTE.findall(page.read_text(encoding="utf-8")):
-        yield name, value.rstrip(".,")
+        if name != "-":
+            yield name, value
 
 
 def test_figures_have_one_home_and_agree_wherever_they_are_quoted() -> None:
@@ -146,14 +152,8 @@ def test_figures_have_one_home_and_agree_wherever_they_are_quoted() -> None:
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in HOMES], ids=name_of)
 def test_no_figure_is_quoted_without_its_source(page: Path) -> None:
-    """`1.26<!-- f:step --> times as fast`: the mark ties it to the benchmarks. `<!-- f:- -->` says that a
-    number is no measurement."""
-    bare = [
-        found.group()
-        for found in MEASURED.finditer(re.sub(r"\d[\d.,]*<!-- f:- -->", "", prose(page)))
-        if "<!-- f:" not in found.group()
-    ]
-    assert not bare, f"{name_of(page)}: {bare}"
+    """`1.26<!-- f:step --> times as fast`: the mark ties it to the benchmarks."""
+    assert MEASURED.findall(QUOTE.sub("", prose(page))) == [], name_of(page)
 
 
 def test_losing_cells_are_bold() -> None:
@@ -167,7 +167,7 @@ def test_losing_cells_are_bold() -> None:
             if re.fullmatch(r"\*{0,2}\d+\.\d+\*{0,2}", cell):
                 ratios += 1
                 assert (float(cell.strip("*")) < 1) == cell.startswith("**"), line
-    assert ratios > 140
+    assert ratios > 130
 
 
 # The picture.
@@ -183,7 +183,9 @@ def picture_tool() -> Any:
 
 
 def shown(svg: str) -> list[str]:
-    return [text for text in re.findall(r"<text [^>]*>([^<]*)</text>", svg) if re.fullmatch(r"\d+\.\d\d", text)]
+    return [
+        text for text in re.findall(r"<text [^>]*>([^<]*)</text>", svg) if re.fullmatch(r"\d+\.\d\d", text)
+    ]
 
 
 def test_the_picture_shows_the_figures_of_the_tables(picture_tool: Any) -> None:
@@ -216,7 +218,11 @@ def test_the_readme_is_short_and_its_links_lead_to_files() -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_paths_and_targets_that_a_page_names_are_there(page: Path) -> None:
     words = re.findall(r"`([^`\n]+)`", prose(page))
-    paths = [word for word in words if re.fullmatch(r"(tests|bench|tools|examples|docs|csrc|peft_kernels)/\S+", word)]
+    paths = [
+        word
+        for word in words
+        if re.fullmatch(r"(tests|bench|tools|examples|docs|csrc|peft_kernels)/\S+", word)
+    ]
     assert [path for path in paths if not (ROOT / path).exists()] == []
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     commands = "\n".join([*words, *(block.code for block in snippets(page))])
@@ -243,7 +249,7 @@ def test_the_faq_quotes_messages_of_the_code() -> None:
     assert len(headings) > 25
     code = sentences_of_the_code()
     for heading in headings:
-        parts = [part.strip() for part in heading.split("...")]
+        parts = [part.strip(" :") for part in heading.split("...")]
         assert max(map(len, parts)) >= 8, f"too little of the message: {heading}"
         assert [part for part in parts if part and part not in code] == [], heading
 

@@ -2,9 +2,9 @@
 
     python tools/bench_picture.py [OUTPUT.svg]
 
-Bars are ratios of times, the other implementation / ours, from 1 on a logarithmic axis; what loses has another
-colour, as in the picture that `make bench` draws. Figures have one home, the tables: a test compares them with
-what stands in the picture.
+Bars are ratios of times, the other implementation / ours, from 1 on a logarithmic axis; what loses has
+another colour, as in the picture that `make bench` draws. Figures have one home, the tables: a test compares
+them with what stands in the picture.
 """
 
 from __future__ import annotations
@@ -104,7 +104,7 @@ def draw(shown: Sequence[Panel], path: Path) -> None:
         for axes, panel in zip(figure.subplots(2, 2).flat, shown, strict=True):
             _panel(axes, panel, longest, WINS_COLOUR, LOSES_COLOUR)
         figure.suptitle(
-            "Speed-up with peft_kernels (orange: slower). 2 cores of a Zen 5 CPU, bf16; M: rows of activations",
+            "Speed-up by peft_kernels (orange: slower). 2 cores of a Zen 5 CPU, bf16. M: rows of x",
             fontsize=11,
         )
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

@@ -1,5 +1,5 @@
-"""Hook of mkdocs: a notebook becomes a page with its outputs as they were saved, and stays beside it as a file
-to download."""
+"""Hook of mkdocs: a notebook becomes a page with its outputs as they were saved, and stays beside it as a
+file to download."""
 
 from __future__ import annotations
 
