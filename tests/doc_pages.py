@@ -40,7 +40,7 @@ def name_of(page: Path) -> str:
 
 
 def snippets(page: Path) -> Iterator[Snippet]:
-    """All fenced blocks. `<!-- needs: ... -->` at the top holds for the whole page, else for the next block."""
+    """All fenced blocks. `<!-- needs: ... -->` at the top is for the whole page, else for the next block."""
     text = page.read_text(encoding="utf-8")
     top = NEEDS.match(text)
     end = 0

@@ -104,7 +104,7 @@ def draw(shown: Sequence[Panel], path: Path) -> None:
         for axes, panel in zip(figure.subplots(2, 2).flat, shown, strict=True):
             _panel(axes, panel, longest, WINS_COLOUR, LOSES_COLOUR)
         figure.suptitle(
-            "Speed-up by peft_kernels (orange: slower). 2 cores of a Zen 5 CPU, bf16. M: rows of x",
+            "Speed-up by peft_kernels (orange: slower). 2 cores of a Zen 5 CPU, bf16, M rows of input",
             fontsize=11,
         )
         figure.savefig(path, format="svg", metadata={"Date": None, "Creator": None})

@@ -18,7 +18,7 @@ def page(notebook: dict[str, Any], name: str) -> str:
             parts.append(f"```python\n{source}\n```")
             parts += [f"```text\n{text.rstrip()}\n```" for text in _outputs(cell) if text.strip()]
         else:
-            parts.append(source)
+            parts.append(source.replace(".ipynb)", ".md)"))  # to the other's page
     parts.insert(1, f"[Download this notebook]({name})")
     return "\n\n".join(parts) + "\n"
 
