@@ -5,14 +5,19 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import peft_kernels as pk
+
 ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(pk.__file__).resolve().parent
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 PAGES = [README, *sorted(DOCS.rglob("*.md"))]
 NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
@@ -60,9 +65,11 @@ def prose(page: Path) -> str:
 def missing(needs: str) -> str:
     """Why snippets that need this cannot run here, or ""."""
     if needs == "cli":
-        asked = [sys.executable, "-m", "peft_kernels", "plan", "--help"]
-        done = subprocess.run(asked, cwd=ROOT, capture_output=True, timeout=120, check=False)
-        return "" if done.returncode == 0 else "peft-kernels has no command plan yet"
+        return (
+            ""
+            if command("plan --help", PACKAGE.parent).returncode == 0
+            else "peft-kernels has no command plan yet"
+        )
     modules = {
         "nf4cfg": ("peft_kernels.integrations.transformers", "NF4Config"),
         "bnb": ("peft_kernels.integrations.bitsandbytes", "enable"),
@@ -75,6 +82,15 @@ def missing(needs: str) -> str:
     if not hasattr(importlib.import_module(module), attribute):
         return f"{module} has no {attribute} yet"
     return ""
+
+
+def command(words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """`peft-kernels` with these arguments, of the package that is tested."""
+    arguments = [sys.executable, "-m", "peft_kernels", *shlex.split(words, comments=True)]
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def make_model(folder: Path) -> None:
