@@ -98,9 +98,9 @@ peft-tests: $(VENV)/.built ## Run PEFT's own tests with every model patched, its
 bench: $(VENV)/.built ## Measure against torch, bitsandbytes and PEFT on this machine, five minutes (ARGS='--quick' and others)
 	$(BIN)/python bench/run.py $(ARGS)
 
-# --strict: a link that leads nowhere is an error.
+# --strict: a link that leads nowhere is an error. Not --quiet, which makes it none.
 docs: $(VENV)/.packages ## Build the documentation into build/docs, without a network
-	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/docs/index.html"
 
 lint: $(VENV)/.packages ## Check style and types

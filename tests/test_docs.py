@@ -270,7 +270,7 @@ def test_the_site_builds_without_a_network(tmp_path: Path) -> None:
     needs_modules("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers")
     nowhere = "http://127.0.0.1:9"
     environment = {**os.environ, "http_proxy": nowhere, "https_proxy": nowhere, "NO_MKDOCS_2_WARNING": "1"}
-    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "-d", str(tmp_path / "site")]
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
     done = subprocess.run(
         build, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
