@@ -33,7 +33,7 @@ class Tiles(NamedTuple):
 # several runs at a time keep bytes on their way. Many rows take a longer tile, which reads x less often.
 # Beyond the last line the weight is dequantised, piece by piece, for torch's product.
 FORWARD = [
-    Tiles(8, 4, config(8, 3, BLOCK_M=8, BLOCK_F=64)),
+    Tiles(8, 2, config(8, 5, BLOCK_M=8, BLOCK_F=64)),
     Tiles(16, 4, config(4, 3, BLOCK_M=16, BLOCK_F=64)),
     Tiles(32, 2, config(4, 3, BLOCK_M=32, BLOCK_F=64)),
     Tiles(256, 1, config(8, 3, BLOCK_M=64, BLOCK_F=128)),
