@@ -93,7 +93,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
         item(".nested_absmax") if nested else None,
         torch.tensor(float(numbers.nested_offset), device=packed.device) if nested else None,
     )
-    _check_scales(key, state)
+    _check_scales(key, state, numbers.nested_offset if nested else 0.0)
     if not nested and f"{key}.nested_quant_map" in state_dict:
         raise ValueError(f"{key}.nested_quant_map: expected nested_absmax beside it, got none")
     return state, numbers.dtype
@@ -145,7 +145,7 @@ def _check_nested(name: str, numbers: _Numbers) -> None:
         raise ValueError(f"{name}: expected a finite nested_offset of 0 or more, got {_short(offset)}")
 
 
-def _check_scales(key: str, state: NF4State) -> None:
+def _check_scales(key: str, state: NF4State, offset: float) -> None:
     """Scales are largest magnitudes. A weight with another is NaN, or has its signs turned."""
     nested = state.absmax2 is not None
     scales = state.absmax2 if nested else state.absmax
@@ -160,7 +160,7 @@ def _check_scales(key: str, state: NF4State) -> None:
             f"{name}: expected finite scales of 0 or more, got {bad} NaN, Inf or negative among "
             f"{scales.numel()}"
         )
-    if nested and state.offset is not None and not bool(torch.isfinite(scales.max() + state.offset)):
+    if float(scales.max()) + offset > torch.finfo(torch.float32).max:
         raise ValueError(f"{key}.nested_absmax: expected scales in the range of float32, got larger ones")
 
 
