@@ -163,6 +163,19 @@ def quantize_model(
     return model
 
 
+def choose_layers(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that `quantize_model` would replace by default, less those named in `skip`; and why other
+    linear layers would stay, by name. On the meta device too. ValueError when a name fits no module."""
+    skip = tuple(skip)
+    _check_names(model, skip)
+    report = QuantizeReport()
+    chosen = dict(_targets(model, None, report))
+    for name in [name for name in chosen if any(_fits(key, name) for key in skip)]:
+        del chosen[name]
+        report.left[name] = "named in skip"
+    return chosen, report.left
+
+
 def _targets(
     model: nn.Module, skip: tuple[str, ...] | None, report: QuantizeReport
 ) -> Iterator[tuple[str, Any]]:

@@ -1,8 +1,8 @@
 """The header of a safetensors file, read as if somebody had forged it.
 
 The format: eight bytes, little-endian, with the length of the header; the header, a JSON object of
-`{"dtype", "shape", "data_offsets"}` by name, padded with spaces; then the data, without holes. Every number is
-checked against the size of the file before anything is allocated or read.
+`{"dtype", "shape", "data_offsets"}` by name, padded with spaces; then the data, without holes. Every number
+is checked against the size of the file before anything is allocated or read.
 """
 
 from __future__ import annotations
@@ -62,10 +62,11 @@ class Entry:
     def read(self) -> Tensor:
         """The tensor, in memory of its own. CheckpointError when the file has become shorter."""
         data = torch.empty(self.nbytes, dtype=torch.uint8)
+        buffer: Any = data.numpy()
         try:
             with self.path.open("rb") as file:
                 file.seek(self.begin)
-                got = file.readinto(memoryview(data.numpy())) if self.nbytes else 0
+                got = file.readinto(buffer) if self.nbytes else 0
         except OSError as error:
             raise CheckpointError(
                 f"{self.path.name}: {shown(self.name)} cannot be read ({error.strerror})"
@@ -80,9 +81,9 @@ class Entry:
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file, none of them read, and its metadata.
 
-    CheckpointError tells what is wrong with it: a truncated file, a header that is no JSON or longer than the
-    file, a dtype or shape that does not fit its bytes, offsets that overlap, leave holes or end elsewhere than
-    the file does.
+    CheckpointError tells what is wrong with it: a truncated file, a header that is no JSON or longer than
+    the file, a dtype or shape that does not fit its bytes, offsets that overlap, leave holes or end elsewhere
+    than the file does.
     """
     try:
         size = path.stat().st_size

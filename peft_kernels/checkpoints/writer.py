@@ -1,4 +1,4 @@
-"""A safetensors file written tensor by tensor, in any order, and there under its name only when it is whole."""
+"""A safetensors file written tensor by tensor, which has its name only when it is whole."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ class ShardWriter:
     """Writes into `NAME.tmp`; leaving the `with` block without an error gives the file its name, with all of
     it on the disk.
 
-    The header stands first, but how long its texts are is known last. So room is left for the longest header
-    that there can be, and the texts go to the end; what is too much of the room is spaces, as the format has it.
+    The header stands first, but how long the texts are is known last. So room is left for the longest header
+    that there can be, and the texts go to the end; what is too much of the room becomes spaces, which the
+    format allows.
     """
 
     def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
@@ -52,11 +53,11 @@ class ShardWriter:
     def write(self, name: str, tensor: Tensor) -> None:
         """CheckpointError when it is not what the layout says."""
         tensor, kind = tensor.detach().cpu().contiguous(), self._layout[name]
-        data = memoryview(tensor.view(-1).view(torch.uint8).numpy())
+        data: Any = tensor.view(-1).view(torch.uint8).numpy()
         if kind is None:
             if len(data) > LONGEST_BLOB:
                 raise CheckpointError(f"{name}: expected at most {LONGEST_BLOB} bytes, got {len(data)}")
-            self._blobs[name] = bytes(data)
+            self._blobs[name] = data.tobytes()
         else:
             if kind != (tensor.dtype, tuple(tensor.shape)):
                 got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
@@ -120,7 +121,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def _places(layout: Layout) -> tuple[dict[str, tuple[int, int]], int]:
-    """Where each tensor begins and ends in the data, large types first so that all are aligned; then texts."""
+    """Where each tensor begins and ends in the data: large types first, so that all are aligned."""
 
     def order(name: str) -> tuple[int, str]:
         kind = layout[name]
