@@ -270,7 +270,12 @@ def _work_folder(work: Path, job: dict[str, Any], restart: bool) -> Iterator[Pat
                 "give the same again to go on with it, or --restart to begin anew"
             )
         model.mkdir(exist_ok=True)
-        yield model
+        try:
+            yield model
+        except BaseException:
+            if not any(model.glob("*.safetensors")):  # nothing to go on with
+                shutil.rmtree(work, ignore_errors=True)
+            raise
 
 
 def _same_job(note: Path, job: dict[str, Any]) -> bool:

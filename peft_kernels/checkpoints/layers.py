@@ -60,7 +60,7 @@ def _on_meta(checkpoint: Checkpoint) -> Any:
     import transformers
 
     # The architecture itself, before Auto classes: a classifier has the same model_type.
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path)
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
     names = checkpoint.config.get("architectures") or [""]
     cls = getattr(transformers, names[0], None)
     with torch.device("meta"):

@@ -27,7 +27,7 @@ def build(path: Path) -> Any:
     except ImportError:
         raise CheckpointError("transformers is not installed: pip install 'peft_kernels[hf]'") from None
     try:
-        config = transformers.AutoConfig.from_pretrained(path)
+        config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=False)
         config.__dict__.pop("quantization_config", None)  # of the model as it was before
         with torch.device("meta"):
             return transformers.AutoModelForCausalLM.from_config(config)

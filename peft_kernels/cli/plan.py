@@ -140,15 +140,10 @@ def _print(plans: dict[str, dict[str, Any]], limit: int | None, out: Output) -> 
     ]
     if limit is not None and all("fits" in plan for plan in plans.values()):
         for suffix, label in (("", ""), ("_checkpointed", ", with checkpointing")):
-            rows.append((f"fits into {size(limit)}{label}", *_marks(plans, f"fits{suffix}")))
-            rows.append(
-                (f"largest batch{label}", *(str(p[f"largest_batch{suffix}"]) for p in plans.values()))
-            )
+            fits = ("yes" if plan[f"fits{suffix}"] else "no" for plan in plans.values())
+            largest = (str(plan[f"largest_batch{suffix}"]) for plan in plans.values())
+            rows += [(f"fits into {size(limit)}{label}", *fits), (f"largest batch{label}", *largest)]
     out.table(("", *(f"{method}>" for method in plans)), rows)
-
-
-def _marks(plans: dict[str, dict[str, Any]], key: str) -> list[str]:
-    return ["yes" if plan[key] else "no" for plan in plans.values()]
 
 
 def _notes(built: Any, model: Model) -> list[str]:
@@ -157,9 +152,7 @@ def _notes(built: Any, model: Model) -> list[str]:
         return [f"activations are not known for layers like those of {name}, so nothing is said of what fits"]
     notes = [f"assumed: {_ASSUMED}"]
     if name not in CHECKED:
-        notes.append(
-            f"activations of {name} are reckoned as Llama's, and were not compared with measured ones"
-        )
+        notes.append(f"activations of {name} are reckoned as Llama's, and nobody has measured them")
     return notes
 
 
