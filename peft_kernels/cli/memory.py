@@ -10,7 +10,7 @@ Assumed: attention by a fused kernel (sdpa, flash), no padding mask, LoRA layers
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..code_tables import NESTED_BLOCKSIZE
 
@@ -293,14 +293,20 @@ def _inserted(block: Block, run: Run, e: int) -> int:
 
 
 def _first_layer(model: Model, run: Run) -> int:
-    """What the first layer does not save, since no gradient goes to frozen embeddings: for its first norm,
-    and with bottleneck adapters for all of its attention, which comes before the first of them."""
+    """What the first layer does not save, since no gradient goes to frozen embeddings: for its first norm, and
+    for what comes before the first thing that is trained."""
     block = _block(model)
     if run.method == "full":
         return 0
     missing = _norm(block.hidden, model, run)
+    attention = block.adapted & {"q_proj", "k_proj", "v_proj", "o_proj"}
     if run.method == "adapter":
         missing += _attention(block, run, model.itemsize)
+    elif run.method in ("lora", "qlora", "dora") and attention <= {"o_proj"}:
+        output = run.tokens * block.q * model.itemsize
+        plain = replace(block, adapted=block.adapted - attention)
+        missing += _attention(plain, run, model.itemsize) - (output if attention else 0)
+        missing += 0 if attention else _norm(block.hidden, model, run)
     if block.qk_norm:
         missing += _first_head_norms(block, model, run)
     return missing
