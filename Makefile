@@ -11,7 +11,7 @@ CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0;9.0)
 CPP := $(shell find csrc tests/amx tests/ptx tests/card tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test triton ptx sanitize asan tsan peft-tests bench lint format clean
+.PHONY: help setup demo test triton ptx fuzz sanitize asan tsan peft-tests bench lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -69,11 +69,15 @@ else
 	done
 endif
 
+# About a minute. A case that fails is told by number: ARGS='--only 4711' runs it again.
+fuzz: $(VENV)/.built ## Damage 10,000 checkpoints: each must be refused in a sentence, or be usable
+	$(BIN)/python tests/fuzz_checkpoints.py --cases 10000 $(ARGS)
+
 sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan
 
 SANITIZED := $(KERNELS)
-# Indices beyond 2^31; tsan would take several times the memory.
-asan: SANITIZED += large
+# Indices beyond 2^31; tsan would take several times the memory. What damaged checkpoints make kernels read.
+asan: SANITIZED += large bad_checkpoints fuzzed_checkpoints
 asan: SANITIZER := address
 tsan: SANITIZER := thread
 # Beside the ordinary build, in build/. Python brings no sanitizer, so its library is loaded first, and libstdc++

@@ -56,9 +56,9 @@ class Fuzzer:
         try:
             load_checkpoint(self.model, folder)
         except CheckpointError as error:
-            _check_sentence(str(error))
+            check_sentence(str(error))
             after = tensors(self.model)
-            assert before.keys() == after.keys() and all(_same(before[k], after[k]) for k in before), (
+            assert before.keys() == after.keys() and all(same(before[k], after[k]) for k in before), (
                 "half-loaded"
             )
             self.outcomes[f"{kind} refused"] += 1
@@ -71,7 +71,7 @@ class Fuzzer:
         except CheckpointError as error:
             found = [str(error)]
         for sentence in found:
-            _check_sentence(sentence)
+            check_sentence(sentence)
 
 
 def use(model: Any) -> None:
@@ -85,7 +85,7 @@ def use(model: Any) -> None:
         assert bool(torch.isfinite(scales).all() and (scales >= 0).all()), "scales that no weight has"
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def same(a: Tensor, b: Tensor) -> bool:
     return (
         a.dtype == b.dtype and a.shape == b.shape and a.view(torch.uint8).equal(b.view(torch.uint8))
         if a.dim()
@@ -93,7 +93,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def _check_sentence(text: str) -> None:
+def check_sentence(text: str) -> None:
     assert text.isprintable() and 10 < len(text) < LONGEST_SENTENCE, f"no sentence: {text[:1000]!r}"
 
 
