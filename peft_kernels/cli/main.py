@@ -35,9 +35,8 @@ def main(argv: list[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     arguments = parser.parse_args(argv)
     out = Output(arguments.json)
-    if not arguments.json:
-        # transformers' remarks on a model that is never run.
-        logging.getLogger("transformers").setLevel(logging.ERROR)
+    # Its remarks are on a model that is never run.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
         return OK if arguments.run(arguments, out) else FAILED
     except CheckpointError as error:

@@ -293,8 +293,8 @@ def _inserted(block: Block, run: Run, e: int) -> int:
 
 
 def _first_layer(model: Model, run: Run) -> int:
-    """What the first layer does not save, since no gradient goes to frozen embeddings: for its first norm, and
-    for what comes before the first thing that is trained."""
+    """What the first layer does not save, since no gradient goes to frozen embeddings: for its first norm,
+    and for what comes before the first thing that is trained."""
     block = _block(model)
     if run.method == "full":
         return 0
