@@ -80,8 +80,11 @@ def trainable(
     config = config_of(kind, **changes)
     model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
     model.config.use_cache = False
-    if method == "qlora":
+    if method in ("qlora", "prepared"):
         pk.quantize_model(model)
+    if method == "prepared":
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        method = "qlora"
     if method in ("lora", "qlora", "dora"):
         model = peft.get_peft_model(
             model,
@@ -171,6 +174,19 @@ def test_adapters_on_some_layers(method: str, targets: list[str]) -> None:
     assert off(memory.activations(model, run), measured_activations(real)) < 0.1
     trained = sum(p.nbytes for p in real.parameters() if p.requires_grad)
     assert off(memory.adapters(model, run), trained) < 0.05
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"]], ids=["all", "q and v"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_after_kbit_preparation(kind: str, targets: Any) -> None:
+    """PEFT makes fp32 of all that is not quantised, and the products stay in bf16."""
+    model = described(kind, targets=targets)
+    run = Run("qlora", BATCH, SEQ, **OPTIONS, prepared=True)
+    real = trainable(kind, "prepared", targets=targets)
+    assert off(memory.activations(model, run), measured_activations(real)) < 0.1
+    assert off(memory.weights(model, run) + memory.adapters(model, run), _nbytes(real)) < 0.05
+    logits = loss_of(real).logits
+    assert memory.logits(model, run) == 2 * logits.nbytes and logits.dtype == torch.float32
 
 
 def step(model: nn.Module, optim: str) -> int:

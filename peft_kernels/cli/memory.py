@@ -81,6 +81,8 @@ class Run:
     """Of prefix tuning."""
     blocksize: int = 64
     double_quant: bool = True
+    prepared: bool = False
+    """QLoRA after PEFT's prepare_model_for_kbit_training: what is not quantised is fp32, activations too."""
 
     @property
     def tokens(self) -> int:
@@ -99,11 +101,12 @@ def nf4_bytes(linear: Linear, run: Run) -> int:
 
 def weights(model: Model, run: Run) -> int:
     """All parameters of the base model. QLoRA: linear layers but the head in NF4, the rest as it is."""
-    total = sum(_numel(shape) for shape in model.parameters) * model.itemsize
+    itemsize = _itemsize(model, run)
+    total = sum(_numel(shape) for shape in model.parameters) * itemsize
     if run.method == "qlora":
         for linear in model.linears:
             if linear.quantised:
-                total += nf4_bytes(linear, run) - linear.numel * model.itemsize
+                total += nf4_bytes(linear, run) - linear.numel * itemsize
     return total
 
 
@@ -164,20 +167,20 @@ def checkpointed(model: Model, run: Run) -> int:
 def checkpoints(model: Model, run: Run) -> int:
     """Saved by the forward with checkpointing, the loss left out. The first layer's input is the embedding's
     output, which is saved too."""
-    return model.layers * run.tokens * _block(model).hidden * model.itemsize + _around(model, run)
+    return model.layers * run.tokens * _block(model).hidden * _itemsize(model, run) + _around(model, run)
 
 
 def layer(model: Model, run: Run) -> int:
     """Saved in one decoder layer."""
-    block, e = _block(model), model.itemsize
+    block, e = _block(model), _itemsize(model, run)
     norms = 2 * _norm(block.hidden, model, run) + (_head_norms(block, model, run) if block.qk_norm else 0)
-    return norms + _attention(block, run, e) + _mlp(block, run, e) + _inserted(block, run, e)
+    return norms + _attention(block, run, e) + _mlp(block, model, run) + _inserted(block, run, e)
 
 
 def logits(model: Model, run: Run) -> int:
     """Held from the forward until the loss's backward: the logits, which the model's output holds, and their
     log-softmax in fp32, which cross-entropy saves."""
-    return run.tokens * model.vocabulary * (model.itemsize + _FP32)
+    return run.tokens * model.vocabulary * (_itemsize(model, run) + _FP32)
 
 
 def loss_backward(model: Model, run: Run) -> int:
@@ -195,7 +198,7 @@ def total(model: Model, run: Run, checkpointing: bool) -> int:
     at that of the last layer (which checkpointing computes again), when of the loss the logits are left."""
     fixed = weights(model, run) + adapters(model, run) + gradients(model, run) + optimiser(model, run)
     loss = logits(model, run) + loss_backward(model, run)
-    last = run.tokens * model.vocabulary * model.itemsize + layer_backward(model, run)
+    last = run.tokens * model.vocabulary * _itemsize(model, run) + layer_backward(model, run)
     if checkpointing:
         return fixed + checkpoints(model, run) + max(loss, last + layer(model, run))
     return fixed + activations(model, run) + max(loss, last)
@@ -228,6 +231,11 @@ def _block(model: Model) -> Block:
 
 def _width(block: Block, run: Run) -> int:
     return max(1, block.hidden // run.reduction)
+
+
+def _itemsize(model: Model, run: Run) -> int:
+    """Of what is not quantised, and of activations between layers."""
+    return _FP32 if run.prepared and run.method == "qlora" else model.itemsize
 
 
 def _trained_itemsize(model: Model, run: Run) -> int:
@@ -269,11 +277,13 @@ def _attention(block: Block, run: Run, e: int) -> int:
     return saved
 
 
-def _mlp(block: Block, run: Run, e: int) -> int:
+def _mlp(block: Block, model: Model, run: Run) -> int:
     """down(act(gate) * up). As separate modules: act saves gate, the product saves act(gate) and up, and a
-    down that is trained the product. Fused with its adapters: its input, gate, up and h of each adapter."""
-    t, wide = run.tokens, run.tokens * e * block.intermediate
+    down that is trained the product. Fused with its adapters: its input, gate, up and h of each adapter, in
+    the dtype of the weights' products."""
     on = block.adapted & {"gate_proj", "up_proj", "down_proj"}
+    e = model.itemsize if on else _itemsize(model, run)
+    t, wide = run.tokens, run.tokens * e * block.intermediate
     if run.method not in ("lora", "qlora", "dora") or not on:
         return 3 * wide + ((wide + t * e * block.hidden) if run.method == "full" else 0)
     saved = len(on) * t * run.rank * _FP32
@@ -301,11 +311,11 @@ def _first_layer(model: Model, run: Run) -> int:
     missing = _norm(block.hidden, model, run)
     attention = block.adapted & {"q_proj", "k_proj", "v_proj", "o_proj"}
     if run.method == "adapter":
-        missing += _attention(block, run, model.itemsize)
+        missing += _attention(block, run, _itemsize(model, run))
     elif run.method in ("lora", "qlora", "dora") and attention <= {"o_proj"}:
-        output = run.tokens * block.q * model.itemsize
+        output = run.tokens * block.q * _itemsize(model, run)
         plain = replace(block, adapted=block.adapted - attention)
-        missing += _attention(plain, run, model.itemsize) - (output if attention else 0)
+        missing += _attention(plain, run, _itemsize(model, run)) - (output if attention else 0)
         missing += 0 if attention else _norm(block.hidden, model, run)
     if block.qk_norm:
         missing += _first_head_norms(block, model, run)
@@ -322,7 +332,7 @@ def _first_head_norms(block: Block, model: Model, run: Run) -> int:
 def _around(model: Model, run: Run) -> int:
     """The last norm; cos and sin of the positions, one for all; in full fine-tuning the head's input and the
     embedding's indices."""
-    block, e = _block(model), model.itemsize
+    block, e = _block(model), _itemsize(model, run)
     rotary = 2 * run.seq * (block.q // block.heads) * e
     saved = _norm(block.hidden, model, run) + rotary
     if run.method == "full":

@@ -41,6 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-modules", nargs="+", metavar="NAME", help="layers with adapters (all linear ones)"
     )
+    parser.add_argument(
+        "--kbit-prepared", action="store_true", help="QLoRA after PEFT's prepare_model_for_kbit_training"
+    )
     parser.add_argument("--reduction", type=_positive, default=16, help="of bottleneck adapters (16)")
     parser.add_argument("--virtual-tokens", type=_positive, default=20, help="of prefix tuning (20)")
 
@@ -58,6 +61,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             arguments.optim,
             arguments.reduction,
             arguments.virtual_tokens,
+            prepared=arguments.kbit_prepared,
         )
         for method in arguments.method
     ]
@@ -71,7 +75,8 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
         "bold",
     )
     _print(plans, arguments.memory, out)
-    notes = _notes(built, model)
+    no_note = arguments.kbit_prepared or "qlora" not in plans
+    notes = _notes(built, model, no_note)
     for note in notes:
         out.say(note)
     out.result(
@@ -146,11 +151,13 @@ def _print(plans: dict[str, dict[str, Any]], limit: int | None, out: Output) -> 
     out.table(("", *(f"{method}>" for method in plans)), rows)
 
 
-def _notes(built: Any, model: Model) -> list[str]:
+def _notes(built: Any, model: Model, prepared: bool) -> list[str]:
     name = built.config.model_type
     if model.block is None:
         return [f"activations are not known for layers like those of {name}, so nothing is said of what fits"]
     notes = [f"assumed: {_ASSUMED}"]
+    if not prepared:
+        notes.append("QLoRA after PEFT's prepare_model_for_kbit_training takes more: see --kbit-prepared")
     if name not in CHECKED:
         notes.append(f"activations of {name} are reckoned as Llama's, and nobody has measured them")
     return notes
