@@ -102,6 +102,16 @@ def test_one_shard_that_cannot_be_read(folder: Path, capsys: pytest.CaptureFixtu
     assert any(tensor["name"] == "up.weight" for tensor in report["tensors"])
 
 
+def test_a_name_alone_makes_no_nf4(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "model.safetensors"
+    write(path, {"observer.absmax": torch.ones(3)})
+    code, report = inspected(path, capsys)
+    assert code == 0 and report["tensors"][0]["form"] == "float32"
+    write(path, {"up.weight.absmax": torch.ones(3)})
+    faults = inspected(path, capsys)[1]["faults"]
+    assert faults == ["up.weight: expected a tensor in the state dict, got NoneType"]
+
+
 def test_no_checkpoint_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = inspected(tmp_path / "nothing", capsys)
     assert code == 1 and "got nothing there" in report["error"]

@@ -55,6 +55,15 @@ def tiny_qwen2(**_: Any) -> Any:
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config.from_dict(config))
 
 
+def tiny_mixtral(**_: Any) -> Any:
+    """Experts are single weights in the file, and one parameter in the model, which stays."""
+    config = transformers.MixtralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
 def tiny_classifier(**_: Any) -> Any:
     config = tiny_llama().config
     config.num_labels = 3
@@ -83,7 +92,7 @@ def same_tensors(ours: Path, theirs: Path) -> None:
     assert wrong <= 0.01 * scales
 
 
-@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_qwen2, tiny_classifier])
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_qwen2, tiny_mixtral, tiny_classifier])
 def test_it_is_what_transformers_with_bitsandbytes_saves(make: Any, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     source = saved(make(), tmp_path / "source", max_shard_size=SHARD)

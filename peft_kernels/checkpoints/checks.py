@@ -32,6 +32,11 @@ def nf4_weights(names: Mapping[str, Any]) -> dict[str, list[str]]:
         weight = weight_of(name)
         if weight is not None:
             found.setdefault(weight, []).append(name)
+    for weight, items in list(found.items()):
+        # Others may call a tensor absmax too.
+        known = weight in names or weight.endswith("weight")
+        if not known and not any(_STATE in item for item in items):
+            del found[weight]
     for name in names:
         if name in found:
             found[name].insert(0, name)
