@@ -20,6 +20,7 @@ from peft_kernels.checkpoints import convert
 from peft_kernels.checkpoints.convert import quantize_checkpoint
 from peft_kernels.checkpoints.folder import Checkpoint
 from peft_kernels.checkpoints.header import CheckpointError, Entry
+from peft_kernels.checkpoints.load import load_checkpoint
 from peft_kernels.cli.main import main
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -357,3 +358,12 @@ def test_the_writer_keeps_to_the_format(source: Path, tmp_path: Path) -> None:
         for name, entry in checkpoint.of_file(file).items():
             assert entry.begin % entry.dtype.itemsize == 0
             assert torch.equal(theirs[name], checkpoint[name])
+
+
+def test_the_result_loads_without_bitsandbytes_and_transformers(source: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(source, tmp_path / "target")
+    model = pk.quantize_model(tiny_llama().to(torch.bfloat16))
+    load_checkpoint(model, tmp_path / "target")
+    expected = pk.quantize_model(transformers.AutoModelForCausalLM.from_pretrained(source))
+    got, want = model.state_dict(), expected.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
