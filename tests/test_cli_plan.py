@@ -335,6 +335,20 @@ def test_command_on_a_known_model(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "largest batch, with checkpointing" in text and "assumed: layers fused" in text
 
 
+def test_some_memory_is_kept_in_reserve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config_of("llama").save_pretrained(tmp_path)
+
+    def planned(*options: str) -> Any:
+        assert main(["plan", str(tmp_path), "--method", "lora", "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)["methods"]["lora"]
+
+    total = planned()["total"]
+    assert planned("--memory", str(total), "--reserve", "0")["fits"]
+    assert not planned("--memory", str(total - 1), "--reserve", "0")["fits"]
+    assert not planned("--memory", str(total + 10**9 - 1))["fits"]
+    assert planned("--memory", str(total + 10**9))["largest_batch"] == 1
+
+
 def test_an_architecture_with_other_layers_is_not_guessed_at(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -21,10 +21,7 @@ from .output import Output, size
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
-_ASSUMED = (
-    "layers fused by pk.patch, attention by a fused kernel, no padding, gradients accumulated; beside it "
-    "the CUDA context, fragmentation and kernels' work space, about 1 GB"
-)
+_ASSUMED = "layers fused by pk.patch, attention by a fused kernel, no padding, gradients accumulated"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=_positive, default=16, help="of LoRA and DoRA (16)")
     parser.add_argument("--optim", choices=OPTIMISERS, default="adamw")
     parser.add_argument("--memory", type=byte_count, help="of the device, as 24GB or 80GiB")
+    parser.add_argument(
+        "--reserve",
+        type=lambda text: 0 if text == "0" else byte_count(text),
+        default=10**9,
+        help="of --memory, for the CUDA context, fragmentation and kernels' work space (1GB)",
+    )
     parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (the configuration's)")
     parser.add_argument(
         "--target-modules", nargs="+", metavar="NAME", help="layers with adapters (all linear ones)"
@@ -67,7 +70,8 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     ]
     if model.block is None:
         runs = [one for one in runs if one.method in ("lora", "qlora", "dora", "full")]
-    plans = {one.method: _plan(model, one, arguments.memory) for one in runs}
+    limit = None if arguments.memory is None else arguments.memory - arguments.reserve
+    plans = {one.method: _plan(model, one, limit) for one in runs}
     count = sum(torch.Size(shape).numel() for shape in model.parameters)
     out.say(
         f"{type(built).__name__}: {count / 1e9:.3g} billion parameters, batch {arguments.batch} x "
@@ -77,6 +81,9 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     _print(plans, arguments.memory, out)
     no_note = arguments.kbit_prepared or "qlora" not in plans
     notes = _notes(built, model, no_note)
+    if limit is not None:
+        kept = size(arguments.reserve)
+        notes.append(f"kept for the CUDA context, fragmentation and work space: {kept} (--reserve)")
     for note in notes:
         out.say(note)
     out.result(
@@ -86,6 +93,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             "batch": arguments.batch,
             "seq": arguments.seq,
             "memory": arguments.memory,
+            "reserve": arguments.reserve,
             "methods": plans,
             "notes": notes,
         }
