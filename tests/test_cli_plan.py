@@ -137,10 +137,10 @@ def off(planned: float, measured: float) -> float:
 
 @pytest.mark.parametrize(("kind", "method"), CASES)
 def test_against_measured_models(kind: str, method: str) -> None:
-    """Saved activations within 10%, weights, adapters and gradients within 5%."""
+    """To 1% for activations, as a term that is missing could hide in more; 5% for the rest."""
     model, run = described(kind), Run(method, BATCH, SEQ, **OPTIONS)
     real = trainable(kind, method)
-    assert off(memory.activations(model, run), measured_activations(real)) < 0.1
+    assert off(memory.activations(model, run), measured_activations(real)) < 0.01
     added = ("lora_", "prompt_encoder", "adapter.")
     base = [p for n, p in real.named_parameters() if not any(part in n for part in added)]
     extra = [p for n, p in real.named_parameters() if any(part in n for part in added)]
@@ -159,7 +159,7 @@ def test_other_dtypes(method: str, dtype: torch.dtype) -> None:
     model, run = described("llama", dtype), Run(method, BATCH, SEQ, **OPTIONS)
     real = trainable("llama", method, dtype)
     assert off(memory.weights(model, run) + memory.adapters(model, run), _nbytes(real)) < 0.05
-    assert off(memory.activations(model, run), measured_activations(real)) < 0.1
+    assert off(memory.activations(model, run), measured_activations(real)) < 0.01
 
 
 def _nbytes(model: nn.Module) -> int:
@@ -171,7 +171,7 @@ def _nbytes(model: nn.Module) -> int:
 def test_adapters_on_some_layers(method: str, targets: list[str]) -> None:
     model, run = described("qwen3", targets=targets), Run(method, BATCH, SEQ, **OPTIONS)
     real = trainable("qwen3", method, targets=targets)
-    assert off(memory.activations(model, run), measured_activations(real)) < 0.1
+    assert off(memory.activations(model, run), measured_activations(real)) < 0.05
     trained = sum(p.nbytes for p in real.parameters() if p.requires_grad)
     assert off(memory.adapters(model, run), trained) < 0.05
 
@@ -183,7 +183,7 @@ def test_after_kbit_preparation(kind: str, targets: Any) -> None:
     model = described(kind, targets=targets)
     run = Run("qlora", BATCH, SEQ, **OPTIONS, prepared=True)
     real = trainable(kind, "prepared", targets=targets)
-    assert off(memory.activations(model, run), measured_activations(real)) < 0.1
+    assert off(memory.activations(model, run), measured_activations(real)) < 0.01
     assert off(memory.weights(model, run) + memory.adapters(model, run), _nbytes(real)) < 0.05
     logits = loss_of(real).logits
     assert memory.logits(model, run) == 2 * logits.nbytes and logits.dtype == torch.float32
