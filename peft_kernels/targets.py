@@ -59,6 +59,18 @@ def targets(
             yield name, module
 
 
+def choose_layers(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that `quantize_model` would replace by default, less those named in `skip`; and why other
+    linear layers would stay, by name. On the meta device too. ValueError when a name fits no module."""
+    skip, left = tuple(skip), dict[str, str]()
+    check_names(model, skip)
+    chosen = dict(targets(model, None, left))
+    for name in [name for name in chosen if any(fits(key, name) for key in skip)]:
+        del chosen[name]
+        left[name] = "named in skip"
+    return chosen, left
+
+
 def _reason_other(module: nn.Module) -> str:
     weight = module._parameters.get("weight")
     if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,12 @@ from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_m
 from ..nf4_state import NF4State, packed_rows
 
 STATE_ITEM = "quant_state.bitsandbytes__nf4"
+_ITEMS = ("absmax", "quant_map", STATE_ITEM)
+_NESTED_ITEMS = ("nested_absmax", "nested_quant_map")
+_STORAGE_DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_SCALE_DTYPES = (*WEIGHT_DTYPES, torch.float64)
+_LONGEST_JSON = 1 << 16  # bytes; it has about 200
+_LARGEST_SIZE = 1 << 40  # of one dimension
 _CPU = torch.device("cpu")
 
 
@@ -49,7 +56,7 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
 
 def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
     """The weight saved under `key`, and its nominal dtype. ValueError names the item that is missing,
-    truncated or foreign."""
+    truncated, foreign, or has values that no weight can have."""
 
     def item(suffix: str) -> Tensor:
         value = state_dict.get(key + suffix)
@@ -57,42 +64,104 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
             raise ValueError(
                 f"{key}{suffix}: expected a tensor in the state dict, got {type(value).__name__}"
             )
+        if value.layout != torch.strided:
+            raise ValueError(f"{key}{suffix}: expected a dense tensor, got layout {value.layout}")
         return value
 
     packed = item("")
-    foreign = [k for k in state_dict if k.startswith(f"{key}.quant_state.") and not k.endswith(STATE_ITEM)]
-    if foreign:
-        raise ValueError(f"{foreign[0]}: expected quantisation type nf4, this checkpoint holds another")
-    blob = item(f".{STATE_ITEM}")
-    try:
-        numbers = json.loads(bytes(blob.to(torch.uint8).tolist()).decode())
-        shape = tuple(int(n) for n in numbers["shape"])
-        blocksize, dtype = int(numbers["blocksize"]), getattr(torch, numbers["dtype"])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{key}.{STATE_ITEM}: expected bitsandbytes' JSON, got something else ({error})"
-        ) from error
-    _expect(f"{key}.{STATE_ITEM}", "quant_type", "nf4", numbers.get("quant_type"))
-    nested = f"{key}.nested_absmax" in state_dict or "nested_offset" in numbers
+    mine = [name for name in state_dict if name.startswith(f"{key}.")]
+    for name in mine:
+        if name.startswith(f"{key}.quant_state.") and not name.endswith(STATE_ITEM):
+            raise ValueError(f"{name}: expected quantisation type nf4, this checkpoint holds another")
+    numbers = _read_json(f"{key}.{STATE_ITEM}", item(f".{STATE_ITEM}"))
+    nested = f"{key}.nested_absmax" in state_dict or numbers.nested_offset is not None
+    known = {f"{key}.{name}" for name in (*_ITEMS, *_NESTED_ITEMS)}
+    foreign = next((name for name in mine if name not in known), None)
+    if foreign is not None:
+        raise ValueError(f"{foreign}: expected the items of an NF4 weight alone, got this key beside them")
     if nested:
-        _expect(f"{key}.{STATE_ITEM}", "nested_blocksize", NESTED_BLOCKSIZE, numbers.get("nested_blocksize"))
-        if not isinstance(numbers.get("nested_offset"), (int, float)):
-            raise ValueError(
-                f"{key}.{STATE_ITEM}: expected a number nested_offset, got {numbers.get('nested_offset')}"
-            )
+        _check_nested(f"{key}.{STATE_ITEM}", numbers)
         _expect_table(f"{key}.nested_quant_map", dynamic_map(_CPU), item(".nested_quant_map"))
     _expect_table(f"{key}.quant_map", nf4_code(_CPU), item(".quant_map"))
     state = _assemble(
         key,
-        shape,
-        blocksize,
-        dtype,
+        numbers.shape,
+        numbers.blocksize,
+        numbers.dtype,
         packed,
         item(".absmax"),
         item(".nested_absmax") if nested else None,
-        torch.tensor(float(numbers["nested_offset"]), device=packed.device) if nested else None,
+        torch.tensor(float(numbers.nested_offset), device=packed.device) if nested else None,
     )
-    return state, dtype
+    _check_scales(key, state, numbers.nested_offset if nested else 0.0)
+    if not nested and f"{key}.nested_quant_map" in state_dict:
+        raise ValueError(f"{key}.nested_quant_map: expected nested_absmax beside it, got none")
+    return state, numbers.dtype
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What the JSON of a weight says; of the second level, as it stands there."""
+
+    shape: tuple[int, ...]
+    blocksize: int
+    dtype: Any
+    nested_offset: Any
+    nested_blocksize: Any
+    nested_dtype: Any
+
+
+def _read_json(name: str, blob: Tensor) -> _Numbers:
+    _expect(name, "dtype", torch.uint8, blob.dtype)
+    if blob.numel() > _LONGEST_JSON:
+        raise ValueError(f"{name}: expected bitsandbytes' JSON, got {blob.numel()} bytes")
+    try:
+        # A float that is as long as the file, or brackets a thousand deep, are no ValueError.
+        numbers = json.loads(bytes(blob.view(-1).tolist()).decode())
+        shape, blocksize, dtype = numbers["shape"], numbers["blocksize"], getattr(torch, numbers["dtype"])
+        if not isinstance(shape, list):
+            raise TypeError(f"shape {_short(shape)}")
+        if not all(_is_integer(n) for n in (*shape, blocksize)):
+            raise TypeError(f"shape {_short(shape)} and blocksize {_short(blocksize)} are not integers")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{name}: expected bitsandbytes' JSON, got something else ({_short(str(error))})"
+        ) from error
+    _expect(name, "quant_type", "nf4", numbers.get("quant_type"))
+    nested = (numbers.get(f"nested_{what}") for what in ("offset", "blocksize", "dtype"))
+    return _Numbers(tuple(shape), blocksize, dtype, *nested)
+
+
+def _check_nested(name: str, numbers: _Numbers) -> None:
+    _expect(name, "nested_blocksize", NESTED_BLOCKSIZE, numbers.nested_blocksize)
+    if numbers.nested_dtype not in (None, *map(_name, WEIGHT_DTYPES)):
+        raise ValueError(
+            f"{name}: expected nested_dtype float32, bfloat16 or float16, got {_short(numbers.nested_dtype)}"
+        )
+    offset = numbers.nested_offset
+    if not isinstance(offset, (int, float)) or isinstance(offset, bool):
+        raise ValueError(f"{name}: expected a number nested_offset, got {_short(offset)}")
+    if not 0 <= offset <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a finite nested_offset of 0 or more, got {_short(offset)}")
+
+
+def _check_scales(key: str, state: NF4State, offset: float) -> None:
+    """Scales are largest magnitudes. A weight with another is NaN, or has its signs turned."""
+    nested = state.absmax2 is not None
+    scales = state.absmax2 if nested else state.absmax
+    assert scales is not None
+    if scales.device.type == "meta" or not scales.numel():
+        return
+    good = (scales >= 0) & (scales <= torch.finfo(scales.dtype).max)
+    bad = int((~good).sum())
+    if bad:
+        name = f"{key}.{'nested_' if nested else ''}absmax"
+        raise ValueError(
+            f"{name}: expected finite scales of 0 or more, got {bad} NaN, Inf or negative among "
+            f"{scales.numel()}"
+        )
+    if float(scales.max()) + offset > torch.finfo(torch.float32).max:
+        raise ValueError(f"{key}.nested_absmax: expected scales in the range of float32, got larger ones")
 
 
 def is_quantized(params4bit: Any) -> bool:
@@ -201,12 +270,14 @@ def _assemble(
     offset: Tensor | None,
 ) -> NF4State:
     """Check every length and dtype, so that no kernel reads past the end."""
-    if len(shape) != 2 or min(shape) < 0:
-        raise ValueError(f"{key}: expected a shape (out_features, in_features), got {shape}")
+    if len(shape) != 2 or min(shape) < 0 or max(shape) > _LARGEST_SIZE:
+        raise ValueError(f"{key}: expected a shape (out_features, in_features), got {_short(shape)}")
     if blocksize not in BLOCKSIZES:
-        raise ValueError(f"{key}: expected blocksize one of {BLOCKSIZES}, got {blocksize}")
+        raise ValueError(f"{key}: expected blocksize one of {BLOCKSIZES}, got {_short(blocksize)}")
     if dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"{key}: expected dtype float32, bfloat16 or float16, got {dtype}")
+        raise ValueError(f"{key}: expected dtype float32, bfloat16 or float16, got {_short(dtype)}")
+    if packed.dtype not in _STORAGE_DTYPES:
+        raise ValueError(f"{key}: expected two codes a byte, in uint8 or a float type, got {packed.dtype}")
     # The bytes may be stored under a float type (FSDP asks for it), with the last ones padded.
     flat = packed.detach().contiguous().view(-1).view(torch.uint8)
     numel = shape[0] * shape[1]
@@ -215,7 +286,7 @@ def _assemble(
         raise ValueError(f"{key}: expected {nbytes} bytes for shape {shape}, got {flat.numel()}")
     _expect(f"{key}.absmax", "number of blocks", nblocks, absmax.numel())
     if absmax2 is None:
-        if not absmax.is_floating_point():
+        if absmax.dtype not in _SCALE_DTYPES:
             raise ValueError(
                 f"{key}.absmax: expected a floating dtype, got {absmax.dtype} and no second level"
             )
@@ -224,6 +295,8 @@ def _assemble(
         assert offset is not None
         _expect(f"{key}.absmax", "dtype", torch.uint8, absmax.dtype)
         _expect(f"{key}.nested_absmax", "number of blocks", -(-nblocks // NESTED_BLOCKSIZE), absmax2.numel())
+        if absmax2.dtype not in _SCALE_DTYPES:
+            raise ValueError(f"{key}.nested_absmax: expected a floating dtype, got {absmax2.dtype}")
         absmax2 = absmax2.float()
         offset = offset.float().reshape(())
     return NF4State(
@@ -239,12 +312,26 @@ def _assemble(
 
 def _expect(key: str, what: str, expected: Any, got: Any) -> None:
     if expected != got:
-        raise ValueError(f"{key}: expected {what} {expected}, got {got}")
+        raise ValueError(f"{key}: expected {what} {expected}, got {_short(got)}")
 
 
 def _expect_table(key: str, expected: Tensor, got: Tensor) -> None:
-    if not torch.equal(expected, got.detach().float().cpu().view(-1)):
+    if got.dtype not in _SCALE_DTYPES or not torch.equal(expected, got.detach().float().cpu().view(-1)):
         raise ValueError(f"{key}: expected the standard table of the format, got other values")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _short(value: Any) -> str:
+    """For a message: a file may hold a string of a megabyte, or one with line breaks."""
+    try:
+        text = repr(value) if isinstance(value, (str, list, dict)) else str(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        text = "a number of thousands of digits"
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -1,0 +1,128 @@
+"""What is wrong with the tensors of a checkpoint: its NF4 weights item by item, and NaN in the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..integrations import bitsandbytes
+from .folder import Checkpoint
+from .header import CheckpointError, Entry, shown
+
+NF4_ITEMS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_STATE = ".quant_state.bitsandbytes__"
+_CHUNK = 1 << 24  # bytes of a tensor looked at in one go
+
+
+def weight_of(name: str) -> str | None:
+    """The quantised weight that an item (`...weight.absmax`) belongs to; None for any other name."""
+    if _STATE in name:
+        return name[: name.index(_STATE)]
+    weight, _, item = name.rpartition(".")
+    return weight if item in NF4_ITEMS and weight else None
+
+
+def nf4_weights(names: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Names of the quantised weights, each with all that is stored under it."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        weight = weight_of(name)
+        if weight is not None:
+            found.setdefault(weight, []).append(name)
+    for weight, items in list(found.items()):
+        # Others may call a tensor absmax too.
+        known = weight in names or weight.endswith("weight")
+        if not known and not any(_STATE in item for item in items):
+            del found[weight]
+    for name in names:
+        if name in found:
+            found[name].insert(0, name)
+        else:  # a key that no format knows, beneath a quantised weight
+            above = name.rpartition(".")[0]
+            if above in found and name not in found[above]:
+                found[above].append(name)
+    return found
+
+
+def read_nf4(checkpoint: Checkpoint, weight: str, names: list[str], codes: bool = True) -> Any:
+    """(NF4State, dtype) of a weight. Without its codes, of which any is valid, nothing large is read.
+
+    CheckpointError names the item that does not fit."""
+    items: dict[str, Tensor] = {}
+    for name in names:
+        entry = checkpoint.entries[name]
+        if name == weight and not codes:
+            items[name] = torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+        else:
+            items[name] = entry.read()
+    try:
+        return bitsandbytes.from_state_dict(items, weight)
+    except ValueError as error:
+        raise CheckpointError(shown(str(error)) if "\n" in str(error) else str(error)) from error
+
+
+def faults(
+    checkpoint: Checkpoint, values: bool = True, seen: Callable[[int], None] = lambda nbytes: None
+) -> Iterator[str]:
+    """A sentence for each fault: of files and index, of NF4 weights, of the configuration.
+
+    Parameters
+    ----------
+    values : bool
+        Look for NaN and Inf in the tensors that are not quantised too, which reads all of them.
+    seen : callable
+        Told the number of bytes after each tensor.
+    """
+    yield from checkpoint.faults
+    quantised = nf4_weights(checkpoint.entries)
+    for weight, names in quantised.items():
+        try:
+            read_nf4(checkpoint, weight, names, codes=False)
+        except CheckpointError as error:
+            yield str(error)
+        seen(sum(checkpoint.entries[name].nbytes for name in names))
+    if values:
+        items = {name for names in quantised.values() for name in names}
+        for name, entry in checkpoint.entries.items():
+            if name not in items:
+                fault = _not_finite(entry)
+                if fault is not None:
+                    yield fault
+                seen(entry.nbytes)
+    yield from _faults_of_config(checkpoint, bool(quantised))
+
+
+def _not_finite(entry: Entry) -> str | None:
+    if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
+        return None
+    bad, step = 0, _CHUNK // entry.dtype.itemsize
+    count = entry.nbytes // entry.dtype.itemsize
+    for start in range(0, count, step):
+        length = min(step, count - start)
+        begin = entry.begin + start * entry.dtype.itemsize
+        part = Entry(entry.name, entry.dtype, (length,), begin, length * entry.dtype.itemsize, entry.path)
+        try:
+            values = part.read()
+        except CheckpointError as error:
+            return str(error)
+        # A sum in fp32 is finite only if every term is; it may overflow, and then all are looked at.
+        if not bool(torch.isfinite(values.sum(dtype=torch.float32))):
+            bad += int((~torch.isfinite(values)).sum())
+    return f"{shown(entry.name)}: {bad} of {count} values are NaN or Inf" if bad else None
+
+
+def _faults_of_config(checkpoint: Checkpoint, quantised: bool) -> Iterator[str]:
+    if not checkpoint.path.is_dir():
+        return
+    config = checkpoint.config.get("quantization_config")
+    four_bits = isinstance(config, dict) and bool(config.get("load_in_4bit"))
+    if quantised and not four_bits:
+        yield (
+            "config.json: expected a quantization_config of bitsandbytes for the NF4 weights, got none; "
+            "transformers would take them for ordinary tensors"
+        )
+    if four_bits and not quantised:
+        yield "config.json: expected NF4 weights, as its quantization_config says, got none"

@@ -1,0 +1,289 @@
+"""quantize_checkpoint: a model's folder to NF4 in bitsandbytes' format, one tensor in memory at a time.
+
+All is written into a work folder beside the destination, `.NAME.partial`, and renamed at the end: under the
+destination's name there is a whole model or nothing. An interrupted run leaves the work folder, and the next
+one takes the shards that are done from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE
+from ..integrations.bitsandbytes import STATE_ITEM
+from ..nf4 import NF4Weight
+from .checks import nf4_weights
+from .folder import CONFIG, INDEX, OTHER_WEIGHTS, Checkpoint
+from .header import CheckpointError, Entry, read_header
+from .layers import Choice, choose
+from .writer import Layout, ShardWriter, file_size, sync_folder
+
+_JOB, _LOCK, _MODEL = "job.json", "lock", "model"
+
+
+@dataclass
+class Conversion:
+    """What a run will do, or has done."""
+
+    source: Path
+    destination: Path
+    choice: Choice
+    bytes_before: int
+    bytes_after: int
+    """Of all shards; before they are written, at most."""
+    copied: list[str] = field(default_factory=list)
+    """Other files of the folder."""
+    taken_over: list[str] = field(default_factory=list)
+    """Shards that an interrupted run had finished."""
+
+
+def quantize_checkpoint(
+    source: Path | str,
+    destination: Path | str,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    skip: Iterable[str] = (),
+    restart: bool = False,
+    started: Callable[[Conversion], None] = lambda conversion: None,
+    progress: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> Conversion:
+    """Quantise the linear layers of a model's folder; transformers with bitsandbytes reads the result.
+
+    Parameters
+    ----------
+    source : path
+        A folder with config.json and .safetensors files. Nothing in it is changed.
+    destination : path
+        Must not exist.
+    blocksize, double_quant
+        As `NF4Weight.quantize`.
+    skip : names
+        Modules to leave, beside heads, embeddings and norms: full names or consecutive parts of one.
+    restart : bool
+        Begin anew where an interrupted run could be gone on with.
+    started, progress : callable
+        Told what will be done, and then of each tensor and its bytes.
+
+    Raises
+    ------
+    CheckpointError
+        A fault of the source (named), a source that is quantised already, a destination that exists, too
+        little space on the disk, a weight with NaN or Inf, an interrupted run that had other settings.
+    """
+    source, destination = Path(source), Path(destination)
+    if blocksize not in BLOCKSIZES:
+        raise CheckpointError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
+    if os.path.lexists(destination):
+        raise CheckpointError(f"{destination}: expected a path where nothing is yet")
+    if not destination.absolute().parent.is_dir():
+        raise CheckpointError(f"{destination.parent}: expected a folder to write into, got none")
+    checkpoint = Checkpoint.open(source)
+    _check_dense(checkpoint)
+    choice = choose(checkpoint, skip)
+    layouts = {file: _layout(checkpoint, file, choice, blocksize, double_quant) for file in checkpoint.files}
+    work = destination.absolute().parent / f".{destination.name}.partial"
+    job = {
+        "source": str(source.resolve()),
+        "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files},
+        "blocksize": blocksize,
+        "double_quant": double_quant,
+        "quantise": choice.quantise,
+    }
+    with _work_folder(work, job, restart) as model:
+        conversion = Conversion(source, destination, choice, 0, 0, _others(source, checkpoint))
+        conversion.bytes_before = sum(entry.nbytes for entry in checkpoint.entries.values())
+        sizes = {file: file_size(layouts[file], _metadata(checkpoint, file)) for file in checkpoint.files}
+        conversion.bytes_after = sum(sizes.values())
+        conversion.taken_over = [file.name for file in checkpoint.files if (model / file.name).exists()]
+        _check_space(model, sum(size for file, size in sizes.items() if not (model / file.name).exists()))
+        started(conversion)
+        for file in checkpoint.files:
+            if file.name in conversion.taken_over:
+                _check_taken_over(model / file.name, layouts[file])
+                progress(file.name, sum(entry.nbytes for entry in checkpoint.of_file(file).values()))
+                continue
+            with ShardWriter(model / file.name, layouts[file], _metadata(checkpoint, file)) as writer:
+                for name, entry in checkpoint.of_file(file).items():
+                    _convert(writer, name, entry, choice, blocksize, double_quant)
+                    progress(name, entry.nbytes)
+        _finish(model, checkpoint, conversion, double_quant)
+        try:
+            os.rename(model, destination)
+        except OSError as error:
+            raise CheckpointError(f"{destination}: cannot be written ({error.strerror})") from error
+        sync_folder(destination.absolute().parent)
+    shutil.rmtree(work, ignore_errors=True)
+    return conversion
+
+
+def _check_dense(checkpoint: Checkpoint) -> None:
+    config = checkpoint.config.get("quantization_config")
+    if not checkpoint.path.is_dir() or not (checkpoint.path / CONFIG).exists():
+        raise CheckpointError(f"{checkpoint.path}: expected a model's folder with a config.json, got none")
+    if config:
+        method = config.get("quant_method", "") if isinstance(config, dict) else ""
+        raise CheckpointError(
+            f"{checkpoint.path}: expected a dense model, got one that is quantised ({method})"
+        )
+    quantised = next(iter(nf4_weights(checkpoint.entries)), None)
+    if quantised is not None:
+        raise CheckpointError(f"{quantised}: expected a dense weight, got one that is quantised")
+
+
+def _layout(checkpoint: Checkpoint, file: Path, choice: Choice, blocksize: int, double_quant: bool) -> Layout:
+    """What will be in a shard, from the shapes alone."""
+    found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {}
+    for name, entry in checkpoint.of_file(file).items():
+        if name not in choice.quantise:
+            found[name] = (entry.dtype, entry.shape)
+            continue
+        numel = entry.shape[0] * entry.shape[1]
+        nblocks = -(-numel // blocksize)
+        found[name] = (torch.uint8, ((numel + 1) // 2, 1))
+        found[f"{name}.absmax"] = (torch.uint8 if double_quant else torch.float32, (nblocks,))
+        found[f"{name}.quant_map"] = (torch.float32, (16,))
+        if double_quant:
+            found[f"{name}.nested_absmax"] = (torch.float32, (-(-nblocks // NESTED_BLOCKSIZE),))
+            found[f"{name}.nested_quant_map"] = (torch.float32, (256,))
+        found[f"{name}.{STATE_ITEM}"] = None
+    return found
+
+
+def _convert(
+    writer: ShardWriter, name: str, entry: Entry, choice: Choice, blocksize: int, double_quant: bool
+) -> None:
+    if name not in choice.quantise:
+        writer.copy(entry)
+        return
+    dense = entry.read()
+    try:
+        weight = NF4Weight.quantize(
+            dense.t() if choice.quantise[name] else dense, blocksize, double_quant, name=name
+        )
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    del dense
+    for key, tensor in weight.state_dict(name=name).items():
+        writer.write(key, tensor)
+
+
+def _finish(model: Path, checkpoint: Checkpoint, conversion: Conversion, double_quant: bool) -> None:
+    """The index, the configuration and other files."""
+    entries: dict[str, Entry] = {}
+    for file in checkpoint.files:
+        entries.update(read_header(model / file.name)[0])
+    total = conversion.bytes_after = sum(entry.nbytes for entry in entries.values())
+    if (checkpoint.path / INDEX).exists():
+        names = {name: entry.path.name for name, entry in sorted(entries.items())}
+        _write_json(model / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
+    dtypes = [checkpoint.entries[name].dtype for name in conversion.choice.quantise]
+    dtype = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
+    quantization = quantization_config(dtype, double_quant, conversion.choice.skip_modules)
+    _write_json(model / CONFIG, checkpoint.config | {"quantization_config": quantization})
+    for name in conversion.copied:
+        (model / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(checkpoint.path / name, model / name)
+
+
+def quantization_config(compute_dtype: str, double_quant: bool, skip_modules: list[str]) -> dict[str, Any]:
+    """What transformers' BitsAndBytesConfig writes into config.json."""
+    return {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": compute_dtype,
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": skip_modules,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+
+
+def _metadata(checkpoint: Checkpoint, file: Path) -> dict[str, str]:
+    return {"format": "pt"} | checkpoint.metadata[file.name]  # transformers refuses a file without
+
+
+def _others(source: Path, checkpoint: Checkpoint) -> list[str]:
+    """Tokenizer, generation_config, chat templates, licence: all but weights, and what is hidden."""
+    found = []
+    for folder, folders, files in os.walk(source):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        here = Path(folder).relative_to(source)
+        for name in sorted(files):
+            weights = name.endswith((".safetensors", *OTHER_WEIGHTS)) or name.endswith(".index.json")
+            if not weights and not name.startswith(".") and str(here / name) != CONFIG:
+                found.append(str(here / name))
+    return found
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise CheckpointError(
+            f"{folder.parent.parent}: expected {needed / 1e9:.3g} GB of free space for the result, "
+            f"got {free / 1e9:.3g} GB"
+        )
+
+
+def _check_taken_over(path: Path, layout: Layout) -> None:
+    """A shard of an interrupted run is whole, as it has its name; but somebody may have been at it."""
+    entries = read_header(path)[0]
+    if entries.keys() != layout.keys():
+        raise CheckpointError(
+            f"{path}: expected the shard that an earlier run made, got another (use --restart)"
+        )
+
+
+@contextmanager
+def _work_folder(work: Path, job: dict[str, Any], restart: bool) -> Iterator[Path]:
+    """Where the model is put together; new, or that of an interrupted run of the same job."""
+    work.mkdir(exist_ok=True)
+    with (work / _LOCK).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(f"{work}: another run is at work there") from None
+        note, model = work / _JOB, work / _MODEL
+        if restart or not note.exists():  # without a note nothing has been begun
+            shutil.rmtree(model, ignore_errors=True)
+            temporary = work / f"{_JOB}.tmp"
+            temporary.write_text(json.dumps(job))
+            os.replace(temporary, note)
+        elif not _same_job(note, job):
+            raise CheckpointError(
+                f"{work}: an interrupted run with another source or other settings is there; "
+                "give the same again to go on with it, or --restart to begin anew"
+            )
+        model.mkdir(exist_ok=True)
+        try:
+            yield model
+        except BaseException:
+            if not any(model.glob("*.safetensors")):  # nothing to go on with
+                shutil.rmtree(work, ignore_errors=True)
+            raise
+
+
+def _same_job(note: Path, job: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads(note.read_text()) == job)
+    except ValueError:
+        return False
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

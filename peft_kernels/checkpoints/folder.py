@@ -1,0 +1,135 @@
+"""A checkpoint as a whole: one safetensors file, or a folder of shards with an index and a configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .header import CheckpointError, Entry, read_header, shown
+
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+_LARGEST_JSON = 100_000_000
+OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+
+
+@dataclass
+class Checkpoint(Mapping[str, Tensor]):
+    """Tensors by name. Each is read from disk when it is asked for, into memory of its own, and not kept."""
+
+    path: Path
+    entries: dict[str, Entry]
+    files: list[Path]
+    """In the order of their names."""
+    config: dict[str, Any] = field(default_factory=dict)
+    metadata: dict[str, dict[str, str]] = field(default_factory=dict)
+    """Of each file, by its name."""
+    faults: list[str] = field(default_factory=list)
+    """What is wrong with files, index and configuration. Values are another matter, see `checks`."""
+
+    @classmethod
+    def open(cls, path: Path | str) -> Checkpoint:
+        """Of a .safetensors file, or a folder. CheckpointError with the first fault there is."""
+        found = cls.examine(path)
+        if found.faults:
+            raise CheckpointError(found.faults[0])
+        return found
+
+    @classmethod
+    def examine(cls, path: Path | str) -> Checkpoint:
+        """As `open`, but what is wrong is left in `faults`, and the files that can be read are there."""
+        path = Path(path)
+        if not path.exists():
+            raise CheckpointError(f"{path}: expected a folder or a .safetensors file, got nothing there")
+        found = cls(path, {}, [path])
+        index = None
+        if path.is_dir():
+            found.config = found._json(path / CONFIG) if (path / CONFIG).exists() else {}
+            index = found._index(path / INDEX) if (path / INDEX).exists() else None
+            found.files = _shards(path) if index is None else sorted({path / file for file in index.values()})
+        for file in found.files:
+            found._add(file)
+        if index is not None:
+            found._compare(index)
+        return found
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.entries[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def of_file(self, file: Path) -> dict[str, Entry]:
+        return {name: entry for name, entry in self.entries.items() if entry.path == file}
+
+    def _json(self, path: Path) -> dict[str, Any]:
+        try:
+            if path.stat().st_size > _LARGEST_JSON:
+                raise ValueError
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(found, dict):
+                raise ValueError
+        except (OSError, ValueError, RecursionError):
+            self.faults.append(f"{path.name}: expected a JSON object, got something else")
+            return {}
+        return found
+
+    def _index(self, path: Path) -> dict[str, str]:
+        found = self._json(path).get("weight_map", {})
+        if not isinstance(found, dict) or not all(isinstance(file, str) for file in found.values()):
+            self.faults.append(f"{path.name}: expected file names in weight_map, got {shown(found)}")
+            return {}
+        for name, file in found.items():
+            # A name alone: an index must not lead out of its folder.
+            if Path(file).name != file or not file.endswith(".safetensors") or not file.isprintable():
+                self.faults.append(
+                    f"{path.name}: {shown(name)}: expected the name of a .safetensors file, got {shown(file)}"
+                )
+                return {}
+        if not found:
+            self.faults.append(f"{path.name}: expected a weight_map, got none")
+        return found
+
+    def _add(self, file: Path) -> None:
+        if not file.is_file():
+            self.faults.append(f"{file.name}: the index names it, and it is not there")
+            return
+        try:
+            entries, self.metadata[file.name] = read_header(file)
+        except CheckpointError as error:
+            self.faults.append(str(error))
+            return
+        for name, entry in entries.items():
+            if name in self.entries:
+                first = self.entries[name].path.name
+                self.faults.append(f"{shown(name)}: it stands in {first} and in {file.name}")
+            self.entries.setdefault(name, entry)
+
+    def _compare(self, index: dict[str, str]) -> None:
+        readable = {file.name for file in self.files if file.name in self.metadata}
+        for name, file in index.items():
+            if file in readable and (name not in self.entries or self.entries[name].path.name != file):
+                self.faults.append(f"{shown(name)}: the index says that it is in {file}, where it is not")
+        for name, entry in self.entries.items():
+            if name not in index:
+                self.faults.append(f"{shown(name)}: it is in {entry.path.name}, and not in the index")
+
+
+def _shards(folder: Path) -> list[Path]:
+    """Without an index: model.safetensors, or whatever is there."""
+    if (folder / "model.safetensors").exists():
+        return [folder / "model.safetensors"]
+    found = sorted(folder.glob("*.safetensors"))
+    if not found:
+        others = [path.name for path in sorted(folder.glob("*")) if path.suffix in OTHER_WEIGHTS]
+        hint = f" ({others[0]} is another format: save the model as safetensors first)" if others else ""
+        raise CheckpointError(f"{folder}: expected .safetensors files, got none{hint}")
+    return found

@@ -1,0 +1,101 @@
+"""load_checkpoint: a file or folder into a model, all of it or nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..nf4 import NF4Weight
+from .checks import nf4_weights, read_nf4
+from .folder import Checkpoint
+from .header import CheckpointError, Entry, shown
+
+
+def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> None:
+    """Load a checkpoint into a model that has NF4 layers where the checkpoint has.
+
+    Everything is read and checked before the first tensor of the model changes, so a checkpoint that does not
+    fit leaves the model as it was. For that time the tensors are in memory twice.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Built and, where the checkpoint is NF4, quantised (`quantize_model`); on any device. Keeps its dtypes,
+        but for NF4 weights, whose nominal dtype is the checkpoint's.
+    path : path
+        A .safetensors file, or a folder of them with or without an index.
+    strict : bool
+        Whether the model must have all tensors of the checkpoint, and the checkpoint all of the model's.
+
+    Raises
+    ------
+    CheckpointError
+        (a ValueError) What does not fit, in one sentence that names the tensor.
+    """
+    checkpoint = Checkpoint.open(path)
+    places = _places(model)
+    quantised = nf4_weights(checkpoint.entries)
+    _check_names(places, checkpoint, quantised, strict)
+    new: dict[str, Tensor] = {}
+    for name, entry in checkpoint.entries.items():
+        if name in places and name not in quantised:
+            new[name] = _plain(name, places[name], entry)
+    for name, names in quantised.items():
+        if name in places:
+            new[name] = _nf4(name, places[name], checkpoint, names)
+    for name, tensor in new.items():
+        places[name].data = tensor
+
+
+def _places(model: nn.Module) -> dict[str, Tensor]:
+    """Where tensors go, by every name that a tied one has."""
+    found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
+def _check_names(
+    places: dict[str, Tensor], checkpoint: Checkpoint, quantised: dict[str, list[str]], strict: bool
+) -> None:
+    there = {id(places[name]) for name in checkpoint.entries if name in places}
+    for name, place in places.items():
+        if strict and id(place) not in there:
+            raise CheckpointError(f"{name}: the checkpoint has no tensor of this name, the model has")
+        if isinstance(place, NF4Weight) and name in checkpoint.entries and name not in quantised:
+            raise CheckpointError(f"{name}: expected an NF4 weight, got a plain tensor")
+    items = {item for names in quantised.values() for item in names}
+    for name in checkpoint.entries:
+        if strict and name not in places and name not in items:
+            raise CheckpointError(f"{shown(name)}: the model has no tensor of this name, the checkpoint has")
+    for name in quantised:
+        if name not in places:
+            if strict:
+                raise CheckpointError(f"{shown(name)}: the model has no weight of this name")
+        elif not isinstance(places[name], NF4Weight):
+            raise CheckpointError(
+                f"{name}: expected a plain tensor, got an NF4 weight (quantize_model first)"
+            )
+
+
+def _plain(name: str, place: Tensor, entry: Entry) -> Tensor:
+    if entry.shape != tuple(place.shape):
+        raise CheckpointError(f"{name}: expected shape {tuple(place.shape)}, got {entry.shape}")
+    if entry.dtype != place.dtype and not (entry.dtype.is_floating_point and place.dtype.is_floating_point):
+        raise CheckpointError(f"{name}: expected dtype {place.dtype}, got {entry.dtype}")
+    return entry.read().to(place.device, place.dtype)
+
+
+def _nf4(name: str, place: Any, checkpoint: Checkpoint, names: list[str]) -> Tensor:
+    state, dtype = read_nf4(checkpoint, name, names)
+    if state.shape != tuple(place.shape):
+        raise CheckpointError(f"{name}: expected shape {tuple(place.shape)}, got {state.shape}")
+    state.name = place._state.name
+    with torch.no_grad():
+        weight: Tensor = NF4Weight(state, dtype).to(place.device)
+    return weight

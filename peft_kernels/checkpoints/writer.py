@@ -1,0 +1,149 @@
+"""A safetensors file written tensor by tensor, which has its name only when it is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .header import NAMES, CheckpointError, Entry
+
+LONGEST_BLOB = 512
+"""Bytes that a text of unknown length may take; bitsandbytes' JSON of a weight has about 200."""
+_CHUNK = 1 << 24
+
+Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]] | None]
+"""Dtype and shape by name; None for a text, uint8 of unknown length."""
+
+
+def file_size(layout: Layout, metadata: Mapping[str, str]) -> int:
+    """The most bytes that a file can take."""
+    offsets, end = _places(layout)
+    return 8 + len(_header(layout, offsets, metadata)) + end
+
+
+class ShardWriter:
+    """Writes into `NAME.tmp`; leaving the `with` block without an error gives the file its name, with all of
+    it on the disk.
+
+    The header stands first, but how long the texts are is known last. So room is left for the longest header
+    that there can be, and the texts go to the end; what is too much of the room becomes spaces, which the
+    format allows.
+    """
+
+    def __init__(self, path: Path, layout: Layout, metadata: Mapping[str, str]) -> None:
+        self._path, self._layout, self._metadata = path, layout, metadata
+        self._offsets, self._blobs_begin = _places(layout)
+        self._blobs_begin -= LONGEST_BLOB * sum(kind is None for kind in layout.values())
+        self._room = len(_header(layout, self._offsets, metadata))
+        self._blobs: dict[str, bytes] = {}
+        self._left = set(layout)
+
+    def __enter__(self) -> ShardWriter:
+        self._temporary = self._path.with_name(self._path.name + ".tmp")
+        self._file = self._temporary.open("wb")
+        return self
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """CheckpointError when it is not what the layout says."""
+        tensor, kind = tensor.detach().cpu().contiguous(), self._layout[name]
+        data: Any = tensor.view(-1).view(torch.uint8).numpy()
+        if kind is None:
+            if len(data) > LONGEST_BLOB:
+                raise CheckpointError(f"{name}: expected at most {LONGEST_BLOB} bytes, got {len(data)}")
+            self._blobs[name] = data.tobytes()
+        else:
+            if kind != (tensor.dtype, tuple(tensor.shape)):
+                got = f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+                raise CheckpointError(f"{name}: expected {kind[0]} of shape {kind[1]}, got {got}")
+            self._seek(name)
+            self._file.write(data)
+        self._left.remove(name)
+
+    def copy(self, entry: Entry) -> None:
+        """The bytes of a tensor of another file, a few megabytes at a time."""
+        self._seek(entry.name)
+        with entry.path.open("rb") as source:
+            source.seek(entry.begin)
+            left = entry.nbytes
+            while left:
+                data = source.read(min(left, _CHUNK))
+                if not data:
+                    raise CheckpointError(f"{entry.path.name}: {entry.name} is truncated")
+                self._file.write(data)
+                left -= len(data)
+        self._left.remove(entry.name)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._finish()
+                self._file.close()
+                os.replace(self._temporary, self._path)
+                sync_folder(self._path.parent)
+        finally:
+            self._file.close()
+            self._temporary.unlink(missing_ok=True)
+
+    def _seek(self, name: str) -> None:
+        self._file.seek(8 + self._room + self._offsets[name][0])
+
+    def _finish(self) -> None:
+        assert not self._left, f"not written: {sorted(self._left)}"
+        end = self._blobs_begin
+        self._file.seek(8 + self._room + end)
+        for name, blob in self._blobs.items():
+            self._file.write(blob)
+            self._offsets[name] = (end, end + len(blob))
+            end += len(blob)
+        self._file.seek(0)
+        self._file.write(self._room.to_bytes(8, "little"))
+        self._file.write(_header(self._layout, self._offsets, self._metadata).ljust(self._room))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Put the names in a folder on the disk, so that they outlive a loss of power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _places(layout: Layout) -> tuple[dict[str, tuple[int, int]], int]:
+    """Where each tensor begins and ends in the data: large types first, so that all are aligned."""
+
+    def order(name: str) -> tuple[int, str]:
+        kind = layout[name]
+        return (0 if kind is None else -kind[0].itemsize), name
+
+    offsets, end = {}, 0
+    for name in sorted(layout, key=order):
+        kind = layout[name]
+        begin = end
+        end += LONGEST_BLOB if kind is None else _nbytes(*kind)
+        offsets[name] = (begin, end)
+    return offsets, end
+
+
+def _nbytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
+    return dtype.itemsize * int(torch.Size(shape).numel())
+
+
+def _header(layout: Layout, offsets: Mapping[str, tuple[int, int]], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    for name, (begin, end) in sorted(offsets.items(), key=lambda place: place[1]):
+        dtype, shape = layout[name] or (torch.uint8, (end - begin,))
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    return text.ljust(-(-len(text) // 8) * 8)

@@ -1,0 +1,52 @@
+"""Kernels for LoRA and QLoRA: what is installed, checkpoints in 4 bits, and what a fine-tuning will take."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+
+from ..checkpoints.header import CheckpointError
+from . import doctor, info, inspect, plan, quantize
+from .output import Output
+
+_COMMANDS = (info, quantize, inspect, plan, doctor)
+
+OK, FAILED = 0, 1  # and 2 is argparse's, for a command line that makes no sense
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit code: 0 when all is well, 1 when something failed or faults were found."""
+    parser = argparse.ArgumentParser(
+        prog="peft-kernels",
+        description=__doc__,
+        epilog="exit codes: 0 all is well, 1 it failed or faults were found, 2 wrong arguments",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for module in _COMMANDS:
+        text = (module.__doc__ or "").strip()
+        name = module.__name__.rpartition(".")[2]
+        summary = text.splitlines()[0]
+        command = commands.add_parser(
+            name, help=summary, description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        command.add_argument("--json", action="store_true", help="print JSON and nothing else")
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    arguments = parser.parse_args(argv)
+    out = Output(arguments.json)
+    # Its remarks are on a model that is never run.
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        return OK if arguments.run(arguments, out) else FAILED
+    except CheckpointError as error:
+        out.error(str(error))
+    except KeyboardInterrupt:
+        out.error("interrupted")
+    except OSError as error:
+        out.error(f"{error.filename or 'system'}: {error.strerror or error}")
+    return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

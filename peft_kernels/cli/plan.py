@@ -1,0 +1,196 @@
+"""What a fine-tuning will take, method by method, from the configuration alone.
+
+Bytes of weights, adapters, gradients, optimiser state, saved activations with and without checkpointing, and
+of the loss; which methods fit into --memory, and the largest batch that does. Nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import memory
+from .architecture import CHECKED, build, describe
+from .memory import METHODS, OPTIMISERS, Model, Run
+from .output import Output, size
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_ASSUMED = "layers fused by pk.patch, attention by a fused kernel, no padding, gradients accumulated"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("path", metavar="MODEL_DIR|config.json", type=Path)
+    parser.add_argument(
+        "--method", type=_methods, default=list(METHODS), help=f"some of {','.join(METHODS)} (all)"
+    )
+    parser.add_argument("--seq", type=_positive, default=2048, help="tokens of a sequence (2048)")
+    parser.add_argument("--batch", type=_positive, default=1, help="sequences of a batch (1)")
+    parser.add_argument("--rank", type=_positive, default=16, help="of LoRA and DoRA (16)")
+    parser.add_argument("--optim", choices=OPTIMISERS, default="adamw")
+    parser.add_argument("--memory", type=byte_count, help="of the device, as 24GB or 80GiB")
+    parser.add_argument(
+        "--reserve",
+        type=lambda text: 0 if text == "0" else byte_count(text),
+        default=10**9,
+        help="of --memory, for the CUDA context, fragmentation and kernels' work space (1GB)",
+    )
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the weights (the configuration's)")
+    parser.add_argument(
+        "--target-modules", nargs="+", metavar="NAME", help="layers with adapters (all linear ones)"
+    )
+    parser.add_argument(
+        "--kbit-prepared", action="store_true", help="QLoRA after PEFT's prepare_model_for_kbit_training"
+    )
+    parser.add_argument("--reduction", type=_positive, default=16, help="of bottleneck adapters (16)")
+    parser.add_argument("--virtual-tokens", type=_positive, default=20, help="of prefix tuning (20)")
+
+
+def run(arguments: argparse.Namespace, out: Output) -> bool:
+    built = build(arguments.path)
+    dtype = _DTYPES[arguments.dtype] if arguments.dtype else None
+    model = describe(built, dtype, arguments.target_modules)
+    runs = [
+        Run(
+            method,
+            arguments.batch,
+            arguments.seq,
+            arguments.rank,
+            arguments.optim,
+            arguments.reduction,
+            arguments.virtual_tokens,
+            prepared=arguments.kbit_prepared,
+        )
+        for method in arguments.method
+    ]
+    if model.block is None:
+        runs = [one for one in runs if one.method in ("lora", "qlora", "dora", "full")]
+    limit = None if arguments.memory is None else arguments.memory - arguments.reserve
+    plans = {one.method: _plan(model, one, limit) for one in runs}
+    count = sum(torch.Size(shape).numel() for shape in model.parameters)
+    out.say(
+        f"{type(built).__name__}: {count / 1e9:.3g} billion parameters, batch {arguments.batch} x "
+        f"{arguments.seq} tokens, rank {arguments.rank}, {arguments.optim}",
+        "bold",
+    )
+    _print(plans, arguments.memory, out)
+    no_note = arguments.kbit_prepared or "qlora" not in plans
+    notes = _notes(built, model, no_note)
+    if limit is not None:
+        kept = size(arguments.reserve)
+        notes.append(f"kept for the CUDA context, fragmentation and work space: {kept} (--reserve)")
+    for note in notes:
+        out.say(note)
+    out.result(
+        {
+            "model": type(built).__name__,
+            "parameters": count,
+            "batch": arguments.batch,
+            "seq": arguments.seq,
+            "memory": arguments.memory,
+            "reserve": arguments.reserve,
+            "methods": plans,
+            "notes": notes,
+        }
+    )
+    return True
+
+
+def _plan(model: Model, one: Run, limit: int | None) -> dict[str, Any]:
+    plan: dict[str, Any] = {
+        "weights": memory.weights(model, one),
+        "adapters": memory.adapters(model, one),
+        "gradients": memory.gradients(model, one),
+        "optimiser": memory.optimiser(model, one),
+    }
+    if model.block is None:
+        return plan
+    plan |= {
+        "activations": memory.activations(model, one),
+        "activations_checkpointed": memory.checkpointed(model, one),
+        "logits": memory.logits(model, one),
+        "loss_backward": memory.loss_backward(model, one),
+        "total": memory.total(model, one, checkpointing=False),
+        "total_checkpointed": memory.total(model, one, checkpointing=True),
+    }
+    if limit is not None:
+        for suffix, checkpointing in (("", False), ("_checkpointed", True)):
+            plan[f"fits{suffix}"] = plan[f"total{suffix}"] <= limit
+            plan[f"largest_batch{suffix}"] = memory.largest_batch(_fits(model, one, checkpointing, limit))
+    return plan
+
+
+def _fits(model: Model, one: Run, checkpointing: bool, limit: int) -> Callable[[int], bool]:
+    def fits(batch: int) -> bool:
+        changed = Run(**{**vars(one), "batch": batch})
+        return memory.total(model, changed, checkpointing) <= limit
+
+    return fits
+
+
+def _print(plans: dict[str, dict[str, Any]], limit: int | None, out: Output) -> None:
+    lines = [
+        ("weights", "weights"),
+        ("adapters", "adapters"),
+        ("gradients", "gradients"),
+        ("optimiser", "optimiser state"),
+        ("activations", "activations"),
+        ("activations_checkpointed", "  with checkpointing"),
+        ("logits", "logits"),
+        ("loss_backward", "backward of the loss"),
+        ("total", "most at any time"),
+        ("total_checkpointed", "  with checkpointing"),
+    ]
+    rows = [
+        (label, *(size(plan[key]) for plan in plans.values()))
+        for key, label in lines
+        if all(key in plan for plan in plans.values())
+    ]
+    if limit is not None and all("fits" in plan for plan in plans.values()):
+        for suffix, label in (("", ""), ("_checkpointed", ", with checkpointing")):
+            fits = ("yes" if plan[f"fits{suffix}"] else "no" for plan in plans.values())
+            largest = (str(plan[f"largest_batch{suffix}"]) for plan in plans.values())
+            rows += [(f"fits into {size(limit)}{label}", *fits), (f"largest batch{label}", *largest)]
+    out.table(("", *(f"{method}>" for method in plans)), rows)
+
+
+def _notes(built: Any, model: Model, prepared: bool) -> list[str]:
+    name = built.config.model_type
+    if model.block is None:
+        return [f"activations are not known for layers like those of {name}, so nothing is said of what fits"]
+    notes = [f"assumed: {_ASSUMED}"]
+    if not prepared:
+        notes.append("QLoRA after PEFT's prepare_model_for_kbit_training takes more: see --kbit-prepared")
+    if name not in CHECKED:
+        notes.append(f"activations of {name} are reckoned as Llama's, and nobody has measured them")
+    return notes
+
+
+def byte_count(text: str) -> int:
+    """24GB (powers of ten) or 24GiB (of two)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise argparse.ArgumentTypeError(f"expected a size like 24GB or 80GiB, got {text!r}")
+    unit = _UNITS[match[2].upper()]
+    if match[3]:
+        unit = 1024 ** list(_UNITS).index(match[2].upper())
+    return int(float(match[1]) * unit)
+
+
+def _positive(text: str) -> int:
+    if not text.isdigit() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return int(text)
+
+
+def _methods(text: str) -> list[str]:
+    methods = list(dict.fromkeys(text.split(",")))
+    for method in methods:
+        if method not in METHODS:
+            raise argparse.ArgumentTypeError(f"expected some of {','.join(METHODS)}, got {method!r}")
+    return methods

@@ -1,0 +1,78 @@
+"""A model's folder to 4 bits (NF4), tensor by tensor.
+
+The result is in bitsandbytes' format: transformers, PEFT, TRL and vLLM read it. DST appears when it is whole;
+an interrupted run leaves a folder .DST.partial beside it, and the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from pathlib import Path
+
+from ..checkpoints.convert import Conversion, quantize_checkpoint
+from ..code_tables import BLOCKSIZES
+from .output import Output, size
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", type=Path, help="folder with config.json and .safetensors")
+    parser.add_argument("destination", metavar="DST", type=Path, help="folder to make; must not exist")
+    parser.add_argument(
+        "--blocksize", type=int, default=64, choices=BLOCKSIZES, help="weights that share a scale (64)"
+    )
+    parser.add_argument(
+        "--no-double-quant", action="store_true", help="keep scales in fp32: 4.5 bits a weight, not 4.13"
+    )
+    parser.add_argument(
+        "--skip",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="modules to leave, beside heads, embeddings and norms: a name or consecutive parts of one",
+    )
+    parser.add_argument("--restart", action="store_true", help="do not go on with an interrupted run")
+
+
+def run(arguments: argparse.Namespace, out: Output) -> bool:
+    def started(conversion: Conversion) -> None:
+        choice = conversion.choice
+        out.say(f"{len(choice.quantise)} linear layers become NF4, by {choice.source}")
+        for reason, count in Counter(choice.left.values()).items():
+            names = [name for name, why in choice.left.items() if why == reason]
+            shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
+            out.say(f"{count} left ({shown}): {reason.removesuffix('; skip=() would pack it')}")
+        if conversion.taken_over:
+            out.say(f"going on with an interrupted run: {', '.join(conversion.taken_over)} done before")
+
+    # The total is known when the headers have been read, which is later than the bar is made.
+    total = sum(file.stat().st_size for file in arguments.source.glob("*.safetensors"))
+    with out.progress(total, "quantising") as advance:
+        done = quantize_checkpoint(
+            arguments.source,
+            arguments.destination,
+            arguments.blocksize,
+            not arguments.no_double_quant,
+            arguments.skip,
+            arguments.restart,
+            started,
+            lambda name, nbytes: advance(nbytes),
+        )
+    out.say(
+        f"{done.destination}: {size(done.bytes_after)} of {size(done.bytes_before)}"
+        + (f"; copied {', '.join(done.copied)}" if done.copied else ""),
+        "bold",
+    )
+    out.result(
+        {
+            "destination": str(done.destination),
+            "bytes_before": done.bytes_before,
+            "bytes_after": done.bytes_after,
+            "quantised": sorted(done.choice.quantise),
+            "left": done.choice.left,
+            "chosen_by": done.choice.source,
+            "copied": done.copied,
+            "taken_over": done.taken_over,
+        }
+    )
+    return True

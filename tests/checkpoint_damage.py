@@ -1,0 +1,300 @@
+"""A small checkpoint with all kinds of tensors, and ways to damage it at random."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import random
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import peft_kernels as pk
+from peft_kernels.checkpoints.header import read_header
+from peft_kernels.checkpoints.writer import ShardWriter
+
+INDEX = "model.safetensors.index.json"
+STATE = "quant_state.bitsandbytes__nf4"
+
+
+class Net(nn.Module):
+    """Small, with all kinds of tensors: NF4 with and without a second level, even, odd and blocks that cross
+    rows, and plain ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+
+        def layer(rows: int, columns: int, nested: bool, bias: bool = True) -> nn.Module:
+            dense = nn.Linear(columns, rows, bias=bias)
+            with torch.no_grad():
+                for parameter in dense.parameters():
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+            return pk.nn.NF4Linear.from_linear(dense, 32, nested)
+
+        self.up, self.odd, self.down = layer(40, 48, True), layer(7, 33, True), layer(48, 40, False, False)
+        self.norm = nn.LayerNorm(48)
+        self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
+
+
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def write(path: Path, state: dict[str, Tensor]) -> None:
+    layout = {name: (t.dtype, tuple(t.shape)) for name, t in state.items()}
+    with ShardWriter(path, layout, {"format": "pt"}) as writer:
+        for name, tensor in state.items():
+            writer.write(name, tensor)
+
+
+def sound(folder: Path) -> None:
+    """Two shards, an index and a configuration."""
+    state = tensors(Net())
+    first = {name: t for name, t in state.items() if name.startswith(("up.", "norm."))}
+    second = {name: t for name, t in state.items() if name not in first}
+    shards = {f"model-0000{i + 1}-of-00002.safetensors": part for i, part in enumerate((first, second))}
+    for file, part in shards.items():
+        write(folder / file, part)
+    names = {name: file for file, part in shards.items() for name in part}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+
+
+# Damage. Each takes the folder of a sound checkpoint.
+
+
+def _shard(folder: Path, rng: random.Random) -> Path:
+    return rng.choice(sorted(folder.glob("*.safetensors")))
+
+
+def _dumps(value: Any) -> str:
+    """With integers of any length, which Python by itself does not print."""
+    limit = sys.get_int_max_str_digits()
+    sys.set_int_max_str_digits(0)
+    try:
+        return json.dumps(value)
+    finally:
+        sys.set_int_max_str_digits(limit)
+
+
+def _parts(path: Path) -> tuple[dict[str, Any], bytes]:
+    data = path.read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    return json.loads(data[8 : 8 + length]), data[8 + length :]
+
+
+def _join(path: Path, header: Any, data: bytes, length: int | None = None) -> None:
+    text = header if isinstance(header, bytes) else _dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+
+
+def flip_bytes(folder: Path, rng: random.Random) -> None:
+    path = rng.choice(sorted(folder.iterdir()))
+    data = bytearray(path.read_bytes())
+    # Half of them in the header, where they do the most.
+    end = len(data) if rng.random() < 0.5 else min(len(data), 2000)
+    for _ in range(rng.choice((1, 1, 2, 8, 64))):
+        data[rng.randrange(end)] = rng.randrange(256)
+    path.write_bytes(data)
+
+
+def truncate(folder: Path, rng: random.Random) -> None:
+    path = rng.choice(sorted(folder.iterdir()))
+    data = path.read_bytes()
+    path.write_bytes(data[: rng.choice((0, 1, 7, 8, 9, rng.randrange(len(data)), len(data) - 1))])
+
+
+def lengthen(folder: Path, rng: random.Random) -> None:
+    with _shard(folder, rng).open("ab") as file:
+        file.write(rng.randbytes(rng.choice((1, 8, 4096))))
+
+
+def lie_about_header(folder: Path, rng: random.Random) -> None:
+    path = _shard(folder, rng)
+    header, data = _parts(path)
+    size = path.stat().st_size
+    _join(
+        path,
+        header,
+        data,
+        rng.choice((0, 1, size, size - 8, 2**31, 2**63, 2**64 - 1, 10**8, rng.randrange(size))),
+    )
+
+
+def deep_header(folder: Path, rng: random.Random) -> None:
+    path = _shard(folder, rng)
+    _, data = _parts(path)
+    text = rng.choice(
+        (b"[" * 100_000, b'{"a":' * 50_000, b"9" * 100_000, b'"' + b"\xff" * 50 + b'"', b"null")
+    )
+    _join(path, text, data)
+
+
+WILD: tuple[Any, ...] = (
+    *(
+        -1,
+        0,
+        1,
+        2,
+        3,
+        31,
+        48,
+        64.0,
+        64.5,
+        2**31,
+        2**32,
+        2**40,
+        2**53,
+        2**63 - 1,
+        2**63,
+        2**64,
+        2**80,
+        10**5000,
+    ),
+    *(math.nan, math.inf, -math.inf, 1e308, -1e-30, True, False, None, "", "64", "nf4", "a\nb", "x" * 5000),
+    *([], [1], [0, 2**62], [2**40, 2**40], [-40, -48], [40, 48, 1], {}, {"a": 1}),
+    *("F32", "BF16", "U8", "I64", "float32", "int8", "Tensor", "nn", "float8_e4m3fn", "__class__"),
+)
+
+
+def _wild(rng: random.Random) -> Any:
+    return copy.deepcopy(rng.choice(WILD))
+
+
+def edit_header(folder: Path, rng: random.Random) -> None:
+    path = _shard(folder, rng)
+    header, data = _parts(path)
+    for _ in range(rng.choice((1, 1, 2))):
+        name = rng.choice(sorted(header))
+        way = rng.randrange(5)
+        if way == 0:
+            header[name] = _wild(rng)
+        elif way == 1 and isinstance(header[name], dict):
+            header[name][rng.choice(("dtype", "shape", "data_offsets", "more"))] = _wild(rng)
+        elif way == 2 and name != "__metadata__" and isinstance(header[name], dict):
+            field = header[name].get(rng.choice(("shape", "data_offsets")))
+            if isinstance(field, list) and field:
+                field[rng.randrange(len(field))] = _wild(rng)
+        elif way == 3:
+            header[rng.choice((*header, "new", name + ".more", "lone.absmax", "a\nb", "x" * 3000))] = (
+                header.pop(name)
+            )
+        else:
+            header.pop(name)
+    _join(path, header, data)
+
+
+def _state(path: Path) -> dict[str, Tensor]:
+    return {name: entry.read() for name, entry in read_header(path)[0].items()}
+
+
+def edit_json(folder: Path, rng: random.Random) -> None:
+    path = _shard(folder, rng)
+    state = _state(path)
+    name = rng.choice([name for name in state if name.endswith(STATE)])
+    numbers = json.loads(bytes(state[name].tolist()))
+    for _ in range(rng.choice((1, 1, 2))):
+        key = rng.choice((*numbers, "nested_offset", "more"))
+        if rng.random() < 0.15:
+            numbers.pop(key, None)
+        elif (
+            key == "shape"
+            and rng.random() < 0.5
+            and isinstance(numbers.get("shape"), list)
+            and numbers["shape"]
+        ):
+            numbers["shape"][rng.randrange(len(numbers["shape"]))] = _wild(rng)
+        else:
+            numbers[key] = _wild(rng)
+    text = _dumps(numbers).encode()
+    if rng.random() < 0.1:
+        text = rng.choice((b"", b"{", text[:-3], b"[" * 60_000, rng.randbytes(150), b" " * 70_000))
+    state[name] = torch.tensor(list(text), dtype=torch.uint8)
+    write(path, state)
+
+
+KINDS = (
+    *(torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.bool, torch.complex64),
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn),
+)
+
+
+def edit_tensor(folder: Path, rng: random.Random) -> None:
+    path = _shard(folder, rng)
+    state = _state(path)
+    name = rng.choice(sorted(state))
+    tensor = state[name]
+    way = rng.randrange(7)
+    if way == 0:
+        state[name] = tensor.view(-1)[: rng.randrange(tensor.numel() + 1)].clone()
+    elif way == 1:
+        state[name] = torch.cat((tensor.view(-1), tensor.view(-1)))
+    elif way == 2:
+        state[name] = tensor.to(rng.choice(KINDS))
+    elif way == 3 and tensor.is_floating_point() and tensor.numel():
+        wild = (math.nan, math.inf, -math.inf, -1.0, -1e-30, 3e38, 1e-40)
+        tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice(wild)
+    elif way == 4:
+        del state[name]
+    elif way == 5:
+        state[name + rng.choice((".more", ".absmax", ".nested_absmax", ".quant_state.bitsandbytes__fp4"))] = (
+            tensor.clone()
+        )
+    else:
+        state[name] = tensor.reshape(rng.choice(((1, -1), (-1, 1), (-1,)))) if tensor.dim() else tensor[None]
+    write(path, state)
+
+
+def edit_index(folder: Path, rng: random.Random) -> None:
+    path = folder / INDEX
+    index = json.loads(path.read_text())
+    names = index["weight_map"]
+    name = rng.choice(sorted(names))
+    way = rng.randrange(5)
+    if way == 0:
+        wild = (
+            "../other.safetensors",
+            "/etc/passwd",
+            "",
+            "missing.safetensors",
+            "config.json",
+            5,
+            None,
+            "a\0b",
+        )
+        names[name] = rng.choice((*wild, *names.values()))
+    elif way == 1:
+        del names[name]
+    elif way == 2:
+        names[name + ".more"] = names[name]
+    elif way == 3:
+        index["weight_map"] = _wild(rng)
+    else:
+        index = _wild(rng)
+    path.write_text(_dumps(index))
+
+
+def lose_file(folder: Path, rng: random.Random) -> None:
+    rng.choice(sorted(folder.iterdir())).unlink()
+
+
+DAMAGE: dict[str, tuple[Callable[[Path, random.Random], None], int]] = {
+    "flip_bytes": (flip_bytes, 5),
+    "truncate": (truncate, 2),
+    "lengthen": (lengthen, 1),
+    "lie_about_header": (lie_about_header, 1),
+    "deep_header": (deep_header, 1),
+    "edit_header": (edit_header, 4),
+    "edit_json": (edit_json, 5),
+    "edit_tensor": (edit_tensor, 5),
+    "edit_index": (edit_index, 2),
+    "lose_file": (lose_file, 1),
+}

@@ -1,0 +1,161 @@
+"""`peft-kernels doctor` and `info`: what works here, found out by trying."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import peft_kernels as pk
+import testing
+from peft_kernels.backends import BACKENDS
+from peft_kernels.cli import doctor, info
+from peft_kernels.cli.main import main
+
+needs_cpu = pytest.mark.skipif(
+    testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"
+)
+
+
+BREAKS = {
+    "forward": lambda y: y * 1.0001,
+    "gradient of x": lambda dx: dx.roll(1, 0) if len(dx) > 1 else -dx,
+    "LoRA": lambda y: y + 1e-3,
+    "LoRA, gradient of x": lambda dx: dx * 1.0001,
+    "gradient of A": lambda da: -da,
+    "gradient of B": lambda db: torch.full_like(db, torch.nan),
+}
+
+
+@pytest.fixture(autouse=True)
+def _users_back_ends(monkeypatch: pytest.MonkeyPatch, one_thread: None) -> None:
+    """Without the one that tests alone have."""
+    if "ptx" in BACKENDS:
+        monkeypatch.setattr(BACKENDS["ptx"], "probe", lambda: "for tests")
+
+
+def diagnosed(capsys: pytest.CaptureFixture[str]) -> tuple[int, Any]:
+    code = main(["doctor", "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@needs_cpu
+def test_all_is_well(capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = diagnosed(capsys)
+    assert code == 0 and report["problems"] == []
+    cases = {(check["what"], check["dtype"]) for check in report["checks"] if check["backend"] == "cpu"}
+    assert cases == {(what, dtype) for what in BREAKS for dtype in ("float32", "bfloat16")}
+    assert all(check["passed"] and 0 < check["error"] < check["allowed"] for check in report["checks"])
+    assert len(report["checks"]) == len(BREAKS) * 2 * len(doctor._SHAPES) or report["seconds"] >= 5
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "all is well" in text and "gradient of A" in text
+
+
+@needs_cpu
+@pytest.mark.parametrize("what", BREAKS)
+def test_a_wrong_kernel_is_found(
+    what: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = doctor._compute
+
+    def broken(*args: Any) -> Any:
+        results = found(*args)
+        return results | {what: BREAKS[what](results[what])}
+
+    monkeypatch.setattr(doctor, "_compute", broken)
+    code, report = diagnosed(capsys)
+    assert code == 1
+    wrong = {check["what"] for check in report["checks"] if not check["passed"]}
+    assert wrong == {what}
+    assert f"the first: {what} in float32 is wrong" in report["problems"][0]
+    assert "PEFT_KERNELS_BACKEND=reference" in report["problems"][0]
+
+
+@needs_cpu
+def test_a_kernel_that_raises_is_found(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: Any) -> Any:
+        raise RuntimeError("no such\ninstruction")
+
+    monkeypatch.setattr(doctor, "_compute", broken)
+    assert main(["doctor"]) == 1
+    text = capsys.readouterr().out
+    assert "WRONG" in text and "RuntimeError: no such instruction" in text
+
+
+def test_what_is_not_built_or_too_old(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(BACKENDS["cpu"], "probe", lambda: "not built: reinstall with g++")
+    monkeypatch.setattr(info, "versions", lambda: dict.fromkeys(info.LIBRARIES) | {"peft": "0.9.1"})
+    monkeypatch.setenv("PEFT_KERNELS_BACKEND", "cuda")
+    monkeypatch.setattr(BACKENDS["cuda"], "probe", lambda: "no card")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(BACKENDS["triton"], "probe", lambda: "no Triton")
+    code, report = diagnosed(capsys)
+    assert code == 1 and report["checks"] == []
+    assert report["problems"] == [
+        "back end cpu: not built: reinstall with g++. Until then CPU tensors go by plain torch, slowly",
+        "the GPU is served by plain torch: cuda: no card; triton: no Triton",
+        "PEFT_KERNELS_BACKEND=cuda asks for a back end that is not usable: no card",
+        "peft 0.9.1: expected 0.18 or later (pip install --upgrade peft)",
+    ]
+
+
+def test_the_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When it is up, one shape for each dtype is left."""
+    monkeypatch.setattr(doctor, "_compare", lambda backend, dtype, *shape: [(dtype, shape)])
+    found = doctor.self_test(BACKENDS["reference"], until=0.0)
+    assert found == [(torch.float32, doctor._SHAPES[0]), (torch.bfloat16, doctor._SHAPES[0])]
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    text = capsys.readouterr().out
+    assert pk.explain() in text and f"peft_kernels {pk.__version__}, torch {torch.__version__}" in text
+    assert main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["backends"]["reference"]["usable"] and report["backends"].keys() == BACKENDS.keys()
+    assert report["libraries"]["safetensors"]
+
+
+def test_as_a_module_and_its_exit_codes() -> None:
+    root = Path(pk.__file__).parent.parent
+
+    def call(*arguments: str) -> Any:
+        command = [sys.executable, "-m", "peft_kernels", *arguments]
+        return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+
+    found = call("inspect", "/no/such/place", "--json")
+    assert found.returncode == 1 and "got nothing there" in json.loads(found.stdout)["error"]
+    assert found.stderr.startswith("peft-kernels: /no/such/place: ")
+
+
+def test_wrong_arguments_and_what_the_system_refuses(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for wrong in ([], ["frob"], ["quantize", "a"], ["quantize", "a", "b", "--blocksize", "48"]):
+        with pytest.raises(SystemExit) as caught:
+            main(wrong)
+        assert caught.value.code == 2
+
+    def refuse(*args: Any) -> Any:
+        raise PermissionError(13, "Permission denied", "/etc/model")
+
+    monkeypatch.setattr(info, "run", refuse)
+    assert main(["info"]) == 1
+    assert "peft-kernels: /etc/model: Permission denied" in capsys.readouterr().err
+
+    def interrupt(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(info, "run", interrupt)
+    assert main(["info"]) == 1
+    assert "interrupted" in capsys.readouterr().err

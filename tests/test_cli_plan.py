@@ -1,0 +1,385 @@
+"""`peft-kernels plan` against what small models are measured to take."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import peft_kernels as pk
+import testing
+from peft_kernels.cli import memory
+from peft_kernels.cli.architecture import build, describe
+from peft_kernels.cli.main import main
+from peft_kernels.cli.memory import METHODS, Model, Run
+from peft_kernels.cli.plan import byte_count
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+peft = pytest.importorskip("peft", reason="peft is not installed")
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+BATCH, SEQ, RANK, REDUCTION, VIRTUAL = 2, 48, 8, 4, 5
+KINDS = {
+    "llama": ("Llama", {}),
+    "llama-mha": ("Llama", {"num_key_value_heads": 4}),
+    "qwen2-tied": ("Qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", {"head_dim": 32}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+}
+CASES = [
+    *((kind, method) for kind in ("llama", "qwen2-tied", "qwen3") for method in METHODS),
+    *(("llama-mha", method) for method in ("lora", "prefix")),
+    ("mistral", "lora"),
+]
+OPTIONS = {"rank": RANK, "reduction": REDUCTION, "virtual_tokens": VIRTUAL}
+
+
+def config_of(kind: str, **changes: Any) -> Any:
+    family, options = KINDS[kind]
+    return getattr(transformers, f"{family}Config")(**SIZES | options | changes)
+
+
+def described(kind: str, dtype: torch.dtype = torch.bfloat16, targets: Any = None, **changes: Any) -> Model:
+    config = config_of(kind, **changes)
+    with torch.device("meta"):
+        return describe(transformers.AutoModelForCausalLM.from_config(config), dtype, targets)
+
+
+class Bottleneck(nn.Module):
+    """x + up(gelu(down(x))): Houlsby et al. 2019."""
+
+    def __init__(self, hidden: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(hidden, hidden // REDUCTION), nn.Linear(hidden // REDUCTION, hidden)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.up(nn.functional.gelu(self.down(x)))
+        return x + y
+
+
+def trainable(
+    kind: str, method: str, dtype: torch.dtype = torch.bfloat16, targets: Any = None, **changes: Any
+) -> Any:
+    """A model that is set up as a user would."""
+    torch.manual_seed(0)
+    config = config_of(kind, **changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).to(dtype)
+    model.config.use_cache = False
+    if method in ("qlora", "prepared"):
+        pk.quantize_model(model)
+    if method == "prepared":
+        model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        method = "qlora"
+    if method in ("lora", "qlora", "dora"):
+        model = peft.get_peft_model(
+            model,
+            peft.LoraConfig(
+                r=RANK,
+                target_modules=targets or "all-linear",
+                task_type="CAUSAL_LM",
+                use_dora=method == "dora",
+            ),
+        )
+        pk.patch(model)
+    elif method == "prefix":
+        model = peft.get_peft_model(
+            model, peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
+        )
+    elif method == "adapter":
+        model.requires_grad_(False)
+        for layer in model.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                insert(part, Bottleneck(config.hidden_size).to(dtype))
+    return model.train()
+
+
+def insert(part: Any, adapter: nn.Module) -> None:
+    """After a part of a layer, whose forward gives a tensor or a tuple that begins with one."""
+    part.adapter = adapter
+
+    def hook(module: Any, args: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (adapter(output[0]), *output[1:])
+        return adapter(output)
+
+    part.register_forward_hook(hook)
+
+
+def loss_of(model: Any, batch: int = BATCH, seq: int = SEQ) -> Any:
+    ids = torch.arange(batch * seq).reshape(batch, seq) % SIZES["vocab_size"]
+    return model(input_ids=ids, labels=ids)
+
+
+def measured_activations(model: Any, vocabulary: int = SIZES["vocab_size"]) -> int:
+    """Without the log-softmax that the loss saves."""
+    total = testing.saved_bytes(lambda: loss_of(model), [*model.parameters(), *model.buffers()])
+    return total - BATCH * SEQ * vocabulary * 4
+
+
+def off(planned: float, measured: float) -> float:
+    return abs(planned / measured - 1)
+
+
+@pytest.mark.parametrize(("kind", "method"), CASES)
+def test_against_measured_models(kind: str, method: str) -> None:
+    """To 1% for activations, as a term that is missing could hide in more; 5% for the rest."""
+    model, run = described(kind), Run(method, BATCH, SEQ, **OPTIONS)
+    real = trainable(kind, method)
+    assert off(memory.activations(model, run), measured_activations(real)) < 0.01
+    added = ("lora_", "prompt_encoder", "adapter.")
+    base = [p for n, p in real.named_parameters() if not any(part in n for part in added)]
+    extra = [p for n, p in real.named_parameters() if any(part in n for part in added)]
+    assert off(memory.weights(model, run), sum(p.nbytes for p in base)) < 0.05
+    factor = 2 if method == "adapter" else 1  # the stand-in's are in bf16
+    if method != "full":
+        assert off(memory.adapters(model, run), factor * sum(p.nbytes for p in extra)) < 0.05
+    loss_of(real).loss.backward()
+    gradients = sum(p.grad.nbytes for p in real.parameters() if p.grad is not None)
+    assert off(memory.gradients(model, run), factor * gradients) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_other_dtypes(method: str, dtype: torch.dtype) -> None:
+    model, run = described("llama", dtype), Run(method, BATCH, SEQ, **OPTIONS)
+    real = trainable("llama", method, dtype)
+    assert off(memory.weights(model, run) + memory.adapters(model, run), _nbytes(real)) < 0.05
+    assert off(memory.activations(model, run), measured_activations(real)) < 0.01
+
+
+def _nbytes(model: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["o_proj", "down_proj"], ["gate_proj"]], ids=str)
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora"])
+def test_adapters_on_some_layers(method: str, targets: list[str]) -> None:
+    model, run = described("qwen3", targets=targets), Run(method, BATCH, SEQ, **OPTIONS)
+    real = trainable("qwen3", method, targets=targets)
+    assert off(memory.activations(model, run), measured_activations(real)) < 0.05
+    trained = sum(p.nbytes for p in real.parameters() if p.requires_grad)
+    assert off(memory.adapters(model, run), trained) < 0.05
+
+
+@pytest.mark.parametrize("targets", [None, ["q_proj", "v_proj"]], ids=["all", "q and v"])
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_after_kbit_preparation(kind: str, targets: Any) -> None:
+    """PEFT makes fp32 of all that is not quantised, and the products stay in bf16."""
+    model = described(kind, targets=targets)
+    run = Run("qlora", BATCH, SEQ, **OPTIONS, prepared=True)
+    real = trainable(kind, "prepared", targets=targets)
+    assert off(memory.activations(model, run), measured_activations(real)) < 0.01
+    assert off(memory.weights(model, run) + memory.adapters(model, run), _nbytes(real)) < 0.05
+    logits = loss_of(real).logits
+    assert memory.logits(model, run) == 2 * logits.nbytes and logits.dtype == torch.float32
+
+
+def step(model: nn.Module, optim: str) -> int:
+    """Bytes of the optimiser's state after a step."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser: Any
+    if optim == "adamw":
+        optimiser = torch.optim.AdamW(parameters)
+    elif optim == "sgd":
+        optimiser = torch.optim.SGD(parameters)
+    elif optim == "adafactor":
+        optimiser = transformers.Adafactor(parameters)
+    else:
+        bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+        optimiser = bnb.optim.AdamW8bit(parameters)
+    optimiser.step()
+    found: dict[int, int] = {}
+    for state in optimiser.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                found[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+    return sum(found.values())
+
+
+@pytest.mark.parametrize("optim", memory.OPTIMISERS)
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_optimiser_state(method: str, optim: str) -> None:
+    changes = {"hidden_size": 128, "num_hidden_layers": 1}  # some of it above bitsandbytes' 4096 numbers
+    model, run = described("llama", **changes), Run(method, BATCH, SEQ, 40, optim)
+    if method == "full":
+        real = trainable("llama", "full", **changes)
+    else:
+        real = nn.ParameterList(torch.zeros(shape) for shape in memory.trained(model, run))
+    for parameter in real.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    expected = step(real, optim)
+    assert (
+        memory.optimiser(model, run) == expected
+        if not expected
+        else (off(memory.optimiser(model, run), expected) < 0.05)
+    )
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora", "dora", "full"])
+def test_checkpointing(method: str) -> None:
+    """What the forward leaves; and what a layer saves, as the difference of two depths."""
+    model, run = described("llama"), Run(method, BATCH, SEQ, **OPTIONS)
+    real = trainable("llama", method)
+    base = real if method == "full" else real.get_base_model()
+    base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if method != "full":
+        real.enable_input_require_grads()
+    # cos and sin live in a closure, where no hook sees them.
+    rotary = 2 * SEQ * (SIZES["hidden_size"] // SIZES["num_attention_heads"]) * 2
+    assert off(memory.checkpoints(model, run), measured_activations(real) + rotary) < 0.1
+    deeper = measured_activations(trainable("llama", method, num_hidden_layers=4))
+    layer = deeper - measured_activations(trainable("llama", method))
+    assert off(memory.layer(model, run), layer) < 0.05
+    assert memory.checkpointed(model, run) == memory.checkpoints(model, run) + memory.layer(model, run)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of storages that ops have made and that are still there, and the most there have been."""
+
+    def __init__(self, there: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen = weakref.WeakKeyDictionary({s: True for t in there for s in testing._storages(t)})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, pk.NF4Weight):
+                storage = tensor.untyped_storage()
+                if storage not in self._seen:
+                    self._seen[storage] = True
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._gone, storage.nbytes())
+        return out
+
+    def _gone(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("vocabulary", [96, 3000])
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_most_at_any_time(method: str, vocabulary: int, checkpointing: bool) -> None:
+    """Of a step beside gradients that are there: whether the logits are most of it, or the layers."""
+    batch, seq = 2, 192
+    changes = {"vocab_size": vocabulary}
+    model, run = described("llama", **changes), Run(method, batch, seq, **OPTIONS)
+    real = trainable("llama", method, **changes)
+    if checkpointing:
+        base = real if method == "full" else real.get_base_model()
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if method != "full":
+            real.enable_input_require_grads()
+    loss_of(real, batch, seq).loss.backward()
+    gradients = [p.grad for p in real.parameters() if p.grad is not None]
+    with Live([*real.parameters(), *real.buffers(), *gradients]) as live:
+        loss_of(real, batch, seq).loss.backward()
+    fixed = memory.weights(model, run) + memory.adapters(model, run) + memory.optimiser(model, run)
+    planned = memory.total(model, run, checkpointing) - fixed
+    measured = live.most + sum(g.nbytes for g in gradients)
+    assert 0.9 < planned / measured < 1.2
+
+
+def test_the_largest_batch_is_the_largest() -> None:
+    model = described("llama")
+    limit = 10_000_000
+    for checkpointing in (False, True):
+
+        def fits(batch: int, checkpointing: bool = checkpointing) -> bool:
+            return memory.total(model, Run("lora", batch, SEQ), checkpointing) <= limit
+
+        found = memory.largest_batch(fits)
+        assert found > 1 and fits(found) and not fits(found + 1)
+    assert memory.largest_batch(lambda batch: False) == 0
+    assert memory.largest_batch(lambda batch: batch <= 1) == 1
+
+
+def test_command_on_a_known_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Llama 3.1 8B from its configuration: sizes that everybody knows."""
+    config = transformers.LlamaConfig(
+        vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32,
+        num_attention_heads=32, num_key_value_heads=8, dtype="bfloat16", architectures=["LlamaForCausalLM"],
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    path = str(tmp_path / "config.json")
+    assert (
+        main(["plan", path, "--method", "lora,qlora,full", "--memory", "24GB", "--json", "--seq", "1024"])
+        == 0
+    )
+    report = json.loads(capsys.readouterr().out)
+    assert report["parameters"] == 8_030_261_248 and report["memory"] == 24_000_000_000
+    lora, qlora, full = (report["methods"][name] for name in ("lora", "qlora", "full"))
+    assert lora["weights"] == full["weights"] == 2 * 8_030_261_248
+    assert 5.6e9 < qlora["weights"] < 5.8e9
+    assert lora["adapters"] == 4 * 41_943_040  # r = 16, all linear layers
+    assert not full["fits"] and full["largest_batch"] == 0
+    assert qlora["fits_checkpointed"] and qlora["largest_batch_checkpointed"] > qlora["largest_batch"] >= 1
+    assert main(["plan", path, "--memory", "24GB", "--batch", "2"]) == 0
+    text = capsys.readouterr().out
+    assert "largest batch, with checkpointing" in text and "assumed: layers fused" in text
+
+
+def test_some_memory_is_kept_in_reserve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config_of("llama").save_pretrained(tmp_path)
+
+    def planned(*options: str) -> Any:
+        assert main(["plan", str(tmp_path), "--method", "lora", "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)["methods"]["lora"]
+
+    total = planned()["total"]
+    assert planned("--memory", str(total), "--reserve", "0")["fits"]
+    assert not planned("--memory", str(total - 1), "--reserve", "0")["fits"]
+    assert not planned("--memory", str(total + 10**9 - 1))["fits"]
+    assert planned("--memory", str(total + 10**9))["largest_batch"] == 1
+
+
+def test_an_architecture_with_other_layers_is_not_guessed_at(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    transformers.GPT2Config(n_embd=64, n_layer=2, n_head=2, vocab_size=96).save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--memory", "24GB", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert "not known for layers like those of gpt2" in report["notes"][0]
+    assert set(report["methods"]) == {"lora", "qlora", "dora", "full"}
+    assert not any("fits" in plan or "activations" in plan for plan in report["methods"].values())
+
+
+def test_from_the_configuration_alone(tmp_path: Path) -> None:
+    """A model of 400 billion parameters is described in a moment, and takes no memory."""
+    changes = {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 3, "head_dim": 128}
+    config_of("llama", **changes, num_attention_heads=128, num_key_value_heads=8).save_pretrained(tmp_path)
+    model = build(tmp_path)
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_wrong_arguments(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for wrong in (["--memory", "much"], ["--method", "lora,pigeon"], ["--seq", "0"], ["--optim", "x"]):
+        with pytest.raises(SystemExit) as caught:
+            main(["plan", str(tmp_path), *wrong])
+        assert caught.value.code == 2
+    assert main(["plan", str(tmp_path)]) == 1
+    assert "expected the configuration of a language model" in capsys.readouterr().err
+    config_of("llama").save_pretrained(tmp_path)
+    assert main(["plan", str(tmp_path), "--target-modules", "q_prj"]) == 1
+    assert "expected names of linear layers, got 'q_prj'" in capsys.readouterr().err
+
+
+def test_sizes_with_units() -> None:
+    assert byte_count("24GB") == 24 * 10**9 and byte_count("80GiB") == 80 * 2**30
+    assert byte_count("1.5 tb") == 15 * 10**11 and byte_count("512") == 512

@@ -1,0 +1,369 @@
+"""`peft-kernels quantize`: the folder that bitsandbytes would write, whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import weakref
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fresh_process import Python
+from models import tiny_llama
+
+import peft_kernels as pk
+from peft_kernels.checkpoints import convert
+from peft_kernels.checkpoints.convert import quantize_checkpoint
+from peft_kernels.checkpoints.folder import Checkpoint
+from peft_kernels.checkpoints.header import CheckpointError, Entry
+from peft_kernels.checkpoints.load import load_checkpoint
+from peft_kernels.cli.main import main
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+SHARD = "100KB"
+
+
+def saved(model: Any, folder: Path, **options: Any) -> Path:
+    model.to(torch.bfloat16).save_pretrained(folder, **options)
+    return folder
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """A Llama in two shards, with the other files that a model has."""
+    folder = saved(tiny_llama(), tmp_path / "source", max_shard_size=SHARD)
+    (folder / "tokenizer.json").write_text("{}")
+    (folder / "chat_templates").mkdir()
+    (folder / "chat_templates" / "tool.jinja").write_text("x")
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "junk").write_text("x")
+    (folder / "pytorch_model.bin").write_text("weights again")
+    return folder
+
+
+def tiny_gpt2(**_: Any) -> Any:
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=128, n_positions=64, n_embd=64, n_layer=2, n_head=4)
+    )
+
+
+def tiny_qwen2(**_: Any) -> Any:
+    config = tiny_llama().config.to_dict() | {"model_type": "qwen2", "tie_word_embeddings": True}
+    return transformers.Qwen2ForCausalLM(transformers.Qwen2Config.from_dict(config))
+
+
+def tiny_mixtral(**_: Any) -> Any:
+    """Experts are single weights in the file, and one parameter in the model, which stays."""
+    config = transformers.MixtralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, max_position_embeddings=64,
+    )  # fmt: skip
+    return transformers.MixtralForCausalLM(config)
+
+
+def tiny_classifier(**_: Any) -> Any:
+    config = tiny_llama().config
+    config.num_labels = 3
+    return transformers.LlamaForSequenceClassification(config)
+
+
+def their_config(**changes: Any) -> Any:
+    options = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True,
+               "bnb_4bit_compute_dtype": torch.bfloat16}  # fmt: skip
+    return transformers.BitsAndBytesConfig(**options | changes)
+
+
+def same_tensors(ours: Path, theirs: Path) -> None:
+    """To the bit. Their CPU kernel takes the second-nearest code for one scale in a thousand (nf4-format)."""
+    a, b = Checkpoint.open(ours), Checkpoint.open(theirs)
+    assert a.keys() == b.keys()
+    scales = wrong = 0
+    for name in a:
+        if name.endswith(".absmax"):
+            scales, wrong = scales + a[name].numel(), wrong + int((a[name] != b[name]).sum())
+            assert int((a[name].int() - b[name].int()).abs().max()) <= 1
+        elif "quant_state" in name:
+            assert json.loads(bytes(a[name].tolist())) == json.loads(bytes(b[name].tolist()))
+        else:
+            assert a[name].dtype == b[name].dtype and torch.equal(a[name], b[name]), name
+    assert wrong <= 0.01 * scales
+
+
+@pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2, tiny_qwen2, tiny_mixtral, tiny_classifier])
+def test_it_is_what_transformers_with_bitsandbytes_saves(make: Any, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    source = saved(make(), tmp_path / "source", max_shard_size=SHARD)
+    quantize_checkpoint(source, tmp_path / "ours")
+    Auto = transformers.AutoModelForCausalLM
+    skipped = {}
+    if make is tiny_classifier:  # bitsandbytes packs the last module, ours leaves all of the head
+        Auto, skipped = transformers.AutoModelForSequenceClassification, {"llm_int8_skip_modules": ["score"]}
+    theirs = Auto.from_pretrained(source, quantization_config=their_config(**skipped))
+    theirs.save_pretrained(tmp_path / "theirs")
+    same_tensors(tmp_path / "ours", tmp_path / "theirs")
+    written, expected = (
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        for name in ("ours", "theirs")
+    )
+    assert written.keys() == expected.keys()
+    assert [key for key in written if written[key] != expected[key]] in ([], ["llm_int8_skip_modules"])
+    ours = Auto.from_pretrained(tmp_path / "ours")
+    layers = {name for name, module in ours.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert layers == {n for n, m in theirs.named_modules() if type(m).__name__ == "Linear4bit"} and layers
+    ids = torch.arange(2, 34)[None]
+    kwargs = {"input_ids": ids, **({} if make is not tiny_classifier else {"attention_mask": ids > 0})}
+    if make is tiny_classifier:
+        ours.config.pad_token_id = theirs.config.pad_token_id = 0
+    error = (ours(**kwargs).logits - theirs(**kwargs).logits).float().norm() / theirs(**kwargs).logits.norm()
+    assert error < 0.05
+
+
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_other_blocks_load_there_too(double_quant: bool, source: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    quantize_checkpoint(source, tmp_path / "ours", 128, double_quant)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    weight = model.model.layers[1].mlp.down_proj.weight
+    assert weight.quant_state.blocksize == 128 and weight.quant_state.nested == double_quant
+    dense = Checkpoint.open(source)["model.layers.1.mlp.down_proj.weight"]
+    expected = pk.NF4Weight.quantize(dense, 128, double_quant)
+    assert torch.equal(pk.NF4Weight.from_bnb(weight).dequantize(), expected.dequantize())
+
+
+def test_command(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "target"
+    assert main(["quantize", str(source), str(target), "--json", "--skip", "down_proj"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (
+        len(report["quantised"]) == 12 and report["left"]["model.layers.0.mlp.down_proj"] == "named in skip"
+    )
+    assert report["chosen_by"] == "LlamaForCausalLM of transformers" and not report["taken_over"]
+    tensors = Checkpoint.open(target).entries.values()
+    assert report["bytes_after"] == sum(entry.nbytes for entry in tensors) < report["bytes_before"] == 156_288
+    found = {str(path.relative_to(target)) for path in target.rglob("*") if path.is_file()}
+    shards = {f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    others = {"config.json", "generation_config.json", "tokenizer.json", "chat_templates/tool.jinja"}
+    assert found == shards | others | {"model.safetensors.index.json"}
+    skipped = json.loads((target / "config.json").read_text())["quantization_config"]["llm_int8_skip_modules"]
+    assert skipped == ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    assert not list(tmp_path.glob(".*"))
+    assert main(["inspect", str(target)]) == 0
+    assert "no faults found" in capsys.readouterr().out
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+KILLED = """
+import os, signal, sys
+
+sys.modules["transformers"] = None  # to import it takes seconds; names and shapes tell the same here
+from peft_kernels.checkpoints.convert import quantize_checkpoint
+
+def progress(name, nbytes):
+    if name == {last!r}:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+quantize_checkpoint({source!r}, {target!r}, progress=progress)
+"""
+
+
+def test_a_killed_run_goes_on_where_it_was(tmp_path: Path, python: Python) -> None:
+    model = tiny_llama(num_key_value_heads=4)
+    source = saved(model, tmp_path / "source", max_shard_size=SHARD)
+    whole, target = tmp_path / "whole", tmp_path / "target"
+    quantize_checkpoint(source, whole)
+    checkpoint = Checkpoint.open(source)
+    last = list(checkpoint.of_file(checkpoint.files[1]))[3]
+    code = KILLED.format(last=last, source=str(source), target=str(target))
+    root = Path(pk.__file__).parent.parent
+    assert python._processes.run(code, root, {}).returncode == -signal.SIGKILL
+    assert not target.exists()
+    work = tmp_path / ".target.partial"
+    first = work / "model" / checkpoint.files[0].name
+    assert sorted(path.name for path in (work / "model").iterdir()) == [
+        checkpoint.files[0].name, f"{checkpoint.files[1].name}.tmp",
+    ]  # fmt: skip
+    before = first.stat()
+    done = quantize_checkpoint(source, target)
+    assert done.taken_over == [checkpoint.files[0].name]
+    after = (target / checkpoint.files[0].name).stat()
+    assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert contents(target) == contents(whole) and not work.exists()
+
+
+class Stopped(Exception):
+    pass
+
+
+def interrupted(source: Path, target: Path, after: int = 1, **options: Any) -> None:
+    """A run that ends when it has finished so many shards."""
+    checkpoint = Checkpoint.open(source)
+    last = next(iter(checkpoint.of_file(checkpoint.files[after])))
+
+    def progress(name: str, nbytes: int) -> None:
+        if name == last:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        quantize_checkpoint(source, target, progress=progress, **options)
+
+
+def test_other_settings_do_not_mix_with_an_interrupted_run(source: Path, tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    interrupted(source, target)
+    with pytest.raises(CheckpointError, match=r"other settings.*--restart"):
+        quantize_checkpoint(source, target, blocksize=128)
+    done = quantize_checkpoint(source, target, blocksize=128, restart=True)
+    assert not done.taken_over and not (tmp_path / ".target.partial").exists()
+    assert len(Checkpoint.open(target)["model.layers.0.mlp.up_proj.weight.absmax"]) == 96 * 64 // 128
+
+
+def test_a_changed_source_is_another(source: Path, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "target")
+    saved(tiny_llama(), source, max_shard_size=SHARD)
+    with pytest.raises(CheckpointError, match="another source"):
+        quantize_checkpoint(source, tmp_path / "target")
+
+
+def test_a_run_that_failed_before_its_first_shard_leaves_nothing(source: Path, tmp_path: Path) -> None:
+    interrupted(source, tmp_path / "target", after=0)
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_two_runs_at_once(source: Path, tmp_path: Path) -> None:
+    errors = []
+
+    def second(name: str, nbytes: int) -> None:
+        if not errors:
+            with pytest.raises(CheckpointError, match="another run is at work") as caught:
+                quantize_checkpoint(source, tmp_path / "target")
+            errors.append(caught)
+
+    quantize_checkpoint(source, tmp_path / "target", progress=second)
+    assert errors and Checkpoint.open(tmp_path / "target")
+
+
+def test_one_dense_tensor_at_a_time(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And those that are not quantised are never tensors: they go over in pieces."""
+    alive: list[weakref.ref[Any]] = []
+    names, read = [], Entry.read
+
+    def watched(self: Entry) -> torch.Tensor:
+        assert not [one for ref in alive if (one := ref()) is not None]
+        tensor = read(self)
+        names.append(self.name)
+        alive.append(weakref.ref(tensor.untyped_storage()))
+        return tensor
+
+    monkeypatch.setattr(Entry, "read", watched)
+    done = quantize_checkpoint(source, tmp_path / "target")
+    assert sorted(names) == sorted(done.choice.quantise)
+
+
+def test_an_existing_destination_is_left_alone(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = tmp_path / "target"
+    target.mkdir()
+    assert main(["quantize", str(source), str(target)]) == 1
+    assert "expected a path where nothing is yet" in capsys.readouterr().err
+    assert not list(target.iterdir()) and not list(tmp_path.glob(".*"))
+    with pytest.raises(CheckpointError, match="expected a folder to write into"):
+        quantize_checkpoint(source, tmp_path / "no" / "target")
+
+
+def test_a_quantised_source_is_refused(source: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(source, tmp_path / "once")
+    with pytest.raises(CheckpointError, match=r"once: expected a dense model.*bitsandbytes"):
+        quantize_checkpoint(tmp_path / "once", tmp_path / "twice")
+    config = json.loads((tmp_path / "once" / "config.json").read_text())
+    del config["quantization_config"]
+    (tmp_path / "once" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"proj\.weight: expected a dense weight"):
+        quantize_checkpoint(tmp_path / "once", tmp_path / "twice")
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "once"}
+
+
+def test_too_little_space_is_told_before_anything_is_written(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage(10**6, 0, 80_000))
+    with pytest.raises(CheckpointError, match=r"expected 9.*e-05 GB of free space .* got 8e-05 GB"):
+        quantize_checkpoint(source, tmp_path / "target")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+    monkeypatch.setattr(convert.shutil, "disk_usage", lambda path: usage(10**6, 0, 110_000))
+    quantize_checkpoint(source, tmp_path / "target")
+
+
+def test_nan_is_refused_by_name(tmp_path: Path) -> None:
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("nan")
+    saved(model, tmp_path / "source")
+    with pytest.raises(CheckpointError, match=r"1\.mlp\.up_proj\.weight: expected finite values, got 1"):
+        quantize_checkpoint(tmp_path / "source", tmp_path / "target")
+    assert {path.name for path in tmp_path.iterdir()} == {"source"}
+
+
+def test_a_name_that_fits_nothing_is_refused(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"'dwn_proj', which fits none; near it .*down_proj"):
+        quantize_checkpoint(source, tmp_path / "target", skip=["dwn_proj"])
+
+
+def test_without_a_known_architecture_names_and_shapes_decide(source: Path, tmp_path: Path) -> None:
+    """The same choice as by the classes, for a Llama that calls itself something else; and it is told."""
+    known = quantize_checkpoint(source, tmp_path / "known")
+    unknown = tmp_path / "unknown"
+    shutil.copytree(source, unknown)
+    config = json.loads((source / "config.json").read_text())
+    (unknown / "config.json").write_text(
+        json.dumps(config | {"model_type": "its_own", "architectures": ["ItsOwnForCausalLM"]})
+    )
+    done = quantize_checkpoint(unknown, tmp_path / "target")
+    # k_proj and v_proj of this tiny model, (32, 64), are too small to be told from something else.
+    small = {name for name in known.choice.quantise if "k_proj" in name or "v_proj" in name}
+    assert done.choice.quantise.keys() == known.choice.quantise.keys() - small
+    assert "names and shapes" in done.choice.source and "its_own" in done.choice.source
+    assert "lm_head" in done.choice.skip_modules
+    with pytest.raises(CheckpointError, match="'nothing', which fits none"):
+        quantize_checkpoint(unknown, tmp_path / "other", skip=["nothing"])
+
+
+def test_files_behind_links_are_copied(source: Path, tmp_path: Path) -> None:
+    """The Hub's cache is made of links."""
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for path in source.iterdir():
+        if path.is_file():
+            (linked / path.name).symlink_to(path)
+    quantize_checkpoint(linked, tmp_path / "target")
+    assert not any(path.is_symlink() for path in (tmp_path / "target").iterdir())
+
+
+def test_the_writer_keeps_to_the_format(source: Path, tmp_path: Path) -> None:
+    """As the safetensors library reads it, and with every tensor aligned to its type."""
+    safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
+    quantize_checkpoint(source, tmp_path / "target")
+    checkpoint = Checkpoint.open(tmp_path / "target")
+    for file in checkpoint.files:
+        theirs = safetensors.load_file(file)
+        assert theirs.keys() == checkpoint.of_file(file).keys()
+        for name, entry in checkpoint.of_file(file).items():
+            assert entry.begin % entry.dtype.itemsize == 0
+            assert torch.equal(theirs[name], checkpoint[name])
+
+
+def test_the_result_loads_without_bitsandbytes_and_transformers(source: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(source, tmp_path / "target")
+    model = pk.quantize_model(tiny_llama().to(torch.bfloat16))
+    load_checkpoint(model, tmp_path / "target")
+    expected = pk.quantize_model(transformers.AutoModelForCausalLM.from_pretrained(source))
+    got, want = model.state_dict(), expected.state_dict()
+    assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)

@@ -1,0 +1,79 @@
+"""Checkpoints that chance has made: refused in a sentence, or usable."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_damage import DAMAGE, STATE, WILD
+from fuzz_checkpoints import check_sentence, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+import peft_kernels as pk
+from peft_kernels.checkpoints.header import CheckpointError, read_header
+from peft_kernels.integrations import bitsandbytes
+
+TAME = [value for value in WILD if value != 10**5000]  # which hypothesis could not print
+JSON: Any = st.recursive(
+    st.one_of(
+        st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=9), st.sampled_from(TAME)
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(("dtype", "shape", "data_offsets", "__metadata__", "a", "a.absmax")),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=12,
+)
+
+
+@given(header=JSON, data=st.binary(max_size=24))
+def test_any_header_is_read_or_refused(header: Any, data: bytes, tmp_path_factory: Any) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.safetensors"
+    try:
+        text = json.dumps(header).encode()
+    except ValueError:  # an integer that Python does not print
+        return
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data)
+    try:
+        entries, _ = read_header(path)
+    except CheckpointError as error:
+        check_sentence(str(error))
+    else:
+        assert sum(entry.read().nbytes for entry in entries.values()) == len(data)
+
+
+@given(numbers=JSON)
+def test_any_json_of_a_weight_is_read_or_refused(numbers: Any) -> None:
+    state = pk.NF4Weight.quantize(torch.ones(2, 32), 32).state_dict()
+    try:
+        text = json.dumps(numbers).encode()
+    except ValueError:
+        return
+    state[f"weight.{STATE}"] = torch.tensor(list(text), dtype=torch.uint8)
+    with pytest.raises(ValueError, match="weight") as caught:
+        pk.NF4Weight.from_state_dict(state)
+    check_sentence(str(caught.value))
+
+
+def test_some_cases_of_the_fuzzer(tmp_path: Path) -> None:
+    """`make fuzz` runs 10,000."""
+    outcomes = run(range(300), tmp_path)
+    kinds = {outcome.rpartition(" ")[0] for outcome in outcomes}
+    assert kinds == set(DAMAGE) and sum(outcomes.values()) == 300
+    assert any(outcome.endswith("accepted") for outcome in outcomes)
+
+
+def test_the_fuzzer_finds_a_reader_that_believes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the check of scales, it does not get through."""
+    monkeypatch.setattr(bitsandbytes, "_check_scales", lambda *_: None)
+    with pytest.raises(AssertionError, match=r"case \d+: AssertionError: scales that no weight has"):
+        run(range(1000), tmp_path)
