@@ -80,7 +80,7 @@ def enable() -> Enabled:
     for name, ours in _KERNELS.items():
         for device in devices:
             _register(library, name, ours, device.upper())
-    modules.Linear4bit.support_avx512bf16_for_cpu = _Repacks()
+    modules.Linear4bit.support_avx512bf16_for_cpu = _Repacks(modules.has_avx512bf16())
     _originals[_FINDS_STATE] = vars(modules)[_FINDS_STATE]
     setattr(modules, _FINDS_STATE, _find_state)
     _library = library
@@ -288,7 +288,7 @@ def _check_schemas() -> None:
         if str(got) != str(expected):
             version = importlib.metadata.version("bitsandbytes")
             raise RuntimeError(
-                f"bitsandbytes {version}: expected the op {expected} got {got}; nothing is changed"
+                f"bitsandbytes {version}: expected the op {expected}, got {got}; nothing is changed"
             )
 
 
@@ -309,12 +309,13 @@ def _register(library: torch.library.Library, name: str, ours: Kernel, key: str)
             raise NotImplementedError(f"{qualified}: bitsandbytes has no kernel for {key} but NF4's")
         return theirs(keys, *args)
 
-    registered = set(torch.library._impls)
+    place = f"{NAMESPACE}/{name}/{key}"
+    is_taken = place in torch.library._impls
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Warning only once for all operators")  # of an override
         library.impl(name, kernel, key, with_keyset=True, allow_override=True)
-    # With the library, torch would forget the kernel below too.
-    library._op_impls -= registered
+    if is_taken:  # with the library, torch would forget the kernel below too
+        library._op_impls.remove(place)
 
 
 # Linear4bit.
@@ -323,12 +324,18 @@ def _register(library: torch.library.Library, name: str, ours: Kernel, key: str)
 class _Repacks:
     """In place of Linear4bit's attribute: no for NF4. What a layer says itself is left as it is."""
 
+    def __init__(self, by_default: bool) -> None:
+        self._by_default = by_default
+
     def __get__(self, layer: Any, owner: Any = None) -> Any:
         if layer is None:
             return self
         quant_state = getattr(layer.weight, "quant_state", None)
-        nf4 = quant_state is not None and quant_state.quant_type == "nf4"
-        return layer.__dict__.get(_REPACKS, False) and not nf4
+        if quant_state is not None and quant_state.quant_type == "nf4":
+            return False
+        if torch.compiler.is_compiling():  # what is in the layer's __dict__ is traced to here
+            return self._by_default
+        return layer.__dict__.get(_REPACKS, False)
 
     def __set__(self, layer: Any, value: Any) -> None:
         layer.__dict__[_REPACKS] = value
