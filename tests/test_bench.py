@@ -30,6 +30,7 @@ import testing
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import (
+    bnb_ops,
     cases,
     chart,
     compiled,
@@ -218,7 +219,8 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
     every, default, full = listed(), listed("--only", "|".join(run.DEFAULT)), listed("--full")
     quick = listed("--quick")
     assert default < full < every and quick < full
-    by_name = compiled.standard(), triton_cases.standard(), waves.standard(), host.standard("bf16")
+    by_name = [compiled.standard(), triton_cases.standard(), waves.standard()]
+    by_name += [host.standard("bf16"), bnb_ops.standard("bf16")]
     assert every - full == {case.name for cases_of in by_name for case in cases_of}
     kinds = {name.rpartition("-")[0] if "memory" in name else re.split(r"-\d", name)[0] for name in full}
     for chosen in (default, quick):

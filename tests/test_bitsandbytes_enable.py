@@ -67,6 +67,7 @@ def test_devices_are_registered_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         for name, now, then in zip(OPS, dumped, before, strict=False):
             assert "CUDA: " in now and "CUDA: " not in then, name
             assert now.count("\nCPU: ") == then.count("\nCPU: "), name
+        assert dumped[-2:] == before[-2:], "layers on the CPU stay as they are"
     assert state() == before
 
 

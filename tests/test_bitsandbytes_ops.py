@@ -172,6 +172,15 @@ def test_gemv(enabled: None, nested: bool) -> None:
     assert torch.equal(out, got)
 
 
+def test_inference_mode(enabled: None) -> None:
+    with torch.inference_mode():
+        layer = their_layer(testing.tensor(40, 64)).eval()
+        x = testing.tensor(3, 64)
+        got = layer(x)
+    want = F.linear(x, exact(layer).float(), layer.bias)
+    torch.testing.assert_close(got, want)
+
+
 def test_autocast_does_not_reach_into_the_op(enabled: None) -> None:
     """Its result has the dtype that bitsandbytes' fake kernel tells torch.compile."""
     layer, x = their_layer(testing.tensor(40, 64)), testing.tensor(3, 64)

@@ -80,9 +80,10 @@ def enable() -> Enabled:
     for name, ours in _KERNELS.items():
         for device in devices:
             _register(library, name, ours, device.upper())
-    modules.Linear4bit.support_avx512bf16_for_cpu = _Repacks(modules.has_avx512bf16())
-    _originals[_FINDS_STATE] = vars(modules)[_FINDS_STATE]
-    setattr(modules, _FINDS_STATE, _find_state)
+    if "cpu" in devices:
+        modules.Linear4bit.support_avx512bf16_for_cpu = _Repacks(modules.has_avx512bf16())
+        _originals[_FINDS_STATE] = vars(modules)[_FINDS_STATE]
+        setattr(modules, _FINDS_STATE, _find_state)
     _library = library
     return Enabled(is_first=True)
 
@@ -96,8 +97,9 @@ def disable() -> None:
 
     _library._destroy()
     _library = None
-    delattr(modules.Linear4bit, _REPACKS)
-    setattr(modules, _FINDS_STATE, _originals.pop(_FINDS_STATE))
+    if _originals:
+        delattr(modules.Linear4bit, _REPACKS)
+        setattr(modules, _FINDS_STATE, _originals.pop(_FINDS_STATE))
 
 
 def enable_if_asked() -> None:
@@ -173,15 +175,15 @@ def _gemm(
         or (bias is not None and bias.dtype not in (a.dtype, torch.float32))
     ):
         return NotImplemented
-    packed, numel = _packed(b, prod(shape)), prod(shape)
+    numel = prod(shape)
     scales: tuple[Tensor, Tensor | None, Tensor | None]
     if q8 is None:
         scales = _scales(absmax, numel, blocksize), None, None
     elif code is None or offset is None or not _is_table(code, dynamic_map):
         return NotImplemented
     else:
-        scales = q8.reshape(-1), absmax.reshape(-1).float(), offset.float()
-    return dispatch.call("nf4_linear", a, packed, *scales, blocksize, shape[0], bias)
+        scales = q8, absmax.float(), offset.float()
+    return dispatch.call("nf4_linear", a, _packed(b, numel), *scales, blocksize, shape[0], bias)
 
 
 def _gemv(a: Tensor, b: Tensor, shape: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Any:
@@ -227,11 +229,15 @@ def _covers(quant_type: str, blocksize: int, dtype: torch.dtype, device: torch.d
 
 def _packed(stored: Tensor, numel: int) -> Tensor:
     """The bytes of that many weights, whatever the dtype that they are stored as."""
-    return stored.reshape(-1).view(torch.uint8)[: (numel + 1) // 2]
+    nbytes = (numel + 1) // 2
+    if stored.dtype == torch.uint8 and stored.numel() == nbytes:
+        return stored
+    return stored.reshape(-1).view(torch.uint8)[:nbytes]
 
 
 def _scales(absmax: Tensor, numel: int, blocksize: int) -> Tensor:
-    return absmax.reshape(-1)[: -(-numel // blocksize)].float()
+    blocks = -(-numel // blocksize)
+    return (absmax if absmax.numel() == blocks else absmax.reshape(-1)[:blocks]).float()
 
 
 def _write(out: Tensor, result: Tensor) -> None:
