@@ -68,6 +68,7 @@ def enable() -> Enabled:
     global _library
     if _library is not None:
         return Enabled(is_first=False)
+    from bitsandbytes.functional import has_avx512bf16
     from bitsandbytes.nn import modules
 
     _check_schemas()
@@ -81,7 +82,7 @@ def enable() -> Enabled:
         for device in devices:
             _register(library, name, ours, device.upper())
     if "cpu" in devices:
-        modules.Linear4bit.support_avx512bf16_for_cpu = _Repacks(modules.has_avx512bf16())
+        modules.Linear4bit.support_avx512bf16_for_cpu = _Repacks(has_avx512bf16())
         _originals[_FINDS_STATE] = vars(modules)[_FINDS_STATE]
         setattr(modules, _FINDS_STATE, _find_state)
     _library = library
