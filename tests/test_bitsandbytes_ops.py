@@ -221,10 +221,10 @@ def test_opcheck(enabled: None, storage: torch.dtype, nested: bool) -> None:
             torch.library.opcheck(ops.quantize_4bit.default, (testing.tensor(40, 64), 64, "nf4", storage))
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-def test_compiled_in_one_graph(enabled: None, training: bool) -> None:
+@pytest.mark.parametrize("kind,training", [("nf4", True), ("nf4", False), ("fp4", True)])
+def test_compiled_in_one_graph(enabled: None, kind: str, training: bool) -> None:
     torch.compiler.reset()
-    net = torch.nn.Sequential(*(their_layer(testing.tensor(64, 64, scale=0.1)) for _ in range(2)))
+    net = torch.nn.Sequential(*(their_layer(testing.tensor(64, 64, scale=0.1), kind=kind) for _ in range(2)))
     net.train(training)
     compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
     x = testing.tensor(9, 64)
