@@ -12,6 +12,9 @@ from torch import Tensor
 
 from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map, nf4_code
 from ..nf4_state import NF4State, packed_rows
+from .bitsandbytes_ops import disable as disable
+from .bitsandbytes_ops import enable as enable
+from .bitsandbytes_ops import unpack as unpack
 
 STATE_ITEM = "quant_state.bitsandbytes__nf4"
 _ITEMS = ("absmax", "quant_map", STATE_ITEM)
@@ -186,17 +189,6 @@ def reason_unusable(params4bit: Any) -> str | None:
     if quant_state.nested and quant_state.state2.blocksize != NESTED_BLOCKSIZE:
         return f"nested blocksize {quant_state.state2.blocksize}, expected {NESTED_BLOCKSIZE}"
     return None
-
-
-def unpack(linear4bit: Any) -> None:
-    """Undo, in place, what bitsandbytes' CPU inference does to a layer's weight. The scales stay rounded."""
-    quant_state = linear4bit.weight.quant_state
-    if not getattr(quant_state, "packing_format_for_cpu", False):
-        return
-    absmax = quant_state.absmax
-    linear4bit.state_dict()  # the one public way: bitsandbytes saves a weight in its ordinary form
-    if not quant_state.nested:
-        quant_state.absmax = absmax.T.reshape(-1).float()  # bitsandbytes 0.50 leaves these as they were
 
 
 def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
