@@ -64,18 +64,7 @@ def prose(page: Path) -> str:
 @functools.cache
 def missing(needs: str) -> str:
     """Why snippets that need this cannot run here, or ""."""
-    if needs == "cli":
-        return (
-            ""
-            if command("plan --help", PACKAGE.parent).returncode == 0
-            else "peft-kernels has no command plan yet"
-        )
-    modules = {
-        "nf4cfg": ("peft_kernels.integrations.transformers", "NF4Config"),
-        "bnb": ("peft_kernels.integrations.bitsandbytes", "enable"),
-        "trl": ("trl", "SFTTrainer"),
-        "": ("peft_kernels", "patch"),
-    }
+    modules = {"trl": ("trl", "SFTTrainer"), "": ("peft_kernels", "patch")}
     module, attribute = modules[needs]
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return f"{module} is not installed"
