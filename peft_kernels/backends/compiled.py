@@ -80,7 +80,7 @@ class CompiledBackend:
         if built_with is None or built_with.split(".")[:2] != torch.__version__.split(".")[:2]:
             return (
                 f"{found.origin} was built with torch {built_with}, this is torch {torch.__version__}: "
-                "rebuild it (pip install --no-deps --force-reinstall --no-build-isolation .)"
+                "rebuild it (pip install --no-deps --force-reinstall .)"
             )
         return None
 

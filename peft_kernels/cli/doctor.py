@@ -176,7 +176,7 @@ def _problems(
         what = bad[0].failure or f"{bad[0].what} in {bad[0].dtype} is wrong"
         yield (
             f"back end {backend}: {len(bad)} results are wrong, the first: {what}. Reinstall it "
-            f"(pip install --no-build-isolation .); until then set PEFT_KERNELS_BACKEND=reference"
+            f"(pip install --no-deps --force-reinstall .); until then set PEFT_KERNELS_BACKEND=reference"
         )
     if reasons["cpu"] is not None:
         yield f"back end cpu: {reasons['cpu']}. Until then CPU tensors go by plain torch, slowly"
