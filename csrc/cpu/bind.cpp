@@ -76,7 +76,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("nf4_code", [] { return to_vector(nf4::kCode); });
   m.def("nf4_thresholds", [] { return to_vector(nf4::kThresholds); });
   m.def("dynamic_map", [] { return to_vector(nf4::kDynamicMap); });
-  m.def(
-      "spec_hash", [] { return std::string(spec_hash()); },
-      "SHA-256 of the schemas built against.");
+  m.def("spec_hash", [] { return std::string(spec_hash()); }, "SHA-256 of the schemas built against.");
 }

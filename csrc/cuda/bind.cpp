@@ -61,9 +61,7 @@ std::map<std::string, int64_t> told(const cuda::LinearPlan& plan) {
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
-  m.def(
-      "spec_hash", [] { return std::string(spec_hash()); },
-      "SHA-256 of the schemas built against.");
+  m.def("spec_hash", [] { return std::string(spec_hash()); }, "SHA-256 of the schemas built against.");
   m.def(
       "plan",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype) {
