@@ -10,6 +10,7 @@ pk.patch(model)               # PEFT's LoRA layers run fused kernels; pk.unpatch
 from __future__ import annotations
 
 from . import dispatch, nn, optim
+from .checkpoints.load import load_checkpoint
 from .dispatch import use_backend
 from .nf4 import NF4Weight
 from .ops.dora import dora_linear
@@ -32,6 +33,7 @@ __all__ = [
     "explain",
     "gated_activation",
     "gated_mlp",
+    "load_checkpoint",
     "lora_linear",
     "multi_lora_linear",
     "nf4_linear",

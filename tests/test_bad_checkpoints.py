@@ -19,7 +19,6 @@ import peft_kernels as pk
 import testing
 from peft_kernels.checkpoints.folder import Checkpoint
 from peft_kernels.checkpoints.header import CheckpointError, read_header
-from peft_kernels.checkpoints.load import load_checkpoint
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -49,7 +48,7 @@ def refused(folder: Path, message: str, model: Any = None) -> None:
     model = model or trained()
     before = tensors(model)
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_checkpoint(model, folder)
+        pk.load_checkpoint(model, folder)
     check_sentence(str(caught.value))
     after = tensors(model)
     assert before.keys() == after.keys() and all(same(before[name], after[name]) for name in before)
@@ -57,7 +56,7 @@ def refused(folder: Path, message: str, model: Any = None) -> None:
 
 def test_a_sound_checkpoint_is_loaded_whole(folder: Path) -> None:
     model = trained()
-    load_checkpoint(model, folder)
+    pk.load_checkpoint(model, folder)
     got, want = tensors(model), tensors(Net())
     assert all(same(got[name], want[name]) for name in want)
     use(model)
@@ -285,7 +284,7 @@ def test_a_model_with_other_names(folder: Path) -> None:
     del model.extra
     del model.norm
     refused(folder, r"^norm\.(bias|weight): the model has no tensor of this name", model)
-    load_checkpoint(model, folder, strict=False)
+    pk.load_checkpoint(model, folder, strict=False)
     assert same(tensors(model)["up.weight"], tensors(Net())["up.weight"])
 
 
@@ -309,7 +308,7 @@ def test_tied_weights_may_be_saved_once(tmp_path: Path) -> None:
     model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
     model["b"].weight = model["a"].weight
     write(tmp_path / "model.safetensors", {"a.weight": torch.ones(3, 3, dtype=torch.bfloat16)})
-    load_checkpoint(model, tmp_path)
+    pk.load_checkpoint(model, tmp_path)
     assert model["b"].weight is model["a"].weight and bool((model["b"].weight == 1).all())
     assert model["a"].weight.dtype == torch.float32
 

@@ -20,7 +20,6 @@ from peft_kernels.checkpoints import convert
 from peft_kernels.checkpoints.convert import quantize_checkpoint
 from peft_kernels.checkpoints.folder import Checkpoint
 from peft_kernels.checkpoints.header import CheckpointError, Entry
-from peft_kernels.checkpoints.load import load_checkpoint
 from peft_kernels.cli.main import main
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
@@ -363,7 +362,7 @@ def test_the_writer_keeps_to_the_format(source: Path, tmp_path: Path) -> None:
 def test_the_result_loads_without_bitsandbytes_and_transformers(source: Path, tmp_path: Path) -> None:
     quantize_checkpoint(source, tmp_path / "target")
     model = pk.quantize_model(tiny_llama().to(torch.bfloat16))
-    load_checkpoint(model, tmp_path / "target")
+    pk.load_checkpoint(model, tmp_path / "target")
     expected = pk.quantize_model(transformers.AutoModelForCausalLM.from_pretrained(source))
     got, want = model.state_dict(), expected.state_dict()
     assert got.keys() == want.keys() and all(torch.equal(got[name], want[name]) for name in want)
