@@ -39,10 +39,16 @@ def run(command: Sequence[str | Path], cwd: Path, **environment: str) -> str:
     """What a command prints. SystemExit with its words when it fails."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PEFT_KERNELS_", "PYTHONPATH"))}
     done = subprocess.run(
-        list(map(str, command)), cwd=cwd, env=env | environment, capture_output=True, text=True, check=False
+        list(map(str, command)),
+        cwd=cwd,
+        env=env | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode != 0:
-        raise SystemExit(f"{' '.join(map(str, command))}:\n{done.stdout[-4000:]}{done.stderr[-4000:]}")
+        raise SystemExit(f"{' '.join(map(str, command))}:\n{done.stdout[-4000:]}")
     return done.stdout
 
 
@@ -83,16 +89,16 @@ def main() -> None:
         tell(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
         run([sys.executable, "-m", "venv", folder / "user"], folder)
         python = folder / "user" / "bin" / "python"
-        pip = [python, "-m", "pip", "-q", "--disable-pip-version-check"]
-        run([*pip, "install", options.torch, "numpy"], folder)
+        pip = [python, "-m", "pip", "--disable-pip-version-check"]
+        run([*pip, "install", "-q", options.torch, "numpy"], folder)
         tell(f"torch {run([python, '-c', 'import torch; print(torch.__version__)'], folder).strip()}")
-        run([*pip, "wheel", "--no-deps", "-w", folder, sdist], folder)
+        run([*pip, "wheel", "-q", "--no-deps", "-w", folder, sdist], folder)
         (wheel,) = folder.glob("*.whl")
         names = zipfile.ZipFile(wheel).namelist()
         expect("peft_kernels/py.typed" in names, f"{wheel.name}: expected py.typed, got {names}")
         foreign = [n for n in names if not n.startswith("peft_kernels")]
         expect(not foreign, f"{wheel.name}: expected peft_kernels alone, got {foreign}")
-        run([*pip, "install", wheel], folder)
+        run([*pip, "install", "-q", wheel], folder)
         check_use(python, folder, "usable: ")
         tell(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, installed, used")
         without = run(
