@@ -149,7 +149,7 @@ def norm_kernel(
     row = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     rank = part * BLOCK_R + tl.arange(0, BLOCK_R)
     product = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    square = tl.zeros((BLOCK_N,), tl.float32)
+    squares = tl.zeros((BLOCK_N, BLOCK_K), tl.float32)
     begin = tl.program_id(1) * split * BLOCK_K
     for first in range(begin, tl.minimum(begin + split * BLOCK_K, k), BLOCK_K):
         col = first + tl.arange(0, BLOCK_K)
@@ -160,7 +160,7 @@ def norm_kernel(
         else:
             w = load_elements(weight, element, inside, BLOCK_SHIFT)
         wide = w.to(tl.float32)
-        square += tl.sum(wide * wide, axis=1)
+        squares += wide * wide
         at = rank.to(tl.int64)[None, :] * k + col[:, None]
         a_t = tl.load(a_ptr + at, mask=(rank < r)[None, :] & (col < k)[:, None], other=0.0)
         if w.dtype == tl.bfloat16:
@@ -172,6 +172,9 @@ def norm_kernel(
         else:
             run = tl.dot(wide, a_t, input_precision="ieee")
         product = add_part(product, run)
+    # Of sums, not of products: those the compiler fuses with the first addition across threads, and of two
+    # threads that add the same, each rounds another of the products.
+    square = tl.sum(squares, axis=1)
     split_index = tl.program_id(1)
     store_squares(squares_ptr, square, product, b_ptr, scaling, row, n, rank, r, split_index, part, parts)
 
