@@ -54,8 +54,9 @@ def write(path: Path, state: dict[str, Tensor]) -> None:
             writer.write(name, tensor)
 
 
-def sound(folder: Path) -> None:
-    """Two shards, an index and a configuration."""
+def sound(folder: Path) -> Path:
+    """A new folder with two shards, an index and a configuration."""
+    folder.mkdir()
     state = tensors(Net())
     first = {name: t for name, t in state.items() if name.startswith(("up.", "norm."))}
     second = {name: t for name, t in state.items() if name not in first}
@@ -66,6 +67,7 @@ def sound(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
     quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
+    return folder
 
 
 # Damage. Each takes the folder of a sound checkpoint.

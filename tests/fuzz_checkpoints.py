@@ -33,7 +33,6 @@ class Fuzzer:
 
     def __init__(self, folder: Path) -> None:
         self.sound, self.broken = folder / "sound", folder / "broken"
-        self.sound.mkdir()
         sound(self.sound)
         self.files = {path.name: path.read_bytes() for path in self.sound.iterdir()}
         self.model = Net()

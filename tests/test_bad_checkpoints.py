@@ -25,10 +25,7 @@ FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safete
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "model"
-    path.mkdir()
-    sound(path)
-    return path
+    return sound(tmp_path / "model")
 
 
 def trained() -> Net:

@@ -20,10 +20,7 @@ from peft_kernels.cli.output import Output, size
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    path = tmp_path / "model"
-    path.mkdir()
-    sound(path)
-    return path
+    return sound(tmp_path / "model")
 
 
 def inspected(path: Path, capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, Any]:

@@ -125,6 +125,8 @@ def test_it_is_what_transformers_with_bitsandbytes_saves(make: Any, tmp_path: Pa
 def test_other_blocks_load_there_too(double_quant: bool, source: Path, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     quantize_checkpoint(source, tmp_path / "ours", 128, double_quant)
+    config = json.loads((tmp_path / "ours" / "config.json").read_text())["quantization_config"]
+    assert config["bnb_4bit_blocksize"] == 128  # as NF4Config writes it
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
     weight = model.model.layers[1].mlp.down_proj.weight
     assert weight.quant_state.blocksize == 128 and weight.quant_state.nested == double_quant

@@ -12,8 +12,7 @@ from ..integrations import bitsandbytes
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
 
-NF4_ITEMS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
-_STATE = ".quant_state.bitsandbytes__"
+_STATE = f".{bitsandbytes.STATE_PREFIX}"
 _CHUNK = 1 << 24  # bytes of a tensor looked at in one go
 
 
@@ -22,7 +21,7 @@ def weight_of(name: str) -> str | None:
     if _STATE in name:
         return name[: name.index(_STATE)]
     weight, _, item = name.rpartition(".")
-    return weight if item in NF4_ITEMS and weight else None
+    return weight if item in bitsandbytes.TENSOR_ITEMS and weight else None
 
 
 def nf4_weights(names: Mapping[str, Any]) -> dict[str, list[str]]:

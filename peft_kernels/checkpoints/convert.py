@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE
-from ..integrations.bitsandbytes import STATE_ITEM
+from ..integrations.bitsandbytes import STATE_ITEM, configuration
 from ..nf4 import NF4Weight
 from .checks import nf4_weights
 from .folder import CONFIG, INDEX, OTHER_WEIGHTS, Checkpoint
@@ -116,7 +116,7 @@ def quantize_checkpoint(
                 for name, entry in checkpoint.of_file(file).items():
                     _convert(writer, name, entry, choice, blocksize, double_quant)
                     progress(name, entry.nbytes)
-        _finish(model, checkpoint, conversion, double_quant)
+        _finish(model, checkpoint, conversion, blocksize, double_quant)
         try:
             os.rename(model, destination)
         except OSError as error:
@@ -177,7 +177,9 @@ def _convert(
         writer.write(key, tensor)
 
 
-def _finish(model: Path, checkpoint: Checkpoint, conversion: Conversion, double_quant: bool) -> None:
+def _finish(
+    model: Path, checkpoint: Checkpoint, conversion: Conversion, blocksize: int, double_quant: bool
+) -> None:
     """The index, the configuration and other files."""
     entries: dict[str, Entry] = {}
     for file in checkpoint.files:
@@ -187,31 +189,12 @@ def _finish(model: Path, checkpoint: Checkpoint, conversion: Conversion, double_
         names = {name: entry.path.name for name, entry in sorted(entries.items())}
         _write_json(model / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
     dtypes = [checkpoint.entries[name].dtype for name in conversion.choice.quantise]
-    dtype = str(max(set(dtypes), key=dtypes.count)).removeprefix("torch.")
-    quantization = quantization_config(dtype, double_quant, conversion.choice.skip_modules)
+    dtype = max(set(dtypes), key=dtypes.count)
+    quantization = configuration(blocksize, double_quant, dtype, conversion.choice.skip_modules)
     _write_json(model / CONFIG, checkpoint.config | {"quantization_config": quantization})
     for name in conversion.copied:
         (model / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.path / name, model / name)
-
-
-def quantization_config(compute_dtype: str, double_quant: bool, skip_modules: list[str]) -> dict[str, Any]:
-    """What transformers' BitsAndBytesConfig writes into config.json."""
-    return {
-        "_load_in_4bit": True,
-        "_load_in_8bit": False,
-        "bnb_4bit_compute_dtype": compute_dtype,
-        "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": double_quant,
-        "llm_int8_enable_fp32_cpu_offload": False,
-        "llm_int8_has_fp16_weight": False,
-        "llm_int8_skip_modules": skip_modules,
-        "llm_int8_threshold": 6.0,
-        "load_in_4bit": True,
-        "load_in_8bit": False,
-        "quant_method": "bitsandbytes",
-    }
 
 
 def _metadata(checkpoint: Checkpoint, file: Path) -> dict[str, str]:

@@ -16,9 +16,12 @@ from .bitsandbytes_ops import disable as disable
 from .bitsandbytes_ops import enable as enable
 from .bitsandbytes_ops import unpack as unpack
 
-STATE_ITEM = "quant_state.bitsandbytes__nf4"
-_ITEMS = ("absmax", "quant_map", STATE_ITEM)
-_NESTED_ITEMS = ("nested_absmax", "nested_quant_map")
+STATE_PREFIX = "quant_state.bitsandbytes__"  # then the quantisation type
+STATE_ITEM = f"{STATE_PREFIX}nf4"
+TENSOR_ITEMS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+"""What is stored beside the codes of a weight, the last two when scales are quantised too."""
+BLOCKSIZE_KEY = "bnb_4bit_blocksize"  # ours, in configurations
+DEFAULT_BLOCKSIZE = 64  # and bitsandbytes' only one
 _STORAGE_DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _SCALE_DTYPES = (*WEIGHT_DTYPES, torch.float64)
 _LONGEST_JSON = 1 << 16  # bytes; it has about 200
@@ -78,7 +81,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
             raise ValueError(f"{name}: expected quantisation type nf4, this checkpoint holds another")
     numbers = _read_json(f"{key}.{STATE_ITEM}", item(f".{STATE_ITEM}"))
     nested = f"{key}.nested_absmax" in state_dict or numbers.nested_offset is not None
-    known = {f"{key}.{name}" for name in (*_ITEMS, *_NESTED_ITEMS)}
+    known = {f"{key}.{name}" for name in (*TENSOR_ITEMS, STATE_ITEM)}
     foreign = next((name for name in mine if name not in known), None)
     if foreign is not None:
         raise ValueError(f"{foreign}: expected the items of an NF4 weight alone, got this key beside them")
@@ -165,6 +168,29 @@ def _check_scales(key: str, state: NF4State, offset: float) -> None:
         )
     if float(scales.max()) + offset > torch.finfo(torch.float32).max:
         raise ValueError(f"{key}.nested_absmax: expected scales in the range of float32, got larger ones")
+
+
+def configuration(
+    blocksize: int, double_quant: bool, compute_dtype: torch.dtype | None, dense: list[str] | None
+) -> dict[str, Any]:
+    """A model's `quantization_config` in config.json, as transformers' BitsAndBytesConfig writes it; `dense`
+    names the layers that are not in 4 bits. A blocksize that bitsandbytes does not have has a key of ours."""
+    numbers: dict[str, Any] = {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": _name(compute_dtype or torch.float32),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": dense,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+    return numbers if blocksize == DEFAULT_BLOCKSIZE else numbers | {BLOCKSIZE_KEY: blocksize}
 
 
 def is_quantized(params4bit: Any) -> bool:

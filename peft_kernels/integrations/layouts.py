@@ -14,19 +14,18 @@ from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter
 
-from .bitsandbytes import STATE_ITEM
+from .bitsandbytes import STATE_ITEM, STATE_PREFIX, TENSOR_ITEMS
 from .mapped_files import MappedFiles
 from .nf4_config import NF4Config
 from .nf4_conversion import Errors, Read
 
-_ITEMS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map", STATE_ITEM)
-_FP4 = "quant_state.bitsandbytes__fp4"  # read so that it can be refused
+_FP4 = f"{STATE_PREFIX}fp4"  # read so that it can be refused
 _CONVERSIONS, _KEPT = "_weight_conversions", "_peft_kernels_weight_conversions"
 
 
 def reading(config: NF4Config, errors: Errors, files: MappedFiles) -> WeightConverter:
     """What collects the items of a weight in 4 bits."""
-    items = ["weight", *(f"weight.{item}" for item in (*_ITEMS, _FP4))]
+    items = ["weight", *(f"weight.{item}" for item in (*TENSOR_ITEMS, STATE_ITEM, _FP4))]
     return WeightConverter(items, "weight", [Read(config, errors, files)])
 
 

@@ -11,19 +11,16 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import BitsAndBytesConfig
 from transformers.quantizers.auto import register_quantization_config
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from ..nf4_model import METHOD
+from .bitsandbytes import BLOCKSIZE_KEY, DEFAULT_BLOCKSIZE, configuration
 
 if not hasattr(HfQuantizer, "get_new_dtype"):  # what a quantiser is asked changed with 5.23
     raise ImportError(f"transformers: expected 5.23 or later, got {transformers.__version__}")
-
-_BLOCKSIZE = "bnb_4bit_blocksize"  # ours, and left out where it is bitsandbytes' only one
-_DEFAULT_BLOCKSIZE = 64
 
 
 @register_quantization_config(METHOD)
@@ -55,7 +52,7 @@ class NF4Config(QuantizationConfigMixin):
 
     def __init__(
         self,
-        blocksize: int = _DEFAULT_BLOCKSIZE,
+        blocksize: int = DEFAULT_BLOCKSIZE,
         double_quant: bool = True,
         modules_to_not_convert: Iterable[str] | None = None,
         compute_dtype: torch.dtype | str | None = None,
@@ -90,17 +87,9 @@ class NF4Config(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` gets: bitsandbytes' keys."""
-        numbers: dict[str, Any] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=self.double_quant,
-            bnb_4bit_compute_dtype=self.compute_dtype or self._weight_dtype,
-            llm_int8_skip_modules=self.modules_to_not_convert if self._dense is None else self._dense,
-        ).to_dict()
-        numbers["quant_method"] = "bitsandbytes"
-        if self.blocksize != _DEFAULT_BLOCKSIZE:
-            numbers[_BLOCKSIZE] = self.blocksize
-        return numbers
+        dense = self.modules_to_not_convert if self._dense is None else self._dense
+        dtype = self.compute_dtype or self._weight_dtype
+        return configuration(self.blocksize, self.double_quant, dtype, dense)
 
 
 def _from_bitsandbytes(numbers: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,7 +102,7 @@ def _from_bitsandbytes(numbers: Mapping[str, Any]) -> dict[str, Any]:
     _expect("bnb_4bit_quant_type", "nf4", kind, kind == "nf4")
     dtype = numbers.get("bnb_4bit_compute_dtype")
     return {
-        "blocksize": numbers.get(_BLOCKSIZE, _DEFAULT_BLOCKSIZE),
+        "blocksize": numbers.get(BLOCKSIZE_KEY, DEFAULT_BLOCKSIZE),
         "double_quant": bool(numbers.get("bnb_4bit_use_double_quant", False)),
         "modules_to_not_convert": numbers.get("llm_int8_skip_modules"),
         "compute_dtype": None if dtype is None else _dtype("bnb_4bit_compute_dtype", dtype),
