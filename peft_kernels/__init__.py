@@ -14,6 +14,7 @@ from .checkpoints.load import load_checkpoint
 from .dispatch import use_backend
 from .nf4 import NF4Weight
 from .ops.dora import dora_linear
+from .ops.experts import experts_linear, experts_lora_linear
 from .ops.gated import gated_activation, gated_mlp
 from .ops.linear import nf4_linear
 from .ops.lora import lora_linear
@@ -30,6 +31,8 @@ __all__ = [
     "Adapter",
     "NF4Weight",
     "dora_linear",
+    "experts_linear",
+    "experts_lora_linear",
     "explain",
     "gated_activation",
     "gated_mlp",

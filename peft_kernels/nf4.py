@@ -14,6 +14,7 @@ keep that honest:
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -35,11 +36,16 @@ ops = torch.ops.peft_kernels
 
 
 class NF4Weight(NF4Tensor):
-    """A (out_features, in_features) weight in 4-bit NormalFloat, optionally with double-quantised scales.
+    """A (out_features, in_features) weight in 4-bit NormalFloat, optionally with double-quantised scales; or
+    one for each of many experts, (experts, out_features, in_features).
 
     The format is that of QLoRA (Dettmers et al. 2023, section 3) as bitsandbytes stores it, to the bit. Make
     one with `quantize`, `from_state_dict` or `from_bnb`. `dtype` is nominal: the type the weight had, and has
     again when it is dequantised; products are computed in the type of the activations.
+
+    Experts are quantised one by one, so no block and no scale is shared between two, and `weight[i]` is the
+    NF4Weight of one, in the same memory; it cannot be written to. What is written to the whole is kept, as
+    with one weight.
     """
 
     @classmethod
@@ -55,7 +61,7 @@ class NF4Weight(NF4Tensor):
 
         Parameters
         ----------
-        weight : Tensor, (out_features, in_features)
+        weight : Tensor, (out_features, in_features) or (experts, out_features, in_features)
             fp32, bf16 or fp16, on any device.
         blocksize : int
             Number of consecutive weights that share a scale: 32, 64, ..., 4096. Blocks run over the flat
@@ -74,12 +80,15 @@ class NF4Weight(NF4Tensor):
         """
         if isinstance(weight, NF4Weight):
             weight = weight.dequantize()
-        if weight.dim() != 2:
-            raise ValueError(f"{name}: expected shape (out_features, in_features), got {tuple(weight.shape)}")
+        if weight.dim() not in (2, 3):
+            expected = "(out_features, in_features) or (experts, out_features, in_features)"
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(weight.shape)}")
         if weight.dtype not in WEIGHT_DTYPES:
             raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {weight.dtype}")
         if blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
+        if weight.dim() == 3:
+            return cls._of_experts(weight, blocksize, double_quant, check_finite, name)
         packed, absmax = ops.quantize_nf4(weight.detach(), blocksize)
         if check_finite and not (bool(absmax.sum().isfinite()) or bool(absmax.isfinite().all())):
             bad = int((~torch.isfinite(weight.detach())).sum())
@@ -90,6 +99,22 @@ class NF4Weight(NF4Tensor):
         )
         if double_quant:
             state.absmax, state.absmax2, state.offset = ops.quantize_absmax(absmax)
+        return cls(state, weight.dtype)
+
+    @classmethod
+    def _of_experts(cls, weight: Tensor, *arguments: Any) -> NF4Weight:
+        blocksize, double_quant, check_finite, name = arguments
+        if weight.shape[0] == 0:
+            raise ValueError(f"{name}: expected at least one expert, got shape {tuple(weight.shape)}")
+        state = None
+        for e, dense in enumerate(weight):
+            one = cls.quantize(dense, blocksize, double_quant, check_finite, f"{name}[{e}]")._state
+            if state is None:
+                wide = one.map(lambda t: t.new_empty((weight.shape[0], *t.shape)))
+                state = dataclasses.replace(wide, shape=tuple(weight.shape), name=name)
+            for whole, part in zip(state.tensors().values(), one.tensors().values(), strict=True):
+                whole[e] = part
+        assert state is not None
         return cls(state, weight.dtype)
 
     def requantize_(self) -> NF4Weight:
@@ -200,9 +225,8 @@ class NF4Weight(NF4Tensor):
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = self._state
         form = "dense" if self.is_dense else f"blocksize={state.blocksize}, double_quant={state.double_quant}"
-        return (
-            f"NF4Weight({state.shape[0]}, {state.shape[1]}, dtype={self.dtype}, device={self.device}, {form})"
-        )
+        shape = ", ".join(map(str, state.shape))
+        return f"NF4Weight({shape}, dtype={self.dtype}, device={self.device}, {form})"
 
     # How the tensor behaves in other people's hands.
 

@@ -11,6 +11,7 @@ import dataclasses
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class NF4State:
     the weight, and the packed form what it is again when `additions` is empty.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]  # (out, in); or (experts, out, in), and each tensor has experts first
     blocksize: int
     packed: Tensor | None = None  # uint8 (out, in / 2), or ((n + 1) // 2,) when `in` is odd
     absmax: Tensor | None = None  # fp32 (nblocks,), or uint8 when double-quantised
@@ -69,6 +70,7 @@ class NF4State:
     name: str = "weight"  # what errors and warnings call it
     additions: list[Addition] = field(default_factory=list)
     seal: Any = None  # fingerprint of `dense` as NF4Weight.merging left it
+    part_of: str | None = None  # what this is one expert of; then it cannot be written to
 
     def tensors(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in (*PACKED_FORM, "dense")}
@@ -100,8 +102,21 @@ class NF4State:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The packed values, whatever lies on them."""
+        if len(self.shape) == 3:
+            assert self.packed is not None
+            all_experts = self.packed.new_empty(self.shape, dtype=dtype)
+            for e in range(self.shape[0]):
+                all_experts[e] = self.expert(e).dequantize(dtype)
+            return all_experts
         dense: Tensor = ops.dequantize_nf4(*self.op_args, self.shape, dtype)
         return dense
+
+    def expert(self, index: int) -> NF4State:
+        """One expert's packed weight, in this one's memory."""
+        if not -self.shape[0] <= index < self.shape[0]:
+            raise IndexError(f"index: expected one of {self.shape[0]} experts, got {index}")
+        parts: dict[str, Any] = {n: None if t is None else t[index] for n, t in self.packed_form().items()}
+        return dataclasses.replace(self, shape=self.shape[1:], part_of=self.name, **parts)
 
     def packed_form(self) -> dict[str, Tensor | None]:
         return {name: getattr(self, name) for name in PACKED_FORM}
@@ -115,6 +130,11 @@ class NF4State:
     # Writes. Every one is `before_write`, the write to `dense`, and one of the others.
 
     def before_write(self, dtype: torch.dtype) -> None:
+        if self.part_of is not None:
+            raise RuntimeError(
+                f"{self.part_of}: one expert of it was written to, expected a write to the whole "
+                "(as `weight += delta`): this one would be lost"
+            )
         if self.dense is None:
             self.dense = self.dequantize(dtype)
 
@@ -166,8 +186,11 @@ class HoldsNF4(torch.Tensor):
 
 
 def packed_rows(packed: Tensor, shape: Any) -> Tensor:
-    """Packed bytes as (out, in / 2), so that rows shard, when a row is a whole number of bytes."""
-    return packed.view(shape[0], shape[1] // 2) if shape[1] % 2 == 0 else packed
+    """Packed bytes as (out, in / 2), so that rows shard, when a row is a whole number of bytes. Of experts as
+    many such, or flat ones."""
+    if shape[-1] % 2 == 0:
+        return packed.view(*shape[:-1], shape[-1] // 2)
+    return packed if len(shape) == 2 else packed.view(shape[0], -1)
 
 
 def fingerprint(value: Any) -> Any:
@@ -209,7 +232,7 @@ def warn_of_growth(kind: str, state: NF4State) -> None:
         return
     _warned.add(kind)
     assert state.dense is not None
-    numel = state.shape[0] * state.shape[1]
+    numel = prod(state.shape)
     why = {
         "merged": "while adapters are merged into it: dense, with its 4 bits kept aside until it is unmerged",
         "for good": "from now on: it was written to by something else than a merge that can be taken back "

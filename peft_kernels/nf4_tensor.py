@@ -54,7 +54,8 @@ class NF4Tensor(HoldsNF4):
         pass
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense weight (out, in): `code * absmax` rounded once to `dtype`, by default its own."""
+        """The dense weight, (out, in) or (experts, out, in): `code * absmax`, rounded once to `dtype`, by
+        default its own."""
         dtype = dtype or self.dtype
         if self._state.dense is not None:
             return self._state.dense.to(dtype, copy=True)
@@ -158,6 +159,14 @@ def _set_requires_grad(func: Any, self: NF4Tensor, requires_grad: bool = True) -
     return _plainly(func, self, requires_grad)
 
 
+def _get_item(func: Any, self: NF4Tensor, index: Any) -> Tensor:
+    """`weight[i]` of experts: one expert's weight, still packed."""
+    number = isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int32, torch.int64)
+    if self.dim() != 3 or self.is_dense or not (number or type(index) is int):
+        return _plainly(func, self, index)
+    return type(self)(self._state.expert(int(index)), self.dtype)
+
+
 def _share_memory(func: Any, self: NF4Tensor) -> NF4Tensor:
     for tensor in self._state.tensors().values():
         tensor.share_memory_()
@@ -175,6 +184,7 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     Tensor.data.__set__: _assign_data,  # type: ignore[attr-defined]
     Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]
     Tensor.requires_grad_: _set_requires_grad,
+    Tensor.__getitem__: _get_item,
     Tensor.share_memory_: _share_memory,
     Tensor.is_shared: _is_shared,
 }

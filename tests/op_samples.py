@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import testing
+from peft_kernels import NF4Weight
 from peft_kernels.backends import triton
 from peft_kernels.ops import registry
 
@@ -28,6 +29,12 @@ def group(nested: bool) -> tuple[Any, ...]:
 
 def leaf(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
     return testing.tensor(*shape, dtype=dtype, seed=seed).requires_grad_()
+
+
+def experts_group(nested: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """Three experts' weight."""
+    weight = testing.tensor(3, N, K, dtype=dtype, seed=9)
+    return NF4Weight.quantize(weight, 32, nested)._state.op_args
 
 
 def layers(base: str, adapters: list[int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
@@ -109,6 +116,12 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
     gate, up, scale = leaf(5, 7), leaf(5, 7, seed=1), leaf(7)
     half_gate = leaf(5, 7, dtype=torch.bfloat16)
     detached = tuple(t.detach() for t in (dense, a, b))
+    x2, dy2, h2 = leaf(7, K), leaf(7, N), testing.tensor(7, R)
+    ends, whole = torch.tensor([2, 2, 6], dtype=torch.int32), torch.tensor([0, 7, 7], dtype=torch.int32)
+    packs, nested_packs = experts_group(False), experts_group(True)
+    bias3, a3, b3 = testing.tensor(3, N), leaf(3, R, K, seed=3), leaf(3, N, R, seed=4)
+    dense3 = (testing.tensor(3, N, K), None, None, None, 0)
+    adapters3 = a3.detach(), b3.detach()
     return {
         "quantize_nf4": {
             "fp32": (testing.tensor(N, K), 64),
@@ -150,6 +163,34 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
             ),
             "plain-dropout": (dy, x.detach(), h, *plain, *detached[1:], *dropping, True, True, False),
             "nested-compute-bf16": (dy, x.detach(), h, *nested, *detached[1:], *bf16, True, True, True),
+        },
+        "experts_linear": {
+            "plain-fp32": (x2, ends, *packs, N, None),
+            "nested-fp32-bias": (x2, whole, *nested_packs, N, bias3),
+            "nested-bf16-bias": (leaf(7, K, dtype=torch.bfloat16), ends, *nested_packs, N, bias3),
+        },
+        "experts_linear_dx": {
+            "plain-fp32": (dy2, ends, *packs, K),
+            "nested-bf16": (leaf(7, N, dtype=torch.bfloat16), whole, *nested_packs, K),
+        },
+        "experts_lora_linear": {
+            "plain-fp32": (x2, ends, *packs, None, a3, b3, 0.5),
+            "nested-bf16-bias": (
+                leaf(7, K, dtype=torch.bfloat16), whole, *nested_packs, bias3,
+                leaf(3, R, K, dtype=torch.bfloat16), b3, 0.5,
+            ),
+            "dense-bias": (x2, ends, *dense3, bias3, a3, b3, 0.5),
+        },
+        "experts_lora_linear_backward": {
+            "plain-all": (
+                dy2.detach(), x2.detach(), h2, ends, *packs, *adapters3, 0.5, True, True, True
+            ),
+            "nested-adapter": (
+                dy2.detach(), x2.detach(), h2, whole, *nested_packs, *adapters3, 0.5, False, True, True
+            ),
+            "dense-dx": (
+                dy2.detach(), x2.detach(), h2, ends, *dense3, *adapters3, 0.5, True, False, False
+            ),
         },
         "multi_lora_linear": {
             "dense": multi_args("dense", [0, 1, 0]),

@@ -24,6 +24,9 @@ from .base import Cards, tensors, unserved_tensors
 MINIMUM = (8, 0)
 """Compute capability that Triton's code for NVIDIA cards needs."""
 
+COMPOSITES_WITH_KERNELS: frozenset[str] = frozenset()
+"""Ops made of others that have kernels all the same."""
+
 
 class TritonBackend:
     name = "triton"
@@ -63,7 +66,7 @@ class TritonBackend:
         return unserved_tensors(op, args, ("cuda",)) or self._cards.refusal_of_tensors(op, args)
 
     def _implement(self, op: type[registry.Op]) -> Callable[..., Any] | None:
-        if op.composite:
+        if op.composite and op.name not in COMPOSITES_WITH_KERNELS:
             return None
 
         def call(*args: Any) -> Any:

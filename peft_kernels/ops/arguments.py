@@ -54,6 +54,8 @@ def base_of(
                 "weight: an NF4 weight cannot be trained, expected requires_grad=False, got True"
             )
         shape, base = state.shape, state.op_args
+        if len(shape) != 2:
+            raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(shape)}")
     else:
         if dense.dim() != 2:
             raise ValueError(f"weight: expected shape (out_features, in_features), got {tuple(dense.shape)}")
