@@ -34,11 +34,11 @@ ROOT = Path(__file__).resolve().parent
 SPECS = ROOT / "peft_kernels" / "ops"
 
 CPU_SOURCES = [
-    "csrc/cpu/bind.cpp",
     "csrc/cpu/dora_ops.cpp",
     "csrc/cpu/dropout_ops.cpp",
     "csrc/cpu/gated_ops.cpp",
     "csrc/cpu/isa.cpp",
+    "csrc/cpu/library_ops.cpp",
     "csrc/cpu/linear_ops.cpp",
     "csrc/cpu/lora_ops.cpp",
     "csrc/cpu/nf4_absmax.cpp",
@@ -382,5 +382,6 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
     return found, {"build_ext": BuildExtension}
 
 
-ext_modules, commands = extensions()
-setup(ext_modules=ext_modules, cmdclass=commands)
+if __name__ == "__main__":
+    ext_modules, commands = extensions()
+    setup(ext_modules=ext_modules, cmdclass=commands)

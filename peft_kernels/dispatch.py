@@ -22,7 +22,6 @@ from .backends import BACKENDS, Backend
 from .backends.base import tensors
 from .ops import registry
 
-NAMESPACE = "peft_kernels"
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
 
 logger = logging.getLogger("peft_kernels")
@@ -37,7 +36,7 @@ def install() -> None:
     """Define the public ops and load the back ends. Done once, at import; has no effect outside torch.ops."""
     if _libraries:
         return
-    _libraries.append(registry.install(NAMESPACE, _public_kernel))
+    _libraries.append(registry.install(registry.NAMESPACE, _public_kernel))
     for backend in BACKENDS.values():
         backend.load()
 
@@ -64,7 +63,7 @@ def call(op: str, *args: Any, like: Tensor | None = None) -> Any:
     arithmetic.
     """
     if torch.compiler.is_compiling():
-        return getattr(torch.ops.peft_kernels, op)(*args)
+        return getattr(registry.public_ops, op)(*args)
     like = args[0] if like is None else like
     if forced() is not None:
         return registry.eager(kernel(op, (like,)))(*args)

@@ -26,13 +26,12 @@ from .code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from .integrations import bitsandbytes
 from .nf4_state import Addition, NF4State, fingerprint, packed_rows
 from .nf4_tensor import NF4Tensor
+from .ops.registry import public_ops as ops
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
 __all__ = ["NF4State", "NF4Weight"]
-
-ops = torch.ops.peft_kernels
 
 
 class NF4Weight(NF4Tensor):

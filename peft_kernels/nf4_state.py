@@ -18,8 +18,7 @@ import torch
 from torch import Tensor
 
 from .ops.registry import Base
-
-ops = torch.ops.peft_kernels
+from .ops.registry import public_ops as ops
 
 PACKED_FORM = ("packed", "absmax", "absmax2", "offset")
 

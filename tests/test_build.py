@@ -35,7 +35,7 @@ def setup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         monkeypatch.chdir(ROOT)
         status: Any = 0
         try:
-            runpy.run_path("setup.py")
+            runpy.run_path("setup.py", run_name="__main__")
         except SystemExit as end:
             status = end.code
         said = "".join(capfd.readouterr())

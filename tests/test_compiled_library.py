@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,8 @@ def compiled(tmp_path: Path) -> Path:
 def library() -> Path:
     return Path(cpu.BACKEND.extension.__file__)
 
+
+LIBRARY = "from peft_kernels.backends import cpu; import peft_kernels; library = cpu.BACKEND.extension"
 
 USE = """
 import logging; logging.basicConfig()
@@ -109,7 +112,7 @@ def test_a_library_that_is_there_loads(backend: CompiledBackend) -> None:
 
 @needs_cpu
 def test_isa_cap_from_the_environment(python: Python) -> None:
-    code = "from peft_kernels import _C; print(_C.isa_level(), *_C.isa_levels())"
+    code = f"{LIBRARY}; print(library.isa_level(), *library.isa_levels())"
     levels = cpu.BACKEND.extension.isa_levels()
     cap = levels[len(levels) // 2 - 1]  # where there are several, not the best
     assert python(code, PEFT_KERNELS_CPU_ISA=cap).stdout.split() == [cap, *levels]
@@ -120,6 +123,17 @@ def test_unknown_isa_cap_is_a_clear_refusal(python: Python) -> None:
     out = python(USE, PEFT_KERNELS_CPU_ISA="sse9").stdout
     assert re.search(r"^cpu +not usable: .*PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512", out, re.M)
     assert re.search(r"^refused: .*PEFT_KERNELS_CPU_ISA", out, re.M)
+
+
+@needs_cpu
+def test_the_library_of_the_cpu_needs_no_python() -> None:
+    if (nm := shutil.which("nm")) is None:
+        pytest.skip("no nm")
+    told = subprocess.run(
+        [nm, "-D", "--undefined-only", library()], capture_output=True, text=True, check=True
+    ).stdout
+    names = [line.split()[-1] for line in told.splitlines()]
+    assert len(names) > 50 and not [name for name in names if name.lstrip("_").startswith("Py")]
 
 
 # Importing
@@ -151,6 +165,4 @@ def test_importing_twice_defines_the_ops_once() -> None:
 def test_an_emulated_level_is_never_chosen_by_itself(python: Python) -> None:
     extension = cpu.BACKEND.extension
     assert not set(extension.emulated_levels()) & set(extension.isa_levels())
-    assert (
-        python("from peft_kernels import _C; print(_C.isa_level())").stdout.strip() in extension.isa_levels()
-    )
+    assert python(f"{LIBRARY}; print(library.isa_level())").stdout.strip() in extension.isa_levels()

@@ -7,6 +7,7 @@
 #include "../common/autocast.h"
 #include "../common/dora_args.h"
 #include "linear_product.h"
+#include "namespace.h"
 #include "weights.h"
 
 namespace peft_kernels::cpu {
@@ -82,7 +83,7 @@ std::tuple<Tensor, Tensor> dora_scale_backward(const Tensor& dy, const Tensor& z
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
   m.impl("dora_norm", dora_norm);
   m.impl("dora_scale", dora_scale);
   m.impl("dora_scale_backward", dora_scale_backward);

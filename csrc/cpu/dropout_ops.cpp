@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "dropout.h"
+#include "namespace.h"
 
 namespace peft_kernels::cpu {
 namespace {
@@ -17,6 +18,6 @@ Tensor dropout(const Tensor& x, double p, const Tensor& seed) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) { m.impl("dropout", dropout); }
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) { m.impl("dropout", dropout); }
 
 }  // namespace peft_kernels::cpu

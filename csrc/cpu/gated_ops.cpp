@@ -6,6 +6,7 @@
 
 #include "../common/gated_args.h"
 #include "isa.h"
+#include "namespace.h"
 #include "parallel.h"
 
 namespace peft_kernels::cpu {
@@ -50,7 +51,7 @@ std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& dy, const Ten
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
   m.impl("gated_activation", gated_activation);
   m.impl("gated_activation_backward", gated_activation_backward);
 }

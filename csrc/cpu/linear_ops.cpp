@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include "linear_product.h"
+#include "namespace.h"
 #include "weights.h"
 
 namespace peft_kernels::cpu {
@@ -41,7 +42,7 @@ Tensor nf4_linear_dx(const Tensor& dy, const Tensor& packed, const Tensor& absma
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
   m.impl("nf4_linear", nf4_linear);
   m.impl("nf4_linear_dx", nf4_linear_dx);
 }

@@ -6,6 +6,7 @@
 #include "../common/autocast.h"
 #include "linear_product.h"
 #include "lora_adapters.h"
+#include "namespace.h"
 #include "weights.h"
 
 namespace peft_kernels::cpu {
@@ -225,6 +226,6 @@ class Layers {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) { LoraOps<Layers>::implement(m); }
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) { LoraOps<Layers>::implement(m); }
 
 }  // namespace peft_kernels::cpu

@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "isa.h"
+#include "namespace.h"
 #include "nf4_absmax.h"
 #include "parallel.h"
 #include "weights.h"
@@ -93,7 +94,7 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, const Optional
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
   m.impl("quantize_nf4", quantize_nf4);
   m.impl("quantize_absmax", quantize_absmax);
   m.impl("unpack_absmax", unpack_absmax);

@@ -7,7 +7,6 @@ import importlib.util
 import mmap
 import re
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ class CompiledBackend:
 
     def __init__(self) -> None:
         self._ops: torch.library.Library | None = None
-        self._extension: ModuleType | None = None
+        self._extension: Any = None
         self._refusal: str | None = "not loaded yet"
 
     def load(self) -> None:
@@ -41,16 +40,20 @@ class CompiledBackend:
         self._refusal = self._refusal_to_load()
         if self._refusal is None:
             try:
-                self._extension = importlib.import_module(self.library)
-            except ImportError as error:
+                self._extension = self._open()
+            except (ImportError, OSError, ValueError) as error:
                 self._refusal = f"{self.library} does not load: {error}"
+
+    def _open(self) -> Any:
+        """Load the library, which registers its kernels. ImportError, OSError or ValueError if it cannot."""
+        return importlib.import_module(self.library)
 
     def probe(self) -> str | None:
         return self._refusal
 
     @property
-    def extension(self) -> ModuleType:
-        """The compiled library. RuntimeError with the reason when there is none."""
+    def extension(self) -> Any:
+        """What the library offers beside its kernels. RuntimeError with the reason when there is none."""
         if self._extension is None:
             raise RuntimeError(f"back end {self.name}: {self._refusal}")
         return self._extension

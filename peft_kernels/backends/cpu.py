@@ -1,21 +1,47 @@
-"""Back end `cpu`: C++ kernels for CPU tensors, in the compiled library `peft_kernels._C`."""
+"""Back end `cpu`: C++ kernels for CPU tensors, in the compiled library `peft_kernels._C`.
+
+The library knows nothing of Python. What it offers beside its kernels are ops too, without tensors.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
+from ..ops import registry
 from .compiled import CompiledBackend
+
+
+class Library:
+    """The compiled library: where it is, and its functions (csrc/cpu/library_ops.cpp)."""
+
+    def __init__(self, file: str, namespace: str) -> None:
+        torch.ops.load_library(file)
+        self.__file__ = file
+        self._functions = getattr(torch.ops, f"{namespace}_library")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._functions, name)
 
 
 class CpuBackend(CompiledBackend):
     name = "cpu"
-    namespace = "peft_kernels_cpu"
+    namespace = f"{registry.NAMESPACE}_cpu"
     device_type = "cpu"
-    library = "peft_kernels._C"
+    # A build for the Hugging Face Hub has a package name of its own, which its library has too.
+    library = f"{registry.NAMESPACE}.{'_C' if registry.NAMESPACE == 'peft_kernels' else registry.NAMESPACE}"
     not_built = "not built (no C++ compiler at installation, or PEFT_KERNELS_CPU=0): reinstall with g++"
+
+    def _open(self) -> Library:
+        found = importlib.util.find_spec(self.library)
+        assert found is not None and found.origin is not None  # it was read before
+        library = Library(found.origin, self.namespace)
+        library.set_isa_from_environment()
+        return library
 
     def describe(self) -> str:
         extension = self.extension

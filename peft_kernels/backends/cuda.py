@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..ops import registry
 from .base import Cards
 from .compiled import CompiledBackend
 
@@ -16,9 +17,9 @@ MINIMUM = (8, 0)
 
 class CudaBackend(CompiledBackend):
     name = "cuda"
-    namespace = "peft_kernels_cuda"
+    namespace = f"{registry.NAMESPACE}_cuda"
     device_type = "cuda"
-    library = "peft_kernels._C_cuda"
+    library = f"{registry.NAMESPACE}._C_cuda"
     not_built = (
         "not built (at installation there was no nvcc that fits torch's CUDA, or PEFT_KERNELS_CUDA=0): "
         "reinstall with it"

@@ -12,7 +12,7 @@ from ..ops import registry
 
 class ReferenceBackend:
     name = "reference"
-    namespace = "peft_kernels_reference"
+    namespace = f"{registry.NAMESPACE}_reference"
     device_type = None
 
     def __init__(self) -> None:

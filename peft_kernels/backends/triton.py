@@ -30,7 +30,7 @@ COMPOSITES_WITH_KERNELS: frozenset[str] = frozenset()
 
 class TritonBackend:
     name = "triton"
-    namespace = "peft_kernels_triton"
+    namespace = f"{registry.NAMESPACE}_triton"
     device_type = "cuda"
 
     def __init__(self) -> None:

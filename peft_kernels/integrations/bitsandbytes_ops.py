@@ -24,6 +24,7 @@ from .. import dispatch
 from ..backends import BACKENDS
 from ..backends.base import DTYPES
 from ..code_tables import BLOCKSIZES, dynamic_map, nf4_code
+from ..ops.registry import public_ops
 
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BITSANDBYTES"
 NAMESPACE = "bitsandbytes"
@@ -134,7 +135,7 @@ _originals: dict[str, Any] = {}
 def _quantize(a: Tensor, blocksize: int, quant_type: str, quant_storage: torch.dtype) -> Any:
     if not _covers(quant_type, blocksize, a.dtype, a.device):
         return NotImplemented
-    packed, absmax = torch.ops.peft_kernels.quantize_nf4(a, blocksize)
+    packed, absmax = public_ops.quantize_nf4(a, blocksize)
     if not bool(torch.isfinite(absmax).all()):
         bad = a.numel() - int(torch.isfinite(a).sum())
         raise ValueError(f"A: expected finite values to quantise, got {bad} NaN or Inf among {a.numel()}")
@@ -147,7 +148,7 @@ def _dequantize(
     if not _covers(quant_type, blocksize, dtype, a.device):
         return NotImplemented
     packed, scales = _packed(a, prod(shape)), _scales(absmax, prod(shape), blocksize)
-    return torch.ops.peft_kernels.dequantize_nf4(packed, scales, None, None, blocksize, shape, dtype)
+    return public_ops.dequantize_nf4(packed, scales, None, None, blocksize, shape, dtype)
 
 
 def _dequantize_out(*args: Any) -> Any:

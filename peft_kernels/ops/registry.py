@@ -22,6 +22,11 @@ from . import flops, gradient
 
 Call = Callable[..., Any]
 
+NAMESPACE = __name__.partition(".")[0]
+"""Of the public ops; those of back ends begin with it. It is the package's name, which is another where
+several builds may be loaded at once (Hugging Face Hub)."""
+public_ops = getattr(torch.ops, NAMESPACE)
+
 GROUPS = {
     "$nf4": "Tensor packed, Tensor absmax, Tensor? absmax2, Tensor? offset, int blocksize",
     "$base": "Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? offset, int blocksize",
