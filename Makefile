@@ -11,7 +11,7 @@ CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0;9.0)
 CPP := $(shell find csrc tests/amx tests/ptx tests/card tests/cuda_host -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test triton triton-ptx ptx fuzz sanitize asan tsan peft-tests package bench docs lint format clean
+.PHONY: help setup demo test triton triton-ptx ptx fuzz sanitize asan tsan peft-tests package hub bench docs lint format clean
 
 help: ## List the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -116,6 +116,11 @@ peft-tests: $(VENV)/.built ## Run PEFT's own tests with every model patched, its
 
 package: $(VENV)/.packages ## Build the source distribution and a wheel and use both as a new user would (needs pip's index)
 	$(BIN)/python tools/package_check.py $(ARGS)
+
+hub: $(VENV)/.built ## Lay the CPU kernels out for Hugging Face's `kernels`, build and load them (needs pip's index)
+	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python tools/requirements.py hub)
+	$(BIN)/python tools/hub_layout.py build/hub --build
+	$(BIN)/python -m pytest -q tests/test_hub_layout.py $(ARGS)
 
 bench: $(VENV)/.built ## Measure against torch, bitsandbytes and PEFT on this machine, five minutes (ARGS='--quick' and others)
 	$(BIN)/python bench/run.py $(ARGS)
