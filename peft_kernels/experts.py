@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .nf4 import NF4Weight
 from .ops.arguments import autocast_dtype
@@ -29,7 +29,7 @@ def experts_forward(
     hidden_states: Tensor,
     top_k_index: Tensor,
     top_k_weights: Tensor,
-    lora: Mapping[str, Lora] = {},  # noqa: B006, it is read only
+    lora: Mapping[str, Lora] = {},
 ) -> Tensor:
     """What the experts that tokens are sent to make of them, summed by routing weight.
 
@@ -60,9 +60,9 @@ def experts_forward(
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
 
     x = _Sorted.apply(hidden_states.to(_compute_dtype(module, hidden_states, up)), order, back, k)
-    x = _linear(module, up_name, up, x, ends, lora)
+    x = _linear(module, up_name, up, x, ends, chosen, lora)
     x = _activated(module, x)
-    x = _linear(module, "down_proj", down, x, ends, lora)
+    x = _linear(module, "down_proj", down, x, ends, chosen, lora)
     if module.has_post_expert_norm:
         x = module.post_expert_norm(x)
     y: Tensor = _Combined.apply(x, top_k_weights, order, back)
@@ -79,19 +79,26 @@ def _compute_dtype(module: Any, x: Tensor, weight: Tensor) -> torch.dtype:
 
 
 def _linear(
-    module: Any, name: str, weight: Tensor, x: Tensor, ends: Tensor, lora: Mapping[str, Lora]
+    module: Any, name: str, weight: Tensor, x: Tensor, ends: Tensor, chosen: Tensor, lora: Mapping[str, Lora]
 ) -> Tensor:
-    bias = getattr(module, f"{name}_bias") if module.has_bias else None
+    bias: Tensor | None = getattr(module, f"{name}_bias") if module.has_bias else None
     if bias is not None:
         bias = bias.to(x.dtype)
+    if bias is not None and bias.requires_grad:
+        # The product's own bias is frozen. Each row has one expert, so this adds it exactly, and its
+        # gradient's sums have an order.
+        one_hot = chosen[:, None] == torch.arange(bias.shape[0], device=chosen.device)
+        return _product(x, ends, weight, None, lora.get(name)) + one_hot.to(x.dtype) @ bias
+    return _product(x, ends, weight, bias, lora.get(name))
+
+
+def _product(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, adapter: Lora | None) -> Tensor:
     packed = isinstance(weight, NF4Weight)
     dense: Any = weight.dense if isinstance(weight, NF4Weight) else weight
-    if not packed:
-        weight = weight.to(x.dtype)
-    if name in lora:
-        a, b, scaling = lora[name]
+    if adapter is not None:
+        a, b, scaling = adapter
         a, b = (t if t.dtype == torch.float32 else t.to(x.dtype) for t in (a, b))
-        return experts_lora_linear(x, ends, weight, a, b, scaling, bias)
+        return experts_lora_linear(x, ends, weight if packed else weight.to(x.dtype), a, b, scaling, bias)
     if dense is None:
         return experts_linear(x, ends, weight, bias)  # type: ignore[arg-type]
     parts = [
@@ -107,7 +114,8 @@ def _activated(module: Any, x: Tensor) -> Tensor:
     if not module.has_gate:
         y = module.act_fn(x)
     elif _is_swiglu(module):
-        y = gated_activation(*x.chunk(2, dim=-1))
+        gate, up = x.chunk(2, dim=-1)
+        y = gated_activation(gate, up)
     else:
         y = module._apply_gate(x)
     return y
