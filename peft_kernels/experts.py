@@ -38,7 +38,8 @@ def experts_forward(
     Parameters
     ----------
     module : nn.Module
-        Experts of transformers, whose weights are (experts, out, in): NF4, or dense.
+        Experts of transformers, whose weights are (experts, out, in): NF4, or dense. Dense ones may be
+        transposed, where `is_transposed` says so.
     hidden_states : Tensor, (tokens, hidden)
         fp32 is rounded to the dtype of the weights, to `compute_dtype` of the module if it has one.
     top_k_index : Tensor, (tokens, k)
@@ -81,6 +82,8 @@ def _compute_dtype(module: Any, x: Tensor, weight: Tensor) -> torch.dtype:
 def _linear(
     module: Any, name: str, weight: Tensor, x: Tensor, ends: Tensor, chosen: Tensor, lora: Mapping[str, Lora]
 ) -> Tensor:
+    if module.is_transposed and not isinstance(weight, NF4Weight):
+        weight = weight.mT
     bias: Tensor | None = getattr(module, f"{name}_bias") if module.has_bias else None
     if bias is not None:
         bias = bias.to(x.dtype)
