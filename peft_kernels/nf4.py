@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import experts_format
 from .code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from .integrations import bitsandbytes
 from .nf4_state import Addition, NF4State, fingerprint, packed_rows
@@ -199,15 +200,19 @@ class NF4Weight(NF4Tensor):
         return -(-self.nbytes // self.element_size())
 
     def state_dict(self, prefix: str = "", name: str = "weight") -> dict[str, Tensor]:
-        """Tensors to save, under bitsandbytes' keys (`weight`, `weight.absmax`, ...). Shares memory."""
-        return bitsandbytes.to_state_dict(self._state, self.dtype, prefix + name)
+        """Tensors to save, under bitsandbytes' keys (`weight`, `weight.absmax`, ...); experts' under keys of
+        our own, see `experts_format`. Shares memory."""
+        form = experts_format if self.dim() == 3 else bitsandbytes
+        return form.to_state_dict(self._state, self.dtype, prefix + name)
 
     @classmethod
     def from_state_dict(
         cls, state_dict: Mapping[str, Any], prefix: str = "", name: str = "weight"
     ) -> NF4Weight:
         """Read what `state_dict` or bitsandbytes wrote. ValueError names an item that does not fit."""
-        return cls(*bitsandbytes.from_state_dict(state_dict, prefix + name))
+        of_experts = f"{prefix}{name}.{experts_format.STATE_ITEM}" in state_dict
+        form = experts_format if of_experts else bitsandbytes
+        return cls(*form.from_state_dict(state_dict, prefix + name))
 
     @classmethod
     def from_bnb(cls, params4bit: Any) -> NF4Weight:

@@ -52,9 +52,7 @@ class ModelLink:
     def layer_gone(self) -> None:
         """A layer has become an ordinary one. Was it the last?"""
         model = self.model
-        if model is not None and not any(
-            isinstance(m._parameters.get("weight"), NF4Weight) for m in model.modules()
-        ):
+        if model is not None and not any(isinstance(weight, NF4Weight) for weight in model.parameters()):
             _take_back(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ModelLink:

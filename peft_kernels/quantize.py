@@ -12,10 +12,11 @@ from torch import nn
 
 from .code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from .integrations.architectures import is_linear
+from .nf4_experts import NF4Experts, pack, weight_names
 from .nf4_model import ModelLink, announce, owners
 from .nn import NF4Linear
 from .quantize_report import QuantizeReport, nbytes_of, report_of
-from .targets import check_names, targets, warn_about_experts
+from .targets import check_names, expert_targets, targets, warn_about_experts
 
 __all__ = ["QuantizeReport", "quantize_model", "report_of"]
 
@@ -32,6 +33,7 @@ def quantize_model(
     progress: bool | None = None,
     compute_dtype: torch.dtype | None = None,
     modules_to_not_convert: Iterable[str] | None = None,
+    experts: bool = False,
 ) -> nn.Module:
     """Replace every linear layer of a model by an NF4Linear: nn.Linear, and FalconLinear and Conv1D (GPT-2)
     of transformers. `report_of(model)` tells which, what that saved, and why others were left.
@@ -61,6 +63,11 @@ def quantize_model(
         Of every layer, see `nn.NF4Linear`; by default the type of its weight.
     modules_to_not_convert : names, optional
         transformers' word for `skip`.
+    experts : bool
+        Pack the experts of transformers 5 too (Mixtral, Qwen3-MoE, GPT-OSS, DeepSeek, ...), which are no
+        linear layers but parameters of three dimensions, and most of a model. Not by default, for
+        bitsandbytes has no format for them: what is saved with them only this package reads. A warning says
+        how many bytes stay.
 
     Returns
     -------
@@ -93,9 +100,15 @@ def quantize_model(
     found = dict(targets(model, names, report.left))
     for name, linear in found.items():
         _check(f"{name}.weight", linear.weight)
-    warn_about_experts(model, report.left)
+    sets = dict(expert_targets(model, names, report.left))
+    if not experts:
+        sets.clear()
+    warn_about_experts(model, report.left, sets)
+    for name, module in sets.items():
+        for key in weight_names(module):
+            _check(f"{name}.{key}", module._parameters[key])
 
-    total = sum(linear.weight.numel() for linear in found.values())
+    total = sum(linear.weight.numel() for linear in found.values()) + sum(map(_size, sets.values()))
     show = total > _PROGRESS_FROM if progress is None else progress
     link, names_of_targets = ModelLink(), list(found)
     del found  # the only reference to each dense layer is the model's, so that it is freed when replaced
@@ -111,7 +124,13 @@ def quantize_model(
             setattr(parent, child, layer)
             bar.update(linear.weight.numel())
             del linear
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, NF4Linear)}
+        for name, module in sets.items():
+            size = _size(module)
+            pack(module, blocksize, double_quant, name, compute_dtype)
+            bar.update(size)
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, (NF4Linear, NF4Experts))
+    }
     if layers:
         for layer in layers.values():
             layer.link = link
@@ -120,7 +139,7 @@ def quantize_model(
         if earlier is not None:
             report.bytes_before = max(earlier.bytes_before, report.bytes_before)
         announce(model, link, report)
-        _tell_transformers(model, blocksize, double_quant, names, compute_dtype)
+        _tell_transformers(model, blocksize, double_quant, names, compute_dtype, experts)
         logger.info("%s", report)
     return model
 
@@ -138,10 +157,14 @@ def _tell_transformers(model: nn.Module, *arguments: Any) -> None:
     from .integrations.nf4_config import NF4Config
     from .integrations.nf4_quantizer import attach
 
-    blocksize, double_quant, names, compute_dtype = arguments
+    blocksize, double_quant, names, compute_dtype, experts = arguments
     for owner in owners(model):
         if isinstance(owner, PreTrainedModel):
-            attach(owner, NF4Config(blocksize, double_quant, names, compute_dtype))
+            attach(owner, NF4Config(blocksize, double_quant, names, compute_dtype, experts=experts))
+
+
+def _size(experts: Any) -> int:
+    return sum(experts._parameters[key].numel() for key in weight_names(experts))
 
 
 def _check(name: str, weight: torch.Tensor) -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .integrations.architectures import HEAD_NAMES, heads, is_linear
+from .nf4_experts import NF4Experts, is_experts, weight_names
 from .nn import NF4Linear
 
 logger = logging.getLogger("peft_kernels")
@@ -105,21 +106,62 @@ def check_names(model: nn.Module, skip: Iterable[str], argument: str = "skip") -
         )
 
 
-def warn_about_experts(model: nn.Module, left: dict[str, str]) -> None:
-    """Mixture-of-experts weights kept as one 3-D parameter are no nn.Linear: say that they stay dense."""
-    experts = [
-        f"{name}.{key}"
-        for name, module in model.named_modules()
-        for key, p in module.named_parameters(recurse=False)
-        if p.dim() == 3 and p.is_floating_point() and p.numel() > 1e6 and not isinstance(module, _ConvNd)
-    ]
-    left.update(dict.fromkeys(experts, "experts in one three-dimensional parameter"))
-    if experts:
-        logger.warning(
-            "%d three-dimensional parameters (mixture-of-experts weights) stay dense, the first: %s",
-            len(experts),
-            experts[0],
-        )
+def expert_targets(
+    model: nn.Module,
+    skip: tuple[str, ...] | None,
+    left: dict[str, str],
+    tied: Collection[str] = (),
+) -> Iterator[tuple[str, Any]]:
+    """The modules of experts to pack, by name, as `targets` for linear layers."""
+    owners: Counter[int] = Counter()
+    for module in model.modules():
+        owners.update(id(part) for parts in (module._modules, module._parameters) for part in parts.values())
+    adapters = set(_adapter_modules(model))
+    stay = heads(model) if skip is None else {}
+    for name, module in model.named_modules():
+        if not is_experts(module) or module in adapters:
+            continue
+        parts = [module, *(module._parameters[key] for key in weight_names(module))]
+        if any(fits(part, name) for part in skip or ()):
+            left[name] = "named in skip"
+        elif module in stay:
+            left[name] = f"{stay[module]}; skip=() would pack it"
+        elif any(owners[id(part)] > 1 for part in parts) or any(key.startswith(f"{name}.") for key in tied):
+            left[name] = "it shares its weights with another place in the model"
+        else:
+            yield name, module
+
+
+def warn_about_experts(model: nn.Module, left: dict[str, str], chosen: Collection[str] = ()) -> None:
+    """Weights of experts in one three-dimensional parameter are most of a model: say so if they stay dense.
+
+    `chosen` names the modules that do not. Of those in `left` is told why they stay.
+    """
+    known: dict[str, int] = {}
+    unknown: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (NF4Experts, _ConvNd)) or name in left or name in chosen:
+            continue
+        dense = {key: p for key, p in module._parameters.items() if p is not None and _looks_like_experts(p)}
+        if is_experts(module):
+            known[name] = sum(module._parameters[key].nbytes for key in weight_names(module))
+        else:
+            unknown |= {f"{name}.{key}" if name else key: p.nbytes for key, p in dense.items()}
+    left.update(dict.fromkeys(known, "experts; experts=True would pack them"))
+    left.update(dict.fromkeys(unknown, "three-dimensional, and in no module of experts that is known here"))
+    for found, what, advice in (
+        (known, "sets of experts", "experts=True packs them"),
+        (unknown, "three-dimensional parameters (mixture-of-experts weights)", "nothing packs them"),
+    ):
+        if found:
+            logger.warning(
+                "%d %s stay dense, %.3g MB in all; %s; the first: %s",
+                *(len(found), what, sum(found.values()) / 1e6, advice, next(iter(found))),
+            )
+
+
+def _looks_like_experts(parameter: nn.Parameter) -> bool:
+    return parameter.dim() == 3 and parameter.is_floating_point() and parameter.numel() > 1e6
 
 
 def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:

@@ -79,7 +79,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
     for name in mine:
         if name.startswith(f"{key}.quant_state.") and not name.endswith(STATE_ITEM):
             raise ValueError(f"{name}: expected quantisation type nf4, this checkpoint holds another")
-    numbers = _read_json(f"{key}.{STATE_ITEM}", item(f".{STATE_ITEM}"))
+    numbers = read_json(f"{key}.{STATE_ITEM}", item(f".{STATE_ITEM}"))
     nested = f"{key}.nested_absmax" in state_dict or numbers.nested_offset is not None
     known = {f"{key}.{name}" for name in (*TENSOR_ITEMS, STATE_ITEM)}
     foreign = next((name for name in mine if name not in known), None)
@@ -89,7 +89,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
         _check_nested(f"{key}.{STATE_ITEM}", numbers)
         _expect_table(f"{key}.nested_quant_map", dynamic_map(_CPU), item(".nested_quant_map"))
     _expect_table(f"{key}.quant_map", nf4_code(_CPU), item(".quant_map"))
-    state = _assemble(
+    state = assemble(
         key,
         numbers.shape,
         numbers.blocksize,
@@ -99,7 +99,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
         item(".nested_absmax") if nested else None,
         torch.tensor(float(numbers.nested_offset), device=packed.device) if nested else None,
     )
-    _check_scales(key, state, numbers.nested_offset if nested else 0.0)
+    check_scales(key, state, numbers.nested_offset if nested else 0.0)
     if not nested and f"{key}.nested_quant_map" in state_dict:
         raise ValueError(f"{key}.nested_quant_map: expected nested_absmax beside it, got none")
     return state, numbers.dtype
@@ -117,8 +117,8 @@ class _Numbers:
     nested_dtype: Any
 
 
-def _read_json(name: str, blob: Tensor) -> _Numbers:
-    _expect(name, "dtype", torch.uint8, blob.dtype)
+def read_json(name: str, blob: Tensor) -> _Numbers:
+    expect(name, "dtype", torch.uint8, blob.dtype)
     if blob.numel() > _LONGEST_JSON:
         raise ValueError(f"{name}: expected bitsandbytes' JSON, got {blob.numel()} bytes")
     try:
@@ -126,32 +126,32 @@ def _read_json(name: str, blob: Tensor) -> _Numbers:
         numbers = json.loads(bytes(blob.view(-1).tolist()).decode())
         shape, blocksize, dtype = numbers["shape"], numbers["blocksize"], getattr(torch, numbers["dtype"])
         if not isinstance(shape, list):
-            raise TypeError(f"shape {_short(shape)}")
+            raise TypeError(f"shape {short(shape)}")
         if not all(_is_integer(n) for n in (*shape, blocksize)):
-            raise TypeError(f"shape {_short(shape)} and blocksize {_short(blocksize)} are not integers")
+            raise TypeError(f"shape {short(shape)} and blocksize {short(blocksize)} are not integers")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(
-            f"{name}: expected bitsandbytes' JSON, got something else ({_short(str(error))})"
+            f"{name}: expected bitsandbytes' JSON, got something else ({short(str(error))})"
         ) from error
-    _expect(name, "quant_type", "nf4", numbers.get("quant_type"))
+    expect(name, "quant_type", "nf4", numbers.get("quant_type"))
     nested = (numbers.get(f"nested_{what}") for what in ("offset", "blocksize", "dtype"))
     return _Numbers(tuple(shape), blocksize, dtype, *nested)
 
 
 def _check_nested(name: str, numbers: _Numbers) -> None:
-    _expect(name, "nested_blocksize", NESTED_BLOCKSIZE, numbers.nested_blocksize)
+    expect(name, "nested_blocksize", NESTED_BLOCKSIZE, numbers.nested_blocksize)
     if numbers.nested_dtype not in (None, *map(_name, WEIGHT_DTYPES)):
         raise ValueError(
-            f"{name}: expected nested_dtype float32, bfloat16 or float16, got {_short(numbers.nested_dtype)}"
+            f"{name}: expected nested_dtype float32, bfloat16 or float16, got {short(numbers.nested_dtype)}"
         )
     offset = numbers.nested_offset
     if not isinstance(offset, (int, float)) or isinstance(offset, bool):
-        raise ValueError(f"{name}: expected a number nested_offset, got {_short(offset)}")
+        raise ValueError(f"{name}: expected a number nested_offset, got {short(offset)}")
     if not 0 <= offset <= torch.finfo(torch.float32).max:
-        raise ValueError(f"{name}: expected a finite nested_offset of 0 or more, got {_short(offset)}")
+        raise ValueError(f"{name}: expected a finite nested_offset of 0 or more, got {short(offset)}")
 
 
-def _check_scales(key: str, state: NF4State, offset: float) -> None:
+def check_scales(key: str, state: NF4State, offset: float) -> None:
     """Scales are largest magnitudes. A weight with another is NaN, or has its signs turned."""
     nested = state.absmax2 is not None
     scales = state.absmax2 if nested else state.absmax
@@ -224,7 +224,7 @@ def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
         raise ValueError(f"{name}: {reason}")
     quant_state = params4bit.quant_state
     nested = quant_state.nested
-    return _assemble(
+    return assemble(
         name,
         tuple(quant_state.shape),
         quant_state.blocksize,
@@ -277,7 +277,7 @@ def to_params4bit(state: NF4State, dtype: torch.dtype) -> Any:
     )
 
 
-def _assemble(
+def assemble(
     key: str,
     shape: tuple[int, ...],
     blocksize: int,
@@ -289,11 +289,11 @@ def _assemble(
 ) -> NF4State:
     """Check every length and dtype, so that no kernel reads past the end."""
     if len(shape) != 2 or min(shape) < 0 or max(shape) > _LARGEST_SIZE:
-        raise ValueError(f"{key}: expected a shape (out_features, in_features), got {_short(shape)}")
+        raise ValueError(f"{key}: expected a shape (out_features, in_features), got {short(shape)}")
     if blocksize not in BLOCKSIZES:
-        raise ValueError(f"{key}: expected blocksize one of {BLOCKSIZES}, got {_short(blocksize)}")
+        raise ValueError(f"{key}: expected blocksize one of {BLOCKSIZES}, got {short(blocksize)}")
     if dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"{key}: expected dtype float32, bfloat16 or float16, got {_short(dtype)}")
+        raise ValueError(f"{key}: expected dtype float32, bfloat16 or float16, got {short(dtype)}")
     if packed.dtype not in _STORAGE_DTYPES:
         raise ValueError(f"{key}: expected two codes a byte, in uint8 or a float type, got {packed.dtype}")
     # The bytes may be stored under a float type (FSDP asks for it), with the last ones padded.
@@ -302,7 +302,7 @@ def _assemble(
     nbytes, nblocks = (numel + 1) // 2, -(-numel // blocksize)
     if not nbytes <= flat.numel() < nbytes + packed.element_size():
         raise ValueError(f"{key}: expected {nbytes} bytes for shape {shape}, got {flat.numel()}")
-    _expect(f"{key}.absmax", "number of blocks", nblocks, absmax.numel())
+    expect(f"{key}.absmax", "number of blocks", nblocks, absmax.numel())
     if absmax2 is None:
         if absmax.dtype not in _SCALE_DTYPES:
             raise ValueError(
@@ -311,8 +311,8 @@ def _assemble(
         absmax = absmax.float()
     else:
         assert offset is not None
-        _expect(f"{key}.absmax", "dtype", torch.uint8, absmax.dtype)
-        _expect(f"{key}.nested_absmax", "number of blocks", -(-nblocks // NESTED_BLOCKSIZE), absmax2.numel())
+        expect(f"{key}.absmax", "dtype", torch.uint8, absmax.dtype)
+        expect(f"{key}.nested_absmax", "number of blocks", -(-nblocks // NESTED_BLOCKSIZE), absmax2.numel())
         if absmax2.dtype not in _SCALE_DTYPES:
             raise ValueError(f"{key}.nested_absmax: expected a floating dtype, got {absmax2.dtype}")
         absmax2 = absmax2.float()
@@ -328,9 +328,9 @@ def _assemble(
     )
 
 
-def _expect(key: str, what: str, expected: Any, got: Any) -> None:
+def expect(key: str, what: str, expected: Any, got: Any) -> None:
     if expected != got:
-        raise ValueError(f"{key}: expected {what} {expected}, got {_short(got)}")
+        raise ValueError(f"{key}: expected {what} {expected}, got {short(got)}")
 
 
 def _expect_table(key: str, expected: Tensor, got: Tensor) -> None:
@@ -342,7 +342,7 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
     """For a message: a file may hold a string of a megabyte, or one with line breaks."""
     try:
         text = repr(value) if isinstance(value, (str, list, dict)) else str(value)

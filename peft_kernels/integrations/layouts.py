@@ -7,6 +7,7 @@ the model has them, under the model's own names, and read back so.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -14,10 +15,11 @@ from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import PrefixChange, WeightConverter
 
+from .. import experts_format
 from .bitsandbytes import STATE_ITEM, STATE_PREFIX, TENSOR_ITEMS
 from .mapped_files import MappedFiles
 from .nf4_config import NF4Config
-from .nf4_conversion import Errors, Read
+from .nf4_conversion import Errors, Read, ReadExperts
 
 _FP4 = f"{STATE_PREFIX}fp4"  # read so that it can be refused
 _CONVERSIONS, _KEPT = "_weight_conversions", "_peft_kernels_weight_conversions"
@@ -29,9 +31,23 @@ def reading(config: NF4Config, errors: Errors, files: MappedFiles) -> WeightConv
     return WeightConverter(items, "weight", [Read(config, errors, files)])
 
 
-def in_four_bits(files: Iterable[str]) -> set[str]:
-    """Names of the weights that are in 4 bits in a checkpoint."""
-    suffix, found = f".{STATE_ITEM}", set()
+def reading_experts(
+    names: Iterable[str], config: NF4Config, errors: Errors, files: MappedFiles
+) -> list[WeightConverter]:
+    """What collects the items of packed experts, by the names that they have once all are renamed: the end of
+    a name (`down_proj`) is that of other layers too."""
+    converters = []
+    for name in names:
+        suffixes = ["", *(f".{item}" for item in (*experts_format.TENSOR_ITEMS, experts_format.STATE_ITEM))]
+        items = {f"^{re.escape(name + suffix)}$": suffix for suffix in suffixes}
+        operation = ReadExperts(config, errors, files, items)
+        converters.append(WeightConverter(list(items), name, [operation]))
+    return converters
+
+
+def in_four_bits(files: Iterable[str], item: str = STATE_ITEM) -> set[str]:
+    """Names of the weights that are in 4 bits in a checkpoint, and have an item of that name."""
+    suffix, found = f".{item}", set()
     for file in files:
         if str(file).endswith(".safetensors"):
             with safe_open(file, framework="pt") as opened:
@@ -61,8 +77,20 @@ def to_read(conversions: Iterable[Any], packed: set[str]) -> list[Any]:
     return kept
 
 
+def forget_reading(model: Any) -> None:
+    """After loading: packed experts are written as they are, by no conversion that could be turned round."""
+    conversions = getattr(model, _CONVERSIONS, None)
+    if conversions:
+        vars(model)[_CONVERSIONS] = [each for each in conversions if not _reads_experts(each)]
+
+
+def _reads_experts(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(isinstance(operation, ReadExperts) for operation in operations)
+
+
 def keep_own(model: Any, packed: set[str]) -> None:
-    """Have the next save leave the named layers in the layout that the model has."""
+    """Have the next save leave the named weights in the layout that the model has."""
     conversions = getattr(model, _CONVERSIONS, None)
     if conversions is None:  # as transformers takes them for a model that was not loaded
         found = get_model_conversion_mapping(model, add_legacy=False)
@@ -85,4 +113,4 @@ def _touches(conversion: Any, packed: set[str]) -> bool:
     if any(isinstance(operation, Read) for operation in conversion.operations):
         return False
     reverse = conversion.reverse_transform()
-    return any(reverse.rename_source_key(f"{name}.weight")[1] is not None for name in packed)
+    return any(reverse.rename_source_key(name)[1] is not None for name in packed)

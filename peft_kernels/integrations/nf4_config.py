@@ -40,6 +40,9 @@ class NF4Config(QuantizationConfigMixin):
         Modules to leave dense with all that is in them, as `quantize_model(skip=...)`; by default the heads.
     compute_dtype : torch.dtype, optional
         What wider activations are rounded to, see `nn.NF4Linear`; by default the type of the weights.
+    experts : bool
+        Pack experts too, as `quantize_model(experts=True)`. bitsandbytes has no format for them:
+        `save_pretrained` then writes a configuration that names this package, which alone reads it.
 
     Raises
     ------
@@ -49,6 +52,7 @@ class NF4Config(QuantizationConfigMixin):
 
     _dense: list[str] | None = None
     _weight_dtype: torch.dtype | None = None
+    _with_experts: bool | None = None
 
     def __init__(
         self,
@@ -57,10 +61,13 @@ class NF4Config(QuantizationConfigMixin):
         modules_to_not_convert: Iterable[str] | None = None,
         compute_dtype: torch.dtype | str | None = None,
         quant_method: str = METHOD,
+        experts: bool = False,
     ) -> None:
         _expect("quant_method", METHOD, quant_method, quant_method == METHOD)
         _expect("blocksize", f"one of {BLOCKSIZES}", blocksize, blocksize in BLOCKSIZES)
         _expect("double_quant", "True or False", double_quant, isinstance(double_quant, bool))
+        _expect("experts", "True or False", experts, isinstance(experts, bool))
+        self.experts = experts
         self.quant_method = METHOD  # type: ignore[assignment]
         self.blocksize, self.double_quant = blocksize, double_quant
         names = modules_to_not_convert
@@ -81,15 +88,27 @@ class NF4Config(QuantizationConfigMixin):
             numbers = _from_bitsandbytes(numbers)
         return super().from_dict(numbers, return_unused_kwargs, **kwargs)
 
-    def describe(self, dense: list[str], dtype: torch.dtype) -> None:
-        """Before it is written: the linear layers that a model has dense, and what type its weights had."""
-        self._dense, self._weight_dtype = dense, dtype
+    def describe(self, dense: list[str], dtype: torch.dtype, experts: bool = False) -> None:
+        """Before it is written: the linear layers that a model has dense, what type its weights had, and
+        whether it has packed experts."""
+        self._dense, self._weight_dtype, self._with_experts = dense, dtype, experts
 
     def to_dict(self) -> dict[str, Any]:
-        """What `config.json` gets: bitsandbytes' keys."""
+        """What `config.json` gets: bitsandbytes' keys, or with packed experts our own."""
         dense = self.modules_to_not_convert if self._dense is None else self._dense
-        dtype = self.compute_dtype or self._weight_dtype
-        return configuration(self.blocksize, self.double_quant, dtype, dense)
+        if self.experts if self._with_experts is None else self._with_experts:
+            dtype = None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch.")
+            return {
+                "quant_method": METHOD,
+                "blocksize": self.blocksize,
+                "double_quant": self.double_quant,
+                "modules_to_not_convert": dense,
+                "compute_dtype": dtype,
+                "experts": True,
+            }
+        return configuration(
+            self.blocksize, self.double_quant, self.compute_dtype or self._weight_dtype, dense
+        )
 
 
 def _from_bitsandbytes(numbers: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from ..nf4 import NF4Weight
+from ..nf4_experts import computes_experts
 from ..nn import NF4Linear
 from .mapped_files import MappedFiles
 from .nf4_config import NF4Config
@@ -43,13 +44,13 @@ class _Conversion(ConversionOps):
         return type(self)(self.config, self.errors, self.files)
 
     def guarded(self, key: str, layer: nn.Module, value: Any) -> Any:
-        """What `_convert` makes of it; after an error the layer's own weight, which holds no data."""
+        """What `_convert` makes of it; after an error what the layer has, which holds no data."""
         if not self.errors.sentences:
             try:
                 return self._convert(key, layer, value)
             except ValueError as error:
                 self.errors.of(error)
-        return layer.weight
+        return getattr(layer, key.rpartition(".")[2])
 
     def _convert(self, key: str, layer: Any, value: Any) -> nn.Parameter:
         raise NotImplementedError
@@ -65,7 +66,13 @@ class Quantize(_Conversion):
         }
 
     def _convert(self, key: str, layer: Any, value: Tensor) -> nn.Parameter:
-        dense, config = _as_linear(key, layer, value).to(layer.weight.dtype), self.config
+        own = getattr(layer, key.rpartition(".")[2])
+        if own.dim() == 3:
+            expect_shape(key, tuple(own.shape), tuple(value.shape))
+            dense = value.mT if layer.is_transposed else value
+        else:
+            dense = _as_linear(key, layer, value)
+        dense, config = dense.to(own.dtype), self.config
         on_meta = dense.device.type == "meta"
         weight = NF4Weight.quantize(
             dense, config.blocksize, config.double_quant, check_finite=not on_meta, name=key
@@ -99,7 +106,7 @@ class Read(_Conversion):
             return nn.Parameter(_as_linear(key, layer, self._dense(weight)))
         named = {key + name.removeprefix("weight"): self._aligned(item) for name, item in items.items()}
         packed = NF4Weight.from_state_dict(named, key.removesuffix("weight"))
-        _check_shape(key, layer, tuple(packed.shape))
+        expect_shape(key, (layer.out_features, layer.in_features), tuple(packed.shape))
         packed._state.name = key
         if layer.compute_dtype == packed.dtype:
             layer.compute_dtype = None  # which is the same, and PEFT rounds adapters to one that is set
@@ -121,6 +128,36 @@ class Read(_Conversion):
         return _Written()
 
 
+class ReadExperts(Read):
+    """The items of packed experts -> NF4. `items` tells what each pattern that matches one is for."""
+
+    def __init__(self, config: NF4Config, errors: Errors, files: MappedFiles, items: dict[str, str]) -> None:
+        super().__init__(config, errors, files)
+        self.items = items
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return type(self)(self.config, self.errors, self.files, self.items)
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        key: str = about["full_layer_name"]
+        items = {
+            key + self.items[pattern]: value[0] if isinstance(value, list) else value
+            for pattern, value in input_dict.items()
+        }
+        return {key: self.guarded(key, _owner(about, key), items)}
+
+    def _convert(self, key: str, layer: Any, items: dict[str, Tensor]) -> nn.Parameter:
+        prefix, dot, name = key.rpartition(".")
+        if not computes_experts(layer):
+            raise ValueError(f"{key}: expected a dense weight for a {type(layer).__name__}, got 4 bits")
+        aligned = {item: self._aligned(tensor) for item, tensor in items.items()}
+        packed = NF4Weight.from_state_dict(aligned, prefix + dot, name)
+        own = getattr(layer, name)
+        expect_shape(key, tuple((own.mT if layer.is_transposed else own).shape), tuple(packed.shape))
+        packed._state.name = key
+        return nn.Parameter(packed, requires_grad=False)
+
+
 class _Written(ConversionOps):
     """A state dict has bitsandbytes' items already."""
 
@@ -136,11 +173,10 @@ def _as_linear(key: str, layer: Any, value: Tensor) -> Tensor:
     """(out_features, in_features): a Conv1D's weight is stored transposed."""
     if not issubclass(layer.plain_class, nn.Linear) and value.dim() == 2:
         value = value.t()
-    _check_shape(key, layer, tuple(value.shape))
+    expect_shape(key, (layer.out_features, layer.in_features), tuple(value.shape))
     return value
 
 
-def _check_shape(key: str, layer: Any, shape: tuple[int, ...]) -> None:
-    expected = (layer.out_features, layer.in_features)
-    if shape != expected:
-        raise ValueError(f"{key}: expected shape {expected}, got {shape}")
+def expect_shape(key: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
+    if got != expected:
+        raise ValueError(f"{key}: expected shape {expected}, got {got}")

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming, apply_renamings
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from .. import experts_format
 from ..nf4 import NF4Weight
+from ..nf4_experts import NF4Experts, adopt, packed_weights, unpack, weight_names
 from ..nf4_model import METHOD, ModelLink, announce
 from ..nn import NF4Linear
 from ..quantize_report import QuantizeReport, nbytes_of
-from ..targets import check_names, targets, warn_about_experts
+from ..targets import check_names, expert_targets, targets, warn_about_experts
 from . import layouts
 from .architectures import is_linear
 from .mapped_files import MappedFiles
@@ -47,6 +50,8 @@ class NF4Quantizer(HfQuantizer):
         self.errors = Errors()
         self.report = QuantizeReport()
         self.in_four_bits: set[str] = set()
+        self.experts_in_four_bits: set[str] = set()
+        self.experts: dict[str, Any] = {}  # modules that are to hold packed weights, by name
         self.files = MappedFiles()
 
     def is_serializable(self) -> bool:
@@ -76,7 +81,9 @@ class NF4Quantizer(HfQuantizer):
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         module, _dot, name = param_name.rpartition(".")
-        return name == "weight" and isinstance(model.get_submodule(module), NF4Linear)
+        if name == "weight":
+            return isinstance(model.get_submodule(module), NF4Linear)
+        return module in self.experts and name in weight_names(model.get_submodule(module))
 
     def get_quantize_ops(self) -> Quantize:
         return Quantize(self.quantization_config, self.errors, self.files)
@@ -84,8 +91,11 @@ class NF4Quantizer(HfQuantizer):
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         if not self.pre_quantized:
             return list(weight_conversions)
-        others = layouts.to_read(weight_conversions, self.in_four_bits)
-        return [*others, layouts.reading(self.quantization_config, self.errors, self.files)]
+        rest = self.quantization_config, self.errors, self.files
+        renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
+        experts = [apply_renamings(name, renamings) for name in sorted(self.experts_in_four_bits)]
+        others = layouts.to_read(weight_conversions, {*self.in_four_bits, *experts})
+        return [*others, *layouts.reading_experts(experts, *rest), layouts.reading(*rest)]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         for operation in getattr(converter, "operations", ()):
@@ -103,7 +113,9 @@ class NF4Quantizer(HfQuantizer):
         names = config.modules_to_not_convert
         if self.pre_quantized:
             names = []  # the file says which layers are in 4 bits
-            self.in_four_bits = layouts.in_four_bits(checkpoint_files or ())
+            files = checkpoint_files or ()
+            self.in_four_bits = layouts.in_four_bits(files)
+            self.experts_in_four_bits = layouts.in_four_bits(files, experts_format.STATE_ITEM)
         elif names is not None and self.by_their_rules:
             patterns = [*names, *(model._keep_in_fp32_modules or ())]
             every = [name for name, module in model.named_modules() if is_linear(module)]
@@ -113,14 +125,24 @@ class NF4Quantizer(HfQuantizer):
         skip = None if names is None else tuple(names)
         for name, linear in list(targets(model, skip, report.left, {*tied, *tied.values()})):
             model.set_submodule(name, NF4Linear.awaiting(linear, config.compute_dtype))
-        warn_about_experts(model, report.left)
+        sets = dict(expert_targets(model, skip, report.left, {*tied, *tied.values()}))
+        if config.experts or self.experts_in_four_bits:
+            self.experts = sets
+        warn_about_experts(model, report.left, self.experts)
         self.report = report
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         errors, report, link = self.errors, self.report, ModelLink()
         self.errors, self.report, self.files = Errors(), QuantizeReport(), MappedFiles()
         errors.check()
-        layers = {name: module for name, module in model.named_modules() if _is_packed(module)}
+        layouts.forget_reading(model)
+        for experts in self.experts.values():
+            if packed_weights(experts):
+                adopt(experts, self.quantization_config.compute_dtype)
+        self.experts = {}
+        layers: dict[str, Any] = {
+            name: module for name, module in model.named_modules() if packed_weights(module)
+        }
         if not layers:
             logger.warning("no layer of %s is NF4: %s", type(model).__name__, report.left or "it has none")
             self.remove_quantization_config(model)
@@ -136,11 +158,14 @@ class NF4Quantizer(HfQuantizer):
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
         """Before anything is written: the configuration tells which layers are in 4 bits now."""
-        packed = {name for name, module in model.named_modules() if _is_packed(module)}
+        modules = model.named_modules()
+        packed = {f"{name}.{key}" for name, module in modules for key in packed_weights(module)}
+        linear = {name.removesuffix(".weight") for name in packed if name.endswith(".weight")}
         layouts.restore(model)
         layouts.keep_own(model, packed)
         if packed:
-            self.quantization_config.describe(_dense(model, packed), model.dtype)
+            experts = len(linear) < len(packed)
+            self.quantization_config.describe(_dense(model, linear), model.dtype, experts)
             model.config.quantization_config = self.quantization_config
             if self.attached:
                 _forget_with_the_state_dict(model)
@@ -154,13 +179,19 @@ class NF4Quantizer(HfQuantizer):
         if isinstance(dtype, str):  # as `config.dtype` is when the model has been saved
             dtype = getattr(torch, dtype)
         other = dtype is not None and dtype != model.dtype
-        layers = [module for module in model.modules() if isinstance(module, NF4Linear)]
-        weights: list[Any] = [layer._parameters["weight"] for layer in layers]
-        usual = Counter(weight.dtype for weight in weights).most_common(1)
-        for layer, weight in zip(layers, weights, strict=True):
+        layers: dict[Any, list[Any]] = {}
+        for module in model.modules():
+            weights = [w for w in module._parameters.values() if isinstance(w, NF4Weight)]
+            if weights:
+                layers[module] = weights
+        usual = Counter(weight.dtype for weights in layers.values() for weight in weights).most_common(1)
+        for layer, (weight, *_) in layers.items():
             # A router that the model has in fp32, say, stays so.
             own = dtype if other or weight.dtype == usual[0][0] else weight.dtype
-            layer.weight = nn.Parameter(weight.dequantize(own), requires_grad=False)
+            if isinstance(layer, NF4Experts):
+                unpack(layer, own)
+            else:
+                layer.weight = nn.Parameter(weight.dequantize(own), requires_grad=False)
         self.remove_quantization_config(model)
         return model.to(dtype) if other else model
 
@@ -192,11 +223,6 @@ def _forget_with_the_state_dict(model: Any) -> None:
         hook.remove()
 
     hook = model.register_state_dict_pre_hook(forget)
-
-
-def _is_packed(module: nn.Module) -> bool:
-    weight = module._parameters.get("weight")
-    return isinstance(weight, NF4Weight) and not weight.is_dense
 
 
 def _dense(model: nn.Module, packed: set[str]) -> list[str]:

@@ -52,6 +52,7 @@ def read_config(path: Any, **kwargs: Any) -> Any:
         "double_quant": ours.double_quant,
         "modules_to_not_convert": ours.modules_to_not_convert,
         "compute_dtype": ours.compute_dtype,
+        "experts": ours.experts,
     }
     return config
 

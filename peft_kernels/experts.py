@@ -1,0 +1,180 @@
+"""Mixtures of experts as transformers 5 keeps them, all experts' weights in one parameter, in 4 bits.
+
+`pack` gives such a module NF4 weights and, as `patch/fused.py` does, a subclass of its class whose forward
+sorts tokens by expert and multiplies each group once. The gate, norms and hooks stay the module's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .nf4 import NF4Weight
+from .ops.arguments import autocast_dtype
+from .ops.experts import experts_linear, experts_lora_linear, runs
+from .ops.gated import gated_activation
+
+__all__ = ["experts_forward"]
+
+Lora = tuple[Tensor, Tensor, float]
+"""A (experts, r, in), B (experts, out, r), scaling."""
+
+
+def experts_forward(
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    lora: Mapping[str, Lora] = {},
+) -> Tensor:
+    """What the experts that tokens are sent to make of them, summed by routing weight.
+
+    Results and gradients are the same from run to run.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Experts of transformers, whose weights are (experts, out, in): NF4, or dense. Dense ones may be
+        transposed, where `is_transposed` says so.
+    hidden_states : Tensor, (tokens, hidden)
+        fp32 is rounded to the dtype of the weights, to `compute_dtype` of the module if it has one.
+    top_k_index : Tensor, (tokens, k)
+        Experts of each token. `num_experts` and above, which expert parallelism sends elsewhere, give zeros.
+    top_k_weights : Tensor, (tokens, k)
+    lora
+        Adapters on weights, by name of the parameter. Differentiable.
+
+    Returns
+    -------
+    Tensor, (tokens, hidden), of hidden_states' dtype. Differentiable in hidden_states and top_k_weights.
+    """
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, up_name), module.down_proj
+    experts, k = up.shape[0], top_k_index.shape[-1]
+    chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    of_each = torch.arange(experts, device=chosen.device, dtype=chosen.dtype)
+    ends = torch.searchsorted(chosen, of_each, right=True, out_int32=True)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+
+    x = _Sorted.apply(hidden_states.to(_compute_dtype(module, hidden_states, up)), order, back, k)
+    x = _linear(module, up_name, up, x, ends, chosen, lora)
+    x = _activated(module, x)
+    x = _linear(module, "down_proj", down, x, ends, chosen, lora)
+    if module.has_post_expert_norm:
+        x = module.post_expert_norm(x)
+    y: Tensor = _Combined.apply(x, top_k_weights, order, back)
+    return y.to(hidden_states.dtype)
+
+
+def _compute_dtype(module: Any, x: Tensor, weight: Tensor) -> torch.dtype:
+    autocast = autocast_dtype(x.device.type)
+    if autocast is not None:
+        return autocast
+    if x.dtype != torch.float32 and isinstance(weight, NF4Weight):
+        return x.dtype
+    return getattr(module, "compute_dtype", None) or weight.dtype
+
+
+def _linear(
+    module: Any, name: str, weight: Tensor, x: Tensor, ends: Tensor, chosen: Tensor, lora: Mapping[str, Lora]
+) -> Tensor:
+    if module.is_transposed and not isinstance(weight, NF4Weight):
+        weight = weight.mT
+    bias: Tensor | None = getattr(module, f"{name}_bias") if module.has_bias else None
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if bias is not None and bias.requires_grad:
+        # The product's own bias is frozen. Each row has one expert, so this adds it exactly, and its
+        # gradient's sums have an order.
+        one_hot = chosen[:, None] == torch.arange(bias.shape[0], device=chosen.device)
+        return _product(x, ends, weight, None, lora.get(name)) + one_hot.to(x.dtype) @ bias
+    return _product(x, ends, weight, bias, lora.get(name))
+
+
+def _product(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, adapter: Lora | None) -> Tensor:
+    packed = isinstance(weight, NF4Weight)
+    dense: Any = weight.dense if isinstance(weight, NF4Weight) else weight
+    if adapter is not None:
+        a, b, scaling = adapter
+        a, b = (t if t.dtype == torch.float32 else t.to(x.dtype) for t in (a, b))
+        return experts_lora_linear(x, ends, weight if packed else weight.to(x.dtype), a, b, scaling, bias)
+    if dense is None:
+        return experts_linear(x, ends, weight, bias)  # type: ignore[arg-type]
+    parts = [
+        F.linear(x[begin:end], dense[e].to(x.dtype), None if bias is None else bias[e])
+        for e, begin, end in runs(ends)
+    ]
+    rest = x.shape[0] - sum(part.shape[0] for part in parts)
+    return torch.cat([*parts, x.new_zeros((rest, dense.shape[1]))])
+
+
+def _activated(module: Any, x: Tensor) -> Tensor:
+    y: Tensor
+    if not module.has_gate:
+        y = module.act_fn(x)
+    elif _is_swiglu(module):
+        gate, up = x.chunk(2, dim=-1)
+        y = gated_activation(gate, up)
+    else:
+        y = module._apply_gate(x)
+    return y
+
+
+def _is_swiglu(module: Any) -> bool:
+    """Whether the gate is silu(first half) * second half."""
+    gate = getattr(type(module)._apply_gate, "__qualname__", "")
+    act = getattr(module, "act_fn", None)
+    return gate == "_default_apply_gate" and type(act).__name__ in ("SiLU", "SiLUActivation")
+
+
+class _Sorted(torch.autograd.Function):
+    """Rows of tokens in the order of their experts: row i is that of token order[i] // k."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:
+        return x[order // k]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, back, k = inputs
+        ctx.save_for_backward(back)
+        ctx.k = k
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (back,) = ctx.saved_tensors
+        # Not what indexing has for a gradient: on the CPU that adds in whatever order threads come.
+        return grads[0][back].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+
+
+class _Combined(torch.autograd.Function):
+    """For each token the sum of its experts' rows by routing weight, in fp32. Keeps the rows as they are."""
+
+    @staticmethod
+    def forward(rows: Tensor, weights: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        return (rows[back].unflatten(0, weights.shape) * _wide(weights)[..., None]).sum(1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        rows, weights, order, back = ctx.saved_tensors
+        (dy,) = grads
+        d_rows = d_weights = None
+        if ctx.needs_input_grad[0]:
+            by_row = _wide(weights).reshape(-1)[order, None]
+            d_rows = (dy[order // weights.shape[1]] * by_row).to(rows.dtype)
+        if ctx.needs_input_grad[1]:
+            products = rows[back].unflatten(0, weights.shape) * dy[:, None]
+            d_weights = products.sum(-1).to(weights.dtype)
+        return d_rows, d_weights, None, None
+
+
+def _wide(weights: Tensor) -> Tensor:
+    return weights.to(torch.promote_types(weights.dtype, torch.float32))
