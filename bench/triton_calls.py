@@ -142,9 +142,9 @@ def _experts_lora(weight: tuple[Any, ...], n: int, k: int, rows: int, dtype: tor
     yield Call("experts_lora_linear_backward", (dy, x, empty(rows, RANK), ends, *of_backward))
 
 
-def of_experts(one: tuple[Any, ...]) -> tuple[Any, ...]:
+def of_experts(one: tuple[Any, ...], count: int = EXPERTS) -> tuple[Any, ...]:
     """An expert's weight as that of all."""
-    return tuple(part.expand(EXPERTS, *part.shape) if isinstance(part, Tensor) else part for part in one)
+    return tuple(part.expand(count, *part.shape) if isinstance(part, Tensor) else part for part in one)
 
 
 def _lists(dtype: torch.dtype) -> Iterator[Call]:
