@@ -58,10 +58,10 @@ def find_slot(ends_ptr, rows, experts, slot, EXPERTS: tl.constexpr, BLOCK_M: tl.
     begin, stop = rows_of(ends_ptr, rows, experts, each)
     slots = tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)
     behind = tl.cumsum(slots, axis=0)
-    expert = tl.sum((behind <= slot).to(tl.int32), axis=0)
-    own = each == expert
-    first = tl.sum(tl.where(own, begin + (slot - behind + slots) * BLOCK_M, 0), axis=0)
-    return expert, first, tl.sum(tl.where(own, stop, 0), axis=0)
+    before = behind - slots
+    own = (before <= slot) & (slot < behind)
+    first = tl.sum(tl.where(own, begin + (slot - before) * BLOCK_M, 0), axis=0)
+    return tl.sum(tl.where(own, each, 0), axis=0), first, tl.sum(tl.where(own, stop, 0), axis=0)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -93,14 +93,14 @@ def experts_kernel(
     W is the weight [depth, features] with BACKWARD, else the transpose of the weight [features, depth]. RUN
     as in the products of one weight; 0 where elements are read one by one, and for a dense weight.
     """
-    slots = tl.num_programs(0) // tl.cdiv(features, BLOCK_F)
-    # Neighbours read the same weights, if they have the same expert.
-    slot = tl.program_id(0) % slots
+    # Neighbours read the same x: all rows are more than the card's cache holds, an expert's weight is less.
+    tiles = tl.cdiv(features, BLOCK_F)
+    slot = tl.program_id(0) // tiles
     expert, first_row, stop = find_slot(ends_ptr, rows, experts, slot, EXPERTS, BLOCK_M)
     if first_row >= stop:
         return
     token = first_row + tl.arange(0, BLOCK_M)
-    first = tl.program_id(0) // slots * BLOCK_F
+    first = tl.program_id(0) % tiles * BLOCK_F
     if expert == experts:
         if tl.program_id(1) == 0:
             nothing = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
@@ -152,13 +152,13 @@ def experts_shrink_kernel(
 ):
     """out[rows, rank] = scale x[rows, features] factor[features, rank], of each row's expert; fp32, and 0 in
     rows of none. A program sums over `split` times BLOCK_F."""
-    slots = tl.num_programs(0) // tl.cdiv(rank, BLOCK_R)
-    slot = tl.program_id(0) % slots
+    tiles = tl.cdiv(rank, BLOCK_R)
+    slot = tl.program_id(0) // tiles
     expert, first_row, stop = find_slot(ends_ptr, rows, experts, slot, EXPERTS, BLOCK_M)
     if first_row >= stop:
         return
     row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
-    r = tl.program_id(0) // slots * BLOCK_R + tl.arange(0, BLOCK_R)
+    r = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     depth = split * BLOCK_F
     begin = tl.program_id(1) * depth
     end = tl.where(expert < experts, tl.minimum(begin + depth, features), begin)  # of none nothing is summed
