@@ -61,7 +61,7 @@ KERNELS := nf4 nf4_absmax nf4_format linear lora lora_dropout lora_multi lora_mu
 # In a process of its own: Triton reads the flag when it sees a kernel first.
 triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(KERNELS:%=tests/test_%.py) tests/test_compile.py \
-	  tests/test_triton_splits.py tests/test_triton_sums.py $(ARGS)
+	  tests/test_triton_splits.py tests/test_experts_triton.py tests/test_triton_sums.py $(ARGS)
 
 # Beside the tests that run the PTX for compute capability 8.0, with rounded sums: here matrix instructions cut them
 # off, as tensor cores do.
@@ -81,7 +81,7 @@ ifeq ($(shell command -v nvcc),)
 	@echo "triton-ptx: no nvcc, which the machine that runs PTX is made with: nothing to run"
 else
 	PEFT_KERNELS_TRITON_PTX=80 $(BIN)/python -m pytest -q -n 2 -k triton $(KERNELS:%=tests/test_%.py) \
-	  tests/test_triton_splits.py $(ARGS)
+	  tests/test_triton_splits.py tests/test_experts_triton.py $(ARGS)
 endif
 
 # About a minute. A case that fails is told by number: ARGS='--only 4711' runs it again.

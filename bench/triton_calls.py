@@ -18,6 +18,7 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZE, ODD, SMALL, WHOLE = 4096, 4097, 64, 512
 """Features: many programs; rows that begin amid a byte or block; sums cut into splits, and uncut."""
 FEW, MANY, RANK, RANKS = 16, 1024, 16, 64
+EXPERTS = 128
 
 
 class Call(NamedTuple):
@@ -52,6 +53,7 @@ def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterat
         yield from _products(dtype, nested)
         first = dtype == dtypes[0]
         yield from _adapters(dtype, nested, adapters_on_every_line and first)
+        yield from _experts(dtype, nested)
         if first:
             yield from _lists(dtype)
     yield from _products(FP32, nested=True)
@@ -119,6 +121,30 @@ def _adapters(dtype: torch.dtype, nested: bool, every: bool) -> Iterator[Call]:
     yield Call(
         "lora_linear_backward", (x, x, h, *nf4(SMALL, SMALL, nested), a, b, 0.5, 0.3, seed, None, *needs)
     )
+
+
+def _experts(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
+    """As many rows of an expert as each line of the tables is for; rows that are odd, a dense weight, and a
+    token alone, for which sums are cut into splits. Adapters in fp32."""
+    odd = ODD - WHOLE
+    for k, rows in ((WHOLE, 16), (WHOLE, 32), (WHOLE, 65), (odd, 16)):
+        yield from _experts_lora(of_experts(nf4(WHOLE, k, nested)), WHOLE, k, EXPERTS * rows, dtype)
+    yield from _experts_lora(of_experts(nf4(SMALL, SIZE, nested)), SMALL, SIZE, 8, dtype)
+    dense = empty(EXPERTS, WHOLE, WHOLE, dtype=dtype), None, None, None, 0
+    yield from _experts_lora(dense, WHOLE, WHOLE, EXPERTS * 65, dtype)
+
+
+def _experts_lora(weight: tuple[Any, ...], n: int, k: int, rows: int, dtype: torch.dtype) -> Iterator[Call]:
+    ends, x, dy = empty(EXPERTS, dtype=torch.int32), empty(rows, k, dtype=dtype), empty(rows, n, dtype=dtype)
+    rest = *weight, empty(EXPERTS, n), empty(EXPERTS, RANK, k), empty(EXPERTS, n, RANK), 0.5
+    yield Call("experts_lora_linear", (x, ends, *rest))
+    of_backward = *weight, *rest[len(weight) + 1 :], True, True, True
+    yield Call("experts_lora_linear_backward", (dy, x, empty(rows, RANK), ends, *of_backward))
+
+
+def of_experts(one: tuple[Any, ...], count: int = EXPERTS) -> tuple[Any, ...]:
+    """An expert's weight as that of all."""
+    return tuple(part.expand(count, *part.shape) if isinstance(part, Tensor) else part for part in one)
 
 
 def _lists(dtype: torch.dtype) -> Iterator[Call]:

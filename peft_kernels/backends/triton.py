@@ -24,7 +24,9 @@ from .base import Cards, tensors, unserved_tensors
 MINIMUM = (8, 0)
 """Compute capability that Triton's code for NVIDIA cards needs."""
 
-COMPOSITES_WITH_KERNELS: frozenset[str] = frozenset()
+COMPOSITES_WITH_KERNELS = frozenset(
+    ("experts_linear", "experts_linear_dx", "experts_lora_linear", "experts_lora_linear_backward")
+)
 """Ops made of others that have kernels all the same."""
 
 

@@ -6,6 +6,12 @@ Importing this package imports Triton, so that only back end `triton` does it, w
 from .dora import dora_scale, dora_scale_backward
 from .dora_norm import dora_norm
 from .dropout import dropout
+from .experts import (
+    experts_linear,
+    experts_linear_dx,
+    experts_lora_linear,
+    experts_lora_linear_backward,
+)
 from .gated import gated_activation, gated_activation_backward
 from .launch import check_usable
 from .linear import nf4_linear, nf4_linear_dx
@@ -19,6 +25,10 @@ __all__ = [
     "dora_scale",
     "dora_scale_backward",
     "dropout",
+    "experts_linear",
+    "experts_linear_dx",
+    "experts_lora_linear",
+    "experts_lora_linear_backward",
     "gated_activation",
     "gated_activation_backward",
     "lora_linear",

@@ -78,7 +78,7 @@ def fused_product(
     out = x.new_empty(m, features)
     if out.numel() == 0:
         return out
-    run = _run_of(weight, features if backward else depth, x.dtype)
+    run = run_of(weight, features if backward else depth, x.dtype)
     kernel: Any
     constants: dict[str, int]
     if run is None:
@@ -101,7 +101,7 @@ def fused_product(
     return out
 
 
-def _run_of(weight: Nf4, k: int, dtype: torch.dtype) -> int | None:
+def run_of(weight: Nf4, k: int, dtype: torch.dtype) -> int | None:
     """How many weights of a row go together, that share an absmax and are whole bytes; None where not all
     rows consist of such."""
     for run in (RUN, RUN // 2):

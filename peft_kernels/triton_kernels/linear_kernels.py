@@ -63,38 +63,34 @@ def finish_tile(
     store_tile(out_ptr, total, token, m, feature, features, last)
 
 
-@triton.jit(do_not_specialize=VARYING)
-def linear_kernel(
+@triton.jit
+def linear_tile(
     x_ptr,
     weight,
     bias_ptr,
     delta,
     out_ptr,
     parts,
+    token,
     m,
+    first_feature,
     features,
     depth,
     split,
-    seed_ptr,
-    stream,
-    threshold: tl.uint32,
+    mask,
     BLOCK_SHIFT: tl.constexpr,
     RUN: tl.constexpr,
     GROUPS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """out[m, features] = x[m, depth] W[features, depth]^T + bias + delta. A program sums over `split` times
-    GROUPS RUN, of which depth is a multiple.
+    """out[m, features] = x[m, depth] W[features, depth]^T + bias + delta, of the rows `token`, one after
+    another, before m. A program sums over `split` times GROUPS RUN, of which depth is a multiple.
 
     RUN divides the blocksize, 2^BLOCK_SHIFT. Codes are multiplied as they are, and each run by its absmax
-    afterwards.
+    afterwards. `mask` as in `kept`.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    m_tiles = tl.cdiv(m, BLOCK_M)
-    # Neighbours read the same weights.
-    token = tl.program_id(0) % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_feature = tl.program_id(0) // m_tiles * BLOCK_F
     # What lies outside is read elsewhere, and not written.
     x_rows = tl.minimum(token, m - 1).to(tl.int64) * depth
     feature = first_feature + tl.arange(0, BLOCK_F)
@@ -130,7 +126,91 @@ def linear_kernel(
         x_tile += STEP
         w_tile += STEP // 2
     acc *= 1.0 / stretch(dtype)
+    finish_tile(
+        out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, True
+    )
+
+
+@triton.jit(do_not_specialize=VARYING)
+def linear_kernel(
+    x_ptr,
+    weight,
+    bias_ptr,
+    delta,
+    out_ptr,
+    parts,
+    m,
+    features,
+    depth,
+    split,
+    seed_ptr,
+    stream,
+    threshold: tl.uint32,
+    BLOCK_SHIFT: tl.constexpr,
+    RUN: tl.constexpr,
+    GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """`linear_tile` of all rows."""
+    m_tiles = tl.cdiv(m, BLOCK_M)
+    # Neighbours read the same weights.
+    token = tl.program_id(0) % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0) // m_tiles * BLOCK_F
     mask = (seed_ptr, stream, threshold)
+    tensors = (x_ptr, weight, bias_ptr, delta, out_ptr, parts)
+    sizes = (token, m, first, features, depth, split)
+    linear_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, GROUPS, BLOCK_M, BLOCK_F)
+
+
+@triton.jit
+def linear_dx_tile(
+    dy_ptr,
+    weight,
+    bias_ptr,
+    delta,
+    out_ptr,
+    parts,
+    token,
+    m,
+    first_feature,
+    features,
+    depth,
+    split,
+    mask,
+    BLOCK_SHIFT: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """out[m, features] = dy[m, depth] W[depth, features] + bias + mask(delta), of the rows `token`, one after
+    another, before m. A program sums over `split` times BLOCK_D.
+
+    features are a multiple of RUN, and that divides the blocksize, 2^BLOCK_SHIFT.
+    """
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    dy_rows = tl.minimum(token, m - 1).to(tl.int64) * depth
+    first = tl.program_id(1) * split * BLOCK_D
+    RUNS: tl.constexpr = BLOCK_F // RUN
+    run = first_feature + RUN * tl.arange(0, RUNS)
+    half = first_feature // 2 + tl.arange(0, BLOCK_F // 2)
+
+    acc = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
+    for start in range(first, tl.minimum(first + split * BLOCK_D, depth), BLOCK_D):
+        row = start + tl.arange(0, BLOCK_D)
+        gradients = tl.load(dy_ptr + dy_rows[:, None] + row[None, :], mask=(row < depth)[None, :], other=0.0)
+        w_rows = tl.minimum(row, depth - 1).to(tl.int64) * features
+        byte = (w_rows >> 1)[:, None] + tl.minimum(half, features // 2 - 1)[None, :]
+        numbers = decode(tl.load(weight.packed + byte), dtype).to(tl.float32)
+        element = w_rows[:, None] + tl.minimum(run, features - 1)[None, :]
+        scales = load_run_absmax(weight, element, BLOCK_SHIFT) * (1.0 / stretch(dtype))
+        weights = tl.reshape(numbers, (BLOCK_D, RUNS, RUN)) * scales[:, :, None]
+        weights = tl.reshape(weights, (BLOCK_D, BLOCK_F)).to(dtype)
+        if dtype == tl.float32:
+            acc = add_part(acc, dot(tl.trans(weights), tl.trans(gradients), dtype))
+        else:
+            acc = dot(tl.trans(weights), tl.trans(gradients), dtype, acc)
     finish_tile(
         out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, True
     )
@@ -157,37 +237,11 @@ def linear_dx_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """out[m, features] = dy[m, depth] W[depth, features] + bias + mask(delta). A program sums over `split`
-    times BLOCK_D.
-
-    features are a multiple of RUN, and that divides the blocksize, 2^BLOCK_SHIFT.
-    """
-    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    """`linear_dx_tile` of all rows."""
     m_tiles = tl.cdiv(m, BLOCK_M)
     token = tl.program_id(0) % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    first_feature = tl.program_id(0) // m_tiles * BLOCK_F
-    dy_rows = tl.minimum(token, m - 1).to(tl.int64) * depth
-    first = tl.program_id(1) * split * BLOCK_D
-    RUNS: tl.constexpr = BLOCK_F // RUN
-    run = first_feature + RUN * tl.arange(0, RUNS)
-    half = first_feature // 2 + tl.arange(0, BLOCK_F // 2)
-
-    acc = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
-    for start in range(first, tl.minimum(first + split * BLOCK_D, depth), BLOCK_D):
-        row = start + tl.arange(0, BLOCK_D)
-        gradients = tl.load(dy_ptr + dy_rows[:, None] + row[None, :], mask=(row < depth)[None, :], other=0.0)
-        w_rows = tl.minimum(row, depth - 1).to(tl.int64) * features
-        byte = (w_rows >> 1)[:, None] + tl.minimum(half, features // 2 - 1)[None, :]
-        numbers = decode(tl.load(weight.packed + byte), dtype).to(tl.float32)
-        element = w_rows[:, None] + tl.minimum(run, features - 1)[None, :]
-        scales = load_run_absmax(weight, element, BLOCK_SHIFT) * (1.0 / stretch(dtype))
-        weights = tl.reshape(numbers, (BLOCK_D, RUNS, RUN)) * scales[:, :, None]
-        weights = tl.reshape(weights, (BLOCK_D, BLOCK_F)).to(dtype)
-        if dtype == tl.float32:
-            acc = add_part(acc, dot(tl.trans(weights), tl.trans(gradients), dtype))
-        else:
-            acc = dot(tl.trans(weights), tl.trans(gradients), dtype, acc)
+    first = tl.program_id(0) // m_tiles * BLOCK_F
     mask = (seed_ptr, stream, threshold)
-    finish_tile(
-        out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, True
-    )
+    tensors = (dy_ptr, weight, bias_ptr, delta, out_ptr, parts)
+    sizes = (token, m, first, features, depth, split)
+    linear_dx_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, BLOCK_D, BLOCK_M, BLOCK_F)

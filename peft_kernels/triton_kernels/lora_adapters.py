@@ -124,8 +124,8 @@ def adapters_of(args: Any, x: Tensor) -> list[Adapter]:
         row_group = row_group.contiguous()
     adapters: list[Adapter] = []
     for i, (a, b, j, p) in enumerate(zip(*factors, strict=True)):
-        _check_factor(a, x.dtype, "lora_a")
-        _check_factor(b, x.dtype, "lora_b")
+        check_factor(a, x.dtype, "lora_a")
+        check_factor(b, x.dtype, "lora_b")
         check(0 <= j < layers, "layer", f"0 to {layers - 1}", j)
         check_shape(a, (a.shape[0], x.shape[1]), "lora_a")
         check_shape(b, (b.shape[0], a.shape[0]), "lora_b")
@@ -144,8 +144,9 @@ def check_outputs(adapters: Sequence[Adapter], out_features: Sequence[int]) -> N
         check_shape(adapter.b, (out_features[adapter.layer], adapter.rank), "lora_b")
 
 
-def _check_factor(t: Tensor, dtype: torch.dtype, name: str) -> None:
+def check_factor(t: Tensor, dtype: torch.dtype, name: str, dims: int = 2) -> None:
+    """That a factor of an adapter fits activations of that type."""
     check_float(t, name)
-    check(t.dim() == 2, name, "2 dimensions", t.dim())
+    check(t.dim() == dims, name, f"{dims} dimensions", t.dim())
     if t.dtype != torch.float32:
         check_dtype(t, dtype, name)

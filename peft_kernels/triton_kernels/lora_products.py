@@ -270,11 +270,11 @@ def _launch(
     x = products[0].x
     unit = 32 if x.dtype == torch.float32 else 64
     ranks = [product.out.shape[1] for product in products]
-    block_r = _ranks(max(ranks))
+    block_r = ranks_of(max(ranks))
     jobs: list[Job] = []
     first, cut = 0, False
     for product, (size, depth), rank in zip(products, sizes, ranks, strict=True):
-        alone, features = cdiv(size, block) * cdiv(rank, _ranks(rank)), product.x.shape[1]
+        alone, features = cdiv(size, block) * cdiv(rank, ranks_of(rank)), product.x.shape[1]
         units, splits = split_sum(alone, depth, unit, x.device)
         programs = cdiv(size, block) * cdiv(rank, block_r) * splits
         counts = varying(first), varying(programs), varying(splits), varying(units)
@@ -320,12 +320,12 @@ def _expand(
     found: tuple[DeltaArgs, ...] = tuple(filter(None, map(delta_args, deltas)))
     seen = tuple(delta.seen.args for delta in deltas)
     args = total, tuple(terms) or None, found or None, seen or None, out, m, features
-    block_r = _ranks(max((delta.v.shape[1] for delta in deltas), default=0))
+    block_r = ranks_of(max((delta.v.shape[1] for delta in deltas), default=0))
     if in_fp32:
         block_r = min(block_r, 16)  # a longer chain of sums in fp32 would show
     constants = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "QUADS": features % 4 == 0}
     launch(expand_kernel, grid, *args, config=tiles, BLOCK_R=block_r, **constants)
 
 
-def _ranks(rank: int) -> int:
+def ranks_of(rank: int) -> int:
     return min(max(power_of_2(rank), 16), MAX_RANKS)
