@@ -38,7 +38,8 @@ def experts_forward(
     Parameters
     ----------
     module : nn.Module
-        Experts of transformers, whose weights are (experts, out, in): NF4, or dense.
+        Experts of transformers, whose weights are (experts, out, in): NF4, or dense. Dense ones may be
+        transposed, where `is_transposed` says so.
     hidden_states : Tensor, (tokens, hidden)
         fp32 is rounded to the dtype of the weights, to `compute_dtype` of the module if it has one.
     top_k_index : Tensor, (tokens, k)
@@ -88,6 +89,8 @@ def _linear(
     dense: Any = weight.dense if isinstance(weight, NF4Weight) else weight
     if not packed:
         weight = weight.to(x.dtype)
+        if module.is_transposed:
+            weight = dense = weight.transpose(1, 2)
     if name in lora:
         a, b, scaling = lora[name]
         a, b = (t if t.dtype == torch.float32 else t.to(x.dtype) for t in (a, b))
