@@ -30,6 +30,24 @@ KNOWN: dict[str, dict[str, str]] = {
     "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype": {
         "7e8ecb3f75bbbb5b": "0.17.0 to 0.21.2",
     },
+    "peft.tuners.lora.layer.ParamWrapper.forward": {
+        "cb359d7242d14315": "0.17.0 to 0.21.2",
+    },
+    "peft.tuners.lora.layer.ParamWrapper._activate_lora": {
+        "50c15e239770dc8e": "0.17.0 to 0.18.1",
+        "3e792c73458461ec": "0.19.0 to 0.20.0",
+        "455779f8be2d6d66": "0.21.0 to 0.21.2",
+    },
+    "peft.tuners.lora.layer.ParamWrapper.get_delta_weight": {
+        "9031af3f8d80f4cd": "0.17.0 to 0.18.1",
+        "64be0d16fda5334b": "0.19.0 to 0.21.2",
+    },
+    "peft.tuners.lora.layer.ParamWrapper.get_delta_factors": {
+        "5f2205026029792c": "0.21.0 to 0.21.2",
+    },
+    "peft.tuners.lora.layer.ParamWrapper.get_param": {
+        "b6c5e30d2c7099f8": "0.17.0 to 0.21.2",
+    },
     "peft.tuners.lora.bnb.Linear4bit.forward": {
         "00cfa8aa2173b65d": "0.17.0 to 0.17.1",
         "4f76d5fb0d5e860b": "0.18.0 to 0.21.2",
