@@ -37,6 +37,7 @@ CPU_SOURCES = [
     "csrc/cpu/bind.cpp",
     "csrc/cpu/dora_ops.cpp",
     "csrc/cpu/dropout_ops.cpp",
+    "csrc/cpu/experts_ops.cpp",
     "csrc/cpu/gated_ops.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/linear_ops.cpp",
