@@ -36,6 +36,7 @@ SPECS = ROOT / "peft_kernels" / "ops"
 CPU_SOURCES = [
     "csrc/cpu/dora_ops.cpp",
     "csrc/cpu/dropout_ops.cpp",
+    "csrc/cpu/experts_ops.cpp",
     "csrc/cpu/gated_ops.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/library_ops.cpp",

@@ -235,7 +235,10 @@ class NF4Weight(NF4Tensor):
     # How the tensor behaves in other people's hands.
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._state, self.dtype, self.requires_grad, getattr(self, "_is_param", False))
+        state = self._state
+        if state.part_of is not None:  # a copy of one expert is part of nothing
+            state = dataclasses.replace(state, part_of=None)
+        return _rebuild, (state, self.dtype, self.requires_grad, getattr(self, "_is_param", False))
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         state = self._state

@@ -7,6 +7,7 @@ been subtracted, nothing lies on the packed bytes any more, and they are what th
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable
@@ -76,9 +77,13 @@ class NF4State:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> NF4State:
+        """A copy, with other tensors: what a part is copied to is part of nothing."""
         new = {name: function(tensor) for name, tensor in self.tensors().items()}
-        changed: dict[str, Any] = {"additions": list(self.additions), **new}
+        changed: dict[str, Any] = {"additions": list(self.additions), "part_of": None, **new}
         return dataclasses.replace(self, **changed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NF4State:
+        return self.map(lambda tensor: copy.deepcopy(tensor, memo))
 
     def become(self, other: NF4State) -> None:
         """All but the name."""
@@ -128,12 +133,16 @@ class NF4State:
 
     # Writes. Every one is `before_write`, the write to `dense`, and one of the others.
 
-    def before_write(self, dtype: torch.dtype) -> None:
+    def refuse_part(self) -> None:
+        """Of one expert: a write has no place in the whole."""
         if self.part_of is not None:
             raise RuntimeError(
                 f"{self.part_of}: one expert of it was written to, expected a write to the whole "
                 "(as `weight += delta`): this one would be lost"
             )
+
+    def before_write(self, dtype: torch.dtype) -> None:
+        self.refuse_part()
         if self.dense is None:
             self.dense = self.dequantize(dtype)
 

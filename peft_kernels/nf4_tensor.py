@@ -117,7 +117,9 @@ def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
         cast = value.__dict__.get("_cast")
         if cast is not None and cast[0]() is old and value._state.packed is cast[1] and not value.is_dense:
             return  # `p.data = p.data.to(dtype)`, PEFT's kbit preparation: there are no 16 bits here to widen
-    else:
+    if not (isinstance(value, NF4Tensor) and value._state is old):
+        old.refuse_part()
+    if not isinstance(value, NF4Tensor):
         if tuple(value.shape) != old.shape:
             raise ValueError(f"data: expected shape {old.shape}, got {tuple(value.shape)}")
         packed = old.packed is not None
@@ -284,6 +286,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
 def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
     target, source = args[:2]
     if isinstance(target, NF4Tensor) and isinstance(source, NF4Tensor) and target.shape == source.shape:
+        target._state.refuse_part()
         device = target.device
         target._state.become(source._state.map(lambda t: t.to(device, copy=True)))
         return target

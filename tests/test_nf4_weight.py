@@ -63,7 +63,7 @@ def test_quantize_an_nf4_weight_again() -> None:
 @pytest.mark.parametrize(
     "message,call",
     [
-        (r"^weight: expected shape \(out_features, in_features\), got \(4,\)$",
+        (r"^weight: expected shape \(out_features, in_features\) or \(experts, .*\), got \(4,\)$",
          lambda: pk.NF4Weight.quantize(torch.ones(4))),
         (r"^weight: expected float32, bfloat16 or float16, got torch.float64$",
          lambda: pk.NF4Weight.quantize(torch.ones(4, 4, dtype=torch.float64))),

@@ -1,4 +1,4 @@
-// The tensors of an NF4 weight, checked and contiguous.
+// The tensors of an NF4 weight, or of several of one size side by side, checked and contiguous.
 #pragma once
 
 #include "checks.h"
@@ -8,11 +8,11 @@ namespace peft_kernels {
 class Nf4Tensors {
  public:
   Nf4Tensors(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
-             const OptionalTensor& offset, int64_t blocksize, int64_t numel)
+             const OptionalTensor& offset, int64_t blocksize, int64_t numel, int64_t count = 1)
       : block_shift_(block_shift_of(blocksize)) {
     check_dtype(packed, at::kByte, "packed");
-    TORCH_CHECK(packed.numel() == (numel + 1) / 2, "packed: expected ", (numel + 1) / 2, " bytes, got ",
-                packed.numel());
+    const int64_t bytes = count * ((numel + 1) / 2);
+    TORCH_CHECK(packed.numel() == bytes, "packed: expected ", bytes, " bytes, got ", packed.numel());
     const int64_t blocks = ceil_div(numel, blocksize);
     TORCH_CHECK(absmax2.has_value() == offset.has_value(),
                 "absmax2, offset: expected both or neither, got only one of them");
@@ -20,14 +20,14 @@ class Nf4Tensors {
       check_dtype(absmax, at::kByte, "absmax");
       check_dtype(*absmax2, at::kFloat, "absmax2");
       check_dtype(*offset, at::kFloat, "offset");
-      check_numel(*absmax2, ceil_div(blocks, nf4::kAbsmaxBlock), "absmax2");
-      check_numel(*offset, 1, "offset");
+      check_numel(*absmax2, count * ceil_div(blocks, nf4::kAbsmaxBlock), "absmax2");
+      check_numel(*offset, count, "offset");
       absmax2_ = absmax2->contiguous();
-      offset_ = *offset;
+      offset_ = offset->contiguous();
     } else {
       check_dtype(absmax, at::kFloat, "absmax");
     }
-    check_numel(absmax, blocks, "absmax");
+    check_numel(absmax, count * blocks, "absmax");
     packed_ = packed.contiguous();
     absmax_ = absmax.contiguous();
   }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../common/checks.h"
+#include "packed_rows.h"
 #include "parallel.h"
 
 namespace peft_kernels::cpu {
@@ -17,46 +18,6 @@ inline GemmTerm term_of(const Tensor& lhs, const char* name, const MatrixView& r
   return {lhs.const_data_ptr(), dtype_of(lhs, name), lhs.size(-1), rhs, rhs_scale, lhs.size(-1), 0, INT64_MAX,
           DropoutMask{}};
 }
-
-// Activations as rows, and packed for gemm_packed once a product asks for that: a block of rows at a time, as
-// a copy of them all would be fresh memory, and touching that costs more than packing.
-class Rows {
- public:
-  static int64_t block_rows(NtPlan plan) { return plan == NtPlan::kPairs ? 1024 : 256; }
-
-  explicit Rows(Tensor rows) : rows_(std::move(rows)) {}
-  const Tensor& tensor() const { return rows_; }
-
-  // Rows [begin, begin + block_rows), as far as there are.
-  const void* packed(int64_t begin, NtPlan plan) const {
-    if (begin == packed_begin_ && plan == plan_) return packed_.const_data_ptr();
-    const int64_t rows = std::min(block_rows(plan), rows_of(rows_) - begin), depth = rows_.size(-1);
-    const int64_t padded = ceil_div(depth, kPackDepth) * kPackDepth;
-    if (!packed_.defined() || plan != plan_) {
-      const auto dtype = plan == NtPlan::kPairs ? at::kBFloat16 : at::kFloat;
-      packed_ = at::empty({ceil_div(rows, kPackRows) * kPackRows * padded}, rows_.options().dtype(dtype));
-    }
-    const char* x = static_cast<const char*>(rows_.const_data_ptr());
-    const PackParams params{x + begin * depth * rows_.element_size(),
-                            dtype_of(rows_, "x"),
-                            rows,
-                            depth,
-                            plan,
-                            packed_.mutable_data_ptr()};
-    const auto pack_strips = kernels().pack_strips;
-    parallel_for(0, ceil_div(rows, kPackRows), ceil_div(kElementwiseGrain, kPackRows * padded),
-                 [&](int64_t first, int64_t last) { pack_strips(params, first, last); });
-    packed_begin_ = begin;
-    plan_ = plan;
-    return params.out;
-  }
-
- private:
-  Tensor rows_;
-  mutable Tensor packed_;
-  mutable NtPlan plan_ = NtPlan::kDots;
-  mutable int64_t packed_begin_ = -1;
-};
 
 class Product {
  public:
@@ -83,44 +44,71 @@ class Product {
     bias_ = bias->contiguous();
     params.bias = bias_.const_data_ptr();
   }
+  // The same, checked, in memory that outlives the product.
+  void start_from(const void* bias, DType dtype) {
+    params.bias_dtype = dtype;
+    params.bias = bias;
+  }
   void start_from_out() { params.add_to_out = true; }
 
   void add(const GemmTerm& term) { terms_.push_back(term); }
   // What a term points into, where its owner may be gone when the product is run.
   void keep(const Tensor& t) { kept_.push_back(t); }
 
-  // run_nt of many products, of which each would be too small for all threads.
+  // Many products, none of which depends on another.
   static void run_nt_together(std::vector<Product>& products) {
-    const int64_t few = 2 * kernels().multiply_adds_per_thread;
-    bool small = static_cast<int64_t>(products.size()) >= get_num_threads();
-    for (const Product& p : products) small &= p.params.m * p.params.n * p.terms_[0].depth < few;
-    if (!small) {
-      for (Product& product : products) product.run_nt();
-      return;
-    }
-    const auto kernel = kernels().gemm_nt;
-    parallel_for(0, static_cast<int64_t>(products.size()), 1, [&](int64_t begin, int64_t end) {
-      void* scratch = checked_thread_scratch();
-      for (int64_t i = begin; i < end; ++i) {
-        GemmParams& params = products[i].finished();
-        if (params.m > 0 && params.n > 0) kernel(params, {0, params.m, 0, params.n}, scratch);
-      }
-    });
+    run_together(products, [](Product& p) { return p.nt_job(); });
+  }
+  static void run_nn_together(std::vector<Product>& products) {
+    run_together(products, [](Product& p) { return p.nn_job(); });
   }
 
-  void run_nt() { run(kernels().gemm_nt, 0, params.m, 6, 16); }
-  void run_nn() { run(kernels().gemm_nn, 0, params.m, 6, 64); }
+  // run_nt of many with rows packed: those of one tensor, and of one depth, are the lhs of their first terms.
+  static void run_packed_nt_together(std::vector<Product>& products, const at::TensorOptions& rows) {
+    int64_t padded_rows = 0;
+    Product* some = nullptr;
+    for (Product& product : products) {
+      product.params.plan = kernels().plan_nt(product.finished());
+      if (!product.is_packed()) continue;
+      some = &product;
+      padded_rows += ceil_div(product.params.m, kPackAlign) * kPackAlign;
+    }
+    if (!some) return run_nt_together(products);
+    const NtPlan plan = some->params.plan;
+    PackedBlocks blocks(padded_rows, some->terms_[0].depth, plan, rows);
+    std::vector<GemmJob> jobs;
+    const auto run_block = [&] {
+      blocks.pack();
+      run_gemms(jobs.data(), jobs.size());
+      blocks.clear();
+      jobs.clear();
+    };
+    for (Product& product : products) {
+      if (!product.is_packed()) {
+        jobs.push_back(product.nt_job());
+        continue;
+      }
+      const int64_t all = product.params.m;
+      for (int64_t m = 0, end; m < all; m = end) {
+        end = std::min(m + block_rows(plan), all);
+        if (!blocks.has_room_for(end - m)) run_block();
+        jobs.push_back(
+            product.packed_job(blocks.add(product.lhs_row(m), product.terms_[0].lhs_dtype, end - m), m, end));
+      }
+    }
+    run_block();
+  }
+
+  void run_nt() { run(nt_job()); }
+  void run_nn() { run(nn_job()); }
 
   // run_nt with `first` for the lhs of the first term; those of the others must be fp32, their rhs dense.
   void run_nt(const Rows& first) {
     params.plan = kernels().plan_nt(finished());
-    if (params.plan == NtPlan::kDots || params.plan == NtPlan::kGemv) return run_nt();
-    const int64_t block = Rows::block_rows(params.plan);
+    if (!is_packed()) return run_nt();
+    const int64_t block = block_rows(params.plan);
     for (int64_t m = 0; m < params.m; m += block) {
-      params.packed_lhs = first.packed(m, params.plan);
-      params.packed_begin = m;
-      params.packed_end = std::min(m + block, params.m);
-      run(kernels().gemm_packed, m, params.packed_end, kPackRows, 48);
+      run(packed_job(first.packed(m, params.plan), m, std::min(m + block, params.m)));
     }
   }
 
@@ -130,8 +118,28 @@ class Product {
     params.term_count = static_cast<int64_t>(terms_.size());
     return params;
   }
-  void run(GemmKernel kernel, int64_t m_begin, int64_t m_end, int64_t m_unit, int64_t n_unit) {
-    run_gemm(kernel, finished(), m_begin, m_end, m_unit, n_unit);
+  const void* lhs_row(int64_t m) const {
+    const GemmTerm& term = terms_[0];
+    return static_cast<const char*>(term.lhs) + m * term.lhs_ld * (term.lhs_dtype == DType::kF32 ? 4 : 2);
+  }
+  bool is_packed() const { return params.plan != NtPlan::kDots && params.plan != NtPlan::kGemv; }
+
+  GemmJob nt_job() { return {kernels().gemm_nt, finished(), 0, params.m, 6, 16}; }
+  GemmJob nn_job() { return {kernels().gemm_nn, finished(), 0, params.m, 6, 64}; }
+  GemmJob packed_job(const void* packed, int64_t m_begin, int64_t m_end) {
+    params.packed_lhs = packed;
+    params.packed_begin = m_begin;
+    params.packed_end = m_end;
+    return {kernels().gemm_packed, finished(), m_begin, m_end, kPackRows, 48};
+  }
+  static void run(const GemmJob& job) { run_gemms(&job, 1); }
+
+  template <class JobOf>
+  static void run_together(std::vector<Product>& products, const JobOf& job_of) {
+    std::vector<GemmJob> jobs;
+    jobs.reserve(products.size());
+    for (Product& product : products) jobs.push_back(job_of(product));
+    run_gemms(jobs.data(), jobs.size());
   }
 
   c10::SmallVector<GemmTerm, 4> terms_;

@@ -5,10 +5,11 @@
 #include <c10/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
+#include <vector>
 #ifdef __SANITIZE_THREAD__
 #  include <thread>
-#  include <vector>
 #endif
 
 #include "../common/integers.h"
@@ -58,13 +59,13 @@ struct Grid {
 // Every m part decodes the panels of its columns again, which costs about as much as this many rows.
 inline constexpr int64_t kDecodeRows = 12;
 
-inline Grid plan_grid(int64_t m, int64_t n, int64_t depth, int64_t m_unit, int64_t n_unit) {
-  const int64_t threads = useful_threads((m + kDecodeRows) * n * depth);
+// Of at most so many parts.
+inline Grid plan_grid(int64_t m, int64_t n, int64_t m_unit, int64_t n_unit, int64_t parts) {
   const int64_t m_units = ceil_div(m, m_unit), n_units = ceil_div(n, n_unit);
   Grid best{};
   int64_t best_cost = INT64_MAX;
-  for (int64_t n_parts = 1; n_parts <= std::min(threads, n_units); ++n_parts) {
-    const int64_t m_parts = std::min(threads / n_parts, m_units);
+  for (int64_t n_parts = 1; n_parts <= std::min(parts, n_units); ++n_parts) {
+    const int64_t m_parts = std::min(parts / n_parts, m_units);
     const int64_t m_chunk = ceil_div(m_units, m_parts) * m_unit,
                   n_chunk = ceil_div(n_units, n_parts) * n_unit;
     const int64_t cost = (m_chunk + kDecodeRows) * n_chunk;
@@ -84,20 +85,64 @@ inline void* checked_thread_scratch() {
   return scratch;
 }
 
-// Rows [m_begin, m_end) of the output, cut at multiples of m_unit from m_begin.
-inline void run_gemm(GemmKernel kernel, const GemmParams& params, int64_t m_begin, int64_t m_end,
-                     int64_t m_unit, int64_t n_unit) {
-  if (m_begin >= m_end || params.n == 0) return;
-  int64_t depth = 1;
-  for (int64_t t = 0; t < params.term_count; ++t) depth += params.terms[t].depth;
-  const Grid grid = plan_grid(m_end - m_begin, params.n, depth, m_unit, n_unit);
-  parallel_for(0, grid.m_parts * grid.n_parts, 1, [&](int64_t begin, int64_t end) {
+// Rows [m_begin, m_end) of a product's output, to be cut into tasks at multiples of m_unit from m_begin, and
+// of n_unit.
+struct GemmJob {
+  GemmKernel kernel;
+  GemmParams params;
+  int64_t m_begin, m_end, m_unit, n_unit;
+
+  bool is_empty() const { return m_begin >= m_end || params.n == 0; }
+  int64_t multiply_adds() const {
+    int64_t depth = 1;
+    for (int64_t t = 0; t < params.term_count; ++t) depth += params.terms[t].depth;
+    return (m_end - m_begin + kDecodeRows) * params.n * depth;
+  }
+  void run(const Grid& grid, int64_t task, void* scratch) const {
+    const int64_t m0 = m_begin + task % grid.m_parts * grid.m_chunk, n0 = task / grid.m_parts * grid.n_chunk;
+    kernel(params, {m0, std::min(m0 + grid.m_chunk, m_end), n0, std::min(n0 + grid.n_chunk, params.n)},
+           scratch);
+  }
+};
+
+// Where jobs differ, so do their tasks: a thread that has done its own takes another. So many tasks for each
+// thread leave it little to wait for at the end.
+inline constexpr int64_t kTasksPerThread = 8;
+
+// Products that do not depend on each other, in one list of tasks for all threads.
+inline void run_gemms(const GemmJob* jobs, size_t count) {
+  int64_t multiply_adds = 0;
+  for (size_t i = 0; i < count; ++i) multiply_adds += jobs[i].is_empty() ? 0 : jobs[i].multiply_adds();
+  if (multiply_adds == 0) return;
+  const int64_t threads = useful_threads(multiply_adds);
+  const int64_t task_size =
+      count == 1 ? multiply_adds / threads : multiply_adds / (threads * kTasksPerThread);
+  struct Part {
+    const GemmJob* job;
+    Grid grid;
+    int64_t end;  // of its tasks
+  };
+  std::vector<Part> parts;
+  parts.reserve(count);
+  int64_t tasks = 0;
+  for (size_t i = 0; i < count; ++i) {
+    const GemmJob& job = jobs[i];
+    if (job.is_empty()) continue;
+    const int64_t most = threads == 1 ? 1 : job.multiply_adds() / std::max<int64_t>(task_size, 1);
+    const Grid grid =
+        plan_grid(job.m_end - job.m_begin, job.params.n, job.m_unit, job.n_unit, std::max<int64_t>(most, 1));
+    parts.push_back({&job, grid, tasks += grid.m_parts * grid.n_parts});
+  }
+  // Each thread's first task is the same in every call, as its caches may still hold what that reads.
+  const int64_t workers = std::min(threads, tasks);
+  std::atomic<int64_t> next{workers};
+  parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
     void* scratch = checked_thread_scratch();
-    for (int64_t task = begin; task < end; ++task) {
-      const int64_t m0 = m_begin + task % grid.m_parts * grid.m_chunk,
-                    n0 = task / grid.m_parts * grid.n_chunk;
-      kernel(params, {m0, std::min(m0 + grid.m_chunk, m_end), n0, std::min(n0 + grid.n_chunk, params.n)},
-             scratch);
+    size_t at = 0;
+    for (int64_t task = first; task < tasks;) {
+      while (task >= parts[at].end) ++at;
+      parts[at].job->run(parts[at].grid, task - (at ? parts[at - 1].end : 0), scratch);
+      task = task + 1 < last ? task + 1 : next.fetch_add(1, std::memory_order_relaxed);
     }
   });
 }

@@ -89,7 +89,7 @@ struct PackParams {
   DType dtype;
   int64_t rows, depth;
   NtPlan plan;
-  void* out;  // rows rounded up to kPackRows, times depth rounded up to kPackDepth
+  void* out;  // rows rounded up to whole vectors, times depth rounded up to kPackDepth
 };
 inline constexpr int64_t kPackRows = 64;
 inline constexpr int64_t kPackDepth = 64;  // a multiple of every unit's order
