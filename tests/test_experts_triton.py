@@ -37,6 +37,7 @@ ENDS = {
     "none": [0, 0],
     "single": [1],
     "many": list(range(0, 40, 3)),
+    "beyond": [5, 20, 1000, 2000],
 }
 ROWS = 41
 each_ends = pytest.mark.parametrize("ends", ENDS.values(), ids=ENDS)
@@ -66,11 +67,12 @@ def test_slots_cover_every_row_once(ends: list[int], rows: int, block_m: int) ->
     slots_kernel[(slots,)](group.ends, found, rows, group.experts, group.constant, block_m)
     owner = torch.full((rows,), -1)
     for expert, first, stop in found.tolist():
+        assert 0 <= first and stop <= rows
         taken = owner[first : min(first + block_m, stop)] if first < stop else owner[:0]
         assert (taken == -1).all()
         taken.fill_(expert)
-    begins = [0, *ends]
-    want = [e for e, end in enumerate([*ends, rows]) for _ in range(begins[e], end)]
+    begins = [0, *(min(end, rows) for end in ends), rows]
+    want = [e for e in range(len(ends) + 1) for _ in range(begins[e], begins[e + 1])]
     assert owner.tolist() == want
 
 
