@@ -67,7 +67,7 @@ def test_slots_cover_every_row_once(ends: list[int], rows: int, block_m: int) ->
     slots_kernel[(slots,)](group.ends, found, rows, group.experts, group.constant, block_m)
     owner = torch.full((rows,), -1)
     for expert, first, stop in found.tolist():
-        assert 0 <= first and stop <= rows
+        assert first >= 0 and stop <= rows
         taken = owner[first : min(first + block_m, stop)] if first < stop else owner[:0]
         assert (taken == -1).all()
         taken.fill_(expert)
