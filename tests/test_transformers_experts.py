@@ -15,6 +15,7 @@ import torch
 from fresh_process import Python
 from moe_models import IMPLEMENTATIONS, MODELS
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers_models import Auto, NF4Config, assert_same_state, ids, read, transformers
 
 import peft_kernels as pk
@@ -290,6 +291,33 @@ def test_other_ways_to_load(kind: str, tmp_path: Path) -> None:
     assert meta.state_dict().keys() == model.state_dict().keys()
 
 
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor of numbers that an op makes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.is_floating_point() and out.device.type == "cpu":
+            self.nbytes = max(self.nbytes, out.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_that_a_file_has_apart_are_never_dense_together(kind: str, tmp_path: Path) -> None:
+    """transformers would stack them, and then put gate and up side by side."""
+    saved(tmp_path, kind)
+    assert any(".experts.3." in key for key in items_of(tmp_path))
+    with Largest() as dense:
+        Auto.from_pretrained(tmp_path)
+    with Largest() as packed:
+        model = loaded(tmp_path)
+    module = next(iter(sets_of(model).values()))
+    experts, *one = module.gate_up_proj.shape
+    assert dense.nbytes == experts * one[0] * one[1] * 4
+    assert packed.nbytes <= one[0] * one[1] * 4
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_saves_itself(how: str, tmp_path: Path) -> None:
     import pickle
@@ -313,6 +341,17 @@ def test_a_weight_that_is_not_finite(bad: float, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     name = r"model\.layers\.1\.mlp\.experts\.down_proj\[2\]"
     with pytest.raises(ValueError, match=f"{name}: expected finite values, got 1 NaN or Inf"):
+        loaded(tmp_path)
+
+
+def test_experts_of_different_shapes(tmp_path: Path) -> None:
+    saved(tmp_path, "mixtral")
+    items = items_of(tmp_path)
+    key = next(key for key in items if key.endswith("layers.1.block_sparse_moe.experts.2.w2.weight"))
+    items[key] = items[key][:, :-2].contiguous()
+    safetensors.torch.save_file(items, tmp_path / "model.safetensors", {"format": "pt"})
+    name = r"model\.layers\.1\.mlp\.experts\.down_proj\[2\]"
+    with pytest.raises(ValueError, match=rf"{name}: expected shape \(64, 128\), got \(64, 126\)"):
         loaded(tmp_path)
 
 
