@@ -222,9 +222,7 @@ class NF4Weight(NF4Tensor):
         cls, state_dict: Mapping[str, Any], prefix: str = "", name: str = "weight"
     ) -> NF4Weight:
         """Read what `state_dict` or bitsandbytes wrote. ValueError names an item that does not fit."""
-        of_experts = f"{prefix}{name}.{experts_format.STATE_ITEM}" in state_dict
-        form = experts_format if of_experts else bitsandbytes
-        return cls(*form.from_state_dict(state_dict, prefix + name))
+        return cls(*experts_format.read(state_dict, prefix + name))
 
     @classmethod
     def from_bnb(cls, params4bit: Any) -> NF4Weight:

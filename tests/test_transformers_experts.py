@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 from pathlib import Path
 from typing import Any
 
-import moe_models as moe
 import pytest
-import safetensors.torch
 import torch
 from fresh_process import Python
+from moe_checkpoints import items_of, loaded, saved, sets_of, stored
 from moe_models import IMPLEMENTATIONS, MODELS
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,35 +19,9 @@ from transformers_models import Auto, NF4Config, assert_same_state, ids, read, t
 import peft_kernels as pk
 import testing
 from peft_kernels.integrations.transformers import read_config
-from peft_kernels.nf4_experts import NF4Experts, is_experts
+from peft_kernels.nf4_experts import is_experts
 from peft_kernels.nf4_model import METHOD
 from peft_kernels.quantize import report_of
-
-
-def saved(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
-    moe.model(kind, dtype).save_pretrained(folder, **options)
-    return folder
-
-
-def loaded(folder: Path, **options: Any) -> Any:
-    """Quantised as it is read."""
-    config = NF4Config(**{"experts": True} | options.pop("nf4", {}))
-    return Auto.from_pretrained(folder, quantization_config=config, **options)
-
-
-def sets_of(model: nn.Module) -> dict[str, Any]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, NF4Experts)}
-
-
-def stored(folder: Path) -> Any:
-    return json.loads((folder / "config.json").read_text()).get("quantization_config")
-
-
-def items_of(folder: Path) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    for file in folder.glob("*.safetensors"):
-        found |= safetensors.torch.load_file(file)
-    return found
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -329,56 +301,3 @@ def test_a_copy_saves_itself(how: str, tmp_path: Path) -> None:
     assert_same_state(read(tmp_path / "4bit"), model)
     twin.dequantize()
     assert not sets_of(twin) and sets_of(model)
-
-
-# Faults.
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_weight_that_is_not_finite(bad: float, tmp_path: Path) -> None:
-    model = moe.model("qwen3_moe")
-    model.model.layers[1].mlp.experts.down_proj.data[2, 3, 4] = bad
-    model.save_pretrained(tmp_path)
-    name = r"model\.layers\.1\.mlp\.experts\.down_proj\[2\]"
-    with pytest.raises(ValueError, match=f"{name}: expected finite values, got 1 NaN or Inf"):
-        loaded(tmp_path)
-
-
-def test_experts_of_different_shapes(tmp_path: Path) -> None:
-    saved(tmp_path, "mixtral")
-    items = items_of(tmp_path)
-    key = next(key for key in items if key.endswith("layers.1.block_sparse_moe.experts.2.w2.weight"))
-    items[key] = items[key][:, :-2].contiguous()
-    safetensors.torch.save_file(items, tmp_path / "model.safetensors", {"format": "pt"})
-    name = r"model\.layers\.1\.mlp\.experts\.down_proj\[2\]"
-    with pytest.raises(ValueError, match=rf"{name}: expected shape \(64, 128\), got \(64, 126\)"):
-        loaded(tmp_path)
-
-
-def test_a_weight_of_another_shape(tmp_path: Path) -> None:
-    saved(tmp_path, "gpt_oss")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 3}))
-    with pytest.raises((ValueError, RuntimeError), match=r"expected shape|mismatched"):
-        loaded(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        (lambda items, key: items.pop(f"{key}.absmax"), "absmax: expected a dense tensor"),
-        (lambda items, key: items.update({key: items[key][:-1]}), "expected number of experts 4, got 3"),
-        (
-            lambda items, key: items.update({f"{key}.nested_absmax": -items[f"{key}.nested_absmax"]}),
-            "nested_absmax: expected finite scales of 0 or more",
-        ),
-    ],
-)
-def test_a_broken_checkpoint(change: Any, sentence: str, tmp_path: Path) -> None:
-    loaded(saved(tmp_path / "dense", "qwen3_moe")).save_pretrained(tmp_path)
-    items = safetensors.torch.load_file(tmp_path / "model.safetensors")
-    key = "model.layers.1.mlp.experts.down_proj"
-    change(items, key)
-    safetensors.torch.save_file(items, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=key.replace(".", r"\.") + ".*" + sentence):
-        read(tmp_path)
