@@ -55,8 +55,8 @@ test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 	$(if $(ARGS),,$(MAKE) triton ptx)
 
 # The tests of every kernel.
-KERNELS := nf4 nf4_absmax nf4_format linear lora lora_dropout lora_multi lora_multi_refused dora gated dropout \
-  compute_dtype gradients gradcheck gradient_needs
+KERNELS := nf4 nf4_absmax nf4_format nf4_experts linear lora lora_dropout lora_multi lora_multi_refused experts \
+  experts_refused dora gated dropout compute_dtype gradients gradcheck gradient_needs
 
 # In a process of its own: Triton reads the flag when it sees a kernel first.
 triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter

@@ -14,8 +14,9 @@ run by name alone, compile the kernels for cards that need not be here: the CUDA
 beside what a card allows, of the Triton kernels registers, spills and the like are told. So does host-...: it
 times the CUDA back end's host code, without a card. waves-... tells by arithmetic how far products with NF4
 weights fill a card, every-cell-... for each of them. loading-... tells the memory and the time that loading a
-checkpoint in 4 bits takes. bitsandbytes-ops-... times its Linear4bit as it is and on our kernels. Writes
-results.jsonl, table.txt and ratios.png to the output folder. Exits with 1 when a result was wrong.
+checkpoint in 4 bits takes. bitsandbytes-ops-... times its Linear4bit as it is and on our kernels, experts-...
+layers of mixtures of experts. Writes results.jsonl, table.txt and ratios.png to the output folder. Exits with
+1 when a result was wrong.
 """
 
 from __future__ import annotations
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cases,
         chart,
         compiled,
+        experts,
         harness,
         host,
         loading,
@@ -85,6 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timed = [*cases.standard(options.dtype), *memory.standard(options.dtype)]
     by_name = [
         *bnb_ops.standard(options.dtype),
+        *experts.standard(options.dtype),
         *host.standard(options.dtype),
         *waves.standard(),
         *compiled.standard(),
