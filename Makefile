@@ -71,7 +71,8 @@ ifeq ($(shell command -v nvcc),)
 else
 	for architecture in 90 100 120; do \
 	  PEFT_KERNELS_PTX_ARCH=$$architecture PEFT_KERNELS_PTX_TRUNCATE=1 \
-	    $(BIN)/python -m pytest -q -n 2 -k ptx $(KERNELS:%=tests/test_%.py) $(ARGS) || exit 1; \
+	    $(BIN)/python -m pytest -q -n 2 -k ptx $(KERNELS:%=tests/test_%.py) \
+	      tests/test_experts_cuda.py $(ARGS) || exit 1; \
 	done
 endif
 

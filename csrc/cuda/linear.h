@@ -100,7 +100,7 @@ struct DxShape {
 
   constexpr int tokens() const { return 8 * token_tiles; }  // in a tile
   // Two are what cards with little shared memory have room for.
-  constexpr int stages() const { return wide_table || token_tiles == 8 ? 3 : 2; }
+  constexpr int stages() const { return wide_table || token_tiles > 4 ? 3 : 2; }
   constexpr int stage_bytes() const { return kRows * kColumns / 2 + tokens() * (kRows + kPad) * 2; }
   static constexpr int fixed_bytes() {
     return nf4::kDynamicCodes * 4 + 16 + (kRowWarps - 1) * kColumns * 8 * 4;

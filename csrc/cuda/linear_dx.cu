@@ -6,7 +6,7 @@ namespace {
 template <class T, class Table, int kTokenTiles>
 void run(const Cut& cut, const LinearParams& params, Context& context) {
   launch<LinearDx<T, Table, kTokenTiles>>(
-      {params, share_params(cut, context), cut.shared_offset, cut.x_offset}, cut.blocks, context.stream,
+      {{params, share_params(cut, context)}, cut.shared_offset, cut.x_offset}, cut.blocks, context.stream,
       static_cast<int>(cut.shared_bytes));
 }
 

@@ -11,12 +11,12 @@
 
 #include <type_traits>
 
-#include "linear_shared.cuh"
+#include "linear_groups.cuh"
 
 namespace peft_kernels::cuda {
 
-template <class T, class Table, int kTokenTiles>
-struct LinearDx {
+template <class T, class Table, int kTokenTiles, class Groups>
+struct LinearDxOf {
   static constexpr DxShape kShape{kTokenTiles, Table::kIsWide};
   static constexpr int kStages = kShape.stages();
   static constexpr int kColumnWarps = DxShape::kColumnWarps, kRowWarps = DxShape::kRowWarps;
@@ -32,8 +32,7 @@ struct LinearDx {
 
   static constexpr float kFactor = 1.0f / kCodeFactor<T>;  // of scales
 
-  struct Params : LinearParams {
-    ShareParams work;                  // by half stages
+  struct Params : Groups::Params {     // shares are by half stages
     int shared_offset, stages_offset;  // where in shared memory Shared and the stages are
   };
   struct Shared {
@@ -49,12 +48,9 @@ struct LinearDx {
   static_assert(sizeof(Stage) == kShape.stage_bytes());
 
   static DEVICE void run(const Params& p) {
-    LinearDx self(p);
-#pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) {
-      self.start_stage(self.stage_ + i, i, self.scales_[i]);
-      if (self.rows_left_ <= 0) self.start_next_tile();
-    }
+    LinearDxOf self(p);
+    if (Groups::kIsMany && self.begin_ >= self.groups_.work().end()) return;
+    self.start_loading();
     self.table_ = fill_table<T, Table, kThreads>(shared_memory<uint8_t>());
     fill_map<kThreads>(p.weight, self.shared_->map, kFactor);
     bool begins_halfway = self.begin_ % 2 != 0;
@@ -62,11 +58,13 @@ struct LinearDx {
       Sums sums{};
       const int first = self.stage_, steps = self.steps_;
       const int tile = first / steps, next_tile = (tile + 1) * steps;
+      const RowTile tokens = self.tokens_of(tile);
+      if constexpr (Groups::kIsMany) self.scale_offset_ = self.groups_.scale_offset(tokens.expert, kFactor);
       const bool is_last = self.end_ <= next_tile;
       const int end = is_last ? self.end_ : next_tile;
       if (begins_halfway) self.template multiply_next<2, 4>(sums);
       begins_halfway = false;
-      const bool ends_halfway = is_last && p.work.end() % 2 != 0;
+      const bool ends_halfway = is_last && self.groups_.work().end() % 2 != 0;
       const int whole_end = end - ends_halfway;
       while (self.stage_ < whole_end) {
         // As far as one tile is fetched, to keep the change to the next one out of the main loop.
@@ -76,7 +74,7 @@ struct LinearDx {
         if (self.rows_left_ <= 0) self.start_next_tile();
       }
       if (ends_halfway) self.template multiply_next<0, 2>(sums);
-      self.finish(tile, sums);
+      self.finish(tile, tokens, sums);
     }
   }
 
@@ -87,12 +85,12 @@ struct LinearDx {
 
   const Params& p_;
   const int column_warp_, row_warp_, g_, t_;
-  const int steps_;        // of a tile
-  const int token_tiles_;  // of dY
+  const int steps_;  // of a tile
+  Groups groups_;
   Shared* const shared_;
   Stage* const stages_;
   const uint32_t row_bytes_, row_scales_;
-  const float scale_offset_;
+  float scale_offset_;
   Table table_{};
 
   const int begin_;  // in half stages
@@ -100,37 +98,35 @@ struct LinearDx {
   int slot_ = 0;     // of the stage, in the ring
 
   // What a thread fetches of the next stage to be fetched, and the scales that are on their way.
-  int column_, token_;
+  int column_;
+  RowTile tokens_;
+  int tile_;  // of many weights
   int rows_left_, tokens_after_;
   const uint8_t* codes_at_;
   const uint8_t* dy_at_;  // of elements
   uint32_t scale_at_;
   PackedScale scales_[kStages - 1][2];
 
-  DEVICE explicit LinearDx(const Params& p)
+  DEVICE explicit LinearDxOf(const Params& p)
       : p_(p),
         column_warp_(warp_index() % kColumnWarps),
         row_warp_(warp_index() / kColumnWarps),
         g_(lane_index() / 4),
         t_(lane_index() % 4),
         steps_((p.n + kRows - 1) / kRows),
-        token_tiles_((p.m + kTokens - 1) / kTokens),
+        groups_(p, kTokens, (p.k + kColumns - 1) / kColumns, 2 * steps_, 0),
         shared_(reinterpret_cast<Shared*>(shared_memory<uint8_t>() + p.shared_offset)),
         stages_(reinterpret_cast<Stage*>(shared_memory<uint8_t>() + p.stages_offset)),
         row_bytes_(static_cast<uint32_t>(p.k / 2)),
         row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
         scale_offset_(load_scale_offset(p.weight, kFactor)),
-        begin_(p.work.begin()),
+        begin_(groups_.work().begin()),
         stage_(begin_ / 2),
-        end_((p.work.end() + 1) / 2),
-        column_(column_of(stage_ / steps_)),
-        token_(token_of(stage_ / steps_)) {
-    start_tile(stage_ % steps_ * kRows);
-  }
+        end_((groups_.work().end() + 1) / 2) {}
 
-  // The first ones of a tile.
-  DEVICE int column_of(int tile) const { return tile / token_tiles_ * kColumns; }
-  DEVICE int token_of(int tile) const { return tile % token_tiles_ * kTokens; }
+  // The first one of a tile.
+  DEVICE int column_of(int tile) const { return tile / groups_.token_tiles * kColumns; }
+  DEVICE RowTile tokens_of(int tile) const { return groups_.rows(tile % groups_.token_tiles, kTokens); }
 
   // ---- The way of codes, dY and scales
 
@@ -150,13 +146,31 @@ struct LinearDx {
 
   // Columns and tokens that stand for those beyond the last one: nobody reads what these come to.
   DEVICE int existing_column(int column) const { return column < p_.k ? column : 0; }
-  DEVICE int existing_token(int token) const { return token < p_.m ? token : p_.m - 1; }
+  DEVICE int existing_token(const RowTile& tokens, int token) const {
+    const int end = groups_.end_of(tokens);
+    return token < end ? token : end - 1;
+  }
 
+  DEVICE void start_loading() {
+    fetch(stage_ / steps_);
+    start_tile(stage_ % steps_ * kRows);
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) {
+      start_stage(stage_ + i, i, scales_[i]);
+      if (rows_left_ <= 0) start_next_tile();
+    }
+  }
+  DEVICE void fetch(int tile) {
+    tile_ = tile;
+    column_ = column_of(tile);
+    tokens_ = tokens_of(tile);
+    groups_.move_to(tokens_.expert);
+  }
   DEVICE void start_tile(int row) {
-    const int token = existing_token(token_ + dy_token());
+    const int token = existing_token(tokens_, tokens_.begin + dy_token());
     rows_left_ = p_.n - row;
-    tokens_after_ = p_.m - 1 - token;
-    codes_at_ = p_.weight.packed +
+    tokens_after_ = groups_.end_of(tokens_) - 1 - token;
+    codes_at_ = groups_.weight().packed +
                 static_cast<uint64_t>(static_cast<uint32_t>(row + code_row())) * row_bytes_ +
                 existing_column(column_ + thread_index() % kCodeUnits * 32) / 2;
     dy_at_ = reinterpret_cast<const uint8_t*>(static_cast<const T*>(p_.x) + int64_t{token} * p_.n + row +
@@ -166,10 +180,14 @@ struct LinearDx {
         (static_cast<uint32_t>(existing_column(column_ + column_warp_ * kGroup)) >> p_.weight.block_shift);
   }
   DEVICE void start_next_tile() {
-    token_ += kTokens;
-    if (token_ >= p_.m) {
-      token_ = 0;
-      column_ += kColumns;
+    if constexpr (Groups::kIsMany) {
+      fetch(tile_ + 1);
+    } else {
+      tokens_.begin += kTokens;
+      if (tokens_.begin >= p_.m) {
+        tokens_.begin = 0;
+        column_ += kColumns;
+      }
     }
     start_tile(0);
   }
@@ -208,8 +226,8 @@ struct LinearDx {
   // Any scales for rows beyond the last: they meet zeros.
   DEVICE void load_scales(PackedScale (&scales)[2]) const {
     const uint32_t at = scale_row() < rows_left_ ? scale_at_ : 0;
-    scales[0] = load_scale(p_.weight, at);
-    scales[1] = load_scale(p_.weight, at + row_scales_);
+    scales[0] = load_scale(groups_.weight(), at);
+    scales[1] = load_scale(groups_.weight(), at + row_scales_);
   }
   DEVICE uint32_t next_scales() {
     float scale[2];
@@ -299,44 +317,19 @@ struct LinearDx {
     }
   }
 
-  // u v; steps of 16 go round the warps that share the sums.
-  DEVICE void multiply_slab(int column, int token, Sums& sums) const {
-    for (int at = row_warp_ * 16 + 4 * t_; at < p_.slab.depth; at += kRowWarps * 16) {
-      Words4 v[4];  // rows of it
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        v[i] = load_constant(reinterpret_cast<const Words4*>(
-            static_cast<const T*>(p_.slab.v) + int64_t{at + i} * p_.k + existing_column(column)));
-      }
-      uint32_t b[kTokenTiles][2];
-#pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) {
-        const auto u = load_constant(reinterpret_cast<const Words2*>(
-            static_cast<const T*>(p_.slab.u) + int64_t{existing_token(token + i * 8 + g_)} * p_.slab.depth +
-            at));
-        b[i][0] = u.v[0];
-        b[i][1] = u.v[1];
-      }
-#pragma unroll
-      for (int j = 0; j < kFeatureTiles; ++j) {
-        const uint32_t a[4] = {
-            __byte_perm(v[0].v[j], v[1].v[j], 0x5410), __byte_perm(v[0].v[j], v[1].v[j], 0x7632),
-            __byte_perm(v[2].v[j], v[3].v[j], 0x5410), __byte_perm(v[2].v[j], v[3].v[j], 0x7632)};
-#pragma unroll
-        for (int i = 0; i < kTokenTiles; ++i) mma<T>(sums.c[j][i], a, b[i]);
-      }
-    }
-  }
-
   // ---- The sums of a tile, as far as this block has them
 
-  DEVICE void finish(int tile, Sums& sums) {
-    const Sharers sharers(p_.work, tile, 2 * steps_);
-    const int column = column_of(tile) + column_warp_ * kGroup + 8 * g_, token = token_of(tile);
-    if (sharers.is_first()) multiply_slab(column, token, sums);
+  DEVICE void finish(int tile, const RowTile& tokens, Sums& sums) {
+    const Sharers sharers(groups_.work(), tile, 2 * steps_);
+    const int column = column_of(tile) + column_warp_ * kGroup + 8 * g_;
+    if (sharers.is_first()) {
+      groups_.template add_delta_dx<T>(
+          tokens.expert, row_warp_, kRowWarps, existing_column(column),
+          [&](int i) { return existing_token(tokens, tokens.begin + i * 8 + g_); }, sums.c);
+    }
     add_row_warps(sums);
     if (!sharers.is_one() && !add_blocks(sharers, sums)) return;
-    if (row_warp_ == 0 && column < p_.k) write(column, token, sums);
+    if (row_warp_ == 0 && column < p_.k) write(column, tokens, sums);
   }
 
   // The first warp of those that have the same columns gets their sums.
@@ -380,13 +373,13 @@ struct LinearDx {
   }
 
   // A lane has eight neighbouring columns of its tokens.
-  DEVICE void write(int column, int token, const Sums& sums) const {
+  DEVICE void write(int column, const RowTile& tokens, const Sums& sums) const {
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const int row = token + i * 8 + 2 * t_ + e;
-        if (row >= p_.m) continue;
+        const int row = tokens.begin + i * 8 + 2 * t_ + e;
+        if (row >= groups_.end_of(tokens)) continue;
         Words4 words;
 #pragma unroll
         for (int j = 0; j < 4; ++j) words.v[j] = pack2<T>(sums.c[j][i][e], sums.c[j][i][e + 2]);
@@ -395,5 +388,11 @@ struct LinearDx {
     }
   }
 };
+
+template <class T, class Table, int kTokenTiles>
+struct LinearDx : LinearDxOf<T, Table, kTokenTiles, OneWeight> {};
+// With the table that leaves room for tiles of as many tokens.
+template <class T, int kTokenTiles>
+struct ExpertsDx : LinearDxOf<T, NarrowTable, kTokenTiles, ManyWeights> {};
 
 }  // namespace peft_kernels::cuda

@@ -28,35 +28,6 @@ DEVICE void take_out_factor(float (&sums)[kRowTiles][kTokenTiles][4]) {
   }
 }
 
-// sums += v u^T, `turns` warps taking turns in its steps of 16. The lane's rows of v are row(2r) and
-// row(2r + 1) in row tile r, and token(i) of u in token tile i.
-template <class T, int kRowTiles, int kTokenTiles, class Row, class Token>
-DEVICE void multiply_slab(const LinearParams& params, int turn, int turns, const Row& row, const Token& token,
-                          float (&sums)[kRowTiles][kTokenTiles][4]) {
-  const int t = lane_index() % 4;
-  for (int step = turn; step < params.slab.depth / 16; step += turns) {
-    const int at = step * 16 + 4 * t;
-    const auto words = [&](const void* matrix, int i) {
-      const T* row = static_cast<const T*>(matrix) + int64_t{i} * params.slab.depth;
-      return load_constant(reinterpret_cast<const Words2*>(row + at));
-    };
-    uint32_t b[kTokenTiles][2];
-#pragma unroll
-    for (int i = 0; i < kTokenTiles; ++i) {
-      const Words2 u = words(params.slab.u, token(i));
-      b[i][0] = u.v[0];
-      b[i][1] = u.v[1];
-    }
-#pragma unroll
-    for (int r = 0; r < kRowTiles; ++r) {
-      const Words2 low = words(params.slab.v, row(2 * r)), high = words(params.slab.v, row(2 * r + 1));
-      const uint32_t a[4] = {low.v[0], high.v[0], low.v[1], high.v[1]};
-#pragma unroll
-      for (int i = 0; i < kTokenTiles; ++i) mma<T>(sums[r][i], a, b[i]);
-    }
-  }
-}
-
 DEVICE float load_as_float(const void* p, DType dtype, int64_t i) {
   if (dtype == DType::kF32) return load_constant(static_cast<const float*>(p) + i);
   if (dtype == DType::kBF16) return to_float(load_constant(static_cast<const bf16*>(p) + i));

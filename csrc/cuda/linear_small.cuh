@@ -10,6 +10,7 @@
 #pragma once
 
 #include "linear_shared.cuh"
+#include "linear_slab.cuh"
 
 namespace peft_kernels::cuda {
 

@@ -10,12 +10,12 @@
 // in pairs, of which a block at the ends of its share may multiply but one.
 #pragma once
 
-#include "linear_shared.cuh"
+#include "linear_groups.cuh"
 
 namespace peft_kernels::cuda {
 
-template <class T, class Table, int kFeatureWarps>
-struct LinearTiles {
+template <class T, class Table, int kFeatureWarps, class Groups>
+struct LinearTilesOf {
   static constexpr TileShape kShape{kFeatureWarps, Table::kIsWide};
   static constexpr int kThreads = TileShape::kWarps * kWarp;
   static constexpr int kBlocksPerSm = 1;
@@ -27,12 +27,11 @@ struct LinearTiles {
   static constexpr int kPitch = kDepth + TileShape::kPad;
   static constexpr int kStage = kTokens * kPitch;
   static constexpr int kSharedOffset = kShape.shared_offset();
+  static constexpr int kSharing = static_cast<int>(kShape.sharing_stages());
   static constexpr int kAhead = TileShape::kStages - 1;
   static_assert(kAhead == 2 && kChunkStages == 4, "a stage of a chunk has its place in bytes_");
 
-  struct Params : LinearParams {
-    ShareParams work;  // by stages
-  };
+  using Params = typename Groups::Params;  // shares are by stages
   struct Shared {
     alignas(16) T x[TileShape::kStages][kStage];
     float map[nf4::kDynamicCodes];
@@ -42,7 +41,8 @@ struct LinearTiles {
   static_assert(!Table::kIsWide || sizeof(Shared) <= kBeforeWideTable);
 
   static DEVICE void run(const Params& p) {
-    LinearTiles self(p);
+    LinearTilesOf self(p);
+    if (Groups::kIsMany && self.begin_ >= self.end_) return;
     self.start_loading();
     self.table_ = fill_table<T, Table, kThreads>(shared_memory<uint8_t>());
     fill_map<kThreads>(p.weight, self.shared_->map);
@@ -72,17 +72,21 @@ struct LinearTiles {
   // What a warp has of a tile.
   struct Place {
     int row, token;  // the first ones; a lane's rows are the four from row + 4g on
-    int tokens;      // from `token` on, or more
-    bool any;        // rows
+    int end;         // of tokens, or a later one
+    int expert;
+    bool any;  // rows
+
+    DEVICE int tokens() const { return end - token; }  // or more
   };
 
   const Params& p_;
   const int feature_warp_, depth_warp_, g_, t_;
-  const int token_tiles_, stages_;  // of a tile
-  const int begin_, end_;           // the block's share of all tiles' stages
+  const int stages_;  // of a tile
+  Groups groups_;
+  const int begin_, end_;  // the block's share of all tiles' stages
   Shared* const shared_;
   const uint32_t row_scales_;
-  const float scale_offset_;
+  float scale_offset_;
   Table table_{};
 
   // In the ring: the stage that is next to be multiplied, and the one that is free.
@@ -101,29 +105,31 @@ struct LinearTiles {
   PackedScale scales_[kLaneRows];
   float scale_[kLaneRows];  // of the chunk that is multiplied
 
-  DEVICE explicit LinearTiles(const Params& p) : LinearTiles(p, warp_index()) {}
-  DEVICE LinearTiles(const Params& p, int warp)
+  DEVICE explicit LinearTilesOf(const Params& p) : LinearTilesOf(p, warp_index()) {}
+  DEVICE LinearTilesOf(const Params& p, int warp)
       : p_(p),
         feature_warp_(warp % kFeatureWarps),
         depth_warp_(warp / kFeatureWarps),
         g_(lane_index() / 4),
         t_(lane_index() % 4),
-        token_tiles_((p.m + kTokens - 1) / kTokens),
         stages_((p.k + kDepth - 1) / kDepth),
-        begin_(p.work.begin()),
-        end_(p.work.end()),
+        groups_(p, kTokens, (p.n + kRows - 1) / kRows, stages_, kSharing),
+        begin_(groups_.work().begin()),
+        end_(groups_.work().end()),
         shared_(reinterpret_cast<Shared*>(shared_memory<uint8_t>() + kSharedOffset)),
         row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
         scale_offset_(load_scale_offset(p.weight)) {}
 
   // Neighbours share rows of the weight.
   DEVICE Place place_of(int tile) const {
-    const int row = tile / token_tiles_ * kRows + feature_warp_ * (16 * kRowTiles);
-    const int token = tile % token_tiles_ * kTokens;
-    return {row, token, p_.m - token, row < p_.n};
+    const int row = tile / groups_.token_tiles * kRows + feature_warp_ * (16 * kRowTiles);
+    const RowTile rows = groups_.rows(tile % groups_.token_tiles, kTokens);
+    return {row, rows.begin, groups_.end_of(rows), rows.expert, row < p_.n};
   }
   // Tokens and rows beyond the last one compute what nobody reads.
-  DEVICE int token_at(int token) const { return token < p_.m ? token : p_.m - 1; }
+  DEVICE int token_at(const Place& place, int token) const {
+    return token < place.end ? token : place.end - 1;
+  }
   DEVICE int row_of(const Place& place, int i) const {
     const int row = place.row + 4 * g_ + i;
     return row < p_.n ? row : p_.n - 1;
@@ -148,11 +154,14 @@ struct LinearTiles {
     const int token = place.token + thread_index() / kRowUnits;
     x_from_ = static_cast<const T*>(p_.x) + int64_t{token} * p_.k + stage * kDepth +
               thread_index() % kRowUnits * kUnit;
-    next_tokens_ = p_.m - token;
+    next_tokens_ = place.end - token;
+    groups_.move_to(place.expert);
+    // What is multiplied until the next chunk comes has its scales unpacked already.
+    if constexpr (Groups::kIsMany) scale_offset_ = groups_.scale_offset(place.expert);
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
       rows_[i] = static_cast<uint32_t>(row_of(place, i));
-      bytes_at_[i] = p_.weight.packed + uint64_t{rows_[i]} * static_cast<uint32_t>(p_.k / 2) +
+      bytes_at_[i] = groups_.weight().packed + uint64_t{rows_[i]} * static_cast<uint32_t>(p_.k / 2) +
                      (stage * kDepth + depth_warp_ * kGroup) / 2 + 8 * t_;
     }
     start_chunk();
@@ -173,7 +182,8 @@ struct LinearTiles {
     next_k_ = next_tile_ * stages_ + next_stage_ < end_ ? p_.k - begin : 0;
     const uint32_t block = static_cast<uint32_t>(k < p_.k ? k : 0) >> p_.weight.block_shift;
 #pragma unroll
-    for (int i = 0; i < kLaneRows; ++i) scales_[i] = load_scale(p_.weight, rows_[i] * row_scales_ + block);
+    for (int i = 0; i < kLaneRows; ++i)
+      scales_[i] = load_scale(groups_.weight(), rows_[i] * row_scales_ + block);
   }
   DEVICE void copy_x(int stage, int to) const {
     if (stage * kDepth + thread_index() % kRowUnits * kUnit < next_k_) {
@@ -226,7 +236,7 @@ struct LinearTiles {
       __syncthreads();  // the stage is here, and nobody reads the one before any longer
       copy_x(next, free_);
       if (group_begin(stage) < k && (stage > 0 || !skips_first)) {
-        multiply_stage(weight, stage, place.tokens, sums);
+        multiply_stage(weight, stage, place.tokens(), sums);
       }
       free_ = stage_;
       stage_ = stage_ == kAhead * kStage ? 0 : stage_ + kStage;
@@ -270,15 +280,15 @@ struct LinearTiles {
 
   DEVICE void finish(int tile, const Place& place, Sums& sums) {
     take_out_factor<T>(sums.c);
-    const Sharers sharers(p_.work, tile, stages_);
+    const Sharers sharers(groups_.work(), tile, stages_);
     if (sharers.is_first()) {
-      multiply_slab<T>(
-          p_, depth_warp_, kDepthWarps, [&](int i) { return row_of(place, i); },
-          [&](int i) { return token_at(place.token + i * 8 + g_); }, sums.c);
+      groups_.template add_delta<T>(
+          place.expert, depth_warp_, kDepthWarps, [&](int i) { return row_of(place, i); },
+          [&](int i) { return token_at(place, place.token + i * 8 + g_); }, sums.c);
     }
     if constexpr (kDepthWarps > 1) add_depth_warps(sums);
     if (!sharers.is_one()) {
-      const auto has = [&](int i) { return finishes(i, place.tokens); };
+      const auto has = [&](int i) { return finishes(i, place.tokens()); };
       store_part(sums.c, part_of(sharers, block_index()), kFeatureLanes, has);
       if (!sharers.last_has_come(&shared_->last)) return;
       sums = {};
@@ -317,15 +327,16 @@ struct LinearTiles {
     float bias[kLaneRows] = {};
     if (p_.bias) {
 #pragma unroll
-      for (int i = 0; i < kLaneRows; ++i) bias[i] = load_as_float(p_.bias, p_.bias_dtype, row_of(place, i));
+      for (int i = 0; i < kLaneRows; ++i)
+        bias[i] = load_as_float(p_.bias, p_.bias_dtype, groups_.bias_row(place.expert, row_of(place, i)));
     }
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
-      if (!finishes(i, place.tokens)) continue;
+      if (!finishes(i, place.tokens())) continue;
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const int token = i * 8 + 2 * t_ + e;
-        if (token >= place.tokens) continue;
+        if (token >= place.tokens()) continue;
         float y[kLaneRows];
 #pragma unroll
         for (int j = 0; j < kLaneRows; ++j) y[j] = sums.c[j / 2][i][j % 2 * 2 + e] + bias[j];
@@ -342,5 +353,10 @@ struct LinearTiles {
     }
   }
 };
+
+template <class T, class Table, int kFeatureWarps>
+struct LinearTiles : LinearTilesOf<T, Table, kFeatureWarps, OneWeight> {};
+template <class T, class Table>
+struct ExpertsTiles : LinearTilesOf<T, Table, TileShape::kWarps, ManyWeights> {};
 
 }  // namespace peft_kernels::cuda

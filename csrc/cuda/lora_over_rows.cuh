@@ -1,6 +1,7 @@
 // Sums over the rows of a batch: dA = dH^T mask(x) and dB = s dY^T h of several adapters.
 #pragma once
 
+#include "experts_rows.cuh"
 #include "lora_fragments.cuh"
 #include "sum_splits.cuh"
 
@@ -20,8 +21,10 @@ struct GradientTile : RankTile {
 // Activations go from global memory to the tensor core as they are: lane (g, t) holds features 8g .. 8g + 7
 // of rows t, t + 4, t + 8 and t + 12, and each word of such a run gives two rows of an operand, its features
 // being free to stand in any row. Warps of a block take other rows of the same 64 features.
-template <class T, bool kVector>
-struct LoraOverRows {
+//
+// kExperts: a sum for each expert, over its rows, by blocks of its own and without splits.
+template <class T, bool kVector, bool kExperts>
+struct LoraOverRowsOf {
   static constexpr int kThreads = 128;
   static constexpr int kBlocksPerSm = kVector ? 3 : 2;
   static constexpr int kWarps = kThreads / kWarp;
@@ -43,6 +46,8 @@ struct LoraOverRows {
     int splits;
     int tiles;
     GradientTile tile[kMaxTiles];
+    ExpertRows experts;
+    int64_t out_stride;  // from an expert's gradient to the next's
   };
   struct Shared {
     float sum[kWarps][8 * kTiles][kFeatures + 2];
@@ -55,19 +60,28 @@ struct LoraOverRows {
     const int chunks = (p.tiles + kTiles - 1) / kTiles;
     const int first_tile = block_index() % chunks * kTiles;
     const int64_t first_feature = block_index() / chunks % p.feature_blocks * kFeatures;
-    const int split = static_cast<int>(block_index() / chunks / p.feature_blocks);
-    const int64_t units = (p.m + kRows - 1) / kRows;
+    const int outer = static_cast<int>(block_index() / chunks / p.feature_blocks);
+    const int split = kExperts ? 0 : outer;
+    int64_t first_row = 0, rows_end = p.m, out_begin = 0;
+    if constexpr (kExperts) {
+      const Words2 range = load_constant(reinterpret_cast<const Words2*>(p.experts.ranges + outer));
+      first_row = range.v[0];
+      rows_end = range.v[1];
+      out_begin = outer * p.out_stride;
+    }
+    const int64_t units = (rows_end - first_row + kRows - 1) / kRows;
     const int slices = p.splits * kWarps, slice = split * kWarps + warp;
-    const int64_t begin = units * slice / slices * kRows, end = units * (slice + 1) / slices * kRows;
+    const int64_t begin = first_row + units * slice / slices * kRows;
+    const int64_t end = first_row + units * (slice + 1) / slices * kRows;
 
     constexpr int kBlocks = kRun / 2;  // of 16 features
     float sums[kTiles][kBlocks][4] = {};
     const int64_t feature = first_feature + kRun * g;
     Words4 next[4];
-    load_rows(p, begin + t, feature, next);
+    load_rows(p, begin + t, rows_end, feature, next);
     for (int64_t row = begin; row < end; row += kRows) {
       const Words4 words[4] = {next[0], next[1], next[2], next[3]};
-      load_rows(p, row + kRows + t, feature, next);
+      load_rows(p, row + kRows + t, rows_end, feature, next);
       int64_t group[4] = {};
       if (p.row_group) {
 #pragma unroll
@@ -101,7 +115,7 @@ struct LoraOverRows {
             }
           }
         }
-        add_rows(p, tile, row, g, t, values, sums[q]);
+        add_rows(p, tile, row, rows_end, g, t, values, sums[q]);
       }
     }
 
@@ -119,30 +133,31 @@ struct LoraOverRows {
       }
     }
     __syncthreads();
-    write_sums(p, *shared, first_tile, first_feature, split);
+    write_sums(p, *shared, first_tile, first_feature, split, out_begin);
     if (p.splits == 1) return;
     uint32_t* counter = p.counter + block_index() % (chunks * static_cast<int>(p.feature_blocks));
     if (is_last_of_tile(counter, p.splits, &shared->last)) add_splits(p, first_tile, first_feature);
   }
 
  private:
-  static DEVICE void load_rows(const Params& p, int64_t row, int64_t feature, Words4 (&words)[4]) {
+  static DEVICE void load_rows(const Params& p, int64_t row, int64_t rows_end, int64_t feature,
+                               Words4 (&words)[4]) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t at = row + 4 * i;
-      words[i] = load_run<T, kVector>(p.x + at * p.features, feature, at < p.m ? p.features : 0);
+      words[i] = load_run<T, kVector>(p.x + at * p.features, feature, at < rows_end ? p.features : 0);
     }
   }
 
   // sums += 16 rows of factors times those of the activations, transposed.
-  static DEVICE void add_rows(const Params& p, const GradientTile& tile, int64_t row, int g, int t,
-                              const float (&values)[4][kRun], float (&sums)[kRun / 2][4]) {
+  static DEVICE void add_rows(const Params& p, const GradientTile& tile, int64_t row, int64_t rows_end, int g,
+                              int t, const float (&values)[4][kRun], float (&sums)[kRun / 2][4]) {
     Tf32Pair factor[4];  // of rows t, t + 4, t + 8, t + 12
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int64_t at = row + t + 4 * i;
       factor[i] = split_tf32(
-          at < p.m && g < tile.ranks ? load_constant(p.factors + at * p.ld + tile.column + g) : 0.0f);
+          at < rows_end && g < tile.ranks ? load_constant(p.factors + at * p.ld + tile.column + g) : 0.0f);
     }
 #pragma unroll
     for (int j = 0; j < kRun / 2; ++j) {
@@ -180,7 +195,7 @@ struct LoraOverRows {
     }
   }
   static DEVICE void write_sums(const Params& p, const Shared& shared, int first_tile, int64_t first_feature,
-                                int split) {
+                                int split, int64_t out_begin) {
     float* partial = p.partial + split * p.count;
     for_each_sum(p, first_tile, first_feature,
                  [&](const GradientTile& tile, int64_t element, int column, int in_block) {
@@ -191,7 +206,7 @@ struct LoraOverRows {
                    if (p.splits > 1) {
                      store(partial + tile.begin + element, sum);
                    } else {
-                     write(tile, element, sum);
+                     write(tile, out_begin + element, sum);
                    }
                  });
   }
@@ -212,5 +227,10 @@ struct LoraOverRows {
     }
   }
 };
+
+template <class T, bool kVector>
+struct LoraOverRows : LoraOverRowsOf<T, kVector, false> {};
+template <class T>
+struct ExpertsOverRows : LoraOverRowsOf<T, true, true> {};
 
 }  // namespace peft_kernels::cuda

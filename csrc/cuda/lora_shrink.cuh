@@ -1,6 +1,7 @@
 // From activations to ranks: h = x A^T and dH = s dY B of several adapters, in fp32.
 #pragma once
 
+#include "experts_rows.cuh"
 #include "lora_fragments.cuh"
 #include "sum_splits.cuh"
 
@@ -20,8 +21,10 @@ struct ShrinkTile : RankTile {
 // wants them. Lane (g, t) holds features 8t .. 8t + 7 of rows g and g + 8, and of rank g, of a window of 32;
 // the product sums over features, so any order of them will do. Warps of a block that have other rows read
 // the same factors, out of the first-level cache.
-template <class T, bool kVector, bool kTransposed>
-struct LoraShrink {
+//
+// kExperts: blocks have tiles of rows from a list on the device, and factors are their experts'.
+template <class T, bool kVector, bool kTransposed, bool kExperts>
+struct LoraShrinkOf {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 2;
   static constexpr int kWarps = kThreads / kWarp;
@@ -44,6 +47,8 @@ struct LoraShrink {
     int row_warps;  // of a block, a power of two; the others take other features
     int tiles;
     ShrinkTile tile[kMaxTiles];
+    ExpertRows experts;     // of tiles of row_warps * kRows rows; row_blocks is as many as there may be
+    int64_t factor_stride;  // from an expert's to the next's
   };
   struct Shared {
     // Odd rows of 8 banks: a half warp's pairs fall into all of them.
@@ -58,18 +63,26 @@ struct LoraShrink {
     const int first_tile = static_cast<int>(block_index() / p.row_blocks / p.splits) * kTiles;
     const int slices = kWarps / p.row_warps;  // of the features, in this block
     const int slice = split * slices + warp / p.row_warps;
-    const int64_t rows = row_block * p.row_warps * kRows;  // the block's first
+    int64_t rows = row_block * p.row_warps * kRows;  // the block's first
+    int64_t rows_end = p.m, factor_begin = 0;
+    if constexpr (kExperts) {
+      if (row_block >= load_constant(p.experts.count)) return;
+      const RowTile tile = load_row_tile(p.experts, static_cast<int>(row_block));
+      rows = tile.begin;
+      rows_end = tile.end;
+      factor_begin = tile.expert * p.factor_stride;
+    }
     const int64_t row = rows + warp % p.row_warps * kRows + g;
     const int64_t windows = (p.features + kWindow - 1) / kWindow;
     const int64_t begin = windows * slice / (slices * p.splits);
     const int64_t end = windows * (slice + 1) / (slices * p.splits);
 
     float sums[kTiles][4] = {};
-    const uint32_t serving = serving_tiles(p, first_tile, row);
+    const uint32_t serving = serving_tiles(p, first_tile, row, rows_end);
     if (serving != 0) {
       const T* x[2] = {p.x + row * p.features, p.x + (row + 8) * p.features};
-      // Rows from m on read as zeros.
-      const int64_t x_end[2] = {row < p.m ? p.features : 0, row + 8 < p.m ? p.features : 0};
+      // Rows from the end on read as zeros.
+      const int64_t x_end[2] = {row < rows_end ? p.features : 0, row + 8 < rows_end ? p.features : 0};
       Words4 next[2];
 #pragma unroll
       for (int i = 0; i < 2; ++i) next[i] = load_run<T, kVector>(x[i], begin * kWindow + kRun * t, x_end[i]);
@@ -84,7 +97,8 @@ struct LoraShrink {
         for (int q = 0; q < kTiles; ++q) {
           if ((serving >> q & 1) == 0) continue;
           const ShrinkTile& tile = p.tile[first_tile + q];
-          const FactorRun factor = load_factor(p, tile, g, feature);  // under way while values are made
+          const FactorRun factor =
+              load_factor(p, tile, factor_begin, g, feature);  // under way while values are made
           if (seen < 0 || !sees_the_same(p.tile[seen], tile)) {
             seen = first_tile + q;
 #pragma unroll
@@ -108,16 +122,16 @@ struct LoraShrink {
             {sums[q][2], sums[q][3]});
     }
     __syncthreads();
-    write_sums(p, *shared, rows, first_tile, slices, split);
+    write_sums(p, *shared, rows, rows_end, first_tile, slices, split);
     if (p.splits == 1) return;
     uint32_t* counter = p.counter + first_tile / kTiles * p.row_blocks + row_block;
-    if (is_last_of_tile(counter, p.splits, &shared->last)) add_splits(p, rows, first_tile);
+    if (is_last_of_tile(counter, p.splits, &shared->last)) add_splits(p, rows, rows_end, first_tile);
   }
 
  private:
   // Bit q: some of the warp's rows are served by tile first + q.
-  static DEVICE uint32_t serving_tiles(const Params& p, int first, int64_t row) {
-    const int64_t last_row = p.m - 1;
+  static DEVICE uint32_t serving_tiles(const Params& p, int first, int64_t row, int64_t rows_end) {
+    const int64_t last_row = rows_end - 1;
     if (row - lane_index() / 4 > last_row) return 0;
     int64_t group[2] = {};
     if (p.row_group) {
@@ -136,12 +150,13 @@ struct LoraShrink {
     return serving;
   }
 
-  static DEVICE FactorRun load_factor(const Params& p, const ShrinkTile& tile, int g, int64_t feature) {
+  static DEVICE FactorRun load_factor(const Params& p, const ShrinkTile& tile, int64_t first, int g,
+                                      int64_t feature) {
     const int64_t end = g < tile.ranks ? p.features : 0;
     if constexpr (kTransposed) {
-      return load_factor_column<T>(tile.factor, tile.is_f32, g, tile.ld, feature, end);
+      return load_factor_column<T>(tile.factor, tile.is_f32, first + g, tile.ld, feature, end);
     } else {
-      return load_factor_run<T, kVector>(tile.factor, tile.is_f32, g * tile.ld, feature, end);
+      return load_factor_run<T, kVector>(tile.factor, tile.is_f32, first + g * tile.ld, feature, end);
     }
   }
 
@@ -168,17 +183,18 @@ struct LoraShrink {
 
   // body(tile, row, rank, the row and the column in the block) of a thread's part of a block's sums.
   template <class Body>
-  static DEVICE void for_each_sum(const Params& p, int64_t rows, int first_tile, const Body& body) {
+  static DEVICE void for_each_sum(const Params& p, int64_t rows, int64_t rows_end, int first_tile,
+                                  const Body& body) {
     for (int i = thread_index(); i < p.row_warps * kRows * 8 * kTiles; i += kThreads) {
       const int column = i % (8 * kTiles), in_block = i / (8 * kTiles), tile = first_tile + column / 8;
-      if (rows + in_block >= p.m || tile >= p.tiles || column % 8 >= p.tile[tile].ranks) continue;
+      if (rows + in_block >= rows_end || tile >= p.tiles || column % 8 >= p.tile[tile].ranks) continue;
       body(p.tile[tile], rows + in_block, column % 8, in_block, column);
     }
   }
-  static DEVICE void write_sums(const Params& p, const Shared& shared, int64_t rows, int first_tile,
-                                int slices, int split) {
+  static DEVICE void write_sums(const Params& p, const Shared& shared, int64_t rows, int64_t rows_end,
+                                int first_tile, int slices, int split) {
     float* out = p.splits == 1 ? p.out : p.partial + split * p.m * p.out_ld;
-    for_each_sum(p, rows, first_tile,
+    for_each_sum(p, rows, rows_end, first_tile,
                  [&](const ShrinkTile& tile, int64_t row, int rank, int in_block, int column) {
                    float sum = 0.0f;
                    if (!p.row_group || load_constant(p.row_group + row) == tile.group) {
@@ -191,8 +207,8 @@ struct LoraShrink {
                    store(out + row * p.out_ld + tile.column + rank, sum);
                  });
   }
-  static DEVICE void add_splits(const Params& p, int64_t rows, int first_tile) {
-    for_each_sum(p, rows, first_tile, [&](const ShrinkTile& tile, int64_t row, int rank, int, int) {
+  static DEVICE void add_splits(const Params& p, int64_t rows, int64_t rows_end, int first_tile) {
+    for_each_sum(p, rows, rows_end, first_tile, [&](const ShrinkTile& tile, int64_t row, int rank, int, int) {
       const int64_t at = row * p.out_ld + tile.column + rank;
       float sum = 0.0f;
       for (int split = 0; split < p.splits; ++split) sum += load(p.partial + split * p.m * p.out_ld + at);
@@ -200,5 +216,10 @@ struct LoraShrink {
     });
   }
 };
+
+template <class T, bool kVector, bool kTransposed>
+struct LoraShrink : LoraShrinkOf<T, kVector, kTransposed, false> {};
+template <class T, bool kTransposed>
+struct ExpertsShrink : LoraShrinkOf<T, true, kTransposed, true> {};
 
 }  // namespace peft_kernels::cuda

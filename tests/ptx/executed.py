@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = "PEFT_KERNELS_PTX_EXECUTED"
 FAMILIES = (
     *("nf4", "nf4_absmax", "nf4_format", "linear", "lora", "lora_dropout", "lora_multi", "dora", "gated"),
-    *("dropout", "compute_dtype", "gradients", "cuda_ways"),
+    *("dropout", "compute_dtype", "gradients", "cuda_ways", "experts_cuda"),
 )
 
 
