@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../common/built_for.h"
+#include "../common/dynamic_map.h"
 #include "../common/nf4.h"
 #include "isa.h"
 
@@ -76,5 +77,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("nf4_code", [] { return to_vector(nf4::kCode); });
   m.def("nf4_thresholds", [] { return to_vector(nf4::kThresholds); });
   m.def("dynamic_map", [] { return to_vector(nf4::kDynamicMap); });
+  m.def("unsigned_dynamic_map", [] { return to_vector(kUnsignedDynamicMap); });
   m.def("spec_hash", [] { return std::string(spec_hash()); }, "SHA-256 of the schemas built against.");
 }
