@@ -125,7 +125,8 @@ def _update(args: Any, i: int, factor: Tensor) -> None:
         m = m * b1 + g * w1
         v = v * b2 + (g * w2) * g
         rate, floor = (-lr * c2 / c1).to(acc), (args.eps[group] * c2).to(acc)
-        p = p + (m / (v.sqrt() + floor)) * rate
+        # In fp64, as torch's own in fp32 is not always the nearest.
+        p = p + (m / (v.double().sqrt().to(acc) + floor)) * rate
         moments = [m, v]
 
     finite = torch.stack([x.isfinite() for x in moments]).all(0)

@@ -70,7 +70,8 @@ class Plan:
                 if p.dtype != dtype or p.shape != shape:
                     raise ValueError(
                         f"{name}: was {dtype} of shape {tuple(shape)} when its state was made, is "
-                        f"{p.dtype} of shape {tuple(p.shape)} now: make a new optimizer and load this one's state_dict"
+                        f"{p.dtype} of shape {tuple(p.shape)} now: load this "
+                        "optimizer's state_dict into a new one"
                     )
         for g, p, name in zip(grads, parameters, self.names, strict=True):
             if g.dtype != p.dtype or g.shape != p.shape or g.device != p.device or g.layout != torch.strided:
