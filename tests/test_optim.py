@@ -133,8 +133,8 @@ def test_goes_as_torch_adamw_with_groups_and_a_schedule() -> None:
 def test_coupled_decay_is_that_of_torch_adam() -> None:
     ours, theirs = Model(), Model()
     options = {"lr": 1e-3, "weight_decay": 0.2}
-    train(ours, pk.optim.Adam8bit(ours.parameters(), min_8bit_size=10**6, decoupled_weight_decay=False, **options),
-          range(20))  # fmt: skip
+    in_32 = {"min_8bit_size": 10**6, "decoupled_weight_decay": False}
+    train(ours, pk.optim.Adam8bit(ours.parameters(), **in_32, **options), range(20))
     train(theirs, torch.optim.Adam(theirs.parameters(), **options), range(20))
     assert_near(ours, theirs, 2e-6)
 
@@ -279,13 +279,13 @@ def damaged(change: Callable[[dict[str, Any]], Any]) -> tuple[Any, Model, dict[s
 @pytest.mark.parametrize("change, sentence", [
     (lambda s: s["state"][0].pop("state2"), r"parameter 0 of group 0: its state has no state2"),
     (lambda s: s["state"][0].pop("absmax1"), r"parameter 0 of group 0: absmax1: expected a tensor, got None"),
-    (lambda s: s["state"][1].update(absmax2=torch.zeros(4)), r"absmax2: expected 25 values.* blocks of about 1600"),
-    (lambda s: s["state"][1].update(state1=torch.zeros(3)), r"parameter 1 of group 0: state1: expected shape"),
+    (lambda s: s["state"][1].update(absmax2=torch.zeros(4)), r"absmax2: expected 25 .* blocks of about 1600"),
+    (lambda s: s["state"][1].update(state1=torch.zeros(3)), r"parameter 1 of group 0: state1: expected sha"),
     (lambda s: s["state"][0].update(qmap1=torch.zeros(256)), r"qmap1: expected the signed dynamic map"),
     (lambda s: s["state"][0].update(step=-1), r"step: expected at least 0, got -1"),
     (lambda s: s["state"][0].update(state1=torch.zeros(70, 100)), r"both in 8 bits or both in 32"),
-    (lambda s: s["state"].update({9: {}}), r"state: expected entries for parameters of param_groups, got \[9\]"),
-    (lambda s: s["param_groups"][0]["params"].pop(), r"param_groups: expected groups of \[3\] parameters, got \[2\]"),
+    (lambda s: s["state"].update({9: {}}), r"state: expected entries for .*, got \[9\]"),
+    (lambda s: s["param_groups"][0]["params"].pop(), r"expected groups of \[3\] parameters, got \[2\]"),
     (lambda s: s["param_groups"][0].pop("lr"), r"param_groups: a group has no lr"),
     (lambda s: s.pop("param_groups"), r"state_dict: expected state and param_groups, got no param_groups"),
 ])  # fmt: skip
@@ -302,9 +302,9 @@ def test_a_damaged_checkpoint_is_refused_whole(change: Any, sentence: str) -> No
 
 
 @pytest.mark.parametrize("change, error, sentence", [
-    (lambda m: m.to(torch.bfloat16), ValueError, r"parameter 0 of group 0: was torch.float32 .* is torch.bfloat16"),
-    (lambda m: setattr(m.b, "data", torch.zeros(0)), ValueError, r"parameter 1 of group 0: was .* of shape \(0,\)"),
-    (lambda m: setattr(m.b, "grad", m.b.detach().to_sparse()), RuntimeError, "parameter 1 of group 0: its gradient is"),
+    (lambda m: m.to(torch.bfloat16), ValueError, r"parameter 0 of .*: was torch.float32 .* is torch.b"),
+    (lambda m: setattr(m.b, "data", torch.zeros(0)), ValueError, r"parameter 1 of .*: was .* shape \(0,\)"),
+    (lambda m: setattr(m.b, "grad", m.b.detach().to_sparse()), RuntimeError, "parameter 1 of .*: its gradie"),
 ])  # fmt: skip
 def test_a_step_that_cannot_be_made_changes_nothing(change: Any, error: Any, sentence: str) -> None:
     model = Model()
