@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent
 SPECS = ROOT / "peft_kernels" / "ops"
 
 CPU_SOURCES = [
+    "csrc/cpu/adamw_ops.cpp",
     "csrc/cpu/dora_ops.cpp",
     "csrc/cpu/dropout_ops.cpp",
     "csrc/cpu/experts_ops.cpp",

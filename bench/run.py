@@ -15,8 +15,8 @@ beside what a card allows, of the Triton kernels registers, spills and the like 
 times the CUDA back end's host code, without a card. waves-... tells by arithmetic how far products with NF4
 weights fill a card, every-cell-... for each of them. loading-... tells the memory and the time that loading a
 checkpoint in 4 bits takes. bitsandbytes-ops-... times its Linear4bit as it is and on our kernels, experts-...
-layers of mixtures of experts. Writes results.jsonl, table.txt and ratios.png to the output folder. Exits with
-1 when a result was wrong.
+layers of mixtures of experts, adamw-... a step of optimizers. Writes results.jsonl, table.txt and ratios.png to
+the output folder. Exits with 1 when a result was wrong.
 """
 
 from __future__ import annotations
@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loading,
         machine,
         memory,
+        optimizers,
         report,
         session,
         triton_cases,
@@ -93,6 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *compiled.standard(),
         *triton_cases.standard(),
         *loading.standard(),
+        *optimizers.standard(),
     ]
     every: list[Any] = [*timed, *by_name]
     if options.list and not (options.only or options.quick or options.full):

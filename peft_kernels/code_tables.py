@@ -78,22 +78,24 @@ def nf4_thresholds(device: torch.device) -> torch.Tensor:
 
 
 @lru_cache(maxsize=16)
-def dynamic_map(device: torch.device) -> torch.Tensor:
-    """The signed dynamic 8-bit map, ascending, fp32 (256,), on `device`.
+def dynamic_map(device: torch.device, signed: bool = True) -> torch.Tensor:
+    """The dynamic 8-bit map, ascending, fp32 (256,), on `device`.
 
-    Seven decades; decade i holds the 2^i midpoints of linspace(0.1, 1, 2^i + 1), scaled by 10^(i - 6), with
-    both signs; then 0 and 1.
+    Signed: seven decades; decade i holds the 2^i midpoints of linspace(0.1, 1, 2^i + 1), scaled by
+    10^(i - 6), with both signs; then 0 and 1. Unsigned, for what is never negative: 2^(i + 1) midpoints in
+    place of those with signs.
     """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        edges = torch.linspace(0.1, 1, 2 ** (i if signed else i + 1) + 1, dtype=torch.float32)
         magnitudes = (10.0 ** (i - 6)) * ((edges[:-1] + edges[1:]) / 2.0)
-        values += magnitudes.tolist() + (-magnitudes).tolist()
+        values += magnitudes.tolist() + ((-magnitudes).tolist() if signed else [])
     return torch.tensor(sorted(values), dtype=torch.float32, device=device)
 
 
 @lru_cache(maxsize=16)
-def dynamic_thresholds(device: torch.device) -> torch.Tensor:
-    """Midpoints of the dynamic map, fp32 (255,): the code of x is the number of midpoints m with x > m."""
-    table = dynamic_map(torch.device("cpu"))
+def dynamic_thresholds(device: torch.device, signed: bool = True) -> torch.Tensor:
+    """Midpoints of a dynamic map, fp32 (255,): the code of x is the number of midpoints m with x > m, so that
+    a tie takes the lower code."""
+    table = dynamic_map(torch.device("cpu"), signed)
     return ((table[:-1] + table[1:]) * 0.5).to(device)

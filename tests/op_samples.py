@@ -104,6 +104,38 @@ def transposed_x(args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (args[0], testing.tensor(K, 3, 2).permute(2, 1, 0), *args[2:])
 
 
+def adamw_args(
+    kind: str, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], bits: list[int],
+    option: str = "", seed: int = 0,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Parameters in the middle of training, moments included, in two groups."""
+    params = [
+        testing.tensor(*s, dtype=d, seed=seed + i)
+        for i, (s, d) in enumerate(zip(shapes, dtypes, strict=True))
+    ]
+    grads = [testing.tensor(*p.shape, dtype=p.dtype, seed=seed + 50 + i) for i, p in enumerate(params)]
+    moments: list[list[Tensor]] = [[], []]
+    absmax: list[list[Tensor]] = [[], []]
+    for i, (p, b) in enumerate(zip(params, bits, strict=True)):
+        for which in range(1 if kind == "lion" else 2):
+            value = testing.tensor(*p.shape, seed=seed + 100 + 2 * i + which)
+            codes = testing.tensor(*p.shape, seed=seed + 200 + 2 * i + which).abs().mul(60).clamp(max=255)
+            scale = testing.tensor(-(-p.numel() // 256), seed=seed + 300 + 2 * i + which).abs()
+            moments[which].append(codes.to(torch.uint8) if b == 8 else value.abs() if which else value)
+            absmax[which].append(scale if b == 8 else torch.empty(0))
+    compensation = []
+    if option == "compensation":
+        scaled = [p * 2**-9 if p.dtype == torch.bfloat16 else p.new_empty(0) for p in params]
+        compensation = [t.flip(0) for t in scaled]
+    return (
+        params, grads, *moments, *absmax, compensation, torch.arange(1, len(params) + 1),
+        [i % 2 for i in range(len(params))], torch.tensor([1e-2, 3e-3]), [0.9, 0.8], [0.999, 0.95],
+        [1e-8, 1e-6], [0.01, 0.0], kind, torch.tensor(8.0) if option == "scaled" else None,
+        torch.tensor([float(option == "found_inf")]) if option in ("scaled", "found_inf") else None,
+        0.5 if option == "clipped" else 0.0, torch.tensor(7) if option == "stochastic" else None,
+    )  # fmt: skip
+
+
 def samples(op: str) -> dict[str, tuple[Any, ...]]:
     """Arguments of each op by name, with and without its optional ones."""
     a, b, dense = leaf(R, K, seed=3), leaf(N, R, seed=4), leaf(N, K, seed=1)
@@ -122,7 +154,19 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
     bias3, a3, b3 = testing.tensor(3, N), leaf(3, R, K, seed=3), leaf(3, N, R, seed=4)
     dense3 = (testing.tensor(3, N, K), None, None, None, 0)
     adapters3 = a3.detach(), b3.detach()
+    fp32, half_types = [torch.float32] * 3, [torch.bfloat16, torch.float16, torch.bfloat16]
+    sizes: list[tuple[int, ...]] = [(3, 100), (513,), (1,)]
     return {
+        "adamw": {
+            "adamw-8bit": adamw_args("adamw", sizes, fp32, [8, 8, 8]),
+            "adamw-mixed-bits": adamw_args("adamw", sizes, half_types, [8, 32, 32]),
+            "adam-scaled": adamw_args("adam", sizes, half_types, [32, 8, 8], "scaled"),
+            "adamw-found-inf": adamw_args("adamw", sizes, fp32, [32, 8, 8], "found_inf"),
+            "adamw-clipped": adamw_args("adamw", sizes, fp32, [32, 8, 8], "clipped"),
+            "adamw-stochastic": adamw_args("adamw", sizes, half_types, [8, 8, 32], "stochastic"),
+            "adamw-compensation": adamw_args("adamw", sizes, half_types, [8, 8, 32], "compensation"),
+            "lion": adamw_args("lion", sizes, half_types, [8, 32, 8]),
+        },
         "quantize_nf4": {
             "fp32": (testing.tensor(N, K), 64),
             "bf16-odd": (testing.tensor(5, 7, dtype=torch.bfloat16), 32),

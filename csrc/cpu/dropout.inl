@@ -12,7 +12,7 @@ inline void philox(const DropoutMask& mask, uint64_t first_block, uint32_t* word
     c0[i] = count_from(first_block + i * (kLanes / 2));
     c1[i] = high_half(c0[i]);
     c2[i] = splat_word(mask.stream);
-    c3[i] = splat_word(0);
+    c3[i] = splat_word(mask.last);
   }
   const VecW m0 = splat_word(0xd2511f53), m1 = splat_word(0xcd9e8d57);
   uint32_t k0 = static_cast<uint32_t>(mask.seed), k1 = static_cast<uint32_t>(mask.seed >> 32);

@@ -10,6 +10,7 @@
 #include "experts_args.h"
 #include "experts_matrices.h"
 #include "linear_product.h"
+#include "namespace.h"
 
 namespace peft_kernels::cpu {
 namespace {
@@ -260,7 +261,7 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward(
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(peft_kernels_cpu, CPU, m) {
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
   m.impl("experts_linear", experts_linear);
   m.impl("experts_linear_dx", experts_linear_dx);
   m.impl("experts_lora_linear", experts_lora_linear);

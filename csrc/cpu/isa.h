@@ -32,6 +32,10 @@ struct KernelTable {
   // Rows [begin, end); backward: columns, as it sums over rows.
   void (*scale_features)(const ScaleParams& params, int64_t begin, int64_t end);
   void (*scale_features_backward)(const ScaleParams& params, int64_t begin, int64_t end);
+  // Elements [begin, end) of a parameter; begin is a multiple of kStateBlock.
+  void (*step)(const StepParams& params, const StepTensor& tensor, int64_t begin, int64_t end);
+  // The sum of (x[i] * factor)^2 over [begin, end).
+  double (*squares)(const void* x, DType dtype, float factor, int64_t begin, int64_t end);
   // out[row] = the sum of squares in rows [begin, end) of a matrix with `cols` columns.
   void (*row_squares)(const MatrixView& matrix, int64_t cols, int64_t begin, int64_t end, float* out);
 };

@@ -20,6 +20,8 @@
 #include "gated.inl"
 #include "dora_scale.inl"
 #include "dora_norm.inl"
+#include "dynamic_codes.inl"
+#include "adamw.inl"
 // clang-format on
 
 // A constant, so that nothing of the level runs when the library is loaded.
@@ -37,5 +39,7 @@ constexpr KernelTable kKernels = {
     gated_backward,
     scale_features,
     scale_features_backward,
+    step,
+    squares,
     row_squares,
 };

@@ -8,6 +8,7 @@
 #  include <immintrin.h>
 #endif
 
+#include "../common/dynamic_map.h"
 #include "../common/nf4.h"
 #include "isa.h"
 

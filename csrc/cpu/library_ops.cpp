@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../common/built_for.h"
+#include "../common/dynamic_map.h"
 #include "../common/nf4.h"
 #include "isa.h"
 #include "namespace.h"
@@ -75,6 +76,7 @@ std::string built_for() { return spec_hash(); }
 std::vector<double> nf4_code() { return to_vector(nf4::kCode); }
 std::vector<double> nf4_thresholds() { return to_vector(nf4::kThresholds); }
 std::vector<double> dynamic_map() { return to_vector(nf4::kDynamicMap); }
+std::vector<double> unsigned_dynamic_map() { return to_vector(kUnsignedDynamicMap); }
 
 }  // namespace
 
@@ -92,6 +94,7 @@ TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_JOIN(PEFT_KERNELS_NAMESPACE, _library), m) {
   m.def("nf4_code() -> float[]", nf4_code);
   m.def("nf4_thresholds() -> float[]", nf4_thresholds);
   m.def("dynamic_map() -> float[]", dynamic_map);
+  m.def("unsigned_dynamic_map() -> float[]", unsigned_dynamic_map);
 }
 
 }  // namespace peft_kernels::cpu

@@ -37,13 +37,14 @@ struct MatrixView {
 
 // Which elements of flat activations dropout keeps: element e, if word e % 4 of block e / 4 of Philox4x32-10
 // is at least `threshold`. The seed is the key, the block the low half of the counter, the stream its next
-// word.
+// word, `last` the last one.
 struct DropoutMask {
   uint64_t seed;
   uint32_t stream;
   uint32_t threshold;  // 0: keeps all
   float scale;         // of what is kept
   int64_t ld;          // elements from one row of the activations to the next
+  uint32_t last = 0;
 };
 
 // One product added to the output. In a base layer with adapters the later terms are LoRA deltas: they
@@ -143,6 +144,30 @@ struct ScaleParams {
   const void* dy;  // backward: dz = dy * scale, d_scale = the sum over rows of dy * (z - bias)
   void* dz;
   float* d_scale;
+};
+
+enum class StepKind : uint8_t { kAdamW, kAdam, kLion };
+
+// One parameter in an optimizer's step, flat, and the numbers that ops/adamw.py names.
+struct StepTensor {
+  void* param;
+  const void* grad;  // of param's dtype
+  DType dtype;
+  void* state1;  // float, or codes where there is an absmax
+  void* state2;
+  float* absmax1;
+  float* absmax2;
+  BF16* compensation;  // or null
+  int64_t numel;
+  float b1, w1, b2, w2, rate, floor, decay, weight_decay, lr;
+  uint32_t stream, step;
+};
+
+struct StepParams {
+  StepKind kind;
+  float factor;     // of gradients
+  bool stochastic;  // bf16 is rounded to either neighbour
+  uint64_t seed;
 };
 
 // Scratch that each task gets, 64-byte aligned. Sized to share a 1 MB L2 with what streams through it.

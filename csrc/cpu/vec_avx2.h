@@ -212,3 +212,30 @@ inline void transpose(Vec (&rows)[kLanes]) {
     rows[c + 4] = _mm256_permute2f128_ps(quads[c], quads[c + 4], 0x31);
   }
 }
+
+typedef int32_t VecN __attribute__((vector_size(4 * kLanes)));
+
+inline Vec square_root(Vec x) { return _mm256_sqrt_ps(x); }
+inline VecN truncate(Vec x) { return (VecN)_mm256_cvttps_epi32(x); }
+inline Vec to_floats(VecN x) { return _mm256_cvtepi32_ps((__m256i)x); }
+inline Vec gather(const float* table, VecN index) { return _mm256_i32gather_ps(table, (__m256i)index, 4); }
+inline VecN load_codes(const uint8_t* p) {
+  return (VecN)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_codes(uint8_t* p, VecN codes) {
+  const __m128i words =
+      _mm_packus_epi32(_mm256_castsi256_si128((__m256i)codes), _mm256_extracti128_si256((__m256i)codes, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
+}
+inline bool any_outside(Vec x, float low, float high) {
+  const Vec below = _mm256_cmp_ps(x, splat(low), _CMP_LT_OQ),
+            above = _mm256_cmp_ps(x, splat(high), _CMP_GT_OQ);
+  return _mm256_movemask_ps(_mm256_or_ps(below, above)) != 0;
+}
+
+struct Table32 {
+  const float* words;
+  explicit Table32(const void* p) : words(static_cast<const float*>(p)) {}
+  Vec operator[](VecN i) const { return gather(words, i); }
+};
+using Table16 = Table32;

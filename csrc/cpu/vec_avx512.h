@@ -251,3 +251,34 @@ inline void transpose(Vec (&rows)[kLanes]) {
     rows[c + 12] = _mm512_castpd_ps(_mm512_shuffle_f64x2(odd_low, odd_high, 0xdd));
   }
 }
+
+// Lanes as integers, for plain operators.
+typedef int32_t VecN __attribute__((vector_size(4 * kLanes)));
+
+inline Vec square_root(Vec x) { return _mm512_sqrt_ps(x); }
+inline VecN truncate(Vec x) { return (VecN)_mm512_cvttps_epi32(x); }
+inline Vec to_floats(VecN x) { return _mm512_cvtepi32_ps((__m512i)x); }
+inline Vec gather(const float* table, VecN index) { return _mm512_i32gather_ps((__m512i)index, table, 4); }
+inline VecN load_codes(const uint8_t* p) {
+  return (VecN)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_codes(uint8_t* p, VecN codes) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)codes));
+}
+inline bool any_outside(Vec x, float low, float high) {
+  return (_mm512_cmp_ps_mask(x, splat(low), _CMP_LT_OQ) | _mm512_cmp_ps_mask(x, splat(high), _CMP_GT_OQ)) !=
+         0;
+}
+
+// 16 or 32 words, in registers.
+struct Table16 {
+  __m512i words;
+  explicit Table16(const void* p) : words(_mm512_loadu_si512(p)) {}
+  Vec operator[](VecN i) const { return (Vec)_mm512_permutexvar_epi32((__m512i)i, words); }
+};
+struct Table32 {
+  __m512i low, high;
+  explicit Table32(const void* p)
+      : low(_mm512_loadu_si512(p)), high(_mm512_loadu_si512(static_cast<const char*>(p) + 64)) {}
+  Vec operator[](VecN i) const { return (Vec)_mm512_permutex2var_epi32(low, (__m512i)i, high); }
+};

@@ -203,3 +203,35 @@ inline void transpose(Vec (&rows)[kLanes]) {
     }
   }
 }
+
+typedef VecI VecN;
+
+inline Vec square_root(Vec x) {
+  return Vec{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
+}
+inline VecN truncate(Vec x) { return __builtin_convertvector(x, VecN); }
+inline Vec to_floats(VecN x) { return __builtin_convertvector(x, Vec); }
+inline Vec gather(const float* table, VecN index) { return lookup8(table, index); }
+inline VecN load_codes(const uint8_t* p) { return VecN{p[0], p[1], p[2], p[3]}; }
+inline void store_codes(uint8_t* p, VecN codes) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(codes[i]);
+}
+inline bool any_outside(Vec x, float low, float high) {
+  const VecN outside = (x < low) | (x > high);
+  return (outside[0] | outside[1] | outside[2] | outside[3]) != 0;
+}
+
+struct Table32 {
+  const void* words;
+  explicit Table32(const void* p) : words(p) {}
+  Vec operator[](VecN i) const {
+    Vec out;
+    for (int j = 0; j < kLanes; ++j) {
+      float word;
+      memcpy(&word, static_cast<const char*>(words) + 4 * i[j], sizeof(word));
+      out[j] = word;
+    }
+    return out;
+  }
+};
+using Table16 = Table32;

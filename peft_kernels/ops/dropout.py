@@ -68,13 +68,15 @@ def dropout_mask(shape: torch.Size, p: float, seed: Tensor, stream: int) -> Tens
     """Bool, of `shape`: which elements are kept."""
     numel = shape.numel()
     block = torch.arange((numel + 3) // 4, device=seed.device)
-    words = torch.stack(_philox(block, seed, stream), 1).reshape(-1)[:numel]
+    words = torch.stack(philox(block, seed, stream), 1).reshape(-1)[:numel]
     return (words >= dropout_threshold(p)).view(shape)
 
 
-def _philox(block: Tensor, seed: Tensor, stream: int) -> tuple[Tensor, ...]:
+def philox(block: Tensor, seed: Tensor, stream: int, last: Tensor | int = 0) -> tuple[Tensor, ...]:
+    """The four words, in int64, of each block of int64: Philox4x32-10 of key `seed` and of the counter of
+    `block`, `stream` and `last`."""
     # int64 products wrap modulo 2^64, which leaves both halves of an unsigned product right.
-    c = (block & _LOW, block >> 32, torch.full_like(block, stream), torch.zeros_like(block))
+    c = (block & _LOW, block >> 32, torch.full_like(block, stream), torch.zeros_like(block) + last)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(_ROUNDS):
         p0, p1 = c[0] * _MULTIPLIERS[0], c[2] * _MULTIPLIERS[1]

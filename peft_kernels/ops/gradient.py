@@ -44,6 +44,7 @@ def _keyset(*names: str) -> DispatchKeySet:
 
 # An op says itself in which dtypes it computes: torch functions that a kernel calls must not see autocast.
 _AUTOCAST = _keyset(*_AUTOCAST_KEYS)
+_VERSIONS = _keyset("ADInplaceOrView")
 _ABOVE_KERNELS = _AUTOCAST | _keyset("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
 
 
@@ -89,6 +90,8 @@ def register(op: type[Op], overload: OpOverload, library: torch.library.Library,
 
     for key in _AUTOCAST_KEYS:
         library.impl(overload, past_autocast, key, with_keyset=True)
+    if overload._schema.is_mutable:
+        library.impl(overload, _counting_versions(overload), "ADInplaceOrView", with_keyset=True)
     if apply is not None:
 
         def above_kernels(_keys: DispatchKeySet, *args: Any) -> Any:
@@ -99,6 +102,20 @@ def register(op: type[Op], overload: OpOverload, library: torch.library.Library,
                 return overload(*args)
 
         library.impl(overload, above_kernels, "Autograd", with_keyset=True)
+    return call
+
+
+def _counting_versions(overload: OpOverload) -> Call:
+    """Tells autograd that tensors are changed in place: a backward that saved one of them refuses to run."""
+    arguments = overload._schema.arguments
+    changed = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def call(_keys: DispatchKeySet, *args: Any) -> Any:
+        for i in changed:
+            torch.autograd.graph.increment_version(args[i])
+        with _Without(_ABOVE_KERNELS | _VERSIONS):
+            return overload(*args)
+
     return call
 
 

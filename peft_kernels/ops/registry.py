@@ -57,7 +57,8 @@ class Op:
 
     name: ClassVar[str]
     schema: ClassVar[str]
-    """In which a word of GROUPS stands for its arguments."""
+    """In which a word of GROUPS stands for its arguments. `Tensor(a!) x` is changed in place,
+    `Tensor(a!)[] x` each of a list; an op that does so has no gradient, and returns nothing: `-> ()`."""
     composite: ClassVar[bool] = False
     """Made of other ops, those of `meaning`'s namespace `ops`: no back end needs a kernel."""
 
@@ -145,8 +146,10 @@ def _bases(lists: Sequence[Sequence[Any]]) -> list[Base]:
 
 
 def _names(declared: str) -> list[str]:
-    """Of "(Tensor x, int n)"; of "Tensor" nothing."""
-    return [item.split()[-1] for item in declared.strip("()").split(", ")] if "(" in declared else []
+    """Of "(Tensor x, int n)"; of "Tensor" and of "()" nothing."""
+    if not declared.startswith("(") or declared == "()":
+        return []
+    return [item.split()[-1] for item in declared[1:-1].split(", ")]
 
 
 def spec_hash() -> str:

@@ -1,0 +1,125 @@
+// An optimizer's step for all parameters: tensors to pointers, and registration.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <atomic>
+#include <cmath>
+#include <vector>
+
+#include "../common/adamw_args.h"
+#include "isa.h"
+#include "namespace.h"
+#include "parallel.h"
+
+namespace peft_kernels::cpu {
+namespace {
+
+// Elements that a thread takes at a time, and that one should have before a second is worth waking.
+constexpr int64_t kChunk = 64 * kStateBlock;
+constexpr int64_t kStepGrain = kElementwiseGrain / 4;
+
+struct Chunk {
+  int64_t tensor, begin, end;
+};
+
+StepKind kind_of(c10::string_view name) {
+  if (name == "adam") return StepKind::kAdam;
+  return name == "lion" ? StepKind::kLion : StepKind::kAdamW;
+}
+
+StepTensor tensor_of(const AdamWArgs& args, size_t i) {
+  const int64_t group = args.group[i], step = args.step.const_data_ptr<int64_t>()[i];
+  const StepFactors f(args.beta1[group], args.beta2[group], args.eps[group], args.weight_decay[group],
+                      args.lr.const_data_ptr<float>()[group], step, args.kind != "adam");
+  StepTensor t{};
+  t.param = args.params[i].mutable_data_ptr();
+  t.grad = args.grads[i].const_data_ptr();
+  t.dtype = dtype_of(args.params[i], "params");
+  t.state1 = args.state1[i].mutable_data_ptr();
+  if (!args.is_lion()) t.state2 = args.state2[i].mutable_data_ptr();
+  if (args.is_8bit(i)) {
+    t.absmax1 = args.absmax1[i].mutable_data_ptr<float>();
+    if (!args.is_lion()) t.absmax2 = args.absmax2[i].mutable_data_ptr<float>();
+  }
+  if (args.is_compensated(i)) t.compensation = static_cast<BF16*>(args.compensation[i].mutable_data_ptr());
+  t.numel = args.params[i].numel();
+  t.b1 = f.b1;
+  t.w1 = f.w1;
+  t.b2 = f.b2;
+  t.w2 = f.w2;
+  t.rate = f.rate;
+  t.floor = f.floor;
+  t.decay = f.decay;
+  t.weight_decay = f.weight_decay;
+  t.lr = f.lr;
+  t.stream = static_cast<uint32_t>(i);
+  t.step = static_cast<uint32_t>(step);
+  return t;
+}
+
+// Calls work(index) for every chunk, in one parallel region. Threads take the next one that is left: they do
+// not all run as fast.
+template <class Work>
+void for_chunks(const std::vector<Chunk>& chunks, int64_t elements, const Work& work) {
+  const int64_t threads = std::clamp<int64_t>(elements / kStepGrain, 1, get_num_threads());
+  std::atomic<size_t> next{0};
+  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (; begin < end; ++begin) {
+      for (size_t i = next++; i < chunks.size(); i = next++) work(i);
+    }
+  });
+}
+
+void adamw(at::TensorList params, at::TensorList grads, at::TensorList state1, at::TensorList state2,
+           at::TensorList absmax1, at::TensorList absmax2, at::TensorList compensation, const Tensor& step,
+           at::IntArrayRef group, const Tensor& lr, at::ArrayRef<double> beta1, at::ArrayRef<double> beta2,
+           at::ArrayRef<double> eps, at::ArrayRef<double> weight_decay, c10::string_view kind,
+           const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double max_grad_norm,
+           const OptionalTensor& seed) {
+  const AdamWArgs args{params, grads,      state1,    state2,        absmax1, absmax2, compensation,
+                       step,   lr,         group,     beta1,         beta2,   eps,     weight_decay,
+                       kind,   grad_scale, found_inf, max_grad_norm, seed};
+  args.check();
+  if (found_inf && *found_inf->const_data_ptr<float>() != 0) return;
+
+  std::vector<StepTensor> tensors;
+  std::vector<Chunk> chunks;
+  tensors.reserve(params.size());
+  int64_t elements = 0;
+  for (size_t i = 0; i < params.size(); ++i) {
+    tensors.push_back(tensor_of(args, i));
+    const int64_t numel = tensors[i].numel;
+    elements += numel;
+    for (int64_t begin = 0; begin < numel; begin += kChunk) {
+      chunks.push_back({static_cast<int64_t>(i), begin, std::min(begin + kChunk, numel)});
+    }
+  }
+
+  StepParams step_params{kind_of(kind), 1.0f, seed.has_value(), 0};
+  if (seed) step_params.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
+  if (grad_scale) step_params.factor = 1.0f / *grad_scale->const_data_ptr<float>();
+  if (max_grad_norm > 0) {
+    // One sum for each chunk, added in their order: the same in every run.
+    std::vector<double> sums(chunks.size());
+    const auto squares = kernels().squares;
+    for_chunks(chunks, elements, [&](size_t c) {
+      const StepTensor& t = tensors[chunks[c].tensor];
+      sums[c] = squares(t.grad, t.dtype, step_params.factor, chunks[c].begin, chunks[c].end);
+    });
+    double sum = 0;
+    for (double s : sums) sum += s;
+    const float norm = static_cast<float>(std::sqrt(sum));
+    const float clip = static_cast<float>(max_grad_norm) / (norm + 1e-6f);
+    if (!(clip >= 1)) step_params.factor *= clip;
+  }
+  const auto kernel = kernels().step;
+  for_chunks(chunks, elements, [&](size_t c) {
+    kernel(step_params, tensors[chunks[c].tensor], chunks[c].begin, chunks[c].end);
+  });
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) { m.impl("adamw", adamw); }
+
+}  // namespace peft_kernels::cpu

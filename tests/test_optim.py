@@ -1,0 +1,376 @@
+"""The optimizers as torch and bitsandbytes have them: training, checkpoints, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import io
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+import peft_kernels as pk
+import testing
+from peft_kernels.optim import blockwise
+
+bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+
+CLASSES = ("AdamW8bit", "Adam8bit", "PagedAdamW8bit", "PagedAdamW", "Lion8bit")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU"),
+    pytest.mark.filterwarnings("ignore:.*torch.distributed:UserWarning"),
+]
+
+
+class Model(nn.Module):
+    """Two parameters in 8 bits, one of them with a tail, and small ones in 32."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.a = nn.Parameter(testing.tensor(70, 100, dtype=dtype, scale=0.1))
+        self.b = nn.Parameter(testing.tensor(100, 64, dtype=dtype, scale=0.1))
+        self.bias = nn.Parameter(testing.tensor(64, dtype=dtype))
+
+    def loss(self, step: int) -> Tensor:
+        x = testing.tensor(16, 70, dtype=self.a.dtype, seed=step)
+        y = torch.tanh(x @ self.a) @ self.b + self.bias
+        return (y.float() - testing.tensor(16, 64, seed=1000 + step)).pow(2).mean()
+
+
+def train(model: Model, optimizer: Any, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        optimizer.zero_grad()
+        loss = model.loss(step)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def assert_near(ours: Model, theirs: Model, atol: float) -> None:
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CLASSES)
+def test_trains_as_bitsandbytes_does(name: str, dtype: torch.dtype) -> None:
+    ours, theirs = Model(dtype), Model(dtype)
+    options = {"lr": 1e-3, "weight_decay": 0.1}
+    got = train(ours, getattr(pk.optim, name)(ours.parameters(), **options), range(30))
+    want = train(theirs, getattr(bnb.optim, name)(theirs.parameters(), **options), range(30))
+    assert got == pytest.approx(want, rel=1e-3 if dtype == torch.float32 else 1e-2)
+    # A code on the border between two moves an element by a part of a step, and what it does later differs.
+    pairs = list(zip(ours.parameters(), theirs.parameters(), Model(dtype).parameters(), strict=True))
+    off = torch.cat([(p - q).abs().flatten() for p, q, _ in pairs]).float().mean()
+    moved = torch.cat([(q - start).abs().flatten() for _, q, start in pairs]).float().mean()
+    assert off < (2e-3 if dtype == torch.float32 else 2e-2) * moved
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_default_arguments_are_those_of_bitsandbytes(name: str) -> None:
+    parameter = nn.Parameter(torch.zeros(8192))
+    ours, theirs = getattr(pk.optim, name)([parameter]), getattr(bnb.optim, name)([parameter])
+    for key in ("lr", "betas", "weight_decay", "eps"):
+        assert ours.defaults[key] == theirs.defaults[key], key
+    parameter.grad = torch.ones(8192)
+    ours.step()
+    theirs.step()
+    mine, other = ours.state[parameter], theirs.state[parameter]
+    assert set(mine) == set(other)
+    for key, value in other.items():
+        if isinstance(value, Tensor):
+            assert mine[key].dtype == value.dtype and torch.equal(mine[key], value), key
+
+
+@pytest.mark.parametrize("name", CLASSES)
+@pytest.mark.parametrize("way", ["bnb-ours", "ours-bnb", "ours-ours"])
+def test_a_checkpoint_goes_on_in_the_other(name: str, way: str) -> None:
+    first, second = (bnb.optim if half == "bnb" else pk.optim for half in way.split("-"))
+    model = Model()
+    optimizer = getattr(first, name)(model.parameters(), lr=1e-3)
+    train(model, optimizer, range(10))
+    file = io.BytesIO()
+    torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = Model()
+    resumed.load_state_dict(saved["model"])
+    other = getattr(second, name)(resumed.parameters(), lr=0.5)
+    other.load_state_dict(saved["optimizer"])
+    assert other.param_groups[0]["lr"] == 1e-3
+    want = train(model, optimizer, range(10, 20))
+    got = train(resumed, other, range(10, 20))
+    if way == "ours-ours":
+        assert got == want
+        assert_near(resumed, model, 0)
+    else:
+        assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_goes_as_torch_adamw_with_groups_and_a_schedule() -> None:
+    ours, theirs = Model(), Model()
+
+    def run(model: Model, make: Callable[..., Any]) -> None:
+        groups = [{"params": [model.a, model.bias], "lr": 3e-3}, {"params": [model.b], "weight_decay": 0.3}]
+        optimizer = make(groups, lr=1e-3, betas=(0.9, 0.95))
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (step + 1))
+        for step in range(20):
+            train(model, optimizer, range(step, step + 1))
+            schedule.step()
+
+    run(ours, pk.optim.PagedAdamW)
+    run(theirs, torch.optim.AdamW)
+    assert_near(ours, theirs, 2e-6)
+
+
+def test_coupled_decay_is_that_of_torch_adam() -> None:
+    ours, theirs = Model(), Model()
+    options = {"lr": 1e-3, "weight_decay": 0.2}
+    in_32 = {"min_8bit_size": 10**6, "decoupled_weight_decay": False}
+    train(ours, pk.optim.Adam8bit(ours.parameters(), **in_32, **options), range(20))
+    train(theirs, torch.optim.Adam(theirs.parameters(), **options), range(20))
+    assert_near(ours, theirs, 2e-6)
+
+
+def test_a_parameter_without_gradient_stays_and_keeps_its_own_step() -> None:
+    model = Model()
+    optimizer = pk.optim.AdamW8bit(model.parameters())
+    for step in range(6):
+        optimizer.zero_grad()
+        model.loss(step).backward()
+        if step % 2:
+            model.b.grad = None
+        before = model.b.detach().clone()
+        optimizer.step()
+        assert torch.equal(before, model.b) is bool(step % 2)
+    steps = [optimizer.state_dict()["state"][i]["step"] for i in range(3)]
+    assert steps == [6, 3, 6]
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_grad_scaler(bad: bool) -> None:
+    model, plain = Model(), Model()
+    optimizer, other = pk.optim.AdamW8bit(model.parameters()), pk.optim.AdamW8bit(plain.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(model.loss(0)).backward()
+    plain.loss(0).backward()
+    if bad:
+        model.a.grad[3, 4] = float("inf")
+    else:
+        other.step()
+    scaler.step(optimizer)
+    scaler.update()
+    assert_near(model, plain, 0)
+    assert optimizer.state_dict()["state"][0]["step"] == int(not bad)
+    assert scaler.get_scale() == (512.0 if bad else 1024.0)
+
+
+def test_closure_and_max_grad_norm() -> None:
+    model, plain = Model(), Model()
+    clipped = pk.optim.PagedAdamW(model.parameters(), eps=1e-3, max_grad_norm=0.01)
+    stock = torch.optim.AdamW(plain.parameters(), eps=1e-3)
+
+    def closure() -> Tensor:
+        clipped.zero_grad()
+        loss = model.loss(0)
+        loss.backward()
+        return loss
+
+    assert clipped.step(closure).item() == plain.loss(0).item()
+    plain.loss(0).backward()
+    torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.01)
+    stock.step()
+    assert_near(model, plain, 1e-6)
+
+
+def test_overrides_by_parameter() -> None:
+    model = Model()
+    optimizer = pk.optim.AdamW8bit(model.parameters(), lr=1e-3)
+    optimizer.override_config(model.a, "optim_bits", 32)
+    optimizer.override_config([model.b], key_value_dict={"lr": 0.0, "weight_decay": 0.0})
+    before = model.b.detach().clone()
+    train(model, optimizer, range(2))
+    assert optimizer.state[model.a]["state1"].dtype == torch.float32
+    assert optimizer.state[model.b]["state1"].dtype == torch.uint8
+    assert torch.equal(before, model.b)
+    with pytest.raises(ValueError, match="before the first step"):
+        optimizer.override_config(model.a, "optim_bits", 8)
+    with pytest.raises(ValueError, match="key: expected one of lr"):
+        optimizer.override_config(model.a, "momentum", 8)
+
+
+def test_lora_plus_groups() -> None:
+    layer = pk.nn.NF4LoRALinear(nn.Linear(128, 128), r=64)
+    optimizer = pk.optim.AdamW8bit(pk.optim.lora_plus_groups(layer, lr=1e-3))
+    before = layer.lora_B.detach().clone()
+    layer(testing.tensor(4, 128)).sum().backward()
+    optimizer.step()
+    assert (layer.lora_B - before).detach().abs().max() == pytest.approx(16e-3, rel=1e-3)
+
+
+@pytest.mark.parametrize("rounding", ["stochastic", "kahan"])
+def test_small_steps_are_not_lost_in_bf16(rounding: str) -> None:
+    parameter = nn.Parameter(torch.full((8192,), 100.0, dtype=torch.bfloat16))
+    optimizer = pk.optim.AdamW8bit([parameter], lr=0.01, weight_decay=0.0, rounding=rounding)
+    for _ in range(100):
+        parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+    assert parameter.detach().float().mean() == pytest.approx(99.0, abs=0.05)
+
+
+def test_states_take_two_bytes_a_parameter() -> None:
+    parameter = nn.Parameter(torch.zeros(2**20))
+    optimizer = pk.optim.AdamW8bit([parameter])
+    parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    own = {k: v for k, v in optimizer.state[parameter].items() if "qmap" not in k and k != "step"}
+    assert sum(v.nbytes for v in own.values()) / parameter.numel() == 2 + 2 * 4 / 256
+
+
+def test_distributed_checkpoint(tmp_path: Any) -> None:
+    model = Model()
+    optimizer = pk.optim.AdamW8bit(model.parameters(), lr=1e-3)
+    train(model, optimizer, range(5))
+    weights, states = get_state_dict(model, optimizer)
+    dcp.save({"model": weights, "optimizer": states}, checkpoint_id=tmp_path, no_dist=True)
+    resumed = Model()
+    other = pk.optim.AdamW8bit(resumed.parameters(), lr=1e-3)
+    weights, states = get_state_dict(resumed, other)
+    found = {"model": weights, "optimizer": states}
+    dcp.load(found, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(resumed, other, model_state_dict=found["model"], optim_state_dict=found["optimizer"])
+    assert train(resumed, other, range(5, 10)) == train(model, optimizer, range(5, 10))
+
+
+def test_a_copy_of_model_and_optimizer_goes_on() -> None:
+    model = Model()
+    optimizer = pk.optim.AdamW8bit(model.parameters(), rounding="kahan")
+    train(model, optimizer, range(3))
+    twin, other = copy.deepcopy((model, optimizer))
+    assert train(twin, other, range(3, 6)) == train(model, optimizer, range(3, 6))
+
+
+def test_model_to_before_the_first_step_and_where_it_is() -> None:
+    model = Model()
+    optimizer = pk.optim.AdamW8bit(model.parameters())
+    model.to(torch.bfloat16)
+    train(model, optimizer, range(2))
+    model.to("cpu")
+    train(model, optimizer, range(2))
+    assert optimizer.state_dict()["state"][0]["step"] == 4
+
+
+def damaged(change: Callable[[dict[str, Any]], Any]) -> tuple[Any, Model, dict[str, Any]]:
+    model = Model()
+    optimizer = pk.optim.AdamW8bit(model.parameters())
+    train(model, optimizer, range(2))
+    state = copy.deepcopy(optimizer.state_dict())
+    change(state)
+    return optimizer, model, state
+
+
+@pytest.mark.parametrize("change, sentence", [
+    (lambda s: s["state"][0].pop("state2"), r"parameter 0 of group 0: its state has no state2"),
+    (lambda s: s["state"][0].pop("absmax1"), r"parameter 0 of group 0: absmax1: expected a tensor, got None"),
+    (lambda s: s["state"][1].update(absmax2=torch.zeros(4)), r"absmax2: expected 25 .* blocks of about 1600"),
+    (lambda s: s["state"][1].update(state1=torch.zeros(3)), r"parameter 1 of group 0: state1: expected sha"),
+    (lambda s: s["state"][0].update(qmap1=torch.zeros(256)), r"qmap1: expected the signed dynamic map"),
+    (lambda s: s["state"][0].update(step=-1), r"step: expected at least 0, got -1"),
+    (lambda s: s["state"][0].update(state1=torch.zeros(70, 100)), r"both in 8 bits or both in 32"),
+    (lambda s: s["state"].update({9: {}}), r"state: expected entries for .*, got \[9\]"),
+    (lambda s: s["param_groups"][0]["params"].pop(), r"expected groups of \[3\] parameters, got \[2\]"),
+    (lambda s: s["param_groups"][0].pop("lr"), r"param_groups: a group has no lr"),
+    (lambda s: s.pop("param_groups"), r"state_dict: expected state and param_groups, got no param_groups"),
+])  # fmt: skip
+def test_a_damaged_checkpoint_is_refused_whole(change: Any, sentence: str) -> None:
+    optimizer, model, state = damaged(change)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=sentence):
+        optimizer.load_state_dict(state)
+    after = optimizer.state_dict()
+    for key, entry in before["state"].items():
+        for name, value in entry.items():
+            assert torch.equal(torch.as_tensor(after["state"][key][name]), torch.as_tensor(value))
+    train(model, optimizer, range(1))
+
+
+@pytest.mark.parametrize("change, error, sentence", [
+    (lambda m: m.to(torch.bfloat16), ValueError, r"parameter 0 of .*: was torch.float32 .* is torch.b"),
+    (lambda m: setattr(m.b, "data", torch.zeros(0)), ValueError, r"parameter 1 of .*: was .* shape \(0,\)"),
+    (lambda m: setattr(m.b, "grad", m.b.detach().to_sparse()), RuntimeError, "parameter 1 of .*: its gradie"),
+])  # fmt: skip
+def test_a_step_that_cannot_be_made_changes_nothing(change: Any, error: Any, sentence: str) -> None:
+    model = Model()
+    optimizer = pk.optim.AdamW8bit(model.parameters())
+    train(model, optimizer, range(2))
+    model.loss(3).backward()
+    change(model)
+    before = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict()["state"])
+    with pytest.raises(error, match=sentence):
+        optimizer.step()
+    assert all(torch.equal(v, before[0][k]) for k, v in model.state_dict().items())
+    assert str(optimizer.state_dict()["state"]) == str(before[1])
+
+
+@pytest.mark.parametrize("options, sentence", [
+    ({"lr": -1.0}, "lr: expected a finite number of at least 0, got -1.0"),
+    ({"betas": (0.9, 1.0)}, "betas: expected two numbers from 0 to below 1"),
+    ({"amsgrad": True}, "amsgrad: AdamW8bit does not support it"),
+    ({"optim_bits": 8}, "optim_bits: AdamW8bit has moments in 8 bits"),
+    ({"rounding": "up"}, "rounding: expected one of nearest, stochastic, kahan"),
+    ({"max_grad_norm": 0.0}, "max_grad_norm: expected a positive number or None"),
+])  # fmt: skip
+def test_arguments_out_of_range(options: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ValueError, match=sentence):
+        pk.optim.AdamW8bit([nn.Parameter(torch.zeros(3))], **options)
+
+
+def test_paging_on_a_cpu_is_told_once(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blockwise, "_told", set())
+    with caplog.at_level(logging.WARNING, "peft_kernels"):
+        for _ in range(2):
+            model = Model()
+            train(model, pk.optim.PagedAdamW8bit(model.parameters()), range(1))
+    assert [record.message for record in caplog.records] == [
+        "paging has no effect on a CPU: the optimizer's states are in memory as any other's"
+    ]
+
+
+def test_transposed_parameters_and_gradients() -> None:
+    base = testing.tensor(100, 70)
+    turned = nn.Parameter(base.t())
+    plain = nn.Parameter(base.t().contiguous())
+    optimizer = pk.optim.AdamW8bit([turned, plain])
+    for step in range(3):
+        grad = testing.tensor(100, 70, seed=step)
+        turned.grad, plain.grad = grad.t(), grad.t().contiguous()
+        optimizer.step()
+    assert torch.equal(turned, plain)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_step_from_a_checkpoint_of_bitsandbytes_is_its_own_within_rounding(dtype: torch.dtype) -> None:
+    theirs, ours = Model(dtype), Model(dtype)
+    other = bnb.optim.AdamW8bit(theirs.parameters(), lr=1e-3)
+    train(theirs, other, range(10))
+    ours.load_state_dict(theirs.state_dict())
+    optimizer = pk.optim.AdamW8bit(ours.parameters())
+    optimizer.load_state_dict(other.state_dict())
+    train(theirs, other, range(10, 11))
+    train(ours, optimizer, range(10, 11))
+    assert_near(ours, theirs, 3e-8)
+    for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+        for key, value in other.state[q].items():
+            if isinstance(value, Tensor) and value.dtype == torch.uint8:
+                assert (optimizer.state[p][key] != value).float().mean() < 0.01, key
+            elif isinstance(value, Tensor):
+                torch.testing.assert_close(optimizer.state[p][key], value, rtol=1e-6, atol=1e-12)
