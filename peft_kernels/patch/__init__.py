@@ -18,14 +18,14 @@ from .. import dispatch
 from ..quantize import report_of
 from . import fused
 from .fused import Record
-from .report import Finding, LayerReport, PatchReport, examine, examine_block
+from .report import Finding, LayerReport, PatchReport, examine_block, layers
 
 __all__ = ["LayerReport", "PatchReport", "explain", "patch", "patched", "unpatch"]
 
 
 def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False) -> PatchReport:
-    """Give the layers of a model fused forwards: PEFT LoRA over nn.Linear, NF4Linear or bitsandbytes
-    Linear4bit, and Linear4bit alone. NF4Linear is fused as it is.
+    """Give the layers of a model fused forwards: PEFT LoRA over nn.Linear, NF4Linear, bitsandbytes Linear4bit
+    or the experts of a mixture, and Linear4bit alone. NF4Linear and NF4 experts are fused as they are.
 
     Patching twice is harmless; `unpatch` first to change the options. `unpatch` restores the model to the
     bit. Copies of the model (deepcopy) are patched too; a pickle holds the model as it would be unpatched.
@@ -53,13 +53,13 @@ def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False) -> PatchRep
     report = PatchReport([], dry_run=dry_run, _model=weakref.ref(model))
     plan: list[tuple[nn.Module, LayerReport, Finding]] = []
     inside: set[nn.Module] = set()  # bases of LoRA layers
+    for name, module, found in layers(model):
+        entries = report.bases if module in inside else report.layers
+        entries.append(_entry(name, module, found, plan, dry_run))
+        base: Any = getattr(module, "get_base_layer", None)
+        if base is not None:
+            inside.add(base())
     for name, module in model.named_modules():
-        found = examine(module)
-        if found is not None:
-            entries = report.bases if module in inside else report.layers
-            entries.append(_entry(name, module, found, plan, dry_run))
-            if hasattr(module, "get_base_layer"):
-                inside.add(module.get_base_layer())
         block = examine_block(module) if mlp else None
         if block is not None:
             report.blocks.append(_entry(name, module, block, plan, dry_run))

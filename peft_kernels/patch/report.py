@@ -9,7 +9,9 @@ from typing import Any
 
 from torch import nn
 
-from . import fused, judge
+from ..nf4_experts import NF4Experts
+from . import fused, judge, judge_experts
+from .experts import FusedParameters
 from .fused import Fused, Record
 from .gated_mlp import Facts, FusedMlp
 from .gated_mlp import examine as examine_mlp
@@ -33,6 +35,10 @@ def examine(module: nn.Module) -> Finding | None:
     """A layer that there is a fused forward for; None: any other module."""
     if isinstance(module, nn.Linear) and judge.is_packed(module):
         return Finding("NF4Linear", None, "" if judge.linear(module) else judge.no_forward(module))
+    if isinstance(module, NF4Experts):
+        return Finding(f"NF4 {type(module).__name__}", None, judge_experts.packed(module))
+    if judge_experts.is_wrapper(module):
+        return _examine_wrappers(list(judge_experts.nest(module)))
     if judge.is_lora(module):
         base: Any = module.get_base_layer()  # type: ignore[operator]
         kind = f"PEFT LoRA {type(module).__name__} on {type(base).__name__}"
@@ -47,6 +53,26 @@ def examine(module: nn.Module) -> Finding | None:
         )
         return Finding(f"bitsandbytes {type(module).__name__}", FusedLinear4bit if known else None, reason)
     return None
+
+
+def _examine_wrappers(wrappers: list[Any]) -> Finding:
+    base = judge_experts.wrapped(wrappers)
+    names = ", ".join(wrapper.parameter_name for wrapper in reversed(wrappers))
+    kind = f"PEFT LoRA on {names} of {type(base).__name__}"
+    never = judge_experts.never(base)
+    reason = never or judge_experts.parameters(wrappers, None, FusedParameters)
+    return Finding(kind, None if never else FusedParameters, reason)
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Finding]]:
+    """What `examine` finds in a model. Wrappers around one module are one layer, the outermost."""
+    inner: set[int] = set()
+    for name, module in model.named_modules():
+        if id(module) not in inner:
+            found = examine(module)
+            inner.update(id(wrapper) for wrapper in judge_experts.nest(module))
+            if found is not None:
+                yield name, module, found
 
 
 def examine_block(module: nn.Module) -> Finding | None:
@@ -170,12 +196,8 @@ class PatchReport:
         known = {(entry.name, entry.kind) for entry in (*self.layers, *self.bases)}
         return [
             f"original {name} ({found.kind}): has come after patch(); patch again to fuse it"
-            for name, module in model.named_modules()
-            for found in [examine(module)]
-            if found is not None
-            and found.mixin is not None
-            and (name, found.kind) not in known
-            and fused.record_of(module) is None
+            for name, module, found in layers(model)
+            if found.mixin is not None and (name, found.kind) not in known and fused.record_of(module) is None
         ]
 
     def details(self) -> str:

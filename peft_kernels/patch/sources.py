@@ -8,6 +8,7 @@ Theirs may change: `reason_unknown` tells by the source whether a function is on
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -29,6 +30,24 @@ KNOWN: dict[str, dict[str, str]] = {
     },
     "peft.tuners.tuners_utils.BaseTunerLayer._cast_input_dtype": {
         "7e8ecb3f75bbbb5b": "0.17.0 to 0.21.2",
+    },
+    "peft.tuners.lora.layer.ParamWrapper.forward": {
+        "cb359d7242d14315": "0.17.0 to 0.21.2",
+    },
+    "peft.tuners.lora.layer.ParamWrapper._activate_lora": {
+        "50c15e239770dc8e": "0.17.0 to 0.18.1",
+        "3e792c73458461ec": "0.19.0 to 0.20.0",
+        "455779f8be2d6d66": "0.21.0 to 0.21.2",
+    },
+    "peft.tuners.lora.layer.ParamWrapper.get_delta_weight": {
+        "9031af3f8d80f4cd": "0.17.0 to 0.18.1",
+        "64be0d16fda5334b": "0.19.0 to 0.21.2",
+    },
+    "peft.tuners.lora.layer.ParamWrapper.get_delta_factors": {
+        "5f2205026029792c": "0.21.0 to 0.21.2",
+    },
+    "peft.tuners.lora.layer.ParamWrapper.get_param": {
+        "b6c5e30d2c7099f8": "0.17.0 to 0.21.2",
     },
     "peft.tuners.lora.bnb.Linear4bit.forward": {
         "00cfa8aa2173b65d": "0.17.0 to 0.17.1",
@@ -123,17 +142,21 @@ def fingerprint_of(tree: ast.AST) -> str:
     return hashlib.sha256(_written(_Essence().visit(tree)).encode()).hexdigest()[:16]
 
 
+_MANAGER = contextlib.contextmanager(iter).__code__
+"""Of every function that it has wrapped."""
+
+
 @lru_cache(maxsize=256)
 def fingerprint(function: Callable[..., Any]) -> str | None:
     """16 hex digits that tell a function's source from others, or None where there is no source to read.
 
     Comments, docstrings, annotations, blank lines and formatting do not count. A wrapper that took over the
     name of what it wraps (`functools.wraps`) has none either, unless both are of one file: then it is the
-    library's own decorator, and named in the source.
+    library's own decorator, and named in the source. So is contextlib's.
     """
-    inner = inspect.unwrap(function)
+    inner, code = inspect.unwrap(function), _code(function)
     try:
-        if inspect.getsourcefile(inner) != inspect.getsourcefile(_code(function)):
+        if code is not _MANAGER and inspect.getsourcefile(inner) != inspect.getsourcefile(code):
             return None
         source = inspect.getsource(inner)
         # A method's lines are indented, and a string in it may have lines that are not.

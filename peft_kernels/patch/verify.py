@@ -1,4 +1,4 @@
-"""Tries a LoRA layer whose forward is not one that was read: ours against it, once per class."""
+"""Tries layers whose forward is not one that was read: ours against it, once per class."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fused import Fused, Record, fuse, restore
+from ..experts import experts_forward
+from .fused import Fused, Record, fuse, plain_class, restore
 
 logger = logging.getLogger("peft_kernels")
 
@@ -47,8 +48,7 @@ def lora(module: Any, active: Sequence[str], mixin: type[Fused], reason: str) ->
         return f"{reason}, and a trial failed ({type(error).__name__}: {error})"
     if record.fallbacks:
         return f"{reason}, and could not be tried: {next(iter(record.fallbacks))}"
-    pairs = [pair for both in zip(theirs, ours, strict=True) for pair in zip(*both, strict=True)]
-    worst = max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for b, a in pairs)
+    worst = _worst([t for call in ours for t in call], [t for call in theirs for t in call])
     if not worst <= TOLERANCE.get(dtype, 1e-3):
         return f"{reason}, and gives other results (off by {worst:.2g})"
     logger.info("%s; tried on one layer, it gives the same as the fused forward (%.2g)", reason, worst)
@@ -67,3 +67,85 @@ def _results(layer: Any, name: str, x: Tensor, call: dict[str, Any]) -> list[Ten
         return [
             t.float() for t in (y.detach(), *torch.autograd.grad(y, [x, *parts], dy, materialize_grads=True))
         ]
+
+
+def experts(module: Any) -> tuple[str, bool]:
+    """Why `experts_forward` does not give what experts of transformers give, or "", and whether this could be
+    tried. Few tokens go to few experts, through the module's own weights."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    x, *routing = _routed(module)
+    if x.device.type == "meta":
+        return f"{name} could not be tried, its weights are on the meta device", False
+
+    def results(forward: Any) -> list[Tensor]:
+        x.requires_grad_()
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            y = forward(module, x, *routing)
+            return [t.detach().float() for t in (y, *torch.autograd.grad(y.square().sum(), x))]
+
+    try:
+        theirs = results(plain_class(module).forward)
+        ours = results(experts_forward)
+    except Exception as error:  # whatever foreign experts do with what they do not expect
+        return f"{name}: a trial failed ({type(error).__name__}: {error})", True
+    if not all(0 < float(t.norm()) < float("inf") for t in theirs):
+        return f"{name} could not be tried, its weights are not loaded", False
+    worst = _worst(ours, theirs)
+    if not worst <= TOLERANCE[x.dtype]:
+        return f"{name} gives other results (off by {worst:.2g})", True
+    return "", True
+
+
+def parameters(wrappers: Sequence[Any], mixin: type[Fused], reason: str) -> str:
+    """As `lora`, for PEFT's wrappers around one module, from the outermost on."""
+    module = wrappers[-1].base_layer
+    name = next((name for wrapper in wrappers for name in wrapper.lora_A), None)
+    x, *routing = _routed(module)
+    if name is None or x.device.type == "meta":
+        return f"{reason}, and could not be tried on this layer"
+    twin = copy.deepcopy(wrappers[0], {id(module): module})
+    restore(twin)
+    generator = torch.Generator().manual_seed(0)
+    parts = [p for key, p in twin.named_parameters() if f".{name}." in f".{key}." and "lora_" in key]
+    with torch.no_grad():
+        for part in parts:
+            part.copy_(torch.randn(part.shape, generator=generator) * part.shape[1] ** -0.5)
+
+    def results() -> list[Tensor]:
+        for tensor in (x, *parts):
+            tensor.requires_grad_()
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            y = twin(x, *routing)
+            return [t.detach().float() for t in (y, *torch.autograd.grad(y.square().sum(), [x, *parts]))]
+
+    try:
+        theirs = results()
+        record = Record()
+        fuse(twin, mixin, record)
+        ours = results()
+    except Exception as error:  # whatever another version's layer does with what it does not expect
+        return f"{reason}, and a trial failed ({type(error).__name__}: {error})"
+    if record.fallbacks:
+        return f"{reason}, and could not be tried: {next(iter(record.fallbacks))}"
+    worst = _worst(ours, theirs)
+    if not worst <= TOLERANCE[x.dtype]:
+        return f"{reason}, and gives other results (off by {worst:.2g})"
+    logger.info("%s; tried on one module, it gives the same as the fused forward (%.2g)", reason, worst)
+    return ""
+
+
+def _routed(module: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Three tokens, each for the first and the last expert, and their weights."""
+    weight = getattr(module, "gate_up_proj" if module.has_gate else "up_proj")
+    generator = torch.Generator().manual_seed(0)
+    features = weight.shape[1 if getattr(module, "is_transposed", False) else 2]
+    x = torch.randn(3, features, generator=generator).to(weight.device, weight.dtype)
+    index = torch.tensor([sorted({0, weight.shape[0] - 1})], device=x.device).repeat(3, 1)
+    weights = (torch.rand(index.shape, generator=generator) + 0.5).to(x)
+    return x, index, weights
+
+
+def _worst(got: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
+    """The largest relative error, NaN if there is one."""
+    errors = [(a - b).norm() / b.norm().clamp(min=1e-30) for a, b in zip(got, expected, strict=True)]
+    return float(torch.stack([error.cpu() for error in errors]).max())

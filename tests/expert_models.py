@@ -1,0 +1,185 @@
+"""Small mixtures of experts, and PEFT's adapters on the weights of experts."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+import pytest
+import torch
+from peft_models import run
+from torch import Tensor, nn
+
+import peft_kernels as pk
+import testing
+from peft_kernels.nf4_experts import NF4Experts, unpack
+
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytest.importorskip(
+    "transformers.integrations.moe", reason="this transformers has no experts in one parameter"
+)
+
+if not hasattr(peft.tuners.lora.layer, "ParamWrapper"):
+    pytest.skip("this PEFT has no target_parameters", allow_module_level=True)
+
+FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h")
+"""Plain; plain; transposed with biases and a gate of its own; without a gate."""
+EXPERTS, TOP_K, HIDDEN, INNER = 6, 2, 64, 32
+WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
+
+
+def experts_class(family: str) -> Any:
+    if family == "qwen3_moe":
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+        return Qwen3MoeExperts
+    if family == "mixtral":
+        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+        return MixtralExperts
+    if family == "gpt_oss":
+        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+        return GptOssExperts
+    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+    return NemotronHExperts
+
+
+def config_of(family: str) -> Any:
+    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "num_experts_per_tok": TOP_K}
+    if family == "qwen3_moe":
+        return transformers.Qwen3MoeConfig(**sizes, num_experts=EXPERTS, moe_intermediate_size=INNER)
+    if family == "nemotron_h":
+        return transformers.NemotronHConfig(**sizes, n_routed_experts=EXPERTS, moe_intermediate_size=INNER)
+    config = {"mixtral": transformers.MixtralConfig, "gpt_oss": transformers.GptOssConfig}[family]
+    return config(**sizes, num_local_experts=EXPERTS, intermediate_size=INNER)
+
+
+class Mixture(nn.Module):
+    """Experts and a router whose choice depends on the row's number alone: rounding changes none. The last
+    expert gets no row."""
+
+    def __init__(self, family: str, dtype: torch.dtype, implementation: str = "grouped_mm") -> None:
+        super().__init__()
+        self.config = config_of(family)
+        self.config._experts_implementation = implementation
+        self.experts = experts_class(family)(self.config).to(dtype)
+        for seed, parameter in enumerate(self.experts.parameters()):
+            values = testing.tensor(*parameter.shape, seed=seed, scale=0.3 if parameter.dim() == 3 else 0.1)
+            parameter.data = values.to(dtype)
+            parameter.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, HIDDEN)
+        row = torch.arange(rows.shape[0], device=x.device)[:, None]
+        index = (row * row + torch.arange(TOP_K, device=x.device) * 2) % (EXPERTS - 1)
+        weights = rows[:, :TOP_K].sigmoid()
+        return self.experts(rows, index, weights).view(x.shape)
+
+
+def mixture(base: str, family: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
+    """A Mixture whose experts are "dense" or "nf4"."""
+    model = Mixture(family, dtype, **options)
+    return pk.quantize_model(model, experts=True) if base == "nf4" else model
+
+
+def weights_of(model: nn.Module) -> dict[str, Any]:
+    """Weights of experts, NF4 or dense, by name."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2] in WEIGHTS and parameter.dim() == 3
+    }
+
+
+def adapt(model: nn.Module, **options: Any) -> Any:
+    """With PEFT's adapters on the weights of experts that do something from the start."""
+    torch.manual_seed(3)
+    model = peft.get_peft_model(model, lora_config(model, **options))
+    fill(model)
+    return model
+
+
+def lora_config(model: nn.Module, **options: Any) -> Any:
+    found = sorted({name.removeprefix("base_model.model.") for name in weights_of(model)})
+    defaults = {"r": 4, "lora_alpha": 8, "target_modules": [], "target_parameters": found}
+    return peft.LoraConfig(**defaults | options)
+
+
+def fill(model: nn.Module, adapter: str = "default") -> None:
+    for name, parameter in model.named_parameters():
+        if f".{adapter}." in name:
+            values = testing.tensor(*parameter.shape, seed=len(name), scale=0.1)
+            parameter.data = values.to(parameter.dtype)
+
+
+def dequantized(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy whose NF4 experts are dense: stock PEFT on the same numbers. By default of their own dtype."""
+    model = copy.deepcopy(model)
+    pk.unpatch(model)
+    for module in model.modules():
+        if isinstance(module, NF4Experts):
+            unpack(module, dtype)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.layer.ParamWrapper) and module.get_base_layer().is_transposed:
+            module._did_swap_in_out_features = False  # transposed weights are so again
+    return model
+
+
+def in_fp64(model: Any) -> Any:
+    """A copy in fp64: the truth."""
+    model = dequantized(model, torch.float32)
+    for module in model.modules():
+        if hasattr(module, "has_gate"):
+            module.config = copy.copy(module.config)
+            module.config._experts_implementation = "eager"  # grouped_mm has no fp64
+    return model.double()
+
+
+ROWS = 13
+
+
+def experts_of(model: Any) -> Any:
+    return model.base_model.model.experts.get_base_layer()
+
+
+def tokens(dtype: torch.dtype = torch.float32, rows: int = ROWS, seed: int = 2) -> Tensor:
+    return testing.tensor(rows, HIDDEN, dtype=dtype, seed=seed)
+
+
+def fallbacks(report: Any) -> list[str]:
+    return [reason for layer in report.layers for reason in layer.fallbacks]
+
+
+def assert_same_numbers(model: Any, call: Any = None, dtype: torch.dtype | None = None) -> None:
+    """Patched against stock PEFT over dense weights, by the numbers policy for errors that are averaged over
+    several inputs: the worst rounding of one says little."""
+    dtype = dtype or next(iter(weights_of(model).values())).dtype
+    wide, dense = in_fp64(model), dequantized(model)
+    samples = []
+    for seed in range(4):
+        x = tokens(dtype, seed=seed)
+        truth, plain = run(wide, x.double()), run(dense, x)
+        with pk.patched(model) as report:
+            got = run(model, x, None if call is None else call(model))
+        assert report.layers and not report.original and not fallbacks(report), str(report)
+        assert got.keys() == plain.keys() == truth.keys()
+        samples.append((got, plain, truth))
+    compare(samples)
+
+
+def compare(samples: Sequence[tuple[dict[str, Tensor], ...]]) -> None:
+    """`got`, `plain` and `truth` of each."""
+    for name, first in samples[0][0].items():
+        assert first.dtype == samples[0][1][name].dtype, name
+        floor = torch.finfo(first.dtype).eps
+        for measure, slack in ((testing.relative_error, floor), (testing.max_error, 4 * floor)):
+            ours, theirs = (
+                mean(measure(one[side][name], one[2][name]) for one in samples) for side in (0, 1)
+            )
+            assert theirs < 0.2, f"{name}: a peer that is wrong would widen the bound"
+            assert ours <= 2 * theirs + slack, f"{name}: {measure.__name__} {ours:.3g}, stock's {theirs:.3g}"
