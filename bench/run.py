@@ -14,7 +14,8 @@ run by name alone, compile the kernels for cards that need not be here: the CUDA
 beside what a card allows, of the Triton kernels registers, spills and the like are told. So does host-...: it
 times the CUDA back end's host code, without a card. waves-... tells by arithmetic how far products with NF4
 weights fill a card, every-cell-... for each of them. loading-... tells the memory and the time that loading a
-checkpoint in 4 bits takes. bitsandbytes-ops-... times its Linear4bit as it is and on our kernels. Writes
+checkpoint in 4 bits takes. bitsandbytes-ops-... times its Linear4bit as it is and on our kernels. moe-...
+times a mixture of experts, for which it needs 16 GB, and counts the bytes of a whole one. Writes
 results.jsonl, table.txt and ratios.png to the output folder. Exits with 1 when a result was wrong.
 """
 
@@ -76,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loading,
         machine,
         memory,
+        moe,
         report,
         session,
         triton_cases,
@@ -90,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *compiled.standard(),
         *triton_cases.standard(),
         *loading.standard(),
+        *moe.standard(options.dtype),
     ]
     every: list[Any] = [*timed, *by_name]
     if options.list and not (options.only or options.quick or options.full):
