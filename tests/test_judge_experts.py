@@ -246,6 +246,8 @@ def test_experts_that_are_not_loaded_yet() -> None:
 def test_every_layout_of_peft_s(transposed: bool, swapped: bool) -> None:
     """PEFT has taken either side of a weight for "in", by version. Its own delta says which."""
     wrapper = adapt(mixture("dense")).base_model.model.experts
+    if not hasattr(wrapper, "_did_swap_in_out_features"):
+        pytest.skip("PEFT before 0.19 has one layout")
     wrapper._did_swap_in_out_features = swapped
     delta = wrapper.get_delta_weight("default")
     a, b, scaling = experts.summed(wrapper, ["default"], transposed)
