@@ -115,6 +115,14 @@ def test_extra_arguments_are_peft_s_to_refuse() -> None:
     assert fallbacks(report) == ["extra arguments (adapter_names)"]
 
 
+def test_two_wrappers_around_one_parameter() -> None:
+    """Nobody makes them now; their deltas would be told apart by the parameter's name."""
+    model = adapt(mixture("nf4"))
+    wrapper = model.base_model.model.experts
+    wrapper.base_layer.parameter_name = wrapper.parameter_name
+    assert "several wrappers around one parameter" in str(pk.patch(model))
+
+
 @pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}], ids=str)
 def test_what_peft_refuses_itself(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="does not work with"):

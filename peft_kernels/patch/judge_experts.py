@@ -49,6 +49,8 @@ def parameters(wrappers: Sequence[Any], device: torch.device | None, ours: type[
     experts = wrapped(wrappers)
     if reason := never(experts):
         return reason
+    if len({wrapper.parameter_name for wrapper in wrappers}) != len(wrappers):
+        return "several wrappers around one parameter"
     for wrapper in wrappers[1:]:
         if reason := judge.call_of(wrapper) or "":
             return reason
