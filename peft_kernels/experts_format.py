@@ -42,6 +42,13 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
     return items
 
 
+def read(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
+    """`from_state_dict` of the format that `key` is in, this one or bitsandbytes'."""
+    if f"{key}.{STATE_ITEM}" in state_dict:
+        return from_state_dict(state_dict, key)
+    return bitsandbytes.from_state_dict(state_dict, key)
+
+
 def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
     """The weights saved under `key`, and their nominal dtype. ValueError names the item that is missing,
     truncated, foreign, or has values that no weight can have."""

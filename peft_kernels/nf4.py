@@ -15,7 +15,7 @@ keep that honest:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -89,7 +89,10 @@ class NF4Weight(NF4Tensor):
         if blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
         if weight.dim() == 3:
-            return cls._of_experts(weight, blocksize, double_quant, check_finite, name)
+            if weight.shape[0] == 0:
+                raise ValueError(f"{name}: expected at least one expert, got shape {tuple(weight.shape)}")
+            rest = blocksize, double_quant, check_finite, name
+            return cls.quantize_experts(weight, weight.shape[0], *rest)
         packed, absmax = ops.quantize_nf4(weight.detach(), blocksize)
         if check_finite and not (bool(absmax.sum().isfinite()) or bool(absmax.isfinite().all())):
             bad = int((~torch.isfinite(weight.detach())).sum())
@@ -103,20 +106,28 @@ class NF4Weight(NF4Tensor):
         return cls(state, weight.dtype)
 
     @classmethod
-    def _of_experts(cls, weight: Tensor, *arguments: Any) -> NF4Weight:
-        blocksize, double_quant, check_finite, name = arguments
-        if weight.shape[0] == 0:
-            raise ValueError(f"{name}: expected at least one expert, got shape {tuple(weight.shape)}")
-        state = None
-        for e, dense in enumerate(weight):
+    def quantize_experts(
+        cls,
+        experts: Iterable[Tensor],
+        count: int,
+        blocksize: int = 64,
+        double_quant: bool = True,
+        check_finite: bool = True,
+        name: str = "weight",
+    ) -> NF4Weight:
+        """`quantize` for `count` weights of one shape, (out_features, in_features), one after the other: they
+        need never all be dense in memory. Errors as there, which name the expert."""
+        state, dtype = None, torch.float32
+        for e, dense in enumerate(experts):
             one = cls.quantize(dense, blocksize, double_quant, check_finite, f"{name}[{e}]")._state
             if state is None:
-                wide = one.map(lambda t: t.new_empty((weight.shape[0], *t.shape)))
-                state = dataclasses.replace(wide, shape=tuple(weight.shape), name=name)
+                wide = one.map(lambda t: t.new_empty((count, *t.shape)))
+                state, dtype = dataclasses.replace(wide, shape=(count, *dense.shape), name=name), dense.dtype
             for whole, part in zip(state.tensors().values(), one.tensors().values(), strict=True):
                 whole[e] = part
-        assert state is not None
-        return cls(state, weight.dtype)
+        if state is None:
+            raise ValueError(f"{name}: expected at least one expert, got none")
+        return cls(state, dtype)
 
     def requantize_(self) -> NF4Weight:
         """Pack a weight that a write made dense. Loses what 4 bits cannot hold; see `is_dense`."""
@@ -211,9 +222,7 @@ class NF4Weight(NF4Tensor):
         cls, state_dict: Mapping[str, Any], prefix: str = "", name: str = "weight"
     ) -> NF4Weight:
         """Read what `state_dict` or bitsandbytes wrote. ValueError names an item that does not fit."""
-        of_experts = f"{prefix}{name}.{experts_format.STATE_ITEM}" in state_dict
-        form = experts_format if of_experts else bitsandbytes
-        return cls(*form.from_state_dict(state_dict, prefix + name))
+        return cls(*experts_format.read(state_dict, prefix + name))
 
     @classmethod
     def from_bnb(cls, params4bit: Any) -> NF4Weight:

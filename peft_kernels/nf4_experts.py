@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from .experts import experts_forward
 from .nf4 import NF4Weight
 from .nf4_model import ModelLink
-from .nf4_state import NF4State
 
 _HOME = "transformers.integrations.moe"
 
@@ -67,7 +66,7 @@ class NF4Experts:
 
     def settle(self: Any) -> nn.Module:
         """Become an ordinary module, if all weights are dense. Returns the module."""
-        if all(_weights(self)[name].dense is not None for name in weight_names(self)):
+        if all(_dense(weight) is not None for weight in _weights(self).values()):
             unpack(self)
         module: nn.Module = self
         return module
@@ -83,11 +82,12 @@ class NF4Experts:
     def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         for name, weight in _weights(self).items():
-            del destination[prefix + name]
-            if weight.dense is None:
+            dense = _dense(weight)
+            if dense is None:
+                del destination[prefix + name]
                 destination.update(weight.state_dict(prefix, name))
             else:
-                destination[prefix + name] = _turned(self, weight.dense)
+                destination[prefix + name] = _turned(self, dense)
 
     def _load_from_state_dict(
         self: Any,
@@ -99,7 +99,7 @@ class NF4Experts:
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        weights, new, mine = _weights(self), dict[str, NF4Weight](), set[str]()
+        weights, new, mine = _weights(self), dict[str, Tensor](), set[str]()
         for name, weight in weights.items():
             key = prefix + name
             items = {k for k in state_dict if k == key or k.startswith(f"{key}.")}
@@ -108,12 +108,7 @@ class NF4Experts:
                 missing_keys.append(key)
                 continue
             try:
-                if items == {key}:
-                    raise ValueError(f"{key}: expected the items of NF4 experts, got a dense tensor")
-                new[name] = NF4Weight.from_state_dict(state_dict, prefix, name)
-                if new[name]._state.shape != weight._state.shape:
-                    got = f"{new[name]._state.shape}"
-                    raise ValueError(f"{key}: expected shape {weight._state.shape}, got {got}")
+                new[name] = _read(self, weight, state_dict, prefix, name, items == {key})
             except ValueError as error:
                 error_msgs.append(str(error))
                 return  # the rest stays too: half a module is worse than none
@@ -125,17 +120,16 @@ class NF4Experts:
                 rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
             )
         finally:
-            # With `assign=True` the others are new.
-            parameters.update(self._parameters)
+            parameters.update(self._parameters)  # with `assign=True` the others are new
             self.__dict__["_parameters"] = parameters
         if len(error_msgs) > errors:
             return
         for name, loaded in new.items():
-            loaded._state.name = weights[name]._state.name
+            weight = weights[name]
             if local_metadata.get("assign_to_params_buffers", False):
-                parameters[name] = nn.Parameter(loaded, requires_grad=False)
+                parameters[name] = nn.Parameter(loaded, requires_grad=weight.requires_grad)
             else:
-                weights[name].data = loaded.to(weights[name].device, copy=True)
+                weight.data = loaded.to(weight.device, copy=True)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -146,10 +140,10 @@ class NF4Experts:
         return _new, (plain,), *state
 
     def extra_repr(self) -> str:
-        weights = _weights(self).items()
-        forms = ", ".join(f"{name}={tuple(weight.shape)}" for name, weight in weights)
-        some = next(weight for _, weight in weights)
-        return f"{forms}, blocksize={some.blocksize}, dtype={some.dtype}"
+        weights = _weights(self)
+        forms = ", ".join(f"{name}={tuple(weight.shape)}" for name, weight in weights.items())
+        some = next((weight for weight in weights.values() if isinstance(weight, NF4Weight)), None)
+        return forms if some is None else f"{forms}, blocksize={some.blocksize}, dtype={some.dtype}"
 
 
 def pack(
@@ -169,17 +163,10 @@ def pack(
 
 def adopt(module: Any, compute_dtype: torch.dtype | None = None) -> None:
     """Make a module NF4Experts whose NF4 weights, (experts, out, in), have been put into it. A weight that is
-    dense stays so, and is turned like the others."""
-    packed = next(w for w in map(module._parameters.get, weight_names(module)) if isinstance(w, NF4Weight))
-    for name in weight_names(module):
-        weight = module._parameters[name]
-        if not isinstance(weight, NF4Weight):
-            dense = _turned(module, weight.detach(), module.is_transposed)
-            state = NF4State(
-                tuple(dense.shape), packed.blocksize, dense=dense, double_quant=packed.double_quant
-            )
-            weight = NF4Weight(state, dense.dtype)
-            module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+    an ordinary parameter stays one, and is turned like the others."""
+    for weight in _weights(module).values():
+        if not isinstance(weight, NF4Weight) and module.is_transposed:
+            weight.data = _turned(module, weight.data, True)
     module.__class__ = _class_for(type(module))
     module.stored_transposed, module.is_transposed = module.is_transposed, False
     module.compute_dtype = compute_dtype
@@ -188,8 +175,10 @@ def adopt(module: Any, compute_dtype: torch.dtype | None = None) -> None:
 def unpack(module: Any, dtype: torch.dtype | None = None) -> None:
     """Undo `pack`: a module of the class that it had, with dense weights, of `dtype` or what they had."""
     for name, weight in _weights(module).items():
-        dense = weight.dequantize(dtype) if weight.dense is None else weight.dense.to(dtype or weight.dtype)
-        module._parameters[name] = nn.Parameter(_turned(module, dense), requires_grad=False)
+        dense = _dense(weight)
+        dense = weight.dequantize(dtype) if dense is None else dense.to(dtype or weight.dtype)
+        requires_grad = weight.requires_grad
+        module._parameters[name] = nn.Parameter(_turned(module, dense), requires_grad=requires_grad)
     link, module.is_transposed = module.link, module.stored_transposed
     for attribute in ("compute_dtype", "link", "stored_transposed"):
         module.__dict__.pop(attribute, None)
@@ -198,8 +187,32 @@ def unpack(module: Any, dtype: torch.dtype | None = None) -> None:
         link.layer_gone()
 
 
-def _weights(module: Any) -> dict[str, NF4Weight]:
+def _weights(module: Any) -> dict[str, Any]:
+    """NF4Weights; after a merge dense ones, or ordinary parameters where a checkpoint has them dense."""
     return {name: module._parameters[name] for name in weight_names(module)}
+
+
+def _dense(weight: Tensor) -> Tensor | None:
+    return weight.dense if isinstance(weight, NF4Weight) else weight.data
+
+
+def _read(
+    module: Any, weight: Tensor, state_dict: dict[str, Any], prefix: str, name: str, dense: bool
+) -> Tensor:
+    """What a state dict has for a weight. ValueError if that does not fit."""
+    key, loaded = prefix + name, state_dict.get(prefix + name)
+    if dense and isinstance(weight, NF4Weight):
+        raise ValueError(f"{key}: expected the items of NF4 experts, got a dense tensor")
+    if not dense:
+        loaded = NF4Weight.from_state_dict(state_dict, prefix, name)
+        loaded._state.name = getattr(weight, "_state", loaded._state).name
+    elif not isinstance(loaded, Tensor) or loaded.dim() != 3:
+        raise ValueError(f"{key}: expected a tensor of three dimensions, got {type(loaded).__name__}")
+    else:
+        loaded = _turned(module, loaded.detach()).to(weight.dtype)
+    if loaded.shape != weight.shape:
+        raise ValueError(f"{key}: expected shape {tuple(weight.shape)}, got {tuple(loaded.shape)}")
+    return loaded
 
 
 def _turned(module: Any, weight: Tensor, transposed: bool | None = None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import testing
 from peft_kernels.experts import experts_forward
-from peft_kernels.nf4_experts import weight_names
+from peft_kernels.nf4_experts import pack, weight_names
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -37,6 +37,25 @@ def test_computes_what_dense_experts_do(kind: str, dtype: torch.dtype, implement
     weights = weights.to(dtype)  # else eager ones refuse
     truth = run(unpacked(module, torch.float64), hidden.double(), index, weights.double())
     plain = run(unpacked(module, implementation=implementation), hidden, index, weights)
+    for what, got in run(module, hidden, index, weights).items():
+        testing.assert_close(got, plain[what], truth[what], what)
+
+
+def test_a_gate_of_its_own_around_a_known_activation() -> None:
+    """As DeepSeek V4 has. Eager experts do not ask for it."""
+    cls = type(moe.experts("qwen3_moe"))
+
+    class Clamped(cls):  # type: ignore[misc, valid-type]
+        def _apply_gate(self, gate_up: Tensor) -> Any:
+            gate, up = gate_up.chunk(2, dim=-1)
+            return self.act_fn(gate.clamp(max=0.5)) * up.clamp(-0.5, 0.5)
+
+    module = moe.experts("qwen3_moe")
+    module.__class__ = Clamped
+    pack(module)
+    hidden, index, weights = sample()
+    truth = run(unpacked(module, torch.float64, "batched_mm"), hidden.double(), index, weights.double())
+    plain = run(unpacked(module, implementation="batched_mm"), hidden, index, weights)
     for what, got in run(module, hidden, index, weights).items():
         testing.assert_close(got, plain[what], truth[what], what)
 

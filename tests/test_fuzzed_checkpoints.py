@@ -74,6 +74,6 @@ def test_some_cases_of_the_fuzzer(tmp_path: Path) -> None:
 
 def test_the_fuzzer_finds_a_reader_that_believes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the check of scales, it does not get through."""
-    monkeypatch.setattr(bitsandbytes, "_check_scales", lambda *_: None)
+    monkeypatch.setattr(bitsandbytes, "check_scales", lambda *_: None)
     with pytest.raises(AssertionError, match=r"case \d+: AssertionError: scales that no weight has"):
         run(range(1000), tmp_path)

@@ -8,20 +8,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import experts_format
 from ..integrations import bitsandbytes
+from ..nf4_model import METHOD
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
 
-_STATE = f".{bitsandbytes.STATE_PREFIX}"
+_STATES = (f".{bitsandbytes.STATE_PREFIX}", f".{experts_format.STATE_ITEM}")
+_ITEMS = {*bitsandbytes.TENSOR_ITEMS, *experts_format.TENSOR_ITEMS}
 _CHUNK = 1 << 24  # bytes of a tensor looked at in one go
 
 
 def weight_of(name: str) -> str | None:
     """The quantised weight that an item (`...weight.absmax`) belongs to; None for any other name."""
-    if _STATE in name:
-        return name[: name.index(_STATE)]
+    for state in _STATES:
+        if state in name:
+            return name[: name.index(state)]
     weight, _, item = name.rpartition(".")
-    return weight if item in bitsandbytes.TENSOR_ITEMS and weight else None
+    return weight if item in _ITEMS and weight else None
 
 
 def nf4_weights(names: Mapping[str, Any]) -> dict[str, list[str]]:
@@ -34,7 +38,7 @@ def nf4_weights(names: Mapping[str, Any]) -> dict[str, list[str]]:
     for weight, items in list(found.items()):
         # Others may call a tensor absmax too.
         known = weight in names or weight.endswith("weight")
-        if not known and not any(_STATE in item for item in items):
+        if not known and not any(state in item for item in items for state in _STATES):
             del found[weight]
     for name in names:
         if name in found:
@@ -58,7 +62,7 @@ def read_nf4(checkpoint: Checkpoint, weight: str, names: list[str], codes: bool 
         else:
             items[name] = entry.read()
     try:
-        return bitsandbytes.from_state_dict(items, weight)
+        return experts_format.read(items, weight)
     except ValueError as error:
         raise CheckpointError(shown(str(error)) if "\n" in str(error) else str(error)) from error
 
@@ -117,7 +121,9 @@ def _faults_of_config(checkpoint: Checkpoint, quantised: bool) -> Iterator[str]:
     if not checkpoint.path.is_dir():
         return
     config = checkpoint.config.get("quantization_config")
-    four_bits = isinstance(config, dict) and bool(config.get("load_in_4bit"))
+    four_bits = isinstance(config, dict) and (
+        bool(config.get("load_in_4bit")) or config.get("quant_method") == METHOD
+    )
     if quantised and not four_bits:
         yield (
             "config.json: expected a quantization_config of bitsandbytes for the NF4 weights, got none; "

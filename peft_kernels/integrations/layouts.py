@@ -8,18 +8,18 @@ the model has them, under the model's own names, and read back so.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from safetensors import safe_open
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import PrefixChange, WeightConverter
+from transformers.core_model_loading import Concatenate, MergeModulelist, PrefixChange, WeightConverter
 
 from .. import experts_format
 from .bitsandbytes import STATE_ITEM, STATE_PREFIX, TENSOR_ITEMS
 from .mapped_files import MappedFiles
 from .nf4_config import NF4Config
-from .nf4_conversion import Errors, Read, ReadExperts
+from .nf4_conversion import Errors, Gather, Read, ReadExperts
 
 _FP4 = f"{STATE_PREFIX}fp4"  # read so that it can be refused
 _CONVERSIONS, _KEPT = "_weight_conversions", "_peft_kernels_weight_conversions"
@@ -77,11 +77,31 @@ def to_read(conversions: Iterable[Any], packed: set[str]) -> list[Any]:
     return kept
 
 
-def forget_reading(model: Any) -> None:
-    """After loading: packed experts are written as they are, by no conversion that could be turned round."""
+def gathering(
+    conversions: Iterable[Any], packs: Callable[[str], bool], files: MappedFiles
+) -> list[tuple[Any, Any]]:
+    """A model's conversions, each with what is to stand for it while experts are packed: of those that merge
+    experts, stacked and one below the other, one that leaves merging to packing."""
+    found = []
+    for conversion in conversions:
+        operations = getattr(conversion, "operations", ())
+        kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
+        stands_for = conversion
+        if kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+            sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
+            gather = Gather(list(operations), packs, files)
+            stands_for = conversion.copy(list(sources), list(targets), operations=[gather])
+        found.append((conversion, stands_for))
+    return found
+
+
+def forget_loading(model: Any, gathered: Iterable[tuple[Any, Any]]) -> None:
+    """After loading: the model's own conversions for those of `gathering`, and none for packed experts, which
+    are written as they are."""
     conversions = getattr(model, _CONVERSIONS, None)
     if conversions:
-        vars(model)[_CONVERSIONS] = [each for each in conversions if not _reads_experts(each)]
+        own = {id(stands_for): conversion for conversion, stands_for in gathered}
+        vars(model)[_CONVERSIONS] = [own.get(id(c), c) for c in conversions if not _reads_experts(c)]
 
 
 def _reads_experts(conversion: Any) -> bool:

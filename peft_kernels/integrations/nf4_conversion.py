@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -56,6 +57,48 @@ class _Conversion(ConversionOps):
         raise NotImplementedError
 
 
+class Parts:
+    """A weight of many experts, in the tensors of a checkpoint that has each apart: expert e is the e-th of
+    every list, one below the other."""
+
+    def __init__(self, name: str, lists: list[list[Tensor]], files: MappedFiles) -> None:
+        self.name, self.lists, self.files = name, lists, files
+        self.device = lists[0][0].device
+        out_features = sum(each[0].shape[0] for each in lists)
+        self.shape = (len(lists[0]), out_features, *lists[0][0].shape[1:])
+
+    def experts(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """One after the other; of those before, nothing stays in memory."""
+        for each in self.lists:
+            if len(each) != len(self.lists[0]):
+                raise ValueError(f"{self.name}: expected {len(self.lists[0])} experts, got {len(each)}")
+        for e, tensors in enumerate(zip(*self.lists, strict=True)):
+            for tensor, first in zip(tensors, (each[0] for each in self.lists), strict=True):
+                expect_shape(f"{self.name}[{e}]", tuple(first.shape), tuple(tensor.shape))
+            yield (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).to(dtype)
+            for tensor in tensors:
+                self.files.release(tensor)
+
+
+class Gather(ConversionOps):
+    """What stands for transformers' merging of experts: where the result is packed, that merges them."""
+
+    def __init__(self, operations: list[Any], packs: Callable[[str], bool], files: MappedFiles) -> None:
+        self.operations, self.packs, self.files = operations, packs, files
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return type(self)(self.operations, self.packs, self.files)
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        name: str = about["full_layer_name"]
+        if self.packs(name):
+            lists = [input_dict[pattern] for pattern in about["source_patterns"] if pattern in input_dict]
+            return {name: Parts(name, lists, self.files)}
+        for operation in self.operations:
+            input_dict = operation.convert(input_dict, **about)
+        return input_dict
+
+
 class Quantize(_Conversion):
     """A dense weight as it was read -> NF4."""
 
@@ -66,18 +109,19 @@ class Quantize(_Conversion):
         }
 
     def _convert(self, key: str, layer: Any, value: Tensor) -> nn.Parameter:
-        own = getattr(layer, key.rpartition(".")[2])
+        own, config = getattr(layer, key.rpartition(".")[2]), self.config
+        on_meta = value.device.type == "meta"
+        options = config.blocksize, config.double_quant, not on_meta, key
         if own.dim() == 3:
             expect_shape(key, tuple(own.shape), tuple(value.shape))
-            dense = value.mT if layer.is_transposed else value
+            parts = value if isinstance(value, Parts) else Parts(key, [list(value)], MappedFiles())
+            experts = parts.experts(own.dtype)
+            turned = (one.mT for one in experts) if layer.is_transposed else experts
+            weight = NF4Weight.quantize_experts(turned, own.shape[0], *options)
         else:
-            dense = _as_linear(key, layer, value)
-        dense, config = dense.to(own.dtype), self.config
-        on_meta = dense.device.type == "meta"
-        weight = NF4Weight.quantize(
-            dense, config.blocksize, config.double_quant, check_finite=not on_meta, name=key
-        )
-        self.files.release(value)
+            weight = NF4Weight.quantize(_as_linear(key, layer, value).to(own.dtype), *options)
+        if isinstance(value, Tensor):
+            self.files.release(value)
         return nn.Parameter(weight, requires_grad=False)
 
 

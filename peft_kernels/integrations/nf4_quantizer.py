@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections import Counter
 from typing import Any
@@ -52,6 +53,7 @@ class NF4Quantizer(HfQuantizer):
         self.in_four_bits: set[str] = set()
         self.experts_in_four_bits: set[str] = set()
         self.experts: dict[str, Any] = {}  # modules that are to hold packed weights, by name
+        self.gathered: list[tuple[Any, Any]] = []
         self.files = MappedFiles()
 
     def is_serializable(self) -> bool:
@@ -90,7 +92,11 @@ class NF4Quantizer(HfQuantizer):
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
         if not self.pre_quantized:
-            return list(weight_conversions)
+            if not self.experts:
+                return list(weight_conversions)
+            packs = functools.partial(self.param_needs_quantization, model)
+            self.gathered = layouts.gathering(weight_conversions, packs, self.files)
+            return [stands_for for _, stands_for in self.gathered]
         rest = self.quantization_config, self.errors, self.files
         renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
         experts = [apply_renamings(name, renamings) for name in sorted(self.experts_in_four_bits)]
@@ -135,7 +141,8 @@ class NF4Quantizer(HfQuantizer):
         errors, report, link = self.errors, self.report, ModelLink()
         self.errors, self.report, self.files = Errors(), QuantizeReport(), MappedFiles()
         errors.check()
-        layouts.forget_reading(model)
+        layouts.forget_loading(model, self.gathered)
+        self.gathered = []
         for experts in self.experts.values():
             if packed_weights(experts):
                 adopt(experts, self.quantization_config.compute_dtype)

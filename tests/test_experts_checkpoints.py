@@ -1,0 +1,89 @@
+"""Checkpoints with packed experts: what the command line says of them, and what is wrong with bad ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import moe_models as moe
+import pytest
+import safetensors.torch
+import torch
+from moe_checkpoints import items_of, loaded, saved
+from transformers_models import assert_same_state, read
+
+import peft_kernels as pk
+from peft_kernels.cli.main import main
+
+
+def test_inspected_and_loaded_from_the_command_line_and_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = loaded(saved(tmp_path / "dense", "qwen3_moe"))
+    model.save_pretrained(tmp_path / "4bit")
+    assert main(["inspect", str(tmp_path / "4bit"), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["faults"] == []
+    tensors = {tensor["name"]: tensor for tensor in found["tensors"]}
+    experts = tensors["model.layers.0-1.mlp.experts.down_proj"]
+    assert experts["shape"] == [4, 64, 64] and experts["form"].startswith("NF4 of float32, blocks of 64")
+    other = loaded(tmp_path / "dense", nf4={"blocksize": 32})
+    pk.load_checkpoint(other, tmp_path / "4bit")
+    assert_same_state(other, model)
+    items = items_of(tmp_path / "4bit")
+    items["model.layers.1.mlp.experts.down_proj.absmax"] = torch.ones(3, dtype=torch.uint8)
+    safetensors.torch.save_file(items, tmp_path / "4bit" / "model.safetensors", {"format": "pt"})
+    assert main(["inspect", str(tmp_path / "4bit"), "--json"]) == 1
+    (fault,) = json.loads(capsys.readouterr().out)["faults"]
+    assert fault.startswith("model.layers.1.mlp.experts.down_proj.absmax: expected number of dimensions 2")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite(bad: float, tmp_path: Path) -> None:
+    model = moe.model("qwen3_moe")
+    model.model.layers[1].mlp.experts.down_proj.data[2, 3, 4] = bad
+    model.save_pretrained(tmp_path)
+    name = r"model\.layers\.1\.mlp\.experts\.down_proj\[2\]"
+    with pytest.raises(ValueError, match=f"{name}: expected finite values, got 1 NaN or Inf"):
+        loaded(tmp_path)
+
+
+def test_experts_of_different_shapes(tmp_path: Path) -> None:
+    saved(tmp_path, "mixtral")
+    items = items_of(tmp_path)
+    key = next(key for key in items if key.endswith("layers.1.block_sparse_moe.experts.2.w2.weight"))
+    items[key] = items[key][:, :-2].contiguous()
+    safetensors.torch.save_file(items, tmp_path / "model.safetensors", {"format": "pt"})
+    name = r"model\.layers\.1\.mlp\.experts\.down_proj\[2\]"
+    with pytest.raises(ValueError, match=rf"{name}: expected shape \(64, 128\), got \(64, 126\)"):
+        loaded(tmp_path)
+
+
+def test_a_weight_of_another_shape(tmp_path: Path) -> None:
+    saved(tmp_path, "gpt_oss")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_local_experts": 3}))
+    with pytest.raises((ValueError, RuntimeError), match=r"expected shape|mismatched"):
+        loaded(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda items, key: items.pop(f"{key}.absmax"), "absmax: expected a dense tensor"),
+        (lambda items, key: items.update({key: items[key][:-1]}), "expected number of experts 4, got 3"),
+        (
+            lambda items, key: items.update({f"{key}.nested_absmax": -items[f"{key}.nested_absmax"]}),
+            "nested_absmax: expected finite scales of 0 or more",
+        ),
+    ],
+)
+def test_a_broken_checkpoint(change: Any, sentence: str, tmp_path: Path) -> None:
+    loaded(saved(tmp_path / "dense", "qwen3_moe")).save_pretrained(tmp_path)
+    items = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    key = "model.layers.1.mlp.experts.down_proj"
+    change(items, key)
+    safetensors.torch.save_file(items, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=key.replace(".", r"\.") + ".*" + sentence):
+        read(tmp_path)

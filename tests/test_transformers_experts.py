@@ -1,0 +1,303 @@
+"""from_pretrained(quantization_config=NF4Config(experts=True)), and what comes of it on disk."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fresh_process import Python
+from moe_checkpoints import items_of, loaded, saved, sets_of, stored
+from moe_models import IMPLEMENTATIONS, MODELS
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers_models import Auto, NF4Config, assert_same_state, ids, read, transformers
+
+import peft_kernels as pk
+import testing
+from peft_kernels.integrations.transformers import read_config
+from peft_kernels.nf4_experts import is_experts
+from peft_kernels.nf4_model import METHOD
+from peft_kernels.quantize import report_of
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def dense(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp(kind), kind)
+
+
+@pytest.fixture
+def model(dense: Path) -> Any:
+    return loaded(dense)
+
+
+# What a loaded model computes.
+
+
+def losses(model: Any) -> dict[str, Tensor]:
+    """Logits, loss, and a gradient that has come through all layers."""
+    embeddings = model.get_input_embeddings().weight
+    out = model(input_ids=ids(), labels=ids())
+    (grad,) = torch.autograd.grad(out.loss, embeddings)
+    return {"logits": out.logits.detach(), "loss": out.loss.detach(), "gradient": grad}
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_is_the_model_of_the_dequantised_weights(model: Any, implementation: str) -> None:
+    model.set_experts_implementation(implementation)
+    plain = copy.deepcopy(model).dequantize()
+    assert not sets_of(plain) and any(is_experts(module) for module in plain.modules())
+    wide = copy.deepcopy(plain).double()
+    wide.set_experts_implementation("eager")
+    expected, truth = losses(plain), losses(wide)
+    for what, got in losses(model).items():
+        testing.assert_close(got, expected[what], truth[what], what)
+
+
+def test_generates(model: Any) -> None:
+    plain = copy.deepcopy(model).dequantize()
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    got, expected = (m.generate(ids(), **options) for m in (model, plain))
+    assert got.shape[1] == ids().shape[1] + 8 and torch.equal(got, expected)
+
+
+def test_is_what_quantize_model_makes(model: Any, dense: Path) -> None:
+    other = pk.quantize_model(Auto.from_pretrained(dense), experts=True)
+    assert sets_of(model).keys() == sets_of(other).keys() != set()
+    assert_same_state(model, other)
+    assert torch.equal(model(ids()).logits, other(ids()).logits)
+    ours, theirs = report_of(model), report_of(other)
+    assert ours is not None and ours == theirs and set(ours.layers) >= sets_of(model).keys()
+    assert model.get_memory_footprint() == other.get_memory_footprint() < 0.35 * ours.bytes_before
+
+
+# On disk.
+
+
+@pytest.mark.parametrize("how", ["read_config", "plain"])
+@pytest.mark.parametrize("shards", ["50GB", "30kB"])
+def test_read_again_it_is_the_same(model: Any, shards: str, how: str, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path / "4bit", max_shard_size=shards)
+    again = read(tmp_path / "4bit") if how == "read_config" else Auto.from_pretrained(tmp_path / "4bit")
+    assert sets_of(model).keys() == sets_of(again).keys()
+    assert_same_state(model, again)
+    assert torch.equal(model(ids()).logits, again(ids()).logits)
+    again.save_pretrained(tmp_path / "again", max_shard_size=shards)
+    for file in (tmp_path / "4bit").iterdir():
+        assert file.read_bytes() == (tmp_path / "again" / file.name).read_bytes(), file.name
+
+
+def test_a_model_of_quantize_model(dense: Path, tmp_path: Path) -> None:
+    options = {"blocksize": 32, "double_quant": False, "compute_dtype": torch.bfloat16}
+    model = pk.quantize_model(Auto.from_pretrained(dense), experts=True, **options)
+    model.save_pretrained(tmp_path)
+    assert stored(tmp_path) == {
+        "quant_method": METHOD,
+        "blocksize": 32,
+        "double_quant": False,
+        "modules_to_not_convert": ["lm_head"],
+        "compute_dtype": "bfloat16",
+        "experts": True,
+    }
+    assert not hasattr(model.config, "quantization_config"), "it tells of 4 bits while it is written only"
+    again = read(tmp_path)
+    assert_same_state(model, again)
+    assert {module.compute_dtype for module in sets_of(again).values()} == {torch.bfloat16}
+    assert torch.equal(model(ids()).logits, again(ids()).logits)
+
+
+def test_what_is_written(model: Any, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    items = items_of(tmp_path)
+    names = ("absmax", "nested_absmax", "nested_offset", "quant_state.peft_kernels__nf4_experts")
+    found = [key.removesuffix(f".{names[-1]}") for key in items if key.endswith(names[-1])]
+    assert len(found) == 2 * len(sets_of(model))
+    for weight in found:
+        assert {key for key in items if key.startswith(f"{weight}.")} == {f"{weight}.{n}" for n in names}
+        assert items[weight].dtype == torch.uint8 and items[weight].dim() == 2
+
+
+def test_dequantised_it_is_saved_as_it_came(model: Any, dense: Path, tmp_path: Path) -> None:
+    model.dequantize().save_pretrained(tmp_path)
+    assert stored(tmp_path) is None
+    items, before = items_of(tmp_path), items_of(dense)
+    assert {k: t.shape for k, t in items.items()} == {k: t.shape for k, t in before.items()}
+    assert torch.equal(Auto.from_pretrained(tmp_path)(ids()).logits, model(ids()).logits)
+
+
+def expected_layout(experts: Any) -> Tensor:
+    """A merged down_proj as the class of the experts has it."""
+    dense: Tensor = experts.down_proj.dense
+    return dense.mT if experts.stored_transposed else dense
+
+
+def test_a_merged_weight_is_saved_dense_and_read_so(model: Any, tmp_path: Path) -> None:
+    name, experts = next(iter(sets_of(model).items()))
+    delta = torch.full_like(experts.down_proj.dequantize(), 0.01)
+    experts.down_proj.data += delta
+    expected = model(ids()).logits
+    model.save_pretrained(tmp_path / "merged")
+    again = read(tmp_path / "merged")
+    same = again.get_submodule(name)
+    assert type(same.down_proj) is nn.Parameter and not same.gate_up_proj.is_dense
+    assert torch.equal(same.down_proj, experts.down_proj.dense)
+    assert torch.equal(again(ids()).logits, expected)
+    copied = copy.deepcopy(again)
+    same.down_proj.data.zero_()
+    again.load_state_dict(copied.state_dict())
+    assert_same_state(again, copied)
+    again.save_pretrained(tmp_path / "again")
+    assert_same_state(read(tmp_path / "again"), copied)
+    plain = again.dequantize()
+    turned = expected_layout(experts)
+    assert not sets_of(plain) and torch.equal(plain.get_submodule(name).down_proj, turned)
+    experts.down_proj.data -= delta
+    model.save_pretrained(tmp_path / "unmerged")
+    assert_same_state(read(tmp_path / "unmerged"), model)
+
+
+def test_all_experts_merged_it_is_bitsandbytes_format_again(tmp_path: Path) -> None:
+    model = loaded(saved(tmp_path / "dense", "qwen3_moe"))
+    for module in sets_of(model).values():
+        for weight in (module.gate_up_proj, module.down_proj):
+            weight.data += torch.full_like(weight.dequantize(), 0.01)
+    model.save_pretrained(tmp_path / "merged")
+    assert stored(tmp_path / "merged")["quant_method"] == "bitsandbytes"
+    again = read(tmp_path / "merged")
+    assert not sets_of(again)
+    torch.testing.assert_close(again(ids()).logits, model(ids()).logits)
+
+
+def test_without_us_it_does_not_load(tmp_path: Path, python: Python) -> None:
+    """transformers tells that it does not know the method, and refuses the shapes."""
+    loaded(saved(tmp_path / "dense", "qwen3_moe")).save_pretrained(tmp_path / "4bit")
+    python(
+        "import logging, io\n"
+        "import transformers\n"
+        "heard = io.StringIO()\n"
+        "transformers.utils.logging.get_logger().addHandler(logging.StreamHandler(heard))\n"
+        "try:\n"
+        f"    transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / '4bit')!r})\n"
+        "except RuntimeError as error:\n"
+        "    assert 'ignore_mismatched_sizes' in str(error), error\n"
+        "else:\n"
+        "    raise AssertionError('it was loaded')\n"
+        f"assert 'Unknown quantization type, got {METHOD}' in heard.getvalue(), heard.getvalue()\n"
+    )
+
+
+def test_configurations(tmp_path: Path) -> None:
+    assert NF4Config(experts=True).to_dict()["quant_method"] == METHOD
+    assert NF4Config().to_dict()["quant_method"] == "bitsandbytes"
+    config = NF4Config(32, False, ["a"], torch.float16, experts=True)
+    assert vars(NF4Config.from_dict(config.to_dict())) == vars(config)
+    with pytest.raises(ValueError, match="experts: expected True or False, got 'all'"):
+        NF4Config(experts="all")  # type: ignore[arg-type]
+    loaded(saved(tmp_path / "dense", "olmoe")).save_pretrained(tmp_path / "4bit")
+    assert read_config(tmp_path / "4bit").quantization_config["experts"] is True
+
+
+# Where, and what of it.
+
+
+def test_by_default_experts_stay_and_a_warning_says_so(
+    dense: Path, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    with caplog.at_level(logging.WARNING, logger="peft_kernels"):
+        model = loaded(dense, nf4={"experts": False})
+    assert "experts=True packs them" in caplog.text and not sets_of(model)
+    model.save_pretrained(tmp_path)
+    assert stored(tmp_path)["quant_method"] == "bitsandbytes"
+
+
+def test_modules_to_not_convert(tmp_path: Path) -> None:
+    saved(tmp_path / "dense", "gpt_oss")
+    skip = ["layers.1.mlp.experts", "lm_head"]
+    model = loaded(tmp_path / "dense", nf4={"modules_to_not_convert": skip})
+    assert list(sets_of(model)) == ["model.layers.0.mlp.experts"]
+    report = report_of(model)
+    assert report is not None and report.left["model.layers.1.mlp.experts"] == "named in skip"
+    model.save_pretrained(tmp_path / "4bit")
+    again = read(tmp_path / "4bit")
+    assert_same_state(model, again)
+    assert torch.equal(again(ids()).logits, model(ids()).logits)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe"])
+@pytest.mark.parametrize("stored_dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("asked", ["auto", torch.float32, None], ids=str)
+def test_the_type_that_is_asked_for(kind: str, stored_dtype: torch.dtype, asked: Any, tmp_path: Path) -> None:
+    saved(tmp_path, kind, stored_dtype)
+    options = {} if asked is None else {"dtype": asked}
+    model = loaded(tmp_path, **options)
+    other = Auto.from_pretrained(tmp_path, **options)
+    assert {w.dtype for m in sets_of(model).values() for w in (m.gate_up_proj, m.down_proj)} == {other.dtype}
+    assert_same_state(model, pk.quantize_model(other, experts=True))
+
+
+@pytest.mark.parametrize("kind", ["mixtral"])
+def test_other_ways_to_load(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    one, many = tmp_path / "one", tmp_path / "many"
+    model = loaded(saved(one, kind))
+    saved(many, kind, max_shard_size="30kB")
+    assert len(list(many.glob("*.safetensors"))) > 3
+    assert_same_state(loaded(many), model)
+    assert_same_state(loaded(one, device_map={"": "cpu"}), model)
+    base = transformers.AutoModel.from_pretrained(one, quantization_config=NF4Config(experts=True))
+    model.save_pretrained(tmp_path / "4bit")
+    again = transformers.AutoModel.from_pretrained(tmp_path / "4bit", config=read_config(tmp_path / "4bit"))
+    assert sets_of(base).keys() == sets_of(again).keys() != set()
+    assert_same_state(base, again)
+    meta = loaded(one, device_map={"": "meta"})
+    assert {p.device.type for p in meta.parameters()} == {"meta"}
+    assert meta.get_memory_footprint() == model.get_memory_footprint()
+    assert meta.state_dict().keys() == model.state_dict().keys()
+
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor of numbers that an op makes."""
+
+    nbytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, Tensor) and out.is_floating_point() and out.device.type == "cpu":
+            self.nbytes = max(self.nbytes, out.nbytes)
+        return out
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_that_a_file_has_apart_are_never_dense_together(kind: str, tmp_path: Path) -> None:
+    """transformers would stack them, and then put gate and up side by side."""
+    saved(tmp_path, kind)
+    assert any(".experts.3." in key for key in items_of(tmp_path))
+    with Largest() as dense:
+        Auto.from_pretrained(tmp_path)
+    with Largest() as packed:
+        model = loaded(tmp_path)
+    module = next(iter(sets_of(model).values()))
+    experts, *one = module.gate_up_proj.shape
+    assert dense.nbytes == experts * one[0] * one[1] * 4
+    assert packed.nbytes <= one[0] * one[1] * 4
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_copy_saves_itself(how: str, tmp_path: Path) -> None:
+    import pickle
+
+    model = loaded(saved(tmp_path / "dense", "gpt_oss"))
+    twin = copy.deepcopy(model) if how == "deepcopy" else pickle.loads(pickle.dumps(model))
+    assert sets_of(twin).keys() == sets_of(model).keys()
+    twin.save_pretrained(tmp_path / "4bit")
+    assert_same_state(read(tmp_path / "4bit"), model)
+    twin.dequantize()
+    assert not sets_of(twin) and sets_of(model)
