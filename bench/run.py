@@ -15,8 +15,9 @@ beside what a card allows, of the Triton kernels registers, spills and the like 
 times the CUDA back end's host code, without a card. waves-... tells by arithmetic how far products with NF4
 weights fill a card, every-cell-... for each of them. loading-... tells the memory and the time that loading a
 checkpoint in 4 bits takes. bitsandbytes-ops-... times its Linear4bit as it is and on our kernels, experts-...
-layers of mixtures of experts, adamw-... a step of optimizers. Writes results.jsonl, table.txt and ratios.png to
-the output folder. Exits with 1 when a result was wrong.
+layers of experts, adamw-... a step of optimizers. moe-... times a mixture of experts, for which it
+needs 16 GB, and counts the bytes of a whole one. Writes results.jsonl, table.txt and ratios.png to the output
+folder. Exits with 1 when a result was wrong.
 """
 
 from __future__ import annotations
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loading,
         machine,
         memory,
+        moe,
         optimizers,
         report,
         session,
@@ -94,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *compiled.standard(),
         *triton_cases.standard(),
         *loading.standard(),
+        *moe.standard(options.dtype),
         *optimizers.standard(),
     ]
     every: list[Any] = [*timed, *by_name]

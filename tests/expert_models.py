@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Sequence
+from statistics import mean
 from typing import Any
 
 import pytest
 import torch
+from peft_models import run
 from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
+from peft_kernels.nf4_experts import NF4Experts, unpack
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip("transformers.integrations.moe", reason="this transformers has no experts in one parameter")
+pytest.importorskip(
+    "transformers.integrations.moe", reason="this transformers has no experts in one parameter"
+)
 
 if not hasattr(peft.tuners.lora.layer, "ParamWrapper"):
     pytest.skip("this PEFT has no target_parameters", allow_module_level=True)
 
+PEFT = tuple(int(part) for part in re.findall(r"\d+", peft.__version__)[:3])
+SEVERAL = pytest.mark.skipif(PEFT < (0, 20), reason="PEFT before 0.20: one adapter with target_parameters")
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h")
 """Plain; plain; transposed with biases and a gate of its own; without a gate."""
 EXPERTS, TOP_K, HIDDEN, INNER = 6, 2, 64, 32
@@ -53,12 +62,19 @@ def config_of(family: str) -> Any:
     return config(**sizes, num_local_experts=EXPERTS, intermediate_size=INNER)
 
 
+def skip_transposed(family: str) -> None:
+    """PEFT before 0.19.1 takes weights as they lie, whatever `is_transposed` says."""
+    if family == "gpt_oss" and PEFT < (0, 19, 1):
+        pytest.skip("this PEFT takes transposed weights of experts for others")
+
+
 class Mixture(nn.Module):
     """Experts and a router whose choice depends on the row's number alone: rounding changes none. The last
     expert gets no row."""
 
     def __init__(self, family: str, dtype: torch.dtype, implementation: str = "grouped_mm") -> None:
         super().__init__()
+        skip_transposed(family)
         self.config = config_of(family)
         self.config._experts_implementation = implementation
         self.experts = experts_class(family)(self.config).to(dtype)
@@ -78,18 +94,7 @@ class Mixture(nn.Module):
 def mixture(base: str, family: str = "qwen3_moe", dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """A Mixture whose experts are "dense" or "nf4"."""
     model = Mixture(family, dtype, **options)
-    return to_nf4(model) if base == "nf4" else model
-
-
-def to_nf4(model: nn.Module) -> Any:
-    """The experts of a model in 4 bits."""
-    for module in model.modules():
-        for name in WEIGHTS:
-            weight = module._parameters.get(name)
-            if weight is not None and weight.dim() == 3:
-                packed = pk.NF4Weight.quantize(weight.detach())
-                setattr(module, name, nn.Parameter(packed, requires_grad=False))
-    return model
+    return pk.quantize_model(model, experts=True) if base == "nf4" else model
 
 
 def weights_of(model: nn.Module) -> dict[str, Any]:
@@ -122,29 +127,69 @@ def fill(model: nn.Module, adapter: str = "default") -> None:
             parameter.data = values.to(parameter.dtype)
 
 
-def dequantized(model: Any) -> Any:
-    """A copy whose NF4 weights of experts are dense: stock PEFT on the same numbers."""
+def dequantized(model: Any, dtype: torch.dtype | None = None) -> Any:
+    """A copy whose NF4 experts are dense: stock PEFT on the same numbers. By default of their own dtype."""
     model = copy.deepcopy(model)
     pk.unpatch(model)
-    for module in list(model.modules()):
-        for name in WEIGHTS:
-            weight = module._parameters.get(name)
-            if isinstance(weight, pk.NF4Weight):
-                setattr(module, name, nn.Parameter(weight.dequantize(), requires_grad=False))
+    for module in model.modules():
+        if isinstance(module, NF4Experts):
+            unpack(module, dtype)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.layer.ParamWrapper) and module.get_base_layer().is_transposed:
+            module._did_swap_in_out_features = False  # transposed weights are so again
     return model
 
 
 def in_fp64(model: Any) -> Any:
     """A copy in fp64: the truth."""
-    model = copy.deepcopy(model)
-    pk.unpatch(model)
-    for module in list(model.modules()):
+    model = dequantized(model, torch.float32)
+    for module in model.modules():
         if hasattr(module, "has_gate"):
             module.config = copy.copy(module.config)
             module.config._experts_implementation = "eager"  # grouped_mm has no fp64
-        for name in WEIGHTS:
-            weight = module._parameters.get(name)
-            if isinstance(weight, pk.NF4Weight):
-                exact = weight.dequantize(torch.float32)
-                setattr(module, name, nn.Parameter(exact, requires_grad=False))
     return model.double()
+
+
+ROWS = 13
+
+
+def experts_of(model: Any) -> Any:
+    return model.base_model.model.experts.get_base_layer()
+
+
+def tokens(dtype: torch.dtype = torch.float32, rows: int = ROWS, seed: int = 2) -> Tensor:
+    return testing.tensor(rows, HIDDEN, dtype=dtype, seed=seed)
+
+
+def fallbacks(report: Any) -> list[str]:
+    return [reason for layer in report.layers for reason in layer.fallbacks]
+
+
+def assert_same_numbers(model: Any, call: Any = None, dtype: torch.dtype | None = None) -> None:
+    """Patched against stock PEFT over dense weights, by the numbers policy for errors that are averaged over
+    several inputs: the worst rounding of one says little."""
+    dtype = dtype or next(iter(weights_of(model).values())).dtype
+    wide, dense = in_fp64(model), dequantized(model)
+    samples = []
+    for seed in range(4):
+        x = tokens(dtype, seed=seed)
+        truth, plain = run(wide, x.double()), run(dense, x)
+        with pk.patched(model) as report:
+            got = run(model, x, None if call is None else call(model))
+        assert report.layers and not report.original and not fallbacks(report), str(report)
+        assert got.keys() == plain.keys() == truth.keys()
+        samples.append((got, plain, truth))
+    compare(samples)
+
+
+def compare(samples: Sequence[tuple[dict[str, Tensor], ...]]) -> None:
+    """`got`, `plain` and `truth` of each."""
+    for name, first in samples[0][0].items():
+        assert first.dtype == samples[0][1][name].dtype, name
+        floor = torch.finfo(first.dtype).eps
+        for measure, slack in ((testing.relative_error, floor), (testing.max_error, 4 * floor)):
+            ours, theirs = (
+                mean(measure(one[side][name], one[2][name]) for one in samples) for side in (0, 1)
+            )
+            assert theirs < 0.2, f"{name}: a peer that is wrong would widen the bound"
+            assert ours <= 2 * theirs + slack, f"{name}: {measure.__name__} {ours:.3g}, stock's {theirs:.3g}"

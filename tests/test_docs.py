@@ -54,13 +54,15 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     needs_modules("transformers", "peft")
     folder = tmp_path_factory.mktemp("model") / "my-model"
     doc_pages.make_model(folder)
+    doc_pages.make_mixture(folder.with_name("my-mixture"))
     return folder
 
 
 @pytest.fixture
 def workplace(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader would run the snippets: a folder with `my-model` in it."""
-    (tmp_path / "my-model").symlink_to(model_folder)
+    """Where a reader would run the snippets: a folder with `my-model` and `my-mixture` in it."""
+    for name in ("my-model", "my-mixture"):
+        (tmp_path / name).symlink_to(model_folder.with_name(name))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -91,7 +91,7 @@ def patched_modules(model: nn.Module) -> list[str]:
 
 def test_patch_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora(models.base_model("nf4"))
-    module = importlib.import_module("peft_kernels.patch")
+    module = importlib.import_module("peft_kernels.patch.report")
     examine = module.examine
 
     def failing(layer: nn.Module) -> Any:

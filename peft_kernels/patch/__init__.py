@@ -56,8 +56,9 @@ def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False) -> PatchRep
     for name, module, found in layers(model):
         entries = report.bases if module in inside else report.layers
         entries.append(_entry(name, module, found, plan, dry_run))
-        if hasattr(module, "get_base_layer"):
-            inside.add(module.get_base_layer())
+        base: Any = getattr(module, "get_base_layer", None)
+        if base is not None:
+            inside.add(base())
     for name, module in model.named_modules():
         block = examine_block(module) if mlp else None
         if block is not None:

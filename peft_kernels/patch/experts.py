@@ -1,8 +1,8 @@
 """PEFT's adapters on the weights of experts (`target_parameters`) on our kernels.
 
 PEFT's `ParamWrapper` adds the product of A and B to the weights of all experts in each call, and lets the
-experts multiply by what comes of it. Here tokens meet the weights and adapters of their own experts alone, and
-packed weights stay packed.
+experts multiply by what comes of it. Here tokens meet the weights and adapters of their own experts alone,
+and packed weights stay packed.
 
 There is a wrapper for each parameter, one around the other, all around one module: the outermost, which
 models call, computes for all.
@@ -58,7 +58,8 @@ def _run(module: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | 
         for wrapper in wrappers
         if (names := active[wrapper.parameter_name])
     }
-    return experts_forward(experts, x, *args, lora)
+    index, weights = args
+    return experts_forward(experts, x, index, weights, lora)
 
 
 def _active(wrapper: Any) -> list[str]:

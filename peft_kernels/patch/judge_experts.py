@@ -10,6 +10,7 @@ import torch
 
 from ..code_tables import WEIGHT_DTYPES
 from ..nf4 import NF4Weight
+from ..nf4_experts import NF4Experts, weight_names
 from . import fused, judge, sources, verify
 
 _wrapper_classes: dict[tuple[type, Callable[..., Any]], str] = {}
@@ -48,6 +49,8 @@ def parameters(wrappers: Sequence[Any], device: torch.device | None, ours: type[
     experts = wrapped(wrappers)
     if reason := never(experts):
         return reason
+    if len({wrapper.parameter_name for wrapper in wrappers}) != len(wrappers):
+        return "several wrappers around one parameter"
     for wrapper in wrappers[1:]:
         if reason := judge.call_of(wrapper) or "":
             return reason
@@ -80,8 +83,10 @@ def never(base: Any) -> str:
     return ""
 
 
-def weight_names(experts: Any) -> tuple[str, str]:
-    return ("gate_up_proj" if experts.has_gate else "up_proj", "down_proj")
+def packed(experts: Any) -> str:
+    """Why packed experts would not run on our kernels, or ""."""
+    own = fused.plain_class(experts).forward is NF4Experts.forward
+    return "" if own else f"a subclass with a forward of its own, {type(experts).__name__}"
 
 
 def transposed(experts: Any) -> bool:
@@ -110,6 +115,8 @@ def _weights(experts: Any, device: torch.device | None) -> str:
 
 def _stands_for_experts(experts: Any) -> str:
     """Why `experts_forward` does not compute what the class of these experts does, or ""."""
+    if isinstance(experts, NF4Experts):
+        return packed(experts)
     cls = fused.plain_class(experts)
     chosen = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     key = cls, cls.forward, chosen
@@ -129,8 +136,6 @@ def _stands_for_wrappers(wrappers: Sequence[Any], ours: type[fused.Fused]) -> st
         if found is None:
             _wrapper_classes[key] = ""  # while it is tried
             functions = [getattr(cls, name) for name in CALLED if hasattr(cls, name)]
-            # Of a context manager, which contextlib has wrapped, what is inside.
-            functions = [getattr(function, "__wrapped__", function) for function in functions]
             reason = sources.reason_unknown(cls.forward, *functions)
             found = "" if reason is None else verify.parameters(wrappers, ours, reason)
             _wrapper_classes[key] = found

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from ..nf4_experts import NF4Experts
 from . import fused, judge, judge_experts
 from .experts import FusedParameters
 from .fused import Fused, Record
@@ -34,6 +35,8 @@ def examine(module: nn.Module) -> Finding | None:
     """A layer that there is a fused forward for; None: any other module."""
     if isinstance(module, nn.Linear) and judge.is_packed(module):
         return Finding("NF4Linear", None, "" if judge.linear(module) else judge.no_forward(module))
+    if isinstance(module, NF4Experts):
+        return Finding(f"NF4 {type(module).__name__}", None, judge_experts.packed(module))
     if judge_experts.is_wrapper(module):
         return _examine_wrappers(list(judge_experts.nest(module)))
     if judge.is_lora(module):
@@ -194,9 +197,7 @@ class PatchReport:
         return [
             f"original {name} ({found.kind}): has come after patch(); patch again to fuse it"
             for name, module, found in layers(model)
-            if found.mixin is not None
-            and (name, found.kind) not in known
-            and fused.record_of(module) is None
+            if found.mixin is not None and (name, found.kind) not in known and fused.record_of(module) is None
         ]
 
     def details(self) -> str:

@@ -8,6 +8,7 @@ Theirs may change: `reason_unknown` tells by the source whether a function is on
 from __future__ import annotations
 
 import ast
+import contextlib
 import hashlib
 import importlib.metadata
 import inspect
@@ -141,17 +142,21 @@ def fingerprint_of(tree: ast.AST) -> str:
     return hashlib.sha256(_written(_Essence().visit(tree)).encode()).hexdigest()[:16]
 
 
+_MANAGER = contextlib.contextmanager(iter).__code__
+"""Of every function that it has wrapped."""
+
+
 @lru_cache(maxsize=256)
 def fingerprint(function: Callable[..., Any]) -> str | None:
     """16 hex digits that tell a function's source from others, or None where there is no source to read.
 
     Comments, docstrings, annotations, blank lines and formatting do not count. A wrapper that took over the
     name of what it wraps (`functools.wraps`) has none either, unless both are of one file: then it is the
-    library's own decorator, and named in the source.
+    library's own decorator, and named in the source. So is contextlib's.
     """
-    inner = inspect.unwrap(function)
+    inner, code = inspect.unwrap(function), _code(function)
     try:
-        if inspect.getsourcefile(inner) != inspect.getsourcefile(_code(function)):
+        if code is not _MANAGER and inspect.getsourcefile(inner) != inspect.getsourcefile(code):
             return None
         source = inspect.getsource(inner)
         # A method's lines are indented, and a string in it may have lines that are not.

@@ -1,0 +1,263 @@
+"""What of adapters on experts may be fused: what has been done to a module, forwards that nobody has read."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from expert_models import (
+    HIDDEN,
+    ROWS,
+    adapt,
+    assert_same_numbers,
+    dequantized,
+    experts_of,
+    fallbacks,
+    fill,
+    mixture,
+    peft,
+    tokens,
+    weights_of,
+)
+from peft_models import run
+from torch import Tensor, nn
+
+import peft_kernels as pk
+import testing
+from peft_kernels.patch import experts, judge_experts, sources
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    """Verdicts are kept for the life of a process."""
+    tables: tuple[Any, ...] = (judge_experts._wrapper_classes, judge_experts._expert_classes)
+    kept = [dict(table) for table in tables]
+    for table in tables:
+        table.clear()
+    yield
+    for table, old in zip(tables, kept, strict=True):
+        table.clear()
+        table.update(old)
+
+
+# What is not fused, and why.
+
+
+def test_a_trained_base_gets_its_gradient() -> None:
+    model = adapt(mixture("dense"))
+    for weight in weights_of(model).values():
+        weight.requires_grad_()
+    plain = run(model, tokens())
+    report = pk.patch(model)
+    got = run(model, tokens())
+    assert fallbacks(report) == ["gate_up_proj is trained"] and got.keys() == plain.keys()
+    assert all(torch.equal(got[name], plain[name]) for name in got)
+
+
+def test_a_trained_bias() -> None:
+    model = adapt(mixture("dense", "gpt_oss"))
+    experts_of(model).down_proj_bias.requires_grad_()
+    report = pk.patch(model)
+    got = run(model, tokens())
+    assert fallbacks(report) == ["down_proj_bias is trained"] and any(
+        "down_proj_bias" in name for name in got
+    )
+
+
+@pytest.mark.parametrize("place", ["outermost", "inner", "experts"])
+def test_hooks_still_run(place: str) -> None:
+    model, calls = adapt(mixture("nf4")), []
+    outermost = model.base_model.model.experts
+    report = pk.patch(model)
+    where = {"outermost": outermost, "inner": outermost.base_layer, "experts": experts_of(model)}
+    plain = model(tokens())
+    where[place].register_forward_hook(lambda *_: calls.append(1))
+    assert testing.relative_error(model(tokens()), plain) < 1e-5
+    assert calls == [1]
+    assert bool(fallbacks(report)) == (place != "outermost")
+    assert bool(report.original) == (place != "outermost")
+
+
+def test_a_forward_that_is_replaced_on_the_experts() -> None:
+    model = adapt(mixture("nf4"))
+    report = pk.patch(model)
+    inner = experts_of(model)
+    original = inner.forward
+    inner.forward = lambda *args: 2 * original(*args)
+    plain = dequantized(adapt(mixture("nf4")))(tokens())
+    assert testing.relative_error(model(tokens()), 2 * plain) < 1e-5
+    assert "was replaced on the instance" in fallbacks(report)[0]
+
+
+def test_a_weight_that_is_computed_in_each_call() -> None:
+    model = adapt(mixture("dense"))
+    nn.utils.parametrize.register_parametrization(experts_of(model), "down_proj", Doubled())
+    plain = copy.deepcopy(model)(tokens())  # PEFT 0.21 leaves its own parametrisation on this one
+    report = pk.patch(model)
+    assert testing.relative_error(model(tokens()), plain) < 1e-6
+    assert fallbacks(report) == ["down_proj is not a parameter"]
+
+
+class Doubled(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+def test_extra_arguments_are_peft_s_to_refuse() -> None:
+    model = adapt(mixture("nf4"))
+    report = pk.patch(model)
+    rows, index = tokens(), torch.zeros(ROWS, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="mixed"):
+        model.base_model.model.experts(rows, index, rows[:, :1], adapter_names=["default"] * ROWS)
+    assert fallbacks(report) == ["extra arguments (adapter_names)"]
+
+
+def test_two_wrappers_around_one_parameter() -> None:
+    """Nobody makes them now; their deltas would be told apart by the parameter's name."""
+    model = adapt(mixture("nf4"))
+    wrapper = model.base_model.model.experts
+    wrapper.base_layer.parameter_name = wrapper.parameter_name
+    assert "several wrappers around one parameter" in str(pk.patch(model))
+
+
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_dropout": 0.1}, {"lora_bias": True}], ids=str)
+def test_what_peft_refuses_itself(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="does not work with"):
+        adapt(mixture("nf4"), **options)
+
+
+def test_parameters_of_a_linear_layer() -> None:
+    """PEFT's wrapper over them stays as it is, also where the weight is packed."""
+    model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN))
+    pk.quantize_model(model)
+    model = adapt_linear(model)
+    plain, gradients = model(tokens()), run(model, tokens())
+    report = pk.patch(model)
+    assert [str(layer) for layer in report.original] == [
+        "original base_model.model.0 (PEFT LoRA on weight of NF4Linear): "
+        "no fused forward over the parameters of a NF4Linear"
+    ]
+    assert torch.equal(model(tokens()), plain)
+    weight = model.base_model.model[0].get_base_layer().weight
+    assert isinstance(weight, pk.NF4Weight) and not weight.is_dense and len(gradients) == 4
+    dense = nn.Linear(HIDDEN, HIDDEN)
+    dense.weight.data, dense.bias = weight.dequantize(), model.base_model.model[0].get_base_layer().bias
+    assert testing.relative_error(plain, adapt_linear(nn.Sequential(dense))(tokens())) < 1e-5
+
+
+def adapt_linear(model: nn.Module) -> Any:
+    model = peft.get_peft_model(
+        model, peft.LoraConfig(r=4, target_modules=[], target_parameters=["0.weight"])
+    )
+    fill(model)
+    return model
+
+
+# Forwards that nobody has read.
+
+
+WRAPPER = "peft.tuners.lora.layer.ParamWrapper.forward"
+
+
+def test_an_unknown_version_of_peft_is_tried_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(sources, "KNOWN", sources.KNOWN | {WRAPPER: {"0" * 16: "0.1"}})
+    model = adapt(mixture("nf4"))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    plain = model(tokens())
+    with caplog.at_level("INFO", "peft_kernels"):
+        report = pk.patch(model)
+        pk.patch(adapt(mixture("nf4")))
+    tried = [message for message in caplog.messages if "tried on one module" in message]
+    assert len(tried) == 1 and "has changed" in tried[0] and not report.original, str(report)
+    assert testing.relative_error(model(tokens()), plain) < 1e-5
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("fault", ["scaled", "dropped", "raising"])
+def test_a_version_that_computes_something_else_is_left_alone(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cls = peft.tuners.lora.layer.ParamWrapper
+    known = cls.forward
+
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if fault == "raising":
+            raise NotImplementedError("what is new here")
+        if fault == "dropped":
+            return 0 * known(self, x, *args, **kwargs)
+        return 1.1 * known(self, x, *args, **kwargs)
+
+    forward.__module__, forward.__qualname__ = cls.__module__, "ParamWrapper.forward"
+    monkeypatch.setattr(cls, "forward", forward)
+    report = pk.patch(adapt(mixture("nf4")))
+    (reason,) = [layer.reason for layer in report.original]
+    assert ("a trial failed" if fault == "raising" else "gives other results") in reason
+
+
+def test_experts_that_compute_something_else_are_left_alone() -> None:
+    model = adapt(mixture("dense"))
+    known = type(experts_of(model)).forward
+    halved = type("Halved", (type(experts_of(model)),), {"forward": lambda self, *a: 0.5 * known(self, *a)})
+    experts_of(model).__class__ = halved
+    plain = model(tokens())
+    report = pk.patch(model)
+    assert torch.equal(model(tokens()), plain)
+    assert "Halved gives other results" in report.original[0].reason
+
+
+def test_an_implementation_of_the_user_s() -> None:
+    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
+
+    def tripled(*args: Any) -> Tensor:
+        return 3 * grouped_mm_experts_forward(*args)
+
+    model = adapt(mixture("dense"))
+    report = pk.patch(model)
+    assert not report.original
+    ALL_EXPERTS_FUNCTIONS.register("tripled", tripled)
+    try:
+        model.base_model.model.config._experts_implementation = "tripled"
+        plain = dequantized(model)(tokens())
+        assert torch.equal(model(tokens()), plain)
+        assert "gives other results" in fallbacks(report)[0]
+    finally:
+        ALL_EXPERTS_FUNCTIONS._global_mapping.pop("tripled")
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_implementations_of_transformers(implementation: str) -> None:
+    assert_same_numbers(adapt(mixture("dense", implementation=implementation)))
+
+
+def test_experts_that_are_not_loaded_yet() -> None:
+    """A verdict on numbers that are not there is none."""
+    model = adapt(mixture("dense"))
+    kept = {name: weight.data.clone() for name, weight in weights_of(model).items()}
+    for weight in weights_of(model).values():
+        weight.data.zero_()
+    report = pk.patch(model)
+    assert "weights are not loaded" in report.original[0].reason
+    for name, weight in weights_of(model).items():
+        weight.data.copy_(kept[name])
+    assert (
+        not report.original and testing.relative_error(model(tokens()), dequantized(model)(tokens())) < 1e-5
+    )
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_every_layout_of_peft_s(transposed: bool, swapped: bool) -> None:
+    """PEFT has taken either side of a weight for "in", by version. Its own delta says which."""
+    wrapper = adapt(mixture("dense")).base_model.model.experts
+    if not hasattr(wrapper, "_did_swap_in_out_features"):
+        pytest.skip("PEFT before 0.19 has one layout")
+    wrapper._did_swap_in_out_features = swapped
+    delta = wrapper.get_delta_weight("default")
+    a, b, scaling = experts.summed(wrapper, ["default"], transposed)
+    got = scaling * b @ a
+    assert testing.relative_error(got.transpose(1, 2) if transposed else got, delta) < 1e-6
