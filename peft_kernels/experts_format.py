@@ -77,7 +77,9 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
     for name, tensor, n in parts:
         expect(name, "number of dimensions", n, tensor.dim())
         expect(name, "number of experts", shape[0], tensor.shape[0])
-    offsets = second[1].float() if nested else None
+    offsets = second[1] if nested else None
+    if offsets is not None:
+        expect(known["nested_offset"], "dtype", torch.float32, offsets.dtype)
     # All experts are of one size: what holds for the first holds for all.
     one = bitsandbytes.assemble(
         key,
