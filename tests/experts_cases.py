@@ -28,7 +28,7 @@ SPLITS: dict[str, tuple[int, ...]] = {
     "one-expert": (13, 2),
 }
 """Rows of each expert, and at last how many are behind."""
-MANY = (*(i % 19 for i in range(40)), 300, 1, 0, 7)
+MANY = (*(i % 19 for i in range(40)), 1100, 1, 0, 7)
 """More than are packed at once, and an expert larger than that beside small ones."""
 
 

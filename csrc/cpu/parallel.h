@@ -115,8 +115,7 @@ inline void run_gemms(const GemmJob* jobs, size_t count) {
   for (size_t i = 0; i < count; ++i) multiply_adds += jobs[i].is_empty() ? 0 : jobs[i].multiply_adds();
   if (multiply_adds == 0) return;
   const int64_t threads = useful_threads(multiply_adds);
-  const int64_t task_size =
-      count == 1 ? multiply_adds / threads : multiply_adds / (threads * kTasksPerThread);
+  const int64_t task_size = std::max<int64_t>(multiply_adds / (threads * kTasksPerThread), 1);
   struct Part {
     const GemmJob* job;
     Grid grid;
@@ -128,9 +127,8 @@ inline void run_gemms(const GemmJob* jobs, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     const GemmJob& job = jobs[i];
     if (job.is_empty()) continue;
-    const int64_t most = threads == 1 ? 1 : job.multiply_adds() / std::max<int64_t>(task_size, 1);
-    const Grid grid =
-        plan_grid(job.m_end - job.m_begin, job.params.n, job.m_unit, job.n_unit, std::max<int64_t>(most, 1));
+    const int64_t most = count == 1 ? threads : threads == 1 ? 1 : ceil_div(job.multiply_adds(), task_size);
+    const Grid grid = plan_grid(job.m_end - job.m_begin, job.params.n, job.m_unit, job.n_unit, most);
     parts.push_back({&job, grid, tasks += grid.m_parts * grid.n_parts});
   }
   // Each thread's first task is the same in every call, as its caches may still hold what that reads.
