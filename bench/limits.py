@@ -82,7 +82,7 @@ RULES: Sequence[Rule] = (
     Rule(r"LinearDx<fp16, NarrowTable, 4>", 3.9, tokens=32),
     Rule(r"LinearDx<\w+, NarrowTable, 8>", 4.5, tokens=64, architectures=WIDE),
     Rule(r"ExpertsTiles<\w+, WideTable>", 4.8, tokens=64, architectures=WIDE),
-    Rule(r"ExpertsTiles<\w+, NarrowTable>", 5.7, tokens=64, architectures=NARROW),
+    Rule(r"ExpertsTiles<\w+, NarrowTable>", 5.8, tokens=64, architectures=NARROW),
     Rule(r"ExpertsDx<bf16, 4>", 3.7, tokens=32),
     Rule(r"ExpertsDx<fp16, 4>", 3.9, tokens=32),
     Rule(r"ExpertsDx<\w+, 6>", 4.3, tokens=48, architectures=WIDE),
