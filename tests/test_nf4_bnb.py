@@ -32,6 +32,7 @@ def test_tables_equal_bitsandbytes() -> None:
 
     assert torch.equal(get_4bit_type("nf4", device="cpu"), code_tables.nf4_code(CPU))
     assert torch.equal(create_dynamic_map(), code_tables.dynamic_map(CPU))
+    assert torch.equal(create_dynamic_map(signed=False), code_tables.dynamic_map(CPU, signed=False))
 
 
 # The adversarial ones are whole blocks at every blocksize: bitsandbytes' CPU build treats a partial last

@@ -16,6 +16,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import peft_kernels as pk
 import testing
+from peft_kernels import code_tables
+from peft_kernels.backends import cpu
 from peft_kernels.optim import blockwise
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -213,6 +215,13 @@ def test_lora_plus_groups() -> None:
     layer(testing.tensor(4, 128)).sum().backward()
     optimizer.step()
     assert (layer.lora_B - before).detach().abs().max() == pytest.approx(16e-3, rel=1e-3)
+
+
+def test_the_unsigned_map_is_the_same_in_both_homes() -> None:
+    if (reason := testing.unavailable("cpu-scalar")) is not None:
+        pytest.skip(reason)
+    ours = code_tables.dynamic_map(torch.device("cpu"), signed=False).tolist()
+    assert cpu.BACKEND.extension.unsigned_dynamic_map() == ours
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "kahan"])

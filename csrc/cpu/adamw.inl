@@ -81,24 +81,39 @@ inline float absmax_of(const float* x) {
   return out;
 }
 
-template <bool kSigned>
-inline void write_codes(const float* x, float absmax, uint8_t* codes, int64_t count) {
-  const MidpointCounter counter(kSigned ? kSignedSearch : kUnsignedSearch);
-  float inverse = 1.0f / absmax;
-  if (inverse > FLT_MAX) inverse = 0;
-  const Vec scale = splat(inverse);
-  for (int64_t i = 0; i < count; i += kLanes) {
-    const Vec scaled = load(x + i) * scale;
-    const VecN found = kSigned ? signed_codes(counter, scaled) : unsigned_codes(counter, scaled);
-    if (count - i >= kLanes) {
-      store_codes(codes + i, found);
-    } else {
-      uint8_t part[kLanes];
-      store_codes(part, found);
-      memcpy(codes + i, part, count - i);
-    }
-  }
+inline Vec inverse_of(float absmax) {
+  const float inverse = 1.0f / absmax;
+  return splat(inverse > FLT_MAX ? 0 : inverse);
 }
+
+inline void store_code_lanes(uint8_t* codes, VecN found, int64_t lanes) {
+  if (lanes == kLanes) return store_codes(codes, found);
+  uint8_t part[kLanes];
+  store_codes(part, found);
+  memcpy(codes, part, lanes);
+}
+
+// The moments of a block that are computed and have to be written as codes. That is done while the next block
+// is computed, vector by vector: here it is arithmetic that takes time, there division and root.
+template <bool kLion>
+struct CodedBlock {
+  MidpointCounter counter1, counter2;
+  const float *m, *v;
+  Vec scale1, scale2;
+  uint8_t *codes1, *codes2;
+  int64_t count;
+
+  CodedBlock() : counter1(kSignedSearch), counter2(kUnsignedSearch), count(0) {}
+  void write(int64_t i) const {
+    const int64_t lanes = min64(kLanes, count - i);
+    store_code_lanes(codes1 + i, signed_codes(counter1, load(m + i) * scale1), lanes);
+    if (!kLion) store_code_lanes(codes2 + i, counter2.count(load(v + i) * scale2), lanes);
+  }
+  void write_from(int64_t i) {
+    for (; i < count; i += kLanes) write(i);
+    count = 0;
+  }
+};
 
 template <class T>
 constexpr bool kIsBF16 = false;
@@ -165,17 +180,16 @@ void step_8bit(const StepParams& p, const StepTensor& t, int64_t begin, int64_t 
   const StepNumbers numbers(p, t);
   StepElements<T> elements{p, t, {}};
   uint8_t *codes1 = static_cast<uint8_t*>(t.state1), *codes2 = static_cast<uint8_t*>(t.state2);
-  alignas(64) float m[kStateBlock], v[kStateBlock];
-  memset(v, 0, sizeof(v));
+  alignas(64) float moments_of[2][2][kStateBlock] = {};  // of this block and of the one before
+  CodedBlock<kLion> before;
   for (int64_t block = begin; block < end; block += kStateBlock) {
     const int64_t count = min64(kStateBlock, end - block), index = block / kStateBlock;
+    float *m = moments_of[index % 2][0], *v = moments_of[index % 2][1];
+    if (count < kStateBlock) memset(m, 0, 2 * kStateBlock * sizeof(*m));
     elements.begin(block, count);
     const Vec absmax1 = splat(t.absmax1[index]), absmax2 = kLion ? zero() : splat(t.absmax2[index]);
-    if (count < kStateBlock) {
-      memset(m, 0, sizeof(m));
-      memset(v, 0, sizeof(v));
-    }
-    for (int64_t i = 0; i < count; i += kLanes) {
+    int64_t i = 0;
+    for (; i < count; i += kLanes) {
       const int64_t e = block + i, lanes = min64(kLanes, count - i);
       Moments moments{load_moment(codes1 + e, nf4::kDynamicMap, absmax1, lanes),
                       kLion ? zero() : load_moment(codes2 + e, kUnsignedDynamicMap, absmax2, lanes)};
@@ -184,7 +198,9 @@ void step_8bit(const StepParams& p, const StepTensor& t, int64_t begin, int64_t 
       elements.store_param(e, i, param, lanes);
       store_lanes(m + i, moments.m, lanes);
       if (!kLion) store_lanes(v + i, moments.v, lanes);
+      if (before.count) before.write(i);
     }
+    before.write_from(i);
     float most1 = absmax_of(m), most2 = kLion ? 0 : absmax_of(v);
     if (!(most1 <= FLT_MAX && most2 <= FLT_MAX)) {
       drop_not_finite(m, v);
@@ -192,11 +208,17 @@ void step_8bit(const StepParams& p, const StepTensor& t, int64_t begin, int64_t 
       most2 = absmax_of(v);
     }
     t.absmax1[index] = most1;
-    write_codes<true>(m, most1, codes1 + block, count);
+    before.m = m;
+    before.v = v;
+    before.scale1 = inverse_of(most1);
+    before.codes1 = codes1 + block;
+    before.count = count;
     if (kLion) continue;
     t.absmax2[index] = most2;
-    write_codes<false>(v, most2, codes2 + block, count);
+    before.scale2 = inverse_of(most2);
+    before.codes2 = codes2 + block;
   }
+  before.write_from(0);
 }
 
 void step(const StepParams& p, const StepTensor& t, int64_t begin, int64_t end) {

@@ -90,8 +90,6 @@ class MidpointCounter {
   const float* midpoints_;
 };
 
-inline VecN unsigned_codes(const MidpointCounter& counter, Vec x) { return counter.count(x); }
-
 // Below zero a tie takes the code farther from it: the midpoint itself has to count, and what is next to it
 // does.
 inline VecN signed_codes(const MidpointCounter& counter, Vec x) {

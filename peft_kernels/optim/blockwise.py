@@ -116,7 +116,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self._forget()
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient, all by one op call for each device.
 
         Parameters
@@ -144,7 +144,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         if not active:
             return loss
         plans = self._plans_for(active)
-        grads = [[p.grad for p in plan.parameters] for plan in plans]
+        grads: list[list[Any]] = [[p.grad for p in plan.parameters] for plan in plans]
         for plan, mine in zip(plans, grads, strict=True):
             plan.check(mine)
         configs = [self.param_groups[at] | override for at, override in self._configs]

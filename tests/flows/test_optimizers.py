@@ -1,4 +1,4 @@
-"""transformers' Trainer with an optimizer of ours: as with bitsandbytes', and after a break as without one."""
+"""transformers' Trainer with an optimizer of ours: as with bitsandbytes', and as without the break."""
 
 from __future__ import annotations
 
