@@ -52,6 +52,7 @@ EMULATED_SOURCES = ["tests/amx/amx_emulated.cpp"]
 
 # Host code; the kernels' .cu files include nothing of torch, whose headers take nvcc minutes.
 CUDA_OPS = [
+    "csrc/cuda/adamw_ops.cpp",
     "csrc/cuda/bind.cpp",
     "csrc/cuda/dora_ops.cpp",
     "csrc/cuda/dropout_ops.cpp",
@@ -70,6 +71,7 @@ CUDA_OPS = [
 LAUNCH = "csrc/cuda/launch.cpp"
 CUDA_STARTS = ["csrc/cuda/counters.cpp", LAUNCH]
 CUDA_KERNELS = [
+    "csrc/cuda/adamw.cu",
     "csrc/cuda/dora_norm.cu",
     "csrc/cuda/dora_scale.cu",
     "csrc/cuda/dropout.cu",

@@ -159,6 +159,7 @@ IN_CAPTURES = {
     "cudaMemsetAsync": "becomes a node",
     "cudaStreamGetCaptureInfo": "a question",
     "cudaStreamGetCaptureInfo_v2": "a question",
+    "cudaStreamIsCapturing": "a question",
     "cudaStreamGetId": "a question, asked outside captures",
     "cudaGetDevice": "a question",
     "cudaDeviceGetAttribute": "a question",

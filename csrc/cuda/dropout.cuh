@@ -6,12 +6,13 @@
 
 namespace peft_kernels::cuda {
 
-// Philox4x32-10 (Salmon et al. 2011): the words of elements 4 block .. 4 block + 3.
-DEVICE Words4 philox(int64_t block, uint64_t seed, uint32_t stream) {
+// Philox4x32-10 (Salmon et al. 2011): the words of elements 4 block .. 4 block + 3. `last` is the counter's
+// last word.
+DEVICE Words4 philox(int64_t block, uint64_t seed, uint32_t stream, uint32_t last = 0) {
   constexpr uint32_t kMultiplier0 = 0xD2511F53u, kMultiplier1 = 0xCD9E8D57u;
   constexpr uint32_t kWeyl0 = 0x9E3779B9u, kWeyl1 = 0xBB67AE85u;
   constexpr int kRounds = 10;
-  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32), c2 = stream, c3 = 0;
+  uint32_t c0 = static_cast<uint32_t>(block), c1 = static_cast<uint32_t>(block >> 32), c2 = stream, c3 = last;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
 #pragma unroll
   for (int round = 0; round < kRounds; ++round) {

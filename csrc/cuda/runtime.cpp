@@ -31,6 +31,8 @@ Card& card() {
   static Card card{80, 4, 163 << 10};
   return card;
 }
+// That there have been: what one had in its memory the next one has not.
+int cards = 0;
 
 }  // namespace
 
@@ -38,10 +40,13 @@ OnDeviceOf::OnDeviceOf(const Tensor& t, const char* name) { check_device(t, name
 OnDeviceOf::~OnDeviceOf() = default;
 
 Stream current_stream() { return {}; }
+bool is_capturing() { return false; }
+int current_device() { return cards; }
 
 const Card& current_card() { return card(); }
 
 void set_card(const Card& new_card) {
+  ++cards;
   card() = new_card;
   cudart::set_card(new_card.compute_capability, new_card.shared_bytes);
 }
@@ -82,6 +87,14 @@ OnDeviceOf::~OnDeviceOf() { c10::cuda::MaybeSetDevice(before_); }
 
 Stream current_stream() { return c10::cuda::getCurrentCUDAStream().stream(); }
 
+int current_device() { return c10::cuda::current_device(); }
+
+bool is_capturing() {
+  cudaStreamCaptureStatus status{};
+  C10_CUDA_CHECK(cudaStreamIsCapturing(current_stream(), &status));
+  return status != cudaStreamCaptureStatusNone;
+}
+
 const Card& current_card() {
   thread_local std::map<int, Card> cards;
   const int device = c10::cuda::current_device();
@@ -101,6 +114,8 @@ uint32_t* CallContext::counters(int64_t count) {
 }
 
 #endif
+
+Tensor empty_words(int64_t count) { return at::empty({count}, at::TensorOptions(kDevice).dtype(at::kLong)); }
 
 void* CallContext::workspace(int64_t bytes) {
   if (bytes == 0) return nullptr;

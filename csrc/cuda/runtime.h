@@ -34,7 +34,12 @@ class OnDeviceOf {
 
 // Of the current device.
 Stream current_stream();
+// Whether what is launched there is recorded for a graph.
+bool is_capturing();
 const Card& current_card();
+int current_device();
+// So many words of 8 bytes there, uninitialised.
+Tensor empty_words(int64_t count);
 
 // For one call of a function of kernels.h on the current device and stream.
 class CallContext final : public Context {

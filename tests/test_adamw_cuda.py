@@ -1,0 +1,146 @@
+"""What a step of the CUDA back end launches, and that its tables follow the tensors."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from op_samples import adamw_args
+from stub_device import H100, Launches, stub_device
+from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, copied, run
+
+import testing
+
+sys.path.append(str(Path(__file__).resolve().parent.parent))
+
+from bench import sass
+from bench.limits import WIDE_STORE
+
+TOOLS = sass.tools()
+needs_tools = pytest.mark.skipif(isinstance(TOOLS, str), reason=str(TOOLS))
+needs_stub = pytest.mark.skipif(
+    testing.unavailable("ptx") is not None, reason=f"ptx: {testing.unavailable('ptx')}"
+)
+
+
+def step(args: tuple[Any, ...]) -> None:
+    torch.ops.peft_kernels_ptx.adamw(*args)
+
+
+def many(count: int, option: str = "", kind: str = "adamw") -> tuple[Any, ...]:
+    """Of all types and both kinds of moments."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float16]
+    shapes = [(8, 64 + i % 5) for i in range(count)]
+    bits = [8 + 24 * (i % 2) for i in range(count)]
+    return adamw_args(kind, shapes, [dtypes[i % 3] for i in range(count)], bits, option)
+
+
+def launched(args: tuple[Any, ...], launches: Launches) -> Counter[str]:
+    launches()
+    step(args)
+    return Counter(launch.kernel.split("::")[-1].split("<")[0] for launch in launches())
+
+
+@needs_stub
+@pytest.mark.parametrize("option,more", [("", {}), ("scaled", {}), ("clipped", {"ClipFactor": 1})])
+def test_one_launch_for_all_parameters(option: str, more: dict[str, int]) -> None:
+    args = many(448, option)
+    with stub_device(H100) as launches:
+        first = launched(args, launches)
+        again = launched(args, launches)
+        args[GRADS][3] = args[GRADS][3].clone()
+        other = launched(args, launches)
+    assert first["StoreTable"] > 2
+    assert again == {"AdamWStep": 1, **more}
+    assert other == {"AdamWStep": 1, "StoreTable": 1, **more}
+
+
+@needs_stub
+def test_nothing_is_read_and_all_memory_is_torch_s() -> None:
+    from test_cuda_graphs import nothing_read
+
+    args = many(20, "clipped")
+    with stub_device(H100), nothing_read():
+        step(args)
+
+
+@needs_stub
+def test_a_step_fills_a_card_and_no_more() -> None:
+    for numel, blocks in ((256, 1), (1024, 1), (1025, 2), (100_000_000, 132 * 5)):
+        tensors = [torch.empty(numel, dtype=torch.bfloat16, device="cpu") for _ in range(2)]
+        states = [torch.empty(numel, dtype=torch.uint8) for _ in range(2)]
+        scales = [torch.empty(-(-numel // 256)) for _ in range(2)]
+        lists = [[t] for t in (*tensors, *states, *scales)]
+        numbers = (torch.tensor([1]), [0], torch.ones(1), [0.9], [0.99], [1e-8], [0.0], "adamw")
+        args = (*lists, [], *numbers, None, None, 0.0, None)
+        with stub_device(H100) as launches:
+            step(args)
+            (found,) = [launch for launch in launches() if "AdamWStep" in launch.kernel]
+        assert found.blocks == blocks
+
+
+@needs_stub
+@pytest.mark.parametrize("kind", ["adamw", "lion"])
+def test_new_tensors_are_found(kind: str) -> None:
+    """Those of the step before are not what is stepped, though sizes and types are the same."""
+    kept = []
+    for seed in range(3):
+        got = adamw_args(kind, [(3, 100), (700,)], [torch.float32] * 2, [8, 32], seed=10 * seed)
+        kept.append(got)  # so that each has memory of its own
+        want = copied(got)
+        step(got)
+        run(want)
+        assert_same(got, want, False)
+        got[GRADS][:] = [g.clone() * 2 for g in got[GRADS]]
+        want[GRADS][:] = [g.clone() for g in got[GRADS]]
+        step(got)
+        run(want)
+        assert_same(got, want, False)
+
+
+@needs_stub
+def test_no_vectors_where_memory_is_not_aligned() -> None:
+    got, want = (adamw_args("adamw", [(700,)] * 4, [torch.float32] * 4, [8, 8, 32, 8]) for _ in range(2))
+    for i, which in enumerate((PARAMS, GRADS, STATE1, ABSMAX1)):
+        whole = torch.empty(got[which][i].numel() + 1, dtype=got[which][i].dtype)
+        whole[1:] = got[which][i]
+        got[which][i] = whole[1:]
+    step(got)
+    run(want)
+    assert_same(got, want, False)
+
+
+@needs_stub
+def test_parameters_without_elements_are_passed_over() -> None:
+    shapes: list[tuple[int, ...]] = [(0,), (5,), (0, 3), (300,)]
+    got = adamw_args("adamw", shapes, [torch.bfloat16] * 4, [8] * 4, "stochastic")
+    want = copied(got)
+    step(got)
+    run(want)
+    assert_same(got, want, False)
+
+
+@needs_tools
+@pytest.mark.parametrize("architecture", sass.ARCHITECTURES, ids=lambda a: f"sm{a}")
+def test_a_step_reads_vectors_and_divides_without_slow_paths(architecture: int) -> None:
+    assert isinstance(TOOLS, sass.Tools)
+    made = sass.compile_all(TOOLS, [sass.SOURCES / "adamw.cu"], [architecture], cache=sass.CACHE)
+    found = [k for k in sass.read(TOOLS, made, cache=sass.CACHE) if k.name.startswith("AdamWStep")]
+    assert len(found) == 2
+    for kernel in found:
+        for pattern in (r"LDG\.E\.128", r"LDG\.E\.64", WIDE_STORE):
+            assert sass.count(kernel.instructions, pattern) >= 4, (kernel.name, pattern)
+    command = [TOOLS.nvdisasm, "-c", str(made[0].path)]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    steps = [code for code in listing.split("\t.section\t.text.")[1:] if "AdamWStep" in code.split(",")[0]]
+    assert len(steps) == 2
+    # Shuffles may call: on sm_80 they have a way for lanes that came apart.
+    slow = r"CALL.*(div|rcp|sqrt|rsq)"
+    assert re.search(slow, listing), "ClipFactor divides once, at its end"
+    assert not [line for code in steps for line in code.splitlines() if re.search(slow, line)]
