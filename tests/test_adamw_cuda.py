@@ -13,7 +13,7 @@ import pytest
 import torch
 from op_samples import adamw_args
 from stub_device import H100, Launches, stub_device
-from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, copied, run
+from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, copied, moment_args, run
 
 import testing
 
@@ -113,6 +113,17 @@ def test_no_vectors_where_memory_is_not_aligned() -> None:
         got[which][i] = whole[1:]
     step(got)
     run(want)
+    assert_same(got, want, False)
+
+
+@needs_stub
+@pytest.mark.parametrize("most", [2.0**-127, 1e-38, 1e-30, 1.0, 1e15, 2.0**100, 2.0**127])
+def test_absmax_of_any_size_is_inverted_to_the_bit(most: float) -> None:
+    got = moment_args(torch.linspace(-1, 1, 256) * most, "lion")
+    want = copied(got)
+    step(got)
+    run(want)
+    assert want[STATE1][0].unique().numel() > 100
     assert_same(got, want, False)
 
 
