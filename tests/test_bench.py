@@ -38,6 +38,7 @@ from bench import (
     host,
     loading,
     memory,
+    moe,
     report,
     run,
     triton_cases,
@@ -221,7 +222,7 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
     quick = listed("--quick")
     assert default < full < every and quick < full
     kinds_by_name = (compiled, triton_cases, waves, loading)
-    by_name = [kind.standard("bf16") for kind in (host, bnb_ops)]
+    by_name = [kind.standard("bf16") for kind in (host, bnb_ops, moe)]
     by_name += [kind.standard() for kind in kinds_by_name]
     assert every - full == {case.name for cases_of in by_name for case in cases_of}
     kinds = {name.rpartition("-")[0] if "memory" in name else re.split(r"-\d", name)[0] for name in full}
