@@ -71,6 +71,8 @@ class AdamW(Op):
         "Tensor? grad_scale, Tensor? found_inf, float max_grad_norm, Tensor? seed) -> ()"
     )
 
+    composite = True
+
     @staticmethod
     def meaning(ops: Any, args: Any) -> None:
         if args.found_inf is not None and bool(args.found_inf != 0):

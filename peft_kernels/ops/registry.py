@@ -60,7 +60,8 @@ class Op:
     """In which a word of GROUPS stands for its arguments. `Tensor(a!) x` is changed in place,
     `Tensor(a!)[] x` each of a list; an op that does so has no gradient, and returns nothing: `-> ()`."""
     composite: ClassVar[bool] = False
-    """Made of other ops, those of `meaning`'s namespace `ops`: no back end needs a kernel."""
+    """Made of other ops, those of `meaning`'s namespace `ops` or torch's: no back end needs a kernel. One
+    that has a kernel all the same uses it."""
 
     @staticmethod
     def meaning(ops: Any, args: Any) -> Any:
