@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from numbers_policy import short
 from op_samples import adamw_args
 from stub_device import H100, Launches, stub_device
 from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, copied, moment_args, run
 
 import testing
+from peft_kernels.ops.registry import OPS
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -23,6 +25,7 @@ from bench import sass
 from bench.limits import WIDE_STORE
 
 TOOLS = sass.tools()
+GRAD_SCALE = OPS["adamw"].arguments.index("grad_scale")
 needs_tools = pytest.mark.skipif(isinstance(TOOLS, str), reason=str(TOOLS))
 needs_stub = pytest.mark.skipif(
     testing.unavailable("ptx") is not None, reason=f"ptx: {testing.unavailable('ptx')}"
@@ -111,6 +114,23 @@ def test_no_vectors_where_memory_is_not_aligned() -> None:
         whole = torch.empty(got[which][i].numel() + 1, dtype=got[which][i].dtype)
         whole[1:] = got[which][i]
         got[which][i] = whole[1:]
+    step(got)
+    run(want)
+    assert_same(got, want, False)
+
+
+@needs_stub
+@pytest.mark.parametrize("aligned", [True, False], ids=["aligned", "unaligned"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
+def test_norm_of_scaled_gradients(dtype: torch.dtype, aligned: bool) -> None:
+    got = adamw_args("adamw", [(700,), (3, 100), (1500,)], [dtype] * 3, [8, 32, 8], "clipped")
+    got = (*got[:GRAD_SCALE], torch.tensor(0.25), *got[GRAD_SCALE + 1 :])
+    if not aligned:
+        for i, grad in enumerate(got[GRADS]):
+            whole = torch.empty(grad.numel() + 1, dtype=dtype)
+            whole[1:] = grad.flatten()
+            got[GRADS][i] = whole[1:].view(grad.shape)
+    want = copied(got)
     step(got)
     run(want)
     assert_same(got, want, False)

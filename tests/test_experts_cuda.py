@@ -106,13 +106,16 @@ def test_adapters(
     check(op, layer(48, 128, dtype, ENDS["some"], r=r, nested=nested, adapter=of_adapter)[op])
 
 
+@HALVES
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("op", OPS)
-def test_every_card(extension: ModuleType, op: str, card: str) -> None:
+def test_every_card(extension: ModuleType, op: str, card: str, dtype: torch.dtype) -> None:
     """Tables of both widths, tiles of both sizes, and blocks that share tiles."""
     extension.set_card(*CARDS[card])
-    for rows, ends in ((ROWS, ENDS["some"]), (130, [130]), (5, [0, 1, 1, 3, 5])):
-        check(op, layer(72, 704, torch.bfloat16, ends, rows=rows)[op])
+    one, few = [130], [0, 1, 1, 3, 5]
+    shapes = (72, 704, ENDS["some"]), (72, 704, one), (66, 64, one), (264, 1024, one), (75, 704, few)
+    for n, k, ends in shapes:
+        check(op, layer(n, k, dtype, ends, rows=ends[-1])[op])
 
 
 @pytest.mark.parametrize("op", OPS)

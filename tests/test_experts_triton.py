@@ -269,6 +269,7 @@ def test_a_weight_whose_parts_do_not_fit_is_refused(part: str, shape: tuple[int,
         case.run(NAMES[0])
 
 
+@on_triton
 def test_launches_do_not_depend_on_what_ends_hold() -> None:
     """As many whatever the rows are, none of which is known where they are asked for."""
     noted: list[str] = []

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FOLDER = "PEFT_KERNELS_PTX_EXECUTED"
 FAMILIES = (
     *("nf4", "nf4_absmax", "nf4_format", "linear", "lora", "lora_dropout", "lora_multi", "dora", "gated"),
-    *("dropout", "compute_dtype", "gradients", "cuda_ways", "experts_cuda"),
+    *("dropout", "compute_dtype", "gradients", "cuda_ways", "experts_cuda", "adamw", "adamw_cuda"),
 )
 
 
@@ -114,6 +114,10 @@ MOST = 0.8
 KNOWN = (
     Known(r"^DequantizeElements<(bf16|fp16)>", 0.15, "of odd parts, which test_parts.py asks for, and no op"),
     Known(r"^LoraShrink<\w+, true, true>", 0.7, "of eight tiles, some with B in fp32 alone, some in 16 bits"),
+    Known(
+        r"^Experts(Shrink|OverRows)<", 0.25, "of LoraShrink's and LoraOverRows' dropout and groups of rows"
+    ),
+    Known(r"^StoreTable", 0.6, "of a loop that is unrolled for more words than a launch takes"),
     Known(r"^LinearDx<\w+, WideTable, 4>", 0.0, "no plan has it (linear_dx.cu): there is no room"),
 )
 
