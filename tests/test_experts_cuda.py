@@ -120,8 +120,8 @@ def test_every_card(extension: ModuleType, op: str, card: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("op", OPS)
 def test_more_experts_than_a_warp_has_lanes(extension: ModuleType, op: str) -> None:
-    ends = [min(i // 2, 33) for i in range(70)]
-    check(op, layer(16, 64, torch.bfloat16, ends, rows=35)[op])
+    ends = [4 * min(i // 2, 33) for i in range(70)]
+    check(op, layer(16, 64, torch.bfloat16, ends, rows=135)[op])
 
 
 @pytest.mark.parametrize("n,k,blocksize,dtype", [(33, 96, 32, torch.bfloat16), (16, 64, 64, torch.float32)])
