@@ -42,12 +42,13 @@ class Factor(NamedTuple):
 
 @triton.jit
 def rows_of(ends_ptr, rows, experts, expert):
-    """Where rows of experts, int32 of any shape, begin and end. Behind the last one comes what is of none."""
+    """Where rows of experts, int32 of any shape, begin and end, among the rows whatever `ends` holds. Behind
+    the last one comes what is of none."""
     stop = tl.load(ends_ptr + expert, mask=expert < experts, other=0)
-    stop = tl.minimum(tl.where(expert < experts, stop, rows), rows)
+    stop = tl.maximum(tl.minimum(tl.where(expert < experts, stop, rows), rows), 0)
     inside = (expert > 0) & (expert <= experts)
     begin = tl.load(ends_ptr + expert - 1, mask=inside, other=0)
-    return tl.minimum(tl.where(expert <= experts, begin, rows), rows), stop
+    return tl.maximum(tl.minimum(tl.where(expert <= experts, begin, rows), rows), 0), stop
 
 
 @triton.jit
