@@ -81,6 +81,10 @@ def check(op: str, arguments: tuple[Any, ...]) -> None:
         truth, plain = (truth,), (plain,)
     got = call(op, arguments)
     for i, (one, of_torch, true) in enumerate(zip(got, plain, truth, strict=True)):
+        if true.dim() == 3:  # of adapters: zeros of idle experts are exact, and would make errors look larger
+            idle = (true == 0).flatten(1).all(1)
+            assert not one[idle].any()
+            one, of_torch, true = one[~idle], of_torch[~idle], true[~idle]
         testing.assert_close(one, of_torch, true, f"{op}, result {i}")
 
 
@@ -120,8 +124,8 @@ def test_every_card(extension: ModuleType, op: str, card: str, dtype: torch.dtyp
 
 @pytest.mark.parametrize("op", OPS)
 def test_more_experts_than_a_warp_has_lanes(extension: ModuleType, op: str) -> None:
-    ends = [4 * min(i // 2, 33) for i in range(70)]
-    check(op, layer(16, 64, torch.bfloat16, ends, rows=135)[op])
+    ends = [min(i // 2, 33) for i in range(70)]
+    check(op, layer(16, 64, torch.bfloat16, ends, rows=35)[op])
 
 
 @pytest.mark.parametrize("n,k,blocksize,dtype", [(33, 96, 32, torch.bfloat16), (16, 64, 64, torch.float32)])
