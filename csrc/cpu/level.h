@@ -8,7 +8,7 @@
 #  include <immintrin.h>
 #endif
 
-#include "../common/dynamic_map.h"
+#include "../common/dynamic_search.h"
 #include "../common/nf4.h"
 #include "isa.h"
 
