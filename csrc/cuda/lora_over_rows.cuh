@@ -70,7 +70,7 @@ struct LoraOverRowsOf {
       out_begin = outer * p.out_stride;
     }
     const int64_t units = (rows_end - first_row + kRows - 1) / kRows;
-    const int slices = p.splits * kWarps, slice = split * kWarps + warp;
+    const int slices = splits(p) * kWarps, slice = split * kWarps + warp;
     const int64_t begin = first_row + units * slice / slices * kRows;
     const int64_t end = first_row + units * (slice + 1) / slices * kRows;
 
@@ -83,11 +83,11 @@ struct LoraOverRowsOf {
       const Words4 words[4] = {next[0], next[1], next[2], next[3]};
       load_rows(p, row + kRows + t, rows_end, feature, next);
       int64_t group[4] = {};
-      if (p.row_group) {
+      if (row_group(p)) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int64_t at = row + t + 4 * i;
-          group[i] = load_constant(p.row_group + (at < p.m ? at : p.m - 1));
+          group[i] = load_constant(row_group(p) + (at < p.m ? at : p.m - 1));
         }
       }
       float values[4][kRun];
@@ -96,7 +96,7 @@ struct LoraOverRowsOf {
       for (int q = 0; q < kTiles; ++q) {
         if (first_tile + q >= p.tiles) continue;
         const GradientTile& tile = p.tile[first_tile + q];
-        if (p.row_group) {
+        if (row_group(p)) {
           const bool any = group[0] == tile.group || group[1] == tile.group || group[2] == tile.group ||
                            group[3] == tile.group;
           if (__ballot_sync(kAllLanes, any) == 0) continue;
@@ -106,10 +106,10 @@ struct LoraOverRowsOf {
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             unpack_run<T>(words[i], values[i]);
-            if (tile.mask.threshold != 0) {
+            if (drops(tile)) {
               drop_run<kVector>(tile.mask, (row + t + 4 * i) * p.features + feature, values[i]);
             }
-            if (p.row_group && group[i] != tile.group) {
+            if (row_group(p) && group[i] != tile.group) {
 #pragma unroll
               for (int j = 0; j < kRun; ++j) values[i][j] = 0.0f;
             }
@@ -134,12 +134,17 @@ struct LoraOverRowsOf {
     }
     __syncthreads();
     write_sums(p, *shared, first_tile, first_feature, split, out_begin);
-    if (p.splits == 1) return;
+    if (splits(p) == 1) return;
     uint32_t* counter = p.counter + block_index() % (chunks * static_cast<int>(p.feature_blocks));
     if (is_last_of_tile(counter, p.splits, &shared->last)) add_splits(p, first_tile, first_feature);
   }
 
  private:
+  // Experts have one adapter, without dropout, no groups of rows and no splits.
+  static DEVICE const int64_t* row_group(const Params& p) { return kExperts ? nullptr : p.row_group; }
+  static DEVICE int splits(const Params& p) { return kExperts ? 1 : p.splits; }
+  static DEVICE bool drops(const RankTile& tile) { return !kExperts && tile.mask.threshold != 0; }
+
   static DEVICE void load_rows(const Params& p, int64_t row, int64_t rows_end, int64_t feature,
                                Words4 (&words)[4]) {
 #pragma unroll
@@ -203,7 +208,7 @@ struct LoraOverRowsOf {
 #pragma unroll
                    for (int warp = 0; warp < kWarps; ++warp) sum += load(&shared.sum[warp][column][in_block]);
                    sum *= tile.scale;
-                   if (p.splits > 1) {
+                   if (splits(p) > 1) {
                      store(partial + tile.begin + element, sum);
                    } else {
                      write(tile, out_begin + element, sum);

@@ -104,7 +104,7 @@ struct LoraShrinkOf {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               unpack_run<T>(words[i], values[i]);
-              if (!kTransposed && tile.mask.threshold != 0) {  // dY has none
+              if (!kTransposed && drops(tile)) {  // dY has none
                 drop_run<kVector>(tile.mask, (row + 8 * i) * p.features + feature, values[i]);
               }
             }
@@ -129,22 +129,26 @@ struct LoraShrinkOf {
   }
 
  private:
+  // Experts have one adapter, without dropout, and no groups of rows.
+  static DEVICE const int64_t* row_group(const Params& p) { return kExperts ? nullptr : p.row_group; }
+  static DEVICE bool drops(const RankTile& tile) { return !kExperts && tile.mask.threshold != 0; }
+
   // Bit q: some of the warp's rows are served by tile first + q.
   static DEVICE uint32_t serving_tiles(const Params& p, int first, int64_t row, int64_t rows_end) {
     const int64_t last_row = rows_end - 1;
     if (row - lane_index() / 4 > last_row) return 0;
     int64_t group[2] = {};
-    if (p.row_group) {
+    if (row_group(p)) {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int64_t at = row + 8 * i < last_row ? row + 8 * i : last_row;
-        group[i] = load_constant(p.row_group + at);
+        group[i] = load_constant(row_group(p) + at);
       }
     }
     uint32_t serving = 0;
     for (int q = 0; q < kTiles && first + q < p.tiles; ++q) {
       const int64_t own = p.tile[first + q].group;
-      if (!p.row_group || __ballot_sync(kAllLanes, group[0] == own || group[1] == own) != 0)
+      if (!row_group(p) || __ballot_sync(kAllLanes, group[0] == own || group[1] == own) != 0)
         serving |= 1u << q;
     }
     return serving;
@@ -197,7 +201,7 @@ struct LoraShrinkOf {
     for_each_sum(p, rows, rows_end, first_tile,
                  [&](const ShrinkTile& tile, int64_t row, int rank, int in_block, int column) {
                    float sum = 0.0f;
-                   if (!p.row_group || load_constant(p.row_group + row) == tile.group) {
+                   if (!row_group(p) || load_constant(row_group(p) + row) == tile.group) {
                      for (int slice = 0; slice < slices; ++slice) {
                        const int warp = slice * p.row_warps + in_block / kRows;
                        sum += load(&shared.sum[warp][in_block % kRows][column]);
