@@ -118,4 +118,19 @@ struct AdamWArgs {
   }
 };
 
+// The op, of which a back end says what is done with arguments that were checked.
+template <void (*kStep)(const AdamWArgs&)>
+void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList state1, at::TensorList state2,
+              at::TensorList absmax1, at::TensorList absmax2, at::TensorList compensation, const Tensor& step,
+              at::IntArrayRef group, const Tensor& lr, at::ArrayRef<double> beta1, at::ArrayRef<double> beta2,
+              at::ArrayRef<double> eps, at::ArrayRef<double> weight_decay, c10::string_view kind,
+              const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double max_grad_norm,
+              const OptionalTensor& seed) {
+  const AdamWArgs args{params, grads,      state1,    state2,        absmax1, absmax2, compensation,
+                       step,   lr,         group,     beta1,         beta2,   eps,     weight_decay,
+                       kind,   grad_scale, found_inf, max_grad_norm, seed};
+  args.check();
+  kStep(args);
+}
+
 }  // namespace peft_kernels

@@ -70,23 +70,14 @@ void for_chunks(const std::vector<Chunk>& chunks, int64_t elements, const Work& 
   });
 }
 
-void adamw(at::TensorList params, at::TensorList grads, at::TensorList state1, at::TensorList state2,
-           at::TensorList absmax1, at::TensorList absmax2, at::TensorList compensation, const Tensor& step,
-           at::IntArrayRef group, const Tensor& lr, at::ArrayRef<double> beta1, at::ArrayRef<double> beta2,
-           at::ArrayRef<double> eps, at::ArrayRef<double> weight_decay, c10::string_view kind,
-           const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double max_grad_norm,
-           const OptionalTensor& seed) {
-  const AdamWArgs args{params, grads,      state1,    state2,        absmax1, absmax2, compensation,
-                       step,   lr,         group,     beta1,         beta2,   eps,     weight_decay,
-                       kind,   grad_scale, found_inf, max_grad_norm, seed};
-  args.check();
-  if (found_inf && *found_inf->const_data_ptr<float>() != 0) return;
+void step_all(const AdamWArgs& args) {
+  if (args.found_inf && *args.found_inf->const_data_ptr<float>() != 0) return;
 
   std::vector<StepTensor> tensors;
   std::vector<Chunk> chunks;
-  tensors.reserve(params.size());
+  tensors.reserve(args.params.size());
   int64_t elements = 0;
-  for (size_t i = 0; i < params.size(); ++i) {
+  for (size_t i = 0; i < args.params.size(); ++i) {
     tensors.push_back(tensor_of(args, i));
     const int64_t numel = tensors[i].numel;
     elements += numel;
@@ -95,10 +86,10 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList state1, a
     }
   }
 
-  StepParams step_params{kind_of(kind), 1.0f, seed.has_value(), 0};
-  if (seed) step_params.seed = static_cast<uint64_t>(*seed->const_data_ptr<int64_t>());
-  if (grad_scale) step_params.factor = 1.0f / *grad_scale->const_data_ptr<float>();
-  if (max_grad_norm > 0) {
+  StepParams step_params{kind_of(args.kind), 1.0f, args.seed.has_value(), 0};
+  if (args.seed) step_params.seed = static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>());
+  if (args.grad_scale) step_params.factor = 1.0f / *args.grad_scale->const_data_ptr<float>();
+  if (args.max_grad_norm > 0) {
     // One sum for each chunk, added in their order: the same in every run.
     std::vector<double> sums(chunks.size());
     const auto squares = kernels().squares;
@@ -109,7 +100,7 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList state1, a
     double sum = 0;
     for (double s : sums) sum += s;
     const float norm = static_cast<float>(std::sqrt(sum));
-    const float clip = static_cast<float>(max_grad_norm) / (norm + 1e-6f);
+    const float clip = static_cast<float>(args.max_grad_norm) / (norm + 1e-6f);
     if (!(clip >= 1)) step_params.factor *= clip;
   }
   const auto kernel = kernels().step;
@@ -120,6 +111,6 @@ void adamw(at::TensorList params, at::TensorList grads, at::TensorList state1, a
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) { m.impl("adamw", adamw); }
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) { m.impl("adamw", adamw_op<step_all>); }
 
 }  // namespace peft_kernels::cpu

@@ -45,56 +45,49 @@ StepTensor tensor_of(const AdamWArgs& args, size_t i) {
 
 const void* data_or_null(const OptionalTensor& t) { return t ? t->const_data_ptr() : nullptr; }
 
-void adamw(at::TensorList params, at::TensorList grads, at::TensorList state1, at::TensorList state2,
-           at::TensorList absmax1, at::TensorList absmax2, at::TensorList compensation, const Tensor& step,
-           at::IntArrayRef group, const Tensor& lr, at::ArrayRef<double> beta1, at::ArrayRef<double> beta2,
-           at::ArrayRef<double> eps, at::ArrayRef<double> weight_decay, c10::string_view kind,
-           const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double max_grad_norm,
-           const OptionalTensor& seed) {
-  if (params.empty()) return;
-  const OnDeviceOf device(params[0], "params");
-  const AdamWArgs args{params, grads,      state1,    state2,        absmax1, absmax2, compensation,
-                       step,   lr,         group,     beta1,         beta2,   eps,     weight_decay,
-                       kind,   grad_scale, found_inf, max_grad_norm, seed};
-  args.check();
-  for (const auto& [t, name] : {std::pair{&step, "step"}, {&lr, "lr"}}) check_device(*t, name);
+void step_all(const AdamWArgs& args) {
+  if (args.params.empty()) return;
+  const OnDeviceOf device(args.params[0], "params");
+  for (const auto& [t, name] : {std::pair{&args.step, "step"}, {&args.lr, "lr"}}) check_device(*t, name);
   for (const auto& [t, name] :
-       {std::pair{&grad_scale, "grad_scale"}, {&found_inf, "found_inf"}, {&seed, "seed"}}) {
+       {std::pair{&args.grad_scale, "grad_scale"}, {&args.found_inf, "found_inf"}, {&args.seed, "seed"}}) {
     if (*t) check_device(**t, name);
   }
 
   DeviceTables::Words described, gradients;
   Step work{};
-  for (size_t i = 0; i < params.size(); ++i) {
-    if (params[i].numel() == 0) continue;
+  for (size_t i = 0; i < args.params.size(); ++i) {
+    if (args.params[i].numel() == 0) continue;
     StepTensor t = tensor_of(args, i);
     t.first_block = work.blocks;
     work.blocks += ceil_div(t.numel, kStateBlock);
     ++work.count;
     append(described, t);
-    append(gradients, grads[i].const_data_ptr());
+    append(gradients, args.grads[i].const_data_ptr());
   }
   if (work.count == 0) return;
-  for (size_t i = 0; i < beta1.size(); ++i) {
-    append(described, StepGroup{beta1[i], beta2[i], eps[i], weight_decay[i]});
+  for (size_t i = 0; i < args.beta1.size(); ++i) {
+    append(described, StepGroup{args.beta1[i], args.beta2[i], args.eps[i], args.weight_decay[i]});
   }
   // Gradients are new in most steps, and all else stays.
   const Tensor described_there = tables().find(described), gradients_there = tables().find(gradients);
   work.tensors = static_cast<const StepTensor*>(described_there.const_data_ptr());
   work.groups = reinterpret_cast<const StepGroup*>(work.tensors + work.count);
   work.grads = static_cast<const void* const*>(gradients_there.const_data_ptr());
-  work.step = step.const_data_ptr<int64_t>();
-  work.lr = lr.const_data_ptr<float>();
-  work.grad_scale = static_cast<const float*>(data_or_null(grad_scale));
-  work.found_inf = static_cast<const float*>(data_or_null(found_inf));
-  work.seed = static_cast<const int64_t*>(data_or_null(seed));
-  work.decay_into_gradient = kind == "adam";
+  work.step = args.step.const_data_ptr<int64_t>();
+  work.lr = args.lr.const_data_ptr<float>();
+  work.grad_scale = static_cast<const float*>(data_or_null(args.grad_scale));
+  work.found_inf = static_cast<const float*>(data_or_null(args.found_inf));
+  work.seed = static_cast<const int64_t*>(data_or_null(args.seed));
+  work.decay_into_gradient = args.kind == "adam";
   CallContext context;
-  adamw_step(work, args.is_lion(), static_cast<float>(max_grad_norm), context);
+  adamw_step(work, args.is_lion(), static_cast<float>(args.max_grad_norm), context);
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_DISPATCH_KEY, m) { m.impl("adamw", adamw); }
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_DISPATCH_KEY, m) {
+  m.impl("adamw", adamw_op<step_all>);
+}
 
 }  // namespace peft_kernels::cuda
