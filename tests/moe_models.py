@@ -22,6 +22,7 @@ IMPLEMENTATIONS = ("eager", "grouped_mm", "batched_mm")
 
 _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "qwen3_moe": ("Qwen3Moe", "Qwen3MoeConfig", {"num_experts": EXPERTS, "moe_intermediate_size": INNER}),
+    "mixtral": ("Mixtral", "MixtralConfig", {"num_local_experts": EXPERTS, "intermediate_size": INNER}),
     "gpt_oss": ("GptOss", "GptOssConfig", {"num_local_experts": EXPERTS, "intermediate_size": INNER}),
     "aria": ("Aria", "AriaTextConfig", {"moe_num_experts": EXPERTS, "intermediate_size": INNER}),
     "nemotron_h": (
@@ -41,7 +42,7 @@ _KINDS: dict[str, tuple[str, str, dict[str, Any]]] = {
     ),
 }
 KINDS = tuple(_KINDS)
-"""Plain; transposed, with biases and a gate of its own; transposed; without a gate; with a norm behind."""
+"""Plain, twice; transposed, with biases and a gate of its own; transposed; no gate; with a norm behind."""
 
 
 def experts(kind: str, dtype: torch.dtype = torch.float32, implementation: str = "eager") -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from expert_models import (
+from peft_experts import (
     HIDDEN,
     ROWS,
     adapt,

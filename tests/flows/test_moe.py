@@ -11,9 +11,9 @@ import peft
 import pytest
 import torch
 import transformers
-from expert_models import skip_transposed, weights_of
 from flow_checks import Calls, assert_curve, assert_near, fallbacks, gradients, language_loss, step, train
 from flow_models import arguments, ids
+from peft_experts import skip_transposed, weights_of
 from torch import Tensor
 
 import peft_kernels as pk

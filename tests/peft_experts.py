@@ -1,4 +1,4 @@
-"""Small mixtures of experts, and PEFT's adapters on the weights of experts."""
+"""PEFT's adapters on the weights of experts: the modules of `moe_models`, and routers before them."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
+import moe_models
 import pytest
 import torch
+from moe_models import EXPERTS, HIDDEN
 from peft_models import run
 from torch import Tensor, nn
 
@@ -18,10 +20,6 @@ import testing
 from peft_kernels.nf4_experts import NF4Experts, unpack
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
-transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-pytest.importorskip(
-    "transformers.integrations.moe", reason="this transformers has no experts in one parameter"
-)
 
 if not hasattr(peft.tuners.lora.layer, "ParamWrapper"):
     pytest.skip("this PEFT has no target_parameters", allow_module_level=True)
@@ -30,36 +28,8 @@ PEFT = tuple(int(part) for part in re.findall(r"\d+", peft.__version__)[:3])
 SEVERAL = pytest.mark.skipif(PEFT < (0, 20), reason="PEFT before 0.20: one adapter with target_parameters")
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h")
 """Plain; plain; transposed with biases and a gate of its own; without a gate."""
-EXPERTS, TOP_K, HIDDEN, INNER = 6, 2, 64, 32
+TOP_K = 2
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
-
-
-def experts_class(family: str) -> Any:
-    if family == "qwen3_moe":
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
-
-        return Qwen3MoeExperts
-    if family == "mixtral":
-        from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-
-        return MixtralExperts
-    if family == "gpt_oss":
-        from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-
-        return GptOssExperts
-    from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
-
-    return NemotronHExperts
-
-
-def config_of(family: str) -> Any:
-    sizes: dict[str, Any] = {"hidden_size": HIDDEN, "num_experts_per_tok": TOP_K}
-    if family == "qwen3_moe":
-        return transformers.Qwen3MoeConfig(**sizes, num_experts=EXPERTS, moe_intermediate_size=INNER)
-    if family == "nemotron_h":
-        return transformers.NemotronHConfig(**sizes, n_routed_experts=EXPERTS, moe_intermediate_size=INNER)
-    config = {"mixtral": transformers.MixtralConfig, "gpt_oss": transformers.GptOssConfig}[family]
-    return config(**sizes, num_local_experts=EXPERTS, intermediate_size=INNER)
 
 
 def skip_transposed(family: str) -> None:
@@ -75,13 +45,8 @@ class Mixture(nn.Module):
     def __init__(self, family: str, dtype: torch.dtype, implementation: str = "grouped_mm") -> None:
         super().__init__()
         skip_transposed(family)
-        self.config = config_of(family)
-        self.config._experts_implementation = implementation
-        self.experts = experts_class(family)(self.config).to(dtype)
-        for seed, parameter in enumerate(self.experts.parameters()):
-            values = testing.tensor(*parameter.shape, seed=seed, scale=0.3 if parameter.dim() == 3 else 0.1)
-            parameter.data = values.to(dtype)
-            parameter.requires_grad_(False)
+        self.experts = moe_models.experts(family, dtype, implementation)
+        self.config = self.experts.config
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, HIDDEN)
