@@ -10,8 +10,11 @@ PEFT_KERNELS_PTX_TRUNCATE  1: matrix instructions cut their sums off as tensor c
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+import torch
+from torch import Tensor
 
 from peft_kernels.backends.compiled import CompiledBackend
 
@@ -49,6 +52,14 @@ class PtxBackend(CompiledBackend):
             yield
         finally:
             self.extension.set_guarded(False)
+
+    def check_order(self, seed: int, run: Callable[[], Sequence[Tensor]]) -> None:
+        """Results are the same bits in the order of threads that `seed` makes, and after an earlier call."""
+        self.extension.set_seed(100)
+        want = run()
+        self.extension.set_seed(seed)
+        for got, expected in zip([*run(), *run()], [*want, *want], strict=True):
+            assert torch.equal(got, expected)
 
     def describe(self) -> str:
         return "the CUDA kernels as PTX, run on the CPU: for tests"
