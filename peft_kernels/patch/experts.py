@@ -16,12 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..experts import experts_forward
+from ..experts import Lora, experts_forward
 from . import judge, judge_experts
 from .fused import RECORD, Fused
-
-Lora = tuple[Tensor, Tensor, float]
-"""A (experts, r, in), B (experts, out, r), scaling."""
 
 
 class FusedParameters(Fused):
