@@ -101,7 +101,7 @@ struct LoraOverRowsOf {
                            group[3] == tile.group;
           if (__ballot_sync(kAllLanes, any) == 0) continue;
         }
-        if (seen < 0 || !sees_the_same(p.tile[seen], tile)) {
+        if (seen < 0 || !(kExperts || sees_the_same(p.tile[seen], tile))) {
           seen = first_tile + q;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {

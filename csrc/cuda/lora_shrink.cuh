@@ -99,7 +99,7 @@ struct LoraShrinkOf {
           const ShrinkTile& tile = p.tile[first_tile + q];
           const FactorRun factor =
               load_factor(p, tile, factor_begin, g, feature);  // under way while values are made
-          if (seen < 0 || !sees_the_same(p.tile[seen], tile)) {
+          if (seen < 0 || !(kExperts || sees_the_same(p.tile[seen], tile))) {
             seen = first_tile + q;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
