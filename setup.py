@@ -107,7 +107,7 @@ PROBE = "#include <vector>\nint main() { return int(std::vector<int>().size()); 
 X86_PROBE = """#include <immintrin.h>
 #include <vector>
 #pragma GCC push_options
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512bf16,avx512vbmi,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 __m512 probe(__m512 sum, __m512bh a) { return _mm512_dpbf16_ps(sum, a, a); }
 #pragma GCC pop_options
 int main() { return int(std::vector<int>().size()); }

@@ -8,7 +8,7 @@ struct Moments {
 // The numbers of a step in all lanes.
 struct StepNumbers {
   Vec factor, b1, w1, b2, w2, rate, floor, decay, weight_decay, lr;
-  bool into_gradient;  // the decay
+  bool has_factor, into_gradient;  // the decay
   StepNumbers(const StepParams& p, const StepTensor& t)
       : factor(splat(p.factor)),
         b1(splat(t.b1)),
@@ -20,12 +20,13 @@ struct StepNumbers {
         decay(splat(t.decay)),
         weight_decay(splat(t.weight_decay)),
         lr(splat(t.lr)),
+        has_factor(p.factor != 1),
         into_gradient(p.kind == StepKind::kAdam && t.weight_decay != 0) {}
 };
 
 template <bool kLion>
 inline Vec updated(const StepNumbers& n, Vec p, Vec g, Moments& x) {
-  g = g * n.factor;
+  if (n.has_factor) g = g * n.factor;
   if (n.into_gradient) g = g + p * n.weight_decay;
   p = p * n.decay;
   if constexpr (kLion) {
@@ -55,30 +56,28 @@ inline void round_bf16(BF16* param, BF16* compensation, const uint32_t* words, V
   if (compensation) store_lanes(compensation, x - load(rounded), lanes);
 }
 
-inline Vec load_moment(const uint8_t* codes, const float* map, Vec absmax, int64_t lanes) {
-  uint8_t part[kLanes] = {};
-  if (lanes < kLanes) memcpy(part, codes, lanes);
-  return gather(map, load_codes(lanes < kLanes ? part : codes)) * absmax;
-}
-
 // Zero in both moments where one is not finite.
+template <bool kLion>
 inline void drop_not_finite(float* m, float* v) {
   constexpr int32_t kInfinity = 0x7f800000;
   for (int64_t i = 0; i < kStateBlock; i += kLanes) {
-    const VecN x = (VecN)load(m + i), y = (VecN)load(v + i);
+    const VecN x = (VecN)load(m + i), y = kLion ? VecN{} : (VecN)load(v + i);
     const VecN finite = ((x & 0x7fffffff) < kInfinity) & ((y & 0x7fffffff) < kInfinity);
     store(m + i, (Vec)(x & finite));
-    store(v + i, (Vec)(y & finite));
+    if (!kLion) store(v + i, (Vec)(y & finite));
   }
+}
+
+inline float as_float(int32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
 }
 
 inline float absmax_of(const float* x) {
   VecI bits = zero_bits();
   for (int64_t i = 0; i < kStateBlock; i += kLanes) bits = max_abs_bits(bits, load(x + i));
-  const int32_t most = reduce_max(bits);
-  float out;
-  memcpy(&out, &most, sizeof(out));
-  return out;
+  return as_float(reduce_max(bits));
 }
 
 inline Vec inverse_of(float absmax) {
@@ -86,32 +85,46 @@ inline Vec inverse_of(float absmax) {
   return splat(inverse > FLT_MAX ? 0 : inverse);
 }
 
-inline void store_code_lanes(uint8_t* codes, VecN found, int64_t lanes) {
-  if (lanes == kLanes) return store_codes(codes, found);
-  uint8_t part[kLanes];
-  store_codes(part, found);
-  memcpy(codes, part, lanes);
+// out = map[codes] * absmax for a block of `count`, and zeros up to its end.
+template <bool kWhole>
+inline void decode_block(const Codebook& book, const uint8_t* codes, uint8_t zero_code, float absmax,
+                         int64_t count, float* out) {
+  uint8_t padded[kStateBlock];
+  if (!kWhole) {
+    memset(padded, zero_code, sizeof(padded));
+    codes = static_cast<const uint8_t*>(memcpy(padded, codes, count));
+  }
+  for (int64_t i = 0; i < kStateBlock; i += kCodeRun) book.decode(codes + i, splat(absmax), out + i);
 }
 
-// The moments of a block that are computed and have to be written as codes. That is done while the next block
-// is computed, vector by vector: here it is arithmetic that takes time, there division and root.
+// The moments of a block that are computed and have to be written as codes.
 template <bool kLion>
 struct CodedBlock {
-  MidpointCounter counter1, counter2;
+  const CodeFinder<true> finder1{kSignedCodes};
+  const CodeFinder<false> finder2{kUnsignedCodes};
   const float *m, *v;
   Vec scale1, scale2;
   uint8_t *codes1, *codes2;
-  int64_t count;
+  int64_t count = 0;
 
-  CodedBlock() : counter1(kSignedSearch), counter2(kUnsignedSearch), count(0) {}
+  // A run of codes, of which all are there.
   void write(int64_t i) const {
-    const int64_t lanes = min64(kLanes, count - i);
-    store_code_lanes(codes1 + i, signed_codes(counter1, load(m + i) * scale1), lanes);
-    if (!kLion) store_code_lanes(codes2 + i, counter2.count(load(v + i) * scale2), lanes);
+    finder1.write(m + i, scale1, codes1 + i);
+    if (!kLion) finder2.write(v + i, scale2, codes2 + i);
   }
-  void write_from(int64_t i) {
-    for (; i < count; i += kLanes) write(i);
-    count = 0;
+  void write_all() const {
+    for (int64_t i = 0; i < count; i += kCodeRun) {
+      if (count - i >= kCodeRun) {
+        write(i);
+        continue;
+      }
+      uint8_t run[kCodeRun];
+      finder1.write(m + i, scale1, run);
+      memcpy(codes1 + i, run, count - i);
+      if (kLion) continue;
+      finder2.write(v + i, scale2, run);
+      memcpy(codes2 + i, run, count - i);
+    }
   }
 };
 
@@ -175,50 +188,80 @@ void step_32bit(const StepParams& p, const StepTensor& t, int64_t begin, int64_t
   }
 }
 
+// Blocks are worked on one after another. Codes of a block are written while the next one is computed, vector
+// by vector: finding them is arithmetic, and computing is the time that division and root take.
 template <class T, bool kLion>
-void step_8bit(const StepParams& p, const StepTensor& t, int64_t begin, int64_t end) {
-  const StepNumbers numbers(p, t);
-  StepElements<T> elements{p, t, {}};
-  uint8_t *codes1 = static_cast<uint8_t*>(t.state1), *codes2 = static_cast<uint8_t*>(t.state2);
-  alignas(64) float moments_of[2][2][kStateBlock] = {};  // of this block and of the one before
+struct Step8bit {
+  const StepNumbers numbers;
+  StepElements<T> elements;
+  const StepTensor& t;
+  uint8_t *const codes1, *const codes2;
+  const Codebook book1{nf4::kDynamicMap}, book2{kUnsignedDynamicMap};
   CodedBlock<kLion> before;
-  for (int64_t block = begin; block < end; block += kStateBlock) {
-    const int64_t count = min64(kStateBlock, end - block), index = block / kStateBlock;
-    float *m = moments_of[index % 2][0], *v = moments_of[index % 2][1];
-    if (count < kStateBlock) memset(m, 0, 2 * kStateBlock * sizeof(*m));
-    elements.begin(block, count);
-    const Vec absmax1 = splat(t.absmax1[index]), absmax2 = kLion ? zero() : splat(t.absmax2[index]);
-    int64_t i = 0;
-    for (; i < count; i += kLanes) {
-      const int64_t e = block + i, lanes = min64(kLanes, count - i);
-      Moments moments{load_moment(codes1 + e, nf4::kDynamicMap, absmax1, lanes),
-                      kLion ? zero() : load_moment(codes2 + e, kUnsignedDynamicMap, absmax2, lanes)};
-      const Vec param =
-          updated<kLion>(numbers, elements.load_param(e, lanes), elements.load_grad(e, lanes), moments);
-      elements.store_param(e, i, param, lanes);
-      store_lanes(m + i, moments.m, lanes);
-      if (!kLion) store_lanes(v + i, moments.v, lanes);
-      if (before.count) before.write(i);
+  alignas(64) float moments[2][2][kStateBlock];  // of this block and of the one before
+
+  Step8bit(const StepParams& p, const StepTensor& tensor)
+      : numbers(p, tensor),
+        elements{p, tensor, {}},
+        t(tensor),
+        codes1(static_cast<uint8_t*>(t.state1)),
+        codes2(static_cast<uint8_t*>(t.state2)) {}
+
+  void run(int64_t begin, int64_t end) {
+    for (; begin + kStateBlock <= end; begin += kStateBlock) block<true>(begin, kStateBlock);
+    if (begin < end) block<false>(begin, end - begin);
+    before.write_all();
+  }
+
+  // The one before, if there is one, is whole.
+  template <bool kWhole>
+  void block(int64_t first, int64_t count) {
+    const int64_t index = first / kStateBlock;
+    float *m = moments[index % 2][0], *v = moments[index % 2][1];
+    elements.begin(first, count);
+    decode_block<kWhole>(book1, codes1 + first, kSignedZero, t.absmax1[index], count, m);
+    if (!kLion) decode_block<kWhole>(book2, codes2 + first, 0, t.absmax2[index], count, v);
+    VecI bits1 = zero_bits(), bits2 = zero_bits();
+    for (int64_t run = 0; run < (kWhole ? kStateBlock : count); run += kCodeRun) {
+      for (int64_t i = run; i < run + kCodeRun; i += kLanes) {
+        if (!kWhole && i >= count) break;
+        const int64_t e = first + i, lanes = kWhole ? kLanes : min64(kLanes, count - i);
+        Moments x{load(m + i), kLion ? zero() : load(v + i)};
+        const Vec param =
+            updated<kLion>(numbers, elements.load_param(e, lanes), elements.load_grad(e, lanes), x);
+        elements.store_param(e, i, param, lanes);
+        store(m + i, x.m);
+        bits1 = max_abs_bits(bits1, x.m);
+        if (kLion) continue;
+        store(v + i, x.v);
+        bits2 = max_bits(bits2, x.v);
+      }
+      if (kWhole && before.count) before.write(run);
     }
-    before.write_from(i);
-    float most1 = absmax_of(m), most2 = kLion ? 0 : absmax_of(v);
+    if (!kWhole) before.write_all();
+
+    float most1 = as_float(reduce_max(bits1)), most2 = as_float(reduce_max(bits2));
     if (!(most1 <= FLT_MAX && most2 <= FLT_MAX)) {
-      drop_not_finite(m, v);
+      drop_not_finite<kLion>(m, v);
       most1 = absmax_of(m);
-      most2 = absmax_of(v);
+      most2 = kLion ? 0 : absmax_of(v);
     }
     t.absmax1[index] = most1;
     before.m = m;
     before.v = v;
     before.scale1 = inverse_of(most1);
-    before.codes1 = codes1 + block;
+    before.codes1 = codes1 + first;
     before.count = count;
-    if (kLion) continue;
+    if (kLion) return;
     t.absmax2[index] = most2;
     before.scale2 = inverse_of(most2);
-    before.codes2 = codes2 + block;
+    before.codes2 = codes2 + first;
   }
-  before.write_from(0);
+};
+
+template <class T, bool kLion>
+void step_8bit(const StepParams& p, const StepTensor& t, int64_t begin, int64_t end) {
+  Step8bit<T, kLion>(p, t).run(begin, end);
 }
 
 void step(const StepParams& p, const StepTensor& t, int64_t begin, int64_t end) {

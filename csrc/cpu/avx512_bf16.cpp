@@ -1,8 +1,9 @@
-// Level avx512_bf16: avx512 with products of bf16 pairs (vdpbf16ps).
+// Level avx512_bf16: avx512 with products of bf16 pairs (vdpbf16ps) and permutations of bytes (avx512vbmi), which
+// all processors with the first have but Cooper Lake.
 #define PEFT_KERNELS_BF16_DOT 1
 #include "level.h"
 
-#pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512bf16,avx512vbmi,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 namespace peft_kernels::cpu::avx512_bf16 {
 // clang-format off
 #include "vec_avx512.h"

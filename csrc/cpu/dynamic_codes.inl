@@ -1,46 +1,89 @@
-// Codes of the dynamic maps, by common/dynamic_search.h. Numbers so close to a midpoint that rounding might
-// decide are compared with it.
+// Codes of the dynamic maps: looked up, and found (dynamic_tables.h).
 
-class MidpointCounter {
+#if !PEFT_KERNELS_BF16_DOT
+// Plain loads are as fast as gathers, and faster where those are microcode.
+class Codebook {
  public:
-  explicit MidpointCounter(const DynamicSearch& search)
-      : border_(search.border),
-        segment_(search.segment),
-        slope_(search.slope),
-        start_(search.start),
-        last_(search.last),
-        midpoints_(search.midpoints) {}
-
-  // How many midpoints x exceeds; x >= 0, finite.
-  VecN count(Vec x) const {
-    constexpr int32_t kBias = 127 + DynamicSearch::kFirstExponent;
-    VecN binade = ((VecN)x >> 23) - kBias;
-    binade &= binade > 0;
-    const VecN segment = (VecN)segment_[binade] - (x > border_[binade]);
-    const Vec place = x * slope_[segment] + start_[segment], last = last_[segment];
-    const Vec code = place < last ? place : last;
-    VecN counted = truncate(code);
-    // The place of a midpoint is an integer, within 1e-4 for all rounding above.
-    constexpr float kNear = 1.0f / 2048;
-    if (any_outside(code - to_floats(counted), kNear, 1 - kNear)) {
-      counted += counted > 0;
-      counted -= x > gather(midpoints_, counted);
-      counted -= x > gather(midpoints_, counted);
-    }
-    return counted;
+  explicit Codebook(const float* values) : values_(values) {}
+  // out[i] = values[codes[i]] * scale, kCodeRun of them.
+  void decode(const uint8_t* codes, Vec scale, float* out) const {
+    float found[kCodeRun];
+    for (int i = 0; i < kCodeRun; ++i) found[i] = values_[codes[i]];
+    for (int i = 0; i < kCodeRun; i += kLanes) store(out + i, load(found + i) * scale);
   }
 
  private:
-  Table32 border_, segment_;
-  Table16 slope_, start_, last_;
-  const float* midpoints_;
+  const float* values_;
 };
 
-// Below zero a tie takes the code farther from it: the midpoint itself has to count, and what is next to it
-// does.
-inline VecN signed_codes(const MidpointCounter& counter, Vec x) {
-  const VecN bits = (VecN)x, negative = bits >> 31;  // -1 or 0
-  const VecN counted = counter.count((Vec)((bits & 0x7fffffff) - negative));
-  const VecN most = VecN{} + kSignedZero;
-  return most + (negative ? -(counted < most ? counted : most) : counted);
+constexpr int kFoundTogether = 1;
+inline bool any_without(const VecN (&x)[1], int32_t bits) { return any_without(x[0], bits); }
+inline VecN third_byte(VecN x) { return x >> 16 & 0xff; }
+inline void store_codes(uint8_t* out, const VecN (&found)[1]) { store_low_bytes(out, third_byte(found[0])); }
+inline void store_signed_codes(uint8_t* out, const VecN (&found)[1], const float* signs) {
+  const VecN zero = VecN{} + kSignedZero, code = third_byte(found[0]), kept = code + (code > kSignedZero);
+  store_low_bytes(out, (VecN)by_sign(load(signs), (Vec)(zero - kept), (Vec)(zero + code)));
 }
+#endif
+
+// The codes of numbers of magnitude 0 to 1 and what rounding adds: how many midpoints a number exceeds. With
+// kSigned 127 is 0's, and below it a tie takes the code farther from 0: the midpoint itself has to count, and
+// what is next to it does. There is no -1, so what is nearest to it takes the last code.
+template <bool kSigned>
+class CodeFinder {
+ public:
+  explicit CodeFinder(const CodeSearch& search)
+      : tables_(search),
+        first_(splat(search.first)),
+        limit_(splat(search.limit)),
+        base_(splat(search.base)),
+        least_(splat(search.least)),
+        floors_(search.floors) {}
+
+  // Of x[i] * scale, kCodeRun of them.
+  void write(const float* x, Vec scale, uint8_t* codes) const {
+    constexpr int kNumbers = kFoundTogether * kLanes;
+    for (int i = 0; i < kCodeRun; i += kNumbers) {
+      VecN found[kFoundTogether];
+      for (int j = 0; j < kFoundTogether; ++j) found[j] = place(magnitude(load(x + i + j * kLanes) * scale));
+      if (__builtin_expect(any_without(found, kAwayBits), 0)) {
+        for (int j = 0; j < kFoundTogether; ++j) {
+          found[j] = compared(magnitude(load(x + i + j * kLanes) * scale), found[j]);
+        }
+      }
+      if constexpr (kSigned) {
+        store_signed_codes(codes + i, found, x + i);
+      } else {
+        store_codes(codes + i, found);
+      }
+    }
+  }
+
+ private:
+  // Not all of them are 0 in a fraction from 8 on. What is unsigned has been shifted.
+  static constexpr int32_t kAwayBits = kSigned ? 0xfff8 : 0xfff0;
+
+  static Vec magnitude(Vec x) {
+    if constexpr (!kSigned) return x;
+    const VecN bits = (VecN)x & 0x7fffffff;
+    return by_sign(x, (Vec)(bits + 1), (Vec)bits);
+  }
+  // In each lane the code's place: the fraction in the lower half, the code in the byte above it.
+  VecN place(Vec x) const {
+    const VecN passed = tables_.passed(x);
+    const Vec y = min(limit_, fma(x, tables_.slope(passed), first_));
+    const Vec sum = (Vec)((VecN)y + SearchTables::in_exponent(passed)) + base_;
+    if constexpr (kSigned) return (VecN)sum;
+    return (VecN)max(least_, sum) << 1;
+  }
+  // Where rounding might decide.
+  VecN compared(Vec x, VecN place) const {
+    VecN code = place >> 16 & 0xff;
+    code -= 1 + (x > gather(floors_, code));
+    return code << 16;
+  }
+
+  SearchTables tables_;
+  Vec first_, limit_, base_, least_;
+  const float* floors_;
+};

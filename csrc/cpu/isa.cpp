@@ -66,7 +66,7 @@ Isa detect() {
       !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
     return Isa::kAvx2;
   }
-  if (!__builtin_cpu_supports("avx512bf16")) return Isa::kAvx512;
+  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512vbmi")) return Isa::kAvx512;
   __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
   constexpr unsigned kAmx = 1u << 22 | 1u << 24;  // bf16, tiles
   if ((edx & kAmx) != kAmx) return Isa::kAvx512Bf16;

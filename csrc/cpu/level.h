@@ -8,8 +8,8 @@
 #  include <immintrin.h>
 #endif
 
-#include "../common/dynamic_search.h"
 #include "../common/nf4.h"
+#include "dynamic_tables.h"
 #include "isa.h"
 
 // What the level has beside its vectors: products of bf16 pairs, and those on tiles.

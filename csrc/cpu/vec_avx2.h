@@ -95,6 +95,7 @@ inline void add_lane_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
 }
 
 inline VecI zero_bits() { return _mm256_setzero_si256(); }
+inline VecI max_bits(VecI a, Vec x) { return _mm256_max_epi32(a, _mm256_castps_si256(x)); }
 inline VecI max_abs_bits(VecI a, Vec x) {
   return _mm256_max_epi32(a, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
 }
@@ -216,26 +217,34 @@ inline void transpose(Vec (&rows)[kLanes]) {
 typedef int32_t VecN __attribute__((vector_size(4 * kLanes)));
 
 inline Vec square_root(Vec x) { return _mm256_sqrt_ps(x); }
-inline VecN truncate(Vec x) { return (VecN)_mm256_cvttps_epi32(x); }
-inline Vec to_floats(VecN x) { return _mm256_cvtepi32_ps((__m256i)x); }
 inline Vec gather(const float* table, VecN index) { return _mm256_i32gather_ps(table, (__m256i)index, 4); }
-inline VecN load_codes(const uint8_t* p) {
-  return (VecN)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-}
-inline void store_codes(uint8_t* p, VecN codes) {
+inline void store_low_bytes(uint8_t* p, VecN x) {
+  x &= 0xff;
   const __m128i words =
-      _mm_packus_epi32(_mm256_castsi256_si128((__m256i)codes), _mm256_extracti128_si256((__m256i)codes, 1));
+      _mm_packus_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words, words));
 }
-inline bool any_outside(Vec x, float low, float high) {
-  const Vec below = _mm256_cmp_ps(x, splat(low), _CMP_LT_OQ),
-            above = _mm256_cmp_ps(x, splat(high), _CMP_GT_OQ);
-  return _mm256_movemask_ps(_mm256_or_ps(below, above)) != 0;
-}
+inline bool any_without(VecN x, int32_t bits) { return _mm256_movemask_ps((Vec)((x & bits) == 0)) != 0; }
 
-struct Table32 {
-  const float* words;
-  explicit Table32(const void* p) : words(static_cast<const float*>(p)) {}
-  Vec operator[](VecN i) const { return gather(words, i); }
+// What x >= 0 has passed is found by halves, as vpermps looks up eight.
+class SearchTables {
+ public:
+  explicit SearchTables(const CodeSearch& search)
+      : second_(load(search.second)),
+        third_(load(search.third)),
+        slope_(load(search.slope)),
+        first_(splat(search.thresholds[3])),
+        fourth_(splat(search.thresholds[7])) {}
+  VecN passed(Vec x) const {
+    VecN found = -(x > first_);
+    found += found - (x > at(second_, found));
+    found += found - (x > at(third_, found));
+    return found - (x > fourth_);
+  }
+  static VecN in_exponent(VecN passed) { return passed << 23; }
+  Vec slope(VecN passed) const { return at(slope_, passed); }
+
+ private:
+  static Vec at(Vec table, VecN i) { return _mm256_permutevar8x32_ps(table, (__m256i)i); }
+  Vec second_, third_, slope_, first_, fourth_;
 };
-using Table16 = Table32;

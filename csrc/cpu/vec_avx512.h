@@ -114,6 +114,7 @@ inline void add_lane_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
 
 // Quantisation. abs_bits orders like |x| as an integer, with Inf and NaN above every finite value.
 inline VecI zero_bits() { return _mm512_setzero_si512(); }
+inline VecI max_bits(VecI a, Vec x) { return _mm512_max_epi32(a, _mm512_castps_si512(x)); }
 inline VecI max_abs_bits(VecI a, Vec x) {
   return _mm512_max_epi32(a, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
 }
@@ -256,29 +257,36 @@ inline void transpose(Vec (&rows)[kLanes]) {
 typedef int32_t VecN __attribute__((vector_size(4 * kLanes)));
 
 inline Vec square_root(Vec x) { return _mm512_sqrt_ps(x); }
-inline VecN truncate(Vec x) { return (VecN)_mm512_cvttps_epi32(x); }
-inline Vec to_floats(VecN x) { return _mm512_cvtepi32_ps((__m512i)x); }
 inline Vec gather(const float* table, VecN index) { return _mm512_i32gather_ps((__m512i)index, table, 4); }
-inline VecN load_codes(const uint8_t* p) {
-  return (VecN)_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+// The low byte of each lane.
+inline void store_low_bytes(uint8_t* p, VecN x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
 }
-inline void store_codes(uint8_t* p, VecN codes) {
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)codes));
-}
-inline bool any_outside(Vec x, float low, float high) {
-  return (_mm512_cmp_ps_mask(x, splat(low), _CMP_LT_OQ) | _mm512_cmp_ps_mask(x, splat(high), _CMP_GT_OQ)) !=
-         0;
+// Whether those bits are all 0 in any lane.
+inline bool any_without(VecN x, int32_t bits) {
+  return _mm512_testn_epi32_mask((__m512i)x, _mm512_set1_epi32(bits)) != 0;
 }
 
-// 16 or 32 words, in registers.
-struct Table16 {
-  __m512i words;
-  explicit Table16(const void* p) : words(_mm512_loadu_si512(p)) {}
-  Vec operator[](VecN i) const { return (Vec)_mm512_permutexvar_epi32((__m512i)i, words); }
-};
-struct Table32 {
-  __m512i low, high;
-  explicit Table32(const void* p)
-      : low(_mm512_loadu_si512(p)), high(_mm512_loadu_si512(static_cast<const char*>(p) + 64)) {}
-  Vec operator[](VecN i) const { return (Vec)_mm512_permutex2var_epi32(low, (__m512i)i, high); }
+// A search for codes in registers (dynamic_tables.h). What x has passed is told by its binade, which has at
+// most one threshold in it.
+class SearchTables {
+ public:
+  explicit SearchTables(const CodeSearch& search)
+      : border_{words(search.border), words(search.border + kLanes)},
+        before_{words(search.before), words(search.before + kLanes)},
+        slope_(words(search.slope)) {}
+  // How many thresholds x >= 0 has passed, in the exponent's bits and in the lowest.
+  VecN passed(Vec x) const {
+    const __m512i binade = _mm512_srli_epi32((__m512i)max(splat(CodeSearch::kLeast), x), 23);
+    const __m512i border = _mm512_permutex2var_epi32(border_[0], binade, border_[1]),
+                  before = _mm512_permutex2var_epi32(before_[0], binade, before_[1]);
+    const __mmask16 over = _mm512_cmp_ps_mask(x, (Vec)border, _CMP_GT_OQ);
+    return (VecN)_mm512_mask_add_epi32(before, over, before, _mm512_set1_epi32(1 << 23 | 1));
+  }
+  static VecN in_exponent(VecN passed) { return passed; }
+  Vec slope(VecN passed) const { return (Vec)_mm512_permutexvar_epi32((__m512i)passed, slope_); }
+
+ private:
+  static __m512i words(const void* p) { return _mm512_loadu_si512(p); }
+  __m512i border_[2], before_[2], slope_;
 };

@@ -102,3 +102,82 @@ inline VecI next_nibble16(VecI bits) { return _mm512_srli_epi16(bits, 4); }
 inline VecPairs lookup_code(const PairCodeTable& table, VecI bits) {
   return (__m512bh)_mm512_permutexvar_epi16(bits, table.codes);
 }
+
+// Codes of the dynamic maps, by bytes (vpermb and its kin, of avx512vbmi).
+
+// The third, or fourth, byte of each lane of 64.
+template <int kByte>
+inline __m512i one_byte_each(__m512i a, __m512i b, __m512i c, __m512i d) {
+  alignas(64) static constexpr uint8_t kFrom[64] = {
+#define PEFT_KERNELS_4(i) kByte + 4 * (i), kByte + 4 * (i) + 4, kByte + 4 * (i) + 8, kByte + 4 * (i) + 12
+      PEFT_KERNELS_4(0),  PEFT_KERNELS_4(4),  PEFT_KERNELS_4(8),  PEFT_KERNELS_4(12),
+      PEFT_KERNELS_4(16), PEFT_KERNELS_4(20), PEFT_KERNELS_4(24), PEFT_KERNELS_4(28)};
+#undef PEFT_KERNELS_4
+  const __m512i from = _mm512_load_si512(kFrom);
+  const __m512i low = _mm512_permutex2var_epi8(a, from, b), high = _mm512_permutex2var_epi8(c, from, d);
+  return _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1);
+}
+
+constexpr int kFoundTogether = 4;
+// Of the lower half of each lane.
+inline bool any_without(const VecN (&x)[4], int32_t bits) {
+  const __m512i least = _mm512_min_epu16(_mm512_min_epu16((__m512i)x[0], (__m512i)x[1]),
+                                         _mm512_min_epu16((__m512i)x[2], (__m512i)x[3]));
+  return any_without((VecN)least, bits);
+}
+inline __m512i found_bytes(const VecN (&found)[4]) {
+  return one_byte_each<2>((__m512i)found[0], (__m512i)found[1], (__m512i)found[2], (__m512i)found[3]);
+}
+inline void store_codes(uint8_t* out, const VecN (&found)[4]) {
+  _mm512_storeu_si512(out, found_bytes(found));
+}
+inline void store_signed_codes(uint8_t* out, const VecN (&found)[4], const float* signs) {
+  const __m512i bytes = found_bytes(found), zero = _mm512_set1_epi8(kSignedZero);
+  const __mmask64 negative = _mm512_movepi8_mask(
+      one_byte_each<3>((__m512i)load(signs), (__m512i)load(signs + kLanes), (__m512i)load(signs + 2 * kLanes),
+                       (__m512i)load(signs + 3 * kLanes)));
+  // 128 below zero is cut to 127.
+  _mm512_storeu_si512(out, _mm512_mask_subs_epu8(_mm512_add_epi8(zero, bytes), negative, zero, bytes));
+}
+
+// 256 numbers: a plane for each of their bytes.
+class Codebook {
+ public:
+  explicit Codebook(const float* values) {
+    for (int i = 0; i < kCodes; i += kLanes) {
+      const __m512i words = (__m512i)load(values + i);
+      for (int plane = 0; plane < 4; ++plane) {
+        const __m512i shifted = _mm512_srl_epi32(words, _mm_cvtsi32_si128(8 * plane));
+        _mm_store_si128(reinterpret_cast<__m128i*>(planes_[plane] + i), _mm512_cvtepi32_epi8(shifted));
+      }
+    }
+  }
+  // out[i] = values[codes[i]] * scale, kCodeRun of them.
+  void decode(const uint8_t* codes, Vec scale, float* out) const {
+    // Bytes are woven into words within each 128-bit lane: the codes of four words go there.
+    const __m512i by_lane = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+    const __m512i index = _mm512_permutexvar_epi32(by_lane, _mm512_loadu_si512(codes));
+    const __mmask64 upper = _mm512_movepi8_mask(index);
+    __m512i bytes[4];
+    for (int plane = 0; plane < 4; ++plane) {
+      const uint8_t* table = planes_[plane];
+      bytes[plane] = _mm512_mask_mov_epi8(lookup128(table, index), upper, lookup128(table + 128, index));
+    }
+    const __m512i low0 = _mm512_unpacklo_epi8(bytes[0], bytes[1]),
+                  low1 = _mm512_unpackhi_epi8(bytes[0], bytes[1]),
+                  high0 = _mm512_unpacklo_epi8(bytes[2], bytes[3]),
+                  high1 = _mm512_unpackhi_epi8(bytes[2], bytes[3]);
+    store(out, mul((Vec)_mm512_unpacklo_epi16(low0, high0), scale));
+    store(out + kLanes, mul((Vec)_mm512_unpackhi_epi16(low0, high0), scale));
+    store(out + 2 * kLanes, mul((Vec)_mm512_unpacklo_epi16(low1, high1), scale));
+    store(out + 3 * kLanes, mul((Vec)_mm512_unpackhi_epi16(low1, high1), scale));
+  }
+
+ private:
+  static constexpr int kCodes = 256;
+  // By the low seven bits of each index.
+  static __m512i lookup128(const uint8_t* table, __m512i index) {
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table), index, _mm512_load_si512(table + 64));
+  }
+  alignas(64) uint8_t planes_[4][kCodes];
+};

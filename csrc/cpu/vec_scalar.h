@@ -133,12 +133,8 @@ inline void add_lane_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
 }
 
 inline VecI zero_bits() { return VecI{}; }
-inline VecI max_abs_bits(VecI a, Vec x) {
-  VecI bits;
-  memcpy(&bits, &x, sizeof(bits));
-  bits &= 0x7fffffff;
-  return a > bits ? a : bits;
-}
+inline VecI max_bits(VecI a, Vec x) { return a > (VecI)x ? a : (VecI)x; }
+inline VecI max_abs_bits(VecI a, Vec x) { return max_bits(a, (Vec)((VecI)x & 0x7fffffff)); }
 inline int32_t reduce_max(VecI a) {
   const int32_t x = a[0] > a[1] ? a[0] : a[1], y = a[2] > a[3] ? a[2] : a[3];
   return x > y ? x : y;
@@ -209,29 +205,26 @@ typedef VecI VecN;
 inline Vec square_root(Vec x) {
   return Vec{__builtin_sqrtf(x[0]), __builtin_sqrtf(x[1]), __builtin_sqrtf(x[2]), __builtin_sqrtf(x[3])};
 }
-inline VecN truncate(Vec x) { return __builtin_convertvector(x, VecN); }
-inline Vec to_floats(VecN x) { return __builtin_convertvector(x, Vec); }
 inline Vec gather(const float* table, VecN index) { return lookup8(table, index); }
-inline VecN load_codes(const uint8_t* p) { return VecN{p[0], p[1], p[2], p[3]}; }
-inline void store_codes(uint8_t* p, VecN codes) {
-  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(codes[i]);
+inline void store_low_bytes(uint8_t* p, VecN x) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<uint8_t>(x[i]);
 }
-inline bool any_outside(Vec x, float low, float high) {
-  const VecN outside = (x < low) | (x > high);
-  return (outside[0] | outside[1] | outside[2] | outside[3]) != 0;
+inline bool any_without(VecN x, int32_t bits) {
+  const VecN zeros = (x & bits) == 0;
+  return (zeros[0] | zeros[1] | zeros[2] | zeros[3]) != 0;
 }
 
-struct Table32 {
-  const void* words;
-  explicit Table32(const void* p) : words(p) {}
-  Vec operator[](VecN i) const {
-    Vec out;
-    for (int j = 0; j < kLanes; ++j) {
-      float word;
-      memcpy(&word, static_cast<const char*>(words) + 4 * i[j], sizeof(word));
-      out[j] = word;
-    }
-    return out;
+class SearchTables {
+ public:
+  explicit SearchTables(const CodeSearch& search) : search_(search) {}
+  VecN passed(Vec x) const {
+    VecN found{};
+    for (float threshold : search_.thresholds) found -= x > threshold;
+    return found;
   }
+  static VecN in_exponent(VecN passed) { return passed << 23; }
+  Vec slope(VecN passed) const { return gather(search_.slope, passed); }
+
+ private:
+  const CodeSearch& search_;
 };
-using Table16 = Table32;
