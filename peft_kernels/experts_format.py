@@ -26,20 +26,31 @@ def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Te
     """Weights of a nominal dtype, the codes under `key`. Dense ones are one plain tensor."""
     if state.dense is not None:
         return {key: state.dense}
+    items = tensors(state, key)
+    blob = list(description(state.shape, state.blocksize, dtype))
+    device = items[key].device
+    return items | {f"{key}.{STATE_ITEM}": torch.tensor(blob, dtype=torch.uint8, device=device)}
+
+
+def tensors(state: NF4State, key: str) -> dict[str, Tensor]:
+    """What is stored under `key` but for the description. Of one expert, (out, in): its row of each."""
     assert state.packed is not None and state.absmax is not None
-    numbers = {
-        "quant_type": "nf4",
-        "blocksize": state.blocksize,
-        "dtype": str(dtype).removeprefix("torch."),
-        "shape": list(state.shape),
-    }
-    items = {key: state.packed.view(state.shape[0], -1)}
+    items = {key: state.packed.view(*state.shape[:-2], -1)}
     for name, tensor in zip(TENSOR_ITEMS, (state.absmax, state.absmax2, state.offset), strict=True):
         if tensor is not None:
             items[f"{key}.{name}"] = tensor
-    blob = json.dumps(numbers).encode()
-    items[f"{key}.{STATE_ITEM}"] = torch.tensor(list(blob), dtype=torch.uint8, device=state.packed.device)
     return items
+
+
+def description(shape: tuple[int, ...], blocksize: int, dtype: torch.dtype) -> bytes:
+    """What stands in the item that tells of the others."""
+    numbers = {
+        "quant_type": "nf4",
+        "blocksize": blocksize,
+        "dtype": str(dtype).removeprefix("torch."),
+        "shape": list(shape),
+    }
+    return json.dumps(numbers).encode()
 
 
 def read(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:

@@ -132,6 +132,16 @@ def expert_targets(
             yield name, module
 
 
+def choose_experts(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """As `choose_layers`, for the modules of experts that `quantize_model(experts=True)` would pack."""
+    skip, left = tuple(skip), dict[str, str]()
+    chosen = dict(expert_targets(model, None, left))
+    for name in [name for name in chosen if any(fits(key, name) for key in skip)]:
+        del chosen[name]
+        left[name] = "named in skip"
+    return chosen, left
+
+
 def warn_about_experts(model: nn.Module, left: dict[str, str], chosen: Collection[str] = ()) -> None:
     """Weights of experts in one three-dimensional parameter are most of a model: say so if they stay dense.
 

@@ -80,7 +80,7 @@ def unpacked(module: Any, dtype: torch.dtype | None = None, implementation: str 
     return dense if dtype is None else dense.to(dtype)
 
 
-_SIZES: dict[str, Any] = {
+SIZES: dict[str, Any] = {
     "vocab_size": 128,
     "hidden_size": 64,
     "num_hidden_layers": 2,
@@ -95,33 +95,33 @@ _SIZES: dict[str, Any] = {
 
 def _qwen3_moe() -> Any:
     sizes = {"intermediate_size": 128, "moe_intermediate_size": 64, "num_experts": 4, "head_dim": 16}
-    return transformers.Qwen3MoeConfig(**_SIZES, **sizes, num_experts_per_tok=2)
+    return transformers.Qwen3MoeConfig(**SIZES, **sizes, num_experts_per_tok=2)
 
 
 def _mixtral() -> Any:
-    return transformers.MixtralConfig(**_SIZES, intermediate_size=128, num_local_experts=4)
+    return transformers.MixtralConfig(**SIZES, intermediate_size=128, num_local_experts=4)
 
 
 def _gpt_oss() -> Any:
     sizes = {"intermediate_size": 96, "num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16}
-    return transformers.GptOssConfig(**_SIZES, **sizes)
+    return transformers.GptOssConfig(**SIZES, **sizes)
 
 
 def _deepseek_v3() -> Any:
     """Its first layer has no experts, the others shared ones besides."""
     experts = {"moe_intermediate_size": 64, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2}
     heads = {"kv_lora_rank": 16, "q_lora_rank": 32, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8}
-    sizes = _SIZES | {"num_key_value_heads": 4, "intermediate_size": 128, "v_head_dim": 16}
+    sizes = SIZES | {"num_key_value_heads": 4, "intermediate_size": 128, "v_head_dim": 16}
     return transformers.DeepseekV3Config(**sizes, **experts, **heads, topk_group=1, first_k_dense_replace=1)
 
 
 def _granitemoe() -> Any:
     sizes = {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
-    return transformers.GraniteMoeConfig(**_SIZES, **sizes)
+    return transformers.GraniteMoeConfig(**SIZES, **sizes)
 
 
 def _olmoe() -> Any:
-    return transformers.OlmoeConfig(**_SIZES, intermediate_size=64, num_experts=4, num_experts_per_tok=2)
+    return transformers.OlmoeConfig(**SIZES, intermediate_size=64, num_experts=4, num_experts_per_tok=2)
 
 
 MODELS: dict[str, Callable[[], Any]] = {

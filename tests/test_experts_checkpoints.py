@@ -28,6 +28,12 @@ def test_inspected_and_loaded_from_the_command_line_and_by_name(
     tensors = {tensor["name"]: tensor for tensor in found["tensors"]}
     experts = tensors["model.layers.0-1.mlp.experts.down_proj"]
     assert experts["shape"] == [4, 64, 64] and experts["form"].startswith("NF4 of float32, blocks of 64")
+    layers = [
+        (layer["layer"], layer["experts"], layer["weights"], layer["faults"]) for layer in found["experts"]
+    ]
+    assert layers == [("model.layers.0", 4, 2, 0), ("model.layers.1", 4, 2, 0)]
+    of_experts = sum(t.nbytes for name, t in items_of(tmp_path / "4bit").items() if ".experts." in name)
+    assert sum(layer["bytes"] for layer in found["experts"]) == of_experts
     other = loaded(tmp_path / "dense", nf4={"blocksize": 32})
     pk.load_checkpoint(other, tmp_path / "4bit")
     assert_same_state(other, model)
@@ -35,8 +41,39 @@ def test_inspected_and_loaded_from_the_command_line_and_by_name(
     items["model.layers.1.mlp.experts.down_proj.absmax"] = torch.ones(3, dtype=torch.uint8)
     safetensors.torch.save_file(items, tmp_path / "4bit" / "model.safetensors", {"format": "pt"})
     assert main(["inspect", str(tmp_path / "4bit"), "--json"]) == 1
-    (fault,) = json.loads(capsys.readouterr().out)["faults"]
+    report = json.loads(capsys.readouterr().out)
+    (fault,) = report["faults"]
     assert fault.startswith("model.layers.1.mlp.experts.down_proj.absmax: expected number of dimensions 2")
+    assert [layer["faults"] for layer in report["experts"]] == [0, 1]
+
+
+def test_layers_that_are_alike_are_one_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under the names that a file has, which are no module's in Granite's."""
+    loaded(saved(tmp_path / "dense", "granitemoe")).save_pretrained(tmp_path / "4bit")
+    assert main(["inspect", str(tmp_path / "4bit")]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines() if "model.layers.0-1 " in line]
+    assert rows == [["model.layers.0-1", "4", "2", "25.6", "kB", "0"]]
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        (
+            {"quant_method": "bitsandbytes", "load_in_4bit": True},
+            "expected quant_method peft_kernels_nf4 for",
+        ),
+        (None, "expected a quantization_config of peft_kernels"),
+    ],
+)
+def test_a_configuration_that_hides_packed_experts(
+    config: Any, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded(saved(tmp_path / "dense", "olmoe")).save_pretrained(tmp_path / "4bit")
+    path = tmp_path / "4bit" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+    assert main(["inspect", str(tmp_path / "4bit"), "--json"]) == 1
+    (fault,) = json.loads(capsys.readouterr().out)["faults"]
+    assert sentence in fault
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,10 @@ from .header import CheckpointError, Entry, shown
 
 _STATES = (f".{bitsandbytes.STATE_PREFIX}", f".{experts_format.STATE_ITEM}")
 _ITEMS = {*bitsandbytes.TENSOR_ITEMS, *experts_format.TENSOR_ITEMS}
+_ITEMS_OF_EXPERTS = (
+    f".{experts_format.STATE_ITEM}",
+    *(f".{item}" for item in experts_format.TENSOR_ITEMS if item not in bitsandbytes.TENSOR_ITEMS),
+)
 _CHUNK = 1 << 24  # bytes of a tensor looked at in one go
 
 
@@ -48,6 +52,11 @@ def nf4_weights(names: Mapping[str, Any]) -> dict[str, list[str]]:
             if above in found and name not in found[above]:
                 found[above].append(name)
     return found
+
+
+def holds_experts(names: Iterable[str]) -> bool:
+    """Whether items of an NF4 weight are those of many experts."""
+    return any(name.endswith(_ITEMS_OF_EXPERTS) for name in names)
 
 
 def read_nf4(checkpoint: Checkpoint, weight: str, names: list[str], codes: bool = True) -> Any:
@@ -95,7 +104,8 @@ def faults(
                 if fault is not None:
                     yield fault
                 seen(entry.nbytes)
-    yield from _faults_of_config(checkpoint, bool(quantised))
+    experts = any(holds_experts(names) for names in quantised.values())
+    yield from _faults_of_config(checkpoint, bool(quantised), experts)
 
 
 def _not_finite(entry: Entry) -> str | None:
@@ -117,17 +127,19 @@ def _not_finite(entry: Entry) -> str | None:
     return f"{shown(entry.name)}: {bad} of {count} values are NaN or Inf" if bad else None
 
 
-def _faults_of_config(checkpoint: Checkpoint, quantised: bool) -> Iterator[str]:
+def _faults_of_config(checkpoint: Checkpoint, quantised: bool, experts: bool) -> Iterator[str]:
     if not checkpoint.path.is_dir():
         return
     config = checkpoint.config.get("quantization_config")
-    four_bits = isinstance(config, dict) and (
-        bool(config.get("load_in_4bit")) or config.get("quant_method") == METHOD
-    )
+    method = config.get("quant_method") if isinstance(config, dict) else None
+    four_bits = isinstance(config, dict) and (bool(config.get("load_in_4bit")) or method == METHOD)
     if quantised and not four_bits:
+        whose = "peft_kernels" if experts else "bitsandbytes"
         yield (
-            "config.json: expected a quantization_config of bitsandbytes for the NF4 weights, got none; "
+            f"config.json: expected a quantization_config of {whose} for the NF4 weights, got none; "
             "transformers would take them for ordinary tensors"
         )
+    elif experts and method != METHOD:
+        yield f"config.json: expected quant_method {METHOD} for the packed experts, got {shown(method)}"
     if four_bits and not quantised:
         yield "config.json: expected NF4 weights, as its quantization_config says, got none"

@@ -17,16 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE
-from ..integrations.bitsandbytes import STATE_ITEM, configuration
-from ..nf4 import NF4Weight
+from ..code_tables import BLOCKSIZES
+from ..integrations.bitsandbytes import configuration
 from .checks import nf4_weights
 from .folder import CONFIG, INDEX, OTHER_WEIGHTS, Checkpoint
 from .header import CheckpointError, Entry, read_header
 from .layers import Choice, choose
-from .writer import Layout, ShardWriter, file_size, sync_folder
+from .shards import Shard, compose
+from .writer import Layout, sync_folder
 
 _JOB, _LOCK, _MODEL = "job.json", "lock", "model"
 
@@ -54,10 +52,14 @@ def quantize_checkpoint(
     double_quant: bool = True,
     skip: Iterable[str] = (),
     restart: bool = False,
+    experts: bool = False,
     started: Callable[[Conversion], None] = lambda conversion: None,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> Conversion:
     """Quantise the linear layers of a model's folder; transformers with bitsandbytes reads the result.
+
+    With `experts`, what comes of it is what a model has saved that was loaded with `NF4Config(experts=True)`,
+    in the dtype of the files; this package alone reads it.
 
     Parameters
     ----------
@@ -71,6 +73,8 @@ def quantize_checkpoint(
         Modules to leave, beside heads, embeddings and norms: full names or consecutive parts of one.
     restart : bool
         Begin anew where an interrupted run could be gone on with.
+    experts : bool
+        Pack mixtures of experts too, as `quantize_model(experts=True)`.
     started, progress : callable
         Told what will be done, and then of each tensor and its bytes.
 
@@ -78,7 +82,8 @@ def quantize_checkpoint(
     ------
     CheckpointError
         A fault of the source (named), a source that is quantised already, a destination that exists, too
-        little space on the disk, a weight with NaN or Inf, an interrupted run that had other settings.
+        little space on the disk, a weight with NaN or Inf, an interrupted run that had other settings; with
+        `experts`, a model that has none that can be packed, or not all of them.
     """
     source, destination = Path(source), Path(destination)
     if blocksize not in BLOCKSIZES:
@@ -89,8 +94,8 @@ def quantize_checkpoint(
         raise CheckpointError(f"{destination.parent}: expected a folder to write into, got none")
     checkpoint = Checkpoint.open(source)
     _check_dense(checkpoint)
-    choice = choose(checkpoint, skip)
-    layouts = {file: _layout(checkpoint, file, choice, blocksize, double_quant) for file in checkpoint.files}
+    choice = choose(checkpoint, skip, experts)
+    shards = compose(checkpoint, choice, blocksize, double_quant)
     work = destination.absolute().parent / f".{destination.name}.partial"
     job = {
         "source": str(source.resolve()),
@@ -98,25 +103,22 @@ def quantize_checkpoint(
         "blocksize": blocksize,
         "double_quant": double_quant,
         "quantise": choice.quantise,
+        "experts": sorted(choice.experts),
     }
     with _work_folder(work, job, restart) as model:
         conversion = Conversion(source, destination, choice, 0, 0, _others(source, checkpoint))
         conversion.bytes_before = sum(entry.nbytes for entry in checkpoint.entries.values())
-        sizes = {file: file_size(layouts[file], _metadata(checkpoint, file)) for file in checkpoint.files}
-        conversion.bytes_after = sum(sizes.values())
-        conversion.taken_over = [file.name for file in checkpoint.files if (model / file.name).exists()]
-        _check_space(model, sum(size for file, size in sizes.items() if not (model / file.name).exists()))
+        conversion.bytes_after = sum(shard.size for shard in shards)
+        conversion.taken_over = [shard.name for shard in shards if (model / shard.name).exists()]
+        _check_space(model, sum(s.size for s in shards if s.name not in conversion.taken_over))
         started(conversion)
-        for file in checkpoint.files:
-            if file.name in conversion.taken_over:
-                _check_taken_over(model / file.name, layouts[file])
-                progress(file.name, sum(entry.nbytes for entry in checkpoint.of_file(file).values()))
-                continue
-            with ShardWriter(model / file.name, layouts[file], _metadata(checkpoint, file)) as writer:
-                for name, entry in checkpoint.of_file(file).items():
-                    _convert(writer, name, entry, choice, blocksize, double_quant)
-                    progress(name, entry.nbytes)
-        _finish(model, checkpoint, conversion, blocksize, double_quant)
+        for shard in shards:
+            if shard.name in conversion.taken_over:
+                _check_taken_over(model / shard.name, shard.layout)
+                progress(shard.name, shard.nbytes)
+            else:
+                shard.write(model / shard.name, progress)
+        _finish(model, checkpoint, shards, conversion, blocksize, double_quant)
         try:
             os.rename(model, destination)
         except OSError as error:
@@ -140,65 +142,40 @@ def _check_dense(checkpoint: Checkpoint) -> None:
         raise CheckpointError(f"{quantised}: expected a dense weight, got one that is quantised")
 
 
-def _layout(checkpoint: Checkpoint, file: Path, choice: Choice, blocksize: int, double_quant: bool) -> Layout:
-    """What will be in a shard, from the shapes alone."""
-    found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {}
-    for name, entry in checkpoint.of_file(file).items():
-        if name not in choice.quantise:
-            found[name] = (entry.dtype, entry.shape)
-            continue
-        numel = entry.shape[0] * entry.shape[1]
-        nblocks = -(-numel // blocksize)
-        found[name] = (torch.uint8, ((numel + 1) // 2, 1))
-        found[f"{name}.absmax"] = (torch.uint8 if double_quant else torch.float32, (nblocks,))
-        found[f"{name}.quant_map"] = (torch.float32, (16,))
-        if double_quant:
-            found[f"{name}.nested_absmax"] = (torch.float32, (-(-nblocks // NESTED_BLOCKSIZE),))
-            found[f"{name}.nested_quant_map"] = (torch.float32, (256,))
-        found[f"{name}.{STATE_ITEM}"] = None
-    return found
-
-
-def _convert(
-    writer: ShardWriter, name: str, entry: Entry, choice: Choice, blocksize: int, double_quant: bool
-) -> None:
-    if name not in choice.quantise:
-        writer.copy(entry)
-        return
-    dense = entry.read()
-    try:
-        weight = NF4Weight.quantize(
-            dense.t() if choice.quantise[name] else dense, blocksize, double_quant, name=name
-        )
-    except ValueError as error:
-        raise CheckpointError(str(error)) from error
-    del dense
-    for key, tensor in weight.state_dict(name=name).items():
-        writer.write(key, tensor)
-
-
 def _finish(
-    model: Path, checkpoint: Checkpoint, conversion: Conversion, blocksize: int, double_quant: bool
+    model: Path,
+    checkpoint: Checkpoint,
+    shards: list[Shard],
+    conversion: Conversion,
+    blocksize: int,
+    double_quant: bool,
 ) -> None:
     """The index, the configuration and other files."""
     entries: dict[str, Entry] = {}
-    for file in checkpoint.files:
-        entries.update(read_header(model / file.name)[0])
+    for shard in shards:
+        entries.update(read_header(model / shard.name)[0])
     total = conversion.bytes_after = sum(entry.nbytes for entry in entries.values())
     if (checkpoint.path / INDEX).exists():
         names = {name: entry.path.name for name, entry in sorted(entries.items())}
         _write_json(model / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
-    dtypes = [checkpoint.entries[name].dtype for name in conversion.choice.quantise]
-    dtype = max(set(dtypes), key=dtypes.count)
-    quantization = configuration(blocksize, double_quant, dtype, conversion.choice.skip_modules)
+    quantization = _quantization(checkpoint, conversion.choice, blocksize, double_quant)
     _write_json(model / CONFIG, checkpoint.config | {"quantization_config": quantization})
     for name in conversion.copied:
         (model / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.path / name, model / name)
 
 
-def _metadata(checkpoint: Checkpoint, file: Path) -> dict[str, str]:
-    return {"format": "pt"} | checkpoint.metadata[file.name]  # transformers refuses a file without
+def _quantization(
+    checkpoint: Checkpoint, choice: Choice, blocksize: int, double_quant: bool
+) -> dict[str, Any]:
+    """What config.json says of it."""
+    if not choice.experts:
+        dtypes = [checkpoint.entries[name].dtype for name in choice.quantise]
+        dtype = max(set(dtypes), key=dtypes.count)
+        return configuration(blocksize, double_quant, dtype, choice.skip_modules)
+    from ..integrations.nf4_config import NF4Config
+
+    return NF4Config(blocksize, double_quant, choice.skip_modules, experts=True).to_dict()
 
 
 def _others(source: Path, checkpoint: Checkpoint) -> list[str]:

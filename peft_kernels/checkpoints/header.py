@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ class Entry:
                 f"{self.path.name}: {shown(self.name)}: expected {self.nbytes} bytes, got {got}"
             )
         return data.view(self.dtype).view(self.shape)
+
+    def row(self, index: int) -> Entry:
+        """One of those that the first dimension counts."""
+        nbytes = self.nbytes // self.shape[0]
+        return replace(self, shape=self.shape[1:], begin=self.begin + index * nbytes, nbytes=nbytes)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:

@@ -2,14 +2,15 @@
 
 From the architecture that config.json names, built on the meta device, where transformers knows it; else from
 names and shapes. What is chosen is what bitsandbytes' loaders will expect to be 4-bit: they are told, in
-`llm_int8_skip_modules`, of every linear layer that stays.
+`llm_int8_skip_modules`, of every linear layer that stays. With packed experts the result is for our own
+loader, which goes by the file.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,9 +18,12 @@ from torch import nn
 
 from ..code_tables import WEIGHT_DTYPES
 from ..integrations.architectures import HEAD_NAMES
-from ..targets import choose_layers
+from ..nf4_experts import computes_experts
+from ..targets import choose_experts, choose_layers
+from .experts import ExpertsWeight, find
 from .folder import Checkpoint
 from .header import CheckpointError
+from .names import Names
 
 _NOT_LINEAR = re.compile(r"embed|wte|wpe|norm|(^|[._])ln[._\d]|position|relative|router|conv|(^|\.)gate$")
 _SMALLEST = 64  # in both dimensions, of what is taken for a linear layer without its class
@@ -32,26 +36,36 @@ class Choice:
     left: dict[str, str]
     """Why other weights of linear layers, or of experts, stay."""
     skip_modules: list[str]
+    """Of linear layers that stay, what the configuration calls them."""
     source: str
     """In words: how it is known which layers are linear."""
+    experts: dict[str, ExpertsWeight] = field(default_factory=dict)
+    """Weights of experts that are packed, by their names in the model."""
+    dense_experts: int = 0
+    """Bytes of experts that stay, and that `experts=True` would pack."""
+    other_experts: int = 0
+    """Bytes of experts that nothing here packs."""
 
 
-def choose(checkpoint: Checkpoint, skip: Iterable[str] = ()) -> Choice:
-    """CheckpointError when a name in `skip` fits nothing, or nothing can be quantised."""
+def choose(checkpoint: Checkpoint, skip: Iterable[str] = (), experts: bool = False) -> Choice:
+    """CheckpointError when a name in `skip` fits nothing, when nothing can be quantised, or when experts are
+    asked for that cannot."""
     try:
         model, why_not = _on_meta(checkpoint), ""
     except Exception as error:  # transformers raises anything on a configuration that it does not know
         model, why_not = None, " ".join(str(error).split())[:100] or type(error).__name__
     skip = tuple(skip)
     if model is None:
+        if experts:
+            raise CheckpointError(f"experts: expected an architecture that transformers knows ({why_not})")
         choice = _by_names(checkpoint, skip, why_not)
     else:
-        choice = _by_classes(checkpoint, model, skip)
+        choice = _by_classes(checkpoint, model, skip, experts)
     for name in list(choice.quantise):
         dtype = checkpoint.entries[name].dtype
         if dtype not in WEIGHT_DTYPES:
             raise CheckpointError(f"{name}: expected float32, bfloat16 or float16, got {dtype}")
-    if not choice.quantise:
+    if not choice.quantise and not choice.experts:
         raise CheckpointError(f"{checkpoint.path}: expected linear layers to quantise, found none")
     return choice
 
@@ -69,11 +83,48 @@ def _on_meta(checkpoint: Checkpoint) -> Any:
         return cls._from_config(config)
 
 
-def _by_classes(checkpoint: Checkpoint, model: Any, skip: tuple[str, ...]) -> Choice:
+def _by_classes(checkpoint: Checkpoint, model: Any, skip: tuple[str, ...], experts: bool) -> Choice:
     try:
         chosen, left = choose_layers(model, skip)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+    skip_modules = [] if experts else _leave_to_bitsandbytes(model, chosen, left)
+    names, every = Names(model), dict(model.named_modules())
+    modules, left_experts = choose_experts(model, skip)
+    weights = find(checkpoint, model, modules, names)
+    left |= left_experts
+    quantise, in_model, other_experts = dict[str, bool](), set[str](), 0
+    for name, entry in checkpoint.entries.items():
+        target, pattern = names.in_model(name)
+        owner, _dot, item = target.rpartition(".")
+        if pattern is None and item == "weight" and owner in chosen and len(entry.shape) == 2:
+            quantise[name] = type(chosen[owner]).__name__ == "Conv1D"
+            in_model.add(owner)
+            continue
+        known = owner in left or (owner in every and computes_experts(every[owner]))
+        if "experts" in name and len(entry.shape) in (2, 3) and not known:
+            form = "in a form that is not packed" if owner in every else "which the architecture lacks"
+            left[name] = f"of experts, {form}"
+            other_experts += entry.nbytes
+    if not quantise and not (experts and weights):
+        raise CheckpointError(
+            f"{checkpoint.path}: none of its tensors is a linear layer of {type(model).__name__}, "
+            "the architecture that config.json names"
+        )
+    source = f"{type(model).__name__} of transformers"
+    choice = Choice(quantise, left, skip_modules, source, other_experts=other_experts)
+    if experts:
+        choice.experts = weights
+        choice.skip_modules = _names_for_us(model, in_model)
+        _check(choice, left_experts)
+    else:
+        choice.dense_experts = sum(weight.nbytes for weight in weights.values())
+        left.update(dict.fromkeys(modules, "experts, which bitsandbytes' format does not have in 4 bits"))
+    return choice
+
+
+def _leave_to_bitsandbytes(model: Any, chosen: dict[str, nn.Module], left: dict[str, str]) -> list[str]:
+    """Leave what its loaders do not read in 4 bits; the names of all linear layers that stay."""
     for name, module in list(chosen.items()):
         if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
             del chosen[name]
@@ -83,53 +134,32 @@ def _by_classes(checkpoint: Checkpoint, model: Any, skip: tuple[str, ...]) -> Ch
     for name in [name for name in chosen if _skips(skip_modules, name)]:
         del chosen[name]
         left[name] = "its name ends like that of a layer that stays, and loaders go by that"
-    module_of = _renaming(model)
-    quantise, experts = {}, {}
-    for name, entry in checkpoint.entries.items():
-        target = module_of(name)
-        if target in chosen and len(entry.shape) == 2:
-            quantise[name] = type(chosen[target]).__name__ == "Conv1D"
-        elif "experts" in name and len(entry.shape) in (2, 3):
-            experts[name] = "weights of experts, which bitsandbytes' format does not have in 4 bits"
-    if not quantise:
+    return skip_modules
+
+
+def _names_for_us(model: Any, packed: set[str]) -> list[str]:
+    try:
+        from ..integrations.nf4_quantizer import names_of_dense
+    except ImportError as error:
+        raise CheckpointError(f"experts: {error}") from error
+    return names_of_dense(model, packed)
+
+
+def _check(choice: Choice, left: dict[str, str]) -> None:
+    if not choice.experts:
+        name, why = next(iter(left.items()), ("", ""))
+        other = next((name for name, why in choice.left.items() if why.startswith("of experts")), "")
+        reason = f"; {name}: {why}" if name else f"; {other} is none of that kind" if other else ""
         raise CheckpointError(
-            f"{checkpoint.path}: none of its tensors is a linear layer of {type(model).__name__}, "
-            "the architecture that config.json names"
+            f"experts: expected experts as transformers 5 computes them, got none in {choice.source}{reason}"
         )
-    return Choice(quantise, left | experts, skip_modules, f"{type(model).__name__} of transformers")
+    for weight in choice.experts.values():
+        weight.check()
 
 
 def _skips(skip_modules: Iterable[str], name: str) -> bool:
     """Whether a loader of transformers leaves the module for one of these names."""
     return any(name == key or name.startswith(f"{key}.") or name.endswith(key) for key in skip_modules)
-
-
-def _renaming(model: Any) -> Callable[[str], str | None]:
-    """From a weight's name in the checkpoint to the module that transformers loads it into, if it loads the
-    weight as it is."""
-    prefix, there = model.base_model_prefix, {name: True for name, _ in model.named_parameters()}
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    except ImportError:  # transformers 4
-        renamings, converters, rename = [], [], None
-    else:
-        transforms = get_model_conversion_mapping(model)
-        renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-        converters = [t for t in transforms if isinstance(t, WeightConverter)]
-        rename = rename_source_key
-
-    def module_of(name: str) -> str | None:
-        if not name.endswith(".weight"):
-            return None
-        fused = None
-        if rename is not None:
-            name, fused = rename(name, renamings, converters, prefix, there)
-        elif f"{prefix}.{name}" in there:
-            name = f"{prefix}.{name}"
-        return None if fused is not None else name.removesuffix(".weight")
-
-    return module_of
 
 
 def _by_names(checkpoint: Checkpoint, skip: tuple[str, ...], why_not: str) -> Choice:

@@ -43,6 +43,7 @@ class ShardWriter:
         self._blobs_begin -= LONGEST_BLOB * sum(kind is None for kind in layout.values())
         self._room = len(_header(layout, self._offsets, metadata))
         self._blobs: dict[str, bytes] = {}
+        self._rows: dict[str, int] = {}
         self._left = set(layout)
 
     def __enter__(self) -> ShardWriter:
@@ -65,6 +66,17 @@ class ShardWriter:
             self._seek(name)
             self._file.write(data)
         self._left.remove(name)
+
+    def write_row(self, name: str, tensor: Tensor) -> None:
+        """The next one of those that the first dimension of a tensor counts."""
+        tensor, kind = tensor.detach().cpu().contiguous(), self._layout[name]
+        assert kind is not None and kind == (tensor.dtype, (kind[1][0], *tensor.shape)), name
+        data: Any = tensor.view(-1).view(torch.uint8).numpy()
+        row = self._rows[name] = self._rows.get(name, 0) + 1
+        self._seek(name, (row - 1) * len(data))
+        self._file.write(data)
+        if row == kind[1][0]:
+            self._left.remove(name)
 
     def copy(self, entry: Entry) -> None:
         """The bytes of a tensor of another file, a few megabytes at a time."""
@@ -93,8 +105,8 @@ class ShardWriter:
             self._file.close()
             self._temporary.unlink(missing_ok=True)
 
-    def _seek(self, name: str) -> None:
-        self._file.seek(8 + self._room + self._offsets[name][0])
+    def _seek(self, name: str, offset: int = 0) -> None:
+        self._file.seek(8 + self._room + self._offsets[name][0] + offset)
 
     def _finish(self) -> None:
         assert not self._left, f"not written: {sorted(self._left)}"

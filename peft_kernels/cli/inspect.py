@@ -1,7 +1,7 @@
 """What is in a checkpoint, by layer, and what is wrong with it.
 
 Looks at headers and index, at every item of every NF4 weight, and for NaN and Inf in all other tensors (which
-reads them; --quick does not). Exit code 1 when a fault is found.
+reads them; --quick does not). Of packed experts it tells by layer. Exit code 1 when a fault is found.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.checks import faults, nf4_weights, read_nf4
+from ..checkpoints.checks import faults, holds_experts, nf4_weights, read_nf4
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.header import CheckpointError
 from .output import Output, size
+
+_FAULTY = "NF4, faulty"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,14 +32,33 @@ class Group:
     pattern: str
     form: str
     shape: tuple[int, ...]
+    experts: bool = False
+    """Whether they are packed weights of many experts."""
     numbers: list[tuple[int, ...]] = field(default_factory=list)
-    nbytes: int = 0
+    sizes: list[int] = field(default_factory=list)
+    """Bytes of each."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self.sizes)
 
     @property
     def name(self) -> str:
         """With `0-31` in place of the numbers."""
         columns = iter(zip(*self.numbers, strict=True)) if self.numbers[0] else iter(())
         return re.sub("#", lambda match: _ranges(set(next(columns))), self.pattern)
+
+
+@dataclass
+class Layer:
+    """The packed experts of one layer."""
+
+    name: str
+    experts: int = 0
+    weights: int = 0
+    nbytes: int = 0
+    faulty: int = 0
+    """How many of the weights."""
 
 
 def run(arguments: argparse.Namespace, out: Output) -> bool:
@@ -54,6 +75,9 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
         shape = " x ".join(map(str, group.shape))
         rows.append((group.name, str(len(group.numbers)), shape, group.form, size(group.nbytes)))
     out.table(("tensors", "count>", "shape>", "form", "bytes>"), rows)
+    layers = experts_by_layer(groups)
+    if layers:
+        out.table(("packed experts", "experts>", "weights>", "bytes a layer>", "faults>"), _rows(layers))
     shares = ", ".join(f"{size(nbytes)} {form}" for form, nbytes in forms.items())
     out.say(f"{size(total)} in {_counted(len(checkpoint.files), 'file')}: {shares}", "bold")
     for fault in found:
@@ -66,6 +90,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             "bytes": total,
             "bytes_by_form": forms,
             "tensors": [_as_json(group) for group in groups],
+            "experts": [_layer_as_json(layer) for layer in layers],
             "faults": found,
         }
     )
@@ -80,10 +105,42 @@ def grouped(checkpoint: Checkpoint) -> list[Group]:
     for name in sorted(checkpoint.entries.keys() - inside | quantised.keys(), key=_natural):
         form, shape = _form(checkpoint, name, quantised)
         pattern = re.sub(r"(?<=\.)\d+(?=\.)", "#", name)
-        group = groups.setdefault((pattern, form, shape), Group(pattern, form, shape))
+        items = quantised.get(name, [name])
+        group = groups.setdefault((pattern, form, shape), Group(pattern, form, shape, holds_experts(items)))
         group.numbers.append(tuple(int(n) for n in re.findall(r"(?<=\.)\d+(?=\.)", name)))
-        group.nbytes += sum(checkpoint.entries[item].nbytes for item in quantised.get(name, [name]))
+        group.sizes.append(sum(checkpoint.entries[item].nbytes for item in items))
     return list(groups.values())
+
+
+def experts_by_layer(groups: list[Group]) -> list[Layer]:
+    """Layers are what the first number in a name counts."""
+    found: dict[str, Layer] = {}
+    for group in groups:
+        if not group.experts:
+            continue
+        start = group.pattern.partition("#")[0]
+        for numbers, nbytes in zip(group.numbers, group.sizes, strict=True):
+            name = f"{start}{numbers[0]}" if numbers else group.pattern
+            layer = found.setdefault(name, Layer(name))
+            layer.experts = max(layer.experts, *group.shape[:1], 0)
+            layer.weights, layer.nbytes = layer.weights + 1, layer.nbytes + nbytes
+            layer.faulty += group.form == _FAULTY
+    return [found[name] for name in sorted(found, key=_natural)]
+
+
+def _rows(layers: list[Layer]) -> list[tuple[str, ...]]:
+    """Layers that are alike in one row."""
+    alike: dict[tuple[str, ...], list[Layer]] = {}
+    for layer in layers:
+        start, dot, number = layer.name.rpartition(".")
+        numbered = start + dot if number.isdigit() else layer.name
+        cells = str(layer.experts), str(layer.weights), size(layer.nbytes), str(layer.faulty)
+        alike.setdefault((numbered, *cells), []).append(layer)
+    rows: list[tuple[str, ...]] = []
+    for row, members in alike.items():
+        numbers = {int(layer.name[len(row[0]) :]) for layer in members if layer.name != row[0]}
+        rows.append((row[0] + _ranges(numbers), *row[1:]))
+    return rows
 
 
 def _form(checkpoint: Checkpoint, name: str, quantised: dict[str, list[str]]) -> tuple[str, tuple[int, ...]]:
@@ -93,7 +150,7 @@ def _form(checkpoint: Checkpoint, name: str, quantised: dict[str, list[str]]) ->
     try:
         state, dtype = read_nf4(checkpoint, name, quantised[name], codes=False)
     except CheckpointError:
-        return "NF4, faulty", ()
+        return _FAULTY, ()
     scales = "double-quantised" if state.double_quant else "fp32 scales"
     return f"NF4 of {str(dtype).removeprefix('torch.')}, blocks of {state.blocksize}, {scales}", state.shape
 
@@ -105,6 +162,16 @@ def _as_json(group: Group) -> dict[str, Any]:
         "shape": list(group.shape),
         "form": group.form,
         "bytes": group.nbytes,
+    }
+
+
+def _layer_as_json(layer: Layer) -> dict[str, Any]:
+    return {
+        "layer": layer.name,
+        "experts": layer.experts,
+        "weights": layer.weights,
+        "bytes": layer.nbytes,
+        "faults": layer.faulty,
     }
 
 

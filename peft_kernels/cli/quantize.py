@@ -1,7 +1,8 @@
 """A model's folder to 4 bits (NF4), tensor by tensor.
 
-The result is in bitsandbytes' format: transformers, PEFT, TRL and vLLM read it. DST appears when it is whole;
-an interrupted run leaves a folder .DST.partial beside it, and the same command goes on from there.
+The result is in bitsandbytes' format: transformers, PEFT, TRL and vLLM read it. With --experts, mixtures of
+experts are packed too, in a format that peft_kernels alone reads. DST appears when it is whole; an
+interrupted run leaves a folder .DST.partial beside it, and the same command goes on from there.
 """
 
 from __future__ import annotations
@@ -31,17 +32,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="modules to leave, beside heads, embeddings and norms: a name or consecutive parts of one",
     )
+    parser.add_argument(
+        "--experts", action="store_true", help="pack mixtures of experts too, which peft_kernels alone reads"
+    )
     parser.add_argument("--restart", action="store_true", help="do not go on with an interrupted run")
 
 
 def run(arguments: argparse.Namespace, out: Output) -> bool:
     def started(conversion: Conversion) -> None:
         choice = conversion.choice
-        out.say(f"{len(choice.quantise)} linear layers become NF4, by {choice.source}")
+        packed = f" and {len(choice.experts)} weights of experts" if choice.experts else ""
+        out.say(f"{len(choice.quantise)} linear layers{packed} become NF4, by {choice.source}")
         for reason, count in Counter(choice.left.values()).items():
             names = [name for name, why in choice.left.items() if why == reason]
             shown = ", ".join(names[:3]) + (", ..." if count > 3 else "")
             out.say(f"{count} left ({shown}): {reason.removesuffix('; skip=() would pack it')}")
+        if choice.dense_experts:
+            out.say(f"{size(choice.dense_experts)} of experts stay dense: --experts packs them", "yellow")
+        if choice.other_experts:
+            out.say(f"{size(choice.other_experts)} of experts stay dense: nothing here packs them", "yellow")
         if conversion.taken_over:
             out.say(f"going on with an interrupted run: {', '.join(conversion.taken_over)} done before")
 
@@ -55,6 +64,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             not arguments.no_double_quant,
             arguments.skip,
             arguments.restart,
+            arguments.experts,
             started,
             lambda name, nbytes: advance(nbytes),
         )
@@ -69,6 +79,9 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             "bytes_before": done.bytes_before,
             "bytes_after": done.bytes_after,
             "quantised": sorted(done.choice.quantise),
+            "experts": sorted(done.choice.experts),
+            "experts_dense_bytes": done.choice.dense_experts,
+            "other_experts_dense_bytes": done.choice.other_experts,
             "left": done.choice.left,
             "chosen_by": done.choice.source,
             "copied": done.copied,

@@ -84,15 +84,20 @@ def gathering(
     experts, stacked and one below the other, one that leaves merging to packing."""
     found = []
     for conversion in conversions:
-        operations = getattr(conversion, "operations", ())
-        kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
         stands_for = conversion
-        if kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)]):
+        if merges_experts(conversion):
             sources, targets = conversion._original_source_patterns, conversion._original_target_patterns
-            gather = Gather(list(operations), packs, files)
+            gather = Gather(list(conversion.operations), packs, files)
             stands_for = conversion.copy(list(sources), list(targets), operations=[gather])
         found.append((conversion, stands_for))
     return found
+
+
+def merges_experts(conversion: Any) -> bool:
+    """Whether a conversion puts experts on top of each other, in each of them one part below the other."""
+    operations = getattr(conversion, "operations", ())
+    kinds = [(type(operation), getattr(operation, "dim", None)) for operation in operations]
+    return kinds in ([(MergeModulelist, 0)], [(MergeModulelist, 0), (Concatenate, 1)])
 
 
 def forget_loading(model: Any, gathered: Iterable[tuple[Any, Any]]) -> None:

@@ -172,7 +172,7 @@ class NF4Quantizer(HfQuantizer):
         layouts.keep_own(model, packed)
         if packed:
             experts = len(linear) < len(packed)
-            self.quantization_config.describe(_dense(model, linear), model.dtype, experts)
+            self.quantization_config.describe(names_of_dense(model, linear), model.dtype, experts)
             model.config.quantization_config = self.quantization_config
             if self.attached:
                 _forget_with_the_state_dict(model)
@@ -232,7 +232,7 @@ def _forget_with_the_state_dict(model: Any) -> None:
     hook = model.register_state_dict_pre_hook(forget)
 
 
-def _dense(model: nn.Module, packed: set[str]) -> list[str]:
+def names_of_dense(model: nn.Module, packed: set[str]) -> list[str]:
     """Names by which bitsandbytes' readers leave the dense linear layers alone, and no packed one.
 
     They take a name as the beginning or the end of a module's, and as a regular expression.

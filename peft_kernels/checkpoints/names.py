@@ -1,0 +1,59 @@
+"""From the names of tensors in a checkpoint to those that transformers gives them in a model, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+
+class Names:
+    """Of one model. Tell it all names of the checkpoint before asking `written`.
+
+    Attributes
+    ----------
+    order : callable
+        Key by which transformers sorts names before it gathers the parts of a tensor.
+    """
+
+    order: Callable[[str], Any] = staticmethod(str)
+
+    def __init__(self, model: Any) -> None:
+        self._prefix, self._there = model.base_model_prefix, dict.fromkeys(model.state_dict(), True)
+        self._renamings: list[Any] = []
+        self._converters: list[Any] = []
+        self._rename: Any = None
+        try:
+            from transformers.conversion_mapping import get_model_conversion_mapping
+            from transformers.core_model_loading import (
+                WeightConverter,
+                WeightRenaming,
+                dot_natural_key,
+                rename_source_key,
+            )
+        except ImportError:  # transformers 4
+            return
+        self.order, self._rename = dot_natural_key, rename_source_key
+        transforms = get_model_conversion_mapping(model)
+        self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+        self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
+
+    def in_model(self, name: str) -> tuple[str, str | None]:
+        """The name in the model; and if it is a part of what a converter makes, its pattern there."""
+        if self._rename is None:
+            return (f"{self._prefix}.{name}" if f"{self._prefix}.{name}" in self._there else name), None
+        about = self._prefix, self._there
+        found, pattern = self._rename(name, self._renamings, self._converters, *about)
+        if found not in self._there and name in self._there:  # it is the model's own name already
+            found, pattern = self._rename(name, [], [], *about)
+        return found, pattern
+
+    def converter(self, pattern: str) -> Any:
+        """What has the pattern; as in transformers, the last one."""
+        return next(each for each in reversed(self._converters) if pattern in each.source_patterns)
+
+    def written(self, name: str) -> str:
+        """What `save_pretrained` calls a tensor that it does not convert, in a model of this checkpoint."""
+        for renaming in reversed(self._renamings):
+            if renaming.was_used():
+                name, _ = renaming.reverse_transform().rename_source_key(name)
+        return name

@@ -1,0 +1,137 @@
+"""The files of a quantised model: what each is made of, and how it is written, tensor by tensor."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .. import experts_format
+from ..code_tables import NESTED_BLOCKSIZE
+from ..integrations.bitsandbytes import STATE_ITEM
+from ..nf4 import NF4Weight
+from .experts import ExpertsWeight
+from .folder import Checkpoint
+from .header import CheckpointError, Entry
+from .layers import Choice
+from .writer import Layout, ShardWriter, file_size
+
+Progress = Callable[[str, int], None]
+"""Told of tensors of the source and their bytes."""
+
+
+@dataclass
+class Shard:
+    """One file."""
+
+    name: str
+    entries: list[Entry]
+    """Of the source, but for parts of packed experts."""
+    experts: list[ExpertsWeight]
+    quantise: dict[str, bool]
+    """As in `Choice`, of all files."""
+    blocksize: int
+    double_quant: bool
+    metadata: dict[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Of what is read for it."""
+        return sum(entry.nbytes for entry in self.entries) + sum(weight.nbytes for weight in self.experts)
+
+    @property
+    def size(self) -> int:
+        """The most bytes that it can take."""
+        return file_size(self.layout, self.metadata)
+
+    @property
+    def layout(self) -> Layout:
+        """What will be in it, from the shapes alone."""
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {}
+        for entry in self.entries:
+            if entry.name in self.quantise:
+                found |= self._layout_of(entry)
+            else:
+                found[entry.name] = (entry.dtype, entry.shape)
+        for weight in self.experts:
+            experts, *one = weight.shape
+            meta = torch.empty(one, dtype=weight.dtype, device="meta")
+            packed = NF4Weight.quantize(meta, self.blocksize, self.double_quant, check_finite=False)
+            for name, row in experts_format.tensors(packed._state, weight.name).items():
+                found[weight.written(name)] = (row.dtype, (experts, *row.shape))
+            found[weight.written(f"{weight.name}.{experts_format.STATE_ITEM}")] = None
+        return found
+
+    def write(self, path: Path, progress: Progress) -> None:
+        """CheckpointError for a weight with NaN or Inf, and what `ShardWriter` raises."""
+        with ShardWriter(path, self.layout, self.metadata) as writer:
+            for entry in self.entries:
+                if entry.name in self.quantise:
+                    self._quantise(writer, entry)
+                else:
+                    writer.copy(entry)
+                progress(entry.name, entry.nbytes)
+            for weight in self.experts:
+                self._pack(writer, weight, progress)
+
+    def _layout_of(self, entry: Entry) -> dict[str, tuple[torch.dtype, tuple[int, ...]] | None]:
+        numel = entry.shape[0] * entry.shape[1]
+        nblocks = -(-numel // self.blocksize)
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {
+            entry.name: (torch.uint8, ((numel + 1) // 2, 1)),
+            f"{entry.name}.absmax": (torch.uint8 if self.double_quant else torch.float32, (nblocks,)),
+            f"{entry.name}.quant_map": (torch.float32, (16,)),
+            f"{entry.name}.{STATE_ITEM}": None,
+        }
+        if self.double_quant:
+            second = -(-nblocks // NESTED_BLOCKSIZE)
+            found[f"{entry.name}.nested_absmax"] = (torch.float32, (second,))
+            found[f"{entry.name}.nested_quant_map"] = (torch.float32, (256,))
+        return found
+
+    def _quantise(self, writer: ShardWriter, entry: Entry) -> None:
+        dense = entry.read()
+        weight = self._nf4(dense.t() if self.quantise[entry.name] else dense, entry.name)
+        del dense
+        for key, tensor in weight.state_dict(name=entry.name).items():
+            writer.write(key, tensor)
+
+    def _pack(self, writer: ShardWriter, weight: ExpertsWeight, progress: Progress) -> None:
+        number = itertools.count()  # `enumerate` would keep the last expert while the next is read
+        for dense in weight.experts(lambda entry: progress(entry.name, entry.nbytes)):
+            one = self._nf4(dense, f"{weight.name}[{next(number)}]")
+            del dense
+            for key, tensor in experts_format.tensors(one._state, weight.name).items():
+                writer.write_row(weight.written(key), tensor)
+        blob = experts_format.description(weight.shape, self.blocksize, weight.dtype)
+        key = weight.written(f"{weight.name}.{experts_format.STATE_ITEM}")
+        writer.write(key, torch.tensor(list(blob), dtype=torch.uint8))
+
+    def _nf4(self, dense: torch.Tensor, name: str) -> NF4Weight:
+        try:
+            return NF4Weight.quantize(dense, self.blocksize, self.double_quant, name=name)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+
+
+def compose(checkpoint: Checkpoint, choice: Choice, blocksize: int, double_quant: bool) -> list[Shard]:
+    """For each file of the source one, of the same name. Packed experts go where their first part is; when
+    nothing is left of a file, the others are numbered anew."""
+    parts = {entry.name for weight in choice.experts.values() for entry in weight.entries}
+    found = []
+    for file in checkpoint.files:
+        entries = [entry for name, entry in checkpoint.of_file(file).items() if name not in parts]
+        experts = [weight for weight in choice.experts.values() if weight.entries[0].path == file]
+        # transformers refuses a file that does not name its format.
+        metadata = {"format": "pt"} | checkpoint.metadata[file.name]
+        if entries or experts:
+            rest = choice.quantise, blocksize, double_quant, metadata
+            found.append(Shard(file.name, entries, experts, *rest))
+    if len(found) < len(checkpoint.files):
+        for i, shard in enumerate(found, 1):
+            shard.name = re.sub(r"-\d{5}-of-\d{5}(?=\.)", f"-{i:05}-of-{len(found):05}", shard.name)
+    return found
