@@ -11,11 +11,14 @@ import torch
 from torch import nn
 
 from ..checkpoints.header import CheckpointError
-from ..targets import choose_layers
-from .memory import Block, Linear, Model
+from ..nf4_experts import weight_names
+from ..targets import choose_experts, choose_layers
+from .sizes import Block, Experts, Linear, Mixture, Model
 
-CHECKED = ("llama", "mistral", "qwen2", "qwen3")
+CHECKED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")
 """Model types whose activations are held to measured ones."""
+MIXTURES = ("mixtral", "qwen3_moe")
+"""Model types whose layers are Llama's but for experts in place of the MLP."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PIECES = {("self_attn", name) for name in PROJECTIONS[:4]} | {("mlp", name) for name in PROJECTIONS[4:]}
 
@@ -36,7 +39,12 @@ def build(path: Path) -> Any:
         raise CheckpointError(f"{path}: expected the configuration of a language model ({reason})") from error
 
 
-def describe(model: Any, dtype: torch.dtype | None = None, targets: Sequence[str] | None = None) -> Model:
+def describe(
+    model: Any,
+    dtype: torch.dtype | None = None,
+    targets: Sequence[str] | None = None,
+    target_parameters: Sequence[str] = (),
+) -> Model:
     """Parameters
     ----------
     model : PreTrainedModel
@@ -45,6 +53,8 @@ def describe(model: Any, dtype: torch.dtype | None = None, targets: Sequence[str
         Of the weights; by default the configuration's, else bfloat16.
     targets : names, optional
         Last parts of the names of layers that get adapters; by default all linear layers but the head.
+    target_parameters : names
+        Last parts of the names of weights of experts that get adapters, as PEFT's.
     """
     quantised, _ = choose_layers(model)
     head = model.get_output_embeddings()
@@ -61,6 +71,7 @@ def describe(model: Any, dtype: torch.dtype | None = None, targets: Sequence[str
         missing = sorted(set(targets) - {linear.name.rpartition(".")[2] for linear in linears})
         if missing:
             raise CheckpointError(f"target-modules: expected names of linear layers, got {missing[0]!r}")
+    experts = _experts(model, target_parameters)
     dtype = dtype or getattr(model.config, "dtype", None) or torch.bfloat16
     config = model.config.get_text_config()
     return Model(
@@ -69,11 +80,28 @@ def describe(model: Any, dtype: torch.dtype | None = None, targets: Sequence[str
         dtype.itemsize,
         config.vocab_size,
         config.num_hidden_layers,
-        _block(model, config, linears),
+        _block(model, config, linears, experts),
+        tuple(experts),
     )
 
 
-def _block(model: Any, config: Any, linears: list[Linear]) -> Block | None:
+def _experts(model: Any, target_parameters: Sequence[str]) -> list[Experts]:
+    found, known = [], set[str]()
+    for module_name, module in choose_experts(model)[0].items():
+        for key in weight_names(module):
+            count, out, into = module._parameters[key].shape
+            out, into = (into, out) if module.is_transposed else (out, into)
+            name = f"{module_name}.{key}"
+            fitting = {target for target in target_parameters if f".{name}".endswith(f".{target}")}
+            known |= fitting
+            found.append(Experts(name, count, out, into, bool(fitting)))
+    missing = sorted(set(target_parameters) - known)
+    if missing:
+        raise CheckpointError(f"target-parameters: expected names of weights of experts, got {missing[0]!r}")
+    return found
+
+
+def _block(model: Any, config: Any, linears: list[Linear], experts: list[Experts]) -> Block | None:
     """The decoder layer, if all are alike and have the parts of Llama's and no others."""
     by_layer: dict[str, dict[str, Linear]] = {}
     for linear in linears:
@@ -87,16 +115,32 @@ def _block(model: Any, config: Any, linears: list[Linear]) -> Block | None:
     if len(sizes) != 1 or len(by_layer) != config.num_hidden_layers:
         return None
     parts = next(iter(by_layer.values()))
-    if set(parts) != set(PROJECTIONS):
+    mixture, intermediate = None, 0
+    if model.config.model_type in MIXTURES and set(parts) == set(PROJECTIONS[:4]):
+        mixture, intermediate = _mixture(config, experts)
+    elif set(parts) == set(PROJECTIONS):
+        intermediate = parts["gate_proj"].out_features
+    if not intermediate:
         return None
     norms = {name.rpartition(".")[2] for name, _ in model.named_modules() if ".layers.0." in name}
     return Block(
         hidden=parts["q_proj"].in_features,
-        intermediate=parts["gate_proj"].out_features,
+        intermediate=intermediate,
         q=parts["q_proj"].out_features,
         kv=parts["k_proj"].out_features,
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         qk_norm="q_norm" in norms,
         adapted=frozenset(name for name, linear in parts.items() if linear.adapted),
+        mixture=mixture,
     )
+
+
+def _mixture(config: Any, experts: list[Experts]) -> tuple[Mixture | None, int]:
+    """The experts of all layers, if they are alike, and the features inside one."""
+    last = {(e.name.rpartition(".")[2], e.count, e.out_features, e.in_features, e.adapted) for e in experts}
+    if len(last) != 2 or len(experts) != 2 * config.num_hidden_layers:
+        return None, 0
+    adapted = frozenset(name for name, *_, on in last if on)
+    down = next(e for e in experts if e.name.endswith("down_proj"))
+    return Mixture(down.count, config.num_experts_per_tok, adapted), down.in_features

@@ -10,103 +10,35 @@ Assumed: attention by a fused kernel (sdpa, flash), no padding mask, LoRA layers
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from ..code_tables import NESTED_BLOCKSIZE
-
-METHODS = ("lora", "qlora", "dora", "adapter", "prefix", "full")
-OPTIMISERS = ("adamw", "adamw8bit", "paged_adamw8bit", "sgd", "adafactor")
+from .sizes import Block, Mixture, Model, Run
 
 _FP32, _INT64 = 4, 8
 
 
-@dataclass(frozen=True)
-class Linear:
-    """A linear layer: its name inside a block, or in the model."""
-
-    name: str
-    out_features: int
-    in_features: int
-    quantised: bool = False
-    """Whether QLoRA packs it."""
-    adapted: bool = False
-    """Whether LoRA and DoRA put an adapter on it."""
-
-    @property
-    def numel(self) -> int:
-        return self.out_features * self.in_features
-
-
-@dataclass(frozen=True)
-class Block:
-    """The sizes of a Llama-like decoder layer."""
-
-    hidden: int
-    intermediate: int
-    q: int
-    kv: int
-    heads: int
-    kv_heads: int
-    qk_norm: bool
-    adapted: frozenset[str]
-    """Of q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj: those with an adapter."""
-
-
-@dataclass(frozen=True)
-class Model:
-    """A model as the formulas need it, see `architecture.describe`."""
-
-    linears: tuple[Linear, ...]
-    parameters: tuple[tuple[int, ...], ...]
-    """Shapes of all parameters, tied ones once."""
-    itemsize: int
-    vocabulary: int
-    layers: int
-    block: Block | None
-    """None for an architecture whose activations are not known here."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is asked for."""
-
-    method: str
-    batch: int = 1
-    seq: int = 2048
-    rank: int = 16
-    optim: str = "adamw"
-    reduction: int = 16
-    """Of bottleneck adapters: hidden / reduction is their width."""
-    virtual_tokens: int = 20
-    """Of prefix tuning."""
-    blocksize: int = 64
-    double_quant: bool = True
-    prepared: bool = False
-    """QLoRA after PEFT's prepare_model_for_kbit_training: what is not quantised is fp32, activations too."""
-
-    @property
-    def tokens(self) -> int:
-        return self.batch * self.seq
-
-
-def nf4_bytes(linear: Linear, run: Run) -> int:
+def nf4_bytes(numel: int, run: Run) -> int:
     """nf4-format: half a byte a weight; a scale a block, one byte if quantised again, with a scale of its own
-    for 256 and one offset."""
-    blocks = -(-linear.numel // run.blocksize)
+    for 256 and one offset. Each expert has its own."""
+    blocks = -(-numel // run.blocksize)
     scales = blocks * _FP32
     if run.double_quant:
         scales = blocks + -(-blocks // NESTED_BLOCKSIZE) * _FP32 + _FP32
-    return (linear.numel + 1) // 2 + scales
+    return (numel + 1) // 2 + scales
 
 
 def weights(model: Model, run: Run) -> int:
-    """All parameters of the base model. QLoRA: linear layers but the head in NF4, the rest as it is."""
+    """All parameters of the base model. QLoRA: linear layers but the head in NF4, experts where that is asked
+    for, the rest as it is."""
     itemsize = _itemsize(model, run)
     total = sum(_numel(shape) for shape in model.parameters) * itemsize
     if run.method == "qlora":
         for linear in model.linears:
             if linear.quantised:
-                total += nf4_bytes(linear, run) - linear.numel * itemsize
+                total += nf4_bytes(linear.numel, run) - linear.numel * itemsize
+        for each in model.experts if run.experts else ():
+            total += each.count * (nf4_bytes(each.numel, run) - each.numel * itemsize)
     return total
 
 
@@ -118,6 +50,10 @@ def trained(model: Model, run: Run) -> list[tuple[int, ...]]:
     if run.method in ("lora", "qlora", "dora"):
         # Hu et al. 2021: A (r, in) and B (out, r). Liu et al. 2024: beside them a magnitude for each row.
         shapes = [s for x in adapted for s in ((run.rank, x.in_features), (x.out_features, run.rank))]
+        for each in model.experts:  # PEFT's ParamWrapper: r ranks for each expert
+            if each.adapted:
+                ranks = run.rank * each.count
+                shapes += [(ranks, each.in_features), (each.out_features, ranks)]
         return shapes + ([(x.out_features,) for x in adapted] if run.method == "dora" else [])
     block = _block(model)
     if run.method == "adapter":
@@ -145,13 +81,17 @@ def optimiser(model: Model, run: Run) -> int:
         return 0
     if run.optim == "adamw":  # two moments in the parameter's dtype, and a step counter in fp32
         return sum(2 * itemsize * _numel(shape) + _FP32 for shape in shapes)
+    if run.optim == "paged_adamw":  # in fp32, and may lie in host memory
+        return sum(2 * _FP32 * _numel(shape) for shape in shapes)
     if run.optim == "adafactor":  # Shazeer and Stern 2018: of a matrix, a row and a column of second moments
         return sum(_FP32 * (sum(shape[-2:]) if len(shape) > 1 else shape[0]) for shape in shapes)
     # bitsandbytes: moments of a byte, with an fp32 scale for 256; in fp32 below 4096 numbers. One table each
     # of 256 values, for the signed and the unsigned moment. (paged: the same, which may lie in host memory)
-    small = sum(2 * _FP32 * _numel(shape) for shape in shapes if _numel(shape) < 4096)
-    large = sum(2 * (_numel(s) + -(-_numel(s) // 256) * _FP32) for s in shapes if _numel(s) >= 4096)
-    return small + large + (2 * 256 * _FP32 if large else 0)
+    # Lion has the signed one alone.
+    moments = 1 if run.optim == "lion8bit" else 2
+    small = sum(moments * _FP32 * _numel(shape) for shape in shapes if _numel(shape) < 4096)
+    large = sum(moments * (_numel(s) + -(-_numel(s) // 256) * _FP32) for s in shapes if _numel(s) >= 4096)
+    return small + large + (moments * 256 * _FP32 if large else 0)
 
 
 def activations(model: Model, run: Run) -> int:
@@ -189,8 +129,12 @@ def loss_backward(model: Model, run: Run) -> int:
 
 
 def layer_backward(model: Model, run: Run) -> int:
-    """Gradients under way in a layer's backward: of gate, up and their product, the widest that there are."""
-    return 3 * run.tokens * _block(model).intermediate * model.itemsize
+    """Gradients under way in a layer's backward: of gate, up and their product, the widest that there are;
+    of experts for all rows, and those of what they are summed from."""
+    block = _block(model)
+    if block.mixture is None:
+        return 3 * run.tokens * block.intermediate * model.itemsize
+    return run.tokens * block.mixture.top_k * (3 * block.intermediate + block.hidden) * model.itemsize
 
 
 def total(model: Model, run: Run, checkpointing: bool) -> int:
@@ -281,6 +225,8 @@ def _mlp(block: Block, model: Model, run: Run) -> int:
     """down(act(gate) * up). As separate modules: act saves gate, the product saves act(gate) and up, and a
     down that is trained the product. Fused with its adapters: its input, gate, up and h of each adapter, in
     the dtype of the weights' products."""
+    if block.mixture is not None:
+        return _mixture(block, block.mixture, model, run)
     on = block.adapted & {"gate_proj", "up_proj", "down_proj"}
     e = model.itemsize if on else _itemsize(model, run)
     t, wide = run.tokens, run.tokens * e * block.intermediate
@@ -293,6 +239,17 @@ def _mlp(block: Block, model: Model, run: Run) -> int:
     saved += wide if "down_proj" in on else 0
     sizes = {"gate_proj": block.intermediate, "up_proj": block.intermediate, "down_proj": block.hidden}
     return saved + sum(t * e * sizes[name] + 2 * _FP32 * sizes[name] for name in on)
+
+
+def _mixture(block: Block, mixture: Mixture, model: Model, run: Run) -> int:
+    """Packed experts: gate, up and the result of every row, which there are top_k of for each token; two
+    orders of rows; the router's softmax, its choice and what divides it. With an adapter the input and h."""
+    rows, e = run.tokens * mixture.top_k, model.itemsize
+    saved = rows * e * (2 * block.intermediate + block.hidden) + 2 * rows * _INT64
+    saved += run.tokens * mixture.count * _FP32 + rows * (_INT64 + 2 * _FP32) + run.tokens * _FP32
+    inputs = {"gate_up_proj": block.hidden, "down_proj": block.intermediate}
+    saved += sum(rows * (e * inputs[name] + run.rank * _FP32) for name in mixture.adapted)
+    return saved + mixture.count * 4  # where the rows of each end
 
 
 def _inserted(block: Block, run: Run, e: int) -> int:

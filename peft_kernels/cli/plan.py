@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
+from ..checkpoints.header import CheckpointError
 from . import memory
 from .architecture import CHECKED, build, describe
-from .memory import METHODS, OPTIMISERS, Model, Run
 from .output import Output, size
+from .sizes import METHODS, OPTIMISERS, Model, Run
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
@@ -32,7 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seq", type=_positive, default=2048, help="tokens of a sequence (2048)")
     parser.add_argument("--batch", type=_positive, default=1, help="sequences of a batch (1)")
     parser.add_argument("--rank", type=_positive, default=16, help="of LoRA and DoRA (16)")
-    parser.add_argument("--optim", choices=OPTIMISERS, default="adamw")
+    parser.add_argument(
+        "--optim", type=_optimiser, default="adamw", help=f"one of {','.join(OPTIMISERS)} (adamw)"
+    )
     parser.add_argument("--memory", type=byte_count, help="of the device, as 24GB or 80GiB")
     parser.add_argument(
         "--reserve",
@@ -45,6 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--target-modules", nargs="+", metavar="NAME", help="layers with adapters (all linear ones)"
     )
     parser.add_argument(
+        "--target-parameters", nargs="+", default=[], metavar="NAME", help="weights of experts with adapters"
+    )
+    parser.add_argument("--experts", action="store_true", help="QLoRA with mixtures of experts packed too")
+    parser.add_argument(
         "--kbit-prepared", action="store_true", help="QLoRA after PEFT's prepare_model_for_kbit_training"
     )
     parser.add_argument("--reduction", type=_positive, default=16, help="of bottleneck adapters (16)")
@@ -54,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace, out: Output) -> bool:
     built = build(arguments.path)
     dtype = _DTYPES[arguments.dtype] if arguments.dtype else None
-    model = describe(built, dtype, arguments.target_modules)
+    model = describe(built, dtype, arguments.target_modules, arguments.target_parameters)
+    _check_experts(arguments, model)
     runs = [
         Run(
             method,
@@ -65,10 +73,11 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             arguments.reduction,
             arguments.virtual_tokens,
             prepared=arguments.kbit_prepared,
+            experts=arguments.experts,
         )
         for method in arguments.method
     ]
-    if model.block is None:
+    if model.block is None or model.block.mixture is not None:
         runs = [one for one in runs if one.method in ("lora", "qlora", "dora", "full")]
     limit = None if arguments.memory is None else arguments.memory - arguments.reserve
     plans = {one.method: _plan(model, one, limit) for one in runs}
@@ -80,7 +89,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     )
     _print(plans, arguments.memory, out)
     no_note = arguments.kbit_prepared or "qlora" not in plans
-    notes = _notes(built, model, no_note)
+    notes = _notes(built, model, no_note) + _notes_on_experts(model, runs, arguments.target_modules is None)
     if limit is not None:
         kept = size(arguments.reserve)
         notes.append(f"kept for the CUDA context, fragmentation and work space: {kept} (--reserve)")
@@ -108,7 +117,7 @@ def _plan(model: Model, one: Run, limit: int | None) -> dict[str, Any]:
         "gradients": memory.gradients(model, one),
         "optimiser": memory.optimiser(model, one),
     }
-    if model.block is None:
+    if model.block is None or (model.block.mixture is not None and not _packs(one)):
         return plan
     plan |= {
         "activations": memory.activations(model, one),
@@ -123,6 +132,18 @@ def _plan(model: Model, one: Run, limit: int | None) -> dict[str, Any]:
             plan[f"fits{suffix}"] = plan[f"total{suffix}"] <= limit
             plan[f"largest_batch{suffix}"] = memory.largest_batch(_fits(model, one, checkpointing, limit))
     return plan
+
+
+def _packs(one: Run) -> bool:
+    return one.experts and one.method == "qlora"
+
+
+def _check_experts(arguments: argparse.Namespace, model: Model) -> None:
+    if arguments.experts and not model.experts:
+        raise CheckpointError("experts: expected a model with experts that can be packed, got none")
+    if arguments.target_parameters and not {"lora", "qlora"}.issuperset(arguments.method):
+        got = ",".join(arguments.method)
+        raise CheckpointError(f"target-parameters: expected --method lora, qlora or both, got {got}")
 
 
 def _fits(model: Model, one: Run, checkpointing: bool, limit: int) -> Callable[[int], bool]:
@@ -147,14 +168,15 @@ def _print(plans: dict[str, dict[str, Any]], limit: int | None, out: Output) -> 
         ("total_checkpointed", "  with checkpointing"),
     ]
     rows = [
-        (label, *(size(plan[key]) for plan in plans.values()))
+        (label, *(size(plan[key]) if key in plan else "?" for plan in plans.values()))
         for key, label in lines
-        if all(key in plan for plan in plans.values())
+        if any(key in plan for plan in plans.values())
     ]
-    if limit is not None and all("fits" in plan for plan in plans.values()):
+    if limit is not None and any("fits" in plan for plan in plans.values()):
+        words = {True: "yes", False: "no", None: "?"}
         for suffix, label in (("", ""), ("_checkpointed", ", with checkpointing")):
-            fits = ("yes" if plan[f"fits{suffix}"] else "no" for plan in plans.values())
-            largest = (str(plan[f"largest_batch{suffix}"]) for plan in plans.values())
+            fits = (words[plan.get(f"fits{suffix}")] for plan in plans.values())
+            largest = (str(plan.get(f"largest_batch{suffix}", "?")) for plan in plans.values())
             rows += [(f"fits into {size(limit)}{label}", *fits), (f"largest batch{label}", *largest)]
     out.table(("", *(f"{method}>" for method in plans)), rows)
 
@@ -169,6 +191,37 @@ def _notes(built: Any, model: Model, prepared: bool) -> list[str]:
     if name not in CHECKED:
         notes.append(f"activations of {name} are reckoned as Llama's, and nobody has measured them")
     return notes
+
+
+def _notes_on_experts(model: Model, runs: list[Run], all_linear: bool) -> list[str]:
+    if not model.experts:
+        return []
+    notes, adapted = [], any(each.adapted for each in model.experts)
+    dense = sum(each.count * each.numel for each in model.experts) * model.itemsize
+    if any(one.method == "qlora" and not one.experts for one in runs):
+        notes.append(f"of QLoRA's weights {size(dense)} are experts, which stay dense: --experts packs them")
+    if model.block is not None and not all(map(_packs, runs)):
+        notes.append(
+            "activations of dense experts depend on transformers' experts_implementation and are not planned"
+        )
+    if all_linear and not adapted and any(one.method in ("lora", "qlora", "dora") for one in runs):
+        notes.append(
+            "adapters are on linear layers; some versions of PEFT put them on experts too for all-linear: "
+            "see --target-parameters"
+        )
+    return notes
+
+
+def _optimiser(text: str) -> str:
+    """By our names, those of the classes (AdamW8bit) or Trainer's (adamw_8bit)."""
+
+    def plain(name: str) -> str:
+        return name.lower().replace("_", "")
+
+    for name in OPTIMISERS:
+        if plain(name) == plain(text):
+            return name
+    raise argparse.ArgumentTypeError(f"expected one of {','.join(OPTIMISERS)}, got {text!r}")
 
 
 def byte_count(text: str) -> int:

@@ -1,0 +1,64 @@
+"""What a small model takes in training, for the tests of `peft-kernels plan`."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import peft_kernels as pk
+import testing
+
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 176,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+BATCH, SEQ, RANK = 2, 48, 8
+
+
+def loss_of(model: Any, batch: int = BATCH, seq: int = SEQ) -> Any:
+    ids = torch.arange(batch * seq).reshape(batch, seq) % SIZES["vocab_size"]
+    return model(input_ids=ids, labels=ids)
+
+
+def measured_activations(model: Any, vocabulary: int = SIZES["vocab_size"]) -> int:
+    """Without the log-softmax that the loss saves."""
+    total = testing.saved_bytes(lambda: loss_of(model), [*model.parameters(), *model.buffers()])
+    return total - BATCH * SEQ * vocabulary * 4
+
+
+def off(planned: float, measured: float) -> float:
+    return abs(planned / measured - 1)
+
+
+class Live(TorchDispatchMode):
+    """Bytes of storages that ops have made and that are still there, and the most there have been."""
+
+    def __init__(self, there: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._seen = weakref.WeakKeyDictionary({s: True for t in there for s in testing._storages(t)})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor) and not isinstance(tensor, pk.NF4Weight):
+                storage = tensor.untyped_storage()
+                if storage not in self._seen:
+                    self._seen[storage] = True
+                    self.now += storage.nbytes()
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._gone, storage.nbytes())
+        return out
+
+    def _gone(self, nbytes: int) -> None:
+        self.now -= nbytes
