@@ -1,7 +1,8 @@
 """What a fine-tuning will take, method by method, from the configuration alone.
 
 Bytes of weights, adapters, gradients, optimiser state, saved activations with and without checkpointing, and
-of the loss; which methods fit into --memory, and the largest batch that does. Nothing is loaded.
+of the loss; which methods fit into --memory, and the largest batch that does. Of mixtures of experts the
+activations are planned where they are packed. Nothing is loaded.
 """
 
 from __future__ import annotations
@@ -202,7 +203,8 @@ def _notes_on_experts(model: Model, runs: list[Run], all_linear: bool) -> list[s
         notes.append(f"of QLoRA's weights {size(dense)} are experts, which stay dense: --experts packs them")
     if model.block is not None and not all(map(_packs, runs)):
         notes.append(
-            "activations of dense experts depend on transformers' experts_implementation and are not planned"
+            "activations of dense experts depend on transformers' experts_implementation: they are not "
+            "planned, and nothing is said of what fits"
         )
     if all_linear and not adapted and any(one.method in ("lora", "qlora", "dora") for one in runs):
         notes.append(
