@@ -169,6 +169,35 @@ def test_a_graph_computes_with_the_data_of_each_replay(place: Place, rows: int) 
     assert_same_bits(results, seen[0], "replayed after a call without a graph")
 
 
+def test_a_graph_makes_the_steps_of_an_optimizer(place: Place) -> None:
+    """With the gradients and the learning rate of each replay, and one step further each time."""
+    shapes = [(64, 1024), (5000,), (30,)]
+    with pk.use_backend("reference"):
+        parameters = [nn.Parameter(testing.tensor(*s, dtype=DTYPE).to(place.device)) for s in shapes]
+        gradients = [torch.ones_like(p) for p in parameters]
+    lr = torch.tensor(1e-3, device=place.device)
+
+    def stepped(optimizer: Any, parameters: list[nn.Parameter]) -> Results:
+        for p, grad in zip(parameters, gradients, strict=True):
+            p.grad = grad
+        optimizer.step()
+        names = ("state1", "absmax2", "step")
+        states = {f"{n}{i}": optimizer.state[p][n] for n in names for i, p in enumerate(parameters[:2])}
+        return {**{f"p{i}": p.detach() for i, p in enumerate(parameters)}, **states}
+
+    optimizer = pk.optim.AdamW8bit(parameters, lr=lr, max_grad_norm=1.0)
+    results, replay = place.recorded(lambda: stepped(optimizer, parameters))
+    for seed in range(3):
+        twins, other = copy.deepcopy((parameters, optimizer))
+        lr.fill_(1e-3 * (seed + 1))
+        other.param_groups[0]["lr"] = 1e-3 * (seed + 1)
+        for grad in gradients:
+            grad.copy_(testing.tensor(*grad.shape, dtype=DTYPE, seed=seed))
+        replay()
+        place.wait()
+        assert_same_bits(results, stepped(other, twins), f"replay {seed}")
+
+
 @ROWS
 def test_two_streams_do_not_meet(place: Place, rows: int) -> None:
     """Of one model and at once: what a stream keeps in memory for itself is not the other's."""

@@ -8,14 +8,20 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from copy import copy
 from itertools import chain
+from operator import is_
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
+from .. import dispatch
 from ..code_tables import dynamic_map
-from .plan import Plan
-from .states import blocks_of, checked, moment_names, unwrapped
+from .checkpoint import read
+from .groups import check_numbers
+from .plan import Plan, check
+from .sharded import Layout, clipped_scale, is_sharded, part_of, refuse_flat_parts
+from .states import blocks_of, moment_names
 
 logger = logging.getLogger("peft_kernels")
 
@@ -53,19 +59,19 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             raise ValueError(f"rounding: expected one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
-        _check_numbers(defaults)
+        check_numbers(defaults)
         self._kind, self._rounding, self._seed = kind, rounding, seed
         self._max_grad_norm = max_grad_norm or 0.0
         self._bits = {"optim_bits": optim_bits, "min_8bit_size": min_8bit_size}
         self.is_paged = is_paged
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._dtypes: dict[Tensor, torch.dtype] = {}
-        self._seeds: dict[torch.device, Tensor] = {}
+        self._seeds: dict[tuple[torch.device, int], Tensor] = {}
         self._forget()
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        _check_numbers({name: param_group[name] for name in self.defaults if name in param_group})
+        check_numbers({name: param_group[name] for name in self.defaults if name in param_group})
         super().add_param_group(param_group)
 
     def override_config(
@@ -99,10 +105,10 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         if unknown:
             raise ValueError(f"key: expected one of {', '.join(OVERRIDES)}, got {', '.join(unknown)}")
         changed = {str(name): v for name, v in changes.items()}
-        _check_numbers(changed)
+        check_numbers(changed)
         if changed.get("optim_bits", 8) not in (8, 32):
             raise ValueError(f"optim_bits: expected 8 or 32, got {changed['optim_bits']}")
-        mine = set(chain.from_iterable(group["params"] for group in self.param_groups))
+        mine = set(self._mine())
         chosen = [parameters] if isinstance(parameters, Tensor) else list(parameters)
         for p in chosen:
             if p not in mine:
@@ -111,10 +117,12 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 raise ValueError(
                     "optim_bits, min_8bit_size: expected before the first step, which has been made"
                 )
+        self._overrides = {p: v for p, v in self._overrides.items() if p in mine}
         for p in chosen:
             self._overrides[p] = self._overrides.get(p, {}) | changed
         self._forget()
 
+    @_disable_dynamo  # compiled, a step runs as it is: it is one op
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step for every parameter that has a gradient, all by one op call for each device.
@@ -140,31 +148,38 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        active = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not active:
+        active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        if not any(active):
             return loss
         plans = self._plans_for(active)
         grads: list[list[Any]] = [[p.grad for p in plan.parameters] for plan in plans]
         for plan, mine in zip(plans, grads, strict=True):
             plan.check(mine)
+            if len(plans) > 1:
+                dispatch.select("adamw", (plan.like,))  # refuses, if it does, before anything is changed
         configs = [self.param_groups[at] | override for at, override in self._configs]
+        scale, max_norm = getattr(self, "grad_scale", None), self._max_grad_norm
+        if max_norm and any(plan.is_sharded for plan in plans):
+            scale, max_norm = clipped_scale(list(chain.from_iterable(grads)), scale, max_norm), 0.0
         for plan, mine in zip(plans, grads, strict=True):
-            plan.run(
-                mine,
-                configs,
-                getattr(self, "grad_scale", None),
-                getattr(self, "found_inf", None),
-                self._max_grad_norm,
-                self._seed_on(plan.device),
-            )
+            seed = self._seed_on(plan.device, plan.number)
+            plan.run(mine, configs, scale, getattr(self, "found_inf", None), max_norm, seed)
         return loss
 
     def state_dict(self) -> dict[str, Any]:
         """As bitsandbytes': `step` an int, `state1`, `state2`, and in 8 bits `qmap1`, `qmap2`, `absmax1`,
-        `absmax2`."""
+        `absmax2`. Of parameters that are DTensors, moments and absmax are DTensors."""
+        mine = list(self._mine())
+        if gone := len(self.state.keys() - set(mine)):
+            raise ValueError(f"state_dict: {gone} parameters with a state are in no group any more")
         found = super().state_dict()
         for key, state in found["state"].items():
-            found["state"][key] = {k: int(v) if k == "step" else v for k, v in state.items()}
+            whole = Layout(mine[key], self._name(mine[key])).whole(state) if is_sharded(mine[key]) else state
+            # Maps are copies, as what loads into a state_dict in place would change everybody's.
+            found["state"][key] = {
+                k: int(v) if k == "step" else v.clone() if k.startswith("qmap") else v
+                for k, v in whole.items()
+            }
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
@@ -185,33 +200,10 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        if missing := [name for name in ("state", "param_groups") if name not in state_dict]:
-            raise ValueError(f"state_dict: expected state and param_groups, got no {', '.join(missing)}")
-        saved = state_dict["param_groups"]
-        sizes = [len(group["params"]) for group in self.param_groups]
-        if [len(group["params"]) for group in saved] != sizes:
-            got = [len(group["params"]) for group in saved]
-            raise ValueError(f"param_groups: expected groups of {sizes} parameters, got {got}")
-        by_key = {
-            key: (p, self._name(p))
-            for group, mine in zip(saved, self.param_groups, strict=True)
-            for key, p in zip(group["params"], mine["params"], strict=True)
-        }
-        if unknown := [key for key in state_dict["state"] if key not in by_key]:
-            raise ValueError(f"state: expected entries for parameters of param_groups, got {unknown[:3]}")
-        for group in saved:
-            if lacking := [name for name in ("lr", "betas", "weight_decay") if name not in group]:
-                raise ValueError(f"param_groups: a group has no {', '.join(lacking)}")
+        names = {p: self._name(p) for p in self._mine()}
         lion = self._kind == "lion"
-        state = {}
-        for key, entry in state_dict["state"].items():
-            p, what = by_key[key]
-            if flat := unwrapped(entry):
-                state[p] = self._with_compensation(p, checked(flat, p, what, lion))
-        groups = [
-            self.defaults | group | {"params": mine["params"]}
-            for group, mine in zip(saved, self.param_groups, strict=True)
-        ]
+        states, groups = read(state_dict, self.param_groups, self.defaults, names, lion)
+        state = {p: self._with_compensation(part_of(p), mine) for p, mine in states.items()}
         self._dtypes = {p: p.dtype for p in state}
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -237,22 +229,36 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     def _forget(self) -> None:
         """What was gathered for steps: parameters, states or groups are others."""
+        self._active: list[list[Tensor]] = []
         self._plans: list[Plan] = []
         self._configs: list[tuple[int, dict[str, Any]]] = []
 
-    def _plans_for(self, active: list[Tensor]) -> list[Plan]:
-        """One for each device, kept from the step before if they serve."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for p in active:
-            by_device.setdefault(p.device, []).append(p)
-        if len(by_device) > 1 and self._max_grad_norm:
-            raise ValueError(
-                f"max_grad_norm: expected parameters on one device, got {len(by_device)} devices"
-            )
-        parts = list(by_device.values())
-        if len(parts) == len(self._plans) and all(map(Plan.serves, self._plans, parts)):
+    def _plans_for(self, active: list[list[Tensor]]) -> list[Plan]:
+        """One for each device, kept from the step before if they serve. `active` is by group."""
+        before = chain.from_iterable(self._active)
+        if (
+            list(map(len, active)) == list(map(len, self._active))
+            and all(map(is_, chain.from_iterable(active), before))
+            and all(map(Plan.is_in_place, self._plans))
+        ):
             return self._plans
-        made = {p: self._new_state(p) for p in active if not self.state.get(p)}
+        names = {p: self._name(p) for p in chain.from_iterable(active)}
+        if stale := len(self._overrides.keys() - set(self._mine())):
+            raise ValueError(
+                f"override_config: {stale} parameters that it was given are in no group any more: give it "
+                "those that took their places"
+            )
+        parts: dict[tuple[torch.device, int], list[Tensor]] = {}
+        for p, name in names.items():
+            number = Layout(p, name).number if is_sharded(p) else 0
+            shape = self.state[p]["state1"].shape if self.state.get(p) else part_of(p).shape
+            check(p, p.grad, name, self._dtypes.get(p, p.dtype), shape)  # type: ignore[arg-type]
+            if self._max_grad_norm:
+                refuse_flat_parts(p, name)
+            parts.setdefault((p.device, number), []).append(p)
+        if len({device for device, _ in parts}) > 1 and self._max_grad_norm:
+            raise ValueError(f"max_grad_norm: expected parameters on one device, got {len(parts)} devices")
+        made = {p: self._new_state(p, name) for p, name in names.items() if not self.state.get(p)}
         for p, state in made.items():
             self.state[p].update(state)
             self._dtypes[p] = p.dtype
@@ -265,29 +271,31 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                     configs.append(config)
                 numbers[p] = configs.index(config)
         plans = []
-        for part in parts:
+        for (device, number), part in parts.items():
             states = [self.state[p] for p in part]
-            for p, state in zip(part, states, strict=True):
+            for state in states:
                 for name, value in state.items():
                     if isinstance(value, Tensor):
-                        state[name] = value.to(p.device)
-            names, dtypes = [self._name(p) for p in part], [self._dtypes[p] for p in part]
-            plans.append(Plan(part, names, dtypes, states, [numbers[p] for p in part], self._kind))
-        self._plans, self._configs = plans, configs
+                        state[name] = value.to(device)
+            listed, dtypes = [names[p] for p in part], [self._dtypes[p] for p in part]
+            plans.append(Plan(part, listed, dtypes, states, [numbers[p] for p in part], self._kind, number))
+        self._active, self._plans, self._configs = active, plans, configs
         return plans
 
-    def _new_state(self, p: Tensor) -> dict[str, Any]:
+    def _new_state(self, p: Tensor, name: str) -> dict[str, Any]:
         """A parameter's state before its first step."""
         if not p.is_floating_point():
-            raise ValueError(f"{self._name(p)}: expected a floating dtype, got {p.dtype}")
+            raise ValueError(f"{name}: expected a floating dtype, got {p.dtype}")
         bits = self._bits | self._overrides.get(p, {})
+        # By all of a DTensor's elements, so that processes agree.
         in_8bit = bits["optim_bits"] == 8 and p.numel() >= bits["min_8bit_size"]
+        p = part_of(p)
         state: dict[str, Any] = {"step": 0}
         for i in moment_names(self._kind == "lion"):
             state[f"state{i}"] = self._allocate(p, torch.uint8 if in_8bit else torch.float32)
             if in_8bit:
                 state[f"qmap{i}"] = dynamic_map(p.device, i == 1)
-                state[f"absmax{i}"] = torch.zeros(blocks_of(p), device=p.device)
+                state[f"absmax{i}"] = torch.zeros(blocks_of(p.shape), device=p.device)
         return self._with_compensation(p, state)
 
     def _allocate(self, p: Tensor, dtype: torch.dtype) -> Tensor:
@@ -320,12 +328,18 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                     return f"parameter {i} of group {at}" + (f" ({named[i]})" if named else "")
         return "a parameter of no group"
 
-    def _seed_on(self, device: torch.device) -> Tensor | None:
+    def _mine(self) -> Iterable[Tensor]:
+        return chain.from_iterable(group["params"] for group in self.param_groups)
+
+    def _seed_on(self, device: torch.device, number: int) -> Tensor | None:
+        """Of the parts of that number, 0 of what is whole: parts have random bits of their own."""
         if self._rounding != "stochastic":
             return None
-        if device not in self._seeds:
-            self._seeds[device] = torch.tensor(self._seed, device=device)
-        return self._seeds[device]
+        if (device, number) not in self._seeds:
+            seed = (self._seed + number * 0x9E3779B97F4A7C15) % 2**64
+            signed = seed - 2**64 if seed >= 2**63 else seed
+            self._seeds[device, number] = torch.tensor(signed, device=device)
+        return self._seeds[device, number]
 
 
 _told: set[str] = set()
@@ -335,14 +349,3 @@ def tell_once(sentence: str) -> None:
     if sentence not in _told:
         _told.add(sentence)
         logger.warning("%s", sentence)
-
-
-def _check_numbers(values: dict[str, Any]) -> None:
-    """ValueError for a hyperparameter out of range."""
-    for name in ("lr", "eps", "weight_decay"):
-        value = values.get(name, 0.0)
-        if not isinstance(value, Tensor) and not 0 <= value < math.inf:
-            raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
-    betas = values.get("betas", (0.0, 0.0))
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas: expected two numbers from 0 to below 1, got {betas}")

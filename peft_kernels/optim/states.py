@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import gcd, prod
 from typing import Any
 
 import torch
@@ -20,9 +21,22 @@ def moment_names(lion: bool) -> tuple[int, ...]:
     return (1,) if lion else (1, 2)
 
 
-def blocks_of(parameter: Tensor) -> int:
-    """How many absmax values one moment of it has."""
-    return -(-parameter.numel() // STATE_BLOCK)
+def blocks_of(shape: Sequence[int]) -> int:
+    """How many absmax values one moment of that shape has."""
+    return -(-prod(shape) // STATE_BLOCK)
+
+
+def rows_of_whole_blocks(shape: Sequence[int]) -> int:
+    """The fewest rows (of one number, for a vector) that end where a block does."""
+    return STATE_BLOCK // gcd(STATE_BLOCK, prod(shape[1:]))
+
+
+def absmax_by_rows(shape: Sequence[int]) -> tuple[int, ...]:
+    """The shape of absmax as checkpoints of DTensors have it, flat but for zeros at its end: a row for each
+    `rows_of_whole_blocks`, so that it is cut along rows as the parameter is."""
+    rows = rows_of_whole_blocks(shape)
+    count = -(-shape[0] // rows) if len(shape) > 0 else 1
+    return (count,) if len(shape) < 2 else (count, rows * prod(shape[1:]) // STATE_BLOCK)
 
 
 def unwrapped(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -40,7 +54,7 @@ def checked(entry: Mapping[str, Any], parameter: Tensor, what: str, lion: bool) 
     missing = [name for name in ("step", *(f"state{i}" for i in moment_names(lion))) if name not in entry]
     if missing:
         raise ValueError(
-            f"{what}: its state has no {', '.join(missing)}; has {', '.join(entry) or 'nothing'}"
+            f"{what}: its state has no {', '.join(missing)}; has {', '.join(map(str, entry)) or 'nothing'}"
         )
     found = dict(entry)
     device = parameter.device
@@ -60,21 +74,36 @@ def checked(entry: Mapping[str, Any], parameter: Tensor, what: str, lion: bool) 
             raise ValueError(f"{what}: {name}: expected uint8 or float32, got {state.dtype}")
     if len({found[f"state{i}"].dtype for i in moment_names(lion)}) > 1:
         raise ValueError(f"{what}: state1 and state2: expected both in 8 bits or both in 32, got one of each")
-    found["step"] = int(entry["step"])
-    if found["step"] < 0:
-        raise ValueError(f"{what}: step: expected at least 0, got {found['step']}")
+    found["step"] = _step(entry, what)
     return found
 
 
+def _step(entry: Mapping[str, Any], what: str) -> int:
+    step = entry["step"]
+    value = step.item() if isinstance(step, Tensor) and step.numel() == 1 else step
+    if not isinstance(value, int | float) or not 0 <= value < 2**63 or value != int(value):
+        raise ValueError(f"{what}: step: expected a whole number of at least 0, got {value}")
+    return int(value)
+
+
 def _absmax(entry: Mapping[str, Any], i: int, parameter: Tensor, what: str) -> Tensor:
-    absmax, blocks = _tensor(entry, f"absmax{i}", what), blocks_of(parameter)
+    absmax, blocks = _tensor(entry, f"absmax{i}", what), blocks_of(parameter.shape)
+    if absmax.shape == absmax_by_rows(parameter.shape):
+        absmax = absmax.reshape(-1)[:blocks]
     if absmax.numel() != blocks:
         size = -(-parameter.numel() // max(absmax.numel(), 1))
         raise ValueError(
             f"{what}: absmax{i}: expected {blocks} values, one for each {STATE_BLOCK} elements, got "
             f"{absmax.numel()}: these are states in blocks of about {size}"
         )
-    return absmax.reshape(-1).to(parameter.device, torch.float32, copy=True)
+    if not absmax.is_floating_point():
+        raise ValueError(f"{what}: absmax{i}: expected float32, got {absmax.dtype}")
+    found = absmax.reshape(-1).to(parameter.device, torch.float32, copy=True)
+    if bad := int((~((found >= 0) & found.isfinite())).sum()):
+        raise ValueError(
+            f"{what}: absmax{i}: expected finite numbers of at least 0, got {bad} of {blocks} that are not"
+        )
+    return found
 
 
 def _qmap(entry: Mapping[str, Any], i: int, device: torch.device, what: str) -> Tensor:
@@ -92,4 +121,6 @@ def _tensor(entry: Mapping[str, Any], name: str, what: str) -> Tensor:
     value = entry.get(name)
     if not isinstance(value, Tensor):
         raise ValueError(f"{what}: {name}: expected a tensor, got {type(value).__name__}")
+    if value.is_meta:
+        raise ValueError(f"{what}: {name}: expected a tensor with data, got one on device meta")
     return value

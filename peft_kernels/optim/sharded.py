@@ -1,0 +1,212 @@
+"""Parameters that are DTensors, as FSDP2's `fully_shard` makes them: a step sees the part that this process
+has, a checkpoint the whole."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .states import absmax_by_rows, blocks_of, rows_of_whole_blocks
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_sharded(t: Any) -> TypeGuard[DTensor]:
+    """Whether t is a DTensor. Imports nothing: where torch.distributed.tensor is not, there are none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(t, module.DTensor)
+
+
+def part_of(t: Any) -> Tensor:
+    """What this process has of a DTensor, in the same memory; any other tensor itself."""
+    if not is_sharded(t):
+        found: Tensor = t
+        return found
+    with torch.no_grad():
+        found = t.to_local()
+    return found
+
+
+def mesh_dims(t: DTensor) -> tuple[int, ...]:
+    """Dimensions of the mesh along which parts differ."""
+    return tuple(i for i, placement in enumerate(t.placements) if not placement.is_replicate())
+
+
+class Layout:
+    """How a DTensor lies on its mesh, and so do its states.
+
+    Moments are DTensors of the parameter's shape and placements. Blocks are of each part by itself. Where
+    parts are of whole rows and end where blocks do, absmax is a DTensor (`absmax_by_rows`) that is cut as
+    the parameter is, of the same values for any number of parts. Elsewhere it is one of shape (parts along
+    each dimension of the parameter..., blocks of the largest part), padded with zeros, which fits these
+    parts alone.
+    """
+
+    def __init__(self, parameter: DTensor, what: str) -> None:
+        self.mesh, self.placements = parameter.device_mesh, tuple(parameter.placements)
+        self.shape = tuple(parameter.shape)
+        self.part_shape = tuple(part_of(parameter).shape)
+        self.what = what
+        if any(placement.is_partial() for placement in self.placements):
+            raise ValueError(
+                f"{what}: expected a DTensor that is sharded or replicated, got {self.placements}"
+            )
+        # Dimensions of the mesh, and of the parameter, that it is cut along.
+        self._cuts = [(i, self.placements[i].dim) for i in mesh_dims(parameter)]  # type: ignore[attr-defined]
+        self._by_rows = self._parts_end_where_blocks_do()
+
+    @property
+    def number(self) -> int:
+        """Of this process's part, from 1; replicas have the same."""
+        at = self.mesh.get_coordinate() or [0] * self.mesh.ndim
+        found = 0
+        for i, _ in self._cuts:
+            found = found * self.mesh.size(i) + at[i]
+        return 1 + found
+
+    def _parts_end_where_blocks_do(self) -> bool:
+        if not self._cuts:
+            return True
+        i, dim = self._cuts[0]
+        if len(self._cuts) > 1 or dim != 0 or not self.placements[i].is_shard():
+            return False
+        rows = -(-self.shape[0] // self.mesh.size(i))
+        return rows == self.shape[0] or rows % rows_of_whole_blocks(self.shape) == 0
+
+    def _absmax_shape(self) -> tuple[int, ...]:
+        if self._by_rows:
+            return absmax_by_rows(self.shape)
+        parts, largest = [1] * len(self.shape), list(self.shape)
+        for i, dim in self._cuts:
+            parts[dim] *= self.mesh.size(i)
+            largest[dim] = -(-largest[dim] // self.mesh.size(i))
+        return *parts, blocks_of(largest)
+
+    def whole(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """This part's state as DTensors, for a checkpoint. Moments are in the same memory."""
+        found = dict(state)
+        for name, value in state.items():
+            if name.startswith("absmax"):
+                shape = self._absmax_shape()
+                mine = (
+                    absmax_by_rows(self.part_shape) if self._by_rows else (*[1] * len(self.shape), shape[-1])
+                )
+                padded = F.pad(value, (0, prod(mine) - value.numel())).view(mine)
+                found[name] = self._dtensor(padded, shape)
+            elif name.startswith(("state", "compensation")):
+                found[name] = self._dtensor(value, self.shape)
+        return found
+
+    def part(self, entry: Mapping[str, Any]) -> dict[str, Any]:
+        """This part's state from a checkpoint's, which has DTensors, or tensors that every process has whole.
+        ValueError that names what does not fit."""
+        found = dict(entry)
+        for name, value in entry.items():
+            if not isinstance(value, Tensor):
+                continue
+            if name.startswith("absmax"):
+                found[name] = self._absmax_part(name, value)
+            elif name.startswith(("state", "compensation")):
+                if tuple(value.shape) != self.shape:
+                    got = tuple(value.shape)
+                    raise ValueError(
+                        f"{self.what}: {name}: expected shape {self.shape} like the parameter, got {got}"
+                    )
+                found[name] = self._cut(value)
+            else:
+                found[name] = whole_of(value)
+        return found
+
+    def _absmax_part(self, name: str, value: Tensor) -> Tensor:
+        shape, blocks = self._absmax_shape(), blocks_of(self.shape)
+        if tuple(value.shape) != shape:
+            value = whole_of(value)
+            if not self._by_rows or tuple(value.shape) != (blocks,):
+                expected = f"{shape} or ({blocks},)" if self._by_rows else f"{shape}"
+                raise ValueError(
+                    f"{self.what}: {name}: expected shape {expected}, got {tuple(value.shape)}: where parts "
+                    "do not end where blocks do, states go on in the same number of parts alone"
+                )
+            value = F.pad(value, (0, prod(shape) - blocks)).view(shape)
+        return self._cut(value).reshape(-1)[: blocks_of(self.part_shape)]
+
+    def _cut(self, value: Any) -> Tensor:
+        """What this process has of it, laid out as the parameter."""
+        if is_sharded(value):
+            if value.device_mesh == self.mesh:
+                return part_of(value.redistribute(placements=self.placements))
+            value = whole_of(value)
+        from torch.distributed.tensor import distribute_tensor
+
+        # Every process has it all: none sends.
+        return part_of(distribute_tensor(value, self.mesh, self.placements, src_data_rank=None))
+
+    def _dtensor(self, part: Tensor, shape: tuple[int, ...]) -> Any:
+        # DTensor.from_local would move the parts of parameters that are offloaded from a mesh of GPUs.
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+        strides = torch.empty(shape, device="meta").stride()
+        meta = TensorMeta(torch.Size(shape), strides, part.dtype)
+        return DTensor(part, DTensorSpec(self.mesh, self.placements, tensor_meta=meta), requires_grad=False)
+
+
+def whole_of(t: Any) -> Tensor:
+    """All of a DTensor, gathered; any other tensor itself."""
+    found: Tensor = t.full_tensor() if is_sharded(t) else t
+    return found
+
+
+def check_gradient(p: Any, grad: Any, name: str) -> None:
+    """ValueError where a DTensor's gradient lies otherwise than it does."""
+    if is_sharded(p) != is_sharded(grad):
+        kinds = [type(t).__name__ if is_sharded(t) else "a plain tensor" for t in (p, grad)]
+        raise ValueError(f"{name}: gradient: expected {kinds[0]} like the parameter, got {kinds[1]}")
+    if is_sharded(p) and (p.device_mesh, p.placements) != (grad.device_mesh, grad.placements):
+        raise ValueError(
+            f"{name}: gradient: expected placements {p.placements} on {p.device_mesh}, got {grad.placements} "
+            f"on {grad.device_mesh}"
+        )
+
+
+def refuse_flat_parts(p: Tensor, name: str) -> None:
+    """ValueError where a norm over all processes is asked for of FSDP 1's parts, which do not tell whose they
+    are."""
+    if getattr(p, "_fsdp_flattened", False):
+        raise ValueError(
+            f"{name}: max_grad_norm: expected parameters of FSDP 2 (fully_shard), got a part of FSDP 1's: "
+            "clip with its clip_grad_norm_"
+        )
+
+
+def clipped_scale(grads: Sequence[Any], grad_scale: Tensor | None, max_norm: float) -> Tensor:
+    """By what gradients are to be divided so that the norm of all, over all processes, is at most max_norm.
+
+    fp32, 0-dim, on the gradients' device; nothing is read on the host. Each part counts once, whatever the
+    number of its replicas; tensors that are no DTensors are taken to be replicas.
+    """
+    by_meshes: dict[Any, list[Tensor]] = {}
+    for grad in grads:
+        key = (grad.device_mesh, mesh_dims(grad)) if is_sharded(grad) else None
+        by_meshes.setdefault(key, []).append(part_of(grad))
+    device = part_of(grads[0]).device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for key, parts in by_meshes.items():
+        dtype = torch.float64 if any(part.dtype == torch.float64 for part in parts) else torch.float32
+        norms = torch._foreach_norm(parts, 2, dtype=dtype)
+        squares = torch.stack(norms).double().square().sum()
+        if key is not None:
+            mesh, dims = key
+            for dim in dims:
+                torch.distributed.all_reduce(squares, group=mesh.get_group(dim))
+        total += squares
+    scale = torch.ones((), device=device) if grad_scale is None else grad_scale.to(device, torch.float32)
+    norm = (total.sqrt() / scale.reshape(())).float()
+    return scale.reshape(()) / (max_norm / (norm + 1e-6)).clamp(max=1)

@@ -1,0 +1,169 @@
+"""Optimizers in what people put around them: hooks, schedulers, compiled loops, CUDA graphs, accelerate."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from optim_models import Model, assert_near, train
+from stub_device import H100, stub_device
+from torch import nn
+
+import peft_kernels as pk
+import testing
+
+needs_stub = pytest.mark.skipif(
+    testing.unavailable("ptx") is not None, reason=f"ptx: {testing.unavailable('ptx')}"
+)
+
+
+def test_a_compiled_step_is_the_step() -> None:
+    """It is no part of any graph: what surrounds it is compiled."""
+    model, plain = Model(), Model()
+    optimizer, other = (pk.optim.AdamW8bit(m.parameters(), max_grad_norm=1.0) for m in (model, plain))
+    graphs: list[Any] = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    step = torch.compile(optimizer.step, backend=backend)
+    for at in range(3):
+        optimizer.zero_grad()
+        model.loss(at).backward()
+        step()
+    train(plain, other, range(3))
+    assert_near(model, plain, 0)
+    assert not graphs
+
+
+@pytest.mark.parametrize("way", ["pickle", "torch.save"])
+def test_pickled_with_its_model(way: str) -> None:
+    model = Model()
+    optimizer = pk.optim.AdamW8bit(model.parameters(), rounding="kahan", max_grad_norm=1.0)
+    optimizer.override_config(model.b, "lr", 3e-3)
+    train(model, optimizer, range(2))
+    file = io.BytesIO()
+    (pickle.dump if way == "pickle" else torch.save)((model, optimizer), file)
+    file.seek(0)
+    twin, other = pickle.load(file) if way == "pickle" else torch.load(file, weights_only=False)
+    assert train(twin, other, range(2, 5)) == train(model, optimizer, range(2, 5))
+
+
+def test_hooks_are_called() -> None:
+    model, called = Model(), []
+    optimizer = pk.optim.AdamW8bit(model.parameters())
+    optimizer.register_step_pre_hook(lambda *_: called.append("before a step"))
+    optimizer.register_step_post_hook(lambda *_: called.append("after a step"))
+    optimizer.register_state_dict_pre_hook(lambda *_: called.append("before a save"))
+    optimizer.register_state_dict_post_hook(lambda *_: called.append("after a save"))
+    optimizer.register_load_state_dict_pre_hook(lambda *_: called.append("before a load"))
+    optimizer.register_load_state_dict_post_hook(lambda *_: called.append("after a load"))
+    train(model, optimizer, range(1))
+    optimizer.load_state_dict(optimizer.state_dict())
+    order = [f"{when} a {what}" for what in ("step", "save", "load") for when in ("before", "after")]
+    assert called == order
+
+
+@pytest.mark.parametrize("schedule", ["LambdaLR", "OneCycleLR", "ReduceLROnPlateau"])
+def test_a_learning_rate_in_a_tensor(schedule: str) -> None:
+    """A scheduler changes it where it is."""
+    options: dict[str, Any] = {
+        "LambdaLR": {"lr_lambda": lambda step: 1 / (step + 1)},
+        "OneCycleLR": {"max_lr": 3e-3, "total_steps": 10},
+        "ReduceLROnPlateau": {"patience": 0},
+    }[schedule]
+    models = Model(), Model()
+    for model, lr in zip(models, (1e-3, torch.tensor(1e-3)), strict=True):
+        optimizer = pk.optim.AdamW8bit(model.parameters(), lr=lr)
+        scheduler = getattr(torch.optim.lr_scheduler, schedule)(optimizer, **options)
+        for step in range(4):
+            train(model, optimizer, range(step, step + 1))
+            scheduler.step(*[1.0] if schedule == "ReduceLROnPlateau" else [])
+    assert_near(*models, 1e-7)
+    assert (models[0].a - Model().a).abs().max() > 1e-3
+
+
+def test_groups_that_change_between_steps() -> None:
+    """A group that is added, and a parameter that goes into it: both by the group's numbers from then on."""
+    model, plain = Model(), Model()
+    optimizer = pk.optim.AdamW8bit([model.a, model.b], lr=1e-3)
+    other = pk.optim.AdamW8bit([plain.a, plain.b], lr=1e-3)
+    train(model, optimizer, range(2))
+    train(plain, other, range(2))
+    optimizer.add_param_group({"params": [model.bias], "lr": 0.0, "weight_decay": 0.0})
+    other.add_param_group({"params": [plain.bias], "lr": 0.0, "weight_decay": 0.0})
+    optimizer.param_groups[1]["params"].insert(0, optimizer.param_groups[0]["params"].pop())
+    before = model.b.detach().clone(), model.bias.detach().clone()
+    train(model, optimizer, range(2, 4))
+    other.override_config(plain.b, key_value_dict={"lr": 0.0, "weight_decay": 0.0})
+    train(plain, other, range(2, 4))
+    assert torch.equal(model.b, before[0]) and torch.equal(model.bias, before[1])
+    assert_near(model, plain, 0)
+    assert optimizer.state[model.bias]["step"] == 2 and optimizer.state[model.b]["step"] == 4
+
+
+def test_prepared_by_accelerate() -> None:
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model, plain = Model(), Model()
+    other = pk.optim.AdamW8bit(plain.parameters())
+    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
+    prepared, optimizer = accelerator.prepare(model, pk.optim.AdamW8bit(model.parameters()))
+    for step in range(4):
+        with accelerator.accumulate(prepared):
+            accelerator.backward(prepared.loss(step))
+            optimizer.step()
+            optimizer.zero_grad()
+    for step in (0, 2):
+        other.zero_grad()
+        for each in (step, step + 1):
+            (plain.loss(each) / 2).backward()
+        other.step()
+    assert_near(model, plain, 0)
+
+
+# CUDA graphs
+
+
+@needs_stub
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0}, {"rounding": "stochastic"}], ids=str)
+def test_a_step_can_be_captured_from_the_second_on(options: dict[str, Any]) -> None:
+    """Nothing is read on the host, and nothing is written from there but, once, where tensors are. Gradients
+    stay where they were, as in captures they do; `found_inf` and the learning rate are on the device."""
+    from test_cuda_graphs import nothing_read
+
+    layer = nn.Linear(128, 64).to(torch.bfloat16)
+    lr = torch.tensor(1e-3)
+    optimizer = pk.optim.AdamW8bit(layer.parameters(), lr=lr, **options)
+    optimizer.found_inf = torch.zeros(1)
+    for p in layer.parameters():
+        p.grad = torch.ones_like(p)
+    with stub_device(H100) as launches:
+        optimizer.step()
+        seen, places = [], []
+        for _ in range(2):
+            launches()
+            with nothing_read():
+                optimizer.step()
+            seen.append(Counter(one.kernel.split("::")[-1].split("<")[0] for one in launches()))
+            (plan,) = optimizer._plans
+            places.append([t.data_ptr() for t in (plan.steps, *plan.moments[0], *plan.absmax[0])])
+    assert seen[0]["AdamWStep"] == 1 and "StoreTable" not in seen[1]
+    assert places[0] == places[1]
+    assert plan.steps.tolist() == [3, 3]
+
+
+def test_a_number_that_changes_is_written_where_graphs_read_it() -> None:
+    """Learning rates that are numbers: a graph that was captured reads what the last step outside wrote."""
+    model = Model()
+    optimizer = pk.optim.AdamW8bit(model.parameters(), lr=1e-3)
+    train(model, optimizer, range(1))
+    (plan,) = optimizer._plans
+    there = plan.lr.data_ptr()
+    optimizer.param_groups[0]["lr"] = 2e-3
+    train(model, optimizer, range(1, 2))
+    assert plan.lr.data_ptr() == there and plan.lr.tolist() == pytest.approx([2e-3])

@@ -1,0 +1,376 @@
+"""Optimizers on parameters that are DTensors, and in DDP: four processes over gloo."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing as mp
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.utils._pytree import tree_flatten
+
+import peft_kernels as pk
+import testing
+from peft_kernels.optim.sharded import part_of, whole_of
+
+pytestmark = pytest.mark.slow
+
+RANKS = 4
+SHAPES = {
+    "rows": (64, 512),  # parts end where blocks do, on any number of processes
+    "narrow": (512, 16),  # and here on two and four
+    "vector": (4096,),
+    "odd": (70, 100),  # they do not
+    "few": (2, 2500),  # and two have nothing
+    "small": (6, 5),  # moments in fp32
+}
+ROWS = (Shard(0),)
+CUT_ALIKE = ("rows", "narrow", "vector", "small")
+
+
+class Model(nn.Module):
+    def __init__(self, names: Any = tuple(SHAPES), mesh: Any = None, placements: Any = ROWS) -> None:
+        super().__init__()
+        for i, name in enumerate(names):
+            value = testing.tensor(*SHAPES[name], seed=i)
+            value = distributed(value, mesh, placements) if mesh is not None else value
+            setattr(self, name, nn.Parameter(value))
+
+    def give_gradients(self, step: int) -> None:
+        for name, p in self.named_parameters():
+            grad = testing.tensor(*SHAPES[name], seed=100 * step + len(name))
+            p.grad = distributed(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
+
+
+def distributed(value: Tensor, mesh: Any, placements: Any) -> DTensor:
+    return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
+def train(model: Model, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        model.give_gradients(step)
+        optimizer.step()
+
+
+def assert_same(got: nn.Module, want: nn.Module, atol: float = 0.0, names: Any = None) -> None:
+    other = dict(want.named_parameters())
+    for name, p in got.named_parameters():
+        if names is None or name in names:
+            torch.testing.assert_close(
+                whole_of(p),
+                whole_of(other[name]),
+                rtol=0,
+                atol=atol,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
+
+
+def assert_same_tree(got: Any, want: Any) -> None:
+    """In this process's parts, to the bit."""
+    (leaves, tree), (others, other) = map(tree_flatten, (got, want))
+    assert tree == other
+    for a, b in zip(leaves, others, strict=True):
+        assert torch.equal(part_of(a), part_of(b)) if isinstance(a, Tensor) else a == b
+
+
+def line() -> Any:
+    return init_device_mesh("cpu", (RANKS,))
+
+
+def square() -> Any:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "parts"))
+
+
+# Cases: each runs in every process.
+
+
+def steps(folder: Path) -> None:
+    """Where parts end where blocks do, a step is the whole's to the bit; elsewhere that of each part."""
+    model, single = Model(mesh=line()), Model()
+    optimizer, other = pk.optim.AdamW8bit(model.parameters()), pk.optim.AdamW8bit(single.parameters())
+    parts = {n: nn.Parameter(p.detach().to_local().clone()) for n, p in model.named_parameters()}
+    by_parts = pk.optim.AdamW8bit(parts.values(), min_8bit_size=0)
+    by_parts.override_config(parts["small"], "optim_bits", 32)
+    for step in range(4):
+        train(model, optimizer, range(step, step + 1))
+        train(single, other, range(step, step + 1))
+        for name, p in model.named_parameters():
+            parts[name].grad = p.grad.to_local()
+        by_parts.step()
+    assert_same(model, single, names=CUT_ALIKE)
+    for name, p in model.named_parameters():
+        assert torch.equal(p.to_local(), parts[name]), name
+        bits = 32 if name == "small" else 8
+        assert optimizer.state[p]["state1"].itemsize * 8 == bits, name
+    assert model.few.to_local().numel() == (2500 if dist.get_rank() < 2 else 0)
+
+
+def norm(folder: Path) -> None:
+    """Of all parts, each once, whatever its replicas; plain parameters count once too."""
+    for scale in (None, 8.0):
+        model, single = Model(mesh=square(), placements=(Replicate(), Shard(0))), Model()
+        for each in (model, single):
+            each.plain = nn.Parameter(testing.tensor(300))
+        SHAPES["plain"] = (300,)
+        pair = [pk.optim.PagedAdamW(m.parameters(), max_grad_norm=0.01, eps=1e-3) for m in (model, single)]
+        for m, optimizer in zip((model, single), pair, strict=True):
+            if scale is not None:
+                optimizer.grad_scale = torch.tensor(scale)
+            train(m, optimizer, range(3))
+        assert_same(model, single, 5e-7)  # a bit of the largest
+        assert (single.rows - Model().rows).abs().max() > 1e-4
+
+
+def fully_sharded(folder: Path) -> None:
+    """Layers of FSDP 2, with and without replicas, as one process does, to the bit; and their checkpoint."""
+
+    def run(mesh: Any) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(256, 64), nn.Linear(64, 512), nn.Linear(512, 3, bias=False))
+        if mesh is not None:
+            for layer in model:
+                fully_shard(layer, mesh=mesh)
+            fully_shard(model, mesh=mesh)
+        optimizer = pk.optim.AdamW8bit(model.parameters())
+        for step in range(3):
+            optimizer.zero_grad()
+            model(testing.tensor(5, 256, seed=step)).square().sum().backward()
+            optimizer.step()
+        return model
+
+    single = run(None)
+    for mesh in (line(), square()):
+        assert_same(run(mesh), single)
+
+
+def saved(model: Model, optimizer: Any, options: Any = None) -> dict[str, Any]:
+    return {"optimizer": get_optimizer_state_dict(model, optimizer, options=options)}
+
+
+def checkpoint_of(folder: Path, names: Any = tuple(SHAPES), options: Any = None) -> tuple[Model, Any]:
+    model = Model(names, mesh=line())
+    optimizer = pk.optim.AdamW8bit(model.parameters(), lr=3e-3, rounding="kahan")
+    train(model, optimizer, range(3))
+    dcp.save(saved(model, optimizer, options), checkpoint_id=folder)
+    return model, optimizer
+
+
+def go_on_alike(model: Model, optimizer: Any, other: Model, resumed: Any) -> None:
+    """From the same weights."""
+    with torch.no_grad():
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            full = whole_of(p)
+            q.copy_(distributed(full, q.device_mesh, q.placements) if isinstance(q, DTensor) else full)
+    for m, o in ((model, optimizer), (other, resumed)):
+        train(m, o, range(3, 6))
+    assert resumed.param_groups[0]["lr"] == 3e-3
+    assert resumed.state_dict()["state"][0]["step"] == 6
+    assert_same(other, model)
+
+
+def checkpoint(folder: Path) -> None:
+    """torch.distributed.checkpoint, nested and flat: as without the break, to the bit."""
+    for flat in (False, True):
+        options = StateDictOptions(flatten_optimizer_state_dict=flat)
+        model, optimizer = checkpoint_of(folder / str(flat), options=options)
+        other = Model(mesh=line())
+        resumed = pk.optim.AdamW8bit(other.parameters(), lr=0.5)
+        found = saved(other, resumed, options)
+        dcp.load(found, checkpoint_id=folder / str(flat))
+        set_optimizer_state_dict(other, resumed, found["optimizer"], options=options)
+        go_on_alike(model, optimizer, other, resumed)
+
+
+def other_count(folder: Path) -> None:
+    """On two processes, and in one that has it all; what cannot be cut otherwise is refused, by name."""
+    model, optimizer = checkpoint_of(folder / "alike", CUT_ALIKE)
+    checkpoint_of(folder / "odd", ("rows", "odd"))
+    half = square()["parts"]
+    other = Model(CUT_ALIKE, mesh=half)
+    resumed = pk.optim.AdamW8bit(other.parameters(), lr=0.5)
+    found = saved(other, resumed)
+    dcp.load(found, checkpoint_id=folder / "alike", process_group=half.get_group())
+    set_optimizer_state_dict(other, resumed, found["optimizer"])
+    go_on_alike(model, optimizer, other, resumed)
+
+    other = Model(("rows", "odd"), mesh=half)
+    resumed = pk.optim.AdamW8bit(other.parameters())
+    found = saved(other, resumed)
+    before = copy.deepcopy(found)
+    with pytest.raises(dcp.CheckpointException, match=r"Size mismatch .* for optimizer.state.odd.absmax1"):
+        dcp.load(found, checkpoint_id=folder / "odd", process_group=half.get_group())
+    assert_same_tree(saved(other, resumed), before)
+
+
+def gathered(folder: Path) -> None:
+    """Full state dicts: from parts to one process, and from one process to parts."""
+    options = StateDictOptions(full_state_dict=True)
+    model, optimizer = checkpoint_of(folder, CUT_ALIKE)
+    full = saved(model, optimizer, options)["optimizer"]
+    single = Model(CUT_ALIKE)
+    alone = pk.optim.AdamW8bit(single.parameters())
+    set_optimizer_state_dict(single, alone, copy.deepcopy(full))
+    other = Model(CUT_ALIKE, mesh=square()["parts"])
+    resumed = pk.optim.AdamW8bit(other.parameters())
+    resumed.load_state_dict(copy.deepcopy(alone.state_dict()))  # in its layout, which is bitsandbytes'
+    third = Model(CUT_ALIKE, mesh=line())
+    spread = pk.optim.AdamW8bit(third.parameters())
+    set_optimizer_state_dict(third, spread, saved(single, alone)["optimizer"], options=options)
+    start = copy.deepcopy((model, optimizer))
+    for m, o in ((single, alone), (other, resumed), (third, spread)):
+        go_on_alike(*copy.deepcopy(start), m, o)
+
+    odd, parts = Model(("odd",)), Model(("odd",), mesh=line())
+    alone, spread = (pk.optim.AdamW8bit(m.parameters()) for m in (odd, parts))
+    for m, o in ((odd, alone), (parts, spread)):
+        train(m, o, range(2))
+    sentence = r"absmax1: expected shape \(4, 1, 8\), got \(28,\): where parts do not end where blocks do"
+    before = copy.deepcopy(spread.state_dict())
+    with pytest.raises(ValueError, match=sentence):
+        spread.load_state_dict(alone.state_dict())
+    assert_same_tree(spread.state_dict(), before)
+    full = saved(parts, spread, options)["optimizer"]
+    with pytest.raises(ValueError, match=r"absmax1: expected 28 values, .* got 32"):
+        set_optimizer_state_dict(odd, alone, full)
+
+
+def rounding(folder: Path) -> None:
+    """Parts have random bits of their own, replicas the same."""
+    start = torch.full((64, 512), 100.0, dtype=torch.bfloat16)
+    p = nn.Parameter(distributed(start, square(), (Replicate(), Shard(0))))
+    optimizer = pk.optim.AdamW8bit([p], lr=0.2, rounding="stochastic")
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    everyone = [torch.empty_like(p.to_local()) for _ in range(RANKS)]
+    dist.all_gather(everyone, p.detach().to_local())
+    assert torch.equal(everyone[0], everyone[2]) and torch.equal(everyone[1], everyone[3])
+    assert 0.2 < (everyone[0] != everyone[1]).float().mean() < 0.6
+
+
+def scaler(folder: Path) -> None:
+    """Inf in one part, and no process makes a step."""
+    for bad in (False, True):
+        model, single = Model(CUT_ALIKE, mesh=line()), Model(CUT_ALIKE)
+        optimizer, other = pk.optim.AdamW8bit(model.parameters()), pk.optim.AdamW8bit(single.parameters())
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        scaler.scale(torch.zeros(()))
+        for m in (model, single):
+            m.give_gradients(1)
+        for p in single.parameters():
+            p.grad /= 4
+        if bad and dist.get_rank() == 2:
+            model.rows.grad.to_local()[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        if not bad:
+            other.step()
+        assert_same(model, single)
+        assert scaler.get_scale() == (2.0 if bad else 4.0)
+
+
+def refusals(folder: Path) -> None:
+    """A gradient that lies otherwise than its parameter: nothing is changed, no process waits."""
+    model = Model(("rows", "narrow"), mesh=line())
+    optimizer = pk.optim.AdamW8bit(model.parameters(), max_grad_norm=1.0)
+    for _ in range(2):  # before the first step, and after it
+        before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+        model.give_gradients(1)
+        model.narrow.grad = DTensor.from_local(torch.ones(512, 16), line(), (Partial(),))
+        with pytest.raises(
+            ValueError, match=r"parameter 1 .*: gradient: expected placements \(Shard\(dim=0\),\)"
+        ):
+            optimizer.step()
+        assert_same_tree((model.state_dict(), optimizer.state_dict()["state"]), before)
+        train(model, optimizer, range(1))
+    partial = nn.Parameter(DTensor.from_local(torch.ones(512, 16), line(), (Partial(),)))
+    partial.grad = torch.ones_like(partial)
+    with pytest.raises(ValueError, match="expected a DTensor that is sharded or replicated"):
+        pk.optim.AdamW8bit([partial]).step()
+
+
+def ddp(folder: Path) -> None:
+    torch.manual_seed(0)
+    single = nn.Linear(128, 64)
+    model = nn.parallel.DistributedDataParallel(copy.deepcopy(single))
+    batch = testing.tensor(RANKS, 128)
+    for m, x in ((model, batch[dist.get_rank()]), (single, batch)):
+        optimizer = pk.optim.AdamW8bit(m.parameters(), max_grad_norm=1.0)
+        for _ in range(3):
+            optimizer.zero_grad()
+            (m(x).square().sum() * (1 if x.dim() == 1 else 1 / RANKS)).backward()
+            optimizer.step()
+    assert_same(model.module, single, 1e-6)
+    everyone = [torch.empty_like(single.weight) for _ in range(RANKS)]
+    dist.all_gather(everyone, model.module.weight.detach())
+    assert all(torch.equal(each, everyone[0]) for each in everyone)
+
+
+CASES: list[Callable[[Path], None]] = [
+    steps, norm, fully_sharded, checkpoint, other_count, gathered, rounding, scaler, refusals, ddp,
+]  # fmt: skip
+
+
+def work(rank: int, port: int, folder: str, queue: Any) -> None:
+    torch.set_num_threads(1)
+    place = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", place, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    told = {}
+    try:
+        for case in CASES:
+            told[case.__name__] = "not run: an earlier case failed"
+        for case in CASES:
+            case(Path(folder) / case.__name__)
+            told[case.__name__] = ""
+    except BaseException:
+        told[case.__name__] = traceback.format_exc()
+    queue.put((rank, told))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[int, dict[str, str]]:
+    """What went wrong, by process and case. Torch is imported once, in the process that the four are forked
+    from."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "pytest"]
+    )
+    queue = context.Queue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=work, args=(r, port, folder, queue), daemon=True) for r in range(RANKS)
+        ]
+        for process in processes:
+            process.start()
+        found = dict(queue.get(timeout=240) for _ in processes)
+        for process in processes:
+            process.join(timeout=60)
+            assert process.exitcode == 0
+    return found
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_on_four_processes(results: dict[int, dict[str, str]], case: str) -> None:
+    for rank, told in results.items():
+        assert not told[case], f"process {rank}: {told[case]}"
