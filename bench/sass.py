@@ -23,7 +23,9 @@ from . import flow, shared
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "sass"
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+SAME_PTX = {80: (80, 86, 89, 90), 100: (100, 120)}
+"""Architectures for which nvcc writes the same PTX, by the first of them (tests/ptx/test_texts.py)."""
+ARCHITECTURES = tuple(sorted(a for same in SAME_PTX.values() for a in same))
 FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v")
 JOBS = 2
 
@@ -87,23 +89,35 @@ def compile_all(
     """
     cache.mkdir(parents=True, exist_ok=True)
     version = _run([tools.nvcc, "--version"]).stdout
-    jobs = [(file, architecture) for file in files for architecture in architectures]
+    first = {architecture: one for one, same in SAME_PTX.items() for architecture in same}
 
-    def compiled(job: tuple[Path, int]) -> Cubin:
-        file, architecture = job
-        flags = [*FLAGS, f"-arch=sm_{architecture}", f"-I{include}"]
-        key = _key(version, *FLAGS, str(architecture), *_texts(file, include))
-        path, log = cache / f"{file.stem}-sm{architecture}-{key}.cubin", cache / f"{file.stem}-{key}.log"
+    def made(source: Path, of: Path, name: str, *flags: str) -> tuple[Path, str]:
+        """What nvcc makes of a source, and what it said."""
+        stem, suffix = name.split(".")
+        path = cache / f"{of.stem}-{stem}-{_key(version, *FLAGS, *flags, *_texts(of, include))}.{suffix}"
+        log = path.with_suffix(".log")
         if not (path.exists() and log.exists()):
             # Under another name first: one that was interrupted must not be taken for a result.
             unfinished = path.with_suffix(f".{os.getpid()}")
-            made = _run([tools.nvcc, *flags, "-cubin", str(file), "-o", str(unfinished)])
-            log.write_text(made.stderr, encoding="utf-8")
+            said = _run([tools.nvcc, *FLAGS, *flags, f"-I{include}", str(source), "-o", str(unfinished)])
+            log.write_text(said.stderr, encoding="utf-8")
             unfinished.replace(path)
-        return Cubin(file, architecture, path, log.read_text(encoding="utf-8"))
+        return path, log.read_text(encoding="utf-8")
+
+    def written(job: tuple[Path, int]) -> Path:
+        file, one = job
+        return made(file, file, f"compute{one}.ptx", f"-arch=compute_{one}", "-ptx")[0]
+
+    def compiled(job: tuple[Path, int]) -> Cubin:
+        file, architecture = job
+        text = texts[file, first[architecture]]
+        name = f"sm{architecture}.cubin"
+        return Cubin(file, architecture, *made(text, file, name, f"-arch=sm_{architecture}", "-cubin"))
 
     with ThreadPoolExecutor(JOBS) as pool:
-        return list(pool.map(compiled, jobs))
+        to_write = [(file, one) for file in files for one in {first[a]: None for a in architectures}]
+        texts = dict(zip(to_write, pool.map(written, to_write), strict=True))
+        return list(pool.map(compiled, [(file, a) for file in files for a in architectures]))
 
 
 def _texts(file: Path, include: Path) -> Iterator[str]:
