@@ -33,6 +33,8 @@ TENSOR_MEMORY = 512  # columns
 MATRIX = {"cuda": r"\b(?:HMMA|HGMMA|UTCHMMA)\b", "hip": r"\bv_(?:mfma|wmma)_"}
 ALL, THOROUGH = (BF16, FP16, FP32), ("sm80",)
 """Types of activations, and the targets for which all of them are compiled. It takes minutes as it is."""
+KINDS = ("sm86", "sm89", "sm120"), ("gfx942", "gfx950"), ("gfx1100", "gfx1200")
+"""Targets with the same instructions for products, and as much shared memory."""
 SPILLING = ("gfx1100",)
 """Where spills are told, and not held against a kernel: RDNA 3 has 256 registers, large tiles want more."""
 
@@ -179,10 +181,22 @@ def describe(config: launch.Config) -> str:
 
 
 def compile_all(targets: Sequence[str]) -> list[Code]:
-    """The code of every kernel for each of the targets, compiled by several processes."""
-    jobs = [(target, i) for target in targets for i in range(len(different(target)))]
+    """The code of every kernel, compiled by several processes: for each of the targets, but that those of one
+    kind take turns with the variants of a kernel."""
+    jobs = [(target, i) for target in targets for i in _turns(target, targets)]
     with ProcessPoolExecutor(JOBS, get_context("spawn")) as pool:
         return list(pool.map(_compiled_at, *zip(*jobs, strict=True), chunksize=4))
+
+
+def _turns(target: str, targets: Sequence[str]) -> list[int]:
+    """Which of `different(target)` are that target's."""
+    kind = next((kind for kind in KINDS if target in kind), (target,))
+    present = [one for one in kind if one in targets]
+    variants: dict[str, list[int]] = {}
+    for i, item in enumerate(different(target)):
+        variants.setdefault(item.kernel.__name__, []).append(i)
+    own = present.index(target)
+    return [i for found in variants.values() for i in found[own :: len(present)] or found[:1]]
 
 
 def _compiled_at(target: str, index: int) -> Code:
