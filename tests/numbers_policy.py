@@ -153,16 +153,27 @@ def once(build: Callable[[dict[str, Any], int], Built]) -> Callable[[dict[str, A
     return get
 
 
-ENOUGH = 64
-"""Elements on which errors are compared."""
+FEW, ENOUGH = 8, 64
+"""Elements on which errors are compared; of the former, where that passes already."""
 
 
 def check(run: Callable[[int], dict[str, Result]], depth: int) -> None:
     """Judge the results of `run(seed)`; small ones from more seeds, as one rounding says little."""
     samples = [run(0)]
-    counts = [r.got.numel() if r.sums is None else r.sums for r in samples[0].values() if r.got.numel()]
-    smallest = max(min(counts, default=ENOUGH), 1)
-    samples += [run(seed) for seed in range(10, 10 + -(-ENOUGH // smallest) - 1)]
+    counts = [r.got.numel() if r.sums is None else r.sums for r in samples[0].values() if r.truth.any()]
+    smallest = min(counts, default=ENOUGH)  # what is all zeros is exact
+    few, enough = (-(-elements // smallest) for elements in (FEW, ENOUGH))
+    for count in (few, enough):
+        samples += [run(9 + i) for i in range(len(samples), count)]
+        try:
+            judge(samples, depth)
+            return
+        except AssertionError:
+            if count == enough:
+                raise
+
+
+def judge(samples: Sequence[dict[str, Result]], depth: int) -> None:
     for name, first in samples[0].items():
         assert first.got.shape == first.truth.shape, name
         parts = [(r.got, r.plain, r.truth, r.magnitude) for r in (sample[name] for sample in samples)]
