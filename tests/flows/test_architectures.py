@@ -4,7 +4,7 @@ with LoRA on NF4 and DoRA on dense weights, outputs and all gradients, patched a
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from functools import lru_cache
 from typing import Any
 
@@ -121,9 +121,16 @@ def results(name: str, model: Any, seed: int) -> dict[str, Tensor]:
     return {"logits": logits.detach(), **gradients(model)}
 
 
-# A family tells what is packed and what is fused; LoRA on dense and DoRA on NF4 are tested elsewhere.
-@pytest.mark.parametrize("base,adapter", [("nf4", "lora"), ("dense", "dora")])
-@pytest.mark.parametrize("name", [*flow_families.families(), *OTHERS])
+def cases() -> Iterator[tuple[str, str, str]]:
+    """A family tells what is packed and what is fused. DoRA asks no more of its layers than LoRA does: some
+    families, and one with Conv1D, stand for the rest; LoRA on dense and DoRA on NF4 are tested elsewhere."""
+    for i, name in enumerate([*OTHERS, *flow_families.families()]):
+        yield name, "nf4", "lora"
+        if name in OTHERS or name == "gpt2" or i % 3 == 0:
+            yield name, "dense", "dora"
+
+
+@pytest.mark.parametrize("name,base,adapter", cases())
 def test_patched_as_stock(name: str, base: str, adapter: str) -> None:
     model, dora = copy.deepcopy(plain(name)), adapter == "dora"
     if base == "nf4":
