@@ -21,7 +21,15 @@ from experts_cases import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
-from numbers_policy import DTYPES, FEATURES, assert_within_rounding, case_id, same_with_any_threads, short
+from numbers_policy import (
+    DTYPES,
+    FEATURES,
+    assert_within_rounding,
+    case_id,
+    pairs,
+    same_with_any_threads,
+    short,
+)
 from torch import Tensor
 
 import peft_kernels as pk
@@ -146,15 +154,18 @@ def everything(c: ExpertsCase) -> dict[str, Tensor]:
     return found
 
 
-@pytest.mark.parametrize("split", ["gaps", "decode", "uneven"])
-@pytest.mark.parametrize("base", ["dense", "nf4", "nested"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("n,k", [(136, 320), (33, 71)], ids=["blocks", "odd"])
+@pairs(
+    split=("gaps", "decode", "uneven"),
+    base=("dense", "nf4", "nested"),
+    dtype=DTYPES,
+    shape=((136, 320), (33, 71)),  # whole blocks, odd
+)
 def test_an_expert_is_a_layer_to_the_bit(
-    backend: str, n: int, k: int, dtype: torch.dtype, base: str, split: str
+    backend: str, split: str, base: str, dtype: torch.dtype, shape: tuple[int, int]
 ) -> None:
     if backend in ("ptx", "triton"):
         pytest.skip(f"{backend}: many experts' sums need not be in the order of one layer's")
+    n, k = shape
     c = ExpertsCase(sizes(split, n, k, base, dtype) | {"bias": "same"})
     got = everything(c)
     for e, rows in runs(c.ends):
@@ -214,9 +225,7 @@ def test_a_bad_row_stays_in_its_row(backend: str, dtype: torch.dtype) -> None:
 # Determinism
 
 
-@pytest.mark.parametrize("split", ["decode", "uneven"])
-@pytest.mark.parametrize("base", ["dense", "nested"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pairs(split=("decode", "uneven"), base=("dense", "nested"), dtype=(torch.float32, torch.bfloat16))
 def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, base: str, split: str) -> None:
     """Also after the kernels' scratch memory has held NaN: nothing of an earlier call may be read."""
     c = ExpertsCase(sizes(split, 136, 320, base, dtype))

@@ -27,6 +27,7 @@ from gradient_cases import (
     inputs,
     leaf,
 )
+from numbers_policy import pairs
 
 import peft_kernels as pk
 import testing
@@ -49,9 +50,10 @@ def check_gradients(leaves: dict[str, Any], dtype: torch.dtype) -> None:
         assert testing.relative_error(value, truth[name]) <= 4 * torch.finfo(value.dtype).eps, name
 
 
-@each_dtype
-@pytest.mark.parametrize("bias", ["none", "same", "fp32"])
-@pytest.mark.parametrize("base", ["plain", "nested"])
+BIASES = ("none", "same", "fp32")
+
+
+@pairs(base=("plain", "nested"), bias=BIASES, dtype=DTYPES)
 def test_nf4_linear_gradients(backend: str, base: str, bias: str, dtype: torch.dtype) -> None:
     bias_dtype = {"none": None, "same": dtype, "fp32": torch.float32}[bias]
     leaves = inputs(dtype, base, torch.float32, bias_dtype)
@@ -59,10 +61,7 @@ def test_nf4_linear_gradients(backend: str, base: str, bias: str, dtype: torch.d
     check_gradients(leaves, dtype)
 
 
-@each_dtype
-@pytest.mark.parametrize("bias", ["none", "same", "fp32"])
-@pytest.mark.parametrize("adapter", ["fp32", "same"])
-@pytest.mark.parametrize("base", ["dense", "plain", "nested"])
+@pairs(base=("dense", "plain", "nested"), adapter=("fp32", "same"), bias=BIASES, dtype=DTYPES)
 def test_lora_linear_gradients(backend: str, base: str, adapter: str, bias: str, dtype: torch.dtype) -> None:
     bias_dtype = {"none": None, "same": dtype, "fp32": torch.float32}[bias]
     adapter_dtype = torch.float32 if adapter == "fp32" else dtype

@@ -142,7 +142,7 @@ BIG = {"m": 70, "k": 576, "n": 200, "layers": 3, "adapters": "0120", "p": 0.3, "
 TILES = BIG | {"k": 320, "n": 136}  # several in each direction, none of which fits
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
 def test_same_inputs_same_bits(backend: str, dtype: torch.dtype) -> None:
     """Also after the kernels' scratch memory has held NaN; and no input is changed."""
     c = MultiCase(multi_case(**TILES, dtype=dtype))
