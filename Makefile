@@ -58,9 +58,11 @@ test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 KERNELS := nf4 nf4_absmax nf4_format nf4_experts linear lora lora_dropout lora_multi lora_multi_refused experts \
   experts_refused dora gated dropout compute_dtype gradients gradcheck gradient_needs
 
-# In a process of its own: Triton reads the flag when it sees a kernel first.
+# In a process of its own: Triton reads the flag when it sees a kernel first. What is refused of second derivatives, and
+# what is saved, is autograd's, and the same for every back end.
+TRITON := $(filter-out gradcheck gradient_needs,$(KERNELS))
 triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(KERNELS:%=tests/test_%.py) tests/test_compile.py \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(TRITON:%=tests/test_%.py) tests/test_compile.py \
 	  tests/test_triton_splits.py tests/test_experts_triton.py tests/test_triton_sums.py $(ARGS)
 
 # Beside the tests that run the PTX for compute capability 8.0, with rounded sums: here matrix instructions cut them
