@@ -67,17 +67,14 @@ triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
 
 # Beside the tests that run the PTX for compute capability 8.0, with rounded sums: here matrix instructions cut them
 # off, as tensor cores do. nvcc writes the same for 9.0 as for 8.0, and for 12.0 as for 10.0 (tests/ptx/test_texts.py);
-# what is different on 12.0 is the way of products. What tests say of autograd and of refusals is true of any.
+# the ways that products go on each are in test_cuda_ways.py. What tests say of autograd and of refusals is true of any.
 PTX := $(filter-out lora_multi_refused experts_refused gradients gradcheck gradient_needs,$(KERNELS)) experts_cuda
-PTX_NARROW := linear lora experts
 ptx: $(VENV)/.built ## Run the CUDA kernels' tests on what nvcc makes for other cards (needs nvcc)
 ifeq ($(shell command -v nvcc),)
 	@echo "ptx: no nvcc, nothing to run"
 else
 	PEFT_KERNELS_PTX_ARCH=100 PEFT_KERNELS_PTX_TRUNCATE=1 \
 	  $(BIN)/python -m pytest -q -n 2 -k ptx $(PTX:%=tests/test_%.py) $(ARGS)
-	$(if $(ARGS),,PEFT_KERNELS_PTX_ARCH=120 PEFT_KERNELS_PTX_TRUNCATE=1 \
-	  $(BIN)/python -m pytest -q -n 2 -k ptx $(PTX_NARROW:%=tests/test_%.py))
 endif
 
 # As compiled for compute capability 8.0, which takes minutes the first time.

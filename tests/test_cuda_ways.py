@@ -17,6 +17,8 @@ import ptx_backend as ptx
 import testing
 
 CARDS = {"A100": (80, 108, 163 << 10), "RTX-3090": (86, 82, 99 << 10), "H100": (90, 132, 227 << 10)}
+NEWER = {"B200": (100, 148, 227 << 10), "RTX-5090": (120, 170, 99 << 10)}
+"""Whose PTX is another."""
 FEW = 4
 """Multiprocessors of the made-up card: a handful of tiles is more than it has, and less than a card."""
 
@@ -38,7 +40,7 @@ def extension() -> Iterator[ModuleType]:
 def ways(extension: ModuleType, card: str, direction: int) -> set[str]:
     """All that a card's products go, over many shapes."""
     return {
-        extension.plan_for(m, n, k, 64, dtype, *CARDS[card])[direction]
+        extension.plan_for(m, n, k, 64, dtype, *(CARDS | NEWER)[card])[direction]
         for m in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 8192)
         for n, k in ((64, 64), (1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (576, 1536), (7, 33))
         for dtype in ("float32", "bfloat16", "float16")
@@ -72,19 +74,14 @@ def sizes(m: int, n: int, k: int, dtype: torch.dtype, i: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# Kernels of A100 and H100 are the same; where their shared memory is, is not.
-@pytest.mark.parametrize(
-    "card,dtype",
-    [
-        ("A100", torch.bfloat16),
-        ("H100", torch.float16),
-        ("RTX-3090", torch.bfloat16),
-        ("RTX-3090", torch.float16),
-    ],
-    ids=["A100-bf16", "H100-fp16", "RTX-3090-bf16", "RTX-3090-fp16"],
-)
+WAYS = [(card, dtype) for card in ("A100", "RTX-3090") for dtype in (torch.bfloat16, torch.float16)]
+# Of the same kernels, elsewhere in shared memory; and of others.
+WAYS += [("H100", torch.float16), ("B200", torch.float16), ("RTX-5090", torch.bfloat16)]
+
+
+@pytest.mark.parametrize("card,dtype", WAYS, ids=[f"{card}-{short(dtype)}" for card, dtype in WAYS])
 def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
-    capability, _, shared = CARDS[card]
+    capability, _, shared = (CARDS | NEWER)[card]
     extension.set_card(capability, FEW, shared)
     taken: tuple[set[str], set[str]] = (set(), set())
     i = 0
