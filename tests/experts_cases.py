@@ -183,7 +183,7 @@ def check_experts_lora_linear_backward(case: dict[str, Any]) -> None:
             assert g.shape == (like.shape if need in case["needs"] else (0,)), name
             assert g.is_contiguous(), name
             if need in case["needs"]:
-                sums = sum(SPLITS[case["split"]]) * case["r"] if name == "da" else None
+                sums = sum(SPLITS[case["split"]]) * case["r"] if name in ("da", "db") else None
                 results[name] = c.result(name, g, p, sums)
         return results
 

@@ -148,7 +148,7 @@ def check_lora_linear_backward(case: dict[str, Any]) -> None:
             assert g.dtype == like.dtype, name
             assert g.shape == (like.shape if need in case["needs"] else (0,)), name
             if need in case["needs"]:
-                sums = case["m"] * case["r"] if name == "da" else None
+                sums = case["m"] * case["r"] if name in ("da", "db") else None
                 results[name] = Result(g, p, c.truth[name], c.magnitude[name], sums)
         return results
 

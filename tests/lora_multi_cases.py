@@ -187,9 +187,9 @@ multi_lora_case = once(MultiCase)
 
 def results(c: MultiCase, got: dict[str, Tensor], plain: dict[str, Tensor]) -> dict[str, Result]:
     def sums(name: str) -> int | None:
-        if not name.startswith("da"):
+        if not name.startswith(("da", "db")):
             return None
-        return int(c.served(int(name[2:])).sum()) * len(got[name])
+        return int(c.served(int(name[2:])).sum()) * min(got[name].shape)
 
     return {
         name: Result(value, plain[name], c.truth[name], c.magnitude[name], sums(name))

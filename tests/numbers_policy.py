@@ -68,7 +68,7 @@ class Result:
     plain: Tensor  # from plain torch at that precision
     truth: Tensor  # in fp64
     magnitude: Tensor  # the same sums over absolute values
-    sums: int | None = None  # that decide all elements, where they are fewer: of one row, dh all of da
+    sums: int | None = None  # that decide all elements, if fewer: of one row, dh all of da, h all of db
 
     def check(self, depth: int, what: str) -> None:
         testing.assert_close(self.got, self.plain, self.truth, what)

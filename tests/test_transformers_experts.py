@@ -43,11 +43,14 @@ def model(dense: Path) -> Any:
 
 
 def losses(model: Any) -> dict[str, Tensor]:
-    """Logits, loss, and a gradient that has come through all layers."""
-    embeddings = model.get_input_embeddings().weight
-    out = model(input_ids=ids(), labels=ids())
+    """Logits, each token's loss, and a gradient that has come through all layers."""
+    embeddings, tokens = model.get_input_embeddings().weight, ids(8, 16)
+    out = model(input_ids=tokens, labels=tokens)
     (grad,) = torch.autograd.grad(out.loss, embeddings)
-    return {"logits": out.logits.detach(), "loss": out.loss.detach(), "gradient": grad}
+    # The loss alone would be one number, judged by how one sum of plain torch's happens to be rounded.
+    predicted, wanted = out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
+    by_token = nn.functional.cross_entropy(predicted, wanted, reduction="none")
+    return {"logits": out.logits.detach(), "loss": by_token.detach(), "gradient": grad}
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
