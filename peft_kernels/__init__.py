@@ -13,6 +13,7 @@ from . import dispatch, nn, optim
 from .checkpoints.load import load_checkpoint
 from .dispatch import use_backend
 from .nf4 import NF4Weight
+from .ops.bottleneck import bottleneck
 from .ops.dora import dora_linear
 from .ops.experts import experts_linear, experts_lora_linear
 from .ops.gated import gated_activation, gated_mlp
@@ -30,6 +31,7 @@ __all__ = [
     "AdaptedLinear",
     "Adapter",
     "NF4Weight",
+    "bottleneck",
     "dora_linear",
     "experts_linear",
     "experts_lora_linear",

@@ -136,6 +136,32 @@ def adamw_args(
     )  # fmt: skip
 
 
+def bottleneck_args(
+    activation: str, norm: bool = False, biases: bool = True, beside: bool = False, p: float = 0.0,
+    dtype: torch.dtype = torch.float32, parameters: torch.dtype = torch.float32,
+) -> tuple[Any, ...]:  # fmt: skip
+    """Six rows; `beside`: the residual is not x, and of another width."""
+    n = N if beside else K
+    vectors = [leaf(m, dtype=parameters, seed=i) for i, m in enumerate((K, K, R, n))]
+    return (
+        leaf(2, 3, K, dtype=dtype), leaf(2, 3, n, dtype=dtype, seed=1) if beside else None,
+        *(vectors[:2] if norm else (None, None)), 1e-5, leaf(R, K, dtype=parameters, seed=3),
+        vectors[2] if biases else None, leaf(n, R, dtype=parameters, seed=4), vectors[3] if biases else None,
+        activation, 0.5, p, torch.tensor(3) if p else None,
+    )  # fmt: skip
+
+
+def bottleneck_backward_args(
+    *needs: bool, beside: bool = False, dtype: torch.dtype = torch.float32, **options: Any
+) -> tuple[Any, ...]:
+    args = bottleneck_args("gelu", beside=beside, dtype=dtype, **options)
+    x, _, *norm, eps, down, _, up, _, activation, scaling, p, seed = args
+    dy, z = testing.tensor(2, 3, up.shape[0], dtype=dtype, seed=5), testing.tensor(2, 3, R, seed=6)
+    tensors = [t if t is None else t.detach() for t in (x, z, *norm)]
+    rest = (eps, down.detach(), up.detach(), activation, scaling, p, seed)
+    return (dy, *tensors, *rest, not beside, *needs)
+
+
 def samples(op: str) -> dict[str, tuple[Any, ...]]:
     """Arguments of each op by name, with and without its optional ones."""
     a, b, dense = leaf(R, K, seed=3), leaf(N, R, seed=4), leaf(N, K, seed=1)
@@ -256,6 +282,21 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
             "nf4-twice": mlp_args("nf4", [2, 0, 2], "gelu"),
             "mixed-bf16": mlp_args("mixed", [2], "gelu_tanh", torch.bfloat16),
             "nf4-no-adapters": mlp_args("nf4", [], "relu"),
+        },
+        "bottleneck": {
+            "relu": bottleneck_args("relu"),
+            "gelu-norm-beside": bottleneck_args("gelu", norm=True, beside=True),
+            "gelu_tanh-dropout": bottleneck_args("gelu_tanh", p=0.3),
+            "silu-bf16-no-biases": bottleneck_args(
+                "silu", True, False, True, 0.3, torch.bfloat16, torch.bfloat16
+            ),
+            "relu-bf16": bottleneck_args("relu", norm=True, dtype=torch.bfloat16),
+        },
+        "bottleneck_backward": {
+            "norm-all": bottleneck_backward_args(*[True] * 5, norm=True, p=0.3),
+            "dx-beside": bottleneck_backward_args(True, False, False, False, False, beside=True),
+            "parameters": bottleneck_backward_args(False, True, True, True, True),
+            "bf16": bottleneck_backward_args(*[True] * 5, norm=True, beside=True, dtype=torch.bfloat16),
         },
         "gated_activation": {
             "silu": (gate, up, "silu"),

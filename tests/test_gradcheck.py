@@ -151,6 +151,7 @@ def second_order_cases() -> dict[str, tuple[Callable[[], Any], list[Tensor]]]:
         "gated_mlp": (lambda: mlp.call()[0], [mlp.x, mlp.a[0]]),
         "gated_activation": (lambda: ops.gated_activation(z, up, "silu"), [z, up]),
         "dora_scale": (lambda: ops.dora_scale(z, scale, None), [z, scale]),
+        "bottleneck": (lambda: pk.bottleneck(x, a, a.t(), activation="silu"), [x, a]),
     }  # fmt: skip
 
 

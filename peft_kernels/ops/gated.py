@@ -211,7 +211,7 @@ def gated_mlp(
         fp32, bf16 or fp16: x is rounded to it once, and everything inside is as for an x of that dtype. That
         copy alone is saved. The result gets x's dtype. By default x's dtype.
     """
-    _check_activation(activation)
+    check_activation(activation)
     compute = arguments.compute_type(x, compute_dtype)
     hidden = gate.weight.shape[0]
     if up.weight.shape[0] != hidden:
@@ -224,7 +224,7 @@ def gated_mlp(
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """`activation(gate) * up` in one pass, computed in fp32. Saved for backward: gate and up."""
-    _check_activation(activation)
+    check_activation(activation)
     if gate.shape != up.shape or gate.dtype != up.dtype:
         expected, got = f"{gate.dtype} of shape {tuple(gate.shape)}", f"{up.dtype} of {tuple(up.shape)}"
         raise ValueError(f"up: expected {expected} like gate, got {got}")
@@ -232,6 +232,6 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tens
     return y
 
 
-def _check_activation(activation: str) -> None:
+def check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {activation!r}")
