@@ -9,7 +9,7 @@ pk.patch(model)               # PEFT's LoRA layers run fused kernels; pk.unpatch
 
 from __future__ import annotations
 
-from . import dispatch, nn, optim
+from . import adapters, dispatch, nn, optim
 from .checkpoints.load import load_checkpoint
 from .dispatch import use_backend
 from .nf4 import NF4Weight
@@ -31,6 +31,7 @@ __all__ = [
     "AdaptedLinear",
     "Adapter",
     "NF4Weight",
+    "adapters",
     "bottleneck",
     "dora_linear",
     "experts_linear",

@@ -43,14 +43,28 @@ def heads(model: nn.Module) -> dict[nn.Module, str]:
         embeddings = _output_embeddings(module)
         if embeddings is not None:
             found[embeddings] = "the output embeddings"
-        if _WITH_A_HEAD.search(type(module).__name__) and module.base_model is not module:
-            inside = set(module.base_model.modules())
-            found.update((m, "in the model's head") for m in module.modules() if m not in inside)
+        found.update((m, "in the model's head") for m in _task_head(module))
         for key in _names(module, "_tied_weights_keys"):
             found.update((m, f"in {type(module).__name__}._tied_weights_keys") for m in _find(module, key))
         for key in _names(module, "_keep_in_fp32_modules"):
             found.update((m, f"in {type(module).__name__}._keep_in_fp32_modules") for m in _find(module, key))
     return found
+
+
+def in_task_head(model: nn.Module) -> set[nn.Module]:
+    """Modules of the heads of classifiers and the like, which are new when a fine-tuning begins."""
+    if "transformers" not in sys.modules:
+        return set()
+    from transformers import PreTrainedModel
+
+    return {m for one in model.modules() if isinstance(one, PreTrainedModel) for m in _task_head(one)}
+
+
+def _task_head(model: Any) -> list[nn.Module]:
+    if not _WITH_A_HEAD.search(type(model).__name__) or model.base_model is model:
+        return []
+    inside = set(model.base_model.modules())
+    return [module for module in model.modules() if module not in inside and module is not model]
 
 
 def _output_embeddings(model: Any) -> nn.Module | None:

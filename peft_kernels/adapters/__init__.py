@@ -1,0 +1,27 @@
+"""Bottleneck adapters in models of transformers (Houlsby et al. 2019, Pfeiffer et al. 2021, He et al. 2022).
+
+pk.adapters.add(model, "task", "houlsby")   # or an AdapterConfig
+pk.adapters.train(model, "task")            # it is active, and all else is frozen
+pk.adapters.save(model, "task", "my-adapter")
+pk.adapters.load(model, "my-adapter", load_as="again")
+pk.adapters.set_active(model, ["task", "again"])
+pk.adapters.delete(model, "task")           # without the last, the model is what it was
+"""
+
+from .config import AdapterConfig
+from .files import load, save
+from .manage import Count, active, add, count, delete, names, set_active, train
+
+__all__ = [
+    "AdapterConfig",
+    "Count",
+    "active",
+    "add",
+    "count",
+    "delete",
+    "load",
+    "names",
+    "save",
+    "set_active",
+    "train",
+]

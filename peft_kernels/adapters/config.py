@@ -1,0 +1,110 @@
+"""What an adapter is like and where it goes, as the papers name it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Any
+
+from ..ops.gated import ACTIVATIONS
+
+ALIASES = {"swish": "silu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+"""What transformers calls activations of ours."""
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """Where an adapter goes, and what is in it.
+
+    Attributes
+    ----------
+    attention, feed_forward : bool
+        In which sublayers of each layer.
+    parallel : bool
+        Beside the sublayer: from its input, added to its output (He et al. 2022). Else behind it: from its
+        output, added to that. Either way before the layer's own residual is added.
+    reduction : float
+        Features of the model to one of the bottleneck, which has at least one.
+    activation : str
+        "relu", "gelu" (exact), "gelu_tanh" or "silu"; transformers' "gelu_new", "gelu_pytorch_tanh" and
+        "swish" are understood.
+    scaling : float
+    norm : bool
+        A layer norm, trained, before the bottleneck.
+    bias : bool
+        In both projections.
+    dropout : float
+        Of the activated bottleneck, in training.
+
+    Raises
+    ------
+    ValueError
+        A value that makes no sense, by name.
+    """
+
+    attention: bool
+    feed_forward: bool
+    parallel: bool = False
+    reduction: float = 16
+    activation: str = "gelu"
+    scaling: float = 1.0
+    norm: bool = False
+    bias: bool = True
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind: Any = {"bool": bool, "float": (int, float), "str": str}[str(field.type)]
+            if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+                raise ValueError(f"{field.name}: expected a {field.type}, got {value!r}")
+        object.__setattr__(self, "activation", ALIASES.get(self.activation, self.activation))
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
+        if not (self.attention or self.feed_forward):
+            raise ValueError("attention, feed_forward: expected one of them or both, got neither")
+        if not 0 < self.reduction < math.inf:
+            raise ValueError(f"reduction: expected a number above 0, got {self.reduction}")
+        if not math.isfinite(self.scaling):
+            raise ValueError(f"scaling: expected a finite number, got {self.scaling}")
+        if not 0 <= self.dropout <= 1:
+            raise ValueError(f"dropout: expected 0 to 1, got {self.dropout}")
+
+    @classmethod
+    def houlsby(cls, **options: Any) -> AdapterConfig:
+        """Behind attention and feed-forward, 16 to one, gelu (Houlsby et al. 2019)."""
+        preset: dict[str, Any] = {"attention": True, "feed_forward": True}
+        return cls(**preset | options)
+
+    @classmethod
+    def pfeiffer(cls, **options: Any) -> AdapterConfig:
+        """Behind the feed-forward alone, 16 to one, relu (Pfeiffer et al. 2021)."""
+        preset: dict[str, Any] = {"attention": False, "feed_forward": True, "activation": "relu"}
+        return cls(**preset | options)
+
+    @classmethod
+    def beside(cls, **options: Any) -> AdapterConfig:
+        """Beside the feed-forward, relu, scaled by 4 (the scaled parallel adapter of He et al. 2022), 16 to
+        one; the paper's own bottlenecks are wider (512 of 1024)."""
+        preset: dict[str, Any] = {"attention": False, "feed_forward": True, "activation": "relu"}
+        return cls(**preset | {"parallel": True, "scaling": 4.0} | options)
+
+    def bottleneck_size(self, features: int) -> int:
+        return max(1, round(features / self.reduction))
+
+
+PRESETS = {
+    "houlsby": AdapterConfig.houlsby,
+    "pfeiffer": AdapterConfig.pfeiffer,
+    "parallel": AdapterConfig.beside,
+}
+
+
+def config_of(config: AdapterConfig | str) -> AdapterConfig:
+    """ValueError for a name that is no preset."""
+    if isinstance(config, AdapterConfig):
+        return config
+    if config not in PRESETS:
+        expected = f"an AdapterConfig or one of {', '.join(PRESETS)}"
+        raise ValueError(f"config: expected {expected}, got {config!r}")
+    return PRESETS[config]()

@@ -1,0 +1,136 @@
+"""Adapters on disk: a JSON file that says what an adapter is, and a safetensors file of its parameters, by
+the name of the linear layer that their sublayer ends at."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.header import CheckpointError, Entry, read_header, shown
+from ..checkpoints.writer import Layout, ShardWriter
+from .config import AdapterConfig
+from .manage import build, checked, insert, sites
+from .site import AdapterSite, BottleneckAdapter
+
+CONFIG = "bottleneck_adapter.json"
+WEIGHTS = "bottleneck_adapter.safetensors"
+FORMAT = "peft_kernels bottleneck adapter"
+VERSION = 1
+_LARGEST_JSON = 1_000_000
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def save(model: nn.Module, name: str, folder: Path | str) -> None:
+    """Write an adapter into a folder, which is made: `bottleneck_adapter.json` and
+    `bottleneck_adapter.safetensors`. Nothing of the model itself is written, nor of its head.
+
+    ValueError for one that is not there.
+    """
+    (name,) = checked(model, name)
+    folder = Path(folder)
+    tensors, config = _parameters([(s, a) for s in sites(model) if (a := s.get(name)) is not None])
+    folder.mkdir(parents=True, exist_ok=True)
+    layout: Layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
+    with ShardWriter(folder / WEIGHTS, layout, {"format": "pt"}) as writer:
+        for key, tensor in tensors.items():
+            writer.write(key, tensor)
+    about = {"format": FORMAT, "version": VERSION, "name": name, "config": asdict(config)}
+    temporary = folder / (CONFIG + ".tmp")
+    temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, folder / CONFIG)
+
+
+def load(model: nn.Module, folder: Path | str, load_as: str | None = None) -> str:
+    """Put an adapter that `save` has written into a model, and return its name. It is not active.
+
+    Parameters
+    ----------
+    load_as : str, optional
+        Its name in this model. By default the one that it was saved under.
+
+    Raises
+    ------
+    CheckpointError (a ValueError)
+        Files that are missing, damaged, of something else or for another model; values that are NaN or Inf.
+    ValueError
+        The name is taken. In either case nothing is changed.
+    """
+    folder = Path(folder)
+    saved_as, config = _read_config(folder / CONFIG)
+    entries = _read_entries(folder / WEIGHTS)
+    name = saved_as if load_as is None else load_as
+    built = build(model, name, config, initialise=False)
+    wanted, _ = _parameters(built)
+    _check(entries, wanted)
+    with torch.no_grad():
+        for key, parameter in wanted.items():
+            value = entries[key].read()
+            if not bool(torch.isfinite(value).all()):
+                raise CheckpointError(f"{WEIGHTS}: {shown(key)}: expected finite numbers, got NaN or Inf")
+            parameter.data = value.to(parameter.device)
+    insert(model, name, built)
+    return name
+
+
+def _parameters(
+    built: list[tuple[AdapterSite, BottleneckAdapter]],
+) -> tuple[dict[str, Tensor], AdapterConfig]:
+    found: dict[str, Tensor] = {}
+    for site, adapter in built:
+        found |= {f"{site.place.last}.{name}": p for name, p in adapter.named_parameters()}
+    return found, built[0][1].config
+
+
+def _read_config(path: Path) -> tuple[str, AdapterConfig]:
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path.parent}: expected a {CONFIG}, got none") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: expected a JSON object, got something else") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        got = about.get("format") if isinstance(about, dict) else about
+        raise CheckpointError(f"{path.name}: expected format {FORMAT!r}, got {shown(got)}")
+    if about.get("version") != VERSION:
+        raise CheckpointError(f"{path.name}: expected version {VERSION}, got {shown(about.get('version'))}")
+    name, config = about.get("name"), about.get("config")
+    if not isinstance(name, str):
+        raise CheckpointError(f"{path.name}: expected a name, got {shown(name)}")
+    known = {field.name for field in fields(AdapterConfig)}
+    if not isinstance(config, dict) or config.keys() != known:
+        expected = ", ".join(sorted(known))
+        raise CheckpointError(f"{path.name}: expected a config of {expected}, got {shown(config)}")
+    try:
+        return name, AdapterConfig(**config)
+    except ValueError as error:
+        raise CheckpointError(f"{path.name}: {shown(str(error))}") from error
+
+
+def _read_entries(path: Path) -> dict[str, Entry]:
+    if not path.is_file():
+        raise CheckpointError(f"{path.parent}: expected a {WEIGHTS}, got none")
+    return read_header(path)[0]
+
+
+def _check(entries: dict[str, Entry], wanted: dict[str, Tensor]) -> None:
+    for key in wanted:
+        if key not in entries:
+            raise CheckpointError(f"{WEIGHTS}: expected {key}, as this model has it, got no such tensor")
+    for key, entry in entries.items():
+        if key not in wanted:
+            raise CheckpointError(
+                f"{WEIGHTS}: {shown(key)}: expected parameters of this model's adapter only"
+            )
+        shape = tuple(wanted[key].shape)
+        if entry.shape != shape or entry.dtype not in _DTYPES:
+            expected = f"a floating dtype of shape {shape}"
+            raise CheckpointError(
+                f"{WEIGHTS}: {key}: expected {expected}, got {entry.dtype} of {entry.shape}"
+            )

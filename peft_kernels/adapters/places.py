@@ -1,0 +1,151 @@
+"""Where adapters go in a model, found by its structure.
+
+A layer of a transformer is an element of a ModuleList with one self-attention in it, and linear layers beside
+that, the feed-forward. A sublayer begins at its first linear layer that takes as many features as the model
+has, and ends at its last one that gives so many. Attention is told by its attribute's name, which holds "att"
+in every family of transformers; cross-attention by one that holds "cross" or "enc" too.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..integrations.architectures import is_linear
+from .config import AdapterConfig
+
+SITE_SUFFIX = "_adapters"
+"""Behind the attribute of a projection: that of the module which holds its adapters."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """One sublayer. Dotted names are from the root of the model (`root_of`)."""
+
+    layer: str
+    first: str
+    """The linear layer that its input goes into."""
+    last: str
+    """The linear layer that its output comes from."""
+    features: int
+
+
+def root_of(model: nn.Module) -> nn.Module:
+    """The model that names of places begin at: without DDP, torch.compile, PEFT and a transformers head
+    around it, so that they are the same whatever is."""
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        return root_of(model.module)
+    if "_orig_mod" in model._modules:  # torch.compile
+        return root_of(model.get_submodule("_orig_mod"))
+    get_base: Any = getattr(model, "get_base_model", None)
+    if get_base is not None:  # PEFT
+        return root_of(get_base())
+    if "transformers" in sys.modules:
+        from transformers import PreTrainedModel
+
+        if isinstance(model, PreTrainedModel):
+            base: nn.Module = model.base_model
+            return base
+    return model
+
+
+def places(root: nn.Module, config: AdapterConfig) -> list[Place]:
+    """In the order of the layers; attention before feed-forward.
+
+    ValueError when there are no layers of a transformer, or a layer that lacks what `config` asks for.
+    """
+    found = [place for name, layer in _layers(root, "") for place in _of_layer(name, layer, config)]
+    if not found:
+        raise ValueError(
+            f"model: expected layers of a transformer (self-attention and feed-forward), found none in "
+            f"{type(root).__name__}"
+        )
+    return found
+
+
+def base_of(layer: nn.Module) -> Any:
+    """The linear layer inside what PEFT made of it."""
+    get_base: Any = getattr(layer, "get_base_layer", None)
+    return layer if get_base is None else get_base()
+
+
+def _layers(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        if not isinstance(child, (nn.ModuleList, nn.Sequential)):
+            yield from _layers(child, f"{path}{name}.")
+            continue
+        elements = [(f"{path}{name}.{i}", element) for i, element in child.named_children()]
+        chosen = [_is_layer(element) for _, element in elements]
+        if any(chosen) and not all(chosen):
+            other = elements[chosen.index(False)][0]
+            raise ValueError(
+                f"{other}: expected one self-attention and a feed-forward, like in its neighbours, got none"
+            )
+        for element_path, element in elements:
+            if any(chosen):
+                yield element_path, element
+            else:
+                yield from _layers(element, f"{element_path}.")
+
+
+def _is_layer(module: nn.Module) -> bool:
+    attentions, others = _sublayers(module)
+    has_experts = any(name.rpartition(".")[2] == "experts" for name, _ in module.named_modules())
+    return len(attentions) == 1 and (bool(others) or has_experts)
+
+
+Linears = list[tuple[str, nn.Module]]
+
+
+def _sublayers(layer: nn.Module) -> tuple[dict[str, Linears], Linears]:
+    """Linear layers by self-attention, and those in no attention."""
+    attentions: dict[str, Linears] = {}
+    others: Linears = []
+    for name, module in _linears(layer, ""):
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts[:-1]) if "att" in part.lower()), None)
+        if at is None:
+            others.append((name, module))
+        elif not any(word in parts[at].lower() for word in ("cross", "enc")):
+            attentions.setdefault(".".join(parts[: at + 1]), []).append((name, module))
+    return attentions, others
+
+
+def _linears(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    for name, child in module.named_children():
+        base = base_of(child)
+        if isinstance(base, nn.Linear) or is_linear(base):
+            yield path + name, child
+        elif not name.endswith(SITE_SUFFIX):
+            yield from _linears(child, f"{path}{name}.")
+
+
+def _of_layer(name: str, layer: nn.Module, config: AdapterConfig) -> Iterator[Place]:
+    attentions, others = _sublayers(layer)
+    (attention,) = attentions.values()
+    features = _sizes(attention[0][1])[0]
+    if config.attention:
+        yield _place(name, "an attention", attention, features)
+    if config.feed_forward:
+        if any(inside.rpartition(".")[2] == "experts" for inside, _ in layer.named_modules()):
+            raise ValueError(f"{name}: expected a feed-forward, got a mixture of experts")
+        yield _place(name, "a feed-forward", others, features)
+
+
+def _place(layer: str, kind: str, linears: Linears, features: int) -> Place:
+    first = [name for name, module in linears if _sizes(module)[0] == features]
+    last = [name for name, module in linears if _sizes(module)[1] == features]
+    if not first or not last or first[0] == last[-1]:
+        got = ", ".join(f"{name} {_sizes(module)}" for name, module in linears) or "no linear layers"
+        raise ValueError(f"{layer}: expected {kind} from and to {features} features, got {got}")
+    return Place(layer, f"{layer}.{first[0]}", f"{layer}.{last[-1]}", features)
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    """(in_features, out_features)"""
+    base = base_of(layer)
+    return (base.in_features, base.out_features) if hasattr(base, "in_features") else (base.nx, base.nf)
