@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from gradient_cases import ACTIVATIONS, FUNCTIONS
-from numbers_policy import DTYPES, case_id, short
+from numbers_policy import DTYPES, ENOUGH, case_id, same_with_any_threads, short
 from test_gradient_needs import assert_saved, saved_by
 from torch import Tensor
 from torch.autograd import gradcheck
@@ -22,7 +22,7 @@ EPS, SEED = 1e-5, 77
 PARTS = ("x", "residual", "norm_weight", "norm_bias", "down", "down_bias", "up", "up_bias")
 INF, NAN = float("inf"), float("nan")
 
-pytestmark = pytest.mark.usefixtures("nan_outputs")
+pytestmark = pytest.mark.usefixtures("nan_outputs", "one_thread")
 
 CASES = testing.pairwise(
     activation=ACTIVATIONS,
@@ -32,29 +32,31 @@ CASES = testing.pairwise(
     dtype=DTYPES,
     parameters=("same", "fp32"),
     p=(0.0, 0.3, 1.0),
-    m=(1, 7, 130, 0),
-    k=(1, 33, 96),
-    r=(1, 5, 48),
+    m=(7, 130, 0),
+    k=(7, 33, 96),
+    r=(5, 48),
 )
 
 
-def tensors(case: dict[str, Any]) -> dict[str, Tensor | None]:
+def tensors(case: dict[str, Any], sample: int = 0) -> dict[str, Tensor | None]:
     """By the names of arguments; those that a case has not are None."""
+    at = 20 * sample
     m, k, r = case["m"], case["k"], case["r"]
     n = k + 3 if case["beside"] else k
     dtype = case["dtype"]
     kept = dtype if case["parameters"] == "same" else torch.float32
     norm = (
-        1 + testing.tensor(k, dtype=kept, seed=3, scale=0.2) if case["norm"] else None,
-        testing.tensor(k, dtype=kept, seed=4) if case["norm"] and case["biases"] else None,
+        1 + testing.tensor(k, dtype=kept, seed=at + 3, scale=0.2) if case["norm"] else None,
+        testing.tensor(k, dtype=kept, seed=at + 4) if case["norm"] and case["biases"] else None,
     )
     biases = [
-        testing.tensor(size, dtype=kept, seed=i) if case["biases"] else None for i, size in ((5, r), (6, n))
+        testing.tensor(size, dtype=kept, seed=at + i) if case["biases"] else None
+        for i, size in ((5, r), (6, n))
     ]
-    down = testing.tensor(r, k, dtype=kept, seed=7, scale=k**-0.5)
-    up = testing.tensor(n, r, dtype=kept, seed=8, scale=r**-0.5)
-    residual = testing.tensor(1, m, n, dtype=dtype, seed=2) if case["beside"] else None
-    x = testing.tensor(1, m, k, dtype=dtype, seed=1, scale=2.0)
+    down = testing.tensor(r, k, dtype=kept, seed=at + 7, scale=k**-0.5)
+    up = testing.tensor(n, r, dtype=kept, seed=at + 8, scale=r**-0.5)
+    residual = testing.tensor(1, m, n, dtype=dtype, seed=at + 2) if case["beside"] else None
+    x = testing.tensor(1, m, k, dtype=dtype, seed=at + 1, scale=2.0)
     return dict(zip(PARTS, (x, residual, *norm, down, biases[0], up, biases[1]), strict=True))
 
 
@@ -92,22 +94,46 @@ def widened(t: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {name: None if value is None else value.to(dtype) for name, value in t.items()}
 
 
-@pytest.mark.parametrize("case", CASES, ids=case_id)
-def test_value_and_gradients(backend: str, case: dict[str, Any]) -> None:
-    t, dtype = tensors(case), case["dtype"]
+Results = dict[str, tuple[Tensor, Tensor, Tensor]]
+
+
+def results(case: dict[str, Any], sample: int) -> Results:
+    """What the op gives, plain torch in fp32, rounded where results are, and the truth."""
+    t, dtype = tensors(case, sample), case["dtype"]
     before = [value.clone() for value in t.values() if value is not None]
     got = with_gradients(lambda t: run(ops.bottleneck, t, case), t, dtype)
-    truth = with_gradients(lambda t: define(t, case), widened(t, torch.float64), dtype)
-    # The same maths in fp32, rounded where results are.
-    plain = with_gradients(lambda t: define(t, case), widened(t, torch.float32), dtype)
+    assert all(map(torch.equal, [value for value in t.values() if value is not None], before))
+    plain, truth = (
+        with_gradients(lambda t: define(t, case), widened(t, wide), dtype)
+        for wide in (torch.float32, torch.float64)
+    )
     assert got.keys() == truth.keys()
     for name, value in got.items():
-        like = t.get(name if name != "y" else "x")
+        like = t["x" if name == "y" else name]
         assert like is not None and value.dtype == like.dtype and value.is_contiguous(), name
-        # A kink of relu, or rows of a norm that are all one value, may turn on a rounding: judged where not.
-        testing.assert_close(value, plain[name].to(value.dtype), truth[name], name)
-    after = [value for value in t.values() if value is not None]
-    assert all(map(torch.equal, after, before)), "an input was changed"
+    return {name: (got[name], plain[name].to(got[name].dtype), truth[name]) for name in got}
+
+
+def judge(case: dict[str, Any]) -> None:
+    """Small results from more samples, as one rounding says little."""
+    samples = [results(case, 0)]
+    smallest = min(got.numel() for got, *_ in samples[0].values() if got.numel())
+    samples += [results(case, i) for i in range(1, -(-ENOUGH // smallest))]
+    for name in samples[0]:
+        parts = zip(*(sample[name] for sample in samples), strict=True)
+        testing.assert_close(*(torch.cat([t.reshape(-1) for t in column]) for column in parts), name)
+
+
+@pytest.mark.parametrize("case", CASES, ids=case_id)
+def test_value_and_gradients(backend: str, case: dict[str, Any]) -> None:
+    judge(case)
+
+
+@pytest.mark.parametrize("m,k,r", [(1, 1, 1), (1, 33, 1), (9, 1, 5)])
+def test_single_rows_and_features(backend: str, m: int, k: int, r: int) -> None:
+    case = {"m": m, "k": k, "r": r, "norm": k > 1, "beside": m == 1, "biases": True, "p": 0.0}
+    # Not gelu: the error of its slope, which test_gated bounds, would be all there is to one row.
+    judge(case | {"dtype": torch.float32, "parameters": "same", "activation": "silu"})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -166,6 +192,16 @@ def test_x_and_the_bottleneck_are_saved(backend: str) -> None:
     assert_saved(saved, {"z": z, "seed": seed} | {name: t[name] for name in kept})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
+def test_any_number_of_threads(backend: str, dtype: torch.dtype) -> None:
+    if not backend.startswith("cpu"):
+        pytest.skip(f"{backend}: torch's own functions may split their work by threads")
+    case = {"m": 301, "k": 96, "r": 24, "norm": True, "beside": False, "biases": True, "p": 0.3}
+    case |= {"parameters": "same", "activation": "gelu", "dtype": dtype}
+    t = tensors(case)
+    same_with_any_threads(lambda: with_gradients(lambda t: run(ops.bottleneck, t, case), t, dtype).values())
+
+
 @pytest.mark.parametrize("activation", ["silu", "gelu", "gelu_tanh"])
 def test_gradcheck(activation: str) -> None:
     case = {"m": 3, "k": 6, "r": 4, "norm": True, "beside": True, "biases": True, "p": 0.3}
@@ -208,3 +244,44 @@ def test_dropout_follows_torchs_seed() -> None:
     assert torch.equal(call(), call()) and not torch.equal(
         call(), pk.bottleneck(X, DOWN, UP, activation="gelu")
     )
+
+
+WRONG = {
+    "z": ("z: expected shape", {2: torch.ones(2, 4)}),
+    "dy": ("dy: expected shape", {0: torch.ones(2, 5)}),
+    "z-dtype": ("z: expected Float, got BFloat16", {2: torch.ones(2, 3).bfloat16()}),
+    "up": ("up: expected shape", {7: torch.ones(6, 2)}),
+    "down": ("x: expected 5 features, got 6", {6: torch.ones(3, 5)}),
+    "norm": ("norm_weight: expected shape", {3: torch.ones(5)}),
+    "seed": ("seed: expected an int64 tensor", {10: 0.5}),
+    "activation": ("activation: expected silu", {8: "tanh"}),
+    "double": ("x: expected float32", {1: torch.ones(2, 6).double()}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_kernel_checks_for_itself(name: str) -> None:
+    """What memory safety rests on, past all checks in Python."""
+    if (reason := testing.unavailable("cpu")) is not None:
+        pytest.skip(f"cpu: {reason}")
+    message, changes = WRONG[name]
+    args: list[Any] = [
+        torch.ones(2, 6), X, torch.ones(2, 3), torch.ones(6), None, EPS, DOWN, UP, "gelu", 1.0, 0.0, None,
+        True, True, True, True, True, True,
+    ]  # fmt: skip
+    for place, value in changes.items():
+        args[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.peft_kernels_cpu.bottleneck_backward(*args)
+
+
+def test_the_kernel_checks_the_residual() -> None:
+    if (reason := testing.unavailable("cpu")) is not None:
+        pytest.skip(f"cpu: {reason}")
+    rest = (None, None, EPS, DOWN, None, UP, None, "relu", 1.0, 0.0, None)
+    for residual, message in (
+        (torch.ones(2, 5), "residual: expected shape"),
+        (torch.ones(2, 6).half(), "residual: expected Float, got Half"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.peft_kernels_cpu.bottleneck(X, residual, *rest)

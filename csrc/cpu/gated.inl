@@ -73,31 +73,32 @@ struct ActivationTag {
   static constexpr Activation kValue = kActivation;
 };
 
-// Calls run with the activation as a constant, and a value of the type that all tensors have.
+// Calls run with the activation as a constant.
 template <class Run>
-void with_activation(const GatedParams& p, const Run& run) {
-  with_type(p.dtype, [&](auto type) {
-    switch (p.activation) {
-      case Activation::kSilu:
-        return run(ActivationTag<Activation::kSilu>{}, type);
-      case Activation::kGelu:
-        return run(ActivationTag<Activation::kGelu>{}, type);
-      case Activation::kGeluTanh:
-        return run(ActivationTag<Activation::kGeluTanh>{}, type);
-      case Activation::kRelu:
-        return run(ActivationTag<Activation::kRelu>{}, type);
-    }
-  });
+void with_activation(Activation activation, const Run& run) {
+  switch (activation) {
+    case Activation::kSilu:
+      return run(ActivationTag<Activation::kSilu>{});
+    case Activation::kGelu:
+      return run(ActivationTag<Activation::kGelu>{});
+    case Activation::kGeluTanh:
+      return run(ActivationTag<Activation::kGeluTanh>{});
+    case Activation::kRelu:
+      return run(ActivationTag<Activation::kRelu>{});
+  }
 }
 
 void gated(const GatedParams& p, int64_t begin, int64_t end) {
-  with_activation(p, [&](auto activation, auto type) {
-    gated_run<decltype(activation)::kValue, decltype(type)>(p, begin, end);
+  with_activation(p.activation, [&](auto activation) {
+    with_type(p.dtype,
+              [&](auto type) { gated_run<decltype(activation)::kValue, decltype(type)>(p, begin, end); });
   });
 }
 
 void gated_backward(const GatedParams& p, int64_t begin, int64_t end) {
-  with_activation(p, [&](auto activation, auto type) {
-    gated_backward_run<decltype(activation)::kValue, decltype(type)>(p, begin, end);
+  with_activation(p.activation, [&](auto activation) {
+    with_type(p.dtype, [&](auto type) {
+      gated_backward_run<decltype(activation)::kValue, decltype(type)>(p, begin, end);
+    });
   });
 }

@@ -29,6 +29,11 @@ struct KernelTable {
   void (*dropout)(const DropoutParams& params, int64_t begin, int64_t end);
   void (*gated)(const GatedParams& params, int64_t begin, int64_t end);
   void (*gated_backward)(const GatedParams& params, int64_t begin, int64_t end);
+  // Rows [begin, end), the first of which goes to the beginning of `out`; backward: `out` has room for two.
+  void (*layer_norm)(const NormParams& params, int64_t begin, int64_t end);
+  void (*layer_norm_backward)(const NormParams& params, int64_t begin, int64_t end);
+  void (*bottleneck)(const BottleneckParams& params, int64_t begin, int64_t end);
+  void (*add_residual)(const ResidualParams& params, int64_t begin, int64_t end);
   // Rows [begin, end); backward: columns, as it sums over rows.
   void (*scale_features)(const ScaleParams& params, int64_t begin, int64_t end);
   void (*scale_features_backward)(const ScaleParams& params, int64_t begin, int64_t end);

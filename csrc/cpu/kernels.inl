@@ -18,6 +18,7 @@
 #include "linear_packed_units.inl"
 #include "linear_packed.inl"
 #include "gated.inl"
+#include "bottleneck.inl"
 #include "dora_scale.inl"
 #include "dora_norm.inl"
 #include "dynamic_codes.inl"
@@ -37,6 +38,10 @@ constexpr KernelTable kKernels = {
     dropout,
     gated,
     gated_backward,
+    layer_norm,
+    layer_norm_backward,
+    bottleneck,
+    add_residual,
     scale_features,
     scale_features_backward,
     step,

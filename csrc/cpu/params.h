@@ -133,6 +133,39 @@ struct GatedParams {
   void* d_up;
 };
 
+// Layer norm of rows, and its gradients.
+struct NormParams {
+  const void* x;  // [m, features]
+  DType dtype;    // of x, dy and dx
+  int64_t features;
+  const float* weight;
+  const float* bias;  // or null
+  float eps;
+  float* out;
+  const float* d;  // backward: of the output
+  const void* dy;  // what dx starts from, or null
+  void* dx;        // or null
+  float* sums;     // [2, features]: the gradients of weight and bias, of these rows
+};
+
+// The bottleneck of an adapter, z before and `value` behind activation and dropout. Elements [begin, end) of
+// z, the first of which goes to the beginning of `value`.
+struct BottleneckParams {
+  const float* z;
+  Activation activation;
+  DropoutMask mask;
+  float* value;  // or null
+  float* d;      // or null; backward: of the value, becomes that of z
+};
+
+// y = residual + delta, elements [begin, end), of which delta holds no others.
+struct ResidualParams {
+  const void* residual;
+  DType dtype;  // of both
+  const float* delta;
+  void* y;
+};
+
 // y[m, n] = z[m, n] + (scale[n] - 1) * (z[m, n] - bias[n]): all but the bias is scaled, and by 1 to the bit.
 struct ScaleParams {
   const void* z;
