@@ -236,6 +236,15 @@ def test_refused(name: str) -> None:
         pk.bottleneck(**{"x": X, "down": DOWN, "up": UP} | options)
 
 
+def test_a_transform_sees_the_slope_at_zero() -> None:
+    """Under torch.func the definition is differentiated: an `up` of zeros has a gradient all the same."""
+    zeros = torch.zeros_like(UP)
+    got = torch.func.grad(lambda up: pk.bottleneck(X, DOWN, up, activation="gelu").square().sum())(zeros)
+    up = zeros.clone().requires_grad_()
+    pk.bottleneck(X, DOWN, up, activation="gelu").square().sum().backward()
+    assert up.grad is not None and up.grad.any() and torch.allclose(got, up.grad, rtol=1e-5)
+
+
 def test_dropout_follows_torchs_seed() -> None:
     def call() -> Tensor:
         torch.manual_seed(5)

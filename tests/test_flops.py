@@ -61,6 +61,11 @@ def cases(base: str) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
             lambda: lora(F.silu(lora(x, dense[0], a, b)) * F.linear(x, dense[1]), dense[2], c, d),
         ),
     }
+    e, f = pair(K, K)
+    found["bottleneck"] = (
+        lambda: pk.bottleneck(x, e, f),
+        lambda: x + F.linear(F.relu(F.linear(x, e)), f),
+    )
     if base == "nf4":
         found["nf4_linear"] = (lambda: pk.nf4_linear(x, weights[0]), lambda: F.linear(x, dense[0]))
     return found
@@ -97,7 +102,8 @@ def test_dora(backend: str) -> None:
 def test_every_namespace_is_known() -> None:
     flops.tell()
     known: Any = torch.utils.flop_counter.flop_registry
-    products = [name for name in registry.OPS if "linear" in name or name in ("gated_mlp", "dora_norm")]
+    others = ("gated_mlp", "dora_norm", "bottleneck", "bottleneck_backward")
+    products = [name for name in registry.OPS if "linear" in name or name in others]
     for namespace in NAMESPACES.values():
         ops = getattr(torch.ops, namespace)
         assert [name for name in registry.OPS if getattr(ops, name) in known] == products

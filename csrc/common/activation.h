@@ -1,4 +1,4 @@
-// The activations of gated MLPs.
+// The activations of gated MLPs and of bottleneck adapters.
 #pragma once
 
 #include <cstdint>

@@ -39,7 +39,9 @@ class Bottleneck(Op):
         value = dropped(ACTIVATIONS[args.activation](z)[0], args.dropout_p, args.seed)
         delta = args.scaling * F.linear(value, args.up.to(acc), _to(args.up_bias, acc))
         residual = (args.x if args.residual is None else args.residual).to(acc)
-        y = torch.where(delta == 0, residual, residual + delta).to(args.x.dtype)
+        # The sum, with all signs turned where the residual is negative: -0 + 0 would be 0. The slope is
+        # 1 everywhere, as it would not be of torch.where(delta == 0, residual, ...).
+        y = torch.where(torch.signbit(residual), -(-residual - delta), residual + delta).to(args.x.dtype)
         return y.contiguous(), z.contiguous()
 
     @staticmethod
