@@ -15,7 +15,7 @@ import peft_kernels as pk
 from peft_kernels import dispatch
 from peft_kernels.backends import BACKENDS
 
-from . import cases, gate, layers
+from . import cases, gate, layers, optimizers
 from .cases import DEQUANTIZE, DX, FORWARD, QLORA, Shape
 from .contenders import Entry, contenders
 from .floors import Gpu
@@ -28,6 +28,15 @@ TELLING = (1, 16, 128, 2048)
 """Rows of a decoded token, of a few together, of many, and of a training step."""
 ROWS = (TELLING, (4, 8, 32, 64, 512, 8192))
 TINY_SHAPES: Sequence[Shape] = ((192, 256), (72, 64))
+STEPS: Sequence[tuple[str, optimizers.Shapes]] = (
+    (optimizers.ONE, optimizers.FIVE_MILLION),
+    (optimizers.MANY, optimizers.LORA),
+    (optimizers.HUNDRED, optimizers.HUNDRED_MILLION),
+)
+TINY_STEPS: Sequence[tuple[str, optimizers.Shapes]] = (
+    (optimizers.ONE, [(72, 64)]),
+    (optimizers.MANY, [(16, 300), (5, 7), (192, 256)]),
+)
 TINY_ROWS = ((1, 5, 16, 33, 130),)
 CHECKED_ROWS = 256
 """Of a product: each row of x has one of y, and fp64 is slow on most cards."""
@@ -89,7 +98,17 @@ class Suite:
                     found.append(self.case(DEQUANTIZE, shape, None, self.dequantize))
                 found += [self.case(QLORA, shape, m, self.lora) for m in rows]
                 found += [self.case(DX, shape, m, self.dx) for m in rows]
+            if turn == 0:
+                steps = TINY_STEPS if self.tiny else STEPS
+                found += [optimizers.case(group, shapes, build=self.step) for group, shapes in steps]
         return found
+
+    def step(self, shapes: optimizers.Shapes) -> list[Contender | Absent]:
+        """An optimizer's, in as many copies as the rotation asks for."""
+        self._weights = self._kept = None  # room for parameters
+        size = sum(a * b for a, b in shapes)
+        count = 2 if self.tiny else copies(size * optimizers.STEP_BYTES, 3, self.cache)
+        return contenders(Kept(), optimizers.entries(shapes, self.device, count))
 
     def case(self, group: str, shape: Shape, m: int | None, entries: Callable[..., Sequence[Entry]]) -> Case:
         def build() -> list[Contender | Absent]:
@@ -233,6 +252,8 @@ def floor(case: Case, gpu: Gpu) -> float | None:
     """Seconds in which the device could do it, or None where that is no single product."""
     if case.group == DEQUANTIZE:
         return gpu.dequantize(case.out_features, case.in_features)
+    if case.group in optimizers.TITLES:
+        return case.out_features * case.in_features * optimizers.STEP_BYTES / gpu.bandwidth
     if case.group in (FORWARD, DX) and case.m is not None:
         return gpu.linear(case.out_features, case.in_features, case.m)[0]
     return None

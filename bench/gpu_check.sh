@@ -282,14 +282,14 @@ if wants speed; then
     --output "$RESULTS/speed" $QUICK
   cat "$RESULTS/speed/table.txt" 2> /dev/null
   part speed-eager 60 "$PYTHON" bench/gpu.py --backend "$BACKEND" --eager --seconds "{seconds}" \
-    --only '^(forward|qlora)-.*-m(1|2048)-' --output "$RESULTS/speed-eager" $QUICK
+    --only '^(adamw|(forward|qlora)-.*-m(1|2048)-)' --output "$RESULTS/speed-eager" $QUICK
 fi
 
 # ---- Do they touch what is not theirs? -------------------------------------------------------------------
 
 if wants tests && [ "$VENDOR" = nvidia ]; then
   for name in memcheck racecheck; do
-    sanitize $name 30 $name "$PYTHON" bench/gpu.py --backend "$BACKEND" --check --only 192 \
+    sanitize $name 30 $name "$PYTHON" bench/gpu.py --backend "$BACKEND" --check --only '192|adamw' \
       --output "$RESULTS/$name"
   done
 fi

@@ -7,6 +7,7 @@ is a memory bandwidth.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -23,42 +24,58 @@ from .layers import BNB, Kept
 from .report import OURS
 
 ONE, MANY, WHOLE = "adamw-one-tensor", "adamw-448-tensors", "adamw-135m"
+HUNDRED = "adamw-100m"  # in gpu.py
 TITLES = {
     ONE: "a step of AdamW, 5 million parameters in one tensor",
     MANY: "a step of AdamW, 5 million parameters in 448 tensors of LoRA's size",
     WHOLE: "a step of AdamW, the 135 million parameters of SmolLM2-135M",
+    HUNDRED: "a step of AdamW, 100 million parameters in one tensor",
 }
 BNB_8BIT, BNB_32BIT, TORCH = "bnb AdamW8bit", "bnb AdamW32bit", "torch fused AdamW"
 ONE_TENSOR = "ours, one tensor"
 LR, DECAY = 1e-3, 1e-2
+STEP_BYTES = 4 + 2 * (4 + 2 * (1 + 4 / 256))
+"""That a step with moments in 8 bits reads and writes of an fp32 parameter: its gradient, itself, moments."""
 
 Shapes = Sequence[tuple[int, int]]
 LORA: Shapes = [(16, 700)] * 448
+FIVE_MILLION: Shapes = [(7168, 700)]
+HUNDRED_MILLION: Shapes = [(100_000, 1000)]
 LAYER: Shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
 SMOLLM2: Shapes = [(49152, 576), *(LAYER * 30)]
 
 
 def standard() -> list[Case]:
-    total = sum(a * b for a, b in LORA)
-    one: Shapes = [(total // 700, 700)]
     goals = Goal(BNB_8BIT, 20), Goal(TORCH, 1 / 1.5)
     return [
-        _case(ONE, one, goals),
-        _case(MANY, LORA, (Goal(ONE_TENSOR, 2, cost=True),), one),
-        _case(WHOLE, SMOLLM2, (Goal(BNB_8BIT, 20),)),
+        case(ONE, FIVE_MILLION, goals),
+        case(MANY, LORA, (Goal(ONE_TENSOR, 2, cost=True),), FIVE_MILLION),
+        case(WHOLE, SMOLLM2, (Goal(BNB_8BIT, 20),)),
     ]
 
 
-def _case(group: str, shapes: Shapes, goals: Sequence[Goal], yardstick: Shapes | None = None) -> Case:
+def case(
+    group: str,
+    shapes: Shapes,
+    goals: Sequence[Goal] = (),
+    yardstick: Shapes | None = None,
+    build: Callable[[Shapes], list[Contender | Absent]] | None = None,
+) -> Case:
     rows = sum(a * b for a, b in shapes) // shapes[-1][1]
-    build = partial(_build, shapes, yardstick)
-    return Case(
-        group, rows, shapes[-1][1], None, "fp32", build, goals=goals, title=TITLES[group], seconds=5.0
-    )
+    make = partial(build or partial(_build, yardstick=yardstick), shapes)
+    return Case(group, rows, shapes[-1][1], None, "fp32", make, goals=goals, title=TITLES[group], seconds=5.0)
 
 
 def _build(shapes: Shapes, yardstick: Shapes | None) -> list[Contender | Absent]:
-    grads = [testing.tensor(*shape, seed=1) for shape in shapes]
+    found = entries(shapes)
+    if yardstick is not None:
+        found.append(replace(entries(yardstick)[0], name=ONE_TENSOR))
+    return contenders(Kept(), found)
+
+
+def entries(shapes: Shapes, device: str = "cpu", copies: int = 1) -> list[Entry]:
+    grads = [testing.tensor(*shape, seed=1).to(device) for shape in shapes]
+    on_card: dict[str, Any] = {"capturable": True} if device == "cuda" else {}
 
     def ours(params: list[Tensor]) -> Any:
         return pk.optim.AdamW8bit(params, lr=LR, weight_decay=DECAY)
@@ -69,27 +86,27 @@ def _build(shapes: Shapes, yardstick: Shapes | None) -> list[Contender | Absent]
         return getattr(bitsandbytes.optim, name)(params, lr=LR, weight_decay=DECAY)
 
     def fused(params: list[Tensor]) -> Any:
-        return torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True)
+        return torch.optim.AdamW(params, lr=LR, weight_decay=DECAY, fused=True, **on_card)
 
-    def entry(name: str, make: Callable[[list[Tensor]], Any], needs: str = "", grads: Any = grads) -> Entry:
-        return Entry(name, lambda: [Stepped(make, grads)], Stepped.error, needs, remark=Stepped.remark)
+    def entry(name: str, make: Callable[[list[Tensor]], Any], needs: str = "") -> Entry:
+        def stepped() -> list[Stepped]:
+            return [Stepped(make, grads) for _ in range(copies)]
 
-    entries = [
+        return Entry(name, stepped, Stepped.error, needs, remark=Stepped.remark)
+
+    return [
         entry(OURS, ours),
         entry(BNB_8BIT, partial(bnb, "AdamW8bit"), BNB),
         entry(BNB_32BIT, partial(bnb, "AdamW32bit"), BNB),
         entry(TORCH, fused),
     ]
-    if yardstick is not None:
-        entries.append(entry(ONE_TENSOR, ours, grads=[testing.tensor(*shape, seed=1) for shape in yardstick]))
-    return contenders(Kept(), entries)
 
 
 class Stepped:
     """An optimizer over parameters of its own, and gradients that contenders share."""
 
     def __init__(self, make: Callable[[list[Tensor]], Any], grads: Sequence[Tensor]) -> None:
-        self.params = [torch.nn.Parameter(testing.tensor(*g.shape)) for g in grads]
+        self.params = [torch.nn.Parameter(testing.tensor(*g.shape).to(g.device)) for g in grads]
         self.start = self.params[-1].detach().double()
         for p, g in zip(self.params, grads, strict=True):
             p.grad = g

@@ -15,7 +15,8 @@ beside what a card allows, of the Triton kernels registers, spills and the like 
 times the CUDA back end's host code, without a card. waves-... tells by arithmetic how far products with NF4
 weights fill a card, every-cell-... for each of them. loading-... tells the memory and the time that loading a
 checkpoint in 4 bits takes. bitsandbytes-ops-... times its Linear4bit as it is and on our kernels, experts-...
-layers of experts, adamw-... a step of optimizers. moe-... times a mixture of experts, for which it
+layers of experts, adamw-... a step of optimizers; optimizer-curves-... trains with each, for most of an hour,
+and tells the loss on held-out examples. moe-... times a mixture of experts, for which it
 needs 16 GB, and counts the bytes of a whole one. Writes results.jsonl, table.txt and ratios.png to the output
 folder. Exits with 1 when a result was wrong.
 """
@@ -80,6 +81,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine,
         memory,
         moe,
+        optimizer_curves,
+        optimizer_waves,
         optimizers,
         report,
         session,
@@ -98,6 +101,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *loading.standard(),
         *moe.standard(options.dtype),
         *optimizers.standard(),
+        *optimizer_curves.standard(),
+        *optimizer_waves.standard(),
     ]
     every: list[Any] = [*timed, *by_name]
     if options.list and not (options.only or options.quick or options.full):

@@ -6,6 +6,8 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,9 @@ from peft_kernels.ops.registry import OPS
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench import sass
-from bench.limits import WIDE_STORE
+from bench import limits, optimizer_waves, sass
+from bench.optimizer_waves import BLOCKS_PER_SM, WARPS
+from bench.sass import Kernel
 
 TOOLS = sass.tools()
 GRAD_SCALE = OPS["adamw"].arguments.index("grad_scale")
@@ -75,7 +78,8 @@ def test_nothing_is_read_and_all_memory_is_torch_s() -> None:
 
 @needs_stub
 def test_a_step_fills_a_card_and_no_more() -> None:
-    for numel, blocks in ((256, 1), (1024, 1), (1025, 2), (100_000_000, 132 * 5)):
+    most = 132 * BLOCKS_PER_SM
+    for numel, blocks in ((256, 1), (256 * WARPS, 1), (256 * WARPS + 1, 2), (100_000_000, most)):
         tensors = [torch.empty(numel, dtype=torch.bfloat16, device="cpu") for _ in range(2)]
         states = [torch.empty(numel, dtype=torch.uint8) for _ in range(2)]
         scales = [torch.empty(-(-numel // 256)) for _ in range(2)]
@@ -157,17 +161,53 @@ def test_parameters_without_elements_are_passed_over() -> None:
     assert_same(got, want, False)
 
 
+@lru_cache(maxsize=1)
+def compiled(architecture: int) -> tuple[Path, dict[str, Kernel]]:
+    assert isinstance(TOOLS, sass.Tools)
+    (made,) = sass.compile_all(TOOLS, [sass.SOURCES / "adamw.cu"], [architecture], cache=sass.CACHE)
+    return made.path, {kernel.name: kernel for kernel in sass.read(TOOLS, [made], cache=sass.CACHE)}
+
+
 @needs_tools
 @pytest.mark.parametrize("architecture", sass.ARCHITECTURES, ids=lambda a: f"sm{a}")
-def test_a_step_reads_vectors_and_divides_without_slow_paths(architecture: int) -> None:
+def test_loops_take_few_instructions_and_read_vectors(architecture: int) -> None:
+    for name in ("AdamWStep<false>", "AdamWStep<true>"):
+        kernel = compiled(architecture)[1][name]
+        assert optimizer_waves.faults(kernel) == [], name
+        # As the arithmetic of optimizer_waves has it.
+        assert kernel.threads == 32 * WARPS
+        assert limits.resident_warps(kernel) == WARPS * BLOCKS_PER_SM
+
+
+@needs_tools
+def test_a_loop_that_is_not_as_meant_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernel = compiled(90)[1]["AdamWStep<false>"]
+
+    def said(**opcodes: str) -> set[str]:
+        code = [
+            replace(i, opcode=opcodes.get(i.opcode.replace(".", "_"), i.opcode)) for i in kernel.instructions
+        ]
+        return {
+            fault.partition(": ")[2] for fault in optimizer_waves.faults(replace(kernel, instructions=code))
+        }
+
+    assert said() == set()
+    assert "6 instructions of single elements" in said(STG_E="STG.E.U16")
+    assert "0 loads of 32 bits, expected 4" in said(LDG_E="LDG.E.U8")
+    assert any(fault.endswith("of fp64") for fault in said(FADD="DADD"))
+    kind = optimizer_waves.Kind(False, "fp32", 8)
+    monkeypatch.setitem(optimizer_waves.LIMITS, kind, (20.0, 20.0))
+    (fault,) = optimizer_waves.faults(kernel)
+    assert re.fullmatch(rf"{kind.name}: 5\d\.\d\d instructions an element, at most 20 allowed", fault)
+    monkeypatch.setitem(optimizer_waves.LIMITS, kind._replace(dtype="fp8"), (20.0, 20.0))
+    assert "no loop for AdamW, fp8, moments in 8 bits" in optimizer_waves.faults(kernel)
+
+
+@needs_tools
+@pytest.mark.parametrize("architecture", sass.ARCHITECTURES, ids=lambda a: f"sm{a}")
+def test_a_step_divides_without_slow_paths(architecture: int) -> None:
     assert isinstance(TOOLS, sass.Tools)
-    made = sass.compile_all(TOOLS, [sass.SOURCES / "adamw.cu"], [architecture], cache=sass.CACHE)
-    found = [k for k in sass.read(TOOLS, made, cache=sass.CACHE) if k.name.startswith("AdamWStep")]
-    assert len(found) == 2
-    for kernel in found:
-        for pattern in (r"LDG\.E\.128", r"LDG\.E\.64", WIDE_STORE):
-            assert sass.count(kernel.instructions, pattern) >= 4, (kernel.name, pattern)
-    command = [TOOLS.nvdisasm, "-c", str(made[0].path)]
+    command = [TOOLS.nvdisasm, "-c", str(compiled(architecture)[0])]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     steps = [code for code in listing.split("\t.section\t.text.")[1:] if "AdamWStep" in code.split(",")[0]]
     assert len(steps) == 2

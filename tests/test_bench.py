@@ -40,6 +40,8 @@ from bench import (
     loading,
     memory,
     moe,
+    optimizer_curves,
+    optimizer_waves,
     optimizers,
     report,
     run,
@@ -223,7 +225,9 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
     every, default, full = listed(), listed("--only", "|".join(run.DEFAULT)), listed("--full")
     quick = listed("--quick")
     assert default < full < every and quick < full
-    kinds_by_name = (compiled, triton_cases, waves, loading, optimizers)
+    kinds_by_name = (
+        compiled, triton_cases, waves, loading, optimizers, optimizer_curves, optimizer_waves
+    )  # fmt: skip
     by_name = [kind.standard("bf16") for kind in (host, bnb_ops, experts, moe)]
     by_name += [kind.standard() for kind in kinds_by_name]
     assert every - full == {case.name for cases_of in by_name for case in cases_of}

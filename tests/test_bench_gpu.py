@@ -14,7 +14,7 @@ from broken_ops import break_op
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
-from bench import device_cases, events, gpu, session
+from bench import device_cases, events, gpu, optimizers, session
 from bench.device_cases import Suite
 from bench.floors import BY_ARCHITECTURE, Gpu
 from bench.harness import Absent, Case, Contender, Result
@@ -47,8 +47,11 @@ def on_cpu() -> Iterator[None]:
 
 def test_cases_are_those_of_the_design() -> None:
     names = [case.name for case in Suite("cuda", False, 1 << 20).cases()]
-    assert len(names) == len(set(names)) == 4 * (3 * 10 + 1)
-    for name in ("forward-4096x4096-m1-bf16", "dx-14336x4096-m8192-bf16", "dequantize-1024x4096-bf16"):
+    assert len(names) == len(set(names)) == 4 * (3 * 10 + 1) + 3
+    for name in (
+        "forward-4096x4096-m1-bf16", "dx-14336x4096-m8192-bf16", "dequantize-1024x4096-bf16",
+        "adamw-one-tensor-7168x700-fp32", "adamw-448-tensors-7168x700-fp32", "adamw-100m-100000x1000-fp32",
+    ):  # fmt: skip
         assert name in names
     # Time may run out: rows that tell most come first, of every shape.
     telling = [
@@ -66,6 +69,30 @@ def test_every_kind_of_case_is_checked_and_timed() -> None:
         result = case.run(Timing(0.0, 1))
         assert not result.wrong and result.time(OURS) is not None, result.wrong
         assert device_cases.floor(case, TINY) is not None or case.group == "qlora"
+
+
+@pytest.mark.usefixtures("on_cpu")
+def test_steps_of_optimizers_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On copies of their own, whose first step is checked: one that went the other way is not timed."""
+    (case,) = tiny("adamw-448-tensors-210x256-fp32")
+    made = case.build()
+    names = [contender.name for contender in made]
+    assert names == [OURS, optimizers.BNB_8BIT, optimizers.BNB_32BIT, optimizers.TORCH]
+    assert all(isinstance(one, Absent) or len({id(c.params) for c in one.calls}) == 2 for one in made)
+    result = case.run(Timing(0.0, 1))
+    assert not result.wrong and {OURS, optimizers.TORCH} <= result.seconds.keys()
+    floor = device_cases.floor(case, TINY)
+    assert floor == pytest.approx(210 * 256 * (3 * 4 + 4 + 4 * 4 / 256) / TINY.bandwidth)
+    step = gpu.pk.optim.AdamW8bit.step
+
+    def backwards(self: Any) -> None:
+        for group in self.param_groups:
+            group["lr"] = -group["lr"]
+        step(self)
+
+    monkeypatch.setattr(gpu.pk.optim.AdamW8bit, "step", backwards)
+    result = case.run(Timing(0.0, 1))
+    assert "the first step is off" in result.wrong[OURS] and not result.seconds
 
 
 @pytest.mark.usefixtures("on_cpu")

@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "adamw.cuh"
+#include "adamw_clip.cuh"
 #include "launch.cuh"
 
 namespace peft_kernels::cuda {

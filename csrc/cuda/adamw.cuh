@@ -2,7 +2,7 @@
 //
 // Blocks of a moment, 256 elements each, are numbered through all parameters, and each block of threads has a
 // run of them: it looks its first parameter up once, and computes what depends on step and lr once for each
-// parameter. A warp has a block of a moment at a time, so its absmax is a matter of shuffles, and a lane
+// parameter. A warp has a block of a moment at a time, so its absmax is one reduction, and a lane
 // eight elements in two runs of four, which loads of all types read without gaps.
 #pragma once
 
@@ -16,16 +16,14 @@ namespace peft_kernels::cuda {
 
 DEVICE bool is_finite(float x) { return (bit_cast<uint32_t>(x) & 0x7fffffff) < 0x7f800000; }
 
-// 1 / x to the nearest, for x > 0. What __frcp_rn does, without its slow path: x is brought to where there is
-// none.
-DEVICE float rounded_reciprocal(float x) {
-  constexpr float kUp = 0x1p64f, kDown = 0x1p-64f;
-  const float factor = x < kDown ? kUp : x > kUp ? kDown : 1.0f;
-  const float scaled = __fmul_rn(x, factor), about = reciprocal(scaled);
-  const float close = __fmaf_rn(about, __fmaf_rn(-scaled, about, 1.0f), about);
-  return __fmul_rn(close, factor);
+// NaN where one is.
+DEVICE float max_or_nan(float a, float b) {
+  float r;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
+  return r;
 }
-// The same of an absmax: 0 where it overflows, or is 0 / 0.
+
+// 1 / x of an absmax, 0 where that overflows, or x is 0.
 DEVICE float usable_reciprocal(float x) {
   const float found = rounded_reciprocal(x);
   return found <= FLT_MAX ? found : 0.0f;
@@ -49,7 +47,7 @@ DEVICE double power(double base, int64_t n) {
 template <bool kLion>
 struct AdamWStep {
   static constexpr int kThreads = kStepThreads;
-  static constexpr int kBlocksPerSm = 5;
+  static constexpr int kBlocksPerSm = 2;
 
   struct Params {
     Step step;
@@ -57,7 +55,8 @@ struct AdamWStep {
     const float* factor;  // or null: 1 / grad_scale
   };
   struct Shared {
-    DynamicCodes codes1, codes2;
+    DynamicCodes<true> codes1;
+    std::conditional_t<kLion, Words4, DynamicCodes<false> > codes2;
     StepNumbers numbers;
   };
 
@@ -65,8 +64,8 @@ struct AdamWStep {
     const Step& p = params.step;
     if (p.found_inf && load_constant(p.found_inf) != 0.0f) return;
     Shared* shared = shared_memory<Shared>();
-    shared->codes1.template fill<true, kThreads>();
-    if constexpr (!kLion) shared->codes2.template fill<false, kThreads>();
+    shared->codes1.template fill<kThreads>();
+    if constexpr (!kLion) shared->codes2.template fill<kThreads>();
     float factor = 1.0f;
     if (params.factor) {
       factor = load_constant(params.factor);
@@ -79,12 +78,18 @@ struct AdamWStep {
       __syncthreads();  // the tables are there, and the numbers before were read
       if (warp_index() == 0) compute_numbers(p, t, step, shared->numbers);
       __syncthreads();
-      const StepNumbers& n = shared->numbers;
-      const void* grad = p.grads[i];
-      const bool has_vectors = t.has_vectors && is_aligned(grad);
-      for (int block = begin + warp_index(); block < end; block += kStepWarps) {
-        one_block(*shared, p, t, n, grad, factor, static_cast<uint32_t>(step), block,
-                  place(block, t.numel, has_vectors));
+      const StepNumbers n = shared->numbers;
+      const StepTensor kept = t;
+      const Work work{kept, p.grads[i], p.seed, factor, static_cast<uint32_t>(step)};
+      if (t.dtype == DType::kF32) {
+        all_blocks<float, false>(*shared, work, n, begin, end);
+      } else if (t.dtype == DType::kF16) {
+        all_blocks<fp16, false>(*shared, work, n, begin, end);
+      } else if (t.compensation || p.seed) {
+        // Registers are short there: what it needs of the table is read each time.
+        all_blocks<bf16, true>(*shared, {t, work.grad, work.seed, factor, work.step}, n, begin, end);
+      } else {
+        all_blocks<bf16, false>(*shared, work, n, begin, end);
       }
     });
   }
@@ -121,70 +126,138 @@ struct AdamWStep {
     return r;
   }
 
-  static DEVICE void one_block(const Shared& shared, const Step& p, const StepTensor& t, const StepNumbers& n,
-                               const void* grad, float factor, uint32_t step, int block, const Place& at) {
-    const bool is_8bit = t.absmax1 != nullptr;
-    Raw raw_p, raw_g, raw_m, raw_v;
-    float scale1 = 0, scale2 = 0;
-    load_floats(t.param, t.dtype, at, raw_p);
-    load_floats(grad, t.dtype, at, raw_g);
-    if (is_8bit) {
-      load_runs<uint8_t>(t.state1, at, raw_m);
-      scale1 = load(t.absmax1 + block);
-      if constexpr (!kLion) {
-        load_runs<uint8_t>(t.state2, at, raw_v);
-        scale2 = load(t.absmax2 + block);
-      }
-    } else {
-      load_runs<uint32_t>(t.state1, at, raw_m);
-      if constexpr (!kLion) load_runs<uint32_t>(t.state2, at, raw_v);
-    }
+  // A parameter, and what the step does with it.
+  struct Work {
+    const StepTensor& t;
+    const void* grad;
+    const int64_t* seed;
+    float factor;
+    uint32_t step;
+  };
 
-    float m[kRuns][kRun], v[kRuns][kRun] = {};
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      float x[kRun];
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) x[i] = number(raw_p.v[run], t.dtype, i);
-      if (t.compensation) add_compensation(t, at, run, x);
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        float g = __fmul_rn(number(raw_g.v[run], t.dtype, i), factor);
-        if (is_8bit) {
-          m[run][i] = __fmul_rn(load(&shared.codes1.map[code(raw_m.v[run], i)]), scale1);
-          if constexpr (!kLion)
-            v[run][i] = __fmul_rn(load(&shared.codes2.map[code(raw_v.v[run], i)]), scale2);
-        } else {
-          m[run][i] = bit_cast<float>(raw_m.v[run].v[i]);
-          if constexpr (!kLion) v[run][i] = bit_cast<float>(raw_v.v[run].v[i]);
-        }
-        if (n.weight_decay != 0.0f) g = __fadd_rn(g, __fmul_rn(x[i], n.weight_decay));
-        x[i] = updated(n, __fmul_rn(x[i], n.decay), g, m[run][i], v[run][i]);
-      }
-      write_param(p, t, step, at, run, x);
+  // What depends on types is decided before the loop. kCare: rounding to bf16 is stochastic or compensated
+  // for.
+  template <class T, bool kCare>
+  static DEVICE void all_blocks(const Shared& shared, const Work& w, const StepNumbers& n, int begin,
+                                int end) {
+    w.t.absmax1 ? all_blocks<T, kCare, true>(shared, w, n, begin, end)
+                : all_blocks<T, kCare, false>(shared, w, n, begin, end);
+  }
+  template <class T, bool kCare, bool kIs8bit>
+  static DEVICE void all_blocks(const Shared& shared, const Work& w, const StepNumbers& n, int begin,
+                                int end) {
+    const bool has_vectors = w.t.has_vectors && is_aligned(w.grad);
+    for (int block = begin + warp_index(); block < end; block += kStepWarps) {
+      one_block<T, kCare, kIs8bit>(shared, w, n, block, place(block, w.t.numel, has_vectors));
     }
-    if (!is_8bit) {
-      write_floats(t.state1, at, m);
-      if constexpr (!kLion) write_floats(t.state2, at, v);
-      return;
-    }
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        const bool counts = i < at.count(run) && is_finite(m[run][i]) && is_finite(v[run][i]);
-        if (!counts) m[run][i] = v[run][i] = 0;
-      }
-    }
-    write_codes<true>(shared.codes1, t.state1, t.absmax1 + block, at, m);
-    if constexpr (!kLion) write_codes<false>(shared.codes2, t.state2, t.absmax2 + block, at, v);
   }
 
-  static DEVICE void add_compensation(const StepTensor& t, const Place& at, int run, float (&x)[kRun]) {
-    Words4 raw;
-    load_run<uint16_t>(t.compensation, at, run, raw);
+  // What a lane reads of a block, all of it under way together.
+  template <class T, bool kCare, bool kIs8bit>
+  struct Read {
+    Raw p, g, m, v, compensation;
+
+    template <bool kWhole>
+    DEVICE void load_from(const Work& w, const Place& at) {
+      using State = std::conditional_t<kIs8bit, uint8_t, uint32_t>;
+      load_runs<Bits<T>, kWhole>(w.t.param, at, p);
+      load_runs<Bits<T>, kWhole>(w.grad, at, g);
+      load_runs<State, kWhole>(w.t.state1, at, m);
+      if constexpr (!kLion) load_runs<State, kWhole>(w.t.state2, at, v);
+      if (kCare && w.t.compensation) load_runs<uint16_t, kWhole>(w.t.compensation, at, compensation);
+    }
+  };
+  // And what it writes.
+  template <class T, bool kCare, bool kIs8bit>
+  struct Written {
+    Raw p, m, v, compensation;
+
+    template <bool kWhole>
+    DEVICE void store_to(const Work& w, const Place& at) const {
+      using State = std::conditional_t<kIs8bit, uint8_t, uint32_t>;
+      store_runs<Bits<T>, kWhole>(w.t.param, at, p);
+      store_runs<State, kWhole>(w.t.state1, at, m);
+      if constexpr (!kLion) store_runs<State, kWhole>(w.t.state2, at, v);
+      if (kCare && w.t.compensation) store_runs<uint16_t, kWhole>(w.t.compensation, at, compensation);
+    }
+  };
+
+  template <class T, bool kCare, bool kIs8bit>
+  static DEVICE void one_block(const Shared& shared, const Work& w, const StepNumbers& n, int block,
+                               const Place& at) {
+    Read<T, kCare, kIs8bit> read;
+    Written<T, kCare, kIs8bit> written;
+    at.whole ? read.template load_from<true>(w, at) : read.template load_from<false>(w, at);
+    float* const absmax1 = assume_global(w.t.absmax1 + block);
+    float* const absmax2 = assume_global(w.t.absmax2 + block);
+
+    float x[kMine], g[kMine], m[kMine], v[kMine] = {};
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) x[i] = __fadd_rn(x[i], number(raw, DType::kBF16, i));
+    for (int i = 0; i < kMine; ++i) {
+      x[i] = number<T>(read.p, i);
+      g[i] = __fmul_rn(number<T>(read.g, i), w.factor);
+    }
+    if constexpr (kIs8bit) {
+      shared.codes1.numbers(read.m, load(absmax1), m);
+      if constexpr (!kLion) shared.codes2.numbers(read.v, load(absmax2), v);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) {
+        m[i] = number<float>(read.m, i);
+        if constexpr (!kLion) v[i] = number<float>(read.v, i);
+      }
+    }
+    if (kCare && w.t.compensation) {
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) x[i] = __fadd_rn(x[i], number<bf16>(read.compensation, i));
+    }
+    if (n.weight_decay != 0.0f) {
+#pragma unroll
+      for (int i = 0; i < kMine; ++i) g[i] = __fadd_rn(g[i], __fmul_rn(x[i], n.weight_decay));
+    }
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) x[i] = updated(n, __fmul_rn(x[i], n.decay), g[i], m[i], v[i]);
+    if constexpr (kIs8bit) {
+      if (!at.whole) {
+        keep(m, v, [&](int i) { return i % kRun < at.count(i / kRun); });
+      }
+      float most1 = most_of(m), most2 = most_of(v);
+      if (!(most1 <= FLT_MAX && most2 <= FLT_MAX)) {
+        keep(m, v, [&](int i) { return is_finite(m[i]) && is_finite(v[i]); });
+        most1 = most_of(m);
+        most2 = most_of(v);
+      }
+      shared.codes1.encode(m, usable_reciprocal(most1), written.m);
+      if constexpr (!kLion) shared.codes2.encode(v, usable_reciprocal(most2), written.v);
+      __syncwarp();  // all lanes have read the absmax before
+      if (lane_index() == 0) {
+        store(absmax1, most1);
+        if constexpr (!kLion) store(absmax2, most2);
+      }
+    } else {
+      to_raw(m, written.m);
+      if constexpr (!kLion) to_raw(v, written.v);
+    }
+    // When moments need no registers any more.
+    round_param<T, kCare>(w, at, x, written.p, written.compensation);
+    at.whole ? written.template store_to<true>(w, at) : written.template store_to<false>(w, at);
+  }
+
+  template <class Which>
+  static DEVICE void keep(float (&m)[kMine], float (&v)[kMine], const Which& which) {
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) {
+      if (!which(i)) m[i] = v[i] = 0;
+    }
+  }
+
+  // The largest magnitude that a warp has, in all lanes; NaN if there is one. Bits are in the order of
+  // numbers.
+  static DEVICE float most_of(const float (&x)[kMine]) {
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < kMine; ++i) most = max_or_nan(most, fabsf(x[i]));
+    return bit_cast<float>(__reduce_max_sync(kAllLanes, bit_cast<uint32_t>(most)));
   }
 
   // Each operation rounded: the moments are the reference's to the bit.
@@ -197,158 +270,51 @@ struct AdamWStep {
     } else {
       m = __fadd_rn(__fmul_rn(m, n.b1), __fmul_rn(g, n.w1));
       v = __fadd_rn(__fmul_rn(v, n.b2), __fmul_rn(__fmul_rn(g, n.w2), g));
-      return __fadd_rn(p, __fmul_rn(quotient(m, __fadd_rn(root(v), n.floor)), n.rate));
+      return __fadd_rn(p, __fmul_rn(__fmul_rn(m, reciprocal(__fadd_rn(root(v), n.floor))), n.rate));
     }
   }
 
-  static DEVICE void write_param(const Step& p, const StepTensor& t, uint32_t step, const Place& at, int run,
-                                 const float (&x)[kRun]) {
-    Words4 raw;
-    if (t.dtype == DType::kF32) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) raw.v[i] = bit_cast<uint32_t>(x[i]);
-      store_run<uint32_t>(t.param, at, run, raw);
+  template <class T, bool kCare>
+  static DEVICE void round_param(const Work& w, const Place& at, const float (&x)[kMine], Raw& out,
+                                 Raw& dropped) {
+    if constexpr (sizeof(T) == 4) {
+      to_raw(x, out);
       return;
     }
 #pragma unroll
-    for (int i = 0; i < kRun / 2; ++i) {
-      raw.v[i] =
-          t.dtype == DType::kBF16 ? pack2<bf16>(x[2 * i], x[2 * i + 1]) : pack2<fp16>(x[2 * i], x[2 * i + 1]);
+    for (int i = 0; i < kMine / 2; ++i) {
+      out.v[2 * i / kRun].v[i % (kRun / 2)] = pack2<T>(x[2 * i], x[2 * i + 1]);
     }
-    if (p.seed && t.dtype == DType::kBF16) {
-      const Words4 words = philox((at.first + run * kRunStride) / 4,
-                                  static_cast<uint64_t>(load_constant(p.seed)), t.index, step);
+    if constexpr (kCare) {
+      if (w.seed) round_stochastically(w, at, x, out);
+      if (!w.t.compensation) return;
+#pragma unroll
+      for (int i = 0; i < kMine / 2; ++i) {
+        const uint32_t pair = out.v[2 * i / kRun].v[i % (kRun / 2)];
+        dropped.v[2 * i / kRun].v[i % (kRun / 2)] = pack2<bf16>(
+            __fadd_rn(x[2 * i], -low_half<bf16>(pair)), __fadd_rn(x[2 * i + 1], -high_half<bf16>(pair)));
+      }
+    }
+  }
+  static DEVICE void round_stochastically(const Work& w, const Place& at, const float (&x)[kMine], Raw& out) {
+    const auto seed = static_cast<uint64_t>(load(w.seed));  // each time, or its keys would stay in registers
+#pragma unroll
+    for (int run = 0; run < kRuns; ++run) {
+      const Words4 words = philox((at.first + run * kRunStride) / kRun, seed, w.t.index, w.step);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        if (x[i] != x[i]) continue;
-        const uint32_t half = (bit_cast<uint32_t>(x[i]) + (words.v[i] >> 16)) >> 16;
-        raw.v[i / 2] = i % 2 ? raw.v[i / 2] & 0xffff | half << 16 : raw.v[i / 2] & 0xffff0000 | half;
+        const float number = x[run * kRun + i];
+        if (number != number) continue;
+        const uint32_t half = (bit_cast<uint32_t>(number) + (words.v[i] >> 16)) >> 16;
+        uint32_t& pair = out.v[run].v[i / 2];
+        pair = i % 2 ? pair & 0xffff | half << 16 : pair & 0xffff0000 | half;
       }
     }
-    store_run<uint16_t>(t.param, at, run, raw);
-    if (!t.compensation) return;
-    Words4 dropped;
-#pragma unroll
-    for (int i = 0; i < kRun / 2; ++i) {
-      dropped.v[i] = pack2<bf16>(__fadd_rn(x[2 * i], -low_half<bf16>(raw.v[i])),
-                                 __fadd_rn(x[2 * i + 1], -high_half<bf16>(raw.v[i])));
-    }
-    store_run<uint16_t>(t.compensation, at, run, dropped);
   }
 
-  static DEVICE void write_floats(void* to, const Place& at, const float (&x)[kRuns][kRun]) {
+  static DEVICE void to_raw(const float (&x)[kMine], Raw& out) {
 #pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      Words4 raw;
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) raw.v[i] = bit_cast<uint32_t>(x[run][i]);
-      store_run<uint32_t>(to, at, run, raw);
-    }
-  }
-
-  template <bool kSigned>
-  static DEVICE void write_codes(const DynamicCodes& codes, void* to, float* absmax_out, const Place& at,
-                                 const float (&x)[kRuns][kRun]) {
-    float absmax = 0;
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) absmax = fmaxf(absmax, fabsf(x[run][i]));
-    }
-#pragma unroll
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) {
-      absmax = fmaxf(absmax, __shfl_xor_sync(kAllLanes, absmax, mask));
-    }
-    const float inverse = usable_reciprocal(absmax);
-#pragma unroll
-    for (int run = 0; run < kRuns; ++run) {
-      Words4 raw{};
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        const float scaled = __fmul_rn(x[run][i], inverse);
-        raw.v[0] |= (kSigned ? codes.signed_code(scaled) : codes.unsigned_code(scaled)) << (8 * i);
-      }
-      store_run<uint8_t>(to, at, run, raw);
-    }
-    __syncwarp();  // all lanes have read the one before
-    if (lane_index() == 0) store(absmax_out, absmax);
-  }
-};
-
-// What gradients are multiplied by so that together they are no longer than max_norm. Sums are in fp64, and
-// those of blocks are added in their order by the one that is done last.
-struct ClipFactor {
-  static constexpr int kThreads = kStepThreads;
-  static constexpr int kBlocksPerSm = 8;
-
-  struct Params {
-    Step step;
-    Shares shares;
-    float max_norm;
-    double* sums;  // [blocks]
-    float* factor;
-    uint32_t* counter;
-  };
-  struct Shared {
-    double by_warp[kStepWarps];
-    uint32_t is_last;
-  };
-
-  static DEVICE void run(const Params& params) {
-    const Step& p = params.step;
-    Shared* shared = shared_memory<Shared>();
-    const float scale = p.grad_scale ? rounded_reciprocal(load_constant(p.grad_scale)) : 1.0f;
-    double sum = 0;
-    for_each_tensor(p, params.shares, [&](int i, int begin, int end) {
-      const DType dtype = p.tensors[i].dtype;
-      const int64_t numel = load(&p.tensors[i].numel);
-      const void* grad = p.grads[i];
-      for (int block = begin + warp_index(); block < end; block += kStepWarps) {
-        Raw raw;
-        load_floats(grad, dtype, place(block, numel, is_aligned(grad)), raw);
-#pragma unroll
-        for (int at = 0; at < kRuns * kRun; ++at) {
-          const double g = static_cast<double>(number(raw.v[at / kRun], dtype, at % kRun)) * scale;
-          sum = __fma_rn(g, g, sum);
-        }
-      }
-    });
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) sum = sum + __shfl_xor_sync(kAllLanes, sum, mask);
-    const int warp = warp_index();
-    if (lane_index() == 0) shared->by_warp[warp] = sum;
-    __syncthreads();
-    if (thread_index() == 0) {
-      double of_block = 0;
-      for (int i = 0; i < kStepWarps; ++i) of_block = of_block + shared->by_warp[i];
-      params.sums[block_index()] = of_block;
-      shared->is_last = atomic_add_ordered(params.counter, 1) + 1 == static_cast<uint32_t>(grid_size());
-    }
-    __syncthreads();
-    if (shared->is_last == 0 || warp != 0) return;
-    double all = 0;
-    for (int i = lane_index(); i < grid_size(); i += kWarp) all = all + params.sums[i];
-    for (int mask = kWarp / 2; mask > 0; mask /= 2) all = all + __shfl_xor_sync(kAllLanes, all, mask);
-    if (lane_index() != 0) return;
-    const float norm = static_cast<float>(__dsqrt_rn(all));
-    const float clip = __fdiv_rn(params.max_norm, __fadd_rn(norm, 1e-6f));
-    *params.factor = clip >= 1 ? scale : __fmul_rn(scale, clip);
-    *params.counter = 0;
-  }
-};
-
-struct StoreTable {
-  static constexpr int kThreads = 256;
-  static constexpr int kBlocksPerSm = 1;
-  static constexpr int kMost = 496;
-
-  struct Params {
-    uint64_t* out;
-    int count;
-    uint64_t words[kMost];
-  };
-
-  static DEVICE void run(const Params& p) {
-    for (int i = thread_index(); i < p.count; i += kThreads) p.out[i] = p.words[i];
+    for (int i = 0; i < kMine; ++i) out.v[i / kRun].v[i % kRun] = bit_cast<uint32_t>(x[i]);
   }
 };
 

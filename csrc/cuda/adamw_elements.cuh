@@ -7,10 +7,10 @@
 
 namespace peft_kernels::cuda {
 
-inline constexpr int kStepThreads = 128, kStepWarps = kStepThreads / kWarp;
+inline constexpr int kStepThreads = 320, kStepWarps = kStepThreads / kWarp;
 
 // Eight elements of a lane, as they lie in memory: four from `first` on and four from 128 after that.
-inline constexpr int kRuns = 2, kRun = 4, kRunStride = kWarp * kRun;
+inline constexpr int kRuns = 2, kRun = 4, kRunStride = kWarp * kRun, kMine = kRuns * kRun;
 static_assert(kRuns * kRunStride == kStateBlock);
 struct Place {
   int64_t first;
@@ -23,61 +23,82 @@ struct Place {
 };
 
 using Raw = Vec<Words4, kRuns>;
+// What moves an element of a type of float.
+template <class T>
+using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
 
+// Pointers from a table might be anything.
 template <class T>
-DEVICE void load_run(const void* from, const Place& at, int run, Words4& raw) {
-  const T* p = static_cast<const T*>(from) + at.first + run * kRunStride;
-  __builtin_assume(__isGlobal(p));  // pointers from a table might be anything
-  constexpr int kWords = sizeof(T) * kRun / 4, kShift = 8 * sizeof(T), kInWord = 4 / sizeof(T);
-  if (at.whole) {
-    const auto words = load(reinterpret_cast<const Vec<uint32_t, kWords>*>(p));
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) raw.v[i] = words.v[i];
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) raw.v[i] = 0;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (i < at.count(run))
-        raw.v[i / kInWord] |= static_cast<uint32_t>(load(p + i)) << (i % kInWord * kShift % 32);
-    }
-  }
-}
-template <class T>
-DEVICE void store_run(void* to, const Place& at, int run, const Words4& raw) {
-  T* p = static_cast<T*>(to) + at.first + run * kRunStride;
+DEVICE T* assume_global(T* p) {
   __builtin_assume(__isGlobal(p));
+  return p;
+}
+
+// kWhole: as in Place.
+template <class T, bool kWhole>
+DEVICE void load_runs(const void* from, const Place& at, Raw& raw) {
   constexpr int kWords = sizeof(T) * kRun / 4, kShift = 8 * sizeof(T), kInWord = 4 / sizeof(T);
-  if (at.whole) {
-    Vec<uint32_t, kWords> words;
+  const T* p = assume_global(static_cast<const T*>(from) + at.first);
 #pragma unroll
-    for (int i = 0; i < kWords; ++i) words.v[i] = raw.v[i];
-    store(reinterpret_cast<Vec<uint32_t, kWords>*>(p), words);
-  } else {
+  for (int run = 0; run < kRuns; ++run, p += kRunStride) {
+    Words4& words = raw.v[run];
+    if constexpr (kWhole) {
+      const auto found = load(reinterpret_cast<const Vec<uint32_t, kWords>*>(p));
 #pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      if (i < at.count(run)) store(p + i, static_cast<T>(raw.v[i / kInWord] >> (i % kInWord * kShift % 32)));
+      for (int i = 0; i < kWords; ++i) words.v[i] = found.v[i];
+    } else {
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) words.v[i] = 0;
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (i < at.count(run))
+          words.v[i / kInWord] |= static_cast<uint32_t>(load(p + i)) << (i % kInWord * kShift % 32);
+      }
     }
   }
 }
-// Of one type all runs, so that they are under way together.
-template <class T>
-DEVICE void load_runs(const void* from, const Place& at, Raw& raw) {
+template <class T, bool kWhole>
+DEVICE void store_runs(void* to, const Place& at, const Raw& raw) {
+  constexpr int kWords = sizeof(T) * kRun / 4, kShift = 8 * sizeof(T), kInWord = 4 / sizeof(T);
+  T* p = assume_global(static_cast<T*>(to) + at.first);
 #pragma unroll
-  for (int run = 0; run < kRuns; ++run) load_run<T>(from, at, run, raw.v[run]);
-}
-DEVICE void load_floats(const void* from, DType dtype, const Place& at, Raw& raw) {
-  dtype == DType::kF32 ? load_runs<uint32_t>(from, at, raw) : load_runs<uint16_t>(from, at, raw);
+  for (int run = 0; run < kRuns; ++run, p += kRunStride) {
+    const Words4& words = raw.v[run];
+    if constexpr (kWhole) {
+      Vec<uint32_t, kWords> out;
+#pragma unroll
+      for (int i = 0; i < kWords; ++i) out.v[i] = words.v[i];
+      store(reinterpret_cast<Vec<uint32_t, kWords>*>(p), out);
+    } else {
+#pragma unroll
+      for (int i = 0; i < kRun; ++i) {
+        if (i < at.count(run))
+          store(p + i, static_cast<T>(words.v[i / kInWord] >> (i % kInWord * kShift % 32)));
+      }
+    }
+  }
 }
 
-// The numbers of four elements, and back.
-DEVICE float number(const Words4& raw, DType dtype, int i) {
-  if (dtype == DType::kF32) return bit_cast<float>(raw.v[i]);
-  const uint16_t half = static_cast<uint16_t>(raw.v[i / 2] >> (i % 2 * 16));
-  return dtype == DType::kBF16 ? to_float(bf16{half}) : to_float(fp16{half});
+// The i-th of a lane's numbers.
+template <class T>
+DEVICE float number(const Raw& raw, int i) {
+  const Words4& words = raw.v[i / kRun];
+  if constexpr (sizeof(T) == 4) return bit_cast<float>(words.v[i % kRun]);
+  const uint32_t pair = words.v[i % kRun / 2];
+  return i % 2 ? high_half<T>(pair) : low_half<T>(pair);
 }
-DEVICE uint32_t code(const Words4& raw, int i) { return raw.v[0] >> (8 * i) & 0xff; }
 
+// 1 / x to the nearest, for x > 0: what __frcp_rn does, without its slow path.
+DEVICE float refined_reciprocal(float x) {
+  const float about = reciprocal(x);
+  return __fmaf_rn(about, __fmaf_rn(-x, about, 1.0f), about);
+}
+DEVICE float rounded_reciprocal(float x) {
+  constexpr float kUp = 0x1p64f, kDown = 0x1p-64f;
+  if (x >= kDown && x <= kUp) return refined_reciprocal(x);
+  const float factor = x < kDown ? kUp : x > kUp ? kDown : 1.0f;
+  return __fmul_rn(refined_reciprocal(__fmul_rn(x, factor)), factor);
+}
 // The parameter that has a block of a moment, for a whole warp: it narrows down by 32 at a time.
 DEVICE int tensor_with(const StepTensor* tensors, int count, int64_t block) {
   int low = 0, high = count;
@@ -104,12 +125,13 @@ DEVICE void for_each_tensor(const Step& p, const Shares& shares, const Body& bod
   const int64_t begin = shares.begin(block_index()), end = shares.begin(block_index() + 1);
   if (begin == end) return;
   int i = tensor_with(p.tensors, p.count, begin);
-  for (int64_t at = begin; at < end; ++i) {
-    const StepTensor& t = p.tensors[i];
-    const int64_t first = load(&t.first_block), numel = load(&t.numel);
-    const int64_t after = first + (numel + kStateBlock - 1) / kStateBlock, stop = after < end ? after : end;
-    body(i, static_cast<int>(at - first), static_cast<int>(stop - first));
-    at = stop;
+  int at = static_cast<int>(begin - load(&p.tensors[i].first_block));
+  for (int left = static_cast<int>(end - begin); left > 0; ++i) {
+    const int count = static_cast<int>((load(&p.tensors[i].numel) + kStateBlock - 1) / kStateBlock);
+    const int stop = count < at + left ? count : at + left;
+    body(i, at, stop);
+    left -= stop - at;
+    at = 0;
   }
 }
 
