@@ -138,8 +138,8 @@ def faults(kernel: Kernel) -> list[str]:
 
 @lru_cache
 def wavefronts() -> dict[str, float]:
-    """Of a lookup by 32 lanes, on average: in the maps by codes, and by bins of numbers, of both moments of
-    gradients that are normal and of 1000 steps."""
+    """Of a lookup by 32 lanes, on average over maps (by codes) and bins (by numbers), for either moment after
+    100 steps of normal gradients whose size differs from element to element."""
     generator = torch.Generator().manual_seed(0)
     m = torch.zeros(256, STATE_BLOCK)
     v = torch.zeros(256, STATE_BLOCK)
