@@ -1,13 +1,14 @@
-// The search for codes of common/dynamic_search.h, in the form in which vectors carry it out.
+// How vectors find codes of the dynamic maps.
 //
-// Decade p (from 1 to 7) of a map has magnitudes from s / 10 to s in 2^(p - 1) codes, signed, or 2^p. With
-// y = x / (0.9 s) + 8 / 9, which goes from 1 to 2, a magnitude's place among the codes is 2^(p - 1) y, or
-// 2^p y - 1: so p is added to the exponent of y. The sum with a power of two is in fixed point, the code in a
-// byte of its own and the fraction below it. Rounding keeps the order of numbers, so what it does to the
-// midpoints, where codes change, tells what it may do in between.
+// A map's magnitudes are 0, seven decades of evenly spaced ones, and 1. Decade p (from 1 to 7) has those from
+// s / 10 to s in 2^(p - 1) codes, signed, or 2^p. With y = x / (0.9 s) + 8 / 9, which goes from 1 to 2, a
+// magnitude's place among the codes is 2^(p - 1) y, or 2^p y - 1: so p is added to the exponent of y. The sum
+// with a power of two is in fixed point, the code in a byte of its own and the fraction below it. Rounding
+// keeps the order of numbers, so what it does to the midpoints, where codes change, tells what it may do in
+// between.
 #pragma once
 
-#include "../common/dynamic_search.h"
+#include "../common/dynamic_midpoints.h"
 
 namespace peft_kernels::cpu {
 
@@ -15,6 +16,7 @@ inline constexpr int kCodeRun = 64;  // codes that are looked up, or found, at a
 
 struct CodeSearch {
   static constexpr float kLeast = 0x1p-24f;
+  static constexpr int kLeastExponent = 127 - 24;
   static constexpr float kMargin = 2.0f;  // fractions; with it a midpoint has a fraction of 0 to 7
 
   float thresholds[8];        // between decades: with p of them passed, x is in decade p; 0 and 8 are beyond
@@ -29,14 +31,20 @@ struct CodeSearch {
   float floors[nf4::kDynamicCodes + 1];  // which code c exceeds, -1 for 0
 };
 
-constexpr CodeSearch make_code_search(const DynamicSearch& from, bool is_signed) {
+constexpr CodeSearch make_code_search(const DynamicMidpoints& midpoints, bool is_signed) {
   CodeSearch out{};
-  int found = 0;
-  for (int b = 0; b < DynamicSearch::kBinades; ++b) {
-    const int at = (127 + DynamicSearch::kFirstExponent + b) % 32;
-    out.border[at] = from.border[b];
-    out.before[at] = from.segment[b] << 23 | from.segment[b];
-    if (from.border[b] < 2 && found < 8) out.thresholds[found++] = from.border[b];
+  for (int p = 1; p <= 8; ++p) {
+    const int first_code = is_signed ? 1 << (p - 1) : (1 << p) - 1;
+    out.thresholds[p - 1] = midpoints.value[first_code - 1];
+  }
+  int passed = 0;
+  double binade = CodeSearch::kLeast;
+  for (int exponent = CodeSearch::kLeastExponent; exponent < CodeSearch::kLeastExponent + 32;
+       ++exponent, binade *= 2) {
+    const bool has_border = passed < 8 && static_cast<double>(out.thresholds[passed]) < 2 * binade;
+    out.border[exponent % 32] = has_border ? out.thresholds[passed] : __builtin_inff();
+    out.before[exponent % 32] = passed << 23 | passed;
+    passed += has_border;
   }
   for (int i = 0; i < 8; ++i) {
     out.second[i] = out.thresholds[i % 2 ? 5 : 1];
@@ -54,13 +62,14 @@ constexpr CodeSearch make_code_search(const DynamicSearch& from, bool is_signed)
   out.base = is_signed ? 128 + CodeSearch::kMargin / 65536 : 255 + CodeSearch::kMargin / 32768;
   out.least = is_signed ? 128 : 256.5f;
   out.floors[0] = -1;
-  for (int c = 0; c < nf4::kDynamicCodes; ++c) out.floors[c + 1] = from.midpoints[c];
+  for (int c = 0; c < nf4::kDynamicCodes; ++c) out.floors[c + 1] = midpoints.value[c];
   return out;
 }
-inline constexpr CodeSearch kSignedCodes = make_code_search(kSignedSearch, true);
-inline constexpr CodeSearch kUnsignedCodes = make_code_search(kUnsignedSearch, false);
-static_assert(kSignedCodes.thresholds[7] > 0.9f && kUnsignedCodes.thresholds[7] > 0.9f, "eight thresholds");
-
+inline constexpr CodeSearch kSignedCodes = make_code_search(kSignedMidpoints, true);
+inline constexpr CodeSearch kUnsignedCodes = make_code_search(kUnsignedMidpoints, false);
+constexpr int kBeyond = (CodeSearch::kLeastExponent + 31) % 32;
+static_assert((kSignedCodes.before[kBeyond] & 15) == 8 && (kUnsignedCodes.before[kBeyond] & 15) == 8,
+              "a binade has two thresholds");
 // Whether fractions are as said where a code of 2^15 or 2^16 fractions begins: for a product that is rounded
 // and for one that is not, and with p in the last bits of y.
 constexpr bool has_margins(const CodeSearch& search, bool is_signed) {

@@ -6,7 +6,7 @@
 // addition.
 #pragma once
 
-#include "../common/dynamic_search.h"
+#include "../common/dynamic_midpoints.h"
 #include "adamw_elements.cuh"
 #include "nf4_tables.cuh"
 
@@ -26,8 +26,8 @@ struct alignas(16) DynamicBins {
   uint32_t word[kCount] = {};
 
   constexpr DynamicBins() {
-    if (kSigned) fill(kSide, kSignedSearch.midpoints, true);
-    fill(0, kSigned ? kSignedSearch.midpoints : kUnsignedSearch.midpoints, false);
+    if (kSigned) fill(kSide, kSignedMidpoints.value, true);
+    fill(0, kSigned ? kSignedMidpoints.value : kUnsignedMidpoints.value, false);
   }
 
  private:
