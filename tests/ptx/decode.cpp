@@ -80,7 +80,8 @@ void Decoder::read_parameters() {
 }
 
 // Registers that live within one stretch of instructions without a branch, which are nearly all, share memory
-// with others that live before and after. Lanes of a warp that are elsewhere have their own part of it.
+// with others of the kind that live before and after. Lanes of a warp that are elsewhere have their own part
+// of it. Others have memory of their own: blocks run in another order than they are written in.
 void Decoder::place_registers() {
   struct Life {
     size_t first = SIZE_MAX, last = 0, block = 0;
@@ -104,10 +105,10 @@ void Decoder::place_registers() {
     });
   }
 
-  std::map<int, std::vector<int32_t>> free;  // by bytes of a lane
+  std::map<std::pair<int, bool>, std::vector<int32_t>> free;  // by bytes of a lane, and whether for locals
   offsets_.assign(lives.size(), -1);
-  const auto place = [&](int bytes) {
-    std::vector<int32_t>& list = free[bytes];
+  const auto place = [&](int bytes, bool is_local) {
+    std::vector<int32_t>& list = free[{bytes, is_local}];
     if (list.empty()) {
       constexpr int kLine = 64;
       const int each = bytes == 0 ? 4 : slot_bytes(bytes), size = std::max(each, kLine);
@@ -121,13 +122,15 @@ void Decoder::place_registers() {
   for (size_t i = 0; i < body_.statements.size(); ++i) {
     for_registers(body_.statements[i], [&](int32_t reg) {
       const auto index = static_cast<size_t>(reg);
-      if (offsets_[index] < 0) offsets_[index] = place(body_.registers[index].bytes);
+      if (offsets_[index] < 0) {
+        offsets_[index] = place(body_.registers[index].bytes, lives[index].is_local);
+      }
     });
     for_registers(body_.statements[i], [&](int32_t reg) {
       const auto index = static_cast<size_t>(reg);
       Life& life = lives[index];
       if (life.is_local && life.last == i) {
-        free[body_.registers[index].bytes].push_back(offsets_[index]);
+        free[{body_.registers[index].bytes, true}].push_back(offsets_[index]);
         life.is_local = false;  // not twice for two operands of one statement
       }
     });

@@ -37,6 +37,9 @@ EACH: dict[str, tuple[str, Any]] = {
     "shf": ("shf.l.wrap.b32 %r0, %r1, %r1, %r2;", lambda w, i: w << i | w >> (32 - i)),
     "selp": ("setp.lt.u32 %p1, %r2, 9; selp.b32 %r0, %r1, 5, %p1;", lambda w, i: w if i < 9 else 5),
     "guard": ("setp.gt.s32 %p1, %r1, 0; @!%p1 mov.u32 %r0, 3;", lambda w, i: 0 if signed(w) > 0 else 3),
+    "blocks-out-of-order": (
+        "bra $set; $use: mov.u32 %r10, 7; add.s32 %r0, %r10, 1; add.s32 %r0, %r0, %r12; bra $end;"
+        " $set: mov.u32 %r12, %r2; bra $use; $end:", lambda w, i: i + 8),
     "setp-nan": ("setp.ltu.f32 %p1, 0f7FC00000, %f1; selp.b32 %r0, 1, 0, %p1;", lambda w, i: 1),
     "cvt-part": ("cvt.s64.s32 %rd4, %r1; cvt.s64.s32 %rd5, %rd4; cvt.u32.u64 %r0, %rd5;", lambda w, i: w),
     "cvt-clamp": ("cvt.rzi.u32.f32 %r0, 0fC0A00000;", lambda w, i: 0),
