@@ -56,14 +56,15 @@ test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 
 # The tests of every kernel.
 KERNELS := nf4 nf4_absmax nf4_format nf4_experts linear lora lora_dropout lora_multi lora_multi_refused experts \
-  experts_refused dora gated dropout compute_dtype gradients gradcheck gradient_needs
+  experts_refused dora gated dropout adamw compute_dtype gradients gradcheck gradient_needs
 
 # In a process of its own: Triton reads the flag when it sees a kernel first. What is refused of second derivatives, and
 # what is saved, is autograd's, and the same for every back end.
 TRITON := $(filter-out gradcheck gradient_needs,$(KERNELS))
 triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(TRITON:%=tests/test_%.py) tests/test_compile.py \
-	  tests/test_triton_splits.py tests/test_experts_triton.py tests/test_triton_sums.py $(ARGS)
+	  tests/test_triton_splits.py tests/test_experts_triton.py tests/test_adamw_triton.py tests/test_triton_sums.py \
+	  $(ARGS)
 
 # Beside the tests that run the PTX for compute capability 8.0, with rounded sums: here matrix instructions cut them
 # off, as tensor cores do. nvcc writes the same for 9.0 as for 8.0, and for 12.0 as for 10.0 (tests/ptx/test_texts.py);
@@ -83,7 +84,7 @@ ifeq ($(shell command -v nvcc),)
 	@echo "triton-ptx: no nvcc, which the machine that runs PTX is made with: nothing to run"
 else
 	PEFT_KERNELS_TRITON_PTX=80 $(BIN)/python -m pytest -q -n 2 -k triton $(KERNELS:%=tests/test_%.py) \
-	  tests/test_triton_splits.py tests/test_experts_triton.py $(ARGS)
+	  tests/test_triton_splits.py tests/test_experts_triton.py tests/test_adamw_triton.py $(ARGS)
 endif
 
 # About a minute. A case that fails is told by number: ARGS='--only 4711' runs it again.

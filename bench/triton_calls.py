@@ -57,6 +57,23 @@ def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterat
         if first:
             yield from _lists(dtype)
     yield from _products(FP32, nested=True)
+    yield from _optimizers()
+
+
+def _optimizers() -> Iterator[Call]:
+    """A step with all that there may be, and one with none of it. Code is the same for all types."""
+    numbers = [0.9], [0.99], [1e-8], [0.01]
+    params, codes, scales = (
+        empty(SIZE, SIZE, dtype=BF16),
+        empty(SIZE, SIZE, dtype=torch.uint8),
+        empty(SIZE**2 // 256),
+    )
+    scalars = empty(1, dtype=torch.int64), [0], empty(1)
+    tensors = [params], [params], [codes], [codes], [scales], [scales], [params]
+    extras = empty(), empty(1), 1.0, empty(dtype=torch.int64)
+    yield Call("adamw", (*tensors, *scalars, *numbers, "adamw", *extras))
+    tensors = [params], [params], [codes], [], [scales], [], []
+    yield Call("adamw", (*tensors, *scalars, *numbers, "lion", None, None, 0.0, None))
 
 
 def _weights(dtype: torch.dtype, nested: bool) -> Iterator[Call]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,11 +23,14 @@ if triton.knobs.runtime.interpret:
     pytest.skip("Triton interprets its kernels in this process", allow_module_level=True)
 
 import triton.language as tl
+from op_samples import adamw_args
+from test_cuda_graphs import nothing_read
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from bench import triton_launch
 from bench.triton_launch import Card
-from peft_kernels.triton_kernels import launch
+from peft_kernels.ops.registry import OPS
+from peft_kernels.triton_kernels import adamw, launch, tables
 
 CONFIG = launch.config(4, 3, BLOCK=64)
 
@@ -306,3 +310,37 @@ def test_no_programs_are_no_launch(card: Card) -> None:
     args, constants = values()
     launch.launch(add_kernel, (0, 4), *args, config=CONFIG, **constants)
     assert not card.launched and not compiled(card)
+
+
+# Tables that stay on the card.
+
+
+def test_a_step_of_an_optimizer_is_one_launch(card: Card, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_described", "_addresses"):
+        monkeypatch.setitem(adamw.__globals__, name, tables.Kept())
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] * 15
+    args = list(adamw_args("adamw", [(8, 64 + i % 5) for i in range(45)], dtypes, [8, 32, 8] * 15))
+    grads, most = args[1], OPS["adamw"].arguments.index("max_grad_norm")
+
+    def launched() -> Counter[str]:
+        before = len(card.launched)
+        adamw(OPS["adamw"].named(args))
+        return Counter(item[4].split()[0] for item in card.launched[before:])
+
+    first = launched()
+    assert first == {"store_words_kernel": 3, "adamw_kernel": 1}
+    with nothing_read():
+        assert launched() == {"adamw_kernel": 1}
+    grads[3] = grads[3].clone()
+    assert launched() == {"store_words_kernel": 1, "adamw_kernel": 1}
+    args[0][3] = args[0][3].clone()
+    assert launched() == {"store_words_kernel": 2, "adamw_kernel": 1}
+    args[most] = 0.5
+    with nothing_read():
+        assert launched() == {"squares_kernel": 1, "adamw_kernel": 1}
+    args[most], card.capturing = 0.0, True  # a graph writes tables of its own, each time
+    assert launched() == first and launched() == first
+    card.capturing = False
+    assert launched() == {"adamw_kernel": 1}
+    card.stream = 77
+    assert launched() == first

@@ -25,7 +25,13 @@ MINIMUM = (8, 0)
 """Compute capability that Triton's code for NVIDIA cards needs."""
 
 COMPOSITES_WITH_KERNELS = frozenset(
-    ("experts_linear", "experts_linear_dx", "experts_lora_linear", "experts_lora_linear_backward")
+    (
+        "adamw",
+        "experts_linear",
+        "experts_linear_dx",
+        "experts_lora_linear",
+        "experts_lora_linear_backward",
+    )
 )
 """Ops made of others that have kernels all the same."""
 

@@ -3,6 +3,7 @@
 Importing this package imports Triton, so that only back end `triton` does it, when it is first asked.
 """
 
+from .adamw import adamw
 from .dora import dora_scale, dora_scale_backward
 from .dora_norm import dora_norm
 from .dropout import dropout
@@ -19,6 +20,7 @@ from .lora import lora_linear, lora_linear_backward, multi_lora_linear, multi_lo
 from .nf4 import dequantize_nf4, quantize_absmax, quantize_nf4, unpack_absmax
 
 __all__ = [
+    "adamw",
     "check_usable",
     "dequantize_nf4",
     "dora_norm",

@@ -28,20 +28,25 @@ _NAMES = {
 }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the compiled back ends say it."""
+    return _NAMES.get(dtype, str(dtype))
+
+
 def check_dtype(t: Tensor, expected: torch.dtype, name: str) -> None:
-    check(t.dtype == expected, name, _NAMES[expected], _NAMES.get(t.dtype, t.dtype))
+    check(t.dtype == expected, name, _NAMES[expected], dtype_name(t.dtype))
 
 
 def check_float(t: Tensor, name: str) -> None:
     """That kernels take its dtype."""
-    check(t.dtype in DTYPES, name, "float32, bfloat16 or float16", _NAMES.get(t.dtype, t.dtype))
+    check(t.dtype in DTYPES, name, "float32, bfloat16 or float16", dtype_name(t.dtype))
 
 
 def compute_type(compute_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
     """Of the base product: x's own unless another is asked for."""
     if compute_dtype is None:
         return x.dtype
-    expected, got = "float32, bfloat16 or float16", _NAMES.get(compute_dtype, compute_dtype)
+    expected, got = "float32, bfloat16 or float16", dtype_name(compute_dtype)
     check(compute_dtype in DTYPES, "compute_dtype", expected, got)
     return compute_dtype
 

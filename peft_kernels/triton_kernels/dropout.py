@@ -58,14 +58,15 @@ def mask_args(mask: Mask | None) -> tuple[Tensor | None, int, int]:
 
 
 @triton.jit
-def words_of(seed_ptr, stream, block):
-    """The four words of Philox4x32-10 of each block, int64 of any shape. The seed is an int64.
+def words_of(seed_ptr, stream, block, last=0):
+    """The four words of Philox4x32-10 of each block, int64 of any shape. The seed is an int64, `last` the
+    counter's last word.
 
     Word i of block b decides on element 4 b + i of the flattened activations.
     """
     low = (block & 0xFFFFFFFF).to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
-    return tl.philox(tl.load(seed_ptr), low, high, tl.cast(stream, tl.uint32), 0)
+    return tl.philox(tl.load(seed_ptr), low, high, tl.cast(stream, tl.uint32), tl.cast(last, tl.uint32))
 
 
 @triton.jit

@@ -92,6 +92,20 @@ def on_amd() -> bool:
     return not INTERPRETED and is_hip()
 
 
+def passing() -> bool:
+    """Whether launches are noted, or captured in a CUDA graph: what they write is not there to be kept."""
+    return _recorder is not None or (not INTERPRETED and torch.cuda.is_current_stream_capturing())
+
+
+def queue() -> tuple[Any, Any]:
+    """The current device and stream: what is launched there is in order."""
+    if INTERPRETED:
+        return None, None
+    driver = triton.runtime.driver.active
+    device = driver.get_current_device()
+    return device, driver.get_current_stream(device)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, config: Config, **constants: Any) -> None:
     """Run a kernel on the current device.
 

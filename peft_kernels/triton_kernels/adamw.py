@@ -1,0 +1,221 @@
+"""A step of AdamW, Adam or Lion for all parameters by one launch, as ops/adamw.py has it: moments, absmax and
+codes to the bit, and parameters but for what powers of beta are in fp64.
+
+Nothing is read by the host. Where tensors are is told by tables on the device, written when they are others
+than before (tables.py). With max_grad_norm a launch before sums the squares of gradients in fp64, a part for
+each program, which all programs of the step add in the same order.
+"""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops.adamw import KINDS, STATE_BLOCK
+from .adamw_kernels import CHUNK, IS_ALIGNED, IS_BF16, IS_CODED, IS_WIDE, adamw_kernel, squares_kernel
+from .common import check, check_dtype, check_float, check_numel, dtype_name
+from .dynamic_codes import codes_on
+from .launch import INTERPRETED, cdiv, config, launch
+from .products import processors
+from .tables import Kept, stored
+
+STEP = config(4, 1)
+SQUARES = config(4, 1)
+PROGRAMS = 5  # of a multiprocessor: what it has registers for
+
+
+class Table(NamedTuple):
+    """Where parameters are, for kernels: words of adamw_kernels.py."""
+
+    rows: Tensor  # int64 [parameters, WORDS]
+    groups: Tensor  # int64 [groups, 2 GROUP_NUMBERS]
+    shares: Tensor  # int64 [programs + 1, 2]: the first parameter and the first chunk of a program
+
+
+class Described(NamedTuple):
+    """Parameters, checked."""
+
+    table: Table | None  # None: they have no elements
+    programs: int
+    compensated: bool
+
+
+class Extras(NamedTuple):
+    """What a step may have, on the device."""
+
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    seed: Tensor | None
+    sums: Tensor | None  # fp64 [programs]: squares of gradients
+
+
+_described: Kept[Described] = Kept()
+_addresses: Kept[Tensor] = Kept()
+
+
+def adamw(args: Any) -> None:
+    check(args.kind in KINDS, "kind", "adamw, adam or lion", args.kind)
+    _check_counts(args)
+    if not args.params:
+        return
+    device = args.params[0].device
+    # The interpreter gives kernels copies of what is not on the CPU, and could not follow addresses.
+    check(
+        not INTERPRETED or device.type == "cpu", "params", "tensors on the CPU, for the interpreter", device
+    )
+    _check_numbers(args, device)
+    described = _described.find(_key(args), lambda: _describe(args))
+    _check_grads(args.grads, args.params)
+    if described.table is None:
+        return
+    where = [grad.data_ptr() for grad in args.grads]
+    addresses = _addresses.find(where, lambda: stored(where, device))
+    sums = None
+    if args.max_grad_norm > 0:
+        sums = torch.empty(described.programs, dtype=torch.float64, device=device)
+    extras = Extras(args.grad_scale, args.found_inf, args.seed, sums)
+    grid, lion = (described.programs,), args.kind == "lion"
+    if sums is not None:
+        launch(
+            squares_kernel, grid, described.table, addresses, args.grad_scale, sums, config=SQUARES,
+            enable_fp_fusion=False,
+        )  # fmt: skip
+    codes = codes_on(device, True), None if lion else codes_on(device, False)
+    launch(
+        adamw_kernel, grid, described.table, addresses, args.step, args.lr, extras, codes,
+        float(args.max_grad_norm), config=STEP, LION=lion,
+        COMPENSATED=described.compensated, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _key(args: Any) -> Any:
+    """All that `_describe` looks at. An address on the device tells the device."""
+    lists = args.params, args.state1, args.state2, args.absmax1, args.absmax2, args.compensation
+    return [
+        [[(t.data_ptr(), t.dtype, t.shape, t.is_contiguous()) for t in tensors] for tensors in lists],
+        args.kind,
+        [tuple(n) for n in (args.group, args.beta1, args.beta2, args.eps, args.weight_decay)],
+    ]
+
+
+def _describe(args: Any) -> Described:
+    for i in range(len(args.params)):
+        _check_parameter(args, i)
+    rows: list[int] = []
+    counts = [cdiv(p.numel(), CHUNK.value) for p in args.params]
+    firsts = [0, *accumulate(counts)]
+    for i, (p, first) in enumerate(zip(args.params, firsts, strict=False)):
+        lists = args.params, args.state1, args.state2, args.absmax1, args.absmax2, args.compensation
+        # 0 for what is not there, and for tensors without elements.
+        addresses = [tensors[i].data_ptr() if tensors else 0 for tensors in lists]
+        aligned = all(addresses[at] % 16 == 0 for at in (0, 1, 2, 5))
+        flags = (
+            IS_WIDE.value * (p.dtype == torch.float32)
+            + IS_BF16.value * (p.dtype == torch.bfloat16)
+            + IS_CODED.value * (args.state1[i].dtype == torch.uint8)
+            + IS_ALIGNED.value * aligned
+        )
+        rows += [*addresses, p.numel(), first, flags, args.group[i]]
+    if firsts[-1] == 0:
+        return Described(None, 0, False)
+    device = args.params[0].device
+    programs = min(firsts[-1], PROGRAMS * processors(device))
+    groups = [
+        half
+        for beta1, beta2, eps, decay in zip(args.beta1, args.beta2, args.eps, args.weight_decay, strict=True)
+        for half in struct.unpack("<10I", struct.pack("<5d", beta1, beta2, eps, *_decays(args.kind, decay)))
+    ]
+    shares: list[int] = []
+    for program in range(programs + 1):
+        begin = firsts[-1] * program // programs
+        shares += [bisect_right(firsts, begin) - 1, begin]
+    parts = [rows, groups, shares]
+    sizes = [len(words) for words in parts]
+    table = Table(*stored([word for words in parts for word in words], device)[: sum(sizes)].split(sizes))
+    compensated = any(t.numel() for t in args.compensation)
+    return Described(table, programs, compensated)
+
+
+def _decays(kind: str, decay: float) -> tuple[float, float]:
+    """Of the parameter, and into the gradient."""
+    return (0.0, decay) if kind == "adam" else (decay, 0.0)
+
+
+def _check_counts(args: Any) -> None:
+    n = len(args.params)
+    second = 0 if args.kind == "lion" else n
+    expected = {"grads": n, "state1": n, "state2": second, "absmax1": n, "absmax2": second, "group": n}
+    if args.compensation:
+        expected["compensation"] = n
+    expected |= dict.fromkeys(("beta2", "eps", "weight_decay"), len(args.beta1))
+    for name, count in expected.items():
+        got = len(getattr(args, name))
+        check(got == count, name, f"{count} entries", got)
+
+
+def _check_numbers(args: Any, device: torch.device) -> None:
+    """What is on the device, and not of a parameter alone."""
+    for name, dtype, count in (
+        ("step", torch.int64, len(args.params)),
+        ("lr", torch.float32, len(args.beta1)),
+        ("grad_scale", torch.float32, 1),
+        ("found_inf", torch.float32, 1),
+        ("seed", torch.int64, 1),
+    ):
+        t = getattr(args, name)
+        if t is None:
+            continue
+        check_dtype(t, dtype, name)
+        check_numel(t, count, name)
+        check(t.device == device, name, f"a tensor on {device} like params", t.device)
+        check(t.is_contiguous(), name, "a contiguous tensor", "one that is not")
+
+
+def _check_parameter(args: Any, i: int) -> None:
+    p = args.params[i]
+    check_float(p, "params")
+    device = args.params[0].device
+    _check_entry(p, p, p.dtype, device, f"params[{i}]")
+    moments = [("1", args.state1[i], args.absmax1[i])]
+    if args.kind != "lion":
+        moments.append(("2", args.state2[i], args.absmax2[i]))
+    dtype = torch.uint8 if args.state1[i].dtype == torch.uint8 else torch.float32
+    for number, state, absmax in moments:
+        _check_entry(state, p, dtype, device, f"state{number}[{i}]")
+        if dtype != torch.uint8:
+            continue
+        blocks = cdiv(p.numel(), STATE_BLOCK)
+        fits = absmax.dtype == torch.float32 and absmax.numel() == blocks and absmax.is_contiguous()
+        check(
+            fits and absmax.device == device, f"absmax{number}[{i}]",
+            f"{blocks} contiguous Float values on {device}",
+            f"{absmax.numel()} of {dtype_name(absmax.dtype)} on {absmax.device}",
+        )  # fmt: skip
+    if args.compensation and args.compensation[i].numel():
+        name = f"compensation[{i}]"
+        check(p.dtype == torch.bfloat16, name, "one for bf16 parameters", f"one of {dtype_name(p.dtype)}")
+        _check_entry(args.compensation[i], p, torch.bfloat16, device, name)
+    groups = len(args.beta1)
+    check(0 <= args.group[i] < groups, f"group[{i}]", f"0 to {groups - 1}", args.group[i])
+
+
+def _check_grads(grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    for i, (g, p) in enumerate(zip(grads, params, strict=True)):
+        if g.dtype != p.dtype or g.shape != p.shape or g.device != p.device or not g.is_contiguous():
+            _check_entry(g, p, p.dtype, p.device, f"grads[{i}]")
+
+
+def _check_entry(t: Tensor, like: Tensor, dtype: torch.dtype, device: torch.device, name: str) -> None:
+    fits = t.dtype == dtype and t.shape == like.shape and t.device == device
+    check(
+        fits and t.is_contiguous(), name,
+        f"contiguous {dtype_name(dtype)} of shape {list(like.shape)} on {device} like params",
+        f"{dtype_name(t.dtype)} of shape {list(t.shape)} on {t.device}"
+        + ("" if t.is_contiguous() else ", not contiguous"),
+    )  # fmt: skip

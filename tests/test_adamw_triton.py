@@ -1,0 +1,134 @@
+"""A step of an optimizer in Triton: tables follow the tensors, and addresses are as wide as need be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from op_samples import adamw_args
+from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, copied, moment_args, run
+from test_large import free_gib
+
+import testing
+from peft_kernels.triton_kernels import adamw, adamw_kernels, launch, tables
+from ptx import triton_driver
+
+pytestmark = pytest.mark.skipif(
+    not launch.INTERPRETED and triton_driver.wanted() is None,
+    reason="for Triton's interpreter (make triton), or compiled to PTX (make triton-ptx)",
+)
+NEEDED_GIB = 2
+
+
+def compare(got: tuple[Any, ...], exact_params: bool = False) -> None:
+    want = copied(got)
+    with testing.running_on("triton"):
+        run(got, "triton")
+    run(want)
+    assert_same(got, want, exact_params)
+
+
+def shifted(t: Tensor) -> Tensor:
+    """The same, one element behind memory that is aligned."""
+    whole = torch.empty(t.numel() + 1, dtype=t.dtype)
+    whole[1:] = t.flatten()
+    return whole[1:].view(t.shape)
+
+
+@pytest.mark.parametrize("kind", ["adamw", "lion"])
+def test_new_tensors_are_found(kind: str) -> None:
+    """Those of the step before are not what is stepped, though sizes and types are the same."""
+    kept = []
+    for seed in range(2):
+        got = adamw_args(kind, [(3, 100), (700,)], [torch.float32] * 2, [8, 32], seed=10 * seed)
+        kept.append(got)  # so that each has memory of its own
+        compare(got)
+        got[GRADS][:] = [g.clone() * 2 for g in got[GRADS]]
+        compare(got)
+        got[PARAMS][1] = got[PARAMS][1].clone()
+        compare(got)
+
+
+@pytest.mark.parametrize("option", ["", "clipped"])
+def test_no_vectors_where_memory_is_not_aligned(option: str) -> None:
+    dtypes = [torch.float32, torch.bfloat16, torch.float32, torch.float32]
+    got = adamw_args("adamw", [(1300,)] * 4, dtypes, [8, 8, 32, 8], option)
+    for i, which in enumerate((PARAMS, GRADS, STATE1, ABSMAX1)):
+        got[which][i] = shifted(got[which][i])
+    compare(got)
+
+
+def test_parameters_without_elements_are_passed_over() -> None:
+    shapes: list[tuple[int, ...]] = [(0,), (5,), (0, 3), (300,), (0,)]
+    compare(adamw_args("adamw", shapes, [torch.bfloat16] * 5, [8] * 5, "stochastic"))
+    compare(adamw_args("adamw", [(0,)], [torch.bfloat16], [8]))
+
+
+def test_rounding_draws_and_compensates_at_once() -> None:
+    got = adamw_args("adamw", [(700,), (5,)], [torch.bfloat16] * 2, [8, 32], "compensation")
+    # To the bit: the neighbours that may be drawn are as near to each other as what is allowed otherwise.
+    compare((*got[:-1], torch.tensor(-7)), True)
+
+
+@pytest.mark.parametrize("most", [2.0**-127, 1e-30, 1e15, 2.0**127])
+def test_absmax_of_any_size_is_inverted_to_the_bit(most: float) -> None:
+    compare(moment_args(torch.linspace(-1, 1, 256) * most, "lion"))
+
+
+def test_roots_of_the_smallest_numbers() -> None:
+    """Without an eps they are all that there is to divide by."""
+    got = list(moment_args(torch.logspace(-22, -19, 256)))
+    got[2:6] = [torch.zeros(256)], [torch.zeros(256)], [torch.empty(0)], [torch.empty(0)]
+    got[9], got[12] = torch.tensor([1.0]), [0.0]
+    compare(tuple(got))
+    assert torch.allclose(got[PARAMS][0], torch.tensor(-1.0), rtol=5e-2)
+
+
+def test_tables_hold_any_address() -> None:
+    words = [0, 1, 2**31, 2**47 + 12, 2**57 + 1, *range(tables.WORDS)]
+    found = tables.stored(words, torch.device("cpu"))
+    assert found[: len(words)].tolist() == words and found.numel() == 2 * tables.WORDS
+
+
+@pytest.mark.slow
+def test_more_than_2_31_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last two chunks of a parameter: others are memory that nobody has touched."""
+    if free_gib() < NEEDED_GIB:
+        pytest.skip(f"{free_gib():.1f} GiB of memory free, {NEEDED_GIB} needed")
+    chunk, numel = adamw_kernels.CHUNK.value, 2**31 + 1500
+    chunks = -(-numel // chunk)
+    first = (chunks - 2) * chunk
+    args = list(moment_args(torch.zeros(1)))
+    halves = [torch.from_numpy(np.zeros(numel, np.int16)).view(torch.bfloat16) for _ in range(2)]
+    codes = [torch.from_numpy(np.zeros(numel, np.uint8)) for _ in range(2)]
+    scales = [torch.zeros(-(-numel // 256)) for _ in range(2)]
+    for which, t in enumerate((*halves, *codes, *scales)):
+        args[which] = [t]
+    args[9] = torch.tensor([0.1])
+    halves[0][: 2 * chunk] = 1.0
+    for seed, half in enumerate(halves):
+        half[first:] = testing.tensor(numel - first, dtype=torch.bfloat16, seed=seed)
+    want = list(args)
+    want[:4] = [[t[first:].clone()] for t in (*halves, *codes)]
+    want[4:6] = [[t[first // 256 :].clone()] for t in scales]
+
+    def the_last(kernel: Any, grid: Any, table: Any, *rest: Any, **constants: Any) -> None:
+        shares = torch.tensor([0, chunks - 2, 0, chunks])
+        launch.launch(kernel, (1,), table._replace(shares=shares), *rest, **constants)
+
+    monkeypatch.setitem(adamw.__globals__, "launch", the_last)
+    with testing.running_on("triton"):
+        run(tuple(args), "triton")
+    run(tuple(want))
+    tail = list(args)
+    tail[:4] = [[t[first:]] for t in (*halves, *codes)]
+    tail[4:6] = [[t[first // 256 :]] for t in scales]
+    assert_same(tuple(tail), tuple(want), False)
+    assert tail[STATE1][0].any() and (halves[0][: 2 * chunk] == 1).all()
+    assert not codes[0][: 2 * chunk].any() and not scales[0][:8].any()
