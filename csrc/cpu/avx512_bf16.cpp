@@ -1,5 +1,5 @@
-// Level avx512_bf16: avx512 with products of bf16 pairs (vdpbf16ps) and permutations of bytes (avx512vbmi), which
-// all processors with the first have but Cooper Lake.
+// Level avx512_bf16: avx512 with products of bf16 pairs (vdpbf16ps) and permutations of bytes (avx512vbmi),
+// which all processors with the first have but Cooper Lake.
 #define PEFT_KERNELS_BF16_DOT 1
 #include "level.h"
 
