@@ -70,10 +70,12 @@ def _optimizers() -> Iterator[Call]:
     )
     scalars = empty(1, dtype=torch.int64), [0], empty(1)
     tensors = [params], [params], [codes], [codes], [scales], [scales], [params]
-    extras = empty(), empty(1), 1.0, empty(dtype=torch.int64)
+    extras = empty(), empty(1), 1.0, empty(dtype=torch.int64), None
     yield Call("adamw", (*tensors, *scalars, *numbers, "adamw", *extras))
     tensors = [params], [params], [codes], [], [scales], [], []
-    yield Call("adamw", (*tensors, *scalars, *numbers, "lion", None, None, 0.0, None))
+    yield Call("adamw", (*tensors, *scalars, *numbers, "lion", None, None, 0.0, None, None))
+    yield Call("adamw", (*tensors, *scalars, *numbers, "lion", None, None, 0.0, None, empty()))
+    yield Call("clip_factor", ([params], empty(), 1.0))
 
 
 def _weights(dtype: torch.dtype, nested: bool) -> Iterator[Call]:

@@ -133,6 +133,7 @@ def adamw_args(
         [1e-8, 1e-6], [0.01, 0.0], kind, torch.tensor(8.0) if option == "scaled" else None,
         torch.tensor([float(option == "found_inf")]) if option in ("scaled", "found_inf") else None,
         0.5 if option == "clipped" else 0.0, torch.tensor(7) if option == "stochastic" else None,
+        torch.tensor(0.3) if option == "factor" else None,
     )  # fmt: skip
 
 
@@ -191,7 +192,12 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
             "adamw-clipped": adamw_args("adamw", sizes, fp32, [32, 8, 8], "clipped"),
             "adamw-stochastic": adamw_args("adamw", sizes, half_types, [8, 8, 32], "stochastic"),
             "adamw-compensation": adamw_args("adamw", sizes, half_types, [8, 8, 32], "compensation"),
+            "adamw-factor": adamw_args("adamw", sizes, fp32, [32, 8, 8], "factor"),
             "lion": adamw_args("lion", sizes, half_types, [8, 32, 8]),
+        },
+        "clip_factor": {
+            "plain": (adamw_args("adamw", sizes, half_types, [8, 8, 8])[1], None, 0.5),
+            "scaled": (adamw_args("adamw", sizes, fp32, [8, 8, 8])[1], torch.tensor(8.0), 1e9),
         },
         "quantize_nf4": {
             "fp32": (testing.tensor(N, K), 64),

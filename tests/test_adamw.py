@@ -97,7 +97,8 @@ def moment_args(m: Tensor, kind: str = "adamw") -> tuple[Any, ...]:
         second = [zeros[0].clone()], [absmax[0].clone()]
     return (
         [torch.zeros(m.numel())], [m.clone()], zeros, second[0], absmax, second[1], [],
-        torch.tensor([1]), [0], torch.tensor([0.0]), [0.0], [0.0], [1e-8], [0.0], kind, None, None, 0.0, None,
+        torch.tensor([1]), [0], torch.tensor([0.0]), [0.0], [0.0], [1e-8], [0.0], kind, None, None, 0.0,
+        None, None,
     )  # fmt: skip
 
 
@@ -219,3 +220,12 @@ def test_autograd_is_told_of_the_change(backend: str) -> None:
         run(args, backend)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_gradients_that_have_no_factor(compiled_ops: Any) -> None:
+    with pytest.raises(RuntimeError, match="grads: expected some elements, got none"):
+        compiled_ops.clip_factor([torch.empty(0)], None, 1.0)
+    with pytest.raises(RuntimeError, match="max_grad_norm: expected a positive number, got 0"):
+        compiled_ops.clip_factor([torch.ones(3)], None, 0.0)
+    with pytest.raises(RuntimeError, match="grads: expected contiguous tensors"):
+        compiled_ops.clip_factor([torch.ones(4, 3).t()], None, 1.0)

@@ -85,7 +85,7 @@ def test_a_step_fills_a_card_and_no_more() -> None:
         scales = [torch.empty(-(-numel // 256)) for _ in range(2)]
         lists = [[t] for t in (*tensors, *states, *scales)]
         numbers = (torch.tensor([1]), [0], torch.ones(1), [0.9], [0.99], [1e-8], [0.0], "adamw")
-        args = (*lists, [], *numbers, None, None, 0.0, None)
+        args = (*lists, [], *numbers, None, None, 0.0, None, None)
         with stub_device(H100) as launches:
             step(args)
             (found,) = [launch for launch in launches() if "AdamWStep" in launch.kernel]

@@ -16,6 +16,7 @@ from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, copied, mome
 from test_large import free_gib
 
 import testing
+from peft_kernels import dispatch
 from peft_kernels.triton_kernels import adamw, adamw_kernels, launch, tables
 from ptx import triton_driver
 
@@ -73,7 +74,22 @@ def test_parameters_without_elements_are_passed_over() -> None:
 def test_rounding_draws_and_compensates_at_once() -> None:
     got = adamw_args("adamw", [(700,), (5,)], [torch.bfloat16] * 2, [8, 32], "compensation")
     # To the bit: the neighbours that may be drawn are as near to each other as what is allowed otherwise.
-    compare((*got[:-1], torch.tensor(-7)), True)
+    compare((*got[:-2], torch.tensor(-7), None), True)
+
+
+def test_steps_of_some_by_the_factor_of_all_are_one_of_all() -> None:
+    """To the bit, though sums are by programs."""
+    got = adamw_args("adamw", [(3, 700), (5,), (0,), (5000,)], [torch.float32] * 4, [8, 32, 8, 8], "clipped")
+    got = (*got[:15], torch.tensor(8.0), *got[16:])
+    want = copied(got)
+    with testing.running_on("triton"):
+        run(want, "triton")
+        factor = dispatch.call("clip_factor", got[GRADS], got[15], got[17], like=got[GRADS][0])
+        for some in (slice(0, 2), slice(2, 4)):
+            lists = [tensors[some] for tensors in got[:7]]
+            step, group, *numbers = got[7:-1]
+            run((*lists, step[some], group[some], *numbers, factor), "triton")
+    assert_same(got, want, True)
 
 
 @pytest.mark.parametrize("most", [2.0**-127, 1e-30, 1e15, 2.0**127])

@@ -10,6 +10,12 @@
 
 namespace peft_kernels {
 
+inline void check_scalar(const OptionalTensor& t, at::ScalarType dtype, const char* name) {
+  if (!t) return;
+  check_dtype(*t, dtype, name);
+  check_numel(*t, 1, name);
+}
+
 // What parameters of one group share, and step and lr give.
 struct StepFactors {
   float b1, w1, b2, w2, rate, floor, decay, weight_decay, lr;
@@ -39,7 +45,7 @@ struct AdamWArgs {
   c10::string_view kind;
   const OptionalTensor &grad_scale, &found_inf;
   double max_grad_norm;
-  const OptionalTensor& seed;
+  const OptionalTensor &seed, &factor;
 
   bool is_lion() const { return kind == "lion"; }
   bool is_8bit(size_t i) const { return state1[i].scalar_type() == at::kByte; }
@@ -68,17 +74,13 @@ struct AdamWArgs {
     check_scalar(grad_scale, at::kFloat, "grad_scale");
     check_scalar(found_inf, at::kFloat, "found_inf");
     check_scalar(seed, at::kLong, "seed");
+    check_scalar(factor, at::kFloat, "factor");
     for (size_t i = 0; i < n; ++i) check_one(i);
   }
 
  private:
   static void check_count(size_t got, size_t expected, const char* name) {
     TORCH_CHECK(got == expected, name, ": expected ", expected, " entries, got ", got);
-  }
-  static void check_scalar(const OptionalTensor& t, at::ScalarType dtype, const char* name) {
-    if (!t) return;
-    check_dtype(*t, dtype, name);
-    check_numel(*t, 1, name);
   }
   static void check_entry(const Tensor& t, const Tensor& like, at::ScalarType dtype, const char* name,
                           size_t i) {
@@ -125,12 +127,29 @@ void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList state1
               at::IntArrayRef group, const Tensor& lr, at::ArrayRef<double> beta1, at::ArrayRef<double> beta2,
               at::ArrayRef<double> eps, at::ArrayRef<double> weight_decay, c10::string_view kind,
               const OptionalTensor& grad_scale, const OptionalTensor& found_inf, double max_grad_norm,
-              const OptionalTensor& seed) {
+              const OptionalTensor& seed, const OptionalTensor& factor) {
   const AdamWArgs args{params, grads,      state1,    state2,        absmax1, absmax2, compensation,
                        step,   lr,         group,     beta1,         beta2,   eps,     weight_decay,
-                       kind,   grad_scale, found_inf, max_grad_norm, seed};
+                       kind,   grad_scale, found_inf, max_grad_norm, seed,    factor};
   args.check();
   kStep(args);
+}
+
+// The same of what a step multiplies gradients by.
+template <Tensor (*kFactor)(at::TensorList, const OptionalTensor&, double)>
+Tensor clip_factor_op(at::TensorList grads, const OptionalTensor& grad_scale, double max_grad_norm) {
+  TORCH_CHECK(max_grad_norm > 0, "max_grad_norm: expected a positive number, got ", max_grad_norm);
+  check_scalar(grad_scale, at::kFloat, "grad_scale");
+  int64_t elements = 0;
+  for (const Tensor& grad : grads) {
+    dtype_of(grad, "grads");
+    check_device(grad, "grads");
+    TORCH_CHECK(grad.is_contiguous() && grad.device() == grads[0].device(),
+                "grads: expected contiguous tensors on one device");
+    elements += grad.numel();
+  }
+  TORCH_CHECK(elements > 0, "grads: expected some elements, got none");
+  return kFactor(grads, grad_scale, max_grad_norm);
 }
 
 }  // namespace peft_kernels

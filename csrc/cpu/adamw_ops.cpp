@@ -70,6 +70,48 @@ void for_chunks(const std::vector<Chunk>& chunks, int64_t elements, const Work& 
   });
 }
 
+void append_chunks(std::vector<Chunk>& chunks, int64_t tensor, int64_t numel) {
+  for (int64_t begin = 0; begin < numel; begin += kChunk) {
+    chunks.push_back({tensor, begin, std::min(begin + kChunk, numel)});
+  }
+}
+
+float scale_of(const OptionalTensor& grad_scale) {
+  return grad_scale ? 1.0f / *grad_scale->const_data_ptr<float>() : 1.0f;
+}
+
+// What gradients that `scale` multiplies are multiplied by in all, so that together they are no longer than
+// max_norm. One sum for each chunk, added in their order: the same in every run.
+float clipped(float scale, double max_norm, const std::vector<StepTensor>& tensors,
+              const std::vector<Chunk>& chunks, int64_t elements) {
+  std::vector<double> sums(chunks.size());
+  const auto squares = kernels().squares;
+  for_chunks(chunks, elements, [&](size_t c) {
+    const StepTensor& t = tensors[chunks[c].tensor];
+    sums[c] = squares(t.grad, t.dtype, scale, chunks[c].begin, chunks[c].end);
+  });
+  double sum = 0;
+  for (double s : sums) sum += s;
+  const float norm = static_cast<float>(std::sqrt(sum));
+  const float clip = static_cast<float>(max_norm) / (norm + 1e-6f);
+  return clip >= 1 ? scale : scale * clip;
+}
+
+Tensor clip_factor(at::TensorList grads, const OptionalTensor& grad_scale, double max_norm) {
+  std::vector<StepTensor> tensors(grads.size());
+  std::vector<Chunk> chunks;
+  int64_t elements = 0;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    tensors[i].grad = grads[i].const_data_ptr();
+    tensors[i].dtype = dtype_of(grads[i], "grads");
+    elements += grads[i].numel();
+    append_chunks(chunks, static_cast<int64_t>(i), grads[i].numel());
+  }
+  Tensor factor = at::empty({}, grads[0].options().dtype(at::kFloat));
+  *factor.mutable_data_ptr<float>() = clipped(scale_of(grad_scale), max_norm, tensors, chunks, elements);
+  return factor;
+}
+
 void step_all(const AdamWArgs& args) {
   if (args.found_inf && *args.found_inf->const_data_ptr<float>() != 0) return;
 
@@ -81,27 +123,18 @@ void step_all(const AdamWArgs& args) {
     tensors.push_back(tensor_of(args, i));
     const int64_t numel = tensors[i].numel;
     elements += numel;
-    for (int64_t begin = 0; begin < numel; begin += kChunk) {
-      chunks.push_back({static_cast<int64_t>(i), begin, std::min(begin + kChunk, numel)});
-    }
+    append_chunks(chunks, static_cast<int64_t>(i), numel);
   }
 
   StepParams step_params{kind_of(args.kind), 1.0f, args.seed.has_value(), 0};
   if (args.seed) step_params.seed = static_cast<uint64_t>(*args.seed->const_data_ptr<int64_t>());
-  if (args.grad_scale) step_params.factor = 1.0f / *args.grad_scale->const_data_ptr<float>();
-  if (args.max_grad_norm > 0) {
-    // One sum for each chunk, added in their order: the same in every run.
-    std::vector<double> sums(chunks.size());
-    const auto squares = kernels().squares;
-    for_chunks(chunks, elements, [&](size_t c) {
-      const StepTensor& t = tensors[chunks[c].tensor];
-      sums[c] = squares(t.grad, t.dtype, step_params.factor, chunks[c].begin, chunks[c].end);
-    });
-    double sum = 0;
-    for (double s : sums) sum += s;
-    const float norm = static_cast<float>(std::sqrt(sum));
-    const float clip = static_cast<float>(args.max_grad_norm) / (norm + 1e-6f);
-    if (!(clip >= 1)) step_params.factor *= clip;
+  if (args.factor) {
+    step_params.factor = *args.factor->const_data_ptr<float>();
+  } else {
+    step_params.factor = scale_of(args.grad_scale);
+    if (args.max_grad_norm > 0) {
+      step_params.factor = clipped(step_params.factor, args.max_grad_norm, tensors, chunks, elements);
+    }
   }
   const auto kernel = kernels().step;
   for_chunks(chunks, elements, [&](size_t c) {
@@ -111,6 +144,9 @@ void step_all(const AdamWArgs& args) {
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) { m.impl("adamw", adamw_op<step_all>); }
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
+  m.impl("adamw", adamw_op<step_all>);
+  m.impl("clip_factor", clip_factor_op<clip_factor>);
+}
 
 }  // namespace peft_kernels::cpu

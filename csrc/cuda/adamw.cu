@@ -26,18 +26,24 @@ void start(const Step& step, const float* factor, const Context& context) {
                  sizeof(typename Kernel::Shared));
 }
 
+// To `out`, or to workspace. Returns where.
+const float* start_clipping(const Step& step, float max_norm, float* out, Context& context) {
+  const int64_t blocks = grid_for<ClipFactor>(step, context.card);
+  auto* sums = static_cast<double*>(context.workspace((blocks + 1) * sizeof(double)));
+  if (out == nullptr) out = reinterpret_cast<float*>(sums + blocks);
+  launch<ClipFactor>({step, shares_of(step, blocks), max_norm, sums, out, context.counters(1)}, blocks,
+                     context.stream, sizeof(ClipFactor::Shared));
+  return out;
+}
+
 }  // namespace
 
-void adamw_step(const Step& step, bool is_lion, float max_norm, Context& context) {
-  const float* factor = nullptr;
-  if (max_norm > 0) {
-    const int64_t blocks = grid_for<ClipFactor>(step, context.card);
-    auto* sums = static_cast<double*>(context.workspace((blocks + 1) * sizeof(double)));
-    auto* found = reinterpret_cast<float*>(sums + blocks);
-    launch<ClipFactor>({step, shares_of(step, blocks), max_norm, sums, found, context.counters(1)}, blocks,
-                       context.stream, sizeof(ClipFactor::Shared));
-    factor = found;
-  }
+void clip_factor(const Step& step, float max_norm, float* factor, Context& context) {
+  start_clipping(step, max_norm, factor, context);
+}
+
+void adamw_step(const Step& step, bool is_lion, float max_norm, const float* factor, Context& context) {
+  if (factor == nullptr && max_norm > 0) factor = start_clipping(step, max_norm, nullptr, context);
   is_lion ? start<true>(step, factor, context) : start<false>(step, factor, context);
 }
 

@@ -38,8 +38,13 @@ struct Step {
   int count;
   bool decay_into_gradient;  // "adam"
 };
-// max_norm > 0: gradients together are no longer than that.
-void adamw_step(const Step& step, bool is_lion, float max_norm, Context& context);
+// max_norm > 0: gradients together are no longer than that. With a factor (on the device) neither it nor
+// grad_scale counts.
+void adamw_step(const Step& step, bool is_lion, float max_norm, const float* factor, Context& context);
+
+// Writes what gradients are multiplied by to the device. Of `step` it needs numel, dtype and first_block of
+// tensors, and grads, grad_scale, blocks and count.
+void clip_factor(const Step& step, float max_norm, float* factor, Context& context);
 
 // Writes `words` words of 8 bytes to the device. They travel as arguments of kernels, several for many: the
 // caller's are free at once, and a graph holds its own.

@@ -24,9 +24,24 @@ void append(DeviceTables::Words& words, const T& value) {
   std::memcpy(words.data() + at, &value, sizeof(T));
 }
 
-StepTensor tensor_of(const AdamWArgs& args, size_t i) {
+// One more tensor.
+void append(Step& work, DeviceTables::Words& described, DeviceTables::Words& gradients, StepTensor t,
+            const Tensor& grad) {
+  t.first_block = work.blocks;
+  work.blocks += ceil_div(t.numel, kStateBlock);
+  ++work.count;
+  append(described, t);
+  append(gradients, grad.const_data_ptr());
+}
+
+StepTensor no_tensor() {
   StepTensor t;
   std::memset(static_cast<void*>(&t), 0, sizeof(t));  // tables are compared by their bytes, gaps included
+  return t;
+}
+
+StepTensor tensor_of(const AdamWArgs& args, size_t i) {
+  StepTensor t = no_tensor();
   t.param = args.params[i].mutable_data_ptr();
   t.state1 = args.state1[i].mutable_data_ptr();
   if (!args.is_lion()) t.state2 = args.state2[i].mutable_data_ptr();
@@ -49,21 +64,17 @@ void step_all(const AdamWArgs& args) {
   if (args.params.empty()) return;
   const OnDeviceOf device(args.params[0], "params");
   for (const auto& [t, name] : {std::pair{&args.step, "step"}, {&args.lr, "lr"}}) check_device(*t, name);
-  for (const auto& [t, name] :
-       {std::pair{&args.grad_scale, "grad_scale"}, {&args.found_inf, "found_inf"}, {&args.seed, "seed"}}) {
+  for (const auto& [t, name] : {std::pair{&args.grad_scale, "grad_scale"},
+                                {&args.found_inf, "found_inf"},
+                                {&args.seed, "seed"},
+                                {&args.factor, "factor"}}) {
     if (*t) check_device(**t, name);
   }
 
   DeviceTables::Words described, gradients;
   Step work{};
   for (size_t i = 0; i < args.params.size(); ++i) {
-    if (args.params[i].numel() == 0) continue;
-    StepTensor t = tensor_of(args, i);
-    t.first_block = work.blocks;
-    work.blocks += ceil_div(t.numel, kStateBlock);
-    ++work.count;
-    append(described, t);
-    append(gradients, args.grads[i].const_data_ptr());
+    if (args.params[i].numel() != 0) append(work, described, gradients, tensor_of(args, i), args.grads[i]);
   }
   if (work.count == 0) return;
   for (size_t i = 0; i < args.beta1.size(); ++i) {
@@ -81,13 +92,37 @@ void step_all(const AdamWArgs& args) {
   work.seed = static_cast<const int64_t*>(data_or_null(args.seed));
   work.decay_into_gradient = args.kind == "adam";
   CallContext context;
-  adamw_step(work, args.is_lion(), static_cast<float>(args.max_grad_norm), context);
+  adamw_step(work, args.is_lion(), static_cast<float>(args.max_grad_norm),
+             static_cast<const float*>(data_or_null(args.factor)), context);
+}
+
+Tensor clip_factor_of(at::TensorList grads, const OptionalTensor& grad_scale, double max_norm) {
+  const OnDeviceOf device(grads[0], "grads");
+  if (grad_scale) check_device(*grad_scale, "grad_scale");
+  DeviceTables::Words described, gradients;
+  Step work{};
+  for (const Tensor& grad : grads) {
+    if (grad.numel() == 0) continue;
+    StepTensor t = no_tensor();
+    t.numel = grad.numel();
+    t.dtype = dtype_of(grad, "grads");
+    append(work, described, gradients, t, grad);
+  }
+  const Tensor described_there = tables().find(described), gradients_there = tables().find(gradients);
+  work.tensors = static_cast<const StepTensor*>(described_there.const_data_ptr());
+  work.grads = static_cast<const void* const*>(gradients_there.const_data_ptr());
+  work.grad_scale = static_cast<const float*>(data_or_null(grad_scale));
+  Tensor factor = at::empty({}, grads[0].options().dtype(at::kFloat));
+  CallContext context;
+  clip_factor(work, static_cast<float>(max_norm), factor.mutable_data_ptr<float>(), context);
+  return factor;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_DISPATCH_KEY, m) {
   m.impl("adamw", adamw_op<step_all>);
+  m.impl("clip_factor", clip_factor_op<clip_factor_of>);
 }
 
 }  // namespace peft_kernels::cuda

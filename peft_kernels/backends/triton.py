@@ -27,6 +27,7 @@ MINIMUM = (8, 0)
 COMPOSITES_WITH_KERNELS = frozenset(
     (
         "adamw",
+        "clip_factor",
         "experts_linear",
         "experts_linear_dx",
         "experts_lora_linear",

@@ -47,8 +47,9 @@ class AdamW(Op):
     order); p may differ by what approximate division and square root do.
 
     factor = 1 / grad_scale (0-dim fp32, 1 without it), and with max_grad_norm > 0 times
-    min(1, max_grad_norm / (norm + 1e-6)), norm being that of all g = grad / grad_scale together. Where
-    found_inf (one element, fp32) is not 0, nothing is changed.
+    min(1, max_grad_norm / (norm + 1e-6)), norm being that of all g = grad / grad_scale together. With
+    `factor` (0-dim fp32, as of `clip_factor`) it is that, whatever the two are: for a step that is made of
+    several calls. Where found_inf (one element, fp32) is not 0, nothing is changed.
 
     8 bits: a moment is map[code] * absmax. It is written as absmax = max |x| over the block, and the number
     of midpoints of the map that x * (1 / absmax) exceeds, so that a tie takes the lower code; 1 / absmax
@@ -68,7 +69,7 @@ class AdamW(Op):
         "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] state1, Tensor(c!)[] state2, "
         "Tensor(d!)[] absmax1, Tensor(e!)[] absmax2, Tensor(f!)[] compensation, Tensor step, int[] group, "
         "Tensor lr, float[] beta1, float[] beta2, float[] eps, float[] weight_decay, str kind, "
-        "Tensor? grad_scale, Tensor? found_inf, float max_grad_norm, Tensor? seed) -> ()"
+        "Tensor? grad_scale, Tensor? found_inf, float max_grad_norm, Tensor? seed, Tensor? factor) -> ()"
     )
 
     composite = True
@@ -77,7 +78,7 @@ class AdamW(Op):
     def meaning(ops: Any, args: Any) -> None:
         if args.found_inf is not None and bool(args.found_inf != 0):
             return
-        factor = _factor(args)
+        factor = _factor(args) if args.factor is None else args.factor
         for i in range(len(args.params)):
             _update(args, i, factor)
 
@@ -86,9 +87,30 @@ class AdamW(Op):
         return None
 
 
+class ClipFactor(Op):
+    """The factor of a step of `adamw` with these gradients, fp32 0-dim, to the bit that of its own.
+
+    grads: contiguous, on one device, with some element. max_grad_norm: above 0.
+    """
+
+    name = "clip_factor"
+    schema = "(Tensor[] grads, Tensor? grad_scale, float max_grad_norm) -> Tensor"
+
+    composite = True
+
+    @staticmethod
+    def meaning(ops: Any, args: Any) -> Tensor:
+        return _factor(args)
+
+    @staticmethod
+    def fake(args: Any) -> Tensor:
+        found: Tensor = args.grads[0].new_empty((), dtype=torch.float32)
+        return found
+
+
 def _factor(args: Any) -> Tensor:
     """Of all gradients, fp32 0-dim."""
-    factor = torch.ones((), device=args.lr.device)
+    factor = torch.ones((), device=args.grads[0].device if args.grads else None)
     if args.grad_scale is not None:
         factor = 1 / args.grad_scale.float().reshape(())
     if args.max_grad_norm > 0 and args.grads:

@@ -128,7 +128,7 @@ class Plan:
                 self.compensation, self.steps, self.groups, self._lr(configs),
                 [c["betas"][0] for c in configs], [c["betas"][1] for c in configs],
                 [c.get("eps", 0.0) for c in configs], [c["weight_decay"] for c in configs], self.kind, scale,
-                inf, max_grad_norm, seed, like=self.like,
+                inf, max_grad_norm, seed, None, like=self.like,
             )  # fmt: skip
         except BaseException:
             self.steps -= made

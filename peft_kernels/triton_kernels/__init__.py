@@ -3,7 +3,7 @@
 Importing this package imports Triton, so that only back end `triton` does it, when it is first asked.
 """
 
-from .adamw import adamw
+from .adamw import adamw, clip_factor
 from .dora import dora_scale, dora_scale_backward
 from .dora_norm import dora_norm
 from .dropout import dropout
@@ -22,6 +22,7 @@ from .nf4 import dequantize_nf4, quantize_absmax, quantize_nf4, unpack_absmax
 __all__ = [
     "adamw",
     "check_usable",
+    "clip_factor",
     "dequantize_nf4",
     "dora_norm",
     "dora_scale",

@@ -3,7 +3,7 @@ codes to the bit, and parameters but for what powers of beta are in fp64.
 
 Nothing is read by the host. Where tensors are is told by tables on the device, written when they are others
 than before (tables.py). With max_grad_norm a launch before sums the squares of gradients in fp64, a part for
-each program, which all programs of the step add in the same order.
+each program, which all programs of the step add in the same order; those of clip_factor are the same.
 """
 
 from __future__ import annotations
@@ -18,7 +18,16 @@ import torch
 from torch import Tensor
 
 from ..ops.adamw import KINDS, STATE_BLOCK
-from .adamw_kernels import CHUNK, IS_ALIGNED, IS_BF16, IS_CODED, IS_WIDE, adamw_kernel, squares_kernel
+from .adamw_kernels import (
+    CHUNK,
+    IS_ALIGNED,
+    IS_BF16,
+    IS_CODED,
+    IS_WIDE,
+    adamw_kernel,
+    factor_kernel,
+    squares_kernel,
+)
 from .common import check, check_dtype, check_float, check_numel, dtype_name
 from .dynamic_codes import codes_on
 from .launch import INTERPRETED, cdiv, config, launch
@@ -53,9 +62,20 @@ class Extras(NamedTuple):
     found_inf: Tensor | None
     seed: Tensor | None
     sums: Tensor | None  # fp64 [programs]: squares of gradients
+    factor: Tensor | None  # in place of grad_scale and sums
+
+
+class Entry(NamedTuple):
+    """A row of the table, but for what goes before it."""
+
+    addresses: tuple[int, ...]
+    numel: int
+    flags: int
+    group: int
 
 
 _described: Kept[Described] = Kept()
+_counted: Kept[tuple[Table | None, int]] = Kept()
 _addresses: Kept[Tensor] = Kept()
 
 
@@ -65,33 +85,60 @@ def adamw(args: Any) -> None:
     if not args.params:
         return
     device = args.params[0].device
-    # The interpreter gives kernels copies of what is not on the CPU, and could not follow addresses.
-    check(
-        not INTERPRETED or device.type == "cpu", "params", "tensors on the CPU, for the interpreter", device
-    )
+    _check_can_follow(device, "params")
     _check_numbers(args, device)
     described = _described.find(_key(args), lambda: _describe(args))
     _check_grads(args.grads, args.params)
     if described.table is None:
         return
-    where = [grad.data_ptr() for grad in args.grads]
-    addresses = _addresses.find(where, lambda: stored(where, device))
+    addresses = _addresses_of(args.grads)
     sums = None
-    if args.max_grad_norm > 0:
-        sums = torch.empty(described.programs, dtype=torch.float64, device=device)
-    extras = Extras(args.grad_scale, args.found_inf, args.seed, sums)
+    if args.max_grad_norm > 0 and args.factor is None:
+        sums = _squares(described.table, described.programs, addresses, args.grad_scale)
+    extras = Extras(args.grad_scale, args.found_inf, args.seed, sums, args.factor)
     grid, lion = (described.programs,), args.kind == "lion"
-    if sums is not None:
-        launch(
-            squares_kernel, grid, described.table, addresses, args.grad_scale, sums, config=SQUARES,
-            enable_fp_fusion=False,
-        )  # fmt: skip
     codes = codes_on(device, True), None if lion else codes_on(device, False)
     launch(
         adamw_kernel, grid, described.table, addresses, args.step, args.lr, extras, codes,
         float(args.max_grad_norm), config=STEP, LION=lion,
         COMPENSATED=described.compensated, enable_fp_fusion=False,
     )  # fmt: skip
+
+
+def clip_factor(args: Any) -> Tensor:
+    check(args.max_grad_norm > 0, "max_grad_norm", "a positive number", args.max_grad_norm)
+    check(any(g.numel() for g in args.grads), "grads", "some elements", "none")
+    device = args.grads[0].device
+    _check_can_follow(device, "grads")
+    for g in args.grads:
+        check_float(g, "grads")
+        fits = g.is_contiguous() and g.device == device
+        check(fits, "grads", "contiguous tensors on one device", f"strides {g.stride()} on {g.device}")
+    _check_vector(args.grad_scale, torch.float32, 1, "grad_scale", device)
+    entries = [Entry((0,) * 6, g.numel(), _flags(g.dtype), 0) for g in args.grads]
+    table, programs = _counted.find((entries, device), lambda: _table(entries, [], device))
+    sums = _squares(table, programs, _addresses_of(args.grads), args.grad_scale)
+    factor = torch.empty((), device=device)
+    extras = Extras(args.grad_scale, None, None, sums, None)
+    launch(
+        factor_kernel, (programs,), extras, float(args.max_grad_norm), factor, config=STEP,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return factor
+
+
+def _squares(table: Table | None, programs: int, addresses: Tensor, grad_scale: Tensor | None) -> Tensor:
+    sums = torch.empty(programs, dtype=torch.float64, device=addresses.device)
+    launch(
+        squares_kernel, (programs,), table, addresses, grad_scale, sums, config=SQUARES,
+        enable_fp_fusion=False,
+    )  # fmt: skip
+    return sums
+
+
+def _addresses_of(grads: Sequence[Tensor]) -> Tensor:
+    where = [grad.data_ptr() for grad in grads]
+    return _addresses.find(where, lambda: stored(where, grads[0].device))
 
 
 def _key(args: Any) -> Any:
@@ -107,30 +154,42 @@ def _key(args: Any) -> Any:
 def _describe(args: Any) -> Described:
     for i in range(len(args.params)):
         _check_parameter(args, i)
-    rows: list[int] = []
-    counts = [cdiv(p.numel(), CHUNK.value) for p in args.params]
-    firsts = [0, *accumulate(counts)]
-    for i, (p, first) in enumerate(zip(args.params, firsts, strict=False)):
+    entries = []
+    for i, p in enumerate(args.params):
         lists = args.params, args.state1, args.state2, args.absmax1, args.absmax2, args.compensation
         # 0 for what is not there, and for tensors without elements.
-        addresses = [tensors[i].data_ptr() if tensors else 0 for tensors in lists]
-        aligned = all(addresses[at] % 16 == 0 for at in (0, 1, 2, 5))
+        addresses = tuple(tensors[i].data_ptr() if tensors else 0 for tensors in lists)
         flags = (
-            IS_WIDE.value * (p.dtype == torch.float32)
-            + IS_BF16.value * (p.dtype == torch.bfloat16)
+            _flags(p.dtype)
             + IS_CODED.value * (args.state1[i].dtype == torch.uint8)
-            + IS_ALIGNED.value * aligned
+            + IS_ALIGNED.value * all(addresses[at] % 16 == 0 for at in (0, 1, 2, 5))
         )
-        rows += [*addresses, p.numel(), first, flags, args.group[i]]
-    if firsts[-1] == 0:
-        return Described(None, 0, False)
-    device = args.params[0].device
-    programs = min(firsts[-1], PROGRAMS * processors(device))
+        entries.append(Entry(addresses, p.numel(), flags, args.group[i]))
     groups = [
         half
         for beta1, beta2, eps, decay in zip(args.beta1, args.beta2, args.eps, args.weight_decay, strict=True)
         for half in struct.unpack("<10I", struct.pack("<5d", beta1, beta2, eps, *_decays(args.kind, decay)))
     ]
+    table, programs = _table(entries, groups, args.params[0].device)
+    return Described(table, programs, any(t.numel() for t in args.compensation))
+
+
+def _flags(dtype: torch.dtype) -> int:
+    found: int = IS_WIDE.value * (dtype == torch.float32) + IS_BF16.value * (dtype == torch.bfloat16)
+    return found
+
+
+def _table(entries: Sequence[Entry], groups: list[int], device: torch.device) -> tuple[Table | None, int]:
+    """And how many programs it is for. None where there are no elements."""
+    firsts = [0, *accumulate(cdiv(entry.numel, CHUNK.value) for entry in entries)]
+    if firsts[-1] == 0:
+        return None, 0
+    rows = [
+        word
+        for entry, first in zip(entries, firsts, strict=False)
+        for word in (*entry.addresses, entry.numel, first, entry.flags, entry.group)
+    ]
+    programs = min(firsts[-1], PROGRAMS * processors(device))
     shares: list[int] = []
     for program in range(programs + 1):
         begin = firsts[-1] * program // programs
@@ -138,8 +197,7 @@ def _describe(args: Any) -> Described:
     parts = [rows, groups, shares]
     sizes = [len(words) for words in parts]
     table = Table(*stored([word for words in parts for word in words], device)[: sum(sizes)].split(sizes))
-    compensated = any(t.numel() for t in args.compensation)
-    return Described(table, programs, compensated)
+    return table, programs
 
 
 def _decays(kind: str, decay: float) -> tuple[float, float]:
@@ -167,14 +225,23 @@ def _check_numbers(args: Any, device: torch.device) -> None:
         ("grad_scale", torch.float32, 1),
         ("found_inf", torch.float32, 1),
         ("seed", torch.int64, 1),
+        ("factor", torch.float32, 1),
     ):
-        t = getattr(args, name)
-        if t is None:
-            continue
-        check_dtype(t, dtype, name)
-        check_numel(t, count, name)
-        check(t.device == device, name, f"a tensor on {device} like params", t.device)
-        check(t.is_contiguous(), name, "a contiguous tensor", "one that is not")
+        _check_vector(getattr(args, name), dtype, count, name, device)
+
+
+def _check_vector(t: Tensor | None, dtype: torch.dtype, count: int, name: str, device: torch.device) -> None:
+    if t is None:
+        return
+    check_dtype(t, dtype, name)
+    check_numel(t, count, name)
+    check(t.device == device, name, f"a tensor on {device} like the others", t.device)
+    check(t.is_contiguous(), name, "a contiguous tensor", "one that is not")
+
+
+def _check_can_follow(device: torch.device, name: str) -> None:
+    """The interpreter gives kernels copies of what is not on the CPU, and could not follow addresses."""
+    check(not INTERPRETED or device.type == "cpu", name, "tensors on the CPU, for the interpreter", device)
 
 
 def _check_parameter(args: Any, i: int) -> None:

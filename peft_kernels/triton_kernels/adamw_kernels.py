@@ -72,8 +72,11 @@ def scale_of(grad_scale_ptr):
 
 @triton.jit
 def factor_of(extras, max_norm):
-    """What gradients are multiplied by."""
-    factor = scale_of(extras.grad_scale)
+    """What gradients are multiplied by: the same in each of a grid's programs."""
+    if extras.factor is not None:
+        factor = tl.load(extras.factor)
+    else:
+        factor = scale_of(extras.grad_scale)
     if extras.sums is not None:
         at = tl.arange(0, HALF)
         squares = tl.zeros((HALF,), tl.float64)
@@ -360,3 +363,10 @@ def squares_kernel(table, grads_ptr, grad_scale_ptr, sums_ptr):
         position = stop
         row += 1
     tl.store(sums_ptr + tl.program_id(0), tl.sum(tl.sum(squares, axis=1), axis=0))
+
+
+@triton.jit
+def factor_kernel(extras, max_norm, out_ptr):
+    factor = factor_of(extras, max_norm)
+    if tl.program_id(0) == 0:
+        tl.store(out_ptr, factor)
