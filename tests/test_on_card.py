@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from peft_models import in_fp64, lora
+from simulated_streams import BUDGET, simulated
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -272,3 +273,48 @@ def test_tensors_on_a_card_that_is_not_the_current_one(place: Place, rows: int) 
         step.check(results, 5)
     if place.is_card:
         assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.parametrize("rounding, most", [("nearest", 0.0), ("stochastic", 0.5), ("kahan", 0.0)])
+def test_paged_states_give_the_same_bits_within_a_budget(place: Place, rounding: str, most: float) -> None:
+    """While other work is under way on a stream of its own. On a card states are pinned, and a step takes no
+    more memory than it may, but for what torch rounds up."""
+    budget = 64 << 20 if place.is_card else BUDGET
+    sizes = [(4096, 4097), (300,), (8192, 2048)] if place.is_card else [(40, 97), (7,), (1500,)]
+    noise, load = place.stream(), torch.randn(2048 if place.is_card else 16, 64, device=place.device)
+    with nullcontext() if place.is_card else simulated() as streams:
+        runs = []
+        for name, paging in (("AdamW8bit", {}), ("PagedAdamW8bit", {"page_budget": budget})):
+            params = [nn.Parameter(testing.tensor(*s, dtype=DTYPE).to(place.device)) for s in sizes]
+            options = {"rounding": rounding, "max_grad_norm": most or None, "min_8bit_size": 256}
+            optimizer = getattr(pk.optim, name)(params, **options, **paging)
+            for step in place.times(5):
+                for i, p in enumerate(params):
+                    p.grad = testing.tensor(*p.shape, dtype=DTYPE, seed=10 * step + i).to(place.device)
+                with place.on(noise):
+                    load @ load.t()
+                if place.is_card and step == 1:
+                    place.wait()
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                optimizer.step()
+                if place.is_card and step == 1 and paging:
+                    assert torch.cuda.max_memory_allocated() - before <= budget + (4 << 20)
+            runs.append((params, optimizer))
+        (want, stock), (got, paged) = runs
+        states, others = paged.state_dict()["state"], stock.state_dict()["state"]
+        place.wait()
+        if streams is not None:
+            streams.drain()
+        for i, (p, q) in enumerate(zip(got, want, strict=True)):
+            assert torch.equal(p, q), sizes[i]
+            for key, value in others[i].items():
+                there = torch.as_tensor(states[i][key])
+                assert torch.equal(there.cpu(), torch.as_tensor(value).cpu()), (sizes[i], key)
+        if place.is_card:
+            assert states[2]["state1"].is_pinned() and states[1]["state1"].is_cuda
+            with (
+                pytest.raises(RuntimeError, match="cannot be captured"),
+                torch.cuda.graph(torch.cuda.CUDAGraph()),
+            ):
+                paged.step()

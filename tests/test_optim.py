@@ -19,7 +19,7 @@ import peft_kernels as pk
 import testing
 from peft_kernels import code_tables
 from peft_kernels.backends import cpu
-from peft_kernels.optim import blockwise
+from peft_kernels.optim import pager
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 
@@ -234,7 +234,7 @@ def test_model_to_before_the_first_step_and_where_it_is() -> None:
 def test_paging_on_a_cpu_is_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(blockwise, "_told", set())
+    monkeypatch.setattr(pager, "_told", set())
     with caplog.at_level(logging.WARNING, "peft_kernels"):
         for _ in range(2):
             model = Model()

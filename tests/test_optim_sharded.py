@@ -16,88 +16,34 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from sharded_models import (
+    CUT_ALIKE,
+    RANKS,
+    SHAPES,
+    Model,
+    assert_same,
+    assert_same_tree,
+    distributed,
+    line,
+    square,
+    train,
+)
+from simulated_streams import BUDGET, REUSE, simulated
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
-from torch.utils._pytree import tree_flatten
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
 import peft_kernels as pk
 import testing
-from peft_kernels.optim.sharded import part_of, whole_of
+from peft_kernels.optim.paging import CURRENT, IN, OUT
+from peft_kernels.optim.sharded import is_sharded, part_of, whole_of
 
 pytestmark = pytest.mark.slow
-
-RANKS = 4
-SHAPES = {
-    "rows": (64, 512),  # parts end where blocks do, on any number of processes
-    "narrow": (512, 16),  # and here on two and four
-    "vector": (4096,),
-    "odd": (70, 100),  # they do not
-    "few": (2, 2500),  # and two have nothing
-    "small": (6, 5),  # moments in fp32
-}
-ROWS = (Shard(0),)
-CUT_ALIKE = ("rows", "narrow", "vector", "small")
-
-
-class Model(nn.Module):
-    def __init__(self, names: Any = tuple(SHAPES), mesh: Any = None, placements: Any = ROWS) -> None:
-        super().__init__()
-        for i, name in enumerate(names):
-            value = testing.tensor(*SHAPES[name], seed=i)
-            value = distributed(value, mesh, placements) if mesh is not None else value
-            setattr(self, name, nn.Parameter(value))
-
-    def give_gradients(self, step: int) -> None:
-        for name, p in self.named_parameters():
-            grad = testing.tensor(*SHAPES[name], seed=100 * step + len(name))
-            p.grad = distributed(grad, p.device_mesh, p.placements) if isinstance(p, DTensor) else grad
-
-
-def distributed(value: Tensor, mesh: Any, placements: Any) -> DTensor:
-    return distribute_tensor(value, mesh, placements, src_data_rank=None)
-
-
-def train(model: Model, optimizer: Any, steps: range) -> None:
-    for step in steps:
-        model.give_gradients(step)
-        optimizer.step()
-
-
-def assert_same(got: nn.Module, want: nn.Module, atol: float = 0.0, names: Any = None) -> None:
-    other = dict(want.named_parameters())
-    for name, p in got.named_parameters():
-        if names is None or name in names:
-            torch.testing.assert_close(
-                whole_of(p),
-                whole_of(other[name]),
-                rtol=0,
-                atol=atol,
-                msg=lambda text, name=name: f"{name}: {text}",
-            )
-
-
-def assert_same_tree(got: Any, want: Any) -> None:
-    """In this process's parts, to the bit."""
-    (leaves, tree), (others, other) = map(tree_flatten, (got, want))
-    assert tree == other
-    for a, b in zip(leaves, others, strict=True):
-        assert torch.equal(part_of(a), part_of(b)) if isinstance(a, Tensor) else a == b
-
-
-def line() -> Any:
-    return init_device_mesh("cpu", (RANKS,))
-
-
-def square() -> Any:
-    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "parts"))
-
 
 # Cases: each runs in every process.
 
@@ -323,8 +269,65 @@ def ddp(folder: Path) -> None:
     assert all(torch.equal(each, everyone[0]) for each in everyone)
 
 
+def paged(folder: Path) -> None:
+    """Parts in host memory, and a plain parameter whose step has the same ring: the bits of what is not
+    paged, checkpoints from one to the other, and no step at all where there is no memory for buffers."""
+
+    def made(paging: Any) -> tuple[Model, Any]:
+        model = Model(mesh=line())
+        model.plain = nn.Parameter(testing.tensor(*SHAPES["plain"]))
+        model.short = nn.Parameter(distributed(testing.tensor(*SHAPES["short"]), line(), (Shard(0),)))
+        model.bfloat16()
+        return model, optimizer_of(model, paging)
+
+    def optimizer_of(model: Model, paging: Any) -> Any:
+        plain_first = sorted(model.parameters(), key=is_sharded)
+        options = {"rounding": "stochastic", "max_grad_norm": 0.5, "min_8bit_size": 800}
+        return pk.optim.AdamW8bit(plain_first, **options, **paging)
+
+    SHAPES.update(plain=(1500,), short=(1000,))  # the parts of `short` are not paged
+    paging = {"is_paged": True, "page_budget": BUDGET}
+    with simulated((CURRENT, IN, REUSE, OUT)) as streams:
+        pairs = [made({}), made(paging)]
+        for pair in pairs:
+            train(*pair, range(2))
+        states = [optimizer.state_dict()["state"] for _, optimizer in pairs]
+        streams.drain()
+        assert_same(pairs[1][0], pairs[0][0])
+        assert_same_tree(states[1], states[0])
+        assert 0 < streams.most <= BUDGET and len(pairs[1][1]._plans) == 2
+        for p, state in pairs[1][1].state.items():
+            assert streams.is_host(state["state1"]) is (part_of(p).numel() >= 300)
+        assert all(streams.is_host(t) for plan in pairs[1][1]._plans for there in plan.host for t in there)
+
+        model, optimizer = pairs[1]
+        smaller, larger = sorted(plan.page_bytes for plan in optimizer._plans)
+        with pytest.MonkeyPatch.context() as patch:
+            empty = streams.empty
+            patch.setattr(
+                streams, "empty", lambda n, nbytes: empty(n, nbytes if n * nbytes <= smaller < larger else -1)
+            )
+            before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+            with pytest.raises(RuntimeError, match="negative dimension"):
+                train(model, optimizer, range(2, 3))
+            streams.drain()
+            assert_same_tree((model.state_dict(), optimizer.state_dict()["state"]), before)
+
+        saved_ones = [copy.deepcopy(saved(*pair)["optimizer"]) for pair in pairs]
+        streams.drain()
+        resumed = [copy.deepcopy(pairs[0][0]), copy.deepcopy(pairs[0][0])]
+        for other, found, options in zip(resumed, saved_ones, (paging, {}), strict=True):
+            again = optimizer_of(other, options)
+            set_optimizer_state_dict(other, again, found)
+            train(other, again, range(2, 4))
+        train(*pairs[0], range(2, 4))
+        streams.drain()
+        for other in resumed:
+            assert_same(other, pairs[0][0])
+
+
 CASES: list[Callable[[Path], None]] = [
-    steps, norm, fully_sharded, checkpoint, other_count, gathered, rounding, scaler, refusals, ddp,
+    steps, norm, fully_sharded, checkpoint, other_count, gathered, rounding, scaler, refusals, ddp, paged,
 ]  # fmt: skip
 
 

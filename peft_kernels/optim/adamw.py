@@ -32,7 +32,7 @@ class AdamW8bit(BlockwiseOptimizer):
     min_8bit_size : int, default 4096
         Parameters with fewer elements have moments in fp32.
     is_paged : bool
-        As in `PagedAdamW8bit`.
+        Whether moments are paged, as `PagedAdamW8bit` says.
     max_grad_norm : float, optional
         Gradients are scaled so that the norm of all together is at most this, as by
         `torch.nn.utils.clip_grad_norm_` but for the gradients themselves, which stay as they are; nothing is
@@ -43,6 +43,8 @@ class AdamW8bit(BlockwiseOptimizer):
         a parameter).
     seed : int
         Of stochastic rounding: with parameter, element and step it gives the random bits.
+    page_budget : int, optional
+        Bytes of device memory that paging may take while a step is made, on each device; `2**27` by default.
 
     Raises
     ------
@@ -71,12 +73,14 @@ class AdamW8bit(BlockwiseOptimizer):
         max_grad_norm: float | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        page_budget: int | None = None,
     ) -> None:
         _check_8bit(type(self).__name__, amsgrad, optim_bits)
         super().__init__(
             params, _adam_defaults(lr, betas, eps, weight_decay), kind="adamw", optim_bits=8,
             min_8bit_size=min_8bit_size, is_paged=is_paged, args=args, max_grad_norm=max_grad_norm,
             rounding=rounding, seed=seed,
+            page_budget=page_budget,
         )  # fmt: skip
 
 
@@ -109,17 +113,25 @@ class Adam8bit(BlockwiseOptimizer):
         max_grad_norm: float | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        page_budget: int | None = None,
     ) -> None:
         _check_8bit(type(self).__name__, amsgrad, optim_bits)
         super().__init__(
             params, _adam_defaults(lr, betas, eps, weight_decay),
             kind="adamw" if decoupled_weight_decay else "adam", optim_bits=8, min_8bit_size=min_8bit_size,
             is_paged=is_paged, args=args, max_grad_norm=max_grad_norm, rounding=rounding, seed=seed,
+            page_budget=page_budget,
         )  # fmt: skip
 
 
 class PagedAdamW8bit(AdamW8bit):
     """`AdamW8bit` whose moments are paged, in place of `bitsandbytes.optim.PagedAdamW8bit`.
+
+    The moments of parameters with 100,000 elements or more are in pinned host memory, and so is what
+    rounding="kahan" keeps. A step brings them to a CUDA device chunk by chunk, within `page_budget`, while
+    the chunk before is computed, and back; the bits are those of `AdamW8bit`. It returns before the last
+    chunks are back: the next step, `state_dict`, pickling, copying and loading wait for them, and so must
+    (`torch.cuda.synchronize`) whoever reads `state` itself. Steps cannot be captured in CUDA graphs.
 
     On a CPU paging has no effect, which is logged once. Arguments as `AdamW8bit`, without `is_paged`.
     """
@@ -164,6 +176,7 @@ class PagedAdamW(BlockwiseOptimizer):
         max_grad_norm: float | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        page_budget: int | None = None,
     ) -> None:
         if amsgrad:
             raise ValueError("amsgrad: PagedAdamW does not support it, expected False")
@@ -171,6 +184,7 @@ class PagedAdamW(BlockwiseOptimizer):
             params, _adam_defaults(lr, betas, eps, weight_decay), kind="adamw",
             optim_bits=getattr(args, "optim_bits", optim_bits), min_8bit_size=min_8bit_size, is_paged=True,
             args=args, max_grad_norm=max_grad_norm, rounding=rounding, seed=seed,
+            page_budget=page_budget,
         )  # fmt: skip
 
 
@@ -198,11 +212,13 @@ class Lion8bit(BlockwiseOptimizer):
         max_grad_norm: float | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        page_budget: int | None = None,
     ) -> None:
         super().__init__(
             params, _adam_defaults(lr, betas, 0.0, weight_decay), kind="lion", optim_bits=8,
             min_8bit_size=min_8bit_size, is_paged=is_paged, args=args, max_grad_norm=max_grad_norm,
             rounding=rounding, seed=seed,
+            page_budget=page_budget,
         )  # fmt: skip
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -19,11 +18,10 @@ from .. import dispatch
 from ..code_tables import dynamic_map
 from .checkpoint import read
 from .groups import check_numbers
+from .pager import Pager
 from .plan import Plan, check
 from .sharded import Layout, clipped_scale, is_sharded, part_of, refuse_flat_parts
 from .states import blocks_of, moment_names
-
-logger = logging.getLogger("peft_kernels")
 
 ROUNDINGS = ("nearest", "stochastic", "kahan")
 OVERRIDES = ("lr", "betas", "eps", "weight_decay", "optim_bits", "min_8bit_size")
@@ -48,6 +46,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         max_grad_norm: float | None = None,
         rounding: str = "nearest",
         seed: int = 0,
+        page_budget: int | None = None,
     ) -> None:
         if args is not None:
             min_8bit_size = args.min_8bit_size
@@ -63,12 +62,17 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self._kind, self._rounding, self._seed = kind, rounding, seed
         self._max_grad_norm = max_grad_norm or 0.0
         self._bits = {"optim_bits": optim_bits, "min_8bit_size": min_8bit_size}
-        self.is_paged = is_paged
+        self._page_budget = page_budget
+        self._pager = Pager(is_paged, page_budget)
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._dtypes: dict[Tensor, torch.dtype] = {}
         self._seeds: dict[tuple[torch.device, int], Tensor] = {}
         self._forget()
         super().__init__(params, defaults)
+
+    @property
+    def is_paged(self) -> bool:
+        return self._pager.is_paged
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         check_numbers({name: param_group[name] for name in self.defaults if name in param_group})
@@ -125,7 +129,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
     @_disable_dynamo  # compiled, a step runs as it is: it is one op
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for every parameter that has a gradient, all by one op call for each device.
+        """One step for every parameter that has a gradient, all by one op call for each device; where states
+        are paged, by one for each chunk of them.
 
         Parameters
         ----------
@@ -139,10 +144,10 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         Raises
         ------
         RuntimeError
-            A gradient is sparse, or paging is asked for where there is none.
+            A gradient is sparse; paging is asked for where there is none, or inside a graph's capture.
         ValueError
-            A parameter has another dtype or shape than when its state was made. Either is raised before any
-            parameter is changed.
+            A parameter has another dtype or shape than when its state was made, or page_budget is too small.
+            Either is raised before any parameter is changed.
         """
         loss = None
         if closure is not None:
@@ -151,6 +156,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         active = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         if not any(active):
             return loss
+        self._pager.check_now(map(part_of, chain.from_iterable(active)))
         plans = self._plans_for(active)
         grads: list[list[Any]] = [[p.grad for p in plan.parameters] for plan in plans]
         for plan, mine in zip(plans, grads, strict=True):
@@ -168,10 +174,12 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As bitsandbytes': `step` an int, `state1`, `state2`, and in 8 bits `qmap1`, `qmap2`, `absmax1`,
-        `absmax2`. Of parameters that are DTensors, moments and absmax are DTensors."""
+        `absmax2`. Of parameters that are DTensors, moments and absmax are DTensors. Paged moments are on the
+        CPU, and the same tensors that the next step changes."""
         mine = list(self._mine())
         if gone := len(self.state.keys() - set(mine)):
             raise ValueError(f"state_dict: {gone} parameters with a state are in no group any more")
+        self._pager.synchronize()
         found = super().state_dict()
         for key, state in found["state"].items():
             whole = Layout(mine[key], self._name(mine[key])).whole(state) if is_sharded(mine[key]) else state
@@ -190,7 +198,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         state_dict : dict
             Moments are in the bits that it has them in, not in those that this optimizer would choose.
         move_to_device : bool
-            bitsandbytes' argument; states always go to their parameters' devices.
+            bitsandbytes' argument; states always go to their parameters' devices, paged ones to host memory.
 
         Raises
         ------
@@ -202,7 +210,9 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             state_dict = pre_hook(self, state_dict) or state_dict
         names = {p: self._name(p) for p in self._mine()}
         lion = self._kind == "lion"
-        states, groups = read(state_dict, self.param_groups, self.defaults, names, lion)
+        self._pager.synchronize()
+        copied = self._pager.copied
+        states, groups = read(state_dict, self.param_groups, self.defaults, names, lion, copied)
         state = {p: self._with_compensation(part_of(p), mine) for p, mine in states.items()}
         self._dtypes = {p: p.dtype for p in state}
         self.__setstate__({"state": defaultdict(dict, state), "param_groups": groups})
@@ -216,14 +226,21 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             "_seed",
             "_max_grad_norm",
             "_bits",
+            "_page_budget",
             "is_paged",
             "_overrides",
             "_dtypes",
         )
+        self._pager.synchronize()
         return super().__getstate__() | {name: getattr(self, name) for name in names}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        is_paged = state.pop("is_paged", None)
         super().__setstate__(state)
+        if is_paged is not None:  # a copy, or from a file: what was gathered is not in it
+            self._page_budget = state.get("_page_budget")
+            self._pager = Pager(is_paged, self._page_budget)
         self._seeds = {}
         self._forget()
 
@@ -234,7 +251,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self._configs: list[tuple[int, dict[str, Any]]] = []
 
     def _plans_for(self, active: list[list[Tensor]]) -> list[Plan]:
-        """One for each device, kept from the step before if they serve. `active` is by group."""
+        """One for each device and number of parts, kept from the step before if they serve. `active` is by
+        group."""
         before = chain.from_iterable(self._active)
         if (
             list(map(len, active)) == list(map(len, self._active))
@@ -256,12 +274,15 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             if self._max_grad_norm:
                 refuse_flat_parts(p, name)
             parts.setdefault((p.device, number), []).append(p)
-        if len({device for device, _ in parts}) > 1 and self._max_grad_norm:
-            raise ValueError(f"max_grad_norm: expected parameters on one device, got {len(parts)} devices")
-        made = {p: self._new_state(p, name) for p, name in names.items() if not self.state.get(p)}
-        for p, state in made.items():
-            self.state[p].update(state)
-            self._dtypes[p] = p.dtype
+        devices = {device for device, _ in parts}
+        if len(devices) > 1 and self._max_grad_norm:
+            raise ValueError(f"max_grad_norm: expected parameters on one device, got {len(devices)} devices")
+        self._pager.synchronize()
+        # In dicts of their own, of which nothing is left where something is refused: no pinned memory either.
+        states = {
+            p: self._pager.home(part_of(p), self.state[p]) if self.state.get(p) else self._new_state(p, name)
+            for p, name in names.items()
+        }
         configs: list[tuple[int, dict[str, Any]]] = []
         numbers: dict[Tensor, int] = {}
         for at, group in enumerate(self.param_groups):
@@ -272,13 +293,19 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
                 numbers[p] = configs.index(config)
         plans = []
         for (device, number), part in parts.items():
-            states = [self.state[p] for p in part]
-            for state in states:
-                for name, value in state.items():
-                    if isinstance(value, Tensor):
-                        state[name] = value.to(device)
-            listed, dtypes = [names[p] for p in part], [self._dtypes[p] for p in part]
-            plans.append(Plan(part, listed, dtypes, states, [numbers[p] for p in part], self._kind, number))
+            plan = Plan(
+                part, [names[p] for p in part], [states[p] for p in part], [numbers[p] for p in part],
+                self._kind, number, self._rounding == "stochastic", self._pager.ring(device),
+                [self._pager.is_for(part_of(p), "state1") for p in part],
+            )  # fmt: skip
+            dispatch.select("adamw", (plan.like,))
+            plans.append(plan)
+        # They take buffers one after the other. Where there is no memory for the largest, none has begun.
+        plans.sort(key=lambda plan: plan.page_bytes, reverse=True)
+        for p, state in states.items():
+            if not self.state.get(p):
+                self._dtypes[p] = p.dtype
+            self.state[p].update(state)
         self._active, self._plans, self._configs = active, plans, configs
         return plans
 
@@ -292,30 +319,21 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         p = part_of(p)
         state: dict[str, Any] = {"step": 0}
         for i in moment_names(self._kind == "lion"):
-            state[f"state{i}"] = self._allocate(p, torch.uint8 if in_8bit else torch.float32)
+            dtype = torch.uint8 if in_8bit else torch.float32
+            state[f"state{i}"] = self._pager.zeros(p, f"state{i}", dtype)
             if in_8bit:
                 state[f"qmap{i}"] = dynamic_map(p.device, i == 1)
                 state[f"absmax{i}"] = torch.zeros(blocks_of(p.shape), device=p.device)
         return self._with_compensation(p, state)
-
-    def _allocate(self, p: Tensor, dtype: torch.dtype) -> Tensor:
-        """A moment of p, zero. Where paged states are made."""
-        if self.is_paged:
-            if p.device.type != "cpu":
-                raise RuntimeError(
-                    f"{type(self).__name__}: there is no paging on {p.device.type} devices yet"
-                )
-            tell_once("paging has no effect on a CPU: the optimizer's states are in memory as any other's")
-        return torch.zeros(p.shape, dtype=dtype, device=p.device)
 
     def _with_compensation(self, p: Tensor, state: dict[str, Any]) -> dict[str, Any]:
         there = state.pop("compensation", None)
         if self._rounding == "kahan" and p.dtype == torch.bfloat16:
             fits = there is not None and there.shape == p.shape
             state["compensation"] = (
-                there.to(p.device, p.dtype, copy=True)
+                self._pager.copied(p, "compensation", there, p.dtype)
                 if fits
-                else torch.zeros_like(p, memory_format=torch.contiguous_format)
+                else self._pager.zeros(p, "compensation", p.dtype)
             )
         return state
 
@@ -340,12 +358,3 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             signed = seed - 2**64 if seed >= 2**63 else seed
             self._seeds[device, number] = torch.tensor(signed, device=device)
         return self._seeds[device, number]
-
-
-_told: set[str] = set()
-
-
-def tell_once(sentence: str) -> None:
-    if sentence not in _told:
-        _told.add(sentence)
-        logger.warning("%s", sentence)

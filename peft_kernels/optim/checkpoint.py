@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .groups import check_numbers
 from .sharded import Layout, is_sharded, part_of, whole_of
-from .states import checked, unwrapped
+from .states import Copied, checked, unwrapped
 
 State = dict[str, Any]
 
@@ -21,6 +21,7 @@ def read(
     defaults: Mapping[str, Any],
     names: Mapping[Tensor, str],
     lion: bool,
+    copied: Copied,
 ) -> tuple[dict[Tensor, State], list[State]]:
     """The states of parameters, as a step takes them, and groups, in place of the groups `mine`.
 
@@ -49,7 +50,7 @@ def read(
         if not isinstance(entry, Mapping):
             raise ValueError(f"{what}: its state: expected a dict, got {type(entry).__name__}")
         if flat := unwrapped(entry):
-            states[p] = checked(_part(flat, p, what), part_of(p), what, lion)
+            states[p] = checked(_part(flat, p, what), part_of(p), what, lion, copied)
     kept = ("params", "param_names")
     groups = [
         {**defaults, **group, **{name: own[name] for name in kept if name in own}}

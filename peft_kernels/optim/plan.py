@@ -1,16 +1,30 @@
-"""What one step hands to the op, gathered once and used until the parameters with a gradient are others."""
+"""What one step hands to the op, gathered once and used until the parameters with a gradient are others.
+
+Where states are paged a step is several calls of the op, else one; the bits are the same. For stochastic
+rounding, whose random bits are by a parameter's place in the list, bf16 parameters are cut in pieces of
+STREAM elements that stay whole and keep their places: those before them are empty. Other parameters may be
+cut anywhere between blocks of moments. And the factor of clipping is computed before, from all gradients.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..ops.adamw import STATE_BLOCK
+from .paging import CURRENT, SLOTS, Chunk, Piece, Ring, cut
 from .sharded import check_gradient, is_sharded, part_of
 from .states import moment_names
+
+STREAM = 1 << 22
+"""Elements of a bf16 parameter that share a stream of random bits."""
+PARAMS, GRADS, STATE1, STATE2, ABSMAX1, ABSMAX2, COMPENSATION = range(7)
+"""The op's lists."""
 
 
 def check(p: Tensor, grad: Tensor, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
@@ -46,39 +60,85 @@ class Plan:
         self,
         parameters: Sequence[Tensor],
         names: Sequence[str],
-        dtypes: Sequence[torch.dtype],
         states: Sequence[dict[str, Any]],
         groups: Sequence[int],
         kind: str,
         number: int,
+        stochastic: bool,
+        ring: Ring | None,
+        paged: Sequence[bool],
     ) -> None:
-        self.parameters, self.names, self.groups, self.kind = list(parameters), names, list(groups), kind
-        self.dtypes, self.number = list(dtypes), number
+        self.parameters, self.names, self.kind, self.number = list(parameters), list(names), kind, number
         self.is_sharded = any(map(is_sharded, parameters))
+        mine = self.parts(parameters)
+        self.dtypes, self.sizes = [p.dtype for p in mine], [p.numel() for p in mine]
         self.shapes = [state["state1"].shape for state in states]
         device = parameters[0].device
         self.device = device
-        none = torch.empty(0, device=device)
-        self.moments: list[list[Tensor]] = [[], []]
-        self.absmax: list[list[Tensor]] = [[], []]
+        self.none = torch.empty(0, device=device)
+        whole = [stochastic and dtype == torch.bfloat16 for dtype in self.dtypes]
+        self.pieces = [
+            (owner, start, min(start + STREAM, size) if whole[owner] else size)
+            for owner, size in enumerate(self.sizes)
+            for start in (range(0, max(size, 1), STREAM) if whole[owner] else [0])
+        ]
+        self.groups = [groups[owner] for owner, _, _ in self.pieces]
+        self.states: list[list[Tensor]] = [[], [], [], [], []]  # STATE1 to COMPENSATION
         for i in moment_names(kind == "lion"):
-            self.moments[i - 1] = [state[f"state{i}"] for state in states]
-            self.absmax[i - 1] = [state.get(f"absmax{i}", none) for state in states]
-        compensations = [state.get("compensation") for state in states]
-        self.compensation = (
-            [none if c is None else c for c in compensations]
-            if any(c is not None for c in compensations)
-            else []
-        )
+            self.states[i - 1] = self._in_pieces([state[f"state{i}"] for state in states])
+            self.states[i + 1] = self._in_pieces(
+                [s.get(f"absmax{i}", self.none) for s in states], STATE_BLOCK
+            )
+        if any("compensation" in state for state in states):
+            self.states[4] = self._in_pieces([state.get("compensation", self.none) for state in states])
         steps = [torch.as_tensor(s["step"], dtype=torch.int64, device=device).reshape(()) for s in states]
-        self.steps = torch.stack(steps)
-        for state, step in zip(states, self.steps.unbind(), strict=True):
-            state["step"] = step
+        self.steps = torch.stack([steps[owner] for owner, _, _ in self.pieces])
+        for (owner, start, _), step in zip(self.pieces, self.steps.unbind(), strict=True):
+            if start == 0:
+                states[owner]["step"] = step
         self.lr = torch.empty(0, dtype=torch.float32, device=device)
         self.lr_values: list[float] = []
         # A kernel's choice goes by one parameter: the reference alone knows other dtypes.
         known = (torch.float32, torch.bfloat16, torch.float16)
         self.like = part_of(next((p for p in parameters if p.dtype not in known), parameters[0]))
+        self.ring = ring if any(paged) else None
+        self.paged = [paged[owner] for owner, _, _ in self.pieces]
+        self.chunks: list[Chunk] = []
+        self.host: list[list[Tensor]] = []  # of each chunk what is in host memory, flat
+        self.page_bytes = 0  # of buffers, while a step is made
+        if self.ring is not None:
+            sizes = [
+                Piece(stop - start, tuple(t.itemsize for t in self._host_of(i)), whole[owner], names[owner])
+                for i, (owner, start, stop) in enumerate(self.pieces)
+            ]
+            self.chunks = cut(sizes, self.ring.budget)
+            self.page_bytes = min(SLOTS, len(self.chunks)) * max(chunk.nbytes for chunk in self.chunks)
+            self.host = [
+                [
+                    t.view(-1)[start:stop]
+                    for i, (start, stop) in enumerate(chunk.parts, chunk.first)
+                    for t in self._host_of(i)
+                ]
+                for chunk in self.chunks
+            ]
+
+    def _in_pieces(self, tensors: Sequence[Tensor], unit: int = 1) -> list[Tensor]:
+        """Of tensors with an entry for `unit` elements of a parameter each, or with none."""
+        if len(self.pieces) == len(tensors):
+            return list(tensors)
+        found = []
+        for owner, start, stop in self.pieces:
+            t = tensors[owner]
+            is_all = start == 0 and stop == self.sizes[owner]
+            found.append(t if is_all else t.view(-1)[start // unit : -(-stop // unit)])
+        return found
+
+    def _host_of(self, piece: int) -> list[Tensor]:
+        """What of a piece is in host memory."""
+        if not self.paged[piece]:
+            return []
+        lists = (self.states[at - STATE1] for at in (STATE1, STATE2, COMPENSATION))
+        return [tensors[piece] for tensors in lists if tensors and tensors[piece].numel() > 0]
 
     def is_in_place(self) -> bool:
         """Whether its parameters are on the device that they were on."""
@@ -120,22 +180,75 @@ class Plan:
         inf = None if found_inf is None else found_inf.to(self.device, torch.float32)
         mine = self.parts(self.parameters)
         parameters = [p if p.is_contiguous() else p.detach().contiguous() for p in mine]
+        gradients = [g.contiguous() for g in self.parts(grads)]
         made: Any = 1 if inf is None else (inf.reshape(()) == 0).long()
-        self.steps += made
-        try:
-            dispatch.call(
-                "adamw", parameters, [g.contiguous() for g in self.parts(grads)], *self.moments, *self.absmax,
-                self.compensation, self.steps, self.groups, self._lr(configs),
-                [c["betas"][0] for c in configs], [c["betas"][1] for c in configs],
-                [c.get("eps", 0.0) for c in configs], [c["weight_decay"] for c in configs], self.kind, scale,
-                inf, max_grad_norm, seed, None, like=self.like,
-            )  # fmt: skip
-        except BaseException:
-            self.steps -= made
-            raise
+        numbers = (
+            self._lr(configs), [c["betas"][0] for c in configs], [c["betas"][1] for c in configs],
+            [c.get("eps", 0.0) for c in configs], [c["weight_decay"] for c in configs], self.kind, scale, inf,
+            max_grad_norm, seed,
+        )  # fmt: skip
+        lists = [self._in_pieces(parameters), self._in_pieces(gradients), *self.states]
+        if self.ring is not None:
+            self._run_paged(self.ring, lists, numbers, made)
+        else:
+            self.steps += made
+            try:
+                dispatch.call("adamw", *lists, self.steps, self.groups, *numbers, None, like=self.like)
+            except BaseException:
+                self.steps -= made
+                raise
         for p, changed in zip(mine, parameters, strict=True):
             if p is not changed:
-                p.copy_(changed)
+                copy = partial(p.copy_, changed)
+                copy() if self.ring is None else self.ring.streams.enqueue(CURRENT, copy)
+
+    def _run_paged(
+        self, ring: Ring, lists: Sequence[list[Tensor]], numbers: tuple[Any, ...], made: Any
+    ) -> None:
+        """As many calls of the op as there are chunks, with the numbers of one."""
+        *_, scale, _, max_grad_norm, seed = numbers
+        factor = None
+        if max_grad_norm > 0:
+            factor = dispatch.call("clip_factor", lists[GRADS], scale, max_grad_norm, like=self.like)
+        done = 0
+
+        def compute(number: int, there: list[Tensor]) -> None:
+            nonlocal done
+            chunk = self.chunks[number]
+            part = self._part(lists, chunk, there, seed is not None)
+            dispatch.call("adamw", *part, *numbers, factor, like=self.like)
+            done = chunk.first + len(chunk.parts)
+
+        ring.streams.enqueue(CURRENT, lambda: self.steps.add_(made))
+        try:
+            ring.run(self.host, compute)
+        except BaseException:
+            self.steps[done:] -= made
+            raise
+
+    def _part(
+        self, lists: Sequence[list[Tensor]], chunk: Chunk, there: Sequence[Tensor], keep_places: bool
+    ) -> tuple[Any, ...]:
+        """The op's lists, steps and groups for a chunk, of which `there` is what was brought in."""
+        before = chunk.first if keep_places else 0
+        first, stop = chunk.first, chunk.first + len(chunk.parts)
+        brought = iter(there)
+        found: list[list[Tensor]] = [[self.none] * before if tensors else [] for tensors in lists]
+        for i, (start, end) in enumerate(chunk.parts, first):
+            for at, tensors in enumerate(lists):
+                if not tensors:
+                    continue
+                t = tensors[i]
+                if not self.paged[i]:
+                    found[at].append(t)
+                elif at in (ABSMAX1, ABSMAX2):
+                    found[at].append(t[start // STATE_BLOCK : -(-end // STATE_BLOCK)])
+                elif at in (PARAMS, GRADS) or t.numel() == 0:
+                    found[at].append(t.view(-1)[start:end])
+                else:
+                    found[at].append(next(brought))
+        groups = [0] * before + self.groups[first:stop]
+        return *found, self.steps[first - before : stop], groups
 
     def _lr(self, configs: Sequence[Mapping[str, Any]]) -> Tensor:
         """On the device; written there again only when it is another, to the same memory, which a captured

@@ -141,7 +141,9 @@ class Layout:
         """What this process has of it, laid out as the parameter."""
         if is_sharded(value):
             if value.device_mesh == self.mesh:
-                return part_of(value.redistribute(placements=self.placements))
+                if tuple(value.placements) == self.placements:
+                    return part_of(value)
+                return part_of(_on_mesh(value).redistribute(placements=self.placements))
             value = whole_of(value)
         from torch.distributed.tensor import distribute_tensor
 
@@ -160,8 +162,13 @@ class Layout:
 
 def whole_of(t: Any) -> Tensor:
     """All of a DTensor, gathered; any other tensor itself."""
-    found: Tensor = t.full_tensor() if is_sharded(t) else t
+    found: Tensor = _on_mesh(t).full_tensor() if is_sharded(t) else t
     return found
+
+
+def _on_mesh(t: DTensor) -> Any:
+    """On a device that its processes send from: paged moments are in host memory."""
+    return t.to(t.device_mesh.device_type)
 
 
 def check_gradient(p: Any, grad: Any, name: str) -> None:

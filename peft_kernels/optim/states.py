@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import gcd, prod
 from typing import Any
 
@@ -14,6 +14,9 @@ from ..ops.adamw import STATE_BLOCK
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """Under which bitsandbytes from 0.49 on puts what FSDP must not gather."""
+
+Copied = Callable[[Tensor, str, Tensor, torch.dtype], Tensor]
+"""copied(parameter, name, value, dtype): a tensor of the parameter's state, copied to where it belongs."""
 
 
 def moment_names(lion: bool) -> tuple[int, ...]:
@@ -46,10 +49,16 @@ def unwrapped(entry: Mapping[str, Any]) -> dict[str, Any]:
     return flat
 
 
-def checked(entry: Mapping[str, Any], parameter: Tensor, what: str, lion: bool) -> dict[str, Any]:
-    """A parameter's state as a step takes it, on the parameter's device. ValueError that names what is wrong.
+def checked(
+    entry: Mapping[str, Any],
+    parameter: Tensor,
+    what: str,
+    lion: bool,
+    copied: Copied,
+) -> dict[str, Any]:
+    """A parameter's state as a step takes it. ValueError that names what is wrong.
 
-    Tensors are copied: what is loaded is not shared with the checkpoint.
+    What is loaded is not shared with the checkpoint. All but moments goes to the parameter's device.
     """
     missing = [name for name in ("step", *(f"state{i}" for i in moment_names(lion))) if name not in entry]
     if missing:
@@ -65,11 +74,11 @@ def checked(entry: Mapping[str, Any], parameter: Tensor, what: str, lion: bool) 
             expected, got = tuple(parameter.shape), tuple(state.shape)
             raise ValueError(f"{what}: {name}: expected shape {expected} like the parameter, got {got}")
         if state.dtype == torch.uint8:
-            found[name] = state.to(device, copy=True).contiguous()
+            found[name] = copied(parameter, name, state, torch.uint8)
             found[f"absmax{i}"] = _absmax(entry, i, parameter, what)
             found[f"qmap{i}"] = _qmap(entry, i, device, what)
         elif state.is_floating_point():
-            found[name] = state.to(device, torch.float32, copy=True).contiguous()
+            found[name] = copied(parameter, name, state, torch.float32)
         else:
             raise ValueError(f"{what}: {name}: expected uint8 or float32, got {state.dtype}")
     if len({found[f"state{i}"].dtype for i in moment_names(lion)}) > 1:

@@ -1,0 +1,114 @@
+"""Where an optimizer's states are: on their parameters' devices, or in host memory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cuda_streams import CudaStreams
+from .paging import DEFAULT_BUDGET, SMALLEST_BUDGET, Ring, Streams
+
+logger = logging.getLogger("peft_kernels")
+
+PAGED_FROM = 100_000
+"""Elements of a parameter from which on its states are paged, as in bitsandbytes: fewer are no matter."""
+PAGED = ("state1", "state2", "compensation")
+"""Of a parameter's state what is paged: all that has an entry for each element."""
+
+
+def streams_of(device: torch.device) -> Streams | None:
+    """None where paging has no effect."""
+    if device.type == "cpu":
+        return None
+    if device.type != "cuda":
+        raise RuntimeError(f"is_paged: there is no paging on {device.type} devices, on CUDA ones there is")
+    return CudaStreams(device)
+
+
+class Pager:
+    """Says for each tensor of a state where it is to be, and has the rings of devices. Of a DTensor it is
+    asked about the part that this process has."""
+
+    def __init__(self, is_paged: bool, budget: int | None) -> None:
+        budget = DEFAULT_BUDGET if budget is None else budget
+        if budget < SMALLEST_BUDGET:
+            raise ValueError(
+                f"page_budget: expected bytes, at least {SMALLEST_BUDGET}, or None, got {budget}"
+            )
+        self.is_paged, self.budget = is_paged, budget
+        self._rings: dict[torch.device, Ring | None] = {}
+
+    def ring(self, device: torch.device) -> Ring | None:
+        """Of a device on which states are paged."""
+        if not self.is_paged:
+            return None
+        if device not in self._rings:
+            streams = streams_of(device)
+            if streams is None:
+                tell_once(
+                    "paging has no effect on a CPU: the optimizer's states are in memory as any other's"
+                )
+            self._rings[device] = None if streams is None else Ring(streams, self.budget)
+        return self._rings[device]
+
+    def check_now(self, parameters: Iterable[Tensor]) -> None:
+        """RuntimeError where no step can be made now because some of these have paged states."""
+        if not self.is_paged:
+            return
+        for device in {p.device for p in parameters if self.is_for(p, "state1")}:
+            ring = self.ring(device)
+            if ring is not None and (reason := ring.streams.refuse()) is not None:
+                raise RuntimeError(f"step: {reason}")
+
+    def is_for(self, parameter: Tensor, name: str) -> bool:
+        """Whether that tensor of the parameter's state is paged."""
+        ring = self.ring(parameter.device)
+        return ring is not None and name in PAGED and parameter.numel() >= PAGED_FROM
+
+    def zeros(self, parameter: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+        """Like the parameter."""
+        ring = self.ring(parameter.device)
+        if ring is not None and self.is_for(parameter, name):
+            return ring.streams.host_zeros(parameter.shape, dtype)
+        return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
+
+    def home(self, parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameter's state with each tensor where it belongs: itself if it is there."""
+
+        def at_home(name: str, value: Any) -> Any:
+            ring = self.ring(parameter.device)
+            if not isinstance(value, Tensor):
+                return value
+            if ring is None or not self.is_for(parameter, name):
+                return value.to(parameter.device)
+            if ring.streams.is_host(value) and value.is_contiguous():
+                return value
+            return self.copied(parameter, name, value, value.dtype)
+
+        return {name: at_home(name, value) for name, value in state.items()}
+
+    def copied(self, parameter: Tensor, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same of another dtype, contiguous, and never the tensor itself."""
+        if not self.is_for(parameter, name):
+            return value.to(parameter.device, dtype, copy=True).contiguous()
+        there = self.zeros(parameter, name, dtype)
+        return there.view(value.shape).copy_(value)
+
+    def synchronize(self) -> None:
+        """Before the host reads states, or anything else is done to them."""
+        for ring in self._rings.values():
+            if ring is not None:
+                ring.synchronize()
+
+
+_told: set[str] = set()
+
+
+def tell_once(sentence: str) -> None:
+    if sentence not in _told:
+        _told.add(sentence)
+        logger.warning("%s", sentence)
