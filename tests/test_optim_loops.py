@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import pickle
-from collections import Counter
+import weakref
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 import torch
 from optim_models import Model, assert_near, train
 from stub_device import H100, stub_device
-from torch import nn
+from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
@@ -106,6 +109,62 @@ def test_groups_that_change_between_steps() -> None:
     assert torch.equal(model.b, before[0]) and torch.equal(model.bias, before[1])
     assert_near(model, plain, 0)
     assert optimizer.state[model.bias]["step"] == 2 and optimizer.state[model.b]["step"] == 4
+
+
+RESETS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "clear": lambda optimizer, p: optimizer.state.clear(),
+    "another": lambda optimizer, p: setattr(optimizer, "state", defaultdict(dict)),
+    "pop": lambda optimizer, p: optimizer.state.pop(p),
+    "empty": lambda optimizer, p: optimizer.state.update({p: {}}),
+}
+
+
+@pytest.mark.parametrize("reset", RESETS)
+def test_states_that_are_cleared_begin_anew(reset: str) -> None:
+    p, q = (nn.Parameter(testing.tensor(5000)) for _ in range(2))
+    optimizer, fresh = pk.optim.AdamW8bit([p]), pk.optim.AdamW8bit([q])
+    p.grad = q.grad = testing.tensor(5000, seed=1)
+    for _ in range(2):
+        optimizer.step()
+    RESETS[reset](optimizer, p)
+    with torch.no_grad():
+        p.copy_(q)
+    optimizer.step()
+    fresh.step()
+    assert torch.equal(p, q)
+    assert optimizer.state_dict()["state"][0]["step"] == 1
+
+
+def test_moments_that_are_replaced_are_stepped() -> None:
+    """As of those who move states off a card between steps, and back."""
+    model, plain = Model(), Model()
+    optimizer, other = pk.optim.AdamW8bit(model.parameters()), pk.optim.AdamW8bit(plain.parameters())
+    train(plain, other, range(4))
+    train(model, optimizer, range(2))
+    for state in optimizer.state.values():
+        state.update({name: value.clone() for name, value in state.items() if name != "step"})
+    train(model, optimizer, range(2, 4))
+    assert_near(model, plain, 0)
+    assert torch.equal(optimizer.state[model.a]["state1"], other.state[plain.a]["state1"])
+
+
+def test_parameters_that_are_replaced_are_not_kept() -> None:
+    """As of those who prune or add rows: the state goes to what takes the parameter's place."""
+    p = nn.Parameter(testing.tensor(5000))
+    optimizer = pk.optim.AdamW8bit([p], min_8bit_size=10**6)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    state = optimizer.state.pop(p)
+    q = nn.Parameter(p.detach()[:4000].clone())
+    q.grad = torch.ones_like(q)
+    optimizer.param_groups[0]["params"] = [q]
+    optimizer.state[q] = state | {name: state[name][:4000].clone() for name in ("state1", "state2")}
+    old = weakref.ref(p)
+    del p
+    optimizer.step()
+    gc.collect()
+    assert old() is None
+    assert optimizer.state_dict()["state"][0]["step"] == 2
 
 
 def test_prepared_by_accelerate() -> None:

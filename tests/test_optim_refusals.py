@@ -80,6 +80,7 @@ OF_TORCH = {"exp_avg": torch.zeros(70, 100), "exp_avg_sq": torch.zeros(70, 100),
     (lambda s: s["param_groups"][0]["params"].pop(), r"expected groups of \[3\] parameters, got \[2\]"),
     (lambda s: s["param_groups"].append(s["param_groups"][0]), r"groups of \[3\] parameters, got \[3, 3\]"),
     (lambda s: s["param_groups"][0].pop("lr"), r"param_groups: a group has no lr"),
+    (lambda s: s["param_groups"][0].update(maximize=True), "maximize: is not supported, expected False in a"),
     (lambda s: s["param_groups"][0].update(lr=float("nan")), r"lr: expected a finite number of at least 0"),
     (lambda s: s["param_groups"][0].update(betas=(0.9, 1.5)), r"betas: expected two numbers from 0 to below"),
     (lambda s: s.pop("param_groups"), r"state_dict: expected state and param_groups, got no param_groups"),
@@ -179,8 +180,22 @@ def test_parameters_that_are_in_no_group_any_more() -> None:
     ({"optim_bits": 8}, ValueError, "optim_bits: AdamW8bit has moments in 8 bits"),
     ({"rounding": "up"}, ValueError, "rounding: expected one of nearest, stochastic, kahan"),
     ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm: expected a positive number or None"),
+    ({"seed": 1.5}, ValueError, "seed: expected a whole number, got 1.5"),
+    ({"page_budget": 1e9}, ValueError, "page_budget: expected a whole number of bytes, .*, got 1000000000.0"),
+    ({"lr": torch.tensor(-1.0)}, ValueError, "lr: expected a finite number of at least 0, got -1.0"),
+    ({"lr": torch.ones(2)}, ValueError, r"lr: expected one number, got a tensor of shape \(2,\)"),
+    ({"weight_decay": torch.tensor(-1.0)}, ValueError, "weight_decay: expected a finite number of at least"),
     *(({name: True}, TypeError, name) for name in ("foreach", "fused", "maximize", "capturable")),
 ])  # fmt: skip
 def test_arguments_out_of_range(options: dict[str, Any], error: Any, sentence: str) -> None:
     with pytest.raises(error, match=sentence):
         pk.optim.AdamW8bit([nn.Parameter(torch.zeros(3))], **options)
+
+
+@pytest.mark.parametrize("name", ["amsgrad", "maximize", "differentiable"])
+def test_what_a_group_asks_for_in_vain(name: str) -> None:
+    parameters = [nn.Parameter(torch.zeros(3)) for _ in range(2)]
+    optimizer = pk.optim.AdamW8bit([{"params": parameters[:1], name: False}])
+    with pytest.raises(ValueError, match=f"{name}: is not supported, expected False in a group, got True"):
+        optimizer.add_param_group({"params": parameters[1:], name: True})
+    assert len(optimizer.param_groups) == 1

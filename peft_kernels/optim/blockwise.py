@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from copy import copy
 from itertools import chain
+from numbers import Integral
 from operator import is_
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch._compile import _disable_dynamo
 from .. import dispatch
 from ..code_tables import dynamic_map
 from .checkpoint import read
-from .groups import check_numbers
+from .groups import UNSUPPORTED, check_numbers
 from .pager import Pager
 from .plan import Plan, check
 from .sharded import Layout, clipped_scale, is_sharded, part_of, refuse_flat_parts
@@ -58,6 +59,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             raise ValueError(f"rounding: expected one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         if max_grad_norm is not None and not 0 < max_grad_norm < math.inf:
             raise ValueError(f"max_grad_norm: expected a positive number or None, got {max_grad_norm}")
+        if not isinstance(seed, int | Integral):
+            raise ValueError(f"seed: expected a whole number, got {seed}")
         check_numbers(defaults)
         self._kind, self._rounding, self._seed = kind, rounding, seed
         self._max_grad_norm = max_grad_norm or 0.0
@@ -75,7 +78,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         return self._pager.is_paged
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        check_numbers({name: param_group[name] for name in self.defaults if name in param_group})
+        checked = (*self.defaults, *UNSUPPORTED)
+        check_numbers({name: param_group[name] for name in checked if name in param_group})
         super().add_param_group(param_group)
 
     def override_config(
@@ -247,16 +251,23 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
     def _forget(self) -> None:
         """What was gathered for steps: parameters, states or groups are others."""
         self._active: list[list[Tensor]] = []
+        self._moments: list[Any] = []
         self._plans: list[Plan] = []
         self._configs: list[tuple[int, dict[str, Any]]] = []
+
+    def _first_moments(self) -> list[Any]:
+        """By which it shows whether somebody cleared or replaced states, to begin anew or to move them."""
+        return [state.get("state1") for state in self.state.values() if isinstance(state, dict)]
 
     def _plans_for(self, active: list[list[Tensor]]) -> list[Plan]:
         """One for each device and number of parts, kept from the step before if they serve. `active` is by
         group."""
-        before = chain.from_iterable(self._active)
+        before, moments = chain.from_iterable(self._active), self._first_moments()
         if (
             list(map(len, active)) == list(map(len, self._active))
             and all(map(is_, chain.from_iterable(active), before))
+            and len(moments) == len(self._moments)
+            and all(map(is_, moments, self._moments))
             and all(map(Plan.is_in_place, self._plans))
         ):
             return self._plans
@@ -269,8 +280,10 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         parts: dict[tuple[torch.device, int], list[Tensor]] = {}
         for p, name in names.items():
             number = Layout(p, name).number if is_sharded(p) else 0
-            shape = self.state[p]["state1"].shape if self.state.get(p) else part_of(p).shape
-            check(p, p.grad, name, self._dtypes.get(p, p.dtype), shape)  # type: ignore[arg-type]
+            dtype, shape = p.dtype, part_of(p).shape
+            if self.state.get(p):
+                dtype, shape = self._dtypes.get(p, dtype), self.state[p]["state1"].shape
+            check(p, p.grad, name, dtype, shape)  # type: ignore[arg-type]
             if self._max_grad_norm:
                 refuse_flat_parts(p, name)
             parts.setdefault((p.device, number), []).append(p)
@@ -306,7 +319,10 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             if not self.state.get(p):
                 self._dtypes[p] = p.dtype
             self.state[p].update(state)
+        # Of parameters that others took the places of nothing is kept.
+        self._dtypes = {p: dtype for p, dtype in self._dtypes.items() if p in self.state}
         self._active, self._plans, self._configs = active, plans, configs
+        self._moments = self._first_moments()
         return plans
 
     def _new_state(self, p: Tensor, name: str) -> dict[str, Any]:

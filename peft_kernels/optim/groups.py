@@ -8,12 +8,20 @@ from typing import Any
 
 from torch import Tensor
 
+UNSUPPORTED = ("amsgrad", "maximize", "differentiable")
+"""What groups of torch's optimizers may ask for."""
+
 
 def check_numbers(values: Mapping[str, Any]) -> None:
-    """ValueError for a hyperparameter out of range."""
+    """ValueError for a hyperparameter out of range, or for one that would have no effect."""
+    for name in UNSUPPORTED:
+        if values.get(name, False):
+            raise ValueError(f"{name}: is not supported, expected False in a group, got {values[name]}")
     for name in ("lr", "eps", "weight_decay"):
         value = values.get(name, 0.0)
-        if not isinstance(value, Tensor) and not 0 <= value < math.inf:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(f"{name}: expected one number, got a tensor of shape {tuple(value.shape)}")
+        if not 0 <= value < math.inf:
             raise ValueError(f"{name}: expected a finite number of at least 0, got {value}")
     betas = values.get("betas", (0.0, 0.0))
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -35,9 +36,10 @@ class Pager:
 
     def __init__(self, is_paged: bool, budget: int | None) -> None:
         budget = DEFAULT_BUDGET if budget is None else budget
-        if budget < SMALLEST_BUDGET:
+        if not isinstance(budget, int | Integral) or budget < SMALLEST_BUDGET:
             raise ValueError(
-                f"page_budget: expected bytes, at least {SMALLEST_BUDGET}, or None, got {budget}"
+                f"page_budget: expected a whole number of bytes, at least {SMALLEST_BUDGET}, or None, got "
+                f"{budget}"
             )
         self.is_paged, self.budget = is_paged, budget
         self._rings: dict[torch.device, Ring | None] = {}
