@@ -217,6 +217,8 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "activation": ("activation: expected one of .*relu, got 'tanh'", {"activation": "tanh"}),
     "down": (r"down: expected shape \(r, 6\), got \(3, 5\)", {"down": torch.ones(3, 5)}),
     "up": (r"up: expected shape \(out_features, 3\), got \(6, 2\)", {"up": torch.ones(6, 2)}),
+    "empty": (r"down: expected elements, got shape \(0, 6\)",
+              {"down": torch.ones(0, 6), "up": torch.ones(6, 0)}),
     "width": ("up: expected 6 output features like x, its residual, got 5", {"up": torch.ones(5, 3)}),
     "bias": (r"up_bias: expected shape \(6,\), got \(3,\)", {"up_bias": torch.ones(3)}),
     "dtype": ("down_bias: expected torch.float32 like x or float32, got torch.float16",

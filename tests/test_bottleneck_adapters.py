@@ -69,8 +69,8 @@ def test_training(family: str, base: str) -> None:
     about = FAMILIES[family]
     model = about.make(base)
     adapters.add(model, "task", AdapterConfig.houlsby(dropout=0.1))
-    adapters.add(model, "other", "pfeiffer")
     adapters.train(model, "task")
+    adapters.add(model, "other", "pfeiffer")
     model.train()
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert any("adapters" in name for name in trained)
@@ -94,6 +94,30 @@ def test_training(family: str, base: str) -> None:
         loss.backward()
         optimizer.step()
     assert losses[-1] < 0.8 * losses[0], losses
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_keeps_no_input_of_a_sublayer(reentrant: bool) -> None:
+    """A recomputation is broken off inside the last adapter of a layer."""
+    about = FAMILIES["llama"]
+    model, inputs = about.make().train(), about.inputs()
+    adapters.add(model, "task", AdapterConfig.beside(attention=True))
+    adapters.train(model, "task")
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    assert all(site._links.input is None for site in adapters.manage.sites(model))
+
+
+def test_bitsandbytes_weights_are_counted_unpacked() -> None:
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = FAMILIES["llama"].make()
+    adapters.add(model, "one")
+    want = adapters.count(model, "one")
+    for at in ("model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"):
+        model.set_submodule(at, models.to_linear4bit(model.get_submodule(at)))
+    assert adapters.count(model, "one") == want
 
 
 def test_names_stacks_and_none() -> None:
@@ -214,13 +238,20 @@ def test_refused() -> None:
         (lambda: adapters.add(model, "one"), "name: there is an adapter 'one' already"),
         (lambda: adapters.add(model, "a.b"), "name: expected letters, digits, _ and -, .*got 'a.b'"),
         (lambda: adapters.add(model, "keys"), "name: expected .* got 'keys'"),
+        (lambda: adapters.add(model, "training"), "name: expected .* got 'training'"),
+        (
+            lambda: adapters.add(nn.ModuleDict({"net": model}), "two"),
+            r"model: expected the one .* shares net\.model\.layers\.0\.self_attn\.o_proj with it",
+        ),
+        (lambda: adapters.train(model, []), "name: expected an adapter or several, got none"),
+        (lambda: adapters.set_active(model, 5), "name: expected an adapter or several, got 5"),
         (lambda: adapters.add(model, "two", "lora"), "config: expected an AdapterConfig or one of houlsby"),
         (lambda: adapters.set_active(model, "two"), "name: expected one of one, got 'two'"),
         (lambda: adapters.train(model, ["one", "one"]), "name: expected different adapters, got one, one"),
         (lambda: adapters.delete(model, "two"), "name: expected one of one, got 'two'"),
         (lambda: adapters.count(model, "two"), "name: expected one of one, got 'two'"),
         (lambda: adapters.add(models.Net(), "x"), "model: expected layers of a transformer .* none in Net"),
-        (lambda: AdapterConfig.houlsby(reduction=0), "reduction: expected a number above 0, got 0"),
+        (lambda: AdapterConfig.houlsby(reduction=0), "reduction: expected a finite number, 0.001 at least"),
         (lambda: AdapterConfig.houlsby(activation="tanh"), "activation: expected one of silu, .*got 'tanh'"),
         (lambda: AdapterConfig.houlsby(dropout=2.0), "dropout: expected 0 to 1, got 2.0"),
         (lambda: AdapterConfig.houlsby(norm=1), "norm: expected a bool, got 1"),

@@ -15,6 +15,7 @@ from bottleneck_models import FAMILIES, output, stir
 import peft_kernels as pk
 from peft_kernels.adapters import AdapterConfig
 from peft_kernels.adapters.files import CONFIG, WEIGHTS
+from peft_kernels.adapters.site import AdapterSite
 from peft_kernels.checkpoints.header import CheckpointError
 
 adapters = pk.adapters
@@ -111,6 +112,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "name": (edit(name=3), "expected a name, got 3"),
     "field": (edit_config(rank=3), "expected a config of activation, .*, got"),
     "type": (edit_config(reduction="16"), "reduction: expected a float, got '16'"),
+    "huge": (edit_config(reduction=0.001), r"shape \(64000, 64\), got torch.float32 of \(4, 64\)"),
+    "tiny": (edit_config(reduction=5e-324), "reduction: .* 0.001 at least, got 5e-324"),
     "nan": (edit_config(scaling=float("nan")), "scaling: expected a finite number, got nan"),
     "truncated": (truncate, f"{WEIGHTS}: is truncated in"),
     "missing": (tensors(lambda t: t.pop(KEY)), f"expected {KEY}, as this model has it"),
@@ -132,8 +135,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-def test_damaged(trained: tuple[Any, Path], tmp_path: Path, name: str) -> None:
-    """A sentence, and nothing is changed."""
+def test_damaged(
+    trained: tuple[Any, Path], tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sentence, and nothing is changed; no memory is asked for before shapes are known to be right."""
     damage, message = DAMAGES[name]
     for file in (CONFIG, WEIGHTS):
         (tmp_path / file).write_bytes((trained[1] / file).read_bytes())
@@ -141,6 +146,8 @@ def test_damaged(trained: tuple[Any, Path], tmp_path: Path, name: str) -> None:
     model = FAMILIES["bert"].make()
     adapters.add(model, "mine", "pfeiffer")
     before = [name for name, _ in model.named_modules()]
+    if name == "huge":
+        monkeypatch.setattr(AdapterSite, "device", property(lambda site: pytest.fail("parameters are made")))
     with pytest.raises(CheckpointError, match=message):
         adapters.load(model, tmp_path, "new")
     assert adapters.names(model) == ["mine"] and [name for name, _ in model.named_modules()] == before

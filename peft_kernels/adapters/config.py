@@ -63,8 +63,8 @@ class AdapterConfig:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         if not (self.attention or self.feed_forward):
             raise ValueError("attention, feed_forward: expected one of them or both, got neither")
-        if not 0 < self.reduction < math.inf:
-            raise ValueError(f"reduction: expected a number above 0, got {self.reduction}")
+        if not 0.001 <= self.reduction < math.inf:
+            raise ValueError(f"reduction: expected a finite number, 0.001 at least, got {self.reduction}")
         if not math.isfinite(self.scaling):
             raise ValueError(f"scaling: expected a finite number, got {self.scaling}")
         if not 0 <= self.dropout <= 1:

@@ -46,7 +46,8 @@ def save(model: nn.Module, name: str, folder: Path | str) -> None:
 
 
 def load(model: nn.Module, folder: Path | str, load_as: str | None = None) -> str:
-    """Put an adapter that `save` has written into a model, and return its name. It is not active.
+    """Put an adapter that `save` has written into a model, and return its name. It is not active, and frozen
+    until `train`.
 
     Parameters
     ----------
@@ -64,15 +65,16 @@ def load(model: nn.Module, folder: Path | str, load_as: str | None = None) -> st
     saved_as, config = _read_config(folder / CONFIG)
     entries = _read_entries(folder / WEIGHTS)
     name = saved_as if load_as is None else load_as
-    built = build(model, name, config, initialise=False)
+    built = build(model, name, config, meta=True)  # what a damaged config asks for may not fit memory
     wanted, _ = _parameters(built)
     _check(entries, wanted)
-    with torch.no_grad():
-        for key, parameter in wanted.items():
+    for site, adapter in built:
+        for parameter, like in list(adapter.named_parameters()):
+            key = _key(site, parameter)
             value = entries[key].read()
             if not bool(torch.isfinite(value).all()):
                 raise CheckpointError(f"{WEIGHTS}: {shown(key)}: expected finite numbers, got NaN or Inf")
-            parameter.data = value.to(parameter.device)
+            setattr(adapter, parameter, nn.Parameter(value.to(site.device), like.requires_grad))
     insert(model, name, built)
     return name
 
@@ -82,8 +84,12 @@ def _parameters(
 ) -> tuple[dict[str, Tensor], AdapterConfig]:
     found: dict[str, Tensor] = {}
     for site, adapter in built:
-        found |= {f"{site.place.last}.{name}": p for name, p in adapter.named_parameters()}
+        found |= {_key(site, name): p for name, p in adapter.named_parameters()}
     return found, built[0][1].config
+
+
+def _key(site: AdapterSite, parameter: str) -> str:
+    return f"{site.place.last}.{parameter}"
 
 
 def _read_config(path: Path) -> tuple[str, AdapterConfig]:
@@ -91,7 +97,7 @@ def _read_config(path: Path) -> tuple[str, AdapterConfig]:
         if path.stat().st_size > _LARGEST_JSON:
             raise ValueError
         about = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path.parent}: expected a {CONFIG}, got none") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: expected a JSON object, got something else") from error

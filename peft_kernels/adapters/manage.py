@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from ..integrations.architectures import in_task_head
@@ -36,7 +38,8 @@ def add(model: nn.Module, name: str, config: AdapterConfig | str = "houlsby") ->
 
     Layers are found by structure: self-attention and feed-forward of BERT, RoBERTa, T5, BART, GPT-2, ViT,
     Llama and of what is built like them; linear layers may be dense, NF4, bitsandbytes' or with LoRA of PEFT.
-    Its parameters are fp32 on each layer's device. Copies of the model have the adapters too.
+    Its parameters are fp32 on each layer's device, and frozen until `train`. Copies of the model have the
+    adapters too.
 
     Parameters
     ----------
@@ -51,9 +54,13 @@ def add(model: nn.Module, name: str, config: AdapterConfig | str = "houlsby") ->
     ------
     ValueError
         The name is taken or no name, the config unknown, the model without layers of a transformer or with a
-        mixture of experts where the feed-forward should be. Nothing is changed.
+        mixture of experts where the feed-forward should be, or with adapters that were added to a part of it
+        or to what it is a part of. Nothing is changed.
     """
-    insert(model, name, build(model, name, config_of(config), initialise=True))
+    built = build(model, name, config_of(config))
+    for _, adapter in built:
+        adapter.initialise()
+    insert(model, name, built)
 
 
 def train(model: nn.Module, name: str | Sequence[str], freeze: bool = True) -> None:
@@ -66,6 +73,8 @@ def train(model: nn.Module, name: str | Sequence[str], freeze: bool = True) -> N
         leaves other parameters as they are: LoRA of PEFT in the same model, for example.
     """
     wanted = checked(model, name)
+    if not wanted:
+        raise ValueError("name: expected an adapter or several, got none")
     set_active(model, wanted)
     if freeze:
         _freeze(model)
@@ -101,7 +110,12 @@ def count(model: nn.Module, name: str) -> Count:
     adapter = sum(
         p.numel() for site in sites(model) if name in site.adapters for p in site.adapters[name].parameters()
     )
-    return Count(adapter, sum(p.numel() for p in model.parameters() if id(p) not in every))
+    return Count(adapter, sum(_numel(p) for p in model.parameters() if id(p) not in every))
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    state = getattr(parameter, "quant_state", None)  # bitsandbytes packs two weights into a byte
+    return parameter.numel() if state is None else math.prod(state.shape)
 
 
 def delete(model: nn.Module, name: str) -> None:
@@ -128,19 +142,25 @@ def sites(model: nn.Module) -> list[AdapterSite]:
 
 
 def build(
-    model: nn.Module, name: str, config: AdapterConfig, initialise: bool
+    model: nn.Module, name: str, config: AdapterConfig, meta: bool = False
 ) -> list[tuple[AdapterSite, BottleneckAdapter]]:
-    """An adapter for each place, and the sites that they are for, new or not; the model is not changed."""
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
+    """An adapter for each place, of zeros and frozen, and the sites that they are for, new or not; the model
+    is not changed. `meta`: without memory for parameters."""
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise ValueError(f"name: expected letters, digits, _ and -, no attribute of ModuleDict, got {name!r}")
     if name in names(model):
         raise ValueError(f"name: there is an adapter {name!r} already")
     root, there = root_of(model), {site.place.last: site for site in sites(model)}
     found = [there.get(place.last) or AdapterSite(root, place) for place in places(root, config)]
-    built = [(site, site.new_adapter(config).train(root.training)) for site in found]
-    if initialise:
-        for _, adapter in built:
-            adapter.initialise()
+    built = []
+    for site in found:
+        if not site.is_free():
+            raise ValueError(
+                f"model: expected the one that its adapters were added to, got another that shares "
+                f"{site.place.last} with it"
+            )
+        adapter = site.new_adapter(config, torch.device("meta") if meta else site.device)
+        built.append((site, adapter.train(root.training).requires_grad_(False)))
     return built
 
 
@@ -167,6 +187,8 @@ def _freeze(model: nn.Module) -> None:
 
 
 def checked(model: nn.Module, name: str | Sequence[str]) -> tuple[str, ...]:
+    if not isinstance(name, Sequence):
+        raise ValueError(f"name: expected an adapter or several, got {name!r}")
     wanted = (name,) if isinstance(name, str) else tuple(name)
     known = names(model)
     for one in wanted:

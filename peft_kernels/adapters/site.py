@@ -118,11 +118,23 @@ class AdapterSite(nn.Module):
         self._unhook()
         del self._links.parents[1]._modules[self.name]
 
-    def new_adapter(self, config: AdapterConfig) -> BottleneckAdapter:
-        """Where the sublayer is, in fp32 beside weights that have fewer bits. All zeros."""
-        weight = base_of(self._links.current()[1]).weight
-        dtype = weight.dtype if weight.dtype == torch.float64 else torch.float32
-        return BottleneckAdapter(config, self.place.features, weight.device, dtype)
+    def is_free(self) -> bool:
+        """Whether no other site stands where this one is or will be."""
+        return self._links.parents[1]._modules.get(self.name) in (None, self)
+
+    @property
+    def _weight(self) -> Tensor:
+        found: Tensor = base_of(self._links.current()[1]).weight
+        return found
+
+    @property
+    def device(self) -> torch.device:
+        return self._weight.device
+
+    def new_adapter(self, config: AdapterConfig, device: torch.device) -> BottleneckAdapter:
+        """In fp32 beside weights that have fewer bits. All zeros."""
+        dtype = torch.float64 if self._weight.dtype == torch.float64 else torch.float32
+        return BottleneckAdapter(config, self.place.features, device, dtype)
 
     def get(self, name: str) -> BottleneckAdapter | None:
         found: BottleneckAdapter | None = self.adapters._modules.get(name)  # type: ignore[assignment]
@@ -163,11 +175,12 @@ class AdapterSite(nn.Module):
             self._links.input = args[0]
 
     def _after_last(self, last: nn.Module, args: Any, output: Tensor) -> Tensor:
+        # Let go first: checkpointing breaks a recomputation off as soon as it has what it wants.
+        x = self._links.input
+        if x is not None:
+            self._links.input = None
         for adapter in self._working():
-            x = self._links.input
             if x is None and adapter.config.parallel:
                 raise RuntimeError(f"{self.place.first}: expected a call before {self.place.last}")
             output = adapter(x, output)
-        if self._links.input is not None:
-            self._links.input = None
         return output

@@ -225,6 +225,8 @@ def bottleneck(
         raise ValueError(f"x: expected a floating dtype of shape (..., in_features), got {_kind(x)}")
     if down.dim() != 2 or down.shape[1] != x.shape[-1]:
         raise ValueError(f"down: expected shape (r, {x.shape[-1]}), got {tuple(down.shape)}")
+    if not down.numel():
+        raise ValueError(f"down: expected elements, got shape {tuple(down.shape)}")
     if up.dim() != 2 or up.shape[1] != down.shape[0]:
         raise ValueError(f"up: expected shape (out_features, {down.shape[0]}), got {tuple(up.shape)}")
     shapes = {"down": (down, *down.shape), "up": (up, *up.shape)}

@@ -47,6 +47,18 @@ def test_trainer(base: str, tmp_path: Path) -> None:
     assert torch.equal(*generated)
 
 
+def test_trainer_of_a_model_loaded_in_4_bits(tmp_path: Path) -> None:
+    """transformers asks for PEFT there, until it is told that the model is an ordinary one."""
+    model = fm.bnb_llama(tmp_path / "base")
+    adapters.add(model, "task")
+    adapters.train(model, "task")
+    with pytest.raises(ValueError, match="purely quantized models"):
+        train(model, tmp_path)
+    model.is_quantized = False
+    losses = train(model, tmp_path)
+    assert sum(losses[-2:]) < 0.9 * sum(losses[:2]), losses
+
+
 def test_trainer_beside_lora(tmp_path: Path) -> None:
     model = fm.adapted(fm.llama("nf4"))
     adapters.add(model, "task")
