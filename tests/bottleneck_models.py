@@ -112,6 +112,10 @@ FAMILIES = {
         "LlamaForCausalLM", _TEXT | {"num_key_value_heads": 2}, text, ["model.layers.0", "model.layers.1"],
         ("self_attn.q_proj", "self_attn.o_proj"), ("mlp.up_proj", "mlp.down_proj"),
     ),
+    "phi3": Family(  # registers its attention's last layer first
+        "Phi3ForCausalLM", _TEXT | {"num_key_value_heads": 2}, text, ["model.layers.0", "model.layers.1"],
+        ("self_attn.qkv_proj", "self_attn.o_proj"), ("mlp.gate_up_proj", "mlp.down_proj"),
+    ),
 }  # fmt: skip
 
 

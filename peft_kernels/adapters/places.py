@@ -1,9 +1,9 @@
 """Where adapters go in a model, found by its structure.
 
 A layer of a transformer is an element of a ModuleList with one self-attention in it, and linear layers beside
-that, the feed-forward. A sublayer begins at its first linear layer that takes as many features as the model
-has, and ends at its last one that gives so many. Attention is told by its attribute's name, which holds "att"
-in every family of transformers; cross-attention by one that holds "cross" or "enc" too.
+that, the feed-forward. A sublayer ends at its last linear layer that gives as many features as the model has,
+and begins at its first other one that takes so many. Attention is told by its attribute's name, which holds
+"att" in every family of transformers; cross-attention by one that holds "cross" or "enc" too.
 """
 
 from __future__ import annotations
@@ -137,12 +137,12 @@ def _of_layer(name: str, layer: nn.Module, config: AdapterConfig) -> Iterator[Pl
 
 
 def _place(layer: str, kind: str, linears: Linears, features: int) -> Place:
-    first = [name for name, module in linears if _sizes(module)[0] == features]
-    last = [name for name, module in linears if _sizes(module)[1] == features]
-    if not first or not last or first[0] == last[-1]:
+    last = [name for name, module in linears if _sizes(module)[1] == features][-1:]
+    first = [name for name, module in linears if _sizes(module)[0] == features and name not in last]
+    if not first or not last:
         got = ", ".join(f"{name} {_sizes(module)}" for name, module in linears) or "no linear layers"
         raise ValueError(f"{layer}: expected {kind} from and to {features} features, got {got}")
-    return Place(layer, f"{layer}.{first[0]}", f"{layer}.{last[-1]}", features)
+    return Place(layer, f"{layer}.{first[0]}", f"{layer}.{last[0]}", features)
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:
