@@ -1,4 +1,4 @@
-"""A small checkpoint with all kinds of tensors, and ways to damage it at random."""
+"""Small checkpoints with all kinds of tensors, and ways to damage them at random."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 from peft_kernels.checkpoints.header import read_header
 from peft_kernels.checkpoints.writer import ShardWriter
+from peft_kernels.nf4_model import METHOD
 
 INDEX = "model.safetensors.index.json"
 STATE = "quant_state.bitsandbytes__nf4"
@@ -43,6 +44,39 @@ class Net(nn.Module):
         self.register_buffer("steps", torch.zeros(3, dtype=torch.int64))
 
 
+class Experts(nn.Module):
+    """Weights of four experts, saved as a module of transformers saves them."""
+
+    def __init__(self, dense: Tensor, nested: bool) -> None:
+        super().__init__()
+        self.out_features, self.in_features = dense.shape[1:]
+        self.weight = nn.Parameter(pk.NF4Weight.quantize(dense, 32, nested), requires_grad=False)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        weight: Any = self.weight
+        destination.update(weight.state_dict(prefix))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Half of the rows are the second expert's, the others the last one's."""
+        weight: Any = self.weight
+        ends = torch.tensor([0, len(x) // 2, len(x) // 2, len(x)], dtype=torch.int32)
+        return pk.ops.experts.experts_linear(x, ends, weight)
+
+
+class Mixture(nn.Module):
+    """As `Net`, with many experts in each weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(3)
+
+        def experts(rows: int, columns: int, nested: bool) -> nn.Module:
+            return Experts(torch.randn(4, rows, columns, generator=generator), nested)
+
+        self.up, self.odd, self.down = experts(40, 48, True), experts(7, 33, True), experts(48, 40, False)
+        self.norm = nn.LayerNorm(48)
+
+
 def tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
@@ -54,10 +88,10 @@ def write(path: Path, state: dict[str, Tensor]) -> None:
             writer.write(name, tensor)
 
 
-def sound(folder: Path) -> Path:
-    """A new folder with two shards, an index and a configuration."""
+def sound(folder: Path, model: nn.Module | None = None) -> Path:
+    """A new folder with two shards, an index and a configuration; of a `Net` by default."""
     folder.mkdir()
-    state = tensors(Net())
+    state = tensors(model or Net())
     first = {name: t for name, t in state.items() if name.startswith(("up.", "norm."))}
     second = {name: t for name, t in state.items() if name not in first}
     shards = {f"model-0000{i + 1}-of-00002.safetensors": part for i, part in enumerate((first, second))}
@@ -65,7 +99,8 @@ def sound(folder: Path) -> Path:
         write(folder / file, part)
     names = {name: file for file, part in shards.items() for name in part}
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}))
-    quantization = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    method = METHOD if isinstance(model, Mixture) else "bitsandbytes"
+    quantization = {"quant_method": method, "load_in_4bit": True}
     (folder / "config.json").write_text(json.dumps({"quantization_config": quantization}))
     return folder
 
@@ -201,7 +236,7 @@ def _state(path: Path) -> dict[str, Tensor]:
 def edit_json(folder: Path, rng: random.Random) -> None:
     path = _shard(folder, rng)
     state = _state(path)
-    name = rng.choice([name for name in state if name.endswith(STATE)])
+    name = rng.choice([name for name in state if ".quant_state." in name])
     numbers = json.loads(bytes(state[name].tolist()))
     for _ in range(rng.choice((1, 1, 2))):
         key = rng.choice((*numbers, "nested_offset", "more"))

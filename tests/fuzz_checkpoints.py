@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from checkpoint_damage import DAMAGE, Net, sound, tensors
-from torch import Tensor
+from checkpoint_damage import DAMAGE, Mixture, Net, sound, tensors
+from torch import Tensor, nn
 
 from peft_kernels.checkpoints.checks import faults
 from peft_kernels.checkpoints.folder import Checkpoint
@@ -28,14 +28,20 @@ from peft_kernels.checkpoints.load import load_checkpoint
 LONGEST_SENTENCE = 700
 
 
+class Sample:
+    """A model and a sound checkpoint of it."""
+
+    def __init__(self, folder: Path, model: nn.Module) -> None:
+        self.model, self.sound = model, sound(folder, model)
+        self.files = {path.name: path.read_bytes() for path in self.sound.iterdir()}
+
+
 class Fuzzer:
-    """Sound checkpoint and model, made once; every case damages a copy."""
+    """Sound checkpoints and models, made once; every case damages a copy. Each third is of packed experts."""
 
     def __init__(self, folder: Path) -> None:
-        self.sound, self.broken = folder / "sound", folder / "broken"
-        sound(self.sound)
-        self.files = {path.name: path.read_bytes() for path in self.sound.iterdir()}
-        self.model = Net()
+        layers, experts = Sample(folder / "layers", Net()), Sample(folder / "experts", Mixture())
+        self.samples, self.broken = (layers, layers, experts), folder / "broken"
         self.outcomes: Counter[str] = Counter()
 
     def case(self, number: int) -> None:
@@ -43,28 +49,29 @@ class Fuzzer:
         rng = random.Random(number)
         shutil.rmtree(self.broken, ignore_errors=True)
         self.broken.mkdir()
-        for name, data in self.files.items():
+        sample = self.samples[number % len(self.samples)]
+        for name, data in sample.files.items():
             (self.broken / name).write_bytes(data)
         kinds = list(DAMAGE)
         kind = rng.choices(kinds, [DAMAGE[k][1] for k in kinds])[0]
         DAMAGE[kind][0](self.broken, rng)
-        self.check(self.broken, kind)
+        self.check(sample, self.broken, kind)
 
-    def check(self, folder: Path, kind: str) -> None:
-        before = tensors(self.model)
+    def check(self, sample: Sample, folder: Path, kind: str) -> None:
+        model, before = sample.model, tensors(sample.model)
         try:
-            load_checkpoint(self.model, folder)
+            load_checkpoint(model, folder)
         except CheckpointError as error:
             check_sentence(str(error))
-            after = tensors(self.model)
+            after = tensors(model)
             assert before.keys() == after.keys() and all(same(before[k], after[k]) for k in before), (
                 "half-loaded"
             )
             self.outcomes[f"{kind} refused"] += 1
         else:
-            use(self.model)
+            use(model)
             self.outcomes[f"{kind} accepted"] += 1
-            load_checkpoint(self.model, self.sound)
+            load_checkpoint(model, sample.sound)
         try:
             found = list(faults(Checkpoint.examine(folder)))
         except CheckpointError as error:
@@ -77,11 +84,12 @@ def use(model: Any) -> None:
     """What was accepted computes, and reads nothing beyond its memory."""
     for layer in (model.up, model.odd, model.down):
         weight = layer.weight.dequantize(torch.float32)
-        assert weight.shape == (layer.out_features, layer.in_features)
-        layer(torch.ones(2, layer.in_features))
-        layer(torch.ones(17, layer.in_features, dtype=torch.bfloat16))
+        assert weight.shape[-2:] == (layer.out_features, layer.in_features)
+        layer(torch.ones(2, weight.shape[-1]))
+        layer(torch.ones(17, weight.shape[-1], dtype=torch.bfloat16))
         scales = layer.weight.absmax2 if layer.weight.double_quant else layer.weight.absmax
         assert bool(torch.isfinite(scales).all() and (scales >= 0).all()), "scales that no weight has"
+        assert bool(torch.isfinite(weight).all()), "weights that are not finite"
 
 
 def same(a: Tensor, b: Tensor) -> bool:

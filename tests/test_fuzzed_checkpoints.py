@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peft_kernels as pk
+from peft_kernels import experts_format
 from peft_kernels.checkpoints.header import CheckpointError, read_header
 from peft_kernels.integrations import bitsandbytes
 
@@ -76,4 +77,12 @@ def test_the_fuzzer_finds_a_reader_that_believes(tmp_path: Path, monkeypatch: py
     """Without the check of scales, it does not get through."""
     monkeypatch.setattr(bitsandbytes, "check_scales", lambda *_: None)
     with pytest.raises(AssertionError, match=r"case \d+: AssertionError: scales that no weight has"):
+        run(range(1000), tmp_path)
+
+
+def test_the_fuzzer_finds_a_reader_of_experts_that_believes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts_format, "expect", lambda *_: None)
+    with pytest.raises(AssertionError, match=r"case \d+: "):
         run(range(1000), tmp_path)
