@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import resource
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,7 @@ import peft_kernels as pk
 import testing
 from peft_kernels.checkpoints.folder import Checkpoint
 from peft_kernels.checkpoints.header import CheckpointError, read_header
+from peft_kernels.checkpoints.writer import ShardWriter
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -317,6 +319,34 @@ def test_a_file_that_shrinks_while_it_is_read(folder: Path) -> None:
     with pytest.raises(CheckpointError, match=r"up\.weight.*: expected \d+ bytes, got \d+"):
         for name in checkpoint:
             checkpoint[name]
+    with pytest.raises(CheckpointError, match=r"up\.weight.*: expected \d+ bytes, got \d+"):
+        for entry in checkpoint.entries.values():
+            list(entry.pieces(1000))
+
+
+@pytest.mark.parametrize("size", [1000, 100_000])
+def test_a_disk_that_is_full(size: int, tmp_path: Path) -> None:
+    """Here a limit on files. It may show when the buffer is written, be that after another error."""
+    path, limits = tmp_path / "a.safetensors", resource.getrlimit(resource.RLIMIT_FSIZE)
+    tensor = torch.zeros(size, dtype=torch.uint8)
+
+    def written(then: Exception | None = None) -> None:
+        with ShardWriter(path, {"x": (torch.uint8, (size,))}, {}) as writer:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
+            writer.write("x", tensor)
+            if then is not None:
+                raise then
+
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            written()
+        assert caught.value.filename == f"{path}.tmp"
+        if size == 1000:
+            with pytest.raises(ZeroDivisionError):
+                written(ZeroDivisionError())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list(tmp_path.iterdir())
 
 
 def test_duplicate_names_in_a_header(tmp_path: Path) -> None:

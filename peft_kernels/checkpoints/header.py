@@ -8,7 +8,7 @@ is checked against the size of the file before anything is allocated or read.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -68,14 +68,33 @@ class Entry:
                 file.seek(self.begin)
                 got = file.readinto(buffer) if self.nbytes else 0
         except OSError as error:
-            raise CheckpointError(
-                f"{self.path.name}: {shown(self.name)} cannot be read ({error.strerror})"
-            ) from error
+            raise self._unreadable(error) from error
         if got != self.nbytes:
-            raise CheckpointError(
-                f"{self.path.name}: {shown(self.name)}: expected {self.nbytes} bytes, got {got}"
-            )
+            raise self._shorter(got)
         return data.view(self.dtype).view(self.shape)
+
+    def pieces(self, nbytes: int) -> Iterator[bytes]:
+        """Its bytes, so many at a time. Errors as `read`."""
+        left = self.nbytes
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self.begin)
+                while left:
+                    data = file.read(min(left, nbytes))
+                    if not data:
+                        raise self._shorter(self.nbytes - left)
+                    left -= len(data)
+                    yield data
+        except OSError as error:
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"{self.path.name}: {shown(self.name)} cannot be read ({error.strerror})")
+
+    def _shorter(self, got: int) -> CheckpointError:
+        return CheckpointError(
+            f"{self.path.name}: {shown(self.name)}: expected {self.nbytes} bytes, got {got}"
+        )
 
     def row(self, index: int) -> Entry:
         """One of those that the first dimension counts."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -30,7 +31,7 @@ def file_size(layout: Layout, metadata: Mapping[str, str]) -> int:
 
 class ShardWriter:
     """Writes into `NAME.tmp`; leaving the `with` block without an error gives the file its name, with all of
-    it on the disk.
+    it on the disk. After an error nothing is left. An OSError (a full disk) names the file.
 
     The header stands first, but how long the texts are is known last. So room is left for the longest header
     that there can be, and the texts go to the end; what is too much of the room becomes spaces, which the
@@ -81,15 +82,8 @@ class ShardWriter:
     def copy(self, entry: Entry) -> None:
         """The bytes of a tensor of another file, a few megabytes at a time."""
         self._seek(entry.name)
-        with entry.path.open("rb") as source:
-            source.seek(entry.begin)
-            left = entry.nbytes
-            while left:
-                data = source.read(min(left, _CHUNK))
-                if not data:
-                    raise CheckpointError(f"{entry.path.name}: {entry.name} is truncated")
-                self._file.write(data)
-                left -= len(data)
+        for data in entry.pieces(_CHUNK):
+            self._file.write(data)
         self._left.remove(entry.name)
 
     def __exit__(
@@ -101,9 +95,19 @@ class ShardWriter:
                 self._file.close()
                 os.replace(self._temporary, self._path)
                 sync_folder(self._path.parent)
+        except OSError as failure:
+            self._name(failure)
+            raise
         finally:
-            self._file.close()
+            self._name(error)
+            with suppress(OSError):  # what is buffered does not fit either
+                self._file.close()
             self._temporary.unlink(missing_ok=True)
+
+    def _name(self, error: BaseException | None) -> None:
+        """The system does not say which file it could not write."""
+        if isinstance(error, OSError) and error.filename is None:
+            error.filename = str(self._temporary)
 
     def _seek(self, name: str, offset: int = 0) -> None:
         self._file.seek(8 + self._room + self._offsets[name][0] + offset)
