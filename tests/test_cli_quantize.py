@@ -337,6 +337,23 @@ def test_without_a_known_architecture_names_and_shapes_decide(source: Path, tmp_
         quantize_checkpoint(unknown, tmp_path / "other", skip=["nothing"])
 
 
+@pytest.mark.parametrize("architectures", [None, ["LlamaWithMore"]])
+def test_a_head_is_left_where_only_the_base_is_known(
+    architectures: Any, source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else bitsandbytes' loaders make a 4-bit layer of it, which cannot compute."""
+    config = json.loads((source / "config.json").read_text()) | {"architectures": architectures}
+    (source / "config.json").write_text(json.dumps(config))
+    assert main(["quantize", str(source), str(tmp_path / "target")]) == 0
+    text = capsys.readouterr().out
+    assert "14 linear layers" in text and "1 left (lm_head): a head, it seems, which LlamaModel lacks" in text
+    written = json.loads((tmp_path / "target" / "config.json").read_text())["quantization_config"]
+    assert written["llm_int8_skip_modules"] == ["lm_head"]
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    model = transformers.LlamaForCausalLM.from_pretrained(tmp_path / "target")
+    assert type(model.lm_head) is torch.nn.Linear
+
+
 def test_files_behind_links_are_copied(source: Path, tmp_path: Path) -> None:
     """The Hub's cache is made of links."""
     linked = tmp_path / "linked"

@@ -88,8 +88,10 @@ def _by_classes(checkpoint: Checkpoint, model: Any, skip: tuple[str, ...], exper
         chosen, left = choose_layers(model, skip)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-    skip_modules = [] if experts else _leave_to_bitsandbytes(model, chosen, left)
     names, every = Names(model), dict(model.named_modules())
+    heads = _heads_it_lacks(checkpoint, names, every, chosen)
+    left |= dict.fromkeys(heads, f"a head, it seems, which {type(model).__name__} lacks")
+    skip_modules = [] if experts else _leave_to_bitsandbytes(model, chosen, left, heads)
     modules, left_experts = choose_experts(model, skip)
     weights = find(checkpoint, model, modules, names)
     left |= left_experts
@@ -123,14 +125,30 @@ def _by_classes(checkpoint: Checkpoint, model: Any, skip: tuple[str, ...], exper
     return choice
 
 
-def _leave_to_bitsandbytes(model: Any, chosen: dict[str, nn.Module], left: dict[str, str]) -> list[str]:
-    """Leave what its loaders do not read in 4 bits; the names of all linear layers that stay."""
+def _heads_it_lacks(
+    checkpoint: Checkpoint, names: Names, every: dict[str, Any], chosen: dict[str, nn.Module]
+) -> list[str]:
+    """Without the class of a model its base was built; whoever loads the files may build the head too."""
+    found = []
+    for name, entry in checkpoint.entries.items():
+        owner, _dot, item = names.in_model(name)[0].rpartition(".")
+        here = owner in every or bool(re.search(r"\.\d+\.", owner))
+        head = item == "weight" and owner and not here and len(entry.shape) == 2
+        if head and not any(_skips([owner], other) for other in chosen):
+            found.append(owner)
+    return found
+
+
+def _leave_to_bitsandbytes(
+    model: Any, chosen: dict[str, nn.Module], left: dict[str, str], heads: list[str]
+) -> list[str]:
+    """Leave what its loaders do not read in 4 bits; names of heads, and of all linear layers that stay."""
     for name, module in list(chosen.items()):
         if type(module) is not nn.Linear and type(module).__name__ != "Conv1D":
             del chosen[name]
             left[name] = f"a {type(module).__name__}, which bitsandbytes' loaders do not read in 4 bits"
     linear = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"]
-    skip_modules = sorted(set(linear) - chosen.keys())
+    skip_modules = sorted({*heads, *linear} - chosen.keys())
     for name in [name for name in chosen if _skips(skip_modules, name)]:
         del chosen[name]
         left[name] = "its name ends like that of a layer that stays, and loaders go by that"
