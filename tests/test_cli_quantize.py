@@ -363,6 +363,10 @@ def test_files_behind_links_are_copied(source: Path, tmp_path: Path) -> None:
             (linked / path.name).symlink_to(path)
     quantize_checkpoint(linked, tmp_path / "target")
     assert not any(path.is_symlink() for path in (tmp_path / "target").iterdir())
+    (linked / "notes.md").symlink_to("nowhere.md")
+    with pytest.raises(CheckpointError, match=r"notes\.md: expected a file to copy, got a broken link"):
+        quantize_checkpoint(linked, tmp_path / "other", progress=lambda *_: pytest.fail("too late"))
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "linked", "target"}
 
 
 def test_the_writer_keeps_to_the_format(source: Path, tmp_path: Path) -> None:

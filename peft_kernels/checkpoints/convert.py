@@ -110,7 +110,8 @@ def quantize_checkpoint(
         conversion.bytes_before = sum(entry.nbytes for entry in checkpoint.entries.values())
         conversion.bytes_after = sum(shard.size for shard in shards)
         conversion.taken_over = [shard.name for shard in shards if (model / shard.name).exists()]
-        _check_space(model, sum(s.size for s in shards if s.name not in conversion.taken_over))
+        others = sum((source / name).stat().st_size for name in conversion.copied)
+        _check_space(model, sum(s.size for s in shards if s.name not in conversion.taken_over) + others)
         started(conversion)
         for shard in shards:
             if shard.name in conversion.taken_over:
@@ -187,6 +188,9 @@ def _others(source: Path, checkpoint: Checkpoint) -> list[str]:
         for name in sorted(files):
             weights = name.endswith((".safetensors", *OTHER_WEIGHTS)) or name.endswith(".index.json")
             if not weights and not name.startswith(".") and str(here / name) != CONFIG:
+                if not (source / here / name).exists():  # told now, not when all else is done
+                    path = source / here / name
+                    raise CheckpointError(f"{path}: expected a file to copy, got a broken link")
                 found.append(str(here / name))
     return found
 

@@ -15,7 +15,7 @@ from .header import CheckpointError, Entry, read_header, shown
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 _LARGEST_JSON = 100_000_000
-OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".ot")
+OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot")
 
 
 @dataclass
