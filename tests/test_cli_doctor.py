@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -136,6 +137,18 @@ def test_as_a_module_and_its_exit_codes() -> None:
     found = call("inspect", "/no/such/place", "--json")
     assert found.returncode == 1 and "got nothing there" in json.loads(found.stdout)["error"]
     assert found.stderr.startswith("peft-kernels: /no/such/place: ")
+
+
+def test_a_reader_that_has_seen_enough(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`peft-kernels info --json | head -1`; without JSON, rich sees to it."""
+    out, into = os.pipe()
+    os.close(out)
+    with os.fdopen(into, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert main(["info", "--json"]) == 1
+    assert not capsys.readouterr().err
 
 
 def test_wrong_arguments_and_what_the_system_refuses(

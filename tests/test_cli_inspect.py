@@ -155,17 +155,17 @@ def test_without_rich(
 def test_in_a_terminal(
     folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Colours, and a bar on stderr; names in brackets are no markup."""
+    """Colours, and a bar on stderr; no name is markup, in the table or a sentence."""
     pytest.importorskip("rich", reason="rich is not installed")
     for name, value in {"FORCE_COLOR": "1", "TERM": "xterm-256color", "COLUMNS": "200"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     path = folder / "model-00001-of-00002.safetensors"
-    write(path, {"[bold]up.0.x": torch.full((4,), float("nan"))})
+    write(path, {"[bold]:cat:[/red].0.x": torch.full((4,), float("nan"))})
     assert main(["inspect", str(path)]) == 1
     out, err = capsys.readouterr()
-    assert "\x1b[31m" in out and "[bold]up.0.x" in out and "4 of 4 values" in out
+    assert "\x1b[31m" in out and out.count("[bold]:cat:[/red].0.x") == 2 and "4 of 4 values" in out
     assert "checking" in err and "16/16 bytes" in err
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 
 from ..checkpoints.header import CheckpointError
@@ -38,11 +39,15 @@ def main(argv: list[str] | None = None) -> int:
     # Its remarks are on a model that is never run.
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:
-        return OK if arguments.run(arguments, out) else FAILED
+        well = arguments.run(arguments, out)
+        sys.stdout.flush()
+        return OK if well else FAILED
     except CheckpointError as error:
         out.error(str(error))
     except KeyboardInterrupt:
         out.error("interrupted")
+    except BrokenPipeError:  # `| head` has seen enough; what Python flushes at its end must not raise again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         out.error(f"{error.filename or 'system'}: {error.strerror or error}")
     return FAILED

@@ -21,11 +21,12 @@ class Output:
             except ImportError:
                 pass
             else:
-                self._console = Console(highlight=False, soft_wrap=True)
+                # Names of files and tensors are shown as they are, brackets and colons too.
+                self._console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
     def say(self, text: str, style: str = "") -> None:
         if self._console is not None:
-            self._console.print(text, style=style or None, markup=False)
+            self._console.print(text, style=style or None)
         elif not self.as_json:
             print(text)
 
@@ -41,7 +42,7 @@ class Output:
                 table.add_column(name, justify="right" if aligned else "left")
             for row in rows:
                 table.add_row(*row)
-            self._console.print(table, markup=False)
+            self._console.print(table)
         elif not self.as_json:
             widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
             for row in (names, *rows):
