@@ -94,6 +94,17 @@ def dynamic_map(device: torch.device, signed: bool = True) -> torch.Tensor:
 
 
 @lru_cache(maxsize=16)
+def moment_values(device: torch.device, signed: bool) -> torch.Tensor:
+    """What the codes of an optimizer's moments are read as, fp32 (256,): the first moment's (signed) are a
+    dynamic map. Of the second's, code 0 stands for all up to the first midpoint, and is read as half of that:
+    as 0 it would divide a first moment that is not 0 by eps alone, and throw the parameter far off."""
+    values = dynamic_map(torch.device("cpu"), signed).clone()
+    if not signed:
+        values[0] = dynamic_thresholds(torch.device("cpu"), signed)[0] * 0.5
+    return values.to(device)
+
+
+@lru_cache(maxsize=16)
 def dynamic_thresholds(device: torch.device, signed: bool = True) -> torch.Tensor:
     """Midpoints of a dynamic map, fp32 (255,): the code of x is the number of midpoints m with x > m, so that
     a tie takes the lower code."""

@@ -133,6 +133,22 @@ def test_unsigned_codes_are_the_nearest(backend: str) -> None:
     assert torch.equal(args[STATE2][0], torch.bucketize(m * m, dynamic_thresholds(CPU, False)).byte())
 
 
+def test_a_second_moment_too_small_for_a_code_divides_by_more_than_eps(backend: str) -> None:
+    """Read as 0 it would let the parameter jump by a thousand learning rates here."""
+    gradients = torch.tensor([1.0, 1e-4, 0.0, -1e-4]).repeat(75)
+    args = list(moment_args(gradients))
+    args[10], args[11], args[9] = [0.9], [0.999], torch.tensor([1e-3])
+    run(tuple(args), backend)
+    assert (args[STATE2][0][1::2] == 0).all() and (args[STATE1][0][1::4] != 127).all()
+    args[GRADS], args[STEP] = [torch.zeros(300)], torch.tensor([2])
+    before, want = args[PARAMS][0].clone(), copied(tuple(args))
+    run(tuple(args), backend)
+    run(want)
+    moved = (args[PARAMS][0] - before).abs()
+    assert (moved[1::2] > 1e-5).all() and (moved < 2e-3).all() and (moved[2::4] == 0).all()
+    assert_same(tuple(args), want, exact_params=False)
+
+
 @pytest.mark.parametrize("kind", ["adamw", "lion"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_what_is_not_finite_stays_with_its_own_parameter(backend: str, kind: str, bad: float) -> None:

@@ -52,4 +52,16 @@ inline constexpr float kUnsignedDynamicMap[nf4::kDynamicCodes] = {
 };
 // clang-format on
 
+// What codes of a second moment are read as: the map, but for code 0 (code_tables.py, moment_values).
+struct SecondMoments {
+  float value[nf4::kDynamicCodes];
+};
+constexpr SecondMoments second_moments() {
+  SecondMoments out{};
+  for (int i = 0; i < nf4::kDynamicCodes; ++i) out.value[i] = kUnsignedDynamicMap[i];
+  out.value[0] = kUnsignedDynamicMap[1] * 0.25f;
+  return out;
+}
+inline constexpr SecondMoments kSecondMoments = second_moments();
+
 }  // namespace peft_kernels

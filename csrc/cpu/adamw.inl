@@ -87,14 +87,15 @@ inline Vec inverse_of(float absmax) {
 
 // out = map[codes] * absmax for a block of `count`, and zeros up to its end.
 template <bool kWhole>
-inline void decode_block(const Codebook& book, const uint8_t* codes, uint8_t zero_code, float absmax,
-                         int64_t count, float* out) {
+inline void decode_block(const Codebook& book, const uint8_t* codes, float absmax, int64_t count,
+                         float* out) {
   uint8_t padded[kStateBlock];
   if (!kWhole) {
-    memset(padded, zero_code, sizeof(padded));
+    memset(padded, 0, sizeof(padded));
     codes = static_cast<const uint8_t*>(memcpy(padded, codes, count));
   }
   for (int64_t i = 0; i < kStateBlock; i += kCodeRun) book.decode(codes + i, splat(absmax), out + i);
+  if (!kWhole) memset(out + count, 0, (kStateBlock - count) * sizeof(*out));
 }
 
 // The moments of a block that are computed and have to be written as codes.
@@ -196,7 +197,7 @@ struct Step8bit {
   StepElements<T> elements;
   const StepTensor& t;
   uint8_t *const codes1, *const codes2;
-  const Codebook book1{nf4::kDynamicMap}, book2{kUnsignedDynamicMap};
+  const Codebook book1{nf4::kDynamicMap}, book2{kSecondMoments.value};
   CodedBlock<kLion> before;
   alignas(64) float moments[2][2][kStateBlock];  // of this block and of the one before
 
@@ -219,8 +220,8 @@ struct Step8bit {
     const int64_t index = first / kStateBlock;
     float *m = moments[index % 2][0], *v = moments[index % 2][1];
     elements.begin(first, count);
-    decode_block<kWhole>(book1, codes1 + first, kSignedZero, t.absmax1[index], count, m);
-    if (!kLion) decode_block<kWhole>(book2, codes2 + first, 0, t.absmax2[index], count, v);
+    decode_block<kWhole>(book1, codes1 + first, t.absmax1[index], count, m);
+    if (!kLion) decode_block<kWhole>(book2, codes2 + first, t.absmax2[index], count, v);
     VecI bits1 = zero_bits(), bits2 = zero_bits();
     for (int64_t run = 0; run < (kWhole ? kStateBlock : count); run += kCodeRun) {
       for (int64_t i = run; i < run + kCodeRun; i += kLanes) {

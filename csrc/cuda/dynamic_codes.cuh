@@ -12,7 +12,7 @@
 
 namespace peft_kernels::cuda {
 
-DEVICE_TABLE Table<nf4::kDynamicCodes> kUnsignedDynamicTable(kUnsignedDynamicMap);
+DEVICE_TABLE Table<nf4::kDynamicCodes> kSecondMomentTable(kSecondMoments.value);
 
 // The bins of [0, 2): binades from 2^kLowest on, below which all is 0, and the bin that begins with 1. Where
 // the map is signed, those of the negative numbers follow, by the complement of their mantissas.
@@ -79,7 +79,7 @@ struct DynamicCodes {
             load_constant(reinterpret_cast<const Words4*>(from + i)));
     }
     for (int i = thread_index(); i < nf4::kDynamicCodes; i += kThreads) {
-      map[i] = kSigned ? kDynamicTable.value[i] : kUnsignedDynamicTable.value[i];
+      map[i] = kSigned ? kDynamicTable.value[i] : kSecondMomentTable.value[i];
     }
   }
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..code_tables import dynamic_map, dynamic_thresholds
+from ..code_tables import dynamic_thresholds, moment_values
 from .dropout import philox
 from .registry import Op
 
@@ -51,9 +51,10 @@ class AdamW(Op):
     `factor` (0-dim fp32, as of `clip_factor`) it is that, whatever the two are: for a step that is made of
     several calls. Where found_inf (one element, fp32) is not 0, nothing is changed.
 
-    8 bits: a moment is map[code] * absmax. It is written as absmax = max |x| over the block, and the number
-    of midpoints of the map that x * (1 / absmax) exceeds, so that a tie takes the lower code; 1 / absmax
-    counts as 0 where it overflows. NaN or Inf in a gradient makes its own element of the parameter NaN, as in
+    8 bits: a moment is map[code] * absmax, but for code 0 of the second, which is read as half the map's first
+    midpoint (`code_tables.moment_values` says why; bitsandbytes reads 0). It is written as absmax = max |x|
+    over the block, and the number of midpoints of the map that x * (1 / absmax) exceeds, so that a tie takes
+    the lower code; 1 / absmax counts as 0 where it overflows. NaN or Inf in a gradient makes its own element of the parameter NaN, as in
     torch (for "lion" Inf is a gradient of its sign), and all of them where max_grad_norm > 0. Moments in 8
     bits stay finite: an element of which a moment is not writes 0 in both. (In bitsandbytes the absmax, and
     with it 256 elements, are lost.)
@@ -172,7 +173,7 @@ def _moment(state: Tensor, absmax: Tensor, signed: bool, acc: torch.dtype) -> Te
     if state.dtype != torch.uint8:
         return flat.to(acc)
     scale = absmax.repeat_interleave(STATE_BLOCK)[: flat.numel()]
-    return (dynamic_map(flat.device, signed)[flat.long()] * scale).to(acc)
+    return (moment_values(flat.device, signed)[flat.long()] * scale).to(acc)
 
 
 def _write_moment(x: Tensor, finite: Tensor, state: Tensor, absmax: Tensor, signed: bool) -> None:

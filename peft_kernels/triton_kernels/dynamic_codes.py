@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..code_tables import dynamic_map, dynamic_thresholds
+from ..code_tables import dynamic_thresholds, moment_values
 from .launch import takes_ptx
 
 
@@ -22,7 +22,7 @@ class Codes(NamedTuple):
 
 
 def codes_on(device: torch.device, signed: bool) -> Codes:
-    return Codes(dynamic_map(device, signed), dynamic_thresholds(device, signed))
+    return Codes(moment_values(device, signed), dynamic_thresholds(device, signed))
 
 
 LOG10_2 = math.log10(2)
