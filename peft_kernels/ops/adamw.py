@@ -51,13 +51,13 @@ class AdamW(Op):
     `factor` (0-dim fp32, as of `clip_factor`) it is that, whatever the two are: for a step that is made of
     several calls. Where found_inf (one element, fp32) is not 0, nothing is changed.
 
-    8 bits: a moment is map[code] * absmax, but for code 0 of the second, which is read as half the map's first
-    midpoint (`code_tables.moment_values` says why; bitsandbytes reads 0). It is written as absmax = max |x|
-    over the block, and the number of midpoints of the map that x * (1 / absmax) exceeds, so that a tie takes
-    the lower code; 1 / absmax counts as 0 where it overflows. NaN or Inf in a gradient makes its own element of the parameter NaN, as in
-    torch (for "lion" Inf is a gradient of its sign), and all of them where max_grad_norm > 0. Moments in 8
-    bits stay finite: an element of which a moment is not writes 0 in both. (In bitsandbytes the absmax, and
-    with it 256 elements, are lost.)
+    8 bits: a moment is map[code] * absmax, but for code 0 of the second, which is read as half the map's
+    first midpoint (`code_tables.moment_values` says why; bitsandbytes reads 0). It is written as absmax =
+    max |x| over the block, and the number of midpoints of the map that x * (1 / absmax) exceeds, so that a
+    tie takes the lower code; 1 / absmax counts as 0 where it overflows. NaN or Inf in a gradient makes its
+    own element of the parameter NaN, as in torch (for "lion" Inf is a gradient of its sign), and all of
+    them where max_grad_norm > 0. Moments in 8 bits stay finite: an element of which a moment is not writes
+    0 in both. (In bitsandbytes the absmax, and with it 256 elements, are lost.)
 
     p is rounded to its dtype to nearest. With `seed` (0-dim int64), a bf16 parameter is rounded to one of its
     two neighbours: 16 random bits are added below its own and what is left there is cut off. They are the
