@@ -188,10 +188,13 @@ def compile_all(targets: Sequence[str]) -> list[Code]:
         return list(pool.map(_compiled_at, *zip(*jobs, strict=True), chunksize=4))
 
 
+def kind_of(target: str) -> tuple[str, ...]:
+    return next((kind for kind in KINDS if target in kind), (target,))
+
+
 def _turns(target: str, targets: Sequence[str]) -> list[int]:
     """Which of `different(target)` are that target's."""
-    kind = next((kind for kind in KINDS if target in kind), (target,))
-    present = [one for one in kind if one in targets]
+    present = [one for one in kind_of(target) if one in targets]
     variants: dict[str, list[int]] = {}
     for i, item in enumerate(different(target)):
         variants.setdefault(item.kernel.__name__, []).append(i)
