@@ -29,9 +29,10 @@ a, b = torch.randn(8, 64, requires_grad=True), torch.randn(96, 8, requires_grad=
 x = torch.randn(5, 64, requires_grad=True)
 y = pk.lora_linear(x, weight, a, b, 2.0)
 want = x @ weight.dequantize(torch.float32).t() + 2.0 * (x @ a.t()) @ b.t()
-torch.testing.assert_close(y, want, rtol=1e-4, atol=1e-3)
 grads = [torch.autograd.grad(out.square().sum(), (x, a, b)) for out in (y, want)]
-torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-3)
+# Sums of fp32 terms are off by what the largest are rounded to, also where they cancel.
+for got, expected in zip((y, *grads[0]), (want, *grads[1]), strict=True):
+    torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 """
 
 
