@@ -12,6 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 import peft_kernels as pk
 import testing
+from peft_kernels.cli import memory
+from peft_kernels.cli.sizes import Model, Run
 
 SIZES = {
     "vocab_size": 96,
@@ -62,3 +64,14 @@ class Live(TorchDispatchMode):
 
     def _gone(self, nbytes: int) -> None:
         self.now -= nbytes
+
+
+def most_planned_by_measured(real: Any, model: Model, run: Run, checkpointing: bool) -> float:
+    """Of a step's backward: what is alive at most beside weights, adapters and the optimiser's states."""
+    loss_of(real, run.batch, run.seq).loss.backward()
+    gradients = [p.grad for p in real.parameters() if p.grad is not None]
+    with Live([*real.parameters(), *real.buffers(), *gradients]) as live:
+        loss_of(real, run.batch, run.seq).loss.backward()
+    fixed = memory.weights(model, run) + memory.adapters(model, run) + memory.optimiser(model, run)
+    planned = memory.total(model, run, checkpointing) - fixed
+    return planned / (live.most + sum(g.nbytes for g in gradients))
