@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from ranks import found_by_rank
 from sharded_models import (
     CUT_ALIKE,
     RANKS,
@@ -359,18 +360,8 @@ def results() -> dict[int, dict[str, str]]:
     context.set_forkserver_preload(
         ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "pytest"]
     )
-    queue = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        processes = [
-            context.Process(target=work, args=(r, port, folder, queue), daemon=True) for r in range(RANKS)
-        ]
-        for process in processes:
-            process.start()
-        found = dict(queue.get(timeout=240) for _ in processes)
-        for process in processes:
-            process.join(timeout=60)
-            assert process.exitcode == 0
-    return found
+        return found_by_rank(context, RANKS, work, port, folder)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
