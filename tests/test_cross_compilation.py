@@ -139,14 +139,13 @@ def test_nothing_is_read_on_the_host(target: str) -> None:
         torch.empty((), device="meta").item()
 
 
-@pytest.mark.parametrize("target", ("sm80", "sm86", "sm89"))
-def test_the_machine_of_tests_knows_every_instruction(target: str) -> None:
-    """`make triton-ptx` runs what its tests reach: this is all that there is."""
+def test_the_machine_of_tests_knows_every_instruction() -> None:
+    """`make triton-ptx` runs what its tests reach: this is all that there is, for the card that it is for."""
     if reason := testing.unavailable("ptx"):
         pytest.skip(f"ptx: {reason}")
-    require(target)
-    with triton_code.compiling_for(target):
-        for item in triton_code.different(target):
+    require("sm80")
+    with triton_code.compiling_for("sm80"):
+        for item in triton_code.different("sm80"):
             made = triton_code.warm_up(item)
             ptx.BACKEND.extension.load(made.asm["ptx"]).read_all()
 
