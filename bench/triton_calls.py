@@ -53,6 +53,7 @@ def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterat
         yield from _products(dtype, nested)
         first = dtype == dtypes[0]
         yield from _adapters(dtype, nested, adapters_on_every_line and first)
+        yield from _bottlenecks(dtype)
         yield from _experts(dtype, nested)
         if first:
             yield from _lists(dtype)
@@ -140,6 +141,23 @@ def _adapters(dtype: torch.dtype, nested: bool, every: bool) -> Iterator[Call]:
     yield Call(
         "lora_linear_backward", (x, x, h, *nf4(SMALL, SMALL, nested), a, b, 0.5, 0.3, seed, None, *needs)
     )
+
+
+def _bottlenecks(dtype: torch.dtype) -> Iterator[Call]:
+    """Few rows with all that there may be, in fp32; many with as little as there may be, in the type of x."""
+    seed, n = empty(dtype=torch.int64), WHOLE + SMALL
+    for m, kept, p in ((FEW, FP32, 0.3), (MANY, FP32, 0.0), (MANY, dtype, 0.0)):
+        x, out = empty(m, WHOLE, dtype=dtype), n if p else WHOLE
+        down, up = empty(RANKS, WHOLE, dtype=kept), empty(out, RANKS, dtype=kept)
+        dy, biases = (
+            empty(m, out, dtype=dtype),
+            [empty(size, dtype=kept) if p else None for size in (RANKS, out)],
+        )
+        rest = "gelu", 0.5, p, seed if p else None
+        beside = empty(m, out, dtype=dtype) if p else None
+        yield Call("bottleneck", (x, beside, None, None, 0.0, down, biases[0], up, biases[1], *rest))
+        args = dy, x, empty(m, RANKS), None, None, 0.0, down, up, *rest, not p
+        yield Call("bottleneck_backward", (*args, True, False, True, True, True))
 
 
 def _experts(dtype: torch.dtype, nested: bool) -> Iterator[Call]:

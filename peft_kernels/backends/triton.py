@@ -27,6 +27,8 @@ MINIMUM = (8, 0)
 COMPOSITES_WITH_KERNELS = frozenset(
     (
         "adamw",
+        "bottleneck",
+        "bottleneck_backward",
         "clip_factor",
         "experts_linear",
         "experts_linear_dx",

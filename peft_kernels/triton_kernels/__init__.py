@@ -4,6 +4,7 @@ Importing this package imports Triton, so that only back end `triton` does it, w
 """
 
 from .adamw import adamw, clip_factor
+from .bottleneck import bottleneck, bottleneck_backward
 from .dora import dora_scale, dora_scale_backward
 from .dora_norm import dora_norm
 from .dropout import dropout
@@ -21,6 +22,8 @@ from .nf4 import dequantize_nf4, quantize_absmax, quantize_nf4, unpack_absmax
 
 __all__ = [
     "adamw",
+    "bottleneck",
+    "bottleneck_backward",
     "check_usable",
     "clip_factor",
     "dequantize_nf4",

@@ -18,7 +18,7 @@ from torch import Tensor
 from .dropout import kept, known_mask
 from .launch import VARYING, Config, cdiv, config, launch, power_of_2, varying
 from .lora_adapters import Delta, DeltaArgs, Seen, SeenArgs, delta_args, delta_tile
-from .products import add_part, dot, parts_of, split_sum, store_tile, sum_splits
+from .products import add_part, dot, parts_of, split_sum, store_tile, sum_splits, type_of
 
 MAX_RANKS = 64  # of a program
 SHRINKS, SUMS, DELTAS = 2, 4, 2
@@ -90,6 +90,20 @@ def load_seen(job, row, there, first, QUADS: tl.constexpr, BLOCK_F: tl.constexpr
 
 
 @triton.jit
+def rank_sum(job, row, there, r, begin, end, QUADS: tl.constexpr, BLOCK_F: tl.constexpr):
+    """mask(x) factor [rows, ranks], summed over features from `begin` to `end`."""
+    acc = tl.zeros((row.shape[0], r.shape[0]), tl.float32)
+    for start in range(begin, end, BLOCK_F):
+        tile = load_seen(job, row, there, start, QUADS, BLOCK_F)
+        feature = start + tl.arange(0, BLOCK_F)
+        at = feature.to(tl.int64)[:, None] * job.factor_stride
+        at += r.to(tl.int64)[None, :] * job.factor_rank_stride
+        inside = (feature < job.features)[:, None] & (r < job.rank)[None, :]
+        acc = add_part(acc, dot(tile, tl.load(job.factor + at, mask=inside, other=0.0), tl.float32))
+    return acc
+
+
+@triton.jit
 def shrink_tile(
     job,
     program,
@@ -108,14 +122,7 @@ def shrink_tile(
     there = is_served(job.seen, row, m)
     depth = (job.split >> 4) * BLOCK_F
     begin = split * depth
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(begin, tl.minimum(begin + depth, job.features), BLOCK_F):
-        tile = load_seen(job, row, there, start, QUADS, BLOCK_F)
-        feature = start + tl.arange(0, BLOCK_F)
-        at = feature.to(tl.int64)[:, None] * job.factor_stride
-        at += r.to(tl.int64)[None, :] * job.factor_rank_stride
-        inside = (feature < job.features)[:, None] & (r < job.rank)[None, :]
-        acc = add_part(acc, dot(tile, tl.load(job.factor + at, mask=inside, other=0.0), tl.float32))
+    acc = rank_sum(job, row, there, r, begin, tl.minimum(begin + depth, job.features), QUADS, BLOCK_F)
     # Where the factor has Inf or NaN, zeros times it are not zeros.
     acc = tl.where(there[:, None], acc * job.scale, 0.0)
     total, last = sum_splits(acc, parts, (job.first >> 4) + program - split, split, splits)
@@ -320,12 +327,15 @@ def _expand(
     found: tuple[DeltaArgs, ...] = tuple(filter(None, map(delta_args, deltas)))
     seen = tuple(delta.seen.args for delta in deltas)
     args = total, tuple(terms) or None, found or None, seen or None, out, m, features
-    block_r = ranks_of(max((delta.v.shape[1] for delta in deltas), default=0))
-    if in_fp32:
-        block_r = min(block_r, 16)  # a longer chain of sums in fp32 would show
-    constants = {"DTYPE": getattr(tl, str(dtype).removeprefix("torch.")), "QUADS": features % 4 == 0}
+    block_r = summed_ranks_of(max((delta.v.shape[1] for delta in deltas), default=0), dtype)
+    constants = {"DTYPE": type_of(dtype), "QUADS": features % 4 == 0}
     launch(expand_kernel, grid, *args, config=tiles, BLOCK_R=block_r, **constants)
 
 
 def ranks_of(rank: int) -> int:
     return min(max(power_of_2(rank), 16), MAX_RANKS)
+
+
+def summed_ranks_of(rank: int, dtype: torch.dtype) -> int:
+    """How many of them `delta_tile` sums at a time: a longer chain of sums in fp32 would show."""
+    return min(ranks_of(rank), 16) if dtype == torch.float32 else ranks_of(rank)

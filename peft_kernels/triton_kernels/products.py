@@ -78,6 +78,25 @@ def add_part(acc, part):
 
 
 @triton.jit
+def wait_for_stores(place):
+    """Until all threads of the program have stored what they stored. `place` points to an integer in memory,
+    which stays as it is."""
+    if on_amd():  # a barrier does not wait for what other waves store: each of them does here
+        each = tl.zeros((MOST_THREADS,), tl.int64)
+        tl.atomic_or(place + each, each.to(place.dtype.element_ty), sem="release", scope="gpu")
+    tl.debug_barrier()
+
+
+@triton.jit
+def see_stores(place):
+    """What threads of the program have stored is there for its others from here on. `place` as above."""
+    wait_for_stores(place)
+    if on_amd():  # nor does it renew what a wave's cache holds
+        each = tl.zeros((MOST_THREADS,), tl.int64)
+        tl.atomic_or(place + each, each.to(place.dtype.element_ty), sem="acquire", scope="gpu")
+
+
+@triton.jit
 def sum_splits(acc, parts, first, split, splits):
     """The sum of `acc` of all `splits` of a tile, and whether it is this program that has it: the last one.
     The splits are programs from `first` on.
@@ -96,10 +115,7 @@ def sum_splits(acc, parts, first, split, splits):
         at = parts.sums + tl.cast(first, tl.int64) * SIZE + at
         tl.store(at + split * SIZE, acc)
         flag = parts.flags + first + split
-        if on_amd():  # a barrier does not wait for what other waves store: each of them does here
-            each = tl.zeros((MOST_THREADS,), tl.int64)
-            tl.atomic_or(flag + each, each, sem="release", scope="gpu")
-        tl.debug_barrier()  # all threads have stored theirs
+        wait_for_stores(flag)
         tl.atomic_xchg(flag, parts.number, sem="acq_rel", scope="gpu")
         lane = tl.arange(0, MOST_SPLITS)
         there = lane < splits
@@ -159,6 +175,12 @@ def split_sum(programs: int, depth: int, unit: int, device: torch.device) -> Spl
     units = cdiv(cdiv(depth, min(splits, MOST_SPLITS.value)), unit)
     units = max(units, cdiv(min(LEAST_DEPTH, depth), unit), 1)
     return Split(units, max(cdiv(depth, units * unit), 1))
+
+
+def type_of(dtype: torch.dtype) -> tl.dtype:
+    """As kernels call it."""
+    found: tl.dtype = getattr(tl, str(dtype).removeprefix("torch."))
+    return found
 
 
 @functools.cache

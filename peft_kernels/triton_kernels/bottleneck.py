@@ -1,0 +1,270 @@
+"""Bottleneck adapters: each direction is one launch from features to ranks and on to features.
+
+A program has a tile of rows. What it makes of ranks goes through memory of its own: its threads read what
+others have stored, in pieces of any number of ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.bottleneck import Bottleneck, BottleneckBackward
+from ..ops.common import empty_unless
+from .common import check, check_dtype, check_shape, matching
+from .dropout import Mask, check_dropout, kept, known_mask, mask_of
+from .gated import ACTIVATIONS, activate
+from .launch import VARYING, cdiv, config, launch
+from .linear import as_rows
+from .lora_adapters import Delta, Seen, SeenArgs, check_factor, delta_args, delta_tile
+from .lora_products import MAX_RANKS, Product, over_rows, rank_sum, ranks_of, summed_ranks_of
+from .products import processors, see_stores, store_tile, type_of
+
+FEW = config(4, 2, BLOCK_M=16, BLOCK_F=128)
+MANY = config(8, 2, BLOCK_M=64, BLOCK_F=128)
+
+
+class Into(NamedTuple):
+    """The product that leads into the bottleneck, for kernels: x[m, features] factor[features, rank]."""
+
+    x: Tensor
+    factor: Tensor
+    features: int
+    rank: int
+    factor_stride: int
+    factor_rank_stride: int
+    seen: SeenArgs
+
+
+def into(x: Tensor, factor: Tensor) -> Into:
+    (features, rank), (stride, rank_stride) = factor.shape, factor.stride()
+    return Into(x, factor, features, rank, stride, rank_stride, Seen().args)
+
+
+@triton.jit
+def dropout_factor(mask, scale, row, first, ranks, QUADS: tl.constexpr, BLOCK_R: tl.constexpr):
+    """Of ranks from `first` on. Not a selection: NaN stays where its element is dropped."""
+    factor = tl.full((row.shape[0], BLOCK_R), 1.0, tl.float32)
+    if mask.seed is not None:
+        factor = tl.where(kept(known_mask(mask), row, first, ranks, BLOCK_R, QUADS), scale, 0.0)
+    return factor
+
+
+@triton.jit(do_not_specialize=VARYING)
+def bottleneck_kernel(
+    into,
+    down_bias_ptr,
+    z_ptr,
+    mask,
+    mask_scale,
+    delta,
+    up_bias_ptr,
+    residual_ptr,
+    y_ptr,
+    m,
+    features,
+    ACTIVATION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    QUADS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SUM_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """z[m, rank] = into + down_bias, u = drop(activation(z)), y[m, features] = residual + scale (u v^T +
+    up_bias); u, v and the scale are those of `delta`. Where 0 is added, y is the residual to the bit."""
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = token.to(tl.int64)
+    for first in range(0, into.rank, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        z = rank_sum(into, row, row < m, r, 0, into.features, False, BLOCK_K)
+        if down_bias_ptr is not None:
+            z += tl.load(down_bias_ptr + r, mask=r < into.rank, other=0.0).to(tl.float32)[None, :]
+        at = row[:, None] * into.rank + r[None, :]
+        inside = (row < m)[:, None] & (r < into.rank)[None, :]
+        tl.store(z_ptr + at, z, mask=inside)
+        value, _ = activate(z, ACTIVATION, True)
+        value *= dropout_factor(mask, mask_scale, row, first, into.rank, QUADS, BLOCK_R)
+        tl.store(delta.u + at, value, mask=inside)
+    see_stores(delta.u.to(tl.pointer_type(tl.int32)))
+    for first in range(0, features, BLOCK_F):
+        feature = first + tl.arange(0, BLOCK_F)
+        added = delta_tile(delta, token, m, feature, features, DTYPE, SUM_R)
+        if up_bias_ptr is not None:
+            bias = tl.load(up_bias_ptr + feature, mask=feature < features, other=0.0)
+            added += bias.to(tl.float32)[:, None]
+        added *= delta.scale
+        at = row[None, :] * features + feature[:, None]
+        inside = (feature < features)[:, None] & (token < m)[None, :]
+        residual = tl.load(residual_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        y = tl.where(added == 0.0, residual, residual + added)
+        store_tile(y_ptr, y, token, m, feature, features, True)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def bottleneck_backward_kernel(
+    into,
+    z_ptr,
+    value_ptr,
+    dz_ptr,
+    mask,
+    mask_scale,
+    scaling,
+    delta,
+    dy_ptr,
+    dx_ptr,
+    m,
+    features,
+    ACTIVATION: tl.constexpr,
+    DTYPE: tl.constexpr,
+    QUADS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SUM_R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """value[m, rank] = drop(activation(z)), dz[m, rank] = drop(scaling into) slope(z), dx[m, features] = dy +
+    dz v^T, where u of `delta` is dz. None is not wanted, and as dy it is 0."""
+    token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = token.to(tl.int64)
+    for first in range(0, into.rank, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        at = row[:, None] * into.rank + r[None, :]
+        inside = (row < m)[:, None] & (r < into.rank)[None, :]
+        value, slope = activate(tl.load(z_ptr + at, mask=inside, other=0.0), ACTIVATION, True)
+        factor = dropout_factor(mask, mask_scale, row, first, into.rank, QUADS, BLOCK_R)
+        if value_ptr is not None:
+            tl.store(value_ptr + at, value * factor, mask=inside)
+        if dz_ptr is not None:
+            d = rank_sum(into, row, row < m, r, 0, into.features, False, BLOCK_K)
+            tl.store(dz_ptr + at, d * scaling * factor * slope, mask=inside)
+    if dx_ptr is not None:
+        see_stores(dz_ptr.to(tl.pointer_type(tl.int32)))
+        for first in range(0, features, BLOCK_F):
+            feature = first + tl.arange(0, BLOCK_F)
+            dx = delta_tile(delta, token, m, feature, features, DTYPE, SUM_R)
+            if dy_ptr is not None:
+                at = row[None, :] * features + feature[:, None]
+                inside = (feature < features)[:, None] & (token < m)[None, :]
+                dx += tl.load(dy_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            store_tile(dx_ptr, dx, token, m, feature, features, True)
+
+
+class Checked(NamedTuple):
+    """What both directions take, as kernels want it."""
+
+    x: Tensor  # [m, k]
+    down: Tensor  # [r, k], contiguous like up
+    up: Tensor  # [n, r]
+    mask: Mask | None
+
+
+def bottleneck(args: Any) -> tuple[Tensor, Tensor]:
+    x, down, up, mask = _checked(args)
+    if not _is_fused(args):
+        y, z = Bottleneck.plain(*args)
+        return y, z
+    r, n = down.shape[0], up.shape[0]
+    _check_outputs(args.residual is None, x, up)
+    down_bias, up_bias = _vector(args.down_bias, r, x, "down_bias"), _vector(args.up_bias, n, x, "up_bias")
+    y = x.new_empty((*args.x.shape[:-1], n))
+    z = x.new_empty((*args.x.shape[:-1], r), dtype=torch.float32)
+    residual = x if args.residual is None else matching(args.residual, y, "residual")
+    delta = Delta(z.new_empty((x.shape[0], r)), up, args.scaling, Seen())
+    tensors = into(x, down.t()), down_bias, z, mask_of(mask), _scale(mask)
+    rest = delta_args(delta), up_bias, residual, y
+    _run(bottleneck_kernel, args, x.shape[0], *tensors, *rest, x.shape[0], n)
+    return y, z
+
+
+def bottleneck_backward(args: Any) -> tuple[Tensor, ...]:
+    x, down, up, mask = _checked(args)
+    (m, k), r, n = x.shape, down.shape[0], up.shape[0]
+    _check_outputs(args.adds_dy, x, up)
+    check_dtype(args.dy, x.dtype, "dy")
+    check_shape(args.dy, (*args.x.shape[:-1], n), "dy")
+    check_dtype(args.z, torch.float32, "z")
+    check_shape(args.z, (*args.x.shape[:-1], r), "z")
+    if not _is_fused(args):
+        found: tuple[Tensor, ...] = BottleneckBackward.plain(*args)
+        return found
+    dy, z = as_rows(args.dy, "dy"), as_rows(args.z, "z")
+    need_dz = args.need_dx or args.need_ddown or args.need_ddown_bias
+    value = torch.empty_like(z) if args.need_dup else None
+    dz = torch.empty_like(z) if need_dz else None
+    dx, ddown, dup = (
+        empty_unless(need, t)
+        for need, t in ((args.need_dx, args.x), (args.need_ddown, down), (args.need_dup, up))
+    )
+    delta = Delta(dz, down.t(), 1.0, Seen()) if dz is not None and args.need_dx else None
+    if value is not None or dz is not None:
+        tensors = into(dy, up), z, value, dz, mask_of(mask), _scale(mask), args.scaling
+        rest = delta_args(delta), dy if args.adds_dy else None, dx if args.need_dx else None
+        _run(bottleneck_backward_kernel, args, m, *tensors, *rest, m, k)
+    sums = []
+    if dz is not None and args.need_ddown:
+        sums.append(Product(x, dz, ddown.t(), 1.0, Seen()))
+    if value is not None:
+        sums.append(Product(dy, value, dup, args.scaling, Seen()))
+    over_rows(sums)
+    nothing = z.new_empty(0)
+    ddown_bias = dz.sum(0) if dz is not None and args.need_ddown_bias else nothing
+    return dx, x.new_empty(0), nothing.clone(), ddown, ddown_bias, dup
+
+
+def _is_fused(args: Any) -> bool:
+    """The kernels have no layer norm: with one the op is composed of torch's functions."""
+    return args.norm_weight is None
+
+
+def _run(kernel: object, args: Any, rows: int, *rest: Any) -> None:
+    """On tensors and numbers `rest`."""
+    dtype, rank, wide = args.x.dtype, args.down.shape[0], torch.float32 in (args.down.dtype, args.up.dtype)
+    # Small tiles while large ones would leave processors without work, and where sums in fp32 want registers.
+    few = dtype == torch.float32 or rows <= MANY["BLOCK_M"] * processors(args.x.device)
+    tiles = FEW if few else MANY
+    constants = {"ACTIVATION": args.activation, "DTYPE": type_of(dtype), "QUADS": rank % 4 == 0}
+    # Numbers in fp32 are multiplied in parts, which want registers.
+    blocks = {"BLOCK_K": 32 if wide else 64, "BLOCK_R": ranks_of(rank)}
+    blocks["SUM_R"] = min(summed_ranks_of(rank, dtype), 32 if wide else MAX_RANKS)
+    launch(kernel, (cdiv(rows, tiles["BLOCK_M"]),), *rest, config=tiles, **constants, **blocks)
+
+
+def _scale(mask: Mask | None) -> float:
+    return 1.0 if mask is None else mask.scale
+
+
+def _checked(args: Any) -> Checked:
+    """RuntimeError where an op's arguments do not fit."""
+    x, down, up = as_rows(args.x, "x"), args.down, args.up
+    check_factor(down, x.dtype, "down")
+    check_factor(up, x.dtype, "up")
+    check(down.numel() > 0, "down", "elements", f"shape {list(down.shape)}")
+    check(down.shape[1] == x.shape[1], "x", f"{down.shape[1]} features", x.shape[1])
+    check_shape(up, (up.shape[0], down.shape[0]), "up")
+    check(args.activation in ACTIVATIONS, "activation", "silu, gelu, gelu_tanh or relu", args.activation)
+    for name in ("norm_weight", "norm_bias"):
+        _vector(getattr(args, name), x.shape[1], x, name)
+    check_dropout(args.dropout_p, args.seed)
+    mask = None if args.dropout_p == 0 else Mask(args.seed, 0, args.dropout_p)
+    return Checked(x, down.contiguous(), up.contiguous(), mask)
+
+
+def _check_outputs(x_is_residual: bool, x: Tensor, up: Tensor) -> None:
+    k, n = x.shape[1], up.shape[0]
+    check(n == k or not x_is_residual, "up", f"{k} rows like x, the residual, has features", n)
+
+
+def _vector(t: Tensor | None, size: int, x: Tensor, name: str) -> Tensor | None:
+    """A small parameter, contiguous."""
+    if t is None:
+        return None
+    check_factor(t, x.dtype, name, dims=1)
+    check_shape(t, (size,), name)
+    return t.contiguous()
