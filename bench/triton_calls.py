@@ -144,20 +144,17 @@ def _adapters(dtype: torch.dtype, nested: bool, every: bool) -> Iterator[Call]:
 
 
 def _bottlenecks(dtype: torch.dtype) -> Iterator[Call]:
-    """Few rows with all that there may be, in fp32; many with as little as there may be, in the type of x."""
-    seed, n = empty(dtype=torch.int64), WHOLE + SMALL
+    """Few rows with all that there may be, in fp32; many with as little as there may be, in either type."""
+    needs = True, False, True, True, True
     for m, kept, p in ((FEW, FP32, 0.3), (MANY, FP32, 0.0), (MANY, dtype, 0.0)):
-        x, out = empty(m, WHOLE, dtype=dtype), n if p else WHOLE
+        out = WHOLE + SMALL if p else WHOLE
+        x, dy, z = empty(m, WHOLE, dtype=dtype), empty(m, out, dtype=dtype), empty(m, RANKS)
         down, up = empty(RANKS, WHOLE, dtype=kept), empty(out, RANKS, dtype=kept)
-        dy, biases = (
-            empty(m, out, dtype=dtype),
-            [empty(size, dtype=kept) if p else None for size in (RANKS, out)],
-        )
-        rest = "gelu", 0.5, p, seed if p else None
-        beside = empty(m, out, dtype=dtype) if p else None
+        beside, seed = (dy, empty(dtype=torch.int64)) if p else (None, None)
+        biases = [empty(size, dtype=kept) if p else None for size in (RANKS, out)]
+        rest = "gelu", 0.5, p, seed
         yield Call("bottleneck", (x, beside, None, None, 0.0, down, biases[0], up, biases[1], *rest))
-        args = dy, x, empty(m, RANKS), None, None, 0.0, down, up, *rest, not p
-        yield Call("bottleneck_backward", (*args, True, False, True, True, True))
+        yield Call("bottleneck_backward", (dy, x, z, None, None, 0.0, down, up, *rest, not p, *needs))
 
 
 def _experts(dtype: torch.dtype, nested: bool) -> Iterator[Call]:

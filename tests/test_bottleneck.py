@@ -16,6 +16,7 @@ from torch.autograd import gradcheck
 
 import peft_kernels as pk
 import testing
+from peft_kernels.backends import BACKENDS
 
 ops = torch.ops.peft_kernels
 EPS, SEED = 1e-5, 77
@@ -127,6 +128,16 @@ def judge(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", CASES, ids=case_id)
 def test_value_and_gradients(backend: str, case: dict[str, Any]) -> None:
     judge(case)
+
+
+WIDE = testing.pairwise(
+    dtype=DTYPES, parameters=("same", "fp32"), p=(0.0, 0.3), beside=(False, True), m=(17, 150)
+)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=case_id)
+def test_more_ranks_and_features_than_a_tile(backend: str, case: dict[str, Any]) -> None:
+    judge(case | {"k": 140, "r": 130, "norm": False, "biases": True, "activation": "gelu_tanh"})
 
 
 @pytest.mark.parametrize("m,k,r", [(1, 1, 1), (1, 33, 1), (9, 1, 5)])
@@ -270,11 +281,20 @@ WRONG = {
 }
 
 
+def ops_of(backend_id: str) -> Any:
+    """Called past all checks in Python."""
+    if (reason := testing.unavailable(backend_id)) is not None:
+        pytest.skip(f"{backend_id}: {reason}")
+    return getattr(torch.ops, BACKENDS[backend_id].namespace)
+
+
+with_kernels = pytest.mark.parametrize("backend_id", ["cpu", "triton"])
+
+
+@with_kernels
 @pytest.mark.parametrize("name", WRONG)
-def test_the_kernel_checks_for_itself(name: str) -> None:
+def test_the_kernel_checks_for_itself(backend_id: str, name: str) -> None:
     """What memory safety rests on, past all checks in Python."""
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
     message, changes = WRONG[name]
     args: list[Any] = [
         torch.ones(2, 6), X, torch.ones(2, 3), torch.ones(6), None, EPS, DOWN, UP, "gelu", 1.0, 0.0, None,
@@ -283,16 +303,45 @@ def test_the_kernel_checks_for_itself(name: str) -> None:
     for place, value in changes.items():
         args[place] = value
     with pytest.raises(RuntimeError, match=message):
-        torch.ops.peft_kernels_cpu.bottleneck_backward(*args)
+        ops_of(backend_id).bottleneck_backward(*args)
 
 
-def test_the_kernel_checks_the_residual() -> None:
-    if (reason := testing.unavailable("cpu")) is not None:
-        pytest.skip(f"cpu: {reason}")
+@with_kernels
+def test_the_kernel_checks_the_residual(backend_id: str) -> None:
     rest = (None, None, EPS, DOWN, None, UP, None, "relu", 1.0, 0.0, None)
     for residual, message in (
         (torch.ones(2, 5), "residual: expected shape"),
         (torch.ones(2, 6).half(), "residual: expected Float, got Half"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            torch.ops.peft_kernels_cpu.bottleneck(X, residual, *rest)
+            ops_of(backend_id).bottleneck(X, residual, *rest)
+
+
+@with_kernels
+def test_an_x_that_is_no_residual_is_not_read_as_one(backend_id: str) -> None:
+    of_five, rest = torch.ones(5, 3), ("relu", 1.0, 0.0, None)
+    with pytest.raises(RuntimeError, match="up: expected 6 rows like x"):
+        ops_of(backend_id).bottleneck(X, None, None, None, EPS, DOWN, None, of_five, None, *rest)
+    args = torch.ones(2, 5), X, torch.ones(2, 3), None, None, EPS, DOWN, of_five, *rest, True, True
+    with pytest.raises(RuntimeError, match="up: expected 6 rows like x"):
+        ops_of(backend_id).bottleneck_backward(*args, False, True, True, True)
+
+
+def test_one_launch_each_way_in_triton() -> None:
+    """And one for the gradients of both factors; with a layer norm, torch's functions."""
+    if (reason := testing.unavailable("triton")) is not None:
+        pytest.skip(f"triton: {reason}")
+    from peft_kernels.triton_kernels import launch
+
+    noted: list[str] = []
+    case = {"m": 5, "k": 33, "r": 4, "beside": False, "biases": True, "activation": "gelu"}
+    case |= {"dtype": torch.bfloat16, "parameters": "fp32", "p": 0.3}
+    for norm, want in (
+        (False, ["bottleneck_kernel", "bottleneck_backward_kernel", "over_rows_kernel"]),
+        (True, []),
+    ):
+        t = tensors(case | {"norm": norm})
+        with testing.running_on("triton"), launch.recording(lambda kernel, *_: noted.append(kernel.__name__)):
+            with_gradients(lambda t: run(ops.bottleneck, t, case), t, torch.bfloat16)
+        assert noted == want
+        noted.clear()

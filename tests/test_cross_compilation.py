@@ -40,6 +40,8 @@ PRODUCTS = {
     "shrink_kernel",
     "expand_kernel",
     "over_rows_kernel",
+    "bottleneck_kernel",
+    "bottleneck_backward_kernel",
 }
 
 each_target = pytest.mark.parametrize("target", TARGETS)
@@ -244,13 +246,17 @@ def test_stages_are_two_at_most_on_amd() -> None:
 
 
 def lora_calls(m: int, adapters: int) -> list[Call]:
-    """Of a layer with some adapters, each for a group of rows, in training."""
+    """Of a layer with some adapters, each for a group of rows, and a bottleneck behind it, in training."""
     x, seed, count = empty(m, 512, dtype=BF16), empty(dtype=torch.int64), range(adapters)
     base, h, row_group = nf4(512, 512), empty(m, 16 * adapters), empty(m, dtype=torch.int64)
     a, b = [empty(16, 512) for _ in count], [empty(512, 16) for _ in count]
     rest = a, b, [0 for _ in count], [0.5 for _ in count], [0.3 for _ in count], seed, list(count), row_group
     lists, needs = [[part] for part in base], (True, [True for _ in count], [True for _ in count])
+    middle, all_but_norm = ("gelu", 0.5, 0.3, seed), (True, True, False, True, True, True)
+    ranks = empty(m, 16)
     return [
+        Call("bottleneck", (x, None, None, None, 0.0, a[0], None, b[0], None, *middle)),
+        Call("bottleneck_backward", (x, x, ranks, None, None, 0.0, a[0], b[0], *middle, *all_but_norm)),
         Call("nf4_linear", (x, *base, 512, None)),
         Call("nf4_linear_dx", (x, *base, 512)),
         Call("multi_lora_linear", (x, *lists, [512], [empty(0)], *rest, None)),

@@ -26,6 +26,7 @@ from peft_kernels.triton_kernels.products import (
     add_part,
     dot,
     parts_of,
+    see_stores,
     split_sum,
     sum_splits,
 )
@@ -100,6 +101,35 @@ def test_a_cut_covers_the_sum(depth: int, programs: int, monkeypatch: pytest.Mon
     )
 
 
+@triton.jit
+def turned_kernel(x, between, flag, out, SIZE: tl.constexpr, SEEN: tl.constexpr):
+    """Threads read what others of the program have stored."""
+    first = tl.program_id(0) * SIZE
+    at = tl.arange(0, SIZE)
+    tl.store(between + first + at, tl.load(x + first + at))
+    if SEEN:
+        see_stores(flag)
+    tl.store(out + first + at, tl.load(between + first + SIZE - 1 - at))
+
+
+on_triton = pytest.mark.skipif(
+    not launch.INTERPRETED and triton_driver.wanted() is None,
+    reason="for Triton's interpreter (make triton), or compiled to PTX (make triton-ptx)",
+)
+
+
+@on_triton
+@pytest.mark.parametrize("dtype", (torch.int32, torch.int64))
+def test_threads_see_what_others_stored(dtype: torch.dtype) -> None:
+    x, flag = torch.randn(3, 512), torch.tensor([7, 8], dtype=dtype)
+    between, out = torch.full_like(x, float("nan")), torch.full_like(x, float("nan"))
+    turned_kernel[(3,)](x, between, flag, out, 512, True)
+    assert torch.equal(out, x.flip(1)) and flag.tolist() == [7, 8]
+    if not launch.INTERPRETED:
+        with pytest.raises(RuntimeError, match=r"race: (reads|writes) global memory"):
+            turned_kernel[(3,)](x, between, flag, out, 512, False)
+
+
 # Compiled.
 
 
@@ -130,15 +160,35 @@ def test_a_flag_is_raised_when_all_threads_have_stored(target: str) -> None:
     assert any("atom.global.gpu.acq_rel.or.b64" in line for line in listing)
 
 
+GLOBAL_STORE = r"\b(buffer|global)_store_"
+WAITS = r"s_waitcnt vmcnt\(0\)|s_waitcnt_vscnt null, 0x0|s_wait_storecnt 0x0"
+
+
 @compiled
 @pytest.mark.parametrize("target", ("gfx942", "gfx950", "gfx1100", "gfx1200"))
 def test_waves_wait_for_their_stores_before_the_barrier(target: str) -> None:
     """Of itself a barrier waits for shared memory alone on AMD's cards."""
     listing = made_for(target).asm["amdgcn"].splitlines()
-    between = before_the_flag(listing, r"\b(buffer|global)_store_", r"_atomic_swap_(x2|b64)")
+    between = before_the_flag(listing, GLOBAL_STORE, r"_atomic_swap_(x2|b64)")
     barrier = next(i for i, line in enumerate(between) if "s_barrier" in line)
-    waits = r"s_waitcnt vmcnt\(0\)|s_waitcnt_vscnt null, 0x0|s_wait_storecnt 0x0"
-    assert any(re.search(waits, line) for line in between[:barrier])
+    assert any(re.search(WAITS, line) for line in between[:barrier])
+
+
+@compiled
+@pytest.mark.parametrize("target", ("gfx942", "gfx950", "gfx1100", "gfx1200"))
+def test_waves_renew_their_caches_behind_the_barrier(target: str) -> None:
+    from bench import triton_code
+
+    if reason := triton_code.unsupported(target):
+        pytest.skip(reason)
+    x, flag = torch.empty(1, device="meta"), torch.empty(1, dtype=torch.int32, device="meta")
+    with triton_code.compiling_for(target):
+        made = turned_kernel.warmup(x, x, flag, x, 512, True, grid=(1,), num_warps=4)
+    listing = made.asm["amdgcn"].splitlines()
+    barrier = next(i for i, line in enumerate(listing) if "s_barrier" in line)
+    assert any(re.search(WAITS, line) for line in before_the_flag(listing, GLOBAL_STORE, "s_barrier"))
+    load = next(i for i in range(barrier, len(listing)) if re.search(r"\b(buffer|global)_load_", listing[i]))
+    assert any(re.search(r"buffer_(gl0_)?inv|global_inv", line) for line in listing[barrier:load])
 
 
 @triton.jit

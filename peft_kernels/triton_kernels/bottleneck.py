@@ -21,11 +21,12 @@ from .gated import ACTIVATIONS, activate
 from .launch import VARYING, cdiv, config, launch
 from .linear import as_rows
 from .lora_adapters import Delta, Seen, SeenArgs, check_factor, delta_args, delta_tile
-from .lora_products import MAX_RANKS, Product, over_rows, rank_sum, ranks_of, summed_ranks_of
+from .lora_products import Product, over_rows, rank_sum, ranks_of, summed_ranks_of
 from .products import processors, see_stores, store_tile, type_of
 
 FEW = config(4, 2, BLOCK_M=16, BLOCK_F=128)
-MANY = config(8, 2, BLOCK_M=64, BLOCK_F=128)
+MANY = config(8, 2, BLOCK_M=64, BLOCK_F=64)
+MOST_SUMMED = 32  # ranks at a time, of which one factor is in fp32
 
 
 class Into(NamedTuple):
@@ -225,14 +226,15 @@ def _is_fused(args: Any) -> bool:
 
 def _run(kernel: object, args: Any, rows: int, *rest: Any) -> None:
     """On tensors and numbers `rest`."""
-    dtype, rank, wide = args.x.dtype, args.down.shape[0], torch.float32 in (args.down.dtype, args.up.dtype)
+    dtype, rank = args.x.dtype, args.down.shape[0]
     # Small tiles while large ones would leave processors without work, and where sums in fp32 want registers.
     few = dtype == torch.float32 or rows <= MANY["BLOCK_M"] * processors(args.x.device)
     tiles = FEW if few else MANY
     constants = {"ACTIVATION": args.activation, "DTYPE": type_of(dtype), "QUADS": rank % 4 == 0}
     # Numbers in fp32 are multiplied in parts, which want registers.
+    wide = torch.float32 in (args.down.dtype, args.up.dtype)
     blocks = {"BLOCK_K": 32 if wide else 64, "BLOCK_R": ranks_of(rank)}
-    blocks["SUM_R"] = min(summed_ranks_of(rank, dtype), 32 if wide else MAX_RANKS)
+    blocks["SUM_R"] = min(summed_ranks_of(rank, dtype), MOST_SUMMED)
     launch(kernel, (cdiv(rows, tiles["BLOCK_M"]),), *rest, config=tiles, **constants, **blocks)
 
 
