@@ -141,11 +141,11 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """out[m, rank] = scale mask(x)[m, features] factor[features, rank] of each job."""
+    """out[m, rank] = scale mask(x)[m, features] factor[features, rank] of each job, and so QUADS."""
     for i in tl.static_range(JOBS):
         program = tl.program_id(0) - (jobs[i].first >> 4)
         if (program >= 0) & (program < (jobs[i].programs >> 4)):
-            shrink_tile(jobs[i], program, parts, m, QUADS, BLOCK_F, BLOCK_R, BLOCK_M)
+            shrink_tile(jobs[i], program, parts, m, QUADS[i], BLOCK_F, BLOCK_R, BLOCK_M)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -235,11 +235,11 @@ def over_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """out[features, rank] = scale mask(x)[m, features]^T factor[m, rank] of each job."""
+    """out[features, rank] = scale mask(x)[m, features]^T factor[m, rank] of each job, and so QUADS."""
     for i in tl.static_range(JOBS):
         program = tl.program_id(0) - (jobs[i].first >> 4)
         if (program >= 0) & (program < (jobs[i].programs >> 4)):
-            over_rows_tile(jobs[i], program, parts, m, QUADS, BLOCK_M, BLOCK_R, BLOCK_F)
+            over_rows_tile(jobs[i], program, parts, m, QUADS[i], BLOCK_M, BLOCK_R, BLOCK_F)
 
 
 def shrink(products: Sequence[Product]) -> None:
@@ -292,7 +292,8 @@ def _launch(
         first += programs
         cut = cut or splits > 1
     parts = parts_of(first, block * block_r, x.device) if cut else None
-    quads = all(product.x.shape[1] % 4 == 0 for product in products)
+    # Of each, as the compiler lets masks have a say in the order of sums.
+    quads = tuple(product.x.shape[1] % 4 == 0 for product in products)
     blocks = {"JOBS": len(jobs), "QUADS": quads, unit_name: unit, "BLOCK_R": block_r}
     launch(kernel, (first,), tuple(jobs), parts, x.shape[0], config=tiles, **blocks)
 
