@@ -16,7 +16,8 @@ times the CUDA back end's host code, without a card. waves-... tells by arithmet
 weights fill a card, every-cell-... for each of them. loading-... tells the memory and the time that loading a
 checkpoint in 4 bits takes. bitsandbytes-ops-... times its Linear4bit as it is and on our kernels, experts-...
 layers of experts, adamw-... a step of optimizers; optimizer-curves-... trains with each, for most of an hour,
-and tells the loss on held-out examples. moe-... times a mixture of experts, for which it
+and tells the loss on held-out examples. dpo-... and
+grpo-... time steps of TRL's trainers on SmolLM2-135M. moe-... times a mixture of experts, for which it
 needs 16 GB, and counts the bytes of a whole one. Writes results.jsonl, table.txt and ratios.png to the output
 folder. Exits with 1 when a result was wrong.
 """
@@ -85,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         optimizer_waves,
         optimizers,
         report,
+        rlhf,
         session,
         triton_cases,
         waves,
@@ -103,6 +105,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *optimizers.standard(),
         *optimizer_curves.standard(),
         *optimizer_waves.standard(),
+        *rlhf.standard(),
     ]
     every: list[Any] = [*timed, *by_name]
     if options.list and not (options.only or options.quick or options.full):

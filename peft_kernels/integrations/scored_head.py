@@ -1,0 +1,150 @@
+"""Log-probabilities of given tokens under a head, of which no more than a piece of the logits ever exists.
+
+The gradient of a token's log-probability by its hidden state, W^T (onehot - softmax), needs the logits that the
+forward has at hand. It is computed there and kept in place of them, so that the backward is one multiplication
+by what comes back for each token.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+PIECE = {"cpu": 1 << 22}
+"""Logits at a time: on a CPU about what its last cache holds in fp32."""
+LARGE_PIECE = 1 << 26
+OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+
+
+class Scores(NamedTuple):
+    """Of tokens, each (tokens,) in fp32; all but `log_probs` without gradient, None where not asked for."""
+
+    log_probs: Tensor
+    entropy: Tensor | None = None
+    log_sum_sq_probs: Tensor | None = None
+    mean_logits: Tensor | None = None
+    is_top1: Tensor | None = None
+
+
+def score(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    temperature: float = 1.0,
+    outputs: tuple[str, ...] = (),
+) -> Scores:
+    """Log-probabilities of `targets`, with a gradient for `hidden` alone.
+
+    Parameters
+    ----------
+    hidden
+        (tokens, hidden_size).
+    weight, bias
+        Of the head: (vocabulary, hidden_size), (vocabulary,). Frozen.
+    targets
+        int (tokens,).
+    temperature
+        What logits are divided by.
+    outputs
+        Which of entropy, log_sum_sq_probs (the log of the sum of squared probabilities), mean_logits and is_top1
+        (whether no other token is more likely; of equals, none before it) to compute besides.
+
+    Raises
+    ------
+    ValueError
+        The head is to be trained.
+    """
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name}: expected a frozen head, got one that requires grad")
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    return Scores(*_Score.apply(hidden, weight, bias, targets, temperature, outputs, dtype))
+
+
+class _Score(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        temperature: float,
+        outputs: tuple[str, ...],
+        dtype: torch.dtype,
+    ) -> Any:
+        ctx.set_materialize_grads(False)
+        training = ctx.needs_input_grad[0]
+        w, x = weight.detach().to(dtype), hidden.detach().to(dtype)
+        b = None if bias is None else bias.detach().to(dtype)
+        count = max(1, PIECE.get(x.device.type, LARGE_PIECE) // max(1, len(w)))
+        found: list[Scores] = []
+        slopes: list[Tensor] = []
+        for start in range(0, len(x), count):
+            here = slice(start, start + count)
+            scores, slope = _piece(x[here], w, b, targets[here], temperature, outputs, training)
+            found.append(scores)
+            slopes.append(slope)
+        if training:
+            ctx.save_for_backward(torch.cat(slopes) if slopes else torch.empty_like(x))
+        ctx.hidden_dtype = hidden.dtype
+        if not found:
+            found = [_piece(x, w, b, targets, temperature, outputs, False)[0]]
+        result = [None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)]
+        ctx.mark_non_differentiable(*(part for part in result[1:] if part is not None))
+        return tuple(result)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:  # type: ignore[override]
+        if grad is None:
+            return (None,) * 7
+        (slope,) = ctx.saved_tensors
+        return (grad[:, None].float() * slope).to(ctx.hidden_dtype), *(None,) * 6
+
+
+def _piece(
+    x: Tensor,
+    w: Tensor,
+    b: Tensor | None,
+    targets: Tensor,
+    temperature: float,
+    outputs: tuple[str, ...],
+    training: bool,
+) -> tuple[Scores, Tensor]:
+    """All outputs for some tokens, and the gradient of each log-probability by its hidden state."""
+    z = (x @ w.T if b is None else torch.addmm(b, x, w.T)).float()
+    if temperature != 1.0:
+        z /= temperature
+    highest, top = z.max(-1, keepdim=True) if z.numel() else (z.new_empty(len(z), 1), targets[:, None])
+    of_target = z.gather(-1, targets[:, None])
+    mean = z.mean(-1) if "mean_logits" in outputs else None
+    p = (z - highest).exp_()
+    total = p.sum(-1, keepdim=True)
+    log_total = total.log()
+    scores = Scores(
+        log_probs=(of_target - highest - log_total).squeeze(-1),
+        entropy=(highest + log_total).squeeze(-1) - _dot(p, z) / total.squeeze(-1)
+        if "entropy" in outputs
+        else None,
+        log_sum_sq_probs=_dot(p, p).log() - 2 * log_total.squeeze(-1)
+        if "log_sum_sq_probs" in outputs
+        else None,
+        mean_logits=mean,
+        is_top1=(top == targets[:, None]).squeeze(-1) if "is_top1" in outputs else None,
+    )
+    if not training:
+        return scores, x
+    # onehot - softmax, before it is rounded: near certainty the two are almost equal.
+    p *= -1 / total
+    p.scatter_add_(-1, targets[:, None], torch.ones_like(of_target))
+    slope = p.to(w.dtype) @ w
+    return scores, slope if temperature == 1.0 else slope / temperature
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """Of rows, without a temporary of their size."""
+    return torch.bmm(a[:, None, :], b[:, :, None]).view(-1)

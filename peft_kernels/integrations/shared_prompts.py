@@ -1,0 +1,160 @@
+"""Sequences with the same beginning as one row: the beginning once, then what each goes on with.
+
+A mask lets each continuation see the beginning and itself, and its positions count on from the beginning, so a
+causal transformer computes for every token what it would in a row of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+IGNORED = -100
+LINEAR = 6
+"""The work of a token's linear layers, in tokens that it attends to, is about this many times the hidden size:
+12 to 16 squares of it a layer, against a product each for scores and values."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch with each beginning once. Its rows are filled up on the right.
+
+    `input_ids`, `position_ids`, `targets`: (rows, length); a target is the token that a position predicts, -100
+    where none counts. `visible`: bool (rows, 1, length, length), whether a query (third) sees a key (fourth).
+    `index`: of the counted predictions in the batch that these rows stand for, in its order, the places in the
+    flattened rows. `own`: int (rows, length), which continuation of its row a token belongs to, 0 for the
+    beginning, -1 for the filling.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    targets: Tensor
+    visible: Tensor
+    index: Tensor
+    own: Tensor
+
+
+@dataclass(frozen=True)
+class _Sequence:
+    """A sequence up to its last prediction that counts: its tokens, where it starts in its row, and where what
+    it does not share begins, at the token from which the first counted one is predicted."""
+
+    row: int
+    tokens: np.ndarray
+    start: int
+    split: int
+
+    @property
+    def beginning(self) -> tuple[int, bytes]:
+        return self.start, self.tokens[: self.split].tobytes()
+
+
+def share(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, hidden_size: int) -> Rows | str:
+    """Rows that stand for a batch, or why they would be no less work than the batch as it is.
+
+    Parameters
+    ----------
+    input_ids, attention_mask, labels
+        (batch, length). What is not attended to is on the left or the right. A label is its own position's token
+        where that is to be predicted, -100 elsewhere.
+    hidden_size
+        Of the model: it says what attention weighs beside linear layers.
+    """
+    ids, seen, wanted = (t.cpu().numpy() for t in (input_ids, attention_mask != 0, labels))
+    counted = wanted[:, 1:] != IGNORED
+    sequences = [_sequence(row, ids[row], seen[row], counted[row]) for row in range(len(ids))]
+    if any(isinstance(sequence, str) for sequence in sequences):
+        return next(sequence for sequence in sequences if isinstance(sequence, str))
+    groups: dict[tuple[int, bytes], list[_Sequence]] = {}
+    for sequence in sequences:
+        if isinstance(sequence, _Sequence):
+            groups.setdefault(sequence.beginning, []).append(sequence)
+
+    def split(most: int) -> list[list[_Sequence]]:
+        return [group[at:][:most] for group in groups.values() for at in range(0, len(group), most)]
+
+    def work(rows: int, length: int) -> int:
+        return rows * length * (length + LINEAR * hidden_size)
+
+    largest = max(map(len, groups.values()), default=1)
+    choices = [split(most) for most in range(2, largest + 1)]
+    best = min(choices, key=lambda rows: work(len(rows), max(map(_length, rows))), default=None)
+    if best is None:
+        return "no two sequences have the same prompt"
+    if work(len(best), max(map(_length, best))) >= work(*ids.shape):
+        return "the prompts are too short beside their completions"
+    return _lay_out(best, ids, counted, input_ids.device)
+
+
+def _sequence(row: int, ids: np.ndarray, seen: np.ndarray, counted: np.ndarray) -> _Sequence | None | str:
+    """None for a sequence without a prediction that counts."""
+    where = np.flatnonzero(counted)
+    if not len(where):
+        return None
+    start, first, last = int(seen.argmax()), int(where[0]), int(where[-1])
+    if not seen[start : last + 1].all() or first < start:
+        return "its attention mask has gaps"
+    return _Sequence(row, ids[start : last + 1], start, first - start)
+
+
+def _length(row: list[_Sequence]) -> int:
+    return row[0].split + sum(len(sequence.tokens) - sequence.split for sequence in row)
+
+
+def _lay_out(
+    rows: list[list[_Sequence]], ids: np.ndarray, counted: np.ndarray, device: torch.device
+) -> Rows:
+    shape = len(rows), max(map(_length, rows))
+    tokens, positions = np.zeros(shape, ids.dtype), np.zeros(shape, np.int64)
+    targets, own = np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
+    place = np.zeros(counted.shape, np.int64)
+    for r, row in enumerate(rows):
+        start, at = row[0].start, row[0].split
+        tokens[r, :at], positions[r, :at], own[r, :at] = row[0].tokens[:at], np.arange(start, start + at), 0
+        for number, sequence in enumerate(row, 1):
+            rest = sequence.tokens[sequence.split :]
+            here = slice(at, at + len(rest))
+            there = slice(start + sequence.split, start + len(sequence.tokens))
+            tokens[r, here], positions[r, here] = rest, np.arange(there.start, there.stop)
+            own[r, here], place[sequence.row, there] = number, r * shape[1] + np.arange(at, here.stop)
+            following = ids[sequence.row, there.start + 1 : there.stop + 1]
+            targets[r, here] = np.where(counted[sequence.row, there], following, IGNORED)
+            at = here.stop
+    of_row = torch.from_numpy(own).to(device)
+    return Rows(
+        input_ids=torch.from_numpy(tokens).to(device),
+        position_ids=torch.from_numpy(positions).to(device),
+        targets=torch.from_numpy(targets).to(device),
+        visible=_visible(of_row),
+        index=torch.from_numpy(place[counted]).to(device),
+        own=of_row,
+    )
+
+
+def _visible(own: Tensor) -> Tensor:
+    """What is not later, of the same continuation or the beginning. The filling sees itself: a query that sees
+    nothing has no softmax."""
+    keys, queries = own[:, None, None, :], own[:, None, :, None]
+    causal = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool, device=own.device).tril()
+    return causal & ((keys == queries) | (keys == 0))
+
+
+def leak(rows: Rows, run: Callable[[Tensor], Tensor]) -> float:
+    """How far the first continuation of each row changes what is computed for all other tokens, relative to it;
+    0 for a model that keeps to the mask.
+
+    `run`: input_ids, (rows, length), to hidden states, (rows, length, hidden_size).
+    """
+    ids = rows.input_ids
+    others = torch.where(rows.own == 1, torch.where(ids > 0, ids - 1, 1), ids)
+    kept = (rows.own == 0) | (rows.own > 1)
+    return apart(run(others)[kept], run(ids)[kept])
+
+
+def apart(a: Tensor, b: Tensor) -> float:
+    """The relative distance of a from b."""
+    return float((a.float() - b.float()).norm() / b.float().norm().clamp(min=1e-30))

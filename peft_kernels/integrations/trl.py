@@ -1,0 +1,224 @@
+"""TRL's trainers for preferences and rewards, without the work that they do twice.
+
+Chosen and rejected completions of a prompt, or all completions sampled for it, are one row in which the prompt
+is computed once, for the policy and for the reference alike; the head sees completions only. Losses, metrics and
+options are TRL's own: all that changes is what the model's forward computes when TRL asks it for log-probabilities.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import types
+from collections import Counter
+from typing import Any
+
+import torch
+import trl
+from peft import PeftModel
+from torch import Tensor, nn
+from trl.trainer.utils import FusedCausalLMOutput
+
+from . import shared_prompts
+from .scored_head import Scores, score
+from .shared_prompts import IGNORED, Rows
+
+__all__ = ["DPOTrainer", "GRPOTrainer"]
+
+logger = logging.getLogger("peft_kernels")
+
+LEAK, APART = 1e-2, 0.1
+"""Most that the tokens of one completion may change what is computed for another, and most that a row of several
+may differ from rows of their own, where rounding is all that should: relative, of hidden states."""
+_SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+_NOTHING_SAID = frozenset({"use_cache", "return_dict"})
+
+
+class LogProbs:
+    """What computes log-probabilities in place of TRL's forward.
+
+    `fallbacks`: calls that computed each row by itself, by reason.
+    """
+
+    def __init__(self, model: Any, *, never: str, temperature: float, outputs: tuple[str, ...], head: str) -> None:
+        self.fallbacks: Counter[str] = Counter()
+        self.theirs = model.forward
+        self.never = never or _unfit(model)
+        self.temperature, self.outputs = temperature, outputs
+        self.head = head or _unusual_head(model.config)
+        self.tried = False
+
+    def __call__(self, model: Any, labels: Tensor, kwargs: dict[str, Any]) -> Any:
+        """FusedCausalLMOutput, as TRL's forward gives it, (batch, length - 1)."""
+        given = {k: v for k, v in kwargs.items() if v is not None and k not in _NOTHING_SAID}
+        rows = self._rows(model, labels, given)
+        if isinstance(rows, str):
+            self._tell(rows)
+        mask = labels[:, 1:] != IGNORED
+        if not self._own_head(model, given):
+            if isinstance(rows, str):
+                return self.theirs(labels=labels, fused_lm_head=True, **kwargs)
+            theirs = self.theirs(**_inputs(model, rows), shift_labels=rows.targets, fused_lm_head=True)
+            parts = {name: theirs[name].flatten()[rows.index] for name in Scores._fields if name in theirs}
+        else:
+            if isinstance(rows, str):
+                hidden = model.base_model(**given, use_cache=False).last_hidden_state[:, :-1][mask]
+            else:
+                hidden = _hidden(model, rows).flatten(0, 1)[rows.index]
+            head = model.get_output_embeddings()
+            targets = labels[:, 1:][mask]
+            parts = score(hidden, head.weight, head.bias, targets, self.temperature, self.outputs)._asdict()
+        found = {
+            n: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for n, x in parts.items()
+        }
+        loss = -found["log_probs"].sum() / mask.sum().clamp(min=1)
+        return FusedCausalLMOutput(loss=loss, label_mask=mask, **found)
+
+    def _own_head(self, model: Any, given: dict[str, Any]) -> bool:
+        """Where TRL has kernels of its own for the head, on GPUs, it is TRL's."""
+        head = model.get_output_embeddings()
+        weight = head.weight
+        plain = type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
+        usual = type(head) is nn.Linear and plain and weight.device.type == "cpu"
+        return usual and not self.head and given.keys() <= {"input_ids", "attention_mask"}
+
+    def _rows(self, model: Any, labels: Tensor, given: dict[str, Any]) -> Rows | str:
+        reason = self.never or _unfit_call(model, given)
+        if reason:
+            return reason
+        hidden_size = model.config.hidden_size
+        rows = shared_prompts.share(given["input_ids"], given["attention_mask"], labels, hidden_size)
+        if isinstance(rows, Rows) and not self.tried:
+            self.tried = True
+            self.never = _misfit(model, rows, given, labels[:, 1:] != IGNORED)
+            return self.never or rows
+        return rows
+
+    def _tell(self, reason: str) -> None:
+        if not self.fallbacks[reason]:
+            level = logging.WARNING if reason == self.never else logging.INFO
+            logger.log(level, "prompts are computed for each completion: %s", reason)
+        self.fallbacks[reason] += 1
+
+
+def _unfit(model: Any) -> str:
+    """Why a model cannot compute several completions in a row; empty if it may."""
+    config = model.config
+    if config.get_text_config() is not config:
+        return f"{type(model).__name__} takes more than text"
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        return f"{type(model).__name__} takes no position_ids"
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
+    if kinds:
+        return f"{type(model).__name__} has layers of other kinds: {', '.join(sorted(kinds))}"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"{type(model).__name__} attends within a window"
+    return f"{type(model).__name__} has no positions but distances in rows" if getattr(config, "alibi", False) else ""
+
+
+def _unfit_call(model: Any, given: dict[str, Any]) -> str:
+    if extra := given.keys() - {"input_ids", "attention_mask"}:
+        return f"extra arguments ({', '.join(sorted(extra))})"
+    if missing := {"input_ids", "attention_mask"} - given.keys():
+        return f"no {', '.join(sorted(missing))}"
+    if given["attention_mask"].dim() != 2:
+        return "an attention mask of its own"
+    if getattr(model.config, "output_router_logits", False):
+        return "the loss that balances experts counts every prompt"
+    if (kind := model.config._attn_implementation) not in ("sdpa", "eager"):
+        return f"attention implementation {kind} takes no mask of queries and keys"
+    if torch.compiler.is_compiling():
+        return "the model is being compiled"
+    if model.training and torch.is_grad_enabled() and any(
+        isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()
+    ):
+        return "dropout, which differs between completions"
+    return ""
+
+
+def _unusual_head(config: Any) -> str:
+    scales = [name for name in _SCALES if getattr(config, name, None) not in (None, 1.0)]
+    return f"logits are scaled ({', '.join(scales)})" if scales else ""
+
+
+def _inputs(model: Any, rows: Rows, input_ids: Tensor | None = None) -> dict[str, Any]:
+    visible = rows.visible
+    if model.config._attn_implementation == "eager":  # adds the mask to its scores
+        dtype = model.get_input_embeddings().weight.dtype
+        visible = torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, torch.finfo(dtype).min)
+    return {
+        "input_ids": rows.input_ids if input_ids is None else input_ids,
+        "attention_mask": visible,
+        "position_ids": rows.position_ids,
+        "use_cache": False,
+    }
+
+
+def _hidden(model: Any, rows: Rows, input_ids: Tensor | None = None) -> Tensor:
+    """(rows, length, hidden_size)."""
+    hidden: Tensor = model.base_model(**_inputs(model, rows, input_ids)).last_hidden_state
+    return hidden
+
+
+def _misfit(model: Any, rows: Rows, given: dict[str, Any], counted: Tensor) -> str:
+    """Tries rows that share prompts once: does the model keep completions apart, and does it compute what it
+    does for each by itself? Why not, or an empty string."""
+    name = type(model).__name__
+    with torch.no_grad():
+        found = shared_prompts.leak(rows, functools.partial(_hidden, model, rows))
+        if not found <= LEAK:
+            return f"{name} does not keep to an attention mask: completions change each other by {found:.2g}"
+        alone = model.base_model(**given, use_cache=False).last_hidden_state[:, :-1][counted]
+        found = shared_prompts.apart(_hidden(model, rows).flatten(0, 1)[rows.index], alone)
+    if not found <= APART:
+        return f"{name} computes something else for rows with several completions: hidden states differ by {found:.2g}"
+    return ""
+
+
+def share_prompts(trainer: Any, outputs: tuple[str, ...], temperature: float = 1.0, head: str = "") -> LogProbs:
+    """Has a trainer's model compute log-probabilities by `LogProbs`. `head`: why the head must be TRL's."""
+    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    never = ""
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        never = "FSDP and DeepSpeed have not been tried"
+    log_probs = LogProbs(model, never=never, temperature=temperature, outputs=outputs, head=head)
+
+    @functools.wraps(type(model).forward)  # `generate` looks at the signature
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.get("fused_lm_head") and kwargs.get("labels") is not None
+        if not asked or args or kwargs.get("shift_labels") is not None or "num_items_in_batch" in kwargs:
+            return log_probs.theirs(*args, **kwargs)
+        kwargs.pop("fused_lm_head")
+        return log_probs(self, kwargs.pop("labels"), kwargs)
+
+    model.forward = types.MethodType(forward, model)
+    return log_probs
+
+
+class DPOTrainer(trl.DPOTrainer):
+    """TRL's DPOTrainer, with prompts computed once for chosen and rejected, by the policy and the reference.
+
+    Takes the same arguments, and gives the same losses and metrics up to rounding, with every `loss_type`.
+    Batches and models that it does not cover take TRL's own way: `log_probs.fallbacks` counts them by reason, and
+    a reason that holds for the whole model is logged once.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        weighting = ("log_sum_sq_probs",) if self.use_weighting else ()
+        self.log_probs = share_prompts(self, ("entropy", "mean_logits", "is_top1", *weighting))
+
+
+class GRPOTrainer(trl.GRPOTrainer):
+    """TRL's GRPOTrainer, with a prompt computed once for all its completions in a batch: for the old policy's and
+    the reference's log-probabilities, and where completions of a prompt share a batch, for the policy's.
+
+    As `DPOTrainer`, it takes TRL's arguments, and TRL's way where it must.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        head = "the entropy has a gradient" if self._entropy_bonus_enabled else ""
+        head = head or ("the head computes in fp32" if self.args.cast_lm_head_to_fp32 else "")
+        self.log_probs = share_prompts(self, ("entropy",), self.temperature, head)
