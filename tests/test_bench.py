@@ -44,6 +44,7 @@ from bench import (
     optimizer_waves,
     optimizers,
     report,
+    rlhf,
     run,
     triton_cases,
     waves,

@@ -1,8 +1,8 @@
 """Log-probabilities of given tokens under a head, of which no more than a piece of the logits ever exists.
 
-The gradient of a token's log-probability by its hidden state, W^T (onehot - softmax), needs the logits that the
-forward has at hand. It is computed there and kept in place of them, so that the backward is one multiplication
-by what comes back for each token.
+The gradient of a token's log-probability by its hidden state, W^T (onehot - softmax), needs the logits that
+the forward has at hand. It is computed there and kept in place of them, so that the backward is one
+multiplication by what comes back for each token.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def score(
     temperature
         What logits are divided by.
     outputs
-        Which of entropy, log_sum_sq_probs (the log of the sum of squared probabilities), mean_logits and is_top1
-        (whether no other token is more likely; of equals, none before it) to compute besides.
+        Which of entropy, log_sum_sq_probs (the log of the sum of squared probabilities), mean_logits and
+        is_top1 (whether no other token is more likely; of equals, none before it) to compute besides.
 
     Raises
     ------
@@ -99,7 +99,7 @@ class _Score(torch.autograd.Function):
         return tuple(result)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
             return (None,) * 7
         (slope,) = ctx.saved_tensors

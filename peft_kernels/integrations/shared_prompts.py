@@ -1,7 +1,7 @@
 """Sequences with the same beginning as one row: the beginning once, then what each goes on with.
 
-A mask lets each continuation see the beginning and itself, and its positions count on from the beginning, so a
-causal transformer computes for every token what it would in a row of its own.
+A mask lets each continuation see the beginning and itself, and its positions count on from the beginning,
+so a causal transformer computes for every token what it would in a row of its own.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor
 
 IGNORED = -100
 LINEAR = 6
-"""The work of a token's linear layers, in tokens that it attends to, is about this many times the hidden size:
-12 to 16 squares of it a layer, against a product each for scores and values."""
+"""The work of a token's linear layers, in tokens that it attends to, is about this many times the hidden
+size: 12 to 16 squares of it a layer, against a product each for scores and values."""
 
 
 @dataclass(frozen=True)
 class Rows:
     """A batch with each beginning once. Its rows are filled up on the right.
 
-    `input_ids`, `position_ids`, `targets`: (rows, length); a target is the token that a position predicts, -100
-    where none counts. `visible`: bool (rows, 1, length, length), whether a query (third) sees a key (fourth).
-    `index`: of the counted predictions in the batch that these rows stand for, in its order, the places in the
-    flattened rows. `own`: int (rows, length), which continuation of its row a token belongs to, 0 for the
-    beginning, -1 for the filling.
+    `input_ids`, `position_ids`, `targets`: (rows, length); a target is the token that a position predicts,
+    -100 where none counts. `visible`: bool (rows, 1, length, length), whether a query (third) sees a key
+    (fourth). `index`: of the counted predictions in the batch that these rows stand for, in its order, the
+    places in the flattened rows. `own`: int (rows, length), which continuation of its row a token belongs
+    to, 0 for the beginning, -1 for the filling.
     """
 
     input_ids: Tensor
@@ -40,8 +40,8 @@ class Rows:
 
 @dataclass(frozen=True)
 class _Sequence:
-    """A sequence up to its last prediction that counts: its tokens, where it starts in its row, and where what
-    it does not share begins, at the token from which the first counted one is predicted."""
+    """A sequence up to its last prediction that counts: its tokens, where it starts in its row, and where
+    what it does not share begins, at the token from which the first counted one is predicted."""
 
     row: int
     tokens: np.ndarray
@@ -59,8 +59,8 @@ def share(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, hidden_size
     Parameters
     ----------
     input_ids, attention_mask, labels
-        (batch, length). What is not attended to is on the left or the right. A label is its own position's token
-        where that is to be predicted, -100 elsewhere.
+        (batch, length). What is not attended to is on the left or the right. A label is its own position's
+        token where that is to be predicted, -100 elsewhere.
     hidden_size
         Of the model: it says what attention weighs beside linear layers.
     """
@@ -90,7 +90,7 @@ def share(input_ids: Tensor, attention_mask: Tensor, labels: Tensor, hidden_size
     return _lay_out(best, ids, counted, input_ids.device)
 
 
-def _sequence(row: int, ids: np.ndarray, seen: np.ndarray, counted: np.ndarray) -> _Sequence | None | str:
+def _sequence(row: int, ids: np.ndarray, seen: np.ndarray, counted: np.ndarray) -> _Sequence | str | None:
     """None for a sequence without a prediction that counts."""
     where = np.flatnonzero(counted)
     if not len(where):
@@ -105,9 +105,7 @@ def _length(row: list[_Sequence]) -> int:
     return row[0].split + sum(len(sequence.tokens) - sequence.split for sequence in row)
 
 
-def _lay_out(
-    rows: list[list[_Sequence]], ids: np.ndarray, counted: np.ndarray, device: torch.device
-) -> Rows:
+def _lay_out(rows: list[list[_Sequence]], ids: np.ndarray, counted: np.ndarray, device: torch.device) -> Rows:
     shape = len(rows), max(map(_length, rows))
     tokens, positions = np.zeros(shape, ids.dtype), np.zeros(shape, np.int64)
     targets, own = np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
@@ -136,16 +134,16 @@ def _lay_out(
 
 
 def _visible(own: Tensor) -> Tensor:
-    """What is not later, of the same continuation or the beginning. The filling sees itself: a query that sees
-    nothing has no softmax."""
+    """What is not later, of the same continuation or the beginning. The filling sees itself: a query that
+    sees nothing has no softmax."""
     keys, queries = own[:, None, None, :], own[:, None, :, None]
     causal = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool, device=own.device).tril()
     return causal & ((keys == queries) | (keys == 0))
 
 
 def leak(rows: Rows, run: Callable[[Tensor], Tensor]) -> float:
-    """How far the first continuation of each row changes what is computed for all other tokens, relative to it;
-    0 for a model that keeps to the mask.
+    """How far the first continuation of each row changes what is computed for all other tokens, relative to
+    it; 0 for a model that keeps to the mask.
 
     `run`: input_ids, (rows, length), to hidden states, (rows, length, hidden_size).
     """

@@ -1,8 +1,9 @@
 """TRL's trainers for preferences and rewards, without the work that they do twice.
 
-Chosen and rejected completions of a prompt, or all completions sampled for it, are one row in which the prompt
-is computed once, for the policy and for the reference alike; the head sees completions only. Losses, metrics and
-options are TRL's own: all that changes is what the model's forward computes when TRL asks it for log-probabilities.
+Chosen and rejected completions of a prompt, or all completions sampled for it, are one row in which the
+prompt is computed once, for the policy and for the reference alike; the head sees completions only. Losses,
+metrics and options are TRL's own: all that changes is what the model's forward computes when TRL asks it
+for log-probabilities.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from collections import Counter
 from typing import Any
 
 import torch
-import trl
 from peft import PeftModel
 from torch import Tensor, nn
+from trl import DPOTrainer as TheirDPOTrainer
+from trl import GRPOTrainer as TheirGRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from . import shared_prompts
@@ -29,9 +31,15 @@ __all__ = ["DPOTrainer", "GRPOTrainer"]
 logger = logging.getLogger("peft_kernels")
 
 LEAK, APART = 1e-2, 0.1
-"""Most that the tokens of one completion may change what is computed for another, and most that a row of several
-may differ from rows of their own, where rounding is all that should: relative, of hidden states."""
-_SCALES = ("final_logit_softcapping", "logit_scale", "output_multiplier", "lm_head_multiplier", "logits_scaling")
+"""Most that the tokens of one completion may change what is computed for another, and most that a row of
+several may differ from rows of their own, where rounding is all that should: relative, of hidden states."""
+_SCALES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "output_multiplier",
+    "lm_head_multiplier",
+    "logits_scaling",
+)
 _NOTHING_SAID = frozenset({"use_cache", "return_dict"})
 
 
@@ -41,9 +49,11 @@ class LogProbs:
     `fallbacks`: calls that computed each row by itself, by reason.
     """
 
-    def __init__(self, model: Any, *, never: str, temperature: float, outputs: tuple[str, ...], head: str) -> None:
+    def __init__(
+        self, model: Any, *, never: str, temperature: float, outputs: tuple[str, ...], head: str
+    ) -> None:
         self.fallbacks: Counter[str] = Counter()
-        self.theirs = model.forward
+        self.theirs = model.forward  # TRL's, which `add_fused_lm_head` has put there
         self.never = never or _unfit(model)
         self.temperature, self.outputs = temperature, outputs
         self.head = head or _unusual_head(model.config)
@@ -70,7 +80,8 @@ class LogProbs:
             targets = labels[:, 1:][mask]
             parts = score(hidden, head.weight, head.bias, targets, self.temperature, self.outputs)._asdict()
         found = {
-            n: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x) for n, x in parts.items()
+            n: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
+            for n, x in parts.items()
         }
         loss = -found["log_probs"].sum() / mask.sum().clamp(min=1)
         return FusedCausalLMOutput(loss=loss, label_mask=mask, **found)
@@ -81,7 +92,8 @@ class LogProbs:
         weight = head.weight
         plain = type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
         usual = type(head) is nn.Linear and plain and weight.device.type == "cpu"
-        return usual and not self.head and given.keys() <= {"input_ids", "attention_mask"}
+        balanced = getattr(model.config, "output_router_logits", False)
+        return usual and not (self.head or balanced) and given.keys() <= {"input_ids", "attention_mask"}
 
     def _rows(self, model: Any, labels: Tensor, given: dict[str, Any]) -> Rows | str:
         reason = self.never or _unfit_call(model, given)
@@ -91,7 +103,10 @@ class LogProbs:
         rows = shared_prompts.share(given["input_ids"], given["attention_mask"], labels, hidden_size)
         if isinstance(rows, Rows) and not self.tried:
             self.tried = True
-            self.never = _misfit(model, rows, given, labels[:, 1:] != IGNORED)
+            try:
+                self.never = _misfit(model, rows, given, labels[:, 1:] != IGNORED)
+            except Exception as error:  # whatever a model has against a mask of four dimensions
+                self.never = f"{type(model).__name__} raised {type(error).__name__}: {error}"
             return self.never or rows
         return rows
 
@@ -114,7 +129,11 @@ def _unfit(model: Any) -> str:
         return f"{type(model).__name__} has layers of other kinds: {', '.join(sorted(kinds))}"
     if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
         return f"{type(model).__name__} attends within a window"
-    return f"{type(model).__name__} has no positions but distances in rows" if getattr(config, "alibi", False) else ""
+    if getattr(config, "alibi", False):
+        return f"{type(model).__name__} has no positions but distances in rows"
+    if not isinstance(getattr(config, "hidden_size", None), int):
+        return f"the configuration of {type(model).__name__} has no hidden_size"
+    return ""
 
 
 def _unfit_call(model: Any, given: dict[str, Any]) -> str:
@@ -130,14 +149,18 @@ def _unfit_call(model: Any, given: dict[str, Any]) -> str:
         return f"attention implementation {kind} takes no mask of queries and keys"
     if torch.compiler.is_compiling():
         return "the model is being compiled"
-    if model.training and torch.is_grad_enabled() and any(
-        isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules()
+    if (
+        model.training
+        and torch.is_grad_enabled()
+        and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
     ):
         return "dropout, which differs between completions"
     return ""
 
 
 def _unusual_head(config: Any) -> str:
+    if config.get_text_config() is not config:
+        return "the model takes more than text"
     scales = [name for name in _SCALES if getattr(config, name, None) not in (None, 1.0)]
     return f"logits are scaled ({', '.join(scales)})" if scales else ""
 
@@ -172,11 +195,13 @@ def _misfit(model: Any, rows: Rows, given: dict[str, Any], counted: Tensor) -> s
         alone = model.base_model(**given, use_cache=False).last_hidden_state[:, :-1][counted]
         found = shared_prompts.apart(_hidden(model, rows).flatten(0, 1)[rows.index], alone)
     if not found <= APART:
-        return f"{name} computes something else for rows with several completions: hidden states differ by {found:.2g}"
+        return f"{name} computes something else for completions in a row: hidden states differ by {found:.2g}"
     return ""
 
 
-def share_prompts(trainer: Any, outputs: tuple[str, ...], temperature: float = 1.0, head: str = "") -> LogProbs:
+def share_prompts(
+    trainer: Any, outputs: tuple[str, ...], temperature: float = 1.0, head: str = ""
+) -> LogProbs:
     """Has a trainer's model compute log-probabilities by `LogProbs`. `head`: why the head must be TRL's."""
     model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
     never = ""
@@ -196,12 +221,12 @@ def share_prompts(trainer: Any, outputs: tuple[str, ...], temperature: float = 1
     return log_probs
 
 
-class DPOTrainer(trl.DPOTrainer):
+class DPOTrainer(TheirDPOTrainer):
     """TRL's DPOTrainer, with prompts computed once for chosen and rejected, by the policy and the reference.
 
     Takes the same arguments, and gives the same losses and metrics up to rounding, with every `loss_type`.
-    Batches and models that it does not cover take TRL's own way: `log_probs.fallbacks` counts them by reason, and
-    a reason that holds for the whole model is logged once.
+    Batches and models that it does not cover take TRL's own way: `log_probs.fallbacks` counts them by
+    reason, and a reason that holds for the whole model is logged once.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -210,9 +235,10 @@ class DPOTrainer(trl.DPOTrainer):
         self.log_probs = share_prompts(self, ("entropy", "mean_logits", "is_top1", *weighting))
 
 
-class GRPOTrainer(trl.GRPOTrainer):
-    """TRL's GRPOTrainer, with a prompt computed once for all its completions in a batch: for the old policy's and
-    the reference's log-probabilities, and where completions of a prompt share a batch, for the policy's.
+class GRPOTrainer(TheirGRPOTrainer):
+    """TRL's GRPOTrainer, with a prompt computed once for all its completions in a batch: for the old
+    policy's and the reference's log-probabilities, and where completions of a prompt share a batch, for the
+    policy's.
 
     As `DPOTrainer`, it takes TRL's arguments, and TRL's way where it must.
     """
