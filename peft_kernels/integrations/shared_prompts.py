@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-LINEAR = 6
-"""The work of a token's linear layers, in tokens that it attends to, is about this many times the hidden
-size: 12 to 16 squares of it a layer, against a product each for scores and values."""
+LINEAR = 1
+"""What a token costs in linear layers, in tokens that it attends to, as a multiple of the hidden size. By
+operations it is 5 or 6, but attention under such a mask is slow and computes what the mask hides too: on two
+cores, prompts of 64 before completions of 192 lose, prompts of 128 before 128 win."""
 
 
 @dataclass(frozen=True)

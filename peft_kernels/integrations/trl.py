@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from trl import DPOTrainer as TheirDPOTrainer
-from trl import GRPOTrainer as TheirGRPOTrainer
+from trl.trainer.dpo_trainer import DPOTrainer as TheirDPOTrainer
+from trl.trainer.grpo_trainer import GRPOTrainer as TheirGRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from . import shared_prompts
@@ -79,7 +79,7 @@ class LogProbs:
             head = model.get_output_embeddings()
             targets = labels[:, 1:][mask]
             parts = score(hidden, head.weight, head.bias, targets, self.temperature, self.outputs)._asdict()
-        found = {
+        found: dict[str, Any] = {
             n: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
             for n, x in parts.items()
         }
@@ -246,5 +246,7 @@ class GRPOTrainer(TheirGRPOTrainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         head = "the entropy has a gradient" if self._entropy_bonus_enabled else ""
-        head = head or ("the head computes in fp32" if self.args.cast_lm_head_to_fp32 else "")
+        head = head or (
+            "the head computes in fp32" if getattr(self.args, "cast_lm_head_to_fp32", False) else ""
+        )
         self.log_probs = share_prompts(self, ("entropy",), self.temperature, head)

@@ -146,16 +146,16 @@ def test_grpo(tmp_path: Path) -> None:
 
 def batch(left: bool = False) -> dict[str, Tensor]:
     """Sequences of two prompts, three of each, padded on one or on both sides; some tokens do not count."""
-    tokens = ids(5, rows=6, length=20, vocabulary=100)
+    tokens = ids(5, rows=6, length=24, vocabulary=100)
     seen, labels = torch.ones_like(tokens), tokens.clone()
     for i in range(6):
-        tokens[i, :9] = tokens[i % 2, :9]
-        start, end = (3 if left and i % 2 else 0), 17 + i % 4
+        tokens[i, :14] = tokens[i % 2, :14]
+        start, end = (3 if left and i % 2 else 0), 21 + i % 4
         seen[i, :start], seen[i, end:] = 0, 0
         labels[i] = tokens[i]
-        labels[i, : 9 if i != 4 else 11] = -100
+        labels[i, : 14 if i != 4 else 16] = -100
     labels[seen == 0] = -100
-    labels[3, 14] = -100
+    labels[3, 19] = -100
     return {"input_ids": tokens.where(seen > 0, 0), "attention_mask": seen, "labels": labels}
 
 
