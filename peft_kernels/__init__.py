@@ -19,6 +19,7 @@ from .ops.experts import experts_linear, experts_lora_linear
 from .ops.gated import gated_activation, gated_mlp
 from .ops.linear import nf4_linear
 from .ops.lora import lora_linear
+from .ops.multi_bottleneck import BottleneckParameters, multi_bottleneck
 from .ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
 from .patch import explain, patch, patched, unpatch
 from .quantize import quantize_model
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptedLinear",
     "Adapter",
+    "BottleneckParameters",
     "NF4Weight",
     "adapters",
     "bottleneck",
@@ -41,6 +43,7 @@ __all__ = [
     "gated_mlp",
     "load_checkpoint",
     "lora_linear",
+    "multi_bottleneck",
     "multi_lora_linear",
     "nf4_linear",
     "nn",

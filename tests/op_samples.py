@@ -163,6 +163,33 @@ def bottleneck_backward_args(
     return (dy, *tensors, *rest, not beside, *needs)
 
 
+def multi_bottleneck_args(beside: bool = False, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
+    """Three adapters of all kinds, the second without rows, for six rows of which two have none."""
+    options: list[dict[str, Any]] = [
+        {"activation": "silu", "norm": True},
+        {"activation": "relu", "parameters": dtype},
+        {"activation": "gelu", "biases": False, "p": 0.3},
+    ]
+    made = [bottleneck_args(beside=beside, dtype=dtype, **one) for one in options]
+    x, residual, *columns = (list(column) for column in zip(*made, strict=True))
+    return (x[0], residual[0], torch.tensor([2, 0, -1, 2, 0, 3]), *columns)
+
+
+def multi_bottleneck_backward_args(
+    beside: bool = False, dtype: torch.dtype = torch.float32, need_dx: bool = True
+) -> tuple[Any, ...]:
+    def detached(value: Any) -> Any:
+        if isinstance(value, list):
+            return [detached(one) for one in value]
+        return value.detach() if isinstance(value, Tensor) else value
+
+    args = detached(multi_bottleneck_args(beside, dtype))
+    x, _, row_group, *norm, down, _, up, _, activation, scaling, p, seed = args
+    dy, z = testing.tensor(2, 3, up[0].shape[0], dtype=dtype, seed=5), testing.tensor(2, 3, R, seed=6)
+    rest = (row_group, *norm, down, up, activation, scaling, p, seed, not beside)
+    return (dy, x, z, *rest, need_dx, [True, False, False], *([True, False, True] for _ in range(4)))
+
+
 def samples(op: str) -> dict[str, tuple[Any, ...]]:
     """Arguments of each op by name, with and without its optional ones."""
     a, b, dense = leaf(R, K, seed=3), leaf(N, R, seed=4), leaf(N, K, seed=1)
@@ -303,6 +330,15 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
             "dx-beside": bottleneck_backward_args(True, False, False, False, False, beside=True),
             "parameters": bottleneck_backward_args(False, True, True, True, True),
             "bf16": bottleneck_backward_args(*[True] * 5, norm=True, beside=True, dtype=torch.bfloat16),
+        },
+        "multi_bottleneck": {
+            "fp32": multi_bottleneck_args(),
+            "bf16-beside": multi_bottleneck_args(True, torch.bfloat16),
+        },
+        "multi_bottleneck_backward": {
+            "fp32": multi_bottleneck_backward_args(),
+            "bf16-beside": multi_bottleneck_backward_args(True, torch.bfloat16),
+            "parameters": multi_bottleneck_backward_args(need_dx=False),
         },
         "gated_activation": {
             "silu": (gate, up, "silu"),

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peft_kernels as pk
 import testing
-from peft_kernels import AdaptedLinear, Adapter
+from peft_kernels import AdaptedLinear, Adapter, BottleneckParameters
 from peft_kernels.ops import flops, registry
 
 N, K, R, M = 24, 40, 4, 6
@@ -66,6 +66,11 @@ def cases(base: str) -> dict[str, tuple[Callable[[], Any], Callable[[], Any]]]:
         lambda: pk.bottleneck(x, e, f),
         lambda: x + F.linear(F.relu(F.linear(x, e)), f),
     )
+    of_rows = BottleneckParameters(e, f), torch.zeros(M, dtype=torch.int64)
+    found["multi_bottleneck"] = (
+        lambda: pk.multi_bottleneck(x, [of_rows[0]], of_rows[1]),
+        found["bottleneck"][1],
+    )
     if base == "nf4":
         found["nf4_linear"] = (lambda: pk.nf4_linear(x, weights[0]), lambda: F.linear(x, dense[0]))
     return found
@@ -102,8 +107,8 @@ def test_dora(backend: str) -> None:
 def test_every_namespace_is_known() -> None:
     flops.tell()
     known: Any = torch.utils.flop_counter.flop_registry
-    others = ("gated_mlp", "dora_norm", "bottleneck", "bottleneck_backward")
-    products = [name for name in registry.OPS if "linear" in name or name in others]
+    others = ("gated_mlp", "dora_norm")
+    products = [name for name in registry.OPS if "linear" in name or "bottleneck" in name or name in others]
     for namespace in NAMESPACES.values():
         ops = getattr(torch.ops, namespace)
         assert [name for name in registry.OPS if getattr(ops, name) in known] == products

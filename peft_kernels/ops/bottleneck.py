@@ -220,32 +220,8 @@ def bottleneck(
     ValueError
         Shapes, dtypes or devices that do not fit; an unknown activation; dropout_p not in 0 to 1.
     """
-    check_activation(activation)
-    if not x.dtype.is_floating_point or x.dim() == 0:
-        raise ValueError(f"x: expected a floating dtype of shape (..., in_features), got {_kind(x)}")
-    if down.dim() != 2 or down.shape[1] != x.shape[-1]:
-        raise ValueError(f"down: expected shape (r, {x.shape[-1]}), got {tuple(down.shape)}")
-    if not down.numel():
-        raise ValueError(f"down: expected elements, got shape {tuple(down.shape)}")
-    if up.dim() != 2 or up.shape[1] != down.shape[0]:
-        raise ValueError(f"up: expected shape (out_features, {down.shape[0]}), got {tuple(up.shape)}")
-    shapes = {"down": (down, *down.shape), "up": (up, *up.shape)}
-    vectors = {"down_bias": (down_bias, down.shape[0]), "up_bias": (up_bias, up.shape[0])}
-    vectors |= {"norm_weight": (norm_weight, x.shape[-1]), "norm_bias": (norm_bias, x.shape[-1])}
-    for name, (parameter, *shape) in (shapes | vectors).items():
-        if parameter is None:
-            continue
-        if parameter.shape != tuple(shape):
-            raise ValueError(f"{name}: expected shape {tuple(shape)}, got {tuple(parameter.shape)}")
-        if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
-            raise ValueError(f"{name}: expected {x.dtype} like x or float32, got {parameter.dtype}")
-        if parameter.device != x.device:
-            raise ValueError(f"{name}: expected device {x.device} like x, got {parameter.device}")
-    if norm_bias is not None and norm_weight is None:
-        raise ValueError("norm_bias: expected a norm_weight beside it, got none")
-    _check_residual(x, residual, up.shape[0])
-    if not 0 <= dropout_p <= 1:
-        raise ValueError(f"dropout_p: expected 0 to 1, got {dropout_p}")
+    check_parameters(x, down, up, down_bias, up_bias, activation, norm_weight, norm_bias, dropout_p)
+    check_residual(x, residual, up.shape[0])
     seed = new_seed(x) if dropout_p else None
     y: Tensor = dispatch.call(
         "bottleneck", x, residual, norm_weight, norm_bias, float(norm_eps), down, down_bias, up, up_bias,
@@ -254,12 +230,52 @@ def bottleneck(
     return y
 
 
-def _check_residual(x: Tensor, residual: Tensor | None, out_features: int) -> None:
+def check_parameters(
+    x: Tensor,
+    down: Tensor,
+    up: Tensor,
+    down_bias: Tensor | None,
+    up_bias: Tensor | None,
+    activation: str,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    dropout_p: float,
+    owner: str = "",
+) -> None:
+    """`owner`: what errors say before a parameter's name."""
+    check_activation(activation)
+    if not x.dtype.is_floating_point or x.dim() == 0:
+        raise ValueError(f"x: expected a floating dtype of shape (..., in_features), got {_kind(x)}")
+    if down.dim() != 2 or down.shape[1] != x.shape[-1]:
+        raise ValueError(f"{owner}down: expected shape (r, {x.shape[-1]}), got {tuple(down.shape)}")
+    if not down.numel():
+        raise ValueError(f"{owner}down: expected elements, got shape {tuple(down.shape)}")
+    if up.dim() != 2 or up.shape[1] != down.shape[0]:
+        raise ValueError(f"{owner}up: expected shape (out_features, {down.shape[0]}), got {tuple(up.shape)}")
+    shapes = {"down": (down, *down.shape), "up": (up, *up.shape)}
+    vectors = {"down_bias": (down_bias, down.shape[0]), "up_bias": (up_bias, up.shape[0])}
+    vectors |= {"norm_weight": (norm_weight, x.shape[-1]), "norm_bias": (norm_bias, x.shape[-1])}
+    for name, (parameter, *shape) in (shapes | vectors).items():
+        if parameter is None:
+            continue
+        if parameter.shape != tuple(shape):
+            raise ValueError(f"{owner}{name}: expected shape {tuple(shape)}, got {tuple(parameter.shape)}")
+        if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
+            raise ValueError(f"{owner}{name}: expected {x.dtype} like x or float32, got {parameter.dtype}")
+        if parameter.device != x.device:
+            raise ValueError(f"{owner}{name}: expected device {x.device} like x, got {parameter.device}")
+    if norm_bias is not None and norm_weight is None:
+        raise ValueError(f"{owner}norm_bias: expected a norm_weight beside it, got none")
+    if not 0 <= dropout_p <= 1:
+        raise ValueError(f"{owner}dropout_p: expected 0 to 1, got {dropout_p}")
+
+
+def check_residual(x: Tensor, residual: Tensor | None, out_features: int, owner: str = "") -> None:
     shape = (*x.shape[:-1], out_features)
     if residual is None:
         if out_features != x.shape[-1]:
             raise ValueError(
-                f"up: expected {x.shape[-1]} output features like x, its residual, got {out_features}"
+                f"{owner}up: expected {x.shape[-1]} output features like x, its residual, got {out_features}"
             )
     elif residual.shape != shape or residual.dtype != x.dtype or residual.device != x.device:
         expected = f"{x.dtype} of shape {shape} on {x.device}"

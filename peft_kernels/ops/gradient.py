@@ -59,7 +59,7 @@ class Like(NamedTuple):
         """Of a tensor, of each in a list of them, or None of None."""
         if isinstance(value, Tensor):
             return cls(value.shape, value.dtype)
-        return value and [cls(t.shape, t.dtype) for t in value]
+        return value and [cls.of(t) for t in value]
 
 
 def register(op: type[Op], overload: OpOverload, library: torch.library.Library, ops: Any) -> Call:
