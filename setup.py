@@ -44,6 +44,7 @@ CPU_SOURCES = [
     "csrc/cpu/library_ops.cpp",
     "csrc/cpu/linear_ops.cpp",
     "csrc/cpu/lora_ops.cpp",
+    "csrc/cpu/multi_bottleneck_ops.cpp",
     "csrc/cpu/nf4_absmax.cpp",
     "csrc/cpu/nf4_ops.cpp",
     "csrc/cpu/scalar.cpp",

@@ -8,18 +8,23 @@
     python bench/run.py --only '^(sass|triton)'
 
 Every case is checked against the fp64 reference first; what is wrong is reported, never timed. A ratio is
-the peer's time / our time: above 1 we win. A cost is our time / that of a cheaper job of ours. The cases
-called memory-... count the bytes that a forward saves for its backward. Those called sass-... and
-triton-..., which run by name alone, compile the kernels for cards that need not be here: the CUDA kernels'
-instructions are put beside what a card allows, of the Triton kernels registers, spills and the like are
-told. So does host-...: it times the CUDA back end's host code, without a card. waves-... tells by
-arithmetic how far products with NF4 weights fill a card, every-cell-... for each of them. loading-... tells
-the memory and the time that loading a checkpoint in 4 bits takes. bitsandbytes-ops-... times its Linear4bit
-as it is and on our kernels, experts-... layers of experts, adamw-... a step of optimizers;
-optimizer-curves-... trains with each, for most of an hour, and tells the loss on held-out examples. dpo-...
-and grpo-... time steps of TRL's trainers on SmolLM2-135M. moe-... times a mixture of experts, for which it
-needs 16 GB, and counts the bytes of a whole one. Writes results.jsonl, table.txt and ratios.png to the
-output folder. Exits with 1 when a result was wrong.
+the peer's time / our time: above 1 we win. A cost is our time / that of a cheaper job of ours. Writes
+results.jsonl, table.txt and ratios.png to the output folder. Exits with 1 when a result was wrong.
+
+These run by name alone, but for the first:
+
+memory-...             bytes that a forward saves for its backward
+sass-..., triton-...   kernels compiled for cards that need not be here: the CUDA kernels' instructions beside
+                       what a card allows; of the Triton kernels registers, spills and the like
+host-...               the CUDA back end's host code, without a card
+waves-...              by arithmetic, how far products with NF4 weights fill a card; every-cell-... each of them
+loading-...            memory and time that loading a checkpoint in 4 bits takes
+bitsandbytes-ops-...   its Linear4bit as it is and on our kernels
+experts-..., moe-...   layers of experts; a whole mixture of experts, for which it needs 16 GB
+bottleneck-...         adapters beside plain modules
+adamw-...              a step of optimizers
+optimizer-curves-...   trains with each, for most of an hour: the loss on held-out examples
+dpo-..., grpo-...      steps of TRL's trainers on SmolLM2-135M
 """
 
 from __future__ import annotations
@@ -72,6 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import testing
     from bench import (
         bnb_ops,
+        bottlenecks,
         cases,
         chart,
         compiled,
@@ -95,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timed = [*cases.standard(options.dtype), *memory.standard(options.dtype)]
     by_name = [
         *bnb_ops.standard(options.dtype),
+        *bottlenecks.standard(),
         *experts.standard(options.dtype),
         *host.standard(options.dtype),
         *waves.standard(),

@@ -31,6 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import (
     bnb_ops,
+    bottlenecks,
     cases,
     chart,
     compiled,
@@ -227,7 +228,8 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
     quick = listed("--quick")
     assert default < full < every and quick < full
     kinds_by_name = (
-        compiled, triton_cases, waves, loading, optimizers, optimizer_curves, optimizer_waves, rlhf
+        bottlenecks, compiled, triton_cases, waves, loading, optimizers, optimizer_curves, optimizer_waves,
+        rlhf,
     )  # fmt: skip
     by_name = [kind.standard("bf16") for kind in (host, bnb_ops, experts, moe)]
     by_name += [kind.standard() for kind in kinds_by_name]

@@ -1,4 +1,4 @@
-// What a bottleneck adapter computes beside its products: layer norm, activation with dropout, the residual.
+// What a bottleneck adapter computes beside its products: layer norm, activation with dropout.
 
 // The sum of row[i] * other[i], or of row alone where other is null, over `count` elements.
 inline float sum_row(const float* row, const float* other, int64_t count) {
@@ -81,17 +81,24 @@ void layer_norm_backward(const NormParams& p, int64_t begin, int64_t end) {
 
 template <Activation kActivation>
 void bottleneck_run(const BottleneckParams& p, int64_t begin, int64_t end) {
-  const auto step = [&](int64_t i, int64_t count, Vec keep) {
+  const auto step = [&](int64_t i, int64_t count, Vec factor) {
     const ValueSlope a = activate<kActivation>(load_lanes(p.z + i, count));
-    if (p.value) store_lanes(p.value + (i - begin), mul(a.value, keep), count);
-    if (p.d) store_lanes(p.d + i, mul(mul(load_lanes(p.d + i, count), keep), a.slope), count);
+    const Vec value = mul(a.value, factor);
+    if (p.value) store_lanes(p.value + (i - begin), value, count);
+    if (p.rounded_value) store_lanes(p.rounded_value + (i - begin), value, count);
+    if (!p.d) return;
+    const Vec d = mul(mul(load_lanes(p.d + i, count), factor), a.slope);
+    store_lanes(p.d + i, d, count);
+    if (p.rounded_d) store_lanes(p.rounded_d + (i - begin), d, count);
   };
   if (p.mask.threshold == 0) {
-    return for_lanes(begin, end, [&](int64_t i, int64_t count) { step(i, count, splat(1.0f)); });
+    const Vec factor = splat(p.scaling);
+    return for_lanes(begin, end, [&](int64_t i, int64_t count) { step(i, count, factor); });
   }
+  const float kept = p.mask.scale * p.scaling;
   for_mask(p.mask, begin, end - begin, [&](int64_t at, const uint32_t* words, int64_t piece) {
     for (int64_t i = 0; i < piece; i += kLanes) {
-      step(begin + at + i, min64(kLanes, piece - i), keep_factors(words + i, p.mask.threshold, p.mask.scale));
+      step(begin + at + i, min64(kLanes, piece - i), keep_factors(words + i, p.mask.threshold, kept));
     }
   });
 }
@@ -101,18 +108,25 @@ void bottleneck(const BottleneckParams& p, int64_t begin, int64_t end) {
                   [&](auto activation) { bottleneck_run<decltype(activation)::kValue>(p, begin, end); });
 }
 
-// A sum in which adding a zero of either sign changes no bit: where the residual is negative, -0 included,
-// the signs of all are turned.
-template <class T>
-void add_residual_run(const ResidualParams& p, int64_t begin, int64_t end) {
-  const T* residual = static_cast<const T*>(p.residual);
-  T* y = static_cast<T*>(p.y);
-  for_lanes(begin, end, [&](int64_t i, int64_t count) {
-    const Vec r = load_lanes(residual + i, count), d = load_lanes(p.delta + (i - begin), count);
-    store_lanes(y + i, by_sign(r, negate(sub(negate(r), d)), add(r, d)), count);
-  });
+template <class From, class To>
+void transpose_run(const TransposeParams& p, int64_t begin, int64_t end) {
+  static_assert(kTransposeRows % kLanes == 0, "");
+  for (int64_t r = begin; r < end; r += kLanes) {
+    const int64_t rows = min64(kLanes, end - r);
+    for (int64_t c = 0; c < p.cols; c += kLanes) {
+      const int64_t cols = min64(kLanes, p.cols - c);
+      const From* x = static_cast<const From*>(p.x) + r * p.cols + c;
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) block[i] = i < rows ? load_lanes(x + i * p.cols, cols) : zero();
+      transpose(block);
+      To* out = static_cast<To*>(p.out) + c * p.out_ld + r;
+      for (int i = 0; i < cols; ++i) store_lanes(out + i * p.out_ld, block[i], rows);
+    }
+  }
 }
 
-void add_residual(const ResidualParams& p, int64_t begin, int64_t end) {
-  with_type(p.dtype, [&](auto type) { add_residual_run<decltype(type)>(p, begin, end); });
+void transpose_rows(const TransposeParams& p, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto from) {
+    with_type(p.out_dtype, [&](auto to) { transpose_run<decltype(from), decltype(to)>(p, begin, end); });
+  });
 }

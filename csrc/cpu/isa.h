@@ -14,6 +14,7 @@ inline constexpr int kIsaCount = 5;  // without the last, which is for tests and
 // What an ISA file exports. `rect` and the block or element range pick the part a task owns.
 struct KernelTable {
   int64_t multiply_adds_per_thread;  // below which a second thread costs more to wake than it saves
+  bool has_pairs;                    // whether products of bf16 with bf16 take half the time
   void (*quantize)(const QuantizeParams& params, int64_t block_begin, int64_t block_end);
   void (*dequantize)(const Nf4View& weight, int64_t begin, int64_t end, DType dtype, void* out);
   // lhs [m, depth] times rhs [n, depth], transposed.
@@ -33,7 +34,8 @@ struct KernelTable {
   void (*layer_norm)(const NormParams& params, int64_t begin, int64_t end);
   void (*layer_norm_backward)(const NormParams& params, int64_t begin, int64_t end);
   void (*bottleneck)(const BottleneckParams& params, int64_t begin, int64_t end);
-  void (*add_residual)(const ResidualParams& params, int64_t begin, int64_t end);
+  // Rows [begin, end) of x; begin is a multiple of kTransposeRows.
+  void (*transpose_rows)(const TransposeParams& params, int64_t begin, int64_t end);
   // Rows [begin, end); backward: columns, as it sums over rows.
   void (*scale_features)(const ScaleParams& params, int64_t begin, int64_t end);
   void (*scale_features_backward)(const ScaleParams& params, int64_t begin, int64_t end);

@@ -28,6 +28,7 @@
 // A constant, so that nothing of the level runs when the library is loaded.
 constexpr KernelTable kKernels = {
     kMultiplyAddsPerThread,
+    PEFT_KERNELS_BF16_DOT != 0,
     quantize,
     dequantize,
     gemm_nt,
@@ -41,7 +42,7 @@ constexpr KernelTable kKernels = {
     layer_norm,
     layer_norm_backward,
     bottleneck,
-    add_residual,
+    transpose_rows,
     scale_features,
     scale_features_backward,
     step,

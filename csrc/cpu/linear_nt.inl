@@ -79,8 +79,45 @@ inline void nt_add_thin_term(const GemmTerm& term, int64_t m0, int64_t rows, int
   }
 }
 
+#if PEFT_KERNELS_BF16_DOT
+// The same on pairs of bf16: two elements of a row are one lane, and are transposed as such.
+inline bool is_thin_in_pairs(const GemmTerm& term) {
+  return term.depth <= kThinDepth && term.depth % 2 == 0 && !term.rhs.nf4 && has_bf16_values(term);
+}
+
+inline void nt_add_thin_pairs(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
+                              float* tile, void* panel_memory) {
+  uint32_t* strip = static_cast<uint32_t*>(panel_memory);
+  const int64_t steps = term.depth / 2;
+  const BF16* rhs = static_cast<const BF16*>(term.rhs.data) + n0 * term.rhs.ld;
+  for (int64_t c = 0; c < kStrip; c += kLanes) {
+    for (int64_t s = 0; s < steps; s += kLanes) {
+      const int64_t width = min64(kLanes, steps - s);
+      Vec block[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        const BF16* from = rhs + (c + i) * term.rhs.ld + 2 * s;
+        block[i] = c + i >= cols     ? zero()
+                   : width == kLanes ? as_floats(load_pairs(from))
+                                     : as_floats(load_pairs_part(from, 2 * width));
+      }
+      transpose(block);
+      for (int i = 0; i < width; ++i) store_bits(strip + (s + i) * kStrip + c, block[i]);
+    }
+  }
+  const auto* lhs = static_cast<const PanelBF16*>(term.lhs) + m0 * term.lhs_ld;
+  for (int64_t r = 0; r < rows; r += kOuterRows) {
+    outer_rows<OuterBF16, kOuterRows>(min64(kOuterRows, rows - r), lhs + r * term.lhs_ld, term.lhs_ld,
+                                      reinterpret_cast<const PanelBF16*>(strip), steps, tile + r * kStrip,
+                                      kStrip);
+  }
+}
+#endif
+
 inline void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
                         void* panel) {
+#if PEFT_KERNELS_BF16_DOT
+  if (is_thin_in_pairs(term)) return nt_add_thin_pairs(term, m0, rows, n0, cols, tile, panel);
+#endif
   if (is_thin(term)) return nt_add_thin_term(term, m0, rows, n0, cols, tile, panel);
   if (has_bf16_values(term)) return nt_add_term<DotBF16>(term, m0, rows, n0, cols, tile, panel);
   with_type(term.lhs_dtype,

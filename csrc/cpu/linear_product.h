@@ -4,6 +4,7 @@
 #include <ATen/ATen.h>
 #include <c10/util/SmallVector.h>
 
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -50,6 +51,8 @@ class Product {
     params.bias = bias;
   }
   void start_from_out() { params.add_to_out = true; }
+  // Of run_nn: every task takes all rows, where to fill a panel once more costs more than its rows.
+  void keep_rows_together() { nn_row_unit_ = std::max<int64_t>(params.m, 1); }
 
   void add(const GemmTerm& term) { terms_.push_back(term); }
   // What a term points into, where its owner may be gone when the product is run.
@@ -125,7 +128,7 @@ class Product {
   bool is_packed() const { return params.plan != NtPlan::kDots && params.plan != NtPlan::kGemv; }
 
   GemmJob nt_job() { return {kernels().gemm_nt, finished(), 0, params.m, 6, 16}; }
-  GemmJob nn_job() { return {kernels().gemm_nn, finished(), 0, params.m, 6, 64}; }
+  GemmJob nn_job() { return {kernels().gemm_nn, finished(), 0, params.m, nn_row_unit_, 64}; }
   GemmJob packed_job(const void* packed, int64_t m_begin, int64_t m_end) {
     params.packed_lhs = packed;
     params.packed_begin = m_begin;
@@ -144,6 +147,7 @@ class Product {
 
   c10::SmallVector<GemmTerm, 4> terms_;
   Tensor bias_;
+  int64_t nn_row_unit_ = 6;
   c10::SmallVector<Tensor, 2> kept_;
 };
 

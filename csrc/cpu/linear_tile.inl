@@ -46,14 +46,28 @@ inline void start_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0
   }
 }
 
+// residual + delta as a sum in which adding a zero of either sign changes no bit: where the residual is
+// negative, -0 included, the signs of all are turned.
+template <class T>
+void add_to_residual(const T* residual, const float* delta, int64_t count, T* out) {
+  for_lanes(0, count, [&](int64_t i, int64_t lanes) {
+    const Vec r = load_lanes(residual + i, lanes), d = load_lanes(delta + i, lanes);
+    store_lanes(out + i, by_sign(r, negate(sub(negate(r), d)), add(r, d)), lanes);
+  });
+}
+
 // Rounds a tile to the output's type, once.
 inline void finish_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
                         const float* tile, int64_t tile_ld) {
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = tile + i * tile_ld;
     const int64_t first = (m0 + i) * p.out_ld + n0;
-    with_type(p.out_dtype,
-              [&](auto type) { narrow_run(row, cols, static_cast<decltype(type)*>(p.out) + first); });
+    with_type(p.out_dtype, [&](auto type) {
+      using T = decltype(type);
+      T* out = static_cast<T*>(p.out) + first;
+      if (!p.residual) return narrow_run(row, cols, out);
+      add_to_residual(static_cast<const T*>(p.residual) + first, row, cols, out);
+    });
   }
 }
 

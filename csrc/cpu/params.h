@@ -64,7 +64,8 @@ struct GemmTerm {
 // gemm_packed with lhs packed as pairs of bf16 or as fp32.
 enum class NtPlan : uint8_t { kDots, kGemv, kPairs, kFloats };
 
-// out[m, n] = start + sum over terms of lhs . rhs, where start is the bias, or what `out` holds, or 0.
+// out[m, n] = start + sum over terms of lhs . rhs, where start is the bias, or what `out` holds, or 0. Where
+// there is a residual, the sum is added to it, and a sum of 0, of either sign, changes no bit of it.
 struct GemmParams {
   const GemmTerm* terms;
   int64_t term_count;
@@ -80,6 +81,7 @@ struct GemmParams {
   NtPlan plan;
   const void* packed_lhs;
   int64_t packed_begin, packed_end;
+  const void* residual;  // gemm_nt and gemm_nn: as `out` is in memory, or null
 };
 
 // Rows [rows, depth] strip by strip of kPackRows rows, in a strip by the vectors of a register tile, in these
@@ -148,22 +150,29 @@ struct NormParams {
   float* sums;     // [2, features]: the gradients of weight and bias, of these rows
 };
 
-// The bottleneck of an adapter, z before and `value` behind activation and dropout. Elements [begin, end) of
-// z, the first of which goes to the beginning of `value`.
+// The bottleneck of an adapter, z before and `value` behind activation, dropout and scaling, in fp32 or
+// rounded, or not at all. Elements [begin, end) of z and d, the first of which go to the beginning of the
+// others.
 struct BottleneckParams {
   const float* z;
   Activation activation;
   DropoutMask mask;
-  float* value;  // or null
-  float* d;      // or null; backward: of the value, becomes that of z
+  float scaling;
+  float* value;
+  BF16* rounded_value;
+  float* d;  // or null; backward: of the value, becomes that of z
+  BF16* rounded_d;
 };
 
-// y = residual + delta, elements [begin, end), of which delta holds no others.
-struct ResidualParams {
-  const void* residual;
-  DType dtype;  // of both
-  const float* delta;
-  void* y;
+// out[c, r] = x[r, c].
+inline constexpr int64_t kTransposeRows = 16;  // a multiple of every level's lanes
+struct TransposeParams {
+  const void* x;
+  DType dtype;
+  int64_t rows, cols;  // of x, which is contiguous
+  void* out;
+  DType out_dtype;
+  int64_t out_ld;
 };
 
 // y[m, n] = z[m, n] + (scale[n] - 1) * (z[m, n] - bias[n]): all but the bias is scaled, and by 1 to the bit.

@@ -252,18 +252,23 @@ def check_parameters(
         raise ValueError(f"{owner}down: expected elements, got shape {tuple(down.shape)}")
     if up.dim() != 2 or up.shape[1] != down.shape[0]:
         raise ValueError(f"{owner}up: expected shape (out_features, {down.shape[0]}), got {tuple(up.shape)}")
-    shapes = {"down": (down, *down.shape), "up": (up, *up.shape)}
-    vectors = {"down_bias": (down_bias, down.shape[0]), "up_bias": (up_bias, up.shape[0])}
-    vectors |= {"norm_weight": (norm_weight, x.shape[-1]), "norm_bias": (norm_bias, x.shape[-1])}
-    for name, (parameter, *shape) in (shapes | vectors).items():
+    (r, k), n, dtype, device = down.shape, up.shape[0], x.dtype, x.device
+    for name, parameter, shape in (
+        ("down", down, (r, k)),
+        ("up", up, (n, r)),
+        ("down_bias", down_bias, (r,)),
+        ("up_bias", up_bias, (n,)),
+        ("norm_weight", norm_weight, (k,)),
+        ("norm_bias", norm_bias, (k,)),
+    ):
         if parameter is None:
             continue
-        if parameter.shape != tuple(shape):
-            raise ValueError(f"{owner}{name}: expected shape {tuple(shape)}, got {tuple(parameter.shape)}")
-        if parameter.dtype != x.dtype and parameter.dtype != torch.float32:
-            raise ValueError(f"{owner}{name}: expected {x.dtype} like x or float32, got {parameter.dtype}")
-        if parameter.device != x.device:
-            raise ValueError(f"{owner}{name}: expected device {x.device} like x, got {parameter.device}")
+        if parameter.shape != shape:
+            raise ValueError(f"{owner}{name}: expected shape {shape}, got {tuple(parameter.shape)}")
+        if parameter.dtype != dtype and parameter.dtype != torch.float32:
+            raise ValueError(f"{owner}{name}: expected {dtype} like x or float32, got {parameter.dtype}")
+        if parameter.device != device:
+            raise ValueError(f"{owner}{name}: expected device {device} like x, got {parameter.device}")
     if norm_bias is not None and norm_weight is None:
         raise ValueError(f"{owner}norm_bias: expected a norm_weight beside it, got none")
     if not 0 <= dropout_p <= 1:

@@ -1,0 +1,46 @@
+"""The bench of bottleneck adapters: who takes part, and that what is wrong is not timed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from bench_checks import ONCE
+
+import peft_kernels as pk
+from bench import bottlenecks
+from bench.bottlenecks import Kind
+from bench.report import OURS
+
+KINDS = [
+    Kind(train, parallel, mixed, activation)
+    for train, parallel, mixed, activation in (
+        (False, False, False, "relu"),
+        (False, True, True, "silu"),
+        (True, True, False, "gelu"),
+        (True, False, True, "relu"),
+    )
+]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.group)
+@pytest.mark.parametrize("m", [1, 70])
+def test_all_take_part(kind: Kind, m: int) -> None:
+    result = bottlenecks.bottleneck(kind, m, "bf16", 64, 12, compiles=False).run(ONCE)
+    assert not result.wrong and not result.absent
+    assert set(result.seconds) == {OURS, bottlenecks.MODULES, *([bottlenecks.AUTOCAST] * kind.mixed)}
+
+
+@pytest.mark.parametrize("kind", KINDS[1:3], ids=lambda kind: kind.group)
+def test_a_wrong_adapter_is_not_timed(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
+    adapter: Any = pk.bottleneck
+    monkeypatch.setattr(pk, "bottleneck", lambda *args: adapter(*args) * 1.1)
+    result = bottlenecks.bottleneck(kind, 9, "bf16", 64, 12, compiles=False).run(ONCE)
+    assert OURS in result.wrong and OURS not in result.seconds
+
+
+def test_the_standard_cases() -> None:
+    names = [case.name for case in bottlenecks.standard()]
+    assert len(set(names)) == len(names)
+    for name in ("bottleneck-train-768x768-m2048-bf16", "bottleneck-parallel-mixed-forward-768x768-m1-bf16"):
+        assert name in names
