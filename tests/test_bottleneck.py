@@ -140,6 +140,27 @@ def test_more_ranks_and_features_than_a_tile(backend: str, case: dict[str, Any])
     judge(case | {"k": 140, "r": 130, "norm": False, "biases": True, "activation": "gelu_tanh"})
 
 
+@pytest.mark.parametrize("parameters", ["same", "fp32"])
+@pytest.mark.parametrize("m,r,norm", [(515, 48, False), (259, 70, False), (300, 33, True)])
+def test_many_rows(backend: str, m: int, r: int, norm: bool, parameters: str) -> None:
+    """Several chunks of rows, the last of odd length; bottlenecks that are thin, deep and odd."""
+    if backend in ("ptx", "triton"):
+        pytest.skip(f"{backend}: these are the CPU kernel's chunks")
+    case = {"m": m, "k": 96, "r": r, "norm": norm, "beside": norm, "biases": True, "p": 0.3}
+    judge(case | {"dtype": torch.bfloat16, "parameters": parameters, "activation": "silu"})
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=short)
+@pytest.mark.parametrize("r", [48, 5, 70])
+def test_a_rows_bits_do_not_depend_on_the_others(backend: str, r: int, dtype: torch.dtype) -> None:
+    if not backend.startswith("cpu"):
+        pytest.skip(f"{backend}: torch's products may add in another order where rows are more")
+    x, down, up = (testing.tensor(*s, dtype=dtype) for s in ((150, 96), (r, 96), (96, r)))
+    whole = pk.bottleneck(x, down, up, activation="gelu")
+    for row in (0, 40, 149):
+        assert torch.equal(pk.bottleneck(x[row], down, up, activation="gelu"), whole[row])
+
+
 @pytest.mark.parametrize("m,k,r", [(1, 1, 1), (1, 33, 1), (9, 1, 5)])
 def test_single_rows_and_features(backend: str, m: int, k: int, r: int) -> None:
     case = {"m": m, "k": k, "r": r, "norm": k > 1, "beside": m == 1, "biases": True, "p": 0.0}

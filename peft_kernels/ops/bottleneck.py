@@ -186,8 +186,9 @@ def bottleneck(
     """`residual + scaling * (drop(activation(norm(x) down^T + down_bias)) up^T + up_bias)`: a bottleneck
     adapter (Houlsby et al. 2019), or one beside a sublayer (He et al. 2022) whose output is `residual`.
 
-    Computed in fp32 and rounded once. Where what is added is 0, as with an `up` of zeros, the result is the
-    residual to the bit, its sign of zero included; a NaN or Inf in the bottleneck is not hidden by zeros.
+    Computed in fp32 and rounded once; where x and a parameter are bf16, a back end may also round to bf16
+    what is multiplied with that parameter. Where what is added is 0, as with an `up` of zeros, the result is
+    the residual to the bit, its sign of zero included; a NaN or Inf in the bottleneck is not hidden by zeros.
 
     Parameters
     ----------
