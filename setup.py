@@ -56,6 +56,7 @@ EMULATED_SOURCES = ["tests/amx/amx_emulated.cpp"]
 CUDA_OPS = [
     "csrc/cuda/adamw_ops.cpp",
     "csrc/cuda/bind.cpp",
+    "csrc/cuda/bottleneck_ops.cpp",
     "csrc/cuda/dora_ops.cpp",
     "csrc/cuda/dropout_ops.cpp",
     "csrc/cuda/experts_ops.cpp",
@@ -74,6 +75,7 @@ LAUNCH = "csrc/cuda/launch.cpp"
 CUDA_STARTS = ["csrc/cuda/counters.cpp", LAUNCH]
 CUDA_KERNELS = [
     "csrc/cuda/adamw.cu",
+    "csrc/cuda/bottleneck.cu",
     "csrc/cuda/dora_norm.cu",
     "csrc/cuda/dora_scale.cu",
     "csrc/cuda/dropout.cu",

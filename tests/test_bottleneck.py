@@ -312,10 +312,7 @@ def ops_of(backend_id: str) -> Any:
 with_kernels = pytest.mark.parametrize("backend_id", ["cpu", "triton"])
 
 
-@with_kernels
-@pytest.mark.parametrize("name", WRONG)
-def test_the_kernel_checks_for_itself(backend_id: str, name: str) -> None:
-    """What memory safety rests on, past all checks in Python."""
+def wrong_args(name: str) -> tuple[str, list[Any]]:
     message, changes = WRONG[name]
     args: list[Any] = [
         torch.ones(2, 6), X, torch.ones(2, 3), torch.ones(6), None, EPS, DOWN, UP, "gelu", 1.0, 0.0, None,
@@ -323,6 +320,14 @@ def test_the_kernel_checks_for_itself(backend_id: str, name: str) -> None:
     ]  # fmt: skip
     for place, value in changes.items():
         args[place] = value
+    return message, args
+
+
+@with_kernels
+@pytest.mark.parametrize("name", WRONG)
+def test_the_kernel_checks_for_itself(backend_id: str, name: str) -> None:
+    """What memory safety rests on, past all checks in Python."""
+    message, args = wrong_args(name)
     with pytest.raises(RuntimeError, match=message):
         ops_of(backend_id).bottleneck_backward(*args)
 

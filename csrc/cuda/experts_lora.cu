@@ -24,7 +24,7 @@ void shrink(const ExpertRows& rows, const void* x, int64_t features, const Exper
   params.experts = rows;
   params.factor_stride = factor.rank * features;
   // Two windows of features for each warp, or more.
-  const int64_t slices = ceil_div(features, 2 * Kernel::kWindow * (Kernel::kWarps / params.row_warps));
+  const int64_t slices = ceil_div(features, 2 * kWindow * (Kernel::kWarps / params.row_warps));
   const int64_t chunks = ceil_div(ceil_div(factor.rank, kTileRanks), Kernel::kTiles);
   params.splits = splits_for(params.row_blocks * chunks, slices, context.card);
   if (params.splits > 1) {

@@ -1,33 +1,18 @@
 // The ops of layers with many experts. Who has which rows is known on the device alone, and stays there.
 #include <ATen/ATen.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <limits>
-#include <string>
 #include <tuple>
 #include <vector>
 
+#include "composed.h"
 #include "experts.h"
 #include "linear_product.h"
 #include "runtime.h"
 
 namespace peft_kernels::cuda {
 namespace {
-
-#define PEFT_KERNELS_NAME_(x) #x
-#define PEFT_KERNELS_NAME(x) PEFT_KERNELS_NAME_(x)
-
-// The op as it is made of others in Python, for what no kernel here takes. That is the kernel of every device
-// that has none of its own.
-template <class Result, class... Parameters, class... Args>
-Result composed(Result (*)(Parameters...), const char* op, const Args&... args) {
-  const std::string name = std::string(PEFT_KERNELS_NAME(PEFT_KERNELS_NAMESPACE)) + "::" + op;
-  return c10::Dispatcher::singleton()
-      .findSchemaOrThrow(name.c_str(), "")
-      .template typed<Result(Parameters...)>()
-      .redispatch(c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), args...);
-}
 
 // NF4 weights of experts, [experts, out_features, in_features].
 class ExpertsWeight {

@@ -1,3 +1,4 @@
+#include "bottleneck.h"
 #include "launch.cuh"
 #include "lora_expand.cuh"
 
@@ -46,12 +47,23 @@ void expand(const Expansion& from, Stream stream) {
   bool vectors = has_vectors(from.out, from.features);
   for (const void* term : from.terms) vectors = vectors && has_vectors(term, from.features);
   for (const Delta& delta : from.deltas) {
-    if (delta.feature_stride == 1) vectors = vectors && has_vectors(delta.factor, from.features);
+    if (delta.factor.feature_stride == 1) vectors = vectors && has_vectors(delta.factor.data, from.features);
+    vectors = vectors && are_aligned({delta.bias});
   }
   with_half(from.batch.dtype, [&](auto type) {
     using T = decltype(type);
     vectors ? run<T, true>(from, stream) : run<T, false>(from, stream);
   });
+}
+
+Delta delta_of_b(const AdapterView& adapter, const float* bias) {
+  return {{adapter.b, 1, adapter.rank, adapter.b_dtype == DType::kF32},
+          bias,
+          {},
+          adapter.scaling,
+          adapter.group,
+          adapter.h_begin,
+          adapter.rank};
 }
 
 }  // namespace
@@ -60,25 +72,27 @@ void lora_y(const LoraBatch& batch, int layer, int64_t n, const float* h, void* 
   std::vector<Delta> deltas;
   for (const AdapterView& adapter : batch.adapters) {
     if (adapter.layer != layer) continue;
-    deltas.push_back({adapter.b,
-                      1,
-                      adapter.rank,
-                      {},
-                      adapter.scaling,
-                      adapter.group,
-                      adapter.h_begin,
-                      adapter.rank,
-                      adapter.b_dtype == DType::kF32});
+    deltas.push_back(delta_of_b(adapter, nullptr));
   }
   if (!deltas.empty()) expand({batch, n, h, {y}, deltas, y}, stream);
+}
+
+void lora_y(const LoraBatch& batch, int64_t n, const float* h, const void* term, const float* bias, void* y,
+            Stream stream) {
+  expand({batch, n, h, {term}, {delta_of_b(batch.adapters.at(0), bias)}, y}, stream);
 }
 
 void lora_dx(const LoraBatch& batch, const std::vector<const void*>& terms, const float* dh, void* dx,
              Stream stream) {
   std::vector<Delta> deltas;
   for (const AdapterView& adapter : batch.adapters) {
-    deltas.push_back({adapter.a, batch.k, 1, adapter.mask, adapter.mask.scale, adapter.group, adapter.h_begin,
-                      adapter.rank, adapter.a_dtype == DType::kF32});
+    deltas.push_back({{adapter.a, batch.k, 1, adapter.a_dtype == DType::kF32},
+                      nullptr,
+                      adapter.mask,
+                      adapter.mask.scale,
+                      adapter.group,
+                      adapter.h_begin,
+                      adapter.rank});
   }
   expand({batch, batch.k, dh, terms, deltas, dx}, stream);
 }

@@ -6,21 +6,19 @@
 
 namespace peft_kernels::cuda {
 
-// What an adapter adds: rows of `ranks` times a factor whose element (rank, feature) stands at
-// rank * rank_stride + feature * feature_stride.
+// What an adapter adds: rows of `ranks` times a factor, and a bias.
 struct Delta {
-  const void* factor;
-  int64_t rank_stride, feature_stride;
+  RankFactor factor;
+  const float* bias;  // of features, or null
   DropoutMask mask;
   float scale;
   int64_t group;   // of the rows that it is added to
   int64_t column;  // of its first rank, in `ranks`
   int rank;
-  bool is_f32;
 };
 
-// out[m, feature] = the sum of the terms + the sum over deltas of scale * mask(ranks factor), rounded once.
-// out may be one of the terms.
+// out[m, feature] = the sum of the terms + the sum over deltas of scale * (mask(ranks factor) + bias),
+// rounded once. out may be one of the terms. Where all deltas are 0, it is the terms' sum to the bit.
 //
 // A warp has 32 rows and 32 features. Lane (g, t) reads features 4g .. 4g + 3 of ranks t and t + 4; as the
 // columns of a product may stand in any order, it then has features 8t .. 8t + 7 of the sums: two blocks of
@@ -53,7 +51,12 @@ struct LoraExpand {
     const int64_t features =
         (block_index() % p.feature_blocks * kWarps + warp_index()) * kFeatures;  // the warp's first
     if (features >= p.features) return;
-    float total[kRows / 8][kRun] = {};  // rows g, g + 8, ..; features 8t ..
+    float total[kRows / 8][kRun];  // rows g, g + 8, ..; features 8t ..
+#pragma unroll
+    for (int i = 0; i < kRows / 8; ++i) {
+#pragma unroll
+      for (int j = 0; j < kRun; ++j) total[i][j] = -0.0f;  // which added to -0 leaves it
+    }
     for (int term = 0; term < p.terms; ++term) {
       Words4 words[kRows / 8];  // all on their way before the first is needed
 #pragma unroll
@@ -74,7 +77,8 @@ struct LoraExpand {
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
       const int64_t row = rows + g + 8 * i;
-      if (row < p.m) store_run(p.out + row * p.features, features + kRun * t, p.features, total[i]);
+      if (row < p.m)
+        store_run<T, kVector>(p.out + row * p.features, features + kRun * t, p.features, total[i]);
     }
   }
 
@@ -96,7 +100,8 @@ struct LoraExpand {
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
         const int at = rank + t + 4 * i;
-        load_four(delta, at, features + 4 * g, at < delta.rank ? p.features : 0, factor[i]);
+        load_four<T, kVector>(delta.factor, at, features + 4 * g, at < delta.rank ? p.features : 0,
+                              factor[i]);
       }
       Tf32Pair ranks[kRows / 8][2];
 #pragma unroll
@@ -108,19 +113,7 @@ struct LoraExpand {
           ranks[i][j] = split_tf32(served[i] && at < delta.rank ? load_constant(from) : 0.0f);
         }
       }
-#pragma unroll
-      for (int q = 0; q < 4; ++q) {
-        const Tf32Pair b[2] = {split_tf32(factor[0][q]), split_tf32(factor[1][q])};
-#pragma unroll
-        for (int i = 0; i < kRows / 16; ++i) {
-          const Tf32Pair(&top)[2] = ranks[2 * i], (&bottom)[2] = ranks[2 * i + 1];
-          const uint32_t high[4] = {top[0].high, bottom[0].high, top[1].high, bottom[1].high};
-          const uint32_t low[4] = {top[0].low, bottom[0].low, top[1].low, bottom[1].low};
-          mma_tf32(sums[i][q], low, {b[0].high, b[1].high});
-          mma_tf32(sums[i][q], high, {b[0].low, b[1].low});
-          mma_tf32(sums[i][q], high, {b[0].high, b[1].high});
-        }
-      }
+      add_ranks<kRows / 16>(ranks, factor, sums);
     }
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
@@ -132,54 +125,9 @@ struct LoraExpand {
         const int64_t row = rows + g + 8 * i;
         drop_run<kVector>(delta.mask, row * p.features + features + kRun * t, values);
       }
+      add_bias<kVector>(delta.bias, features + kRun * t, p.features, values);
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) total[i][j] += delta.scale * values[j];
-    }
-  }
-
-  // Features begin .. begin + 3 of a rank, 0 from `end` on.
-  static DEVICE void load_four(const Delta& delta, int rank, int64_t begin, int64_t end, float (&values)[4]) {
-    const int64_t at = rank * delta.rank_stride + begin * delta.feature_stride;
-    if (kVector && delta.feature_stride == 1) {
-      if (delta.is_f32) {
-        using Floats = Vec<float, 4>;
-        const auto* from = reinterpret_cast<const Floats*>(static_cast<const float*>(delta.factor) + at);
-        const Floats floats = begin < end ? load_constant(from) : Floats{};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) values[i] = floats.v[i];
-      } else {
-        const auto* from = reinterpret_cast<const Words2*>(static_cast<const T*>(delta.factor) + at);
-        const Words2 words = begin < end ? load_constant(from) : Words2{};
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          values[2 * i] = low_half<T>(words.v[i]);
-          values[2 * i + 1] = high_half<T>(words.v[i]);
-        }
-      }
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      values[i] = 0.0f;
-      if (begin + i >= end) continue;
-      const int64_t element = at + i * delta.feature_stride;
-      values[i] = delta.is_f32 ? load_constant(static_cast<const float*>(delta.factor) + element)
-                               : to_float(load_constant(static_cast<const T*>(delta.factor) + element));
-    }
-  }
-
-  static DEVICE void store_run(T* row, int64_t begin, int64_t end, const float (&values)[kRun]) {
-    if constexpr (kVector) {
-      if (begin >= end) return;
-      Words4 words;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) words.v[i] = pack2<T>(values[2 * i], values[2 * i + 1]);
-      store(reinterpret_cast<Words4*>(row + begin), words);
-    } else {
-#pragma unroll
-      for (int i = 0; i < kRun; ++i) {
-        if (begin + i < end) store(row + begin + i, from_float<T>(values[i]));
-      }
+      for (int j = 0; j < kRun; ++j) total[i][j] = add_scaled(total[i][j], delta.scale, values[j]);
     }
   }
 };

@@ -91,10 +91,11 @@ template <class T>
 DEVICE FactorRun load_factor_column(const void* factor, bool is_f32, int64_t column, int64_t stride,
                                     int64_t begin, int64_t end) {
   FactorRun run{};
+  const int64_t first = begin * stride + column;
 #pragma unroll
   for (int i = 0; i < kRun; ++i) {
     if (begin + i >= end) continue;
-    const int64_t at = (begin + i) * stride + column;
+    const int64_t at = first + i * static_cast<int>(stride);
     if (is_f32) {
       run.words[i / 4].v[i % 4] = load_constant(static_cast<const uint32_t*>(factor) + at);
     } else {
@@ -134,6 +135,138 @@ DEVICE void drop_run(const DropoutMask& mask, int64_t first, float (&values)[kRu
           if (dropped && i + skipped == 4 * block + j) values[i] = 0.0f;
         }
       }
+    }
+  }
+}
+
+// ---- Features to ranks -----------------------------------------------------------------------------------
+
+inline constexpr int kWindow = 32;  // features that are summed at a time
+
+// sum += values (16 rows, 32 features) times those features of eight ranks.
+template <class T>
+DEVICE void add_window(const FactorRun& run, bool is_f32, const float (&values)[2][kRun], float (&sum)[4]) {
+  float factor[kRun];
+  unpack_factor<T>(run, is_f32, factor);
+#pragma unroll
+  for (int step = 0; step < kWindow / 8; ++step) {
+    const Tf32Pair b[2] = {split_tf32(factor[2 * step]), split_tf32(factor[2 * step + 1])};
+    const uint32_t a[4] = {bit_cast<uint32_t>(values[0][2 * step]), bit_cast<uint32_t>(values[1][2 * step]),
+                           bit_cast<uint32_t>(values[0][2 * step + 1]),
+                           bit_cast<uint32_t>(values[1][2 * step + 1])};
+    // A tensor core cuts off what fp32 would round: what is small goes first, and nothing else is added to
+    // it.
+    float product[4] = {};
+    if (is_f32) mma_tf32(product, a, {b[0].low, b[1].low});
+    mma_tf32(product, a, {b[0].high, b[1].high});
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += product[i];
+  }
+}
+
+// ---- Ranks to features -----------------------------------------------------------------------------------
+
+// Its element (rank, feature) stands at rank * rank_stride + feature * feature_stride.
+struct RankFactor {
+  const void* data;
+  int64_t rank_stride, feature_stride;
+  bool is_f32;  // else T
+};
+
+// Features begin .. begin + 3 of a rank, 0 from `end` on.
+template <class T, bool kVector>
+DEVICE void load_four(const RankFactor& factor, int rank, int64_t begin, int64_t end, float (&values)[4]) {
+  const int64_t at = rank * factor.rank_stride + begin * factor.feature_stride;
+  if (kVector && factor.feature_stride == 1) {
+    if (factor.is_f32) {
+      using Floats = Vec<float, 4>;
+      const auto* from = reinterpret_cast<const Floats*>(static_cast<const float*>(factor.data) + at);
+      const Floats floats = begin < end ? load_constant(from) : Floats{};
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[i] = floats.v[i];
+    } else {
+      const auto* from = reinterpret_cast<const Words2*>(static_cast<const T*>(factor.data) + at);
+      const Words2 words = begin < end ? load_constant(from) : Words2{};
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        values[2 * i] = low_half<T>(words.v[i]);
+        values[2 * i + 1] = high_half<T>(words.v[i]);
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[i] = 0.0f;
+    if (begin + i >= end) continue;
+    const int64_t element = at + i * factor.feature_stride;
+    values[i] = factor.is_f32 ? load_constant(static_cast<const float*>(factor.data) + element)
+                              : to_float(load_constant(static_cast<const T*>(factor.data) + element));
+  }
+}
+
+// sums += the products of 16 * kTiles rows with features 4g .. 4g + 3 over ranks t and t + 4, each lane's: of
+// `ranks` those of rows g, g + 8, ... Sums of a feature by its place in the four: of features 8t .. 8t + 7 a
+// lane then has the sums.
+template <int kTiles>
+DEVICE void add_ranks(const Tf32Pair (&ranks)[2 * kTiles][2], const float (&factor)[2][4],
+                      float (&sums)[kTiles][4][4]) {
+#pragma unroll
+  for (int q = 0; q < 4; ++q) {
+    const Tf32Pair b[2] = {split_tf32(factor[0][q]), split_tf32(factor[1][q])};
+#pragma unroll
+    for (int i = 0; i < kTiles; ++i) {
+      const Tf32Pair(&top)[2] = ranks[2 * i], (&bottom)[2] = ranks[2 * i + 1];
+      const uint32_t high[4] = {top[0].high, bottom[0].high, top[1].high, bottom[1].high};
+      const uint32_t low[4] = {top[0].low, bottom[0].low, top[1].low, bottom[1].low};
+      mma_tf32(sums[i][q], low, {b[0].high, b[1].high});
+      mma_tf32(sums[i][q], high, {b[0].low, b[1].low});
+      mma_tf32(sums[i][q], high, {b[0].high, b[1].high});
+    }
+  }
+}
+
+// total + scale * value; where that adds 0, the total to the bit.
+DEVICE float add_scaled(float total, float scale, float value) {
+  const float sum = __fmaf_rn(scale, value, total);
+  return sum == 0.0f ? copysignf(0.0f, total) : sum;
+}
+
+// values += features begin .. begin + 7 of a bias, or of none.
+template <bool kVector>
+DEVICE void add_bias(const float* bias, int64_t begin, int64_t end, float (&values)[kRun]) {
+  if (!bias) return;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    using Floats = Vec<float, 4>;
+    Floats floats{};
+    const int64_t at = begin + 4 * half;
+    if constexpr (kVector) {
+      if (at < end) floats = load_constant(reinterpret_cast<const Floats*>(bias + at));
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        if (at + i < end) floats.v[i] = load_constant(bias + at + i);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) values[4 * half + i] += floats.v[i];
+  }
+}
+
+// Elements begin .. begin + 7 of a row, as far as they are before `end`.
+template <class T, bool kVector>
+DEVICE void store_run(T* row, int64_t begin, int64_t end, const float (&values)[kRun]) {
+  if constexpr (kVector) {
+    if (begin >= end) return;
+    Words4 words;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) words.v[i] = pack2<T>(values[2 * i], values[2 * i + 1]);
+    store(reinterpret_cast<Words4*>(row + begin), words);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; ++i) {
+      if (begin + i < end) store(row + begin + i, from_float<T>(values[i]));
     }
   }
 }

@@ -20,7 +20,7 @@ struct Plan {
     while (row_warps < Any::kWarps && row_warps * Any::kRows < batch.m) row_warps *= 2;
     row_blocks = ceil_div(batch.m, row_warps * Any::kRows);
     // Two windows of features for each warp, or more.
-    const int64_t slices = ceil_div(features, 2 * Any::kWindow * (Any::kWarps / row_warps));
+    const int64_t slices = ceil_div(features, 2 * kWindow * (Any::kWarps / row_warps));
     splits = splits_for(row_blocks * ceil_div(tiles, Any::kTiles), slices, card);
   }
 };

@@ -28,10 +28,8 @@ struct LoraShrinkOf {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 2;
   static constexpr int kWarps = kThreads / kWarp;
-  static constexpr int kRows = 16;    // of a warp
-  static constexpr int kTiles = 8;    // of a block
-  static constexpr int kWindow = 32;  // features
-  static constexpr int kSteps = kWindow / 8;
+  static constexpr int kRows = 16;  // of a warp
+  static constexpr int kTiles = 8;  // of a block
   static constexpr int kMaxTiles = 48;
 
   struct Params {
@@ -109,7 +107,7 @@ struct LoraShrinkOf {
               }
             }
           }
-          add_window(tile, factor, values, sums[q]);
+          add_window<T>(factor, tile.is_f32, values, sums[q]);
         }
       }
     }
@@ -161,27 +159,6 @@ struct LoraShrinkOf {
       return load_factor_column<T>(tile.factor, tile.is_f32, first + g, tile.ld, feature, end);
     } else {
       return load_factor_run<T, kVector>(tile.factor, tile.is_f32, first + g * tile.ld, feature, end);
-    }
-  }
-
-  // sum += values (16 rows, 32 features) times those features of the tile.
-  static DEVICE void add_window(const ShrinkTile& tile, const FactorRun& run, const float (&values)[2][kRun],
-                                float (&sum)[4]) {
-    float factor[kRun];
-    unpack_factor<T>(run, tile.is_f32, factor);
-#pragma unroll
-    for (int step = 0; step < kSteps; ++step) {
-      const Tf32Pair b[2] = {split_tf32(factor[2 * step]), split_tf32(factor[2 * step + 1])};
-      const uint32_t a[4] = {bit_cast<uint32_t>(values[0][2 * step]), bit_cast<uint32_t>(values[1][2 * step]),
-                             bit_cast<uint32_t>(values[0][2 * step + 1]),
-                             bit_cast<uint32_t>(values[1][2 * step + 1])};
-      // A tensor core cuts off what fp32 would round: what is small goes first, and nothing else is added to
-      // it.
-      float product[4] = {};
-      if (tile.is_f32) mma_tf32(product, a, {b[0].low, b[1].low});
-      mma_tf32(product, a, {b[0].high, b[1].high});
-#pragma unroll
-      for (int i = 0; i < 4; ++i) sum[i] += product[i];
     }
   }
 

@@ -28,6 +28,7 @@ FOLDER = "PEFT_KERNELS_PTX_EXECUTED"
 FAMILIES = (
     *("nf4", "nf4_absmax", "nf4_format", "linear", "lora", "lora_dropout", "lora_multi", "dora", "gated"),
     *("dropout", "compute_dtype", "gradients", "cuda_ways", "experts_cuda", "adamw", "adamw_cuda"),
+    *("bottleneck", "bottleneck_cuda"),
 )
 
 

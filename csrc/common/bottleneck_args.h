@@ -1,0 +1,67 @@
+// The arguments of bottleneck adapters, checked.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include "gated_args.h"
+#include "lora_args.h"
+
+namespace peft_kernels {
+
+// What both directions take.
+struct BottleneckArgs {
+  Tensor x;  // [m, k]
+  OptionalTensor norm_weight;
+  Tensor down;  // [r, k]
+  Tensor up;    // [n, r]
+  Activation activation;
+  float scaling;
+  Dropout dropout;  // of [m, r]
+  int64_t m, k, r, n;
+
+  BottleneckArgs(const Tensor& x_in, const OptionalTensor& norm_weight_in, const OptionalTensor& norm_bias,
+                 const Tensor& down_in, const Tensor& up_in, c10::string_view activation_name, double scale,
+                 double dropout_p, const OptionalTensor& seed)
+      : norm_weight(norm_weight_in),
+        activation(activation_of(activation_name)),
+        scaling(static_cast<float>(scale)),
+        dropout(dropout_of(dropout_p, seed, 0)) {
+    TORCH_CHECK(down_in.dim() == 2, "down: expected 2 dimensions, got ", down_in.dim());
+    TORCH_CHECK(up_in.dim() == 2, "up: expected 2 dimensions, got ", up_in.dim());
+    r = down_in.size(0);
+    k = down_in.size(1);
+    n = up_in.size(0);
+    TORCH_CHECK(r > 0 && k > 0, "down: expected elements, got ", down_in.sizes());
+    check_shape(up_in, {n, r}, "up");
+    x = as_rows(x_in, k, "x");
+    m = x.size(0);
+    down = parameter(down_in, "down");
+    up = parameter(up_in, "up");
+    vector(norm_weight, k, "norm_weight");
+    vector(norm_bias, k, "norm_bias");
+    TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: expected a norm_weight beside it");
+  }
+
+  at::TensorOptions floats() const { return x.options().dtype(at::kFloat); }
+
+  // A small parameter in fp32; undefined where there is none.
+  Tensor vector(const OptionalTensor& t, int64_t size, const char* name) const {
+    if (!t) return {};
+    check_shape(*t, {size}, name);
+    return parameter(*t, name).to(at::kFloat);
+  }
+
+  void check_residual_is_x() const {
+    TORCH_CHECK(n == k, "up: expected ", k, " rows like x has features, got ", n);
+  }
+
+ private:
+  Tensor parameter(const Tensor& t, const char* name) const {
+    dtype_of(t, name);
+    TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == x.scalar_type(), name,
+                ": expected Float or ", x.scalar_type(), ", got ", t.scalar_type());
+    return t.contiguous();
+  }
+};
+
+}  // namespace peft_kernels
