@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from bottleneck_models import FAMILIES, output, stir
 
 import peft_kernels as pk
 from peft_kernels.adapters import AdapterConfig
+from peft_kernels.adapters.config import config_of
 from peft_kernels.adapters.files import CONFIG, WEIGHTS
 from peft_kernels.adapters.site import AdapterSite
 from peft_kernels.checkpoints.header import CheckpointError
@@ -161,3 +163,25 @@ def test_taken_name_and_other_family(trained: tuple[Any, Path]) -> None:
     with pytest.raises(CheckpointError, match=r"expected layers\.0\.self_attn\.o_proj\.\w+, as this model"):
         adapters.load(llama, folder)
     assert adapters.names(llama) == []
+
+
+def test_parts_that_were_given_it_apart(tmp_path: Path) -> None:
+    """The encoder and the decoder of a T5 have places of the same names: neither may overwrite the other."""
+    model = FAMILIES["t5"].make()
+    adapters.add(model.encoder, "task", "houlsby")
+    adapters.save(model, "task", tmp_path / "encoder")  # by the names of what it was added to
+    adapters.load(FAMILIES["t5"].make().encoder, tmp_path / "encoder")
+    adapters.add(model.decoder, "task", "pfeiffer")
+    with pytest.raises(ValueError, match=r"name: expected an adapter of one model, .*: encoder, decoder"):
+        adapters.save(model, "task", tmp_path / "both")
+    for part, config in ((model.encoder, "houlsby"), (model.decoder, "pfeiffer")):
+        adapters.save(part, "task", tmp_path / config)
+        assert json.loads((tmp_path / config / CONFIG).read_text())["config"] == asdict(config_of(config))
+    adapters.delete(model, "task")
+    adapters.add(model, "task")
+    with pytest.raises(ValueError, match="expected all of what adapter 'task' was added to, got a part"):
+        adapters.save(model.encoder, "task", tmp_path / "both")
+    adapters.delete(model.decoder, "task")
+    with pytest.raises(ValueError, match=r"expected adapter 'task' in 8 places, .*, got it in 4"):
+        adapters.save(model, "task", tmp_path / "both")
+    assert not (tmp_path / "both").exists()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..checkpoints.header import CheckpointError, Entry, read_header, shown
 from ..checkpoints.writer import Layout, ShardWriter
 from .config import AdapterConfig
-from .manage import build, checked, insert, sites
+from .manage import build, insert, whole
 from .site import AdapterSite, BottleneckAdapter
 
 CONFIG = "bottleneck_adapter.json"
@@ -29,11 +29,11 @@ def save(model: nn.Module, name: str, folder: Path | str) -> None:
     """Write an adapter into a folder, which is made: `bottleneck_adapter.json` and
     `bottleneck_adapter.safetensors`. Nothing of the model itself is written, nor of its head.
 
-    ValueError for one that is not there.
+    ValueError for one that is not there, or not in all of this model's layers, or that was added to several
+    parts of it apart.
     """
-    (name,) = checked(model, name)
+    tensors, config = _parameters(whole(model, name))
     folder = Path(folder)
-    tensors, config = _parameters([(s, a) for s in sites(model) if (a := s.get(name)) is not None])
     folder.mkdir(parents=True, exist_ok=True)
     layout: Layout = {key: (tensor.dtype, tuple(tensor.shape)) for key, tensor in tensors.items()}
     with ShardWriter(folder / WEIGHTS, layout, {"format": "pt"}) as writer:

@@ -10,13 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from ..integrations.architectures import in_task_head
+from . import freezing
 from .config import AdapterConfig, config_of
-from .places import places, root_of
+from .places import SITE_SUFFIX, places, root_of
 from .site import AdapterSite, BottleneckAdapter
-
-RECORD = "_peft_kernels_adapters"
-"""The attribute of a module that holds the names of its parameters that `train` has frozen."""
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -76,12 +73,7 @@ def train(model: nn.Module, name: str | Sequence[str], freeze: bool = True) -> N
     if not wanted:
         raise ValueError("name: expected an adapter or several, got none")
     set_active(model, wanted)
-    if freeze:
-        _freeze(model)
-    for site in sites(model):
-        for one in wanted:
-            if one in site.adapters:
-                site.adapters[one].requires_grad_(True)
+    freezing.start(model, [one for site in sites(model) for one in site.among(wanted)], freeze)
 
 
 def set_active(model: nn.Module, name: str | Sequence[str] | None) -> None:
@@ -107,9 +99,7 @@ def count(model: nn.Module, name: str) -> Count:
     """Parameters of an adapter, and of the model without adapters. ValueError for one that is not there."""
     (name,) = checked(model, name)
     every = {id(p) for site in sites(model) for p in site.parameters()}
-    adapter = sum(
-        p.numel() for site in sites(model) if name in site.adapters for p in site.adapters[name].parameters()
-    )
+    adapter = sum(p.numel() for site in sites(model) for one in site.among((name,)) for p in one.parameters())
     return Count(adapter, sum(_numel(p) for p in model.parameters() if id(p) not in every))
 
 
@@ -119,9 +109,11 @@ def _numel(parameter: nn.Parameter) -> int:
 
 
 def delete(model: nn.Module, name: str) -> None:
-    """Take an adapter out. With the last one everything goes that `add` and `train` have done to the model.
-    ValueError for one that is not there."""
+    """Take an adapter out. With the last one that is in training, what `train` has frozen becomes trainable
+    again; not where the model has been frozen since, the adapter with it, as PEFT does: that stays. With the
+    last one of all, all hooks and modules go. ValueError for one that is not there."""
     (name,) = checked(model, name)
+    freezing.end(model, [one for site in sites(model) for one in site.among((name,))])
     left = tuple(one for one in active(model) if one != name)
     for site in sites(model):
         site.active = left
@@ -129,16 +121,39 @@ def delete(model: nn.Module, name: str) -> None:
             del site.adapters[name]
         if not site.adapters:
             site.detach()
-    if not sites(model):
-        for module in model.modules():
-            for frozen in vars(module).pop(RECORD, ()):
-                parameter = module._parameters.get(frozen)
-                if parameter is not None:
-                    parameter.requires_grad_(True)
 
 
 def sites(model: nn.Module) -> list[AdapterSite]:
     return [module for module in model.modules() if isinstance(module, AdapterSite)]
+
+
+def whole(model: nn.Module, name: str) -> list[tuple[AdapterSite, BottleneckAdapter]]:
+    """An adapter as `add` puts one into a model: in each of its places, and all of them of one model.
+
+    ValueError otherwise: of parts that were given adapters of the same name apart, whose places may have the
+    same names, or of a model that has lost layers since.
+    """
+    (name,) = checked(model, name)
+    found: dict[str, list[tuple[AdapterSite, BottleneckAdapter]]] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, AdapterSite) and (adapter := module.get(name)) is not None:
+            root, at, rest = path.rpartition(module.place.last + SITE_SUFFIX)
+            if not at or rest or not (root == "" or root.endswith(".")):
+                raise ValueError(
+                    f"model: expected all of what adapter {name!r} was added to, got a part of it"
+                )
+            found.setdefault(root[:-1], []).append((module, adapter))
+    if len(found) > 1:
+        where = ", ".join(root or "the model" for root in found)
+        raise ValueError(f"name: expected an adapter of one model, got {name!r} of several: {where}")
+    ((root, held),) = found.items()
+    config = held[0][1].config
+    want = [place.last for place in places(root_of(model.get_submodule(root)), config)]
+    if sorted(want) != sorted(site.place.last for site, _ in held):
+        raise ValueError(
+            f"model: expected adapter {name!r} in {len(want)} places, as `add` puts it, got it in {len(held)}"
+        )
+    return held
 
 
 def build(
@@ -172,18 +187,6 @@ def insert(model: nn.Module, name: str, built: list[tuple[AdapterSite, Bottlenec
             site.attach()
         site.adapters[name] = adapter
         site.hook()
-
-
-def _freeze(model: nn.Module) -> None:
-    heads = {module for head in in_task_head(model) for module in head.modules()}
-    for module in model.modules():
-        if module in heads:
-            continue
-        frozen = [n for n, p in module._parameters.items() if p is not None and p.requires_grad]
-        for name in frozen:
-            module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
-        if frozen and not isinstance(module, BottleneckAdapter):
-            vars(module)[RECORD] = [*vars(module).get(RECORD, ()), *frozen]
 
 
 def checked(model: nn.Module, name: str | Sequence[str]) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class BottleneckAdapter(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
+        self.in_training = False
         r = config.bottleneck_size(features)
 
         def zeros(wanted: bool, *shape: int) -> nn.Parameter | None:
@@ -140,9 +142,10 @@ class AdapterSite(nn.Module):
         found: BottleneckAdapter | None = self.adapters._modules.get(name)  # type: ignore[assignment]
         return found
 
-    def _working(self) -> list[BottleneckAdapter]:
+    def among(self, names: Sequence[str]) -> list[BottleneckAdapter]:
+        """Those of these names that are here."""
         found: list[BottleneckAdapter] = []
-        for name in self.active:  # Dynamo reads no comprehension that assigns
+        for name in names:  # Dynamo reads no comprehension that assigns
             adapter = self.get(name)
             if adapter is not None:
                 found.append(adapter)
@@ -171,7 +174,7 @@ class AdapterSite(nn.Module):
         self.hook()
 
     def _before_first(self, first: nn.Module, args: Any) -> None:
-        if any(adapter.config.parallel for adapter in self._working()):
+        if any(adapter.config.parallel for adapter in self.among(self.active)):
             self._links.input = args[0]
 
     def _after_last(self, last: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -179,7 +182,7 @@ class AdapterSite(nn.Module):
         x = self._links.input
         if x is not None:
             self._links.input = None
-        for adapter in self._working():
+        for adapter in self.among(self.active):
             if x is None and adapter.config.parallel:
                 raise RuntimeError(f"{self.place.first}: expected a call before {self.place.last}")
             output = adapter(x, output)

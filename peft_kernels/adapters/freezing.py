@@ -1,0 +1,71 @@
+"""What `train` freezes of a model, and what of that is given back.
+
+requires_grad does not tell who has cleared it. Parameters that are frozen here are noted; that nobody has
+frozen the model since, as PEFT and `model.requires_grad_(False)` do, the adapters in training tell: they
+would be frozen too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..integrations.architectures import in_task_head
+from ..nf4_tensor import NF4Tensor
+from .site import BottleneckAdapter
+
+RECORD = "_peft_kernels_adapters"
+"""The attribute of a module that holds the names of its parameters that are frozen here."""
+
+
+def start(model: nn.Module, adapters: Sequence[BottleneckAdapter], freeze: bool) -> None:
+    """Train these adapters. `freeze`: and nothing else but the head."""
+    _forget_if_frozen_since(model)
+    if freeze:
+        _freeze(model)
+    for adapter in adapters:
+        adapter.requires_grad_(True)
+        adapter.in_training = True
+
+
+def end(model: nn.Module, adapters: Sequence[BottleneckAdapter]) -> None:
+    """These adapters are about to go: with the last in training, give back what was frozen for them."""
+    _forget_if_frozen_since(model)
+    if any(one not in adapters for one in _in_training(model)):
+        return
+    for module in model.modules():
+        for name in vars(module).pop(RECORD, ()):
+            parameter = module._parameters.get(name)
+            if parameter is not None and not _is_packed(parameter):
+                parameter.requires_grad_(True)
+
+
+def _in_training(model: nn.Module) -> list[BottleneckAdapter]:
+    return [one for one in model.modules() if isinstance(one, BottleneckAdapter) and one.in_training]
+
+
+def _forget_if_frozen_since(model: nn.Module) -> None:
+    if all(p.requires_grad for adapter in _in_training(model) for p in adapter.parameters()):
+        return
+    for module in model.modules():
+        vars(module).pop(RECORD, None)
+
+
+def _freeze(model: nn.Module) -> None:
+    heads = {module for head in in_task_head(model) for module in head.modules()}
+    for module in model.modules():
+        if module in heads:
+            continue
+        frozen = [n for n, p in module._parameters.items() if p is not None and p.requires_grad]
+        for name in frozen:
+            module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
+        if isinstance(module, BottleneckAdapter):
+            module.in_training = False
+        elif frozen:
+            vars(module)[RECORD] = {*vars(module).get(RECORD, ()), *frozen}
+
+
+def _is_packed(parameter: nn.Parameter) -> bool:
+    """Whether it was quantised since it was frozen: such a weight cannot be trained."""
+    return isinstance(parameter, NF4Tensor) or not parameter.is_floating_point()
