@@ -8,6 +8,7 @@ pk.adapters.set_active(model, ["task", "again"])
 pk.adapters.delete(model, "task")           # without the last, the model is what it was
 """
 
+from .averaging import average
 from .config import AdapterConfig
 from .files import load, save
 from .manage import Count, active, add, count, delete, names, set_active, train
@@ -17,6 +18,7 @@ __all__ = [
     "Count",
     "active",
     "add",
+    "average",
     "count",
     "delete",
     "load",
