@@ -5,10 +5,13 @@ pk.adapters.train(model, "task")            # it is active, and all else is froz
 pk.adapters.save(model, "task", "my-adapter")
 pk.adapters.load(model, "my-adapter", load_as="again")
 pk.adapters.set_active(model, ["task", "again"])
+with pk.adapters.rows(model, ["task", None]):
+    model.generate(**two_prompts)           # each with its own
 pk.adapters.delete(model, "task")           # without the last, the model is what it was
 """
 
 from .averaging import average
+from .by_row import rows
 from .config import AdapterConfig
 from .files import load, save
 from .manage import Count, active, add, count, delete, names, set_active, train
@@ -23,6 +26,7 @@ __all__ = [
     "delete",
     "load",
     "names",
+    "rows",
     "save",
     "set_active",
     "train",

@@ -23,6 +23,9 @@ class AdapterConfig:
     parallel : bool
         Beside the sublayer: from its input, added to its output (He et al. 2022). Else behind it: from its
         output, added to that. Either way before the layer's own residual is added.
+    after_norm : bool
+        Behind the sublayer, but from what the layer norm there gives (Pfeiffer et al. 2021), added to what it
+        gets: the norm is computed twice. For models that have it there: BERT, RoBERTa and the like.
     reduction : float
         Features of the model to one of the bottleneck, which has at least one.
     activation : str
@@ -51,6 +54,7 @@ class AdapterConfig:
     norm: bool = False
     bias: bool = True
     dropout: float = 0.0
+    after_norm: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,6 +67,8 @@ class AdapterConfig:
             raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         if not (self.attention or self.feed_forward):
             raise ValueError("attention, feed_forward: expected one of them or both, got neither")
+        if self.parallel and self.after_norm:
+            raise ValueError("parallel, after_norm: expected one of them at most, got both")
         if not 0.001 <= self.reduction < math.inf:
             raise ValueError(f"reduction: expected a finite number, 0.001 at least, got {self.reduction}")
         if not math.isfinite(self.scaling):
@@ -78,7 +84,8 @@ class AdapterConfig:
 
     @classmethod
     def pfeiffer(cls, **options: Any) -> AdapterConfig:
-        """Behind the feed-forward alone, 16 to one, relu (Pfeiffer et al. 2021)."""
+        """Behind the feed-forward alone, 16 to one, relu (Pfeiffer et al. 2021; after_norm=True is what they
+        have in BERT)."""
         preset: dict[str, Any] = {"attention": False, "feed_forward": True, "activation": "relu"}
         return cls(**preset | options)
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from ..checkpoints.header import CheckpointError, Entry, read_header, shown
 from ..checkpoints.writer import Layout, ShardWriter
+from .adapter import BottleneckAdapter
 from .config import AdapterConfig
 from .manage import build, insert, whole
-from .site import AdapterSite, BottleneckAdapter
+from .site import AdapterSite
 
 CONFIG = "bottleneck_adapter.json"
 WEIGHTS = "bottleneck_adapter.safetensors"

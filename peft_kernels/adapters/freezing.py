@@ -13,7 +13,7 @@ from torch import nn
 
 from ..integrations.architectures import in_task_head
 from ..nf4_tensor import NF4Tensor
-from .site import BottleneckAdapter
+from .adapter import BottleneckAdapter
 
 RECORD = "_peft_kernels_adapters"
 """The attribute of a module that holds the names of its parameters that are frozen here."""

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from . import freezing
+from .adapter import BottleneckAdapter
 from .config import AdapterConfig, config_of
 from .places import SITE_SUFFIX, places, root_of
-from .site import AdapterSite, BottleneckAdapter
+from .site import AdapterSite
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 
@@ -113,12 +114,14 @@ def delete(model: nn.Module, name: str) -> None:
     again; not where the model has been frozen since, the adapter with it, as PEFT does: that stays. With the
     last one of all, all hooks and modules go. ValueError for one that is not there."""
     (name,) = checked(model, name)
+    if any(name in stack for site in sites(model) for one in site.entered for stack in one.stacks):
+        raise ValueError(f"name: expected an adapter that no `rows` serves now, got {name!r}")
     freezing.end(model, [one for site in sites(model) for one in site.among((name,))])
     left = tuple(one for one in active(model) if one != name)
     for site in sites(model):
         site.active = left
         if name in site.adapters:
-            del site.adapters[name]
+            site.take_out(name)
         if not site.adapters:
             site.detach()
 
@@ -185,7 +188,7 @@ def insert(model: nn.Module, name: str, built: list[tuple[AdapterSite, Bottlenec
         if not site.adapters:
             site.active = now
             site.attach()
-        site.adapters[name] = adapter
+        site.put(name, adapter)
         site.hook()
 
 

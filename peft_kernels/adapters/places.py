@@ -32,6 +32,8 @@ class Place:
     last: str
     """The linear layer that its output comes from."""
     features: int
+    norm: str | None
+    """The attribute, beside the last one, of the only layer norm there, as BERT has it behind."""
 
 
 def root_of(model: nn.Module) -> nn.Module:
@@ -129,20 +131,30 @@ def _of_layer(name: str, layer: nn.Module, config: AdapterConfig) -> Iterator[Pl
     (attention,) = attentions.values()
     features = _sizes(attention[0][1])[0]
     if config.attention:
-        yield _place(name, "an attention", attention, features)
+        yield _place(name, layer, "an attention", attention, features, config)
     if config.feed_forward:
         if any(inside.rpartition(".")[2] == "experts" for inside, _ in layer.named_modules()):
             raise ValueError(f"{name}: expected a feed-forward, got a mixture of experts")
-        yield _place(name, "a feed-forward", others, features)
+        yield _place(name, layer, "a feed-forward", others, features, config)
 
 
-def _place(layer: str, kind: str, linears: Linears, features: int) -> Place:
+def _place(
+    path: str, layer: nn.Module, kind: str, linears: Linears, features: int, config: AdapterConfig
+) -> Place:
     last = [name for name, module in linears if _sizes(module)[1] == features][-1:]
     first = [name for name, module in linears if _sizes(module)[0] == features and name not in last]
     if not first or not last:
         got = ", ".join(f"{name} {_sizes(module)}" for name, module in linears) or "no linear layers"
-        raise ValueError(f"{layer}: expected {kind} from and to {features} features, got {got}")
-    return Place(layer, f"{layer}.{first[0]}", f"{layer}.{last[0]}", features)
+        raise ValueError(f"{path}: expected {kind} from and to {features} features, got {got}")
+    parent = last[0].rpartition(".")[0]
+    beside = layer.get_submodule(parent).named_children() if parent else ()
+    norms = [name for name, module in beside if isinstance(module, nn.LayerNorm)]
+    norm = norms[0] if len(norms) == 1 else None
+    if config.after_norm and norm is None:
+        raise ValueError(
+            f"{path}: expected one layer norm beside {last[0]}, which after_norm reads, got {len(norms)}"
+        )
+    return Place(path, f"{path}.{first[0]}", f"{path}.{last[0]}", features, norm)
 
 
 def _sizes(layer: nn.Module) -> tuple[int, int]:

@@ -1,102 +1,63 @@
-"""An adapter, and the module that holds those of one sublayer and hooks them in."""
+"""The module that holds the adapters of one sublayer and hooks them in."""
 
 from __future__ import annotations
 
-import math
+import operator
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from ..ops.bottleneck import bottleneck
+from ..ops.multi_bottleneck import multi_bottleneck
+from .adapter import BottleneckAdapter
+from .assignment import Assignment, assignment_for, is_recomputation
 from .config import AdapterConfig
 from .places import SITE_SUFFIX, Place, base_of
 
 
-class BottleneckAdapter(nn.Module):
-    """The parameters of one adapter in one place. Parameters and not nn.Linear: to PEFT and to quantisers
-    there is no layer here.
-
-    up and the biases start at zero: an adapter that has not been trained changes no bit.
-    """
-
-    def __init__(
-        self, config: AdapterConfig, features: int, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.in_training = False
-        r = config.bottleneck_size(features)
-
-        def zeros(wanted: bool, *shape: int) -> nn.Parameter | None:
-            return nn.Parameter(torch.zeros(shape, device=device, dtype=dtype)) if wanted else None
-
-        self.norm_weight = zeros(config.norm, features)
-        self.norm_bias = zeros(config.norm, features)
-        self.down = nn.Parameter(torch.zeros(r, features, device=device, dtype=dtype))
-        self.down_bias = zeros(config.bias, r)
-        self.up = nn.Parameter(torch.zeros(features, r, device=device, dtype=dtype))
-        self.up_bias = zeros(config.bias, features)
-
-    def initialise(self) -> None:
-        """`down` as LoRA's A, from torch's generator."""
-        nn.init.kaiming_uniform_(self.down, a=math.sqrt(5))
-        if self.norm_weight is not None:
-            nn.init.ones_(self.norm_weight)
-
-    def forward(self, x: Tensor | None, y: Tensor) -> Tensor:
-        """Of the sublayer's output y and, beside it, its input x."""
-        if self.config.parallel:
-            assert x is not None
-            residual, x = y, x.to(y.dtype)
-        else:
-            residual, x = None, y
-
-        def kept(parameter: Any) -> Any:
-            wide = parameter is None or parameter.dtype in (torch.float32, x.dtype)
-            return parameter if wide else parameter.to(x.dtype)
-
-        return bottleneck(
-            x,
-            kept(self.down),
-            kept(self.up),
-            kept(self.down_bias),
-            kept(self.up_bias),
-            self.config.activation,
-            self.config.scaling,
-            residual,
-            kept(self.norm_weight),
-            kept(self.norm_bias),
-            dropout_p=self.config.dropout if self.training else 0.0,
-        )
-
-
 @dataclass
 class _Links:
-    """Modules around a site, which are not inside it."""
+    """Modules around a site, which are not inside it, and what its hooks tell each other."""
 
     layer: nn.Module
     parents: tuple[nn.Module, nn.Module]
     """Of the first and the last linear layer."""
     leaves: tuple[str, str]
-    hooked: tuple[nn.Module, nn.Module] | None = None
+    norm: str | None
+    """Beside the last one, the layer norm behind it."""
+    hooked: tuple[nn.Module, ...] = ()
     handles: list[RemovableHandle] = field(default_factory=list)
-    input: Tensor | None = None
-    """Of the sublayer, between its first and its last layer, if an adapter wants it."""
+    inputs: dict[int, Tensor] = field(default_factory=dict)
+    """Of the sublayer, by thread, between its first and its last layer, if an adapter wants it."""
+    ended: dict[int, bool] = field(default_factory=dict)
+    """By thread, between its last layer and the norm, if an adapter waits for that."""
+    entered: list[Assignment] = field(default_factory=list)
+    """In any thread."""
 
-    def current(self) -> tuple[nn.Module, nn.Module]:
-        """What stands at both ends of the sublayer now: PEFT and quantisers put layers around them, and in
-        their place."""
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies are in no call."""
+        none: dict[str, Any] = {"inputs": {}, "ended": {}, "entered": []}
+        return vars(self) | none
+
+    def current(self) -> tuple[nn.Module, ...]:
+        """What stands at both ends of the sublayer now, and behind it: PEFT and quantisers put layers around
+        them, and in their place."""
         first, last = (p._modules[leaf] for p, leaf in zip(self.parents, self.leaves, strict=True))
         assert first is not None and last is not None
-        return first, last
+        norm = None if self.norm is None else self.parents[1]._modules[self.norm]
+        return (first, last) if norm is None else (first, last, norm)
 
 
 class AdapterSite(nn.Module):
     """The adapters of one sublayer. It stands beside the sublayer's last linear layer, and works by hooks."""
+
+    edition: ClassVar[int] = 0
+    """Another one whenever adapters of any model have come or gone."""
 
     def __init__(self, root: nn.Module, place: Place) -> None:
         super().__init__()
@@ -106,7 +67,8 @@ class AdapterSite(nn.Module):
         """Of the model, in their order; those that are not here are passed over."""
         paths = [name.rpartition(".") for name in (place.first, place.last)]
         parents = root.get_submodule(paths[0][0]), root.get_submodule(paths[1][0])
-        self._links = _Links(root.get_submodule(place.layer), parents, (paths[0][2], paths[1][2]))
+        leaves = paths[0][2], paths[1][2]
+        self._links = _Links(root.get_submodule(place.layer), parents, leaves, place.norm)
 
     @property
     def name(self) -> str:
@@ -151,39 +113,132 @@ class AdapterSite(nn.Module):
                 found.append(adapter)
         return found
 
+    def put(self, name: str, adapter: BottleneckAdapter) -> None:
+        self.adapters[name] = adapter
+        AdapterSite.edition += 1
+
+    def take_out(self, name: str) -> None:
+        del self.adapters[name]
+        AdapterSite.edition += 1
+
+    @property
+    def entered(self) -> list[Assignment]:
+        """Assignments for this site that are entered now, in any thread."""
+        return self._links.entered
+
     def hook(self) -> None:
         """Hook in, where that is needed, whatever has become of the layers since."""
         current = self._links.current()
         hooked = self._links.hooked
-        if hooked is not None and hooked[0] is current[0] and hooked[1] is current[1]:
+        if len(hooked) == len(current) and all(map(operator.is_, hooked, current)):
             return
         self._unhook()
-        first, last = self._links.hooked = current
+        self._links.hooked = current
+        first, last, *norm = current
         self._links.handles = [
             self._links.layer.register_forward_pre_hook(self._before_layer),
             first.register_forward_pre_hook(self._before_first),
             last.register_forward_hook(self._after_last),
+            *(one.register_forward_pre_hook(self._before_norm) for one in norm),
         ]
 
     def _unhook(self) -> None:
         for handle in self._links.handles:
             handle.remove()
-        self._links.handles, self._links.hooked, self._links.input = [], None, None
+        self._links.handles, self._links.hooked = [], ()
+        self._links.inputs.clear()
 
     def _before_layer(self, layer: nn.Module, args: Any) -> None:
         self.hook()
 
     def _before_first(self, first: nn.Module, args: Any) -> None:
-        if any(adapter.config.parallel for adapter in self.among(self.active)):
-            self._links.input = args[0]
+        if self._is_by_row():
+            self._keep_for_rows(args[0])
+        elif any(adapter.reads == "input" for adapter in self.among(self.active)):
+            self._links.inputs[_thread()] = args[0]
 
     def _after_last(self, last: nn.Module, args: Any, output: Tensor) -> Tensor:
+        if self._is_by_row():
+            return self._by_row(output, ("input", "output"))
         # Let go first: checkpointing breaks a recomputation off as soon as it has what it wants.
-        x = self._links.input
-        if x is not None:
-            self._links.input = None
-        for adapter in self.among(self.active):
-            if x is None and adapter.config.parallel:
-                raise RuntimeError(f"{self.place.first}: expected a call before {self.place.last}")
-            output = adapter(x, output)
+        x = self._links.inputs.pop(_thread(), None)
+        output = self._together(output, x, ("input", "output"))
+        if any(adapter.reads == "norm" for adapter in self.among(self.active)):
+            self._links.ended[_thread()] = True
         return output
+
+    def _before_norm(self, norm: nn.Module, args: Any) -> Any:
+        """Of what goes into the layer norm, the layer's residual added."""
+        y: Tensor = args[0]
+        if self._is_by_row():
+            return (self._by_row(y, ("norm",)), *args[1:])
+        if not any(adapter.reads == "norm" for adapter in self.among(self.active)):
+            return None
+        self._check_order(self._links.ended.pop(_thread(), False))
+        return (self._together(y, None, ("norm",)), *args[1:])
+
+    def _check_order(self, ended: bool) -> None:
+        if not ended:
+            raise RuntimeError(f"{self.place.last}: expected a call before the layer norm behind it")
+
+    def _together(self, y: Tensor, x: Tensor | None, reads: tuple[str, ...]) -> Tensor:
+        """All rows with the active adapters."""
+        for adapter in self.among(self.active):
+            if adapter.reads in reads:
+                y = adapter(*self._read(adapter.reads, y, x))
+        return y
+
+    def _read(self, reads: str, y: Tensor, x: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """What an adapter reads, and the residual, None where that is the same."""
+        if reads == "output":
+            return y, None
+        if reads == "norm":
+            norm = self._links.current()[2]
+            return type(norm).forward(norm, y), y
+        if x is None:
+            raise RuntimeError(f"{self.place.first}: expected a call before {self.place.last}")
+        return x.to(y.dtype), y
+
+    def _is_by_row(self) -> bool:
+        """Whether an assignment is entered, perhaps by another thread, or was for what is recomputed now."""
+        if self._links.entered:  # Dynamo knows no bool() of a list
+            return True
+        return not torch.compiler.is_compiling() and is_recomputation()
+
+    def _keep_for_rows(self, x: Tensor) -> None:
+        keep = AdapterSite._keep_apart if torch.compiler.is_compiling() else AdapterSite._keep
+        keep(self, x)
+
+    def _by_row(self, y: Tensor, reads: tuple[str, ...]) -> Tensor:
+        serve = AdapterSite._serve_apart if torch.compiler.is_compiling() else AdapterSite._serve
+        return serve(self, y, reads)
+
+    def _keep(self, x: Tensor) -> None:
+        self._links.inputs[_thread()] = x
+
+    def _serve(self, y: Tensor, reads: tuple[str, ...]) -> Tensor:
+        thread, x = _thread(), None
+        if "norm" in reads:
+            in_order = self._links.ended.pop(thread, False)
+        else:
+            x, in_order = self._links.inputs.pop(thread, None), True
+            self._links.ended[thread] = True
+        assignment = assignment_for(self)
+        if assignment is None:
+            return self._together(y, x, reads)
+        for step in assignment.steps(self):
+            kind = step.adapters[0].reads
+            if kind in reads:
+                self._check_order(in_order)
+                row_group = assignment.row_group(step, y, self.place.last)
+                into, residual = self._read(kind, y, x)
+                adapters = [one.parameters_for(into) for one in step.adapters]
+                y = multi_bottleneck(into, adapters, row_group, residual)
+        return y
+
+    # Not in graphs: when one is made it is not known in which threads it will run, and so on whose rows.
+    _keep_apart, _serve_apart = _disable_dynamo(_keep), _disable_dynamo(_serve)
+
+
+def _thread() -> int:
+    return 0 if torch.compiler.is_compiling() else threading.get_ident()
