@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..checkpoints.header import CheckpointError, Entry, read_header, shown
 from ..checkpoints.writer import Layout, ShardWriter
+from . import adapterhub
 from .adapter import BottleneckAdapter
 from .config import AdapterConfig
 from .manage import build, insert, whole
@@ -22,6 +25,8 @@ CONFIG = "bottleneck_adapter.json"
 WEIGHTS = "bottleneck_adapter.safetensors"
 FORMAT = "peft_kernels bottleneck adapter"
 VERSION = 1
+_LATER = {"after_norm": False}
+"""What a config lacks that was written before there was the field."""
 _LARGEST_JSON = 1_000_000
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -48,7 +53,8 @@ def save(model: nn.Module, name: str, folder: Path | str) -> None:
 
 def load(model: nn.Module, folder: Path | str, load_as: str | None = None) -> str:
     """Put an adapter that `save` has written into a model, and return its name. It is not active, and frozen
-    until `train`.
+    until `train`. Adapters that AdapterHub's library has written for BERT, RoBERTa and the like are read too:
+    bottlenecks ("seq_bn", "double_seq_bn", "par_bn") without their head.
 
     Parameters
     ----------
@@ -58,23 +64,28 @@ def load(model: nn.Module, folder: Path | str, load_as: str | None = None) -> st
     Raises
     ------
     CheckpointError (a ValueError)
-        Files that are missing, damaged, of something else or for another model; values that are NaN or Inf.
+        Files that are missing, damaged, of something else or for another model; values that are NaN or Inf;
+        an adapter of AdapterHub that computes what ours do not.
     ValueError
         The name is taken. In either case nothing is changed.
     """
     folder = Path(folder)
-    saved_as, config = _read_config(folder / CONFIG)
-    entries = _read_entries(folder / WEIGHTS)
+    entries: Mapping[str, Entry | adapterhub.Loaded]
+    if (folder / CONFIG).is_file() or not (folder / adapterhub.CONFIG).is_file():
+        saved_as, config = _checked_config(_read_json(folder / CONFIG))
+        file, entries = WEIGHTS, _read_entries(folder / WEIGHTS)
+    else:
+        saved_as, config, entries, file = adapterhub.read(folder, _read_json(folder / adapterhub.CONFIG))
     name = saved_as if load_as is None else load_as
     built = build(model, name, config, meta=True)  # what a damaged config asks for may not fit memory
     wanted, _ = _parameters(built)
-    _check(entries, wanted)
+    _check(entries, wanted, file)
     for site, adapter in built:
         for parameter, like in list(adapter.named_parameters()):
             key = _key(site, parameter)
             value = entries[key].read()
             if not bool(torch.isfinite(value).all()):
-                raise CheckpointError(f"{WEIGHTS}: {shown(key)}: expected finite numbers, got NaN or Inf")
+                raise CheckpointError(f"{file}: {shown(key)}: expected finite numbers, got NaN or Inf")
             setattr(adapter, parameter, nn.Parameter(value.to(site.device), like.requires_grad))
     insert(model, name, built)
     return name
@@ -93,31 +104,34 @@ def _key(site: AdapterSite, parameter: str) -> str:
     return f"{site.place.last}.{parameter}"
 
 
-def _read_config(path: Path) -> tuple[str, AdapterConfig]:
+def _read_json(path: Path) -> Any:
     try:
         if path.stat().st_size > _LARGEST_JSON:
             raise ValueError
-        about = json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         raise CheckpointError(f"{path.parent}: expected a {CONFIG}, got none") from error
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: expected a JSON object, got something else") from error
+
+
+def _checked_config(about: Any) -> tuple[str, AdapterConfig]:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         got = about.get("format") if isinstance(about, dict) else about
-        raise CheckpointError(f"{path.name}: expected format {FORMAT!r}, got {shown(got)}")
+        raise CheckpointError(f"{CONFIG}: expected format {FORMAT!r}, got {shown(got)}")
     if about.get("version") != VERSION:
-        raise CheckpointError(f"{path.name}: expected version {VERSION}, got {shown(about.get('version'))}")
+        raise CheckpointError(f"{CONFIG}: expected version {VERSION}, got {shown(about.get('version'))}")
     name, config = about.get("name"), about.get("config")
     if not isinstance(name, str):
-        raise CheckpointError(f"{path.name}: expected a name, got {shown(name)}")
+        raise CheckpointError(f"{CONFIG}: expected a name, got {shown(name)}")
     known = {field.name for field in fields(AdapterConfig)}
-    if not isinstance(config, dict) or config.keys() != known:
+    if not isinstance(config, dict) or (_LATER | config).keys() != known:
         expected = ", ".join(sorted(known))
-        raise CheckpointError(f"{path.name}: expected a config of {expected}, got {shown(config)}")
+        raise CheckpointError(f"{CONFIG}: expected a config of {expected}, got {shown(config)}")
     try:
         return name, AdapterConfig(**config)
     except ValueError as error:
-        raise CheckpointError(f"{path.name}: {shown(str(error))}") from error
+        raise CheckpointError(f"{CONFIG}: {shown(str(error))}") from error
 
 
 def _read_entries(path: Path) -> dict[str, Entry]:
@@ -126,18 +140,14 @@ def _read_entries(path: Path) -> dict[str, Entry]:
     return read_header(path)[0]
 
 
-def _check(entries: dict[str, Entry], wanted: dict[str, Tensor]) -> None:
+def _check(entries: Mapping[str, Entry | adapterhub.Loaded], wanted: dict[str, Tensor], file: str) -> None:
     for key in wanted:
         if key not in entries:
-            raise CheckpointError(f"{WEIGHTS}: expected {key}, as this model has it, got no such tensor")
+            raise CheckpointError(f"{file}: expected {key}, as this model has it, got no such tensor")
     for key, entry in entries.items():
         if key not in wanted:
-            raise CheckpointError(
-                f"{WEIGHTS}: {shown(key)}: expected parameters of this model's adapter only"
-            )
+            raise CheckpointError(f"{file}: {shown(key)}: expected parameters of this model's adapter only")
         shape = tuple(wanted[key].shape)
         if entry.shape != shape or entry.dtype not in _DTYPES:
             expected = f"a floating dtype of shape {shape}"
-            raise CheckpointError(
-                f"{WEIGHTS}: {key}: expected {expected}, got {entry.dtype} of {entry.shape}"
-            )
+            raise CheckpointError(f"{file}: {key}: expected {expected}, got {entry.dtype} of {entry.shape}")
