@@ -9,7 +9,7 @@ pk.patch(model)               # PEFT's LoRA layers run fused kernels; pk.unpatch
 
 from __future__ import annotations
 
-from . import adapters, dispatch, nn, optim
+from . import adapters, dispatch, nn, optim, prefix
 from .checkpoints.load import load_checkpoint
 from .dispatch import use_backend
 from .nf4 import NF4Weight
@@ -50,6 +50,7 @@ __all__ = [
     "optim",
     "patch",
     "patched",
+    "prefix",
     "quantize_model",
     "unpatch",
     "use_backend",

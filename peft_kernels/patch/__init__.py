@@ -18,14 +18,16 @@ from .. import dispatch
 from ..quantize import report_of
 from . import fused
 from .fused import Record
-from .report import Finding, LayerReport, PatchReport, examine_block, layers
+from .prefix import checkpointed as prefix_layers
+from .report import Finding, LayerReport, PatchReport, examine_block, examine_prefix, layers
 
 __all__ = ["LayerReport", "PatchReport", "explain", "patch", "patched", "unpatch"]
 
 
 def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False) -> PatchReport:
     """Give the layers of a model fused forwards: PEFT LoRA over nn.Linear, NF4Linear, bitsandbytes Linear4bit
-    or the experts of a mixture, and Linear4bit alone. NF4Linear and NF4 experts are fused as they are.
+    or the experts of a mixture, and Linear4bit alone. NF4Linear and NF4 experts are fused as they are. PEFT's
+    prefix tuning computes its prefix once for the batch, works under gradient checkpointing, and in generate.
 
     Patching twice is harmless; `unpatch` first to change the options. `unpatch` restores the model to the
     bit. Copies of the model (deepcopy) are patched too; a pickle holds the model as it would be unpatched.
@@ -63,13 +65,25 @@ def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False) -> PatchRep
         block = examine_block(module) if mlp else None
         if block is not None:
             report.blocks.append(_entry(name, module, block, plan, dry_run))
+        prefix = examine_prefix(module)
+        if prefix is not None:
+            report.prefixes.append(_entry(name, module, prefix, plan, dry_run))
     if dry_run:
         return report
+    # Once more with a patch in place, for layers that have come since.
+    checkpointed = [
+        (module, mixin)
+        for prefix in report.prefixes
+        for module, mixin in prefix_layers(prefix._module())
+        if fused.record_of(module) is None
+    ]
     # Nothing above has touched the model, and nothing below can fail.
     for module, layer, found in plan:
         assert found.mixin is not None
         layer.record = Record(facts=found.facts)
         fused.fuse(module, found.mixin, layer.record)
+    for module, mixin in checkpointed:
+        fused.fuse(module, mixin, Record())
     return report
 
 
@@ -116,7 +130,7 @@ def explain(model: nn.Module | None = None) -> str:
     _check_model(model, "explain")
     installed = any(fused.record_of(module) is not None for module in model.modules())
     report = patch(model, dry_run=True)
-    report.dry_run = not installed and any(entry.planned for entry in report.layers)
+    report.dry_run = not installed and any(entry.planned for entry in (*report.layers, *report.prefixes))
     quantised = report_of(model)
     lines = [] if quantised is None else [str(quantised)]
     lines.append(str(report))

@@ -39,6 +39,8 @@ class Fused:
 
     plain: ClassVar[type[nn.Module]]
     """The class that was swapped out."""
+    methods: ClassVar[tuple[str, ...]] = ()
+    """What else than forward is swapped, and may lie bound on an instance."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -73,7 +75,7 @@ def fuse(module: nn.Module, mixin: type[Fused], record: Record) -> None:
         _plain[fused] = plain
     module.__class__ = fused
     module.__dict__[RECORD] = record
-    _rebind(module, plain.forward, fused.forward)
+    _rebind(module, plain, fused)
 
 
 def restore(module: nn.Module) -> bool:
@@ -84,7 +86,7 @@ def restore(module: nn.Module) -> bool:
     plain = _plain.get(fused)
     if plain is not None:
         module.__class__ = plain
-        _rebind(module, fused.forward, plain.forward)
+        _rebind(module, fused, plain)
     # Else another library has made a subclass of ours: without a record our forward is `super().forward`.
     return True
 
@@ -108,9 +110,10 @@ def is_own(module: Any, forward: Any) -> bool:
 
 
 def _rebind(module: nn.Module, old: Any, new: Any) -> None:
-    for place in _PLACES:
-        if getattr(module.__dict__.get(place), "__func__", None) is old:
-            module.__dict__[place] = MethodType(new, module)
+    methods = old.methods if issubclass(old, Fused) else new.methods
+    for name, place in (*(("forward", place) for place in _PLACES), *((name, name) for name in methods)):
+        if getattr(module.__dict__.get(place), "__func__", None) is getattr(old, name):
+            module.__dict__[place] = MethodType(getattr(new, name), module)
 
 
 def replaced(module: nn.Module) -> str | None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from ..nf4_experts import NF4Experts
-from . import fused, judge, judge_experts
+from . import fused, judge, judge_experts, judge_prefix
 from .experts import FusedParameters
 from .fused import Fused, Record
 from .gated_mlp import Facts, FusedMlp
 from .gated_mlp import examine as examine_mlp
 from .linear4bit import FusedLinear4bit
 from .lora import FusedLora
+from .prefix import FusedPrefix, GeneratingPrefix
+
+PREFIX = "PEFT prefix tuning"
 
 
 @dataclass
@@ -86,6 +89,17 @@ def examine_block(module: nn.Module) -> Finding | None:
     return Finding(kind, None, found)
 
 
+def examine_prefix(module: nn.Module) -> Finding | None:
+    """As `examine`, for models of PEFT with prefix tuning."""
+    if not judge_prefix.is_prefix(module):
+        return None
+    generates = hasattr(fused.plain_class(module), "prepare_inputs_for_generation")
+    active = judge_prefix.is_active(module)
+    reason = "" if active else "the active adapter is of another kind"
+    mixin = GeneratingPrefix if generates else FusedPrefix
+    return Finding(f"{PREFIX} {type(module).__name__}", mixin, reason)
+
+
 @dataclass
 class LayerReport:
     """One layer or block, as it is now."""
@@ -118,12 +132,24 @@ class LayerReport:
             changed: str | None = self.record.facts.changed(module)
             if changed is not None:
                 return changed
-        found = examine_block(module) if self.is_block else examine(module)
+        found = self._examine(module)
         return "no layer of this kind any more" if found is None else found.reason
 
     @property
-    def is_block(self) -> bool:
-        return self.kind.startswith("gated MLP")
+    def _examine(self) -> Callable[[nn.Module], Finding | None]:
+        if self.kind.startswith(PREFIX):
+            return examine_prefix
+        return examine_block if self.kind.startswith("gated MLP") else examine
+
+    @property
+    def note(self) -> str:
+        """What is to be said of one that is fused."""
+        module = self._module()
+        if module is None or not self.kind.startswith(PREFIX):
+            return ""
+        reason = judge_prefix.not_recomputable(module)
+        checkpointing = f"no gradient checkpointing, {reason}" if reason else "gradient checkpointing works"
+        return f"one prefix for the batch; {checkpointing}"
 
     @property
     def fused(self) -> bool:
@@ -159,6 +185,8 @@ class PatchReport:
     """What is fused across layers: gated MLPs."""
     bases: list[LayerReport] = field(default_factory=list)
     """Packed layers under LoRA layers, whose calls count where adapters are disabled or merged."""
+    prefixes: list[LayerReport] = field(default_factory=list)
+    """Models of PEFT with prefix tuning."""
     dry_run: bool = False
     _model: Any = field(default=_gone, repr=False)
 
@@ -176,13 +204,14 @@ class PatchReport:
     def __str__(self) -> str:
         verb = "would be fused" if self.dry_run else "fused"
         lines = [f"peft_kernels: {len(self.fused)} of {len(self.layers)} layers {verb}"]
-        if not self.layers:
+        if not self.layers and not self.prefixes:
             lines.append(
                 "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"
             )
+        lines += [f"{prefix.kind}: {prefix.note}" for prefix in self.prefixes if prefix.fused]
         for kind, count in Counter(block.kind for block in self.blocks if block.fused).items():
             lines.append(f"across layers: {count} x {kind}")
-        entries = [*self.layers, *self.blocks]
+        entries = [*self.layers, *self.blocks, *self.prefixes]
         lines += _by_reason("original forward", ((e.reason, 1, e) for e in entries if e.reason), "")
         calls = ((why, n, e) for e in (*entries, *self.bases) for why, n in e.fallbacks.items())
         lines += _by_reason("original forward", calls, "call")
@@ -202,7 +231,7 @@ class PatchReport:
 
     def details(self) -> str:
         """A line for every layer and block."""
-        return "\n".join(str(layer) for layer in (*self.layers, *self.blocks))
+        return "\n".join(str(layer) for layer in (*self.layers, *self.blocks, *self.prefixes))
 
 
 def _by_reason(what: str, entries: Iterator[tuple[str, int, LayerReport]], counted: str) -> list[str]:

@@ -1,0 +1,32 @@
+"""The adapter of prefix tuning that a call speaks of."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..patch import judge_prefix
+
+
+class PrefixAdapter(NamedTuple):
+    name: str
+    config: Any
+    """A PrefixTuningConfig."""
+    encoder: Any
+    """A PrefixEncoder."""
+
+
+def adapter_of(model: Any, name: str | None) -> PrefixAdapter:
+    """An adapter by its name, or the active one. TypeError: `model` is no PeftModel; ValueError: it has no
+    such adapter of prefix tuning."""
+    from peft import PeftModel
+
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"model: expected a PeftModel, got a {type(model).__name__}")
+    name = model.active_adapter if name is None else name
+    config = model.peft_config.get(name)
+    if config is None:
+        raise ValueError(f"adapter_name: expected one of {', '.join(model.peft_config)}, got {name}")
+    if not judge_prefix.is_prefix_config(config):
+        kind = getattr(config.peft_type, "value", config.peft_type)
+        raise ValueError(f"adapter_name: expected an adapter of prefix tuning, got {name} of {kind}")
+    return PrefixAdapter(name, config, model.prompt_encoder[name])

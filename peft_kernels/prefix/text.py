@@ -1,0 +1,77 @@
+"""A prefix that starts as a text: the keys and values that the base model computes for its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .adapter import adapter_of
+
+
+@torch.no_grad()
+def init_from_text(
+    model: Any, tokenizer: Any, text: str | Sequence[Mapping[str, Any]], adapter_name: str | None = None
+) -> None:
+    """Start a plain prefix as a text. The model then answers as the base model would after that text.
+
+    The text's tokens are repeated or cut to num_virtual_tokens, as PEFT's prompt tuning does; the base model
+    runs over them once, and its keys and values are copied into the adapter.
+
+    Parameters
+    ----------
+    model : peft.PeftModel
+        A decoder-only model with prefix tuning.
+    tokenizer : transformers tokenizer
+        The model's own.
+    text : str or messages
+        A string is taken as the tokenizer takes it, with the special tokens that it adds; messages
+        ({"role": ..., "content": ...}) go through its chat template.
+    adapter_name : str, optional
+        None: the active adapter.
+
+    Raises
+    ------
+    TypeError
+        `model` is no PeftModel.
+    ValueError
+        It has no such adapter; one with `prefix_projection=True`, whose network cannot be inverted; an
+        encoder-decoder; a text without tokens; layers of different shapes, or with a sliding window that is
+        shorter than the prefix. Nothing is changed.
+    """
+    from peft import initialize_kv_prefix_from_past_key_values
+
+    adapter = adapter_of(model, adapter_name)
+    if adapter.config.prefix_projection:
+        raise ValueError(
+            f"adapter_name: expected a plain prefix, got {adapter.name} with prefix_projection=True, whose "
+            "network has no inverse; fold() it, or start without a projection"
+        )
+    base = model.get_base_model()
+    if base.config.is_encoder_decoder:
+        raise ValueError(
+            f"model: expected a decoder-only model, got {type(base).__name__}: what its decoder makes of a "
+            "text depends on the encoder's input"
+        )
+    ids = _ids(tokenizer, text, adapter.config.num_virtual_tokens)
+    modes = [(module, module.training) for module in base.modules()]
+    base.eval()  # no dropout
+    try:
+        device = base.get_input_embeddings().weight.device
+        outputs = base(input_ids=torch.tensor([ids], device=device), use_cache=True)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    name = "cache" if "cache" in outputs else "past_key_values"
+    initialize_kv_prefix_from_past_key_values(model, adapter_name=adapter.name, past_key_values=outputs[name])
+
+
+def _ids(tokenizer: Any, text: str | Sequence[Mapping[str, Any]], count: int) -> list[int]:
+    if isinstance(text, str):
+        ids = tokenizer(text)["input_ids"]
+    else:
+        ids = tokenizer.apply_chat_template(list(text), tokenize=True, return_dict=False)
+    if not ids:
+        raise ValueError(f"text: expected one that has tokens, got {text!r}")
+    return (list(ids) * (count // len(ids) + 1))[:count]

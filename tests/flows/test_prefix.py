@@ -1,0 +1,169 @@
+"""PEFT's prefix tuning, patched against stock: the same numbers, under gradient checkpointing too."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from flow_checks import assert_near, step
+from flow_models import arguments, patched_copy
+from prefix_models import FAMILIES, bare, batch, loss, prefixed
+
+import peft_kernels as pk
+import testing
+from peft_kernels.patch import fused
+
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+CASES = [(family, base) for family in FAMILIES for base in ("dense", "nf4")]
+CASES.remove(("gpt2", "nf4"))  # its layers are no nn.Linear
+
+
+def checkpoint(model: Any, reentrant: bool = False) -> None:
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+
+
+@pytest.mark.parametrize("projection", [False, True], ids=["plain", "projection"])
+@pytest.mark.parametrize(("family", "base"), CASES)
+def test_steps_are_those_of_stock(family: str, base: str, projection: bool) -> None:
+    """Loss and gradients in training mode, dropout included."""
+    stock = prefixed(bare(family, base), projection)
+    want = step(stock, loss)
+    assert all(want[name].abs().sum() > 0 for name in want if "transform.2.weight" in name or "embed" in name)
+    model, report = patched_copy(stock)
+    assert_near(step(model, loss), want)
+    for reentrant in (False, True):
+        checkpoint(model, reentrant)
+        assert_near(step(model, loss), want)
+        model.eval()  # nothing is recomputed
+        assert loss(model).item() == pytest.approx(loss(stock.eval()).item(), rel=1e-5)
+        model.train()
+        stock.train()
+    assert not report.prefixes[0].fallbacks
+
+
+def test_it_is_one_line_of_the_report() -> None:
+    stock = prefixed(bare("llama"))
+    line = "PEFT prefix tuning PeftModelForCausalLM: one prefix for the batch; gradient checkpointing works"
+    assert line in pk.explain(stock) and "the model is not patched" in pk.explain(stock)
+    model, report = patched_copy(stock)
+    assert line in str(report) and line in pk.explain(model) and "nothing to patch" not in str(report)
+    assert "fused" in report.details() and "not patched" not in pk.explain(model)
+    assert "prefix" not in str(pk.patch(bare("llama")))
+    stock.base_model.config.num_kv_shared_layers = 1
+    assert "no gradient checkpointing, 1 layers of LlamaForCausalLM take keys" in str(pk.patch(stock))
+    checkpoint(stock)
+    with pytest.raises(RuntimeError, match="no gradient checkpointing here, 1 layers"):
+        loss(stock)
+
+
+@REENTRANT
+def test_checkpointing_saves_memory(reentrant: bool) -> None:
+    model = prefixed(bare("llama", num_hidden_layers=4))
+    pk.patch(model)
+    there = [*model.parameters(), *model.buffers()]
+    whole = testing.saved_bytes(lambda: loss(model), there)
+    checkpoint(model, reentrant)
+    assert testing.saved_bytes(lambda: loss(model), there) < 0.5 * whole
+
+
+def test_the_prefix_is_computed_once_for_the_batch() -> None:
+    model = prefixed(bare("llama"), projection=True)
+    rows = []
+    model.prompt_encoder["default"].transform.register_forward_hook(lambda *a: rows.append(a[2].numel()))
+    loss(model)
+    pk.patch(model)
+    loss(model)
+    assert rows[0] == 2 * rows[1]
+    keys = model.get_prompt(2).layers[0].keys
+    assert keys.shape[0] == 2 and keys.stride(0) == 0
+
+
+def test_unpatch_gives_stock_back() -> None:
+    stock = prefixed(bare("llama"))
+    model, _ = patched_copy(stock)
+    with model.disable_adapter():  # leaves bound methods on the instance
+        unprefixed = loss(model).item()
+    assert loss(model).item() != pytest.approx(unprefixed, rel=1e-3)
+    checkpoint(model)
+    assert torch.isfinite(loss(model))
+    assert pk.unpatch(model) > 0
+    types = [type(module) for module in stock.modules()]
+    assert [type(module) for module in model.modules()] == types
+    assert not any(fused.RECORD in vars(module) for module in model.modules())
+    for value in vars(model).values():
+        assert "peft_kernels" not in getattr(getattr(value, "__func__", None), "__module__", "")
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        loss(model)  # PEFT's mask has the prefix, transformers' layers have lost it
+    refused = r"PREFIX_TUNING does not work with gradient checkpointing"
+    with pytest.raises(ValueError, match=refused):
+        model.add_adapter("other", model.peft_config["default"])
+    pk.patch(model)
+    model.add_adapter("late", model.peft_config["default"])
+    assert torch.isfinite(loss(model)) and model.is_activation_checkpointing
+
+
+def test_adapters_are_switched() -> None:
+    stock = prefixed(bare("llama"))
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, prefix_projection=True, encoder_hidden_size=8
+    )
+    stock.add_adapter("other", config)
+    model, _ = patched_copy(stock)
+    checkpoint(model)
+    for name in ("other", "default"):
+        for each in (stock, model):
+            each.set_adapter(name)
+        assert_near(step(model, loss), step(stock, loss))
+
+
+def test_layers_that_came_later_are_refused() -> None:
+    model = prefixed(bare("llama"))
+    pk.patch(model)
+    checkpoint(model)
+    layers = model.base_model.model.layers
+    fused.restore(layers[1])
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1 has come after patch"):
+        loss(model)
+    pk.patch(model)
+    assert torch.isfinite(loss(model))
+
+
+def test_copies_and_pickles() -> None:
+    stock = prefixed(bare("llama"))
+    want = step(stock, loss)
+    model, _ = patched_copy(stock)
+    twin = copy.deepcopy(model)
+    checkpoint(twin)
+    assert_near(step(twin, loss), want)
+    assert not model.is_activation_checkpointing
+    loaded = pickle.loads(pickle.dumps(model))
+    assert type(loaded) is type(stock)
+    assert_near(step(loaded, loss), want)
+
+
+@pytest.mark.parametrize("family", ["llama", "t5"])
+def test_trainer_checkpoints(family: str, tmp_path: Path) -> None:
+    """A run of Trainer on an NF4 base: with checkpointing, the losses of stock without."""
+    stock = prefixed(bare(family, "nf4"), projection=True)
+    model, _ = patched_copy(stock)
+    rows = batch(model)
+    data = [{name: rows[name][i] for name in rows} for i in (0, 1)] * 4
+    losses = {}
+    for name, each, more in (("stock", stock, {}), ("ours", model, {"activation_checkpointing": True})):
+        args = arguments(transformers.TrainingArguments, tmp_path / name, steps=4, **more)
+        trainer = transformers.Trainer(model=each, args=args, train_dataset=data)
+        torch.manual_seed(0)
+        trainer.train()
+        losses[name] = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert len(losses["ours"]) == 4 and losses["ours"] == pytest.approx(losses["stock"], rel=1e-4)
+    assert losses["ours"][-1] != losses["ours"][0]
+    assert model.base_model.is_activation_checkpointing
