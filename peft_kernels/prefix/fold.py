@@ -15,9 +15,8 @@ def fold(model: Any, adapter_name: str | None = None) -> None:
     """Replace the reparametrisation of a prefix (`prefix_projection=True`) by the plain prefix that it gives.
 
     In place: the same logits, with an embedding of num_virtual_tokens x (2 * layers * token_dim) numbers
-    instead of the network that computes them. `save_pretrained` then writes an ordinary folder of PEFT, whose
-    adapter can be loaded and trained on anywhere. The parameters are new ones: an optimizer has to be made
-    again.
+    instead of the network that computes them. `save_pretrained` then writes an ordinary folder of PEFT with
+    `prefix_projection` false. The parameter is a new one: an optimizer has to be made again.
 
     Parameters
     ----------
