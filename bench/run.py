@@ -25,6 +25,7 @@ bottleneck-...         adapters beside plain modules
 adamw-...              a step of optimizers
 optimizer-curves-...   trains with each, for most of an hour: the loss on held-out examples
 dpo-..., grpo-...      steps of TRL's trainers on SmolLM2-135M
+prefix-...             prefix tuning: who copies what
 """
 
 from __future__ import annotations
@@ -91,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         optimizer_curves,
         optimizer_waves,
         optimizers,
+        prefix,
         report,
         rlhf,
         session,
@@ -110,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *loading.standard(),
         *moe.standard(options.dtype),
         *optimizers.standard(),
+        *prefix.standard(options.dtype),
         *optimizer_curves.standard(),
         *optimizer_waves.standard(),
         *rlhf.standard(),

@@ -97,7 +97,7 @@ def test_other_models_are_refused() -> None:
 # A text.
 
 TEMPLATE = (
-    "{% for m in messages %}w3 {{ 'w4' if m.role == 'system' else 'w5' }} {{ m.content }} w6 {% endfor %}"
+    "{% for m in messages %}w3 {{ 'w4' if m.role == 'system' else 'w5' }} {{ m.content }} w6{% endfor %}"
 )
 
 

@@ -1,0 +1,205 @@
+"""Attention over [prefix; tokens] in one layer of SmolLM2, and steps of prefix tuning: what a patched model does
+beside PEFT, which looks the prefix up for each sample and copies it once more into its cache.
+
+A third way keeps the prefix apart: all samples' queries meet it in one product, and the two attentions are merged
+by their sums of exponentials. It copies nothing for a sample but the queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import peft_kernels as pk
+import testing
+
+from . import gate, layers
+from .cases import DTYPES
+from .contenders import Entry, contenders
+from .harness import Absent, Case, Contender
+from .layers import Kept
+from .model import SMOLLM2_135M, Models, ModelSizes
+from .report import OURS
+
+ATTENTION, STEP = "prefix-attention", "prefix-step"
+PEFT, MERGED = "PEFT's copies", "two attentions, merged"
+TOKENS = 128  # of a sample
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
+
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of queries (batch, HEADS, tokens, HEAD_DIM), keys and values (batch, KV_HEADS, ...), and an embedding of
+(virtual tokens, 2 * KV_HEADS * HEAD_DIM); causal among the tokens."""
+
+
+def looked_up(embedding: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """As PEFT does it: (batch, KV_HEADS, virtual tokens, HEAD_DIM) of keys and of values."""
+    count = len(embedding)
+    rows = F.embedding(torch.arange(count).expand(batch, -1), embedding).to(dtype)
+    keys, values = rows.view(batch, count, 2, KV_HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
+    return keys, values
+
+
+def joined(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """As transformers attends over a cache."""
+    k, v = torch.cat([keys, k], -2), torch.cat([values, v], -2)
+    k, v = (each.repeat_interleave(HEADS // KV_HEADS, 1) for each in (k, v))
+    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(k.shape[-2] - q.shape[-2])
+    return F.scaled_dot_product_attention(q, k, v, seen)
+
+
+def copied(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
+    keys, values = (torch.cat([t.new_empty(0), t], -2) for t in looked_up(embedding, len(q), q.dtype))
+    return joined(q, k, v, keys, values)
+
+
+def shared(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
+    keys, values = (torch.cat([t.new_empty(0), t], -2) for t in looked_up(embedding, 1, q.dtype))
+    return joined(q, k, v, keys.expand(len(q), -1, -1, -1), values.expand(len(q), -1, -1, -1))
+
+
+def merged(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
+    keys, values = looked_up(embedding, 1, q.dtype)
+    found: Tensor = Merged.apply(q, k, v, keys, values)
+    return found
+
+
+class Merged(torch.autograd.Function):
+    """The backward of each attention takes the merged result and the merged sums in place of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        k, v = (each.repeat_interleave(HEADS // KV_HEADS, 1) for each in (k, v))
+        apart = together(q)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        (y1, sum1), (y2, sum2) = flash(apart, keys, values), flash(q, k, v, 0.0, True)
+        y1, sum1 = back(y1, len(q)), back(sum1[..., None], len(q))[..., 0]
+        sums = torch.logaddexp(sum1, sum2)
+        share1, share2 = ((each - sums).exp()[..., None] for each in (sum1, sum2))
+        y = (share1 * y1 + share2 * y2).to(q.dtype)
+        ctx.save_for_backward(q, k, v, keys, values, y, sums)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, keys, values, y, sums = ctx.saved_tensors
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = flash(dy, q, k, v, y, sums, 0.0, True)
+        sums_apart = together(sums[..., None])[..., 0]
+        more, dkeys, dvalues = flash(
+            together(dy), together(q), keys, values, together(y), sums_apart, 0.0, False
+        )
+        dk, dv = (each.unflatten(1, (KV_HEADS, -1)).sum(2) for each in (dk, dv))
+        return dq + back(more, len(q)), dk, dv, dkeys, dvalues
+
+
+def together(x: Tensor) -> Tensor:
+    """(batch, HEADS, tokens, n) as (1, KV_HEADS, all that meet the same key, n)."""
+    return x.unflatten(1, (KV_HEADS, -1)).transpose(0, 1).flatten(1, 3)[None]
+
+
+def back(x: Tensor, batch: int) -> Tensor:
+    apart = x[0].unflatten(1, (batch, HEADS // KV_HEADS, -1))
+    return apart.transpose(0, 1).flatten(1, 2)
+
+
+def attention(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
+    def build() -> list[Contender | Absent]:
+        def made(heads: int, seed: int) -> Tensor:
+            return testing.tensor(batch, heads, tokens, HEAD_DIM, dtype=DTYPES[dtype], seed=seed)
+
+        tensors = {"dq": made(HEADS, 1), "dk": made(KV_HEADS, 2), "dv": made(KV_HEADS, 3)}
+        tensors["dprefix"] = testing.tensor(virtual, 2 * KV_HEADS * HEAD_DIM, seed=4)
+        dy = made(HEADS, 5)
+
+        def call(way: Attention, widen: bool = False) -> Callable[[], Any]:
+            leaves = {name: t.double() if widen else t.clone() for name, t in tensors.items()}
+            inputs = {name: t.requires_grad_() for name, t in leaves.items()}
+            return layers.differentiated(lambda: way(*inputs.values()), inputs, dy.double() if widen else dy)
+
+        wanted = gate.Expected(call(copied)(), call(copied, widen=True)())
+        entries = (
+            Entry(OURS, lambda: [call(shared)], wanted.strict),
+            Entry(PEFT, lambda: [call(copied)], wanted.sane),
+            Entry(MERGED, lambda: [call(merged)], wanted.sane),
+        )
+        return contenders(Kept(), entries)
+
+    title = f"attention over {virtual} virtual tokens and {tokens} others, forward + backward"
+    return Case(
+        f"{ATTENTION}-{virtual}",
+        HEADS,
+        HEAD_DIM,
+        batch * tokens,
+        dtype,
+        build,
+        batch,
+        title=title,
+        seconds=3.0,
+    )
+
+
+def step(
+    virtual: int, projection: bool, batch: int, tokens: int, dtype: str, sizes: ModelSizes | None = None
+) -> Case:
+    """Of an NF4 model; ours and PEFT's differ in the prefix alone."""
+    sizes = sizes or ModelSizes(SMOLLM2_135M.block, layers=6, vocabulary=2048)
+
+    def build() -> list[Contender | Absent]:
+        models = Models(sizes, DTYPES[dtype])
+        ids = models.tokens(batch, tokens)
+
+        def made(base: str) -> Any:
+            import peft
+
+            model = models.over(base)
+            options: dict[str, Any] = (
+                {"prefix_projection": True, "encoder_hidden_size": 512} if projection else {}
+            )
+            torch.manual_seed(0)
+            config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual, **options)
+            return peft.get_peft_model(model, config).train()
+
+        def call(model: Any) -> Callable[[], dict[str, Tensor]]:
+            trained = [p for p in model.parameters() if p.requires_grad]
+
+            def run() -> dict[str, Tensor]:
+                loss = model(input_ids=ids, labels=ids).loss
+                return {"gradients": torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, trained)])}
+
+            return run
+
+        def ours() -> list[Any]:
+            model = made("nf4")
+            pk.patch(model)
+            return [call(model)]
+
+        stock = partial(made, "nf4")
+        wanted = gate.Expected(call(stock())(), call(made("exact").double())())
+        entries = (
+            Entry(OURS, ours, wanted.strict, "peft transformers"),
+            Entry(PEFT, lambda: [call(stock())], wanted.sane, "peft transformers"),
+        )
+        return contenders(Kept(), entries)
+
+    group = f"{STEP}-{virtual}" + ("-projection" if projection else "")
+    kind = "through a projection" if projection else "plain"
+    title = (
+        f"a step of prefix tuning, {virtual} virtual tokens, {kind}, {sizes.layers} layers of SmolLM2 in NF4"
+    )
+    block = sizes.block
+    return Case(
+        group, block.hidden, block.hidden, batch * tokens, dtype, build, batch, title=title, seconds=8.0
+    )
+
+
+def standard(dtype: str) -> list[Case]:
+    lengths, batches = (30, 200), (1, 8, 32)
+    return [
+        *(attention(virtual, batch, TOKENS, dtype) for virtual in lengths for batch in batches),
+        *(step(30, projection, batch, TOKENS, dtype) for projection in (False, True) for batch in (1, 8)),
+    ]
