@@ -1,13 +1,13 @@
-"""Attention over [prefix; tokens] in one layer of SmolLM2, and steps of prefix tuning: what a patched model does
-beside PEFT, which looks the prefix up for each sample and copies it once more into its cache.
+"""Attention over [prefix; tokens] in one layer of SmolLM2, and steps of prefix tuning, patched beside PEFT,
+which looks the prefix up for each sample and copies it once more into its cache.
 
-A third way keeps the prefix apart: all samples' queries meet it in one product, and the two attentions are merged
-by their sums of exponentials. It copies nothing for a sample but the queries.
+A third way keeps the prefix apart: all samples' queries meet it in one product, and the two attentions are
+merged by their sums of exponentials. It copies nothing for a sample but the queries.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import peft_kernels as pk
 import testing
+from peft_kernels.patch import prefix_cache
 
 from . import gate, layers
 from .cases import DTYPES
@@ -26,40 +27,51 @@ from .layers import Kept
 from .model import SMOLLM2_135M, Models, ModelSizes
 from .report import OURS
 
-ATTENTION, STEP = "prefix-attention", "prefix-step"
+ATTENTION, JOIN, STEP = "prefix-attention", "prefix-join", "prefix-step"
 PEFT, MERGED = "PEFT's copies", "two attentions, merged"
 TOKENS = 128  # of a sample
 HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 
+Widen = Callable[[Tensor], Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 """Of queries (batch, HEADS, tokens, HEAD_DIM), keys and values (batch, KV_HEADS, ...), and an embedding of
 (virtual tokens, 2 * KV_HEADS * HEAD_DIM); causal among the tokens."""
 
 
-def looked_up(embedding: Tensor, batch: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """As PEFT does it: (batch, KV_HEADS, virtual tokens, HEAD_DIM) of keys and of values."""
+def looked_up(embedding: Tensor, batch: int, dtype: torch.dtype) -> list[Tensor]:
+    """As PEFT does it: (batch, KV_HEADS, virtual tokens, HEAD_DIM) of keys and values, put into a cache."""
     count = len(embedding)
     rows = F.embedding(torch.arange(count).expand(batch, -1), embedding).to(dtype)
-    keys, values = rows.view(batch, count, 2, KV_HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
-    return keys, values
+    pair = rows.view(batch, count, 2, KV_HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
+    return [torch.cat([each.new_empty(0), each], -2) for each in pair]
 
 
-def joined(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+def joined(k: Tensor, v: Tensor, prefix: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.cat(pair, -2) for pair in zip(prefix, (k, v), strict=True)]
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """As transformers attends over a cache."""
-    k, v = torch.cat([keys, k], -2), torch.cat([values, v], -2)
     k, v = (each.repeat_interleave(HEADS // KV_HEADS, 1) for each in (k, v))
     seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(k.shape[-2] - q.shape[-2])
     return F.scaled_dot_product_attention(q, k, v, seen)
 
 
+def with_copies(k: Tensor, v: Tensor, embedding: Tensor) -> list[Tensor]:
+    return joined(k, v, looked_up(embedding, len(k), k.dtype))
+
+
+def with_one(k: Tensor, v: Tensor, embedding: Tensor) -> list[Tensor]:
+    prefix = looked_up(embedding, 1, embedding.dtype)
+    return joined(k, v, [prefix_cache.shared(each, len(k), k.dtype) for each in prefix])
+
+
 def copied(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
-    keys, values = (torch.cat([t.new_empty(0), t], -2) for t in looked_up(embedding, len(q), q.dtype))
-    return joined(q, k, v, keys, values)
+    return attended(q, *with_copies(k, v, embedding))
 
 
 def shared(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
-    keys, values = (torch.cat([t.new_empty(0), t], -2) for t in looked_up(embedding, 1, q.dtype))
-    return joined(q, k, v, keys.expand(len(q), -1, -1, -1), values.expand(len(q), -1, -1, -1))
+    return attended(q, *with_one(k, v, embedding))
 
 
 def merged(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
@@ -107,21 +119,26 @@ def back(x: Tensor, batch: int) -> Tensor:
     return apart.transpose(0, 1).flatten(1, 2)
 
 
+def tensors_of(virtual: int, batch: int, tokens: int, dtype: str) -> dict[str, Tensor]:
+    """By the names of their gradients."""
+    heads = {"dq": HEADS, "dk": KV_HEADS, "dv": KV_HEADS}
+    found = {
+        name: testing.tensor(batch, count, tokens, HEAD_DIM, dtype=DTYPES[dtype], seed=seed)
+        for seed, (name, count) in enumerate(heads.items())
+    }
+    return found | {"dprefix": testing.tensor(virtual, 2 * KV_HEADS * HEAD_DIM, seed=4)}
+
+
 def attention(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
     def build() -> list[Contender | Absent]:
-        def made(heads: int, seed: int) -> Tensor:
-            return testing.tensor(batch, heads, tokens, HEAD_DIM, dtype=DTYPES[dtype], seed=seed)
+        tensors = tensors_of(virtual, batch, tokens, dtype)
+        dy = testing.tensor(*tensors["dq"].shape, dtype=DTYPES[dtype], seed=5)
 
-        tensors = {"dq": made(HEADS, 1), "dk": made(KV_HEADS, 2), "dv": made(KV_HEADS, 3)}
-        tensors["dprefix"] = testing.tensor(virtual, 2 * KV_HEADS * HEAD_DIM, seed=4)
-        dy = made(HEADS, 5)
+        def call(way: Attention, widen: Widen = Tensor.clone) -> Callable[[], Any]:
+            inputs = {name: widen(t).requires_grad_() for name, t in tensors.items()}
+            return layers.differentiated(lambda: way(*inputs.values()), inputs, widen(dy))
 
-        def call(way: Attention, widen: bool = False) -> Callable[[], Any]:
-            leaves = {name: t.double() if widen else t.clone() for name, t in tensors.items()}
-            inputs = {name: t.requires_grad_() for name, t in leaves.items()}
-            return layers.differentiated(lambda: way(*inputs.values()), inputs, dy.double() if widen else dy)
-
-        wanted = gate.Expected(call(copied)(), call(copied, widen=True)())
+        wanted = gate.Expected(call(copied)(), call(copied, Tensor.double)())
         entries = (
             Entry(OURS, lambda: [call(shared)], wanted.strict),
             Entry(PEFT, lambda: [call(copied)], wanted.sane),
@@ -130,17 +147,42 @@ def attention(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
         return contenders(Kept(), entries)
 
     title = f"attention over {virtual} virtual tokens and {tokens} others, forward + backward"
-    return Case(
-        f"{ATTENTION}-{virtual}",
-        HEADS,
-        HEAD_DIM,
-        batch * tokens,
-        dtype,
-        build,
-        batch,
-        title=title,
-        seconds=3.0,
-    )
+    return case(f"{ATTENTION}-{virtual}", batch, tokens, dtype, build, title)
+
+
+def join(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
+    def build() -> list[Contender | Absent]:
+        tensors = tensors_of(virtual, batch, tokens, dtype)
+        del tensors["dq"]
+        shape = batch, KV_HEADS, virtual + tokens, HEAD_DIM
+        dy = [testing.tensor(*shape, dtype=DTYPES[dtype], seed=seed) for seed in (6, 7)]
+
+        def call(way: Callable[..., list[Tensor]], widen: Widen = Tensor.clone) -> Callable[[], Any]:
+            inputs = {name: widen(t).requires_grad_() for name, t in tensors.items()}
+            gradients = [widen(each) for each in dy]
+
+            def run() -> dict[str, Tensor]:
+                k, v = way(*inputs.values())
+                found = torch.autograd.grad((k, v), tuple(inputs.values()), gradients)
+                return {"k": k.detach(), "v": v.detach(), **dict(zip(inputs, found, strict=True))}
+
+            return run
+
+        wanted = gate.Expected(call(with_copies)(), call(with_copies, Tensor.double)())
+        entries = (
+            Entry(OURS, lambda: [call(with_one)], wanted.strict),
+            Entry(PEFT, lambda: [call(with_copies)], wanted.sane),
+        )
+        return contenders(Kept(), entries)
+
+    title = f"{virtual} virtual tokens put before the keys and values of {tokens} others, forward + backward"
+    return case(f"{JOIN}-{virtual}", batch, tokens, dtype, build, title)
+
+
+def case(
+    group: str, batch: int, tokens: int, dtype: str, build: Callable[[], list[Contender | Absent]], title: str
+) -> Case:
+    return Case(group, HEADS, HEAD_DIM, batch * tokens, dtype, build, batch, title=title, seconds=3.0)
 
 
 def step(
@@ -157,9 +199,7 @@ def step(
             import peft
 
             model = models.over(base)
-            options: dict[str, Any] = (
-                {"prefix_projection": True, "encoder_hidden_size": 512} if projection else {}
-            )
+            options: dict[str, Any] = {"prefix_projection": projection, "encoder_hidden_size": 512}
             torch.manual_seed(0)
             config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual, **options)
             return peft.get_peft_model(model, config).train()
@@ -200,6 +240,7 @@ def step(
 def standard(dtype: str) -> list[Case]:
     lengths, batches = (30, 200), (1, 8, 32)
     return [
+        *(join(virtual, batch, TOKENS, dtype) for virtual in lengths for batch in batches),
         *(attention(virtual, batch, TOKENS, dtype) for virtual in lengths for batch in batches),
         *(step(30, projection, batch, TOKENS, dtype) for projection in (False, True) for batch in (1, 8)),
     ]

@@ -20,6 +20,12 @@ def test_all_attend_alike(dtype: str) -> None:
     assert set(result.seconds) == {OURS, prefix.PEFT, prefix.MERGED}
 
 
+def test_all_join_alike() -> None:
+    result = prefix.join(5, 3, 7, "bf16").run(ONCE)
+    assert not result.wrong and not result.absent, result
+    assert set(result.seconds) == {OURS, prefix.PEFT}
+
+
 def test_a_wrong_attention_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     right: Any = prefix.shared
     monkeypatch.setattr(prefix, "shared", lambda *tensors: right(*tensors) * 1.1)

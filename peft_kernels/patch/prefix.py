@@ -17,6 +17,9 @@ from torch import nn
 from . import judge_prefix
 from .fused import RECORD, Fused
 
+_UNCAST = "_peft_kernels_uncast"
+"""The attribute of a PeftModel that is there while it computes a prefix in the dtype of its parameters."""
+
 
 class FusedPrefix(Fused):
     """A PeftModel whose prefix is computed once for the whole batch."""
@@ -31,14 +34,24 @@ class FusedPrefix(Fused):
         from . import prefix_cache
 
         recomputed = judge_prefix.checkpointing(self, CheckpointedLayer)
-        prompt = stock(1, *args, **kwargs)
+        dtype = self.base_model_torch_dtype
+        self.__dict__[_UNCAST] = True
+        try:
+            prompt = stock(1, *args, **kwargs)
+        finally:
+            del self.__dict__[_UNCAST]
         if recomputed:
-            return prefix_cache.read_only(prompt)
-        if prefix_cache.share(prompt, batch_size):
+            return prefix_cache.read_only(prompt, dtype)
+        if prefix_cache.share(prompt, batch_size, dtype):
             setattr(prompt, prefix_cache.MARK, self.active_peft_config.num_virtual_tokens)
             return prompt
         record.fallbacks[f"a prefix in a {type(prompt).__name__}"] += 1
         return stock(batch_size, *args, **kwargs)
+
+    @property
+    def base_model_torch_dtype(self: Any) -> Any:
+        """What PEFT casts a prefix to, and gradients from. Those are to be summed over the batch before."""
+        return None if _UNCAST in self.__dict__ else super().base_model_torch_dtype  # type: ignore[misc]
 
     def _setup_prompt_encoder(self: Any, adapter_name: str) -> None:
         """PEFT's, of a further adapter, which refuses while gradient checkpointing is on."""

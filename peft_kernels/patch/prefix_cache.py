@@ -14,35 +14,56 @@ MARK = "_peft_kernels_prefix"
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of a prefix that calls read and never write: (1, heads, tokens, head_dim) per layer.
+    """Keys and values of a prefix that calls read, in `dtype`, and never write: (1, heads, tokens, head_dim) of
+    each layer.
 
     Where layers are computed twice, a cache that keeps what it is given would see new tokens twice.
     """
 
     layers: list[Any]
 
-    def __init__(self, prefix: Cache) -> None:
+    def __init__(self, prefix: Cache, dtype: torch.dtype | None) -> None:
         super().__init__()
         self.layer_class_to_replicate = None
-        self.layers = list(prefix.layers)
+        self.layers, self.dtype = list(prefix.layers), dtype
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
         """[prefix; new] of a layer, for new keys and values of shape (batch, heads, length, head_dim)."""
         layer = self.layers[layer_idx]
-        return _joined(layer.keys, key_states), _joined(layer.values, value_states)
+        pairs = (layer.keys, key_states), (layer.values, value_states)
+        return [torch.cat([shared(old, len(new), self.dtype), new], dim=-2) for old, new in pairs]
 
     def with_layer(self, layer_idx: int, keys: Tensor, values: Tensor) -> PrefixCache:
         """The same with other tensors in one layer."""
-        twin = PrefixCache(self)
+        twin = PrefixCache(self, self.dtype)
         layer = twin.layers[layer_idx] = copy.copy(self.layers[layer_idx])
         layer.keys, layer.values = keys, values
         return twin
 
 
-def _joined(prefix: Tensor, new: Tensor) -> Tensor:
-    return torch.cat([prefix.expand(new.shape[0], -1, -1, -1), new], dim=-2)
+class _Shared(torch.autograd.Function):
+    """A prefix in another dtype, for every row of a batch; the rows' gradients are summed in its own."""
+
+    @staticmethod
+    def forward(ctx: Any, prefix: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = prefix.dtype
+        return prefix.to(dtype).expand(batch_size, -1, -1, -1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.sum(0, keepdim=True, dtype=ctx.dtype), None, None
+
+
+def shared(prefix: Tensor, batch_size: int, dtype: torch.dtype | None) -> Tensor:
+    """A prefix of (1, heads, tokens, head_dim) as each row of a batch sees it."""
+    if dtype is not None and batch_size == 1:
+        prefix = prefix.to(dtype)  # one row needs no sum
+    if dtype is None or prefix.dtype == dtype:
+        return prefix.expand(batch_size, -1, -1, -1)
+    found: Tensor = _Shared.apply(prefix, batch_size, dtype)
+    return found
 
 
 def of_self_attention(cache: Any) -> Any:
@@ -53,10 +74,9 @@ def is_read_only(cache: Any) -> bool:
     return isinstance(of_self_attention(cache), PrefixCache)
 
 
-def read_only(prompt: Any) -> Any:
+def read_only(prompt: Any, dtype: torch.dtype | None) -> Any:
     """What PEFT's get_prompt gives for a batch of one, as PrefixCache."""
-    prefix = PrefixCache(of_self_attention(prompt))
-    return _like(prompt, prefix)
+    return _like(prompt, PrefixCache(of_self_attention(prompt), dtype))
 
 
 def for_layer(cache: Any, layer_idx: int, keys: Tensor, values: Tensor) -> Any:
@@ -68,16 +88,16 @@ def _like(cache: Any, prefix: PrefixCache) -> Any:
     return EncoderDecoderCache(prefix, DynamicCache()) if isinstance(cache, EncoderDecoderCache) else prefix
 
 
-def share(prompt: Any, batch_size: int) -> bool:
-    """Make of a prefix for a batch of one what each row of a batch sees, without a copy. False: it is of a
-    kind that is not known here, and unchanged."""
+def share(prompt: Any, batch_size: int, dtype: torch.dtype | None) -> bool:
+    """Make of a prefix for a batch of one what each row of a batch sees, without a copy for each. False: it
+    is of a kind that is not known here, and unchanged."""
     layers = getattr(of_self_attention(prompt), "layers", None)
     if not layers or any(layer.is_initialized and layer.keys.dim() != 4 for layer in layers):
         return False
     for layer in layers:
         if layer.is_initialized:
-            layer.keys = layer.keys.expand(batch_size, -1, -1, -1)
-            layer.values = layer.values.expand(batch_size, -1, -1, -1)
+            layer.keys = shared(layer.keys, batch_size, dtype)
+            layer.values = shared(layer.values, batch_size, dtype)
     return True
 
 

@@ -11,8 +11,8 @@ import peft
 import pytest
 import torch
 import transformers
-from flow_checks import assert_near, step
-from flow_models import arguments, patched_copy
+from flow_checks import assert_near, assert_same_numbers, step
+from flow_models import arguments, in_fp64, patched_copy
 from prefix_models import FAMILIES, bare, batch, loss, prefixed
 
 import peft_kernels as pk
@@ -48,6 +48,23 @@ def test_steps_are_those_of_stock(family: str, base: str, projection: bool) -> N
         model.train()
         stock.train()
     assert not report.prefixes[0].fallbacks
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_in_bf16_are_summed_as_by_stock(checkpointed: bool) -> None:
+    """Over the batch in the prefix's fp32, not in the model's type."""
+
+    def sample(i: int) -> tuple[Any, Any, Any]:
+        rows = {name: value.repeat(8, 1) for name, value in batch(stock, seed=i).items()}
+        return tuple(step(each, lambda model: model(**rows).loss) for each in (model, stock, truth))  # type: ignore[return-value]
+
+    stock = prefixed(bare("llama").to(torch.bfloat16))
+    stock.prompt_encoder.float()
+    truth = in_fp64(stock)
+    model, _ = patched_copy(stock)
+    if checkpointed:
+        checkpoint(model)
+    assert_same_numbers(sample, bound=0.1)
 
 
 def test_it_is_one_line_of_the_report() -> None:
