@@ -62,7 +62,7 @@ def with_copies(k: Tensor, v: Tensor, embedding: Tensor) -> list[Tensor]:
 
 
 def with_one(k: Tensor, v: Tensor, embedding: Tensor) -> list[Tensor]:
-    prefix = looked_up(embedding, 1, embedding.dtype)
+    prefix = looked_up(embedding, 1, embedding.dtype if len(k) > 1 else k.dtype)
     return joined(k, v, [prefix_cache.shared(each, len(k), k.dtype) for each in prefix])
 
 

@@ -35,11 +35,12 @@ class FusedPrefix(Fused):
 
         recomputed = judge_prefix.checkpointing(self, CheckpointedLayer)
         dtype = self.base_model_torch_dtype
-        self.__dict__[_UNCAST] = True
+        if batch_size > 1:
+            self.__dict__[_UNCAST] = True
         try:
             prompt = stock(1, *args, **kwargs)
         finally:
-            del self.__dict__[_UNCAST]
+            self.__dict__.pop(_UNCAST, None)
         if recomputed:
             return prefix_cache.read_only(prompt, dtype)
         if prefix_cache.share(prompt, batch_size, dtype):

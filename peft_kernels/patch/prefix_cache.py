@@ -14,8 +14,8 @@ MARK = "_peft_kernels_prefix"
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of a prefix that calls read, in `dtype`, and never write: (1, heads, tokens, head_dim) of
-    each layer.
+    """Keys and values of a prefix that calls read, in `dtype`, and never write: (1, heads, tokens, head_dim)
+    of each layer.
 
     Where layers are computed twice, a cache that keeps what it is given would see new tokens twice.
     """
@@ -58,8 +58,6 @@ class _Shared(torch.autograd.Function):
 
 def shared(prefix: Tensor, batch_size: int, dtype: torch.dtype | None) -> Tensor:
     """A prefix of (1, heads, tokens, head_dim) as each row of a batch sees it."""
-    if dtype is not None and batch_size == 1:
-        prefix = prefix.to(dtype)  # one row needs no sum
     if dtype is None or prefix.dtype == dtype:
         return prefix.expand(batch_size, -1, -1, -1)
     found: Tensor = _Shared.apply(prefix, batch_size, dtype)
