@@ -17,7 +17,7 @@ from prefix_models import FAMILIES, bare, batch, loss, prefixed
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import fused
+from peft_kernels.patch import fused, prefix_cache
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -65,6 +65,13 @@ def test_gradients_in_bf16_are_summed_as_by_stock(checkpointed: bool) -> None:
     if checkpointed:
         checkpoint(model)
     assert_same_numbers(sample, bound=0.1)
+
+
+def test_a_shared_prefix_rounds_its_gradient_once() -> None:
+    prefix = testing.tensor(1, 2, 3, 4).requires_grad_()
+    dy = testing.tensor(64, 2, 3, 4, dtype=torch.bfloat16, seed=1)
+    prefix_cache.shared(prefix, 64, torch.bfloat16).backward(dy)
+    assert testing.relative_error(prefix.grad, dy.double().sum(0, keepdim=True)) < 1e-6
 
 
 def test_it_is_one_line_of_the_report() -> None:
