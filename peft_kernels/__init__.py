@@ -9,7 +9,7 @@ pk.patch(model)               # PEFT's LoRA layers run fused kernels; pk.unpatch
 
 from __future__ import annotations
 
-from . import adapters, dispatch, nn, optim, prefix
+from . import adapters, dispatch, nn, optim, prefix, prompts
 from .checkpoints.load import load_checkpoint
 from .dispatch import use_backend
 from .nf4 import NF4Weight
@@ -51,6 +51,7 @@ __all__ = [
     "patch",
     "patched",
     "prefix",
+    "prompts",
     "quantize_model",
     "unpatch",
     "use_backend",

@@ -1,0 +1,137 @@
+"""Batches whose rows have virtual prompts of their own: prompt tuning or P-tuning in one PEFT model.
+
+inputs = pk.prompts.mixed_inputs(model, input_ids, attention_mask, adapter_names=["support", "legal"])
+logits = model.get_base_model()(**inputs).logits
+tokens = model.get_base_model().generate(**inputs, max_new_tokens=20)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BASE = "__base__"
+"""The name of rows without an adapter, as in PEFT's mixed batches of LoRA."""
+IGNORED = -100  # label of positions that the loss leaves out
+_PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+_TASKS = ("CAUSAL_LM", "SEQ_2_SEQ_LM")
+
+
+def mixed_inputs(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    labels: Tensor | None = None,
+    adapter_names: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """What the base model is given so that each row has the virtual tokens of its adapter before its text.
+
+    Every row gives what its adapter would alone, whatever the lengths: rows are padded on the left, where
+    PEFT leaves padding between prompt and text. The prompts are differentiable.
+
+    Parameters
+    ----------
+    model : peft.PeftModel
+        With adapters of prompt tuning (Lester et al. 2021) or P-tuning (Liu et al. 2021), for a causal or an
+        encoder-decoder language model.
+    input_ids : Tensor
+        (batch, length), int64, padded on either side or not.
+    attention_mask : Tensor, optional
+        (batch, length), 0 for padding.
+    labels : Tensor, optional
+        (batch, length) for a causal model. Those of a decoder are passed on as they are.
+    adapter_names : sequence of str, optional
+        One for each row; "__base__" for a row without virtual tokens. None: the active adapter for all.
+
+    Returns
+    -------
+    dict
+        `inputs_embeds` (batch, longest, hidden), in the embeddings' dtype; `attention_mask` (batch, longest);
+        `position_ids` for causal models that take them; `labels` if there are any. For
+        `model.get_base_model()`, its forward and its `generate`, which returns the new tokens alone.
+
+    Raises
+    ------
+    ValueError
+        A shape that does not fit, an adapter that is not there, another method or another task.
+    """
+    names = _checked(model, input_ids, attention_mask, adapter_names)
+    causal = model.active_peft_config.task_type == "CAUSAL_LM"
+    if causal and labels is not None and labels.shape != input_ids.shape:
+        raise ValueError(
+            f"labels: expected the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(labels.shape)}"
+        )
+    kept = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    prompts = {name: _prompt(model, name) for name in dict.fromkeys(names)}
+    text = model.word_embeddings(input_ids)
+    rows, targets = [], []
+    for i, name in enumerate(names):
+        rows.append(torch.cat((prompts[name].to(text), text[i][kept[i]])))
+        if causal and labels is not None:
+            targets.append(F.pad(labels[i][kept[i]], (len(prompts[name]), 0), value=IGNORED))
+    longest = max(map(len, rows), default=0)
+    short = [longest - len(row) for row in rows]
+    mask = torch.stack([F.pad(input_ids.new_ones(longest - n), (n, 0)) for n in short])
+    inputs = {
+        "inputs_embeds": torch.stack([F.pad(row, (0, 0, n, 0)) for row, n in zip(rows, short, strict=True)]),
+        "attention_mask": mask,
+    }
+    if causal and "position_ids" in inspect.signature(model.get_base_model().forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if labels is not None:
+        pads = zip(targets, short, strict=True)
+        inputs["labels"] = (
+            torch.stack([F.pad(row, (n, 0), value=IGNORED) for row, n in pads]) if causal else labels
+        )
+    return inputs
+
+
+def _prompt(model: Any, name: str) -> Tensor:
+    """The virtual tokens of an adapter, (num_virtual_tokens, hidden)."""
+    if name == BASE:
+        weight = model.word_embeddings.weight
+        return weight.new_empty(0, weight.shape[1])
+    encoder, config = model.prompt_encoder[name], model.peft_config[name]
+    if config.inference_mode:  # of P-tuning the results alone were saved
+        prompt = encoder.embedding.weight
+    else:
+        prompt = encoder(model.prompt_tokens[name][None].to(encoder.embedding.weight.device))[0]
+    return prompt[: config.num_virtual_tokens]
+
+
+def _checked(
+    model: Any, input_ids: Tensor, attention_mask: Tensor | None, adapter_names: Sequence[str] | None
+) -> list[str]:
+    """The adapter of each row."""
+    if not hasattr(model, "prompt_encoder"):
+        raise ValueError(
+            f"model: expected a PEFT model with prompt tuning or P-tuning, got {type(model).__name__}"
+        )
+    if input_ids.dim() != 2 or not len(input_ids):
+        raise ValueError(f"input_ids: expected a shape (batch, length), got {tuple(input_ids.shape)}")
+    if attention_mask is not None and attention_mask.shape != input_ids.shape:
+        raise ValueError(
+            f"attention_mask: expected the shape of input_ids, {tuple(input_ids.shape)}, "
+            f"got {tuple(attention_mask.shape)}"
+        )
+    names = [model.active_adapter] * len(input_ids) if adapter_names is None else list(adapter_names)
+    if isinstance(adapter_names, str) or len(names) != len(input_ids):
+        got = repr(adapter_names) if isinstance(adapter_names, str) else f"{len(names)} of them"
+        raise ValueError(f"adapter_names: expected one for each of {len(input_ids)} rows, got {got}")
+    for name in dict.fromkeys(name for name in names if name != BASE):
+        if name not in model.prompt_encoder:
+            there = ", ".join(model.prompt_encoder)
+            raise ValueError(f"adapter_names: expected {there} or {BASE}, got {name!r}")
+        config = model.peft_config[name]
+        for what, value, known in (
+            ("method", config.peft_type, _PROMPTS),
+            ("task_type", config.task_type, _TASKS),
+        ):
+            if value not in known:
+                raise ValueError(f"adapter {name}: expected {what} {' or '.join(known)}, got {value}")
+    return names
