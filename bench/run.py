@@ -26,6 +26,7 @@ adamw-...              a step of optimizers
 optimizer-curves-...   trains with each, for most of an hour: the loss on held-out examples
 dpo-..., grpo-...      steps of TRL's trainers on SmolLM2-135M
 prefix-...             prefix tuning: who copies what
+methods-...            methods of fine-tuning side by side: what each trains, keeps, costs and comes to
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loading,
         machine,
         memory,
+        methods,
         moe,
         optimizer_curves,
         optimizer_waves,
@@ -116,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *optimizer_curves.standard(),
         *optimizer_waves.standard(),
         *rlhf.standard(),
+        *methods.standard(),
     ]
     every: list[Any] = [*timed, *by_name]
     if options.list and not (options.only or options.quick or options.full):

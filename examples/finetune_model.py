@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from finetune_data import IGNORED, Encoded, UserError, prompt_text
+from finetune_data import IGNORED, Encoded, UserError, in_order, prompt_text
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor, nn
+from tqdm import tqdm
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -130,15 +131,16 @@ def add_lora(model: nn.Module, r: int, seed: int) -> PeftModel:
 # Training.
 
 
-def response_logits(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """The logits that predict the response tokens, fp32 (tokens, vocabulary), and those tokens (tokens,)."""
+def response_logits(model: nn.Module, batch: dict[str, Tensor], ahead: int = 0) -> tuple[Tensor, Tensor]:
+    """The logits that predict the response tokens, fp32 (tokens, vocabulary), and those tokens (tokens,).
+    `ahead`: virtual tokens that the model puts before each row."""
     # The logits at position t predict token t + 1. The head is a large part of a small model's time, so it
     # sees only the positions from the first response on.
     labels = batch["labels"]
     first = int((labels != IGNORED).any(0).nonzero()[0])
     kept = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    logits = model(**inputs, logits_to_keep=kept, use_cache=False).logits
+    logits = model(**inputs, logits_to_keep=kept + ahead, use_cache=False).logits
     counted = labels[:, first:] != IGNORED
     return logits[counted].float(), labels[:, first:][counted]
 
@@ -173,6 +175,36 @@ def make_trainer(model: nn.Module, tokenizer: Any, examples: list[Encoded], args
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Progress)
     return trainer
+
+
+def train(
+    model: nn.Module, batches: list[dict[str, Tensor]], lr: float, what: str, ahead: int = 0
+) -> list[float]:
+    """A plain loop over the batches with a bar, for the other examples; the losses."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches), pct_start=0.1)
+    losses = []
+    model.train()
+    with tqdm(batches, desc=what, disable=not sys.stderr.isatty()) as bar:
+        for batch in bar:
+            loss = F.cross_entropy(*response_logits(model, batch, ahead))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            losses.append(loss.item())
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}")
+    return losses
+
+
+def training_batches(
+    examples: list[Encoded], tokenizer: Any, size: int, steps: int, seed: int
+) -> list[dict[str, Tensor]]:
+    """What `train` takes: the order of a run, from the seed alone."""
+    order = in_order(examples, size, steps, seed)
+    starts = range(0, len(order), size)
+    return [batch for at in starts for batch in batches_of(order[at : at + size], tokenizer, size)]
 
 
 class Progress(ProgressCallback):  # type: ignore[misc]
@@ -237,10 +269,12 @@ def logits_of(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
         return response_logits(model, batch)[0]
 
 
-def loss_of(model: nn.Module, batches: list[dict[str, Tensor]]) -> float:
+def loss_of(model: nn.Module, batches: list[dict[str, Tensor]], ahead: int = 0) -> float:
     """Mean loss over all response tokens of the batches."""
     with evaluating(model):
-        found = [F.cross_entropy(*response_logits(model, batch), reduction="none") for batch in batches]
+        found = [
+            F.cross_entropy(*response_logits(model, batch, ahead), reduction="none") for batch in batches
+        ]
     return float(torch.cat(found).mean())
 
 
