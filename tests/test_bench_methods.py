@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent))
 from bench import methods, report
 from bench.methods import BASE, DENSE, LORA, METHODS, Case, Measured
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 
@@ -44,7 +47,8 @@ def test_figures_are_those_of_the_methods(columns: dict[str, Measured]) -> None:
     assert trained == columns["step"].trained == columns["loss"].trained
     assert trained["LoRA"] == trained[LORA] < trained["QDoRA"]
     assert trained["prompt tuning"] == methods.VIRTUAL * 64
-    assert trained["Houlsby"] > trained["Pfeiffer"] and trained["full fine-tuning"] == max(trained.values())
+    assert trained["Houlsby"] > trained["Pfeiffer"] == trained["parallel"]
+    assert trained["full fine-tuning"] == 69_824  # all of the model
     saved = columns["bytes"].values
     assert saved[LORA] < saved["QDoRA"] and saved["prompt tuning"] < saved[LORA]
     losses = columns["loss"].values
@@ -65,3 +69,27 @@ def test_virtual_tokens_do_not_shift_the_loss(tiny: Path) -> None:  # noqa: F811
     with torch.no_grad():
         want = model(**batch).loss.item()
     assert models.lib.loss_of(model, [batch], methods.VIRTUAL) == pytest.approx(want, rel=1e-5)
+
+
+def test_figures_go_where_the_documentation_has_them(
+    columns: dict[str, Measured], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("methods_figures", ROOT / "tools" / "methods_figures.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    lines = [json.dumps(report.json_data(found, {})) for found in columns.values()]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + '\n{"group": "memory"}\n')
+    found = tool.figures([tmp_path / "results.jsonl"])
+    assert found["methods-trained-full-fine-tuning"] == "69,824"
+    # All that the pages of the documentation have marks for.
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
+    marks = set(tool.MARK.findall(pages))
+    assert len(marks) >= 40 and marks <= found.keys(), marks - found.keys()
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("**0.5**<!-- f:methods-trained-qlora --> 1<!-- f:methods-other --> 2<!-- f:other -->")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    assert tool.main([str(tmp_path / "results.jsonl")]) == 0
+    want = f"**{columns['step'].trained[LORA]:,}**<!-- f:methods-trained-qlora --> "
+    assert page.read_text() == want + "1<!-- f:methods-other --> 2<!-- f:other -->"

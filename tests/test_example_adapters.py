@@ -121,9 +121,10 @@ def test_a_prefix_is_trained_folded_and_reloaded(tiny: Path, tmp_path: Path) -> 
     import prefix_tuning
 
     own = ["--model", str(tiny / "llama"), "--data", str(tiny / "pairs.jsonl"), "--output", str(tmp_path)]
-    assert prefix_tuning.main([*own, "--steps", "12", "--virtual-tokens", "4", "--hidden", "32"]) == 0
+    assert prefix_tuning.main([*own, "--steps", "30", "--virtual-tokens", "4", "--hidden", "32"]) == 0
     metrics = metrics_of(tmp_path)
-    assert metrics["loss_after"] < 0.9 * metrics["loss_before"]
+    assert metrics["loss_after"] < metrics["loss_before"] - 0.1
+    assert metrics["losses"][-1] < metrics["losses"][0]
     assert metrics["prefix_parameters"] == 4 * 2 * 2 * 32 < metrics["trained_parameters"]
     for form in ("folded", "reloaded"):
         assert metrics["forms"][form]["relative_rms"] <= prefix_tuning.LIMIT
