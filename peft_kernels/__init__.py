@@ -9,7 +9,7 @@ pk.patch(model)               # PEFT's LoRA layers run fused kernels; pk.unpatch
 
 from __future__ import annotations
 
-from . import adapters, dispatch, nn, optim, prefix, prompts
+from . import adapters, dispatch, nn, optim, prefix, prompts, serving
 from .checkpoints.load import load_checkpoint
 from .dispatch import use_backend
 from .nf4 import NF4Weight
@@ -53,6 +53,7 @@ __all__ = [
     "prefix",
     "prompts",
     "quantize_model",
+    "serving",
     "unpatch",
     "use_backend",
 ]

@@ -15,7 +15,7 @@ from .dropout import new_seed
 from .linear import base_product
 from .lora import check_adapter, lora_linear
 from .nf4 import dense_weight
-from .registry import Op
+from .registry import Base, Op
 
 
 class DoraNorm(Op):
@@ -132,9 +132,7 @@ def dora_linear(
     check_adapter(x, shape, lora_a, lora_b, dropout_p)
     if magnitude.shape != (shape[0],):
         raise ValueError(f"magnitude: expected shape ({shape[0]},), got {tuple(magnitude.shape)}")
-    frozen = base._replace(weight=base.weight.detach())
-    norm = dispatch.call("dora_norm", *frozen, lora_a.detach(), lora_b.detach(), float(scaling), like=x)
-    scale = magnitude.float() / norm.to(magnitude.dtype).float()
+    scale = _factors(x, base, lora_a, lora_b, magnitude, scaling)
     if not dropout_p:
         z = lora_linear(x, weight, lora_a, lora_b, scaling, bias, compute_dtype=compute_dtype)
         bias = None if bias is None else arguments.of_or_float(bias, x.dtype)
@@ -144,3 +142,28 @@ def dora_linear(
     z = lora_linear(dropped, weight, lora_a, lora_b, scaling, compute_dtype=compute_dtype)
     product: Tensor = dispatch.call("dora_scale", z, scale, None)
     return base_product(x - dropped, shape[0], base, bias, compute) + product
+
+
+def dora_factors(
+    x: Tensor,
+    weight: Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`magnitude / ||V||` of `dora_linear`, fp32 (out_features,), for layers whose parameters do not change.
+    Of x only dtype and device count, and its last size."""
+    compute = arguments.compute_type(x, compute_dtype)
+    shape, base = arguments.base_of(x, weight, compute)
+    check_adapter(x, shape, lora_a, lora_b, 0.0)
+    return _factors(x, base, lora_a, lora_b, magnitude, scaling)
+
+
+def _factors(
+    x: Tensor, base: Base, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scaling: float
+) -> Tensor:
+    frozen = base._replace(weight=base.weight.detach())
+    norm = dispatch.call("dora_norm", *frozen, lora_a.detach(), lora_b.detach(), float(scaling), like=x)
+    return magnitude.float() / norm.to(magnitude.dtype).float()

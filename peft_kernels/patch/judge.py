@@ -123,13 +123,16 @@ def unusable(layer: Any) -> str:
 
 
 def base(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | str:
-    """A linear layer without adapters, for an x of that dtype and on that device."""
+    """A linear layer without adapters, for an x of that dtype and on that device, whose call is left out."""
+    reason = call_of(layer, device) if linear(layer) else None
+    return operands(layer, x_dtype, device) if reason is None else reason
+
+
+def operands(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | str:
+    """As `base`, where the layer is called all the same, hooks and all, and only its forward is left out."""
     kind = linear(layer)
     if not kind:
         return no_forward(layer)
-    reason = call_of(layer, device)
-    if reason is not None:
-        return reason
     d = layer.__dict__
     # Not by attribute: a property (of a parametrisation, say) is no parameter. Replicas of DataParallel and
     # FSDP's unsharded views are plain tensors on the instance.

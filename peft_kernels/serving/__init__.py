@@ -1,0 +1,27 @@
+"""Many adapters over one base at once, each request of a batch with its own.
+
+with pk.serving.Engine(model, tokenizer) as engine:       # steps in a thread of its own
+    engine.register("legal", "adapters/legal")            # LoRA, DoRA or a bottleneck adapter
+    request = engine.submit("Is this binding?", "legal", max_new_tokens=64)
+    for token in request: ...                             # as they come; request.result() waits for all
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from .request import Request, Sampling
+
+if TYPE_CHECKING:
+    from .engine import AdapterState, Engine
+
+__all__ = ["AdapterState", "Engine", "Request", "Sampling"]
+
+
+def __getattr__(name: str) -> Any:
+    """The engine when it is asked for: it needs transformers, which the package does not."""
+    if name in ("AdapterState", "Engine"):
+        from . import engine
+
+        return getattr(engine, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

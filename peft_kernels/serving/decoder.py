@@ -1,0 +1,105 @@
+"""The forward passes of serving: a prompt alone, and one token for each of several requests."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+from . import row_attention
+from .layers import Rows, Switch
+
+_TOLERANCE = 0.05
+"""Of the check, relative to the largest logit: a wrong cache or mask is far beyond, rounding of bf16 far
+below."""
+
+
+class Decoder:
+    """A causal language model of transformers. TypeError for one that cannot be decoded by rows."""
+
+    def __init__(self, model: Any) -> None:
+        if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
+            raise TypeError(f"model: expected a causal language model of transformers, got {_kind(model)}")
+        if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
+            raise TypeError(
+                "model: expected the base without adapters of PEFT, which the engine loads by itself, got a "
+                f"{_kind(model)} with some: model.unload() takes them out"
+            )
+        if model.training:
+            raise TypeError("model: expected evaluation mode, got training mode: model.eval() first")
+        self.model = model
+        self.config = model.config.get_text_config(decoder=True)
+        self.switch = Switch()
+        taken = inspect.signature(model.forward).parameters
+        if "position_ids" not in taken:
+            raise TypeError(f"model: expected one whose forward takes position_ids, got {_kind(model)}")
+        self._cache = "cache" if "cache" in taken else "past_key_values"
+        self._options: dict[str, Any] = {"use_cache": True}
+        if "logits_to_keep" in taken:
+            self._options["logits_to_keep"] = 1
+        embeddings = model.get_input_embeddings().weight
+        self.device, self.dtype, self.vocabulary = embeddings.device, embeddings.dtype, len(embeddings)
+        self._configs = row_attention.configs_of(model)
+        row_attention.register()
+        self._check()
+
+    def start(self, prompt: Sequence[int], rows: Rows) -> tuple[Tensor, Any]:
+        """The logits (vocabulary,) behind a prompt, and its cache."""
+        cache = DynamicCache(config=self.model.config)
+        logits = self._run([list(prompt)], [list(range(len(prompt)))], cache, rows)
+        return logits[0], cache
+
+    def step(
+        self, tokens: Sequence[int], lengths: Sequence[int], caches: Sequence[Any], rows: Rows
+    ) -> Tensor:
+        """The logits (rows, vocabulary) behind one more token for each row.
+
+        Parameters
+        ----------
+        lengths : sequence of int
+            Of each row before this token.
+        caches : sequence
+            Of each row, None for an empty slot; they grow by the token.
+        """
+        cache = row_attention.RowCaches(caches, self._configs[0]._attn_implementation_internal)
+        with row_attention.by_rows(self._configs):
+            return self._run([[token] for token in tokens], [[length] for length in lengths], cache, rows)
+
+    def _run(self, ids: list[list[int]], positions: list[list[int]], cache: Any, rows: Rows) -> Tensor:
+        given = {
+            "input_ids": torch.tensor(ids, device=self.device),
+            "position_ids": torch.tensor(positions, device=self.device),
+            self._cache: cache,
+        }
+        with torch.no_grad(), self.switch.on(rows):
+            logits: Tensor = self.model(**given, **self._options).logits
+        return logits[:, -1]
+
+    def _check(self) -> None:
+        """Two rows of different lengths, with an empty slot between them, against each alone."""
+        prompts, token = ([0, 1, 2, 3, 0], [2, 0]), 1
+        none = Rows([None])
+        try:
+            caches = [self.start(prompt, none)[1] for prompt in prompts]
+            together = self.step([token] * 3, [5, 0, 2], [caches[0], None, caches[1]], Rows([None] * 3))
+            alone = [self.start([*prompt, token], none)[0] for prompt in prompts]
+        except Exception as error:
+            raise TypeError(
+                "model: expected one whose attention goes by transformers' AttentionInterface and Cache, got "
+                f"{_kind(self.model)}: {type(error).__name__}: {error}"
+            ) from error
+        expected = torch.stack(alone).float()
+        off = (together[[0, 2]].float() - expected).abs().max() / expected.abs().max()
+        if not off <= _TOLERANCE:
+            raise TypeError(
+                f"model: expected the same logits by rows as alone, got a difference of {float(off):.2g} of "
+                f"the largest: attention or cache of {_kind(self.model)} are none that are known here"
+            )
+
+
+def _kind(model: Any) -> str:
+    return type(model).__name__

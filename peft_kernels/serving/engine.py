@@ -1,0 +1,420 @@
+"""The engine: requests join and leave a batch between two tokens, each with its own adapter."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import adapters
+from .decoder import Decoder
+from .layers import Rows
+from .request import Request, Sampling
+from .store import NoRoom, Resident, Store
+
+
+class AdapterState(NamedTuple):
+    """Of an adapter that an engine knows."""
+
+    name: str
+    folder: Path
+    nbytes: int
+    """In memory; 0 when it is not there."""
+    requests: int
+    """That wait or run with it."""
+
+
+@dataclass
+class _Running:
+    """A request in a slot of the batch."""
+
+    request: Request
+    adapter: Resident | None
+    cache: Any
+
+    @property
+    def length(self) -> int:
+        """Of what is in the cache: all but the last token."""
+        return len(self.request.prompt) + len(self.request.tokens) - 1
+
+
+class _Batch(NamedTuple):
+    """What a composition of the batch needs in each step, made once."""
+
+    adapters: list[Resident | None]
+    rows: Rows
+    bottlenecks: Any
+
+
+class Engine:
+    """Serves requests from one base model, each with an adapter of its own, LoRA, DoRA or bottleneck.
+
+    A prompt goes through the model alone; decoded tokens go through it together, one row for each request.
+    Attention is computed by row, on the row's own cache, and batches have one size, `max_batch`, whatever is
+    in them: what a request gets is the same to the bit whoever its neighbours are (see the recipe for where
+    that holds).
+
+    While an engine is there, the model is its own: nobody else may change it. `close` gives it back as it
+    was.
+
+    Parameters
+    ----------
+    model : transformers model
+        A causal language model in evaluation mode, dense or in 4 bits, without adapters.
+    tokenizer : optional
+        For prompts that are texts.
+    max_batch : int
+        Requests that run at once.
+    budget_bytes : int, optional
+        Of adapters in memory. Those that have been idle longest go first, and come again from their folder.
+        While one is loaded it comes on top.
+    adapter_dtype : torch.dtype
+        What LoRA weights are kept in. fp32, as PEFT does it; the model's own 16-bit type halves their bytes.
+    pad : bool
+        Batches of one size. False computes only what runs: faster with few requests, and bits may then depend
+        on how many run.
+
+    Raises
+    ------
+    TypeError
+        The model has adapters of PEFT, is in training mode, or its attention cannot be computed by rows.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        max_batch: int = 8,
+        budget_bytes: int | None = None,
+        adapter_dtype: torch.dtype = torch.float32,
+        pad: bool = True,
+    ) -> None:
+        if max_batch < 1:
+            raise ValueError(f"max_batch: expected at least 1, got {max_batch}")
+        self._decoder = Decoder(model)
+        if adapter_dtype not in (torch.float32, self._decoder.dtype):
+            raise ValueError(
+                f"adapter_dtype: expected torch.float32 or the model's {self._decoder.dtype}, "
+                f"got {adapter_dtype}"
+            )
+        self.tokenizer = tokenizer
+        self.pad = pad
+        self._store = Store(self._decoder, budget_bytes, adapter_dtype)
+        self._slots: list[_Running | None] = [None] * max_batch
+        self._batch: _Batch | None = None
+        self._waiting: deque[Request] = deque()
+        self._model_lock = threading.RLock()  # the model, the store and the slots; held in a step
+        self._queue = threading.Condition()  # what submit touches; taken inside the other, never around it
+        self._serving = 0  # threads in run() or in the background
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    # Adapters.
+
+    def register(self, name: str, folder: str | os.PathLike[str]) -> None:
+        """Let requests name an adapter. It is loaded when the first one needs it. ValueError when the name is
+        another's."""
+        with self._queue:
+            self._store.register(name, Path(folder))
+
+    def load(self, name: str, folder: str | os.PathLike[str] | None = None) -> None:
+        """Load an adapter now, beside requests that run.
+
+        Raises
+        ------
+        CheckpointError (a ValueError)
+            Its folder is damaged, for another model or of a kind that is not served.
+        ValueError
+            The name is unknown or another's; the adapter does not fit `budget_bytes` beside those in use. In
+            any case nothing is changed.
+        """
+        new = False
+        if folder is not None:
+            with self._queue:
+                new = name not in self._store.folders
+                self._store.register(name, Path(folder))
+        try:
+            read = self._store.read(self._folder(name))  # beside the steps of others
+            with self._model_lock:
+                self._store.get(name, self._in_use(), read)
+        except NoRoom:
+            error = ValueError(
+                f"adapter {name!r}: expected room in budget_bytes beside adapters in use, got none"
+            )
+        except ValueError as caught:
+            error = caught
+        else:
+            return
+        if new:
+            with self._queue:
+                self._store.folders.pop(name, None)
+        raise error
+
+    def unload(self, name: str) -> None:
+        """Take an adapter out of memory and forget its name. ValueError while requests wait or run with
+        it."""
+        with self._model_lock, self._queue:
+            self._folder(name)
+            self._leave()
+            if (count := self._requests(name)) > 0:
+                raise ValueError(f"adapter {name!r}: expected no requests that use it, got {count}")
+            self._store.forget(name)
+
+    @property
+    def adapters(self) -> list[AdapterState]:
+        """All that are known, those in memory last, by when they were used."""
+        with self._model_lock, self._queue:
+            there = self._store.resident
+            names = [name for name in self._store.folders if name not in there] + list(there)
+            return [
+                AdapterState(
+                    name,
+                    self._store.folders[name],
+                    there[name].nbytes if name in there else 0,
+                    self._requests(name),
+                )
+                for name in names
+            ]
+
+    def _folder(self, name: str) -> Path:
+        folder = self._store.folders.get(name)
+        if folder is None:
+            known = ", ".join(self._store.folders) or "none"
+            raise ValueError(f"adapter: expected one that is registered ({known}), got {name!r}")
+        return folder
+
+    # Requests.
+
+    def submit(
+        self,
+        prompt: str | Sequence[int],
+        adapter: str | None = None,
+        *,
+        max_new_tokens: int = 64,
+        eos_token_id: int | Sequence[int] | None = None,
+        sampling: Sampling | None = None,
+        keep_logits: bool = False,
+    ) -> Request:
+        """Put a request into the queue. From any thread; nothing is computed here.
+
+        Parameters
+        ----------
+        prompt : str or sequence of int
+            A text for the tokenizer, or token ids.
+        adapter : str, optional
+            None is the base alone.
+        eos_token_id : int or sequence of int, optional
+            Tokens that end it. By default those of the model's `generation_config`.
+        keep_logits : bool
+            Keep the logits of each token, in `Request.logits`.
+
+        Raises
+        ------
+        ValueError
+            An adapter that is not known, a prompt that is empty, of tokens that the model does not have, or
+            too long for it. What is wrong with an adapter's folder comes out of `Request.result`.
+        """
+        ids = self._ids(prompt)
+        longest = getattr(self._decoder.config, "max_position_embeddings", None)
+        if max_new_tokens < 1:
+            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        if longest is not None and len(ids) + max_new_tokens > longest:
+            got = f"{len(ids)} of the prompt and {max_new_tokens} new ones"
+            raise ValueError(f"prompt: expected at most {longest} tokens in all, got {got}")
+        with self._queue:
+            if adapter is not None:
+                self._folder(adapter)
+            request = Request(
+                ids, adapter, max_new_tokens, self._eos(eos_token_id), sampling or Sampling(), keep_logits,
+                lambda: self._serving > 0,
+            )  # fmt: skip
+            self._waiting.append(request)
+            self._queue.notify_all()
+        return request
+
+    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError("prompt: expected token ids, as the engine has no tokenizer, got a text")
+            prompt = self.tokenizer(prompt).input_ids
+        ids = [int(token) for token in prompt]
+        if not ids:
+            raise ValueError("prompt: expected at least one token, got none")
+        wrong = [token for token in ids if not 0 <= token < self._decoder.vocabulary]
+        if wrong:
+            raise ValueError(f"prompt: expected tokens below {self._decoder.vocabulary}, got {wrong[0]}")
+        return ids
+
+    def _eos(self, given: int | Sequence[int] | None) -> frozenset[int]:
+        if given is None:
+            given = getattr(self._decoder.model.generation_config, "eos_token_id", None)
+        if given is None:
+            return frozenset()
+        return frozenset([given] if isinstance(given, int) else given)
+
+    def generate(
+        self, prompts: Sequence[Any], adapters: Sequence[str | None] | None = None, **options: Any
+    ) -> list[list[int]]:
+        """New tokens for each prompt, with an adapter for each. `options` as in `submit`; so are the errors,
+        and the first of any request."""
+        names = [None] * len(prompts) if adapters is None else adapters
+        if len(names) != len(prompts):
+            raise ValueError(f"adapters: expected one for each of {len(prompts)} prompts, got {len(names)}")
+        requests: list[Request] = []
+        try:
+            for prompt, name in zip(prompts, names, strict=True):
+                requests.append(self.submit(prompt, name, **options))
+        except BaseException:
+            for request in requests:
+                request.cancel()
+            raise
+        if self._thread is None:
+            self.run()
+        return [request.result() for request in requests]
+
+    # Steps.
+
+    def step(self) -> bool:
+        """Let requests that wait join as there are slots, then decode one token for each that runs. Whether
+        anything is left to do."""
+        with self._model_lock:
+            self._leave()
+            self._join()
+            if any(self._slots):
+                try:
+                    self._decode()
+                except Exception as error:  # whatever it is, these requests have met it, and no other
+                    for running in self._slots:
+                        if running is not None:
+                            running.request.finish("error", error)
+                self._leave()
+            return any(self._slots) or bool(self._waiting)
+
+    def run(self) -> None:
+        """Step until nothing is left to do."""
+        self._serving += 1
+        try:
+            while self.step():
+                pass
+        finally:
+            self._serving -= 1
+
+    def start(self) -> Engine:
+        """Step in a thread of its own, whenever there is something to do."""
+        if self._thread is None:
+            self._stopping = False
+            self._serving += 1
+            self._thread = threading.Thread(target=self._loop, name="peft_kernels.serving", daemon=True)
+            self._thread.start()
+        return self
+
+    def stop(self) -> None:
+        """End the thread after the step that it is in. What is not done stays in the queue and the batch."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with self._queue:
+                self._stopping = True
+                self._queue.notify_all()
+            thread.join()
+            self._serving -= 1
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            if not self.step():
+                with self._queue:
+                    self._queue.wait_for(lambda: self._waiting or self._stopping)
+
+    def close(self) -> None:
+        """Stop, cancel what is left, and give the model back as it was."""
+        self.stop()
+        with self._model_lock, self._queue:
+            for request in [*self._waiting, *(one.request for one in self._slots if one is not None)]:
+                request.cancel()
+            self._waiting.clear()
+            self._slots = [None] * len(self._slots)
+            self._batch = None
+            self._store.close()
+
+    def __enter__(self) -> Engine:
+        return self.start()
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _requests(self, name: str) -> int:
+        """That wait or run with an adapter."""
+        running = (one.request for one in self._slots if one is not None)
+        return sum(one.adapter == name and not one.done for one in (*self._waiting, *running))
+
+    def _in_use(self) -> set[str]:
+        self._leave()
+        return {s.request.adapter for s in self._slots if s is not None and s.request.adapter is not None}
+
+    def _leave(self) -> None:
+        for i, running in enumerate(self._slots):
+            if running is not None and running.request.done:
+                self._slots[i] = None
+                self._batch = None  # it holds adapters, which may have to go
+
+    def _join(self) -> None:
+        """In the order in which they came."""
+        while self._waiting and None in self._slots:
+            request = self._waiting[0]
+            try:
+                running = None if request.done else self._begin(request)
+            except NoRoom:
+                if any(self._slots):
+                    return  # until one that runs is done
+                raise AssertionError("unreachable: nothing is in use") from None
+            except Exception as error:
+                request.finish("error", error)
+                running = None
+            with self._queue:
+                self._waiting.popleft()
+            if running is not None and not request.done:
+                self._slots[self._slots.index(None)] = running
+
+    def _begin(self, request: Request) -> _Running:
+        name = request.adapter
+        adapter = None if name is None else self._store.get(name, self._in_use())
+        with self._bottlenecks([adapter]):
+            logits, cache = self._decoder.start(
+                request.prompt, Rows([None if adapter is None else adapter.lora])
+            )
+        request.take(logits)
+        return _Running(request, adapter, cache)
+
+    def _decode(self) -> None:
+        slots = self._slots if self.pad else [one for one in self._slots if one is not None]
+        batch = self._composition([None if one is None else one.adapter for one in slots])
+        tokens = [0 if one is None else one.request.tokens[-1] for one in slots]
+        lengths = [0 if one is None else one.length for one in slots]
+        caches = [None if one is None else one.cache for one in slots]
+        with batch.bottlenecks:
+            logits = self._decoder.step(tokens, lengths, caches, batch.rows)
+        for running, row in zip(slots, logits, strict=True):
+            if running is not None:
+                running.request.take(row)
+
+    def _composition(self, there: list[Resident | None]) -> _Batch:
+        batch = self._batch
+        if (
+            batch is None
+            or len(batch.adapters) != len(there)
+            or any(a is not b for a, b in zip(batch.adapters, there, strict=True))
+        ):
+            rows = Rows([None if one is None else one.lora for one in there])
+            batch = self._batch = _Batch(there, rows, self._bottlenecks(there))
+        return batch
+
+    def _bottlenecks(self, there: Sequence[Resident | None]) -> Any:
+        names = [None if one is None else one.bottleneck for one in there]
+        return adapters.rows(self._decoder.model, names) if any(names) else nullcontext()

@@ -1,0 +1,195 @@
+"""Linear layers whose rows belong to different requests: each row gets the LoRA or DoRA adapter of its own.
+
+What a batch is made of is a `Rows`. It prepares the arguments of each layer's op once, at the layer's first
+call, and lives as long as the composition of the batch does: a decoded token then costs a layer one op.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import dispatch
+from ..ops import arguments
+from ..ops.lora import lora_linear
+from ..ops.multi_lora import AdaptedLinear, Adapter, flatten
+from ..patch import judge
+from ..patch.fused import RECORD, Fused, Record, fuse, record_of, restore
+
+
+@dataclass
+class LoraLayer:
+    """An adapter of one linear layer: lora_a (r, in_features), lora_b (out_features, r)."""
+
+    lora_a: Tensor
+    lora_b: Tensor
+    scaling: float
+    scale: Tensor | None = None
+    """Of DoRA, magnitude / ||W + scaling * B A||, fp32 (out_features,). The base does not change, so it is
+    computed once."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in (self.lora_a, self.lora_b, self.scale) if t is not None)
+
+
+LoraLayers = Mapping[nn.Module, LoraLayer]
+"""An adapter, by the linear layers of the model."""
+
+Call = Callable[[Tensor], Tensor]
+
+
+class Rows:
+    """Which adapter serves which row.
+
+    Parameters
+    ----------
+    adapters : sequence of LoraLayers or None
+        Of each row.
+    """
+
+    def __init__(self, adapters: Sequence[LoraLayers | None]) -> None:
+        self.adapters = adapters
+        self._calls: dict[nn.Module, Call | None] = {}
+
+    def call_of(self, layer: nn.Module, x: Tensor) -> Call | None:
+        """What computes the layer, None where no row has an adapter there."""
+        try:
+            return self._calls[layer]
+        except KeyError:
+            call = self._calls[layer] = self._prepared(layer, x)
+            return call
+
+    def _prepared(self, layer: nn.Module, x: Tensor) -> Call | None:
+        there = [None if one is None else one.get(layer) for one in self.adapters]
+        different = list({id(one): one for one in there if one is not None}.values())
+        if not different:
+            return None
+        base = judge.operands(layer, x.dtype, x.device)
+        if isinstance(base, str):
+            raise RuntimeError(f"a layer with adapters cannot be computed: {base}")
+        if len(there) == 1:
+            return _alone(base, different[0])
+        group_of = {id(one): group for group, one in enumerate(different)}
+        groups = [-1 if one is None else group_of[id(one)] for one in there]
+        return _mixed(base, different, groups, x)
+
+
+def _alone(base: judge.Base, one: LoraLayer) -> Call:
+    """One request: however many rows there are, all are its."""
+    weight, bias, dtype, compute, out_dtype = base
+
+    def call(x: Tensor) -> Tensor:
+        y = lora_linear(x.to(dtype), weight, one.lora_a, one.lora_b, one.scaling, bias, compute_dtype=compute)
+        if one.scale is not None:
+            y = dispatch.call("dora_scale", y, one.scale, _bias_for_scaling(bias, dtype))
+        return y.to(out_dtype)
+
+    return call
+
+
+def _mixed(base: judge.Base, different: Sequence[LoraLayer], groups: Sequence[int], x: Tensor) -> Call:
+    """One row for each entry of `groups`, which says the adapter, -1 for none."""
+    adapters = [
+        Adapter(one.lora_a, one.lora_b, one.scaling, group=group) for group, one in enumerate(different)
+    ]
+    dtype, out_dtype = base.dtype, base.out_dtype
+    like = x.to(dtype)
+    compute = arguments.compute_type(like, base.compute_dtype)
+    layers, lists, served, _ = flatten(
+        like, [AdaptedLinear(base.weight, base.bias, adapters)], [x.shape[-1]], compute, dtype
+    )
+    of_row = torch.tensor(groups, device=x.device)
+    rounded = None if compute == dtype else compute
+    features = len(groups) * x.shape[-1]
+    scale = _scales(different, groups)
+    bias = _bias_for_scaling(base.bias, dtype)
+
+    def call(x: Tensor) -> Tensor:
+        if x.numel() != features:
+            raise RuntimeError(f"x: expected a row for each of {len(groups)} requests, got {tuple(x.shape)}")
+        if x.dtype is not dtype:
+            x = x.to(dtype)
+        y: Tensor = dispatch.call("multi_lora_linear", x, *layers, *lists, None, served, of_row, rounded)[0][
+            0
+        ]
+        if scale is not None:
+            y = _scaled(y, scale, bias)
+        return y if y.dtype is out_dtype else y.to(out_dtype)
+
+    return call
+
+
+def _scales(different: Sequence[LoraLayer], groups: Sequence[int]) -> Tensor | None:
+    """Of DoRA, for each row; 1 in rows without. None where there is none."""
+    scales = [one.scale for one in different if one.scale is not None]
+    if not scales:
+        return None
+    ones = torch.ones_like(scales[0])
+    of_row = [None if group < 0 else different[group].scale for group in groups]
+    return torch.stack([ones if scale is None else scale for scale in of_row])
+
+
+def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """As the op `dora_scale` does it, with a scale for each row."""
+    rows = y.view(scale.shape).float()
+    if bias is None:
+        rows = rows * scale
+    else:
+        rows = rows + (scale - 1) * (rows - bias.float())
+    return rows.to(y.dtype).view(y.shape)
+
+
+def _bias_for_scaling(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if bias is None else arguments.of_or_float(bias, dtype)
+
+
+@dataclass
+class Switch:
+    """What all layers of a model look at."""
+
+    rows: Rows | None = None
+    layers: set[nn.Module] = field(default_factory=set)
+
+    def attach(self, layers: Sequence[nn.Module]) -> None:
+        """Let linear layers see the rows."""
+        for layer in layers:
+            if layer not in self.layers:
+                fuse(layer, ServedLinear, Record(facts=self))
+                self.layers.add(layer)
+
+    def detach(self) -> None:
+        for layer in self.layers:
+            restore(layer)
+        self.layers.clear()
+
+    @contextmanager
+    def on(self, rows: Rows) -> Iterator[None]:
+        self.rows = rows
+        try:
+            yield
+        finally:
+            self.rows = None
+
+
+class ServedLinear(Fused):
+    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        record = self.__dict__.get(RECORD)
+        rows = None if record is None else record.facts.rows
+        call = None if rows is None else rows.call_of(self, x)
+        if call is None:
+            return super().forward(x, *args, **kwargs)  # type: ignore[misc]
+        return call(x)
+
+
+def reason_unserved(layer: nn.Module) -> str:
+    """Why a layer cannot have adapters of requests, or ""."""
+    record = record_of(layer)
+    if record is not None and not isinstance(record.facts, Switch):
+        return "it is patched: pk.unpatch(model) first"
+    return "" if judge.linear(layer) else judge.no_forward(layer)

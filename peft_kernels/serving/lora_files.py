@@ -1,0 +1,204 @@
+"""Adapters of PEFT on disk, LoRA and DoRA, read with suspicion: all of an adapter, or a sentence why not.
+
+The format is PEFT's (`save_pretrained`): `adapter_config.json` says what it is, and
+`adapter_model.safetensors` holds `base_model.model.<layer>.lora_A.weight` and the like.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.header import CheckpointError, Entry, read_header, shown
+from ..ops.dora import dora_factors
+from ..patch import judge
+from .layers import LoraLayer, reason_unserved
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_LARGEST_JSON = 10_000_000
+_PREFIX = "base_model.model."
+_PARTS = {
+    "lora_A.weight": "a",
+    "lora_B.weight": "b",
+    "lora_magnitude_vector": "magnitude",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_INITS = (True, False, None, "gaussian", "eva")
+"""Those that leave the base as it is. PiSSA, OLoRA, LoftQ and others change its weights: other adapters could
+not share it."""
+_BEYOND = (
+    "modules_to_save", "trainable_token_indices", "target_parameters", "layer_replication",
+    "alora_invocation_tokens", "arrow_config", "lora_bias", "use_qalora", "use_bdlora",
+)  # fmt: skip
+"""What makes an adapter more than LoRA or DoRA over linear layers, or something else."""
+
+
+def read_lora(
+    model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype
+) -> dict[nn.Module, LoraLayer]:
+    """An adapter for the linear layers of a model, which is not changed.
+
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Of the model's activations.
+    adapter_dtype : torch.dtype
+        What lora_a and lora_b are kept in.
+
+    Raises
+    ------
+    CheckpointError (a ValueError)
+        Files that are missing, damaged, for another model or of a kind that is not served; values that are
+        NaN or Inf.
+    """
+    config = _read_config(folder / CONFIG)
+    if not (folder / WEIGHTS).is_file():
+        raise CheckpointError(f"{folder}: expected a {WEIGHTS}, got none")
+    parts = _by_layer(read_header(folder / WEIGHTS)[0])
+    found = {}
+    for path, entries in parts.items():
+        layer = _layer(model, path)
+        found[layer] = _read(layer, path, entries, config, device, dtype, adapter_dtype)
+    return found
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > _LARGEST_JSON:
+            raise ValueError
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise CheckpointError(f"{path.parent}: expected a {CONFIG}, got none") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name}: expected a JSON object, got something else") from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        got = config.get("peft_type") if isinstance(config, dict) else config
+        raise CheckpointError(f"{path.name}: expected peft_type 'LORA', got {shown(got)}")
+    for name in _BEYOND:
+        if config.get(name):
+            raise CheckpointError(f"{path.name}: {name}: expected none in an adapter to serve, got one")
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(f"{path.name}: bias: expected 'none', got {shown(config['bias'])}")
+    init = config.get("init_lora_weights", True)
+    if not any(init is one or init == one for one in _INITS) or type(init) is int:
+        raise CheckpointError(
+            f"{path.name}: init_lora_weights: expected one that leaves the base as it is, got {shown(init)} "
+            "(save it with path_initial_model_for_weight_conversion)"
+        )
+    for name in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(name) or {}, dict):
+            raise CheckpointError(f"{path.name}: {name}: expected a table, got {shown(config[name])}")
+    return config
+
+
+def _by_layer(entries: dict[str, Entry]) -> dict[str, dict[str, Entry]]:
+    layers: dict[str, dict[str, Entry]] = {}
+    for key, entry in entries.items():
+        path, part = next(
+            (
+                (key[len(_PREFIX) : -len(suffix) - 1], part)
+                for suffix, part in _PARTS.items()
+                if key.startswith(_PREFIX) and key.endswith("." + suffix)
+            ),
+            ("", ""),
+        )
+        if not part:
+            raise CheckpointError(
+                f"{WEIGHTS}: {shown(key)}: expected {_PREFIX}<layer>.lora_A.weight or another part of "
+                "LoRA or DoRA over a linear layer"
+            )
+        if len(entry.shape) != (1 if part == "magnitude" else 2) or entry.dtype not in _DTYPES:
+            expected = "a vector" if part == "magnitude" else "a matrix"
+            raise CheckpointError(
+                f"{WEIGHTS}: {shown(key)}: expected {expected} of fp32, bf16 or fp16, "
+                f"got {entry.dtype} of shape {entry.shape}"
+            )
+        if part in layers.setdefault(path, {}):
+            raise CheckpointError(f"{WEIGHTS}: {shown(key)}: expected one {part} for the layer, got two")
+        layers[path][part] = entry
+    if not layers:
+        raise CheckpointError(f"{WEIGHTS}: expected an adapter, got no tensors")
+    return layers
+
+
+def _layer(model: nn.Module, path: str) -> nn.Module:
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError as error:
+        raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected a layer of this model") from error
+    reason = reason_unserved(layer)
+    if reason:
+        raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected a linear layer that is served: {reason}")
+    return layer
+
+
+def _read(
+    layer: nn.Module,
+    path: str,
+    entries: dict[str, Entry],
+    config: dict[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+) -> LoraLayer:
+    wanted = {"a", "b"} | ({"magnitude"} if config.get("use_dora") else set())
+    if set(entries) != wanted:
+        expected, got = ", ".join(sorted(wanted)), ", ".join(sorted(entries))
+        raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected {expected}, got {got}")
+    base = judge.operands(layer, dtype, device)
+    if isinstance(base, str):
+        raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected a linear layer that is served: {base}")
+    out_features, in_features = base.weight.shape
+    r = entries["a"].shape[0]
+    for part, shape in {"a": (r, in_features), "b": (out_features, r), "magnitude": (out_features,)}.items():
+        if part in entries and entries[part].shape != shape:
+            raise CheckpointError(
+                f"{WEIGHTS}: {shown(entries[part].name)}: expected shape {shape}, got {entries[part].shape}"
+            )
+    scaling = _scaling(config, path, r)
+    tensors = {part: _finite(entry).to(device) for part, entry in entries.items()}
+    a, b = (tensors[part].to(adapter_dtype) for part in ("a", "b"))
+    scale = None
+    if "magnitude" in tensors:
+        x = torch.empty((0, in_features), dtype=base.dtype, device=device)
+        magnitude = tensors["magnitude"].float()
+        scale = dora_factors(x, base.weight, a, b, magnitude, scaling, base.compute_dtype)
+    return LoraLayer(a, b, scaling, scale)
+
+
+def _scaling(config: dict[str, Any], path: str, r: int) -> float:
+    rank = _of_pattern(config, "rank_pattern", path, config.get("r"))
+    if rank != r:
+        raise CheckpointError(
+            f"{WEIGHTS}: {shown(path)}: expected r={shown(rank)} as {CONFIG} has it, got {r}"
+        )
+    alpha = _of_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise CheckpointError(f"{CONFIG}: lora_alpha: expected a number, got {shown(alpha)}")
+    return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
+
+
+def _of_pattern(config: dict[str, Any], name: str, path: str, otherwise: Any) -> Any:
+    """PEFT's rule: the first pattern that matches the end of the layer's path."""
+    for pattern, value in (config.get(name) or {}).items():
+        try:
+            if re.match(rf"(.*\.)?({pattern})$", path):
+                return value
+        except re.error as error:
+            raise CheckpointError(f"{CONFIG}: {name}: expected patterns, got {shown(pattern)}") from error
+    return otherwise
+
+
+def _finite(entry: Entry) -> Tensor:
+    value = entry.read()
+    if not bool(torch.isfinite(value).all()):
+        raise CheckpointError(f"{WEIGHTS}: {shown(entry.name)}: expected finite numbers, got NaN or Inf")
+    return value

@@ -1,0 +1,113 @@
+"""Attention of a batch whose rows are different requests: each row has a cache of its own, as long as it is.
+
+A step of decoding gives every row one token. Keys and values are not padded to a common length: each row goes
+alone through the attention that the model has, on the shapes that it would have without the others, so what
+a row gets cannot depend on its neighbours.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.cache_utils import Cache
+
+NAME = "peft_kernels_rows"
+
+
+class Parts(list[Tensor | None]):
+    """Keys or values of the rows, (1, heads, length, features) each; None where a slot is empty."""
+
+    implementation: str
+
+
+class RowCaches(Cache):
+    """The caches of the rows, as the one that a model's layers write to. None stands for an empty slot, whose
+    keys and values are kept nowhere. At least one is there."""
+
+    def __init__(self, caches: Sequence[Any], implementation: str) -> None:
+        super().__init__(layers=[])
+        self.caches = caches
+        self.implementation = implementation
+
+    def update(
+        self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
+    ) -> tuple[Parts, Parts]:
+        keys, values = Parts(), Parts()
+        keys.implementation = values.implementation = self.implementation
+        for i, cache in enumerate(self.caches):
+            if cache is None:
+                pair = None, None
+            else:
+                pair = cache.update(key[i : i + 1], value[i : i + 1], layer, *args, **kwargs)
+            keys.append(pair[0])
+            values.append(pair[1])
+        return keys, values
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return max(cache.get_seq_length(layer_idx) for cache in self.caches if cache is not None)
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Any, value: Any, attention_mask: Any, **options: Any
+) -> tuple[Tensor, None]:
+    """`query` is (rows, heads, 1, features). One token sees all that is in its row's cache, so no mask."""
+    if not isinstance(key, Parts):
+        raise RuntimeError(f"cache: expected the caches of rows, got keys of a {type(key).__name__}")
+    inner: Any = AttentionInterface._global_mapping.get(key.implementation)
+    if inner is None:  # "eager" is each model's own
+        inner = sys.modules[type(module).__module__].eager_attention_forward
+    packs = key.implementation == "sdpa" and query.device.type == "cpu" and not options.get("position_bias")
+    one = _packed if packs else _alone
+    found = [
+        None if k is None else one(inner, module, query[i : i + 1], k, value[i], options)
+        for i, k in enumerate(key)
+    ]
+    empty = torch.zeros_like(next(part for part in found if part is not None))
+    return torch.cat([empty if part is None else part for part in found]), None
+
+
+def _alone(inner: Any, module: Any, query: Tensor, key: Tensor, value: Any, options: Any) -> Tensor:
+    return inner(module, query, key, value, None, **options)[0]
+
+
+def _packed(inner: Any, module: Any, query: Tensor, key: Tensor, value: Any, options: Any) -> Tensor:
+    """Heads that share keys as if they were tokens: torch's kernel for the CPU then reads the keys once for
+    all of them, and takes a fraction of the time."""
+    _, heads, _, features = query.shape
+    shared = key.shape[1]
+    y = inner(
+        module, query.view(1, shared, heads // shared, features), key, value, None, **options, is_causal=False
+    )[0]
+    return y.transpose(1, 2).reshape(1, 1, heads, value.shape[-1])
+
+
+def configs_of(model: nn.Module) -> list[Any]:
+    """Those that attention layers ask for their implementation."""
+    found = {
+        id(config): config for m in model.modules() if (config := getattr(m, "config", None)) is not None
+    }
+    return [config for config in found.values() if hasattr(config, "_attn_implementation_internal")]
+
+
+@contextmanager
+def by_rows(configs: Sequence[Any]) -> Iterator[None]:
+    """Layers attend by rows inside."""
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = NAME
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation_internal = name
+
+
+def register() -> None:
+    """Make the name known to transformers; to models that do not use it nothing changes."""
+    AttentionInterface.register(NAME, attention)

@@ -1,0 +1,147 @@
+"""Adapters by name: which are known, which are in memory, and which of those go when others need the room."""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import adapters
+from ..adapters.files import CONFIG as BOTTLENECK_CONFIG
+from .decoder import Decoder
+from .layers import LoraLayers
+from .lora_files import read_lora
+
+_NAME = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class NoRoom(Exception):
+    """The budget is taken by adapters that are in use."""
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """An adapter in memory."""
+
+    nbytes: int
+    lora: LoraLayers | None = None
+    bottleneck: str | None = None
+    """Its name in the model."""
+
+
+class Store:
+    """Not for several threads at once, but for `read`."""
+
+    def __init__(self, decoder: Decoder, budget: int | None, adapter_dtype: torch.dtype) -> None:
+        self.decoder = decoder
+        self.budget = budget
+        self.adapter_dtype = adapter_dtype
+        self.folders: dict[str, Path] = {}
+        self.resident: OrderedDict[str, Resident] = OrderedDict()
+        """The one that was used last comes last."""
+        self._sizes: dict[str, int] = {}
+
+    @property
+    def nbytes(self) -> int:
+        return sum(one.nbytes for one in self.resident.values())
+
+    def register(self, name: str, folder: Path) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
+            raise ValueError(
+                f"name: expected letters, digits, _ and -, no attribute of ModuleDict, got {name!r}"
+            )
+        if self.folders.get(name, folder) != folder:
+            raise ValueError(f"name: {name!r} is the adapter in {self.folders[name]}: unload it first")
+        self.folders[name] = folder
+
+    def forget(self, name: str) -> None:
+        self._drop(name)
+        self._sizes.pop(name, None)
+        self.folders.pop(name, None)
+
+    def read(self, folder: Path) -> Any:
+        """An adapter of LoRA, which needs no change of the model; None for a bottleneck adapter."""
+        if (folder / BOTTLENECK_CONFIG).exists():
+            return None
+        decoder = self.decoder
+        return read_lora(decoder.model, folder, decoder.device, decoder.dtype, self.adapter_dtype)
+
+    def get(self, name: str, in_use: Collection[str], read: Any = None) -> Resident:
+        """An adapter, loaded if it is not there.
+
+        Raises
+        ------
+        NoRoom
+            It would fit if those in use were not there.
+        ValueError
+            It does not fit at all, or its folder is damaged. Nothing is changed.
+        """
+        found = self.resident.get(name)
+        if found is None:
+            size = self._sizes.get(name)
+            if size is not None:
+                self._check_room(name, size, in_use)
+            found = self._load(name, in_use, read)
+        self.resident.move_to_end(name)
+        return found
+
+    def _load(self, name: str, in_use: Collection[str], read: Any) -> Resident:
+        layers = self.read(self.folders[name]) if read is None else read
+        model = self.decoder.model
+        if layers is None:
+            adapters.load(model, self.folders[name], load_as=name)
+            found = Resident(_bottleneck_bytes(model, name), bottleneck=name)
+        else:
+            found = Resident(sum(layer.nbytes for layer in layers.values()), lora=layers)
+        self._sizes[name] = found.nbytes
+        try:
+            for other in self._check_room(name, found.nbytes, in_use):
+                self._drop(other)
+        except BaseException:
+            if layers is None:
+                adapters.delete(model, name)
+            raise
+        if layers is not None:
+            self.decoder.switch.attach(list(layers))
+        self.resident[name] = found
+        return found
+
+    def _check_room(self, name: str, nbytes: int, in_use: Collection[str]) -> list[str]:
+        """Which adapters have to go."""
+        if self.budget is None:
+            return []
+        if nbytes > self.budget:
+            raise ValueError(
+                f"adapter {name!r}: expected at most budget_bytes={self.budget} bytes, got {nbytes}"
+            )
+        left, going = self.budget - self.nbytes, []
+        for other, one in self.resident.items():
+            if left >= nbytes:
+                break
+            if other not in in_use:
+                going.append(other)
+                left += one.nbytes
+        if left < nbytes:
+            raise NoRoom
+        return going
+
+    def _drop(self, name: str) -> None:
+        found = self.resident.pop(name, None)
+        if found is not None and found.bottleneck is not None:
+            adapters.delete(self.decoder.model, found.bottleneck)
+
+    def close(self) -> None:
+        for name in list(self.resident):
+            self._drop(name)
+        self.decoder.switch.detach()
+
+
+def _bottleneck_bytes(model: nn.Module, name: str) -> int:
+    found = (a for site in adapters.manage.sites(model) if (a := site.get(name)) is not None)
+    return sum(p.nbytes for adapter in found for p in adapter.parameters())
