@@ -73,6 +73,16 @@ def save_adapter(model: Any, folder: Path, seed: int = 0, **options: Any) -> Pat
     return folder
 
 
+def save_bottleneck(model: Any, folder: Path, kind: str) -> Path:
+    pk.adapters.add(model, kind, kind)
+    with torch.no_grad():
+        for seed, (name, parameter) in enumerate(model.named_parameters()):
+            if f"adapters.{kind}." in name:
+                parameter.copy_(testing.tensor(*parameter.shape, seed=seed, scale=0.3))
+    pk.adapters.save(model, kind, folder)
+    return folder
+
+
 def save_adapters(model: Any, folder: Path) -> dict[str, Path]:
     return {
         name: save_adapter(model, folder / name, seed, **options)

@@ -8,7 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from serving_models import ADAPTERS, FAMILIES, by_generate, family, llama, prompt, save_adapter, save_adapters
+from serving_models import (
+    ADAPTERS,
+    FAMILIES,
+    by_generate,
+    family,
+    llama,
+    prompt,
+    save_adapter,
+    save_adapters,
+    save_bottleneck,
+)
 
 import peft_kernels as pk
 import testing
@@ -113,6 +123,35 @@ def test_families(name: str, tmp_path: Path) -> None:
         tokens, logits = by_generate(family(name), prompt(seed, 4 + seed), NEW, folder)
         assert request.tokens == tokens
         assert testing.relative_error(request.logits[-1], logits[-1]) < 1e-4
+
+
+@pytest.mark.skipif(not hasattr(pk.adapters, "rows"), reason="no bottleneck adapters by rows")
+def test_bottleneck_adapters_beside_lora(tmp_path: Path) -> None:
+    engine, folders = Engine(llama("nf4"), max_batch=4), {"lora": tmp_path / "lora"}
+    save_adapter(llama("nf4"), folders["lora"], **ADAPTERS["one"])
+    for kind in ("houlsby", "parallel"):
+        folders[kind] = save_bottleneck(llama("nf4"), tmp_path / kind, kind)
+    for name, folder in folders.items():
+        engine.register(name, folder)
+    names = ["houlsby", "lora", None, "parallel", "houlsby"]
+    requests = [ask(engine, name, seed) for seed, name in enumerate(names)]
+    engine.run()
+    assert all(one.nbytes for one in engine.adapters)
+    for seed, (name, request) in enumerate(zip(names, requests, strict=True)):
+        model = llama("nf4")
+        lora = folders["lora"] if name == "lora" else None
+        if name in ("houlsby", "parallel"):
+            pk.adapters.load(model, folders[name], load_as=name)
+            pk.adapters.set_active(model, name)
+        tokens, logits = by_generate(model, prompt(seed, 4 + seed), NEW, lora)
+        assert request.tokens == tokens
+        assert testing.relative_error(request.logits[-1], logits[-1]) < 1e-5
+        alone = ask(engine, name, seed)
+        engine.run()
+        same_bits(request, alone)
+    engine.unload("houlsby")
+    engine.close()
+    assert pk.adapters.names(engine._decoder.model) == []
 
 
 def test_sampling_is_the_requests_own(served: Any) -> None:

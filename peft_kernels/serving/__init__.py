@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 from .request import Request, Sampling
 
 if TYPE_CHECKING:
-    from .engine import AdapterState, Engine
+    from .engine import Engine
+    from .store import AdapterState
 
 __all__ = ["AdapterState", "Engine", "Request", "Sampling"]
 
@@ -21,7 +22,7 @@ __all__ = ["AdapterState", "Engine", "Request", "Sampling"]
 def __getattr__(name: str) -> Any:
     """The engine when it is asked for: it needs transformers, which the package does not."""
     if name in ("AdapterState", "Engine"):
-        from . import engine
+        from . import engine, store
 
-        return getattr(engine, name)
+        return getattr(engine if name == "Engine" else store, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

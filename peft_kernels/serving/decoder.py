@@ -22,17 +22,9 @@ class Decoder:
     """A causal language model of transformers. TypeError for one that cannot be decoded by rows."""
 
     def __init__(self, model: Any) -> None:
-        if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
-            raise TypeError(f"model: expected a causal language model of transformers, got {_kind(model)}")
-        if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
-            raise TypeError(
-                "model: expected the base without adapters of PEFT, which the engine loads by itself, got a "
-                f"{_kind(model)} with some: model.unload() takes them out"
-            )
-        if model.training:
-            raise TypeError("model: expected evaluation mode, got training mode: model.eval() first")
+        _check_kind(model)
         self.model = model
-        self.config = model.config.get_text_config(decoder=True)
+        self.config = self.model.config.get_text_config(decoder=True)
         self.switch = Switch()
         taken = inspect.signature(model.forward).parameters
         if "position_ids" not in taken:
@@ -41,7 +33,7 @@ class Decoder:
         self._options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in taken:
             self._options["logits_to_keep"] = 1
-        embeddings = model.get_input_embeddings().weight
+        embeddings = self.model.get_input_embeddings().weight
         self.device, self.dtype, self.vocabulary = embeddings.device, embeddings.dtype, len(embeddings)
         self._configs = row_attention.configs_of(model)
         row_attention.register()
@@ -103,3 +95,15 @@ class Decoder:
 
 def _kind(model: Any) -> str:
     return type(model).__name__
+
+
+def _check_kind(model: Any) -> None:
+    if not isinstance(model, nn.Module) or not hasattr(model, "get_input_embeddings"):
+        raise TypeError(f"model: expected a causal language model of transformers, got {_kind(model)}")
+    if hasattr(model, "peft_config") or any(hasattr(m, "base_layer") for m in model.modules()):
+        raise TypeError(
+            "model: expected the base without adapters of PEFT, which the engine loads by itself, got a "
+            f"{_kind(model)} with some: model.unload() takes them out"
+        )
+    if model.training:
+        raise TypeError("model: expected evaluation mode, got training mode: model.eval() first")

@@ -7,50 +7,17 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from .. import adapters
+from .batch import Batch, Running
 from .decoder import Decoder
 from .layers import Rows
-from .request import Request, Sampling
-from .store import NoRoom, Resident, Store
-
-
-class AdapterState(NamedTuple):
-    """Of an adapter that an engine knows."""
-
-    name: str
-    folder: Path
-    nbytes: int
-    """In memory; 0 when it is not there."""
-    requests: int
-    """That wait or run with it."""
-
-
-@dataclass
-class _Running:
-    """A request in a slot of the batch."""
-
-    request: Request
-    adapter: Resident | None
-    cache: Any
-
-    @property
-    def length(self) -> int:
-        """Of what is in the cache: all but the last token."""
-        return len(self.request.prompt) + len(self.request.tokens) - 1
-
-
-class _Batch(NamedTuple):
-    """What a composition of the batch needs in each step, made once."""
-
-    adapters: list[Resident | None]
-    rows: Rows
-    bottlenecks: Any
+from .request import Request, Sampling, token_ids
+from .store import AdapterState, NoRoom, Resident, Store
 
 
 class Engine:
@@ -108,8 +75,8 @@ class Engine:
         self.tokenizer = tokenizer
         self.pad = pad
         self._store = Store(self._decoder, budget_bytes, adapter_dtype)
-        self._slots: list[_Running | None] = [None] * max_batch
-        self._batch: _Batch | None = None
+        self._slots: list[Running | None] = [None] * max_batch
+        self._batch: Batch | None = None
         self._waiting: deque[Request] = deque()
         self._model_lock = threading.RLock()  # the model, the store and the slots; held in a step
         self._queue = threading.Condition()  # what submit touches; taken inside the other, never around it
@@ -222,7 +189,7 @@ class Engine:
             An adapter that is not known, a prompt that is empty, of tokens that the model does not have, or
             too long for it. What is wrong with an adapter's folder comes out of `Request.result`.
         """
-        ids = self._ids(prompt)
+        ids = token_ids(prompt, self.tokenizer, self._decoder.vocabulary)
         longest = getattr(self._decoder.config, "max_position_embeddings", None)
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
@@ -239,19 +206,6 @@ class Engine:
             self._waiting.append(request)
             self._queue.notify_all()
         return request
-
-    def _ids(self, prompt: str | Sequence[int]) -> list[int]:
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError("prompt: expected token ids, as the engine has no tokenizer, got a text")
-            prompt = self.tokenizer(prompt).input_ids
-        ids = [int(token) for token in prompt]
-        if not ids:
-            raise ValueError("prompt: expected at least one token, got none")
-        wrong = [token for token in ids if not 0 <= token < self._decoder.vocabulary]
-        if wrong:
-            raise ValueError(f"prompt: expected tokens below {self._decoder.vocabulary}, got {wrong[0]}")
-        return ids
 
     def _eos(self, given: int | Sequence[int] | None) -> frozenset[int]:
         if given is None:
@@ -382,7 +336,7 @@ class Engine:
             if running is not None and not request.done:
                 self._slots[self._slots.index(None)] = running
 
-    def _begin(self, request: Request) -> _Running:
+    def _begin(self, request: Request) -> Running:
         name = request.adapter
         adapter = None if name is None else self._store.get(name, self._in_use())
         with self._bottlenecks([adapter]):
@@ -390,7 +344,7 @@ class Engine:
                 request.prompt, Rows([None if adapter is None else adapter.lora])
             )
         request.take(logits)
-        return _Running(request, adapter, cache)
+        return Running(request, adapter, cache)
 
     def _decode(self) -> None:
         slots = self._slots if self.pad else [one for one in self._slots if one is not None]
@@ -404,7 +358,7 @@ class Engine:
             if running is not None:
                 running.request.take(row)
 
-    def _composition(self, there: list[Resident | None]) -> _Batch:
+    def _composition(self, there: list[Resident | None]) -> Batch:
         batch = self._batch
         if (
             batch is None
@@ -412,7 +366,7 @@ class Engine:
             or any(a is not b for a, b in zip(batch.adapters, there, strict=True))
         ):
             rows = Rows([None if one is None else one.lora for one in there])
-            batch = self._batch = _Batch(there, rows, self._bottlenecks(there))
+            batch = self._batch = Batch(there, rows, self._bottlenecks(there))
         return batch
 
     def _bottlenecks(self, there: Sequence[Resident | None]) -> Any:

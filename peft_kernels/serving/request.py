@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -146,3 +147,18 @@ class Request:
             self._generator = torch.Generator(logits.device)
             self._generator.seed() if how.seed is None else self._generator.manual_seed(how.seed)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
+
+
+def token_ids(prompt: str | Sequence[int], tokenizer: Any, vocabulary: int) -> list[int]:
+    """Of a prompt. ValueError for one that a model with such a vocabulary cannot take."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("prompt: expected token ids, as the engine has no tokenizer, got a text")
+        prompt = tokenizer(prompt).input_ids
+    ids = [int(token) for token in prompt]
+    if not ids:
+        raise ValueError("prompt: expected at least one token, got none")
+    wrong = [token for token in ids if not 0 <= token < vocabulary]
+    if wrong:
+        raise ValueError(f"prompt: expected tokens below {vocabulary}, got {wrong[0]}")
+    return ids

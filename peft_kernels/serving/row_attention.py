@@ -36,15 +36,17 @@ class RowCaches(Cache):
         self.implementation = implementation
 
     def update(
-        self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
-    ) -> tuple[Parts, Parts]:
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         keys, values = Parts(), Parts()
         keys.implementation = values.implementation = self.implementation
         for i, cache in enumerate(self.caches):
             if cache is None:
                 pair = None, None
             else:
-                pair = cache.update(key[i : i + 1], value[i : i + 1], layer, *args, **kwargs)
+                pair = cache.update(
+                    key_states[i : i + 1], value_states[i : i + 1], layer_idx, *args, **kwargs
+                )
             keys.append(pair[0])
             values.append(pair[1])
         return keys, values

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -33,6 +33,17 @@ class Resident:
     lora: LoraLayers | None = None
     bottleneck: str | None = None
     """Its name in the model."""
+
+
+class AdapterState(NamedTuple):
+    """Of an adapter that an engine knows."""
+
+    name: str
+    folder: Path
+    nbytes: int
+    """In memory; 0 when it is not there."""
+    requests: int
+    """That wait or run with it."""
 
 
 class Store:

@@ -1,0 +1,76 @@
+"""The server of examples/serve.py: over the loopback, with a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving_models import ADAPTERS, llama, prompt, save_adapter
+
+from peft_kernels.serving import Engine
+
+for _name in ("fastapi", "uvicorn", "httpx"):
+    pytest.importorskip(_name, reason=f"{_name} is not installed")
+
+import httpx  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def serve() -> Any:
+    path = Path(__file__).parent.parent / "examples" / "serve.py"
+    spec = importlib.util.spec_from_file_location("serve_example", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["serve_example"] = module  # pydantic looks names up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def http(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    folder = tmp_path_factory.mktemp("adapters")
+    for name in ("one", "two"):
+        save_adapter(llama(), folder / name, **ADAPTERS[name])
+    engine = Engine(llama(), max_batch=3)
+    engine.register("one", folder / "one")
+    server, thread, port = serve.serve_on_loopback(serve.make_app(engine, folder))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        yield client
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive() and engine._thread is None
+
+
+def test_adapters_are_loaded_asked_and_forgotten(http: httpx.Client) -> None:
+    ask = {"prompt": prompt(1, 5), "max_new_tokens": 4}
+    texts = []
+    assert http.put("/adapters/two", json={"folder": "two"}).json() == {"loaded": "two"}
+    for name in (None, "one", "two"):
+        answer = http.post("/generate", json=ask | {"adapter": name})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["finish_reason"] in ("length", "stop")
+        texts.append(tuple(answer.json()["tokens"]))
+    assert len(set(texts)) == 3
+    known = {one["name"]: one for one in http.get("/adapters").json()}
+    assert set(known) == {"one", "two"} and all(
+        one["nbytes"] and not one["requests"] for one in known.values()
+    )
+    assert http.delete("/adapters/two").status_code == 200
+    for answer, message in (
+        (http.post("/generate", json=ask | {"adapter": "two"}), "expected one that is registered"),
+        (http.post("/generate", json=ask | {"prompt": []}), "expected at least one token"),
+        (http.put("/adapters/up", json={"folder": "../one"}), "expected one inside the server's"),
+        (http.put("/adapters/none", json={"folder": "none"}), "expected a adapter_config.json, got none"),
+    ):
+        assert answer.status_code == 400 and message in answer.json()["detail"]
+
+
+def test_the_load_test_asks_all(serve: Any, http: httpx.Client) -> None:
+    line = serve.load_test(http.base_url.port, 6, 3, ["one"], new_tokens=3)
+    assert line.startswith("6 requests, 3 clients, 1 adapters: ") and "p99" in line
+    with pytest.raises(SystemExit, match=r"2 of 2 requests failed: .*'three'"):
+        serve.load_test(http.base_url.port, 2, 1, ["three"], new_tokens=3)
