@@ -1,0 +1,234 @@
+"""Many adapters over one model behind HTTP, by FastAPI.
+
+python examples/serve.py --model FOLDER --adapters support=adapters/support legal=adapters/legal
+python examples/serve.py --load-test               # a small random model on the loopback: how many, how fast
+
+GET    /adapters                                    what is known, and what of it is in memory
+PUT    /adapters/{name}   {"folder"}                load one, beside requests that run
+DELETE /adapters/{name}                             forget it
+POST   /generate          {"prompt", "adapter", "max_new_tokens", "temperature", "seed"}
+
+Needs `pip install 'peft_kernels[serve]'`. A prompt is a text, or a list of token ids.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import torch
+import uvicorn
+from pydantic import BaseModel, Field
+
+import peft_kernels as pk
+from peft_kernels.serving import Engine, Request, Sampling
+
+TIMEOUT = 600.0  # seconds that a client waits at most
+
+
+class Generate(BaseModel):
+    prompt: str | list[int]
+    adapter: str | None = None
+    max_new_tokens: int = Field(64, ge=1, le=4096)
+    temperature: float = 0.0
+    seed: int | None = None
+
+
+class Folder(BaseModel):
+    folder: str
+
+
+def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
+    """`adapters` is the folder that clients may load adapters from; none: they may load none."""
+
+    @asynccontextmanager
+    async def running(app: fastapi.FastAPI) -> AsyncIterator[None]:
+        with engine:
+            yield
+
+    app = fastapi.FastAPI(lifespan=running)
+
+    @app.exception_handler(ValueError)
+    async def refuse(request: fastapi.Request, error: ValueError) -> fastapi.responses.JSONResponse:
+        return fastapi.responses.JSONResponse({"detail": str(error)}, status_code=400)
+
+    # Functions that are not async run in threads of their own, and may wait.
+
+    @app.get("/adapters")
+    def known() -> list[dict[str, Any]]:
+        return [{"name": one.name, "nbytes": one.nbytes, "requests": one.requests} for one in engine.adapters]
+
+    @app.put("/adapters/{name}")
+    def load(name: str, given: Folder) -> dict[str, str]:
+        if adapters is None:
+            raise fastapi.HTTPException(403, "this server was started without --adapter-folder")
+        folder = (adapters / given.folder).resolve()
+        if not folder.is_relative_to(adapters.resolve()):
+            raise ValueError(f"folder: expected one inside the server's, got {given.folder!r}")
+        engine.load(name, folder)
+        return {"loaded": name}
+
+    @app.delete("/adapters/{name}")
+    def unload(name: str) -> dict[str, str]:
+        engine.unload(name)
+        return {"unloaded": name}
+
+    @app.post("/generate")
+    async def generate(given: Generate, client: fastapi.Request) -> dict[str, Any]:
+        request = engine.submit(
+            given.prompt,
+            given.adapter,
+            max_new_tokens=given.max_new_tokens,
+            sampling=Sampling(temperature=given.temperature, seed=given.seed),
+        )
+        await done(request, client)
+        tokens = request.result(0)
+        text = None if engine.tokenizer is None else engine.tokenizer.decode(tokens, skip_special_tokens=True)
+        return {"tokens": tokens, "text": text, "finish_reason": request.finish_reason}
+
+    return app
+
+
+async def done(request: Request, client: fastapi.Request) -> None:
+    """Wait without a thread for each request; one whose client has gone is cancelled."""
+    end = time.monotonic() + TIMEOUT
+    while not request.done:
+        if time.monotonic() > end or await client.is_disconnected():
+            request.cancel()
+        await asyncio.sleep(0.005)
+
+
+# The load test.
+
+
+def random_model(folder: Path, adapters: int) -> tuple[Any, dict[str, Path]]:
+    """Of some layers and random weights in NF4, with adapters that do something."""
+    import peft
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=8,
+        num_key_value_heads=4, max_position_embeddings=512,
+    )  # fmt: skip
+    model: Any = transformers.LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    lora = peft.LoraConfig(r=16, target_modules="all-linear", init_lora_weights=False)
+    names = [f"adapter{i}" for i in range(adapters)]
+    adapted = peft.get_peft_model(model, lora, adapter_name=names[0])
+    for name in names[1:]:
+        adapted.add_adapter(name, lora)
+    adapted.save_pretrained(folder)
+    model = adapted.unload()
+    pk.quantize_model(model, progress=False)
+    return model.eval(), {name: folder / name for name in names}
+
+
+def load_test(port: int, requests: int, clients: int, names: list[str], new_tokens: int = 32) -> str:
+    """So many clients at once, each one request after the other, over the network."""
+    import httpx
+
+    seconds: list[float] = []
+    queue = iter(range(requests))
+    lock = threading.Lock()
+    faults: list[str] = []
+
+    def client() -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=TIMEOUT, trust_env=False) as http:
+            while True:
+                with lock:
+                    number = next(queue, None)
+                if number is None:
+                    return
+                body = {
+                    "prompt": [5 + number % 100] * 16,
+                    "adapter": names[number % len(names)],
+                    "max_new_tokens": new_tokens,
+                }
+                start = time.perf_counter()
+                answer = http.post("/generate", json=body)
+                with lock:
+                    seconds.append(time.perf_counter() - start)
+                    if answer.status_code != 200:
+                        faults.append(answer.text)
+
+    start = time.perf_counter()
+    threads = [threading.Thread(target=client) for _ in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    whole = time.perf_counter() - start
+    if faults:
+        raise SystemExit(f"{len(faults)} of {requests} requests failed: {faults[0]}")
+    seconds.sort()
+    p50, p90, p99 = (1e3 * seconds[min(int(q * requests), requests - 1)] for q in (0.5, 0.9, 0.99))
+    return (
+        f"{requests} requests, {clients} clients, {len(names)} adapters: {requests / whole:.1f} requests/s, "
+        f"latency p50 {p50:.0f} ms, p90 {p90:.0f} ms, p99 {p99:.0f} ms"
+    )
+
+
+def serve_on_loopback(app: fastapi.FastAPI) -> tuple[uvicorn.Server, threading.Thread, int]:
+    """In a thread, on a port that is free."""
+    server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        if not thread.is_alive():
+            raise SystemExit("the server did not start")
+        time.sleep(0.01)
+    return server, thread, server.servers[0].sockets[0].getsockname()[1]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Serve many adapters over one model.")
+    parser.add_argument("--model", type=Path, help="a folder that transformers loads")
+    parser.add_argument("--adapters", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--adapter-folder", type=Path, help="where clients may load adapters from")
+    parser.add_argument("--dense", action="store_true", help="do not quantise to NF4")
+    parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument("--budget-mb", type=float, help="of adapters in memory")
+    parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--load-test", action="store_true", help="serve, ask, and print how fast it was")
+    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--clients", type=int, default=8)
+    options = parser.parse_args()
+    named = dict(text.split("=", 1) for text in options.adapters)
+    budget = None if options.budget_mb is None else int(options.budget_mb * 1e6)
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer = None
+        if options.model is None:
+            if not options.load_test:
+                parser.error("--model: expected a folder, got none")
+            model, folders = random_model(Path(temporary), 8)
+        else:
+            from transformers import AutoModelForCausalLM, AutoTokenizer
+
+            model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).eval()
+            tokenizer = AutoTokenizer.from_pretrained(options.model)
+            if not options.dense:
+                pk.quantize_model(model)
+            folders = {name: Path(folder) for name, folder in named.items()}
+        engine = Engine(model, tokenizer, max_batch=options.max_batch, budget_bytes=budget)
+        for name, folder in folders.items():
+            engine.register(name, folder)
+        app = make_app(engine, options.adapter_folder)
+        if not options.load_test:
+            uvicorn.run(app, host="127.0.0.1", port=options.port)
+            return
+        server, thread, port = serve_on_loopback(app)
+        print(load_test(port, options.requests, options.clients, [*folders]))
+        server.should_exit = True
+        thread.join()
+
+
+if __name__ == "__main__":
+    main()
