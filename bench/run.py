@@ -27,6 +27,7 @@ optimizer-curves-...   trains with each, for most of an hour: the loss on held-o
 dpo-..., grpo-...      steps of TRL's trainers on SmolLM2-135M
 prefix-...             prefix tuning: who copies what
 methods-...            methods of fine-tuning side by side: what each trains, keeps, costs and comes to
+serving-...            requests with 8 adapters in one batch, beside 8 passes and beside one adapter
 """
 
 from __future__ import annotations
