@@ -14,9 +14,8 @@ struct Expansion {
   void* out;
 };
 
-template <class T, bool kVector>
+template <class T, class Kernel>
 void run(const Expansion& from, Stream stream) {
-  using Kernel = LoraExpand<T, kVector>;
   typename Kernel::Params params{};
   params.out = static_cast<T*>(from.out);
   params.m = from.batch.m;
@@ -43,6 +42,7 @@ void run(const Expansion& from, Stream stream) {
   } while (next_term < from.terms.size() || next_delta < from.deltas.size());
 }
 
+template <template <class, bool> class Kernel>
 void expand(const Expansion& from, Stream stream) {
   bool vectors = has_vectors(from.out, from.features);
   for (const void* term : from.terms) vectors = vectors && has_vectors(term, from.features);
@@ -52,7 +52,7 @@ void expand(const Expansion& from, Stream stream) {
   }
   with_half(from.batch.dtype, [&](auto type) {
     using T = decltype(type);
-    vectors ? run<T, true>(from, stream) : run<T, false>(from, stream);
+    vectors ? run<T, Kernel<T, true>>(from, stream) : run<T, Kernel<T, false>>(from, stream);
   });
 }
 
@@ -74,12 +74,12 @@ void lora_y(const LoraBatch& batch, int layer, int64_t n, const float* h, void* 
     if (adapter.layer != layer) continue;
     deltas.push_back(delta_of_b(adapter, nullptr));
   }
-  if (!deltas.empty()) expand({batch, n, h, {y}, deltas, y}, stream);
+  if (!deltas.empty()) expand<LoraExpand>({batch, n, h, {y}, deltas, y}, stream);
 }
 
 void lora_y(const LoraBatch& batch, int64_t n, const float* h, const void* term, const float* bias, void* y,
             Stream stream) {
-  expand({batch, n, h, {term}, {delta_of_b(batch.adapters.at(0), bias)}, y}, stream);
+  expand<BottleneckExpand>({batch, n, h, {term}, {delta_of_b(batch.adapters.at(0), bias)}, y}, stream);
 }
 
 void lora_dx(const LoraBatch& batch, const std::vector<const void*>& terms, const float* dh, void* dx,
@@ -94,7 +94,7 @@ void lora_dx(const LoraBatch& batch, const std::vector<const void*>& terms, cons
                       adapter.h_begin,
                       adapter.rank});
   }
-  expand({batch, batch.k, dh, terms, deltas, dx}, stream);
+  expand<LoraExpand>({batch, batch.k, dh, terms, deltas, dx}, stream);
 }
 
 }  // namespace peft_kernels::cuda

@@ -18,15 +18,17 @@ struct Delta {
 };
 
 // out[m, feature] = the sum of the terms + the sum over deltas of scale * (mask(ranks factor) + bias),
-// rounded once. out may be one of the terms. Where all deltas are 0, it is the terms' sum to the bit.
+// rounded once. out may be one of the terms.
 //
 // A warp has 32 rows and 32 features. Lane (g, t) reads features 4g .. 4g + 3 of ranks t and t + 4; as the
 // columns of a product may stand in any order, it then has features 8t .. 8t + 7 of the sums: two blocks of
 // Philox for each row, and one access to memory.
-template <class T, bool kVector>
-struct LoraExpand {
+//
+// kBottleneck: one term and one delta, which may have a bias; where it is 0, out is the term to the bit.
+template <class T, bool kVector, bool kBottleneck>
+struct LoraExpandOf {
   static constexpr int kThreads = 128;
-  static constexpr int kBlocksPerSm = kVector ? 3 : 2;
+  static constexpr int kBlocksPerSm = kVector && !kBottleneck ? 3 : 2;
   static constexpr int kWarps = kThreads / kWarp;
   static constexpr int kRows = 32;      // of a block
   static constexpr int kFeatures = 32;  // of a warp
@@ -55,7 +57,8 @@ struct LoraExpand {
 #pragma unroll
     for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) total[i][j] = -0.0f;  // which added to -0 leaves it
+      for (int j = 0; j < kRun; ++j)
+        total[i][j] = kBottleneck ? -0.0f : 0.0f;  // the former added to -0 leaves it
     }
     for (int term = 0; term < p.terms; ++term) {
       Words4 words[kRows / 8];  // all on their way before the first is needed
@@ -125,11 +128,22 @@ struct LoraExpand {
         const int64_t row = rows + g + 8 * i;
         drop_run<kVector>(delta.mask, row * p.features + features + kRun * t, values);
       }
-      add_bias<kVector>(delta.bias, features + kRun * t, p.features, values);
+      if constexpr (kBottleneck) add_bias<kVector>(delta.bias, features + kRun * t, p.features, values);
 #pragma unroll
-      for (int j = 0; j < kRun; ++j) total[i][j] = add_scaled(total[i][j], delta.scale, values[j]);
+      for (int j = 0; j < kRun; ++j) {
+        if constexpr (kBottleneck) {
+          total[i][j] = add_scaled(total[i][j], delta.scale, values[j]);
+        } else {
+          total[i][j] += delta.scale * values[j];
+        }
+      }
     }
   }
 };
+
+template <class T, bool kVector>
+struct LoraExpand : LoraExpandOf<T, kVector, false> {};
+template <class T, bool kVector>
+struct BottleneckExpand : LoraExpandOf<T, kVector, true> {};
 
 }  // namespace peft_kernels::cuda
