@@ -93,7 +93,7 @@ def expected(kind: Kind, inputs: Mapping[str, Tensor], dy: Tensor) -> gate.Expec
     """In fp32 and rounded, and in fp64."""
 
     def results(wide: torch.dtype) -> dict[str, Tensor]:
-        leaves = {name: inputs[name].to(wide).requires_grad_() for name in NAMES}
+        leaves = {name: inputs[name].to(wide, copy=True).requires_grad_() for name in NAMES}
         hidden = F.linear(leaves["x"], leaves["down"], leaves["down_bias"])
         value = F.linear(ACTIVATIONS[kind.activation](hidden), leaves["up"], leaves["up_bias"])
         y = (leaves["residual"] if kind.parallel else leaves["x"]) + SCALING * value

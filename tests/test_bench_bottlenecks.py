@@ -24,9 +24,9 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.group)
-@pytest.mark.parametrize("m", [1, 70])
-def test_all_take_part(kind: Kind, m: int) -> None:
-    result = bottlenecks.bottleneck(kind, m, "bf16", 64, 12, compiles=False).run(ONCE)
+@pytest.mark.parametrize("m,dtype", [(1, "bf16"), (70, "bf16"), (5, "fp32")])
+def test_all_take_part(kind: Kind, m: int, dtype: str) -> None:
+    result = bottlenecks.bottleneck(kind, m, dtype, 64, 12, compiles=False).run(ONCE)
     assert not result.wrong and not result.absent
     assert set(result.seconds) == {OURS, bottlenecks.MODULES, *([bottlenecks.AUTOCAST] * kind.mixed)}
 
