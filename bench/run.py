@@ -17,7 +17,7 @@ memory-...             bytes that a forward saves for its backward
 sass-..., triton-...   kernels compiled for cards that need not be here: the CUDA kernels' instructions beside
                        what a card allows; of the Triton kernels registers, spills and the like
 host-...               the CUDA back end's host code, without a card
-waves-...              by arithmetic, how far products with NF4 weights fill a card; every-cell-... each of them
+waves-...              by arithmetic, how far products with NF4 weights fill a card; every-cell-... for each
 loading-...            memory and time that loading a checkpoint in 4 bits takes
 bitsandbytes-ops-...   its Linear4bit as it is and on our kernels
 experts-..., moe-...   layers of experts; a whole mixture of experts, for which it needs 16 GB
