@@ -21,6 +21,7 @@ from .lora_adapters import Delta, DeltaArgs, Seen, SeenArgs, delta_args, delta_t
 from .products import add_part, dot, parts_of, split_sum, store_tile, sum_splits, type_of
 
 MAX_RANKS = 64  # of a program
+RANKS_OVER_ROWS = 32  # of one that sums over rows: 64 features and twice as many in parts leave no registers
 SHRINKS, SUMS, DELTAS = 2, 4, 2
 """Of one launch, at most: each is code of its own in the kernel, which takes time to compile. Gate and up of
 an MLP with an adapter each have so many."""
@@ -247,7 +248,8 @@ def shrink(products: Sequence[Product]) -> None:
     for some in _at_once(products, SHRINKS):
         m = some[0].x.shape[0]
         tiles = SHRINK_FEW if m <= FEW_ROWS else SHRINK
-        _launch(shrink_kernel, some, tiles, "BLOCK_F", tiles["BLOCK_M"], [(m, p.x.shape[1]) for p in some])
+        sizes = [(m, p.x.shape[1]) for p in some]
+        _launch(shrink_kernel, some, tiles, "BLOCK_F", tiles["BLOCK_M"], sizes, MAX_RANKS)
 
 
 def over_rows(products: Sequence[Product]) -> None:
@@ -255,7 +257,8 @@ def over_rows(products: Sequence[Product]) -> None:
     for some in _at_once(products, SUMS):
         m = some[0].x.shape[0]
         block_f = OVER_ROWS["BLOCK_F"]
-        _launch(over_rows_kernel, some, OVER_ROWS, "BLOCK_M", block_f, [(p.x.shape[1], m) for p in some])
+        sizes = [(p.x.shape[1], m) for p in some]
+        _launch(over_rows_kernel, some, OVER_ROWS, "BLOCK_M", block_f, sizes, RANKS_OVER_ROWS)
 
 
 def _at_once(products: Sequence[Product], count: int) -> Iterator[Sequence[Product]]:
@@ -271,17 +274,19 @@ def _launch(
     unit_name: str,
     block: int,
     sizes: Sequence[tuple[int, int]],
+    most_ranks: int,
 ) -> None:
     """Products whose tiles are of `block` of the first size, and whose sums are over the second, so many
     `unit_name` at a time. How they are cut does not depend on which others there are."""
     x = products[0].x
     unit = 32 if x.dtype == torch.float32 else 64
     ranks = [product.out.shape[1] for product in products]
-    block_r = ranks_of(max(ranks))
+    block_r = min(ranks_of(max(ranks)), most_ranks)
     jobs: list[Job] = []
     first, cut = 0, False
     for product, (size, depth), rank in zip(products, sizes, ranks, strict=True):
-        alone, features = cdiv(size, block) * cdiv(rank, ranks_of(rank)), product.x.shape[1]
+        alone = cdiv(size, block) * cdiv(rank, min(ranks_of(rank), most_ranks))
+        features = product.x.shape[1]
         units, splits = split_sum(alone, depth, unit, x.device)
         programs = cdiv(size, block) * cdiv(rank, block_r) * splits
         counts = varying(first), varying(programs), varying(splits), varying(units)
