@@ -145,7 +145,7 @@ def _adapters(dtype: torch.dtype, nested: bool, every: bool) -> Iterator[Call]:
 
 def _bottlenecks(dtype: torch.dtype) -> Iterator[Call]:
     """Few rows with all that there may be, in fp32; many with as little as there may be, in either type."""
-    needs = True, False, True, True, True
+    needs = True, False, True, True, True, True
     for m, kept, p in ((FEW, FP32, 0.3), (MANY, FP32, 0.0), (MANY, dtype, 0.0)):
         out = WHOLE + SMALL if p else WHOLE
         x, dy, z = empty(m, WHOLE, dtype=dtype), empty(m, out, dtype=dtype), empty(m, RANKS)

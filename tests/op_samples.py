@@ -326,10 +326,10 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
             "relu-bf16": bottleneck_args("relu", norm=True, dtype=torch.bfloat16),
         },
         "bottleneck_backward": {
-            "norm-all": bottleneck_backward_args(*[True] * 5, norm=True, p=0.3),
-            "dx-beside": bottleneck_backward_args(True, False, False, False, False, beside=True),
-            "parameters": bottleneck_backward_args(False, True, True, True, True),
-            "bf16": bottleneck_backward_args(*[True] * 5, norm=True, beside=True, dtype=torch.bfloat16),
+            "norm-all": bottleneck_backward_args(*[True] * 6, norm=True, p=0.3),
+            "dx-beside": bottleneck_backward_args(True, *[False] * 5, beside=True),
+            "parameters": bottleneck_backward_args(False, *[True] * 5),
+            "bf16": bottleneck_backward_args(*[True] * 6, norm=True, beside=True, dtype=torch.bfloat16),
         },
         "multi_bottleneck": {
             "fp32": multi_bottleneck_args(),

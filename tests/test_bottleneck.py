@@ -316,7 +316,7 @@ def wrong_args(name: str) -> tuple[str, list[Any]]:
     message, changes = WRONG[name]
     args: list[Any] = [
         torch.ones(2, 6), X, torch.ones(2, 3), torch.ones(6), None, EPS, DOWN, UP, "gelu", 1.0, 0.0, None,
-        True, True, True, True, True, True,
+        True, True, True, True, True, True, True,
     ]  # fmt: skip
     for place, value in changes.items():
         args[place] = value
@@ -350,7 +350,7 @@ def test_an_x_that_is_no_residual_is_not_read_as_one(backend_id: str) -> None:
         ops_of(backend_id).bottleneck(X, None, None, None, EPS, DOWN, None, of_five, None, *rest)
     args = torch.ones(2, 5), X, torch.ones(2, 3), None, None, EPS, DOWN, of_five, *rest, True, True
     with pytest.raises(RuntimeError, match="up: expected 6 rows like x"):
-        ops_of(backend_id).bottleneck_backward(*args, False, True, True, True)
+        ops_of(backend_id).bottleneck_backward(*args, False, True, True, True, True)
 
 
 def test_one_launch_each_way_in_triton() -> None:

@@ -252,7 +252,7 @@ def lora_calls(m: int, adapters: int) -> list[Call]:
     a, b = [empty(16, 512) for _ in count], [empty(512, 16) for _ in count]
     rest = a, b, [0 for _ in count], [0.5 for _ in count], [0.3 for _ in count], seed, list(count), row_group
     lists, needs = [[part] for part in base], (True, [True for _ in count], [True for _ in count])
-    middle, all_but_norm = ("gelu", 0.5, 0.3, seed), (True, True, False, True, True, True)
+    middle, all_but_norm = ("gelu", 0.5, 0.3, seed), (True, True, False, True, True, True, True)
     ranks = empty(m, 16)
     return [
         Call("bottleneck", (x, None, None, None, 0.0, a[0], None, b[0], None, *middle)),

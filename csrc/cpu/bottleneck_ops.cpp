@@ -33,24 +33,17 @@ std::tuple<Tensor, Tensor> bottleneck(const Tensor& x, const OptionalTensor& res
   return {y, z};
 }
 
-// Sums over rows, in an order that no number of threads changes.
-Tensor column_sums(const Tensor& t) {
-  constexpr int64_t kColumns = 16;
-  const int64_t rows = t.size(0), columns = t.size(1);
-  Tensor out = at::empty({columns}, t.options());
-  const float* from = t.const_data_ptr<float>();
-  float* to = out.mutable_data_ptr<float>();
-  parallel_for(0, ceil_div(columns, kColumns),
-               ceil_div(kElementwiseGrain, std::max<int64_t>(rows, 1) * kColumns),
-               [&](int64_t first, int64_t last) {
-                 for (int64_t c = first * kColumns; c < std::min(last * kColumns, columns); c += kColumns) {
-                   const int64_t width = std::min(kColumns, columns - c);
-                   double sums[kColumns] = {};
-                   for (int64_t i = 0; i < rows; ++i) {
-                     for (int64_t j = 0; j < width; ++j) sums[j] += from[i * columns + c + j];
-                   }
-                   for (int64_t j = 0; j < width; ++j) to[c + j] = static_cast<float>(sums[j]);
-                 }
+// scale times the sums over rows, in an order that no number of threads changes.
+Tensor column_sums(const Tensor& t, float scale = 1.0f) {
+  constexpr int64_t kColumns = 64;
+  Tensor out = at::empty({t.size(1)}, t.options().dtype(at::kFloat));
+  const ColumnSumsParams params{t.const_data_ptr(),           dtype_of(t, "t"), t.size(0), t.size(1), scale,
+                                out.mutable_data_ptr<float>()};
+  const auto sum = kernels().column_sums;
+  parallel_for(0, ceil_div(params.cols, kColumns),
+               ceil_div(kElementwiseGrain, std::max<int64_t>(params.rows, 1) * kColumns),
+               [&](int64_t begin, int64_t end) {
+                 sum(params, begin * kColumns, std::min(end * kColumns, params.cols));
                });
   return out;
 }
@@ -91,11 +84,11 @@ std::tuple<Tensor, Tensor> norm_gradients(const Args& args, const Tensor& d, con
   return {total.narrow(0, 0, args.k).clone(), total.narrow(0, args.k, args.k).clone()};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     const Tensor& dy_in, const Tensor& x, const Tensor& z_in, const OptionalTensor& norm_weight,
     const OptionalTensor& norm_bias, double norm_eps, const Tensor& down, const Tensor& up,
     c10::string_view activation, double scaling, double dropout_p, const OptionalTensor& seed, bool adds_dy,
-    bool need_dx, bool need_dnorm, bool need_ddown, bool need_ddown_bias, bool need_dup) {
+    bool need_dx, bool need_dnorm, bool need_ddown, bool need_ddown_bias, bool need_dup, bool need_dup_bias) {
   const WithoutAutocast without_autocast;
   const Args args(x, norm_weight, norm_bias, norm_eps, down, up, activation, scaling, dropout_p, seed);
   check_dtype(dy_in, x.scalar_type(), "dy");
@@ -179,7 +172,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
     dup = at::empty_like(args.up);
     transpose(dup_t, dup);
   }
-  return {dx, dnorm_weight, dnorm_bias, ddown, need_ddown_bias ? column_sums(dz) : no_sums(), dup};
+  return {dx,
+          dnorm_weight,
+          dnorm_bias,
+          ddown,
+          need_ddown_bias ? column_sums(dz) : no_sums(),
+          dup,
+          need_dup_bias ? column_sums(dy, args.scaling) : no_sums()};
 }
 
 }  // namespace

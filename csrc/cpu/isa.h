@@ -36,6 +36,8 @@ struct KernelTable {
   void (*bottleneck)(const BottleneckParams& params, int64_t begin, int64_t end);
   // Rows [begin, end) of x; begin is a multiple of kTransposeRows.
   void (*transpose_rows)(const TransposeParams& params, int64_t begin, int64_t end);
+  // Columns [begin, end).
+  void (*column_sums)(const ColumnSumsParams& params, int64_t begin, int64_t end);
   // Rows [begin, end); backward: columns, as it sums over rows.
   void (*scale_features)(const ScaleParams& params, int64_t begin, int64_t end);
   void (*scale_features_backward)(const ScaleParams& params, int64_t begin, int64_t end);

@@ -43,6 +43,7 @@ constexpr KernelTable kKernels = {
     layer_norm_backward,
     bottleneck,
     transpose_rows,
+    column_sums,
     scale_features,
     scale_features_backward,
     step,

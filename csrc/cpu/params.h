@@ -175,6 +175,15 @@ struct TransposeParams {
   int64_t out_ld;
 };
 
+// out[c] = scale * (x[0, c] + x[1, c] + ...).
+struct ColumnSumsParams {
+  const void* x;
+  DType dtype;
+  int64_t rows, cols;  // of x, which is contiguous
+  float scale;
+  float* out;
+};
+
 // y[m, n] = z[m, n] + (scale[n] - 1) * (z[m, n] - bias[n]): all but the bias is scaled, and by 1 to the bit.
 struct ScaleParams {
   const void* z;

@@ -83,11 +83,11 @@ std::tuple<Tensor, Tensor> bottleneck_op(const Tensor& x, const OptionalTensor& 
   return {y, z};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward_op(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward_op(
     const Tensor& dy_in, const Tensor& x, const Tensor& z_in, const OptionalTensor& norm_weight,
     const OptionalTensor& norm_bias, double norm_eps, const Tensor& down, const Tensor& up,
     c10::string_view activation, double scaling, double dropout_p, const OptionalTensor& seed, bool adds_dy,
-    bool need_dx, bool need_dnorm, bool need_ddown, bool need_ddown_bias, bool need_dup) {
+    bool need_dx, bool need_dnorm, bool need_ddown, bool need_ddown_bias, bool need_dup, bool need_dup_bias) {
   const OnDeviceOf device(dy_in, "dy");
   const BottleneckArgs args(x, norm_weight, norm_bias, down, up, activation, scaling, dropout_p, seed);
   check_dtype(dy_in, x.scalar_type(), "dy");
@@ -100,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward_o
   if (is_composed(args)) {
     return composed(bottleneck_backward_op, "bottleneck_backward", dy_in, x, z_in, norm_weight, norm_bias,
                     norm_eps, down, up, activation, scaling, dropout_p, seed, adds_dy, need_dx, need_dnorm,
-                    need_ddown, need_ddown_bias, need_dup);
+                    need_ddown, need_ddown_bias, need_dup, need_dup_bias);
   }
   const auto result = [](bool need, at::IntArrayRef sizes, const at::TensorOptions& options) {
     return need ? at::empty(sizes, options) : at::empty({0}, options);
@@ -138,8 +138,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward_o
     CallContext context;
     lora_db(lora, {{dy.const_data_ptr(), args.n}}, read(value), {dup.mutable_data_ptr()}, context);
   }
-  const Tensor no_norm = at::empty({0}, x.options()), no_sums = at::empty({0}, args.floats());
-  return {dx, no_norm, no_sums, ddown, need_ddown_bias ? dz.sum(0) : no_sums.clone(), dup};
+  const Tensor no_norm = at::empty({0}, x.options());
+  const auto no_sums = [&] { return at::empty({0}, args.floats()); };
+  return {dx,
+          no_norm,
+          no_sums(),
+          ddown,
+          need_ddown_bias ? dz.sum(0) : no_sums(),
+          dup,
+          need_dup_bias ? dy.sum(0, false, at::kFloat) * args.scaling : no_sums()};
 }
 
 }  // namespace

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from .common import accumulator_dtype, bias_grad, empty_unless, new_h, rows
+from .common import accumulator_dtype, empty_unless, new_h, rows
 from .dropout import dropped, new_seed
 from .gated import ACTIVATIONS, check_activation
 from .registry import Op
@@ -58,13 +58,9 @@ class Bottleneck(Op):
         found = ops.bottleneck_backward(
             dy, args.x, results.z, args.norm_weight, args.norm_bias, args.norm_eps, args.down, args.up,
             args.activation, args.scaling, args.dropout_p, args.seed, args.residual is None,
-            need.x, need.norm_weight or need.norm_bias, need.down, need.down_bias, need.up,
+            need.x, need.norm_weight or need.norm_bias, need.down, need.down_bias, need.up, need.up_bias,
         )  # fmt: skip
-        dx, dnorm_weight, dnorm_bias, ddown, ddown_bias, dup = found
-        dup_bias = None
-        if need.up_bias:
-            of_rows = bias_grad(dy, accumulator_dtype(dy.dtype))
-            dup_bias = (args.scaling * of_rows).to(args.up_bias.dtype)
+        dx, dnorm_weight, dnorm_bias, ddown, ddown_bias, dup, dup_bias = found
         return {
             "x": dx,
             "residual": dy,
@@ -73,7 +69,7 @@ class Bottleneck(Op):
             "down": ddown,
             "down_bias": ddown_bias.to(args.down_bias.dtype) if need.down_bias else None,
             "up": dup,
-            "up_bias": dup_bias,
+            "up_bias": dup_bias.to(args.up_bias.dtype) if need.up_bias else None,
         }
 
     @staticmethod
@@ -89,8 +85,9 @@ class BottleneckBackward(Op):
     schema = (
         "(Tensor dy, Tensor x, Tensor z, Tensor? norm_weight, Tensor? norm_bias, float norm_eps, "
         "Tensor down, Tensor up, str activation, float scaling, float dropout_p, Tensor? seed, bool adds_dy, "
-        "bool need_dx, bool need_dnorm, bool need_ddown, bool need_ddown_bias, bool need_dup) "
-        "-> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor ddown, Tensor ddown_bias, Tensor dup)"
+        "bool need_dx, bool need_dnorm, bool need_ddown, bool need_ddown_bias, bool need_dup, "
+        "bool need_dup_bias) -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor ddown, "
+        "Tensor ddown_bias, Tensor dup, Tensor dup_bias)"
     )
     composite = True
 
@@ -98,9 +95,11 @@ class BottleneckBackward(Op):
     def meaning(ops: Any, args: Any) -> tuple[Tensor, ...]:
         x, down, up, norm_weight = args.x, args.down, args.up, args.norm_weight
         acc = accumulator_dtype(x.dtype)
-        dx, dnorm_weight, dnorm_bias, ddown, ddown_bias, dup = _no_gradients(args)
+        dx, dnorm_weight, dnorm_bias, ddown, ddown_bias, dup, dup_bias = _no_gradients(args)
         dy = rows(args.dy).to(acc)
         value, slope = ACTIVATIONS[args.activation](rows(args.z).to(acc))
+        if args.need_dup_bias:
+            dup_bias = args.scaling * dy.sum(0)
         if args.need_dup:
             kept = dropped(value, args.dropout_p, args.seed)
             dup = (args.scaling * (dy.t() @ kept)).to(up.dtype).contiguous()
@@ -121,7 +120,7 @@ class BottleneckBackward(Op):
                 d = rstd * (d - means[0] - standard * means[1])
             if args.need_dx:
                 dx = (d + dy if args.adds_dy else d).to(x.dtype).view(x.shape).contiguous()
-        return dx, dnorm_weight, dnorm_bias, ddown, ddown_bias, dup
+        return dx, dnorm_weight, dnorm_bias, ddown, ddown_bias, dup, dup_bias
 
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, ...]:
@@ -166,6 +165,7 @@ def _no_gradients(args: Any, full: bool = False) -> tuple[Tensor, ...]:
         empty_unless(full and args.need_ddown, args.down),
         args.down.new_empty(args.down.shape[:1] if full and args.need_ddown_bias else (0,), dtype=acc),
         empty_unless(full and args.need_dup, args.up),
+        args.up.new_empty(args.up.shape[:1] if full and args.need_dup_bias else (0,), dtype=acc),
     )
 
 

@@ -122,14 +122,11 @@ class MultiBottleneckBackward(Op):
                 dy[mine], x[mine], z[mine, : args.down[i].shape[0]], args.norm_weight[i], args.norm_bias[i],
                 args.norm_eps[i], args.down[i], args.up[i], args.activation[i], args.scaling[i],
                 args.dropout_p[i], args.seed[i], args.adds_dy, args.need_dx, args.need_dnorm[i],
-                args.need_ddown[i], args.need_ddown_bias[i], args.need_dup[i],
+                args.need_ddown[i], args.need_ddown_bias[i], args.need_dup[i], args.need_dup_bias[i],
             )  # fmt: skip
             dx.append(found[0])
-            for gradients, gradient in zip(of_parameters, found[1:], strict=False):
+            for gradients, gradient in zip(of_parameters, found[1:], strict=True):
                 gradients[i] = gradient
-            if args.need_dup_bias[i]:
-                of_rows = dy[mine].sum(0, dtype=accumulator_dtype(dy.dtype))
-                of_parameters[-1][i] = args.scaling[i] * of_rows
         whole = by_group.restored(dx, args.x.shape[:-1]) if args.need_dx else args.x.new_empty(0)
         return whole, *of_parameters
 

@@ -216,7 +216,8 @@ def bottleneck_backward(args: Any) -> tuple[Tensor, ...]:
     over_rows(sums)
     nothing = z.new_empty(0)
     ddown_bias = dz.sum(0) if dz is not None and args.need_ddown_bias else nothing
-    return dx, x.new_empty(0), nothing.clone(), ddown, ddown_bias, dup
+    dup_bias = args.scaling * dy.sum(0, dtype=z.dtype) if args.need_dup_bias else z.new_empty(0)
+    return dx, x.new_empty(0), nothing.clone(), ddown, ddown_bias, dup, dup_bias
 
 
 def _is_fused(args: Any) -> bool:
