@@ -13,11 +13,15 @@ import inspect
 import logging
 import types
 from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 from trl.trainer.dpo_trainer import DPOTrainer as TheirDPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer as TheirGRPOTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -57,7 +61,8 @@ class LogProbs:
         self.never = never or _unfit(model)
         self.temperature, self.outputs = temperature, outputs
         self.head = head or _unusual_head(model.config)
-        self.tried = False
+        self.misfits: dict[tuple[bool, bool], str] = {}
+        """By kind of batch, of which a model's first is tried, why rows of several would be wrong, or ""."""
 
     def __call__(self, model: Any, labels: Tensor, kwargs: dict[str, Any]) -> Any:
         """FusedCausalLMOutput, as TRL's forward gives it, (batch, length - 1)."""
@@ -90,8 +95,9 @@ class LogProbs:
         """Where TRL has kernels of its own for the head, on GPUs, it is TRL's."""
         head = model.get_output_embeddings()
         weight = head.weight
-        plain = type(weight) in (Tensor, nn.Parameter) and not weight.requires_grad
-        usual = type(head) is nn.Linear and plain and weight.device.type == "cpu"
+        plain = type(head) is nn.Linear and type(weight) in (Tensor, nn.Parameter)
+        trained = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
+        usual = plain and not trained and weight.device.type == "cpu"
         balanced = getattr(model.config, "output_router_logits", False)
         return usual and not (self.head or balanced) and given.keys() <= {"input_ids", "attention_mask"}
 
@@ -101,18 +107,19 @@ class LogProbs:
             return reason
         hidden_size = model.config.hidden_size
         rows = shared_prompts.share(given["input_ids"], given["attention_mask"], labels, hidden_size)
-        if isinstance(rows, Rows) and not self.tried:
-            self.tried = True
+        if isinstance(rows, str):
+            return rows
+        kind = _kind(model, rows)
+        if kind not in self.misfits:
             try:
-                self.never = _misfit(model, rows, given, labels[:, 1:] != IGNORED)
+                self.misfits[kind] = _misfit(model, rows, given, labels[:, 1:] != IGNORED)
             except Exception as error:  # whatever a model has against a mask of four dimensions
-                self.never = f"{type(model).__name__} raised {type(error).__name__}: {error}"
-            return self.never or rows
-        return rows
+                self.misfits[kind] = f"{type(model).__name__} raised {type(error).__name__}: {error}"
+        return self.misfits[kind] or rows
 
     def _tell(self, reason: str) -> None:
         if not self.fallbacks[reason]:
-            level = logging.WARNING if reason == self.never else logging.INFO
+            level = logging.WARNING if reason in (self.never, *self.misfits.values()) else logging.INFO
             logger.log(level, "prompts are computed for each completion: %s", reason)
         self.fallbacks[reason] += 1
 
@@ -127,7 +134,8 @@ def _unfit(model: Any) -> str:
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}
     if kinds:
         return f"{type(model).__name__} has layers of other kinds: {', '.join(sorted(kinds))}"
-    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+    window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if window or "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo's
         return f"{type(model).__name__} attends within a window"
     if getattr(config, "alibi", False):
         return f"{type(model).__name__} has no positions but distances in rows"
@@ -149,13 +157,29 @@ def _unfit_call(model: Any, given: dict[str, Any]) -> str:
         return f"attention implementation {kind} takes no mask of queries and keys"
     if torch.compiler.is_compiling():
         return "the model is being compiled"
-    if (
-        model.training
-        and torch.is_grad_enabled()
-        and any(isinstance(m, nn.Dropout) and m.p > 0 for m in model.modules())
-    ):
+    if model.training and _noise(model):
         return "dropout, which differs between completions"
     return ""
+
+
+def _noise(model: Any) -> bool:
+    """Whether training mode makes a model's results random: by modules of dropout, by rates that attention
+    and layers keep as numbers, by NEFTune. Adapters that are off do nothing."""
+    off: set[nn.Module] = set()
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    for layer in layers:
+        if layer.disable_adapters:
+            off |= set(layer.modules()) - set(layer.get_base_layer().modules())
+    return any(
+        module.p > 0
+        if isinstance(module, _DropoutNd)
+        else any(
+            isinstance(value, float) and value > 0
+            for name, value in vars(module).items()
+            if "drop" in name or name == "neftune_noise_alpha"
+        )
+        for module in set(model.modules()) - off
+    )
 
 
 def _unusual_head(config: Any) -> str:
@@ -184,9 +208,16 @@ def _hidden(model: Any, rows: Rows, input_ids: Tensor | None = None) -> Tensor:
     return hidden
 
 
+def _kind(model: Any, rows: Rows) -> tuple[bool, bool]:
+    """What of a batch may matter to a model: whether there is padding on the left, from whose mask some take
+    positions, and whether rows are longer than it has positions, as long as masks that some of them keep."""
+    most = getattr(model.config, "max_position_embeddings", None) or rows.input_ids.shape[1]
+    return bool((rows.position_ids[:, 0] > 0).any()), rows.input_ids.shape[1] > most
+
+
 def _misfit(model: Any, rows: Rows, given: dict[str, Any], counted: Tensor) -> str:
-    """Tries rows that share prompts once: does the model keep completions apart, and does it compute what it
-    does for each by itself? Why not, or an empty string."""
+    """Tries rows that share prompts: does the model keep completions apart, and does it compute what it does
+    for each by itself? Why not, or an empty string."""
     name = type(model).__name__
     with torch.no_grad():
         found = shared_prompts.leak(rows, functools.partial(_hidden, model, rows))
@@ -200,13 +231,20 @@ def _misfit(model: Any, rows: Rows, given: dict[str, Any], counted: Tensor) -> s
 
 
 def share_prompts(
-    trainer: Any, outputs: tuple[str, ...], temperature: float = 1.0, head: str = ""
+    trainer: Any,
+    model: Any,
+    outputs: tuple[str, ...],
+    temperature: float = 1.0,
+    head: str = "",
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> LogProbs:
-    """Has a trainer's model compute log-probabilities by `LogProbs`. `head`: why the head must be TRL's."""
-    model = trainer.model.get_base_model() if isinstance(trainer.model, PeftModel) else trainer.model
+    """Has a trainer's model, or its reference, compute log-probabilities by `LogProbs`, inside `context`.
+    `head`: why the head must be TRL's."""
+    model = model.get_base_model() if isinstance(model, PeftModel) else model
     never = ""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         never = "FSDP and DeepSpeed have not been tried"
+    head = head or never  # of which either may have taken the weight apart
     log_probs = LogProbs(model, never=never, temperature=temperature, outputs=outputs, head=head)
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
@@ -215,10 +253,20 @@ def share_prompts(
         if not asked or args or kwargs.get("shift_labels") is not None or "num_items_in_batch" in kwargs:
             return log_probs.theirs(*args, **kwargs)
         kwargs.pop("fused_lm_head")
-        return log_probs(self, kwargs.pop("labels"), kwargs)
+        with context():
+            return log_probs(self, kwargs.pop("labels"), kwargs)
 
     model.forward = types.MethodType(forward, model)
     return log_probs
+
+
+def _share_for_reference(trainer: Any, temperature: float = 1.0, head: str = "") -> LogProbs | None:
+    """The same for a reference that is a model of its own."""
+    reference = trainer.ref_model
+    if reference is None or isinstance(reference, PeftModel):
+        return None
+    # Autocast was wrapped around the forward that is replaced.
+    return share_prompts(trainer, reference, (), temperature, head, trainer.accelerator.autocast)
 
 
 class DPOTrainer(TheirDPOTrainer):
@@ -226,13 +274,15 @@ class DPOTrainer(TheirDPOTrainer):
 
     Takes the same arguments, and gives the same losses and metrics up to rounding, with every `loss_type`.
     Batches and models that it does not cover take TRL's own way: `log_probs.fallbacks` counts them by
-    reason, and a reason that holds for the whole model is logged once.
+    reason, and a reason that holds for the whole model is logged once. `ref_log_probs` is that of a reference
+    which is a model of its own, else None.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         weighting = ("log_sum_sq_probs",) if self.use_weighting else ()
-        self.log_probs = share_prompts(self, ("entropy", "mean_logits", "is_top1", *weighting))
+        self.log_probs = share_prompts(self, self.model, ("entropy", "mean_logits", "is_top1", *weighting))
+        self.ref_log_probs = _share_for_reference(self)
 
 
 class GRPOTrainer(TheirGRPOTrainer):
@@ -249,4 +299,5 @@ class GRPOTrainer(TheirGRPOTrainer):
         head = head or (
             "the head computes in fp32" if getattr(self.args, "cast_lm_head_to_fp32", False) else ""
         )
-        self.log_probs = share_prompts(self, ("entropy",), self.temperature, head)
+        self.log_probs = share_prompts(self, self.model, ("entropy",), self.temperature, head)
+        self.ref_log_probs = _share_for_reference(self, self.temperature, head)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+import itertools
+import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from flow_checks import assert_near
 from flow_families import tiny
 from flow_models import adapted, arguments, config, ids, llama, tokenizer, words
@@ -22,13 +26,13 @@ import datasets
 import trl
 from trl.trainer.utils import add_fused_lm_head
 
-from peft_kernels.integrations import scored_head
 from peft_kernels.integrations import trl as ours
+from peft_kernels.integrations.scored_head import OUTPUTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
-STEPS = 3
-OUTPUTS = ("entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
+STEPS = 2
+PLAIN = {"gradient_checkpointing": False, "optim": "adamw_torch"}
 
 
 class Tokens:
@@ -65,17 +69,18 @@ def trained(
     torch.manual_seed(3)
     made = kind(
         model=model,
-        args=arguments(trl_config, folder, STEPS, **{"gradient_checkpointing": False} | options),
+        args=arguments(trl_config, folder, STEPS, **PLAIN | options),
         processing_class=tokenizer(),
         **given,
     )
     for p in made.model.parameters():
         p.data = p.data.float() if p.requires_grad else p.data
     pk.patch(made.model)
-    log_probs = getattr(made, "log_probs", None)
-    if log_probs is not None:
-        log_probs.tried = True  # trying is no part of a step, and its tokens are not to be counted
-    made.tokens = Tokens(made.model)
+    for log_probs in (getattr(made, "log_probs", None), getattr(made, "ref_log_probs", None)):
+        if log_probs is not None:  # trying is no part of a step, and its tokens are not to be counted
+            log_probs.misfits = dict.fromkeys(itertools.product((False, True), repeat=2), "")
+    models = {"policy": made.model, "reference": made.ref_model}
+    made.tokens = {n: Tokens(each) for n, each in models.items() if each is not None}
     torch.manual_seed(0)
     made.train()
     return made
@@ -91,14 +96,23 @@ def assert_same_logs(got: Any, want: Any) -> None:
     assert_near(*adapters, bound=1e-3)
 
 
+def assert_less_is_computed(got: Any, want: Any) -> None:
+    for log_probs in (got.log_probs, got.ref_log_probs):
+        assert log_probs is None or not log_probs.fallbacks
+    assert got.tokens and got.tokens.keys() == want.tokens.keys()
+    for name, tokens in got.tokens.items():
+        assert tokens.total < 0.85 * want.tokens[name].total, name
+
+
 DPO_OPTIONS: dict[str, dict[str, Any]] = {
-    "sigmoid": {},
-    "several": {"loss_type": ["sigmoid", "ipo", "sft"], "loss_weights": [1.0, 0.5, 0.2], "ld_alpha": 0.5},
-    "weighted": {"use_weighting": True, "eval_strategy": "steps", "eval_steps": 2},
-    "precomputed": {"precompute_ref_log_probs": True},
-    "truncated": {"max_length": 14},
-    "checkpointed": {"gradient_checkpointing": True},
-}
+    "checkpointed": {"gradient_checkpointing": True, "loss_type": ["sigmoid", "sft"]},
+    "precomputed": {"precompute_ref_log_probs": True, "max_length": 14, "ld_alpha": 0.5},
+    "weighted": {
+        "use_weighting": True, "loss_type": ["sigmoid", "ipo"], "loss_weights": [1.0, 0.5], "ld_alpha": 0.5,
+        "eval_strategy": "steps", "eval_steps": 2,
+    },
+    "own reference": {},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DPO_OPTIONS)
@@ -108,15 +122,17 @@ def test_dpo(name: str, tmp_path: Path) -> None:
 
     def run(kind: Any) -> Any:
         # A model that comes with an adapter gets a copy of it as reference; else the reference is the base.
-        alone = name in ("several", "weighted")
-        model = llama("nf4") if alone else adapted(llama("nf4"))
-        more = {"peft_config": config()} if alone else {}
+        if name == "weighted":
+            model, more = llama("nf4"), {"peft_config": config()}
+        elif name == "own reference":
+            model, more = llama(), {"ref_model": llama(initializer_range=0.1)}
+        else:
+            model, more = adapted(llama("nf4")), {}
         return trained(kind, trl.DPOConfig, tmp_path, model, given | more, beta=0.05, **options)
 
     got, want = run(ours.DPOTrainer), run(trl.DPOTrainer)
     assert_same_logs(got, want)
-    assert not got.log_probs.fallbacks
-    assert got.tokens.total < 0.85 * want.tokens.total
+    assert_less_is_computed(got, want)
 
 
 def test_grpo(tmp_path: Path) -> None:
@@ -137,8 +153,7 @@ def test_grpo(tmp_path: Path) -> None:
 
     got, want = run(ours.GRPOTrainer), run(trl.GRPOTrainer)
     assert_same_logs(got, want)
-    assert not got.log_probs.fallbacks
-    assert got.tokens.total < 0.85 * want.tokens.total
+    assert_less_is_computed(got, want)
 
 
 # Log-probabilities and gradients by themselves.
@@ -209,7 +224,9 @@ def test_families(family: str) -> None:
     assert not log_probs.fallbacks
 
 
-@pytest.mark.parametrize("family", ["mistral", "gemma2", "qwen3_next", "mamba", "bloom", "recurrent_gemma"])
+@pytest.mark.parametrize(
+    "family", ["mistral", "gemma2", "qwen3_next", "mamba", "bloom", "recurrent_gemma", "gpt_neo"]
+)
 def test_families_that_are_not_fit(family: str) -> None:
     """The result is what TRL gives, each completion by itself, and the reason is counted."""
     model = tiny(family)
@@ -250,6 +267,12 @@ def test_what_is_left_to_trl() -> None:
     labels = data.pop("labels")
     model.train().model.layers[0].self_attn.dropout.p = 0.1
     log_probs(model, labels, data)
+    with torch.no_grad():  # as the log-probabilities of GRPO's old policy
+        log_probs(model, labels, data)
+    model.model.layers[0].self_attn.dropout.p = 0.0
+    model.model.layers[0].self_attn.attention_dropout = 0.1  # of a function, not of a module
+    log_probs(model, labels, data)
+    assert log_probs.fallbacks.total() == 3 and not log_probs.misfits
     model.eval()
     far = {name: value.clone() for name, value in data.items()}
     far["input_ids"][:, 0] = torch.arange(6) + 20
@@ -263,6 +286,83 @@ def test_what_is_left_to_trl() -> None:
     assert [reason.split()[0] for reason in log_probs.fallbacks] == ["dropout,", "no", "its", "extra"]
 
 
+def test_dropout_of_adapters_counts_while_they_are_on() -> None:
+    model = adapted(llama(), lora_dropout=0.1).train()
+    log_probs = install(model.get_base_model())
+    data = batch()
+    labels = data.pop("labels")
+    with torch.no_grad():
+        with model.disable_adapter():
+            log_probs(model.get_base_model(), labels, data)
+        assert not log_probs.fallbacks
+        log_probs(model.get_base_model(), labels, data)
+    assert list(log_probs.fallbacks) == ["dropout, which differs between completions"]
+
+
+def test_padding_on_the_left_that_comes_later() -> None:
+    """OPT counts positions without it, when it counts them itself."""
+    model, data = tiny("opt"), batch(left=True)
+    log_probs = install(model)
+    for each in (batch(), data, batch()):
+        labels = each.pop("labels")
+        got = results(functools.partial(log_probs, model, labels, each), model)
+        want = results(lambda: log_probs.theirs(**each, labels=labels, fused_lm_head=True), model)  # noqa: B023
+        assert_near(got, want, 1e-4)
+    ((reason, count),) = log_probs.fallbacks.items()
+    assert "computes something else" in reason and count == 1
+
+
+def test_rows_longer_than_the_positions_of_a_model() -> None:
+    sizes = {"vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "eos_token_id": 2}
+    kinds = {"attention_types": [[["global"], 2]], "max_position_embeddings": 24, "bos_token_id": 1}
+    model = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes, **kinds)).eval()
+    log_probs = install(model)
+    short, data = {name: value[:4, :18] for name, value in batch().items()}, batch()
+    log_probs(model, short.pop("labels"), short)
+    assert not log_probs.fallbacks
+    want = log_probs.theirs(**data, fused_lm_head=True).log_probs
+    got = log_probs(model, data.pop("labels"), data).log_probs
+    assert_near({"log_probs": got}, {"log_probs": want}, 1e-4)
+    (reason,) = log_probs.fallbacks
+    assert "GPTNeoForCausalLM raised" in reason
+
+
+def test_a_bias_of_the_head_that_is_trained() -> None:
+    """As `LoraConfig(bias="all")` has it."""
+    model, data = tiny("phi"), batch()
+    log_probs = install(model)
+    model.lm_head.bias.requires_grad_()
+    inputs = {name: value for name, value in data.items() if name != "labels"}
+    found = []
+    for run in (
+        lambda: log_probs.theirs(**data, fused_lm_head=True),
+        lambda: log_probs(model, data["labels"], inputs),
+    ):
+        found.append({"bias": torch.autograd.grad(run().log_probs.sum(), model.lm_head.bias)[0]})
+    assert_near(*found, 1e-4)
+    assert not log_probs.fallbacks
+
+
+def test_a_reference_of_its_own_computes_in_autocast() -> None:
+    """Accelerate wraps the forward that is replaced; and weights that DeepSpeed may hold are left to TRL."""
+    model, seen = llama(), []
+    add_fused_lm_head(model)
+    trainer = types.SimpleNamespace(
+        ref_model=model, is_fsdp_enabled=False, is_deepspeed_enabled=False,
+        accelerator=types.SimpleNamespace(autocast=lambda: torch.autocast("cpu", torch.bfloat16)),
+    )  # fmt: skip
+    log_probs = ours._share_for_reference(trainer)
+    assert log_probs is not None
+    model.model.layers[0].mlp.register_forward_hook(lambda m, _, out: seen.append(out.dtype))
+    with torch.no_grad():
+        assert log_probs._own_head(model, {})
+        model(**batch(), fused_lm_head=True)
+        assert set(seen) == {torch.bfloat16} and not log_probs.fallbacks
+        trainer.is_deepspeed_enabled = True
+        add_fused_lm_head(model)
+        assert not ours._share_for_reference(trainer)._own_head(model, {})
+
+
 def test_nothing_to_predict() -> None:
     """A batch whose completions were all cut off still has a gradient, of zeros."""
     data = batch()
@@ -270,37 +370,3 @@ def test_nothing_to_predict() -> None:
     got, want, _ = both(llama(), data)
     assert not got["log_probs"].any() and not got["gradient"].any()
     assert got["log_probs"].shape == want["log_probs"].shape
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_score(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against logits of all tokens at once, in fp64, with a tie and in pieces that leave a rest."""
-    monkeypatch.setitem(scored_head.PIECE, "cpu", 300)
-    g = torch.Generator().manual_seed(0)
-    hidden, weight, shift, noise = (torch.randn(s, generator=g) for s in ((7, 16), (90, 16), (90,), (7,)))
-    weight[40] = weight[41] = 3 * hidden[2]
-    targets = torch.tensor([3, 0, 41, 89, 5, 6, 7])
-    targets[0] = (hidden[0] @ weight.T + bias * shift).argmax()
-    b = shift if bias else None
-    if bias:
-        shift[40] = shift[41]
-    x = hidden.clone().requires_grad_()
-    scores = scored_head.score(x, weight, b, targets, 0.8, OUTPUTS)
-    (gradient,) = torch.autograd.grad((scores.log_probs * noise).sum(), x)
-    true = hidden.double().requires_grad_()
-    logits = F.linear(true, weight.double(), None if b is None else b.double()) / 0.8
-    logs = logits.log_softmax(-1)
-    chosen = logs.gather(-1, targets[:, None]).squeeze(-1)
-    (want,) = torch.autograd.grad((chosen * noise).sum(), true, retain_graph=True)
-    p = logs.exp()
-    assert_near(
-        {"gradient": gradient, **scores._asdict()},
-        {
-            "gradient": want, "log_probs": chosen, "entropy": -(p * logs).sum(-1),
-            "log_sum_sq_probs": (p * p).sum(-1).log(), "mean_logits": logits.mean(-1),
-            "is_top1": logits.argmax(-1) == targets,
-        },
-    )  # fmt: skip
-    assert scores.is_top1 is not None and scores.is_top1[0] and not scores.is_top1[2]
-    with pytest.raises(ValueError, match="weight: expected a frozen head"):
-        scored_head.score(x, weight.requires_grad_(), b, targets)
