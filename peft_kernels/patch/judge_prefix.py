@@ -59,10 +59,21 @@ def recomputes(layer: Any) -> bool:
 def not_recomputable(model: Any) -> str:
     """Why the layers of a PeftModel would lose its prefix under gradient checkpointing, or ""."""
     base = model.get_base_model()
+    if not getattr(base, "supports_gradient_checkpointing", True):
+        return f"transformers has none for {type(base).__name__}"
     if not any(layers(base)):
         return f"the layers of {type(base).__name__} are no GradientCheckpointingLayer of transformers"
+    lost = next((layer for _, layer in layers(base) if index_in_cache(layer) is None), None)
+    if lost is not None:
+        return f"nothing in {type(lost).__name__} tells which layer of a cache is its own"
     shared = getattr(base.config, "num_kv_shared_layers", 0)
     return f"{shared} layers of {type(base).__name__} take keys and values from others" if shared else ""
+
+
+def index_in_cache(layer: nn.Module) -> int | None:
+    """Which layer of a cache is that of a decoder layer."""
+    named = (getattr(m, name, None) for m in layer.modules() for name in ("layer_idx", "layer_id"))
+    return next((index for index in named if isinstance(index, int)), None)
 
 
 def checkpointing(model: Any, ours: type) -> bool:

@@ -133,7 +133,8 @@ class CheckpointedLayer(Fused):
             return stock(*args, **kwargs)
         from . import prefix_cache
 
-        index = _index(self)
+        index = judge_prefix.index_in_cache(self)
+        assert index is not None  # the judge has seen to it
         layer = prefix_cache.of_self_attention(cache).layers[index]
 
         def run(keys: Any, values: Any, *args: Any) -> Any:
@@ -170,14 +171,3 @@ def checkpointed(model: Any) -> Iterator[tuple[nn.Module, type[Fused]]]:
     """The modules of a PeftModel that have to keep its prefix, and the class that does it."""
     yield from ((layer, CheckpointedLayer) for _, layer in judge_prefix.layers(model))
     yield from ((stack, CheckpointedStack) for stack in judge_prefix.stacks(model))
-
-
-def _index(layer: Any) -> int:
-    """Which layer of a cache is that of a decoder layer."""
-    for module in layer.modules():
-        index = getattr(module, "layer_idx", None)
-        if isinstance(index, int):
-            return index
-    raise RuntimeError(
-        f"prefix tuning: no gradient checkpointing of {type(layer).__name__}, nothing in it has a layer_idx"
-    )

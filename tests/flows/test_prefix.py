@@ -7,6 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import flow_families
 import peft
 import pytest
 import torch
@@ -87,6 +88,22 @@ def test_it_is_one_line_of_the_report() -> None:
     checkpoint(stock)
     with pytest.raises(RuntimeError, match="no gradient checkpointing here, 1 layers"):
         loss(stock)
+
+
+def test_layers_that_name_their_place_otherwise() -> None:
+    """GPT-Neo's have a layer_id; without one they are not recomputed, and the report says so."""
+    stock = prefixed(flow_families.tiny("gpt_neo"))
+    model, report = patched_copy(stock)
+    assert "gradient checkpointing works" in str(report)
+    checkpoint(model)
+    assert_near(step(model, loss), step(stock, loss))
+    for module in model.modules():
+        vars(module).pop("layer_id", None)
+    assert "no gradient checkpointing, nothing in GPTNeoBlock tells which layer" in str(report)
+    with pytest.raises(RuntimeError, match="no gradient checkpointing here, nothing in GPTNeoBlock"):
+        loss(model)
+    none = pk.explain(prefixed(flow_families.tiny("jetmoe")))
+    assert "no gradient checkpointing, transformers has none for JetMoeForCausalLM" in none
 
 
 @REENTRANT
