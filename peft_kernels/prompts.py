@@ -32,7 +32,9 @@ def mixed_inputs(
     """What the base model is given so that each row has the virtual tokens of its adapter before its text.
 
     Every row gives what its adapter would alone, whatever the lengths: rows are padded on the left, where
-    PEFT leaves padding between prompt and text. The prompts are differentiable.
+    PEFT leaves padding between prompt and text. So they do in causal models that take position_ids, or whose
+    positions are relative; those with a table of positions that they count themselves (BART's decoder alone)
+    see shorter rows further on. The prompts are differentiable.
 
     Parameters
     ----------

@@ -18,6 +18,7 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import houlsby_minilm as houlsby  # noqa: E402
+import prefix_tuning  # noqa: E402
 import serve_adapters as serve  # noqa: E402
 from finetune_data import INSTRUCTION, Example  # noqa: E402
 
@@ -117,9 +118,6 @@ def test_what_is_missing_is_named(
 
 
 def test_a_prefix_is_trained_folded_and_reloaded(tiny: Path, tmp_path: Path) -> None:
-    pytest.importorskip("peft_kernels.prefix")
-    import prefix_tuning
-
     own = ["--model", str(tiny / "llama"), "--data", str(tiny / "pairs.jsonl"), "--output", str(tmp_path)]
     assert prefix_tuning.main([*own, "--steps", "30", "--virtual-tokens", "4", "--hidden", "32"]) == 0
     metrics = metrics_of(tmp_path)

@@ -37,8 +37,8 @@ def init_from_text(
         `model` is no PeftModel.
     ValueError
         It has no such adapter; one with `prefix_projection=True`, whose network cannot be inverted; an
-        encoder-decoder; a text without tokens; layers of different shapes, or with a sliding window that is
-        shorter than the prefix. Nothing is changed.
+        encoder-decoder, or a model that returns no keys and values; a text without tokens; layers of
+        different shapes, or with a sliding window that is shorter than the prefix. Nothing is changed.
     """
     from peft import initialize_kv_prefix_from_past_key_values
 
@@ -63,8 +63,10 @@ def init_from_text(
     finally:
         for module, mode in modes:
             module.training = mode
-    name = "cache" if "cache" in outputs else "past_key_values"
-    initialize_kv_prefix_from_past_key_values(model, adapter_name=adapter.name, past_key_values=outputs[name])
+    cache = next((outputs[name] for name in ("cache", "past_key_values") if name in outputs), None)
+    if cache is None:
+        raise ValueError(f"model: expected one that returns its keys and values, got {type(base).__name__}")
+    initialize_kv_prefix_from_past_key_values(model, adapter_name=adapter.name, past_key_values=cache)
 
 
 def _ids(tokenizer: Any, text: str | Sequence[Mapping[str, Any]], count: int) -> list[int]:

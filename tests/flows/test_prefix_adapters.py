@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import flow_families
 import flow_models
 import peft
 import pytest
@@ -169,3 +170,6 @@ def test_texts_that_cannot_be_taken_are_refused() -> None:
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="expected a decoder-only model, got T5ForConditional"):
         pk.prefix.init_from_text(prefixed(bare("t5")), tokenizer(), "w17")
+    gpt = prefixed(flow_families.tiny("openai-gpt"))
+    with pytest.raises(ValueError, match="expected one that returns its keys and values, got OpenAIGPT"):
+        pk.prefix.init_from_text(gpt, tokenizer(), "w17")
