@@ -44,6 +44,8 @@ _SCALES = (
     "lm_head_multiplier",
     "logits_scaling",
 )
+_NOISES = ("drop", "jitter", "neftune_noise")
+"""In names of attributes of modules that say how much noise there is in training."""
 _NOTHING_SAID = frozenset({"use_cache", "return_dict"})
 
 
@@ -158,13 +160,13 @@ def _unfit_call(model: Any, given: dict[str, Any]) -> str:
     if torch.compiler.is_compiling():
         return "the model is being compiled"
     if model.training and _noise(model):
-        return "dropout, which differs between completions"
+        return "dropout or other noise, which differs between completions"
     return ""
 
 
 def _noise(model: Any) -> bool:
     """Whether training mode makes a model's results random: by modules of dropout, by rates that attention
-    and layers keep as numbers, by NEFTune. Adapters that are off do nothing."""
+    and layers keep as numbers, by jitter of routers, by NEFTune. Adapters that are off do nothing."""
     off: set[nn.Module] = set()
     layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     for layer in layers:
@@ -176,7 +178,7 @@ def _noise(model: Any) -> bool:
         else any(
             isinstance(value, float) and value > 0
             for name, value in vars(module).items()
-            if "drop" in name or name == "neftune_noise_alpha"
+            if any(word in name for word in _NOISES)
         )
         for module in set(model.modules()) - off
     )

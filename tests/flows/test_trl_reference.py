@@ -272,7 +272,10 @@ def test_what_is_left_to_trl() -> None:
     model.model.layers[0].self_attn.dropout.p = 0.0
     model.model.layers[0].self_attn.attention_dropout = 0.1  # of a function, not of a module
     log_probs(model, labels, data)
-    assert log_probs.fallbacks.total() == 3 and not log_probs.misfits
+    model.model.layers[0].self_attn.attention_dropout = 0.0
+    model.model.embed_tokens.neftune_noise_alpha = 5.0
+    log_probs(model, labels, data)
+    assert log_probs.fallbacks.total() == 4 and not log_probs.misfits
     model.eval()
     far = {name: value.clone() for name, value in data.items()}
     far["input_ids"][:, 0] = torch.arange(6) + 20
@@ -283,7 +286,7 @@ def test_what_is_left_to_trl() -> None:
     log_probs(model, labels, data | {"output_hidden_states": True})
     model.config._attn_implementation = "flash_attention_2"
     assert "takes no mask" in ours._unfit_call(model, data)
-    assert [reason.split()[0] for reason in log_probs.fallbacks] == ["dropout,", "no", "its", "extra"]
+    assert [reason.split()[0] for reason in log_probs.fallbacks] == ["dropout", "no", "its", "extra"]
 
 
 def test_dropout_of_adapters_counts_while_they_are_on() -> None:
@@ -296,7 +299,7 @@ def test_dropout_of_adapters_counts_while_they_are_on() -> None:
             log_probs(model.get_base_model(), labels, data)
         assert not log_probs.fallbacks
         log_probs(model.get_base_model(), labels, data)
-    assert list(log_probs.fallbacks) == ["dropout, which differs between completions"]
+    assert list(log_probs.fallbacks) == ["dropout or other noise, which differs between completions"]
 
 
 def test_padding_on_the_left_that_comes_later() -> None:
