@@ -183,7 +183,8 @@ def train(
     """A plain loop over the batches with a bar, for the other examples; the losses."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches), pct_start=0.1)
+    rising = 0.1 if len(batches) > 10 else 0.3  # of exactly one step the schedule divides by 0
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches), pct_start=rising)
     losses = []
     model.train()
     with tqdm(batches, desc=what, disable=not sys.stderr.isatty()) as bar:

@@ -59,8 +59,13 @@ def words_of(example: Example) -> str:
 
 
 def _function(example: Example) -> ast.FunctionDef | ast.AsyncFunctionDef:
-    (found,) = ast.parse(f"{example.prompt.splitlines()[-1]} pass").body
-    assert isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef)
+    line = (example.prompt.splitlines() or [""])[-1]
+    try:
+        (found,) = ast.parse(f"{line} pass").body
+    except (SyntaxError, ValueError):
+        found = None
+    if not isinstance(found, ast.FunctionDef | ast.AsyncFunctionDef):
+        raise UserError(f"--data: expected prompts that end with a function's signature, got {line!r}")
     return found
 
 

@@ -20,7 +20,7 @@ sys.path.insert(0, str(EXAMPLES))
 import houlsby_minilm as houlsby  # noqa: E402
 import prefix_tuning  # noqa: E402
 import serve_adapters as serve  # noqa: E402
-from finetune_data import INSTRUCTION, Example  # noqa: E402
+from finetune_data import INSTRUCTION, Example, UserError  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -144,9 +144,15 @@ def test_one_prompt_has_an_answer_for_each_task() -> None:
     assert answers["summary"].response == "Reads." and answers["words"].response == "read all"
 
 
+def test_other_prompts_than_functions_are_named() -> None:
+    for prompt in ("What is it?", "x = 1;", ""):
+        with pytest.raises(UserError, match="expected prompts that end with a function's signature, got"):
+            serve.examples_of("words", [Example(prompt, "It.")])
+
+
 def test_three_adapters_are_served_in_one_batch(tiny: Path, tmp_path: Path) -> None:
     own = ["--model", str(tiny / "llama"), "--data", str(tiny / "pairs.jsonl"), "--output", str(tmp_path)]
-    assert serve.main([*own, "--steps", "12", "--new-tokens", "4", "--lr", "0.02"]) == 0
+    assert serve.main([*own, "--steps", "10", "--new-tokens", "4", "--lr", "0.02"]) == 0
     metrics = metrics_of(tmp_path)
     for task, losses in metrics["losses"].items():
         assert losses["after"] < losses["before"], task
