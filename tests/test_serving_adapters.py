@@ -165,6 +165,14 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "rank": (_config(r=5), "expected r=5 as adapter_config.json has it, got 8"),
     "alpha": (_config(lora_alpha="x"), "lora_alpha: expected a number, got x"),
     "pattern": (_config(alpha_pattern={"(": 1}), "alpha_pattern: expected patterns, got \\("),
+    "repeated": (_config(alpha_pattern={"a{99999999999}": 1}), "alpha_pattern: expected patterns, got a"),
+    "huge": (_config(lora_alpha=10**400), "lora_alpha: expected a number, got 1000"),
+    "no-rank": (
+        _tensors(
+            lambda s, k: s.update({k: s[k][:0], k.replace("_A", "_B"): s[k.replace("_A", "_B")][:, :0]})
+        ),
+        "expected a rank of at least 1, got 0",
+    ),
     "dora": (_config(use_dora=True), "expected a, b, magnitude, got a, b"),
     "nan": (
         _tensors(lambda s, k: s[k].view(-1)[3].fill_(torch.nan)),

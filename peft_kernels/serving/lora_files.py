@@ -23,6 +23,8 @@ from .layers import LoraLayer, reason_unserved
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _LARGEST_JSON = 10_000_000
+_LARGEST = torch.finfo(torch.float32).max
+"""Of lora_alpha: what kernels scale with is fp32."""
 _PREFIX = "base_model.model."
 _PARTS = {
     "lora_A.weight": "a",
@@ -31,7 +33,7 @@ _PARTS = {
     "lora_magnitude_vector.weight": "magnitude",
 }
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_INITS = (True, False, None, "gaussian", "eva")
+_INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Those that leave the base as it is. PiSSA, OLoRA, LoftQ and others change its weights: other adapters could
 not share it."""
 _BEYOND = (
@@ -176,12 +178,14 @@ def _read(
 
 def _scaling(config: dict[str, Any], path: str, r: int) -> float:
     rank = _of_pattern(config, "rank_pattern", path, config.get("r"))
+    if r < 1:
+        raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected a rank of at least 1, got {r}")
     if rank != r:
         raise CheckpointError(
             f"{WEIGHTS}: {shown(path)}: expected r={shown(rank)} as {CONFIG} has it, got {r}"
         )
     alpha = _of_pattern(config, "alpha_pattern", path, config.get("lora_alpha"))
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+    if not isinstance(alpha, (int, float)) or not -_LARGEST <= alpha <= _LARGEST:
         raise CheckpointError(f"{CONFIG}: lora_alpha: expected a number, got {shown(alpha)}")
     return alpha / (math.sqrt(r) if config.get("use_rslora") else r)
 
@@ -192,7 +196,7 @@ def _of_pattern(config: dict[str, Any], name: str, path: str, otherwise: Any) ->
         try:
             if re.match(rf"(.*\.)?({pattern})$", path):
                 return value
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{CONFIG}: {name}: expected patterns, got {shown(pattern)}") from error
     return otherwise
 
