@@ -59,6 +59,13 @@ def family(name: str) -> Any:
     return model(getattr(transformers, kind + "Config")(**sizes)).eval()
 
 
+def small(kind: str, config: str = "", **sizes: Any) -> Any:
+    """A causal model of a kind with a config of it, of the common sizes."""
+    torch.manual_seed(0)
+    found = getattr(transformers, config or f"{kind}Config")(**_SIZES | _COMMON | sizes)
+    return getattr(transformers, f"{kind}ForCausalLM")(found).eval()
+
+
 def save_adapter(model: Any, folder: Path, seed: int = 0, **options: Any) -> Path:
     """Of a copy of the model."""
     defaults = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
+from .. import adapters
 from . import row_attention
 from .layers import Rows, Switch
 
+_owned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+"""Models that engines serve."""
 _TOLERANCE = 0.05
 """Of the check, relative to the largest logit: a wrong cache or mask is far beyond, rounding of bf16 far
 below."""
@@ -25,6 +29,7 @@ class Decoder:
         _check_kind(model)
         self.model = model
         self.config = self.model.config.get_text_config(decoder=True)
+        self.longest = _longest(self.config)
         self.switch = Switch()
         taken = inspect.signature(model.forward).parameters
         if "position_ids" not in taken:
@@ -38,6 +43,15 @@ class Decoder:
         self._configs = row_attention.configs_of(model)
         row_attention.register()
         self._check()
+
+    def own(self) -> None:
+        """Let no other engine have the model, until `release`."""
+        _owned.add(self.model)
+
+    def release(self) -> None:
+        """Give the model's layers back as they were."""
+        self.switch.detach()
+        _owned.discard(self.model)
 
     def start(self, prompt: Sequence[int], rows: Rows) -> tuple[Tensor, Any]:
         """The logits (vocabulary,) behind a prompt, and its cache."""
@@ -93,6 +107,18 @@ class Decoder:
             )
 
 
+def _longest(config: Any) -> int | None:
+    """Tokens of a prompt and its answer. Rotary embeddings of "longrope" (Phi-3) change their frequencies for
+    the whole batch where one row is longer than they were first trained for: none may be."""
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    limits = [getattr(config, "max_position_embeddings", None)]
+    for one in (rope, *rope.values()):  # of the model, or of each type of its layers
+        if isinstance(one, dict) and "longrope" in (one.get("rope_type"), one.get("type")):
+            name = "original_max_position_embeddings"
+            limits.append(one.get(name) or getattr(config, name, None))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
 def _kind(model: Any) -> str:
     return type(model).__name__
 
@@ -104,6 +130,19 @@ def _check_kind(model: Any) -> None:
         raise TypeError(
             "model: expected the base without adapters of PEFT, which the engine loads by itself, got a "
             f"{_kind(model)} with some: model.unload() takes them out"
+        )
+    if model in _owned:
+        raise TypeError("model: expected one that no other engine serves: close() that one first")
+    if names := adapters.names(model):
+        raise TypeError(
+            "model: expected the base without bottleneck adapters, which the engine loads by itself, got "
+            f"{', '.join(names)}: pk.adapters.delete takes them out"
+        )
+    config: Any = model.config
+    if "chunked_attention" in (getattr(config.get_text_config(), "layer_types", None) or ()):
+        raise TypeError(
+            "model: expected attention to all that is in a cache, got one in chunks, of which a cache holds "
+            f"more: {_kind(model)}"
         )
     if model.training:
         raise TypeError("model: expected evaluation mode, got training mode: model.eval() first")

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .. import adapters
-from .batch import Batch, Running
+from .batch import Batch, Running, bottlenecks, composition
 from .decoder import Decoder
 from .layers import Rows
-from .request import Request, Sampling, token_ids
-from .store import AdapterState, NoRoom, Resident, Store
+from .request import Request, Sampling, end_tokens, token_ids
+from .store import AdapterState, NoRoom, Store
 
 
 class Engine:
@@ -51,7 +50,8 @@ class Engine:
     Raises
     ------
     TypeError
-        The model has adapters of PEFT, is in training mode, or its attention cannot be computed by rows.
+        The model has adapters or another engine, is in training mode, or its attention cannot be computed by
+        rows.
     """
 
     def __init__(
@@ -83,14 +83,23 @@ class Engine:
         self._serving = 0  # threads in run() or in the background
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._closed = False
+        self._decoder.own()
+        self._release = weakref.finalize(self, self._store.close)  # also of one that nobody has closed
+        self._release.atexit = False
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("the engine is closed: expected another one for the model")
 
     # Adapters.
 
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Let requests name an adapter. It is loaded when the first one needs it. ValueError when the name is
         another's."""
-        with self._queue:
-            self._store.register(name, Path(folder))
+        with self._model_lock, self._queue:
+            self._check_open()
+            self._store.register(name, Path(folder).absolute())
 
     def load(self, name: str, folder: str | os.PathLike[str] | None = None) -> None:
         """Load an adapter now, beside requests that run.
@@ -103,27 +112,29 @@ class Engine:
             The name is unknown or another's; the adapter does not fit `budget_bytes` beside those in use. In
             any case nothing is changed.
         """
-        new = False
-        if folder is not None:
-            with self._queue:
+        with self._queue:
+            self._check_open()
+            there = self._folder(name) if folder is None else Path(folder).absolute()
+            self._store.check(name, there)
+        read = self._store.read(there)  # beside the steps of others
+        with self._model_lock:
+            with self._queue:  # again: it may have been unloaded meanwhile, or the engine closed
+                self._check_open()
                 new = name not in self._store.folders
-                self._store.register(name, Path(folder))
-        try:
-            read = self._store.read(self._folder(name))  # beside the steps of others
-            with self._model_lock:
+                if folder is None:
+                    self._folder(name)
+                self._store.register(name, there)
+            try:
                 self._store.get(name, self._in_use(), read)
-        except NoRoom:
-            error = ValueError(
-                f"adapter {name!r}: expected room in budget_bytes beside adapters in use, got none"
-            )
-        except ValueError as caught:
-            error = caught
-        else:
-            return
-        if new:
-            with self._queue:
-                self._store.folders.pop(name, None)
-        raise error
+            except BaseException as error:
+                with self._queue:
+                    if new and not self._requests(name):
+                        self._store.forget(name)
+                if isinstance(error, NoRoom):
+                    raise ValueError(
+                        f"adapter {name!r}: expected room in budget_bytes beside adapters in use, got none"
+                    ) from None
+                raise
 
     def unload(self, name: str) -> None:
         """Take an adapter out of memory and forget its name. ValueError while requests wait or run with
@@ -190,35 +201,32 @@ class Engine:
             too long for it. What is wrong with an adapter's folder comes out of `Request.result`.
         """
         ids = token_ids(prompt, self.tokenizer, self._decoder.vocabulary)
-        longest = getattr(self._decoder.config, "max_position_embeddings", None)
+        longest = self._decoder.longest
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
         if longest is not None and len(ids) + max_new_tokens > longest:
             got = f"{len(ids)} of the prompt and {max_new_tokens} new ones"
             raise ValueError(f"prompt: expected at most {longest} tokens in all, got {got}")
+        eos = end_tokens(eos_token_id, self._decoder.model)
         with self._queue:
+            self._check_open()
             if adapter is not None:
                 self._folder(adapter)
             request = Request(
-                ids, adapter, max_new_tokens, self._eos(eos_token_id), sampling or Sampling(), keep_logits,
+                ids, adapter, max_new_tokens, eos, sampling or Sampling(), keep_logits,
                 lambda: self._serving > 0,
             )  # fmt: skip
             self._waiting.append(request)
             self._queue.notify_all()
         return request
 
-    def _eos(self, given: int | Sequence[int] | None) -> frozenset[int]:
-        if given is None:
-            given = getattr(self._decoder.model.generation_config, "eos_token_id", None)
-        if given is None:
-            return frozenset()
-        return frozenset([given] if isinstance(given, int) else given)
-
     def generate(
         self, prompts: Sequence[Any], adapters: Sequence[str | None] | None = None, **options: Any
     ) -> list[list[int]]:
         """New tokens for each prompt, with an adapter for each. `options` as in `submit`; so are the errors,
         and the first of any request."""
+        if isinstance(prompts, str):
+            raise ValueError("prompts: expected a sequence of prompts, got a text")
         names = [None] * len(prompts) if adapters is None else adapters
         if len(names) != len(prompts):
             raise ValueError(f"adapters: expected one for each of {len(prompts)} prompts, got {len(names)}")
@@ -246,39 +254,60 @@ class Engine:
                 try:
                     self._decode()
                 except Exception as error:  # whatever it is, these requests have met it, and no other
-                    for running in self._slots:
-                        if running is not None:
-                            running.request.finish("error", error)
+                    self._fail(error)
+                except BaseException:  # Ctrl-C: some layers' caches have grown, others have not
+                    self._fail(RuntimeError("the step that computed the request was interrupted"))
+                    raise
                 self._leave()
             return any(self._slots) or bool(self._waiting)
 
+    def _fail(self, error: Exception) -> None:
+        for running in self._slots:
+            if running is not None:
+                running.request.finish("error", error)
+
     def run(self) -> None:
         """Step until nothing is left to do."""
-        self._serving += 1
+        self._serve(1)
         try:
             while self.step():
                 pass
         finally:
-            self._serving -= 1
+            self._serve(-1)
+
+    def _serve(self, threads: int) -> None:
+        """With the last thread gone, those who wait for requests are told."""
+        with self._queue:
+            self._serving += threads
+            waited_for = [] if self._serving else self._left()
+        for request in waited_for:
+            request.wake()
 
     def start(self) -> Engine:
         """Step in a thread of its own, whenever there is something to do."""
         if self._thread is None:
+            self._check_open()
             self._stopping = False
-            self._serving += 1
+            self._serve(1)
             self._thread = threading.Thread(target=self._loop, name="peft_kernels.serving", daemon=True)
             self._thread.start()
         return self
 
     def stop(self) -> None:
-        """End the thread after the step that it is in. What is not done stays in the queue and the batch."""
+        """End the thread after the step that it is in. What is not done stays in the queue and the batch; who
+        waits for it gets a RuntimeError, and may ask again after another `start`."""
+        if self._end():
+            self._serve(-1)
+
+    def _end(self) -> bool:
+        """The thread. Whether there was one."""
         thread, self._thread = self._thread, None
         if thread is not None:
             with self._queue:
                 self._stopping = True
                 self._queue.notify_all()
             thread.join()
-            self._serving -= 1
+        return thread is not None
 
     def _loop(self) -> None:
         while not self._stopping:
@@ -287,15 +316,19 @@ class Engine:
                     self._queue.wait_for(lambda: self._waiting or self._stopping)
 
     def close(self) -> None:
-        """Stop, cancel what is left, and give the model back as it was."""
-        self.stop()
+        """Stop, cancel what is left, and give the model back as it was. What is asked for afterwards is a
+        RuntimeError."""
+        ended = self._end()
         with self._model_lock, self._queue:
-            for request in [*self._waiting, *(one.request for one in self._slots if one is not None)]:
+            for request in self._left():
                 request.cancel()
             self._waiting.clear()
             self._slots = [None] * len(self._slots)
             self._batch = None
-            self._store.close()
+            self._closed = True
+            self._release()
+        if ended:
+            self._serve(-1)
 
     def __enter__(self) -> Engine:
         return self.start()
@@ -305,8 +338,11 @@ class Engine:
 
     def _requests(self, name: str) -> int:
         """That wait or run with an adapter."""
-        running = (one.request for one in self._slots if one is not None)
-        return sum(one.adapter == name and not one.done for one in (*self._waiting, *running))
+        return sum(one.adapter == name and not one.done for one in self._left())
+
+    def _left(self) -> list[Request]:
+        """All that wait or run."""
+        return [*self._waiting, *(one.request for one in self._slots if one is not None)]
 
     def _in_use(self) -> set[str]:
         self._leave()
@@ -339,7 +375,7 @@ class Engine:
     def _begin(self, request: Request) -> Running:
         name = request.adapter
         adapter = None if name is None else self._store.get(name, self._in_use())
-        with self._bottlenecks([adapter]):
+        with bottlenecks(self._decoder.model, [adapter]):
             logits, cache = self._decoder.start(
                 request.prompt, Rows([None if adapter is None else adapter.lora])
             )
@@ -348,27 +384,17 @@ class Engine:
 
     def _decode(self) -> None:
         slots = self._slots if self.pad else [one for one in self._slots if one is not None]
-        batch = self._composition([None if one is None else one.adapter for one in slots])
+        adapters = [None if one is None else one.adapter for one in slots]
+        batch = self._batch = composition(self._decoder.model, adapters, self._batch)
         tokens = [0 if one is None else one.request.tokens[-1] for one in slots]
         lengths = [0 if one is None else one.length for one in slots]
         caches = [None if one is None else one.cache for one in slots]
         with batch.bottlenecks:
             logits = self._decoder.step(tokens, lengths, caches, batch.rows)
         for running, row in zip(slots, logits, strict=True):
-            if running is not None:
+            if running is None:
+                continue
+            try:
                 running.request.take(row)
-
-    def _composition(self, there: list[Resident | None]) -> Batch:
-        batch = self._batch
-        if (
-            batch is None
-            or len(batch.adapters) != len(there)
-            or any(a is not b for a, b in zip(batch.adapters, there, strict=True))
-        ):
-            rows = Rows([None if one is None else one.lora for one in there])
-            batch = self._batch = Batch(there, rows, self._bottlenecks(there))
-        return batch
-
-    def _bottlenecks(self, there: Sequence[Resident | None]) -> Any:
-        names = [None if one is None else one.bottleneck for one in there]
-        return adapters.rows(self._decoder.model, names) if any(names) else nullcontext()
+            except Exception as error:  # of NaN nothing can be drawn: it is this request's own
+                running.request.finish("error", error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -103,12 +104,17 @@ class Request:
             raise self.error
 
     def _wait(self, ready: Callable[[], bool], timeout: float | None = None) -> None:
-        if not ready() and not self._is_served():
-            raise RuntimeError("the engine does not run: expected engine.start() or engine.run() beforehand")
-        if not self._changed.wait_for(ready, timeout):
+        if not self._changed.wait_for(lambda: ready() or not self._is_served(), timeout):
             raise TimeoutError(f"the request is not done after {timeout} seconds")
+        if not ready():
+            raise RuntimeError("the engine does not run: expected engine.start() or engine.run() beforehand")
 
     # For the engine.
+
+    def wake(self) -> None:
+        """Let those who wait look again."""
+        with self._changed:
+            self._changed.notify_all()
 
     def take(self, logits: Tensor) -> None:
         """Choose the next token, from logits (vocabulary,)."""
@@ -149,13 +155,27 @@ class Request:
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
 
 
+def end_tokens(given: Any, model: Any) -> frozenset[int]:
+    """Of a request: an id, several, a tensor of them; None: those of the model's generation_config."""
+    if given is None:
+        given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if given is None:
+        return frozenset()
+    if isinstance(given, Tensor):
+        given = given.reshape(-1).tolist()
+    return frozenset([given] if isinstance(given, int) else given)
+
+
 def token_ids(prompt: str | Sequence[int], tokenizer: Any, vocabulary: int) -> list[int]:
     """Of a prompt. ValueError for one that a model with such a vocabulary cannot take."""
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError("prompt: expected token ids, as the engine has no tokenizer, got a text")
         prompt = tokenizer(prompt).input_ids
-    ids = [int(token) for token in prompt]
+    try:
+        ids = [operator.index(token) for token in prompt]  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"prompt: expected a text or a sequence of token ids, got {prompt!r}") from error
     if not ids:
         raise ValueError("prompt: expected at least one token, got none")
     wrong = [token for token in ids if not 0 <= token < vocabulary]

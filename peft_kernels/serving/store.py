@@ -62,13 +62,17 @@ class Store:
     def nbytes(self) -> int:
         return sum(one.nbytes for one in self.resident.values())
 
-    def register(self, name: str, folder: Path) -> None:
+    def check(self, name: str, folder: Path) -> None:
+        """ValueError for a name that cannot be that of the adapter there."""
         if not isinstance(name, str) or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
             raise ValueError(
                 f"name: expected letters, digits, _ and -, no attribute of ModuleDict, got {name!r}"
             )
         if self.folders.get(name, folder) != folder:
             raise ValueError(f"name: {name!r} is the adapter in {self.folders[name]}: unload it first")
+
+    def register(self, name: str, folder: Path) -> None:
+        self.check(name, folder)
         self.folders[name] = folder
 
     def forget(self, name: str) -> None:
@@ -150,7 +154,7 @@ class Store:
     def close(self) -> None:
         for name in list(self.resident):
             self._drop(name)
-        self.decoder.switch.detach()
+        self.decoder.release()
 
 
 def _bottleneck_bytes(model: nn.Module, name: str) -> int:

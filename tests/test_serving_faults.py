@@ -1,0 +1,216 @@
+"""Serving where users err: models that are shared, engines that are closed, steps that are broken off."""
+
+from __future__ import annotations
+
+import gc
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from serving_models import ADAPTERS, llama, prompt, save_adapter, small
+from torch import Tensor
+
+import peft_kernels as pk
+from peft_kernels.serving import Engine, Request, Sampling
+
+NEW = 6
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: save_adapter(llama(), folder / name, **ADAPTERS[name]) for name in ("one", "two")}
+
+
+@pytest.fixture
+def engine() -> Iterator[Engine]:
+    engine = Engine(llama(), max_batch=3)
+    yield engine
+    engine.close()
+
+
+def ask(engine: Engine, name: str | None = None, seed: int = 0, **options: Any) -> Request:
+    return engine.submit(prompt(seed, 5), name, **{"max_new_tokens": NEW, "eos_token_id": ()} | options)
+
+
+def test_a_neighbour_cannot_switch_the_rotary_embedding_of_all() -> None:
+    rope = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+        "original_max_position_embeddings": 16,
+    }  # fmt: skip
+    engine = Engine(small("Phi3", original_max_position_embeddings=16, rope_parameters=rope), max_batch=2)
+    with pytest.raises(ValueError, match="expected at most 16 tokens in all, got 11 of the prompt and 6 new"):
+        engine.submit(prompt(1, 11), max_new_tokens=6)
+    alone = ask(engine, keep_logits=True)
+    engine.run()
+    engine.submit(prompt(1, 10), max_new_tokens=6, eos_token_id=())
+    among = ask(engine, keep_logits=True)
+    engine.run()
+    assert all(torch.equal(a, b) for a, b in zip(alone.logits, among.logits, strict=True))
+
+
+def test_attention_in_chunks_is_refused() -> None:
+    """A cache holds more than the chunk of the token, and decoding by rows sees all that it holds."""
+    sizes = {"attention_chunk_size": 8, "intermediate_size_mlp": 96, "head_dim": 16, "moe_layers": []}
+    layers = {"layer_types": ["chunked_attention", "full_attention"], "no_rope_layers": [1, 0]}
+    with pytest.raises(TypeError, match=r"got one in chunks, .*: Llama4ForCausalLM"):
+        Engine(small("Llama4", "Llama4TextConfig", num_local_experts=2, **sizes, **layers))
+
+
+def test_a_model_has_one_engine(folders: dict[str, Path]) -> None:
+    model = llama()
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match="adapter_dtype"):
+        Engine(model, adapter_dtype=torch.float16)  # which leaves the model free
+    first = Engine(model)
+    first.load("one", folders["one"])
+    with pytest.raises(TypeError, match="expected one that no other engine serves"):
+        Engine(model)
+    first.close()
+    second = Engine(model)
+    second.load("one", folders["one"])
+    del second  # that nobody has closed
+    gc.collect()
+    assert [type(m) for m in model.modules()] == classes
+    pk.adapters.add(model, "mine")
+    with pytest.raises(TypeError, match=r"expected the base without bottleneck adapters, .* got mine"):
+        Engine(model)
+
+
+def test_a_closed_engine_leaves_the_model_alone(folders: dict[str, Path]) -> None:
+    model = llama()
+    engine = Engine(model)
+    engine.register("one", folders["one"])
+    engine.close()
+    engine.close()
+    for late in (
+        lambda: engine.load("one"),
+        lambda: engine.register("two", folders["two"]),
+        lambda: engine.generate([[5]], ["one"], max_new_tokens=2),
+        engine.start,
+    ):
+        with pytest.raises(RuntimeError, match="the engine is closed"):
+            late()
+
+
+def test_closing_while_a_folder_is_read(
+    engine: Engine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = engine._decoder.model, engine._store.read
+    classes = [type(m) for m in model.modules()]
+    monkeypatch.setattr(engine._store, "read", lambda folder: (read(folder), engine.close())[0])
+    with pytest.raises(RuntimeError, match="the engine is closed"):
+        engine.load("one", folders["one"])
+    assert [type(m) for m in model.modules()] == classes
+
+
+def test_a_name_that_goes_to_another_adapter_while_its_folder_is_read(
+    engine: Engine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=())
+    read = engine._store.read
+
+    def meanwhile(folder: Path) -> Any:
+        found = read(folder)
+        monkeypatch.setattr(engine._store, "read", read)
+        engine.unload("a")
+        engine.register("a", folders["two"])
+        return found
+
+    engine.register("a", folders["one"])
+    monkeypatch.setattr(engine._store, "read", meanwhile)
+    with pytest.raises(ValueError, match="name: 'a' is the adapter in"):
+        engine.load("a")
+    got = engine.generate([prompt(0, 5)], ["a"], max_new_tokens=NEW, eos_token_id=())
+    engine.load("two", folders["two"])
+    assert got == engine.generate([prompt(0, 5)], ["two"], max_new_tokens=NEW, eos_token_id=()) != wanted
+
+
+def test_a_name_is_free_again_when_its_adapter_did_not_fit(folders: dict[str, Path], tmp_path: Path) -> None:
+    narrow = save_adapter(llama(), tmp_path / "narrow", r=1, target_modules=["q_proj"])
+    engine = Engine(llama(), budget_bytes=2000)
+    with pytest.raises(ValueError, match="expected at most budget_bytes=2000 bytes"):
+        engine.load("a", folders["one"])
+    assert engine.adapters == []
+    engine.load("a", narrow)
+    assert engine.adapters[0].nbytes == 2 * 128 * 4
+
+
+def test_logits_that_nothing_can_be_drawn_from_are_their_requests_own(engine: Engine) -> None:
+    (wanted,) = engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=())
+    bad, good = ask(engine, seed=1, sampling=Sampling(1.0, seed=0)), ask(engine)
+    step = engine._decoder.step
+
+    def broken(*args: Any) -> Tensor:
+        logits = step(*args)
+        logits[0] = torch.nan
+        return logits
+
+    engine._decoder.step = broken  # type: ignore[method-assign]
+    engine.run()
+    with pytest.raises(RuntimeError, match="probability tensor"):
+        bad.result()
+    assert good.result() == wanted
+
+
+def test_a_step_that_is_interrupted_is_not_gone_on_with(engine: Engine) -> None:
+    """Some layers have the token in their caches by then, others do not."""
+    (wanted,) = engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=())
+    request = ask(engine)
+    engine.step()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    hook = engine._decoder.model.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine.run()
+    hook.remove()
+    engine.run()
+    with pytest.raises(RuntimeError, match="was interrupted"):
+        request.result()
+    assert engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=()) == [wanted]
+
+
+def test_who_waits_is_told_that_the_engine_does_not_run(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a request that comes as `run` has found nothing left to do."""
+    request, heard = ask(engine), []
+
+    def wait() -> None:
+        try:
+            request.result(3)
+        except Exception as error:
+            heard.append(error)
+
+    def last_step() -> bool:
+        waiter.start()
+        time.sleep(0.05)
+        return False
+
+    waiter = threading.Thread(target=wait)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "step", last_step)
+        engine.run()
+    waiter.join()
+    assert [type(error) for error in heard] == [RuntimeError]
+    with engine:
+        assert len(request.result(60)) == NEW
+
+
+def test_prompts_and_end_tokens_of_other_types(engine: Engine) -> None:
+    (whole,) = engine.generate([torch.tensor(prompt(0, 5))], max_new_tokens=NEW, eos_token_id=())
+    for end in (torch.tensor(whole[1]), torch.tensor([whole[1]]), {whole[1]}):
+        assert engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=end) == [
+            whole[: whole.index(whole[1]) + 1]
+        ]
+    for wrong in ([5.5], [[5, 6]], 5):
+        with pytest.raises(ValueError, match="expected a text or a sequence of token ids, got"):
+            engine.submit(wrong, max_new_tokens=NEW)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expected a sequence of prompts, got a text"):
+        engine.generate("text")
