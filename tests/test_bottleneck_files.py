@@ -117,6 +117,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "huge": (edit_config(reduction=0.001), r"shape \(64000, 64\), got torch.float32 of \(4, 64\)"),
     "tiny": (edit_config(reduction=5e-324), "reduction: .* 0.001 at least, got 5e-324"),
     "nan": (edit_config(scaling=float("nan")), "scaling: expected a finite number, got nan"),
+    "no-float": (edit_config(scaling=10**400), "scaling: expected a finite number, got 1000"),
     "truncated": (truncate, f"{WEIGHTS}: is truncated in"),
     "missing": (tensors(lambda t: t.pop(KEY)), f"expected {KEY}, as this model has it"),
     "foreign": (

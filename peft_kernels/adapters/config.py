@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -71,7 +72,7 @@ class AdapterConfig:
             raise ValueError("parallel, after_norm: expected one of them at most, got both")
         if not 0.001 <= self.reduction < math.inf:
             raise ValueError(f"reduction: expected a finite number, 0.001 at least, got {self.reduction}")
-        if not math.isfinite(self.scaling):
+        if not abs(self.scaling) <= sys.float_info.max:  # JSON may have integers beyond
             raise ValueError(f"scaling: expected a finite number, got {self.scaling}")
         if not 0 <= self.dropout <= 1:
             raise ValueError(f"dropout: expected 0 to 1, got {self.dropout}")
