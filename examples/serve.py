@@ -149,15 +149,19 @@ def load_test(port: int, requests: int, clients: int, names: list[str], new_toke
                     return
                 body = {
                     "prompt": [5 + number % 100] * 16,
-                    "adapter": names[number % len(names)],
+                    "adapter": names[number % len(names)] if names else None,
                     "max_new_tokens": new_tokens,
                 }
                 start = time.perf_counter()
-                answer = http.post("/generate", json=body)
+                try:
+                    answer = http.post("/generate", json=body)
+                    fault = "" if answer.status_code == 200 else answer.text
+                except httpx.HTTPError as error:
+                    fault = repr(error)
                 with lock:
                     seconds.append(time.perf_counter() - start)
-                    if answer.status_code != 200:
-                        faults.append(answer.text)
+                    if fault:
+                        faults.append(fault)
 
     start = time.perf_counter()
     threads = [threading.Thread(target=client) for _ in range(clients)]

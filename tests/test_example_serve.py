@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,5 +73,10 @@ def test_adapters_are_loaded_asked_and_forgotten(http: httpx.Client) -> None:
 def test_the_load_test_asks_all(serve: Any, http: httpx.Client) -> None:
     line = serve.load_test(http.base_url.port, 6, 3, ["one"], new_tokens=3)
     assert line.startswith("6 requests, 3 clients, 1 adapters: ") and "p99" in line
+    assert "1 clients, 0 adapters: " in serve.load_test(http.base_url.port, 1, 1, [], new_tokens=2)
     with pytest.raises(SystemExit, match=r"2 of 2 requests failed: .*'three'"):
         serve.load_test(http.base_url.port, 2, 1, ["three"], new_tokens=3)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        with pytest.raises(SystemExit, match=r"2 of 2 requests failed: ConnectError"):
+            serve.load_test(nobody.getsockname()[1], 2, 2, ["one"])
