@@ -285,12 +285,13 @@ class Engine:
 
     def start(self) -> Engine:
         """Step in a thread of its own, whenever there is something to do."""
-        if self._thread is None:
+        with self._queue:
             self._check_open()
-            self._stopping = False
-            self._serve(1)
-            self._thread = threading.Thread(target=self._loop, name="peft_kernels.serving", daemon=True)
-            self._thread.start()
+            if self._thread is None:
+                self._stopping = False
+                self._serve(1)
+                self._thread = threading.Thread(target=self._loop, name="peft_kernels.serving", daemon=True)
+                self._thread.start()
         return self
 
     def stop(self) -> None:
@@ -392,9 +393,5 @@ class Engine:
         with batch.bottlenecks:
             logits = self._decoder.step(tokens, lengths, caches, batch.rows)
         for running, row in zip(slots, logits, strict=True):
-            if running is None:
-                continue
-            try:
+            if running is not None:
                 running.request.take(row)
-            except Exception as error:  # of NaN nothing can be drawn: it is this request's own
-                running.request.finish("error", error)

@@ -117,8 +117,12 @@ class Request:
             self._changed.notify_all()
 
     def take(self, logits: Tensor) -> None:
-        """Choose the next token, from logits (vocabulary,)."""
-        token = self._choose(logits.float())
+        """Choose the next token, from logits (vocabulary,). Where that fails, as of NaN nothing can be drawn,
+        this request ends."""
+        try:
+            token = self._choose(logits.float())
+        except Exception as error:
+            return self.finish("error", error)
         with self._changed:
             if self.done:  # cancelled meanwhile
                 return
