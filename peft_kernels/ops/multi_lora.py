@@ -49,7 +49,8 @@ class MultiLoraLinear(Op):
             out = F.linear(x2.to(compute), w, b.to(compute) if b.numel() else None).to(acc)
             for i, part in enumerate(parts):
                 if args.layer[i] == j:
-                    out = out + args.scaling[i] * (part @ args.lora_b[i].to(acc).t())
+                    delta = args.scaling[i] * (part @ args.lora_b[i].to(acc).t())
+                    out = out + _of_group(args, i, delta)
             y.append(out.to(x.dtype).reshape(*x.shape[:-1], n))
         h = torch.cat(parts, 1) if parts else x2.new_empty((x2.shape[0], 0), dtype=acc)
         return y, h.reshape(*x.shape[:-1], h.shape[1])
@@ -112,7 +113,7 @@ class MultiLoraLinearBackward(Op):
             da.append(mine)
             db.append((scaling * (d.t() @ h_parts[i])).to(b.dtype) if args.need_db[i] else b.new_empty(0))
             if args.need_dx:
-                total = total + dropped(dh @ a.to(acc), p, seed, i)
+                total = total + _of_group(args, i, dropped(dh @ a.to(acc), p, seed, i))
         return total.to(x.dtype).view(x.shape) if args.need_dx else x.new_empty(0), da, db
 
     @staticmethod
@@ -142,10 +143,11 @@ def layer_grads(
 
 
 def _of_group(args: Any, adapter: int, values: Tensor) -> Tensor:
-    """`values` by row, zero in rows of another group than the adapter's."""
+    """`values` by row, zero in rows of another group than the adapter's, whatever they are there: 0 * Inf is
+    NaN."""
     if args.row_group is None:
         return values
-    return values * (args.row_group == args.group[adapter])[:, None]
+    return torch.where((args.row_group == args.group[adapter])[:, None], values, 0.0)
 
 
 @dataclass
