@@ -176,7 +176,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "dora": (_config(use_dora=True), "expected a, b, magnitude, got a, b"),
     "nan": (
         _tensors(lambda s, k: s[k].view(-1)[3].fill_(torch.nan)),
-        "expected finite numbers, got NaN or Inf",
+        "expected finite numbers in torch.float32, got NaN or Inf",
     ),
     "half": (_tensors(lambda s, k: s.pop(k)), "expected a, b, got b"),
     "shape": (_tensors(lambda s, k: s.update({k: s[k][:, :-1]})), r"expected shape \(8, 64\), got \(8, 63\)"),

@@ -15,7 +15,10 @@ from serving_models import ADAPTERS, llama, prompt, save_adapter, small
 from torch import Tensor
 
 import peft_kernels as pk
+from peft_kernels.checkpoints.header import CheckpointError
 from peft_kernels.serving import Engine, Request, Sampling
+
+safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
 NEW = 6
 
@@ -138,6 +141,17 @@ def test_a_name_is_free_again_when_its_adapter_did_not_fit(folders: dict[str, Pa
     assert engine.adapters == []
     engine.load("a", narrow)
     assert engine.adapters[0].nbytes == 2 * 128 * 4
+
+
+def test_weights_that_are_finite_in_their_file_alone(tmp_path: Path) -> None:
+    folder = save_adapter(llama("dense", torch.bfloat16), tmp_path / "a", **ADAPTERS["one"])
+    path = folder / "adapter_model.safetensors"
+    state = safetensors.load_file(path)
+    next(iter(state.values()))[0, 0] = 3.4e38  # below fp32's largest number, and above bf16's
+    safetensors.save_file(state, path)
+    engine = Engine(llama("dense", torch.bfloat16), adapter_dtype=torch.bfloat16)
+    with pytest.raises(CheckpointError, match=r"expected finite numbers in torch\.bfloat16, got NaN or Inf"):
+        engine.load("a", folder)
 
 
 def test_logits_that_nothing_can_be_drawn_from_are_their_requests_own(engine: Engine) -> None:

@@ -166,12 +166,11 @@ def _read(
                 f"{WEIGHTS}: {shown(entries[part].name)}: expected shape {shape}, got {entries[part].shape}"
             )
     scaling = _scaling(config, path, r)
-    tensors = {part: _finite(entry).to(device) for part, entry in entries.items()}
-    a, b = (tensors[part].to(adapter_dtype) for part in ("a", "b"))
+    a, b = (_finite(entries[part], adapter_dtype).to(device) for part in ("a", "b"))
     scale = None
-    if "magnitude" in tensors:
+    if "magnitude" in entries:
         x = torch.empty((0, in_features), dtype=base.dtype, device=device)
-        magnitude = tensors["magnitude"].float()
+        magnitude = _finite(entries["magnitude"], torch.float32).to(device)
         scale = dora_factors(x, base.weight, a, b, magnitude, scaling, base.compute_dtype)
     return LoraLayer(a, b, scaling, scale)
 
@@ -201,8 +200,10 @@ def _of_pattern(config: dict[str, Any], name: str, path: str, otherwise: Any) ->
     return otherwise
 
 
-def _finite(entry: Entry) -> Tensor:
-    value = entry.read()
+def _finite(entry: Entry, dtype: torch.dtype) -> Tensor:
+    value = entry.read().to(dtype)
     if not bool(torch.isfinite(value).all()):
-        raise CheckpointError(f"{WEIGHTS}: {shown(entry.name)}: expected finite numbers, got NaN or Inf")
+        raise CheckpointError(
+            f"{WEIGHTS}: {shown(entry.name)}: expected finite numbers in {dtype}, got NaN or Inf"
+        )
     return value
