@@ -34,7 +34,7 @@ ONE, PASSES = "ours, one adapter", "8 passes of generate, patched"
 REQUESTS = 8
 TITLES = {
     WHOLE: f"8 requests with an adapter each (LoRA r={RANK}), 135M parameters in NF4, from prompt to end",
-    DECODE: f"a decoded token of 8 requests with an adapter each (LoRA r={RANK}), 135M parameters in NF4",
+    DECODE: f"four decoded tokens of 8 requests with an adapter each (LoRA r={RANK}), 135M parameters in NF4",
     DECODE_16: "the same with adapters kept in 16 bits",
     BOTTLENECK: "the same with bottleneck adapters (houlsby)",
 }
