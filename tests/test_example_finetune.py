@@ -147,12 +147,12 @@ def test_ctrl_c_keeps_the_adapter_and_resume_goes_on_exactly(
 
     compute, calls = finetune_model.response_logits, 0
 
-    def press(model: Any, batch: Any) -> Any:
+    def press(model: Any, batch: Any, *rest: Any) -> Any:
         nonlocal calls
         calls += bool(model.training)
         if calls == 3 and model.training:
             signal.raise_signal(signal.SIGINT)
-        return compute(model, batch)
+        return compute(model, batch, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(finetune_model, "response_logits", press)
