@@ -55,6 +55,9 @@ def some_cases() -> list[dict[str, Any]]:
                 m=(FUSED, FUSED + 31, FUSED + 17)[i % 3], beside=i % 4 == 2,
             )
         )  # fmt: skip
+    # As many tiles of ranks as there may be, in bf16 too.
+    cases.append(case_of(k=104, r=256, activation="silu"))
+    cases.append(case_of(k=104, r=256, parameters="same", beside=True))
     return cases
 
 

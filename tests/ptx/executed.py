@@ -118,6 +118,7 @@ KNOWN = (
     Known(
         r"^Experts(Shrink|OverRows)<", 0.25, "of LoraShrink's and LoraOverRows' dropout and groups of rows"
     ),
+    Known(r"^BottleneckExpand<", 0.4, "of LoraExpand's dropout and groups of rows"),
     Known(r"^StoreTable", 0.6, "of a loop that is unrolled for more words than a launch takes"),
     Known(r"^LinearDx<\w+, WideTable, 4>", 0.0, "no plan has it (linear_dx.cu): there is no room"),
 )
