@@ -85,7 +85,7 @@ def test_figures_go_where_the_documentation_has_them(
     # All that the pages of the documentation have marks for.
     pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
     marks = set(tool.MARK.findall(pages))
-    assert len(marks) >= 40 and marks <= found.keys(), marks - found.keys()
+    assert len(marks) >= 20 and marks <= found.keys(), marks - found.keys()
     page = tmp_path / "docs" / "page.md"
     page.parent.mkdir()
     page.write_text("**0.5**<!-- f:methods-trained-qlora --> 1<!-- f:methods-other --> 2<!-- f:other -->")
