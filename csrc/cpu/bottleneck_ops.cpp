@@ -97,8 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
   check_dtype(z_in, at::kFloat, "z");
   check_shape(z_in, sizes_with_last(x, args.r), "z");
   const Tensor z = as_rows(z_in, args.r, "z");
-  TORCH_CHECK(!adds_dy || args.n == args.k, "up: expected ", args.k, " rows like x has features, got ",
-              args.n);
+  if (adds_dy) args.check_residual_is_x();
   const auto none = [](const Tensor& like) { return at::empty({0}, like.options()); };
   const auto no_sums = [&] { return at::empty({0}, args.floats()); };
   need_dnorm &= args.has_norm();

@@ -5,7 +5,7 @@
 
 #include <algorithm>
 
-#include "../common/gated_args.h"
+#include "../common/bottleneck_args.h"
 #include "dropout.h"
 #include "linear_product.h"
 #include "weights.h"
@@ -15,55 +15,27 @@ namespace peft_kernels::cpu {
 // Rows that go through the bottleneck together: what lies between the products stays in L2.
 inline constexpr int64_t kLeastRows = 16, kMostRows = 128;
 
-// What both directions take.
-struct BottleneckArgs {
-  Tensor x;  // [m, k]
-  Tensor norm_weight, norm_bias;
+// What both directions take, and what these kernels make of it.
+struct BottleneckArgs : peft_kernels::BottleneckArgs {
+  Tensor norm_weight, norm_bias;  // in fp32; undefined where there is none
   float norm_eps;
-  Tensor down;  // [r, k]
-  Tensor up;    // [n, r]
-  Activation activation;
-  float scaling;
   DropoutMask mask;
-  int64_t m, k, r, n;
 
-  BottleneckArgs(const Tensor& x_in, const OptionalTensor& norm_weight_in, const OptionalTensor& norm_bias_in,
-                 double norm_eps, const Tensor& down_in, const Tensor& up_in,
-                 c10::string_view activation_name, double scaling, double dropout_p,
-                 const OptionalTensor& seed)
-      : norm_eps(static_cast<float>(norm_eps)),
-        activation(activation_of(activation_name)),
-        scaling(static_cast<float>(scaling)) {
-    TORCH_CHECK(down_in.dim() == 2, "down: expected 2 dimensions, got ", down_in.dim());
-    TORCH_CHECK(up_in.dim() == 2, "up: expected 2 dimensions, got ", up_in.dim());
-    r = down_in.size(0);
-    k = down_in.size(1);
-    n = up_in.size(0);
-    TORCH_CHECK(r > 0 && k > 0, "down: expected elements, got ", down_in.sizes());
-    check_shape(up_in, {n, r}, "up");
-    x = as_rows(x_in, k, "x");
-    m = x.size(0);
-    down = parameter(down_in, "down");
-    up = parameter(up_in, "up");
-    norm_weight = vector(norm_weight_in, k, "norm_weight");
-    norm_bias = vector(norm_bias_in, k, "norm_bias");
-    TORCH_CHECK(norm_weight.defined() || !norm_bias.defined(), "norm_bias: expected a norm_weight beside it");
-    mask = mask_of(dropout_of(dropout_p, seed, 0), seed, r);
-  }
+  BottleneckArgs(const Tensor& x, const OptionalTensor& norm_weight_in, const OptionalTensor& norm_bias_in,
+                 double norm_eps, const Tensor& down, const Tensor& up, c10::string_view activation,
+                 double scaling, double dropout_p, const OptionalTensor& seed)
+      : peft_kernels::BottleneckArgs(x, norm_weight_in, norm_bias_in, down, up, activation, scaling,
+                                     dropout_p, seed),
+        norm_weight(vector(norm_weight_in, k, "norm_weight")),
+        norm_bias(vector(norm_bias_in, k, "norm_bias")),
+        norm_eps(static_cast<float>(norm_eps)),
+        mask(mask_of(dropout, seed, r)) {}
 
   bool has_norm() const { return norm_weight.defined(); }
   // Whether products of activations with a parameter are in bf16: then no result is more precise than that.
   bool in_pairs(const Tensor& parameter) const {
     return kernels().has_pairs && x.scalar_type() == at::kBFloat16 &&
            parameter.scalar_type() == at::kBFloat16;
-  }
-  at::TensorOptions floats() const { return x.options().dtype(at::kFloat); }
-
-  // A small parameter in fp32; undefined where there is none.
-  Tensor vector(const OptionalTensor& t, int64_t size, const char* name) const {
-    if (!t) return Tensor();
-    check_shape(*t, {size}, name);
-    return parameter(*t, name).to(at::kFloat);
   }
 
   NormParams norm() const {
@@ -75,14 +47,6 @@ struct BottleneckArgs {
     params.bias = norm_bias.defined() ? norm_bias.const_data_ptr<float>() : nullptr;
     params.eps = norm_eps;
     return params;
-  }
-
- private:
-  Tensor parameter(const Tensor& t, const char* name) const {
-    dtype_of(t, name);
-    TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == x.scalar_type(), name,
-                ": expected Float or ", x.scalar_type(), ", got ", t.scalar_type());
-    return t.contiguous();
   }
 };
 
@@ -173,8 +137,7 @@ class BottleneckForward {
         y_(y),
         z_(z) {
     if (up_bias_.defined() && args.scaling != 1.0f) up_bias_ = up_bias_ * args.scaling;
-    TORCH_CHECK(residual || args.n == args.k, "up: expected ", args.k, " rows like x has features, got ",
-                args.n);
+    if (!residual) args.check_residual_is_x();
     residual_ = residual ? matching(*residual, y, "residual") : args.x;
   }
 
