@@ -25,6 +25,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +48,20 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
+    return run_or_tell("finetune.py", args, lambda args: compare(args, argv) if args.compare else run(args))
+
+
+def run_or_tell(script: str, args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:
+    """The exit status of `run`, its folder made; a user's error, or Ctrl-C, is told in a line."""
     try:
         require_packages(args)
         args.output.mkdir(parents=True, exist_ok=True)
-        return compare(args, argv) if args.compare else run(args)
+        return run(args)
     except (UserError, OSError) as error:
-        print(f"finetune.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
+        print(f"{script}: error: {str(error).splitlines()[0]}", file=sys.stderr)
         return EXIT_USER_ERROR
     except KeyboardInterrupt:
-        print("\nfinetune.py: stopped", file=sys.stderr)
+        print(f"\n{script}: stopped", file=sys.stderr)
         return EXIT_INTERRUPTED
 
 

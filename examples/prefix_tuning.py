@@ -20,8 +20,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USER_ERROR, Stages, distance, positive, require_packages
-from finetune_data import UserError, docstring_examples, encode, read_jsonl, split
+from finetune import EXIT_CHECK_FAILED, EXIT_OK, Stages, distance, positive, run_or_tell
+from finetune_data import docstring_examples, encode, read_jsonl, split
 
 # Of the relative RMS difference of logits. Folding changes nothing, but the keys and values that the MLP made
 # for a batch may have been rounded in another order.
@@ -29,14 +29,7 @@ LIMIT = 1e-3
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        require_packages(args)
-        args.output.mkdir(parents=True, exist_ok=True)
-        return run(args)
-    except (UserError, OSError) as error:
-        print(f"prefix_tuning.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    return run_or_tell("prefix_tuning.py", parse_arguments(argv), run)
 
 
 def run(args: argparse.Namespace) -> int:

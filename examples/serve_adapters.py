@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import EXIT_CHECK_FAILED, EXIT_OK, EXIT_USER_ERROR, Stages, distance, positive, require_packages
+from finetune import EXIT_CHECK_FAILED, EXIT_OK, Stages, distance, positive, run_or_tell
 from finetune_data import (
     INSTRUCTION,
     Example,
@@ -85,14 +85,7 @@ def examples_of(task: str, examples: Sequence[Example]) -> list[Example]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    try:
-        require_packages(args)
-        args.output.mkdir(parents=True, exist_ok=True)
-        return run(args)
-    except (UserError, OSError) as error:
-        print(f"serve_adapters.py: error: {str(error).splitlines()[0]}", file=sys.stderr)
-        return EXIT_USER_ERROR
+    return run_or_tell("serve_adapters.py", parse_arguments(argv), run)
 
 
 def run(args: argparse.Namespace) -> int:
