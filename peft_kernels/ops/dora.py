@@ -107,19 +107,23 @@ def dora_linear(
     bias: Tensor | None = None,
     dropout_p: float = 0.0,
     compute_dtype: torch.dtype | None = None,
+    norm: Tensor | None = None,
 ) -> Tensor:
     """`magnitude / ||V|| * (x V^T) + bias` with V = W + scaling * B A and norms by row: DoRA (Liu et al.
     2024).
 
     As in PEFT, the norm is a constant for the gradient, and with dropout the base product of the whole x is
     what the dropped one changes: `x W^T + (m / ||V|| - 1) drop(x) W^T + m / ||V|| scaling drop(x) A^T B^T`.
-    The norm is made from W A^T, B and A A^T; neither B A nor V is formed, and nothing is cached.
+    The norm is made from W A^T, B and A A^T; neither B A nor V is formed, and nothing is kept from call to
+    call.
 
     Parameters
     ----------
     x, weight, lora_a, lora_b, scaling, bias, dropout_p, compute_dtype
         As in `lora_linear`.
     magnitude : Tensor, (out_features,)
+    norm : Tensor, fp32 (out_features,), optional
+        What `dora_norm` has found for the same weight, lora_a, lora_b and scaling. By default it is computed.
 
     Returns
     -------
@@ -132,7 +136,11 @@ def dora_linear(
     check_adapter(x, shape, lora_a, lora_b, dropout_p)
     if magnitude.shape != (shape[0],):
         raise ValueError(f"magnitude: expected shape ({shape[0]},), got {tuple(magnitude.shape)}")
-    scale = _factors(x, base, lora_a, lora_b, magnitude, scaling)
+    if norm is None:
+        norm = _norm(x, base, lora_a, lora_b, scaling)
+    elif norm.shape != (shape[0],) or norm.dtype is not torch.float32:
+        raise ValueError(f"norm: expected float32 ({shape[0]},), got {norm.dtype} {tuple(norm.shape)}")
+    scale = _factors(magnitude, norm)
     if not dropout_p:
         z = lora_linear(x, weight, lora_a, lora_b, scaling, bias, compute_dtype=compute_dtype)
         bias = None if bias is None else arguments.of_or_float(bias, x.dtype)
@@ -142,6 +150,22 @@ def dora_linear(
     z = lora_linear(dropped, weight, lora_a, lora_b, scaling, compute_dtype=compute_dtype)
     product: Tensor = dispatch.call("dora_scale", z, scale, None)
     return base_product(x - dropped, shape[0], base, bias, compute) + product
+
+
+def dora_norm(
+    x: Tensor,
+    weight: Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    compute_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """`||V||` of `dora_linear` by row, fp32 (out_features,). Of x only dtype and device count, and its last
+    size."""
+    compute = arguments.compute_type(x, compute_dtype)
+    shape, base = arguments.base_of(x, weight, compute)
+    check_adapter(x, shape, lora_a, lora_b, 0.0)
+    return _norm(x, base, lora_a, lora_b, scaling)
 
 
 def dora_factors(
@@ -154,16 +178,17 @@ def dora_factors(
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`magnitude / ||V||` of `dora_linear`, fp32 (out_features,), for layers whose parameters do not change.
-    Of x only dtype and device count, and its last size."""
-    compute = arguments.compute_type(x, compute_dtype)
-    shape, base = arguments.base_of(x, weight, compute)
-    check_adapter(x, shape, lora_a, lora_b, 0.0)
-    return _factors(x, base, lora_a, lora_b, magnitude, scaling)
+    x as in `dora_norm`."""
+    return _factors(magnitude, dora_norm(x, weight, lora_a, lora_b, scaling, compute_dtype))
 
 
-def _factors(
-    x: Tensor, base: Base, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor, scaling: float
-) -> Tensor:
+def _norm(x: Tensor, base: Base, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     frozen = base._replace(weight=base.weight.detach())
-    norm = dispatch.call("dora_norm", *frozen, lora_a.detach(), lora_b.detach(), float(scaling), like=x)
+    norm: Tensor = dispatch.call(
+        "dora_norm", *frozen, lora_a.detach(), lora_b.detach(), float(scaling), like=x
+    )
+    return norm
+
+
+def _factors(magnitude: Tensor, norm: Tensor) -> Tensor:
     return magnitude.float() / norm.to(magnitude.dtype).float()

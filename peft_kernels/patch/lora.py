@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..nf4 import NF4Weight
-from ..ops.dora import dora_linear
+from ..ops.dora import dora_linear, dora_norm
 from ..ops.lora import lora_linear
 from ..ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
 from . import judge
@@ -113,11 +113,33 @@ def _run(module: Any, x: Tensor) -> Tensor | str:
         (one,) = adapters
         a, b, p = one.lora_a, one.lora_b, one.dropout_p
         if module.lora_variant and names[0] in module.lora_variant:
-            magnitude = module.lora_magnitude_vector[names[0]].weight
-            y = dora_linear(x, weight, a, b, magnitude, one.scaling, bias, p, compute_dtype=compute)
+            vector = module.lora_magnitude_vector[names[0]]
+            norm = _kept_norm(vector, names[0], x, weight, one, compute)
+            y = dora_linear(x, weight, a, b, vector.weight, one.scaling, bias, p, compute, norm)
         else:
             y = lora_linear(x, weight, a, b, one.scaling, bias, p, compute_dtype=compute)
     return y if y.dtype is out_dtype else y.to(out_dtype)
+
+
+def _kept_norm(
+    vector: Any, name: str, x: Tensor, weight: Any, one: Adapter, compute: torch.dtype | None
+) -> Tensor | None:
+    """The norm of an earlier call, where the user has said by PEFT's `DoraCaching` that nothing changes
+    meanwhile. By PEFT's rules: in eval mode only, forgotten by `train()` and by a call outside of it."""
+    from peft.tuners.lora import dora
+
+    cache = getattr(vector, "_dora_cache", None)  # PEFT has it since 0.19
+    if cache is None:
+        return None
+    if not dora.ENABLE_DORA_CACHING or vector.training:
+        cache.clear()
+        return None
+    key = f"peft_kernels-norm-{name}-{x.dtype}-{compute}"
+    if key not in cache:
+        with torch.no_grad():
+            cache[key] = dora_norm(x, weight, one.lora_a, one.lora_b, one.scaling, compute)
+    norm: Tensor = cache[key]
+    return norm
 
 
 def _run_with(module: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | str:
