@@ -31,7 +31,9 @@ from .report import Spread
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CONVERTED = EXAMPLES.parent / "build" / "methods"
 """Where the demo model's folder is kept."""
-BASE, DENSE, LORA = "base in 4 bits", "base in bf16", "QLoRA"
+BASE, DENSE, LORA, DORA = "base in 4 bits", "base in bf16", "QLoRA", "QDoRA"
+KEPT = f"{DORA}, norms kept"
+"""By PEFT's `DoraCaching`, for decoding."""
 BYTES, STEP, DECODE, LOSS = "bytes", "step", "decode", "loss"
 TITLES = {
     BYTES: "saved for backward, bytes a token",
@@ -90,7 +92,7 @@ PREFIX = {"prefix_projection": True, "encoder_hidden_size": HIDDEN}
 METHODS: dict[str, Method] = {
     "LoRA": Method(_lora, 5e-4, "bf16"),
     LORA: Method(_lora, 5e-4),
-    "QDoRA": Method(partial(_lora, use_dora=True), 5e-4),
+    DORA: Method(partial(_lora, use_dora=True), 5e-4),
     "Houlsby": Method(partial(_bottleneck, "houlsby"), 1e-3),
     "Pfeiffer": Method(partial(_bottleneck, "pfeiffer"), 1e-3),
     "parallel": Method(partial(_bottleneck, "parallel"), 1e-3),
@@ -255,18 +257,28 @@ def _steps(found: Measured, models: Models, timing: report.Timing, progress: rep
 
 def _decoding(found: Measured, models: Models, timing: report.Timing, progress: report.Progress) -> None:
     runners = []
-    for name in (BASE, DENSE, *METHODS):
+    for name in (BASE, DENSE, *METHODS, KEPT):
         if name == "full fine-tuning":  # is the base itself
             continue
         progress(name)
         base = {BASE: "nf4", DENSE: "bf16"}.get(name)
-        model = models.make(name) if base is None else models.base(base)
+        model = models.make(DORA if name == KEPT else name) if base is None else models.base(base)
         if base is not None:
             pk.patch(model)
         ids = models.tokens(1, PROMPT + NEW)
-        runners.append(harness.Contender(name, [Decoding(model.eval(), name, ids)], lambda _: 0.0))
+        call: Callable[[], Any] = Decoding(model.eval(), name, ids)
+        if name == KEPT:
+            call = partial(_keeping_norms, call)
+        runners.append(harness.Contender(name, [call], lambda _: 0.0))
     progress("time")
     _ratios(found, harness.interleave(runners, timing), BASE)
+
+
+def _keeping_norms(call: Callable[[], Any]) -> None:
+    from peft.helpers import DoraCaching
+
+    with DoraCaching():
+        call()
 
 
 class Decoding:
@@ -295,11 +307,11 @@ class Decoding:
 
 
 def _ratios(found: Measured, seconds: dict[str, list[float]], yardstick: str) -> None:
-    """By the yardstick's time: the least of each, since turns are few and others on the machine only add."""
+    """By the yardstick's time, inside each round."""
     for name, times in seconds.items():
         pairs = zip(times, seconds[yardstick], strict=True)
         found.spreads[name] = Spread.of([one / other for one, other in pairs])
-        found.values[name] = min(times) / min(seconds[yardstick])
+        found.values[name] = found.spreads[name].median
 
 
 def _losses(found: Measured, models: Models, timing: report.Timing, progress: report.Progress) -> None:

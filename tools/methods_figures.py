@@ -51,7 +51,7 @@ def figures(paths: Iterable[Path]) -> dict[str, str]:
 
 
 def mark(column: str, method: str) -> str:
-    return f"methods-{column}-{method.lower().replace(' ', '-')}"
+    return f"methods-{column}-{re.sub('[ ,]+', '-', method.lower())}"
 
 
 if __name__ == "__main__":
