@@ -6,6 +6,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -56,6 +57,16 @@ def compiled_ops(request: pytest.FixtureRequest) -> Any:
     if reason is not None:
         pytest.skip(f"{request.param}: {reason}")
     return getattr(torch.ops, BACKENDS[request.param].namespace)
+
+
+@pytest.fixture(params=["ptx"])  # in the tests' names, to be chosen by
+def extension() -> Iterator[ModuleType]:
+    """The CUDA back end as PTX, forced, with outputs that start as NaN; a card set by a test is unset."""
+    if (reason := testing.unavailable("ptx")) is not None:
+        pytest.skip(f"ptx: {reason}")
+    with testing.nan_outputs(), testing.running_on("ptx"):
+        yield ptx.BACKEND.extension
+    ptx.BACKEND.reset()
 
 
 # The `backend` fixture holds for all examples of a test; the same examples in every run.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import product
 from types import ModuleType
 from typing import Any
@@ -26,15 +25,6 @@ FORWARD = ["BottleneckRows"]
 APART = ["LoraShrink", "BottleneckBetween", "BottleneckExpand"]
 APART_BACKWARD = ["LoraShrink", "BottleneckBetween", "LoraExpand"]
 PARAMETERS = ["LoraOverRows"] * 2
-
-
-@pytest.fixture(params=["ptx"])  # in the tests' names, to be chosen by
-def extension() -> Iterator[ModuleType]:
-    if (reason := testing.unavailable("ptx")) is not None:
-        pytest.skip(f"ptx: {reason}")
-    with testing.nan_outputs(), testing.running_on("ptx"):
-        yield ptx.BACKEND.extension
-    ptx.BACKEND.reset()
 
 
 def case_of(**given: Any) -> dict[str, Any]:

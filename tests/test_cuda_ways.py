@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -26,15 +25,6 @@ FEW = 4
 ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 130)
 SHAPES = ((16, 64), (33, 128), (64, 320), (130, 192), (257, 64), (8, 1024), (136, 320))
 REFUSED = ((33, 96), (64, 100), (7, 33))
-
-
-@pytest.fixture(params=["ptx"])  # in the tests' names, to be chosen by
-def extension() -> Iterator[ModuleType]:
-    if (reason := testing.unavailable("ptx")) is not None:
-        pytest.skip(f"ptx: {reason}")
-    with testing.nan_outputs(), testing.running_on("ptx"):
-        yield ptx.BACKEND.extension
-    ptx.BACKEND.reset()
 
 
 def ways(extension: ModuleType, card: str, direction: int) -> set[str]:

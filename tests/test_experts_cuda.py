@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
@@ -28,15 +27,6 @@ ENDS = {
 """Rows behind each of five experts', of 91."""
 ROWS, EXPERTS, SCALING = 91, 5, 0.5
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
-
-
-@pytest.fixture(params=["ptx"])  # in the tests' names, to be chosen by
-def extension() -> Iterator[ModuleType]:
-    if (reason := testing.unavailable("ptx")) is not None:
-        pytest.skip(f"ptx: {reason}")
-    with testing.nan_outputs(), testing.running_on("ptx"):
-        yield ptx.BACKEND.extension
-    ptx.BACKEND.reset()
 
 
 def layer(
