@@ -47,25 +47,33 @@ def test_average() -> None:
         site.adapters["b"].bfloat16()
     adapters.average(model, "narrow", ["a", "b"])
     adapters.average(model, "wide", ["a", "c"])
+    adapters.average(model, "wide_too", ["c", "a"])
     assert {p.dtype for p in parameters(model, "narrow").values()} == {torch.bfloat16}
-    assert {p.dtype for p in parameters(model, "wide").values()} == {torch.float32}
+    for name in ("wide", "wide_too"):
+        assert {p.dtype for p in parameters(model, name).values()} == {torch.float32}
 
 
 def test_refused() -> None:
     model = FAMILIES["bert"].make()
-    for name, config in {"a": "houlsby", "b": "houlsby", "other": AdapterConfig.houlsby(reduction=8)}.items():
+    configs = dict.fromkeys("abc", AdapterConfig.houlsby())
+    configs |= {"other": AdapterConfig.houlsby(reduction=8), "scaled": AdapterConfig.houlsby(scaling=2.0)}
+    for name, config in configs.items():
         adapters.add(model, name, config)
     before = [name for name, _ in model.named_modules()]
     for names, options, message in (
-        (["a", "d"], {}, "name: expected one of a, b, other, got 'd'"),
+        (["a", "d"], {}, "name: expected one of a, b, c, other, scaled, got 'd'"),
         (["a", "a"], {}, "name: expected different adapters, got a, a"),
         ("a", {}, "names: expected a sequence of adapters, got 'a'"),
         ([], {}, r"names: expected a sequence of adapters, got \[\]"),
         (["a", "other"], {}, "one config, got reduction=16 of 'a' and 8 of 'other'"),
+        (["a", "b", "scaled"], {}, r"one config, got scaling=1.0 of 'a' and 2.0 of 'scaled'"),
         (["a", "b"], {"weights": [1.0]}, r"weights: expected 2 finite numbers, .* got \[1.0\]"),
+        (["a", "b"], {"weights": [1, 2, 3]}, r"weights: expected 2 finite numbers, .* got \[1.0, 2.0, 3.0\]"),
         (["a", "b"], {"weights": [1, float("nan")]}, r"weights: expected 2 finite .* got \[1.0, nan\]"),
+        (["a", "b"], {"weights": [1, float("inf")]}, r"weights: expected 2 finite .* got \[1.0, inf\]"),
         (["a", "b"], {"weights": [1, -1]}, "weights: expected a sum that they can be divided by, got 0.0"),
         (["a", "b"], {"weights": [1e308, 1e308]}, "weights: expected a sum .* got inf"),
+        (["a", "b", "c"], {"weights": [1e308, -1e308, 0.5]}, r"weights: expected a sum .* got 0.5 of"),
     ):
         with pytest.raises(ValueError, match=message):
             adapters.average(model, "new", names, **options)
