@@ -87,17 +87,105 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
     return damage
 
 
+def drop(*fields: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        about = json.loads((folder / "adapter_config.json").read_text())
+        for field in fields:
+            del about["config"][field]
+        (folder / "adapter_config.json").write_text(json.dumps(about))
+
+    return change
+
+
+def about(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        found = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(found | changes))
+
+    return change
+
+
+def compute(model: Any, folder: Path) -> torch.Tensor:
+    with torch.no_grad():
+        pk.adapters.set_active(model, pk.adapters.load(model, folder))
+        output: torch.Tensor = model(samples.inputs())[0]
+    return output
+
+
+def copied(case: str, folder: Path) -> Path:
+    for file in (SAMPLES / case).iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.mark.parametrize("case", samples.CASES)
+def test_fields_that_are_not_there_have_their_defaults(case: str, tmp_path: Path) -> None:
+    """As in files of older versions."""
+    fields = json.loads((copied(case, tmp_path) / "adapter_config.json").read_text())["config"]
+    defaults = {
+        "original_ln_before": False, "original_ln_after": True, "ln_before": False, "ln_after": False,
+        "is_parallel": False, "scaling": 1.0, "residual_before_ln": True,
+    }  # fmt: skip
+    asked = {"mh_adapter", "output_adapter", "reduction_factor", "non_linearity"}
+    asked |= {name for name, value in defaults.items() if fields[name] != value}
+    drop(*(fields.keys() - asked))(tmp_path)
+    assert torch.equal(compute(make(case), tmp_path), compute(make(case), SAMPLES / case))
+
+
+@pytest.mark.parametrize(
+    "case,fields",
+    [
+        ("bert-seq_bn", {"reduction_factor": 7}),  # 32 / 7 is 4.57
+        ("bert-seq_bn", {"reduction_factor": 6.5}),
+        ("roberta-par_bn", {"original_ln_before": True}),
+        ("bert-double_seq_bn", {"residual_before_ln": False}),
+        ("bert-seq_bn", {"init_weights": "mam_adapter", "phm_dim": 2, "shared_W_phm": True}),
+    ],
+    ids=["rounded-down", "not-whole", "beside-a-norm", "without-a-norm", "how-it-began"],
+)
+def test_fields_that_change_nothing(case: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    edit(**fields)(copied(case, tmp_path))
+    assert torch.equal(compute(make(case), tmp_path), compute(make(case), SAMPLES / case))
+
+
+def test_names_of_a_model_with_a_head(tmp_path: Path) -> None:
+    rename = tensors(lambda t: [t.update({"bert." + key: t.pop(key)}) for key in list(t)])
+    rename(copied("bert-seq_bn", tmp_path))
+    got, want = (compute(make("bert-seq_bn"), folder) for folder in (tmp_path, SAMPLES / "bert-seq_bn"))
+    assert torch.equal(got, want)
+
+
+def test_behind_attention_alone(tmp_path: Path) -> None:
+    edit(output_adapter=False)(copied("roberta-seq_bn", tmp_path))
+    file = tmp_path / "pytorch_adapter.bin"
+    torch.save({key: t for key, t in torch.load(file).items() if ".attention." in key}, file)
+    model = make("roberta-seq_bn")
+    pk.adapters.load(model, tmp_path)
+    assert [site.place.last for site in pk.adapters.manage.sites(model)] == [
+        f"encoder.layer.{i}.attention.output.dense" for i in range(2)
+    ]
+
+
 class Evil:
     def __reduce__(self) -> Any:
         return pytest.fail, ("code of a file was run",)
 
 
-def evil(folder: Path) -> None:
-    (folder / "adapter.safetensors").unlink()
-    torch.save({"x": Evil()}, folder / "pytorch_adapter.bin")
+def pickled(value: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / "adapter.safetensors").unlink()
+        torch.save(value, folder / "pytorch_adapter.bin")
+
+    return change
+
+
+def without_downs(found: dict[str, torch.Tensor]) -> None:
+    for key in [key for key in found if ".adapter_down." in key]:
+        del found[key]
 
 
 KEY = "encoder.layer.0.output.adapters.sample.adapter_up.weight"
+DOWN = "encoder.layer.0.output.adapters.sample.adapter_down.0.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "ln_after": (edit(ln_after=True), "ln_after: expected false, for no other is computed here, got true"),
     "residual": (edit(residual_before_ln="post_add"), "residual_before_ln: expected true, .* got post_add"),
@@ -105,13 +193,29 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "by-layer": (edit(reduction_factor={"default": 8}), "reduction_factor: expected one number, got"),
     "invertible": (edit(inv_adapter="nice"), "inv_adapter: expected null, .* got nice"),
     "compacter": (edit(phm_layer=True), "phm_layer: expected false"),
+    "no-norm-behind": (edit(original_ln_after=False), "original_ln_after: expected true, .* got false"),
+    "gating": (edit(use_gating=True), "use_gating: expected false, .* got true"),
+    "crossing": (edit(cross_adapter=True), "cross_adapter: expected false, .* got true"),
+    "left-out": (edit(leave_out=[1]), r"leave_out: expected \[\], .* got \[1\]"),
+    "dropout": (edit(dropout=0.1), r"dropout: expected 0.0, .* got 0.1"),
+    "depth": (edit(stochastic_depth=0.1), r"stochastic_depth: expected 0.0, .* got 0.1"),
+    "residual-if-any": (edit(residual_before_ln=1), "residual_before_ln: expected true, .* got 1"),
+    "almost-known": (edit(phm_dim_2=4, learn_phm_2=1), "BnConfig, got learn_phm_2"),
+    "list-of-json": (lambda f: (f / "adapter_config.json").write_text("[]"), "expected one of AdapterHub's"),
+    "no-name": (about(name=3), "adapter_config.json: expected a name, got 3"),
+    "no-attention": (drop("mh_adapter"), "expected mh_adapter, as AdapterHub's bottlenecks have, got none"),
+    "no-feed-forward": (drop("output_adapter"), "expected output_adapter, as AdapterHub's"),
+    "no-reduction": (drop("reduction_factor"), "expected reduction_factor, as AdapterHub's"),
+    "no-activation": (drop("non_linearity"), "expected non_linearity, as AdapterHub's"),
     "activation": (edit(non_linearity="tanh"), "activation: expected one of"),
     "other-kind": (edit(architecture="lora"), "expected fields of AdapterHub's BnConfig, got"),
     "of-peft": (
         lambda f: (f / "adapter_config.json").write_text('{"peft_type": "LORA"}'),
         "adapter_config.json: expected one of AdapterHub's",
     ),
-    "code": (evil, r"pytorch_adapter.bin: expected tensors that torch.load\(weights"),
+    "list": (pickled([torch.ones(1)]), "pytorch_adapter.bin: expected a dict of tensors, got list"),
+    "numbers": (pickled({"x": 1.0}), "pytorch_adapter.bin: expected a dict of tensors, got dict"),
+    "code": (pickled({"x": Evil()}), r"pytorch_adapter.bin: expected tensors that torch.load\(weights"),
     "none": (
         lambda f: (f / "adapter.safetensors").unlink(),
         "expected adapter.safetensors or pytorch",
@@ -120,6 +224,21 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         tensors(lambda t: t.update(x=torch.ones(1))),
         "parameters of adapter .*sample.* only",
     ),
+    "other-adapter": (
+        tensors(lambda t: t.update({KEY.replace("sample", "other"): torch.ones(32, 4)})),
+        "parameters of adapter sample only",
+    ),
+    "other-layer": (
+        tensors(lambda t: t.update({KEY.replace("adapter_up", "adapter_gate"): torch.ones(32, 4)})),
+        "adapter_gate.weight: expected parameters of adapter sample only",
+    ),
+    "norm": (
+        tensors(lambda t: t.update({KEY.replace("adapter_up", "adapter_norm_before"): torch.ones(32)})),
+        "adapter_norm_before.weight: expected parameters of adapter sample only",
+    ),
+    "no-down": (tensors(without_downs), r"expected adapter_down of shape \(r, features\), got \[\]"),
+    "vector": (tensors(lambda t: t.update({DOWN: torch.ones(32)})), r"\(r, features\), got \[\(32,\)\]"),
+    "no-rows": (tensors(lambda t: t.update({DOWN: torch.ones(0, 32)})), r"got \[\(0, 32\)\]"),
     "missing": (tensors(lambda t: t.pop(KEY)), r"expected encoder.layer.0.output.dense.up, as this model"),
     "shape": (tensors(lambda t: t.update({KEY: torch.ones(32, 3)})), r"shape \(32, 4\), got .* of \(32, 3\)"),
     "nan": (tensors(lambda t: t[KEY].fill_(float("nan"))), "expected finite numbers, got NaN or Inf"),
@@ -129,9 +248,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 @pytest.mark.parametrize("name", DAMAGES)
 def test_refused(name: str, tmp_path: Path) -> None:
     damage, message = DAMAGES[name]
-    for file in (SAMPLES / "bert-seq_bn").iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    damage(tmp_path)
+    damage(copied("bert-seq_bn", tmp_path))
     model = make("bert-seq_bn")
     with pytest.raises(CheckpointError, match=message):
         pk.adapters.load(model, tmp_path)
