@@ -48,6 +48,7 @@ CPU_SOURCES = [
     "csrc/cpu/nf4_absmax.cpp",
     "csrc/cpu/nf4_ops.cpp",
     "csrc/cpu/scalar.cpp",
+    "csrc/cpu/sums_ops.cpp",
 ]
 X86_SOURCES = [f"csrc/cpu/{level}.cpp" for level in ("avx2", "avx512", "avx512_bf16", "amx")]
 EMULATED_SOURCES = ["tests/amx/amx_emulated.cpp"]

@@ -340,6 +340,12 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
             "bf16-beside": multi_bottleneck_backward_args(True, torch.bfloat16),
             "parameters": multi_bottleneck_backward_args(need_dx=False),
         },
+        "column_sums": {
+            "fp32": (x,),
+            "bf16": (bf16_x,),
+            "transposed": (leaf(7, 5).t(),),
+            "one-row": (leaf(7),),
+        },
         "gated_activation": {
             "silu": (gate, up, "silu"),
             "gelu-transposed": (leaf(7, 5).t(), up, "gelu"),

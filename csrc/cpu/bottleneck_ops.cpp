@@ -9,6 +9,7 @@
 
 #include "../common/autocast.h"
 #include "bottleneck_rows.h"
+#include "column_sums.h"
 #include "namespace.h"
 
 namespace peft_kernels::cpu {
@@ -31,21 +32,6 @@ std::tuple<Tensor, Tensor> bottleneck(const Tensor& x, const OptionalTensor& res
   Tensor z = at::empty(sizes_with_last(x, args.r), args.floats());
   BottleneckForward(args, residual, down_bias, up_bias, y, z).run();
   return {y, z};
-}
-
-// scale times the sums over rows, in an order that no number of threads changes.
-Tensor column_sums(const Tensor& t, float scale = 1.0f) {
-  constexpr int64_t kColumns = 64;
-  Tensor out = at::empty({t.size(1)}, t.options().dtype(at::kFloat));
-  const ColumnSumsParams params{t.const_data_ptr(),           dtype_of(t, "t"), t.size(0), t.size(1), scale,
-                                out.mutable_data_ptr<float>()};
-  const auto sum = kernels().column_sums;
-  parallel_for(0, ceil_div(params.cols, kColumns),
-               ceil_div(kElementwiseGrain, std::max<int64_t>(params.rows, 1) * kColumns),
-               [&](int64_t begin, int64_t end) {
-                 sum(params, begin * kColumns, std::min(end * kColumns, params.cols));
-               });
-  return out;
 }
 
 Tensor normed_rows(const Args& args) {

@@ -26,10 +26,6 @@ def empty_unless(need: bool, like: Tensor) -> Tensor:
     return like.new_empty(like.shape if need else (0,))
 
 
-def bias_grad(dy: Tensor, dtype: torch.dtype) -> Tensor:
-    return rows(dy).sum(0, dtype=accumulator_dtype(dy.dtype)).to(dtype)
-
-
 def weight_grad(dy: Tensor, x: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
     """Of a dense base weight: it comes from the base product alone."""
     dtype = compute_dtype or x.dtype

@@ -10,12 +10,13 @@ from torch import Tensor
 from .. import dispatch
 from . import arguments
 from .arguments import Weight
-from .common import accumulator_dtype, bias_grad, rows
+from .common import accumulator_dtype, rows
 from .dropout import new_seed
 from .linear import base_product
 from .lora import check_adapter, lora_linear
 from .nf4 import dense_weight
 from .registry import Base, Op
+from .sums import bias_grad
 
 
 class DoraNorm(Op):
@@ -72,7 +73,7 @@ class DoraScale(Op):
         if need.z or need.scale:
             dz, dscale = ops.dora_scale_backward(dy, z, scale, bias)
         if need.bias:  # what is left of it: z holds the bias too
-            dbias = ((1 - scale) * bias_grad(dy, scale.dtype)).to(bias.dtype)
+            dbias = ((1 - scale) * bias_grad(ops, dy, scale.dtype)).to(bias.dtype)
         return {"z": dz, "scale": dscale, "bias": dbias}
 
 

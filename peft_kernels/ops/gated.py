@@ -110,7 +110,8 @@ class GatedMlp(Op):
                 dy, x, h, *half.bases, a, b, half.layer, s, p, seed, [0] * len(a), None, None,
                 need_dx, *half.of_adapters(need.lora_a, need.lora_b),
             )  # fmt: skip
-            return dx, da, db, *layer_grads(dy, x, None, *half.of_layers(args.bias, need.weight, need.bias))
+            of_layers = half.of_layers(args.bias, need.weight, need.bias)
+            return dx, da, db, *layer_grads(ops, dy, x, None, *of_layers)
 
         product = ops.gated_activation(gate, up, args.activation)
         d_product, *of_last = call(last, [dy], product, results.h_down, _down_seed(args.seed), True)

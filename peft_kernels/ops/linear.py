@@ -13,9 +13,9 @@ from .. import dispatch
 from ..nf4_state import HoldsNF4, NF4State
 from . import arguments
 from .arguments import autocast_dtype
-from .common import bias_grad
 from .nf4 import dense_weight
 from .registry import Base, Op
+from .sums import bias_grad
 
 
 class NF4Linear(Op):
@@ -40,7 +40,7 @@ class NF4Linear(Op):
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
         return {
             "x": ops.nf4_linear_dx(dy, *args.base, args.x.shape[-1]) if need.x else None,
-            "bias": bias_grad(dy, args.bias.dtype) if need.bias else None,
+            "bias": bias_grad(ops, dy, args.bias.dtype) if need.bias else None,
         }
 
     @staticmethod

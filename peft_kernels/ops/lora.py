@@ -11,10 +11,11 @@ from torch import Tensor
 from .. import dispatch
 from . import arguments, flops
 from .arguments import Weight
-from .common import accumulator_dtype, bias_grad, empty_unless, new_h, rows, weight_grad
+from .common import accumulator_dtype, empty_unless, new_h, rows, weight_grad
 from .dropout import dropped, new_seed
 from .nf4 import dense_weight
 from .registry import Op
+from .sums import bias_grad
 
 
 class LoraLinear(Op):
@@ -56,7 +57,7 @@ class LoraLinear(Op):
             compute_dtype, need.x, need.lora_a, need.lora_b,
         )  # fmt: skip
         dw = weight_grad(dy, x, compute_dtype) if need.weight else None
-        dbias = bias_grad(dy, args.bias.dtype) if need.bias else None
+        dbias = bias_grad(ops, dy, args.bias.dtype) if need.bias else None
         return {"x": dx, "weight": dw, "bias": dbias, "lora_a": da, "lora_b": db}
 
     @staticmethod

@@ -13,11 +13,12 @@ from torch import Tensor
 from .. import dispatch
 from . import arguments, flops
 from .arguments import Weight
-from .common import accumulator_dtype, bias_grad, empty_unless, new_h, rows, weight_grad
+from .common import accumulator_dtype, empty_unless, new_h, rows, weight_grad
 from .dropout import dropped, new_seed
 from .lora import check_adapter
 from .nf4 import dense_weight
 from .registry import Op, columns
+from .sums import bias_grad
 
 
 class MultiLoraLinear(Op):
@@ -73,7 +74,7 @@ class MultiLoraLinear(Op):
             args.dropout_p, args.seed, args.group, args.row_group, compute_dtype, need.x, need.lora_a,
             need.lora_b,
         )  # fmt: skip
-        dw, dbias = layer_grads(whole, x, compute_dtype, args.bias, need.weight, need.bias)
+        dw, dbias = layer_grads(ops, whole, x, compute_dtype, args.bias, need.weight, need.bias)
         return {"x": dx, "weight": dw, "bias": dbias, "lora_a": da, "lora_b": db}
 
     @staticmethod
@@ -129,6 +130,7 @@ class MultiLoraLinearBackward(Op):
 
 
 def layer_grads(
+    ops: Any,
     dy: Sequence[Tensor],
     x: Tensor,
     compute_dtype: torch.dtype | None,
@@ -138,7 +140,9 @@ def layer_grads(
 ) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """Gradients of dense base weights and of biases, for the layers that need them."""
     dw = [weight_grad(d, x, compute_dtype) if need else None for d, need in zip(dy, need_weight, strict=True)]
-    dbias = [bias_grad(d, b.dtype) if need else None for d, b, need in zip(dy, bias, need_bias, strict=True)]
+    dbias = [
+        bias_grad(ops, d, b.dtype) if need else None for d, b, need in zip(dy, bias, need_bias, strict=True)
+    ]
     return dw, dbias
 
 
