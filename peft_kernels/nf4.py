@@ -245,8 +245,8 @@ class NF4Weight(NF4Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         state = self._state
-        if state.part_of is not None:  # a copy of one expert is part of nothing
-            state = dataclasses.replace(state, part_of=None)
+        if state.part_of is not None or state.gathered:  # a copy of one expert is part of nothing
+            state = dataclasses.replace(state, part_of=None, gathered=False)
         return _rebuild, (state, self.dtype, self.requires_grad, getattr(self, "_is_param", False))
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .experts import experts_forward
 from .nf4 import NF4Weight
 from .nf4_model import ModelLink
+from .sharded_weight import is_sharded
 
 _HOME = "transformers.integrations.moe"
 
@@ -83,6 +84,8 @@ class NF4Experts:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         for name, weight in _weights(self).items():
             dense = _dense(weight)
+            if is_sharded(weight):
+                continue
             if dense is None:
                 del destination[prefix + name]
                 destination.update(weight.state_dict(prefix, name))
@@ -193,6 +196,8 @@ def _weights(module: Any) -> dict[str, Any]:
 
 
 def _dense(weight: Tensor) -> Tensor | None:
+    if is_sharded(weight):
+        return None
     return weight.dense if isinstance(weight, NF4Weight) else weight.data
 
 

@@ -71,6 +71,7 @@ class NF4State:
     additions: list[Addition] = field(default_factory=list)
     seal: Any = None  # fingerprint of `dense` as NF4Weight.merging left it
     part_of: str | None = None  # what this is one expert of; then it cannot be written to
+    gathered: bool = False  # by FSDP2, until it frees it; then neither
 
     def tensors(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in (*PACKED_FORM, "dense")}
@@ -79,7 +80,12 @@ class NF4State:
     def map(self, function: Callable[[Tensor], Tensor]) -> NF4State:
         """A copy, with other tensors: what a part is copied to is part of nothing."""
         new = {name: function(tensor) for name, tensor in self.tensors().items()}
-        changed: dict[str, Any] = {"additions": list(self.additions), "part_of": None, **new}
+        changed: dict[str, Any] = {
+            "additions": list(self.additions),
+            "part_of": None,
+            "gathered": False,
+            **new,
+        }
         return dataclasses.replace(self, **changed)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> NF4State:
@@ -134,7 +140,12 @@ class NF4State:
     # Writes. Every one is `before_write`, the write to `dense`, and one of the others.
 
     def refuse_part(self) -> None:
-        """Of one expert: a write has no place in the whole."""
+        """A write to one expert has no place in the whole, and one to what FSDP2 gathered is gone with it."""
+        if self.gathered:
+            raise RuntimeError(
+                f"{self.name}: gathered by FSDP2 for as long as its layer runs, and written to, expected "
+                "writes (a merge, say) before fully_shard: this one would be lost"
+            )
         if self.part_of is not None:
             raise RuntimeError(
                 f"{self.part_of}: one expert of it was written to, expected a write to the whole "

@@ -91,7 +91,7 @@ class NF4Tensor(HoldsNF4):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        handler = _HANDLERS.get(func, _on_dense)
+        handler = _HANDLERS.get(func, on_dense)
         return handler(func, args, kwargs or {})
 
 
@@ -198,7 +198,7 @@ def _dense(value: Any) -> Any:
     return value._state.dense if value.is_dense else value.dequantize()
 
 
-def _on_dense(func: Any, args: Any, kwargs: Any) -> Any:
+def on_dense(func: Any, args: Any, kwargs: Any) -> Any:
     """Run any op on dense values: reads see a dequantised copy, writes make the weight dense first."""
     targets = [target for target in written(func, args, kwargs) if isinstance(target, NF4Tensor)]
     if targets:
@@ -266,7 +266,7 @@ def _empty_like(func: Any, args: Any, kwargs: Any) -> Tensor:
     """`nn.Module.to_empty`, which names a device, wants a weight that can be loaded into."""
     weight, device = args[0], kwargs.get("device")
     if device is None or weight.is_dense:
-        return _on_dense(func, args, kwargs)
+        return on_dense(func, args, kwargs)
     return type(weight)(weight._state.map(lambda t: torch.empty_like(t, device=device)), weight.dtype)
 
 
@@ -275,7 +275,7 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     weight = args[0]
     dtype = kwargs.get("dtype") or weight.dtype
     if dtype not in WEIGHT_DTYPES:
-        return _on_dense(func, args, kwargs)
+        return on_dense(func, args, kwargs)
     device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)
     state = weight._state.map(lambda t: t.to(device, non_blocking=non_blocking, copy=True))
     if state.dense is not None:
@@ -290,7 +290,15 @@ def _copy_(func: Any, args: Any, kwargs: Any) -> Any:
         device = target.device
         target._state.become(source._state.map(lambda t: t.to(device, copy=True)))
         return target
-    return _on_dense(func, args, kwargs)
+    return on_dense(func, args, kwargs)
+
+
+def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Of its own shape, as DTensor's `to_local` takes one."""
+    view: Tensor = (
+        _alias(func, args, kwargs) if tuple(args[1]) == args[0].shape else on_dense(func, args, kwargs)
+    )
+    return view
 
 
 _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
@@ -300,4 +308,10 @@ _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
     aten.empty_like.default: _empty_like,
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy_,
+    aten.view.default: _view,
 }
+
+
+def handle(handlers: dict[Any, Callable[[Any, Any, Any], Any]]) -> None:
+    """Ops whose handlers know more than this file does: what parts of a weight are."""
+    _HANDLERS.update(handlers)

@@ -15,6 +15,7 @@ from .ops.arguments import autocast_dtype
 from .ops.dora import dora_linear
 from .ops.linear import nf4_linear
 from .ops.lora import lora_linear
+from .sharded_weight import UNGATHERED, is_dtensor, is_sharded, load_rows
 
 __all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
 
@@ -102,6 +103,8 @@ class NF4Linear(nn.Linear):
         weight: Tensor = self.weight
         bias: Tensor | None = self.bias
         if not isinstance(weight, NF4Weight):
+            if is_sharded(weight):
+                raise RuntimeError(f"weight: {UNGATHERED}")
             return nn.functional.linear(x, weight, bias)
         compute_dtype, autocast = None, autocast_dtype(x.device.type)
         if autocast is not None:
@@ -132,10 +135,14 @@ class NF4Linear(nn.Linear):
     def __setattr__(self, name: str, value: Any) -> None:
         if name != "weight" or "weight" not in self.__dict__["_parameters"]:
             return super().__setattr__(name, value)
+        if is_sharded(value):
+            return super().__setattr__(name, value)
         if isinstance(value, NF4Weight):
             if value.dense is None:
                 return super().__setattr__(name, value)
             value = nn.Parameter(value.dense, requires_grad=False)
+        elif is_dtensor(value):
+            raise ValueError(self._not_sharded(value))
         plain, link = self.plain_class, self.link
         for attribute in ("compute_dtype", "plain_class", "link"):
             self.__dict__.pop(attribute, None)
@@ -147,6 +154,19 @@ class NF4Linear(nn.Linear):
         if link is not None:
             link.layer_gone()
         return None
+
+    def _not_sharded(self, value: Any) -> str:
+        """Why a weight has become a DTensor of dense values, and what to do."""
+        state = getattr(self._parameters["weight"], "_state", None)
+        if state is None or state.dense is None:
+            return (
+                f"{'weight' if state is None else state.name}: expected an NF4 weight sharded by rows "
+                f"(Shard(0)), got {value.placements} of dense values"
+            )
+        return (
+            f"{state.name}: expected packed NF4 to shard, got a weight that a write made dense: unmerge the "
+            "adapter, or pack it (requantize_()), or make the layer an ordinary one (settle()), then shard"
+        )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if isinstance(self.weight, NF4Weight):
@@ -167,6 +187,11 @@ class NF4Linear(nn.Linear):
         error_msgs: list[str],
     ) -> None:
         key = prefix + "weight"
+        if is_dtensor(state_dict.get(key)):
+            super()._load_from_state_dict(
+                state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+            return
         mine = [k for k in state_dict if k == key or k.startswith(key + ".")]
         new = None
         if not mine:
@@ -193,6 +218,9 @@ class NF4Linear(nn.Linear):
             with torch.no_grad():
                 # Not copy_: the nominal dtype is part of what was saved.
                 assign = local_metadata.get("assign_to_params_buffers", False)
+                if is_sharded(weight):
+                    load_rows(weight, new, new.device if assign else None)
+                    return
                 new._state.name = self.weight._state.name  # type: ignore[attr-defined]
                 if assign:
                     self._parameters["weight"] = nn.Parameter(new, requires_grad=False)

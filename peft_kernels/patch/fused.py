@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from types import MethodType
@@ -63,6 +64,7 @@ class Fused:
 
 _classes: dict[tuple[type, type], type] = {}
 _plain: dict[type, type[nn.Module]] = {}
+_first: dict[type, type[nn.Module]] = {}
 
 
 def fuse(module: nn.Module, mixin: type[Fused], record: Record) -> None:
@@ -98,9 +100,26 @@ def record_of(module: nn.Module) -> Record | None:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, or the one that it had before it was patched."""
+    """The class of a module, or the one that it had before it was patched, and before `fully_shard` made a
+    subclass of it, which adds methods and no forward."""
     cls = type(module)
-    return _plain.get(cls, cls)
+    found = _first.get(cls)
+    return _first_class(cls) if found is None else found
+
+
+def _first_class(cls: Any) -> type[nn.Module]:
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    found = cls
+    while True:
+        if found in _plain:
+            found = _plain[found]
+        elif fsdp is not None and fsdp.FSDPModule in found.__bases__:
+            found = found.__bases__[-1]
+        else:
+            break
+    if found is not cls:  # others come and go
+        _first[cls] = found
+    return found
 
 
 def is_own(module: Any, forward: Any) -> bool:

@@ -19,6 +19,7 @@ from ..nf4 import NF4State, NF4Weight
 from ..nn import NF4Linear
 from ..ops.arguments import autocast_dtype
 from ..ops.multi_lora import Adapter
+from ..sharded_weight import UNGATHERED, is_sharded
 from . import fused, sources, verify
 
 HOOKED = "hooks on the base layer or an adapter, which a fused forward would pass by"
@@ -104,8 +105,9 @@ def linear(layer: nn.Module) -> str:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Whether the weight of a linear layer is NF4 in our own format."""
-    return isinstance(layer._parameters.get("weight"), NF4Weight)
+    """Whether the weight of a linear layer is NF4 in our own format, whole or one process's rows of it."""
+    weight = layer._parameters.get("weight")
+    return isinstance(weight, NF4Weight) or is_sharded(weight)
 
 
 def is_linear4bit(module: nn.Module) -> bool:
@@ -163,6 +165,8 @@ def operands(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | s
         weight = weight._state
     else:
         if type(weight) not in _ORDINARY:
+            if is_sharded(weight):
+                return f"the base weight is sharded: {UNGATHERED}"
             return f"the base weight is a {type(weight).__name__}"
         compute = dtype
         if weight.dtype != dtype:

@@ -1,0 +1,119 @@
+"""NF4 models for processes that shard them with FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nf4_weights import parts
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+import peft_kernels as pk
+import testing
+
+RANKS = 4
+VOCABULARY = 97
+
+
+def line(ranks: int) -> Any:
+    """A mesh of the first `ranks` processes; to the others None. All have to ask for it."""
+    mesh = DeviceMesh("cpu", list(range(ranks)))
+    return mesh if dist.get_rank() < ranks else None
+
+
+def square() -> Any:
+    return init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "parts"))
+
+
+def weight(shape: tuple[int, ...], blocksize: int, nested: bool, dtype: torch.dtype = torch.bfloat16) -> Any:
+    values = testing.tensor(*shape, seed=sum(shape)).to(dtype)
+    return pk.NF4Weight.quantize(values, blocksize, nested)
+
+
+def assert_same_bits(got: Any, want: Any) -> None:
+    """Two packed weights."""
+    assert type(got) is pk.NF4Weight or isinstance(got, nn.Parameter), type(got)
+    mine, its = parts(got), parts(want)
+    assert mine.keys() == its.keys() and got.shape == want.shape and not got.is_dense
+    for name, tensor in mine.items():
+        assert tensor.dtype == its[name].dtype and torch.equal(tensor, its[name]), name
+
+
+def llama(layers: int = 2, patch: bool = False, **changes: Any) -> Any:
+    """A small model with NF4 layers and LoRA, the same in every process."""
+    import peft
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 64, "intermediate_size": 176, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(
+        num_hidden_layers=layers, vocab_size=VOCABULARY, tie_word_embeddings=True, **(sizes | changes)
+    )
+    torch.manual_seed(0)
+    model: Any = LlamaForCausalLM(config)
+    pk.quantize_model(model)
+    lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, lora)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, std=0.05)
+    if patch:
+        assert not pk.patch(model).original
+    return model
+
+
+def shard(model: Any, mesh: Any, **options: Any) -> Any:
+    for layer in model.base_model.model.model.layers:
+        fully_shard(layer, mesh=mesh, **options)
+    return fully_shard(model, mesh=mesh, **options)
+
+
+def batches(ranks: int, steps: int = 3) -> Tensor:
+    """(steps, sequences, tokens): two sequences for each process."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randint(0, VOCABULARY, (steps, 2 * ranks, 12), generator=generator)
+
+
+def adapters(model: Any) -> dict[str, Tensor]:
+    """Trained parameters, whole, by name."""
+    trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+    return {name: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for name, p in trained.items()}
+
+
+def train(model: Any, optimizer: Any, data: Tensor, mesh: Any = None, ranks: int = 1) -> list[float]:
+    """Losses on the global batch, of which each process of the mesh sees its own sequences."""
+    losses = []
+    for ids in data:
+        mine = ids if mesh is None else ids.chunk(ranks)[dist.get_rank()]
+        optimizer.zero_grad()
+        loss = model(input_ids=mine, labels=mine).loss
+        loss.backward()
+        optimizer.step()
+        total = loss.detach().clone()
+        if mesh is not None:
+            for dim in range(mesh.ndim):
+                dist.all_reduce(total, group=mesh.get_group(dim))
+            total /= ranks
+        losses.append(float(total))
+    return losses
+
+
+@contextmanager
+def gathers() -> Iterator[list[tuple[int, torch.dtype]]]:
+    """Bytes that this process gives to each all-gather of FSDP2, and their type."""
+    found: list[tuple[int, torch.dtype]] = []
+    original = dist.all_gather_into_tensor
+
+    def counted(output_tensor: Tensor, input_tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
+        found.append((input_tensor.nbytes, input_tensor.dtype))
+        return original(output_tensor, input_tensor, *args, **kwargs)
+
+    dist.all_gather_into_tensor = counted
+    try:
+        yield found
+    finally:
+        dist.all_gather_into_tensor = original

@@ -1,0 +1,319 @@
+"""NF4 models sharded by FSDP2: four processes over gloo, of which two, three or four shard."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import re
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from fsdp_models import (
+    RANKS,
+    adapters,
+    assert_same_bits,
+    batches,
+    gathers,
+    line,
+    llama,
+    shard,
+    square,
+    train,
+    weight,
+)
+from ranks import found_by_rank
+from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+import peft_kernels as pk
+import testing
+from peft_kernels.nf4_shard import NF4Shard
+
+pytestmark = pytest.mark.slow
+
+# Rows that divide and do not, blocks that cross the cut, rows shorter than a block, processes without rows,
+# groups of 256 scales that straddle, odd numbers of weights, experts.
+SHAPES = [(64, 128), (7, 33), (5, 10), (64, 63), (1, 40), (3, 1), (300, 577), (4, 4, 96), (5, 3, 33)]
+
+# Cases: each runs in every process.
+
+
+class Product(nn.Module):
+    def __init__(self, weight: Any) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def forward(self, x: Any) -> Any:
+        return nn.functional.linear(x, self.weight)
+
+
+def whole_weights(folder: Path) -> None:
+    """Gathered, each weight is what it was to the bit, twice, whatever the cuts; so are the shards' rows, and
+    the result and gradient of a product; no process sends more than its part."""
+    for ranks in (1, 2, 3, 4):
+        mesh = line(ranks)
+        if mesh is None:
+            continue
+        for shape in SHAPES:
+            for blocksize, nested in ((32, True), (64, True), (64, False)):
+                want = weight(shape, blocksize, nested)
+                layer = Product(want.clone())
+                fully_shard(layer, mesh=mesh)
+                held = layer.weight.to_local()
+                assert isinstance(held, NF4Shard)
+                for _ in range(2):
+                    with gathers() as sent:
+                        layer.unshard()
+                    assert_same_bits(layer.weight, want)
+                    layer.reshard()
+                    cells = want.packed.numel() // want.absmax.numel() + 64  # two blocks more than a share
+                    most = (want.packed.nbytes + want.absmax.nbytes) / ranks + 3 * cells + 40
+                    if len(shape) == 2 and shape[0] % ranks == 0:
+                        assert len(sent) == (ranks > 1) and all(n <= most for n, _ in sent), (sent, most)
+                if ranks > 1:
+                    assert_same_bits(layer.weight.full_tensor(), want)
+                part = layer.weight.to_local()
+                rows = -(-shape[0] // ranks)
+                start = rows * mesh.get_local_rank()
+                assert torch.equal(part.dequantize(), want.dequantize()[start : start + rows])
+                if len(shape) == 3:
+                    continue
+                results = []
+                for module in (layer, Product(want)):
+                    x = testing.tensor(5, shape[1], dtype=torch.bfloat16).requires_grad_()
+                    y = module(x)
+                    y.sum().backward()
+                    results.append((y.detach(), x.grad))
+                assert torch.equal(results[0][0], results[1][0]), shape
+                assert torch.equal(results[0][1], results[1][1]), shape
+
+
+def bytes_of_a_model(folder: Path) -> None:
+    """Of SmolLM2's layer: each of two processes holds half of the packed bytes, and sends that half."""
+    mesh = line(2)
+    if mesh is None:
+        return
+    sizes = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    model = llama(1, num_key_value_heads=3, **sizes)
+    layer = model.base_model.model.model.layers[0]
+    packed = [p for p in layer.parameters() if isinstance(p, pk.NF4Weight)]
+    whole = sum(p.nbytes for p in packed)
+    travels = sum(p.packed.nbytes + p.absmax.nbytes for p in packed)
+    dense = sum(p.nbytes for p in layer.parameters() if not isinstance(p, pk.NF4Weight))
+    assert len(packed) == 7
+    shard(model, mesh)
+    shards = [p.to_local() for p in layer.parameters() if isinstance(p.to_local(), NF4Shard)]
+    held = sum(t.nbytes for s in shards for t in s._part.tensors().values())
+    assert len(shards) == 7 and held <= 0.52 * whole
+    with gathers() as sent:
+        layer.unshard()
+    assert sent == [((travels + dense) // 2, torch.uint8)]
+    layer.reshard()
+
+
+def training(folder: Path) -> None:
+    """As in one process on the same global batch; patched before and after, checkpointed, not resharded,
+    offloaded, and with replicas."""
+    cases: dict[str, tuple[int, dict[str, Any]]] = {
+        "stock": (2, {}),
+        "before": (2, {}),
+        "after": (3, {}),
+        "reentrant": (2, {}),
+        "checkpointed": (3, {}),
+        "kept": (2, {"reshard_after_forward": False}),
+        "offloaded": (2, {"offload_policy": CPUOffloadPolicy(pin_memory=False)}),
+        "replicas": (4, {}),
+        "8 bits": (2, {}),
+    }
+    meshes = {ranks: line(ranks) for ranks in (2, 3)} | {4: square()}
+    want: dict[Any, Any] = {}
+    for name, (ranks, options) in cases.items():
+        make = pk.optim.AdamW8bit if name == "8 bits" else torch.optim.AdamW
+        if meshes[ranks] is None:
+            continue
+        if (ranks, make) not in want:
+            single = llama(patch=True)
+            losses = train(single, make(single.parameters(), lr=1e-3, eps=1e-4), batches(ranks))
+            want[ranks, make] = losses, adapters(single)
+        model = llama(patch=name == "before")
+        if name in ("reentrant", "checkpointed"):
+            model.gradient_checkpointing_enable({"use_reentrant": name == "reentrant"})
+            model.enable_input_require_grads()
+        shard(model, meshes[ranks], **options)
+        report = pk.patch(model) if name not in ("stock", "before") else None
+        trained = [p for p in model.parameters() if p.requires_grad]
+        losses = train(model, make(trained, lr=1e-3, eps=1e-4), batches(ranks), meshes[ranks], ranks)
+        assert report is None or not report.original, report
+        assert report is None or not any(e.fallbacks for e in (*report.layers, *report.blocks)), report
+        torch.testing.assert_close(losses, want[ranks, make][0], rtol=1e-5, atol=1e-5, msg=name)
+        for key, value in adapters(model).items():
+            torch.testing.assert_close(
+                value, want[ranks, make][1][key], rtol=0, atol=2e-5, msg=f"{name} {key}"
+            )
+
+
+def mixed_precision(folder: Path) -> None:
+    """The nominal dtype follows the policy; the bits stay."""
+    mesh = line(2)
+    if mesh is None:
+        return
+    want = weight((64, 128), 64, True, torch.float32)
+    layer = Product(want.clone())
+    fully_shard(layer, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    assert layer(testing.tensor(3, 128)).dtype == torch.bfloat16
+    layer.unshard()
+    assert layer.weight.dtype == torch.bfloat16
+    assert_same_bits(layer.weight, want)
+
+
+def ignored(folder: Path) -> None:
+    """An ignored weight stays whole, beside one that is sharded."""
+    mesh = line(2)
+    if mesh is None:
+        return
+    model = nn.Sequential(*(Product(weight((64, 64), 64, True, torch.float32)) for _ in range(2)))
+    x = testing.tensor(3, 64)
+    want = model(x)
+    fully_shard(model, mesh=mesh, ignored_params={model[0].weight})
+    assert isinstance(model[0].weight, pk.NF4Weight) and isinstance(model[1].weight.to_local(), NF4Shard)
+    assert torch.equal(model(x), want)
+
+
+def inner_hooks(folder: Path) -> None:
+    """Layers that fully_shard was given themselves run their hooks, and what spans them falls back."""
+    mesh = line(2)
+    if mesh is None:
+        return
+    model, single = llama(1), llama(1, patch=True)
+    layer = model.base_model.model.model.layers[0]
+    fully_shard(layer.self_attn.q_proj, mesh=mesh)
+    fully_shard(layer.self_attn.k_proj.base_layer, mesh=mesh)
+    fully_shard(layer.mlp.up_proj, mesh=mesh)
+    shard(model, mesh)
+    report = pk.patch(model)
+    ids = batches(1, 1)[0]
+    torch.testing.assert_close(model(ids).logits, single(ids).logits, rtol=1e-5, atol=1e-5)
+    reasons = {entry.name.rpartition(".")[2]: entry.reason for entry in (*report.layers, *report.blocks)}
+    assert not reasons["q_proj"] and not reasons["up_proj"]
+    assert "hooks on the base layer" in reasons["k_proj"]
+    (block,) = report.blocks
+    assert any("up_proj: hooks" in why for why in block.fallbacks), block
+
+
+def patched_modules(folder: Path) -> None:
+    """A patched module that fully_shard is given itself stays fused, and can be unpatched."""
+    mesh = line(2)
+    if mesh is None:
+        return
+    model = llama(1)
+    report = pk.patch(model)
+    layer = model.base_model.model.model.layers[0]
+    for module in (layer.mlp, layer.self_attn.q_proj):
+        fully_shard(module, mesh=mesh)
+    shard(model, mesh)
+    ids = batches(1, 1)[0]
+    got = model(ids).logits
+    entries = [*report.layers, *report.blocks]
+    assert not any(entry.reason or entry.fallbacks for entry in entries), report
+    pk.unpatch(model)
+    torch.testing.assert_close(model(ids).logits, got, rtol=1e-5, atol=1e-5)
+
+
+def refusals(folder: Path) -> None:
+    """Sentences, in every process; nothing is lost, and none waits."""
+    mesh = line(2)
+    if mesh is None:
+        return
+    want = weight((64, 128), 64, True)
+
+    def layer() -> Any:
+        return nn.Sequential(pk.nn.NF4Linear(want.clone()))
+
+    sharded = fully_shard(layer(), mesh=mesh)
+    p, delta = sharded[0].weight, torch.ones(32, 128, dtype=torch.bfloat16)
+    start = 32 * mesh.get_local_rank()
+    sentence = f"weight: rows {start} to {start + 32} of an NF4 weight, .* were to be written by aten.add_"
+    with pytest.raises(RuntimeError, match=sentence), torch.no_grad():
+        p.to_local().add_(delta)
+    with pytest.raises(RuntimeError, match=r"were to be written by aten.copy_"), torch.no_grad():
+        p.to_local().copy_(delta)
+    with pytest.raises(RuntimeError, match=r"this process has some rows of it, .* call the module that"):
+        sharded[0].forward(testing.tensor(3, 128))
+    sharded.unshard()
+    with pytest.raises(RuntimeError, match=r"gathered by FSDP2 .* this one would be lost"), torch.no_grad():
+        sharded[0].weight.add_(1.0)
+    with pytest.raises(RuntimeError, match=r"gathered by FSDP2 .* this one would be lost"):
+        sharded[0].weight.data = torch.ones(64, 128)
+    assert_same_bits(sharded[0].weight, want)
+    sharded.reshard()
+
+    for write in (lambda w: w.add_(0.5), lambda w: w.mul_(2.0)):  # a merge, and for good
+        dense = layer()
+        write(dense[0].weight)
+        with pytest.raises(ValueError, match="expected packed NF4 to shard, got a weight that a write made"):
+            fully_shard(dense, mesh=mesh)
+    columns = {"shard_placement_fn": lambda p: Shard(1)}
+    with pytest.raises(
+        ValueError, match=re.escape("weight: expected an NF4 weight sharded by rows (Shard(0))")
+    ):
+        fully_shard(layer(), mesh=mesh, **columns)
+    trained = fully_shard(layer(), mesh=mesh)
+    trained[0].weight.requires_grad_()
+    with pytest.raises(ValueError, match="NF4 weights are frozen"):
+        trained(testing.tensor(3, 128))
+
+
+CASES: list[Callable[[Path], None]] = [
+    whole_weights, bytes_of_a_model, training, mixed_precision, ignored, inner_hooks, patched_modules,
+    refusals,
+]  # fmt: skip
+
+
+def work(rank: int, port: int, folder: str, queue: Any) -> None:
+    torch.set_num_threads(1)
+    place = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", place, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    told = {}
+    try:
+        for case in CASES:
+            told[case.__name__] = "not run: an earlier case failed"
+        for case in CASES:
+            case(Path(folder) / case.__name__)
+            dist.barrier()
+            told[case.__name__] = ""
+    except BaseException:
+        told[case.__name__] = traceback.format_exc()
+    queue.put((rank, told))
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[int, dict[str, str]]:
+    """What went wrong, by process and case. Libraries are imported once, in the process that the four are
+    forked from."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "pytest"),
+            *("peft", "transformers.models.llama.modeling_llama"),
+        ]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return found_by_rank(context, RANKS, work, port, folder)
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_on_four_processes(results: dict[int, dict[str, str]], case: str) -> None:
+    for rank, told in results.items():
+        assert not told[case], f"process {rank}: {told[case]}"
