@@ -65,6 +65,12 @@ class Part:
     def nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
+    @property
+    def whole_nbytes(self) -> int:
+        """Of the weight that this is a part of."""
+        second = sum(t.nbytes for t in (self.absmax2, self.offset) if t is not None)
+        return self.cut.nbytes + self.cut.scales * self.absmax.itemsize + second
+
     def narrow(self, start: int, stop: int) -> Part:
         """Rows [start, stop) of this part, in its memory."""
         mine, inner = (

@@ -1,14 +1,21 @@
-"""NF4 models for processes that shard them with FSDP2."""
+"""NF4 models, and processes that shard them with FSDP2."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import multiprocessing as mp
+import socket
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from nf4_weights import parts
+from ranks import found_by_rank
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -17,6 +24,7 @@ import peft_kernels as pk
 import testing
 
 RANKS = 4
+Case = Callable[[Path], None]
 VOCABULARY = 97
 
 
@@ -117,3 +125,36 @@ def gathers() -> Iterator[list[tuple[int, torch.dtype]]]:
         yield found
     finally:
         dist.all_gather_into_tensor = original
+
+
+def _work(rank: int, cases: list[Case], port: int, folder: str, queue: Any) -> None:
+    torch.set_num_threads(1)
+    place = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", place, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
+    told = {case.__name__: "not run: an earlier case failed" for case in cases}
+    try:
+        for case in cases:
+            case(Path(folder) / case.__name__)
+            dist.barrier()
+            told[case.__name__] = ""
+    except BaseException:
+        told[case.__name__] = traceback.format_exc()
+    queue.put((rank, told))
+    dist.destroy_process_group()
+
+
+def in_processes(cases: list[Case]) -> dict[int, dict[str, str]]:
+    """What went wrong, by process and case. Libraries are imported once, in the process that the four are
+    forked from."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(
+        [
+            *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "pytest"),
+            *("peft", "transformers.models.llama.modeling_llama"),
+        ]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        return found_by_rank(context, RANKS, _work, cases, port, folder)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import re
-import socket
-import tempfile
-import traceback
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from fsdp_models import (
-    RANKS,
     adapters,
     assert_same_bits,
     batches,
     gathers,
+    in_processes,
     line,
     llama,
     shard,
@@ -28,7 +22,6 @@ from fsdp_models import (
     train,
     weight,
 )
-from ranks import found_by_rank
 from torch import nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -36,6 +29,9 @@ from torch.distributed.tensor import Shard
 import peft_kernels as pk
 import testing
 from peft_kernels.nf4_shard import NF4Shard
+
+pytest.importorskip("transformers", reason="models are transformers', and it is not installed")
+pytest.importorskip("peft", reason="adapters are PEFT's, and it is not installed")
 
 pytestmark = pytest.mark.slow
 
@@ -277,40 +273,9 @@ CASES: list[Callable[[Path], None]] = [
 ]  # fmt: skip
 
 
-def work(rank: int, port: int, folder: str, queue: Any) -> None:
-    torch.set_num_threads(1)
-    place = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", place, rank=rank, world_size=RANKS, timeout=timedelta(seconds=60))
-    told = {}
-    try:
-        for case in CASES:
-            told[case.__name__] = "not run: an earlier case failed"
-        for case in CASES:
-            case(Path(folder) / case.__name__)
-            dist.barrier()
-            told[case.__name__] = ""
-    except BaseException:
-        told[case.__name__] = traceback.format_exc()
-    queue.put((rank, told))
-    dist.destroy_process_group()
-
-
 @pytest.fixture(scope="module")
 def results() -> dict[int, dict[str, str]]:
-    """What went wrong, by process and case. Libraries are imported once, in the process that the four are
-    forked from."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "pytest"),
-            *("peft", "transformers.models.llama.modeling_llama"),
-        ]
-    )
-    with tempfile.TemporaryDirectory() as folder:
-        return found_by_rank(context, RANKS, work, port, folder)
+    return in_processes(CASES)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])

@@ -1,0 +1,69 @@
+"""Rows of a checkpoint's tensors: what one of several processes reads of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import experts_format
+from ..integrations import bitsandbytes
+from ..nf4_cut import Cut
+from ..nf4_part import Part
+from ..nf4_state import NF4State
+from .folder import Checkpoint
+from .header import CheckpointError, Entry
+
+
+def read_rows(entry: Entry, start: int, stop: int) -> Tensor:
+    """Rows [start, stop) of a plain tensor. Nothing else of it is read."""
+    row = prod(entry.shape[1:])
+    return _flat(entry, start * row, stop * row).view(stop - start, *entry.shape[1:])
+
+
+def read_form(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[NF4State, torch.dtype]:
+    """A packed weight with its second-level scales, whose codes and first-level scales are on the meta
+    device, and its nominal dtype. CheckpointError names the item that does not fit."""
+    items: dict[str, Tensor] = {}
+    for name in names:
+        entry = checkpoint.entries[name]
+        large = name in (weight, f"{weight}.absmax")
+        items[name] = torch.empty(entry.shape, dtype=entry.dtype, device="meta") if large else entry.read()
+    try:
+        state, dtype = experts_format.read(items, weight)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    state.name = weight
+    if state.offset is not None and state.offset.is_meta:  # it is in a text, and was made where the codes are
+        key = f"{weight}.{bitsandbytes.STATE_ITEM}"
+        state.offset = torch.tensor(float(bitsandbytes.read_json(key, items[key]).nested_offset))
+    return state, dtype
+
+
+def read_part(checkpoint: Checkpoint, weight: str, state: NF4State, start: int, stop: int) -> Part:
+    """Rows [start, stop) of a packed weight whose `read_form` gave `state`: only the blocks that they touch
+    are read. Errors as there."""
+    cut = Cut(tuple(state.shape), state.blocksize)
+    codes, scales = cut.places(start, stop)
+    packed = _flat(checkpoint.entries[weight], codes.start, codes.stop)
+    absmax = _flat(checkpoint.entries[f"{weight}.absmax"], scales.start, scales.stop)
+    if state.absmax2 is None:
+        absmax = absmax.float()
+        checked: Any = NF4State(cut.shape, cut.blocksize, absmax=absmax)
+        try:
+            bitsandbytes.check_scales(weight, checked, 0.0)
+        except ValueError as error:
+            raise CheckpointError(str(error)) from error
+    return Part(cut, start, stop, packed, absmax, state.absmax2, state.offset, weight)
+
+
+def _flat(entry: Entry, start: int, stop: int) -> Tensor:
+    """Elements [start, stop) of its flat values."""
+    size = entry.dtype.itemsize
+    part = replace(
+        entry, shape=(stop - start,), begin=entry.begin + start * size, nbytes=(stop - start) * size
+    )
+    return part.read()

@@ -1,0 +1,277 @@
+"""Checkpoints of NF4 models that FSDP2 shards: four processes over gloo, of which some shard."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from fsdp_models import (
+    Case,
+    adapters,
+    assert_same_bits,
+    batches,
+    in_processes,
+    line,
+    llama,
+    shard,
+    square,
+    train,
+    weight,
+)
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+
+import peft_kernels as pk
+from peft_kernels.checkpoints.header import CheckpointError, Entry
+from peft_kernels.integrations import fsdp
+
+pytest.importorskip("transformers", reason="models are transformers', and it is not installed")
+pytest.importorskip("peft", reason="adapters are PEFT's, and it is not installed")
+
+pytestmark = pytest.mark.slow
+
+UNEVEN = {"hidden_size": 40, "intermediate_size": 90, "num_key_value_heads": 2, "num_attention_heads": 4}
+"""Rows that three processes do not divide, and blocks that cross every cut."""
+SMALL = ("nested", "quant_map", "quant_state")
+"""Items of NF4 weights that every process reads: tables, texts and second-level scales."""
+
+# Cases: each runs in every process.
+
+
+def gathered(model: nn.Module) -> dict[str, Any]:
+    return {name: fsdp._whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def assert_same_model(model: nn.Module, want: dict[str, Any], names: Any = None) -> None:
+    for name, got in gathered(model).items():
+        if isinstance(want[name], pk.NF4Weight):
+            assert_same_bits(got, want[name])
+        else:
+            assert torch.equal(got, want[name]), name
+
+
+def wiped(model: Any) -> Any:
+    """The same model, with nothing of its numbers."""
+    with torch.no_grad():
+        for p in model.parameters():
+            for t in p._state.tensors().values() if isinstance(p, pk.NF4Weight) else [p]:
+                t.zero_()
+    return model
+
+
+def other_numbers(folder: Path) -> None:
+    """Base, adapters and optimizer, saved by two processes, go on in three, in one and without FSDP2: the
+    base to the bit, the training as without the break."""
+    meshes = {ranks: line(ranks) for ranks in (1, 2, 3)}
+    data = batches(6, steps=4)  # the same global batch for two and for three
+    if meshes[2] is not None:
+        model = shard(llama(**UNEVEN), meshes[2])
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
+        train(model, optimizer, data[:2], meshes[2], 2)
+        state = {"model": get_model_state_dict(model)}
+        assert state["model"].keys() == fsdp.checkpoint_state(model).keys()
+        state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        dcp.save(state, checkpoint_id=folder, process_group=meshes[2].get_group())
+    dist.barrier()
+    single = llama(**UNEVEN)
+    alone = torch.optim.AdamW([p for p in single.parameters() if p.requires_grad], lr=1e-3, eps=1e-4)
+    train(single, alone, data[:2])
+    base = {name: p.detach() for name, p in single.named_parameters()}
+    losses = train(single, alone, data[2:])
+    want = adapters(single)
+    for ranks, mesh in ((1, meshes[1]), (3, meshes[3]), (0, meshes[1])):
+        if mesh is None:
+            continue
+        model = wiped(llama(**UNEVEN))
+        if ranks:
+            shard(model, mesh)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.5, eps=1e-4)
+        state = {"model": fsdp.checkpoint_state(model)}
+        if ranks:  # of a model that is not sharded torch does not know the keys
+            state["optimizer"] = get_optimizer_state_dict(model, optimizer)
+        dcp.load(state, checkpoint_id=folder, process_group=mesh.get_group())
+        if ranks:
+            assert set_model_state_dict(model, state["model"]).missing_keys == []
+            set_optimizer_state_dict(model, optimizer, state["optimizer"])
+        for name, got in gathered(model).items():
+            if isinstance(base[name], pk.NF4Weight):
+                assert_same_bits(got, base[name])
+        if ranks:
+            more = train(model, optimizer, data[2:], mesh, ranks)
+            torch.testing.assert_close(more, losses, rtol=1e-5, atol=1e-5)
+            for name, value in adapters(model).items():
+                torch.testing.assert_close(value, want[name], rtol=0, atol=2e-5, msg=name)
+
+
+def packed_bytes(folder: Path) -> None:
+    """Are what is saved."""
+    mesh = line(2)
+    if mesh is None:
+        return
+    layer = nn.Sequential(pk.nn.NF4Linear(weight((512, 640), 64, True)))
+    nbytes = layer[0].weight.nbytes
+    fully_shard(layer, mesh=mesh)
+    dcp.save(fsdp.checkpoint_state(layer), checkpoint_id=folder, process_group=mesh.get_group())
+    dist.barrier(group=mesh.get_group())
+    assert sum(file.stat().st_size for file in folder.glob("*.distcp")) < nbytes + 10_000
+
+
+def empty_parts(folder: Path) -> None:
+    """A process without rows learns the scales of what the others load."""
+    mesh = line(4)
+    want, other = weight((5, 640), 32, True), weight((5, 640), 32, True)
+    other._state.absmax2.mul_(0.5)  # type: ignore[union-attr]
+    layers = [nn.Sequential(pk.nn.NF4Linear(w.clone())) for w in (want, other)]
+    for layer in layers:
+        fully_shard(layer, mesh=mesh)
+    dcp.save(fsdp.checkpoint_state(layers[0]), checkpoint_id=folder)
+    dcp.load(fsdp.checkpoint_state(layers[1]), checkpoint_id=folder)
+    layers[1].unshard()
+    assert_same_bits(layers[1][0].weight, want)
+
+
+def whole(folder: Path) -> None:
+    """The state dict of all, under the keys of one process; and a whole one into parts."""
+    for mesh in (line(3), square()):
+        if mesh is None:
+            continue
+        want = llama(**UNEVEN)
+        names = dict(want.named_parameters())
+        model = shard(llama(**UNEVEN), mesh)
+        state = fsdp.full_state_dict(model)
+        if dist.get_rank() == 0:
+            other = wiped(llama(**UNEVEN))
+            other.load_state_dict(state)
+            assert_same_model(other, names)
+        else:
+            assert not state
+        full = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+        assert all(type(t) is pk.NF4Weight for n, t in full.items() if n.endswith("base_layer.weight"))
+        layer = shard(wiped(llama(**UNEVEN)), mesh).base_model.model.model.layers[0].mlp.up_proj.base_layer
+        single = want.base_model.model.model.layers[0].mlp.up_proj.base_layer
+        layer.load_state_dict(single.state_dict())
+        assert_same_bits(fsdp._whole(layer.weight), single.weight)
+
+
+def adapter(folder: Path) -> None:
+    """An ordinary PEFT folder, to the bit what one process saves; an error reaches every process."""
+    import peft
+    from safetensors.torch import load_file
+
+    mesh = line(3)
+    if mesh is None:
+        return
+    model = shard(llama(**UNEVEN), mesh)
+    fsdp.save_adapter(model, folder / "ours")
+    (folder / "file").write_text("in the way") if dist.get_rank() == 0 else None
+    with pytest.raises(RuntimeError, match=r"file: the adapter could not be saved \("):
+        fsdp.save_adapter(model, folder / "file")
+    if dist.get_rank() == 0:
+        llama(**UNEVEN).save_pretrained(folder / "stock")
+        got, want = (load_file(folder / n / "adapter_model.safetensors") for n in ("ours", "stock"))
+        assert got.keys() == want.keys() and len(got) == 28
+        assert all(torch.equal(got[name], want[name]) for name in got)
+        again = peft.PeftModel.from_pretrained(llama(**UNEVEN).unload(), folder / "ours")
+        assert_same_model(again, dict(llama(**UNEVEN).named_parameters()))
+
+
+def from_meta(folder: Path) -> None:
+    """A checkpoint into a model on the meta device: each process reads its rows, and the model is what one
+    process loads; with adapters that start alike."""
+    import accelerate
+    import peft
+    from safetensors.torch import save_file
+    from transformers import LlamaForCausalLM
+
+    mesh = line(3)
+    if mesh is None:
+        return
+    single = llama(**UNEVEN).unload()
+    want = dict(single.named_parameters())
+    if dist.get_rank() == 0:
+        folder.mkdir(exist_ok=True)
+        tensors = {n: t.contiguous() for n, t in single.state_dict().items() if n != "lm_head.weight"}
+        save_file(tensors, folder / "model.safetensors")
+        broken = {n: t for n, t in tensors.items() if "layers.1" not in n}
+        save_file(broken, folder / "broken.safetensors")
+    dist.barrier(group=mesh.get_group())
+    path = folder / "model.safetensors"
+
+    def empty() -> Any:
+        with accelerate.init_empty_weights(include_buffers=False):
+            model = LlamaForCausalLM(single.config)
+        model.tie_weights()
+        fsdp.empty_layers(model, path)
+        model = peft.get_peft_model(model, llama(**UNEVEN).peft_config["default"])
+        return shard(model, mesh)
+
+    model = empty()
+    read = 0
+    original = Entry.read
+
+    def counted(self: Entry) -> Any:
+        nonlocal read
+        read += self.nbytes * (not any(small in self.name for small in SMALL))
+        return original(self)
+
+    Entry.read = counted  # type: ignore[method-assign]
+    try:
+        fsdp.load_checkpoint(model, path)
+    finally:
+        Entry.read = original  # type: ignore[method-assign]
+    large = sum(t.nbytes for name, t in single.state_dict().items() if not any(s in name for s in SMALL))
+    assert read < 0.4 * large, (read, large)
+    report = fsdp.report(model)
+    assert len(report.sharded) == 14 and not report.replicated and 0 < len(report.joined) <= 14
+    assert report.bytes_here < 0.5 * report.bytes_whole
+    for name, got in gathered(model).items():
+        if ".lora_A." in name:
+            assert got.std() > 0.01 and len(torch.unique(got)) == got.numel(), name
+        elif ".lora_B." in name:
+            assert not got.any()
+        else:
+            of = want[name.removeprefix("base_model.model.").replace(".base_layer.", ".")]
+            (assert_same_bits if isinstance(of, pk.NF4Weight) else torch.testing.assert_close)(got, of)
+    ids = batches(1, 1)[0]
+    torch.testing.assert_close(model(ids).logits, single(ids).logits, rtol=1e-5, atol=1e-5)
+
+    model = empty()
+    with pytest.raises(CheckpointError, match=r"model.layers.1.*: the checkpoint has no tensor of this name"):
+        fsdp.load_checkpoint(model, folder / "broken.safetensors")
+    with pytest.raises(CheckpointError, match="cut short"):  # in one process alone
+        if dist.get_rank() == 1:
+            Entry.read = cut_short  # type: ignore[method-assign]
+        try:
+            fsdp.load_checkpoint(model, path)
+        finally:
+            Entry.read = original  # type: ignore[method-assign]
+    assert all(p.is_meta for p in model.parameters())
+
+
+def cut_short(self: Entry) -> Any:
+    raise CheckpointError(f"{self.name}: cut short")
+
+
+CASES: list[Case] = [other_numbers, packed_bytes, empty_parts, whole, adapter, from_meta]
+
+
+@pytest.fixture(scope="module")
+def results() -> dict[int, dict[str, str]]:
+    return in_processes(CASES)
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_on_four_processes(results: dict[int, dict[str, str]], case: str) -> None:
+    for rank, told in results.items():
+        assert not told[case], f"process {rank}: {told[case]}"
