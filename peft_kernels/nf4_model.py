@@ -7,12 +7,11 @@ import importlib.util
 import sys
 import weakref
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
-from .integrations import ddp
 from .nf4 import NF4Weight
 
 RECORD = "_peft_kernels_nf4"
@@ -73,7 +72,6 @@ class Record:
     model: nn.Module
     link: ModelLink
     report: Any
-    ignored_by_ddp: set[str] = field(default_factory=set)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -83,7 +81,7 @@ class Record:
 def announce(model: nn.Module, link: ModelLink, report: Any) -> None:
     """Set on the model, and on the transformers models that it wraps, what other libraries look at."""
     link.tie(model)
-    vars(model)[RECORD] = Record(model, link, report, ddp.ignore_packed(model))
+    vars(model)[RECORD] = Record(model, link, report)
     for owner in owners(model):
         for name, value in _FLAGS.items():
             if not getattr(owner, name, False):
@@ -98,9 +96,7 @@ def record_of(model: nn.Module) -> Record | None:
 
 
 def _take_back(model: nn.Module) -> None:
-    record = vars(model).pop(RECORD, None)
-    if record is not None:
-        ddp.forget(model, record.ignored_by_ddp)
+    vars(model).pop(RECORD, None)
     for owner in owners(model):
         quantizer: Any = vars(owner).get("hf_quantizer")
         if quantizer is not None and quantizer.quantization_config.quant_method == METHOD:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from .code_tables import WEIGHT_DTYPES
+from .integrations import ddp
 from .nf4_state import Addition, HoldsNF4, NF4State, warn_of_growth
 from .ops.linear import nf4_linear
 from .read_only import has_views, read_only, written
@@ -42,6 +44,9 @@ FROZEN = "NF4 weights are frozen; for full fine-tuning load the model without qu
 
 class NF4Tensor(HoldsNF4):
     """What torch's functions and ops find it to be."""
+
+    _ddp_ignored = True
+    """By DDP's own mixed precision, which would keep a dense copy in another dtype."""
 
     @staticmethod
     def __new__(cls, state: NF4State, dtype: torch.dtype) -> Any:
@@ -151,6 +156,13 @@ def _read(func: Any, self: NF4Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return out
 
 
+def _detach(func: Any, self: NF4Tensor) -> Tensor:
+    packed = self._state.packed is not None
+    if packed and not torch.compiler.is_compiling() and ddp.is_asking(sys._getframe(2)):
+        return ddp.Parcel.of(self._state, self.dtype)
+    return _read(func, self)
+
+
 def _read_storage(func: Any, self: NF4Tensor, *args: Any, **kwargs: Any) -> Any:
     return func(self.dequantize(), *args, **kwargs)
 
@@ -182,6 +194,7 @@ def _is_shared(func: Any, self: NF4Tensor) -> bool:
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_READS, _read),
     **dict.fromkeys(_STORAGE_READS, _read_storage),
+    Tensor.detach: _detach,
     Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
     Tensor.data.__set__: _assign_data,  # type: ignore[attr-defined]
     Tensor.requires_grad.__set__: _set_requires_grad,  # type: ignore[attr-defined]

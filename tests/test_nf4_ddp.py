@@ -1,18 +1,20 @@
-"""NF4 models in DistributedDataParallel: two processes over gloo."""
+"""NF4 models that DistributedDataParallel wraps: what it sends, and what the processes have then. Two of
+them, over gloo."""
 
 from __future__ import annotations
 
-import socket
+import copy
 import warnings
+from pathlib import Path
 from typing import Any
 
 import models
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from ranks import found_by_rank
-from torch import nn
+from ranks import Sent, assert_nothing_told, told_by_rank
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import peft_kernels as pk
 import testing
@@ -23,71 +25,192 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
 ]
+NEAR_NOTHING = 2048
+"""Bytes: fingerprints, and what DDP itself compares."""
 
 
 class Wrapper(nn.Module):
-    """Names no NF4 weight to DDP, as a trainer's module around the model."""
+    """As a trainer's module around the model."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return self.inner(x)
 
 
-def build(case: str) -> Any:
-    model = pk.quantize_model(models.base_model("dense"))
-    if case == "bare":
-        return model
+def adapted(seed: int = 0, **options: Any) -> Any:
+    model = pk.quantize_model(models.base_model("dense", seed=seed), **options)
     torch.manual_seed(3)
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q", "o"], init_lora_weights=False))
-    return Wrapper(model) if case == "different" else model
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q", "o"], init_lora_weights=False))
 
 
-def one(case: str, rank: int) -> tuple[dict[str, float], list[str], Any]:
-    """Gradients, the weights that are dense afterwards, and outputs."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore" if case == "different" else "error", ".*NF4 weight.*")
-        model = build(case)
-        if case == "different" and rank == 1:
-            model.inner.base_model.model.q.base_layer.weight.copy_(
-                pk.NF4Weight.quantize(testing.tensor(128, 64, seed=8))
-            )
-        ddp = nn.parallel.DistributedDataParallel(model)
-        if case == "patched after":
+def packed(model: nn.Module) -> dict[str, pk.NF4Weight]:
+    return {name: p for name, p in model.named_parameters() if isinstance(p, pk.NF4Weight)}
+
+
+def dense_nbytes(model: nn.Module) -> int:
+    return sum(p.nbytes for p in model.parameters() if not isinstance(p, pk.NF4Weight))
+
+
+def wrapped(model: nn.Module, **options: Any) -> tuple[DistributedDataParallel, int]:
+    """And the bytes that were sent for it."""
+    with Sent() as sent:
+        ddp = DistributedDataParallel(model, **options)
+    return ddp, sent.nbytes
+
+
+def assert_alike(model: nn.Module) -> None:
+    """Outputs and gradients are the same everywhere, and the base is packed."""
+    found = [model(testing.tensor(5, 64)).detach()]
+    model(testing.tensor(5, 64, seed=dist.get_rank())).square().sum().backward()
+    found += [p.grad for p in model.parameters() if p.grad is not None]
+    assert len(found) > 2
+    for value in found:
+        first = value.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(value, first)
+    assert packed(model) and not any(weight.is_dense for weight in packed(model).values())
+
+
+# Cases: each runs in both processes.
+
+
+def same_bytes(folder: Path) -> None:
+    """Of an NF4 model nothing is sent, however it is wrapped and whenever it is patched."""
+    for case in ("bare", "adapted", "inside", "patched before", "patched after"):
+        model: Any = pk.quantize_model(models.base_model("dense")) if case == "bare" else adapted()
+        if case == "inside":
+            model = Wrapper(model)
+        if case == "patched before":
             pk.patch(model)
-        y = ddp(testing.tensor(5, 64, seed=rank))
-        y.square().sum().backward()
-    grads = {n: p.grad.sum().item() for n, p in model.named_parameters() if p.grad is not None}
-    dense = [n for n, p in model.named_parameters() if isinstance(p, pk.NF4Weight) and p.is_dense]
-    return grads, dense, model(testing.tensor(5, 64)).detach().numpy()
+        before = {name: weight.packed.data_ptr() for name, weight in packed(model).items()}
+        ddp, nbytes = wrapped(model)
+        assert dense_nbytes(model) <= nbytes < dense_nbytes(model) + NEAR_NOTHING, case
+        assert {name: weight.packed.data_ptr() for name, weight in packed(model).items()} == before
+        if case == "patched after":
+            pk.patch(ddp)
+        assert_alike(ddp)
 
 
-CASES = ("bare", "plain", "patched after", "different")
+def other_bytes(folder: Path) -> None:
+    """Where a process has other ones, the packed bytes of the first are sent, and the warning is its own."""
+    rank = dist.get_rank()
+    for quantise in ({}, {"double_quant": False}, {"blocksize": 128}):
+        model, first = Wrapper(adapted(seed=rank, **quantise)), adapted(**quantise)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            ddp, nbytes = wrapped(model)
+        told = [str(each.message) for each in caught if "other NF4 weights" in str(each.message)]
+        assert len(told) == rank and all("process 1 had other NF4 weights than process 0" in t for t in told)
+        size = dense_nbytes(model) + sum(weight.nbytes for weight in packed(model).values())
+        assert size <= nbytes < size + NEAR_NOTHING
+        for weight, want in zip(packed(model).values(), packed(first).values(), strict=True):
+            assert torch.equal(weight.packed, want.packed) and torch.equal(weight.absmax, want.absmax)
+            assert torch.equal(weight.dequantize(), want.dequantize())
+        assert_alike(ddp)
 
 
-def work(rank: int, port: int, queue: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    try:
-        queue.put((rank, {case: one(case, rank) for case in CASES}))
-    finally:
-        dist.destroy_process_group()
+def other_layout(folder: Path) -> None:
+    """Both processes are told, and neither waits."""
+    options = {"blocksize": 64 << dist.get_rank()}
+    with pytest.raises(RuntimeError, match=r"expected NF4 weights of the same .* got others in process 1"):
+        DistributedDataParallel(adapted(**options))
+
+
+def other_adapters(folder: Path) -> None:
+    """What DDP says itself reaches both processes."""
+    model = adapted()
+    if dist.get_rank() == 1:
+        model.add_adapter("more", peft.LoraConfig(target_modules=["q"], r=4))
+        model.base_model.set_adapter(["default", "more"])
+    with pytest.raises(RuntimeError, match="expects same model across all ranks"):
+        DistributedDataParallel(model)
+
+
+def bytes_among_bytes(folder: Path) -> None:
+    """Tensors of bytes that are the model's own go with the packed ones."""
+    for other in (0, 1):
+        model = Wrapper(adapted(seed=other * dist.get_rank()))
+        mine = torch.full((3, 5), 7 + dist.get_rank(), dtype=torch.uint8)
+        model.register_buffer("mask", mine)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            ddp, _ = wrapped(model)
+        assert model.mask.eq(7).all()
+        assert_alike(ddp)
+
+
+def dense_and_merged(folder: Path) -> None:
+    """A weight that is dense for good is the first process's; a merged one is merged still, and unmerges."""
+    rank = dist.get_rank()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, merged = adapted(), adapted()
+        weight = model.base_model.model.q.base_layer.weight
+        weight.copy_(testing.tensor(128, 64, seed=rank))
+        before = copy.deepcopy(packed(merged))
+        merged.merge_adapter()
+        for each in (model, merged):
+            each.extra = nn.Parameter(torch.ones(3))  # a merged model has nothing else that trains
+            wrapped(each)
+        assert weight.is_dense and torch.equal(weight.dequantize(), testing.tensor(128, 64))
+        assert all(each.is_merged for each in packed(merged).values())
+        merged.unmerge_adapter()
+    for name, each in packed(merged).items():
+        assert not each.is_dense and torch.equal(each.packed, before[name].packed)
+
+
+def experts(folder: Path) -> None:
+    class Mixture(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            dense = testing.tensor(3, 32, 64, seed=dist.get_rank())
+            self.weight = nn.Parameter(pk.NF4Weight.quantize(dense), requires_grad=False)
+            self.router = nn.Linear(64, 3)
+
+    model = Mixture()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        _, nbytes = wrapped(model)
+    assert nbytes < dense_nbytes(model) + model.weight.nbytes + NEAR_NOTHING
+    assert not model.weight.is_dense
+    assert torch.equal(model.weight.packed, pk.NF4Weight.quantize(testing.tensor(3, 32, 64)).packed)
+
+
+def mixed_precision(folder: Path) -> None:
+    """DDP's own: it would keep a dense copy of each frozen parameter that it does not leave out."""
+    from torch.nn.parallel.distributed import _MixedPrecision, _setup_mixed_precision_params
+
+    model = adapted()
+    _setup_mixed_precision_params(_MixedPrecision(param_dtype=torch.bfloat16), model)
+    assert not any(hasattr(weight, "_mp_param") for weight in packed(model).values())
+    assert all(hasattr(p, "_mp_param") for p in model.parameters() if p.requires_grad)
+
+
+CASES = [
+    same_bytes, other_bytes, other_layout, other_adapters, bytes_among_bytes, dense_and_merged, experts,
+    mixed_precision,
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def results() -> dict[int, Any]:
-    """Of every case, by process: two processes are started once, for it takes them seconds."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return found_by_rank(mp.get_context("spawn"), 2, work, port)
+def told() -> dict[int, dict[str, str]]:
+    return told_by_rank(2, CASES, ["peft", "peft_kernels"])
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_ddp(results: dict[int, Any], case: str) -> None:
-    (grads, dense, out), (other_grads, other_dense, other_out) = results[0][case], results[1][case]
-    assert grads and grads == other_grads, "gradients are averaged"
-    assert abs(out - other_out).max() < 1e-5, "the weights of the first process are everybody's"
-    assert dense == [] and bool(other_dense) == (case == "different"), "4 bits stay where they agree"
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
+    assert_nothing_told(told, case)
+
+
+def test_detach_is_what_it_was() -> None:
+    """To all but DDP, of whose function only the code is looked at."""
+    weight = adapted().base_model.model.q.base_layer.weight
+
+    def _sync_module_states() -> Tensor:
+        return weight.detach()
+
+    assert isinstance(_sync_module_states(), pk.NF4Weight)
+    assert isinstance(weight.detach(), pk.NF4Weight)
