@@ -1,12 +1,10 @@
-"""What holds a patched or packed model: DDP, FSDP, accelerate's hooks, replicas of DataParallel."""
+"""What holds a patched or packed model: DDP (alone), FSDP, accelerate's hooks, replicas of DataParallel."""
 
 from __future__ import annotations
 
 import copy
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +27,6 @@ from torch import Tensor, nn
 import peft_kernels as pk
 
 OWN = pytest.mark.parametrize("base", ["dense", "nf4"])
-WORLD = 2
 
 
 def assert_fused_or_told(model: nn.Module, report: Any) -> None:
@@ -66,54 +63,6 @@ WHEN = ("never", "before", "after")
 
 def small(base: str) -> Any:
     return adapted(llama(base, num_hidden_layers=1), r=4)
-
-
-def ddp_cases() -> list[tuple[str, str]]:
-    """Each base and when it is patched."""
-    others = ["dense", "bnb"] if importlib.util.find_spec("bitsandbytes") else ["dense"]
-    return [*(("nf4", when) for when in WHEN), *((base, "before") for base in others)]
-
-
-def ddp_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/store",
-        rank=rank,
-        world_size=WORLD,
-        timeout=timedelta(seconds=300),
-    )
-    for base, when in ddp_cases():
-        model = small(base)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(rank)  # DDP sends everybody the numbers of rank 0
-        report = pk.patch(model) if when == "before" else None
-        ddp = nn.parallel.DistributedDataParallel(model)
-        if when == "after":
-            report = pk.patch(ddp)
-        for _ in range(2):  # a parameter without gradient would raise in the second step
-            ddp.zero_grad()
-            language_loss(ddp, ids(rank)).backward()
-        if report is not None:
-            assert_fused(ddp if when == "after" else model, report, blocks=1)
-        torch.save(gradients(model), f"{folder}/{base}-{when}-{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("_gloo")
-def test_ddp(tmp_path: Path) -> None:
-    """An NF4 model unpatched, patched before and after wrapping, and models on other bases: the mean of both
-    processes' gradients."""
-    torch.multiprocessing.spawn(ddp_worker, args=(str(tmp_path),), nprocs=WORLD)
-    for base, when in ddp_cases():
-        stock = small(base)
-        halves = [step(stock, lambda m, i=i: language_loss(m, ids(i))) for i in range(WORLD)]
-        want = {name: sum(half[name] for half in halves) / WORLD for name in halves[0] if name != "loss"}
-        for rank in range(WORLD):
-            assert_near(torch.load(tmp_path / f"{base}-{when}-{rank}.pt"), want, 1e-4)
 
 
 @pytest.mark.parametrize("when", WHEN)

@@ -1,0 +1,273 @@
+"""Patched models in DistributedDataParallel with what users turn on: two or three processes, over gloo,
+whose gradients are those of one process on the whole batch."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from flow_checks import assert_fused, assert_near, gradients, language_loss
+from flow_models import adapted, config, ids, llama
+from ranks import assert_nothing_told, told_by_rank
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import peft_kernels as pk
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
+]
+
+STEPS = 3
+Loss = Callable[[Any, Tensor], Tensor]
+
+
+def small(base: str = "nf4", layers: int = 2) -> Any:
+    return adapted(llama(base, num_hidden_layers=layers), r=4)
+
+
+def share(seed: int) -> Tensor:
+    """This process's rows of a batch."""
+    return ids(seed, rows=2 * dist.get_world_size()).chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def all_adapters_train(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def trained(model: Any, call: Any, rows: Callable[[int], list[Tensor]], loss: Loss) -> dict[str, Tensor]:
+    """Adapters, and gradients of the last step, after some steps on these parts of each batch: one process
+    goes through all, and each of several through its own."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        parts = rows(step)
+        for part in parts:
+            (loss(call, part) / len(parts)).backward()
+        optimizer.step()
+    adapters = {f"{n} itself": p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return {**adapters, **gradients(model)}
+
+
+def compare(
+    stock: Any, ddp: Callable[[Any], Any], loss: Loss = language_loss, patch: bool = True, bound: float = 1e-4
+) -> Any:
+    """A patched copy in DDP against `stock` in one process, which is left as it was."""
+    model, alone = copy.deepcopy(stock), copy.deepcopy(stock)
+    report = pk.patch(model) if patch else None
+    wrapped = ddp(model)
+    got = trained(model, wrapped, lambda step: [share(step)], loss)
+    everyone = dist.get_world_size()
+    want = trained(alone, alone, lambda step: list(ids(step, rows=2 * everyone).chunk(everyone)), loss)
+    assert_near(got, want, bound)
+    start = {f"{n} itself": p for n, p in stock.named_parameters()}
+    assert any((want[n] - p).norm() > 1e-3 * p.norm() for n, p in start.items() if n in want), "nothing moved"
+    return report
+
+
+# Cases: each runs in every process.
+
+
+def when_patched(folder: Path) -> None:
+    """NF4 unpatched, patched before and after wrapping, and other bases; DDP sends the first's adapters."""
+    others = ["dense", "bnb"] if importlib.util.find_spec("bitsandbytes") else ["dense"]
+    cases = [
+        *(("nf4", when) for when in ("never", "before", "after")),
+        *((base, "before") for base in others),
+    ]
+    for base, when in cases:
+        stock = small(base, layers=1)
+        reports = []
+
+        def ddp(model: Any, when: str = when, reports: list[Any] = reports) -> Any:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.requires_grad:
+                        parameter.add_(dist.get_rank())
+            wrapped = DistributedDataParallel(model)
+            if when == "after":
+                reports.append(pk.patch(wrapped))
+                assert_fused(wrapped, reports[0], blocks=1)
+            return wrapped
+
+        report = compare(stock, ddp, patch=when == "before")
+        if report is not None:
+            assert not any(layer.fallbacks for layer in report.layers) and "fused" in str(report)
+
+
+def options(folder: Path) -> None:
+    """DDP's options, and activation checkpointing of both kinds where DDP takes it."""
+    every: list[dict[str, Any]] = [
+        {},
+        {"find_unused_parameters": True},
+        {"static_graph": True},
+        {"gradient_as_bucket_view": True, "bucket_cap_mb": 0.02},
+    ]
+    for checkpointing in (None, False, True):
+        stock = small()
+        if checkpointing is not None:
+            reentrant = {"use_reentrant": checkpointing}
+            stock.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs=reentrant)
+            stock.enable_input_require_grads()
+        for given in every:
+            if checkpointing and "find_unused_parameters" in given:
+                continue  # torch raises: each block of a reentrant one marks all parameters as used
+            report = compare(stock, lambda model, given=given: DistributedDataParallel(model, **given))
+            assert not any(layer.fallbacks for layer in report.layers), str(report)
+
+
+def unused(folder: Path) -> None:
+    """An adapter that is active in one process alone, and one in none."""
+    stock = small()
+    for name in ("second", "third"):
+        stock.add_adapter(name, config(r=2))
+    parts = ids(rows=4).chunk(2)
+
+    def loss(model: Any, lora: Any, rank: int) -> Tensor:
+        lora.set_adapter(["default", "second"] if rank == 1 else "default")
+        all_adapters_train(lora)
+        return language_loss(model, parts[rank])
+
+    model = copy.deepcopy(stock)
+    pk.patch(model)
+    all_adapters_train(model)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    for _ in range(2):  # a parameter that was waited for would raise in the second step
+        ddp.zero_grad()
+        loss(ddp, model.base_model, dist.get_rank()).backward()
+    for rank in range(2):
+        (loss(stock, stock.base_model, rank) / 2).backward()
+    got, want = gradients(model), gradients(stock)
+    assert any(".second." in name for name in want) and not any(".third." in name for name in want)
+    assert_near({name: got[name] for name in want}, want, 1e-4)
+
+
+def rows_of_their_own(folder: Path) -> None:
+    """A mixed batch, which PEFT takes in evaluation: rows without an adapter among them."""
+    stock = small()
+    stock.add_adapter("second", config(r=2))
+    all_adapters_train(stock.eval())
+    names = {0: ["second", "default"], 1: ["__base__", "second"]}
+    parts = ids(rows=4).chunk(2)
+
+    def loss(model: Any, rank: int) -> Tensor:
+        return model(input_ids=parts[rank], labels=parts[rank], adapter_names=names[rank]).loss
+
+    model = copy.deepcopy(stock)
+    pk.patch(model)
+    ddp = DistributedDataParallel(model, find_unused_parameters=True)
+    for _ in range(2):
+        ddp.zero_grad()
+        loss(ddp, dist.get_rank()).backward()
+    for rank in names:
+        (loss(stock, rank) / 2).backward()
+    assert_near(gradients(model), gradients(stock), 1e-4)
+
+
+def accumulation(folder: Path) -> None:
+    """Two parts of a batch, the first without communication."""
+    stock = small()
+    for given in ({}, {"gradient_as_bucket_view": True}):
+        model, alone = copy.deepcopy(stock), copy.deepcopy(stock)
+        pk.patch(model)
+        ddp = DistributedDataParallel(model, **given)
+        for step in range(2):
+            model.zero_grad(set_to_none=not given)
+            alone.zero_grad()
+            parts = share(step).chunk(2)
+            for i, part in enumerate(parts):
+                with ddp.no_sync() if i == 0 else contextlib.nullcontext():
+                    (language_loss(ddp, part) / 2).backward()
+            everything = ids(step, rows=2 * dist.get_world_size()).split(1)
+            for part in everything:
+                (language_loss(alone, part) / len(everything)).backward()
+            assert_near(gradients(model), gradients(alone), 1e-4)
+
+
+def events_of_a_step(model: Any) -> list[str]:
+    """In their order: the number of the layer of each gradient that has come, and "sent" for a bucket."""
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.004)  # a quarter of a layer's
+    events: list[str] = []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            layer = next(part for part in name.split(".") if part.isdecimal())
+            parameter.register_post_accumulate_grad_hook(lambda _, at=layer: events.append(at))
+
+    def send(bucket: Any) -> Any:
+        events.append("sent")
+        work = dist.all_reduce(bucket.buffer().div_(dist.get_world_size()), async_op=True)
+        return work.get_future().then(lambda done: done.value()[0])
+
+    ddp.register_comm_hook(None, lambda state, bucket: send(bucket))
+    for step in range(2):  # buckets are laid out anew after the first
+        events.clear()
+        ddp.zero_grad()
+        language_loss(ddp, share(step)).backward()
+    return events
+
+
+def overlap(folder: Path) -> None:
+    """Buckets are sent while backward goes on to earlier layers, as early as in stock."""
+    stock = small(layers=4)
+    model = copy.deepcopy(stock)
+    pk.patch(model)
+    early = {}
+    for each in (stock, model):
+        events = events_of_a_step(each)
+        layers = [event for event in events if event != "sent"]
+        assert layers == sorted(layers, reverse=True) and len(layers) == 56
+        still_to_come = [
+            len(layers) - i + events[:i].count("sent") for i, e in enumerate(events) if e == "sent"
+        ]
+        assert len(still_to_come) > 8
+        for layer in (2, 1, 0):  # most of what is behind is on its way when the next layer begins
+            assert min(n for n in still_to_come if n >= 14 * (layer + 1)) <= 14 * (layer + 1) + 7
+        early[each is model] = sum(still_to_come) / len(still_to_come)
+    assert early[True] > early[False] - 3.5, early  # half a block's, whose gradients come at once
+
+
+def dropped(folder: Path) -> None:
+    """lora_dropout with the same seed in a reentrant block: what is recomputed is what was dropped."""
+    stock = adapted(llama("nf4"), r=4, lora_dropout=0.3)
+    stock.get_base_model().gradient_checkpointing_enable(
+        gradient_checkpointing_kwargs={"use_reentrant": True}
+    )
+    stock.enable_input_require_grads()
+    model, plain = copy.deepcopy(stock), copy.deepcopy(stock)
+    plain.get_base_model().gradient_checkpointing_disable()
+    for each in (model, plain):
+        pk.patch(each)
+        ddp = DistributedDataParallel(each)
+        torch.manual_seed(dist.get_rank())
+        language_loss(ddp, share(0)).backward()
+    assert_near(gradients(model), gradients(plain), 1e-5)
+
+
+CASES = [when_patched, options, unused, rows_of_their_own, accumulation, overlap, dropped]
+PRELOAD = ["transformers.models.llama", "peft", "peft_kernels"]
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[int, dict[str, str]]:
+    return told_by_rank(2, CASES, PRELOAD)
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
+    assert_nothing_told(told, case)
+
+
+def test_on_three_processes() -> None:
+    cases = [accumulation]
+    told = told_by_rank(3, cases, PRELOAD)
+    for case in cases:
+        assert_nothing_told(told, case.__name__)

@@ -1,0 +1,136 @@
+"""Processes of a Trainer's run that are killed or stand still: the others end and say why, and a run that
+goes on from the last checkpoint is as if nothing had been."""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import os
+import queue as queues
+import re
+import signal
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+import transformers
+from flow_models import adapted, arguments, ids, llama
+from ranks import enter, free_port
+
+import peft_kernels as pk
+
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
+]
+
+STEPS, SAVED, KILLED = 8, 4, 6
+RANKS, TIMEOUT = 2, 15
+"""Seconds after which a process no longer waits for another."""
+OPTIMIZERS = ("AdamW", "AdamW8bit")
+
+
+class Killer(transformers.TrainerCallback):
+    """Sends its own process a signal that it cannot catch."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
+        if state.global_step == KILLED:
+            os.kill(os.getpid(), self.number)
+
+
+def work(rank: int, port: int, folder: str, optimizer: str, doomed: dict[int, int], queue: Any) -> None:
+    """Trains, from the last checkpoint if there is one. Tells the losses, or the error."""
+    enter(rank, RANKS, port)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))  # `ddp_timeout` is for GPUs alone
+    model = adapted(llama("nf4", num_hidden_layers=1), r=4)
+    pk.patch(model)
+    rows = [{"input_ids": row, "labels": row} for i in range(STEPS) for row in ids(i)]
+    options = {"save_strategy": "steps", "save_steps": SAVED}
+    kind = {"optim": "adamw_torch"}, None
+    if optimizer == "AdamW8bit":
+        kind = {}, (pk.optim.AdamW8bit, {"lr": 5e-3, "min_8bit_size": 64})
+    args = arguments(transformers.TrainingArguments, Path(folder), STEPS, **options, **kind[0])
+    callbacks = [Killer(doomed[rank])] if rank in doomed else []
+    trainer = transformers.Trainer(
+        model=model, args=args, train_dataset=rows, callbacks=callbacks, optimizer_cls_and_kwargs=kind[1]
+    )
+    code = 0
+    try:
+        trainer.train(resume_from_checkpoint=any(Path(folder).glob("checkpoint-*")) or None)
+        queue.put((rank, [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]))
+    except Exception:
+        queue.put((rank, traceback.format_exc()))
+        code = 1
+    queue.close()
+    queue.join_thread()
+    os._exit(code)  # torch 2.11 may wait for itself when DDP is freed after the process group
+
+
+def run(folder: Path, optimizer: str, doomed: dict[int, int]) -> tuple[list[int | None], dict[int, Any]]:
+    """Exit codes, None of one that is there still, and what the processes told that had the time."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "transformers.models.llama", "transformers.trainer", "peft"])
+    queue = context.Queue()
+    arguments = free_port(), str(folder), optimizer, doomed, queue
+    processes = [context.Process(target=work, args=(rank, *arguments), daemon=True) for rank in range(RANKS)]
+    for process in processes:
+        process.start()
+    end = time.monotonic() + 8 * TIMEOUT
+    for rank, process in enumerate(processes):
+        if doomed.get(rank) != signal.SIGSTOP:
+            process.join(timeout=max(0.0, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    assert None not in [code for rank, code in enumerate(codes) if doomed.get(rank) != signal.SIGSTOP], codes
+    told: dict[int, Any] = {}
+    while True:
+        try:
+            rank, what = queue.get(timeout=0.2)
+        except queues.Empty:
+            return codes, told
+        told[rank] = what
+
+
+@pytest.fixture(scope="module", params=OPTIMIZERS)
+def through(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, list[float]]:
+    """An optimizer, and the losses of a run without a break."""
+    codes, told = run(tmp_path_factory.mktemp(request.param), request.param, {})
+    assert codes == [0, 0] and told[0] == told[1] and len(told[0]) == STEPS, told
+    return request.param, told[0]
+
+
+def assert_says_why(told: str) -> None:
+    last = told.strip().splitlines()[-1]
+    assert re.match(r"(\w+\.)*\w*Error: .*(closed by peer|Timed out|reset by peer)", last), told
+
+
+@pytest.mark.parametrize("doomed", [[1], [0], [0, 1]], ids=["second", "first", "all"])
+def test_goes_on_as_if_nothing_had_been(
+    through: tuple[str, list[float]], doomed: list[int], tmp_path: Path
+) -> None:
+    optimizer, losses = through
+    codes, told = run(tmp_path, optimizer, dict.fromkeys(doomed, signal.SIGKILL))
+    for rank in range(RANKS):
+        assert codes[rank] == (-signal.SIGKILL if rank in doomed else 1)
+        if rank not in doomed:
+            assert_says_why(told[rank])
+    assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{SAVED}"]
+    codes, told = run(tmp_path, optimizer, {})
+    assert codes == [0, 0] and told[0] == pytest.approx(losses, rel=1e-6)  # those before the break are saved
+
+
+def test_a_process_that_stands_still_is_not_waited_for(tmp_path: Path) -> None:
+    codes, told = run(tmp_path, "AdamW", {1: signal.SIGSTOP})
+    assert codes == [1, None]
+    assert_says_why(told[0])

@@ -1,0 +1,173 @@
+"""transformers' Trainer and TRL's SFTTrainer in two processes, against one process on the same batches."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import transformers
+from flow_checks import assert_near
+from flow_models import adapted, arguments, ids, llama, tokenizer, words
+from ranks import assert_nothing_told, told_by_rank
+from torch import Tensor
+
+import peft_kernels as pk
+
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
+]
+
+STEPS, RANKS = 20, 2
+LOSSES, ADAPTERS = 1e-3, 1e-3
+"""How near the losses of several processes are to those of one, and how near what was added to adapters."""
+
+
+def model() -> Any:
+    found = adapted(llama("nf4"), r=4)
+    pk.patch(found)
+    return found
+
+
+def options(rows: int, **more: Any) -> dict[str, Any]:
+    """Of a batch of `rows` in all, in the order of the data."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    own = {"per_device_train_batch_size": rows // ranks, "train_sampling_strategy": "sequential"}
+    return {"steps": STEPS, "learning_rate": 2e-3, "ddp_find_unused_parameters": False, **own, **more}
+
+
+def losses(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def learnt(trainer: Any) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+@contextlib.contextmanager
+def alone() -> Any:
+    """For what one process would do without the others, though they are there."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    states = PartialState, AcceleratorState, GradientState
+    kept = [dict(state._shared_state) for state in states]
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+    environment = {name: os.environ.pop(name) for name in names}
+    for state in states:
+        state._shared_state.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "is_initialized", lambda: False)
+        yield
+    os.environ.update(environment)
+    for state, before in zip(states, kept, strict=True):
+        state._shared_state.clear()
+        state._shared_state.update(before)
+
+
+def compare(make: Any, folder: Path, **more: Any) -> Any:
+    """Trains by `make(model, folder, **options)` here and in all processes; the latter trainer."""
+    start = {name: p.detach().clone() for name, p in model().named_parameters() if p.requires_grad}
+    with alone():
+        one = make(model(), folder / f"alone-{dist.get_rank()}", **options(2 * RANKS, **more))
+        one.train()
+        assert one.args.world_size == 1
+    shared = make(model(), folder / "shared", **options(2 * RANKS, **more))
+    shared.train()
+    assert shared.args.world_size == RANKS
+    assert isinstance(shared.model_wrapped, torch.nn.parallel.DistributedDataParallel)
+    got, want = losses(shared), losses(one)
+    assert len(got) == STEPS and got == pytest.approx(want, rel=LOSSES), (got, want)
+    assert abs(got[-1] - got[0]) > 10 * LOSSES * got[0], f"these curves could be anything's: {got}"
+    assert_near(*({n: p - start[n] for n, p in learnt(each).items()} for each in (shared, one)), ADAPTERS)
+    for name, p in learnt(shared).items():
+        first = p.clone()
+        dist.broadcast(first, 0)
+        assert torch.equal(first, p), f"{name} is not the same in each process"
+    return shared
+
+
+# Cases: each runs in both processes.
+
+
+def trainer(folder: Path) -> None:
+    """Losses and adapters as in one process; and the adapter is saved once, an ordinary folder of PEFT's."""
+    import peft
+
+    rows = [{"input_ids": row, "labels": row} for i in range(STEPS) for row in ids(i)]
+
+    def make(model: Any, folder: Path, **options: Any) -> Any:
+        args = arguments(transformers.TrainingArguments, folder, **options)
+        return transformers.Trainer(model=model, args=args, train_dataset=rows)
+
+    for more in ({}, {"gradient_accumulation_steps": 2, "max_grad_norm": 0.1}):
+        found = compare(make, folder / str(len(more)), **more)
+    found.save_model(str(folder / "adapter"))
+    dist.barrier()
+    names = {path.name for path in (folder / "adapter").iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors"} < names
+    again = peft.PeftModel.from_pretrained(llama("nf4"), folder / "adapter")
+    saved = {name: p for name, p in again.named_parameters() if "lora_" in name}
+    assert_near(saved, learnt(found), 1e-9)
+
+
+def one_bar(folder: Path) -> None:
+    """The progress bar, and what is logged, are the main process's."""
+    rows = [{"input_ids": row, "labels": row} for row in ids(0)]
+    args = arguments(transformers.TrainingArguments, folder, 2, disable_tqdm=False)
+    with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
+        transformers.Trainer(model=model(), args=args, train_dataset=rows).train()
+    shown = err.getvalue() + out.getvalue()
+    assert ("2/2" in shown and "loss" in shown) if dist.get_rank() == 0 else not shown, shown
+
+
+def sft(folder: Path) -> None:
+    """Completions of several lengths: the loss is a mean over the tokens of all processes."""
+    if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
+        return  # test_sft says so
+    import datasets
+    import trl
+
+    texts = [
+        {"prompt": words(row[:3]), "completion": " " + words(row[3 : 5 + i % 6])}
+        for seed in range(STEPS)
+        for i, row in enumerate(ids(seed))
+    ]
+
+    def make(model: Any, folder: Path, **options: Any) -> Any:
+        args = arguments(trl.SFTConfig, folder, max_length=16, **options)
+        data = datasets.Dataset.from_list(texts)
+        made = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer())
+        for p in made.model.parameters():
+            if p.requires_grad:
+                p.data = p.data.float()  # TRL made the adapters of a 4-bit model bf16
+        return made
+
+    compare(make, folder)
+
+
+CASES = [trainer, one_bar, sft]
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[int, dict[str, str]]:
+    modules = ["transformers.models.llama", "transformers.trainer", "peft", "peft_kernels"]
+    return told_by_rank(RANKS, CASES, modules + (["trl"] if importlib.util.find_spec("trl") else []))
+
+
+@pytest.mark.parametrize("case", ["trainer", "one_bar"])
+def test_trainer(told: dict[int, dict[str, str]], case: str) -> None:
+    assert_nothing_told(told, case)
+
+
+def test_sft(told: dict[int, dict[str, str]]) -> None:
+    pytest.importorskip("trl", reason="TRL is not installed")
+    pytest.importorskip("datasets", reason="datasets is not installed")
+    assert_nothing_told(told, "sft")
