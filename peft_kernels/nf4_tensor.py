@@ -49,13 +49,18 @@ class NF4Tensor(HoldsNF4):
     """By DDP's own mixed precision, which would keep a dense copy in another dtype."""
 
     @staticmethod
-    def __new__(cls, state: NF4State, dtype: torch.dtype) -> Any:
+    def __new__(
+        cls, state: NF4State | NF4Tensor, dtype: torch.dtype | None = None, requires_grad: bool = False
+    ) -> Any:
+        """Of a state; or of another such tensor, for which accelerate asks as it asks for a parameter."""
+        if isinstance(state, NF4Tensor):
+            return torch.nn.Parameter(state, requires_grad=requires_grad)
         some = next(iter(state.tensors().values()))
         self = torch.Tensor._make_wrapper_subclass(cls, state.shape, dtype=dtype, device=some.device)
         self._state = state
         return self
 
-    def __init__(self, state: NF4State, dtype: torch.dtype) -> None:
+    def __init__(self, *_: Any, **__: Any) -> None:
         pass
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .integrations import offload
 from .nf4 import NF4Weight
 from .nf4_model import ModelLink
 from .ops.arguments import autocast_dtype
@@ -133,6 +134,8 @@ class NF4Linear(nn.Linear):
         return nn.Module.named_modules(self, memo, prefix, remove_duplicate)
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name == "_hf_hook":
+            offload.take_packed(value, self)
         if name != "weight" or "weight" not in self.__dict__["_parameters"]:
             return super().__setattr__(name, value)
         if is_sharded(value):

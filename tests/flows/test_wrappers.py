@@ -215,7 +215,7 @@ def test_hooks_come_off_again(when: str) -> None:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("base", ["dense"])
+@OWN
 def test_a_layer_that_lies_on_disk(base: str, when: str, tmp_path: Path) -> None:
     """Weights that are there only inside a forward; in evaluation, as offloading is for."""
     stock = adapted(llama(base)).eval()
@@ -227,6 +227,67 @@ def test_a_layer_that_lies_on_disk(base: str, when: str, tmp_path: Path) -> None
         got, want = (each(input_ids=ids()).logits for each in (model, stock))
     assert_near({"logits": got}, {"logits": want})
     assert_fused_or_told(model, report)
+
+
+def test_a_layer_that_lies_in_host_memory() -> None:
+    """cpu_offload: NF4 weights come as their bytes for each call, and are there again when the hooks are
+    gone."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    stock = adapted(llama("nf4")).eval()
+    model, report = patched_copy(stock)
+    state = model.state_dict()
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"), state_dict=state)
+    weights = [w for w in model.parameters() if isinstance(w, pk.NF4Weight)]
+    assert weights and all(w.is_meta and not w.is_dense for w in weights)
+    with torch.no_grad():
+        got, want = (each(input_ids=ids()).logits for each in (model, stock))
+    assert_near({"logits": got}, {"logits": want})
+    assert any("offloads weights" in reason for reason in fallbacks(report)), str(report)
+    accelerate.hooks.remove_hook_from_submodules(model)
+    for name, weight in stock.named_parameters():
+        if isinstance(weight, pk.NF4Weight):
+            assert torch.equal(model.get_parameter(name).packed, weight.packed), name
+    with Calls() as calls:
+        assert_near(
+            step(model, lambda m: language_loss(m, ids())), step(stock, lambda m: language_loss(m, ids()))
+        )
+    assert calls.fused
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_layers_on_several_devices(when: str) -> None:
+    """As device_map="auto" lays them out, with the meta device for the second: weights go there packed, x is
+    moved between blocks, and every layer is fused."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    model = adapted(llama("nf4")).eval()
+    report = pk.patch(model) if when == "before" else None
+    names = ("embed_tokens", "rotary_emb", "layers.0"), ("layers.1", "norm")
+    device_map = {f"base_model.model.model.{name}": "cpu" for name in names[0]}
+    device_map |= {f"base_model.model.model.{name}": "meta" for name in names[1]}
+    device_map["base_model.model.lm_head"] = "meta"
+    model = accelerate.dispatch_model(model, device_map, main_device="cpu", force_hooks=True)
+    report = report or pk.patch(model)
+    for name, weight in model.named_parameters():
+        if isinstance(weight, pk.NF4Weight):
+            assert weight.is_meta == ("layers.1" in name) and not weight.is_dense, name
+    seen = []
+    for i, block in enumerate(model.base_model.model.model.layers):
+        block.register_forward_hook(lambda _, args, out, i=i: seen.append((i, out.device.type)))
+    with Calls() as calls, torch.no_grad():
+        model.base_model.model.model(input_ids=ids())
+    assert seen == [(0, "cpu"), (1, "meta")] and calls.fused >= 10, (seen, calls.counts)
+    assert not fallbacks(report), str(report)
+
+
+@pytest.mark.parametrize("kind", ["matrix", "experts"])
+def test_what_accelerate_asks_of_a_parameter(kind: str) -> None:
+    dense = torch.randn(*((3,) if kind == "experts" else ()), 32, 64)
+    weight = nn.Parameter(pk.NF4Weight.quantize(dense), requires_grad=False)
+    again = type(weight)(weight.to("cpu"), requires_grad=False)
+    assert isinstance(again, pk.NF4Weight) and isinstance(again, nn.Parameter)
+    assert torch.equal(again.dequantize(), weight.dequantize())
+    with pytest.raises(ValueError, match="NF4 weights are frozen"):
+        type(weight)(weight, requires_grad=True)
 
 
 # Replicas of DataParallel, made by hand: real ones need two GPUs.
