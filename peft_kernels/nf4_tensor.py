@@ -39,6 +39,10 @@ _STORAGE_READS = frozenset(
     getattr(torch.Tensor, name) for name in ["numpy", "__array__", "tolist", "__dlpack__"]
 )
 
+FLATTENED = (
+    "FSDP1 and DeepSpeed's ZeRO-3 flatten parameters, which a packed weight cannot be; shard it by FSDP2 "
+    "(fully_shard, fsdp_version: 2), or keep it whole under DDP or ZeRO-2"
+)
 FROZEN = "NF4 weights are frozen; for full fine-tuning load the model without quantize_model"
 
 
@@ -131,7 +135,8 @@ def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
         old.refuse_part()
     if not isinstance(value, NF4Tensor):
         if tuple(value.shape) != old.shape:
-            raise ValueError(f"data: expected shape {old.shape}, got {tuple(value.shape)}")
+            flat = f": {FLATTENED}" if value.dim() == 1 else ""
+            raise ValueError(f"{old.name}: data: expected shape {old.shape}, got {tuple(value.shape)}{flat}")
         packed = old.packed is not None
         state = NF4State(
             old.shape, old.blocksize, dense=value.detach(), double_quant=old.double_quant, name=old.name

@@ -3,8 +3,10 @@ them, over gloo."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,38 @@ def other_layout(folder: Path) -> None:
         DistributedDataParallel(adapted(**options))
 
 
+def not_in_both(folder: Path) -> None:
+    """The one that has NF4 weights is told when its time is up; the other finds nothing wrong yet."""
+    group = dist.new_group(timeout=timedelta(seconds=3))
+    model: Any = adapted() if dist.get_rank() == 0 else models.base_model("dense")
+    if dist.get_rank() == 1:
+        torch.manual_seed(3)
+        model = peft.get_peft_model(
+            model, peft.LoraConfig(target_modules=["q", "o"], init_lora_weights=False)
+        )
+        with contextlib.suppress(RuntimeError):
+            DistributedDataParallel(model, process_group=group)
+    else:
+        with pytest.raises(
+            RuntimeError, match=r"expected NF4 weights in every process.*one has not answered"
+        ):
+            DistributedDataParallel(model, process_group=group)
+    dist.barrier()
+
+
+def flattened(folder: Path) -> None:
+    """As FSDP1 does, and DeepSpeed's ZeRO-3: told in every process, by name, with what to do."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = adapted()
+    with pytest.raises(ValueError, match=r"q.weight: data: expected shape .* FSDP1 .*fully_shard"):
+        FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    weight = adapted().base_model.model.o.base_layer.weight
+    with pytest.raises(ValueError, match=r"o.weight: data: expected shape \(64, 128\), got \(0,\): FSDP1"):
+        weight.data = torch.empty(0, dtype=weight.dtype)
+    assert not weight.is_dense
+
+
 def other_adapters(folder: Path) -> None:
     """What DDP says itself reaches both processes."""
     model = adapted()
@@ -190,8 +224,8 @@ def mixed_precision(folder: Path) -> None:
 
 
 CASES = [
-    same_bytes, other_bytes, other_layout, other_adapters, bytes_among_bytes, dense_and_merged, experts,
-    mixed_precision,
+    same_bytes, other_bytes, other_layout, flattened, other_adapters, bytes_among_bytes, dense_and_merged,
+    experts, mixed_precision, not_in_both,
 ]  # fmt: skip
 
 

@@ -250,3 +250,21 @@ def test_what_a_loaded_model_can_do(tmp_path: Path) -> None:
         model.float()
     out = model.generate(ids(), max_new_tokens=3, do_sample=False, pad_token_id=0)
     assert out.shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "rank,current,count,want", [(None, 0, 2, 0), (1, 0, 2, 1), (1, 0, 1, 0), (0, 1, 2, 1)]
+)
+def test_each_process_has_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, rank: int | None, current: int, count: int, want: int
+) -> None:
+    """By LOCAL_RANK, also before anybody has called set_device; one that was called is followed."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if rank is not None:
+        monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    quantizer = NF4Quantizer(NF4Config())
+    assert quantizer.update_device_map(None) == {"": want}
+    assert quantizer.update_device_map({"": "cpu"}) == {"": "cpu"}

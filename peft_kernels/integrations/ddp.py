@@ -101,7 +101,13 @@ def _broadcast(func: Any, tensors: list[Parcel], process_group: Any, root: int, 
     own = torch.tensor([_number(parcel.meaning), _number([fingerprint(part) for part in parcel.parts])])
     own = own.to(parcel.device)
     everyone = [torch.empty_like(own) for _ in range(group.size())]
-    dist.all_gather(everyone, own, group=group)
+    try:
+        dist.all_gather(everyone, own, group=group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            "DistributedDataParallel: expected NF4 weights in every process, to compare them, and one has "
+            f"not answered: load and quantise the same model in each ({error})"
+        ) from error
     layouts, contents = torch.stack(everyone).t().tolist()
     if others := [rank for rank, one in enumerate(layouts) if one != layouts[root]]:
         raise RuntimeError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 from collections import Counter
 from typing import Any
 
@@ -71,9 +72,10 @@ class NF4Quantizer(HfQuantizer):
             )
 
     def update_device_map(self, device_map: Any) -> Any:
-        """As for bitsandbytes: where there is a GPU, on it."""
+        """Where there is a GPU, on it; of several processes each on its own, as `device_map="cuda"` does."""
         if device_map is None and torch.cuda.is_available():
-            return {"": torch.cuda.current_device()}
+            local, current = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.current_device()
+            return {"": local if current == 0 and local < torch.cuda.device_count() else current}
         return device_map
 
     @property
