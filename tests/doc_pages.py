@@ -64,7 +64,11 @@ def prose(page: Path) -> str:
 @functools.cache
 def missing(needs: str) -> str:
     """Why snippets that need this cannot run here, or ""."""
-    modules = {"trl": ("trl", "SFTTrainer"), "": ("peft_kernels", "patch")}
+    modules = {
+        "trl": ("trl", "SFTTrainer"),
+        "torchrun": ("torch.distributed.run", "main"),
+        "": ("peft_kernels", "patch"),
+    }
     module, attribute = modules[needs]
     if importlib.util.find_spec(module.partition(".")[0]) is None:
         return f"{module} is not installed"
@@ -75,7 +79,19 @@ def missing(needs: str) -> str:
 
 def command(words: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """`peft-kernels` with these arguments, of the package that is tested."""
-    arguments = [sys.executable, "-m", "peft_kernels", *shlex.split(words, comments=True)]
+    return _run(["peft_kernels", *shlex.split(words, comments=True)], folder)
+
+
+def torchrun(code: str, folder: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    """A script in several processes of torch.distributed."""
+    script = folder / "train.py"
+    script.write_text(code, encoding="utf-8")
+    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
+    return _run(launch, folder)
+
+
+def _run(module: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    arguments = [sys.executable, "-m", *module]
     environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False

@@ -74,9 +74,12 @@ def test_every_snippet_runs(page: Path, workplace: Path, one_thread: None) -> No
     """Those of a page one after the other, as a reader would paste them."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     skipped: list[str] = []
+    in_processes = ""
     for block in RUNNABLE[page]:
         if reason := doc_pages.missing(block.needs):
             skipped.append(reason)
+        elif block.needs == "torchrun":
+            in_processes += block.code + "\n"
         elif block.language == "python":
             # Line numbers of the page in tracebacks.
             code = "\n" * block.line + block.code
@@ -86,6 +89,9 @@ def test_every_snippet_runs(page: Path, workplace: Path, one_thread: None) -> No
                 if line.startswith(COMMANDS):
                     done = doc_pages.command(line.removeprefix(COMMANDS), workplace)
                     assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+    if in_processes:
+        done = doc_pages.torchrun(in_processes, workplace)
+        assert done.returncode == 0, done.stdout + done.stderr
     if skipped:
         ran = len(RUNNABLE[page]) - len(skipped)
         pytest.skip(f"{name_of(page)}: {ran} of {len(RUNNABLE[page])} ran; {', '.join(sorted(set(skipped)))}")

@@ -63,13 +63,14 @@ def whole_weights(folder: Path) -> None:
                 want = weight(shape, blocksize, nested)
                 layer = Product(want.clone())
                 fully_shard(layer, mesh=mesh)
-                held = layer.weight.to_local()
-                assert isinstance(held, NF4Shard)
+                assert isinstance(layer.weight.to_local(), NF4Shard)
                 for _ in range(2):
                     with gathers() as sent:
                         layer.unshard()
                     assert_same_bits(layer.weight, want)
+                    held = layer.weight._state.packed, layer.weight._state.absmax
                     layer.reshard()
+                    assert not any(t.untyped_storage().size() for t in held), "not freed"
                     cells = want.packed.numel() // want.absmax.numel() + 64  # two blocks more than a share
                     most = (want.packed.nbytes + want.absmax.nbytes) / ranks + 3 * cells + 40
                     if len(shape) == 2 and shape[0] % ranks == 0:
@@ -170,6 +171,17 @@ def mixed_precision(folder: Path) -> None:
     assert_same_bits(layer.weight, want)
 
 
+def packed_layers(folder: Path) -> None:
+    """Without adapters, patched when they are sharded: known, and fused."""
+    mesh = line(2)
+    if mesh is None:
+        return
+    model = fully_shard(nn.Sequential(pk.nn.NF4Linear(weight((64, 64), 64, True))), mesh=mesh)
+    report = pk.patch(model)
+    assert [entry.kind for entry in report.fused] == ["NF4Linear"], report
+    assert "DTensor" not in str(report)
+
+
 def ignored(folder: Path) -> None:
     """An ignored weight stays whole, beside one that is sharded."""
     mesh = line(2)
@@ -268,8 +280,8 @@ def refusals(folder: Path) -> None:
 
 
 CASES: list[Callable[[Path], None]] = [
-    whole_weights, bytes_of_a_model, training, mixed_precision, ignored, inner_hooks, patched_modules,
-    refusals,
+    whole_weights, bytes_of_a_model, training, mixed_precision, packed_layers, ignored, inner_hooks,
+    patched_modules, refusals,
 ]  # fmt: skip
 
 
