@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -268,3 +269,23 @@ def test_each_process_has_a_gpu_of_its_own(
     quantizer = NF4Quantizer(NF4Config())
     assert quantizer.update_device_map(None) == {"": want}
     assert quantizer.update_device_map({"": "cpu"}) == {"": "cpu"}
+
+
+def test_a_model_that_transformers_distributes_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before anything is read: by a plan for tensor parallelism layers become DTensors of dense weights."""
+    folder = saved(tmp_path)
+    sizes = {"tp_size": 2, "pp_size": 1, "ep_size": 1, "fsdp_size": 3}
+
+    preprocess = NF4Quantizer.preprocess_model
+
+    def distributed(self: Any, model: Any, **options: Any) -> None:
+        preprocess(self, model, **options)
+        model.config.distributed_config = SimpleNamespace(**sizes)  # as transformers notes it, a step later
+
+    monkeypatch.setattr(NF4Quantizer, "preprocess_model", distributed)
+    with pytest.raises(ValueError, match="for a 4-bit model, got tp_size=2, fsdp_size=3: shard it by FSDP2"):
+        loaded(folder)
+    sizes.update(tp_size=1, fsdp_size=1)
+    assert nf4_layers(loaded(folder))

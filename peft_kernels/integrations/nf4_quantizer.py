@@ -93,6 +93,7 @@ class NF4Quantizer(HfQuantizer):
         return Quantize(self.quantization_config, self.errors, self.files)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        _refuse_parallel(model)
         if not self.pre_quantized:
             if not self.experts:
                 return list(weight_conversions)
@@ -245,6 +246,18 @@ def names_of_dense(model: nn.Module, packed: set[str]) -> list[str]:
             alone = all(should_convert_module(other, [name]) for other in packed)
             names.append(name if alone else f"{name}$")
     return names
+
+
+def _refuse_parallel(model: Any) -> None:
+    """What transformers itself distributes (plans for tensor parallelism) are DTensors of dense weights."""
+    config = getattr(model.config, "distributed_config", None)
+    names = [name for name in ("tp_size", "pp_size", "ep_size", "fsdp_size") if getattr(config, name, 1) > 1]
+    if names:
+        got = ", ".join(f"{name}={getattr(config, name)}" for name in names)
+        raise ValueError(
+            f"distributed_config: expected none for a 4-bit model, got {got}: shard it by FSDP2 once it is "
+            "loaded (docs/recipes/distributed.md); plans for tensor parallelism cut dense weights only"
+        )
 
 
 def _kind_of(device: Any) -> str:
