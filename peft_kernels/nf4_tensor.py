@@ -41,7 +41,7 @@ _STORAGE_READS = frozenset(
 
 FLATTENED = (
     "FSDP1 and DeepSpeed's ZeRO-3 flatten parameters, which a packed weight cannot be; shard it by FSDP2 "
-    "(fully_shard, fsdp_version: 2), or keep it whole under DDP or ZeRO-2"
+    "(fully_shard, fsdp_version: 2), or keep it whole under DDP"
 )
 FROZEN = "NF4 weights are frozen; for full fine-tuning load the model without quantize_model"
 

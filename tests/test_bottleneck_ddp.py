@@ -49,7 +49,8 @@ def trained(model: Any, wrapped: Any, rows: slice, names: Sequence[str] | None) 
     return {name: p.detach().numpy() for name, p in model.named_parameters() if p.requires_grad}
 
 
-CASES: dict[str, Sequence[str] | None] = {"stack": None, "rows": NAMES}
+CASES: dict[str, Sequence[str] | None] = {"stack": None, "rows": NAMES, "apart": sorted(NAMES)}
+"""Names of the rows: of both adapters in each process, or of one in each."""
 
 
 def work(rank: int, port: int, queue: Any) -> None:
@@ -59,7 +60,7 @@ def work(rank: int, port: int, queue: Any) -> None:
         found = {}
         for case, names in CASES.items():
             model = make()
-            ddp = nn.parallel.DistributedDataParallel(model)
+            ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=case == "apart")
             found[case] = trained(model, ddp, slice(2 * rank, 2 * rank + 2), names)
         queue.put((rank, found))
     finally:
