@@ -150,6 +150,32 @@ def test_many_rows(backend: str, m: int, r: int, norm: bool, parameters: str) ->
     judge(case | {"dtype": torch.bfloat16, "parameters": parameters, "activation": "silu"})
 
 
+@pytest.mark.parametrize("parameters", ["same", "fp32"])
+@pytest.mark.parametrize("k", [801, 1602])
+def test_more_features_than_a_panel_has_rows(backend: str, k: int, parameters: str) -> None:
+    if backend in ("ptx", "triton"):
+        pytest.skip(f"{backend}: these are the CPU kernel's panels")
+    case = {"m": 31, "k": k, "r": 33, "norm": False, "beside": False, "biases": True, "p": 0.0}
+    judge(case | {"dtype": torch.bfloat16, "parameters": parameters, "activation": "silu"})
+
+
+@pytest.mark.parametrize("beside", [False, True])
+def test_rounded_to_bf16_as_torch_rounds(backend: str, beside: bool) -> None:
+    """To the bit: ties, subnormal numbers, what is too large, NaN; among others in a vector, and alone."""
+    if not backend.startswith("cpu"):
+        pytest.skip(f"{backend}: computed by other instructions, which flush subnormal numbers or do not")
+    odd = [1e-40, -3e-39, 1.17e-38, -1e-45, NAN, INF, -INF, 3.4e38, -3.4e38, 1.00390625, 1.01171875, -0.5]
+    sums = torch.cat([torch.tensor(odd).repeat_interleave(16), testing.tensor(16), torch.tensor(odd)])
+    x = torch.zeros(2, len(sums), dtype=torch.bfloat16)
+    x[1] = testing.tensor(len(sums), dtype=torch.bfloat16, scale=1e-38)
+    residual = x.flip(0) if beside else None
+    down, up = torch.zeros(3, len(sums)), torch.zeros(len(sums), 3)
+    y = pk.bottleneck(x, down, up, None, sums, "relu", 1.0, residual)
+    want = ((x if residual is None else residual).float() + sums).bfloat16()
+    bits = torch.where(want.isnan(), 0x7FC0, want.view(torch.int16))  # torch has several NaNs
+    assert torch.equal(y.view(torch.int16), bits)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
 @pytest.mark.parametrize("r", [48, 5, 70])
 def test_a_rows_bits_do_not_depend_on_the_others(backend: str, r: int, dtype: torch.dtype) -> None:

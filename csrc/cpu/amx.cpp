@@ -3,7 +3,7 @@
 #define PEFT_KERNELS_TILES 1
 #include "level.h"
 
-#pragma GCC target("avx512bf16,avx512vbmi,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#pragma GCC target("avx512bf16,avx512vbmi,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw")
 namespace peft_kernels::cpu::amx {
 // clang-format off
 #include "vec_avx512.h"

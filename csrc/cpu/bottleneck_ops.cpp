@@ -96,11 +96,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
   const bool multiplies_dx = need_dx && !args.has_norm();
   Tensor dz = at::empty({need_dz ? args.m : 0, args.r}, args.floats());
   Factors of_down(args, need_ddown, down_in_pairs), of_up(args, need_dup, up_in_pairs);
-  Tensor up_t;
-  if (need_dz) {
-    up_t = at::empty({args.r, args.n}, args.up.options());
-    transpose(args.up, up_t);
-  }
   const DType dtype = dtype_of(x, "x");
   const int64_t threads = useful_threads(args.m * args.r * (args.n * need_dz + args.k * multiplies_dx));
   const int64_t block = block_of(args.m, threads);
@@ -115,7 +110,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
       const int64_t begin = i * block, end = std::min(begin + block, args.m), rows = end - begin;
       float* dz_rows = middle.params.d ? middle.params.d + begin * args.r : nullptr;
       if (need_dz) {
-        multiply({row_of(dy, begin, args.n), dtype, up_t, "up", dz_rows, DType::kF32}, rows, args.m, false,
+        multiply({row_of(dy, begin, args.n), dtype, args.up, "up", dz_rows, DType::kF32}, rows, args.m, true,
                  scratch);
       }
       kernels().bottleneck(middle.params, begin * args.r, end * args.r);

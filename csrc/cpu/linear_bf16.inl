@@ -23,16 +23,17 @@ struct OuterBF16 : PairSteps {
   static constexpr bool kWholeTiles = PEFT_KERNELS_TILES;
 #if PEFT_KERNELS_TILES
   static constexpr int kDepthUnit = kTileDepth, kTileRows = kTileDim;
-  static void multiply(int64_t, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip, int64_t steps,
-                       float* tile, int64_t tile_ld) {
+  static void multiply(int64_t, int64_t, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip,
+                       int64_t steps, bool adds, float* tile, int64_t tile_ld, Fetch) {
     tiles_block<1, kStrip / kTileDim>(lhs, lhs_ld * sizeof(PanelBF16), strip, kElements * steps / kTileDepth,
-                                      true, tile, tile_ld);
+                                      adds, tile, tile_ld);
   }
 #else
   static constexpr int kDepthUnit = kElements, kTileRows = kOuterRows;
-  static void multiply(int64_t rows, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip,
-                       int64_t steps, float* tile, int64_t tile_ld) {
-    outer_rows<OuterBF16, kTileRows>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
+  static void multiply(int64_t rows, int64_t cols, const PanelBF16* lhs, int64_t lhs_ld,
+                       const PanelBF16* strip, int64_t steps, bool adds, float* tile, int64_t tile_ld,
+                       Fetch fetch) {
+    outer_rows<OuterBF16, kTileRows>(rows, cols, lhs, lhs_ld, strip, steps, adds, tile, tile_ld, fetch);
   }
 #endif
 
@@ -44,7 +45,22 @@ struct OuterBF16 : PairSteps {
     return static_cast<const PanelBF16*>(term.lhs) + first;
   }
 
-  static bool fill_dense(const MatrixView&, float, int64_t, int64_t, int64_t, PanelBF16*) { return false; }
+  static bool fill_dense(const MatrixView& rhs, float, int64_t first, int64_t depth, int64_t cols,
+                         PanelBF16* out) {
+    if (rhs.nf4) return false;
+    constexpr int64_t kRun = 2 * kLanes;
+    const int64_t padded = round_up(depth, kDepthUnit);
+    const BF16* row = static_cast<const BF16*>(rhs.data) + first;
+    for (int64_t p = 0; p < padded; p += kElements, row += kElements * rhs.ld) {
+      // The columns of the first and of the second row that there are.
+      const int64_t of_first = p < depth ? cols : 0, of_second = p + 1 < depth ? cols : 0;
+      for (int64_t c = 0; c < round_up(cols, kStrip); c += kRun) {
+        PanelBF16* pairs = out + c / kStrip * kStrip * padded + p * kStrip + c % kStrip * kElements;
+        interleave_pairs(load_run(row + c, of_first - c), load_run(row + rhs.ld + c, of_second - c), pairs);
+      }
+    }
+    return true;
+  }
 
   static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t rows, int64_t cols,
                         PanelBF16* out) {
@@ -55,10 +71,16 @@ struct OuterBF16 : PairSteps {
     PanelBF16 pair[2][kStrip];
     memset(pair, 0, sizeof(pair));
     for (int64_t p = 0; p < rows; ++p) fill_panel_row(rhs, first + p * rhs.ld, cols, scale, pair[p]);
-    for (int64_t c = 0; c < kStrip; c += 2 * kLanes) interleave_pairs(pair[0] + c, pair[1] + c, out + 2 * c);
+    for (int64_t c = 0; c < kStrip; c += 2 * kLanes) {
+      interleave_pairs(load_pairs(pair[0] + c), load_pairs(pair[1] + c), out + 2 * c);
+    }
   }
 
  private:
+  // The first `count` of 32 elements, the others zero.
+  static VecPairs load_run(const BF16* p, int64_t count) {
+    return count >= 2 * kLanes ? load_pairs(p) : load_pairs_part(p, max64(count, 0));
+  }
   static void decode_step(const Nf4View& w, int64_t first0, int64_t first1, PanelBF16* out) {
     const uint8_t *row0 = w.packed + first0 / 2, *row1 = w.packed + first1 / 2;
     constexpr int64_t kHalf = nf4::kMinBlocksize;

@@ -6,13 +6,20 @@ constexpr int64_t kNnStrips = 2;      // strips decoded together
 constexpr int64_t kNnDepth = 256;     // rows of rhs decoded together
 constexpr int64_t kNnTileLd = kNnStrips * kStrip;
 constexpr int64_t kNnTileFloats = kNnTileRows * kNnTileLd;
-constexpr int64_t kNnPanelFloats = kNnDepth * kNnStrips * kStrip;
-constexpr int64_t kNnLhsFloats = 16 * kNnDepth;  // of the rows in a register tile
+// The same for a single strip: rows of lhs are better read from end to end.
+constexpr int64_t kNnNarrowFloats = 3 * kNnDepth;
+constexpr int64_t kNnPanelFloats = max64(kNnDepth * kNnStrips, kNnNarrowFloats) * kStrip;
+constexpr int64_t kNnLhsFloats = 16 * kNnNarrowFloats;  // of the rows in a register tile
 static_assert((2 * kNnTileFloats + kNnPanelFloats + kNnLhsFloats) * sizeof(float) <= kScratchBytes, "");
 
 // With few rows a panel is soon done with: it should fit L1. Rows of the whole product count, not of this
 // task: sums are made panel by panel, and must not depend on how the work is cut.
-inline int64_t nn_depth_block(int64_t rows) { return rows <= 4 * kOuterRows ? 64 : kNnDepth; }
+template <class Outer>
+int64_t nn_depth_block(const GemmParams& p) {
+  if (p.m <= 4 * kOuterRows) return 64;
+  return p.n > kStrip ? kNnDepth
+                      : kNnNarrowFloats * static_cast<int64_t>(sizeof(float) / sizeof(typename Outer::Value));
+}
 
 // Columns [first, first + cols) of a row of rhs, asked for before they are wanted: rows lie far apart, and no
 // hardware foresees the next.
@@ -23,52 +30,111 @@ inline void prefetch_columns(const MatrixView& rhs, int64_t first, int64_t cols)
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
+// Rows [p0, p0 + depth) of rhs, and columns [n0, n0 + cols), as a panel.
 template <class Outer>
-void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t rows, int64_t n0,
-                 int64_t cols, float* tile, void* panel_memory, void* lhs_memory) {
+struct NnPanel {
   using Value = typename Outer::Value;
-  Value* panel = static_cast<Value*>(panel_memory);
-  Value* packed = static_cast<Value*>(lhs_memory);
-  for (int64_t p0 = 0; p0 < term.depth; p0 += depth_block) {
-    const int64_t depth = min64(depth_block, term.depth - p0);
-    const int64_t padded = round_up(depth, Outer::kDepthUnit), steps = padded / Outer::kElements;
-    const bool filled =
-        Outer::fill_dense(term.rhs, term.rhs_scale, p0 * term.rhs.ld + n0, depth, cols, panel);
-    for (int64_t p = 0; p < padded && !filled; p += Outer::kElements) {
+  const GemmTerm& term;
+  int64_t n0, cols;
+  Value *panel, *packed;  // the latter: room for the lhs of a register tile
+  int64_t p0 = 0, depth = 0, padded = 0;
+
+  // `ahead`: where to fetch from meanwhile, so many rows of rhs further on.
+  void fill(int64_t from, int64_t rows, int64_t ahead) {
+    p0 = from;
+    depth = rows;
+    padded = round_up(depth, Outer::kDepthUnit);
+    if (Outer::fill_dense(term.rhs, term.rhs_scale, p0 * term.rhs.ld + n0, depth, cols, panel)) return;
+    for (int64_t p = 0; p < padded; p += Outer::kElements) {
       for (int64_t c = 0; c < cols; c += kStrip) {
         Outer::fill_step(term.rhs, term.rhs_scale, (p0 + p) * term.rhs.ld + n0 + c,
                          max64(0, min64(Outer::kElements, depth - p)), min64(kStrip, cols - c),
                          panel + c * padded + p * kStrip);
       }
-      for (int64_t next = p0 + p + depth_block, end = next + Outer::kElements; next < min64(end, term.depth);
+      for (int64_t next = p0 + p + ahead, end = next + Outer::kElements; next < min64(end, term.depth);
            ++next) {
         prefetch_columns(term.rhs, next * term.rhs.ld + n0, cols);
       }
     }
+  }
+
+  // tile += rows [m0, m0 + rows) of lhs, at most a register tile of them, times the panel.
+  void multiply(int64_t m0, int64_t rows, bool adds, float* tile, Fetch fetch, int64_t strip_bytes = 0) {
+    int64_t lhs_ld = term.lhs_ld;
+    const Value* lhs = Outer::direct_lhs(term, m0 * lhs_ld + p0);
+    if (!lhs || depth < padded || (Outer::kWholeTiles && rows < Outer::kTileRows)) {
+      lhs_ld = padded;
+      lhs = packed;
+      for (int64_t i = 0; i < rows; ++i) {
+        Outer::pack_lhs(term.lhs, term.lhs_dtype, (m0 + i) * term.lhs_ld + p0, depth, packed + i * padded);
+        if (depth < padded) memset(packed + i * padded + depth, 0, (padded - depth) * sizeof(Value));
+      }
+    }
+    for (int64_t c = 0; c < cols; c += kStrip) {
+      Outer::multiply(rows, cols - c, lhs, lhs_ld, panel + c * padded, padded / Outer::kElements, adds,
+                      tile + c, kNnTileLd, fetch);
+      fetch.at += strip_bytes;
+    }
+  }
+
+  // The rows of lhs that come after the register tile at m0.
+  Fetch next_lhs(int64_t m0) const {
+    const int64_t row_bytes = term.lhs_ld * element_bytes(term.lhs_dtype);
+    return {static_cast<const char*>(term.lhs) + (m0 + Outer::kTileRows) * row_bytes,
+            Outer::kTileRows * row_bytes / (padded / Outer::kElements)};
+  }
+};
+
+// Of the panel that comes next, from element `first` on, what the register tile `index` of this one fetches:
+// one of the lines of a step. Nothing, where all have been.
+template <class Outer>
+Fetch next_rhs(const MatrixView& rhs, int64_t first, int64_t index, const void* near) {
+  const int64_t size = element_bytes(rhs.dtype), lines = kStrip * size / 64;
+  if (rhs.nf4 || index >= lines * Outer::kElements) return no_fetch(near);
+  return {static_cast<const char*>(rhs.data) + (first + index / lines * rhs.ld) * size + index % lines * 64,
+          Outer::kElements * rhs.ld * size};
+}
+
+// `next`: the rhs of the term that follows, or null.
+template <class Outer>
+void nn_add_term(const GemmTerm& term, const MatrixView* next, int64_t depth_block, int64_t m0, int64_t rows,
+                 int64_t n0, int64_t cols, bool adds, float* tile, void* panel_memory, void* lhs_memory) {
+  using Value = typename Outer::Value;
+  NnPanel<Outer> panel{term, n0, cols, static_cast<Value*>(panel_memory), static_cast<Value*>(lhs_memory)};
+  for (int64_t p0 = 0; p0 < term.depth; p0 += depth_block, adds = true) {
+    panel.fill(p0, min64(depth_block, term.depth - p0), depth_block);
+    const int64_t end = p0 + panel.depth;
+    const MatrixView* after = end < term.depth ? &term.rhs : next;
+    const int64_t first = (end < term.depth ? end * term.rhs.ld : 0) + n0;
     for (int64_t r = 0; r < rows; r += Outer::kTileRows) {
-      const int64_t count = min64(Outer::kTileRows, rows - r);
-      int64_t lhs_ld = term.lhs_ld;
-      const Value* lhs = Outer::direct_lhs(term, (m0 + r) * lhs_ld + p0);
-      if (!lhs || depth < padded || (Outer::kWholeTiles && count < Outer::kTileRows)) {
-        lhs_ld = padded;
-        lhs = packed;
-        for (int64_t i = 0; i < count; ++i) {
-          Outer::pack_lhs(term.lhs, term.lhs_dtype, (m0 + r + i) * term.lhs_ld + p0, depth,
-                          packed + i * padded);
-          if (depth < padded) memset(packed + i * padded + depth, 0, (padded - depth) * sizeof(Value));
-        }
-      }
-      for (int64_t c = 0; c < cols; c += kStrip) {
-        Outer::multiply(count, lhs, lhs_ld, panel + c * padded, steps, tile + r * kNnTileLd + c, kNnTileLd);
-      }
+      const Fetch fetch =
+          after ? next_rhs<Outer>(*after, first, r / Outer::kTileRows, panel_memory) : no_fetch(panel_memory);
+      panel.multiply(m0 + r, min64(Outer::kTileRows, rows - r), adds, tile + r * kNnTileLd, fetch,
+                     fetch.stride ? kStrip * element_bytes(after->dtype) : 0);
     }
   }
 }
 
-inline void nn_add_term(const GemmTerm& term, int64_t depth_block, int64_t m0, int64_t rows, int64_t n0,
-                        int64_t cols, float* tile, void* panel, void* lhs) {
-  has_bf16_values(term) ? nn_add_term<OuterBF16>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs)
-                        : nn_add_term<OuterF32>(term, depth_block, m0, rows, n0, cols, tile, panel, lhs);
+// The same where the panel holds all of rhs: a few rows are done with while their sums are in L1.
+template <class Outer>
+void nn_thin(const GemmParams& p, const Rect& rect, int64_t n0, int64_t cols, const float* start, float* tile,
+             void* panel_memory, void* lhs_memory) {
+  using Value = typename Outer::Value;
+  NnPanel<Outer> panel{p.terms[0], n0, cols, static_cast<Value*>(panel_memory),
+                       static_cast<Value*>(lhs_memory)};
+  panel.fill(0, panel.term.depth, panel.term.depth);
+  for (int64_t m = rect.m0; m < rect.m1; m += Outer::kTileRows) {
+    const int64_t rows = min64(Outer::kTileRows, rect.m1 - m), next = m + rows;
+    prefetch_out(p, next, min64(Outer::kTileRows, rect.m1 - next), n0, cols);
+    panel.multiply(m, rows, false, tile, n0 == rect.n0 && next < p.m ? panel.next_lhs(m) : no_fetch(tile));
+    finish_tile(p, m, rows, n0, cols, tile, kNnTileLd, start);
+  }
+}
+
+// Calls use with the micro-kernel of a term.
+template <class Use>
+void with_outer(const GemmTerm& term, const Use& use) {
+  has_bf16_values(term) ? use(OuterBF16{}) : use(OuterF32{});
 }
 
 void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
@@ -79,11 +145,36 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
   float* panel = tile + kNnTileFloats;
   float* lhs = panel + kNnPanelFloats;
   float* masked = lhs + kNnLhsFloats;  // the product of a term with dropout
-  const int64_t depth_block = nn_depth_block(p.m);
+  const bool is_one = is_one_term(p, rect);
+  const auto add_term = [&](int64_t t, int64_t m0, int64_t rows, int64_t n0, int64_t cols, bool adds,
+                            float* sums) {
+    const MatrixView* next = t + 1 < p.term_count ? &p.terms[t + 1].rhs : nullptr;
+    with_outer(p.terms[t], [&](auto outer) {
+      using Outer = decltype(outer);
+      nn_add_term<Outer>(p.terms[t], next, nn_depth_block<Outer>(p), m0, rows, n0, cols, adds, sums, panel,
+                         lhs);
+    });
+  };
   for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += kNnTileLd) {
     const int64_t cols = min64(kNnTileLd, rect.n1 - n0);
+    float columns[kNnTileLd];
+    const float* start = is_one && start_columns(p, n0, cols, columns) ? columns : nullptr;
+    bool is_done = false;
+    if (is_one) {
+      with_outer(p.terms[0], [&](auto outer) {
+        using Outer = decltype(outer);
+        is_done = p.terms[0].depth <= nn_depth_block<Outer>(p);
+        if (is_done) nn_thin<Outer>(p, rect, n0, cols, start, tile, panel, lhs);
+      });
+    }
+    if (is_done) continue;
     for (int64_t m0 = rect.m0; m0 < rect.m1; m0 += kNnTileRows) {
       const int64_t rows = min64(kNnTileRows, rect.m1 - m0);
+      if (is_one) {
+        add_term(0, m0, rows, n0, cols, false, tile);
+        finish_tile(p, m0, rows, n0, cols, tile, kNnTileLd, start);
+        continue;
+      }
       start_tile(p, m0, rows, n0, cols, tile, kNnTileLd);
       for (int64_t t = 0; t < p.term_count; ++t) {
         const GemmTerm& term = p.terms[t];
@@ -91,11 +182,11 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
         if (begin >= end) continue;
         float* sums = tile + (begin - m0) * kNnTileLd;
         if (term.mask.threshold == 0) {
-          nn_add_term(term, depth_block, begin, end - begin, n0, cols, sums, panel, lhs);
+          add_term(t, begin, end - begin, n0, cols, true, sums);
           continue;
         }
-        memset(masked, 0, (end - begin) * kNnTileLd * sizeof(float));
-        nn_add_term(term, depth_block, begin, end - begin, n0, cols, masked, panel, lhs);
+        if (term.depth == 0) continue;
+        add_term(t, begin, end - begin, n0, cols, false, masked);
         for (int64_t m = begin; m < end; ++m) {
           const int64_t row = (m - begin) * kNnTileLd;
           add_kept(term.mask, m * term.mask.ld + n0, cols, masked + row, sums + row);

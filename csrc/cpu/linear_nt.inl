@@ -20,32 +20,65 @@ inline int64_t nt_depth_block(int64_t depth, int64_t element_bytes) {
   return round_up((depth + parts - 1) / parts, kStrip);
 }
 
+// Whether a dense rhs consists of what is multiplied.
+template <class Dot>
+bool has_values(const GemmTerm& term) {
+  constexpr DType kType = sizeof(typename Dot::Value) == sizeof(float) ? DType::kF32 : DType::kBF16;
+  return !term.rhs.nf4 && term.rhs.dtype == kType && term.rhs_scale == 1.0f;
+}
+
+// Rows of rhs as rows of a panel, filled up with zeros to whole steps and to a multiple of four rows.
+template <class Dot>
+void nt_fill(const GemmTerm& term, int64_t first, int64_t depth, int64_t rows, typename Dot::Value* panel) {
+  using Value = typename Dot::Value;
+  constexpr int64_t kPanelLd = kNtPanelLdBytes / sizeof(Value);
+  const int64_t padded_depth = round_up(depth, Dot::kStep);
+  for (int64_t c = 0; c < rows; ++c) {
+    Value* row = panel + c * kPanelLd;
+    fill_panel_row(term.rhs, first + c * term.rhs.ld, depth, term.rhs_scale, row);
+    if (depth < padded_depth) memset(row + depth, 0, (padded_depth - depth) * sizeof(Value));
+  }
+  for (int64_t c = rows; c < round_up(rows, 4); ++c) {
+    memset(panel + c * kPanelLd, 0, padded_depth * sizeof(Value));
+  }
+}
+
 // Adds a term to a tile of `rows` by `cols`; rows of the tile are kStrip apart.
 template <class Dot>
 void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
                  void* panel_memory) {
+  using Lhs = typename Dot::Lhs;
   using Value = typename Dot::Value;
-  Value* panel = static_cast<Value*>(panel_memory);
   constexpr int64_t kPanelLd = kNtPanelLdBytes / sizeof(Value);
   const auto* lhs = static_cast<const typename Dot::Lhs*>(term.lhs) + m0 * term.lhs_ld;
   const int64_t block = nt_depth_block(term.depth, sizeof(Value));
   // For a few rows the panel is read as soon as it is written: keep it in L1.
-  const int64_t panel_rows = rows <= 6 * kDotRows ? 4 : kStrip;
+  const bool are_few = rows <= 6 * kDotRows;
+  const int64_t panel_rows = are_few ? 4 : kStrip;
   for (int64_t k0 = 0; k0 < term.depth; k0 += block) {
     const int64_t depth = min64(block, term.depth - k0);
     const int64_t padded_depth = round_up(depth, Dot::kStep);
     for (int64_t c0 = 0; c0 < cols; c0 += panel_rows) {
       const int64_t filled = min64(panel_rows, cols - c0), padded = round_up(filled, 4);
-      for (int64_t c = 0; c < filled; ++c) {
-        Value* row = panel + c * kPanelLd;
-        fill_panel_row(term.rhs, (n0 + c0 + c) * term.rhs.ld + k0, depth, term.rhs_scale, row);
-        if (depth < padded_depth) memset(row + depth, 0, (padded_depth - depth) * sizeof(Value));
+      const int64_t first = (n0 + c0) * term.rhs.ld + k0;
+      const Value* panel = static_cast<const Value*>(panel_memory);
+      int64_t panel_ld = kPanelLd;
+      // For a few rows rhs is read where it lies, if it has whole vectors.
+      if (are_few && filled == padded && depth == padded_depth && has_values<Dot>(term)) {
+        panel = static_cast<const Value*>(term.rhs.data) + first;
+        panel_ld = term.rhs.ld;
+      } else {
+        nt_fill<Dot>(term, first, depth, filled, static_cast<Value*>(panel_memory));
       }
-      for (int64_t c = filled; c < padded; ++c) memset(panel + c * kPanelLd, 0, padded_depth * sizeof(Value));
       for (int64_t r = 0; r < rows; r += kDotRows) {
-        for (int64_t c = 0; c < padded; c += 4) {
+        // The next rows arrive while these are multiplied.
+        const int64_t row_bytes = depth * sizeof(Lhs), share = ceil_div(kDotRows * row_bytes, padded / 4);
+        const bool fetches = c0 == 0 && r + kDotRows < rows && term.lhs_ld == depth;
+        const char* ahead = reinterpret_cast<const char*>(lhs + (r + kDotRows) * term.lhs_ld);
+        for (int64_t c = 0; c < padded; c += 4, ahead += share) {
+          for (int64_t at = 0; fetches && at < share; at += 64) __builtin_prefetch(ahead + at, 0, 2);
           dot_rows<Dot, kDotRows>(min64(kDotRows, rows - r), lhs + r * term.lhs_ld + k0, term.lhs_ld,
-                                  panel + c * kPanelLd, kPanelLd, depth, tile + r * kStrip + c0 + c, kStrip);
+                                  panel + c * panel_ld, panel_ld, depth, tile + r * kStrip + c0 + c, kStrip);
         }
       }
     }
@@ -60,8 +93,7 @@ inline bool is_thin(const GemmTerm& term) {
   return term.depth <= kThinDepth && term.lhs_dtype == DType::kF32 && !term.rhs.nf4;
 }
 
-inline void nt_add_thin_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
-                             float* tile, void* panel_memory) {
+inline void nt_fill_thin(const GemmTerm& term, int64_t n0, int64_t cols, void* panel_memory) {
   float* strip = static_cast<float*>(panel_memory);
   with_type(term.rhs.dtype, [&](auto type) {
     const auto* rhs = static_cast<const decltype(type)*>(term.rhs.data) + n0 * term.rhs.ld;
@@ -72,11 +104,6 @@ inline void nt_add_thin_term(const GemmTerm& term, int64_t m0, int64_t rows, int
       }
     }
   });
-  const float* lhs = static_cast<const float*>(term.lhs) + m0 * term.lhs_ld;
-  for (int64_t r = 0; r < rows; r += kOuterRows) {
-    outer_rows<OuterF32, kOuterRows>(min64(kOuterRows, rows - r), lhs + r * term.lhs_ld, term.lhs_ld, strip,
-                                     term.depth, tile + r * kStrip, kStrip);
-  }
 }
 
 #if PEFT_KERNELS_BF16_DOT
@@ -85,8 +112,7 @@ inline bool is_thin_in_pairs(const GemmTerm& term) {
   return term.depth <= kThinDepth && term.depth % 2 == 0 && !term.rhs.nf4 && has_bf16_values(term);
 }
 
-inline void nt_add_thin_pairs(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
-                              float* tile, void* panel_memory) {
+inline void nt_fill_thin_pairs(const GemmTerm& term, int64_t n0, int64_t cols, void* panel_memory) {
   uint32_t* strip = static_cast<uint32_t*>(panel_memory);
   const int64_t steps = term.depth / 2;
   const BF16* rhs = static_cast<const BF16*>(term.rhs.data) + n0 * term.rhs.ld;
@@ -104,24 +130,66 @@ inline void nt_add_thin_pairs(const GemmTerm& term, int64_t m0, int64_t rows, in
       for (int i = 0; i < width; ++i) store_bits(strip + (s + i) * kStrip + c, block[i]);
     }
   }
-  const auto* lhs = static_cast<const PanelBF16*>(term.lhs) + m0 * term.lhs_ld;
-  for (int64_t r = 0; r < rows; r += kOuterRows) {
-    outer_rows<OuterBF16, kOuterRows>(min64(kOuterRows, rows - r), lhs + r * term.lhs_ld, term.lhs_ld,
-                                      reinterpret_cast<const PanelBF16*>(strip), steps, tile + r * kStrip,
-                                      kStrip);
-  }
 }
 #endif
 
+// Up to kOuterRows rows of a thin term whose rhs is in the panel.
+template <class Outer>
+void thin_rows(const GemmTerm& term, int64_t steps, const void* panel, int64_t m0, int64_t rows, int64_t cols,
+               bool adds, float* tile) {
+  using Value = typename Outer::Value;
+  outer_rows<Outer, kOuterRows>(rows, cols, static_cast<const Value*>(term.lhs) + m0 * term.lhs_ld,
+                                term.lhs_ld, static_cast<const Value*>(panel), steps, adds, tile, kStrip,
+                                no_fetch(tile));
+}
+
+// Calls use(rows) with what multiplies a few rows of a thin term; false if the term is none.
+template <class Use>
+bool with_thin(const GemmTerm& term, int64_t n0, int64_t cols, void* panel, const Use& use) {
+#if PEFT_KERNELS_BF16_DOT
+  if (is_thin_in_pairs(term)) {
+    nt_fill_thin_pairs(term, n0, cols, panel);
+    use([&](int64_t m0, int64_t rows, bool adds, float* tile) {
+      thin_rows<OuterBF16>(term, term.depth / 2, panel, m0, rows, cols, adds, tile);
+    });
+    return true;
+  }
+#endif
+  if (!is_thin(term)) return false;
+  nt_fill_thin(term, n0, cols, panel);
+  use([&](int64_t m0, int64_t rows, bool adds, float* tile) {
+    thin_rows<OuterF32>(term, term.depth, panel, m0, rows, cols, adds, tile);
+  });
+  return true;
+}
+
 inline void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
                         void* panel) {
-#if PEFT_KERNELS_BF16_DOT
-  if (is_thin_in_pairs(term)) return nt_add_thin_pairs(term, m0, rows, n0, cols, tile, panel);
-#endif
-  if (is_thin(term)) return nt_add_thin_term(term, m0, rows, n0, cols, tile, panel);
+  const bool was_thin = with_thin(term, n0, cols, panel, [&](const auto& multiply) {
+    for (int64_t r = 0; r < rows; r += kOuterRows) {
+      multiply(m0 + r, min64(kOuterRows, rows - r), true, tile + r * kStrip);
+    }
+  });
+  if (was_thin) return;
   if (has_bf16_values(term)) return nt_add_term<DotBF16>(term, m0, rows, n0, cols, tile, panel);
   with_type(term.lhs_dtype,
             [&](auto type) { nt_add_term<DotF32<decltype(type)>>(term, m0, rows, n0, cols, tile, panel); });
+}
+
+// A product of a thin term alone: a few rows are done with while their sums are in L1.
+inline bool nt_thin(const GemmParams& p, const Rect& rect, int64_t n0, int64_t cols, float* tile,
+                    void* panel) {
+  if (!is_one_term(p, rect)) return false;
+  float start[kStrip];
+  const bool starts = start_columns(p, n0, cols, start);
+  return with_thin(p.terms[0], n0, cols, panel, [&](const auto& multiply) {
+    for (int64_t m = rect.m0; m < rect.m1; m += kOuterRows) {
+      const int64_t rows = min64(kOuterRows, rect.m1 - m), next = m + rows;
+      prefetch_out(p, next, min64(kOuterRows, rect.m1 - next), n0, cols);
+      multiply(m, rows, false, tile);
+      finish_tile(p, m, rows, n0, cols, tile, kStrip, starts ? start : nullptr);
+    }
+  });
 }
 
 void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {
@@ -132,6 +200,7 @@ void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {
   if (gemv) gemv_arrange_lhs(p.terms[0], rect, gemv_scratch);
   for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += kStrip) {
     const int64_t cols = min64(kStrip, rect.n1 - n0);
+    if (nt_thin(p, rect, n0, cols, tile, panel)) continue;
     for (int64_t m0 = rect.m0; m0 < rect.m1; m0 += kNtTileRows) {
       const int64_t rows = min64(kNtTileRows, rect.m1 - m0);
       start_tile(p, m0, rows, n0, cols, tile, kStrip);

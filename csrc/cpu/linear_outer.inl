@@ -7,15 +7,24 @@
 constexpr int64_t kStrip = 64;  // columns; one absmax block of the default size
 static_assert(kStrip % (kOuterVecs * kLanes) == 0, "");
 
+// What will be needed next: a line is fetched in each step.
+struct Fetch {
+  const char* at;
+  int64_t stride;  // bytes from one step to the next
+};
+// Of nothing but what is there anyway.
+inline Fetch no_fetch(const void* near) { return {static_cast<const char*>(near), 0}; }
+
 // tile[r][lane] += the sum over steps of rows[r] * strip[lane], in kVectors vectors of lanes, in partial sums
 // of Unit::kChain steps. One running fp32 sum over thousands of rows (dA and dB sum over all tokens) would
 // lose a bit for every fourfold; and a chain that followed the blocking would make a row's bits depend on how
-// many rows a thread was given. A stride may be a Constant.
+// many rows a thread was given. Without `adds` what is in the tile does not count. A stride may be a
+// Constant.
 template <class Unit, int kRows, int kVectors, class RowsLd, class Strip, class StripLd>
 void sum_steps(const typename Unit::Value* rows, RowsLd rows_ld, const Strip* strip, StripLd strip_ld,
-               int64_t steps, float* tile, int64_t tile_ld) {
+               int64_t steps, bool adds, float* tile, int64_t tile_ld, Fetch fetch) {
   constexpr int kVectorLd = kLanes * sizeof(float) / sizeof(Strip);
-  for (int64_t left = steps; left > 0; left -= Unit::kChain) {
+  for (int64_t left = steps; left > 0; left -= Unit::kChain, adds = true) {
     Vec sums[kRows][kVectors];
 #pragma GCC unroll 24
     for (int r = 0; r < kRows; ++r) {
@@ -23,7 +32,9 @@ void sum_steps(const typename Unit::Value* rows, RowsLd rows_ld, const Strip* st
       for (int v = 0; v < kVectors; ++v) sums[r][v] = zero();
     }
     const int64_t count = min64(left, Unit::kChain);
-    for (int64_t s = 0; s < count; ++s, rows += Unit::kElements, strip += strip_ld) {
+    for (int64_t s = 0; s < count;
+         ++s, rows += Unit::kElements, strip += strip_ld, fetch.at += fetch.stride) {
+      __builtin_prefetch(fetch.at, 0, 2);
       decltype(Unit::load_steps(strip)) lanes[kVectors];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) lanes[v] = Unit::load_steps(strip + v * kVectorLd);
@@ -39,22 +50,41 @@ void sum_steps(const typename Unit::Value* rows, RowsLd rows_ld, const Strip* st
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         float* out = tile + r * tile_ld + v * kLanes;
-        store(out, add(load(out), sums[r][v]));
+        store(out, adds ? add(load(out), sums[r][v]) : sums[r][v]);
       }
     }
   }
 }
 
-// Any number of rows up to kRows, and a whole strip.
-template <class Outer, int kRows>
-void outer_rows(int64_t rows, const typename Outer::Value* lhs, int64_t lhs_ld,
-                const typename Outer::Value* strip, int64_t steps, float* tile, int64_t tile_ld) {
-  if constexpr (kRows > 1) {
-    if (rows < kRows) return outer_rows<Outer, kRows - 1>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
+// Up to kVectors vectors of a strip.
+template <class Outer, int kRows, int kVectors>
+void outer_vectors(int64_t vectors, const typename Outer::Value* lhs, int64_t lhs_ld,
+                   const typename Outer::Value* strip, int64_t steps, bool adds, float* tile, int64_t tile_ld,
+                   Fetch fetch) {
+  if constexpr (kVectors > 1) {
+    if (vectors < kVectors) {
+      return outer_vectors<Outer, kRows, kVectors - 1>(vectors, lhs, lhs_ld, strip, steps, adds, tile,
+                                                       tile_ld, fetch);
+    }
   }
-  for (int64_t v = 0; v < kStrip; v += kOuterVecs * kLanes) {
-    sum_steps<Outer, kRows, kOuterVecs>(lhs, lhs_ld, strip + v * Outer::kElements,
-                                        Constant<kStrip * Outer::kElements>{}, steps, tile + v, tile_ld);
+  sum_steps<Outer, kRows, kVectors>(lhs, lhs_ld, strip, Constant<kStrip * Outer::kElements>{}, steps, adds,
+                                    tile, tile_ld, fetch);
+}
+
+// Any number of rows up to kRows, and the vectors of a strip that have some of its first `cols` columns.
+template <class Outer, int kRows>
+void outer_rows(int64_t rows, int64_t cols, const typename Outer::Value* lhs, int64_t lhs_ld,
+                const typename Outer::Value* strip, int64_t steps, bool adds, float* tile, int64_t tile_ld,
+                Fetch fetch) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) {
+      return outer_rows<Outer, kRows - 1>(rows, cols, lhs, lhs_ld, strip, steps, adds, tile, tile_ld, fetch);
+    }
+  }
+  for (int64_t v = 0; v < min64(cols, kStrip); v += kOuterVecs * kLanes) {
+    outer_vectors<Outer, kRows, kOuterVecs>(ceil_div(cols - v, kLanes), lhs, lhs_ld,
+                                            strip + v * Outer::kElements, steps, adds, tile + v, tile_ld,
+                                            fetch);
   }
 }
 
@@ -77,7 +107,7 @@ struct OuterF32 : FloatSteps {
   static constexpr int kTileRows = kOuterRows;
   // Whether multiply reads the lhs of all rows of a register tile, also of those it is not asked for.
   static constexpr bool kWholeTiles = false;
-  static constexpr int64_t kChain = 32;  // steps of one running sum
+  static constexpr int64_t kChain = 64;  // steps of one running sum
 
   static void pack_lhs(const void* lhs, DType dtype, int64_t first, int64_t count, float* out) {
     widen_run(lhs, dtype, first, count, 1.0f, out);
@@ -101,10 +131,11 @@ struct OuterF32 : FloatSteps {
     });
     return true;
   }
-  // tile[r][c] += lhs[r] . strip[:, c] for `rows` rows and a whole strip.
-  static void multiply(int64_t rows, const float* lhs, int64_t lhs_ld, const float* strip, int64_t steps,
-                       float* tile, int64_t tile_ld) {
-    outer_rows<OuterF32, kTileRows>(rows, lhs, lhs_ld, strip, steps, tile, tile_ld);
+  // tile[r][c] += lhs[r] . strip[:, c] for `rows` rows and the first `cols` columns of a strip; without
+  // `adds` what is in the tile does not count.
+  static void multiply(int64_t rows, int64_t cols, const float* lhs, int64_t lhs_ld, const float* strip,
+                       int64_t steps, bool adds, float* tile, int64_t tile_ld, Fetch fetch) {
+    outer_rows<OuterF32, kTileRows>(rows, cols, lhs, lhs_ld, strip, steps, adds, tile, tile_ld, fetch);
   }
 };
 

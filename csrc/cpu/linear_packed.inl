@@ -122,8 +122,9 @@ void packed_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const Pac
       const int64_t ld = whole ? b.tile_ld : kPackRows;
       if (!whole) memset(apart, 0, b.cols * kPackRows * sizeof(float));
       for (int64_t c = 0; c < b.cols; c += kOuterRows) {
-        outer_rows<OuterF32, kOuterRows>(min64(kOuterRows, b.cols - c), rhs + c * kThinDepthBlock,
-                                         kThinDepthBlock, strip, depth, sums + c * ld, ld);
+        outer_rows<OuterF32, kOuterRows>(min64(kOuterRows, b.cols - c), kStrip, rhs + c * kThinDepthBlock,
+                                         kThinDepthBlock, strip, depth, true, sums + c * ld, ld,
+                                         no_fetch(sums));
       }
       if (whole) continue;
       for (int64_t c = 0; c < b.cols; ++c) {

@@ -67,7 +67,8 @@ struct FloatsUnit : FloatSteps {
   static void multiply(const float* rows, const float* strip, int64_t steps, bool, float* tile,
                        int64_t tile_ld, const char*, int64_t) {
     sum_steps<FloatsUnit, kTileRows<kSide>, kSide>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{}, strip,
-                                                   Constant<kSide * kLanes>{}, steps, tile, tile_ld);
+                                                   Constant<kSide * kLanes>{}, steps, true, tile, tile_ld,
+                                                   no_fetch(tile));
   }
 
  private:
@@ -159,7 +160,8 @@ struct PairsUnit : PairSteps {
                                   {ahead, ceil_div(ahead_bytes, 64 * tile_steps)});
 #  else
     sum_steps<PairsUnit, kTileRows<kSide>, kSide>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{}, strip,
-                                                  Constant<kSide * kLanes>{}, steps, tile, tile_ld);
+                                                  Constant<kSide * kLanes>{}, steps, true, tile, tile_ld,
+                                                  no_fetch(tile));
 #  endif
   }
 

@@ -32,6 +32,30 @@ struct PairSteps {
 };
 #endif
 
+// Whether the output is what it starts from and the product of one term.
+inline bool is_one_term(const GemmParams& p, const Rect& rect) {
+  if (p.term_count != 1 || p.add_to_out) return false;
+  const GemmTerm& term = p.terms[0];
+  return term.depth > 0 && term.mask.threshold == 0 && term.m_begin <= rect.m0 && rect.m1 <= term.m_end;
+}
+// What columns start from; false if that is nothing.
+inline bool start_columns(const GemmParams& p, int64_t n0, int64_t cols, float* start) {
+  if (p.bias) widen_run(p.bias, p.bias_dtype, n0, cols, 1.0f, start);
+  return p.bias != nullptr;
+}
+
+// Asks for a part of the output that will be written soon, and for the residual there.
+inline void prefetch_out(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0, int64_t cols) {
+  const int64_t size = element_bytes(p.out_dtype);
+  for (int64_t i = 0; i < rows; ++i) {
+    const int64_t first = ((m0 + i) * p.out_ld + n0) * size;
+    for (int64_t at = first; at < first + cols * size; at += 64) {
+      __builtin_prefetch(static_cast<const char*>(p.out) + at, 1);
+      if (p.residual) __builtin_prefetch(static_cast<const char*>(p.residual) + at);
+    }
+  }
+}
+
 // Sets an fp32 tile, rows of `tile_ld`, to what the sums start from. Columns from cols to tile_ld start at 0.
 inline void start_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
                        int64_t tile_ld) {
@@ -46,29 +70,39 @@ inline void start_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0
   }
 }
 
-// residual + delta as a sum in which adding a zero of either sign changes no bit: where the residual is
-// negative, -0 included, the signs of all are turned.
-template <class T>
-void add_to_residual(const T* residual, const float* delta, int64_t count, T* out) {
+// What is left to do with the sums of a tile. A residual is added so that a sum of 0, of either sign, changes
+// no bit of it.
+template <bool kHasStart, bool kHasResidual, class T>
+void finish_row(const float* sums, const float* start, const T* residual, int64_t count, T* out) {
   for_lanes(0, count, [&](int64_t i, int64_t lanes) {
-    const Vec r = load_lanes(residual + i, lanes), d = load_lanes(delta + i, lanes);
-    store_lanes(out + i, by_sign(r, negate(sub(negate(r), d)), add(r, d)), lanes);
+    Vec sum = load_lanes(sums + i, lanes);
+    if constexpr (kHasStart) sum = add(load_lanes(start + i, lanes), sum);
+    if constexpr (kHasResidual) {
+      const Vec r = load_lanes(residual + i, lanes);
+      sum = where_zero(sum, r, add(r, sum));
+    }
+    store_lanes(out + i, sum, lanes);
   });
 }
 
-// Rounds a tile to the output's type, once.
+// Rounds a tile to the output's type, once. `start`: of each column, where the sums have not started from it.
 inline void finish_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
-                        const float* tile, int64_t tile_ld) {
-  for (int64_t i = 0; i < rows; ++i) {
-    const float* row = tile + i * tile_ld;
-    const int64_t first = (m0 + i) * p.out_ld + n0;
-    with_type(p.out_dtype, [&](auto type) {
-      using T = decltype(type);
+                        const float* tile, int64_t tile_ld, const float* start = nullptr) {
+  with_type(p.out_dtype, [&](auto type) {
+    using T = decltype(type);
+    for (int64_t i = 0; i < rows; ++i, tile += tile_ld) {
+      const int64_t first = (m0 + i) * p.out_ld + n0;
       T* out = static_cast<T*>(p.out) + first;
-      if (!p.residual) return narrow_run(row, cols, out);
-      add_to_residual(static_cast<const T*>(p.residual) + first, row, cols, out);
-    });
-  }
+      const T* residual = p.residual ? static_cast<const T*>(p.residual) + first : nullptr;
+      if (start) {
+        residual ? finish_row<true, true>(tile, start, residual, cols, out)
+                 : finish_row<true, false>(tile, start, residual, cols, out);
+      } else {
+        residual ? finish_row<false, true>(tile, start, residual, cols, out)
+                 : finish_row<false, false>(tile, start, residual, cols, out);
+      }
+    }
+  });
 }
 
 // `count` elements of either kind of matrix, from element `first`. rhs_scale applies to a dense one.

@@ -20,6 +20,9 @@ inline Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
 inline Vec min(Vec a, Vec x) { return _mm256_min_ps(a, x); }
 inline Vec max(Vec a, Vec x) { return _mm256_max_ps(a, x); }
 inline Vec by_sign(Vec x, Vec negative, Vec positive) { return _mm256_blendv_ps(positive, negative, x); }
+inline Vec where_zero(Vec x, Vec value, Vec other) {
+  return _mm256_blendv_ps(other, value, _mm256_cmp_ps(x, zero(), _CMP_EQ_OQ));
+}
 inline Vec low_bits_to_exponent(Vec x) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(x), 23));
 }

@@ -26,6 +26,10 @@ inline Vec max(Vec a, Vec x) { return _mm512_max_ps(a, x); }
 inline Vec by_sign(Vec x, Vec negative, Vec positive) {
   return _mm512_mask_mov_ps(positive, _mm512_movepi32_mask(_mm512_castps_si512(x)), negative);
 }
+// In each lane, `other` where x is not 0.
+inline Vec where_zero(Vec x, Vec value, Vec other) {
+  return _mm512_mask_mov_ps(other, _mm512_cmp_ps_mask(x, zero(), _CMP_EQ_OQ), value);
+}
 // The low nine bits of each lane moved to the top, as sign and exponent.
 inline Vec low_bits_to_exponent(Vec x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(x), 23));
@@ -73,6 +77,13 @@ inline Vec load_part(const Half* p, int64_t count) {
 
 // Round to nearest even; a NaN becomes the quiet NaN 0x7fc0, as in torch.
 inline __m256i narrow(Vec x, BF16) {
+#if PEFT_KERNELS_BF16_DOT
+  // The instruction gives the same but for subnormal numbers, which it flushes to zero, and NaNs.
+  constexpr int kSubnormalOrNan = 0x20 | 0x01 | 0x80;
+  if (__builtin_expect(!_mm512_fpclass_ps_mask(x, kSubnormalOrNan), 1)) {
+    return (__m256i)_mm512_cvtneps_pbh(x);
+  }
+#endif
   const __m512i bits = _mm512_castps_si512(x);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));

@@ -24,8 +24,8 @@ inline VecPairs splat_pair(const void* p) {
 inline Vec dot_pairs(VecPairs a, VecPairs b, Vec sum) { return _mm512_dpbf16_ps(sum, a, b); }
 
 // a0 b0 a1 b1 ... of 32 elements each.
-inline void interleave_pairs(const PanelBF16* a, const PanelBF16* b, PanelBF16* out) {
-  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+inline void interleave_pairs(VecPairs a, VecPairs b, PanelBF16* out) {
+  const __m512i x = (__m512i)a, y = (__m512i)b;
   const __m512i low = _mm512_unpacklo_epi16(x, y),
                 high = _mm512_unpackhi_epi16(x, y);  // within 128-bit lanes
   const __m512i first = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);

@@ -21,6 +21,7 @@ inline Vec div(Vec a, Vec b) { return a / b; }
 inline Vec min(Vec a, Vec x) { return a < x ? a : x; }
 inline Vec max(Vec a, Vec x) { return a > x ? a : x; }
 inline Vec by_sign(Vec x, Vec negative, Vec positive) { return (VecI)x < 0 ? negative : positive; }
+inline Vec where_zero(Vec x, Vec value, Vec other) { return x == zero() ? value : other; }
 inline Vec low_bits_to_exponent(Vec x) { return (Vec)((VecI)x << 23); }
 
 inline float widen1(float x) { return x; }
