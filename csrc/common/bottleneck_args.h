@@ -37,8 +37,8 @@ struct BottleneckArgs {
     m = x.size(0);
     down = parameter(down_in, "down");
     up = parameter(up_in, "up");
-    vector(norm_weight, k, "norm_weight");
-    vector(norm_bias, k, "norm_bias");
+    as_it_is(norm_weight, k, "norm_weight");
+    as_it_is(norm_bias, k, "norm_bias");
     TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: expected a norm_weight beside it");
   }
 
@@ -46,9 +46,14 @@ struct BottleneckArgs {
 
   // A small parameter in fp32; undefined where there is none.
   Tensor vector(const OptionalTensor& t, int64_t size, const char* name) const {
+    const Tensor checked = as_it_is(t, size, name);
+    return checked.defined() ? checked.to(at::kFloat) : checked;
+  }
+  // The same in its own dtype.
+  Tensor as_it_is(const OptionalTensor& t, int64_t size, const char* name) const {
     if (!t) return {};
     check_shape(*t, {size}, name);
-    return parameter(*t, name).to(at::kFloat);
+    return parameter(*t, name);
   }
 
   void check_residual_is_x() const {

@@ -26,10 +26,22 @@ struct BottleneckArgs : peft_kernels::BottleneckArgs {
                  double scaling, double dropout_p, const OptionalTensor& seed)
       : peft_kernels::BottleneckArgs(x, norm_weight_in, norm_bias_in, down, up, activation, scaling,
                                      dropout_p, seed),
-        norm_weight(vector(norm_weight_in, k, "norm_weight")),
-        norm_bias(vector(norm_bias_in, k, "norm_bias")),
+        norm_weight(floats_of(norm_weight_in, k, "norm_weight")),
+        norm_bias(floats_of(norm_bias_in, k, "norm_bias")),
         norm_eps(static_cast<float>(norm_eps)),
         mask(mask_of(dropout, seed, r)) {}
+
+  // A small parameter times `scale` in fp32; undefined where there is none. By our own kernel: torch's
+  // conversions take longer than a row takes through the bottleneck.
+  Tensor floats_of(const OptionalTensor& t, int64_t size, const char* name, float scale = 1.0f) const {
+    const Tensor checked = as_it_is(t, size, name);
+    if (!checked.defined() || (scale == 1.0f && checked.scalar_type() == at::kFloat)) return checked;
+    Tensor out = at::empty({size}, floats());
+    kernels().column_sums(
+        {checked.const_data_ptr(), dtype_of(checked, name), 1, size, scale, out.mutable_data_ptr<float>()}, 0,
+        size);
+    return out;
+  }
 
   bool has_norm() const { return norm_weight.defined(); }
   // Whether products of activations with a parameter are in bf16: then no result is more precise than that.
@@ -132,16 +144,16 @@ class BottleneckForward {
   BottleneckForward(const BottleneckArgs& args, const OptionalTensor& residual,
                     const OptionalTensor& down_bias, const OptionalTensor& up_bias, Tensor& y, Tensor& z)
       : args_(args),
-        down_bias_(args.vector(down_bias, args.r, "down_bias")),
-        up_bias_(args.vector(up_bias, args.n, "up_bias")),
+        down_bias_(args.floats_of(down_bias, args.r, "down_bias")),
+        up_bias_(args.floats_of(up_bias, args.n, "up_bias", args.scaling)),
         y_(y),
         z_(z) {
-    if (up_bias_.defined() && args.scaling != 1.0f) up_bias_ = up_bias_ * args.scaling;
     if (!residual) args.check_residual_is_x();
     residual_ = residual ? matching(*residual, y, "residual") : args.x;
   }
 
-  int64_t multiply_adds() const { return args_.m * args_.r * (args_.k + args_.n); }
+  // What it costs, in multiply-adds: for few rows it is the parameters' way from memory.
+  int64_t multiply_adds() const { return (args_.m + kDecodeRows) * args_.r * (args_.k + args_.n); }
 
   void run() const {
     const int64_t threads = useful_threads(multiply_adds());
