@@ -193,15 +193,15 @@ def _forced(engine: Any, given: list[list[int]], prompt: int) -> Callable[[], di
 
     def call() -> dict[str, Tensor]:
         logits = []
-        for slot in engine._slots:
+        for slot in engine._batch.slots:
             slot.cache.crop(prompt - slot.cache.get_seq_length())  # so many are taken off the end
         for i in range(STEPS):
-            for slot, ids in zip(engine._slots, given, strict=True):
+            for slot, ids in zip(engine._batch.slots, given, strict=True):
                 slot.request.tokens[:] = ids[prompt : prompt + i + 1]
                 slot.request.logits.clear()
                 slot.request._keep_logits = True
             engine.step()
-            logits.append(torch.stack([slot.request.logits[0] for slot in engine._slots]))
+            logits.append(torch.stack([slot.request.logits[0] for slot in engine._batch.slots]))
         return {"logits": torch.stack(logits)}
 
     return call

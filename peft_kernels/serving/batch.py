@@ -1,4 +1,4 @@
-"""What an engine knows of its batch."""
+"""Requests in the slots of a batch: they join and leave between two tokens."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from .. import adapters
+from .decoder import Decoder
 from .layers import Rows
 from .request import Request
-from .store import Resident
+from .store import NoRoom, Resident, Store
 
 
 @dataclass
 class Running:
-    """A request in a slot of the batch."""
+    """A request in a slot."""
 
     request: Request
     adapter: Resident | None
@@ -27,27 +28,126 @@ class Running:
         return len(self.request.prompt) + len(self.request.tokens) - 1
 
 
-class Batch(NamedTuple):
-    """What a composition of the batch needs in each step, made once."""
+class Composition(NamedTuple):
+    """What steps need to know of which adapter is in which row, made once."""
 
     adapters: list[Resident | None]
     rows: Rows
     bottlenecks: Any
 
 
-def composition(model: Any, there: list[Resident | None], before: Batch | None) -> Batch:
-    """Of a batch whose rows have these adapters; the one before, if nothing has changed."""
-    if (
-        before is None
-        or len(before.adapters) != len(there)
-        or any(a is not b for a, b in zip(before.adapters, there, strict=True))
-    ):
-        rows = Rows([None if one is None else one.lora for one in there])
-        return Batch(there, rows, bottlenecks(model, there))
-    return before
+class Batch:
+    """Not for several threads at once.
+
+    Parameters
+    ----------
+    size : int
+        Slots.
+    pad : bool
+        Whether steps compute empty slots too.
+    """
+
+    def __init__(self, decoder: Decoder, store: Store, size: int, pad: bool) -> None:
+        self.slots: list[Running | None] = [None] * size
+        self._decoder = decoder
+        self._store = store
+        self._pad = pad
+        self._composition: Composition | None = None
+
+    @property
+    def requests(self) -> list[Request]:
+        return [one.request for one in self.slots if one is not None]
+
+    @property
+    def is_full(self) -> bool:
+        return None not in self.slots
+
+    def in_use(self) -> set[str]:
+        """Adapters that have to stay."""
+        self.leave()
+        return {request.adapter for request in self.requests if request.adapter is not None}
+
+    def leave(self) -> None:
+        """Free the slots of requests that are done."""
+        for i, running in enumerate(self.slots):
+            if running is not None and running.request.done:
+                self.slots[i] = None
+                self._composition = None  # it holds adapters, which may have to go
+
+    def clear(self) -> None:
+        self.slots = [None] * len(self.slots)
+        self._composition = None
+
+    def join(self, request: Request) -> bool:
+        """Give a request its first token and, if it goes on, a slot that is free. False where its adapter
+        finds no room until one that runs is done. What is wrong with it is the request's error."""
+        try:
+            running = None if request.done else self._begin(request)
+        except NoRoom:
+            if self.requests:
+                return False
+            raise AssertionError("unreachable: nothing is in use") from None
+        except Exception as error:
+            request.finish("error", error)
+            running = None
+        if running is not None and not request.done:
+            self.slots[self.slots.index(None)] = running
+        return True
+
+    def _begin(self, request: Request) -> Running:
+        name = request.adapter
+        adapter = None if name is None else self._store.get(name, self.in_use())
+        with _bottlenecks(self._decoder.model, [adapter]):
+            logits, cache = self._decoder.start(
+                request.prompt, Rows([None if adapter is None else adapter.lora])
+            )
+        request.take(logits)
+        return Running(request, adapter, cache)
+
+    def decode(self) -> None:
+        """A token for each request. One that fails or is interrupted ends all of them: some layers' caches
+        have grown by then, others have not."""
+        if not self.requests:
+            return
+        try:
+            self._decode()
+        except Exception as error:
+            self._fail(error)
+        except BaseException:  # Ctrl-C
+            self._fail(RuntimeError("the step that computed the request was interrupted"))
+            raise
+        self.leave()
+
+    def _decode(self) -> None:
+        slots = self.slots if self._pad else [one for one in self.slots if one is not None]
+        composition = self._composed([None if one is None else one.adapter for one in slots])
+        tokens = [0 if one is None else one.request.tokens[-1] for one in slots]
+        lengths = [0 if one is None else one.length for one in slots]
+        caches = [None if one is None else one.cache for one in slots]
+        with composition.bottlenecks:
+            logits = self._decoder.step(tokens, lengths, caches, composition.rows)
+        for running, row in zip(slots, logits, strict=True):
+            if running is not None:
+                running.request.take(row)
+
+    def _composed(self, there: list[Resident | None]) -> Composition:
+        """Of rows with these adapters; the one before, if nothing has changed."""
+        before = self._composition
+        if (
+            before is None
+            or len(before.adapters) != len(there)
+            or any(a is not b for a, b in zip(before.adapters, there, strict=True))
+        ):
+            rows = Rows([None if one is None else one.lora for one in there])
+            before = self._composition = Composition(there, rows, _bottlenecks(self._decoder.model, there))
+        return before
+
+    def _fail(self, error: Exception) -> None:
+        for request in self.requests:
+            request.finish("error", error)
 
 
-def bottlenecks(model: Any, there: Sequence[Resident | None]) -> Any:
+def _bottlenecks(model: Any, there: Sequence[Resident | None]) -> Any:
     """A context in which rows have those of their bottleneck adapters."""
     names = [None if one is None else one.bottleneck for one in there]
     return adapters.rows(model, names) if any(names) else nullcontext()

@@ -1,4 +1,4 @@
-"""The engine: requests join and leave a batch between two tokens, each with its own adapter."""
+"""The engine: requests and adapters from any thread, and steps of the batch that serves them."""
 
 from __future__ import annotations
 
@@ -12,9 +12,8 @@ from typing import Any
 
 import torch
 
-from .batch import Batch, Running, bottlenecks, composition
+from .batch import Batch
 from .decoder import Decoder
-from .layers import Rows
 from .request import Request, Sampling, end_tokens, token_ids
 from .store import AdapterState, NoRoom, Store
 
@@ -73,12 +72,10 @@ class Engine:
                 f"got {adapter_dtype}"
             )
         self.tokenizer = tokenizer
-        self.pad = pad
         self._store = Store(self._decoder, budget_bytes, adapter_dtype)
-        self._slots: list[Running | None] = [None] * max_batch
-        self._batch: Batch | None = None
+        self._batch = Batch(self._decoder, self._store, max_batch, pad)
         self._waiting: deque[Request] = deque()
-        self._model_lock = threading.RLock()  # the model, the store and the slots; held in a step
+        self._model_lock = threading.RLock()  # the model, the store and the batch; held in a step
         self._queue = threading.Condition()  # what submit touches; taken inside the other, never around it
         self._serving = 0  # threads in run() or in the background
         self._thread: threading.Thread | None = None
@@ -125,7 +122,7 @@ class Engine:
                     self._folder(name)
                 self._store.register(name, there)
             try:
-                self._store.get(name, self._in_use(), read)
+                self._store.get(name, self._batch.in_use(), read)
             except BaseException as error:
                 with self._queue:
                     if new and not self._requests(name):
@@ -141,7 +138,7 @@ class Engine:
         it."""
         with self._model_lock, self._queue:
             self._folder(name)
-            self._leave()
+            self._batch.leave()
             if (count := self._requests(name)) > 0:
                 raise ValueError(f"adapter {name!r}: expected no requests that use it, got {count}")
             self._store.forget(name)
@@ -248,23 +245,18 @@ class Engine:
         """Let requests that wait join as there are slots, then decode one token for each that runs. Whether
         anything is left to do."""
         with self._model_lock:
-            self._leave()
+            self._batch.leave()
             self._join()
-            if any(self._slots):
-                try:
-                    self._decode()
-                except Exception as error:  # whatever it is, these requests have met it, and no other
-                    self._fail(error)
-                except BaseException:  # Ctrl-C: some layers' caches have grown, others have not
-                    self._fail(RuntimeError("the step that computed the request was interrupted"))
-                    raise
-                self._leave()
-            return any(self._slots) or bool(self._waiting)
+            self._batch.decode()
+            return bool(self._waiting or self._batch.requests)
 
-    def _fail(self, error: Exception) -> None:
-        for running in self._slots:
-            if running is not None:
-                running.request.finish("error", error)
+    def _join(self) -> None:
+        """In the order in which they came."""
+        while self._waiting and not self._batch.is_full:
+            if not self._batch.join(self._waiting[0]):
+                return
+            with self._queue:
+                self._waiting.popleft()
 
     def run(self) -> None:
         """Step until nothing is left to do."""
@@ -324,8 +316,7 @@ class Engine:
             for request in self._left():
                 request.cancel()
             self._waiting.clear()
-            self._slots = [None] * len(self._slots)
-            self._batch = None
+            self._batch.clear()
             self._closed = True
             self._release()
         if ended:
@@ -343,55 +334,4 @@ class Engine:
 
     def _left(self) -> list[Request]:
         """All that wait or run."""
-        return [*self._waiting, *(one.request for one in self._slots if one is not None)]
-
-    def _in_use(self) -> set[str]:
-        self._leave()
-        return {s.request.adapter for s in self._slots if s is not None and s.request.adapter is not None}
-
-    def _leave(self) -> None:
-        for i, running in enumerate(self._slots):
-            if running is not None and running.request.done:
-                self._slots[i] = None
-                self._batch = None  # it holds adapters, which may have to go
-
-    def _join(self) -> None:
-        """In the order in which they came."""
-        while self._waiting and None in self._slots:
-            request = self._waiting[0]
-            try:
-                running = None if request.done else self._begin(request)
-            except NoRoom:
-                if any(self._slots):
-                    return  # until one that runs is done
-                raise AssertionError("unreachable: nothing is in use") from None
-            except Exception as error:
-                request.finish("error", error)
-                running = None
-            with self._queue:
-                self._waiting.popleft()
-            if running is not None and not request.done:
-                self._slots[self._slots.index(None)] = running
-
-    def _begin(self, request: Request) -> Running:
-        name = request.adapter
-        adapter = None if name is None else self._store.get(name, self._in_use())
-        with bottlenecks(self._decoder.model, [adapter]):
-            logits, cache = self._decoder.start(
-                request.prompt, Rows([None if adapter is None else adapter.lora])
-            )
-        request.take(logits)
-        return Running(request, adapter, cache)
-
-    def _decode(self) -> None:
-        slots = self._slots if self.pad else [one for one in self._slots if one is not None]
-        adapters = [None if one is None else one.adapter for one in slots]
-        batch = self._batch = composition(self._decoder.model, adapters, self._batch)
-        tokens = [0 if one is None else one.request.tokens[-1] for one in slots]
-        lengths = [0 if one is None else one.length for one in slots]
-        caches = [None if one is None else one.cache for one in slots]
-        with batch.bottlenecks:
-            logits = self._decoder.step(tokens, lengths, caches, batch.rows)
-        for running, row in zip(slots, logits, strict=True):
-            if running is not None:
-                running.request.take(row)
+        return [*self._waiting, *self._batch.requests]
