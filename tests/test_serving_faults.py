@@ -15,8 +15,10 @@ from serving_models import ADAPTERS, llama, prompt, save_adapter, small
 from torch import Tensor
 
 import peft_kernels as pk
+from peft_kernels import dispatch
 from peft_kernels.checkpoints.header import CheckpointError
 from peft_kernels.serving import Engine, Request, Sampling
+from peft_kernels.serving.turns import FairLock
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 
@@ -166,7 +168,7 @@ def test_logits_that_nothing_can_be_drawn_from_are_their_requests_own(engine: En
 
     engine._decoder.step = broken  # type: ignore[method-assign]
     engine.run()
-    with pytest.raises(RuntimeError, match="probability tensor"):
+    with pytest.raises(RuntimeError, match="logits: expected one that is finite and the largest, got nan"):
         bad.result()
     assert good.result() == wanted
 
@@ -223,8 +225,162 @@ def test_prompts_and_end_tokens_of_other_types(engine: Engine) -> None:
         assert engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=end) == [
             whole[: whole.index(whole[1]) + 1]
         ]
+    for end in ("</s>", 2.0, [2.5], [[2]]):  # which no token would ever be
+        with pytest.raises(ValueError, match="eos_token_id: expected a token id or several, got"):
+            engine.submit([5], max_new_tokens=2, eos_token_id=end)  # type: ignore[arg-type]
     for wrong in ([5.5], [[5, 6]], 5):
         with pytest.raises(ValueError, match="expected a text or a sequence of token ids, got"):
             engine.submit(wrong, max_new_tokens=NEW)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="expected a sequence of prompts, got a text"):
         engine.generate("text")
+    with pytest.raises(ValueError, match="adapters: expected a sequence of names, got a text"):
+        engine.generate([[5]], "a")
+
+
+def test_arguments_that_are_no_numbers_or_names(engine: Engine) -> None:
+    for options, message in (
+        ({"max_new_tokens": 2.5}, "max_new_tokens: expected a whole number, got 2.5"),
+        ({"max_new_tokens": None}, "max_new_tokens: expected a whole number, got None"),
+        ({"adapter": ["one"]}, r"expected one that is registered \(none\), got \['one'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            engine.submit([5], **{"max_new_tokens": 2} | options)  # type: ignore[arg-type]
+    for sampling, message in (
+        ({"top_k": 1.5}, "top_k: expected a whole number, got 1.5"),
+        ({"seed": "x"}, "seed: expected a whole number, got 'x'"),
+        ({"seed": 2**64}, "seed: expected one of 64 bits, got 18446744073709551616"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Sampling(**sampling)  # type: ignore[arg-type]
+    for wrong, message in (
+        ({"max_batch": 1.5}, "max_batch: expected a whole number, got 1.5"),
+        ({"budget_bytes": -1}, "budget_bytes: expected at least 0, got -1"),
+        ({"budget_bytes": "1G"}, "budget_bytes: expected a whole number, got '1G'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Engine(llama(), **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-36, 1e-320])
+def test_the_colder_the_likelier(temperature: float) -> None:
+    """Until logits beyond fp32 could not be divided by it any more."""
+    logits = torch.tensor([-3e38, -1e4, 2.0, 90.0, 1.0])
+    request = Request([1], None, 4, frozenset(), Sampling(temperature, seed=0), False, lambda: True)
+    while not request.done:
+        request.take(logits)
+    assert request.result() == [3] * 4
+
+
+def test_seeds_may_be_any_of_64_bits() -> None:
+    for seed in (-(2**63), 2**64 - 1):
+        request = Request([1], None, 1, frozenset(), Sampling(1.0, seed=seed), False, lambda: True)
+        request.take(torch.zeros(3))
+        assert request.finish_reason == "length"
+
+
+def test_who_asks_between_steps_gets_a_turn(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that steps takes the lock again at once."""
+    step, steps, waited = engine._decoder.step, [0], []
+
+    def slow(*args: Any) -> Tensor:
+        steps[0] += 1
+        time.sleep(0.005)
+        return step(*args)
+
+    monkeypatch.setattr(engine._decoder, "step", slow)
+    with engine:
+        request = ask(engine, max_new_tokens=55)
+        next(iter(request))
+        for _ in range(5):
+            before = steps[0]
+            assert engine.adapters == [] and not request.done
+            waited.append(steps[0] - before)
+    assert max(waited) <= 2, waited
+
+
+def test_who_asks_all_the_time_holds_no_step_up(engine: Engine) -> None:
+    stop = threading.Event()
+
+    def poll() -> None:
+        while not stop.is_set():
+            assert engine.adapters == []
+
+    pollers = [threading.Thread(target=poll) for _ in range(2)]
+    with engine:
+        for poller in pollers:
+            poller.start()
+        try:
+            assert len(ask(engine, max_new_tokens=40).result(30)) == 40
+        finally:
+            stop.set()
+            for poller in pollers:
+                poller.join()
+
+
+def test_a_lock_may_be_taken_again_by_its_owner() -> None:
+    lock, got = FairLock(), []
+
+    def other() -> None:
+        with lock:
+            got.append(len(got))
+
+    with lock:
+        waiter = threading.Thread(target=other)
+        waiter.start()
+        time.sleep(0.02)  # it has the turn by now
+        with lock:
+            pass
+        assert got == []
+    waiter.join(5)
+    assert got == [0]
+
+
+def test_requests_of_a_call_that_is_broken_off_are_cancelled(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody has a handle of them."""
+    started: list[Any] = []
+
+    def interrupt(prompt: Any, rows: Any) -> Any:
+        started.append(prompt)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._decoder, "start", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            engine.generate([[5], [6], [7]], max_new_tokens=NEW)
+    assert not engine.step() and len(started) == 1
+
+
+def test_a_thread_asks_for_the_back_end_that_was_asked_for_where_it_was_started(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(llama())
+    engine.load("one", folders["one"])
+    seen, step = [], engine._decoder.step
+
+    def spy(*args: Any) -> Tensor:
+        seen.append(dispatch.forced())
+        return step(*args)
+
+    monkeypatch.setattr(engine._decoder, "step", spy)
+    with pk.use_backend("reference"), engine:
+        engine.generate([[5, 6]], ["one"], max_new_tokens=3, eos_token_id=())
+    assert set(seen) == {"reference"}
+
+
+def test_an_adapter_that_is_there_stays_until_it_is_unloaded(tmp_path: Path) -> None:
+    folder = save_adapter(llama(), tmp_path / "a", **ADAPTERS["one"])
+    engine = Engine(llama())
+
+    def answer() -> list[int]:
+        return engine.generate([prompt(0, 5)], ["a"], max_new_tokens=NEW, eos_token_id=())[0]
+
+    engine.load("a", folder)
+    before = answer()
+    save_adapter(llama(), folder, seed=7, **ADAPTERS["two"])
+    engine.load("a", folder)
+    assert answer() == before
+    engine.unload("a")
+    engine.load("a", folder)
+    assert answer() != before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import threading
 import weakref
@@ -12,10 +13,12 @@ from typing import Any
 
 import torch
 
+from .arguments import at_least, end_tokens, token_ids
 from .batch import Batch
 from .decoder import Decoder
-from .request import Request, Sampling, end_tokens, token_ids
+from .request import Request, Sampling
 from .store import AdapterState, NoRoom, Store
+from .turns import FairLock
 
 
 class Engine:
@@ -63,8 +66,9 @@ class Engine:
         adapter_dtype: torch.dtype = torch.float32,
         pad: bool = True,
     ) -> None:
-        if max_batch < 1:
-            raise ValueError(f"max_batch: expected at least 1, got {max_batch}")
+        max_batch = at_least("max_batch", max_batch, 1)
+        if budget_bytes is not None:
+            budget_bytes = at_least("budget_bytes", budget_bytes, 0)
         self._decoder = Decoder(model)
         if adapter_dtype not in (torch.float32, self._decoder.dtype):
             raise ValueError(
@@ -75,7 +79,7 @@ class Engine:
         self._store = Store(self._decoder, budget_bytes, adapter_dtype)
         self._batch = Batch(self._decoder, self._store, max_batch, pad)
         self._waiting: deque[Request] = deque()
-        self._model_lock = threading.RLock()  # the model, the store and the batch; held in a step
+        self._model_lock = FairLock()  # the model, the store and the batch; held in a step
         self._queue = threading.Condition()  # what submit touches; taken inside the other, never around it
         self._serving = 0  # threads in run() or in the background
         self._thread: threading.Thread | None = None
@@ -99,7 +103,8 @@ class Engine:
             self._store.register(name, Path(folder).absolute())
 
     def load(self, name: str, folder: str | os.PathLike[str] | None = None) -> None:
-        """Load an adapter now, beside requests that run.
+        """Load an adapter now, beside requests that run. One that is in memory stays as it is, whatever its
+        folder holds by now: `unload` it first.
 
         Raises
         ------
@@ -113,7 +118,7 @@ class Engine:
             self._check_open()
             there = self._folder(name) if folder is None else Path(folder).absolute()
             self._store.check(name, there)
-        read = self._store.read(there)  # beside the steps of others
+        read = None if name in self._store.resident else self._store.read(there)  # beside steps of others
         with self._model_lock:
             with self._queue:  # again: it may have been unloaded meanwhile, or the engine closed
                 self._check_open()
@@ -160,11 +165,10 @@ class Engine:
             ]
 
     def _folder(self, name: str) -> Path:
-        folder = self._store.folders.get(name)
-        if folder is None:
+        if not isinstance(name, str) or name not in self._store.folders:
             known = ", ".join(self._store.folders) or "none"
             raise ValueError(f"adapter: expected one that is registered ({known}), got {name!r}")
-        return folder
+        return self._store.folders[name]
 
     # Requests.
 
@@ -199,8 +203,7 @@ class Engine:
         """
         ids = token_ids(prompt, self.tokenizer, self._decoder.vocabulary)
         longest = self._decoder.longest
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens: expected at least 1, got {max_new_tokens}")
+        max_new_tokens = at_least("max_new_tokens", max_new_tokens, 1)
         if longest is not None and len(ids) + max_new_tokens > longest:
             got = f"{len(ids)} of the prompt and {max_new_tokens} new ones"
             raise ValueError(f"prompt: expected at most {longest} tokens in all, got {got}")
@@ -224,6 +227,8 @@ class Engine:
         and the first of any request."""
         if isinstance(prompts, str):
             raise ValueError("prompts: expected a sequence of prompts, got a text")
+        if isinstance(adapters, str):
+            raise ValueError("adapters: expected a sequence of names, got a text")
         names = [None] * len(prompts) if adapters is None else adapters
         if len(names) != len(prompts):
             raise ValueError(f"adapters: expected one for each of {len(prompts)} prompts, got {len(names)}")
@@ -231,13 +236,13 @@ class Engine:
         try:
             for prompt, name in zip(prompts, names, strict=True):
                 requests.append(self.submit(prompt, name, **options))
-        except BaseException:
+            if self._thread is None:
+                self.run()
+            return [request.result() for request in requests]
+        except BaseException:  # Ctrl-C too: nobody will ask for the others
             for request in requests:
                 request.cancel()
             raise
-        if self._thread is None:
-            self.run()
-        return [request.result() for request in requests]
 
     # Steps.
 
@@ -282,7 +287,10 @@ class Engine:
             if self._thread is None:
                 self._stopping = False
                 self._serve(1)
-                self._thread = threading.Thread(target=self._loop, name="peft_kernels.serving", daemon=True)
+                run = contextvars.copy_context().run  # it may hold a back end that is asked for
+                self._thread = threading.Thread(
+                    target=run, args=(self._loop,), name="peft_kernels.serving", daemon=True
+                )
                 self._thread.start()
         return self
 

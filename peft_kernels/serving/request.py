@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from .arguments import whole
+
+_COLDEST = torch.finfo(torch.float32).tiny
+"""Below it a temperature is 0 in fp32."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,12 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
             raise ValueError(f"temperature: expected 0 or a positive number, got {self.temperature}")
-        if self.top_k < 0:
+        if whole("top_k", self.top_k) < 0:
             raise ValueError(f"top_k: expected 0 or a positive number, got {self.top_k}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
+        if self.seed is not None and not -(2**63) <= whole("seed", self.seed) < 2**64:
+            raise ValueError(f"seed: expected one of 64 bits, got {self.seed}")
 
 
 class Request:
@@ -117,8 +122,8 @@ class Request:
             self._changed.notify_all()
 
     def take(self, logits: Tensor) -> None:
-        """Choose the next token, from logits (vocabulary,). Where that fails, as of NaN nothing can be drawn,
-        this request ends."""
+        """Choose the next token, from logits (vocabulary,). Where that fails, as of NaN, this request
+        ends."""
         try:
             token = self._choose(logits.float())
         except Exception as error:
@@ -142,10 +147,13 @@ class Request:
                 self._changed.notify_all()
 
     def _choose(self, logits: Tensor) -> int:
-        how = self.sampling
+        how, token = self.sampling, logits.argmax()
+        largest = logits[token]
+        if not largest.isfinite():
+            raise RuntimeError(f"logits: expected one that is finite and the largest, got {float(largest)}")
         if how.temperature == 0:
-            return int(logits.argmax())
-        logits = logits / how.temperature
+            return int(token)
+        logits = (logits - largest) / max(how.temperature, _COLDEST)
         if 0 < how.top_k < len(logits):
             logits = logits.masked_fill(logits < logits.topk(how.top_k).values[-1], -torch.inf)
         probabilities = logits.softmax(0)
@@ -157,32 +165,3 @@ class Request:
             self._generator = torch.Generator(logits.device)
             self._generator.seed() if how.seed is None else self._generator.manual_seed(how.seed)
         return int(torch.multinomial(probabilities, 1, generator=self._generator))
-
-
-def end_tokens(given: Any, model: Any) -> frozenset[int]:
-    """Of a request: an id, several, a tensor of them; None: those of the model's generation_config."""
-    if given is None:
-        given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    if given is None:
-        return frozenset()
-    if isinstance(given, Tensor):
-        given = given.reshape(-1).tolist()
-    return frozenset([given] if isinstance(given, int) else given)
-
-
-def token_ids(prompt: str | Sequence[int], tokenizer: Any, vocabulary: int) -> list[int]:
-    """Of a prompt. ValueError for one that a model with such a vocabulary cannot take."""
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise ValueError("prompt: expected token ids, as the engine has no tokenizer, got a text")
-        prompt = tokenizer(prompt).input_ids
-    try:
-        ids = [operator.index(token) for token in prompt]  # type: ignore[arg-type]
-    except TypeError as error:
-        raise ValueError(f"prompt: expected a text or a sequence of token ids, got {prompt!r}") from error
-    if not ids:
-        raise ValueError("prompt: expected at least one token, got none")
-    wrong = [token for token in ids if not 0 <= token < vocabulary]
-    if wrong:
-        raise ValueError(f"prompt: expected tokens below {vocabulary}, got {wrong[0]}")
-    return ids

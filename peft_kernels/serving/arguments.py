@@ -1,0 +1,57 @@
+"""What users ask an engine for, checked."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from torch import Tensor
+
+
+def whole(name: str, value: Any) -> int:
+    """ValueError for an argument that is no whole number."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
+
+
+def at_least(name: str, value: Any, least: int) -> int:
+    if whole(name, value) < least:
+        raise ValueError(f"{name}: expected at least {least}, got {value}")
+    return whole(name, value)
+
+
+def end_tokens(given: Any, model: Any) -> frozenset[int]:
+    """Of a request: an id, several, a tensor of them; None: those of the model's generation_config."""
+    if given is None:
+        given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    if given is None:
+        return frozenset()
+    if isinstance(given, Tensor):
+        given = given.reshape(-1).tolist()
+    try:
+        if isinstance(given, str):
+            raise TypeError
+        return frozenset(map(operator.index, given if isinstance(given, Iterable) else [given]))
+    except TypeError:
+        raise ValueError(f"eos_token_id: expected a token id or several, got {given!r}") from None
+
+
+def token_ids(prompt: str | Sequence[int], tokenizer: Any, vocabulary: int) -> list[int]:
+    """Of a prompt. ValueError for one that a model with such a vocabulary cannot take."""
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise ValueError("prompt: expected token ids, as the engine has no tokenizer, got a text")
+        prompt = tokenizer(prompt).input_ids
+    try:
+        ids = [operator.index(token) for token in prompt]  # type: ignore[arg-type]
+    except TypeError as error:
+        raise ValueError(f"prompt: expected a text or a sequence of token ids, got {prompt!r}") from error
+    if not ids:
+        raise ValueError("prompt: expected at least one token, got none")
+    wrong = [token for token in ids if not 0 <= token < vocabulary]
+    if wrong:
+        raise ValueError(f"prompt: expected tokens below {vocabulary}, got {wrong[0]}")
+    return ids
