@@ -90,6 +90,8 @@ def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
             sampling=Sampling(temperature=given.temperature, seed=given.seed),
         )
         await done(request, client)
+        if request.finish_reason == "cancelled":
+            raise fastapi.HTTPException(504, f"not done after {TIMEOUT:.0f} seconds")
         tokens = request.result(0)
         text = None if engine.tokenizer is None else engine.tokenizer.decode(tokens, skip_special_tokens=True)
         return {"tokens": tokens, "text": text, "finish_reason": request.finish_reason}
@@ -192,10 +194,17 @@ def serve_on_loopback(app: fastapi.FastAPI) -> tuple[uvicorn.Server, threading.T
     return server, thread, server.servers[0].sockets[0].getsockname()[1]
 
 
+def named_folder(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not folder or not Path(folder).is_dir():
+        raise argparse.ArgumentTypeError(f"expected NAME=FOLDER of a folder that is there, got {text}")
+    return name, Path(folder)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Serve many adapters over one model.")
     parser.add_argument("--model", type=Path, help="a folder that transformers loads")
-    parser.add_argument("--adapters", nargs="*", default=[], metavar="NAME=FOLDER")
+    parser.add_argument("--adapters", nargs="*", default=[], type=named_folder, metavar="NAME=FOLDER")
     parser.add_argument("--adapter-folder", type=Path, help="where clients may load adapters from")
     parser.add_argument("--dense", action="store_true", help="do not quantise to NF4")
     parser.add_argument("--max-batch", type=int, default=8)
@@ -205,7 +214,6 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--clients", type=int, default=8)
     options = parser.parse_args()
-    named = dict(text.split("=", 1) for text in options.adapters)
     budget = None if options.budget_mb is None else int(options.budget_mb * 1e6)
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = None
@@ -220,10 +228,13 @@ def main() -> None:
             tokenizer = AutoTokenizer.from_pretrained(options.model)
             if not options.dense:
                 pk.quantize_model(model)
-            folders = {name: Path(folder) for name, folder in named.items()}
+            folders = dict(options.adapters)
         engine = Engine(model, tokenizer, max_batch=options.max_batch, budget_bytes=budget)
-        for name, folder in folders.items():
-            engine.register(name, folder)
+        try:
+            for name, folder in folders.items():
+                engine.register(name, folder)
+        except ValueError as error:
+            parser.error(f"--adapters: {error}")
         app = make_app(engine, options.adapter_folder)
         if not options.load_test:
             uvicorn.run(app, host="127.0.0.1", port=options.port)

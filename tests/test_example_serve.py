@@ -70,6 +70,30 @@ def test_adapters_are_loaded_asked_and_forgotten(http: httpx.Client) -> None:
         assert answer.status_code == 400 and message in answer.json()["detail"]
 
 
+def test_a_request_that_takes_too_long_is_told(
+    serve: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "TIMEOUT", -1.0)
+    answer = http.post("/generate", json={"prompt": [5], "max_new_tokens": 50})
+    assert answer.status_code == 504 and "not done after -1 seconds" in answer.json()["detail"]
+
+
+def test_folders_that_cannot_be_served_are_named(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for given, message in (
+        ("one", "expected NAME=FOLDER of a folder that is there, got one"),
+        (f"one={tmp_path}/none", "of a folder that is there, got one="),
+        (f"a.b={tmp_path}", "--adapters: name: expected letters, digits"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--load-test", "--model", "m", "--adapters", given])
+        monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: llama())
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_: None)
+        with pytest.raises(SystemExit):
+            serve.main()
+        assert message in capsys.readouterr().err
+
+
 def test_the_load_test_asks_all(serve: Any, http: httpx.Client) -> None:
     line = serve.load_test(http.base_url.port, 6, 3, ["one"], new_tokens=3)
     assert line.startswith("6 requests, 3 clients, 1 adapters: ") and "p99" in line
