@@ -150,13 +150,42 @@ def test_other_prompts_than_functions_are_named() -> None:
             serve.examples_of("words", [Example(prompt, "It.")])
 
 
-def test_three_adapters_are_served_in_one_batch(tiny: Path, tmp_path: Path) -> None:
+def test_answers_are_right_to_the_letter() -> None:
+    examples = [Example("p", "a,  b"), Example("p", "c")]
+    assert serve.share_right(examples, ["a, b", "C"]) == 0.5
+
+
+def test_three_adapters_are_served_together(tiny: Path, tmp_path: Path) -> None:
     own = ["--model", str(tiny / "llama"), "--data", str(tiny / "pairs.jsonl"), "--output", str(tmp_path)]
     assert serve.main([*own, "--steps", "10", "--new-tokens", "4", "--lr", "0.02"]) == 0
     metrics = metrics_of(tmp_path)
     for task, losses in metrics["losses"].items():
         assert losses["after"] < losses["before"], task
     forms = {form: found["relative_rms"] for form, found in metrics["forms"].items()}
-    assert forms["reloaded"] <= 1e-3 and forms["mixed"] <= serve.LIMIT < forms["another adapter"]
-    assert metrics["rows"] == 12 and len(metrics["answers"]) == 12
+    assert forms["trained"] <= serve.LIMIT < forms["another adapter"]
+    assert metrics["same"] == {"alone": 1.0, "reloaded": 1.0}
+    assert metrics["requests"] == len(metrics["answers"]) == 4 * metrics["held_out"]
+    assert all(0 <= share <= 1 for shares in metrics["exact"].values() for share in shares.values())
     assert {path.name for path in (tmp_path / "adapters").iterdir() if path.is_dir()} == set(serve.TASKS)
+
+
+@pytest.mark.parametrize(("broken", "problem"), [("rows", "alone"), ("folders", "trained")])
+def test_adapters_that_are_mixed_up_fail_the_check(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    broken: str, problem: str,
+) -> None:  # fmt: skip
+    from peft_kernels.serving import Engine, layers
+
+    if broken == "rows":
+        right = layers._mixed
+        monkeypatch.setattr(layers, "_mixed", lambda base, all, rows, x: right(base, all, rows[::-1], x))
+    else:
+        register, names = Engine.register, [*serve.TASKS]
+        monkeypatch.setattr(
+            Engine, "register", lambda self, name, folder: register(
+                self, name, folder.parent / names[names.index(name) - 1]
+            )
+        )  # fmt: skip
+    own = ["--model", str(tiny / "llama"), "--data", str(tiny / "pairs.jsonl"), "--output", str(tmp_path)]
+    assert serve.main([*own, "--steps", "3", "--new-tokens", "3", "--lr", "0.02", "--quick"]) == 1
+    assert f"CHECK FAILED: {problem}: " in capsys.readouterr().out
