@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing as mp
+import os
 import socket
 import tempfile
 import traceback
@@ -140,7 +141,12 @@ def _work(rank: int, cases: list[Case], port: int, folder: str, queue: Any) -> N
     except BaseException:
         told[case.__name__] = traceback.format_exc()
     queue.put((rank, told))
-    dist.destroy_process_group()
+    if not any(told.values()):
+        dist.destroy_process_group()
+        return
+    queue.close()
+    queue.join_thread()
+    os._exit(0)  # with its connections, so that the others do not wait for it
 
 
 def in_processes(cases: list[Case]) -> dict[int, dict[str, str]]:

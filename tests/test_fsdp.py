@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +184,31 @@ def packed_layers(folder: Path) -> None:
     assert "DTensor" not in str(report)
 
 
+def in_other_hands(folder: Path) -> None:
+    """A shard copied, cast, saved and read is the rows that it was."""
+    mesh = line(2)
+    if mesh is None:
+        return
+    whole = weight((7, 33), 32, True)
+    layer = fully_shard(Product(whole.clone()), mesh=mesh)
+    p = layer.weight
+    rows = whole.dequantize().chunk(2)[mesh.get_local_rank()]
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    copies = [p.clone(), copy.deepcopy(p.detach()), torch.load(file, weights_only=True)["weight"]]
+    for got in (*copies, p.detach().cpu(), p.to(torch.float16)):
+        assert isinstance(got.to_local(), NF4Shard)
+        assert torch.equal(got.to_local().dequantize(rows.dtype), rows)
+    assert not {t.to_local().packed.data_ptr() for t in copies} & {p.to_local().packed.data_ptr()}
+    assert p.to(torch.float16).dtype == torch.float16 and torch.equal(p.double().to_local(), rows.double())
+    assert torch.equal(p.detach().abs().to_local(), rows.abs())
+    layer.half()
+    assert layer(testing.tensor(3, 33, dtype=torch.float16)).dtype == torch.float16
+    layer.unshard()
+    assert_same_bits(layer.weight, whole)
+
+
 def ignored(folder: Path) -> None:
     """An ignored weight stays whole, beside one that is sharded."""
     mesh = line(2)
@@ -280,8 +307,8 @@ def refusals(folder: Path) -> None:
 
 
 CASES: list[Callable[[Path], None]] = [
-    whole_weights, bytes_of_a_model, training, mixed_precision, packed_layers, ignored, inner_hooks,
-    patched_modules, refusals,
+    whole_weights, bytes_of_a_model, training, mixed_precision, packed_layers, in_other_hands, ignored,
+    inner_hooks, patched_modules, refusals,
 ]  # fmt: skip
 
 
