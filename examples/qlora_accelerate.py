@@ -55,7 +55,6 @@ def main(model_folder: str = "", output: str = "qlora-output", steps: str = "20"
     trainer = SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     trainer.save_model(f"{output}/adapter")  # of the whole, by the main process alone
-    process.destroy_process_group()
 
 
 if __name__ == "__main__":

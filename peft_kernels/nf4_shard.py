@@ -51,7 +51,12 @@ class NF4Shard(Tensor):
     def __init__(self, part: Part, dtype: torch.dtype, shape: Size | None = None) -> None:
         pass
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in nf4_tensor.STORAGE_READS:
+                return func(args[0].dequantize(), *args[1:], **(kwargs or {}))
+            return func(*args, **(kwargs or {}))
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -156,7 +161,7 @@ def _read(func: Any, args: Any, kwargs: Any) -> Any:
     for target in written(func, args, kwargs):
         if isinstance(target, NF4Shard):
             part = target._part
-            raise RuntimeError(
+            raise NotImplementedError(
                 f"{part.name}: rows {part.start} to {part.stop} of an NF4 weight, one process's part of it, "
                 f"were to be written by {func}, expected writes (a merge, say) to the whole weight, before "
                 "it is sharded or after it is gathered (full_tensor)"

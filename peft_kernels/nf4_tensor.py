@@ -35,7 +35,7 @@ _READS = frozenset(
 )
 
 # What torch computes from a storage, which the wrapper has not.
-_STORAGE_READS = frozenset(
+STORAGE_READS = frozenset(
     getattr(torch.Tensor, name) for name in ["numpy", "__array__", "tolist", "__dlpack__"]
 )
 
@@ -203,7 +203,7 @@ def _is_shared(func: Any, self: NF4Tensor) -> bool:
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(_READS, _read),
-    **dict.fromkeys(_STORAGE_READS, _read_storage),
+    **dict.fromkeys(STORAGE_READS, _read_storage),
     Tensor.detach: _detach,
     Tensor.data.__get__: _get_data,  # type: ignore[attr-defined]
     Tensor.data.__set__: _assign_data,  # type: ignore[attr-defined]

@@ -73,8 +73,10 @@ def test_a_view_can_be_read_and_not_written_to(how: str, merged: bool) -> None:
         weight.add_(1.0)
     before = weight.dequantize()
     view, want = first_of(VIEWS[how](weight)), first_of(VIEWS[how](before.clone()))
+    rows = how in ("chunk", "split") and not merged  # still in 4 bits: what FSDP2 takes (NF4Shard)
     assert torch.equal(view, want) and torch.equal(view + 1, want + 1) and view.tolist() == want.tolist()
-    assert type(view + 1) is Tensor and type(view.clone()) is Tensor and (view.numpy() == want.numpy()).all()
+    assert type(view + 1) is Tensor and (view.numpy() == want.numpy()).all()
+    assert (type(view.clone()) is Tensor) != rows
     writes: list[Callable[[], object]] = [
         lambda: view.fill_(5.0),
         lambda: view.add_(1.0),
@@ -88,7 +90,7 @@ def test_a_view_can_be_read_and_not_written_to(how: str, merged: bool) -> None:
         lambda: nn.Parameter(view, requires_grad=False).data.add_(1.0),
     ]
     for write in writes:
-        with pytest.raises(NotImplementedError, match=READ_ONLY):
+        with pytest.raises(NotImplementedError, match=f"expected writes|{READ_ONLY}" if rows else READ_ONLY):
             write()
     assert weight.is_merged == merged and torch.equal(weight.dequantize(), before)
 

@@ -107,7 +107,7 @@ struct OuterF32 : FloatSteps {
   static constexpr int kTileRows = kOuterRows;
   // Whether multiply reads the lhs of all rows of a register tile, also of those it is not asked for.
   static constexpr bool kWholeTiles = false;
-  static constexpr int64_t kChain = 64;  // steps of one running sum
+  static constexpr int64_t kChain = 32;  // steps of one running sum
 
   static void pack_lhs(const void* lhs, DType dtype, int64_t first, int64_t count, float* out) {
     widen_run(lhs, dtype, first, count, 1.0f, out);
