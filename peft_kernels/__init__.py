@@ -21,6 +21,7 @@ from .ops.linear import nf4_linear
 from .ops.lora import lora_linear
 from .ops.multi_bottleneck import BottleneckParameters, multi_bottleneck
 from .ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
+from .ops.token_loss import linear_cross_entropy, token_log_probs
 from .patch import explain, patch, patched, unpatch
 from .quantize import quantize_model
 
@@ -41,6 +42,7 @@ __all__ = [
     "explain",
     "gated_activation",
     "gated_mlp",
+    "linear_cross_entropy",
     "load_checkpoint",
     "lora_linear",
     "multi_bottleneck",
@@ -54,6 +56,7 @@ __all__ = [
     "prompts",
     "quantize_model",
     "serving",
+    "token_log_probs",
     "unpatch",
     "use_backend",
 ]

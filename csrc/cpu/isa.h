@@ -41,6 +41,10 @@ struct KernelTable {
   // Rows [begin, end); backward: columns, as it sums over rows.
   void (*scale_features)(const ScaleParams& params, int64_t begin, int64_t end);
   void (*scale_features_backward)(const ScaleParams& params, int64_t begin, int64_t end);
+  // Rows [begin, end) of a piece.
+  void (*softmax_piece)(const SoftmaxParams& params, int64_t begin, int64_t end);
+  void (*softmax_slope)(const SlopeParams& params);
+  void (*softmax_slopes)(const SlopesParams& params, int64_t begin, int64_t end);
   // Elements [begin, end) of a parameter; begin is a multiple of kStateBlock.
   void (*step)(const StepParams& params, const StepTensor& tensor, int64_t begin, int64_t end);
   // The sum of (x[i] * factor)^2 over [begin, end).

@@ -21,6 +21,7 @@
 #include "bottleneck.inl"
 #include "dora_scale.inl"
 #include "dora_norm.inl"
+#include "cross_entropy.inl"
 #include "dynamic_codes.inl"
 #include "adamw.inl"
 // clang-format on
@@ -46,6 +47,9 @@ constexpr KernelTable kKernels = {
     column_sums,
     scale_features,
     scale_features_backward,
+    softmax_piece,
+    softmax_slope,
+    softmax_slopes,
     step,
     squares,
     row_squares,

@@ -197,6 +197,64 @@ struct ScaleParams {
   float* d_scale;
 };
 
+// Of one row of logits, what has been seen of them: the greatest, without the label's, what e^(z - max) of
+// the same sums up to, and times z; the label's; the sum of all.
+struct SoftmaxState {
+  float max, sum, weighted, label, total;
+};
+
+// A piece of the logits of some rows, `cols` from column `first_col` on: they join the states.
+inline constexpr int64_t kSoftmaxCols = 1024;  // at most
+inline constexpr float kFarBelow = 1e4f;       // what exponentials are next to nothing of
+struct SoftmaxParams {
+  void* logits;  // [rows, logits_ld]; destroyed
+  DType logits_dtype;
+  int64_t logits_ld, first_col, cols;
+  const float* bias;  // [cols] or null; added to the logits, before
+  float scale;        // they are multiplied with this, and become
+  float cap;          // cap * tanh(z / cap) where this is not 0
+  const int64_t* labels;
+  SoftmaxState* states;
+  bool need_weighted, need_total;
+  // Backward: e^(z - max) times the cap's derivative, and 0 for the label; or null. May be the logits, which
+  // are read before.
+  void* out;
+  DType out_dtype;
+  int64_t out_ld;
+  float* sums;  // [rows, features] of earlier pieces, by other maxima; or null
+  int64_t features;
+};
+
+// Of one row: its slope, from sums over parts of the vocabulary.
+inline constexpr int64_t kSlopeRun = 512;
+struct SlopeParams {
+  const float* sums;  // [parts, part_ld], the first `features`
+  const float* factors;
+  int64_t parts, part_ld, features;
+  MatrixView weight;
+  int64_t label;
+  float of_label;
+  const float* mean;  // [features] or null
+  float of_mean;
+  void* out;
+  DType dtype;
+};
+
+// Backward, the log of each row's sum of exponentials known: what the head has computed for a piece of the
+// logits becomes the derivative of dloss times the row's loss by it.
+struct SlopesParams {
+  float* slopes;  // [rows, cols]
+  void* rounded;  // [rows, cols] of dtype, or null
+  DType dtype;
+  int64_t first_col, cols, vocabulary;
+  const float* bias;  // of these columns, or null
+  float scale, cap;   // as above
+  const int64_t* labels;
+  const float* dloss;
+  const float* lse;
+  float smoothing, z_loss;
+};
+
 enum class StepKind : uint8_t { kAdamW, kAdam, kLion };
 
 // One parameter in an optimizer's step, flat, and the numbers that ops/adamw.py names.

@@ -22,11 +22,11 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
-def compute_type(x: Tensor, compute_dtype: torch.dtype | None) -> torch.dtype:
-    """Of the base product."""
+def compute_type(x: Tensor, compute_dtype: torch.dtype | None, name: str = "x") -> torch.dtype:
+    """Of the base product. `name`: what the caller's user knows x by."""
     dtype = x.dtype
     if not dtype.is_floating_point:
-        raise ValueError(f"x: expected a floating dtype, got {dtype}")
+        raise ValueError(f"{name}: expected a floating dtype, got {dtype}")
     if compute_dtype is None or compute_dtype == dtype:
         return dtype
     if compute_dtype not in DTYPES:
@@ -41,7 +41,7 @@ def of_or_float(bias: Tensor, *dtypes: torch.dtype) -> Tensor:
 
 
 def base_of(
-    x: Tensor, weight: Weight, compute: torch.dtype, in_features: int | None = None
+    x: Tensor, weight: Weight, compute: torch.dtype, in_features: int | None = None, name: str = "x"
 ) -> tuple[tuple[int, int], Base]:
     """Shape of the weight, and the weight as ops take it for a product in `compute`. Checked against x or
     `in_features`."""
@@ -62,28 +62,30 @@ def base_of(
         if packed:
             dense = dense.to(compute)
         elif dense.dtype != compute:
-            like = "x" if compute == x.dtype else "compute_dtype"
+            like = name if compute == x.dtype else "compute_dtype"
             raise ValueError(f"weight: expected {compute} like {like}, got {dense.dtype}")
         shape, base = dense.shape, Base(dense)
     if in_features is None:
         if x.dim() == 0 or x.shape[-1] != shape[1]:
-            raise ValueError(f"x: expected shape (..., {shape[1]}), got {tuple(x.shape)}")
+            raise ValueError(f"{name}: expected shape (..., {shape[1]}), got {tuple(x.shape)}")
     elif shape[1] != in_features:
         raise ValueError(f"weight: expected {in_features} input features, got {shape[1]}")
     if base.weight.device != x.device:
-        raise ValueError(f"weight: expected device {x.device} like x, got {base.weight.device}")
+        raise ValueError(f"weight: expected device {x.device} like {name}, got {base.weight.device}")
     return (shape[0], shape[1]), base
 
 
-def check_bias(x: Tensor, bias: Tensor | None, out_features: int, compute: torch.dtype) -> None:
+def check_bias(
+    x: Tensor, bias: Tensor | None, out_features: int, compute: torch.dtype, name: str = "x"
+) -> None:
     if bias is None:
         return
     if bias.shape != (out_features,):
         raise ValueError(f"bias: expected shape ({out_features},), got {tuple(bias.shape)}")
     if bias.device != x.device:
-        raise ValueError(f"bias: expected device {x.device} like x, got {bias.device}")
+        raise ValueError(f"bias: expected device {x.device} like {name}, got {bias.device}")
     if bias.dtype not in (x.dtype, compute, torch.float32):
-        like = "x" if compute == x.dtype else f"x, {compute}"
+        like = name if compute == x.dtype else f"{name}, {compute}"
         raise ValueError(f"bias: expected {x.dtype} like {like} or float32, got {bias.dtype}")
 
 

@@ -264,5 +264,7 @@ def _refusing(op: type[Op], ops: Any, *inputs: Any) -> dict[str, Any]:
     sentence = f"{op.name}: a gradient of its gradients was asked for, expected first order only"
     tensors = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
     sources = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
+    # Where none of what it was computed from was saved, it would pass for a constant.
+    sources = sources or [torch.empty(0, requires_grad=True)]
     refusing = iter(_Refusal.apply(sentence, len(tensors), *tensors, *sources))
     return tree_map(lambda value: next(refusing) if isinstance(value, Tensor) else value, found)

@@ -1,0 +1,169 @@
+// The softmax of a head's logits, piece by piece along the vocabulary, and what its gradient is summed from.
+
+// A row of a piece as floats, which kernels may write to: the logits themselves, or a copy.
+template <class T>
+inline float* softmax_row(const T* logits, int64_t cols, float* copy) {
+  widen_run(logits, cols, 1.0f, copy);
+  return copy;
+}
+inline float* softmax_row(float* logits, int64_t, float*) { return logits; }
+
+// The last vector of a row whose length is no multiple of the lanes, the others far below: an exponential of
+// those is next to nothing.
+inline Vec load_padded(const float* row, int64_t count, float padding) {
+  if (count == kLanes) return load(row);
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? row[i] : padding;
+  return load(lanes);
+}
+
+inline float sum_lanes(Vec x) {
+  float lanes[kLanes], total = 0.0f;
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) total += lanes[i];
+  return total;
+}
+
+inline float exponential(float x) {
+  float lanes[kLanes];
+  store(lanes, exponential(splat(x)));
+  return lanes[0];
+}
+
+// cap * tanh(z / cap), and z where there is no cap.
+inline Vec capped(Vec z, float cap) {
+  const Vec one = splat(1.0f);
+  const Vec e = exponential(mul(z, splat(2.0f / cap)));
+  return mul(splat(cap), sub(one, div(splat(2.0f), add(one, e))));
+}
+
+// Scale, bias and cap, in place.
+template <class Params>
+void shape_logits(const Params& p, float* row) {
+  for_lanes(0, p.cols, [&](int64_t i, int64_t n) {
+    Vec z = load_lanes(row + i, n);
+    if (p.bias) z = add(z, load_lanes(p.bias + i, n));
+    z = mul(z, splat(p.scale));
+    store_lanes(row + i, p.cap > 0.0f ? capped(z, p.cap) : z, n);
+  });
+}
+
+inline float row_max(const float* row, int64_t cols, float start) {
+  Vec most[2] = {splat(start), splat(start)};
+  for_lanes(0, cols, [&](int64_t i, int64_t n) {
+    Vec& m = most[i / kLanes % 2];
+    m = max(m, load_padded(row + i, n, start));
+  });
+  float lanes[kLanes], found = start;
+  store(lanes, max(most[0], most[1]));
+  for (int i = 0; i < kLanes; ++i) found = lanes[i] > found ? lanes[i] : found;
+  return found;
+}
+
+template <bool kCapped, class T>
+void exponentials(const SoftmaxParams& p, const float* row, float most, SoftmaxState& s, T* out) {
+  const Vec shift = splat(most), inverse = splat(kCapped ? 1.0f / p.cap : 0.0f);
+  Vec sums[2] = {zero(), zero()}, weighted = zero();
+  for_lanes(0, p.cols, [&](int64_t i, int64_t n) {
+    const Vec z = load_padded(row + i, n, most - kFarBelow), e = exponential(sub(z, shift));
+    Vec& sum = sums[i / kLanes % 2];
+    sum = add(sum, e);
+    if (p.need_weighted) weighted = fma(e, z, weighted);
+    if (!out) return;
+    const Vec t = mul(z, inverse);
+    store_lanes(out + i, kCapped ? mul(e, fma(negate(t), t, splat(1.0f))) : e, n);
+  });
+  s.sum += sum_lanes(add(sums[0], sums[1]));
+  if (p.need_weighted) s.weighted += sum_lanes(weighted);
+}
+
+template <class In, class Out>
+void softmax_piece_run(const SoftmaxParams& p, int64_t begin, int64_t end) {
+  const bool shaped = p.bias || p.scale != 1.0f || p.cap > 0.0f;
+  float copy[kSoftmaxCols];
+  for (int64_t m = begin; m < end; ++m) {
+    SoftmaxState& s = p.states[m];
+    float* row = softmax_row(static_cast<In*>(p.logits) + m * p.logits_ld, p.cols, copy);
+    Out* out = p.out ? static_cast<Out*>(p.out) + m * p.out_ld : nullptr;
+    if (shaped) shape_logits(p, row);
+    if (p.need_total) s.total += sum_row(row, nullptr, p.cols);
+    const int64_t label = p.labels[m] - p.first_col;
+    const bool here = 0 <= label && label < p.cols;
+    if (here) {
+      s.label = row[label];
+      row[label] = -FLT_MAX;
+    }
+    const float most = row_max(row, p.cols, s.max);
+    if (here) row[label] = most - kFarBelow;
+    const float factor = most == s.max ? 1.0f : exponential(s.max - most);
+    const bool rescales = factor != 1.0f && s.sum > 0.0f;
+    s.max = most;
+    s.sum *= factor;
+    s.weighted *= factor;
+    if (rescales && p.sums) {
+      float* sums = p.sums + m * p.features;
+      for_lanes(0, p.features, [&](int64_t i, int64_t n) {
+        store_lanes(sums + i, mul(load_lanes(sums + i, n), splat(factor)), n);
+      });
+    }
+    p.cap > 0.0f ? exponentials<true>(p, row, most, s, out) : exponentials<false>(p, row, most, s, out);
+    if (here && out) store_part(out + label, zero(), 1);
+  }
+}
+
+void softmax_piece(const SoftmaxParams& p, int64_t begin, int64_t end) {
+  with_type(p.out_dtype, [&](auto type) {
+    using T = decltype(type);
+    p.logits_dtype == DType::kF32 ? softmax_piece_run<float, T>(p, begin, end)
+                                  : softmax_piece_run<T, T>(p, begin, end);
+  });
+}
+
+// out = the sum over parts of factors[part] * sums[part], + of_label * the label's row, + of_mean * mean.
+void softmax_slope(const SlopeParams& p) {
+  float row[kSlopeRun];
+  for (int64_t first = 0; first < p.features; first += kSlopeRun) {
+    const int64_t count = min64(kSlopeRun, p.features - first);
+    fill_panel_row(p.weight, p.label * p.weight.ld + first, count, p.of_label, row);
+    if (p.weight.nf4) widen_run(row, count, p.of_label, row);
+    for_lanes(0, count, [&](int64_t i, int64_t n) {
+      Vec sum = load_lanes(row + i, n);
+      if (p.mean) sum = fma(splat(p.of_mean), load_lanes(p.mean + first + i, n), sum);
+      for (int64_t part = 0; part < p.parts; ++part) {
+        sum = fma(splat(p.factors[part]), load_lanes(p.sums + part * p.part_ld + first + i, n), sum);
+      }
+      store_lanes(row + i, sum, n);
+    });
+    with_type(p.dtype,
+              [&](auto type) { narrow_run(row, count, static_cast<decltype(type)*>(p.out) + first); });
+  }
+}
+
+template <class T>
+void softmax_slopes_run(const SlopesParams& p, int64_t begin, int64_t end) {
+  const bool shaped = p.bias || p.scale != 1.0f || p.cap > 0.0f;
+  const float even = p.smoothing / static_cast<float>(p.vocabulary);
+  const Vec inverse = splat(p.cap > 0.0f ? 1.0f / p.cap : 0.0f), one = splat(1.0f);
+  for (int64_t m = begin; m < end; ++m) {
+    float* row = p.slopes + m * p.cols;
+    if (shaped) shape_logits(p, row);
+    const Vec of_p = splat(1.0f + 2.0f * p.z_loss * p.lse[m]), all = splat(p.dloss[m] * p.scale);
+    const auto slope = [&](Vec z, Vec of_others) {
+      const Vec d = fma(of_p, exponential(sub(z, splat(p.lse[m]))), of_others), t = mul(z, inverse);
+      return mul(mul(d, fma(negate(t), t, one)), all);
+    };
+    const int64_t label = p.labels[m] - p.first_col;
+    const bool here = 0 <= label && label < p.cols;
+    const Vec of_label = here ? slope(splat(row[label]), splat(p.smoothing - 1.0f - even)) : zero();
+    const Vec of_others = splat(-even);
+    for_lanes(0, p.cols, [&](int64_t i, int64_t n) {
+      store_lanes(row + i, slope(load_lanes(row + i, n), of_others), n);
+    });
+    if (here) store_part(row + label, of_label, 1);
+    if (p.rounded) narrow_run(row, p.cols, static_cast<T*>(p.rounded) + m * p.cols);
+  }
+}
+
+void softmax_slopes(const SlopesParams& p, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto type) { softmax_slopes_run<decltype(type)>(p, begin, end); });
+}

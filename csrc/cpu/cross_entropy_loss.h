@@ -1,0 +1,289 @@
+// The losses of rows under a frozen head, and their slopes, as attention is computed in one pass
+// (FlashAttention, Dao et al. 2022), with the head for keys and values: logits are made piece by piece along
+// the vocabulary, and what earlier pieces came to is scaled where a greater logit comes up. What the label's
+// own logit gives is added at the end: near certainty p - 1 must not be a difference of rounded numbers.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cfloat>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+#include "cross_entropy_head.h"
+
+namespace peft_kernels::cpu {
+
+inline constexpr int64_t kTorchRows = 512;  // at a time, where products are torch's
+inline constexpr int64_t kMostRows = 256;   // of a task: twice as many are no faster
+static_assert(kMostRows % kPackRows == 0, "");
+
+struct Options {
+  float scale, cap;
+  double smoothing, z_loss;
+  bool need_slope, need_entropy;
+};
+
+class Loss {
+ public:
+  Loss(Tensor x, const Head& head, int64_t vocabulary, const Tensor& bias, const Labelled& labelled,
+       const Options& options)
+      : x_(std::move(x)),
+        head_(head),
+        vocabulary_(vocabulary),
+        bias_(bias),
+        labelled_(labelled),
+        options_(options),
+        rows_(x_.size(0)),
+        features_(x_.size(1)),
+        dtype_(dtype_of(x_, "x")),
+        piece_(head.piece_cols()) {
+    // As many parts as keep threads busy where rows are few; by the rows alone, as sums depend on them.
+    const int64_t wanted = head.is_torchs(rows_) || rows_ > kMostRows ? 1 : rows_ > kPackRows ? 2 : 8;
+    part_cols_ = ceil_div(ceil_div(vocabulary_, wanted), piece_) * piece_;
+    parts_ = ceil_div(vocabulary_, part_cols_);
+    states_.assign(parts_ * rows_, {-FLT_MAX, 0.0f, 0.0f, 0.0f, 0.0f});
+    if (options.need_slope && options.smoothing > 0) mean_ = mean_row();
+  }
+
+  // Of the rows that have a label, where they go.
+  void run(float* loss, float* lse, float* entropy, char* slope) {
+    const auto finish = [&](int64_t begin, int64_t end, const float* sums, int64_t part_ld) {
+      for (int64_t row = begin; row < end; ++row) {
+        finish_row(row, sums ? sums + (row - begin) * features_ : nullptr, part_ld, loss, lse, entropy,
+                   slope);
+      }
+    };
+    head_.is_torchs(rows_) ? run_torchs(finish) : run_ours(finish);
+  }
+
+ private:
+  Tensor mean_row() const {
+    Tensor sum = at::empty({1, features_}, x_.options().dtype(at::kFloat));
+    const Tensor ones = at::ones({1, vocabulary_}, x_.options().dtype(at::kFloat));
+    Nf4View view{};
+    Product product(sum);
+    product.add(term_of(ones, "ones", head_.rows_from(0, view)));
+    product.run_nn();
+    return sum.div_(static_cast<double>(vocabulary_));
+  }
+
+  SoftmaxParams softmax(int64_t part, int64_t first_row, int64_t first_col, int64_t cols) {
+    SoftmaxParams p{};
+    p.first_col = first_col;
+    p.cols = cols;
+    p.bias = bias_.defined() ? bias_.const_data_ptr<float>() + first_col : nullptr;
+    p.scale = options_.scale;
+    p.cap = options_.cap;
+    p.labels = labelled_.labels.data() + first_row;
+    p.states = states_.data() + part * rows_ + first_row;
+    p.need_weighted = options_.need_entropy;
+    p.need_total = options_.smoothing > 0;
+    p.out_dtype = dtype_;
+    p.features = features_;
+    return p;
+  }
+
+  // What a thread computes a task in.
+  struct Room {
+    Tensor packed, logits, sums;
+  };
+
+  template <class Finish>
+  void run_ours(const Finish& finish) {
+    const int64_t threads = useful_threads(rows_ * vocabulary_ * features_ * (1 + options_.need_slope));
+    const int64_t share = ceil_div(ceil_div(rows_, 2 * threads), kPackRows) * kPackRows;
+    const int64_t block = std::min(std::clamp(share, kPackRows, kMostRows), rows_);
+    const int64_t blocks = ceil_div(rows_, block), tasks = blocks * parts_;
+    Tensor all_sums;
+    const bool keeps = options_.need_slope && parts_ > 1;
+    if (keeps) all_sums = at::empty({parts_, rows_, features_}, x_.options().dtype(at::kFloat));
+    const int64_t workers = std::min(threads, tasks);
+    std::atomic<int64_t> next{workers};
+    parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+      Room room;
+      const auto floats = x_.options().dtype(at::kFloat);
+      room.logits = at::empty({block, piece_}, floats);
+      if (options_.need_slope && !keeps) room.sums = at::empty({block, features_}, floats);
+      void* scratch = checked_thread_scratch();
+      for (int64_t task = first; task < tasks;) {
+        const int64_t part = task / blocks, begin = task % blocks * block,
+                      end = std::min(begin + block, rows_);
+        float* sums = keeps ? all_sums.mutable_data_ptr<float>() + (part * rows_ + begin) * features_
+                      : options_.need_slope ? room.sums.mutable_data_ptr<float>()
+                                            : nullptr;
+        run_task(part, begin, end, room, sums, scratch);
+        if (parts_ == 1) finish(begin, end, sums, 0);
+        task = task + 1 < last ? task + 1 : next.fetch_add(1, std::memory_order_relaxed);
+      }
+    });
+    if (parts_ == 1) return;
+    parallel_for(0, rows_, ceil_div(kElementwiseGrain, features_ * parts_ + 1),
+                 [&](int64_t begin, int64_t end) {
+                   finish(begin, end, keeps ? all_sums.const_data_ptr<float>() + begin * features_ : nullptr,
+                          rows_ * features_);
+                 });
+  }
+
+  void run_task(int64_t part, int64_t begin, int64_t end, Room& room, float* sums, void* scratch) {
+    const int64_t rows = end - begin;
+    const void* x = static_cast<const char*>(x_.const_data_ptr()) + begin * features_ * x_.element_size();
+    float* logits = room.logits.mutable_data_ptr<float>();
+    if (sums) std::fill_n(sums, rows * features_, 0.0f);
+    bool packed = false;
+    for (int64_t first = part * part_cols_; first < std::min((part + 1) * part_cols_, vocabulary_);
+         first += piece_) {
+      const int64_t cols = std::min(piece_, vocabulary_ - first);
+      Nf4View view{};
+      const MatrixView weight = head_.rows_from(first, view);
+      const GemmTerm term{x, dtype_, features_, weight, 1.0f, features_, 0, INT64_MAX, DropoutMask{}};
+      GemmParams nt{};
+      nt.terms = &term;
+      nt.term_count = 1;
+      nt.out = logits;
+      nt.out_dtype = DType::kF32;
+      nt.out_ld = piece_;
+      nt.m = rows_;  // that plans, and sums, are the same for any task
+      nt.n = cols;
+      nt.plan = kernels().plan_nt(nt);
+      const Rect rect{0, rows, 0, cols};
+      if (nt.plan == NtPlan::kPairs || nt.plan == NtPlan::kFloats) {
+        if (!packed) pack(x, rows, nt.plan, room);
+        packed = true;
+        nt.packed_lhs = room.packed.const_data_ptr();
+        nt.packed_end = rows;
+        kernels().gemm_packed(nt, rect, scratch);
+      } else {
+        kernels().gemm_nt(nt, rect, scratch);
+      }
+      SoftmaxParams softmax = this->softmax(part, begin, first, cols);
+      softmax.logits = logits;
+      softmax.logits_dtype = DType::kF32;
+      softmax.logits_ld = piece_;
+      softmax.sums = sums;
+      softmax.out = sums ? logits : nullptr;
+      softmax.out_ld = piece_ * 4 / x_.element_size();
+      kernels().softmax_piece(softmax, 0, rows);
+      if (!sums) continue;
+      const GemmTerm back{logits, dtype_, softmax.out_ld, weight, 1.0f, cols, 0, INT64_MAX, DropoutMask{}};
+      GemmParams nn{};
+      nn.terms = &back;
+      nn.term_count = 1;
+      nn.add_to_out = true;
+      nn.out = sums;
+      nn.out_dtype = DType::kF32;
+      nn.out_ld = features_;
+      nn.m = rows_;
+      nn.n = features_;
+      kernels().gemm_nn(nn, {0, rows, 0, features_}, scratch);
+    }
+  }
+
+  void pack(const void* x, int64_t rows, NtPlan plan, Room& room) const {
+    if (!room.packed.defined()) room.packed = packed_room(room.logits.size(0), features_, plan, x_.options());
+    const PackParams params{x, dtype_, rows, features_, plan, room.packed.mutable_data_ptr()};
+    kernels().pack_strips(params, 0, ceil_div(rows, kPackRows));
+  }
+
+  template <class Finish>
+  void run_torchs(const Finish& finish) {
+    const auto softmax_piece = kernels().softmax_piece;
+    for (int64_t begin = 0; begin < rows_; begin += kTorchRows) {
+      const int64_t end = std::min(begin + kTorchRows, rows_), rows = end - begin;
+      const Tensor x = x_.slice(0, begin, end);
+      Tensor sums;
+      if (options_.need_slope) sums = at::zeros({rows, features_}, x_.options().dtype(at::kFloat));
+      for (int64_t first = 0; first < vocabulary_; first += piece_) {
+        const int64_t last = std::min(first + piece_, vocabulary_);
+        const Tensor weight = head_.dense(first, last);
+        Tensor logits = at::mm(x, weight.t()).contiguous();
+        SoftmaxParams p = softmax(0, begin, first, last - first);
+        p.logits = logits.mutable_data_ptr();
+        p.logits_dtype = dtype_;
+        p.logits_ld = p.out_ld = last - first;
+        p.sums = sums.defined() ? sums.mutable_data_ptr<float>() : nullptr;
+        p.out = sums.defined() ? p.logits : nullptr;
+        parallel_for(0, rows, ceil_div(kElementwiseGrain / 4, last - first),
+                     [&](int64_t i, int64_t j) { softmax_piece(p, i, j); });
+        if (!sums.defined()) continue;
+        dtype_ == DType::kF32 ? sums.addmm_(logits, weight) : sums.add_(at::mm(logits, weight));
+      }
+      parallel_for(0, rows, ceil_div(kElementwiseGrain, features_ + 1), [&](int64_t i, int64_t j) {
+        finish(begin + i, begin + j, sums.defined() ? sums.const_data_ptr<float>() + i * features_ : nullptr,
+               0);
+      });
+    }
+  }
+
+  // From the states of its parts, and of each its sums; these are part_ld apart.
+  void finish_row(int64_t row, const float* sums, int64_t part_ld, float* loss, float* lse_out,
+                  float* entropy, char* slope) const {
+    double most = -DBL_MAX, rest = 0, weighted = 0, total = 0;  // without the label's, but for the total
+    const int64_t label = labelled_.labels[row];
+    const double of_label = state(label / part_cols_, row).label;
+    for (int64_t i = 0; i < parts_; ++i) most = std::max<double>(most, state(i, row).max);
+    std::array<double, 8> factors{};
+    for (int64_t i = 0; i < parts_; ++i) {
+      const SoftmaxState& s = state(i, row);
+      total += s.total;
+      if (s.max == -FLT_MAX) continue;  // has seen nothing else
+      factors[i] = std::exp(s.max - most);
+      rest += s.sum * factors[i];
+      weighted += s.weighted * factors[i];
+    }
+    // log(1 + rest / label's), from whichever is greater.
+    const double log_odds = most - of_label + std::log(rest);
+    const double surprise =
+        log_odds > 0 ? log_odds + std::log1p(std::exp(-log_odds)) : std::log1p(std::exp(log_odds));
+    const double lse = of_label + surprise;
+    const double p_rest = std::exp(most - lse) * rest, p_label = std::exp(-surprise);
+    const double smoothing = options_.smoothing, z_loss = options_.z_loss;
+    const int64_t to = labelled_.rows[row];
+    loss[to] = static_cast<float>((1 - smoothing) * surprise + z_loss * lse * lse +
+                                  (smoothing > 0 ? smoothing * (lse - total / vocabulary_) : 0));
+    lse_out[to] = static_cast<float>(lse);
+    if (options_.need_entropy) {
+      entropy[to] = static_cast<float>(lse - std::exp(most - lse) * weighted - p_label * of_label);
+    }
+    if (!sums) return;
+    const double z_slope = 2 * z_loss * lse;
+    std::array<float, 8> of_parts{};
+    for (int64_t i = 0; i < parts_; ++i) {
+      of_parts[i] = static_cast<float>((1 + z_slope) * factors[i] * std::exp(most - lse) * options_.scale);
+    }
+    const double tanh = options_.cap > 0 ? of_label / options_.cap : 0;
+    SlopeParams p{};
+    p.sums = sums;
+    p.factors = of_parts.data();
+    p.parts = parts_;
+    p.part_ld = part_ld;
+    p.features = features_;
+    Nf4View view{};
+    p.weight = head_.rows_from(0, view);
+    p.label = label;
+    p.of_label =
+        static_cast<float>((z_slope * p_label + smoothing - p_rest) * (1 - tanh * tanh) * options_.scale);
+    p.mean = mean_.defined() ? mean_.const_data_ptr<float>() : nullptr;
+    p.of_mean = static_cast<float>(-smoothing * options_.scale);
+    p.out = slope + to * features_ * x_.element_size();
+    p.dtype = dtype_;
+    kernels().softmax_slope(p);
+  }
+  const SoftmaxState& state(int64_t part, int64_t row) const { return states_[part * rows_ + row]; }
+
+  const Tensor x_;
+  const Head& head_;
+  const int64_t vocabulary_;
+  const Tensor bias_;
+  const Labelled& labelled_;
+  const Options options_;
+  const int64_t rows_, features_;
+  const DType dtype_;
+  const int64_t piece_;
+  int64_t part_cols_, parts_;
+  std::vector<SoftmaxState> states_;  // [part][row]
+  Tensor mean_;                       // row of the head, or none
+};
+
+}  // namespace peft_kernels::cpu

@@ -1,0 +1,90 @@
+// What backward needs of a head that is trained: logits once more, piece by piece, and their slopes.
+#pragma once
+
+#include <utility>
+
+#include "cross_entropy_head.h"
+
+namespace peft_kernels::cpu {
+
+// Of rows that all have a label.
+class Slopes {
+ public:
+  Slopes(Tensor x, const Tensor& h, const Tensor& lora_b, const Head& head, const Tensor& bias,
+         SlopesParams params)
+      : rows_(std::move(x)),
+        x_(rows_.tensor()),
+        h_(h),
+        lora_b_(lora_b),
+        head_(head),
+        bias_(bias),
+        is_torchs_(head.is_torchs(x_.size(0))),
+        is_float_(x_.scalar_type() == at::kFloat),
+        params_(params) {
+    const auto cols = std::min(head.piece_cols(), params.vocabulary);
+    slopes_ = at::empty({x_.size(0), cols}, x_.options().dtype(at::kFloat));
+    if (!is_float_) rounded_ = at::empty({x_.size(0), cols}, x_.options());
+  }
+
+  // Calls with the first column of a piece, the last, its slopes in fp32 and rounded to x's type.
+  template <class Use>
+  void each(const Use& use) {
+    const int64_t step = slopes_.size(1);
+    for (int64_t first = 0; first < params_.vocabulary; first += step) {
+      const int64_t last = std::min(first + step, params_.vocabulary);
+      if (last - first < step) {  // pieces are contiguous
+        slopes_ = at::empty({x_.size(0), last - first}, slopes_.options());
+        if (!is_float_) rounded_ = at::empty({x_.size(0), last - first}, x_.options());
+      }
+      fill(first, last);
+      use(first, last, slopes_, is_float_ ? slopes_ : rounded_);
+    }
+  }
+  // sums += rounded times the rows [first, last) of the head.
+  void add_back(const Tensor& rounded, int64_t first, int64_t last, Tensor& sums) const {
+    if (is_torchs_) {
+      is_float_ ? sums.addmm_(rounded, head_.dense(first, last))
+                : sums.add_(at::mm(rounded, head_.dense(first, last)));
+      return;
+    }
+    Nf4View view{};
+    Product product(sums);
+    product.start_from_out();
+    product.add(term_of(rounded, "slopes", head_.rows_from(first, view)));
+    product.run_nn();
+  }
+
+ private:
+  void fill(int64_t first, int64_t last) {
+    if (is_torchs_) {
+      slopes_.copy_(at::mm(x_, head_.dense(first, last).t()));
+    } else {
+      Nf4View view{};
+      Product product(slopes_);
+      product.add(term_of(x_, "x", head_.rows_from(first, view)));
+      product.run_nt(rows_);
+    }
+    if (h_.defined()) slopes_.addmm_(h_, lora_b_.slice(0, first, last).t());
+    SlopesParams p = params_;
+    p.slopes = slopes_.mutable_data_ptr<float>();
+    p.rounded = is_float_ ? nullptr : rounded_.mutable_data_ptr();
+    p.dtype = dtype_of(x_, "x");
+    p.first_col = first;
+    p.cols = last - first;
+    p.bias = bias_.defined() ? bias_.const_data_ptr<float>() + first : nullptr;
+    const auto softmax_slopes = kernels().softmax_slopes;
+    parallel_for(0, x_.size(0), ceil_div(kElementwiseGrain / 4, p.cols),
+                 [&](int64_t begin, int64_t end) { softmax_slopes(p, begin, end); });
+  }
+
+  const Rows rows_;
+  const Tensor& x_;
+  const Tensor &h_, &lora_b_;
+  const Head& head_;
+  const Tensor& bias_;
+  const bool is_torchs_, is_float_;
+  const SlopesParams params_;
+  Tensor slopes_, rounded_;
+};
+
+}  // namespace peft_kernels::cpu

@@ -1,0 +1,227 @@
+"""The typed calls of a head with its loss: `linear_cross_entropy`, `token_log_probs`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import dispatch
+from ..nf4_state import HoldsNF4, NF4State
+from . import arguments, cross_entropy  # noqa: F401  (the ops)
+from .arguments import Weight
+from .lora import check_adapter
+
+REDUCTIONS = ("mean", "sum", "none")
+NAME = "hidden"
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Weight,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool = False,
+    reduction: str = "mean",
+    num_items_in_batch: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """`F.cross_entropy(F.linear(hidden, weight, bias), labels)` without the logits, of which only pieces
+    ever exist.
+
+    Saved for backward: of a frozen head a tensor like `hidden`, the gradient of each token's loss, whatever
+    is made of the losses; of a head that is trained hidden and a number for each token, and pieces of the
+    logits are computed again.
+
+    Parameters
+    ----------
+    hidden : Tensor, (..., hidden_size)
+        fp32, bf16 or fp16; under autocast it, and a dense weight, are rounded as F.linear does. Logits,
+        probabilities and sums are in fp32.
+    weight : NF4Weight or Tensor, (vocabulary, hidden_size)
+        Of the head: NF4 (frozen), or dense of hidden's dtype, frozen or not.
+    labels : Tensor, int64, hidden.shape[:-1]
+        From 0 to vocabulary - 1, or ignore_index.
+    bias : Tensor, (vocabulary,), optional
+        Of hidden's dtype or fp32.
+    lora_a, lora_b, scaling : Tensor (r, hidden_size), Tensor (vocabulary, r), float, optional
+        An adapter of the head.
+    ignore_index : int
+        The label of tokens without a loss.
+    shift : bool
+        The label of a token is the next one's, along the last dimension of labels, and that of the last
+        ignored: as causal language models are trained. Nothing is copied for it.
+    reduction : str
+        "mean" over the tokens that have a label (of none it is NaN, as torch's), "sum", or "none": the
+        losses in the shape of labels, 0 where there is none.
+    num_items_in_batch : int or Tensor, optional
+        With "mean": what the sum is divided by in place of the tokens' number. Trainer gives it under
+        gradient accumulation.
+    logit_scale : float
+        Times the logits, before the cap: Cohere's logit_scale, 1 / logits_scaling of Granite, or
+        1 / temperature.
+    softcap : float, optional
+        Logits become softcap * tanh(logits / softcap), as in Gemma 2.
+    label_smoothing : float
+        From 0 to 1, as torch's.
+    z_loss : float
+        Weight of (log sum exp(logits))^2, added to the loss of each token (PaLM, section 5).
+
+    Returns
+    -------
+    Tensor, fp32. Differentiable once in hidden, a dense weight, bias, lora_a and lora_b.
+
+    Raises
+    ------
+    ValueError
+        Shapes, dtypes or devices that do not fit; an NF4 weight that requires grad; on a CPU, labels out of
+        range: on a GPU, which one would have to wait for, their losses are NaN.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if num_items_in_batch is not None and reduction != "mean":
+        raise ValueError(f"num_items_in_batch: expected None with reduction {reduction!r}, got a number")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
+    if not (z_loss >= 0 and math.isfinite(z_loss)):
+        raise ValueError(f"z_loss: expected 0 or more, got {z_loss}")
+    losses, _, targets = _token_losses(
+        hidden, weight, labels, bias, (lora_a, lora_b, scaling), ignore_index, shift, logit_scale, softcap,
+        label_smoothing, z_loss, False,
+    )  # fmt: skip
+    if reduction == "none":
+        return losses.view(labels.shape)
+    if reduction == "sum":
+        return losses.sum()
+    if num_items_in_batch is None:
+        return losses.sum() / (targets != ignore_index).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(losses.device)
+    return losses.sum() / num_items_in_batch
+
+
+def token_log_probs(
+    hidden: Tensor,
+    weight: Weight,
+    tokens: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Log-probabilities of `tokens`, as losses for preferences and rewards are made of (DPO, GRPO), without
+    the logits.
+
+    Parameters are those of `linear_cross_entropy`. With `entropy` also the entropy, in nats, of what the head
+    predicts at each token, which has no gradient.
+
+    Returns
+    -------
+    Tensor, or a tuple of two, in the shape of tokens, fp32; 0 where a token is ignored.
+    """
+    losses, of_rows, _ = _token_losses(
+        hidden, weight, tokens, bias, (lora_a, lora_b, scaling), ignore_index, shift, logit_scale, softcap,
+        0.0, 0.0, entropy,
+    )  # fmt: skip
+    log_probs = -losses.view(tokens.shape)
+    return (log_probs, of_rows.view(tokens.shape)) if entropy else log_probs
+
+
+def _token_losses(
+    hidden: Tensor,
+    weight: Weight,
+    labels: Tensor,
+    bias: Tensor | None,
+    adapter: tuple[Tensor | None, Tensor | None, float],
+    ignore_index: int,
+    shift: bool,
+    logit_scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    entropy: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and entropy of each row of hidden, and the labels of rows."""
+    lora_a, lora_b, scaling = adapter
+    hidden, weight, lora_a, lora_b = _autocast(hidden, weight, lora_a, lora_b)
+    compute = arguments.compute_type(hidden, None, NAME)
+    (vocabulary, features), base = arguments.base_of(hidden, weight, compute, name=NAME)
+    arguments.check_bias(hidden, bias, vocabulary, compute, NAME)
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    if labels.shape != hidden.shape[:-1]:
+        expected = tuple(hidden.shape[:-1])
+        raise ValueError(f"labels: expected shape {expected} like hidden's rows, got {tuple(labels.shape)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected torch.int64, got {labels.dtype}")
+    if labels.device != hidden.device:
+        raise ValueError(f"labels: expected device {hidden.device} like hidden, got {labels.device}")
+    if shift:
+        if labels.dim() == 0:
+            raise ValueError("labels: expected at least 1 dimension to shift them, got 0")
+        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    targets = labels.reshape(-1)
+    _check_labels(targets, ignore_index, vocabulary)
+    x = hidden.reshape(-1, features)
+    bias = None if bias is None else arguments.of_or_float(bias, compute)
+    options = targets, ignore_index, float(logit_scale), float(softcap or 0.0), float(label_smoothing)
+    options = (*options, float(z_loss))
+    h = None
+    if lora_a is None and lora_b is None:
+        trained = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (base.weight, bias)
+        )
+        need_slope = torch.is_grad_enabled() and x.requires_grad
+        if not trained and not (need_slope and softcap and label_smoothing):
+            head = *base, vocabulary, bias
+            found = dispatch.call("linear_cross_entropy", x, *head, *options, need_slope, entropy)
+            return found[0], found[2], targets
+    elif lora_a is None or lora_b is None:
+        name, other = ("lora_a", "lora_b") if lora_a is None else ("lora_b", "lora_a")
+        raise ValueError(f"{name}: expected a Tensor beside {other}, got None")
+    else:
+        check_adapter(hidden, (vocabulary, features), lora_a, lora_b, 0.0)
+        h = float(scaling) * F.linear(x.to(lora_a.dtype), lora_a)
+    head = *base, vocabulary, bias, h, lora_b
+    found = dispatch.call("linear_cross_entropy_trained", x, *head, *options, entropy)
+    return found[0], found[2], targets
+
+
+def _autocast(hidden: Tensor, *others: Any) -> list[Any]:
+    """In the type that autocast computes products in, where it is on."""
+    dtype = arguments.autocast_dtype(hidden.device.type)
+    if dtype is None or not hidden.is_floating_point() or hidden.dtype == torch.float64:
+        return [hidden, *others]
+    dense = [t is not None and not isinstance(t, (HoldsNF4, NF4State)) for t in others]
+    return [hidden.to(dtype), *(t.to(dtype) if d else t for t, d in zip(others, dense, strict=True))]
+
+
+def _check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """On a CPU, where to look at them costs no wait for a device."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    if torch._C._are_functorch_transforms_active():
+        return
+    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if bool(wrong.any()):
+        got = int(labels[wrong][0])
+        raise ValueError(f"labels: expected 0 to {vocabulary - 1}, or {ignore_index} to ignore, got {got}")
