@@ -50,6 +50,7 @@ def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterat
         nested = dtype != FP16
         yield from _weights(dtype, nested)
         yield from _elementwise(dtype)
+        yield from _losses(dtype, nested)
         yield from _products(dtype, nested)
         first = dtype == dtypes[0]
         yield from _adapters(dtype, nested, adapters_on_every_line and first)
@@ -98,6 +99,16 @@ def _elementwise(dtype: torch.dtype) -> Iterator[Call]:
     for bias in (None, empty(SIZE, dtype=dtype)) if dtype == BF16 else (None,):
         yield Call("dora_scale", (t, scale, bias))
         yield Call("dora_scale_backward", (t, t, scale, bias))
+
+
+def _losses(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
+    """A head in pieces: packed, with all that there may be; dense, without a slope."""
+    x, labels = empty(MANY, SIZE, dtype=dtype), empty(MANY, dtype=torch.int64)
+    head = *nf4(16 * SIZE, SIZE, nested), 16 * SIZE, empty(16 * SIZE)
+    yield Call("linear_cross_entropy", (x, *head, labels, -100, 0.5, 30.0, 0.0, 1e-4, True, True))
+    dense = empty(SIZE, SIZE, dtype=dtype), None, None, None, 0, SIZE, None
+    yield Call("linear_cross_entropy", (x, *dense, labels, -100, 1.0, 0.0, 0.1, 0.0, True, False))
+    yield Call("linear_cross_entropy", (x, *dense, labels, -100, 1.0, 0.0, 0.0, 0.0, False, False))
 
 
 def _products(dtype: torch.dtype, nested: bool) -> Iterator[Call]:

@@ -34,6 +34,7 @@ COMPOSITES_WITH_KERNELS = frozenset(
         "experts_linear_dx",
         "experts_lora_linear",
         "experts_lora_linear_backward",
+        "linear_cross_entropy",
     )
 )
 """Ops made of others that have kernels all the same."""

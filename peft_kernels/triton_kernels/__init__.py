@@ -5,6 +5,7 @@ Importing this package imports Triton, so that only back end `triton` does it, w
 
 from .adamw import adamw, clip_factor
 from .bottleneck import bottleneck, bottleneck_backward
+from .cross_entropy import linear_cross_entropy
 from .dora import dora_scale, dora_scale_backward
 from .dora_norm import dora_norm
 from .dropout import dropout
@@ -37,6 +38,7 @@ __all__ = [
     "experts_lora_linear_backward",
     "gated_activation",
     "gated_activation_backward",
+    "linear_cross_entropy",
     "lora_linear",
     "lora_linear_backward",
     "multi_lora_linear",
