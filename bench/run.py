@@ -20,6 +20,7 @@ host-...               the CUDA back end's host code, without a card
 waves-...              by arithmetic, how far products with NF4 weights fill a card; every-cell-... for each
 loading-...            memory and time that loading a checkpoint in 4 bits takes
 bitsandbytes-ops-...   its Linear4bit as it is and on our kernels
+loss-...               a language model's head with its loss, beside torch's by all logits
 experts-..., moe-...   layers of experts; a whole mixture of experts, for which it needs 16 GB
 bottleneck-...         adapters beside plain modules
 adamw-...              a step of optimizers
@@ -88,6 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         harness,
         host,
         loading,
+        losses,
         machine,
         memory,
         methods,
@@ -114,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *compiled.standard(),
         *triton_cases.standard(),
         *loading.standard(),
+        *losses.standard(options.dtype),
         *moe.standard(options.dtype),
         *serving.standard(options.dtype),
         *optimizers.standard(),
