@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from loss_samples import loss_samples
+from small_tensors import K, N, R, group, leaf
 from torch import Tensor
 
 import testing
@@ -12,7 +14,6 @@ from peft_kernels import NF4Weight
 from peft_kernels.backends import triton
 from peft_kernels.ops import registry
 
-N, K, R = 20, 34, 4
 NAMESPACES = {
     "public": "peft_kernels",
     "reference": "peft_kernels_reference",
@@ -21,14 +22,6 @@ NAMESPACES = {
 }
 if triton.BACKEND.interpreted:
     NAMESPACES = {"triton": "peft_kernels_triton"}
-
-
-def group(nested: bool) -> tuple[Any, ...]:
-    return testing.nf4_weight(N, K, 32, nested)._state.op_args
-
-
-def leaf(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
-    return testing.tensor(*shape, dtype=dtype, seed=seed).requires_grad_()
 
 
 def experts_group(nested: bool, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
@@ -190,37 +183,6 @@ def multi_bottleneck_backward_args(
     return (dy, x, z, *rest, need_dx, [True, False, False], *([True, False, True] for _ in range(4)))
 
 
-def loss_args(
-    base: str, dtype: torch.dtype = torch.float32, bias: bool = False,
-    options: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0),
-) -> tuple[Any, ...]:  # fmt: skip
-    """Six rows, two of them without a label, and a frozen head."""
-    dense = testing.tensor(N, K, dtype=dtype, seed=1), None, None, None, 0
-    head = dense if base == "dense" else group(base == "nested")
-    vector = testing.tensor(N, dtype=dtype, seed=2) if bias else None
-    x, labels = leaf(6, K, dtype=dtype).detach(), torch.tensor([0, 19, -100, 7, 7, -100])
-    return (x.requires_grad_(), *head, N, vector, labels, -100, *options, True, True)
-
-
-def trained_loss_args(
-    base: str, dtype: torch.dtype = torch.float32, adapter: bool = False,
-    options: tuple[float, ...] = (1.0, 0.0, 0.0, 0.0),
-) -> tuple[Any, ...]:  # fmt: skip
-    """The same with a head that is trained, or one with an adapter."""
-    x, weight, *rest = loss_args(base, dtype, True, options)
-    trained = weight.requires_grad_() if base == "dense" else weight
-    h, b = (leaf(6, R, seed=3), leaf(N, R, dtype=dtype, seed=4)) if adapter else (None, None)
-    bias = rest[5].requires_grad_()
-    return (x, trained, *rest[:5], bias, h, b, *rest[6:-2], False)
-
-
-def loss_backward_args(*needs: bool, base: str = "dense", **options: Any) -> tuple[Any, ...]:
-    given = trained_loss_args(base, adapter=True, **options)
-    args = [t.detach() if isinstance(t, Tensor) else t for t in given]
-    rows = [testing.tensor(6, dtype=torch.float32, seed=seed) + lift for seed, lift in ((8, 0.0), (9, 40.0))]
-    return (*rows, *args[:-1], *needs)
-
-
 def samples(op: str) -> dict[str, tuple[Any, ...]]:
     """Arguments of each op by name, with and without its optional ones."""
     a, b, dense = leaf(R, K, seed=3), leaf(N, R, seed=4), leaf(N, K, seed=1)
@@ -326,23 +288,7 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
                 dy2.detach(), x2.detach(), h2, ends, *dense3, *adapters3, 0.5, True, False, False
             ),
         },
-        "linear_cross_entropy": {
-            "dense": loss_args("dense"),
-            "nested-bf16-bias": loss_args("nested", torch.bfloat16, True),
-            "plain": loss_args("plain"),
-            "capped": loss_args("nested", options=(0.5, 3.0, 0.0, 1e-2)),
-            "smoothed-bf16": loss_args("dense", torch.bfloat16, options=(2.0, 0.0, 0.1, 0.0)),
-        },
-        "linear_cross_entropy_trained": {
-            "dense": trained_loss_args("dense"),
-            "nested-adapter": trained_loss_args("nested", adapter=True),
-            "dense-bf16-all": trained_loss_args("dense", torch.bfloat16, True, (0.5, 3.0, 0.1, 1e-2)),
-        },
-        "linear_cross_entropy_backward": {
-            "all": loss_backward_args(*[True] * 5, options=(0.5, 3.0, 0.1, 1e-2)),
-            "adapter": loss_backward_args(False, False, False, True, True, base="nested"),
-            "dx": loss_backward_args(True, *[False] * 4, base="plain"),
-        },
+        **loss_samples(),
         "multi_lora_linear": {
             "dense": multi_args("dense", [0, 1, 0]),
             "nf4-groups": multi_args("nf4", [1, 0, 0], groups=True),

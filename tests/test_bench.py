@@ -39,6 +39,7 @@ from bench import (
     harness,
     host,
     loading,
+    losses,
     memory,
     methods,
     moe,
@@ -234,7 +235,7 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
         bottlenecks, compiled, triton_cases, waves, loading, optimizers, optimizer_curves, optimizer_waves,
         rlhf, methods,
     )  # fmt: skip
-    by_name = [kind.standard("bf16") for kind in (host, bnb_ops, experts, moe, prefix, serving)]
+    by_name = [kind.standard("bf16") for kind in (host, bnb_ops, experts, losses, moe, prefix, serving)]
     by_name += [kind.standard() for kind in kinds_by_name]
     assert every - full == {case.name for cases_of in by_name for case in cases_of}
     kinds = {name.rpartition("-")[0] if "memory" in name else re.split(r"-\d", name)[0] for name in full}
