@@ -141,10 +141,12 @@ class LinearCrossEntropyBackward(Op):
     def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         x, h, k = args.x, args.h, args.x.shape[1]
         acc = accumulator_dtype(x.dtype)
-        dx, dh, dw, dbias, db = ([] for _ in range(5))  # of each piece; dx and dh are sums of these
+        found: list[list[Any]] = [[] for _ in range(5)]  # of each piece; dx and dh are sums of these
+        dx, dh, dw, dbias, db = found
         for begin, end in _columns(args):
             base = narrowed(args.base, begin, end, k)
-            bias, b = (None if t is None else t[begin:end] for t in (args.bias, args.lora_b))
+            parts: list[Any] = [None if t is None else t[begin:end] for t in (args.bias, args.lora_b)]
+            bias, b = parts
             logits = _logits(ops, args, x, base, end - begin, bias, h, b)
             d = _slopes(args, *logits, args.lse, args.labels, begin) * args.dloss.to(acc)[:, None]
             rounded = d.to(x.dtype)
@@ -159,8 +161,8 @@ class LinearCrossEntropyBackward(Op):
             if args.need_db:
                 db.append((d.t() @ h.to(acc)).to(b.dtype))
         fakes = LinearCrossEntropyBackward.fake(args)
-        parts = zip((dx, dw, dbias, dh, db), fakes, strict=True)
-        return tuple(torch.cat(part).to(like.dtype) if part else like for part, like in parts)  # type: ignore[return-value]
+        both = zip((dx, dw, dbias, dh, db), fakes, strict=True)
+        return tuple(torch.cat(part).to(like.dtype) if part else like for part, like in both)  # type: ignore[return-value]
 
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

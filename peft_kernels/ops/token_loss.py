@@ -183,8 +183,8 @@ def _token_losses(
     _check_labels(targets, ignore_index, vocabulary)
     x = hidden.reshape(-1, features)
     bias = None if bias is None else arguments.of_or_float(bias, compute)
-    options = targets, ignore_index, float(logit_scale), float(softcap or 0.0), float(label_smoothing)
-    options = (*options, float(z_loss))
+    numbers = float(logit_scale), float(softcap or 0.0), float(label_smoothing), float(z_loss)
+    options = targets, ignore_index, *numbers
     h = None
     if lora_a is None and lora_b is None:
         trained = torch.is_grad_enabled() and any(
@@ -192,8 +192,8 @@ def _token_losses(
         )
         need_slope = torch.is_grad_enabled() and x.requires_grad
         if not trained and not (need_slope and softcap and label_smoothing):
-            head = *base, vocabulary, bias
-            found = dispatch.call("linear_cross_entropy", x, *head, *options, need_slope, entropy)
+            frozen = *base, vocabulary, bias, *options
+            found = dispatch.call("linear_cross_entropy", x, *frozen, need_slope, entropy)
             return found[0], found[2], targets
     elif lora_a is None or lora_b is None:
         name, other = ("lora_a", "lora_b") if lora_a is None else ("lora_b", "lora_a")
