@@ -25,7 +25,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,15 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
     return run_or_tell("finetune.py", args, lambda args: compare(args, argv) if args.compare else run(args))
+
+
+def finish(output: Path, written: str, metrics: dict[str, Any], problems: Sequence[str]) -> int:
+    """An example's end: metrics.json beside what else it wrote, and what is wrong. Its exit status."""
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
+    print(f"written to {output}: {written}, metrics.json")
+    for problem in problems:
+        print(f"CHECK FAILED: {problem}")
+    return EXIT_CHECK_FAILED if problems else EXIT_OK
 
 
 def run_or_tell(script: str, args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:

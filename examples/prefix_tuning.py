@@ -15,12 +15,11 @@ the trained one's logits. Exit code: 0 done, 1 a check failed, 2 something is mi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune import EXIT_CHECK_FAILED, EXIT_OK, Stages, distance, positive, run_or_tell
+from finetune import Stages, distance, finish, positive, run_or_tell
 from finetune_data import docstring_examples, encode, read_jsonl, split
 
 # Of the relative RMS difference of logits. Folding changes nothing, but the keys and values that the MLP made
@@ -105,11 +104,7 @@ def run(args: argparse.Namespace) -> int:
         "prefix_parameters": prefix,
         "forms": forms,
     }
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    print(f"written to {args.output}: adapter, metrics.json")
-    for problem in problems:
-        print(f"CHECK FAILED: {problem}")
-    return EXIT_CHECK_FAILED if problems else EXIT_OK
+    return finish(args.output, "adapter", metrics, problems)
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,7 +25,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune import EXIT_CHECK_FAILED, EXIT_OK, Stages, distance, positive, run_or_tell
+from finetune import Stages, distance, finish, positive, run_or_tell
 from finetune_data import (
     INSTRUCTION,
     Example,
@@ -184,11 +183,8 @@ def run(args: argparse.Namespace) -> int:
         "seconds": seconds,
         "answers": answers,
     }
-    (args.output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
-    print(f"\nwritten to {args.output}: adapters, metrics.json")
-    for problem in problems:
-        print(f"CHECK FAILED: {problem}")
-    return EXIT_CHECK_FAILED if problems else EXIT_OK
+    print()
+    return finish(args.output, "adapters", metrics, problems)
 
 
 def train_adapters(

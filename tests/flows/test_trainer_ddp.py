@@ -129,10 +129,8 @@ def one_bar(folder: Path) -> None:
         assert (text in shown) == (dist.get_rank() == 0), shown
 
 
-def sft(folder: Path) -> None:
-    """Completions of several lengths: the loss is a mean over the tokens of all processes."""
-    if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
-        return  # test_sft says so
+def sft_trainer(model: Any, folder: Path, **given: Any) -> Any:
+    """TRL's, over prompts and completions, with adapters in fp32."""
     import datasets
     import trl
 
@@ -141,17 +139,20 @@ def sft(folder: Path) -> None:
         for seed in range(STEPS)
         for i, row in enumerate(ids(seed))
     ]
+    args = arguments(trl.SFTConfig, folder, max_length=16, **given)
+    data = datasets.Dataset.from_list(texts)
+    made = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer())
+    for p in made.model.parameters():
+        if p.requires_grad:
+            p.data = p.data.float()  # TRL made the adapters of a 4-bit model bf16
+    return made
 
-    def make(model: Any, folder: Path, **options: Any) -> Any:
-        args = arguments(trl.SFTConfig, folder, max_length=16, **options)
-        data = datasets.Dataset.from_list(texts)
-        made = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer())
-        for p in made.model.parameters():
-            if p.requires_grad:
-                p.data = p.data.float()  # TRL made the adapters of a 4-bit model bf16
-        return made
 
-    compare(make, folder)
+def sft(folder: Path) -> None:
+    """Completions of several lengths: the loss is a mean over the tokens of all processes."""
+    if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
+        return  # test_sft says so
+    compare(sft_trainer, folder)
 
 
 CASES = [trainer, one_bar, sft]

@@ -15,9 +15,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from flow_checks import assert_fused, assert_near
-from flow_models import adapted, arguments, ids, llama, tokenizer, words
+from flow_models import adapted, llama
 from ranks import assert_nothing_told, told_by_rank
-from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, alone, losses, options
+from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, alone, losses, options, sft_trainer
 from torch import Tensor
 
 import peft_kernels as pk
@@ -60,24 +60,6 @@ def fsdp2() -> Iterator[None]:
         yield
 
 
-def trainer(model: Any, folder: Path, **given: Any) -> Any:
-    import datasets
-    import trl
-
-    texts = [
-        {"prompt": words(row[:3]), "completion": " " + words(row[3 : 5 + i % 6])}
-        for seed in range(STEPS)
-        for i, row in enumerate(ids(seed))
-    ]
-    args = arguments(trl.SFTConfig, folder, max_length=16, **given)
-    data = datasets.Dataset.from_list(texts)
-    made = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer())
-    for p in made.model.parameters():
-        if p.requires_grad:
-            p.data = p.data.float()  # TRL made the adapters of a 4-bit model bf16
-    return made
-
-
 def learnt(trainer: Any) -> dict[str, Tensor]:
     found = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
     return {n: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for n, p in found.items()}
@@ -95,12 +77,12 @@ def sft(folder: Path) -> None:
     start = {name: p.detach().clone() for name, p in stock.named_parameters() if p.requires_grad}
     packed = sum(p.nbytes for p in stock.parameters() if isinstance(p, pk.NF4Weight))
     with alone():
-        one = trainer(stock, folder / f"alone-{dist.get_rank()}", **options(2 * RANKS))
+        one = sft_trainer(stock, folder / f"alone-{dist.get_rank()}", **options(2 * RANKS))
         one.train()
     with fsdp2():
         model = adapted(llama("nf4"), r=4)
         report = pk.patch(model)
-        shared = trainer(model, folder / "shared", **options(2 * RANKS))
+        shared = sft_trainer(model, folder / "shared", **options(2 * RANKS))
         shared.train()
         assert_fused(model, report)
         assert shared.accelerator.is_fsdp2 and isinstance(model.base_model.model.model.layers[0], FSDPModule)
@@ -124,7 +106,7 @@ def resumed(folder: Path) -> None:
             model = adapted(llama("nf4"), r=4)
             pk.patch(model)
             given = options(2 * RANKS, save_strategy="steps", save_steps=3) | {"steps": 6}
-            made = trainer(model, folder, **given)
+            made = sft_trainer(model, folder, **given)
             made.train(resume_from_checkpoint=checkpoint)
             dist.barrier()
             curves.append(losses(made))
