@@ -12,7 +12,7 @@ from __future__ import annotations
 from . import adapters, dispatch, nn, optim, prefix, prompts, serving
 from .checkpoints.load import load_checkpoint
 from .dispatch import use_backend
-from .nf4 import NF4Weight
+from .nf4.weight import NF4Weight
 from .ops.bottleneck import bottleneck
 from .ops.dora import dora_linear
 from .ops.experts import experts_linear, experts_lora_linear

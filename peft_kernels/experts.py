@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .nf4 import NF4Weight
+from .nf4.weight import NF4Weight
 from .ops.arguments import autocast_dtype
 from .ops.experts import experts_linear, experts_lora_linear, runs
 from .ops.gated import gated_activation

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .integrations import bitsandbytes
 from .integrations.bitsandbytes import expect
-from .nf4_state import NF4State, packed_rows
+from .nf4.state import NF4State, packed_rows
 
 STATE_ITEM = "quant_state.peft_kernels__nf4_experts"
 TENSOR_ITEMS = ("absmax", "nested_absmax", "nested_offset")

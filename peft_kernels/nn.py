@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from .integrations import offload
-from .nf4 import NF4Weight
-from .nf4_model import ModelLink
+from .nf4.model import ModelLink
+from .nf4.sharded_weight import UNGATHERED, is_dtensor, is_sharded, load_rows
+from .nf4.weight import NF4Weight
 from .ops.arguments import autocast_dtype
 from .ops.dora import dora_linear
 from .ops.linear import nf4_linear
 from .ops.lora import lora_linear
-from .sharded_weight import UNGATHERED, is_dtensor, is_sharded, load_rows
 
 __all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
 

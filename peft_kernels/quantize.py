@@ -12,8 +12,8 @@ from torch import nn
 
 from .code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from .integrations.architectures import is_linear
-from .nf4_experts import NF4Experts, pack, weight_names
-from .nf4_model import ModelLink, announce, owners
+from .nf4.experts import NF4Experts, pack, weight_names
+from .nf4.model import ModelLink, announce, owners
 from .nn import NF4Linear
 from .quantize_report import QuantizeReport, nbytes_of, report_of
 from .targets import check_names, expert_targets, targets, warn_about_experts

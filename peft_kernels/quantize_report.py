@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from .nf4_model import record_of
+from .nf4.model import record_of
 
 
 @dataclass

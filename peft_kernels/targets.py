@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .integrations.architectures import HEAD_NAMES, heads, is_linear
-from .nf4_experts import NF4Experts, is_experts, weight_names
+from .nf4.experts import NF4Experts, is_experts, weight_names
 from .nn import NF4Linear
 
 logger = logging.getLogger("peft_kernels")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import testing
 from peft_kernels.experts import experts_forward
-from peft_kernels.nf4_experts import pack, weight_names
+from peft_kernels.nf4.experts import pack, weight_names
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.nf4_experts import NF4Experts, is_experts, pack, unpack, weight_names
+from peft_kernels.nf4.experts import NF4Experts, is_experts, pack, unpack, weight_names
 from peft_kernels.quantize import report_of
 
 

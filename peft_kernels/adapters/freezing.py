@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..integrations.architectures import in_task_head
-from ..nf4_tensor import NF4Tensor
+from ..nf4.tensor import NF4Tensor
 from .adapter import BottleneckAdapter
 
 RECORD = "_peft_kernels_adapters"

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import experts_format
 from ..integrations import bitsandbytes
-from ..nf4_model import METHOD
+from ..nf4.model import METHOD
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
 

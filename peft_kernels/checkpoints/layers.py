@@ -18,7 +18,7 @@ from torch import nn
 
 from ..code_tables import WEIGHT_DTYPES
 from ..integrations.architectures import HEAD_NAMES
-from ..nf4_experts import computes_experts
+from ..nf4.experts import computes_experts
 from ..targets import choose_experts, choose_layers
 from .experts import ExpertsWeight, find
 from .folder import Checkpoint

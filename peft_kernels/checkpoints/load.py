@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nf4 import NF4Weight
+from ..nf4.weight import NF4Weight
 from .checks import nf4_weights, read_nf4
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown

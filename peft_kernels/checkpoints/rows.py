@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .. import experts_format
 from ..integrations import bitsandbytes
-from ..nf4_cut import Cut
-from ..nf4_part import Part
-from ..nf4_state import NF4State
+from ..nf4.cut import Cut
+from ..nf4.part import Part
+from ..nf4.state import NF4State
 from .folder import Checkpoint
 from .header import CheckpointError, Entry
 

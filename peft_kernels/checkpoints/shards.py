@@ -13,7 +13,7 @@ import torch
 from .. import experts_format
 from ..code_tables import NESTED_BLOCKSIZE
 from ..integrations.bitsandbytes import STATE_ITEM
-from ..nf4 import NF4Weight
+from ..nf4.weight import NF4Weight
 from .experts import ExpertsWeight
 from .folder import Checkpoint
 from .header import CheckpointError, Entry

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.header import CheckpointError
-from ..nf4_experts import weight_names
+from ..nf4.experts import weight_names
 from ..targets import choose_experts, choose_layers
 from .sizes import Block, Experts, Linear, Mixture, Model
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map, nf4_code
-from ..nf4_state import NF4State, packed_rows
+from ..nf4.state import NF4State, packed_rows
 from .bitsandbytes_ops import disable as disable
 from .bitsandbytes_ops import enable as enable
 from .bitsandbytes_ops import unpack as unpack

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nf4_state import NF4State, fingerprint
+from ..nf4.state import NF4State, fingerprint
 
 
 def is_asking(caller: FrameType) -> bool:

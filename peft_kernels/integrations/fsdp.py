@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..nf4 import NF4Weight
-from ..nf4_part import Part
-from ..nf4_shard import NF4Shard
-from ..sharded_weight import is_dtensor, is_sharded
+from ..nf4.part import Part
+from ..nf4.shard import NF4Shard
+from ..nf4.sharded_weight import is_dtensor, is_sharded
+from ..nf4.weight import NF4Weight
 from .fsdp_loading import agree, empty_layers, load_checkpoint, mesh_of
 
 __all__ = [

@@ -14,12 +14,12 @@ from ..checkpoints.checks import holds_experts, nf4_weights
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.header import CheckpointError, Entry
 from ..checkpoints.rows import read_form, read_part, read_rows
-from ..nf4 import NF4Weight
-from ..nf4_model import ModelLink, announce
-from ..nf4_shard import NF4Shard
+from ..nf4.model import ModelLink, announce
+from ..nf4.shard import NF4Shard
+from ..nf4.sharded_weight import is_dtensor, is_sharded
+from ..nf4.weight import NF4Weight
 from ..nn import NF4Linear
 from ..quantize_report import QuantizeReport, nbytes_of
-from ..sharded_weight import is_dtensor, is_sharded
 from .architectures import is_linear
 
 META = torch.device("meta")

@@ -16,7 +16,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..code_tables import BLOCKSIZES, WEIGHT_DTYPES
-from ..nf4_model import METHOD
+from ..nf4.model import METHOD
 from .bitsandbytes import BLOCKSIZE_KEY, DEFAULT_BLOCKSIZE, configuration
 
 if not hasattr(HfQuantizer, "get_new_dtype"):  # what a quantiser is asked changed with 5.23

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
-from ..nf4 import NF4Weight
-from ..nf4_experts import computes_experts
+from ..nf4.experts import computes_experts
+from ..nf4.weight import NF4Weight
 from ..nn import NF4Linear
 from .mapped_files import MappedFiles
 from .nf4_config import NF4Config

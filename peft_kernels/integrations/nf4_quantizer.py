@@ -17,9 +17,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from .. import experts_format
-from ..nf4 import NF4Weight
-from ..nf4_experts import NF4Experts, adopt, packed_weights, unpack, weight_names
-from ..nf4_model import METHOD, ModelLink, announce
+from ..nf4.experts import NF4Experts, adopt, packed_weights, unpack, weight_names
+from ..nf4.model import METHOD, ModelLink, announce
+from ..nf4.weight import NF4Weight
 from ..nn import NF4Linear
 from ..quantize_report import QuantizeReport, nbytes_of
 from ..targets import check_names, expert_targets, targets, warn_about_experts

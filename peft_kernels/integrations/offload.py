@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..nf4 import NF4Weight
+from ..nf4.weight import NF4Weight
 from .bitsandbytes import STATE_ITEM, TENSOR_ITEMS
 
 

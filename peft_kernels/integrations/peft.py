@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nf4 import NF4Weight
+from ..nf4.weight import NF4Weight
 from ..nn import NF4Linear
 from ..patch import fused, judge
 from . import bitsandbytes

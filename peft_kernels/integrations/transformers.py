@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig
 from transformers.quantizers import auto
 
-from ..nf4_model import METHOD
+from ..nf4.model import METHOD
 from .nf4_config import NF4Config
 from .nf4_quantizer import NF4Quantizer
 

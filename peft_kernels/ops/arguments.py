@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backends.base import DTYPES
-from ..nf4_state import HoldsNF4, NF4State
+from ..nf4.state import HoldsNF4, NF4State
 from .registry import Base
 
 Weight = HoldsNF4 | NF4State | Tensor

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
-from ..nf4_state import HoldsNF4, NF4State
+from ..nf4.state import HoldsNF4, NF4State
 from . import arguments
 from .arguments import Weight
 from .common import empty_unless, new_h

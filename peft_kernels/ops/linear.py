@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..nf4_state import HoldsNF4, NF4State
+from ..nf4.state import HoldsNF4, NF4State
 from . import arguments
 from .arguments import autocast_dtype
 from .nf4 import dense_weight

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
-from ..nf4_state import HoldsNF4, NF4State
+from ..nf4.state import HoldsNF4, NF4State
 from . import arguments, cross_entropy  # noqa: F401  (the ops)
 from .arguments import Weight
 from .lora import check_adapter

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # parameters while torch.export traces
 
 from ..integrations import bitsandbytes
-from ..nf4 import NF4State, NF4Weight
+from ..nf4.sharded_weight import UNGATHERED, is_sharded
+from ..nf4.weight import NF4State, NF4Weight
 from ..nn import NF4Linear
 from ..ops.arguments import autocast_dtype
 from ..ops.multi_lora import Adapter
-from ..sharded_weight import UNGATHERED, is_sharded
 from . import fused, sources, verify
 
 HOOKED = "hooks on the base layer or an adapter, which a fused forward would pass by"

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from ..code_tables import WEIGHT_DTYPES
-from ..nf4 import NF4Weight
-from ..nf4_experts import NF4Experts, weight_names
+from ..nf4.experts import NF4Experts, weight_names
+from ..nf4.weight import NF4Weight
 from . import fused, judge, sources, verify
 
 _wrapper_classes: dict[tuple[type, Callable[..., Any]], str] = {}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nf4 import NF4Weight
+from ..nf4.weight import NF4Weight
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.lora import lora_linear
 from ..ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..nf4_experts import NF4Experts
+from ..nf4.experts import NF4Experts
 from . import fused, judge, judge_experts, judge_prefix
 from .experts import FusedParameters
 from .fused import Fused, Record

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .code_tables import NESTED_BLOCKSIZE
-from .nf4_cut import Cut
-from .nf4_state import NF4State, packed_rows
-from .ops.registry import public_ops as ops
+from ..code_tables import NESTED_BLOCKSIZE
+from ..ops.registry import public_ops as ops
+from .cut import Cut
+from .state import NF4State, packed_rows
 
 _ALIGNMENT = 256  # bytes, of what lies behind the codes in a buffer that holds both
 

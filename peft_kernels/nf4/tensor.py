@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from .code_tables import WEIGHT_DTYPES
-from .integrations import ddp
-from .nf4_state import Addition, HoldsNF4, NF4State, warn_of_growth
-from .ops.linear import nf4_linear
+from ..code_tables import WEIGHT_DTYPES
+from ..integrations import ddp
+from ..ops.linear import nf4_linear
 from .read_only import has_views, read_only, written
+from .state import Addition, HoldsNF4, NF4State, warn_of_growth
 
 aten = torch.ops.aten
 

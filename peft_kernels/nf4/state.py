@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ops.registry import Base
-from .ops.registry import public_ops as ops
+from ..ops.registry import Base
+from ..ops.registry import public_ops as ops
 
 PACKED_FORM = ("packed", "absmax", "absmax2", "offset")
 

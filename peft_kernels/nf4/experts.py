@@ -8,10 +8,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .experts import experts_forward
-from .nf4 import NF4Weight
-from .nf4_model import ModelLink
+from ..experts import experts_forward
+from .model import ModelLink
 from .sharded_weight import is_sharded
+from .weight import NF4Weight
 
 _HOME = "transformers.integrations.moe"
 

@@ -7,9 +7,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from .nf4 import NF4Weight
-from .nf4_part import Part
-from .nf4_shard import NF4Shard
+from .part import Part
+from .shard import NF4Shard
+from .weight import NF4Weight
 
 UNGATHERED = (
     "this process has some rows of it, as FSDP2 shards it, expected all: call the module that fully_shard "

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .nf4 import NF4Weight
+from .weight import NF4Weight
 
 RECORD = "_peft_kernels_nf4"
 METHOD = "peft_kernels_nf4"

@@ -18,12 +18,12 @@ from torch import Tensor
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map
 
-from . import nf4_tensor
-from .code_tables import WEIGHT_DTYPES
-from .nf4 import NF4Weight
-from .nf4_cut import Cut
-from .nf4_part import Part, joined, separated
+from ..code_tables import WEIGHT_DTYPES
+from . import tensor as nf4_tensor
+from .cut import Cut
+from .part import Part, joined, separated
 from .read_only import has_views, read_only, written
+from .weight import NF4Weight
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ keep that honest:
 - A write makes the weight *dense*, for every alias of it: what is written is kept in full, never rounded back
   to 4 bits or lost with a temporary. `requantize_()` packs it again.
 - A delta that is added in place and subtracted again (a merge and its unmerge) leaves the packed bytes as
-  they were, and frees the dense values. See `nf4_state`.
+  they were, and frees the dense values. See `state`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from . import experts_format
-from .code_tables import BLOCKSIZES, WEIGHT_DTYPES
-from .integrations import bitsandbytes
-from .nf4_state import Addition, NF4State, fingerprint, packed_rows
-from .nf4_tensor import NF4Tensor
-from .ops.registry import public_ops as ops
+from .. import experts_format
+from ..code_tables import BLOCKSIZES, WEIGHT_DTYPES
+from ..integrations import bitsandbytes
+from ..ops.registry import public_ops as ops
+from .state import Addition, NF4State, fingerprint, packed_rows
+from .tensor import NF4Tensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
