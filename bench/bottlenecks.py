@@ -1,7 +1,8 @@
 """Bottleneck adapters beside the modules that they are made of, in plain torch and compiled.
 
 A sequential adapter adds to its own input, a parallel one to the output of a sublayer. `mixed`: fp32
-parameters beside activations in bf16, for which plain modules widen the activations, or run under autocast.
+parameters beside activations in bf16, for which plain modules widen the activations. `autocast`: the same
+parameters under autocast, where plain modules round them, and so does ours.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import peft_kernels as pk
 import testing
+from peft_kernels.adapters import AdapterConfig
+from peft_kernels.adapters.adapter import BottleneckAdapter
 
 from . import gate, layers
 from .cases import DTYPES
@@ -26,7 +28,7 @@ from .report import OURS
 
 WIDTH, BOTTLENECK, SCALING = 768, 48, 2.0
 ROWS = (1, 16, 128, 2048)
-MODULES, AUTOCAST, COMPILED = "modules", "modules, autocast", "modules, compiled"
+MODULES, COMPILED = "modules", "modules, compiled"
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
 NAMES = ("x", "residual", "down", "up", "down_bias", "up_bias")
 
@@ -36,18 +38,21 @@ class Kind:
     train: bool
     parallel: bool = False
     mixed: bool = False
+    autocast: bool = False
     activation: str = "relu"
 
     @property
     def group(self) -> str:
         parts = ["bottleneck"] + ["parallel"] * self.parallel + ["mixed"] * self.mixed
+        parts += ["autocast"] * self.autocast
         parts += [self.activation] * (self.activation != "relu")
         return "-".join([*parts, "train" if self.train else "forward"])
 
     @property
     def title(self) -> str:
         what = f"{'parallel' if self.parallel else 'sequential'} adapter, {self.activation}"
-        beside = ", fp32 parameters beside bf16" if self.mixed else ""
+        beside = ", fp32 parameters beside bf16" if self.mixed or self.autocast else ""
+        beside += ", autocast" if self.autocast else ""
         passes = "forward + backward" if self.train else "forward without grad"
         return f"{what}, r={BOTTLENECK}{beside}, {passes}"
 
@@ -68,7 +73,7 @@ class Plain(nn.Module):
     def forward(self, x: Tensor, beside: Tensor) -> Tensor:
         return (beside if self.parallel else x) + SCALING * self.up(self.activation(self.down(x)))
 
-    def leaves(self) -> dict[str, Tensor]:
+    def leaves(self) -> dict[str, nn.Parameter]:
         return {
             "down": self.down.weight,
             "up": self.up.weight,
@@ -77,8 +82,20 @@ class Plain(nn.Module):
         }
 
 
+def adapter_of(kind: Kind, parameters: Mapping[str, nn.Parameter]) -> BottleneckAdapter:
+    """Ours, of the same parameters."""
+    r, width = parameters["down"].shape
+    config = AdapterConfig(
+        False, True, parallel=kind.parallel, reduction=width / r, activation=kind.activation, scaling=SCALING
+    )
+    adapter = BottleneckAdapter(config, width, torch.device("cpu"), parameters["down"].dtype)
+    for name, parameter in parameters.items():
+        setattr(adapter, name, parameter)
+    return adapter
+
+
 def inputs_of(kind: Kind, width: int, r: int, m: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    kept = torch.float32 if kind.mixed else dtype
+    kept = torch.float32 if kind.mixed or kind.autocast else dtype
     return {
         "x": testing.tensor(m, width, dtype=dtype, seed=4),
         "residual": testing.tensor(m, width, dtype=dtype, seed=6),
@@ -120,38 +137,34 @@ def bottleneck(
         plain = Plain(kind, inputs)
         x, residual = (inputs[name].clone().requires_grad_(kind.train) for name in ("x", "residual"))
         of_modules = plain.leaves()
+        adapter = adapter_of(kind, of_modules)
 
-        def ours() -> Tensor:
-            parameters = (of_modules[name] for name in ("down", "up", "down_bias", "up_bias"))
-            return pk.bottleneck(
-                x, *parameters, kind.activation, SCALING, residual if kind.parallel else None
-            )
-
-        def widened(module: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], Tensor]:
+        def of(module: Any) -> Callable[[], Tensor]:
             if not kind.mixed:
                 return lambda: module(x, residual)
-            return lambda: module(x.float(), residual.float() if kind.parallel else residual).to(x.dtype)
-
-        def autocast() -> Tensor:
-            with torch.autocast("cpu", x.dtype):
-                return plain(x, residual).to(x.dtype)
+            return lambda: module(x.float(), residual.float() if kind.parallel else residual)
 
         def call(forward: Callable[[], Tensor]) -> Callable[[], Any]:
-            if not kind.train:
-                return layers.forward_call(lambda _: forward(), x)
-            beside = {"residual": residual} if kind.parallel else {}
-            return layers.differentiated(forward, {"x": x, **beside, **of_modules}, dy)
+            def cast() -> Tensor:
+                with torch.autocast("cpu", x.dtype, enabled=kind.autocast):
+                    return forward().to(x.dtype)
 
+            if not kind.train:
+                return layers.forward_call(lambda _: cast(), x)
+            beside = {"residual": residual} if kind.parallel else {}
+            return layers.differentiated(cast, {"x": x, **beside, **of_modules}, dy)
+
+        if kind.autocast:
+            wanted = gate.Expected(call(of(plain))(), wanted.truth)
         entries = [
-            Entry(OURS, lambda: [call(ours)], wanted.strict),
-            Entry(MODULES, lambda: [call(widened(plain))], wanted.sane),
+            Entry(
+                OURS, lambda: [call(lambda: adapter(x, residual if kind.parallel else None))], wanted.strict
+            ),
+            Entry(MODULES, lambda: [call(of(plain))], wanted.sane),
         ]
-        if kind.mixed:
-            entries.append(Entry(AUTOCAST, lambda: [call(autocast)], wanted.sane))
         if compiles:
-            entries.append(
-                Entry(COMPILED, lambda: [call(widened(torch.compile(plain, dynamic=False)))], wanted.sane)
-            )
+            compiled = torch.compile(plain, dynamic=False)
+            entries.append(Entry(COMPILED, lambda: [call(of(compiled))], wanted.sane))
         return contenders(Kept(), entries)
 
     goals = [Goal(MODULES, 1.5)] if kind.train and m == max(ROWS) else []
@@ -170,3 +183,6 @@ def _standard() -> Iterator[Case]:
                     yield bottleneck(Kind(train, parallel, mixed), m, dtype)
         for activation in ("gelu", "silu"):
             yield bottleneck(Kind(True, mixed=mixed, activation=activation), max(ROWS), dtype)
+    for parallel in (False, True):
+        for m in ROWS:
+            yield bottleneck(Kind(True, parallel, autocast=True), m, "bf16")

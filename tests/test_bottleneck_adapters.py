@@ -15,6 +15,7 @@ from torch import nn
 import peft_kernels as pk
 import testing
 from peft_kernels.adapters import AdapterConfig
+from peft_kernels.adapters.adapter import BottleneckAdapter
 
 adapters = pk.adapters
 CONFIGS = {
@@ -266,3 +267,30 @@ def test_refused() -> None:
     with pytest.raises(ValueError, match=r"layers\.0: expected a feed-forward, got a mixture of experts"):
         adapters.add(moe, "one")
     adapters.add(moe, "one", AdapterConfig(attention=True, feed_forward=False))
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_autocast_rounds_what_is_multiplied(parallel: bool) -> None:
+    """fp32 parameters, x in autocast's type: to the bit what an adapter of rounded weights gives; gradients
+    stay in fp32. x of another type is none of autocast's business."""
+    config = AdapterConfig(False, True, parallel=parallel, activation="gelu", reduction=4)
+    adapter = BottleneckAdapter(config, 64, torch.device("cpu"), torch.float32)
+    for parameter in adapter.parameters():
+        nn.init.normal_(parameter, std=0.1)
+    rounded = copy.deepcopy(adapter)
+    rounded.down.data, rounded.up.data = adapter.down.bfloat16(), adapter.up.bfloat16()
+    x, beside, dy = testing.tensor(3, 40, 64, dtype=torch.bfloat16).unbind()
+
+    def results(of: BottleneckAdapter, x: torch.Tensor, cast: bool) -> list[torch.Tensor]:
+        leaves = [x.detach().requires_grad_(), *of.parameters()]
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            y = of(leaves[0], beside.to(x.dtype) if parallel else None)
+        return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(x.dtype))]
+
+    got, want = results(adapter, x, True), results(rounded, x, False)
+    assert all(torch.equal(g, w.to(g.dtype)) for g, w in zip(got, want, strict=True))
+    assert [g.dtype for g in got] == [torch.bfloat16] * 2 + [torch.float32] * 4
+    exact = results(adapter, x, False)
+    assert not torch.equal(got[0], exact[0]) and testing.relative_error(got[0], exact[0]) < 0.01
+    wide = [results(adapter, x.float(), cast) for cast in (True, False)]
+    assert all(torch.equal(g, w) for g, w in zip(*wide, strict=True))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops.arguments import autocast_dtype
 from ..ops.bottleneck import bottleneck
 from ..ops.multi_bottleneck import BottleneckParameters
 from .config import AdapterConfig
@@ -50,13 +51,17 @@ class BottleneckAdapter(nn.Module):
         return "input" if self.config.parallel else "norm" if self.config.after_norm else "output"
 
     def parameters_for(self, x: Tensor) -> BottleneckParameters:
+        """As `bottleneck` takes them: in fp32 or x's dtype. Under autocast to x's dtype the weights of products
+        are rounded to it, as those of nn.Linear are."""
+
         def kept(parameter: Any) -> Any:
             wide = parameter is None or parameter.dtype in (torch.float32, x.dtype)
             return parameter if wide else parameter.to(x.dtype)
 
+        rounds = autocast_dtype(x.device.type) == x.dtype
         return BottleneckParameters(
-            kept(self.down),
-            kept(self.up),
+            self.down.to(x.dtype) if rounds else kept(self.down),
+            self.up.to(x.dtype) if rounds else kept(self.up),
             kept(self.down_bias),
             kept(self.up_bias),
             self.config.activation,
