@@ -35,6 +35,7 @@ SPECS = ROOT / "peft_kernels" / "ops"
 
 CPU_SOURCES = [
     "csrc/cpu/adamw_ops.cpp",
+    "csrc/cpu/attention_ops.cpp",
     "csrc/cpu/bottleneck_ops.cpp",
     "csrc/cpu/cross_entropy_ops.cpp",
     "csrc/cpu/dora_ops.cpp",

@@ -20,6 +20,7 @@ host-...               the CUDA back end's host code, without a card
 waves-...              by arithmetic, how far products with NF4 weights fill a card; every-cell-... for each
 loading-...            memory and time that loading a checkpoint in 4 bits takes
 bitsandbytes-ops-...   its Linear4bit as it is and on our kernels
+attention-...          of a layer, beside torch's
 loss-...               a language model's head with its loss, beside torch's by all logits
 experts-..., moe-...   layers of experts; a whole mixture of experts, for which it needs 16 GB
 bottleneck-...         adapters beside plain modules
@@ -80,6 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     import testing
     from bench import (
+        attention,
         bnb_ops,
         bottlenecks,
         cases,
@@ -108,6 +110,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     timed = [*cases.standard(options.dtype), *memory.standard(options.dtype)]
     by_name = [
+        *attention.standard(options.dtype),
         *bnb_ops.standard(options.dtype),
         *bottlenecks.standard(),
         *experts.standard(options.dtype),

@@ -13,6 +13,7 @@ from . import adapters, dispatch, nn, optim, prefix, prompts, serving
 from .checkpoints.load import load_checkpoint
 from .dispatch import use_backend
 from .nf4.weight import NF4Weight
+from .ops.attention import attention
 from .ops.bottleneck import bottleneck
 from .ops.dora import dora_linear
 from .ops.experts import experts_linear, experts_lora_linear
@@ -35,6 +36,7 @@ __all__ = [
     "BottleneckParameters",
     "NF4Weight",
     "adapters",
+    "attention",
     "bottleneck",
     "dora_linear",
     "experts_linear",

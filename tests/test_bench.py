@@ -30,6 +30,7 @@ import testing
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
 from bench import (
+    attention,
     bnb_ops,
     bottlenecks,
     cases,
@@ -235,7 +236,8 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
         bottlenecks, compiled, triton_cases, waves, loading, optimizers, optimizer_curves, optimizer_waves,
         rlhf, methods,
     )  # fmt: skip
-    by_name = [kind.standard("bf16") for kind in (host, bnb_ops, experts, losses, moe, prefix, serving)]
+    by_dtype = (attention, host, bnb_ops, experts, losses, moe, prefix, serving)
+    by_name = [kind.standard("bf16") for kind in by_dtype]
     by_name += [kind.standard() for kind in kinds_by_name]
     assert every - full == {case.name for cases_of in by_name for case in cases_of}
     kinds = {name.rpartition("-")[0] if "memory" in name else re.split(r"-\d", name)[0] for name in full}

@@ -45,6 +45,11 @@ struct KernelTable {
   void (*softmax_piece)(const SoftmaxParams& params, int64_t begin, int64_t end);
   void (*softmax_slope)(const SlopeParams& params);
   void (*softmax_slopes)(const SlopesParams& params, int64_t begin, int64_t end);
+  // Rows [begin, end) of all heads, begin a multiple of kAttentionPad. `room` has the bytes that are asked
+  // for.
+  int64_t (*attention_bytes)(const AttentionParams& params, bool is_backward);
+  void (*attention)(const AttentionParams& params, int64_t begin, int64_t end, void* room);
+  void (*attention_backward)(const AttentionParams& params, void* room);
   // Elements [begin, end) of a parameter; begin is a multiple of kStateBlock.
   void (*step)(const StepParams& params, const StepTensor& tensor, int64_t begin, int64_t end);
   // The sum of (x[i] * factor)^2 over [begin, end).

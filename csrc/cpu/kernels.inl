@@ -22,6 +22,8 @@
 #include "dora_scale.inl"
 #include "dora_norm.inl"
 #include "cross_entropy.inl"
+#include "attention.inl"
+#include "attention_backward.inl"
 #include "dynamic_codes.inl"
 #include "adamw.inl"
 // clang-format on
@@ -50,6 +52,9 @@ constexpr KernelTable kKernels = {
     softmax_piece,
     softmax_slope,
     softmax_slopes,
+    attention_bytes,
+    attention,
+    attention_backward,
     step,
     squares,
     row_squares,

@@ -255,6 +255,27 @@ struct SlopesParams {
   float smoothing, z_loss;
 };
 
+// Attention of the heads of queries that share one head of keys and values, in one sequence.
+struct AttentionParams {
+  const void *q, *k, *v;  // rows of `features`, which lie side by side
+  DType dtype;            // of all but lse and the sums
+  int64_t q_head, q_ld;   // elements from one head, and from one row, to the next
+  int64_t k_ld, v_ld;
+  int64_t heads, rows, keys, features;
+  const int32_t* spans;  // [rows, 2]: the first key of a row, and the one behind its last; or null
+  bool is_causal;        // and none behind the row's own, the last row's being the last key
+  float scale;           // of scores; positive
+  void* out;             // backward: what the forward gave
+  int64_t out_head, out_ld;
+  float* softmax;  // [heads, 2, rows]: the greatest score, and 1 by the sum of exponentials; 0 without a key
+  const void* dy;  // backward
+  int64_t dy_head, dy_ld;
+  void* dq;
+  int64_t dq_head, dq_ld;
+  float *dk_sums, *dv_sums;  // [keys, features], both rounded up to kAttentionPad; added to
+};
+inline constexpr int64_t kAttentionPad = 64;
+
 enum class StepKind : uint8_t { kAdamW, kAdam, kLion };
 
 // One parameter in an optimizer's step, flat, and the numbers that ops/adamw.py names.

@@ -51,8 +51,8 @@ class BottleneckAdapter(nn.Module):
         return "input" if self.config.parallel else "norm" if self.config.after_norm else "output"
 
     def parameters_for(self, x: Tensor) -> BottleneckParameters:
-        """As `bottleneck` takes them: in fp32 or x's dtype. Under autocast to x's dtype the weights of products
-        are rounded to it, as those of nn.Linear are."""
+        """As `bottleneck` takes them: in fp32 or x's dtype. Under autocast to x's dtype the weights of
+        products are rounded to it, as those of nn.Linear are."""
 
         def kept(parameter: Any) -> Any:
             wide = parameter is None or parameter.dtype in (torch.float32, x.dtype)

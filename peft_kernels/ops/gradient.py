@@ -221,7 +221,7 @@ class _Saving:
         if self._kept:
             kept = [results[i] for i in self._kept]
             tensors += kept
-            ctx.mark_non_differentiable(*kept)
+            ctx.mark_non_differentiable(*(results[i] for i in self._kept if i))
             # No zeros for gradients that there are none of: as much memory as the results themselves.
             ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)

@@ -80,7 +80,7 @@ class Op:
     """Tensors, among arguments and results, of which backward needs but shape and dtype: `gradient.Like`.
     Other arguments are saved."""
     kept: ClassVar[tuple[str, ...]] = ()
-    """Results that leave the op only to be saved; a gradient through them there is none."""
+    """Results that are saved. All but the first leave the op for nothing else: they have no gradient."""
     twice_differentiable: ClassVar[bool] = False
     """Whether the gradient is made of differentiable ops. Else a gradient of it is refused."""
 

@@ -1,0 +1,136 @@
+"""Our attention in models of transformers, by their own registry of attention functions.
+
+use(model)                             # and model.set_attn_implementation("sdpa") takes it out again
+
+register()                             # or by name, from the start
+AutoModelForCausalLM.from_pretrained(..., attn_implementation="peft_kernels")
+
+Masks are those of "sdpa". What ours does not cover goes to "sdpa" itself: dropout, biases of positions,
+masks that are not spans of keys, a single query, other devices than the CPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from .. import dispatch
+from ..ops.attention import attention
+
+NAME = "peft_kernels"
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Spans of masks, and the version of the mask they are of: all layers of a model are given the same one.
+_spans: Any = WeakTensorKeyDictionary()
+
+
+def register() -> None:
+    """Make `attn_implementation="peft_kernels"` known to transformers. Changes no model."""
+    AttentionInterface.register(NAME, attention_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def use(model: nn.Module) -> None:
+    """Let a model of transformers, or one that wraps it as PEFT's do, compute its attention by our kernel.
+
+    Raises
+    ------
+    TypeError
+        There is no model of transformers in it.
+    ValueError
+        Its class does not choose its attention by transformers' registry.
+    """
+    register()
+    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    if found is None:
+        raise TypeError(f"model: expected a model of transformers, got a {type(model).__name__}")
+    if not found._can_set_attn_implementation():
+        raise ValueError(f"model: a {type(found).__name__} does not let its attention be chosen")
+    found.set_attn_implementation(NAME)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls attention functions: query (batch, heads, rows, features), key and value
+    (batch, key_heads, keys, features), a mask that is True where a row attends to a key, or None. Gives
+    (batch, rows, heads, features), and no weights."""
+    if _takes(query, key, value, dropout, scaling, kwargs):
+        spans = None if attention_mask is None else spans_of(attention_mask, query, key)
+        if attention_mask is None or spans is not None:
+            if is_causal is None:
+                is_causal = getattr(module, "is_causal", True)
+            is_causal = bool(is_causal) and attention_mask is None
+            rows = query.shape[2]
+            if is_causal and key.shape[2] > rows:  # a cache that is still empty behind the rows, as in sdpa
+                key, value = key[:, :, :rows], value[:, :, :rows]
+            q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+            return attention(q, k, v, spans, is_causal, scaling), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
+    )
+
+
+def _takes(
+    query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, kwargs: dict[str, Any]
+) -> bool:
+    return (
+        query.device.type == "cpu"
+        and query.dtype in _DTYPES
+        and query.shape[2] > 1
+        and query.shape[3] == key.shape[3]
+        and query.shape[0] == key.shape[0]
+        and key.shape == value.shape
+        and query.dtype == key.dtype == value.dtype
+        and not dropout
+        and (scaling is None or scaling > 0)
+        and kwargs.get("softcap") is None
+        and kwargs.get("position_bias") is None
+        and _has_kernel(query)
+    )
+
+
+def _has_kernel(query: Tensor) -> bool:
+    """Plain torch would have all scores in memory. A traced call finds its back end when it runs."""
+    return torch.compiler.is_compiling() or dispatch.select("attention", (query,)).name == "cpu"
+
+
+def spans_of(mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
+    """(batch, rows, 2), int32: the first key that each row attends to, and the one behind the last. None for
+    a mask that is not of bool, differs between heads, or has a row whose keys are not side by side."""
+    batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
+    if (
+        mask.dtype != torch.bool
+        or mask.dim() != 4
+        or mask.shape[0] not in (1, batch)
+        or mask.shape[1:] != (1, rows, keys)
+        or torch.compiler.is_compiling()  # whether rows are spans is known by looking
+    ):
+        return None
+    version, spans = _spans.get(mask, (None, None))
+    if version != mask._version:
+        spans = _spans_of(mask[:, 0])
+        _spans[mask] = mask._version, spans
+    return None if spans is None else spans.expand(batch, rows, 2)
+
+
+def _spans_of(attends: Tensor) -> Tensor | None:
+    ones = attends.to(torch.uint8)
+    count = ones.sum(-1, dtype=torch.int32)
+    first = ones.argmax(-1).to(torch.int32)
+    end = attends.shape[-1] - ones.flip(-1).argmax(-1).to(torch.int32)
+    end = torch.where(count > 0, end, first)
+    return torch.stack([first, end], -1) if bool(((end - first) == count).all()) else None

@@ -1,0 +1,38 @@
+"""Arguments of the ops of attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from small_tensors import leaf
+
+
+def attention_args(
+    dtype: torch.dtype = torch.float32, spans: bool = False, causal: bool = False
+) -> tuple[Any, ...]:
+    q, k, v = (leaf(2, rows, heads, 6, dtype=dtype, seed=rows) for rows, heads in ((5, 4), (7, 2), (7, 2)))
+    of_rows = torch.tensor([[0, 7], [2, 5], [3, 3], [6, 9], [0, 1]]).int().expand(2, 5, 2)
+    return (q, k, v, of_rows if spans else None, causal, 0.4)
+
+
+def backward_args(**options: Any) -> tuple[Any, ...]:
+    q, k, v, *rest = attention_args(**options)
+    args = (q.detach(), k.detach(), v.detach(), *rest)
+    y, softmax = torch.ops.peft_kernels_reference.attention(*args)
+    return (leaf(2, 5, 4, 6, dtype=y.dtype, seed=8).detach(), *args, y, softmax)
+
+
+def attention_samples() -> dict[str, dict[str, tuple[Any, ...]]]:
+    return {
+        "attention": {
+            "plain": attention_args(),
+            "spans-bf16": attention_args(torch.bfloat16, spans=True),
+            "causal": attention_args(causal=True),
+            "both": attention_args(spans=True, causal=True),
+        },
+        "attention_backward": {
+            "causal": backward_args(causal=True),
+            "spans-bf16": backward_args(dtype=torch.bfloat16, spans=True),
+        },
+    }

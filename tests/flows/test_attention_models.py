@@ -1,0 +1,192 @@
+"""Our attention in models of transformers, beside "sdpa": masks, outputs, gradients, generate."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import bottleneck_models as bm
+import models
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+import peft_kernels as pk
+import testing
+from peft_kernels.integrations import attention as ours
+
+ours.register()
+LENGTH = 21
+
+
+def padded(side: str) -> Tensor:
+    mask = torch.ones(3, LENGTH, dtype=torch.long)
+    for row, count in enumerate((0, 4, 11)):
+        mask[row, slice(0, count) if side == "left" else slice(LENGTH - count, LENGTH)] = 0
+    return mask
+
+
+def inputs(kind: str) -> dict[str, Tensor]:
+    ids = torch.randint(3, 100, (3, LENGTH), generator=torch.Generator().manual_seed(1))
+    if kind == "packed":
+        return {"input_ids": ids[:1], "position_ids": torch.cat([torch.arange(n) for n in (8, 1, 12)])[None]}
+    return {"input_ids": ids} | ({} if kind == "whole" else {"attention_mask": padded(kind)})
+
+
+def llama(**options: Any) -> Any:
+    return models.tiny_llama(**options)
+
+
+def sliding(**options: Any) -> Any:
+    config = transformers.MistralConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, sliding_window=5, **options,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return transformers.MistralForCausalLM(config)
+
+
+class Calls:
+    """Counts calls of the op, and of sdpa in its place."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.ours = self.theirs = 0
+        op, sdpa = ours.attention, ours.sdpa_attention_forward
+
+        def call_op(*args: Any) -> Tensor:
+            self.ours += 1
+            return op(*args)
+
+        def call_sdpa(*args: Any, **kwargs: Any) -> Any:
+            self.theirs += 1
+            return sdpa(*args, **kwargs)
+
+        monkeypatch.setattr(ours, "attention", call_op)
+        monkeypatch.setattr(ours, "sdpa_attention_forward", call_sdpa)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    return Calls(monkeypatch)
+
+
+def results(model: Any, given: dict[str, Tensor], seen: Tensor | None = None) -> dict[str, Tensor]:
+    """Logits of what is no padding, and all gradients."""
+    model.zero_grad()
+    logits = model(**given, use_cache=False).logits
+    logits = logits if seen is None else logits[seen.bool()]
+    (logits.float() * testing.tensor(*logits.shape, seed=3)).sum().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **gradients}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["whole", "left", "right", "packed"])
+@pytest.mark.parametrize("make", [llama, sliding])
+def test_numbers(calls: Calls, make: Any, kind: str, dtype: torch.dtype) -> None:
+    model, given = make().to(dtype), inputs(kind)
+    seen = given.get("attention_mask")
+    plain = results(model, given, seen)
+    truth = results(copy.deepcopy(model).double(), given, seen)
+    model.set_attn_implementation(ours.NAME)
+    got = results(model, given, seen)
+    assert calls.ours == 2 and not calls.theirs
+    assert got.keys() == truth.keys()
+    for name, value in got.items():
+        error, of_sdpa = (testing.relative_error(one, truth[name]) for one in (value, plain[name]))
+        assert error <= 2 * of_sdpa + torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("family", ["bert", "bart", "gpt2", "vit", "t5"])
+def test_other_families(calls: Calls, family: str) -> None:
+    """Encoders, cross-attention, pictures; T5's biases of positions are sdpa's."""
+    about = bm.FAMILIES[family]
+    model, given = about.make(), about.inputs()
+    want = bm.output(model, given)
+    model.set_attn_implementation(ours.NAME)
+    got = bm.output(model, given)
+    assert testing.relative_error(got, want) < 1e-5
+    assert calls.theirs > 0 if family == "t5" else calls.ours > 0 and not calls.theirs
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_generate(calls: Calls, cache: str) -> None:
+    """The prompt by ours, single tokens by sdpa: the same tokens."""
+    model = llama(initializer_range=0.3).eval()
+    given = inputs("left")
+    options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
+    options |= {"disable_compile": True, "pad_token_id": 0}
+    want = model.generate(**given, **options)
+    model.set_attn_implementation(ours.NAME)
+    assert torch.equal(model.generate(**given, **options), want)
+    assert calls.ours == 2 and calls.theirs == 10
+
+
+def test_dropout_goes_to_sdpa(calls: Calls) -> None:
+    model = llama(attention_dropout=0.5)
+    model.set_attn_implementation(ours.NAME)
+    model.train()(**inputs("whole"))
+    assert calls.theirs == 2 and not calls.ours
+    model.eval()(**inputs("whole"))
+    assert calls.theirs == 2 and calls.ours == 2
+
+
+def test_other_masks_go_to_sdpa(calls: Calls) -> None:
+    """Keys that are not side by side, and numbers that are added."""
+    model, given = llama().eval(), inputs("whole")
+    holes = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    holes[:, :, 9:, 4] = False
+    added = torch.where(holes, 0.0, torch.finfo(torch.float32).min)
+    for mask in (holes, added):
+        want = model(**given, attention_mask=mask).logits
+        model.set_attn_implementation(ours.NAME)
+        assert torch.equal(model(**given, attention_mask=mask).logits, want)
+        model.set_attn_implementation("sdpa")
+    assert calls.theirs == 4 and not calls.ours
+
+
+def test_a_mask_that_changes_is_looked_at_again() -> None:
+    q = testing.tensor(1, 2, 4, 8)
+    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+    assert ours.spans_of(mask, q, q)[0].tolist() == [[0, 1], [0, 2], [0, 3], [0, 4]]
+    mask[0, 0, :, 0] = False
+    assert ours.spans_of(mask, q, q)[0].tolist() == [[0, 0], [1, 2], [1, 3], [1, 4]]
+    mask[0, 0, 3, 2] = False
+    assert ours.spans_of(mask, q, q) is None
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_and_lora(calls: Calls, reentrant: bool) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=4))
+    pk.patch(model)
+    given = inputs("left")
+    seen = given["attention_mask"]
+    want = results(model, given, seen)
+    ours.use(model)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    got = results(model.train(), given, seen)
+    assert calls.ours == 4 and not calls.theirs  # each layer twice
+    assert all(testing.relative_error(got[name], want[name]) < 1e-4 for name in want if want[name].any())
+
+
+def test_compiled(calls: Calls) -> None:
+    model = llama().eval()
+    want = model(**inputs("whole")).logits
+    model.set_attn_implementation(ours.NAME)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert testing.relative_error(compiled(**inputs("whole")).logits, want) < 1e-5
+
+
+def test_use(calls: Calls) -> None:
+    with pytest.raises(TypeError, match="model: expected a model of transformers, got a Linear"):
+        ours.use(torch.nn.Linear(2, 2))
+    model = llama().eval()
+    want = model(**inputs("whole")).logits
+    ours.use(model)
+    model(**inputs("whole"))
+    assert calls.ours == 2 and "peft_kernels" not in str(model.config.to_dict())
+    model.set_attn_implementation("sdpa")
+    assert torch.equal(model(**inputs("whole")).logits, want)

@@ -1,0 +1,196 @@
+"""Attention on every back end, against its definition in fp64."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import peft_kernels as pk
+import testing
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# batch, rows, keys, heads, heads of keys, features
+SIZES = [
+    (2, 130, 130, 6, 2, 64),
+    (1, 7, 33, 3, 1, 80),
+    (1, 70, 600, 2, 2, 128),
+    (3, 65, 65, 4, 4, 6),
+    (1, 5, 12, 2, 1, 7),
+    (1, 1, 9, 1, 1, 16),
+    (1, 3, 1100, 2, 1, 32),
+]
+MASKS = ["none", "causal", "spans", "both"]
+
+
+def sides(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
+    """q, k, v and dy."""
+    batch, rows, keys, heads, key_heads, features = size
+    shapes = (rows, heads), (keys, key_heads), (keys, key_heads), (rows, heads)
+    return [testing.tensor(batch, r, h, features, dtype=dtype, seed=i) for i, (r, h) in enumerate(shapes)]
+
+
+def spans_for(size: tuple[int, ...]) -> Tensor:
+    """Of any kind: some without keys, some that end beyond the last key or start before the first."""
+    batch, rows, keys = size[:3]
+    generator = torch.Generator().manual_seed(rows)
+    first = torch.randint(-2, keys, (batch, rows), generator=generator)
+    end = first + torch.randint(0, keys + 3, (batch, rows), generator=generator)
+    return torch.stack([first, end], -1).int()
+
+
+def definition(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, causal: bool, scale: float) -> Tensor:
+    rows, keys, group = q.shape[1], k.shape[1], q.shape[2] // k.shape[2]
+    key = torch.arange(keys)
+    attends = torch.ones(q.shape[0], rows, keys, dtype=torch.bool)
+    if spans is not None:
+        attends &= (key >= spans[..., :1]) & (key < spans[..., 1:])
+    if causal:
+        attends &= key <= torch.arange(rows)[:, None] + keys - rows
+    scores = torch.einsum("brhf,bshf->bhrs", q, k.repeat_interleave(group, 2)) * scale
+    # A row without keys is 0, and so are its gradients.
+    some = attends.any(-1)[:, None, :, None]
+    weights = torch.where(attends[:, None] | ~some, scores, -math.inf).softmax(-1) * some
+    return torch.einsum("bhrs,bshf->brhf", weights, v.repeat_interleave(group, 2))
+
+
+def results(forward: Any, q: Tensor, k: Tensor, v: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    y = forward(*leaves)
+    return dict(zip(("y", "dq", "dk", "dv"), (y, *torch.autograd.grad(y, leaves, dy)), strict=True))
+
+
+def in_plain_torch(forward: Any, *sides: Tensor) -> dict[str, Tensor]:
+    """The same maths: gradients that start from what a row's result and its gradient come to."""
+    with pk.use_backend("reference"):
+        return results(forward, *sides)
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
+def test_attention(backend: str, size: tuple[int, ...], dtype: torch.dtype, mask: str) -> None:
+    spans = spans_for(size) if mask in ("spans", "both") else None
+    causal, scale = mask in ("causal", "both"), 0.3
+    q, k, v, dy = sides(size, dtype)
+    got = results(lambda *t: pk.attention(*t, spans, causal, scale), q, k, v, dy)
+    plain = in_plain_torch(lambda *t: pk.attention(*t, spans, causal, scale), q, k, v, dy)
+    truth = results(lambda *t: definition(*t, spans, causal, scale), *(t.double() for t in (q, k, v, dy)))
+    assert got["y"].is_contiguous()
+    for name, value in got.items():
+        assert value.dtype == dtype and value.shape == truth[name].shape
+        testing.assert_close(value, plain[name], truth[name], name)
+
+
+def test_rows_are_read_as_they_lie(backend: str) -> None:
+    """Transposed views, features that do not lie side by side, and gradients that come so."""
+    q, k, v, dy = sides((2, 40, 40, 4, 2, 16), torch.bfloat16)
+    want = results(lambda *t: pk.attention(*t, is_causal=True), q, k, v, dy)
+    views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v, dy)]
+    strided = [torch.stack([t, t], -1)[..., 0] for t in (q, k, v, dy)]
+    for given in (views, strided):
+        got = results(lambda *t: pk.attention(*t, is_causal=True), *given)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_the_same_bits(backend: str) -> None:
+    """Whatever the number of threads; whatever else is in the batch."""
+    size = (3, 150, 150, 6, 3, 32)
+    q, k, v, dy = sides(size, torch.bfloat16)
+    want = results(lambda *t: pk.attention(*t, is_causal=True), q, k, v, dy)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            got = results(lambda *t: pk.attention(*t, is_causal=True), q, k, v, dy)
+            assert all(torch.equal(got[name], want[name]) for name in want)
+    finally:
+        torch.set_num_threads(threads)
+    alone = results(lambda *t: pk.attention(*t, is_causal=True), *(t[1:2] for t in (q, k, v, dy)))
+    testing.assert_close(alone["y"], want["y"][1:2], want["y"][1:2].double(), "y")
+
+
+def test_what_is_masked_does_not_matter(backend: str) -> None:
+    """However large it is, and its gradient is 0."""
+    q, k, v, dy = sides((1, 20, 90, 2, 1, 16), torch.float32)
+    spans = torch.tensor([3, 70]).int().expand(1, 20, 2)
+    want = results(lambda *t: pk.attention(*t, spans), q, k, v, dy)
+    k[:, 70:], v[:, 70:], k[:, :3], v[:, :3] = 1e4, -1e4, 1e4, 1e4
+    got = results(lambda *t: pk.attention(*t, spans), q, k, v, dy)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    for name in ("dk", "dv"):
+        assert not got[name][:, :3].any() and not got[name][:, 70:].any() and got[name][:, 3:70].any()
+
+
+def test_large_scores(backend: str) -> None:
+    """Their exponentials alone would be infinite; each chunk of keys has a greater one. Nearly all weight is
+    on one key, so that gradients are what is left of a difference."""
+    q, k, v, dy = sides((1, 4, 1200, 1, 1, 8), torch.float32)
+    k = k * torch.linspace(1, 100, 1200)[None, :, None, None]
+    got = results(lambda *t: pk.attention(*t), q, k, v, dy)
+    wide = results(lambda *t: definition(*t, None, False, 8**-0.5), *(t.double() for t in (q, k, v, dy)))
+    bounds = {"y": 1e-6, "dv": 1e-6, "dq": 2e-5, "dk": 2e-5}
+    assert all(testing.relative_error(got[name], wide[name]) < bound for name, bound in bounds.items())
+
+
+@pytest.mark.parametrize("batch,rows,keys", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
+def test_nothing(backend: str, batch: int, rows: int, keys: int) -> None:
+    q, k, v, dy = sides((batch, rows, keys, 2, 1, 8), torch.float32)
+    got = results(lambda *t: pk.attention(*t), q, k, v, dy)
+    assert all(not value.any() for value in got.values())
+    assert got["y"].shape == q.shape and got["dk"].shape == k.shape
+
+
+def test_saved() -> None:
+    """No scores: q, k, v, the result, and two numbers for each row and head."""
+    q, k, v, _ = (t.requires_grad_() for t in sides((2, 200, 200, 4, 2, 32), torch.bfloat16))
+    saved = testing.saved_bytes(lambda: pk.attention(q, k, v, is_causal=True), [q, k, v])
+    assert saved == q.nbytes + 2 * 2 * 4 * 200 * 4
+
+
+def test_torch_agrees(backend: str) -> None:
+    """With scaled_dot_product_attention: the scale that is left out, and which queries' heads share one."""
+    dtype = torch.float64 if backend == "reference" else torch.float32
+    q, k, v, dy = (t.to(dtype) for t in sides((2, 50, 50, 6, 2, 32), torch.float32))
+
+    def sdpa(*sides: Tensor) -> Tensor:
+        heads = (t.transpose(1, 2) for t in sides)
+        return F.scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+    got, want = (results(f, q, k, v, dy) for f in (lambda *t: pk.attention(*t, is_causal=True), sdpa))
+    bound = 1e-13 if dtype == torch.float64 else 1e-6
+    assert all(testing.relative_error(got[name], want[name]) < bound for name in want)
+
+
+@pytest.mark.parametrize(
+    "name,change,sentence",
+    [
+        ("q", lambda t: t[0], "q: expected a floating dtype of shape (batch, rows, heads, features), got"),
+        ("k", lambda t: t[:, :, :, :-1], "k: expected shape (2, keys, key_heads, 8), got (2, 5, 2, 7)"),
+        ("v", lambda t: t[:, 1:], "v: expected shape (2, 5, 2, 8) like k, got (2, 4, 2, 8)"),
+        ("v", lambda t: t.double(), "v: expected torch.float32 on cpu like q, got torch.float64 on cpu"),
+        ("q", lambda t: t[:, :, :3], "k: expected a divisor of q's 3 heads, got 2"),
+        (
+            "spans",
+            lambda t: t.long(),
+            "spans: expected torch.int32 of shape (2, 6, 2) on cpu, got torch.int64",
+        ),
+        (
+            "spans",
+            lambda t: t[:, 1:],
+            "spans: expected torch.int32 of shape (2, 6, 2) on cpu, got torch.int32",
+        ),
+        ("scale", lambda _: -1.0, "scale: expected a finite number above 0, got -1.0"),
+    ],
+)
+def test_refused(name: str, change: Any, sentence: str) -> None:
+    q, k, v, _ = sides((2, 6, 5, 4, 2, 8), torch.float32)
+    given: dict[str, Any] = {"q": q, "k": k, "v": v, "spans": spans_for((2, 6, 5)), "scale": 1.0}
+    given[name] = change(given[name])
+    with pytest.raises(ValueError) as error:
+        pk.attention(**given)
+    assert str(error.value).startswith(sentence)
