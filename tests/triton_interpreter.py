@@ -9,9 +9,11 @@ import numpy as np
 import torch
 import triton.language as tl
 from triton.runtime import interpreter
+from triton_pace import remember
 
 
 def mend() -> None:
+    remember()
     np.seterr(all="ignore")  # kernels compute NaN and Inf in silence
     builder: Any = interpreter.InterpreterBuilder
     multiply = builder.create_dot
