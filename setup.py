@@ -120,6 +120,8 @@ __m512 probe(__m512 sum, __m512bh a) { return _mm512_dpbf16_ps(sum, a, a); }
 int main() { return int(std::vector<int>().size()); }
 """
 
+# Sources are in the order of their compilation, the longest first: no core has to wait for one at the end.
+
 # A contracted a * b + c would round once where the NF4 format rounds twice.
 HOST_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
 # -fno-wrapv: Python's own flags define signed overflow, which would hide it.
@@ -224,7 +226,7 @@ def cpu_extension(emulate: bool) -> Any:
         compile_args.append("-fopenmp")
     return CppExtension(
         name="peft_kernels._C",
-        sources=CPU_SOURCES + (X86_SOURCES if IS_X86 else []) + (EMULATED_SOURCES if emulate else []),
+        sources=(EMULATED_SOURCES if emulate else []) + (X86_SOURCES if IS_X86 else []) + CPU_SOURCES,
         depends=headers("csrc/common", "csrc/cpu", "tests/amx"),
         include_dirs=[generated_headers()],
         define_macros=[
@@ -253,8 +255,8 @@ def ptx_extension(toolkit: Toolkit) -> Any:
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = toolkit.home
-    named = {source: f"{Path(source).stem}_ops.cpp" for source in (*CUDA_OPS, LAUNCH)}
-    named |= {source: Path(source).name for source in CUDA_KERNELS}
+    named = {source: Path(source).name for source in CUDA_KERNELS}
+    named |= {source: f"{Path(source).stem}_ops.cpp" for source in (*CUDA_OPS, LAUNCH)}
     machine = [
         str(path.relative_to(ROOT))
         for path in sorted((ROOT / PTX_FOLDER).glob("*.c*"))
@@ -346,7 +348,7 @@ def cuda_extension(toolkit: Toolkit) -> Any:
     os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures
     return cpp_extension.CUDAExtension(
         name="peft_kernels._C_cuda",
-        sources=CUDA_OPS + CUDA_STARTS + CUDA_KERNELS,
+        sources=CUDA_KERNELS + CUDA_OPS + CUDA_STARTS,
         depends=headers("csrc/common", "csrc/cuda"),
         include_dirs=[generated_headers()],
         define_macros=[
@@ -383,6 +385,9 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
 
     found: list[Any] = []
     emulate = bool(switch("PEFT_KERNELS_EMULATE"))
+    if emulate:
+        sys.path.append(str(ROOT / "tools"))
+        from precompiled import Build as BuildExtension
     if cpu is not False:
         found.append(cpu_extension(emulate and IS_X86))
     if emulate or cuda is not False:

@@ -1,3 +1,5 @@
+#include <ATen/ATen.h>
+
 #include "lora_adapters.h"
 
 namespace peft_kernels::cuda {
