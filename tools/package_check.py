@@ -91,7 +91,7 @@ def main() -> None:
         run([sys.executable, "-m", "venv", folder / "user"], folder)
         python = folder / "user" / "bin" / "python"
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
-        run([*pip, "install", "-q", options.torch, "numpy"], folder)
+        run([*pip, "install", "-q", "--no-compile", options.torch, "numpy"], folder)
         tell(f"torch {run([python, '-c', 'import torch; print(torch.__version__)'], folder).strip()}")
         run([*pip, "wheel", "-q", "--no-deps", "-w", folder, sdist], folder)
         (wheel,) = folder.glob("*.whl")
