@@ -69,4 +69,22 @@ struct BottleneckArgs {
   }
 };
 
+// What backward takes beside them.
+struct BottleneckGradient {
+  Tensor dy;  // [m, n]
+  Tensor z;   // [m, r], the bottleneck before its activation
+
+  // `x` with its leading sizes; `adds_dy`: forward added x to its output.
+  BottleneckGradient(const BottleneckArgs& args, const Tensor& x, const Tensor& dy_in, const Tensor& z_in,
+                     bool adds_dy) {
+    check_dtype(dy_in, x.scalar_type(), "dy");
+    check_shape(dy_in, sizes_with_last(x, args.n), "dy");
+    check_dtype(z_in, at::kFloat, "z");
+    check_shape(z_in, sizes_with_last(x, args.r), "z");
+    if (adds_dy) args.check_residual_is_x();
+    dy = as_rows(dy_in, args.n, "dy");
+    z = as_rows(z_in, args.r, "z");
+  }
+};
+
 }  // namespace peft_kernels

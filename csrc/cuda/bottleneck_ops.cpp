@@ -90,13 +90,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
     bool need_dx, bool need_dnorm, bool need_ddown, bool need_ddown_bias, bool need_dup, bool need_dup_bias) {
   const OnDeviceOf device(dy_in, "dy");
   const BottleneckArgs args(x, norm_weight, norm_bias, down, up, activation, scaling, dropout_p, seed);
-  check_dtype(dy_in, x.scalar_type(), "dy");
-  check_shape(dy_in, sizes_with_last(x, args.n), "dy");
-  const Tensor dy = as_rows(dy_in, args.n, "dy");
-  check_dtype(z_in, at::kFloat, "z");
-  check_shape(z_in, sizes_with_last(x, args.r), "z");
-  const Tensor z = as_rows(z_in, args.r, "z");
-  if (adds_dy) args.check_residual_is_x();
+  const BottleneckGradient given(args, x, dy_in, z_in, adds_dy);
+  const Tensor &dy = given.dy, &z = given.z;
   if (is_composed(args)) {
     return composed(bottleneck_backward_op, "bottleneck_backward", dy_in, x, z_in, norm_weight, norm_bias,
                     norm_eps, down, up, activation, scaling, dropout_p, seed, adds_dy, need_dx, need_dnorm,
