@@ -47,7 +47,6 @@ LIMITS = {"reloaded": 1e-3, "merged": 0.08, "merged into NF4": 10.0}
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_arguments(argv)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
     return run_or_tell("finetune.py", args, lambda args: compare(args, argv) if args.compare else run(args))
 
 
@@ -62,6 +61,7 @@ def finish(output: Path, written: str, metrics: dict[str, Any], problems: Sequen
 
 def run_or_tell(script: str, args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:
     """The exit status of `run`, its folder made; a user's error, or Ctrl-C, is told in a line."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
     try:
         require_packages(args)
         args.output.mkdir(parents=True, exist_ok=True)

