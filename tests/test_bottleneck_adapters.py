@@ -247,6 +247,7 @@ def test_refused() -> None:
         (lambda: adapters.train(model, []), "name: expected an adapter or several, got none"),
         (lambda: adapters.set_active(model, 5), "name: expected an adapter or several, got 5"),
         (lambda: adapters.add(model, "two", "lora"), "config: expected an AdapterConfig or one of houlsby"),
+        (lambda: adapters.add(model, "two", {}), "config: expected an AdapterConfig or one of houlsby"),
         (lambda: adapters.set_active(model, "two"), "name: expected one of one, got 'two'"),
         (lambda: adapters.train(model, ["one", "one"]), "name: expected different adapters, got one, one"),
         (lambda: adapters.delete(model, "two"), "name: expected one of one, got 'two'"),

@@ -112,7 +112,7 @@ def config_of(config: AdapterConfig | str) -> AdapterConfig:
     """ValueError for a name that is no preset."""
     if isinstance(config, AdapterConfig):
         return config
-    if config not in PRESETS:
+    if not isinstance(config, str) or config not in PRESETS:
         expected = f"an AdapterConfig or one of {', '.join(PRESETS)}"
         raise ValueError(f"config: expected {expected}, got {config!r}")
     return PRESETS[config]()
