@@ -21,6 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .. import dispatch
+from ..ops.arguments import autocast_dtype
 from ..ops.attention import attention
 
 NAME = "peft_kernels"
@@ -68,20 +69,28 @@ def attention_forward(
     """As transformers calls attention functions: query (batch, heads, rows, features), key and value
     (batch, key_heads, keys, features), a mask that is True where a row attends to a key, or None. Gives
     (batch, rows, heads, features), and no weights."""
-    if _takes(query, key, value, dropout, scaling, kwargs):
+    q, k, v = _as_multiplied(query, key, value)
+    if _takes(q, k, v, dropout, scaling, kwargs):
         spans = None if attention_mask is None else spans_of(attention_mask, query, key)
         if attention_mask is None or spans is not None:
             if is_causal is None:
                 is_causal = getattr(module, "is_causal", True)
             is_causal = bool(is_causal) and attention_mask is None
             rows = query.shape[2]
-            if is_causal and key.shape[2] > rows:  # a cache that is still empty behind the rows, as in sdpa
-                key, value = key[:, :, :rows], value[:, :, :rows]
-            q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-            return attention(q, k, v, spans, is_causal, scaling), None
+            if is_causal and k.shape[2] > rows:  # a cache that is still empty behind the rows, as in sdpa
+                k, v = k[:, :, :rows], v[:, :, :rows]
+            return attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), spans, is_causal, scaling
+            ), None
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, dropout, scaling, is_causal, **kwargs
     )
+
+
+def _as_multiplied(*sides: Tensor) -> tuple[Tensor, ...]:
+    """Autocast rounds what sdpa is given: a rotary embedding in fp32 has widened queries and keys."""
+    dtype = autocast_dtype(sides[0].device.type)
+    return sides if dtype is None else tuple(t.to(dtype) for t in sides)
 
 
 def _takes(

@@ -123,6 +123,24 @@ def test_generate(calls: Calls, cache: str) -> None:
     assert calls.ours == 2 and calls.theirs == 10
 
 
+def test_autocast(calls: Calls) -> None:
+    """In its type, as sdpa: also where norms in fp32 have made rotary embeddings, and so queries, fp32."""
+    model, given = llama(), inputs("left")
+    seen = given["attention_mask"]
+
+    def run() -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16):
+            return results(model, given, seen)
+
+    truth, plain = results(copy.deepcopy(model).double(), given, seen), run()
+    model.set_attn_implementation(ours.NAME)
+    got = run()
+    assert calls.ours == 2 and not calls.theirs
+    for name, value in got.items():
+        error, of_sdpa = (testing.relative_error(one, truth[name]) for one in (value, plain[name]))
+        assert value.dtype == plain[name].dtype and error <= 2 * of_sdpa, name
+
+
 def test_dropout_goes_to_sdpa(calls: Calls) -> None:
     model = llama(attention_dropout=0.5)
     model.set_attn_implementation(ours.NAME)
