@@ -16,15 +16,24 @@ from torch import nn
 
 from .. import dispatch
 from ..quantize import report_of
-from . import fused
+from . import fused, judge_loss
 from .fused import Record
+from .loss import LossModel, head_mixin
 from .prefix import checkpointed as prefix_layers
-from .report import Finding, LayerReport, PatchReport, examine_block, examine_prefix, layers
+from .report import (
+    Finding,
+    LayerReport,
+    PatchReport,
+    examine_block,
+    examine_loss,
+    examine_prefix,
+    layers,
+)
 
 __all__ = ["LayerReport", "PatchReport", "explain", "patch", "patched", "unpatch"]
 
 
-def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False) -> PatchReport:
+def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False, loss: bool = False) -> PatchReport:
     """Give the layers of a model fused forwards: PEFT LoRA over nn.Linear, NF4Linear, bitsandbytes Linear4bit
     or the experts of a mixture, and Linear4bit alone. NF4Linear and NF4 experts are fused as they are. PEFT's
     prefix tuning computes its prefix once for the batch, works under gradient checkpointing, and in generate.
@@ -39,6 +48,9 @@ def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False) -> PatchRep
         Compute a gated MLP (SwiGLU, GeGLU) with LoRA in one op, which keeps x, gate and up for backward.
     dry_run : bool
         Change nothing; the report says what would be fused.
+    loss : bool
+        Models of transformers compute the loss of their labels by `linear_cross_entropy`. `outputs.logits`
+        are then computed when they are read: do that before the optimizer's step.
 
     Returns
     -------
@@ -65,6 +77,9 @@ def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False) -> PatchRep
         block = examine_block(module) if mlp else None
         if block is not None:
             report.blocks.append(_entry(name, module, block, plan, dry_run))
+        found_loss = examine_loss(module) if loss or isinstance(module, LossModel) else None
+        if found_loss is not None:
+            report.losses.append(_entry(name, module, found_loss, plan, dry_run))
         prefix = examine_prefix(module)
         if prefix is not None:
             report.prefixes.append(_entry(name, module, prefix, plan, dry_run))
@@ -78,10 +93,16 @@ def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False) -> PatchRep
         if fused.record_of(module) is None
     ]
     # Nothing above has touched the model, and nothing below can fail.
+    lazy: dict[nn.Module, type[fused.Fused]] = {
+        head: head_mixin(head) for entry in report.losses for head in _heads(entry)
+    }
     for module, layer, found in plan:
         assert found.mixin is not None
         layer.record = Record(facts=found.facts)
-        fused.fuse(module, found.mixin, layer.record)
+        fused.fuse(module, lazy.pop(module, found.mixin), layer.record)
+    for head, mixin in lazy.items():
+        if fused.record_of(head) is None:
+            fused.fuse(head, mixin, Record())
     for module, mixin in checkpointed:
         fused.fuse(module, mixin, Record())
     return report
@@ -102,6 +123,11 @@ def _entry(
     return entry
 
 
+def _heads(entry: LayerReport) -> list[nn.Module]:
+    """What makes the logits of a model whose loss is computed without."""
+    return judge_loss.heads(entry._module()) if not entry.as_found else []
+
+
 def unpatch(model: nn.Module) -> int:
     """Take the fused forwards out again. Returns the number of modules restored."""
     _check_model(model, "unpatch")
@@ -109,11 +135,11 @@ def unpatch(model: nn.Module) -> int:
 
 
 @contextmanager
-def patched(model: nn.Module, mlp: bool = True) -> Iterator[PatchReport]:
+def patched(model: nn.Module, mlp: bool = True, loss: bool = False) -> Iterator[PatchReport]:
     """`with patched(model) as report:` patches inside the block; layers that were patched before stay so."""
     _check_model(model, "patched")
     before = {id(module) for module in model.modules() if fused.record_of(module) is not None}
-    report = patch(model, mlp)
+    report = patch(model, mlp, loss=loss)
     try:
         yield report
     finally:

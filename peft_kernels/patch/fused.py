@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import functools
+import inspect
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -42,6 +44,9 @@ class Fused:
     """The class that was swapped out."""
     methods: ClassVar[tuple[str, ...]] = ()
     """What else than forward is swapped, and may lie bound on an instance."""
+    signed: ClassVar[bool] = False
+    """Whether the forward shows the signature of the one that it stands in for: others look at that of a
+    model."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -55,11 +60,15 @@ class Fused:
         return function, arguments, state, *rest
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        reduced: Any = super().__reduce_ex__(4)
-        function, arguments, state, *_ = reduced
-        twin = memo[id(self)] = function(*arguments)
-        twin.__setstate__(copy.deepcopy(state, memo))
-        return twin
+        return _twin(self, memo)
+
+
+def _twin(module: Fused, memo: dict[int, Any]) -> Any:
+    reduced: Any = super(Fused, module).__reduce_ex__(4)
+    function, arguments, state, *_ = reduced
+    twin = memo[id(module)] = function(*arguments)
+    twin.__setstate__(copy.deepcopy(state, memo))
+    return twin
 
 
 _classes: dict[tuple[type, type], type] = {}
@@ -72,12 +81,30 @@ def fuse(module: nn.Module, mixin: type[Fused], record: Record) -> None:
     plain = type(module)
     fused: Any = _classes.get((plain, mixin))
     if fused is None:
-        names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
-        fused = _classes[plain, mixin] = type(plain.__name__, (mixin, plain), names | {"plain": plain})
+        names: dict[str, Any] = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+        names |= {"__doc__": plain.__doc__, "plain": plain}
+        if mixin.signed:
+            names["forward"] = _signed(mixin.forward, plain.forward)  # type: ignore[attr-defined]
+        fused = _classes[plain, mixin] = type(plain.__name__, (mixin, plain), names)
         _plain[fused] = plain
+        if mixin.__deepcopy__ is None:
+            # A PeftModel has the attributes of the model inside, and copy would ask that one for a copy of
+            # the whole. By class it asks nobody.
+            getattr(copy, "_deepcopy_dispatch", {})[fused] = _twin
     module.__class__ = fused
     module.__dict__[RECORD] = record
     _rebind(module, plain, fused)
+
+
+def _signed(forward: Any, like: Any) -> Any:
+    def signed(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return forward(self, *args, **kwargs)
+
+    functools.update_wrapper(signed, like)
+    # accelerate takes wrappers off by this, down to a forward that it knows.
+    del signed.__wrapped__  # type: ignore[attr-defined]
+    signed.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
+    return signed
 
 
 def restore(module: nn.Module) -> bool:

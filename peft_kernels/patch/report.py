@@ -10,16 +10,18 @@ from typing import Any
 from torch import nn
 
 from ..nf4.experts import NF4Experts
-from . import fused, judge, judge_experts, judge_prefix
+from . import fused, judge, judge_experts, judge_loss, judge_prefix
 from .experts import FusedParameters
 from .fused import Fused, Record
 from .gated_mlp import Facts, FusedMlp
 from .gated_mlp import examine as examine_mlp
 from .linear4bit import FusedLinear4bit
 from .lora import FusedLora
+from .loss import LazyHead, LossFacts, LossModel
 from .prefix import FusedPrefix, GeneratingPrefix
 
 PREFIX = "PEFT prefix tuning"
+LOSS = "loss without logits"
 
 
 @dataclass
@@ -100,6 +102,19 @@ def examine_prefix(module: nn.Module) -> Finding | None:
     return Finding(f"{PREFIX} {type(module).__name__}", mixin, reason)
 
 
+def examine_loss(module: nn.Module) -> Finding | None:
+    """As `examine`, for models that compute a loss from labels and logits."""
+    if not judge_loss.takes_labels(module):
+        return None
+    heads = judge_loss.heads(module)
+    reasons = [judge_loss.head(layer, FusedLora) for layer in heads]
+    if any(fused.record_of(layer) is not None and not isinstance(layer, LazyHead) for layer in heads):
+        reasons.append("its head was patched without loss=True; unpatch first")
+    kind = f"{LOSS}, {type(module).__name__}"
+    never = next((reason for reason in reasons if reason), "")
+    return Finding(kind, None if never else LossModel, never, None if never else LossFacts())
+
+
 @dataclass
 class LayerReport:
     """One layer or block, as it is now."""
@@ -139,12 +154,17 @@ class LayerReport:
     def _examine(self) -> Callable[[nn.Module], Finding | None]:
         if self.kind.startswith(PREFIX):
             return examine_prefix
+        if self.kind.startswith(LOSS):
+            return examine_loss
         return examine_block if self.kind.startswith("gated MLP") else examine
 
     @property
     def note(self) -> str:
         """What is to be said of one that is fused."""
         module = self._module()
+        if self.kind.startswith(LOSS) and self.record is not None:
+            reads = [f"{count}x by {by}" for by, count in self.record.facts.reads.items()]
+            return "logits are computed where they are read" + (f": {', '.join(reads)}" if reads else "")
         if module is None or not self.kind.startswith(PREFIX):
             return ""
         reason = judge_prefix.not_recomputable(module)
@@ -162,7 +182,7 @@ class LayerReport:
     def __str__(self) -> str:
         reason = self.reason
         status = "original" if reason else "fused"
-        notes = [reason] if reason else []
+        notes = [reason] if reason else [note] if (note := self.note) else []
         notes += [f"original forward {n}x: {why}" for why, n in self.fallbacks.items()]
         return f"{status:<8} {self.name} ({self.kind})" + (f": {'; '.join(notes)}" if notes else "")
 
@@ -187,6 +207,8 @@ class PatchReport:
     """Packed layers under LoRA layers, whose calls count where adapters are disabled or merged."""
     prefixes: list[LayerReport] = field(default_factory=list)
     """Models of PEFT with prefix tuning."""
+    losses: list[LayerReport] = field(default_factory=list)
+    """Models whose loss is computed without their logits."""
     dry_run: bool = False
     _model: Any = field(default=_gone, repr=False)
 
@@ -204,14 +226,14 @@ class PatchReport:
     def __str__(self) -> str:
         verb = "would be fused" if self.dry_run else "fused"
         lines = [f"peft_kernels: {len(self.fused)} of {len(self.layers)} layers {verb}"]
-        if not self.layers and not self.prefixes:
+        if not (self.layers or self.prefixes or self.losses):
             lines.append(
                 "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"
             )
-        lines += [f"{prefix.kind}: {prefix.note}" for prefix in self.prefixes if prefix.fused]
+        lines += [f"{e.kind}: {e.note}" for e in (*self.prefixes, *self.losses) if e.fused]
         for kind, count in Counter(block.kind for block in self.blocks if block.fused).items():
             lines.append(f"across layers: {count} x {kind}")
-        entries = [*self.layers, *self.blocks, *self.prefixes]
+        entries = [*self.layers, *self.blocks, *self.prefixes, *self.losses]
         lines += _by_reason("original forward", ((e.reason, 1, e) for e in entries if e.reason), "")
         calls = ((why, n, e) for e in (*entries, *self.bases) for why, n in e.fallbacks.items())
         lines += _by_reason("original forward", calls, "call")
@@ -231,7 +253,7 @@ class PatchReport:
 
     def details(self) -> str:
         """A line for every layer and block."""
-        return "\n".join(str(layer) for layer in (*self.layers, *self.blocks, *self.prefixes))
+        return "\n".join(str(layer) for layer in (*self.layers, *self.blocks, *self.prefixes, *self.losses))
 
 
 def _by_reason(what: str, entries: Iterator[tuple[str, int, LayerReport]], counted: str) -> list[str]:

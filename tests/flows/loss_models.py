@@ -1,0 +1,98 @@
+"""Tiny models whose logits come about in the ways that there are, for the tests of the loss without them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import flow_families
+import models
+import peft
+import torch
+from flow_checks import Calls
+from flow_models import adapted, llama
+from torch import Tensor
+
+import peft_kernels as pk
+
+VOCABULARY = 100
+
+
+def family(name: str, **settings: Any) -> Any:
+    """All of whose weights train."""
+    model = flow_families.tiny(name)
+    for key, value in settings.items():
+        setattr(model.config, key, value)
+        if hasattr(model, key):  # Cohere keeps it
+            setattr(model, key, value)
+    return model
+
+
+def with_head(kind: str) -> Any:
+    """A Llama with LoRA, whose head is trained or packed in some way, or neither."""
+    model = llama(vocab_size=VOCABULARY, tie_word_embeddings=kind == "tied")
+    if kind == "nf4":
+        model.lm_head.weight.requires_grad_(False)
+        pk.quantize_model(model, skip=())
+    elif kind == "bnb":
+        model.set_submodule("lm_head", models.to_linear4bit(model.lm_head))
+        model.is_loaded_in_4bit = True
+    layers = ["q_proj", "v_proj"] + ["lm_head"] * (kind in ("lora", "lora-nf4"))
+    if kind == "lora-nf4":
+        pk.quantize_model(model, skip=())
+    saved = ["lm_head"] if kind == "saved" else None
+    return adapted(model, target_modules=layers, modules_to_save=saved)
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: llama(vocab_size=VOCABULARY),
+    "llama-tied": lambda: llama(vocab_size=VOCABULARY, tie_word_embeddings=True),
+    "gemma2": lambda: family("gemma2", final_logit_softcapping=3.0),
+    "cohere": lambda: family("cohere", logit_scale=0.25),
+    "granite": lambda: family("granite", logits_scaling=8.0),
+    "gpt2": lambda: family("gpt2"),
+    "gptj": lambda: family("gptj"),
+    "bert": lambda: family("bert"),
+    **{f"head-{kind}": lambda kind=kind: with_head(kind) for kind in
+       ("frozen", "tied", "nf4", "bnb", "lora", "lora-nf4", "saved")},
+}  # fmt: skip
+
+
+def batch(rows: int = 3, length: int = 12) -> dict[str, torch.Tensor]:
+    """Some of whose tokens have no label."""
+    ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def disabled(model: Any) -> Any:
+    """As a reference sees a PEFT model."""
+    assert isinstance(model, peft.PeftModel)
+    return model.disable_adapter()
+
+
+def patched(stock: Any) -> tuple[Any, Any]:
+    model = copy.deepcopy(stock)
+    return model, pk.patch(model, loss=True)
+
+
+def losses_of(calls: Calls) -> int:
+    return calls.counts["linear_cross_entropy"] + calls.counts["linear_cross_entropy_trained"]
+
+
+def step(model: Any, given: dict[str, Any], **more: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss = model(**given, **more).loss
+    loss.backward()
+    return {
+        "loss": loss.detach(),
+        **{n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None},
+    }
+
+
+def without_noise(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without gradients that are rounding alone, as those of biases of keys."""
+    largest = max(float(t.norm()) for t in truth.values())
+    return {n: t for n, t in results.items() if float(truth[n].norm()) > 1e-6 * largest}

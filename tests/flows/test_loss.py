@@ -1,0 +1,214 @@
+"""`pk.patch(model, loss=True)`: models of transformers whose loss is computed without their logits."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from flow_checks import Calls, assert_same_numbers
+from flow_models import adapted, in_fp64, llama
+from loss_models import MODELS, VOCABULARY, batch, family, losses_of, patched, step, without_noise
+from torch import Tensor
+
+import peft_kernels as pk
+from peft_kernels.patch.lazy_logits import LazyLogits
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
+    stock = MODELS[name]().to(dtype).train()
+    for module in stock.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    stock.config.use_cache = False
+    model, report = patched(stock)
+    assert [entry.reason for entry in report.losses] == [""], report
+    given = batch()
+    truth_model = in_fp64(stock)
+    truth = step(truth_model, given)
+    with Calls() as calls:
+        got = step(model, given)
+    assert losses_of(calls) == 1
+    parts = [without_noise(results, truth) for results in (got, step(stock, given), truth)]
+    assert_same_numbers(lambda i: tuple(parts), 1e-3 if dtype == torch.float32 else 0.3)  # type: ignore[arg-type,return-value]
+    pk.patch(stock)  # whose layers, where there are adapters, round otherwise than PEFT's
+    ours, theirs = (each(**given).logits for each in (model, stock))
+    assert type(ours) is LazyLogits and torch.equal(ours, theirs)
+    entry = report.losses[0]
+    assert not entry.fallbacks and "1x by equal" in entry.note
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "items": {"num_items_in_batch": 50},
+    "items-tensor": {"num_items_in_batch": torch.tensor(50)},
+    "shift-labels": {"shift_labels": batch(3, 12)["input_ids"]},
+    "ignore-index": {"ignore_index": 7},
+    "tuple": {"return_dict": False},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_arguments_of_the_loss(option: str) -> None:
+    stock = llama(vocab_size=VOCABULARY)
+    model, _ = patched(stock)
+    given = batch() | OPTIONS[option]
+    if option == "ignore-index":
+        given["labels"] = given["labels"].where(given["labels"] != -100, 7)
+    with Calls() as calls:
+        got = model(**given)
+    assert losses_of(calls) == 1
+    want = stock(**given)
+    torch.testing.assert_close(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+    positional = model(given["input_ids"], None, None, None, None, given["labels"])
+    assert type(positional.logits) is LazyLogits
+
+
+def test_rows_are_kept_and_labels_too() -> None:
+    """Logits of some positions, and their labels, as a caller may ask for."""
+    stock = llama(vocab_size=VOCABULARY)
+    model, _ = patched(stock)
+    given = batch() | {"logits_to_keep": 5}
+    given["shift_labels"] = given["labels"][:, -5:].contiguous()
+    torch.testing.assert_close(step(model, given), step(stock, given))
+
+
+def test_what_a_model_adds_to_the_loss_stays() -> None:
+    """Of a mixture of experts, the loss that balances them."""
+    stock = family("mixtral", output_router_logits=True)
+    model, _ = patched(stock)
+    with Calls() as calls:
+        got = step(model, batch())
+    assert losses_of(calls) == 1
+    want = step(stock, batch())
+    assert got.keys() == want.keys()
+    torch.testing.assert_close(without_noise(got, want), without_noise(want, want), rtol=1e-3, atol=1e-5)
+
+
+def test_without_labels_nothing_changes() -> None:
+    model, report = patched(llama(vocab_size=VOCABULARY))
+    found = model(input_ids=batch()["input_ids"])
+    assert type(found.logits) is Tensor and found.loss is None and not report.losses[0].fallbacks
+    assert type(model.generate(batch()["input_ids"], max_new_tokens=2, do_sample=False)) is Tensor
+
+
+def test_what_the_report_says() -> None:
+    model = MODELS["head-lora"]()
+    dry = pk.patch(model, dry_run=True, loss=True)
+    assert [entry.planned for entry in dry.losses] == [True] and not pk.patch(model, dry_run=True).losses
+    report = pk.patch(model, loss=True)
+    assert "loss without logits, LlamaForCausalLM: logits are computed where they are read" in str(report)
+    assert "loss without logits" in pk.explain(model)
+    assert pk.patch(model, loss=True).losses[0].fused  # once more
+    assert pk.unpatch(model) and type(model(**batch()).logits) is Tensor
+    with pk.patched(model, loss=True):
+        assert type(model(**batch()).logits) is LazyLogits
+    assert type(model(**batch()).logits) is Tensor
+    pk.patch(model)
+    late = pk.patch(model, loss=True)
+    assert "patched without loss=True; unpatch first" in str(late)
+    assert type(model(**batch()).logits) is Tensor
+
+
+def dropout_before_the_adapter() -> tuple[Any, str]:
+    return adapted(
+        llama(vocab_size=VOCABULARY), target_modules=["lm_head"], lora_dropout=0.2
+    ), "dropout before the adapter of the head"
+
+
+def two_adapters() -> tuple[Any, str]:
+    model = MODELS["head-lora"]()
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    return model, "2 adapters of the head"
+
+
+def hooks() -> tuple[Any, str]:
+    model = MODELS["head-lora"]()
+    model.get_output_embeddings().register_forward_hook(lambda *args: None)
+    return model, "hooks on the base layer or an adapter"
+
+
+@pytest.mark.parametrize("case", [dropout_before_the_adapter, two_adapters, hooks])
+def test_where_logits_are_computed_for_the_loss(case: Any) -> None:
+    model, words = case()
+    report = pk.patch(model, loss=True)
+    assert type(model(**batch()).logits) is Tensor
+    assert words in str(report) and report.losses[0].fallbacks.total() == 1
+
+
+@pytest.mark.parametrize("when", ["foreign", "replaced", "late"])
+def test_heads_that_are_not_ours(when: str) -> None:
+    """By its class, by a forward on the instance, or because it has come later."""
+    model = llama(vocab_size=VOCABULARY)
+    if when == "foreign":
+        model.lm_head = torch.nn.Sequential(model.lm_head)
+    elif when == "replaced":
+        model.lm_head.forward = lambda x: torch.nn.functional.linear(x, model.lm_head.weight)
+    report = pk.patch(model, loss=True)
+    if when == "late":
+        model.lm_head = torch.nn.Linear(64, VOCABULARY, bias=False)
+    words = {"foreign": "its head is a Sequential", "replaced": "was replaced on the instance"}
+    assert words.get(when, "has come after patch()") in str(report)
+    with Calls() as calls:
+        model(**batch()).loss.backward()
+    assert losses_of(calls) == 0
+
+
+@pytest.mark.parametrize("backward_hook", [False, True])
+def test_hooks_on_a_plain_head(backward_hook: bool) -> None:
+    """Run as ever; a backward hook needs the logits."""
+    stock = llama(vocab_size=VOCABULARY)
+    model, _ = patched(stock)
+    for each in (model, stock):
+        if backward_hook:
+            each.lm_head.register_full_backward_hook(lambda m, given, got: (given[0] * 2,))
+        else:
+            each.lm_head.register_forward_hook(lambda m, x, y: y * 2)
+    torch.testing.assert_close(step(model, batch()), step(stock, batch()))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_model_runs_as_it_was() -> None:
+    torch.compiler.reset()
+    model, _ = patched(llama(vocab_size=VOCABULARY, num_hidden_layers=1))
+    found = torch.compile(model, backend="eager")(**batch())
+    torch.compiler.reset()
+    assert type(found.logits) is Tensor
+    torch.testing.assert_close(found.loss, model(**batch()).loss)
+
+
+def test_copies_pickles_and_signature() -> None:
+    stock = llama(vocab_size=VOCABULARY)
+    model, _ = patched(stock)
+    assert inspect.signature(model.forward) == inspect.signature(stock.forward)
+    inside, _ = patched(MODELS["head-frozen"]())
+    for each in (model, inside):
+        twin = copy.deepcopy(each)
+        assert type(twin) is type(each) and type(twin(**batch()).logits) is LazyLogits
+        assert twin.get_output_embeddings() is not each.get_output_embeddings()
+    plain = pickle.loads(pickle.dumps(model))
+    assert type(plain) is type(stock) and type(plain(**batch()).logits) is Tensor
+
+
+def test_several_models_at_a_time() -> None:
+    """Threads, and a model inside another's forward."""
+    model, other = patched(llama(vocab_size=VOCABULARY))[0], patched(llama(vocab_size=VOCABULARY))[0]
+    inner: list[Any] = []
+    handle = model.model.norm.register_forward_pre_hook(
+        lambda *args: inner.append(other(input_ids=batch()["input_ids"]).logits)
+    )
+    assert type(model(**batch()).logits) is LazyLogits and type(inner[0]) is Tensor
+    handle.remove()
+    with ThreadPoolExecutor(2) as pool:
+        given = [batch(), {"input_ids": batch()["input_ids"]}] * 8
+        kinds = list(pool.map(lambda each: type(model(**each).logits), given))
+    assert kinds == [LazyLogits, Tensor] * 8

@@ -1,0 +1,204 @@
+"""Logits of a model whose loss is computed without them: whoever reads them gets what stock has."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from pathlib import Path
+from typing import Any
+
+import loss_models
+import pytest
+import torch
+import torch.nn.functional as F
+from flow_checks import assert_near
+from flow_models import llama
+from loss_models import MODELS, VOCABULARY, batch, patched, without_noise
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import peft_kernels as pk
+import testing
+from peft_kernels.patch.lazy_logits import LazyLogits
+
+
+def read_whole(out: Any) -> Tensor:
+    return out.loss + out.logits.float().square().mean()
+
+
+def read_by_position(out: Any) -> Tensor:
+    return out.loss * 2 + out[1].softmax(-1)[..., 3].mean() + out["logits"].amax() + out.to_tuple()[1].sum()
+
+
+def own_loss(out: Any) -> Tensor:
+    logits = out.logits[..., :-1, :].contiguous()
+    return F.cross_entropy(
+        logits.view(-1, VOCABULARY), batch()["input_ids"][:, 1:].flatten(), label_smoothing=0.1
+    )
+
+
+def masked_loss(out: Any) -> Tensor:
+    ids = batch()["input_ids"]
+    return F.cross_entropy(out.logits[ids > 30] / 2, ids[ids > 30], reduction="sum")
+
+
+def weighted_loss(out: Any) -> Tensor:
+    weight = torch.linspace(0, 1, VOCABULARY)
+    return F.cross_entropy(out.logits.flatten(0, 1), batch()["input_ids"].view(-1), weight)
+
+
+def written_into(out: Any) -> Tensor:
+    """A view sees what is written into what it is of, and a product does not."""
+    logits, rows = out.logits, out.logits.view(-1, VOCABULARY)
+    half = logits * 0.5
+    logits[..., 3] = -5.0
+    rows.mul_(2.0)
+    wanted = F.cross_entropy(logits.view(-1, VOCABULARY), batch()["input_ids"].view(-1))
+    return wanted + half.square().mean() + rows.mean()
+
+
+class Square(torch.autograd.Function):
+    """Which gets its argument past `__torch_function__`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * dy * ctx.saved_tensors[0]
+
+
+def by_a_function(out: Any) -> Tensor:
+    return Square.apply(out.logits).mean() + out.loss  # type: ignore[no-any-return]
+
+
+class Doubled(torch.autograd.Function):
+    """What comes out looks like what went in, and has another gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return 2 * dy
+
+
+def through_a_function(out: Any) -> Tensor:
+    logits = Doubled.apply(out.logits)
+    return F.cross_entropy(logits.view(-1, VOCABULARY), batch()["input_ids"].view(-1))  # type: ignore[attr-defined]
+
+
+READERS = (
+    read_whole, read_by_position, own_loss, masked_loss, weighted_loss, written_into, by_a_function,
+    through_a_function,
+)  # fmt: skip
+FOLLOWED = (own_loss, masked_loss)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "head-lora"])
+@pytest.mark.parametrize("reader", READERS)
+def test_whoever_reads_logits_gets_them_and_their_gradient(name: str, reader: Any) -> None:
+    stock = MODELS[name]()
+    model, report = patched(stock)
+
+    def results(model: Any) -> dict[str, Tensor]:
+        model.zero_grad()
+        loss = reader(model(**batch()))
+        loss.backward()
+        return {
+            "loss": loss.detach(),
+            **{n: p.grad for n, p in model.named_parameters() if p.grad is not None},
+        }
+
+    got, want = results(model), results(stock)
+    assert_near(without_noise(got, want), without_noise(want, want))
+    assert bool(report.losses[0].record.facts.reads) != (reader in FOLLOWED)
+
+
+def test_copies_and_files_hold_the_numbers(tmp_path: Path) -> None:
+    stock = llama(vocab_size=VOCABULARY)
+    model, _ = patched(stock)
+    want = stock(**batch()).logits.detach()
+    for context in (torch.no_grad(), torch.inference_mode()):
+        with context:
+            out = model(**batch())
+            assert torch.equal(copy.deepcopy(out).logits, want)
+            torch.save(out.logits, tmp_path / "logits.pt")
+            assert torch.equal(torch.load(tmp_path / "logits.pt"), want)
+            assert (model(**batch()).logits.numpy() == want.numpy()).all()
+            assert str(model(**batch()).logits) == str(want)
+            assert all(map(torch.equal, model(**batch()).logits, want))
+
+
+def test_logits_are_those_of_the_call() -> None:
+    """Not of autocast's state, or the adapter's, when they are read."""
+    stock = MODELS["head-lora"]()
+    model, _ = patched(stock)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (each(**batch()) for each in (model, stock))
+    assert ours.logits.dtype == theirs.logits.dtype
+    pk.patch(stock)  # its fused head rounds elsewhere than PEFT's under autocast
+    with torch.autocast("cpu", torch.bfloat16):
+        theirs = stock(**batch())
+    assert torch.equal(ours.logits, theirs.logits)
+    ours, theirs = (each(**batch()) for each in (model, stock))
+    with loss_models.disabled(model):
+        assert torch.equal(ours.logits, theirs.logits)
+        ours = model(**batch())
+    with loss_models.disabled(stock):
+        theirs = stock(**batch())
+    assert type(ours.logits) is LazyLogits and torch.equal(ours.logits, theirs.logits)
+
+
+def test_what_cannot_be_right_raises() -> None:
+    model, _ = patched(llama(vocab_size=VOCABULARY))
+    out = model(**batch())
+    out.loss.backward()
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    with pytest.raises(RuntimeError, match="logits: expected to be read before the head"):
+        out.logits.sum()
+    out = model(**batch())
+    for method in ("retain_grad", "register_hook"):
+        with pytest.raises(RuntimeError, match=f"logits: expected no {method}"):
+            getattr(out.logits, method)(*[print][: method == "register_hook"])
+    with FlopCounterMode(display=False) as counter:  # its hooks only want to know that backward begins
+        model(**batch()).loss.backward()
+    assert counter.get_total_flops() > 0
+    with pytest.raises(RuntimeError, match="appears to not have been used"):
+        torch.autograd.grad(out.loss, out.logits)
+
+
+@pytest.mark.parametrize("name", ["head-frozen", "llama", "gemma2"])
+def test_bytes_that_are_saved(name: str) -> None:
+    """Of logits nothing, unless they are read; and what is read goes with the outputs."""
+    stock = MODELS[name]()
+    model, _ = patched(stock)
+    given = batch(rows=8, length=50)
+    logits = 8 * 50 * VOCABULARY * 4
+
+    def saved(model: Any) -> int:
+        kept = [*model.parameters(), *model.buffers()]
+        return testing.saved_bytes(lambda: model(**given).loss, kept)
+
+    per_row = 8 * 50 * (2 * 64 * 4 + 32)  # hidden states twice, and some numbers
+    assert saved(stock) - saved(model) > (logits if name != "gemma2" else 3 * logits) - per_row
+    hidden: list[Any] = []
+    norm = next(m for n, m in model.named_modules() if n.endswith("model.norm"))
+    handle = norm.register_forward_hook(lambda *args: hidden.append(weakref.ref(args[2])))
+    gc.disable()
+    try:
+        for read in (False, True):
+            out = model(**given)
+            if read:
+                out.logits.sum().backward()
+            else:
+                out.loss.backward()
+            del out
+        assert [each() for each in hidden] == [None, None]
+    finally:
+        gc.enable()
+        handle.remove()

@@ -1,0 +1,94 @@
+"""transformers' Trainer over models whose loss is computed without their logits, against stock."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from flow_checks import Calls
+from flow_models import arguments
+from loss_models import MODELS, VOCABULARY, losses_of, patched
+from torch import Tensor
+
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
+
+def trainer(model: Any, folder: Path, compute_metrics: Any = None, **options: Any) -> Any:
+    own_loss = options.pop("compute_loss_func", None)
+    return transformers.Trainer(
+        model=model,
+        args=arguments(transformers.TrainingArguments, folder, 4, **options),
+        train_dataset=list(map(row, range(8))),
+        eval_dataset=list(map(row, range(8, 12))),
+        compute_loss_func=own_loss,
+        compute_metrics=compute_metrics,
+    )
+
+
+def row(seed: int) -> dict[str, Tensor]:
+    ids = torch.randint(3, VOCABULARY, (10,), generator=torch.Generator().manual_seed(seed))
+    return {"input_ids": ids, "labels": ids.where(torch.arange(10) > seed % 4, -100)}
+
+
+def ours_to_compute(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+    logits = outputs.logits[:, :-1].reshape(-1, VOCABULARY)
+    return torch.nn.functional.cross_entropy(logits, labels[:, 1:].reshape(-1))
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "checkpointing": {"activation_checkpointing": True},
+    "smoothing": {"label_smoothing_factor": 0.1},
+    "own-loss": {"compute_loss_func": ours_to_compute},
+    "autocast": {"bf16": True},
+}
+if "activation_checkpointing" not in transformers.TrainingArguments.__dataclass_fields__:
+    RUNS["checkpointing"] = {"gradient_checkpointing": True}  # the name before transformers 5
+
+CASES = [
+    ("head-saved", "plain"), ("gemma2", "accumulation"), ("head-frozen", "checkpointing"),
+    ("head-frozen", "smoothing"), ("gemma2", "own-loss"), ("head-saved", "autocast"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name,run", CASES, ids=map("-".join, CASES))
+def test_trainer(name: str, run: str, tmp_path: Path) -> None:
+    stock = MODELS[name]().train()
+    model, report = patched(stock)
+    histories = []
+    for each in (model, stock):
+        each.config.use_cache = False
+        one = trainer(each, tmp_path, **RUNS[run])
+        with Calls() as calls:
+            one.train()
+        histories.append([e[key] for key in ("loss", "grad_norm") for e in one.state.log_history if key in e])
+        if each is model and run not in ("smoothing", "own-loss"):
+            assert losses_of(calls) >= 4
+    assert len(histories[0]) == 8
+    assert histories[0] == pytest.approx(histories[1], rel=0.02 if run == "autocast" else 1e-3)
+    assert not report.losses[0].fallbacks
+
+
+def test_trainer_evaluates(tmp_path: Path) -> None:
+    """Metrics see logits; where the loss is all that is wanted, nobody reads them."""
+    stock = MODELS["head-frozen"]()
+    model, report = patched(stock)
+    seen: list[Any] = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        seen.append(prediction.predictions)
+        return {"highest": float(prediction.predictions.argmax(-1).mean())}
+
+    ours, theirs = (trainer(each, tmp_path, compute_metrics=metrics).evaluate() for each in (model, stock))
+    for key in ("eval_loss", "eval_highest"):
+        assert ours[key] == pytest.approx(theirs[key], rel=1e-5)
+    assert abs(seen[0] - seen[1]).max() < 1e-5
+    reads = report.losses[0].record.facts.reads.total()
+    assert reads
+    trainer(model, tmp_path, prediction_loss_only=True).evaluate()
+    assert report.losses[0].record.facts.reads.total() == reads
