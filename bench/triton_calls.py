@@ -105,10 +105,10 @@ def _losses(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
     """A head in pieces: packed, with all that there may be; dense, without a slope."""
     x, labels = empty(MANY, SIZE, dtype=dtype), empty(MANY, dtype=torch.int64)
     head = *nf4(16 * SIZE, SIZE, nested), 16 * SIZE, empty(16 * SIZE)
-    yield Call("linear_cross_entropy", (x, *head, labels, -100, 0.5, 30.0, 0.0, 1e-4, True, True))
+    yield Call("linear_cross_entropy", (x, *head, labels, -100, 0.5, 30.0, 0.0, 1e-4, True, True, True))
     dense = empty(SIZE, SIZE, dtype=dtype), None, None, None, 0, SIZE, None
-    yield Call("linear_cross_entropy", (x, *dense, labels, -100, 1.0, 0.0, 0.1, 0.0, True, False))
-    yield Call("linear_cross_entropy", (x, *dense, labels, -100, 1.0, 0.0, 0.0, 0.0, False, False))
+    yield Call("linear_cross_entropy", (x, *dense, labels, -100, 1.0, 0.0, 0.1, 0.0, True, False, False))
+    yield Call("linear_cross_entropy", (x, *dense, labels, -100, 1.0, 0.0, 0.0, 0.0, False, False, False))
 
 
 def _products(dtype: torch.dtype, nested: bool) -> Iterator[Call]:

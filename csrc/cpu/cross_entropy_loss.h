@@ -22,7 +22,14 @@ static_assert(kMostRows % kPackRows == 0, "");
 struct Options {
   float scale, cap;
   double smoothing, z_loss;
-  bool need_slope, need_entropy;
+  bool need_slope, need_entropy, need_mean;
+};
+
+// Where results of rows go.
+struct Results {
+  float *loss, *lse, *entropy, *mean;
+  bool* top;
+  char* slope;
 };
 
 class Loss {
@@ -48,11 +55,10 @@ class Loss {
   }
 
   // Of the rows that have a label, where they go.
-  void run(float* loss, float* lse, float* entropy, char* slope) {
+  void run(const Results& to) {
     const auto finish = [&](int64_t begin, int64_t end, const float* sums, int64_t part_ld) {
       for (int64_t row = begin; row < end; ++row) {
-        finish_row(row, sums ? sums + (row - begin) * features_ : nullptr, part_ld, loss, lse, entropy,
-                   slope);
+        finish_row(row, sums ? sums + (row - begin) * features_ : nullptr, part_ld, to);
       }
     };
     head_.is_torchs(rows_) ? run_torchs(finish) : run_ours(finish);
@@ -79,7 +85,7 @@ class Loss {
     p.labels = labelled_.labels.data() + first_row;
     p.states = states_.data() + part * rows_ + first_row;
     p.need_weighted = options_.need_entropy;
-    p.need_total = options_.smoothing > 0;
+    p.need_total = options_.smoothing > 0 || options_.need_mean;
     p.out_dtype = dtype_;
     p.features = features_;
     return p;
@@ -217,8 +223,7 @@ class Loss {
   }
 
   // From the states of its parts, and of each its sums; these are part_ld apart.
-  void finish_row(int64_t row, const float* sums, int64_t part_ld, float* loss, float* lse_out,
-                  float* entropy, char* slope) const {
+  void finish_row(int64_t row, const float* sums, int64_t part_ld, const Results& results) const {
     double most = -DBL_MAX, rest = 0, weighted = 0, total = 0;  // without the label's, but for the total
     const int64_t label = labelled_.labels[row];
     const double of_label = state(label / part_cols_, row).label;
@@ -240,11 +245,13 @@ class Loss {
     const double p_rest = std::exp(most - lse) * rest, p_label = std::exp(-surprise);
     const double smoothing = options_.smoothing, z_loss = options_.z_loss;
     const int64_t to = labelled_.rows[row];
-    loss[to] = static_cast<float>((1 - smoothing) * surprise + z_loss * lse * lse +
-                                  (smoothing > 0 ? smoothing * (lse - total / vocabulary_) : 0));
-    lse_out[to] = static_cast<float>(lse);
+    results.loss[to] = static_cast<float>((1 - smoothing) * surprise + z_loss * lse * lse +
+                                          (smoothing > 0 ? smoothing * (lse - total / vocabulary_) : 0));
+    results.lse[to] = static_cast<float>(lse);
+    if (options_.need_mean) results.mean[to] = static_cast<float>(total / vocabulary_);
     if (options_.need_entropy) {
-      entropy[to] = static_cast<float>(lse - std::exp(most - lse) * weighted - p_label * of_label);
+      results.top[to] = most <= of_label;
+      results.entropy[to] = static_cast<float>(lse - std::exp(most - lse) * weighted - p_label * of_label);
     }
     if (!sums) return;
     const double z_slope = 2 * z_loss * lse;
@@ -266,7 +273,7 @@ class Loss {
         static_cast<float>((z_slope * p_label + smoothing - p_rest) * (1 - tanh * tanh) * options_.scale);
     p.mean = mean_.defined() ? mean_.const_data_ptr<float>() : nullptr;
     p.of_mean = static_cast<float>(-smoothing * options_.scale);
-    p.out = slope + to * features_ * x_.element_size();
+    p.out = results.slope + to * features_ * x_.element_size();
     p.dtype = dtype_;
     kernels().softmax_slope(p);
   }

@@ -27,11 +27,11 @@ void check_arguments(const Tensor& x, const Tensor& labels, int64_t vocabulary, 
   if (bias) check_bias(*bias, vocabulary, x.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const Tensor& x, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
     const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary, const OptionalTensor& bias,
     const Tensor& labels, int64_t ignore_index, double logit_scale, double softcap, double label_smoothing,
-    double z_loss, bool need_slope, bool need_entropy) {
+    double z_loss, bool need_slope, bool need_entropy, bool need_mean) {
   const WithoutAutocast without_autocast;
   check_arguments(x, labels, vocabulary, bias, softcap, label_smoothing);
   // What smoothing gives is then no multiple of one row of the head.
@@ -42,11 +42,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   const auto floats = x.options().dtype(at::kFloat);
   const int64_t rows = x.size(0), features = x.size(1);
   Tensor loss = at::zeros({rows}, floats), lse = at::zeros({rows}, floats);
-  Tensor entropy = at::zeros({need_entropy ? rows : 0}, floats);
+  Tensor entropy = at::zeros({need_entropy ? rows : 0}, floats),
+         mean = at::zeros({need_mean ? rows : 0}, floats);
+  Tensor top = at::zeros(entropy.sizes(), x.options().dtype(at::kBool));
   const bool all = labelled.count() == rows;
   const at::DimVector sizes{need_slope ? rows : 0, features};
   Tensor slope = all ? at::empty(sizes, x.options()) : at::zeros(sizes, x.options());
-  if (labelled.count() == 0) return {loss, lse, entropy, slope};
+  if (labelled.count() == 0) return {loss, lse, entropy, top, mean, slope};
   const Tensor index =
       at::from_blob(const_cast<int64_t*>(labelled.rows.data()), {labelled.count()}, labels.options());
   const Tensor chosen = all ? x.contiguous() : x.index_select(0, index);
@@ -55,12 +57,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
                         label_smoothing,
                         z_loss,
                         need_slope,
-                        need_entropy};
+                        need_entropy,
+                        need_mean};
   const Tensor floats_bias = bias ? bias->to(at::kFloat).contiguous() : Tensor();
   Loss(chosen, head, vocabulary, floats_bias, labelled, options)
-      .run(loss.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(),
-           static_cast<char*>(slope.mutable_data_ptr()));
-  return {loss, lse, entropy, slope};
+      .run({loss.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(),
+            mean.mutable_data_ptr<float>(), top.mutable_data_ptr<bool>(),
+            static_cast<char*>(slope.mutable_data_ptr())});
+  return {loss, lse, entropy, top, mean, slope};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward(

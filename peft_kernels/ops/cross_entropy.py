@@ -31,37 +31,36 @@ SHARE = 1 / 64
 
 
 class LinearCrossEntropy(Op):
-    """Of a frozen head. Rows whose label is ignore_index have loss, lse, entropy and slope 0; softcap 0 means
-    none. slope is the gradient of a row's loss by x; there is none with both a cap and smoothing. What is not
-    needed has no elements."""
+    """Of a frozen head. In rows whose label is ignore_index all results are 0; softcap 0 means none. top, of
+    bool and there beside the entropy: no other logit is greater than the label's; mean: of all logits. slope
+    is the gradient of a row's loss by x; there is none with both a cap and smoothing. What is not needed has
+    no elements."""
 
     name = "linear_cross_entropy"
     schema = (
         "(Tensor x, $base, SymInt vocabulary, Tensor? bias, Tensor labels, int ignore_index, "
         "float logit_scale, float softcap, float label_smoothing, float z_loss, bool need_slope, "
-        "bool need_entropy) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor slope)"
+        "bool need_entropy, bool need_mean) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor top, "
+        "Tensor mean, Tensor slope)"
     )
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, ...]:
         check_slope(args)
         rows = max(PIECE, int(SHARE * args.x.shape[0] * args.vocabulary)) // max(args.vocabulary, 1)
         pieces = zip(args.x.split(max(rows, 1)), args.labels.split(max(rows, 1)), strict=True)
         found = [_piece(ops, args, x, labels, None, None) for x, labels in pieces]
-        loss, lse, entropy, slope = (torch.cat(parts) for parts in zip(*found, strict=True))
-        return loss, lse, entropy, slope
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
     @staticmethod
-    def fake(args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        x, acc = args.x, accumulator_dtype(args.x.dtype)
-        loss, lse = (x.new_empty(x.shape[0], dtype=acc) for _ in range(2))
-        entropy = x.new_empty(x.shape[0] if args.need_entropy else 0, dtype=acc)
-        return loss, lse, entropy, x.new_empty(x.shape if args.need_slope else (0, x.shape[1]))
+    def fake(args: Any) -> tuple[Tensor, ...]:
+        x = args.x
+        return *_scores(args), x.new_empty(x.shape if args.need_slope else (0, x.shape[1]))
 
     differentiable = ("x",)
     described = ("x", "weight", "absmax", "absmax2", "offset", "bias", "labels", "loss")
-    kept = ("lse", "entropy", "slope")
+    kept = ("lse", "entropy", "top", "mean", "slope")
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
@@ -81,34 +80,32 @@ class LinearCrossEntropyTrained(Op):
     schema = (
         "(Tensor x, $base, SymInt vocabulary, Tensor? bias, Tensor? h, Tensor? lora_b, Tensor labels, "
         "int ignore_index, float logit_scale, float softcap, float label_smoothing, float z_loss, "
-        "bool need_entropy) -> (Tensor loss, Tensor lse, Tensor entropy)"
+        "bool need_entropy, bool need_mean) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor top, "
+        "Tensor mean)"
     )
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, ...]:
         if args.h is None:
-            options = args[args._fields.index("labels") : -1]
+            options = args[args._fields.index("labels") : -2]
             head = args.x, *args.base, args.vocabulary, args.bias
-            found = ops.linear_cross_entropy(*head, *options, False, args.need_entropy)
-            return found[0], found[1], found[2]
+            found = ops.linear_cross_entropy(*head, *options, False, args.need_entropy, args.need_mean)
+            return tuple(found[:-1])
         rows = max(PIECE, int(SHARE * args.x.shape[0] * args.vocabulary)) // max(args.vocabulary, 1)
         parts = (t.split(max(rows, 1)) for t in (args.x, args.labels, args.h))
         pieces = [
-            _piece(ops, args, x, labels, h, args.lora_b)[:3] for x, labels, h in zip(*parts, strict=True)
+            _piece(ops, args, x, labels, h, args.lora_b)[:-1] for x, labels, h in zip(*parts, strict=True)
         ]
-        loss, lse, entropy = (torch.cat(parts) for parts in zip(*pieces, strict=True))
-        return loss, lse, entropy
+        return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
 
     @staticmethod
-    def fake(args: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, acc = args.x, accumulator_dtype(args.x.dtype)
-        loss, lse = (x.new_empty(x.shape[0], dtype=acc) for _ in range(2))
-        return loss, lse, x.new_empty(x.shape[0] if args.need_entropy else 0, dtype=acc)
+    def fake(args: Any) -> tuple[Tensor, ...]:
+        return _scores(args)
 
     differentiable = ("x", "weight", "bias", "h", "lora_b")
     described = ("loss",)
-    kept = ("lse", "entropy")
+    kept = ("lse", "entropy", "top", "mean")
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
@@ -190,8 +187,8 @@ def check_slope(args: Any) -> None:
 
 def _piece(
     ops: Any, args: Any, x: Tensor, labels: Tensor, h: Tensor | None, lora_b: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, lse, entropy and slope of some rows."""
+) -> tuple[Tensor, ...]:
+    """loss, lse, entropy, top, mean and slope of some rows."""
     z, steep = _logits(ops, args, x, args.base, args.vocabulary, args.bias, h, lora_b)
     valid = labels != args.ignore_index
     lse = z.logsumexp(-1)
@@ -201,11 +198,24 @@ def _piece(
     if smoothing:
         loss = loss + smoothing * (lse - z.mean(-1))
     entropy, slope = z.new_empty(0), x.new_empty(0, x.shape[1])
+    top, mean = z.new_empty(0, dtype=torch.bool), z.new_empty(0)
     if args.need_entropy:
         entropy = (lse - ((z - lse[:, None]).exp() * z).sum(-1)).where(valid, 0.0)
+        top = (z.amax(-1) == of_label) & valid
+    if args.need_mean:
+        mean = z.mean(-1).where(valid, 0.0)
     if getattr(args, "need_slope", False):
         slope = _back(ops, _slopes(args, z, steep, lse, labels, 0).to(x.dtype), args.base, x.shape[1])
-    return loss.where(valid, 0.0), lse.where(valid, 0.0), entropy, slope
+    return loss.where(valid, 0.0), lse.where(valid, 0.0), entropy, top, mean, slope
+
+
+def _scores(args: Any) -> tuple[Tensor, ...]:
+    """Results for each row, uninitialised."""
+    x, rows, acc = args.x, args.x.shape[0], accumulator_dtype(args.x.dtype)
+    loss, lse = (x.new_empty(rows, dtype=acc) for _ in range(2))
+    scored = rows if args.need_entropy else 0
+    entropy, top = x.new_empty(scored, dtype=acc), x.new_empty(scored, dtype=torch.bool)
+    return loss, lse, entropy, top, x.new_empty(rows if args.need_mean else 0, dtype=acc)
 
 
 def _logits(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,10 +96,11 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
     if not (z_loss >= 0 and math.isfinite(z_loss)):
         raise ValueError(f"z_loss: expected 0 or more, got {z_loss}")
-    losses, _, targets = _token_losses(
+    scored, targets = _token_losses(
         hidden, weight, labels, bias, (lora_a, lora_b, scaling), ignore_index, shift, logit_scale, softcap,
-        label_smoothing, z_loss, False,
+        label_smoothing, z_loss,
     )  # fmt: skip
+    losses = scored.losses
     if reduction == "none":
         return losses.view(labels.shape)
     if reduction == "sum":
@@ -125,23 +126,38 @@ def token_log_probs(
     logit_scale: float = 1.0,
     softcap: float | None = None,
     entropy: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+    is_top1: bool = False,
+    mean_logits: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
     """Log-probabilities of `tokens`, as losses for preferences and rewards are made of (DPO, GRPO), without
     the logits.
 
-    Parameters are those of `linear_cross_entropy`. With `entropy` also the entropy, in nats, of what the head
-    predicts at each token, which has no gradient.
+    Parameters are those of `linear_cross_entropy`. What else there is to be asked for has no gradient:
+    entropy, in nats, of what the head predicts at each token; is_top1, whether no other token is more likely;
+    mean_logits, the mean of the logits.
 
     Returns
     -------
-    Tensor, or a tuple of two, in the shape of tokens, fp32; 0 where a token is ignored.
+    Tensor, or a tuple of it and what was asked for, in that order. In the shape of tokens, fp32 (is_top1:
+    bool); 0 where a token is ignored.
     """
-    losses, of_rows, _ = _token_losses(
+    scored, _ = _token_losses(
         hidden, weight, tokens, bias, (lora_a, lora_b, scaling), ignore_index, shift, logit_scale, softcap,
-        0.0, 0.0, entropy,
+        0.0, 0.0, entropy or is_top1, mean_logits,
     )  # fmt: skip
-    log_probs = -losses.view(tokens.shape)
-    return (log_probs, of_rows.view(tokens.shape)) if entropy else log_probs
+    log_probs = -scored.losses.view(tokens.shape)
+    asked = (scored.entropy, entropy), (scored.top, is_top1), (scored.mean, mean_logits)
+    more = [t.view(tokens.shape) for t, wanted in asked if wanted]
+    return (log_probs, *more) if more else log_probs
+
+
+class _Scored(NamedTuple):
+    """Of each row of hidden; all but the losses without elements where not needed."""
+
+    losses: Tensor
+    entropy: Tensor
+    top: Tensor
+    mean: Tensor
 
 
 def _token_losses(
@@ -156,9 +172,10 @@ def _token_losses(
     softcap: float | None,
     label_smoothing: float,
     z_loss: float,
-    entropy: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and entropy of each row of hidden, and the labels of rows."""
+    need_entropy: bool = False,
+    need_mean: bool = False,
+) -> tuple[_Scored, Tensor]:
+    """Of the rows of hidden, with their labels."""
     lora_a, lora_b, scaling = adapter
     hidden, weight, lora_a, lora_b = _autocast(hidden, weight, lora_a, lora_b)
     compute = arguments.compute_type(hidden, None, NAME)
@@ -193,8 +210,8 @@ def _token_losses(
         need_slope = torch.is_grad_enabled() and x.requires_grad
         if not trained and not (need_slope and softcap and label_smoothing):
             frozen = *base, vocabulary, bias, *options
-            found = dispatch.call("linear_cross_entropy", x, *frozen, need_slope, entropy)
-            return found[0], found[2], targets
+            found = dispatch.call("linear_cross_entropy", x, *frozen, need_slope, need_entropy, need_mean)
+            return _Scored(found[0], *found[2:5]), targets
     elif lora_a is None or lora_b is None:
         name, other = ("lora_a", "lora_b") if lora_a is None else ("lora_b", "lora_a")
         raise ValueError(f"{name}: expected a Tensor beside {other}, got None")
@@ -202,8 +219,8 @@ def _token_losses(
         check_adapter(hidden, (vocabulary, features), lora_a, lora_b, 0.0)
         h = float(scaling) * F.linear(x.to(lora_a.dtype), lora_a)
     head = *base, vocabulary, bias, h, lora_b
-    found = dispatch.call("linear_cross_entropy_trained", x, *head, *options, entropy)
-    return found[0], found[2], targets
+    found = dispatch.call("linear_cross_entropy_trained", x, *head, *options, need_entropy, need_mean)
+    return _Scored(found[0], *found[2:5]), targets
 
 
 def _autocast(hidden: Tensor, *others: Any) -> list[Any]:

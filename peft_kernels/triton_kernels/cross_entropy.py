@@ -135,7 +135,7 @@ def combine_kernel(
     tl.store(slope_ptr + at, value.to(slope_ptr.dtype.element_ty), mask=inside)
 
 
-def linear_cross_entropy(args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def linear_cross_entropy(args: Any) -> tuple[Tensor, ...]:
     _check(args)
     x, labels = args.x.contiguous(), args.labels.contiguous()
     m, features = x.shape
@@ -168,12 +168,12 @@ def linear_cross_entropy(args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
                 sums.addmm_(logits, weight)
             else:
                 sums += torch.mm(logits, weight)
-    loss, lse, entropy, factors = _finished(args, states)
+    *scores, factors = _finished(args, states)
     if args.need_slope:
         grid = (cdiv(m, COMBINE["BLOCK_M"]) * cdiv(features, COMBINE["BLOCK_K"]),)
         of_mean = -args.label_smoothing * args.logit_scale / args.vocabulary
         launch(combine_kernel, grid, slope, sums, mean, factors, m, features, of_mean, config=COMBINE)
-    return loss, lse, entropy, slope
+    return *scores, slope
 
 
 def _check(args: Any) -> None:
@@ -211,8 +211,9 @@ def _unpacked(base: Any, n: int, k: int, dtype: torch.dtype) -> Tensor:
     return dequantize_nf4(OPS["dequantize_nf4"].named((*base, [n, k], dtype)))
 
 
-def _finished(args: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """loss, lse, entropy, and what `combine_kernel` multiplies with. In fp64: of a few numbers a row."""
+def _finished(args: Any, states: Tensor) -> tuple[Tensor, ...]:
+    """loss, lse, entropy, top, mean, and what `combine_kernel` multiplies with. In fp64: a few numbers a
+    row."""
     most, rest, weighted, of_label, total, _ = states.double()
     valid = args.labels != args.ignore_index
     smoothing = args.label_smoothing
@@ -228,8 +229,9 @@ def _finished(args: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor
     of_sums = (1 + z_slope) * each * args.logit_scale
     of_label_row = (z_slope * p_label + smoothing - each * rest) * steep
     factors = torch.stack((of_sums, of_label_row)).where(valid, 0.0).float()
-    valid_entropy = valid if args.need_entropy else valid[:0]
+    scored = valid if args.need_entropy else valid[:0]
+    mean = (total / args.vocabulary).where(valid, 0.0).float()
     return (
-        loss.where(valid, 0.0).float(), lse.where(valid, 0.0).float(),
-        entropy.where(valid_entropy, 0.0).float(), factors,
+        loss.where(valid, 0.0).float(), lse.where(valid, 0.0).float(), entropy.where(scored, 0.0).float(),
+        (most <= of_label)[: len(scored)] & scored, mean if args.need_mean else mean[:0], factors,
     )  # fmt: skip

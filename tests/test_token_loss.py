@@ -1,0 +1,168 @@
+"""linear_cross_entropy and token_log_probs: what their calls add to the ops, and what they keep."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from loss_cases import IGNORED, labels_of, weight_of
+from numbers_policy import DTYPES, short
+from torch import Tensor
+
+import peft_kernels as pk
+import testing
+
+pytestmark = pytest.mark.usefixtures("nan_outputs")
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
+
+
+def torchs(hidden: Tensor, weight: Tensor, labels: Tensor, **options: Any) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).flatten(0, -2), labels.flatten(), **options)
+
+
+def test_reductions_are_torchs(backend: str) -> None:
+    x, w = testing.tensor(2, 9, 32).requires_grad_(), testing.tensor(50, 32, seed=1)
+    labels = labels_of(18, 50).view(2, 9)
+    for reduction in ("mean", "sum", "none"):
+        got, want = (
+            pk.linear_cross_entropy(x, w, labels, reduction=reduction),
+            torchs(x, w, labels, reduction=reduction),
+        )
+        torch.testing.assert_close(got, want.view(got.shape))
+        for a, b in zip(torch.autograd.grad(got.sum(), x), torch.autograd.grad(want.sum(), x), strict=True):
+            torch.testing.assert_close(a, b)
+    for items in (40, torch.tensor(40)):
+        got = pk.linear_cross_entropy(x, w, labels, num_items_in_batch=items)
+        torch.testing.assert_close(got, torchs(x, w, labels, reduction="sum") / 40)
+    assert pk.linear_cross_entropy(x, w, torch.full_like(labels, IGNORED)).isnan()
+    other = labels.where(labels != IGNORED, 7)
+    got = pk.linear_cross_entropy(x, w, other, ignore_index=7)
+    torch.testing.assert_close(got, torchs(x, w, other, ignore_index=7))
+
+
+def test_shift_is_that_of_causal_models(backend: str) -> None:
+    x, w = testing.tensor(2, 9, 32).requires_grad_(), testing.tensor(50, 32, seed=1)
+    labels = labels_of(18, 50).view(2, 9)
+    got = pk.linear_cross_entropy(x, w, labels, shift=True)
+    want = torchs(x[:, :-1], w, labels[:, 1:])
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(*(torch.autograd.grad(t, x)[0] for t in (got, want)))
+    each = pk.linear_cross_entropy(x, w, labels, shift=True, reduction="none")
+    assert each.shape == labels.shape and not each[:, -1].any()
+
+
+@each_dtype
+def test_log_probs_and_entropy(backend: str, dtype: torch.dtype) -> None:
+    x = testing.tensor(3, 8, 64, dtype=dtype).requires_grad_()
+    w, tokens = weight_of("dense", 700, 64, dtype), labels_of(24, 700).view(3, 8)
+    got, entropy = pk.token_log_probs(x, w, tokens, entropy=True, logit_scale=1 / 0.7)
+    assert got.shape == entropy.shape == tokens.shape and not entropy.requires_grad
+    x64 = x.detach().double().requires_grad_()
+    truth = torch.log_softmax(F.linear(x64, w.double()) / 0.7, -1)
+    valid = tokens != IGNORED
+    chosen = truth.gather(-1, tokens.clamp(min=0)[..., None])[..., 0] * valid
+    with pk.use_backend("reference"):
+        plain, plain_entropy = pk.token_log_probs(x, w, tokens, entropy=True, logit_scale=1 / 0.7)
+        (near,) = torch.autograd.grad(plain.square().sum(), x)
+    testing.assert_close(got, plain, chosen, "log_probs")
+    testing.assert_close(entropy, plain_entropy, -(truth.exp() * truth).sum(-1) * valid, "entropy")
+    (g,), (t,) = torch.autograd.grad(got.square().sum(), x), torch.autograd.grad(chosen.square().sum(), x64)
+    testing.assert_close(g, near, t, "gradient")
+    assert torch.equal(pk.token_log_probs(x, w, tokens, logit_scale=1 / 0.7), got)
+
+
+@each_dtype
+@pytest.mark.parametrize("rows", [6, 300])
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_what_is_most_likely_and_the_mean(backend: str, dtype: torch.dtype, rows: int, trained: bool) -> None:
+    """The label's logit is the greatest in every other row, and in every sixth as great as another."""
+    if backend == "triton" and rows > 100:
+        pytest.skip("triton: each row is a program of its own, as where they are fewer")
+    w, labels = weight_of("dense", 700, 64, dtype), torch.arange(rows) % 600
+    x = w[labels].clone()
+    x[1::2] *= -1
+    w[650], labels[4] = w[labels[0]], IGNORED
+    w.requires_grad_(trained)
+    log_probs, top, mean = pk.token_log_probs(x, w, labels, is_top1=True, mean_logits=True, logit_scale=2.0)
+    valid = labels != IGNORED
+    assert torch.equal(top, (torch.arange(rows) % 2 == 0) & valid)
+    truth = 2 * F.linear(x.double(), w.detach().double()).mean(-1) * valid
+    scale = F.linear(x, w).abs().amax().item()
+    torch.testing.assert_close(mean.double(), truth, atol=4 * scale * torch.finfo(dtype).eps, rtol=0)
+    assert log_probs.requires_grad == trained and not mean.requires_grad
+
+
+def test_what_is_saved(backend: str) -> None:
+    """Of a frozen head a slope like hidden; of a trained one a number for each token."""
+    x, w = testing.tensor(40, 64).requires_grad_(), testing.tensor(900, 64, seed=1)
+    labels = labels_of(40, 900)
+    per_row = 2 * 4 * 40
+    exclude = [w, labels]
+    frozen = testing.saved_bytes(lambda: pk.linear_cross_entropy(x, w, labels, reduction="sum"), exclude)
+    assert x.numel() * 4 <= frozen <= x.numel() * 4 + per_row
+    w.requires_grad_()
+    trained = testing.saved_bytes(
+        lambda: pk.linear_cross_entropy(x, w, labels, reduction="sum"), [*exclude, x]
+    )
+    assert 0 < trained <= 2 * per_row
+
+
+def allocated(call: Callable[[], Any], folder: Path) -> int:
+    """Most bytes of torch's that a call has at a time."""
+    with torch.profiler.profile(profile_memory=True) as profile:
+        call()
+    profile.export_chrome_trace(str(folder / "trace.json"))
+    events = json.loads((folder / "trace.json").read_text())["traceEvents"]
+    totals = [(e["ts"], e["args"]) for e in events if e.get("name") == "[memory]"]
+    totals.sort(key=lambda event: event[0])
+    first = totals[0][1]["Total Allocated"] - totals[0][1]["Bytes"]
+    return max(args["Total Allocated"] for _, args in totals) - first
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_memory_is_a_small_part_of_the_logits(backend: str, head: str, tmp_path: Path) -> None:
+    if backend != "reference" and not backend.startswith("cpu"):
+        pytest.skip(f"{backend}: runs on another machine's terms")
+    rows, vocabulary, features = 1024, 49152, 64
+    x = testing.tensor(rows, features, dtype=torch.bfloat16).requires_grad_()
+    w = weight_of("dense", vocabulary, features, torch.bfloat16).requires_grad_(head == "trained")
+    labels = labels_of(rows, vocabulary)
+
+    def step() -> None:
+        pk.linear_cross_entropy(x, w, labels).backward()
+
+    step()
+    x.grad = w.grad = None
+    needed = x.nbytes + (w.nbytes if head == "trained" else 0)
+    share = (allocated(step, tmp_path) - needed) / (rows * vocabulary * 4)
+    assert share < (0.6 if backend == "reference" else 0.02), share
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])
+def test_double_backward_is_refused(backend: str, trained: bool) -> None:
+    x, w = testing.tensor(4, 32).requires_grad_(), testing.tensor(50, 32, seed=1).requires_grad_(trained)
+    loss = pk.linear_cross_entropy(x, w, labels_of(4, 50))
+    (dx,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(
+        RuntimeError, match="a gradient of its gradients was asked for, expected first order only"
+    ):
+        dx.square().sum().backward()
+
+
+def test_under_autocast(backend: str) -> None:
+    """As F.linear: hidden and a dense head are rounded, whatever is trained; losses stay in fp32."""
+    x, w = testing.tensor(20, 64).requires_grad_(), weight_of("dense", 300, 64, torch.float32)
+    labels = labels_of(20, 300)
+    want = pk.linear_cross_entropy(x.bfloat16(), w.bfloat16(), labels)
+    for trained in (False, True):
+        w.requires_grad_(trained)
+        with torch.autocast("cpu", torch.bfloat16):
+            got = pk.linear_cross_entropy(x, w, labels)
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+        leaves = [x, w] if trained else [x]
+        assert all(g.dtype == torch.float32 for g in torch.autograd.grad(got, leaves))
