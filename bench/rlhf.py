@@ -1,4 +1,4 @@
-"""A step of DPO, and of GRPO without its generation, on SmolLM2-135M: TRL's trainers and ours, in turns.
+"""Steps of DPO, GRPO (without its generation) and SFT on SmolLM2-135M: TRL's trainers and ours, in turns.
 
 QLoRA r=16 on all linear layers, products under autocast to bf16, made-up tokens; the reference is the model
 without its adapter. Gradients are checked on a batch of short sequences. The truth is TRL's own step in
@@ -30,7 +30,7 @@ from .model import SMOLLM2_135M
 from .optimizer_curves import EXAMPLES
 from .report import OURS
 
-DPO, GRPO = "dpo", "grpo"
+DPO, GRPO, SFT = "dpo", "grpo", "sft"
 TRL_PATCHED, TRL_STOCK = "TRL, patched", "TRL, PEFT and bnb"
 GOAL = 0.75
 """What a step is to take at most, of TRL's with its two forwards on the same patched model."""
@@ -41,7 +41,8 @@ GENERATIONS = 8
 
 @dataclass(frozen=True)
 class Lengths:
-    """Sequences of a prompt and a completion: `count` prompts, with two completions each (DPO) or eight."""
+    """Sequences of a prompt and a completion: `count` prompts, with two completions each (DPO), eight (GRPO)
+    or one."""
 
     count: int
     prompt: int
@@ -128,6 +129,11 @@ class Trainers(layers.Kept):
         }
         if self.group == DPO:
             trainer = home.DPOTrainer(args=trl.DPOConfig(max_length=None, **options), **given)
+        elif self.group == SFT:
+            given["train_dataset"] = data.remove_columns(["chosen", "rejected"]).add_column(
+                "completion", [" b"] * GENERATIONS
+            )
+            trainer = home.SFTTrainer(args=trl.SFTConfig(max_length=None, **options), **given)
         else:
             options |= {
                 "num_generations": GENERATIONS,
@@ -163,6 +169,11 @@ class Trainers(layers.Kept):
             batch = trainer.data_collator(
                 [dict(zip(names, map(Tensor.tolist, p), strict=True)) for p in parts]
             )
+            loss_of = partial(trainer.compute_loss, trainer.model)
+        elif self.group == SFT:
+            ids = torch.cat([prompts[:count], answers[:count]], 1)
+            labels = ids.where(torch.arange(ids.shape[1]) >= lengths.prompt, -100)
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
             loss_of = partial(trainer.compute_loss, trainer.model)
         else:
             ids = torch.cat([prompts[:count].repeat_interleave(GENERATIONS, 0), answers], 1)
@@ -201,7 +212,7 @@ def close(truth: dict[str, Tensor], bound: float, got: dict[str, Tensor]) -> flo
 
 
 def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
-    completions = 2 if group == DPO else GENERATIONS
+    completions = {DPO: 2, GRPO: GENERATIONS, SFT: 1}[group]
     batch, length = lengths.count * completions, lengths.prompt + lengths.completion
 
     def build() -> list[Contender | Absent]:
@@ -233,8 +244,9 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
     title = {
         DPO: f"DPO step, QLoRA on SmolLM2-135M, prompts of {lengths.prompt}",
         GRPO: f"GRPO step without generation, QLoRA on SmolLM2-135M, a prompt of {lengths.prompt}",
+        SFT: f"step of SFTTrainer, QLoRA on SmolLM2-135M, prompts of {lengths.prompt}",
     }[group] + (", gradient checkpointing" if checkpointing else "")
-    goals = (Goal(TRL_PATCHED, 1 / GOAL),)
+    goals = (Goal(TRL_PATCHED, 1 / GOAL),) if group != SFT else ()
     shape = sizes.hidden, sizes.intermediate
     return Case(name, *shape, batch * length, "bf16", build, batch, goals, title, seconds=120.0)
 
@@ -245,4 +257,5 @@ def standard() -> list[Case]:
         *(case(DPO, lengths, False) for lengths in dpo),
         case(DPO, dpo[0], True),
         case(GRPO, Lengths(1, 128, 64), False),
+        case(SFT, Lengths(4, 64, 192), False),
     ]

@@ -1,8 +1,8 @@
-"""Log-probabilities of given tokens under a head, of which no more than a piece of the logits ever exists.
+"""Log-probabilities of given tokens under a head, and what TRL's trainers ask for besides.
 
-The gradient of a token's log-probability by its hidden state, W^T (onehot - softmax), needs the logits that
-the forward has at hand. It is computed there and kept in place of them, so that the backward is one
-multiplication by what comes back for each token.
+They are `token_log_probs`. The sum of squared probabilities, which DPO's weighting alone asks for, is made of
+pieces of the logits by torch's functions: the gradient of a token's log-probability by its hidden state,
+W^T (onehot - softmax), is computed in the forward, which has a piece of them at hand, and kept instead.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from ..nf4.state import HoldsNF4
+from ..ops.token_loss import token_log_probs
 
 PIECE = {"cpu": 1 << 22}
 """Logits at a time: on a CPU about what its last cache holds in fp32."""
@@ -30,33 +33,44 @@ class Scores(NamedTuple):
 
 def score(
     hidden: Tensor,
-    weight: Tensor,
+    weight: HoldsNF4 | Tensor,
     bias: Tensor | None,
     targets: Tensor,
     temperature: float = 1.0,
     outputs: tuple[str, ...] = (),
 ) -> Scores:
-    """Log-probabilities of `targets`, with a gradient for `hidden` alone.
+    """Log-probabilities of `targets`.
 
     Parameters
     ----------
     hidden
         (tokens, hidden_size).
     weight, bias
-        Of the head: (vocabulary, hidden_size), (vocabulary,). Frozen.
+        Of the head: (vocabulary, hidden_size), NF4 or dense, and (vocabulary,).
     targets
         int (tokens,).
     temperature
         What logits are divided by.
     outputs
         Which of entropy, log_sum_sq_probs (the log of the sum of squared probabilities), mean_logits and
-        is_top1 (whether no other token is more likely; of equals, none before it) to compute besides.
+        is_top1 (whether no other token is more likely) to compute besides.
 
     Raises
     ------
     ValueError
-        The head is to be trained.
+        log_sum_sq_probs of a head that is NF4 or to be trained.
     """
+    if "log_sum_sq_probs" not in outputs:
+        if not isinstance(weight, HoldsNF4):
+            weight = weight.to(hidden.dtype)
+            bias = None if bias is None else bias.to(hidden.dtype)
+        asked = ("entropy", "is_top1", "mean_logits")  # in the order in which they come
+        wanted: dict[str, Any] = {name: True for name in asked if name in outputs}
+        found = token_log_probs(hidden, weight, targets, bias, logit_scale=1 / temperature, **wanted)
+        parts = (found,) if isinstance(found, Tensor) else found
+        return Scores(**dict(zip(("log_probs", *wanted), parts, strict=True)))
+    if isinstance(weight, HoldsNF4):
+        raise ValueError("weight: expected a dense one for log_sum_sq_probs, got one in NF4")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and parameter.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name}: expected a frozen head, got one that requires grad")

@@ -1,4 +1,4 @@
-"""TRL's trainers for preferences and rewards, without the work that they do twice.
+"""TRL's trainers, without the work that they do twice, and their log-probabilities without logits.
 
 Chosen and rejected completions of a prompt, or all completions sampled for it, are one row in which the
 prompt is computed once, for the policy and for the reference alike; the head sees completions only. Losses,
@@ -24,13 +24,17 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 from trl.trainer.dpo_trainer import DPOTrainer as TheirDPOTrainer
 from trl.trainer.grpo_trainer import GRPOTrainer as TheirGRPOTrainer
+from trl.trainer.sft_trainer import SFTTrainer as TheirSFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
+from ..nf4.weight import NF4Weight
+from ..nn import NF4Linear
+from ..patch.fused import plain_class
 from . import shared_prompts
 from .scored_head import Scores, score
 from .shared_prompts import IGNORED, Rows
 
-__all__ = ["DPOTrainer", "GRPOTrainer"]
+__all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer"]
 
 logger = logging.getLogger("peft_kernels")
 
@@ -52,13 +56,23 @@ _NOTHING_SAID = frozenset({"use_cache", "return_dict"})
 class LogProbs:
     """What computes log-probabilities in place of TRL's forward.
 
-    `fallbacks`: calls that computed each row by itself, by reason.
+    `fallbacks`: calls that computed each row by itself, by reason. `heads`: calls whose head was TRL's, by
+    reason. `shares`: whether to look for prompts that rows have in common.
     """
 
     def __init__(
-        self, model: Any, *, never: str, temperature: float, outputs: tuple[str, ...], head: str
+        self,
+        model: Any,
+        *,
+        never: str,
+        temperature: float,
+        outputs: tuple[str, ...],
+        head: str,
+        shares: bool = True,
     ) -> None:
         self.fallbacks: Counter[str] = Counter()
+        self.heads: Counter[str] = Counter()
+        self.shares = shares
         self.theirs = model.forward  # TRL's, which `add_fused_lm_head` has put there
         self.never = never or _unfit(model)
         self.temperature, self.outputs = temperature, outputs
@@ -69,11 +83,13 @@ class LogProbs:
     def __call__(self, model: Any, labels: Tensor, kwargs: dict[str, Any]) -> Any:
         """FusedCausalLMOutput, as TRL's forward gives it, (batch, length - 1)."""
         given = {k: v for k, v in kwargs.items() if v is not None and k not in _NOTHING_SAID}
-        rows = self._rows(model, labels, given)
-        if isinstance(rows, str):
+        rows = self._rows(model, labels, given) if self.shares else ""
+        if isinstance(rows, str) and self.shares:
             self._tell(rows)
         mask = labels[:, 1:] != IGNORED
-        if not self._own_head(model, given):
+        reason = self._their_head(model, given)
+        if reason:
+            self.heads[reason] += 1
             if isinstance(rows, str):
                 return self.theirs(labels=labels, fused_lm_head=True, **kwargs)
             theirs = self.theirs(**_inputs(model, rows), shift_labels=rows.targets, fused_lm_head=True)
@@ -93,15 +109,31 @@ class LogProbs:
         loss = -found["log_probs"].sum() / mask.sum().clamp(min=1)
         return FusedCausalLMOutput(loss=loss, label_mask=mask, **found)
 
-    def _own_head(self, model: Any, given: dict[str, Any]) -> bool:
-        """Where TRL has kernels of its own for the head, on GPUs, it is TRL's."""
+    def _their_head(self, model: Any, given: dict[str, Any]) -> str:
+        """Why the head of this call is TRL's, or "". On GPUs TRL has kernels of its own for it."""
         head = model.get_output_embeddings()
-        weight = head.weight
-        plain = type(head) is nn.Linear and type(weight) in (Tensor, nn.Parameter)
+        weight, packed = head.weight, type(head.weight) is NF4Weight
+        if self.head:
+            return self.head
+        if plain_class(head) not in (nn.Linear, NF4Linear):
+            return f"the head is a {type(head).__name__}"
+        if not packed and type(weight) not in (Tensor, nn.Parameter):
+            return f"the weight of the head is a {type(weight).__name__}"
+        if weight.device.type != "cpu":
+            return "TRL has kernels for the head on GPUs"
+        if getattr(model.config, "output_router_logits", False):
+            return "the loss that balances experts is TRL's"
         trained = torch.is_grad_enabled() and any(p.requires_grad for p in head.parameters())
-        usual = plain and not trained and weight.device.type == "cpu"
-        balanced = getattr(model.config, "output_router_logits", False)
-        return usual and not (self.head or balanced) and given.keys() <= {"input_ids", "attention_mask"}
+        if "log_sum_sq_probs" in self.outputs and (trained or packed):
+            return "sums of squares of a head that is trained or in NF4"
+        extra = given.keys() - {"input_ids", "attention_mask"} if self.shares else set()
+        return f"extra arguments ({', '.join(sorted(extra))})" if extra else ""
+
+    def __str__(self) -> str:
+        lines = ["log-probabilities: by pk.token_log_probs" if not self.heads else "log-probabilities:"]
+        lines += [f"by TRL's head, {count}x: {reason}" for reason, count in self.heads.items()]
+        lines += [f"each prompt by itself, {count}x: {reason}" for reason, count in self.fallbacks.items()]
+        return "\n".join(lines)
 
     def _rows(self, model: Any, labels: Tensor, given: dict[str, Any]) -> Rows | str:
         reason = self.never or _unfit_call(model, given)
@@ -239,15 +271,18 @@ def share_prompts(
     temperature: float = 1.0,
     head: str = "",
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    shares: bool = True,
 ) -> LogProbs:
     """Has a trainer's model, or its reference, compute log-probabilities by `LogProbs`, inside `context`.
-    `head`: why the head must be TRL's."""
+    `head`: why the head must be TRL's; `shares`: whether prompts may be shared."""
     model = model.get_base_model() if isinstance(model, PeftModel) else model
     never = ""
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         never = "FSDP and DeepSpeed have not been tried"
     head = head or never  # of which either may have taken the weight apart
-    log_probs = LogProbs(model, never=never, temperature=temperature, outputs=outputs, head=head)
+    log_probs = LogProbs(
+        model, never=never, temperature=temperature, outputs=outputs, head=head, shares=shares
+    )
 
     @functools.wraps(type(model).forward)  # `generate` looks at the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -303,3 +338,16 @@ class GRPOTrainer(TheirGRPOTrainer):
         )
         self.log_probs = share_prompts(self, self.model, ("entropy",), self.temperature, head)
         self.ref_log_probs = _share_for_reference(self, self.temperature, head)
+
+
+class SFTTrainer(TheirSFTTrainer):
+    """TRL's SFTTrainer, whose head computes log-probabilities, entropy and accuracy without logits, and only
+    for tokens that have a label.
+
+    Takes the same arguments, and gives the same losses and metrics up to rounding. Heads that it does not
+    cover are TRL's: `log_probs.heads` counts their calls by reason.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.log_probs = share_prompts(self, self.model, ("entropy", "is_top1"), shares=False)

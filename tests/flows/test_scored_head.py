@@ -1,4 +1,4 @@
-"""Log-probabilities under a head, of which only pieces of the logits exist, against all logits at once."""
+"""Log-probabilities under a head, and what TRL asks for besides, against all logits at once."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from flow_checks import assert_near
 from peft_kernels.integrations import scored_head
 
 
+@pytest.mark.parametrize("squares", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_score(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against logits of all tokens at once, in fp64, with a tie and in pieces that leave a rest."""
+def test_score(bias: bool, squares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp64, with a tie, and, where squares are asked for, in pieces that leave a rest."""
+    outputs = tuple(name for name in scored_head.OUTPUTS if squares or name != "log_sum_sq_probs")
     monkeypatch.setitem(scored_head.PIECE, "cpu", 300)
     g = torch.Generator().manual_seed(0)
     hidden, weight, shift, noise = (torch.randn(s, generator=g) for s in ((7, 16), (90, 16), (90,), (7,)))
     weight[40] = weight[41] = 3 * hidden[2]
-    targets = torch.tensor([3, 0, 41, 89, 5, 6, 7])
+    targets = torch.tensor([3, 0, 40, 89, 5, 6, 7])
     targets[0] = (hidden[0] @ weight.T + bias * shift).argmax()
     b = shift if bias else None
     if bias:
         shift[40] = shift[41]
     x = hidden.clone().requires_grad_()
-    scores = scored_head.score(x, weight, b, targets, 0.8, scored_head.OUTPUTS)
+    scores = scored_head.score(x, weight, b, targets, 0.8, outputs)
     (gradient,) = torch.autograd.grad((scores.log_probs * noise).sum(), x)
     true = hidden.double().requires_grad_()
     logits = F.linear(true, weight.double(), None if b is None else b.double()) / 0.8
@@ -32,13 +34,18 @@ def test_score(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     (want,) = torch.autograd.grad((chosen * noise).sum(), true, retain_graph=True)
     p = logs.exp()
     assert_near(
-        {"gradient": gradient, **scores._asdict()},
+        {"gradient": gradient, **{n: t for n, t in scores._asdict().items() if t is not None}},
         {
             "gradient": want, "log_probs": chosen, "entropy": -(p * logs).sum(-1),
-            "log_sum_sq_probs": (p * p).sum(-1).log(), "mean_logits": logits.mean(-1),
-            "is_top1": logits.argmax(-1) == targets,
+            "mean_logits": logits.mean(-1), "is_top1": logits.argmax(-1) == targets,
+            **({"log_sum_sq_probs": (p * p).sum(-1).log()} if squares else {}),
         },
     )  # fmt: skip
-    assert scores.is_top1 is not None and scores.is_top1[0] and not scores.is_top1[2]
-    with pytest.raises(ValueError, match="weight: expected a frozen head"):
-        scored_head.score(x, weight.requires_grad_(), b, targets)
+    assert scores.is_top1 is not None and scores.is_top1[0] and not scores.is_top1[1]
+    weight.requires_grad_()
+    if squares:
+        with pytest.raises(ValueError, match="weight: expected a frozen head"):
+            scored_head.score(x, weight, b, targets, outputs=outputs)
+    else:
+        got = scored_head.score(x, weight, b, targets, outputs=outputs).log_probs
+        assert torch.autograd.grad(got.sum(), weight)[0].any()

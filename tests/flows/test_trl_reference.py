@@ -358,12 +358,12 @@ def test_a_reference_of_its_own_computes_in_autocast() -> None:
     assert log_probs is not None
     model.model.layers[0].mlp.register_forward_hook(lambda m, _, out: seen.append(out.dtype))
     with torch.no_grad():
-        assert log_probs._own_head(model, {})
+        assert not log_probs._their_head(model, {})
         model(**batch(), fused_lm_head=True)
         assert set(seen) == {torch.bfloat16} and not log_probs.fallbacks
         trainer.is_deepspeed_enabled = True
         add_fused_lm_head(model)
-        assert not ours._share_for_reference(trainer)._own_head(model, {})
+        assert ours._share_for_reference(trainer)._their_head(model, {})
 
 
 def test_nothing_to_predict() -> None:

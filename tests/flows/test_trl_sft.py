@@ -1,0 +1,114 @@
+"""Our SFTTrainer, whose head makes no logits, against TRL's own."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flow_checks import Calls, assert_near
+from flow_families import tiny
+from flow_models import adapted, arguments, ids, llama, tokenizer, words
+
+import peft_kernels as pk
+
+if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
+    pytest.skip("TRL or datasets is not installed", allow_module_level=True)
+import datasets
+import trl
+
+from peft_kernels.integrations.trl import SFTTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
+
+STEPS = 3
+
+
+def completions() -> Any:
+    """Of several lengths, whose prompts are not trained on."""
+    rows = [row for seed in range(2) for row in ids(seed, vocabulary=100)]
+    parts = ((words(row[:3]), words(row[3 : 6 + i % 4])) for i, row in enumerate(rows))
+    return datasets.Dataset.from_list(
+        [{"prompt": prompt, "completion": " " + completion} for prompt, completion in parts]
+    )
+
+
+def trained(kind: Any, model: Any, folder: Path, **options: Any) -> Any:
+    made = kind(
+        model=model,
+        args=arguments(trl.SFTConfig, folder, STEPS, max_length=16, optim="adamw_torch", **options),
+        train_dataset=completions(),
+        eval_dataset=completions().select(range(3)),
+        processing_class=tokenizer(),
+    )
+    for p in made.model.parameters():
+        p.data = p.data.float() if p.requires_grad else p.data
+    pk.patch(made.model)
+    torch.manual_seed(0)
+    made.train()
+    return made
+
+
+def packed_head(model: Any) -> Any:
+    model.lm_head.weight.requires_grad_(False)
+    return pk.quantize_model(model, skip=())
+
+
+MODELS: dict[str, Any] = {
+    "nf4": lambda: adapted(llama("nf4", vocab_size=100)),
+    "trained-head": lambda: adapted(llama(vocab_size=100), modules_to_save=["lm_head"]),
+    "whole": lambda: llama(vocab_size=100, tie_word_embeddings=True).train(),
+}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "nf4": {"gradient_accumulation_steps": 2, "eval_strategy": "steps", "eval_steps": 2},
+    "trained-head": {"completion_only_loss": False},
+    "whole": {"loss_type": "dft"},
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_same_logs(name: str, tmp_path: Path) -> None:
+    model = MODELS[name]()
+    model.config.use_cache = False
+    with Calls() as calls:
+        got = trained(SFTTrainer, copy.deepcopy(model), tmp_path, **OPTIONS[name])
+    if name == "trained-head":  # PEFT's wrapper around it is nothing that is known here
+        assert "the head is a ModulesToSaveWrapper" in str(got.log_probs)
+    else:
+        assert not got.log_probs.heads and "by pk.token_log_probs" in str(got.log_probs)
+        op = "linear_cross_entropy_trained" if name == "whole" else "linear_cross_entropy"
+        assert calls.counts[op] >= STEPS
+    want = trained(trl.SFTTrainer, model, tmp_path, **OPTIONS[name])
+    for one, other in zip(got.state.log_history, want.state.log_history, strict=True):
+        assert one.keys() == other.keys()
+        for key in one.keys() - {k for k in one if "time" in k or "per_second" in k}:
+            assert one[key] == pytest.approx(other[key], rel=2e-4, abs=2e-5), key
+    adapters = [{n: p for n, p in each.model.named_parameters() if p.requires_grad} for each in (got, want)]
+    assert_near(*adapters, bound=1e-3)
+
+
+def test_a_head_in_nf4(tmp_path: Path) -> None:
+    """Which TRL's own does not multiply by; beside a dense one of the same numbers."""
+    model = adapted(packed_head(llama(vocab_size=100)), target_modules=["q_proj", "v_proj"])
+    dense = copy.deepcopy(model)
+    head = dense.get_output_embeddings()
+    plain = torch.nn.Linear(64, 100, bias=False).requires_grad_(False)
+    plain.weight.data = head.weight.dequantize(torch.float32)
+    dense.base_model.model.lm_head = plain
+    losses = []
+    for each in (model, dense):
+        made = trained(SFTTrainer, each, tmp_path)
+        assert not made.log_probs.heads
+        losses.append([entry["loss"] for entry in made.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_heads_that_are_trls(tmp_path: Path) -> None:
+    """Logits that are scaled."""
+    model = tiny("granite").train()
+    model.config.logits_scaling = 4.0
+    made = trained(SFTTrainer, model, tmp_path)
+    assert "by TRL's head" in str(made.log_probs) and "logits_scaling" in str(made.log_probs)
