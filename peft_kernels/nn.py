@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from .integrations import offload
 from .nf4.model import ModelLink
-from .nf4.sharded_weight import UNGATHERED, is_dtensor, is_sharded, load_rows
+from .nf4.sharded_weight import UNGATHERED, is_dtensor, is_parallel, is_sharded, load_rows
+from .nf4.state import PARALLEL
 from .nf4.weight import NF4Weight
 from .ops.arguments import autocast_dtype
 from .ops.dora import dora_linear
@@ -47,6 +48,10 @@ class NF4Linear(nn.Linear):
     compute_dtype: torch.dtype | None = None
     plain_class: type[nn.Module] = nn.Linear
     link: ModelLink | None = None  # to the model that quantize_model was given
+    whole_scales: tuple[Tensor, Tensor] | None = None
+    """Of the whole weight, where this process has a part of it: second-level scales and mean, on the CPU."""
+    _hf_quantized_needs_local_tp = True
+    """Plans of transformers for tensor parallelism call the forward with this process's part of tensors."""
 
     def __init__(
         self, weight: NF4Weight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
@@ -106,6 +111,9 @@ class NF4Linear(nn.Linear):
         if not isinstance(weight, NF4Weight):
             if is_sharded(weight):
                 raise RuntimeError(f"weight: {UNGATHERED}")
+            if is_parallel(weight):
+                name = weight._local_tensor._state.name
+                raise RuntimeError(f"{name}: {PARALLEL}, expected calls of the layer, hooks and all")
             return nn.functional.linear(x, weight, bias)
         compute_dtype, autocast = None, autocast_dtype(x.device.type)
         if autocast is not None:
@@ -138,7 +146,7 @@ class NF4Linear(nn.Linear):
             offload.take_packed(value, self)
         if name != "weight" or "weight" not in self.__dict__["_parameters"]:
             return super().__setattr__(name, value)
-        if is_sharded(value):
+        if is_sharded(value) or is_parallel(value):
             return super().__setattr__(name, value)
         if isinstance(value, NF4Weight):
             if value.dense is None:
@@ -174,6 +182,13 @@ class NF4Linear(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         if isinstance(self.weight, NF4Weight):
             destination.update(self.weight.state_dict(prefix))
+        elif is_parallel(self.weight) and not keep_vars:
+            # Whoever gathers DTensors would gather dense values.
+            destination[prefix + "weight"] = self.weight._local_tensor
+        elif is_dtensor(self.weight) and self.weight.is_meta and not is_sharded(self.weight):
+            # Awaiting its part of a weight, which is cut from the whole once that is packed.
+            shape, dtype = self.weight.shape, self.weight.dtype
+            destination[prefix + "weight"] = torch.empty(shape, dtype=dtype, device="meta")
         else:
             destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
         if self.bias is not None:
@@ -196,6 +211,9 @@ class NF4Linear(nn.Linear):
             )
             return
         mine = [k for k in state_dict if k == key or k.startswith(key + ".")]
+        if mine and is_parallel(self.weight):
+            error_msgs.append(f"{key}: {PARALLEL}, expected no tensor of it: load by from_pretrained")
+            return
         new = None
         if not mine:
             missing_keys.append(key)

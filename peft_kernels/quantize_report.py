@@ -49,4 +49,5 @@ def report_of(model: nn.Module) -> QuantizeReport | None:
 
 
 def nbytes_of(model: nn.Module) -> int:
-    return sum(p.nbytes for p in model.parameters())
+    """Of a DTensor, those of this process's part."""
+    return sum(getattr(p, "_local_tensor", p).nbytes for p in model.parameters())

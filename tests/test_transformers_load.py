@@ -274,9 +274,9 @@ def test_each_process_has_a_gpu_of_its_own(
 def test_a_model_that_transformers_distributes_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Before anything is read: by a plan for tensor parallelism layers become DTensors of dense weights."""
+    """Before anything is read: all but plans for tensor parallelism (test_tensor_parallel.py)."""
     folder = saved(tmp_path)
-    sizes = {"tp_size": 2, "pp_size": 1, "ep_size": 1, "fsdp_size": 3}
+    sizes = {"tp_size": 1, "pp_size": 2, "ep_size": 1, "fsdp_size": 3}
 
     preprocess = NF4Quantizer.preprocess_model
 
@@ -285,7 +285,7 @@ def test_a_model_that_transformers_distributes_is_refused(
         model.config.distributed_config = SimpleNamespace(**sizes)  # as transformers notes it, a step later
 
     monkeypatch.setattr(NF4Quantizer, "preprocess_model", distributed)
-    with pytest.raises(ValueError, match="for a 4-bit model, got tp_size=2, fsdp_size=3: shard it by FSDP2"):
+    with pytest.raises(ValueError, match="for a 4-bit model, got pp_size=2, fsdp_size=3: shard it by FSDP2"):
         loaded(folder)
-    sizes.update(tp_size=1, fsdp_size=1)
+    sizes.update(pp_size=1, fsdp_size=1)
     assert nf4_layers(loaded(folder))

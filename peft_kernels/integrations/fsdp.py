@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ..nf4.part import Part
 from ..nf4.shard import NF4Shard
-from ..nf4.sharded_weight import is_dtensor, is_sharded
+from ..nf4.sharded_weight import is_dtensor, is_parallel, is_sharded
+from ..nf4.state import PARALLEL
 from ..nf4.weight import NF4Weight
 from .fsdp_loading import agree, empty_layers, load_checkpoint, mesh_of
 
@@ -90,6 +91,7 @@ def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
     Each NF4 weight is one entry of packed bytes. `get_model_state_dict` gives the same where a model is
     sharded; where it is not, it does not know the keys of NF4 weights.
     """
+    _refuse_parallel(model)
     found: dict[str, Tensor] = {}
     for name, p in model.named_parameters(remove_duplicate=False):
         value: Any = p.detach()
@@ -110,6 +112,7 @@ def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
     NF4 weights are in bitsandbytes' format under its keys, as those of a model in one process: it loads
     there by `load_state_dict`, and is what an ordinary checkpoint has.
     """
+    _refuse_parallel(model)
     mesh = mesh_of(model)
     found: dict[str, Tensor] = {}
     first = _is_first(mesh)
@@ -132,10 +135,11 @@ def save_adapter(model: Any, folder: Path | str, **options: Any) -> None:
     Raises
     ------
     RuntimeError
-        In every process, when process 0 could not write it.
+        In every process, when process 0 could not write it, or weights are cut for tensor parallelism.
     """
     from peft import get_peft_model_state_dict
 
+    _refuse_parallel(model)
     mesh = mesh_of(model)
     state = model.state_dict()
     wanted = set()
@@ -149,6 +153,13 @@ def save_adapter(model: Any, folder: Path | str, **options: Any) -> None:
         except Exception as problem:
             error = f"{folder}: the adapter could not be saved ({type(problem).__name__}: {problem})"
     agree(error, mesh)
+
+
+def _refuse_parallel(model: nn.Module) -> None:
+    """In every process, before any of them waits for another."""
+    for name, p in model.named_parameters():
+        if is_parallel(p):
+            raise RuntimeError(f"{name}: {PARALLEL}, expected model.save_pretrained(folder) in every process")
 
 
 def _whole(value: Any) -> Any:

@@ -25,10 +25,12 @@ _FP4 = f"{STATE_PREFIX}fp4"  # read so that it can be refused
 _CONVERSIONS, _KEPT = "_weight_conversions", "_peft_kernels_weight_conversions"
 
 
-def reading(config: NF4Config, errors: Errors, files: MappedFiles) -> WeightConverter:
-    """What collects the items of a weight in 4 bits."""
+def reading(config: NF4Config, errors: Errors, files: MappedFiles, cut: bool = False) -> WeightConverter:
+    """What collects the items of a weight in 4 bits; `cut`: as they lie in the file, of which a part is to be
+    read."""
     items = ["weight", *(f"weight.{item}" for item in (*TENSOR_ITEMS, STATE_ITEM, _FP4))]
-    return WeightConverter(items, "weight", [Read(config, errors, files)])
+    options = {"force_cpu": True} if cut else {}
+    return WeightConverter(items, "weight", [Read(config, errors, files)], **options)
 
 
 def reading_experts(

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps
 
 from ..nf4.experts import computes_experts
+from ..nf4.sharded_weight import is_dtensor
 from ..nf4.weight import NF4Weight
 from ..nn import NF4Linear
+from . import tensor_parallel
 from .mapped_files import MappedFiles
 from .nf4_config import NF4Config
 
@@ -120,6 +122,7 @@ class Quantize(_Conversion):
             weight = NF4Weight.quantize_experts(turned, own.shape[0], *options)
         else:
             weight = NF4Weight.quantize(_as_linear(key, layer, value).to(own.dtype), *options)
+            weight = tensor_parallel.own_part(weight, layer)
         if isinstance(value, Tensor):
             self.files.release(value)
         return nn.Parameter(weight, requires_grad=False)
@@ -137,7 +140,14 @@ class Read(_Conversion):
         key: str = about["full_layer_name"]
         layer = _owner(about, key)
         if key.endswith(".weight") and isinstance(layer, NF4Linear):
-            return {"weight": self.guarded(key, layer, items)}
+            value = self.guarded(key, layer, items)
+            if not (self.errors.sentences and is_dtensor(value)):
+                return {"weight": value}
+            value._is_hf_initialized = (
+                True  # it cannot be moved, and is left as it is until the error is raised
+            )
+            about["missing_keys"].discard(key)
+            return {}
         if len(items) > 1:
             kind = type(layer).__name__
             self.errors.of(ValueError(f"{key}: expected a dense weight for a {kind}, got 4 bits"))
@@ -148,10 +158,17 @@ class Read(_Conversion):
         weight = items.get("weight")
         if weight is not None and len(items) == 1 and weight.is_floating_point():
             return nn.Parameter(_as_linear(key, layer, self._dense(weight)))
-        named = {key + name.removeprefix("weight"): self._aligned(item) for name, item in items.items()}
+        cut = is_dtensor(layer.weight)
+        named = {
+            key + name.removeprefix("weight"): item if cut else self._aligned(item)
+            for name, item in items.items()
+        }
         packed = NF4Weight.from_state_dict(named, key.removesuffix("weight"))
         expect_shape(key, (layer.out_features, layer.in_features), tuple(packed.shape))
         packed._state.name = key
+        if cut:  # of what lies in the file only this process's part has been read
+            packed = tensor_parallel.own_part(packed, layer)
+            self.files.release(items["weight"])
         if layer.compute_dtype == packed.dtype:
             layer.compute_dtype = None  # which is the same, and PEFT rounds adapters to one that is set
         return nn.Parameter(packed, requires_grad=False)

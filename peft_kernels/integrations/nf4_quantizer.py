@@ -9,9 +9,9 @@ from collections import Counter
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import BitsAndBytesConfig, PreTrainedModel
-from transformers.core_model_loading import WeightRenaming, apply_renamings
+from transformers.core_model_loading import WeightRenaming, apply_renamings, rename_source_key
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizers_utils import should_convert_module
@@ -19,11 +19,13 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from .. import experts_format
 from ..nf4.experts import NF4Experts, adopt, packed_weights, unpack, weight_names
 from ..nf4.model import METHOD, ModelLink, announce
+from ..nf4.sharded_weight import is_parallel
+from ..nf4.state import PARALLEL
 from ..nf4.weight import NF4Weight
 from ..nn import NF4Linear
 from ..quantize_report import QuantizeReport, nbytes_of
 from ..targets import check_names, expert_targets, targets, warn_about_experts
-from . import layouts
+from . import layouts, tensor_parallel
 from .architectures import is_linear
 from .mapped_files import MappedFiles
 from .nf4_config import NF4Config
@@ -93,7 +95,10 @@ class NF4Quantizer(HfQuantizer):
         return Quantize(self.quantization_config, self.errors, self.files)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
-        _refuse_parallel(model)
+        tensor_parallel.refuse_others(model)
+        cut = tensor_parallel.count_of(model) > 1
+        if cut:
+            self._prepare_to_cut(model, weight_conversions)
         if not self.pre_quantized:
             if not self.experts:
                 return list(weight_conversions)
@@ -104,7 +109,21 @@ class NF4Quantizer(HfQuantizer):
         renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
         experts = [apply_renamings(name, renamings) for name in sorted(self.experts_in_four_bits)]
         others = layouts.to_read(weight_conversions, {*self.in_four_bits, *experts})
-        return [*others, *layouts.reading_experts(experts, *rest), layouts.reading(*rest)]
+        return [*others, *layouts.reading_experts(experts, *rest), layouts.reading(*rest, cut)]
+
+    def _prepare_to_cut(self, model: Any, weight_conversions: Any) -> None:
+        """Before a plan for tensor parallelism is applied: layers that the file has dense are ordinary ones,
+        and the others can be cut. ValueError otherwise."""
+        if self.pre_quantized:
+            renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
+            about: Any = renamings, [], model.base_model_prefix, model.state_dict()
+            packed = {rename_source_key(name, *about)[0] for name in self.in_four_bits}
+            for name, module in list(model.named_modules()):
+                if isinstance(module, NF4Linear) and f"{name}.weight" not in packed:
+                    module.weight = nn.Parameter(module.weight.detach())
+        layers = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+        experts = self.experts if not self.pre_quantized or self.experts_in_four_bits else {}
+        tensor_parallel.check(model, layers, experts, self.quantization_config.blocksize)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         for operation in getattr(converter, "operations", ()):
@@ -159,6 +178,7 @@ class NF4Quantizer(HfQuantizer):
             return model
         for layer in layers.values():
             layer.link = link
+        tensor_parallel.unname_meshes(model)
         report.layers, report.bytes_after = list(layers), nbytes_of(model)
         announce(model, link, report)
         logger.info("%s", report)
@@ -166,7 +186,7 @@ class NF4Quantizer(HfQuantizer):
 
     # Saving
 
-    def get_state_dict_and_metadata(self, model: Any) -> tuple[None, dict[str, str]]:
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         """Before anything is written: the configuration tells which layers are in 4 bits now."""
         modules = model.named_modules()
         packed = {f"{name}.{key}" for name, module in modules for key in packed_weights(module)}
@@ -181,13 +201,17 @@ class NF4Quantizer(HfQuantizer):
                 _forget_with_the_state_dict(model)
         else:  # all of them merged, or all dense for good
             vars(model.config).pop("quantization_config", None)
-        return None, {}
+        cut = any(is_parallel(weight) for weight in model.parameters())
+        return tensor_parallel.whole_state_dict(model) if cut else None, {}
 
     # Back to dense
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
         if isinstance(dtype, str):  # as `config.dtype` is when the model has been saved
             dtype = getattr(torch, dtype)
+        for name, weight in model.named_parameters():
+            if is_parallel(weight):
+                raise RuntimeError(f"{name}: {PARALLEL}, expected dequantize() of a model in one process")
         other = dtype is not None and dtype != model.dtype
         layers: dict[Any, list[Any]] = {}
         for module in model.modules():
@@ -246,18 +270,6 @@ def names_of_dense(model: nn.Module, packed: set[str]) -> list[str]:
             alone = all(should_convert_module(other, [name]) for other in packed)
             names.append(name if alone else f"{name}$")
     return names
-
-
-def _refuse_parallel(model: Any) -> None:
-    """What transformers itself distributes (plans for tensor parallelism) are DTensors of dense weights."""
-    config = getattr(model.config, "distributed_config", None)
-    names = [name for name in ("tp_size", "pp_size", "ep_size", "fsdp_size") if getattr(config, name, 1) > 1]
-    if names:
-        got = ", ".join(f"{name}={getattr(config, name)}" for name in names)
-        raise ValueError(
-            f"distributed_config: expected none for a 4-bit model, got {got}: shard it by FSDP2 once it is "
-            "loaded (docs/recipes/distributed.md); plans for tensor parallelism cut dense weights only"
-        )
 
 
 def _kind_of(device: Any) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..nf4.sharded_weight import is_parallel
+from ..nf4.state import PARALLEL
 from ..nf4.weight import NF4Weight
 from ..nn import NF4Linear
 from ..patch import fused, judge
@@ -39,7 +41,8 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
         With `safe_merge`: NaN or Inf in an active adapter, or in a weight or bias as it would be merged. With
         `quantize`: in an active adapter on an NF4Linear. An adapter that is active twice.
     RuntimeError
-        An adapter with `lora_bias=True` on a layer without a bias.
+        An adapter with `lora_bias=True` on a layer without a bias; a base weight that is cut for tensor
+        parallelism.
 
     Nothing is merged when one of these is raised.
     """
@@ -49,6 +52,9 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
     layers: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
     ]
+    for name, module in layers:
+        if is_parallel(module.get_base_layer()._parameters.get("weight")):
+            raise RuntimeError(f"{name}: {PARALLEL}, expected merges of a model in one process")
     packed = {name for name, module in layers if quantize and _is_packed(module.get_base_layer())}
     for name, module in layers:
         _check_biases(name, module)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..experts import experts_forward
 from .model import ModelLink
-from .sharded_weight import is_sharded
+from .sharded_weight import is_parallel, is_sharded
 from .weight import NF4Weight
 
 _HOME = "transformers.integrations.moe"
@@ -38,7 +38,11 @@ def weight_names(module: Any) -> tuple[str, str]:
 def packed_weights(module: nn.Module) -> list[str]:
     """Names of a module's own parameters that are packed."""
     found = module._parameters.items()
-    return [name for name, weight in found if isinstance(weight, NF4Weight) and not weight.is_dense]
+    return [
+        name
+        for name, weight in found
+        if (isinstance(weight, NF4Weight) and not weight.is_dense) or is_parallel(weight)
+    ]
 
 
 class NF4Experts:

@@ -1,4 +1,5 @@
-"""Weights of layers that are DTensors of NF4Shards, as `fully_shard` leaves them between two uses."""
+"""Weights of layers that are DTensors: of NF4Shards, as `fully_shard` leaves them between two uses; or of
+NF4Weights, as plans of transformers for tensor parallelism leave them."""
 
 from __future__ import annotations
 
@@ -25,6 +26,11 @@ def is_dtensor(weight: Any) -> bool:
 def is_sharded(weight: Any) -> TypeGuard[Any]:
     """Whether it is a DTensor whose part here is one of an NF4Weight."""
     return isinstance(getattr(weight, "_local_tensor", None), NF4Shard)
+
+
+def is_parallel(weight: Any) -> TypeGuard[Any]:
+    """Whether it is a DTensor whose part here is an NF4Weight of its own: rows or columns of the whole."""
+    return isinstance(getattr(weight, "_local_tensor", None), NF4Weight)
 
 
 def load_rows(weight: Any, whole: NF4Weight, device: torch.device | None = None) -> None:

@@ -21,6 +21,7 @@ from torch import Tensor
 from ..ops.registry import Base
 from ..ops.registry import public_ops as ops
 
+PARALLEL = "this process has a part of it, as a plan for tensor parallelism cuts it"
 PACKED_FORM = ("packed", "absmax", "absmax2", "offset")
 
 # Of splitmix64, as signed numbers.
@@ -72,6 +73,7 @@ class NF4State:
     seal: Any = None  # fingerprint of `dense` as NF4Weight.merging left it
     part_of: str | None = None  # what this is one expert of; then it cannot be written to
     gathered: bool = False  # by FSDP2, until it frees it; then neither
+    slice_of: tuple[int, ...] | None = None  # shape of the whole, where these are rows or columns of it
 
     def tensors(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in (*PACKED_FORM, "dense")}
@@ -140,16 +142,29 @@ class NF4State:
     # Writes. Every one is `before_write`, the write to `dense`, and one of the others.
 
     def refuse_part(self) -> None:
-        """A write to one expert has no place in the whole, and one to what FSDP2 gathered is gone with it."""
+        """A write to one expert or slice has no place in the whole, and one to what FSDP2 gathered goes with
+        it."""
         if self.gathered:
             raise RuntimeError(
                 f"{self.name}: gathered by FSDP2 for as long as its layer runs, and written to, expected "
                 "writes (a merge, say) before fully_shard: this one would be lost"
             )
+        if self.slice_of is not None:
+            raise RuntimeError(
+                f"{self.name}: {PARALLEL}, and was written to, expected writes (a merge, say) to a model in "
+                "one process"
+            )
         if self.part_of is not None:
             raise RuntimeError(
                 f"{self.part_of}: one expert of it was written to, expected a write to the whole "
                 "(as `weight += delta`): this one would be lost"
+            )
+
+    def refuse_saving_part(self) -> None:
+        if self.slice_of is not None:
+            raise RuntimeError(
+                f"{self.name}: {PARALLEL}, and was to be saved, expected save_pretrained of the model, in "
+                "every process and without distributed_checkpoint"
             )
 
     def before_write(self, dtype: torch.dtype) -> None:

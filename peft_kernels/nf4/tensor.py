@@ -19,7 +19,7 @@ from ..code_tables import WEIGHT_DTYPES
 from ..integrations import ddp
 from ..ops.linear import nf4_linear
 from .read_only import has_views, read_only, written
-from .state import Addition, HoldsNF4, NF4State, warn_of_growth
+from .state import PARALLEL, Addition, HoldsNF4, NF4State, warn_of_growth
 
 aten = torch.ops.aten
 
@@ -89,6 +89,12 @@ class NF4Tensor(HoldsNF4):
     def dense(self) -> Tensor | None:
         """The weight (out, in) when a write has made it dense, else None."""
         return self._state.dense
+
+    @property
+    def __create_write_items__(self) -> Any:
+        """What `torch.distributed.checkpoint` looks for: it would write one process's part for the whole."""
+        self._state.refuse_saving_part()
+        raise AttributeError("__create_write_items__")
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -221,8 +227,19 @@ def _dense(value: Any) -> Any:
     return value._state.dense if value.is_dense else value.dequantize()
 
 
+def _not_whole(weight: NF4Tensor, what: str) -> str:
+    return (
+        f"{weight._state.name}: {PARALLEL}, and {what}, expected products alone: merges, casts "
+        "(prepare_model_for_kbit_training) and adapters that look at the base weight (DoRA, PiSSA, OLoRA) "
+        "take a model in one process"
+    )
+
+
 def on_dense(func: Any, args: Any, kwargs: Any) -> Any:
     """Run any op on dense values: reads see a dequantised copy, writes make the weight dense first."""
+    for arg in args:
+        if isinstance(arg, NF4Tensor) and arg._state.slice_of is not None:
+            raise RuntimeError(_not_whole(arg, f"was to be read or written by {func}"))
     targets = [target for target in written(func, args, kwargs) if isinstance(target, NF4Tensor)]
     if targets:
         return _write(func, args, kwargs, targets)
@@ -297,6 +314,8 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     """`.to()`: the bytes move between devices; a new dtype is a new nominal dtype."""
     weight = args[0]
     dtype = kwargs.get("dtype") or weight.dtype
+    if weight._state.slice_of is not None and dtype != weight.dtype:
+        raise RuntimeError(_not_whole(weight, f"was to be cast to {dtype}"))
     if dtype not in WEIGHT_DTYPES:
         return on_dense(func, args, kwargs)
     device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)

@@ -213,6 +213,7 @@ class NF4Weight(NF4Tensor):
     def state_dict(self, prefix: str = "", name: str = "weight") -> dict[str, Tensor]:
         """Tensors to save, under bitsandbytes' keys (`weight`, `weight.absmax`, ...); experts' under keys of
         our own, see `experts_format`. Shares memory."""
+        self._state.refuse_saving_part()
         form = experts_format if self.dim() == 3 else bitsandbytes
         return form.to_state_dict(self._state, self.dtype, prefix + name)
 

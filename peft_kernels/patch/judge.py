@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # parameters while torch.export traces
 
 from ..integrations import bitsandbytes
-from ..nf4.sharded_weight import UNGATHERED, is_sharded
+from ..nf4.sharded_weight import UNGATHERED, is_parallel, is_sharded
 from ..nf4.weight import NF4State, NF4Weight
 from ..nn import NF4Linear
 from ..ops.arguments import autocast_dtype
 from ..ops.multi_lora import Adapter
 from . import fused, sources, verify
 
+PARALLEL = "tensor parallelism: its forward runs between collectives, which a fused one would pass by"
 HOOKED = "hooks on the base layer or an adapter, which a fused forward would pass by"
 
 Forward = Callable[..., Any]
@@ -74,6 +75,8 @@ def _replaced(part: nn.Module, device: torch.device | None) -> str | None:
         return None
     hook = d.get("_hf_hook")
     if hook is None or not fused.is_own(part, d.get("_old_forward")):
+        if is_parallel(d["_parameters"].get("weight")):
+            return PARALLEL
         return f"the forward of a {type(part).__name__} was replaced on the instance"
     for one in getattr(hook, "hooks", (hook,)):
         if type(one).__name__ != "AlignDevicesHook" or one.no_grad:
@@ -105,9 +108,9 @@ def linear(layer: nn.Module) -> str:
 
 
 def is_packed(layer: nn.Module) -> bool:
-    """Whether the weight of a linear layer is NF4 in our own format, whole or one process's rows of it."""
+    """Whether the weight of a linear layer is NF4 in our own format, whole or one process's part of it."""
     weight = layer._parameters.get("weight")
-    return isinstance(weight, NF4Weight) or is_sharded(weight)
+    return isinstance(weight, NF4Weight) or is_sharded(weight) or is_parallel(weight)
 
 
 def is_linear4bit(module: nn.Module) -> bool:

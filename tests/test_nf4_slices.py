@@ -1,0 +1,63 @@
+"""Rows and columns of an NF4 weight as weights of their own."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import peft_kernels as pk
+import testing
+from peft_kernels.nf4.slices import cut, first_level, nest, size_of_part, why_whole
+
+WHOLE = [
+    ((6, 128), 64, 0, 4, "leave some of 4 processes without any"),
+    ((6, 96), 64, 0, 2, "a cut after 3 of its rows of 96 goes through a block of 64"),
+    ((64, 192), 64, 1, 2, "its 192 columns, 96 for each of 2 processes, are not whole blocks of 64"),
+    ((64, 130), 64, 1, 2, "are not whole blocks"),
+    ((64, 2), 64, 1, 3, "2 columns of it leave some of 3"),
+    ((2, 4, 64), 64, 0, 2, "expected a weight"),
+]
+
+
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("shape", [(128, 128), (8, 16384), (7, 256), (5, 320), (8, 96), (9, 63)])
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_slice_has_the_bits_of_the_whole(
+    shape: tuple[int, int], nested: bool, dim: int, count: int
+) -> None:
+    weight = pk.NF4Weight.quantize(testing.tensor(*shape, seed=1), 64, nested)
+    if why_whole(shape, 64, dim, count):
+        assert shape[1] % 64 or (dim == 1 and size_of_part(shape[1], count) % 64)
+        return
+    size, second = size_of_part(shape[dim], count), weight._state.absmax2
+    for part in range(count):
+        start, stop = part * size, min((part + 1) * size, shape[dim])
+        state = cut(weight._state, dim, start, stop)
+        mine = pk.NF4Weight(state, torch.float32)
+        assert torch.equal(mine.dequantize(), weight.dequantize().narrow(dim, start, stop - start))
+        own = [t for t in state.tensors().values() if t.numel()]
+        assert all(t.untyped_storage().nbytes() == t.nbytes for t in own), "a view of the whole"
+        if second is not None:
+            kept = dim == 0 and start * shape[1] // 64 % 256 == 0
+            assert (state.absmax2 is not None) == kept
+        x = testing.tensor(3, stop - start if dim else shape[1], seed=2)
+        want = x @ weight.dequantize().narrow(dim, start, stop - start).T
+        torch.testing.assert_close(nn.functional.linear(x, mine), want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape,blocksize,dim,count,reason", WHOLE)
+def test_what_cannot_be_cut_is_told(
+    shape: tuple[int, ...], blocksize: int, dim: int, count: int, reason: str
+) -> None:
+    assert reason in why_whole(shape, blocksize, dim, count)
+
+
+def test_scales_find_their_codes_again() -> None:
+    state = pk.NF4Weight.quantize(testing.tensor(300, 192, seed=3), 64)._state
+    assert state.absmax is not None and state.absmax2 is not None and state.offset is not None
+    second = state.absmax2, state.offset
+    codes = nest(first_level(state), second)
+    assert codes is not None and torch.equal(codes, state.absmax)
+    assert nest(first_level(state) * 1.001, second) is None
