@@ -114,8 +114,8 @@ def make_model(folder: Path) -> None:
     )
     config = transformers.LlamaConfig(
         vocab_size=len(vocabulary),
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=128,  # columns of whole blocks for two processes
+        intermediate_size=256,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
