@@ -114,7 +114,18 @@ def resumed(folder: Path) -> None:
         assert curves[1] == pytest.approx(curves[0], rel=1e-4)
 
 
-CASES = [sft, resumed]
+def efficient_loading(folder: Path) -> None:
+    """Refused in every process, before accelerate sends anything."""
+    expected = r"q_proj.weight: expected fsdp_cpu_ram_efficient_loading: false"
+    with fsdp2(), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+        trainer = sft_trainer(adapted(llama("nf4"), r=4), folder, **options(2 * RANKS))
+        with pytest.raises(RuntimeError, match=expected):
+            trainer.train()
+        dist.barrier()
+
+
+CASES = [sft, resumed, efficient_loading]
 
 
 @pytest.fixture(scope="module")
