@@ -306,9 +306,26 @@ def refusals(folder: Path) -> None:
         trained(testing.tensor(3, 128))
 
 
+def compiled(folder: Path) -> None:
+    """Blocks that are compiled, each as one graph, and then sharded learn what one process learns."""
+    mesh = line(2)
+    if mesh is None:
+        return
+    curves = []
+    for ranks in (1, 2):
+        model = llama(1, patch=True)
+        if ranks == 2:
+            for layer in model.base_model.model.model.layers:
+                layer.compile(backend="aot_eager", fullgraph=True)
+            shard(model, mesh)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+        curves.append(train(model, optimizer, batches(2, 2), mesh if ranks == 2 else None, ranks))
+    assert curves[1] == pytest.approx(curves[0], rel=1e-5)
+
+
 CASES: list[Callable[[Path], None]] = [
     whole_weights, bytes_of_a_model, training, mixed_precision, packed_layers, in_other_hands, ignored,
-    inner_hooks, patched_modules, refusals,
+    inner_hooks, patched_modules, compiled, refusals,
 ]  # fmt: skip
 
 
