@@ -123,7 +123,7 @@ def test_a_prefix_is_trained_folded_and_reloaded(tiny: Path, tmp_path: Path) -> 
     metrics = metrics_of(tmp_path)
     assert metrics["loss_after"] < metrics["loss_before"] - 0.1
     assert metrics["losses"][-1] < metrics["losses"][0]
-    assert metrics["prefix_parameters"] == 4 * 2 * 2 * 32 < metrics["trained_parameters"]
+    assert metrics["prefix_parameters"] == 4 * 2 * 2 * 64 < metrics["trained_parameters"]
     for form in ("folded", "reloaded"):
         assert metrics["forms"][form]["relative_rms"] <= prefix_tuning.LIMIT
 

@@ -90,6 +90,15 @@ def test_only_what_is_needed_counts(backend: str) -> None:
     assert both - counted(lambda: pk.lora_linear(x, weight, a, b, 1.0)) == 2 * M * N * R
 
 
+def test_attention(backend: str) -> None:
+    """Every score counts, as in torch, and backward computes them again."""
+    shapes = (2, M, 4, R), (2, K, 2, R), (2, K, 2, R)
+    q, k, v = (testing.tensor(*shape, seed=i).requires_grad_() for i, shape in enumerate(shapes))
+    product = 2 * 2 * 4 * M * K * R
+    assert counted(lambda: pk.attention(q, k, v, is_causal=True)) == 2 * product
+    assert counted(lambda: pk.attention(q, k, v, is_causal=True), backward=True) == (2 + 5) * product
+
+
 def test_dora(backend: str) -> None:
     """A layer with DoRA is one with LoRA and the norms; with dropout, one more base product."""
     weight, (a, b), x, magnitude = (
@@ -107,7 +116,7 @@ def test_dora(backend: str) -> None:
 def test_every_namespace_is_known() -> None:
     flops.tell()
     known: Any = torch.utils.flop_counter.flop_registry
-    others = ("gated_mlp", "dora_norm")
+    others = ("gated_mlp", "dora_norm", "attention", "attention_backward")
     products = [name for name in registry.OPS if "linear" in name or "bottleneck" in name or name in others]
     for namespace in NAMESPACES.values():
         ops = getattr(torch.ops, namespace)
