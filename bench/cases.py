@@ -31,6 +31,7 @@ TRAINING_M = {LARGE: (16, 128, 512, 2048), SMALL: (256, 1024, 4096)}
 PEFT_ON_BNB, PEFT_ON_DENSE = "PEFT on bnb", "PEFT on dense"
 PLAIN_LORA, ONE_ADAPTER = "ours, plain LoRA", "ours, one adapter"
 OURS_QUANTISED, THE_OP = "ours on quantize_model", "pk.lora_linear"
+PATCHED = "pk.patch alone"
 
 FORWARD, QLORA, LORA, QUANTIZE, DEQUANTIZE = "forward", "qlora", "lora", "quantize", "dequantize"
 DX = "dx"  # in gpu.py
@@ -68,8 +69,8 @@ GOALS = {
     BLOCK_LORA: (Goal(PEFT_ON_DENSE, 2.0),),
     BLOCK_DORA: (Goal(PEFT_ON_DENSE, 3.0), Goal(PLAIN_LORA, 1.35, cost=True)),
     BLOCK_MIXED: (Goal(ONE_ADAPTER, 1.3, cost=True),),
-    STEP: (Goal(PEFT_ON_BNB, 1.6),),
-    TEXTBOOK: (Goal(PEFT_ON_BNB, 1.0), Goal(OURS_QUANTISED, 1.0)),
+    STEP: (Goal(PEFT_ON_BNB, 1.5),),
+    TEXTBOOK: (Goal(PEFT_ON_BNB, 1.7), Goal(OURS_QUANTISED, 1.0)),
     DECODE: (Goal(PEFT_ON_BNB, 1.5),),
 }
 BATCHES = ((1, 256), (4, 256), (8, 512))
@@ -221,17 +222,18 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
 
 
 def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A training step of a patched model on NF4 weights against PEFT on bitsandbytes."""
+    """A training step of a model on NF4 weights, patched, with our attention and loss, against PEFT on
+    bitsandbytes, and against `pk.patch` without options."""
 
     def run(models: Models, model: Model) -> Callable[[], Any]:
         return models.step(model, models.tokens(batch, tokens))
 
-    return _model_case(STEP, batch, batch * tokens, dtype, sizes, run)
+    return _model_case(STEP, batch, batch * tokens, dtype, sizes, run, whole=True)
 
 
 def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A training step of the tutorials' script with `pk.patch` added, against the script as it is, and
-    against ours on `pk.quantize_model` in place of bitsandbytes."""
+    """A training step of the tutorials' script with `pk.patch`, our attention and loss added, against it as
+    it is, against `pk.patch` alone, and against ours on `pk.quantize_model` in place of bitsandbytes."""
 
     def build() -> list[Contender | Absent]:
         if reason := missing(f"peft transformers {BNB}"):
@@ -243,15 +245,14 @@ def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_13
 
         expected = models.expected_textbook(call)
         kinds = (
-            (OURS, "bnb", True, expected.strict),
-            (PEFT_ON_BNB, "bnb", False, expected.sane),
-            (OURS_QUANTISED, "nf4", True, expected.strict),
+            (OURS, ("bnb", True, True), expected.strict),
+            (PATCHED, ("bnb", True), expected.strict),
+            (PEFT_ON_BNB, ("bnb", False), expected.sane),
+            (OURS_QUANTISED, ("nf4", True, True), expected.strict),
         )
         entries = [
-            Entry(
-                name, lambda b=base, p=patch: [models.textbook(b, p)], verify, call=call, remark=Model.remark
-            )
-            for name, base, patch, verify in kinds
+            Entry(name, lambda how=how: [models.textbook(*how)], verify, call=call, remark=Model.remark)
+            for name, how, verify in kinds
         ]
         return contenders(models, entries)
 
@@ -292,7 +293,7 @@ def decode(prompt: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135
 
 def _model_case(
     group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes,
-    run: Callable[[Models, Model], Callable[[], Any]],
+    run: Callable[[Models, Model], Callable[[], Any]], whole: bool = False,
 ) -> Case:  # fmt: skip
     def build() -> list[Contender | Absent]:
         if reason := missing("peft transformers"):
@@ -301,10 +302,12 @@ def _model_case(
         call = partial(run, models)
         expected = models.expected(call)
         # A model is larger than any cache: one copy will do.
-        entries = (
-            Entry(OURS, lambda: [models.ours()], expected.strict, call=call, remark=Model.remark),
-            Entry(PEFT_ON_BNB, lambda: [models.stock()], expected.sane, BNB, call=call),
-        )
+        kinds = {OURS: models.whole, PATCHED: models.ours} if whole else {OURS: models.ours}
+        entries = [
+            Entry(name, lambda make=make: [make()], expected.strict, call=call, remark=Model.remark)
+            for name, make in kinds.items()
+        ]
+        entries.append(Entry(PEFT_ON_BNB, lambda: [models.stock()], expected.sane, BNB, call=call))
         return contenders(models, entries)
 
     return case(group, _shape(sizes), rows, dtype, build, batch)

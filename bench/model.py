@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,7 +46,8 @@ class Models(Adapted):
         import transformers
 
         torch.manual_seed(0)
-        model = transformers.LlamaForCausalLM(self.config).to(self.dtype)
+        # A configuration of its own: it says how attention is computed.
+        model = transformers.LlamaForCausalLM(copy.deepcopy(self.config)).to(self.dtype)
         return model.requires_grad_(False)
 
     def over(self, base: str) -> Any:
@@ -55,7 +57,11 @@ class Models(Adapted):
         generator = torch.Generator().manual_seed(1)
         return torch.randint(0, self.sizes.vocabulary, (batch, count), generator=generator)
 
-    def textbook(self, base: str, patch: bool) -> Model:
+    def whole(self) -> Model:
+        """Ours with all that is for the asking: the loss without logits, and attention."""
+        return _whole(self.adapt(self.over("nf4"), LORA))
+
+    def textbook(self, base: str, patch: bool, whole: bool = False) -> Model:
         """As tutorials make a model: 4-bit base, kbit preparation (norms, embeddings and head in fp32), LoRA.
         Steps are taken under autocast, as by `Trainer(bf16=True)`. Patched, all of it must run fused."""
         model = self.over(base)
@@ -67,10 +73,12 @@ class Models(Adapted):
         prepared = self._prepared(model)
         if not patch:
             return Model(prepared)
-        report = pk.patch(prepared)
+        found = _whole(prepared) if whole else Model(prepared, pk.patch(prepared))
+        report = found.report
+        assert report is not None
         if report.original or len(report.fused) != len(self.originals):
             raise RuntimeError(f"pk.patch: {report}")
-        return Model(prepared, report)
+        return found
 
     def textbook_step(self, model: Model, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
         call = self.step(model, ids)
@@ -130,3 +138,11 @@ class Models(Adapted):
         wide = next(model.parameters()).dtype == torch.float64
         prepared = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
         return self.adapt(prepared, LORA, wide)
+
+
+def _whole(model: Any) -> Model:
+    from peft_kernels.integrations import attention
+
+    report = pk.patch(model, loss=True)
+    attention.use(model)
+    return Model(model, report)
