@@ -42,22 +42,6 @@ inline KeySpan span_of_rows(const AttentionParams& p, int64_t begin, int64_t row
   return {all.first / kStrip * kStrip, all.last};
 }
 
-template <class From, class To>
-void transpose_matrix(const From* x, int64_t ld, int64_t rows, int64_t cols, To* out, int64_t out_ld) {
-  for (int64_t r = 0; r < rows; r += kLanes) {
-    const int64_t height = min64(kLanes, rows - r);
-    for (int64_t c = 0; c < cols; c += kLanes) {
-      const int64_t width = min64(kLanes, cols - c);
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        block[i] = i < height ? load_lanes(x + (r + i) * ld + c, width) : zero();
-      }
-      transpose(block);
-      for (int i = 0; i < width; ++i) store_lanes(out + (c + i) * out_ld + r, block[i], height);
-    }
-  }
-}
-
 // What the kernels of one type share: how its rows become sides of a product.
 template <class Outer, class T>
 struct AttentionSides {

@@ -109,29 +109,6 @@ void bottleneck(const BottleneckParams& p, int64_t begin, int64_t end) {
                   [&](auto activation) { bottleneck_run<decltype(activation)::kValue>(p, begin, end); });
 }
 
-template <class From, class To>
-void transpose_run(const TransposeParams& p, int64_t begin, int64_t end) {
-  static_assert(kTransposeRows % kLanes == 0, "");
-  for (int64_t r = begin; r < end; r += kLanes) {
-    const int64_t rows = min64(kLanes, end - r);
-    for (int64_t c = 0; c < p.cols; c += kLanes) {
-      const int64_t cols = min64(kLanes, p.cols - c);
-      const From* x = static_cast<const From*>(p.x) + r * p.cols + c;
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) block[i] = i < rows ? load_lanes(x + i * p.cols, cols) : zero();
-      transpose(block);
-      To* out = static_cast<To*>(p.out) + c * p.out_ld + r;
-      for (int i = 0; i < cols; ++i) store_lanes(out + i * p.out_ld, block[i], rows);
-    }
-  }
-}
-
-void transpose_rows(const TransposeParams& p, int64_t begin, int64_t end) {
-  with_type(p.dtype, [&](auto from) {
-    with_type(p.out_dtype, [&](auto to) { transpose_run<decltype(from), decltype(to)>(p, begin, end); });
-  });
-}
-
 // Rows are summed 64 at a time, so that errors do not grow with all of them.
 template <class T>
 void column_sums_run(const ColumnSumsParams& p, int64_t begin, int64_t end) {

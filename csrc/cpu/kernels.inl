@@ -18,6 +18,7 @@
 #include "linear_packed_units.inl"
 #include "linear_packed.inl"
 #include "gated.inl"
+#include "transpose.inl"
 #include "bottleneck.inl"
 #include "dora_scale.inl"
 #include "dora_norm.inl"
