@@ -90,6 +90,10 @@ def run(args: argparse.Namespace) -> int:
         for form, found in forms.items()
         if not found["relative_rms"] <= LIMIT  # NaN is beyond it too
     ]
+    if not args.quick and not after < start:  # NaN is no loss that fell either
+        problems.append(
+            f"the held-out loss went from {start:.3f} to {after:.3f}: is --lr {args.lr:g} too much?"
+        )
     stage(
         "reload", ", ".join(f"{form} {found['relative_rms']:.1e}" for form, found in forms.items()) + " off"
     )
@@ -123,7 +127,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--max-length", type=positive, default=128, metavar="N", help="tokens of an example (128)")
     add("--virtual-tokens", type=positive, default=16, metavar="N", help="of the prefix (16)")
     add("--hidden", type=positive, default=256, metavar="N", help="width of the MLP (256)")
-    add("--lr", type=fraction, default=5e-3, metavar="X", help="peak learning rate of AdamW (0.005)")
+    add("--lr", type=fraction, default=1e-3, metavar="X", help="peak learning rate of AdamW (0.001)")
     add("--seed", type=int, default=0, metavar="N", help="of the prefix and the batches (0)")
     args = parser.parse_args(argv)
     args.steps = args.steps or (3 if args.quick else 60)

@@ -119,13 +119,23 @@ def test_what_is_missing_is_named(
 
 def test_a_prefix_is_trained_folded_and_reloaded(tiny: Path, tmp_path: Path) -> None:
     own = ["--model", str(tiny / "llama"), "--data", str(tiny / "pairs.jsonl"), "--output", str(tmp_path)]
-    assert prefix_tuning.main([*own, "--steps", "30", "--virtual-tokens", "4", "--hidden", "32"]) == 0
+    small = ["--steps", "30", "--virtual-tokens", "4", "--hidden", "32"]
+    assert prefix_tuning.main([*own, *small, "--lr", "0.005"]) == 0
     metrics = metrics_of(tmp_path)
     assert metrics["loss_after"] < metrics["loss_before"] - 0.1
     assert metrics["losses"][-1] < metrics["losses"][0]
     assert metrics["prefix_parameters"] == 4 * 2 * 2 * 64 < metrics["trained_parameters"]
     for form in ("folded", "reloaded"):
         assert metrics["forms"][form]["relative_rms"] <= prefix_tuning.LIMIT
+
+
+def test_a_prefix_that_learns_nothing_is_told(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("finetune_model.train", lambda *_: [1.0])
+    own = ["--model", str(tiny / "llama"), "--data", str(tiny / "pairs.jsonl"), "--output", str(tmp_path)]
+    assert prefix_tuning.main([*own, "--steps", "6", "--virtual-tokens", "4"]) == 1
+    assert "is --lr 0.001 too much?" in "".join(capsys.readouterr())
 
 
 # Serving
