@@ -7,6 +7,7 @@
 
 constexpr int64_t kScoreKeys = 512;
 constexpr float kNoScore = -3.0e38f;
+static_assert(kAttentionPad == kStrip, "blocks are what callers cut and pad by");
 
 // Buffers, one after the other.
 struct AttentionRoom {

@@ -69,13 +69,13 @@ def attention_forward(
     """As transformers calls attention functions: query (batch, heads, rows, features), key and value
     (batch, key_heads, keys, features), a mask that is True where a row attends to a key, or None. Gives
     (batch, rows, heads, features), and no weights."""
-    q, k, v = _as_multiplied(query, key, value)
-    if _takes(q, k, v, dropout, scaling, kwargs):
+    if _takes(query, key, value, dropout, scaling, kwargs):
         spans = None if attention_mask is None else spans_of(attention_mask, query, key)
         if attention_mask is None or spans is not None:
             if is_causal is None:
                 is_causal = getattr(module, "is_causal", True)
             is_causal = bool(is_causal) and attention_mask is None
+            q, k, v = _as_multiplied(query, key, value)
             rows = query.shape[2]
             if is_causal and k.shape[2] > rows:  # a cache that is still empty behind the rows, as in sdpa
                 k, v = k[:, :, :rows], v[:, :, :rows]
@@ -98,18 +98,23 @@ def _takes(
 ) -> bool:
     return (
         query.device.type == "cpu"
-        and query.dtype in _DTYPES
         and query.shape[2] > 1
         and query.shape[3] == key.shape[3]
         and query.shape[0] == key.shape[0]
         and key.shape == value.shape
-        and query.dtype == key.dtype == value.dtype
+        and _is_of_one_type(query, key, value)
         and not dropout
         and (scaling is None or scaling > 0)
         and kwargs.get("softcap") is None
         and kwargs.get("position_bias") is None
         and _has_kernel(query)
     )
+
+
+def _is_of_one_type(*sides: Tensor) -> bool:
+    """As it is, or by autocast, which rounds all three."""
+    dtypes = {t.dtype for t in sides}
+    return dtypes <= set(_DTYPES) and (len(dtypes) == 1 or autocast_dtype(sides[0].device.type) is not None)
 
 
 def _has_kernel(query: Tensor) -> bool:
