@@ -18,7 +18,6 @@ from .block import Blocks
 from .contenders import Entry, contenders, missing
 from .harness import Absent, Case, Contender, Goal, copies
 from .layers import BNB, Weights
-from .model import SMOLLM2_135M, Models, ModelSizes
 from .report import OURS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
@@ -30,14 +29,12 @@ TRAINING_M = {LARGE: (16, 128, 512, 2048), SMALL: (256, 1024, 4096)}
 
 PEFT_ON_BNB, PEFT_ON_DENSE = "PEFT on bnb", "PEFT on dense"
 PLAIN_LORA, ONE_ADAPTER = "ours, plain LoRA", "ours, one adapter"
-OURS_QUANTISED, THE_OP = "ours on quantize_model", "pk.lora_linear"
-PATCHED = "pk.patch alone"
+THE_OP = "pk.lora_linear"
 
 FORWARD, QLORA, LORA, QUANTIZE, DEQUANTIZE = "forward", "qlora", "lora", "quantize", "dequantize"
 DX = "dx"  # in gpu.py
 BLOCK_LORA, BLOCK_QLORA, BLOCK_DORA = "block-lora", "block-qlora", "block-dora"
 BLOCK_DROPOUT, BLOCK_MIXED = "block-dropout", "block-mixed"
-STEP, TEXTBOOK, DECODE = "step", "textbook", "decode"
 OVERHEAD, OVERHEAD_NF4 = "overhead", "overhead-nf4"
 TITLES = {
     FORWARD: "NF4 linear, forward without grad",
@@ -51,11 +48,8 @@ TITLES = {
     BLOCK_DORA: "decoder block, DoRA on a dense base, forward + backward",
     BLOCK_DROPOUT: "decoder block, LoRA with dropout 0.05 on a dense base, forward + backward",
     BLOCK_MIXED: "decoder block, 8 samples with 8 LoRA adapters on a dense base, forward without grad",
-    STEP: "training step of a model of 135M parameters, QLoRA, loss included",
-    TEXTBOOK: "the same step as tutorials set it up: 4-bit base of bitsandbytes, kbit preparation, autocast",
     OVERHEAD: "a patched LoRA layer of 64 by 64 beside the op that it calls, forward without grad",
     OVERHEAD_NF4: "the same on an NF4 base",
-    DECODE: "one token after the other by the same model, a sample at a time",
 }
 
 BLOCKS = {
@@ -69,15 +63,12 @@ GOALS = {
     BLOCK_LORA: (Goal(PEFT_ON_DENSE, 2.0),),
     BLOCK_DORA: (Goal(PEFT_ON_DENSE, 3.0), Goal(PLAIN_LORA, 1.35, cost=True)),
     BLOCK_MIXED: (Goal(ONE_ADAPTER, 1.3, cost=True),),
-    STEP: (Goal(PEFT_ON_BNB, 1.5),),
-    TEXTBOOK: (Goal(PEFT_ON_BNB, 1.7), Goal(OURS_QUANTISED, 1.0)),
-    DECODE: (Goal(PEFT_ON_BNB, 1.5),),
 }
 BATCHES = ((1, 256), (4, 256), (8, 512))
 """Samples x tokens in training; the mixed batch, always of 8 samples, has as many tokens in all."""
 
 
-SECONDS = {QLORA: (1.5, 0.9), LORA: (1.5, 0.9), STEP: (45.0, 0.0), TEXTBOOK: (90.0, 0.0), DECODE: (15.0, 0.0)}
+SECONDS = {QLORA: (1.5, 0.9), LORA: (1.5, 0.9)}
 BLOCK_SECONDS, OTHERS = (3.0, 5.0), (1.0, 0.5)
 """What a case takes on two cores at most, checks and five rounds: at once, and for 1e9 weights times rows."""
 
@@ -88,12 +79,10 @@ def standard(dtype: str) -> list[Case]:
     found = [forward(shape, m, dtype) for shape in shapes for m in FORWARD_M]
     for group in (QLORA, LORA):
         found += [training(group, shape, m, dtype) for shape, rows in TRAINING_M.items() for m in rows]
-    found += [step(4, 256, dtype), decode(64, 16, dtype)]
     found += [block(group, *batch, dtype) for group in BLOCKS for batch in _batches(group)]
     found += [quantize(LARGE, dtype), dequantize(LARGE, dtype)]
     found += [quantize(SMALL, dtype), dequantize(SMALL, dtype)]
-    found += [overhead(group, dtype) for group in (OVERHEAD, OVERHEAD_NF4)]
-    return [*found, textbook(4, 256, dtype)]
+    return [*found, *(overhead(group, dtype) for group in (OVERHEAD, OVERHEAD_NF4))]
 
 
 def case(
@@ -221,44 +210,6 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
     return case(group, (sizes.hidden, sizes.intermediate), batch * tokens, dtype, build, batch)
 
 
-def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A training step of a model on NF4 weights, patched, with our attention and loss, against PEFT on
-    bitsandbytes, and against `pk.patch` without options."""
-
-    def run(models: Models, model: Model) -> Callable[[], Any]:
-        return models.step(model, models.tokens(batch, tokens))
-
-    return _model_case(STEP, batch, batch * tokens, dtype, sizes, run, whole=True)
-
-
-def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A training step of the tutorials' script with `pk.patch`, our attention and loss added, against it as
-    it is, against `pk.patch` alone, and against ours on `pk.quantize_model` in place of bitsandbytes."""
-
-    def build() -> list[Contender | Absent]:
-        if reason := missing(f"peft transformers {BNB}"):
-            return [Absent(OURS, reason)]
-        models = _models(dtype, sizes)
-
-        def call(model: Model) -> Callable[[], Any]:
-            return models.textbook_step(model, models.tokens(batch, tokens))
-
-        expected = models.expected_textbook(call)
-        kinds = (
-            (OURS, ("bnb", True, True), expected.strict),
-            (PATCHED, ("bnb", True), expected.strict),
-            (PEFT_ON_BNB, ("bnb", False), expected.sane),
-            (OURS_QUANTISED, ("nf4", True, True), expected.strict),
-        )
-        entries = [
-            Entry(name, lambda how=how: [models.textbook(*how)], verify, call=call, remark=Model.remark)
-            for name, how, verify in kinds
-        ]
-        return contenders(models, entries)
-
-    return case(TEXTBOOK, _shape(sizes), batch * tokens, dtype, build, batch)
-
-
 def overhead(group: str, dtype: str) -> Case:
     """What a patched PEFT layer adds to the op: a layer so small that little else is left."""
 
@@ -280,41 +231,6 @@ def overhead(group: str, dtype: str) -> Case:
         return contenders(weights, entries, lambda one: layers.forward_call(one, x))
 
     return case(group, (64, 64), 1, dtype, build)
-
-
-def decode(prompt: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """The same two, making `tokens` tokens after a prompt."""
-
-    def run(models: Models, model: Model) -> Callable[[], Any]:
-        return models.decode(model, models.tokens(1, prompt + tokens), prompt)
-
-    return _model_case(DECODE, 1, tokens, dtype, sizes, run)
-
-
-def _model_case(
-    group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes,
-    run: Callable[[Models, Model], Callable[[], Any]], whole: bool = False,
-) -> Case:  # fmt: skip
-    def build() -> list[Contender | Absent]:
-        if reason := missing("peft transformers"):
-            return [Absent(OURS, reason)]
-        models = _models(dtype, sizes)
-        call = partial(run, models)
-        expected = models.expected(call)
-        # A model is larger than any cache: one copy will do.
-        kinds = {OURS: models.whole, PATCHED: models.ours} if whole else {OURS: models.ours}
-        entries = [
-            Entry(name, lambda make=make: [make()], expected.strict, call=call, remark=Model.remark)
-            for name, make in kinds.items()
-        ]
-        entries.append(Entry(PEFT_ON_BNB, lambda: [models.stock()], expected.sane, BNB, call=call))
-        return contenders(models, entries)
-
-    return case(group, _shape(sizes), rows, dtype, build, batch)
-
-
-def _shape(sizes: ModelSizes) -> Shape:
-    return sizes.block.hidden, sizes.block.intermediate
 
 
 def quantize(shape: Shape, dtype: str) -> Case:
@@ -387,12 +303,6 @@ def _weights(group: str, shape: Shape, dtype: str) -> Weights:
 def _blocks(group: str, dtype: str, sizes: Sizes) -> Blocks:
     """The same for blocks."""
     return Blocks(sizes, DTYPES[dtype])
-
-
-@lru_cache(maxsize=1)
-def _models(dtype: str, sizes: ModelSizes) -> Models:
-    """The same for models."""
-    return Models(sizes, DTYPES[dtype])
 
 
 def _copies(weights: Weights, contenders: int) -> tuple[int, int]:

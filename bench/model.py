@@ -1,11 +1,14 @@
-"""A whole model that takes part: the sizes of SmolLM2-135M, random weights, adapters on all projections."""
+"""A whole model: a step of training, and decoding.
+
+It has the sizes of SmolLM2-135M, random weights and adapters on all projections.
+"""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -15,7 +18,25 @@ import peft_kernels as pk
 
 from . import gate
 from .adapted import SMOLLM2, Adapted, Model, Sizes, Variant
+from .cases import DTYPES, PEFT_ON_BNB
+from .contenders import Entry, contenders, missing
+from .harness import Absent, Case, Contender, Goal
+from .layers import BNB
+from .report import OURS
 
+STEP, TEXTBOOK, DECODE = "step", "textbook", "decode"
+PATCHED, OURS_QUANTISED = "pk.patch alone", "ours on quantize_model"
+TITLES = {
+    STEP: "training step of a model of 135M parameters, QLoRA, loss included",
+    TEXTBOOK: "the same step as tutorials set it up: 4-bit base of bitsandbytes, kbit preparation, autocast",
+    DECODE: "one token after the other by the same model, a sample at a time",
+}
+GOALS = {
+    STEP: (Goal(PEFT_ON_BNB, 1.5),),
+    TEXTBOOK: (Goal(PEFT_ON_BNB, 1.7), Goal(OURS_QUANTISED, 1.0)),
+    DECODE: (Goal(PEFT_ON_BNB, 1.5),),
+}
+SECONDS = {STEP: 45.0, TEXTBOOK: 90.0, DECODE: 15.0}
 LORA = Variant(base="nf4")
 
 
@@ -27,6 +48,10 @@ class ModelSizes:
 
 
 SMOLLM2_135M = ModelSizes(SMOLLM2, layers=30, vocabulary=49152)
+
+
+def standard(dtype: str) -> list[Case]:
+    return [step(4, 256, dtype), decode(64, 16, dtype), textbook(4, 256, dtype)]
 
 
 class Models(Adapted):
@@ -146,3 +171,86 @@ def _whole(model: Any) -> Model:
     report = pk.patch(model, loss=True)
     attention.use(model)
     return Model(model, report)
+
+
+def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
+    """A training step of a model on NF4 weights, patched, with our attention and loss, against PEFT on
+    bitsandbytes, and against `pk.patch` without options."""
+
+    def run(models: Models, model: Model) -> Callable[[], Any]:
+        return models.step(model, models.tokens(batch, tokens))
+
+    return _model_case(STEP, batch, batch * tokens, dtype, sizes, run, whole=True)
+
+
+def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
+    """A training step of the tutorials' script with `pk.patch`, our attention and loss added, against it as
+    it is, against `pk.patch` alone, and against ours on `pk.quantize_model` in place of bitsandbytes."""
+
+    def build() -> list[Contender | Absent]:
+        if reason := missing(f"peft transformers {BNB}"):
+            return [Absent(OURS, reason)]
+        models = _models(TEXTBOOK, dtype, sizes)
+
+        def call(model: Model) -> Callable[[], Any]:
+            return models.textbook_step(model, models.tokens(batch, tokens))
+
+        expected = models.expected_textbook(call)
+        kinds = (
+            (OURS, ("bnb", True, True), expected.strict),
+            (PATCHED, ("bnb", True), expected.strict),
+            (PEFT_ON_BNB, ("bnb", False), expected.sane),
+            (OURS_QUANTISED, ("nf4", True, True), expected.strict),
+        )
+        entries = [
+            Entry(name, lambda how=how: [models.textbook(*how)], verify, call=call, remark=Model.remark)
+            for name, how, verify in kinds
+        ]
+        return contenders(models, entries)
+
+    return _case(TEXTBOOK, batch, batch * tokens, dtype, sizes, build)
+
+
+def decode(prompt: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
+    """The same two, making `tokens` tokens after a prompt."""
+
+    def run(models: Models, model: Model) -> Callable[[], Any]:
+        return models.decode(model, models.tokens(1, prompt + tokens), prompt)
+
+    return _model_case(DECODE, 1, tokens, dtype, sizes, run)
+
+
+def _model_case(
+    group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes,
+    run: Callable[[Models, Model], Callable[[], Any]], whole: bool = False,
+) -> Case:  # fmt: skip
+    def build() -> list[Contender | Absent]:
+        if reason := missing("peft transformers"):
+            return [Absent(OURS, reason)]
+        models = _models(group, dtype, sizes)
+        call = partial(run, models)
+        expected = models.expected(call)
+        # A model is larger than any cache: one copy will do.
+        kinds = {OURS: models.whole, PATCHED: models.ours} if whole else {OURS: models.ours}
+        entries = [
+            Entry(name, lambda make=make: [make()], expected.strict, call=call, remark=Model.remark)
+            for name, make in kinds.items()
+        ]
+        entries.append(Entry(PEFT_ON_BNB, lambda: [models.stock()], expected.sane, BNB, call=call))
+        return contenders(models, entries)
+
+    return _case(group, batch, rows, dtype, sizes, build)
+
+
+def _case(
+    group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes,
+    build: Callable[[], list[Contender | Absent]],
+) -> Case:  # fmt: skip
+    shape = sizes.block.hidden, sizes.block.intermediate
+    return Case(group, *shape, rows, dtype, build, batch, GOALS[group], TITLES[group], SECONDS[group])
+
+
+@lru_cache(maxsize=1)
+def _models(group: str, dtype: str, sizes: ModelSizes) -> Models:
+    """Of each group its own: they keep what its contenders are made of, by name."""
+    return Models(sizes, DTYPES[dtype])

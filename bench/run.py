@@ -95,6 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         machine,
         memory,
         methods,
+        model,
         moe,
         optimizer_curves,
         optimizer_waves,
@@ -108,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         waves,
     )
 
-    timed = [*cases.standard(options.dtype), *memory.standard(options.dtype)]
+    timed = [f for of in (cases, model, memory) for f in of.standard(options.dtype)]
     by_name = [
         *attention.standard(options.dtype),
         *bnb_ops.standard(options.dtype),

@@ -72,16 +72,16 @@ def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "copies", lambda nbytes, contenders: 2)
     cases._weights.cache_clear()
     cases._blocks.cache_clear()
-    cases._models.cache_clear()
+    model._models.cache_clear()
 
 
 def model_case(group: str, dtype: str = "bf16") -> Case:
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     sizes = model.ModelSizes(TINY_BLOCK, layers=2, vocabulary=500)
-    if group == cases.DECODE:
-        return cases.decode(8, 4, dtype, sizes)
-    return (cases.step if group == cases.STEP else cases.textbook)(2, 16, dtype, sizes)
+    if group == model.DECODE:
+        return model.decode(8, 4, dtype, sizes)
+    return (model.step if group == model.STEP else model.textbook)(2, 16, dtype, sizes)
 
 
 def block_case(group: str, dtype: str = "bf16") -> Case:

@@ -43,6 +43,7 @@ from bench import (
     losses,
     memory,
     methods,
+    model,
     moe,
     optimizer_curves,
     optimizer_waves,
@@ -147,6 +148,7 @@ def run_of(
     """Status, JSON lines and table of a run of these cases."""
     timed = [case for case in found if isinstance(case, Case)]
     monkeypatch.setattr(cases, "standard", lambda dtype: timed)
+    monkeypatch.setattr(model, "standard", lambda dtype: [])
     monkeypatch.setattr(memory, "standard", lambda dtype: [case for case in found if case not in timed])
     status = run.main([*arguments, "--repeats", "2", "--min-time", "1e-9", "--output", str(output)])
     lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
@@ -245,7 +247,7 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
         assert {kind for kind in kinds if any(name.startswith(kind) for name in chosen)} >= kinds - {
             "textbook", "step", "decode", *(kind for kind in kinds if "memory-block" in kind),
         }  # fmt: skip
-    seconds = {case.name: case.seconds for case in (*cases.standard("bf16"), *memory.standard("bf16"))}
+    seconds = {case.name: case.seconds for of in (cases, model, memory) for case in of.standard("bf16")}
     assert sum(seconds[name] + 1.0 for name in default) < 240
     assert sum(seconds[name] + 1.0 for name in quick) < 70
     assert {"step-576x1536-4x256-bf16", "qlora-1536x576-m4096-bf16", "forward-4096x4096-m512-bf16"} < default

@@ -162,8 +162,8 @@ def test_a_missing_library_is_a_reason_not_a_crash(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("group", "dtype"),
     [
-        *((group, "bf16") for group in sorted(cases.TITLES.keys() - {cases.DX})),
-        *((group, dtype) for group in (cases.FORWARD, cases.QLORA, cases.STEP) for dtype in ("fp32", "fp16")),
+        *((group, "bf16") for group in sorted({*cases.TITLES, *model.TITLES} - {cases.DX})),
+        *((group, dtype) for group in (cases.FORWARD, cases.QLORA, model.STEP) for dtype in ("fp32", "fp16")),
     ],
 )
 @pytest.mark.usefixtures("small_rotation")
@@ -176,7 +176,7 @@ def test_every_kind_of_case_runs(group: str, dtype: str) -> None:
     elif group in (cases.OVERHEAD, cases.OVERHEAD_NF4):
         pytest.importorskip("peft")
         case = cases.overhead(group, dtype)
-    elif group in (cases.STEP, cases.TEXTBOOK, cases.DECODE):
+    elif group in model.TITLES:
         case = model_case(group, dtype)
     elif group == cases.FORWARD:
         case = cases.forward(TINY, 4, dtype)
@@ -189,23 +189,38 @@ def test_every_kind_of_case_runs(group: str, dtype: str) -> None:
         assert result.absent == {}
 
 
-@pytest.mark.parametrize("group", [cases.STEP, cases.DECODE])
+@pytest.mark.parametrize("group", model.TITLES)
+@pytest.mark.usefixtures("small_rotation")
 def test_a_wrong_model_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case, make = model_case(group), model.Models.ours
+    case, patch = model_case(group), pk.patch
 
-    def off(models: model.Models) -> adapted.Model:
-        ours = make(models)
+    def off(patched: Any, **options: Any) -> Any:
+        report = patch(patched, **options)
         with torch.no_grad():
-            next(p for n, p in ours.model.named_parameters() if "layers.1" in n and "lora_B" in n).mul_(-1)
-        return ours
+            next(p for n, p in patched.named_parameters() if "layers.1" in n and "lora_B" in n).mul_(-1)
+        return report
 
-    monkeypatch.setattr(model.Models, "ours", off)
+    monkeypatch.setattr(pk, "patch", off)
     result = case.run(ONCE)
     assert OURS in result.wrong and not result.seconds
 
 
+@pytest.mark.usefixtures("small_rotation")
+def test_models_of_two_groups_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The step of the tutorials' script, after the other, runs the models of that script under the same
+    names."""
+    made: list[str] = []
+    textbook = model.Models.textbook
+    monkeypatch.setattr(
+        model.Models, "textbook", lambda models, base, *how: made.append(base) or textbook(models, base, *how)
+    )
+    for group in (model.STEP, model.TEXTBOOK):
+        assert model_case(group).run(ONCE).wrong == {}
+    assert made == ["bnb", "bnb", "bnb", "nf4"]
+
+
 def test_names_of_cases_are_unique() -> None:
-    names = [case.name for case in (*cases.standard("bf16"), *memory.standard("bf16"))]
+    names = [case.name for of in (cases, model, memory) for case in of.standard("bf16")]
     assert len(names) == len(set(names))
     assert "forward-14336x4096-m2048-bf16" in names
     assert {"block-lora-576x1536-4x256-bf16", "block-mixed-576x1536-8x128-bf16"} <= set(names)
