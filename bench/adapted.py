@@ -108,6 +108,11 @@ class Adapted(layers.Kept):
         with pk.use_backend("reference"):
             return {name: pk.NF4Weight.quantize(weight) for name, weight in self.originals.items()}
 
+    def let_go(self) -> None:
+        """Of the weights that models are made from; they are made again when one is asked for."""
+        for name in ("originals", "packed"):
+            vars(self).pop(name, None)
+
     def over(self, base: str) -> Any:
         """On NF4 weights ("nf4"), bitsandbytes' ("bnb"), or dequantised ones: in fp32 ("exact"), or rounded
         to the dtype of the case ("dense")."""

@@ -26,6 +26,7 @@ experts-..., moe-...   layers of experts; a whole mixture of experts, for which 
 bottleneck-...         adapters beside plain modules
 adamw-...              a step of optimizers
 optimizer-curves-...   trains with each, for most of an hour: the loss on held-out examples
+peak-...               of a process's memory in a training step of 8x512 tokens
 dpo-..., grpo-...      steps of TRL's trainers on SmolLM2-135M
 prefix-...             prefix tuning: who copies what
 methods-...            methods of fine-tuning side by side: what each trains, keeps, costs and comes to
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         optimizer_curves,
         optimizer_waves,
         optimizers,
+        peak,
         prefix,
         report,
         rlhf,
@@ -124,6 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *moe.standard(options.dtype),
         *serving.standard(options.dtype),
         *optimizers.standard(),
+        *peak.standard(options.dtype),
         *prefix.standard(options.dtype),
         *optimizer_curves.standard(),
         *optimizer_waves.standard(),
