@@ -29,6 +29,7 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "backend": "reference" if refusal else "cpu",
         "isa": None if refusal else cpu.BACKEND.extension.isa_level(),
+        "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "versions": {package: version(package) for package in PACKAGES},
     }
 
@@ -42,7 +43,8 @@ def header(facts: dict[str, Any]) -> str:
     lines = [
         f"{facts['cpu']}, {facts['cores']} cores, last-level cache {facts['last_level_cache_mib']} MiB",
         f"peft_kernels {versions['peft_kernels']}: {isa}; threads: {facts['threads']}",
-        ", ".join(f"{name} {versions[name] or '-'}" for name in ("torch", "bitsandbytes", "peft")),
+        ", ".join(f"{name} {versions[name] or '-'}" for name in ("torch", "bitsandbytes", "peft"))
+        + f"; torch's instruction set {facts['torch_isa']}",
     ]
     if versions["bitsandbytes"] and not versions["kernels"]:
         lines.append("bitsandbytes' evaluation mode runs its built-in CPU kernel: `kernels` is not installed")

@@ -75,6 +75,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
+    if options.machine:
+        from bench import levels
+
+        levels.hold(options.machine)
     import torch
 
     warnings.filterwarnings("ignore", category=FutureWarning)  # of peers about each other
@@ -188,6 +192,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--list", action="store_true", help="print the names of the cases and stop")
     add("--dtype", default="bf16", choices=("bf16", "fp32", "fp16"), help="of activations and dense weights")
     add("--isa", default="", metavar="LEVEL", help="hold our kernels to scalar, avx2, avx512, ...")
+    add("--machine", default="", metavar="LEVEL", help="hold torch, oneDNN, MKL and bitsandbytes to it, too")
     add("--threads", type=int, default=0, metavar="N", help="for all contenders (torch's choice)")
     add("--min-time", type=float, metavar="S", help="to time a case (1; with --full or --only 3)")
     add("--repeats", type=int, default=5, metavar="N", help="least number of rounds (5)")
@@ -201,6 +206,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.threads < 0:
         parser.error("--repeats and --threads take positive numbers")
+    if options.machine:
+        from bench import levels
+
+        if options.machine not in levels.LEVELS:
+            parser.error(f"--machine: expected one of {', '.join(levels.LEVELS)}, got {options.machine}")
+        options.isa = options.machine
     return options
 
 
