@@ -1,0 +1,91 @@
+"""The loss without logits in DistributedDataParallel and FSDP2: two processes over gloo, with the losses and
+gradients of stock in one process on the whole batch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from flow_checks import Calls, assert_near, language_loss
+from flow_models import ids
+from loss_models import VOCABULARY, with_head
+from ranks import assert_nothing_told, told_by_rank
+from torch import Tensor
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import peft_kernels as pk
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
+]
+
+HEADS = ("frozen", "tied", "saved", "nf4", "lora")
+
+
+def whole(gradient: Any) -> Tensor:
+    return gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient.clone()
+
+
+def compare(head: str, wrap: Any) -> None:
+    """Two steps, so that what the first left behind would be seen in the second."""
+    stock = with_head(head)
+    model = copy.deepcopy(stock)
+    report = pk.patch(model, loss=True)
+    wrapped = wrap(model)
+    for step in range(2):
+        model.zero_grad()
+        stock.zero_grad()
+        batch = ids(step, rows=4, vocabulary=VOCABULARY)
+        parts = batch.chunk(2)
+        with Calls() as calls:
+            loss = language_loss(wrapped, parts[dist.get_rank()])
+        ran = sum(count for name, count in calls.counts.items() if name.startswith("linear_cross_entropy"))
+        assert ran == 1, (head, dict(calls.counts), str(report))
+        loss.backward()
+        for rank, part in enumerate(parts):
+            wanted = language_loss(stock, part)
+            if rank == dist.get_rank():
+                assert_near({"loss": loss.detach()}, {"loss": wanted.detach()}, 1e-4)
+            (wanted / 2).backward()
+        want = {n: p.grad for n, p in stock.named_parameters() if p.grad is not None}
+        got = {n: whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        assert want.keys() == got.keys()
+        assert_near(got, want, 1e-4)
+
+
+# Cases: each runs in both processes.
+
+
+def ddp(folder: Path) -> None:
+    for head in HEADS:
+        compare(head, DistributedDataParallel)
+
+
+def fsdp2(folder: Path) -> None:
+    """Blocks, and the rest, with the head, as one, which is gathered anew for the backward or is not."""
+    for head, anew in ((head, anew) for head in HEADS for anew in (False, True)):
+
+        def wrap(model: Any, anew: bool = anew) -> Any:
+            for layer in model.base_model.model.model.layers:
+                fully_shard(layer)
+            return fully_shard(model, reshard_after_forward=anew)
+
+        compare(head, wrap)
+
+
+CASES = [ddp, fsdp2]
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[int, dict[str, str]]:
+    return told_by_rank(2, CASES, ["transformers.models.llama", "peft", "peft_kernels"])
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
+    assert_nothing_told(told, case)
