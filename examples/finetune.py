@@ -96,8 +96,6 @@ def run(args: argparse.Namespace) -> int:
     import finetune_report as report
     import torch
 
-    import peft_kernels as pk
-
     folder = lib.model_folder(args.model, args.output)
     tokenizer = lib.load_tokenizer(folder)
     training = in_order(encode(examples, tokenizer, args.max_length), args.batch_size, args.steps, args.seed)
@@ -106,7 +104,7 @@ def run(args: argparse.Namespace) -> int:
 
     model = lib.add_lora(lib.load_base(folder, args.backend), args.r, args.seed)
     ours = args.backend == "peft_kernels"
-    stage("model", str(pk.patch(model)).splitlines()[0] if ours else f"{args.backend}, not patched")
+    stage("model", str(lib.speed_up(model)).splitlines()[0] if ours else f"{args.backend}, not patched")
 
     settings = {name: str(value) for name, value in vars(args).items() if name not in ("resume", "output")}
     if args.resume:

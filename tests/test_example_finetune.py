@@ -145,17 +145,18 @@ def test_ctrl_c_keeps_the_adapter_and_resume_goes_on_exactly(
 ) -> None:
     import finetune_model
 
-    compute, calls = finetune_model.response_logits, 0
+    trainer = finetune_model.ResponseTrainer
+    compute, calls = trainer.compute_loss, 0
 
-    def press(model: Any, batch: Any, *rest: Any) -> Any:
+    def press(*args: Any, **options: Any) -> Any:
         nonlocal calls
-        calls += bool(model.training)
-        if calls == 3 and model.training:
+        calls += 1
+        if calls == 3:
             signal.raise_signal(signal.SIGINT)
-        return compute(model, batch, *rest)
+        return compute(*args, **options)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(finetune_model, "response_logits", press)
+        patch.setattr(trainer, "compute_loss", press)
         assert tiny_run(tiny, tmp_path) == 130
     assert "3 of 8 steps" in capsys.readouterr().out
     assert tiny_run(tiny, tmp_path, "--resume", "--lr", "0.03") == 2
