@@ -69,18 +69,21 @@ def test_lora_linear_backward(backend: str, case: dict[str, Any]) -> None:
     check_lora_linear_backward(case)
 
 
-SUMS = (torch.float32, torch.bfloat16)  # how they are cut and added up; that of fp16 is that of bf16
+# How they are cut and added up; that of fp16 is that of bf16.
+SUMS = ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "same"))
+each_sum = pytest.mark.parametrize("dtype,adapter", SUMS, ids=["-".join(map(short, one)) for one in SUMS])
 LONG = {"m17-n4096-k64": (17, 4096, 64), "m17-n64-k4096": (17, 64, 4096), "m3000-n32-k48": (3000, 32, 48)}
 
 
 @pytest.mark.parametrize("shape", LONG)
-@pytest.mark.parametrize("dtype", SUMS, ids=short)
-def test_long_sums(backend: str, dtype: torch.dtype, shape: str) -> None:
+@each_sum
+def test_long_sums(backend: str, dtype: torch.dtype, adapter: str, shape: str) -> None:
     """Thousands of terms: one fp32 chain drifts where plain torch's blocked sums do not."""
     m, n, k = LONG[shape]
-    case = lora_case(m, n, k, "nested", dtype) | {"nested": True, "needs": "xab"}
-    check_nf4_linear(case)
-    check_nf4_linear_dx(case)
+    case = lora_case(m, n, k, "nested", dtype) | {"nested": True, "needs": "xab", "adapter": adapter}
+    if adapter == "fp32":
+        check_nf4_linear(case)
+        check_nf4_linear_dx(case)
     check_lora_linear(case)
     check_lora_linear_backward(case)
 
@@ -138,20 +141,20 @@ def everything(c: LoraCase, n: int, k: int) -> list[Tensor]:
     return results
 
 
-def big_case(base: str, dtype: torch.dtype, m: int = 70) -> LoraCase:
+def big_case(base: str, dtype: torch.dtype, adapter: str, m: int = 70) -> LoraCase:
     """Of several tiles in each direction, none of which fits."""
-    return LoraCase(lora_case(m, 136, 320, base, dtype) | {"bias": "fp32"})
+    return LoraCase(lora_case(m, 136, 320, base, dtype) | {"bias": "fp32", "adapter": adapter})
 
 
 @pytest.mark.parametrize("base", ["dense", "nested"])
-@pytest.mark.parametrize("dtype", SUMS, ids=short)
-def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, base: str) -> None:
+@each_sum
+def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, adapter: str, base: str) -> None:
     """Also after the kernels' scratch memory has held NaN: nothing of an earlier call may be read."""
-    c = big_case(base, dtype)
+    c = big_case(base, dtype, adapter)
     inputs = [t for t in (*c.forward_args, c.dy) if isinstance(t, Tensor)]
     before = [t.clone() for t in inputs]
     first = everything(c, 136, 320)
-    poisoned = big_case(base, dtype, m=80)
+    poisoned = big_case(base, dtype, adapter, m=80)
     for t in (poisoned.x, poisoned.dy, poisoned.a, poisoned.b):
         t.fill_(float("nan"))
     everything(poisoned, 136, 320)
@@ -160,15 +163,21 @@ def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, base: str) -> N
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True)), "an input was changed"
 
 
-THREADED = {"m1": (1, 200, 576), "m3": (3, 200, 576), "m70": (70, 200, 576), "m70-narrow": (70, 2048, 64)}
+THREADED = {
+    "m1": (1, 200, 576),
+    "m3": (3, 200, 576),
+    "m70": (70, 200, 576),
+    "m70-narrow": (70, 2048, 64),
+    "m600": (600, 96, 64),  # more rows than dA and dB sum at once
+}
 
 
 @pytest.mark.parametrize("shape", THREADED)
-@pytest.mark.parametrize("dtype", SUMS, ids=short)
-def test_threads_do_not_change_a_bit(backend: str, dtype: torch.dtype, shape: str) -> None:
+@each_sum
+def test_threads_do_not_change_a_bit(backend: str, dtype: torch.dtype, adapter: str, shape: str) -> None:
     """However the work is cut: by columns, or by rows where there are few columns."""
     if backend in ("reference", "ptx", "triton"):
         pytest.skip(f"{backend}: torch's own matmul may split sums by threads")
     m, n, k = THREADED[shape]
-    c = LoraCase(lora_case(m, n, k, "nested", dtype))
+    c = LoraCase(lora_case(m, n, k, "nested", dtype) | {"adapter": adapter})
     same_with_any_threads(lambda: everything(c, n, k))

@@ -8,6 +8,7 @@
 #include "../common/bottleneck_args.h"
 #include "dropout.h"
 #include "linear_product.h"
+#include "transpose.h"
 #include "weights.h"
 
 namespace peft_kernels::cpu {
@@ -195,18 +196,6 @@ class BottleneckForward {
   Tensor down_bias_, up_bias_, residual_, y_, z_;
 };
 
-// out[columns, rows] of t[rows, columns].
-inline void transpose(const Tensor& t, Tensor& out) {
-  const TransposeParams params{t.const_data_ptr(),     dtype_of(t, "t"),     t.size(0), t.size(1),
-                               out.mutable_data_ptr(), dtype_of(out, "out"), t.size(0)};
-  const int64_t tiles = ceil_div(params.rows, kTransposeRows);
-  const auto transpose_rows = kernels().transpose_rows;
-  parallel_for(0, tiles, ceil_div(kElementwiseGrain, kTransposeRows * params.cols),
-               [&](int64_t begin, int64_t end) {
-                 transpose_rows(params, begin * kTransposeRows, std::min(end * kTransposeRows, params.rows));
-               });
-}
-
 // The bottleneck of all rows, transposed, chunk after chunk of rows: [columns][rows of the chunk]. The
 // gradients of `down` and `up` are products with it, summed over all rows, in which columns take the place
 // of rows.
@@ -220,7 +209,8 @@ class Factors {
     if (!t_.defined()) return;
     const int64_t chunk = begin / kChunkRows * kChunkRows;
     const TransposeParams params{
-        rows, DType::kF32, end - begin, r_, element(chunk * r_ + begin - chunk), dtype(), rows_from(chunk)};
+        rows,    DType::kF32,     end - begin, r_, r_, element(chunk * r_ + begin - chunk),
+        dtype(), rows_from(chunk)};
     kernels().transpose_rows(params, 0, end - begin);
   }
   // [columns, columns of other] into `out`.

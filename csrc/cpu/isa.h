@@ -21,8 +21,8 @@ struct KernelTable {
   void (*gemm_nt)(const GemmParams& params, const Rect& rect, void* scratch);
   // lhs [m, depth] times rhs [depth, n].
   void (*gemm_nn)(const GemmParams& params, const Rect& rect, void* scratch);
-  // gemm_nt with the lhs of the first term packed, the others fp32 and dense, for the products of which
-  // plan_nt says so. pack_strips: strips [begin, end).
+  // gemm_nt with the lhs of the first term packed, the others dense, in fp32 or where there are pairs in
+  // bf16, for the products of which plan_nt says so. pack_strips: strips [begin, end).
   NtPlan (*plan_nt)(const GemmParams& params);
   void (*gemm_packed)(const GemmParams& params, const Rect& rect, void* scratch);
   void (*pack_strips)(const PackParams& params, int64_t begin, int64_t end);

@@ -9,6 +9,20 @@ inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, 
   }
 }
 
+// The first `rows` of kLanes rows, of each `count` elements, at most 2 * kLanes, as pairs that are
+// transposed. Rows that are not there, and the other half of a last pair, become zeros.
+inline void transpose_pairs_part(const BF16* x, int64_t ld, int64_t rows, int64_t count, uint32_t* out,
+                                 int64_t out_ld) {
+  Vec block[kLanes];
+  for (int r = 0; r < kLanes; ++r) {
+    block[r] = r >= rows             ? zero()
+               : count == 2 * kLanes ? as_floats(load_pairs(x + r * ld))
+                                     : as_floats(load_pairs_part(x + r * ld, count));
+  }
+  transpose(block);
+  for (int s = 0; s < ceil_div(count, 2); ++s) store_bits(out + s * out_ld, block[s]);
+}
+
 // The pairs of the summed dimension lie side by side already.
 struct DotBF16 : PairSteps {
   using Lhs = BF16;

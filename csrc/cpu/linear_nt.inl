@@ -114,20 +114,11 @@ inline bool is_thin_in_pairs(const GemmTerm& term) {
 
 inline void nt_fill_thin_pairs(const GemmTerm& term, int64_t n0, int64_t cols, void* panel_memory) {
   uint32_t* strip = static_cast<uint32_t*>(panel_memory);
-  const int64_t steps = term.depth / 2;
   const BF16* rhs = static_cast<const BF16*>(term.rhs.data) + n0 * term.rhs.ld;
   for (int64_t c = 0; c < kStrip; c += kLanes) {
-    for (int64_t s = 0; s < steps; s += kLanes) {
-      const int64_t width = min64(kLanes, steps - s);
-      Vec block[kLanes];
-      for (int i = 0; i < kLanes; ++i) {
-        const BF16* from = rhs + (c + i) * term.rhs.ld + 2 * s;
-        block[i] = c + i >= cols     ? zero()
-                   : width == kLanes ? as_floats(load_pairs(from))
-                                     : as_floats(load_pairs_part(from, 2 * width));
-      }
-      transpose(block);
-      for (int i = 0; i < width; ++i) store_bits(strip + (s + i) * kStrip + c, block[i]);
+    for (int64_t k = 0; k < term.depth; k += 2 * kLanes) {
+      transpose_pairs_part(rhs + c * term.rhs.ld + k, term.rhs.ld, cols - c,
+                           min64(2 * kLanes, term.depth - k), strip + k / 2 * kStrip + c, kStrip);
     }
   }
 }

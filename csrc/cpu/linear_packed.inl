@@ -10,7 +10,7 @@
 constexpr int64_t kPackedBlockRows = 512;  // rows of lhs that one decoded row of rhs serves
 constexpr int64_t kPackedMaxCols = 192;    // rows of rhs decoded together
 constexpr int64_t kPackedTileFloats = kPackedMaxCols * (kPackedBlockRows + 16);
-constexpr int64_t kThinDepthBlock = 64;  // of fp32 terms: the LoRA deltas
+constexpr int64_t kThinDepthBlock = 64;  // of the terms after the first: the LoRA deltas
 constexpr int64_t kPackedScratchBytes = kPackedTileFloats * 4 + kPackedMaxCols * kPackedRowBytes +
                                         kPackedMaxCols * (kThinDepthBlock + kPackRows) * 4 +
                                         kThinDepthBlock * kPackRows * 4;
@@ -96,25 +96,62 @@ void packed_add_first(const GemmParams& p, const PackedBlock& b, void* panel_mem
   }
 }
 
-// A term with lhs in fp32 and rhs dense, a LoRA delta: fp32 arithmetic, in rows [begin, end) of the block.
+// The arithmetic of a term after the first, a LoRA delta: its lhs and its dense rhs are read as what is
+// multiplied, in fp32, or as pairs of bf16 where both are of that type.
+struct ThinFloats : OuterF32 {
+  using Step = float;
+  static void fill_row(const GemmTerm& term, int64_t first, int64_t depth, float* out) {
+    fill_panel_row(term.rhs, first, depth, term.rhs_scale, out);
+  }
+  // kLanes rows of lhs from element `first`, of which `rows` are there.
+  static void fill_lanes(const GemmTerm& term, int64_t first, int64_t rows, int64_t depth, float* strip) {
+    const float* lhs = static_cast<const float*>(term.lhs) + first;
+    for (int64_t k = 0; k < depth; k += kLanes) {
+      transpose_part(lhs + k, term.lhs_ld, rows, depth - k, 1.0f, strip + k * kPackRows, kPackRows);
+    }
+  }
+};
+
+#if PEFT_KERNELS_BF16_DOT
+struct ThinPairs : OuterBF16 {
+  using Step = uint32_t;
+  static void fill_row(const GemmTerm& term, int64_t first, int64_t depth, PanelBF16* out) {
+    const BF16* rhs = static_cast<const BF16*>(term.rhs.data) + first;
+    for (int64_t k = 0; k < depth; k += 2 * kLanes) {
+      const bool is_whole = k + 2 * kLanes <= depth;
+      store_pairs(out + k, is_whole ? load_pairs(rhs + k) : load_pairs_part(rhs + k, depth - k));
+    }
+  }
+  static void fill_lanes(const GemmTerm& term, int64_t first, int64_t rows, int64_t depth, uint32_t* strip) {
+    const BF16* lhs = static_cast<const BF16*>(term.lhs) + first;
+    for (int64_t k = 0; k < depth; k += 2 * kLanes) {
+      transpose_pairs_part(lhs + k, term.lhs_ld, rows, min64(2 * kLanes, depth - k),
+                           strip + k / 2 * kPackRows, kPackRows);
+    }
+  }
+};
+#else
+using ThinPairs = ThinFloats;
+#endif
+
+// Such a term, in rows [begin, end) of the block.
+template <class Thin>
 void packed_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const PackedBlock& b, float* scratch) {
-  float* rhs = scratch;                                   // [kPackedMaxCols][kThinDepthBlock]
-  float* strip = rhs + kPackedMaxCols * kThinDepthBlock;  // [kThinDepthBlock][kPackRows]
-  float* apart = strip + kThinDepthBlock * kPackRows;     // [kPackedMaxCols][kPackRows]
+  using Value = typename Thin::Value;
+  static_assert(kPackRows == kStrip, "");
+  Value* rhs = reinterpret_cast<Value*>(scratch);             // [kPackedMaxCols][kThinDepthBlock]
+  float* lanes = scratch + kPackedMaxCols * kThinDepthBlock;  // [kThinDepthBlock][kPackRows]
+  float* apart = lanes + kThinDepthBlock * kPackRows;         // [kPackedMaxCols][kPackRows]
+  auto* strip = reinterpret_cast<typename Thin::Step*>(lanes);
   for (int64_t k0 = 0; k0 < term.depth; k0 += kThinDepthBlock) {
     const int64_t depth = min64(kThinDepthBlock, term.depth - k0);
     for (int64_t c = 0; c < b.cols; ++c) {
-      fill_panel_row(term.rhs, (b.n0 + c) * term.rhs.ld + k0, depth, term.rhs_scale,
-                     rhs + c * kThinDepthBlock);
+      Thin::fill_row(term, (b.n0 + c) * term.rhs.ld + k0, depth, rhs + c * kThinDepthBlock);
     }
     for (int64_t m = begin / kPackRows * kPackRows; m < end; m += kPackRows) {
       const int64_t first = max64(m, begin), last = min64(m + kPackRows, end);
-      const float* lhs = static_cast<const float*>(term.lhs) + b.m0 * term.lhs_ld + k0;
       for (int64_t i = m; i < m + kPackRows; i += kLanes) {
-        for (int64_t k = 0; k < depth; k += kLanes) {
-          transpose_part(lhs + i * term.lhs_ld + k, term.lhs_ld, b.rows - i, depth - k, 1.0f,
-                         strip + k * kPackRows + i - m, kPackRows);
-        }
+        Thin::fill_lanes(term, (b.m0 + i) * term.lhs_ld + k0, b.rows - i, depth, strip + i - m);
       }
       // Other rows must not change, not even when rhs holds an Inf.
       const bool whole = first == m && (last == m + kPackRows || last == b.rows);
@@ -122,9 +159,10 @@ void packed_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const Pac
       const int64_t ld = whole ? b.tile_ld : kPackRows;
       if (!whole) memset(apart, 0, b.cols * kPackRows * sizeof(float));
       for (int64_t c = 0; c < b.cols; c += kOuterRows) {
-        outer_rows<OuterF32, kOuterRows>(min64(kOuterRows, b.cols - c), kStrip, rhs + c * kThinDepthBlock,
-                                         kThinDepthBlock, strip, depth, true, sums + c * ld, ld,
-                                         no_fetch(sums));
+        outer_rows<Thin, kOuterRows>(min64(kOuterRows, b.cols - c), kStrip, rhs + c * kThinDepthBlock,
+                                     kThinDepthBlock, reinterpret_cast<const Value*>(strip),
+                                     ceil_div(depth, Thin::kElements), true, sums + c * ld, ld,
+                                     no_fetch(sums));
       }
       if (whole) continue;
       for (int64_t c = 0; c < b.cols; ++c) {
@@ -193,14 +231,17 @@ void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
       for (int64_t t = 1; t < p.term_count; ++t) {
         const GemmTerm& term = p.terms[t];
         const int64_t begin = max64(m0, term.m_begin) - m0, end = min64(m0 + rows, term.m_end) - m0;
-        if (begin < end) packed_add_thin(term, begin, end, block, thin);
+        if (begin >= end) continue;
+        has_bf16_values(term) ? packed_add_thin<ThinPairs>(term, begin, end, block, thin)
+                              : packed_add_thin<ThinFloats>(term, begin, end, block, thin);
       }
       with_type(p.out_dtype, [&](auto type) { packed_store_out<decltype(type)>(p, block); });
     }
   }
 }
 
-// The first term has `p.packed_lhs` for its lhs; others have theirs in fp32. `rect` starts at whole strips.
+// The first term has `p.packed_lhs` for its lhs; others have theirs in fp32, or in bf16 like rhs. `rect`
+// starts at whole strips.
 void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
 #if PEFT_KERNELS_TILES
   const Tiles tiles;

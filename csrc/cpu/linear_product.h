@@ -105,7 +105,8 @@ class Product {
   void run_nt() { run(nt_job()); }
   void run_nn() { run(nn_job()); }
 
-  // run_nt with `first` for the lhs of the first term; those of the others must be fp32, their rhs dense.
+  // run_nt with `first` for the lhs of the first term; the others must be dense, and lhs in fp32
+  // or, where there are pairs, both sides in bf16.
   void run_nt(const Rows& first) {
     params.plan = kernels().plan_nt(finished());
     if (!is_packed()) return run_nt();

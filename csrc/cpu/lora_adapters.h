@@ -17,9 +17,23 @@ struct RowRun {
 struct Adapter : AdapterArgs {
   DropoutMask mask;
   std::vector<RowRun> runs;
+  // Whether products with this matrix are in pairs of bf16, with h or its gradient rounded for them: no
+  // result is more precise than that.
+  bool a_in_pairs, b_in_pairs;
 
-  Adapter(AdapterArgs args, const OptionalTensor& seed, std::vector<RowRun> runs)
-      : AdapterArgs(std::move(args)), mask(mask_of(dropout, seed, a.size(1))), runs(std::move(runs)) {}
+  Adapter(AdapterArgs args, const Tensor& x, const OptionalTensor& seed, std::vector<RowRun> runs)
+      : AdapterArgs(std::move(args)),
+        mask(mask_of(dropout, seed, a.size(1))),
+        runs(std::move(runs)),
+        a_in_pairs(in_pairs(x, a)),
+        b_in_pairs(in_pairs(x, b)) {}
+
+ private:
+  // Not for a few rows: those wait for the weight.
+  static bool in_pairs(const Tensor& x, const Tensor& matrix) {
+    return kernels().has_pairs && x.scalar_type() == at::kBFloat16 && matrix.scalar_type() == at::kBFloat16 &&
+           rows_of(x) > kFewRows;
+  }
 };
 
 using Adapters = std::vector<Adapter>;
@@ -45,7 +59,7 @@ inline Adapters adapters_of(const Tensor& x, std::vector<AdapterArgs> args, cons
   adapters.reserve(args.size());
   for (AdapterArgs& adapter : args) {
     std::vector<RowRun> runs = runs_of(adapter.group, groups, rows_of(x));
-    adapters.emplace_back(std::move(adapter), seed, std::move(runs));
+    adapters.emplace_back(std::move(adapter), x, seed, std::move(runs));
   }
   return adapters;
 }

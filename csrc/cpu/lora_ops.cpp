@@ -6,7 +6,9 @@
 #include "../common/autocast.h"
 #include "linear_product.h"
 #include "lora_adapters.h"
+#include "lora_factors.h"
 #include "namespace.h"
+#include "transpose.h"
 #include "weights.h"
 
 namespace peft_kernels::cpu {
@@ -25,20 +27,26 @@ void add_shrunk(std::vector<Product>& products, Tensor& h, const Adapter& adapte
   }
 }
 
-// Adds the expanding product of an adapter, its columns of h (or of dh) times rhs, in the rows that it
-// serves.
-void add_expanded(Product& product, const Tensor& h, const Adapter& adapter, const MatrixView& rhs,
-                  float rhs_scale, const DropoutMask& mask) {
-  for (const RowRun& run : adapter.runs) {
-    GemmTerm term = term_of(h, "h", rhs, rhs_scale);
+// Adds the expanding product of an adapter, `scale` times its columns of h (or of dh) times rhs, in the rows
+// that it serves. `rounded`: those columns as bf16, scaled, for a product in pairs; else undefined.
+void add_expanded(Product& product, const Tensor& h, const Tensor& rounded, const Adapter& adapter,
+                  const MatrixView& rhs, float scale, const DropoutMask& mask) {
+  GemmTerm term = rounded.defined() ? term_of(rounded, "h", rhs) : term_of(h, "h", rhs, scale);
+  if (rounded.defined()) {
+    product.keep(rounded);
+  } else {
     term.lhs = static_cast<const float*>(term.lhs) + adapter.h_begin;
     term.depth = adapter.rank();
+  }
+  term.mask = mask;
+  for (const RowRun& run : adapter.runs) {
     term.m_begin = run.begin;
     term.m_end = run.end;
-    term.mask = mask;
     product.add(term);
   }
 }
+
+at::ScalarType factors_type(bool in_pairs) { return in_pairs ? at::kBFloat16 : at::kFloat; }
 
 Tensor in_type(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
 
@@ -59,24 +67,32 @@ Tensor shrink(const Tensor& x, const Tensor& rows, const Adapters& adapters, boo
   Tensor h = has_gaps ? at::zeros(sizes, options) : at::empty(sizes, options);
   std::vector<Product> products;
   for (const Adapter& adapter : adapters) {
-    add_shrunk(products, h, adapter, masked(rows, adapter), adapter.a, adapter.mask.scale);
+    // In pairs A has no scale.
+    add_shrunk(products, h, adapter, masked(rows, adapter), adapter.a,
+               adapter.a_in_pairs ? 1.0f : adapter.mask.scale);
     if (!adapter.drops()) continue;
     Product::run_nt_together(products);  // before the next makes its own copy of x
     products.clear();
+    if (adapter.a_in_pairs) h.narrow(-1, adapter.h_begin, adapter.rank()).mul_(adapter.mask.scale);
   }
   Product::run_nt_together(products);
   return h;
 }
 
-// dh = scaling dY B of every adapter in its rows.
+// What dh lacks of the scaling: all of it where it was multiplied in pairs, as those leave B no scale.
+float scale_left(const Adapter& adapter) { return adapter.b_in_pairs ? adapter.scaling : 1.0f; }
+
+// dh = scaling dY B of every adapter in its rows, but for scale_left.
 Tensor shrink_gradients(const std::vector<Tensor>& dy, const Adapters& adapters, const Tensor& h) {
   Tensor dh = at::empty_like(h);
   std::vector<Product> products;
   for (const Adapter& adapter : adapters) {
-    // In fp32 whatever the scaling: bf16 matrices would be multiplied as pairs where it is 1, in another
-    // order.
-    const Tensor bt = in_type(adapter.b, at::kFloat).t().contiguous();
-    add_shrunk(products, dh, adapter, dy[adapter.layer], bt, adapter.scaling);
+    // Where it is not multiplied in pairs it is in fp32, whatever the scaling: bf16 matrices would be
+    // multiplied as pairs where it is 1, in another order.
+    const Tensor& b = adapter.b;
+    Tensor bt = at::empty({b.size(1), b.size(0)}, b.options().dtype(factors_type(adapter.b_in_pairs)));
+    transpose(b, bt);
+    add_shrunk(products, dh, adapter, dy[adapter.layer], bt, adapter.b_in_pairs ? 1.0f : adapter.scaling);
   }
   Product::run_nt_together(products);
   return dh;
@@ -107,14 +123,17 @@ Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, 
   for (const Adapter& adapter : adapters) {
     if (adapter.layer != layer) continue;
     adapter.check_out_features(base.out_features());
-    add_expanded(product, h, adapter, dense_matrix(adapter.b, "lora_b"), adapter.scaling, DropoutMask{});
+    const Factors rounded(h, adapter, adapter.scaling, at::kBFloat16, adapter.b_in_pairs, false);
+    add_expanded(product, h, rounded.rows, adapter, dense_matrix(adapter.b, "lora_b"), adapter.scaling,
+                 DropoutMask{});
   }
   is_torchs ? product.run_nt() : product.run_nt(rows);
   return y;
 }
 
 Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
-                      const Adapters& adapters, const Tensor& dh, at::ScalarType compute) {
+                      const Adapters& adapters, const Tensor& dh, const std::vector<Factors>& of_dh,
+                      at::ScalarType compute) {
   std::vector<Tensor> of_base;  // dy for the base products
   for (const Tensor& d : dy) of_base.push_back(in_type(d, compute));
   Tensor dx;
@@ -134,38 +153,36 @@ Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std:
   for (size_t j = 0; j < bases.size(); ++j) {
     if (!bases[j].is_torchs(m)) product.add(term_of(of_base[j], "dy", bases[j].matrix()));
   }
-  for (const Adapter& adapter : adapters) {
-    add_expanded(product, dh, adapter, dense_matrix(adapter.a, "lora_a"), 1.0f, adapter.mask);
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    const Adapter& adapter = adapters[i];
+    DropoutMask mask = adapter.mask;
+    if (of_dh[i].rows.defined()) mask.scale = 1.0f;
+    add_expanded(product, dh, of_dh[i].rows, adapter, dense_matrix(adapter.a, "lora_a"), scale_left(adapter),
+                 mask);
   }
   product.run_nn();
   return dx;
 }
 
-// [rank, features]: an adapter's columns of h (or of dh), times `scale`, by rows, summed over those that it
-// serves. The rank is the short side of dA and dB: it takes the place of the batch, and features stay
-// contiguous.
-Tensor sum_over_rows(const Tensor& h, const Tensor& rows, const Adapter& adapter, float scale) {
-  Tensor factors = at::empty({adapter.rank(), rows.size(0)}, h.options());
-  const float* from = h.const_data_ptr<float>() + adapter.h_begin;
-  float* to = factors.mutable_data_ptr<float>();
-  const int64_t m = rows.size(0), ranks = h.size(-1);
-  parallel_for(0, m, ceil_div(kElementwiseGrain, std::max<int64_t>(adapter.rank(), 1)),
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t r = 0; r < adapter.rank(); ++r) {
-                   for (int64_t i = begin; i < end; ++i) to[r * m + i] = from[i * ranks + r] * scale;
-                 }
-               });
-  Tensor out = at::empty({adapter.rank(), rows.size(1)}, h.options());
-  Product product(out);
-  for (const RowRun& run : adapter.runs) {
-    GemmTerm term = term_of(factors, "factors", dense_matrix(rows, "rows"));
-    term.lhs = static_cast<const float*>(term.lhs) + run.begin;
-    term.rhs.data = static_cast<const char*>(term.rhs.data) + run.begin * rows.size(1) * rows.element_size();
-    term.depth = run.end - run.begin;
+// Adds the product of an adapter's factors with rows, summed over the rows that it serves, into `out`,
+// [rank, features]: the rank is the short side of dA and dB. It takes the place of the batch, and features
+// stay contiguous.
+void add_sums(std::vector<Product>& products, Tensor& out, const Factors& factors, const Adapter& adapter,
+              const Tensor& rows) {
+  Product& product = products.emplace_back(out);
+  for (const RowRun& chunk : chunks_of(adapter)) {
+    GemmTerm term = term_of(factors.columns, "factors", dense_matrix(rows, "rows"));
+    term.lhs = static_cast<const char*>(term.lhs) +
+               chunk.begin * adapter.rank() * static_cast<int64_t>(factors.columns.element_size());
+    term.lhs_ld = term.depth = chunk.end - chunk.begin;
+    term.rhs.data =
+        static_cast<const char*>(term.rhs.data) + chunk.begin * rows.size(1) * rows.element_size();
     product.add(term);
   }
-  product.run_nn();
-  return out;
+  constexpr int64_t kNarrow = 128;
+  if (adapter.rank() <= kNarrow) product.keep_rows_together();
+  product.keep(factors.columns);
+  product.keep(rows);
 }
 
 class Layers {
@@ -199,18 +216,36 @@ class Layers {
     const Tensor dh = need_dh ? shrink_gradients(dy, adapters_, h) : Tensor();
     const auto none = [](const Tensor& t) { return at::empty({0}, t.options()); };
     LoraGradients out;
-    out.dx = need_dx ? input_gradient(dy, x_, bases, adapters_, dh, compute_) : none(x_);
+    std::vector<Factors> of_dh;
+    for (size_t i = 0; i < adapters_.size() && need_dh; ++i) {
+      const Adapter& adapter = adapters_[i];
+      of_dh.emplace_back(dh, adapter, scale_left(adapter) * adapter.mask.scale,
+                         factors_type(adapter.a_in_pairs), need_dx && adapter.a_in_pairs, need_da[i]);
+    }
+    out.dx = need_dx ? input_gradient(dy, x_, bases, adapters_, dh, of_dh, compute_) : none(x_);
+    std::vector<Product> products;
+    std::vector<Tensor> transposed(adapters_.size());
     for (size_t i = 0; i < adapters_.size(); ++i) {
       const Adapter& adapter = adapters_[i];
       const Tensor &a = adapter.a, &b = adapter.b;
-      out.da.push_back(need_da[i]
-                           ? in_type(sum_over_rows(dh, masked(rows_, adapter), adapter, adapter.mask.scale),
-                                     a.scalar_type())
-                           : none(a));
-      out.db.push_back(need_db[i] ? in_type(sum_over_rows(h, dy[adapter.layer], adapter, adapter.scaling).t(),
-                                            b.scalar_type())
-                                        .contiguous()
-                                  : none(b));
+      out.da.push_back(need_da[i] ? at::empty_like(a) : none(a));
+      if (need_da[i]) {
+        add_sums(products, out.da[i], of_dh[i], adapter, masked(rows_, adapter));
+        if (adapter.drops()) {
+          Product::run_nn_together(products);  // before the next makes its own copy of x
+          products.clear();
+        }
+      }
+      out.db.push_back(need_db[i] ? at::empty_like(b) : none(b));
+      if (need_db[i]) {
+        transposed[i] = at::empty({b.size(1), b.size(0)}, b.options());
+        const Factors of_h(h, adapter, adapter.scaling, factors_type(adapter.b_in_pairs), false, true);
+        add_sums(products, transposed[i], of_h, adapter, dy[adapter.layer]);
+      }
+    }
+    Product::run_nn_together(products);
+    for (size_t i = 0; i < adapters_.size(); ++i) {
+      if (need_db[i]) transpose(transposed[i], out.db[i]);
     }
     return out;
   }

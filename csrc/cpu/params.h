@@ -164,15 +164,17 @@ struct BottleneckParams {
   BF16* rounded_d;
 };
 
-// out[c, r] = x[r, c].
+// out[c, r] = copy[r, c] = scale * x[r, c].
 inline constexpr int64_t kTransposeRows = 16;  // a multiple of every level's lanes
 struct TransposeParams {
   const void* x;
   DType dtype;
-  int64_t rows, cols;  // of x, which is contiguous
-  void* out;
-  DType out_dtype;
+  int64_t rows, cols, ld;  // of x
+  void* out;               // or null
+  DType out_dtype;         // of `copy` too
   int64_t out_ld;
+  float scale = 1.0f;
+  void* copy = nullptr;  // [rows, cols], contiguous, or null
 };
 
 // out[c] = scale * (x[0, c] + x[1, c] + ...).
