@@ -322,16 +322,18 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         base, weight = self.base_layer, self.base_layer.weight
+        adapter: tuple[Tensor, Tensor] = (self.lora_A, self.lora_B)
         compute_dtype, autocast = None, autocast_dtype(x.device.type)
         if autocast is not None:
             x = x.to(autocast)
+            adapter = (self.lora_A.to(autocast), self.lora_B.to(autocast))
             if not isinstance(weight, NF4Weight):
                 weight = weight.to(autocast)
         elif x.dtype == torch.float32:
             compute_dtype = getattr(base, "compute_dtype", None) or weight.dtype
         bias = base.bias if base.bias is None else base.bias.to(x.dtype)
         dropout_p = self.lora_dropout if self.training else 0.0
-        adapter, magnitude = (self.lora_A, self.lora_B), self.lora_magnitude_vector
+        magnitude = self.lora_magnitude_vector
         if magnitude is not None:
             return dora_linear(x, weight, *adapter, magnitude, self.scaling, bias, dropout_p, compute_dtype)
         return lora_linear(x, weight, *adapter, self.scaling, bias, dropout_p, compute_dtype)

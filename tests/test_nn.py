@@ -249,6 +249,10 @@ def test_lora_under_autocast(kind: str, dtype: torch.dtype) -> None:
     assert testing.relative_error(y, expected) < 0.01
     y.sum().backward()
     assert layer.lora_A.grad.dtype == torch.float32 and bool((layer.lora_A.grad != 0).any())
+    for parameter in (layer.lora_A, layer.lora_B):
+        parameter.data.copy_(parameter.bfloat16())  # as autocast did
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x.to(dtype)), y)
 
 
 def test_quantisation_options_reach_the_weight() -> None:

@@ -357,3 +357,26 @@ def test_autocast_gives_the_dtype_that_peft_gives(base: str, dtype: torch.dtype)
             got = layer(x)
     assert got.dtype == plain.dtype and not any(entry.fallbacks for entry in report.layers), str(report)
     assert testing.relative_error(got, plain) < 0.01
+
+
+@pytest.mark.parametrize("base", models.BASES)
+def test_autocast_rounds_adapters(base: str) -> None:
+    """As the weights of nn.Linear; their gradients stay in fp32."""
+    model, x = lora(models.base_model(base)), testing.tensor(17, 64)
+    layer = model.base_model.model.q
+    if base == "bnb":  # else it computes in x's fp32
+        layer.base_layer.compute_dtype, layer.base_layer.compute_type_is_set = torch.bfloat16, True
+    pk.patch(model)
+
+    def found() -> dict[str, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return run(layer, x)
+
+    results = found()
+    assert {value.dtype for name, value in results.items() if "lora_" in name} == {torch.float32}
+    for name, parameter in layer.named_parameters():
+        if "lora_" in name:
+            assert bool((parameter != parameter.bfloat16()).any()), name
+            parameter.data.copy_(parameter.bfloat16())
+    for name, value in found().items():
+        assert torch.equal(value, results[name]), name

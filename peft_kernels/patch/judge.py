@@ -156,8 +156,9 @@ def operands(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | s
             return reason
         compute, out_dtype = _compute_dtype(layer, x_dtype), x_dtype
         weight = _state_of(weight)
-        # The wider of both: the delta is computed from x as it is.
-        dtype = compute if x_dtype == compute else torch.promote_types(x_dtype, compute)
+        # The wider of both: the delta is computed from x as it is, but where autocast rounds x for it.
+        rounds = x_dtype == compute or autocast == compute
+        dtype = compute if rounds else torch.promote_types(x_dtype, compute)
     elif type(weight) is NF4Weight:
         compute = dtype
         if autocast is None and dtype == torch.float32:
@@ -273,9 +274,11 @@ def lora(module: Any, names: Sequence[str], ours: type[fused.Fused]) -> str:
 
 
 def adapter(
-    module: Any, name: str, dtype: torch.dtype, device: torch.device | None, group: int = 0
-) -> Adapter | str:
-    """One adapter of a LoRA layer, for x that was cast to `dtype`."""
+    module: Any, name: str, dtype: torch.dtype, device: torch.device | None, group: int = 0,
+    rounds: bool = False,
+) -> Adapter | str:  # fmt: skip
+    """One adapter of a LoRA layer, for x that was cast to `dtype`. `rounds`: the adapter is cast to it too,
+    as autocast casts the weights of nn.Linear."""
     # Dictionaries of children, where attributes would do: this runs for every layer of every token.
     children = module.__dict__["_modules"]
     down = children["lora_A"].__dict__["_modules"][name]
@@ -294,6 +297,8 @@ def adapter(
     else:
         return f"lora_dropout is a {kind.__name__}"
     a, b, scaling = _weight(down), _weight(up), module.scaling[name]
+    if rounds:
+        a, b = a.to(dtype), b.to(dtype)
     if a.dtype != dtype and a.dtype != torch.float32:
         a = a.float()
     if b.dtype != dtype and b.dtype != torch.float32:

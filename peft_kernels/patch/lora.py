@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..nf4.weight import NF4Weight
+from ..ops.arguments import autocast_dtype
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.lora import lora_linear
 from ..ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
@@ -80,8 +81,9 @@ def _prepare(
         return base
     adapters = []
     bias: Any = base.bias
+    rounds = autocast_dtype(device.type) == base.dtype
     for group, name in enumerate(names):
-        adapter = judge.adapter(module, name, base.dtype, device, group)
+        adapter = judge.adapter(module, name, base.dtype, device, group, rounds)
         if isinstance(adapter, str):
             return adapter
         adapters.append(adapter)
