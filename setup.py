@@ -49,6 +49,8 @@ CPU_SOURCES = [
     "csrc/cpu/multi_bottleneck_ops.cpp",
     "csrc/cpu/nf4_absmax.cpp",
     "csrc/cpu/nf4_ops.cpp",
+    "csrc/cpu/rms_norm_ops.cpp",
+    "csrc/cpu/rotary_ops.cpp",
     "csrc/cpu/scalar.cpp",
     "csrc/cpu/sums_ops.cpp",
 ]

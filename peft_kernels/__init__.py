@@ -22,6 +22,8 @@ from .ops.linear import nf4_linear
 from .ops.lora import lora_linear
 from .ops.multi_bottleneck import BottleneckParameters, multi_bottleneck
 from .ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
+from .ops.rms_norm import rms_norm
+from .ops.rotary import rotary
 from .ops.token_loss import linear_cross_entropy, token_log_probs
 from .patch import explain, patch, patched, unpatch
 from .quantize import quantize_model
@@ -57,6 +59,8 @@ __all__ = [
     "prefix",
     "prompts",
     "quantize_model",
+    "rms_norm",
+    "rotary",
     "serving",
     "token_log_probs",
     "unpatch",

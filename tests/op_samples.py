@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from attention_samples import attention_samples
+from block_samples import block_samples
 from loss_samples import loss_samples
 from small_tensors import K, N, R, group, leaf
 from torch import Tensor
@@ -291,6 +292,7 @@ def samples(op: str) -> dict[str, tuple[Any, ...]]:
         },
         **loss_samples(),
         **attention_samples(),
+        **block_samples(),
         "multi_lora_linear": {
             "dense": multi_args("dense", [0, 1, 0]),
             "nf4-groups": multi_args("nf4", [1, 0, 0], groups=True),

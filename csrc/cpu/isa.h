@@ -50,6 +50,11 @@ struct KernelTable {
   int64_t (*attention_bytes)(const AttentionParams& params, bool is_backward);
   void (*attention)(const AttentionParams& params, int64_t begin, int64_t end, void* room);
   void (*attention_backward)(const AttentionParams& params, void* room);
+  // Rows [begin, end); backward: `sums` is of these alone.
+  void (*rms_norm)(const RmsNormParams& params, int64_t begin, int64_t end);
+  void (*rms_norm_backward)(const RmsNormParams& params, int64_t begin, int64_t end);
+  // Tokens [begin, end) of all sequences.
+  void (*rotary)(const RotaryParams& params, int64_t begin, int64_t end);
   // Elements [begin, end) of a parameter; begin is a multiple of kStateBlock.
   void (*step)(const StepParams& params, const StepTensor& tensor, int64_t begin, int64_t end);
   // The sum of (x[i] * factor)^2 over [begin, end).

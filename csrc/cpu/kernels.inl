@@ -25,6 +25,8 @@
 #include "cross_entropy.inl"
 #include "attention.inl"
 #include "attention_backward.inl"
+#include "rms_norm.inl"
+#include "rotary.inl"
 #include "dynamic_codes.inl"
 #include "adamw.inl"
 // clang-format on
@@ -56,6 +58,9 @@ constexpr KernelTable kKernels = {
     attention_bytes,
     attention,
     attention_backward,
+    rms_norm,
+    rms_norm_backward,
+    rotary,
     step,
     squares,
     row_squares,

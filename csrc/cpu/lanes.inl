@@ -35,6 +35,18 @@ inline void store_lanes(T* p, Vec x, int64_t count) {
   count == kLanes ? store(p, x) : store_part(p, x, count);
 }
 
+// As it is read again where it was stored as a T.
+template <class T>
+inline Vec rounded(Vec x) {
+  T stored[kLanes];
+  store(stored, x);
+  return load(stored);
+}
+template <>
+inline Vec rounded<float>(Vec x) {
+  return x;
+}
+
 inline Vec negate(Vec x) { return sub(splat(-0.0f), x); }
 
 // e^x within 2 ulp. Clamped to where the result is a normal number; a NaN comes through.

@@ -278,6 +278,35 @@ struct AttentionParams {
 };
 inline constexpr int64_t kAttentionPad = 64;
 
+// Root mean square norm of rows, and its gradients.
+struct RmsNormParams {
+  const void* x;  // [m, features]
+  DType dtype;    // of x and dx, and of what is normed before it meets the weight
+  int64_t features;
+  const float* weight;
+  float eps;
+  DType out_dtype;  // of out and dy: as x, or fp32
+  void* out;
+  float* rstd;     // [m]; backward: what the forward gave
+  const void* dy;  // backward
+  void* dx;        // or null
+  float* sums;     // [features] or null: the gradient of the weight
+};
+
+// Heads of [sequences, rows, heads, features], turned by the angles of their rows.
+struct RotaryParams {
+  const void* x;  // features lie side by side
+  DType dtype;
+  int64_t x_sequence, x_row, x_head;  // elements from one to the next
+  int64_t rows, heads, features;
+  const float *cos, *sin;  // [sequences or 1, rows, features]
+  int64_t angle_sequence;  // elements from one sequence to the next, or 0
+  bool rounds;             // products and their sum, to x's type
+  bool inverse;            // turned back
+  void* out;               // contiguous
+  DType out_dtype;
+};
+
 enum class StepKind : uint8_t { kAdamW, kAdam, kLion };
 
 // One parameter in an optimizer's step, flat, and the numbers that ops/adamw.py names.

@@ -1,0 +1,65 @@
+"""Arguments of the ops between the products of a block: norms of rows, and rotary embedding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from small_tensors import K, leaf
+
+import testing
+
+
+def rms_norm_args(
+    dtype: torch.dtype = torch.float32, weight: torch.dtype = torch.float32, frozen: bool = False
+) -> tuple[Any, ...]:
+    return (
+        leaf(2, 3, K, dtype=dtype),
+        leaf(K, dtype=weight, seed=1).detach().requires_grad_(not frozen),
+        1e-5,
+    )
+
+
+def rms_norm_backward_args(*needs: bool, **dtypes: torch.dtype) -> tuple[Any, ...]:
+    x, weight, eps = (t.detach() if isinstance(t, torch.Tensor) else t for t in rms_norm_args(**dtypes))
+    y, rstd = torch.ops.peft_kernels_reference.rms_norm(x, weight, eps)
+    return (testing.tensor(*y.shape, dtype=y.dtype, seed=2), x, weight, rstd, *needs)
+
+
+def angles(
+    batch: int, rows: int, features: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, ...]:
+    """Cosines and sines, in two halves that differ, as no model has them."""
+    of_rows = testing.tensor(batch, rows, features, seed=7, scale=3.0)
+    return of_rows.cos().to(dtype), of_rows.sin().to(dtype)
+
+
+def rotary_args(
+    dtype: torch.dtype = torch.float32, of_angles: torch.dtype = torch.float32, batch: int = 1,
+    inverse: bool = False, result: torch.dtype | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
+    heads = [leaf(2, 5, count, 6, dtype=dtype, seed=count) for count in (4, 2)]
+    return (heads, *angles(batch, 5, 6, of_angles), inverse, result or torch.promote_types(dtype, of_angles))
+
+
+def block_samples() -> dict[str, dict[str, tuple[Any, ...]]]:
+    half = torch.bfloat16
+    return {
+        "rms_norm": {
+            "fp32": rms_norm_args(),
+            "frozen": rms_norm_args(frozen=True),
+            "bf16": rms_norm_args(half, half),
+            "bf16-by-fp32": rms_norm_args(half),
+        },
+        "rms_norm_backward": {
+            "fp32": rms_norm_backward_args(True, True),
+            "dx": rms_norm_backward_args(True, False, dtype=half),
+            "dweight": rms_norm_backward_args(False, True, dtype=half, weight=half),
+        },
+        "rotary": {
+            "fp32": rotary_args(),
+            "bf16": rotary_args(half, half, batch=2),
+            "bf16-by-fp32": rotary_args(half, inverse=True),
+            "to-bf16": rotary_args(result=half),
+        },
+    }

@@ -1,0 +1,190 @@
+"""rms_norm and its gradients on every back end, against transformers' LlamaRMSNorm and fp64."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from numbers_policy import DTYPES, check_odd_addresses, same_with_any_threads, short, transposed
+from torch import Tensor
+
+import peft_kernels as pk
+import testing
+
+ops = torch.ops.peft_kernels
+EPS = 1e-5
+SHAPES: dict[str, tuple[int, ...]] = {
+    "no-rows": (0, 5), "one": (1, 1), "vector": (33,), "odd": (3, 7), "lanes": (5, 64), "chains": (70, 333),
+    "chunks": (2, 65, 100),
+}  # fmt: skip
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
+
+pytestmark = pytest.mark.usefixtures("nan_outputs")
+
+
+def stock(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
+    """As LlamaRMSNorm: in fp32, rounded to x's dtype, times the weight; in fp64 where that is x's."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * normed.to(x.dtype)
+
+
+def inputs(shape: tuple[int, ...], dtype: torch.dtype, of_weight: torch.dtype) -> tuple[Tensor, ...]:
+    """x, weight and dy."""
+    x = testing.tensor(*shape, dtype=dtype, seed=1, scale=3.0)
+    weight = 1 + 0.3 * testing.tensor(shape[-1], seed=2)
+    result = torch.promote_types(dtype, of_weight)
+    return x, weight.to(of_weight), testing.tensor(*shape, dtype=result, seed=3)
+
+
+def results(forward: Any, x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (x, weight)]
+    y = forward(*leaves)
+    dx, dweight = torch.autograd.grad(y, leaves, dy)
+    return {"y": y.detach(), "dx": dx, "dweight": dweight}
+
+
+@each_dtype
+@pytest.mark.parametrize("of_weight", DTYPES, ids=lambda dtype: f"by_{short(dtype)}")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_rms_norm(backend: str, shape: str, dtype: torch.dtype, of_weight: torch.dtype) -> None:
+    given = inputs(SHAPES[shape], dtype, of_weight)
+    before = [t.clone() for t in given]
+    got = results(lambda x, weight: pk.rms_norm(x, weight, EPS), *given)
+    plain, truth = results(stock, *given), results(stock, *(t.double() for t in given))
+    for name, value in got.items():
+        assert value.dtype == plain[name].dtype and value.shape == plain[name].shape, name
+        assert value.is_contiguous()
+        # dx is a difference: of a row of one feature nothing is left but roundings.
+        if value.numel() > 60:
+            testing.assert_close(value, plain[name], truth[name], name)
+        elif shape != "one":
+            bound = 4 * max(torch.finfo(t).eps for t in (dtype, value.dtype))
+            size = truth[name].abs().max() if value.numel() else 0.0
+            assert torch.allclose(value.double(), truth[name], rtol=bound, atol=bound * float(size)), name
+    assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), "an input was changed"
+
+
+@pytest.mark.parametrize("of_weight", [torch.bfloat16, torch.float32], ids=short)
+def test_what_is_normed_is_rounded(backend: str, of_weight: torch.dtype) -> None:
+    """To x's dtype, before it meets the weight: all but a few elements, of rows whose sums round otherwise,
+    have the bits of stock. Without that rounding many have others."""
+    x, weight, _ = inputs((64, 576), torch.bfloat16, of_weight)
+    got, want = pk.rms_norm(x, weight, EPS), stock(x, weight)
+    assert (got != want).double().mean() < 0.01
+
+
+def test_eps_counts(backend: str) -> None:
+    small = testing.tensor(4, 50, scale=1e-3)
+    for eps in (0.0, 1e-6, 1e-2):
+        got, want = pk.rms_norm(small, torch.ones(50), eps), stock(small.double(), torch.ones(50), eps)
+        assert testing.relative_error(got, want) < 1e-6
+    assert not pk.rms_norm(torch.zeros(2, 50), torch.ones(50)).any()
+
+
+def test_rows_do_not_mix(backend: str) -> None:
+    """What is no number stays in its row, but for the sum over rows."""
+    x, weight, dy = inputs((70, 40), torch.float32, torch.float32)
+    clean = results(pk.rms_norm, x, weight, dy)
+    for bad in (float("nan"), float("inf")):
+        wrong = x.clone()
+        wrong[3, 7] = bad
+        got = results(pk.rms_norm, wrong, weight, dy)
+        others = [i for i in range(70) if i != 3]
+        for name in ("y", "dx"):
+            assert torch.equal(got[name][others], clean[name][others])
+            assert got[name][3].isnan().any()
+
+
+@each_dtype
+def test_only_what_is_trained_gets_a_gradient(backend: str, dtype: torch.dtype) -> None:
+    x, weight, dy = inputs((70, 33), dtype, torch.float32)
+    want = results(pk.rms_norm, x, weight, dy)
+    saved: list[Tensor] = []
+
+    def save(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    for x_trained in (True, False):
+        leaves = x.clone().requires_grad_(x_trained), weight.clone().requires_grad_(not x_trained)
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+            y = pk.rms_norm(*leaves)
+        y.backward(dy)
+        got = leaves[0 if x_trained else 1].grad
+        assert got is not None and torch.equal(got, want["dx" if x_trained else "dweight"])
+        assert leaves[1 if x_trained else 0].grad is None
+        assert [t.numel() for t in saved] == [x.numel(), 33, 70]  # and an fp32 number for each row
+        frozen = ops.rms_norm_backward(dy, x, weight, saved[2], x_trained, not x_trained)
+        assert [t.numel() > 0 for t in frozen] == [x_trained, not x_trained]
+
+
+def test_rms_norm_reads_views(backend: str) -> None:
+    x, weight, dy = inputs((70, 35), torch.float32, torch.float32)
+    want = results(pk.rms_norm, x, weight, dy)
+    wide = torch.stack((weight, weight), 1)[:, 0]
+    for given in ((transposed(x), weight, transposed(dy)), (x, wide, dy), (x, weight, dy[:1].expand(70, 35))):
+        got = results(pk.rms_norm, *given)
+        assert torch.equal(got["y"], want["y"]) or backend == "reference"
+        assert all(t.is_contiguous() for t in got.values())
+        if given[2] is not dy:
+            continue
+        for name in want:
+            torch.testing.assert_close(got[name], want[name])
+
+
+@each_dtype
+def test_rms_norm_at_odd_addresses(backend: str, dtype: torch.dtype) -> None:
+    x, weight, dy = inputs((24, 64), dtype, dtype)
+    check_odd_addresses(backend, lambda *args: ops.rms_norm(*args, EPS), (x, weight))
+    rstd = ops.rms_norm(x, weight, EPS)[1]
+    check_odd_addresses(
+        backend, lambda *args: ops.rms_norm_backward(*args, True, True), (dy, x, weight, rstd)
+    )
+
+
+def test_rms_norm_with_any_threads(backend: str) -> None:
+    if backend == "reference":
+        pytest.skip("reference: torch's own functions may split their work by threads")
+    x, weight, dy = inputs((1000, 333), torch.bfloat16, torch.float32)
+    same_with_any_threads(lambda: results(pk.rms_norm, x, weight, dy).values())
+
+
+REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "shape": (r"x: expected shape \(\.\.\., 8\), got \(3, 7\)", {"x": torch.ones(3, 7)}),
+    "scalar": (r"x: expected shape \(\.\.\., 8\), got \(\)", {"x": torch.ones(())}),
+    "integers": ("x: expected a floating dtype, got torch.int64", {"x": torch.ones(3, 8).long()}),
+    "weight": (r"weight: expected shape \(features,\), got \(8, 1\)", {"weight": torch.ones(8, 1)}),
+    "weight-dtype": ("weight: expected a floating dtype, got torch.int32", {"weight": torch.ones(8).int()}),
+    "device": ("weight: expected device cpu like x, got meta", {"weight": torch.ones(8, device="meta")}),
+    "eps": ("eps: expected a number that is not negative, got -1.0", {"eps": -1.0}),
+    "nan": ("eps: expected a number that is not negative, got nan", {"eps": float("nan")}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_rms_norm_refuses(case: str) -> None:
+    message, wrong = REFUSED[case]
+    given: dict[str, Any] = {"x": torch.ones(3, 8), "weight": torch.ones(8), "eps": EPS}
+    with pytest.raises(ValueError, match=message):
+        pk.rms_norm(**given | wrong)
+
+
+def test_the_op_refuses() -> None:
+    """What memory safety rests on, where a caller has gone round the typed call."""
+    if (reason := testing.unavailable("cpu")) is not None:
+        pytest.skip(f"cpu: {reason}")
+    cpu: Any = torch.ops.peft_kernels_cpu
+    x, weight, rstd = torch.ones(3, 8), torch.ones(8), torch.ones(3)
+    for message, call in (
+        ("x: expected 7 features, got 8", lambda: cpu.rms_norm(x, torch.ones(7), EPS)),
+        (r"weight: expected shape \(features,\)", lambda: cpu.rms_norm(x, torch.ones(8, 1), EPS)),
+        ("x: expected float32, bfloat16 or float16", lambda: cpu.rms_norm(x.double(), weight, EPS)),
+        (r"dy: expected shape \[3, 8\]", lambda: cpu.rms_norm_backward(x[:2], x, weight, rstd, True, True)),
+        ("dy: expected Float", lambda: cpu.rms_norm_backward(x.half(), x, weight, rstd, True, True)),
+        (r"rstd: expected shape \[3\]", lambda: cpu.rms_norm_backward(x, x, weight, rstd[:2], True, True)),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
