@@ -24,16 +24,20 @@ from .report import (
     Finding,
     LayerReport,
     PatchReport,
+    examine_between,
     examine_block,
     examine_loss,
     examine_prefix,
+    is_between,
     layers,
 )
 
 __all__ = ["LayerReport", "PatchReport", "explain", "patch", "patched", "unpatch"]
 
 
-def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False, loss: bool = False) -> PatchReport:
+def patch(
+    model: nn.Module, mlp: bool = True, dry_run: bool = False, loss: bool = False, block: bool = False
+) -> PatchReport:
     """Give the layers of a model fused forwards: PEFT LoRA over nn.Linear, NF4Linear, bitsandbytes Linear4bit
     or the experts of a mixture, and Linear4bit alone. NF4Linear and NF4 experts are fused as they are. PEFT's
     prefix tuning computes its prefix once for the batch, works under gradient checkpointing, and in generate.
@@ -51,6 +55,10 @@ def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False, loss: bool 
     loss : bool
         Models of transformers compute the loss of their labels by `linear_cross_entropy`. `outputs.logits`
         are then computed when they are read: do that before the optimizer's step.
+    block : bool
+        On the CPU, what lies between the products of blocks like Llama's: RMS norms, rotary embeddings, and
+        the projections of queries, keys and values in one op. With adapters or without; the norms have no
+        second derivatives. Under torch.compile nothing changes.
 
     Returns
     -------
@@ -74,9 +82,11 @@ def patch(model: nn.Module, mlp: bool = True, dry_run: bool = False, loss: bool 
         if base is not None:
             inside.add(base())
     for name, module in model.named_modules():
-        block = examine_block(module) if mlp else None
-        if block is not None:
-            report.blocks.append(_entry(name, module, block, plan, dry_run))
+        across = examine_block(module) if mlp else None
+        if across is None and (block or is_between(module)):
+            across = examine_between(module)
+        if across is not None:
+            report.blocks.append(_entry(name, module, across, plan, dry_run))
         found_loss = examine_loss(module) if loss or isinstance(module, LossModel) else None
         if found_loss is not None:
             report.losses.append(_entry(name, module, found_loss, plan, dry_run))
@@ -135,11 +145,13 @@ def unpatch(model: nn.Module) -> int:
 
 
 @contextmanager
-def patched(model: nn.Module, mlp: bool = True, loss: bool = False) -> Iterator[PatchReport]:
+def patched(
+    model: nn.Module, mlp: bool = True, loss: bool = False, block: bool = False
+) -> Iterator[PatchReport]:
     """`with patched(model) as report:` patches inside the block; layers that were patched before stay so."""
     _check_model(model, "patched")
     before = {id(module) for module in model.modules() if fused.record_of(module) is not None}
-    report = patch(model, mlp, loss=loss)
+    report = patch(model, mlp, loss=loss, block=block)
     try:
         yield report
     finally:

@@ -11,6 +11,8 @@ from torch import nn
 
 from ..nf4.experts import NF4Experts
 from . import fused, judge, judge_experts, judge_loss, judge_prefix
+from .attention import FusedAttention
+from .attention import examine as examine_attention
 from .experts import FusedParameters
 from .fused import Fused, Record
 from .gated_mlp import Facts, FusedMlp
@@ -19,9 +21,12 @@ from .linear4bit import FusedLinear4bit
 from .lora import FusedLora
 from .loss import LazyHead, LossFacts, LossModel
 from .prefix import FusedPrefix, GeneratingPrefix
+from .rms_norm import FusedRmsNorm
+from .rms_norm import examine as examine_norm
 
 PREFIX = "PEFT prefix tuning"
 LOSS = "loss without logits"
+MLP, NORM, ATTENTION = "gated MLP", "norm", "attention"
 
 
 @dataclass
@@ -85,10 +90,28 @@ def examine_block(module: nn.Module) -> Finding | None:
     found = examine_mlp(module)
     if found is None:
         return None
-    kind = f"gated MLP {type(module).__name__}"
+    kind = f"{MLP} {type(module).__name__}"
     if isinstance(found, Facts):
         return Finding(kind, FusedMlp, "", found)
     return Finding(kind, None, found)
+
+
+def examine_between(module: nn.Module) -> Finding | None:
+    """As `examine`, for what lies between the products of a block: norms, and attention modules with their
+    rotary embedding."""
+    for kind, look, mixin in (
+        (NORM, examine_norm, FusedRmsNorm),
+        (ATTENTION, examine_attention, FusedAttention),
+    ):
+        reason = look(module)
+        if reason is not None:
+            return Finding(f"{kind} {type(module).__name__}", None if reason else mixin, reason)
+    return None
+
+
+def is_between(module: nn.Module) -> bool:
+    """Whether a module was fused because `examine_between` found it."""
+    return isinstance(module, (FusedRmsNorm, FusedAttention))
 
 
 def examine_prefix(module: nn.Module) -> Finding | None:
@@ -156,7 +179,9 @@ class LayerReport:
             return examine_prefix
         if self.kind.startswith(LOSS):
             return examine_loss
-        return examine_block if self.kind.startswith("gated MLP") else examine
+        if self.kind.startswith((NORM, ATTENTION)):
+            return examine_between
+        return examine_block if self.kind.startswith(MLP) else examine
 
     @property
     def note(self) -> str:
@@ -202,7 +227,7 @@ class PatchReport:
     layers: list[LayerReport]
     """LoRA layers of PEFT, and packed layers without an adapter."""
     blocks: list[LayerReport] = field(default_factory=list)
-    """What is fused across layers: gated MLPs."""
+    """What is fused across layers: gated MLPs, and, where it was asked for, attention modules and norms."""
     bases: list[LayerReport] = field(default_factory=list)
     """Packed layers under LoRA layers, whose calls count where adapters are disabled or merged."""
     prefixes: list[LayerReport] = field(default_factory=list)
@@ -226,7 +251,7 @@ class PatchReport:
     def __str__(self) -> str:
         verb = "would be fused" if self.dry_run else "fused"
         lines = [f"peft_kernels: {len(self.fused)} of {len(self.layers)} layers {verb}"]
-        if not (self.layers or self.prefixes or self.losses):
+        if not (self.layers or self.blocks or self.prefixes or self.losses):
             lines.append(
                 "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"
             )

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import inspect
+import sys
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -88,6 +89,32 @@ KNOWN: dict[str, dict[str, str]] = {
         "868b005a5d2d7800": "0.47.0 to 0.49.2",
         "d1f7a6eb3da2dd81": "0.50.0 to 0.50.2",
     },
+    "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": {
+        "2f53ab0ccb1a5679": "5.0.0 to 5.24.0",
+    },
+    "transformers.models.llama.modeling_llama.apply_rotary_pos_emb": {
+        "8475d71fe5f5fa05": "5.0.0 to 5.12.0",
+        "73b8f1be688e9d28": "5.18.0 to 5.24.0",
+    },
+    "transformers.models.llama.modeling_llama.rotate_half": {
+        "3718d708a300358f": "5.0.0 to 5.24.0",
+    },
+    "transformers.models.llama.modeling_llama.LlamaAttention.forward": {
+        "77f7d5720e95a24f": "5.6.0 to 5.23.0",
+        "2e89277ac6ecccb7": "5.24.0",
+    },
+    "transformers.models.mistral.modeling_mistral.MistralAttention.forward": {
+        "a8f025968f9c8bf4": "5.6.0 to 5.23.0",
+        "444ad336a6944b90": "5.24.0",
+    },
+    "transformers.models.qwen2.modeling_qwen2.Qwen2Attention.forward": {
+        "b2ca15cae6c33a89": "5.6.0 to 5.23.0",
+        "af370a8e258d3aa4": "5.24.0",
+    },
+    "transformers.models.qwen3.modeling_qwen3.Qwen3Attention.forward": {
+        "c2f7f42a93e75204": "5.6.0 to 5.23.0",
+        "1bc6152015a9eceb": "5.24.0",
+    },
     "transformers.pytorch_utils.Conv1D.forward": {
         "dcf8ce4ff2064634": "5.0.0 to 5.24.0",
     },
@@ -146,17 +173,25 @@ _MANAGER = contextlib.contextmanager(iter).__code__
 """Of every function that it has wrapped."""
 
 
+def _renames_arguments(code: Any) -> bool:
+    """Whether this is the code of what transformers' `deprecate_kwarg` makes of a function: arguments get
+    their new names, and all else is as they were."""
+    deprecation: Any = sys.modules.get("transformers.utils.deprecation")
+    return deprecation is not None and code is deprecation.deprecate_kwarg("", "0")(fingerprint_of).__code__
+
+
 @lru_cache(maxsize=256)
 def fingerprint(function: Callable[..., Any]) -> str | None:
     """16 hex digits that tell a function's source from others, or None where there is no source to read.
 
     Comments, docstrings, annotations, blank lines and formatting do not count. A wrapper that took over the
     name of what it wraps (`functools.wraps`) has none either, unless both are of one file: then it is the
-    library's own decorator, and named in the source. So is contextlib's.
+    library's own decorator, and named in the source. So is contextlib's, and transformers' `deprecate_kwarg`.
     """
     inner, code = inspect.unwrap(function), _code(function)
     try:
-        if code is not _MANAGER and inspect.getsourcefile(inner) != inspect.getsourcefile(code):
+        own = code is _MANAGER or _renames_arguments(code)
+        if not own and inspect.getsourcefile(inner) != inspect.getsourcefile(code):
             return None
         source = inspect.getsource(inner)
         # A method's lines are indented, and a string in it may have lines that are not.
@@ -180,6 +215,13 @@ def qualified_name(function: Callable[..., Any]) -> str:
 def known(function: Callable[..., Any]) -> bool:
     """Whether this is, by name and source, a function that ours was compared with."""
     return fingerprint(function) in KNOWN.get(qualified_name(function), ())
+
+
+def like(function: Callable[..., Any], *names: str) -> str | None:
+    """The first of these names whose function was read in the words of `function`, or None: transformers
+    repeats functions from model to model."""
+    found = fingerprint(function)
+    return next((name for name in names if found is not None and found in KNOWN[name]), None)
 
 
 def reason_unknown(*functions: Callable[..., Any]) -> str | None:

@@ -1,0 +1,283 @@
+"""`pk.patch(model, block=True)`: norms, rotary embeddings, and queries, keys and values from one op."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from flow_checks import assert_fused, assert_near, assert_same_numbers, block_fallbacks, language_loss, step
+from flow_models import adapted, ids, in_fp64, llama
+from torch import Tensor, nn
+
+import peft_kernels as pk
+from peft_kernels import dispatch
+from peft_kernels.patch import attention as fused_attention
+from peft_kernels.patch import judge_block
+from peft_kernels.patch import rms_norm as fused_norm
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2, "pad_token_id": 0,
+}  # fmt: skip
+FAMILIES = {"Llama": 5, "Mistral": 5, "Qwen2": 5, "Qwen3": 9, "Granite": 5, "Gemma": 0}
+"""And how many of their norms are known; Gemma's add 1 to their weight."""
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Calls of our ops, by name."""
+    counts: Counter[str] = Counter()
+    call = dispatch.call
+
+    def counting(op: str, *args: Any, **kwargs: Any) -> Any:
+        counts[op] += 1
+        return call(op, *args, **kwargs)
+
+    monkeypatch.setattr(dispatch, "call", counting)
+    return counts
+
+
+@pytest.fixture(autouse=True)
+def _forgotten() -> Iterator[None]:
+    """What was found out of functions that a test has replaced."""
+    yield
+    judge_block._attentions.clear()
+
+
+def family(name: str, **options: Any) -> Any:
+    config = getattr(transformers, f"{name}Config")(**SIZES | options)
+    torch.manual_seed(0)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def patched(stock: nn.Module, **options: Any) -> tuple[Any, Any]:
+    model = copy.deepcopy(stock)
+    return model, pk.patch(model, block=True, **options)
+
+
+def between(report: Any, kind: str) -> list[Any]:
+    return [entry for entry in report.blocks if entry.kind.startswith(kind)]
+
+
+def one_step(model: Any, **more: Any) -> dict[str, Tensor]:
+    return step(model, lambda m: m(input_ids=ids(), labels=ids(), **more).loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_loss_and_gradients(name: str, dtype: torch.dtype, calls: Counter[str]) -> None:
+    stock = adapted(family(name).to(dtype))
+    model, report = patched(stock)
+    assert [entry.reason for entry in between(report, "attention")] == [""] * 2
+    assert [entry.fused for entry in between(report, "norm")].count(True) == FAMILIES[name], report
+    calls.clear()
+    assert_same_numbers(
+        lambda i: tuple(  # type: ignore[arg-type,return-value]
+            step(m, lambda m: language_loss(m, ids(i))) for m in (model, stock, in_fp64(stock))
+        ),
+        1e-3 if dtype == torch.float32 else 0.3,
+    )
+    assert calls["multi_lora_linear"] == calls["rotary"] == 2 or dtype != torch.float32
+    assert calls["rotary"] and calls["rms_norm"] * 2 == calls["rotary"] * FAMILIES[name]
+    assert_fused(model, report)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_attention_is_called_as_before(name: str) -> None:
+    """With the same arguments, whatever function the configuration names."""
+    seen: list[Any] = []
+
+    def attend(module: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> Any:
+        seen.append((type(module).__name__, [t.shape for t in (q, k, v)], args, kwargs))
+        return q.transpose(1, 2), "weights"
+
+    transformers.AttentionInterface.register("recorder", attend)
+    stock = family(name, attention_dropout=0.2, **({"sliding_window": 3} if name == "Mistral" else {}))
+    stock.set_attn_implementation("recorder")
+    model, _ = patched(stock.train())
+    for mode in (True, False):
+        for one in (stock, model):
+            one.train(mode)(input_ids=ids(), marked=7)
+        layers = len(seen) // 2
+        assert layers == 2 and repr(seen[layers:]) == repr(seen[:layers])
+        assert seen[0][3]["marked"] == 7 and (seen[0][3]["dropout"] == 0.2) is mode
+        assert ("sliding_window" in seen[0][3]) is (name in ("Mistral", "Qwen2", "Qwen3"))
+        seen.clear()
+
+
+@pytest.mark.parametrize("base", ["nf4", "bnb"])
+def test_under_autocast(base: str, calls: Counter[str]) -> None:
+    """As tutorials train: norms in fp32, packed weights, adapters in fp32."""
+    stock = adapted(llama(base))
+    model, report = patched(stock)
+    other = copy.deepcopy(stock)
+    pk.patch(other)
+    truth = in_fp64(stock)
+
+    def under_autocast(model: Any, i: int) -> dict[str, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=model is not truth):
+            return step(model, lambda m: language_loss(m, ids(i)))
+
+    parts = model, other, truth
+    assert_same_numbers(lambda i: tuple(under_autocast(m, i) for m in parts), 0.3)  # type: ignore[arg-type,return-value]
+    assert calls["multi_lora_linear"] and calls["rms_norm"]
+    assert_fused(model, report, blocks=9)
+
+
+def test_without_adapters_every_bit_is_stock_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules are called, and the embedding gives the bits of theirs; norms are left out."""
+    stock = llama("dense", torch.bfloat16)
+    model, report = patched(stock)
+    monkeypatch.setattr(fused_norm, "_run", lambda *args: "")
+    got, want = one_step(model), one_step(stock)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+    assert len(between(report, "attention")) == 2 and not block_fallbacks(report)
+
+
+def test_generate_gives_the_same_tokens(calls: Counter[str]) -> None:
+    stock = adapted(llama("nf4")).eval()
+    model, report = patched(stock)
+    mask = torch.ones(4, 10, dtype=torch.long)
+    mask[1, :4] = 0
+    for cache in ("dynamic", "static"):
+        given: dict[str, Any] = {"input_ids": ids(), "attention_mask": mask, "max_new_tokens": 5}
+        given |= {"do_sample": False, "cache_implementation": cache, "disable_compile": True}
+        assert torch.equal(model.generate(**given), stock.generate(**given))
+    assert calls["rotary"] == 2 * 2 * 5 and not block_fallbacks(report)
+
+
+def test_a_cache_under_autocast_holds_what_stock_puts_there() -> None:
+    stock = adapted(llama("bnb")).eval()
+    model, _ = patched(stock)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (m(input_ids=ids(), use_cache=True).past_key_values for m in (model, stock))
+    for mine, other in zip(ours.layers, theirs.layers, strict=True):
+        assert mine.keys.dtype == other.keys.dtype and mine.values.dtype == other.values.dtype
+
+
+def test_adapters_are_seen_as_they_are(calls: Counter[str]) -> None:
+    """Disabled, merged, with dropout; others than LoRA and hooks take the original forward."""
+    stock = adapted(llama("dense"), lora_dropout=0.3).eval()
+    model, report = patched(stock)
+    want = {"y": stock(input_ids=ids()).logits}
+    assert_near({"y": model(input_ids=ids()).logits}, want)
+    assert calls.pop("multi_lora_linear") == 2
+    with model.disable_adapter(), stock.disable_adapter():
+        assert_near({"y": model(input_ids=ids()).logits}, {"y": stock(input_ids=ids()).logits})
+    model.merge_adapter()
+    assert_near({"y": model(input_ids=ids()).logits}, want)
+    assert not calls["multi_lora_linear"] and not block_fallbacks(report)
+    model.unmerge_adapter()
+    model.train()
+    assert not torch.equal(model(input_ids=ids()).logits, model(input_ids=ids()).logits)
+    model.eval()
+    attention = model.base_model.model.model.layers[0].self_attn
+    seen: list[int] = []
+    hook = attention.k_proj.register_forward_hook(lambda *_: seen.append(1))
+    assert_near({"y": model(input_ids=ids()).logits}, want)
+    hook.remove()
+    assert seen == [1] and block_fallbacks(report).total() == 1
+    assert "k_proj: hooks" in str(report)
+
+
+def test_dora_takes_the_original_forward() -> None:
+    stock = adapted(llama("dense"), use_dora=True)
+    model, report = patched(stock)
+    assert_near(one_step(model), one_step(stock))
+    assert "q_proj: DoRA or another variant" in str(report)
+    assert all(entry.fused for entry in between(report, "norm"))
+
+
+def test_checkpointing() -> None:
+    stock = adapted(llama("nf4"))
+    model, report = patched(stock)
+    want = one_step(stock)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert_near(one_step(model), want)
+    assert not block_fallbacks(report)
+
+
+def test_out_again_and_copies() -> None:
+    stock = adapted(llama("nf4"))
+    model, _ = patched(stock)
+    twin = copy.deepcopy(model)
+    assert_near(one_step(twin), one_step(stock))
+    assert len(pk.patch(twin).blocks) == 9 and pk.unpatch(twin) and pk.unpatch(model)
+    for one in (model, twin):
+        assert [type(m) for m in one.modules()] == [type(m) for m in stock.modules()]
+        got, want = one_step(one), one_step(stock)
+        assert all(torch.equal(got[name], want[name]) for name in want)
+    with pk.patched(model, block=True) as report:
+        assert len(report.blocks) == 9
+    assert not pk.unpatch(model)
+
+
+def test_off_unless_asked_for() -> None:
+    model = adapted(llama("dense"))
+    report = pk.patch(model)
+    assert {entry.kind for entry in report.blocks} == {"gated MLP LlamaMLP"}
+    dry = pk.patch(model, dry_run=True, block=True)
+    assert [entry.planned for entry in dry.blocks].count(True) == 7
+
+
+def test_functions_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch, calls: Counter[str]) -> None:
+    """As Liger's are put in the place of transformers', before the patch or after."""
+    from transformers.models.llama import modeling_llama
+
+    stock = adapted(llama("dense"))
+    model, report = patched(stock)
+    theirs = modeling_llama.apply_rotary_pos_emb
+    monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *rest: theirs(q, k, *rest))
+    calls.clear()
+    assert_near(one_step(model), one_step(stock))
+    assert not calls["rotary"] and block_fallbacks(report).total() == 2
+    assert "its rotary embedding is none of those known here" in str(report)
+
+    class Other(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", Other.forward)
+    calls.clear()
+    one_step(model)
+    assert not calls["rms_norm"]
+    assert "its forward is none of the norms known here" in str(report)
+
+
+def test_what_is_not_known_is_said() -> None:
+    report = pk.patch(family("Gemma"), block=True)
+    assert "its forward is none of the norms known here: model.layers.0.input_layernorm" in str(report)
+    report = pk.patch(family("Cohere"), block=True)
+    assert "original forward, 2 layers: its forward is none of those known here" in str(report)
+
+
+def test_other_calls_take_the_original_forward() -> None:
+    """Without embeddings, by another name of the cache: errors are stock's."""
+    model, report = patched(family("Llama"))
+    attention, x = model.model.layers[0].self_attn, torch.ones(1, 3, 64)
+    assert fused_attention._run(attention, x) == ""
+    with pytest.raises(TypeError):
+        attention(x)
+    with pytest.raises(TypeError, match="hidden_states"):
+        attention()
+    cos = torch.ones(1, 3, 16)
+    assert fused_attention._run(attention, x, (cos, cos), past_key_values=None) == ""
+    assert isinstance(attention(x, (cos, cos), None)[0], Tensor)
+    assert not block_fallbacks(report)
+
+
+def test_compiled_models_are_as_before(calls: Counter[str]) -> None:
+    """A compiler fuses what is left of them by itself."""
+    model, _ = patched(family("Llama", num_hidden_layers=1))
+    layer, x, cos = model.model.layers[0], torch.ones(1, 3, 64), torch.ones(1, 3, 16)
+    with torch.no_grad():
+        want = layer(x, position_embeddings=(cos, cos))
+        assert calls["rms_norm"] == 2 and calls["rotary"] == 1
+        compiled = torch.compile(layer, backend="eager", fullgraph=True)
+        assert_near({"y": compiled(x, position_embeddings=(cos, cos))}, {"y": want})
+    assert calls["rms_norm"] == 2 and calls["rotary"] == 1
