@@ -83,7 +83,7 @@ class Models(Adapted):
         return torch.randint(0, self.sizes.vocabulary, (batch, count), generator=generator)
 
     def whole(self) -> Model:
-        """Ours with all that is for the asking: the loss without logits, and attention."""
+        """Ours with all that is for the asking: the loss without logits, `block`, and attention."""
         return _whole(self.adapt(self.over("nf4"), LORA))
 
     def textbook(self, base: str, patch: bool, whole: bool = False) -> Model:
@@ -168,13 +168,13 @@ class Models(Adapted):
 def _whole(model: Any) -> Model:
     from peft_kernels.integrations import attention
 
-    report = pk.patch(model, loss=True)
+    report = pk.patch(model, loss=True, block=True)
     attention.use(model)
     return Model(model, report)
 
 
 def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A training step of a model on NF4 weights, patched, with our attention and loss, against PEFT on
+    """A training step of a model on NF4 weights, patched, with all that is for the asking, against PEFT on
     bitsandbytes, and against `pk.patch` without options."""
 
     def run(models: Models, model: Model) -> Callable[[], Any]:
@@ -184,7 +184,7 @@ def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) 
 
 
 def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A training step of the tutorials' script with `pk.patch`, our attention and loss added, against it as
+    """A training step of the tutorials' script with `pk.patch` and all that is for the asking, against it as
     it is, against `pk.patch` alone, and against ours on `pk.quantize_model` in place of bitsandbytes."""
 
     def build() -> list[Contender | Absent]:
