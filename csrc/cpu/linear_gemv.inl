@@ -151,7 +151,7 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
 // How many weight rows share the loads of lhs: as many as the registers take.
 template <int kRows>
 constexpr int gemv_weight_rows() {
-  constexpr int kMost = kLanes == 16 ? 8 / kRows : 2 / kRows;
+  constexpr int kMost = kRegisters == 32 ? 8 / kRows : 2 / kRows;
   return kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
 }
 

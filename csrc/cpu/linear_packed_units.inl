@@ -7,8 +7,8 @@
 // Of one decoded row: an odd number of lines, for different sets.
 constexpr int64_t kPackedRowBytes = PEFT_KERNELS_TILES ? 704 : 576;
 // Register tiles: vectors of sums, of which so many at most belong to one row of rhs.
-constexpr int kPackedSums = kLanes == 16 ? 24 : 12;
-constexpr int kPackedVectors = kLanes == 16 ? 4 : 2;
+constexpr int kPackedSums = kRegisters == 32 ? 24 : 12;
+constexpr int kPackedVectors = kRegisters == 32 ? 4 : 2;
 
 // The vectors of a strip that has `rows` rows.
 inline int64_t strip_vectors(int64_t rows) { return (min64(rows, kPackRows) + kLanes - 1) / kLanes; }
@@ -85,7 +85,7 @@ struct FloatsUnit : FloatSteps {
 // Pairs of bf16, for lhs in bf16 and any weight of no more precision.
 struct PairsUnit : PairSteps {
   using Step = uint32_t;
-  static constexpr int64_t kOrder = 64;
+  static constexpr int64_t kOrder = 4 * kLanes;
   static constexpr int64_t kChain = 128;
 #  if PEFT_KERNELS_TILES
   static constexpr int64_t kUsualDepth = 256, kDepth = 320;
@@ -133,12 +133,13 @@ struct PairsUnit : PairSteps {
     }
     const Nf4View w = *rhs.nf4;  // a copy, which stores to out cannot change
     int64_t i = 0;
-    if (first % kOrder == 0 && w.block_shift >= 6) {
-      const int64_t whole = count / kOrder * kOrder;
+    constexpr int64_t kRun = 64;  // of EvenOddTable
+    if (first % kRun == 0 && w.block_shift >= 6) {
+      const int64_t whole = count / kRun * kRun;
       const uint8_t* bytes = w.packed + first / 2;
-      // A table a step, even where a block is longer: without a loop over blocks the steps overlap.
+      // A table a run, even where a block is longer: without a loop over blocks the runs overlap.
 #  pragma GCC unroll 4
-      for (; i < whole; i += kOrder) {
+      for (; i < whole; i += kRun) {
         const EvenOddTable table(block_absmax(w, (first + i) >> w.block_shift));
         table.decode(bytes + i / 2, out + i);
       }

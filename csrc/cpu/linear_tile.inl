@@ -27,8 +27,11 @@ struct PairSteps {
   using Value = PanelBF16;
   static constexpr int kElements = 2;
   static VecPairs load_steps(const void* p) { return load_pairs(p); }
-  static VecPairs splat_step(const PanelBF16* p) { return splat_pair(p); }
-  static Vec mac(VecPairs a, VecPairs b, Vec sum) { return dot_pairs(a, b, sum); }
+  static auto splat_step(const PanelBF16* p) { return splat_pair(p); }
+  template <class Step>
+  static Vec mac(Step a, VecPairs b, Vec sum) {
+    return dot_pairs(a, b, sum);
+  }
 };
 #endif
 

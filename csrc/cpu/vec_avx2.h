@@ -3,6 +3,7 @@
 using Vec = __m256;
 using VecI = __m256i;
 constexpr int kLanes = 8;
+constexpr int kRegisters = 16;
 // Below so many multiply-adds a thread costs more to wake than it saves.
 constexpr int64_t kMultiplyAddsPerThread = 500'000;
 // Register tiles, sized for 16 registers.

@@ -5,6 +5,7 @@
 using Vec = __m512;
 using VecI = __m512i;
 constexpr int kLanes = 16;
+constexpr int kRegisters = 32;
 // Below so many multiply-adds a thread costs more to wake than it saves.
 constexpr int64_t kMultiplyAddsPerThread = PEFT_KERNELS_BF16_DOT ? 1'500'000 : 750'000;
 // Register tiles, sized for 32 registers. dot: rows of x by 4 rows of the panel; outer: rows by vectors.

@@ -5,6 +5,7 @@
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t VecI __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
+constexpr int kRegisters = 16;
 // Below so many multiply-adds a thread costs more to wake than it saves.
 constexpr int64_t kMultiplyAddsPerThread = 100'000;
 constexpr int kDotRows = 2;
