@@ -55,6 +55,7 @@ CPU_SOURCES = [
     "csrc/cpu/sums_ops.cpp",
 ]
 X86_SOURCES = [f"csrc/cpu/{level}.cpp" for level in ("avx2", "avx512", "avx512_bf16", "amx")]
+ARM_SOURCES = [f"csrc/cpu/{level}.cpp" for level in ("neon", "neon_bf16")]
 EMULATED_SOURCES = ["tests/amx/amx_emulated.cpp"]
 
 # Host code; the kernels' .cu files include nothing of torch, whose headers take nvcc minutes.
@@ -112,6 +113,8 @@ def headers(*folders: str) -> list[str]:
 
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
+IS_ARM = platform.machine() in ("aarch64", "arm64", "ARM64")
+LEVEL_SOURCES = X86_SOURCES if IS_X86 else ARM_SOURCES if IS_ARM else []
 PROBE = "#include <vector>\nint main() { return int(std::vector<int>().size()); }\n"
 X86_PROBE = """#include <immintrin.h>
 #include <vector>
@@ -228,7 +231,7 @@ def cpu_extension(emulate: bool) -> Any:
         compile_args.append("-fopenmp")
     return CppExtension(
         name="peft_kernels._C",
-        sources=(EMULATED_SOURCES if emulate else []) + (X86_SOURCES if IS_X86 else []) + CPU_SOURCES,
+        sources=(EMULATED_SOURCES if emulate else []) + LEVEL_SOURCES + CPU_SOURCES,
         depends=headers("csrc/common", "csrc/cpu", "tests/amx"),
         include_dirs=[generated_headers()],
         define_macros=[

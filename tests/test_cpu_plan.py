@@ -47,7 +47,7 @@ def levels() -> list[Any]:
 def test_the_fast_kernel_is_taken(
     level: str, rows: int, in_features: int, blocksize: int, is_bf16: bool, expected: str
 ) -> None:
-    has_pairs = level.startswith(("avx512_bf16", "amx"))
+    has_pairs = level.startswith(("avx512_bf16", "amx", "neon_bf16"))
     with cpu.BACKEND.use_isa(level):
         plan = cpu.BACKEND.extension.linear_plan(rows, 4096, in_features, blocksize, is_bf16)
     if expected == "pairs" and not has_pairs:

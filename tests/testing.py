@@ -6,6 +6,7 @@ error of the same maths in plain torch at the kernel's precision, plus a floor o
 
 from __future__ import annotations
 
+import platform
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -20,7 +21,8 @@ from peft_kernels import NF4Weight, dispatch
 from peft_kernels.backends import BACKENDS, cpu, triton
 from peft_kernels.ops import registry
 
-ISA_LEVELS = ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
+IS_ARM = platform.machine() in ("aarch64", "arm64")
+ISA_LEVELS = ("scalar", "neon", "neon_bf16") if IS_ARM else ("scalar", "avx2", "avx512", "avx512_bf16", "amx")
 EMULATED = {"amx": "amx_emulated"}
 """Levels that stand in for one which the machine lacks, in a build with PEFT_KERNELS_EMULATE=1."""
 

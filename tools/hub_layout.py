@@ -62,7 +62,7 @@ GENERATED_H = """#include <torch/version.h>
 def lay_out(out: Path) -> None:
     """Write build.toml, the sources that it names and the Python package. What was in `out` goes."""
     setup = runpy.run_path(str(ROOT / "setup.py"))  # it knows the sources and flags
-    sources = [*setup["CPU_SOURCES"], *(setup["X86_SOURCES"] if setup["IS_X86"] else [])]
+    sources = [*setup["CPU_SOURCES"], *setup["LEVEL_SOURCES"]]
     shutil.rmtree(out, ignore_errors=True)
     for path in [*sources, *(header for header in setup["headers"](*HEADERS) if header.startswith("csrc"))]:
         (out / path).parent.mkdir(parents=True, exist_ok=True)

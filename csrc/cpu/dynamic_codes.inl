@@ -1,6 +1,6 @@
 // Codes of the dynamic maps: looked up, and found (dynamic_tables.h).
 
-#if !PEFT_KERNELS_BF16_DOT
+#if !PEFT_KERNELS_PERMUTES_BYTES
 // Plain loads are as fast as gathers, and faster where those are microcode.
 class Codebook {
  public:

@@ -10,6 +10,8 @@
 #    include <sys/syscall.h>
 #    include <unistd.h>
 #  endif
+#elif defined(__aarch64__) && defined(__linux__)
+#  include <sys/auxv.h>
 #endif
 
 namespace peft_kernels::cpu {
@@ -25,14 +27,36 @@ struct Level {
 #else
 #  define PEFT_KERNELS_X86(table) nullptr
 #endif
+#if defined(__aarch64__)
+#  define PEFT_KERNELS_NEON(table) &table
+#else
+#  define PEFT_KERNELS_NEON(table) nullptr
+#endif
+#if PEFT_KERNELS_HAS_NEON_BF16
+#  define PEFT_KERNELS_NEON_BF16(table) &table
+#else
+#  define PEFT_KERNELS_NEON_BF16(table) nullptr
+#endif
 #if PEFT_KERNELS_EMULATE
 #  define PEFT_KERNELS_EMULATED(table) PEFT_KERNELS_X86(table)
 #else
 #  define PEFT_KERNELS_EMULATED(table) nullptr
 #endif
 
+#if defined(__x86_64__)
+constexpr char kExpectedNames[] = "PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512, avx512_bf16 or amx";
+#elif PEFT_KERNELS_HAS_NEON_BF16
+constexpr char kExpectedNames[] = "PEFT_KERNELS_CPU_ISA: expected scalar, neon or neon_bf16";
+#elif defined(__aarch64__)
+constexpr char kExpectedNames[] = "PEFT_KERNELS_CPU_ISA: expected scalar or neon";
+#else
+constexpr char kExpectedNames[] = "PEFT_KERNELS_CPU_ISA: expected scalar";
+#endif
+
 constexpr Level kLevels[kIsaCount + 1] = {
     {"scalar", &scalar::kKernels},
+    {"neon", PEFT_KERNELS_NEON(neon::kKernels)},
+    {"neon_bf16", PEFT_KERNELS_NEON_BF16(neon_bf16::kKernels)},
     {"avx2", PEFT_KERNELS_X86(avx2::kKernels)},
     {"avx512", PEFT_KERNELS_X86(avx512::kKernels)},
     {"avx512_bf16", PEFT_KERNELS_X86(avx512_bf16::kKernels)},
@@ -78,7 +102,17 @@ Isa detect() {
 
 const char* const refused = nullptr;
 
-Isa detect() { return Isa::kScalar; }
+Isa detect() {
+#  if defined(__aarch64__) && defined(__linux__)
+  constexpr unsigned long kBf16 = 1ul << 14;  // HWCAP2_BF16, which older headers lack
+  if (getauxval(AT_HWCAP2) & kBf16) return Isa::kNeonBf16;
+#  endif
+#  if defined(__aarch64__)
+  return Isa::kNeon;
+#  else
+  return Isa::kScalar;
+#  endif
+}
 
 #endif
 
@@ -89,10 +123,10 @@ Isa best_isa() {
 
 std::atomic<const Level*> current{kLevels};
 
-// A level by name, whether or not this machine can run it; -1 when there is no such level in any build.
+// A level by name, whether or not this machine can run it; -1 when it is not in this build.
 int isa_by_name(const char* name) {
   for (int i = 0; i <= kIsaCount; ++i) {
-    if (std::strcmp(name, kLevels[i].name) == 0) return i;
+    if (kLevels[i].kernels && std::strcmp(name, kLevels[i].name) == 0) return i;
   }
   return -1;
 }
@@ -139,7 +173,7 @@ const char* select_isa_from_environment() {
   const char* name = std::getenv("PEFT_KERNELS_CPU_ISA");
   if (name && *name) {
     cap = isa_by_name(name);
-    if (cap < 0) return "PEFT_KERNELS_CPU_ISA: expected scalar, avx2, avx512, avx512_bf16 or amx";
+    if (cap < 0) return kExpectedNames;
   }
   while (!usable_isa_name(static_cast<Isa>(cap))) --cap;
   current.store(&kLevels[cap], std::memory_order_relaxed);

@@ -7,9 +7,16 @@
 
 namespace peft_kernels::cpu {
 
-// Ascending: a level may use everything below it.
-enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated };
-inline constexpr int kIsaCount = 5;  // without the last, which is for tests and never chosen by itself
+// Whether the compiler knows a pragma that level neon_bf16 can be compiled under.
+#if defined(__aarch64__) && defined(__GNUC__) && !defined(__clang__)
+#  define PEFT_KERNELS_HAS_NEON_BF16 1
+#else
+#  define PEFT_KERNELS_HAS_NEON_BF16 0
+#endif
+
+// Ascending: a level may use everything below it that is for the same processors.
+enum class Isa { kScalar, kNeon, kNeonBf16, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated };
+inline constexpr int kIsaCount = 7;  // without the last, which is for tests and never chosen by itself
 
 // What an ISA file exports. `rect` and the block or element range pick the part a task owns.
 struct KernelTable {
@@ -64,6 +71,12 @@ struct KernelTable {
 };
 
 namespace scalar {
+extern const KernelTable kKernels;
+}
+namespace neon {
+extern const KernelTable kKernels;
+}
+namespace neon_bf16 {
 extern const KernelTable kKernels;
 }
 namespace avx2 {

@@ -1,0 +1,9 @@
+// Level neon: what every 64-bit Arm processor has, so there is no target pragma.
+#include "level.h"
+
+namespace peft_kernels::cpu::neon {
+// clang-format off
+#include "vec_neon.h"
+#include "kernels.inl"
+// clang-format on
+}  // namespace peft_kernels::cpu::neon
