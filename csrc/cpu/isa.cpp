@@ -4,6 +4,8 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "fast_dense.h"
+
 #if defined(__x86_64__)
 #  include <cpuid.h>
 #  if defined(__linux__)
@@ -131,6 +133,15 @@ int isa_by_name(const char* name) {
   return -1;
 }
 
+// As was measured, or as PEFT_KERNELS_AMX_DENSE says, which is for measuring.
+bool amx_has_fast_dense() {
+  static const bool is_fast = [] {
+    const char* wanted = std::getenv("PEFT_KERNELS_AMX_DENSE");
+    return wanted && *wanted ? *wanted == '1' : kAmxHasFastDense;
+  }();
+  return is_fast;
+}
+
 struct Scratch {
   void* data = nullptr;
   Scratch() = default;
@@ -157,7 +168,7 @@ const char* isa_name() { return current.load(std::memory_order_relaxed)->name; }
 
 bool has_fast_dense() {
   // Torch takes the best instructions that there are, so ours are as fast at that level alone.
-  return best_isa() >= Isa::kAvx512Bf16 && !refused &&
+  return best_isa() >= Isa::kAvx512Bf16 && !refused && (best_isa() != Isa::kAmx || amx_has_fast_dense()) &&
          current.load(std::memory_order_relaxed) >= &kLevels[static_cast<int>(best_isa())];
 }
 
