@@ -21,6 +21,7 @@ waves-...              by arithmetic, how far products with NF4 weights fill a c
 loading-...            memory and time that loading a checkpoint in 4 bits takes
 bitsandbytes-ops-...   its Linear4bit as it is and on our kernels
 attention-...          of a layer, beside torch's
+busy-...               a training step while other processes use the cores, beside a quiet machine's
 loss-...               a language model's head with its loss, beside torch's by all logits
 experts-..., moe-...   layers of experts; a whole mixture of experts, for which it needs 16 GB
 bottleneck-...         adapters beside plain modules
@@ -89,6 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         attention,
         bnb_ops,
         bottlenecks,
+        busy,
         cases,
         chart,
         compiled,
@@ -120,6 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         *attention.standard(options.dtype),
         *bnb_ops.standard(options.dtype),
         *bottlenecks.standard(),
+        *busy.standard(options.dtype),
         *experts.standard(options.dtype),
         *host.standard(options.dtype),
         *waves.standard(),

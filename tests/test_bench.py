@@ -33,6 +33,7 @@ from bench import (
     attention,
     bnb_ops,
     bottlenecks,
+    busy,
     cases,
     chart,
     compiled,
@@ -239,7 +240,7 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
         bottlenecks, compiled, triton_cases, waves, loading, optimizers, optimizer_curves, optimizer_waves,
         rlhf, methods,
     )  # fmt: skip
-    by_dtype = (attention, host, bnb_ops, experts, losses, moe, peak, prefix, serving)
+    by_dtype = (attention, busy, host, bnb_ops, experts, losses, moe, peak, prefix, serving)
     by_name = [kind.standard("bf16") for kind in by_dtype]
     by_name += [kind.standard() for kind in kinds_by_name]
     assert every - full == {case.name for cases_of in by_name for case in cases_of}
