@@ -41,6 +41,7 @@ CPU_SOURCES = [
     "csrc/cpu/dora_ops.cpp",
     "csrc/cpu/dropout_ops.cpp",
     "csrc/cpu/experts_ops.cpp",
+    "csrc/cpu/gated_mlp_ops.cpp",
     "csrc/cpu/gated_ops.cpp",
     "csrc/cpu/isa.cpp",
     "csrc/cpu/library_ops.cpp",
