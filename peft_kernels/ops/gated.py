@@ -212,15 +212,28 @@ def gated_mlp(
         fp32, bf16 or fp16: x is rounded to it once, and everything inside is as for an x of that dtype. That
         copy alone is saved. The result gets x's dtype. By default x's dtype.
     """
-    check_activation(activation)
     compute = arguments.compute_type(x, compute_dtype)
+    args = gated_mlp_args(x, gate, up, down, activation, compute)
+    y: Tensor = dispatch.call("gated_mlp", x.to(compute), *args)[0]
+    return y.to(x.dtype)
+
+
+def gated_mlp_args(
+    x: Tensor,
+    gate: AdaptedLinear,
+    up: AdaptedLinear,
+    down: AdaptedLinear,
+    activation: str,
+    compute: torch.dtype,
+) -> tuple[Any, ...]:
+    """Those of `gated_mlp`, checked, as the op takes them behind x in the dtype `compute`."""
+    check_activation(activation)
     hidden = gate.weight.shape[0]
     if up.weight.shape[0] != hidden:
         raise ValueError(f"up: expected {hidden} output features like gate, got {up.weight.shape[0]}")
     features = [x.shape[-1], x.shape[-1], hidden]
     base, adapters, _, seed = flatten(x, (gate, up, down), features, compute, compute)
-    y: Tensor = dispatch.call("gated_mlp", x.to(compute), *base, *adapters, seed, activation)[0]
-    return y.to(x.dtype)
+    return (*base, *adapters, seed, activation)
 
 
 def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:

@@ -149,15 +149,28 @@ def lora_linear(
     ValueError
         Shapes, dtypes or devices that do not fit; an NF4 weight that requires grad; dropout_p not in 0 to 1.
     """
+    args = lora_linear_args(x, weight, lora_a, lora_b, scaling, bias, dropout_p, compute_dtype)
+    y: Tensor = dispatch.call("lora_linear", x, *args)[0]
+    return y
+
+
+def lora_linear_args(
+    x: Tensor,
+    weight: Weight,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float,
+    bias: Tensor | None = None,
+    dropout_p: float = 0.0,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Any, ...]:
+    """Those of `lora_linear`, checked, as the op takes them behind x."""
     compute = arguments.compute_type(x, compute_dtype)
     shape, base = arguments.base_of(x, weight, compute)
     arguments.check_bias(x, bias, shape[0], compute)
     check_adapter(x, shape, lora_a, lora_b, dropout_p)
     adapter = (lora_a, lora_b, float(scaling), float(dropout_p), new_seed(x) if dropout_p else None)
-    y: Tensor = dispatch.call(
-        "lora_linear", x, *base, bias, *adapter, None if compute == x.dtype else compute
-    )[0]
-    return y
+    return (*base, bias, *adapter, None if compute == x.dtype else compute)
 
 
 def check_adapter(

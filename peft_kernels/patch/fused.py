@@ -34,6 +34,10 @@ class Record:
     """Calls that took the original forward, by reason."""
     facts: Any = None
     """What was found out about the module when it was patched, for kinds that need it."""
+    repeated: Any = None
+    """The call that was made last, for the next one (`repeated.py`)."""
+    notes: int = 0
+    """How often one was kept."""
 
 
 class Fused:

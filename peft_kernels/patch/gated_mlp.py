@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops.gated import ACTIVATIONS, gated_mlp
+from .. import dispatch
+from ..ops.gated import ACTIVATIONS, gated_mlp_args
 from ..ops.multi_lora import AdaptedLinear
-from . import judge
+from . import judge, repeated
 from .fused import RECORD, Fused, plain_class
 from .lora import FusedLora, prepare
 
@@ -70,7 +71,9 @@ class FusedMlp(Fused):
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         record = self.__dict__.get(RECORD)
         if record is not None:
-            y = _run(self, record.facts, args, kwargs)
+            y: Any = repeated.again(self, record, args, kwargs)
+            if y is None:
+                y = _run(self, record.facts, args, kwargs)
             if isinstance(y, Tensor):
                 return y
             if y:
@@ -106,7 +109,26 @@ def _run(module: Any, facts: Facts, args: Any, kwargs: Any) -> Tensor | str:
         if base.compute_dtype != compute:
             return f"{name}: computes in {base.compute_dtype}, {facts.names[0]} in {compute}"
     gate, up, down = layers
-    return gated_mlp(x.to(compute), gate, up, down, facts.activation).to(bases[2].out_dtype)
+    given, x = x, x.to(compute)
+    ops_args = gated_mlp_args(x, gate, up, down, facts.activation, compute)
+    y: Tensor = dispatch.call("gated_mlp", x, *ops_args)[0]
+    drops = any(one.dropout_p for layer in layers for one in layer.adapters)
+    if x is given and y.dtype == bases[2].out_dtype and not drops:
+        repeated.note(module, x, "gated_mlp", ops_args, lambda seen: _look(module, facts, seen))
+    return y.to(bases[2].out_dtype)
+
+
+def _look(module: Any, facts: Facts, seen: repeated.Seen) -> None:
+    """What `_run` saw of the module."""
+    children = seen.entry(module.__dict__, "_modules")
+    for name in facts.names:
+        child = seen.entry(children, name)
+        if judge.is_lora(child):
+            seen.lora(child, judge.active(child))
+            seen.part(child)
+        else:
+            seen.linear(child)
+    seen.unchanged = lambda module: facts.changed(module) is None
 
 
 def examine(module: nn.Module) -> Facts | str | None:

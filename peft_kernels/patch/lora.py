@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import dispatch
 from ..nf4.weight import NF4Weight
 from ..ops.arguments import autocast_dtype
 from ..ops.dora import dora_linear, dora_norm
-from ..ops.lora import lora_linear
+from ..ops.lora import lora_linear_args
 from ..ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
-from . import judge
+from . import judge, repeated
 from .fused import RECORD, Fused
 
 Prepared = tuple[judge.Base, list[Adapter]]
@@ -29,6 +30,10 @@ class FusedLora(Fused):
 
     def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         record = self.__dict__.get(RECORD)
+        if record is not None:
+            y: Any = repeated.again(self, record, (x, *args), kwargs)
+            if y is not None:
+                return y
         if record is None or self.disable_adapters:
             return super().forward(x, *args, **kwargs)  # type: ignore[misc]
         y = _run(self, x) if not args and not kwargs else _run_with(self, x, args, kwargs)
@@ -107,6 +112,7 @@ def _run(module: Any, x: Tensor) -> Tensor | str:
         return prepared
     base, adapters = prepared
     weight, bias, dtype, compute, out_dtype = base
+    given = x
     if x.dtype is not dtype:  # quicker than `to`, which would find out the same
         x = x.to(dtype)
     if len(adapters) > 1:
@@ -119,7 +125,10 @@ def _run(module: Any, x: Tensor) -> Tensor | str:
             norm = _kept_norm(vector, names[0], x, weight, one, compute)
             y = dora_linear(x, weight, a, b, vector.weight, one.scaling, bias, p, compute, norm)
         else:
-            y = lora_linear(x, weight, a, b, one.scaling, bias, p, compute_dtype=compute)
+            op_args = lora_linear_args(x, weight, a, b, one.scaling, bias, p, compute)
+            y = dispatch.call("lora_linear", x, *op_args)[0]
+            if x is given and compute == y.dtype == out_dtype and not p:
+                repeated.note(module, x, "lora_linear", op_args, lambda seen: seen.lora(module, names))
     return y if y.dtype is out_dtype else y.to(out_dtype)
 
 
