@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0)
-CPP := $(shell find csrc tests/amx tests/ptx tests/card tests/cuda_host tests/aarch64 -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests/amx tests/threads tests/ptx tests/card tests/cuda_host tests/aarch64 -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test triton triton-ptx ptx fuzz sanitize asan tsan peft-tests package hub bench docs lint format clean

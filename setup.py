@@ -54,10 +54,11 @@ CPU_SOURCES = [
     "csrc/cpu/rotary_ops.cpp",
     "csrc/cpu/scalar.cpp",
     "csrc/cpu/sums_ops.cpp",
+    "csrc/cpu/threads.cpp",
 ]
 X86_SOURCES = [f"csrc/cpu/{level}.cpp" for level in ("avx2", "avx512", "avx512_bf16", "amx")]
 ARM_SOURCES = [f"csrc/cpu/{level}.cpp" for level in ("neon", "neon_bf16")]
-EMULATED_SOURCES = ["tests/amx/amx_emulated.cpp"]
+EMULATED_SOURCES = ["tests/amx/amx_emulated.cpp", "tests/threads/checks.cpp"]
 
 # Host code; the kernels' .cu files include nothing of torch, whose headers take nvcc minutes.
 CUDA_OPS = [

@@ -2,7 +2,6 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include <atomic>
 #include <cmath>
 #include <vector>
 
@@ -62,11 +61,8 @@ StepTensor tensor_of(const AdamWArgs& args, size_t i) {
 template <class Work>
 void for_chunks(const std::vector<Chunk>& chunks, int64_t elements, const Work& work) {
   const int64_t threads = std::clamp<int64_t>(elements / kStepGrain, 1, get_num_threads());
-  std::atomic<size_t> next{0};
-  parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (; begin < end; ++begin) {
-      for (size_t i = next++; i < chunks.size(); i = next++) work(i);
-    }
+  run_tasks(static_cast<int64_t>(chunks.size()), threads, [&](Share& share) {
+    for (int64_t i; share.take(i);) work(i);
   });
 }
 
@@ -86,7 +82,7 @@ float clipped(float scale, double max_norm, const std::vector<StepTensor>& tenso
               const std::vector<Chunk>& chunks, int64_t elements) {
   std::vector<double> sums(chunks.size());
   const auto squares = kernels().squares;
-  for_chunks(chunks, elements, [&](size_t c) {
+  for_chunks(chunks, elements, [&](int64_t c) {
     const StepTensor& t = tensors[chunks[c].tensor];
     sums[c] = squares(t.grad, t.dtype, scale, chunks[c].begin, chunks[c].end);
   });
@@ -137,7 +133,7 @@ void step_all(const AdamWArgs& args) {
     }
   }
   const auto kernel = kernels().step;
-  for_chunks(chunks, elements, [&](size_t c) {
+  for_chunks(chunks, elements, [&](int64_t c) {
     kernel(step_params, tensors[chunks[c].tensor], chunks[c].begin, chunks[c].end);
   });
 }

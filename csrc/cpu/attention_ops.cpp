@@ -3,7 +3,6 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <tuple>
 #include <vector>
 
@@ -101,14 +100,10 @@ struct AttentionArgs {
 
 // Calls run(task) for all of them, those that come late by whoever is free, with the room of its thread.
 template <class Run>
-void run_tasks(const AttentionArgs& args, int64_t tasks, bool is_backward, const Run& run) {
-  const int64_t threads = std::min(tasks, useful_threads(args.multiply_adds() * (is_backward ? 5 : 2) / 2));
-  std::atomic<int64_t> next{0};
-  parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+void run_in_rooms(const AttentionArgs& args, int64_t tasks, bool is_backward, const Run& run) {
+  run_tasks(tasks, useful_threads(args.multiply_adds() * (is_backward ? 5 : 2) / 2), [&](Share& share) {
     const Tensor room = args.room(is_backward);
-    for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) {
-      run(task, AttentionArgs::aligned(room));
-    }
+    for (int64_t task; share.take(task);) run(task, AttentionArgs::aligned(room));
   });
 }
 
@@ -125,7 +120,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   const int64_t parts =
       std::clamp<int64_t>(ceil_div(4 * get_num_threads(), of_keys), 1, ceil_div(rows, kAttentionPad));
   const int64_t part = padded_to(ceil_div(rows, parts), kAttentionPad), cut = ceil_div(rows, part);
-  run_tasks(args, of_keys * cut, false, [&](int64_t task, void* room) {
+  run_in_rooms(args, of_keys * cut, false, [&](int64_t task, void* room) {
     const int64_t begin = (cut - 1 - task / of_keys) * part, which = task % of_keys;
     const int64_t sequence = which / args.key_heads, head = which % args.key_heads * args.group;
     AttentionParams p = args.of(sequence, head, args.group);
@@ -161,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy_in, const
   Tensor sums = at::empty({2, tasks, padded_keys, padded}, q.options().dtype(at::kFloat));
   float* first = sums.mutable_data_ptr<float>();
   const int64_t size = padded_keys * padded, count = args.group / parts;
-  run_tasks(args, tasks, true, [&](int64_t task, void* room) {
+  run_in_rooms(args, tasks, true, [&](int64_t task, void* room) {
     const int64_t sequence = task * count / args.heads, head = task * count % args.heads;
     AttentionParams p = args.of(sequence, head, count);
     p.out = mutable_at(y, sequence, head);

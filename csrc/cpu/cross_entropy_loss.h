@@ -5,7 +5,6 @@
 #pragma once
 
 #include <array>
-#include <atomic>
 #include <cfloat>
 #include <cmath>
 #include <utility>
@@ -105,15 +104,13 @@ class Loss {
     Tensor all_sums;
     const bool keeps = options_.need_slope && parts_ > 1;
     if (keeps) all_sums = at::empty({parts_, rows_, features_}, x_.options().dtype(at::kFloat));
-    const int64_t workers = std::min(threads, tasks);
-    std::atomic<int64_t> next{workers};
-    parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+    run_tasks(tasks, threads, [&](Share& share) {
       Room room;
       const auto floats = x_.options().dtype(at::kFloat);
       room.logits = at::empty({block, piece_}, floats);
       if (options_.need_slope && !keeps) room.sums = at::empty({block, features_}, floats);
       void* scratch = checked_thread_scratch();
-      for (int64_t task = first; task < tasks;) {
+      for (int64_t task; share.take(task);) {
         const int64_t part = task / blocks, begin = task % blocks * block,
                       end = std::min(begin + block, rows_);
         float* sums = keeps ? all_sums.mutable_data_ptr<float>() + (part * rows_ + begin) * features_
@@ -121,7 +118,6 @@ class Loss {
                                             : nullptr;
         run_task(part, begin, end, room, sums, scratch);
         if (parts_ == 1) finish(begin, end, sums, 0);
-        task = task + 1 < last ? task + 1 : next.fetch_add(1, std::memory_order_relaxed);
       }
     });
     if (parts_ == 1) return;

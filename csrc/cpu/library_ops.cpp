@@ -12,6 +12,7 @@
 #include "../common/nf4.h"
 #include "isa.h"
 #include "namespace.h"
+#include "threads.h"
 
 namespace peft_kernels::cpu {
 namespace {
@@ -91,6 +92,8 @@ TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_JOIN(PEFT_KERNELS_NAMESPACE, _library), m) {
   m.def("set_isa_from_environment() -> ()", set_isa_from_environment);
   m.def("linear_plan(int rows, int out_features, int in_features, int blocksize, bool is_bf16) -> str",
         linear_plan);
+  m.def("is_busy() -> bool", is_busy);
+  m.def("set_busy(bool? busy) -> ()", set_busy);
   m.def("nf4_code() -> float[]", nf4_code);
   m.def("nf4_thresholds() -> float[]", nf4_thresholds);
   m.def("dynamic_map() -> float[]", dynamic_map);

@@ -1,54 +1,29 @@
-// Cuts work into tasks, and runs them in parallel.
+// Cuts products into tasks, and runs them in parallel.
 #pragma once
 
-#include <ATen/Parallel.h>
 #include <c10/util/Exception.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
 #include <vector>
-#ifdef __SANITIZE_THREAD__
-#  include <thread>
-#endif
 
 #include "../common/integers.h"
 #include "isa.h"
+#include "threads.h"
 
 namespace peft_kernels::cpu {
 
 // Elements that one thread should have in an elementwise kernel before a second is worth waking.
 inline constexpr int64_t kElementwiseGrain = 32768;
 
-// Kernels use these and not at::..., as a build for ThreadSanitizer has its own.
-#ifndef __SANITIZE_THREAD__
-
-using at::get_num_threads;
-using at::parallel_for;
-
 inline int64_t useful_threads(int64_t multiply_adds) {
-  return std::clamp<int64_t>(multiply_adds / kernels().multiply_adds_per_thread, 1, get_num_threads());
-}
-
+#ifdef __SANITIZE_THREAD__  // small work is shared out as well
+  (void)multiply_adds;
+  return get_num_threads();
 #else
-
-// ThreadSanitizer takes what OpenMP orders for races, as it does not see libgomp's barriers. And it finds
-// only what runs in parallel: small work is shared out as well, whatever number of threads torch has.
-inline int get_num_threads() { return 4; }
-inline int64_t useful_threads(int64_t /*multiply_adds*/) { return get_num_threads(); }
-
-// A body that throws ends the process.
-template <class Body>
-void parallel_for(int64_t begin, int64_t end, int64_t /*grain*/, const Body& body) {
-  const int64_t chunk = std::max<int64_t>(1, ceil_div(end - begin, get_num_threads()));
-  std::vector<std::thread> threads;
-  for (; begin < end; begin += chunk) {
-    threads.emplace_back([&body, begin, last = std::min(begin + chunk, end)] { body(begin, last); });
-  }
-  for (std::thread& thread : threads) thread.join();
-}
-
+  return std::clamp<int64_t>(multiply_adds / kernels().multiply_adds_per_thread, 1, get_num_threads());
 #endif
+}
 
 // A grid over an m by n output, in units that no kernel would split.
 struct Grid {
@@ -105,10 +80,6 @@ struct GemmJob {
   }
 };
 
-// Where jobs differ, so do their tasks: a thread that has done its own takes another. So many tasks for each
-// thread leave it little to wait for at the end.
-inline constexpr int64_t kTasksPerThread = 8;
-
 // Products that do not depend on each other, in one list of tasks for all threads.
 inline void run_gemms(const GemmJob* jobs, size_t count) {
   int64_t multiply_adds = 0;
@@ -127,20 +98,18 @@ inline void run_gemms(const GemmJob* jobs, size_t count) {
   for (size_t i = 0; i < count; ++i) {
     const GemmJob& job = jobs[i];
     if (job.is_empty()) continue;
-    const int64_t most = count == 1 ? threads : threads == 1 ? 1 : ceil_div(job.multiply_adds(), task_size);
+    const int64_t most = count == 1     ? tasks_for(threads)
+                         : threads == 1 ? 1
+                                        : ceil_div(job.multiply_adds(), task_size);
     const Grid grid = plan_grid(job.m_end - job.m_begin, job.params.n, job.m_unit, job.n_unit, most);
     parts.push_back({&job, grid, tasks += grid.m_parts * grid.n_parts});
   }
-  // Each thread's first task is the same in every call, as its caches may still hold what that reads.
-  const int64_t workers = std::min(threads, tasks);
-  std::atomic<int64_t> next{workers};
-  parallel_for(0, workers, 1, [&](int64_t first, int64_t last) {
+  run_tasks(tasks, threads, [&](Share& share) {
     void* scratch = checked_thread_scratch();
     size_t at = 0;
-    for (int64_t task = first; task < tasks;) {
+    for (int64_t task; share.take(task);) {
       while (task >= parts[at].end) ++at;
       parts[at].job->run(parts[at].grid, task - (at ? parts[at - 1].end : 0), scratch);
-      task = task + 1 < last ? task + 1 : next.fetch_add(1, std::memory_order_relaxed);
     }
   });
 }

@@ -1,0 +1,286 @@
+#include "threads.h"
+
+#include <ATen/Parallel.h>
+
+#include <condition_variable>
+#include <exception>
+#include <mutex>
+#include <system_error>
+#include <thread>
+#ifdef __linux__
+#  include <pthread.h>
+#  include <time.h>
+#endif
+#ifdef _OPENMP
+#  include <omp.h>
+#endif
+
+namespace peft_kernels::cpu {
+namespace {
+
+#ifdef __SANITIZE_THREAD__
+// ThreadSanitizer takes what OpenMP orders for races, as it does not see libgomp's barriers. And it finds
+// only what runs in parallel, whatever number of threads torch has.
+constexpr bool kOwnThreadsAlone = true;
+constexpr int kThreads = 4;
+#else
+constexpr bool kOwnThreadsAlone = false;
+#endif
+
+// Nanoseconds: of the clock on the wall, and of this thread while it ran.
+struct Clocks {
+  int64_t wall, ran;
+
+#ifdef __linux__
+  static int64_t read(clockid_t clock) {
+    timespec t{};
+    clock_gettime(clock, &t);
+    return t.tv_sec * int64_t{1'000'000'000} + t.tv_nsec;
+  }
+  static int64_t on_wall() { return read(CLOCK_MONOTONIC); }
+  static Clocks now() { return {on_wall(), read(CLOCK_THREAD_CPUTIME_ID)}; }
+#else
+  static int64_t on_wall() { return 0; }
+  static Clocks now() { return {0, 0}; }
+#endif
+};
+constexpr int64_t kMicrosecond = 1000, kMillisecond = 1000 * kMicrosecond;
+
+// Waking a thread takes less than this; what keeps one from running for longer is another process.
+constexpr int64_t kBlink = 200 * kMicrosecond;
+
+thread_local bool in_region = false;
+
+struct Region {
+  Tasks tasks;
+  const c10::function_ref<void(Share&)> work;
+  const int64_t began;  // on the wall; 0: not to be measured
+  std::atomic<int64_t> lost{0};
+  std::mutex error_mutex{};
+  std::exception_ptr error{};
+
+  void lose(int64_t nanoseconds) {
+    if (nanoseconds > kBlink) lost.fetch_add(nanoseconds, std::memory_order_relaxed);
+  }
+  void participate(int64_t first, int64_t last) {
+    const int64_t ran = began ? Clocks::now().ran : 0;
+    in_region = true;
+    try {
+      Share share(tasks, first, last);
+      work(share);
+    } catch (...) {
+      tasks.drop();
+      const std::lock_guard<std::mutex> lock(error_mutex);
+      if (!error) error = std::current_exception();
+    }
+    in_region = false;
+    if (!began) return;
+    const Clocks end = Clocks::now();
+    lose((end.wall - began) - (end.ran - ran));
+  }
+};
+
+// Our own threads, which sleep until there is a region. They are never ended: that would be a wait at exit.
+class Workers {
+ public:
+  // False when they are another caller's. Returns how many of the threads that were asked for never came.
+  std::optional<int64_t> run(Region& region, int64_t threads) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    if (region_) return std::nullopt;
+    grow(threads - 1);
+    region_ = &region;
+    open_ = std::min(threads - 1, count_);
+    lock.unlock();
+    for (int64_t i = 1; i < threads; ++i) wake_.notify_one();
+    region.participate(0, 0);
+    lock.lock();
+    const int64_t missing = open_;
+    open_ = 0;
+    left_.wait(lock, [this] { return inside_ == 0; });
+    region_ = nullptr;
+    return missing;
+  }
+
+ private:
+  void grow(int64_t count) {
+    try {
+      for (; count_ < count; ++count_) std::thread([this] { serve(); }).detach();
+    } catch (const std::system_error&) {  // no more threads to be had: those that there are do it
+    }
+  }
+  [[noreturn]] void serve() {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (;;) {
+      wake_.wait(lock, [this] { return open_ > 0 && region_->tasks.are_left(); });
+      --open_;
+      ++inside_;
+      Region& region = *region_;
+      lock.unlock();
+      region.participate(0, 0);
+      lock.lock();
+      if (--inside_ == 0) left_.notify_one();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable wake_, left_;
+  Region* region_ = nullptr;
+  int64_t count_ = 0, open_ = 0, inside_ = 0;
+};
+
+// Keeps the threads of GNU's OpenMP, which torch's own ops run in, from spinning where they wait. libgomp
+// reads GOMP_SPINCOUNT once, before anybody can set it, but spins no more as soon as there are more OpenMP
+// threads than processors. So while this is on there are, in a team of somebody else, asleep.
+class SpinBrake {
+ public:
+  void set(bool on) {
+#ifdef _OPENMP
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (on == on_) return;
+    on_ = on;
+    change_.notify_all();
+    ++round_;
+    if (!on) return;
+    const int count = std::max(omp_get_num_procs() - at::get_num_threads(), 0) + 2;
+    try {
+      std::thread([this, count, round = round_] { hold(count, round); }).detach();
+    } catch (const std::system_error&) {  // no more threads to be had
+    }
+#else
+    (void)on;
+#endif
+  }
+
+ private:
+#ifdef _OPENMP
+  // The team is there as long as the thread that made it.
+  void hold(int count, int64_t round) {
+    std::atomic<int> members{0};  // an empty region would be none
+#  pragma omp parallel num_threads(count)
+    members.fetch_add(1, std::memory_order_relaxed);
+    std::unique_lock<std::mutex> lock(mutex_);
+    change_.wait(lock, [this, round] { return round_ != round; });
+  }
+
+  std::mutex mutex_;
+  std::condition_variable change_;
+  int64_t round_ = 0;
+  bool on_ = false;
+#endif
+};
+
+// Finds out from regions, a sample of them, whether threads are kept from running.
+class Watch {
+ public:
+  bool is_busy() const { return busy_.load(std::memory_order_relaxed); }
+
+  // The time on the wall if the region that begins now is to be measured, else 0.
+  int64_t begin() {
+    const int64_t now = Clocks::on_wall();
+    if (now - last_.load(std::memory_order_relaxed) < kPause) return 0;
+    last_.store(now, std::memory_order_relaxed);
+    return now;
+  }
+  void end(const Region& region, int64_t threads) {
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock) return;
+    wanted_ += (Clocks::on_wall() - region.began) * threads;
+    lost_ += region.lost.load(std::memory_order_relaxed);
+    if (wanted_ < kWindow * threads) return;
+    const double part = static_cast<double>(lost_) / static_cast<double>(wanted_);
+    wanted_ = lost_ = 0;
+    calm_ = part < kCalm ? calm_ + 1 : 0;
+    if (forced_ || kOwnThreadsAlone) return;
+    if (!is_busy() && part > kBusy) change(true);
+    if (is_busy() && calm_ >= kCalmWindows) change(false);
+  }
+  void force(std::optional<bool> busy) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    forced_ = busy;
+    wanted_ = lost_ = calm_ = 0;
+    if (busy && !kOwnThreadsAlone) change(*busy);
+  }
+
+ private:
+  // Between regions that are measured: a reading of the clocks costs a third of a microsecond.
+  static constexpr int64_t kPause = 500 * kMicrosecond;
+  static constexpr int64_t kWindow = 50 * kMillisecond;
+  // Of the time that threads want. With one neighbour on two cores 0.2 to 0.7 of it are lost, on a quiet
+  // machine up to 0.04, and up to 0.07 where threads sleep. As that costs a tenth of a step's time and this
+  // many times the step with neighbours, the quiet must last.
+  static constexpr double kBusy = 0.15, kCalm = 0.1;
+  static constexpr int64_t kCalmWindows = 20;
+
+  void change(bool busy) {
+    brake_.set(busy);
+    busy_.store(busy, std::memory_order_relaxed);
+  }
+
+  std::atomic<bool> busy_{kOwnThreadsAlone};
+  std::atomic<int64_t> last_{0};
+  std::mutex mutex_;
+  int64_t wanted_ = 0, lost_ = 0, calm_ = 0;
+  std::optional<bool> forced_;
+  SpinBrake brake_;
+};
+
+// Never destroyed, as threads wait in it. A forked process has none of them, and gets a new one.
+struct State {
+  Watch watch;
+  Workers workers;
+};
+std::atomic<State*> current{nullptr};
+
+State& state() {
+  static const bool once = [] {
+    current.store(new State);
+#ifdef __linux__
+    pthread_atfork(nullptr, nullptr, [] { current.store(new State); });
+#endif
+    return true;
+  }();
+  (void)once;
+  return *current.load(std::memory_order_acquire);
+}
+
+void run_alone(int64_t count, c10::function_ref<void(Share&)> work) {
+  Tasks tasks(count, count);
+  Share share(tasks, 0, count);
+  work(share);
+}
+
+}  // namespace
+
+int64_t get_num_threads() {
+#ifdef __SANITIZE_THREAD__
+  return kThreads;
+#else
+  return at::get_num_threads();
+#endif
+}
+
+bool is_busy() { return state().watch.is_busy(); }
+void set_busy(std::optional<bool> busy) { state().watch.force(busy); }
+
+void run_tasks(int64_t tasks, int64_t threads, c10::function_ref<void(Share&)> work) {
+  threads = std::min(threads, tasks);
+  if (threads <= 1 || in_region || at::in_parallel_region()) {
+    if (tasks > 0) run_alone(tasks, work);
+    return;
+  }
+  auto& [watch, workers] = state();
+  const bool busy = watch.is_busy();
+  Region region{Tasks(tasks, busy ? 0 : threads), work, watch.begin()};
+  if (busy) {
+    const auto missing = workers.run(region, threads);
+    if (!missing) return run_alone(tasks, work);
+    // A thread that is not kept from it has begun by then.
+    if (region.began) region.lose((Clocks::on_wall() - region.began) * *missing);
+  } else {
+    at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) { region.participate(first, last); });
+  }
+  if (region.began) watch.end(region, threads);
+  if (region.error) std::rethrow_exception(region.error);
+}
+
+}  // namespace peft_kernels::cpu
