@@ -40,6 +40,14 @@ def members(group: int | None) -> list[tuple[int, int, float]]:
     return found
 
 
+def wait_for_the_end_of(group: int | None) -> None:
+    """A process that was killed is there a moment longer."""
+    end = time.monotonic() + 30
+    while members(group) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not members(group)
+
+
 @pytest.mark.parametrize("is_other_session", [False, True], ids=["own", "other"])
 def test_neighbours_are_busy_and_end(is_other_session: bool) -> None:
     with pytest.raises(KeyError), busy.neighbours(2, is_other_session) as group:
@@ -50,7 +58,7 @@ def test_neighbours_are_busy_and_end(is_other_session: bool) -> None:
         assert len(used) == len(members(group)) == 2
         assert {session for _, session, _ in used} == {group if is_other_session else os.getsid(0)}
         raise KeyError
-    assert not members(group)
+    wait_for_the_end_of(group)
 
 
 def test_neighbours_end_with_the_process_that_started_them() -> None:
@@ -65,10 +73,7 @@ def test_neighbours_end_with_the_process_that_started_them() -> None:
     group = int(child.stdout.readline())
     child.send_signal(signal.SIGKILL)
     child.wait()
-    end = time.monotonic() + 30
-    while members(group) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not members(group)
+    wait_for_the_end_of(group)
 
 
 def test_no_neighbours() -> None:
