@@ -148,8 +148,9 @@ def response_logits(model: nn.Module, batch: dict[str, Tensor], ahead: int = 0) 
 
 def speed_up(model: nn.Module) -> Any:
     """The line that this is about, with all that is for the asking on a CPU; the report."""
-    report = pk.patch(model, loss=DEVICE == "cpu")
-    if DEVICE == "cpu":
+    on_cpu = DEVICE == "cpu"
+    report = pk.patch(model, loss=on_cpu, block=on_cpu)
+    if on_cpu:
         attention.use(model)
     return report
 

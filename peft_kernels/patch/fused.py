@@ -39,6 +39,10 @@ class Record:
     notes: int = 0
     """How often one was kept."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy makes its first call anew: what was kept is of this module, its class and its tensors."""
+        return self.__dict__ | {"repeated": None}
+
 
 class Fused:
     """Base of all classes that are swapped in. `module.__dict__[RECORD]` is there while the module is

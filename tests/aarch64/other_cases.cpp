@@ -159,11 +159,12 @@ PEFT_KERNELS_CASE(rows_and_columns) {
                 scale = normal(DType::kF32, kCols, 3), bias = normal(DType::kF32, kCols, 4);
     for (DType out_dtype : kTypes) {
       const auto transpose_rows = [&](const KernelTable& table) {
-        Array out(out_dtype, kCols * kRows);
-        const TransposeParams params{x.data(), dtype, kRows, kCols, out.data(), out_dtype, kRows};
+        Array out(out_dtype, kCols * kRows), copy(out_dtype, kRows * kCols);
+        const TransposeParams params{x.data(),   dtype,     kRows, kCols, kCols,
+                                     out.data(), out_dtype, kRows, 0.5f,  copy.data()};
         table.transpose_rows(params, 0, kTransposeRows);
         table.transpose_rows(params, kTransposeRows, kRows);
-        return Arrays{out};
+        return Arrays{out, copy};
       };
       both(tested, transpose_rows, same_bits, "transpose of " + name_of(dtype) + " to " + name_of(out_dtype));
     }
@@ -211,7 +212,7 @@ PEFT_KERNELS_CASE(conversions) {
     for (DType out_dtype : kTypes) {
       const auto use = [&](const KernelTable& table) {
         Array out(out_dtype, kCols * kRows);
-        table.transpose_rows({x.data(), dtype, kRows, kCols, out.data(), out_dtype, kRows}, 0, kRows);
+        table.transpose_rows({x.data(), dtype, kRows, kCols, kCols, out.data(), out_dtype, kRows}, 0, kRows);
         return Arrays{out};
       };
       both(tested, use, same_bits, name_of(dtype) + " to " + name_of(out_dtype));
