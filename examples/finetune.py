@@ -170,7 +170,6 @@ def check(folder: Path, adapter: Path, validation: list[Any], trained: Any) -> d
     told and not limited."""
     import finetune_model as lib
 
-    import peft_kernels as pk
     from peft_kernels.integrations.peft import merge_and_unload
 
     def fresh() -> Any:
@@ -182,7 +181,7 @@ def check(folder: Path, adapter: Path, validation: list[Any], trained: Any) -> d
         }
 
     model = fresh()
-    pk.patch(model)
+    lib.speed_up(model)
     forms = {"reloaded": measure(model), "merged": measure(model.merge_and_unload())}
     del model  # one at a time in memory
     forms["merged into NF4"] = measure(merge_and_unload(fresh(), quantize=True))
