@@ -20,6 +20,7 @@ from fresh_process import Processes, Python
 import peft_kernels as pk
 import ptx_backend as ptx
 import testing
+from peft_kernels import dispatch
 from peft_kernels.backends import BACKENDS, triton
 from ptx import executed, triton_driver
 
@@ -121,6 +122,20 @@ def nan_outputs() -> Iterator[None]:
     """What an op leaves unwritten is NaN."""
     with testing.nan_outputs():
         yield
+
+
+@pytest.fixture
+def op_counts(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """Ops by how often they were called."""
+    counted: Counter[str] = Counter()
+    call = dispatch.call
+
+    def counting(op: str, *args: Any, **kwargs: Any) -> Any:
+        counted[op] += 1
+        return call(op, *args, **kwargs)
+
+    monkeypatch.setattr(dispatch, "call", counting)
+    return counted
 
 
 @pytest.fixture(scope="session")

@@ -15,24 +15,9 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels import dispatch
 from peft_kernels.patch import gated_mlp
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Ops by how often they were called."""
-    counted: Counter[str] = Counter()
-    call = dispatch.call
-
-    def counting(op: str, *args: Any, **kwargs: Any) -> Any:
-        counted[op] += 1
-        return call(op, *args, **kwargs)
-
-    monkeypatch.setattr(dispatch, "call", counting)
-    return counted
 
 
 class Mlp(nn.Module):
@@ -91,20 +76,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @BASES
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
-def test_gated_mlp(options: str, base: str, dtype: torch.dtype, calls: Counter[str]) -> None:
+def test_gated_mlp(options: str, base: str, dtype: torch.dtype, op_counts: Counter[str]) -> None:
     model = adapted(Mlp(bias=True), base, dtype, **OPTIONS[options])
     report = compare(model, testing.tensor(2, 9, 64, dtype=dtype), mlp=True)
     assert [block.kind for block in report.blocks] == ["gated MLP Mlp"]
-    assert calls["gated_mlp"] == 1 and not calls["lora_linear"]
+    assert op_counts["gated_mlp"] == 1 and not op_counts["lora_linear"]
 
 
 @pytest.mark.parametrize("regime", REGIMES)
 @BASES
-def test_gradients_under_every_regime(base: str, regime: str, calls: Counter[str]) -> None:
+def test_gradients_under_every_regime(base: str, regime: str, op_counts: Counter[str]) -> None:
     model, x = adapted(Mlp(bias=True), base), testing.tensor(9, 64)
     pk.patch(model)
     want, got = run(model, x), run(model, x, REGIMES[regime](model))
-    assert calls["gated_mlp"] == (3 if "reentrant" in regime else 2)
+    assert op_counts["gated_mlp"] == (3 if "reentrant" in regime else 2)
     assert got.keys() == want.keys() and len(want) == 8
     for name in want:
         assert torch.equal(got[name], want[name]), name
@@ -144,14 +129,14 @@ class Swish(nn.Module):
 
 
 @pytest.mark.parametrize("setting", ["beta", "scale"])
-def test_settings_of_the_activation_that_change_after_patching(setting: str, calls: Counter[str]) -> None:
+def test_settings_of_the_activation_that_change_after_patching(setting: str, op_counts: Counter[str]) -> None:
     model, x = adapted(Mlp(Swish())), testing.tensor(7, 64)
     report = pk.patch(model)
     before = model(x)
-    assert calls["gated_mlp"] == 1
+    assert op_counts["gated_mlp"] == 1
     setattr(model.base_model.model[0].act_fn, setting, 3.0)
     got = run(model, x)
-    assert calls["gated_mlp"] == 1
+    assert op_counts["gated_mlp"] == 1
     assert report.blocks[0].fallbacks == {f"act_fn.{setting} was changed after patch()": 1}
     pk.unpatch(model)
     assert testing.relative_error(got["y"], before) > 0.1
@@ -204,12 +189,12 @@ def test_an_mlp_with_another_forward_is_left_alone(make: Callable[[], nn.Module]
         assert testing.relative_error(value, plain[name]) < 1e-5, name
 
 
-def test_what_a_block_cannot_fuse_goes_layer_by_layer(calls: Counter[str]) -> None:
+def test_what_a_block_cannot_fuse_goes_layer_by_layer(op_counts: Counter[str]) -> None:
     model = adapted(nn.Sequential(Mlp(), nn.Identity()), use_dora=True)
     compare_layers = run(model, testing.tensor(7, 64))
     report = pk.patch(model)
     got = run(model, testing.tensor(7, 64))
-    assert calls["dora_norm"] == 3 and not calls["gated_mlp"]
+    assert op_counts["dora_norm"] == 3 and not op_counts["gated_mlp"]
     assert "gate_proj: DoRA or another variant" in str(report)
     for name in got:
         assert testing.relative_error(got[name], compare_layers[name]) < 1e-5, name
@@ -265,7 +250,7 @@ def test_copies_share_nothing() -> None:
     assert not twin(x).any() and mlp(x).any()
 
 
-def test_llama_model_with_everything(calls: Counter[str]) -> None:
+def test_llama_model_with_everything(op_counts: Counter[str]) -> None:
     model = lora(models.tiny_llama(), target_modules=PROJECTIONS)
     ids = torch.arange(24).view(2, 12)
 
@@ -275,7 +260,7 @@ def test_llama_model_with_everything(calls: Counter[str]) -> None:
     plain = step(model, loss)
     report = pk.patch(model)
     got = step(model, loss)
-    assert calls["gated_mlp"] == 2 and calls["lora_linear"] == 8
+    assert op_counts["gated_mlp"] == 2 and op_counts["lora_linear"] == 8
     assert "2 x gated MLP LlamaMLP" in str(report)
     for name in plain:
         assert testing.relative_error(got[name], plain[name]) < 1e-5, name

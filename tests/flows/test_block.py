@@ -15,7 +15,6 @@ from flow_models import adapted, ids, in_fp64, llama
 from torch import Tensor, nn
 
 import peft_kernels as pk
-from peft_kernels import dispatch
 from peft_kernels.patch import attention as fused_attention
 from peft_kernels.patch import judge_block
 from peft_kernels.patch import rms_norm as fused_norm
@@ -26,20 +25,6 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 FAMILIES = {"Llama": 5, "Mistral": 5, "Qwen2": 5, "Qwen3": 9, "Granite": 5, "Gemma": 0}
 """And how many of their norms are known; Gemma's add 1 to their weight."""
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """Calls of our ops, by name."""
-    counts: Counter[str] = Counter()
-    call = dispatch.call
-
-    def counting(op: str, *args: Any, **kwargs: Any) -> Any:
-        counts[op] += 1
-        return call(op, *args, **kwargs)
-
-    monkeypatch.setattr(dispatch, "call", counting)
-    return counts
 
 
 @pytest.fixture(autouse=True)
@@ -70,20 +55,20 @@ def one_step(model: Any, **more: Any) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_loss_and_gradients(name: str, dtype: torch.dtype, calls: Counter[str]) -> None:
+def test_loss_and_gradients(name: str, dtype: torch.dtype, op_counts: Counter[str]) -> None:
     stock = adapted(family(name).to(dtype))
     model, report = patched(stock)
     assert [entry.reason for entry in between(report, "attention")] == [""] * 2
     assert [entry.fused for entry in between(report, "norm")].count(True) == FAMILIES[name], report
-    calls.clear()
+    op_counts.clear()
     assert_same_numbers(
         lambda i: tuple(  # type: ignore[arg-type,return-value]
             step(m, lambda m: language_loss(m, ids(i))) for m in (model, stock, in_fp64(stock))
         ),
         1e-3 if dtype == torch.float32 else 0.3,
     )
-    assert calls["multi_lora_linear"] == calls["rotary"] == 2 or dtype != torch.float32
-    assert calls["rotary"] and calls["rms_norm"] * 2 == calls["rotary"] * FAMILIES[name]
+    assert op_counts["multi_lora_linear"] == op_counts["rotary"] == 2 or dtype != torch.float32
+    assert op_counts["rotary"] and op_counts["rms_norm"] * 2 == op_counts["rotary"] * FAMILIES[name]
     assert_fused(model, report)
 
 
@@ -111,7 +96,7 @@ def test_attention_is_called_as_before(name: str) -> None:
 
 
 @pytest.mark.parametrize("base", ["nf4", "bnb"])
-def test_under_autocast(base: str, calls: Counter[str]) -> None:
+def test_under_autocast(base: str, op_counts: Counter[str]) -> None:
     """As tutorials train: norms in fp32, packed weights, adapters in fp32."""
     stock = adapted(llama(base))
     model, report = patched(stock)
@@ -125,7 +110,7 @@ def test_under_autocast(base: str, calls: Counter[str]) -> None:
 
     parts = model, other, truth
     assert_same_numbers(lambda i: tuple(under_autocast(m, i) for m in parts), 0.3)  # type: ignore[arg-type,return-value]
-    assert calls["multi_lora_linear"] and calls["rms_norm"]
+    assert op_counts["multi_lora_linear"] and op_counts["rms_norm"]
     assert_fused(model, report, blocks=9)
 
 
@@ -139,7 +124,7 @@ def test_without_adapters_every_bit_is_stock_s(monkeypatch: pytest.MonkeyPatch) 
     assert len(between(report, "attention")) == 2 and not block_fallbacks(report)
 
 
-def test_generate_gives_the_same_tokens(calls: Counter[str]) -> None:
+def test_generate_gives_the_same_tokens(op_counts: Counter[str]) -> None:
     stock = adapted(llama("nf4")).eval()
     model, report = patched(stock)
     mask = torch.ones(4, 10, dtype=torch.long)
@@ -148,7 +133,7 @@ def test_generate_gives_the_same_tokens(calls: Counter[str]) -> None:
         given: dict[str, Any] = {"input_ids": ids(), "attention_mask": mask, "max_new_tokens": 5}
         given |= {"do_sample": False, "cache_implementation": cache, "disable_compile": True}
         assert torch.equal(model.generate(**given), stock.generate(**given))
-    assert calls["rotary"] == 2 * 2 * 5 and not block_fallbacks(report)
+    assert op_counts["rotary"] == 2 * 2 * 5 and not block_fallbacks(report)
 
 
 def test_a_cache_under_autocast_holds_what_stock_puts_there() -> None:
@@ -160,18 +145,18 @@ def test_a_cache_under_autocast_holds_what_stock_puts_there() -> None:
         assert mine.keys.dtype == other.keys.dtype and mine.values.dtype == other.values.dtype
 
 
-def test_adapters_are_seen_as_they_are(calls: Counter[str]) -> None:
+def test_adapters_are_seen_as_they_are(op_counts: Counter[str]) -> None:
     """Disabled, merged, with dropout; others than LoRA and hooks take the original forward."""
     stock = adapted(llama("dense"), lora_dropout=0.3).eval()
     model, report = patched(stock)
     want = {"y": stock(input_ids=ids()).logits}
     assert_near({"y": model(input_ids=ids()).logits}, want)
-    assert calls.pop("multi_lora_linear") == 2
+    assert op_counts.pop("multi_lora_linear") == 2
     with model.disable_adapter(), stock.disable_adapter():
         assert_near({"y": model(input_ids=ids()).logits}, {"y": stock(input_ids=ids()).logits})
     model.merge_adapter()
     assert_near({"y": model(input_ids=ids()).logits}, want)
-    assert not calls["multi_lora_linear"] and not block_fallbacks(report)
+    assert not op_counts["multi_lora_linear"] and not block_fallbacks(report)
     model.unmerge_adapter()
     model.train()
     assert not torch.equal(model(input_ids=ids()).logits, model(input_ids=ids()).logits)
@@ -225,7 +210,7 @@ def test_off_unless_asked_for() -> None:
     assert [entry.planned for entry in dry.blocks].count(True) == 7
 
 
-def test_functions_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch, calls: Counter[str]) -> None:
+def test_functions_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch, op_counts: Counter[str]) -> None:
     """As Liger's are put in the place of transformers', before the patch or after."""
     from transformers.models.llama import modeling_llama
 
@@ -233,9 +218,9 @@ def test_functions_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch, cal
     model, report = patched(stock)
     theirs = modeling_llama.apply_rotary_pos_emb
     monkeypatch.setattr(modeling_llama, "apply_rotary_pos_emb", lambda q, k, *rest: theirs(q, k, *rest))
-    calls.clear()
+    op_counts.clear()
     assert_near(one_step(model), one_step(stock))
-    assert not calls["rotary"] and block_fallbacks(report).total() == 2
+    assert not op_counts["rotary"] and block_fallbacks(report).total() == 2
     assert "its rotary embedding is none of those known here" in str(report)
 
     class Other(nn.Module):
@@ -243,9 +228,9 @@ def test_functions_of_others_are_left_alone(monkeypatch: pytest.MonkeyPatch, cal
             return x
 
     monkeypatch.setattr(modeling_llama.LlamaRMSNorm, "forward", Other.forward)
-    calls.clear()
+    op_counts.clear()
     one_step(model)
-    assert not calls["rms_norm"]
+    assert not op_counts["rms_norm"]
     assert "its forward is none of the norms known here" in str(report)
 
 
@@ -271,13 +256,13 @@ def test_other_calls_take_the_original_forward() -> None:
     assert not block_fallbacks(report)
 
 
-def test_compiled_models_are_as_before(calls: Counter[str]) -> None:
+def test_compiled_models_are_as_before(op_counts: Counter[str]) -> None:
     """A compiler fuses what is left of them by itself."""
     model, _ = patched(family("Llama", num_hidden_layers=1))
     layer, x, cos = model.model.layers[0], torch.ones(1, 3, 64), torch.ones(1, 3, 16)
     with torch.no_grad():
         want = layer(x, position_embeddings=(cos, cos))
-        assert calls["rms_norm"] == 2 and calls["rotary"] == 1
+        assert op_counts["rms_norm"] == 2 and op_counts["rotary"] == 1
         compiled = torch.compile(layer, backend="eager", fullgraph=True)
         assert_near({"y": compiled(x, position_embeddings=(cos, cos))}, {"y": want})
-    assert calls["rms_norm"] == 2 and calls["rotary"] == 1
+    assert op_counts["rms_norm"] == 2 and op_counts["rotary"] == 1
