@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,3 +88,20 @@ def test_a_circle_would_be_found() -> None:
 def test_a_file_can_be_read_at_a_sitting(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
     assert lines <= LONGEST, f"{lines} lines, expected at most {LONGEST}"
+
+
+def test_names_in_headers_of_cpu_kernels_are_one_things() -> None:
+    """Two types or constants of one name in two headers are one to the linker, which takes either. Headers of
+    levels (vec_, tiles_) are each in a namespace of their own."""
+    homes: dict[str, set[str]] = {}
+    for path in sorted((ROOT / "csrc" / "cpu").glob("*.h")):
+        if path.name.startswith(("vec_", "tiles_")):
+            continue
+        text = path.read_text(encoding="utf-8")
+        names = re.findall(r"^(?:struct|class|enum class) (\w+)[^;\n]*\{", text, re.MULTILINE)
+        for constants in re.findall(r"^inline constexpr [\w:]+ ([^;]+);", text, re.MULTILINE):
+            names += re.findall(r"\b(k\w+) =", constants)
+        for name in names:
+            homes.setdefault(name, set()).add(path.name)
+    assert len(homes) > 50
+    assert {name: found for name, found in homes.items() if len(found) > 1} == {}

@@ -222,17 +222,14 @@ class Factors {
       rhs.data = row_of(other, chunk, other.size(1));
       product.add({element(chunk * r_), dtype(), rows, rhs, 1.0f, rows, 0, INT64_MAX, DropoutMask{}});
     }
-    if (r_ <= kNarrow) product.keep_rows_together();
+    product.keep_few_rows_together();
     product.keep(other);
     product.keep(t_);
     return product;
   }
 
  private:
-  // So many that a product's panel holds them.
-  static constexpr int64_t kChunkRows = 256;
   static_assert(kChunkRows % kMostRows == 0, "");
-  static constexpr int64_t kNarrow = 128;
 
   DType dtype() const { return dtype_of(t_, "factors"); }
   int64_t rows_from(int64_t chunk) const { return std::min(kChunkRows, m_ - chunk); }

@@ -14,9 +14,9 @@
 
 namespace peft_kernels::cpu {
 
-inline constexpr int64_t kTorchRows = 512;  // at a time, where products are torch's
-inline constexpr int64_t kMostRows = 256;   // of a task: twice as many are no faster
-static_assert(kMostRows % kPackRows == 0, "");
+inline constexpr int64_t kTorchRows = 512;     // at a time, where products are torch's
+inline constexpr int64_t kMostLossRows = 256;  // of a task: twice as many are no faster
+static_assert(kMostLossRows % kPackRows == 0, "");
 
 struct Options {
   float scale, cap;
@@ -46,7 +46,7 @@ class Loss {
         dtype_(dtype_of(x_, "x")),
         piece_(head.piece_cols()) {
     // As many parts as keep threads busy where rows are few; by the rows alone, as sums depend on them.
-    const int64_t wanted = head.is_torchs(rows_) || rows_ > kMostRows ? 1 : rows_ > kPackRows ? 2 : 8;
+    const int64_t wanted = head.is_torchs(rows_) || rows_ > kMostLossRows ? 1 : rows_ > kPackRows ? 2 : 8;
     part_cols_ = ceil_div(ceil_div(vocabulary_, wanted), piece_) * piece_;
     parts_ = ceil_div(vocabulary_, part_cols_);
     states_.assign(parts_ * rows_, {-FLT_MAX, 0.0f, 0.0f, 0.0f, 0.0f});
@@ -99,7 +99,7 @@ class Loss {
   void run_ours(const Finish& finish) {
     const int64_t threads = useful_threads(rows_ * vocabulary_ * features_ * (1 + options_.need_slope));
     const int64_t share = ceil_div(ceil_div(rows_, 2 * threads), kPackRows) * kPackRows;
-    const int64_t block = std::min(std::clamp(share, kPackRows, kMostRows), rows_);
+    const int64_t block = std::min(std::clamp(share, kPackRows, kMostLossRows), rows_);
     const int64_t blocks = ceil_div(rows_, block), tasks = blocks * parts_;
     Tensor all_sums;
     const bool keeps = options_.need_slope && parts_ > 1;

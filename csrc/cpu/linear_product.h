@@ -20,6 +20,9 @@ inline GemmTerm term_of(const Tensor& lhs, const char* name, const MatrixView& r
           DropoutMask{}};
 }
 
+// Sums over rows, as gradients of adapters are, go by chunks of so many: a panel of a product holds them.
+inline constexpr int64_t kChunkRows = 256;
+
 class Product {
  public:
   GemmParams params{};
@@ -51,8 +54,11 @@ class Product {
     params.bias = bias;
   }
   void start_from_out() { params.add_to_out = true; }
-  // Of run_nn: every task takes all rows, where to fill a panel once more costs more than its rows.
-  void keep_rows_together() { nn_row_unit_ = std::max<int64_t>(params.m, 1); }
+  // Of run_nn: every task takes all rows if they are few, as to fill a panel once more costs more than those.
+  void keep_few_rows_together() {
+    constexpr int64_t kFew = 128;
+    if (params.m <= kFew) nn_row_unit_ = std::max<int64_t>(params.m, 1);
+  }
 
   void add(const GemmTerm& term) { terms_.push_back(term); }
   // What a term points into, where its owner may be gone when the product is run.

@@ -6,13 +6,11 @@
 #include <algorithm>
 #include <vector>
 
+#include "linear_product.h"
 #include "lora_adapters.h"
 #include "parallel.h"
 
 namespace peft_kernels::cpu {
-
-// So many that a panel of a product holds them.
-inline constexpr int64_t kChunkRows = 256;
 
 // The rows that an adapter serves, chunk by chunk.
 inline std::vector<RowRun> chunks_of(const Adapter& adapter) {
@@ -27,12 +25,12 @@ inline std::vector<RowRun> chunks_of(const Adapter& adapter) {
 
 // The columns of an adapter in h, or in its gradient, times `scale` and in `dtype`. Rows that it does not
 // serve are left as they are found.
-struct Factors {
+struct LoraFactors {
   Tensor rows;     // [m, rank], or undefined
   Tensor columns;  // [rank, rows of the chunk] from rank times the chunk's first row on; or undefined
 
-  Factors(const Tensor& h, const Adapter& adapter, float scale, at::ScalarType dtype, bool wants_rows,
-          bool wants_columns) {
+  LoraFactors(const Tensor& h, const Adapter& adapter, float scale, at::ScalarType dtype, bool wants_rows,
+              bool wants_columns) {
     const int64_t rank = adapter.rank(), size = rows_of(h) * rank;
     const auto options = h.options().dtype(dtype);
     if (wants_rows) rows = at::empty({rows_of(h), rank}, options);

@@ -123,7 +123,7 @@ Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, 
   for (const Adapter& adapter : adapters) {
     if (adapter.layer != layer) continue;
     adapter.check_out_features(base.out_features());
-    const Factors rounded(h, adapter, adapter.scaling, at::kBFloat16, adapter.b_in_pairs, false);
+    const LoraFactors rounded(h, adapter, adapter.scaling, at::kBFloat16, adapter.b_in_pairs, false);
     add_expanded(product, h, rounded.rows, adapter, dense_matrix(adapter.b, "lora_b"), adapter.scaling,
                  DropoutMask{});
   }
@@ -132,7 +132,7 @@ Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, 
 }
 
 Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
-                      const Adapters& adapters, const Tensor& dh, const std::vector<Factors>& of_dh,
+                      const Adapters& adapters, const Tensor& dh, const std::vector<LoraFactors>& of_dh,
                       at::ScalarType compute) {
   std::vector<Tensor> of_base;  // dy for the base products
   for (const Tensor& d : dy) of_base.push_back(in_type(d, compute));
@@ -167,7 +167,7 @@ Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std:
 // Adds the product of an adapter's factors with rows, summed over the rows that it serves, into `out`,
 // [rank, features]: the rank is the short side of dA and dB. It takes the place of the batch, and features
 // stay contiguous.
-void add_sums(std::vector<Product>& products, Tensor& out, const Factors& factors, const Adapter& adapter,
+void add_sums(std::vector<Product>& products, Tensor& out, const LoraFactors& factors, const Adapter& adapter,
               const Tensor& rows) {
   Product& product = products.emplace_back(out);
   for (const RowRun& chunk : chunks_of(adapter)) {
@@ -179,8 +179,7 @@ void add_sums(std::vector<Product>& products, Tensor& out, const Factors& factor
         static_cast<const char*>(term.rhs.data) + chunk.begin * rows.size(1) * rows.element_size();
     product.add(term);
   }
-  constexpr int64_t kNarrow = 128;
-  if (adapter.rank() <= kNarrow) product.keep_rows_together();
+  product.keep_few_rows_together();
   product.keep(factors.columns);
   product.keep(rows);
 }
@@ -216,7 +215,7 @@ class Layers {
     const Tensor dh = need_dh ? shrink_gradients(dy, adapters_, h) : Tensor();
     const auto none = [](const Tensor& t) { return at::empty({0}, t.options()); };
     LoraGradients out;
-    std::vector<Factors> of_dh;
+    std::vector<LoraFactors> of_dh;
     for (size_t i = 0; i < adapters_.size() && need_dh; ++i) {
       const Adapter& adapter = adapters_[i];
       of_dh.emplace_back(dh, adapter, scale_left(adapter) * adapter.mask.scale,
@@ -239,7 +238,7 @@ class Layers {
       out.db.push_back(need_db[i] ? at::empty_like(b) : none(b));
       if (need_db[i]) {
         transposed[i] = at::empty({b.size(1), b.size(0)}, b.options());
-        const Factors of_h(h, adapter, adapter.scaling, factors_type(adapter.b_in_pairs), false, true);
+        const LoraFactors of_h(h, adapter, adapter.scaling, factors_type(adapter.b_in_pairs), false, true);
         add_sums(products, transposed[i], of_h, adapter, dy[adapter.layer]);
       }
     }
