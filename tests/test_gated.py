@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from numbers_policy import DTYPES, check_odd_addresses, same_with_any_threads, short, transposed
 from torch import Tensor
 
+import peft_kernels as pk
 import testing
 
 ops = torch.ops.peft_kernels
@@ -208,3 +209,28 @@ def test_gated_activation_refuses(compiled_ops: Any, name: str) -> None:
             compiled_ops.gated_activation_backward(up, gate, gate, activation)
     with pytest.raises(RuntimeError, match="expected float32, bfloat16 or float16, got Double"):
         compiled_ops.gated_activation(gate.double(), gate.double(), "silu")
+
+
+def test_gated_mlp_drops_in_the_same_places(backend: str) -> None:
+    """Of as many features inside as outside, so that one stream for all layers would drop the same places."""
+    if backend == "reference":
+        pytest.skip("it is what the others are compared with")
+    features, rank = 24, 4
+
+    def layer(seed: int) -> pk.AdaptedLinear:
+        weight = testing.tensor(features, features, seed=seed)
+        a, b = testing.tensor(rank, features, seed=seed + 1), testing.tensor(features, rank, seed=seed + 2)
+        return pk.AdaptedLinear(weight, None, [pk.Adapter(a.requires_grad_(), b.requires_grad_(), 0.5, 0.4)])
+
+    def results() -> list[Tensor]:
+        layers, x = [layer(seed) for seed in (1, 4, 7)], testing.tensor(9, features).requires_grad_()
+        torch.manual_seed(5)
+        y = pk.gated_mlp(x, *layers)
+        leaves = [x, *(t for one in layers for t in (one.adapters[0].lora_a, one.adapters[0].lora_b))]
+        return [y, *torch.autograd.grad(y, leaves, testing.tensor(9, features, seed=11))]
+
+    got = results()
+    with pk.use_backend("reference"):
+        want = results()
+    for ours, theirs in zip(got, want, strict=True):
+        assert testing.relative_error(ours, theirs) < 1e-5
