@@ -22,7 +22,7 @@ from .ops.linear import nf4_linear
 from .ops.lora import lora_linear
 from .ops.multi_bottleneck import BottleneckParameters, multi_bottleneck
 from .ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
-from .ops.rms_norm import rms_norm
+from .ops.rms_norm import add_rms_norm, rms_norm
 from .ops.rotary import rotary
 from .ops.token_loss import linear_cross_entropy, token_log_probs
 from .patch import explain, patch, patched, unpatch
@@ -38,6 +38,7 @@ __all__ = [
     "BottleneckParameters",
     "NF4Weight",
     "adapters",
+    "add_rms_norm",
     "attention",
     "bottleneck",
     "dora_linear",

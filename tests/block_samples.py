@@ -11,19 +11,31 @@ import testing
 
 
 def rms_norm_args(
-    dtype: torch.dtype = torch.float32, weight: torch.dtype = torch.float32, frozen: bool = False
-) -> tuple[Any, ...]:
+    dtype: torch.dtype = torch.float32, weight: torch.dtype = torch.float32, frozen: bool = False,
+    offset: float = 0.0, rounds: bool = True, result: torch.dtype | None = None,
+) -> tuple[Any, ...]:  # fmt: skip
     return (
         leaf(2, 3, K, dtype=dtype),
         leaf(K, dtype=weight, seed=1).detach().requires_grad_(not frozen),
         1e-5,
+        offset,
+        rounds,
+        result or torch.promote_types(dtype, weight),
     )
 
 
-def rms_norm_backward_args(*needs: bool, **dtypes: torch.dtype) -> tuple[Any, ...]:
-    x, weight, eps = (t.detach() if isinstance(t, torch.Tensor) else t for t in rms_norm_args(**dtypes))
-    y, rstd = torch.ops.peft_kernels_reference.rms_norm(x, weight, eps)
-    return (testing.tensor(*y.shape, dtype=y.dtype, seed=2), x, weight, rstd, *needs)
+def add_rms_norm_args(residual: torch.dtype = torch.float32, **options: Any) -> tuple[Any, ...]:
+    x, *rest = rms_norm_args(**options)
+    return (x, leaf(2, 3, K, dtype=residual, seed=3), *rest)
+
+
+def rms_norm_backward_args(*needs: bool, adds: bool = False, **options: Any) -> tuple[Any, ...]:
+    args = [t.detach() if isinstance(t, torch.Tensor) else t for t in rms_norm_args(**options)]
+    y, rstd = torch.ops.peft_kernels_reference.rms_norm(*args)
+    x, weight, _, offset, rounds, _ = args
+    add = testing.tensor(*x.shape, dtype=x.dtype, seed=4) if adds else None
+    dy = testing.tensor(*y.shape, dtype=y.dtype, seed=2)
+    return (dy, x, weight, rstd, add, offset, rounds, *needs)
 
 
 def angles(
@@ -50,11 +62,20 @@ def block_samples() -> dict[str, dict[str, tuple[Any, ...]]]:
             "frozen": rms_norm_args(frozen=True),
             "bf16": rms_norm_args(half, half),
             "bf16-by-fp32": rms_norm_args(half),
+            "to-bf16": rms_norm_args(result=half),
+            "gemma": rms_norm_args(half, offset=1.0, rounds=False, result=half),
+        },
+        "add_rms_norm": {
+            "fp32": add_rms_norm_args(),
+            "bf16": add_rms_norm_args(half, dtype=half, weight=half),
+            "bf16-to-fp32": add_rms_norm_args(dtype=half, frozen=True, result=half),
+            "fp32-to-bf16": add_rms_norm_args(half),
         },
         "rms_norm_backward": {
             "fp32": rms_norm_backward_args(True, True),
             "dx": rms_norm_backward_args(True, False, dtype=half),
             "dweight": rms_norm_backward_args(False, True, dtype=half, weight=half),
+            "added-to": rms_norm_backward_args(True, True, adds=True, offset=1.0, result=half),
         },
         "rotary": {
             "fp32": rotary_args(),

@@ -23,10 +23,18 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 pytestmark = pytest.mark.usefixtures("nan_outputs")
 
 
-def stock(x: Tensor, weight: Tensor, eps: float = EPS) -> Tensor:
-    """As LlamaRMSNorm: in fp32, rounded to x's dtype, times the weight; in fp64 where that is x's."""
+KINDS: dict[str, dict[str, Any]] = {
+    "llama": {}, "gemma": {"offset": 1.0, "casting": "gemma"}, "olmo2": {"casting": "gemma"},
+}  # fmt: skip
+
+
+def stock(x: Tensor, weight: Tensor, eps: float = EPS, offset: float = 0.0, casting: str = "llama") -> Tensor:
+    """As LlamaRMSNorm: in fp32, rounded to x's dtype, times the weight; as GemmaRMSNorm and Olmo2RMSNorm:
+    times the weight, then rounded. In fp64 where that is x's."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if casting == "gemma":
+        return (normed * (offset + weight.to(normed.dtype))).to(x.dtype)
     return weight * normed.to(x.dtype)
 
 
@@ -43,6 +51,13 @@ def results(forward: Any, x: Tensor, weight: Tensor, dy: Tensor) -> dict[str, Te
     y = forward(*leaves)
     dx, dweight = torch.autograd.grad(y, leaves, dy)
     return {"y": y.detach(), "dx": dx, "dweight": dweight}
+
+
+def check(got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    for name, value in got.items():
+        assert value.dtype == plain[name].dtype and value.shape == plain[name].shape, name
+        assert value.is_contiguous()
+        testing.assert_close(value, plain[name], truth[name], name)
 
 
 @each_dtype
@@ -73,6 +88,121 @@ def test_what_is_normed_is_rounded(backend: str, of_weight: torch.dtype) -> None
     x, weight, _ = inputs((64, 576), torch.bfloat16, of_weight)
     got, want = pk.rms_norm(x, weight, EPS), stock(x, weight)
     assert (got != want).double().mean() < 0.01
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", ["gemma", "olmo2"])
+def test_other_castings(backend: str, kind: str, dtype: torch.dtype) -> None:
+    """Of the result's dtype are no roundings but one: nearly all elements have stock's bits."""
+    options = KINDS[kind]
+    x, weight, _ = inputs(SHAPES["chains"], dtype, dtype)
+    dy = testing.tensor(*x.shape, dtype=dtype, seed=3)
+
+    def plain(x: Tensor, weight: Tensor) -> Tensor:
+        return stock(x, weight, **options)
+
+    got = results(lambda *args: pk.rms_norm(*args, EPS, **options), x, weight, dy)
+    wanted, truth = results(plain, x, weight, dy), results(plain, *(t.double() for t in (x, weight, dy)))
+    check(got, wanted, truth)
+    if dtype != torch.float32:
+        assert (got["y"] != wanted["y"]).double().mean() < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("of_x", [torch.float32, torch.bfloat16], ids=lambda dtype: f"of_{short(dtype)}")
+def test_results_of_another_dtype(backend: str, of_x: torch.dtype, dtype: torch.dtype) -> None:
+    """Rounded once more, and their gradients are of that dtype: bit for bit what a cast behind would give."""
+    x, weight, dy = inputs((70, 333), of_x, torch.float32)
+    dy = dy.to(dtype)
+    if dtype not in (of_x, torch.float32) and of_x != torch.float32:
+        with pytest.raises(ValueError, match=r"dtype: expected torch\.float32 or torch\.bfloat16 like x"):
+            pk.rms_norm(x, weight, EPS, dtype=dtype)
+        return
+    got = results(lambda *args: pk.rms_norm(*args, EPS, dtype=dtype), x, weight, dy)
+    want = results(lambda *args: pk.rms_norm(*args, EPS).to(dtype), x, weight, dy)
+    for name, value in got.items():
+        assert value.dtype == (dtype if name == "y" else want[name].dtype) and torch.equal(
+            value, want[name]
+        ), name
+
+
+def sums(forward: Any, x: Tensor, residual: Tensor, weight: Tensor, *grads: Tensor) -> dict[str, Tensor]:
+    leaves = [t.detach().requires_grad_() for t in (x, residual, weight)]
+    y, summed = forward(*leaves)
+    dx, dresidual, dweight = torch.autograd.grad((y, summed), leaves, grads)
+    found = {"y": y, "sum": summed, "dx": dx, "dresidual": dresidual, "dweight": dweight}
+    return {name: value.detach() for name, value in found.items()}
+
+
+def added(x: Tensor, residual: Tensor, weight: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    summed = x + residual
+    return stock(summed, weight, **options), summed
+
+
+@each_dtype
+@pytest.mark.parametrize("of_residual", DTYPES, ids=lambda dtype: f"to_{short(dtype)}")
+@pytest.mark.parametrize("kind", KINDS)
+def test_add_rms_norm(backend: str, kind: str, of_residual: torch.dtype, dtype: torch.dtype) -> None:
+    """Of two dtypes, too, as a branch under autocast and a stream in fp32 are."""
+    options = KINDS[kind]
+    total = torch.promote_types(dtype, of_residual)
+    for shape in ("odd", "chains", "chunks"):
+        x, weight, dy = inputs(SHAPES[shape], dtype, total)
+        given = x, testing.tensor(*x.shape, dtype=of_residual, seed=4), weight, dy.to(total)
+        given = *given, testing.tensor(*x.shape, dtype=total, seed=5)
+        before = [t.clone() for t in given]
+        got = sums(lambda *args: pk.add_rms_norm(*args, EPS, **options), *given)
+        plain = sums(lambda *args: added(*args, **options), *given)
+        truth = sums(lambda *args: added(*args, **options), *(t.double() for t in given))
+        assert torch.equal(got["sum"], plain["sum"])
+        if shape != "odd":
+            check(got, plain, truth)
+        assert all(torch.equal(a, b) for a, b in zip(given, before, strict=True)), "an input was changed"
+
+
+def test_add_rms_norm_gives_what_autocast_reads(backend: str) -> None:
+    """A branch in bf16 and a stream in fp32, normed for projections in bf16."""
+    x, weight, _ = inputs((70, 576), torch.bfloat16, torch.float32)
+    residual = testing.tensor(70, 576, seed=4)
+    got = pk.add_rms_norm(x, residual, weight, EPS, dtype=torch.bfloat16)
+    want = pk.add_rms_norm(x, residual, weight, EPS)
+    assert torch.equal(got[0], want[0].bfloat16()) and torch.equal(got[1], want[1])
+    assert got[0].dtype == torch.bfloat16 and got[1].dtype == torch.float32
+
+
+@pytest.mark.parametrize("used", ["y", "sum", "neither"])
+def test_one_result_is_not_used(backend: str, used: str) -> None:
+    """Its gradient is none, and costs nothing."""
+    x, weight, dy = inputs((70, 40), torch.float32, torch.float32)
+    leaves = [t.clone().requires_grad_() for t in (x, 2 * x, weight)]
+    y, summed = pk.add_rms_norm(*leaves, EPS)
+    if used == "neither":
+        assert y.requires_grad and summed.requires_grad
+        return
+    got = torch.autograd.grad(y if used == "y" else summed, leaves, dy, allow_unused=True)
+    if used == "sum":
+        assert torch.equal(got[0], dy) and torch.equal(got[1], dy)
+        assert got[2] is None or not got[2].any()
+    else:
+        want = results(lambda *args: pk.rms_norm(*args, EPS), 3 * x, weight, dy)
+        for value, name in zip(got, ("dx", "dx", "dweight"), strict=True):
+            torch.testing.assert_close(value, want[name], rtol=1e-5, atol=1e-6)
+
+
+def test_add_rms_norm_saves_the_sum_alone(backend: str) -> None:
+    x, weight, _ = inputs((70, 33), torch.bfloat16, torch.float32)
+    saved: list[Tensor] = []
+
+    def save(t: Tensor) -> Tensor:
+        saved.append(t)
+        return t
+
+    residual = testing.tensor(70, 33, seed=4).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda t: t):
+        pk.add_rms_norm(x.requires_grad_(), residual, weight, EPS)
+    assert [(t.numel(), t.dtype) for t in saved] == [
+        (33, torch.float32), (70 * 33, torch.float32), (70, torch.float32)
+    ]  # fmt: skip
 
 
 def test_eps_counts(backend: str) -> None:
@@ -117,7 +247,7 @@ def test_only_what_is_trained_gets_a_gradient(backend: str, dtype: torch.dtype) 
         assert got is not None and torch.equal(got, want["dx" if x_trained else "dweight"])
         assert leaves[1 if x_trained else 0].grad is None
         assert [t.numel() for t in saved] == [x.numel(), 33, 70]  # and an fp32 number for each row
-        frozen = ops.rms_norm_backward(dy, x, weight, saved[2], x_trained, not x_trained)
+        frozen = ops.rms_norm_backward(dy, x, weight, saved[2], None, 0.0, True, x_trained, not x_trained)
         assert [t.numel() > 0 for t in frozen] == [x_trained, not x_trained]
 
 
@@ -139,11 +269,15 @@ def test_rms_norm_reads_views(backend: str) -> None:
 @each_dtype
 def test_rms_norm_at_odd_addresses(backend: str, dtype: torch.dtype) -> None:
     x, weight, dy = inputs((24, 64), dtype, dtype)
-    check_odd_addresses(backend, lambda *args: ops.rms_norm(*args, EPS), (x, weight))
-    rstd = ops.rms_norm(x, weight, EPS)[1]
-    check_odd_addresses(
-        backend, lambda *args: ops.rms_norm_backward(*args, True, True), (dy, x, weight, rstd)
-    )
+    how = EPS, 0.0, True, dtype
+    check_odd_addresses(backend, lambda *args: ops.rms_norm(*args, *how), (x, weight))
+    check_odd_addresses(backend, lambda *args: ops.add_rms_norm(*args, *how), (x, dy, weight))
+    rstd = ops.rms_norm(x, weight, *how)[1]
+
+    def backward(dy: Tensor, x: Tensor, weight: Tensor, rstd: Tensor, add: Tensor) -> Any:
+        return ops.rms_norm_backward(dy, x, weight, rstd, add, 0.0, True, True, True)
+
+    check_odd_addresses(backend, backward, (dy, x, weight, rstd, x + 1))
 
 
 def test_rms_norm_with_any_threads(backend: str) -> None:
@@ -162,6 +296,11 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "device": ("weight: expected device cpu like x, got meta", {"weight": torch.ones(8, device="meta")}),
     "eps": ("eps: expected a number that is not negative, got -1.0", {"eps": -1.0}),
     "nan": ("eps: expected a number that is not negative, got nan", {"eps": float("nan")}),
+    "casting": ("casting: expected one of llama, gemma, got 'fp32'", {"casting": "fp32"}),
+    "dtype": (
+        "dtype: expected torch.float32 or torch.float32 like x, got torch.int64",
+        {"dtype": torch.long},
+    ),
 }
 
 
@@ -173,19 +312,46 @@ def test_rms_norm_refuses(case: str) -> None:
         pk.rms_norm(**given | wrong)
 
 
+@pytest.mark.parametrize(
+    "residual, message",
+    [
+        (torch.ones(8), r"residual: expected shape \(3, 8\) like x, got \(8,\)"),
+        (torch.ones(3, 8).int(), "residual: expected a floating dtype, got torch.int32"),
+        (torch.ones(3, 8, device="meta"), "residual: expected device cpu like x, got meta"),
+    ],
+    ids=["shape", "dtype", "device"],
+)
+def test_add_rms_norm_refuses(residual: Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pk.add_rms_norm(torch.ones(3, 8), residual, torch.ones(8))
+
+
 def test_the_op_refuses() -> None:
     """What memory safety rests on, where a caller has gone round the typed call."""
     if (reason := testing.unavailable("cpu")) is not None:
         pytest.skip(f"cpu: {reason}")
     cpu: Any = torch.ops.peft_kernels_cpu
     x, weight, rstd = torch.ones(3, 8), torch.ones(8), torch.ones(3)
+    how, rest = (EPS, 0.0, True, torch.float32), (None, 0.0, True, True, True)
     for message, call in (
-        ("x: expected 7 features, got 8", lambda: cpu.rms_norm(x, torch.ones(7), EPS)),
-        (r"weight: expected shape \(features,\)", lambda: cpu.rms_norm(x, torch.ones(8, 1), EPS)),
-        ("x: expected float32, bfloat16 or float16", lambda: cpu.rms_norm(x.double(), weight, EPS)),
-        (r"dy: expected shape \[3, 8\]", lambda: cpu.rms_norm_backward(x[:2], x, weight, rstd, True, True)),
-        ("dy: expected Float", lambda: cpu.rms_norm_backward(x.half(), x, weight, rstd, True, True)),
-        (r"rstd: expected shape \[3\]", lambda: cpu.rms_norm_backward(x, x, weight, rstd[:2], True, True)),
+        ("x: expected 7 features, got 8", lambda: cpu.rms_norm(x, torch.ones(7), *how)),
+        (r"weight: expected shape \(features,\)", lambda: cpu.rms_norm(x, torch.ones(8, 1), *how)),
+        ("x: expected float32, bfloat16 or float16", lambda: cpu.rms_norm(x.double(), weight, *how)),
+        ("dtype: expected float32, bfloat16 or", lambda: cpu.rms_norm(x, weight, *how[:3], torch.double)),
+        (
+            "dtype: expected Float or Half like x",
+            lambda: cpu.rms_norm(x.half(), weight, *how[:3], torch.bfloat16),
+        ),
+        (r"residual: expected shape \[3, 8\]", lambda: cpu.add_rms_norm(x, x[:2], weight, *how)),
+        ("x: expected 7 features, got 8", lambda: cpu.add_rms_norm(x, x, torch.ones(7), *how)),
+        (r"dy: expected shape \[3, 8\]", lambda: cpu.rms_norm_backward(x[:2], x, weight, rstd, *rest)),
+        ("dy: expected Float or", lambda: cpu.rms_norm_backward(x.half(), x.bfloat16(), weight, rstd, *rest)),
+        (r"rstd: expected shape \[3\]", lambda: cpu.rms_norm_backward(x, x, weight, rstd[:2], *rest)),
+        ("add: expected Float", lambda: cpu.rms_norm_backward(x, x, weight, rstd, x.half(), *rest[1:])),
+        (
+            r"add: expected shape \[3, 8\]",
+            lambda: cpu.rms_norm_backward(x, x, weight, rstd, x[:2], *rest[1:]),
+        ),
     ):
         with pytest.raises(RuntimeError, match=message):
             call()

@@ -59,6 +59,7 @@ struct KernelTable {
   void (*attention_backward)(const AttentionParams& params, void* room);
   // Rows [begin, end); backward: `sums` is of these alone.
   void (*rms_norm)(const RmsNormParams& params, int64_t begin, int64_t end);
+  void (*add_rms_norm)(const RmsNormParams& params, int64_t begin, int64_t end);
   void (*rms_norm_backward)(const RmsNormParams& params, int64_t begin, int64_t end);
   // Tokens [begin, end) of all sequences.
   void (*rotary)(const RotaryParams& params, int64_t begin, int64_t end);

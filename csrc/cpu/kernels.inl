@@ -59,6 +59,7 @@ constexpr KernelTable kKernels = {
     attention,
     attention_backward,
     rms_norm,
+    add_rms_norm,
     rms_norm_backward,
     rotary,
     step,

@@ -281,16 +281,23 @@ inline constexpr int64_t kAttentionPad = 64;
 // Root mean square norm of rows, and its gradients.
 struct RmsNormParams {
   const void* x;  // [m, features]
-  DType dtype;    // of x and dx, and of what is normed before it meets the weight
+  DType dtype;    // of x and dx
   int64_t features;
   const float* weight;
   float eps;
-  DType out_dtype;  // of out and dy: as x, or fp32
+  DType out_dtype;  // of out and dy: as x, or fp32; any where x is fp32
   void* out;
-  float* rstd;     // [m]; backward: what the forward gave
-  const void* dy;  // backward
-  void* dx;        // or null
-  float* sums;     // [features] or null: the gradient of the weight
+  float* rstd;                // [m]; backward: what the forward gave
+  const void* dy;             // backward
+  void* dx;                   // or null
+  float* sums;                // [features] or null: the gradient of the weight
+  bool rounds = true;         // what is normed, to x's type, before it meets the weight
+  const void* add = nullptr;  // backward: like dx, which it is added to; or null
+  // add_rms_norm: x is sum, which gets residual, of its type, and branch, which is of that or x is fp32.
+  const void* branch = nullptr;
+  DType branch_dtype = DType::kF32;
+  const void* residual = nullptr;
+  void* sum = nullptr;
 };
 
 // Heads of [sequences, rows, heads, features], turned by the angles of their rows.

@@ -17,6 +17,13 @@ inline float sum_lanes(int64_t features, const Term& term) {
   return total;
 }
 
+// Lanes of a row that is normed, which has elements of type T, as they meet the weight.
+template <class T>
+inline Vec normed_lanes(const RmsNormParams& p, const T* x, int64_t count, Vec rstd) {
+  const Vec normed = mul(load_lanes(x, count), rstd);
+  return p.rounds ? rounded<T>(normed) : normed;
+}
+
 template <class T, class Out>
 void rms_norm_run(const RmsNormParams& p, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
@@ -28,11 +35,9 @@ void rms_norm_run(const RmsNormParams& p, int64_t begin, int64_t end) {
     });
     float root[kLanes];
     store(root, square_root(splat(squares / p.features + p.eps)));
-    const float rstd = 1.0f / root[0];
-    p.rstd[m] = rstd;
+    const Vec rstd = splat(p.rstd[m] = 1.0f / root[0]);
     for_lanes(0, p.features, [&](int64_t i, int64_t count) {
-      const Vec normed = rounded<T>(mul(load_lanes(x + i, count), splat(rstd)));
-      store_lanes(out + i, mul(load_lanes(p.weight + i, count), normed), count);
+      store_lanes(out + i, mul(load_lanes(p.weight + i, count), normed_lanes(p, x + i, count, rstd)), count);
     });
   }
 }
@@ -46,9 +51,8 @@ void rms_norm_backward_run(const RmsNormParams& p, int64_t begin, int64_t end) {
     const Vec rstd = splat(p.rstd[m]);
     if (p.sums) {
       for_lanes(0, p.features, [&](int64_t i, int64_t count) {
-        const Vec normed = rounded<T>(mul(load_lanes(x + i, count), rstd));
-        const Vec sum = fma(load_lanes(dy + i, count), normed, load_lanes(p.sums + i, count));
-        store_lanes(p.sums + i, sum, count);
+        const Vec normed = normed_lanes(p, x + i, count, rstd);
+        store_lanes(p.sums + i, fma(load_lanes(dy + i, count), normed, load_lanes(p.sums + i, count)), count);
       });
     }
     if (!p.dx) continue;
@@ -58,17 +62,20 @@ void rms_norm_backward_run(const RmsNormParams& p, int64_t begin, int64_t end) {
     });
     const Vec mean = splat(product / p.features);
     T* dx = static_cast<T*>(p.dx) + m * p.features;
+    const T* add_to = p.add ? static_cast<const T*>(p.add) + m * p.features : nullptr;
     for_lanes(0, p.features, [&](int64_t i, int64_t count) {
       const Vec d = mul(load_lanes(dy + i, count), load_lanes(p.weight + i, count));
       const Vec normed = mul(load_lanes(x + i, count), rstd);
-      store_lanes(dx + i, mul(rstd, sub(d, mul(normed, mean))), count);
+      const Vec start = add_to ? load_lanes(add_to + i, count) : zero();
+      store_lanes(dx + i, fma(rstd, sub(d, mul(normed, mean)), start), count);
     });
   }
 }
 
-// Calls run with a value of x's type and one of the result's, which is the same or fp32.
+// Calls run with a value of x's type and one of the result's.
 template <class Run>
 void with_norm_types(const RmsNormParams& p, const Run& run) {
+  if (p.dtype == DType::kF32) return with_type(p.out_dtype, [&](auto out) { run(float{}, out); });
   with_type(p.dtype, [&](auto type) { p.out_dtype == p.dtype ? run(type, type) : run(type, float{}); });
 }
 
@@ -80,4 +87,25 @@ void rms_norm(const RmsNormParams& p, int64_t begin, int64_t end) {
 void rms_norm_backward(const RmsNormParams& p, int64_t begin, int64_t end) {
   with_norm_types(
       p, [&](auto type, auto out) { rms_norm_backward_run<decltype(type), decltype(out)>(p, begin, end); });
+}
+
+template <class Branch, class T>
+void add_row(const RmsNormParams& p, int64_t m) {
+  const Branch* branch = static_cast<const Branch*>(p.branch) + m * p.features;
+  const T* residual = static_cast<const T*>(p.residual) + m * p.features;
+  T* sum = static_cast<T*>(p.sum) + m * p.features;
+  for_lanes(0, p.features, [&](int64_t i, int64_t count) {
+    store_lanes(sum + i, add(load_lanes(residual + i, count), load_lanes(branch + i, count)), count);
+  });
+}
+
+// Row by row: the sum is read again while it is in the first cache.
+void add_rms_norm(const RmsNormParams& p, int64_t begin, int64_t end) {
+  with_type(p.branch_dtype, [&](auto type) {
+    using Branch = decltype(type);
+    for (int64_t m = begin; m < end; ++m) {
+      p.dtype == p.branch_dtype ? add_row<Branch, Branch>(p, m) : add_row<Branch, float>(p, m);
+      rms_norm(p, m, m + 1);
+    }
+  });
 }

@@ -155,7 +155,9 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
         args, results = saving.restore(ctx)
         flags: Iterator[bool] = iter(ctx.needs_input_grad[1:])
         need = Need(*([next(flags) for _ in args[i]] if many else next(flags) for i, many in trained))
-        dy = grads[: len(results[0])] if first_is_list else grads[0]
+        dy: Any = grads[0]
+        if first_is_list or op.leaving > 1:
+            dy = grads[: len(results[0]) if first_is_list else op.leaving]
         if dy is None:  # no loss depends on it
             return (None,) * len(ctx.needs_input_grad)
         with _Without(_AUTOCAST):
@@ -199,6 +201,7 @@ class _Saving:
         self._saved = [(i, many) for i, many in tensors if op.arguments[i] not in op.described]
         self._described = [i for i, name in enumerate(op.arguments) if name in op.described]
         results = op.returns or ["y"]
+        self._leaving = op.leaving
         self._kept = [i for i, name in enumerate(results) if name in op.kept]
         self._described_results = [i for i, name in enumerate(results) if name in op.described]
         self._none: list[Any] = [None] * len(results)
@@ -221,7 +224,7 @@ class _Saving:
         if self._kept:
             kept = [results[i] for i in self._kept]
             tensors += kept
-            ctx.mark_non_differentiable(*(results[i] for i in self._kept if i))
+            ctx.mark_non_differentiable(*(results[i] for i in self._kept if i >= self._leaving))
             # No zeros for gradients that there are none of: as much memory as the results themselves.
             ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)

@@ -80,14 +80,18 @@ class Op:
     """Tensors, among arguments and results, of which backward needs but shape and dtype: `gradient.Like`.
     Other arguments are saved."""
     kept: ClassVar[tuple[str, ...]] = ()
-    """Results that are saved. All but the first leave the op for nothing else: they have no gradient."""
+    """Results that are saved."""
+    leaving: ClassVar[int] = 1
+    """How many results, the first ones, are for who calls. What is behind them leaves the op for nothing but
+    `kept`: it has no gradient."""
     twice_differentiable: ClassVar[bool] = False
     """Whether the gradient is made of differentiable ops. Else a gradient of it is refused."""
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Any) -> dict[str, Any]:
         """Gradients by the names of arguments, at least of those that `need` says. `dy` is the gradient of
-        the first result; `ops` are to be called."""
+        the first result, or a tuple of those of all that are `leaving`, some of them None; `ops` are to be
+        called."""
         raise NotImplementedError
 
     @staticmethod

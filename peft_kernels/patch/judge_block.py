@@ -21,7 +21,8 @@ from . import fused, sources
 Function = Callable[..., Any]
 
 _MODELS = "transformers.models"
-NORM = f"{_MODELS}.llama.modeling_llama.LlamaRMSNorm.forward"
+_GEMMA = f"{_MODELS}.gemma.modeling_gemma.GemmaRMSNorm"
+LAYER = f"{_MODELS}.llama.modeling_llama.LlamaDecoderLayer.forward"
 ROTARY = f"{_MODELS}.llama.modeling_llama.apply_rotary_pos_emb"
 ROTATED = f"{_MODELS}.llama.modeling_llama.rotate_half"
 ATTENTION = {
@@ -33,11 +34,31 @@ ATTENTION = {
 """Forwards that were read: whether heads of queries and keys are normed, and where the width of a sliding
 window is told."""
 
+NORM_NAMES = ("input_layernorm", "post_attention_layernorm")
+"""Of a decoder layer's norms, as Llama names them."""
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
 ORDINARY = (nn.Parameter, Tensor, FakeTensor)
 
-_norms: dict[Function, str] = {}
+_norms: dict[tuple[Function, Function | None], Norm | str] = {}
 _attentions: dict[tuple[Any, ...], Attention | str] = {}
+_layers: dict[Function, tuple[tuple[str, Any], ...] | None] = {}
+
+
+class Norm(NamedTuple):
+    """What the forward of a norm gives `rms_norm`, beside x and weight."""
+
+    eps: str
+    """The attribute of the module that holds it."""
+    offset: float
+    casting: str
+
+
+NORMS = {
+    f"{_MODELS}.llama.modeling_llama.LlamaRMSNorm.forward": Norm("variance_epsilon", 0.0, "llama"),
+    f"{_GEMMA}.forward": Norm("eps", 1.0, "gemma"),
+    f"{_MODELS}.olmo2.modeling_olmo2.Olmo2RMSNorm.forward": Norm("variance_epsilon", 0.0, "gemma"),
+}
+"""Forwards that were read."""
 
 
 class Attention(NamedTuple):
@@ -57,14 +78,21 @@ def is_norm(module: nn.Module) -> bool:
     return name.endswith("RMSNorm") and not module._modules and module._parameters.get("weight") is not None
 
 
-def norm(module: nn.Module) -> str:
-    """Why `rms_norm` does not compute what the class of a norm does, or ""."""
-    forward: Any = fused.plain_class(module).forward
-    found = _norms.get(forward)
+def norm(module: nn.Module) -> Norm | str:
+    """What the class of a norm computes, or why that is not known."""
+    cls: Any = fused.plain_class(module)
+    key = cls.forward, getattr(cls, "_norm", None)
+    found = _norms.get(key)
     if found is None:
-        known = sources.like(forward, NORM) is not None
-        found = _norms[forward] = "" if known else "its forward is none of the norms known here"
+        found = _norms[key] = _norm(*key)
     return found
+
+
+def _norm(forward: Function, helper: Function | None) -> Norm | str:
+    name = sources.like(forward, *NORMS)
+    if name == f"{_GEMMA}.forward" and (helper is None or sources.like(helper, f"{_GEMMA}._norm") is None):
+        name = None
+    return "its forward is none of the norms known here" if name is None else NORMS[name]
 
 
 def vector(weight: Any, device: torch.device | None = None) -> str:
@@ -79,6 +107,23 @@ def vector(weight: Any, device: torch.device | None = None) -> str:
 def elsewhere(device: torch.device) -> str:
     """Why nothing is gained on such a device, or ""."""
     return "" if device.type in ("cpu", "meta") else f"{device.type} has no kernel for it here"
+
+
+def layer(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:
+    """The arguments behind x of the forward of a decoder layer in Llama's words, with their defaults; None of
+    any other module."""
+    if not all(module._modules.get(name) is not None for name in (*NORM_NAMES, "self_attn", "mlp")):
+        return None
+    forward: Any = fused.plain_class(module).forward
+    if forward not in _layers:
+        known = sources.like(forward, LAYER) is not None
+        _layers[forward] = _defaults(forward) if known else None
+    return _layers[forward]
+
+
+def _defaults(forward: Function) -> tuple[tuple[str, Any], ...]:
+    _, _, *others = inspect.signature(forward).parameters.values()
+    return tuple((one.name, one.default) for one in others if one.kind is one.POSITIONAL_OR_KEYWORD)
 
 
 def is_attention(module: nn.Module) -> bool:

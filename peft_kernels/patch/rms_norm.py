@@ -14,7 +14,7 @@ from .fused import RECORD, Fused
 
 
 class FusedRmsNorm(Fused):
-    """weight * (x / root mean square of x)."""
+    """Weight, or 1 + weight, times x / root mean square of x."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         record = self.__dict__.get(RECORD)
@@ -36,20 +36,33 @@ def _run(module: Any, args: Any, kwargs: dict[str, Any]) -> Tensor | str:
     (x,) = args
     if judge_block.elsewhere(x.device):
         return ""
+    found = operands(module, x)
+    if isinstance(found, str):
+        return found
+    weight, eps, how = found
+    return rms_norm(x, weight, eps, **how)
+
+
+def operands(module: Any, x: Tensor) -> tuple[Tensor, float, dict[str, Any]] | str:
+    """What a norm computes with besides x, as `rms_norm` takes it, or why it cannot."""
+    kind = judge_block.norm(module)
+    if isinstance(kind, str):
+        return kind
     d = module.__dict__
     weight = d["_parameters"].get("weight")
     if weight is None:  # of a replica, or FSDP's view
         weight = d.get("weight")
-    reason = judge_block.norm(module) or judge_block.vector(weight, x.device)
+    reason = judge_block.vector(weight, x.device)
     if reason:
         return reason
     if x.dtype not in DTYPES or type(x) not in judge_block.ORDINARY:
         return f"x is a {type(x).__name__} of {x.dtype}"
-    return rms_norm(x, weight, module.variance_epsilon)
+    return weight, getattr(module, kind.eps), {"offset": kind.offset, "casting": kind.casting}
 
 
 def examine(module: nn.Module) -> str | None:
     """Why a norm would not run fused, or ""; None for a module that is none."""
     if not judge_block.is_norm(module):
         return None
-    return judge_block.norm(module) or judge_block.vector(module._parameters["weight"])
+    kind = judge_block.norm(module)
+    return kind if isinstance(kind, str) else judge_block.vector(module._parameters["weight"])

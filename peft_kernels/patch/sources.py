@@ -92,6 +92,20 @@ KNOWN: dict[str, dict[str, str]] = {
     "transformers.models.llama.modeling_llama.LlamaRMSNorm.forward": {
         "2f53ab0ccb1a5679": "5.0.0 to 5.24.0",
     },
+    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm.forward": {
+        "eb2b79c61fd5c59a": "5.0.0 to 5.24.0",
+    },
+    "transformers.models.gemma.modeling_gemma.GemmaRMSNorm._norm": {
+        "4a3e49eb57fd8d1c": "5.0.0 to 5.24.0",
+    },
+    "transformers.models.olmo2.modeling_olmo2.Olmo2RMSNorm.forward": {
+        "cbd8715dd591c742": "5.0.0 to 5.24.0",
+    },
+    "transformers.models.llama.modeling_llama.LlamaDecoderLayer.forward": {
+        "32b079b20740fb2e": "5.0.0 to 5.2.0",
+        "d39fb29dbb6d1f76": "5.4.0 to 5.23.0",
+        "ed0862eba73f05fe": "5.24.0",
+    },
     "transformers.models.llama.modeling_llama.apply_rotary_pos_emb": {
         "8475d71fe5f5fa05": "5.0.0 to 5.12.0",
         "73b8f1be688e9d28": "5.18.0 to 5.24.0",
@@ -173,11 +187,23 @@ _MANAGER = contextlib.contextmanager(iter).__code__
 """Of every function that it has wrapped."""
 
 
+def _is_decorator(code: Any) -> bool:
+    """Whether this is the code of a wrapper that computes what is wrapped: contextlib's, transformers'
+    `deprecate_kwarg`, which gives arguments their new names, and what it puts around every forward of a layer
+    that can be checkpointed."""
+    return code is _MANAGER or _renames_arguments(code) or _checkpoints(code)
+
+
 def _renames_arguments(code: Any) -> bool:
-    """Whether this is the code of what transformers' `deprecate_kwarg` makes of a function: arguments get
-    their new names, and all else is as they were."""
     deprecation: Any = sys.modules.get("transformers.utils.deprecation")
     return deprecation is not None and code is deprecation.deprecate_kwarg("", "0")(fingerprint_of).__code__
+
+
+def _checkpoints(code: Any) -> bool:
+    layers: Any = sys.modules.get("transformers.modeling_layers")
+    made = getattr(layers, "GradientCheckpointingLayer", object).__init_subclass__
+    # Before transformers 5.24 it was `__call__` that checkpointed.
+    return any(code is one for one in getattr(_code(made), "co_consts", ()))
 
 
 @lru_cache(maxsize=256)
@@ -186,12 +212,16 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
 
     Comments, docstrings, annotations, blank lines and formatting do not count. A wrapper that took over the
     name of what it wraps (`functools.wraps`) has none either, unless both are of one file: then it is the
-    library's own decorator, and named in the source. So is contextlib's, and transformers' `deprecate_kwarg`.
+    library's own decorator, and named in the source. So are those of `_is_decorator`.
     """
-    inner, code = inspect.unwrap(function), _code(function)
+    links: list[Any] = [function]
+    while hasattr(links[-1], "__wrapped__"):
+        links.append(links[-1].__wrapped__)
+    inner = links[-1]
     try:
-        own = code is _MANAGER or _renames_arguments(code)
-        if not own and inspect.getsourcefile(inner) != inspect.getsourcefile(code):
+        file = inspect.getsourcefile(inner)
+        codes = map(_code, links)
+        if not all(_is_decorator(code) or inspect.getsourcefile(code) == file for code in codes):
             return None
         source = inspect.getsource(inner)
         # A method's lines are indented, and a string in it may have lines that are not.

@@ -74,6 +74,25 @@ PEFT_KERNELS_CASE(rms_norm) {
         return Arrays{out, rstd, dx, sums};
       };
       both(tested, use, like_scalar, name_of(dtype) + " to " + name_of(out_dtype));
+      const auto add = [&](const KernelTable& table) {
+        Array out(out_dtype, kRows * kFeatures), rstd(DType::kF32, kRows), sum(out_dtype, kRows * kFeatures);
+        const Array residual = normal(out_dtype, kRows * kFeatures, 4);
+        RmsNormParams params{};
+        params.x = params.sum = sum.data();
+        params.dtype = params.out_dtype = out_dtype;
+        params.features = kFeatures;
+        params.weight = weight.as<float>();
+        params.eps = 1e-5f;
+        params.out = out.data();
+        params.rstd = rstd.as<float>();
+        params.rounds = false;
+        params.branch = x.data();
+        params.branch_dtype = dtype;
+        params.residual = residual.data();
+        table.add_rms_norm(params, 0, kRows);
+        return Arrays{out, rstd, sum};
+      };
+      both(tested, add, like_scalar, name_of(dtype) + " added to " + name_of(out_dtype));
     }
   }
 }
