@@ -115,6 +115,19 @@ def test_a_decorator_of_the_same_file_counts_by_its_name(tmp_path: Path) -> None
     assert found != fingerprint(made(tmp_path, decorated.replace("@once", "")))
 
 
+def test_what_checkpoints_is_looked_through_and_no_more() -> None:
+    """transformers puts its own around the forward of every layer that can be checkpointed, also around one
+    that somebody has wrapped."""
+    modeling_layers = pytest.importorskip("transformers.modeling_layers")
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    forward = LlamaDecoderLayer.forward
+    assert known(forward)
+    wrapped = functools.wraps(forward)(lambda *args: None)
+    layer = type("Layer", (modeling_layers.GradientCheckpointingLayer,), {"forward": wrapped})
+    assert fingerprint(layer.forward) is None
+
+
 def test_without_a_source_there_is_no_fingerprint() -> None:
     space: dict[str, Any] = {}
     exec("def forward(self, x): return x", space)

@@ -62,7 +62,7 @@ def _run(
     if isinstance(sides, str):
         return sides
     values, dtypes = sides
-    inside = _inside(module, cache)
+    inside = rounds_to(module, cache)
     if inside is None or about.normed:
         values = [t.to(dtype) for t, dtype in zip(values, dtypes, strict=True)]
     q, k, v = (t.view(*x.shape[:-1], -1, module.head_dim) for t in values)
@@ -124,7 +124,7 @@ def _projections(module: Any, x: Tensor) -> tuple[Sequence[Tensor], Sequence[tor
     return multi_lora_linear(x.to(dtype), layers, None, compute), [base.out_dtype for base in bases]
 
 
-def _inside(module: Any, cache: Any) -> torch.dtype | None:
+def rounds_to(module: Any, cache: Any) -> torch.dtype | None:
     """The dtype that attention rounds its arguments to, if that can be done before: in training nobody goes
     on with a cache, and else it keeps what the original forward would put there."""
     dtype = autocast_dtype("cpu")

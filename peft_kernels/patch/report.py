@@ -13,6 +13,8 @@ from ..nf4.experts import NF4Experts
 from . import fused, judge, judge_experts, judge_loss, judge_prefix
 from .attention import FusedAttention
 from .attention import examine as examine_attention
+from .decoder_layer import FusedDecoderLayer
+from .decoder_layer import examine as examine_decoder_layer
 from .experts import FusedParameters
 from .fused import Fused, Record
 from .gated_mlp import Facts, FusedMlp
@@ -26,7 +28,7 @@ from .rms_norm import examine as examine_norm
 
 PREFIX = "PEFT prefix tuning"
 LOSS = "loss without logits"
-MLP, NORM, ATTENTION = "gated MLP", "norm", "attention"
+MLP, NORM, ATTENTION, LAYER = "gated MLP", "norm", "attention", "decoder layer"
 
 
 @dataclass
@@ -97,11 +99,12 @@ def examine_block(module: nn.Module) -> Finding | None:
 
 
 def examine_between(module: nn.Module) -> Finding | None:
-    """As `examine`, for what lies between the products of a block: norms, and attention modules with their
-    rotary embedding."""
+    """As `examine`, for what lies between the products of a block: norms, attention modules with their rotary
+    embedding, and the layers that hold both."""
     for kind, look, mixin in (
         (NORM, examine_norm, FusedRmsNorm),
         (ATTENTION, examine_attention, FusedAttention),
+        (LAYER, examine_decoder_layer, FusedDecoderLayer),
     ):
         reason = look(module)
         if reason is not None:
@@ -111,7 +114,7 @@ def examine_between(module: nn.Module) -> Finding | None:
 
 def is_between(module: nn.Module) -> bool:
     """Whether a module was fused because `examine_between` found it."""
-    return isinstance(module, (FusedRmsNorm, FusedAttention))
+    return isinstance(module, (FusedRmsNorm, FusedAttention, FusedDecoderLayer))
 
 
 def examine_prefix(module: nn.Module) -> Finding | None:
@@ -179,7 +182,7 @@ class LayerReport:
             return examine_prefix
         if self.kind.startswith(LOSS):
             return examine_loss
-        if self.kind.startswith((NORM, ATTENTION)):
+        if self.kind.startswith((NORM, ATTENTION, LAYER)):
             return examine_between
         return examine_block if self.kind.startswith(MLP) else examine
 
