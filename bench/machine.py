@@ -46,6 +46,8 @@ def header(facts: dict[str, Any]) -> str:
         ", ".join(f"{name} {versions[name] or '-'}" for name in ("torch", "bitsandbytes", "peft"))
         + f"; torch's instruction set {facts['torch_isa']}",
     ]
+    if facts.get("memory_kept"):
+        lines.append("freed memory is kept by the process (pk.keep_freed_memory)")
     if versions["bitsandbytes"] and not versions["kernels"]:
         lines.append("bitsandbytes' evaluation mode runs its built-in CPU kernel: `kernels` is not installed")
     return "\n".join(lines)

@@ -85,6 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", category=FutureWarning)  # of peers about each other
     if options.threads:
         torch.set_num_threads(options.threads)
+    import peft_kernels as pk
     import testing
     from bench import (
         attention,
@@ -162,7 +163,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     timing = report.Timing(options.min_time or (1.0 if by_budget else 3.0), options.repeats)
     options.output.mkdir(parents=True, exist_ok=True)
     with testing.running_on(f"cpu-{options.isa}") if options.isa else contextlib.nullcontext():
-        facts = machine.describe()
+        facts = machine.describe() | {"memory_kept": options.keep_memory and pk.keep_freed_memory()}
         header = machine.header(facts)
         print(f"{header}\n{session.estimate(chosen, timing, limit)}", flush=True)
         done = session.run(
@@ -197,6 +198,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--isa", default="", metavar="LEVEL", help="hold our kernels to scalar, avx2, avx512, ...")
     add("--machine", default="", metavar="LEVEL", help="hold torch, oneDNN, MKL and bitsandbytes to it, too")
     add("--threads", type=int, default=0, metavar="N", help="for all contenders (torch's choice)")
+    add("--keep-memory", action="store_true", help="pk.keep_freed_memory() first, for all contenders")
     add("--min-time", type=float, metavar="S", help="to time a case (1; with --full or --only 3)")
     add("--repeats", type=int, default=5, metavar="N", help="least number of rounds (5)")
     add(

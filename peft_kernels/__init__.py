@@ -12,6 +12,7 @@ from __future__ import annotations
 from . import adapters, dispatch, nn, optim, prefix, prompts, serving
 from .checkpoints.load import load_checkpoint
 from .dispatch import use_backend
+from .host_memory import keep_freed_memory
 from .nf4.weight import NF4Weight
 from .ops.attention import attention
 from .ops.bottleneck import bottleneck
@@ -47,6 +48,7 @@ __all__ = [
     "explain",
     "gated_activation",
     "gated_mlp",
+    "keep_freed_memory",
     "linear_cross_entropy",
     "load_checkpoint",
     "lora_linear",

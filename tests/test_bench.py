@@ -25,6 +25,7 @@ from bench_checks import (
 )
 from broken_ops import break_op
 
+import peft_kernels as pk
 import testing
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
@@ -262,6 +263,18 @@ def test_isa_option_holds_our_kernels_to_a_level(tmp_path: Path, monkeypatch: py
     arguments = ["--full", "--isa", "scalar"]
     _, (line,), _ = run_of(monkeypatch, tmp_path, cases.dequantize(TINY, "bf16"), arguments=arguments)
     assert line["isa"] == "scalar"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_kept_memory_is_told(
+    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(pk, "keep_freed_memory", lambda: calls.append(True) or True)
+    arguments = ["--full", *(["--keep-memory"] if asked else [])]
+    _, (line,), _ = run_of(monkeypatch, tmp_path, cases.dequantize(TINY, "bf16"), arguments=arguments)
+    assert line["memory_kept"] is asked and calls == [True] * asked
+    assert ("freed memory is kept by the process" in capsys.readouterr().out) is asked
 
 
 def test_no_picture_of_nothing(tmp_path: Path) -> None:
