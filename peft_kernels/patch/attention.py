@@ -63,14 +63,15 @@ def _run(
         return sides
     values, dtypes = sides
     inside = rounds_to(module, cache)
-    if inside is None or about.normed:
+    if inside is None or about.words.normed:
         values = [t.to(dtype) for t, dtype in zip(values, dtypes, strict=True)]
     q, k, v = (t.view(*x.shape[:-1], -1, module.head_dim) for t in values)
-    if about.normed:
+    if about.words.normed:
         q, k = module.q_norm(q), module.k_norm(k)
-    q, k = rotary(q, k, cos, sin, inside)
+    if not about.words.rotates or getattr(module, about.words.rotates):
+        q, k = rotary(q, k, cos, sin, inside)
     if inside is not None:
-        v = v.to(inside)
+        q, k, v = (t.to(inside) for t in (q, k, v))
     y, weights = _attend(module, about, [t.transpose(1, 2) for t in (q, k, v)], attention_mask, cache, kwargs)
     return module.o_proj(y.reshape(*x.shape[:-1], -1).contiguous()), weights
 
@@ -146,15 +147,15 @@ def _attend(
     if cache is not None:
         more = {"kwargs": kwargs} if about.cache == "cache" else {}
         k, v = cache.update(k, v, module.layer_idx, **more)
-    window: dict[str, Any] = {}
-    if about.window:
-        holder = module.config if about.window == "config" else module
-        window["sliding_window"] = getattr(holder, "sliding_window", None)
+    told = {
+        keyword: getattr(getattr(module, holder) if holder else module, name, None)
+        for keyword, holder, name in about.words.passed
+    }
     functions, eager = about.names["ALL_ATTENTION_FUNCTIONS"], about.names["eager_attention_forward"]
     attend = functions.get_interface(module.config._attn_implementation, eager)
     dropout = module.attention_dropout if module.training else 0.0
     found: tuple[Tensor, Any] = attend(
-        module, q, k, v, attention_mask, dropout=dropout, scaling=module.scaling, **window, **kwargs
+        module, q, k, v, attention_mask, dropout=dropout, scaling=module.scaling, **told, **kwargs
     )
     return found
 

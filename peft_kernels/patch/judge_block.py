@@ -22,17 +22,13 @@ Function = Callable[..., Any]
 
 _MODELS = "transformers.models"
 _GEMMA = f"{_MODELS}.gemma.modeling_gemma.GemmaRMSNorm"
-LAYER = f"{_MODELS}.llama.modeling_llama.LlamaDecoderLayer.forward"
+LAYERS = (
+    f"{_MODELS}.llama.modeling_llama.LlamaDecoderLayer.forward",
+    f"{_MODELS}.mixtral.modeling_mixtral.MixtralDecoderLayer.forward",
+)
+"""One and the same, but for the order of their arguments."""
 ROTARY = f"{_MODELS}.llama.modeling_llama.apply_rotary_pos_emb"
 ROTATED = f"{_MODELS}.llama.modeling_llama.rotate_half"
-ATTENTION = {
-    f"{_MODELS}.llama.modeling_llama.LlamaAttention.forward": (False, ""),
-    f"{_MODELS}.mistral.modeling_mistral.MistralAttention.forward": (False, "config"),
-    f"{_MODELS}.qwen2.modeling_qwen2.Qwen2Attention.forward": (False, "module"),
-    f"{_MODELS}.qwen3.modeling_qwen3.Qwen3Attention.forward": (True, "module"),
-}
-"""Forwards that were read: whether heads of queries and keys are normed, and where the width of a sliding
-window is told."""
 
 NORM_NAMES = ("input_layernorm", "post_attention_layernorm")
 """Of a decoder layer's norms, as Llama names them."""
@@ -61,11 +57,41 @@ NORMS = {
 """Forwards that were read."""
 
 
+class Words(NamedTuple):
+    """What the forward of an attention module does that others do not."""
+
+    normed: bool = False
+    """Heads of queries and keys are."""
+    passed: tuple[tuple[str, str, str], ...] = ()
+    """What the attention function is told besides: its keyword, and the attribute of the module, or of its
+    `config`, that has it."""
+    rotates: str = ""
+    """The attribute of the module that tells whether queries and keys are turned; "" where all are."""
+
+
+_WINDOW = ("sliding_window", "", "sliding_window")
+ATTENTION = {
+    f"{_MODELS}.llama.modeling_llama.LlamaAttention.forward": Words(),
+    f"{_MODELS}.mistral.modeling_mistral.MistralAttention.forward": Words(
+        passed=(("sliding_window", "config", "sliding_window"),)
+    ),
+    f"{_MODELS}.qwen2.modeling_qwen2.Qwen2Attention.forward": Words(passed=(_WINDOW,)),
+    f"{_MODELS}.qwen3.modeling_qwen3.Qwen3Attention.forward": Words(normed=True, passed=(_WINDOW,)),
+    f"{_MODELS}.gemma2.modeling_gemma2.Gemma2Attention.forward": Words(
+        passed=(_WINDOW, ("softcap", "", "attn_logit_softcapping"))
+    ),
+    f"{_MODELS}.gemma3.modeling_gemma3.Gemma3Attention.forward": Words(normed=True, passed=(_WINDOW,)),
+    f"{_MODELS}.smollm3.modeling_smollm3.SmolLM3Attention.forward": Words(
+        passed=(_WINDOW,), rotates="use_rope"
+    ),
+}
+"""Forwards that were read."""
+
+
 class Attention(NamedTuple):
     """What the forward of an attention module does, and with what."""
 
-    normed: bool
-    window: str
+    words: Words
     cache: str
     """Its name for the cache of keys and values."""
     names: dict[str, Any]
@@ -116,7 +142,7 @@ def layer(module: nn.Module) -> tuple[tuple[str, Any], ...] | None:
         return None
     forward: Any = fused.plain_class(module).forward
     if forward not in _layers:
-        known = sources.like(forward, LAYER) is not None
+        known = sources.like(forward, *LAYERS) is not None
         _layers[forward] = _defaults(forward) if known else None
     return _layers[forward]
 
@@ -153,4 +179,4 @@ def _attention(forward: Function, rotary: Any, half: Any, names: dict[str, Any])
     if sources.like(rotary, ROTARY) is None or half is None or sources.like(half, ROTATED) is None:
         return "its rotary embedding is none of those known here"
     cache = next(n for n in ("cache", "past_key_values") if n in inspect.signature(forward).parameters)
-    return Attention(*ATTENTION[name], cache, names)
+    return Attention(ATTENTION[name], cache, names)

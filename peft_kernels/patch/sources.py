@@ -106,6 +106,11 @@ KNOWN: dict[str, dict[str, str]] = {
         "d39fb29dbb6d1f76": "5.4.0 to 5.23.0",
         "ed0862eba73f05fe": "5.24.0",
     },
+    "transformers.models.mixtral.modeling_mixtral.MixtralDecoderLayer.forward": {
+        "fb3eb7a5935dc115": "5.0.0 to 5.2.0",
+        "8fac77c75941d335": "5.4.0 to 5.23.0",
+        "028301c8ba3c9f6e": "5.24.0",
+    },
     "transformers.models.llama.modeling_llama.apply_rotary_pos_emb": {
         "8475d71fe5f5fa05": "5.0.0 to 5.12.0",
         "73b8f1be688e9d28": "5.18.0 to 5.24.0",
@@ -128,6 +133,18 @@ KNOWN: dict[str, dict[str, str]] = {
     "transformers.models.qwen3.modeling_qwen3.Qwen3Attention.forward": {
         "c2f7f42a93e75204": "5.6.0 to 5.23.0",
         "1bc6152015a9eceb": "5.24.0",
+    },
+    "transformers.models.gemma2.modeling_gemma2.Gemma2Attention.forward": {
+        "9eaf23b572ce8b65": "5.4.0 to 5.23.0",
+        "f2e874e130deb1ec": "5.24.0",
+    },
+    "transformers.models.gemma3.modeling_gemma3.Gemma3Attention.forward": {
+        "177ee839610bb9d5": "5.4.0 to 5.23.0",
+        "891d744f7e604de4": "5.24.0",
+    },
+    "transformers.models.smollm3.modeling_smollm3.SmolLM3Attention.forward": {
+        "d22ab01dd7083c76": "5.4.0 to 5.23.0",
+        "785b397087e82e6a": "5.24.0",
     },
     "transformers.pytorch_utils.Conv1D.forward": {
         "dcf8ce4ff2064634": "5.0.0 to 5.24.0",

@@ -19,8 +19,14 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
+FURTHER: dict[str, dict[str, Any]] = {
+    "Gemma2": {"attn_logit_softcapping": 5.0}, "SmolLM3": {"no_rope_layers": [1, 0], "eos_token_id": 1}
+}  # fmt: skip
+
+
 def family(name: str, **options: Any) -> Any:
-    config = getattr(transformers, f"{name}Config")(**SIZES | options)
+    kind = "Gemma3Text" if name == "Gemma3" else name
+    config = getattr(transformers, f"{kind}Config")(**SIZES | FURTHER.get(name, {}) | options)
     torch.manual_seed(0)
     return getattr(transformers, f"{name}ForCausalLM")(config).eval()
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from peft_kernels.patch import decoder_layer
 
-FAMILIES = {"Llama": 2, "Mistral": 2, "Qwen3": 2, "Gemma": 2, "Granite": 0, "Gemma2": 0}
+FAMILIES = {"Llama": 2, "Mistral": 2, "Qwen3": 2, "Gemma": 2, "Mixtral": 2, "Granite": 0, "Gemma2": 0}
 """And how many of their layers are written in Llama's words."""
 
 
