@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.base import DTYPES
+from ..nf4.sharded_weight import is_dtensor
 from ..ops.rms_norm import rms_norm
 from . import judge_block
 from .fused import RECORD, Fused
@@ -65,4 +66,9 @@ def examine(module: nn.Module) -> str | None:
     if not judge_block.is_norm(module):
         return None
     kind = judge_block.norm(module)
-    return kind if isinstance(kind, str) else judge_block.vector(module._parameters["weight"])
+    weight: Any = module._parameters["weight"]
+    if isinstance(kind, str):
+        return kind
+    if is_dtensor(weight):  # whole in a call, as `fully_shard` makes it; else the call tells
+        return judge_block.elsewhere(weight.device)
+    return judge_block.vector(weight)

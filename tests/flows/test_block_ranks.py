@@ -1,0 +1,81 @@
+"""What lies between the products of a block, in DistributedDataParallel and FSDP2: two processes over gloo,
+with the gradients of stock in one process on the whole batch."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from flow_checks import Calls, assert_near, block_fallbacks, language_loss
+from flow_models import adapted, ids, llama
+from ranks import assert_nothing_told, told_by_rank
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import peft_kernels as pk
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
+]
+
+
+def compare(wrap: Any, wrapped_first: bool) -> None:
+    """With norms that are trained, so that their weights are sharded and their gradients summed."""
+    stock = adapted(llama("nf4"))
+    for name, parameter in stock.named_parameters():
+        if "norm" in name:
+            parameter.requires_grad_()
+    model = copy.deepcopy(stock)
+    if wrapped_first:
+        wrapped, report = wrap(model), pk.patch(model, block=True)
+    else:
+        report, wrapped = pk.patch(model, block=True), wrap(model)
+    assert all(entry.fused for entry in report.blocks) and len(report.blocks) == 11, report.details()
+    parts = ids(rows=4).chunk(2)
+    with Calls() as calls:
+        loss = language_loss(wrapped, parts[dist.get_rank()])
+    assert calls.counts["add_rms_norm"] == calls.counts["rotary"] == 2, dict(calls.counts)
+    loss.backward()
+    for part in parts:
+        (language_loss(stock, part) / 2).backward()
+    want = {n: p.grad for n, p in stock.named_parameters() if p.grad is not None}
+    grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    got = {n: g.full_tensor() if hasattr(g, "full_tensor") else g for n, g in grads.items()}
+    assert want.keys() == got.keys() and sum("norm" in name for name in want) == 5
+    assert_near(got, want, 1e-4)
+    assert not block_fallbacks(report)
+
+
+# Cases: each runs in both processes.
+
+
+def ddp(folder: Path) -> None:
+    for wrapped_first in (False, True):
+        compare(DistributedDataParallel, wrapped_first)
+
+
+def fsdp2(folder: Path) -> None:
+    def wrap(model: Any) -> Any:
+        for layer in model.base_model.model.model.layers:
+            fully_shard(layer)
+        return fully_shard(model)
+
+    for wrapped_first in (False, True):
+        compare(wrap, wrapped_first)
+
+
+CASES = [ddp, fsdp2]
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[int, dict[str, str]]:
+    return told_by_rank(2, CASES, ["transformers.models.llama", "peft", "peft_kernels"])
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
+    assert_nothing_told(told, case)
