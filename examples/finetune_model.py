@@ -152,7 +152,6 @@ def speed_up(model: nn.Module) -> Any:
     report = pk.patch(model, loss=on_cpu, block=on_cpu)
     if on_cpu:
         attention.use(model)
-        pk.keep_freed_memory()
     return report
 
 
