@@ -6,7 +6,8 @@ register()                             # or by name, from the start
 AutoModelForCausalLM.from_pretrained(..., attn_implementation="peft_kernels")
 
 Masks are those of "sdpa". What ours does not cover goes to "sdpa" itself: dropout, biases of positions,
-masks that are not spans of keys, a single query, other devices than the CPU.
+masks that are not spans of keys, a single query, other devices than the CPU. What neither computes, sinks
+and caps of scores, is refused: "sdpa" would leave it out without a word.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from ..ops.attention import attention
 
 NAME = "peft_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_NEITHER = {"softcap": "caps of scores", "s_aux": "attention sinks", "sinks": "attention sinks"}
+"""Arguments that change what attention is, and that neither ours nor sdpa looks at."""
 # Spans of masks, and the version of the mask they are of: all layers of a model are given the same one.
 _spans: Any = WeakTensorKeyDictionary()
 
@@ -44,15 +47,29 @@ def use(model: nn.Module) -> None:
     TypeError
         There is no model of transformers in it.
     ValueError
-        Its class does not choose its attention by transformers' registry.
+        Its class does not choose its attention by transformers' registry, or what it computes is not what
+        "sdpa" does (sinks of GPT-OSS, capped scores of Gemma 2). Nothing is changed then.
     """
-    register()
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a model of transformers, got a {type(model).__name__}")
     found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     if found is None:
-        raise TypeError(f"model: expected a model of transformers, got a {type(model).__name__}")
+        raise TypeError(f"model: expected a model of transformers, got a {type(model).__name__} without one")
     if not found._can_set_attn_implementation():
         raise ValueError(f"model: a {type(found).__name__} does not let its attention be chosen")
+    for part in found.modules():
+        if isinstance(part, PreTrainedModel) and not _is_sdpas(part):
+            raise ValueError(
+                f'model: expected one that can compute its attention by "sdpa", for ours is the same, got a '
+                f"{type(part).__name__}, which transformers says cannot"
+            )
+    register()
     found.set_attn_implementation(NAME)
+
+
+def _is_sdpas(model: PreTrainedModel) -> bool:
+    """Whether "sdpa" is what a model computes, where its attention is chosen at all."""
+    return bool(model._supports_sdpa) or not model._can_set_attn_implementation()
 
 
 def attention_forward(
@@ -68,7 +85,13 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """As transformers calls attention functions: query (batch, heads, rows, features), key and value
     (batch, key_heads, keys, features), a mask that is True where a row attends to a key, or None. Gives
-    (batch, rows, heads, features), and no weights."""
+    (batch, rows, heads, features), and no weights. ValueError for what neither ours nor sdpa computes."""
+    for name, what in _NEITHER.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name}: expected None, for neither peft_kernels nor sdpa computes {what}; choose another "
+                'attention, as by model.set_attn_implementation("eager")'
+            )
     if _takes(query, key, value, dropout, scaling, kwargs):
         spans = None if attention_mask is None else spans_of(attention_mask, query, key)
         if attention_mask is None or spans is not None:
@@ -105,7 +128,6 @@ def _takes(
         and _is_of_one_type(query, key, value)
         and not dropout
         and (scaling is None or scaling > 0)
-        and kwargs.get("softcap") is None
         and kwargs.get("position_bias") is None
         and _has_kernel(query)
     )
@@ -131,14 +153,27 @@ def spans_of(mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
         or mask.dim() != 4
         or mask.shape[0] not in (1, batch)
         or mask.shape[1:] != (1, rows, keys)
-        or torch.compiler.is_compiling()  # whether rows are spans is known by looking
+        or not _is_there(mask)
     ):
         return None
-    version, spans = _spans.get(mask, (None, None))
-    if version != mask._version:
+    if mask.is_inference():  # it has no version, so a change of it would not be seen
         spans = _spans_of(mask[:, 0])
-        _spans[mask] = mask._version, spans
+    else:
+        version, spans = _spans.get(mask, (None, None))
+        if version != mask._version:
+            spans = _spans_of(mask[:, 0])
+            _spans[mask] = mask._version, spans
     return None if spans is None else spans.expand(batch, rows, 2)
+
+
+def _is_there(mask: Tensor) -> bool:
+    """Whether a mask can be looked at, and what is found holds for this call alone."""
+    return (
+        type(mask) is Tensor  # no fake one, as of torch.export
+        and not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
+        and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
+    )
 
 
 def _spans_of(attends: Tensor) -> Tensor | None:

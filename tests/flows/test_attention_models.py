@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
 import testing
@@ -174,6 +175,60 @@ def test_a_mask_that_changes_is_looked_at_again() -> None:
     assert ours.spans_of(mask, q, q) is None
 
 
+def test_masks_in_inference_mode(calls: Calls) -> None:
+    """They have no version that would tell of a change."""
+    model, given = llama().eval(), inputs("left")
+    seen = given["attention_mask"].bool()
+    with torch.inference_mode():
+        want = model(**given).logits[seen]
+        ours.use(model)
+        assert testing.relative_error(model(**given).logits[seen], want) < 1e-5
+        assert calls.ours == 2 and not calls.theirs
+        q, mask = testing.tensor(1, 2, 4, 8), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
+        spans: Any = ours.spans_of(mask, q, q)
+        assert spans[0].tolist() == [[0, 1], [0, 2], [0, 3], [0, 4]]
+        mask[0, 0, 3, 2] = False
+        assert ours.spans_of(mask, q, q) is None
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::torch.jit.TracerWarning")
+def test_masks_without_numbers_to_look_at() -> None:
+    """Of fake tensors, of one call for many samples, and of a trace, which is to serve other masks too."""
+    model, given = llama().eval().requires_grad_(False), inputs("left")
+    want = model(**given, use_cache=False).logits
+    ours.use(model)
+
+    def logits(ids: Tensor, mask: Tensor) -> Any:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert logits(*(mode.from_tensor(given[name]) for name in given)).shape == want.shape
+    causal = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    each = torch.vmap(lambda ids, mask: logits(ids[None], mask[None])[0])(given["input_ids"], causal)
+    assert testing.relative_error(each, logits(given["input_ids"], causal)) < 1e-5
+    traced = torch.jit.trace(logits, (given["input_ids"], causal), check_trace=False)
+    causal[:, :, 9:, 4] = False
+    holes = traced(given["input_ids"], causal)
+    assert testing.relative_error(holes, logits(given["input_ids"], causal)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["GptOss", "Gemma2"])
+def test_what_sdpa_cannot_compute_is_refused(name: str) -> None:
+    """Sinks, caps of scores: sdpa would give other numbers, or stop in the first call."""
+    config = getattr(transformers, f"{name}Config")(
+        vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=16, **({"num_local_experts": 4} if name == "GptOss" else {}),
+    )  # fmt: skip
+    model = getattr(transformers, f"{name}ForCausalLM")(config).eval()
+    want = model(**inputs("left")).logits
+    with pytest.raises(ValueError, match=f'expected one that can .* by "sdpa", .* got a {name}ForCausalLM'):
+        ours.use(model)
+    assert torch.equal(model(**inputs("left")).logits, want)
+    model.set_attn_implementation(ours.NAME)  # by its name nobody is asked
+    with pytest.raises(ValueError, match=f"{'s_aux' if name == 'GptOss' else 'softcap'}: expected None, .*"):
+        model(**inputs("left"))
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_and_lora(calls: Calls, reentrant: bool) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
@@ -199,8 +254,9 @@ def test_compiled(calls: Calls) -> None:
 
 
 def test_use(calls: Calls) -> None:
-    with pytest.raises(TypeError, match="model: expected a model of transformers, got a Linear"):
-        ours.use(torch.nn.Linear(2, 2))
+    for wrong, got in ((torch.nn.Linear(2, 2), "a Linear without one"), (3, "a int")):
+        with pytest.raises(TypeError, match=f"model: expected a model of transformers, got {got}"):
+            ours.use(wrong)  # type: ignore[arg-type]
     model = llama().eval()
     want = model(**inputs("whole")).logits
     ours.use(model)
