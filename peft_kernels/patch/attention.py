@@ -46,7 +46,8 @@ def _run(
 ) -> Any:
     """What the original forward gives. A str is the reason why that one must run, empty when it is nothing to
     count."""
-    if torch.compiler.is_compiling():  # a compiler fuses the embedding with what is around it
+    # A compiler fuses the embedding with what is around it; TorchScript cannot record lists of layers.
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
         return ""
     about = judge_block.attention(module)
     if isinstance(about, str):

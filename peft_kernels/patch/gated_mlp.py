@@ -70,7 +70,7 @@ class FusedMlp(Fused):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         record = self.__dict__.get(RECORD)
-        if record is not None:
+        if record is not None and not torch._C._is_tracing():  # TorchScript records no lists of layers
             y: Any = repeated.again(self, record, args, kwargs)
             if y is None:
                 y = _run(self, record.facts, args, kwargs)

@@ -13,6 +13,7 @@ import transformers
 from flow_blocks import between, family, one_step, patched
 from flow_checks import assert_fused, assert_near, assert_same_numbers, block_fallbacks, language_loss, step
 from flow_models import adapted, ids, in_fp64, llama
+from peft_models import add_adapter
 from torch import Tensor, nn
 
 import peft_kernels as pk
@@ -120,6 +121,26 @@ def test_without_adapters_every_bit_is_stock_s(monkeypatch: pytest.MonkeyPatch) 
     got, want = one_step(model), one_step(stock)
     assert all(torch.equal(got[name], want[name]) for name in want)
     assert len(between(report, "attention")) == 2 and not block_fallbacks(report)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("adapters", ["one", "two", "by row"])
+def test_a_trace_of_torchscript(adapters: str) -> None:
+    """It records no lists of layers or adapters, so these run by the original forwards."""
+    stock = adapted(llama("dense")).requires_grad_(False).eval()
+    add_adapter(stock, "other", r=2, target_modules=["q_proj", "down_proj"])
+    names = {"adapter_names": ["default", "other", "__base__", "other"]} if adapters == "by row" else {}
+    if adapters == "two":
+        stock.base_model.set_adapter(["default", "other"])
+    stock.requires_grad_(False)
+    model, report = patched(stock)
+    model(input_ids=ids())  # and goes on from no call before
+    traced = torch.jit.trace(
+        lambda tokens: model(input_ids=tokens, use_cache=False, **names).logits, (ids(),), check_trace=False
+    )
+    want = stock(input_ids=ids(2), **names).logits
+    assert testing.relative_error(traced(ids(2)), want) < 1e-5
+    assert not block_fallbacks(report)
 
 
 def test_generate_gives_the_same_tokens(op_counts: Counter[str]) -> None:
