@@ -40,7 +40,8 @@ def register() -> None:
 
 
 def use(model: nn.Module) -> None:
-    """Let a model of transformers, or one that wraps it as PEFT's do, compute its attention by our kernel.
+    """Let a model of transformers compute its attention by our kernel, or all that a module wraps, as PEFT's
+    models do.
 
     Raises
     ------
@@ -52,19 +53,28 @@ def use(model: nn.Module) -> None:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a model of transformers, got a {type(model).__name__}")
-    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    if found is None:
+    found = _models(model)
+    if not found:
         raise TypeError(f"model: expected a model of transformers, got a {type(model).__name__} without one")
-    if not found._can_set_attn_implementation():
-        raise ValueError(f"model: a {type(found).__name__} does not let its attention be chosen")
-    for part in found.modules():
-        if isinstance(part, PreTrainedModel) and not _is_sdpas(part):
-            raise ValueError(
-                f'model: expected one that can compute its attention by "sdpa", for ours is the same, got a '
-                f"{type(part).__name__}, which transformers says cannot"
-            )
+    for one in found:
+        if not one._can_set_attn_implementation():
+            raise ValueError(f"model: a {type(one).__name__} does not let its attention be chosen")
+        for part in one.modules():
+            if isinstance(part, PreTrainedModel) and not _is_sdpas(part):
+                raise ValueError(
+                    'model: expected one that can compute its attention by "sdpa", for ours is the same, '
+                    f"got a {type(part).__name__}, which transformers says cannot"
+                )
     register()
-    found.set_attn_implementation(NAME)
+    for one in found:
+        one.set_attn_implementation(NAME)
+
+
+def _models(module: nn.Module) -> list[PreTrainedModel]:
+    """The models of transformers in a module, without those that are parts of another."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [one for child in module.children() for one in _models(child)]
 
 
 def _is_sdpas(model: PreTrainedModel) -> bool:

@@ -264,3 +264,17 @@ def test_use(calls: Calls) -> None:
     assert calls.ours == 2 and "peft_kernels" not in str(model.config.to_dict())
     model.set_attn_implementation("sdpa")
     assert torch.equal(model(**inputs("whole")).logits, want)
+
+
+def test_use_of_several_models() -> None:
+    """Of one module, as a teacher and its student: all, or none where one is refused."""
+    both = llama(), sliding()
+    ours.use(torch.nn.ModuleList([both[0], torch.nn.Sequential(both[1])]))
+    assert [model.config._attn_implementation for model in both] == [ours.NAME] * 2
+    refused = transformers.FalconForCausalLM(
+        transformers.FalconConfig(vocab_size=32, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    other = llama()
+    with pytest.raises(ValueError, match="a FalconForCausalLM does not let its attention be chosen"):
+        ours.use(torch.nn.ModuleList([other, refused]))
+    assert other.config._attn_implementation == "sdpa"
