@@ -149,10 +149,9 @@ def response_logits(model: nn.Module, batch: dict[str, Tensor], ahead: int = 0) 
 def speed_up(model: nn.Module) -> Any:
     """The line that this is about, with all that is for the asking on a CPU; the report."""
     on_cpu = DEVICE == "cpu"
-    report = pk.patch(model, loss=on_cpu, block=on_cpu)
     if on_cpu:
         attention.use(model)
-    return report
+    return pk.patch(model, loss=on_cpu, block=on_cpu)
 
 
 class ResponseTrainer(Trainer):
