@@ -30,6 +30,8 @@ SPLITS: dict[str, tuple[int, ...]] = {
 """Rows of each expert, and at last how many are behind."""
 MANY = (*(i % 19 for i in range(40)), 1100, 1, 0, 7)
 """More than are packed at once, and an expert larger than that beside small ones."""
+LONG = (300, 0, 9, 8, 0)
+"""An expert with more rows than gradients of adapters sum at once, and an odd number of them."""
 
 
 def ends_of(split: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from experts_cases import (
+    LONG,
     MANY,
     SCALING,
     SPLITS,
@@ -93,9 +94,9 @@ def test_experts_lora_linear_backward(backend: str, case: dict[str, Any]) -> Non
 
 
 def sizes(
-    split: str | tuple[int, ...], n: int, k: int, base: str, dtype: torch.dtype, r: int = 8
+    split: str | tuple[int, ...], n: int, k: int, base: str, dtype: torch.dtype, adapter: str = "fp32"
 ) -> dict[str, Any]:
-    of_adapter = {"r": r, "adapter": "fp32", "strides": "peft"}
+    of_adapter = {"r": 8, "adapter": adapter, "strides": "peft"}
     rest = {"bs": 64, "base": base, "dtype": dtype, "bias": "none", "layout": "contiguous"}
     return {"split": split, "n": n, "k": k} | of_adapter | rest
 
@@ -155,18 +156,24 @@ def everything(c: ExpertsCase) -> dict[str, Tensor]:
 
 
 @pairs(
-    split=("gaps", "decode", "uneven"),
+    split=("gaps", "decode", "uneven", LONG),
     base=("dense", "nf4", "nested"),
     dtype=DTYPES,
+    adapter=("fp32", "same", "mixed"),
     shape=((136, 320), (33, 71)),  # whole blocks, odd
 )
 def test_an_expert_is_a_layer_to_the_bit(
-    backend: str, split: str, base: str, dtype: torch.dtype, shape: tuple[int, int]
+    backend: str,
+    split: str | tuple[int, ...],
+    base: str,
+    dtype: torch.dtype,
+    adapter: str,
+    shape: tuple[int, int],
 ) -> None:
     if backend in ("ptx", "triton"):
         pytest.skip(f"{backend}: many experts' sums need not be in the order of one layer's")
     n, k = shape
-    c = ExpertsCase(sizes(split, n, k, base, dtype) | {"bias": "same"})
+    c = ExpertsCase(sizes(split, n, k, base, dtype, adapter) | {"bias": "same"})
     got = everything(c)
     for e, rows in runs(c.ends):
         of_layer = tuple(None if t is None else t[e] for t in c.group[:4]) + c.group[4:]
@@ -192,6 +199,24 @@ def test_what_no_expert_has_is_zero(backend: str) -> None:
         assert got[name][:17].any(1).all(), name
     for name in ("da", "db"):
         assert [bool(one.any()) for one in got[name]] == [False, True, False, True], name
+
+
+@pytest.mark.parametrize("adapter", ["fp32", "same", "mixed"])
+@pytest.mark.parametrize("swapped", [False, True], ids=["as-they-are", "swapped"])
+def test_how_adapters_lie_changes_no_bit(backend: str, adapter: str, swapped: bool) -> None:
+    """More experts than are moved at once, with gaps, and more elements; `swapped` as PEFT swaps A and B."""
+    if backend in ("ptx", "triton"):
+        pytest.skip(f"{backend}: too many elements for an interpreter")
+    if backend == "reference":
+        pytest.skip("reference: torch's own matmul sums in another order where a matrix lies in another")
+    split = (*(i % 3 for i in range(37)), 1, 1, 9, 0, 2)
+    c = ExpertsCase(sizes(split, 70, 65, "nf4", torch.bfloat16, adapter) | {"strides": "contiguous"})
+    want = everything(c)
+    a, b = c.a, c.b
+    for name in ("peft", "transposed"):
+        c.a, c.b = (STRIDES[name](t.mT).mT if swapped else STRIDES[name](t) for t in (a, b))
+        for result, got in everything(c).items():
+            assert torch.equal(got, want[result]), f"{name}: {result}"
 
 
 @pytest.mark.parametrize("base", ["dense", "nested"])
@@ -225,14 +250,19 @@ def test_a_bad_row_stays_in_its_row(backend: str, dtype: torch.dtype) -> None:
 # Determinism
 
 
-@pairs(split=("decode", "uneven"), base=("dense", "nested"), dtype=(torch.float32, torch.bfloat16))
-def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, base: str, split: str) -> None:
+SUMS = ((torch.float32, "fp32"), (torch.bfloat16, "fp32"), (torch.bfloat16, "same"))
+each_sum = pytest.mark.parametrize("dtype,adapter", SUMS, ids=["-".join(map(short, one)) for one in SUMS])
+
+
+@pytest.mark.parametrize("split,base", [("decode", "nested"), ("uneven", "dense"), ("uneven", "nested")])
+@each_sum
+def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, adapter: str, base: str, split: str) -> None:
     """Also after the kernels' scratch memory has held NaN: nothing of an earlier call may be read."""
-    c = ExpertsCase(sizes(split, 136, 320, base, dtype))
+    c = ExpertsCase(sizes(split, 136, 320, base, dtype, adapter))
     inputs = [c.x, c.dy, c.a, c.b, c.ends, *(t for t in c.group if isinstance(t, Tensor))]
     before = [t.clone() for t in inputs]
     first = everything(c)
-    poisoned = ExpertsCase(sizes("uneven", 136, 320, base, dtype))
+    poisoned = ExpertsCase(sizes("uneven", 136, 320, base, dtype, adapter))
     for t in (poisoned.x, poisoned.dy, poisoned.a, poisoned.b):
         t.fill_(float("nan"))
     everything(poisoned)
@@ -244,12 +274,14 @@ def test_same_inputs_same_bits(backend: str, dtype: torch.dtype, base: str, spli
 @pytest.mark.parametrize(
     "split", [SPLITS["decode"], SPLITS["uneven"], MANY], ids=["decode", "uneven", "many"]
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=short)
-def test_threads_do_not_change_a_bit(backend: str, dtype: torch.dtype, split: tuple[int, ...]) -> None:
+@each_sum
+def test_threads_do_not_change_a_bit(
+    backend: str, dtype: torch.dtype, adapter: str, split: tuple[int, ...]
+) -> None:
     """However the work is cut and shared out."""
     if backend in ("reference", "ptx", "triton"):
         pytest.skip(f"{backend}: torch's own matmul may split sums by threads")
-    c = ExpertsCase(sizes(split, 200, 192, "nested", dtype))
+    c = ExpertsCase(sizes(split, 200, 192, "nested", dtype, adapter))
     found = same_with_any_threads(lambda: everything(c).values())
     for name, value in zip(("y", "h", "dx"), found, strict=False):
         assert_within_rounding(value, c.truth[name], c.magnitude[name], 208, name)

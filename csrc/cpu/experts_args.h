@@ -11,9 +11,17 @@
 
 namespace peft_kernels::cpu {
 
+inline const void* address(const Tensor& t, int64_t element) {
+  return static_cast<const char*>(t.const_data_ptr()) + element * static_cast<int64_t>(t.element_size());
+}
+inline void* mutable_address(Tensor& t, int64_t element) {
+  return static_cast<char*>(t.mutable_data_ptr()) + element * static_cast<int64_t>(t.element_size());
+}
+
 // Rows of an expert that has any.
 struct ExpertRows {
   int64_t expert, begin, end;
+  int64_t count() const { return end - begin; }
 };
 
 // The experts that have rows. Everything that is read or written by rows rests on what is checked here.

@@ -2,19 +2,13 @@
 // that have rows, and no others.
 #pragma once
 
+#include <algorithm>
+#include <utility>
 #include <vector>
 
 #include "experts_args.h"
 
 namespace peft_kernels::cpu {
-
-// Elements from one to the next.
-struct MatrixStrides {
-  int64_t matrix, row, col;
-};
-
-inline MatrixStrides strides_of(const Tensor& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
-inline MatrixStrides transposed(MatrixStrides s) { return {s.matrix, s.col, s.row}; }
 
 template <class Body>
 void with_scalar_type(at::ScalarType type, const Body& body) {
@@ -27,39 +21,116 @@ void with_scalar_type(at::ScalarType type, const Body& body) {
   }
 }
 
-// to[to_index[i]] = from[from_index[i]], matrices of rows by cols, for all i.
-inline void copy_matrices(const Tensor& from, MatrixStrides from_strides,
-                          const std::vector<int64_t>& from_index, Tensor& to, MatrixStrides to_strides,
-                          const std::vector<int64_t>& to_index, int64_t rows, int64_t cols) {
-  const int64_t count = static_cast<int64_t>(from_index.size());
+// Matrices in memory, out of tensors of three dimensions; those of one row or column may be taken as another
+// layout has them.
+struct MatrixStrides {
+  int64_t matrix, row, col;
+  int64_t rows, cols;
+
+  explicit MatrixStrides(const Tensor& t)
+      : matrix(t.stride(0)), row(t.stride(1)), col(t.stride(2)), rows(t.size(1)), cols(t.size(2)) {
+    if (cols == 1) {
+      std::swap(rows, cols);
+      std::swap(row, col);
+    }
+    if (rows > 1 && row != col * cols) return;
+    cols *= rows;
+    rows = 1;
+  }
+};
+
+// Which matrices of one tensor become which of another.
+struct MatrixPlaces {
+  std::vector<int64_t> from, to;
+  int64_t count() const { return static_cast<int64_t>(from.size()); }
+};
+
+// Matrices, or columns of what lies side by side, that go through together: a line of memory has as many.
+inline constexpr int64_t kColumnsTogether = 16, kRowsTogether = 4 * kTransposeRows;
+
+// Matrices whose columns are contiguous become row-major, as `to` is.
+inline void transpose_each(const Tensor& from, const MatrixStrides& s, Tensor& to,
+                           const MatrixPlaces& places) {
+  const int64_t blocks = ceil_div(s.cols, kRowsTogether), size = s.rows * s.cols;
+  const auto transpose_rows = kernels().transpose_rows;
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t i = task / blocks, first = task % blocks * kRowsTogether;
+      const TransposeParams params{
+          address(from, places.from[i] * s.matrix), dtype_of(from, "from"), s.cols, s.rows, s.col,
+          mutable_address(to, places.to[i] * size), dtype_of(to, "to"),     s.cols};
+      transpose_rows(params, first, std::min(first + kRowsTogether, s.cols));
+    }
+  };
+  parallel_for(0, places.count() * blocks, ceil_div(kElementwiseGrain, kRowsTogether * s.rows), run);
+}
+
+// Matrices that lie side by side, as PEFT keeps lora_B of all experts, become row-major, as `to` is: those
+// that follow each other in both go together.
+inline void take_apart(const Tensor& from, const MatrixStrides& s, Tensor& to, const MatrixPlaces& places) {
+  struct Neighbours {
+    int64_t from, to, count;
+  };
+  std::vector<Neighbours> found;
+  for (int64_t i = 0; i < places.count(); ++i) {
+    Neighbours* last = found.empty() ? nullptr : &found.back();
+    const bool joins = last && last->count < kColumnsTogether && places.from[i] == last->from + last->count &&
+                       places.to[i] == last->to + last->count;
+    if (joins) {
+      ++last->count;
+    } else {
+      found.push_back({places.from[i], places.to[i], 1});
+    }
+  }
+  const int64_t blocks = ceil_div(s.cols, kRowsTogether), size = s.rows * s.cols;
+  const auto transpose_rows = kernels().transpose_rows;
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t first = block * kRowsTogether, count = std::min(kRowsTogether, s.cols - first);
+      for (int64_t row = 0; row < s.rows; ++row) {
+        for (const Neighbours& n : found) {
+          const TransposeParams params{address(from, n.from + row * s.row + first * s.col),
+                                       dtype_of(from, "from"),
+                                       count,
+                                       n.count,
+                                       s.col,
+                                       mutable_address(to, n.to * size + row * s.cols + first),
+                                       dtype_of(to, "to"),
+                                       size};
+          transpose_rows(params, 0, count);
+        }
+      }
+    }
+  };
+  parallel_for(0, blocks, ceil_div(kElementwiseGrain, kRowsTogether * s.rows * places.count()), run);
+}
+
+// Whatever way matrices lie.
+inline void copy_each(const Tensor& from, const MatrixStrides& s, Tensor& to, const MatrixPlaces& places) {
   with_scalar_type(from.scalar_type(), [&](auto from_type) {
     with_scalar_type(to.scalar_type(), [&](auto to_type) {
       using To = decltype(to_type);
       const auto* source = from.const_data_ptr<decltype(from_type)>();
       To* target = to.mutable_data_ptr<To>();
-      const auto copy = [&](int64_t i, int64_t row, int64_t col) {
-        target[to_index[i] * to_strides.matrix + row * to_strides.row + col * to_strides.col] =
-            static_cast<To>(static_cast<float>(source[from_index[i] * from_strides.matrix +
-                                                      row * from_strides.row + col * from_strides.col]));
-      };
-      // PEFT keeps lora_B of all experts as one matrix in which they lie side by side: one line has an
-      // element of each.
-      const bool side_by_side = from_strides.matrix < std::min(from_strides.row, from_strides.col);
-      const int64_t outer = side_by_side ? rows : count * rows, inner = side_by_side ? count * cols : cols;
-      const int64_t grain = ceil_div(kElementwiseGrain / 4, std::max<int64_t>(inner, 1));
-      parallel_for(0, outer, grain, [&](int64_t begin, int64_t end) {
+      const auto run = [&](int64_t begin, int64_t end) {
         for (int64_t at = begin; at < end; ++at) {
-          for (int64_t col = 0; col < cols; ++col) {
-            if (!side_by_side) {
-              copy(at / rows, at % rows, col);
-              continue;
-            }
-            for (int64_t i = 0; i < count; ++i) copy(i, at, col);
-          }
+          const int64_t i = at / s.rows, row = at % s.rows;
+          const auto* x = source + places.from[i] * s.matrix + row * s.row;
+          To* out = target + (places.to[i] * s.rows + row) * s.cols;
+          for (int64_t c = 0; c < s.cols; ++c) out[c] = static_cast<To>(static_cast<float>(x[c * s.col]));
         }
-      });
+      };
+      parallel_for(0, places.count() * s.rows, ceil_div(kElementwiseGrain / 4, s.cols), run);
     });
   });
+}
+
+// to[places.to[i]] = from[places.from[i]] for all i, in the type of `to`, which is contiguous.
+inline void copy_matrices(const Tensor& from, Tensor& to, const MatrixPlaces& places) {
+  const MatrixStrides s(from);
+  if (places.count() == 0 || s.rows * s.cols == 0) return;
+  if (s.matrix == 1) return take_apart(from, s, to, places);
+  s.row == 1 && s.rows > 1 ? transpose_each(from, s, to, places) : copy_each(from, s, to, places);
 }
 
 inline std::vector<int64_t> experts_of(const std::vector<ExpertRows>& runs) {
@@ -75,28 +146,26 @@ inline std::vector<int64_t> numbers_to(size_t count) {
   return numbers;
 }
 
-// The adapters of the experts that have rows, each row-major: in the tensor's own memory where they lie so
-// there, else copied.
+// Matrices of the experts that have rows, each row-major: in the tensor's own memory where they lie so there,
+// and are of that type, else copied.
 class ExpertMatrices {
  public:
-  ExpertMatrices(const Tensor& t, const std::vector<ExpertRows>& runs, const char* name)
-      : all_(t), index_(experts_of(runs)), dtype_(dtype_of(t, name)) {
+  ExpertMatrices(const Tensor& t, const std::vector<ExpertRows>& runs, at::ScalarType dtype, const char* name)
+      : all_(t), index_(experts_of(runs)) {
     const int64_t rows = t.size(1), cols = t.size(2);
-    if ((cols <= 1 || t.stride(2) == 1) && (rows <= 1 || t.stride(1) == cols)) return;
-    all_ = at::empty({static_cast<int64_t>(runs.size()), rows, cols}, t.options());
-    const std::vector<int64_t> numbers = numbers_to(runs.size());
-    copy_matrices(t, strides_of(t), index_, all_, strides_of(all_), numbers, rows, cols);
-    index_ = numbers;
+    const bool lie_so = (cols <= 1 || t.stride(2) == 1) && (rows <= 1 || t.stride(1) == cols);
+    if (!lie_so || t.scalar_type() != dtype) {
+      all_ = at::empty({static_cast<int64_t>(runs.size()), rows, cols}, t.options().dtype(dtype));
+      const std::vector<int64_t> numbers = numbers_to(runs.size());
+      copy_matrices(t, all_, {index_, numbers});
+      index_ = numbers;
+    }
+    dtype_ = dtype_of(all_, name);
   }
-
-  // Those of the runs alone, row-major.
-  explicit ExpertMatrices(const Tensor& of_runs)
-      : all_(of_runs), index_(numbers_to(of_runs.size(0))), dtype_(dtype_of(of_runs, "matrices")) {}
 
   // Of the expert of run i.
   MatrixView operator[](size_t i) const {
-    const int64_t bytes = index_[i] * all_.stride(0) * static_cast<int64_t>(all_.element_size());
-    return {static_cast<const char*>(all_.const_data_ptr()) + bytes, dtype_, all_.size(2), nullptr};
+    return {address(all_, index_[i] * all_.stride(0)), dtype_, all_.size(2), nullptr};
   }
 
  private:
@@ -104,15 +173,6 @@ class ExpertMatrices {
   std::vector<int64_t> index_;
   DType dtype_;
 };
-
-// In fp32, and transposed; those of experts without rows are left out.
-inline Tensor transposed_floats(const Tensor& t, const std::vector<ExpertRows>& runs) {
-  const int64_t rows = t.size(1), cols = t.size(2);
-  Tensor out = at::empty({static_cast<int64_t>(runs.size()), cols, rows}, t.options().dtype(at::kFloat));
-  copy_matrices(t, strides_of(t), experts_of(runs), out, transposed(strides_of(out)), numbers_to(runs.size()),
-                rows, cols);
-  return out;
-}
 
 // Gradients for all experts: those without rows have 0.
 inline Tensor new_gradient(const Tensor& like, const std::vector<ExpertRows>& runs) {
@@ -124,8 +184,7 @@ inline Tensor new_gradient(const Tensor& like, const std::vector<ExpertRows>& ru
 inline Tensor transposed_gradient(const Tensor& found, const Tensor& like,
                                   const std::vector<ExpertRows>& runs) {
   Tensor out = new_gradient(like, runs);
-  copy_matrices(found, transposed(strides_of(found)), numbers_to(runs.size()), out, strides_of(out),
-                experts_of(runs), like.size(1), like.size(2));
+  copy_matrices(found.transpose(1, 2), out, {numbers_to(runs.size()), experts_of(runs)});
   return out;
 }
 

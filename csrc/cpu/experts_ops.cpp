@@ -3,6 +3,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -10,6 +11,8 @@
 #include "experts_args.h"
 #include "experts_matrices.h"
 #include "linear_product.h"
+#include "lora_adapters.h"
+#include "lora_factors.h"
 #include "namespace.h"
 
 namespace peft_kernels::cpu {
@@ -21,14 +24,11 @@ using Runs = std::vector<ExpertRows>;
 GemmTerm rows_term(const Tensor& lhs, const char* name, int64_t begin, const MatrixView& rhs,
                    float rhs_scale = 1.0f) {
   GemmTerm term = term_of(lhs, name, rhs, rhs_scale);
-  term.lhs =
-      static_cast<const char*>(term.lhs) + begin * term.lhs_ld * static_cast<int64_t>(lhs.element_size());
+  term.lhs = address(lhs, begin * term.lhs_ld);
   return term;
 }
 
-Tensor rows_of_run(const Tensor& t, const ExpertRows& run) {
-  return t.narrow(0, run.begin, run.end - run.begin);
-}
+Tensor rows_of_run(const Tensor& t, const ExpertRows& run) { return t.narrow(0, run.begin, run.count()); }
 
 // The product of a run, into its rows of out.
 Product& product_of(std::vector<Product>& products, Tensor& out, const ExpertRows& run) {
@@ -41,15 +41,48 @@ std::vector<Product> room_for(const Runs& runs) {
   return products;
 }
 
-// What an adapter adds: its hidden values, of all rows, and what they are multiplied by.
-struct Delta {
-  const Tensor& hidden;
-  const ExpertMatrices& matrices;
-  float scale;
-
-  GemmTerm term(const Runs& runs, size_t i) const {
-    return rows_term(hidden, "h", runs[i].begin, matrices[i], scale);
+// The hidden values of all rows, or their gradient, as products take them: rounded where those of a layer
+// with the rows of a run are (rounds_factors), else in fp32.
+class Hidden {
+ public:
+  // `scale` is theirs in every product. `matrix`: of all experts, what they are multiplied by, or what they
+  // are a factor of the gradient of.
+  Hidden(const Tensor& h, const Runs& runs, const Tensor& x, const Tensor& matrix, float scale,
+         bool wants_rows, bool wants_columns)
+      : h_(h), scale_(scale) {
+    std::vector<RowRun> rounded, floats;
+    rounds_.reserve(runs.size());
+    for (const ExpertRows& run : runs) {
+      rounds_.push_back(rounds_factors(x, matrix, run.count()));
+      (rounds_.back() ? rounded : floats).push_back({run.begin, run.end});
+    }
+    const int64_t rank = h.size(1);
+    if (!rounded.empty()) {
+      rounded_.emplace(h, 0, rank, rounded, scale, at::kBFloat16, wants_rows, wants_columns);
+    }
+    // Rows in fp32 are those of h.
+    if (!floats.empty()) floats_.emplace(h, 0, rank, floats, scale, at::kFloat, false, wants_columns);
   }
+
+  GemmTerm rows(size_t i, const ExpertRows& run, const MatrixView& rhs) const {
+    return rounds_[i] ? rows_term(rounded_->rows, "h", run.begin, rhs)
+                      : rows_term(h_, "h", run.begin, rhs, scale_);
+  }
+  const LoraFactors& columns(size_t i) const { return rounds_[i] ? *rounded_ : *floats_; }
+
+ private:
+  const Tensor& h_;
+  float scale_;
+  std::vector<bool> rounds_;  // by run
+  std::optional<LoraFactors> rounded_, floats_;
+};
+
+// What an adapter adds: its hidden values times its other matrix.
+struct Delta {
+  const Hidden& hidden;
+  const ExpertMatrices& matrices;
+
+  GemmTerm term(const Runs& runs, size_t i) const { return hidden.rows(i, runs[i], matrices[i]); }
 };
 
 // Rows times their expert's weight, transposed, plus its bias and delta.
@@ -59,7 +92,7 @@ Tensor forward(const Tensor& x, const Runs& runs, const ExpertWeights& weights, 
   std::vector<Product> ours = room_for(runs), on_torchs;
   for (size_t i = 0; i < runs.size(); ++i) {
     const ExpertRows& run = runs[i];
-    const bool is_torchs = weights.is_torchs(run.end - run.begin);
+    const bool is_torchs = weights.is_torchs(run.count());
     Product& product = product_of(is_torchs ? on_torchs : ours, y, run);
     if (is_torchs) {
       OptionalTensor b = bias.tensor_of(run.expert);
@@ -86,7 +119,7 @@ Tensor backward_to_rows(const Tensor& dy, const Runs& runs, const ExpertWeights&
   for (size_t i = 0; i < runs.size(); ++i) {
     const ExpertRows& run = runs[i];
     Product& product = product_of(products, dx, run);
-    if (weights.is_torchs(run.end - run.begin)) {
+    if (weights.is_torchs(run.count())) {
       rows_of_run(dx, run).copy_(at::mm(rows_of_run(dy, run), weights.dense(run.expert)));
       product.start_from_out();
     } else {
@@ -111,50 +144,15 @@ Tensor shrink(const Tensor& rows, const char* name, const Runs& runs, const Expe
   return h;
 }
 
-// Hidden values times `scale`, transposed: those of a run are [rank, rows of it].
-Tensor factors_of(const Tensor& h, const Runs& runs, float scale) {
-  Tensor factors = at::empty({h.numel()}, h.options());
-  const float* from = h.const_data_ptr<float>();
-  float* to = factors.mutable_data_ptr<float>();
-  const int64_t rank = h.size(1), rows = runs.empty() ? 0 : runs.back().end;
-  parallel_for(0, rows, ceil_div(kElementwiseGrain, std::max<int64_t>(rank, 1)),
-               [&](int64_t begin, int64_t end) {
-                 for (const ExpertRows& run : runs) {
-                   const int64_t first = std::max(begin, run.begin), last = std::min(end, run.end);
-                   float* part = to + rank * run.begin;
-                   const int64_t ld = run.end - run.begin;
-                   for (int64_t r = 0; r < rank; ++r) {
-                     for (int64_t m = first; m < last; ++m) {
-                       part[r * ld + m - run.begin] = from[m * rank + r] * scale;
-                     }
-                   }
-                 }
-               });
-  return factors;
-}
-
 // Hidden values by rows, summed over the rows of each run, into the matrix of `out`, [.., rank, features],
 // that `index` says.
-void sum_over_rows(const Tensor& h, const Tensor& rows, const Runs& runs, float scale, Tensor& out,
-                   const std::vector<int64_t>& index) {
-  const Tensor factors = factors_of(h, runs, scale);
-  const int64_t rank = h.size(1), features = rows.size(1);
-  const MatrixView all = dense_matrix(rows, "rows");
-  std::vector<Product> products = room_for(runs);
+void add_sums(std::vector<Product>& products, const Hidden& hidden, const Tensor& rows, const Runs& runs,
+              Tensor& out, const std::vector<int64_t>& index) {
+  const int64_t rank = out.size(1);
   for (size_t i = 0; i < runs.size(); ++i) {
-    const ExpertRows& run = runs[i];
-    GemmTerm term{};
-    term.lhs = factors.const_data_ptr<float>() + rank * run.begin;
-    term.lhs_dtype = DType::kF32;
-    term.lhs_ld = term.depth = run.end - run.begin;
-    term.rhs = all;
-    term.rhs.data =
-        static_cast<const char*>(all.data) + run.begin * features * static_cast<int64_t>(rows.element_size());
-    term.rhs_scale = 1.0f;
-    term.m_end = rank;
-    products.emplace_back(out, index[i] * rank, (index[i] + 1) * rank, 0, features).add(term);
+    Product& product = products.emplace_back(out, index[i] * rank, (index[i] + 1) * rank, 0, rows.size(1));
+    hidden.columns(i).add_sums(product, rows, {{runs[i].begin, runs[i].end}});
   }
-  Product::run_nn_together(products);
 }
 
 void check_adapter(const Tensor& t, at::ScalarType dtype, const char* name) {
@@ -209,10 +207,12 @@ std::tuple<Tensor, Tensor> experts_lora_linear(const Tensor& x, const Tensor& en
   const ExpertWeights weights(weight, absmax, absmax2, offset, blocksize, experts, out_features, rows.size(1),
                               x.scalar_type());
   const ExpertBias biases(bias, experts, out_features, x.scalar_type());
-  const ExpertMatrices a(lora_a, runs, "lora_a"), b(lora_b, runs, "lora_b");
+  const ExpertMatrices a(lora_a, runs, lora_a.scalar_type(), "lora_a");
+  const ExpertMatrices b(lora_b, runs, lora_b.scalar_type(), "lora_b");
   Tensor h = shrink(rows, "x", runs, a, lora_a.size(1), 1.0f);
   clear_rest(h, runs);
-  const Delta delta{h, b, static_cast<float>(scaling)};
+  const Hidden hidden(h, runs, rows, lora_b, static_cast<float>(scaling), true, false);
+  const Delta delta{hidden, b};
   return {forward(rows, runs, weights, biases, out_features, &delta), h};
 }
 
@@ -236,26 +236,35 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward(
   const Tensor gradients = dy.contiguous();
   const auto none = [](const Tensor& t) { return at::empty({0}, t.options()); };
   Tensor dh, dx = none(x), da = none(lora_a), db = none(lora_b);
+  const float scale = static_cast<float>(scaling);
+  std::optional<Hidden> of_dh;
   if (need_dx || need_da) {
-    // In fp32 whatever the scaling, as in the op of a single layer.
-    const ExpertMatrices bt(transposed_floats(lora_b, runs));
-    dh = shrink(gradients, "dy", runs, bt, rank, static_cast<float>(scaling));
+    // In pairs, which leave B no scale, or in fp32 whatever the scaling: as in the op of a single layer.
+    const bool pairs = in_pairs(rows, lora_b);
+    const ExpertMatrices bt(lora_b.transpose(1, 2), runs, factors_type(pairs), "lora_b");
+    dh = shrink(gradients, "dy", runs, bt, rank, pairs ? 1.0f : scale);
+    of_dh.emplace(dh, runs, rows, lora_a, pairs ? scale : 1.0f, need_dx, need_da);
   }
   if (need_dx) {
-    const ExpertMatrices a(lora_a, runs, "lora_a");
-    const Delta delta{dh, a, 1.0f};
+    const ExpertMatrices a(lora_a, runs, lora_a.scalar_type(), "lora_a");
+    const Delta delta{*of_dh, a};
     dx = backward_to_rows(gradients, runs, weights, rows.size(1), &delta);
   }
+  std::vector<Product> products;
+  products.reserve(2 * runs.size());
   if (need_da) {
     da = new_gradient(lora_a, runs);
-    sum_over_rows(dh, rows, runs, 1.0f, da, experts_of(runs));
+    add_sums(products, *of_dh, rows, runs, da, experts_of(runs));
   }
+  Tensor dbt;
   if (need_db) {
-    const int64_t count = static_cast<int64_t>(runs.size());
-    Tensor dbt = at::empty({count, rank, out_features}, lora_b.options());
-    sum_over_rows(h.contiguous(), gradients, runs, static_cast<float>(scaling), dbt, numbers_to(runs.size()));
-    db = transposed_gradient(dbt, lora_b, runs);
+    const Tensor floats = h.contiguous();
+    dbt = at::empty({static_cast<int64_t>(runs.size()), rank, out_features}, lora_b.options());
+    const Hidden of_h(floats, runs, rows, lora_b, scale, false, true);
+    add_sums(products, of_h, gradients, runs, dbt, numbers_to(runs.size()));
   }
+  Product::run_nn_together(products);
+  if (need_db) db = transposed_gradient(dbt, lora_b, runs);
   return {dx, da, db};
 }
 

@@ -14,26 +14,32 @@ struct RowRun {
   int64_t begin, end;
 };
 
+// Whether products of activations with an adapter's matrix are in pairs of bf16: they are exact.
+inline bool in_pairs(const Tensor& x, const Tensor& matrix) {
+  return kernels().has_pairs && x.scalar_type() == at::kBFloat16 && matrix.scalar_type() == at::kBFloat16;
+}
+
+// Whether h, or its gradient, is rounded for products in pairs with it: no result is more precise than that.
+// Not for a few rows: those wait for the weight.
+inline bool rounds_factors(const Tensor& x, const Tensor& matrix, int64_t rows) {
+  return in_pairs(x, matrix) && rows > kFewRows;
+}
+
 struct Adapter : AdapterArgs {
   DropoutMask mask;
   std::vector<RowRun> runs;
-  // Whether products with this matrix are in pairs of bf16, with h or its gradient rounded for them: no
-  // result is more precise than that.
   bool a_in_pairs, b_in_pairs;
+  // Whether what is multiplied by this matrix, or is a factor of its gradient, is rounded.
+  bool a_rounds, b_rounds;
 
   Adapter(AdapterArgs args, const Tensor& x, const OptionalTensor& seed, std::vector<RowRun> runs)
       : AdapterArgs(std::move(args)),
         mask(mask_of(dropout, seed, a.size(1))),
         runs(std::move(runs)),
         a_in_pairs(in_pairs(x, a)),
-        b_in_pairs(in_pairs(x, b)) {}
-
- private:
-  // Not for a few rows: those wait for the weight.
-  static bool in_pairs(const Tensor& x, const Tensor& matrix) {
-    return kernels().has_pairs && x.scalar_type() == at::kBFloat16 && matrix.scalar_type() == at::kBFloat16 &&
-           rows_of(x) > kFewRows;
-  }
+        b_in_pairs(in_pairs(x, b)),
+        a_rounds(rounds_factors(x, a, rows_of(x))),
+        b_rounds(rounds_factors(x, b, rows_of(x))) {}
 };
 
 using Adapters = std::vector<Adapter>;

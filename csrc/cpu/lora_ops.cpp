@@ -46,8 +46,6 @@ void add_expanded(Product& product, const Tensor& h, const Tensor& rounded, cons
   }
 }
 
-at::ScalarType factors_type(bool in_pairs) { return in_pairs ? at::kBFloat16 : at::kFloat; }
-
 Tensor in_type(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
 
 // x with the elements dropped that an adapter's mask drops, not yet scaled: exact in x's own type.
@@ -123,7 +121,7 @@ Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, 
   for (const Adapter& adapter : adapters) {
     if (adapter.layer != layer) continue;
     adapter.check_out_features(base.out_features());
-    const LoraFactors rounded(h, adapter, adapter.scaling, at::kBFloat16, adapter.b_in_pairs, false);
+    const LoraFactors rounded(h, adapter, adapter.scaling, at::kBFloat16, adapter.b_rounds, false);
     add_expanded(product, h, rounded.rows, adapter, dense_matrix(adapter.b, "lora_b"), adapter.scaling,
                  DropoutMask{});
   }
@@ -165,23 +163,10 @@ Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std:
 }
 
 // Adds the product of an adapter's factors with rows, summed over the rows that it serves, into `out`,
-// [rank, features]: the rank is the short side of dA and dB. It takes the place of the batch, and features
-// stay contiguous.
+// [rank, features].
 void add_sums(std::vector<Product>& products, Tensor& out, const LoraFactors& factors, const Adapter& adapter,
               const Tensor& rows) {
-  Product& product = products.emplace_back(out);
-  for (const RowRun& chunk : chunks_of(adapter)) {
-    GemmTerm term = term_of(factors.columns, "factors", dense_matrix(rows, "rows"));
-    term.lhs = static_cast<const char*>(term.lhs) +
-               chunk.begin * adapter.rank() * static_cast<int64_t>(factors.columns.element_size());
-    term.lhs_ld = term.depth = chunk.end - chunk.begin;
-    term.rhs.data =
-        static_cast<const char*>(term.rhs.data) + chunk.begin * rows.size(1) * rows.element_size();
-    product.add(term);
-  }
-  product.keep_few_rows_together();
-  product.keep(factors.columns);
-  product.keep(rows);
+  factors.add_sums(products.emplace_back(out), rows, adapter.runs);
 }
 
 class Layers {
@@ -219,7 +204,7 @@ class Layers {
     for (size_t i = 0; i < adapters_.size() && need_dh; ++i) {
       const Adapter& adapter = adapters_[i];
       of_dh.emplace_back(dh, adapter, scale_left(adapter) * adapter.mask.scale,
-                         factors_type(adapter.a_in_pairs), need_dx && adapter.a_in_pairs, need_da[i]);
+                         factors_type(adapter.a_rounds), need_dx && adapter.a_rounds, need_da[i]);
     }
     out.dx = need_dx ? input_gradient(dy, x_, bases, adapters_, dh, of_dh, compute_) : none(x_);
     std::vector<Product> products;
@@ -238,7 +223,7 @@ class Layers {
       out.db.push_back(need_db[i] ? at::empty_like(b) : none(b));
       if (need_db[i]) {
         transposed[i] = at::empty({b.size(1), b.size(0)}, b.options());
-        const LoraFactors of_h(h, adapter, adapter.scaling, factors_type(adapter.b_in_pairs), false, true);
+        const LoraFactors of_h(h, adapter, adapter.scaling, factors_type(adapter.b_rounds), false, true);
         add_sums(products, transposed[i], of_h, adapter, dy[adapter.layer]);
       }
     }
