@@ -6,7 +6,7 @@ sorts tokens by expert and multiplies each group once. The gate, norms and hooks
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -100,7 +100,9 @@ def _product(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, adapt
     dense: Any = weight.dense if isinstance(weight, NF4Weight) else weight
     if adapter is not None:
         a, b, scaling = adapter
-        a, b = (t if t.dtype == torch.float32 else t.to(x.dtype) for t in (a, b))
+        # Autocast rounds weights, and so PEFT's product of A and B.
+        keeps = None if autocast_dtype(x.device.type) == x.dtype else torch.float32
+        a, b = (t if t.dtype == keeps else t.to(x.dtype) for t in (a, b))
         return experts_lora_linear(x, ends, weight if packed else weight.to(x.dtype), a, b, scaling, bias)
     if dense is None:
         return experts_linear(x, ends, weight, bias)  # type: ignore[arg-type]
@@ -146,9 +148,10 @@ class _Sorted(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        (back,) = ctx.saved_tensors
+        (back,), (rows,) = ctx.saved_tensors, grads
         # Not what indexing has for a gradient: on the CPU that adds in whatever order threads come.
-        return grads[0][back].unflatten(0, (-1, ctx.k)).sum(1), None, None, None
+        of_token = back.unflatten(0, (-1, ctx.k))
+        return _by_parts(of_token.shape[0], rows, lambda part: rows[of_token[part]].sum(1)), None, None, None
 
 
 class _Combined(torch.autograd.Function):
@@ -156,7 +159,8 @@ class _Combined(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: Tensor, weights: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        return (rows[back].unflatten(0, weights.shape) * _wide(weights)[..., None]).sum(1)
+        of_token, wide = back.unflatten(0, weights.shape), _wide(weights)[..., None]
+        return _by_parts(wide.shape[0], rows, lambda part: (rows[of_token[part]] * wide[part]).sum(1))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -168,12 +172,39 @@ class _Combined(torch.autograd.Function):
         (dy,) = grads
         d_rows = d_weights = None
         if ctx.needs_input_grad[0]:
-            by_row = _wide(weights).reshape(-1)[order, None]
-            d_rows = (dy[order // weights.shape[1]] * by_row).to(rows.dtype)
+            token, by_row = order // weights.shape[1], _wide(weights).reshape(-1)[order, None]
+            d_rows = _by_parts(
+                rows.shape[0], rows, lambda part: (dy[token[part]] * by_row[part]).to(rows.dtype)
+            )
         if ctx.needs_input_grad[1]:
-            products = rows[back].unflatten(0, weights.shape) * dy[:, None]
-            d_weights = products.sum(-1).to(weights.dtype)
+            of_token = back.unflatten(0, weights.shape)
+            d_weights = _by_parts(
+                weights.shape[0], rows, lambda part: (rows[of_token[part]] * dy[part, None]).sum(-1)
+            ).to(weights.dtype)
         return d_rows, d_weights, None, None
+
+
+_PART = 2**17
+"""Elements of rows that are taken at a time on the CPU."""
+
+
+def _by_parts(count: int, rows: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
+    """compute(slice) of `count` tokens or rows, whose rows are `rows`. On the CPU it is called for one part
+    after the other: what it has between its operations then stays in cache, where fresh memory would take
+    five times as long. How many go together changes no bit."""
+    part = count
+    if rows.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        part = max(_PART * count // max(rows.numel(), 1), 1)
+    if part >= count:
+        return compute(slice(0, count))
+    out: Tensor | None = None
+    for begin in range(0, count, part):
+        found = compute(slice(begin, begin + part))
+        if out is None:
+            out = found.new_empty((count, *found.shape[1:]))
+        out[begin : begin + part] = found
+    assert out is not None
+    return out
 
 
 def _wide(weights: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from moe_models import EXPERTS, HIDDEN, IMPLEMENTATIONS, KINDS, packed, sample, unpacked
 from torch import Tensor
 
+import peft_kernels.experts
 import testing
 from peft_kernels.experts import experts_forward
 from peft_kernels.nf4.experts import pack, weight_names
@@ -106,6 +107,18 @@ def test_wider_activations_are_rounded_to_the_weights_dtype(compute_dtype: torch
     wide = module(hidden, index, weights)
     assert wide.dtype == torch.float32
     assert torch.equal(wide.to(dtype), narrow) and not torch.equal(wide, narrow.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_how_many_rows_go_together_changes_no_bit(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, inputs = packed(dtype=dtype), sample(dtype=dtype)
+    want = run(module, *inputs)  # small: all at once
+    for rows in (1, 6, 10):
+        monkeypatch.setattr(peft_kernels.experts, "_PART", rows * HIDDEN)
+        for what, got in run(module, *inputs).items():
+            assert torch.equal(got, want[what]), f"{rows} rows: {what}"
 
 
 def test_under_autocast() -> None:

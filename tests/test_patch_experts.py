@@ -27,8 +27,10 @@ from peft_experts import (
     weights_of,
 )
 from peft_models import REGIMES, run
+from torch import Tensor
 
 import peft_kernels as pk
+import peft_kernels.experts
 import testing
 
 BASES = ("dense", "nf4")
@@ -100,6 +102,25 @@ def test_autocast(base: str, weights: torch.dtype) -> None:
             samples.append((run(model, x), run(stock, x), truth))
         assert not fallbacks(report) and samples[0][0]["y"].dtype == torch.float32
     compare(samples)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_adapters_are_rounded_under_autocast_alone(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As autocast rounds the weights of linear layers; else they keep what they have over bf16 rows."""
+    model, seen = adapt(mixture(base, dtype=torch.bfloat16)), []
+    linear = peft_kernels.experts.experts_lora_linear
+
+    def noted(x: Tensor, ends: Tensor, weight: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+        seen.append((x.dtype, a.dtype, b.dtype))
+        return linear(x, ends, weight, a, b, *rest)
+
+    monkeypatch.setattr(peft_kernels.experts, "experts_lora_linear", noted)
+    pk.patch(model)
+    for enabled, adapters in ((False, torch.float32), (True, torch.bfloat16)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            model(tokens().bfloat16())
+        assert seen == [(torch.bfloat16, adapters, adapters)] * 2, enabled
+        seen.clear()
 
 
 @pytest.mark.parametrize("rows", [0, 1])
