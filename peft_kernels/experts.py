@@ -100,9 +100,10 @@ def _product(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, adapt
     dense: Any = weight.dense if isinstance(weight, NF4Weight) else weight
     if adapter is not None:
         a, b, scaling = adapter
-        # Autocast rounds weights, and so PEFT's product of A and B.
-        keeps = None if autocast_dtype(x.device.type) == x.dtype else torch.float32
-        a, b = (t if t.dtype == keeps else t.to(x.dtype) for t in (a, b))
+        # Autocast rounds weights, and so PEFT's product of A and B. For a few rows, as in decoding, to round
+        # the adapters of all experts would cost more than the products.
+        rounds = autocast_dtype(x.device.type) == x.dtype and x.shape[0] >= a.shape[0]
+        a, b = (t if t.dtype == torch.float32 and not rounds else t.to(x.dtype) for t in (a, b))
         return experts_lora_linear(x, ends, weight if packed else weight.to(x.dtype), a, b, scaling, bias)
     if dense is None:
         return experts_linear(x, ends, weight, bias)  # type: ignore[arg-type]

@@ -158,22 +158,20 @@ def everything(c: ExpertsCase) -> dict[str, Tensor]:
 @pairs(
     split=("gaps", "decode", "uneven", LONG),
     base=("dense", "nf4", "nested"),
-    dtype=DTYPES,
-    adapter=("fp32", "same", "mixed"),
+    types=(*((dtype, "fp32") for dtype in DTYPES), (torch.bfloat16, "same"), (torch.bfloat16, "mixed")),
     shape=((136, 320), (33, 71)),  # whole blocks, odd
 )
 def test_an_expert_is_a_layer_to_the_bit(
     backend: str,
     split: str | tuple[int, ...],
     base: str,
-    dtype: torch.dtype,
-    adapter: str,
+    types: tuple[torch.dtype, str],
     shape: tuple[int, int],
 ) -> None:
     if backend in ("ptx", "triton"):
         pytest.skip(f"{backend}: many experts' sums need not be in the order of one layer's")
     n, k = shape
-    c = ExpertsCase(sizes(split, n, k, base, dtype, adapter) | {"bias": "same"})
+    c = ExpertsCase(sizes(split, n, k, base, *types) | {"bias": "same"})
     got = everything(c)
     for e, rows in runs(c.ends):
         of_layer = tuple(None if t is None else t[e] for t in c.group[:4]) + c.group[4:]

@@ -106,7 +106,7 @@ def test_autocast(base: str, weights: torch.dtype) -> None:
 
 @pytest.mark.parametrize("base", BASES)
 def test_adapters_are_rounded_under_autocast_alone(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As autocast rounds the weights of linear layers; else they keep what they have over bf16 rows."""
+    """As autocast rounds the weights of linear layers; else, and for a token, they keep what they have."""
     model, seen = adapt(mixture(base, dtype=torch.bfloat16)), []
     linear = peft_kernels.experts.experts_lora_linear
 
@@ -116,10 +116,13 @@ def test_adapters_are_rounded_under_autocast_alone(base: str, monkeypatch: pytes
 
     monkeypatch.setattr(peft_kernels.experts, "experts_lora_linear", noted)
     pk.patch(model)
-    for enabled, adapters in ((False, torch.float32), (True, torch.bfloat16)):
+    wide, rounded = torch.float32, torch.bfloat16
+    for enabled, x, adapters in (
+        (False, tokens(), wide), (True, tokens(), rounded), (True, tokens(rows=1), wide),
+    ):  # fmt: skip
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            model(tokens().bfloat16())
-        assert seen == [(torch.bfloat16, adapters, adapters)] * 2, enabled
+            model(x.bfloat16())
+        assert seen == [(torch.bfloat16, adapters, adapters)] * 2, (enabled, x.shape)
         seen.clear()
 
 

@@ -65,12 +65,14 @@ inline void transpose_each(const Tensor& from, const MatrixStrides& s, Tensor& t
   parallel_for(0, places.count() * blocks, ceil_div(kElementwiseGrain, kRowsTogether * s.rows), run);
 }
 
-// Matrices that lie side by side, as PEFT keeps lora_B of all experts, become row-major, as `to` is: those
-// that follow each other in both go together.
+// Matrices that lie side by side, as PEFT keeps lora_B of all experts, become row-major, as `to` is. Those
+// that follow each other in both go together, by vectors; where few do, as when a token meets its experts,
+// element by element.
 inline void take_apart(const Tensor& from, const MatrixStrides& s, Tensor& to, const MatrixPlaces& places) {
   struct Neighbours {
     int64_t from, to, count;
   };
+  constexpr int64_t kEnough = 3;
   std::vector<Neighbours> found;
   for (int64_t i = 0; i < places.count(); ++i) {
     Neighbours* last = found.empty() ? nullptr : &found.back();
@@ -82,27 +84,50 @@ inline void take_apart(const Tensor& from, const MatrixStrides& s, Tensor& to, c
       found.push_back({places.from[i], places.to[i], 1});
     }
   }
+  const auto few = [](const Neighbours& n) { return n.count < kEnough; };
+  const auto first_of_many = std::stable_partition(found.begin(), found.end(), few);
+  const std::vector<Neighbours> narrow(found.begin(), first_of_many), wide(first_of_many, found.end());
   const int64_t blocks = ceil_div(s.cols, kRowsTogether), size = s.rows * s.cols;
   const auto transpose_rows = kernels().transpose_rows;
-  const auto run = [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t first = block * kRowsTogether, count = std::min(kRowsTogether, s.cols - first);
-      for (int64_t row = 0; row < s.rows; ++row) {
-        for (const Neighbours& n : found) {
-          const TransposeParams params{address(from, n.from + row * s.row + first * s.col),
-                                       dtype_of(from, "from"),
-                                       count,
-                                       n.count,
-                                       s.col,
-                                       mutable_address(to, n.to * size + row * s.cols + first),
-                                       dtype_of(to, "to"),
-                                       size};
-          transpose_rows(params, 0, count);
-        }
-      }
+  const auto by_vectors = [&](int64_t row, int64_t first, int64_t count) {
+    for (const Neighbours& n : wide) {
+      const TransposeParams params{address(from, n.from + row * s.row + first * s.col),
+                                   dtype_of(from, "from"),
+                                   count,
+                                   n.count,
+                                   s.col,
+                                   mutable_address(to, n.to * size + row * s.cols + first),
+                                   dtype_of(to, "to"),
+                                   size};
+      transpose_rows(params, 0, count);
     }
   };
-  parallel_for(0, blocks, ceil_div(kElementwiseGrain, kRowsTogether * s.rows * places.count()), run);
+  with_scalar_type(from.scalar_type(), [&](auto from_type) {
+    with_scalar_type(to.scalar_type(), [&](auto to_type) {
+      using To = decltype(to_type);
+      const auto* source = from.const_data_ptr<decltype(from_type)>();
+      To* target = to.mutable_data_ptr<To>();
+      const auto by_elements = [&](int64_t row, int64_t col) {
+        const auto* line = source + row * s.row + col * s.col;
+        To* out = target + row * s.cols + col;
+        for (const Neighbours& n : narrow) {
+          for (int64_t i = 0; i < n.count; ++i) {
+            out[(n.to + i) * size] = static_cast<To>(static_cast<float>(line[n.from + i]));
+          }
+        }
+      };
+      const auto run = [&](int64_t begin, int64_t end) {
+        for (int64_t block = begin; block < end; ++block) {
+          const int64_t first = block * kRowsTogether, last = std::min(first + kRowsTogether, s.cols);
+          for (int64_t row = 0; row < s.rows; ++row) {
+            by_vectors(row, first, last - first);
+            for (int64_t col = first; col < last && !narrow.empty(); ++col) by_elements(row, col);
+          }
+        }
+      };
+      parallel_for(0, blocks, ceil_div(kElementwiseGrain / 4, kRowsTogether * s.rows * places.count()), run);
+    });
+  });
 }
 
 // Whatever way matrices lie.
