@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -16,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from nf4_weights import parts
-from ranks import found_by_rank
+from ranks import found_by_rank, free_port
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -150,17 +148,6 @@ def _work(rank: int, cases: list[Case], port: int, folder: str, queue: Any) -> N
 
 
 def in_processes(cases: list[Case]) -> dict[int, dict[str, str]]:
-    """What went wrong, by process and case. Libraries are imported once, in the process that the four are
-    forked from."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        [
-            *("torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "pytest"),
-            *("peft", "transformers.models.llama.modeling_llama"),
-        ]
-    )
+    """What went wrong, by process and case."""
     with tempfile.TemporaryDirectory() as folder:
-        return found_by_rank(context, RANKS, _work, cases, port, folder)
+        return found_by_rank(RANKS, _work, cases, free_port(), folder)

@@ -7,9 +7,11 @@ import os
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
+from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 Case = Callable[[Path], None]
 
+PRELOADED = [
+    *("pytest", "torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo"),
+    *("transformers.models.llama.modeling_llama", "transformers.distributed", "transformers.trainer"),
+    *("peft", "datasets", "trl.trainer.sft_trainer", "peft_kernels"),
+]
+"""All that tests in several processes import that takes long. What is not installed is passed over."""
+
+
+def forked() -> BaseContext:
+    """Of processes that are forked from one, which imports what they need once. It is started once for all
+    tests of a run, so what it has imported must not be the first's alone."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -28,8 +45,9 @@ def free_port() -> int:
     return port
 
 
-def found_by_rank(context: BaseContext, ranks: int, work: Callable[..., None], *args: Any) -> dict[int, Any]:
+def found_by_rank(ranks: int, work: Callable[..., None], *args: Any) -> dict[int, Any]:
     """What `work(rank, *args, queue)` puts into the queue, pairs of its rank and anything."""
+    context = forked()
     queue = context.Queue()
     processes: list[Any] = [
         context.Process(target=work, args=(rank, *args, queue), daemon=True)  # type: ignore[attr-defined]
@@ -44,13 +62,26 @@ def found_by_rank(context: BaseContext, ranks: int, work: Callable[..., None], *
     return found
 
 
-def told_by_rank(ranks: int, cases: Sequence[Case], preload: Sequence[str]) -> dict[int, dict[str, str]]:
+def ended(processes: Sequence[Any], seconds: float = 300.0) -> list[int]:
+    """Exit codes. Once one has failed, the others, which would wait for it, are killed, as torchrun does."""
+    left = {process.sentinel: process for process in processes}
+    end = time.monotonic() + seconds
+    while left:
+        done = wait(list(left), timeout=max(1.0, end - time.monotonic()))
+        for sentinel in done:
+            left[sentinel].join()
+        failed = not done or any(left[sentinel].exitcode for sentinel in done)
+        left = {sentinel: process for sentinel, process in left.items() if sentinel not in done}
+        for process in left.values() if failed else ():
+            process.kill()
+    return [process.exitcode for process in processes]
+
+
+def told_by_rank(ranks: int, cases: Sequence[Case]) -> dict[int, dict[str, str]]:
     """What went wrong in each of some cases, by process: they run one after the other in processes that are
-    started once. `preload`: modules that are imported once, in the process that these are forked from."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch.distributed", *preload])
+    started once."""
     with tempfile.TemporaryDirectory() as folder:
-        return found_by_rank(context, ranks, _run_cases, ranks, free_port(), folder, cases)
+        return found_by_rank(ranks, _run_cases, ranks, free_port(), folder, cases)
 
 
 def assert_nothing_told(told: dict[int, dict[str, str]], case: str) -> None:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from bottleneck_models import FAMILIES, stir
-from ranks import found_by_rank
+from ranks import found_by_rank, free_port
 from torch import nn
 
 import peft_kernels as pk
@@ -68,10 +66,7 @@ def work(rank: int, port: int, queue: Any) -> None:
 
 
 def test_two_ranks_are_as_one_process() -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = found_by_rank(mp.get_context("spawn"), 2, work, port)
+    ranks = found_by_rank(2, work, free_port())
     for case, names in CASES.items():
         model = make()
         before = {name: p.detach().clone().numpy() for name, p in model.named_parameters()}

@@ -231,7 +231,7 @@ CASES = [
 
 @pytest.fixture(scope="module")
 def told() -> dict[int, dict[str, str]]:
-    return told_by_rank(2, CASES, ["peft", "peft_kernels"])
+    return told_by_rank(2, CASES)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])

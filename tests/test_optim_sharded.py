@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing as mp
-import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -16,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from ranks import found_by_rank
+from ranks import found_by_rank, free_port
 from sharded_models import (
     CUT_ALIKE,
     RANKS,
@@ -351,17 +349,9 @@ def work(rank: int, port: int, folder: str, queue: Any) -> None:
 
 @pytest.fixture(scope="module")
 def results() -> dict[int, dict[str, str]]:
-    """What went wrong, by process and case. Torch is imported once, in the process that the four are forked
-    from."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "pytest"]
-    )
+    """What went wrong, by process and case."""
     with tempfile.TemporaryDirectory() as folder:
-        return found_by_rank(context, RANKS, work, port, folder)
+        return found_by_rank(RANKS, work, free_port(), folder)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])

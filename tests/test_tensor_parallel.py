@@ -350,12 +350,11 @@ def three(folder: Path) -> None:
 
 
 CASES = [loads_its_part, reads_its_part_alone, other_plans, trains_adapters, refusals, damaged]
-PRELOADED = ["transformers.models.llama.modeling_llama", "transformers.distributed", "peft"]
 
 
 @pytest.fixture(scope="module")
 def told() -> Any:
-    return told_by_rank(2, CASES, PRELOADED)
+    return told_by_rank(2, CASES)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
@@ -364,4 +363,4 @@ def test_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
 
 
 def test_three_processes() -> None:
-    assert_nothing_told(told_by_rank(3, [three], PRELOADED), "three")
+    assert_nothing_told(told_by_rank(3, [three]), "three")

@@ -73,7 +73,7 @@ CASES = [ddp, fsdp2]
 
 @pytest.fixture(scope="module")
 def told() -> dict[int, dict[str, str]]:
-    return told_by_rank(2, CASES, ["transformers.models.llama", "peft", "peft_kernels"])
+    return told_by_rank(2, CASES)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])

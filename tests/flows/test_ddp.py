@@ -253,12 +253,11 @@ def dropped(folder: Path) -> None:
 
 
 CASES = [when_patched, options, unused, rows_of_their_own, accumulation, overlap, dropped]
-PRELOAD = ["transformers.models.llama", "peft", "peft_kernels"]
 
 
 @pytest.fixture(scope="module")
 def told() -> dict[int, dict[str, str]]:
-    return told_by_rank(2, CASES, PRELOAD)
+    return told_by_rank(2, CASES)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
@@ -268,6 +267,6 @@ def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
 
 def test_on_three_processes() -> None:
     cases = [accumulation]
-    told = told_by_rank(3, cases, PRELOAD)
+    told = told_by_rank(3, cases)
     for case in cases:
         assert_nothing_told(told, case.__name__)

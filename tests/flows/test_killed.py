@@ -3,7 +3,6 @@ goes on from the last checkpoint is as if nothing had been."""
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
 import queue as queues
 import re
@@ -18,7 +17,7 @@ import pytest
 import torch.distributed as dist
 import transformers
 from flow_models import adapted, arguments, ids, llama
-from ranks import enter, free_port
+from ranks import enter, forked, free_port
 
 import peft_kernels as pk
 
@@ -75,8 +74,7 @@ def work(rank: int, port: int, folder: str, optimizer: str, doomed: dict[int, in
 
 def run(folder: Path, optimizer: str, doomed: dict[int, int]) -> tuple[list[int | None], dict[int, Any]]:
     """Exit codes, None of one that is there still, and what the processes told that had the time."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "transformers.models.llama", "transformers.trainer", "peft"])
+    context: Any = forked()
     queue = context.Queue()
     arguments = free_port(), str(folder), optimizer, doomed, queue
     processes = [context.Process(target=work, args=(rank, *arguments), daemon=True) for rank in range(RANKS)]

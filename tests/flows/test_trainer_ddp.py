@@ -160,8 +160,7 @@ CASES = [trainer, one_bar, sft]
 
 @pytest.fixture(scope="module")
 def told() -> dict[int, dict[str, str]]:
-    modules = ["transformers.models.llama", "transformers.trainer", "peft", "peft_kernels"]
-    return told_by_rank(RANKS, CASES, modules + (["trl"] if importlib.util.find_spec("trl") else []))
+    return told_by_rank(RANKS, CASES)
 
 
 @pytest.mark.parametrize("case", ["trainer", "one_bar"])

@@ -130,7 +130,7 @@ CASES = [sft, resumed, efficient_loading]
 
 @pytest.fixture(scope="module")
 def told() -> dict[int, dict[str, str]]:
-    return told_by_rank(RANKS, CASES, ["transformers.models.llama", "transformers.trainer", "peft", "trl"])
+    return told_by_rank(RANKS, CASES)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
