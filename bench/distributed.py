@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -22,9 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
+
+from ranks import ended, enter, forked, free_port
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 MAX_LENGTH, RANK, LR, SEED, BATCH = 64, 8, 5e-4, 0, 6
-WAYS = ("one", "ddp", "fsdp2")
 
 
 class Found(NamedTuple):
@@ -41,16 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--steps", type=int, default=20, help="of all runs (20); checkpoints are of half of them")
     add("--model", type=Path, help="a folder in place of SmolLM2-135M")
     add("--data", type=Path, help="JSON lines, as of examples/finetune.py")
-    add("--child", choices=WAYS, help=argparse.SUPPRESS)
-    add("--out", type=Path, help=argparse.SUPPRESS)
-    add("--resume", type=Path, help=argparse.SUPPRESS)
-    add("--killed", default="", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.steps < 4:
         parser.error(f"--steps: expected at least 4, got {options.steps}")
-    if options.child:
-        child(options)
-        return 0
     with tempfile.TemporaryDirectory() as folder:
         compare(options, Path(folder))
     return 0
@@ -95,48 +90,63 @@ def run(
 ) -> Found | None:
     """None when it did not get to the end."""
     out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command += ["-m", "bench.distributed", "--child", way, "--out", str(out), "--steps", str(options.steps)]
-    for name, value in (("model", options.model), ("data", options.data), ("resume", resume)):
-        command += [f"--{name}", str(value)] if value else []
-    command += [f"--killed={killed}"] if killed else []
-    env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    quiet = subprocess.DEVNULL if killed else None
-    done = subprocess.run(command, env=env, stdout=quiet, stderr=quiet, cwd=EXAMPLES.parent, check=False)
-    result = out / "found.pt"
-    if done.returncode or not result.exists():
+    told = Told(way, ranks, out, resume, killed)
+    context: Any = forked()
+    port = free_port()
+    processes = [
+        context.Process(target=child, args=(options, told, rank, port), daemon=True) for rank in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    # Twenty steps of SmolLM2-135M are to fit in.
+    if any(ended(processes, seconds=3600)):
         return None
-    return Found(**torch.load(result))
+    return Found(**torch.load(out / "found.pt"))
 
 
 # In each process.
 
 
-def child(options: Any) -> None:
-    ranks, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+class Told(NamedTuple):
+    """What a run is."""
+
+    way: str
+    ranks: int
+    out: Path
+    resume: Path | None
+    killed: str
+    """Ranks that kill themselves in the middle."""
+
+
+def child(options: Any, told: Told, rank: int, port: int) -> None:
+    enter(rank, told.ranks, port)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    if told.killed:
+        for stream in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     dist.init_process_group("gloo")
     model, base = make(options)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
-    run_model, share = distribute(model, options.child, ranks, base)
+    run_model, share = distribute(model, told.way, told.ranks, base)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
     first = 0
-    if options.resume:
+    if told.resume is not None:
         first = options.steps // 2
-        resume(model, optimizer, options.resume)
+        resume(model, optimizer, told.resume)
     losses = {}
     for step, batch in enumerate(batches(options)):
         if step < first:
             continue
-        losses[step] = train_step(run_model, optimizer, batch, ranks, rank)
-        if step + 1 == options.steps // 2 and options.child == "fsdp2" and not options.resume:
-            save(model, optimizer, options.out / "checkpoint")
-        if step == options.steps // 2 + 1 and str(rank) in options.killed:
+        losses[step] = train_step(run_model, optimizer, batch, told.ranks, rank)
+        if step + 1 == options.steps // 2 and told.way == "fsdp2" and told.resume is None:
+            save(model, optimizer, told.out / "checkpoint")
+        if step == options.steps // 2 + 1 and str(rank) in told.killed:
             os.kill(os.getpid(), signal.SIGKILL)
     after = {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
     if rank == 0:
         moved = {name: after[name] - start[name] for name in start}
-        torch.save({"losses": losses, "moved": moved, "share": share}, options.out / "found.pt")
+        torch.save({"losses": losses, "moved": moved, "share": share}, told.out / "found.pt")
     dist.barrier()
     os._exit(0)  # gloo's threads may wait for what is freed after them
 

@@ -8,11 +8,12 @@ import importlib.util
 import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import torch
+from ranks import ended, enter, forked, free_port
 
 import peft_kernels as pk
 
@@ -77,31 +78,49 @@ def missing(needs: str) -> str:
     return ""
 
 
-def command(words: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """`peft-kernels` with these arguments, of the package that is tested."""
-    return _run(["peft_kernels", *shlex.split(words, comments=True)], folder)
+class Done(NamedTuple):
+    returncode: int
+    said: str
 
 
-def torchrun(code: str, folder: Path, processes: int = 2) -> subprocess.CompletedProcess[str]:
-    """A script in several processes of torch.distributed."""
-    script = folder / "train.py"
-    script.write_text(code, encoding="utf-8")
-    launch = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", str(script)]
-    return _run(launch, folder)
+def command(words: str, folder: Path) -> Done:
+    """`peft-kernels` with these arguments."""
+    arguments = shlex.split(words, comments=True)
+    return _run(f"import sys\nfrom peft_kernels.cli.main import main\nsys.exit(main({arguments!r}))", folder)
 
 
-def _run(module: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    arguments = [sys.executable, "-m", *module]
-    environment = {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
+def torchrun(code: str, folder: Path, processes: int = 2) -> Done:
+    """A script in several processes of torch.distributed, with the environment that torchrun gives them."""
+    return _run(code, folder, processes)
+
+
+def _run(code: str, folder: Path, count: int = 1) -> Done:
+    said, port = folder / "said.txt", free_port()
+    said.write_text("")
+    context: Any = forked()
+    processes = [
+        context.Process(target=_execute, args=(code, folder, said, rank, count, port), daemon=True)
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    return Done(max(map(abs, ended(processes))), said.read_text(encoding="utf-8"))
+
+
+def _execute(code: str, folder: Path, said: Path, rank: int, count: int, port: int) -> None:
+    file = os.open(said, os.O_WRONLY | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.chdir(folder)
+    torch.set_num_threads(1)
+    if count > 1:
+        enter(rank, count, port)
+    exec(compile(code, "<page>", "exec"), {"__name__": "__main__"})
 
 
 def make_model(folder: Path) -> None:
     """A Llama of two layers with random weights and a tokenizer of bytes, as the pages' "my-model"."""
     import tokenizers
-    import torch
     import transformers
 
     letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
@@ -130,7 +149,6 @@ def make_model(folder: Path) -> None:
 
 def make_mixture(folder: Path) -> None:
     """A Qwen3-MoE of two layers, as the pages' "my-mixture"."""
-    import torch
     import transformers
 
     config = transformers.Qwen3MoeConfig(

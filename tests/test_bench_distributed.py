@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,7 @@ pytestmark = [
 
 @pytest.fixture
 def options(tiny: Path) -> object:  # noqa: F811
-    class Options:
-        steps, model, data = 4, tiny / "model", tiny / "pairs.jsonl"
-
-    return Options
+    return Namespace(steps=4, model=tiny / "model", data=tiny / "pairs.jsonl")
 
 
 def test_killed_and_gone_on_with_in_another_number(options: object, tmp_path: Path) -> None:

@@ -88,10 +88,10 @@ def test_every_snippet_runs(page: Path, workplace: Path, one_thread: None) -> No
             for line in block.code.splitlines():
                 if line.startswith(COMMANDS):
                     done = doc_pages.command(line.removeprefix(COMMANDS), workplace)
-                    assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+                    assert done.returncode == 0, f"{line}\n{done.said}"
     if in_processes:
         done = doc_pages.torchrun(in_processes, workplace)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == 0, done.said
     if skipped:
         ran = len(RUNNABLE[page]) - len(skipped)
         pytest.skip(f"{name_of(page)}: {ran} of {len(RUNNABLE[page])} ran; {', '.join(sorted(set(skipped)))}")
