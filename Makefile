@@ -59,7 +59,8 @@ test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 
 # The tests of every kernel.
 KERNELS := nf4 nf4_absmax nf4_format nf4_experts sums linear lora lora_dropout lora_multi lora_multi_refused experts \
-  experts_refused dora gated bottleneck cross_entropy token_loss attention rms_norm rotary dropout adamw compute_dtype gradients gradcheck gradient_needs
+  experts_refused dora gated bottleneck multi_bottleneck cross_entropy token_loss attention rms_norm rotary dropout \
+  adamw compute_dtype gradients gradcheck gradient_needs
 
 # In a process of its own: Triton reads the flag when it sees a kernel first. What is refused of second derivatives, and
 # what is saved, is autograd's, and the same for every back end. Attention, norms and rotary embedding have kernels for

@@ -105,3 +105,20 @@ def test_names_in_headers_of_cpu_kernels_are_one_things() -> None:
             homes.setdefault(name, set()).add(path.name)
     assert len(homes) > 50
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
+
+
+def test_each_family_of_ops_is_in_the_makefiles_list_of_kernels() -> None:
+    """By it they run in Triton's interpreter, as PTX for other cards, and under sanitizers."""
+    if not (makefile := ROOT / "Makefile").exists():
+        pytest.skip("no Makefile here")
+    found = re.search(r"^KERNELS := ((?:.*\\\n)*.*)", makefile.read_text(encoding="utf-8"), re.MULTILINE)
+    assert found is not None
+    listed = set(found[1].replace("\\\n", " ").split())
+    families = {
+        path.stem
+        for path in (PACKAGE / "ops").glob("*.py")
+        if re.search(r"^class \w+\(Op\):", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert len(families) > 12
+    assert families - listed == {"multi_lora"} and "lora_multi" in listed
+    assert [name for name in listed if not (ROOT / "tests" / f"test_{name}.py").exists()] == []
