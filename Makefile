@@ -123,8 +123,9 @@ PEFT_VERSIONS ?= 0.17.0 newest
 peft-tests: $(VENV)/.built ## Run PEFT's own tests with every model patched, its oldest and newest version (needs pip's index)
 	$(BIN)/python tools/peft_tests.py $(PEFT_VERSIONS:%=--peft %) $(ARGS)
 
-package: $(VENV)/.packages ## Build the source distribution and a wheel and use both as a new user would (needs pip's index)
-	$(BIN)/python tools/package_check.py $(ARGS)
+# By the system's Python: no environment of ours is waited for.
+package: ## Build the source distribution and a wheel and use both as a new user would (needs pip's index)
+	$(PYTHON) tools/package_check.py $(ARGS)
 
 hub: $(VENV)/.built ## Lay the CPU kernels out for Hugging Face's `kernels`, build and load them (needs pip's index)
 	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python tools/requirements.py hub)

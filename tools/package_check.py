@@ -80,17 +80,16 @@ def main() -> None:
         def tell(what: str) -> None:
             print(f"{time.monotonic() - begin:5.0f} s  {what}", flush=True)
 
-        run(
-            [sys.executable, "setup.py", "-q", "sdist", "-d", folder],
-            ROOT,
-            PEFT_KERNELS_CPU="0",
-            PEFT_KERNELS_CUDA="0",
-        )
-        (sdist,) = folder.glob("*.tar.gz")
-        tell(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
         run([sys.executable, "-m", "venv", folder / "user"], folder)
         python = folder / "user" / "bin" / "python"
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
+        # Beside the user's environment, which is to be empty.
+        tools = folder / "setuptools"
+        run([*pip, "install", "-q", "--target", tools, "setuptools>=77"], folder)
+        nothing = {"PEFT_KERNELS_CPU": "0", "PEFT_KERNELS_CUDA": "0", "PYTHONPATH": str(tools)}
+        run([python, "setup.py", "-q", "sdist", "-d", folder], ROOT, **nothing)
+        (sdist,) = folder.glob("*.tar.gz")
+        tell(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
         run([*pip, "install", "-q", "--no-compile", options.torch, "numpy"], folder)
         tell(f"torch {run([python, '-c', 'import torch; print(torch.__version__)'], folder).strip()}")
         run([*pip, "wheel", "-q", "--no-deps", "-w", folder, sdist], folder)
