@@ -99,11 +99,13 @@ fuzz: $(VENV)/.built ## Damage 10,000 checkpoints: each must be refused in a sen
 
 sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan
 
-SANITIZED := $(KERNELS)
+SANITIZED := $(KERNELS) autocast threads
 # Indices beyond 2^31; tsan would take several times the memory. What damaged checkpoints make kernels read.
 asan: SANITIZED += large bad_checkpoints fuzzed_checkpoints
 asan: SANITIZER := address
 tsan: SANITIZER := thread
+# The machine that runs PTX has one thread: it is left out.
+tsan: export CUDA_HOME := /nonexistent
 # Beside the ordinary build, in build/. Python brings no sanitizer, so its library is loaded first, and libstdc++
 # with it, whose throw it wraps. It wants fixed addresses: none are random where the system allows that.
 # pytest's capture and faulthandler would swallow its reports; the first one ends the process. Switched off:

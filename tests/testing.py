@@ -64,6 +64,12 @@ def unavailable(backend_id: str) -> str | None:
     return reason
 
 
+def sanitizer() -> str:
+    """What the CPU back end was built to find: "address", "thread", or ""."""
+    library = cpu.BACKEND.extension if unavailable("cpu") is None else None
+    return library.sanitizer() if hasattr(library, "sanitizer") else ""
+
+
 @contextmanager
 def running_on(backend_id: str) -> Iterator[None]:
     """Force a back end and, for cpu, the instruction set. On ptx, tensors end where their memory does."""

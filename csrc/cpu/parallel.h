@@ -14,15 +14,11 @@
 namespace peft_kernels::cpu {
 
 // Elements that one thread should have in an elementwise kernel before a second is worth waking.
-inline constexpr int64_t kElementwiseGrain = 32768;
+inline constexpr int64_t kElementwiseGrain = kSanitized ? 2048 : 32768;
 
 inline int64_t useful_threads(int64_t multiply_adds) {
-#ifdef __SANITIZE_THREAD__  // small work is shared out as well
-  (void)multiply_adds;
-  return get_num_threads();
-#else
+  if constexpr (kSanitized) return get_num_threads();
   return std::clamp<int64_t>(multiply_adds / kernels().multiply_adds_per_thread, 1, get_num_threads());
-#endif
 }
 
 // A grid over an m by n output, in units that no kernel would split.

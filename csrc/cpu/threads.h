@@ -15,8 +15,15 @@
 
 namespace peft_kernels::cpu {
 
-// Torch's number of threads for an op.
+// Torch's number of threads for an op; several under a sanitizer.
 int64_t get_num_threads();
+
+// Sanitizers see only what is shared out: for them small work is, too.
+#if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
+inline constexpr bool kSanitized = true;
+#else
+inline constexpr bool kSanitized = false;
+#endif
 
 // Whether other processes use the cores that threads of ours want.
 bool is_busy();
