@@ -107,6 +107,10 @@ CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 PTX_FOLDER, PTX_PROGRAM = "tests/ptx", "main.cu"
 
 
+# With it files begin that include torch's headers; see tools/precompiled.py.
+PRECOMPILED = "#include <ATen/ATen.h>\n"
+
+
 def headers(*folders: str) -> list[str]:
     """What a change of makes a library out of date, beside its sources."""
     suffixes = (".h", ".inl", ".cuh")
@@ -246,11 +250,14 @@ def cpu_extension(emulate: bool) -> Any:
 
 def wrapped(folder: str, named: dict[str, str]) -> list[str]:
     """Files in build/FOLDER, by the names given, that include a source each: objects are named after sources,
-    and those of two libraries must not meet."""
+    and those of two libraries must not meet. A header that is precompiled is taken in a file's own lines
+    alone."""
     into = ROOT / "build" / folder
     into.mkdir(parents=True, exist_ok=True)
     for source, name in named.items():
         text = f'#include "{ROOT / source}"\n'
+        if PRECOMPILED in (ROOT / source).read_text(encoding="utf-8"):
+            text = PRECOMPILED + text
         if not (into / name).exists() or (into / name).read_text() != text:
             (into / name).write_text(text)
     return [str((into / name).relative_to(ROOT)) for name in named.values()]

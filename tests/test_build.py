@@ -88,3 +88,49 @@ def test_left_out_on_request(setup: Setup, tmp_path: Path) -> None:
 def test_switches_are_0_or_1(setup: Setup) -> None:
     status, said = setup(torch.version.cuda, PEFT_KERNELS_CUDA="yes")
     assert status != 0 and "PEFT_KERNELS_CUDA: expected 0 or 1, got 'yes'" in said
+
+
+def included(path: Path, seen: set[Path]) -> str:
+    """A file's text and those of the files that it includes by quoted names."""
+    seen.add(path)
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r'^#\s*include "([^"]+)"', text, re.MULTILINE):
+        other = (path.parent / name).resolve()
+        if other.exists() and other not in seen:
+            text += included(other, seen)
+    return text
+
+
+def test_files_that_read_much_of_torch_begin_with_what_is_precompiled() -> None:
+    """A header that comes after another is not taken precompiled, and torch's take seconds."""
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    sources = [
+        ROOT / name for name in (*build["CPU_SOURCES"], *build["CUDA_OPS"], *build["EMULATED_SOURCES"])
+    ]
+    if not all(path.exists() for path in sources):
+        pytest.skip("no sources here")
+    much = [path for path in sources if re.search(r"<ATen/ATen.h>|<torch/", included(path, set()))]
+    assert len(much) > 25
+    late = [
+        path.name
+        for path in much
+        if f"{re.search(r'^#include .*$', path.read_text(encoding='utf-8'), re.MULTILINE)[0]}\n"  # type: ignore[index]
+        != build["PRECOMPILED"]
+    ]
+    assert late == []
+
+
+def test_a_wrapped_file_begins_with_what_is_precompiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own lines do: in files that it includes a precompiled header is not taken."""
+    wrapped = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["wrapped"]
+    monkeypatch.setitem(wrapped.__globals__, "ROOT", tmp_path)
+    (tmp_path / "ops.cpp").write_text("// Ops.\n#include <ATen/ATen.h>\n")
+    (tmp_path / "kernel.cu").write_text("// A kernel.\n")
+    wrapped("in", {"ops.cpp": "ops_of_two.cpp", "kernel.cu": "kernel.cu"})
+    texts = [(tmp_path / "build" / "in" / name).read_text() for name in ("ops_of_two.cpp", "kernel.cu")]
+    assert texts == [
+        f'#include <ATen/ATen.h>\n#include "{tmp_path}/ops.cpp"\n',
+        f'#include "{tmp_path}/kernel.cu"\n',
+    ]

@@ -1,5 +1,6 @@
 // What the library tells of itself, and its instruction set, as ops without tensors: so it has no need of
 // Python, nor of one version of it. None of these is a kernel, hence a namespace of their own.
+#include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include <cstdlib>

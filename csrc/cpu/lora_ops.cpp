@@ -1,9 +1,11 @@
 // What the ops with LoRA adapters compute here: the deltas of a layer are further terms of its base product.
-#include "../common/lora_ops.h"
+#include <ATen/ATen.h>
+// Ahead of all others: it is precompiled (tools/precompiled.py).
 
 #include <vector>
 
 #include "../common/autocast.h"
+#include "../common/lora_ops.h"
 #include "linear_product.h"
 #include "lora_adapters.h"
 #include "lora_factors.h"

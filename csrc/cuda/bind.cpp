@@ -1,4 +1,7 @@
 // The Python module: what is not an op. Importing it registers the ops (*_ops.cpp) and needs no device.
+#include <ATen/ATen.h>
+// Ahead of all others: it is precompiled (tools/precompiled.py).
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

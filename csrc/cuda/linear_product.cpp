@@ -1,3 +1,6 @@
+#include <ATen/ATen.h>
+// Ahead of all others: it is precompiled (tools/precompiled.py).
+
 #include "linear_product.h"
 
 namespace peft_kernels::cuda {

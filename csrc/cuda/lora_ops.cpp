@@ -1,9 +1,11 @@
 // What the ops with LoRA adapters compute here. Which rows an adapter serves is known on the device alone.
-#include "../common/lora_ops.h"
+#include <ATen/ATen.h>
+// Ahead of all others: it is precompiled (tools/precompiled.py).
 
 #include <memory>
 #include <vector>
 
+#include "../common/lora_ops.h"
 #include "linear_product.h"
 #include "lora_adapters.h"
 

@@ -1,3 +1,6 @@
+#include <ATen/ATen.h>
+// Ahead of all others: it is precompiled (tools/precompiled.py).
+
 #include "runtime.h"
 
 #ifdef PEFT_KERNELS_PTX
