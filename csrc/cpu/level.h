@@ -24,6 +24,12 @@
 #else
 #  define PEFT_KERNELS_PERMUTES_BYTES 0
 #endif
+// Whether a vector's permutation reads five bits of an index, so that two tables of codes are one.
+#if defined(__x86_64__)
+#  define PEFT_KERNELS_TWO_TABLES PEFT_KERNELS_BF16_DOT
+#else
+#  define PEFT_KERNELS_TWO_TABLES 0
+#endif
 #ifndef PEFT_KERNELS_TILES
 #  define PEFT_KERNELS_TILES 0
 #endif

@@ -45,12 +45,24 @@ inline GemvLayout gemv_layout(int64_t depth) {
   return {chunks, chunks * kChunk, round_up(chunks * kChunk / nf4::kMinBlocksize, 16)};
 }
 
+#if PEFT_KERNELS_TWO_TABLES
+#  include "linear_gemv_folded.inl"
+#endif
+
 // Whether the product is of a packed weight and a few rows. Not where rows of the weight do not start with a
 // block. Rows of the whole product count, not of this task: bits must not depend on how the work is cut.
 inline bool gemv_serves(const GemmParams& p) {
-  if (p.term_count == 0 || p.m > kFewRows) return false;
+  if (p.term_count == 0) return false;
   const GemmTerm& term = p.terms[0];  // a packed weight is the first term of a layer, and the only packed one
   if (!term.rhs.nf4 || term.rhs.ld % (int64_t{1} << term.rhs.nf4->block_shift) != 0) return false;
+#if PEFT_KERNELS_TWO_TABLES
+  if (folded_serves(term)) {
+    // More rows are faster on tiles.
+    constexpr int64_t kMostRows = PEFT_KERNELS_TILES ? kFewRows : kFoldedRows;
+    return p.m <= kMostRows && FoldedScratch::bytes(term, p.m) <= kGemvScratchBytes;
+  }
+#endif
+  if (p.m > kFewRows) return false;
   const GemvLayout layout = gemv_layout(term.depth);
   const int64_t floats = p.m * layout.lhs_values + kGemvMaxWeightRows * layout.scale_floats;
   return floats * static_cast<int64_t>(sizeof(float)) <= kGemvScratchBytes;
@@ -213,12 +225,18 @@ void gemv_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols,
 }
 
 inline void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
+#if PEFT_KERNELS_TWO_TABLES
+  if (folded_serves(term)) return folded_arrange_lhs(term, rect, scratch);
+#endif
   has_bf16_values(term) ? gemv_arrange_lhs<GemvBF16>(term, rect, scratch)
                         : gemv_arrange_lhs<GemvF32>(term, rect, scratch);
 }
 
 inline void gemv_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, void* scratch,
                           float* tile) {
+#if PEFT_KERNELS_TWO_TABLES
+  if (folded_serves(term)) return folded_add_term(term, rows, n0, cols, scratch, tile);
+#endif
   has_bf16_values(term) ? gemv_add_term<GemvBF16>(term, rows, n0, cols, scratch, tile)
                         : gemv_add_term<GemvF32>(term, rows, n0, cols, scratch, tile);
 }

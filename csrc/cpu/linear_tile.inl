@@ -4,6 +4,7 @@
 // A number that a function is compiled for, in the place of an argument.
 template <int kValue>
 struct Constant {
+  static constexpr int kIs = kValue;
   constexpr operator int() const { return kValue; }
 };
 

@@ -65,9 +65,18 @@ struct EvenOddTable {
 struct PairTable {
   static constexpr int kStep = 16;  // columns
   __m512i table;
+  PairTable() : table(_mm512_setzero_si512()) {}
   PairTable(float absmax0, float absmax1) {
     const Vec codes = load(nf4::kCode);
     table = (__m512i)_mm512_cvtne2ps_pbh(mul(codes, splat(absmax1)), mul(codes, splat(absmax0)));
+  }
+  // By the lowest nibble of each 16-bit lane, in the lower half of them with absmax0, in the upper with
+  // absmax1.
+  VecPairs lookup_halves(VecI bits) const {
+    const __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
+    constexpr int kAndThenOr = 0xea;  // (a & b) | c
+    const __m512i index = _mm512_ternarylogic_epi32(bits, _mm512_set1_epi16(15), upper, kAndThenOr);
+    return (__m512bh)_mm512_permutexvar_epi16(index, table);
   }
   void decode(const uint8_t* packed0, const uint8_t* packed1, PanelBF16* out) const {
     int64_t bytes0, bytes1;

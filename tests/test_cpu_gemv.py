@@ -1,0 +1,82 @@
+"""Products with a few rows of x on the CPU, which have kernels of their own: every number of rows, whole and
+ragged groups of the weight's rows, and weights that end in each way."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lora_cases import check_nf4_linear
+
+import peft_kernels as pk
+import testing
+from peft_kernels.backends import cpu
+
+LEVELS = [name for name in testing.backend_ids() if name.startswith("cpu-")]
+
+pytestmark = [
+    pytest.mark.usefixtures("nan_outputs"),
+    pytest.mark.skipif(
+        testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"
+    ),
+]
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest) -> Any:
+    reason = testing.unavailable(request.param)
+    if reason is not None:
+        pytest.skip(reason)
+    name = request.param.removeprefix("cpu-")
+    with pk.use_backend("cpu"), cpu.BACKEND.use_isa(name):
+        yield name
+
+
+@pytest.mark.parametrize("rows", range(1, 18))
+@pytest.mark.parametrize(
+    "n, k, blocksize, nested",
+    [
+        (67, 64, 64, True),
+        (13, 128, 64, False),
+        (70, 320, 64, True),
+        (130, 192, 32, True),
+        (9, 640, 128, True),
+    ],
+)
+def test_a_few_rows_of_bf16(level: str, rows: int, n: int, k: int, blocksize: int, nested: bool) -> None:
+    check_nf4_linear(
+        {"m": rows, "n": n, "k": k, "bs": blocksize, "nested": nested, "dtype": torch.bfloat16}
+        | {"bias": "same", "layout": "contiguous"}
+    )
+
+
+@pytest.mark.parametrize("rows, together", [(3, 8), (5, 6), (7, 16), (8, 15)])
+def test_a_row_has_its_bits_whoever_else_is_there(level: str, rows: int, together: int) -> None:
+    """In whichever pass and group of rows: up to 16 rows are multiplied by one kernel."""
+    weight, x = testing.nf4_weight(67, 320), testing.tensor(16, 320, dtype=torch.bfloat16)
+    if together > 8 and not level.startswith("avx512_bf16"):
+        pytest.skip("more than 8 rows are packed at this level")
+    y = pk.nf4_linear(x[:together], weight)
+    assert torch.equal(pk.nf4_linear(x[:rows].contiguous(), weight), y[:rows])
+    assert torch.equal(
+        pk.nf4_linear(x[together - rows : together].contiguous(), weight), y[together - rows :]
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("rows", [1, 2, 5, 7, 8, 9, 16, 17])
+@pytest.mark.parametrize("n, k", [(67, 96), (130, 1056), (4, 2080), (5, 100)])
+def test_a_dense_weight(level: str, dtype: torch.dtype, rows: int, n: int, k: int) -> None:
+    """Without an adapter, by the numbers policy; in a view, so that what lies beside it would show."""
+    whole = testing.tensor(n + 8, k, dtype=dtype, seed=1, scale=k**-0.5)
+    whole[n:] = float("nan")
+    x, weight, bias = testing.tensor(rows, k, dtype=dtype), whole[:n], testing.tensor(n, dtype=dtype, seed=2)
+    (y,) = pk.multi_lora_linear(x, [pk.AdaptedLinear(weight, bias)])
+    truth = x.double() @ weight.double().t() + bias.double()
+    testing.assert_close(y, torch.nn.functional.linear(x, weight, bias), truth)
+    with torch.no_grad():
+        again = x.clone()
+        again[1:] = float("nan")
+    (alone,) = pk.multi_lora_linear(again, [pk.AdaptedLinear(weight, bias)])
+    assert torch.equal(alone[0], y[0])
