@@ -89,6 +89,8 @@ void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int
 // transposed into one strip and the other micro-kernel used.
 constexpr int64_t kThinDepth = 64;
 
+#include "linear_gemv_dense.inl"
+
 inline bool is_thin(const GemmTerm& term) {
   return term.depth <= kThinDepth && term.lhs_dtype == DType::kF32 && !term.rhs.nf4;
 }
@@ -187,7 +189,7 @@ void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {
   float* tile = static_cast<float*>(scratch);
   char* panel = static_cast<char*>(scratch) + kNtTileBytes;
   void* gemv_scratch = panel + kNtPanelBytes;
-  const bool gemv = gemv_serves(p);
+  const bool gemv = gemv_serves(p), dense_gemv = dense_gemv_serves(p);
   if (gemv) gemv_arrange_lhs(p.terms[0], rect, gemv_scratch);
   for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += kStrip) {
     const int64_t cols = min64(kStrip, rect.n1 - n0);
@@ -203,7 +205,12 @@ void gemm_nt(const GemmParams& p, const Rect& rect, void* scratch) {
         }
         const int64_t begin = max64(m0, term.m_begin), end = min64(m0 + rows, term.m_end);
         if (begin >= end) continue;
-        nt_add_term(term, begin, end - begin, n0, cols, tile + (begin - m0) * kStrip, panel);
+        float* sums = tile + (begin - m0) * kStrip;
+        if (t == 0 && dense_gemv) {
+          dense_gemv_add_term(term, begin, end - begin, n0, cols, sums);
+        } else {
+          nt_add_term(term, begin, end - begin, n0, cols, sums, panel);
+        }
       }
       finish_tile(p, m0, rows, n0, cols, tile, kStrip);
     }

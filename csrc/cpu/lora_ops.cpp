@@ -104,7 +104,8 @@ Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, 
                      size_t layer, const Adapters& adapters, const Tensor& h) {
   const auto sizes = sizes_with_last(x, base.out_features());
   const at::ScalarType compute = rows.tensor().scalar_type(), bias_dtype = bias_type(bias, compute, x);
-  const bool is_torchs = base.is_torchs(rows_of(x));
+  const int64_t m = rows_of(x);
+  const bool is_torchs = base.is_torchs(m) && !has_dense_gemv(base.dense(), m);
   Tensor y;
   if (is_torchs) {
     if (bias) check_bias(*bias, base.out_features(), bias_dtype);

@@ -61,6 +61,16 @@ inline bool is_torchs_product(const Tensor& weight, int64_t rows) {
            has_fast_dense());
 }
 
+// Whether such a product is faster here than torch's, as the weight is read once, at the speed of the memory:
+// linear_gemv_dense.inl.
+inline bool has_dense_gemv(const Tensor& weight, int64_t rows) {
+  constexpr int64_t kWholeVectors = 32;  // elements, at every level
+  if (!weight.is_contiguous() || weight.size(-1) % kWholeVectors != 0) return false;
+  return weight.scalar_type() == at::kFloat
+             ? rows <= kFewFloatRows
+             : weight.scalar_type() == at::kBFloat16 && kernels().has_pairs && rows <= kFewRows;
+}
+
 // The frozen weight of a layer.
 class BaseWeight : public BaseWeightOf<Nf4Holder> {
  public:
