@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from . import judge, judge_loss
+from . import few_rows, judge, judge_loss
 from .fused import RECORD, Fused, Record
 from .lazy_logits import lazy_logits
 from .linear4bit import FusedLinear4bit
@@ -87,7 +87,14 @@ class LazyHead(Fused):
 
 
 class LazyLinear(LazyHead):
-    """One that runs by its own forward otherwise."""
+    """One that runs by its own forward otherwise, but for a few rows without a gradient."""
+
+    def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        if _now.record is None and RECORD in self.__dict__ and not torch.compiler.is_compiling():
+            found = None if args or kwargs else few_rows.logits(self, x)
+            if found is not None:
+                return found
+        return super().forward(x, *args, **kwargs)
 
 
 class LazyLinear4bit(LazyHead, FusedLinear4bit):

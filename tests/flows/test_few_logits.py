@@ -1,0 +1,60 @@
+"""The logits of a few rows, as generation asks for: by our product with the head's dense weight."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from flow_models import llama
+from loss_models import VOCABULARY
+
+import peft_kernels as pk
+import testing
+
+pytestmark = pytest.mark.skipif(
+    testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"
+)
+OP = "multi_lora_linear"
+
+
+@pytest.fixture
+def model() -> Any:
+    torch.manual_seed(0)
+    return llama(vocab_size=VOCABULARY).eval()
+
+
+def ids(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+@torch.no_grad()
+def test_generation(model: Any, op_counts: Counter[str]) -> None:
+    stock = model.generate(ids(2, 4), max_new_tokens=5, do_sample=False, pad_token_id=0)
+    expected = model(ids(2, 4)).logits
+    pk.patch(model, loss=True)
+    assert torch.equal(model.generate(ids(2, 4), max_new_tokens=5, do_sample=False, pad_token_id=0), stock)
+    assert op_counts[OP] == 5
+    torch.testing.assert_close(model(ids(2, 4)).logits, expected)
+    assert op_counts[OP] == 6
+
+
+@pytest.mark.parametrize("case", ["many", "gradient", "labels", "autocast", "unpatched"])
+def test_what_the_heads_own_forward_computes(model: Any, op_counts: Counter[str], case: str) -> None:
+    pk.patch(model, loss=True)
+    given = ids(3, 3) if case == "many" else ids(2, 4)
+    if case == "unpatched":
+        pk.unpatch(model)
+    labels = given if case == "labels" else None
+    with torch.set_grad_enabled(case == "gradient"), torch.autocast("cpu", enabled=case == "autocast"):
+        logits = model(given, labels=labels).logits
+    assert op_counts[OP] == 0 and logits.requires_grad == (case == "gradient")
+
+
+@torch.no_grad()
+def test_the_bits_are_the_ops(model: Any) -> None:
+    pk.patch(model, loss=True)
+    head, x = model.lm_head, testing.tensor(2, 4, 64)
+    (expected,) = pk.multi_lora_linear(x, [pk.AdaptedLinear(head.weight)])
+    assert torch.equal(head(x), expected)
