@@ -29,7 +29,7 @@ PATCHED, OURS_QUANTISED = "pk.patch alone", "ours on quantize_model"
 TITLES = {
     STEP: "training step of a model of 135M parameters, QLoRA, loss included",
     TEXTBOOK: "the same step as tutorials set it up: 4-bit base of bitsandbytes, kbit preparation, autocast",
-    DECODE: "one token after the other by the same model, a sample at a time",
+    DECODE: "one token after the other by the same model, of one sample and of eight at a time",
 }
 GOALS = {
     STEP: (Goal(PEFT_ON_BNB, 1.5),),
@@ -51,7 +51,9 @@ SMOLLM2_135M = ModelSizes(SMOLLM2, layers=30, vocabulary=49152)
 
 
 def standard(dtype: str) -> list[Case]:
-    return [step(4, 256, dtype), decode(64, 16, dtype), textbook(4, 256, dtype)]
+    return [
+        step(4, 256, dtype), decode(1, 64, 16, dtype), decode(8, 64, 16, dtype), textbook(4, 256, dtype),
+    ]  # fmt: skip
 
 
 class Models(Adapted):
@@ -211,13 +213,13 @@ def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_13
     return _case(TEXTBOOK, batch, batch * tokens, dtype, sizes, build)
 
 
-def decode(prompt: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """The same two, making `tokens` tokens after a prompt."""
+def decode(samples: int, prompt: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
+    """The same three, making `tokens` tokens after a prompt, of so many samples at once."""
 
     def run(models: Models, model: Model) -> Callable[[], Any]:
-        return models.decode(model, models.tokens(1, prompt + tokens), prompt)
+        return models.decode(model, models.tokens(samples, prompt + tokens), prompt)
 
-    return _model_case(DECODE, 1, tokens, dtype, sizes, run)
+    return _model_case(DECODE, samples, samples * tokens, dtype, sizes, run, whole=True)
 
 
 def _model_case(

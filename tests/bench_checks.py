@@ -80,7 +80,7 @@ def model_case(group: str, dtype: str = "bf16") -> Case:
     pytest.importorskip("transformers")
     sizes = model.ModelSizes(TINY_BLOCK, layers=2, vocabulary=500)
     if group == model.DECODE:
-        return model.decode(8, 4, dtype, sizes)
+        return model.decode(2, 8, 4, dtype, sizes)
     return (model.step if group == model.STEP else model.textbook)(2, 16, dtype, sizes)
 
 
