@@ -80,3 +80,13 @@ def test_a_dense_weight(level: str, dtype: torch.dtype, rows: int, n: int, k: in
         again[1:] = float("nan")
     (alone,) = pk.multi_lora_linear(again, [pk.AdaptedLinear(weight, bias)])
     assert torch.equal(alone[0], y[0])
+
+
+def test_groups_of_absmax_have_scales_of_their_own(level: str) -> None:
+    """One for 256 blocks, and the weight's rows cross them."""
+    w = testing.tensor(70, 320)
+    w[52:] *= 100  # 51 rows of five blocks are a group
+    weight, x = pk.NF4Weight.quantize(w), testing.tensor(3, 320, dtype=torch.bfloat16)
+    expected = x @ weight.dequantize(torch.bfloat16).t()
+    truth = x.double() @ weight.dequantize(torch.float32).double().t()
+    testing.assert_close(pk.nf4_linear(x, weight), expected, truth)
