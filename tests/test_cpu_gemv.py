@@ -90,3 +90,17 @@ def test_groups_of_absmax_have_scales_of_their_own(level: str) -> None:
     expected = x @ weight.dequantize(torch.bfloat16).t()
     truth = x.double() @ weight.dequantize(torch.float32).double().t()
     testing.assert_close(pk.nf4_linear(x, weight), expected, truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("k", [32, 64, 96, 576])
+def test_adapters_of_others_change_no_bit_of_a_dense_row(level: str, k: int, dtype: torch.dtype) -> None:
+    """Serving rests on it: a batch is one product, in which rows have adapters or have none."""
+    weight, x = testing.tensor(67, k, dtype=dtype), testing.tensor(17, k, dtype=dtype, seed=1)
+    bias = testing.tensor(67, dtype=dtype, seed=2)
+    adapter = pk.Adapter(testing.tensor(4, k, seed=3), testing.tensor(67, 4, seed=4), 0.5, group=0)
+    for rows in (2, 5, 8, 12, 16, 17):
+        groups = torch.tensor([-1] + [0] * (rows - 1))
+        alone = pk.multi_lora_linear(x[:rows], [pk.AdaptedLinear(weight, bias)])[0]
+        among = pk.multi_lora_linear(x[:rows], [pk.AdaptedLinear(weight, bias, [adapter])], groups)[0]
+        assert torch.equal(among[0], alone[0]) and not torch.equal(among, alone), rows

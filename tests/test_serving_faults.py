@@ -17,6 +17,7 @@ from torch import Tensor
 import peft_kernels as pk
 from peft_kernels import dispatch
 from peft_kernels.checkpoints.header import CheckpointError
+from peft_kernels.patch.fused import Fused
 from peft_kernels.serving import Engine, Request, Sampling
 from peft_kernels.serving.turns import FairLock
 
@@ -106,11 +107,11 @@ def test_closing_while_a_folder_is_read(
     engine: Engine, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, read = engine._decoder.model, engine._store.read
-    classes = [type(m) for m in model.modules()]
+    assert any(isinstance(m, Fused) for m in model.modules())
     monkeypatch.setattr(engine._store, "read", lambda folder: (read(folder), engine.close())[0])
     with pytest.raises(RuntimeError, match="the engine is closed"):
         engine.load("one", folders["one"])
-    assert [type(m) for m in model.modules()] == classes
+    assert not any(isinstance(m, Fused) for m in model.modules())
 
 
 def test_a_name_that_goes_to_another_adapter_while_its_folder_is_read(

@@ -97,13 +97,16 @@ class ExpertWeights {
     check_shape(weight, {experts, out_features, in_features}, "weight");
     dense_ = weight;
     if (experts == 0) return;
-    few_are_torchs_ = is_torchs_product(dense_[0], 1);
-    many_are_torchs_ = is_torchs_product(dense_[0], kFewRows + 1);
+    one_ = dense_[0];
+    few_are_torchs_ = is_torchs_product(one_, 1);
+    many_are_torchs_ = is_torchs_product(one_, kFewRows + 1);
   }
 
   bool is_torchs(int64_t rows) const {
     return !nf4_ && (rows > kFewRows ? many_are_torchs_ : few_are_torchs_);
   }
+  // The same of a product with rows of x.
+  bool is_torchs_forward(int64_t rows) const { return is_torchs(rows) && !has_dense_gemv(one_, rows); }
   Tensor dense(int64_t expert) const { return dense_[expert]; }
   // Of one that is not torch's.
   MatrixView matrix(int64_t expert) const {
@@ -117,7 +120,7 @@ class ExpertWeights {
   int64_t in_features_;
   std::unique_ptr<Nf4Holder> nf4_;
   std::vector<Nf4View> views_;
-  Tensor dense_;
+  Tensor dense_, one_;  // all; the first of them
   bool few_are_torchs_ = false, many_are_torchs_ = false;
 };
 

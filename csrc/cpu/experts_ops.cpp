@@ -92,7 +92,7 @@ Tensor forward(const Tensor& x, const Runs& runs, const ExpertWeights& weights, 
   std::vector<Product> ours = room_for(runs), on_torchs;
   for (size_t i = 0; i < runs.size(); ++i) {
     const ExpertRows& run = runs[i];
-    const bool is_torchs = weights.is_torchs(run.count());
+    const bool is_torchs = weights.is_torchs_forward(run.count());
     Product& product = product_of(is_torchs ? on_torchs : ours, y, run);
     if (is_torchs) {
       OptionalTensor b = bias.tensor_of(run.expert);

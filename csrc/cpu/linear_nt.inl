@@ -85,12 +85,9 @@ void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int
   }
 }
 
-// A term of small depth (the LoRA delta): summing lanes would cost more than the products, so rhs is
-// transposed into one strip and the other micro-kernel used.
-constexpr int64_t kThinDepth = 64;
-
 #include "linear_gemv_dense.inl"
 
+// The rhs of a thin term is transposed into one strip, and the other micro-kernel used.
 inline bool is_thin(const GemmTerm& term) {
   return term.depth <= kThinDepth && term.lhs_dtype == DType::kF32 && !term.rhs.nf4;
 }

@@ -62,10 +62,11 @@ inline bool is_torchs_product(const Tensor& weight, int64_t rows) {
 }
 
 // Whether such a product is faster here than torch's, as the weight is read once, at the speed of the memory:
-// linear_gemv_dense.inl.
+// linear_gemv_dense.inl. Not of a thin weight: the sums of a row would depend on the product's other terms.
 inline bool has_dense_gemv(const Tensor& weight, int64_t rows) {
   constexpr int64_t kWholeVectors = 32;  // elements, at every level
-  if (!weight.is_contiguous() || weight.size(-1) % kWholeVectors != 0) return false;
+  const int64_t depth = weight.size(-1);
+  if (!weight.is_contiguous() || depth % kWholeVectors != 0 || depth <= kThinDepth) return false;
   return weight.scalar_type() == at::kFloat
              ? rows <= kFewFloatRows
              : weight.scalar_type() == at::kBFloat16 && kernels().has_pairs && rows <= kFewRows;

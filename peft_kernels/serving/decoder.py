@@ -13,7 +13,7 @@ from transformers.cache_utils import DynamicCache
 
 from .. import adapters
 from . import row_attention
-from .layers import Rows, Switch
+from .layers import Rows, Switch, reason_unserved
 
 _owned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 """Models that engines serve."""
@@ -47,6 +47,8 @@ class Decoder:
     def own(self) -> None:
         """Let no other engine have the model, until `release`."""
         _owned.add(self.model)
+        # Not only those that an adapter has: a row's bits must not depend on what was served before.
+        self.switch.attach([one for one in self.model.modules() if not reason_unserved(one)])
 
     def release(self) -> None:
         """Give the model's layers back as they were."""

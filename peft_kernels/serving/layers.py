@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch
+from ..nf4.state import NF4State
+from ..nf4.weight import NF4Weight
 from ..ops import arguments
 from ..ops.lora import lora_linear
-from ..ops.multi_lora import AdaptedLinear, Adapter, flatten
+from ..ops.multi_lora import AdaptedLinear, Adapter, flatten, multi_lora_linear
 from ..patch import judge
 from ..patch.fused import RECORD, Fused, Record, fuse, record_of, restore
 
@@ -58,7 +60,7 @@ class Rows:
         self._calls: dict[nn.Module, Call | None] = {}
 
     def call_of(self, layer: nn.Module, x: Tensor) -> Call | None:
-        """What computes the layer, None where no row has an adapter there."""
+        """What computes the layer; None: its own forward."""
         try:
             return self._calls[layer]
         except KeyError:
@@ -68,9 +70,13 @@ class Rows:
     def _prepared(self, layer: nn.Module, x: Tensor) -> Call | None:
         there = [None if one is None else one.get(layer) for one in self.adapters]
         different = list({id(one): one for one in there if one is not None}.values())
-        if not different:
-            return None
         base = judge.operands(layer, x.dtype, x.device)
+        if not different:
+            # Else bits of a row would depend on whether another has an adapter here: a dense weight that is
+            # torch's product is another one in our op, where rows are few.
+            if len(there) == 1 or isinstance(base, str) or isinstance(base.weight, (NF4Weight, NF4State)):
+                return None
+            return _without(base)
         if isinstance(base, str):
             raise RuntimeError(f"a layer with adapters cannot be computed: {base}")
         if len(there) == 1:
@@ -78,6 +84,17 @@ class Rows:
         group_of = {id(one): group for group, one in enumerate(different)}
         groups = [-1 if one is None else group_of[id(one)] for one in there]
         return _mixed(base, different, groups, x)
+
+
+def _without(base: judge.Base) -> Call:
+    """Rows of which none has an adapter."""
+    plain, compute = [AdaptedLinear(base.weight, base.bias)], base.compute_dtype
+
+    def call(x: Tensor) -> Tensor:
+        y: Tensor = multi_lora_linear(x.to(base.dtype), plain, None, compute)[0]
+        return y.to(base.out_dtype)
+
+    return call
 
 
 def _alone(base: judge.Base, one: LoraLayer) -> Call:
