@@ -14,7 +14,7 @@ from ..ops.arguments import autocast_dtype
 from ..ops.multi_lora import AdaptedLinear, multi_lora_linear
 from ..ops.rotary import rotary
 from . import judge, judge_block
-from .fused import RECORD, Fused
+from .fused import RECORD, Fused, is_traced
 from .judge_block import ORDINARY, PROJECTIONS, Attention
 from .lora import FusedLora, prepare
 
@@ -46,8 +46,7 @@ def _run(
 ) -> Any:
     """What the original forward gives. A str is the reason why that one must run, empty when it is nothing to
     count."""
-    # A compiler fuses the embedding with what is around it; TorchScript cannot record lists of layers.
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or is_traced():  # a compiler fuses the embedding with what is around it
         return ""
     about = judge_block.attention(module)
     if isinstance(about, str):

@@ -17,7 +17,7 @@ from .. import dispatch
 from ..ops.gated import ACTIVATIONS, gated_mlp_args
 from ..ops.multi_lora import AdaptedLinear
 from . import judge, repeated
-from .fused import RECORD, Fused, plain_class
+from .fused import RECORD, Fused, is_traced, plain_class
 from .lora import FusedLora, prepare
 
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
@@ -70,7 +70,7 @@ class FusedMlp(Fused):
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         record = self.__dict__.get(RECORD)
-        if record is not None and not torch._C._is_tracing():  # TorchScript records no lists of layers
+        if record is not None and not is_traced():
             y: Any = repeated.again(self, record, args, kwargs)
             if y is None:
                 y = _run(self, record.facts, args, kwargs)

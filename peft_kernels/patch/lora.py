@@ -20,7 +20,7 @@ from ..ops.dora import dora_linear, dora_norm
 from ..ops.lora import lora_linear_args
 from ..ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
 from . import judge, repeated
-from .fused import RECORD, Fused
+from .fused import RECORD, Fused, is_traced
 
 Prepared = tuple[judge.Base, list[Adapter]]
 
@@ -105,7 +105,7 @@ def _run(module: Any, x: Tensor) -> Tensor | str:
     if module.merged_adapters:
         return ""
     names = judge.active(module)
-    if not names or (len(names) > 1 and torch._C._is_tracing()):  # TorchScript records no lists of adapters
+    if not names or (len(names) > 1 and is_traced()):
         return ""
     prepared = _prepare(module, x.dtype, x.device, names)
     if isinstance(prepared, str):
@@ -164,7 +164,7 @@ def _run_with(module: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tens
     module._check_forward_args(x, adapter_names=adapter_names)
     there = module._modules["lora_A"]
     names = [name for name in dict.fromkeys(adapter_names) if name in there]
-    if not names or torch._C._is_tracing():
+    if not names or is_traced():
         return ""
     prepared = _prepare(module, x.dtype, x.device, names, mixed=True)
     if isinstance(prepared, str):
