@@ -99,7 +99,8 @@ inline constexpr int64_t kPackDepth = 64;  // a multiple of every unit's order
 
 // Up to so many rows take a packed weight as it comes (linear_gemv.inl), and want nothing packed.
 inline constexpr int64_t kFewRows = 8;
-// Terms of at most this depth are thin, as LoRA deltas are: summing lanes would cost more than their products.
+// Terms of at most this depth are thin, as LoRA deltas are: summing lanes would cost more than their
+// products.
 inline constexpr int64_t kThinDepth = 64;
 // Up to so many rows of fp32 take a dense weight of fp32 so (linear_gemv_dense.inl).
 inline constexpr int64_t kFewFloatRows = 16;
