@@ -231,13 +231,11 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
     name of what it wraps (`functools.wraps`) has none either, unless both are of one file: then it is the
     library's own decorator, and named in the source. So are those of `_is_decorator`.
     """
-    links: list[Any] = [function]
-    while hasattr(links[-1], "__wrapped__"):
-        links.append(links[-1].__wrapped__)
-    inner = links[-1]
+    wrappers: list[Any] = []
+    inner = inspect.unwrap(function, stop=wrappers.append)  # which it asks of each, and is told to go on
     try:
         file = inspect.getsourcefile(inner)
-        codes = map(_code, links)
+        codes = map(_code, [*wrappers, inner])
         if not all(_is_decorator(code) or inspect.getsourcefile(code) == file for code in codes):
             return None
         source = inspect.getsource(inner)
