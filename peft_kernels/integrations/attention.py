@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .. import dispatch
-from ..ops.arguments import autocast_dtype
+from ..ops.arguments import autocast_dtype, is_traced
 from ..ops.attention import attention
 
 NAME = "peft_kernels"
@@ -181,7 +181,7 @@ def _is_there(mask: Tensor) -> bool:
     return (
         type(mask) is Tensor  # no fake one, as of torch.export
         and not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
+        and not is_traced()
         and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
     )
 

@@ -22,6 +22,12 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def is_traced() -> bool:
+    """Whether TorchScript records the calls: it cannot, of ops that take lists of layers or of adapters, and
+    what is seen of a tensor holds for this call alone."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()  # a compiler cannot ask the second
+
+
 def compute_type(x: Tensor, compute_dtype: torch.dtype | None, name: str = "x") -> torch.dtype:
     """Of the base product. `name`: what the caller's user knows x by."""
     dtype = x.dtype

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from ..backends.base import DTYPES
-from ..ops.arguments import autocast_dtype
+from ..ops.arguments import autocast_dtype, is_traced
 from ..ops.multi_lora import AdaptedLinear, multi_lora_linear
 from ..ops.rotary import rotary
 from . import judge, judge_block
-from .fused import RECORD, Fused, is_traced
+from .fused import RECORD, Fused
 from .judge_block import ORDINARY, PROJECTIONS, Attention
 from .lora import FusedLora, prepare
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..ops.arguments import is_traced
 from ..ops.multi_lora import AdaptedLinear, multi_lora_linear
 from . import judge
 
@@ -22,7 +23,7 @@ def logits(layer: Any, x: Any) -> Tensor | None:
         return None
     if not 0 < x.numel() <= FEW * x.shape[-1] or torch.is_autocast_enabled("cpu"):
         return None
-    if torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+    if torch._C._are_functorch_transforms_active() or is_traced():
         return None
     base = judge.operands(layer, x.dtype, x.device)
     if isinstance(base, str) or not isinstance(base.weight, Tensor) or base.weight.shape[1:] != x.shape[-1:]:

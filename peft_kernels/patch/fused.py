@@ -18,7 +18,6 @@ from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, ClassVar
 
-import torch
 from torch import nn
 
 RECORD = "_peft_kernels"
@@ -181,8 +180,3 @@ def replaced(module: nn.Module) -> str | None:
         return None
     name = getattr(forward, "__qualname__", type(forward).__name__)
     return f"its forward was replaced on the instance, by {name}"
-
-
-def is_traced() -> bool:
-    """Whether TorchScript records the calls: it cannot, of ops that take lists of layers or of adapters."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()  # a compiler cannot ask the second

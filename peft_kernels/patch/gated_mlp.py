@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch
+from ..ops.arguments import is_traced
 from ..ops.gated import ACTIVATIONS, gated_mlp_args
 from ..ops.multi_lora import AdaptedLinear
 from . import judge, repeated
-from .fused import RECORD, Fused, is_traced, plain_class
+from .fused import RECORD, Fused, plain_class
 from .lora import FusedLora, prepare
 
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))

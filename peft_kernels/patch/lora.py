@@ -15,12 +15,12 @@ from torch import Tensor
 
 from .. import dispatch
 from ..nf4.weight import NF4Weight
-from ..ops.arguments import autocast_dtype
+from ..ops.arguments import autocast_dtype, is_traced
 from ..ops.dora import dora_linear, dora_norm
 from ..ops.lora import lora_linear_args
 from ..ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
 from . import judge, repeated
-from .fused import RECORD, Fused, is_traced
+from .fused import RECORD, Fused
 
 Prepared = tuple[judge.Base, list[Adapter]]
 

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..ops.arguments import is_traced
 from . import few_rows, judge, judge_loss
 from .fused import RECORD, Fused, Record
 from .lazy_logits import lazy_logits
@@ -114,7 +115,7 @@ def head_mixin(layer: nn.Module) -> type[LazyHead]:
 
 def _logits(layer: Any, x: Any, record: Record) -> Tensor | str:
     """Logits that are not computed yet, or why they must be."""
-    if type(x) is not Tensor or torch._C._are_functorch_transforms_active() or torch._C._is_tracing():
+    if type(x) is not Tensor or torch._C._are_functorch_transforms_active() or is_traced():
         return f"hidden states are a {type(x).__name__}, or a transform of torch.func is at work"
     found: Any = _operands(layer, x)
     if isinstance(found, str):
