@@ -145,6 +145,14 @@ def python() -> Iterator[Python]:
     processes.close()
 
 
+@pytest.fixture(scope="module")
+def told(request: pytest.FixtureRequest) -> dict[int, dict[str, str]]:
+    """What went wrong in the CASES of a module, by process: they run in two, or in as many as its RANKS."""
+    from ranks import told_by_rank  # torch may be without distributed
+
+    return told_by_rank(getattr(request.module, "RANKS", 2), request.module.CASES)
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Tiny products on several threads mostly wait for each other."""

@@ -14,7 +14,7 @@ import models
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Sent, assert_nothing_told, told_by_rank
+from ranks import Sent, assert_nothing_told
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -227,11 +227,6 @@ CASES = [
     same_bytes, other_bytes, other_layout, flattened, other_adapters, bytes_among_bytes, dense_and_merged,
     experts, mixed_precision, not_in_both,
 ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def told() -> dict[int, dict[str, str]]:
-    return told_by_rank(2, CASES)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])

@@ -352,11 +352,6 @@ def three(folder: Path) -> None:
 CASES = [loads_its_part, reads_its_part_alone, other_plans, trains_adapters, refusals, damaged]
 
 
-@pytest.fixture(scope="module")
-def told() -> Any:
-    return told_by_rank(2, CASES)
-
-
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
     assert_nothing_told(told, case)

@@ -11,7 +11,7 @@ import pytest
 import torch.distributed as dist
 from flow_checks import Calls, assert_near, block_fallbacks, language_loss
 from flow_models import adapted, ids, llama
-from ranks import assert_nothing_told, told_by_rank
+from ranks import assert_nothing_told
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -69,11 +69,6 @@ def fsdp2(folder: Path) -> None:
 
 
 CASES = [ddp, fsdp2]
-
-
-@pytest.fixture(scope="module")
-def told() -> dict[int, dict[str, str]]:
-    return told_by_rank(2, CASES)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])

@@ -255,11 +255,6 @@ def dropped(folder: Path) -> None:
 CASES = [when_patched, options, unused, rows_of_their_own, accumulation, overlap, dropped]
 
 
-@pytest.fixture(scope="module")
-def told() -> dict[int, dict[str, str]]:
-    return told_by_rank(2, CASES)
-
-
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
 def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
     assert_nothing_told(told, case)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 import transformers
 from flow_checks import assert_near
 from flow_models import adapted, arguments, ids, llama, tokenizer, words
-from ranks import assert_nothing_told, told_by_rank
+from ranks import assert_nothing_told
 from torch import Tensor
 
 import peft_kernels as pk
@@ -156,11 +156,6 @@ def sft(folder: Path) -> None:
 
 
 CASES = [trainer, one_bar, sft]
-
-
-@pytest.fixture(scope="module")
-def told() -> dict[int, dict[str, str]]:
-    return told_by_rank(RANKS, CASES)
 
 
 @pytest.mark.parametrize("case", ["trainer", "one_bar"])

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from flow_checks import assert_fused, assert_near
 from flow_models import adapted, llama
-from ranks import assert_nothing_told, told_by_rank
+from ranks import assert_nothing_told
 from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, alone, losses, options, sft_trainer
 from torch import Tensor
 
@@ -126,11 +126,6 @@ def efficient_loading(folder: Path) -> None:
 
 
 CASES = [sft, resumed, efficient_loading]
-
-
-@pytest.fixture(scope="module")
-def told() -> dict[int, dict[str, str]]:
-    return told_by_rank(RANKS, CASES)
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
