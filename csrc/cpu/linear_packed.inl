@@ -224,7 +224,7 @@ void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
     const int64_t most = kPackedTileFloats / tile_ld / Unit::kGroup * Unit::kGroup;
     const int64_t width = rows <= kPackRows ? Unit::kFewRowsCols : min64(kPackedMaxCols, most);
     for (int64_t n0 = rect.n0; n0 < rect.n1; n0 += width) {
-      const bool starts_from_zero = Unit::kStores && !p.add_to_out && !p.bias;
+      const bool starts_from_zero = !p.add_to_out && !p.bias;
       const PackedBlock block{m0, rows, n0, min64(width, rect.n1 - n0), tile, tile_ld, starts_from_zero};
       packed_start<Unit>(p, block);
       packed_add_first<Unit>(p, block, panel);

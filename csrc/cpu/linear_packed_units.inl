@@ -23,7 +23,6 @@ struct FloatsUnit : FloatSteps {
       64;  // steps of one running sum: longer ones lose bits (see linear_outer.inl)
   static constexpr int kGroup = kPackedSums;
   static constexpr int kVectors = kPackedVectors;  // of a register tile
-  static constexpr bool kStores = false;           // else it can only add to a tile
   template <int kSide>
   static constexpr int kTileRows = kPackedSums / kSide;
   static constexpr int64_t kFewRowsCols = 48;  // rows of rhs decoded together where lhs is one strip
@@ -64,10 +63,10 @@ struct FloatsUnit : FloatSteps {
   }
 
   template <int kSide>
-  static void multiply(const float* rows, const float* strip, int64_t steps, bool, float* tile,
+  static void multiply(const float* rows, const float* strip, int64_t steps, bool adds, float* tile,
                        int64_t tile_ld, const char*, int64_t) {
     sum_steps<FloatsUnit, kTileRows<kSide>, kSide>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{}, strip,
-                                                   Constant<kSide * kLanes>{}, steps, true, tile, tile_ld,
+                                                   Constant<kSide * kLanes>{}, steps, adds, tile, tile_ld,
                                                    no_fetch(tile));
   }
 
@@ -91,7 +90,6 @@ struct PairsUnit : PairSteps {
   static constexpr int64_t kUsualDepth = 256, kDepth = 320;
   static constexpr int kGroup = 64;  // a multiple of every kTileRows
   static constexpr int kVectors = 2;
-  static constexpr bool kStores = true;
   template <int kSide>
   static constexpr int kTileRows = kTileDim * (4 / kSide);
   static constexpr int64_t kFewRowsCols = 64;
@@ -99,7 +97,6 @@ struct PairsUnit : PairSteps {
   static constexpr int64_t kUsualDepth = 256, kDepth = 256;
   static constexpr int kGroup = kPackedSums;
   static constexpr int kVectors = kPackedVectors;
-  static constexpr bool kStores = false;
   template <int kSide>
   static constexpr int kTileRows = kPackedSums / kSide;
   static constexpr int64_t kFewRowsCols = 48;
@@ -161,7 +158,7 @@ struct PairsUnit : PairSteps {
                                   {ahead, ceil_div(ahead_bytes, 64 * tile_steps)});
 #  else
     sum_steps<PairsUnit, kTileRows<kSide>, kSide>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{}, strip,
-                                                  Constant<kSide * kLanes>{}, steps, true, tile, tile_ld,
+                                                  Constant<kSide * kLanes>{}, steps, adds, tile, tile_ld,
                                                   no_fetch(tile));
 #  endif
   }
