@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from . import flow, shared
+from . import built_ptx, flow, shared
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -91,22 +91,27 @@ def compile_all(
     version = _run([tools.nvcc, "--version"]).stdout
     first = {architecture: one for one, same in SAME_PTX.items() for architecture in same}
 
-    def made(source: Path, of: Path, name: str, *flags: str) -> tuple[Path, str]:
-        """What nvcc makes of a source, and what it said."""
+    def made(source: Path, of: Path, name: str, *flags: str, text: str | None = None) -> tuple[Path, str]:
+        """What nvcc makes of a source, or would, which is `text`; and what it said."""
         stem, suffix = name.split(".")
         path = cache / f"{of.stem}-{stem}-{_key(version, *FLAGS, *flags, *_texts(of, include))}.{suffix}"
         log = path.with_suffix(".log")
         if not (path.exists() and log.exists()):
             # Under another name first: one that was interrupted must not be taken for a result.
-            unfinished = path.with_suffix(f".{os.getpid()}")
-            said = _run([tools.nvcc, *FLAGS, *flags, f"-I{include}", str(source), "-o", str(unfinished)])
-            log.write_text(said.stderr, encoding="utf-8")
+            unfinished, said = path.with_suffix(f".{os.getpid()}"), ""
+            if text is None:
+                command = [tools.nvcc, *FLAGS, *flags, f"-I{include}", str(source), "-o", str(unfinished)]
+                said = _run(command).stderr
+            else:
+                unfinished.write_text(text, encoding="utf-8")
+            log.write_text(said, encoding="utf-8")
             unfinished.replace(path)
         return path, log.read_text(encoding="utf-8")
 
     def written(job: tuple[Path, int]) -> Path:
         file, one = job
-        return made(file, file, f"compute{one}.ptx", f"-arch=compute_{one}", "-ptx")[0]
+        text = built_ptx.text(file, one, _files(file, include))
+        return made(file, file, f"compute{one}.ptx", f"-arch=compute_{one}", "-ptx", text=text)[0]
 
     def compiled(job: tuple[Path, int]) -> Cubin:
         file, architecture = job
@@ -121,13 +126,16 @@ def compile_all(
 
 
 def _texts(file: Path, include: Path) -> Iterator[str]:
+    return (path.read_text(encoding="utf-8") for path in _files(file, include))
+
+
+def _files(file: Path, include: Path) -> Iterator[Path]:
     """A file and, once each, the files that it includes by a quoted name."""
     todo, seen = [file], {file}
     while todo:
         current = todo.pop()
-        text = current.read_text(encoding="utf-8")
-        yield text
-        for name in shared.INCLUDE.findall(text):
+        yield current
+        for name in shared.INCLUDE.findall(current.read_text(encoding="utf-8")):
             for folder in (current.parent, include):
                 path = (folder / name).resolve()
                 if path.exists() and path not in seen:
