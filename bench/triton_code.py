@@ -30,7 +30,8 @@ CACHE = sass.ROOT / "build" / "triton"
 JOBS = 2
 LOCAL_DATA_SHARE = 64 * limits.KIB  # of a workgroup on AMD's cards
 TENSOR_MEMORY = 512  # columns
-MATRIX = {"cuda": r"\b(?:HMMA|HGMMA|UTCHMMA)\b", "hip": r"\bv_(?:mfma|wmma)_"}
+MATRIX = {"cuda": r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", "hip": r"\bv_(?:mfma|wmma)_"}
+"""In PTX, whose instructions ptxas leaves what they are, and in AMD's assembly."""
 ALL, THOROUGH = (BF16, FP16, FP32), ("sm80",)
 """Types of activations, and the targets for which all of them are compiled. It takes minutes as it is."""
 KINDS = ("sm86", "sm89", "sm120"), ("gfx942", "gfx950"), ("gfx1100", "gfx1200")
@@ -240,8 +241,7 @@ def _read_cuda(variant: Variant, target: str, made: Any) -> Code:
     cubin = Path(made.metadata_group[f"{made.name}.cubin"])
     usage = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", cubin)
     registers, spills = (int(re.findall(rf"\b{name}:(\d+)", usage)[-1]) for name in ("REG", "STACK"))
-    listing = _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-ndf", cubin) if "mma" in made.asm["ptx"] else ""
-    matrix = len(re.findall(MATRIX["cuda"], listing))
+    matrix = len(re.findall(MATRIX["cuda"], made.asm["ptx"]))
     threads, shared = 32 * made.metadata.num_warps, made.metadata.shared
     kernel = sass.Kernel(variant.kernel, cubin, gpu_target(target).arch, threads, registers, shared)
     warps, faults = limits.resident_warps(kernel), _product_faults(variant, made, matrix)
