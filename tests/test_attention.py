@@ -86,6 +86,22 @@ def test_attention(backend: str, size: tuple[int, ...], dtype: torch.dtype, mask
         testing.assert_close(value, plain[name], truth[name], name)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keys", [129, 200])
+def test_windows(backend: str, keys: int, dtype: torch.dtype) -> None:
+    """Rows side by side whose keys begin in different blocks, so that some have seen none when others have,
+    and a scale by which a score of none is beyond all numbers."""
+    size = (2, 150, keys, 2, 1, 64)
+    row = torch.arange(150) - 3
+    spans = torch.stack([row, row + torch.arange(150) % 23], -1).int().expand(2, 150, 2).contiguous()
+    q, k, v, dy = sides(size, dtype)
+    got = results(lambda *t: pk.attention(*t, spans, scale=3.0), q, k, v, dy)
+    plain = in_plain_torch(lambda *t: pk.attention(*t, spans, scale=3.0), q, k, v, dy)
+    truth = results(lambda *t: definition(*t, spans, False, 3.0), *(t.double() for t in (q, k, v, dy)))
+    for name, value in got.items():
+        testing.assert_close(value, plain[name], truth[name], name)
+
+
 def test_rows_are_read_as_they_lie(backend: str) -> None:
     """Transposed views, features that do not lie side by side, and gradients that come so."""
     q, k, v, dy = sides((2, 40, 40, 4, 2, 16), torch.bfloat16)

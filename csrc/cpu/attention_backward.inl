@@ -1,22 +1,22 @@
-// The gradients of attention, whose weights are computed again. Keys are rows, queries lanes: the transposed
-// weights and slopes are what dv and dk are products of as they lie, and of what each query has (its sum, its
-// span) a vector is loaded. Only dq is summed transposed, and turned at the end.
+// The gradients of attention, whose weights are computed again, in blocks (attention_sides.inl). Weights and
+// slopes of keys are what dv and dk are products of as they lie; dq is summed transposed, and turned at the
+// end.
 
 template <class Outer, class T>
 struct AttentionBackward {
   using Sides = AttentionSides<Outer, T>;
   using Value = typename Outer::Value;
   const AttentionParams& p;
-  int64_t depth, columns, all_keys;
+  int64_t depth, columns;
   Value *k_rows, *v_rows, *k_columns, *q_lanes, *q_steps, *d_lanes, *d_steps, *weights, *slopes, *slope_steps;
   float *scores, *d_scores, *dq;
   int64_t end;
   typename Sides::Rows k, v;
 
-  // What each of a strip has; beyond the last all is 0, and so is what is attended to.
+  // What each of a strip has; beyond the last all is 0. `delta` is what its result and the gradient of that
+  // come to, times -scale.
   struct Queries {
     float most[kStrip], inverse[kStrip], delta[kStrip];
-    float first[kStrip], last[kStrip];  // the latter half a key before the one behind
   };
 
   static int64_t bytes(const AttentionParams& p) {
@@ -28,10 +28,9 @@ struct AttentionBackward {
     AttentionRoom room{static_cast<char*>(memory)};
     depth = Sides::padded(p.features);
     columns = round_up(p.features, kStrip);
-    all_keys = round_up(p.keys, kStrip);
     k_rows = room.take<Value>(Sides::room_of_rows(p.keys, p.features));
     v_rows = room.take<Value>(Sides::room_of_rows(p.keys, p.features));
-    k_columns = room.take<Value>(columns * all_keys);
+    k_columns = room.take<Value>(columns * round_up(p.keys, kStrip));
     q_lanes = room.take<Value>(kStrip * depth);
     d_lanes = room.take<Value>(kStrip * depth);
     q_steps = room.take<Value>(kStrip * columns);
@@ -49,8 +48,7 @@ struct AttentionBackward {
     const T* keys = static_cast<const T*>(p.k);
     k = Sides::rows_of(keys, p.k_ld, p.keys, p.features, k_rows);
     v = Sides::rows_of(static_cast<const T*>(p.v), p.v_ld, p.keys, p.features, v_rows);
-    memset(static_cast<void*>(k_columns), 0, columns * all_keys * sizeof(Value));
-    transpose_matrix(keys, p.k_ld, p.keys, p.features, k_columns, all_keys);
+    Sides::columns_of(keys, p.k_ld, p.keys, p.features, k_columns);
   }
 
   void run(int64_t head, int64_t r0, int64_t rows) const {
@@ -63,69 +61,86 @@ struct AttentionBackward {
     Sides::steps_of(dy, p.dy_ld, rows, p.features, d_steps);
     const float* softmax = p.softmax + head * 2 * p.rows + r0;
     Queries queries{};
-    KeySpan whole{0, p.keys};  // what all of them attend to
-    for (int64_t i = 0; i < kStrip; ++i) {
-      const KeySpan span = i < rows ? span_of(p, r0 + i) : KeySpan{0, 0};
-      whole = {max64(whole.first, span.first), min64(whole.last, span.last)};
-      if (i >= rows) continue;
-      queries.most[i] = softmax[i];
-      queries.inverse[i] = softmax[p.rows + i];
-      queries.delta[i] = row_product(dy + i * p.dy_ld, out + i * p.out_ld);
-      queries.first[i] = static_cast<float>(span.first);
-      queries.last[i] = static_cast<float>(span.last) - 0.5f;
+    memcpy(queries.most, softmax, rows * sizeof(float));
+    memcpy(queries.inverse, softmax + p.rows, rows * sizeof(float));
+    for (int64_t c = 0; c < rows; c += kLanes) {
+      const Vec products = row_products(dy + c * p.dy_ld, out + c * p.out_ld, min64(kLanes, rows - c));
+      store(queries.delta + c, mul(products, splat(-p.scale)));
     }
-    const int64_t row_depth = Sides::padded(rows);
-    const KeySpan all = span_of_rows(p, r0, rows);
+    const StripSpans spans(p, r0, rows);
     memset(dq, 0, columns * kStrip * sizeof(float));
-    for (int64_t k0 = all.first; k0 < all.last; k0 += kStrip) {
+    for (int64_t k0 = spans.all.first; k0 < spans.all.last; k0 += kStrip) {
       const int64_t keys = min64(kStrip, p.keys - k0);
-      Sides::multiply(keys, kStrip, {k.at + k0 * k.ld, k.ld}, q_lanes, depth, 0, depth, false, scores,
-                      kStrip);
-      Sides::multiply(keys, kStrip, {v.at + k0 * v.ld, v.ld}, d_lanes, depth, 0, depth, false, d_scores,
-                      kStrip);
-      const bool is_whole = whole.first <= k0 && k0 + keys <= whole.last;
-      for (int64_t i = 0; i < keys; ++i) {
-        is_whole ? slopes_of<true>(i, k0 + i, queries) : slopes_of<false>(i, k0 + i, queries);
-      }
-      const int64_t at = k0 * columns;
-      Sides::multiply(keys, p.features, {weights, kStrip}, d_steps, row_depth, 0, row_depth, true,
-                      p.dv_sums + at, columns);
-      Sides::multiply(keys, p.features, {slopes, kStrip}, q_steps, row_depth, 0, row_depth, true,
-                      p.dk_sums + at, columns);
-      const int64_t key_depth = Sides::padded(keys);
-      constexpr DType kType = sizeof(Value) == sizeof(float) ? DType::kF32 : DType::kBF16;
-      Outer::fill_dense({slopes, kType, kStrip, nullptr}, 1.0f, 0, keys, kStrip, slope_steps);
-      Sides::multiply(p.features, kStrip, {k_columns + k0, all_keys}, slope_steps, key_depth, 0, key_depth,
-                      true, dq, kStrip);
+      const BlockSpans<Outer> block(spans, k0, keys);
+      Sides::multiply_keys(block, keys, {k.at + k0 * k.ld, k.ld}, q_lanes, depth, scores);
+      Sides::multiply_keys(block, keys, {v.at + k0 * v.ld, v.ld}, d_lanes, depth, d_scores);
+      for (int64_t c = 0; c < kStrip; c += kLanes) slopes_of(block, spans, k0, keys, c, queries);
+      add_queries(block, spans, k0, rows, weights, d_steps, p.dv_sums);
+      add_queries(block, spans, k0, rows, slopes, q_steps, p.dk_sums);
+      Sides::add_keys(block, p.features, {k_columns + k0 * columns, kStrip}, slope_steps, dq);
     }
-    transpose_matrix(dq, kStrip, p.features, rows, static_cast<T*>(p.dq) + head * p.dq_head + r0 * p.dq_ld,
-                     p.dq_ld);
+    turn_strip(dq, nullptr, rows, p.features, static_cast<T*>(p.dq) + head * p.dq_head + r0 * p.dq_ld,
+               p.dq_ld);
   }
 
-  // The weights of one key in all queries' sums, and the slopes of its scores before they were scaled.
-  template <bool kIsWhole>
-  void slopes_of(int64_t i, int64_t key, const Queries& queries) const {
-    const Vec scale = splat(p.scale), index = splat(static_cast<float>(key));
-    for (int64_t c = 0; c < kStrip; c += kLanes) {
-      const int64_t at = i * kStrip + c;
-      const Vec score = mul(sub(load(scores + at), load(queries.most + c)), scale);
-      Vec weight = mul(exponential(score), load(queries.inverse + c));
-      if (!kIsWhole) {
-        weight = by_sign(sub(index, load(queries.first + c)), zero(), weight);
-        weight = by_sign(sub(index, load(queries.last + c)), weight, zero());
-      }
-      store(weights + at, weight);
-      store(slopes + at, mul(mul(weight, scale), sub(load(d_scores + at), load(queries.delta + c))));
+  // sums[keys, features] += lhs . steps, over the queries that see any key of a register tile.
+  void add_queries(const BlockSpans<Outer>& block, const StripSpans& spans, int64_t k0, int64_t rows,
+                   const Value* lhs, const Value* steps, float* sums) const {
+    const int64_t all_rows = Sides::padded(rows), keys = min64(kStrip, p.keys - k0);
+    for (int64_t i = 0; i < keys; i += Outer::kTileRows) {
+      const int64_t count = min64(Outer::kTileRows, keys - i);
+      const KeySpan lanes = block.lanes_of(spans, k0, i, count);
+      const int64_t end_row = min64(lanes.last, all_rows);
+      if (lanes.first >= end_row) continue;
+      Sides::multiply(count, p.features, {lhs + i * kStrip + lanes.first, kStrip}, steps, all_rows,
+                      lanes.first, end_row - lanes.first, true, sums + (k0 + i) * columns, columns);
     }
   }
 
-  float row_product(const T* a, const T* b) const {
-    Vec sums[2] = {zero(), zero()};
-    for_lanes(0, p.features, [&](int64_t c, int64_t n) {
-      Vec& sum = sums[c / kLanes % 2];
-      sum = fma(load_lanes(a + c, n), load_lanes(b + c, n), sum);
+  // Of the lanes from c on, the weights of keys in the queries' sums, and the slopes of scores before they
+  // were scaled.
+  void slopes_of(const BlockSpans<Outer>& block, const StripSpans& spans, int64_t k0, int64_t keys, int64_t c,
+                 const Queries& queries) const {
+    const int64_t g = c / kGroup;
+    for (int64_t key = 0; key < keys; ++key) {
+      if (key == block.begin[g]) key = block.end[g];
+      if (key >= keys) break;
+      store(weights + key * kStrip + c, zero());
+      store(slopes + key * kStrip + c, zero());
+    }
+    const Weigher<T> weigher(p.scale, load(queries.most + c));
+    const Vec scale = splat(p.scale), inverse = load(queries.inverse + c), delta = load(queries.delta + c);
+    block.for_keys(g, [&](int64_t first, auto is_inner) {
+      Vec slope[2];
+      for (int i = 0; i < 2; ++i) {
+        const int64_t key = first + i, at = key * kStrip + c;
+        Vec weight = mul(weigher(load(scores + at)), inverse);
+        slope[i] = mul(weight, fma(load(d_scores + at), scale, delta));
+        if (!is_inner) {  // of scores that nobody has computed, too
+          weight = spans.where_seen(k0 + key, c, weight, zero());
+          slope[i] = spans.where_seen(k0 + key, c, slope[i], zero());
+        }
+        store(weights + at, weight);
+        store(slopes + at, slope[i]);
+      }
+      Sides::store_steps(slope_steps, first, c, slope[0], slope[1]);
     });
-    return sum_lanes(add(sums[0], sums[1]));
+  }
+
+  // dy . out of up to kLanes rows, one in each lane.
+  Vec row_products(const T* dy, const T* out, int64_t rows) const {
+    Vec sums[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) {
+      sums[i] = zero();
+      for_lanes(0, i < rows ? p.features : 0, [&](int64_t c, int64_t n) {
+        sums[i] = fma(load_lanes(dy + i * p.dy_ld + c, n), load_lanes(out + i * p.out_ld + c, n), sums[i]);
+      });
+    }
+    transpose(sums);
+    for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+      for (int64_t i = 0; i < width; ++i) sums[i] = add(sums[i], sums[i + width]);
+    }
+    return sums[0];
   }
 };
 

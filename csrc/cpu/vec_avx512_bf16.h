@@ -34,6 +34,17 @@ inline void interleave_pairs(VecPairs a, VecPairs b, PanelBF16* out) {
   _mm512_storeu_si512(out + 2 * kLanes, _mm512_permutex2var_epi64(low, second, high));
 }
 
+// In each lane, a and b rounded, as a pair.
+inline Vec pair_lanes(__m512i halves) {  // all of a, then all of b
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                         23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return (Vec)_mm512_permutexvar_epi16(order, halves);
+}
+inline Vec pair_lanes(Vec a, Vec b, PanelBF16) { return pair_lanes((__m512i)_mm512_cvtne2ps_pbh(b, a)); }
+inline Vec pair_lanes(Vec a, Vec b, BF16 type) {
+  return pair_lanes(_mm512_inserti64x4(_mm512_castsi256_si512(narrow(a, type)), narrow(b, type), 1));
+}
+
 inline void store_pairs(void* p, VecPairs x) { _mm512_storeu_si512(p, (__m512i)x); }
 
 // The even and the odd ones of 64 elements.

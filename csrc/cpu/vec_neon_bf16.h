@@ -32,6 +32,13 @@ inline SplatPair splat_pair(const void* p) {
 }
 inline Vec dot_pairs(SplatPair a, VecPairs b, Vec sum) { return vbfdotq_lane_f32(sum, b, a.pair, 0); }
 
+// In each lane, a and b rounded, as a pair.
+template <class Half>
+inline Vec pair_lanes(Vec a, Vec b, Half type) {
+  const uint16x4_t x = narrow(a, type), y = narrow(b, type);
+  return vreinterpretq_f32_u16(vcombine_u16(vzip1_u16(x, y), vzip2_u16(x, y)));
+}
+
 inline void store_pairs(void* p, VecPairs x) { vst1q_u8(static_cast<uint8_t*>(p), vreinterpretq_u8_bf16(x)); }
 
 // a0 b0 a1 b1 ... of 8 elements each.

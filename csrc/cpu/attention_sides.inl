@@ -1,0 +1,322 @@
+// What attention's kernels share. Keys are rows, queries lanes, a strip of kStrip at once: what each query
+// has (its greatest score, its span of keys, [first, last)) is a vector, and nothing is summed across lanes.
+//
+// A block is a strip by kStrip keys. Of those that not all of its queries see, each kGroup queries have only
+// the keys computed that one of them sees, as the diagonal of a causal mask leaves five eighths of a block.
+
+constexpr float kNoScore = -3.0e38f;
+constexpr int64_t kGroup = 16;  // lanes
+constexpr int64_t kGroups = kStrip / kGroup;
+static_assert(kAttentionPad == kStrip, "blocks are what callers cut and pad by");
+static_assert(kGroup % kLanes == 0, "");
+
+// Buffers, one after the other.
+struct AttentionRoom {
+  char* at;
+
+  template <class T>
+  T* take(int64_t count) {
+    T* taken = reinterpret_cast<T*>(at);
+    at += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
+    return taken;
+  }
+};
+
+struct KeySpan {
+  int64_t first, last;
+  bool is_empty() const { return first >= last; }
+};
+
+inline KeySpan span_of(const AttentionParams& p, int64_t row) {
+  KeySpan span{0, p.keys};
+  if (p.spans) span = {max64(0, p.spans[2 * row]), min64(p.keys, p.spans[2 * row + 1])};
+  if (p.is_causal) span.last = min64(span.last, row + p.keys - p.rows + 1);
+  return span;
+}
+
+// The keys of a strip of rows; of what is beyond the last row, none.
+struct StripSpans {
+  float first[kStrip], last[kStrip];      // the latter half a key before the one behind
+  KeySpan some[kGroups], every[kGroups];  // that any, and that all, of a group attend to
+  KeySpan all{0, 0};                      // that any of them does, from a block's start on
+
+  StripSpans(const AttentionParams& p, int64_t begin, int64_t rows) {
+    KeySpan of_any{p.keys, 0};
+    for (int64_t g = 0; g < kGroups; ++g) {
+      some[g] = {p.keys, 0}, every[g] = {0, p.keys};
+      for (int64_t i = g * kGroup; i < (g + 1) * kGroup; ++i) {
+        const KeySpan span = i < rows ? span_of(p, begin + i) : KeySpan{0, 0};
+        first[i] = static_cast<float>(span.first);
+        last[i] = static_cast<float>(span.last) - 0.5f;
+        every[g] = {max64(every[g].first, span.first), min64(every[g].last, span.last)};
+        if (!span.is_empty()) some[g] = {min64(some[g].first, span.first), max64(some[g].last, span.last)};
+      }
+      of_any = {min64(of_any.first, some[g].first), max64(of_any.last, some[g].last)};
+    }
+    all = {of_any.first / kStrip * kStrip, of_any.last};
+  }
+
+  // Of `key` for the lanes from c on: x where they attend to it, else `other`.
+  Vec where_seen(int64_t key, int64_t c, Vec x, Vec other) const {
+    const Vec index = splat(static_cast<float>(key));
+    x = by_sign(sub(index, load(first + c)), other, x);
+    return by_sign(sub(index, load(last + c)), x, other);
+  }
+};
+
+// Of a block's keys, from 0 on, what each group of a strip has computed, in whole units of the depth that is
+// multiplied: [begin, end), of which all its lanes see [inner_begin, inner_end).
+template <class Outer>
+struct BlockSpans {
+  int64_t begin[kGroups], end[kGroups], inner_begin[kGroups], inner_end[kGroups];
+
+  BlockSpans(const StripSpans& spans, int64_t k0, int64_t keys) {
+    constexpr int64_t kUnit = 2;  // keys that are weighed at once
+    for (int64_t g = 0; g < kGroups; ++g) {
+      begin[g] = min64(max64(0, spans.some[g].first - k0), keys) / kUnit * kUnit;
+      end[g] = round_up(min64(max64(0, spans.some[g].last - k0), keys), kUnit);
+      if (is_empty(g)) begin[g] = end[g] = 0;
+      if (Outer::kWholeTiles) begin[g] = 0, end[g] = round_up(keys, Outer::kDepthUnit);
+      inner_begin[g] = min64(round_up(max64(begin[g], spans.every[g].first - k0), kUnit), end[g]);
+      const int64_t inner = min64(end[g], spans.every[g].last - k0);
+      inner_end[g] = max64(inner_begin[g], inner / kUnit * kUnit);
+    }
+  }
+  bool is_empty(int64_t g) const { return begin[g] >= end[g]; }
+
+  // Calls use(lane, lanes, begin, end) for groups side by side that have the same keys.
+  template <class Use>
+  void for_runs(const Use& use) const {
+    for (int64_t g = 0, next = 0; g < kGroups; g = next) {
+      for (next = g + 1; next < kGroups && begin[next] == begin[g] && end[next] == end[g];) ++next;
+      if (!is_empty(g)) use(g * kGroup, (next - g) * kGroup, begin[g], end[g]);
+    }
+  }
+  // Calls step(key, is_inner) for every second key of a group; is_inner is a constant.
+  template <class Step>
+  void for_keys(int64_t g, const Step& step) const {
+    for (int64_t k = begin[g]; k < inner_begin[g]; k += 2) step(k, Constant<0>{});
+    for (int64_t k = inner_begin[g]; k < inner_end[g]; k += 2) step(k, Constant<1>{});
+    for (int64_t k = inner_end[g]; k < end[g]; k += 2) step(k, Constant<0>{});
+  }
+  // The lanes that see any of the keys [key, key + count): whole groups.
+  KeySpan groups_of(int64_t key, int64_t count) const {
+    int64_t first = kGroups, last = 0;
+    for (int64_t g = 0; g < kGroups; ++g) {
+      if (begin[g] < key + count && key < end[g]) first = min64(first, g), last = g + 1;
+    }
+    return {first * kGroup, last * kGroup};
+  }
+  // And in units of the depth: fewer, if the first of a group see none.
+  KeySpan lanes_of(const StripSpans& spans, int64_t k0, int64_t key, int64_t count) const {
+    KeySpan lanes = groups_of(key, count);
+    const float before = static_cast<float>(k0 + key), behind = static_cast<float>(k0 + key + count);
+    while (!lanes.is_empty() && (spans.last[lanes.first] < before || spans.first[lanes.first] >= behind)) {
+      ++lanes.first;
+    }
+    return {lanes.first / Outer::kDepthUnit * Outer::kDepthUnit, lanes.last};
+  }
+};
+
+// 2^x, at most 3e-6 of it off, for x below 128; next to nothing below -126. A NaN comes through.
+inline Vec power_of_two(Vec x) {
+  x = max(splat(-126.0f), x);
+  const Vec shift = splat(12582912.0f + 127.0f);  // as in `exponential`
+  const Vec shifted = add(x, shift), r = sub(x, sub(shifted, shift));
+  Vec sum = splat(9.58285294e-3f);
+  sum = fma(sum, r, splat(5.59064262e-2f));
+  sum = fma(sum, r, splat(0.240240991f));
+  sum = fma(sum, r, splat(0.693124175f));
+  sum = fma(sum, r, splat(1.0f));
+  return mul(sum, low_bits_to_exponent(shifted));
+}
+
+// e^(scale * (score - most)) of lanes. Of arguments in 16 bits, which are multiplied with weights in as many,
+// it need not be exact to the last bit of a float.
+template <class T>
+struct Weigher {
+  Vec scale, shift;
+  Weigher(float scale_in, Vec most) : scale(splat(scale_in)), shift(most) {
+    if (sizeof(T) == sizeof(float)) return;
+    scale = mul(scale, splat(1.44269504089f));
+    shift = mul(negate(most), scale);
+  }
+  Vec operator()(Vec score) const {
+    if (sizeof(T) == sizeof(float)) return exponential(mul(sub(score, shift), scale));
+    return power_of_two(fma(score, scale, shift));
+  }
+  // The same between two scores that may both be none.
+  Vec between(Vec before, Vec most) const {
+    const Vec less = mul(sub(before, most), scale);
+    return sizeof(T) == sizeof(float) ? exponential(less) : power_of_two(less);
+  }
+};
+
+// What the kernels of one type share: how its rows become sides of a product.
+template <class Outer, class T>
+struct AttentionSides {
+  using Value = typename Outer::Value;
+  static constexpr int64_t kElements = Outer::kElements;
+
+  static int64_t padded(int64_t depth) { return round_up(depth, Outer::kDepthUnit); }
+  static MatrixView view(const T* x, int64_t ld) {
+    constexpr DType kType = sizeof(T) == sizeof(float) ? DType::kF32
+                            : is_bf16(T{})             ? DType::kBF16
+                                                       : DType::kF16;
+    return {x, kType, ld, nullptr};
+  }
+  static constexpr bool is_bf16(BF16) { return true; }
+  template <class Other>
+  static constexpr bool is_bf16(Other) {
+    return false;
+  }
+
+  // Rows as the left side of products: as they lie, where that can be.
+  struct Rows {
+    const Value* at;
+    int64_t ld;
+  };
+  static bool lie_right(int64_t rows, int64_t features) {
+    return is_value(T{}) && padded(features) == features &&
+           (!Outer::kWholeTiles || rows % Outer::kTileRows == 0);
+  }
+  static int64_t room_of_rows(int64_t rows, int64_t features) {
+    return lie_right(rows, features) ? 0 : round_up(rows, kStrip) * padded(features);
+  }
+  static Rows rows_of(const T* x, int64_t ld, int64_t rows, int64_t features, Value* room) {
+    if (lie_right(rows, features)) return {reinterpret_cast<const Value*>(x), ld};
+    const int64_t depth = padded(features);
+    for (int64_t i = 0; i < round_up(rows, kStrip); ++i) {
+      Value* row = room + i * depth;
+      if (i < rows) Outer::pack_lhs(x, view(x, ld).dtype, i * ld, features, row);
+      const int64_t filled = i < rows ? features : 0;
+      memset(row + filled, 0, (depth - filled) * sizeof(Value));
+    }
+    return {room, depth};
+  }
+  static bool is_value(float) { return sizeof(Value) == sizeof(float); }
+  static bool is_value(BF16) { return sizeof(Value) != sizeof(float); }
+  static bool is_value(F16) { return false; }
+
+  // Up to kStrip rows as the lanes of a right side, features in steps.
+  static void lanes_of(const T* x, int64_t ld, int64_t rows, int64_t features, Value* strip) {
+    GemmTerm term{};
+    term.rhs = view(x, ld);
+    term.rhs_scale = 1.0f;
+    term.depth = features;
+#if PEFT_KERNELS_BF16_DOT
+    if constexpr (kElements == 2) {
+      nt_fill_thin_pairs(term, 0, rows, strip);
+    } else {
+      nt_fill_thin(term, 0, rows, strip);
+    }
+#else
+    nt_fill_thin(term, 0, rows, strip);
+#endif
+    memset(strip + features * kStrip, 0, (padded(features) - features) * kStrip * sizeof(Value));
+  }
+  // Rows as the steps of a right side, strips of features as its lanes.
+  static void steps_of(const T* x, int64_t ld, int64_t rows, int64_t features, Value* strips) {
+    Outer::fill_dense(view(x, ld), 1.0f, 0, rows, features, strips);
+  }
+
+  // Rows as columns, of kStrip rows each: [rows / kStrip][columns][kStrip], filled up with zeros.
+  static void columns_of(const T* x, int64_t ld, int64_t rows, int64_t features, Value* out) {
+    const int64_t columns = round_up(features, kStrip);
+    memset(static_cast<void*>(out), 0, round_up(rows, kStrip) * columns * sizeof(Value));
+    for (int64_t r = 0; r < rows; r += kStrip) {
+      transpose_matrix(x + r * ld, ld, min64(kStrip, rows - r), features, out + r * columns, kStrip);
+    }
+  }
+
+  // Of two keys side by side, k and the next, what lanes from c on are multiplied by, into a right side.
+  static void store_steps(Value* strip, int64_t k, int64_t c, Vec first, Vec second) {
+#if PEFT_KERNELS_BF16_DOT
+    if constexpr (kElements == 2) {
+      store_bits(reinterpret_cast<uint32_t*>(strip + k * kStrip + c * kElements),
+                 pair_lanes(first, second, Value{}));
+      return;
+    }
+#endif
+    store(strip + k * kStrip + c, first);
+    store(strip + (k + 1) * kStrip + c, second);
+  }
+
+  // The scores of a block's keys with the lanes that see any of them.
+  static void multiply_keys(const BlockSpans<Outer>& spans, int64_t keys, Rows lhs, const Value* lanes,
+                            int64_t depth, float* scores) {
+    for (int64_t i = 0; i < keys; i += Outer::kTileRows) {
+      const int64_t count = min64(Outer::kTileRows, keys - i);
+      const KeySpan seen = spans.groups_of(i, count);
+      if (seen.is_empty()) continue;
+      multiply(count, seen.last - seen.first, {lhs.at + i * lhs.ld, lhs.ld}, lanes + seen.first * kElements,
+               depth, 0, depth, false, scores + i * kStrip + seen.first, kStrip);
+    }
+  }
+  // sums[features, lanes] += columns . steps, over the keys that the lanes see.
+  static void add_keys(const BlockSpans<Outer>& spans, int64_t features, Rows columns, const Value* steps,
+                       float* sums) {
+    spans.for_runs([&](int64_t c, int64_t count, int64_t begin, int64_t end) {
+      multiply(features, count, {columns.at + begin, columns.ld}, steps + begin * kStrip + c * kElements,
+               kStrip, 0, end - begin, true, sums + c, kStrip);
+    });
+  }
+
+  // sums[rows, cols] (+)= lhs . strips, `depth` elements of the latter from `from` on, of strips that are
+  // `strip_depth` long.
+  static void multiply(int64_t rows, int64_t cols, Rows lhs, const Value* strips, int64_t strip_depth,
+                       int64_t from, int64_t depth, bool adds, float* sums, int64_t sums_ld) {
+    for (int64_t c = 0; c < cols; c += kStrip) {
+      const Value* strip = strips + c * strip_depth + from * kStrip;
+      for (int64_t r = 0; r < rows; r += Outer::kTileRows) {
+        Outer::multiply(min64(Outer::kTileRows, rows - r), cols - c, lhs.at + r * lhs.ld, lhs.ld, strip,
+                        depth / kElements, adds, sums + r * sums_ld + c, sums_ld, no_fetch(strip));
+      }
+    }
+  }
+};
+
+// out[r, c] = x[c, r] * factor[r] for the first `rows` lanes of rows x[c], which are kStrip apart; factor may
+// be null.
+template <class T>
+void turn_strip(const float* x, const float* factor, int64_t rows, int64_t features, T* out, int64_t ld) {
+  for (int64_t r = 0; r < rows; r += kLanes) {
+    const Vec by = factor ? load(factor + r) : splat(1.0f);
+    const int64_t height = min64(kLanes, rows - r);
+    const auto lanes_of = [&](int64_t c) { return mul(load(x + c * kStrip + r), by); };
+    int64_t c = 0;
+    Vec block[kLanes];
+#if PEFT_KERNELS_BF16_DOT
+    if constexpr (sizeof(T) != sizeof(float) && AttentionSides<OuterBF16, T>::is_bf16(T{})) {
+      for (; c + 2 * kLanes <= features; c += 2 * kLanes) {
+#  pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) {
+          block[i] = pair_lanes(lanes_of(c + 2 * i), lanes_of(c + 2 * i + 1), T{});
+        }
+        transpose(block);
+        for (int i = 0; i < height; ++i) {
+          store_bits(reinterpret_cast<uint32_t*>(out + (r + i) * ld + c), block[i]);
+        }
+      }
+    }
+#endif
+    for (; c < features; c += kLanes) {
+      const int64_t width = min64(kLanes, features - c);
+      for (int i = 0; i < kLanes; ++i) block[i] = i < width ? lanes_of(c + i) : zero();
+      transpose(block);
+      for (int i = 0; i < height; ++i) store_lanes(out + (r + i) * ld + c, block[i], width);
+    }
+  }
+}
+
+// Calls use(outer, type) with the micro-kernel and the elements of the arguments.
+template <class Use>
+void with_attention(const AttentionParams& p, const Use& use) {
+  with_type(p.dtype, [&](auto type) {
+    if constexpr (sizeof(type) == sizeof(float)) {
+      use(OuterF32{}, type);
+    } else {
+      p.dtype == DType::kBF16&& p.features % 2 == 0 ? use(OuterBF16{}, type) : use(OuterF32{}, type);
+    }
+  });
+}
