@@ -190,22 +190,60 @@ def test_rows_do_not_mix(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "base,dtype", [("nested", torch.bfloat16), ("nested", torch.float32), ("dense", torch.bfloat16)]
+    "base,dtype",
+    [
+        ("nested", torch.bfloat16),
+        ("nested", torch.float32),
+        ("dense", torch.bfloat16),
+        ("fp32", torch.bfloat16),
+    ],
 )
 @pytest.mark.parametrize("rows", [6, 100, 600])
 def test_with_any_threads(backend: str, base: str, dtype: torch.dtype, rows: int) -> None:
     if not backend.startswith("cpu"):
         pytest.skip(f"{backend}: products are torch's, or on one thread")
-    if base == "dense" and not backend.endswith(("bf16", "amx_emulated")):
+    if base != "nested" and not backend.endswith(("bf16", "amx_emulated")):
         pytest.skip(f"{backend}: the product is torch's, which may split its sums by threads")
     x = testing.tensor(rows, 64, dtype=dtype).requires_grad_()
-    w, labels = weight_of(base, 1100, 64, dtype), labels_of(rows, 1100)
+    rounds = base == "fp32"
+    w = testing.tensor(1100, 64, seed=1) if rounds else weight_of(base, 1100, 64, dtype)
+    labels = labels_of(rows, 1100)
 
     def run() -> list[Tensor]:
-        losses = pk.linear_cross_entropy(x, w, labels, reduction="none")
+        with torch.autocast("cpu", dtype, enabled=rounds):
+            losses = pk.linear_cross_entropy(x, w, labels, reduction="none")
         return [losses, *torch.autograd.grad(losses.sum(), x)]
 
     same_with_any_threads(run)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("rows,features", [(5, 33), (100, 64), (600, 64), (4700, 32)])
+def test_a_head_of_fp32_counts_as_rounded(backend: str, dtype: torch.dtype, rows: int, features: int) -> None:
+    """To x's type: each result, and each gradient of one that is trained, has the bits of the rounded one's,
+    whether it is rounded by pieces, or at once, for many rows or where its own lie apart."""
+    if rows > 100 and not backend.startswith("cpu"):
+        pytest.skip(f"{backend}: more rows are read as few are")
+    vocabulary = 1100
+    x = testing.tensor(rows, features, dtype=dtype)
+    w, b = testing.tensor(vocabulary, features, seed=1), testing.tensor(vocabulary, seed=2)
+    numbers = labels_of(rows, vocabulary), IGNORED, 2.0, 0.0, 0.1, 1e-2
+    ops = torch.ops.peft_kernels
+
+    def results(weight: Tensor) -> list[Tensor]:
+        head = weight, None, None, None, 0, vocabulary, b
+        found = ops.linear_cross_entropy(x, *head, *numbers, True, True, True)
+        dloss, needs = testing.tensor(rows, seed=3), (True, True, True, False, False)
+        lse = found[1]
+        back = ops.linear_cross_entropy_backward(dloss, lse, x, *head, None, None, *numbers, *needs)
+        assert back[1].dtype == weight.dtype
+        return [*found, back[0], back[1].to(dtype), back[2]]
+
+    apart = torch.empty(features, vocabulary).t().copy_(w)
+    want = results(w.to(dtype))
+    for weight in (w, apart) if backend.startswith("cpu") else (w,):  # torch's sums go by where rows lie
+        for i, (got, one) in enumerate(zip(results(weight), want, strict=True)):
+            assert torch.equal(got, one), i
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["frozen", "trained"])

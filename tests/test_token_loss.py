@@ -124,17 +124,20 @@ def allocated(call: Callable[[], Any], folder: Path) -> int:
     return max(args["Total Allocated"] for _, args in totals) - first
 
 
-@pytest.mark.parametrize("head", ["frozen", "trained"])
+@pytest.mark.parametrize("head", ["frozen", "trained", "fp32"])
 def test_memory_is_a_small_part_of_the_logits(backend: str, head: str, tmp_path: Path) -> None:
     if backend != "reference" and not backend.startswith("cpu"):
         pytest.skip(f"{backend}: runs on another machine's terms")
     rows, vocabulary, features = 1024, 49152, 64
     x = testing.tensor(rows, features, dtype=torch.bfloat16).requires_grad_()
-    w = weight_of("dense", vocabulary, features, torch.bfloat16).requires_grad_(head == "trained")
+    dtype = torch.float32 if head == "fp32" else torch.bfloat16
+    w = weight_of("dense", vocabulary, features, dtype).requires_grad_(head == "trained")
     labels = labels_of(rows, vocabulary)
 
     def step() -> None:
-        pk.linear_cross_entropy(x, w, labels).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=head == "fp32"):
+            loss = pk.linear_cross_entropy(x, w, labels)
+        loss.backward()
 
     step()
     x.grad = w.grad = None
@@ -158,11 +161,13 @@ def test_under_autocast(backend: str) -> None:
     """As F.linear: hidden and a dense head are rounded, whatever is trained; losses stay in fp32."""
     x, w = testing.tensor(20, 64).requires_grad_(), weight_of("dense", 300, 64, torch.float32)
     labels = labels_of(20, 300)
-    want = pk.linear_cross_entropy(x.bfloat16(), w.bfloat16(), labels)
     for trained in (False, True):
         w.requires_grad_(trained)
+        leaves = [x, w] if trained else [x]
+        want = pk.linear_cross_entropy(x.bfloat16(), w.bfloat16(), labels)
         with torch.autocast("cpu", torch.bfloat16):
             got = pk.linear_cross_entropy(x, w, labels)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
-        leaves = [x, w] if trained else [x]
-        assert all(g.dtype == torch.float32 for g in torch.autograd.grad(got, leaves))
+        for g, t in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+            assert g.dtype == torch.float32
+            torch.testing.assert_close(g, t)

@@ -13,6 +13,7 @@ namespace peft_kernels::cpu {
 
 inline constexpr int64_t kPieceCols = 512;  // of logits, that are made at a time
 static_assert(kPieceCols <= kSoftmaxCols, "");
+inline constexpr int64_t kMostRoundings = 8;  // of a whole head, piece by piece; a copy costs about as much
 
 // The rows that have a label, and their labels.
 struct Labelled {
@@ -32,13 +33,18 @@ struct Labelled {
   int64_t count() const { return static_cast<int64_t>(rows.size()); }
 };
 
-// The head, any rows of it in place.
+// The head, any rows of it in place. One of fp32 before rows of a shorter type counts as rounded to that, as
+// under autocast: a piece at a time, as it is needed. A copy of all would be fresh memory, and to touch that
+// costs more than to round everything a few times.
 class Head {
  public:
   Head(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
        const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary, const Tensor& x)
-      : base_(absmax ? weight : weight.contiguous(), absmax, absmax2, offset, blocksize, vocabulary,
-              x.size(1), x.scalar_type()) {
+      : rounds_(!absmax && weight.scalar_type() == at::kFloat && x.scalar_type() != at::kFloat &&
+                weight.is_contiguous()),
+        base_(absmax || rounds_ ? weight : in_place(weight, x), absmax, absmax2, offset, blocksize,
+              vocabulary, x.size(1), rounds_ ? at::kFloat : x.scalar_type()),
+        like_(at::empty({0, x.size(1)}, x.options())) {
     if (base_.is_dense()) {
       dense_ = base_.dense();
     } else if (piece_cols() > kSoftmaxCols) {  // rows begin within bytes, or within blocks of scales
@@ -50,8 +56,22 @@ class Head {
     }
   }
   bool is_dense() const { return dense_.defined(); }
-  bool is_torchs(int64_t rows) const { return is_dense() && is_torchs_product(dense_, rows); }
-  Tensor dense(int64_t first, int64_t last) const { return dense_.slice(0, first, last); }
+  bool is_torchs(int64_t rows) const {
+    return is_dense() && is_torchs_product(rounds_ ? like_ : dense_, rows);
+  }
+  // Where all of it will be read so many times.
+  void prepare(int64_t times) {
+    if (!rounds_ || times <= kMostRoundings) return;
+    dense_ = dense_.to(like_.scalar_type());
+    rounds_ = false;
+  }
+  // Rows of a dense head, of x's type.
+  Tensor dense(int64_t first, int64_t last) const {
+    return dense_.slice(0, first, last).to(like_.scalar_type());
+  }
+  bool rounds() const { return rounds_; }
+  // Room for so many rows where they are rounded; empty elsewhere.
+  Tensor room(int64_t rows) const { return at::empty({rounds_ ? rows : 0, like_.size(1)}, like_.options()); }
 
   // How many columns of logits a piece has: pieces begin where a block of scales of scales does.
   int64_t piece_cols() const {
@@ -60,7 +80,21 @@ class Head {
     const int64_t unit = block / std::gcd(block, base_.in_features());
     return ceil_div(kPieceCols, unit) * unit > kSoftmaxCols ? unit : ceil_div(kPieceCols, unit) * unit;
   }
-  // From row `first` on; a packed head's in `view`.
+  // Rows [first, first + count), rounded in `room` where they have to be; a packed head's in `view`.
+  MatrixView rows(int64_t first, int64_t count, Nf4View& view, const Tensor& room) const {
+    const MatrixView matrix = rows_from(first, view);
+    if (!rounds_) return matrix;
+    // As rows so short that they are read in the order in which they lie.
+    constexpr int64_t kRun = 16;
+    const int64_t numel = count * matrix.ld, cols = numel % kRun == 0 ? kRun : matrix.ld;
+    const DType dtype = dtype_of(like_, "x");
+    const TransposeParams params{
+        matrix.data, matrix.dtype, numel / cols,           cols, cols, nullptr, dtype,
+        0,           1.0f,         room.mutable_data_ptr()};
+    if (numel > 0) kernels().transpose_rows(params, 0, params.rows);
+    return {params.copy, dtype, matrix.ld, nullptr};
+  }
+  // From row `first` on, as they are; a packed head's in `view`.
   MatrixView rows_from(int64_t first, Nf4View& view) const {
     if (is_dense()) {
       MatrixView matrix = dense_matrix(dense_, "weight");
@@ -80,7 +114,14 @@ class Head {
   }
 
  private:
+  // Of a dense one, rows as they are multiplied.
+  static Tensor in_place(const Tensor& weight, const Tensor& x) {
+    return (weight.scalar_type() == at::kFloat ? weight.to(x.scalar_type()) : weight).contiguous();
+  }
+
+  bool rounds_;
   const BaseWeight base_;
+  const Tensor like_;  // no rows, of the type that they are multiplied in
   Tensor dense_;
 };
 

@@ -17,6 +17,7 @@ namespace peft_kernels::cpu {
 inline constexpr int64_t kTorchRows = 512;     // at a time, where products are torch's
 inline constexpr int64_t kMostLossRows = 256;  // of a task: twice as many are no faster
 static_assert(kMostLossRows % kPackRows == 0, "");
+inline constexpr int64_t kMostBlocks = 4;  // of so many rows, that a task takes side by side
 
 struct Options {
   float scale, cap;
@@ -33,7 +34,7 @@ struct Results {
 
 class Loss {
  public:
-  Loss(Tensor x, const Head& head, int64_t vocabulary, const Tensor& bias, const Labelled& labelled,
+  Loss(Tensor x, Head& head, int64_t vocabulary, const Tensor& bias, const Labelled& labelled,
        const Options& options)
       : x_(std::move(x)),
         head_(head),
@@ -56,8 +57,9 @@ class Loss {
   // Of the rows that have a label, where they go.
   void run(const Results& to) {
     const auto finish = [&](int64_t begin, int64_t end, const float* sums, int64_t part_ld) {
+      const Tensor room = head_.room(1);
       for (int64_t row = begin; row < end; ++row) {
-        finish_row(row, sums ? sums + (row - begin) * features_ : nullptr, part_ld, to);
+        finish_row(row, sums ? sums + (row - begin) * features_ : nullptr, part_ld, room, to);
       }
     };
     head_.is_torchs(rows_) ? run_torchs(finish) : run_ours(finish);
@@ -68,9 +70,16 @@ class Loss {
     Tensor sum = at::empty({1, features_}, x_.options().dtype(at::kFloat));
     const Tensor ones = at::ones({1, vocabulary_}, x_.options().dtype(at::kFloat));
     Nf4View view{};
-    Product product(sum);
-    product.add(term_of(ones, "ones", head_.rows_from(0, view)));
-    product.run_nn();
+    const int64_t step = head_.rounds() ? piece_ : vocabulary_;
+    const Tensor room = head_.room(std::min(step, vocabulary_));
+    for (int64_t first = 0; first < vocabulary_; first += step) {
+      const int64_t count = std::min(step, vocabulary_ - first);
+      const Tensor of_each = ones.slice(1, first, first + count);
+      Product product(sum);
+      if (first > 0) product.start_from_out();
+      product.add(term_of(of_each, "ones", head_.rows(first, count, view, room)));
+      product.run_nn();
+    }
     return sum.div_(static_cast<double>(vocabulary_));
   }
 
@@ -92,7 +101,9 @@ class Loss {
 
   // What a thread computes a task in.
   struct Room {
-    Tensor packed, logits, sums;
+    int64_t block;  // rows
+    std::array<Tensor, kMostBlocks> packed;
+    Tensor logits, sums, weight;
   };
 
   template <class Finish>
@@ -100,19 +111,24 @@ class Loss {
     const int64_t threads = useful_threads(rows_ * vocabulary_ * features_ * (1 + options_.need_slope));
     const int64_t share = ceil_div(ceil_div(rows_, 2 * threads), kPackRows) * kPackRows;
     const int64_t block = std::min(std::clamp(share, kPackRows, kMostLossRows), rows_);
-    const int64_t blocks = ceil_div(rows_, block), tasks = blocks * parts_;
+    const int64_t side_by_side = blocks_of_task(ceil_div(rows_, block), threads);
+    const int64_t task_rows = std::min(side_by_side * block, rows_);
+    const int64_t ranges = ceil_div(rows_, task_rows), tasks = ranges * parts_;
+    head_.prepare(ranges);
     Tensor all_sums;
     const bool keeps = options_.need_slope && parts_ > 1;
     if (keeps) all_sums = at::empty({parts_, rows_, features_}, x_.options().dtype(at::kFloat));
     run_tasks(tasks, threads, [&](Share& share) {
       Room room;
       const auto floats = x_.options().dtype(at::kFloat);
+      room.block = block;
       room.logits = at::empty({block, piece_}, floats);
-      if (options_.need_slope && !keeps) room.sums = at::empty({block, features_}, floats);
+      room.weight = head_.room(std::min(piece_, vocabulary_));
+      if (options_.need_slope && !keeps) room.sums = at::empty({task_rows, features_}, floats);
       void* scratch = checked_thread_scratch();
       for (int64_t task; share.take(task);) {
-        const int64_t part = task / blocks, begin = task % blocks * block,
-                      end = std::min(begin + block, rows_);
+        const int64_t part = task / ranges, begin = task % ranges * task_rows,
+                      end = std::min(begin + task_rows, rows_);
         float* sums = keeps ? all_sums.mutable_data_ptr<float>() + (part * rows_ + begin) * features_
                       : options_.need_slope ? room.sums.mutable_data_ptr<float>()
                                             : nullptr;
@@ -128,69 +144,92 @@ class Loss {
                  });
   }
 
+  // How many blocks share a piece of the head, which the first of them fetches, and rounds where it has to
+  // be: as many as keep no thread longer. Where other processes want the cores tasks had better be short.
+  int64_t blocks_of_task(int64_t blocks, int64_t threads) const {
+    const auto longest = [&](int64_t together) {
+      return ceil_div(ceil_div(blocks, together) * parts_, threads) * together;
+    };
+    int64_t together = is_busy() ? 1 : kMostBlocks;
+    while (longest(together) > longest(1)) --together;
+    return together;
+  }
+
   void run_task(int64_t part, int64_t begin, int64_t end, Room& room, float* sums, void* scratch) {
-    const int64_t rows = end - begin;
-    const void* x = static_cast<const char*>(x_.const_data_ptr()) + begin * features_ * x_.element_size();
-    float* logits = room.logits.mutable_data_ptr<float>();
-    if (sums) std::fill_n(sums, rows * features_, 0.0f);
-    bool packed = false;
+    if (sums) std::fill_n(sums, (end - begin) * features_, 0.0f);
+    bool is_first = true;
     for (int64_t first = part * part_cols_; first < std::min((part + 1) * part_cols_, vocabulary_);
-         first += piece_) {
+         first += piece_, is_first = false) {
       const int64_t cols = std::min(piece_, vocabulary_ - first);
       Nf4View view{};
-      const MatrixView weight = head_.rows_from(first, view);
-      const GemmTerm term{x, dtype_, features_, weight, 1.0f, features_, 0, INT64_MAX, DropoutMask{}};
-      GemmParams nt{};
-      nt.terms = &term;
-      nt.term_count = 1;
-      nt.out = logits;
-      nt.out_dtype = DType::kF32;
-      nt.out_ld = piece_;
-      nt.m = rows_;  // that plans, and sums, are the same for any task
-      nt.n = cols;
-      nt.plan = kernels().plan_nt(nt);
-      const Rect rect{0, rows, 0, cols};
-      if (nt.plan == NtPlan::kPairs || nt.plan == NtPlan::kFloats) {
-        if (!packed) pack(x, rows, nt.plan, room);
-        packed = true;
-        nt.packed_lhs = room.packed.const_data_ptr();
-        nt.packed_end = rows;
-        kernels().gemm_packed(nt, rect, scratch);
-      } else {
-        kernels().gemm_nt(nt, rect, scratch);
+      const MatrixView weight = head_.rows(first, cols, view, room.weight);
+      for (int64_t m = begin; m < end; m += room.block) {
+        const int64_t rows = std::min(room.block, end - m);
+        make_logits(weight, cols, m, rows, (m - begin) / room.block, is_first, room, scratch);
+        float* block_sums = sums ? sums + (m - begin) * features_ : nullptr;
+        float* logits = room.logits.mutable_data_ptr<float>();
+        SoftmaxParams softmax = this->softmax(part, m, first, cols);
+        softmax.logits = logits;
+        softmax.logits_dtype = DType::kF32;
+        softmax.logits_ld = piece_;
+        softmax.sums = block_sums;
+        softmax.out = sums ? logits : nullptr;
+        softmax.out_ld = piece_ * 4 / x_.element_size();
+        kernels().softmax_piece(softmax, 0, rows);
+        if (sums) add_back(weight, cols, rows, softmax, scratch);
       }
-      SoftmaxParams softmax = this->softmax(part, begin, first, cols);
-      softmax.logits = logits;
-      softmax.logits_dtype = DType::kF32;
-      softmax.logits_ld = piece_;
-      softmax.sums = sums;
-      softmax.out = sums ? logits : nullptr;
-      softmax.out_ld = piece_ * 4 / x_.element_size();
-      kernels().softmax_piece(softmax, 0, rows);
-      if (!sums) continue;
-      const GemmTerm back{logits, dtype_, softmax.out_ld, weight, 1.0f, cols, 0, INT64_MAX, DropoutMask{}};
-      GemmParams nn{};
-      nn.terms = &back;
-      nn.term_count = 1;
-      nn.add_to_out = true;
-      nn.out = sums;
-      nn.out_dtype = DType::kF32;
-      nn.out_ld = features_;
-      nn.m = rows_;
-      nn.n = features_;
-      kernels().gemm_nn(nn, {0, rows, 0, features_}, scratch);
     }
   }
 
-  void pack(const void* x, int64_t rows, NtPlan plan, Room& room) const {
-    if (!room.packed.defined()) room.packed = packed_room(room.logits.size(0), features_, plan, x_.options());
-    const PackParams params{x, dtype_, rows, features_, plan, room.packed.mutable_data_ptr()};
-    kernels().pack_strips(params, 0, ceil_div(rows, kPackRows));
+  // Of a block of rows from row `begin` on, number `index` of its task.
+  void make_logits(const MatrixView& weight, int64_t cols, int64_t begin, int64_t rows, int64_t index,
+                   bool is_first, Room& room, void* scratch) const {
+    const void* x = static_cast<const char*>(x_.const_data_ptr()) + begin * features_ * x_.element_size();
+    const GemmTerm term{x, dtype_, features_, weight, 1.0f, features_, 0, INT64_MAX, DropoutMask{}};
+    GemmParams nt{};
+    nt.terms = &term;
+    nt.term_count = 1;
+    nt.out = room.logits.mutable_data_ptr();
+    nt.out_dtype = DType::kF32;
+    nt.out_ld = piece_;
+    nt.m = rows_;  // that plans, and sums, are the same for any task
+    nt.n = cols;
+    nt.plan = kernels().plan_nt(nt);
+    const Rect rect{0, rows, 0, cols};
+    if (nt.plan != NtPlan::kPairs && nt.plan != NtPlan::kFloats) {
+      return kernels().gemm_nt(nt, rect, scratch);
+    }
+    Tensor& packed = room.packed[index];
+    if (!packed.defined()) packed = packed_room(room.block, features_, nt.plan, x_.options());
+    if (is_first) {
+      const PackParams params{x, dtype_, rows, features_, nt.plan, packed.mutable_data_ptr()};
+      kernels().pack_strips(params, 0, ceil_div(rows, kPackRows));
+    }
+    nt.packed_lhs = packed.const_data_ptr();
+    nt.packed_end = rows;
+    kernels().gemm_packed(nt, rect, scratch);
+  }
+
+  // What the exponentials of a piece give to the sums.
+  void add_back(const MatrixView& weight, int64_t cols, int64_t rows, const SoftmaxParams& softmax,
+                void* scratch) const {
+    const GemmTerm term{softmax.out, dtype_, softmax.out_ld, weight, 1.0f, cols, 0, INT64_MAX, DropoutMask{}};
+    GemmParams nn{};
+    nn.terms = &term;
+    nn.term_count = 1;
+    nn.add_to_out = true;
+    nn.out = softmax.sums;
+    nn.out_dtype = DType::kF32;
+    nn.out_ld = features_;
+    nn.m = rows_;
+    nn.n = features_;
+    kernels().gemm_nn(nn, {0, rows, 0, features_}, scratch);
   }
 
   template <class Finish>
   void run_torchs(const Finish& finish) {
     const auto softmax_piece = kernels().softmax_piece;
+    head_.prepare(ceil_div(rows_, kTorchRows));
     for (int64_t begin = 0; begin < rows_; begin += kTorchRows) {
       const int64_t end = std::min(begin + kTorchRows, rows_), rows = end - begin;
       const Tensor x = x_.slice(0, begin, end);
@@ -219,7 +258,8 @@ class Loss {
   }
 
   // From the states of its parts, and of each its sums; these are part_ld apart.
-  void finish_row(int64_t row, const float* sums, int64_t part_ld, const Results& results) const {
+  void finish_row(int64_t row, const float* sums, int64_t part_ld, const Tensor& room,
+                  const Results& results) const {
     double most = -DBL_MAX, rest = 0, weighted = 0, total = 0;  // without the label's, but for the total
     const int64_t label = labelled_.labels[row];
     const double of_label = state(label / part_cols_, row).label;
@@ -263,8 +303,8 @@ class Loss {
     p.part_ld = part_ld;
     p.features = features_;
     Nf4View view{};
-    p.weight = head_.rows_from(0, view);
-    p.label = label;
+    p.weight = head_.rounds() ? head_.rows(label, 1, view, room) : head_.rows_from(0, view);
+    p.label = head_.rounds() ? 0 : label;
     p.of_label =
         static_cast<float>((z_slope * p_label + smoothing - p_rest) * (1 - tanh * tanh) * options_.scale);
     p.mean = mean_.defined() ? mean_.const_data_ptr<float>() : nullptr;
@@ -276,7 +316,7 @@ class Loss {
   const SoftmaxState& state(int64_t part, int64_t row) const { return states_[part * rows_ + row]; }
 
   const Tensor x_;
-  const Head& head_;
+  Head& head_;
   const int64_t vocabulary_;
   const Tensor bias_;
   const Labelled& labelled_;

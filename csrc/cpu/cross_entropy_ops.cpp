@@ -37,7 +37,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   // What smoothing gives is then no multiple of one row of the head.
   TORCH_CHECK(!(need_slope && softcap > 0 && label_smoothing > 0),
               "need_slope: expected False with both softcap and label_smoothing, got True");
-  const Head head(weight, absmax, absmax2, offset, blocksize, vocabulary, x);
+  Head head(weight, absmax, absmax2, offset, blocksize, vocabulary, x);
   const Labelled labelled(labels, ignore_index, vocabulary);
   const auto floats = x.options().dtype(at::kFloat);
   const int64_t rows = x.size(0), features = x.size(1);
@@ -124,10 +124,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward
     params.z_loss = static_cast<float>(z_loss);
     Slopes slopes(x_rows, h, lora_b, head, float_bias, params);
     slopes.each([&](int64_t first, int64_t last, const Tensor& d, const Tensor& rounded) {
-      if (need_dx) slopes.add_back(rounded, first, last, dx);
+      if (need_dx) slopes.add_back(rounded, first, dx);
       if (need_dw) {
         Tensor part = dw.slice(0, first, last);
-        at::mm_out(part, rounded.t(), x_rows);
+        if (part.scalar_type() == x_rows.scalar_type()) {
+          at::mm_out(part, rounded.t(), x_rows);
+        } else {
+          part.copy_(at::mm(rounded.t(), x_rows));
+        }
       }
       if (need_dbias) dbias.slice(0, first, last).copy_(d.sum(0));
       if (need_dh) dh.addmm_(d, lora_b.slice(0, first, last));

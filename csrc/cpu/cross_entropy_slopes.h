@@ -40,28 +40,32 @@ class Slopes {
       use(first, last, slopes_, is_float_ ? slopes_ : rounded_);
     }
   }
-  // sums += rounded times the rows [first, last) of the head.
-  void add_back(const Tensor& rounded, int64_t first, int64_t last, Tensor& sums) const {
+  // sums += rounded times the rows of the piece, from row `first` of the head on.
+  void add_back(const Tensor& rounded, int64_t first, Tensor& sums) const {
     if (is_torchs_) {
-      is_float_ ? sums.addmm_(rounded, head_.dense(first, last))
-                : sums.add_(at::mm(rounded, head_.dense(first, last)));
+      is_float_ ? sums.addmm_(rounded, weight_) : sums.add_(at::mm(rounded, weight_));
       return;
     }
     Nf4View view{};
     Product product(sums);
     product.start_from_out();
-    product.add(term_of(rounded, "slopes", head_.rows_from(first, view)));
+    product.add(term_of(rounded, "slopes", rows_from(first, view)));
     product.run_nn();
   }
 
  private:
+  MatrixView rows_from(int64_t first, Nf4View& view) const {
+    return head_.rounds() ? dense_matrix(weight_, "weight") : head_.rows_from(first, view);
+  }
+
   void fill(int64_t first, int64_t last) {
+    if (is_torchs_ || head_.rounds()) weight_ = head_.dense(first, last);
     if (is_torchs_) {
-      slopes_.copy_(at::mm(x_, head_.dense(first, last).t()));
+      slopes_.copy_(at::mm(x_, weight_.t()));
     } else {
       Nf4View view{};
       Product product(slopes_);
-      product.add(term_of(x_, "x", head_.rows_from(first, view)));
+      product.add(term_of(x_, "x", rows_from(first, view)));
       product.run_nt(rows_);
     }
     if (h_.defined()) slopes_.addmm_(h_, lora_b_.slice(0, first, last).t());
@@ -85,6 +89,7 @@ class Slopes {
   const bool is_torchs_, is_float_;
   const SlopesParams params_;
   Tensor slopes_, rounded_;
+  Tensor weight_;  // of the piece, where it is dense and not used in place
 };
 
 }  // namespace peft_kernels::cpu

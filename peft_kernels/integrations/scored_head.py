@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..nf4.state import HoldsNF4
+from ..ops.arguments import autocast_dtype
 from ..ops.token_loss import token_log_probs
 
 PIECE = {"cpu": 1 << 22}
@@ -61,7 +62,8 @@ def score(
         log_sum_sq_probs of a head that is NF4 or to be trained.
     """
     if "log_sum_sq_probs" not in outputs:
-        if not isinstance(weight, HoldsNF4):
+        # Under autocast it is rounded in there, a piece at a time.
+        if not isinstance(weight, HoldsNF4) and autocast_dtype(hidden.device.type) is None:
             weight = weight.to(hidden.dtype)
             bias = None if bias is None else bias.to(hidden.dtype)
         asked = ("entropy", "is_top1", "mean_logits")  # in the order in which they come

@@ -9,6 +9,8 @@ frozen head the gradient of each token's loss by its x is computed in the forwar
 hand, and kept in their place: backward is one multiplication, by whatever comes back for each token. A head
 that is trained needs what comes back before its gradients can be summed over tokens: there the pieces of the
 logits are computed again.
+
+A dense head in fp32 before an x of bf16 or fp16 counts as rounded to x's type, as under autocast.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class LinearCrossEntropy(Op):
     @staticmethod
     def meaning(ops: Any, args: Any) -> tuple[Tensor, ...]:
         check_slope(args)
+        args = _rounded(args)
         rows = max(PIECE, int(SHARE * args.x.shape[0] * args.vocabulary)) // max(args.vocabulary, 1)
         pieces = zip(args.x.split(max(rows, 1)), args.labels.split(max(rows, 1)), strict=True)
         found = [_piece(ops, args, x, labels, None, None) for x, labels in pieces]
@@ -92,6 +95,7 @@ class LinearCrossEntropyTrained(Op):
             head = args.x, *args.base, args.vocabulary, args.bias
             found = ops.linear_cross_entropy(*head, *options, False, args.need_entropy, args.need_mean)
             return tuple(found[:-1])
+        args = _rounded(args)
         rows = max(PIECE, int(SHARE * args.x.shape[0] * args.vocabulary)) // max(args.vocabulary, 1)
         parts = (t.split(max(rows, 1)) for t in (args.x, args.labels, args.h))
         pieces = [
@@ -138,6 +142,7 @@ class LinearCrossEntropyBackward(Op):
     def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         x, h, k = args.x, args.h, args.x.shape[1]
         acc = accumulator_dtype(x.dtype)
+        fakes, args = LinearCrossEntropyBackward.fake(args), _rounded(args)
         found: list[list[Any]] = [[] for _ in range(5)]  # of each piece; dx and dh are sums of these
         dx, dh, dw, dbias, db = found
         for begin, end in _columns(args):
@@ -157,7 +162,6 @@ class LinearCrossEntropyBackward(Op):
                 dbias.append(d.sum(0).to(bias.dtype))
             if args.need_db:
                 db.append((d.t() @ h.to(acc)).to(b.dtype))
-        fakes = LinearCrossEntropyBackward.fake(args)
         both = zip((dx, dw, dbias, dh, db), fakes, strict=True)
         return tuple(torch.cat(part).to(like.dtype) if part else like for part, like in both)  # type: ignore[return-value]
 
@@ -183,6 +187,13 @@ def check_slope(args: Any) -> None:
     if args.need_slope and args.softcap and args.label_smoothing:
         # What smoothing gives is then no multiple of one row of the head.
         raise RuntimeError("need_slope: expected False with both softcap and label_smoothing, got True")
+
+
+def _rounded(args: Any) -> Any:
+    """With a dense head in x's type."""
+    if args.base.absmax is not None:
+        return args
+    return args._replace(base=Base(args.base.weight.to(args.x.dtype)))
 
 
 def _piece(

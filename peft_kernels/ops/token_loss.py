@@ -177,9 +177,9 @@ def _token_losses(
 ) -> tuple[_Scored, Tensor]:
     """Of the rows of hidden, with their labels."""
     lora_a, lora_b, scaling = adapter
-    hidden, weight, lora_a, lora_b = _autocast(hidden, weight, lora_a, lora_b)
+    hidden, weight, lora_a, lora_b, of_weight = _autocast(hidden, weight, lora_a, lora_b)
     compute = arguments.compute_type(hidden, None, NAME)
-    (vocabulary, features), base = arguments.base_of(hidden, weight, compute, name=NAME)
+    (vocabulary, features), base = arguments.base_of(hidden, weight, of_weight or compute, name=NAME)
     arguments.check_bias(hidden, bias, vocabulary, compute, NAME)
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
@@ -223,13 +223,17 @@ def _token_losses(
     return _Scored(found[0], *found[2:5]), targets
 
 
-def _autocast(hidden: Tensor, *others: Any) -> list[Any]:
-    """In the type that autocast computes products in, where it is on."""
+def _autocast(hidden: Tensor, weight: Any, *adapter: Any) -> tuple[Any, ...]:
+    """In the type that autocast computes products in, where it is on. A dense weight of fp32 stays, as ops
+    round it themselves; the last that is returned is then its type, else None."""
     dtype = arguments.autocast_dtype(hidden.device.type)
     if dtype is None or not hidden.is_floating_point() or hidden.dtype == torch.float64:
-        return [hidden, *others]
-    dense = [t is not None and not isinstance(t, (HoldsNF4, NF4State)) for t in others]
-    return [hidden.to(dtype), *(t.to(dtype) if d else t for t, d in zip(others, dense, strict=True))]
+        return hidden, weight, *adapter, None
+    of_weight = None
+    if not isinstance(weight, (HoldsNF4, NF4State)):
+        of_weight = torch.float32 if weight.dtype == torch.float32 else None
+        weight = weight if of_weight else weight.to(dtype)
+    return hidden.to(dtype), weight, *(t if t is None else t.to(dtype) for t in adapter), of_weight
 
 
 def _check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:

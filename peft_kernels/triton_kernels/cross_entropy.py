@@ -184,7 +184,8 @@ def _check(args: Any) -> None:
     check_shape(args.labels, args.x.shape[:1], "labels")
     check(args.vocabulary > 0, "vocabulary", "1 or more", args.vocabulary)
     if args.base.absmax is None:
-        check_dtype(args.base.weight, args.x.dtype, "weight")
+        if args.base.weight.dtype != torch.float32:  # that is rounded
+            check_dtype(args.base.weight, args.x.dtype, "weight")
         check_shape(args.base.weight, (args.vocabulary, args.x.shape[1]), "weight")
     if args.bias is not None:
         check_float(args.bias, "bias")
@@ -202,7 +203,7 @@ def _pieces(args: Any) -> Iterator[tuple[int, Tensor]]:
     for begin in range(0, n, step):
         end = min(begin + step, n)
         if whole is not None:
-            yield begin, whole[begin:end]
+            yield begin, whole[begin:end].to(args.x.dtype)
         else:
             yield begin, _unpacked(narrowed(base, begin, end, k), end - begin, k, args.x.dtype)
 
