@@ -13,7 +13,7 @@ from ..backends.base import DTYPES
 from ..ops.arguments import autocast_dtype, is_traced
 from ..ops.multi_lora import AdaptedLinear, multi_lora_linear
 from ..ops.rotary import rotary
-from . import judge, judge_block
+from . import empty_cache, judge, judge_block
 from .fused import RECORD, Fused
 from .judge_block import ORDINARY, PROJECTIONS, Attention
 from .lora import FusedLora, prepare
@@ -144,7 +144,7 @@ def _attend(
 ) -> tuple[Tensor, Any]:
     """The rest of the original forward, but for its last projection."""
     q, k, v = sides
-    if cache is not None:
+    if cache is not None and not empty_cache.fill(cache, k, v, module.layer_idx):
         more = {"kwargs": kwargs} if about.cache == "cache" else {}
         k, v = cache.update(k, v, module.layer_idx, **more)
     told = {

@@ -152,6 +152,15 @@ KNOWN: dict[str, dict[str, str]] = {
     "transformers.models.falcon.modeling_falcon.FalconLinear.forward": {
         "8fb580e19d223db9": "5.0.0 to 5.24.0",
     },
+    "transformers.cache_utils.Cache.update": {
+        "cc622ba5559b438b": "5.0.0",
+        "59b4c7a580129604": "5.4.0 to 5.16.0",
+        "acd30e0201920764": "5.20.0 to 5.24.0",
+    },
+    "transformers.cache_utils.DynamicLayer.update": {
+        "0e56b481e2e34f91": "5.0.0",
+        "efd863817b6fe3c5": "5.4.0 to 5.24.0",
+    },
 }
 """Fingerprints of the sources that ours stands in for, by qualified name, and the versions that have them."""
 
