@@ -37,6 +37,7 @@ CPU_SOURCES = [
     "csrc/cpu/adamw_ops.cpp",
     "csrc/cpu/attention_ops.cpp",
     "csrc/cpu/bottleneck_ops.cpp",
+    "csrc/cpu/casts_ops.cpp",
     "csrc/cpu/cross_entropy_ops.cpp",
     "csrc/cpu/dora_ops.cpp",
     "csrc/cpu/dropout_ops.cpp",

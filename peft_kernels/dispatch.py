@@ -55,23 +55,26 @@ def kernel(op: str, args: Sequence[Any]) -> OpOverload:
     return found
 
 
-def call(op: str, *args: Any, like: Tensor | None = None) -> Any:
+def call(op: str, *args: Any, like: Tensor | None = None, rounds: torch.dtype | None = None) -> Any:
     """Call an op. Device and dtype of `like`, by default the first argument, decide which back end serves.
+    `rounds`: the dtype that its arguments in fp32 which may be `rounding` are rounded to first, all at once;
+    their gradients, rounded so too, are fp32.
 
     Eager calls skip the public op and the dispatcher's autograd key; traced ones record the public op. The
     choice is remembered: to look at all arguments in every call would cost a small layer as much as its
     arithmetic.
     """
     if torch.compiler.is_compiling():
-        return getattr(registry.public_ops, op)(*args)
+        given = args if rounds is None else registry.OPS[op].rounded(args, rounds)
+        return getattr(registry.public_ops, op)(*given)
     like = args[0] if like is None else like
     if forced() is not None:
-        return registry.eager(kernel(op, (like,)))(*args)
+        return registry.eager(kernel(op, (like,)))(*args, rounds=rounds)
     key = op, like.device, like.dtype  # with its index: cards may differ
     found = _chosen.get(key)
     if found is None:
         found = _chosen[key] = registry.eager(kernel(op, (like,)))
-    return found(*args)
+    return found(*args) if rounds is None else found(*args, rounds=rounds)
 
 
 def select(op: str, args: Sequence[Any]) -> Backend:

@@ -98,7 +98,7 @@ def test_saved_tensors_are_unpacked_once(op: str, sample: str, create_graph: boo
     dy = [testing.tensor(*t.shape, dtype=t.dtype, seed=60 + j) for j, t in enumerate(outputs)]
     got = torch.autograd.grad(outputs, case.leaves, dy, create_graph=create_graph, allow_unused=True)
     assert_same(got, want)
-    assert hooks.unpacked or op == "column_sums"  # of which nothing is saved
+    assert hooks.unpacked or op in ("column_sums", "cast", "add_residual")  # of which nothing is saved
 
 
 @each_case

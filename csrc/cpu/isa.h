@@ -61,6 +61,8 @@ struct KernelTable {
   void (*rms_norm)(const RmsNormParams& params, int64_t begin, int64_t end);
   void (*add_rms_norm)(const RmsNormParams& params, int64_t begin, int64_t end);
   void (*rms_norm_backward)(const RmsNormParams& params, int64_t begin, int64_t end);
+  // Elements [begin, end).
+  void (*cast)(const CastParams& params, int64_t begin, int64_t end);
   // Tokens [begin, end) of all sequences.
   void (*rotary)(const RotaryParams& params, int64_t begin, int64_t end);
   // Elements [begin, end) of a parameter; begin is a multiple of kStateBlock.

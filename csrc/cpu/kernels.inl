@@ -26,6 +26,7 @@
 #include "attention.inl"
 #include "attention_backward.inl"
 #include "rms_norm.inl"
+#include "casts.inl"
 #include "rotary.inl"
 #include "dynamic_codes.inl"
 #include "adamw.inl"
@@ -61,6 +62,7 @@ constexpr KernelTable kKernels = {
     rms_norm,
     add_rms_norm,
     rms_norm_backward,
+    cast,
     rotary,
     step,
     squares,

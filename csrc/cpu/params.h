@@ -305,6 +305,16 @@ struct RmsNormParams {
   void* sum = nullptr;
 };
 
+// out = x, or x + residual, rounded to out's type; elements one after the other.
+struct CastParams {
+  const void* x;
+  DType dtype;
+  const void* residual;  // or null
+  DType residual_dtype;
+  void* out;
+  DType out_dtype;
+};
+
 // Heads of [sequences, rows, heads, features], turned by the angles of their rows.
 struct RotaryParams {
   const void* x;  // features lie side by side

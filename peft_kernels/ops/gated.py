@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import dispatch
 from . import arguments
 from .common import accumulator_dtype, new_h
-from .multi_lora import AdaptedLinear, flatten, layer_grads
+from .multi_lora import AdaptedLinear, flatten, layer_grads, rounding
 from .registry import Base, Op, columns
 
 
@@ -94,6 +94,7 @@ class GatedMlp(Op):
         return y, gate, up, new_h(args.x, ranks[0]), new_h(args.x, ranks[1])
 
     differentiable = ("x", "weight", "bias", "lora_a", "lora_b")
+    rounding = ("lora_a", "lora_b")
     described = ("bias", "y")
     kept = ("gate", "up", "h", "h_down")
 
@@ -214,7 +215,8 @@ def gated_mlp(
     """
     compute = arguments.compute_type(x, compute_dtype)
     args = gated_mlp_args(x, gate, up, down, activation, compute)
-    y: Tensor = dispatch.call("gated_mlp", x.to(compute), *args)[0]
+    rounds = rounding((gate, up, down), compute)
+    y: Tensor = dispatch.call("gated_mlp", x.to(compute), *args, rounds=rounds)[0]
     return y.to(x.dtype)
 
 

@@ -71,18 +71,19 @@ def register(op: type[Op], overload: OpOverload, library: torch.library.Library,
     """
     apply = _differentiable(op, overload, ops) if op.differentiable else None
     trained = _items(op, overload)
+    rounded = _rounding(op, ops)
 
     # All in one function: each that is called on the way costs a tiny op some of its time.
-    def call(*args: Any) -> Any:
+    def call(*args: Any, rounds: torch.dtype | None = None) -> Any:
         if _in_transform() or forward_ad._current_level >= 0:
             with _Without(_AUTOCAST):
-                return op.plain(*args)
+                return op.plain(*(args if rounds is None else op.rounded(args, rounds)))
         if _dispatch_modes():
             flops.tell()
         if apply is not None and _is_grad_enabled() and _any_requires_grad(*(tensors := trained(args))):
-            return apply(args, tensors)
+            return apply(args, tensors, rounds)
         with _Without(_ABOVE_KERNELS):
-            return overload(*args)
+            return overload(*(args if rounds is None else rounded(args, rounds)))
 
     def past_autocast(_keys: DispatchKeySet, *args: Any) -> Any:
         with _Without(_AUTOCAST):
@@ -134,17 +135,39 @@ def _items(op: type[Op], overload: OpOverload) -> Callable[[Sequence[Any]], list
     return items
 
 
+def _rounding(op: type[Op], ops: Any) -> Callable[[Sequence[Any], torch.dtype], Sequence[Any]]:
+    """As `Op.rounded`, by one call of `cast`."""
+    places = [op.arguments.index(name) for name in op.rounding]
+
+    def rounded(args: Sequence[Any], dtype: torch.dtype) -> Sequence[Any]:
+        given: list[Any] = []
+        for i in places:
+            given += args[i] if isinstance(args[i], (list, tuple)) else [args[i]]
+        new, found = iter(ops.cast(given, dtype)), list(args)
+        for i in places:
+            many = isinstance(args[i], (list, tuple))
+            found[i] = [next(new) for _ in args[i]] if many else next(new)
+        return found
+
+    return rounded
+
+
 def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
     """Calls the op, given its arguments and those of them that have a gradient."""
     returns = overload._schema.returns
     several, first_is_list = len(returns) > 1, _is_list(returns[0].type)
     saving = _Saving(op, overload)
+    rounded = _rounding(op, ops)
     of_lists = {a.name for a in overload._schema.arguments if _is_list(a.type)}
     trained = [(op.arguments.index(name), name in of_lists) for name in op.differentiable]
     Need: Any = namedtuple("Need", op.differentiable)  # type: ignore[misc]
 
-    # `args` are all arguments of the op; torch sees those behind it, which have a gradient.
-    def forward(ctx: Any, args: tuple[Any, ...], *_: Tensor | None) -> Any:
+    # `args` are all arguments of the op; torch sees those at the end, which have a gradient, as they are
+    # before they are rounded.
+    def forward(ctx: Any, args: Sequence[Any], rounds: torch.dtype | None, *_: Tensor | None) -> Any:
+        ctx.rounds = rounds
+        if rounds is not None:
+            args = rounded(args, rounds)
         with _Without(_ABOVE_KERNELS):
             output = overload(*args)
         results = output if several else (output,)
@@ -153,7 +176,7 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
 
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         args, results = saving.restore(ctx)
-        flags: Iterator[bool] = iter(ctx.needs_input_grad[1:])
+        flags: Iterator[bool] = iter(ctx.needs_input_grad[2:])
         need = Need(*([next(flags) for _ in args[i]] if many else next(flags) for i, many in trained))
         dy: Any = grads[0]
         if first_is_list or op.leaving > 1:
@@ -165,13 +188,21 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
                 found = op.backward(ops, op.named(args), results, need, dy)
             else:
                 found = _refusing(op, ops, op.named(args), results, need, dy)
-        gradients: list[Any] = [None]
+        gradients: list[Any] = [None, None]
+        narrow: list[int] = []
         for name in op.differentiable:
-            wanted = getattr(need, name)
+            wanted, start = getattr(need, name), len(gradients)
             if name in of_lists:
                 gradients += [one if w else None for one, w in zip(found[name], wanted, strict=True)]
             else:
                 gradients.append(found[name] if wanted else None)
+            if name in op.rounding:
+                narrow += [i for i in range(start, len(gradients)) if gradients[i] is not None]
+        # Torch would cast one after the other. In a graph of gradients it does: what refuses stays in it.
+        if ctx.rounds is not None and narrow and not torch.is_grad_enabled():
+            wide = ops.cast([gradients[i] for i in narrow], torch.float32)
+            for i, one in zip(narrow, wide, strict=True):
+                gradients[i] = one
         return tuple(gradients)
 
     # The name is what a tensor's grad_fn shows, and it is taken when the class is made.
@@ -181,8 +212,8 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
     # Not Function.apply itself: all that it adds is for torch.func's transforms.
     apply = super(torch.autograd.Function, function).apply
 
-    def call(args: tuple[Any, ...], tensors: list[Any]) -> Any:
-        output = apply(args, *tensors)
+    def call(args: Sequence[Any], tensors: list[Any], rounds: torch.dtype | None = None) -> Any:
+        output = apply(args, rounds, *tensors)
         if not first_is_list:
             return output
         split = len(output) - len(returns) + 1

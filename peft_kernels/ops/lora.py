@@ -46,6 +46,7 @@ class LoraLinear(Op):
         return y, new_h(args.x, args.lora_a.shape[0])
 
     differentiable = ("x", "weight", "bias", "lora_a", "lora_b")
+    rounding = ("lora_a", "lora_b")
     described = ("bias", "y")
     kept = ("h",)
 

@@ -62,6 +62,7 @@ class MultiLoraLinear(Op):
         return y, new_h(args.x, sum(a.shape[0] for a in args.lora_a))
 
     differentiable = ("x", "weight", "bias", "lora_a", "lora_b")
+    rounding = ("lora_a", "lora_b")
     described = ("bias", "y")
     kept = ("h",)
 
@@ -164,6 +165,9 @@ class Adapter:
     dropout_p: float = 0.0
     group: int = 0
     """Of rows that the adapter serves, where a call says the group of each row."""
+    rounds: bool = False
+    """Whether lora_a and lora_b, in fp32, are rounded to the dtype of 16-bit activations first, as autocast
+    rounds weights, and their gradients too. All adapters of a call are, if one is."""
 
 
 @dataclass
@@ -207,8 +211,16 @@ def multi_lora_linear(
     compute = arguments.compute_type(x, compute_dtype)
     base, adapters, groups, seed = flatten(x, layers, [x.shape[-1]] * len(layers), compute, x.dtype)
     rounded = None if compute == x.dtype else compute
-    y = dispatch.call("multi_lora_linear", x, *base, *adapters, seed, groups, row_group, rounded)[0]
+    args = (x, *base, *adapters, seed, groups, row_group, rounded)
+    y = dispatch.call("multi_lora_linear", *args, rounds=rounding(layers, x.dtype))[0]
     return list(y)
+
+
+def rounding(layers: Sequence[AdaptedLinear], inside: torch.dtype) -> torch.dtype | None:
+    """The dtype that adapters of such a call are rounded to, on activations of dtype `inside`, or None."""
+    if inside.itemsize != 2:
+        return None
+    return inside if any(one.rounds for layer in layers for one in layer.adapters) else None
 
 
 def flatten(

@@ -84,6 +84,8 @@ class Op:
     leaving: ClassVar[int] = 1
     """How many results, the first ones, are for who calls. What is behind them leaves the op for nothing but
     `kept`: it has no gradient."""
+    rounding: ClassVar[tuple[str, ...]] = ()
+    """Arguments in fp32 that a call may have rounded first, as autocast rounds weights: `dispatch.call`."""
     twice_differentiable: ClassVar[bool] = False
     """Whether the gradient is made of differentiable ops. Else a gradient of it is refused."""
 
@@ -130,6 +132,15 @@ class Op:
             whole = _bases(group) if many else Base(*group)
             args = (*args[:at], whole, *args[at + len(group) :])
         return cls._named(*args)
+
+    @classmethod
+    def rounded(cls, args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+        """A call's arguments, those of `rounding` in that dtype."""
+        found = list(args)
+        for i in map(cls.arguments.index, cls.rounding):
+            value = found[i]
+            found[i] = [t.to(dtype) for t in value] if isinstance(value, (list, tuple)) else value.to(dtype)
+        return found
 
     @classmethod
     def plain(cls, *args: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import dispatch
 from ..ops.arguments import is_traced
 from ..ops.gated import ACTIVATIONS, gated_mlp_args
-from ..ops.multi_lora import AdaptedLinear
+from ..ops.multi_lora import AdaptedLinear, rounding
 from . import judge, repeated
 from .fused import RECORD, Fused, plain_class
 from .lora import FusedLora, prepare
@@ -112,7 +112,7 @@ def _run(module: Any, facts: Facts, args: Any, kwargs: Any) -> Tensor | str:
     gate, up, down = layers
     given, x = x, x.to(compute)
     ops_args = gated_mlp_args(x, gate, up, down, facts.activation, compute)
-    y: Tensor = dispatch.call("gated_mlp", x, *ops_args)[0]
+    y: Tensor = dispatch.call("gated_mlp", x, *ops_args, rounds=rounding(layers, compute))[0]
     drops = any(one.dropout_p for layer in layers for one in layer.adapters)
     if x is given and y.dtype == bases[2].out_dtype and not drops:
         repeated.note(module, x, "gated_mlp", ops_args, lambda seen: _look(module, facts, seen))

@@ -18,7 +18,7 @@ from ..integrations import bitsandbytes
 from ..nf4.sharded_weight import UNGATHERED, is_parallel, is_sharded
 from ..nf4.weight import NF4State, NF4Weight
 from ..nn import NF4Linear
-from ..ops.arguments import autocast_dtype
+from ..ops.arguments import autocast_dtype, is_traced
 from ..ops.multi_lora import Adapter
 from . import fused, sources, verify
 
@@ -277,8 +277,8 @@ def adapter(
     module: Any, name: str, dtype: torch.dtype, device: torch.device | None, group: int = 0,
     rounds: bool = False,
 ) -> Adapter | str:  # fmt: skip
-    """One adapter of a LoRA layer, for x that was cast to `dtype`. `rounds`: the adapter is cast to it too,
-    as autocast casts the weights of nn.Linear."""
+    """One adapter of a LoRA layer, for x that was cast to `dtype`. `rounds`: the adapter is to be rounded to
+    it too, as autocast casts the weights of nn.Linear; in fp32 that is left to the call that it is for."""
     # Dictionaries of children, where attributes would do: this runs for every layer of every token.
     children = module.__dict__["_modules"]
     down = children["lora_A"].__dict__["_modules"][name]
@@ -298,7 +298,9 @@ def adapter(
         return f"lora_dropout is a {kind.__name__}"
     a, b, scaling = _weight(down), _weight(up), module.scaling[name]
     if rounds:
-        a, b = a.to(dtype), b.to(dtype)
+        rounds = a.dtype == b.dtype == torch.float32 and not isinstance(scaling, Tensor) and not is_traced()
+        if not rounds:
+            a, b = a.to(dtype), b.to(dtype)
     if a.dtype != dtype and a.dtype != torch.float32:
         a = a.float()
     if b.dtype != dtype and b.dtype != torch.float32:
@@ -308,7 +310,7 @@ def adapter(
             b, scaling = b.float() * scaling, 1.0
         else:
             scaling = float(scaling)
-    return Adapter(a, b, scaling, dropout_p, group)
+    return Adapter(a, b, scaling, dropout_p, group, rounds)
 
 
 def _weight(layer: Any) -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -122,11 +123,14 @@ def _run(module: Any, x: Tensor) -> Tensor | str:
         a, b, p = one.lora_a, one.lora_b, one.dropout_p
         if module.lora_variant and names[0] in module.lora_variant:
             vector = module.lora_magnitude_vector[names[0]]
+            if one.rounds:
+                a, b = a.to(dtype), b.to(dtype)
+                one = replace(one, lora_a=a, lora_b=b)
             norm = _kept_norm(vector, names[0], x, weight, one, compute)
             y = dora_linear(x, weight, a, b, vector.weight, one.scaling, bias, p, compute, norm)
         else:
             op_args = lora_linear_args(x, weight, a, b, one.scaling, bias, p, compute)
-            y = dispatch.call("lora_linear", x, *op_args)[0]
+            y = dispatch.call("lora_linear", x, *op_args, rounds=dtype if one.rounds else None)[0]
             if x is given and compute == y.dtype == out_dtype and not p:
                 repeated.note(module, x, "lora_linear", op_args, lambda seen: seen.lora(module, names))
     return y if y.dtype is out_dtype else y.to(out_dtype)

@@ -77,4 +77,15 @@ struct Case {
   static const Case case_of_##name(#name, name); \
   static void name([[maybe_unused]] const KernelTable& tested)
 
+using Arrays = std::vector<Array>;
+
+// Calls use with both levels, and compares what each writes.
+template <class Use, class Compare>
+void both(const KernelTable& tested, const Use& use, const Compare& compare, const std::string& what) {
+  const Arrays got = use(tested), want = use(scalar::kKernels);
+  for (size_t i = 0; i < got.size(); ++i) {
+    compare(got[i], want[i], what + (got.size() > 1 ? ", result " + std::to_string(i) : ""));
+  }
+}
+
 }  // namespace peft_kernels::cpu::cases

@@ -1,0 +1,83 @@
+"""What autocast has many small calls for: lists of tensors in another dtype, and sums of two dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import dispatch
+from .registry import Op
+
+
+class Cast(Op):
+    """Copies of tensors in another dtype, all in one call."""
+
+    name = "cast"
+    schema = "(Tensor[] x, ScalarType dtype) -> Tensor[]"
+    composite = True
+
+    @staticmethod
+    def meaning(ops: Any, args: Any) -> list[Tensor]:
+        return [t.to(args.dtype, copy=True).contiguous() for t in args.x]
+
+    @staticmethod
+    def fake(args: Any) -> list[Tensor]:
+        return [t.new_empty(t.shape, dtype=args.dtype) for t in args.x]
+
+    differentiable = ("x",)
+    described = ("x", "y")
+    twice_differentiable = True
+
+    @staticmethod
+    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Sequence[Tensor | None]) -> dict[str, Any]:
+        return {"x": [None if d is None else d.to(x.dtype) for d, x in zip(dy, args.x, strict=True)]}
+
+
+class AddResidual(Op):
+    """x + residual, rounded to the dtype to which theirs are promoted."""
+
+    name = "add_residual"
+    schema = "(Tensor x, Tensor residual) -> Tensor"
+    composite = True
+
+    @staticmethod
+    def meaning(ops: Any, args: Any) -> Tensor:
+        return (args.x + args.residual).contiguous()
+
+    @staticmethod
+    def fake(args: Any) -> Tensor:
+        return args.x.new_empty(args.x.shape, dtype=torch.promote_types(args.x.dtype, args.residual.dtype))
+
+    differentiable = ("x", "residual")
+    described = ("x", "residual")
+    twice_differentiable = True
+
+    @staticmethod
+    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
+        return {"x": dy.to(args.x.dtype), "residual": dy.to(args.residual.dtype)}
+
+
+def add_residual(x: Tensor, residual: Tensor) -> Tensor:
+    """`x + residual`, of one shape, each fp32, bf16 or fp16: quicker than torch's where they differ in that.
+
+    Returns
+    -------
+    Tensor, like x, contiguous, of the dtype to which torch promotes those of both. Differentiable.
+
+    Raises
+    ------
+    ValueError
+        Shapes or devices that differ, dtypes that are not floating.
+    """
+    for name, one in (("x", x), ("residual", residual)):
+        if not one.dtype.is_floating_point:
+            raise ValueError(f"{name}: expected a floating dtype, got {one.dtype}")
+    if residual.shape != x.shape:
+        raise ValueError(f"residual: expected shape {tuple(x.shape)} like x, got {tuple(residual.shape)}")
+    if residual.device != x.device:
+        raise ValueError(f"residual: expected device {x.device} like x, got {residual.device}")
+    y: Tensor = dispatch.call("add_residual", x, residual)
+    return y
