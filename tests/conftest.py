@@ -81,8 +81,9 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("peft_kernels")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
-    # Workers share the cores; tests of threading ask for threads themselves.
+    # Workers share the cores; tests of threading ask for threads themselves. Processes that tests start, too.
     torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # By the time they take: a long file that one worker starts last is waited for by the other.
