@@ -153,6 +153,17 @@ def test_large_scores(backend: str) -> None:
     assert all(testing.relative_error(got[name], wide[name]) < bound for name, bound in bounds.items())
 
 
+def test_large_scores_of_many_rows(backend: str) -> None:
+    """As above, of more rows than kernels take for few."""
+    q, k, v, dy = sides((1, 40, 1200, 1, 1, 8), torch.float32)
+    k = k * torch.linspace(1, 100, 1200)[None, :, None, None]
+    got = results(lambda *t: pk.attention(*t), q, k, v, dy)
+    plain = in_plain_torch(lambda *t: pk.attention(*t), q, k, v, dy)
+    wide = results(lambda *t: definition(*t, None, False, 8**-0.5), *(t.double() for t in (q, k, v, dy)))
+    for name, value in got.items():
+        testing.assert_close(value, plain[name], wide[name], name)
+
+
 @pytest.mark.parametrize("batch,rows,keys", [(0, 3, 3), (2, 0, 3), (2, 3, 0)])
 def test_nothing(backend: str, batch: int, rows: int, keys: int) -> None:
     q, k, v, dy = sides((batch, rows, keys, 2, 1, 8), torch.float32)

@@ -2,7 +2,7 @@
 // each query's greatest score and sum of exponentials. Where a block has a greater score than those before
 // it, what was summed is scaled to that.
 
-#include "attention_sides.inl"
+#include "attention_few.inl"
 
 template <class Outer, class T>
 struct AttentionForward {
@@ -13,17 +13,12 @@ struct AttentionForward {
   Value *k_rows, *v_columns, *q_lanes, *steps;
   float *scores, *sums;
   typename Sides::Rows k;
+  int64_t end;
 
   // What has been seen of each query's scores.
   struct Queries {
     float most[kStrip], total[kStrip];
   };
-
-  static int64_t bytes(const AttentionParams& p) {
-    AttentionForward self(p, nullptr);
-    return self.end;
-  }
-  int64_t end;
 
   AttentionForward(const AttentionParams& params, void* memory) : p(params), k{} {
     AttentionRoom room{static_cast<char*>(memory)};
@@ -112,12 +107,25 @@ struct AttentionForward {
   }
 };
 
+// Calls use with the kernel of either kind; the room may be null where nothing but its size is asked for.
+template <class Use>
+void with_forward(const AttentionParams& p, void* room, const Use& use) {
+  with_attention(p, [&](auto outer, auto type) {
+    using Outer = decltype(outer);
+    using T = decltype(type);
+    if (p.rows <= kFewQueries) {
+      use(AttentionOfFew<Outer, T>(p, room));
+    } else {
+      use(AttentionForward<Outer, T>(p, room));
+    }
+  });
+}
+
 void attention(const AttentionParams& p, int64_t begin, int64_t end, void* room) {
 #if PEFT_KERNELS_TILES
   const Tiles tiles;
 #endif
-  with_attention(p, [&](auto outer, auto type) {
-    AttentionForward<decltype(outer), decltype(type)> forward(p, room);
+  with_forward(p, room, [&](auto forward) {
     forward.pack();
     for (int64_t head = 0; head < p.heads; ++head) {
       for (int64_t r = begin; r < end; r += kStrip) forward.run(head, r, min64(kStrip, end - r));

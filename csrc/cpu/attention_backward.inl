@@ -19,11 +19,6 @@ struct AttentionBackward {
     float most[kStrip], inverse[kStrip], delta[kStrip];
   };
 
-  static int64_t bytes(const AttentionParams& p) {
-    AttentionBackward self(p, nullptr);
-    return self.end;
-  }
-
   AttentionBackward(const AttentionParams& params, void* memory) : p(params), k{}, v{} {
     AttentionRoom room{static_cast<char*>(memory)};
     depth = Sides::padded(p.features);
@@ -146,11 +141,13 @@ struct AttentionBackward {
 
 int64_t attention_bytes(const AttentionParams& p, bool is_backward) {
   int64_t bytes = 0;
-  with_attention(p, [&](auto outer, auto type) {
-    using Outer = decltype(outer);
-    using T = decltype(type);
-    bytes = is_backward ? AttentionBackward<Outer, T>::bytes(p) : AttentionForward<Outer, T>::bytes(p);
-  });
+  if (is_backward) {
+    with_attention(p, [&](auto outer, auto type) {
+      bytes = AttentionBackward<decltype(outer), decltype(type)>(p, nullptr).end;
+    });
+  } else {
+    with_forward(p, nullptr, [&](const auto& forward) { bytes = forward.end; });
+  }
   return bytes;
 }
 

@@ -1,0 +1,118 @@
+// Attention of a few queries, that would leave most lanes empty: they are rows, and keys lanes. They have
+// their scores with up to kScoreKeys keys at once, their exponentials beside them, and the product of these
+// with v. Where more keys come, what was summed is scaled to the greater score.
+
+#include "attention_sides.inl"
+
+constexpr int64_t kFewQueries = 24;
+constexpr int64_t kScoreKeys = 512;
+
+template <class Outer, class T>
+struct AttentionOfFew {
+  using Sides = AttentionSides<Outer, T>;
+  using Value = typename Outer::Value;
+  const AttentionParams& p;
+  int64_t depth, columns;  // of the features, as depth and as columns of a product
+  Value *keys, *values, *rounded, *packed_rows;
+  float *scores, *sums;
+  int64_t end;
+
+  AttentionOfFew(const AttentionParams& params, void* memory) : p(params) {
+    AttentionRoom room{static_cast<char*>(memory)};
+    depth = Sides::padded(p.features);
+    columns = round_up(p.features, kStrip);
+    const int64_t all = round_up(p.keys, kStrip);
+    keys = room.take<Value>(all * depth);
+    values = room.take<Value>(all * columns);
+    rounded = room.take<Value>(kStrip * kScoreKeys);
+    packed_rows = room.take<Value>(kStrip * depth);
+    scores = room.take<float>(kStrip * kScoreKeys);
+    sums = room.take<float>(kStrip * columns);
+    end = room.at - static_cast<char*>(memory);
+  }
+
+  void pack() const {
+    const T *k = static_cast<const T*>(p.k), *v = static_cast<const T*>(p.v);
+    for (int64_t k0 = 0; k0 < p.keys; k0 += kStrip) {
+      Sides::lanes_of(k + k0 * p.k_ld, p.k_ld, min64(kStrip, p.keys - k0), p.features, keys + k0 * depth);
+    }
+    for (int64_t k0 = 0; k0 < p.keys; k0 += kScoreKeys) {
+      Sides::steps_of(v + k0 * p.v_ld, p.v_ld, min64(kScoreKeys, p.keys - k0), p.features,
+                      values + k0 * columns);
+    }
+  }
+
+  void run(int64_t head, int64_t r0, int64_t rows) const {
+    const T* q = static_cast<const T*>(p.q) + head * p.q_head + r0 * p.q_ld;
+    T* out = static_cast<T*>(p.out) + head * p.out_head + r0 * p.out_ld;
+    float* maxima = p.softmax + head * 2 * p.rows + r0;
+    float* inverses = maxima + p.rows;
+    const auto lhs = Sides::rows_of(q, p.q_ld, rows, p.features, packed_rows);
+    const KeySpan all = StripSpans(p, r0, rows).all;
+    float most[kStrip], total[kStrip];
+    for (int64_t i = 0; i < rows; ++i) most[i] = kNoScore, total[i] = 0.0f;
+    memset(sums, 0, kStrip * columns * sizeof(float));
+    for (int64_t c0 = all.first / kScoreKeys * kScoreKeys; c0 < all.last; c0 += kScoreKeys) {
+      const int64_t chunk = min64(kScoreKeys, p.keys - c0), chunk_depth = Sides::padded(chunk);
+      const int64_t first = max64(c0, all.first), last = min64(c0 + chunk, all.last);
+      const int64_t depth_here = min64(round_up(last - first, kStrip), chunk_depth - (first - c0));
+      for (int64_t k0 = first; k0 < last; k0 += kStrip) {
+        Sides::multiply(rows, kStrip, lhs, keys + k0 * depth, depth, 0, depth, false, scores + (k0 - c0),
+                        kScoreKeys);
+      }
+      for (int64_t i = 0; i < rows; ++i) {
+        const KeySpan span = span_of(p, r0 + i);
+        // Of the chunk's columns.
+        const int64_t begin = max64(first, span.first) - c0, end_here = min64(last, span.last) - c0;
+        exponentials(i, first - c0, begin, max64(begin, end_here), first - c0 + depth_here, most[i],
+                     total[i]);
+      }
+      Sides::multiply(rows, p.features, {rounded + (first - c0), kScoreKeys}, values + c0 * columns,
+                      chunk_depth, first - c0, depth_here, true, sums, columns);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const bool is_empty = total[i] == 0.0f;
+      maxima[i] = is_empty ? 0.0f : most[i];
+      inverses[i] = is_empty ? 0.0f : 1.0f / total[i];
+      const Vec inverse = splat(inverses[i]);
+      for_lanes(0, p.features, [&](int64_t c, int64_t n) {
+        store_lanes(out + i * p.out_ld + c, mul(load_lanes(sums + i * columns + c, n), inverse), n);
+      });
+    }
+  }
+
+  // e^(scale * (score - most)) of columns [begin, end) of a row, and 0 in the others of [from, to), rounded.
+  void exponentials(int64_t i, int64_t from, int64_t begin, int64_t end, int64_t to, float& most,
+                    float& total) const {
+    const float* row = scores + i * kScoreKeys;
+    Value* result = rounded + i * kScoreKeys;
+    begin = min64(begin, to);
+    end = min64(max64(end, begin), to);
+    memset(result + from, 0, (begin - from) * sizeof(Value));
+    memset(result + end, 0, (to - end) * sizeof(Value));
+    if (begin == end) return;
+    const float before = most;
+    most = row_max(row + begin, end - begin, most);
+    if (before != most && before != kNoScore) {
+      const float factor = exponential(p.scale * (before - most));
+      total *= factor;
+      float* sum = sums + i * columns;
+      for (int64_t c = 0; c < columns; c += kLanes) store(sum + c, mul(load(sum + c), splat(factor)));
+    }
+    const Vec scale = splat(p.scale), greatest = splat(most);
+    Vec sums_of[2] = {zero(), zero()};
+    for_lanes(begin, end, [&](int64_t c, int64_t n) {
+      const Vec e = exponential(mul(sub(load_lanes(row + c, n), greatest), scale));
+      store_lanes(result + c, e, n);
+      Vec& sum = sums_of[(c - begin) / kLanes % 2];
+      sum = add(sum, n == kLanes ? e : first_lanes(e, n));
+    });
+    total += sum_lanes(add(sums_of[0], sums_of[1]));
+  }
+  static Vec first_lanes(Vec x, int64_t count) {
+    float lanes[kLanes];
+    store(lanes, x);
+    for (int64_t i = count; i < kLanes; ++i) lanes[i] = 0.0f;
+    return load(lanes);
+  }
+};
