@@ -18,6 +18,7 @@ from .ops.arguments import autocast_dtype
 from .ops.dora import dora_linear
 from .ops.linear import nf4_linear
 from .ops.lora import lora_linear
+from .wrong_types import refuses_wrong_types
 
 __all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
 
@@ -53,6 +54,7 @@ class NF4Linear(nn.Linear):
     _hf_quantized_needs_local_tp = True
     """Plans of transformers for tensor parallelism call the forward with this process's part of tensors."""
 
+    @refuses_wrong_types
     def __init__(
         self, weight: NF4Weight, bias: Tensor | None = None, compute_dtype: torch.dtype | None = None
     ) -> None:
@@ -64,6 +66,7 @@ class NF4Linear(nn.Linear):
         self.register_parameter("bias", bias)
 
     @classmethod
+    @refuses_wrong_types
     def from_linear(
         cls,
         linear: nn.Module,
@@ -281,6 +284,7 @@ class LoRALinear(nn.Module):
 
     lora_magnitude_vector: nn.Parameter | None
 
+    @refuses_wrong_types
     def __init__(
         self,
         base_layer: nn.Linear,
@@ -367,6 +371,7 @@ class LoRALinear(nn.Module):
 class NF4LoRALinear(LoRALinear):
     """LoRALinear on an NF4 base: QLoRA. A dense `base_layer` is quantised first."""
 
+    @refuses_wrong_types
     def __init__(
         self,
         base_layer: nn.Linear,

@@ -17,6 +17,7 @@ from .nf4.model import ModelLink, announce, owners
 from .nn import NF4Linear
 from .quantize_report import QuantizeReport, nbytes_of, report_of
 from .targets import check_names, expert_targets, targets, warn_about_experts
+from .wrong_types import names_wrong_types
 
 __all__ = ["QuantizeReport", "quantize_model", "report_of"]
 
@@ -25,6 +26,7 @@ logger = logging.getLogger("peft_kernels")
 _PROGRESS_FROM = 200_000_000  # weights; below, quantising takes a second or two
 
 
+@names_wrong_types
 def quantize_model(
     model: nn.Module,
     skip: Iterable[str] | None = None,

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from ..nf4.weight import NF4Weight
+from ..wrong_types import names_wrong_types
 from .checks import nf4_weights, read_nf4
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
 
 
+@names_wrong_types
 def load_checkpoint(model: nn.Module, path: Path | str, strict: bool = True) -> None:
     """Load a checkpoint into a model that has NF4 layers where the checkpoint has.
 

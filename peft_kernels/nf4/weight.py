@@ -26,6 +26,7 @@ from .. import experts_format
 from ..code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from ..integrations import bitsandbytes
 from ..ops.registry import public_ops as ops
+from ..wrong_types import names_wrong_types
 from .state import Addition, NF4State, fingerprint, packed_rows
 from .tensor import NF4Tensor
 
@@ -49,6 +50,7 @@ class NF4Weight(NF4Tensor):
     """
 
     @classmethod
+    @names_wrong_types
     def quantize(
         cls,
         weight: Tensor,
@@ -105,6 +107,7 @@ class NF4Weight(NF4Tensor):
         return cls(state, weight.dtype)
 
     @classmethod
+    @names_wrong_types
     def quantize_experts(
         cls,
         experts: Iterable[Tensor],

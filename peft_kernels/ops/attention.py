@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..wrong_types import names_wrong_types
 from .common import accumulator_dtype
 from .registry import Op
 
@@ -124,6 +125,7 @@ def _attends(args: Any) -> Tensor:
     return attends
 
 
+@names_wrong_types
 def attention(
     q: Tensor,
     k: Tensor,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..wrong_types import names_wrong_types
 from .common import accumulator_dtype, empty_unless, new_h, rows
 from .dropout import dropped, new_seed
 from .gated import ACTIVATIONS, check_activation
@@ -169,6 +170,7 @@ def _no_gradients(args: Any, full: bool = False) -> tuple[Tensor, ...]:
     )
 
 
+@names_wrong_types
 def bottleneck(
     x: Tensor,
     down: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..wrong_types import names_wrong_types
 from . import arguments
 from .arguments import Weight
 from .common import accumulator_dtype, rows
@@ -98,6 +99,7 @@ def _unbiased(z: Tensor, bias: Tensor | None) -> Tensor:
     return z.to(acc) if bias is None else z.to(acc) - bias.to(acc)
 
 
+@names_wrong_types
 def dora_linear(
     x: Tensor,
     weight: Weight,

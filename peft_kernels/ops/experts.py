@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..nf4.state import HoldsNF4, NF4State
+from ..wrong_types import names_wrong_types
 from . import arguments
 from .arguments import Weight
 from .common import empty_unless, new_h
@@ -201,6 +202,7 @@ def expert_base(base: Base, e: int) -> Base:
     return base._replace(**parts)
 
 
+@names_wrong_types
 def experts_linear(
     x: Tensor, ends: Tensor, weight: HoldsNF4 | NF4State, bias: Tensor | None = None
 ) -> Tensor:
@@ -236,6 +238,7 @@ def experts_linear(
     return y
 
 
+@names_wrong_types
 def experts_lora_linear(
     x: Tensor,
     ends: Tensor,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..wrong_types import names_wrong_types
 from . import arguments
 from .common import accumulator_dtype, new_h
 from .multi_lora import AdaptedLinear, flatten, layer_grads, rounding
@@ -192,6 +193,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
 """Each gives value and derivative."""
 
 
+@names_wrong_types
 def gated_mlp(
     x: Tensor,
     gate: AdaptedLinear,
@@ -238,6 +240,7 @@ def gated_mlp_args(
     return (*base, *adapters, seed, activation)
 
 
+@names_wrong_types
 def gated_activation(gate: Tensor, up: Tensor, activation: str = "silu") -> Tensor:
     """`activation(gate) * up` in one pass, computed in fp32. Saved for backward: gate and up."""
     check_activation(activation)

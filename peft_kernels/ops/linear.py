@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..nf4.state import HoldsNF4, NF4State
+from ..wrong_types import names_wrong_types
 from . import arguments
 from .arguments import autocast_dtype
 from .nf4 import dense_weight
@@ -75,6 +76,7 @@ class NF4LinearDx(Op):
         return 2 * prod(args.dy) * args.in_features
 
 
+@names_wrong_types
 def nf4_linear(
     x: Tensor,
     weight: HoldsNF4 | NF4State,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..wrong_types import names_wrong_types
 from . import arguments, flops
 from .arguments import Weight
 from .common import accumulator_dtype, empty_unless, new_h, rows, weight_grad
@@ -106,6 +107,7 @@ class LoraLinearBackward(Op):
         return flops.layers_backward([args.dy], args.x, [args.lora_a], [args.lora_b], *needs)
 
 
+@names_wrong_types
 def lora_linear(
     x: Tensor,
     weight: Weight,

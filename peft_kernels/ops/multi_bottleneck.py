@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..wrong_types import names_wrong_types
 from .bottleneck import check_parameters, check_residual
 from .common import accumulator_dtype, empty_unless, new_h, rows
 from .dropout import new_seed
@@ -219,6 +220,7 @@ class BottleneckParameters:
     dropout_p: float = 0.0
 
 
+@names_wrong_types
 def multi_bottleneck(
     x: Tensor,
     adapters: Sequence[BottleneckParameters],

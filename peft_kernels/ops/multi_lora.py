@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import dispatch
+from ..wrong_types import names_wrong_types
 from . import arguments, flops
 from .arguments import Weight
 from .common import accumulator_dtype, empty_unless, new_h, rows, weight_grad
@@ -179,6 +180,7 @@ class AdaptedLinear:
     adapters: Sequence[Adapter] = ()
 
 
+@names_wrong_types
 def multi_lora_linear(
     x: Tensor,
     layers: Sequence[AdaptedLinear],

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..wrong_types import names_wrong_types
 from .common import accumulator_dtype, empty_unless, rows
 from .registry import Op
 
@@ -133,6 +134,7 @@ CASTING = {"llama": True, "gemma": False}
 """Whether what is normed is rounded to x's dtype before it meets the weight."""
 
 
+@names_wrong_types
 def rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -177,6 +179,7 @@ def rms_norm(
     return y
 
 
+@names_wrong_types
 def add_rms_norm(
     x: Tensor,
     residual: Tensor,

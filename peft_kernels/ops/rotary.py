@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import dispatch
+from ..wrong_types import names_wrong_types
 from .registry import Op
 
 
@@ -47,6 +48,7 @@ class Rotary(Op):
         return {"x": ops.rotary(list(dy), args.cos, args.sin, not args.inverse, args.x[0].dtype)}
 
 
+@names_wrong_types
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:

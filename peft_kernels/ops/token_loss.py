@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import dispatch
 from ..nf4.state import HoldsNF4, NF4State
+from ..wrong_types import names_wrong_types
 from . import arguments, cross_entropy  # noqa: F401  (the ops)
 from .arguments import Weight
 from .lora import check_adapter
@@ -19,6 +20,7 @@ REDUCTIONS = ("mean", "sum", "none")
 NAME = "hidden"
 
 
+@names_wrong_types
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Weight,
@@ -112,6 +114,7 @@ def linear_cross_entropy(
     return losses.sum() / num_items_in_batch
 
 
+@names_wrong_types
 def token_log_probs(
     hidden: Tensor,
     weight: Weight,

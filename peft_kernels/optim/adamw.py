@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..wrong_types import refuses_wrong_types
 from .blockwise import BlockwiseOptimizer
 
 
@@ -57,6 +58,7 @@ class AdamW8bit(BlockwiseOptimizer):
     arXiv:2110.02861. Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization", arXiv:1711.05101.
     """
 
+    @refuses_wrong_types
     def __init__(
         self,
         params: Any,
@@ -96,6 +98,7 @@ class Adam8bit(BlockwiseOptimizer):
         gradient, as `torch.optim.Adam` does.
     """
 
+    @refuses_wrong_types
     def __init__(
         self,
         params: Any,
@@ -136,6 +139,7 @@ class PagedAdamW8bit(AdamW8bit):
     On a CPU paging has no effect, which is logged once. Arguments as `AdamW8bit`, without `is_paged`.
     """
 
+    @refuses_wrong_types
     def __init__(
         self,
         params: Any,
@@ -161,6 +165,7 @@ class PagedAdamW(BlockwiseOptimizer):
     counts: 32 (default) or 8.
     """
 
+    @refuses_wrong_types
     def __init__(
         self,
         params: Any,
@@ -199,6 +204,7 @@ class Lion8bit(BlockwiseOptimizer):
     Chen et al. 2023, "Symbolic Discovery of Optimization Algorithms", arXiv:2302.06675.
     """
 
+    @refuses_wrong_types
     def __init__(
         self,
         params: Any,
@@ -230,4 +236,6 @@ def _check_8bit(name: str, amsgrad: bool, optim_bits: int) -> None:
     if amsgrad:
         raise ValueError(f"amsgrad: {name} does not support it, expected False")
     if optim_bits != 32:
-        raise ValueError(f"optim_bits: {name} has moments in 8 bits whatever it says, expected 32")
+        raise ValueError(
+            f"optim_bits: {name} has moments in 8 bits whatever it says, expected 32, got {optim_bits}"
+        )
