@@ -133,8 +133,11 @@ def base(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | str:
     return operands(layer, x_dtype, device) if reason is None else reason
 
 
-def operands(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | str:
-    """As `base`, where the layer is called all the same, hooks and all, and only its forward is left out."""
+def operands(
+    layer: Any, x_dtype: torch.dtype, device: torch.device, rounds_frozen: bool = True
+) -> Base | str:
+    """As `base`, where the layer is called all the same, hooks and all, and only its forward is left out.
+    `rounds_frozen`: False where a frozen weight of fp32 will be rounded, for autocast, by who takes it."""
     kind = linear(layer)
     if not kind:
         return no_forward(layer)
@@ -176,7 +179,8 @@ def operands(layer: Any, x_dtype: torch.dtype, device: torch.device) -> Base | s
         if weight.dtype != dtype:
             if autocast is None:
                 return f"x is {x_dtype}, the base weight {weight.dtype}"
-            weight = weight.to(dtype)
+            if rounds_frozen or weight.dtype != torch.float32 or weight.requires_grad:
+                weight = weight.to(dtype)
         if kind is TRANSPOSED:
             weight = weight.t()
     if bias is not None and bias.dtype != dtype and bias.dtype != torch.float32:

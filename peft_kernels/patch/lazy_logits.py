@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..ops.token_loss import linear_cross_entropy
-from .recipe import Head, Recipe, Step, no_autocast
+from .recipe import Head, Recipe, Step, of_head
 
 
 @dataclass
@@ -299,7 +299,7 @@ def _cross_entropy(
     recipe: Recipe = logits._state.recipe
     recipe.check()
     head, cap = recipe.head, recipe.outer
-    with no_autocast(recipe.rows):
+    with of_head(head):
         loss = linear_cross_entropy(
             recipe.rows, head.weight, target, head.bias,
             lora_a=head.lora_a, lora_b=head.lora_b, scaling=head.scaling, ignore_index=ignore_index,

@@ -136,7 +136,7 @@ def _logits(layer: Any, x: Any, record: Record) -> Tensor | str:
 
 def _operands(layer: Any, x: Tensor) -> Any:
     if not judge.is_lora(layer):
-        base = judge.operands(layer, x.dtype, x.device)
+        base = judge.operands(layer, x.dtype, x.device, rounds_frozen=False)
         return base if isinstance(base, str) else (base, [])
     if layer.disable_adapters and layer.merged:
         return "adapters that are merged, and to be unmerged"

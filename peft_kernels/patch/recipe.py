@@ -24,6 +24,7 @@ class Head(NamedTuple):
 
     hidden: Tensor
     weight: Any
+    """Packed, or of hidden's dtype; a dense frozen one of fp32 counts as rounded to that."""
     bias: Tensor | None
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
@@ -53,7 +54,7 @@ class Head(NamedTuple):
             return lora_linear(x, weight, a, b, scaling, bias)
         if isinstance(weight, NF4State):
             return nf4_linear(x, weight, bias)
-        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,12 @@ class Recipe:
                 "logits: expected to be read before the head's weights or the hidden states change, got a "
                 "read after; read them sooner, or patch without loss=True"
             )
+
+
+def of_head(head: Head) -> AbstractContextManager[Any]:
+    """In which the loss computes with what the head has: autocast is on where the weight is to be rounded."""
+    rounds = isinstance(head.weight, Tensor) and head.weight.dtype != head.hidden.dtype
+    return torch.autocast(head.hidden.device.type, head.hidden.dtype if rounds else None, enabled=rounds)
 
 
 def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
