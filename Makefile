@@ -59,13 +59,13 @@ test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 
 # The tests of every kernel.
 KERNELS := nf4 nf4_absmax nf4_format nf4_experts sums linear lora lora_dropout lora_multi lora_multi_refused experts \
-  experts_refused dora gated bottleneck multi_bottleneck cross_entropy token_loss attention rms_norm rotary dropout \
-  adamw compute_dtype gradients gradcheck gradient_needs
+  experts_refused dora gated bottleneck multi_bottleneck cross_entropy token_loss attention rms_norm rotary casts \
+  dropout adamw compute_dtype gradients gradcheck gradient_needs
 
 # In a process of its own: Triton reads the flag when it sees a kernel first. What is refused of second derivatives, and
-# what is saved, is autograd's, and the same for every back end. Attention, norms and rotary embedding have kernels for
-# the CPU alone.
-TRITON := $(filter-out attention rms_norm rotary gradcheck gradient_needs,$(KERNELS))
+# what is saved, is autograd's, and the same for every back end. Attention, norms, rotary embedding and casts have
+# kernels for the CPU alone.
+TRITON := $(filter-out attention rms_norm rotary casts gradcheck gradient_needs,$(KERNELS))
 triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(TRITON:%=tests/test_%.py) tests/test_compile.py \
 	  tests/test_triton_splits.py tests/test_experts_triton.py tests/test_adamw_triton.py tests/test_triton_sums.py \
@@ -74,7 +74,7 @@ triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
 # Beside the tests that run the PTX for compute capability 8.0, with rounded sums: here matrix instructions cut them
 # off, as tensor cores do. nvcc writes the same for 9.0 as for 8.0, and for 12.0 as for 10.0 (tests/ptx/test_texts.py);
 # the ways that products go on each are in test_cuda_ways.py. What tests say of autograd and of refusals is true of any.
-PTX := $(filter-out attention rms_norm rotary lora_multi_refused experts_refused gradients gradcheck gradient_needs,$(KERNELS)) experts_cuda \
+PTX := $(filter-out attention rms_norm rotary casts lora_multi_refused experts_refused gradients gradcheck gradient_needs,$(KERNELS)) experts_cuda \
   bottleneck_cuda
 ptx: $(VENV)/.built ## Run the CUDA kernels' tests on what nvcc makes for other cards (needs nvcc)
 ifeq ($(shell command -v nvcc),)

@@ -100,6 +100,13 @@ def _prepare(
     return (base if bias is base.bias else base._replace(bias=bias)), adapters
 
 
+def rounded(one: Adapter, dtype: torch.dtype) -> Adapter:
+    """An adapter for who computes with its matrices as they are: rounded to `dtype` by torch, if at all."""
+    if not one.rounds:
+        return one
+    return replace(one, lora_a=one.lora_a.to(dtype), lora_b=one.lora_b.to(dtype), rounds=False)
+
+
 def _run(module: Any, x: Tensor) -> Tensor | str:
     """All active adapters on all rows. A str is the reason why the original forward must run, empty when that
     is nothing to count."""
@@ -123,9 +130,8 @@ def _run(module: Any, x: Tensor) -> Tensor | str:
         a, b, p = one.lora_a, one.lora_b, one.dropout_p
         if module.lora_variant and names[0] in module.lora_variant:
             vector = module.lora_magnitude_vector[names[0]]
-            if one.rounds:
-                a, b = a.to(dtype), b.to(dtype)
-                one = replace(one, lora_a=a, lora_b=b)
+            one = rounded(one, dtype)
+            a, b = one.lora_a, one.lora_b
             norm = _kept_norm(vector, names[0], x, weight, one, compute)
             y = dora_linear(x, weight, a, b, vector.weight, one.scaling, bias, p, compute, norm)
         else:

@@ -21,7 +21,7 @@ from . import few_rows, judge, judge_loss
 from .fused import RECORD, Fused, Record
 from .lazy_logits import lazy_logits
 from .linear4bit import FusedLinear4bit
-from .lora import FusedLora, prepare
+from .lora import FusedLora, prepare, rounded
 from .recipe import Head
 
 
@@ -129,6 +129,7 @@ def _logits(layer: Any, x: Any, record: Record) -> Tensor | str:
     for one in adapters:
         if one.dropout_p > 0:
             return "dropout before the adapter of the head"
+        one = rounded(one, base.dtype)
         parts = one.lora_a, one.lora_b, one.scaling
     head = Head(x.to(base.dtype), base.weight, base.bias, *parts)
     return lazy_logits(head, base.out_dtype, record.facts.reads)

@@ -20,6 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peft_kernels as pk
 import testing
+from peft_kernels.ops.token_loss import linear_cross_entropy
+from peft_kernels.patch import lazy_logits
 from peft_kernels.patch.lazy_logits import LazyLogits
 
 
@@ -152,6 +154,30 @@ def test_logits_are_those_of_the_call() -> None:
     with loss_models.disabled(stock):
         theirs = stock(**batch())
     assert type(ours.logits) is LazyLogits and torch.equal(ours.logits, theirs.logits)
+
+
+def test_a_frozen_fp32_head_is_not_copied_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loss's op rounds it by pieces: the bits of a copy that was rounded as a whole."""
+    heads: list[Tensor] = []
+
+    def seen(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        heads.append(weight)
+        return linear_cross_entropy(hidden, weight, *args, **kwargs)
+
+    monkeypatch.setattr(lazy_logits, "linear_cross_entropy", seen)
+    model, _ = patched(MODELS["head-frozen"]())
+    steps = []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            out = model(**batch())
+            loss = out.loss
+            loss.backward()
+            steps.append((loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)))
+            model.zero_grad()
+            head = model.get_output_embeddings()
+            head.weight = torch.nn.Parameter(head.weight.detach().bfloat16(), requires_grad=False)
+    assert [head.dtype for head in heads] == [torch.float32, torch.bfloat16]
+    assert len(steps[0]) > 1 and all(map(torch.equal, *steps))
 
 
 def test_what_cannot_be_right_raises() -> None:
