@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .registry import Op
 
 Call = Callable[..., Any]
+Rounding = Callable[[Sequence[Any], torch.dtype], Sequence[Any]]
 
 _in_transform = torch._C._are_functorch_transforms_active
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -69,9 +70,9 @@ def register(op: type[Op], overload: OpOverload, library: torch.library.Library,
     rules, is the op in plain torch, which torch itself differentiates and batches. Saved tensors are unpacked
     once in a backward: a second time is an error under hooks such as those of activation checkpointing.
     """
-    apply = _differentiable(op, overload, ops) if op.differentiable else None
-    trained = _items(op, overload)
     rounded = _rounding(op, ops)
+    apply = _differentiable(op, overload, ops, rounded) if op.differentiable else None
+    trained = _items(op, overload)
 
     # All in one function: each that is called on the way costs a tiny op some of its time.
     def call(*args: Any, rounds: torch.dtype | None = None) -> Any:
@@ -135,7 +136,7 @@ def _items(op: type[Op], overload: OpOverload) -> Callable[[Sequence[Any]], list
     return items
 
 
-def _rounding(op: type[Op], ops: Any) -> Callable[[Sequence[Any], torch.dtype], Sequence[Any]]:
+def _rounding(op: type[Op], ops: Any) -> Rounding:
     """As `Op.rounded`, by one call of `cast`."""
     places = [op.arguments.index(name) for name in op.rounding]
 
@@ -152,12 +153,11 @@ def _rounding(op: type[Op], ops: Any) -> Callable[[Sequence[Any], torch.dtype], 
     return rounded
 
 
-def _differentiable(op: type[Op], overload: OpOverload, ops: Any) -> Call:
+def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Rounding) -> Call:
     """Calls the op, given its arguments and those of them that have a gradient."""
     returns = overload._schema.returns
     several, first_is_list = len(returns) > 1, _is_list(returns[0].type)
     saving = _Saving(op, overload)
-    rounded = _rounding(op, ops)
     of_lists = {a.name for a in overload._schema.arguments if _is_list(a.type)}
     trained = [(op.arguments.index(name), name in of_lists) for name in op.differentiable]
     Need: Any = namedtuple("Need", op.differentiable)  # type: ignore[misc]
