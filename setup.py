@@ -4,8 +4,9 @@ PEFT_KERNELS_CPU   unset: build the CPU back end where there is a C++ compiler a
                    Python and say so; 0: leave it out; 1: fail without it
 PEFT_KERNELS_CUDA  unset: build the CUDA back end where torch has CUDA and an nvcc that fits, else say so;
                    0: leave it out; 1: fail without it
-TORCH_CUDA_ARCH_LIST  what it is built for ("8.0;9.0+PTX"); unset: the cards that are here, else all from
-                   compute capability 8.0 on
+TORCH_CUDA_ARCH_LIST  what it is built for ("8.0;9.0+PTX", "Hopper"); unset or "native": the cards that are
+                   here, else all from compute capability 8.0 on. What the kernels do not serve is left out,
+                   and the build says so
 PEFT_KERNELS_EMULATE  1: for tests: emulated instruction-set levels, and, with nvcc, the CUDA kernels as PTX,
                    run on the CPU
 PEFT_KERNELS_SANITIZE  address (with undefined behaviour) or thread: a build for `make sanitize`, by gcc
@@ -20,6 +21,7 @@ import hashlib
 import os
 import platform
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -32,6 +34,8 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 SPECS = ROOT / "peft_kernels" / "ops"
+# Of one file, as the package itself imports torch.
+ARCHITECTURES = runpy.run_path(str(ROOT / "peft_kernels" / "backends" / "architectures.py"))
 
 CPU_SOURCES = [
     "csrc/cpu/adamw_ops.cpp",
@@ -103,8 +107,6 @@ CUDA_KERNELS = [
     "csrc/cuda/nf4_dequantize.cu",
     "csrc/cuda/nf4_quantize.cu",
 ]
-# Code for 8.0 runs on 8.6 and 8.9 as well; PTX serves what comes later.
-CUDA_ARCHITECTURES = ("8.0", "9.0", "10.0", "12.0")
 PTX_FOLDER, PTX_PROGRAM = "tests/ptx", "main.cu"
 
 
@@ -277,7 +279,7 @@ def ptx_extension(toolkit: Toolkit) -> Any:
         for path in sorted((ROOT / PTX_FOLDER).glob("*.c*"))
         if path.suffix in (".cpp", ".cu") and path.name != PTX_PROGRAM
     ]
-    architectures = [a.replace(".", "") for a in toolkit.known()]
+    architectures = [f"{a}{b}" for a, b in ARCHITECTURES["ALL"] if (a, b) in toolkit.compiles()]
     code = [f"-gencode=arch=compute_{a},code=compute_{a}" for a in architectures]
     return cpp_extension.CppExtension(
         name="peft_kernels._C_ptx",
@@ -334,33 +336,30 @@ class Toolkit:
         match = re.search(r"^#\$ TOP=(.+)$", told, re.M)
         self.home = str(Path(match[1] if match else str(home)).resolve())
         self._nvcc = str(nvcc)
-        self.architectures = self._architectures()
 
-    def known(self) -> list[str]:
-        """Which of CUDA_ARCHITECTURES this nvcc compiles for."""
+    def compiles(self) -> set[tuple[int, int]]:
+        """The compute capabilities that this nvcc compiles for."""
         told = subprocess.run(
             [self._nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False
         ).stdout
-        return [a for a in CUDA_ARCHITECTURES if f"compute_{a.replace('.', '')}\n" in told]
+        return {(int(major), int(minor)) for major, minor in re.findall(r"^compute_(\d+)(\d)$", told, re.M)}
 
-    def _architectures(self) -> str:
+    def architectures(self) -> tuple[list[str], list[str]]:
+        """What TORCH_CUDA_ARCH_LIST and the cards here ask for, and what was changed of it and why."""
         import torch
 
-        wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-        if wanted and wanted != "native":
-            return wanted.replace(" ", ";")
         here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
-        if here:
-            return ";".join(f"{major}.{minor}" for major, minor in sorted(here)) + "+PTX"
-        return ";".join(self.known()) + "+PTX"
+        try:
+            return ARCHITECTURES["chosen"](os.environ.get("TORCH_CUDA_ARCH_LIST", ""), here, self.compiles())
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
 
 
-def cuda_extension(toolkit: Toolkit) -> Any:
+def cuda_extension(toolkit: Toolkit, architectures: list[str]) -> Any:
     """`peft_kernels._C_cuda`."""
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = toolkit.home
-    os.environ["TORCH_CUDA_ARCH_LIST"] = toolkit.architectures
     return cpp_extension.CUDAExtension(
         name="peft_kernels._C_cuda",
         sources=CUDA_KERNELS + CUDA_OPS + CUDA_STARTS,
@@ -368,11 +367,15 @@ def cuda_extension(toolkit: Toolkit) -> Any:
         include_dirs=[generated_headers()],
         define_macros=[
             # Semicolons would end a shell's command, commas a macro's value for nvcc.
-            ("PEFT_KERNELS_CUDA_ARCHITECTURES", toolkit.architectures.replace(";", ":")),
+            ("PEFT_KERNELS_CUDA_ARCHITECTURES", ":".join(architectures)),
         ],
         extra_compile_args={
             "cxx": HOST_FLAGS,
-            "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden", "-Xfatbin", "-compress-all"],
+            # With flags of its own, torch reads no TORCH_CUDA_ARCH_LIST.
+            "nvcc": [
+                *("-O3", "-Xcompiler", "-fvisibility=hidden", "-Xfatbin", "-compress-all"),
+                *ARCHITECTURES["gencode"](architectures),
+            ],
         },
     )
 
@@ -410,10 +413,16 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
         if emulate and toolkit.problem is None:
             found.append(ptx_extension(toolkit))
     if cuda is not False:
-        if toolkit.problem is None:
-            found.append(cuda_extension(toolkit))
-        elif cuda or "built without CUDA" not in toolkit.problem:
-            left_out("CUDA back end", toolkit.problem, cuda)
+        problem, architectures, changes = toolkit.problem, [], []
+        if problem is None:
+            architectures, changes = toolkit.architectures()
+            problem = None if architectures else f"compute capability {'; '.join(changes)}"
+        if problem is None:
+            for change in changes:
+                print(f"CUDA back end: compute capability {change}", file=sys.stderr)
+            found.append(cuda_extension(toolkit, architectures))
+        elif cuda or "built without CUDA" not in problem:
+            left_out("CUDA back end", problem, cuda)
     # The C++ standard is left to BuildExtension, which knows what torch's headers ask for (at least C++17).
     return found, {"build_ext": BuildExtension}
 

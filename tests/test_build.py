@@ -14,6 +14,8 @@ import pytest
 import torch
 import torch.utils.cpp_extension
 
+from peft_kernels.backends import architectures
+
 ROOT = Path(__file__).parent.parent
 Setup = Callable[..., "tuple[int, str]"]
 
@@ -44,11 +46,16 @@ def setup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
     return run
 
 
+KNOWN = {(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}
+
+
 def toolkit(folder: Path, version: str) -> str:
-    """A folder with an nvcc that only tells its version."""
+    """A folder with an nvcc that only tells its version, and that it compiles for KNOWN."""
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
-    nvcc.write_text(f'#!/bin/sh\necho "Cuda compilation tools, release {version}, V{version}.1"\n')
+    lines = [f"Cuda compilation tools, release {version}, V{version}.1"]
+    lines += [f"compute_{major}{minor}" for major, minor in sorted(KNOWN)]
+    nvcc.write_text("#!/bin/sh\n" + "".join(f'echo "{line}"\n' for line in lines))
     nvcc.chmod(0o755)
     return str(folder)
 
@@ -88,6 +95,94 @@ def test_left_out_on_request(setup: Setup, tmp_path: Path) -> None:
 def test_switches_are_0_or_1(setup: Setup) -> None:
     status, said = setup(torch.version.cuda, PEFT_KERNELS_CUDA="yes")
     assert status != 0 and "PEFT_KERNELS_CUDA: expected 0 or 1, got 'yes'" in said
+
+
+LISTS: dict[str, tuple[str, list[str]]] = {
+    "8.0;9.0+PTX": ("8.0 9.0+PTX", []),
+    "7.5 8.0 8.6 9.0 10.0 12.0+PTX": ("8.0 8.6 9.0 10.0 12.0+PTX", ["7.5 is left out: the kernels need 8.0"]),
+    "7.0;7.5+PTX": ("", ["7.0 is left out", "7.5 is left out"]),
+    "9.0a": ("9.0", ["9.0a is compiled as 9.0"]),
+    "10.0f+PTX, 9.0": ("9.0 10.0+PTX", ["10.0f is compiled as 10.0"]),
+    "Hopper": ("9.0+PTX", []),
+    "Ada+PTX; ampere": ("8.0 8.6+PTX 8.9+PTX", []),
+    "Turing;Hopper": ("9.0+PTX", ["7.5 is left out"]),
+    "Ampere+Tegra": ("8.6+PTX", ["8.7 is served by PTX of 8.6: this nvcc"]),
+    "Blackwell": ("10.0+PTX 12.0+PTX", ["10.3 is served by PTX of 10.0", "12.1 is served by PTX of 12.0"]),
+    "9.0 9.0+PTX 9.0": ("9.0+PTX", []),
+    "native": ("8.9+PTX", ["7.5 is left out"]),
+    "native 8.0": ("8.0 8.9+PTX", ["7.5 is left out"]),
+    " ; ": ("8.9+PTX", ["7.5 is left out"]),
+}
+"""Of TORCH_CUDA_ARCH_LIST, with cards 7.5 and 8.9 here: what is compiled for, and what is said."""
+
+
+@pytest.mark.parametrize("wanted", LISTS)
+def test_which_architectures_are_compiled_for(wanted: str) -> None:
+    words, said = LISTS[wanted]
+    got, sentences = architectures.chosen(wanted, [(8, 9), (7, 5), (8, 9)], KNOWN)
+    assert " ".join(got) == words
+    assert len(sentences) == len(said), sentences
+    for sentence, part in zip(sentences, said, strict=True):
+        assert part in sentence
+    # What the library carries is what the back end reads.
+    assert all(architectures.unserved((99, 0), [word]) is None for word in got if "+PTX" in word)
+    for word in got:
+        major, minor = word.removesuffix("+PTX").split(".")
+        assert architectures.unserved((int(major), int(minor)), [word]) is None
+
+
+def test_without_a_card_all_are_compiled_for() -> None:
+    assert architectures.chosen("", [], KNOWN) == (["8.0", "9.0", "10.0", "12.0+PTX"], [])
+    assert architectures.chosen("native", [], {(8, 0), (9, 0)}) == (["8.0", "9.0+PTX"], [])
+
+
+def test_a_card_older_than_all_that_nvcc_compiles_for() -> None:
+    words, said = architectures.chosen("8.0", [], {(9, 0)})
+    assert words == [] and said == ["8.0 is left out: this nvcc does not compile for it"]
+
+
+@pytest.mark.parametrize("word", ["hoper", "9", "sm_90", "9.0b", "9.0-PTX", "+PTX", "90"])
+def test_a_word_that_names_no_architecture(word: str) -> None:
+    with pytest.raises(ValueError, match=r"^TORCH_CUDA_ARCH_LIST: expected compute .*, got '") as raised:
+        architectures.chosen(f"8.0;{word}", [], KNOWN)
+    assert repr(word.lower()) in str(raised.value)
+
+
+def test_nvcc_is_told_what_the_library_carries(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And torch, which does not know all of these words, adds none of its own."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", toolkit(tmp_path, "13.0"))
+    monkeypatch.setenv("PEFT_KERNELS_CPU", "0")
+    monkeypatch.setenv("PEFT_KERNELS_CUDA", "1")
+    monkeypatch.delenv("PEFT_KERNELS_EMULATE", raising=False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 9.0a Blackwell")
+    (found,), _ = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["extensions"]()
+    (carried,) = (value for name, value in found.define_macros if name.endswith("_ARCHITECTURES"))
+    assert carried == "9.0:10.0+PTX:12.0+PTX"
+    flags = found.extra_compile_args["nvcc"]
+    assert [flag for flag in flags if "arch" in flag] == [
+        f"-gencode=arch=compute_{number},code={code}_{number}"
+        for number, codes in (("90", ["sm"]), ("100", ["sm", "compute"]), ("120", ["sm", "compute"]))
+        for code in codes
+    ]
+    assert torch.utils.cpp_extension._get_cuda_arch_flags(flags) == []
+    said = capfd.readouterr().err
+    assert "CUDA back end: compute capability 7.5 is left out: the kernels need 8.0 or later" in said
+
+
+@pytest.mark.parametrize("wanted", ["", "1"], ids=["unset", "asked-for"])
+def test_no_architecture_that_kernels_serve(setup: Setup, tmp_path: Path, wanted: str) -> None:
+    home = toolkit(tmp_path, "13.0")
+    status, said = setup("13.0", CUDA_HOME=home, PEFT_KERNELS_CUDA=wanted, TORCH_CUDA_ARCH_LIST="7.0;Turing")
+    assert (status != 0) == bool(wanted)
+    assert "7.0 is left out: the kernels need 8.0 or later; 7.5 is left out" in said
+
+
+def test_an_architecture_misspelled(setup: Setup, tmp_path: Path) -> None:
+    status, said = setup("13.0", CUDA_HOME=toolkit(tmp_path, "13.0"), TORCH_CUDA_ARCH_LIST="hoper")
+    assert status != 0 and "TORCH_CUDA_ARCH_LIST: expected" in said and "got 'hoper'" in said
 
 
 def included(path: Path, seen: set[Path]) -> str:

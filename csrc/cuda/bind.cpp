@@ -103,6 +103,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
   m.def(
       "architectures", [] { return std::string(PEFT_KERNELS_QUOTE(PEFT_KERNELS_CUDA_ARCHITECTURES)); },
-      "What the kernels are compiled for: TORCH_CUDA_ARCH_LIST with colons.");
+      "What the kernels are compiled for, as peft_kernels/backends/architectures.py words it, with colons.");
 #endif
 }

@@ -8,11 +8,9 @@ from typing import Any
 import torch
 
 from ..ops import registry
+from .architectures import unserved
 from .base import Cards
 from .compiled import CompiledBackend
-
-MINIMUM = (8, 0)
-"""Compute capability that the kernels need: tensor cores for bf16, asynchronous copies."""
 
 
 class CudaBackend(CompiledBackend):
@@ -45,7 +43,7 @@ class CudaBackend(CompiledBackend):
         return super().supports(op, args) or self._cards.refusal_of_tensors(op, args)
 
     def architectures(self) -> list[str]:
-        """What the library has code for, as in TORCH_CUDA_ARCH_LIST: "8.0", "9.0+PTX"."""
+        """What the library has code for, as `architectures.chosen` words it: "8.0", "9.0+PTX"."""
         return self.extension.architectures().split(":")
 
     def plan(self, m: int, n: int, k: int, blocksize: int, dtype: torch.dtype) -> tuple[str, str]:
@@ -66,19 +64,6 @@ class CudaBackend(CompiledBackend):
 
     def _no_card_seen(self) -> Cards:
         return Cards(lambda i: unserved(torch.cuda.get_device_capability(i), self.architectures()))
-
-
-def unserved(capability: tuple[int, int], architectures: Sequence[str]) -> str | None:
-    """Why a card of that compute capability cannot run code built for `architectures`, or None."""
-    has = f"has compute capability {capability[0]}.{capability[1]}"
-    if capability < MINIMUM:
-        return f"{has}, the kernels need {MINIMUM[0]}.{MINIMUM[1]} or later"
-    for name in architectures:
-        number, _, ptx = name.partition("+")
-        major, minor = (int(part) for part in number.split("."))
-        if (major, minor) <= capability and (ptx or major == capability[0]):
-            return None
-    return f"{has}, for which there is no code: reinstall with TORCH_CUDA_ARCH_LIST={has.split()[-1]}"
 
 
 BACKEND = CudaBackend()
