@@ -15,8 +15,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -29,8 +29,6 @@ NAME = "peft_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NEITHER = {"softcap": "caps of scores", "s_aux": "attention sinks", "sinks": "attention sinks"}
 """Arguments that change what attention is, and that neither ours nor sdpa looks at."""
-# Spans of masks, and the version of the mask they are of: all layers of a model are given the same one.
-_spans: Any = WeakTensorKeyDictionary()
 
 
 def register() -> None:
@@ -156,7 +154,9 @@ def _has_kernel(query: Tensor) -> bool:
 
 def spans_of(mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
     """(batch, rows, 2), int32: the first key that each row attends to, and the one behind the last. None for
-    a mask that is not of bool, differs between heads, or has a row whose keys are not side by side."""
+    a mask that is not of bool, differs between heads, or has a row whose keys are not side by side.
+
+    Each layer looks at its mask anew: no cache could tell that it was written through `.data` or numpy."""
     batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
     if (
         mask.dtype != torch.bool
@@ -166,13 +166,7 @@ def spans_of(mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
         or not _is_there(mask)
     ):
         return None
-    if mask.is_inference():  # it has no version, so a change of it would not be seen
-        spans = _spans_of(mask[:, 0])
-    else:
-        version, spans = _spans.get(mask, (None, None))
-        if version != mask._version:
-            spans = _spans_of(mask[:, 0])
-            _spans[mask] = mask._version, spans
+    spans = _spans_of(mask[:, 0])
     return None if spans is None else spans.expand(batch, rows, 2)
 
 
@@ -187,9 +181,12 @@ def _is_there(mask: Tensor) -> bool:
 
 
 def _spans_of(attends: Tensor) -> Tensor | None:
-    ones = attends.to(torch.uint8)
-    count = ones.sum(-1, dtype=torch.int32)
-    first = ones.argmax(-1).to(torch.int32)
-    end = attends.shape[-1] - ones.flip(-1).argmax(-1).to(torch.int32)
-    end = torch.where(count > 0, end, first)
-    return torch.stack([first, end], -1) if bool(((end - first) == count).all()) else None
+    """Of (batch, rows, keys). A row's span begins and ends where its mask changes."""
+    (batch, rows), framed = attends.shape[:2], F.pad(attends, (1, 1))
+    row, key = (framed[..., 1:] != framed[..., :-1]).flatten(0, 1).nonzero().unbind(-1)
+    changes = torch.bincount(row, minlength=batch * rows)
+    if bool((changes > 2).any()):
+        return None
+    spans = key.new_zeros((batch * rows, 2), dtype=torch.int32)
+    spans[changes > 0] = key.view(-1, 2).int()
+    return spans.view(batch, rows, 2)

@@ -165,7 +165,26 @@ def test_other_masks_go_to_sdpa(calls: Calls) -> None:
     assert calls.theirs == 4 and not calls.ours
 
 
-def test_a_mask_that_changes_is_looked_at_again() -> None:
+@pytest.mark.parametrize("write", ["in place", "data", "numpy", "inference"])
+def test_a_mask_that_changes_is_looked_at_again(calls: Calls, write: str) -> None:
+    """However it is written: `.data`, numpy and inference tensors leave its version as it was."""
+    model, given = llama().eval(), inputs("whole")
+    with torch.inference_mode(write == "inference"):
+        masks = [torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril() for _ in range(2)]
+        for attention, mask in zip(("sdpa", ours.NAME), masks, strict=True):
+            model.set_attn_implementation(attention)
+            before = model(**given, attention_mask=mask).logits
+            written: Any = {"data": mask.data, "numpy": mask.numpy()}.get(write, mask)
+            written[:, 0, 4:, :4] = False
+            after = model(**given, attention_mask=mask).logits
+            if attention == "sdpa":
+                want = after
+                assert testing.relative_error(before, want) > 0.1
+        assert testing.relative_error(after, want) < 1e-5
+    assert calls.ours == 2 * 2 and not calls.theirs
+
+
+def test_spans() -> None:
     q = testing.tensor(1, 2, 4, 8)
     mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
     assert ours.spans_of(mask, q, q)[0].tolist() == [[0, 1], [0, 2], [0, 3], [0, 4]]
@@ -176,7 +195,6 @@ def test_a_mask_that_changes_is_looked_at_again() -> None:
 
 
 def test_masks_in_inference_mode(calls: Calls) -> None:
-    """They have no version that would tell of a change."""
     model, given = llama().eval(), inputs("left")
     seen = given["attention_mask"].bool()
     with torch.inference_mode():
@@ -184,11 +202,6 @@ def test_masks_in_inference_mode(calls: Calls) -> None:
         ours.use(model)
         assert testing.relative_error(model(**given).logits[seen], want) < 1e-5
         assert calls.ours == 2 and not calls.theirs
-        q, mask = testing.tensor(1, 2, 4, 8), torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-        spans: Any = ours.spans_of(mask, q, q)
-        assert spans[0].tolist() == [[0, 1], [0, 2], [0, 3], [0, 4]]
-        mask[0, 0, 3, 2] = False
-        assert ours.spans_of(mask, q, q) is None
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::torch.jit.TracerWarning")
