@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,35 +12,35 @@ from torch import Tensor, nn
 from ..nf4.sharded_weight import is_parallel
 from ..nf4.state import PARALLEL
 from ..nf4.weight import NF4Weight
-from ..nn import NF4Linear
 from ..patch import fused, judge
 from . import bitsandbytes
 
 
 def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = False) -> nn.Module:
-    """Merge a PEFT model's active LoRA adapters and return the base model.
+    """Merge a PEFT model's active adapters and return the base model.
 
-    Over bitsandbytes' Linear4bit it merges what the unmerged layer computes, where `model.merge_and_unload()`
-    of PEFT 0.21 does not: the biases of `lora_bias=True` with their scaling, and the weight as it is after an
-    evaluation on a CPU, for which bitsandbytes rearranges it.
+    Over bitsandbytes' Linear4bit it merges what the unmerged LoRA layer computes, where
+    `model.merge_and_unload()` of PEFT 0.21 does not: the biases of `lora_bias=True` with their scaling, and
+    the weight as it is after an evaluation on a CPU, for which bitsandbytes rearranges it.
 
     Parameters
     ----------
     model : peft.PeftModel
-        Over layers that are NF4Linear, nn.Linear, bitsandbytes' Linear4bit, or a mixture.
+        Over layers that are NF4Linear, nn.Linear, bitsandbytes' Linear4bit, packed or dense experts, or a
+        mixture.
     quantize : bool
-        False: every NF4Linear that gets a delta becomes dense. True: NF4 layers are packed again one by one,
-        so memory stays that of the 4-bit model. A base out of NF4 lies on the grid, and a delta of less than
-        half a step falls back to where it came from: a short fine-tuning can be lost almost whole (`make
-        demo` measures it). PEFT packs a Linear4bit again in either case, with the same loss.
+        False: every NF4 weight that gets a delta becomes dense. True: NF4 weights are packed again layer by
+        layer, so memory stays that of the 4-bit model. A base out of NF4 lies on the grid, and a delta of
+        less than half a step falls back to where it came from: a short fine-tuning can be lost almost whole
+        (`make demo` measures it). PEFT packs a Linear4bit again in either case, with the same loss.
     safe_merge : bool
         Look for NaN and Inf in all adapters and merged weights before any layer is merged.
 
     Raises
     ------
     ValueError
-        With `safe_merge`: NaN or Inf in an active adapter, or in a weight or bias as it would be merged. With
-        `quantize`: in an active adapter on an NF4Linear. An adapter that is active twice.
+        With `safe_merge`: NaN or Inf in an active adapter, or in a weight or bias as LoRA would merge it.
+        With `quantize`: in an active adapter on an NF4 weight. An adapter that is active twice.
     RuntimeError
         An adapter with `lora_bias=True` on a layer without a bias; a base weight that is cut for tensor
         parallelism.
@@ -47,54 +48,73 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
     Nothing is merged when one of these is raised.
     """
     from peft.tuners.lora import LoraLayer
-    from peft.tuners.tuners_utils import onload_layer
+    from peft.tuners.tuners_utils import BaseTunerLayer, onload_layer
 
     layers: list[tuple[str, Any]] = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)
+        (name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
     ]
     for name, module in layers:
-        if is_parallel(module.get_base_layer()._parameters.get("weight")):
+        if any(is_parallel(weight) for weight in module.get_base_layer()._parameters.values()):
             raise RuntimeError(f"{name}: {PARALLEL}, expected merges of a model in one process")
-    packed = {name for name, module in layers if quantize and _is_packed(module.get_base_layer())}
+    packed = {name: _packed(module.get_base_layer()) for name, module in layers} if quantize else {}
     for name, module in layers:
-        _check_biases(name, module)
-        if safe_merge or name in packed:  # NaN has no code in NF4
+        if isinstance(module, LoraLayer):
+            _check_biases(name, module)
+        if safe_merge or packed.get(name):  # NaN has no code in NF4
             with onload_layer(module):
                 _check_adapters(name, module)
-                if safe_merge:
+                if safe_merge and isinstance(module, LoraLayer):
                     _check_merged(name, module)
-    already = [module.merged for _, module in layers]
-    for name, module in layers:
-        base = module.get_base_layer()
-        if name in packed:
-            blocksize, double_quant = base.weight.blocksize, base.weight.double_quant
-            module.merge(safe_merge=safe_merge)
-            if base.weight.is_dense:  # else it has no active adapter
-                module.base_layer = NF4Linear.from_linear(
-                    base, blocksize, double_quant, base.weight._state.name, base.compute_dtype
-                )
-        elif bitsandbytes.is_quantized(base._parameters.get("weight")) and (adapters := _to_merge(module)):
-            bitsandbytes.unpack(base)
-            if any(module.lora_bias.get(adapter) for adapter in adapters):
-                with onload_layer(module):
-                    _merge_with_bias(module)
-    with warnings.catch_warnings():
-        if any(module.merged and not was for (_, module), was in zip(layers, already, strict=True)):
-            warnings.filterwarnings("ignore", "All adapters are already merged")  # above, and not twice
-        return model.merge_and_unload(safe_merge=safe_merge)
+    try:
+        for name, module in layers:
+            if packed.get(name):
+                _merge_by(module, functools.partial(_merge_and_repack, module, packed[name]))
+            elif _is_over_bitsandbytes(module) and (adapters := _to_merge(module)):
+                bitsandbytes.unpack(module.get_base_layer())
+                if any(module.lora_bias.get(adapter) for adapter in adapters):
+                    _merge_by(module, functools.partial(_merge_with_bias, module))
+        unloaded: nn.Module = model.merge_and_unload(safe_merge=safe_merge)
+        return unloaded
+    finally:
+        for _, module in layers:
+            vars(module).pop("merge", None)
 
 
-def _is_packed(base: Any) -> bool:
-    """Whether there are 4 bits to go back to: packed, or under a merge."""
-    weight = base.weight if isinstance(base, NF4Linear) else None
-    return isinstance(weight, NF4Weight) and (weight.is_merged or not weight.is_dense)
+def _packed(base: nn.Module) -> list[NF4Weight]:
+    """A layer's weights that have 4 bits to go back to: packed, or under a merge."""
+    parameters: Iterable[Any] = base._parameters.values()
+    weights = [weight for weight in parameters if isinstance(weight, NF4Weight)]
+    return [weight for weight in weights if weight.is_merged or not weight.is_dense]
+
+
+def _is_over_bitsandbytes(module: Any) -> bool:
+    from peft.tuners.lora import LoraLayer
+
+    weight = module.get_base_layer()._parameters.get("weight")
+    return isinstance(module, LoraLayer) and bitsandbytes.is_quantized(weight)
+
+
+def _merge_by(module: Any, merge: Callable[..., None]) -> None:
+    """Have PEFT call `merge` where it would merge a layer. Once: for DoRA a merge calls itself."""
+
+    def instead(*args: Any, **kwargs: Any) -> None:
+        del vars(module)["merge"]
+        merge(*args, **kwargs)
+
+    vars(module)["merge"] = instead
+
+
+def _merge_and_repack(module: Any, weights: list[NF4Weight], *args: Any, **kwargs: Any) -> None:
+    module.merge(*args, **kwargs)
+    for weight in weights:
+        weight.requantize_()
 
 
 def _to_merge(module: Any) -> list[str]:
     return [name for name in judge.active(module) if name not in module.merged_adapters]
 
 
-def _merge_with_bias(module: Any) -> None:
+def _merge_with_bias(module: Any, *_args: Any, **_kwargs: Any) -> None:
     """Merge, and set the bias to what it has to be, whatever PEFT makes of it.
 
     PEFT 0.21 leaves out the scaling, gives a bf16 bias the adapter's fp32, and raises with `safe_merge`: the
@@ -121,8 +141,11 @@ def _merged_weight(module: Any) -> Tensor | None:
     from peft.utils.integrations import dequantize_bnb_weight
     from peft.utils.other import transpose
 
-    weight = module.get_base_layer().weight
-    if fused.plain_class(module) not in judge.lora_linear_classes() or len(weight.shape) != 2:
+    is_linear = fused.plain_class(module) in judge.lora_linear_classes()
+    if not is_linear and not hasattr(module, "parameter_name"):
+        return None
+    weight = getattr(module.get_base_layer(), _target(module))
+    if is_linear and len(weight.shape) != 2:
         return None
     if hasattr(weight, "quant_state"):
         weight = dequantize_bnb_weight(weight, state=weight.quant_state)
@@ -139,6 +162,12 @@ def _merged_weight(module: Any) -> Tensor | None:
             norm = magnitude.get_weight_norm(unmerged, transpose(delta, fan_in_fan_out), scaling=1)
             merged = merged * transpose((magnitude.weight.float() / norm).view(-1, 1), fan_in_fan_out)
     return merged.to(dtype)
+
+
+def _target(module: Any) -> str:
+    """The parameter of the base layer that an adapter is for: PEFT's `target_parameters` name any."""
+    name: str = getattr(module, "parameter_name", "weight")
+    return name
 
 
 def _check_biases(name: str, module: Any) -> None:
@@ -158,7 +187,7 @@ def _check_merged(name: str, module: Any) -> None:
         return
     if bitsandbytes.is_quantized(getattr(base, "weight", None)):
         bitsandbytes.unpack(base)
-    merged = {"weight": _merged_weight(module)}
+    merged = {_target(module): _merged_weight(module)}
     if any(module.lora_bias.get(adapter) for adapter in adapters):
         merged["bias"] = _merged_bias(module)
     for key, value in merged.items():

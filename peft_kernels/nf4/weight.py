@@ -135,7 +135,8 @@ class NF4Weight(NF4Tensor):
         """Pack a weight that a write made dense. Loses what 4 bits cannot hold; see `is_dense`."""
         state = self._state
         if state.dense is not None:
-            packed = NF4Weight.quantize(state.dense.to(self.dtype), state.blocksize, state.double_quant)
+            dense = state.dense.to(self.dtype)
+            packed = NF4Weight.quantize(dense, state.blocksize, state.double_quant, name=state.name)
             state.become(packed._state)
         return self
 
