@@ -7,6 +7,7 @@ tested: the installed one, or others that pip puts into a folder beside the envi
     python tools/peft_tests.py                          # all files that test LoRA without the hub
     python tools/peft_tests.py test_mixed.py -k forward --sdist peft-0.21.2.tar.gz
     python tools/peft_tests.py --peft 0.17.0 --peft newest
+    python tools/peft_tests.py --every-option           # and a third time, with every option of `patch`
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def test(options: argparse.Namespace, version: str, folder: Path, path: list[Pat
         chosen = options.k if options.k is not None else SLICES.get(name) if not options.files else None
         slices.setdefault(chosen, []).append(name)
     runs: dict[str, Run] = {}
-    for mode in ("stock", "patched"):
+    for mode in ("stock", "patched", *(["every-option"] if options.every_option else [])):
         records = folder / f"records-{mode}"
         shutil.rmtree(records, ignore_errors=True)
         records.mkdir(parents=True)
@@ -142,7 +143,8 @@ def test(options: argparse.Namespace, version: str, folder: Path, path: list[Pat
             print(f"== {mode}: {' '.join(names)}" + (f" -k '{keyword}'" if keyword else ""), flush=True)
             run_pytest(mode, version, names, keyword, folder / "work", path, records, options.n)
         runs[mode] = read(records)
-    return compare(runs["stock"], runs["patched"])
+    stock = runs.pop("stock")
+    return max(compare(stock, run, mode) for mode, run in runs.items())
 
 
 def arguments() -> argparse.Namespace:
@@ -152,6 +154,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("files", nargs="*", metavar="test_FILE.py", help="files of PEFT's tests/")
     parser.add_argument("-k", help="pytest's -k, for all files")
     parser.add_argument("-n", type=int, default=2, help="processes (default 2); 0: in one, without xdist")
+    parser.add_argument(
+        "--every-option",
+        action="store_true",
+        help="once more, patched with loss=True and block=True, and with our attention in models that can",
+    )
     parser.add_argument(
         "--peft",
         action="append",
@@ -319,15 +326,15 @@ def read(folder: Path) -> Run:
     return run
 
 
-def compare(stock: Run, patched: Run) -> int:
-    """Print how the runs differ. Returns the exit status."""
-    print("\n== tests")
+def compare(stock: Run, patched: Run, second: str = "patched") -> int:
+    """Print how the runs differ, `second` names the other. Returns the exit status."""
+    print(f"\n== tests, stock and {second}")
     touching = {name for name in stock.keys() | patched.keys() if layers(stock, name) + layers(patched, name)}
     for title, names in (("all", stock.keys() | patched.keys()), ("that make LoRA layers", touching)):
-        for mode, run in (("stock", stock), ("patched", patched)):
+        for mode, run in (("stock", stock), (second, patched)):
             outcomes = Counter(run[name].outcome for name in names if name in run)
             shown = ", ".join(f"{outcomes[key]} {key}" for key in sorted(outcomes))
-            print(f"{title:<22} {mode:<8} {shown or 'none'}")
+            print(f"{title:<22} {mode:<12} {shown or 'none'}")
 
     print("\n== calls of LoRA layers in the patched run")
     calls: Counter[str] = Counter()

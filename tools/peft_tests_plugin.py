@@ -1,11 +1,13 @@
 """pytest plugin of peft_tests.py: one record per test and, if asked for, every LoRA layer patched when made.
 
 It reads its settings from the environment, so that xdist's workers see them too: PEFT_TESTS_RECORDS, the
-folder for the records, PEFT_TESTS_MODE, "stock" or "patched", and PEFT_TESTS_VERSION, the PEFT to be tested.
+folder for the records, PEFT_TESTS_MODE, "stock", "patched" or "every-option", and PEFT_TESTS_VERSION, the
+PEFT to be tested.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -22,9 +24,12 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 import peft_kernels as pk
+from peft_kernels.integrations import attention
 from peft_kernels.patch import fused
 
-PATCHED = os.environ["PEFT_TESTS_MODE"] == "patched"
+MODE = os.environ["PEFT_TESTS_MODE"]
+PATCHED = MODE != "stock"
+OPTIONS: dict[str, bool] = {"loss": True, "block": True} if MODE == "every-option" else {}
 RECORDS = Path(os.environ["PEFT_TESTS_RECORDS"]) / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl"
 
 if peft.__version__ != os.environ["PEFT_TESTS_VERSION"]:
@@ -67,7 +72,10 @@ def _patch_where_layers_are_made() -> None:
         _account.layers += sum(isinstance(module, LoraLayer) for module in model.modules())
         if not PATCHED:
             return
-        for layer in pk.patch(model).layers:
+        if OPTIONS:
+            with contextlib.suppress(TypeError, ValueError):  # no model of transformers, or one that refuses
+                attention.use(model)
+        for layer in pk.patch(model, **OPTIONS).layers:
             module = model.get_submodule(layer.name)
             if layer.fused:
                 _account.watch(layer.fallbacks)
@@ -97,7 +105,7 @@ if PATCHED:
 
 
 def pytest_report_header() -> list[str]:
-    return [f"peft {peft.__version__}, {os.environ['PEFT_TESTS_MODE']}", *pk.explain().splitlines()]
+    return [f"peft {peft.__version__}, {MODE}", *pk.explain().splitlines()]
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -67,9 +67,6 @@ class Fused:
             state = {name: value for name, value in state.items() if name != RECORD}
         return function, arguments, state, *rest
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _twin(self, memo)
-
 
 def _twin(module: Fused, memo: dict[int, Any]) -> Any:
     reduced: Any = super(Fused, module).__reduce_ex__(4)
@@ -95,10 +92,9 @@ def fuse(module: nn.Module, mixin: type[Fused], record: Record) -> None:
             names["forward"] = _signed(mixin.forward, plain.forward)  # type: ignore[attr-defined]
         fused = _classes[plain, mixin] = type(plain.__name__, (mixin, plain), names)
         _plain[fused] = plain
-        if mixin.__deepcopy__ is None:
-            # A PeftModel has the attributes of the model inside, and copy would ask that one for a copy of
-            # the whole. By class it asks nobody.
-            getattr(copy, "_deepcopy_dispatch", {})[fused] = _twin
+        # Not by `__deepcopy__`: wrappers that have the attributes of what they wrap (PeftModel, PEFT's
+        # ModulesToSaveWrapper, torch.compile's) would be asked for it, and give a copy of the inside alone.
+        getattr(copy, "_deepcopy_dispatch", {})[fused] = _twin
     module.__class__ = fused
     module.__dict__[RECORD] = record
     _rebind(module, plain, fused)

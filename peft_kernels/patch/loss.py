@@ -60,7 +60,6 @@ class LossModel(Fused):
     """A model that computes a loss from labels."""
 
     signed: ClassVar[bool] = True
-    __deepcopy__ = None  # type: ignore[assignment]
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         stock = super().forward  # type: ignore[misc]
