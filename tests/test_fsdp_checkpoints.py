@@ -23,6 +23,7 @@ from fsdp_models import (
     weight,
 )
 from torch import nn
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -65,7 +66,9 @@ def wiped(model: Any) -> Any:
     """The same model, with nothing of its numbers."""
     with torch.no_grad():
         for p in model.parameters():
-            for t in p._state.tensors().values() if isinstance(p, pk.NF4Weight) else [p]:
+            mine: Any = getattr(p, "_local_tensor", p)
+            state = getattr(mine, "_part", None) or getattr(mine, "_state", None)
+            for t in [mine] if state is None else state.tensors().values():
                 t.zero_()
     return model
 
@@ -125,6 +128,33 @@ def packed_bytes(folder: Path) -> None:
     dcp.save(fsdp.checkpoint_state(layer), checkpoint_id=folder, process_group=mesh.get_group())
     dist.barrier(group=mesh.get_group())
     assert sum(file.stat().st_size for file in folder.glob("*.distcp")) < nbytes + 10_000
+
+
+def saved_later(folder: Path) -> None:
+    """`async_save` saves what `save` saves, as it was then: parts, and weights of one process."""
+    mesh = line(2)
+    if mesh is None:
+        return
+    group, want = mesh.get_group(), weight((512, 640), 64, True)
+    for name, stager in (("default", None), ("blocking", BlockingAsyncStager()), ("whole", None)):
+        layer, other = (nn.Sequential(pk.nn.NF4Linear(want.clone())) for _ in range(2))
+        if name != "whole":
+            for each in (layer, other):
+                fully_shard(each, mesh=mesh)
+        state = fsdp.checkpoint_state(layer)
+        saving = dcp.async_save(state, checkpoint_id=folder / name, process_group=group, async_stager=stager)
+        wiped(layer), saving.result()
+        dist.barrier(group=group)
+        assert sum(file.stat().st_size for file in (folder / name).glob("*.distcp")) < want.nbytes + 10_000
+        dcp.load(fsdp.checkpoint_state(wiped(other)), checkpoint_id=folder / name, process_group=group)
+        assert_same_bits(fsdp._whole(other[0].weight.detach()), want)
+    layer = nn.Sequential(pk.nn.NF4Linear(want.clone()))
+    alone = {"weight": layer[0].weight.detach()}
+    file = folder / f"alone-{dist.get_rank()}"
+    dcp.async_save(alone, checkpoint_id=file, no_dist=True).result()
+    wiped(layer)
+    dcp.load(alone, checkpoint_id=file, no_dist=True)
+    assert_same_bits(alone["weight"], want)
 
 
 def empty_parts(folder: Path) -> None:
@@ -263,7 +293,7 @@ def cut_short(self: Entry) -> Any:
     raise CheckpointError(f"{self.name}: cut short")
 
 
-CASES: list[Case] = [other_numbers, packed_bytes, empty_parts, whole, adapter, from_meta]
+CASES: list[Case] = [other_numbers, packed_bytes, saved_later, empty_parts, whole, adapter, from_meta]
 
 
 @pytest.fixture(scope="module")

@@ -185,9 +185,14 @@ def _clone(func: Any, args: Any, kwargs: Any) -> NF4Shard:
     return _like(args[0], args[0]._part.map(torch.clone))
 
 
-def _empty_like(func: Any, args: Any, kwargs: Any) -> Tensor:
+def _blank(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """The same rows in memory of their own, zeros: what asynchronous checkpoints are staged in."""
+    shard = args[0]
+    if kwargs.get("dtype") not in (None, shard.dtype):
+        found: Tensor = _read(func, args, kwargs)
+        return found
     device = kwargs.get("device")
-    return _like(args[0], args[0]._part.map(lambda t: torch.empty_like(t, device=device)))
+    return _like(shard, shard._part.map(lambda t: torch.zeros_like(t, device=device)))
 
 
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
@@ -278,7 +283,11 @@ def _new_zeros(func: Any, args: Any, kwargs: Any) -> Tensor:
 
 
 def _new_empty(func: Any, args: Any, kwargs: Any) -> Tensor:
-    found: Tensor = func(args[0]._part.packed, args[1], **({"dtype": args[0].dtype} | kwargs))
+    """Of its own shape a shard, of another a plain tensor."""
+    shard, size = args[:2]
+    if tuple(size) == shard.shape and kwargs.get("dtype") in (None, shard.dtype):
+        return _blank(func, args[:1], kwargs)
+    found: Tensor = func(shard._part.packed, size, **({"dtype": shard.dtype} | kwargs))
     return found
 
 
@@ -355,7 +364,8 @@ _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
     aten.detach.default: _alias,
     aten.alias.default: _alias,
     aten.clone.default: _clone,
-    aten.empty_like.default: _empty_like,
+    aten.empty_like.default: _blank,
+    aten.zeros_like.default: _blank,
     aten._to_copy.default: _to_copy,
     aten._pin_memory.default: _pin_memory,
     aten.is_pinned.default: _is_pinned,

@@ -311,6 +311,17 @@ def _empty_like(func: Any, args: Any, kwargs: Any) -> Tensor:
     return type(weight)(weight._state.map(lambda t: torch.empty_like(t, device=device)), weight.dtype)
 
 
+def _new_empty(func: Any, args: Any, kwargs: Any) -> Tensor:
+    """Of its own shape the same form, which torch.distributed.checkpoint stages it in to save it later; of
+    another shape a plain tensor."""
+    weight, size = args[:2]
+    foreign = tuple(size) != weight.shape or kwargs.get("dtype") not in (None, weight.dtype)
+    if foreign or weight._state.slice_of is not None:
+        return on_dense(func, args, kwargs)
+    device = kwargs.get("device")
+    return type(weight)(weight._state.map(lambda t: torch.empty_like(t, device=device)), weight.dtype)
+
+
 def _refuse_efficient_loading(state: NF4State) -> None:
     """accelerate takes the state dict, empties the model, and broadcasts by shapes and types that packed
     weights have not: some backends would wait for ever."""
@@ -362,6 +373,7 @@ _HANDLERS: dict[Any, Callable[[Any, Any, Any], Any]] = {
     aten.alias.default: _alias,
     aten.clone.default: _clone,
     aten.empty_like.default: _empty_like,
+    aten.new_empty.default: _new_empty,
     aten._to_copy.default: _to_copy,
     aten.copy_.default: _copy_,
     aten.view.default: _view,
