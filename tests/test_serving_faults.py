@@ -108,7 +108,7 @@ def test_closing_while_a_folder_is_read(
 ) -> None:
     model, read = engine._decoder.model, engine._store.read
     assert any(isinstance(m, Fused) for m in model.modules())
-    monkeypatch.setattr(engine._store, "read", lambda folder: (read(folder), engine.close())[0])
+    monkeypatch.setattr(engine._store, "read", lambda *args: (read(*args), engine.close())[0])
     with pytest.raises(RuntimeError, match="the engine is closed"):
         engine.load("one", folders["one"])
     assert not any(isinstance(m, Fused) for m in model.modules())
@@ -120,8 +120,8 @@ def test_a_name_that_goes_to_another_adapter_while_its_folder_is_read(
     wanted = engine.generate([prompt(0, 5)], max_new_tokens=NEW, eos_token_id=())
     read = engine._store.read
 
-    def meanwhile(folder: Path) -> Any:
-        found = read(folder)
+    def meanwhile(name: str, folder: Path) -> Any:
+        found = read(name, folder)
         monkeypatch.setattr(engine._store, "read", read)
         engine.unload("a")
         engine.register("a", folders["two"])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.header import CheckpointError, Entry, read_header, shown
+from ..checkpoints.json_file import read_json
 from ..checkpoints.writer import Layout, ShardWriter
 from . import adapterhub
 from .adapter import BottleneckAdapter
@@ -28,6 +29,7 @@ VERSION = 1
 _LATER = {"after_norm": False}
 """What a config lacks that was written before there was the field."""
 _LARGEST_JSON = 1_000_000
+LARGEST_HEADER = 10_000_000
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -71,11 +73,13 @@ def load(model: nn.Module, folder: Path | str, load_as: str | None = None) -> st
     """
     folder = Path(folder)
     entries: Mapping[str, Entry | adapterhub.Loaded]
-    if (folder / CONFIG).is_file() or not (folder / adapterhub.CONFIG).is_file():
-        saved_as, config = _checked_config(_read_json(folder / CONFIG))
+    if os.path.lexists(folder / CONFIG) or not os.path.isfile(folder / adapterhub.CONFIG):
+        saved_as, config = _checked_config(read_json(folder / CONFIG, _LARGEST_JSON))
         file, entries = WEIGHTS, _read_entries(folder / WEIGHTS)
     else:
-        saved_as, config, entries, file = adapterhub.read(folder, _read_json(folder / adapterhub.CONFIG))
+        saved_as, config, entries, file = adapterhub.read(
+            folder, read_json(folder / adapterhub.CONFIG, _LARGEST_JSON)
+        )
     name = saved_as if load_as is None else load_as
     built = build(model, name, config, meta=True)  # what a damaged config asks for may not fit memory
     wanted, _ = _parameters(built)
@@ -104,17 +108,6 @@ def _key(site: AdapterSite, parameter: str) -> str:
     return f"{site.place.last}.{parameter}"
 
 
-def _read_json(path: Path) -> Any:
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path.parent}: expected a {CONFIG}, got none") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name}: expected a JSON object, got something else") from error
-
-
 def _checked_config(about: Any) -> tuple[str, AdapterConfig]:
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         got = about.get("format") if isinstance(about, dict) else about
@@ -135,9 +128,9 @@ def _checked_config(about: Any) -> tuple[str, AdapterConfig]:
 
 
 def _read_entries(path: Path) -> dict[str, Entry]:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(f"{path.parent}: expected a {WEIGHTS}, got none")
-    return read_header(path)[0]
+    return read_header(path, LARGEST_HEADER)[0]
 
 
 def _check(entries: Mapping[str, Entry | adapterhub.Loaded], wanted: dict[str, Tensor], file: str) -> None:

@@ -44,14 +44,14 @@ def nf4_weights(names: Mapping[str, Any]) -> dict[str, list[str]]:
         known = weight in names or weight.endswith("weight")
         if not known and not any(state in item for item in items for state in _STATES):
             del found[weight]
+    items_of = {
+        weight: dict.fromkeys([weight] * (weight in names) + items) for weight, items in found.items()
+    }
     for name in names:
-        if name in found:
-            found[name].insert(0, name)
-        else:  # a key that no format knows, beneath a quantised weight
-            above = name.rpartition(".")[0]
-            if above in found and name not in found[above]:
-                found[above].append(name)
-    return found
+        above = name.rpartition(".")[0]
+        if name not in items_of and above in items_of:  # maybe a key that no format knows
+            items_of[above][name] = None
+    return {weight: list(items) for weight, items in items_of.items()}
 
 
 def holds_experts(names: Iterable[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .header import CheckpointError, Entry, read_header, shown
+from .json_file import read_json
 
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
@@ -72,12 +72,11 @@ class Checkpoint(Mapping[str, Tensor]):
 
     def _json(self, path: Path) -> dict[str, Any]:
         try:
-            if path.stat().st_size > _LARGEST_JSON:
-                raise ValueError
-            found = json.loads(path.read_text(encoding="utf-8"))
-            if not isinstance(found, dict):
-                raise ValueError
-        except (OSError, ValueError, RecursionError):
+            found = read_json(path, _LARGEST_JSON)
+        except CheckpointError as error:
+            self.faults.append(str(error))
+            return {}
+        if not isinstance(found, dict):
             self.faults.append(f"{path.name}: expected a JSON object, got something else")
             return {}
         return found

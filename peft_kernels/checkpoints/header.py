@@ -102,12 +102,12 @@ class Entry:
         return replace(self, shape=self.shape[1:], begin=self.begin + index * nbytes, nbytes=nbytes)
 
 
-def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
+def read_header(path: Path, longest: int = LONGEST_HEADER) -> tuple[dict[str, Entry], dict[str, str]]:
     """The tensors of a safetensors file, none of them read, and its metadata.
 
     CheckpointError tells what is wrong with it: a truncated file, a header that is no JSON or longer than
     the file, a dtype or shape that does not fit its bytes, offsets that overlap, leave holes or end elsewhere
-    than the file does.
+    than the file does. So does a header of more than `longest` bytes.
     """
     try:
         size = path.stat().st_size
@@ -116,9 +116,12 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
             length = int.from_bytes(start, "little")
             if len(start) < 8:
                 raise CheckpointError(f"{path.name}: expected a safetensors file, got {size} bytes in all")
-            if length > min(size - 8, LONGEST_HEADER):
+            if length > min(size - 8, longest):
+                expected = (
+                    f"within the file's {size} bytes" if length > size - 8 else f"of at most {longest} bytes"
+                )
                 raise CheckpointError(
-                    f"{path.name}: expected a header within the file's {size} bytes, got one of {length}"
+                    f"{path.name}: expected a header {expected}, got one of {length}"
                     + (" (the file is no safetensors file, or truncated)" if length > LONGEST_HEADER else "")
                 )
             text = file.read(length)
@@ -135,11 +138,11 @@ def read_header(path: Path) -> tuple[dict[str, Entry], dict[str, str]]:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            names = [name for name, _ in pairs]
-            twice = next(name for name in names if names.count(name) > 1)
-            raise CheckpointError(f"{path.name}: {shown(twice)} stands twice in the header")
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise CheckpointError(f"{path.name}: {shown(name)} stands twice in the header")
+            found[name] = value
         return found
 
     try:
@@ -207,5 +210,5 @@ def shown(value: Any) -> str:
         text = value if isinstance(value, str) else json.dumps(value)
     except ValueError:  # Python prints no integer of more than 4300 digits
         text = "a number of thousands of digits"
-    text = "".join(c if c.isprintable() else "?" for c in text)
-    return text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
+    text = text if len(text) <= 120 else f"{text[:80]}...{text[-30:]}"
+    return "".join(c if c.isprintable() else "?" for c in text)

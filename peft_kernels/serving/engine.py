@@ -118,7 +118,8 @@ class Engine:
             self._check_open()
             there = self._folder(name) if folder is None else Path(folder).absolute()
             self._store.check(name, there)
-        read = None if name in self._store.resident else self._store.read(there)  # beside steps of others
+        resident = name in self._store.resident
+        read = None if resident else self._store.read(name, there)  # beside steps of others
         with self._model_lock:
             with self._queue:  # again: it may have been unloaded meanwhile, or the engine closed
                 self._check_open()

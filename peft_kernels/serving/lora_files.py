@@ -6,9 +6,10 @@ The format is PEFT's (`save_pretrained`): `adapter_config.json` says what it is,
 
 from __future__ import annotations
 
-import json
 import math
-import re
+import os
+from collections.abc import Callable, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints.header import CheckpointError, Entry, read_header, shown
+from ..checkpoints.json_file import read_json
 from ..ops.dora import dora_factors
 from ..patch import judge
 from .layers import LoraLayer, reason_unserved
+from .patterns import PatternTable
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _LARGEST_JSON = 10_000_000
+"""Bytes, of the configuration and of the weights' header. Parsed they take many times as many, with the GIL
+held meanwhile."""
 _LARGEST = torch.finfo(torch.float32).max
 """Of lora_alpha: what kernels scale with is fp32."""
 _PREFIX = "base_model.model."
@@ -44,7 +49,12 @@ _BEYOND = (
 
 
 def read_lora(
-    model: nn.Module, folder: Path, device: torch.device, dtype: torch.dtype, adapter_dtype: torch.dtype
+    model: nn.Module,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    adapter_dtype: torch.dtype,
+    check_bytes: Callable[[int], None] = lambda nbytes: None,
 ) -> dict[nn.Module, LoraLayer]:
     """An adapter for the linear layers of a model, which is not changed.
 
@@ -54,6 +64,8 @@ def read_lora(
         Of the model's activations.
     adapter_dtype : torch.dtype
         What lora_a and lora_b are kept in.
+    check_bytes : callable
+        Told how many bytes it will take, before any weight is read. What it raises is passed on.
 
     Raises
     ------
@@ -62,25 +74,28 @@ def read_lora(
         NaN or Inf.
     """
     config = _read_config(folder / CONFIG)
-    if not (folder / WEIGHTS).is_file():
+    if not os.path.isfile(folder / WEIGHTS):
         raise CheckpointError(f"{folder}: expected a {WEIGHTS}, got none")
-    parts = _by_layer(read_header(folder / WEIGHTS)[0])
-    found = {}
+    parts = _by_layer(read_header(folder / WEIGHTS, _LARGEST_JSON)[0])
+    check_bytes(
+        sum(
+            prod(entry.shape) * (4 if part == "magnitude" else adapter_dtype.itemsize)
+            for entries in parts.values()
+            for part, entry in entries.items()
+        )
+    )
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: dict[nn.Module, LoraLayer] = {}
     for path, entries in parts.items():
-        layer = _layer(model, path)
+        layer = _layer(modules, path)
+        if layer in found:
+            raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected one adapter for the layer, got two")
         found[layer] = _read(layer, path, entries, config, device, dtype, adapter_dtype)
     return found
 
 
 def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > _LARGEST_JSON:
-            raise ValueError
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise CheckpointError(f"{path.parent}: expected a {CONFIG}, got none") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name}: expected a JSON object, got something else") from error
+    config = read_json(path, _LARGEST_JSON)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         got = config.get("peft_type") if isinstance(config, dict) else config
         raise CheckpointError(f"{path.name}: expected peft_type 'LORA', got {shown(got)}")
@@ -98,6 +113,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, dict):
             raise CheckpointError(f"{path.name}: {name}: expected a table, got {shown(config[name])}")
+        try:
+            config[name] = PatternTable(config.get(name) or {})
+        except ValueError as error:
+            raise CheckpointError(f"{path.name}: {name}: {error}") from error
     return config
 
 
@@ -131,11 +150,10 @@ def _by_layer(entries: dict[str, Entry]) -> dict[str, dict[str, Entry]]:
     return layers
 
 
-def _layer(model: nn.Module, path: str) -> nn.Module:
-    try:
-        layer = model.get_submodule(path)
-    except AttributeError as error:
-        raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected a layer of this model") from error
+def _layer(modules: Mapping[str, nn.Module], path: str) -> nn.Module:
+    layer = modules.get(path)
+    if layer is None:
+        raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected a layer of this model")
     reason = reason_unserved(layer)
     if reason:
         raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected a linear layer that is served: {reason}")
@@ -190,14 +208,11 @@ def _scaling(config: dict[str, Any], path: str, r: int) -> float:
 
 
 def _of_pattern(config: dict[str, Any], name: str, path: str, otherwise: Any) -> Any:
-    """PEFT's rule: the first pattern that matches the end of the layer's path."""
-    for pattern, value in (config.get(name) or {}).items():
-        try:
-            if re.match(rf"(.*\.)?({pattern})$", path):
-                return value
-        except (re.error, OverflowError, RecursionError) as error:
-            raise CheckpointError(f"{CONFIG}: {name}: expected patterns, got {shown(pattern)}") from error
-    return otherwise
+    table: PatternTable = config[name]
+    try:
+        return table.get(path, otherwise)
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG}: {name}: {error}") from error
 
 
 def _finite(entry: Entry, dtype: torch.dtype) -> Tensor:

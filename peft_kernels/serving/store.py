@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import OrderedDict
 from collections.abc import Collection
@@ -14,6 +15,9 @@ from torch import nn
 
 from .. import adapters
 from ..adapters.files import CONFIG as BOTTLENECK_CONFIG
+from ..adapters.files import LARGEST_HEADER
+from ..adapters.files import WEIGHTS as BOTTLENECK_WEIGHTS
+from ..checkpoints.header import read_header
 from .decoder import Decoder
 from .layers import LoraLayers
 from .lora_files import read_lora
@@ -80,12 +84,24 @@ class Store:
         self._sizes.pop(name, None)
         self.folders.pop(name, None)
 
-    def read(self, folder: Path) -> Any:
-        """An adapter of LoRA, which needs no change of the model; None for a bottleneck adapter."""
-        if (folder / BOTTLENECK_CONFIG).exists():
+    def read(self, name: str, folder: Path) -> Any:
+        """An adapter of LoRA, which needs no change of the model; None for a bottleneck adapter.
+
+        ValueError for one that does not fit the budget, before its weights are read."""
+        if os.path.lexists(folder / BOTTLENECK_CONFIG):
+            if os.path.isfile(weights := folder / BOTTLENECK_WEIGHTS):
+                entries = read_header(weights, LARGEST_HEADER)[0].values()
+                self._check_fits(name, sum(entry.nbytes for entry in entries))
             return None
         decoder = self.decoder
-        return read_lora(decoder.model, folder, decoder.device, decoder.dtype, self.adapter_dtype)
+        return read_lora(
+            decoder.model,
+            folder,
+            decoder.device,
+            decoder.dtype,
+            self.adapter_dtype,
+            lambda nbytes: self._check_fits(name, nbytes),
+        )
 
     def get(self, name: str, in_use: Collection[str], read: Any = None) -> Resident:
         """An adapter, loaded if it is not there.
@@ -107,7 +123,7 @@ class Store:
         return found
 
     def _load(self, name: str, in_use: Collection[str], read: Any) -> Resident:
-        layers = self.read(self.folders[name]) if read is None else read
+        layers = self.read(name, self.folders[name]) if read is None else read
         model = self.decoder.model
         if layers is None:
             adapters.load(model, self.folders[name], load_as=name)
@@ -127,14 +143,17 @@ class Store:
         self.resident[name] = found
         return found
 
-    def _check_room(self, name: str, nbytes: int, in_use: Collection[str]) -> list[str]:
-        """Which adapters have to go."""
-        if self.budget is None:
-            return []
-        if nbytes > self.budget:
+    def _check_fits(self, name: str, nbytes: int) -> None:
+        if self.budget is not None and nbytes > self.budget:
             raise ValueError(
                 f"adapter {name!r}: expected at most budget_bytes={self.budget} bytes, got {nbytes}"
             )
+
+    def _check_room(self, name: str, nbytes: int, in_use: Collection[str]) -> list[str]:
+        """Which adapters have to go."""
+        self._check_fits(name, nbytes)
+        if self.budget is None:
+            return []
         left, going = self.budget - self.nbytes, []
         for other, one in self.resident.items():
             if left >= nbytes:
