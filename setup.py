@@ -83,9 +83,9 @@ CUDA_OPS = [
     "csrc/cuda/nf4_ops.cpp",
     "csrc/cuda/runtime.cpp",
 ]
-# Counters are for a device alone.
+# Counters, and questions to a device, are for a device alone.
 LAUNCH = "csrc/cuda/launch.cpp"
-CUDA_STARTS = ["csrc/cuda/counters.cpp", LAUNCH]
+CUDA_STARTS = ["csrc/cuda/card.cpp", "csrc/cuda/counters.cpp", LAUNCH]
 CUDA_KERNELS = [
     "csrc/cuda/adamw.cu",
     "csrc/cuda/bottleneck.cu",

@@ -27,6 +27,10 @@
 namespace {
 
 using namespace peft_kernels;
+using pybind11::arg;
+
+// Of shared memory, on all cards so far.
+constexpr int64_t kReserved = 1024;
 
 DType dtype_named(const std::string& name) {
   if (name == "float32") return DType::kF32;
@@ -74,31 +78,35 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def(
       "plan_for",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
-         int sms, int64_t shared_bytes) {
-        return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes});
+         int sms, int64_t shared_bytes, int64_t reserved_bytes) {
+        return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes, reserved_bytes});
       },
-      "The same on any card.");
+      "The same on any card.", arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"),
+      arg("compute_capability"), arg("sms"), arg("shared_bytes"), arg("reserved_bytes") = kReserved);
   m.def(
       "cuts_for",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
-         int sms, int64_t shared_bytes) {
-        const cuda::Card card{compute_capability, sms, shared_bytes};
+         int sms, int64_t shared_bytes, int64_t reserved_bytes) {
+        const cuda::Card card{compute_capability, sms, shared_bytes, reserved_bytes};
         const int shift = block_shift_of(blocksize);
         const DType type = dtype_named(dtype);
         return std::pair{told(cuda::plan_linear(type, m, n, k, shift, card)),
                          told(cuda::plan_linear_dx(type, m, n, k, shift, card))};
       },
       "How each of these is cut, and what load the busiest gets: see Cut and Load in linear.h. Empty for "
-      "pieces.");
+      "pieces.",
+      arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
+      arg("shared_bytes"), arg("reserved_bytes") = kReserved);
   m.def("piece_of", cuda::piece_of,
         "Rows or columns of a weight that are dequantised at a time: see linear.h.");
 #ifdef PEFT_KERNELS_PTX
   m.def(
       "set_card",
-      [](int compute_capability, int sms, int64_t shared_bytes) {
-        cuda::set_card({compute_capability, sms, shared_bytes});
+      [](int compute_capability, int sms, int64_t shared_bytes, int64_t reserved_bytes) {
+        cuda::set_card({compute_capability, sms, shared_bytes, reserved_bytes});
       },
-      "The card that kernels are planned for.");
+      "The card that kernels are planned for.", arg("compute_capability"), arg("sms"), arg("shared_bytes"),
+      arg("reserved_bytes") = kReserved);
   cudart::bind(m);
 #else
   m.def(

@@ -5,9 +5,6 @@
 
 namespace peft_kernels::cuda {
 
-// Whether a block has the shared memory that the wide table needs, as in linear_plan.cpp.
-inline bool has_wide_table(const Card& card) { return card.shared_bytes >= 160 << 10; }
-
 // Whether all of the product's units of work, and shares of them, can be counted by ints, and so many
 // weights' rows.
 inline bool counts_fit(int64_t units, int64_t experts, int64_t n, int64_t k, const Card& card) {

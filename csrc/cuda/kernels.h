@@ -20,8 +20,11 @@ namespace peft_kernels::cuda {
 struct Card {
   int compute_capability;  // 80, 90, ...
   int sms;
-  int64_t shared_bytes;  // of a block, at most
+  int64_t shared_bytes;    // of a block, at most
+  int64_t reserved_bytes;  // of shared memory before a block's, the system's, at most
 };
+// What the runtime tells of a device. Throws std::runtime_error where it does not.
+Card card_of(int device);
 
 // Where the kernels of a function run, and memory for them; for one call of one function.
 class Context {

@@ -33,11 +33,16 @@ struct LinearParams {
 
 inline constexpr int kGroup = 64;  // elements of a row that share a scale, at least
 
-// Where a wide table of pairs lies in the shared memory of a block (see linear_decode.cuh), and how much of
-// it is left: before the table, of which the first KB is the system's on some cards, and behind it.
+// Where a wide table of pairs lies in shared memory (see linear_decode.cuh): at a fixed address, wherever a
+// block's memory starts. What is behind it is at this offset of the block's memory; before it there is room
+// up to the table, less what the system has there, which all kernels can do with where that is not more than
+// kMostReserved.
 inline constexpr int kWideTableAddress = 0x10000, kWideTableBytes = 0x10000, kNarrowTableBytes = 0x8000;
-inline constexpr int kBeforeWideTable = kWideTableAddress - 1024;
 inline constexpr int kBehindWideTable = kWideTableAddress + kWideTableBytes;
+inline constexpr int kMostReserved = 8 << 10;
+inline bool has_wide_table(const Card& card) {
+  return card.shared_bytes >= 160 << 10 && card.reserved_bytes <= kMostReserved;
+}
 
 // How a product is cut: the units of all tiles, tile after tile, in shares of `part`, one for each block or,
 // in LinearSmall, for each warp. There every tile's sums are cut in `splits` slices beforehand, each of which

@@ -46,17 +46,17 @@ struct NarrowTable {
   }
 };
 
-// Fills the table, `start` being the shared memory of the block. For all threads; a barrier must follow.
+// Fills the table, `start` being the shared memory of the block, of which so many bytes are in use before a
+// wide table. For all threads; a barrier must follow.
 template <class T, class Table, int kThreads>
-DEVICE Table fill_table(uint8_t* start) {
+DEVICE Table fill_table(uint8_t* start, uint32_t bytes_before) {
   constexpr int kRows = 256, kRowsOfWarp = kRows / (kThreads / kWarp);
   static_assert(kRowsOfWarp <= kWarp && kRowsOfWarp % 4 == 0);
   const int lane = lane_index(), first = warp_index() * kRowsOfWarp;
   const uint32_t start_address = shared_address(start), address = Table::address(start_address);
   if constexpr (Table::kIsWide) {
-    // More of shared memory is the system's than linear.h leaves to it: rather no result than another's
-    // memory.
-    if (start_address > kWideTableAddress - kBeforeWideTable) __trap();
+    // The block's memory starts later than the card had said: rather no result than another's memory.
+    if (start_address + bytes_before > kWideTableAddress) __trap();
   }
   // A lane knows one row, and writes 16 bytes of each fourth.
   const int mine = first + lane % kRowsOfWarp;

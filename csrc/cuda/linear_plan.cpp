@@ -10,7 +10,7 @@ namespace {
 enum class Cards { kWide, kWide80, kNarrow, kAny };
 
 bool belongs(const Card& card, Cards cards) {
-  const bool wide = card.shared_bytes >= 160 << 10;
+  const bool wide = has_wide_table(card);
   switch (cards) {
     case Cards::kWide:
       return wide;
@@ -72,12 +72,13 @@ int64_t place(bool wide_table, int64_t fixed_bytes, const Card& card, Cut& cut) 
     cut.x_offset = cut.shared_offset + static_cast<int>(fixed_bytes);
     return card.shared_bytes - cut.x_offset;
   }
+  const int64_t before = kWideTableAddress - card.reserved_bytes;
   const int64_t behind = card.shared_bytes - kBehindWideTable;
-  const bool x_behind = behind > kBeforeWideTable;
+  const bool x_behind = behind > before;
   cut.x_offset = x_behind ? kBehindWideTable : 0;
   cut.shared_offset = x_behind ? 0 : kBehindWideTable;
-  if (std::min<int64_t>(behind, kBeforeWideTable) < fixed_bytes) return 0;
-  return x_behind ? behind : kBeforeWideTable;
+  if (std::min(behind, before) < fixed_bytes) return 0;
+  return std::max(behind, before);
 }
 
 // All of a block's shared memory, x being of that size.

@@ -44,7 +44,8 @@ struct LinearSmall {
     LinearSmall self(p);
     self.copy_x();
     self.start_loading();
-    self.table_ = fill_table<T, Table, kThreads>(self.start_);
+    self.table_ =
+        fill_table<T, Table, kThreads>(self.start_, p.x_offset == 0 ? self.x_bytes() : sizeof(Shared));
     fill_map<kThreads>(p.weight, self.shared_->map);
     copy_async_wait<0>();
     __syncthreads();
@@ -106,6 +107,9 @@ struct LinearSmall {
         next_left_(end_ - begin_) {}
 
   DEVICE int x_pitch() const { return p_.work.most_groups() * kGroup + SmallShape::kPad; }
+  DEVICE uint32_t x_bytes() const {
+    return static_cast<uint32_t>((kTokenTiles == 1 ? p_.m : kTokens) * x_pitch()) * sizeof(T);
+  }
   DEVICE T* x_row(int token) const { return reinterpret_cast<T*>(start_ + p_.x_offset) + token * x_pitch(); }
   // Tokens beyond the last compute what nobody reads.
   DEVICE int token_of(int tile) const {

@@ -38,13 +38,13 @@ struct LinearTilesOf {
     alignas(16) uint32_t last;
   };
   static_assert(sizeof(Shared) == kShape.fixed_bytes());
-  static_assert(!Table::kIsWide || sizeof(Shared) <= kBeforeWideTable);
+  static_assert(!Table::kIsWide || sizeof(Shared) + kMostReserved <= kWideTableAddress);
 
   static DEVICE void run(const Params& p) {
     LinearTilesOf self(p);
     if (Groups::kIsMany && self.begin_ >= self.end_) return;
     self.start_loading();
-    self.table_ = fill_table<T, Table, kThreads>(shared_memory<uint8_t>());
+    self.table_ = fill_table<T, Table, kThreads>(shared_memory<uint8_t>(), sizeof(Shared));
     fill_map<kThreads>(p.weight, self.shared_->map);
     __syncthreads();
     for (int tile = self.begin_ / self.stages_; tile * self.stages_ < self.end_; ++tile) {

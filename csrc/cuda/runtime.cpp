@@ -31,7 +31,7 @@ namespace {
 constexpr auto kDevice = at::kCPU;
 
 Card& card() {
-  static Card card{80, 4, 163 << 10};
+  static Card card{80, 4, 163 << 10, 1024};
   return card;
 }
 // That there have been: what one had in its memory the next one has not.
@@ -51,7 +51,7 @@ const Card& current_card() { return card(); }
 void set_card(const Card& new_card) {
   ++cards;
   card() = new_card;
-  cudart::set_card(new_card.compute_capability, new_card.shared_bytes);
+  cudart::set_card(new_card.compute_capability, new_card.shared_bytes, new_card.reserved_bytes);
 }
 
 uint32_t* CallContext::counters(int64_t count) {
@@ -73,12 +73,6 @@ namespace cuda {
 namespace {
 
 constexpr auto kDevice = at::kCUDA;
-
-int attribute(cudaDeviceAttr name, int device) {
-  int value = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&value, name, device));
-  return value;
-}
 
 }  // namespace
 
@@ -102,13 +96,7 @@ const Card& current_card() {
   thread_local std::map<int, Card> cards;
   const int device = c10::cuda::current_device();
   auto found = cards.find(device);
-  if (found == cards.end()) {
-    const int major = attribute(cudaDevAttrComputeCapabilityMajor, device),
-              minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-    const Card card{10 * major + minor, attribute(cudaDevAttrMultiProcessorCount, device),
-                    attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device)};
-    found = cards.emplace(device, card).first;
-  }
+  if (found == cards.end()) found = cards.emplace(device, card_of(device)).first;
   return found->second;
 }
 

@@ -203,12 +203,34 @@ void launched() {
   }
 }
 
+// ---- Where a block's shared memory starts ---------------------------------------------------------------
+
+__global__ void tell_start(uint32_t* starts) {
+  if (threadIdx.x == 0) starts[blockIdx.x] = shared_address(shared_memory<uint8_t>());
+}
+// Plans leave so much room before it, and no more.
+void reserved() {
+  constexpr int kBlocks = 512;
+  const Array<uint32_t> result(kBlocks);
+  int told = 0;
+  check(cudaDeviceGetAttribute(&told, cudaDevAttrReservedSharedMemoryPerBlock, 0));
+  for (const int bytes : {16, 16 << 10, 48 << 10}) {
+    run<uint32_t*>(tell_start, result.data(), kBlocks, kThreads, bytes);
+    for (const uint32_t start : result.values()) {
+      expect(start <= static_cast<uint32_t>(told), "shared memory to start within the reserved " +
+                                                       std::to_string(told) + " bytes, not at " +
+                                                       std::to_string(start));
+    }
+  }
+}
+
 }  // namespace
 
 const Cases& card_cases() {
   static const Cases cases = {
-      {"tickets", tickets},          {"ring_2", ring<2>},           {"ring_4", ring<4>},    {"warps", warps},
-      {"halves_bf16", halves<bf16>}, {"halves_fp16", halves<fp16>}, {"launched", launched},
+      {"tickets", tickets},   {"ring_2", ring<2>},           {"ring_4", ring<4>},
+      {"warps", warps},       {"halves_bf16", halves<bf16>}, {"halves_fp16", halves<fp16>},
+      {"launched", launched}, {"reserved", reserved},
   };
   return cases;
 }

@@ -7,6 +7,7 @@
 
 #include "counters.h"
 #include "fake_runtime.h"
+#include "kernels.h"
 #include "stream.h"
 
 namespace peft_kernels::cuda {
@@ -209,6 +210,21 @@ void no_memory() {
   counters(stream);
 }
 
+// ---- Cards ---------------------------------------------------------------------------------------------
+
+void card() {
+  const Card card = card_of(0);
+  expect(card.compute_capability == 86 && card.sms == 82, "what the runtime tells of the card");
+  expect(card.shared_bytes == 227 << 10 && card.reserved_bytes == 2048, "its shared memory");
+}
+
+void card_that_does_not_tell() {
+  state.fails = "cudaDeviceGetAttribute";
+  state.error = cudaErrorInvalidValue;
+  expect_error([] { card_of(3); }, "cuda:3 does not tell its compute capability: an error's description");
+  expect(state.last_error == cudaSuccess, "the error not to be found by others");
+}
+
 // ---- Starting ------------------------------------------------------------------------------------------
 
 struct Product {};
@@ -304,6 +320,8 @@ const std::map<std::string, void (*)()> kCases{
     {"graphs_give_back", graphs_give_back},
     {"many_graphs", many_graphs},
     {"no_memory", no_memory},
+    {"card", card},
+    {"card_that_does_not_tell", card_that_does_not_tell},
     {"starts", starts},
     {"grid_limits", grid_limits},
     {"own_error", own_error},

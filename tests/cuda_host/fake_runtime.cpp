@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <map>
 
 namespace fake {
 
@@ -68,8 +69,13 @@ cudaError_t cudaGetDevice(int* device) {
   *device = state.device;
   return outcome("cudaGetDevice");
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = 227 << 10;
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  static const std::map<cudaDeviceAttr, int> values{{cudaDevAttrComputeCapabilityMajor, 8},
+                                                    {cudaDevAttrComputeCapabilityMinor, 6},
+                                                    {cudaDevAttrMultiProcessorCount, 82},
+                                                    {cudaDevAttrMaxSharedMemoryPerBlockOptin, 227 << 10},
+                                                    {cudaDevAttrReservedSharedMemoryPerBlock, 2048}};
+  *value = values.at(attribute);
   return outcome("cudaDeviceGetAttribute");
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {

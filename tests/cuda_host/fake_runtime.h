@@ -1,5 +1,5 @@
-// A CUDA runtime without a device, as far as counters.cpp and launch.cpp call it. What a stream is given runs
-// at once; in a capture it becomes a node of a graph.
+// A CUDA runtime without a device, as far as card.cpp, counters.cpp and launch.cpp call it. What a stream is
+// given runs at once; in a capture it becomes a node of a graph.
 #pragma once
 
 #include <cuda_runtime_api.h>

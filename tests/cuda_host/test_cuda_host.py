@@ -32,7 +32,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     if compiler is None or headers is None:
         pytest.skip("no g++" if compiler is None else "no nvcc")
     target = tmp_path_factory.mktemp("cuda_host") / "cases"
-    sources = [*(CSRC / name for name in ("counters.cpp", "launch.cpp")), HERE / "fake_runtime.cpp"]
+    sources = [
+        *(CSRC / name for name in ("card.cpp", "counters.cpp", "launch.cpp")),
+        HERE / "fake_runtime.cpp",
+    ]
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", f"-I{HERE}"]
     command += ["-isystem", str(headers), "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
     command += [str(path) for path in (*sources, HERE / "cases.cpp")]
@@ -54,7 +57,7 @@ def test_case(program: Callable[[str], str], case: str) -> None:
 
 
 def test_there_are_cases() -> None:
-    assert len(CASES) == 19
+    assert len(CASES) == 21
 
 
 def test_what_lanes_do_together_stays_in_place() -> None:

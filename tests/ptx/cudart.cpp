@@ -121,11 +121,11 @@ Runtime& runtime() {
 
 }  // namespace
 
-void set_card(int compute_capability, int64_t shared_bytes) {
+void set_card(int compute_capability, int64_t shared_bytes, int64_t reserved_bytes) {
   Runtime& r = runtime();
   r.compute_capability = compute_capability;
   ptx::options().shared_limit = shared_bytes;
-  ptx::options().first_shared_address = compute_capability >= 90 ? 1024 : 0;
+  ptx::options().first_shared_address = compute_capability >= 90 ? reserved_bytes : 0;
   // To another card nothing has been said yet; but callers who asked for all there is ask no card twice.
   for (auto& [stub, function] : r.functions) {
     function.dynamic_shared = function.has_all_shared ? shared_bytes : 0;

@@ -18,7 +18,7 @@
 namespace peft_kernels::cudart {
 
 // The card: of the PTX in a fat binary, that of the newest architecture runs which is no newer than the card.
-void set_card(int compute_capability, int64_t shared_bytes);
+void set_card(int compute_capability, int64_t shared_bytes, int64_t reserved_bytes);
 // Runs what `edit` makes of the PTX of a fat binary; null: the PTX as it is.
 void set_edit(std::function<std::string(std::string)> edit);
 struct Note {
