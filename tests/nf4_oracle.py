@@ -36,6 +36,18 @@ def oracle_scaled(flat: np.ndarray, blocksize: int) -> tuple[np.ndarray, np.ndar
     return flat * np.repeat(inverse, blocksize)[: flat.size], absmax
 
 
+def told_apart(thresholds: np.ndarray) -> list[tuple[np.float32, np.ndarray]]:
+    """Absmax values, each with numbers whose codes by x / absmax are others than by x * (1 / absmax)."""
+    found = []
+    for absmax in np.random.default_rng(0).uniform(1, 2, 200).astype(np.float32):
+        x = np.abs(thresholds[thresholds != 0]) * absmax
+        x = np.concatenate((np.nextafter(x, np.float32(0)), x, np.nextafter(x, np.float32(4))))
+        by_inverse, by_division = (oracle_codes(y, thresholds) for y in (x * (1 / absmax), x / absmax))
+        found.append((absmax, x[(by_inverse != by_division) & (x < absmax)]))
+    assert sum(len(x) for _, x in found) > 100
+    return found
+
+
 def oracle_quantize(weight: Tensor, blocksize: int) -> tuple[Tensor, Tensor]:
     scaled, absmax = oracle_scaled(weight.float().numpy().ravel(), blocksize)
     codes = oracle_codes(scaled, np.array(NF4_THRESHOLDS, np.float32))

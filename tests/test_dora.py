@@ -20,6 +20,7 @@ from numbers_policy import (
 from torch import Tensor
 
 import testing
+from peft_kernels import NF4Weight
 
 ops = torch.ops.peft_kernels
 INF, NAN = float("inf"), float("nan")
@@ -221,6 +222,23 @@ def check_norm_case(case: dict[str, Any]) -> None:
 @pytest.mark.parametrize("case", NORM_CASES, ids=case_id)
 def test_dora_norm(backend: str, case: dict[str, Any]) -> None:
     check_norm_case(case)
+
+
+@pytest.mark.parametrize("base", ["nf4", "nested", "fp32"])
+@pytest.mark.parametrize("r", [1, 8, 9, 33])
+def test_dora_norm_has_all_bits_of_its_products(backend: str, r: int, base: str) -> None:
+    """Of one sign, and most of the norm: what a factor loses beyond its upper bits adds up, where among
+    random signs it hides behind the rounding of w . w."""
+    n, k = 70, 576
+    if base == "fp32":
+        w = testing.tensor(n, k, seed=1).abs()
+        group: tuple[Any, ...] = (w, None, None, None, 0)
+        dense = w.double()
+    else:
+        weight = NF4Weight.quantize(testing.tensor(n, k, seed=1).abs(), 64, base == "nested")
+        group, dense = weight._state.op_args, dense64(weight)
+    a, b = testing.tensor(r, k, seed=3).abs(), testing.tensor(n, r, seed=4).abs()
+    check_norm(group, dense, a, b, 0.05 / r)
 
 
 @pytest.mark.parametrize("base", ["nested", "fp32", "bf16"])

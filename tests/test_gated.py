@@ -96,6 +96,16 @@ def test_gated_activation_of_every_value(backend: str, dtype: torch.dtype, activ
         assert_elements(got, truth, size, name)
 
 
+def test_silu_keeps_its_bits_where_it_is_small(backend: str) -> None:
+    """Relative to itself: beside |gate|, which other tests compare with, what is far below 0 is nothing."""
+    gate = torch.linspace(-80, 10, 1801)
+    sigmoid, size = gate.double().sigmoid(), gate.double().abs()
+    results = gated_results(gate, *[torch.ones_like(gate)] * 2, "silu")
+    for name, scale in (("out", size), ("dup", size), ("dgate", 1 + size)):
+        got, _, truth, _ = results[name]
+        assert_elements(got, truth, sigmoid * scale, name)
+
+
 EXTREMES = (
     0.0, -0.0, 1e-45, -1e-45, 1e-40, -1e-40, 6e-8, -6e-8, 1e-5, 0.5, -0.5, 5.0, -5.0, 20.0, -20.0, 86.9,
     -86.9, 88.0, -88.0, 89.0, -89.0, 104.0, -104.0, 1e4, -1e4, 65504.0, -65504.0,

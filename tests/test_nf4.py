@@ -5,11 +5,20 @@ from __future__ import annotations
 import itertools
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nf4_oracle import DTYPES, assert_same, dtype_id, each_dtype, oracle_dequantize, oracle_quantize
+from nf4_oracle import (
+    DTYPES,
+    assert_same,
+    dtype_id,
+    each_dtype,
+    oracle_dequantize,
+    oracle_quantize,
+    told_apart,
+)
 from numbers_policy import same_with_any_threads
 from torch import Tensor
 
@@ -90,6 +99,13 @@ def test_quantize_ties_take_the_lower_code(backend: str, nibble: str, scale: flo
     assert absmax.tolist() == [abs(scale)]
     codes = (packed >> 4 if nibble == "high" else packed & 15)[: values.numel()].tolist()
     assert codes == [code for i in range(15) for code in (i, i, i + 1)]
+
+
+def test_quantize_multiplies_by_the_inverse(backend: str) -> None:
+    weight = torch.zeros(200, 64)
+    for row, (absmax, x) in zip(weight, told_apart(np.array(NF4_THRESHOLDS, np.float32)), strict=True):
+        row[0], row[1 : 1 + len(x)] = float(absmax), torch.from_numpy(x)
+    assert_quantizes(weight, 64, "beside thresholds")
 
 
 @each_dtype

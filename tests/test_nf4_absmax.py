@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from nf4_oracle import CPU, assert_same, oracle_codes, oracle_scaled
+from nf4_oracle import CPU, assert_same, oracle_codes, oracle_scaled, told_apart
 from torch import Tensor
 
 import testing
@@ -56,6 +57,21 @@ def test_quantize_absmax_ties_take_the_lower_code(backend: str) -> None:
         q8, absmax2, offset = ops.quantize_absmax(absmax)
         assert offset.item() == 0.0 and absmax2.item() == 1.0, "the sample does not test ties"
         assert q8[2::2].tolist() == expected[begin : begin + 100]
+
+
+def test_quantize_absmax_multiplies_by_the_inverse(backend: str) -> None:
+    tested = 0
+    for largest, x in told_apart(dynamic_thresholds(CPU).numpy()):
+        group = torch.from_numpy(np.append(largest, x[:127]))
+        absmax = torch.stack((group, -group), 1).view(-1)
+        if absmax.mean() != 0:  # its sum was rounded on the way, and another offset moves all
+            continue
+        q8, absmax2, _ = ops.quantize_absmax(absmax)
+        want_q8, want_absmax2 = oracle_quantize_absmax(absmax, torch.tensor(0.0))
+        assert_same(absmax2, want_absmax2, "absmax2")
+        assert_same(q8, want_q8, "q8")
+        tested += len(x)
+    assert tested > 500
 
 
 def test_quantize_absmax_reads_views(backend: str) -> None:

@@ -205,6 +205,19 @@ def test_add_rms_norm_saves_the_sum_alone(backend: str) -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_the_gradient_of_the_sum_is_added_before_dx_is_rounded(backend: str, dtype: torch.dtype) -> None:
+    """What is left where the two cancel is what one rounding would have taken."""
+    x, weight, dy = inputs((70, 333), dtype, torch.float32)
+    rstd = (x.double().square().mean(-1) + EPS).rsqrt()
+    op, how = torch.ops.peft_kernels.rms_norm_backward, (0.0, False, True, False)
+    rounded, _ = op(dy, x, weight, rstd.float(), None, *how)
+    got, _ = op(dy, x, weight, rstd.float(), -rounded, *how)
+    normed, d = x.double() * rstd[:, None], dy.double() * weight.double()
+    truth = rstd[:, None] * (d - normed * (d * normed).mean(-1, keepdim=True)) - rounded.double()
+    assert testing.relative_error(got, truth) < 0.01
+
+
 def test_eps_counts(backend: str) -> None:
     small = testing.tensor(4, 50, scale=1e-3)
     for eps in (0.0, 1e-6, 1e-2):
