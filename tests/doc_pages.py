@@ -164,3 +164,13 @@ def make_mixture(folder: Path) -> None:
     )
     torch.manual_seed(0)
     transformers.Qwen3MoeForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+
+
+def make_adapter(model: Path, folder: Path) -> None:
+    """LoRA on the linear layers of a model, as the pages' "my-adapter"."""
+    import peft
+    import transformers
+
+    base = transformers.AutoModelForCausalLM.from_pretrained(model)
+    config = peft.LoraConfig(r=8, target_modules="all-linear", init_lora_weights=False)
+    peft.get_peft_model(base, config).save_pretrained(folder)

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -55,14 +56,16 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model") / "my-model"
     doc_pages.make_model(folder)
     doc_pages.make_mixture(folder.with_name("my-mixture"))
+    doc_pages.make_adapter(folder, folder.with_name("my-adapter"))
     return folder
 
 
 @pytest.fixture
 def workplace(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader would run the snippets: a folder with `my-model` and `my-mixture` in it."""
+    """Where a reader would run the snippets, with `my-model`, `my-mixture` and `my-adapter` in it."""
     for name in ("my-model", "my-mixture"):
         (tmp_path / name).symlink_to(model_folder.with_name(name))
+    shutil.copytree(model_folder.with_name("my-adapter"), tmp_path / "my-adapter")  # snippets write to it
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -100,7 +100,7 @@ def faults(
         items = {name for names in quantised.values() for name in names}
         for name, entry in checkpoint.entries.items():
             if name not in items:
-                fault = _not_finite(entry)
+                fault = not_finite(entry)
                 if fault is not None:
                     yield fault
                 seen(entry.nbytes)
@@ -108,7 +108,7 @@ def faults(
     yield from _faults_of_config(checkpoint, bool(quantised), experts)
 
 
-def _not_finite(entry: Entry) -> str | None:
+def not_finite(entry: Entry) -> str | None:
     if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
         return None
     bad, step = 0, _CHUNK // entry.dtype.itemsize

@@ -106,12 +106,12 @@ def quantize_checkpoint(
         "experts": sorted(choice.experts),
     }
     with _work_folder(work, job, restart) as model:
-        conversion = Conversion(source, destination, choice, 0, 0, _others(source, checkpoint))
+        conversion = Conversion(source, destination, choice, 0, 0, other_files(source, checkpoint))
         conversion.bytes_before = sum(entry.nbytes for entry in checkpoint.entries.values())
         conversion.bytes_after = sum(shard.size for shard in shards)
         conversion.taken_over = [shard.name for shard in shards if (model / shard.name).exists()]
         others = sum((source / name).stat().st_size for name in conversion.copied)
-        _check_space(model, sum(s.size for s in shards if s.name not in conversion.taken_over) + others)
+        check_space(model, sum(s.size for s in shards if s.name not in conversion.taken_over) + others)
         started(conversion)
         for shard in shards:
             if shard.name in conversion.taken_over:
@@ -158,9 +158,9 @@ def _finish(
     total = conversion.bytes_after = sum(entry.nbytes for entry in entries.values())
     if (checkpoint.path / INDEX).exists():
         names = {name: entry.path.name for name, entry in sorted(entries.items())}
-        _write_json(model / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
+        write_json(model / INDEX, {"metadata": {"total_size": total}, "weight_map": names})
     quantization = _quantization(checkpoint, conversion.choice, blocksize, double_quant)
-    _write_json(model / CONFIG, checkpoint.config | {"quantization_config": quantization})
+    write_json(model / CONFIG, checkpoint.config | {"quantization_config": quantization})
     for name in conversion.copied:
         (model / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(checkpoint.path / name, model / name)
@@ -179,7 +179,7 @@ def _quantization(
     return NF4Config(blocksize, double_quant, choice.skip_modules, experts=True).to_dict()
 
 
-def _others(source: Path, checkpoint: Checkpoint) -> list[str]:
+def other_files(source: Path, checkpoint: Checkpoint) -> list[str]:
     """Tokenizer, generation_config, chat templates, licence: all but weights, and what is hidden."""
     found = []
     for folder, folders, files in os.walk(source):
@@ -195,7 +195,7 @@ def _others(source: Path, checkpoint: Checkpoint) -> list[str]:
     return found
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
@@ -249,5 +249,5 @@ def _same_job(note: Path, job: dict[str, Any]) -> bool:
         return False
 
 
-def _write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

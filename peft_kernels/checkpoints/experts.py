@@ -69,7 +69,7 @@ class ExpertsWeight:
         if self.converter is None:
             (entry,) = self.entries
             _expect(entry.name, "shape", self._in_model, entry.shape)
-        elif self._merges:
+        elif self.merges:
             for pattern, entries in self.parts.items():
                 if len(entries) != experts:
                     what = f"{experts} experts as {pattern}"
@@ -89,7 +89,7 @@ class ExpertsWeight:
             found: Iterator[Tensor] = (entry.row(e).read() for e in range(self.shape[0]))
             yield from self._turned(found)
             seen(entry)
-        elif self._merges:
+        elif self.merges:
             yield from self._turned(self._merged(seen))
         else:
             whole = self._converted("cpu")
@@ -106,7 +106,7 @@ class ExpertsWeight:
         return map(operator.attrgetter("mT"), experts) if self.transposed else experts
 
     @property
-    def _merges(self) -> bool:
+    def merges(self) -> bool:
         """Whether the conversion is: experts on top of each other, in each one part below the other."""
         from ..integrations.layouts import merges_experts
 

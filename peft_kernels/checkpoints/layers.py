@@ -51,7 +51,7 @@ def choose(checkpoint: Checkpoint, skip: Iterable[str] = (), experts: bool = Fal
     """CheckpointError when a name in `skip` fits nothing, when nothing can be quantised, or when experts are
     asked for that cannot."""
     try:
-        model, why_not = _on_meta(checkpoint), ""
+        model, why_not = on_meta(checkpoint), ""
     except Exception as error:  # transformers raises anything on a configuration that it does not know
         model, why_not = None, " ".join(str(error).split())[:100] or type(error).__name__
     skip = tuple(skip)
@@ -70,7 +70,8 @@ def choose(checkpoint: Checkpoint, skip: Iterable[str] = (), experts: bool = Fal
     return choice
 
 
-def _on_meta(checkpoint: Checkpoint) -> Any:
+def on_meta(checkpoint: Checkpoint) -> Any:
+    """The architecture that config.json names, without weights; raises anything if transformers has none."""
     import transformers
 
     # The architecture itself, before Auto classes: a classifier has the same model_type.

@@ -8,10 +8,10 @@ import os
 import sys
 
 from ..checkpoints.header import CheckpointError
-from . import doctor, info, inspect, plan, quantize
+from . import doctor, info, inspect, merge, plan, quantize
 from .output import Output
 
-_COMMANDS = (info, quantize, inspect, plan, doctor)
+_COMMANDS = (info, quantize, merge, inspect, plan, doctor)
 
 OK, FAILED = 0, 1  # and 2 is argparse's, for a command line that makes no sense
 

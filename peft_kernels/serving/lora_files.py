@@ -25,19 +25,19 @@ from .patterns import PatternTable
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-_LARGEST_JSON = 10_000_000
+LARGEST_JSON = 10_000_000
 """Bytes, of the configuration and of the weights' header. Parsed they take many times as many, with the GIL
 held meanwhile."""
 _LARGEST = torch.finfo(torch.float32).max
 """Of lora_alpha: what kernels scale with is fp32."""
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."
 _PARTS = {
     "lora_A.weight": "a",
     "lora_B.weight": "b",
     "lora_magnitude_vector": "magnitude",
     "lora_magnitude_vector.weight": "magnitude",
 }
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INITS = (True, False, None, "gaussian", "orthogonal", "eva")
 """Those that leave the base as it is. PiSSA, OLoRA, LoftQ and others change its weights: other adapters could
 not share it."""
@@ -73,10 +73,11 @@ def read_lora(
         Files that are missing, damaged, for another model or of a kind that is not served; values that are
         NaN or Inf.
     """
-    config = _read_config(folder / CONFIG)
+    config = read_config(folder / CONFIG)
+    _check_served(config)
     if not os.path.isfile(folder / WEIGHTS):
         raise CheckpointError(f"{folder}: expected a {WEIGHTS}, got none")
-    parts = _by_layer(read_header(folder / WEIGHTS, _LARGEST_JSON)[0])
+    parts = _by_layer(read_header(folder / WEIGHTS, LARGEST_JSON)[0])
     check_bytes(
         sum(
             prod(entry.shape) * (4 if part == "magnitude" else adapter_dtype.itemsize)
@@ -94,22 +95,13 @@ def read_lora(
     return found
 
 
-def _read_config(path: Path) -> dict[str, Any]:
-    config = read_json(path, _LARGEST_JSON)
+def read_config(path: Path, otherwise: str = "") -> dict[str, Any]:
+    """The configuration of a LoRA adapter, with a PatternTable for each pattern. `otherwise` is what to do
+    with an adapter of another kind."""
+    config = read_json(path, LARGEST_JSON)
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         got = config.get("peft_type") if isinstance(config, dict) else config
-        raise CheckpointError(f"{path.name}: expected peft_type 'LORA', got {shown(got)}")
-    for name in _BEYOND:
-        if config.get(name):
-            raise CheckpointError(f"{path.name}: {name}: expected none in an adapter to serve, got one")
-    if config.get("bias", "none") != "none":
-        raise CheckpointError(f"{path.name}: bias: expected 'none', got {shown(config['bias'])}")
-    init = config.get("init_lora_weights", True)
-    if not any(init is one or init == one for one in _INITS) or type(init) is int:
-        raise CheckpointError(
-            f"{path.name}: init_lora_weights: expected one that leaves the base as it is, got {shown(init)} "
-            "(save it with path_initial_model_for_weight_conversion)"
-        )
+        raise CheckpointError(f"{path.name}: expected peft_type 'LORA', got {shown(got)}{otherwise}")
     for name in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(name) or {}, dict):
             raise CheckpointError(f"{path.name}: {name}: expected a table, got {shown(config[name])}")
@@ -120,23 +112,42 @@ def _read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def check_init(config: dict[str, Any]) -> None:
+    """CheckpointError for an adapter whose initialisation has changed its base."""
+    init = config.get("init_lora_weights", True)
+    if not any(init is one or init == one for one in _INITS) or type(init) is int:
+        raise CheckpointError(
+            f"{CONFIG}: init_lora_weights: expected one that leaves the base as it is, got {shown(init)} "
+            "(save it with path_initial_model_for_weight_conversion)"
+        )
+
+
+def _check_served(config: dict[str, Any]) -> None:
+    for name in _BEYOND:
+        if config.get(name):
+            raise CheckpointError(f"{CONFIG}: {name}: expected none in an adapter to serve, got one")
+    if config.get("bias", "none") != "none":
+        raise CheckpointError(f"{CONFIG}: bias: expected 'none', got {shown(config['bias'])}")
+    check_init(config)
+
+
 def _by_layer(entries: dict[str, Entry]) -> dict[str, dict[str, Entry]]:
     layers: dict[str, dict[str, Entry]] = {}
     for key, entry in entries.items():
         path, part = next(
             (
-                (key[len(_PREFIX) : -len(suffix) - 1], part)
+                (key[len(PREFIX) : -len(suffix) - 1], part)
                 for suffix, part in _PARTS.items()
-                if key.startswith(_PREFIX) and key.endswith("." + suffix)
+                if key.startswith(PREFIX) and key.endswith("." + suffix)
             ),
             ("", ""),
         )
         if not part:
             raise CheckpointError(
-                f"{WEIGHTS}: {shown(key)}: expected {_PREFIX}<layer>.lora_A.weight or another part of "
+                f"{WEIGHTS}: {shown(key)}: expected {PREFIX}<layer>.lora_A.weight or another part of "
                 "LoRA or DoRA over a linear layer"
             )
-        if len(entry.shape) != (1 if part == "magnitude" else 2) or entry.dtype not in _DTYPES:
+        if len(entry.shape) != (1 if part == "magnitude" else 2) or entry.dtype not in DTYPES:
             expected = "a vector" if part == "magnitude" else "a matrix"
             raise CheckpointError(
                 f"{WEIGHTS}: {shown(key)}: expected {expected} of fp32, bf16 or fp16, "
@@ -183,17 +194,17 @@ def _read(
             raise CheckpointError(
                 f"{WEIGHTS}: {shown(entries[part].name)}: expected shape {shape}, got {entries[part].shape}"
             )
-    scaling = _scaling(config, path, r)
-    a, b = (_finite(entries[part], adapter_dtype).to(device) for part in ("a", "b"))
+    scaling = scaling_of(config, path, r)
+    a, b = (finite(entries[part], adapter_dtype).to(device) for part in ("a", "b"))
     scale = None
     if "magnitude" in entries:
         x = torch.empty((0, in_features), dtype=base.dtype, device=device)
-        magnitude = _finite(entries["magnitude"], torch.float32).to(device)
+        magnitude = finite(entries["magnitude"], torch.float32).to(device)
         scale = dora_factors(x, base.weight, a, b, magnitude, scaling, base.compute_dtype)
     return LoraLayer(a, b, scaling, scale)
 
 
-def _scaling(config: dict[str, Any], path: str, r: int) -> float:
+def scaling_of(config: dict[str, Any], path: str, r: int) -> float:
     rank = _of_pattern(config, "rank_pattern", path, config.get("r"))
     if r < 1:
         raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected a rank of at least 1, got {r}")
@@ -215,7 +226,7 @@ def _of_pattern(config: dict[str, Any], name: str, path: str, otherwise: Any) ->
         raise CheckpointError(f"{CONFIG}: {name}: {error}") from error
 
 
-def _finite(entry: Entry, dtype: torch.dtype) -> Tensor:
+def finite(entry: Entry, dtype: torch.dtype) -> Tensor:
     value = entry.read().to(dtype)
     if not bool(torch.isfinite(value).all()):
         raise CheckpointError(

@@ -1,0 +1,170 @@
+"""What a model's folder calls the layers and parameters that an adapter names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from torch import nn
+
+from ..nf4.experts import computes_experts
+from .checks import nf4_weights
+from .experts import ExpertsWeight, find
+from .folder import Checkpoint
+from .layers import on_meta
+from .names import Names
+from .rows import read_form
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Of a layer that LoRA is merged into."""
+
+    transposed: bool
+    """Whether its weight is (in_features, out_features)."""
+
+
+class BaseNames:
+    """Of one model's folder. Reads no values.
+
+    Attributes
+    ----------
+    files : dict
+        What the files call a tensor of the model that they have as it is. Of packed weights the codes alone.
+    packed : dict
+        Packed weights with all their items, by the names of files.
+    what, source : str
+        The base, for messages; and in words how its layers are known.
+    embeddings : set
+        Paths of the modules that embed tokens, and of heads.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint, self.packed = checkpoint, nf4_weights(checkpoint.entries)
+        self._model: Any = None
+        try:
+            self._model, why_not = on_meta(checkpoint), ""
+        except Exception as error:  # transformers raises anything on a configuration that it does not know
+            why_not = " ".join(str(error).split())[:100] or type(error).__name__
+        self.known = self._model is not None
+        items = {item for weight, names in self.packed.items() for item in names if item != weight}
+        self.files: dict[str, str] = {}
+        self.embeddings: set[str] = set()
+        self._forms: dict[str, tuple[int, ...]] = {}
+        if self._model is None:
+            self.what = f"an architecture that transformers does not know ({why_not})"
+            self.source = f"names, as transformers cannot tell ({why_not})"
+            self.files = {name: name for name in checkpoint.entries if name not in items}
+            return
+        self.what = type(self._model).__name__
+        self.source = f"{self.what} of transformers"
+        self._names, self._modules = Names(self._model), dict(self._model.named_modules())
+        self._parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        for name in sorted(checkpoint.entries.keys() - items):
+            target, pattern = self._names.in_model(name)
+            if pattern is None:
+                self.files[target] = name
+        for get in ("get_input_embeddings", "get_output_embeddings"):
+            module = getattr(self._model, get)()
+            self.embeddings |= {path for path, other in self._modules.items() if other is module}
+
+    # Modules and parameters, by the paths that adapters have.
+
+    def module_path(self, path: str) -> str | None:
+        """Where the model has a module; None for one that it lacks."""
+        if self._model is None:
+            return path if f"{path}.weight" in self.files else None
+        if path in self._modules:
+            return path
+        found = self._names.in_model(f"{path}.weight")[0].removesuffix(".weight")
+        return found if found in self._modules else None
+
+    def module(self, path: str) -> nn.Module | None:
+        return None if self._model is None else self._modules[path]
+
+    def parameter_path(self, name: str) -> str:
+        if self._model is None or name in self._parameters:
+            return name
+        return self._names.in_model(name)[0]
+
+    def kind_of(self, module: nn.Module | None, embedding: bool, fan_in_fan_out: bool) -> Kind | None:
+        """None for what nothing is merged into. PEFT goes by the class for `fan_in_fan_out`, too."""
+        if module is None:
+            return None if embedding else Kind(fan_in_fan_out)
+        if embedding:
+            return Kind(True) if isinstance(module, nn.Embedding) else None
+        if isinstance(module, nn.Linear):
+            return Kind(False)
+        return Kind(True) if type(module).__name__ == "Conv1D" else None
+
+    def tied_with(self, name: str) -> list[str]:
+        """Other parameters that are the same tensor."""
+        if self._model is None or name not in self._parameters:
+            return []
+        tensor = self._parameters[name]
+        return [other for other, there in self._parameters.items() if there is tensor and other != name]
+
+    # What the configuration of an adapter says that must be in it.
+
+    def targeted(self, config: dict[str, Any]) -> Iterator[str]:
+        """Paths of the layers that PEFT wraps, where they are given by the ends of names."""
+        targets, parameters = config.get("target_modules"), config.get("target_parameters") or []
+        restricted = any(config.get(name) for name in ("exclude_modules", "modules_to_save"))
+        restricted = restricted or config.get("layers_to_transform") is not None
+        if self._model is None or restricted:
+            return
+        ends = tuple(f".{target}" for target in targets) if isinstance(targets, list) else ()
+        parameter_ends = tuple(f".{target}" for target in parameters)
+        for path, module in self._modules.items():
+            of_module = f".{path}".endswith(ends) and self.kind_of(module, False, False) is not None
+            names = (name for name, _ in module.named_parameters(recurse=False))
+            if of_module or any(f".{path}.{name}".endswith(parameter_ends) for name in names):
+                yield path
+
+    def saved(self, config: dict[str, Any]) -> Iterator[str]:
+        """Names of the parameters of `modules_to_save`."""
+        saved = tuple(config.get("modules_to_save") or ())
+        for path, module in self._modules.items() if self._model is not None and saved else ():
+            if path.endswith(saved):
+                for name, _ in module.named_parameters():
+                    yield f"{path}.{name}"
+
+    # Files.
+
+    def is_packed(self, file_name: str) -> bool:
+        return file_name in self.packed
+
+    def shape_of(self, file_name: str) -> tuple[int, ...]:
+        """Of a packed weight what it has when it is dense."""
+        if file_name not in self.packed:
+            return self.checkpoint.entries[file_name].shape
+        if file_name not in self._forms:
+            state, _ = read_form(self.checkpoint, file_name, self.packed[file_name])
+            self._forms[file_name] = tuple(state.shape)
+        return self._forms[file_name]
+
+    def experts(self, name: str) -> ExpertsWeight | None:
+        """A weight of experts that the files have in parts."""
+        return self._experts.get(name)
+
+    @cached_property
+    def turned(self) -> set[str]:
+        """Packed weights, as files call them, that the model has as (in_features, out_features)."""
+        found = set()
+        for name, file_name in self.files.items() if self.known else ():
+            module = self._modules.get(name.rpartition(".")[0])
+            turned = type(module).__name__ == "Conv1D" or getattr(module, "is_transposed", False)
+            if file_name in self.packed and turned:
+                found.add(file_name)
+        return found
+
+    @cached_property
+    def _experts(self) -> dict[str, ExpertsWeight]:
+        modules = {path: module for path, module in self._modules.items() if computes_experts(module)}
+        return find(self.checkpoint, self._model, modules, self._names)
+
+    def written(self, name: str) -> str:
+        """What the files call a parameter that they lack."""
+        return self._names.written(name)

@@ -1,0 +1,213 @@
+"""One file of a merged model: what is in it, and how it is written, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from math import sqrt
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import experts_format
+from ..nf4.state import NF4State
+from ..nf4.weight import NF4Weight
+from ..serving.lora_files import finite
+from .changes import Change, Experts, ReadPart
+from .checks import not_finite, read_nf4
+from .folder import Checkpoint
+from .header import CheckpointError, Entry, shown
+from .merge_plan import Plan
+from .rows import read_form
+from .writer import Layout, ShardWriter, file_size
+
+Progress = Callable[[str, int], None]
+"""Told of tensors of the base and their bytes."""
+
+
+@dataclass
+class Rounding:
+    """What packing again did to the weights that the adapter changed, beside what the adapter did."""
+
+    error: float = 0.0
+    """Sum of the squares of what rounding to 4 bits added."""
+    change: float = 0.0
+    """Sum of the squares of what merging added."""
+
+    def note(self, before: Tensor, merged: Tensor, packed: Tensor) -> None:
+        self.error += _distance(packed, merged)
+        self.change += _distance(merged, before)
+
+    @property
+    def share(self) -> float | None:
+        """1 when the rounding is as large as the change."""
+        return sqrt(self.error / self.change) if self.change else None
+
+
+@dataclass
+class MergedFile:
+    checkpoint: Checkpoint
+    name: str
+    entries: list[Entry]
+    """Of the base, without packed weights."""
+    packed: dict[str, list[str]]
+    """Packed weights and their items."""
+    added: dict[str, tuple[Entry, Change | None]]
+    """As in `Plan`, those of this file."""
+    plan: Plan
+    dense: bool
+    """Whether packed weights become dense."""
+    rounding: Rounding
+    metadata: dict[str, str]
+    read: ReadPart
+
+    @property
+    def size(self) -> int:
+        """The most bytes that it can take."""
+        return file_size(self.layout, self.metadata)
+
+    @property
+    def layout(self) -> Layout:
+        found: dict[str, tuple[torch.dtype, tuple[int, ...]] | None] = {}
+        for entry in self.entries:
+            found[entry.name] = (entry.dtype, entry.shape)
+        for name, (entry, _) in self.added.items():
+            found[name] = (entry.dtype, entry.shape)
+        for name, items in self.packed.items():
+            if self.dense:
+                state, dtype = read_form(self.checkpoint, name, items)
+                found[name] = (dtype, self._shape(name, state))
+            else:
+                for item in items:
+                    entry = self.checkpoint.entries[item]
+                    text = ".quant_state." in item and name in self.plan.changes
+                    found[item] = None if text else (entry.dtype, entry.shape)
+        return found
+
+    def write(self, path: Path, progress: Progress) -> None:
+        """CheckpointError for NaN or Inf in what is merged or copied, and what `ShardWriter` raises."""
+        with ShardWriter(path, self.layout, self.metadata) as writer:
+            for entry in self.entries:
+                change = self.plan.changes.get(entry.name)
+                if change is None:
+                    self._copy(writer, entry)
+                elif isinstance(change, Experts):
+                    for expert in range(entry.shape[0]):
+                        row = entry.row(expert)
+                        rows = change.of_expert(expert, 0, row.shape[0])
+                        writer.write_row(entry.name, self._merged(row.read(), rows, entry.name))
+                else:
+                    writer.write(entry.name, self._merged(entry.read(), change, entry.name))
+                progress(entry.name, entry.nbytes)
+            for name, (entry, change) in self.added.items():
+                dense = entry.read()
+                writer.write(name, dense if change is None else self._merged(dense, change, name))
+            for name, items in self.packed.items():
+                self._write_packed(writer, name, items)
+                progress(name, sum(self.checkpoint.entries[item].nbytes for item in items))
+
+    def _copy(self, writer: ShardWriter, entry: Entry) -> None:
+        fault = not_finite(entry)
+        if fault is not None:
+            raise CheckpointError(fault)
+        writer.copy(entry)
+
+    def _merged(self, weight: Tensor, change: Change, name: str) -> Tensor:
+        merged = change.of(weight, self.read)
+        if not bool(torch.isfinite(merged).all()):
+            raise CheckpointError(f"{shown(name)}: expected finite values after merging, got NaN or Inf")
+        return merged
+
+    # Packed weights.
+
+    def _write_packed(self, writer: ShardWriter, name: str, items: list[str]) -> None:
+        change = self.plan.changes.get(name)
+        if change is None and not self.dense:
+            for item in items:
+                writer.copy(self.checkpoint.entries[item])
+            return
+        state, dtype = read_nf4(self.checkpoint, name, items)
+        if len(state.shape) == 2:
+            assert not isinstance(change, Experts)
+            self._write_weight(writer, name, items, state, dtype, change)
+            return
+        blob = next(item for item in items if ".quant_state." in item)
+        for expert in range(state.shape[0]):
+            rows = change.of_expert(expert, 0, state.shape[1]) if isinstance(change, Experts) else None
+            self._write_expert(writer, name, state.expert(expert), dtype, rows)
+        if not self.dense:
+            writer.write(blob, self.checkpoint.entries[blob].read())
+
+    def _write_weight(
+        self,
+        writer: ShardWriter,
+        name: str,
+        items: list[str],
+        state: NF4State,
+        dtype: torch.dtype,
+        change: Change | None,
+    ) -> None:
+        if self.dense:
+            writer.write(name, self._dense(name, state, dtype, change))
+            return
+        assert change is not None
+        written = self._packed_again(name, state, dtype, change).state_dict(name=name)
+        if written.keys() != set(items):
+            raise CheckpointError(
+                f"{name}: expected the items {', '.join(sorted(written))}, got {', '.join(sorted(items))}"
+            )
+        for key, tensor in written.items():
+            kind = self.checkpoint.entries[key]
+            writer.write(key, tensor.view(kind.shape) if ".quant_state." not in key else tensor)
+
+    def _write_expert(
+        self, writer: ShardWriter, name: str, state: NF4State, dtype: torch.dtype, change: Change | None
+    ) -> None:
+        if self.dense:
+            writer.write_row(name, self._dense(name, state, dtype, change))
+            return
+        assert change is not None
+        again = self._packed_again(name, state, dtype, change)._state
+        for key, tensor in experts_format.tensors(again, name).items():
+            writer.write_row(key, tensor)
+
+    def _dense(self, name: str, state: NF4State, dtype: torch.dtype, change: Change | None) -> Tensor:
+        weight = state.dequantize(dtype)
+        if change is not None:
+            weight = self._merged(weight, change, name)
+        return weight.t() if name in self.plan.turned else weight
+
+    def _packed_again(self, name: str, state: NF4State, dtype: torch.dtype, change: Change) -> NF4Weight:
+        before = state.dequantize(dtype)
+        merged = self._merged(before.clone(), change, name)
+        packed = NF4Weight.quantize(merged, state.blocksize, state.double_quant, name=name)
+        self.rounding.note(before, merged, packed.dequantize())
+        return packed
+
+    def _shape(self, name: str, state: NF4State) -> tuple[int, ...]:
+        *experts, rows, columns = state.shape
+        return (*experts, columns, rows) if name in self.plan.turned else (*experts, rows, columns)
+
+
+def _distance(a: Tensor, b: Tensor) -> float:
+    return float(torch.linalg.vector_norm(a.float() - b.float(), dtype=torch.float64)) ** 2
+
+
+def compose(checkpoint: Checkpoint, plan: Plan, dense: bool, rounding: Rounding) -> list[MergedFile]:
+    """For each file of the base one, of the same name. Items of a packed weight go where its codes are."""
+    items = {item for names in plan.packed.values() for item in names}
+    # The adapters of two tensors are kept, for files alternate between the parts of one expert.
+    read = lru_cache(maxsize=4)(partial(finite, dtype=torch.float32))
+    found = []
+    for file in checkpoint.files:
+        here = checkpoint.of_file(file)
+        entries = [entry for name, entry in here.items() if name not in items]
+        weights = {name: names for name, names in plan.packed.items() if name in here}
+        added = {name: new for name, new in plan.added.items() if new[0].path == file}
+        metadata = {"format": "pt"} | checkpoint.metadata[file.name]
+        if entries or weights:
+            rest = plan, dense, rounding, metadata, read
+            found.append(MergedFile(checkpoint, file.name, entries, weights, added, *rest))
+    return found
