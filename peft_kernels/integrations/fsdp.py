@@ -19,7 +19,8 @@ from ..nf4.shard import NF4Shard
 from ..nf4.sharded_weight import is_dtensor, is_parallel, is_sharded
 from ..nf4.state import PARALLEL
 from ..nf4.weight import NF4Weight
-from .fsdp_loading import agree, empty_layers, load_checkpoint, mesh_of
+from .fsdp_loading import empty_layers, load_checkpoint
+from .fsdp_parts import agree, groups_of, mesh_of
 
 __all__ = [
     "ShardingReport",
@@ -152,7 +153,7 @@ def save_adapter(model: Any, folder: Path | str, **options: Any) -> None:
             model.save_pretrained(folder, state_dict=full, **options)
         except Exception as problem:
             error = f"{folder}: the adapter could not be saved ({type(problem).__name__}: {problem})"
-    agree(error, mesh)
+    agree(error, groups_of(mesh))
 
 
 def _refuse_parallel(model: nn.Module) -> None:

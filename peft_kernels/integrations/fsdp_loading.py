@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checkpoints.checks import holds_experts, nf4_weights
@@ -15,12 +14,13 @@ from ..checkpoints.folder import Checkpoint
 from ..checkpoints.header import CheckpointError, Entry
 from ..checkpoints.rows import read_form, read_part, read_rows
 from ..nf4.model import ModelLink, announce
-from ..nf4.shard import NF4Shard
 from ..nf4.sharded_weight import is_dtensor, is_sharded
 from ..nf4.weight import NF4Weight
 from ..nn import NF4Linear
 from ..quantize_report import QuantizeReport, nbytes_of
+from . import fsdp_adapters
 from .architectures import is_linear
+from .fsdp_parts import agree, device_for, groups_of, mesh_of, own, parameter
 
 META = torch.device("meta")
 
@@ -80,9 +80,9 @@ def load_checkpoint(
     """Load a checkpoint into a sharded model, all of it or nothing. Every process has to call it, and reads
     its own rows of each tensor.
 
-    What is on the meta device is made: parameters that the checkpoint has, and the weights of new LoRA
-    adapters, which start as PEFT starts them, alike in every process. A model of PEFT is loaded as the model
-    that it is made from.
+    What is on the meta device is made: parameters that the checkpoint has, and those of new adapters (LoRA,
+    DoRA, modules_to_save, trainable_token_indices), which start as PEFT starts them, alike in every process.
+    A model of PEFT is loaded as the model that it is made from.
 
     Parameters
     ----------
@@ -100,87 +100,81 @@ def load_checkpoint(
     ------
     CheckpointError
         (a ValueError) In every process: what does not fit or cannot be read, in one of them, in a sentence
-        that names the tensor.
+        that names the tensor, or the option of an adapter that cannot start on the meta device.
     """
     mesh = mesh_of(model)
-    kind = "cpu" if mesh is None else mesh.device_type
-    if device is None:
-        device = (
-            torch.device(kind)
-            if kind == "cpu"
-            else torch.device(kind, torch.accelerator.current_device_index())
-        )
-    places, error, new = _places(model), None, dict[str, Any]()
+    device = device_for(mesh, device)
+    places, error, new = base_places(model), None, dict[str, Any]()
+    adapted = fsdp_adapters.is_peft(model)
     try:
+        if adapted and (reason := fsdp_adapters.why_not(model)):
+            raise CheckpointError(reason)
+        if strict and (name := _nowhere(model, places)):
+            raise CheckpointError(
+                f"{name}: expected values, got a buffer on the meta device that no checkpoint has: build the "
+                "model with init_empty_weights(include_buffers=False)"
+            )
         new = _read(Checkpoint.open(path), places, strict)
     except (CheckpointError, OSError) as problem:
         error = str(problem)
-    agree(error, mesh, CheckpointError)
+    agree(error, groups_of(mesh), CheckpointError)
+    put(model, places, new, device)
+    if adapted:
+        fsdp_adapters.start(model, mesh, device)
+
+
+def put(model: nn.Module, places: dict[str, Any], new: dict[str, Any], device: torch.device) -> None:
+    """What this process has of each tensor into its place; on `device`, where that is on the meta device."""
     holders = _holders(model)
-    made: dict[int, nn.Parameter] = {}
+    made: dict[int, Any] = {}
     for name, value in new.items():
         place = places[name]
         if id(place) in made:
             continue
         if place.is_meta:
-            made[id(place)] = parameter = _parameter(place, value, torch.device(device))
-            for module, attribute in holders[id(place)]:
-                module._parameters[attribute] = parameter
+            filled: Any = parameter(place, value, device)
+            made[id(place)] = filled = filled if isinstance(place, nn.Parameter) else filled.detach()
+            for tensors, key in holders[id(place)]:
+                tensors[key] = filled
         else:
             _fill(place, value)
-    _start_adapters(model, mesh, torch.device(device))
-    left = [name for name, p in model.named_parameters() if p.is_meta]
-    if left and strict:
-        raise CheckpointError(f"{left[0]}: the checkpoint has no tensor of this name, the model has")
 
 
-def mesh_of(model: nn.Module) -> Any:
-    """The mesh that a model's parameters are sharded on; None: they are not."""
-    parameters: Any = model.parameters()
-    return next((p.device_mesh for p in parameters if is_dtensor(p)), None)
-
-
-def agree(error: str | None, mesh: Any, kind: type[Exception] = RuntimeError) -> None:
-    """Raise in every process of a mesh what has gone wrong in one."""
-    found = _first(error, mesh)
-    if found is not None:
-        raise kind(found)
-
-
-def _first(value: Any, mesh: Any) -> Any:
-    """What the first process that has anything has, in every process."""
-    for dim in range(0 if mesh is None else mesh.ndim):
-        group = mesh.get_group(dim)
-        values: list[Any] = [None] * group.size()
-        dist.all_gather_object(values, value, group=group)
-        value = next((v for v in values if v is not None), None)
-    return value
-
-
-def _places(model: nn.Module) -> dict[str, Any]:
-    """Parameters and buffers by the names that a checkpoint has, adapters left out."""
-    found: dict[str, Any] = {}
-    peft = hasattr(model, "peft_config")
-    named = [*model.named_parameters(remove_duplicate=False)]
+def named_places(model: nn.Module) -> dict[str, Any]:
+    """Parameters and persistent buffers by name."""
+    named = dict[str, Any](model.named_parameters(remove_duplicate=False))
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:
-                named.append((f"{prefix}.{name}" if prefix else name, buffer))
-    for name, place in named:
-        if peft:
-            if ".lora_" in name:
-                continue
-            name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
-        found[name] = place
-    return found
+                named[f"{prefix}.{name}" if prefix else name] = buffer
+    return named
 
 
-def _holders(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
+def base_places(model: nn.Module) -> dict[str, Any]:
+    """Those by the names that a checkpoint of the base has, adapters left out."""
+    named = named_places(model)
+    if not fsdp_adapters.is_peft(model):
+        return named
+    adapters, base_name = fsdp_adapters.prefixes(model), fsdp_adapters.base_names(model)
+    return {base_name(name): place for name, place in named.items() if not name.startswith(adapters)}
+
+
+def _nowhere(model: nn.Module, places: dict[str, Any]) -> str | None:
+    """A buffer on the meta device that nothing fills."""
+    filled = {id(place) for place in places.values()}
+    if fsdp_adapters.is_peft(model):
+        filled |= {id(tensors[key]) for tensors, key in fsdp_adapters.startable(model)}
+    return next((name for name, b in model.named_buffers() if b.is_meta and id(b) not in filled), None)
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """Where parameters and buffers are."""
+    found: dict[int, list[tuple[dict[str, Any], str]]] = {}
     for module in model.modules():
-        for attribute, p in module._parameters.items():
-            if p is not None:
-                found.setdefault(id(p), []).append((module, attribute))
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), []).append((tensors, key))
     return found
 
 
@@ -189,36 +183,58 @@ def _read(checkpoint: Checkpoint, places: dict[str, Any], strict: bool) -> dict[
     quantised = nf4_weights(checkpoint.entries)
     items = {item for names in quantised.values() for item in names}
     names = {*quantised, *(checkpoint.entries.keys() - items)}
+    new: dict[str, Any] = {}
+    for name in matched(names, places, strict):
+        place = places[name]
+        if not expects_packed(name, place, name in quantised):
+            new[name] = _dense_rows(name, place, checkpoint.entries[name])
+            continue
+        state, _ = read_form(checkpoint, name, quantised[name])
+        check_form(name, place, state.shape, state.blocksize, state.absmax2 is not None)
+        mine = place._local_tensor._part if is_sharded(place) else None
+        start, stop = (0, state.shape[0]) if mine is None else (mine.start, mine.stop)
+        new[name] = read_part(checkpoint, name, state, start, stop)
+    return new
+
+
+def matched(
+    names: Iterable[str], places: dict[str, Any], strict: bool, whose: str = "the checkpoint"
+) -> list[str]:
+    """Names that are to be loaded. CheckpointError if the model lacks one, or one of the model is missing."""
+    names = sorted(names)
     loaded = {id(places[name]) for name in names if name in places}
     for name, place in places.items():
         if strict and id(place) not in loaded:
-            raise CheckpointError(f"{name}: the checkpoint has no tensor of this name, the model has")
-    new: dict[str, Any] = {}
-    for name in sorted(names):
-        if name not in places:
-            if strict:
-                raise CheckpointError(f"{name}: the model has no tensor of this name, the checkpoint has")
-            continue
-        place = places[name]
-        packed = is_sharded(place) or isinstance(place, NF4Weight)
-        if packed != (name in quantised):
-            expected, got = (
-                ("an NF4 weight", "a plain tensor") if packed else ("a plain tensor", "an NF4 weight")
-            )
-            raise CheckpointError(f"{name}: expected {expected}, got {got}")
-        if packed:
-            state, _ = read_form(checkpoint, name, quantised[name])
-            _check(name, "shape", tuple(place.shape), state.shape)
-            mine = place._local_tensor._part if is_sharded(place) else None
-            start, stop = (0, state.shape[0]) if mine is None else (mine.start, mine.stop)
-            part = read_part(checkpoint, name, state, start, stop)
-            if mine is not None:
-                _check(name, "blocksize", mine.cut.blocksize, part.cut.blocksize)
-                _check(name, "double_quant", mine.absmax2 is not None, part.absmax2 is not None)
-            new[name] = part
-        else:
-            new[name] = _dense_rows(name, place, checkpoint.entries[name])
-    return new
+            raise CheckpointError(f"{name}: {whose} has no tensor of this name, the model has")
+    for name in names:
+        if strict and name not in places:
+            raise CheckpointError(f"{name}: the model has no tensor of this name, {whose} has")
+    return [name for name in names if name in places]
+
+
+def expects_packed(name: str, place: Any, packed: bool) -> bool:
+    """Whether a place is for an NF4 weight; CheckpointError if it is not `packed` that is so."""
+    if packed != (is_sharded(place) or isinstance(place, NF4Weight)):
+        expected, got = "an NF4 weight", "a plain tensor"
+        expected, got = (got, expected) if packed else (expected, got)
+        raise CheckpointError(f"{name}: expected {expected}, got {got}")
+    return packed
+
+
+def check_form(name: str, place: Any, shape: tuple[int, ...], blocksize: int, nested: bool) -> None:
+    """CheckpointError where a packed weight is not of the form of its place."""
+    _check(name, "shape", tuple(place.shape), tuple(shape))
+    if is_sharded(place):
+        mine = place._local_tensor._part
+        _check(name, "blocksize", mine.cut.blocksize, blocksize)
+        _check(name, "double_quant", mine.absmax2 is not None, nested)
+
+
+def check_dense(name: str, place: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """CheckpointError where a plain tensor does not fit its place."""
+    _check(name, "shape", tuple(place.shape), tuple(shape))
+    if dtype != place.dtype and not (dtype.is_floating_point and place.dtype.is_floating_point):
+        raise CheckpointError(f"{name}: expected dtype {place.dtype}, got {dtype}")
 
 
 def _check(name: str, what: str, expected: Any, got: Any) -> None:
@@ -227,42 +243,12 @@ def _check(name: str, what: str, expected: Any, got: Any) -> None:
 
 
 def _dense_rows(name: str, place: Any, entry: Entry) -> Tensor:
-    _check(name, "shape", tuple(place.shape), entry.shape)
-    if entry.dtype != place.dtype and not (entry.dtype.is_floating_point and place.dtype.is_floating_point):
-        raise CheckpointError(f"{name}: expected dtype {place.dtype}, got {entry.dtype}")
+    check_dense(name, place, entry.shape, entry.dtype)
     if not is_dtensor(place):
         return entry.read().to(place.dtype)
-    rows, *others = _own(place)
+    rows, *others = own(place)
     found = read_rows(entry, rows.start, rows.stop) if place.dim() else entry.read()
     return found[(slice(None), *others)].to(place.dtype).contiguous()
-
-
-def _own(place: Any) -> tuple[slice, ...]:
-    """What this process has of a DTensor."""
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    sizes, offsets = compute_local_shape_and_global_offset(place.shape, place.device_mesh, place.placements)
-    own = zip(sizes, offsets, place.shape, strict=True)
-    return tuple(slice(min(begin, whole), min(begin, whole) + size) for size, begin, whole in own)
-
-
-def _parameter(place: Any, value: Any, device: torch.device) -> nn.Parameter:
-    """On `device`, in place of one on the meta device."""
-    from torch.distributed.tensor import DTensor
-
-    if is_sharded(place):
-        empty = place._local_tensor
-        part = empty._part.map(lambda t: torch.zeros_like(t, device=device))
-        part.load(value)
-        local: Tensor = NF4Shard(part, empty.dtype, empty.shape)
-    elif isinstance(place, NF4Weight):
-        state = value.whole((value.packed, value.absmax), (value.absmax2, value.offset))
-        local = NF4Weight(state.map(lambda t: t.to(device)), place.dtype)
-    else:
-        local = value.to(device)
-    if is_dtensor(place):
-        local = DTensor(local, place._spec, requires_grad=False)
-    return nn.Parameter(local, requires_grad=place.requires_grad)
 
 
 @torch.no_grad()
@@ -275,36 +261,3 @@ def _fill(place: Any, value: Any) -> None:
         place.data = NF4Weight(state, place.dtype).to(place.device)
     else:
         (place.to_local() if is_dtensor(place) else place).copy_(value)
-
-
-def _start_adapters(model: Any, mesh: Any, device: torch.device) -> None:
-    """Make LoRA adapters that are on the meta device as PEFT makes them: whole, from one seed, of which each
-    process keeps its rows."""
-    if "peft" not in sys.modules or not hasattr(model, "peft_config"):
-        return
-    from peft.tuners.lora import LoraLayer
-
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    seed = _first(int(torch.randint(1 << 62, ())), mesh)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(seed)
-        for layer in layers:
-            for adapter in layer.lora_A:
-                linears = [layer.lora_A[adapter], layer.lora_B[adapter]]
-                if not all(p.is_meta for linear in linears for p in linear.parameters()):
-                    continue
-                init = model.peft_config[adapter].init_lora_weights
-                if init not in (True, False, "gaussian"):
-                    raise ValueError(
-                        "init_lora_weights: expected True, False or 'gaussian' for adapters on the meta "
-                        f"device, got {init!r}"
-                    )
-                places = [(linear, name, p) for linear in linears for name, p in linear.named_parameters()]
-                for linear, name, p in places:
-                    whole = torch.zeros(p.shape, dtype=p.dtype)
-                    linear._parameters[name] = nn.Parameter(whole, requires_grad=p.requires_grad)
-                layer.reset_lora_parameters(adapter, init)
-                for linear, name, p in places:
-                    made: Any = linear._parameters[name]
-                    own = made.detach()[_own(p)].clone() if is_dtensor(p) else made.detach()
-                    linear._parameters[name] = _parameter(p, own, device)
