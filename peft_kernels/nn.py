@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .integrations import offload
+from .nf4 import kept
 from .nf4.model import ModelLink
 from .nf4.sharded_weight import UNGATHERED, is_dtensor, is_parallel, is_sharded, load_rows
 from .nf4.state import PARALLEL
@@ -23,7 +24,7 @@ from .wrong_types import refuses_wrong_types
 __all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
 
 
-class NF4Linear(nn.Linear):
+class NF4Linear(kept.Received, nn.Linear):
     """A frozen `nn.Linear` whose weight is an `NF4Weight`.
 
     Everything that knows nn.Linear knows it: `peft.get_peft_model` injects LoRA, `model.to()` moves it,
@@ -192,7 +193,7 @@ class NF4Linear(nn.Linear):
             # Awaiting its part of a weight, which is cut from the whole once that is packed.
             shape, dtype = self.weight.shape, self.weight.dtype
             destination[prefix + "weight"] = torch.empty(shape, dtype=dtype, device="meta")
-        else:
+        elif not kept.is_awaited(self.weight):
             destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
@@ -218,7 +219,9 @@ class NF4Linear(nn.Linear):
             error_msgs.append(f"{key}: {PARALLEL}, expected no tensor of it: load by from_pretrained")
             return
         new = None
-        if not mine:
+        if not mine and kept.is_awaited(self.weight):
+            kept.receive(self, "weight", key, state_dict)
+        elif not mine:
             missing_keys.append(key)
         else:
             try:

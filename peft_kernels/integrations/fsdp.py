@@ -19,6 +19,7 @@ from ..nf4.shard import NF4Shard
 from ..nf4.sharded_weight import is_dtensor, is_parallel, is_sharded
 from ..nf4.state import PARALLEL
 from ..nf4.weight import NF4Weight
+from .fsdp_broadcast import load_full_state_dict
 from .fsdp_loading import empty_layers, load_checkpoint
 from .fsdp_parts import agree, groups_of, mesh_of
 
@@ -28,6 +29,7 @@ __all__ = [
     "empty_layers",
     "full_state_dict",
     "load_checkpoint",
+    "load_full_state_dict",
     "report",
     "save_adapter",
 ]

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ..experts import experts_forward
+from . import kept
 from .model import ModelLink
-from .sharded_weight import is_parallel, is_sharded
+from .sharded_weight import is_parallel, is_sharded, load_rows
 from .weight import NF4Weight
 
 _HOME = "transformers.integrations.moe"
@@ -45,7 +46,7 @@ def packed_weights(module: nn.Module) -> list[str]:
     ]
 
 
-class NF4Experts:
+class NF4Experts(kept.Received):
     """What is mixed into the class of a packed module.
 
     Weights are (experts, out_features, in_features) here, also where the module as it was has them
@@ -88,9 +89,11 @@ class NF4Experts:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         for name, weight in _weights(self).items():
             dense = _dense(weight)
-            if is_sharded(weight):
+            if kept.is_awaited(weight):
+                del destination[prefix + name]
+            elif is_sharded(weight):
                 continue
-            if dense is None:
+            elif dense is None:
                 del destination[prefix + name]
                 destination.update(weight.state_dict(prefix, name))
             else:
@@ -111,6 +114,9 @@ class NF4Experts:
             key = prefix + name
             items = {k for k in state_dict if k == key or k.startswith(f"{key}.")}
             mine |= items
+            if not items and kept.is_awaited(weight):
+                kept.receive(self, name, key, state_dict)
+                continue
             if not items:
                 missing_keys.append(key)
                 continue
@@ -132,8 +138,10 @@ class NF4Experts:
         if len(error_msgs) > errors:
             return
         for name, loaded in new.items():
-            weight = weights[name]
-            if local_metadata.get("assign_to_params_buffers", False):
+            weight, assign = weights[name], local_metadata.get("assign_to_params_buffers", False)
+            if is_sharded(weight) and isinstance(loaded, NF4Weight):
+                load_rows(weight, loaded, loaded.device if assign else None)
+            elif assign:
                 parameters[name] = nn.Parameter(loaded, requires_grad=weight.requires_grad)
             else:
                 weight.data = loaded.to(weight.device, copy=True)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import weakref
 from collections.abc import Callable
@@ -322,17 +321,6 @@ def _new_empty(func: Any, args: Any, kwargs: Any) -> Tensor:
     return type(weight)(weight._state.map(lambda t: torch.empty_like(t, device=device)), weight.dtype)
 
 
-def _refuse_efficient_loading(state: NF4State) -> None:
-    """accelerate takes the state dict, empties the model, and broadcasts by shapes and types that packed
-    weights have not: some backends would wait for ever."""
-    names = "ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"
-    if all(os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t") for name in names):
-        raise RuntimeError(
-            f"{state.name}: expected fsdp_cpu_ram_efficient_loading: false for NF4 weights, which each "
-            "process loads for itself, got true, with which accelerate would send them as dense ones"
-        )
-
-
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     """`.to()`: the bytes move between devices; a new dtype is a new nominal dtype."""
     weight = args[0]
@@ -342,8 +330,6 @@ def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
     if dtype not in WEIGHT_DTYPES:
         return on_dense(func, args, kwargs)
     device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)
-    if device is not None and torch.device(device).type == "meta" and not weight.is_meta:
-        _refuse_efficient_loading(weight._state)
     state = weight._state.map(lambda t: t.to(device, non_blocking=non_blocking, copy=True))
     if state.dense is not None:
         state.dense = state.dense.to(dtype)

@@ -6,7 +6,7 @@ accelerate shards on GPUs alone: here it is told that each process has one, and 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,12 @@ import torch.distributed as dist
 from flow_checks import assert_fused, assert_near
 from flow_models import adapted, llama
 from ranks import assert_nothing_told
+from test_moe import mixture
 from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, alone, losses, options, sft_trainer
 from torch import Tensor
 
 import peft_kernels as pk
+from peft_kernels.nf4.shard import NF4Shard
 
 for name in ("accelerate", "trl", "datasets"):
     if importlib.util.find_spec(name) is None:
@@ -30,6 +32,12 @@ pytestmark = [
     pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
 ]
 CONFIGURATION = Path(__file__).resolve().parents[2] / "examples" / "accelerate" / "fsdp2.yaml"
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "nf4": lambda: adapted(llama("nf4"), r=4),
+    "experts": lambda: adapted(pk.quantize_model(mixture(), experts=True), r=4),
+}
 
 
 def environment() -> dict[str, str]:
@@ -115,14 +123,35 @@ def resumed(folder: Path) -> None:
 
 
 def efficient_loading(folder: Path) -> None:
-    """Refused in every process, before accelerate sends anything."""
-    expected = r"q_proj.weight: expected fsdp_cpu_ram_efficient_loading: false"
-    with fsdp2(), pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
-        trainer = sft_trainer(adapted(llama("nf4"), r=4), folder, **options(2 * RANKS))
-        with pytest.raises(RuntimeError, match=expected):
-            trainer.train()
-        dist.barrier()
+    """Process 0 has the model, and the others get it: they train as where each has it, experts too. Nobody
+    but process 0 sends packed weights, and nobody dense ones."""
+    for base in ("nf4", "experts"):
+        curves = []
+        for efficient in ("false", "true"):
+            with fsdp2(), pytest.MonkeyPatch.context() as patch:
+                patch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", efficient)
+                model = MODELS[base]()
+                if efficient == "true" and dist.get_rank():
+                    spoil(model)
+                given = options(2 * RANKS) | {"steps": 3}
+                trainer = sft_trainer(model, folder / base / efficient, **given)
+                trainer.train()
+                curves.append((losses(trainer), learnt(trainer)))
+                packed = [
+                    p for p in model.parameters() if isinstance(getattr(p, "_local_tensor", p), NF4Shard)
+                ]
+                assert packed and not any(p.is_meta for p in model.parameters())
+                dist.barrier()
+        assert curves[1][0] == pytest.approx(curves[0][0], rel=1e-6)
+        assert_near(curves[1][1], curves[0][1], 1e-6)
+
+
+def spoil(model: Any) -> None:
+    """What a process that did not read the checkpoint has."""
+    with torch.no_grad():
+        for p in model.parameters():
+            for t in p._state.tensors().values() if isinstance(p, pk.NF4Weight) else [p]:
+                t.zero_()
 
 
 CASES = [sft, resumed, efficient_loading]
