@@ -232,6 +232,7 @@ def trains_adapters(folder: Path) -> None:
             if p.requires_grad:
                 grad = theirs[name].grad
                 near(grad.full_tensor() if hasattr(grad, "placements") else grad, p.grad)
+        near(norm_of(parallel), norm_of(one))
         for optimizer in optimizers:
             optimizer.step()
     told = str(pk.patch(parallel))
@@ -245,6 +246,18 @@ def trains_adapters(folder: Path) -> None:
         model = peft.PeftModel.from_pretrained(loaded(dense, several), folder / "adapter")
         with torch.no_grad():
             near(model(input_ids=IDS).logits, one.eval()(input_ids=IDS).logits)
+
+
+def norm_of(model: Any) -> Tensor:
+    """Of all gradients: torch takes it of DTensors, or of tensors, not of both."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    cut = [g for g in gradients if hasattr(g, "placements")]
+    norms = [torch.nn.utils.get_total_norm([g for g in gradients if not hasattr(g, "placements")])]
+    if cut:
+        with pytest.raises(RuntimeError, match=r"mixed torch.Tensor and DTensor"):
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norms.append(torch.nn.utils.get_total_norm(cut).full_tensor())
+    return torch.stack(norms).norm()
 
 
 ROWS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
@@ -306,8 +319,10 @@ def refusals(folder: Path) -> None:
     adapted = start(loaded(folder / "fits", True))
     refused(RuntimeError, instead, lambda: fsdp.save_adapter(adapted, folder / "adapter"))
     refused(RuntimeError, "expected merges of a model in one", lambda: merge_and_unload(adapted))
-    with pytest.raises(RuntimeError):  # torch's own words, in PEFT's computation of the delta
-        adapted.merge_adapter()
+    before = {name: p.clone() for name, p in nf4_of(adapted).items()}
+    for merge in (adapted.merge_adapter, adapted.merge_and_unload):  # torch's own words, at the delta
+        refused(RuntimeError, r"mixed torch\.Tensor and DTensor", merge)
+    assert all(torch.equal(p.packed, before[name].packed) for name, p in nf4_of(adapted).items())
     layer = adapted.base_model.model.model.layers[0].self_attn.q_proj.base_layer
     with pytest.raises(RuntimeError, match="expected calls of the layer, hooks and all"):
         pk.nn.NF4Linear.forward(layer, torch.zeros(1, 256))
