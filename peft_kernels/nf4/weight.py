@@ -15,8 +15,10 @@ keep that honest:
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -256,6 +258,8 @@ class NF4Weight(NF4Tensor):
 
     def __tensor_flatten__(self) -> tuple[list[str], Any]:
         state = self._state
+        if "torch.distributed.pipelining" in sys.modules:
+            _refuse_pipeline(state.name, sys._getframe(1))
         names = ["dense"] if state.merged else list(state.tensors())
         return names, (state.shape, state.blocksize, state.double_quant, self.dtype)
 
@@ -263,6 +267,17 @@ class NF4Weight(NF4Tensor):
     def __tensor_unflatten__(inner: dict[str, Any], context: Any, size: Any, stride: Any) -> NF4Weight:
         shape, blocksize, double_quant, dtype = context
         return NF4Weight(NF4State(shape, blocksize, double_quant=double_quant, **inner), dtype)
+
+
+def _refuse_pipeline(name: str, caller: FrameType | None) -> None:
+    """torch exports a graph whose weights are tensors of several, and `pipeline()` cannot cut that."""
+    while caller is not None:
+        if caller.f_code.co_name == "_trace_with_export":
+            raise RuntimeError(
+                f"{name}: expected stages made by hand, PipelineStage(module, ...), got pipeline(), which "
+                "cuts a traced graph, and cannot where weights are packed"
+            )
+        caller = caller.f_back
 
 
 def _rebuild(state: NF4State, dtype: torch.dtype, requires_grad: bool, is_param: bool) -> NF4Weight:

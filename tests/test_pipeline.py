@@ -1,0 +1,77 @@
+"""Pipelines of torch over NF4 layers: stages made by hand run, in two processes over gloo; `pipeline()`,
+which cuts a traced graph, says that it cannot."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import assert_nothing_told, told_by_rank
+from torch import Tensor, nn
+
+import peft_kernels as pk
+import testing
+
+pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed")
+
+
+class Blocks(nn.Module):
+    """Two layers of LoRA over NF4 with an activation between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(pk.nn.NF4LoRALinear(nn.Linear(64, 64), r=4) for _ in range(2))
+        for layer in self.layers:
+            nn.init.normal_(layer.lora_B, std=0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = torch.tanh(layer(x))
+        return x
+
+
+def stages_by_hand(folder: Path) -> None:
+    """Each process has a layer: losses and gradients are those of one process."""
+    from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
+
+    rank, whole = dist.get_rank(), Blocks()
+    x, want = testing.tensor(4, 64), testing.tensor(4, 64, seed=1)
+    loss = nn.functional.mse_loss(whole(x), want)
+    loss.backward()
+
+    mine = Blocks()
+    mine.layers = mine.layers[rank : rank + 1]
+    stage = PipelineStage(mine, rank, 2, torch.device("cpu"))
+    losses: list[Any] = []
+    schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=nn.functional.mse_loss)
+    if rank == 0:
+        schedule.step(x)
+    else:
+        schedule.step(target=want, losses=losses)
+        torch.testing.assert_close(torch.stack(losses).mean(), loss, rtol=1e-5, atol=1e-6)
+    for got, its in zip(mine.layers[0].parameters(), whole.layers[rank].parameters(), strict=True):
+        if its.requires_grad:
+            torch.testing.assert_close(got.grad, its.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_stages_by_hand() -> None:
+    assert_nothing_told(told_by_rank(2, [stages_by_hand]), "stages_by_hand")
+
+
+def test_a_model_that_is_traced() -> None:
+    from torch.distributed.pipelining import SplitPoint, pipeline
+
+    split = {"layers.1": SplitPoint.BEGINNING}
+    with pytest.raises(RuntimeError) as error:
+        pipeline(Blocks(), (testing.tensor(4, 64),), split_spec=split)
+    chain, problem = [], error.value
+    while problem is not None:
+        chain.append(str(problem))
+        problem = problem.__cause__
+    expected = "expected stages made by hand, PipelineStage(module, ...), got pipeline()"
+    assert any(expected in told for told in chain), chain
+    torch.export.export(Blocks(), (testing.tensor(4, 64),))  # by itself it is traced
