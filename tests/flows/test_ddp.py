@@ -252,7 +252,35 @@ def dropped(folder: Path) -> None:
     assert_near(gradients(model), gradients(plain), 1e-5)
 
 
-CASES = [when_patched, options, unused, rows_of_their_own, accumulation, overlap, dropped]
+def mixed_precision(folder: Path) -> None:
+    """accelerate's bf16, which is autocast around DDP: as near to fp32 as stock is under it."""
+    if importlib.util.find_spec("accelerate") is None:
+        return
+    import accelerate
+
+    stock = small()
+    exact = of_a_step(stock, lambda model: DistributedDataParallel(model))
+    errors = []
+    for patched in (False, True):
+        accelerate.state.AcceleratorState._reset_state(True)
+        prepare = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare
+        got = of_a_step(stock, prepare, patched)
+        errors.append(sum(float((got[n] - t).norm() / t.norm()) for n, t in exact.items()) / len(exact))
+    accelerate.state.AcceleratorState._reset_state(True)
+    assert 0 < errors[1] <= 1.5 * errors[0], errors
+
+
+def of_a_step(stock: Any, wrap: Callable[[Any], Any], patched: bool = False) -> dict[str, Tensor]:
+    """Gradients of one step of a copy of a model."""
+    model = copy.deepcopy(stock)
+    report = pk.patch(model) if patched else None
+    language_loss(wrap(model), share(0)).backward()
+    if report is not None:
+        assert_fused(model, report)
+    return gradients(model)
+
+
+CASES = [when_patched, options, unused, rows_of_their_own, accumulation, overlap, dropped, mixed_precision]
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
