@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from .integrations.architectures import HEAD_NAMES, heads, is_linear
-from .nf4.experts import NF4Experts, is_experts, weight_names
+from .nf4.experts import NF4Experts, computes_experts, is_experts, weight_names
+from .nf4.sharded_weight import is_dtensor
 from .nn import NF4Linear
 
 logger = logging.getLogger("peft_kernels")
@@ -119,6 +120,8 @@ def expert_targets(
     adapters = set(_adapter_modules(model))
     stay = heads(model) if skip is None else {}
     for name, module in model.named_modules():
+        if computes_experts(module) and any(is_dtensor(p) for p in module._parameters.values()):
+            left[name] = "its weights are DTensors"
         if not is_experts(module) or module in adapters:
             continue
         parts = [module, *(module._parameters[key] for key in weight_names(module))]

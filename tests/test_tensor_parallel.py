@@ -329,6 +329,20 @@ def refusals(folder: Path) -> None:
     assert_same_model(loaded(folder / "fits", False), loaded(folder / "fits", True))
 
 
+def plans_for_experts(folder: Path) -> None:
+    """Refused for a 4-bit model; one that is cut already keeps its experts, and the report says so."""
+    from peft_kernels.integrations.transformers import NF4Config
+
+    options = {"distributed_config": transformers.distributed.DistributedConfig(tp_size=2, ep_size=2)}
+    dense, read = saved(folder, moe), transformers.AutoModelForCausalLM.from_pretrained
+    packed = {"quantization_config": NF4Config(experts=True)} | options
+    refused(ValueError, r"tensor parallelism alone .* got ep_size=2", lambda: read(dense, **packed))
+    report = report_of(pk.quantize_model(read(dense, **options), experts=True))
+    assert "2 left as they are (model.layers.0.mlp.experts, model.layers.1.mlp.experts): its weights" in str(
+        report
+    )
+
+
 def start(model: Any, **options: Any) -> Any:
     return peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **options))
 
@@ -364,7 +378,10 @@ def three(folder: Path) -> None:
     assert_same_files(folder / "one", folder / "several")
 
 
-CASES = [loads_its_part, reads_its_part_alone, other_plans, trains_adapters, refusals, damaged]
+CASES = [
+    *(loads_its_part, reads_its_part_alone, other_plans, trains_adapters),
+    *(refusals, plans_for_experts, damaged),
+]
 
 
 @pytest.mark.parametrize("case", [case.__name__ for case in CASES])
