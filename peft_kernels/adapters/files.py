@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..checkpoints.header import CheckpointError, Entry, read_header, shown
 from ..checkpoints.json_file import read_json
-from ..checkpoints.writer import Layout, ShardWriter
+from ..checkpoints.writer import Layout, ShardWriter, sync
 from . import adapterhub
 from .adapter import BottleneckAdapter
 from .config import AdapterConfig
@@ -50,7 +50,9 @@ def save(model: nn.Module, name: str, folder: Path | str) -> None:
     about = {"format": FORMAT, "version": VERSION, "name": name, "config": asdict(config)}
     temporary = folder / (CONFIG + ".tmp")
     temporary.write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
+    sync(temporary)
     os.replace(temporary, folder / CONFIG)
+    sync(folder)
 
 
 def load(model: nn.Module, folder: Path | str, load_as: str | None = None) -> str:

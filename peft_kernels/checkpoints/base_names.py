@@ -10,10 +10,10 @@ from typing import Any
 from torch import nn
 
 from ..nf4.experts import computes_experts
+from .architecture import on_meta
 from .checks import nf4_weights
 from .experts import ExpertsWeight, find
 from .folder import Checkpoint
-from .layers import on_meta
 from .names import Names
 from .rows import read_form
 

@@ -100,7 +100,7 @@ def faults(
         items = {name for names in quantised.values() for name in names}
         for name, entry in checkpoint.entries.items():
             if name not in items:
-                fault = not_finite(entry)
+                fault = _not_finite(entry)
                 if fault is not None:
                     yield fault
                 seen(entry.nbytes)
@@ -108,23 +108,46 @@ def faults(
     yield from _faults_of_config(checkpoint, bool(quantised), experts)
 
 
-def not_finite(entry: Entry) -> str | None:
-    if not entry.dtype.is_floating_point or entry.dtype.itemsize == 1:
-        return None
-    bad, step = 0, _CHUNK // entry.dtype.itemsize
-    count = entry.nbytes // entry.dtype.itemsize
-    for start in range(0, count, step):
-        length = min(step, count - start)
-        begin = entry.begin + start * entry.dtype.itemsize
-        part = Entry(entry.name, entry.dtype, (length,), begin, length * entry.dtype.itemsize, entry.path)
-        try:
-            values = part.read()
-        except CheckpointError as error:
-            return str(error)
-        # A sum in fp32 is finite only if every term is; it may overflow, and then all are looked at.
-        if not bool(torch.isfinite(values.sum(dtype=torch.float32))):
-            bad += int((~torch.isfinite(values)).sum())
-    return f"{shown(entry.name)}: {bad} of {count} values are NaN or Inf" if bad else None
+def finite_pieces(entry: Entry) -> Iterator[bytes]:
+    """The bytes of a tensor. CheckpointError behind the last ones when there was NaN or Inf among them."""
+    floating = entry.dtype.is_floating_point and entry.dtype.itemsize > 1
+    bad = 0
+    for data in entry.pieces(_CHUNK):
+        if floating:
+            values = torch.frombuffer(bytearray(data), dtype=entry.dtype)
+            # A sum in fp32 is finite only if every term is; it may overflow, and then all are looked at.
+            if not bool(torch.isfinite(values.sum(dtype=torch.float32))):
+                bad += int((~torch.isfinite(values)).sum())
+        yield data
+    if bad:
+        count = entry.nbytes // entry.dtype.itemsize
+        raise CheckpointError(f"{shown(entry.name)}: {bad} of {count} values are NaN or Inf")
+
+
+def _not_finite(entry: Entry) -> str | None:
+    try:
+        for _ in finite_pieces(entry):
+            pass
+    except CheckpointError as error:
+        return str(error)
+    return None
+
+
+def quantised_otherwise(config: Mapping[str, Any]) -> str:
+    """The method by which a model is quantised, says its config.json, if that is not NF4; else ""."""
+    found = config.get("quantization_config")
+    if not found:
+        return ""
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if method == METHOD or (four_bits(found) and found.get("bnb_4bit_quant_type") == "nf4"):
+        return ""
+    return shown(method or "an unknown method")
+
+
+def four_bits(config: Any) -> bool:
+    return isinstance(config, dict) and (
+        bool(config.get("load_in_4bit")) or config.get("quant_method") == METHOD
+    )
 
 
 def _faults_of_config(checkpoint: Checkpoint, quantised: bool, experts: bool) -> Iterator[str]:
@@ -132,8 +155,7 @@ def _faults_of_config(checkpoint: Checkpoint, quantised: bool, experts: bool) ->
         return
     config = checkpoint.config.get("quantization_config")
     method = config.get("quant_method") if isinstance(config, dict) else None
-    four_bits = isinstance(config, dict) and (bool(config.get("load_in_4bit")) or method == METHOD)
-    if quantised and not four_bits:
+    if quantised and not four_bits(config):
         whose = "peft_kernels" if experts else "bitsandbytes"
         yield (
             f"config.json: expected a quantization_config of {whose} for the NF4 weights, got none; "
@@ -141,5 +163,5 @@ def _faults_of_config(checkpoint: Checkpoint, quantised: bool, experts: bool) ->
         )
     elif experts and method != METHOD:
         yield f"config.json: expected quant_method {METHOD} for the packed experts, got {shown(method)}"
-    if four_bits and not quantised:
+    if four_bits(config) and not quantised:
         yield "config.json: expected NF4 weights, as its quantization_config says, got none"

@@ -22,11 +22,12 @@ from ..integrations.bitsandbytes import configuration
 from .checks import nf4_weights
 from .folder import CONFIG, INDEX, OTHER_WEIGHTS, Checkpoint
 from .header import CheckpointError, Entry, read_header
+from .json_file import read_json
 from .layers import Choice, choose
 from .shards import Shard, compose
-from .writer import Layout, sync_folder
+from .writer import sync, sync_all
 
-_JOB, _LOCK, _MODEL = "job.json", "lock", "model"
+_JOB, _DONE, _LOCK, _MODEL = "job.json", "done.json", "lock", "model"
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Conversion:
     """Of all shards; before they are written, at most."""
     copied: list[str] = field(default_factory=list)
     """Other files of the folder."""
+    left_out: list[str] = field(default_factory=list)
+    """Other files and folders, which hold weights that are not this model's, or in another format."""
     taken_over: list[str] = field(default_factory=list)
     """Shards that an interrupted run had finished."""
 
@@ -53,6 +56,7 @@ def quantize_checkpoint(
     skip: Iterable[str] = (),
     restart: bool = False,
     experts: bool = False,
+    partial: bool = False,
     started: Callable[[Conversion], None] = lambda conversion: None,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> Conversion:
@@ -75,15 +79,18 @@ def quantize_checkpoint(
         Begin anew where an interrupted run could be gone on with.
     experts : bool
         Pack mixtures of experts too, as `quantize_model(experts=True)`.
+    partial : bool
+        Quantise what is there where the architecture has more tensors, or of other shapes.
     started, progress : callable
         Told what will be done, and then of each tensor and its bytes.
 
     Raises
     ------
     CheckpointError
-        A fault of the source (named), a source that is quantised already, a destination that exists, too
-        little space on the disk, a weight with NaN or Inf, an interrupted run that had other settings; with
-        `experts`, a model that has none that can be packed, or not all of them.
+        A fault of the source (named), tensors that the architecture has and the source lacks, a source that
+        is quantised already or changes meanwhile, a destination that exists, too little space on the disk, a
+        tensor with NaN or Inf, an interrupted run that had other settings or was changed; with `experts`, a
+        model that has none that can be packed, or not all of them.
     """
     source, destination = Path(source), Path(destination)
     if blocksize not in BLOCKSIZES:
@@ -94,37 +101,42 @@ def quantize_checkpoint(
         raise CheckpointError(f"{destination.parent}: expected a folder to write into, got none")
     checkpoint = Checkpoint.open(source)
     _check_dense(checkpoint)
-    choice = choose(checkpoint, skip, experts)
+    choice = choose(checkpoint, skip, experts, partial)
     shards = compose(checkpoint, choice, blocksize, double_quant)
     work = destination.absolute().parent / f".{destination.name}.partial"
     job = {
         "source": str(source.resolve()),
-        "files": {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in checkpoint.files},
+        "files": _stamps(checkpoint.files),
         "blocksize": blocksize,
         "double_quant": double_quant,
         "quantise": choice.quantise,
         "experts": sorted(choice.experts),
     }
     with _work_folder(work, job, restart) as model:
-        conversion = Conversion(source, destination, choice, 0, 0, other_files(source, checkpoint))
+        conversion = Conversion(source, destination, choice, 0, 0, *other_files(source, checkpoint))
         conversion.bytes_before = sum(entry.nbytes for entry in checkpoint.entries.values())
         conversion.bytes_after = sum(shard.size for shard in shards)
-        conversion.taken_over = [shard.name for shard in shards if (model / shard.name).exists()]
+        conversion.taken_over = _taken_over(work, model, shards)
         others = sum((source / name).stat().st_size for name in conversion.copied)
         check_space(model, sum(s.size for s in shards if s.name not in conversion.taken_over) + others)
         started(conversion)
         for shard in shards:
             if shard.name in conversion.taken_over:
-                _check_taken_over(model / shard.name, shard.layout)
                 progress(shard.name, shard.nbytes)
             else:
                 shard.write(model / shard.name, progress)
+                _note_done(work, model / shard.name)
+        if _stamps(checkpoint.files) != job["files"]:
+            raise CheckpointError(
+                f"{source}: expected files that nobody changes meanwhile, got others (--restart)"
+            )
         _finish(model, checkpoint, shards, conversion, blocksize, double_quant)
+        sync_all(model)
         try:
             os.rename(model, destination)
         except OSError as error:
             raise CheckpointError(f"{destination}: cannot be written ({error.strerror})") from error
-        sync_folder(destination.absolute().parent)
+        sync(destination.absolute().parent)
     shutil.rmtree(work, ignore_errors=True)
     return conversion
 
@@ -179,20 +191,56 @@ def _quantization(
     return NF4Config(blocksize, double_quant, choice.skip_modules, experts=True).to_dict()
 
 
-def other_files(source: Path, checkpoint: Checkpoint) -> list[str]:
-    """Tokenizer, generation_config, chat templates, licence: all but weights, and what is hidden."""
-    found = []
-    for folder, folders, files in os.walk(source):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        here = Path(folder).relative_to(source)
-        for name in sorted(files):
-            weights = name.endswith((".safetensors", *OTHER_WEIGHTS)) or name.endswith(".index.json")
-            if not weights and not name.startswith(".") and str(here / name) != CONFIG:
-                if not (source / here / name).exists():  # told now, not when all else is done
-                    path = source / here / name
-                    raise CheckpointError(f"{path}: expected a file to copy, got a broken link")
-                found.append(str(here / name))
-    return found
+def other_files(source: Path, checkpoint: Checkpoint) -> tuple[list[str], list[str]]:
+    """What is copied, and what is left out.
+
+    Tokenizer, generation_config, chat templates, licence: all but weights, and what is hidden. Weights of an
+    adapter go with its configuration, and folders that sentence-transformers calls modules go whole. Another
+    folder in which there are weights is left out whole, and not copied without them.
+    """
+    copied: list[Path] = []
+    left_out: list[Path] = []
+    own = {CONFIG, INDEX, *(file.name for file in checkpoint.files)}
+    for path in sorted(source.iterdir()):
+        if path.name.startswith(".") or path.name in own:
+            continue
+        if not path.is_dir():
+            weights = _holds_weights(path) and not path.name.startswith("adapter_model.")
+            (left_out if weights else copied).append(path)
+            continue
+        files = sorted(one for one in path.rglob("[!.]*") if not one.is_dir() and not _hidden(one, path))
+        whole = path.name in _modules(source) or (path / "adapter_config.json").exists()
+        if whole or not any(map(_holds_weights, files)):
+            copied += files
+        else:
+            left_out.append(path)
+    for path in copied:
+        if not path.is_file():  # told now, not when all else is done
+            raise CheckpointError(f"{path}: expected a file to copy, got a broken link or no regular file")
+    return [str(p.relative_to(source)) for p in copied], [str(p.relative_to(source)) for p in left_out]
+
+
+def _holds_weights(path: Path) -> bool:
+    return path.name.endswith((".safetensors", ".index.json", *OTHER_WEIGHTS))
+
+
+def _hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
+
+
+def _modules(source: Path) -> set[str]:
+    """Folders of the modules of sentence-transformers."""
+    try:
+        found = read_json(source / "modules.json", 1_000_000)
+    except CheckpointError:
+        return set()
+    modules = found if isinstance(found, list) else []
+    return {str(module["path"]) for module in modules if isinstance(module, dict) and "path" in module}
+
+
+def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
+    """By which it is seen that files have changed."""
+    return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def check_space(folder: Path, needed: int) -> None:
@@ -204,13 +252,39 @@ def check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _check_taken_over(path: Path, layout: Layout) -> None:
-    """A shard of an interrupted run is whole, as it has its name; but somebody may have been at it."""
-    entries = read_header(path)[0]
-    if entries.keys() != layout.keys():
-        raise CheckpointError(
-            f"{path}: expected the shard that an earlier run made, got another (use --restart)"
-        )
+def _note_done(work: Path, shard: Path) -> None:
+    write_json(work / f"{_DONE}.tmp", _done(work) | _stamps([shard]))
+    os.replace(work / f"{_DONE}.tmp", work / _DONE)
+
+
+def _done(work: Path) -> dict[str, Any]:
+    if not (work / _DONE).exists():
+        return {}
+    found = read_json(work / _DONE, 10_000_000)
+    return found if isinstance(found, dict) else {}
+
+
+def _taken_over(work: Path, model: Path, shards: list[Shard]) -> list[str]:
+    """Shards that an interrupted run had finished. All else that is there goes. CheckpointError for one that
+    somebody has changed since."""
+    done, kept = _done(work), []
+    for shard in shards:
+        path = model / shard.name
+        if path.exists() and shard.name in done:
+            layout, entries = shard.layout, read_header(path)[0]
+            same = entries.keys() == layout.keys() and all(
+                kind is None or kind == (entries[name].dtype, entries[name].shape)
+                for name, kind in layout.items()
+            )
+            if not same or _stamps([path])[shard.name] != done[shard.name]:
+                raise CheckpointError(
+                    f"{path}: expected the shard that an earlier run made, got a changed one (use --restart)"
+                )
+            kept.append(shard.name)
+    for path in model.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return kept
 
 
 @contextmanager
@@ -225,6 +299,7 @@ def _work_folder(work: Path, job: dict[str, Any], restart: bool) -> Iterator[Pat
         note, model = work / _JOB, work / _MODEL
         if restart or not note.exists():  # without a note nothing has been begun
             shutil.rmtree(model, ignore_errors=True)
+            (work / _DONE).unlink(missing_ok=True)
             temporary = work / f"{_JOB}.tmp"
             temporary.write_text(json.dumps(job))
             os.replace(temporary, note)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from .json_file import read_json
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 _LARGEST_JSON = 100_000_000
+_NUMBERED = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 OTHER_WEIGHTS = (".bin", ".pth", ".pt", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".onnx_data", ".ot")
 
 
@@ -52,6 +54,7 @@ class Checkpoint(Mapping[str, Tensor]):
             found.config = found._json(path / CONFIG) if (path / CONFIG).exists() else {}
             index = found._index(path / INDEX) if (path / INDEX).exists() else None
             found.files = _shards(path) if index is None else sorted({path / file for file in index.values()})
+            found.faults += [] if index is not None else _missing_shards(found.files)
         for file in found.files:
             found._add(file)
         if index is not None:
@@ -120,6 +123,19 @@ class Checkpoint(Mapping[str, Tensor]):
         for name, entry in self.entries.items():
             if name not in index:
                 self.faults.append(f"{shown(name)}: it is in {entry.path.name}, and not in the index")
+
+
+def _missing_shards(files: list[Path]) -> Iterator[str]:
+    """By the names of the others, `model-00001-of-00003.safetensors`."""
+    there: dict[tuple[str, str], set[int]] = {}
+    for file in files:
+        match = _NUMBERED.fullmatch(file.name)
+        if match is not None:
+            there.setdefault((match[1], match[3]), set()).add(int(match[2]))
+    for (start, count), numbers in there.items():
+        for number in sorted(set(range(1, int(count) + 1)) - numbers):
+            beside = f"{start}-{min(numbers):05}-of-{count}.safetensors"
+            yield f"{start}-{number:05}-of-{count}.safetensors: expected this file beside {beside}, got none"
 
 
 def _shards(folder: Path) -> list[Path]:

@@ -13,13 +13,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..code_tables import WEIGHT_DTYPES
 from ..integrations.architectures import HEAD_NAMES
 from ..nf4.experts import computes_experts
 from ..targets import choose_experts, choose_layers
+from .architecture import compare_with, on_meta
 from .experts import ExpertsWeight, find
 from .folder import Checkpoint
 from .header import CheckpointError
@@ -47,9 +47,12 @@ class Choice:
     """Bytes of experts that nothing here packs."""
 
 
-def choose(checkpoint: Checkpoint, skip: Iterable[str] = (), experts: bool = False) -> Choice:
-    """CheckpointError when a name in `skip` fits nothing, when nothing can be quantised, or when experts are
-    asked for that cannot."""
+def choose(
+    checkpoint: Checkpoint, skip: Iterable[str] = (), experts: bool = False, partial: bool = False
+) -> Choice:
+    """CheckpointError when a name in `skip` fits nothing, when nothing can be quantised, when experts are
+    asked for that cannot; and unless `partial`, when tensors of the architecture are missing or of other
+    shapes."""
     try:
         model, why_not = on_meta(checkpoint), ""
     except Exception as error:  # transformers raises anything on a configuration that it does not know
@@ -61,6 +64,7 @@ def choose(checkpoint: Checkpoint, skip: Iterable[str] = (), experts: bool = Fal
         choice = _by_names(checkpoint, skip, why_not)
     else:
         choice = _by_classes(checkpoint, model, skip, experts)
+        _check_complete(checkpoint, model, partial)
     for name in list(choice.quantise):
         dtype = checkpoint.entries[name].dtype
         if dtype not in WEIGHT_DTYPES:
@@ -70,18 +74,11 @@ def choose(checkpoint: Checkpoint, skip: Iterable[str] = (), experts: bool = Fal
     return choice
 
 
-def on_meta(checkpoint: Checkpoint) -> Any:
-    """The architecture that config.json names, without weights; raises anything if transformers has none."""
-    import transformers
-
-    # The architecture itself, before Auto classes: a classifier has the same model_type.
-    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
-    names = checkpoint.config.get("architectures") or [""]
-    cls = getattr(transformers, names[0], None)
-    with torch.device("meta"):
-        if cls is None:
-            return transformers.AutoModel.from_config(config)
-        return cls._from_config(config)
+def _check_complete(checkpoint: Checkpoint, model: Any, partial: bool) -> None:
+    found = [] if partial else compare_with(checkpoint, model).faults
+    if found:
+        more = f"; {len(found) - 1} more such faults" if len(found) > 1 else ""
+        raise CheckpointError(f"{found[0]}{more} (--partial quantises what is there)")
 
 
 def _by_classes(checkpoint: Checkpoint, model: Any, skip: tuple[str, ...], experts: bool) -> Choice:

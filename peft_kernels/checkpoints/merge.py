@@ -15,14 +15,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..nf4.model import METHOD
+from .checks import quantised_otherwise
 from .convert import check_space, other_files, write_json
 from .folder import CONFIG, INDEX, Checkpoint
 from .header import CheckpointError, Entry, read_header, shown
 from .lora_folder import LoraFolder
 from .merge_plan import Plan, plan_merge
 from .merged_file import MergedFile, Rounding, compose
-from .writer import sync_folder
+from .writer import sync, sync_all
 
 FORMATS = ("dense", "nf4")
 
@@ -99,7 +99,7 @@ def merge_checkpoint(
     before = sum(entry.nbytes for entry in checkpoint.entries.values())
     merge = Merge(base, adapter, destination, plan, bool(plan.packed), form == "dense", before)
     files = compose(checkpoint, plan, merge.dense, merge.rounding)
-    merge.copied = other_files(base, checkpoint)
+    merge.copied, _ = other_files(base, checkpoint)
     merge.bytes_after = sum(file.size for file in files)
     with _new_folder(destination) as model:
         check_space(model, merge.bytes_after + sum((base / name).stat().st_size for name in merge.copied))
@@ -114,16 +114,10 @@ def _check_base(checkpoint: Checkpoint) -> None:
     """That it is a model, dense or in NF4."""
     if not checkpoint.path.is_dir() or not (checkpoint.path / CONFIG).exists():
         raise CheckpointError(f"{checkpoint.path}: expected a model's folder with a config.json, got none")
-    config = checkpoint.config.get("quantization_config")
-    if not config:
-        return
-    method = config.get("quant_method") if isinstance(config, dict) else config
-    four_bits = method == METHOD or (
-        method == "bitsandbytes" and config.get("load_in_4bit") and config.get("bnb_4bit_quant_type") == "nf4"
-    )
-    if not four_bits:
+    method = quantised_otherwise(checkpoint.config)
+    if method:
         raise CheckpointError(
-            f"{checkpoint.path}: expected a dense base or one in NF4, got one quantised by {shown(method)}"
+            f"{checkpoint.path}: expected a dense base or one in NF4, got one quantised by {method}"
         )
 
 
@@ -166,12 +160,12 @@ def _new_folder(destination: Path) -> Iterator[Path]:
             shutil.rmtree(model, ignore_errors=True)  # of a run that was killed
             model.mkdir()
             yield model
-            _sync(model)
+            sync_all(model)
             try:
                 os.rename(model, destination)
             except OSError as error:
                 raise CheckpointError(f"{destination}: cannot be written ({error.strerror})") from error
-            sync_folder(destination.absolute().parent)
+            sync(destination.absolute().parent)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
@@ -184,15 +178,3 @@ def _locked(folder: Path) -> Iterator[None]:
         except OSError:
             raise CheckpointError(f"{folder}: another run is at work there") from None
         yield
-
-
-def _sync(folder: Path) -> None:
-    """Put all files of a folder on the disk."""
-    for here, _, names in os.walk(folder):
-        for name in names:
-            descriptor = os.open(Path(here) / name, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
-        sync_folder(Path(here))

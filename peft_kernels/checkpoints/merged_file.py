@@ -16,7 +16,7 @@ from ..nf4.state import NF4State
 from ..nf4.weight import NF4Weight
 from ..serving.lora_files import finite
 from .changes import Change, Experts, ReadPart
-from .checks import not_finite, read_nf4
+from .checks import finite_pieces, read_nf4
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
 from .merge_plan import Plan
@@ -92,7 +92,7 @@ class MergedFile:
             for entry in self.entries:
                 change = self.plan.changes.get(entry.name)
                 if change is None:
-                    self._copy(writer, entry)
+                    writer.copy(entry.name, finite_pieces(entry))
                 elif isinstance(change, Experts):
                     for expert in range(entry.shape[0]):
                         row = entry.row(expert)
@@ -108,12 +108,6 @@ class MergedFile:
                 self._write_packed(writer, name, items)
                 progress(name, sum(self.checkpoint.entries[item].nbytes for item in items))
 
-    def _copy(self, writer: ShardWriter, entry: Entry) -> None:
-        fault = not_finite(entry)
-        if fault is not None:
-            raise CheckpointError(fault)
-        writer.copy(entry)
-
     def _merged(self, weight: Tensor, change: Change, name: str) -> Tensor:
         merged = change.of(weight, self.read)
         if not bool(torch.isfinite(merged).all()):
@@ -126,7 +120,7 @@ class MergedFile:
         change = self.plan.changes.get(name)
         if change is None and not self.dense:
             for item in items:
-                writer.copy(self.checkpoint.entries[item])
+                writer.copy(item, finite_pieces(self.checkpoint.entries[item]))
             return
         state, dtype = read_nf4(self.checkpoint, name, items)
         if len(state.shape) == 2:

@@ -37,6 +37,11 @@ class Names:
         self._renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
         self._converters = [t for t in transforms if isinstance(t, WeightConverter)]
 
+    @property
+    def renames(self) -> bool:
+        """Whether transformers says what names in files become: from version 5 on."""
+        return self._rename is not None
+
     def in_model(self, name: str) -> tuple[str, str | None]:
         """The name in the model; and if it is a part of what a converter makes, its pattern there."""
         if self._rename is None:

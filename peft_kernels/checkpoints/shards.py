@@ -14,6 +14,7 @@ from .. import experts_format
 from ..code_tables import NESTED_BLOCKSIZE
 from ..integrations.bitsandbytes import STATE_ITEM
 from ..nf4.weight import NF4Weight
+from .checks import finite_pieces
 from .experts import ExpertsWeight
 from .folder import Checkpoint
 from .header import CheckpointError, Entry
@@ -67,13 +68,13 @@ class Shard:
         return found
 
     def write(self, path: Path, progress: Progress) -> None:
-        """CheckpointError for a weight with NaN or Inf, and what `ShardWriter` raises."""
+        """CheckpointError for a tensor with NaN or Inf, and what `ShardWriter` raises."""
         with ShardWriter(path, self.layout, self.metadata) as writer:
             for entry in self.entries:
                 if entry.name in self.quantise:
                     self._quantise(writer, entry)
                 else:
-                    writer.copy(entry)
+                    writer.copy(entry.name, finite_pieces(entry))
                 progress(entry.name, entry.nbytes)
             for weight in self.experts:
                 self._pack(writer, weight, progress)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .header import NAMES, CheckpointError, Entry
+from .header import NAMES, CheckpointError
 
 LONGEST_BLOB = 512
 """Bytes that a text of unknown length may take; bitsandbytes' JSON of a weight has about 200."""
-_CHUNK = 1 << 24
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]] | None]
 """Dtype and shape by name; None for a text, uint8 of unknown length."""
@@ -79,12 +78,12 @@ class ShardWriter:
         if row == kind[1][0]:
             self._left.remove(name)
 
-    def copy(self, entry: Entry) -> None:
-        """The bytes of a tensor of another file, a few megabytes at a time."""
-        self._seek(entry.name)
-        for data in entry.pieces(_CHUNK):
+    def copy(self, name: str, pieces: Iterable[bytes]) -> None:
+        """A tensor of another file."""
+        self._seek(name)
+        for data in pieces:
             self._file.write(data)
-        self._left.remove(entry.name)
+        self._left.remove(name)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -94,7 +93,7 @@ class ShardWriter:
                 self._finish()
                 self._file.close()
                 os.replace(self._temporary, self._path)
-                sync_folder(self._path.parent)
+                sync(self._path.parent)
         except OSError as failure:
             self._name(failure)
             raise
@@ -127,13 +126,20 @@ class ShardWriter:
         os.fsync(self._file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Put the names in a folder on the disk, so that they outlive a loss of power."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Put a file, or the names in a folder, on the disk, so that they outlive a loss of power."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """A folder with all that is in it."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
 
 
 def _places(layout: Layout) -> tuple[dict[str, tuple[int, int]], int]:

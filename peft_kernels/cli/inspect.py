@@ -1,7 +1,8 @@
 """What is in a checkpoint, by layer, and what is wrong with it.
 
-Looks at headers and index, at every item of every NF4 weight, and for NaN and Inf in all other tensors (which
-reads them; --quick does not). Of packed experts it tells by layer. Exit code 1 when a fault is found.
+Looks at headers and index, at every item of every NF4 weight, for tensors that the architecture has and the
+files lack, and for NaN and Inf in all other tensors (which reads them; --quick does not). Of packed experts
+it tells by layer. Exit code 1 when a fault is found.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.architecture import compare
 from ..checkpoints.checks import faults, holds_experts, nf4_weights, read_nf4
 from ..checkpoints.folder import Checkpoint
 from ..checkpoints.header import CheckpointError
@@ -67,6 +69,8 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     groups = grouped(checkpoint)
     with out.progress(total, "checking") as advance:
         found = list(faults(checkpoint, values=not arguments.quick, seen=advance))
+    compared = compare(checkpoint)
+    found += compared.faults
     forms: dict[str, int] = {}
     for group in groups:
         forms[group.form] = forms.get(group.form, 0) + group.nbytes
@@ -80,6 +84,10 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
         out.table(("packed experts", "experts>", "weights>", "bytes a layer>", "faults>"), _rows(layers))
     shares = ", ".join(f"{size(nbytes)} {form}" for form, nbytes in forms.items())
     out.say(f"{size(total)} in {_counted(len(checkpoint.files), 'file')}: {shares}", "bold")
+    if compared.model:
+        out.say(f"compared with {compared.model} of transformers")
+    else:
+        out.say(f"not compared with an architecture: {compared.reason}")
     for fault in found:
         out.say(f"fault: {fault}", "red")
     out.say(f"{_counted(len(found), 'fault')} found" if found else "no faults found", "bold")
@@ -91,6 +99,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             "bytes_by_form": forms,
             "tensors": [_as_json(group) for group in groups],
             "experts": [_layer_as_json(layer) for layer in layers],
+            "architecture": compared.model or None,
             "faults": found,
         }
     )

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experts", action="store_true", help="pack mixtures of experts too, which peft_kernels alone reads"
     )
+    parser.add_argument(
+        "--partial", action="store_true", help="quantise what is there where tensors of the model are missing"
+    )
     parser.add_argument("--restart", action="store_true", help="do not go on with an interrupted run")
 
 
@@ -51,6 +54,8 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             out.say(f"{size(choice.dense_experts)} of experts stay dense: --experts packs them", "yellow")
         if choice.other_experts:
             out.say(f"{size(choice.other_experts)} of experts stay dense: nothing here packs them", "yellow")
+        if conversion.left_out:
+            out.say(f"not copied, as they hold other weights: {', '.join(conversion.left_out)}")
         if conversion.taken_over:
             out.say(f"going on with an interrupted run: {', '.join(conversion.taken_over)} done before")
 
@@ -65,6 +70,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             arguments.skip,
             arguments.restart,
             arguments.experts,
+            arguments.partial,
             started,
             lambda name, nbytes: advance(nbytes),
         )
@@ -85,6 +91,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             "left": done.choice.left,
             "chosen_by": done.choice.source,
             "copied": done.copied,
+            "left_out": done.left_out,
             "taken_over": done.taken_over,
         }
     )

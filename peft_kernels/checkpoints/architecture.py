@@ -1,0 +1,133 @@
+"""The architecture that config.json names, as transformers builds it on the meta device, and what a
+checkpoint lacks of it."""
+
+from __future__ import annotations
+
+import copy
+import re
+from typing import Any, NamedTuple
+
+import torch
+
+from .checks import nf4_weights, quantised_otherwise, read_nf4
+from .folder import Checkpoint
+from .header import CheckpointError, shown
+from .names import Names
+
+
+def on_meta(checkpoint: Checkpoint) -> Any:
+    """The model. transformers raises anything on a configuration that it does not know."""
+    import transformers
+
+    # The architecture itself, before Auto classes: a classifier has the same model_type.
+    config = transformers.AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=False)
+    config.__dict__.pop("quantization_config", None)
+    cls = getattr(transformers, _class_named(checkpoint) or "", None)
+    with torch.device("meta"):
+        if cls is None:
+            return transformers.AutoModel.from_config(config)
+        return cls._from_config(config)
+
+
+class Comparison(NamedTuple):
+    """Of a checkpoint with the architecture that config.json names."""
+
+    faults: list[str]
+    """A sentence for each tensor that the files lack, and for each of another shape."""
+    model: str = ""
+    """The class that was compared with; empty where that could not be."""
+    reason: str = ""
+    """Why not."""
+
+
+def compare(checkpoint: Checkpoint) -> Comparison:
+    if not checkpoint.path.is_dir():
+        return Comparison([], reason="a file has no configuration")
+    method = quantised_otherwise(checkpoint.config)
+    if method:
+        return Comparison([], reason=f"it is quantised by {method}, whose tensors are others")
+    try:
+        model = on_meta(checkpoint)
+    except Exception as error:
+        return Comparison([], reason=" ".join(str(error).split())[:100] or type(error).__name__)
+    return compare_with(checkpoint, model)
+
+
+def compare_with(checkpoint: Checkpoint, model: Any) -> Comparison:
+    """`model` is on the meta device."""
+    names, name = Names(model), type(model).__name__
+    if not names.renames:
+        return Comparison([], reason="only transformers 5 says what names in files become")
+    if _class_named(checkpoint) not in (None, name):
+        return Comparison([], reason=f"transformers has no {shown(_class_named(checkpoint))}")
+    wanted = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
+    found: dict[str, tuple[int, ...] | None] = {}
+    faults: list[str] = []
+    converters: dict[str, Any] = {}
+    for key, shape in sorted(_shapes(checkpoint).items(), key=lambda item: names.order(item[0])):
+        target, pattern = names.in_model(key)
+        entry = checkpoint.entries[key]
+        if pattern is not None:
+            converter = converters.setdefault(target, copy.deepcopy(names.converter(pattern)))
+            part = torch.empty(shape or (), dtype=entry.dtype, device="meta")
+            converter.add_tensor(target, key, pattern, part)
+            continue
+        found[target] = shape
+        if shape is not None and target in wanted and not _fits(shape, wanted[target], entry.shape):
+            faults.append(f"{shown(key)}: expected shape {wanted[target]}, as {name} has it, got {shape}")
+    for target, converter in converters.items():
+        try:
+            made = converter.convert(target, model=model, config=model.config)
+        except Exception:  # an operation of transformers may need more than shapes, and raise anything
+            return Comparison(faults, reason=f"transformers could not make {target} of shapes alone")
+        for key, value in made.items():
+            shape = tuple((value[0] if isinstance(value, list) else value).shape)
+            found[key] = shape
+            if shape != wanted.get(key, shape):
+                expected = f"expected parts of a tensor of shape {wanted[key]}, as {name} has it"
+                faults.append(f"{shown(key)}: {expected}, got ones of {shape}")
+    faults += [
+        f"{key}: expected this tensor, as {name} has it, got none" for key in _missing(model, wanted, found)
+    ]
+    return Comparison(faults, name)
+
+
+def _class_named(checkpoint: Checkpoint) -> str | None:
+    names = checkpoint.config.get("architectures")
+    first = names[0] if isinstance(names, list) and names else None
+    return first if isinstance(first, str) else None
+
+
+def _shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...] | None]:
+    """Of the weights, not of what NF4 ones are stored as; None for those that cannot be read."""
+    quantised = nf4_weights(checkpoint.entries)
+    items = {item for names in quantised.values() for item in names}
+    found: dict[str, tuple[int, ...] | None] = {
+        name: entry.shape for name, entry in checkpoint.entries.items() if name not in items
+    }
+    for weight, names in quantised.items():
+        if weight in checkpoint.entries:
+            try:
+                found[weight] = tuple(read_nf4(checkpoint, weight, names, codes=False)[0].shape)
+            except CheckpointError:  # of which `checks` tells
+                found[weight] = None
+    return found
+
+
+def _fits(shape: tuple[int, ...], wanted: tuple[int, ...], stored: tuple[int, ...]) -> bool:
+    """NF4 weights are (out_features, in_features), also where a module has them the other way round."""
+    return shape == wanted or (shape != stored and sorted(shape) == sorted(wanted))
+
+
+def _missing(model: Any, wanted: dict[str, Any], found: dict[str, Any]) -> list[str]:
+    """Without second names of tensors that are there, and without what transformers does not miss."""
+    alike: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        alike.setdefault(id(parameter), []).append(name)
+    there = {name for group in alike.values() if any(name in found for name in group) for name in group}
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    return [
+        name
+        for name in wanted
+        if name not in found and name not in there and not any(one.search(name) for one in ignored)
+    ]
