@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..checkpoints.checks import quantised_otherwise
+from ..checkpoints.folder import CONFIG
 from ..checkpoints.header import CheckpointError
+from ..checkpoints.json_file import read_json
 from ..nf4.experts import weight_names
 from ..targets import choose_experts, choose_layers
 from .sizes import Block, Experts, Linear, Mixture, Model
@@ -37,6 +40,12 @@ def build(path: Path) -> Any:
     except Exception as error:  # whatever transformers raises on a configuration that it does not know
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{path}: expected the configuration of a language model ({reason})") from error
+
+
+def quantised_by(path: Path) -> str:
+    """The method by which a model of this folder or config.json is quantised, if that is not NF4; else ""."""
+    config = read_json(path / CONFIG if path.is_dir() else path, 10_000_000)
+    return quantised_otherwise(config) if isinstance(config, dict) else ""
 
 
 def describe(

@@ -17,7 +17,7 @@ import torch
 
 from ..checkpoints.header import CheckpointError
 from . import memory
-from .architecture import CHECKED, build, describe
+from .architecture import CHECKED, build, describe, quantised_by
 from .output import Output, size
 from .sizes import METHODS, OPTIMISERS, Model, Run
 
@@ -61,6 +61,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace, out: Output) -> bool:
     built = build(arguments.path)
+    methods, foreign = arguments.method, quantised_by(arguments.path)
+    if foreign:
+        methods = [method for method in methods if method != "qlora"]
+        if not methods:
+            raise CheckpointError(
+                f"{arguments.path}: expected a dense model for qlora, got one that is quantised ({foreign}): "
+                "save it dequantised first"
+            )
     dtype = _DTYPES[arguments.dtype] if arguments.dtype else None
     model = describe(built, dtype, arguments.target_modules, arguments.target_parameters)
     _check_experts(arguments, model)
@@ -76,7 +84,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             prepared=arguments.kbit_prepared,
             experts=arguments.experts,
         )
-        for method in arguments.method
+        for method in methods
     ]
     if model.block is None or model.block.mixture is not None:
         runs = [one for one in runs if one.method in ("lora", "qlora", "dora", "full")]
@@ -91,6 +99,11 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
     _print(plans, arguments.memory, out)
     no_note = arguments.kbit_prepared or "qlora" not in plans
     notes = _notes(built, model, no_note) + _notes_on_experts(model, runs, arguments.target_modules is None)
+    if foreign:
+        notes.append(
+            f"the model is quantised ({foreign}): these are the figures of the dense model, and QLoRA is "
+            "left out, for quantize takes dense models alone"
+        )
     if limit is not None:
         kept = size(arguments.reserve)
         notes.append(f"kept for the CUDA context, fragmentation and work space: {kept} (--reserve)")
