@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,6 +209,50 @@ def without_downs(found: dict[str, torch.Tensor]) -> None:
         del found[key]
 
 
+def with_up(make: Callable[[torch.Tensor], Any]) -> Callable[[Path], None]:
+    """All parameters in a .bin file, adapter_up of one layer in another form."""
+
+    def change(folder: Path) -> None:
+        found = safetensors.load_file(folder / "adapter.safetensors")
+        pickled(found | {KEY: make(found[KEY])})(folder)
+
+    return change
+
+
+def compressed(folder: Path) -> None:
+    with_up(lambda t: t)(folder)
+    path = folder / "pytorch_adapter.bin"
+    with zipfile.ZipFile(path) as archive:
+        records = {info.filename: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for record, data in records.items():
+            archive.writestr(record, data)
+
+
+def nested(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.nested.nested_tensor([tensor, tensor[:2]])
+
+
+@pytest.mark.parametrize("form", ["expanded", "transposed", "with-gradient"])
+@pytest.mark.filterwarnings("ignore:.*is not a leaf")
+def test_tensors_that_share_memory_become_parameters(form: str, tmp_path: Path) -> None:
+    forms: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        "expanded": lambda t: t[:1, :1].expand(t.shape),
+        "transposed": lambda t: t.t().contiguous().t(),
+        "with-gradient": lambda t: t.clone().requires_grad_(),
+    }
+    with_up(forms[form])(copied("bert-seq_bn", tmp_path))
+    model = make("bert-seq_bn")
+    name = pk.adapters.load(model, tmp_path)
+    pk.adapters.train(model, name)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    model(samples.inputs())[0].square().sum().backward()
+    optimizer.step()
+    up = next(iter(pk.adapters.manage.sites(model))).get(name).up
+    assert up.is_contiguous() and up.untyped_storage().nbytes() == up.nbytes
+    assert len(up.detach().unique()) > 1
+
+
 KEY = "encoder.layer.0.output.adapters.sample.adapter_up.weight"
 DOWN = "encoder.layer.0.output.adapters.sample.adapter_down.0.weight"
 DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
@@ -240,6 +285,24 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "list": (pickled([torch.ones(1)]), "pytorch_adapter.bin: expected a dict of tensors, got list"),
     "key": (pickled({3: torch.ones(1)}), "bin: 3: expected parameters of adapter sample only"),
     "numbers": (pickled({"x": 1.0}), "pytorch_adapter.bin: expected a dict of tensors, got dict"),
+    "sparse": (
+        with_up(lambda t: t.to_sparse()),
+        "expected a dense tensor, got one of layout torch.sparse_coo",
+    ),
+    "csr": (
+        with_up(lambda t: t.to_sparse_csr()),
+        "expected a dense tensor, got one of layout torch.sparse_csr",
+    ),
+    "meta": (
+        with_up(lambda t: t.to("meta")),
+        "adapter_up.weight: expected a dense tensor, got one without val",
+    ),
+    "nested": (with_up(nested), "adapter_up.weight: expected a dense tensor, got a nested one"),
+    "quantised": (
+        with_up(lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8)),
+        "adapter_up.weight: expected a dense tensor, got a quantised one",
+    ),
+    "compressed": (compressed, "pytorch_adapter.bin: expected a file of torch.save, got compressed records"),
     "code": (pickled({"x": Evil()}), r"pytorch_adapter.bin: expected tensors that torch.load\(weights"),
     "none": (
         lambda f: (f / "adapter.safetensors").unlink(),
@@ -270,6 +333,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*(beta|prototype|deprecated)")
 @pytest.mark.parametrize("name", DAMAGES)
 def test_refused(name: str, tmp_path: Path) -> None:
     damage, message = DAMAGES[name]

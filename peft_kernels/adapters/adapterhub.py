@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,7 +62,8 @@ class Loaded:
         return self.value.dtype
 
     def read(self) -> Tensor:
-        return self.value
+        """In memory of its own: a file may have many tensors in one storage, or expanded ones."""
+        return self.value.detach().clone(memory_format=torch.contiguous_format)
 
 
 class Found(NamedTuple):
@@ -165,6 +167,7 @@ def _tensors(folder: Path) -> tuple[str, dict[str, Any]]:
         raise CheckpointError(f"{folder}: expected {' or '.join(_FILES)}, got neither")
     if found == _FILES[0]:
         return found, dict(read_header(folder / found)[0])
+    _check_stored(folder / found)
     try:
         loaded = torch.load(folder / found, map_location="cpu", weights_only=True)  # runs nothing of the file
     except Exception as error:
@@ -173,4 +176,30 @@ def _tensors(folder: Path) -> tuple[str, dict[str, Any]]:
         ) from error
     if not isinstance(loaded, dict) or not all(torch.is_tensor(value) for value in loaded.values()):
         raise CheckpointError(f"{found}: expected a dict of tensors, got {type(loaded).__name__}")
+    for key, value in loaded.items():
+        got = _other_form(value)
+        if got:
+            raise CheckpointError(f"{found}: {shown(str(key))}: expected a dense tensor, got {got}")
     return found, {str(key): Loaded(value) for key, value in loaded.items()}
+
+
+def _check_stored(path: Path) -> None:
+    """torch.save compresses nothing; what is compressed may be a thousand times as large in memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            stored = all(one.compress_type == zipfile.ZIP_STORED for one in archive.infolist())
+    except (OSError, zipfile.BadZipFile):  # torch.load will tell, or knows an older form
+        return
+    if not stored:
+        raise CheckpointError(f"{path.name}: expected a file of torch.save, got compressed records")
+
+
+def _other_form(value: Tensor) -> str:
+    """Of a tensor that has no values of its own at each place."""
+    if value.is_nested:
+        return "a nested one"
+    if value.layout != torch.strided:
+        return f"one of layout {value.layout}"
+    if value.is_quantized or value.is_meta:
+        return "a quantised one" if value.is_quantized else "one without values"
+    return ""
