@@ -1,7 +1,8 @@
 """Sequences with the same beginning as one row: the beginning once, then what each goes on with.
 
 A mask lets each continuation see the beginning and itself, and its positions count on from the beginning,
-so a causal transformer computes for every token what it would in a row of its own.
+so a causal transformer computes for every token what it would in a row of its own. Rotary embeddings that
+depend on the greatest position (dynamic NTK scaling, LongRoPE) see the batch's: padding has it.
 """
 
 from __future__ import annotations
@@ -22,13 +23,14 @@ cores, prompts of 64 before completions of 192 lose, prompts of 128 before 128 w
 
 @dataclass(frozen=True)
 class Rows:
-    """A batch with each beginning once. Its rows are filled up on the right.
+    """A batch with each beginning once. Its rows are padded on the right, at least one of them, and the
+    position of padding is the last one of the batch.
 
     `input_ids`, `position_ids`, `targets`: (rows, length); a target is the token that a position predicts,
     -100 where none counts. `visible`: bool (rows, 1, length, length), whether a query (third) sees a key
     (fourth). `index`: of the counted predictions in the batch that these rows stand for, in its order, the
     places in the flattened rows. `own`: int (rows, length), which continuation of its row a token belongs
-    to, 0 for the beginning, -1 for the filling.
+    to, 0 for the beginning, -1 for the padding.
     """
 
     input_ids: Tensor
@@ -107,8 +109,9 @@ def _length(row: list[_Sequence]) -> int:
 
 
 def _lay_out(rows: list[list[_Sequence]], ids: np.ndarray, counted: np.ndarray, device: torch.device) -> Rows:
-    shape = len(rows), max(map(_length, rows))
-    tokens, positions = np.zeros(shape, ids.dtype), np.zeros(shape, np.int64)
+    lengths = [_length(row) for row in rows]
+    shape = len(rows), max(lengths) + (min(lengths) == max(lengths))
+    tokens, positions = np.zeros(shape, ids.dtype), np.full(shape, ids.shape[1] - 1)
     targets, own = np.full(shape, IGNORED, np.int64), np.full(shape, -1, np.int64)
     place = np.zeros(counted.shape, np.int64)
     for r, row in enumerate(rows):
@@ -135,8 +138,8 @@ def _lay_out(rows: list[list[_Sequence]], ids: np.ndarray, counted: np.ndarray, 
 
 
 def _visible(own: Tensor) -> Tensor:
-    """What is not later, of the same continuation or the beginning. The filling sees itself: a query that
-    sees nothing has no softmax."""
+    """What is not later, of the same continuation or the beginning. Padding sees itself: a query that sees
+    nothing has no softmax."""
     keys, queries = own[:, None, None, :], own[:, None, :, None]
     causal = torch.ones(own.shape[1], own.shape[1], dtype=torch.bool, device=own.device).tril()
     return causal & ((keys == queries) | (keys == 0))

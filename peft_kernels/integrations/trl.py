@@ -13,9 +13,9 @@ import inspect
 import logging
 import types
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -38,9 +38,8 @@ __all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer"]
 
 logger = logging.getLogger("peft_kernels")
 
-LEAK, APART = 1e-2, 0.1
-"""Most that the tokens of one completion may change what is computed for another, and most that a row of
-several may differ from rows of their own, where rounding is all that should: relative, of hidden states."""
+_LENGTHS = ("position", "length", "n_ctx")
+"""In names of numbers of a configuration that are lengths from which on a model may compute differently."""
 _SCALES = (
     "final_logit_softcapping",
     "logit_scale",
@@ -51,6 +50,15 @@ _SCALES = (
 _NOISES = ("drop", "jitter", "neftune_noise")
 """In names of attributes of modules that say how much noise there is in training."""
 _NOTHING_SAID = frozenset({"use_cache", "return_dict"})
+
+
+class Kind(NamedTuple):
+    """What of a batch may matter to a model: whether there is padding on the left, from whose mask some take
+    positions, and how many of the lengths in its configuration the batch and its shared rows exceed."""
+
+    is_left_padded: bool
+    batch: int
+    rows: int
 
 
 class LogProbs:
@@ -77,7 +85,7 @@ class LogProbs:
         self.never = never or _unfit(model)
         self.temperature, self.outputs = temperature, outputs
         self.head = head or _unusual_head(model.config)
-        self.misfits: dict[tuple[bool, bool], str] = {}
+        self.misfits: dict[Kind, str] = {}
         """By kind of batch, of which a model's first is tried, why rows of several would be wrong, or ""."""
 
     def __call__(self, model: Any, labels: Tensor, kwargs: dict[str, Any]) -> Any:
@@ -143,7 +151,7 @@ class LogProbs:
         rows = shared_prompts.share(given["input_ids"], given["attention_mask"], labels, hidden_size)
         if isinstance(rows, str):
             return rows
-        kind = _kind(model, rows)
+        kind = _kind(model, rows, given["input_ids"].shape[1])
         if kind not in self.misfits:
             try:
                 self.misfits[kind] = _misfit(model, rows, given, labels[:, 1:] != IGNORED)
@@ -171,6 +179,8 @@ def _unfit(model: Any) -> str:
     window = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     if window or "local" in (getattr(config, "attention_layers", None) or ()):  # GPT-Neo's
         return f"{type(model).__name__} attends within a window"
+    if reason := _unknown_rope(model):
+        return reason
     if getattr(config, "alibi", False):
         return f"{type(model).__name__} has no positions but distances in rows"
     if not isinstance(getattr(config, "hidden_size", None), int):
@@ -242,26 +252,64 @@ def _hidden(model: Any, rows: Rows, input_ids: Tensor | None = None) -> Tensor:
     return hidden
 
 
-def _kind(model: Any, rows: Rows) -> tuple[bool, bool]:
-    """What of a batch may matter to a model: whether there is padding on the left, from whose mask some take
-    positions, and whether rows are longer than it has positions, as long as masks that some of them keep."""
-    most = getattr(model.config, "max_position_embeddings", None) or rows.input_ids.shape[1]
-    return bool((rows.position_ids[:, 0] > 0).any()), rows.input_ids.shape[1] > most
+def _kind(model: Any, rows: Rows, length: int) -> Kind:
+    limits = list(_values(vars(model.config), _LENGTHS, int))
+
+    def exceeded(length: int) -> int:
+        return sum(length > limit for limit in limits)
+
+    return Kind(
+        bool((rows.position_ids[:, 0] > 0).any()), exceeded(length), exceeded(rows.input_ids.shape[1])
+    )
+
+
+def _values(config: dict[str, Any], names: tuple[str, ...], kind: type) -> Iterator[Any]:
+    """Values of a type, in a configuration and in dicts in it, whose names contain one of `names`."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _values(value, names, kind)
+        elif type(value) is kind and any(part in str(name) for part in names):
+            yield value
+
+
+def _unknown_rope(model: Any) -> str:
+    """Why rotary embeddings may depend on the length of rows, or "". Those of transformers depend on the
+    greatest position, which rows that share prompts keep."""
+    config = vars(model.config)
+    ropes = {name: value for name, value in config.items() if name in ("rope_parameters", "rope_scaling")}
+    for kind in _values(ropes, ("type",), str):
+        if "dynamic" not in kind and kind not in ("longrope", "su"):  # "su" in Phi-3's own code
+            continue
+        for cls in {plain_class(module) for module in model.modules()}:
+            if "rotary" in cls.__name__.lower() and not cls.__module__.startswith("transformers."):
+                return f"{cls.__name__} is not transformers', and rope_type {kind} depends on lengths"
+    return ""
 
 
 def _misfit(model: Any, rows: Rows, given: dict[str, Any], counted: Tensor) -> str:
     """Tries rows that share prompts: does the model keep completions apart, and does it compute what it does
     for each by itself? Why not, or an empty string."""
-    name = type(model).__name__
+    name, most = type(model).__name__, _rounding(model)
     with torch.no_grad():
         found = shared_prompts.leak(rows, functools.partial(_hidden, model, rows))
-        if not found <= LEAK:
+        if not found <= most / 10:  # other tokens are computed by the same operations
             return f"{name} does not keep to an attention mask: completions change each other by {found:.2g}"
         alone = model.base_model(**given, use_cache=False).last_hidden_state[:, :-1][counted]
         found = shared_prompts.apart(_hidden(model, rows).flatten(0, 1)[rows.index], alone)
-    if not found <= APART:
+    if not found <= most:
         return f"{name} computes something else for completions in a row: hidden states differ by {found:.2g}"
     return ""
+
+
+def _rounding(model: Any) -> float:
+    """Most that hidden states may differ where only the order of sums does, relative: half of the digits of
+    the coarsest type that the model computes in."""
+    device = model.get_input_embeddings().weight.device.type
+    dtypes = {p.dtype for p in model.parameters() if p.is_floating_point() and p.element_size() > 1}
+    dtypes |= {d for m in model.modules() if isinstance(d := getattr(m, "compute_dtype", None), torch.dtype)}
+    if torch.is_autocast_enabled(device):
+        dtypes.add(torch.get_autocast_dtype(device))
+    return float(max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5)
 
 
 def share_prompts(

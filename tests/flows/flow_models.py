@@ -136,3 +136,16 @@ def arguments(kind: Any, folder: Path, steps: int, **more: Any) -> Any:
         "seed": 0,
     }
     return kind(**defaults | more)
+
+
+class Tokens:
+    """Counts the tokens that a model's layers compute."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shapes: list[tuple[int, int]] = []
+        layer = next(m for m in model.modules() if type(m).__name__.endswith("DecoderLayer"))
+        layer.register_forward_pre_hook(lambda _, args: self.shapes.append(tuple(args[0].shape[:2])))
+
+    @property
+    def total(self) -> int:
+        return sum(rows * length for rows, length in self.shapes)

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
-import itertools
-import types
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-import transformers
 from flow_checks import assert_near
-from flow_families import tiny
-from flow_models import adapted, arguments, config, ids, llama, tokenizer, words
-from torch import Tensor, nn
+from flow_models import Tokens, adapted, arguments, config, ids, llama, tokenizer, words
 
 import peft_kernels as pk
 
@@ -24,10 +17,8 @@ if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets
     pytest.skip("TRL or datasets is not installed", allow_module_level=True)
 import datasets
 import trl
-from trl.trainer.utils import add_fused_lm_head
 
 from peft_kernels.integrations import trl as ours
-from peft_kernels.integrations.scored_head import OUTPUTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 
@@ -35,17 +26,14 @@ STEPS = 2
 PLAIN = {"gradient_checkpointing": False, "optim": "adamw_torch"}
 
 
-class Tokens:
-    """Counts the tokens that a model's layers compute."""
+class Untried(dict[ours.Kind, str]):
+    """Whatever the kind of a batch, rows that share prompts are taken to be right."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.shapes: list[tuple[int, int]] = []
-        layer = next(m for m in model.modules() if type(m).__name__.endswith("DecoderLayer"))
-        layer.register_forward_pre_hook(lambda _, args: self.shapes.append(tuple(args[0].shape[:2])))
+    def __contains__(self, kind: object) -> bool:
+        return True
 
-    @property
-    def total(self) -> int:
-        return sum(rows * length for rows, length in self.shapes)
+    def __missing__(self, kind: ours.Kind) -> str:
+        return ""
 
 
 def preferences() -> Any:
@@ -78,7 +66,7 @@ def trained(
     pk.patch(made.model)
     for log_probs in (getattr(made, "log_probs", None), getattr(made, "ref_log_probs", None)):
         if log_probs is not None:  # trying is no part of a step, and its tokens are not to be counted
-            log_probs.misfits = dict.fromkeys(itertools.product((False, True), repeat=2), "")
+            log_probs.misfits = Untried()
     models = {"policy": made.model, "reference": made.ref_model}
     made.tokens = {n: Tokens(each) for n, each in models.items() if each is not None}
     torch.manual_seed(0)
@@ -154,222 +142,3 @@ def test_grpo(tmp_path: Path) -> None:
     got, want = run(ours.GRPOTrainer), run(trl.GRPOTrainer)
     assert_same_logs(got, want)
     assert_less_is_computed(got, want)
-
-
-# Log-probabilities and gradients by themselves.
-
-
-def batch(left: bool = False) -> dict[str, Tensor]:
-    """Sequences of two prompts, three of each, padded on one or on both sides; some tokens do not count."""
-    tokens = ids(5, rows=6, length=24, vocabulary=100)
-    seen, labels = torch.ones_like(tokens), tokens.clone()
-    for i in range(6):
-        tokens[i, :14] = tokens[i % 2, :14]
-        start, end = (3 if left and i % 2 else 0), 21 + i % 4
-        seen[i, :start], seen[i, end:] = 0, 0
-        labels[i] = tokens[i]
-        labels[i, : 14 if i != 4 else 16] = -100
-    labels[seen == 0] = -100
-    labels[3, 19] = -100
-    return {"input_ids": tokens.where(seen > 0, 0), "attention_mask": seen, "labels": labels}
-
-
-def install(model: Any, **options: Any) -> ours.LogProbs:
-    """As a trainer does."""
-    model.requires_grad_(False)
-    add_fused_lm_head(model, temperature=options.get("temperature", 1.0), outputs=("log_probs", *OUTPUTS))
-    return ours.LogProbs(model, **{"never": "", "temperature": 1.0, "outputs": OUTPUTS, "head": ""} | options)
-
-
-def results(run: Any, model: Any, seed: int = 7) -> dict[str, Tensor]:
-    """All outputs, and the gradient of the embeddings for a random sum of log-probabilities."""
-    weight = model.get_input_embeddings().weight
-    embedded = weight.detach().clone().requires_grad_()
-    hook = model.get_input_embeddings().register_forward_hook(
-        lambda m, args, _: F.embedding(args[0], embedded)
-    )
-    try:
-        out = run()
-        noise = torch.randn(out.log_probs.shape, generator=torch.Generator().manual_seed(seed))
-        (gradient,) = torch.autograd.grad((out.log_probs * noise).sum(), embedded)
-    finally:
-        hook.remove()
-    return {name: value.detach().float() for name, value in out.items()} | {"gradient": gradient}
-
-
-def both(model: Any, data: dict[str, Tensor], **options: Any) -> tuple[Any, Any, ours.LogProbs]:
-    log_probs = install(model, **options)
-    labels = data["labels"]
-    inputs = {k: v for k, v in data.items() if k != "labels"}
-    want = results(lambda: log_probs.theirs(**data, fused_lm_head=True), model)
-    return results(lambda: log_probs(model, labels, inputs), model), want, log_probs
-
-
-@pytest.mark.parametrize("head", ["", "TRL's"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_log_probs(left: bool, attention: str, head: str) -> None:
-    model = llama(attn_implementation=attention)
-    tokens = Tokens(model)
-    got, want, log_probs = both(model, batch(left), head=head, temperature=0.7)
-    assert_near(got, want)
-    assert not log_probs.fallbacks and tokens.shapes[-1][0] < 6
-
-
-@pytest.mark.parametrize("family", ["qwen3", "gpt2", "gpt_neox", "stablelm", "olmo2", "smollm3", "qwen3_moe"])
-def test_families(family: str) -> None:
-    model = tiny(family)
-    got, want, log_probs = both(model, batch())
-    assert_near(got, want, 1e-4)
-    assert not log_probs.fallbacks
-
-
-@pytest.mark.parametrize(
-    "family", ["mistral", "gemma2", "qwen3_next", "mamba", "bloom", "recurrent_gemma", "gpt_neo"]
-)
-def test_families_that_are_not_fit(family: str) -> None:
-    """The result is what TRL gives, each completion by itself, and the reason is counted."""
-    model = tiny(family)
-    got, want, log_probs = both(model, batch())
-    assert_near(got, want, 1e-4)
-    assert list(log_probs.fallbacks.values()) == [1], log_probs.fallbacks
-
-
-@pytest.mark.parametrize("what", ["leak", "position"])
-def test_a_model_that_computes_something_else(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found out by trying, though nothing in its configuration tells."""
-    model = llama()
-    attention = model.model.layers[0].self_attn
-    plain = attention.forward
-
-    def forward(*args: Any, **kwargs: Any) -> Any:
-        if what == "leak" and kwargs["attention_mask"] is not None:
-            kwargs["attention_mask"] = torch.ones_like(kwargs["attention_mask"]).tril()
-        if what == "position":
-            cos, _ = kwargs["position_embeddings"]
-            kwargs["position_embeddings"] = model.model.rotary_emb(cos, torch.arange(cos.shape[1])[None] * 3)
-        return plain(*args, **kwargs)
-
-    monkeypatch.setattr(attention, "forward", forward)
-    data = batch()
-    data["attention_mask"] = torch.ones_like(data["attention_mask"])
-    got, want, log_probs = both(model, data)
-    assert_near(got, want)
-    (reason,) = log_probs.fallbacks
-    assert ("completions change each other" if what == "leak" else "computes something else") in reason
-
-
-def test_what_is_left_to_trl() -> None:
-    model = llama()
-    model.model.layers[0].self_attn.dropout = nn.Dropout(0.0)
-    log_probs = install(model)
-    data = batch()
-    labels = data.pop("labels")
-    model.train().model.layers[0].self_attn.dropout.p = 0.1
-    log_probs(model, labels, data)
-    with torch.no_grad():  # as the log-probabilities of GRPO's old policy
-        log_probs(model, labels, data)
-    model.model.layers[0].self_attn.dropout.p = 0.0
-    model.model.layers[0].self_attn.attention_dropout = 0.1  # of a function, not of a module
-    log_probs(model, labels, data)
-    model.model.layers[0].self_attn.attention_dropout = 0.0
-    model.model.embed_tokens.neftune_noise_alpha = 5.0
-    log_probs(model, labels, data)
-    assert log_probs.fallbacks.total() == 4 and not log_probs.misfits
-    model.eval()
-    far = {name: value.clone() for name, value in data.items()}
-    far["input_ids"][:, 0] = torch.arange(6) + 20
-    log_probs(model, labels, far)
-    gaps = data["attention_mask"].clone()
-    gaps[:, 4] = 0
-    log_probs(model, labels, data | {"attention_mask": gaps})
-    log_probs(model, labels, data | {"output_hidden_states": True})
-    model.config._attn_implementation = "flash_attention_2"
-    assert "takes no mask" in ours._unfit_call(model, data)
-    assert [reason.split()[0] for reason in log_probs.fallbacks] == ["dropout", "no", "its", "extra"]
-
-
-def test_dropout_of_adapters_counts_while_they_are_on() -> None:
-    model = adapted(llama(), lora_dropout=0.1).train()
-    log_probs = install(model.get_base_model())
-    data = batch()
-    labels = data.pop("labels")
-    with torch.no_grad():
-        with model.disable_adapter():
-            log_probs(model.get_base_model(), labels, data)
-        assert not log_probs.fallbacks
-        log_probs(model.get_base_model(), labels, data)
-    assert list(log_probs.fallbacks) == ["dropout or other noise, which differs between completions"]
-
-
-def test_padding_on_the_left_that_comes_later() -> None:
-    """OPT counts positions without it, when it counts them itself."""
-    model, data = tiny("opt"), batch(left=True)
-    log_probs = install(model)
-    for each in (batch(), data, batch()):
-        labels = each.pop("labels")
-        got = results(functools.partial(log_probs, model, labels, each), model)
-        want = results(lambda: log_probs.theirs(**each, labels=labels, fused_lm_head=True), model)  # noqa: B023
-        assert_near(got, want, 1e-4)
-    ((reason, count),) = log_probs.fallbacks.items()
-    assert "computes something else" in reason and count == 1
-
-
-def test_rows_longer_than_the_positions_of_a_model() -> None:
-    sizes = {"vocab_size": 100, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "eos_token_id": 2}
-    kinds = {"attention_types": [[["global"], 2]], "max_position_embeddings": 24, "bos_token_id": 1}
-    model = transformers.GPTNeoForCausalLM(transformers.GPTNeoConfig(**sizes, **kinds)).eval()
-    log_probs = install(model)
-    short, data = {name: value[:4, :18] for name, value in batch().items()}, batch()
-    log_probs(model, short.pop("labels"), short)
-    assert not log_probs.fallbacks
-    want = log_probs.theirs(**data, fused_lm_head=True).log_probs
-    got = log_probs(model, data.pop("labels"), data).log_probs
-    assert_near({"log_probs": got}, {"log_probs": want}, 1e-4)
-    (reason,) = log_probs.fallbacks
-    assert "GPTNeoForCausalLM raised" in reason
-
-
-def test_a_bias_of_the_head_that_is_trained() -> None:
-    """As `LoraConfig(bias="all")` has it."""
-    model, data = tiny("phi"), batch()
-    log_probs = install(model)
-    model.lm_head.bias.requires_grad_()
-    inputs = {name: value for name, value in data.items() if name != "labels"}
-    found = []
-    for run in (
-        lambda: log_probs.theirs(**data, fused_lm_head=True),
-        lambda: log_probs(model, data["labels"], inputs),
-    ):
-        found.append({"bias": torch.autograd.grad(run().log_probs.sum(), model.lm_head.bias)[0]})
-    assert_near(*found, 1e-4)
-    assert not log_probs.fallbacks
-
-
-def test_a_reference_of_its_own_computes_in_autocast() -> None:
-    """Accelerate wraps the forward that is replaced; and weights that DeepSpeed may hold are left to TRL."""
-    model, seen = llama(), []
-    add_fused_lm_head(model)
-    trainer = types.SimpleNamespace(
-        ref_model=model, is_fsdp_enabled=False, is_deepspeed_enabled=False,
-        accelerator=types.SimpleNamespace(autocast=lambda: torch.autocast("cpu", torch.bfloat16)),
-    )  # fmt: skip
-    log_probs = ours._share_for_reference(trainer)
-    assert log_probs is not None
-    model.model.layers[0].mlp.register_forward_hook(lambda m, _, out: seen.append(out.dtype))
-    with torch.no_grad():
-        assert not log_probs._their_head(model, {})
-        model(**batch(), fused_lm_head=True)
-        assert set(seen) == {torch.bfloat16} and not log_probs.fallbacks
-        trainer.is_deepspeed_enabled = True
-        add_fused_lm_head(model)
-        assert ours._share_for_reference(trainer)._their_head(model, {})
-
-
-def test_nothing_to_predict() -> None:
-    """A batch whose completions were all cut off still has a gradient, of zeros."""
-    data = batch()
-    data["labels"] = torch.full_like(data["labels"], -100)
-    got, want, _ = both(llama(), data)
-    assert not got["log_probs"].any() and not got["gradient"].any()
-    assert got["log_probs"].shape == want["log_probs"].shape
