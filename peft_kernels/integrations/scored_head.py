@@ -7,9 +7,11 @@ W^T (onehot - softmax), is computed in the forward, which has a piece of them at
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 
 from ..nf4.state import HoldsNF4
@@ -32,6 +34,33 @@ class Scores(NamedTuple):
     is_top1: Tensor | None = None
 
 
+def active_head(model: Any) -> Any:
+    """The layer that computes a model's logits now: of PEFT's `modules_to_save` the active adapter's copy, or
+    with adapters disabled the original."""
+    head = model.get_output_embeddings()
+    if not isinstance(head, ModulesToSaveWrapper):
+        return head
+    active = [] if head.disable_adapters else head.active_adapters
+    if not active:
+        return head.original_module
+    copies, name = head.modules_to_save, active[0]
+    return copies[name] if name in copies else head  # noqa: SIM401  (a ModuleDict has no `get`)
+
+
+def scale_and_cap(theirs: Any) -> tuple[float, float | None] | str:
+    """What TRL's forward multiplies logits by, and the softcap that it applies then, as it has read them in
+    the model's configuration; or why they are not known. `theirs`: what `add_fused_lm_head` has made of a
+    model's forward, which accelerate may have wrapped."""
+    forward = theirs
+    while forward is not None:
+        forward = getattr(forward, "__func__", forward)
+        found = inspect.getclosurevars(forward).nonlocals if inspect.isfunction(forward) else {}
+        if {"logit_scale", "final_logit_softcapping"} <= found.keys():
+            return found["logit_scale"], found["final_logit_softcapping"]
+        forward = getattr(forward, "__wrapped__", None)
+    return "this version of TRL does not tell how it scales logits"
+
+
 def score(
     hidden: Tensor,
     weight: HoldsNF4 | Tensor,
@@ -39,6 +68,8 @@ def score(
     targets: Tensor,
     temperature: float = 1.0,
     outputs: tuple[str, ...] = (),
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
 ) -> Scores:
     """Log-probabilities of `targets`.
 
@@ -51,16 +82,19 @@ def score(
     targets
         int (tokens,).
     temperature
-        What logits are divided by.
+        What logits are divided by, after the cap.
     outputs
         Which of entropy, log_sum_sq_probs (the log of the sum of squared probabilities), mean_logits and
         is_top1 (whether no other token is more likely) to compute besides.
+    logit_scale, softcap
+        What logits are multiplied by; what they are capped at then, softcap * tanh(logits / softcap).
 
     Raises
     ------
     ValueError
         log_sum_sq_probs of a head that is NF4 or to be trained.
     """
+    inner, cap = logit_scale / temperature, None if softcap is None else softcap / temperature
     if "log_sum_sq_probs" not in outputs:
         # Under autocast it is rounded in there, a piece at a time.
         if not isinstance(weight, HoldsNF4) and autocast_dtype(hidden.device.type) is None:
@@ -68,7 +102,7 @@ def score(
             bias = None if bias is None else bias.to(hidden.dtype)
         asked = ("entropy", "is_top1", "mean_logits")  # in the order in which they come
         wanted: dict[str, Any] = {name: True for name in asked if name in outputs}
-        found = token_log_probs(hidden, weight, targets, bias, logit_scale=1 / temperature, **wanted)
+        found = token_log_probs(hidden, weight, targets, bias, logit_scale=inner, softcap=cap, **wanted)
         parts = (found,) if isinstance(found, Tensor) else found
         return Scores(**dict(zip(("log_probs", *wanted), parts, strict=True)))
     if isinstance(weight, HoldsNF4):
@@ -78,7 +112,7 @@ def score(
             raise ValueError(f"{name}: expected a frozen head, got one that requires grad")
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    return Scores(*_Score.apply(hidden, weight, bias, targets, temperature, outputs, dtype))
+    return Scores(*_Score.apply(hidden, weight, bias, targets, inner, cap, outputs, dtype))
 
 
 class _Score(torch.autograd.Function):
@@ -89,7 +123,8 @@ class _Score(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        temperature: float,
+        logit_scale: float,
+        softcap: float | None,
         outputs: tuple[str, ...],
         dtype: torch.dtype,
     ) -> Any:
@@ -102,14 +137,14 @@ class _Score(torch.autograd.Function):
         slopes: list[Tensor] = []
         for start in range(0, len(x), count):
             here = slice(start, start + count)
-            scores, slope = _piece(x[here], w, b, targets[here], temperature, outputs, training)
+            scores, slope = _piece(x[here], w, b, targets[here], logit_scale, softcap, outputs, training)
             found.append(scores)
             slopes.append(slope)
         if training:
             ctx.save_for_backward(torch.cat(slopes) if slopes else torch.empty_like(x))
         ctx.hidden_dtype = hidden.dtype
         if not found:
-            found = [_piece(x, w, b, targets, temperature, outputs, False)[0]]
+            found = [_piece(x, w, b, targets, logit_scale, softcap, outputs, False)[0]]
         result = [None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)]
         ctx.mark_non_differentiable(*(part for part in result[1:] if part is not None))
         return tuple(result)
@@ -117,9 +152,9 @@ class _Score(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> Any:
         if grad is None:
-            return (None,) * 7
+            return (None,) * 8
         (slope,) = ctx.saved_tensors
-        return (grad[:, None].float() * slope).to(ctx.hidden_dtype), *(None,) * 6
+        return (grad[:, None].float() * slope).to(ctx.hidden_dtype), *(None,) * 7
 
 
 def _piece(
@@ -127,14 +162,19 @@ def _piece(
     w: Tensor,
     b: Tensor | None,
     targets: Tensor,
-    temperature: float,
+    logit_scale: float,
+    softcap: float | None,
     outputs: tuple[str, ...],
     training: bool,
 ) -> tuple[Scores, Tensor]:
     """All outputs for some tokens, and the gradient of each log-probability by its hidden state."""
     z = (x @ w.T if b is None else torch.addmm(b, x, w.T)).float()
-    if temperature != 1.0:
-        z /= temperature
+    if logit_scale != 1.0:
+        z *= logit_scale
+    capped = None
+    if softcap is not None:
+        capped = (z / softcap).tanh_()
+        z = capped * softcap
     highest, top = z.max(-1, keepdim=True) if z.numel() else (z.new_empty(len(z), 1), targets[:, None])
     of_target = z.gather(-1, targets[:, None])
     mean = z.mean(-1) if "mean_logits" in outputs else None
@@ -157,8 +197,10 @@ def _piece(
     # onehot - softmax, before it is rounded: near certainty the two are almost equal.
     p *= -1 / total
     p.scatter_add_(-1, targets[:, None], torch.ones_like(of_target))
+    if capped is not None:
+        p *= 1 - capped * capped
     slope = p.to(w.dtype) @ w
-    return scores, slope if temperature == 1.0 else slope / temperature
+    return scores, slope if logit_scale == 1.0 else slope * logit_scale
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ from ..nf4.weight import NF4Weight
 from ..nn import NF4Linear
 from ..patch.fused import plain_class
 from . import shared_prompts
-from .scored_head import Scores, score
+from .scored_head import Scores, active_head, scale_and_cap, score
 from .shared_prompts import IGNORED, Rows
 
 __all__ = ["DPOTrainer", "GRPOTrainer", "SFTTrainer"]
@@ -40,13 +40,6 @@ logger = logging.getLogger("peft_kernels")
 
 _LENGTHS = ("position", "length", "n_ctx")
 """In names of numbers of a configuration that are lengths from which on a model may compute differently."""
-_SCALES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "output_multiplier",
-    "lm_head_multiplier",
-    "logits_scaling",
-)
 _NOISES = ("drop", "jitter", "neftune_noise")
 """In names of attributes of modules that say how much noise there is in training."""
 _NOTHING_SAID = frozenset({"use_cache", "return_dict"})
@@ -84,7 +77,11 @@ class LogProbs:
         self.theirs = model.forward  # TRL's, which `add_fused_lm_head` has put there
         self.never = never or _unfit(model)
         self.temperature, self.outputs = temperature, outputs
-        self.head = head or _unusual_head(model.config)
+        numbers = scale_and_cap(self.theirs)
+        if model.config.get_text_config() is not model.config:
+            head = head or "the model takes more than text"
+        self.head = head or (numbers if isinstance(numbers, str) else "")
+        self.scale, self.cap = (1.0, None) if isinstance(numbers, str) else numbers
         self.misfits: dict[Kind, str] = {}
         """By kind of batch, of which a model's first is tried, why rows of several would be wrong, or ""."""
 
@@ -107,9 +104,9 @@ class LogProbs:
                 hidden = model.base_model(**given, use_cache=False).last_hidden_state[:, :-1][mask]
             else:
                 hidden = _hidden(model, rows).flatten(0, 1)[rows.index]
-            head = model.get_output_embeddings()
-            targets = labels[:, 1:][mask]
-            parts = score(hidden, head.weight, head.bias, targets, self.temperature, self.outputs)._asdict()
+            head, targets = active_head(model), labels[:, 1:][mask]
+            options = self.temperature, self.outputs, self.scale, self.cap
+            parts = score(hidden, head.weight, head.bias, targets, *options)._asdict()
         found: dict[str, Any] = {
             n: None if x is None else x.new_zeros(mask.shape).masked_scatter(mask, x)
             for n, x in parts.items()
@@ -119,7 +116,7 @@ class LogProbs:
 
     def _their_head(self, model: Any, given: dict[str, Any]) -> str:
         """Why the head of this call is TRL's, or "". On GPUs TRL has kernels of its own for it."""
-        head = model.get_output_embeddings()
+        head = active_head(model)
         weight, packed = head.weight, type(head.weight) is NF4Weight
         if self.head:
             return self.head
@@ -224,13 +221,6 @@ def _noise(model: Any) -> bool:
         )
         for module in set(model.modules()) - off
     )
-
-
-def _unusual_head(config: Any) -> str:
-    if config.get_text_config() is not config:
-        return "the model takes more than text"
-    scales = [name for name in _SCALES if getattr(config, name, None) not in (None, 1.0)]
-    return f"logits are scaled ({', '.join(scales)})" if scales else ""
 
 
 def _inputs(model: Any, rows: Rows, input_ids: Tensor | None = None) -> dict[str, Any]:

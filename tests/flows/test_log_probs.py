@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import types
@@ -100,6 +101,51 @@ def test_families_that_are_not_fit(family: str) -> None:
     got, want, log_probs = both(model, batch())
     assert_near(got, want, 1e-4)
     assert list(log_probs.fallbacks.values()) == [1], log_probs.fallbacks
+
+
+SCALED: dict[str, dict[str, float]] = {
+    "granite": {"logits_scaling": 4.0},  # which divides
+    "cohere": {"logit_scale": 0.25},
+    "falcon_h1": {"lm_head_multiplier": 3.0},
+    "gemma2": {"final_logit_softcapping": 2.0},
+}
+
+
+@pytest.mark.parametrize("squares", [False, True])
+@pytest.mark.parametrize("family", SCALED)
+def test_heads_that_scale(family: str, squares: bool) -> None:
+    """TRL's numbers without TRL's head."""
+    model = tiny(family)
+    for name, value in SCALED[family].items():
+        assert hasattr(model.config, name)
+        setattr(model.config, name, value)
+    outputs = tuple(name for name in OUTPUTS if squares or name != "log_sum_sq_probs")
+    got, want, log_probs = both(model, batch(), outputs=outputs)
+    assert_near(got, {name: want[name] for name in got}, 1e-4)
+    assert not log_probs.heads and not log_probs.head
+
+
+def test_a_scale_that_this_trl_does_not_tell() -> None:
+    model = llama()
+    add_fused_lm_head(model.requires_grad_(False))
+    forward = model.forward
+    model.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    log_probs = ours.LogProbs(model, never="", temperature=1.0, outputs=(), head="")
+    data = batch()
+    log_probs(model, data.pop("labels"), data)
+    assert list(log_probs.heads) == ["this version of TRL does not tell how it scales logits"]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_a_head_that_is_saved_with_the_adapter(on: bool) -> None:
+    """Its copy, or with adapters disabled, as for the reference, the original."""
+    model = adapted(llama(), modules_to_save=["lm_head"]).eval()
+    base = model.get_base_model()
+    base.lm_head.modules_to_save["default"].weight.data *= 1.5
+    with contextlib.nullcontext() if on else model.disable_adapter():
+        got, want, log_probs = both(base, batch())
+    assert_near(got, want)
+    assert not log_probs.heads
 
 
 @pytest.mark.parametrize("what", ["leak", "position", "a little"])

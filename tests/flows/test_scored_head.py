@@ -12,7 +12,10 @@ from peft_kernels.integrations import scored_head
 
 @pytest.mark.parametrize("squares", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
-def test_score(bias: bool, squares: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("scale,cap", [(1.0, None), (0.25, None), (1.5, 6.0)])
+def test_score(
+    scale: float, cap: float | None, bias: bool, squares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """In fp64, with a tie, and, where squares are asked for, in pieces that leave a rest."""
     outputs = tuple(name for name in scored_head.OUTPUTS if squares or name != "log_sum_sq_probs")
     monkeypatch.setitem(scored_head.PIECE, "cpu", 300)
@@ -25,10 +28,11 @@ def test_score(bias: bool, squares: bool, monkeypatch: pytest.MonkeyPatch) -> No
     if bias:
         shift[40] = shift[41]
     x = hidden.clone().requires_grad_()
-    scores = scored_head.score(x, weight, b, targets, 0.8, outputs)
+    scores = scored_head.score(x, weight, b, targets, 0.8, outputs, scale, cap)
     (gradient,) = torch.autograd.grad((scores.log_probs * noise).sum(), x)
     true = hidden.double().requires_grad_()
-    logits = F.linear(true, weight.double(), None if b is None else b.double()) / 0.8
+    logits = F.linear(true, weight.double(), None if b is None else b.double()) * scale
+    logits = (logits if cap is None else cap * (logits / cap).tanh()) / 0.8
     logs = logits.log_softmax(-1)
     chosen = logs.gather(-1, targets[:, None]).squeeze(-1)
     (want,) = torch.autograd.grad((chosen * noise).sum(), true, retain_graph=True)

@@ -100,6 +100,7 @@ DPO_OPTIONS: dict[str, dict[str, Any]] = {
         "eval_strategy": "steps", "eval_steps": 2,
     },
     "own reference": {},
+    "trained head": {},
 }  # fmt: skip
 
 
@@ -115,12 +116,14 @@ def test_dpo(name: str, tmp_path: Path) -> None:
         elif name == "own reference":
             model, more = llama(), {"ref_model": llama(initializer_range=0.1)}
         else:
-            model, more = adapted(llama("nf4")), {}
+            heads = {"modules_to_save": ["lm_head"]} if name == "trained head" else {}
+            model, more = adapted(llama("nf4"), **heads), {}
         return trained(kind, trl.DPOConfig, tmp_path, model, given | more, beta=0.05, **options)
 
     got, want = run(ours.DPOTrainer), run(trl.DPOTrainer)
     assert_same_logs(got, want)
     assert_less_is_computed(got, want)
+    assert not got.log_probs.heads
 
 
 def test_grpo(tmp_path: Path) -> None:
