@@ -24,7 +24,7 @@ SIZES = [
     (1, 1, 9, 1, 1, 16),
     (1, 3, 1100, 2, 1, 32),
 ]
-MASKS = ["none", "causal", "spans", "both"]
+MASKS = ["none", "causal", "spans", "both", "two", "two causal"]
 
 
 def sides(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
@@ -34,13 +34,21 @@ def sides(size: tuple[int, ...], dtype: torch.dtype) -> list[Tensor]:
     return [testing.tensor(batch, r, h, features, dtype=dtype, seed=i) for i, (r, h) in enumerate(shapes)]
 
 
-def spans_for(size: tuple[int, ...]) -> Tensor:
+def spans_for(size: tuple[int, ...], seed: int = 0) -> Tensor:
     """Of any kind: some without keys, some that end beyond the last key or start before the first."""
     batch, rows, keys = size[:3]
-    generator = torch.Generator().manual_seed(rows)
+    generator = torch.Generator().manual_seed(rows + seed)
     first = torch.randint(-2, keys, (batch, rows), generator=generator)
     end = first + torch.randint(0, keys + 3, (batch, rows), generator=generator)
     return torch.stack([first, end], -1).int()
+
+
+def spans_of_mask(mask: str, size: tuple[int, ...]) -> Tensor | None:
+    if mask.startswith(
+        "two"
+    ):  # in either order, some that overlap or touch, some without the one or the other
+        return torch.stack([spans_for(size), spans_for(size, 5)], 2)
+    return spans_for(size) if mask in ("spans", "both") else None
 
 
 def definition(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -48,7 +56,8 @@ def definition(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None, causal: bo
     key = torch.arange(keys)
     attends = torch.ones(q.shape[0], rows, keys, dtype=torch.bool)
     if spans is not None:
-        attends &= (key >= spans[..., :1]) & (key < spans[..., 1:])
+        parts = spans if spans.dim() == 4 else spans[:, :, None]
+        attends &= ((key >= parts[..., :1]) & (key < parts[..., 1:])).any(2)
     if causal:
         attends &= key <= torch.arange(rows)[:, None] + keys - rows
     scores = torch.einsum("brhf,bshf->bhrs", q, k.repeat_interleave(group, 2)) * scale
@@ -74,8 +83,8 @@ def in_plain_torch(forward: Any, *sides: Tensor) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: "x".join(map(str, size)))
 def test_attention(backend: str, size: tuple[int, ...], dtype: torch.dtype, mask: str) -> None:
-    spans = spans_for(size) if mask in ("spans", "both") else None
-    causal, scale = mask in ("causal", "both"), 0.3
+    spans = spans_of_mask(mask, size)
+    causal, scale = mask in ("causal", "both", "two causal"), 0.3
     q, k, v, dy = sides(size, dtype)
     got = results(lambda *t: pk.attention(*t, spans, causal, scale), q, k, v, dy)
     plain = in_plain_torch(lambda *t: pk.attention(*t, spans, causal, scale), q, k, v, dy)
@@ -100,6 +109,48 @@ def test_windows(backend: str, keys: int, dtype: torch.dtype) -> None:
     truth = results(lambda *t: definition(*t, spans, False, 3.0), *(t.double() for t in (q, k, v, dy)))
     for name, value in got.items():
         testing.assert_close(value, plain[name], truth[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("prompt,completions", [(70, (5, 130, 3, 64)), (3, (9,) * 20), (200, (30, 40))])
+def test_completions_share_a_prompt(
+    backend: str, prompt: int, completions: tuple[int, ...], dtype: torch.dtype
+) -> None:
+    """Each sees it and itself: between the two lie blocks of keys that no query of a strip sees, and a strip
+    may have rows of several completions. What a completion does not see does not change a bit of it."""
+    ends = torch.tensor(completions).cumsum(0) + prompt
+    rows = int(ends[-1])
+    row = torch.arange(rows)
+    borders = torch.tensor([prompt, *ends.tolist()])
+    own = torch.cat([borders.new_zeros(1), borders])[torch.bucketize(row, borders, right=True)]
+    of_prompt = torch.stack([0 * row, (row + 1).clamp(max=prompt)], -1)
+    spans = torch.stack([of_prompt, torch.stack([own, row + 1], -1)], 1).int()[None]
+    spans[:, :prompt, 1] = 0
+    q, k, v, dy = sides((1, rows, rows, 4, 2, 32), dtype)
+    got = results(lambda *t: pk.attention(*t, spans), q, k, v, dy)
+    plain = in_plain_torch(lambda *t: pk.attention(*t, spans), q, k, v, dy)
+    truth = results(lambda *t: definition(*t, spans, False, 32**-0.5), *(t.double() for t in (q, k, v, dy)))
+    for name, value in got.items():
+        testing.assert_close(value, plain[name], truth[name], name)
+    start, end = prompt + completions[0], int(ends[1])  # of the second completion; then others are huge
+    others = torch.ones(rows, dtype=torch.bool)
+    others[:prompt] = others[start:end] = False
+    k[:, others], v[:, others] = 1e4, -1e4
+    again = results(lambda *t: pk.attention(*t, spans), q, k, v, dy)
+    assert torch.equal(again["y"][:, ~others], got["y"][:, ~others])
+    assert torch.equal(again["dq"][:, ~others], got["dq"][:, ~others])
+
+
+def test_two_spans_in_one(backend: str) -> None:
+    """The same bits as the one span that they are together."""
+    q, k, v, dy = sides((2, 70, 150, 2, 1, 32), torch.bfloat16)
+    one = spans_for((2, 70, 150)).clamp(min=0)
+    middle = (one.sum(-1, keepdim=True) // 2).int()
+    first, end = one.split(1, -1)
+    two = torch.stack([torch.cat([middle, end], -1), torch.cat([first, middle], -1)], 2)
+    want = results(lambda *t: pk.attention(*t, one), q, k, v, dy)
+    got = results(lambda *t: pk.attention(*t, two), q, k, v, dy)
+    assert all(torch.equal(got[name], want[name]) for name in want)
 
 
 def test_rows_are_read_as_they_lie(backend: str) -> None:
@@ -204,12 +255,12 @@ def test_torch_agrees(backend: str) -> None:
         (
             "spans",
             lambda t: t.long(),
-            "spans: expected torch.int32 of shape (2, 6, 2) on cpu, got torch.int64",
+            "spans: expected torch.int32 of shape (2, 6, 2) or (2, 6, 2, 2) on cpu, got torch.int64",
         ),
         (
             "spans",
             lambda t: t[:, 1:],
-            "spans: expected torch.int32 of shape (2, 6, 2) on cpu, got torch.int32",
+            "spans: expected torch.int32 of shape (2, 6, 2) or (2, 6, 2, 2) on cpu, got torch.int32",
         ),
         ("scale", lambda _: -1.0, "scale: expected a finite number above 0, got -1.0"),
     ],

@@ -48,6 +48,7 @@ struct AttentionForward {
     for (int64_t k0 = spans.all.first; k0 < spans.all.last; k0 += kStrip) {
       const int64_t keys = min64(kStrip, p.keys - k0);
       const BlockSpans<Outer> block(spans, k0, keys);
+      if (block.is_unseen) continue;
       Sides::multiply_keys(block, keys, {k.at + k0 * k.ld, k.ld}, q_lanes, depth, scores);
       for (int64_t c = 0; c < kStrip; c += kLanes) {
         if (!block.is_empty(c / kGroup)) weigh(block, spans, k0, c, queries);

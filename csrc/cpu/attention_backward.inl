@@ -67,6 +67,7 @@ struct AttentionBackward {
     for (int64_t k0 = spans.all.first; k0 < spans.all.last; k0 += kStrip) {
       const int64_t keys = min64(kStrip, p.keys - k0);
       const BlockSpans<Outer> block(spans, k0, keys);
+      if (block.is_unseen) continue;
       Sides::multiply_keys(block, keys, {k.at + k0 * k.ld, k.ld}, q_lanes, depth, scores);
       Sides::multiply_keys(block, keys, {v.at + k0 * v.ld, v.ld}, d_lanes, depth, d_scores);
       for (int64_t c = 0; c < kStrip; c += kLanes) slopes_of(block, spans, k0, keys, c, queries);

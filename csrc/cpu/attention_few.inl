@@ -61,11 +61,9 @@ struct AttentionOfFew {
                         kScoreKeys);
       }
       for (int64_t i = 0; i < rows; ++i) {
-        const KeySpan span = span_of(p, r0 + i);
-        // Of the chunk's columns.
-        const int64_t begin = max64(first, span.first) - c0, end_here = min64(last, span.last) - c0;
-        exponentials(i, first - c0, begin, max64(begin, end_here), first - c0 + depth_here, most[i],
-                     total[i]);
+        RowSpans row(p, r0 + i);
+        for (KeySpan& span : row.at) span = {max64(first, span.first) - c0, min64(last, span.last) - c0};
+        exponentials(i, first - c0, row, first - c0 + depth_here, most[i], total[i]);
       }
       Sides::multiply(rows, p.features, {rounded + (first - c0), kScoreKeys}, values + c0 * columns,
                       chunk_depth, first - c0, depth_here, true, sums, columns);
@@ -81,18 +79,16 @@ struct AttentionOfFew {
     }
   }
 
-  // e^(scale * (score - most)) of columns [begin, end) of a row, and 0 in the others of [from, to), rounded.
-  void exponentials(int64_t i, int64_t from, int64_t begin, int64_t end, int64_t to, float& most,
+  // e^(scale * (score - most)) of a row's columns in `spans`, and 0 in the others of [from, to), rounded.
+  void exponentials(int64_t i, int64_t from, const RowSpans& spans, int64_t to, float& most,
                     float& total) const {
     const float* row = scores + i * kScoreKeys;
     Value* result = rounded + i * kScoreKeys;
-    begin = min64(begin, to);
-    end = min64(max64(end, begin), to);
-    memset(result + from, 0, (begin - from) * sizeof(Value));
-    memset(result + end, 0, (to - end) * sizeof(Value));
-    if (begin == end) return;
+    memset(result + from, 0, (to - from) * sizeof(Value));
     const float before = most;
-    most = row_max(row + begin, end - begin, most);
+    for (const KeySpan& span : spans.at) {
+      if (!span.is_empty()) most = row_max(row + span.first, span.last - span.first, most);
+    }
     if (before != most && before != kNoScore) {
       const float factor = exponential(p.scale * (before - most));
       total *= factor;
@@ -101,12 +97,14 @@ struct AttentionOfFew {
     }
     const Vec scale = splat(p.scale), greatest = splat(most);
     Vec sums_of[2] = {zero(), zero()};
-    for_lanes(begin, end, [&](int64_t c, int64_t n) {
-      const Vec e = exponential(mul(sub(load_lanes(row + c, n), greatest), scale));
-      store_lanes(result + c, e, n);
-      Vec& sum = sums_of[(c - begin) / kLanes % 2];
-      sum = add(sum, n == kLanes ? e : first_lanes(e, n));
-    });
+    for (const KeySpan& span : spans.at) {
+      for_lanes(span.first, span.last, [&](int64_t c, int64_t n) {
+        const Vec e = exponential(mul(sub(load_lanes(row + c, n), greatest), scale));
+        store_lanes(result + c, e, n);
+        Vec& sum = sums_of[(c - span.first) / kLanes % 2];
+        sum = add(sum, n == kLanes ? e : first_lanes(e, n));
+      });
+    }
     total += sum_lanes(add(sums_of[0], sums_of[1]));
   }
   static Vec first_lanes(Vec x, int64_t count) {

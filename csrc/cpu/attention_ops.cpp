@@ -3,6 +3,9 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cstring>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -68,7 +71,9 @@ struct AttentionArgs {
     params.v_ld = v.stride(1);
     if (spans_in) {
       check_dtype(*spans_in, at::kInt, "spans");
-      check_shape(*spans_in, {batch, params.rows, 2}, "spans");
+      params.span_count = spans_in->dim() == 4 ? 2 : 1;
+      if (params.span_count == 1) check_shape(*spans_in, {batch, params.rows, 2}, "spans");
+      if (params.span_count == 2) check_shape(*spans_in, {batch, params.rows, 2, 2}, "spans");
       spans = spans_in->contiguous();
     }
   }
@@ -80,7 +85,7 @@ struct AttentionArgs {
     p.k = at(k, sequence, head / group);
     p.v = at(v, sequence, head / group);
     p.heads = count;
-    if (spans.defined()) p.spans = spans.const_data_ptr<int32_t>() + sequence * p.rows * 2;
+    if (spans.defined()) p.spans = spans.const_data_ptr<int32_t>() + sequence * p.rows * p.span_count * 2;
     return p;
   }
 
@@ -186,7 +191,46 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy_in, const
   return {dq, gradient(0), gradient(1)};
 }
 
+// The spans of a row; false if there are more than two.
+bool find_spans(const char* row, int64_t keys, int32_t* spans) {
+  const char *at = row, *end = row + keys;
+  for (int count = 0;; ++count) {
+    const void* first = at == end ? nullptr : std::memchr(at, 1, end - at);
+    if (!first) return true;
+    if (count == 2) return false;
+    const void* last = std::memchr(first, 0, end - static_cast<const char*>(first));
+    at = last ? static_cast<const char*>(last) : end;
+    spans[2 * count] = static_cast<int32_t>(static_cast<const char*>(first) - row);
+    spans[2 * count + 1] = static_cast<int32_t>(at - row);
+  }
+}
+
+// Keys side by side that each row of a mask, bool [batch, rows, keys], attends to: int32 [batch, rows, 2, 2],
+// as `attention` takes them; none if a row has three spans or more.
+std::optional<Tensor> spans_of_mask(const Tensor& mask_in) {
+  check_dtype(mask_in, at::kBool, "mask");
+  TORCH_CHECK(mask_in.dim() == 3, "mask: expected shape (batch, rows, keys), got ", mask_in.sizes());
+  const Tensor mask = mask_in.contiguous();
+  const int64_t rows = mask.size(0) * mask.size(1), keys = mask.size(2);
+  Tensor spans = at::zeros({mask.size(0), mask.size(1), 2, 2}, mask.options().dtype(at::kInt));
+  const char* first = static_cast<const char*>(mask.const_data_ptr());
+  int32_t* results = spans.mutable_data_ptr<int32_t>();
+  std::atomic<bool> is_fit{true};
+  constexpr int64_t kBytes = 1 << 18;  // that are worth a thread
+  parallel_for(0, rows, std::max<int64_t>(1, kBytes / std::max<int64_t>(1, keys)),
+               [&](int64_t begin, int64_t end) {
+                 for (int64_t r = begin; r < end; ++r) {
+                   if (!find_spans(first + r * keys, keys, results + r * 4)) is_fit.store(false);
+                 }
+               });
+  return is_fit.load() ? std::optional<Tensor>(spans) : std::nullopt;
+}
+
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_JOIN(PEFT_KERNELS_NAMESPACE, _library), m) {
+  m.def("spans_of_mask(Tensor mask) -> Tensor?", spans_of_mask);
+}
 
 TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
   m.impl("attention", attention);

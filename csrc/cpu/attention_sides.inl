@@ -1,5 +1,5 @@
 // What attention's kernels share. Keys are rows, queries lanes, a strip of kStrip at once: what each query
-// has (its greatest score, its span of keys, [first, last)) is a vector, and nothing is summed across lanes.
+// has (its greatest score, its spans of keys, [first, last)) is a vector, and nothing is summed across lanes.
 //
 // A block is a strip by kStrip keys. Of those that not all of its queries see, each kGroup queries have only
 // the keys computed that one of them sees, as the diagonal of a causal mask leaves five eighths of a block.
@@ -27,31 +27,52 @@ struct KeySpan {
   bool is_empty() const { return first >= last; }
 };
 
-inline KeySpan span_of(const AttentionParams& p, int64_t row) {
-  KeySpan span{0, p.keys};
-  if (p.spans) span = {max64(0, p.spans[2 * row]), min64(p.keys, p.spans[2 * row + 1])};
-  if (p.is_causal) span.last = min64(span.last, row + p.keys - p.rows + 1);
-  return span;
-}
+constexpr int kSpans = 2;
+
+// The keys of a row: what a second span has that the first lacks. They do not touch, the first comes first.
+struct RowSpans {
+  KeySpan at[kSpans];
+
+  RowSpans() : at{{0, 0}, {0, 0}} {}
+  RowSpans(const AttentionParams& p, int64_t row) : at{{0, p.keys}, {0, 0}} {
+    const int64_t end = p.is_causal ? row + p.keys - p.rows + 1 : p.keys;
+    const int64_t count = p.spans ? p.span_count : 1;
+    for (int64_t i = 0; i < count; ++i) {
+      const int32_t* span = p.spans ? p.spans + 2 * (row * count + i) : nullptr;
+      if (span) at[i] = {max64(0, span[0]), min64(p.keys, span[1])};
+      at[i].last = min64(at[i].last, end);
+    }
+    if (at[1].is_empty()) return;
+    if (at[0].is_empty() || at[1].first < at[0].first) {
+      const KeySpan first = at[1];
+      at[1] = at[0], at[0] = first;
+    }
+    if (at[1].first <= at[0].last) at[0].last = max64(at[0].last, at[1].last), at[1] = {0, 0};
+  }
+};
 
 // The keys of a strip of rows; of what is beyond the last row, none.
 struct StripSpans {
-  float first[kStrip], last[kStrip];      // the latter half a key before the one behind
-  KeySpan some[kGroups], every[kGroups];  // that any, and that all, of a group attend to
-  KeySpan all{0, 0};                      // that any of them does, from a block's start on
+  struct Lanes {
+    float first[kStrip], last[kStrip];      // the latter half a key before the one behind
+    KeySpan some[kGroups], every[kGroups];  // that any, and that all, of a group attend to
+  };
+  Lanes spans[kSpans];
+  int count;          // of spans that any row has
+  KeySpan all{0, 0};  // that any of them does, from a block's start on
 
-  StripSpans(const AttentionParams& p, int64_t begin, int64_t rows) {
+  StripSpans(const AttentionParams& p, int64_t begin, int64_t rows) : count(1) {
     KeySpan of_any{p.keys, 0};
     for (int64_t g = 0; g < kGroups; ++g) {
-      some[g] = {p.keys, 0}, every[g] = {0, p.keys};
+      for (Lanes& lanes : spans) lanes.some[g] = {p.keys, 0}, lanes.every[g] = {0, p.keys};
       for (int64_t i = g * kGroup; i < (g + 1) * kGroup; ++i) {
-        const KeySpan span = i < rows ? span_of(p, begin + i) : KeySpan{0, 0};
-        first[i] = static_cast<float>(span.first);
-        last[i] = static_cast<float>(span.last) - 0.5f;
-        every[g] = {max64(every[g].first, span.first), min64(every[g].last, span.last)};
-        if (!span.is_empty()) some[g] = {min64(some[g].first, span.first), max64(some[g].last, span.last)};
+        const RowSpans row = i < rows ? RowSpans(p, begin + i) : RowSpans();
+        for (int s = 0; s < kSpans; ++s) add(spans[s], g, i, row.at[s]);
+        if (!row.at[1].is_empty()) count = kSpans;
       }
-      of_any = {min64(of_any.first, some[g].first), max64(of_any.last, some[g].last)};
+      for (const Lanes& lanes : spans) {
+        of_any = {min64(of_any.first, lanes.some[g].first), max64(of_any.last, lanes.some[g].last)};
+      }
     }
     all = {of_any.first / kStrip * kStrip, of_any.last};
   }
@@ -59,8 +80,28 @@ struct StripSpans {
   // Of `key` for the lanes from c on: x where they attend to it, else `other`.
   Vec where_seen(int64_t key, int64_t c, Vec x, Vec other) const {
     const Vec index = splat(static_cast<float>(key));
-    x = by_sign(sub(index, load(first + c)), other, x);
-    return by_sign(sub(index, load(last + c)), x, other);
+    for (int s = 0; s < count; ++s) {
+      const Vec behind = by_sign(sub(index, load(spans[s].first + c)), other, x);
+      other = by_sign(sub(index, load(spans[s].last + c)), behind, other);
+    }
+    return other;
+  }
+  // Whether a lane attends to any of the keys [begin, end).
+  bool sees(int64_t lane, int64_t begin, int64_t end) const {
+    for (int s = 0; s < count; ++s) {
+      const float first = spans[s].first[lane], last = spans[s].last[lane];
+      if (last >= static_cast<float>(begin) && first < static_cast<float>(end)) return true;
+    }
+    return false;
+  }
+
+ private:
+  static void add(Lanes& lanes, int64_t g, int64_t lane, KeySpan span) {
+    KeySpan &some = lanes.some[g], &every = lanes.every[g];
+    lanes.first[lane] = static_cast<float>(span.first);
+    lanes.last[lane] = static_cast<float>(span.last) - 0.5f;
+    every = {max64(every.first, span.first), min64(every.last, span.last)};
+    if (!span.is_empty()) some = {min64(some.first, span.first), max64(some.last, span.last)};
   }
 };
 
@@ -69,18 +110,28 @@ struct StripSpans {
 template <class Outer>
 struct BlockSpans {
   int64_t begin[kGroups], end[kGroups], inner_begin[kGroups], inner_end[kGroups];
+  bool is_unseen = true;  // by all lanes
 
-  BlockSpans(const StripSpans& spans, int64_t k0, int64_t keys) {
+  BlockSpans(const StripSpans& strip, int64_t k0, int64_t keys) {
     constexpr int64_t kUnit = 2;  // keys that are weighed at once
     for (int64_t g = 0; g < kGroups; ++g) {
-      begin[g] = min64(max64(0, spans.some[g].first - k0), keys) / kUnit * kUnit;
-      end[g] = round_up(min64(max64(0, spans.some[g].last - k0), keys), kUnit);
-      if (is_empty(g)) begin[g] = end[g] = 0;
+      KeySpan some{keys, 0}, inner{0, 0};
+      for (int s = 0; s < strip.count; ++s) {
+        const KeySpan any = within(strip.spans[s].some[g], k0, keys);
+        const KeySpan every = within(strip.spans[s].every[g], k0, keys);
+        if (!any.is_empty()) some = {min64(some.first, any.first), max64(some.last, any.last)};
+        if (every.last - every.first > inner.last - inner.first) inner = every;
+      }
+      is_unseen = is_unseen && some.is_empty();
+      begin[g] = some.is_empty() ? 0 : some.first / kUnit * kUnit;
+      end[g] = some.is_empty() ? 0 : round_up(some.last, kUnit);
       if (Outer::kWholeTiles) begin[g] = 0, end[g] = round_up(keys, Outer::kDepthUnit);
-      inner_begin[g] = min64(round_up(max64(begin[g], spans.every[g].first - k0), kUnit), end[g]);
-      const int64_t inner = min64(end[g], spans.every[g].last - k0);
-      inner_end[g] = max64(inner_begin[g], inner / kUnit * kUnit);
+      inner_begin[g] = min64(round_up(max64(begin[g], inner.first), kUnit), end[g]);
+      inner_end[g] = max64(inner_begin[g], min64(end[g], inner.last) / kUnit * kUnit);
     }
+  }
+  static KeySpan within(KeySpan span, int64_t k0, int64_t keys) {
+    return {max64(0, span.first - k0), min64(keys, span.last - k0)};
   }
   bool is_empty(int64_t g) const { return begin[g] >= end[g]; }
 
@@ -108,12 +159,9 @@ struct BlockSpans {
     return {first * kGroup, last * kGroup};
   }
   // And in units of the depth: fewer, if the first of a group see none.
-  KeySpan lanes_of(const StripSpans& spans, int64_t k0, int64_t key, int64_t count) const {
+  KeySpan lanes_of(const StripSpans& strip, int64_t k0, int64_t key, int64_t count) const {
     KeySpan lanes = groups_of(key, count);
-    const float before = static_cast<float>(k0 + key), behind = static_cast<float>(k0 + key + count);
-    while (!lanes.is_empty() && (spans.last[lanes.first] < before || spans.first[lanes.first] >= behind)) {
-      ++lanes.first;
-    }
+    while (!lanes.is_empty() && !strip.sees(lanes.first, k0 + key, k0 + key + count)) ++lanes.first;
     return {lanes.first / Outer::kDepthUnit * Outer::kDepthUnit, lanes.last};
   }
 };

@@ -269,10 +269,12 @@ struct AttentionParams {
   int64_t q_head, q_ld;   // elements from one head, and from one row, to the next
   int64_t k_ld, v_ld;
   int64_t heads, rows, keys, features;
-  const int32_t* spans;  // [rows, 2]: the first key of a row, and the one behind its last; or null
-  bool is_causal;        // and none behind the row's own, the last row's being the last key
-  float scale;           // of scores; positive
-  void* out;             // backward: what the forward gave
+  // [rows, span_count, 2]: of each span of a row's keys the first, and the one behind its last; or null.
+  const int32_t* spans;
+  int64_t span_count;  // 1 or 2
+  bool is_causal;      // and none behind the row's own, the last row's being the last key
+  float scale;         // of scores; positive
+  void* out;           // backward: what the forward gave
   int64_t out_head, out_ld;
   float* softmax;  // [heads, 2, rows]: the greatest score, and 1 by the sum of exponentials; 0 without a key
   const void* dy;  // backward

@@ -15,13 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from .. import dispatch
+from ..backends import cpu
 from ..ops.arguments import autocast_dtype, is_traced
 from ..ops.attention import attention
 
@@ -153,8 +153,9 @@ def _has_kernel(query: Tensor) -> bool:
 
 
 def spans_of(mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
-    """(batch, rows, 2), int32: the first key that each row attends to, and the one behind the last. None for
-    a mask that is not of bool, differs between heads, or has a row whose keys are not side by side.
+    """(batch, rows, 2, 2), int32: the two spans of keys that each row attends to, each from its first key to
+    the one behind its last. None for a mask that is not of bool, differs between heads, or has a row with
+    more spans.
 
     Each layer looks at its mask anew: no cache could tell that it was written through `.data` or numpy."""
     batch, rows, keys = query.shape[0], query.shape[2], key.shape[2]
@@ -166,8 +167,8 @@ def spans_of(mask: Tensor, query: Tensor, key: Tensor) -> Tensor | None:
         or not _is_there(mask)
     ):
         return None
-    spans = _spans_of(mask[:, 0])
-    return None if spans is None else spans.expand(batch, rows, 2)
+    spans: Tensor | None = cpu.BACKEND.extension.spans_of_mask(mask[:, 0])
+    return None if spans is None else spans.expand(batch, rows, 2, 2)
 
 
 def _is_there(mask: Tensor) -> bool:
@@ -178,15 +179,3 @@ def _is_there(mask: Tensor) -> bool:
         and not is_traced()
         and not torch._C._functorch.is_functorch_wrapped_tensor(mask)
     )
-
-
-def _spans_of(attends: Tensor) -> Tensor | None:
-    """Of (batch, rows, keys). A row's span begins and ends where its mask changes."""
-    (batch, rows), framed = attends.shape[:2], F.pad(attends, (1, 1))
-    row, key = (framed[..., 1:] != framed[..., :-1]).flatten(0, 1).nonzero().unbind(-1)
-    changes = torch.bincount(row, minlength=batch * rows)
-    if bool((changes > 2).any()):
-        return None
-    spans = key.new_zeros((batch * rows, 2), dtype=torch.int32)
-    spans[changes > 0] = key.view(-1, 2).int()
-    return spans.view(batch, rows, 2)

@@ -30,7 +30,7 @@ from trl.trainer.utils import FusedCausalLMOutput
 from ..nf4.weight import NF4Weight
 from ..nn import NF4Linear
 from ..patch.fused import plain_class
-from . import shared_prompts
+from . import attention, shared_prompts
 from .scored_head import Scores, active_head, scale_and_cap, score
 from .shared_prompts import IGNORED, Rows
 
@@ -194,7 +194,7 @@ def _unfit_call(model: Any, given: dict[str, Any]) -> str:
         return "an attention mask of its own"
     if getattr(model.config, "output_router_logits", False):
         return "the loss that balances experts counts every prompt"
-    if (kind := model.config._attn_implementation) not in ("sdpa", "eager"):
+    if (kind := model.config._attn_implementation) not in ("sdpa", "eager", attention.NAME):
         return f"attention implementation {kind} takes no mask of queries and keys"
     if torch.compiler.is_compiling():
         return "the model is being compiled"

@@ -16,8 +16,9 @@ from .registry import Op
 
 
 class Attention(Op):
-    """Of rows (batch, rows, heads, features). A query attends to the keys of its span [first, end), a causal
-    one to none behind its own, the last query's being the last key; without keys it gives 0.
+    """Of rows (batch, rows, heads, features). A query attends to the keys of its span [first, end), or of
+    its two spans, a causal one to none behind its own, the last query's being the last key; without keys it
+    gives 0.
     `softmax`, (batch, heads, 2, rows): the greatest score before it is scaled, 1 / sum of exponentials."""
 
     name = "attention"
@@ -118,8 +119,9 @@ def _attends(args: Any) -> Tensor:
     key = torch.arange(keys, device=args.q.device)
     attends = key.new_ones((batch, rows, keys), dtype=torch.bool)
     if args.spans is not None:
-        first, end = args.spans[..., None].unbind(2)
-        attends = (key >= first) & (key < end)
+        spans = args.spans if args.spans.dim() == 4 else args.spans[:, :, None]
+        first, end = spans[..., None].unbind(3)
+        attends = ((key >= first) & (key < end)).any(2)
     if args.is_causal:
         attends = attends & (key <= torch.arange(keys - rows, keys, device=key.device)[:, None])
     return attends
@@ -145,9 +147,11 @@ def attention(
         rows, features) is read as it lies.
     k, v : Tensor, (batch, keys, key_heads, features)
         Of q's dtype. key_heads divides heads; that many queries' heads side by side share one.
-    spans : Tensor, (batch, rows, 2), int32, optional
+    spans : Tensor, (batch, rows, 2) or (batch, rows, 2, 2), int32, optional
         The keys that a query attends to, from the first to before the second: padding on either side,
-        sequences packed into one row, sliding windows. A query without keys gives 0.
+        sequences packed into one row, sliding windows. With two such spans it attends to the keys of either:
+        a prompt that several completions of one row share, and its own completion. A query without keys
+        gives 0.
     is_causal : bool
         No query attends to keys behind its own, where the last query's own key is the last.
     scale : float, optional
@@ -186,6 +190,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, spans: Tensor | None) -> None:
         raise ValueError(f"k: expected a divisor of q's {heads} heads, got {k.shape[2]}")
     if spans is None:
         return
-    if spans.shape != (batch, rows, 2) or spans.dtype != torch.int32 or spans.device != q.device:
+    one, two = (batch, rows, 2), (batch, rows, 2, 2)
+    if spans.shape not in (one, two) or spans.dtype != torch.int32 or spans.device != q.device:
         got = f"{spans.dtype} of shape {tuple(spans.shape)} on {spans.device}"
-        raise ValueError(f"spans: expected torch.int32 of shape {(batch, rows, 2)} on {q.device}, got {got}")
+        raise ValueError(f"spans: expected torch.int32 of shape {one} or {two} on {q.device}, got {got}")

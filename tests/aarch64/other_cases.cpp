@@ -228,7 +228,9 @@ PEFT_KERNELS_CASE(attention) {
       const int64_t padded = (features + 63) / 64 * 64, sums = 128 * padded;
       const Array q = normal(dtype, kHeads * kRows * features, 1), k = normal(dtype, kKeys * features, 2),
                   v = normal(dtype, kKeys * features, 3), dy = normal(dtype, q.size(), 4);
-      {
+      for (bool has_spans : {false, true}) {
+        std::vector<int32_t> spans;  // of each row two, apart; some are empty
+        for (int32_t r = 0; r < kRows; ++r) spans.insert(spans.end(), {0, r % 20, 30, 30 + r});
         const auto use = [&](const KernelTable& table) {
           Array out(dtype, q.size()), dq(dtype, q.size()), softmax(DType::kF32, kHeads * 2 * kRows),
               dk_sums(DType::kF32, sums), dv_sums(DType::kF32, sums);
@@ -240,6 +242,7 @@ PEFT_KERNELS_CASE(attention) {
           params.q_ld = params.k_ld = params.v_ld = params.out_ld = params.dy_ld = params.dq_ld = features;
           params.heads = kHeads, params.rows = kRows, params.keys = kKeys, params.features = features;
           params.is_causal = true, params.scale = 0.3f;
+          if (has_spans) params.spans = spans.data(), params.span_count = 2;
           params.out = out.data(), params.softmax = softmax.as<float>(), params.dy = dy.data();
           params.dq = dq.data(), params.dk_sums = dk_sums.as<float>(), params.dv_sums = dv_sums.as<float>();
           const auto room = [&](bool is_backward) {
@@ -257,7 +260,8 @@ PEFT_KERNELS_CASE(attention) {
           }
           return Arrays{out, dq, dk, dv};
         };
-        both(tested, use, like_scalar, name_of(dtype) + " f" + std::to_string(features));
+        both(tested, use, like_scalar,
+             name_of(dtype) + " f" + std::to_string(features) + (has_spans ? " spans" : ""));
       }
     }
   }

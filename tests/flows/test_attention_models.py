@@ -152,10 +152,10 @@ def test_dropout_goes_to_sdpa(calls: Calls) -> None:
 
 
 def test_other_masks_go_to_sdpa(calls: Calls) -> None:
-    """Keys that are not side by side, and numbers that are added."""
+    """Keys in three parts, and numbers that are added."""
     model, given = llama().eval(), inputs("whole")
     holes = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
-    holes[:, :, 9:, 4] = False
+    holes[:, :, 9:, [4, 6]] = False
     added = torch.where(holes, 0.0, torch.finfo(torch.float32).min)
     for mask in (holes, added):
         want = model(**given, attention_mask=mask).logits
@@ -185,13 +185,40 @@ def test_a_mask_that_changes_is_looked_at_again(calls: Calls, write: str) -> Non
 
 
 def test_spans() -> None:
-    q = testing.tensor(1, 2, 4, 8)
-    mask = torch.ones(1, 1, 4, 4, dtype=torch.bool).tril()
-    assert ours.spans_of(mask, q, q)[0].tolist() == [[0, 1], [0, 2], [0, 3], [0, 4]]
-    mask[0, 0, :, 0] = False
-    assert ours.spans_of(mask, q, q)[0].tolist() == [[0, 0], [1, 2], [1, 3], [1, 4]]
-    mask[0, 0, 3, 2] = False
-    assert ours.spans_of(mask, q, q) is None
+    """Of every mask that a row of eleven keys can have: they give the mask again, or are too many."""
+    attends = (torch.arange(2**11)[:, None] >> torch.arange(11) & 1).bool()
+    key, q, k = torch.arange(11), testing.tensor(1, 1, 1, 8), testing.tensor(1, 1, 11, 8)
+    for row in attends:
+        spans = ours.spans_of(row.view(1, 1, 1, 11), q, k)
+        count = int((row[1:] & ~row[:-1]).sum() + row[0])
+        assert (spans is None) == (count > 2)
+        if spans is not None:
+            first, end = spans[0, 0, :, :, None].unbind(1)
+            assert torch.equal(((key >= first) & (key < end)).any(0), row)
+    many = attends.repeat(2, 1, 1)  # rows of a mask, side by side; one that has too many decides
+    q = testing.tensor(2, 1, 2**11, 8)
+    k = testing.tensor(2, 1, 11, 8)
+    assert ours.spans_of(many[:, None], q, k) is None
+    few = many.clone()
+    few[(few[..., 1:] & ~few[..., :-1]).sum(-1) + few[..., 0] > 2] = False
+    spans = ours.spans_of(few[:1, None], q, k)  # of one mask for all samples
+    assert spans is not None and spans.shape == (2, 2**11, 2, 2)
+    assert torch.equal(spans.diff(dim=-1).sum((-1, -2)), few.sum(-1))
+
+
+def test_a_mask_with_a_hole(calls: Calls) -> None:
+    """Two spans of keys, as completions have them that share a prompt."""
+    model, given = llama(), inputs("whole")
+    mask = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    mask[1:, :, 9:, 4:9] = False
+    given["attention_mask"] = mask
+    plain, truth = results(model, given), results(copy.deepcopy(model).double(), given)
+    model.set_attn_implementation(ours.NAME)
+    got = results(model, given)
+    assert calls.ours == 2 and not calls.theirs
+    for name, value in got.items():
+        error, of_sdpa = (testing.relative_error(one, truth[name]) for one in (value, plain[name]))
+        assert error <= 2 * of_sdpa + torch.finfo(torch.float32).eps, name
 
 
 def test_masks_in_inference_mode(calls: Calls) -> None:

@@ -21,6 +21,7 @@ if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets
     pytest.skip("TRL or datasets is not installed", allow_module_level=True)
 from trl.trainer.utils import add_fused_lm_head
 
+from peft_kernels.integrations import attention as our_attention
 from peft_kernels.integrations import trl as ours
 from peft_kernels.integrations.scored_head import OUTPUTS
 
@@ -74,9 +75,11 @@ def both(model: Any, data: dict[str, Tensor], **options: Any) -> tuple[Any, Any,
 
 
 @pytest.mark.parametrize("head", ["", "TRL's"])
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager", "peft_kernels"])
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
-def test_log_probs(left: bool, attention: str, head: str) -> None:
+def test_log_probs(left: bool, attention: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    our_attention.register()
+    monkeypatch.setattr(our_attention, "sdpa_attention_forward", None)  # nothing is left to it
     model = llama(attn_implementation=attention)
     tokens = Tokens(model)
     got, want, log_probs = both(model, batch(left), head=head, temperature=0.7)
