@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import sys
 import tempfile
@@ -28,6 +29,7 @@ from typing import Any
 import fastapi
 import torch
 import uvicorn
+from fastapi.exceptions import RequestValidationError
 from finetune import positive
 from pydantic import BaseModel, Field
 from tqdm import tqdm
@@ -50,6 +52,13 @@ class Folder(BaseModel):
     folder: str
 
 
+class AsciiResponse(fastapi.responses.JSONResponse):
+    """A message may quote half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content).encode()
+
+
 def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
     """`adapters` is the folder that clients may load adapters from; none: they may load none."""
 
@@ -58,13 +67,23 @@ def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
         with engine:
             yield
 
-    app = fastapi.FastAPI(lifespan=running)
-
-    @app.exception_handler(ValueError)
-    async def refuse(request: fastapi.Request, error: ValueError) -> fastapi.responses.JSONResponse:
-        return fastapi.responses.JSONResponse({"detail": str(error)}, status_code=400)
+    app = fastapi.FastAPI(lifespan=running, default_response_class=AsciiResponse)
 
     # Functions that are not async run in threads of their own, and may wait.
+
+    @app.exception_handler(ValueError)
+    def refuse(request: fastapi.Request, error: ValueError) -> AsciiResponse:
+        """In the words of the library, but for where the server's folders are."""
+        text, root = str(error), [] if adapters is None else [adapters.resolve()]
+        for folder in [*(one.folder for one in engine.adapters), *root]:
+            text = text.replace(str(folder), folder.name)
+        return AsciiResponse({"detail": text}, status_code=400)
+
+    @app.exception_handler(RequestValidationError)
+    def invalid(request: fastapi.Request, error: RequestValidationError) -> AsciiResponse:
+        """Without what was given, which may be anything."""
+        words = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
+        return AsciiResponse({"detail": "; ".join(words)}, status_code=422)
 
     @app.get("/adapters")
     def known() -> list[dict[str, Any]]:

@@ -71,6 +71,39 @@ def test_adapters_are_loaded_asked_and_forgotten(http: httpx.Client) -> None:
         assert answer.status_code == 400 and message in answer.json()["detail"]
 
 
+def test_what_clients_send_is_answered_in_sentences(http: httpx.Client, tmp_path: Path) -> None:
+    """And without the paths of the server."""
+    ask = {"max_new_tokens": 2}
+    typed = {"headers": {"content-type": "application/json"}}
+    lone = b'{"prompt": "\\ud800", "max_new_tokens": 2}'
+    long = "x" * 300
+    answers = [
+        (http.post("/generate", content=lone, **typed), 400, "prompt: expected token ids, as"),
+        (http.post("/generate", json=ask | {"prompt": 5}), 422, "prompt"),
+        (
+            http.post(
+                "/generate", content=b'{"prompt": [5], "adapter": "\\ud800", "max_new_tokens": 2}', **typed
+            ),
+            400,
+            "one that is registered",
+        ),
+        (http.put("/adapters/long", json={"folder": long}), 400, "cannot be read (File name too long)"),
+        (http.put("/adapters/nul", json={"folder": "a\0b"}), 400, ""),
+        (http.put("/adapters/lone", content=b'{"folder": "\\ud800"}', **typed), 400, ""),
+        (http.post("/generate", content=b'{"prompt": {"a": "\\ud800"}}', **typed), 422, "body.prompt.str: "),
+        (
+            http.put("/adapters/none", json={"folder": "none"}),
+            400,
+            "none: expected a adapter_config.json, got none",
+        ),
+        (http.put("/adapters/one", json={"folder": "two"}), 400, "name: 'one' is the adapter in one: unload"),
+        (http.post("/generate", json={"prompt": [5], "temperature": -1}), 400, "temperature: expected 0 or"),
+    ]
+    for answer, status, message in answers:
+        assert answer.status_code == status, answer.text
+        assert message in answer.json()["detail"] and str(tmp_path.parent) not in answer.text
+
+
 def test_a_request_that_takes_too_long_is_told(
     serve: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:

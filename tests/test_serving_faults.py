@@ -238,16 +238,27 @@ def test_prompts_and_end_tokens_of_other_types(engine: Engine) -> None:
         engine.generate([[5]], "a")
 
 
+def test_a_text_that_no_tokenizer_can_take(engine: Engine) -> None:
+    engine.tokenizer = lambda text: pytest.fail("it was asked")
+    with pytest.raises(ValueError, match=r"prompt: expected a text that UTF-8 can hold, got '\\ud800' at 1"):
+        engine.submit("a\ud800", max_new_tokens=2)
+
+
 def test_arguments_that_are_no_numbers_or_names(engine: Engine) -> None:
     for options, message in (
         ({"max_new_tokens": 2.5}, "max_new_tokens: expected a whole number, got 2.5"),
         ({"max_new_tokens": None}, "max_new_tokens: expected a whole number, got None"),
+        ({"sampling": 5}, "sampling: expected a Sampling, got 5"),
+        ({"sampling": {}}, "sampling: expected a Sampling, got {}"),
         ({"adapter": ["one"]}, r"expected one that is registered \(none\), got \['one'\]"),
     ):
         with pytest.raises(ValueError, match=message):
             engine.submit([5], **{"max_new_tokens": 2} | options)  # type: ignore[arg-type]
     for sampling, message in (
         ({"top_k": 1.5}, "top_k: expected a whole number, got 1.5"),
+        ({"temperature": "1"}, "temperature: expected a number, got '1'"),
+        ({"temperature": None}, "temperature: expected a number, got None"),
+        ({"top_p": [1]}, r"top_p: expected a number, got \[1\]"),
         ({"seed": "x"}, "seed: expected a whole number, got 'x'"),
         ({"seed": 2**64}, "seed: expected one of 64 bits, got 18446744073709551616"),
     ):

@@ -17,6 +17,16 @@ def whole(name: str, value: Any) -> int:
         raise ValueError(f"{name}: expected a whole number, got {value!r}") from None
 
 
+def number(name: str, value: Any) -> float:
+    """ValueError for an argument that is none, text included."""
+    try:
+        if isinstance(value, str):
+            raise TypeError
+        return float(value)
+    except (TypeError, OverflowError):
+        raise ValueError(f"{name}: expected a number, got {value!r}") from None
+
+
 def at_least(name: str, value: Any, least: int) -> int:
     if whole(name, value) < least:
         raise ValueError(f"{name}: expected at least {least}, got {value}")
@@ -44,6 +54,11 @@ def token_ids(prompt: str | Sequence[int], tokenizer: Any, vocabulary: int) -> l
     if isinstance(prompt, str):
         if tokenizer is None:
             raise ValueError("prompt: expected token ids, as the engine has no tokenizer, got a text")
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:
+            got = f"{prompt[error.start]!r} at {error.start}"
+            raise ValueError(f"prompt: expected a text that UTF-8 can hold, got {got}") from error
         prompt = tokenizer(prompt).input_ids
     try:
         ids = [operator.index(token) for token in prompt]  # type: ignore[arg-type]

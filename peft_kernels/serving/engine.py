@@ -82,12 +82,24 @@ class Engine:
         self._model_lock = FairLock()  # the model, the store and the batch; held in a step
         self._queue = threading.Condition()  # what submit touches; taken inside the other, never around it
         self._serving = 0  # threads in run() or in the background
+        self._process = os.getpid()  # where they are
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._closed = False
         self._decoder.own()
         self._release = weakref.finalize(self, self._store.close)  # also of one that nobody has closed
         self._release.atexit = False
+
+    def _serves(self) -> bool:
+        return self._serving > 0 and self._process == os.getpid()
+
+    def _check_process(self) -> None:
+        """Before a lock is taken: in a process forked from the one that serves, nobody lets go of it."""
+        if self._serving and self._process != os.getpid():
+            raise RuntimeError(
+                "the engine ran in another process when this one was forked from it: expected an engine of "
+                "this process, or a fork before engine.start()"
+            )
 
     def _check_open(self) -> None:
         if self._closed:
@@ -98,6 +110,7 @@ class Engine:
     def register(self, name: str, folder: str | os.PathLike[str]) -> None:
         """Let requests name an adapter. It is loaded when the first one needs it. ValueError when the name is
         another's."""
+        self._check_process()
         with self._model_lock, self._queue:
             self._check_open()
             self._store.register(name, Path(folder).absolute())
@@ -114,6 +127,7 @@ class Engine:
             The name is unknown or another's; the adapter does not fit `budget_bytes` beside those in use. In
             any case nothing is changed.
         """
+        self._check_process()
         with self._queue:
             self._check_open()
             there = self._folder(name) if folder is None else Path(folder).absolute()
@@ -142,6 +156,7 @@ class Engine:
     def unload(self, name: str) -> None:
         """Take an adapter out of memory and forget its name. ValueError while requests wait or run with
         it."""
+        self._check_process()
         with self._model_lock, self._queue:
             self._folder(name)
             self._batch.leave()
@@ -152,6 +167,7 @@ class Engine:
     @property
     def adapters(self) -> list[AdapterState]:
         """All that are known, those in memory last, by when they were used."""
+        self._check_process()
         with self._model_lock, self._queue:
             there = self._store.resident
             names = [name for name in self._store.folders if name not in there] + list(there)
@@ -202,6 +218,7 @@ class Engine:
             An adapter that is not known, a prompt that is empty, of tokens that the model does not have, or
             too long for it. What is wrong with an adapter's folder comes out of `Request.result`.
         """
+        self._check_process()
         ids = token_ids(prompt, self.tokenizer, self._decoder.vocabulary)
         longest = self._decoder.longest
         max_new_tokens = at_least("max_new_tokens", max_new_tokens, 1)
@@ -209,13 +226,16 @@ class Engine:
             got = f"{len(ids)} of the prompt and {max_new_tokens} new ones"
             raise ValueError(f"prompt: expected at most {longest} tokens in all, got {got}")
         eos = end_tokens(eos_token_id, self._decoder.model)
+        sampling = Sampling() if sampling is None else sampling
+        if not isinstance(sampling, Sampling):
+            raise ValueError(f"sampling: expected a Sampling, got {sampling!r}")
         with self._queue:
             self._check_open()
             if adapter is not None:
                 self._folder(adapter)
             request = Request(
-                ids, adapter, max_new_tokens, eos, sampling or Sampling(), keep_logits,
-                lambda: self._serving > 0,
+                ids, adapter, max_new_tokens, eos, sampling, keep_logits,
+                self._serves,
             )  # fmt: skip
             self._waiting.append(request)
             self._queue.notify_all()
@@ -250,6 +270,7 @@ class Engine:
     def step(self) -> bool:
         """Let requests that wait join as there are slots, then decode one token for each that runs. Whether
         anything is left to do."""
+        self._check_process()
         with self._model_lock:
             self._batch.leave()
             self._join()
@@ -275,14 +296,16 @@ class Engine:
 
     def _serve(self, threads: int) -> None:
         """With the last thread gone, those who wait for requests are told."""
+        self._check_process()
         with self._queue:
-            self._serving += threads
+            self._serving, self._process = self._serving + threads, os.getpid()
             waited_for = [] if self._serving else self._left()
         for request in waited_for:
             request.wake()
 
     def start(self) -> Engine:
         """Step in a thread of its own, whenever there is something to do."""
+        self._check_process()
         with self._queue:
             self._check_open()
             if self._thread is None:
@@ -298,6 +321,7 @@ class Engine:
     def stop(self) -> None:
         """End the thread after the step that it is in. What is not done stays in the queue and the batch; who
         waits for it gets a RuntimeError, and may ask again after another `start`."""
+        self._check_process()
         if self._end():
             self._serve(-1)
 
@@ -320,6 +344,9 @@ class Engine:
     def close(self) -> None:
         """Stop, cancel what is left, and give the model back as it was. What is asked for afterwards is a
         RuntimeError."""
+        if self._serving and not self._serves():
+            self._closed = True  # what the threads of another process had begun cannot be ended here
+            return
         ended = self._end()
         with self._model_lock, self._queue:
             for request in self._left():

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .arguments import whole
+from .arguments import number, whole
 
 _COLDEST = torch.finfo(torch.float32).tiny
 """Below it a temperature is 0 in fp32."""
@@ -28,11 +28,11 @@ class Sampling:
     """Of the request's own generator: other requests change nothing. None: one of torch's."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= number("temperature", self.temperature) < float("inf"):
             raise ValueError(f"temperature: expected 0 or a positive number, got {self.temperature}")
         if whole("top_k", self.top_k) < 0:
             raise ValueError(f"top_k: expected 0 or a positive number, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
+        if not 0 < number("top_p", self.top_p) <= 1:
             raise ValueError(f"top_p: expected more than 0 and at most 1, got {self.top_p}")
         if self.seed is not None and not -(2**63) <= whole("seed", self.seed) < 2**64:
             raise ValueError(f"seed: expected one of 64 bits, got {self.seed}")
@@ -88,8 +88,7 @@ class Request:
     def result(self, timeout: float | None = None) -> list[int]:
         """Its tokens when it is done. Raises its error; TimeoutError after `timeout` seconds; RuntimeError
         where nothing would ever serve it."""
-        with self._changed:
-            self._wait(lambda: self.done, timeout)
+        self._wait(lambda: self.done, timeout)
         if self.error is not None:
             raise self.error
         return self.tokens
@@ -98,9 +97,8 @@ class Request:
         """Tokens as they come. Raises its error."""
         given = 0
         while True:
-            with self._changed:
-                self._wait(lambda: self.done or len(self.tokens) > given)  # noqa: B023 (called here)
-                fresh, done = self.tokens[given:], self.done
+            self._wait(lambda: self.done or len(self.tokens) > given)  # noqa: B023 (called here)
+            done, fresh = self.done, self.tokens[given:]  # in this order: none comes when it is done
             yield from fresh
             given += len(fresh)
             if done and given == len(self.tokens):
@@ -109,8 +107,12 @@ class Request:
             raise self.error
 
     def _wait(self, ready: Callable[[], bool], timeout: float | None = None) -> None:
-        if not self._changed.wait_for(lambda: ready() or not self._is_served(), timeout):
-            raise TimeoutError(f"the request is not done after {timeout} seconds")
+        # The lock is taken only where there is something to wait for. In a process forked from the engine's,
+        # a thread that is not there may hold it.
+        if not ready() and self._is_served():
+            with self._changed:
+                if not self._changed.wait_for(lambda: ready() or not self._is_served(), timeout):
+                    raise TimeoutError(f"the request is not done after {timeout} seconds")
         if not ready():
             raise RuntimeError("the engine does not run: expected engine.start() or engine.run() beforehand")
 
@@ -131,9 +133,9 @@ class Request:
         with self._changed:
             if self.done:  # cancelled meanwhile
                 return
-            self.tokens.append(token)
             if self._keep_logits:
                 self.logits.append(logits.clone())
+            self.tokens.append(token)  # last: who reads it may read its logits
             self._changed.notify_all()
         if token in self.eos:
             self.finish("stop")
@@ -143,7 +145,8 @@ class Request:
     def finish(self, reason: str, error: Exception | None = None) -> None:
         with self._changed:
             if not self.done:
-                self.finish_reason, self.error = reason, error
+                self.error = error
+                self.finish_reason = reason  # last: who reads it may read the error
                 self._changed.notify_all()
 
     def _choose(self, logits: Tensor) -> int:
