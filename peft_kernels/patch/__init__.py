@@ -72,7 +72,8 @@ def patch(
         `model` is not an nn.Module.
     """
     _check_model(model, "patch")
-    report = PatchReport([], dry_run=dry_run, _model=weakref.ref(model))
+    asked = tuple(name for name, value in (("loss", loss), ("block", block)) if value)
+    report = PatchReport([], asked=asked, dry_run=dry_run, _model=weakref.ref(model))
     plan: list[tuple[nn.Module, LayerReport, Finding]] = []
     inside: set[nn.Module] = set()  # bases of LoRA layers
     for name, module, found in layers(model):

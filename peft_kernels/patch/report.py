@@ -30,6 +30,12 @@ PREFIX = "PEFT prefix tuning"
 LOSS = "loss without logits"
 MLP, NORM, ATTENTION, LAYER = "gated MLP", "norm", "attention", "decoder layer"
 
+NOT_FOUND = {
+    "loss": "no model of transformers in here computes the loss of its labels from the logits of a head",
+    "block": "no norm, attention module or decoder layer in here is named as Llama names them",
+}
+"""What the report says of an option that finds nothing."""
+
 
 @dataclass
 class Finding:
@@ -237,6 +243,8 @@ class PatchReport:
     """Models of PEFT with prefix tuning."""
     losses: list[LayerReport] = field(default_factory=list)
     """Models whose loss is computed without their logits."""
+    asked: tuple[str, ...] = ()
+    """Options of `patch` that look for more than layers."""
     dry_run: bool = False
     _model: Any = field(default=_gone, repr=False)
 
@@ -258,6 +266,7 @@ class PatchReport:
             lines.append(
                 "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"
             )
+        lines += [f"{option}=True: {NOT_FOUND[option]}" for option in self.asked if not self._found(option)]
         lines += [f"{e.kind}: {e.note}" for e in (*self.prefixes, *self.losses) if e.fused]
         for kind, count in Counter(block.kind for block in self.blocks if block.fused).items():
             lines.append(f"across layers: {count} x {kind}")
@@ -266,6 +275,12 @@ class PatchReport:
         calls = ((why, n, e) for e in (*entries, *self.bases) for why, n in e.fallbacks.items())
         lines += _by_reason("original forward", calls, "call")
         return "\n".join(lines + self._newcomers())
+
+    def _found(self, option: str) -> bool:
+        """Whether the model has anything that an option looks for, fused or not."""
+        if option == "loss":
+            return bool(self.losses)
+        return any(block.kind.startswith((NORM, ATTENTION, LAYER)) for block in self.blocks)
 
     def _newcomers(self) -> list[str]:
         """A line for every layer that got its adapter after `patch`, and so has no fused forward."""

@@ -81,8 +81,9 @@ def _nested(name: str) -> bool:
     return bool(getattr(kind, "sub_configs", None))
 
 
-def tiny(name: str) -> Any:
-    """A model of the family in evaluation mode: no dropout, no jitter of routers."""
+def tiny(name: str, **options: Any) -> Any:
+    """A model of the family in evaluation mode: no dropout, no jitter of routers. `options`: of its
+    configuration."""
     kind = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name]
     plain = kind()
     fields = plain.to_dict()
@@ -94,6 +95,6 @@ def tiny(name: str) -> Any:
         chosen.pop("head_dim", None)
         chosen["num_key_value_heads"] = 4
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(kind(**chosen | OVERRIDES.get(name, {})))
+    model = transformers.AutoModelForCausalLM.from_config(kind(**chosen | OVERRIDES.get(name, {}) | options))
     model.config.use_cache = False
     return model.float().eval()
