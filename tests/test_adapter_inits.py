@@ -107,6 +107,37 @@ def test_loftq(loftq_without_gpu: None, dtype: torch.dtype) -> None:
     compare_from_the_start(model, dtype)
 
 
+def test_loftq_then_packed(loftq_without_gpu: None) -> None:
+    """The base is at values that NF4 has."""
+    model = peft.get_peft_model(models.base_model("dense"), loftq_config())
+    layer = model.base_model.model.q.base_layer
+    dense = layer.weight.detach().clone()
+    assert not torch.equal(pk.NF4Weight.quantize(models.base_model("dense").q.weight).dequantize(), dense)
+    pk.quantize_model(model, double_quant=False)
+    assert torch.equal(model.base_model.model.q.base_layer.weight.dequantize(), dense)
+    compare_from_the_start(model, torch.float32)
+
+
+@pytest.mark.parametrize("method", ["ipm", "kpm"])
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_corda(base: str, method: str) -> None:
+    """Over a packed base it makes dense what it takes the adapter out of."""
+    corda = pytest.importorskip("peft.tuners.lora.corda", reason="this PEFT has no CorDA")
+    options = peft.tuners.lora.config.CordaConfig
+    model, lora = models.base_model(base), config(lora_alpha=8)
+    lora.init_lora_weights, lora.corda_config = "corda", options(corda_method=method)
+    before = model(inputs()).detach()
+
+    def run() -> None:
+        for seed in range(4):
+            model(testing.tensor(64, 64, seed=seed))
+
+    corda.preprocess_corda(model, lora, run_model=run)
+    model = peft.get_peft_model(model, lora)
+    assert testing.relative_error(model(inputs()), before) < 1e-4
+    compare_from_the_start(model, torch.float32)
+
+
 @pytest.mark.parametrize("option", ["bias-lora-only", "bias-all", "lora-bias"])
 @pytest.mark.parametrize("base", ["nf4", "bnb"])
 @pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
