@@ -1,8 +1,9 @@
 """Run PEFT's own tests twice, as they are and with every LoRA model patched, and compare test by test.
 
-A test that passes stock and fails patched is a fault: the exit status is then 1. Tests that need the hub fail
-in both runs at once, for nothing is fetched. Tests are those of the source distribution of the PEFT that is
-tested: the installed one, or others that pip puts into a folder beside the environment, which stays as it is.
+A test that passes stock and fails patched is a fault: the exit status is then 1. Nothing is fetched from the
+hub: small models are made (`peft_tests_models.py`), and tests that need more from there fail in both runs.
+Tests are those of the source distribution of the PEFT that is tested: the installed one, or others that pip
+puts into a folder beside the environment, which stays as it is.
 
     python tools/peft_tests.py                          # all files that test LoRA without the hub
     python tools/peft_tests.py test_mixed.py -k forward --sdist peft-0.21.2.tar.gz
@@ -29,6 +30,12 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 
+MODEL_FILES = (
+    "test_decoder_models.py",
+    "test_encoder_decoder_models.py",
+    "test_seq_classifier.py",
+    "test_feature_extraction_models.py",
+)
 FILES = (
     "test_custom_models.py",
     "test_initialization.py",
@@ -48,15 +55,19 @@ FILES = (
     "test_hub_features.py",
     "test_mapping.py",
     "test_trainable_tokens.py",
+    "test_target_parameters.py",
+    *MODEL_FILES,
 )
-"""Those with LoRA tests that need no download; the rest takes its models from the hub or has no LoRA."""
+"""Those with LoRA tests whose models need no download, or are made by `peft_tests_models.py`."""
 
 OTHER_TUNERS = ("adamss", "delora", "glora", "gralora", "randlora", "tinylora", "unilora", "vblora")
+_NO_OTHERS = "".join(f" and not {name}" for name in OTHER_TUNERS)
 SLICES = {
     "test_custom_models.py": "(lora or MultipleActive or RequiresGrad or MultiRank or DynamicDispatch)"
-    + "".join(f" and not {name}" for name in OTHER_TUNERS)
+    + _NO_OTHERS,
+    **dict.fromkeys(MODEL_FILES, "lora" + _NO_OTHERS),
 }
-"""By default only these of a file: most of its 19,000 tests are of other tuners."""
+"""By default only these of a file: most of its tests, 19,000 in the first, are of other tuners."""
 
 NEEDED = {"parameterized": "parameterized", "diffusers": "diffusers", "scipy": "scipy"}
 NEEDED |= {"attr": "attrs", "importlib_metadata": "importlib_metadata", "zipp": "zipp"}

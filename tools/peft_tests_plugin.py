@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import peft
+import peft_tests_models
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
@@ -100,6 +101,7 @@ def _count_call(module: nn.Module, inputs: Any) -> None:
 
 
 _patch_where_layers_are_made()
+peft_tests_models.install(RECORDS.with_suffix(""))
 if PATCHED:
     nn.modules.module.register_module_forward_pre_hook(_count_call)
 
