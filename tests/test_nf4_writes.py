@@ -72,7 +72,7 @@ def test_a_write_reaches_every_alias(how: str) -> None:
         WRITES[how](parameter, delta)
     for alias in aliases:
         assert alias.is_dense and torch.equal(alias.dequantize(), want)
-    if how in ("copy_", "out", "foreach"):  # no merge that could be taken back
+    if how in ("copy_", "out"):  # no merge that could be taken back
         assert parts(weight).keys() == {"dense"}, "the packed bytes must be freed"
     else:
         assert weight.is_merged
@@ -140,7 +140,7 @@ def test_assigning_another_nf4_weight() -> None:
 def test_a_dense_weight_reads_as_the_plain_tensor(read: str) -> None:
     """A subclass on the right of `ordinary.data = ...` crashes torch, and a dense weight can be plain."""
     weight = nn.Parameter(make(), requires_grad=False)
-    weight.data *= 2
+    weight.data.abs_()
     value = getattr(weight, read)
     value = value if read == "data" else value(torch.float32) if read == "to" else value()
     assert type(value) is Tensor and value.data_ptr() == weight.dense.data_ptr()

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from ..code_tables import WEIGHT_DTYPES
 from . import tensor as nf4_tensor
 from .cut import Cut
+from .multiples import EACH, Multiple, Share, each, outcome
 from .part import Part, joined, separated
 from .read_only import has_views, read_only, written
 from .weight import NF4Weight
@@ -61,6 +62,9 @@ class NF4Shard(Tensor):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         return _HANDLERS.get(func, _read)(func, args, kwargs or {})
+
+    def _share(self) -> Share:
+        return Share(self.shape, self._part.tensors(), 1.0)
 
     @property
     def packed(self) -> Tensor:
@@ -158,8 +162,13 @@ def _dense(value: Any) -> Any:
 
 def _read(func: Any, args: Any, kwargs: Any) -> Any:
     """Any other op, on dense values."""
+    if func in EACH:
+        return each(func, args, kwargs)
+    share = outcome(func, args, kwargs)
     for target in written(func, args, kwargs):
         if isinstance(target, NF4Shard):
+            if share is not None and share.is_once(target._share()):
+                return target
             part = target._part
             raise NotImplementedError(
                 f"{part.name}: rows {part.start} to {part.stop} of an NF4 weight, one process's part of it, "
@@ -168,7 +177,7 @@ def _read(func: Any, args: Any, kwargs: Any) -> Any:
             )
     dense_args, dense_kwargs = tree_map(_dense, (args, kwargs))
     out = func(*dense_args, **dense_kwargs)
-    return read_only(out) if has_views(func) else out
+    return read_only(out) if has_views(func) else Multiple.of(out, share)
 
 
 def _like(shard: NF4Shard, part: Part, shape: Size | None = None) -> NF4Shard:

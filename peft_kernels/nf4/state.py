@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..ops.registry import Base
 from ..ops.registry import public_ops as ops
+from .multiples import Share
 
 PARALLEL = "this process has a part of it, as a plan for tensor parallelism cuts it"
 PACKED_FORM = ("packed", "absmax", "absmax2", "offset")
@@ -71,6 +72,7 @@ class NF4State:
     name: str = "weight"  # what errors and warnings call it
     additions: list[Addition] = field(default_factory=list)
     seal: Any = None  # fingerprint of `dense` as NF4Weight.merging left it
+    factor: Any = None  # `dense` is this times the packed form, while an average is computed in place
     part_of: str | None = None  # what this is one expert of; then it cannot be written to
     gathered: bool = False  # by FSDP2, until it frees it; then neither
     slice_of: tuple[int, ...] | None = None  # shape of the whole, where these are rows or columns of it
@@ -133,11 +135,26 @@ class NF4State:
     def packed_form(self) -> dict[str, Tensor | None]:
         return {name: getattr(self, name) for name in PACKED_FORM}
 
+    @property
+    def share(self) -> Share | None:
+        """The weight as a multiple of its packed form; None if it is none."""
+        factor = self.factor if self.dense is not None else 1.0
+        if self.packed is None or self.additions or self.seal is not None or factor is None or self.gathered:
+            return None
+        return self._once.times(factor)
+
+    def holds(self, loaded: Tensor) -> bool:
+        """Whether both are dense, with the same values."""
+        values = loaded._state.dense if isinstance(loaded, HoldsNF4) else loaded
+        if self.dense is None or values is None:
+            return False
+        return torch.equal(self.dense, values.to(self.dense))
+
     def keep(self, packed_form: dict[str, Tensor | None], seal: Any) -> None:
         """Lay dense values over a packed form."""
         self.__dict__.update(packed_form)
         self.additions.clear()
-        self.seal = seal
+        self.seal, self.factor = seal, None
 
     # Writes. Every one is `before_write`, the write to `dense`, and one of the others.
 
@@ -177,8 +194,25 @@ class NF4State:
         return len(self.additions) == 1 and self.additions[0].undone_by(addition)
 
     def repack(self) -> None:
-        self.dense = self.seal = None
+        self.dense = self.seal = self.factor = None
         self.additions.clear()
+
+    def is_once(self, share: Share | None) -> bool:
+        """Whether a multiple is the packed form itself."""
+        return self.packed is not None and share is not None and share.is_once(self._once)
+
+    @property
+    def _once(self) -> Share:
+        return Share(torch.Size(self.shape), self.packed_form(), 1.0)
+
+    def wrote_multiple(self, share: Share) -> None:
+        """After a write of a multiple. If it is one of the packed form, that is kept: the next write may
+        complete an average."""
+        if self.packed is None or not share.is_of(self._once):
+            return self.wrote()
+        self.additions.clear()
+        self.seal, self.factor = None, share.factor
+        warn_of_growth("scaled", self)
 
     def added(self, addition: Addition) -> None:
         """After an addition: it can be taken back, or it takes back an earlier one."""
@@ -189,8 +223,8 @@ class NF4State:
             if earlier.undone_by(addition):
                 self.additions.remove(earlier)
                 return
-        if addition.alpha < 0 or len(self.additions) == _MOST_ADDITIONS:
-            self.forget_packed()
+        if addition.alpha < 0 or self.factor is not None or len(self.additions) == _MOST_ADDITIONS:
+            self.wrote()
         else:
             self.additions.append(addition)
             warn_of_growth("merged", self)
@@ -209,7 +243,7 @@ class NF4State:
         for name in PACKED_FORM:
             setattr(self, name, None)
         self.additions.clear()
-        self.seal = None
+        self.seal = self.factor = None
         warn_of_growth("for good", self)
 
 
@@ -217,6 +251,9 @@ class HoldsNF4(torch.Tensor):
     """A tensor whose values are an NF4State."""
 
     _state: NF4State
+
+    def _share(self) -> Share | None:
+        return self._state.share
 
 
 def packed_rows(packed: Tensor, shape: Any) -> Tensor:
@@ -269,6 +306,7 @@ def warn_of_growth(kind: str, state: NF4State) -> None:
     numel = prod(state.shape)
     why = {
         "merged": "while adapters are merged into it: dense, with its 4 bits kept aside until it is unmerged",
+        "scaled": "while it is scaled: dense, with its 4 bits kept aside until an average gives them back",
         "for good": "from now on: it was written to by something else than a merge that can be taken back "
         "(PiSSA, OLoRA, a merge that assigns); requantize_() packs it, with the loss of 4 bits",
     }[kind]

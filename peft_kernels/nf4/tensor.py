@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map
 from ..code_tables import WEIGHT_DTYPES
 from ..integrations import ddp
 from ..ops.linear import nf4_linear
+from .multiples import EACH, Multiple, Share, each, outcome
 from .read_only import has_views, read_only, written
 from .state import PARALLEL, Addition, HoldsNF4, NF4State, warn_of_growth
 
@@ -101,9 +102,7 @@ class NF4Tensor(HoldsNF4):
         kwargs = kwargs or {}
         if func is F.linear:
             return _linear(*args, **kwargs)
-        handler = _FUNCTIONS.get(
-            func
-        )  # of setters each look-up makes a new method-wrapper: equal, not identical
+        handler = _FUNCTIONS.get(func)  # look-ups of setters make wrappers that are equal, not identical
         if handler is not None and isinstance(args[0], NF4Tensor):
             return handler(func, *args, **kwargs)
         with torch._C.DisableTorchFunctionSubclass():
@@ -137,6 +136,10 @@ def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
         cast = value.__dict__.get("_cast")
         if cast is not None and cast[0]() is old and value._state.packed is cast[1] and not value.is_dense:
             return  # `p.data = p.data.to(dtype)`, PEFT's kbit preparation: there are no 16 bits here to widen
+    if isinstance(value, Multiple):
+        if old.is_once(value._share()):
+            return old.repack()
+        value = value._held
     if not (isinstance(value, NF4Tensor) and value._state is old):
         old.refuse_part()
     if not isinstance(value, NF4Tensor):
@@ -237,21 +240,30 @@ def _not_whole(weight: NF4Tensor, what: str) -> str:
 
 def on_dense(func: Any, args: Any, kwargs: Any) -> Any:
     """Run any op on dense values: reads see a dequantised copy, writes make the weight dense first."""
+    if func in EACH:
+        return each(func, args, kwargs)
     for arg in args:
         if isinstance(arg, NF4Tensor) and arg._state.slice_of is not None:
             raise RuntimeError(_not_whole(arg, f"was to be read or written by {func}"))
     targets = [target for target in written(func, args, kwargs) if isinstance(target, NF4Tensor)]
+    share = outcome(func, args, kwargs)
+    for arg in args:
+        if has_views(func) and isinstance(arg, NF4Tensor) and arg._state.factor is not None:
+            arg._state.forget_packed()  # the view may be written to, which no average does
     if targets:
-        return _write(func, args, kwargs, targets)
+        return _write(func, args, kwargs, targets, share)
     dense_args, dense_kwargs = tree_map(_dense, (args, kwargs))
     out = func(*dense_args, **dense_kwargs)
     if has_views(func) and any(isinstance(a, NF4Tensor) and a._state.packed is not None for a in args):
         return read_only(out)
-    return out
+    return Multiple.of(out, share)
 
 
-def _write(func: Any, args: Any, kwargs: Any, targets: list[NF4Tensor]) -> Any:
+def _write(func: Any, args: Any, kwargs: Any, targets: list[NF4Tensor], share: Share | None) -> Any:
     first: Any = args[0] if args else None
+    if share is not None and first._state.is_once(share):
+        first._state.repack()
+        return first
     addition = _addition(func, args, kwargs)
     if addition is not None and first._state.subtracts_the_rest(addition):
         first._state.repack()
@@ -268,7 +280,9 @@ def _write(func: Any, args: Any, kwargs: Any, targets: list[NF4Tensor]) -> Any:
             target._state.dense = dense
         raise
     for target in targets:
-        if addition is not None:
+        if share is not None:
+            target._state.wrote_multiple(share)
+        elif addition is not None:
             target._state.added(addition)
         else:
             target._state.wrote()
