@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from .integrations import offload
-from .nf4 import kept
+from .nf4 import kept, loading
 from .nf4.model import ModelLink
-from .nf4.sharded_weight import UNGATHERED, is_dtensor, is_parallel, is_sharded, load_rows
+from .nf4.sharded_weight import UNGATHERED, is_dtensor, is_parallel, is_sharded
 from .nf4.state import PARALLEL
 from .nf4.weight import NF4Weight
 from .ops.arguments import autocast_dtype
@@ -78,7 +78,8 @@ class NF4Linear(kept.Received, nn.Linear):
     ) -> NF4Linear:
         """Quantise an nn.Linear (or requantise one that a merge made dense), or a Conv1D of transformers.
 
-        `linear` itself is left alone; the bias is shared with it. Errors as `NF4Weight.quantize`.
+        `linear` itself is left alone; the bias is shared with it. On the meta device the layer is an empty
+        one, as `NF4Weight.quantize` says. Errors as there.
         """
         dense: Any = linear.weight.detach()  # type: ignore[operator]
         if not isinstance(linear, nn.Linear):
@@ -184,7 +185,9 @@ class NF4Linear(kept.Received, nn.Linear):
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        if isinstance(self.weight, NF4Weight):
+        if isinstance(self.weight, NF4Weight) and self.weight.dense is not None:
+            destination[prefix + "weight"] = self._turned(self.weight.dense)
+        elif isinstance(self.weight, NF4Weight):
             destination.update(self.weight.state_dict(prefix))
         elif is_parallel(self.weight) and not keep_vars:
             # Whoever gathers DTensors would gather dense values.
@@ -197,6 +200,10 @@ class NF4Linear(kept.Received, nn.Linear):
             destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _turned(self, values: Tensor) -> Tensor:
+        """Dense values between (out_features, in_features) and the layout of `plain_class`."""
+        return values if issubclass(self.plain_class, nn.Linear) else values.t().contiguous()
 
     def _load_from_state_dict(
         self,
@@ -218,17 +225,14 @@ class NF4Linear(kept.Received, nn.Linear):
         if mine and is_parallel(self.weight):
             error_msgs.append(f"{key}: {PARALLEL}, expected no tensor of it: load by from_pretrained")
             return
-        new = None
+        new: Any = None
         if not mine and kept.is_awaited(self.weight):
             kept.receive(self, "weight", key, state_dict)
         elif not mine:
             missing_keys.append(key)
         else:
             try:
-                new = NF4Weight.from_state_dict(state_dict, prefix)
-                if new._state.shape != (self.out_features, self.in_features):
-                    expected = (self.out_features, self.in_features)
-                    raise ValueError(f"{key}: expected shape {expected}, got {new._state.shape}")
+                new = loading.find(self.weight, state_dict, prefix, turned=self._turned)
             except ValueError as error:
                 error_msgs.append(str(error))
                 return  # the bias stays too: half a layer is worse than none
@@ -243,16 +247,8 @@ class NF4Linear(kept.Received, nn.Linear):
             self._parameters["weight"] = weight
         if new is not None and len(error_msgs) == errors:
             with torch.no_grad():
-                # Not copy_: the nominal dtype is part of what was saved.
                 assign = local_metadata.get("assign_to_params_buffers", False)
-                if is_sharded(weight):
-                    load_rows(weight, new, new.device if assign else None)
-                    return
-                new._state.name = self.weight._state.name  # type: ignore[attr-defined]
-                if assign:
-                    self._parameters["weight"] = nn.Parameter(new, requires_grad=False)
-                else:
-                    self.weight.data = new.to(self.weight.device, copy=True)
+                loading.take(self, key, new, assign)
 
     def extra_repr(self) -> str:
         weight = self.weight

@@ -12,6 +12,7 @@ from torch import nn
 
 from .code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from .integrations.architectures import is_linear
+from .integrations.offload import is_offloaded
 from .nf4.experts import NF4Experts, pack, weight_names
 from .nf4.model import ModelLink, announce, owners
 from .nn import NF4Linear
@@ -47,7 +48,8 @@ def quantize_model(
     Parameters
     ----------
     model : nn.Module
-        Changed in place. Peak memory is the model and one layer.
+        Changed in place. Peak memory is the model and one layer. If its weights are on the meta device, the
+        NF4 weights are empty ones there, for `model.load_state_dict(state_dict, assign=True)`.
     skip : names, optional
         Modules to leave alone with all that is in them: a full name, or consecutive parts of one ("lm_head",
         "vision_tower", "layers.0.mlp"). By default the heads: lm_head, score, classifier, qa_outputs,
@@ -81,8 +83,9 @@ def quantize_model(
     Raises
     ------
     ValueError
-        A weight has NaN, Inf or an unfit dtype (named), the blocksize is unfit, or a name in `skip` fits no
-        module. The model is then unchanged: every layer is checked before the first is replaced.
+        A weight has NaN, Inf or an unfit dtype (named), the blocksize is unfit, a name in `skip` fits no
+        module, or some weights are on the meta device, but not all. The model is then unchanged: every layer
+        is checked before the first is replaced.
     """
     if skip is not None and modules_to_not_convert is not None:
         raise ValueError("skip: expected it or modules_to_not_convert (they are the same), got both")
@@ -100,20 +103,20 @@ def quantize_model(
         check_names(model, names)
     report = QuantizeReport(bytes_before=nbytes_of(model))
     found = dict(targets(model, names, report.left))
-    for name, linear in found.items():
-        _check(f"{name}.weight", linear.weight)
     sets = dict(expert_targets(model, names, report.left))
     if not experts:
         sets.clear()
     warn_about_experts(model, report.left, sets)
+    weights = {f"{name}.weight": linear.weight for name, linear in found.items()}
     for name, module in sets.items():
-        for key in weight_names(module):
-            _check(f"{name}.{key}", module._parameters[key])
+        weights |= {f"{name}.{key}": module._parameters[key] for key in weight_names(module)}
+    _check_all(weights, {**found, **sets})
 
     total = sum(linear.weight.numel() for linear in found.values()) + sum(map(_size, sets.values()))
     show = total > _PROGRESS_FROM if progress is None else progress
     link, names_of_targets = ModelLink(), list(found)
-    del found  # the only reference to each dense layer is the model's, so that it is freed when replaced
+    # The only reference to each dense layer is the model's, so that it is freed when replaced.
+    del found, weights
     with _Progress(total, show) as bar:
         for name in names_of_targets:
             parent_name, _, child = name.rpartition(".")
@@ -169,11 +172,29 @@ def _size(experts: Any) -> int:
     return sum(experts._parameters[key].numel() for key in weight_names(experts))
 
 
+def _check_all(weights: dict[str, Any], modules: dict[str, nn.Module]) -> None:
+    """All weights are loaded, or none is. What accelerate offloads is on the meta device between calls."""
+    offloaded = next((name for name, module in modules.items() if is_offloaded(module)), None)
+    if offloaded is not None:
+        raise ValueError(
+            f"{offloaded}: expected a loaded layer, got one whose weights accelerate offloads (device_map): "
+            "quantize the model before it is dispatched, or while it is read (NF4Config)"
+        )
+    empty = [name for name, weight in weights.items() if weight.is_meta]
+    if empty and len(empty) < len(weights):
+        raise ValueError(
+            f"{empty[0]}: expected all weights loaded, or all on the meta device, got {len(empty)} of "
+            f"{len(weights)} there"
+        )
+    for name, weight in weights.items():
+        _check(name, weight)
+
+
 def _check(name: str, weight: torch.Tensor) -> None:
-    if weight.device.type == "meta":
-        raise ValueError(f"{name}: expected a loaded weight, got one on the meta device")
     if weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.is_meta:
+        return
     # One reduction, no boolean copy of the weight: a sum is finite only if every term is (and may overflow:
     # then look).
     if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):

@@ -239,7 +239,7 @@ def test_a_bad_state_dict_changes_nothing(change: Any, sentence: str) -> None:
 
 def test_a_dense_state_dict_is_refused() -> None:
     module = packed()
-    with pytest.raises(RuntimeError, match="gate_up_proj: expected the items of NF4 experts, got a dense"):
+    with pytest.raises(RuntimeError, match="gate_up_proj: expected the items of an NF4 weight, got dense"):
         module.load_state_dict(moe.experts("qwen3_moe").state_dict())
 
 

@@ -19,9 +19,19 @@ def take_packed(hook: Any, layer: nn.Module) -> None:
     """Have an accelerate hook find whole NF4 weights where it looks for those of a layer."""
     for one in getattr(hook, "hooks", (hook,)):
         found = getattr(one, "weights_map", None)
-        if getattr(one, "offload", False) and found is not None and not isinstance(found, _Offloaded):
+        if _offloads(one) and found is not None and not isinstance(found, _Offloaded):
             packed = {name for name, p in layer._parameters.items() if isinstance(p, NF4Weight)}
             one.weights_map = _Offloaded(found, packed)
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether accelerate keeps the weights of a layer elsewhere between calls."""
+    hook = getattr(layer, "_hf_hook", None)
+    return any(_offloads(one) for one in getattr(hook, "hooks", (hook,)))
+
+
+def _offloads(hook: Any) -> bool:
+    return bool(getattr(hook, "offload", False))
 
 
 class _Offloaded(Mapping[str, Tensor]):

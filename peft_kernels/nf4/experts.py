@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, ClassVar
 
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 
 from ..experts import experts_forward
 from . import kept
+from .loading import find, take
 from .model import ModelLink
-from .sharded_weight import is_parallel, is_sharded, load_rows
+from .sharded_weight import is_parallel, is_sharded
 from .weight import NF4Weight
 
 _HOME = "transformers.integrations.moe"
@@ -121,7 +123,7 @@ class NF4Experts(kept.Received):
                 missing_keys.append(key)
                 continue
             try:
-                new[name] = _read(self, weight, state_dict, prefix, name, items == {key})
+                new[name] = find(weight, state_dict, prefix, name, functools.partial(_turned, self))
             except ValueError as error:
                 error_msgs.append(str(error))
                 return  # the rest stays too: half a module is worse than none
@@ -138,13 +140,7 @@ class NF4Experts(kept.Received):
         if len(error_msgs) > errors:
             return
         for name, loaded in new.items():
-            weight, assign = weights[name], local_metadata.get("assign_to_params_buffers", False)
-            if is_sharded(weight) and isinstance(loaded, NF4Weight):
-                load_rows(weight, loaded, loaded.device if assign else None)
-            elif assign:
-                parameters[name] = nn.Parameter(loaded, requires_grad=weight.requires_grad)
-            else:
-                weight.data = loaded.to(weight.device, copy=True)
+            take(self, prefix + name, loaded, local_metadata.get("assign_to_params_buffers", False))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
@@ -211,25 +207,6 @@ def _dense(weight: Tensor) -> Tensor | None:
     if is_sharded(weight):
         return None
     return weight.dense if isinstance(weight, NF4Weight) else weight.data
-
-
-def _read(
-    module: Any, weight: Tensor, state_dict: dict[str, Any], prefix: str, name: str, dense: bool
-) -> Tensor:
-    """What a state dict has for a weight. ValueError if that does not fit."""
-    key, loaded = prefix + name, state_dict.get(prefix + name)
-    if dense and isinstance(weight, NF4Weight):
-        raise ValueError(f"{key}: expected the items of NF4 experts, got a dense tensor")
-    if not dense:
-        loaded = NF4Weight.from_state_dict(state_dict, prefix, name)
-        loaded._state.name = getattr(weight, "_state", loaded._state).name
-    elif not isinstance(loaded, Tensor) or loaded.dim() != 3:
-        raise ValueError(f"{key}: expected a tensor of three dimensions, got {type(loaded).__name__}")
-    else:
-        loaded = _turned(module, loaded.detach()).to(weight.dtype)
-    if loaded.shape != weight.shape:
-        raise ValueError(f"{key}: expected shape {tuple(weight.shape)}, got {tuple(loaded.shape)}")
-    return loaded
 
 
 def _turned(module: Any, weight: Tensor, transposed: bool | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """NF4Weight: a 4-bit weight that looks like the ordinary tensor other people's code expects.
 
 It sits in `nn.Linear.weight` as a frozen parameter. PEFT merges with `weight.data += delta`; accelerate,
-`model.to()`, deepcopy and state_dict all look at `module.weight`: a tensor subclass lets them. Three rules
+`model.to()`, deepcopy and state_dict all look at `module.weight`: a tensor subclass lets them. Four rules
 keep that honest:
 
 - `F.linear(x, weight)` runs the NF4 kernel; any other read runs on a dequantised copy. A view of that copy
@@ -10,6 +10,7 @@ keep that honest:
   to 4 bits or lost with a temporary. `requantize_()` packs it again.
 - A delta that is added in place and subtracted again (a merge and its unmerge) leaves the packed bytes as
   they were, and frees the dense values. See `state`.
+- An average of a weight with itself (SWA, EMA) is the weight, packed. See `multiples`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ class NF4Weight(NF4Tensor):
         Parameters
         ----------
         weight : Tensor, (out_features, in_features) or (experts, out_features, in_features)
-            fp32, bf16 or fp16, on any device.
+            fp32, bf16 or fp16, on any device; on the meta device the result is an empty weight there, to be
+            loaded by `load_state_dict(assign=True)`.
         blocksize : int
             Number of consecutive weights that share a scale: 32, 64, ..., 4096. Blocks run over the flat
             weight.
@@ -97,6 +99,8 @@ class NF4Weight(NF4Tensor):
             rest = blocksize, double_quant, check_finite, name
             return cls.quantize_experts(weight, weight.shape[0], *rest)
         packed, absmax = ops.quantize_nf4(weight.detach(), blocksize)
+        if weight.is_meta:
+            check_finite = False
         if check_finite and not (bool(absmax.sum().isfinite()) or bool(absmax.isfinite().all())):
             bad = int((~torch.isfinite(weight.detach())).sum())
             raise ValueError(f"{name}: expected finite values, got {bad} NaN or Inf among {weight.numel()}")

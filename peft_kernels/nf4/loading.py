@@ -1,0 +1,80 @@
+"""A layer's weight from a state dict: packed items, or dense values where the weight is dense itself."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .sharded_weight import is_dtensor, is_sharded, load_rows
+from .state import NF4State
+from .weight import NF4Weight
+
+
+def find(
+    own: Tensor,
+    state_dict: Mapping[str, Any],
+    prefix: str,
+    name: str = "weight",
+    turned: Callable[[Tensor], Tensor] = lambda values: values,
+) -> Tensor:
+    """The NF4Weight, or the dense values, that a state dict has for the weight `own`.
+
+    `turned` gives dense values the layout of `own`. ValueError names what does not fit.
+    """
+    key = prefix + name
+    values: Any = state_dict.get(key)
+    alone = not any(item.startswith(f"{key}.") for item in state_dict)
+    new: Tensor
+    if is_dtensor(values):
+        new = values.detach()
+    elif alone and isinstance(values, Tensor) and values.is_floating_point():
+        if not (own.is_dense if isinstance(own, NF4Weight) else not is_dtensor(own)):
+            raise ValueError(
+                f"{key}: expected the items of an NF4 weight, got dense values alone, which a weight takes "
+                "only while it is dense itself (merged, or started by PiSSA or OLoRA); load a dense "
+                "checkpoint before quantize_model"
+            )
+        new = turned(values.detach()) if values.dim() == own.dim() else values
+    else:
+        new = NF4Weight.from_state_dict(state_dict, prefix, name)
+        if isinstance(own, NF4Weight):
+            new._state.name = own._state.name
+    if new.shape != own.shape:
+        raise ValueError(f"{key}: expected shape {tuple(own.shape)}, got {tuple(new.shape)}")
+    return new
+
+
+def take(module: nn.Module, key: str, new: Tensor, assign: bool) -> None:
+    """Make `new` the weight of a module. Not by copy_: the nominal dtype is part of what was saved.
+
+    A merged weight that holds the same dense values stays as it is: the merge can still be taken back.
+    """
+    name = key.rpartition(".")[2]
+    own: Any = module._parameters[name]
+    if is_sharded(own) and isinstance(new, NF4Weight):
+        load_rows(own, new, new.device if assign else None)
+        return
+    is_ours = isinstance(own, NF4Weight)
+    if is_ours and own._state.holds(new):
+        return
+    if assign:
+        if is_ours and not isinstance(new, NF4Weight):
+            form = NF4State(tuple(own.shape), own.blocksize, double_quant=own.double_quant)
+            form.dense, form.name = new, own._state.name
+            made = NF4Weight(form, new.dtype)
+            made._is_param = True  # nn.Parameter() takes no dense one, whose detach() is an ordinary tensor
+            module._parameters[name] = made  # type: ignore[assignment]
+        else:
+            module._parameters[name] = nn.Parameter(new, requires_grad=own.requires_grad)
+        return
+    if own.is_meta and not new.is_meta:
+        warnings.warn(
+            f"{key}: loaded into a weight on the meta device, which stays empty: pass assign=True, or call "
+            "to_empty(device=...) first",
+            stacklevel=2,
+        )
+    dtype = new.dtype if isinstance(new, NF4Weight) else own.dtype
+    own.data = new.to(own.device, dtype, copy=True)
