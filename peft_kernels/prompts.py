@@ -31,10 +31,9 @@ def mixed_inputs(
 ) -> dict[str, Tensor]:
     """What the base model is given so that each row has the virtual tokens of its adapter before its text.
 
-    Every row gives what its adapter would alone, whatever the lengths: rows are padded on the left, where
-    PEFT leaves padding between prompt and text. So they do in causal models that take position_ids, or whose
-    positions are relative; those with a table of positions that they count themselves (BART's decoder alone)
-    see shorter rows further on. The prompts are differentiable.
+    Every row gives what its adapter would alone, whatever the lengths: PEFT leaves padding between prompt and
+    text, here it is on the left in causal models, and on the right in encoders, which may count positions
+    from the first column. The prompts are differentiable.
 
     Parameters
     ----------
@@ -60,7 +59,9 @@ def mixed_inputs(
     Raises
     ------
     ValueError
-        A shape that does not fit, an adapter that is not there, another method or another task.
+        A shape that does not fit, an adapter that is not there, another method or another task; rows of
+        different lengths for a causal model that can be told neither positions nor padding (BART's decoder
+        alone).
     """
     names = _checked(model, input_ids, attention_mask, adapter_names)
     causal = model.active_peft_config.task_type == "CAUSAL_LM"
@@ -76,21 +77,45 @@ def mixed_inputs(
         rows.append(torch.cat((prompts[name].to(text), text[i][kept[i]])))
         if causal and labels is not None:
             targets.append(F.pad(labels[i][kept[i]], (len(prompts[name]), 0), value=IGNORED))
+    base = model.get_base_model()
     longest = max(map(len, rows), default=0)
-    short = [longest - len(row) for row in rows]
-    mask = torch.stack([F.pad(input_ids.new_ones(longest - n), (n, 0)) for n in short])
+    pads = [(longest - len(row), 0) if causal else (0, longest - len(row)) for row in rows]
+    takes_positions = causal and "position_ids" in inspect.signature(base.forward).parameters
+    if causal and not takes_positions and any(map(any, pads)) and _counts_positions(base):
+        raise ValueError(
+            f"adapter_names: expected rows of one length, prompt and text, for {type(base).__name__}, which "
+            f"counts positions from the first column, padding or not, got lengths {list(map(len, rows))}"
+        )
+    mask = torch.stack(
+        [F.pad(input_ids.new_ones(len(row)), pad) for row, pad in zip(rows, pads, strict=True)]
+    )
     inputs = {
-        "inputs_embeds": torch.stack([F.pad(row, (0, 0, n, 0)) for row, n in zip(rows, short, strict=True)]),
+        "inputs_embeds": torch.stack([F.pad(row, (0, 0, *pad)) for row, pad in zip(rows, pads, strict=True)]),
         "attention_mask": mask,
     }
-    if causal and "position_ids" in inspect.signature(model.get_base_model().forward).parameters:
-        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+    if takes_positions:
+        inputs["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0) + _first_position(base)
     if labels is not None:
-        pads = zip(targets, short, strict=True)
+        own = zip(targets, pads, strict=True)
         inputs["labels"] = (
-            torch.stack([F.pad(row, (n, 0), value=IGNORED) for row, n in pads]) if causal else labels
+            torch.stack([F.pad(row, pad, value=IGNORED) for row, pad in own]) if causal else labels
         )
     return inputs
+
+
+def _first_position(base: torch.nn.Module) -> int:
+    """The number of a row's first position: RoBERTa and its kin begin behind the padding token's."""
+    embeddings: Any = (m for m in base.modules() if hasattr(m, "create_position_ids_from_inputs_embeds"))
+    return next((m.padding_idx + 1 for m in embeddings), 0)
+
+
+def _counts_positions(base: torch.nn.Module) -> bool:
+    """Whether a model without position_ids has a table of positions that does not look at the mask."""
+    return any(
+        "PositionalEmbedding" in type(m).__name__
+        and "attention_mask" not in inspect.signature(m.forward).parameters
+        for m in base.modules()
+    )
 
 
 def _prompt(model: Any, name: str) -> Tensor:

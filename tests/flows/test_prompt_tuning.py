@@ -171,8 +171,20 @@ def gpt2() -> Any:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, **kinds))
 
 
+def encoder(kind: str) -> Any:
+    """An encoder with a table of positions, as a causal model: BERT's begins at 0, RoBERTa's at 2."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    kinds = {"intermediate_size": 128, "max_position_embeddings": 64, "initializer_range": 0.2}
+    tokens = {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2, "is_decoder": True}
+    config = getattr(transformers, f"{kind}Config")(**sizes, **kinds, **tokens)
+    return transformers.AutoModelForCausalLM.from_config(config)
+
+
 MODELS: dict[str, Any] = {
     "dense": llama,
+    "bert": lambda: encoder("Bert"),
+    "roberta-nf4": lambda: pk.quantize_model(encoder("Roberta")),
     "nf4": lambda: llama("nf4"),
     "gpt2-nf4": lambda: pk.quantize_model(gpt2()),
 }
@@ -242,14 +254,38 @@ def test_training_on_a_mixed_batch() -> None:
     assert_near(got, want, 1e-4)
 
 
-def test_a_mixed_batch_of_an_encoder_decoder() -> None:
-    torch.manual_seed(0)
+def t5(kind: str) -> Any:
+    """Positions are relative."""
     sizes = {"vocab_size": 128, "d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4}
-    t5 = transformers.T5ForConditionalGeneration(
+    return transformers.T5ForConditionalGeneration(
         transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
     )
-    model = several(pk.quantize_model(t5), task="SEQ_2_SEQ_LM")
-    tokens, mask = batch(left=False)
+
+
+def bart(kind: str, **options: Any) -> Any:
+    """BART and its kin, whose encoders count positions from the first column."""
+    sizes = {"vocab_size": 128, "d_model": 64, "init_std": 0.2, "max_position_embeddings": 64}
+    for part in ("encoder", "decoder"):
+        sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 128}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    model = getattr(transformers, kind)
+    return model(model.config_class(**sizes, **tokens, **options))
+
+
+ENCODERS = {
+    "T5": t5,
+    "BartForConditionalGeneration": bart,
+    "PegasusForConditionalGeneration": bart,
+    "M2M100ForConditionalGeneration": bart,
+}
+
+
+@pytest.mark.parametrize("left", [True, False], ids=["left", "right"])
+@pytest.mark.parametrize("kind", ENCODERS)
+def test_a_mixed_batch_of_an_encoder_decoder(kind: str, left: bool) -> None:
+    torch.manual_seed(0)
+    model = several(pk.quantize_model(ENCODERS[kind](kind)), task="SEQ_2_SEQ_LM")
+    tokens, mask = batch(left)
     labels = ids(6, rows=5, length=4)
     inputs = pk.prompts.mixed_inputs(model, tokens, mask, labels, NAMES)
     got = logits(model.get_base_model(), **inputs)
@@ -263,6 +299,20 @@ def test_a_mixed_batch_of_an_encoder_decoder() -> None:
         one = model.get_base_model() if adapter == "__base__" else model
         said = one.generate(input_ids=row[None], max_new_tokens=NEW, do_sample=False)[0]
         assert text[i][: len(said)].tolist() == said.tolist(), adapter
+
+
+def test_a_decoder_that_counts_positions_takes_rows_of_one_length() -> None:
+    model = several(bart("BartForCausalLM", is_decoder=True, is_encoder_decoder=False))
+    tokens, mask = batch(left=True)
+    with pytest.raises(ValueError, match=r"rows of one length.* BartForCausalLM, .* got lengths \[15, 12"):
+        pk.prompts.mixed_inputs(model, tokens, mask, adapter_names=NAMES)
+    mask[0, :3] = 0  # a text of 7 and 5 virtual tokens, as long as one of 4 and 8
+    inputs = pk.prompts.mixed_inputs(model, tokens[:2], mask[:2], adapter_names=NAMES[:2])
+    got = logits(model.get_base_model(), **inputs)
+    for i, adapter in enumerate(NAMES[:2]):
+        with torch.no_grad():
+            want = alone(model, tokens[i][mask[i].bool()], adapter).logits[0]
+        assert testing.relative_error(got[i], want) < 1e-5, adapter
 
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
