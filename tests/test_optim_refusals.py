@@ -192,6 +192,60 @@ def test_arguments_out_of_range(options: dict[str, Any], error: Any, sentence: s
         pk.optim.AdamW8bit([nn.Parameter(torch.zeros(3))], **options)
 
 
+NO_NUMBERS: dict[str, tuple[dict[str, Any], str]] = {
+    "lr-text": ({"lr": "2e-4"}, "^lr: expected a number, got the text '2e-4'; YAML reads .* write 2.0e-4"),
+    "lr-word": ({"lr": "fast"}, "^lr: expected a number, got the text 'fast'$"),
+    "lr-none": ({"lr": None}, "^lr: expected a number, got None"),
+    "eps": ({"eps": "1e-8"}, "^eps: expected a number, got the text '1e-8'"),
+    "weight_decay": ({"weight_decay": [0.1]}, r"^weight_decay: expected a number, got \[0.1\]"),
+    "betas-text": ({"betas": "(0.9, 0.999)"}, r"^betas: expected two numbers, got '\(0.9, 0.999\)'"),
+    "betas-none": ({"betas": None}, "^betas: expected two numbers, got None"),
+    "beta": ({"betas": (0.9, "0.95")}, r"^betas\[1\]: expected a number, got the text '0.95'"),
+}
+
+
+@pytest.mark.parametrize("case", NO_NUMBERS)
+def test_what_is_no_number_is_named(case: str) -> None:
+    """As an argument, in a group, in a group that is added, in a checkpoint and by override_config."""
+    options, sentence = NO_NUMBERS[case]
+    parameter, other = (nn.Parameter(torch.zeros(3)) for _ in "ab")
+    good = pk.optim.AdamW8bit([parameter])
+    bad = good.state_dict()
+    bad["param_groups"][0].update(options)
+    for make in (
+        lambda: pk.optim.AdamW8bit([parameter], **options),
+        lambda: pk.optim.AdamW8bit([{"params": [parameter], **options}]),
+        lambda: good.add_param_group({"params": [other], **options}),
+        lambda: good.load_state_dict(bad),
+        lambda: good.override_config(parameter, key_value_dict=options),
+    ):
+        with pytest.raises(TypeError, match=sentence):
+            make()
+    assert len(good.param_groups) == 1 and good.param_groups[0]["lr"] == 1e-3
+
+
+def test_a_rate_that_is_no_number_in_a_step() -> None:
+    parameter = nn.Parameter(torch.zeros(3))
+    optimizer = pk.optim.AdamW8bit([parameter])
+    parameter.grad = torch.ones(3)
+    for name in ("lr", "weight_decay"):
+        before = optimizer.param_groups[0][name]
+        for wrong in ("1e-3", None):
+            optimizer.param_groups[0][name] = wrong
+            with pytest.raises(TypeError, match=f"^{name}: expected a number, got"):
+                optimizer.step()
+        optimizer.param_groups[0][name] = before
+    assert not parameter.any()
+    optimizer.step()
+    assert parameter.all()
+
+
+@pytest.mark.parametrize("name", ["lr", "lr_ratio", "weight_decay", "lr_embedding"])
+def test_what_is_no_number_in_lora_plus(name: str) -> None:
+    with pytest.raises(TypeError, match=f"^{name}: expected a number, got the text '1e-4'; YAML"):
+        pk.optim.lora_plus_groups(nn.Linear(3, 3), **{"lr": 1e-4} | {name: "1e-4"})  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["amsgrad", "maximize", "differentiable"])
 def test_what_a_group_asks_for_in_vain(name: str) -> None:
     parameters = [nn.Parameter(torch.zeros(3)) for _ in range(2)]

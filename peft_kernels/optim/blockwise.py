@@ -18,7 +18,7 @@ from torch._compile import _disable_dynamo
 from .. import dispatch
 from ..code_tables import dynamic_map
 from .checkpoint import read
-from .groups import UNSUPPORTED, check_numbers
+from .groups import UNSUPPORTED, check_number, check_numbers
 from .pager import Pager
 from .plan import Plan, check
 from .sharded import Layout, clipped_scale, is_sharded, part_of, refuse_flat_parts
@@ -168,6 +168,10 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             if len(plans) > 1:
                 dispatch.select("adamw", (plan.like,))  # refuses, if it does, before anything is changed
         configs = [self.param_groups[at] | override for at, override in self._configs]
+        for config in configs:
+            for name in ("lr", "weight_decay"):  # loops and schedulers write them
+                if type(config[name]) is not float:
+                    check_number(name, config[name])
         scale, max_norm = getattr(self, "grad_scale", None), self._max_grad_norm
         if max_norm and any(plan.is_sharded for plan in plans):
             scale, max_norm = clipped_scale(list(chain.from_iterable(grads)), scale, max_norm), 0.0

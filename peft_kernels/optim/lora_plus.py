@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from .groups import check_number
+
 
 def lora_plus_groups(
     model: nn.Module,
@@ -59,7 +61,9 @@ def lora_plus_groups(
     ----------
     Hayou, Ghosh and Yu 2024, "LoRA+: Efficient Low Rank Adaptation of Large Models", arXiv:2402.12354.
     """
+    check_number("lr_ratio", lr_ratio)
     for argument, value in (("lr", lr), ("weight_decay", weight_decay), ("lr_embedding", lr_embedding)):
+        check_number(argument, value)
         if not 0 <= value < math.inf:
             raise ValueError(f"{argument}: expected a finite number of at least 0, got {value}")
     if not 0 < lr_ratio < math.inf:
