@@ -226,8 +226,19 @@ def test_it_is_refused_by_name(case: str, folders: Folders, tmp_path: Path) -> N
     spoil, message = REFUSED[case]
     spoil(folders)
     with pytest.raises(CheckpointError, match=message):
-        merge_checkpoint(folders.base, folders.adapter, tmp_path / "out")
+        merge_checkpoint(folders.base, folders.adapter, tmp_path / "out", partial=case == "no-weight")
     assert {path.name for path in tmp_path.iterdir()} == {"base", "adapter"}
+
+
+def test_a_base_that_lacks_a_tensor(folders: Folders, tmp_path: Path) -> None:
+    """One that the adapter leaves alone."""
+    file = folders.of_base(UP)
+    (folders.base / "model.safetensors.index.json").unlink()
+    edit_tensors(file, lambda found: found.pop(UP))
+    with pytest.raises(CheckpointError, match=rf"{UP}.*\(--partial merges into what is there\)"):
+        merge_checkpoint(folders.base, folders.adapter, tmp_path / "out")
+    merge_checkpoint(folders.base, folders.adapter, tmp_path / "out", partial=True)
+    assert UP not in Checkpoint.open(tmp_path / "out")
 
 
 @pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..nf4.experts import computes_experts
-from .architecture import on_meta
+from .architecture import compare_with, on_meta
 from .checks import nf4_weights
 from .experts import ExpertsWeight, find
 from .folder import Checkpoint
@@ -69,6 +69,10 @@ class BaseNames:
         for get in ("get_input_embeddings", "get_output_embeddings"):
             module = getattr(self._model, get)()
             self.embeddings |= {path for path, other in self._modules.items() if other is module}
+
+    def faults(self) -> list[str]:
+        """What the files lack of the architecture, or have of another shape."""
+        return compare_with(self.checkpoint, self._model).faults if self.known else []
 
     # Modules and parameters, by the paths that adapters have.
 

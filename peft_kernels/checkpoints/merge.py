@@ -43,6 +43,8 @@ class Merge:
     """Of all tensors; before they are written, at most."""
     copied: list[str] = field(default_factory=list)
     """Other files of the base."""
+    left_out: list[str] = field(default_factory=list)
+    """Other files and folders of the base, which hold weights that are not merged."""
     rounding: Rounding = field(default_factory=Rounding)
     """Where weights were packed again."""
 
@@ -52,6 +54,7 @@ def merge_checkpoint(
     adapter: Path | str,
     destination: Path | str,
     form: str = "dense",
+    partial: bool = False,
     started: Callable[[Merge], None] = lambda merge: None,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> Merge:
@@ -72,6 +75,8 @@ def merge_checkpoint(
     form : str
         "dense": a base in NF4 becomes dense, in the dtype that it was quantised from. "nf4": it stays NF4, of
         the same blocks; what the adapter changed is packed again, and may lose most of what was trained.
+    partial : bool
+        Merge into a base that lacks tensors of its architecture, or has them of other shapes.
     started, progress : callable
         Told what will be done, and then of each tensor of the base and its bytes.
 
@@ -91,7 +96,7 @@ def merge_checkpoint(
         raise CheckpointError(f"{destination.parent}: expected a folder to write into, got none")
     checkpoint = Checkpoint.open(base)
     _check_base(checkpoint)
-    plan = plan_merge(checkpoint, LoraFolder.open(adapter))
+    plan = plan_merge(checkpoint, LoraFolder.open(adapter), partial)
     if form == "nf4" and not plan.packed:
         raise CheckpointError(
             f"{base}: expected a base in NF4 to merge into NF4, got a dense one: quantise the result"
@@ -99,7 +104,7 @@ def merge_checkpoint(
     before = sum(entry.nbytes for entry in checkpoint.entries.values())
     merge = Merge(base, adapter, destination, plan, bool(plan.packed), form == "dense", before)
     files = compose(checkpoint, plan, merge.dense, merge.rounding)
-    merge.copied, _ = other_files(base, checkpoint)
+    merge.copied, merge.left_out = other_files(base, checkpoint)
     merge.bytes_after = sum(file.size for file in files)
     with _new_folder(destination) as model:
         check_space(model, merge.bytes_after + sum((base / name).stat().st_size for name in merge.copied))

@@ -34,9 +34,14 @@ class Plan:
     """Whether weights that were one tensor are two now."""
 
 
-def plan_merge(checkpoint: Checkpoint, folder: LoraFolder) -> Plan:
-    """CheckpointError for what does not fit the base, or that nothing merges."""
+def plan_merge(checkpoint: Checkpoint, folder: LoraFolder, partial: bool = False) -> Plan:
+    """CheckpointError for what does not fit the base, or that nothing merges; and unless `partial`, for a
+    base that lacks tensors of its architecture."""
     base = BaseNames(checkpoint)
+    faults = [] if partial else base.faults()
+    if faults:
+        more = f"; {len(faults) - 1} more such faults" if len(faults) > 1 else ""
+        raise CheckpointError(f"{faults[0]}{more} (--partial merges into what is there)")
     plan = Plan(base.source, base.packed, turned=base.turned)
     _Planner(base, folder, plan).run()
     return plan

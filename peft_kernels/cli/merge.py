@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="dense",
         help="of what BASE has in NF4: dense, or nf4, packed again with the loss of 4 bits (dense)",
     )
+    parser.add_argument(
+        "--partial", action="store_true", help="merge into what is there where BASE lacks tensors"
+    )
 
 
 def run(arguments: argparse.Namespace, out: Output) -> bool:
@@ -36,6 +39,9 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
                 "embeddings and head are no longer tied: the adapter has its own of one of them", "yellow"
             )
 
+        if merge.left_out:
+            out.say(f"not copied, as they hold other weights: {', '.join(merge.left_out)}")
+
     # The total is known when the headers have been read, which is later than the bar is made.
     total = sum(file.stat().st_size for file in arguments.base.glob("*.safetensors"))
     with out.progress(total, "merging") as advance:
@@ -44,6 +50,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             arguments.adapter,
             arguments.destination,
             arguments.format,
+            arguments.partial,
             started,
             lambda name, nbytes: advance(nbytes),
         )
@@ -70,6 +77,7 @@ def run(arguments: argparse.Namespace, out: Output) -> bool:
             "chosen_by": done.plan.source,
             "rounding": share,
             "copied": done.copied,
+            "left_out": done.left_out,
         }
     )
     return True
