@@ -88,7 +88,7 @@ def patch(
             across = examine_between(module)
         if across is not None:
             report.blocks.append(_entry(name, module, across, plan, dry_run))
-        found_loss = examine_loss(module) if loss or isinstance(module, LossModel) else None
+        found_loss = examine_loss(module) if loss or fused.has(module, LossModel) else None
         if found_loss is not None:
             report.losses.append(_entry(name, module, found_loss, plan, dry_run))
         prefix = examine_prefix(module)
@@ -103,19 +103,21 @@ def patch(
         for module, mixin in prefix_layers(prefix._module())
         if fused.record_of(module) is None
     ]
-    # Nothing above has touched the model, and nothing below can fail.
+    # Nothing above has touched the model, and `fuse_all` leaves it as it was where it cannot go through.
     lazy: dict[nn.Module, type[fused.Fused]] = {
         head: head_mixin(head) for entry in report.losses for head in _heads(entry)
     }
-    for module, layer, found in plan:
+    swaps: list[tuple[nn.Module, type[fused.Fused], Record]] = []
+    for module, _, found in plan:
         assert found.mixin is not None
-        layer.record = Record(facts=found.facts)
-        fused.fuse(module, lazy.pop(module, found.mixin), layer.record)
-    for head, mixin in lazy.items():
-        if fused.record_of(head) is None:
-            fused.fuse(head, mixin, Record())
-    for module, mixin in checkpointed:
-        fused.fuse(module, mixin, Record())
+        swaps.append((module, lazy.pop(module, found.mixin), Record(facts=found.facts)))
+    fused.fuse_all(
+        swaps
+        + [(head, mixin, Record()) for head, mixin in lazy.items() if fused.record_of(head) is None]
+        + [(module, mixin, Record()) for module, mixin in checkpointed]
+    )
+    for (_, layer, _), (_, _, record) in zip(plan, swaps, strict=True):
+        layer.record = record
     return report
 
 

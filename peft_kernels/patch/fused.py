@@ -14,6 +14,7 @@ import functools
 import inspect
 import sys
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any, ClassVar
@@ -48,8 +49,6 @@ class Fused:
     """Base of all classes that are swapped in. `module.__dict__[RECORD]` is there while the module is
     patched."""
 
-    plain: ClassVar[type[nn.Module]]
-    """The class that was swapped out."""
     methods: ClassVar[tuple[str, ...]] = ()
     """What else than forward is swapped, and may lie bound on an instance."""
     signed: ClassVar[bool] = False
@@ -59,7 +58,7 @@ class Fused:
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         function, arguments, state, *rest = reduced
-        plain = type(self).plain
+        plain = plain_class(self)  # type: ignore[arg-type]
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
             function = plain.__new__  # pickle would compare the class in `arguments` with that of the object
         arguments = tuple(plain if item is type(self) else item for item in arguments)
@@ -83,21 +82,55 @@ _first: dict[type, type[nn.Module]] = {}
 
 def fuse(module: nn.Module, mixin: type[Fused], record: Record) -> None:
     """Give a module the forward of `mixin`. The module is as it was if this raises."""
-    plain = type(module)
-    fused: Any = _classes.get((plain, mixin))
-    if fused is None:
-        names: dict[str, Any] = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
-        names |= {"__doc__": plain.__doc__, "plain": plain}
-        if mixin.signed:
-            names["forward"] = _signed(mixin.forward, plain.forward)  # type: ignore[attr-defined]
-        fused = _classes[plain, mixin] = type(plain.__name__, (mixin, plain), names)
-        _plain[fused] = plain
-        # Not by `__deepcopy__`: wrappers that have the attributes of what they wrap (PeftModel, PEFT's
-        # ModulesToSaveWrapper, torch.compile's) would be asked for it, and give a copy of the inside alone.
-        getattr(copy, "_deepcopy_dispatch", {})[fused] = _twin
-    module.__class__ = fused
-    module.__dict__[RECORD] = record
-    _rebind(module, plain, fused)
+    fuse_all([(module, mixin, record)])
+
+
+def fuse_all(plan: Sequence[tuple[nn.Module, type[Fused], Record]]) -> None:
+    """Give each module the forward of a mixin. All are as they were if this raises."""
+    classes = [_class(type(module), mixin) for module, mixin, _ in plan]
+    before: list[tuple[nn.Module, type[nn.Module]]] = []
+    try:
+        for (module, _, record), cls in zip(plan, classes, strict=True):
+            before.append((module, type(module)))
+            _swap(module, cls)
+            module.__dict__[RECORD] = record
+    except BaseException:
+        for module, old in before:
+            module.__dict__.pop(RECORD, None)
+            _swap(module, old)
+        raise
+
+
+def _class(cls: type[nn.Module], mixin: type[Fused]) -> type[nn.Module]:
+    """The class of a module with the forward of `mixin`. A module whose class has it and that is not patched
+    has no record: it was made by the class of a patched one, or unpatched under a subclass of another
+    library."""
+    while cls in _plain:
+        cls = _plain[cls]
+    if issubclass(cls, mixin):
+        return cls
+    plain: Any = cls
+    found: Any = _classes.get((plain, mixin))
+    if found is not None:
+        return found
+    names: dict[str, Any] = {"__module__": plain.__module__, "__qualname__": plain.__qualname__}
+    names["__doc__"] = plain.__doc__
+    if mixin.signed:
+        names["forward"] = _signed(mixin.forward, plain.forward)  # type: ignore[attr-defined]
+    made: Any = type(plain.__name__, (mixin, plain), names)
+    _classes[plain, mixin] = made
+    _plain[made] = plain
+    # Not by `__deepcopy__`: wrappers that have the attributes of what they wrap (PeftModel, PEFT's
+    # ModulesToSaveWrapper, torch.compile's) would be asked for it, and give a copy of the inside alone.
+    getattr(copy, "_deepcopy_dispatch", {})[made] = _twin
+    return made
+
+
+def _swap(module: nn.Module, new: type[nn.Module]) -> None:
+    old = type(module)
+    if new is not old:
+        module.__class__ = new
+        _rebind(module, old, new)
 
 
 def _signed(forward: Any, like: Any) -> Any:
@@ -118,8 +151,7 @@ def restore(module: nn.Module) -> bool:
     fused: Any = type(module)
     plain = _plain.get(fused)
     if plain is not None:
-        module.__class__ = plain
-        _rebind(module, fused, plain)
+        _swap(module, plain)
     # Else another library has made a subclass of ours: without a record our forward is `super().forward`.
     return True
 
@@ -128,6 +160,12 @@ def record_of(module: nn.Module) -> Record | None:
     """The Record of a patched module."""
     record: Record | None = module.__dict__.get(RECORD)
     return record
+
+
+def has(module: nn.Module, *mixins: type[Fused]) -> bool:
+    """Whether a module is patched with one of these. A class alone does not tell: `type(model)(config)` makes
+    one that is not patched."""
+    return RECORD in module.__dict__ and isinstance(module, mixins)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -166,13 +204,32 @@ def _rebind(module: nn.Module, old: Any, new: Any) -> None:
             module.__dict__[place] = MethodType(getattr(new, name), module)
 
 
+def _wrapped(module: nn.Module, forward: Any) -> Any:
+    """The forward of the module's class, or of the one that it had before, in wrappers that say so
+    (`__wrapped__`); None for any other."""
+    known = type(module).forward, plain_class(module).forward
+    while getattr(forward, "__self__", module) is module:
+        function = getattr(forward, "__func__", forward)
+        if function in known:
+            return function
+        if not hasattr(function, "__wrapped__"):
+            break
+        forward = function.__wrapped__
+    return None
+
+
 def replaced(module: nn.Module) -> str | None:
     """Why the forward of a module's class does not run when the module is called, or None. Under a hook of
-    accelerate it does."""
+    accelerate it does, and in the wrappers that its `prepare` puts around the forward of a patched one."""
     if RECORD in module.__dict__ and not isinstance(module, Fused):
         return f"its class was changed after patch(), to {type(module).__qualname__}"
     forward = module.__dict__.get("forward")
     if forward is None or is_own(module, forward) or is_own(module, module.__dict__.get("_old_forward")):
         return None
+    inner = _wrapped(module, forward)
+    if RECORD in module.__dict__ and inner is type(module).forward:
+        return None
+    if inner is plain_class(module).forward:
+        return "its forward was wrapped on the instance before patch(), as accelerate does; patch first"
     name = getattr(forward, "__qualname__", type(forward).__name__)
     return f"its forward was replaced on the instance, by {name}"

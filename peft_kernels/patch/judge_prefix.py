@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import fused
+
 _FLAG = "gradient_checkpointing"
 
 
@@ -76,7 +78,7 @@ def index_in_cache(layer: nn.Module) -> int | None:
     return next((index for index in named if isinstance(index, int)), None)
 
 
-def checkpointing(model: Any, ours: type) -> bool:
+def checkpointing(model: Any, ours: type[fused.Fused]) -> bool:
     """Whether a call of a PeftModel now would recompute its layers.
 
     Raises RuntimeError where that would lose the prefix: transformers takes the cache from layers that are
@@ -87,7 +89,7 @@ def checkpointing(model: Any, ours: type) -> bool:
         return False
     if reason := not_recomputable(model):
         raise RuntimeError(f"prefix tuning: no gradient checkpointing here, {reason}")
-    late = next((n for n, layer in layers(base) if recomputes(layer) and not isinstance(layer, ours)), None)
+    late = next((n for n, layer in layers(base) if recomputes(layer) and not fused.has(layer, ours)), None)
     if late is not None:
         raise RuntimeError(f"prefix tuning: {late} has come after patch(); patch again to checkpoint it")
     return True

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..ops.arguments import is_traced
 from . import few_rows, judge, judge_loss
-from .fused import RECORD, Fused, Record
+from .fused import RECORD, Fused, Record, has
 from .lazy_logits import lazy_logits
 from .linear4bit import FusedLinear4bit
 from .lora import FusedLora, prepare, rounded
@@ -34,7 +34,7 @@ class LossFacts:
 
     def changed(self, model: nn.Module) -> str | None:
         """Why calls do not run so any more, or None."""
-        late = [layer for layer in judge_loss.heads(model) if not isinstance(layer, LazyHead)]
+        late = [layer for layer in judge_loss.heads(model) if not has(layer, LazyHead)]
         return f"the head, a {type(late[0]).__name__}, has come after patch(); patch again" if late else None
 
 

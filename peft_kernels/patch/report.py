@@ -120,7 +120,7 @@ def examine_between(module: nn.Module) -> Finding | None:
 
 def is_between(module: nn.Module) -> bool:
     """Whether a module was fused because `examine_between` found it."""
-    return isinstance(module, (FusedRmsNorm, FusedAttention, FusedDecoderLayer))
+    return fused.has(module, FusedRmsNorm, FusedAttention, FusedDecoderLayer)
 
 
 def examine_prefix(module: nn.Module) -> Finding | None:
@@ -140,7 +140,7 @@ def examine_loss(module: nn.Module) -> Finding | None:
         return None
     heads = judge_loss.heads(module)
     reasons = [judge_loss.head(layer, FusedLora) for layer in heads]
-    if any(fused.record_of(layer) is not None and not isinstance(layer, LazyHead) for layer in heads):
+    if any(fused.record_of(layer) is not None and not fused.has(layer, LazyHead) for layer in heads):
         reasons.append("its head was patched without loss=True; unpatch first")
     kind = f"{LOSS}, {type(module).__name__}"
     never = next((reason for reason in reasons if reason), "")

@@ -10,8 +10,10 @@ import torch
 import transformers
 from flow_checks import Calls
 from flow_models import arguments
-from loss_models import MODELS, VOCABULARY, losses_of, patched
+from loss_models import MODELS, VOCABULARY, batch, losses_of, patched
 from torch import Tensor
+
+import peft_kernels as pk
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
@@ -53,6 +55,7 @@ if "activation_checkpointing" not in transformers.TrainingArguments.__dataclass_
 CASES = [
     ("head-saved", "plain"), ("gemma2", "accumulation"), ("head-frozen", "checkpointing"),
     ("head-frozen", "smoothing"), ("gemma2", "own-loss"), ("head-saved", "autocast"),
+    ("llama", "autocast"),
 ]  # fmt: skip
 
 
@@ -71,7 +74,22 @@ def test_trainer(name: str, run: str, tmp_path: Path) -> None:
             assert losses_of(calls) >= 4
     assert len(histories[0]) == 8
     assert histories[0] == pytest.approx(histories[1], rel=0.02 if run == "autocast" else 1e-3)
-    assert not report.losses[0].fallbacks
+    assert not report.losses[0].fallbacks and report.losses[0].fused, str(report)
+
+
+def test_a_model_that_accelerate_has_wrapped() -> None:
+    """It calls the forward that it found: ours, or the one before."""
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
+    for first in ("patch", "prepare"):
+        model = MODELS["llama"]()
+        report = pk.patch(model, loss=True) if first == "patch" else None
+        accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)
+        report = report or pk.patch(model, loss=True)
+        with Calls() as calls:
+            model(**batch()).loss.backward()
+        assert losses_of(calls) == (1 if first == "patch" else 0)
+        wrapped = "its forward was wrapped on the instance before patch(), as accelerate does; patch first"
+        assert report.losses[0].reason == ("" if first == "patch" else wrapped)
 
 
 def test_trainer_evaluates(tmp_path: Path) -> None:

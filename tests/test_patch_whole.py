@@ -1,0 +1,107 @@
+"""A model is patched as a whole or not at all, also one that the class of a patched model made."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import models
+import pytest
+import torch
+from torch import nn
+
+import peft_kernels as pk
+from peft_kernels.patch import fused
+from peft_kernels.patch.loss import LossModel
+
+pytest.importorskip("transformers", reason="transformers is not installed")
+peft = pytest.importorskip("peft", reason="PEFT is not installed")
+
+
+def adapted(model: Any) -> Any:
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "lm_head"]))
+
+
+def state(model: nn.Module) -> list[Any]:
+    return [(type(module), set(vars(module))) for module in model.modules()]
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, 60, (2, 8), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("block", [False, True])
+def test_a_model_of_the_class_of_a_patched_one(block: bool) -> None:
+    first = models.tiny_llama()
+    pk.patch(first, loss=True, block=block)
+    model = type(first)(first.config)
+    model.load_state_dict(first.state_dict())
+    for layer, like in zip(model.model.layers, first.model.layers, strict=True):  # parts made so, too
+        layer.input_layernorm = type(like.input_layernorm)(64)
+    model.lm_head = type(first.lm_head)(64, first.config.vocab_size, bias=False)
+    model.load_state_dict(first.state_dict())
+    plain = pk.patch(model)
+    assert not plain.losses and not plain.blocks, "it was not asked for"
+    pk.unpatch(model)
+    report = pk.patch(model, loss=True, block=block)
+    assert report.losses[0].fused and len(report.blocks) == (9 if block else 0), report.details()
+    want = first(input_ids=ids(), labels=ids())
+    assert torch.equal(model(input_ids=ids(), labels=ids()).loss, want.loss)
+    assert pk.unpatch(model) > 0 and not isinstance(model, LossModel)
+    torch.testing.assert_close(model(input_ids=ids(), labels=ids()).loss, want.loss)
+
+
+def test_a_subclass_of_a_patched_class() -> None:
+    """As `fully_shard` makes it: unpatching leaves the class, and patching finds it there."""
+    fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no distributed")
+    model = adapted(models.tiny_llama())
+    report = pk.patch(model)
+    expected = model(input_ids=ids()).logits
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    made = type("FSDPLinear", (fsdp.FSDPModule, type(layer)), {})
+    layer.__class__ = made
+    pk.unpatch(model)
+    assert type(layer) is made
+    report = pk.patch(model)
+    assert type(layer) is made and all(entry.fused for entry in report.layers), report.details()
+    assert torch.equal(model(input_ids=ids()).logits, expected) and not report.layers[0].fallbacks
+
+
+def test_pickles_of_a_subclass_keep_it() -> None:
+    first = models.tiny_llama()
+    pk.patch(first, loss=True)
+    globals()["Own"] = type("Own", (type(first),), {"__module__": __name__, "extra": 1})
+    model = globals()["Own"](first.config)
+    pk.patch(model, loss=True)
+    assert type(pickle.loads(pickle.dumps(model))) is globals()["Own"]
+
+
+@pytest.mark.parametrize("what", ["class", "swap"])
+def test_an_error_leaves_the_model_as_it_was(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether a class cannot be made, or a module does not take it."""
+    model = adapted(models.tiny_llama())
+    before, expected = state(model), model(input_ids=ids()).logits
+    head = model.base_model.model.lm_head
+    kind = type(head)
+
+    if what == "class":
+
+        def refuse(cls: Any, **_: Any) -> None:
+            raise TypeError("no subclass")
+
+        monkeypatch.setattr(kind, "__init_subclass__", classmethod(refuse), raising=False)
+        monkeypatch.setattr(fused, "_classes", {})
+    else:
+
+        def stays(self: Any, name: str, value: Any) -> None:
+            if self is head and name == "__class__" and value is not kind:
+                raise TypeError("no other class")
+            nn.Module.__setattr__(self, name, value)
+
+        monkeypatch.setattr(kind, "__setattr__", stays)
+    with pytest.raises(TypeError, match="no subclass" if what == "class" else "no other class"):
+        pk.patch(model, loss=True)
+    assert state(model) == before
+    assert torch.equal(model(input_ids=ids()).logits, expected)
+    monkeypatch.undo()
+    assert pk.patch(model, loss=True).losses[0].fused
