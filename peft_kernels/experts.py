@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .module_calls import more_than_forward
 from .nf4.weight import NF4Weight
 from .ops.arguments import autocast_dtype
 from .ops.experts import experts_linear, experts_lora_linear, runs
@@ -131,7 +132,8 @@ def _is_swiglu(module: Any) -> bool:
     """Whether the gate is silu(first half) * second half."""
     gate = getattr(type(module)._apply_gate, "__qualname__", "")
     act = getattr(module, "act_fn", None)
-    return gate == "_default_apply_gate" and type(act).__name__ in ("SiLU", "SiLUActivation")
+    known = gate == "_default_apply_gate" and type(act).__name__ in ("SiLU", "SiLUActivation")
+    return known and not more_than_forward(act)  # type: ignore[arg-type]
 
 
 class _Sorted(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -28,6 +29,7 @@ from peft_experts import (
 )
 from peft_models import REGIMES, run
 from torch import Tensor
+from torch.nn.modules import module as torch_module
 
 import peft_kernels as pk
 import peft_kernels.experts
@@ -284,3 +286,31 @@ def test_one_graph() -> None:
     assert not fallbacks(report) and len(got) == len(plain)
     for name, value in got.items():
         assert testing.relative_error(value, plain[name.removeprefix("_orig_mod.")]) < 1e-5, name
+
+
+@pytest.mark.parametrize("base", ["dense", "nf4"])
+def test_hooks_on_all_modules(base: str) -> None:
+    """They run for the experts, whose wrappers are left out, and for their activation, which is in an op."""
+    stock = adapt(mixture(base))
+    model = copy.deepcopy(stock)
+    report = pk.patch(model)
+
+    def calls(model: Any) -> Counter[str]:
+        names = {module: name for name, module in model.named_modules()}
+        seen: Counter[str] = Counter()
+        handle = torch_module.register_module_forward_hook(
+            lambda module, *_: seen.update([names[module]] if module in names else [])  # PEFT makes some
+        )
+        try:
+            model(tokens())
+        finally:
+            handle.remove()
+        return seen
+
+    found = calls(model)
+    assert found == calls(stock) and any("act_fn" in name for name in found)
+    assert fallbacks(report) == [
+        "hooks on all modules (register_module_forward_hook), which a fused forward would skip"
+    ]
+    model(tokens())
+    assert report.layers[0].fallbacks.total() == 1 and report.layers[0].fused

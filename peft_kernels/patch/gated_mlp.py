@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import dispatch
+from ..module_calls import HOOKED
 from ..ops.arguments import is_traced
 from ..ops.gated import ACTIVATIONS, gated_mlp_args
 from ..ops.multi_lora import AdaptedLinear, rounding
@@ -61,8 +62,9 @@ class Facts:
             for key, value in settings.values.items():
                 if not _same(getattr(now, key, None), value):
                     return f"{name}.{key} was changed after patch()"
-            if judge.call_of(now) is not None:
-                return f"hooks on {name}, which a fused forward would pass by"
+            more = judge.call_of(now)
+            if more is not None:
+                return f"hooks on {name}, which a fused forward would skip" if more is HOOKED else more
         return None
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor  # parameters while torch.export traces
 
 from ..integrations import bitsandbytes
+from ..module_calls import hooks_on_all, more_than_forward
 from ..nf4.sharded_weight import UNGATHERED, is_parallel, is_sharded
 from ..nf4.weight import NF4State, NF4Weight
 from ..nn import NF4Linear
@@ -23,7 +24,6 @@ from ..ops.multi_lora import Adapter
 from . import fused, sources, verify
 
 PARALLEL = "tensor parallelism: its forward runs between collectives, which a fused one would pass by"
-HOOKED = "hooks on the base layer or an adapter, which a fused forward would pass by"
 
 Forward = Callable[..., Any]
 
@@ -61,10 +61,10 @@ class Base(NamedTuple):
 def call_of(part: nn.Module, device: torch.device | None = None) -> str | None:
     """Why calling `part` with an x on `device` (None: where `part` is) is more than the forward of its
     class."""
-    d = part.__dict__
-    if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
-        return HOOKED
-    return _replaced(part, device) if "forward" in d else None
+    more = more_than_forward(part)
+    if more:
+        return more
+    return _replaced(part, device) if "forward" in part.__dict__ else None
 
 
 def _replaced(part: nn.Module, device: torch.device | None) -> str | None:
@@ -235,6 +235,8 @@ def lora_class(module: nn.Module, ours: type[fused.Fused]) -> str:
     if found is None:
         _lora_classes[key] = ""  # while it is tried
         found = _lora_classes[key] = _judge_lora_class(cls, module, ours)
+        if found and hooks_on_all():  # which keep it from being tried
+            del _lora_classes[key]
     return found
 
 
@@ -360,6 +362,8 @@ def _dora(module: Any, variant: Any, magnitude: Any, ours: type[fused.Fused]) ->
         _doras[key] = ""  # while it is tried
         reason = sources.reason_unknown(*key, type(magnitude).get_weight_norm)
         found = _doras[key] = "" if reason is None else verify.lora(module, active(module), ours, reason)
+        if found and hooks_on_all():
+            del _doras[key]
     return found
 
 

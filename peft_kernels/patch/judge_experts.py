@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..code_tables import WEIGHT_DTYPES
+from ..module_calls import hooks_on_all
 from ..nf4.experts import NF4Experts, weight_names
 from ..nf4.weight import NF4Weight
 from . import fused, judge, sources, verify
@@ -139,6 +140,8 @@ def _stands_for_wrappers(wrappers: Sequence[Any], ours: type[fused.Fused]) -> st
             reason = sources.reason_unknown(cls.forward, *functions)
             found = "" if reason is None else verify.parameters(wrappers, ours, reason)
             _wrapper_classes[key] = found
+            if found and hooks_on_all():  # which keep it from being tried
+                del _wrapper_classes[key]
         if found:
             return found
     return ""

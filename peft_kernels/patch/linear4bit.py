@@ -20,7 +20,7 @@ class FusedLinear4bit(Fused):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         record = self.__dict__.get(RECORD)
-        base = "" if record is None else judge.base(self, x.dtype, x.device)
+        base = "" if record is None else judge.operands(self, x.dtype, x.device)
         if isinstance(base, str):
             if record is not None:
                 record.fallbacks[base] += 1

@@ -13,9 +13,11 @@ from operator import attrgetter, is_
 from typing import Any
 
 import torch
+import torch.nn.modules.module
 from torch import Tensor, nn
 
 from .. import dispatch
+from ..module_calls import GLOBAL_HOOKS
 from ..nf4.state import HoldsNF4
 from .fused import RECORD, Record, plain_class
 
@@ -24,6 +26,7 @@ _MOST = 16  # notes in the life of a module: who changes something in every call
 
 _get = dict.get
 _forward = attrgetter("forward")
+_call = attrgetter("__call__")
 _dtype = attrgetter("dtype")
 _device = Tensor.get_device
 _any_requires_grad = torch._C._any_requires_grad
@@ -47,6 +50,7 @@ class Seen:
         self._classes: list[type] = []
         self._judged: list[type] = []  # classes whose forward is stood in for, or left out
         self._forwards: list[Any] = []
+        self._calls: list[Any] = []
         self._tensors: list[Tensor] = []
         self._dtypes: list[torch.dtype] = []
         self._devices: list[int] = []
@@ -55,6 +59,7 @@ class Seen:
         self._frozen: list[Tensor] = []
         self.unchanged: Callable[[nn.Module], bool] | None = None
         """What else is to be asked."""
+        self.empty(vars(torch.nn.modules.module), *GLOBAL_HOOKS)
 
     def entry(self, where: dict[str, Any], key: str) -> Any:
         """That of a dictionary, to stay the same object."""
@@ -79,9 +84,10 @@ class Seen:
             self._empty += keys
 
     def forward(self, cls: type[nn.Module]) -> None:
-        """That of a class, to stay what it is."""
+        """That of a class, to stay what it is, and its call."""
         self._judged.append(cls)
         self._forwards.append(cls.forward)
+        self._calls.append(cls.__call__)
 
     def part(self, module: nn.Module) -> None:
         """A module whose call is left out: its class's forward, and neither hooks nor one of its own."""
@@ -147,6 +153,7 @@ class Seen:
             and not any(map(_get, self._holders, self._empty))
             and all(map(is_, map(type, self._modules), self._classes))
             and all(map(is_, map(_forward, self._judged), self._forwards))
+            and all(map(is_, map(_call, self._judged), self._calls))
             and all(map(is_, map(_dtype, self._tensors), self._dtypes))
             and list(map(_device, self._tensors)) == self._devices
             and self._lists == self._items

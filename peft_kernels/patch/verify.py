@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..experts import experts_forward
+from ..module_calls import hooks_on_all
 from .fused import Fused, Record, fuse, plain_class, restore
 
 logger = logging.getLogger("peft_kernels")
@@ -28,6 +29,8 @@ def lora(module: Any, active: Sequence[str], mixin: type[Fused], reason: str) ->
     weight = getattr(module.base_layer, "weight", None)
     if name is None or weight is None or weight.device.type == "meta":
         return f"{reason}, and could not be tried on this layer"
+    if hooked := hooks_on_all():
+        return f"{reason}, and could not be tried: {hooked}"
     twin = copy.deepcopy(module, {id(module.base_layer): module.base_layer})
     restore(twin)
     twin.lora_dropout.eval()
@@ -76,6 +79,8 @@ def experts(module: Any) -> tuple[str, bool]:
     x, *routing = _routed(module)
     if x.device.type == "meta":
         return f"{name} could not be tried, its weights are on the meta device", False
+    if hooked := hooks_on_all():
+        return f"{name} could not be tried: {hooked}", False
 
     def results(forward: Any) -> list[Tensor]:
         x.requires_grad_()
@@ -103,6 +108,8 @@ def parameters(wrappers: Sequence[Any], mixin: type[Fused], reason: str) -> str:
     x, *routing = _routed(module)
     if name is None or x.device.type == "meta":
         return f"{reason}, and could not be tried on this layer"
+    if hooked := hooks_on_all():
+        return f"{reason}, and could not be tried: {hooked}"
     twin = copy.deepcopy(wrappers[0], {id(module): module})
     restore(twin)
     generator = torch.Generator().manual_seed(0)
