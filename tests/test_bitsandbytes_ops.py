@@ -272,11 +272,11 @@ def test_another_table_of_scales_is_left_to_bitsandbytes(enabled: None) -> None:
     params = quantized(testing.tensor(40, 64))
     state, x = params.quant_state, testing.tensor(3, 64)
     standard = bnb.matmul_4bit(x, params.data, quant_state=state)
-    state.state2.code.mul_(0.5)
+    state.state2.code.data.mul_(0.5)
     halved = bnb.matmul_4bit(x, params.data, quant_state=state)
     assert_same(halved, stock(lambda: bnb.matmul_4bit(x, params.data, quant_state=state)), "halved")
     assert testing.relative_error(halved, standard.double()) > 0.01
-    state.state2.code.mul_(2)
+    state.state2.code.data.mul_(2)
     assert torch.equal(bnb.matmul_4bit(x, params.data, quant_state=state), standard)
 
 

@@ -253,15 +253,17 @@ _verdicts: Any = WeakTensorKeyDictionary()
 
 
 def _is_table(code: Tensor, standard: Callable[[torch.device], Tensor]) -> bool:
-    """Whether a table is the format's. Remembered: on CUDA one has to wait for the answer."""
-    version = None if code.is_inference() else code._version
-    key = standard, version
+    """Whether a table is the format's. Remembered on CUDA, where one has to wait for the answer, until the
+    table's version changes: writes that leave it as it is are not seen there."""
+    expected = standard(code.device)
+    if not code.is_cuda:
+        return code.dtype == expected.dtype and torch.equal(code, expected)
+    key = standard, None if code.is_inference() else code._version
     known = _verdicts.get(code)
     if known is not None and known[0] == key:
         return bool(known[1])
-    if code.is_cuda and torch.cuda.is_current_stream_capturing():
+    if torch.cuda.is_current_stream_capturing():
         return False
-    expected = standard(code.device)
     verdict = code.dtype == expected.dtype and torch.equal(code, expected)
     _verdicts[code] = key, verdict
     return verdict
