@@ -141,7 +141,7 @@ def test_a_delta_of_another_dtype_is_another_delta() -> None:
     assert weight.is_dense and not weight.is_merged
 
 
-def test_fingerprints_tell_tensors_apart() -> None:
+def test_fingerprints_tell_tensors_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     value = testing.tensor(33, 65, dtype=torch.bfloat16)
     first = nf4_state.fingerprint(value)
     assert nf4_state.fingerprint(value.clone()) == nf4_state.fingerprint(value.t().contiguous().t()) == first
@@ -154,10 +154,13 @@ def test_fingerprints_tell_tensors_apart() -> None:
     swapped[[0, 1]] = value[[1, 0]]
     prints = [nf4_state.fingerprint(v) for v in (*others, swapped)]
     assert len({first, *prints}) == len(prints) + 1
-    big = torch.zeros(3, nf4_state._CHUNK)
+    big = torch.zeros(3, nf4_state._CHUNK["cpu"])
     moved = big.clone()
     big[0, 5], moved[1, 5] = 1, 1
     assert nf4_state.fingerprint(big) != nf4_state.fingerprint(moved)
+    on_any_device = nf4_state.fingerprint(big)
+    monkeypatch.setitem(nf4_state._CHUNK, "cpu", 1000)
+    assert nf4_state.fingerprint(big) == on_any_device and nf4_state.fingerprint(value) == first
 
 
 @DTYPE

@@ -1,286 +1,261 @@
 """Logits that are there for whoever reads them, and are not computed where nobody does.
 
 What a model does to its logits before the loss is little: a scale, a cap, a type, a shape. A tensor of the
-class below follows that without any numbers, and gives its loss by `linear_cross_entropy`; whatever else is
-asked of it, is asked of the numbers, which are computed then, once, from what the head had been given.
+class below follows that without any numbers (`lazy_ops`), and gives its loss by `linear_cross_entropy`. All
+else reads the numbers, which are computed then, once, from what the head had been given.
 
-Autograd sees an ordinary tensor: the gradient of what was read comes back through its node, which computes
-the logits again to differentiate them.
+To autograd it is an ordinary tensor: views, writes into them and functions of others are recorded as of any.
+So only `__torch_dispatch__`, which lies below autograd, knows numbers from their absence.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..ops.token_loss import linear_cross_entropy
-from .recipe import Head, Recipe, Step, of_head
+from . import lazy_ops
+from .recipe import Head, Recipe, Seal, Step, of_head
 
 
 @dataclass
-class _State:
+class State:
+    """What there is in place of numbers."""
+
     recipe: Recipe
     reads: Counter[str]
-    """By what, where they were read."""
+    """How often logits were read, by the function that did."""
     base: LazyLogits | None = None
     """What these are a view of, by `recipe.steps[-1]`."""
     value: Tensor | None = None
     node: Any = None
-    """Of autograd, as it was made: another one, and something has been done to the gradient."""
+    """Of autograd, if gradients go the way that the recipe tells."""
 
 
 class LazyLogits(Tensor):
     """(..., vocabulary)."""
 
-    _state: _State
+    _state: State
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _METADATA:
+        if func in _OF_ITSELF or (func is Tensor.register_hook and _is_torchs(args[1])):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _HOOKED and isinstance(args[0], LazyLogits):
-            if func is Tensor.register_hook and _is_torchs(args[1]):
-                with torch._C.DisableTorchFunctionSubclass():
-                    return func(*args)
+        if func in _GRADIENT and _asks_gradient(func, args, kwargs):
             raise RuntimeError(
-                f"logits: expected no {_name(func)}, for their gradient is not computed where the loss is "
-                "made without them; patch without loss=True"
+                f"logits: expected no {_GRADIENT[func]}, for the loss is made without them and has no "
+                "gradient by them; patch without loss=True"
             )
-        follow = _FOLLOWED.get(func)
-        if follow is not None and args and isinstance(args[0], LazyLogits) and _is_known(args[0]):
-            found = follow(func, *args, **kwargs)
-            if found is not NotImplemented:
-                return found
-        args, kwargs = tree_map(lambda t: _read(t, func), (args, kwargs))
-        return func(*args, **kwargs)
+        logits = args[0] if args else None
+        if isinstance(logits, LazyLogits) and is_unread(logits):
+            if func in _FOLLOWED:
+                return _follow(func, logits, args, kwargs)
+            if func is F.cross_entropy and is_known(logits):
+                loss = _cross_entropy(*args, **kwargs)
+                if loss is not NotImplemented:
+                    return loss
+        return _read(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        """From C++, below autograd."""
+        kwargs = kwargs or {}
+        followed = _followed(func, args, kwargs)
+        if followed is not None:
+            return followed
+        own: dict[int, LazyLogits] = {}
 
         def plain(t: Any) -> Any:
-            return _read(t, func).detach() if isinstance(t, LazyLogits) else t
+            if not isinstance(t, LazyLogits):
+                return t
+            value = numbers(t, _name(func))
+            own[id(value)] = t
+            return value
 
-        args, kwargs = tree_map(plain, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        args, kwargs = tree_map(plain, (args, kwargs))
+        out = func(*args, **kwargs)
+        return tree_map(lambda t: own.get(id(t), t), out)  # what is written into comes back
 
 
-def lazy_logits(head: Head, dtype: torch.dtype, reads: Counter[str]) -> Tensor:
-    """Logits of the head, (*hidden.shape[:-1], vocabulary). `reads` counts by whom they are read."""
+def lazy_logits(head: Head, dtype: torch.dtype, seal: Seal, reads: Counter[str]) -> Tensor:
+    """Logits of the head, (*hidden.shape[:-1], vocabulary)."""
     shape = (*head.hidden.shape[:-1], head.weight.shape[0])
     like = torch.empty(shape, dtype=dtype, device="meta")
     steps: tuple[Step, ...] = () if dtype == head.hidden.dtype else (lambda t: t.to(dtype),)
-    return _new(like, Recipe(head, head.versions, head.hidden, steps), reads)
+    logits: LazyLogits = _Deferred.apply(Recipe(head, seal, steps), like, reads, *head.tensors)
+    _know(logits)
+    return logits
 
 
-def _new(like: Tensor, recipe: Recipe, reads: Counter[str], base: LazyLogits | None = None) -> LazyLogits:
-    if not torch.is_grad_enabled():
-        recipe = replace(recipe, head=recipe.head.detached(leaves=False), rows=recipe.rows.detach())
-    logits: LazyLogits = _Deferred.apply(recipe, like, *recipe.head.tensors)
-    logits._state = _State(recipe, reads, base)
-    with torch._C.DisableTorchFunctionSubclass():
-        logits._state.node = logits.grad_fn
+def wrapped(like: Tensor, state: State) -> LazyLogits:
+    """Logits without numbers, of the shape, strides and dtype of `like`."""
+    logits: LazyLogits = torch.Tensor._make_wrapper_subclass(
+        LazyLogits,
+        like.shape,
+        strides=like.stride(),
+        dtype=like.dtype,
+        device=state.recipe.head.hidden.device,
+    )
+    logits._state = state
     return logits
 
 
 class _Deferred(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recipe: Recipe, like: Tensor, *tensors: Tensor) -> LazyLogits:
+    def forward(ctx: Any, recipe: Recipe, like: Tensor, reads: Counter[str], *tensors: Tensor) -> LazyLogits:
         ctx.recipe = recipe  # inputs alone: nothing here refers to the result
-        logits: LazyLogits = torch.Tensor._make_wrapper_subclass(
-            LazyLogits, like.shape, strides=like.stride(), dtype=like.dtype, device=recipe.rows.device
-        )
-        return logits
+        return wrapped(like, State(recipe, reads))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         recipe: Recipe = ctx.recipe
-        recipe.check()
+        recipe.seal.check()
         head = recipe.head.detached(leaves=True)
         wanted = [t for t in head.tensors if t.requires_grad]
         with torch.enable_grad():
             found = iter(torch.autograd.grad(recipe.compute(head), wanted, dy, allow_unused=True))
-        return None, None, *(next(found) if t.requires_grad else None for t in head.tensors)
+        return None, None, None, *(next(found) if t.requires_grad else None for t in head.tensors)
 
 
-class _Value(torch.autograd.Function):
-    """The numbers, in place of what stands for them."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, value: list[Tensor]) -> Tensor:
-        return value.pop()
+class _Tanh(torch.autograd.Function):
+    """As torch's, which would keep its result: those who look at what is kept for backward would read it."""
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:
-        return dy, None
+    def forward(ctx: Any, logits: LazyLogits) -> Tensor:
+        with torch._C.DisableTorchFunctionSubclass():
+            y: Any = torch.ops.aten.tanh.default(logits)
+        ctx.recipe = y._state.recipe
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        recipe: Recipe = ctx.recipe
+        recipe.seal.check()
+        return torch.ops.aten.tanh_backward.default(dy, recipe.compute(recipe.head))
 
 
-def _is_torchs(hook: Any) -> bool:
-    """Hooks of FSDP and of counters of FLOPs only want to know when the backward of a module begins."""
-    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.")
+# Reading.
 
 
-def _read(logits: Any, func: Any) -> Any:
-    """The numbers, as they would be now had they been computed in the forward."""
-    if not isinstance(logits, LazyLogits):
-        return logits
+def numbers(logits: LazyLogits, by: str) -> Tensor:
+    """Those of logits, as they would be now had they been computed in the forward, without autograd. Views
+    share memory."""
     state = logits._state
     if state.value is None:
-        step = state.recipe.steps[-1] if state.recipe.steps else None
-        if state.base is not None and step is not None and _is_own(logits):
-            return step(_read(state.base, func))
-        state.recipe.check()
-        state.reads[_name(func)] += 1
         with torch.no_grad():
-            value = state.recipe.compute(state.recipe.head)
-        with torch.enable_grad():
-            state.value = _Value.apply(logits, [value]) if _requires_grad(logits) else value
+            if state.base is not None:
+                state.value = state.recipe.steps[-1](numbers(state.base, by))
+            else:
+                state.recipe.seal.check()
+                state.reads[by] += 1
+                state.value = state.recipe.compute(state.recipe.head)
     return state.value
 
 
-def _is_known(logits: LazyLogits) -> bool:
-    """Whether they are what the recipe tells: once read, they or what they are a view of may have been
-    changed."""
-    base: LazyLogits | None = logits
-    while base is not None:
-        if base._state.value is not None:
+def _read(func: Any, args: Any, kwargs: Any) -> Any:
+    """A function of the numbers, in ordinary tensors that are views of the logits: what it writes is
+    written to these, and autograd sees it."""
+    views: dict[int, tuple[Tensor, LazyLogits, Any]] = {}
+
+    def view(t: Any) -> Any:
+        if not isinstance(t, LazyLogits):
+            return t
+        numbers(t, _name(func))
+        with torch._C.DisableTorchFunctionSubclass():
+            plain = torch.ops.aten.alias.default(t)
+        views[id(plain)] = plain, t, _place(plain)
+        return plain
+
+    out = func(*tree_map(view, args), **tree_map(view, kwargs))
+    for plain, _, before in views.values():
+        if _place(plain) != before:
+            raise RuntimeError(
+                f"logits: expected no {_name(func)}, which would change their shape or memory in place; "
+                "patch without loss=True"
+            )
+    return views[id(out)][1] if id(out) in views else out
+
+
+def _place(t: Tensor) -> Any:
+    return t.shape, t.stride(), t.dtype, t.data_ptr()
+
+
+def is_unread(logits: LazyLogits) -> bool:
+    """Whether nobody has numbers of these, or of what they are a view of, which may then have changed."""
+    at: LazyLogits | None = logits
+    while at is not None:
+        if at._state.value is not None:
             return False
-        base = base._state.base
-    return _is_own(logits)
+        at = at._state.base
+    return True
 
 
-def _is_own(logits: LazyLogits) -> bool:
+def is_known(logits: LazyLogits) -> bool:
     """Whether gradients go the way that the recipe tells."""
     with torch._C.DisableTorchFunctionSubclass():
         return logits.grad_fn is logits._state.node
 
 
-def _requires_grad(logits: LazyLogits) -> bool:
+def _know(logits: LazyLogits) -> None:
     with torch._C.DisableTorchFunctionSubclass():
-        return logits.requires_grad
-
-
-def _like(logits: LazyLogits) -> Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
-        return torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
+        logits._state.node = logits.grad_fn
 
 
 def _name(func: Any) -> str:
     own = getattr(func, "__self__", None)  # of an attribute: its getter
+    if isinstance(func, torch._ops.OpOverload):
+        func = func.overloadpacket
     return str(getattr(own, "__name__", None) or getattr(func, "__name__", func))
 
 
-# What is followed without the numbers. Each gets the function and its arguments, and may answer
-# NotImplemented.
+# Following.
 
 
-def _then(
-    logits: LazyLogits, func: Any, args: Any, kwargs: Any, rows: Tensor | None = None, **changes: Any
-) -> Any:
-    """The logits that a function gives, as it gives them: they may be the same, or a view."""
-    state, like = logits._state, _like(logits)
-    out = func(like, *args, **kwargs)
-    if out is like:
-        return logits
-    if rows is None:
-        rows = state.recipe.rows
-    steps = (*state.recipe.steps, lambda t: func(t, *args, **kwargs))
-    recipe = replace(state.recipe, rows=rows, steps=steps, **changes)
-    shares = out.untyped_storage()._cdata == like.untyped_storage()._cdata
-    return _new(out, recipe, state.reads, logits if shares else None)
+def _followed(op: Any, args: Any, kwargs: Any) -> LazyLogits | None:
+    """What an op makes of logits, without their numbers; None: these are needed."""
+    follow = lazy_ops.FOLLOWED.get(op)
+    if follow is None or not isinstance(args[0], LazyLogits) or not is_unread(args[0]):
+        return None
+    logits, *others = args
+    if any(isinstance(t, LazyLogits) for t in tree_leaves((others, kwargs))):
+        return None
+    before = torch.empty_strided(logits.shape, logits.stride(), dtype=logits.dtype, device="meta")
+    found = follow(op, before, logits._state.recipe, *others, **kwargs)
+    if found is None:
+        return None
+    shares = found.like.untyped_storage()._cdata == before.untyped_storage()._cdata
+    return wrapped(found.like, State(found.recipe, logits._state.reads, logits if shares else None))
 
 
-def _same(func: Any, logits: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    if any(isinstance(a, torch.memory_format) for a in (*args, *kwargs.values())):
-        return NotImplemented
-    return _then(logits, func, args, kwargs)
-
-
-def _to(func: Any, logits: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    try:
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
-    except (TypeError, RuntimeError):
-        return NotImplemented
-    here = logits.device
-    elsewhere = device is not None and (device.type != here.type or device.index not in (None, here.index))
-    if elsewhere or memory_format is not None or "copy" in kwargs:
-        return NotImplemented
-    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-        return NotImplemented
-    return logits if dtype is None else _then(logits, Tensor.to, (dtype,), {})
-
-
-def _reshape(func: Any, logits: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-    if any(isinstance(a, torch.dtype) for a in (*args, *kwargs.values())):
-        return NotImplemented  # a view of other numbers
-    out = func(_like(logits), *args, **kwargs)
-    if out.dim() == 0 or out.shape[-1] != logits.shape[-1]:
-        return NotImplemented
-    rows = logits._state.recipe.rows
-    return _then(logits, func, args, kwargs, rows.reshape(*out.shape[:-1], rows.shape[-1]))
-
-
-def _index(func: Any, logits: LazyLogits, index: Any) -> Any:
-    parts = index if isinstance(index, tuple) else (index,)
-    known = (slice, int, type(None), type(Ellipsis), Tensor)
-    if not all(isinstance(part, known) and not isinstance(part, (bool, LazyLogits)) for part in parts):
-        return NotImplemented
-    masks = [part for part in parts if isinstance(part, Tensor)]
-    if len(masks) > 1 or any(mask.dtype != torch.bool for mask in masks):
-        return NotImplemented
-    taken = sum(
-        part.dim() if isinstance(part, Tensor) else part is not None and part is not Ellipsis
-        for part in parts
-    )
-    whole = isinstance(parts[-1], slice) and parts[-1] == slice(None)
-    if not whole and (Ellipsis in [p for p in parts if not isinstance(p, Tensor)] or taken >= logits.dim()):
-        return NotImplemented
-    rows = logits._state.recipe.rows[index]
-    if not masks:
-        return _then(logits, func, (index,), {}, rows)
-    recipe, vocabulary = logits._state.recipe, logits.shape[-1]
-    like = torch.empty((*rows.shape[:-1], vocabulary), dtype=logits.dtype, device="meta")
-    steps = (*recipe.steps, lambda t: t[index])
-    return _new(like, replace(recipe, rows=rows, steps=steps), logits._state.reads)
-
-
-def _times(func: Any, logits: LazyLogits, other: Any, **kwargs: Any) -> Any:
-    return _scaled(func, logits, other, other, kwargs)
-
-
-def _over(func: Any, logits: LazyLogits, other: Any, **kwargs: Any) -> Any:
-    return _scaled(func, logits, other, 1 / other if isinstance(other, (int, float)) and other else 0, kwargs)
-
-
-def _scaled(func: Any, logits: LazyLogits, other: Any, factor: Any, kwargs: Any) -> Any:
-    if not isinstance(factor, (int, float)) or not factor > 0 or kwargs:
-        return NotImplemented
-    recipe = logits._state.recipe
-    if recipe.outer is None:
-        return _then(logits, func, (other,), {}, inner=recipe.inner * factor)
-    return _then(logits, func, (other,), {}, outer=recipe.outer * factor)
-
-
-def _tanh(func: Any, logits: LazyLogits, **kwargs: Any) -> Any:
-    if logits._state.recipe.outer is not None or kwargs:
-        return NotImplemented
-    return _then(logits, func, (), {}, outer=1.0)
+def _follow(func: Any, logits: LazyLogits, args: Any, kwargs: Any) -> Any:
+    known = is_known(logits)
+    if (
+        func in (Tensor.tanh, torch.tanh)
+        and len(args) == 1
+        and not kwargs
+        and logits._state.recipe.outer is None
+    ):
+        out: Any = _Tanh.apply(logits)
+    else:
+        with torch._C.DisableTorchFunctionSubclass():
+            out = func(*args, **kwargs)
+    if known and isinstance(out, LazyLogits) and out is not logits:
+        _know(out)
+    return out
 
 
 def _cross_entropy(
-    func: Any,
-    logits: Any,
+    logits: LazyLogits,
     target: Any,
     weight: Any = None,
     size_average: Any = None,
@@ -297,11 +272,13 @@ def _cross_entropy(
     if len(shape) != 2 or target.shape != shape[:-1]:
         return NotImplemented
     recipe: Recipe = logits._state.recipe
-    recipe.check()
+    recipe.seal.check()
     head, cap = recipe.head, recipe.outer
+    if not logits.requires_grad:
+        head = head.detached(leaves=False)
     with of_head(head):
         loss = linear_cross_entropy(
-            recipe.rows, head.weight, target, head.bias,
+            recipe.rows(head.hidden), head.weight, target, head.bias,
             lora_a=head.lora_a, lora_b=head.lora_b, scaling=head.scaling, ignore_index=ignore_index,
             reduction=reduction, logit_scale=recipe.inner * (cap or 1.0), softcap=cap,
             label_smoothing=label_smoothing,
@@ -309,28 +286,52 @@ def _cross_entropy(
     return loss.to(dtype)
 
 
-_FOLLOWED: dict[Any, Callable[..., Any]] = {
-    **dict.fromkeys((Tensor.float, Tensor.contiguous, Tensor.clone, torch.clone), _same),
-    Tensor.to: _to,
-    **dict.fromkeys(
-        (Tensor.view, Tensor.reshape, torch.reshape, Tensor.flatten, torch.flatten, Tensor.unsqueeze),
-        _reshape,
-    ),
-    Tensor.__getitem__: _index,
-    **dict.fromkeys((Tensor.mul, torch.mul, Tensor.__mul__, Tensor.__rmul__), _times),
-    **dict.fromkeys((Tensor.div, torch.div, Tensor.__truediv__), _over),
-    **dict.fromkeys((Tensor.tanh, torch.tanh), _tanh),
-    F.cross_entropy: _cross_entropy,
-}
+_FOLLOWED: frozenset[Callable[..., Any]] = frozenset(
+    (
+        Tensor.float, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.to, Tensor.view, Tensor.reshape,
+        torch.reshape, Tensor.flatten, torch.flatten, Tensor.unsqueeze, Tensor.__getitem__, Tensor.mul,
+        torch.mul, Tensor.__mul__, Tensor.__rmul__, Tensor.div, torch.div, Tensor.__truediv__, Tensor.tanh,
+        torch.tanh,
+    )
+)  # fmt: skip
+"""Functions whose results may be logits without numbers. `lazy_ops` has what torch makes of them."""
 
 _ATTRIBUTES = (
-    "shape dtype device layout ndim requires_grad grad_fn is_leaf itemsize nbytes output_nr is_cpu is_cuda "
-    "is_meta is_mps is_xla is_xpu is_sparse is_quantized is_nested"
+    "shape dtype device layout ndim requires_grad grad grad_fn is_leaf itemsize nbytes output_nr is_cpu "
+    "is_cuda is_meta is_mps is_xla is_xpu is_sparse is_quantized is_nested retains_grad _version "
+    "_backward_hooks"
 )
-_METADATA = frozenset(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()) | {
+_WRITTEN = ("requires_grad", "grad", "_backward_hooks")  # autograd itself writes the last
+_OF_ITSELF = {
+    *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
+    *(getattr(Tensor, name).__set__ for name in _WRITTEN),
     Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, torch.numel, Tensor.nelement, Tensor.stride,
     Tensor.element_size, Tensor.__len__, Tensor.is_contiguous, Tensor.get_device, Tensor.is_floating_point,
     torch.is_floating_point, Tensor.is_complex, torch.is_complex, Tensor.is_inference, torch.is_inference,
+    Tensor.requires_grad_,
 }  # fmt: skip
-"""What is known without the numbers."""
-_HOOKED = (Tensor.register_hook, Tensor.retain_grad)
+"""What is asked of the tensor, and not of its numbers."""
+
+
+# Gradients by the logits.
+
+_GRADIENT: dict[Any, str] = {
+    Tensor.register_hook: "register_hook",
+    Tensor.retain_grad: "retain_grad",
+    torch.autograd.grad: "torch.autograd.grad by them",
+    torch.autograd.backward: "torch.autograd.backward with them as inputs",
+}
+
+
+def _asks_gradient(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether one by logits."""
+    if func is torch.autograd.grad:
+        asked = args[1] if len(args) > 1 else kwargs["inputs"]
+    else:
+        asked = kwargs.get("inputs") if func is torch.autograd.backward else args[0]
+    return any(isinstance(t, LazyLogits) for t in tree_leaves(asked))
+
+
+def _is_torchs(hook: Any) -> bool:
+    """Hooks of FSDP and of counters of FLOPs only want to know when the backward of a module begins."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.")

@@ -22,7 +22,7 @@ from .fused import RECORD, Fused, Record, has
 from .lazy_logits import lazy_logits
 from .linear4bit import FusedLinear4bit
 from .lora import FusedLora, prepare, rounded
-from .recipe import Head
+from .recipe import Head, Seal
 
 
 @dataclass
@@ -39,9 +39,11 @@ class LossFacts:
 
 
 class _Asked(threading.local):
-    """The Record of the model that computes a loss on this thread."""
+    """The model that computes a loss on this thread."""
 
     record: Record | None = None
+    seals: list[Seal] = []  # noqa: RUF012 - replaced before anything is added
+    """Of the logits that it was given."""
 
 
 _now = _Asked()
@@ -49,11 +51,13 @@ _now = _Asked()
 
 @contextmanager
 def _asking(record: Record | None) -> Iterator[None]:
-    before, _now.record = _now.record, record
+    before, _now.record, _now.seals = (_now.record, _now.seals), record, []
     try:
         yield
     finally:
-        _now.record = before
+        seals, (_now.record, _now.seals) = _now.seals, before
+        for seal in seals:
+            seal.close()
 
 
 class LossModel(Fused):
@@ -131,7 +135,9 @@ def _logits(layer: Any, x: Any, record: Record) -> Tensor | str:
         one = rounded(one, base.dtype)
         parts = one.lora_a, one.lora_b, one.scaling
     head = Head(x.to(base.dtype), base.weight, base.bias, *parts)
-    return lazy_logits(head, base.out_dtype, record.facts.reads)
+    seal = Seal(head)
+    _now.seals.append(seal)
+    return lazy_logits(head, base.out_dtype, seal, record.facts.reads)
 
 
 def _operands(layer: Any, x: Tensor) -> Any:

@@ -94,9 +94,62 @@ def through_a_function(out: Any) -> Tensor:
     return F.cross_entropy(logits.view(-1, VOCABULARY), batch()["input_ids"].view(-1))  # type: ignore[attr-defined]
 
 
+class InPlace(torch.autograd.Function):
+    """Writes into its argument."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x.mul_(3.0)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:  # type: ignore[override]
+        return 3 * dy
+
+
+class InPlaceChained(InPlace):
+    """Returns what the method did."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.mul_(3.0)
+        ctx.mark_dirty(y)
+        return y
+
+
+def in_place_function(out: Any) -> Tensor:
+    InPlace.apply(out.logits)
+    return out.logits.square().mean() + out.loss  # type: ignore[no-any-return]
+
+
+def in_place_function_chained(out: Any) -> Tensor:
+    return InPlaceChained.apply(out.logits).square().mean() + out.logits.mean()  # type: ignore[no-any-return]
+
+
+def in_place_function_on_a_view(out: Any) -> Tensor:
+    rows = out.logits.view(-1, VOCABULARY)
+    InPlace.apply(rows)
+    InPlace.apply(out.logits[0])
+    return out.logits.square().mean() + rows.softmax(-1)[:, 3].mean()  # type: ignore[no-any-return]
+
+
+def function_after_writes(out: Any) -> Tensor:
+    """By methods, through views made before and after the first read, and of the kinds not followed."""
+    logits, rows = out.logits, out.logits.view(-1, VOCABULARY)
+    early = Doubled.apply(rows).square().mean()  # type: ignore[attr-defined]
+    logits.mul_(2.0)
+    logits.select(0, 1).mul_(0.5)
+    logits.transpose(1, 2)[:, 7] *= 3.0
+    late = Doubled.apply(logits).square().mean() + Doubled.apply(rows)[2, 3]  # type: ignore[attr-defined]
+    InPlace.apply(logits)
+    return early + late + rows.square().mean() + logits.softmax(-1)[..., 3].mean()  # type: ignore[no-any-return]
+
+
 READERS = (
     read_whole, read_by_position, own_loss, masked_loss, weighted_loss, written_into, by_a_function,
-    through_a_function,
+    through_a_function, in_place_function, in_place_function_chained, in_place_function_on_a_view,
+    function_after_writes,
 )  # fmt: skip
 FOLLOWED = (own_loss, masked_loss)
 
@@ -134,6 +187,16 @@ def test_copies_and_files_hold_the_numbers(tmp_path: Path) -> None:
             assert (model(**batch()).logits.numpy() == want.numpy()).all()
             assert str(model(**batch()).logits) == str(want)
             assert all(map(torch.equal, model(**batch()).logits, want))
+
+
+@torch.no_grad()
+def test_an_index_is_that_of_its_use() -> None:
+    stock = llama(vocab_size=VOCABULARY)
+    model, _ = patched(stock)
+    chosen, logits = batch()["input_ids"] > 30, model(**batch()).logits
+    some, want = logits[chosen], stock(**batch()).logits[chosen]
+    chosen.zero_()
+    assert torch.equal(some, want)
 
 
 def test_logits_are_those_of_the_call() -> None:
@@ -194,8 +257,32 @@ def test_what_cannot_be_right_raises() -> None:
     with FlopCounterMode(display=False) as counter:  # its hooks only want to know that backward begins
         model(**batch()).loss.backward()
     assert counter.get_total_flops() > 0
-    with pytest.raises(RuntimeError, match="appears to not have been used"):
-        torch.autograd.grad(out.loss, out.logits)
+    out = model(**batch())
+    for allow_unused in (False, True):
+        with pytest.raises(
+            RuntimeError, match=r"logits: expected no torch.autograd.grad by them, for the loss"
+        ):
+            torch.autograd.grad(out.loss + out.logits.mean(), [out.logits], allow_unused=allow_unused)
+    with pytest.raises(RuntimeError, match=r"expected no torch.autograd.backward with them as inputs"):
+        out.loss.backward(inputs=[out.logits])
+    with pytest.raises(RuntimeError, match=r"logits: expected no unsqueeze_, which would change their shape"):
+        out.logits.unsqueeze_(0)
+    with pytest.raises(RuntimeError, match=r"logits: expected no data, which would change their shape or"):
+        out.logits.data = torch.zeros(())
+    logits = out.logits.detach().requires_grad_()
+    (dy,) = torch.autograd.grad(logits.sum(), logits)
+    assert bool((dy == 1).all())
+
+
+def test_logits_may_be_a_leaf() -> None:
+    model, _ = patched(llama(vocab_size=VOCABULARY))
+    for context in (torch.no_grad(), torch.inference_mode(False)):
+        with context:
+            model.requires_grad_(False)
+            logits = model(**batch()).logits
+        logits.requires_grad_()
+        logits.square().sum().backward()
+        assert torch.equal(logits.grad, 2 * logits.detach())
 
 
 @pytest.mark.parametrize("name", ["head-frozen", "llama", "gemma2"])

@@ -1,0 +1,131 @@
+"""What models do to logits before their loss, without the numbers: op by op, below autograd.
+
+Each function gets the op, a meta tensor like the logits, their recipe, and the op's other arguments. It may
+answer None: the numbers are needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .recipe import Recipe, Step
+
+aten = torch.ops.aten
+
+
+class Followed(NamedTuple):
+    """Logits after an op."""
+
+    like: Tensor
+    """Meta tensor; a view of the one before if they are."""
+    recipe: Recipe
+
+
+def _then(before: Tensor, recipe: Recipe, step: Step, rows: Step | None = None, **changes: Any) -> Followed:
+    """`rows`: the same step of their rows."""
+    return _given(step(before), recipe, step, rows, **changes)
+
+
+def _given(like: Tensor, recipe: Recipe, step: Step, rows: Step | None, **changes: Any) -> Followed:
+    row_steps = recipe.row_steps if rows is None else (*recipe.row_steps, rows)
+    return Followed(like, replace(recipe, steps=(*recipe.steps, step), row_steps=row_steps, **changes))
+
+
+def _same(op: Any, before: Tensor, recipe: Recipe, *, memory_format: Any = None) -> Followed | None:
+    if memory_format not in (None, torch.contiguous_format, torch.preserve_format):
+        return None
+    options = {} if memory_format is None else {"memory_format": memory_format}
+    return _then(before, recipe, lambda t: op(t, **options))
+
+
+def _to(
+    op: Any, before: Tensor, recipe: Recipe, *, dtype: Any = None, device: Any = None, **others: Any
+) -> Followed | None:
+    if device not in (None, recipe.head.hidden.device) or any(others.values()):
+        return None
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        return None
+    return _then(before, recipe, lambda t: op(t, dtype=dtype))
+
+
+def _view(op: Any, before: Tensor, recipe: Recipe, size: Sequence[int], *strides: Any) -> Followed | None:
+    def step(t: Tensor) -> Tensor:
+        found: Tensor = op(t, size, *strides)
+        return found
+
+    like = step(before)
+    if like.dim() == 0 or like.shape[-1] != before.shape[-1]:
+        return None
+    shape = like.shape[:-1]
+    return _given(like, recipe, step, lambda rows: rows.reshape(*shape, rows.shape[-1]))
+
+
+def _unsqueeze(op: Any, before: Tensor, recipe: Recipe, dim: int) -> Followed | None:
+    at = dim % (before.dim() + 1)
+    if at == before.dim():
+        return None
+    return _then(before, recipe, lambda t: op(t, at), lambda rows: rows.unsqueeze(at))
+
+
+def _slice(op: Any, before: Tensor, recipe: Recipe, dim: int = 0, *where: Any) -> Followed | None:
+    at, last = dim % before.dim(), before.dim() - 1
+    found = _then(
+        before, recipe, lambda t: op(t, at, *where), lambda t: t if at == last else op(t, at, *where)
+    )
+    return found if at < last or found.like.shape == before.shape else None
+
+
+def _select(op: Any, before: Tensor, recipe: Recipe, dim: int, index: int) -> Followed | None:
+    at = dim % before.dim()
+    if at == before.dim() - 1:
+        return None
+    return _then(before, recipe, lambda t: op(t, at, index), lambda rows: op(rows, at, index))
+
+
+def _index(op: Any, before: Tensor, recipe: Recipe, indices: Sequence[Tensor | None]) -> Followed | None:
+    taken = sum(t.dim() if t is not None and t.dtype in (torch.bool, torch.uint8) else 1 for t in indices)
+    if taken >= before.dim():
+        return None
+    kept = [None if t is None else t.clone() for t in indices]  # the caller may change them
+    shape = op(recipe.rows(recipe.head.hidden.detach()[..., :1]), kept).shape[:-1]
+    like = torch.empty((*shape, before.shape[-1]), dtype=before.dtype, device="meta")
+    return _given(like, recipe, lambda t: op(t, kept), lambda rows: op(rows, kept))
+
+
+def _times(op: Any, before: Tensor, recipe: Recipe, other: Any) -> Followed | None:
+    return _scaled(op, before, recipe, other, other)
+
+
+def _over(op: Any, before: Tensor, recipe: Recipe, other: Any) -> Followed | None:
+    return _scaled(op, before, recipe, other, 1 / other if isinstance(other, (int, float)) and other else 0)
+
+
+def _scaled(op: Any, before: Tensor, recipe: Recipe, other: Any, factor: Any) -> Followed | None:
+    if not isinstance(factor, (int, float)) or not factor > 0:
+        return None
+    if recipe.outer is None:
+        return _then(before, recipe, lambda t: op(t, other), inner=recipe.inner * factor)
+    return _then(before, recipe, lambda t: op(t, other), outer=recipe.outer * factor)
+
+
+def _tanh(op: Any, before: Tensor, recipe: Recipe) -> Followed | None:
+    return None if recipe.outer is not None else _then(before, recipe, op, outer=1.0)
+
+
+FOLLOWED: dict[Any, Callable[..., Followed | None]] = {
+    **dict.fromkeys((aten.clone.default, aten.alias.default, aten.detach.default), _same),
+    aten._to_copy.default: _to,
+    **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default), _view),
+    aten.unsqueeze.default: _unsqueeze,
+    aten.slice.Tensor: _slice,
+    aten.select.int: _select,
+    aten.index.Tensor: _index,
+    aten.mul.Tensor: _times,
+    aten.div.Tensor: _over,
+    aten.tanh.default: _tanh,
+}
