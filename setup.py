@@ -40,6 +40,7 @@ ARCHITECTURES = runpy.run_path(str(ROOT / "peft_kernels" / "backends" / "archite
 CPU_SOURCES = [
     "csrc/cpu/adamw_ops.cpp",
     "csrc/cpu/attention_ops.cpp",
+    "csrc/cpu/bits_hash.cpp",
     "csrc/cpu/bottleneck_ops.cpp",
     "csrc/cpu/casts_ops.cpp",
     "csrc/cpu/cross_entropy_ops.cpp",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
+from peft_kernels.backends import cpu
 from peft_kernels.nf4 import state as nf4_state
 from peft_kernels.nn import NF4Linear
 
@@ -161,6 +162,18 @@ def test_fingerprints_tell_tensors_apart(monkeypatch: pytest.MonkeyPatch) -> Non
     on_any_device = nf4_state.fingerprint(big)
     monkeypatch.setitem(nf4_state._CHUNK, "cpu", 1000)
     assert nf4_state.fingerprint(big) == on_any_device and nf4_state.fingerprint(value) == first
+
+
+@pytest.mark.skipif(cpu.BACKEND.probe() is not None, reason=str(cpu.BACKEND.probe()))
+@pytest.mark.parametrize("words", [1, 1000, 3 * 2**16 + 5])
+def test_the_library_hashes_as_torch_does(words: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu.BACKEND.extension.bits_hash  # loads it
+    value = testing.tensor(words, dtype=torch.float64)
+    value[::3] *= -1
+    found = nf4_state.bits_hash(value)
+    assert nf4_state.bits_hash(value.nextafter(value + 1)) != found
+    monkeypatch.setattr(nf4_state, "NAMESPACE", "nowhere")
+    assert nf4_state.bits_hash(value) == found
 
 
 @DTYPE

@@ -1,7 +1,7 @@
 """Back end `cpu`: C++ kernels for CPU tensors, in the compiled library `peft_kernels._C`.
 
 The library knows nothing of Python. What it offers beside its kernels are ops too: what it tells of itself,
-and the spans of keys in a mask.
+the spans of keys in a mask, and a hash of bits.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from .compiled import CompiledBackend
 
 
 class Library:
-    """The compiled library: where it is, and its functions (csrc/cpu/library_ops.cpp, attention_ops.cpp)."""
+    """The compiled library: where it is, and its functions (csrc/cpu/library_ops.cpp, attention_ops.cpp,
+    bits_hash.cpp)."""
 
     def __init__(self, file: str, namespace: str) -> None:
         torch.ops.load_library(file)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..ops.registry import Base
+from ..ops.registry import NAMESPACE, Base
 from ..ops.registry import public_ops as ops
 from .multiples import Share
 
@@ -279,7 +279,9 @@ def fingerprint(value: Any) -> Any:
 
 def bits_hash(value: Tensor) -> Tensor:
     """A 64-bit hash of the bits of a dense tensor, int64 () on its device. It waits for no device, and needs
-    8 MB, or on a CPU what stays in cache, beside a tensor that is contiguous."""
+    8 MB, or on a CPU what stays in cache, beside a tensor that is contiguous.
+
+    On a CPU the compiled library computes it, once it is loaded (csrc/cpu/bits_hash.cpp)."""
     bits = value.detach().contiguous().view(-1)
     total = torch.zeros((), dtype=torch.int64, device=value.device)
     if not bits.numel():
@@ -288,6 +290,9 @@ def bits_hash(value: Tensor) -> Tensor:
     words = bits.view(torch.uint8).view(
         {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[itemsize]
     )
+    library = getattr(torch.ops, f"{NAMESPACE}_cpu_library")
+    if itemsize == 8 and words.device.type == "cpu" and hasattr(library, "bits_hash"):
+        return torch.tensor(library.bits_hash(words))
     size = _CHUNK.get(value.device.type, _LARGE_CHUNK)
     keys = torch.arange(min(size, words.numel()), device=value.device) * _STEP
     for start in range(0, words.numel(), size):
