@@ -1,9 +1,9 @@
-"""bitsandbytes' NF4 ops on our kernels, from `enable()` to `disable()`.
+"""bitsandbytes' NF4 ops, and its optimizers' steps, on our kernels, from `enable()` to `disable()`.
 
 bitsandbytes registers a kernel for each op and device with torch.library, and its functions, modules and
 optimisers call the ops. Ours are registered over its kernels, so that all of that stays as it is. A call that
-ours do not cover (fp4, tables of one's own) goes on to the kernel below. The version whose ops were read is
-0.50.2; enable() refuses one whose ops are others.
+ours do not cover (fp4, tables of one's own, other optimizers than Adam and Lion) goes on to the kernel below.
+The version whose ops were read is 0.50.2; enable() refuses one whose ops are others.
 """
 
 from __future__ import annotations
@@ -12,19 +12,19 @@ import importlib.metadata
 import os
 import warnings
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .. import dispatch
 from ..backends import BACKENDS
 from ..backends.base import DTYPES
 from ..code_tables import BLOCKSIZES, dynamic_map, nf4_code
 from ..ops.registry import public_ops
+from . import bitsandbytes_optim
+from .bitsandbytes_covers import has_kernels, is_table
 
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BITSANDBYTES"
 NAMESPACE = "bitsandbytes"
@@ -52,12 +52,14 @@ class Enabled:
 
 
 def enable() -> Enabled:
-    """Run bitsandbytes' NF4 ops on our kernels, on the CPU and on CUDA, wherever there are such kernels.
+    """Run bitsandbytes' NF4 ops and the steps of its Adam, AdamW and Lion on our kernels, on the CPU and on
+    CUDA, wherever there are such kernels.
 
     Linear4bit then keeps its weight as it is in evaluation on a CPU, where it would repack it and round its
     scales to bf16; a weight that has been repacked before comes back when it is used next, with rounded
-    scales. Quantising NaN or Inf to NF4 raises a ValueError. What is not NF4 stays bitsandbytes' own. Calling
-    it again changes nothing; `disable` takes it back, and so does the end of `with enable():`.
+    scales. Quantising NaN or Inf to NF4 raises a ValueError. Optimizers keep their classes, states and state
+    dicts, in 8 bits or 32. All else stays bitsandbytes' own. Calling it again changes nothing; `disable`
+    takes it back, and so does the end of `with enable():`.
 
     Raises
     ------
@@ -181,7 +183,7 @@ def _gemm(
     scales: tuple[Tensor, Tensor | None, Tensor | None]
     if q8 is None:
         scales = _scales(absmax, numel, blocksize), None, None
-    elif code is None or offset is None or not _is_table(code, dynamic_map):
+    elif code is None or offset is None or not is_table(code, dynamic_map):
         return NotImplemented
     else:
         scales = q8, absmax.float(), offset.float()
@@ -190,7 +192,7 @@ def _gemm(
 
 def _gemv(a: Tensor, b: Tensor, shape: Sequence[int], absmax: Tensor, code: Tensor, blocksize: int) -> Any:
     # Scales in two dimensions: those of a weight that bitsandbytes has repacked for its CPU kernel.
-    if absmax.dim() != 1 or not _is_table(code, nf4_code):
+    if absmax.dim() != 1 or not is_table(code, nf4_code):
         return NotImplemented
     return _gemm(a, b, shape, absmax, blocksize, "nf4")
 
@@ -208,6 +210,7 @@ _KERNELS: dict[str, Kernel] = {
     "gemm_4bit": _gemm,
     "gemv_4bit": _gemv,
     "gemv_4bit.out": _gemv_out,
+    **bitsandbytes_optim.KERNELS,
 }
 _SCHEMAS = {
     "quantize_4bit": "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) "
@@ -222,11 +225,12 @@ _SCHEMAS = {
     "gemv_4bit": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor",
     "gemv_4bit.out": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize, "
     "Tensor! out) -> ()",
+    **bitsandbytes_optim.SCHEMAS,
 }
 
 
 def _covers(quant_type: str, blocksize: int, dtype: torch.dtype, device: torch.device) -> bool:
-    return quant_type == "nf4" and blocksize in BLOCKSIZES and dtype in DTYPES and _has_kernels(device)
+    return quant_type == "nf4" and blocksize in BLOCKSIZES and dtype in DTYPES and has_kernels(device)
 
 
 def _packed(stored: Tensor, numel: int) -> Tensor:
@@ -249,40 +253,8 @@ def _write(out: Tensor, result: Tensor) -> None:
     out.copy_(result)
 
 
-_verdicts: Any = WeakTensorKeyDictionary()
-
-
-def _is_table(code: Tensor, standard: Callable[[torch.device], Tensor]) -> bool:
-    """Whether a table is the format's. Remembered on CUDA, where one has to wait for the answer, until the
-    table's version changes: writes that leave it as it is are not seen there."""
-    expected = standard(code.device)
-    if not code.is_cuda:
-        return code.dtype == expected.dtype and torch.equal(code, expected)
-    key = standard, None if code.is_inference() else code._version
-    known = _verdicts.get(code)
-    if known is not None and known[0] == key:
-        return bool(known[1])
-    if torch.cuda.is_current_stream_capturing():
-        return False
-    verdict = code.dtype == expected.dtype and torch.equal(code, expected)
-    _verdicts[code] = key, verdict
-    return verdict
-
-
 def _has_back_end(device_type: str) -> bool:
     return any(one.device_type == device_type and one.probe() is None for one in BACKENDS.values())
-
-
-@lru_cache
-def _has_kernels(device: torch.device) -> bool:
-    """Whether this very device, for cards may differ, is served by more than plain torch."""
-    probe = torch.empty(0, device=device)
-    return any(
-        one.device_type == device.type
-        and one.probe() is None
-        and one.supports("nf4_linear", (probe,)) is None
-        for one in BACKENDS.values()
-    )
 
 
 # Registration.
