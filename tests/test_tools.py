@@ -71,6 +71,14 @@ def test_only_what_the_patch_broke_counts(tool: ModuleType, capsys: pytest.Captu
     assert "== pass stock, fail patched: 1\nbroken\n    why\n" in said
 
 
+def test_a_test_of_the_inside_of_peft_may_fail(tool: ModuleType) -> None:
+    name = f"tests/test_target_parameters.py::Class::{next(iter(tool.INTERNAL))}"
+    stock, patched = (
+        {name: tool.Record(outcome, "", 1, Counter(patched=2), Counter())} for outcome in ("passed", "failed")
+    )
+    assert tool.compare(stock, patched) == 0 and tool.compare({"a" + name[-9:]: stock[name]}, {}) == 1
+
+
 def test_a_run_without_a_fused_call_says_nothing(tool: ModuleType) -> None:
     record = tool.Record("passed", "", 1, Counter(patched=2), Counter({"a reason": 2}))
     assert tool.compare({"same": record}, {"same": record}) == 1

@@ -69,6 +69,12 @@ SLICES = {
 }
 """By default only these of a file: most of its tests, 19,000 in the first, are of other tuners."""
 
+INTERNAL = {
+    "test_target_parameter_result_caching_works": "it counts the calls of a class that a fused forward does "
+    "without, _LoraFactorsProxy"
+}
+"""Tests of how PEFT's own forward computes, and why a fused one fails them."""
+
 NEEDED = {"parameterized": "parameterized", "diffusers": "diffusers", "scipy": "scipy"}
 NEEDED |= {"attr": "attrs", "importlib_metadata": "importlib_metadata", "zipp": "zipp"}
 """What the test modules import beyond PEFT's and TRL's requirements: module name, package name."""
@@ -301,17 +307,8 @@ def run_pytest(
     }
     if processes:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-c",
-        "pytest.ini",
-        "--rootdir",
-        ".",
-        "-p",
-        "peft_tests_plugin",
-    ]
+    command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir", "."]
+    command += ["-p", "peft_tests_plugin"]
     command += ["-p", "no:cacheprovider", "-q", "-W", "ignore", "--tb=no", "--no-summary"]
     command += ["--continue-on-collection-errors"]
     command += ["-n", str(processes)] if processes else []
@@ -366,6 +363,10 @@ def compare(stock: Run, patched: Run, second: str = "patched") -> int:
             print(f"{count:>8} layer not patched, in {tests[key]} tests: {key.removeprefix('never: ')}")
 
     broken = sorted(name for name in stock if stock[name].outcome == "passed" and not held(patched, name))
+    internal = {name: why for name in broken for test, why in INTERNAL.items() if f"::{test}" in name}
+    broken = [name for name in broken if name not in internal]
+    for name, why in internal.items():
+        print(f"fails patched, as it must: {name}: {why}")
     repaired = sorted(name for name in patched if patched[name].outcome == "passed" and not held(stock, name))
     show("pass stock, fail patched", broken, patched)
     show("fail stock, pass patched", repaired, stock)
