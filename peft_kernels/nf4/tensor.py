@@ -137,7 +137,7 @@ def _assign_data(func: Any, self: NF4Tensor, value: Tensor) -> None:
         if cast is not None and cast[0]() is old and value._state.packed is cast[1] and not value.is_dense:
             return  # `p.data = p.data.to(dtype)`, PEFT's kbit preparation: there are no 16 bits here to widen
     if isinstance(value, Multiple):
-        if old.is_once(value._share()):
+        if old.is_once(value._share()) and value.dtype != torch.float64:  # which packed weights do not have
             return old.repack()
         value = value._held
     if not (isinstance(value, NF4Tensor) and value._state is old):
