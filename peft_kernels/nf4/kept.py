@@ -65,27 +65,41 @@ class Received:
 
     def named_buffers(self: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
         """torch's `set_model_state_dict` asks for them before it sends anything."""
-        for weight in self._parameters.values():
+        for name, weight in self._parameters.items():
             if is_sharded(weight) or isinstance(weight, NF4Weight):
-                _refuse_full_state_dict(weight, sys._getframe(1))
+                _refuse_full_state_dict(name, weight, sys._getframe(1))
         found: Iterator[tuple[str, Tensor]] = super().named_buffers(*args, **kwargs)  # type: ignore[misc]
         return found
 
 
-def _refuse_full_state_dict(weight: Any, caller: FrameType | None) -> None:
+def _refuse_full_state_dict(name: str, weight: Any, caller: FrameType | None) -> None:
     """RuntimeError in torch's `set_model_state_dict`, in every process and before anything is sent, where it
-    would write dense values to a packed weight. It lists a layer's tensors first."""
+    would write dense values to a packed weight. It lists a layer's tensors first. A state dict without the
+    weight, as accelerate loads adapters, is torch's own business."""
+    layer = ""
     while caller is not None and caller.f_code.co_name in ("recurse", "_iterate_valid_model_state"):
+        layer = layer or caller.f_locals.get("curr_fqn", "")
         caller = caller.f_back
     if caller is None or caller.f_code.co_name != "_load_model_state_dict":
         return
-    options = caller.f_locals.get("info")
+    options, state_dict = caller.f_locals.get("info"), caller.f_locals.get("state_dict", {})
     sends = getattr(options, "broadcast_from_rank0", False)
-    if sends or (is_sharded(weight) and getattr(options, "full_state_dict", False)):
+    if not sends and not (is_sharded(weight) and getattr(options, "full_state_dict", False)):
+        return
+    from torch.distributed import group
+
+    from ..integrations.fsdp_parts import agree, groups_of
+
+    key, error = f"{layer}{name}", None
+    for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
+        key = key.replace(wrapper, "")
+    if any(other == key or other.startswith(f"{key}.") for other in state_dict):
         local: Any = getattr(weight, "_local_tensor", weight)
-        name = local._part.name if is_sharded(weight) else local._state.name
-        raise RuntimeError(
-            f"{name}: expected peft_kernels.integrations.fsdp.load_full_state_dict(model, state_dict), which "
-            "sends packed weights to all processes, got torch's set_model_state_dict with full_state_dict, "
-            "which cuts and sends dense ones"
+        error = (
+            f"{local._part.name if is_sharded(weight) else local._state.name}: expected "
+            "peft_kernels.integrations.fsdp.load_full_state_dict(model, state_dict), which sends packed "
+            "weights to all processes, got torch's set_model_state_dict with full_state_dict, which cuts and "
+            "sends dense ones"
         )
+    groups = groups_of(weight.device_mesh) if is_dtensor(weight) else [group.WORLD]
+    agree(error, groups if sends else [])  # process 0 alone has the state dict
