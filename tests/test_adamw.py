@@ -73,6 +73,22 @@ def test_options(backend: str, kind: str, option: str) -> None:
     assert torch.equal(got[PARAMS][1], before[PARAMS][1]) is (option == "found_inf")
 
 
+def test_rounding_draws_and_compensates_at_once(backend: str) -> None:
+    """What a drawn neighbour is off by is kept, be it up to a whole unit."""
+    got = adamw_args("adamw", [(700,), (5,)], [torch.bfloat16] * 2, [8, 32], "compensation")
+    got = (*got[:-2], torch.tensor(-7), None)
+    want = copied(got)
+    run(got, backend)
+    run(want)
+    found, exact = (
+        [p.float() + c.float() for p, c in zip(args[PARAMS], args[COMPENSATION], strict=True)]
+        for args in (got, want)
+    )
+    for f, e, p in zip(found, exact, got[PARAMS], strict=True):
+        torch.testing.assert_close(f, e, rtol=2**-14, atol=0)
+        assert len(p) < 10 or (p != e.bfloat16()).any(), "nothing was drawn"
+
+
 @pytest.mark.parametrize("most", [0.5, 1e9])
 def test_clipping_by_global_norm(backend: str, most: float) -> None:
     args = list(adamw_args("adamw", SIZES, [torch.float32] * 5, [32] * 5))

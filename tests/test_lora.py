@@ -21,6 +21,7 @@ from numbers_policy import DTYPES, FEATURES, assert_within_rounding, case_id, sa
 from torch import Tensor
 
 import testing
+from peft_kernels import NF4Weight
 
 ops = torch.ops.peft_kernels
 
@@ -181,3 +182,24 @@ def test_threads_do_not_change_a_bit(backend: str, dtype: torch.dtype, adapter: 
     m, n, k = THREADED[shape]
     c = LoraCase(lora_case(m, n, k, "nested", dtype) | {"adapter": adapter})
     same_with_any_threads(lambda: everything(c, n, k))
+
+
+@pytest.mark.parametrize("m", [3, 40])
+@pytest.mark.parametrize("unequal", ["a", "b"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+def test_an_fp32_adapter_keeps_its_bits(backend: str, dtype: torch.dtype, unequal: str, m: int) -> None:
+    """Of two ranks that cancel but for a 512th of them something is left, as neither is rounded to 16 bits.
+    Forward it is h, or B, that would be; backward dh, or A."""
+    n, k = 72, 128
+    a, b = testing.tensor(1, k, seed=3, scale=k**-0.5), testing.tensor(n, 1, seed=4)
+    near = 1 + 2**-9 + 2**-11
+    lora_a = torch.cat((a, a * (near if unequal == "a" else 1)))
+    lora_b = torch.cat((b, -b * (near if unequal == "b" else 1)), 1)
+    base = NF4Weight.quantize(torch.zeros(n, k), double_quant=False)._state.op_args
+    x, dy = testing.tensor(m, k, dtype=dtype), testing.tensor(m, n, dtype=dtype, seed=1)
+    how = (0.5, 0.0, None, None)
+    y, h = ops.lora_linear(x, *base, None, lora_a, lora_b, *how)
+    dx, _, _ = ops.lora_linear_backward(dy, x, h, *base, lora_a, lora_b, *how, True, False, False)
+    wide_a, wide_b = lora_a.double(), lora_b.double()
+    assert testing.relative_error(y, 0.5 * x.double() @ wide_a.t() @ wide_b.t()) < 0.02
+    assert testing.relative_error(dx, 0.5 * dy.double() @ wide_b @ wide_a) < 0.02
