@@ -230,7 +230,7 @@ PEFT_KERNELS_CASE(attention) {
                   v = normal(dtype, kKeys * features, 3), dy = normal(dtype, q.size(), 4);
       for (bool has_spans : {false, true}) {
         std::vector<int32_t> spans;  // of each row two, apart; some are empty
-        for (int32_t r = 0; r < kRows; ++r) spans.insert(spans.end(), {0, r % 20, 30, 30 + r});
+        for (int32_t r = 0; r < kRows; ++r) spans.insert(spans.end(), {0, r % 16, 24, 24 + r});
         const auto use = [&](const KernelTable& table) {
           Array out(dtype, q.size()), dq(dtype, q.size()), softmax(DType::kF32, kHeads * 2 * kRows),
               dk_sums(DType::kF32, sums), dv_sums(DType::kF32, sums);
