@@ -95,10 +95,7 @@ def quantize_checkpoint(
     source, destination = Path(source), Path(destination)
     if blocksize not in BLOCKSIZES:
         raise CheckpointError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
-    if os.path.lexists(destination):
-        raise CheckpointError(f"{destination}: expected a path where nothing is yet")
-    if not destination.absolute().parent.is_dir():
-        raise CheckpointError(f"{destination.parent}: expected a folder to write into, got none")
+    check_destination(destination)
     checkpoint = Checkpoint.open(source)
     _check_dense(checkpoint)
     choice = choose(checkpoint, skip, experts, partial)
@@ -241,6 +238,14 @@ def _modules(source: Path) -> set[str]:
 def _stamps(files: Iterable[Path]) -> dict[str, list[int]]:
     """By which it is seen that files have changed."""
     return {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def check_destination(destination: Path) -> None:
+    """Raise CheckpointError unless a new folder can be made there."""
+    if os.path.lexists(destination):
+        raise CheckpointError(f"{destination}: expected a path where nothing is yet")
+    if not destination.absolute().parent.is_dir():
+        raise CheckpointError(f"{destination.parent}: expected a folder to write into, got none")
 
 
 def check_space(folder: Path, needed: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import quantised_otherwise
-from .convert import check_space, other_files, write_json
+from .convert import check_destination, check_space, other_files, write_json
 from .folder import CONFIG, INDEX, Checkpoint
 from .header import CheckpointError, Entry, read_header, shown
 from .lora_folder import LoraFolder
@@ -90,10 +90,7 @@ def merge_checkpoint(
     base, adapter, destination = Path(base), Path(adapter), Path(destination)
     if form not in FORMATS:
         raise CheckpointError(f"form: expected one of {', '.join(FORMATS)}, got {shown(form)}")
-    if os.path.lexists(destination):
-        raise CheckpointError(f"{destination}: expected a path where nothing is yet")
-    if not destination.absolute().parent.is_dir():
-        raise CheckpointError(f"{destination.parent}: expected a folder to write into, got none")
+    check_destination(destination)
     checkpoint = Checkpoint.open(base)
     _check_base(checkpoint)
     plan = plan_merge(checkpoint, LoraFolder.open(adapter), partial)

@@ -62,7 +62,8 @@ def own(place: Any) -> tuple[slice, ...]:
 
 
 def parameter(place: Any, value: Any, device: torch.device) -> nn.Parameter:
-    """On `device`, in place of one on the meta device, of what `own` says: a Part, or dense values."""
+    """A parameter on `device` that replaces the meta parameter `place`. `value`, a Part or dense values, is
+    what `own` selects."""
     from torch.distributed.tensor import DTensor
 
     if is_sharded(place):

@@ -27,7 +27,7 @@ from .recipe import Head, Recipe, Seal, Step, of_head
 
 @dataclass
 class State:
-    """What there is in place of numbers."""
+    """What logits hold until their values are computed."""
 
     recipe: Recipe
     reads: Counter[str]
