@@ -38,32 +38,32 @@ SPECS = ROOT / "peft_kernels" / "ops"
 ARCHITECTURES = runpy.run_path(str(ROOT / "peft_kernels" / "backends" / "architectures.py"))
 
 CPU_SOURCES = [
-    "csrc/cpu/adamw_ops.cpp",
-    "csrc/cpu/attention_ops.cpp",
-    "csrc/cpu/bits_hash.cpp",
-    "csrc/cpu/bottleneck_ops.cpp",
-    "csrc/cpu/casts_ops.cpp",
-    "csrc/cpu/cross_entropy_ops.cpp",
-    "csrc/cpu/dora_ops.cpp",
-    "csrc/cpu/dropout_ops.cpp",
-    "csrc/cpu/experts_ops.cpp",
-    "csrc/cpu/gated_mlp_ops.cpp",
-    "csrc/cpu/gated_ops.cpp",
-    "csrc/cpu/isa.cpp",
-    "csrc/cpu/library_ops.cpp",
-    "csrc/cpu/linear_ops.cpp",
-    "csrc/cpu/lora_ops.cpp",
-    "csrc/cpu/multi_bottleneck_ops.cpp",
-    "csrc/cpu/nf4_absmax.cpp",
-    "csrc/cpu/nf4_ops.cpp",
-    "csrc/cpu/rms_norm_ops.cpp",
-    "csrc/cpu/rotary_ops.cpp",
-    "csrc/cpu/scalar.cpp",
-    "csrc/cpu/sums_ops.cpp",
-    "csrc/cpu/threads.cpp",
+    "csrc/cpu/optim/adamw_ops.cpp",
+    "csrc/cpu/block/attention_ops.cpp",
+    "csrc/cpu/core/bits_hash.cpp",
+    "csrc/cpu/bottleneck/bottleneck_ops.cpp",
+    "csrc/cpu/core/casts_ops.cpp",
+    "csrc/cpu/loss/cross_entropy_ops.cpp",
+    "csrc/cpu/lora/dora_ops.cpp",
+    "csrc/cpu/lora/dropout_ops.cpp",
+    "csrc/cpu/experts/experts_ops.cpp",
+    "csrc/cpu/gated/gated_mlp_ops.cpp",
+    "csrc/cpu/gated/gated_ops.cpp",
+    "csrc/cpu/isa/isa.cpp",
+    "csrc/cpu/core/library_ops.cpp",
+    "csrc/cpu/linear/linear_ops.cpp",
+    "csrc/cpu/lora/lora_ops.cpp",
+    "csrc/cpu/bottleneck/multi_bottleneck_ops.cpp",
+    "csrc/cpu/nf4/nf4_absmax.cpp",
+    "csrc/cpu/nf4/nf4_ops.cpp",
+    "csrc/cpu/block/rms_norm_ops.cpp",
+    "csrc/cpu/block/rotary_ops.cpp",
+    "csrc/cpu/isa/scalar.cpp",
+    "csrc/cpu/core/sums_ops.cpp",
+    "csrc/cpu/core/threads.cpp",
 ]
-X86_SOURCES = [f"csrc/cpu/{level}.cpp" for level in ("avx2", "avx512", "avx512_bf16", "amx")]
-ARM_SOURCES = [f"csrc/cpu/{level}.cpp" for level in ("neon", "neon_bf16")]
+X86_SOURCES = [f"csrc/cpu/isa/{level}.cpp" for level in ("avx2", "avx512", "avx512_bf16", "amx")]
+ARM_SOURCES = [f"csrc/cpu/isa/{level}.cpp" for level in ("neon", "neon_bf16")]
 EMULATED_SOURCES = ["tests/amx/amx_emulated.cpp", "tests/threads/checks.cpp"]
 
 # Host code; the kernels' .cu files include nothing of torch, whose headers take nvcc minutes.
@@ -118,7 +118,7 @@ PRECOMPILED = "#include <ATen/ATen.h>\n"
 def headers(*folders: str) -> list[str]:
     """What a change of makes a library out of date, beside its sources."""
     suffixes = (".h", ".inl", ".cuh")
-    found = [p for folder in folders for p in sorted((ROOT / folder).glob("*")) if p.suffix in suffixes]
+    found = [p for folder in folders for p in sorted((ROOT / folder).rglob("*")) if p.suffix in suffixes]
     return [str(p.relative_to(ROOT)) for p in (*sorted(SPECS.glob("*.py")), *found)]
 
 

@@ -4,7 +4,7 @@
 #   PYTHON=.venv/bin/python bench/amx_check.sh OUT
 #
 # The tests of that level on real tiles; the tables of docs/benchmarks.md for this machine; and whether dense
-# products are ours or torch's: csrc/cpu/fast_dense.h is written by what was measured, for a commit, if all
+# products are ours or torch's: csrc/cpu/isa/fast_dense.h is written by what was measured, for a commit, if all
 # tests passed. Kernels have to be built (make setup). OUT gets summary.txt, a log of each part, and the tables.
 #
 # Exits with 0 when every part passed, 1 when one failed, 2 on a wrong call, 3 without AMX.
@@ -90,7 +90,7 @@ RIGHT=$?
 
 # ---- Whose are dense products, and how fast is it all? ---------------------------------------------------
 
-RECORD=csrc/cpu/fast_dense.h ONLY='^(forward|q?lora|quantize|dequantize|step|decode)-' CHOICE=
+RECORD=csrc/cpu/isa/fast_dense.h ONLY='^(forward|q?lora|quantize|dequantize|step|decode)-' CHOICE=
 [ "$REHEARSE" = 1 ] && RECORD=$OUT/fast_dense.h ONLY='^overhead-64x64' CHOICE=--quick
 if [ "$RIGHT" -ne 0 ]; then
   say "dense: skipped, products that are wrong are not chosen for their speed"

@@ -65,7 +65,7 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert made.returncode == 0, made.stderr
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, [*levels, CSRC / "scalar.cpp", CSRC / "isa.cpp", *SOURCES]))
+        list(pool.map(compile_one, [*levels, CSRC / "isa" / "scalar.cpp", CSRC / "isa" / "isa.cpp", *SOURCES]))
     return folder
 
 
@@ -121,7 +121,7 @@ def test_the_best_level_is_taken(program: Program, cpu: str) -> None:
 
 
 def test_every_kernel_has_a_case() -> None:
-    header = (CSRC / "isa.h").read_text(encoding="utf-8")
+    header = (CSRC / "isa" / "isa.h").read_text(encoding="utf-8")
     table = header.split("struct KernelTable {")[1].split("};")[0]
     kernels = re.findall(r"\(\*(\w+)\)\(", table)
     cases = "".join(source.read_text(encoding="utf-8") for source in SOURCES)

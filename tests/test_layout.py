@@ -94,7 +94,7 @@ def test_names_in_headers_of_cpu_kernels_are_one_things() -> None:
     """Two types or constants of one name in two headers are one to the linker, which takes either. Headers of
     levels (vec_, tiles_) are each in a namespace of their own."""
     homes: dict[str, set[str]] = {}
-    for path in sorted((ROOT / "csrc" / "cpu").glob("*.h")):
+    for path in sorted((ROOT / "csrc" / "cpu").rglob("*.h")):
         if path.name.startswith(("vec_", "tiles_")):
             continue
         text = path.read_text(encoding="utf-8")

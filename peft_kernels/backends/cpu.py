@@ -18,7 +18,7 @@ from .compiled import CompiledBackend
 
 
 class Library:
-    """The compiled library: where it is, and its functions (csrc/cpu/library_ops.cpp, attention_ops.cpp,
+    """The compiled library: where it is, and its functions (csrc/cpu/core/library_ops.cpp, attention_ops.cpp,
     bits_hash.cpp)."""
 
     def __init__(self, file: str, namespace: str) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map, nf4_code
 from ..nf4.state import NF4State, packed_rows
-from .bitsandbytes_ops import disable as disable
-from .bitsandbytes_ops import enable as enable
-from .bitsandbytes_ops import unpack as unpack
+from .bitsandbytes_ops import disable
+from .bitsandbytes_ops import enable
+from .bitsandbytes_ops import unpack
 
 STATE_PREFIX = "quant_state.bitsandbytes__"  # then the quantisation type
 STATE_ITEM = f"{STATE_PREFIX}nf4"

@@ -281,7 +281,7 @@ def bits_hash(value: Tensor) -> Tensor:
     """A 64-bit hash of the bits of a dense tensor, int64 () on its device. It waits for no device, and needs
     8 MB, or on a CPU what stays in cache, beside a tensor that is contiguous.
 
-    On a CPU the compiled library computes it, once it is loaded (csrc/cpu/bits_hash.cpp)."""
+    On a CPU the compiled library computes it, once it is loaded (csrc/cpu/core/bits_hash.cpp)."""
     bits = value.detach().contiguous().view(-1)
     total = torch.zeros((), dtype=torch.int64, device=value.device)
     if not bits.numel():

@@ -1,5 +1,5 @@
 """The logits of a few rows, as generation asks for: a product that waits for the weight. Ours reads a dense
-one at the speed of the memory (csrc/cpu/linear_gemv_dense.inl), where torch's is far from it."""
+one at the speed of the memory (csrc/cpu/linear/linear_gemv_dense.inl), where torch's is far from it."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@
 #include <vector>
 
 #include "../../csrc/common/nf4.h"
-#include "../../csrc/cpu/isa.h"
+#include "../../csrc/cpu/isa/isa.h"
 
 namespace peft_kernels::cpu::cases {
 

@@ -11,8 +11,8 @@
 #include <tuple>
 #include <vector>
 
-#include "../../csrc/cpu/namespace.h"
-#include "../../csrc/cpu/threads.h"
+#include "../../csrc/cpu/core/threads.h"
+#include "../../csrc/cpu/isa/namespace.h"
 
 namespace peft_kernels::cpu {
 namespace {

@@ -1,0 +1,244 @@
+// A bottleneck adapter's arguments, checked, and the steps that blocks of rows take through it.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+
+#include "../../common/bottleneck_args.h"
+#include "../core/transpose.h"
+#include "../linear/linear_product.h"
+#include "../linear/weights.h"
+#include "../lora/dropout.h"
+
+namespace peft_kernels::cpu {
+
+// Rows that go through the bottleneck together: what lies between the products stays in L2.
+inline constexpr int64_t kLeastRows = 16, kMostRows = 128;
+
+// What both directions take, and what these kernels make of it.
+struct BottleneckArgs : peft_kernels::BottleneckArgs {
+  Tensor norm_weight, norm_bias;  // in fp32; undefined where there is none
+  float norm_eps;
+  DropoutMask mask;
+
+  BottleneckArgs(const Tensor& x, const OptionalTensor& norm_weight_in, const OptionalTensor& norm_bias_in,
+                 double norm_eps, const Tensor& down, const Tensor& up, c10::string_view activation,
+                 double scaling, double dropout_p, const OptionalTensor& seed)
+      : peft_kernels::BottleneckArgs(x, norm_weight_in, norm_bias_in, down, up, activation, scaling,
+                                     dropout_p, seed),
+        norm_weight(floats_of(norm_weight_in, k, "norm_weight")),
+        norm_bias(floats_of(norm_bias_in, k, "norm_bias")),
+        norm_eps(static_cast<float>(norm_eps)),
+        mask(mask_of(dropout, seed, r)) {}
+
+  // A small parameter times `scale` in fp32; undefined where there is none. By our own kernel: torch's
+  // conversions take longer than a row takes through the bottleneck.
+  Tensor floats_of(const OptionalTensor& t, int64_t size, const char* name, float scale = 1.0f) const {
+    const Tensor checked = as_it_is(t, size, name);
+    if (!checked.defined() || (scale == 1.0f && checked.scalar_type() == at::kFloat)) return checked;
+    Tensor out = at::empty({size}, floats());
+    kernels().column_sums(
+        {checked.const_data_ptr(), dtype_of(checked, name), 1, size, scale, out.mutable_data_ptr<float>()}, 0,
+        size);
+    return out;
+  }
+
+  bool has_norm() const { return norm_weight.defined(); }
+  // Whether products of activations with a parameter are in bf16: then no result is more precise than that.
+  bool in_pairs(const Tensor& parameter) const {
+    return kernels().has_pairs && x.scalar_type() == at::kBFloat16 &&
+           parameter.scalar_type() == at::kBFloat16;
+  }
+
+  NormParams norm() const {
+    NormParams params{};
+    params.x = x.const_data_ptr();
+    params.dtype = dtype_of(x, "x");
+    params.features = k;
+    params.weight = norm_weight.const_data_ptr<float>();
+    params.bias = norm_bias.defined() ? norm_bias.const_data_ptr<float>() : nullptr;
+    params.eps = norm_eps;
+    return params;
+  }
+};
+
+inline const float* data_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
+
+// Of contiguous rows, whatever leading sizes the tensor has.
+inline const void* row_of(const Tensor& t, int64_t row, int64_t columns) {
+  return static_cast<const char*>(t.const_data_ptr()) +
+         row * columns * static_cast<int64_t>(t.element_size());
+}
+inline void* mutable_row_of(const Tensor& t, int64_t row, int64_t columns) {
+  return static_cast<char*>(t.mutable_data_ptr()) + row * columns * static_cast<int64_t>(t.element_size());
+}
+
+// What a block of rows is multiplied with, and where the product goes.
+struct RowProduct {
+  const void* rows;
+  DType dtype;
+  const Tensor& rhs;  // [n, depth]; [depth, n] for by_columns
+  const char* name;
+  void* out;
+  DType out_dtype;
+  const float* bias = nullptr;
+  const void* residual = nullptr;
+};
+
+// The first `rows` of a product of `m` rows, in one task: out = rows . rhs^T + bias, or rows . rhs.
+inline void multiply(const RowProduct& product, int64_t rows, int64_t m, bool by_columns, void* scratch) {
+  const int64_t depth = product.rhs.size(by_columns ? 0 : 1), n = product.rhs.size(by_columns ? 1 : 0);
+  const GemmTerm term{product.rows, product.dtype, depth, dense_matrix(product.rhs, product.name),
+                      1.0f,         depth,         0,     rows,
+                      DropoutMask{}};
+  GemmParams params{};
+  params.terms = &term;
+  params.term_count = 1;
+  params.bias = product.bias;
+  params.bias_dtype = DType::kF32;
+  params.out = product.out;
+  params.out_dtype = product.out_dtype;
+  params.out_ld = n;
+  params.m = m;
+  params.n = n;
+  params.residual = product.residual;
+  (by_columns ? kernels().gemm_nn : kernels().gemm_nt)(params, {0, rows, 0, n}, scratch);
+}
+
+// Rows that one task takes through the bottleneck at once: a power of two, so that no chunk is cut. How they
+// are cut changes no bit.
+inline int64_t block_of(int64_t m, int64_t threads) {
+  int64_t block = kLeastRows;
+  while (block < kMostRows && block * threads < m) block *= 2;
+  return block;
+}
+
+// Room for a block of the bottleneck.
+struct Middle {
+  Tensor value, rounded;
+  BottleneckParams params;
+
+  // Of `rows`; `value` where it is wanted in fp32, `rounded` where a product takes it as pairs.
+  Middle(const BottleneckArgs& args, const Tensor& z, int64_t rows, bool wants_value, bool rounds_value)
+      : params{} {
+    params.z = z.const_data_ptr<float>();
+    params.activation = args.activation;
+    params.mask = args.mask;
+    params.scaling = args.scaling;
+    if (wants_value) {
+      value = at::empty({rows * args.r}, args.floats());
+      params.value = value.mutable_data_ptr<float>();
+    }
+    if (rounds_value) params.rounded_value = round_into(rounded, args, rows);
+  }
+  static BF16* round_into(Tensor& room, const BottleneckArgs& args, int64_t rows) {
+    room = at::empty({rows * args.r}, args.floats().dtype(at::kBFloat16));
+    return static_cast<BF16*>(room.mutable_data_ptr());
+  }
+};
+
+// The forward of all rows. The arguments must outlive it.
+class BottleneckForward {
+ public:
+  // Into y and z, which are contiguous; y has residual's shape, x's where there is none.
+  BottleneckForward(const BottleneckArgs& args, const OptionalTensor& residual,
+                    const OptionalTensor& down_bias, const OptionalTensor& up_bias, Tensor& y, Tensor& z)
+      : args_(args),
+        down_bias_(args.floats_of(down_bias, args.r, "down_bias")),
+        up_bias_(args.floats_of(up_bias, args.n, "up_bias", args.scaling)),
+        y_(y),
+        z_(z) {
+    if (!residual) args.check_residual_is_x();
+    residual_ = residual ? matching(*residual, y, "residual") : args.x;
+  }
+
+  // What it costs, in multiply-adds: for few rows it is the parameters' way from memory.
+  int64_t multiply_adds() const { return (args_.m + kDecodeRows) * args_.r * (args_.k + args_.n); }
+
+  void run() const {
+    const int64_t threads = useful_threads(multiply_adds());
+    const int64_t block = block_of(args_.m, threads), blocks = ceil_div(args_.m, block);
+    parallel_for(0, blocks, ceil_div(blocks, threads),
+                 [&](int64_t first, int64_t last) { run_blocks(block, first, last); });
+  }
+
+ private:
+  void run_blocks(int64_t block, int64_t first, int64_t last) const {
+    void* scratch = checked_thread_scratch();
+    const DType dtype = dtype_of(args_.x, "x");
+    const bool in_pairs = args_.in_pairs(args_.up), has_norm = args_.has_norm();
+    const Middle middle(args_, z_, block, !in_pairs, in_pairs);
+    const Tensor& value = in_pairs ? middle.rounded : middle.value;
+    Tensor normed;
+    if (has_norm) normed = at::empty({block * args_.k}, args_.floats());
+    for (int64_t i = first; i < last; ++i) {
+      const int64_t begin = i * block, end = std::min(begin + block, args_.m), rows = end - begin;
+      const void* in = row_of(args_.x, begin, args_.k);
+      if (has_norm) {
+        NormParams norm = args_.norm();
+        norm.out = normed.mutable_data_ptr<float>();
+        kernels().layer_norm(norm, begin, end);
+        in = norm.out;
+      }
+      multiply({in, has_norm ? DType::kF32 : dtype, args_.down, "down", mutable_row_of(z_, begin, args_.r),
+                DType::kF32, data_of(down_bias_)},
+               rows, args_.m, false, scratch);
+      kernels().bottleneck(middle.params, begin * args_.r, end * args_.r);
+      multiply(
+          {value.const_data_ptr(), dtype_of(value, "value"), args_.up, "up",
+           mutable_row_of(y_, begin, args_.n), dtype, data_of(up_bias_), row_of(residual_, begin, args_.n)},
+          rows, args_.m, false, scratch);
+    }
+  }
+
+  const BottleneckArgs& args_;
+  Tensor down_bias_, up_bias_, residual_, y_, z_;
+};
+
+// The bottleneck of all rows, transposed, chunk after chunk of rows: [columns][rows of the chunk]. The
+// gradients of `down` and `up` are products with it, summed over all rows, in which columns take the place
+// of rows.
+class Factors {
+ public:
+  Factors(const BottleneckArgs& args, bool wanted, bool in_pairs) : m_(args.m), r_(args.r) {
+    if (wanted) t_ = at::empty({m_ * r_}, args.floats().dtype(in_pairs ? at::kBFloat16 : at::kFloat));
+  }
+  // Rows [begin, end) of one chunk.
+  void put(const float* rows, int64_t begin, int64_t end) {
+    if (!t_.defined()) return;
+    const int64_t chunk = begin / kChunkRows * kChunkRows;
+    const TransposeParams params{
+        rows,    DType::kF32,     end - begin, r_, r_, element(chunk * r_ + begin - chunk),
+        dtype(), rows_from(chunk)};
+    kernels().transpose_rows(params, 0, end - begin);
+  }
+  // [columns, columns of other] into `out`.
+  Product times(const Tensor& other, Tensor& out) {
+    Product product(out);
+    for (int64_t chunk = 0; chunk < m_; chunk += kChunkRows) {
+      const int64_t rows = rows_from(chunk);
+      MatrixView rhs = dense_matrix(other, "rows");
+      rhs.data = row_of(other, chunk, other.size(1));
+      product.add({element(chunk * r_), dtype(), rows, rhs, 1.0f, rows, 0, INT64_MAX, DropoutMask{}});
+    }
+    product.keep_few_rows_together();
+    product.keep(other);
+    product.keep(t_);
+    return product;
+  }
+
+ private:
+  static_assert(kChunkRows % kMostRows == 0, "");
+
+  DType dtype() const { return dtype_of(t_, "factors"); }
+  int64_t rows_from(int64_t chunk) const { return std::min(kChunkRows, m_ - chunk); }
+  void* element(int64_t i) const {
+    return static_cast<char*>(t_.mutable_data_ptr()) + i * static_cast<int64_t>(t_.element_size());
+  }
+
+  int64_t m_, r_;
+  Tensor t_;
+};
+
+}  // namespace peft_kernels::cpu

@@ -1,0 +1,104 @@
+// What the library tells of itself, and its instruction set, as ops without tensors: so it has no need of
+// Python, nor of one version of it. None of these is a kernel, hence a namespace of their own.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <cstdlib>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "../../common/built_for.h"
+#include "../../common/dynamic_map.h"
+#include "../../common/nf4.h"
+#include "../isa/isa.h"
+#include "../isa/namespace.h"
+#include "threads.h"
+
+namespace peft_kernels::cpu {
+namespace {
+
+std::vector<std::string> isa_levels() {
+  std::vector<std::string> levels;
+  for (int i = 0; i < kIsaCount; ++i) {
+    if (const char* name = usable_isa_name(static_cast<Isa>(i))) levels.emplace_back(name);
+  }
+  return levels;
+}
+
+// Further ones, for tests only.
+std::vector<std::string> emulated_levels() {
+  const char* name = usable_isa_name(Isa::kAmxEmulated);
+  return name ? std::vector<std::string>{name} : std::vector<std::string>{};
+}
+
+std::optional<std::string> refused_isa() {
+  const char* reason = refused_isa_reason();
+  return reason ? std::optional<std::string>(reason) : std::nullopt;
+}
+
+std::string isa_level() { return isa_name(); }
+
+void set_isa_level(std::string name) {
+  if (set_isa(name.c_str())) return;
+  std::string expected;
+  for (const std::string& level : isa_levels()) expected += (expected.empty() ? "" : ", ") + level;
+  TORCH_CHECK_VALUE(false, "isa level: expected one of ", expected, ", got ", name);
+}
+
+void set_isa_from_environment() {
+  const char* error = select_isa_from_environment();
+  TORCH_CHECK_VALUE(!error, error, ", got ", std::getenv("PEFT_KERNELS_CPU_ISA"));
+}
+
+// The kernel that serves nf4_linear at the level in use.
+std::string linear_plan(int64_t rows, int64_t out_features, int64_t in_features, int64_t blocksize,
+                        bool is_bf16) {
+  Nf4View weight{};
+  while (int64_t{1} << weight.block_shift < blocksize) ++weight.block_shift;
+  GemmTerm term{};
+  term.lhs_dtype = is_bf16 ? DType::kBF16 : DType::kF32;
+  term.lhs_ld = term.depth = in_features;
+  term.rhs = {nullptr, DType::kF32, in_features, &weight};
+  GemmParams params{};
+  params.terms = &term;
+  params.term_count = 1;
+  params.m = rows;
+  params.n = out_features;
+  constexpr const char* kNames[] = {"dots", "gemv", "pairs", "floats"};
+  return kNames[static_cast<int>(kernels().plan_nt(params))];
+}
+
+template <size_t kCount>
+std::vector<double> to_vector(const float (&table)[kCount]) {
+  return {table, table + kCount};
+}
+
+std::string built_for() { return spec_hash(); }
+std::vector<double> nf4_code() { return to_vector(nf4::kCode); }
+std::vector<double> nf4_thresholds() { return to_vector(nf4::kThresholds); }
+std::vector<double> dynamic_map() { return to_vector(nf4::kDynamicMap); }
+std::vector<double> unsigned_dynamic_map() { return to_vector(kUnsignedDynamicMap); }
+
+}  // namespace
+
+// A fragment, as TORCH_LIBRARY does not expand the macro.
+TORCH_LIBRARY_FRAGMENT(PEFT_KERNELS_JOIN(PEFT_KERNELS_NAMESPACE, _library), m) {
+  m.def("spec_hash() -> str", built_for);
+  m.def("isa_levels() -> str[]", isa_levels);
+  m.def("emulated_levels() -> str[]", emulated_levels);
+  m.def("refused_isa_reason() -> str?", refused_isa);
+  m.def("isa_level() -> str", isa_level);
+  m.def("set_isa_level(str name) -> ()", set_isa_level);
+  m.def("set_isa_from_environment() -> ()", set_isa_from_environment);
+  m.def("linear_plan(int rows, int out_features, int in_features, int blocksize, bool is_bf16) -> str",
+        linear_plan);
+  m.def("is_busy() -> bool", is_busy);
+  m.def("set_busy(bool? busy) -> ()", set_busy);
+  m.def("nf4_code() -> float[]", nf4_code);
+  m.def("nf4_thresholds() -> float[]", nf4_thresholds);
+  m.def("dynamic_map() -> float[]", dynamic_map);
+  m.def("unsigned_dynamic_map() -> float[]", unsigned_dynamic_map);
+}
+
+}  // namespace peft_kernels::cpu

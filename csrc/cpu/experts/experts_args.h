@@ -1,0 +1,127 @@
+// The arguments of the ops of experts, checked: rows sorted by expert, and matrices that all experts have one
+// of, side by side.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "../core/parallel.h"
+#include "../linear/weights.h"
+
+namespace peft_kernels::cpu {
+
+inline const void* address(const Tensor& t, int64_t element) {
+  return static_cast<const char*>(t.const_data_ptr()) + element * static_cast<int64_t>(t.element_size());
+}
+inline void* mutable_address(Tensor& t, int64_t element) {
+  return static_cast<char*>(t.mutable_data_ptr()) + element * static_cast<int64_t>(t.element_size());
+}
+
+// Rows of an expert that has any.
+struct ExpertRows {
+  int64_t expert, begin, end;
+  int64_t count() const { return end - begin; }
+};
+
+// The experts that have rows. Everything that is read or written by rows rests on what is checked here.
+inline std::vector<ExpertRows> expert_rows(const Tensor& ends, int64_t rows) {
+  check_dtype(ends, at::kInt, "ends");
+  TORCH_CHECK(ends.dim() == 1, "ends: expected 1 dimension, got ", ends.dim());
+  const Tensor values = ends.contiguous();
+  std::vector<ExpertRows> found;
+  int64_t begin = 0;
+  for (int64_t e = 0; e < values.size(0); ++e) {
+    const int64_t end = values.const_data_ptr<int32_t>()[e];
+    TORCH_CHECK(begin <= end && end <= rows, "ends: expected values that rise from 0 to ", rows,
+                ", the rows there are, got ", end, " after ", begin, " for expert ", e);
+    if (end > begin) found.push_back({e, begin, end});
+    begin = end;
+  }
+  return found;
+}
+
+// Sets the rows to 0 that no expert has.
+inline void clear_rest(Tensor& out, const std::vector<ExpertRows>& runs) {
+  const int64_t end = runs.empty() ? 0 : runs.back().end;
+  if (end < out.size(0)) out.narrow(0, end, out.size(0) - end).zero_();
+}
+
+// Activations, (rows, features), contiguous.
+inline Tensor expert_activation(const Tensor& t, const char* name) {
+  TORCH_CHECK(t.dim() == 2, name, ": expected 2 dimensions, got ", t.dim());
+  return activation(t, t.size(1), name);
+}
+
+// A bias for each expert, or none.
+class ExpertBias {
+ public:
+  ExpertBias(const OptionalTensor& bias, int64_t experts, int64_t features, at::ScalarType dtype) {
+    if (!bias) return;
+    dtype_ = dtype_of(*bias, "bias");
+    TORCH_CHECK(bias->scalar_type() == at::kFloat || bias->scalar_type() == dtype, "bias: expected Float or ",
+                dtype, ", got ", bias->scalar_type());
+    check_shape(*bias, {experts, features}, "bias");
+    bias_ = bias->contiguous();
+  }
+  DType dtype() const { return dtype_; }
+  const void* of(int64_t expert) const {
+    if (!bias_.defined()) return nullptr;
+    return static_cast<const char*>(bias_.const_data_ptr()) +
+           expert * bias_.size(1) * static_cast<int64_t>(bias_.element_size());
+  }
+  OptionalTensor tensor_of(int64_t expert) const {
+    return bias_.defined() ? OptionalTensor(bias_[expert]) : std::nullopt;
+  }
+
+ private:
+  Tensor bias_;
+  DType dtype_ = DType::kF32;
+};
+
+// The frozen weight of each expert, (out, in), dense or NF4.
+class ExpertWeights {
+ public:
+  ExpertWeights(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
+                const OptionalTensor& offset, int64_t blocksize, int64_t experts, int64_t out_features,
+                int64_t in_features, at::ScalarType dtype)
+      : in_features_(in_features) {
+    if (absmax) {
+      nf4_ = std::make_unique<Nf4Holder>(weight, *absmax, absmax2, offset, blocksize,
+                                         out_features * in_features, experts);
+      views_.reserve(experts);
+      for (int64_t e = 0; e < experts; ++e) views_.push_back(nf4_->view(e));
+      return;
+    }
+    check_dtype(weight, dtype, "weight");
+    check_shape(weight, {experts, out_features, in_features}, "weight");
+    dense_ = weight;
+    if (experts == 0) return;
+    one_ = dense_[0];
+    few_are_torchs_ = is_torchs_product(one_, 1);
+    many_are_torchs_ = is_torchs_product(one_, kFewRows + 1);
+  }
+
+  bool is_torchs(int64_t rows) const {
+    return !nf4_ && (rows > kFewRows ? many_are_torchs_ : few_are_torchs_);
+  }
+  // The same of a product with rows of x.
+  bool is_torchs_forward(int64_t rows) const { return is_torchs(rows) && !has_dense_gemv(one_, rows); }
+  Tensor dense(int64_t expert) const { return dense_[expert]; }
+  // Of one that is not torch's.
+  MatrixView matrix(int64_t expert) const {
+    if (nf4_) return {nullptr, DType::kF32, in_features_, &views_[expert]};
+    const int64_t bytes = expert * dense_.stride(0) * static_cast<int64_t>(dense_.element_size());
+    return {static_cast<const char*>(dense_.const_data_ptr()) + bytes, dtype_of(dense_, "weight"),
+            in_features_, nullptr};
+  }
+
+ private:
+  int64_t in_features_;
+  std::unique_ptr<Nf4Holder> nf4_;
+  std::vector<Nf4View> views_;
+  Tensor dense_, one_;  // all; the first of them
+  bool few_are_torchs_ = false, many_are_torchs_ = false;
+};
+
+}  // namespace peft_kernels::cpu

@@ -1,0 +1,280 @@
+// The linear layers of experts: a product for each expert that has rows, all in one list of tasks. What a
+// product sums is what the ops of a single layer sum, in the same order.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "../../common/autocast.h"
+#include "../isa/namespace.h"
+#include "../linear/linear_product.h"
+#include "../lora/lora_adapters.h"
+#include "../lora/lora_factors.h"
+#include "experts_args.h"
+#include "experts_matrices.h"
+
+namespace peft_kernels::cpu {
+namespace {
+
+using Runs = std::vector<ExpertRows>;
+
+// Rows of lhs from `begin`.
+GemmTerm rows_term(const Tensor& lhs, const char* name, int64_t begin, const MatrixView& rhs,
+                   float rhs_scale = 1.0f) {
+  GemmTerm term = term_of(lhs, name, rhs, rhs_scale);
+  term.lhs = address(lhs, begin * term.lhs_ld);
+  return term;
+}
+
+Tensor rows_of_run(const Tensor& t, const ExpertRows& run) { return t.narrow(0, run.begin, run.count()); }
+
+// The product of a run, into its rows of out.
+Product& product_of(std::vector<Product>& products, Tensor& out, const ExpertRows& run) {
+  return products.emplace_back(out, run.begin, run.end, 0, out.size(1));
+}
+
+std::vector<Product> room_for(const Runs& runs) {
+  std::vector<Product> products;
+  products.reserve(runs.size());
+  return products;
+}
+
+// The hidden values of all rows, or their gradient, as products take them: rounded where those of a layer
+// with the rows of a run are (rounds_factors), else in fp32.
+class Hidden {
+ public:
+  // `scale` is theirs in every product. `matrix`: of all experts, what they are multiplied by, or what they
+  // are a factor of the gradient of.
+  Hidden(const Tensor& h, const Runs& runs, const Tensor& x, const Tensor& matrix, float scale,
+         bool wants_rows, bool wants_columns)
+      : h_(h), scale_(scale) {
+    std::vector<RowRun> rounded, floats;
+    rounds_.reserve(runs.size());
+    for (const ExpertRows& run : runs) {
+      rounds_.push_back(rounds_factors(x, matrix, run.count()));
+      (rounds_.back() ? rounded : floats).push_back({run.begin, run.end});
+    }
+    const int64_t rank = h.size(1);
+    if (!rounded.empty()) {
+      rounded_.emplace(h, 0, rank, rounded, scale, at::kBFloat16, wants_rows, wants_columns);
+    }
+    // Rows in fp32 are those of h.
+    if (!floats.empty()) floats_.emplace(h, 0, rank, floats, scale, at::kFloat, false, wants_columns);
+  }
+
+  GemmTerm rows(size_t i, const ExpertRows& run, const MatrixView& rhs) const {
+    return rounds_[i] ? rows_term(rounded_->rows, "h", run.begin, rhs)
+                      : rows_term(h_, "h", run.begin, rhs, scale_);
+  }
+  const LoraFactors& columns(size_t i) const { return rounds_[i] ? *rounded_ : *floats_; }
+
+ private:
+  const Tensor& h_;
+  float scale_;
+  std::vector<bool> rounds_;  // by run
+  std::optional<LoraFactors> rounded_, floats_;
+};
+
+// What an adapter adds: its hidden values times its other matrix.
+struct Delta {
+  const Hidden& hidden;
+  const ExpertMatrices& matrices;
+
+  GemmTerm term(const Runs& runs, size_t i) const { return hidden.rows(i, runs[i], matrices[i]); }
+};
+
+// Rows times their expert's weight, transposed, plus its bias and delta.
+Tensor forward(const Tensor& x, const Runs& runs, const ExpertWeights& weights, const ExpertBias& bias,
+               int64_t out_features, const Delta* delta) {
+  Tensor y = at::empty({x.size(0), out_features}, x.options());
+  std::vector<Product> ours = room_for(runs), on_torchs;
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const ExpertRows& run = runs[i];
+    const bool is_torchs = weights.is_torchs_forward(run.count());
+    Product& product = product_of(is_torchs ? on_torchs : ours, y, run);
+    if (is_torchs) {
+      OptionalTensor b = bias.tensor_of(run.expert);
+      if (b) b = b->to(x.scalar_type());
+      rows_of_run(y, run).copy_(at::linear(rows_of_run(x, run), weights.dense(run.expert), b));
+      product.start_from_out();
+    } else {
+      product.start_from(bias.of(run.expert), bias.dtype());
+      product.add(rows_term(x, "x", run.begin, weights.matrix(run.expert)));
+    }
+    if (delta) product.add(delta->term(runs, i));
+  }
+  Product::run_packed_nt_together(ours, x.options());
+  if (delta) Product::run_nt_together(on_torchs);
+  clear_rest(y, runs);
+  return y;
+}
+
+// Rows times their expert's weight, plus its delta.
+Tensor backward_to_rows(const Tensor& dy, const Runs& runs, const ExpertWeights& weights, int64_t in_features,
+                        const Delta* delta) {
+  Tensor dx = at::empty({dy.size(0), in_features}, dy.options());
+  std::vector<Product> products = room_for(runs);
+  for (size_t i = 0; i < runs.size(); ++i) {
+    const ExpertRows& run = runs[i];
+    Product& product = product_of(products, dx, run);
+    if (weights.is_torchs(run.count())) {
+      rows_of_run(dx, run).copy_(at::mm(rows_of_run(dy, run), weights.dense(run.expert)));
+      product.start_from_out();
+    } else {
+      product.add(rows_term(dy, "dy", run.begin, weights.matrix(run.expert)));
+    }
+    if (delta) product.add(delta->term(runs, i));
+  }
+  Product::run_nn_together(products);
+  clear_rest(dx, runs);
+  return dx;
+}
+
+// [rows, r]: rows times their expert's matrix, transposed. Rows that no expert has are left as they are.
+Tensor shrink(const Tensor& rows, const char* name, const Runs& runs, const ExpertMatrices& matrices,
+              int64_t rank, float scale) {
+  Tensor h = at::empty({rows.size(0), rank}, rows.options().dtype(at::kFloat));
+  std::vector<Product> products = room_for(runs);
+  for (size_t i = 0; i < runs.size(); ++i) {
+    product_of(products, h, runs[i]).add(rows_term(rows, name, runs[i].begin, matrices[i], scale));
+  }
+  Product::run_nt_together(products);
+  return h;
+}
+
+// Hidden values by rows, summed over the rows of each run, into the matrix of `out`, [.., rank, features],
+// that `index` says.
+void add_sums(std::vector<Product>& products, const Hidden& hidden, const Tensor& rows, const Runs& runs,
+              Tensor& out, const std::vector<int64_t>& index) {
+  const int64_t rank = out.size(1);
+  for (size_t i = 0; i < runs.size(); ++i) {
+    Product& product = products.emplace_back(out, index[i] * rank, (index[i] + 1) * rank, 0, rows.size(1));
+    hidden.columns(i).add_sums(product, rows, {{runs[i].begin, runs[i].end}});
+  }
+}
+
+void check_adapter(const Tensor& t, at::ScalarType dtype, const char* name) {
+  dtype_of(t, name);
+  TORCH_CHECK(t.dim() == 3, name, ": expected 3 dimensions, got ", t.dim());
+  TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == dtype, name, ": expected Float or ", dtype,
+              ", got ", t.scalar_type());
+}
+
+void check_adapters(const Tensor& a, const Tensor& b, const Tensor& x, int64_t experts) {
+  check_adapter(a, x.scalar_type(), "lora_a");
+  check_adapter(b, x.scalar_type(), "lora_b");
+  check_shape(a, {experts, a.size(1), x.size(1)}, "lora_a");
+  check_shape(b, {experts, b.size(1), a.size(1)}, "lora_b");
+}
+
+Tensor experts_linear(const Tensor& x, const Tensor& ends, const Tensor& packed, const Tensor& absmax,
+                      const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                      int64_t out_features, const OptionalTensor& bias) {
+  TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
+  const Tensor rows = expert_activation(x, "x");
+  const Runs runs = expert_rows(ends, rows.size(0));
+  const int64_t experts = ends.size(0);
+  const ExpertWeights weights(packed, absmax, absmax2, offset, blocksize, experts, out_features, rows.size(1),
+                              x.scalar_type());
+  const ExpertBias biases(bias, experts, out_features, x.scalar_type());
+  return forward(rows, runs, weights, biases, out_features, nullptr);
+}
+
+Tensor experts_linear_dx(const Tensor& dy, const Tensor& ends, const Tensor& packed, const Tensor& absmax,
+                         const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                         int64_t in_features) {
+  TORCH_CHECK(in_features >= 0, "in_features: expected 0 or more, got ", in_features);
+  const Tensor rows = expert_activation(dy, "dy");
+  const Runs runs = expert_rows(ends, rows.size(0));
+  const ExpertWeights weights(packed, absmax, absmax2, offset, blocksize, ends.size(0), rows.size(1),
+                              in_features, dy.scalar_type());
+  return backward_to_rows(rows, runs, weights, in_features, nullptr);
+}
+
+std::tuple<Tensor, Tensor> experts_lora_linear(const Tensor& x, const Tensor& ends, const Tensor& weight,
+                                               const OptionalTensor& absmax, const OptionalTensor& absmax2,
+                                               const OptionalTensor& offset, int64_t blocksize,
+                                               const OptionalTensor& bias, const Tensor& lora_a,
+                                               const Tensor& lora_b, double scaling) {
+  const WithoutAutocast without_autocast;
+  const Tensor rows = expert_activation(x, "x");
+  const Runs runs = expert_rows(ends, rows.size(0));
+  const int64_t experts = ends.size(0);
+  check_adapters(lora_a, lora_b, rows, experts);
+  const int64_t out_features = lora_b.size(1);
+  const ExpertWeights weights(weight, absmax, absmax2, offset, blocksize, experts, out_features, rows.size(1),
+                              x.scalar_type());
+  const ExpertBias biases(bias, experts, out_features, x.scalar_type());
+  const ExpertMatrices a(lora_a, runs, lora_a.scalar_type(), "lora_a");
+  const ExpertMatrices b(lora_b, runs, lora_b.scalar_type(), "lora_b");
+  Tensor h = shrink(rows, "x", runs, a, lora_a.size(1), 1.0f);
+  clear_rest(h, runs);
+  const Hidden hidden(h, runs, rows, lora_b, static_cast<float>(scaling), true, false);
+  const Delta delta{hidden, b};
+  return {forward(rows, runs, weights, biases, out_features, &delta), h};
+}
+
+std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward(
+    const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& ends, const Tensor& weight,
+    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset,
+    int64_t blocksize, const Tensor& lora_a, const Tensor& lora_b, double scaling, bool need_dx, bool need_da,
+    bool need_db) {
+  const WithoutAutocast without_autocast;
+  const Tensor rows = expert_activation(x, "x");
+  const Runs runs = expert_rows(ends, rows.size(0));
+  const int64_t experts = ends.size(0);
+  check_adapters(lora_a, lora_b, rows, experts);
+  const int64_t rank = lora_a.size(1), out_features = lora_b.size(1);
+  check_dtype(dy, x.scalar_type(), "dy");
+  check_shape(dy, {rows.size(0), out_features}, "dy");
+  check_dtype(h, at::kFloat, "h");
+  check_shape(h, {rows.size(0), rank}, "h");
+  const ExpertWeights weights(weight, absmax, absmax2, offset, blocksize, experts, out_features, rows.size(1),
+                              x.scalar_type());
+  const Tensor gradients = dy.contiguous();
+  const auto none = [](const Tensor& t) { return at::empty({0}, t.options()); };
+  Tensor dh, dx = none(x), da = none(lora_a), db = none(lora_b);
+  const float scale = static_cast<float>(scaling);
+  std::optional<Hidden> of_dh;
+  if (need_dx || need_da) {
+    // In pairs, which leave B no scale, or in fp32 whatever the scaling: as in the op of a single layer.
+    const bool pairs = in_pairs(rows, lora_b);
+    const ExpertMatrices bt(lora_b.transpose(1, 2), runs, factors_type(pairs), "lora_b");
+    dh = shrink(gradients, "dy", runs, bt, rank, pairs ? 1.0f : scale);
+    of_dh.emplace(dh, runs, rows, lora_a, pairs ? scale : 1.0f, need_dx, need_da);
+  }
+  if (need_dx) {
+    const ExpertMatrices a(lora_a, runs, lora_a.scalar_type(), "lora_a");
+    const Delta delta{*of_dh, a};
+    dx = backward_to_rows(gradients, runs, weights, rows.size(1), &delta);
+  }
+  std::vector<Product> products;
+  products.reserve(2 * runs.size());
+  if (need_da) {
+    da = new_gradient(lora_a, runs);
+    add_sums(products, *of_dh, rows, runs, da, experts_of(runs));
+  }
+  Tensor dbt;
+  if (need_db) {
+    const Tensor floats = h.contiguous();
+    dbt = at::empty({static_cast<int64_t>(runs.size()), rank, out_features}, lora_b.options());
+    const Hidden of_h(floats, runs, rows, lora_b, scale, false, true);
+    add_sums(products, of_h, gradients, runs, dbt, numbers_to(runs.size()));
+  }
+  Product::run_nn_together(products);
+  if (need_db) db = transposed_gradient(dbt, lora_b, runs);
+  return {dx, da, db};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
+  m.impl("experts_linear", experts_linear);
+  m.impl("experts_linear_dx", experts_linear_dx);
+  m.impl("experts_lora_linear", experts_lora_linear);
+  m.impl("experts_lora_linear_backward", experts_lora_linear_backward);
+}
+
+}  // namespace peft_kernels::cpu

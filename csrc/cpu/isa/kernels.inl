@@ -1,0 +1,70 @@
+// Everything that a level compiles, in the order of use. Expects the level's vectors.
+// clang-format off
+#include "lanes.inl"
+#include "../nf4/nf4_dequantize.inl"
+#include "../nf4/nf4_quantize.inl"
+#include "../linear/linear_tile.inl"
+#include "../linear/linear_dot.inl"
+#include "../linear/linear_outer.inl"
+#if PEFT_KERNELS_TILES
+#include "../linear/linear_tiles.inl"
+#endif
+#if PEFT_KERNELS_BF16_DOT
+#include "../linear/linear_bf16.inl"
+#endif
+#include "../lora/dropout.inl"
+#include "../linear/linear_nt.inl"
+#include "../linear/linear_nn.inl"
+#include "../linear/linear_packed_units.inl"
+#include "../linear/linear_packed.inl"
+#include "../gated/gated.inl"
+#include "../core/transpose.inl"
+#include "../bottleneck/bottleneck.inl"
+#include "../lora/dora_scale.inl"
+#include "../lora/dora_norm.inl"
+#include "../loss/cross_entropy.inl"
+#include "../block/attention.inl"
+#include "../block/attention_backward.inl"
+#include "../block/rms_norm.inl"
+#include "../core/casts.inl"
+#include "../block/rotary.inl"
+#include "../optim/dynamic_codes.inl"
+#include "../optim/adamw.inl"
+// clang-format on
+
+// A constant, so that nothing of the level runs when the library is loaded.
+constexpr KernelTable kKernels = {
+    kMultiplyAddsPerThread,
+    PEFT_KERNELS_BF16_DOT != 0,
+    quantize,
+    dequantize,
+    gemm_nt,
+    gemm_nn,
+    plan_nt,
+    gemm_packed,
+    pack_strips,
+    dropout,
+    gated,
+    gated_backward,
+    layer_norm,
+    layer_norm_backward,
+    bottleneck,
+    transpose_rows,
+    column_sums,
+    scale_features,
+    scale_features_backward,
+    softmax_piece,
+    softmax_slope,
+    softmax_slopes,
+    attention_bytes,
+    attention,
+    attention_backward,
+    rms_norm,
+    add_rms_norm,
+    rms_norm_backward,
+    cast,
+    rotary,
+    step,
+    squares,
+    row_squares,
+};

@@ -1,0 +1,35 @@
+// What an instruction-set level's file starts with, before its target pragma: what a system header defines
+// must stay baseline code.
+#pragma once
+
+#include <float.h>
+#include <string.h>
+#if defined(__x86_64__)
+#  include <immintrin.h>
+#elif defined(__aarch64__)
+#  include <arm_neon.h>
+#endif
+
+#include "../../common/nf4.h"
+#include "dynamic_tables.h"
+#include "isa.h"
+
+// What the level has beside its vectors: products of bf16 pairs, and those on tiles. What permutes bytes
+// comes with the former on x86.
+#ifndef PEFT_KERNELS_BF16_DOT
+#  define PEFT_KERNELS_BF16_DOT 0
+#endif
+#if defined(__x86_64__)
+#  define PEFT_KERNELS_PERMUTES_BYTES PEFT_KERNELS_BF16_DOT
+#else
+#  define PEFT_KERNELS_PERMUTES_BYTES 0
+#endif
+// Whether a vector's permutation reads five bits of an index, so that two tables of codes are one.
+#if defined(__x86_64__)
+#  define PEFT_KERNELS_TWO_TABLES PEFT_KERNELS_BF16_DOT
+#else
+#  define PEFT_KERNELS_TWO_TABLES 0
+#endif
+#ifndef PEFT_KERNELS_TILES
+#  define PEFT_KERNELS_TILES 0
+#endif

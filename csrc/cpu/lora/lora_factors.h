@@ -1,0 +1,88 @@
+// What lies between the two products of an adapter, as the products that come next take it.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "../core/parallel.h"
+#include "../linear/linear_product.h"
+#include "../linear/weights.h"
+#include "lora_adapters.h"
+
+namespace peft_kernels::cpu {
+
+inline at::ScalarType factors_type(bool in_pairs) { return in_pairs ? at::kBFloat16 : at::kFloat; }
+
+// Calls use with the chunks that rows are summed by, one after the other.
+template <class Use>
+void for_chunks(const RowRun& run, const Use& use) {
+  for (int64_t begin = run.begin; begin < run.end; begin += kChunkRows) {
+    use(RowRun{begin, std::min(begin + kChunkRows, run.end)});
+  }
+}
+
+// The columns of an adapter in h, or in its gradient, times `scale` and in `dtype`. Rows that it does not
+// serve are left as they are found.
+struct LoraFactors {
+  Tensor rows;     // [m, rank], or undefined
+  Tensor columns;  // [rank, rows of the chunk] from rank times the chunk's first row on; or undefined
+  int64_t rank;
+
+  LoraFactors(const Tensor& h, const Adapter& adapter, float scale, at::ScalarType dtype, bool wants_rows,
+              bool wants_columns)
+      : LoraFactors(h, adapter.h_begin, adapter.rank(), adapter.runs, scale, dtype, wants_rows,
+                    wants_columns) {}
+
+  LoraFactors(const Tensor& h, int64_t h_begin, int64_t rank, const std::vector<RowRun>& runs, float scale,
+              at::ScalarType dtype, bool wants_rows, bool wants_columns)
+      : rank(rank) {
+    const int64_t size = rows_of(h) * rank;
+    const auto options = h.options().dtype(dtype);
+    if (wants_rows) rows = at::empty({rows_of(h), rank}, options);
+    if (wants_columns) columns = at::empty({size}, options);
+    if (size == 0 || !(wants_rows || wants_columns)) return;
+    const float* from = h.const_data_ptr<float>() + h_begin;
+    const auto at = [&](const Tensor& t, int64_t row) -> void* {
+      if (!t.defined()) return nullptr;
+      return static_cast<char*>(t.mutable_data_ptr()) + row * rank * static_cast<int64_t>(t.element_size());
+    };
+    const DType out_dtype = dtype_of(wants_rows ? rows : columns, "h");
+    std::vector<RowRun> chunks;
+    for (const RowRun& run : runs) for_chunks(run, [&](const RowRun& chunk) { chunks.push_back(chunk); });
+    const auto transpose_rows = kernels().transpose_rows;
+    parallel_for(0, static_cast<int64_t>(chunks.size()), ceil_div(kElementwiseGrain, kChunkRows * rank),
+                 [&](int64_t first, int64_t last) {
+                   for (int64_t i = first; i < last; ++i) {
+                     const int64_t begin = chunks[i].begin, count = chunks[i].end - begin;
+                     const TransposeParams params{
+                         from + begin * h.size(-1), DType::kF32, count, rank,  h.size(-1),
+                         at(columns, begin),        out_dtype,   count, scale, at(rows, begin)};
+                     transpose_rows(params, 0, count);
+                   }
+                 });
+  }
+
+  // Adds what the columns come to with `rows`, summed over runs of them, to a product that is [rank,
+  // features]: the rank is the short side of dA and dB. It takes the place of the batch, and features stay
+  // contiguous.
+  void add_sums(Product& product, const Tensor& rows, const std::vector<RowRun>& runs) const {
+    for (const RowRun& run : runs) {
+      for_chunks(run, [&](const RowRun& chunk) {
+        GemmTerm term = term_of(columns, "factors", dense_matrix(rows, "rows"));
+        term.lhs = static_cast<const char*>(term.lhs) +
+                   chunk.begin * rank * static_cast<int64_t>(columns.element_size());
+        term.lhs_ld = term.depth = chunk.end - chunk.begin;
+        term.rhs.data =
+            static_cast<const char*>(term.rhs.data) + chunk.begin * rows.size(1) * rows.element_size();
+        product.add(term);
+      });
+    }
+    product.keep_few_rows_together();
+    product.keep(columns);
+    product.keep(rows);
+  }
+};
+
+}  // namespace peft_kernels::cpu

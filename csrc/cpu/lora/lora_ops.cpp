@@ -1,0 +1,253 @@
+// What the ops with LoRA adapters compute here: the deltas of a layer are further terms of its base product.
+#include <ATen/ATen.h>
+// Ahead of all others: it is precompiled (tools/precompiled.py).
+
+#include <vector>
+
+#include "../../common/autocast.h"
+#include "../../common/lora_ops.h"
+#include "../core/transpose.h"
+#include "../isa/namespace.h"
+#include "../linear/linear_product.h"
+#include "../linear/weights.h"
+#include "lora_adapters.h"
+#include "lora_factors.h"
+
+namespace peft_kernels::cpu {
+namespace {
+
+// Adds the shrinking products of an adapter, rows times rhs transposed, into its columns of h (or of dh).
+void add_shrunk(std::vector<Product>& products, Tensor& h, const Adapter& adapter, const Tensor& rows,
+                const Tensor& rhs, float rhs_scale) {
+  for (const RowRun& run : adapter.runs) {
+    Product& product = products.emplace_back(h, run.begin, run.end, adapter.h_begin, adapter.h_end());
+    GemmTerm term = term_of(rows, "rows", dense_matrix(rhs, "rhs"), rhs_scale);
+    term.lhs = static_cast<const char*>(term.lhs) + run.begin * term.lhs_ld * rows.element_size();
+    product.add(term);
+    product.keep(rows);
+    product.keep(rhs);
+  }
+}
+
+// Adds the expanding product of an adapter, `scale` times its columns of h (or of dh) times rhs, in the rows
+// that it serves. `rounded`: those columns as bf16, scaled, for a product in pairs; else undefined.
+void add_expanded(Product& product, const Tensor& h, const Tensor& rounded, const Adapter& adapter,
+                  const MatrixView& rhs, float scale, const DropoutMask& mask) {
+  GemmTerm term = rounded.defined() ? term_of(rounded, "h", rhs) : term_of(h, "h", rhs, scale);
+  if (rounded.defined()) {
+    product.keep(rounded);
+  } else {
+    term.lhs = static_cast<const float*>(term.lhs) + adapter.h_begin;
+    term.depth = adapter.rank();
+  }
+  term.mask = mask;
+  for (const RowRun& run : adapter.runs) {
+    term.m_begin = run.begin;
+    term.m_end = run.end;
+    product.add(term);
+  }
+}
+
+Tensor in_type(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
+
+// x with the elements dropped that an adapter's mask drops, not yet scaled: exact in x's own type.
+Tensor masked(const Tensor& x, const Adapter& adapter) {
+  if (!adapter.drops()) return x;
+  DropoutMask mask = adapter.mask;
+  mask.scale = 1.0f;
+  Tensor out = at::empty_like(x);
+  run_dropout(x, mask, out);
+  return out;
+}
+
+// h = x A^T of every adapter in its rows, 0 elsewhere. Leading sizes as x's.
+Tensor shrink(const Tensor& x, const Tensor& rows, const Adapters& adapters, bool has_gaps) {
+  const auto sizes = sizes_with_last(x, ranks_of(adapters));
+  const auto options = x.options().dtype(at::kFloat);
+  Tensor h = has_gaps ? at::zeros(sizes, options) : at::empty(sizes, options);
+  std::vector<Product> products;
+  for (const Adapter& adapter : adapters) {
+    // In pairs A has no scale.
+    add_shrunk(products, h, adapter, masked(rows, adapter), adapter.a,
+               adapter.a_in_pairs ? 1.0f : adapter.mask.scale);
+    if (!adapter.drops()) continue;
+    Product::run_nt_together(products);  // before the next makes its own copy of x
+    products.clear();
+    if (adapter.a_in_pairs) h.narrow(-1, adapter.h_begin, adapter.rank()).mul_(adapter.mask.scale);
+  }
+  Product::run_nt_together(products);
+  return h;
+}
+
+// What dh lacks of the scaling: all of it where it was multiplied in pairs, as those leave B no scale.
+float scale_left(const Adapter& adapter) { return adapter.b_in_pairs ? adapter.scaling : 1.0f; }
+
+// dh = scaling dY B of every adapter in its rows, but for scale_left.
+Tensor shrink_gradients(const std::vector<Tensor>& dy, const Adapters& adapters, const Tensor& h) {
+  Tensor dh = at::empty_like(h);
+  std::vector<Product> products;
+  for (const Adapter& adapter : adapters) {
+    // Where it is not multiplied in pairs it is in fp32, whatever the scaling: bf16 matrices would be
+    // multiplied as pairs where it is 1, in another order.
+    const Tensor& b = adapter.b;
+    Tensor bt = at::empty({b.size(1), b.size(0)}, b.options().dtype(factors_type(adapter.b_in_pairs)));
+    transpose(b, bt);
+    add_shrunk(products, dh, adapter, dy[adapter.layer], bt, adapter.b_in_pairs ? 1.0f : adapter.scaling);
+  }
+  Product::run_nt_together(products);
+  return dh;
+}
+
+// Of one layer: rows W^T + bias + the deltas of its adapters, with x as rows in the type of the base product.
+// Leading sizes and type as x's.
+Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, const OptionalTensor& bias,
+                     size_t layer, const Adapters& adapters, const Tensor& h) {
+  const auto sizes = sizes_with_last(x, base.out_features());
+  const at::ScalarType compute = rows.tensor().scalar_type(), bias_dtype = bias_type(bias, compute, x);
+  const int64_t m = rows_of(x);
+  const bool is_torchs = base.is_torchs(m) && !has_dense_gemv(base.dense(), m);
+  Tensor y;
+  if (is_torchs) {
+    if (bias) check_bias(*bias, base.out_features(), bias_dtype);
+    y = at::linear(rows.tensor(), base.dense(), bias ? OptionalTensor(bias->to(compute)) : std::nullopt);
+    y = reshaped(y.contiguous().to(x.scalar_type()), sizes);
+  } else {
+    y = at::empty(sizes, x.options());
+  }
+  Product product(y);
+  if (is_torchs) {
+    product.start_from_out();
+  } else {
+    product.start_from(bias, bias_dtype);
+    product.add(term_of(rows.tensor(), "x", base.matrix()));
+  }
+  for (const Adapter& adapter : adapters) {
+    if (adapter.layer != layer) continue;
+    adapter.check_out_features(base.out_features());
+    const LoraFactors rounded(h, adapter, adapter.scaling, at::kBFloat16, adapter.b_rounds, false);
+    add_expanded(product, h, rounded.rows, adapter, dense_matrix(adapter.b, "lora_b"), adapter.scaling,
+                 DropoutMask{});
+  }
+  is_torchs ? product.run_nt() : product.run_nt(rows);
+  return y;
+}
+
+Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
+                      const Adapters& adapters, const Tensor& dh, const std::vector<LoraFactors>& of_dh,
+                      at::ScalarType compute) {
+  std::vector<Tensor> of_base;  // dy for the base products
+  for (const Tensor& d : dy) of_base.push_back(in_type(d, compute));
+  Tensor dx;
+  const int64_t m = rows_of(x);
+  for (size_t j = 0; j < bases.size(); ++j) {
+    if (!bases[j].is_torchs(m)) continue;
+    if (dx.defined()) {
+      dx.addmm_(of_base[j], bases[j].dense());
+    } else {
+      dx = at::mm(of_base[j], bases[j].dense()).contiguous();
+    }
+  }
+  const bool any_torchs = dx.defined();
+  dx = any_torchs ? reshaped(dx.to(x.scalar_type()), x.sizes()) : at::empty(x.sizes(), x.options());
+  Product product(dx);
+  if (any_torchs) product.start_from_out();
+  for (size_t j = 0; j < bases.size(); ++j) {
+    if (!bases[j].is_torchs(m)) product.add(term_of(of_base[j], "dy", bases[j].matrix()));
+  }
+  for (size_t i = 0; i < adapters.size(); ++i) {
+    const Adapter& adapter = adapters[i];
+    DropoutMask mask = adapter.mask;
+    if (of_dh[i].rows.defined()) mask.scale = 1.0f;
+    add_expanded(product, dh, of_dh[i].rows, adapter, dense_matrix(adapter.a, "lora_a"), scale_left(adapter),
+                 mask);
+  }
+  product.run_nn();
+  return dx;
+}
+
+// Adds the product of an adapter's factors with rows, summed over the rows that it serves, into `out`,
+// [rank, features].
+void add_sums(std::vector<Product>& products, Tensor& out, const LoraFactors& factors, const Adapter& adapter,
+              const Tensor& rows) {
+  factors.add_sums(products.emplace_back(out), rows, adapter.runs);
+}
+
+class Layers {
+ public:
+  using Base = BaseWeight;
+
+  Layers(const Tensor& x, std::vector<AdapterArgs> args, const OptionalTensor& seed,
+         const OptionalTensor& row_group, at::ScalarType compute)
+      : x_(x),
+        rows_(as_rows(x, x.size(-1), "x")),
+        adapters_(adapters_of(x, std::move(args), seed, row_group)),
+        has_gaps_(row_group.has_value()),
+        compute_(compute) {}
+
+  LoraForward forward(const std::vector<BaseWeight>& bases, const std::vector<OptionalTensor>& bias) const {
+    const Rows rows(in_type(rows_, compute_));
+    LoraForward out;
+    out.h = shrink(x_, rows_, adapters_, has_gaps_);
+    for (size_t j = 0; j < bases.size(); ++j) {
+      out.y.push_back(layer_forward(x_, rows, bases[j], bias[j], j, adapters_, out.h));
+    }
+    return out;
+  }
+
+  LoraGradients backward(const std::vector<Tensor>& dy, const Tensor& h, const std::vector<BaseWeight>& bases,
+                         bool need_dx, const std::vector<bool>& need_da,
+                         const std::vector<bool>& need_db) const {
+    for (const Adapter& adapter : adapters_) adapter.check_out_features(dy[adapter.layer].size(1));
+    bool need_dh = need_dx;
+    for (const bool need : need_da) need_dh |= need;
+    const Tensor dh = need_dh ? shrink_gradients(dy, adapters_, h) : Tensor();
+    const auto none = [](const Tensor& t) { return at::empty({0}, t.options()); };
+    LoraGradients out;
+    std::vector<LoraFactors> of_dh;
+    for (size_t i = 0; i < adapters_.size() && need_dh; ++i) {
+      const Adapter& adapter = adapters_[i];
+      of_dh.emplace_back(dh, adapter, scale_left(adapter) * adapter.mask.scale,
+                         factors_type(adapter.a_rounds), need_dx && adapter.a_rounds, need_da[i]);
+    }
+    out.dx = need_dx ? input_gradient(dy, x_, bases, adapters_, dh, of_dh, compute_) : none(x_);
+    std::vector<Product> products;
+    std::vector<Tensor> transposed(adapters_.size());
+    for (size_t i = 0; i < adapters_.size(); ++i) {
+      const Adapter& adapter = adapters_[i];
+      const Tensor &a = adapter.a, &b = adapter.b;
+      out.da.push_back(need_da[i] ? at::empty_like(a) : none(a));
+      if (need_da[i]) {
+        add_sums(products, out.da[i], of_dh[i], adapter, masked(rows_, adapter));
+        if (adapter.drops()) {
+          Product::run_nn_together(products);  // before the next makes its own copy of x
+          products.clear();
+        }
+      }
+      out.db.push_back(need_db[i] ? at::empty_like(b) : none(b));
+      if (need_db[i]) {
+        transposed[i] = at::empty({b.size(1), b.size(0)}, b.options());
+        const LoraFactors of_h(h, adapter, adapter.scaling, factors_type(adapter.b_rounds), false, true);
+        add_sums(products, transposed[i], of_h, adapter, dy[adapter.layer]);
+      }
+    }
+    Product::run_nn_together(products);
+    for (size_t i = 0; i < adapters_.size(); ++i) {
+      if (need_db[i]) transpose(transposed[i], out.db[i]);
+    }
+    return out;
+  }
+
+ private:
+  const WithoutAutocast without_autocast_;
+  const Tensor& x_;
+  const Tensor rows_;
+  const Adapters adapters_;
+  const bool has_gaps_;  // rows without an adapter
+  const at::ScalarType compute_;
+};
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) { LoraOps<Layers>::implement(m); }
+
+}  // namespace peft_kernels::cpu

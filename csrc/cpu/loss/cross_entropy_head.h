@@ -1,0 +1,128 @@
+// The head of a language model, and which of the rows before it have a label.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <numeric>
+#include <vector>
+
+#include "../linear/linear_product.h"
+#include "../linear/weights.h"
+
+namespace peft_kernels::cpu {
+
+inline constexpr int64_t kPieceCols = 512;  // of logits, that are made at a time
+static_assert(kPieceCols <= kSoftmaxCols, "");
+inline constexpr int64_t kMostRoundings = 8;  // of a whole head, piece by piece; a copy costs about as much
+
+// The rows that have a label, and their labels.
+struct Labelled {
+  std::vector<int64_t> rows, labels;
+
+  Labelled(const Tensor& labels_in, int64_t ignored, int64_t vocabulary) {
+    const Tensor all = labels_in.contiguous();
+    const int64_t* label = all.const_data_ptr<int64_t>();
+    for (int64_t i = 0; i < all.numel(); ++i) {
+      if (label[i] == ignored) continue;
+      TORCH_CHECK(0 <= label[i] && label[i] < vocabulary, "labels: expected 0 to ", vocabulary - 1, ", or ",
+                  ignored, " to ignore, got ", label[i]);
+      rows.push_back(i);
+      labels.push_back(label[i]);
+    }
+  }
+  int64_t count() const { return static_cast<int64_t>(rows.size()); }
+};
+
+// The head, any rows of it in place. One of fp32 before rows of a shorter type counts as rounded to that, as
+// under autocast: a piece at a time, as it is needed. A copy of all would be fresh memory, and to touch that
+// costs more than to round everything a few times.
+class Head {
+ public:
+  Head(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
+       const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary, const Tensor& x)
+      : rounds_(!absmax && weight.scalar_type() == at::kFloat && x.scalar_type() != at::kFloat &&
+                weight.is_contiguous()),
+        base_(absmax || rounds_ ? weight : in_place(weight, x), absmax, absmax2, offset, blocksize,
+              vocabulary, x.size(1), rounds_ ? at::kFloat : x.scalar_type()),
+        like_(at::empty({0, x.size(1)}, x.options())) {
+    if (base_.is_dense()) {
+      dense_ = base_.dense();
+    } else if (piece_cols() > kSoftmaxCols) {  // rows begin within bytes, or within blocks of scales
+      dense_ = at::empty({vocabulary, x.size(1)}, x.options());
+      const auto dequantize = kernels().dequantize;
+      parallel_for(0, dense_.numel(), kElementwiseGrain, [&](int64_t begin, int64_t end) {
+        dequantize(base_.nf4().view(), begin, end, dtype_of(dense_, "weight"), dense_.mutable_data_ptr());
+      });
+    }
+  }
+  bool is_dense() const { return dense_.defined(); }
+  bool is_torchs(int64_t rows) const {
+    return is_dense() && is_torchs_product(rounds_ ? like_ : dense_, rows);
+  }
+  // Where all of it will be read so many times.
+  void prepare(int64_t times) {
+    if (!rounds_ || times <= kMostRoundings) return;
+    dense_ = dense_.to(like_.scalar_type());
+    rounds_ = false;
+  }
+  // Rows of a dense head, of x's type.
+  Tensor dense(int64_t first, int64_t last) const {
+    return dense_.slice(0, first, last).to(like_.scalar_type());
+  }
+  bool rounds() const { return rounds_; }
+  // Room for so many rows where they are rounded; empty elsewhere.
+  Tensor room(int64_t rows) const { return at::empty({rounds_ ? rows : 0, like_.size(1)}, like_.options()); }
+
+  // How many columns of logits a piece has: pieces begin where a block of scales of scales does.
+  int64_t piece_cols() const {
+    if (is_dense() || base_.in_features() == 0) return kPieceCols;
+    const int64_t block = nf4::kAbsmaxBlock << base_.nf4().view().block_shift;
+    const int64_t unit = block / std::gcd(block, base_.in_features());
+    return ceil_div(kPieceCols, unit) * unit > kSoftmaxCols ? unit : ceil_div(kPieceCols, unit) * unit;
+  }
+  // Rows [first, first + count), rounded in `room` where they have to be; a packed head's in `view`.
+  MatrixView rows(int64_t first, int64_t count, Nf4View& view, const Tensor& room) const {
+    const MatrixView matrix = rows_from(first, view);
+    if (!rounds_) return matrix;
+    // As rows so short that they are read in the order in which they lie.
+    constexpr int64_t kRun = 16;
+    const int64_t numel = count * matrix.ld, cols = numel % kRun == 0 ? kRun : matrix.ld;
+    const DType dtype = dtype_of(like_, "x");
+    const TransposeParams params{
+        matrix.data, matrix.dtype, numel / cols,           cols, cols, nullptr, dtype,
+        0,           1.0f,         room.mutable_data_ptr()};
+    if (numel > 0) kernels().transpose_rows(params, 0, params.rows);
+    return {params.copy, dtype, matrix.ld, nullptr};
+  }
+  // From row `first` on, as they are; a packed head's in `view`.
+  MatrixView rows_from(int64_t first, Nf4View& view) const {
+    if (is_dense()) {
+      MatrixView matrix = dense_matrix(dense_, "weight");
+      matrix.data = static_cast<const char*>(matrix.data) + first * matrix.ld * dense_.element_size();
+      return matrix;
+    }
+    view = base_.nf4().view();
+    const int64_t element = first * base_.in_features(), block = element >> view.block_shift;
+    view.packed += element / 2;
+    if (view.absmax) {
+      view.absmax += block;
+    } else {
+      view.q8 += block;
+      view.absmax2 += block / nf4::kAbsmaxBlock;
+    }
+    return {nullptr, DType::kF32, base_.in_features(), &view};
+  }
+
+ private:
+  // Of a dense one, rows as they are multiplied.
+  static Tensor in_place(const Tensor& weight, const Tensor& x) {
+    return (weight.scalar_type() == at::kFloat ? weight.to(x.scalar_type()) : weight).contiguous();
+  }
+
+  bool rounds_;
+  const BaseWeight base_;
+  const Tensor like_;  // no rows, of the type that they are multiplied in
+  Tensor dense_;
+};
+
+}  // namespace peft_kernels::cpu

@@ -1,0 +1,155 @@
+// The loss of a head without its logits: tensors to pointers, and registration.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <tuple>
+#include <utility>
+
+#include "../../common/autocast.h"
+#include "../isa/namespace.h"
+#include "cross_entropy_head.h"
+#include "cross_entropy_loss.h"
+#include "cross_entropy_slopes.h"
+
+namespace peft_kernels::cpu {
+namespace {
+
+void check_arguments(const Tensor& x, const Tensor& labels, int64_t vocabulary, const OptionalTensor& bias,
+                     double softcap, double label_smoothing) {
+  dtype_of(x, "x");
+  TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
+  check_dtype(labels, at::kLong, "labels");
+  check_shape(labels, {x.size(0)}, "labels");
+  TORCH_CHECK(vocabulary > 0, "vocabulary: expected 1 or more, got ", vocabulary);
+  TORCH_CHECK(softcap >= 0, "softcap: expected 0 or more, got ", softcap);
+  TORCH_CHECK(0 <= label_smoothing && label_smoothing <= 1, "label_smoothing: expected 0 to 1, got ",
+              label_smoothing);
+  if (bias) check_bias(*bias, vocabulary, x.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
+    const Tensor& x, const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
+    const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary, const OptionalTensor& bias,
+    const Tensor& labels, int64_t ignore_index, double logit_scale, double softcap, double label_smoothing,
+    double z_loss, bool need_slope, bool need_entropy, bool need_mean) {
+  const WithoutAutocast without_autocast;
+  check_arguments(x, labels, vocabulary, bias, softcap, label_smoothing);
+  // What smoothing gives is then no multiple of one row of the head.
+  TORCH_CHECK(!(need_slope && softcap > 0 && label_smoothing > 0),
+              "need_slope: expected False with both softcap and label_smoothing, got True");
+  Head head(weight, absmax, absmax2, offset, blocksize, vocabulary, x);
+  const Labelled labelled(labels, ignore_index, vocabulary);
+  const auto floats = x.options().dtype(at::kFloat);
+  const int64_t rows = x.size(0), features = x.size(1);
+  Tensor loss = at::zeros({rows}, floats), lse = at::zeros({rows}, floats);
+  Tensor entropy = at::zeros({need_entropy ? rows : 0}, floats),
+         mean = at::zeros({need_mean ? rows : 0}, floats);
+  Tensor top = at::zeros(entropy.sizes(), x.options().dtype(at::kBool));
+  const bool all = labelled.count() == rows;
+  const at::DimVector sizes{need_slope ? rows : 0, features};
+  Tensor slope = all ? at::empty(sizes, x.options()) : at::zeros(sizes, x.options());
+  if (labelled.count() == 0) return {loss, lse, entropy, top, mean, slope};
+  const Tensor index =
+      at::from_blob(const_cast<int64_t*>(labelled.rows.data()), {labelled.count()}, labels.options());
+  const Tensor chosen = all ? x.contiguous() : x.index_select(0, index);
+  const Options options{static_cast<float>(logit_scale),
+                        static_cast<float>(softcap),
+                        label_smoothing,
+                        z_loss,
+                        need_slope,
+                        need_entropy,
+                        need_mean};
+  const Tensor floats_bias = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  Loss(chosen, head, vocabulary, floats_bias, labelled, options)
+      .run({loss.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(),
+            mean.mutable_data_ptr<float>(), top.mutable_data_ptr<bool>(),
+            static_cast<char*>(slope.mutable_data_ptr())});
+  return {loss, lse, entropy, top, mean, slope};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward(
+    const Tensor& dloss, const Tensor& lse, const Tensor& x, const Tensor& weight,
+    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset,
+    int64_t blocksize, int64_t vocabulary, const OptionalTensor& bias, const OptionalTensor& h_in,
+    const OptionalTensor& lora_b_in, const Tensor& labels, int64_t ignore_index, double logit_scale,
+    double softcap, double label_smoothing, double z_loss, bool need_dx, bool need_dw, bool need_dbias,
+    bool need_dh, bool need_db) {
+  const WithoutAutocast without_autocast;
+  check_arguments(x, labels, vocabulary, bias, softcap, label_smoothing);
+  const int64_t rows = x.size(0);
+  for (const auto& [t, name] : {std::pair{&dloss, "dloss"}, std::pair{&lse, "lse"}}) {
+    check_dtype(*t, at::kFloat, name);
+    check_shape(*t, {rows}, name);
+  }
+  TORCH_CHECK(h_in.has_value() == lora_b_in.has_value(), "h, lora_b: expected both or neither, got one");
+  if (h_in) {
+    dtype_of(*h_in, "h");
+    dtype_of(*lora_b_in, "lora_b");
+    TORCH_CHECK(h_in->dim() == 2 && h_in->size(0) == rows, "h: expected shape [", rows, ", r], got ",
+                h_in->sizes());
+    check_shape(*lora_b_in, {vocabulary, h_in->size(1)}, "lora_b");
+  }
+  const Head head(weight, absmax, absmax2, offset, blocksize, vocabulary, x);
+  TORCH_CHECK(!need_dw || !absmax, "need_dw: expected False with a packed weight, got True");
+  TORCH_CHECK(!need_dbias || bias, "need_dbias: expected False without a bias, got True");
+  TORCH_CHECK((!need_dh && !need_db) || h_in, "need_dh, need_db: expected False without h, got True");
+  const Labelled labelled(labels, ignore_index, vocabulary);
+  const bool all = labelled.count() == rows;
+  const Tensor index =
+      at::from_blob(const_cast<int64_t*>(labelled.rows.data()), {labelled.count()}, labels.options());
+  const auto chosen = [&](const Tensor& t) { return all ? t.contiguous() : t.index_select(0, index); };
+  const auto floats = x.options().dtype(at::kFloat);
+  const Tensor lora_b = lora_b_in ? lora_b_in->to(at::kFloat) : Tensor();
+  const Tensor h = h_in ? chosen(h_in->to(at::kFloat)) : Tensor();
+  const Tensor float_bias = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const Tensor x_rows = chosen(x), dloss_rows = chosen(dloss), lse_rows = chosen(lse);
+
+  const auto gradient = [&](bool needed, const Tensor& like, const at::TensorOptions& options) {
+    return needed ? at::zeros(like.sizes(), options) : at::empty({0}, options);
+  };
+  Tensor dx = gradient(need_dx, x_rows, floats),
+         dh = h_in ? gradient(need_dh, h, floats) : at::empty({0}, floats);
+  Tensor dw = gradient(need_dw, weight, need_dw ? weight.options() : x.options());
+  Tensor dbias = bias ? gradient(need_dbias, *bias, bias->options()) : at::empty({0}, x.options());
+  Tensor db = lora_b_in ? gradient(need_db, *lora_b_in, lora_b_in->options()) : at::empty({0}, x.options());
+  if (labelled.count() > 0) {
+    SlopesParams params{};
+    params.labels = labelled.labels.data();
+    params.dloss = dloss_rows.const_data_ptr<float>();
+    params.lse = lse_rows.const_data_ptr<float>();
+    params.vocabulary = vocabulary;
+    params.scale = static_cast<float>(logit_scale);
+    params.cap = static_cast<float>(softcap);
+    params.smoothing = static_cast<float>(label_smoothing);
+    params.z_loss = static_cast<float>(z_loss);
+    Slopes slopes(x_rows, h, lora_b, head, float_bias, params);
+    slopes.each([&](int64_t first, int64_t last, const Tensor& d, const Tensor& rounded) {
+      if (need_dx) slopes.add_back(rounded, first, dx);
+      if (need_dw) {
+        Tensor part = dw.slice(0, first, last);
+        if (part.scalar_type() == x_rows.scalar_type()) {
+          at::mm_out(part, rounded.t(), x_rows);
+        } else {
+          part.copy_(at::mm(rounded.t(), x_rows));
+        }
+      }
+      if (need_dbias) dbias.slice(0, first, last).copy_(d.sum(0));
+      if (need_dh) dh.addmm_(d, lora_b.slice(0, first, last));
+      if (need_db) db.slice(0, first, last).copy_(at::mm(d.t(), h));
+    });
+  }
+  const auto spread = [&](const Tensor& t, bool needed, const Tensor& like) {
+    if (all || !needed) return t.to(like.scalar_type());
+    return at::zeros(like.sizes(), like.options()).index_copy_(0, index, t.to(like.scalar_type()));
+  };
+  return {spread(dx, need_dx, x), dw, dbias, spread(dh, need_dh, h_in ? *h_in : x), db};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, CPU, m) {
+  m.impl("linear_cross_entropy", linear_cross_entropy);
+  m.impl("linear_cross_entropy_backward", linear_cross_entropy_backward);
+}
+
+}  // namespace peft_kernels::cpu
