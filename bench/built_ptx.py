@@ -16,7 +16,7 @@ _LINES = re.compile(r"^\s*\.(?:loc|file)\s.*\n|^\s*\.section\s+\.debug\w*\s*\{[^
 def text(source: Path, architecture: int, read: Iterable[Path]) -> str | None:
     """Of a file in csrc/cuda; `read` are the file and all that it includes. None where none was built since
     they changed."""
-    if source.parent != ROOT / "csrc" / "cuda":
+    if ROOT / "csrc" / "cuda" not in source.parents:
         return None
     changed = max(path.stat().st_mtime_ns for path in read)
     for built in sorted(ROOT.glob(f"build/temp.*/build/ptx/{source.stem}.o")):

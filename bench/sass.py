@@ -1,6 +1,6 @@
 """What the compiler made of the CUDA kernels: registers, spills and the instructions of their main loops.
 
-Needs no GPU: every csrc/cuda/*.cu is compiled for every architecture, disassembled and counted. The numbers
+Needs no GPU: every csrc/cuda/**/*.cu is compiled for every architecture, disassembled and counted. The numbers
 of `limits.py` are what the counts are held against, by the tests; `floors.py` tells what they would cost.
 """
 
@@ -73,7 +73,7 @@ class Cubin:
 
 
 def sources(folder: Path = SOURCES) -> list[Path]:
-    return sorted(folder.glob("*.cu"))
+    return sorted(folder.rglob("*.cu"))
 
 
 def compile_all(

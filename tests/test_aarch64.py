@@ -65,7 +65,9 @@ def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert made.returncode == 0, made.stderr
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(compile_one, [*levels, CSRC / "isa" / "scalar.cpp", CSRC / "isa" / "isa.cpp", *SOURCES]))
+        list(
+            pool.map(compile_one, [*levels, CSRC / "isa" / "scalar.cpp", CSRC / "isa" / "isa.cpp", *SOURCES])
+        )
     return folder
 
 

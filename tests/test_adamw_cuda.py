@@ -164,7 +164,7 @@ def test_parameters_without_elements_are_passed_over() -> None:
 @lru_cache(maxsize=1)
 def compiled(architecture: int) -> tuple[Path, dict[str, Kernel]]:
     assert isinstance(TOOLS, sass.Tools)
-    (made,) = sass.compile_all(TOOLS, [sass.SOURCES / "adamw.cu"], [architecture], cache=sass.CACHE)
+    (made,) = sass.compile_all(TOOLS, [sass.SOURCES / "optim" / "adamw.cu"], [architecture], cache=sass.CACHE)
     return made.path, {kernel.name: kernel for kernel in sass.read(TOOLS, [made], cache=sass.CACHE)}
 
 

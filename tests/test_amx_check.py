@@ -99,7 +99,9 @@ def test_the_way_of_a_machine_with_amx(tmp_path: Path, python: Path, failing: st
         "-m pytest" in line and line.endswith(" tests -k cpu-amx or test_cpu_plan dense=1 cap=")
         for line in calls
     )
-    chosen = [line for line in calls if "dense_choice.py --level amx --record csrc/cpu/isa/fast_dense.h" in line]
+    chosen = [
+        line for line in calls if "dense_choice.py --level amx --record csrc/cpu/isa/fast_dense.h" in line
+    ]
     tables = [line for line in calls if "bench/run.py" in line]
     assert len(tables) == 1 and "^(forward|q?lora|quantize|dequantize|step|decode)-" in tables[0]
     if failing:

@@ -20,7 +20,7 @@ TOOLS = sass.tools()
 @pytest.mark.parametrize("architecture", sass.SAME_PTX)
 def test_what_was_built_for_tests_becomes_the_same_instructions(architecture: int, tmp_path: Path) -> None:
     assert isinstance(TOOLS, sass.Tools)
-    source = sass.SOURCES / "dropout.cu"
+    source = sass.SOURCES / "lora" / "dropout.cu"
     built = built_ptx.text(source, architecture, sass.sources())
     if built is None:
         pytest.skip("build/ has no PTX of the sources as they are")
@@ -43,7 +43,7 @@ def test_text_is_found_in_an_object() -> None:
 
 def test_what_was_built_before_a_change_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(built_ptx, "ROOT", tmp_path)
-    source, header = tmp_path / "csrc" / "cuda" / "a.cu", tmp_path / "a.cuh"
+    source, header = tmp_path / "csrc" / "cuda" / "lora" / "a.cu", tmp_path / "a.cuh"
     built = tmp_path / "build" / "temp.x" / "build" / "ptx" / "a.o"
     for path in (source, header, built):
         path.parent.mkdir(parents=True, exist_ok=True)

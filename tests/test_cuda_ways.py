@@ -52,7 +52,8 @@ def test_what_no_kernel_takes_goes_by_pieces(extension: ModuleType) -> None:
 
 def lines_of(file: str) -> list[str]:
     """Of a file in csrc/cuda."""
-    return (Path(__file__).parent.parent / "csrc" / "cuda" / file).read_text(encoding="utf-8").splitlines()
+    (path,) = (Path(__file__).parent.parent / "csrc" / "cuda").rglob(file)
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def sizes(m: int, n: int, k: int, dtype: torch.dtype, i: int) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def pieces(count: int, length: int, itemsize: int) -> Iterator[range]:
 def piece_size(count: int, length: int, itemsize: int) -> int:
     """As few equal pieces as MOST_BYTES allow: each is two launches, and a large one fills the card.
 
-    The rule is csrc/cuda/linear_plan.cpp's too (`piece_of`)."""
+    The rule is csrc/cuda/linear/linear_plan.cpp's too (`piece_of`)."""
     most = max(MOST_BYTES // (max(length, 1) * itemsize) // UNIT, 1) * UNIT
     number = max(cdiv(count, most), 1)
     return max(cdiv(cdiv(count, number), UNIT), 1) * UNIT

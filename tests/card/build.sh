@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 objects=$(mktemp -d)
 trap 'rm -rf "$objects"' EXIT
 jobs=()
-for source in csrc/cuda/launch.cpp tests/card/{main,card_cases}.cu tests/ptx/{value,matrix,memory}_cases.cu; do
+for source in csrc/cuda/core/launch.cpp tests/card/{main,card_cases}.cu tests/ptx/{value,matrix,memory}_cases.cu; do
   "$nvcc" -std=c++17 -O3 "$@" -Icsrc/cuda -Itests/ptx -c -o "$objects/${source##*/}.o" "$source" &
   jobs+=($!)
 done

@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "card_cases.h"
-#include "device.cuh"
-#include "launch.cuh"
+#include "core/device.cuh"
+#include "core/launch.cuh"
 
 namespace cases {
 namespace {

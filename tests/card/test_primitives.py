@@ -36,7 +36,7 @@ def program() -> Path:
     if missing := [a for a in ARCHITECTURES if f"compute_{a}\n" not in known]:
         pytest.skip(f"this nvcc compiles nothing for compute capability {missing}")
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    headers = [*(ROOT / "csrc" / "cuda").glob("*.[ch]*"), *(ROOT / "csrc" / "common").glob("*.h")]
+    headers = [*(ROOT / "csrc" / "cuda").rglob("*.[ch]*"), *(ROOT / "csrc" / "common").glob("*.h")]
     sources = [*BUILD.parent.glob("*.*"), *CASES, *(ROOT / "tests" / "ptx").glob("*.cuh"), *headers]
     texts = [known.encode(), *(path.read_bytes() for path in sorted(sources))]
     path = ROOT / "build" / "card" / hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
@@ -85,7 +85,7 @@ def unnamed(functions: set[str], cases: Sequence[str]) -> list[str]:
 
 
 def test_every_wrapper_has_its_case() -> None:
-    functions = wrappers((ROOT / "csrc" / "cuda" / "device.cuh").read_text(encoding="utf-8"))
+    functions = wrappers((ROOT / "csrc" / "cuda" / "core" / "device.cuh").read_text(encoding="utf-8"))
     assert {"shuffle_from_quad", "atomic_add_ordered", "mma", "pack2", "shared_memory", "load"} <= functions
     assert not unnamed(functions, [path.read_text(encoding="utf-8") for path in CASES])
 

@@ -5,10 +5,10 @@
 #include <stdexcept>
 #include <string>
 
-#include "counters.h"
+#include "core/counters.h"
+#include "core/kernels.h"
+#include "core/stream.h"
 #include "fake_runtime.h"
-#include "kernels.h"
-#include "stream.h"
 
 namespace peft_kernels::cuda {
 namespace {

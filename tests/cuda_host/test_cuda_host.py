@@ -33,7 +33,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
         pytest.skip("no g++" if compiler is None else "no nvcc")
     target = tmp_path_factory.mktemp("cuda_host") / "cases"
     sources = [
-        *(CSRC / name for name in ("card.cpp", "counters.cpp", "launch.cpp")),
+        *(CSRC / "core" / name for name in ("card.cpp", "counters.cpp", "launch.cpp")),
         HERE / "fake_runtime.cpp",
     ]
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", f"-I{CSRC}", f"-I{HERE}"]
@@ -62,6 +62,6 @@ def test_there_are_cases() -> None:
 
 def test_what_lanes_do_together_stays_in_place() -> None:
     """What is not volatile may be moved into a branch that some of them do not take."""
-    source = (CSRC / "device.cuh").read_text(encoding="utf-8")
+    source = (CSRC / "core" / "device.cuh").read_text(encoding="utf-8")
     together = re.findall(r'asm( volatile)?\(\s*"(\w+\.sync\b[^"]*)', source)
     assert len(together) == 4 and all(volatile for volatile, _ in together), together

@@ -1,7 +1,7 @@
 // Faults in what blocks tell each other.
 #include <cstdint>
 
-#include "device.cuh"
+#include "core/device.cuh"
 #include "faults.cuh"
 
 namespace cases {

@@ -17,9 +17,9 @@
 #include <vector>
 
 #include "cases.cuh"
+#include "core/kernels.h"
 #include "cudart.h"
 #include "guarded.h"
-#include "kernels.h"
 
 namespace peft_kernels::cudart {
 namespace {

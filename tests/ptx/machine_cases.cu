@@ -5,8 +5,8 @@
 #include <vector>
 
 #include "cases.cuh"
+#include "core/device.cuh"
 #include "cudart.h"
-#include "device.cuh"
 
 namespace cases {
 namespace {

@@ -4,7 +4,7 @@
 #include <vector>
 
 #include "cases.cuh"
-#include "device.cuh"
+#include "core/device.cuh"
 
 namespace cases {
 namespace {

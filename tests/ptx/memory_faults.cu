@@ -1,7 +1,7 @@
 // Faults in what memory is used how.
 #include <cstdint>
 
-#include "device.cuh"
+#include "core/device.cuh"
 #include "faults.cuh"
 
 namespace cases {

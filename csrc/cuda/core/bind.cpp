@@ -1,0 +1,116 @@
+// The Python module: what is not an op. Importing it registers the ops (*_ops.cpp) and needs no device.
+#include <ATen/ATen.h>
+// Ahead of all others: it is precompiled (tools/precompiled.py).
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstdint>
+#include <map>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../../common/built_for.h"
+#include "../linear/linear.h"
+#include "runtime.h"
+
+#ifdef PEFT_KERNELS_PTX
+#  include "cudart_bind.h"
+#endif
+
+#define PEFT_KERNELS_QUOTE_(x) #x
+#define PEFT_KERNELS_QUOTE(x) PEFT_KERNELS_QUOTE_(x)
+
+namespace {
+
+using namespace peft_kernels;
+using pybind11::arg;
+
+// Of shared memory, on all cards so far.
+constexpr int64_t kReserved = 1024;
+
+DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::kF32;
+  if (name == "bfloat16") return DType::kBF16;
+  if (name == "float16") return DType::kF16;
+  throw pybind11::value_error("dtype: expected float32, bfloat16 or float16, got " + name);
+}
+
+using Ways = std::pair<std::string, std::string>;
+
+Ways plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,
+          const cuda::Card& card) {
+  const int shift = block_shift_of(blocksize);
+  const DType type = dtype_named(dtype);
+  return {cuda::plan_linear(type, m, n, k, shift, card).name,
+          cuda::plan_linear_dx(type, m, n, k, shift, card).name};
+}
+
+std::map<std::string, int64_t> told(const cuda::LinearPlan& plan) {
+  if (!plan.has_kernel()) return {};
+  const cuda::Cut& cut = plan.cut;
+  const cuda::Load load = plan.load();
+  return {{"tiles", cut.tiles},
+          {"splits", cut.splits},
+          {"part", cut.part},
+          {"blocks", cut.blocks},
+          {"workspace_bytes", cut.workspace_bytes},
+          {"features", load.features},
+          {"tokens", load.tokens},
+          {"depth", load.depth},
+          {"share", load.share},
+          {"workers", load.workers}};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.def("spec_hash", [] { return std::string(spec_hash()); }, "SHA-256 of the schemas built against.");
+  m.def(
+      "plan",
+      [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype) {
+        return plan(m, n, k, blocksize, dtype, cuda::current_card());
+      },
+      "Which way [m, k] x [n, k]^T goes on the current device, and its gradient.");
+  m.def(
+      "plan_for",
+      [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
+         int sms, int64_t shared_bytes, int64_t reserved_bytes) {
+        return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes, reserved_bytes});
+      },
+      "The same on any card.", arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"),
+      arg("compute_capability"), arg("sms"), arg("shared_bytes"), arg("reserved_bytes") = kReserved);
+  m.def(
+      "cuts_for",
+      [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
+         int sms, int64_t shared_bytes, int64_t reserved_bytes) {
+        const cuda::Card card{compute_capability, sms, shared_bytes, reserved_bytes};
+        const int shift = block_shift_of(blocksize);
+        const DType type = dtype_named(dtype);
+        return std::pair{told(cuda::plan_linear(type, m, n, k, shift, card)),
+                         told(cuda::plan_linear_dx(type, m, n, k, shift, card))};
+      },
+      "How each of these is cut, and what load the busiest gets: see Cut and Load in linear.h. Empty for "
+      "pieces.",
+      arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
+      arg("shared_bytes"), arg("reserved_bytes") = kReserved);
+  m.def("piece_of", cuda::piece_of,
+        "Rows or columns of a weight that are dequantised at a time: see linear.h.");
+#ifdef PEFT_KERNELS_PTX
+  m.def(
+      "set_card",
+      [](int compute_capability, int sms, int64_t shared_bytes, int64_t reserved_bytes) {
+        cuda::set_card({compute_capability, sms, shared_bytes, reserved_bytes});
+      },
+      "The card that kernels are planned for.", arg("compute_capability"), arg("sms"), arg("shared_bytes"),
+      arg("reserved_bytes") = kReserved);
+  cudart::bind(m);
+#else
+  m.def(
+      "architectures", [] { return std::string(PEFT_KERNELS_QUOTE(PEFT_KERNELS_CUDA_ARCHITECTURES)); },
+      "What the kernels are compiled for, as peft_kernels/backends/architectures.py words it, with colons.");
+#endif
+}

@@ -1,0 +1,91 @@
+// The tiles of rows that experts have, as a list that the products of experts read.
+#pragma once
+
+#include "../experts/experts.h"
+#include "launch.cuh"
+
+namespace peft_kernels::cuda {
+
+// A warp of the first block makes the list. All blocks write zeros to the rows of no expert.
+struct ListExpertRows {
+  static constexpr int kThreads = 256;
+  static constexpr int kBlocksPerSm = 4;
+
+  struct Params {
+    ExpertRows rows;
+    const int* ends;
+    ResultRows results[2];
+  };
+
+  static DEVICE void run(const Params& p) {
+    if (block_index() == 0 && thread_index() < kWarp) list(p);
+    const int last = within(p, load_constant(p.ends + p.rows.experts - 1));
+#pragma unroll
+    for (const ResultRows& result : p.results) {
+      if (result.rows != nullptr) clear(result, last, p.rows.rows);
+    }
+  }
+
+ private:
+  static DEVICE int within(const Params& p, int end) {
+    return end < 0 ? 0 : end < p.rows.rows ? end : p.rows.rows;
+  }
+
+  static DEVICE void list(const Params& p) {
+    const int lane = lane_index(), tile_rows = p.rows.tile_rows;
+    int begin = 0, count = 0;  // of the experts to come
+    for (int first = 0; first < p.rows.experts; first += kWarp) {
+      const int expert = first + lane;
+      int end = expert < p.rows.experts ? within(p, load_constant(p.ends + expert)) : 0;
+      if (end < begin) end = begin;
+      // Ends that do not ascend would have experts share rows.
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) {
+        const int before = __shfl_up_sync(kAllLanes, end, step);
+        if (lane >= step && end < before) end = before;
+      }
+      const int end_before = __shfl_up_sync(kAllLanes, end, 1);
+      const int own_begin = lane == 0 ? begin : end_before;
+      const int tiles = (end - own_begin + tile_rows - 1) / tile_rows;
+      int behind = tiles;  // this expert's tiles
+#pragma unroll
+      for (int step = 1; step < kWarp; step *= 2) {
+        const int before = __shfl_up_sync(kAllLanes, behind, step);
+        if (lane >= step) behind += before;
+      }
+      if (expert < p.rows.experts) {
+        store(reinterpret_cast<Words2*>(p.rows.ranges + expert),
+              {static_cast<uint32_t>(own_begin), static_cast<uint32_t>(end)});
+        RowTile* tile = p.rows.tiles + count + behind - tiles;
+        for (int row = own_begin; row < end; row += tile_rows, ++tile) {
+          const int tile_end = row + tile_rows < end ? row + tile_rows : end;
+          store(reinterpret_cast<Words4*>(tile), {static_cast<uint32_t>(row), static_cast<uint32_t>(tile_end),
+                                                  static_cast<uint32_t>(expert), 0});
+        }
+      }
+      begin = __shfl_sync(kAllLanes, end, kWarp - 1);
+      count += __shfl_sync(kAllLanes, behind, kWarp - 1);
+    }
+    if (lane == 0) store(p.rows.count, count);
+  }
+
+  static DEVICE void clear(const ResultRows& result, int first, int rows) {
+    auto* start = static_cast<uint8_t*>(result.rows);
+    const int64_t begin = first * result.row_bytes, end = rows * result.row_bytes;
+    const auto fill = [&](auto zero) {
+      constexpr int64_t kBytes = sizeof(zero);
+      const int64_t stride = int64_t{grid_size()} * kThreads * kBytes;
+      int64_t at = begin + (int64_t{block_index()} * kThreads + thread_index()) * kBytes;
+      for (; at < end; at += stride) store(reinterpret_cast<decltype(zero)*>(start + at), zero);
+    };
+    result.row_bytes % 16 == 0 ? fill(Words4{}) : fill(uint16_t{0});
+  }
+};
+
+// An entry of the list.
+DEVICE RowTile load_row_tile(const ExpertRows& rows, int tile) {
+  const Words4 words = load_constant(reinterpret_cast<const Words4*>(rows.tiles + tile));
+  return {static_cast<int>(words.v[0]), static_cast<int>(words.v[1]), static_cast<int>(words.v[2])};
+}
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,88 @@
+#include "../lora/lora_over_rows.cuh"
+#include "../lora/lora_shrink.cuh"
+
+namespace peft_kernels::cuda {
+namespace {
+
+// Ranks of all experts' adapters side by side: what one of them needs, for the first.
+RankTile rank_tile_of(int first, int rank, float scale) {
+  return {0, DropoutMask{}, scale, first, std::min(rank - first, kTileRanks)};
+}
+
+template <class Kernel>
+void shrink(const ExpertRows& rows, const void* x, int64_t features, const ExpertsFactor& factor,
+            bool transposed, float scale, float* out, Context& context) {
+  typename Kernel::Params params{};
+  params.x = static_cast<decltype(params.x)>(x);
+  params.m = rows.rows;
+  params.features = features;
+  params.out = out;
+  params.out_ld = factor.rank;
+  params.row_blocks = rows.max_tiles;
+  params.row_warps = 1;
+  while (params.row_warps * Kernel::kRows < rows.tile_rows) params.row_warps *= 2;
+  params.experts = rows;
+  params.factor_stride = factor.rank * features;
+  // Two windows of features for each warp, or more.
+  const int64_t slices = ceil_div(features, 2 * kWindow * (Kernel::kWarps / params.row_warps));
+  const int64_t chunks = ceil_div(ceil_div(factor.rank, kTileRanks), Kernel::kTiles);
+  params.splits = splits_for(params.row_blocks * chunks, slices, context.card);
+  if (params.splits > 1) {
+    const int64_t sums = params.m * params.out_ld * params.splits;
+    params.partial = static_cast<float*>(context.workspace(sums * int64_t{sizeof(float)}));
+    params.counter = context.counters(params.row_blocks * ceil_div(Kernel::kMaxTiles, Kernel::kTiles));
+  }
+  std::vector<ShrinkTile> tiles;
+  for (int first = 0; first < factor.rank; first += kTileRanks) {
+    const int64_t begin = transposed ? first : first * features;
+    tiles.push_back({rank_tile_of(first, factor.rank, scale),
+                     static_cast<const char*>(factor.data) + begin * (factor.is_f32 ? 4 : 2),
+                     transposed ? factor.rank : features, factor.is_f32});
+  }
+  launch_by_tiles<Kernel>(params, tiles, params.row_blocks * params.splits, context.stream);
+}
+
+template <class Kernel>
+void over_rows(const ExpertRows& rows, const void* x, int64_t features, const float* ranks, int rank,
+               bool transposed, float scale, void* out, bool is_f32, Stream stream) {
+  typename Kernel::Params params{};
+  params.x = static_cast<decltype(params.x)>(x);
+  params.features = features;
+  params.factors = ranks;
+  params.ld = rank;
+  params.feature_blocks = ceil_div(features, Kernel::kFeatures);
+  params.splits = 1;
+  params.experts = rows;
+  params.out_stride = rank * features;
+  std::vector<GradientTile> tiles;
+  for (int first = 0; first < rank; first += kTileRanks) {
+    const int64_t rank_stride = transposed ? 1 : features;
+    tiles.push_back({rank_tile_of(first, rank, scale),
+                     static_cast<char*>(out) + first * rank_stride * (is_f32 ? 4 : 2), 0, rank_stride,
+                     transposed ? rank : 1, is_f32});
+  }
+  launch_by_tiles<Kernel>(params, tiles, params.feature_blocks * rows.experts, stream);
+}
+
+}  // namespace
+
+void experts_ranks(const ExpertRows& rows, DType dtype, const void* x, int64_t features,
+                   const ExpertsFactor& factor, bool transposed, float scale, float* out, Context& context) {
+  with_half(dtype, [&](auto type) {
+    using T = decltype(type);
+    (transposed ? shrink<ExpertsShrink<T, true>> : shrink<ExpertsShrink<T, false>>)(rows, x, features, factor,
+                                                                                    transposed, scale, out,
+                                                                                    context);
+  });
+}
+
+void experts_gradient(const ExpertRows& rows, DType dtype, const void* x, int64_t features,
+                      const float* ranks, int rank, bool transposed, float scale, void* out, bool is_f32,
+                      Stream stream) {
+  with_half(dtype, [&](auto type) {
+    over_rows<ExpertsOverRows<decltype(type)>>(rows, x, features, ranks, rank, transposed, scale, out, is_f32,
+                                               stream);
+  });
+}
+
+}  // namespace peft_kernels::cuda

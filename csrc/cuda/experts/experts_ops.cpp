@@ -1,0 +1,329 @@
+// The ops of layers with many experts. Who has which rows is known on the device alone, and stays there.
+#include <ATen/ATen.h>
+#include <torch/library.h>
+
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#include "../core/composed.h"
+#include "../core/runtime.h"
+#include "../linear/linear_product.h"
+#include "experts.h"
+
+namespace peft_kernels::cuda {
+namespace {
+
+// NF4 weights of experts, [experts, out_features, in_features].
+class ExpertsWeight {
+ public:
+  ExpertsWeight(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
+                const OptionalTensor& offset, int64_t blocksize, int64_t experts, int64_t out_features,
+                int64_t in_features)
+      : experts_(experts),
+        out_features_(out_features),
+        in_features_(in_features),
+        block_shift_(block_shift_of(blocksize)) {
+    const int64_t elements = out_features * in_features, blocks = ceil_div(elements, blocksize);
+    packed_ = part(packed, at::kByte, (elements + 1) / 2, "packed");
+    TORCH_CHECK(absmax2.has_value() == offset.has_value(),
+                "absmax2, offset: expected both or neither, got only one of them");
+    if (absmax2) {
+      scale_stride_ = ceil_div(blocks, nf4::kAbsmaxBlock);
+      absmax_ = part(absmax, at::kByte, blocks, "absmax");
+      absmax2_ = part(*absmax2, at::kFloat, scale_stride_, "absmax2");
+      offset_ = part(*offset, at::kFloat, 1, "offset");
+    } else {
+      scale_stride_ = blocks;
+      absmax_ = part(absmax, at::kFloat, blocks, "absmax");
+    }
+  }
+
+  int64_t experts() const { return experts_; }
+  int64_t out_features() const { return out_features_; }
+  int64_t in_features() const { return in_features_; }
+  int block_shift() const { return block_shift_; }
+  int64_t scale_stride() const { return scale_stride_; }
+  bool is_aligned() const { return are_aligned({packed_.const_data_ptr()}); }
+
+  // Of the first.
+  Nf4View view() const {
+    const auto* packed = packed_.const_data_ptr<uint8_t>();
+    if (!absmax2_.defined())
+      return {packed, packed, absmax_.const_data_ptr<float>(), nullptr, 0, block_shift_};
+    return {packed,
+            absmax_.const_data_ptr<uint8_t>(),
+            absmax2_.const_data_ptr<float>(),
+            offset_.const_data_ptr<float>(),
+            nf4::kAbsmaxBlockShift,
+            block_shift_};
+  }
+
+ private:
+  Tensor part(const Tensor& t, at::ScalarType dtype, int64_t of_one, const char* name) const {
+    check_dtype(t, dtype, name);
+    check_numel(t, experts_ * of_one, name);
+    return t.contiguous();
+  }
+
+  int64_t experts_, out_features_, in_features_;
+  int block_shift_;
+  int64_t scale_stride_ = 0;
+  Tensor packed_, absmax_, absmax2_, offset_;
+};
+
+void check_ends(const Tensor& ends) {
+  check_dtype(ends, at::kInt, "ends");
+  TORCH_CHECK(ends.dim() == 1, "ends: expected 1 dimension, got ", ends.dim());
+}
+
+// A tensor as kernels read it: contiguous, at a multiple of 16 bytes.
+Tensor aligned(const Tensor& t) {
+  const Tensor own = t.contiguous();
+  return are_aligned({own.const_data_ptr()}) ? own : own.clone();
+}
+
+// The rows of experts, listed on the device for the kernels that follow on this stream. Results have zeros
+// where no expert is.
+class Listed {
+ public:
+  Listed(const Tensor& ends, int64_t rows, int tile_rows, const std::vector<Tensor>& results) {
+    const int64_t experts = ends.size(0), tiles = ExpertRows::most_tiles(experts, rows, tile_rows);
+    memory_ = at::empty({ExpertRows::bytes(experts, tiles)}, ends.options().dtype(at::kByte));
+    char* start = static_cast<char*>(memory_.mutable_data_ptr());
+    view_.experts = static_cast<int>(experts);
+    view_.rows = static_cast<int>(rows);
+    view_.tile_rows = tile_rows;
+    view_.max_tiles = static_cast<int>(tiles);
+    view_.tiles = reinterpret_cast<RowTile*>(start);
+    view_.ranges = reinterpret_cast<RowRange*>(view_.tiles + tiles);
+    view_.count = reinterpret_cast<int*>(view_.ranges + experts);
+    ResultRows cleared[2] = {};
+    for (size_t i = 0; i < results.size(); ++i) {
+      const Tensor& result = results[i];
+      cleared[i] = {result.mutable_data_ptr(), result.size(1) * static_cast<int64_t>(result.element_size())};
+    }
+    const Tensor own_ends = ends.contiguous();
+    const CallContext context;
+    list_expert_rows(view_, own_ends.const_data_ptr<int>(), cleared, context);
+  }
+
+  const ExpertRows& view() const { return view_; }
+
+ private:
+  Tensor memory_;
+  ExpertRows view_{};
+};
+
+ExpertsParams params_of(const Tensor& x, const ExpertsWeight& weight, const Listed& listed, const Tensor& y) {
+  ExpertsParams params{};
+  params.linear.x = x.const_data_ptr();
+  params.linear.dtype = dtype_of(x, "x");
+  params.linear.weight = weight.view();
+  params.linear.m = static_cast<int>(x.size(0));
+  params.linear.n = static_cast<int>(weight.out_features());
+  params.linear.k = static_cast<int>(weight.in_features());
+  params.linear.y = y.mutable_data_ptr();
+  params.rows = listed.view();
+  params.scale_stride = weight.scale_stride();
+  return params;
+}
+
+int tile_rows(const Tensor& x, const ExpertsWeight& weight, bool is_dx) {
+  if (x.size(0) == 0 || x.size(0) > std::numeric_limits<int>::max() || !weight.is_aligned()) return 0;
+  return (is_dx ? experts_dx_tile_rows : experts_tile_rows)(dtype_of(x, "x"), weight.experts(), x.size(0),
+                                                            weight.out_features(), weight.in_features(),
+                                                            weight.block_shift(), current_card());
+}
+
+// The experts' biases, contiguous.
+Tensor set_bias(const OptionalTensor& bias, const ExpertsWeight& weight, const Tensor& x,
+                ExpertsParams& params) {
+  if (!bias) return {};
+  dtype_of(*bias, "bias");
+  TORCH_CHECK(bias->scalar_type() == at::kFloat || bias->scalar_type() == x.scalar_type(),
+              "bias: expected Float or ", x.scalar_type(), ", got ", bias->scalar_type());
+  check_shape(*bias, {weight.experts(), weight.out_features()}, "bias");
+  const Tensor own = bias->contiguous();
+  params.linear.bias = own.const_data_ptr();
+  params.linear.bias_dtype = dtype_of(own, "bias");
+  return own;
+}
+
+Tensor experts_linear_op(const Tensor& x, const Tensor& ends, const Tensor& packed, const Tensor& absmax,
+                         const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                         int64_t out_features, const OptionalTensor& bias) {
+  const OnDeviceOf device(x, "x");
+  check_ends(ends);
+  TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
+  TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
+  const ExpertsWeight weight(packed, absmax, absmax2, offset, blocksize, ends.size(0), out_features,
+                             x.size(1));
+  const int rows_of_tile = tile_rows(x, weight, false);
+  if (rows_of_tile == 0) {
+    return composed(experts_linear_op, "experts_linear", x, ends, packed, absmax, absmax2, offset, blocksize,
+                    out_features, bias);
+  }
+  const Tensor own_x = aligned(x), y = at::empty({x.size(0), out_features}, x.options());
+  const Listed listed(ends, x.size(0), rows_of_tile, {y});
+  ExpertsParams params = params_of(own_x, weight, listed, y);
+  const Tensor own_bias = set_bias(bias, weight, x, params);
+  CallContext context;
+  experts_linear(params, context);
+  return y;
+}
+
+Tensor experts_linear_dx_op(const Tensor& dy, const Tensor& ends, const Tensor& packed, const Tensor& absmax,
+                            const OptionalTensor& absmax2, const OptionalTensor& offset, int64_t blocksize,
+                            int64_t in_features) {
+  const OnDeviceOf device(dy, "dy");
+  check_ends(ends);
+  TORCH_CHECK(dy.dim() == 2, "dy: expected 2 dimensions, got ", dy.dim());
+  TORCH_CHECK(in_features >= 0, "in_features: expected 0 or more, got ", in_features);
+  const ExpertsWeight weight(packed, absmax, absmax2, offset, blocksize, ends.size(0), dy.size(1),
+                             in_features);
+  const int rows_of_tile = tile_rows(dy, weight, true);
+  if (rows_of_tile == 0) {
+    return composed(experts_linear_dx_op, "experts_linear_dx", dy, ends, packed, absmax, absmax2, offset,
+                    blocksize, in_features);
+  }
+  const Tensor own_dy = aligned(dy), dx = at::empty({dy.size(0), in_features}, dy.options());
+  const Listed listed(ends, dy.size(0), rows_of_tile, {dx});
+  CallContext context;
+  experts_linear_dx(params_of(own_dy, weight, listed, dx), context);
+  return dx;
+}
+
+// Adapters of experts, checked.
+struct Adapters {
+  Tensor a, b;  // [experts, rank, in_features], [experts, out_features, rank]
+
+  Adapters(const Tensor& lora_a, const Tensor& lora_b, const Tensor& ends, const Tensor& x)
+      : a(own(lora_a, x, "lora_a")), b(own(lora_b, x, "lora_b")) {
+    check_shape(a, {ends.size(0), a.size(1), x.size(1)}, "lora_a");
+    check_shape(b, {ends.size(0), b.size(1), a.size(1)}, "lora_b");
+  }
+
+  int rank() const { return static_cast<int>(a.size(1)); }
+  int64_t out_features() const { return b.size(1); }
+  ExpertsFactor factor_a() const { return {a.const_data_ptr(), a.scalar_type() == at::kFloat, rank()}; }
+  ExpertsFactor factor_b() const { return {b.const_data_ptr(), b.scalar_type() == at::kFloat, rank()}; }
+
+ private:
+  static Tensor own(const Tensor& t, const Tensor& x, const char* name) {
+    dtype_of(t, name);
+    TORCH_CHECK(t.dim() == 3, name, ": expected 3 dimensions, got ", t.dim());
+    TORCH_CHECK(t.scalar_type() == at::kFloat || t.scalar_type() == x.scalar_type(), name,
+                ": expected Float or ", x.scalar_type(), ", got ", t.scalar_type());
+    return aligned(t);
+  }
+};
+
+std::tuple<Tensor, Tensor> experts_lora_linear_op(const Tensor& x, const Tensor& ends, const Tensor& weight,
+                                                  const OptionalTensor& absmax, const OptionalTensor& absmax2,
+                                                  const OptionalTensor& offset, int64_t blocksize,
+                                                  const OptionalTensor& bias, const Tensor& lora_a,
+                                                  const Tensor& lora_b, double scaling) {
+  const OnDeviceOf device(x, "x");
+  check_ends(ends);
+  TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
+  const Adapters adapters(lora_a, lora_b, ends, x);
+  const auto otherwise = [&] {
+    return composed(experts_lora_linear_op, "experts_lora_linear", x, ends, weight, absmax, absmax2, offset,
+                    blocksize, bias, lora_a, lora_b, scaling);
+  };
+  if (!absmax) return otherwise();
+  const ExpertsWeight base(weight, *absmax, absmax2, offset, blocksize, ends.size(0), adapters.out_features(),
+                           x.size(1));
+  const int rows_of_tile = tile_rows(x, base, false);
+  if (rows_of_tile == 0 || adapters.rank() == 0) return otherwise();
+
+  const Tensor own_x = aligned(x), y = at::empty({x.size(0), base.out_features()}, x.options());
+  const Tensor h = at::empty({x.size(0), adapters.rank()}, x.options().dtype(at::kFloat));
+  const Listed listed(ends, x.size(0), rows_of_tile, {y, h});
+  {
+    CallContext context;
+    experts_ranks(listed.view(), dtype_of(own_x, "x"), own_x.const_data_ptr(), x.size(1), adapters.factor_a(),
+                  false, 1.0f, h.mutable_data_ptr<float>(), context);
+  }
+  ExpertsParams params = params_of(own_x, base, listed, y);
+  const Tensor own_bias = set_bias(bias, base, x, params);
+  const ExpertsFactor b = adapters.factor_b();
+  params.delta = {h.const_data_ptr<float>(), b.data, b.is_f32, b.rank, static_cast<float>(scaling)};
+  CallContext context;
+  experts_linear(params, context);
+  return {y, h};
+}
+
+std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward_op(
+    const Tensor& dy, const Tensor& x, const Tensor& h, const Tensor& ends, const Tensor& weight,
+    const OptionalTensor& absmax, const OptionalTensor& absmax2, const OptionalTensor& offset,
+    int64_t blocksize, const Tensor& lora_a, const Tensor& lora_b, double scaling, bool need_dx, bool need_da,
+    bool need_db) {
+  const OnDeviceOf device(dy, "dy");
+  check_ends(ends);
+  TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
+  const Adapters adapters(lora_a, lora_b, ends, x);
+  check_dtype(dy, x.scalar_type(), "dy");
+  check_shape(dy, {x.size(0), adapters.out_features()}, "dy");
+  check_dtype(h, at::kFloat, "h");
+  check_shape(h, {x.size(0), adapters.rank()}, "h");
+  const auto otherwise = [&] {
+    return composed(experts_lora_linear_backward_op, "experts_lora_linear_backward", dy, x, h, ends, weight,
+                    absmax, absmax2, offset, blocksize, lora_a, lora_b, scaling, need_dx, need_da, need_db);
+  };
+  if (!absmax) return otherwise();
+  const ExpertsWeight base(weight, *absmax, absmax2, offset, blocksize, ends.size(0), adapters.out_features(),
+                           x.size(1));
+  // Gradients without dx are held to the same: what adapters get is not to depend on what is wanted.
+  const int rows_of_tile = tile_rows(dy, base, true);
+  if (rows_of_tile == 0 || adapters.rank() == 0) return otherwise();
+
+  const int rank = adapters.rank();
+  const DType dtype = dtype_of(dy, "dy");
+  const auto scale = static_cast<float>(scaling);
+  const Tensor own_dy = aligned(dy), own_x = aligned(x), own_h = h.contiguous();
+  const Tensor dx = need_dx ? at::empty(x.sizes(), x.options()) : at::empty({0}, x.options());
+  const auto gradient_of = [](bool need, const Tensor& t) {
+    return need ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options());
+  };
+  const Tensor da = gradient_of(need_da, adapters.a), db = gradient_of(need_db, adapters.b);
+  const Listed listed(ends, x.size(0), rows_of_tile,
+                      need_dx ? std::vector<Tensor>{dx} : std::vector<Tensor>{});
+  Tensor dh;
+  if (need_dx || need_da) {
+    dh = at::empty({x.size(0), rank}, x.options().dtype(at::kFloat));
+    CallContext context;
+    experts_ranks(listed.view(), dtype, own_dy.const_data_ptr(), dy.size(1), adapters.factor_b(), true, scale,
+                  dh.mutable_data_ptr<float>(), context);
+  }
+  if (need_dx) {
+    ExpertsParams params = params_of(own_dy, base, listed, dx);
+    const ExpertsFactor a = adapters.factor_a();
+    params.delta = {dh.const_data_ptr<float>(), a.data, a.is_f32, rank, 1.0f};
+    CallContext context;
+    experts_linear_dx(params, context);
+  }
+  if (need_da) {
+    experts_gradient(listed.view(), dtype, own_x.const_data_ptr(), x.size(1), dh.const_data_ptr<float>(),
+                     rank, false, 1.0f, da.mutable_data_ptr(), da.scalar_type() == at::kFloat,
+                     current_stream());
+  }
+  if (need_db) {
+    experts_gradient(listed.view(), dtype, own_dy.const_data_ptr(), dy.size(1), own_h.const_data_ptr<float>(),
+                     rank, true, scale, db.mutable_data_ptr(), db.scalar_type() == at::kFloat,
+                     current_stream());
+  }
+  return {dx, da, db};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(PEFT_KERNELS_NAMESPACE, PEFT_KERNELS_DISPATCH_KEY, m) {
+  m.impl("experts_linear", experts_linear_op);
+  m.impl("experts_linear_dx", experts_linear_dx_op);
+  m.impl("experts_lora_linear", experts_lora_linear_op);
+  m.impl("experts_lora_linear_backward", experts_lora_linear_backward_op);
+}
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,101 @@
+// Which weight the rows of a product meet: one for all, or their expert's. What kernels of products take
+// their tiles of rows from, and their shares of the work.
+#pragma once
+
+#include "../core/experts_rows.cuh"
+#include "linear_shared.cuh"
+#include "linear_slab.cuh"
+
+namespace peft_kernels::cuda {
+
+struct OneWeight {
+  static constexpr bool kIsMany = false;
+
+  struct Params : LinearParams {
+    ShareParams work;
+  };
+
+  const Params& p;
+  const int token_tiles;
+
+  // By tiles of so many tokens; a tile of features has so many units of work for each.
+  DEVICE OneWeight(const Params& params, int tokens, int, int, int)
+      : p(params), token_tiles((params.m + tokens - 1) / tokens) {}
+
+  DEVICE const ShareParams& work() const { return p.work; }
+  DEVICE RowTile rows(int token_tile, int tokens) const { return {token_tile * tokens, p.m, 0}; }
+  DEVICE int end_of(const RowTile&) const { return p.m; }
+
+  // The weight that a tile's rows meet.
+  DEVICE void move_to(int) {}
+  DEVICE const Nf4View& weight() const { return p.weight; }
+  DEVICE int bias_row(int, int row) const { return row; }
+
+  template <class T, class Row, class Token, class Sums>
+  DEVICE void add_delta(int, int turn, int turns, const Row& row, const Token& token, Sums& sums) const {
+    multiply_slab<T>(p, turn, turns, row, token, sums);
+  }
+  template <class T, class Token, class Sums>
+  DEVICE void add_delta_dx(int, int turn, int turns, int column, const Token& token, Sums& sums) const {
+    multiply_slab_dx<T>(p, turn, turns, column, token, sums);
+  }
+};
+
+// Tiles of rows come from a list on the device. Blocks share out what there is, and those that find nothing
+// left have begin() >= end().
+struct ManyWeights {
+  static constexpr bool kIsMany = true;
+
+  struct Params : LinearParams {
+    ShareParams work;  // without units and share
+    ExpertRows rows;
+    int64_t packed_stride, code_stride, scale_stride;  // of the weight's parts, from expert to expert
+    ExpertsDelta delta;
+  };
+
+  const Params& p;
+  const int token_tiles;
+
+  // Whole tiles for each block, where to share one would cost it `sharing` units or more.
+  DEVICE ManyWeights(const Params& params, int, int feature_tiles, int tile_units, int sharing)
+      : p(params), token_tiles(load_constant(params.rows.count)), work_(params.work), weight_(params.weight) {
+    const int tiles = feature_tiles * token_tiles, blocks = grid_size();
+    const int whole = (tiles + blocks - 1) / blocks * tile_units;
+    work_.units = tiles * tile_units;
+    const int equal = (work_.units + blocks - 1) / blocks;
+    work_.share = equal + sharing < whole ? equal : whole;
+  }
+
+  DEVICE const ShareParams& work() const { return work_; }
+  DEVICE RowTile rows(int token_tile, int) const { return load_row_tile(p.rows, token_tile); }
+  DEVICE int end_of(const RowTile& rows) const { return rows.end; }
+
+  DEVICE void move_to(int expert) {
+    weight_.packed = p.weight.packed + expert * p.packed_stride;
+    weight_.scale_code = p.weight.scale_code + expert * p.code_stride;
+    weight_.scale = p.weight.scale + expert * p.scale_stride;
+  }
+  DEVICE const Nf4View& weight() const { return weight_; }
+  // Of one expert.
+  DEVICE float scale_offset(int expert, float factor = 1.0f) const {
+    return p.weight.scale_offset ? load_constant(p.weight.scale_offset + expert) * factor : 0.0f;
+  }
+  DEVICE int bias_row(int expert, int row) const { return expert * p.n + row; }
+
+  template <class T, class Row, class Token, class Sums>
+  DEVICE void add_delta(int expert, int turn, int turns, const Row& row, const Token& token,
+                        Sums& sums) const {
+    multiply_delta<T>(p.delta, expert, p.n, turn, turns, row, token, sums);
+  }
+  template <class T, class Token, class Sums>
+  DEVICE void add_delta_dx(int expert, int turn, int turns, int column, const Token& token,
+                           Sums& sums) const {
+    multiply_delta_dx<T>(p.delta, expert, p.k, turn, turns, column, token, sums);
+  }
+
+ private:
+  ShareParams work_;
+  Nf4View weight_;  // of the expert
+};
+
+}  // namespace peft_kernels::cuda

@@ -1,0 +1,48 @@
+// The number tables of the NF4 format on the device, and scales of blocks, which are looked up in one.
+#pragma once
+
+#include "../../common/nf4.h"
+#include "../core/device.cuh"
+#include "../core/kernels.h"
+
+namespace peft_kernels::cuda {
+
+// A copy of a table, whose own array device code cannot read.
+template <int kCount>
+struct Table {
+  float value[kCount] = {};
+
+  constexpr explicit Table(const float (&from)[kCount]) {
+    for (int i = 0; i < kCount; ++i) value[i] = from[i];
+  }
+};
+DEVICE_TABLE Table<nf4::kCodes> kCodeTable(nf4::kCode);
+DEVICE_TABLE Table<nf4::kCodes - 1> kThresholdTable(nf4::kThresholds);
+DEVICE_TABLE Table<nf4::kDynamicCodes> kDynamicTable(nf4::kDynamicMap);
+
+// What the scales of a weight are made of, times a factor: the number of each code, for `map` in shared
+// memory, and the offset. For all threads of a block; a barrier must follow.
+template <int kThreads>
+DEVICE void fill_map(const Nf4View& weight, float* map, float factor = 1.0f) {
+  static_assert(kThreads == nf4::kDynamicCodes);
+  const int i = thread_index();
+  store(map + i, (weight.scale_offset ? kDynamicTable.value[i] : 1.0f) * factor);
+}
+DEVICE float load_scale_offset(const Nf4View& weight, float factor = 1.0f) {
+  return weight.scale_offset ? load_constant(weight.scale_offset) * factor : 0.0f;
+}
+
+// A scale on its way from global memory.
+struct PackedScale {
+  uint32_t code;
+  float scale;
+};
+DEVICE PackedScale load_scale(const Nf4View& weight, uint32_t block) {
+  return {load_constant(weight.scale_code + block),
+          load_constant(weight.scale + (block >> weight.scale_shift))};
+}
+DEVICE float unpack_scale(const PackedScale& packed, const float* map, float offset) {
+  return __fmaf_rn(load(map + packed.code), packed.scale, offset);
+}
+
+}  // namespace peft_kernels::cuda
