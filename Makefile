@@ -33,7 +33,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@touch $@
 
 # Not by pip, which would compile all of it anew each time. What ninja says would be pages of command lines.
-$(VENV)/.built: Makefile $(VENV)/.packages setup.py tools/precompiled.py $(wildcard peft_kernels/ops/*.py) $(CPP)
+$(VENV)/.built: Makefile $(VENV)/.packages setup.py tools/precompiled.py $(shell find peft_kernels/ops peft_kernels/core/registry.py -name '*.py') $(CPP)
 	@mkdir -p build
 	@echo "Compiling the kernels: some minutes the first time. build/build.log tells how far it is."
 	@PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 \

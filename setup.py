@@ -33,9 +33,9 @@ from typing import Any
 from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
-SPECS = ROOT / "peft_kernels" / "ops"
+PACKAGE = ROOT / "peft_kernels"
 # Of one file, as the package itself imports torch.
-ARCHITECTURES = runpy.run_path(str(ROOT / "peft_kernels" / "backends" / "architectures.py"))
+ARCHITECTURES = runpy.run_path(str(ROOT / "peft_kernels" / "core" / "backends" / "architectures.py"))
 
 CPU_SOURCES = [
     "csrc/cpu/optim/adamw_ops.cpp",
@@ -115,11 +115,16 @@ PTX_FOLDER, PTX_PROGRAM = "tests/ptx", "main.cu"
 PRECOMPILED = "#include <ATen/ATen.h>\n"
 
 
+def spec_files() -> list[Path]:
+    """Where ops' schemas and GROUPS stand."""
+    return [*sorted((PACKAGE / "ops").rglob("*.py")), PACKAGE / "core" / "registry.py"]
+
+
 def headers(*folders: str) -> list[str]:
     """What a change of makes a library out of date, beside its sources."""
     suffixes = (".h", ".inl", ".cuh")
     found = [p for folder in folders for p in sorted((ROOT / folder).rglob("*")) if p.suffix in suffixes]
-    return [str(p.relative_to(ROOT)) for p in (*sorted(SPECS.glob("*.py")), *found)]
+    return [str(p.relative_to(ROOT)) for p in (*spec_files(), *found)]
 
 
 IS_X86 = platform.machine() in ("x86_64", "AMD64")
@@ -171,7 +176,7 @@ def sanitize_flags() -> list[str]:
 def spec_hash() -> str:
     """Fingerprint of the op schemas, as ops/registry.py has it, but from the source: that imports torch."""
     texts, groups = [], {}
-    for file in sorted(SPECS.glob("*.py")):
+    for file in spec_files():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef):
                 constants = assigned(node.body, ("name", "schema"))

@@ -57,7 +57,7 @@ best_level() {
   "$PYTHON" -c '
 import sys
 try:
-    from peft_kernels.backends import cpu
+    from peft_kernels.core.backends import cpu
 except ImportError as error:
     sys.exit(f"peft_kernels cannot be imported: {error}")
 reason = cpu.BACKEND.probe()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import testing
-from peft_kernels.backends import cpu
+from peft_kernels.core.backends import cpu
 
 from . import harness, model, report
 from .adapted import SMOLLM2

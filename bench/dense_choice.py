@@ -25,7 +25,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))
 import peft_kernels as pk
 from bench import cases, harness, layers, machine
 from bench.report import Spread, Timing
-from peft_kernels.backends import cpu
+from peft_kernels.core.backends import cpu
 
 OURS, TORCHS = "ours", "torch's"
 RECORD = """// Whether dense products of ours at level amx are as fast as torch's, and ops compute them.

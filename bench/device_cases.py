@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels import dispatch
-from peft_kernels.backends import BACKENDS
+from peft_kernels.core import dispatch
+from peft_kernels.core.backends import BACKENDS
 
 from . import cases, gate, layers, optimizers
 from .cases import DEQUANTIZE, DX, FORWARD, QLORA, Shape

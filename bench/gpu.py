@@ -36,7 +36,7 @@ from bench.device_cases import Suite
 from bench.floors import Gpu
 from bench.harness import Case, Result
 from bench.report import OURS, Progress, Timing
-from peft_kernels.backends import BACKENDS
+from peft_kernels.core.backends import BACKENDS
 
 DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "ptx": "cpu", "reference": "cpu"}
 

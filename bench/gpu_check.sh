@@ -186,7 +186,7 @@ obstacle() {
 }
 NVCC=$(tool nvcc)
 NVCC_HOME=$(dirname "$(dirname "$(readlink -f "${NVCC:-/}")")")
-backend() { "$PYTHON" -c "import sys, peft_kernels.backends as b; sys.exit(b.BACKENDS['$1'].probe())" 2>&1; }
+backend() { "$PYTHON" -c "import sys, peft_kernels.core.backends as b; sys.exit(b.BACKENDS['$1'].probe())" 2>&1; }
 REASON=$(obstacle)
 BUILT=0
 if [ -n "$REASON" ]; then

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from peft_kernels.backends import BACKENDS, cpu
+from peft_kernels.core.backends import BACKENDS, cpu
 
 from .harness import MIB, last_level_cache
 

@@ -151,7 +151,7 @@ class Mixtures(layers.Kept):
         for name, weight in (self.packed if base == "nf4" else self.dense).items():
             setattr(module, name, nn.Parameter(weight, requires_grad=False))
         if base == "nf4":
-            from peft_kernels.nf4.experts import adopt
+            from peft_kernels.nf4.experts_packing import adopt
 
             adopt(module)
         return module

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from peft_kernels.code_tables import dynamic_map
-from peft_kernels.ops.adamw import STATE_BLOCK
+from peft_kernels.core.code_tables import dynamic_map
+from peft_kernels.ops.optim import STATE_BLOCK
 
 from . import report
 from .report import three_digits

@@ -17,7 +17,7 @@ from torch import Tensor
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import prefix_cache
+from peft_kernels.patch.prefix import cache as prefix_cache
 
 from . import gate, layers
 from .cases import DTYPES

@@ -1,7 +1,8 @@
 """What the compiler made of the CUDA kernels: registers, spills and the instructions of their main loops.
 
-Needs no GPU: every csrc/cuda/**/*.cu is compiled for every architecture, disassembled and counted. The numbers
-of `limits.py` are what the counts are held against, by the tests; `floors.py` tells what they would cost.
+Needs no GPU: every .cu file of csrc/cuda is compiled for every architecture, disassembled and counted. The
+numbers of `limits.py` are what the counts are held against, by the tests; `floors.py` tells what they would
+cost.
 """
 
 from __future__ import annotations

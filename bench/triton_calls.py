@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from peft_kernels.triton_kernels.gated import ACTIVATIONS
-from peft_kernels.triton_kernels.linear import table_for
+from peft_kernels.triton_kernels.linear.linear import table_for
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZE, ODD, SMALL, WHOLE = 4096, 4097, 64, 512

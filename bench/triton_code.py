@@ -20,8 +20,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from peft_kernels import triton_kernels
-from peft_kernels.ops.registry import OPS
-from peft_kernels.triton_kernels import launch
+from peft_kernels.core.registry import OPS
+from peft_kernels.triton_kernels.core import launch
 
 from . import limits, sass
 from .triton_calls import BF16, FP16, FP32, Call, calls

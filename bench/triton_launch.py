@@ -19,7 +19,7 @@ from unittest.mock import patch
 import torch
 import triton
 
-from peft_kernels.triton_kernels import launch
+from peft_kernels.triton_kernels.core import launch
 
 from .triton_calls import BF16, Call, empty, nf4
 from .triton_code import compiling_for, gpu_target, launches

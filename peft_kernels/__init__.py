@@ -9,25 +9,26 @@ pk.patch(model)               # PEFT's LoRA layers run fused kernels; pk.unpatch
 
 from __future__ import annotations
 
-from . import adapters, dispatch, nn, optim, prefix, prompts, serving
+from . import adapters, nn, optim, prefix, prompts, serving
 from .checkpoints.load import load_checkpoint
-from .dispatch import use_backend
+from .core import dispatch
+from .core.dispatch import use_backend
 from .host_memory import keep_freed_memory
 from .nf4.weight import NF4Weight
-from .ops.attention import attention
-from .ops.bottleneck import bottleneck
-from .ops.dora import dora_linear
+from .ops.block.attention import attention
+from .ops.block.rms_norm import add_rms_norm, rms_norm
+from .ops.block.rotary import rotary
+from .ops.bottleneck.bottleneck import bottleneck
+from .ops.bottleneck.multi_bottleneck import BottleneckParameters, multi_bottleneck
 from .ops.experts import experts_linear, experts_lora_linear
 from .ops.gated import gated_activation, gated_mlp
 from .ops.linear import nf4_linear
-from .ops.lora import lora_linear
-from .ops.multi_bottleneck import BottleneckParameters, multi_bottleneck
-from .ops.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
-from .ops.rms_norm import add_rms_norm, rms_norm
-from .ops.rotary import rotary
-from .ops.token_loss import linear_cross_entropy, token_log_probs
+from .ops.lora.dora import dora_linear
+from .ops.lora.lora import lora_linear
+from .ops.lora.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
+from .ops.loss.token_loss import linear_cross_entropy, token_log_probs
 from .patch import explain, patch, patched, unpatch
-from .quantize import quantize_model
+from .quantize.model import quantize_model
 
 dispatch.install()
 

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .integrations import offload
-from .nf4 import kept, loading
+from .core.nf4_state import PARALLEL
+from .core.wrong_types import refuses_wrong_types
+from .nf4 import loading, offload
 from .nf4.model import ModelLink
-from .nf4.sharded_weight import UNGATHERED, is_dtensor, is_parallel, is_sharded
-from .nf4.state import PARALLEL
+from .nf4.sharded import accelerate_loading as kept
+from .nf4.sharded.checks import UNGATHERED, is_dtensor, is_parallel, is_sharded
 from .nf4.weight import NF4Weight
 from .ops.arguments import autocast_dtype
-from .ops.dora import dora_linear
 from .ops.linear import nf4_linear
-from .ops.lora import lora_linear
-from .wrong_types import refuses_wrong_types
+from .ops.lora.dora import dora_linear
+from .ops.lora.lora import lora_linear
 
 __all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peft_kernels import dispatch
+from peft_kernels.core import dispatch
 
 
 def break_op(monkeypatch: pytest.MonkeyPatch, op: str, change: Callable[[Any], Any]) -> None:

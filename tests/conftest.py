@@ -20,8 +20,8 @@ from fresh_process import Processes, Python
 import peft_kernels as pk
 import ptx_backend as ptx
 import testing
-from peft_kernels import dispatch
-from peft_kernels.backends import BACKENDS, triton
+from peft_kernels.core import dispatch
+from peft_kernels.core.backends import BACKENDS, triton
 from ptx import executed, triton_driver
 
 if capability := triton_driver.wanted():

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from peft_kernels.backends import BACKENDS, Backend, triton
-from peft_kernels.ops import registry
+from peft_kernels.core import registry
+from peft_kernels.core.backends import BACKENDS, Backend, triton
 
 
 class CopiedBackend:

@@ -11,7 +11,8 @@ from numbers_policy import Result, check, once
 from torch import Tensor
 
 import testing
-from peft_kernels import NF4Weight, dispatch
+from peft_kernels import NF4Weight
+from peft_kernels.core import dispatch
 
 ops = torch.ops.peft_kernels
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers_models import Auto, NF4Config
 
-from peft_kernels.nf4.experts import NF4Experts
+from peft_kernels.nf4.experts_packing import NF4Experts
 
 
 def saved(folder: Path, kind: str, dtype: torch.dtype = torch.float32, **options: Any) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import testing
-from peft_kernels.nf4.experts import pack, unpack
+from peft_kernels.nf4.experts_packing import pack, unpack
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("transformers.integrations.moe", reason="transformers is older than 5")

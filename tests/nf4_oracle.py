@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from peft_kernels.code_tables import NF4_CODE, NF4_THRESHOLDS
+from peft_kernels.core.code_tables import NF4_CODE, NF4_THRESHOLDS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CPU = torch.device("cpu")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 import testing
-from peft_kernels.backends import cpu
+from peft_kernels.core.backends import cpu
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FEATURES = (1, 7, 33, 96, 100, 576)

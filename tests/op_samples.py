@@ -13,8 +13,8 @@ from torch import Tensor
 
 import testing
 from peft_kernels import NF4Weight
-from peft_kernels.backends import triton
-from peft_kernels.ops import registry
+from peft_kernels.core import registry
+from peft_kernels.core.backends import triton
 
 NAMESPACES = {
     "public": "peft_kernels",

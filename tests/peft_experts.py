@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.nf4.experts import NF4Experts, unpack
+from peft_kernels.nf4.experts_packing import NF4Experts, unpack
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 

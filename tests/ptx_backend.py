@@ -16,7 +16,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from peft_kernels.backends.compiled import CompiledBackend
+from peft_kernels.core.backends.compiled import CompiledBackend
 
 FEW = 4
 """Multiprocessors of the made-up card: a handful of tiles is more than it has, and less than a card."""

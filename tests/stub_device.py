@@ -11,8 +11,8 @@ import torch
 
 import ptx_backend as ptx
 import testing
-from peft_kernels import dispatch
-from peft_kernels.backends import BACKENDS
+from peft_kernels.core import dispatch
+from peft_kernels.core.backends import BACKENDS
 
 A100, H100 = (80, 108, 163 << 10), (90, 132, 227 << 10)
 FEW = (80, 4, 163 << 10)

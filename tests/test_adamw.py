@@ -10,9 +10,9 @@ from op_samples import adamw_args
 from torch import Tensor
 
 import testing
-from peft_kernels import dispatch
-from peft_kernels.code_tables import dynamic_map, dynamic_thresholds
-from peft_kernels.ops.adamw import stochastically_rounded
+from peft_kernels.core import dispatch
+from peft_kernels.core.code_tables import dynamic_map, dynamic_thresholds
+from peft_kernels.ops.optim import stochastically_rounded
 
 CPU = torch.device("cpu")
 SIZES: list[tuple[int, ...]] = [(3, 100), (70, 256), (1,), (4097,), (5, 16)]

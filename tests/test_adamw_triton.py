@@ -16,8 +16,9 @@ from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, copied, mome
 from test_large import free_gib
 
 import testing
-from peft_kernels import dispatch
-from peft_kernels.triton_kernels import adamw, adamw_kernels, launch, tables
+from peft_kernels.core import dispatch
+from peft_kernels.triton_kernels.core import launch, tables
+from peft_kernels.triton_kernels.optim import adamw, adamw_kernels
 from ptx import triton_driver
 
 pytestmark = pytest.mark.skipif(

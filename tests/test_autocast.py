@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import peft_kernels as pk
 import testing
 from peft_kernels import AdaptedLinear, Adapter
-from peft_kernels.ops import registry
+from peft_kernels.core import registry
 
 N, K, R = 48, 96, 8
 

@@ -8,7 +8,7 @@ from bnb_layers import bnb
 
 from bench import bnb_ops
 from bench.report import OURS
-from peft_kernels.integrations import bitsandbytes_ops
+from peft_kernels.integrations.bitsandbytes import ops as bitsandbytes_ops
 
 pytestmark = pytest.mark.usefixtures("small_rotation")
 

@@ -42,7 +42,7 @@ def test_the_truth_is_that_of_peft_in_fp64() -> None:
 
 
 def test_ours_that_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    module = importlib.import_module("peft_kernels.patch.experts")
+    module = importlib.import_module("peft_kernels.patch.experts.forward")
     right = module.summed
 
     def wrong(*args: object) -> object:

@@ -11,8 +11,8 @@ import torch
 from bnb_layers import bnb
 from fresh_process import Python
 
-from peft_kernels.integrations import bitsandbytes_ops
 from peft_kernels.integrations.bitsandbytes import disable, enable
+from peft_kernels.integrations.bitsandbytes import ops as bitsandbytes_ops
 
 ROOT = Path(__file__).resolve().parent.parent
 OPS = tuple(bitsandbytes_ops._KERNELS)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 import testing
 from peft_kernels.integrations import bitsandbytes as ours
-from peft_kernels.integrations import bitsandbytes_ops
+from peft_kernels.integrations.bitsandbytes import ops as bitsandbytes_ops
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import gated_mlp
+from peft_kernels.patch.block import gated_mlp
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 

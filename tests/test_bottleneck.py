@@ -16,7 +16,7 @@ from torch.autograd import gradcheck
 
 import peft_kernels as pk
 import testing
-from peft_kernels.backends import BACKENDS
+from peft_kernels.core.backends import BACKENDS
 
 ops = torch.ops.peft_kernels
 EPS, SEED = 1e-5, 77
@@ -383,7 +383,7 @@ def test_one_launch_each_way_in_triton() -> None:
     """And one for the gradients of both factors; with a layer norm, torch's functions."""
     if (reason := testing.unavailable("triton")) is not None:
         pytest.skip(f"triton: {reason}")
-    from peft_kernels.triton_kernels import launch
+    from peft_kernels.triton_kernels.core import launch
 
     noted: list[str] = []
     case = {"m": 5, "k": 33, "r": 4, "beside": False, "biases": True, "activation": "gelu"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.utils.cpp_extension
 
-from peft_kernels.backends import architectures
+from peft_kernels.core.backends import architectures
 
 ROOT = Path(__file__).parent.parent
 Setup = Callable[..., "tuple[int, str]"]

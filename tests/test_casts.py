@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels as pk
 import testing
-from peft_kernels import dispatch
-from peft_kernels.ops import registry
+from peft_kernels.core import dispatch, registry
 from peft_kernels.ops.casts import add_residual
 
 ops = torch.ops.peft_kernels

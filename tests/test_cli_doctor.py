@@ -14,9 +14,9 @@ import torch
 
 import peft_kernels as pk
 import testing
-from peft_kernels.backends import BACKENDS
 from peft_kernels.cli import doctor, info
 from peft_kernels.cli.main import main
+from peft_kernels.core.backends import BACKENDS
 
 needs_cpu = pytest.mark.skipif(
     testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"

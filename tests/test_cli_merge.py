@@ -22,7 +22,7 @@ from peft_kernels.checkpoints.folder import Checkpoint
 from peft_kernels.checkpoints.header import Entry
 from peft_kernels.checkpoints.merge import merge_checkpoint
 from peft_kernels.cli.main import main
-from peft_kernels.nf4.experts import NF4Experts, unpack
+from peft_kernels.nf4.experts_packing import NF4Experts, unpack
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 

@@ -12,8 +12,8 @@ from torch import Tensor
 
 import peft_kernels as pk
 import testing
-from peft_kernels.backends import BACKENDS
-from peft_kernels.ops import registry
+from peft_kernels.core import registry
+from peft_kernels.core.backends import BACKENDS
 
 ops = torch.ops.peft_kernels
 

@@ -15,10 +15,9 @@ from fresh_process import Python
 import peft_kernels as pk
 import ptx_backend as ptx
 import testing
-from peft_kernels import dispatch
-from peft_kernels.backends import cpu, cuda
-from peft_kernels.backends.compiled import CompiledBackend
-from peft_kernels.ops import registry
+from peft_kernels.core import dispatch, registry
+from peft_kernels.core.backends import cpu, cuda
+from peft_kernels.core.backends.compiled import CompiledBackend
 
 PACKAGE = Path(pk.__file__).parent
 needs_cpu = pytest.mark.skipif(
@@ -41,7 +40,7 @@ def library() -> Path:
     return Path(cpu.BACKEND.extension.__file__)
 
 
-LIBRARY = "from peft_kernels.backends import cpu; import peft_kernels; library = cpu.BACKEND.extension"
+LIBRARY = "from peft_kernels.core.backends import cpu; import peft_kernels; library = cpu.BACKEND.extension"
 
 USE = """
 import logging; logging.basicConfig()

@@ -8,7 +8,7 @@ from copied import CopiedBackend, copied
 
 import peft_kernels as pk
 import testing
-from peft_kernels.backends import BACKENDS
+from peft_kernels.core.backends import BACKENDS
 
 DETOUR = CopiedBackend(BACKENDS["reference"], "cpu")
 

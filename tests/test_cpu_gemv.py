@@ -11,7 +11,7 @@ from lora_cases import check_nf4_linear
 
 import peft_kernels as pk
 import testing
-from peft_kernels.backends import cpu
+from peft_kernels.core.backends import cpu
 
 LEVELS = [name for name in testing.backend_ids() if name.startswith("cpu-")]
 

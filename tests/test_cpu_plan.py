@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import peft_kernels as pk
 import testing
-from peft_kernels.backends import cpu
+from peft_kernels.core.backends import cpu
 
 pytestmark = pytest.mark.skipif(
     testing.unavailable("cpu") is not None, reason=f"back end cpu: {testing.unavailable('cpu')}"

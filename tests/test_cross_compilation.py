@@ -31,7 +31,7 @@ from bench.triton_calls import BF16, Call, empty, nf4
 from bench.triton_cases import TARGETS
 from bench.triton_code import Code, Launched
 from peft_kernels import triton_kernels
-from peft_kernels.triton_kernels import launch
+from peft_kernels.triton_kernels.core import launch
 
 PRODUCTS = {
     "linear_kernel",

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import peft_kernels as pk
 import testing
-from peft_kernels.backends import cuda
+from peft_kernels.core.backends import cuda
 
 needs_stub = pytest.mark.skipif(
     testing.unavailable("ptx") is not None, reason=f"ptx: {testing.unavailable('ptx')}"

@@ -13,7 +13,7 @@ from test_fused import moved_magnitudes
 
 import peft_kernels as pk
 import testing
-from peft_kernels import dispatch
+from peft_kernels.core import dispatch
 
 caching = pytest.importorskip("peft.helpers", reason="PEFT is not installed")
 pytestmark = pytest.mark.skipif(not hasattr(caching, "DoraCaching"), reason="PEFT before 0.15 keeps no norms")

@@ -10,10 +10,10 @@ import torch
 from moe_models import EXPERTS, HIDDEN, IMPLEMENTATIONS, KINDS, packed, sample, unpacked
 from torch import Tensor
 
-import peft_kernels.experts
+import peft_kernels.nf4.experts_forward
 import testing
-from peft_kernels.experts import experts_forward
-from peft_kernels.nf4.experts import pack, weight_names
+from peft_kernels.nf4.experts_forward import experts_forward
+from peft_kernels.nf4.experts_packing import pack, weight_names
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -116,7 +116,7 @@ def test_how_many_rows_go_together_changes_no_bit(
     module, inputs = packed(dtype=dtype), sample(dtype=dtype)
     want = run(module, *inputs)  # small: all at once
     for rows in (1, 6, 10):
-        monkeypatch.setattr(peft_kernels.experts, "_PART", rows * HIDDEN)
+        monkeypatch.setattr(peft_kernels.nf4.experts_forward, "_PART", rows * HIDDEN)
         for what, got in run(module, *inputs).items():
             assert torch.equal(got, want[what]), f"{rows} rows: {what}"
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.nf4.experts import NF4Experts, is_experts, pack, unpack, weight_names
-from peft_kernels.quantize import report_of
+from peft_kernels.nf4.experts_packing import NF4Experts, is_experts, pack, unpack, weight_names
+from peft_kernels.quantize.model import report_of
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import peft_kernels as pk
 import testing
-from peft_kernels.backends import BACKENDS
+from peft_kernels.core.backends import BACKENDS
 
 E, N, K, R, ROWS = 3, 33, 64, 4, 7
 

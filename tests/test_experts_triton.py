@@ -19,10 +19,12 @@ from numbers_policy import DTYPES, pairs
 
 import testing
 from bench.triton_calls import BF16, Call, empty, nf4, of_experts
-from peft_kernels import NF4Weight, dispatch, triton_kernels
-from peft_kernels.ops.registry import OPS, Base
-from peft_kernels.triton_kernels import experts, launch
-from peft_kernels.triton_kernels.experts_kernels import find_slot
+from peft_kernels import NF4Weight, triton_kernels
+from peft_kernels.core import dispatch
+from peft_kernels.core.registry import OPS, Base
+from peft_kernels.triton_kernels.core import launch
+from peft_kernels.triton_kernels.experts import experts
+from peft_kernels.triton_kernels.experts.experts_kernels import find_slot
 from ptx import triton_driver
 
 on_triton = pytest.mark.skipif(
@@ -175,7 +177,7 @@ def test_products_of_more_rows(backend: str, op: str, rows: int) -> None:
 def test_sums_in_splits(backend: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a token alone, as for a large card; the same bits each time. The last split is shorter: two that are
     done at once may both store the result, which the machine that runs PTX takes for a race."""
-    monkeypatch.setattr("peft_kernels.triton_kernels.products.processors", lambda device: 64)
+    monkeypatch.setattr("peft_kernels.triton_kernels.core.products.processors", lambda device: 64)
     found: list[int] = []
     split_sum = experts.split_sum
     monkeypatch.setattr(experts, "split_sum", lambda *sizes: note(found, split_sum(*sizes)))

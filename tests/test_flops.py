@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import peft_kernels as pk
 import testing
 from peft_kernels import AdaptedLinear, Adapter, BottleneckParameters
-from peft_kernels.ops import flops, registry
+from peft_kernels.core import flops, registry
 
 N, K, R, M = 24, 40, 4, 6
 

@@ -30,7 +30,7 @@ from torch.distributed.tensor import Shard
 
 import peft_kernels as pk
 import testing
-from peft_kernels.nf4.shard import NF4Shard
+from peft_kernels.nf4.sharded.fsdp_tensor import NF4Shard
 
 pytest.importorskip("transformers", reason="models are transformers', and it is not installed")
 pytest.importorskip("peft", reason="adapters are PEFT's, and it is not installed")

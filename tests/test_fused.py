@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.ops.dropout import dropped
+from peft_kernels.ops.lora.dropout import dropped
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
 

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import peft_kernels as pk
-from peft_kernels import experts_format
 from peft_kernels.checkpoints.header import CheckpointError, read_header
-from peft_kernels.integrations import bitsandbytes
+from peft_kernels.nf4 import bitsandbytes_format as bitsandbytes
+from peft_kernels.nf4 import experts_format
 
 TAME = [value for value in WILD if value != 10**5000]  # which hypothesis could not print
 JSON: Any = st.recursive(

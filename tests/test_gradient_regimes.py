@@ -17,8 +17,8 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 import testing
-from peft_kernels.backends import triton
-from peft_kernels.ops import registry
+from peft_kernels.core import registry
+from peft_kernels.core.backends import triton
 
 DIFFERENTIABLE = [(op, sample) for op, sample in CASES if registry.OPS[op].differentiable]
 

@@ -43,7 +43,7 @@ hub = kernels.get_local_kernel(pathlib.Path(sys.argv[1]), backend="cpu")
 assert hub.__name__.startswith("_peft_kernels_cpu_"), hub.__name__
 assert str(hub.__file__).startswith(sys.argv[1]), hub.__file__
 import peft_kernels
-assert hub is not peft_kernels and peft_kernels.dispatch is not hub.dispatch
+assert hub is not peft_kernels and peft_kernels.core.dispatch is not hub.dispatch
 print(hub.explain())
 torch.manual_seed(0)
 weight = hub.NF4Weight.quantize(torch.randn(96, 64), double_quant=True)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import judge, sources
+from peft_kernels.patch import eligibility as judge
+from peft_kernels.patch import sources
 
 
 @pytest.fixture(autouse=True)

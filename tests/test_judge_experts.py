@@ -27,7 +27,9 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import experts, judge_experts, sources
+from peft_kernels.patch import sources
+from peft_kernels.patch.experts import eligibility as judge_experts
+from peft_kernels.patch.experts import forward as experts
 
 
 @pytest.fixture(autouse=True)

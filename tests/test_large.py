@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import testing
-from peft_kernels.backends import cpu
+from peft_kernels.core.backends import cpu
 
 N, K, BLOCKSIZE = 32771, 65536, 4096  # 2^31 + 196,608 weights
 NEEDED_GIB = 7

@@ -116,7 +116,7 @@ def test_each_family_of_ops_is_in_the_makefiles_list_of_kernels() -> None:
     listed = set(found[1].replace("\\\n", " ").split())
     families = {
         path.stem
-        for path in (PACKAGE / "ops").glob("*.py")
+        for path in (PACKAGE / "ops").rglob("*.py")
         if re.search(r"^class \w+\(Op\):", path.read_text(encoding="utf-8"), re.MULTILINE)
     }
     assert len(families) > 12

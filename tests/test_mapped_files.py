@@ -12,7 +12,7 @@ pytest.importorskip("safetensors", reason="safetensors is not installed")
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from peft_kernels.integrations.mapped_files import MappedFiles
+from peft_kernels.quantize.transformers.mapped_files import MappedFiles
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="Linux tells what is resident")
 SIZE = 1 << 20

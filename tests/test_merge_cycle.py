@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.backends import cpu
-from peft_kernels.nf4 import state as nf4_state
+from peft_kernels.core import nf4_state
+from peft_kernels.core.backends import cpu
 from peft_kernels.nn import NF4Linear
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")

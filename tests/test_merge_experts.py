@@ -13,7 +13,7 @@ from peft_experts import SEVERAL, adapt, experts_of, fill, lora_config, mixture,
 import peft_kernels as pk
 import testing
 from peft_kernels.integrations.peft import merge_and_unload
-from peft_kernels.nf4.experts import NF4Experts
+from peft_kernels.nf4.experts_packing import NF4Experts
 
 FAMILY = pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 SAFE = pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"])

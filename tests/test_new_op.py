@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import testing
-from peft_kernels.ops import registry
+from peft_kernels.core import registry
+from peft_kernels.core.registry import Base, Op
 from peft_kernels.ops.nf4 import dense_weight
-from peft_kernels.ops.registry import Base, Op
 
 NAMESPACE = "peft_kernels_new_op"
 N, K = 6, 32

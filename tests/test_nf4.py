@@ -23,7 +23,7 @@ from numbers_policy import same_with_any_threads
 from torch import Tensor
 
 import testing
-from peft_kernels.code_tables import BLOCKSIZES, NF4_CODE, NF4_THRESHOLDS
+from peft_kernels.core.code_tables import BLOCKSIZES, NF4_CODE, NF4_THRESHOLDS
 
 ops = torch.ops.peft_kernels
 reference = torch.ops.peft_kernels_reference
@@ -39,7 +39,7 @@ def assert_quantizes(weight: Tensor, blocksize: int, what: str) -> None:
 
 
 def test_every_instruction_set_is_tested() -> None:
-    from peft_kernels.backends import cpu
+    from peft_kernels.core.backends import cpu
 
     if cpu.BACKEND.probe() is not None:
         pytest.skip(f"cpu: {cpu.BACKEND.probe()}")

@@ -11,7 +11,7 @@ from nf4_oracle import CPU, assert_same, oracle_codes, oracle_scaled, told_apart
 from torch import Tensor
 
 import testing
-from peft_kernels.code_tables import dynamic_map, dynamic_thresholds
+from peft_kernels.core.code_tables import dynamic_map, dynamic_thresholds
 
 ops = torch.ops.peft_kernels
 

@@ -20,8 +20,8 @@ from torch.optim.swa_utils import (
 
 import peft_kernels as pk
 import testing
-from peft_kernels.nf4.part import Part
-from peft_kernels.nf4.shard import NF4Shard
+from peft_kernels.nf4.sharded.fsdp_tensor import NF4Shard
+from peft_kernels.nf4.sharded.local_rows import Part
 
 DECAY = 0.999
 

@@ -18,8 +18,8 @@ from bnb_layers import (
 
 import peft_kernels as pk
 import testing
-from peft_kernels import code_tables
-from peft_kernels.code_tables import BLOCKSIZES
+from peft_kernels.core import code_tables
+from peft_kernels.core.code_tables import BLOCKSIZES
 
 ops = torch.ops.peft_kernels
 

@@ -286,7 +286,7 @@ def test_in_a_module() -> None:
 
 @each_nesting
 def test_a_layer_of_experts_runs_its_op(nested: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_kernels import dispatch
+    from peft_kernels.core import dispatch
 
     calls = []
     original = dispatch.call

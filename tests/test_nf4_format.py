@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels import code_tables
+from peft_kernels.core import code_tables
 
 CPU = torch.device("cpu")
 
@@ -76,7 +76,7 @@ def test_code_and_thresholds_are_the_literals_rounded_once() -> None:
 
 
 def test_tables_in_cpp_equal_python() -> None:
-    from peft_kernels.backends import cpu
+    from peft_kernels.core.backends import cpu
 
     if (reason := testing.unavailable("cpu")) is not None:
         pytest.skip(f"cpu: {reason}")

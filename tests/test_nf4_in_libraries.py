@@ -15,7 +15,7 @@ from torch import nn
 import peft_kernels as pk
 import testing
 from peft_kernels.nn import NF4Linear
-from peft_kernels.quantize import report_of
+from peft_kernels.quantize.model import report_of
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")

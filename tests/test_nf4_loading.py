@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.nf4.experts import NF4Experts
-from peft_kernels.quantize import report_of
+from peft_kernels.nf4.experts_packing import NF4Experts
+from peft_kernels.quantize.model import report_of
 
 
 def started(init: str, seed: int) -> Any:

@@ -8,7 +8,7 @@ from torch import nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.nf4.slices import cut, first_level, nest, size_of_part, why_whole
+from peft_kernels.nf4.sharded.tp_slices import cut, first_level, nest, size_of_part, why_whole
 
 WHOLE = [
     ((6, 128), 64, 0, 4, "leave some of 4 processes without any"),

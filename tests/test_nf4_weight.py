@@ -213,7 +213,7 @@ def test_copy_between_nf4_weights() -> None:
 @each_nesting
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 def test_f_linear_runs_the_kernel(nested: bool, bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_kernels import dispatch
+    from peft_kernels.core import dispatch
 
     calls = []
     original = dispatch.call

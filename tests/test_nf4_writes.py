@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.nf4 import state as nf4_state
+from peft_kernels.core import nf4_state
 
 
 def add_to_data(weight: Tensor, delta: Tensor) -> None:

@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 
 import peft_kernels as pk
 import testing
-from peft_kernels import code_tables
-from peft_kernels.backends import cpu
+from peft_kernels.core import code_tables
+from peft_kernels.core.backends import cpu
 from peft_kernels.optim import pager
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")

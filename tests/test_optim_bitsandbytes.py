@@ -11,7 +11,7 @@ from optim_models import Model, train
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels.code_tables import dynamic_map, dynamic_thresholds
+from peft_kernels.core.code_tables import dynamic_map, dynamic_thresholds
 
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
 

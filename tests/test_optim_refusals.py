@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.utils._pytree import tree_flatten
 
 import peft_kernels as pk
-from peft_kernels import code_tables
+from peft_kernels.core import code_tables
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.distributed:UserWarning")
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 import peft_kernels as pk
-import peft_kernels.experts
+import peft_kernels.nf4.experts_forward
 import testing
 
 BASES = ("dense", "nf4")
@@ -110,13 +110,13 @@ def test_autocast(base: str, weights: torch.dtype) -> None:
 def test_adapters_are_rounded_under_autocast_alone(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As autocast rounds the weights of linear layers; else, and for a token, they keep what they have."""
     model, seen = adapt(mixture(base, dtype=torch.bfloat16)), []
-    linear = peft_kernels.experts.experts_lora_linear
+    linear = peft_kernels.nf4.experts_forward.experts_lora_linear
 
     def noted(x: Tensor, ends: Tensor, weight: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Tensor:
         seen.append((x.dtype, a.dtype, b.dtype))
         return linear(x, ends, weight, a, b, *rest)
 
-    monkeypatch.setattr(peft_kernels.experts, "experts_lora_linear", noted)
+    monkeypatch.setattr(peft_kernels.nf4.experts_forward, "experts_lora_linear", noted)
     pk.patch(model)
     wide, rounded = torch.float32, torch.bfloat16
     for enabled, x, adapters in (

@@ -12,7 +12,7 @@ from torch import nn
 
 import peft_kernels as pk
 from peft_kernels.patch import fused
-from peft_kernels.patch.loss import LossModel
+from peft_kernels.patch.loss.forward import LossModel
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 peft = pytest.importorskip("peft", reason="PEFT is not installed")

@@ -15,7 +15,7 @@ from torch import nn
 
 import peft_kernels as pk
 from peft_kernels.nn import NF4Linear
-from peft_kernels.quantize import report_of
+from peft_kernels.quantize.model import report_of
 
 
 def kinds(model: nn.Module) -> dict[str, type]:

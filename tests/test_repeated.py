@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import fused, judge
+from peft_kernels.patch import eligibility as judge
+from peft_kernels.patch import fused
 
 
 class Doubling(nn.Linear):

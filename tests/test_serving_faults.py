@@ -15,8 +15,8 @@ from serving_models import ADAPTERS, llama, prompt, save_adapter, small
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels import dispatch
 from peft_kernels.checkpoints.header import CheckpointError
+from peft_kernels.core import dispatch
 from peft_kernels.patch.fused import Fused
 from peft_kernels.serving import Engine, Request, Sampling
 from peft_kernels.serving.turns import FairLock

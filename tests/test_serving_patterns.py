@@ -8,8 +8,8 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 
-from peft_kernels.serving import patterns
-from peft_kernels.serving.patterns import PatternTable
+from peft_kernels.checkpoints import patterns
+from peft_kernels.checkpoints.patterns import PatternTable
 
 PATHS = (
     "model.layers.0.self_attn.q_proj", "model.layers.10.self_attn.q_proj", "model.layers.11.mlp.up_proj",

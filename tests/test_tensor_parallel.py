@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.quantize_report import report_of
+from peft_kernels.quantize.report import report_of
 
 transformers = pytest.importorskip("transformers", reason="plans are transformers', and it is not installed")
 peft = pytest.importorskip("peft", reason="adapters are PEFT's, and it is not installed")
@@ -169,7 +169,7 @@ def assert_same_files(one: Path, other: Path) -> None:
 
 def reads_its_part_alone(folder: Path) -> None:
     """Packed bytes of the file are views of it until this process's part is copied."""
-    from peft_kernels.integrations import nf4_conversion
+    from peft_kernels.quantize.transformers import conversion as nf4_conversion
 
     packed = folder / "packed"
     dense = saved(folder, llama)

@@ -17,7 +17,7 @@ import torch
 
 import peft_kernels as pk
 import testing
-from peft_kernels.backends import cpu
+from peft_kernels.core.backends import cpu
 
 sys.path.append(str(Path(__file__).resolve().parent.parent))
 
@@ -172,7 +172,7 @@ def run(code: str) -> str:
     the path, so not in the source tree."""
     tests = Path(__file__).resolve().parent
     folders = os.pathsep.join([str(Path(pk.__file__).resolve().parent.parent), str(tests)])
-    script = f"import os, time, torch\nfrom peft_kernels.backends.cpu import BACKEND\n{code}"
+    script = f"import os, time, torch\nfrom peft_kernels.core.backends.cpu import BACKEND\n{code}"
     command = [sys.executable, "-c", script.replace("LIBRARY", "BACKEND.extension")]
     environment = os.environ | {"PYTHONPATH": folders}
     result = subprocess.run(

@@ -19,9 +19,9 @@ from transformers_models import Auto, NF4Config, assert_same_state, ids, read, t
 import peft_kernels as pk
 import testing
 from peft_kernels.integrations.transformers import read_config
-from peft_kernels.nf4.experts import is_experts
+from peft_kernels.nf4.experts_packing import is_experts
 from peft_kernels.nf4.model import METHOD
-from peft_kernels.quantize import report_of
+from peft_kernels.quantize.model import report_of
 
 
 @pytest.fixture(scope="module", params=MODELS)

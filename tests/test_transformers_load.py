@@ -28,7 +28,7 @@ from transformers_models import (
 
 import peft_kernels as pk
 from peft_kernels.integrations.transformers import NF4Quantizer
-from peft_kernels.quantize import report_of
+from peft_kernels.quantize.model import report_of
 
 
 @pytest.mark.parametrize("kind", MODELS)

@@ -31,9 +31,9 @@ from transformers_models import (
 )
 
 import peft_kernels as pk
-from peft_kernels.integrations import layouts
 from peft_kernels.integrations import transformers as integration
-from peft_kernels.quantize import report_of
+from peft_kernels.quantize.model import report_of
+from peft_kernels.quantize.transformers import layouts
 
 
 def stored(folder: Path) -> Any:

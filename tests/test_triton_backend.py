@@ -14,8 +14,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
-from peft_kernels import dispatch
-from peft_kernels.backends import BACKENDS, triton
+from peft_kernels.core import dispatch
+from peft_kernels.core.backends import BACKENDS, triton
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

@@ -20,8 +20,9 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton.language as tl
 
-from peft_kernels.code_tables import NF4_CODE
-from peft_kernels.triton_kernels import launch, nf4_decode
+from peft_kernels.core.code_tables import NF4_CODE
+from peft_kernels.triton_kernels.core import launch
+from peft_kernels.triton_kernels.nf4 import nf4_decode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 IN_TWO = "in_two"

@@ -29,8 +29,9 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from bench import triton_launch
 from bench.triton_launch import Card
-from peft_kernels.ops.registry import OPS
-from peft_kernels.triton_kernels import adamw, launch, tables
+from peft_kernels.core.registry import OPS
+from peft_kernels.triton_kernels.core import launch, tables
+from peft_kernels.triton_kernels.optim import adamw
 
 CONFIG = launch.config(4, 3, BLOCK=64)
 

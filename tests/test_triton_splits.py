@@ -19,8 +19,8 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl
 
 from bench.triton_calls import BF16, Call, empty, nf4
-from peft_kernels.triton_kernels import launch, products
-from peft_kernels.triton_kernels.products import (
+from peft_kernels.triton_kernels.core import launch, products
+from peft_kernels.triton_kernels.core.products import (
     MOST_SPLITS,
     Parts,
     add_part,

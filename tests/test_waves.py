@@ -93,7 +93,7 @@ def test_pieces_are_waves_of_torch_s_tiles() -> None:
 
 
 def test_both_back_ends_cut_the_same_pieces(plans: ModuleType) -> None:
-    linear_pieces = pytest.importorskip("peft_kernels.triton_kernels.linear_pieces")
+    linear_pieces = pytest.importorskip("peft_kernels.triton_kernels.linear.linear_pieces")
     lengths = {side for shape in waves.shapes() for side in shape} | {0, 1, 255, 257, 1027, 151936}
     for args in itertools.product(lengths, lengths, (2, 4)):
         assert plans.piece_of(*args) == linear_pieces.piece_size(*args), args

@@ -20,7 +20,8 @@ import pytest
 import torch
 from bitsandbytes_tests import OURS, THEIRS
 
-from peft_kernels.integrations import bitsandbytes, bitsandbytes_ops
+from peft_kernels.integrations import bitsandbytes
+from peft_kernels.integrations.bitsandbytes import ops as bitsandbytes_ops
 
 ENABLED = os.environ["BITSANDBYTES_TESTS_MODE"] == "enabled"
 WORKER = os.environ.get("PYTEST_XDIST_WORKER", "main")

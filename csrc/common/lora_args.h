@@ -29,7 +29,7 @@ inline at::ScalarType bias_type(const OptionalTensor& bias, at::ScalarType compu
   return bias && bias->scalar_type() == compute ? compute : x.scalar_type();
 }
 
-// As dropout_threshold and dropout_scale in peft_kernels/ops/dropout.py.
+// As dropout_threshold and dropout_scale in peft_kernels/ops/lora/dropout.py.
 struct Dropout {
   uint32_t stream;
   uint32_t threshold;  // of a word that keeps its element; 0: keeps all

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.arguments import autocast_dtype
-from ..ops.bottleneck import bottleneck
-from ..ops.multi_bottleneck import BottleneckParameters
+from ..ops.bottleneck.bottleneck import bottleneck
+from ..ops.bottleneck.multi_bottleneck import BottleneckParameters
 from .config import AdapterConfig
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from ..integrations.architectures import in_task_head
 from ..nf4.tensor import NF4Tensor
+from ..quantize.architectures import in_task_head
 from .adapter import BottleneckAdapter
 
 RECORD = "_peft_kernels_adapters"

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from ..integrations.architectures import is_linear
+from ..quantize.architectures import is_linear
 from .config import AdapterConfig
 
 SITE_SUFFIX = "_adapters"

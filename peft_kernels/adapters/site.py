@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.utils.hooks import RemovableHandle
 
-from ..ops.multi_bottleneck import multi_bottleneck
+from ..ops.bottleneck.multi_bottleneck import multi_bottleneck
 from .adapter import BottleneckAdapter
 from .assignment import Assignment, assignment_for, is_recomputation
 from .config import AdapterConfig

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..nf4.experts import computes_experts
+from ..nf4.experts_packing import computes_experts
 from .architecture import compare_with, on_meta
 from .checks import nf4_weights
-from .experts import ExpertsWeight, find
+from .experts_tensors import ExpertsWeight, find
 from .folder import Checkpoint
 from .names import Names
 from .rows import read_form

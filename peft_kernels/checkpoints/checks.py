@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import experts_format
-from ..integrations import bitsandbytes
+from ..nf4 import bitsandbytes_format as bitsandbytes
+from ..nf4 import experts_format
 from ..nf4.model import METHOD
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown

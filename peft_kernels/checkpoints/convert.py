@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..code_tables import BLOCKSIZES
-from ..integrations.bitsandbytes import configuration
+from ..core.code_tables import BLOCKSIZES
+from ..nf4.bitsandbytes_format import configuration
 from .checks import nf4_weights
 from .folder import CONFIG, INDEX, OTHER_WEIGHTS, Checkpoint
 from .header import CheckpointError, Entry, read_header
@@ -183,7 +183,7 @@ def _quantization(
         dtypes = [checkpoint.entries[name].dtype for name in choice.quantise]
         dtype = max(set(dtypes), key=dtypes.count)
         return configuration(blocksize, double_quant, dtype, choice.skip_modules)
-    from ..integrations.nf4_config import NF4Config
+    from ..quantize.transformers.config import NF4Config
 
     return NF4Config(blocksize, double_quant, choice.skip_modules, experts=True).to_dict()
 

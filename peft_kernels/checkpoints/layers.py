@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from ..code_tables import WEIGHT_DTYPES
-from ..integrations.architectures import HEAD_NAMES
-from ..nf4.experts import computes_experts
-from ..targets import choose_experts, choose_layers
+from ..core.code_tables import WEIGHT_DTYPES
+from ..nf4.experts_packing import computes_experts
+from ..quantize.architectures import HEAD_NAMES
+from ..quantize.targets import choose_experts, choose_layers
 from .architecture import compare_with, on_meta
-from .experts import ExpertsWeight, find
+from .experts_tensors import ExpertsWeight, find
 from .folder import Checkpoint
 from .header import CheckpointError
 from .names import Names
@@ -155,7 +155,7 @@ def _leave_to_bitsandbytes(
 
 def _names_for_us(model: Any, packed: set[str]) -> list[str]:
     try:
-        from ..integrations.nf4_quantizer import names_of_dense
+        from ..quantize.transformers.quantizer import names_of_dense
     except ImportError as error:
         raise CheckpointError(f"experts: {error}") from error
     return names_of_dense(model, packed)

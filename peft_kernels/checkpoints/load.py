@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.wrong_types import names_wrong_types
 from ..nf4.weight import NF4Weight
-from ..wrong_types import names_wrong_types
 from .checks import nf4_weights, read_nf4
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown

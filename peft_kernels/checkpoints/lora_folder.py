@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..serving.lora_files import CONFIG, DTYPES, LARGEST_JSON, PREFIX, WEIGHTS, check_init, read_config
 from .header import CheckpointError, Entry, read_header, shown
+from .lora_files import CONFIG, DTYPES, LARGEST_JSON, PREFIX, WEIGHTS, check_init, read_config
 
 _PARTS = {
     "lora_A.weight": "a",

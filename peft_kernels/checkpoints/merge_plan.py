@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from ..code_tables import WEIGHT_DTYPES
-from ..serving.lora_files import CONFIG, WEIGHTS, scaling_of
+from ..core.code_tables import WEIGHT_DTYPES
 from .base_names import BaseNames
 from .changes import AddedBias, Both, Change, Experts, LowRank, Replaced
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
+from .lora_files import CONFIG, WEIGHTS, scaling_of
 from .lora_folder import WITH_PEFT, LoraFolder
 
 _BASE_LAYER = ".base_layer"

@@ -11,14 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import experts_format
-from ..nf4.state import NF4State
+from ..core.nf4_state import NF4State
+from ..nf4 import experts_format
 from ..nf4.weight import NF4Weight
-from ..serving.lora_files import finite
 from .changes import Change, Experts, ReadPart
 from .checks import finite_pieces, read_nf4
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
+from .lora_files import finite
 from .merge_plan import Plan
 from .rows import read_form
 from .writer import Layout, ShardWriter, file_size

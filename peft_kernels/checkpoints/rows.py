@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import experts_format
-from ..integrations import bitsandbytes
-from ..nf4.cut import Cut
-from ..nf4.part import Part
-from ..nf4.state import NF4State
+from ..core.nf4_state import NF4State
+from ..nf4 import bitsandbytes_format as bitsandbytes
+from ..nf4 import experts_format
+from ..nf4.sharded.local_rows import Part
+from ..nf4.sharded.partition import Cut
 from .folder import Checkpoint
 from .header import CheckpointError, Entry
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import torch
 
-from .. import experts_format
-from ..code_tables import NESTED_BLOCKSIZE
-from ..integrations.bitsandbytes import STATE_ITEM
+from ..core.code_tables import NESTED_BLOCKSIZE
+from ..nf4 import experts_format
+from ..nf4.bitsandbytes_format import STATE_ITEM
 from ..nf4.weight import NF4Weight
 from .checks import finite_pieces
-from .experts import ExpertsWeight
+from .experts_tensors import ExpertsWeight
 from .folder import Checkpoint
 from .header import CheckpointError, Entry
 from .layers import Choice

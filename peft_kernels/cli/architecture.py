@@ -14,8 +14,8 @@ from ..checkpoints.checks import quantised_otherwise
 from ..checkpoints.folder import CONFIG
 from ..checkpoints.header import CheckpointError
 from ..checkpoints.json_file import read_json
-from ..nf4.experts import weight_names
-from ..targets import choose_experts, choose_layers
+from ..nf4.experts_packing import weight_names
+from ..quantize.targets import choose_experts, choose_layers
 from .sizes import Block, Experts, Linear, Mixture, Model
 
 CHECKED = ("llama", "mistral", "qwen2", "qwen3", "mixtral", "qwen3_moe")

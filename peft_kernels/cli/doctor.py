@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import NF4Weight, dispatch, lora_linear, nf4_linear
+from .. import NF4Weight, lora_linear, nf4_linear
 from .. import __version__ as version
-from ..backends import BACKENDS, Backend
-from ..ops import registry
+from ..core import dispatch, registry
+from ..core.backends import BACKENDS, Backend
 from . import info
 from .output import Output
 

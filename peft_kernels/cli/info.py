@@ -8,8 +8,9 @@ import platform
 
 import torch
 
-from .. import __version__, dispatch
-from ..backends import BACKENDS
+from .. import __version__
+from ..core import dispatch
+from ..core.backends import BACKENDS
 from .output import Output
 
 LIBRARIES = ("transformers", "peft", "accelerate", "safetensors", "bitsandbytes", "triton", "trl", "rich")

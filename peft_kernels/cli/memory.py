@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..code_tables import NESTED_BLOCKSIZE
+from ..core.code_tables import NESTED_BLOCKSIZE
 from .sizes import Block, Mixture, Model, Run
 
 _FP32, _INT64 = 4, 8

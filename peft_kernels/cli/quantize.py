@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..checkpoints.convert import Conversion, quantize_checkpoint
-from ..code_tables import BLOCKSIZES
+from ..core.code_tables import BLOCKSIZES
 from .output import Output, size
 
 

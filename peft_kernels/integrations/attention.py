@@ -20,10 +20,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from .. import dispatch
-from ..backends import cpu
+from ..core import dispatch
+from ..core.backends import cpu
 from ..ops.arguments import autocast_dtype, is_traced
-from ..ops.attention import attention
+from ..ops.block.attention import attention
 
 NAME = "peft_kernels"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nf4.sharded_weight import is_parallel
-from ..nf4.state import PARALLEL
+from ..core.nf4_state import PARALLEL
+from ..nf4 import bitsandbytes_format as bitsandbytes
+from ..nf4.sharded.checks import is_parallel
 from ..nf4.weight import NF4Weight
-from ..patch import fused, judge
-from . import bitsandbytes
+from ..patch import eligibility as judge
+from ..patch import fused
 
 
 def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = False) -> nn.Module:

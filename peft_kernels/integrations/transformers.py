@@ -8,8 +8,8 @@ from transformers import AutoConfig
 from transformers.quantizers import auto
 
 from ..nf4.model import METHOD
-from .nf4_config import NF4Config
-from .nf4_quantizer import NF4Quantizer
+from ..quantize.transformers.config import NF4Config
+from ..quantize.transformers.quantizer import NF4Quantizer
 
 __all__ = ["NF4Config", "NF4Quantizer", "disable", "enable", "read_config"]
 

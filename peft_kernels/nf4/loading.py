@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .sharded_weight import is_dtensor, is_sharded, load_rows
-from .state import NF4State
+from ..core.nf4_state import NF4State
+from .sharded.checks import is_dtensor, is_sharded, load_rows
 from .weight import NF4Weight
 
 

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from ..code_tables import WEIGHT_DTYPES
-from ..integrations import ddp
+from ..core.code_tables import WEIGHT_DTYPES
+from ..core.nf4_state import PARALLEL, Addition, HoldsNF4, NF4State, warn_of_growth
 from ..ops.linear import nf4_linear
 from .multiples import EACH, Multiple, Share, each, outcome
 from .read_only import has_views, read_only, written
-from .state import PARALLEL, Addition, HoldsNF4, NF4State, warn_of_growth
+from .sharded import ddp
 
 aten = torch.ops.aten
 

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import experts_format
-from ..code_tables import BLOCKSIZES, WEIGHT_DTYPES
-from ..integrations import bitsandbytes
-from ..ops.registry import public_ops as ops
-from ..wrong_types import names_wrong_types
-from .state import Addition, NF4State, fingerprint, packed_rows
+from ..core.code_tables import BLOCKSIZES, WEIGHT_DTYPES
+from ..core.nf4_state import Addition, NF4State, fingerprint, packed_rows
+from ..core.registry import public_ops as ops
+from ..core.wrong_types import names_wrong_types
+from . import bitsandbytes_format as bitsandbytes
+from . import experts_format
 from .tensor import NF4Tensor
 
 if TYPE_CHECKING:

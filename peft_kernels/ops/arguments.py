@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backends.base import DTYPES
-from ..nf4.state import HoldsNF4, NF4State
-from .registry import Base
+from ..core.backends.base import DTYPES
+from ..core.nf4_state import HoldsNF4, NF4State
+from ..core.registry import Base
 
 Weight = HoldsNF4 | NF4State | Tensor
 """(out_features, in_features): an NF4Weight, what it holds, or a dense one."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from .registry import Op
+from ..core import dispatch
+from ..core.registry import Op
 
 
 class Cast(Op):

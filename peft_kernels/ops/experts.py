@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..nf4.state import HoldsNF4, NF4State
-from ..wrong_types import names_wrong_types
+from ..core import dispatch
+from ..core.nf4_state import HoldsNF4, NF4State
+from ..core.registry import Base, Op
+from ..core.wrong_types import names_wrong_types
 from . import arguments
 from .arguments import Weight
 from .common import empty_unless, new_h
-from .registry import Base, Op
 
 
 class ExpertsLinear(Op):

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
-from ..wrong_types import names_wrong_types
+from ..core import dispatch
+from ..core.registry import Base, Op, columns
+from ..core.wrong_types import names_wrong_types
 from . import arguments
 from .common import accumulator_dtype, new_h
-from .multi_lora import AdaptedLinear, flatten, layer_grads, rounding
-from .registry import Base, Op, columns
+from .lora.multi_lora import AdaptedLinear, flatten, layer_grads, rounding
 
 
 class GatedActivation(Op):

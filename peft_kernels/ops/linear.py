@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch
-from ..nf4.state import HoldsNF4, NF4State
-from ..wrong_types import names_wrong_types
+from ..core import dispatch
+from ..core.nf4_state import HoldsNF4, NF4State
+from ..core.registry import Base, Op
+from ..core.wrong_types import names_wrong_types
 from . import arguments
 from .arguments import autocast_dtype
 from .nf4 import dense_weight
-from .registry import Base, Op
 from .sums import bias_grad
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..code_tables import NESTED_BLOCKSIZE, dynamic_map, dynamic_thresholds, nf4_code, nf4_thresholds
-from .registry import Base, Op
+from ..core.code_tables import NESTED_BLOCKSIZE, dynamic_map, dynamic_thresholds, nf4_code, nf4_thresholds
+from ..core.registry import Base, Op
 
 ZERO_CODE = 7
 """Code of 0.0: what blocks without a usable scale, and the padding of an odd tail, are written as."""

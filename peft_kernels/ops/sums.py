@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.registry import Op
 from .common import accumulator_dtype, rows
-from .registry import Op
 
 
 class ColumnSums(Op):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..wrong_types import refuses_wrong_types
+from ..core.wrong_types import refuses_wrong_types
 from .blockwise import BlockwiseOptimizer
 
 

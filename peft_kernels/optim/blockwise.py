@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .. import dispatch
-from ..code_tables import dynamic_map
+from ..core import dispatch
+from ..core.code_tables import dynamic_map
 from .checkpoint import read
 from .groups import UNSUPPORTED, check_number, check_numbers
 from .pager import Pager

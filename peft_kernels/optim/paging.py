@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from ..ops.adamw import STATE_BLOCK
+from ..ops.optim import STATE_BLOCK
 
 SLOTS = 3
 """Buffers: one comes in, one is computed with, one goes out."""

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import dispatch
-from ..ops.adamw import STATE_BLOCK
+from ..core import dispatch
+from ..ops.optim import STATE_BLOCK
 from .paging import CURRENT, SLOTS, Chunk, Piece, Ring, cut
 from .sharded import check_gradient, is_sharded, part_of
 from .states import moment_names

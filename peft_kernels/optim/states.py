@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..code_tables import dynamic_map
-from ..ops.adamw import STATE_BLOCK
+from ..core.code_tables import dynamic_map
+from ..ops.optim import STATE_BLOCK
 
 WRAPPED = "__bnb_optimizer_quant_state__"
 """Under which bitsandbytes from 0.49 on puts what FSDP must not gather."""

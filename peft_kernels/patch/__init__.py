@@ -14,12 +14,13 @@ from typing import Any
 
 from torch import nn
 
-from .. import dispatch
-from ..quantize import report_of
-from . import fused, judge_loss
+from ..core import dispatch
+from ..quantize.model import report_of
+from . import fused
 from .fused import Record
-from .loss import LossModel, head_mixin
-from .prefix import checkpointed as prefix_layers
+from .loss import eligibility as judge_loss
+from .loss.forward import LossModel, head_mixin
+from .prefix.forward import checkpointed as prefix_layers
 from .report import (
     Finding,
     LayerReport,

@@ -9,22 +9,26 @@ from typing import Any
 
 from torch import nn
 
-from ..nf4.experts import NF4Experts
-from . import fused, judge, judge_experts, judge_loss, judge_prefix
-from .attention import FusedAttention
-from .attention import examine as examine_attention
-from .decoder_layer import FusedDecoderLayer
-from .decoder_layer import examine as examine_decoder_layer
-from .experts import FusedParameters
+from ..nf4.experts_packing import NF4Experts
+from . import eligibility as judge
+from . import fused
+from .block.attention import FusedAttention
+from .block.attention import examine as examine_attention
+from .block.decoder_layer import FusedDecoderLayer
+from .block.decoder_layer import examine as examine_decoder_layer
+from .block.gated_mlp import Facts, FusedMlp
+from .block.gated_mlp import examine as examine_mlp
+from .block.rms_norm import FusedRmsNorm
+from .block.rms_norm import examine as examine_norm
+from .experts import eligibility as judge_experts
+from .experts.forward import FusedParameters
 from .fused import Fused, Record
-from .gated_mlp import Facts, FusedMlp
-from .gated_mlp import examine as examine_mlp
-from .linear4bit import FusedLinear4bit
-from .lora import FusedLora
-from .loss import LazyHead, LossFacts, LossModel
-from .prefix import FusedPrefix, GeneratingPrefix
-from .rms_norm import FusedRmsNorm
-from .rms_norm import examine as examine_norm
+from .lora.forward import FusedLora
+from .lora.linear4bit import FusedLinear4bit
+from .loss import eligibility as judge_loss
+from .loss.forward import LazyHead, LossFacts, LossModel
+from .prefix import eligibility as judge_prefix
+from .prefix.forward import FusedPrefix, GeneratingPrefix
 
 PREFIX = "PEFT prefix tuning"
 LOSS = "loss without logits"

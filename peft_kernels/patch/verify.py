@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..experts import experts_forward
-from ..module_calls import hooks_on_all
+from ..core.module_calls import hooks_on_all
+from ..nf4.experts_forward import experts_forward
 from .fused import Fused, Record, fuse, plain_class, restore
 
 logger = logging.getLogger("peft_kernels")

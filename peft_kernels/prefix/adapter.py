@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..patch import judge_prefix
+from ..patch.prefix import eligibility as judge_prefix
 
 
 class PrefixAdapter(NamedTuple):

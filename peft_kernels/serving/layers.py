@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import dispatch
-from ..nf4.state import NF4State
+from ..core import dispatch
+from ..core.nf4_state import NF4State
 from ..nf4.weight import NF4Weight
 from ..ops import arguments
-from ..ops.lora import lora_linear
-from ..ops.multi_lora import AdaptedLinear, Adapter, flatten, multi_lora_linear
-from ..patch import judge
+from ..ops.lora.lora import lora_linear
+from ..ops.lora.multi_lora import AdaptedLinear, Adapter, flatten, multi_lora_linear
+from ..patch import eligibility as judge
 from ..patch.fused import RECORD, Fused, Record, fuse, record_of, restore
 
 

@@ -3,23 +3,23 @@
 Importing this package imports Triton, so that only back end `triton` does it, when it is first asked.
 """
 
-from .adamw import adamw, clip_factor
 from .bottleneck import bottleneck, bottleneck_backward
-from .cross_entropy import linear_cross_entropy
-from .dora import dora_scale, dora_scale_backward
-from .dora_norm import dora_norm
-from .dropout import dropout
-from .experts import (
+from .core.launch import check_usable
+from .experts.experts import (
     experts_linear,
     experts_linear_dx,
     experts_lora_linear,
     experts_lora_linear_backward,
 )
 from .gated import gated_activation, gated_activation_backward
-from .launch import check_usable
-from .linear import nf4_linear, nf4_linear_dx
-from .lora import lora_linear, lora_linear_backward, multi_lora_linear, multi_lora_linear_backward
-from .nf4 import dequantize_nf4, quantize_absmax, quantize_nf4, unpack_absmax
+from .linear.linear import nf4_linear, nf4_linear_dx
+from .lora.dora import dora_scale, dora_scale_backward
+from .lora.dora_norm import dora_norm
+from .lora.dropout import dropout
+from .lora.lora import lora_linear, lora_linear_backward, multi_lora_linear, multi_lora_linear_backward
+from .loss import linear_cross_entropy
+from .nf4.nf4 import dequantize_nf4, quantize_absmax, quantize_nf4, unpack_absmax
+from .optim.adamw import adamw, clip_factor
 
 __all__ = [
     "adamw",

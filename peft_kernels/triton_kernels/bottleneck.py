@@ -13,16 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.bottleneck import Bottleneck, BottleneckBackward
+from ..ops.bottleneck.bottleneck import Bottleneck, BottleneckBackward
 from ..ops.common import empty_unless
-from .common import check, check_dtype, check_shape, matching
-from .dropout import Mask, check_dropout, kept, known_mask, mask_of
+from .core.common import check, check_dtype, check_shape, matching
+from .core.launch import VARYING, cdiv, config, launch
+from .core.products import processors, see_stores, store_tile, type_of
 from .gated import ACTIVATIONS, activate
-from .launch import VARYING, cdiv, config, launch
-from .linear import as_rows
-from .lora_adapters import Delta, Seen, SeenArgs, check_factor, delta_args, delta_tile
-from .lora_products import Product, over_rows, rank_sum, ranks_of, summed_ranks_of
-from .products import processors, see_stores, store_tile, type_of
+from .linear.linear import as_rows
+from .lora.dropout import Mask, check_dropout, kept, known_mask, mask_of
+from .lora.lora_adapters import Delta, Seen, SeenArgs, check_factor, delta_args, delta_tile
+from .lora.lora_products import Product, over_rows, rank_sum, ranks_of, summed_ranks_of
 
 FEW = config(4, 2, BLOCK_M=16, BLOCK_F=128)
 MANY = config(8, 2, BLOCK_M=64, BLOCK_F=64)

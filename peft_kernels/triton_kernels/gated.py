@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .common import check, check_float, matching
-from .launch import cdiv, config, launch
+from .core.common import check, check_float, matching
+from .core.launch import cdiv, config, launch
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 GATED = config(8, 3, BLOCK=2048)

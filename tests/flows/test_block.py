@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import attention as fused_attention
-from peft_kernels.patch import decoder_layer, judge_block
-from peft_kernels.patch import rms_norm as fused_norm
+from peft_kernels.patch.block import attention as fused_attention
+from peft_kernels.patch.block import decoder_layer
+from peft_kernels.patch.block import eligibility as judge_block
+from peft_kernels.patch.block import rms_norm as fused_norm
 
 FAMILIES = {
     "Llama": 5, "Mistral": 5, "Qwen2": 5, "Qwen3": 9, "Granite": 5, "Gemma": 5, "Gemma2": 9, "Gemma3": 13,

@@ -13,7 +13,7 @@ from flow_checks import assert_near, block_fallbacks
 from flow_models import adapted, llama
 from torch import Tensor, nn
 
-from peft_kernels.patch import decoder_layer
+from peft_kernels.patch.block import decoder_layer
 
 FAMILIES = {"Llama": 2, "Mistral": 2, "Qwen3": 2, "Gemma": 2, "Mixtral": 2, "Granite": 0, "Gemma2": 0}
 """And how many of their layers are written in Llama's words."""

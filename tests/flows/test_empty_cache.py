@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from peft_kernels.patch import empty_cache
+from peft_kernels.patch.block import empty_cache
 
 
 def keys_and_values(requires_grad: bool = True) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ from trl.trainer.utils import add_fused_lm_head
 
 from peft_kernels.integrations import attention as our_attention
 from peft_kernels.integrations import trl as ours
-from peft_kernels.integrations.scored_head import OUTPUTS
+from peft_kernels.integrations.trl.scored_head import OUTPUTS
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWarning")
 

@@ -16,7 +16,7 @@ from loss_models import MODELS, VOCABULARY, batch, family, losses_of, patched, s
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels.patch.lazy_logits import LazyLogits
+from peft_kernels.patch.loss.lazy_logits import LazyLogits
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 

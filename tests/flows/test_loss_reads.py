@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import peft_kernels as pk
 import testing
-from peft_kernels.ops.token_loss import linear_cross_entropy
-from peft_kernels.patch import lazy_logits
-from peft_kernels.patch.lazy_logits import LazyLogits
+from peft_kernels.ops.loss.token_loss import linear_cross_entropy
+from peft_kernels.patch.loss import lazy_logits
+from peft_kernels.patch.loss.lazy_logits import LazyLogits
 
 
 def read_whole(out: Any) -> Tensor:

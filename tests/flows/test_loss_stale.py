@@ -113,7 +113,7 @@ def test_logits_of_a_frozen_head_outlive_a_step() -> None:
 
 def test_one_hash_for_each_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     """It costs a pass over the head's weight."""
-    from peft_kernels.patch import recipe
+    from peft_kernels.patch.loss import recipe
 
     hashed: list[Tensor] = []
     stock = recipe.bits_hash

@@ -17,7 +17,7 @@ from flow_models import adapted, ids, in_fp64, llama, patched_copy
 from torch import nn
 
 import peft_kernels as pk
-from peft_kernels.nf4 import state as nf4_state
+from peft_kernels.core import nf4_state
 
 CYCLES = 20
 

@@ -18,7 +18,8 @@ from prefix_models import FAMILIES, bare, batch, loss, prefixed
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import fused, prefix_cache
+from peft_kernels.patch import fused
+from peft_kernels.patch.prefix import cache as prefix_cache
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")

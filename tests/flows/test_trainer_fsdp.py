@@ -22,7 +22,7 @@ from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, alone, losses, opti
 from torch import Tensor
 
 import peft_kernels as pk
-from peft_kernels.nf4.shard import NF4Shard
+from peft_kernels.nf4.sharded.fsdp_tensor import NF4Shard
 
 for name in ("accelerate", "trl", "datasets"):
     if importlib.util.find_spec(name) is None:

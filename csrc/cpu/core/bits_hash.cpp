@@ -1,5 +1,5 @@
-// A hash of a tensor's bits, for peft_kernels/nf4/state.py, which has the same in torch's ops and says what
-// it is for. In one pass over the memory, where torch makes eight.
+// A hash of a tensor's bits, for peft_kernels/core/nf4_state.py, which has the same in torch's ops and says
+// what it is for. In one pass over the memory, where torch makes eight.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

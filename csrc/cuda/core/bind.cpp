@@ -111,6 +111,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
   m.def(
       "architectures", [] { return std::string(PEFT_KERNELS_QUOTE(PEFT_KERNELS_CUDA_ARCHITECTURES)); },
-      "What the kernels are compiled for, as peft_kernels/backends/architectures.py words it, with colons.");
+      "What the kernels are compiled for, as peft_kernels/core/backends/architectures.py words it, with "
+      "colons.");
 #endif
 }

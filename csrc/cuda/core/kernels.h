@@ -73,8 +73,8 @@ struct Nf4View {
   int block_shift;  // log2 of the blocksize
 };
 
-// Dropout as in peft_kernels/ops/dropout.py: keep where Philox(seed, stream, element) >= threshold, kept ones
-// times scale.
+// Dropout as in peft_kernels/ops/lora/dropout.py: keep where Philox(seed, stream, element) >= threshold, kept
+// ones times scale.
 struct DropoutMask {
   const int64_t* seed;  // on the device, or null: nothing dropped
   uint32_t stream;

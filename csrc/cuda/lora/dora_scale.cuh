@@ -1,4 +1,4 @@
-// z with all but its bias scaled by column, and the gradients, as peft_kernels/ops/dora.py has them:
+// z with all but its bias scaled by column, and the gradients, as peft_kernels/ops/lora/dora.py has them:
 // the magnitudes of DoRA.
 #pragma once
 

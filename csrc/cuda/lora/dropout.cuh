@@ -1,4 +1,4 @@
-// Dropout, as peft_kernels/ops/dropout.py has it.
+// Dropout, as peft_kernels/ops/lora/dropout.py has it.
 #pragma once
 
 #include "../core/device.cuh"

@@ -1,4 +1,4 @@
-// A step of AdamW, Adam or Lion, as peft_kernels/ops/adamw.py has it, in one pass over all parameters.
+// A step of AdamW, Adam or Lion, as peft_kernels/ops/optim.py has it, in one pass over all parameters.
 //
 // Blocks of a moment, 256 elements each, are numbered through all parameters, and each block of threads has a
 // run of them: it looks its first parameter up once, and computes what depends on step and lr once for each

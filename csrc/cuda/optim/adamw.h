@@ -1,4 +1,4 @@
-// A step of AdamW, Adam or Lion for all parameters (peft_kernels/ops/adamw.py). What is on the device may
+// A step of AdamW, Adam or Lion for all parameters (peft_kernels/ops/optim.py). What is on the device may
 // change between steps without the host knowing, so a graph can hold one.
 #pragma once
 

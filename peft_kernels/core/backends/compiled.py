@@ -1,0 +1,92 @@
+"""What back ends in compiled libraries share: they are refused before they are loaded, if need be."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import mmap
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .. import registry
+from .base import unserved_tensors
+
+_HASH = re.compile(rb"PEFT_KERNELS_SPEC_HASH=([0-9a-f]{64})")
+_TORCH = re.compile(rb"PEFT_KERNELS_TORCH=([^;]{1,40});")
+
+
+class CompiledBackend:
+    """Kernels for fp32, bf16 and fp16 in the library `library`, for tensors on devices of one type."""
+
+    name: str
+    namespace: str
+    device_type: str
+    library: str
+    not_built: str
+    """Why there may be none, and what to do."""
+
+    def __init__(self) -> None:
+        self._ops: torch.library.Library | None = None
+        self._extension: Any = None
+        self._refusal: str | None = "not loaded yet"
+
+    def load(self) -> None:
+        if self._ops is not None:
+            return
+        self._ops = registry.install(self.namespace)
+        self._refusal = self._refusal_to_load()
+        if self._refusal is None:
+            try:
+                self._extension = self._open()
+            except (ImportError, OSError, ValueError) as error:
+                self._refusal = f"{self.library} does not load: {error}"
+
+    def _open(self) -> Any:
+        """Load the library, which registers its kernels. ImportError, OSError or ValueError if it cannot."""
+        return importlib.import_module(self.library)
+
+    def probe(self) -> str | None:
+        return self._refusal
+
+    @property
+    def extension(self) -> Any:
+        """What the library offers beside its kernels. RuntimeError with the reason when there is none."""
+        if self._extension is None:
+            raise RuntimeError(f"back end {self.name}: {self._refusal}")
+        return self._extension
+
+    def supports(self, op: str, args: Sequence[Any]) -> str | None:
+        return unserved_tensors(op, args, (self.device_type,))
+
+    def _refusal_to_load(self) -> str | None:
+        """Why the compiled library must not be loaded, found without loading it.
+
+        A library built for other schemas would abort the process when it registers its kernels, and one for
+        another torch may do anything, so what the build wrote into the file is compared first.
+        """
+        found = importlib.util.find_spec(self.library)
+        if found is None or found.origin is None:
+            return self.not_built
+        with (
+            open(found.origin, "rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
+            schemas, built_with = (_group(pattern.search(content)) for pattern in (_HASH, _TORCH))
+        if schemas != registry.spec_hash():
+            return (
+                f"{found.origin} was built from other sources than this package: rebuild it (pip install .)"
+            )
+        # C++ of a minor version of torch is compatible with no other's.
+        if built_with is None or built_with.split(".")[:2] != torch.__version__.split(".")[:2]:
+            return (
+                f"{found.origin} was built with torch {built_with}, this is torch {torch.__version__}: "
+                "rebuild it (pip install --no-deps --force-reinstall .)"
+            )
+        return None
+
+
+def _group(match: re.Match[bytes] | None) -> str | None:
+    return match.group(1).decode() if match else None

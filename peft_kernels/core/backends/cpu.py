@@ -1,0 +1,73 @@
+"""Back end `cpu`: C++ kernels for CPU tensors, in the compiled library `peft_kernels._C`.
+
+The library knows nothing of Python. What it offers beside its kernels are ops too: what it tells of itself,
+the spans of keys in a mask, and a hash of bits.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from .. import registry
+from .compiled import CompiledBackend
+
+
+class Library:
+    """The compiled library: where it is, and its functions (csrc/cpu/core/library_ops.cpp, attention_ops.cpp,
+    bits_hash.cpp)."""
+
+    def __init__(self, file: str, namespace: str) -> None:
+        torch.ops.load_library(file)
+        self.__file__ = file
+        self._functions = getattr(torch.ops, f"{namespace}_library")
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._functions, name)
+
+
+class CpuBackend(CompiledBackend):
+    name = "cpu"
+    namespace = f"{registry.NAMESPACE}_cpu"
+    device_type = "cpu"
+    # A build for the Hugging Face Hub has a package name of its own, which its library has too.
+    library = f"{registry.NAMESPACE}.{'_C' if registry.NAMESPACE == 'peft_kernels' else registry.NAMESPACE}"
+    not_built = "not built (no C++ compiler at installation, or PEFT_KERNELS_CPU=0): reinstall with g++"
+
+    def _open(self) -> Library:
+        found = importlib.util.find_spec(self.library)
+        assert found is not None and found.origin is not None  # it was read before
+        library = Library(found.origin, self.namespace)
+        library.set_isa_from_environment()
+        return library
+
+    def describe(self) -> str:
+        extension = self.extension
+        levels = ", ".join(extension.isa_levels())
+        threads = f"{torch.get_num_threads()} threads"
+        refused = extension.refused_isa_reason()
+        return f"C++, instruction set {extension.isa_level()} (of {levels}), {threads}" + (
+            f"; not {refused}" if refused else ""
+        )
+
+    @contextmanager
+    def use_isa(self, level: str) -> Iterator[None]:
+        """Run with one instruction set (see `isa_levels` of the extension). ValueError when the machine lacks
+        it.
+
+        For tests and measurements: the level is a property of the process, not of the thread.
+        """
+        extension = self.extension
+        before = extension.isa_level()
+        extension.set_isa_level(level)
+        try:
+            yield
+        finally:
+            extension.set_isa_level(before)
+
+
+BACKEND = CpuBackend()

@@ -1,0 +1,173 @@
+"""Which back end serves a call, and why.
+
+Automatic choice takes the first back end, in the order of `BACKENDS`, that is for the device of the tensors,
+usable here and supports the call. A forced one (`use_backend`, or the environment variable
+PEFT_KERNELS_BACKEND) serves it or raises with the reason.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from . import registry
+from .backends import BACKENDS, Backend
+from .backends.base import tensors
+
+ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
+
+logger = logging.getLogger("peft_kernels")
+
+_forced: ContextVar[str | None] = ContextVar("peft_kernels_backend", default=None)
+_logged: set[str] = set()
+_libraries: list[torch.library.Library] = []
+_chosen: dict[tuple[str, torch.device, torch.dtype], Callable[..., Any]] = {}
+
+
+def install() -> None:
+    """Define the public ops and load the back ends. Done once, at import; has no effect outside torch.ops."""
+    if _libraries:
+        return
+    _libraries.append(registry.install(registry.NAMESPACE, _public_kernel))
+    for backend in BACKENDS.values():
+        backend.load()
+
+
+def _public_kernel(op: type[registry.Op]) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return kernel(op.name, args)(*args)
+
+    return call
+
+
+def kernel(op: str, args: Sequence[Any]) -> OpOverload:
+    """The back end op that serves `op` with `args`. RuntimeError when a forced back end cannot."""
+    backend = select(op, args)
+    found: OpOverload = getattr(getattr(torch.ops, backend.namespace), op).default
+    return found
+
+
+def call(op: str, *args: Any, like: Tensor | None = None, rounds: torch.dtype | None = None) -> Any:
+    """Call an op. Device and dtype of `like`, by default the first argument, decide which back end serves.
+    `rounds`: the dtype that its arguments in fp32 which may be `rounding` are rounded to first, all at once;
+    their gradients, rounded so too, are fp32.
+
+    Eager calls skip the public op and the dispatcher's autograd key; traced ones record the public op. The
+    choice is remembered: to look at all arguments in every call would cost a small layer as much as its
+    arithmetic.
+    """
+    if torch.compiler.is_compiling():
+        given = args if rounds is None else registry.OPS[op].rounded(args, rounds)
+        return getattr(registry.public_ops, op)(*given)
+    like = args[0] if like is None else like
+    if forced() is not None:
+        return registry.eager(kernel(op, (like,)))(*args, rounds=rounds)
+    key = op, like.device, like.dtype  # with its index: cards may differ
+    found = _chosen.get(key)
+    if found is None:
+        found = _chosen[key] = registry.eager(kernel(op, (like,)))
+    return found(*args) if rounds is None else found(*args, rounds=rounds)
+
+
+def select(op: str, args: Sequence[Any]) -> Backend:
+    """The back end for this call. RuntimeError when a forced back end cannot serve it."""
+    name = forced()
+    if name is not None:
+        backend = BACKENDS[name]
+        reason = backend.probe() or backend.supports(op, args)
+        if reason is not None:
+            raise RuntimeError(f"back end {name} was asked for but cannot serve {op}: {reason}")
+        return backend
+    device = next((tensor.device.type for tensor in tensors(args)), None)
+    unusable: dict[str, str] = {}
+    passed_over = False
+    for backend in BACKENDS.values():
+        if backend.device_type is None:
+            if not passed_over:
+                _tell_of_the_reference(device, unusable)
+            return backend
+        if backend.device_type != device:
+            continue  # nothing to talk about
+        if (reason := backend.probe()) is not None:
+            unusable[backend.name] = reason
+        elif (reason := backend.supports(op, args)) is not None:
+            _log_once(f"back end {backend.name} passed over: {reason}")
+            passed_over = True
+        else:
+            return backend
+    raise AssertionError("unreachable: the reference supports everything")
+
+
+def _tell_of_the_reference(device: str | None, unusable: Mapping[str, str]) -> None:
+    """Once, why all tensors on such devices end at plain torch. Where that is the CPU, installation told."""
+    if device in (None, "cpu", "meta"):
+        return
+    reasons = "; ".join(f"back end {name}: {reason}" for name, reason in unusable.items())
+    _log_once(
+        f"{device} tensors are served by plain torch (back end reference), slowly: "
+        + (reasons or f"no back end has kernels for {device}")
+    )
+
+
+def forced() -> str | None:
+    """Name of the back end that `use_backend` or the environment asks for, None for automatic choice."""
+    name = _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Serve every call inside the `with` block by one back end.
+
+    Parameters
+    ----------
+    name : str
+        "cuda", "triton", "cpu" or "reference".
+
+    Raises
+    ------
+    ValueError
+        There is no back end of that name.
+    RuntimeError
+        It is not usable on this machine; later, inside the block, when it does not support a call.
+    """
+    if name not in BACKENDS:
+        raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
+    reason = BACKENDS[name].probe()
+    if reason is not None:
+        raise RuntimeError(f"back end {name} cannot be used here: {reason}")
+    token = _forced.set(name)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def explain() -> str:
+    """A readable account of the back ends: built? usable here? with which instruction set, on which cards?
+    why not?"""
+    lines = []
+    for backend in BACKENDS.values():
+        reason = backend.probe()
+        state = f"not usable: {reason}" if reason is not None else f"usable: {backend.describe()}"
+        lines.append(f"{backend.name:<10} {state}")
+    name = forced()
+    choice = f"forced: {name}" if name else "automatic, the first usable one for the device of the tensors"
+    lines.append(f"{'choice':<10} {choice}")
+    return "\n".join(lines)
+
+
+def _log_once(sentence: str) -> None:
+    if sentence not in _logged:
+        _logged.add(sentence)
+        logger.warning("%s", sentence)

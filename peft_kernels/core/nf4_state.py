@@ -1,0 +1,331 @@
+"""What an NF4Weight holds: packed bytes, or dense values, or dense values with the packed bytes kept aside.
+
+The third form is a merge that can be taken back. Adding a delta to a 4-bit weight and subtracting it again
+leaves rounding errors, and no 4 bits; so the state notes exactly what was added. When the same values have
+been subtracted, nothing lies on the packed bytes any more, and they are what the weight is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..nf4.multiples import Share
+from .registry import NAMESPACE, Base
+from .registry import public_ops as ops
+
+PARALLEL = "this process has a part of it, as a plan for tensor parallelism cuts it"
+PACKED_FORM = ("packed", "absmax", "absmax2", "offset")
+
+# Of splitmix64, as signed numbers.
+_STEP, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
+_CHUNK = {"cpu": 1 << 16}
+_LARGE_CHUNK = 1 << 20
+
+_MOST_ADDITIONS = 100  # more than anybody merges: what adds on and on is training, not merging
+
+_warned: set[str] = set()
+"""Kinds of growth that this process has been warned of."""
+
+
+@dataclass(frozen=True)
+class Addition:
+    """One delta that was added in place: `alpha` times values known by their fingerprints."""
+
+    fingerprints: tuple[Any, ...]  # of the values as they came, and rounded to the weight's dtype
+    alpha: float
+
+    @classmethod
+    def of(cls, value: Any, alpha: float, dtype: torch.dtype) -> Addition:
+        both = [fingerprint(value)]
+        if isinstance(value, Tensor) and value.dim() and value.dtype != dtype:
+            both.append(fingerprint(value.to(dtype)))  # PEFT adds fp32 and subtracts what that is in bf16
+        return cls(tuple(both), float(alpha))
+
+    def undone_by(self, other: Addition) -> bool:
+        return self.alpha == -other.alpha and other.fingerprints[0] in self.fingerprints
+
+
+@dataclass
+class NF4State:
+    """The stored form of a weight, shared by all its aliases.
+
+    `packed` and `absmax` alone; or `dense` alone, after a write; or all of them while merged: `dense` is then
+    the weight, and the packed form what it is again when `additions` is empty.
+    """
+
+    shape: tuple[int, ...]  # (out, in); or (experts, out, in), and each tensor has experts first
+    blocksize: int
+    packed: Tensor | None = None  # uint8 (out, in / 2), or ((n + 1) // 2,) when `in` is odd
+    absmax: Tensor | None = None  # fp32 (nblocks,), or uint8 when double-quantised
+    absmax2: Tensor | None = None  # fp32 (ceil(nblocks / 256),)
+    offset: Tensor | None = None  # fp32 ()
+    dense: Tensor | None = None  # (out, in), after a write
+    double_quant: bool = True  # what requantize_() returns to
+    name: str = "weight"  # what errors and warnings call it
+    additions: list[Addition] = field(default_factory=list)
+    seal: Any = None  # fingerprint of `dense` as NF4Weight.merging left it
+    factor: Any = None  # `dense` is this times the packed form, while an average is computed in place
+    part_of: str | None = None  # what this is one expert of; then it cannot be written to
+    gathered: bool = False  # by FSDP2, until it frees it; then neither
+    slice_of: tuple[int, ...] | None = None  # shape of the whole, where these are rows or columns of it
+
+    def tensors(self) -> dict[str, Tensor]:
+        named = {name: getattr(self, name) for name in (*PACKED_FORM, "dense")}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> NF4State:
+        """A copy, with other tensors: what a part is copied to is part of nothing."""
+        new = {name: function(tensor) for name, tensor in self.tensors().items()}
+        changed: dict[str, Any] = {
+            "additions": list(self.additions),
+            "part_of": None,
+            "gathered": False,
+            **new,
+        }
+        return dataclasses.replace(self, **changed)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> NF4State:
+        return self.map(lambda tensor: copy.deepcopy(tensor, memo))
+
+    def become(self, other: NF4State) -> None:
+        """All but the name."""
+        self.__dict__.update(other.__dict__ | {"name": self.name})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    @property
+    def merged(self) -> bool:
+        """Whether the packed form waits beneath dense values."""
+        return self.dense is not None and self.packed is not None
+
+    @property
+    def op_args(self) -> Base:
+        """The packed weight as ops take it."""
+        assert self.packed is not None
+        return Base(self.packed, self.absmax, self.absmax2, self.offset, self.blocksize)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """The packed values, whatever lies on them."""
+        if len(self.shape) == 3:
+            assert self.packed is not None
+            all_experts = self.packed.new_empty(self.shape, dtype=dtype)
+            for e in range(self.shape[0]):
+                all_experts[e] = self.expert(e).dequantize(dtype)
+            return all_experts
+        dense: Tensor = ops.dequantize_nf4(*self.op_args, self.shape, dtype)
+        return dense
+
+    def expert(self, index: int) -> NF4State:
+        """One expert's packed weight, in this one's memory."""
+        if not -self.shape[0] <= index < self.shape[0]:
+            raise IndexError(f"index: expected one of {self.shape[0]} experts, got {index}")
+        parts: dict[str, Any] = {n: None if t is None else t[index] for n, t in self.packed_form().items()}
+        return dataclasses.replace(self, shape=self.shape[1:], part_of=self.name, **parts)
+
+    def packed_form(self) -> dict[str, Tensor | None]:
+        return {name: getattr(self, name) for name in PACKED_FORM}
+
+    @property
+    def share(self) -> Share | None:
+        """The weight as a multiple of its packed form; None if it is none."""
+        factor = self.factor if self.dense is not None else 1.0
+        if self.packed is None or self.additions or self.seal is not None or factor is None or self.gathered:
+            return None
+        return self._once.times(factor)
+
+    def holds(self, loaded: Tensor) -> bool:
+        """Whether both are dense, with the same values."""
+        values = loaded._state.dense if isinstance(loaded, HoldsNF4) else loaded
+        if self.dense is None or values is None:
+            return False
+        return torch.equal(self.dense, values.to(self.dense))
+
+    def keep(self, packed_form: dict[str, Tensor | None], seal: Any) -> None:
+        """Lay dense values over a packed form."""
+        self.__dict__.update(packed_form)
+        self.additions.clear()
+        self.seal, self.factor = seal, None
+
+    # Writes. Every one is `before_write`, the write to `dense`, and one of the others.
+
+    def refuse_part(self) -> None:
+        """A write to one expert or slice has no place in the whole, and one to what FSDP2 gathered goes with
+        it."""
+        if self.gathered:
+            raise RuntimeError(
+                f"{self.name}: gathered by FSDP2 for as long as its layer runs, and written to, expected "
+                "writes (a merge, say) before fully_shard: this one would be lost"
+            )
+        if self.slice_of is not None:
+            raise RuntimeError(
+                f"{self.name}: {PARALLEL}, and was written to, expected writes (a merge, say) to a model in "
+                "one process"
+            )
+        if self.part_of is not None:
+            raise RuntimeError(
+                f"{self.part_of}: one expert of it was written to, expected a write to the whole "
+                "(as `weight += delta`): this one would be lost"
+            )
+
+    def refuse_saving_part(self) -> None:
+        if self.slice_of is not None:
+            raise RuntimeError(
+                f"{self.name}: {PARALLEL}, and was to be saved, expected save_pretrained of the model, in "
+                "every process and without distributed_checkpoint"
+            )
+
+    def before_write(self, dtype: torch.dtype) -> None:
+        self.refuse_part()
+        if self.dense is None:
+            self.dense = self.dequantize(dtype)
+
+    def subtracts_the_rest(self, addition: Addition) -> bool:
+        """Whether adding `addition` leaves the packed form and nothing else. It need not be computed then."""
+        return len(self.additions) == 1 and self.additions[0].undone_by(addition)
+
+    def repack(self) -> None:
+        self.dense = self.seal = self.factor = None
+        self.additions.clear()
+
+    def is_once(self, share: Share | None) -> bool:
+        """Whether a multiple is the packed form itself."""
+        return self.packed is not None and share is not None and share.is_once(self._once)
+
+    @property
+    def _once(self) -> Share:
+        return Share(torch.Size(self.shape), self.packed_form(), 1.0)
+
+    def wrote_multiple(self, share: Share) -> None:
+        """After a write of a multiple. If it is one of the packed form, that is kept: the next write may
+        complete an average."""
+        if self.packed is None or not share.is_of(self._once):
+            return self.wrote()
+        self.additions.clear()
+        self.seal, self.factor = None, share.factor
+        warn_of_growth("scaled", self)
+
+    def added(self, addition: Addition) -> None:
+        """After an addition: it can be taken back, or it takes back an earlier one."""
+        if self.packed is None:
+            return
+        self.seal = None
+        for earlier in self.additions:
+            if earlier.undone_by(addition):
+                self.additions.remove(earlier)
+                return
+        if addition.alpha < 0 or self.factor is not None or len(self.additions) == _MOST_ADDITIONS:
+            self.wrote()
+        else:
+            self.additions.append(addition)
+            warn_of_growth("merged", self)
+
+    def wrote(self) -> None:
+        """After any other write: it stays, unless it wrote what the packed form is."""
+        assert self.dense is not None
+        if self.packed is None:
+            return
+        if _same_bits(self.dense, self.dequantize(self.dense.dtype)):
+            self.repack()
+        else:
+            self.forget_packed()
+
+    def forget_packed(self) -> None:
+        for name in PACKED_FORM:
+            setattr(self, name, None)
+        self.additions.clear()
+        self.seal = self.factor = None
+        warn_of_growth("for good", self)
+
+
+class HoldsNF4(torch.Tensor):
+    """A tensor whose values are an NF4State."""
+
+    _state: NF4State
+
+    def _share(self) -> Share | None:
+        return self._state.share
+
+
+def packed_rows(packed: Tensor, shape: Any) -> Tensor:
+    """Packed bytes as (out, in / 2), so that rows shard, when a row is a whole number of bytes. Of experts as
+    many such, or flat ones."""
+    if shape[-1] % 2 == 0:
+        return packed.view(*shape[:-1], shape[-1] // 2)
+    return packed if len(shape) == 2 else packed.view(shape[0], -1)
+
+
+def fingerprint(value: Any) -> Any:
+    """Dtype, shape and a 64-bit hash of the bits of a tensor; a number is its own. The same in every run."""
+    if not isinstance(value, Tensor):
+        return (type(value).__name__, value)
+    if value.layout == torch.sparse_coo:  # SHiRA adds these
+        value = value.detach().coalesce()
+        return ("sparse", tuple(value.shape), fingerprint(value.indices()), fingerprint(value.values()))
+    if value.numel() == 0 or value.dim() == 0:
+        return (value.dtype, tuple(value.shape), value.tolist())
+    return (value.dtype, tuple(value.shape), int(bits_hash(value)))
+
+
+def bits_hash(value: Tensor) -> Tensor:
+    """A 64-bit hash of the bits of a dense tensor, int64 () on its device. It waits for no device, and needs
+    8 MB, or on a CPU what stays in cache, beside a tensor that is contiguous.
+
+    On a CPU the compiled library computes it, once it is loaded (csrc/cpu/core/bits_hash.cpp)."""
+    bits = value.detach().contiguous().view(-1)
+    total = torch.zeros((), dtype=torch.int64, device=value.device)
+    if not bits.numel():
+        return total
+    itemsize = next((n for n in (8, 4, 2, 1) if bits.nbytes % n == 0 and bits.data_ptr() % n == 0), 1)
+    words = bits.view(torch.uint8).view(
+        {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[itemsize]
+    )
+    library = getattr(torch.ops, f"{NAMESPACE}_cpu_library")
+    if itemsize == 8 and words.device.type == "cpu" and hasattr(library, "bits_hash"):
+        return torch.tensor(library.bits_hash(words))
+    size = _CHUNK.get(value.device.type, _LARGE_CHUNK)
+    keys = torch.arange(min(size, words.numel()), device=value.device) * _STEP
+    for start in range(0, words.numel(), size):
+        chunk = words[start : start + size].to(torch.int64)
+        mixed = (chunk ^ keys[: chunk.numel()]).mul_(_MIX1)
+        mixed.bitwise_xor_(mixed >> 29).mul_(_MIX2)
+        mixed.bitwise_xor_(mixed >> 32)
+        total += mixed.sum()
+        keys += (size * _STEP + 2**63) % 2**64 - 2**63
+    return total
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return torch.equal(a.contiguous().view(integer), b.contiguous().view(integer))
+
+
+def warn_of_growth(kind: str, state: NF4State) -> None:
+    """Tell, once a process and kind, that 4-bit weights have become larger, and how much larger."""
+    if kind in _warned:
+        return
+    _warned.add(kind)
+    assert state.dense is not None
+    numel = prod(state.shape)
+    why = {
+        "merged": "while adapters are merged into it: dense, with its 4 bits kept aside until it is unmerged",
+        "scaled": "while it is scaled: dense, with its 4 bits kept aside until an average gives them back",
+        "for good": "from now on: it was written to by something else than a merge that can be taken back "
+        "(PiSSA, OLoRA, a merge that assigns); requantize_() packs it, with the loss of 4 bits",
+    }[kind]
+    warnings.warn(
+        f"{state.name}: {state.nbytes / numel:.3g} bytes for each value of an NF4 weight instead of about "
+        f"{0.5 + 1 / state.blocksize:.2g} ({state.nbytes / 1e6:.3g} MB in all) {why}. So it is with every "
+        "layer that this is done to; it is said once.",
+        stacklevel=2,
+    )

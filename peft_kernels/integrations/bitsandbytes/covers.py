@@ -1,0 +1,44 @@
+"""Which calls of bitsandbytes' ops our kernels cover, by device and by table of codes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ...core.backends import BACKENDS
+
+_verdicts: Any = WeakTensorKeyDictionary()
+
+
+def is_table(code: Tensor, standard: Callable[[torch.device], Tensor]) -> bool:
+    """Whether a table is the format's. Remembered on CUDA, where one has to wait for the answer, until the
+    table's version changes: writes that leave it as it is are not seen there."""
+    expected = standard(code.device)
+    if not code.is_cuda:
+        return code.dtype == expected.dtype and torch.equal(code, expected)
+    key = standard, None if code.is_inference() else code._version
+    known = _verdicts.get(code)
+    if known is not None and known[0] == key:
+        return bool(known[1])
+    if torch.cuda.is_current_stream_capturing():
+        return False
+    verdict = code.dtype == expected.dtype and torch.equal(code, expected)
+    _verdicts[code] = key, verdict
+    return verdict
+
+
+@lru_cache
+def has_kernels(device: torch.device) -> bool:
+    """Whether this very device, for cards may differ, is served by more than plain torch."""
+    probe = torch.empty(0, device=device)
+    return any(
+        one.device_type == device.type
+        and one.probe() is None
+        and one.supports("nf4_linear", (probe,)) is None
+        for one in BACKENDS.values()
+    )

@@ -1,0 +1,183 @@
+"""NF4 models under FSDP2 (`torch.distributed.fsdp.fully_shard`): what is sharded, and checkpoints.
+
+Sharding itself needs nothing of this: `NF4Weight` and `NF4Shard` are what `fully_shard` asks for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...core.nf4_state import PARALLEL
+from ...nf4.sharded.checks import is_dtensor, is_parallel, is_sharded
+from ...nf4.sharded.fsdp_tensor import NF4Shard
+from ...nf4.sharded.local_rows import Part
+from ...nf4.sharded.ranks import agree, groups_of, mesh_of
+from ...nf4.weight import NF4Weight
+from .broadcast import load_full_state_dict
+from .loading import empty_layers, load_checkpoint
+
+__all__ = [
+    "ShardingReport",
+    "checkpoint_state",
+    "empty_layers",
+    "full_state_dict",
+    "load_checkpoint",
+    "load_full_state_dict",
+    "report",
+    "save_adapter",
+]
+
+
+@dataclass
+class ShardingReport:
+    """What became of a model's NF4 weights. `print(report)` sums it up."""
+
+    sharded: list[str] = field(default_factory=list)
+    """Names of weights that processes have rows of."""
+    replicated: list[str] = field(default_factory=list)
+    """Of weights that each process has whole: those in `ignored_params`, or not given to fully_shard."""
+    joined: list[str] = field(default_factory=list)
+    """Of sharded ones that are copied once when gathered, since a cut goes through a block."""
+    bytes_here: int = 0
+    """Of all NF4 weights in this process."""
+    bytes_whole: int = 0
+
+    def __str__(self) -> str:
+        lines = [
+            f"peft_kernels: {len(self.sharded)} NF4 weights sharded, {len(self.replicated)} replicated: "
+            f"{self.bytes_here / 1e6:.3g} of {self.bytes_whole / 1e6:.3g} MB in this process"
+        ]
+        for names, what in (
+            (self.joined, "sharded with a cut through a block, copied once when gathered"),
+            (self.replicated, "whole in each process (ignored_params, or not given to fully_shard)"),
+        ):
+            if names:
+                lines.append(f"{what}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+        return "\n".join(lines)
+
+
+def report(model: nn.Module) -> ShardingReport:
+    """Which NF4 weights of a model are sharded and which are not, as things are now."""
+    found = ShardingReport()
+    for name, p in model.named_parameters():
+        weight: Any = p
+        if is_sharded(weight):
+            part = weight._local_tensor._part
+            found.sharded.append(name)
+            found.bytes_here += part.nbytes
+            found.bytes_whole += part.whole_nbytes
+            if not part.cut.is_seamless(part.cut.rows_of_part(_parts(weight))):
+                found.joined.append(name)
+        elif isinstance(weight, NF4Weight):
+            found.replicated.append(name)
+            found.bytes_here += weight.nbytes
+            found.bytes_whole += weight.nbytes
+    return found
+
+
+def _parts(weight: Any) -> int:
+    sizes = zip(weight.placements, weight.device_mesh.shape, strict=True)
+    return prod(size for placement, size in sizes if placement.is_shard())
+
+
+def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, for `torch.distributed.checkpoint`, which saves them, and loads them in
+    place into a model in any number of processes, one that is not sharded included.
+
+    Each NF4 weight is one entry of packed bytes. `get_model_state_dict` gives the same where a model is
+    sharded; where it is not, it does not know the keys of NF4 weights.
+    """
+    _refuse_parallel(model)
+    found: dict[str, Tensor] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        value: Any = p.detach()
+        if isinstance(value, NF4Weight) and not value.is_dense:
+            value = NF4Shard(Part.of(value._state), value.dtype)
+        found[name] = value
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                found[f"{prefix}.{name}" if prefix else name] = buffer
+    return found
+
+
+def full_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """The whole model's state dict, gathered: in process 0, on the CPU; elsewhere empty. Every process has to
+    call it.
+
+    NF4 weights are in bitsandbytes' format under its keys, as those of a model in one process: it loads
+    there by `load_state_dict`, and is what an ordinary checkpoint has.
+    """
+    _refuse_parallel(model)
+    mesh = mesh_of(model)
+    found: dict[str, Tensor] = {}
+    first = _is_first(mesh)
+    for key, value in model.state_dict().items():
+        whole = _whole(value)
+        if not first:
+            continue
+        if isinstance(whole, NF4Weight):
+            prefix, dot, name = key.rpartition(".")
+            found |= {k: t.cpu() for k, t in whole.state_dict(prefix + dot, name).items()}
+        else:
+            found[key] = whole.detach().cpu()
+    return found
+
+
+def save_adapter(model: Any, folder: Path | str, **options: Any) -> None:
+    """`model.save_pretrained(folder, **options)` of a PEFT model whose parameters are sharded: an ordinary
+    PEFT folder, written by process 0. Every process has to call it. Of the base nothing is gathered.
+
+    Raises
+    ------
+    RuntimeError
+        In every process, when process 0 could not write it, or weights are cut for tensor parallelism.
+    """
+    from peft import get_peft_model_state_dict
+
+    _refuse_parallel(model)
+    mesh = mesh_of(model)
+    state = model.state_dict()
+    wanted = set()
+    for adapter in options.get("selected_adapters") or list(model.peft_config):
+        wanted |= {id(v) for v in get_peft_model_state_dict(model, state, adapter).values()}
+    full = {key: _whole(value) if id(value) in wanted else value for key, value in state.items()}
+    error = None
+    if _is_first(mesh):
+        try:
+            model.save_pretrained(folder, state_dict=full, **options)
+        except Exception as problem:
+            error = f"{folder}: the adapter could not be saved ({type(problem).__name__}: {problem})"
+    agree(error, groups_of(mesh))
+
+
+def _refuse_parallel(model: nn.Module) -> None:
+    """In every process, before any of them waits for another."""
+    for name, p in model.named_parameters():
+        if is_parallel(p):
+            raise RuntimeError(f"{name}: {PARALLEL}, expected model.save_pretrained(folder) in every process")
+
+
+def _whole(value: Any) -> Any:
+    if not is_dtensor(value):
+        return value
+    with torch.no_grad():
+        whole: Any = value.to(value.device_mesh.device_type).full_tensor()
+    if isinstance(whole, NF4Shard):  # one process has it all, and nothing was gathered
+        part = whole._part
+        state = part.whole(
+            (part.packed[: part.cut.nbytes], part.absmax[: part.cut.scales]), (part.absmax2, part.offset)
+        )
+        whole = NF4Weight(state, whole.dtype)
+    return whole
+
+
+def _is_first(mesh: Any) -> bool:
+    return dist.get_rank() == (0 if mesh is None else int(mesh.mesh.flatten()[0]))

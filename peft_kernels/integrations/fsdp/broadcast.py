@@ -1,0 +1,123 @@
+"""A whole state dict that process 0 has, into a model of several processes: each gets its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...checkpoints.checks import nf4_weights
+from ...checkpoints.header import CheckpointError
+from ...nf4.sharded.checks import is_sharded
+from ...nf4.sharded.ranks import agree, broadcast, device_for, first, form_of, groups_of, mesh_of, own, sent
+from ...nf4.weight import NF4Weight
+from . import adapters as fsdp_adapters
+from .loading import base_places, check_dense, check_form, expects_packed, matched, named_places, put
+
+
+def load_full_state_dict(
+    model: nn.Module,
+    state_dict: Mapping[str, Any] | None,
+    strict: bool = True,
+    device: torch.device | str | None = None,
+) -> None:
+    """Load a whole state dict of process 0 into a model that several processes share, all of it or nothing.
+    Every process has to call it; what others than process 0 give is not looked at.
+
+    What `torch.distributed.checkpoint.state_dict.set_model_state_dict` does with `full_state_dict` and
+    `broadcast_from_rank0`. NF4 weights and packed experts travel as they are, one at a time.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Sharded by `fully_shard`, or not; what is on the meta device is made, and new adapters there start
+        as in `load_checkpoint`.
+    state_dict : mapping, optional
+        By the names of `model`, or of the base of a PEFT model: of `model.state_dict()` in one process, of
+        `full_state_dict`, of a safetensors file, or of torch's `get_model_state_dict(full_state_dict=True)`.
+    strict : bool
+        Whether it must have all of the model's tensors, and the model all of its.
+    device : torch.device, optional
+        Where parameters on the meta device are made; by default the mesh's device.
+
+    Raises
+    ------
+    CheckpointError
+        (a ValueError) In every process, before anything is sent: what does not fit, by name.
+    """
+    mesh = mesh_of(model)
+    groups, kind = groups_of(mesh), "cpu" if mesh is None else mesh.device_type
+    if mesh is None and dist.is_initialized():
+        groups, kind = [dist.group.WORLD], str(dist.distributed_c10d._get_pg_default_device())
+    places = base_places(model) | named_places(model)
+    error, mine, plan = None, dict[str, Any](), dict[str, Any]()
+    try:
+        if all(group.rank() == 0 for group in groups):
+            mine = _values(state_dict or {})
+            plan = {name: _about(value) for name, value in mine.items()}
+    except Exception as problem:  # of any kind: the others wait
+        error = str(problem)
+    agree(error, groups, CheckpointError)
+    plan = first(plan or None, groups) or {}
+    try:
+        names = _judged(model, places, plan, strict)
+    except CheckpointError as problem:
+        error = str(problem)
+    agree(error, groups, CheckpointError)
+    new: dict[str, Any] = {}
+    for name in names:
+        place = places[name]
+        if isinstance(plan[name][0], torch.dtype):
+            dtype, shape = plan[name]
+            whole = broadcast(mine.get(name), shape, dtype, groups, kind)
+            new[name] = whole[own(place)].to(place.dtype).clone()
+        else:
+            part = sent(mine.get(name), plan[name], groups, kind, name)
+            rows = place._local_tensor._part if is_sharded(place) else part
+            new[name] = part.narrow(rows.start, rows.stop).owned()
+    put(model, places, new, device_for(mesh, device))
+    if fsdp_adapters.is_peft(model):
+        fsdp_adapters.start(model, mesh, device_for(mesh, device))
+
+
+def _values(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Tensors by name, items of packed weights put together. ValueError names one that does not fit."""
+    quantised = nf4_weights(state_dict)
+    items = {item for names in quantised.values() for item in names}
+    found = {name: value for name, value in state_dict.items() if name not in items}
+    for name, value in found.items():
+        if not isinstance(value, Tensor) or value.is_meta:
+            got = "one on the meta device" if isinstance(value, Tensor) else type(value).__name__
+            raise CheckpointError(f"{name}: expected a tensor, got {got}")
+        if isinstance(value, NF4Weight) and value.is_dense:
+            found[name] = value.dequantize()
+    for name, mine in quantised.items():
+        found[name] = NF4Weight.from_state_dict({item: state_dict[item] for item in mine}, name=name)
+    return found
+
+
+def _about(value: Tensor) -> Any:
+    return form_of(value) if isinstance(value, NF4Weight) else (value.dtype, tuple(value.shape))
+
+
+def _judged(model: nn.Module, places: dict[str, Any], plan: dict[str, Any], strict: bool) -> list[str]:
+    """Names to load. CheckpointError where something does not fit, is missing, or cannot be started."""
+    loaded = {id(places[name]) for name in plan if name in places}
+    wanted = dict(places)
+    if fsdp_adapters.is_peft(model):
+        started = {id(tensors[key]): tensors[key] for tensors, key in fsdp_adapters.startable(model)}
+        new = {key for key, tensor in started.items() if tensor.is_meta and key not in loaded}
+        if new and (reason := fsdp_adapters.why_not(model)):
+            raise CheckpointError(reason)
+        wanted = {name: place for name, place in places.items() if id(place) not in new}
+    names = matched(plan, wanted, strict, "the state dict of process 0")
+    for name in names:
+        form = plan[name]
+        if expects_packed(name, places[name], not isinstance(form[0], torch.dtype)):
+            check_form(name, places[name], form[0], form[1], "absmax2" in form[2])
+        else:
+            check_dense(name, places[name], form[1], form[0])
+    return names

@@ -1,0 +1,263 @@
+"""A checkpoint into a model that is sharded on the meta device: each process reads its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...checkpoints.checks import holds_experts, nf4_weights
+from ...checkpoints.folder import Checkpoint
+from ...checkpoints.header import CheckpointError, Entry
+from ...checkpoints.rows import read_form, read_part, read_rows
+from ...nf4.model import ModelLink, announce
+from ...nf4.sharded.checks import is_dtensor, is_sharded
+from ...nf4.sharded.ranks import agree, device_for, groups_of, mesh_of, own, parameter
+from ...nf4.weight import NF4Weight
+from ...nn import NF4Linear
+from ...quantize.architectures import is_linear
+from ...quantize.report import QuantizeReport, nbytes_of
+from . import adapters as fsdp_adapters
+
+META = torch.device("meta")
+
+
+def empty_layers(model: nn.Module, path: Path | str, compute_dtype: torch.dtype | None = None) -> nn.Module:
+    """Put NF4Linear, on the meta device, where a checkpoint has NF4 weights.
+
+    Parameters
+    ----------
+    model : nn.Module
+        On the meta device, its parameters at least (`accelerate.init_empty_weights()`). Changed in place,
+        and returned.
+    path : path
+        A .safetensors file or a folder of them; only headers and what describes the weights is read.
+    compute_dtype : torch.dtype, optional
+        Of every layer, see `nn.NF4Linear`.
+
+    Raises
+    ------
+    CheckpointError
+        (a ValueError) The checkpoint is damaged, holds packed experts, or has an NF4 weight where the model
+        has no linear layer of its shape.
+    """
+    checkpoint = Checkpoint.open(path)
+    found: dict[str, NF4Linear] = {}
+    link, report = ModelLink(), QuantizeReport(bytes_before=nbytes_of(model))
+    for weight, names in nf4_weights(checkpoint.entries).items():
+        if holds_experts(names):
+            raise CheckpointError(f"{weight}: expected the weight of a linear layer, got packed experts")
+        state, dtype = read_form(checkpoint, weight, names)
+        name = weight.removesuffix(".weight")
+        try:
+            linear: Any = model.get_submodule(name)
+        except AttributeError:
+            linear = None
+        shape = getattr(getattr(linear, "weight", None), "shape", None)
+        if linear is None or not (is_linear(linear) or isinstance(linear, nn.Linear)):
+            raise CheckpointError(f"{weight}: expected a linear layer of this name in the model, got none")
+        layer = NF4Linear.awaiting(linear, compute_dtype)
+        if tuple(layer.weight.shape) != state.shape:
+            raise CheckpointError(f"{weight}: expected shape {tuple(shape or ())}, got {state.shape}")
+        empty = NF4Weight(state.map(lambda t: t.to(META)), dtype)
+        layer._parameters["weight"] = nn.Parameter(empty, requires_grad=False)
+        layer.link = link
+        found[name] = layer
+    for name, layer in found.items():
+        model.set_submodule(name, layer)
+    if found:
+        report.layers, report.bytes_after = list(found), nbytes_of(model)
+        announce(model, link, report)
+    return model
+
+
+def load_checkpoint(
+    model: nn.Module, path: Path | str, strict: bool = True, device: torch.device | str | None = None
+) -> None:
+    """Load a checkpoint into a sharded model, all of it or nothing. Every process has to call it, and reads
+    its own rows of each tensor.
+
+    What is on the meta device is made: parameters that the checkpoint has, and those of new adapters (LoRA,
+    DoRA, modules_to_save, trainable_token_indices), which start as PEFT starts them, alike in every process.
+    A model of PEFT is loaded as the model that it is made from.
+
+    Parameters
+    ----------
+    model : nn.Module
+        After `fully_shard`; NF4 layers where the checkpoint has them (`empty_layers`).
+    path : path
+        A .safetensors file, or a folder of them with or without an index.
+    strict : bool
+        Whether the checkpoint must have all of the model's parameters, and the model all of its tensors.
+    device : torch.device, optional
+        Where parameters on the meta device are made; by default the mesh's device. "cpu" with
+        `CPUOffloadPolicy`.
+
+    Raises
+    ------
+    CheckpointError
+        (a ValueError) In every process: what does not fit or cannot be read, in one of them, in a sentence
+        that names the tensor, or the option of an adapter that cannot start on the meta device.
+    """
+    mesh = mesh_of(model)
+    device = device_for(mesh, device)
+    places, error, new = base_places(model), None, dict[str, Any]()
+    adapted = fsdp_adapters.is_peft(model)
+    try:
+        if adapted and (reason := fsdp_adapters.why_not(model)):
+            raise CheckpointError(reason)
+        if strict and (name := _nowhere(model, places)):
+            raise CheckpointError(
+                f"{name}: expected values, got a buffer on the meta device that no checkpoint has: build the "
+                "model with init_empty_weights(include_buffers=False)"
+            )
+        new = _read(Checkpoint.open(path), places, strict)
+    except (CheckpointError, OSError) as problem:
+        error = str(problem)
+    agree(error, groups_of(mesh), CheckpointError)
+    put(model, places, new, device)
+    if adapted:
+        fsdp_adapters.start(model, mesh, device)
+
+
+def put(model: nn.Module, places: dict[str, Any], new: dict[str, Any], device: torch.device) -> None:
+    """What this process has of each tensor into its place; on `device`, where that is on the meta device."""
+    holders = _holders(model)
+    made: dict[int, Any] = {}
+    for name, value in new.items():
+        place = places[name]
+        if id(place) in made:
+            continue
+        if place.is_meta:
+            filled: Any = parameter(place, value, device)
+            made[id(place)] = filled = filled if isinstance(place, nn.Parameter) else filled.detach()
+            for tensors, key in holders[id(place)]:
+                tensors[key] = filled
+        else:
+            _fill(place, value)
+
+
+def named_places(model: nn.Module) -> dict[str, Any]:
+    """Parameters and persistent buffers by name."""
+    named = dict[str, Any](model.named_parameters(remove_duplicate=False))
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                named[f"{prefix}.{name}" if prefix else name] = buffer
+    return named
+
+
+def base_places(model: nn.Module) -> dict[str, Any]:
+    """Those by the names that a checkpoint of the base has, adapters left out."""
+    named = named_places(model)
+    if not fsdp_adapters.is_peft(model):
+        return named
+    adapters, base_name = fsdp_adapters.prefixes(model), fsdp_adapters.base_names(model)
+    return {base_name(name): place for name, place in named.items() if not name.startswith(adapters)}
+
+
+def _nowhere(model: nn.Module, places: dict[str, Any]) -> str | None:
+    """A buffer on the meta device that nothing fills."""
+    filled = {id(place) for place in places.values()}
+    if fsdp_adapters.is_peft(model):
+        filled |= {id(tensors[key]) for tensors, key in fsdp_adapters.startable(model)}
+    return next((name for name, b in model.named_buffers() if b.is_meta and id(b) not in filled), None)
+
+
+def _holders(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
+    """Where parameters and buffers are."""
+    found: dict[int, list[tuple[dict[str, Any], str]]] = {}
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, tensor in tensors.items():
+                if tensor is not None:
+                    found.setdefault(id(tensor), []).append((tensors, key))
+    return found
+
+
+def _read(checkpoint: Checkpoint, places: dict[str, Any], strict: bool) -> dict[str, Any]:
+    """What this process has of each tensor: a Part, or dense values."""
+    quantised = nf4_weights(checkpoint.entries)
+    items = {item for names in quantised.values() for item in names}
+    names = {*quantised, *(checkpoint.entries.keys() - items)}
+    new: dict[str, Any] = {}
+    for name in matched(names, places, strict):
+        place = places[name]
+        if not expects_packed(name, place, name in quantised):
+            new[name] = _dense_rows(name, place, checkpoint.entries[name])
+            continue
+        state, _ = read_form(checkpoint, name, quantised[name])
+        check_form(name, place, state.shape, state.blocksize, state.absmax2 is not None)
+        mine = place._local_tensor._part if is_sharded(place) else None
+        start, stop = (0, state.shape[0]) if mine is None else (mine.start, mine.stop)
+        new[name] = read_part(checkpoint, name, state, start, stop)
+    return new
+
+
+def matched(
+    names: Iterable[str], places: dict[str, Any], strict: bool, whose: str = "the checkpoint"
+) -> list[str]:
+    """Names that are to be loaded. CheckpointError if the model lacks one, or one of the model is missing."""
+    names = sorted(names)
+    loaded = {id(places[name]) for name in names if name in places}
+    for name, place in places.items():
+        if strict and id(place) not in loaded:
+            raise CheckpointError(f"{name}: {whose} has no tensor of this name, the model has")
+    for name in names:
+        if strict and name not in places:
+            raise CheckpointError(f"{name}: the model has no tensor of this name, {whose} has")
+    return [name for name in names if name in places]
+
+
+def expects_packed(name: str, place: Any, packed: bool) -> bool:
+    """Whether a place is for an NF4 weight; CheckpointError if it is not `packed` that is so."""
+    if packed != (is_sharded(place) or isinstance(place, NF4Weight)):
+        expected, got = "an NF4 weight", "a plain tensor"
+        expected, got = (got, expected) if packed else (expected, got)
+        raise CheckpointError(f"{name}: expected {expected}, got {got}")
+    return packed
+
+
+def check_form(name: str, place: Any, shape: tuple[int, ...], blocksize: int, nested: bool) -> None:
+    """CheckpointError where a packed weight is not of the form of its place."""
+    _check(name, "shape", tuple(place.shape), tuple(shape))
+    if is_sharded(place):
+        mine = place._local_tensor._part
+        _check(name, "blocksize", mine.cut.blocksize, blocksize)
+        _check(name, "double_quant", mine.absmax2 is not None, nested)
+
+
+def check_dense(name: str, place: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """CheckpointError where a plain tensor does not fit its place."""
+    _check(name, "shape", tuple(place.shape), tuple(shape))
+    if dtype != place.dtype and not (dtype.is_floating_point and place.dtype.is_floating_point):
+        raise CheckpointError(f"{name}: expected dtype {place.dtype}, got {dtype}")
+
+
+def _check(name: str, what: str, expected: Any, got: Any) -> None:
+    if expected != got:
+        raise CheckpointError(f"{name}: expected {what} {expected}, got {got}")
+
+
+def _dense_rows(name: str, place: Any, entry: Entry) -> Tensor:
+    check_dense(name, place, entry.shape, entry.dtype)
+    if not is_dtensor(place):
+        return entry.read().to(place.dtype)
+    rows, *others = own(place)
+    found = read_rows(entry, rows.start, rows.stop) if place.dim() else entry.read()
+    return found[(slice(None), *others)].to(place.dtype).contiguous()
+
+
+@torch.no_grad()
+def _fill(place: Any, value: Any) -> None:
+    if is_sharded(place):
+        place._local_tensor._part.load(value)
+    elif isinstance(place, NF4Weight):
+        state = value.whole((value.packed, value.absmax), (value.absmax2, value.offset))
+        state.name = place._state.name
+        place.data = NF4Weight(state, place.dtype).to(place.device)
+    else:
+        (place.to_local() if is_dtensor(place) else place).copy_(value)

@@ -1,0 +1,353 @@
+"""bitsandbytes' NF4 in and out: its checkpoint keys and its Params4bit. The library itself stays optional."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core.code_tables import BLOCKSIZES, NESTED_BLOCKSIZE, WEIGHT_DTYPES, dynamic_map, nf4_code
+from ..core.nf4_state import NF4State, packed_rows
+
+STATE_PREFIX = "quant_state.bitsandbytes__"  # then the quantisation type
+STATE_ITEM = f"{STATE_PREFIX}nf4"
+TENSOR_ITEMS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+"""What is stored beside the codes of a weight, the last two when scales are quantised too."""
+BLOCKSIZE_KEY = "bnb_4bit_blocksize"  # ours, in configurations
+DEFAULT_BLOCKSIZE = 64  # and bitsandbytes' only one
+_STORAGE_DTYPES = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_SCALE_DTYPES = (*WEIGHT_DTYPES, torch.float64)
+_LONGEST_JSON = 1 << 16  # bytes; it has about 200
+_LARGEST_SIZE = 1 << 40  # of one dimension
+_CPU = torch.device("cpu")
+
+
+def to_state_dict(state: NF4State, dtype: torch.dtype, key: str) -> dict[str, Tensor]:
+    """A weight of a nominal dtype under bitsandbytes' keys, the first of which is `key`. A dense one is one
+    plain tensor."""
+    if state.dense is not None:
+        return {key: state.dense}
+    assert state.packed is not None and state.absmax is not None
+    numbers: dict[str, Any] = {
+        "quant_type": "nf4",
+        "blocksize": state.blocksize,
+        "dtype": _name(dtype),
+        "shape": list(state.shape),
+    }
+    device = state.packed.device
+    items = {
+        key: state.packed.view(-1, 1),
+        f"{key}.absmax": state.absmax,
+        f"{key}.quant_map": nf4_code(device).clone(),
+    }
+    if state.absmax2 is not None and state.offset is not None:
+        items[f"{key}.nested_absmax"] = state.absmax2
+        items[f"{key}.nested_quant_map"] = dynamic_map(device).clone()
+        numbers |= {
+            "nested_blocksize": NESTED_BLOCKSIZE,
+            "nested_dtype": "float32",
+            "nested_offset": 0.0 if device.type == "meta" else state.offset.item(),  # no data there anyway
+        }
+    blob = json.dumps(numbers).encode()
+    items[f"{key}.{STATE_ITEM}"] = torch.tensor(list(blob), dtype=torch.uint8, device=device)
+    return items
+
+
+def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
+    """The weight saved under `key`, and its nominal dtype. ValueError names the item that is missing,
+    truncated, foreign, or has values that no weight can have."""
+
+    def item(suffix: str) -> Tensor:
+        value = state_dict.get(key + suffix)
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{key}{suffix}: expected a tensor in the state dict, got {type(value).__name__}"
+            )
+        if value.layout != torch.strided:
+            raise ValueError(f"{key}{suffix}: expected a dense tensor, got layout {value.layout}")
+        return value
+
+    packed = item("")
+    mine = [name for name in state_dict if name.startswith(f"{key}.")]
+    for name in mine:
+        if name.startswith(f"{key}.quant_state.") and not name.endswith(STATE_ITEM):
+            raise ValueError(f"{name}: expected quantisation type nf4, this checkpoint holds another")
+    numbers = read_json(f"{key}.{STATE_ITEM}", item(f".{STATE_ITEM}"))
+    nested = f"{key}.nested_absmax" in state_dict or numbers.nested_offset is not None
+    known = {f"{key}.{name}" for name in (*TENSOR_ITEMS, STATE_ITEM)}
+    foreign = next((name for name in mine if name not in known), None)
+    if foreign is not None:
+        raise ValueError(f"{foreign}: expected the items of an NF4 weight alone, got this key beside them")
+    if nested:
+        _check_nested(f"{key}.{STATE_ITEM}", numbers)
+        _expect_table(f"{key}.nested_quant_map", dynamic_map(_CPU), item(".nested_quant_map"))
+    _expect_table(f"{key}.quant_map", nf4_code(_CPU), item(".quant_map"))
+    state = assemble(
+        key,
+        numbers.shape,
+        numbers.blocksize,
+        numbers.dtype,
+        packed,
+        item(".absmax"),
+        item(".nested_absmax") if nested else None,
+        torch.tensor(float(numbers.nested_offset), device=packed.device) if nested else None,
+    )
+    check_scales(key, state, numbers.nested_offset if nested else 0.0)
+    if not nested and f"{key}.nested_quant_map" in state_dict:
+        raise ValueError(f"{key}.nested_quant_map: expected nested_absmax beside it, got none")
+    return state, numbers.dtype
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What the JSON of a weight says; of the second level, as it stands there."""
+
+    shape: tuple[int, ...]
+    blocksize: int
+    dtype: Any
+    nested_offset: Any
+    nested_blocksize: Any
+    nested_dtype: Any
+
+
+def read_json(name: str, blob: Tensor) -> _Numbers:
+    expect(name, "dtype", torch.uint8, blob.dtype)
+    if blob.numel() > _LONGEST_JSON:
+        raise ValueError(f"{name}: expected bitsandbytes' JSON, got {blob.numel()} bytes")
+    try:
+        # A float that is as long as the file, or brackets a thousand deep, are no ValueError.
+        numbers = json.loads(bytes(blob.view(-1).tolist()).decode())
+        shape, blocksize, dtype = numbers["shape"], numbers["blocksize"], getattr(torch, numbers["dtype"])
+        if not isinstance(shape, list):
+            raise TypeError(f"shape {short(shape)}")
+        if not all(_is_integer(n) for n in (*shape, blocksize)):
+            raise TypeError(f"shape {short(shape)} and blocksize {short(blocksize)} are not integers")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(
+            f"{name}: expected bitsandbytes' JSON, got something else ({short(str(error))})"
+        ) from error
+    expect(name, "quant_type", "nf4", numbers.get("quant_type"))
+    nested = (numbers.get(f"nested_{what}") for what in ("offset", "blocksize", "dtype"))
+    return _Numbers(tuple(shape), blocksize, dtype, *nested)
+
+
+def _check_nested(name: str, numbers: _Numbers) -> None:
+    expect(name, "nested_blocksize", NESTED_BLOCKSIZE, numbers.nested_blocksize)
+    if numbers.nested_dtype not in (None, *map(_name, WEIGHT_DTYPES)):
+        raise ValueError(
+            f"{name}: expected nested_dtype float32, bfloat16 or float16, got {short(numbers.nested_dtype)}"
+        )
+    offset = numbers.nested_offset
+    if not isinstance(offset, (int, float)) or isinstance(offset, bool):
+        raise ValueError(f"{name}: expected a number nested_offset, got {short(offset)}")
+    if not 0 <= offset <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a finite nested_offset of 0 or more, got {short(offset)}")
+
+
+def check_scales(key: str, state: NF4State, offset: float) -> None:
+    """Scales are largest magnitudes. A weight with another is NaN, or has its signs turned."""
+    nested = state.absmax2 is not None
+    scales = state.absmax2 if nested else state.absmax
+    assert scales is not None
+    if scales.device.type == "meta" or not scales.numel():
+        return
+    good = (scales >= 0) & (scales <= torch.finfo(scales.dtype).max)
+    bad = int((~good).sum())
+    if bad:
+        name = f"{key}.{'nested_' if nested else ''}absmax"
+        raise ValueError(
+            f"{name}: expected finite scales of 0 or more, got {bad} NaN, Inf or negative among "
+            f"{scales.numel()}"
+        )
+    if float(scales.max()) + offset > torch.finfo(torch.float32).max:
+        raise ValueError(f"{key}.nested_absmax: expected scales in the range of float32, got larger ones")
+
+
+def configuration(
+    blocksize: int, double_quant: bool, compute_dtype: torch.dtype | None, dense: list[str] | None
+) -> dict[str, Any]:
+    """A model's `quantization_config` in config.json, as transformers' BitsAndBytesConfig writes it; `dense`
+    names the layers that are not in 4 bits. A blocksize that bitsandbytes does not have has a key of ours."""
+    numbers: dict[str, Any] = {
+        "_load_in_4bit": True,
+        "_load_in_8bit": False,
+        "bnb_4bit_compute_dtype": _name(compute_dtype or torch.float32),
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": double_quant,
+        "llm_int8_enable_fp32_cpu_offload": False,
+        "llm_int8_has_fp16_weight": False,
+        "llm_int8_skip_modules": dense,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": True,
+        "load_in_8bit": False,
+        "quant_method": "bitsandbytes",
+    }
+    return numbers if blocksize == DEFAULT_BLOCKSIZE else numbers | {BLOCKSIZE_KEY: blocksize}
+
+
+def is_quantized(params4bit: Any) -> bool:
+    return getattr(params4bit, "quant_state", None) is not None and bool(
+        getattr(params4bit, "bnb_quantized", False)
+    )
+
+
+def reason_unusable(params4bit: Any) -> str | None:
+    """Why a Params4bit cannot be read as NF4 in place, or None. Cheap: looks at no data."""
+    if not is_quantized(params4bit):
+        return "the weight is not quantised yet (move it to its device first)"
+    quant_state = params4bit.quant_state
+    if getattr(quant_state, "packing_format_for_cpu", False):
+        return (
+            "bitsandbytes repacked the weight for CPU inference and rounded its scales; reload the checkpoint"
+        )
+    if quant_state.quant_type != "nf4":
+        return f"quantisation type {quant_state.quant_type}, expected nf4"
+    if len(quant_state.shape) != 2:
+        return f"shape {tuple(quant_state.shape)}, expected two dimensions"
+    if quant_state.nested and quant_state.state2.blocksize != NESTED_BLOCKSIZE:
+        return f"nested blocksize {quant_state.state2.blocksize}, expected {NESTED_BLOCKSIZE}"
+    return None
+
+
+def state_of(params4bit: Any, name: str = "params4bit") -> NF4State:
+    """A quantised Params4bit as it is, sharing memory. ValueError says why that cannot be."""
+    reason = reason_unusable(params4bit)
+    if reason is not None:
+        raise ValueError(f"{name}: {reason}")
+    quant_state = params4bit.quant_state
+    nested = quant_state.nested
+    return assemble(
+        name,
+        tuple(quant_state.shape),
+        quant_state.blocksize,
+        quant_state.dtype,
+        params4bit.data,
+        quant_state.absmax,
+        quant_state.state2.absmax if nested else None,
+        quant_state.offset if nested else None,
+    )
+
+
+def to_params4bit(state: NF4State, dtype: torch.dtype) -> Any:
+    """A `bitsandbytes.nn.Params4bit` that shares memory with a weight. ValueError when that is dense."""
+    import bitsandbytes
+    from bitsandbytes.functional import QuantState
+
+    if state.dense is not None or state.packed is None or state.absmax is None:
+        raise ValueError(
+            "weight: expected packed NF4, got a weight made dense by a write (call requantize_())"
+        )
+    device, nested = state.packed.device, state.absmax2 is not None
+    second = (
+        QuantState(
+            absmax=state.absmax2,
+            code=dynamic_map(device).clone(),
+            blocksize=NESTED_BLOCKSIZE,
+            dtype=torch.float32,
+        )
+        if nested
+        else None
+    )
+    quant_state = QuantState(
+        absmax=state.absmax,
+        shape=torch.Size(state.shape),
+        code=nf4_code(device).clone(),
+        blocksize=state.blocksize,
+        quant_type="nf4",
+        dtype=dtype,
+        offset=state.offset,
+        state2=second,
+    )
+    return bitsandbytes.nn.modules.Params4bit(
+        state.packed.view(-1, 1),
+        requires_grad=False,
+        quant_state=quant_state,
+        blocksize=state.blocksize,
+        compress_statistics=nested,
+        quant_type="nf4",
+        bnb_quantized=True,
+    )
+
+
+def assemble(
+    key: str,
+    shape: tuple[int, ...],
+    blocksize: int,
+    dtype: torch.dtype,
+    packed: Tensor,
+    absmax: Tensor,
+    absmax2: Tensor | None,
+    offset: Tensor | None,
+) -> NF4State:
+    """Check every length and dtype, so that no kernel reads past the end."""
+    if len(shape) != 2 or min(shape) < 0 or max(shape) > _LARGEST_SIZE:
+        raise ValueError(f"{key}: expected a shape (out_features, in_features), got {short(shape)}")
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"{key}: expected blocksize one of {BLOCKSIZES}, got {short(blocksize)}")
+    if dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"{key}: expected dtype float32, bfloat16 or float16, got {short(dtype)}")
+    if packed.dtype not in _STORAGE_DTYPES:
+        raise ValueError(f"{key}: expected two codes a byte, in uint8 or a float type, got {packed.dtype}")
+    # The bytes may be stored under a float type (FSDP asks for it), with the last ones padded.
+    flat = packed.detach().contiguous().view(-1).view(torch.uint8)
+    numel = shape[0] * shape[1]
+    nbytes, nblocks = (numel + 1) // 2, -(-numel // blocksize)
+    if not nbytes <= flat.numel() < nbytes + packed.element_size():
+        raise ValueError(f"{key}: expected {nbytes} bytes for shape {shape}, got {flat.numel()}")
+    expect(f"{key}.absmax", "number of blocks", nblocks, absmax.numel())
+    if absmax2 is None:
+        if absmax.dtype not in _SCALE_DTYPES:
+            raise ValueError(
+                f"{key}.absmax: expected a floating dtype, got {absmax.dtype} and no second level"
+            )
+        absmax = absmax.float()
+    else:
+        assert offset is not None
+        expect(f"{key}.absmax", "dtype", torch.uint8, absmax.dtype)
+        expect(f"{key}.nested_absmax", "number of blocks", -(-nblocks // NESTED_BLOCKSIZE), absmax2.numel())
+        if absmax2.dtype not in _SCALE_DTYPES:
+            raise ValueError(f"{key}.nested_absmax: expected a floating dtype, got {absmax2.dtype}")
+        absmax2 = absmax2.float()
+        offset = offset.float().reshape(())
+    return NF4State(
+        (shape[0], shape[1]),
+        blocksize,
+        packed_rows(flat[:nbytes], shape),
+        absmax.contiguous().view(-1),
+        None if absmax2 is None else absmax2.contiguous().view(-1),
+        offset,
+        double_quant=absmax2 is not None,
+    )
+
+
+def expect(key: str, what: str, expected: Any, got: Any) -> None:
+    if expected != got:
+        raise ValueError(f"{key}: expected {what} {expected}, got {short(got)}")
+
+
+def _expect_table(key: str, expected: Tensor, got: Tensor) -> None:
+    if got.dtype not in _SCALE_DTYPES or not torch.equal(expected, got.detach().float().cpu().view(-1)):
+        raise ValueError(f"{key}: expected the standard table of the format, got other values")
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def short(value: Any) -> str:
+    """For a message: a file may hold a string of a megabyte, or one with line breaks."""
+    try:
+        text = repr(value) if isinstance(value, (str, list, dict)) else str(value)
+    except ValueError:  # Python prints no integer of more than 4300 digits
+        text = "a number of thousands of digits"
+    text = " ".join(text.split())
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

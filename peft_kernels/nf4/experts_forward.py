@@ -1,0 +1,214 @@
+"""Mixtures of experts as transformers 5 keeps them, all experts' weights in one parameter, in 4 bits.
+
+`pack` gives such a module NF4 weights and, as `patch/fused.py` does, a subclass of its class whose forward
+sorts tokens by expert and multiplies each group once. The gate, norms and hooks stay the module's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..core.module_calls import more_than_forward
+from ..ops.arguments import autocast_dtype
+from ..ops.experts import experts_linear, experts_lora_linear, runs
+from ..ops.gated import gated_activation
+from .weight import NF4Weight
+
+__all__ = ["experts_forward"]
+
+Lora = tuple[Tensor, Tensor, float]
+"""A (experts, r, in), B (experts, out, r), scaling."""
+
+
+def experts_forward(
+    module: Any,
+    hidden_states: Tensor,
+    top_k_index: Tensor,
+    top_k_weights: Tensor,
+    lora: Mapping[str, Lora] = {},
+) -> Tensor:
+    """What the experts that tokens are sent to make of them, summed by routing weight.
+
+    Results and gradients are the same from run to run.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Experts of transformers, whose weights are (experts, out, in): NF4, or dense. Dense ones may be
+        transposed, where `is_transposed` says so.
+    hidden_states : Tensor, (tokens, hidden)
+        fp32 is rounded to the dtype of the weights, to `compute_dtype` of the module if it has one.
+    top_k_index : Tensor, (tokens, k)
+        Experts of each token. `num_experts` and above, which expert parallelism sends elsewhere, give zeros.
+    top_k_weights : Tensor, (tokens, k)
+    lora
+        Adapters on weights, by name of the parameter. Differentiable.
+
+    Returns
+    -------
+    Tensor, (tokens, hidden), of hidden_states' dtype. Differentiable in hidden_states and top_k_weights.
+    """
+    up_name = "gate_up_proj" if module.has_gate else "up_proj"
+    up, down = getattr(module, up_name), module.down_proj
+    experts, k = up.shape[0], top_k_index.shape[-1]
+    chosen, order = torch.sort(top_k_index.reshape(-1), stable=True)
+    of_each = torch.arange(experts, device=chosen.device, dtype=chosen.dtype)
+    ends = torch.searchsorted(chosen, of_each, right=True, out_int32=True)
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+
+    x = _Sorted.apply(hidden_states.to(_compute_dtype(module, hidden_states, up)), order, back, k)
+    x = _linear(module, up_name, up, x, ends, chosen, lora)
+    x = _activated(module, x)
+    x = _linear(module, "down_proj", down, x, ends, chosen, lora)
+    if module.has_post_expert_norm:
+        x = module.post_expert_norm(x)
+    y: Tensor = _Combined.apply(x, top_k_weights, order, back)
+    return y.to(hidden_states.dtype)
+
+
+def _compute_dtype(module: Any, x: Tensor, weight: Tensor) -> torch.dtype:
+    autocast = autocast_dtype(x.device.type)
+    if autocast is not None:
+        return autocast
+    if x.dtype != torch.float32 and isinstance(weight, NF4Weight):
+        return x.dtype
+    return getattr(module, "compute_dtype", None) or weight.dtype
+
+
+def _linear(
+    module: Any, name: str, weight: Tensor, x: Tensor, ends: Tensor, chosen: Tensor, lora: Mapping[str, Lora]
+) -> Tensor:
+    if module.is_transposed and not isinstance(weight, NF4Weight):
+        weight = weight.mT
+    bias: Tensor | None = getattr(module, f"{name}_bias") if module.has_bias else None
+    if bias is not None:
+        bias = bias.to(x.dtype)
+    if bias is not None and bias.requires_grad:
+        # The product's own bias is frozen. Each row has one expert, so this adds it exactly, and its
+        # gradient's sums have an order.
+        one_hot = chosen[:, None] == torch.arange(bias.shape[0], device=chosen.device)
+        return _product(x, ends, weight, None, lora.get(name)) + one_hot.to(x.dtype) @ bias
+    return _product(x, ends, weight, bias, lora.get(name))
+
+
+def _product(x: Tensor, ends: Tensor, weight: Tensor, bias: Tensor | None, adapter: Lora | None) -> Tensor:
+    packed = isinstance(weight, NF4Weight)
+    dense: Any = weight.dense if isinstance(weight, NF4Weight) else weight
+    if adapter is not None:
+        a, b, scaling = adapter
+        # Autocast rounds weights, and so PEFT's product of A and B. For a few rows, as in decoding, to round
+        # the adapters of all experts would cost more than the products.
+        rounds = autocast_dtype(x.device.type) == x.dtype and x.shape[0] >= a.shape[0]
+        a, b = (t if t.dtype == torch.float32 and not rounds else t.to(x.dtype) for t in (a, b))
+        return experts_lora_linear(x, ends, weight if packed else weight.to(x.dtype), a, b, scaling, bias)
+    if dense is None:
+        return experts_linear(x, ends, weight, bias)  # type: ignore[arg-type]
+    parts = [
+        F.linear(x[begin:end], dense[e].to(x.dtype), None if bias is None else bias[e])
+        for e, begin, end in runs(ends)
+    ]
+    rest = x.shape[0] - sum(part.shape[0] for part in parts)
+    return torch.cat([*parts, x.new_zeros((rest, dense.shape[1]))])
+
+
+def _activated(module: Any, x: Tensor) -> Tensor:
+    y: Tensor
+    if not module.has_gate:
+        y = module.act_fn(x)
+    elif _is_swiglu(module):
+        gate, up = x.chunk(2, dim=-1)
+        y = gated_activation(gate, up)
+    else:
+        y = module._apply_gate(x)
+    return y
+
+
+def _is_swiglu(module: Any) -> bool:
+    """Whether the gate is silu(first half) * second half."""
+    gate = getattr(type(module)._apply_gate, "__qualname__", "")
+    act = getattr(module, "act_fn", None)
+    known = gate == "_default_apply_gate" and type(act).__name__ in ("SiLU", "SiLUActivation")
+    return known and not more_than_forward(act)  # type: ignore[arg-type]
+
+
+class _Sorted(torch.autograd.Function):
+    """Rows of tokens in the order of their experts: row i is that of token order[i] // k."""
+
+    @staticmethod
+    def forward(x: Tensor, order: Tensor, back: Tensor, k: int) -> Tensor:
+        return x[order // k]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, _, back, k = inputs
+        ctx.save_for_backward(back)
+        ctx.k = k
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (back,), (rows,) = ctx.saved_tensors, grads
+        # Not what indexing has for a gradient: on the CPU that adds in whatever order threads come.
+        of_token = back.unflatten(0, (-1, ctx.k))
+        return _by_parts(of_token.shape[0], rows, lambda part: rows[of_token[part]].sum(1)), None, None, None
+
+
+class _Combined(torch.autograd.Function):
+    """For each token the sum of its experts' rows by routing weight, in fp32. Keeps the rows as they are."""
+
+    @staticmethod
+    def forward(rows: Tensor, weights: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        of_token, wide = back.unflatten(0, weights.shape), _wide(weights)[..., None]
+        return _by_parts(wide.shape[0], rows, lambda part: (rows[of_token[part]] * wide[part]).sum(1))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        rows, weights, order, back = ctx.saved_tensors
+        (dy,) = grads
+        d_rows = d_weights = None
+        if ctx.needs_input_grad[0]:
+            token, by_row = order // weights.shape[1], _wide(weights).reshape(-1)[order, None]
+            d_rows = _by_parts(
+                rows.shape[0], rows, lambda part: (dy[token[part]] * by_row[part]).to(rows.dtype)
+            )
+        if ctx.needs_input_grad[1]:
+            of_token = back.unflatten(0, weights.shape)
+            d_weights = _by_parts(
+                weights.shape[0], rows, lambda part: (rows[of_token[part]] * dy[part, None]).sum(-1)
+            ).to(weights.dtype)
+        return d_rows, d_weights, None, None
+
+
+_PART = 2**17
+"""Elements of rows that are taken at a time on the CPU."""
+
+
+def _by_parts(count: int, rows: Tensor, compute: Callable[[slice], Tensor]) -> Tensor:
+    """compute(slice) of `count` tokens or rows, whose rows are `rows`. On the CPU it is called for one part
+    after the other: what it has between its operations then stays in cache, where fresh memory would take
+    five times as long. How many go together changes no bit."""
+    part = count
+    if rows.device.type == "cpu" and not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        part = max(_PART * count // max(rows.numel(), 1), 1)
+    if part >= count:
+        return compute(slice(0, count))
+    out: Tensor | None = None
+    for begin in range(0, count, part):
+        found = compute(slice(begin, begin + part))
+        if out is None:
+            out = found.new_empty((count, *found.shape[1:]))
+        out[begin : begin + part] = found
+    assert out is not None
+    return out
+
+
+def _wide(weights: Tensor) -> Tensor:
+    return weights.to(torch.promote_types(weights.dtype, torch.float32))

@@ -1,0 +1,232 @@
+"""NF4Experts: a module of experts of transformers 5 that holds its weights in 4 bits."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .experts_forward import experts_forward
+from .loading import find, take
+from .model import ModelLink
+from .sharded import accelerate_loading as kept
+from .sharded.checks import is_parallel, is_sharded
+from .weight import NF4Weight
+
+_HOME = "transformers.integrations.moe"
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether `pack` takes a module: experts of transformers whose weights are ordinary parameters."""
+    if isinstance(module, NF4Experts) or not computes_experts(module):
+        return False
+    weights = [module._parameters.get(name) for name in weight_names(module)]
+    return all(type(weight) is nn.Parameter and weight.dim() == 3 for weight in weights)
+
+
+def computes_experts(module: nn.Module) -> bool:
+    """Whether a module's forward is transformers' own, the one that `experts_implementation` chooses."""
+    forward: Any = type(module).forward
+    home = getattr(forward, "__globals__", {}).get("__name__")
+    return home == _HOME and hasattr(module, "has_gate")
+
+
+def weight_names(module: Any) -> tuple[str, str]:
+    return "gate_up_proj" if module.has_gate else "up_proj", "down_proj"
+
+
+def packed_weights(module: nn.Module) -> list[str]:
+    """Names of a module's own parameters that are packed."""
+    found = module._parameters.items()
+    return [
+        name
+        for name, weight in found
+        if (isinstance(weight, NF4Weight) and not weight.is_dense) or is_parallel(weight)
+    ]
+
+
+class NF4Experts(kept.Received):
+    """What is mixed into the class of a packed module.
+
+    Weights are (experts, out_features, in_features) here, also where the module as it was has them
+    transposed (GPT-OSS); `is_transposed` says so, to PEFT too. Otherwise as `nn.NF4Linear`: a merge leaves
+    dense weights, unmerging the 4 bits, and `merge_and_unload` a module of the class that was packed. The
+    `state_dict` has a format of our own, for there is no other; what is dense is in it as it was.
+
+    Attributes
+    ----------
+    compute_dtype : torch.dtype, optional
+        What fp32 activations are rounded to. None: the weights' nominal dtype.
+    plain_class : type
+        The class of the module before.
+    """
+
+    plain_class: ClassVar[type[nn.Module]]
+    compute_dtype: torch.dtype | None = None
+    link: ModelLink | None = None
+    stored_transposed: bool
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        return experts_forward(self, hidden_states, top_k_index, top_k_weights)
+
+    def settle(self: Any) -> nn.Module:
+        """Become an ordinary module, if all weights are dense. Returns the module."""
+        if all(_dense(weight) is not None for weight in _weights(self).values()):
+            unpack(self)
+        module: nn.Module = self
+        return module
+
+    def named_modules(
+        self: Any, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """As `nn.NF4Linear.named_modules`: PEFT has put the module back to where it was."""
+        if memo is None and self.link is not None and self.link.holds(self):
+            self.settle()
+        return nn.Module.named_modules(self, memo, prefix, remove_duplicate)
+
+    def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
+        for name, weight in _weights(self).items():
+            dense = _dense(weight)
+            if kept.is_awaited(weight):
+                del destination[prefix + name]
+            elif is_sharded(weight):
+                continue
+            elif dense is None:
+                del destination[prefix + name]
+                destination.update(weight.state_dict(prefix, name))
+            else:
+                destination[prefix + name] = _turned(self, dense)
+
+    def _load_from_state_dict(
+        self: Any,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        weights, new, mine = _weights(self), dict[str, Tensor](), set[str]()
+        for name, weight in weights.items():
+            key = prefix + name
+            items = {k for k in state_dict if k == key or k.startswith(f"{key}.")}
+            mine |= items
+            if not items and kept.is_awaited(weight):
+                kept.receive(self, name, key, state_dict)
+                continue
+            if not items:
+                missing_keys.append(key)
+                continue
+            try:
+                new[name] = find(weight, state_dict, prefix, name, functools.partial(_turned, self))
+            except ValueError as error:
+                error_msgs.append(str(error))
+                return  # the rest stays too: half a module is worse than none
+        rest = {k: v for k, v in state_dict.items() if k not in mine}
+        parameters, errors = self._parameters, len(error_msgs)
+        self.__dict__["_parameters"] = {k: v for k, v in parameters.items() if k not in weights}
+        try:
+            super()._load_from_state_dict(  # type: ignore[misc]
+                rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            )
+        finally:
+            parameters.update(self._parameters)  # with `assign=True` the others are new
+            self.__dict__["_parameters"] = parameters
+        if len(error_msgs) > errors:
+            return
+        for name, loaded in new.items():
+            take(self, prefix + name, loaded, local_metadata.get("assign_to_params_buffers", False))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        reduced: Any = super().__reduce_ex__(protocol)
+        plain = type(self).plain_class
+        if type(self) is not _class_for(plain):  # a subclass that another library has made
+            return reduced
+        _function, _arguments, *state = reduced
+        return _new, (plain,), *state
+
+    def extra_repr(self) -> str:
+        weights = _weights(self)
+        forms = ", ".join(f"{name}={tuple(weight.shape)}" for name, weight in weights.items())
+        some = next((weight for weight in weights.values() if isinstance(weight, NF4Weight)), None)
+        return forms if some is None else f"{forms}, blocksize={some.blocksize}, dtype={some.dtype}"
+
+
+def pack(
+    module: Any,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    name: str = "experts",
+    compute_dtype: torch.dtype | None = None,
+) -> None:
+    """Quantise the weights of a module of experts in place, one at a time. Errors as `NF4Weight.quantize`."""
+    for key in weight_names(module):
+        dense = _turned(module, module._parameters[key].detach(), module.is_transposed)
+        weight = NF4Weight.quantize(dense, blocksize, double_quant, name=f"{name}.{key}")
+        module._parameters[key] = nn.Parameter(weight, requires_grad=False)
+    adopt(module, compute_dtype)
+
+
+def adopt(module: Any, compute_dtype: torch.dtype | None = None) -> None:
+    """Make a module NF4Experts whose NF4 weights, (experts, out, in), have been put into it. A weight that is
+    an ordinary parameter stays one, and is turned like the others."""
+    for weight in _weights(module).values():
+        if not isinstance(weight, NF4Weight) and module.is_transposed:
+            weight.data = _turned(module, weight.data, True)
+    module.__class__ = _class_for(type(module))
+    module.stored_transposed, module.is_transposed = module.is_transposed, False
+    module.compute_dtype = compute_dtype
+
+
+def unpack(module: Any, dtype: torch.dtype | None = None) -> None:
+    """Undo `pack`: a module of the class that it had, with dense weights, of `dtype` or what they had."""
+    for name, weight in _weights(module).items():
+        dense = _dense(weight)
+        dense = weight.dequantize(dtype) if dense is None else dense.to(dtype or weight.dtype)
+        requires_grad = weight.requires_grad
+        module._parameters[name] = nn.Parameter(_turned(module, dense), requires_grad=requires_grad)
+    link, module.is_transposed = module.link, module.stored_transposed
+    for attribute in ("compute_dtype", "link", "stored_transposed"):
+        module.__dict__.pop(attribute, None)
+    module.__class__ = type(module).plain_class
+    if link is not None:
+        link.layer_gone()
+
+
+def _weights(module: Any) -> dict[str, Any]:
+    """NF4Weights; after a merge dense ones, or ordinary parameters where a checkpoint has them dense."""
+    return {name: module._parameters[name] for name in weight_names(module)}
+
+
+def _dense(weight: Tensor) -> Tensor | None:
+    if is_sharded(weight):
+        return None
+    return weight.dense if isinstance(weight, NF4Weight) else weight.data
+
+
+def _turned(module: Any, weight: Tensor, transposed: bool | None = None) -> Tensor:
+    """Between the layout that the module has in transformers, and (experts, out, in)."""
+    transposed = module.stored_transposed if transposed is None else transposed
+    return weight.mT.contiguous() if transposed else weight
+
+
+_classes: dict[type, type] = {}
+
+
+def _class_for(plain: type[nn.Module]) -> type:
+    """The subclass of a class that is NF4Experts too."""
+    if plain not in _classes:
+        names = {"__module__": plain.__module__, "__qualname__": plain.__qualname__, "__doc__": plain.__doc__}
+        bases = (NF4Experts, plain)
+        _classes[plain] = type(plain.__name__, bases, names | {"plain_class": plain})
+    return _classes[plain]
+
+
+def _new(plain: type[nn.Module]) -> Any:
+    cls: Any = _class_for(plain)
+    return cls.__new__(cls)

@@ -1,0 +1,58 @@
+"""NF4 weights that accelerate keeps on the CPU or on disk, and loads for each call of their layer.
+
+`dispatch_model` and `cpu_offload` take what a model's state dict says, in which a packed weight is several
+items, and give the parameter the one of its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from .bitsandbytes_format import STATE_ITEM, TENSOR_ITEMS
+from .weight import NF4Weight
+
+
+def take_packed(hook: Any, layer: nn.Module) -> None:
+    """Have an accelerate hook find whole NF4 weights where it looks for those of a layer."""
+    for one in getattr(hook, "hooks", (hook,)):
+        found = getattr(one, "weights_map", None)
+        if _offloads(one) and found is not None and not isinstance(found, _Offloaded):
+            packed = {name for name, p in layer._parameters.items() if isinstance(p, NF4Weight)}
+            one.weights_map = _Offloaded(found, packed)
+
+
+def is_offloaded(layer: nn.Module) -> bool:
+    """Whether accelerate keeps the weights of a layer elsewhere between calls."""
+    hook = getattr(layer, "_hf_hook", None)
+    return any(_offloads(one) for one in getattr(hook, "hooks", (hook,)))
+
+
+def _offloads(hook: Any) -> bool:
+    return bool(getattr(hook, "offload", False))
+
+
+class _Offloaded(Mapping[str, Tensor]):
+    """Tensors of a layer by name, of which those in `packed` are put together of several in `items`."""
+
+    def __init__(self, items: Mapping[str, Tensor], packed: set[str]) -> None:
+        self._items, self._packed = items, packed
+
+    def __getitem__(self, name: str) -> Tensor:
+        value = self._items[name]
+        if name not in self._packed or isinstance(value, NF4Weight):
+            return value
+        parts = {key: self._items[key] for key in _keys(name) if key in self._items}
+        return NF4Weight.from_state_dict({name: value, **parts}, name=name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+
+def _keys(name: str) -> list[str]:
+    return [f"{name}.{item}" for item in (*TENSOR_ITEMS, STATE_ITEM)]

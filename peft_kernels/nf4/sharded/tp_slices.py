@@ -1,0 +1,117 @@
+"""Rows or columns of an NF4 weight as a weight of its own: what one process has under tensor parallelism.
+
+Such a weight is ordinary, so its blocks have to be whole. A second-level scale belongs to 256 scales that
+follow each other in the whole weight: a slice that begins or goes on elsewhere has first-level scales in
+fp32, which are the same numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core.code_tables import NESTED_BLOCKSIZE
+from ...core.nf4_state import NF4State, packed_rows
+from ...core.registry import public_ops as ops
+from .partition import Cut
+
+Second = tuple[Tensor, Tensor]
+"""Second-level scales and the mean of the scales."""
+
+
+def size_of_part(size: int, count: int) -> int:
+    """Rows or columns of each of `count` parts but the last: torch's rule."""
+    return -(-size // count)
+
+
+def why_whole(shape: tuple[int, ...], blocksize: int, dim: int, count: int) -> str:
+    """Why a weight (out_features, in_features) cannot be cut into `count` slices along `dim`, or ""."""
+    if len(shape) != 2:
+        return f"expected a weight (out_features, in_features), got {tuple(shape)}"
+    size = size_of_part(shape[dim], count)
+    what = ("rows", "columns")[dim]
+    if size * (count - 1) >= shape[dim]:
+        return f"{shape[dim]} {what} of it leave some of {count} processes without any"
+    if dim == 0 and not Cut(shape, blocksize).is_seamless(size):
+        return (
+            f"a cut after {size} of its rows of {shape[1]} goes through a block of {blocksize}, "
+            "which two processes cannot share"
+        )
+    if dim == 1 and (shape[1] % blocksize or size % blocksize):
+        return (
+            f"its {shape[1]} columns, {size} for each of {count} processes, are not whole blocks of "
+            f"{blocksize}, which two processes cannot share"
+        )
+    return ""
+
+
+def cut(state: NF4State, dim: int, start: int, stop: int) -> NF4State:
+    """Rows (`dim` 0) or columns (`dim` 1) [start, stop) of a packed weight, in memory of their own.
+
+    `why_whole` says whether it can be cut there. Dequantised they are those of the whole, to the bit;
+    double-quantised they stay where groups of 256 scales do.
+    """
+    assert state.packed is not None and state.absmax is not None and len(state.shape) == 2
+    rows, columns = state.shape
+    if dim == 1:
+        shape = (rows, stop - start)
+        blocks = columns // state.blocksize
+        packed = state.packed.view(rows, -1)[:, start // 2 : stop // 2]
+        scales = first_level(state).view(rows, blocks)
+        first, last = start // state.blocksize, stop // state.blocksize
+        return _of(state, shape, packed, scales[:, first:last].reshape(-1), None)
+    shape = (stop - start, columns)
+    codes, places = Cut((rows, columns), state.blocksize).places(start, stop)
+    packed, absmax = state.packed.reshape(-1)[codes], state.absmax[places]
+    if state.absmax2 is None or state.offset is None:
+        return _of(state, shape, packed, absmax, None)
+    lead = places.start % NESTED_BLOCKSIZE
+    groups = state.absmax2[places.start // NESTED_BLOCKSIZE : -(-places.stop // NESTED_BLOCKSIZE)]
+    if lead == 0:
+        return _of(state, shape, packed, absmax, (groups, state.offset))
+    return _of(
+        state, shape, packed, ops.unpack_absmax(F.pad(absmax, (lead, 0)), groups, state.offset)[lead:], None
+    )
+
+
+def first_level(state: NF4State) -> Tensor:
+    """The scale of each block, fp32 (nblocks,)."""
+    assert state.absmax is not None
+    if state.absmax2 is None:
+        return state.absmax.view(-1)
+    scales: Tensor = ops.unpack_absmax(state.absmax.view(-1), state.absmax2, state.offset)
+    return scales
+
+
+def nest(scales: Tensor, second: Second) -> Tensor | None:
+    """The uint8 codes, (nblocks,), that these scales have over second-level ones; None: some have none.
+
+    What codes mean ascends in each group. Where two mean the same number, the lower one.
+    """
+    absmax2, offset = second
+    every = torch.arange(NESTED_BLOCKSIZE, dtype=torch.uint8, device=scales.device).repeat(absmax2.numel())
+    meanings = ops.unpack_absmax(every, absmax2, offset).view(-1, NESTED_BLOCKSIZE)  # [group, code]
+    missing = absmax2.numel() * NESTED_BLOCKSIZE - scales.numel()
+    by_group = F.pad(scales, (0, missing)).view(-1, NESTED_BLOCKSIZE)
+    codes = torch.searchsorted(meanings, by_group).clamp_(max=NESTED_BLOCKSIZE - 1)
+    found = meanings.gather(1, codes).view(-1)[: scales.numel()]
+    return codes.to(torch.uint8).view(-1)[: scales.numel()] if torch.equal(found, scales) else None
+
+
+def _of(
+    state: NF4State, shape: tuple[int, int], packed: Tensor, absmax: Tensor, second: Second | None
+) -> NF4State:
+    own = packed.clone(memory_format=torch.contiguous_format).view(-1)
+    absmax2, offset = (None, None) if second is None else (tensor.clone() for tensor in second)
+    return NF4State(
+        shape,
+        state.blocksize,
+        packed_rows(own, shape),
+        absmax.clone(),
+        absmax2,
+        offset,
+        double_quant=second is not None,
+        name=state.name,
+        slice_of=tuple(state.shape),
+    )

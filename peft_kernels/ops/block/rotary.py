@@ -1,0 +1,109 @@
+"""Rotary position embedding (Su et al. 2021) in the form of GPT-NeoX: pairs of features that are half a head
+apart are turned by an angle that depends on the position."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...core import dispatch
+from ...core.registry import Op
+from ...core.wrong_types import names_wrong_types
+
+
+class Rotary(Op):
+    """Of heads (batch, rows, heads, features), each tensor with its own number of them. As torch computes it:
+    products and sums in the dtype to which x's and cos's are promoted, of the results, which are rounded to
+    `dtype`. `inverse`: turned back, which is the gradient."""
+
+    name = "rotary"
+    schema = "(Tensor[] x, Tensor cos, Tensor sin, bool inverse, ScalarType dtype) -> Tensor[]"
+    composite = True
+
+    @staticmethod
+    def meaning(ops: Any, args: Any) -> list[Tensor]:
+        cos, sin = args.cos[:, :, None], args.sin[:, :, None]
+
+        def turned(x: Tensor) -> Tensor:
+            if args.inverse:
+                a, b = (x * sin).chunk(2, -1)
+                return x * cos + torch.cat([b, -a], -1)
+            a, b = x.chunk(2, -1)
+            return x * cos + torch.cat([-b, a], -1) * sin
+
+        return [turned(x).to(args.dtype).contiguous() for x in args.x]
+
+    @staticmethod
+    def fake(args: Any) -> list[Tensor]:
+        return [x.new_empty(x.shape, dtype=args.dtype) for x in args.x]
+
+    differentiable = ("x",)
+    described = ("x", "y")
+    twice_differentiable = True
+
+    @staticmethod
+    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Any) -> dict[str, Any]:
+        return {"x": ops.rotary(list(dy), args.cos, args.sin, not args.inverse, args.x[0].dtype)}
+
+
+@names_wrong_types
+def rotary(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Queries and keys with their positions: `x * cos + rotate_half(x) * sin`, in one pass, to the bits of
+    transformers' `apply_rotary_pos_emb`.
+
+    Parameters
+    ----------
+    q : Tensor, (batch, rows, heads, features)
+        fp32, bf16 or fp16. Need not be contiguous but in its features.
+    k : Tensor, (batch, rows, key_heads, features)
+        Of q's dtype.
+    cos, sin : Tensor, (batch or 1, rows, features)
+        Of one dtype, not necessarily q's. No gradient of theirs is computed.
+    dtype : torch.dtype, optional
+        Of the results, which are rounded to it. By default that to which torch promotes q's and cos's.
+
+    Returns
+    -------
+    q, k : Tensor
+        Shaped as they were, contiguous. Differentiable in q and k. Saved for backward: cos and sin.
+
+    Raises
+    ------
+    ValueError
+        Shapes, dtypes or devices that do not fit; an odd number of features; a cos or sin that requires
+        gradients.
+    """
+    _check(q, k, cos, sin)
+    dtype = torch.promote_types(q.dtype, cos.dtype) if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype: expected a floating one, got {dtype}")
+    turned = dispatch.call("rotary", [q, k], cos, sin, False, dtype, like=q)
+    return turned[0], turned[1]
+
+
+def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if q.dim() != 4 or not q.dtype.is_floating_point or q.shape[3] % 2:
+        expected = "a floating dtype of shape (batch, rows, heads, features), features even"
+        raise ValueError(f"q: expected {expected}, got {q.dtype} of shape {tuple(q.shape)}")
+    batch, rows, _, features = q.shape
+    if k.dim() != 4 or (*k.shape[:2], k.shape[3]) != (batch, rows, features):
+        expected = f"({batch}, {rows}, key_heads, {features})"
+        raise ValueError(f"k: expected shape {expected}, got {tuple(k.shape)}")
+    if k.dtype != q.dtype or k.device != q.device:
+        raise ValueError(f"k: expected {q.dtype} on {q.device} like q, got {k.dtype} on {k.device}")
+    for name, t in (("cos", cos), ("sin", sin)):
+        if t.dim() != 3 or t.shape[0] not in (1, batch) or t.shape[1:] != (rows, features):
+            expected = f"({batch} or 1, {rows}, {features})"
+            raise ValueError(f"{name}: expected shape {expected}, got {tuple(t.shape)}")
+        if not t.dtype.is_floating_point or t.device != q.device:
+            got = f"{t.dtype} on {t.device}"
+            raise ValueError(f"{name}: expected a floating dtype on {q.device} like q, got {got}")
+        if t.requires_grad:
+            raise ValueError(f"{name}: expected requires_grad=False, got True")
+    if sin.dtype != cos.dtype or sin.shape != cos.shape:
+        got = f"{sin.dtype} of shape {tuple(sin.shape)}"
+        raise ValueError(f"sin: expected {cos.dtype} of shape {tuple(cos.shape)} like cos, got {got}")

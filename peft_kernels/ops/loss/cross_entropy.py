@@ -1,0 +1,297 @@
+"""Cross-entropy of a language model's head without its logits, of which only pieces ever exist.
+
+With z = softcap(logit_scale * (x W^T + bias + h B^T)) and lse = log sum_j e^(z_j), the loss of a token is
+
+    (1 - label_smoothing) (lse - z_label) + label_smoothing (lse - mean_j z_j) + z_loss lse^2
+
+Cap as in Gemma 2 (2024), z-loss as in PaLM (2022, section 5), smoothing as torch's cross_entropy has it. Of a
+frozen head the gradient of each token's loss by its x is computed in the forward, which has the logits at
+hand, and kept in their place: backward is one multiplication, by whatever comes back for each token. A head
+that is trained needs what comes back before its gradients can be summed over tokens: there the pieces of the
+logits are computed again.
+
+A dense head in fp32 before an x of bf16 or fp16 counts as rounded to x's type, as under autocast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import gcd, prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core.code_tables import NESTED_BLOCKSIZE
+from ...core.registry import Base, Op
+from ..common import accumulator_dtype
+
+PIECE = 1 << 22
+"""Logits at a time, unless that is less than SHARE of all."""
+SHARE = 1 / 64
+
+
+class LinearCrossEntropy(Op):
+    """Of a frozen head. In rows whose label is ignore_index all results are 0; softcap 0 means none. top, of
+    bool and there beside the entropy: no other logit is greater than the label's; mean: of all logits. slope
+    is the gradient of a row's loss by x; there is none with both a cap and smoothing. What is not needed has
+    no elements."""
+
+    name = "linear_cross_entropy"
+    schema = (
+        "(Tensor x, $base, SymInt vocabulary, Tensor? bias, Tensor labels, int ignore_index, "
+        "float logit_scale, float softcap, float label_smoothing, float z_loss, bool need_slope, "
+        "bool need_entropy, bool need_mean) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor top, "
+        "Tensor mean, Tensor slope)"
+    )
+    composite = True
+
+    @staticmethod
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, ...]:
+        check_slope(args)
+        args = _rounded(args)
+        rows = max(PIECE, int(SHARE * args.x.shape[0] * args.vocabulary)) // max(args.vocabulary, 1)
+        pieces = zip(args.x.split(max(rows, 1)), args.labels.split(max(rows, 1)), strict=True)
+        found = [_piece(ops, args, x, labels, None, None) for x, labels in pieces]
+        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+
+    @staticmethod
+    def fake(args: Any) -> tuple[Tensor, ...]:
+        x = args.x
+        return *_scores(args), x.new_empty(x.shape if args.need_slope else (0, x.shape[1]))
+
+    differentiable = ("x",)
+    described = ("x", "weight", "absmax", "absmax2", "offset", "bias", "labels", "loss")
+    kept = ("lse", "entropy", "top", "mean", "slope")
+
+    @staticmethod
+    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
+        if results.slope.shape != args.x.shape:
+            raise RuntimeError("need_slope: expected True where x is differentiated, got False")
+        return {"x": (results.slope * dy[:, None]).to(args.x.dtype)}
+
+    @staticmethod
+    def flops(args: Any) -> int:
+        return 2 * prod(args.x) * args.vocabulary * (1 + args.need_slope)
+
+
+class LinearCrossEntropyTrained(Op):
+    """The same of a head of which something is trained, with h = scaling x A^T of an adapter of it."""
+
+    name = "linear_cross_entropy_trained"
+    schema = (
+        "(Tensor x, $base, SymInt vocabulary, Tensor? bias, Tensor? h, Tensor? lora_b, Tensor labels, "
+        "int ignore_index, float logit_scale, float softcap, float label_smoothing, float z_loss, "
+        "bool need_entropy, bool need_mean) -> (Tensor loss, Tensor lse, Tensor entropy, Tensor top, "
+        "Tensor mean)"
+    )
+    composite = True
+
+    @staticmethod
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, ...]:
+        if args.h is None:
+            options = args[args._fields.index("labels") : -2]
+            head = args.x, *args.base, args.vocabulary, args.bias
+            found = ops.linear_cross_entropy(*head, *options, False, args.need_entropy, args.need_mean)
+            return tuple(found[:-1])
+        args = _rounded(args)
+        rows = max(PIECE, int(SHARE * args.x.shape[0] * args.vocabulary)) // max(args.vocabulary, 1)
+        parts = (t.split(max(rows, 1)) for t in (args.x, args.labels, args.h))
+        pieces = [
+            _piece(ops, args, x, labels, h, args.lora_b)[:-1] for x, labels, h in zip(*parts, strict=True)
+        ]
+        return tuple(torch.cat(parts) for parts in zip(*pieces, strict=True))
+
+    @staticmethod
+    def fake(args: Any) -> tuple[Tensor, ...]:
+        return _scores(args)
+
+    differentiable = ("x", "weight", "bias", "h", "lora_b")
+    described = ("loss",)
+    kept = ("lse", "entropy", "top", "mean")
+
+    @staticmethod
+    def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
+        dx, dw, dbias, dh, db = ops.linear_cross_entropy_backward(
+            dy, results.lse, args.x, *args.base, args.vocabulary, args.bias, args.h, args.lora_b, args.labels,
+            args.ignore_index, args.logit_scale, args.softcap, args.label_smoothing, args.z_loss,
+            need.x, need.weight, need.bias, need.h, need.lora_b,
+        )  # fmt: skip
+        return {"x": dx, "weight": dw, "bias": dbias, "h": dh, "lora_b": db}
+
+    @staticmethod
+    def flops(args: Any) -> int:
+        rank = args.h[-1] if args.h is not None else 0
+        return 2 * args.x[0] * args.vocabulary * (args.x[1] + rank)
+
+
+class LinearCrossEntropyBackward(Op):
+    """Given what comes back for each row, and its lse. Gradients that are not needed have no elements."""
+
+    name = "linear_cross_entropy_backward"
+    schema = (
+        "(Tensor dloss, Tensor lse, Tensor x, $base, SymInt vocabulary, Tensor? bias, Tensor? h, "
+        "Tensor? lora_b, Tensor labels, int ignore_index, float logit_scale, float softcap, "
+        "float label_smoothing, float z_loss, bool need_dx, bool need_dw, bool need_dbias, bool need_dh, "
+        "bool need_db) -> (Tensor dx, Tensor dw, Tensor dbias, Tensor dh, Tensor db)"
+    )
+    composite = True
+
+    @staticmethod
+    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        x, h, k = args.x, args.h, args.x.shape[1]
+        acc = accumulator_dtype(x.dtype)
+        fakes, args = LinearCrossEntropyBackward.fake(args), _rounded(args)
+        found: list[list[Any]] = [[] for _ in range(5)]  # of each piece; dx and dh are sums of these
+        dx, dh, dw, dbias, db = found
+        for begin, end in _columns(args):
+            base = narrowed(args.base, begin, end, k)
+            parts: list[Any] = [None if t is None else t[begin:end] for t in (args.bias, args.lora_b)]
+            bias, b = parts
+            logits = _logits(ops, args, x, base, end - begin, bias, h, b)
+            d = _slopes(args, *logits, args.lse, args.labels, begin) * args.dloss.to(acc)[:, None]
+            rounded = d.to(x.dtype)
+            if args.need_dx:
+                dx = [sum(dx, _back(ops, rounded, base, k).to(acc))]
+            if args.need_dh:
+                dh = [sum(dh, d @ b.to(acc))]
+            if args.need_dw:
+                dw.append(rounded.t() @ x)
+            if args.need_dbias:
+                dbias.append(d.sum(0).to(bias.dtype))
+            if args.need_db:
+                db.append((d.t() @ h.to(acc)).to(b.dtype))
+        both = zip((dx, dw, dbias, dh, db), fakes, strict=True)
+        return tuple(torch.cat(part).to(like.dtype) if part else like for part, like in both)  # type: ignore[return-value]
+
+    @staticmethod
+    def fake(args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        def gradient(needed: bool, like: Tensor | None) -> Tensor:
+            return args.x.new_empty(0) if like is None or not needed else like.new_empty(like.shape)
+
+        likes = args.x, args.base.weight, args.bias, args.h, args.lora_b
+        needs = args.need_dx, args.need_dw, args.need_dbias, args.need_dh, args.need_db
+        dx, dw, dbias, dh, db = map(gradient, needs, likes)
+        return dx, dw, dbias, dh, db
+
+    @staticmethod
+    def flops(args: Any) -> int:
+        per_column = args.x[1] * (1 + args.need_dx + args.need_dw)
+        if args.h is not None:
+            per_column += args.h[1] * (1 + args.need_dh + args.need_db)
+        return 2 * args.x[0] * args.vocabulary * per_column
+
+
+def check_slope(args: Any) -> None:
+    if args.need_slope and args.softcap and args.label_smoothing:
+        # What smoothing gives is then no multiple of one row of the head.
+        raise RuntimeError("need_slope: expected False with both softcap and label_smoothing, got True")
+
+
+def _rounded(args: Any) -> Any:
+    """With a dense head in x's type."""
+    if args.base.absmax is not None:
+        return args
+    return args._replace(base=Base(args.base.weight.to(args.x.dtype)))
+
+
+def _piece(
+    ops: Any, args: Any, x: Tensor, labels: Tensor, h: Tensor | None, lora_b: Tensor | None
+) -> tuple[Tensor, ...]:
+    """loss, lse, entropy, top, mean and slope of some rows."""
+    z, steep = _logits(ops, args, x, args.base, args.vocabulary, args.bias, h, lora_b)
+    valid = labels != args.ignore_index
+    lse = z.logsumexp(-1)
+    of_label = z.gather(-1, labels.where(valid, 0)[:, None]).squeeze(-1)
+    smoothing = args.label_smoothing
+    loss = (1 - smoothing) * (lse - of_label) + args.z_loss * lse * lse
+    if smoothing:
+        loss = loss + smoothing * (lse - z.mean(-1))
+    entropy, slope = z.new_empty(0), x.new_empty(0, x.shape[1])
+    top, mean = z.new_empty(0, dtype=torch.bool), z.new_empty(0)
+    if args.need_entropy:
+        entropy = (lse - ((z - lse[:, None]).exp() * z).sum(-1)).where(valid, 0.0)
+        top = (z.amax(-1) == of_label) & valid
+    if args.need_mean:
+        mean = z.mean(-1).where(valid, 0.0)
+    if getattr(args, "need_slope", False):
+        slope = _back(ops, _slopes(args, z, steep, lse, labels, 0).to(x.dtype), args.base, x.shape[1])
+    return loss.where(valid, 0.0), lse.where(valid, 0.0), entropy, top, mean, slope
+
+
+def _scores(args: Any) -> tuple[Tensor, ...]:
+    """Results for each row, uninitialised."""
+    x, rows, acc = args.x, args.x.shape[0], accumulator_dtype(args.x.dtype)
+    loss, lse = (x.new_empty(rows, dtype=acc) for _ in range(2))
+    scored = rows if args.need_entropy else 0
+    entropy, top = x.new_empty(scored, dtype=acc), x.new_empty(scored, dtype=torch.bool)
+    return loss, lse, entropy, top, x.new_empty(rows if args.need_mean else 0, dtype=acc)
+
+
+def _logits(
+    ops: Any,
+    args: Any,
+    x: Tensor,
+    base: Base,
+    n: int,
+    bias: Tensor | None,
+    h: Tensor | None,
+    b: Tensor | None,
+) -> tuple[Tensor, Tensor | float]:
+    """Logits of some columns, and their derivative by what the head has computed."""
+    acc = accumulator_dtype(x.dtype)
+    if base.absmax is None:
+        u = F.linear(x, base.weight, None if bias is None else bias.to(x.dtype)).to(acc)
+    else:
+        u = ops.nf4_linear(x, *base, n, bias).to(acc)
+    if h is not None and b is not None:
+        u = u + h.to(acc) @ b.to(acc).t()
+    u = u * args.logit_scale
+    if not args.softcap:
+        return u, args.logit_scale
+    capped = torch.tanh(u / args.softcap)
+    return args.softcap * capped, args.logit_scale * (1 - capped * capped)
+
+
+def _slopes(args: Any, z: Tensor, steep: Tensor | float, lse: Tensor, labels: Tensor, begin: int) -> Tensor:
+    """Derivatives of the loss of each row by what the head has computed, in columns from `begin` on."""
+    n, lse = z.shape[1], lse[:, None]
+    column = labels[:, None] - begin
+    here = (labels[:, None] != args.ignore_index) & (column >= 0) & (column < n)
+    d = (z - lse).exp() * (1 + 2 * args.z_loss * lse) - args.label_smoothing / args.vocabulary
+    d = d.scatter_add(1, column.where(here, 0), here.to(d.dtype) * (args.label_smoothing - 1))
+    return (d * steep).where(labels[:, None] != args.ignore_index, 0.0)
+
+
+def _back(ops: Any, d: Tensor, base: Base, k: int) -> Tensor:
+    if base.absmax is None:
+        return d @ base.weight
+    dx: Tensor = ops.nf4_linear_dx(d, *base, k)
+    return dx
+
+
+def _columns(args: Any) -> Iterator[tuple[int, int]]:
+    """Pieces of the vocabulary."""
+    m, n, unit = max(args.x.shape[0], 1), args.vocabulary, border(args.base, args.x.shape[1])
+    step = max(max(PIECE, int(SHARE * m * n)) // m // unit, 1) * unit
+    for begin in range(0, n, step):
+        yield begin, min(begin + step, n)
+
+
+def border(base: Base, k: int) -> int:
+    """At multiples of so many rows of a head blocks of scales of a packed one begin."""
+    block = base.blocksize * NESTED_BLOCKSIZE
+    return 1 if base.absmax is None else block // gcd(block, k)
+
+
+def narrowed(base: Base, begin: int, end: int, k: int) -> Base:
+    """Rows of a weight, from a border on."""
+    if base.absmax is None:
+        return Base(base.weight[begin:end])
+    first, last, size = begin * k, end * k, base.blocksize
+    blocks = slice(first // size, -(-last // size))
+    nested = slice(blocks.start // NESTED_BLOCKSIZE, -(-blocks.stop // NESTED_BLOCKSIZE))
+    absmax2 = None if base.absmax2 is None else base.absmax2[nested]
+    packed = base.weight.reshape(-1)[first // 2 : -(-last // 2)]
+    return Base(packed, base.absmax[blocks], absmax2, base.offset, size)

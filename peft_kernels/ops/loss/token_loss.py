@@ -1,0 +1,252 @@
+"""The typed calls of a head with its loss: `linear_cross_entropy`, `token_log_probs`."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core import dispatch
+from ...core.nf4_state import HoldsNF4, NF4State
+from ...core.wrong_types import names_wrong_types
+from .. import arguments
+from ..arguments import Weight
+from ..lora.lora import check_adapter
+from . import cross_entropy  # noqa: F401  (the ops)
+
+REDUCTIONS = ("mean", "sum", "none")
+NAME = "hidden"
+
+
+@names_wrong_types
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Weight,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool = False,
+    reduction: str = "mean",
+    num_items_in_batch: float | Tensor | None = None,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Tensor:
+    """`F.cross_entropy(F.linear(hidden, weight, bias), labels)` without the logits, of which only pieces
+    ever exist.
+
+    Saved for backward: of a frozen head a tensor like `hidden`, the gradient of each token's loss, whatever
+    is made of the losses; of a head that is trained hidden and a number for each token, and pieces of the
+    logits are computed again.
+
+    Parameters
+    ----------
+    hidden : Tensor, (..., hidden_size)
+        fp32, bf16 or fp16; under autocast it, and a dense weight, are rounded as F.linear does. Logits,
+        probabilities and sums are in fp32.
+    weight : NF4Weight or Tensor, (vocabulary, hidden_size)
+        Of the head: NF4 (frozen), or dense of hidden's dtype, frozen or not.
+    labels : Tensor, int64, hidden.shape[:-1]
+        From 0 to vocabulary - 1, or ignore_index.
+    bias : Tensor, (vocabulary,), optional
+        Of hidden's dtype or fp32.
+    lora_a, lora_b, scaling : Tensor (r, hidden_size), Tensor (vocabulary, r), float, optional
+        An adapter of the head.
+    ignore_index : int
+        The label of tokens without a loss.
+    shift : bool
+        The label of a token is the next one's, along the last dimension of labels, and that of the last
+        ignored: as causal language models are trained. Nothing is copied for it.
+    reduction : str
+        "mean" over the tokens that have a label (of none it is NaN, as torch's), "sum", or "none": the
+        losses in the shape of labels, 0 where there is none.
+    num_items_in_batch : int or Tensor, optional
+        With "mean": what the sum is divided by in place of the tokens' number. Trainer gives it under
+        gradient accumulation.
+    logit_scale : float
+        Times the logits, before the cap: Cohere's logit_scale, 1 / logits_scaling of Granite, or
+        1 / temperature.
+    softcap : float, optional
+        Logits become softcap * tanh(logits / softcap), as in Gemma 2.
+    label_smoothing : float
+        From 0 to 1, as torch's.
+    z_loss : float
+        Weight of (log sum exp(logits))^2, added to the loss of each token (PaLM, section 5).
+
+    Returns
+    -------
+    Tensor, fp32. Differentiable once in hidden, a dense weight, bias, lora_a and lora_b.
+
+    Raises
+    ------
+    ValueError
+        Shapes, dtypes or devices that do not fit; an NF4 weight that requires grad; on a CPU, labels out of
+        range: on a GPU, which one would have to wait for, their losses are NaN.
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    if num_items_in_batch is not None and reduction != "mean":
+        raise ValueError(f"num_items_in_batch: expected None with reduction {reduction!r}, got a number")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"label_smoothing: expected 0 to 1, got {label_smoothing}")
+    if not (z_loss >= 0 and math.isfinite(z_loss)):
+        raise ValueError(f"z_loss: expected 0 or more, got {z_loss}")
+    scored, targets = _token_losses(
+        hidden, weight, labels, bias, (lora_a, lora_b, scaling), ignore_index, shift, logit_scale, softcap,
+        label_smoothing, z_loss,
+    )  # fmt: skip
+    losses = scored.losses
+    if reduction == "none":
+        return losses.view(labels.shape)
+    if reduction == "sum":
+        return losses.sum()
+    if num_items_in_batch is None:
+        return losses.sum() / (targets != ignore_index).sum()
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(losses.device)
+    return losses.sum() / num_items_in_batch
+
+
+@names_wrong_types
+def token_log_probs(
+    hidden: Tensor,
+    weight: Weight,
+    tokens: Tensor,
+    bias: Tensor | None = None,
+    *,
+    lora_a: Tensor | None = None,
+    lora_b: Tensor | None = None,
+    scaling: float = 1.0,
+    ignore_index: int = -100,
+    shift: bool = False,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = False,
+    is_top1: bool = False,
+    mean_logits: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """Log-probabilities of `tokens`, as losses for preferences and rewards are made of (DPO, GRPO), without
+    the logits.
+
+    Parameters are those of `linear_cross_entropy`. What else there is to be asked for has no gradient:
+    entropy, in nats, of what the head predicts at each token; is_top1, whether no other token is more likely;
+    mean_logits, the mean of the logits.
+
+    Returns
+    -------
+    Tensor, or a tuple of it and what was asked for, in that order. In the shape of tokens, fp32 (is_top1:
+    bool); 0 where a token is ignored.
+    """
+    scored, _ = _token_losses(
+        hidden, weight, tokens, bias, (lora_a, lora_b, scaling), ignore_index, shift, logit_scale, softcap,
+        0.0, 0.0, entropy or is_top1, mean_logits,
+    )  # fmt: skip
+    log_probs = -scored.losses.view(tokens.shape)
+    asked = (scored.entropy, entropy), (scored.top, is_top1), (scored.mean, mean_logits)
+    more = [t.view(tokens.shape) for t, wanted in asked if wanted]
+    return (log_probs, *more) if more else log_probs
+
+
+class _Scored(NamedTuple):
+    """Of each row of hidden; all but the losses without elements where not needed."""
+
+    losses: Tensor
+    entropy: Tensor
+    top: Tensor
+    mean: Tensor
+
+
+def _token_losses(
+    hidden: Tensor,
+    weight: Weight,
+    labels: Tensor,
+    bias: Tensor | None,
+    adapter: tuple[Tensor | None, Tensor | None, float],
+    ignore_index: int,
+    shift: bool,
+    logit_scale: float,
+    softcap: float | None,
+    label_smoothing: float,
+    z_loss: float,
+    need_entropy: bool = False,
+    need_mean: bool = False,
+) -> tuple[_Scored, Tensor]:
+    """Of the rows of hidden, with their labels."""
+    lora_a, lora_b, scaling = adapter
+    hidden, weight, lora_a, lora_b, of_weight = _autocast(hidden, weight, lora_a, lora_b)
+    compute = arguments.compute_type(hidden, None, NAME)
+    (vocabulary, features), base = arguments.base_of(hidden, weight, of_weight or compute, name=NAME)
+    arguments.check_bias(hidden, bias, vocabulary, compute, NAME)
+    if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
+        raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
+    if not math.isfinite(logit_scale):
+        raise ValueError(f"logit_scale: expected a finite number, got {logit_scale}")
+    if labels.shape != hidden.shape[:-1]:
+        expected = tuple(hidden.shape[:-1])
+        raise ValueError(f"labels: expected shape {expected} like hidden's rows, got {tuple(labels.shape)}")
+    if labels.dtype != torch.int64:
+        raise ValueError(f"labels: expected torch.int64, got {labels.dtype}")
+    if labels.device != hidden.device:
+        raise ValueError(f"labels: expected device {hidden.device} like hidden, got {labels.device}")
+    if shift:
+        if labels.dim() == 0:
+            raise ValueError("labels: expected at least 1 dimension to shift them, got 0")
+        labels = F.pad(labels[..., 1:], (0, 1), value=ignore_index)
+    targets = labels.reshape(-1)
+    _check_labels(targets, ignore_index, vocabulary)
+    x = hidden.reshape(-1, features)
+    bias = None if bias is None else arguments.of_or_float(bias, compute)
+    numbers = float(logit_scale), float(softcap or 0.0), float(label_smoothing), float(z_loss)
+    options = targets, ignore_index, *numbers
+    h = None
+    if lora_a is None and lora_b is None:
+        trained = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (base.weight, bias)
+        )
+        need_slope = torch.is_grad_enabled() and x.requires_grad
+        if not trained and not (need_slope and softcap and label_smoothing):
+            frozen = *base, vocabulary, bias, *options
+            found = dispatch.call("linear_cross_entropy", x, *frozen, need_slope, need_entropy, need_mean)
+            return _Scored(found[0], *found[2:5]), targets
+    elif lora_a is None or lora_b is None:
+        name, other = ("lora_a", "lora_b") if lora_a is None else ("lora_b", "lora_a")
+        raise ValueError(f"{name}: expected a Tensor beside {other}, got None")
+    else:
+        check_adapter(hidden, (vocabulary, features), lora_a, lora_b, 0.0)
+        h = float(scaling) * F.linear(x.to(lora_a.dtype), lora_a)
+    head = *base, vocabulary, bias, h, lora_b
+    found = dispatch.call("linear_cross_entropy_trained", x, *head, *options, need_entropy, need_mean)
+    return _Scored(found[0], *found[2:5]), targets
+
+
+def _autocast(hidden: Tensor, weight: Any, *adapter: Any) -> tuple[Any, ...]:
+    """In the type that autocast computes products in, where it is on. A dense weight of fp32 stays, as ops
+    round it themselves; the last that is returned is then its type, else None."""
+    dtype = arguments.autocast_dtype(hidden.device.type)
+    if dtype is None or not hidden.is_floating_point() or hidden.dtype == torch.float64:
+        return hidden, weight, *adapter, None
+    of_weight = None
+    if not isinstance(weight, (HoldsNF4, NF4State)):
+        of_weight = torch.float32 if weight.dtype == torch.float32 else None
+        weight = weight if of_weight else weight.to(dtype)
+    return hidden.to(dtype), weight, *(t if t is None else t.to(dtype) for t in adapter), of_weight
+
+
+def _check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
+    """On a CPU, where to look at them costs no wait for a device."""
+    if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
+        return
+    if torch._C._are_functorch_transforms_active():
+        return
+    wrong = ((labels < 0) | (labels >= vocabulary)) & (labels != ignore_index)
+    if bool(wrong.any()):
+        got = int(labels[wrong][0])
+        raise ValueError(f"labels: expected 0 to {vocabulary - 1}, or {ignore_index} to ignore, got {got}")

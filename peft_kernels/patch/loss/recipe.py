@@ -1,0 +1,137 @@
+"""What logits come from, kept until somebody reads them: what the head was given, and what a model did to the
+logits afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...core.nf4_state import NF4State, bits_hash
+from ...ops.linear import nf4_linear
+from ...ops.lora.lora import lora_linear
+
+Step = Callable[[Tensor], Tensor]
+
+
+class Head(NamedTuple):
+    """What the logits are the product of, as it was when the head was called."""
+
+    hidden: Tensor
+    weight: Any
+    """Packed, or of hidden's dtype; a dense frozen one of fp32 counts as rounded to that."""
+    bias: Tensor | None
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+    scaling: float = 1.0
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What gradients may go to."""
+        parts = self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
+        return [t for t in parts if isinstance(t, Tensor)]
+
+    def detached(self, leaves: bool) -> Head:
+        """`leaves`: of what had a gradient."""
+
+        def part(t: Any) -> Any:
+            return t.detach().requires_grad_(leaves and t.requires_grad) if isinstance(t, Tensor) else t
+
+        return Head(*map(part, self))
+
+    def product(self) -> Tensor:
+        x, weight, bias, a, b, scaling = self
+        if a is not None and b is not None:
+            return lora_linear(x, weight, a, b, scaling, bias)
+        if isinstance(weight, NF4State):
+            return nf4_linear(x, weight, bias)
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+class Seal:
+    """Whether what a head computed with has the same bits as when its model returned.
+
+    Version counters do not tell: fused optimizers, bitsandbytes', writes through `.data` or numpy, and FSDP2,
+    which gathers a weight anew, leave them as they are. So the bits are hashed, once for each forward.
+    """
+
+    def __init__(self, head: Head) -> None:
+        self._head = head
+        self._hashes: dict[str, Tensor | None] | None = None
+
+    def close(self) -> None:
+        """When the model's forward is over. Until then nothing is checked."""
+        self._hashes = self._found()
+
+    def check(self) -> None:
+        """Raises RuntimeError if the logits would be different ones by now."""
+        if self._hashes is None:
+            return
+        now = self._found()
+        pairs = [(before, now.get(name)) for name, before in self._hashes.items()]
+        if len(now) != len(pairs) or not all(
+            a is not None and b is not None and torch.equal(a, b) for a, b in pairs
+        ):
+            raise RuntimeError(
+                "logits: expected to be read before the head's weights or the hidden states change, got a "
+                "read after; read them sooner, or patch without loss=True"
+            )
+
+    def _found(self) -> dict[str, Tensor | None]:
+        parts = {name: t for name, t in self._head._asdict().items() if isinstance(t, Tensor)}
+        if isinstance(self._head.weight, NF4State):
+            parts |= self._head.weight.tensors()
+        with torch.no_grad():
+            return {f"{name} {tuple(t.shape)} {t.dtype}": _hash(t) for name, t in parts.items()}
+
+
+def _hash(t: Tensor) -> Tensor | None:
+    """None of memory that was freed, as FSDP2 does, and while a CUDA graph is captured: the numbers will be
+    those of a replay."""
+    if t.is_cuda and torch.cuda.is_current_stream_capturing():
+        return None
+    if t.numel() and not t.untyped_storage().nbytes():
+        return None
+    transposed = t.dim() == 2 and not t.is_contiguous()  # which would be copied whole
+    return bits_hash(t.t() if transposed else t)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How logits come out of a head: by `steps`, one after the other. In rows they are inner * z, or with a
+    cap outer * tanh(inner * z), of the head's z for these."""
+
+    head: Head
+    seal: Seal
+    steps: tuple[Step, ...] = ()
+    row_steps: tuple[Step, ...] = ()
+    """What makes rows (..., hidden_size), in the shape of the logits, of hidden."""
+    inner: float = 1.0
+    outer: float | None = None
+
+    def rows(self, hidden: Tensor) -> Tensor:
+        for step in self.row_steps:
+            hidden = step(hidden)
+        return hidden
+
+    def compute(self, head: Head) -> Tensor:
+        with no_autocast(head.hidden):
+            logits = head.product()
+            for step in self.steps:
+                logits = step(logits)
+        return logits
+
+
+def of_head(head: Head) -> AbstractContextManager[Any]:
+    """In which the loss computes with what the head has: autocast is on where the weight is to be rounded."""
+    rounds = isinstance(head.weight, Tensor) and head.weight.dtype != head.hidden.dtype
+    return torch.autocast(head.hidden.device.type, head.hidden.dtype if rounds else None, enabled=rounds)
+
+
+def no_autocast(like: Tensor) -> AbstractContextManager[Any]:
+    return torch.autocast(like.device.type, enabled=False)

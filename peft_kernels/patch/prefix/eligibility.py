@@ -1,0 +1,104 @@
+"""What the patch of PEFT's prefix tuning asks of a model: has it prefixes, and what can be done with them."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import fused
+
+_FLAG = "gradient_checkpointing"
+
+
+def is_prefix(module: nn.Module) -> bool:
+    """Whether a module is a model of PEFT with an adapter of prefix tuning."""
+    if "peft" not in sys.modules:
+        return False
+    from peft import PeftModel
+
+    return isinstance(module, PeftModel) and any(map(is_prefix_config, module.peft_config.values()))
+
+
+def is_active(model: Any) -> bool:
+    """Whether the adapter that a PeftModel uses now is one of prefix tuning."""
+    return is_prefix_config(model.active_peft_config)
+
+
+def is_prefix_config(config: Any) -> bool:
+    """Whether the config of an adapter is one of prefix tuning."""
+    from peft import PeftType
+
+    return bool(config.peft_type == PeftType.PREFIX_TUNING)
+
+
+def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that transformers recomputes under gradient checkpointing."""
+    try:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+    except ImportError:  # older ones leave it to each model
+        return
+    yield from ((n, m) for n, m in model.named_modules() if isinstance(m, GradientCheckpointingLayer))
+
+
+def stacks(model: nn.Module) -> Iterator[nn.Module]:
+    """The models within that know whether their layers are recomputed."""
+    from transformers import PreTrainedModel
+
+    yield from (m for m in model.modules() if isinstance(m, PreTrainedModel) and hasattr(m, _FLAG))
+
+
+def recomputes(layer: Any) -> bool:
+    """Whether a call of this layer now would be computed again in the backward pass."""
+    return bool(getattr(layer, _FLAG, False) and layer.training and torch.is_grad_enabled())
+
+
+def not_recomputable(model: Any) -> str:
+    """Why the layers of a PeftModel would lose its prefix under gradient checkpointing, or ""."""
+    base = model.get_base_model()
+    if not getattr(base, "supports_gradient_checkpointing", True):
+        return f"transformers has none for {type(base).__name__}"
+    if not any(layers(base)):
+        return f"the layers of {type(base).__name__} are no GradientCheckpointingLayer of transformers"
+    lost = next((layer for _, layer in layers(base) if index_in_cache(layer) is None), None)
+    if lost is not None:
+        return f"nothing in {type(lost).__name__} tells which layer of a cache is its own"
+    shared = getattr(base.config, "num_kv_shared_layers", 0)
+    return f"{shared} layers of {type(base).__name__} take keys and values from others" if shared else ""
+
+
+def index_in_cache(layer: nn.Module) -> int | None:
+    """Which layer of a cache is that of a decoder layer."""
+    named = (getattr(m, name, None) for m in layer.modules() for name in ("layer_idx", "layer_id"))
+    return next((index for index in named if isinstance(index, int)), None)
+
+
+def checkpointing(model: Any, ours: type[fused.Fused]) -> bool:
+    """Whether a call of a PeftModel now would recompute its layers.
+
+    Raises RuntimeError where that would lose the prefix: transformers takes the cache from layers that are
+    not of class `ours`.
+    """
+    base = model.get_base_model()
+    if not any(map(recomputes, base.modules())):
+        return False
+    if reason := not_recomputable(model):
+        raise RuntimeError(f"prefix tuning: no gradient checkpointing here, {reason}")
+    late = next((n for n, layer in layers(base) if recomputes(layer) and not fused.has(layer, ours)), None)
+    if late is not None:
+        raise RuntimeError(f"prefix tuning: {late} has come after patch(); patch again to checkpoint it")
+    return True
+
+
+@cache
+def takes_cache() -> bool:
+    """Whether generate of this transformers gives models their cache as `cache`, where PEFT still sets
+    `past_key_values`: the prefix then gets lost."""
+    from transformers import GenerationMixin
+
+    return "cache" in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters

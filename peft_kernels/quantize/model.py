@@ -1,0 +1,228 @@
+"""quantize_model: nn.Linear -> NF4Linear, in place, one layer at a time."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..core.code_tables import BLOCKSIZES, WEIGHT_DTYPES
+from ..core.wrong_types import names_wrong_types
+from ..nf4.experts_packing import NF4Experts, pack, weight_names
+from ..nf4.model import ModelLink, announce, owners
+from ..nf4.offload import is_offloaded
+from ..nn import NF4Linear
+from .architectures import is_linear
+from .report import QuantizeReport, nbytes_of, report_of
+from .targets import check_names, expert_targets, targets, warn_about_experts
+
+__all__ = ["QuantizeReport", "quantize_model", "report_of"]
+
+logger = logging.getLogger("peft_kernels")
+
+_PROGRESS_FROM = 200_000_000  # weights; below, quantising takes a second or two
+
+
+@names_wrong_types
+def quantize_model(
+    model: nn.Module,
+    skip: Iterable[str] | None = None,
+    blocksize: int = 64,
+    double_quant: bool = True,
+    progress: bool | None = None,
+    compute_dtype: torch.dtype | None = None,
+    modules_to_not_convert: Iterable[str] | None = None,
+    experts: bool = False,
+) -> nn.Module:
+    """Replace every linear layer of a model by an NF4Linear: nn.Linear, and FalconLinear and Conv1D (GPT-2)
+    of transformers. `report_of(model)` tells which, what that saved, and why others were left.
+
+    A Conv1D keeps its weight as (in_features, out_features); the NF4Linear in its place holds the transposed
+    one, (out_features, in_features), under the same name. PEFT takes it for an nn.Linear
+    (fan_in_fan_out=False), and it is a Conv1D again after `merge_and_unload`.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place. Peak memory is the model and one layer. If its weights are on the meta device, the
+        NF4 weights are empty ones there, for `model.load_state_dict(state_dict, assign=True)`.
+    skip : names, optional
+        Modules to leave alone with all that is in them: a full name, or consecutive parts of one ("lm_head",
+        "vision_tower", "layers.0.mlp"). By default the heads: lm_head, score, classifier, qa_outputs,
+        summary, v_head, and what a transformers model names (output embeddings, tied weights, modules kept in
+        fp32) or has beside its base model for classification, question answering or rewards. `skip=()` packs
+        them too.
+
+        A layer whose weight is shared with another module (tied embeddings) or that stands in two places is
+        always left alone, and so are PEFT's adapters and other subclasses of nn.Linear.
+    blocksize, double_quant
+        As `NF4Weight.quantize`.
+    progress : bool, optional
+        Show a progress bar; by default for models with more than 200 million weights to quantise.
+    compute_dtype : torch.dtype, optional
+        Of every layer, see `nn.NF4Linear`; by default the type of its weight.
+    modules_to_not_convert : names, optional
+        transformers' word for `skip`.
+    experts : bool
+        Pack the experts of transformers 5 too (Mixtral, Qwen3-MoE, GPT-OSS, DeepSeek, ...), which are no
+        linear layers but parameters of three dimensions, and most of a model. Not by default, for
+        bitsandbytes has no format for them: what is saved with them only this package reads. A warning says
+        how many bytes stay.
+
+    Returns
+    -------
+    nn.Module
+        The model itself. `is_loaded_in_4bit` is set on it, as on a model of bitsandbytes', for as long as it
+        has an NF4 layer. One of transformers (5.23 or later) saves itself as a checkpoint in 4 bits, which
+        `integrations.transformers` reads without bitsandbytes, and has a `dequantize()`.
+
+    Raises
+    ------
+    ValueError
+        A weight has NaN, Inf or an unfit dtype (named), the blocksize is unfit, a name in `skip` fits no
+        module, or some weights are on the meta device, but not all. The model is then unchanged: every layer
+        is checked before the first is replaced.
+    """
+    if skip is not None and modules_to_not_convert is not None:
+        raise ValueError("skip: expected it or modules_to_not_convert (they are the same), got both")
+    names = skip if skip is not None else modules_to_not_convert
+    names = (names,) if isinstance(names, str) else None if names is None else tuple(names)
+    if is_linear(model) or isinstance(model, nn.Linear):
+        raise ValueError(
+            "model: expected a module that contains nn.Linear layers, got one; use NF4Linear.from_linear"
+        )
+    if blocksize not in BLOCKSIZES:
+        raise ValueError(f"blocksize: expected one of {BLOCKSIZES}, got {blocksize}")
+    if compute_dtype not in (None, *WEIGHT_DTYPES):
+        raise ValueError(f"compute_dtype: expected float32, bfloat16 or float16, got {compute_dtype}")
+    if names is not None:
+        check_names(model, names)
+    report = QuantizeReport(bytes_before=nbytes_of(model))
+    found = dict(targets(model, names, report.left))
+    sets = dict(expert_targets(model, names, report.left))
+    if not experts:
+        sets.clear()
+    warn_about_experts(model, report.left, sets)
+    weights = {f"{name}.weight": linear.weight for name, linear in found.items()}
+    for name, module in sets.items():
+        weights |= {f"{name}.{key}": module._parameters[key] for key in weight_names(module)}
+    _check_all(weights, {**found, **sets})
+
+    total = sum(linear.weight.numel() for linear in found.values()) + sum(map(_size, sets.values()))
+    show = total > _PROGRESS_FROM if progress is None else progress
+    link, names_of_targets = ModelLink(), list(found)
+    # The only reference to each dense layer is the model's, so that it is freed when replaced.
+    del found, weights
+    with _Progress(total, show) as bar:
+        for name in names_of_targets:
+            parent_name, _, child = name.rpartition(".")
+            parent = model.get_submodule(parent_name)
+            linear = getattr(parent, child)
+            layer = NF4Linear.from_linear(
+                linear, blocksize, double_quant, name=f"{name}.weight", compute_dtype=compute_dtype
+            )
+            layer.link = link
+            setattr(parent, child, layer)
+            bar.update(linear.weight.numel())
+            del linear
+        for name, module in sets.items():
+            size = _size(module)
+            pack(module, blocksize, double_quant, name, compute_dtype)
+            bar.update(size)
+    layers: dict[str, Any] = {
+        name: module for name, module in model.named_modules() if isinstance(module, (NF4Linear, NF4Experts))
+    }
+    if layers:
+        for layer in layers.values():
+            layer.link = link
+        report.layers, report.bytes_after = list(layers), nbytes_of(model)
+        earlier = report_of(model)
+        if earlier is not None:
+            report.bytes_before = max(earlier.bytes_before, report.bytes_before)
+        announce(model, link, report)
+        _tell_transformers(model, blocksize, double_quant, names, compute_dtype, experts)
+        logger.info("%s", report)
+    return model
+
+
+def _tell_transformers(model: nn.Module, *arguments: Any) -> None:
+    """`save_pretrained` and `dequantize` of its models ask a quantiser."""
+    if "transformers" not in sys.modules:
+        return
+    from transformers import PreTrainedModel
+    from transformers.quantizers.base import HfQuantizer
+
+    if not hasattr(HfQuantizer, "get_new_dtype"):
+        return  # before 5.23 transformers asks other things
+
+    from .transformers.config import NF4Config
+    from .transformers.quantizer import attach
+
+    blocksize, double_quant, names, compute_dtype, experts = arguments
+    for owner in owners(model):
+        if isinstance(owner, PreTrainedModel):
+            attach(owner, NF4Config(blocksize, double_quant, names, compute_dtype, experts=experts))
+
+
+def _size(experts: Any) -> int:
+    return sum(experts._parameters[key].numel() for key in weight_names(experts))
+
+
+def _check_all(weights: dict[str, Any], modules: dict[str, nn.Module]) -> None:
+    """All weights are loaded, or none is. What accelerate offloads is on the meta device between calls."""
+    offloaded = next((name for name, module in modules.items() if is_offloaded(module)), None)
+    if offloaded is not None:
+        raise ValueError(
+            f"{offloaded}: expected a loaded layer, got one whose weights accelerate offloads (device_map): "
+            "quantize the model before it is dispatched, or while it is read (NF4Config)"
+        )
+    empty = [name for name, weight in weights.items() if weight.is_meta]
+    if empty and len(empty) < len(weights):
+        raise ValueError(
+            f"{empty[0]}: expected all weights loaded, or all on the meta device, got {len(empty)} of "
+            f"{len(weights)} there"
+        )
+    for name, weight in weights.items():
+        _check(name, weight)
+
+
+def _check(name: str, weight: torch.Tensor) -> None:
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"{name}: expected float32, bfloat16 or float16, got {weight.dtype}")
+    if weight.is_meta:
+        return
+    # One reduction, no boolean copy of the weight: a sum is finite only if every term is (and may overflow:
+    # then look).
+    if not bool(torch.isfinite(weight.detach().sum(dtype=torch.float32))):
+        bad = int((~torch.isfinite(weight.detach())).sum())
+        if bad:
+            raise ValueError(f"{name}: expected finite values, got {bad} NaN or Inf among {weight.numel()}")
+
+
+class _Progress:
+    """tqdm when it is wanted and there, else nothing."""
+
+    def __init__(self, total: int, show: bool) -> None:
+        self._bar = None
+        if show:
+            try:
+                from tqdm.auto import tqdm
+            except ImportError:
+                logger.info("quantising %d weights (install tqdm for a progress bar)", total)
+            else:
+                self._bar = tqdm(total=total, desc="quantising to NF4", unit="w", unit_scale=True)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def update(self, n: int) -> None:
+        if self._bar is not None:
+            self._bar.update(n)

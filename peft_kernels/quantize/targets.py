@@ -1,0 +1,191 @@
+"""Which layers of a model are quantised, and why others stay as they are."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import sys
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from ..nf4.experts_packing import NF4Experts, computes_experts, is_experts, weight_names
+from ..nf4.sharded.checks import is_dtensor
+from ..nn import NF4Linear
+from .architectures import HEAD_NAMES, heads, is_linear
+
+logger = logging.getLogger("peft_kernels")
+
+_WRAPPED = (".base_layer", ".original_module")  # where PEFT keeps what it wraps
+
+
+def targets(
+    model: nn.Module,
+    skip: tuple[str, ...] | None,
+    left: dict[str, str],
+    tied: Collection[str] = (),
+) -> Iterator[tuple[str, Any]]:
+    """The layers to quantise, by name; `left` gets the reason why another stays, by name.
+
+    `tied` names weights that will be shared: a model that is not loaded yet shares none.
+    """
+    owners: Counter[int] = Counter()
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            module.settle()
+        owners.update(id(part) for parts in (module._modules, module._parameters) for part in parts.values())
+    adapters = set(_adapter_modules(model))
+    stay = heads(model) if skip is None else {}
+    default = "a head that may be trained; skip=() would pack it"
+    for name, module in model.named_modules():
+        if isinstance(module, NF4Linear) or module in adapters:
+            continue
+        if not isinstance(module, nn.Linear) and not is_linear(module):
+            continue
+        weight = module._parameters.get("weight")
+        named = HEAD_NAMES if skip is None else skip
+        if not is_linear(module):
+            left[name] = _reason_other(module)
+        elif any(fits(part, name) for part in named):
+            left[name] = "named in skip" if skip is not None else default
+        elif module in stay:
+            left[name] = f"{stay[module]}; skip=() would pack it"
+        elif owners[id(weight)] > 1 or owners[id(module)] > 1 or f"{name}.weight" in tied:
+            left[name] = "it shares its weight with another place in the model"
+        elif type(weight) is not nn.Parameter:
+            left[name] = f"its weight is a {type(weight).__name__}"
+        else:
+            yield name, module
+
+
+def choose_layers(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The layers that `quantize_model` would replace by default, less those named in `skip`; and why other
+    linear layers would stay, by name. On the meta device too. ValueError when a name fits no module."""
+    skip, left = tuple(skip), dict[str, str]()
+    check_names(model, skip)
+    chosen = dict(targets(model, None, left))
+    for name in [name for name in chosen if any(fits(key, name) for key in skip)]:
+        del chosen[name]
+        left[name] = "named in skip"
+    return chosen, left
+
+
+def _reason_other(module: nn.Module) -> str:
+    weight = module._parameters.get("weight")
+    if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
+        return "quantised by bitsandbytes"
+    own = type(module).forward is not nn.Linear.forward
+    return f"a subclass of nn.Linear{' with a forward of its own' if own else ''}, {type(module).__name__}"
+
+
+def _plain(name: str) -> str:
+    """A module's name as it was before PEFT wrapped it."""
+    for part in _WRAPPED:
+        name = name.removesuffix(part)
+    return name.removeprefix("base_model.model.")
+
+
+def fits(key: str, name: str) -> bool:
+    """Whether `key` is the name, or consecutive parts of it."""
+    return f".{key}." in f".{name}." or f".{key}." in f".{_plain(name)}."
+
+
+def check_names(model: nn.Module, skip: Iterable[str], argument: str = "skip") -> None:
+    """ValueError for a name that fits no module."""
+    known = [name for name, _ in model.named_modules() if name]
+    for key in skip:
+        if any(fits(key, name) for name in known):
+            continue
+        parts = sorted({part for name in known for part in (name, name.rpartition(".")[2])})
+        near = difflib.get_close_matches(key, parts, n=3, cutoff=0.5)
+        hint = f"; near it are {', '.join(near)}" if near else ""
+        raise ValueError(
+            f"{argument}: expected names of modules of the model, got {key!r}, which fits none{hint}"
+        )
+
+
+def expert_targets(
+    model: nn.Module,
+    skip: tuple[str, ...] | None,
+    left: dict[str, str],
+    tied: Collection[str] = (),
+) -> Iterator[tuple[str, Any]]:
+    """The modules of experts to pack, by name, as `targets` for linear layers."""
+    owners: Counter[int] = Counter()
+    for module in model.modules():
+        owners.update(id(part) for parts in (module._modules, module._parameters) for part in parts.values())
+    adapters = set(_adapter_modules(model))
+    stay = heads(model) if skip is None else {}
+    for name, module in model.named_modules():
+        if computes_experts(module) and any(is_dtensor(p) for p in module._parameters.values()):
+            left[name] = "its weights are DTensors"
+        if not is_experts(module) or module in adapters:
+            continue
+        parts = [module, *(module._parameters[key] for key in weight_names(module))]
+        if any(fits(part, name) for part in skip or ()):
+            left[name] = "named in skip"
+        elif module in stay:
+            left[name] = f"{stay[module]}; skip=() would pack it"
+        elif any(owners[id(part)] > 1 for part in parts) or any(key.startswith(f"{name}.") for key in tied):
+            left[name] = "it shares its weights with another place in the model"
+        else:
+            yield name, module
+
+
+def choose_experts(model: nn.Module, skip: Iterable[str] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """As `choose_layers`, for the modules of experts that `quantize_model(experts=True)` would pack."""
+    skip, left = tuple(skip), dict[str, str]()
+    chosen = dict(expert_targets(model, None, left))
+    for name in [name for name in chosen if any(fits(key, name) for key in skip)]:
+        del chosen[name]
+        left[name] = "named in skip"
+    return chosen, left
+
+
+def warn_about_experts(model: nn.Module, left: dict[str, str], chosen: Collection[str] = ()) -> None:
+    """Weights of experts in one three-dimensional parameter are most of a model: say so if they stay dense.
+
+    `chosen` names the modules that do not. Of those in `left` is told why they stay.
+    """
+    known: dict[str, int] = {}
+    unknown: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, (NF4Experts, _ConvNd)) or name in left or name in chosen:
+            continue
+        dense = {key: p for key, p in module._parameters.items() if p is not None and _looks_like_experts(p)}
+        if is_experts(module):
+            known[name] = sum(module._parameters[key].nbytes for key in weight_names(module))
+        else:
+            unknown |= {f"{name}.{key}" if name else key: p.nbytes for key, p in dense.items()}
+    left.update(dict.fromkeys(known, "experts; experts=True would pack them"))
+    left.update(dict.fromkeys(unknown, "three-dimensional, and in no module of experts that is known here"))
+    for found, what, advice in (
+        (known, "sets of experts", "experts=True packs them"),
+        (unknown, "three-dimensional parameters (mixture-of-experts weights)", "nothing packs them"),
+    ):
+        if found:
+            logger.warning(
+                "%d %s stay dense, %.3g MB in all; %s; the first: %s",
+                *(len(found), what, sum(found.values()) / 1e6, advice, next(iter(found))),
+            )
+
+
+def _looks_like_experts(parameter: nn.Parameter) -> bool:
+    return parameter.dim() == 3 and parameter.is_floating_point() and parameter.numel() > 1e6
+
+
+def _adapter_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """What PEFT has added to a model and may train: everything inside its layers but the layers they wrap."""
+    if "peft" not in sys.modules:
+        return
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    for module in model.modules():
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            for name, child in module.named_children():
+                if name not in ("base_layer", "original_module"):
+                    yield from child.modules()

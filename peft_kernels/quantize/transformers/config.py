@@ -1,0 +1,139 @@
+"""NF4Config: what transformers is told about a 4-bit model, and what `config.json` says of it.
+
+On disk it is bitsandbytes' configuration, key for key, so that whoever reads bitsandbytes' checkpoints reads
+ours. In memory it has a method of its own, for bitsandbytes' makes transformers import bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import transformers
+from transformers.quantizers.auto import register_quantization_config
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ...core.code_tables import BLOCKSIZES, WEIGHT_DTYPES
+from ...nf4.bitsandbytes_format import BLOCKSIZE_KEY, DEFAULT_BLOCKSIZE, configuration
+from ...nf4.model import METHOD
+
+if not hasattr(HfQuantizer, "get_new_dtype"):  # what a quantiser is asked changed with 5.23
+    raise ImportError(f"transformers: expected 5.23 or later, got {transformers.__version__}")
+
+
+@register_quantization_config(METHOD)
+class NF4Config(QuantizationConfigMixin):
+    """Load a model of transformers in 4 bits: `from_pretrained(path, quantization_config=NF4Config())`.
+
+    Each weight is quantised as it is read, so the model never exists in 16 bits. `save_pretrained` writes
+    bitsandbytes' format. A checkpoint that is in it already is read with `config=read_config(path)`.
+
+    Parameters
+    ----------
+    blocksize : int
+        Number of consecutive weights that share a scale: 32, 64, ..., 4096. bitsandbytes' is 64.
+    double_quant : bool
+        Quantise the scales too.
+    modules_to_not_convert : names, optional
+        Modules to leave dense with all that is in them, as `quantize_model(skip=...)`; by default the heads.
+    compute_dtype : torch.dtype, optional
+        What wider activations are rounded to, see `nn.NF4Linear`; by default the type of the weights.
+    experts : bool
+        Pack experts too, as `quantize_model(experts=True)`. bitsandbytes has no format for them:
+        `save_pretrained` then writes a configuration that names this package, which alone reads it.
+
+    Raises
+    ------
+    ValueError
+        An argument is none of these.
+    """
+
+    _dense: list[str] | None = None
+    _weight_dtype: torch.dtype | None = None
+    _with_experts: bool | None = None
+
+    def __init__(
+        self,
+        blocksize: int = DEFAULT_BLOCKSIZE,
+        double_quant: bool = True,
+        modules_to_not_convert: Iterable[str] | None = None,
+        compute_dtype: torch.dtype | str | None = None,
+        quant_method: str = METHOD,
+        experts: bool = False,
+    ) -> None:
+        _expect("quant_method", METHOD, quant_method, quant_method == METHOD)
+        _expect("blocksize", f"one of {BLOCKSIZES}", blocksize, blocksize in BLOCKSIZES)
+        _expect("double_quant", "True or False", double_quant, isinstance(double_quant, bool))
+        _expect("experts", "True or False", experts, isinstance(experts, bool))
+        self.experts = experts
+        self.quant_method = METHOD  # type: ignore[assignment]
+        self.blocksize, self.double_quant = blocksize, double_quant
+        names = modules_to_not_convert
+        if names is not None:
+            names = [names] if isinstance(names, str) else list(names)
+            strings = all(isinstance(name, str) for name in names)
+            _expect("modules_to_not_convert", "names of modules", names, strings)
+        self.modules_to_not_convert = names
+        self.compute_dtype = None if compute_dtype is None else _dtype("compute_dtype", compute_dtype)
+
+    @classmethod
+    def from_dict(
+        cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any
+    ) -> Any:
+        """From what stands in a `config.json`, bitsandbytes' keys or the names of the parameters."""
+        numbers = dict(config_dict)
+        if numbers.get("quant_method") != METHOD:
+            numbers = _from_bitsandbytes(numbers)
+        return super().from_dict(numbers, return_unused_kwargs, **kwargs)
+
+    def describe(self, dense: list[str], dtype: torch.dtype, experts: bool = False) -> None:
+        """Before it is written: the linear layers that a model has dense, what type its weights had, and
+        whether it has packed experts."""
+        self._dense, self._weight_dtype, self._with_experts = dense, dtype, experts
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `config.json` gets: bitsandbytes' keys, or with packed experts our own."""
+        dense = self.modules_to_not_convert if self._dense is None else self._dense
+        if self.experts if self._with_experts is None else self._with_experts:
+            dtype = None if self.compute_dtype is None else str(self.compute_dtype).removeprefix("torch.")
+            return {
+                "quant_method": METHOD,
+                "blocksize": self.blocksize,
+                "double_quant": self.double_quant,
+                "modules_to_not_convert": dense,
+                "compute_dtype": dtype,
+                "experts": True,
+            }
+        return configuration(
+            self.blocksize, self.double_quant, self.compute_dtype or self._weight_dtype, dense
+        )
+
+
+def _from_bitsandbytes(numbers: Mapping[str, Any]) -> dict[str, Any]:
+    method = numbers.get("quant_method")
+    method = getattr(method, "value", method)
+    four_bits = bool(numbers.get("load_in_4bit", numbers.get("_load_in_4bit", False)))
+    got = "load_in_8bit" if numbers.get("load_in_8bit") else method
+    _expect("quantization_config", "bitsandbytes in 4 bits", got, method == "bitsandbytes" and four_bits)
+    kind = numbers.get("bnb_4bit_quant_type", "fp4")
+    _expect("bnb_4bit_quant_type", "nf4", kind, kind == "nf4")
+    dtype = numbers.get("bnb_4bit_compute_dtype")
+    return {
+        "blocksize": numbers.get(BLOCKSIZE_KEY, DEFAULT_BLOCKSIZE),
+        "double_quant": bool(numbers.get("bnb_4bit_use_double_quant", False)),
+        "modules_to_not_convert": numbers.get("llm_int8_skip_modules"),
+        "compute_dtype": None if dtype is None else _dtype("bnb_4bit_compute_dtype", dtype),
+    }
+
+
+def _dtype(argument: str, value: Any) -> torch.dtype:
+    dtype: Any = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    _expect(argument, "float32, bfloat16 or float16", value, dtype in WEIGHT_DTYPES)
+    return dtype
+
+
+def _expect(argument: str, expected: Any, got: Any, holds: bool) -> None:
+    if not holds:
+        raise ValueError(f"{argument}: expected {expected}, got {got!r}")

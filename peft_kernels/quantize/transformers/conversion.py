@@ -1,0 +1,243 @@
+"""From a checkpoint's tensors to NF4 weights, one at a time, as transformers reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+
+from ...nf4.experts_packing import computes_experts
+from ...nf4.sharded import tensor_parallel
+from ...nf4.sharded.checks import is_dtensor
+from ...nf4.weight import NF4Weight
+from ...nn import NF4Linear
+from .config import NF4Config
+from .mapped_files import MappedFiles
+
+_ALIGNMENT = 64
+
+
+class Errors:
+    """Sentences about weights that do not fit.
+
+    transformers catches what a conversion raises, and raises an error of its own that names no tensor. So it
+    is kept here, and raised when all is read; nothing is quantised after the first.
+    """
+
+    def __init__(self) -> None:
+        self.sentences: list[str] = []
+
+    def check(self) -> None:
+        if self.sentences:
+            raise ValueError(self.sentences[0])
+
+    def of(self, error: ValueError) -> None:
+        self.sentences.append(str(error))
+
+
+class _Conversion(ConversionOps):
+    def __init__(self, config: NF4Config, errors: Errors, files: MappedFiles) -> None:
+        self.config, self.errors, self.files = config, errors, files
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        """transformers copies it for each weight."""
+        return type(self)(self.config, self.errors, self.files)
+
+    def guarded(self, key: str, layer: nn.Module, value: Any) -> Any:
+        """What `_convert` makes of it; after an error what the layer has, which holds no data."""
+        if not self.errors.sentences:
+            try:
+                return self._convert(key, layer, value)
+            except ValueError as error:
+                self.errors.of(error)
+        return getattr(layer, key.rpartition(".")[2])
+
+    def _convert(self, key: str, layer: Any, value: Any) -> nn.Parameter:
+        raise NotImplementedError
+
+
+class Parts:
+    """A weight of many experts, in the tensors of a checkpoint that has each apart: expert e is the e-th of
+    every list, one below the other."""
+
+    def __init__(self, name: str, lists: list[list[Tensor]], files: MappedFiles) -> None:
+        self.name, self.lists, self.files = name, lists, files
+        self.device = lists[0][0].device
+        out_features = sum(each[0].shape[0] for each in lists)
+        self.shape = (len(lists[0]), out_features, *lists[0][0].shape[1:])
+
+    def experts(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """One after the other; of those before, nothing stays in memory."""
+        for each in self.lists:
+            if len(each) != len(self.lists[0]):
+                raise ValueError(f"{self.name}: expected {len(self.lists[0])} experts, got {len(each)}")
+        for e, tensors in enumerate(zip(*self.lists, strict=True)):
+            for tensor, first in zip(tensors, (each[0] for each in self.lists), strict=True):
+                expect_shape(f"{self.name}[{e}]", tuple(first.shape), tuple(tensor.shape))
+            yield (torch.cat(tensors) if len(tensors) > 1 else tensors[0]).to(dtype)
+            for tensor in tensors:
+                self.files.release(tensor)
+
+
+class Gather(ConversionOps):
+    """What stands for transformers' merging of experts: where the result is packed, that merges them."""
+
+    def __init__(self, operations: list[Any], packs: Callable[[str], bool], files: MappedFiles) -> None:
+        self.operations, self.packs, self.files = operations, packs, files
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return type(self)(self.operations, self.packs, self.files)
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        name: str = about["full_layer_name"]
+        if self.packs(name):
+            lists = [input_dict[pattern] for pattern in about["source_patterns"] if pattern in input_dict]
+            return {name: Parts(name, lists, self.files)}
+        for operation in self.operations:
+            input_dict = operation.convert(input_dict, **about)
+        return input_dict
+
+
+class Quantize(_Conversion):
+    """A dense weight as it was read -> NF4."""
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        return {
+            key: self.guarded(key, _owner(about, key), value[0] if isinstance(value, list) else value)
+            for key, value in input_dict.items()
+        }
+
+    def _convert(self, key: str, layer: Any, value: Tensor) -> nn.Parameter:
+        own, config = getattr(layer, key.rpartition(".")[2]), self.config
+        on_meta = value.device.type == "meta"
+        options = config.blocksize, config.double_quant, not on_meta, key
+        if own.dim() == 3:
+            expect_shape(key, tuple(own.shape), tuple(value.shape))
+            parts = value if isinstance(value, Parts) else Parts(key, [list(value)], MappedFiles())
+            experts = parts.experts(own.dtype)
+            turned = (one.mT for one in experts) if layer.is_transposed else experts
+            weight = NF4Weight.quantize_experts(turned, own.shape[0], *options)
+        else:
+            weight = NF4Weight.quantize(_as_linear(key, layer, value).to(own.dtype), *options)
+            weight = tensor_parallel.own_part(weight, layer)
+        if isinstance(value, Tensor):
+            self.files.release(value)
+        return nn.Parameter(weight, requires_grad=False)
+
+
+class Read(_Conversion):
+    """bitsandbytes' items of a weight -> NF4; a weight that is dense in the file stays dense."""
+
+    hf_quantizer = True  # transformers asks for it: then `get_new_dtype` decides about casts
+    dtype: torch.dtype | None = None
+    """Of a weight that is dense; what is packed has its own."""
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        items = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        key: str = about["full_layer_name"]
+        layer = _owner(about, key)
+        if key.endswith(".weight") and isinstance(layer, NF4Linear):
+            value = self.guarded(key, layer, items)
+            if not (self.errors.sentences and is_dtensor(value)):
+                return {"weight": value}
+            value._is_hf_initialized = (
+                True  # it cannot be moved, and is left as it is until the error is raised
+            )
+            about["missing_keys"].discard(key)
+            return {}
+        if len(items) > 1:
+            kind = type(layer).__name__
+            self.errors.of(ValueError(f"{key}: expected a dense weight for a {kind}, got 4 bits"))
+            return {"weight": getattr(layer, key.rpartition(".")[2])}
+        return {name: self._dense(item) for name, item in items.items() if name == "weight"}
+
+    def _convert(self, key: str, layer: Any, items: dict[str, Tensor]) -> nn.Parameter:
+        weight = items.get("weight")
+        if weight is not None and len(items) == 1 and weight.is_floating_point():
+            return nn.Parameter(_as_linear(key, layer, self._dense(weight)))
+        cut = is_dtensor(layer.weight)
+        named = {
+            key + name.removeprefix("weight"): item if cut else self._aligned(item)
+            for name, item in items.items()
+        }
+        packed = NF4Weight.from_state_dict(named, key.removesuffix("weight"))
+        expect_shape(key, (layer.out_features, layer.in_features), tuple(packed.shape))
+        packed._state.name = key
+        if cut:  # of what lies in the file only this process's part has been read
+            packed = tensor_parallel.own_part(packed, layer)
+            self.files.release(items["weight"])
+        if layer.compute_dtype == packed.dtype:
+            layer.compute_dtype = None  # which is the same, and PEFT rounds adapters to one that is set
+        return nn.Parameter(packed, requires_grad=False)
+
+    def _aligned(self, item: Tensor) -> Tensor:
+        """Where kernels read fastest: a file's tensors lie at any byte of it."""
+        if item.data_ptr() % _ALIGNMENT == 0:
+            return item
+        copied = item.clone()
+        self.files.release(item)
+        return copied
+
+    def _dense(self, weight: Tensor) -> Tensor:
+        return weight if self.dtype is None else weight.to(self.dtype)
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _Written()
+
+
+class ReadExperts(Read):
+    """The items of packed experts -> NF4. `items` tells what each pattern that matches one is for."""
+
+    def __init__(self, config: NF4Config, errors: Errors, files: MappedFiles, items: dict[str, str]) -> None:
+        super().__init__(config, errors, files)
+        self.items = items
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return type(self)(self.config, self.errors, self.files, self.items)
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        key: str = about["full_layer_name"]
+        items = {
+            key + self.items[pattern]: value[0] if isinstance(value, list) else value
+            for pattern, value in input_dict.items()
+        }
+        return {key: self.guarded(key, _owner(about, key), items)}
+
+    def _convert(self, key: str, layer: Any, items: dict[str, Tensor]) -> nn.Parameter:
+        prefix, dot, name = key.rpartition(".")
+        if not computes_experts(layer):
+            raise ValueError(f"{key}: expected a dense weight for a {type(layer).__name__}, got 4 bits")
+        aligned = {item: self._aligned(tensor) for item, tensor in items.items()}
+        packed = NF4Weight.from_state_dict(aligned, prefix + dot, name)
+        own = getattr(layer, name)
+        expect_shape(key, tuple((own.mT if layer.is_transposed else own).shape), tuple(packed.shape))
+        packed._state.name = key
+        return nn.Parameter(packed, requires_grad=False)
+
+
+class _Written(ConversionOps):
+    """A state dict has bitsandbytes' items already."""
+
+    def convert(self, input_dict: dict[str, Any], *_: Any, **about: Any) -> dict[str, Any]:
+        return input_dict
+
+
+def _owner(about: dict[str, Any], key: str) -> Any:
+    return about["model"].get_submodule(key.rpartition(".")[0])
+
+
+def _as_linear(key: str, layer: Any, value: Tensor) -> Tensor:
+    """(out_features, in_features): a Conv1D's weight is stored transposed."""
+    if not issubclass(layer.plain_class, nn.Linear) and value.dim() == 2:
+        value = value.t()
+    expect_shape(key, (layer.out_features, layer.in_features), tuple(value.shape))
+    return value
+
+
+def expect_shape(key: str, expected: tuple[int, ...], got: tuple[int, ...]) -> None:
+    if got != expected:
+        raise ValueError(f"{key}: expected shape {expected}, got {got}")

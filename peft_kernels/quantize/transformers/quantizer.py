@@ -1,0 +1,280 @@
+"""The quantiser of transformers for NF4Config: what from_pretrained, save_pretrained and dequantize ask."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming, apply_renamings, rename_source_key
+from transformers.quantizers.auto import register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from ...core.nf4_state import PARALLEL
+from ...nf4 import experts_format
+from ...nf4.experts_packing import NF4Experts, adopt, packed_weights, unpack, weight_names
+from ...nf4.model import METHOD, ModelLink, announce
+from ...nf4.sharded import tensor_parallel
+from ...nf4.sharded.checks import is_parallel
+from ...nf4.weight import NF4Weight
+from ...nn import NF4Linear
+from ..architectures import is_linear
+from ..report import QuantizeReport, nbytes_of
+from ..targets import check_names, expert_targets, targets, warn_about_experts
+from . import layouts
+from .config import NF4Config
+from .conversion import Errors, Quantize, Read
+from .mapped_files import MappedFiles
+
+logger = logging.getLogger("peft_kernels")
+
+
+@register_quantizer(METHOD)
+class NF4Quantizer(HfQuantizer):
+    """Puts NF4Linear where linear layers are, before anything is read, and NF4 weights into them."""
+
+    quantization_config: NF4Config
+    is_trainable = True  # what PEFT adds to the model
+    is_compileable = True
+    attached = False
+    """Whether the model was there before the quantiser."""
+    by_their_rules = False
+    """Whether names of modules are patterns, as bitsandbytes' configuration has them."""
+
+    def __init__(self, quantization_config: NF4Config | BitsAndBytesConfig, **kwargs: Any) -> None:
+        self.by_their_rules = isinstance(quantization_config, BitsAndBytesConfig)
+        if isinstance(quantization_config, BitsAndBytesConfig):
+            quantization_config = NF4Config.from_dict(quantization_config.to_dict())
+        super().__init__(quantization_config, **kwargs)
+        self.errors = Errors()
+        self.report = QuantizeReport()
+        self.in_four_bits: set[str] = set()
+        self.experts_in_four_bits: set[str] = set()
+        self.experts: dict[str, Any] = {}  # modules that are to hold packed weights, by name
+        self.gathered: list[tuple[Any, Any]] = []
+        self.files = MappedFiles()
+
+    def is_serializable(self) -> bool:
+        return True
+
+    # Loading
+
+    def validate_environment(self, device_map: Any = None, **_: Any) -> None:
+        if not isinstance(device_map, dict):
+            return
+        kinds = {_kind_of(device) for device in device_map.values()}
+        if "disk" in kinds or len(kinds) > 1:
+            raise ValueError(
+                f"device_map: expected all of a 4-bit model on the CPU or all of it on GPUs, got {device_map}"
+            )
+
+    def update_device_map(self, device_map: Any) -> Any:
+        """Where there is a GPU, on it; of several processes each on its own, as `device_map="cuda"` does."""
+        if device_map is None and torch.cuda.is_available():
+            local, current = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.current_device()
+            return {"": local if current == 0 and local < torch.cuda.device_count() else current}
+        return device_map
+
+    @property
+    def quantized_element_size(self) -> float:
+        config = self.quantization_config
+        return 0.5 + (1 if config.double_quant else 4) / config.blocksize
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        module, _dot, name = param_name.rpartition(".")
+        if name == "weight":
+            return isinstance(model.get_submodule(module), NF4Linear)
+        return module in self.experts and name in weight_names(model.get_submodule(module))
+
+    def get_quantize_ops(self) -> Quantize:
+        return Quantize(self.quantization_config, self.errors, self.files)
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        tensor_parallel.refuse_others(model)
+        cut = tensor_parallel.count_of(model) > 1
+        if cut:
+            self._prepare_to_cut(model, weight_conversions)
+        if not self.pre_quantized:
+            if not self.experts:
+                return list(weight_conversions)
+            packs = functools.partial(self.param_needs_quantization, model)
+            self.gathered = layouts.gathering(weight_conversions, packs, self.files)
+            return [stands_for for _, stands_for in self.gathered]
+        rest = self.quantization_config, self.errors, self.files
+        renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
+        experts = [apply_renamings(name, renamings) for name in sorted(self.experts_in_four_bits)]
+        others = layouts.to_read(weight_conversions, {*self.in_four_bits, *experts})
+        return [*others, *layouts.reading_experts(experts, *rest), layouts.reading(*rest, cut)]
+
+    def _prepare_to_cut(self, model: Any, weight_conversions: Any) -> None:
+        """Before a plan for tensor parallelism is applied: layers that the file has dense are ordinary ones,
+        and the others can be cut. ValueError otherwise."""
+        if self.pre_quantized:
+            renamings = [each for each in weight_conversions if isinstance(each, WeightRenaming)]
+            about: Any = renamings, [], model.base_model_prefix, model.state_dict()
+            packed = {rename_source_key(name, *about)[0] for name in self.in_four_bits}
+            for name, module in list(model.named_modules()):
+                if isinstance(module, NF4Linear) and f"{name}.weight" not in packed:
+                    module.weight = nn.Parameter(module.weight.detach())
+        layers = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+        experts = self.experts if not self.pre_quantized or self.experts_in_four_bits else {}
+        tensor_parallel.check(model, layers, experts, self.quantization_config.blocksize)
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        for operation in getattr(converter, "operations", ()):
+            if isinstance(operation, Read):
+                operation.dtype = dtype
+        return super().get_new_dtype(converter, param, dtype)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: Any = None, **_: Any
+    ) -> None:
+        self.files = MappedFiles(checkpoint_files or ())
+        tied = model.all_tied_weights_keys
+        twice = sum(model.get_parameter_or_buffer(key).nbytes for key in tied)
+        config, report = self.quantization_config, QuantizeReport(bytes_before=nbytes_of(model) - twice)
+        names = config.modules_to_not_convert
+        if self.pre_quantized:
+            names = []  # the file says which layers are in 4 bits
+            files = checkpoint_files or ()
+            self.in_four_bits = layouts.in_four_bits(files)
+            self.experts_in_four_bits = layouts.in_four_bits(files, experts_format.STATE_ITEM)
+        elif names is not None and self.by_their_rules:
+            patterns = [*names, *(model._keep_in_fp32_modules or ())]
+            every = [name for name, module in model.named_modules() if is_linear(module)]
+            names = [name for name in every if not should_convert_module(name, patterns)]
+        elif names is not None:
+            check_names(model, names, "modules_to_not_convert")
+        skip = None if names is None else tuple(names)
+        for name, linear in list(targets(model, skip, report.left, {*tied, *tied.values()})):
+            model.set_submodule(name, NF4Linear.awaiting(linear, config.compute_dtype))
+        sets = dict(expert_targets(model, skip, report.left, {*tied, *tied.values()}))
+        if config.experts or self.experts_in_four_bits:
+            self.experts = sets
+        warn_about_experts(model, report.left, self.experts)
+        self.report = report
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
+        errors, report, link = self.errors, self.report, ModelLink()
+        self.errors, self.report, self.files = Errors(), QuantizeReport(), MappedFiles()
+        errors.check()
+        layouts.forget_loading(model, self.gathered)
+        self.gathered = []
+        for experts in self.experts.values():
+            if packed_weights(experts):
+                adopt(experts, self.quantization_config.compute_dtype)
+        self.experts = {}
+        layers: dict[str, Any] = {
+            name: module for name, module in model.named_modules() if packed_weights(module)
+        }
+        if not layers:
+            logger.warning("no layer of %s is NF4: %s", type(model).__name__, report.left or "it has none")
+            self.remove_quantization_config(model)
+            return model
+        for layer in layers.values():
+            layer.link = link
+        tensor_parallel.unname_meshes(model)
+        report.layers, report.bytes_after = list(layers), nbytes_of(model)
+        announce(model, link, report)
+        logger.info("%s", report)
+        return model
+
+    # Saving
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        """Before anything is written: the configuration tells which layers are in 4 bits now."""
+        modules = model.named_modules()
+        packed = {f"{name}.{key}" for name, module in modules for key in packed_weights(module)}
+        linear = {name.removesuffix(".weight") for name in packed if name.endswith(".weight")}
+        layouts.restore(model)
+        layouts.keep_own(model, packed)
+        if packed:
+            experts = len(linear) < len(packed)
+            self.quantization_config.describe(names_of_dense(model, linear), model.dtype, experts)
+            model.config.quantization_config = self.quantization_config
+            if self.attached:
+                _forget_with_the_state_dict(model)
+        else:  # all of them merged, or all dense for good
+            vars(model.config).pop("quantization_config", None)
+        cut = any(is_parallel(weight) for weight in model.parameters())
+        return tensor_parallel.whole_state_dict(model) if cut else None, {}
+
+    # Back to dense
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        if isinstance(dtype, str):  # as `config.dtype` is when the model has been saved
+            dtype = getattr(torch, dtype)
+        for name, weight in model.named_parameters():
+            if is_parallel(weight):
+                raise RuntimeError(f"{name}: {PARALLEL}, expected dequantize() of a model in one process")
+        other = dtype is not None and dtype != model.dtype
+        layers: dict[Any, list[Any]] = {}
+        for module in model.modules():
+            weights = [w for w in module._parameters.values() if isinstance(w, NF4Weight)]
+            if weights:
+                layers[module] = weights
+        usual = Counter(weight.dtype for weights in layers.values() for weight in weights).most_common(1)
+        for layer, (weight, *_) in layers.items():
+            # A router that the model has in fp32, say, stays so.
+            own = dtype if other or weight.dtype == usual[0][0] else weight.dtype
+            if isinstance(layer, NF4Experts):
+                unpack(layer, own)
+            else:
+                layer.weight = nn.Parameter(weight.dequantize(own), requires_grad=False)
+        self.remove_quantization_config(model)
+        return model.to(dtype) if other else model
+
+    def remove_quantization_config(self, model: Any) -> None:
+        layouts.restore(model)
+        for name in ("hf_quantizer", "is_quantized", "quantization_method", "is_loaded_in_4bit"):
+            vars(model).pop(name, None)
+        for module in model.modules():
+            if isinstance(module, PreTrainedModel):
+                for name in ("quantization_config", "_is_quantized"):
+                    vars(module.config).pop(name, None)
+
+
+def attach(model: Any, config: NF4Config) -> None:
+    """Have a model that `quantize_model` was given save and dequantize like one that was loaded in 4 bits."""
+    if getattr(model, "hf_quantizer", None) is None:
+        quantizer = vars(model)["hf_quantizer"] = NF4Quantizer(config, pre_quantized=False)
+        quantizer.attached = True
+
+
+def _forget_with_the_state_dict(model: Any) -> None:
+    """Models that are made by hand may share a configuration: it tells of 4 bits while it is written only.
+
+    `save_pretrained` asks for the state dict next.
+    """
+
+    def forget(*_: Any) -> None:
+        vars(model.config).pop("quantization_config", None)
+        hook.remove()
+
+    hook = model.register_state_dict_pre_hook(forget)
+
+
+def names_of_dense(model: nn.Module, packed: set[str]) -> list[str]:
+    """Names by which bitsandbytes' readers leave the dense linear layers alone, and no packed one.
+
+    They take a name as the beginning or the end of a module's, and as a regular expression.
+    """
+    names = []
+    for name, module in model.named_modules():
+        if name not in packed and (is_linear(module) or isinstance(module, nn.Linear)):
+            alone = all(should_convert_module(other, [name]) for other in packed)
+            names.append(name if alone else f"{name}$")
+    return names
+
+
+def _kind_of(device: Any) -> str:
+    if device == "disk":
+        return "disk"
+    kind = "gpu" if isinstance(device, int) else torch.device(device).type
+    return kind if kind in ("cpu", "meta") else "gpu"

@@ -1,0 +1,76 @@
+"""Checks of arguments, in the words of the compiled back ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence, Sized
+
+import torch
+from torch import Tensor
+
+from ...core.backends.base import DTYPES
+from ...core.code_tables import BLOCKSIZES
+
+
+def check(condition: bool, name: str, expected: object, got: object) -> None:
+    """RuntimeError that names an argument."""
+    if not condition:
+        raise RuntimeError(f"{name}: expected {expected}, got {got}")
+
+
+_NAMES = {
+    torch.float32: "Float",
+    torch.bfloat16: "BFloat16",
+    torch.float16: "Half",
+    torch.float64: "Double",
+    torch.uint8: "Byte",
+    torch.int64: "Long",
+    torch.int32: "Int",
+}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As the compiled back ends say it."""
+    return _NAMES.get(dtype, str(dtype))
+
+
+def check_dtype(t: Tensor, expected: torch.dtype, name: str) -> None:
+    check(t.dtype == expected, name, _NAMES[expected], dtype_name(t.dtype))
+
+
+def check_float(t: Tensor, name: str) -> None:
+    """That kernels take its dtype."""
+    check(t.dtype in DTYPES, name, "float32, bfloat16 or float16", dtype_name(t.dtype))
+
+
+def compute_type(compute_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
+    """Of the base product: x's own unless another is asked for."""
+    if compute_dtype is None:
+        return x.dtype
+    expected, got = "float32, bfloat16 or float16", dtype_name(compute_dtype)
+    check(compute_dtype in DTYPES, "compute_dtype", expected, got)
+    return compute_dtype
+
+
+def check_shape(t: Tensor, expected: Sequence[int], name: str) -> None:
+    check(list(t.shape) == list(expected), name, f"shape {list(expected)}", list(t.shape))
+
+
+def check_lengths(lists: Sequence[Sized], count: int, name: str, like: str) -> None:
+    """That there is one of each for each of `like`."""
+    got = [len(values) for values in lists]
+    check(got == [count] * len(got), name, f"{count} of each like {like}", ", ".join(map(str, got)))
+
+
+def check_numel(t: Tensor, expected: int, name: str) -> None:
+    check(t.numel() == expected, name, f"{expected} elements", t.numel())
+
+
+def check_blocksize(blocksize: int) -> None:
+    check(blocksize in BLOCKSIZES, "blocksize", "a power of two from 32 to 4096", blocksize)
+
+
+def matching(t: Tensor, like: Tensor, name: str) -> Tensor:
+    """Contiguous, and of the shape and dtype of `like`."""
+    check_dtype(t, like.dtype, name)
+    check_shape(t, like.shape, name)
+    return t.contiguous()

@@ -1,0 +1,266 @@
+"""Linear layers of a mixture of experts, with and without adapters. Nothing waits for the device."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...core.code_tables import NESTED_BLOCKSIZE, dynamic_map
+from ...core.registry import Base
+from ..core.common import check, check_blocksize, check_dtype, check_float, check_shape
+from ..core.launch import cdiv, launch, power_of_2, target
+from ..core.products import Parts, Split, parts_of, split_sum
+from ..linear.linear import BACKWARD, FORWARD, RUN, Tiles, run_of, table_for
+from ..linear.linear_unaligned import BLOCK_D
+from ..lora.lora_adapters import DeltaArgs, check_factor
+from ..lora.lora_products import FEW_ROWS, OVER_ROWS, SHRINK, SHRINK_FEW, ranks_of
+from ..nf4.nf4 import Nf4, Pointers
+from .experts_kernels import Factor, Strides, experts_kernel, experts_over_rows_kernel, experts_shrink_kernel
+
+# Of the tables of one weight, fewer lines: experts have unlike numbers of rows, which the host does not know.
+EXPERTS_FORWARD = [FORWARD[1], FORWARD[2], FORWARD[3]]
+EXPERTS_BACKWARD = [BACKWARD[0], BACKWARD[2], BACKWARD[3]]
+MOST_ON_AMD = 64  # rows of a tile: a larger one spills on RDNA 4
+
+
+class Group(NamedTuple):
+    """Rows that are sorted by expert."""
+
+    ends: Tensor  # int32 [experts], contiguous
+    rows: int
+
+    @property
+    def experts(self) -> int:
+        return self.ends.shape[0]
+
+    @property
+    def usual(self) -> int:
+        """Rows of an expert, where all that can have rows have equally many."""
+        return cdiv(self.rows, max(min(self.experts, self.rows), 1))
+
+    def slots(self, block_m: int) -> int:
+        """Tiles of `block_m` rows of one expert: as many as there can be. Rows of none count too."""
+        most = min(self.experts + 1, self.rows)
+        return most + (self.rows - most) // block_m
+
+    @property
+    def sizes(self) -> tuple[int, int]:
+        return self.rows, self.experts
+
+    @property
+    def constant(self) -> int:
+        return power_of_2(self.experts + 1)
+
+
+class Weights(NamedTuple):
+    """The base weight of all experts. A dense one is of the activations' type, its blocksize 0."""
+
+    pointers: Pointers
+    blocksize: int
+    strides: Strides
+
+
+class Adapters(NamedTuple):
+    """What the adapters of all experts add to a product: scale * u v^T."""
+
+    u: Tensor  # fp32 [rows, rank], contiguous
+    v: Tensor  # [experts, features, rank]
+    scale: float
+
+    @property
+    def args(self) -> DeltaArgs:
+        u, v = self.u, self.v
+        return DeltaArgs(u, v, u.stride(0), v.stride(1), v.stride(2), v.shape[2], self.scale)
+
+
+def weights_of(base: Base, x: Tensor, group: Group, n: int, k: int) -> Weights:
+    """The weights [experts, n, k], for activations x. RuntimeError when their parts do not fit."""
+    packed, absmax, absmax2, offset, blocksize = base
+    experts, numel = group.experts, n * k
+    if absmax is None:
+        check_dtype(packed, x.dtype, "weight")
+        check_shape(packed, (experts, n, k), "weight")
+        return Weights(Pointers(packed.contiguous()), 0, Strides(numel))
+    check_blocksize(blocksize)
+    check_dtype(packed, torch.uint8, "packed")
+    size, blocks = (numel + 1) // 2, cdiv(numel, blocksize)
+    check(packed.numel() == experts * size, "packed", f"{experts * size} bytes", packed.numel())
+    nested, groups, table = absmax2 is not None, 0, None
+    check_dtype(absmax, torch.uint8 if nested else torch.float32, "absmax")
+    check_shape(absmax, (experts, blocks), "absmax")
+    check((offset is not None) == nested, "absmax2, offset", "both or neither", "only one of them")
+    if absmax2 is not None and offset is not None:
+        groups, table = cdiv(blocks, NESTED_BLOCKSIZE), dynamic_map(packed.device)
+        check_dtype(absmax2, torch.float32, "absmax2")
+        check_dtype(offset, torch.float32, "offset")
+        check_shape(absmax2, (experts, groups), "absmax2")
+        check_shape(offset, (experts,), "offset")
+        absmax2, offset = absmax2.contiguous(), offset.contiguous()
+    pointers = Pointers(packed.contiguous(), absmax.contiguous(), absmax2, offset, table)
+    return Weights(pointers, blocksize, Strides(size, blocks, groups))
+
+
+def grouped_product(
+    x: Tensor,
+    group: Group,
+    weights: Weights,
+    features: int,
+    backward: bool,
+    bias: Tensor | None = None,
+    adapters: Adapters | None = None,
+) -> Tensor:
+    """x [rows, depth] times the weight [depth, features] if `backward`, else times the transpose of the
+    weight [features, depth], of each row's expert; with its bias and adapter. Contiguous."""
+    depth = x.shape[1]
+    out = x.new_empty(group.rows, features)
+    if out.numel() == 0:
+        return out
+    tiles = tiles_of(x.dtype, backward, group.usual)
+    block_m, block_f = tiles.config["BLOCK_M"], tiles.config["BLOCK_F"]
+    run, unit = 0, BLOCK_D.value
+    if weights.blocksize:
+        nf4 = Nf4(weights.pointers, weights.blocksize)
+        run = run_of(nf4, features if backward else depth, x.dtype) or 0
+    if run and backward:
+        unit = RUN // 2 if x.dtype == torch.float32 else RUN
+    elif run:
+        unit = math.gcd(depth // run, tiles.groups) * run
+    split, parts = _cut(group.slots(block_m) * cdiv(features, block_f), depth, unit, block_m * block_f, x)
+    strides = weights.strides._replace(bias=features, v=0 if adapters is None else adapters.v.stride(0))
+    delta = None if adapters is None else adapters.args
+    shift = max(weights.blocksize, 1).bit_length() - 1
+    grid = group.slots(block_m) * cdiv(features, block_f), split.splits
+    tensors = x, group.ends, weights.pointers, bias, delta, strides, out, parts
+    constants = {"BLOCK_SHIFT": shift, "BACKWARD": backward, "RUN": run, "UNIT": unit}
+    args = *tensors, *group.sizes, features, depth, split.units
+    launch(experts_kernel, grid, *args, config=tiles.config, EXPERTS=group.constant, **constants)
+    return out
+
+
+def tiles_of(dtype: torch.dtype, backward: bool, rows: int) -> Tiles:
+    """For experts that have `rows` rows, more or less."""
+    if dtype == torch.float32:
+        return table_for(dtype, backward)[-1]
+    table = EXPERTS_BACKWARD if backward else EXPERTS_FORWARD
+    if target() == "hip":
+        table = [tiles for tiles in table if tiles.config["BLOCK_M"] <= MOST_ON_AMD]
+    return next((tiles for tiles in table if rows <= tiles.rows), table[-1])
+
+
+def _cut(programs: int, depth: int, unit: int, tile: int, x: Tensor) -> tuple[Split, Parts | None]:
+    split = split_sum(programs, depth, unit, x.device)
+    return split, None if split.splits == 1 else parts_of(programs * split.splits, tile, x.device)
+
+
+def shrink_experts(x: Tensor, group: Group, factor: Tensor, scale: float) -> Tensor:
+    """scale x [rows, features] factor [experts, features, rank]: fp32 [rows, rank], 0 in rows of none."""
+    features, rank = factor.shape[1:]
+    out = x.new_empty((group.rows, rank), dtype=torch.float32)
+    if out.numel() == 0:
+        return out
+    config = SHRINK_FEW if group.usual <= FEW_ROWS else SHRINK
+    block_m, block_r = config["BLOCK_M"], ranks_of(rank)
+    unit, programs = _unit(x), group.slots(block_m) * cdiv(rank, block_r)
+    split, parts = _cut(programs, features, unit, block_m * block_r, x)
+    sizes = *group.sizes, features, rank, scale, split.units
+    args = x, group.ends, Factor(factor, *factor.stride()), out, parts, *sizes
+    constants = {"EXPERTS": group.constant, "BLOCK_F": unit, "BLOCK_R": block_r}
+    launch(experts_shrink_kernel, (programs, split.splits), *args, config=config, **constants)
+    return out
+
+
+def sum_over_rows(x: Tensor, group: Group, factor: Tensor, out: Tensor, scale: float) -> None:
+    """out [experts, features, rank] = scale x [rows, features]^T factor [rows, rank], over its rows."""
+    if out.numel() == 0:
+        return
+    features, rank = out.shape[1:]
+    block_r = ranks_of(rank)
+    programs = group.experts * cdiv(features, OVER_ROWS["BLOCK_F"]) * cdiv(rank, block_r)
+    args = x, group.ends, factor, Factor(out, *out.stride()), *group.sizes, features, rank, scale
+    constants = {"BLOCK_M": _unit(x), "BLOCK_R": block_r}
+    launch(experts_over_rows_kernel, (programs,), *args, config=OVER_ROWS, **constants)
+
+
+def _unit(x: Tensor) -> int:
+    """How much of a sum of adapters a program adds at a time."""
+    return 32 if x.dtype == torch.float32 else 64
+
+
+# The ops
+
+
+def experts_linear(args: Any) -> Tensor:
+    x, ends, base, out_features, bias = args
+    x, group = _rows(x, "x", ends)
+    weights = weights_of(base, x, group, out_features, x.shape[1])
+    return grouped_product(x, group, weights, out_features, False, _bias(bias, x, group, out_features))
+
+
+def experts_linear_dx(args: Any) -> Tensor:
+    dy, ends, base, in_features = args
+    dy, group = _rows(dy, "dy", ends)
+    weights = weights_of(base, dy, group, dy.shape[1], in_features)
+    return grouped_product(dy, group, weights, in_features, True)
+
+
+def experts_lora_linear(args: Any) -> tuple[Tensor, Tensor]:
+    x, group = _rows(args.x, "x", args.ends)
+    a, b = _adapters(args, x, group)
+    n, k = b.shape[1], x.shape[1]
+    weights, bias = weights_of(args.base, x, group, n, k), _bias(args.bias, x, group, n)
+    h = shrink_experts(x, group, a.mT, 1.0)
+    return grouped_product(x, group, weights, n, False, bias, Adapters(h, b, args.scaling)), h
+
+
+def experts_lora_linear_backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, group = _rows(args.x, "x", args.ends)
+    a, b = _adapters(args, x, group)
+    n, rank, k = b.shape[1], *a.shape[1:]
+    check_dtype(args.dy, x.dtype, "dy")
+    check_shape(args.dy, (group.rows, n), "dy")
+    check_dtype(args.h, torch.float32, "h")
+    check_shape(args.h, (group.rows, rank), "h")
+    dy, h = args.dy.contiguous(), args.h.contiguous()
+    weights = weights_of(args.base, x, group, n, k)
+    dx = x.new_empty(0)
+    da, db = a.new_empty(a.shape if args.need_da else 0), b.new_empty(b.shape if args.need_db else 0)
+    if args.need_dx or args.need_da:
+        dh = shrink_experts(dy, group, b, args.scaling)
+        if args.need_dx:
+            dx = grouped_product(dy, group, weights, k, True, None, Adapters(dh, a.mT, 1.0))
+        if args.need_da:
+            sum_over_rows(x, group, dh, da.mT, 1.0)
+    if args.need_db:
+        sum_over_rows(dy, group, h, db, args.scaling)
+    return dx, da, db
+
+
+def _rows(t: Tensor, name: str, ends: Tensor) -> tuple[Tensor, Group]:
+    """Activations, contiguous, and whose they are."""
+    check_float(t, name)
+    check(t.dim() == 2, name, "2 dimensions", t.dim())
+    check_dtype(ends, torch.int32, "ends")
+    check(ends.dim() == 1, "ends", "1 dimension", ends.dim())
+    return t.contiguous(), Group(ends.contiguous(), t.shape[0])
+
+
+def _bias(bias: Tensor | None, x: Tensor, group: Group, features: int) -> Tensor | None:
+    if bias is None:
+        return None
+    check_float(bias, "bias")
+    if bias.dtype != torch.float32:
+        check_dtype(bias, x.dtype, "bias")
+    check_shape(bias, (group.experts, features), "bias")
+    return bias.contiguous()
+
+
+def _adapters(args: Any, x: Tensor, group: Group) -> tuple[Tensor, Tensor]:
+    a, b = args.lora_a, args.lora_b
+    for name, factor in (("lora_a", a), ("lora_b", b)):
+        check_factor(factor, x.dtype, name, 3)
+    check_shape(a, (group.experts, a.shape[1], x.shape[1]), "lora_a")
+    check_shape(b, (group.experts, b.shape[1], a.shape[1]), "lora_b")
+    return a.contiguous(), b.contiguous()

@@ -1,0 +1,215 @@
+"""Products of a mixture of experts: rows sorted by expert, each times its expert's weight or adapter.
+
+Where an expert's rows end, `ends` tells, which is read on the device. Programs are for slots, of BLOCK_M rows
+of one expert; of slots there are as many as there can be, and programs of those that are over leave at once.
+Rows behind the last end are those of one expert more, whose results are zeros.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..core.launch import VARYING
+from ..core.products import add_part, dot, store_tile, sum_splits
+from ..linear.linear_kernels import linear_dx_tile, linear_tile
+from ..linear.linear_unaligned import unaligned_tile
+from ..lora.lora_adapters import DeltaArgs
+from ..nf4.nf4 import Pointers
+
+
+class Strides(NamedTuple):
+    """How far apart experts are in the tensors of a weight, and in those of its adapter."""
+
+    packed: int = 0
+    absmax: int = 0
+    absmax2: int = 0
+    bias: int = 0
+    v: int = 0
+
+
+class Factor(NamedTuple):
+    """A matrix of each expert."""
+
+    pointer: Tensor
+    expert_stride: int
+    stride: int
+    rank_stride: int
+
+
+@triton.jit
+def rows_of(ends_ptr, rows, experts, expert):
+    """Where rows of experts, int32 of any shape, begin and end, among the rows whatever `ends` holds. Behind
+    the last one comes what is of none."""
+    stop = tl.load(ends_ptr + expert, mask=expert < experts, other=0)
+    stop = tl.maximum(tl.minimum(tl.where(expert < experts, stop, rows), rows), 0)
+    inside = (expert > 0) & (expert <= experts)
+    begin = tl.load(ends_ptr + expert - 1, mask=inside, other=0)
+    return tl.maximum(tl.minimum(tl.where(expert <= experts, begin, rows), rows), 0), stop
+
+
+@triton.jit
+def find_slot(ends_ptr, rows, experts, slot, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """The expert of a slot, its first row in that slot, and where its rows end. A slot that is over begins
+    where it ends. EXPERTS: more than there are, a power of two."""
+    each = tl.arange(0, EXPERTS)
+    begin, stop = rows_of(ends_ptr, rows, experts, each)
+    slots = tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)
+    behind = tl.cumsum(slots, axis=0)
+    before = behind - slots
+    own = (before <= slot) & (slot < behind)
+    first = tl.sum(tl.where(own, begin + (slot - before) * BLOCK_M, 0), axis=0)
+    return tl.sum(tl.where(own, each, 0), axis=0), first, tl.sum(tl.where(own, stop, 0), axis=0)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def experts_kernel(
+    x_ptr,
+    ends_ptr,
+    weight,
+    bias_ptr,
+    delta,
+    strides,
+    out_ptr,
+    parts,
+    rows,
+    experts,
+    features,
+    depth,
+    split,
+    BLOCK_SHIFT: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    RUN: tl.constexpr,
+    UNIT: tl.constexpr,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """out[rows, features] = x[rows, depth] W + bias + delta, each row with what is its expert's. A program
+    sums over `split` times UNIT.
+
+    W is the weight [depth, features] with BACKWARD, else the transpose of the weight [features, depth]. RUN
+    as in the products of one weight; 0 where elements are read one by one, and for a dense weight.
+    """
+    # Neighbours read the same x: all rows are more than the card's cache holds, an expert's weight is less.
+    tiles = tl.cdiv(features, BLOCK_F)
+    slot = tl.program_id(0) // tiles
+    expert, first_row, stop = find_slot(ends_ptr, rows, experts, slot, EXPERTS, BLOCK_M)
+    if first_row >= stop:
+        return
+    token = first_row + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0) % tiles * BLOCK_F
+    if expert == experts:
+        if tl.program_id(1) == 0:
+            nothing = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
+            store_tile(out_ptr, nothing, token, stop, first + tl.arange(0, BLOCK_F), features, True)
+        return
+    expert = expert.to(tl.int64)
+    # In place: functions cannot return None, which a pointer may be.
+    absmax, absmax2, offset = weight.absmax, weight.absmax2, weight.offset
+    if absmax is not None:
+        absmax += expert * strides.absmax
+    if absmax2 is not None:
+        absmax2 += expert * strides.absmax2
+        offset += expert
+    own = Pointers(weight.packed + expert * strides.packed, absmax, absmax2, offset, weight.dynamic_map)
+    if bias_ptr is not None:
+        bias_ptr += expert * strides.bias
+    own_delta = delta
+    if delta is not None:
+        u, v, u_stride, v_stride, v_rank_stride, rank, scale = delta
+        own_delta = DeltaArgs(u, v + expert * strides.v, u_stride, v_stride, v_rank_stride, rank, scale)
+    tensors = (x_ptr, own, bias_ptr, own_delta, out_ptr, parts)
+    sizes = (token, stop, first, features, depth, split)
+    mask = (None, 0, 0)
+    if RUN == 0:
+        unaligned_tile(*tensors, *sizes, mask, BLOCK_SHIFT, BACKWARD, BLOCK_M, BLOCK_F)
+    elif BACKWARD:
+        linear_dx_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, UNIT, BLOCK_M, BLOCK_F)
+    else:
+        linear_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, UNIT // RUN, BLOCK_M, BLOCK_F)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def experts_shrink_kernel(
+    x_ptr,
+    ends_ptr,
+    factor,
+    out_ptr,
+    parts,
+    rows,
+    experts,
+    features,
+    rank,
+    scale,
+    split,
+    EXPERTS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """out[rows, rank] = scale x[rows, features] factor[features, rank], of each row's expert; fp32, and 0 in
+    rows of none. A program sums over `split` times BLOCK_F."""
+    tiles = tl.cdiv(rank, BLOCK_R)
+    slot = tl.program_id(0) // tiles
+    expert, first_row, stop = find_slot(ends_ptr, rows, experts, slot, EXPERTS, BLOCK_M)
+    if first_row >= stop:
+        return
+    row = first_row.to(tl.int64) + tl.arange(0, BLOCK_M)
+    r = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    depth = split * BLOCK_F
+    begin = tl.program_id(1) * depth
+    end = tl.where(expert < experts, tl.minimum(begin + depth, features), begin)  # of none nothing is summed
+    values = factor.pointer + tl.minimum(expert, experts - 1).to(tl.int64) * factor.expert_stride
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(begin, end, BLOCK_F):
+        feature = start + tl.arange(0, BLOCK_F)
+        inside = (row < stop)[:, None] & (feature < features)[None, :]
+        tile = tl.load(x_ptr + row[:, None] * features + feature[None, :], mask=inside, other=0.0)
+        at = feature.to(tl.int64)[:, None] * factor.stride + r.to(tl.int64)[None, :] * factor.rank_stride
+        inside = (feature < features)[:, None] & (r < rank)[None, :]
+        acc = add_part(acc, dot(tile, tl.load(values + at, mask=inside, other=0.0), tl.float32))
+    splits = tl.num_programs(1)
+    total, last = sum_splits(acc * scale, parts, tl.program_id(0) * splits, tl.program_id(1), splits)
+    inside = (row < stop)[:, None] & (r < rank)[None, :] & last
+    tl.store(out_ptr + row[:, None] * rank + r[None, :], total, mask=inside)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def experts_over_rows_kernel(
+    x_ptr,
+    ends_ptr,
+    factor_ptr,
+    out,
+    rows,
+    experts,
+    features,
+    rank,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """out[features, rank] = scale x[rows, features]^T factor[rows, rank] of each expert, over its rows."""
+    feature_tiles = tl.cdiv(features, BLOCK_F)
+    tile = tl.program_id(0) % (feature_tiles * tl.cdiv(rank, BLOCK_R))
+    expert = tl.program_id(0) // (feature_tiles * tl.cdiv(rank, BLOCK_R))
+    feature = tile % feature_tiles * BLOCK_F + tl.arange(0, BLOCK_F)
+    r = tile // feature_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
+    begin, stop = rows_of(ends_ptr, rows, experts, expert)
+    acc = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
+    for start in range(begin, stop, BLOCK_M):
+        row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
+        there = (row < stop)[:, None]
+        at = x_ptr + row[:, None] * features + feature[None, :]
+        tokens = tl.load(at, mask=there & (feature < features)[None, :], other=0.0)
+        at = factor_ptr + row[:, None] * rank + r[None, :]
+        ranks = tl.load(at, mask=there & (r < rank)[None, :], other=0.0)
+        acc = add_part(acc, dot(tl.trans(tokens), ranks, tl.float32))
+    at = out.pointer + expert.to(tl.int64) * out.expert_stride + feature.to(tl.int64)[:, None] * out.stride
+    at += r.to(tl.int64)[None, :] * out.rank_stride
+    inside = (feature < features)[:, None] & (r < rank)[None, :]
+    tl.store(at, (acc * scale).to(out.pointer.dtype.element_ty), mask=inside)

@@ -1,0 +1,155 @@
+"""Linear layers with a frozen NF4 weight: y = x W^T + bias and dx = dY W."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..core.common import check, check_dtype, check_float, check_shape
+from ..core.launch import Config, cdiv, config, launch, target
+from ..core.products import parts_of, split_sum
+from ..lora.dropout import mask_args
+from ..lora.lora_adapters import Delta, delta_args
+from ..nf4.nf4 import Nf4, nf4
+from .linear_kernels import linear_dx_kernel, linear_kernel
+from .linear_pieces import backward_by_pieces, forward_by_pieces
+from .linear_unaligned import BLOCK_D, unaligned_product_kernel
+
+RUN = 64  # weights at a time
+
+
+class Tiles(NamedTuple):
+    """Tiles of programs for up to `rows` rows of x or dy."""
+
+    rows: int
+    groups: int  # runs of weights that a program reads at a time, at most
+    config: Config
+
+
+# Up to 64 rows one tile holds them all, and each weight is decoded once. Few rows leave little to multiply:
+# several runs at a time keep bytes on their way. Many rows take a longer tile, which reads x less often.
+# Beyond the last line the weight is dequantised, piece by piece, for torch's product.
+FORWARD = [
+    Tiles(8, 2, config(8, 5, BLOCK_M=8, BLOCK_F=64)),
+    Tiles(16, 4, config(4, 3, BLOCK_M=16, BLOCK_F=64)),
+    Tiles(32, 2, config(4, 3, BLOCK_M=32, BLOCK_F=64)),
+    Tiles(256, 1, config(8, 3, BLOCK_M=64, BLOCK_F=128)),
+]
+# Beyond 64 rows a tile of 128 decodes each weight half as often as one of 64 would.
+BACKWARD = [
+    Tiles(16, 1, config(4, 3, BLOCK_M=16, BLOCK_F=64)),
+    Tiles(32, 1, config(4, 3, BLOCK_M=32, BLOCK_F=64)),
+    Tiles(64, 1, config(8, 2, BLOCK_M=64, BLOCK_F=64)),
+    Tiles(256, 1, config(8, 3, BLOCK_M=128, BLOCK_F=128)),
+]
+# fp32 goes without tensor cores, and torch's products do better from few rows on.
+FORWARD_F32 = [Tiles(16, 1, config(4, 1, BLOCK_M=16, BLOCK_F=32))]
+BACKWARD_F32 = [Tiles(16, 1, config(8, 2, BLOCK_M=16, BLOCK_F=32))]
+
+
+def tiles_for(table: list[Tiles], rows: int) -> Tiles | None:
+    least = 16 if target() == "hip" else 8  # columns of a matrix instruction
+    return next((t for t in table if rows <= t.rows and least <= t.config["BLOCK_M"]), None)
+
+
+def table_for(dtype: torch.dtype, backward: bool) -> list[Tiles]:
+    if dtype == torch.float32:
+        return BACKWARD_F32 if backward else FORWARD_F32
+    return BACKWARD if backward else FORWARD
+
+
+def fused_product(
+    x: Tensor,
+    weight: Nf4,
+    features: int,
+    backward: bool,
+    bias: Tensor | None = None,
+    delta: Delta | None = None,
+) -> Tensor | None:
+    """x [m, depth] times the weight [depth, features] if `backward`, else times the transpose of the weight
+    [features, depth]; with bias and delta. Contiguous; None when no kernel is for so many rows."""
+    m, depth = x.shape
+    tiles = tiles_for(table_for(x.dtype, backward), m)
+    if tiles is None:
+        return None
+    out = x.new_empty(m, features)
+    if out.numel() == 0:
+        return out
+    run = run_of(weight, features if backward else depth, x.dtype)
+    kernel: Any
+    constants: dict[str, int]
+    if run is None:
+        kernel, unit, constants = unaligned_product_kernel, BLOCK_D.value, {"BACKWARD": backward}
+    elif backward:
+        unit = RUN // 2 if x.dtype == torch.float32 else RUN
+        kernel, constants = linear_dx_kernel, {"RUN": run, "BLOCK_D": unit}
+    else:
+        groups = math.gcd(depth // run, tiles.groups)
+        kernel, unit, constants = linear_kernel, groups * run, {"RUN": run, "GROUPS": groups}
+    programs = cdiv(m, tiles.config["BLOCK_M"]) * cdiv(features, tiles.config["BLOCK_F"])
+    split = split_sum(programs, depth, unit, x.device)
+    tile = tiles.config["BLOCK_M"] * tiles.config["BLOCK_F"]
+    parts = None if split.splits == 1 else parts_of(programs * split.splits, tile, x.device)
+    tensors = x, weight.pointers, bias, delta_args(delta), out, parts
+    sizes = m, features, depth, split.units
+    args = *tensors, *sizes, *mask_args(None if delta is None else delta.seen.mask)
+    grid = programs, split.splits
+    launch(kernel, grid, *args, config=tiles.config, BLOCK_SHIFT=weight.shift, **constants)
+    return out
+
+
+def run_of(weight: Nf4, k: int, dtype: torch.dtype) -> int | None:
+    """How many weights of a row go together, that share an absmax and are whole bytes; None where not all
+    rows consist of such."""
+    for run in (RUN, RUN // 2):
+        if k % run == 0 and weight.blocksize % run == 0 and (run < RUN or dtype != torch.float32):
+            return run
+    return None
+
+
+def base_product(x: Tensor, weight: Nf4, features: int, backward: bool, bias: Tensor | None = None) -> Tensor:
+    """The same of any number of rows, without a delta."""
+    out = fused_product(x, weight, features, backward, bias)
+    if out is not None:
+        return out
+    return (
+        backward_by_pieces(x, weight, features) if backward else forward_by_pieces(x, weight, features, bias)
+    )
+
+
+# The ops
+
+
+def nf4_linear(args: Any) -> Tensor:
+    x, base, out_features, bias = args
+    rows = as_rows(x, "x")
+    weight = nf4(base, out_features * rows.shape[1])
+    if bias is not None:
+        bias = checked_bias(bias, out_features, x.dtype)
+    return base_product(rows, weight, out_features, False, bias).view(*x.shape[:-1], out_features)
+
+
+def nf4_linear_dx(args: Any) -> Tensor:
+    dy, base, in_features = args
+    rows = as_rows(dy, "dy")
+    weight = nf4(base, rows.shape[1] * in_features)
+    return base_product(rows, weight, in_features, True).view(*dy.shape[:-1], in_features)
+
+
+def as_rows(t: Tensor, name: str) -> Tensor:
+    """Activations as rows, contiguous."""
+    check_float(t, name)
+    check(t.dim() >= 1, name, "at least 1 dimension", t.dim())
+    return t.contiguous().view(math.prod(t.shape[:-1]), t.shape[-1])
+
+
+def checked_bias(bias: Tensor, features: int, dtype: torch.dtype) -> Tensor:
+    """Of a layer, contiguous."""
+    check_float(bias, "bias")
+    if bias.dtype != torch.float32:
+        check_dtype(bias, dtype, "bias")
+    check_shape(bias, (features,), "bias")
+    return bias.contiguous()

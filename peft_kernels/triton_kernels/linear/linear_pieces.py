@@ -1,0 +1,111 @@
+"""Products of many rows with an NF4 weight: it is dequantised, piece by piece, for torch's product."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..core.launch import VARYING, cdiv, config, launch
+from ..nf4.nf4 import Nf4
+from ..nf4.nf4_decode import decode, load_absmax
+from .linear_unaligned import unaligned_piece_kernel
+
+MOST_BYTES = 128 << 20  # of a piece
+UNIT = 256  # rows or columns of the weight: whole tiles of torch's product
+PIECE = config(8, 3, BLOCK_ROWS=16, BLOCK_COLS=256)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def piece_kernel(
+    weight,
+    out_ptr,
+    first_row,
+    rows,
+    first_col,
+    cols,
+    k,
+    out_stride,
+    BLOCK_SHIFT: tl.constexpr,
+    RUN: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Part of a weight [.., k] into out. k and first_col are multiples of RUN, and that divides the
+    blocksize, 2^BLOCK_SHIFT."""
+    RUNS: tl.constexpr = BLOCK_COLS // RUN
+    col_tiles = tl.cdiv(cols, BLOCK_COLS)
+    row = tl.program_id(0) // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first = tl.program_id(0) % col_tiles * BLOCK_COLS
+    start = (first_row + row).to(tl.int64) * k + first_col
+    half = first // 2 + tl.arange(0, BLOCK_COLS // 2)
+    there = (row < rows)[:, None] & (2 * half < cols)[None, :]
+    packed = tl.load(weight.packed + (start >> 1)[:, None] + half[None, :], mask=there, other=0)
+    run = first + RUN * tl.arange(0, RUNS)
+    there = (row < rows)[:, None] & (run < cols)[None, :]
+    scales = load_absmax(weight, (start[:, None] + run[None, :]) >> BLOCK_SHIFT, there)
+    weights = tl.reshape(decode(packed, tl.float32), (BLOCK_ROWS, RUNS, RUN)) * scales[:, :, None]
+    weights = tl.reshape(weights, (BLOCK_ROWS, BLOCK_COLS))
+    col = first + tl.arange(0, BLOCK_COLS)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    at = out_ptr + row.to(tl.int64)[:, None] * out_stride + col[None, :]
+    tl.store(at, weights.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def dequantize_part(weight: Nf4, k: int, rows: range, cols: range, out: Tensor) -> None:
+    """Rows and columns of a weight [.., k] into out [rows, cols], whose rows may lie apart."""
+    tiles = cdiv(len(rows), PIECE["BLOCK_ROWS"]) * cdiv(len(cols), PIECE["BLOCK_COLS"])
+    kernel: Any = unaligned_piece_kernel
+    constants = {"BLOCK_SHIFT": weight.shift}
+    for run in (32, 64):
+        if k % run == cols.start % run == weight.blocksize % run == 0:
+            kernel, constants["RUN"] = piece_kernel, run
+    args = rows.start, len(rows), cols.start, len(cols), k, out.stride(0)
+    launch(kernel, (tiles,), weight.pointers, out, *args, config=PIECE, **constants)
+
+
+def pieces(count: int, length: int, itemsize: int) -> Iterator[range]:
+    """`count` rows or columns of `length` elements in equal pieces, multiples of UNIT but for the last."""
+    size = piece_size(count, length, itemsize)
+    for begin in range(0, count, size):
+        yield range(begin, min(begin + size, count))
+
+
+def piece_size(count: int, length: int, itemsize: int) -> int:
+    """As few equal pieces as MOST_BYTES allow: each is two launches, and a large one fills the card.
+
+    The rule is csrc/cuda/linear/linear_plan.cpp's too (`piece_of`)."""
+    most = max(MOST_BYTES // (max(length, 1) * itemsize) // UNIT, 1) * UNIT
+    number = max(cdiv(count, most), 1)
+    return max(cdiv(cdiv(count, number), UNIT), 1) * UNIT
+
+
+def forward_by_pieces(x: Tensor, weight: Nf4, n: int, bias: Tensor | None) -> Tensor:
+    """y [m, n] of x [m, k], contiguous."""
+    k = x.shape[1]
+    y = x.new_empty(x.shape[0], n)
+    bias = None if bias is None else bias.to(x.dtype)
+    for rows in pieces(n, k, x.element_size()):
+        piece = x.new_empty(len(rows), k)
+        dequantize_part(weight, k, rows, range(k), piece)
+        out = y[:, rows.start : rows.stop]
+        if bias is None:
+            torch.mm(x, piece.t(), out=out)
+        else:
+            torch.addmm(bias[rows.start : rows.stop], x, piece.t(), out=out)
+    return y
+
+
+def backward_by_pieces(dy: Tensor, weight: Nf4, k: int) -> Tensor:
+    """dx [m, k] of dy [m, n], contiguous."""
+    n = dy.shape[1]
+    dx = dy.new_empty(dy.shape[0], k)
+    for cols in pieces(k, n, dy.element_size()):
+        piece = dy.new_empty(n, len(cols))
+        dequantize_part(weight, k, range(n), cols, piece)
+        torch.mm(dy, piece, out=dx[:, cols.start : cols.stop])
+    return dx

@@ -1,0 +1,207 @@
+"""NF4 weights: quantised, their absmax quantised and unpacked, and back to floats.
+
+Bit-equal to the ops of the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core.code_tables import NESTED_BLOCKSIZE, NF4_THRESHOLDS, dynamic_map, dynamic_thresholds
+from ...core.registry import Base
+from ..core.common import check, check_blocksize, check_dtype, check_float, check_numel
+from ..core.launch import cdiv, config, launch
+from .nf4_decode import decode, load_absmax
+
+ELEMENTS = 4096  # of a program: one block of the largest size
+QUANTIZE = config(8, 3)
+DEQUANTIZE = config(4, 3)
+ABSMAX = config(4, 3)
+
+THRESHOLDS = tl.constexpr(NF4_THRESHOLDS)
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+ZERO_CODE = tl.constexpr(7)
+GROUP = tl.constexpr(NESTED_BLOCKSIZE)
+
+
+class Pointers(NamedTuple):
+    """What kernels read a weight by. A dense one is `packed` alone."""
+
+    packed: Tensor | None  # uint8 [ceil(numel / 2)]
+    absmax: Tensor | None = None  # fp32, or uint8 codes of it when double-quantised [blocks]
+    absmax2: Tensor | None = None  # fp32 [ceil(blocks / 256)]
+    offset: Tensor | None = None  # fp32, one element
+    dynamic_map: Tensor | None = None  # fp32 [256]: what those codes mean
+
+
+class Nf4(NamedTuple):
+    """A weight in NF4, checked and contiguous."""
+
+    pointers: Pointers
+    blocksize: int
+
+    @property
+    def shift(self) -> int:
+        """The blocksize is 2^shift."""
+        return self.blocksize.bit_length() - 1
+
+
+def nf4(base: Base, numel: int) -> Nf4:
+    """An NF4 weight of `numel` elements. RuntimeError when its parts do not fit."""
+    packed, absmax, absmax2, offset, blocksize = base
+    assert absmax is not None
+    check_blocksize(blocksize)
+    check_dtype(packed, torch.uint8, "packed")
+    check(packed.numel() == (numel + 1) // 2, "packed", f"{(numel + 1) // 2} bytes", packed.numel())
+    blocks = cdiv(numel, blocksize)
+    if absmax2 is None or offset is None:
+        check(absmax2 is offset, "absmax2, offset", "both or neither", "only one of them")
+        check_dtype(absmax, torch.float32, "absmax")
+        table = None
+    else:
+        check_dtype(absmax, torch.uint8, "absmax")
+        check_nested(absmax2, offset, blocks)
+        absmax2, table = absmax2.contiguous(), dynamic_map(packed.device)
+    check_numel(absmax, blocks, "absmax")
+    return Nf4(Pointers(packed.contiguous(), absmax.contiguous(), absmax2, offset, table), blocksize)
+
+
+def check_nested(absmax2: Tensor, offset: Tensor, blocks: int) -> None:
+    """The second level of double quantisation, for `blocks` absmax values."""
+    check_dtype(absmax2, torch.float32, "absmax2")
+    check_dtype(offset, torch.float32, "offset")
+    check_numel(absmax2, cdiv(blocks, NESTED_BLOCKSIZE), "absmax2")
+    check_numel(offset, 1, "offset")
+
+
+@triton.jit
+def max_magnitude(x):
+    """Of each row of fp32 numbers. By their bits, of which those of NaN come last: a NaN shows."""
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def usable_inverse(absmax):
+    """1 / absmax; of a block all zero, or too small to invert, 0: its elements take the code of 0.0."""
+    inverse = tl.div_rn(1.0, absmax)
+    return tl.where(inverse > LARGEST, 0.0, inverse)
+
+
+@triton.jit
+def quantize_kernel(
+    weight_ptr, packed_ptr, absmax_ptr, numel, nbytes, nblocks, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr
+):
+    HALF: tl.constexpr = BLOCKSIZE // 2
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    element = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    x = tl.load(weight_ptr + element, mask=element < numel, other=0.0).to(tl.float32)
+    largest = max_magnitude(x)
+    tl.store(absmax_ptr + block, largest, mask=block < nblocks)
+    scaled = x * usable_inverse(largest)[:, None]
+    code = tl.zeros((BLOCKS, BLOCKSIZE), tl.int32)
+    for i in tl.static_range(15):
+        code += tl.where(scaled > THRESHOLDS[i], 1, 0)
+    code = tl.where(element < numel, code, ZERO_CODE)
+    high, low = tl.split(tl.reshape(code, (BLOCKS, HALF, 2)))
+    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    tl.store(packed_ptr + byte, (high << 4 | low).to(tl.uint8), mask=byte < nbytes)
+
+
+@triton.jit
+def dequantize_kernel(weight, out_ptr, numel, nbytes, BLOCKSIZE: tl.constexpr, BLOCKS: tl.constexpr):
+    HALF: tl.constexpr = BLOCKSIZE // 2
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
+    numbers = decode(tl.load(weight.packed + byte, mask=byte < nbytes, other=0), tl.float32)
+    scale = load_absmax(weight, block, block * BLOCKSIZE < numel)[:, None]
+    values = (numbers * scale).to(out_ptr.dtype.element_ty)
+    element = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
+    tl.store(out_ptr + element, values, mask=element < numel)
+
+
+@triton.jit
+def quantize_absmax_kernel(
+    absmax_ptr, offset_ptr, midpoints_ptr, q8_ptr, absmax2_ptr, nblocks, GROUPS: tl.constexpr
+):
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    block = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    inside = block < nblocks
+    x = tl.where(inside, tl.load(absmax_ptr + block, mask=inside, other=0.0) - tl.load(offset_ptr), 0.0)
+    largest = max_magnitude(x)
+    tl.store(absmax2_ptr + group, largest, mask=group * GROUP < nblocks)
+    scaled = x * usable_inverse(largest)[:, None]
+    # How many midpoints are smaller: the nearest entry of the map, the lower one on a tie.
+    code = tl.zeros((GROUPS, GROUP), tl.int32)
+    for i in tl.static_range(8):
+        code += tl.where(scaled > tl.load(midpoints_ptr + code + ((128 >> i) - 1)), 128 >> i, 0)
+    tl.store(q8_ptr + block, code.to(tl.uint8), mask=inside)
+
+
+@triton.jit
+def unpack_absmax_kernel(weight, out_ptr, nblocks, BLOCK: tl.constexpr):
+    block = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = block < nblocks
+    tl.store(out_ptr + block, load_absmax(weight, block, inside), mask=inside)
+
+
+def quantize_nf4(args: Any) -> tuple[Tensor, Tensor]:
+    weight, blocksize = args
+    check_blocksize(blocksize)
+    check_float(weight, "weight")
+    weight = weight.contiguous()
+    numel = weight.numel()
+    packed = weight.new_empty((numel + 1) // 2, dtype=torch.uint8)
+    absmax = weight.new_empty(cdiv(numel, blocksize), dtype=torch.float32)
+    tensors = weight, packed, absmax, numel, packed.numel(), absmax.numel()
+    blocks = {"BLOCKSIZE": blocksize, "BLOCKS": ELEMENTS // blocksize}
+    launch(quantize_kernel, (cdiv(numel, ELEMENTS),), *tensors, config=QUANTIZE, **blocks)
+    return packed, absmax
+
+
+def dequantize_nf4(args: Any) -> Tensor:
+    packed, blocksize = args.base.weight, args.base.blocksize
+    out = packed.new_empty(tuple(args.shape), dtype=args.dtype)
+    weight = nf4(args.base, out.numel())
+    grid = (cdiv(out.numel(), ELEMENTS),)
+    tensors = weight.pointers, out, out.numel(), packed.numel()
+    blocks = {"BLOCKSIZE": blocksize, "BLOCKS": ELEMENTS // blocksize}
+    launch(dequantize_kernel, grid, *tensors, config=DEQUANTIZE, **blocks, enable_fp_fusion=False)
+    return out
+
+
+def quantize_absmax(args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_dtype(args.absmax, torch.float32, "absmax")
+    absmax = args.absmax.contiguous()
+    nblocks, groups = absmax.numel(), 4
+    offset = absmax.mean()  # torch's, as in the reference: another order of its sums would be another format
+    q8 = absmax.new_empty(nblocks, dtype=torch.uint8)
+    absmax2 = absmax.new_empty(cdiv(nblocks, NESTED_BLOCKSIZE))
+    grid = (cdiv(absmax2.numel(), groups),)
+    tensors = absmax, offset, dynamic_thresholds(absmax.device), q8, absmax2, nblocks
+    launch(quantize_absmax_kernel, grid, *tensors, config=ABSMAX, GROUPS=groups)
+    return q8, absmax2, offset
+
+
+def unpack_absmax(args: Any) -> Tensor:
+    q8, absmax2, offset = args
+    check_dtype(q8, torch.uint8, "q8")
+    check_nested(absmax2, offset, q8.numel())
+    out = absmax2.new_empty(q8.numel())
+    weight = Pointers(None, q8.contiguous(), absmax2.contiguous(), offset, dynamic_map(q8.device))
+    grid = (cdiv(out.numel(), 1024),)
+    launch(
+        unpack_absmax_kernel,
+        grid,
+        weight,
+        out,
+        out.numel(),
+        config=ABSMAX,
+        BLOCK=1024,
+        enable_fp_fusion=False,
+    )
+    return out

@@ -1,0 +1,315 @@
+"""NF4 codes and double-quantised absmax to numbers, inside kernels."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core.code_tables import NF4_CODE
+from ..core.launch import on_amd, takes_ptx
+
+STRETCH = {torch.float32: 1.0, torch.bfloat16: 1.436715, torch.float16: 1.36619}
+"""Codes are decoded times this: a factor with which all 16 numbers lie close to numbers of the dtype. The RMS
+error of the codes in bfloat16 is 7e-4 so, against 1.1e-3 without."""
+
+
+IN_TWO = 256.0
+"""What codes are decoded times as sums of two numbers of float16: both are normal numbers then."""
+
+Table = Tensor  # of the 16 numbers of codes
+
+
+def table(dtype: torch.dtype) -> Table:
+    return (torch.tensor(NF4_CODE) * STRETCH[dtype]).to(dtype)
+
+
+def in_two() -> tuple[Table, Table]:
+    """float16 of the codes times `IN_TWO`, and of what is left: together as good as fp32, to one unit."""
+    numbers = torch.tensor(NF4_CODE) * IN_TWO
+    high = numbers.half()
+    return high, (numbers - high.float()).half()
+
+
+def _planes(numbers: Table) -> list[list[int]]:
+    """A table cut into planes, one for each of their bytes: four words of four entries."""
+    entries = numbers.view(torch.uint8).view(len(NF4_CODE), -1).tolist()
+    return [
+        [int.from_bytes(bytes(e[plane] for e in entries[i : i + 4]), "little") for i in range(0, 16, 4)]
+        for plane in range(len(entries[0]))
+    ]
+
+
+def ptx(*tables: Table) -> str:
+    """PTX that looks up the eight codes of four packed bytes, $0 .. from the last operand.
+
+    `prmt` picks four entries of half a plane by the low three bits of four codes; another picks between the
+    two halves by the codes' high bits. Results of 16 bits are pairs, one for each byte; those of 32 are the
+    high codes, then the low ones. Those of one table come before those of the next.
+
+    The operand after the bytes is 0, of which the compiler does not know. Of two words that `prmt` picks from
+    one has to be in a register, and a constant would be put there anew each time.
+    """
+    results = sum(2 * numbers.itemsize for numbers in tables)
+    packed = f"${results}"
+    lines = [
+        ".reg .b32 low<2>, high<2>, first, second, plane<4>, part<4>, left<4>, right<4>, zero;",
+        "mov.u32 zero, %lanemask_lt;",
+        "shr.u32 zero, zero, 31;",
+        f"and.b32 low0, {packed}, 0x77777777;",
+        f"shr.u32 high0, {packed}, 1;",
+        "and.b32 high0, high0, 0x44444444;",
+        "or.b32 high0, high0, 0x32103210;",
+        "shr.u32 low1, low0, 16;",
+        "shr.u32 high1, high0, 16;",
+    ]
+    out = 0
+    for numbers in tables:
+        planes = _planes(numbers)
+        for plane, words in enumerate(planes):
+            lines += [
+                f"xor.b32 left{plane}, zero, {words[0]:#x};",
+                f"xor.b32 right{plane}, zero, {words[2]:#x};",
+            ]
+        for half in range(2):  # two bytes, whose codes are, in order: low, high, low, high
+            for plane, words in enumerate(planes):
+                lines += [
+                    f"prmt.b32 first, left{plane}, {words[1]:#x}, low{half};",
+                    f"prmt.b32 second, right{plane}, {words[3]:#x}, low{half};",
+                    f"prmt.b32 plane{plane}, first, second, high{half};",
+                ]
+            at = out + 2 * half
+            if len(planes) == 2:
+                lines += [
+                    f"prmt.b32 ${at}, plane0, plane1, 0x4051;",
+                    f"prmt.b32 ${at + 1}, plane0, plane1, 0x6273;",
+                ]
+            else:
+                lines += [
+                    "prmt.b32 part0, plane0, plane1, 0x5140;",
+                    "prmt.b32 part1, plane0, plane1, 0x7362;",
+                    "prmt.b32 part2, plane2, plane3, 0x5140;",
+                    "prmt.b32 part3, plane2, plane3, 0x7362;",
+                    f"prmt.b32 ${4 + at}, part0, part2, 0x5410;",
+                    f"prmt.b32 ${at}, part0, part2, 0x7632;",
+                    f"prmt.b32 ${4 + at + 1}, part1, part3, 0x5410;",
+                    f"prmt.b32 ${at + 1}, part1, part3, 0x7632;",
+                ]
+        out += 2 * len(planes)
+    return "{ " + " ".join(lines) + " }"
+
+
+def amdgcn(*tables: Table) -> str:
+    """The same in instructions of AMD's cards, where `v_perm_b32` picks bytes by bytes.
+
+    The results are, table by table, the numbers of the high codes, in registers $0 .., then those of the low
+    codes. Behind them come eight registers to work in, and the bytes, two in a register. GFX9 reads one
+    scalar register, and no constant, in an instruction with three operands.
+    """
+    results = sum(2 * numbers.itemsize for numbers in tables)
+    spare = [f"${results + i}" for i in range(8)]
+    index, half, other, packed, *parts = spare
+    first, second = (f"${results + 8 + i}" for i in range(2))
+    lines = ["s_mov_b32 s70, 0x6040200", f"v_perm_b32 {packed}, {second}, {first}, s70"]
+    for high in (True, False):
+        shift = 4 if high else 0
+        lines += [
+            f"v_lshrrev_b32 {index}, {shift}, {packed}",
+            f"v_lshrrev_b32 {half}, {shift + 1}, {packed}",
+            f"v_and_b32 {index}, 0x7070707, {index}",
+            f"v_and_b32 {half}, 0x4040404, {half}",
+            f"v_or_b32 {half}, 0x3020100, {half}",
+        ]
+        first_result = 0
+        for numbers in tables:
+            count = numbers.itemsize  # registers of four numbers
+            out = first_result + (0 if high else count)
+            first_result += 2 * count
+            for part, words in zip(parts, _planes(numbers), strict=False):
+                lines += [
+                    f"s_mov_b32 s70, {words[0]:#x}",
+                    f"s_mov_b32 s71, {words[2]:#x}",
+                    f"v_mov_b32 {part}, {words[1]:#x}",
+                    f"v_mov_b32 {other}, {words[3]:#x}",
+                    f"v_perm_b32 {part}, {part}, s70, {index}",
+                    f"v_perm_b32 {other}, {other}, s71, {index}",
+                    f"v_perm_b32 {part}, {other}, {part}, {half}",
+                ]
+            lines += ["s_mov_b32 s70, 0x5010400", "s_mov_b32 s71, 0x7030602"]
+            if count == 2:
+                lines += [f"v_perm_b32 ${out + i}, {parts[1]}, {parts[0]}, s7{i}" for i in range(2)]
+            else:
+                lines += [
+                    f"v_perm_b32 {other}, {parts[1]}, {parts[0]}, s71",
+                    f"v_perm_b32 {parts[0]}, {parts[1]}, {parts[0]}, s70",
+                    f"v_perm_b32 {parts[1]}, {parts[3]}, {parts[2]}, s71",
+                    f"v_perm_b32 {parts[2]}, {parts[3]}, {parts[2]}, s70",
+                    "s_mov_b32 s70, 0x5040100",
+                    "s_mov_b32 s71, 0x7060302",
+                    f"v_perm_b32 ${out}, {parts[2]}, {parts[0]}, s70",
+                    f"v_perm_b32 ${out + 1}, {parts[2]}, {parts[0]}, s71",
+                    f"v_perm_b32 ${out + 2}, {parts[1]}, {other}, s70",
+                    f"v_perm_b32 ${out + 3}, {parts[1]}, {other}, s71",
+                ]
+    return "\n".join(lines)
+
+
+def _constraints(registers: int) -> str:
+    """Of `amdgcn`. All results are written before the bytes have been read for the last time."""
+    return ",".join(["=&v"] * (registers + 8) + ["v", "v", "~{s70}", "~{s71}"])
+
+
+CODE = tl.constexpr(NF4_CODE)
+DECODE_F32 = tl.constexpr(ptx(table(torch.float32)))
+DECODE_BF16 = tl.constexpr(ptx(table(torch.bfloat16)))
+DECODE_F16 = tl.constexpr(ptx(table(torch.float16)))
+DECODE_IN_TWO = tl.constexpr(ptx(*in_two()))
+PERM_F32 = tl.constexpr(amdgcn(table(torch.float32)))
+PERM_BF16 = tl.constexpr(amdgcn(table(torch.bfloat16)))
+PERM_F16 = tl.constexpr(amdgcn(table(torch.float16)))
+PERM_IN_TWO = tl.constexpr(amdgcn(*in_two()))
+PTX_OF_8 = tl.constexpr(",".join(["=r"] * 8 + ["r"]))
+PTX_OF_4 = tl.constexpr(",".join(["=r"] * 4 + ["r"]))
+PERM_OF_4 = tl.constexpr(_constraints(8))
+PERM_OF_2 = tl.constexpr(_constraints(4))
+STRETCH_BF16 = tl.constexpr(STRETCH[torch.bfloat16])
+STRETCH_F16 = tl.constexpr(STRETCH[torch.float16])
+STRETCH_IN_TWO = tl.constexpr(IN_TWO)
+
+
+@triton.jit
+def value_of(code):
+    """The numbers of 4-bit codes, int32: fp32, exact. Four levels of selection; for any target."""
+    b0 = (code & 1) != 0
+    b1 = (code & 2) != 0
+    b2 = (code & 4) != 0
+    q0 = tl.where(b1, tl.where(b0, CODE[3], CODE[2]), tl.where(b0, CODE[1], CODE[0]))
+    q1 = tl.where(b1, tl.where(b0, CODE[7], CODE[6]), tl.where(b0, CODE[5], CODE[4]))
+    q2 = tl.where(b1, tl.where(b0, CODE[11], CODE[10]), tl.where(b0, CODE[9], CODE[8]))
+    q3 = tl.where(b1, tl.where(b0, CODE[15], CODE[14]), tl.where(b0, CODE[13], CODE[12]))
+    return tl.where((code & 8) != 0, tl.where(b2, q3, q2), tl.where(b2, q1, q0))
+
+
+@triton.jit
+def decode(packed, dtype: tl.constexpr):
+    """The codes in `packed`, uint8 [.., width], as numbers [.., 2 width] that are not scaled yet.
+
+    `dtype` is tl.float32 (exact), tl.bfloat16 or tl.float16: numbers times `stretch`, rounded once.
+    """
+    if takes_ptx():
+        if dtype == tl.float32:
+            high, low = tl.inline_asm_elementwise(
+                DECODE_F32, PTX_OF_8, [packed], (tl.float32, tl.float32), True, 4
+            )
+        else:
+            # Both numbers of a byte in one word: put together so, they cost no instruction more.
+            ASM: tl.constexpr = DECODE_BF16 if dtype == tl.bfloat16 else DECODE_F16
+            pair = tl.inline_asm_elementwise(ASM, PTX_OF_4, [packed], tl.uint32, True, 4)
+            high = (pair & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
+            low = (pair >> 16).to(tl.uint16).to(dtype, bitcast=True)
+    elif on_amd():
+        wide = packed.to(tl.uint16)  # four bytes in one operand LLVM does not take
+        # The last two results are the registers to work in.
+        if dtype == tl.float32:
+            high, low, _, _ = tl.inline_asm_elementwise(
+                PERM_F32, PERM_OF_4, [wide], (tl.float32, tl.float32, tl.uint32, tl.uint32), True, 4
+            )
+        elif dtype == tl.bfloat16:
+            high, low, _, _ = tl.inline_asm_elementwise(
+                PERM_BF16, PERM_OF_2, [wide], (tl.bfloat16, tl.bfloat16, tl.uint32, tl.uint32), True, 4
+            )
+        else:
+            high, low, _, _ = tl.inline_asm_elementwise(
+                PERM_F16, PERM_OF_2, [wide], (tl.float16, tl.float16, tl.uint32, tl.uint32), True, 4
+            )
+    else:
+        codes = packed.to(tl.int32)
+        high = (value_of(codes >> 4) * stretch(dtype)).to(dtype)
+        low = (value_of(codes & 15) * stretch(dtype)).to(dtype)
+    return tl.interleave(high, low)
+
+
+@triton.jit
+def decode_in_two(packed):
+    """The codes in `packed`, uint8 [.., width], as two numbers of float16, each [.., 2 width], whose sum is
+    the code times `IN_TWO`, to one unit of fp32."""
+    if takes_ptx():
+        # Not called pure: for use in two layouts the compiler would decode twice.
+        high_pair, low_pair = tl.inline_asm_elementwise(
+            DECODE_IN_TWO, PTX_OF_8, [packed], (tl.uint32, tl.uint32), False, 4
+        )
+        first = (high_pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        second = (high_pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+        first_rest = (low_pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
+        second_rest = (low_pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
+    elif on_amd():
+        first, second, first_rest, second_rest, _, _ = tl.inline_asm_elementwise(
+            PERM_IN_TWO,
+            PERM_OF_4,
+            [packed.to(tl.uint16)],
+            (tl.float16, tl.float16, tl.float16, tl.float16, tl.uint32, tl.uint32),
+            True,
+            4,
+        )
+    else:
+        codes = packed.to(tl.int32)
+        a = value_of(codes >> 4) * STRETCH_IN_TWO
+        b = value_of(codes & 15) * STRETCH_IN_TWO
+        first, second = a.to(tl.float16), b.to(tl.float16)
+        first_rest = (a - first.to(tl.float32)).to(tl.float16)
+        second_rest = (b - second.to(tl.float32)).to(tl.float16)
+    return tl.interleave(first, second), tl.interleave(first_rest, second_rest)
+
+
+@triton.jit
+def stretch(dtype: tl.constexpr):
+    """What `decode` multiplies the numbers of `dtype` by."""
+    if dtype == tl.float32:
+        return 1.0
+    elif dtype == tl.bfloat16:
+        return STRETCH_BF16
+    else:
+        return STRETCH_F16
+
+
+@triton.jit
+def load_packed_absmax(weight, block, mask):
+    """What is stored of the absmax of `block` of a weight, int64 of any shape, for `absmax_of`.
+
+    `weight` are the pointers of an `Nf4` (nf4.py).
+    """
+    if weight.absmax2 is None:
+        value = tl.load(weight.absmax + block, mask=mask, other=0.0)
+        scale = value
+    else:
+        value = tl.load(weight.absmax + block, mask=mask, other=0)
+        scale = tl.load(weight.absmax2 + (block >> 8), mask=mask, other=0.0)
+    return value, scale
+
+
+@triton.jit
+def absmax_of(weight, value, scale):
+    """The absmax, fp32: equal to the format to the bit when the kernel is launched with
+    enable_fp_fusion=False."""
+    if weight.absmax2 is not None:
+        value = tl.load(weight.dynamic_map + value.to(tl.int32)) * scale + tl.load(weight.offset)
+    return value
+
+
+@triton.jit
+def load_absmax(weight, block, mask):
+    """The absmax of `block`; 0 where `mask` is false."""
+    value, scale = load_packed_absmax(weight, block, mask)
+    return tl.where(mask, absmax_of(weight, value, scale), 0.0)
+
+
+@triton.jit
+def load_elements(weight, element, mask, BLOCK_SHIFT: tl.constexpr):
+    """Elements of a weight, fp32, one by one: for rows that begin amid a byte or block. 0 without `mask`.
+
+    `element` is int64, `mask` of its shape.
+    """
+    byte = tl.load(weight.packed + (element >> 1), mask=mask, other=0).to(tl.int32)
+    code = tl.where((element & 1) == 0, byte >> 4, byte & 15)
+    return tl.where(mask, value_of(code) * load_absmax(weight, element >> BLOCK_SHIFT, mask), 0.0)
