@@ -1,7 +1,7 @@
 # Each target sets up what it needs by itself (a virtual environment in .venv, packages, the compiled kernels), and
 # again only what changed. Needs Python 3.10 or later with venv, make and a C++ compiler. With nvcc, the CUDA kernels are
-# compiled too: for the cards that are here, or, to find mistakes, for one that is not. tests/test_sass.py compiles
-# them for six, tests/ptx for four.
+# compiled too: for the cards that are here, or, to find mistakes, for one that is not. tests/gpu/test_sass.py compiles
+# them for six, tests/gpu/ptx for four.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -9,7 +9,7 @@ export HF_HUB_OFFLINE := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 CUDA_ARCHITECTURES := $(if $(shell command -v nvidia-smi),native,8.0)
-CPP := $(shell find csrc tests/amx tests/threads tests/ptx tests/card tests/cuda_host tests/aarch64 -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
+CPP := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.inl' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test triton triton-ptx ptx fuzz sanitize asan tsan peft-tests package hub bench docs lint format clean
@@ -54,10 +54,11 @@ test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED)
 	$(if $(ARGS),,PEFT_KERNELS_PTX_EXECUTED=$(EXECUTED)) \
 	  $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
-	$(if $(ARGS),,$(BIN)/python tests/ptx/executed.py --folder $(EXECUTED) --check)
+	$(if $(ARGS),,$(BIN)/python tests/gpu/ptx/executed.py --folder $(EXECUTED) --check)
 	$(if $(ARGS),,$(MAKE) triton ptx)
 
-# The tests of every kernel.
+# The tests of every kernel, by name: tests/**/test_NAME.py.
+tests_of = $(foreach name,$(1),$(shell find tests -name test_$(name).py))
 KERNELS := nf4 nf4_absmax nf4_format nf4_experts sums linear lora lora_dropout lora_multi lora_multi_refused experts \
   experts_refused dora gated bottleneck multi_bottleneck cross_entropy token_loss attention rms_norm rotary casts \
   dropout adamw compute_dtype gradients gradcheck gradient_needs
@@ -67,12 +68,11 @@ KERNELS := nf4 nf4_absmax nf4_format nf4_experts sums linear lora lora_dropout l
 # kernels for the CPU alone.
 TRITON := $(filter-out attention rms_norm rotary casts gradcheck gradient_needs,$(KERNELS))
 triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton $(TRITON:%=tests/test_%.py) tests/test_compile.py \
-	  tests/test_triton_splits.py tests/test_experts_triton.py tests/test_adamw_triton.py tests/test_triton_sums.py \
-	  $(ARGS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton \
+	  $(call tests_of,$(TRITON) compile triton_splits experts_triton adamw_triton triton_sums) $(ARGS)
 
 # Beside the tests that run the PTX for compute capability 8.0, with rounded sums: here matrix instructions cut them
-# off, as tensor cores do. nvcc writes the same for 9.0 as for 8.0, and for 12.0 as for 10.0 (tests/ptx/test_texts.py);
+# off, as tensor cores do. nvcc writes the same for 9.0 as for 8.0, and for 12.0 as for 10.0 (tests/gpu/ptx/test_texts.py);
 # the ways that products go on each are in test_cuda_ways.py. What tests say of autograd and of refusals is true of any.
 PTX := $(filter-out attention rms_norm rotary casts lora_multi_refused experts_refused gradients gradcheck gradient_needs,$(KERNELS)) experts_cuda \
   bottleneck_cuda
@@ -81,7 +81,7 @@ ifeq ($(shell command -v nvcc),)
 	@echo "ptx: no nvcc, nothing to run"
 else
 	PEFT_KERNELS_PTX_ARCH=100 PEFT_KERNELS_PTX_TRUNCATE=1 \
-	  $(BIN)/python -m pytest -q -n 2 -k ptx $(PTX:%=tests/test_%.py) $(ARGS)
+	  $(BIN)/python -m pytest -q -n 2 -k ptx $(call tests_of,$(PTX)) $(ARGS)
 endif
 
 # As compiled for compute capability 8.0, which takes minutes the first time.
@@ -89,13 +89,13 @@ triton-ptx: $(VENV)/.built ## Run the Triton kernels' tests on the PTX that Trit
 ifeq ($(shell command -v nvcc),)
 	@echo "triton-ptx: no nvcc, which the machine that runs PTX is made with: nothing to run"
 else
-	PEFT_KERNELS_TRITON_PTX=80 $(BIN)/python -m pytest -q -n 2 -k triton $(KERNELS:%=tests/test_%.py) \
-	  tests/test_triton_splits.py tests/test_experts_triton.py tests/test_adamw_triton.py $(ARGS)
+	PEFT_KERNELS_TRITON_PTX=80 $(BIN)/python -m pytest -q -n 2 -k triton \
+	  $(call tests_of,$(KERNELS) triton_splits experts_triton adamw_triton) $(ARGS)
 endif
 
 # About a minute. A case that fails is told by number: ARGS='--only 4711' runs it again.
 fuzz: $(VENV)/.built ## Damage 10,000 checkpoints: each must be refused in a sentence, or be usable
-	$(BIN)/python tests/fuzz_checkpoints.py --cases 10000 $(ARGS)
+	$(BIN)/python tests/checkpoints/fuzz_checkpoints.py --cases 10000 $(ARGS)
 
 sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan
 
@@ -118,7 +118,7 @@ asan tsan: $(VENV)/.packages
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
 	  $(BIN)/pytest -n 2 --capture=sys -p no:faulthandler -k 'not reference' \
-	  $(SANITIZED:%=tests/test_%.py) $(ARGS)
+	  $(call tests_of,$(SANITIZED)) $(ARGS)
 
 # The oldest PEFT that is fused, and the newest there is.
 PEFT_VERSIONS ?= 0.17.0 newest
@@ -132,7 +132,7 @@ package: ## Build the source distribution and a wheel and use both as a new user
 hub: $(VENV)/.built ## Lay the CPU kernels out for Hugging Face's `kernels`, build and load them (needs pip's index)
 	$(BIN)/pip install -q -c constraints.txt $$($(BIN)/python tools/requirements.py hub)
 	$(BIN)/python tools/hub_layout.py build/hub --build
-	$(BIN)/python -m pytest -q tests/test_hub_layout.py $(ARGS)
+	$(BIN)/python -m pytest -q tests/docs/test_hub_layout.py $(ARGS)
 
 bench: $(VENV)/.built ## Measure against torch, bitsandbytes and PEFT on this machine, five minutes (ARGS='--quick' and others)
 	$(BIN)/python bench/run.py $(ARGS)

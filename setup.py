@@ -64,7 +64,7 @@ CPU_SOURCES = [
 ]
 X86_SOURCES = [f"csrc/cpu/isa/{level}.cpp" for level in ("avx2", "avx512", "avx512_bf16", "amx")]
 ARM_SOURCES = [f"csrc/cpu/isa/{level}.cpp" for level in ("neon", "neon_bf16")]
-EMULATED_SOURCES = ["tests/amx/amx_emulated.cpp", "tests/threads/checks.cpp"]
+EMULATED_SOURCES = ["tests/ops/cpu/amx/amx_emulated.cpp", "tests/ops/cpu/threads/checks.cpp"]
 
 # Host code; the kernels' .cu files include nothing of torch, whose headers take nvcc minutes.
 CUDA_OPS = [
@@ -108,7 +108,7 @@ CUDA_KERNELS = [
     "csrc/cuda/nf4/nf4_dequantize.cu",
     "csrc/cuda/nf4/nf4_quantize.cu",
 ]
-PTX_FOLDER, PTX_PROGRAM = "tests/ptx", "main.cu"
+PTX_FOLDER, PTX_PROGRAM = "tests/gpu/ptx", "main.cu"
 
 
 # With it files begin that include torch's headers; see tools/precompiled.py.
@@ -247,7 +247,7 @@ def cpu_extension(emulate: bool) -> Any:
     return CppExtension(
         name="peft_kernels._C",
         sources=(EMULATED_SOURCES if emulate else []) + LEVEL_SOURCES + CPU_SOURCES,
-        depends=headers("csrc/common", "csrc/cpu", "tests/amx"),
+        depends=headers("csrc/common", "csrc/cpu", "tests/ops/cpu/amx"),
         include_dirs=[generated_headers()],
         define_macros=[
             ("PEFT_KERNELS_EMULATE", str(int(emulate))),
@@ -274,7 +274,7 @@ def wrapped(folder: str, named: dict[str, str]) -> list[str]:
 
 def ptx_extension(toolkit: Toolkit) -> Any:
     """`peft_kernels._C_ptx`, for tests: the CUDA back end for CPU tensors. Its kernels are what nvcc makes of
-    them, as PTX for several architectures, which tests/ptx runs in place of a card and its runtime."""
+    them, as PTX for several architectures, which tests/gpu/ptx runs in place of a card and its runtime."""
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = toolkit.home
@@ -282,7 +282,7 @@ def ptx_extension(toolkit: Toolkit) -> Any:
     named |= {source: f"{Path(source).stem}_ops.cpp" for source in (*CUDA_OPS, LAUNCH)}
     machine = [
         str(path.relative_to(ROOT))
-        for path in sorted((ROOT / PTX_FOLDER).glob("*.c*"))
+        for path in sorted((ROOT / PTX_FOLDER).rglob("*.c*"))
         if path.suffix in (".cpp", ".cu") and path.name != PTX_PROGRAM
     ]
     architectures = [f"{a}{b}" for a, b in ARCHITECTURES["ALL"] if (a, b) in toolkit.compiles()]

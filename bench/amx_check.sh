@@ -84,7 +84,7 @@ export PYTHON
 
 part environment bash -c 'grep -m 1 "model name" /proc/cpuinfo; uname -a; nproc; "$PYTHON" -m torch.utils.collect_env'
 TESTS=tests
-[ "$REHEARSE" = 1 ] && TESTS=tests/test_cpu_plan.py
+[ "$REHEARSE" = 1 ] && TESTS=tests/ops/cpu/test_cpu_plan.py
 part tests "$PYTHON" -m pytest -q -p no:cacheprovider $TESTS -k "cpu-$LEVEL or test_cpu_plan"
 RIGHT=$?
 

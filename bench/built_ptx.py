@@ -1,6 +1,6 @@
 """The PTX of the CUDA kernels in what was built for tests (back end `ptx`): to write it anew takes a minute.
 
-The text is what nvcc writes for a card too, once it is left out where lines come from (tests/test_sass.py).
+The text is what nvcc writes for a card too, once it is left out where lines come from (tests/gpu/test_sass.py).
 """
 
 from __future__ import annotations

@@ -253,21 +253,21 @@ if wants tests; then
     skip primitives "$REASON"
   else
     # Of nvcc and the card alone: where these are wrong, no other result means anything.
-    part primitives 40 bash -c 'bash tests/card/build.sh "$0" "$1" -arch=native && "$1"' \
+    part primitives 40 bash -c 'bash tests/gpu/card/build.sh "$0" "$1" -arch=native && "$1"' \
       "$NVCC" "$WORK/primitives"
   fi
   part check 20 "$PYTHON" bench/gpu.py --backend "$BACKEND" --check --output "$RESULTS/check"
   if ! has pytest || ! has hypothesis; then
     skip tests "$PYTHON lacks pytest or hypothesis"
   elif [ "$REHEARSE" = 1 ]; then
-    examined tests-cpu 60 tests/test_nf4_format.py
-    examined tests-on-card 60 tests/test_on_card.py -k cpu-m5
+    examined tests-cpu 60 tests/ops/nf4/test_nf4_format.py
+    examined tests-on-card 60 tests/gpu/test_on_card.py -k cpu-m5
   else
     WORKERS=$(has xdist && echo "-n 6 --dist loadfile")
     for name in $USABLE; do
-      examined tests-$name 75 $WORKERS --maxfail 40 --ignore tests/test_on_card.py -k $name
+      examined tests-$name 75 $WORKERS --maxfail 40 --ignore tests/gpu/test_on_card.py -k $name
     done
-    examined tests-on-card 45 $WORKERS --maxfail 40 tests/test_on_card.py
+    examined tests-on-card 45 $WORKERS --maxfail 40 tests/gpu/test_on_card.py
   fi
 fi
 

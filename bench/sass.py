@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
 CACHE = ROOT / "build" / "sass"
 SAME_PTX = {80: (80, 86, 89, 90), 100: (100, 120)}
-"""Architectures for which nvcc writes the same PTX, by the first of them (tests/ptx/test_texts.py)."""
+"""Architectures for which nvcc writes the same PTX, by the first of them (tests/gpu/ptx/test_texts.py)."""
 ARCHITECTURES = tuple(sorted(a for same in SAME_PTX.values() for a in same))
 FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v")
 JOBS = 2

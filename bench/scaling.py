@@ -4,7 +4,7 @@ For each model, number of cards and network: the bytes that a card receives in a
 takes, how much of the communication hides behind computation, and what a step takes beside computation
 alone. Three ways to keep the base: our NF4 shards, bitsandbytes' (FSDP1 with `quant_storage`), and bf16.
 
-What is assumed stands in `Card`, `Network` and `WAYS`, and is printed. tests/test_scaling.py holds the bytes
+What is assumed stands in `Card`, `Network` and `WAYS`, and is printed. tests/bench/test_scaling.py holds the bytes
 to those that processes really exchange.
 """
 

@@ -91,7 +91,7 @@ def planner() -> ModuleType | str:
 
 
 def instructions(way: str, architecture: int) -> float:
-    """Of a lane, for a weight of a tile: the most that tests/test_sass.py lets the way's kernel have."""
+    """Of a lane, for a weight of a tile: the most that tests/gpu/test_sass.py lets the way's kernel have."""
     name, parameters = KERNELS[way.removesuffix("_narrow")]
     table = "NarrowTable" if way.endswith("_narrow") or way == "dx64" else "WideTable"
     kernel = sass.Kernel(f"{name}<bf16, {table}, {parameters}>", Path(), architecture)

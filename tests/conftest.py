@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What tests of one folder share with another's is found by its name, which is one in the whole tree.
+for _folder in sorted({path.parent for path in Path(__file__).resolve().parent.rglob("*.py")}):
+    if str(_folder) not in sys.path:
+        sys.path.append(str(_folder))
 
 import hypothesis
 import pytest

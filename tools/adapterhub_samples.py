@@ -1,9 +1,9 @@
-"""Adapters as AdapterHub's library writes them, and what it computes with them, for tests/adapterhub/.
+"""Adapters as AdapterHub's library writes them, and what it computes with them, for tests/adapters/adapterhub/.
 
 Written with adapters 1.3.0 and transformers 4.57.6, in an environment of their own:
 
     pip install adapters torch
-    python tools/adapterhub_samples.py tests/adapterhub
+    python tools/adapterhub_samples.py tests/adapters/adapterhub
 
 The models are tiny and of random weights, which the tests make again by `filled`.
 """

@@ -1,7 +1,7 @@
 """How many bytes a fine-tuning takes: every term, and where it comes from.
 
 What "is saved" is what autograd keeps from the forward for the backward; t are the tokens of a batch, e the
-bytes of a number in the model's dtype. tests/test_cli_plan.py holds all of it to measured models.
+bytes of a number in the model's dtype. tests/checkpoints/test_cli_plan.py holds all of it to measured models.
 
 Assumed: attention by a fused kernel (sdpa, flash), no padding mask, LoRA layers and gated MLPs fused by
 `pk.patch`, adapters in fp32, everything else in one dtype, no cache.

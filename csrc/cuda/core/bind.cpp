@@ -18,7 +18,7 @@
 #include "runtime.h"
 
 #ifdef PEFT_KERNELS_PTX
-#  include "cudart_bind.h"
+#  include "runtime/cudart_bind.h"
 #endif
 
 #define PEFT_KERNELS_QUOTE_(x) #x

@@ -6,7 +6,7 @@
 #ifdef PEFT_KERNELS_PTX
 #  include <vector>
 
-#  include "cudart.h"
+#  include "runtime/cudart.h"
 #else
 #  include <c10/cuda/CUDAException.h>
 #  include <c10/cuda/CUDAFunctions.h>

@@ -1,0 +1,98 @@
+"""What the tests of the bench share: a clock of their own, small cases."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+
+from bench import (
+    adapted,
+    cases,
+    model,
+    report,
+)
+from bench.harness import Absent, Case, Contender, Result
+from bench.report import Timing
+
+TINY = (64, 128)
+TINY_BLOCK = adapted.Sizes(hidden=256, intermediate=512, heads=4, kv_heads=2)
+ONCE = Timing(0.0, 1)
+FACTS = {"cpu": "a machine", "versions": {"torch": torch.__version__}}
+
+
+class Machine:
+    """A clock that only the calls move, and a record of them."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.calls: list[str] = []
+
+    def clock(self) -> float:
+        return self.now
+
+    def call(self, label: str, *seconds: float) -> Callable[[], str]:
+        """A call that takes each of the durations in turn, and the last one from then on."""
+        left = list(seconds)
+
+        def run() -> str:
+            self.calls.append(label)
+            self.now += left.pop(0) if len(left) > 1 else left[0]
+            return label
+
+        return run
+
+    def contender(self, name: str, *seconds: float, copies: int = 1) -> Contender:
+        return Contender(name, [self.call(f"{name}{i}", *seconds) for i in range(copies)], lambda result: 0.0)
+
+
+def case_of(*contenders: Contender | Absent) -> Case:
+    return Case(cases.FORWARD, *TINY, 4, "bf16", lambda: contenders)
+
+
+def measure(case: Case, machine: Machine | None = None, rounds: int = 2) -> Result:
+    machine = machine or Machine()
+    return case.run(Timing(0.0, rounds), clock=machine.clock)
+
+
+def line_of(outcome: report.Outcome) -> Any:
+    return json.loads(json.dumps(report.json_data(outcome, FACTS)))
+
+
+@pytest.fixture
+def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two copies of a tiny weight instead of thousands."""
+    monkeypatch.setattr(cases, "copies", lambda nbytes, contenders: 2)
+    cases._weights.cache_clear()
+    cases._blocks.cache_clear()
+    model._models.cache_clear()
+
+
+def model_case(group: str, dtype: str = "bf16") -> Case:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    sizes = model.ModelSizes(TINY_BLOCK, layers=2, vocabulary=500)
+    if group == model.DECODE:
+        return model.decode(2, 8, 4, dtype, sizes)
+    return (model.step if group == model.STEP else model.textbook)(2, 16, dtype, sizes)
+
+
+def block_case(group: str, dtype: str = "bf16") -> Case:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    batch = max(2, cases.BLOCKS[group].adapters)
+    # Smaller ones leave gradients of few roundings, whose largest error says little.
+    return cases.block(group, batch, 16, dtype, TINY_BLOCK)
+
+
+def one_element_off(y: torch.Tensor) -> torch.Tensor:
+    y = y.clone()
+    y.view(-1)[-1] += 1.0
+    return y

@@ -1,0 +1,281 @@
+"""The benchmark suite as a whole: goals, saved bytes, what a run writes and how it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from bench_checks import (
+    TINY,
+    TINY_BLOCK,
+    Machine,
+    block_case,
+    case_of,
+    line_of,
+    measure,
+    one_element_off,
+    small_rotation,  # noqa: F401
+)
+from broken_ops import break_op
+
+import peft_kernels as pk
+import testing
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+
+from bench import (
+    attention,
+    bnb_ops,
+    bottlenecks,
+    busy,
+    cases,
+    chart,
+    compiled,
+    experts,
+    harness,
+    host,
+    loading,
+    losses,
+    memory,
+    methods,
+    model,
+    moe,
+    optimizer_curves,
+    optimizer_waves,
+    optimizers,
+    peak,
+    prefix,
+    report,
+    rlhf,
+    run,
+    serving,
+    triton_cases,
+    waves,
+)
+from bench.harness import Case, Goal, Result
+from bench.report import OURS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+# Goals.
+
+
+@pytest.mark.parametrize(
+    ("goal", "seconds", "met"),
+    [
+        pytest.param(Goal("other", 1.9), 0.02, True, id="fast"),
+        pytest.param(Goal("other", 3.0), 0.02, False, id="not-fast-enough"),
+        pytest.param(Goal("other", 1.3, cost=True), 0.008, True, id="cheap"),
+        pytest.param(Goal("other", 1.2, cost=True), 0.008, False, id="dear"),
+    ],
+)
+def test_goals_stand_beside_what_was_measured(goal: Goal, seconds: float, met: bool) -> None:
+    machine = Machine()
+    contenders = machine.contender(OURS, 0.01), machine.contender("other", seconds)
+    case = Case(cases.BLOCK_LORA, *TINY, 8, "bf16", lambda: contenders, 2, (goal,))
+    result = measure(case, machine)
+    text = report.render([result])
+    quotient, value = ("ours / other", "1.25") if goal.cost else ("other / ours", "2.00")
+    verdict = report.MET if met else report.MISSED
+    assert f"block-lora-64x128-2x4-bf16, {quotient}: {goal}, measured {value}: {verdict}" in text
+    # What costs more than a cheaper job of ours has not lost against a peer.
+    assert ("0 lose" in text) is not goal.cost and report.LOSES not in text
+    line = line_of(result)
+    assert ("other" in line["costs"], "other" in line["ratios"]) == (goal.cost, not goal.cost)
+    assert line["goals"]["other"]["limit"] == goal.limit and line["batch"] == 2
+
+
+# Saved bytes.
+
+
+@pytest.mark.parametrize("case", memory.standard("bf16"), ids=lambda case: case.name)
+def test_every_kind_of_saved_bytes(case: memory.Case) -> None:
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    if case.base == "nf4":
+        pytest.importorskip("bitsandbytes")
+    saved = dataclasses.replace(case, sizes=TINY_BLOCK).run()
+    assert saved.absent == {} and saved.ratio is not None and saved.ratio <= 1.0
+    assert f"{saved.ratio:.1%}" in report.render([saved])
+    line = line_of(saved)
+    assert line["bytes_per_token"].keys() == {OURS, case.peer} and line["ratio"] == saved.ratio
+
+
+def test_saved_bytes_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "missing", lambda needs: "peft not installed")
+    saved = memory.standard("bf16")[0].run()
+    assert saved.ratio is None and not list(saved.goals())
+    text = report.render([saved])
+    assert "- PEFT on dense: peft not installed (memory-layer-dense-lora-bf16)" in text
+
+
+# What comes out.
+
+
+def test_losing_cells_are_marked_and_listed() -> None:
+    machine = Machine()
+    result = measure(case_of(machine.contender(OURS, 0.02), machine.contender("peer", 0.01)), machine)
+    text = report.render([result])
+    assert "0.50 (0.50-0.50) LOSES" in text and "peer 0.50" in result.line()
+    assert "1 cells: 0 win, 1 lose" in text
+    assert "LOSES forward-64x128-m4-bf16 against peer: 0.50 (0.50-0.50)" in text
+
+
+def test_table_has_shapes_as_rows_and_m_as_columns() -> None:
+    def result(shape: tuple[int, int], m: int, ratio: float) -> Result:
+        case = Case(cases.FORWARD, *shape, m, "bf16", list)
+        return Result(case, contenders=[OURS, "peer"], seconds={OURS: [1.0], "peer": [ratio]})
+
+    results = [result((8, 4), 16, 1.5), result((8, 4), 2, 2.0), result((4, 8), 16, 0.75)]
+    found = harness.ratio_table(results, "peer")
+    lines = [re.split(r" {2,}", line) for line in found.splitlines()]
+    assert lines[0] == ["", "M=2", "M=16"]
+    assert lines[1] == ["8x4", "2.00 (2.00-2.00)", "1.50 (1.50-1.50)"]
+    assert re.search(r"^4x8 +0\.75 \(0\.75-0\.75\) LOSES$", found, re.MULTILINE)
+
+
+# The run.
+
+
+def run_of(
+    monkeypatch: pytest.MonkeyPatch, output: Path, *found: Any, arguments: Sequence[str] = ("--full",)
+) -> tuple[int, list[Any], str]:
+    """Status, JSON lines and table of a run of these cases."""
+    timed = [case for case in found if isinstance(case, Case)]
+    monkeypatch.setattr(cases, "standard", lambda dtype: timed)
+    monkeypatch.setattr(model, "standard", lambda dtype: [])
+    monkeypatch.setattr(memory, "standard", lambda dtype: [case for case in found if case not in timed])
+    status = run.main([*arguments, "--repeats", "2", "--min-time", "1e-9", "--output", str(output)])
+    lines = [json.loads(line) for line in (output / "results.jsonl").read_text().splitlines()]
+    return status, lines, (output / "table.txt").read_text()
+
+
+@pytest.mark.usefixtures("small_rotation")
+def test_run_writes_json_lines_table_and_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    tiny = [cases.forward(TINY, m, "bf16") for m in (1, 3)]
+    saved = memory.Case(memory.BLOCK, "dense", "lora", "bf16", TINY_BLOCK)
+    status, lines, table = run_of(monkeypatch, tmp_path, *tiny, block_case(cases.BLOCK_DORA), saved)
+    assert status == 0
+    assert [line["name"] for line in lines] == [
+        "forward-64x128-m1-bf16",
+        "forward-64x128-m3-bf16",
+        "block-dora-256x512-2x16-bf16",
+        "memory-block-dense-lora-bf16",
+    ]
+    for line in lines[:2]:
+        assert line["times_ms"][OURS]["median"] > 0
+        assert line["errors"][OURS] < 0.01
+        assert line["ratios"]["torch dense"].keys() == {"median", "q1", "q3"}
+        assert line["versions"]["torch"] and line["shape"] == [64, 128] and line["dtype"] == "bf16"
+    assert lines[2]["ratios"].keys() == {cases.PEFT_ON_DENSE} and lines[2]["costs"].keys() == {
+        cases.PLAIN_LORA
+    }
+    for text in (
+        "NF4 linear, forward without grad, bf16: time of torch dense / ours",
+        torch.__version__.partition("+")[0],
+        "2x16",
+        "cost, time of ours / ours, plain LoRA",
+        "bytes per token",
+        "at most 1.35, measured",
+    ):
+        assert text in table
+    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    said = capsys.readouterr().out
+    assert "4 cases, about" in said and "[4/4]" in said
+
+    break_op(monkeypatch, "nf4_linear", one_element_off)
+    cases._weights.cache_clear()
+    status, _, table = run_of(monkeypatch, tmp_path, tiny[1])
+    assert status == 1 and "WRONG" in table
+
+
+def test_run_ends_in_time_and_names_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine()
+    found = [Case(cases.FORWARD, *TINY, m, "bf16", lambda: [machine.contender(OURS, 0.01)]) for m in (1, 2)]
+    status, lines, table = run_of(monkeypatch, tmp_path, *found, arguments=["--full", "--seconds", "1e-9"])
+    assert (status, lines) == (0, [])
+    assert f"left out, 2 cases: {found[0].name}, {found[1].name}" in table
+
+
+def test_ctrl_c_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop() -> Any:
+        raise KeyboardInterrupt
+
+    builds = (lambda: [Machine().contender(OURS, 0.01)], stop)
+    found = [Case(cases.FORWARD, *TINY, m, "bf16", build) for m, build in enumerate(builds, 1)]
+    status, lines, table = run_of(monkeypatch, tmp_path, *found)
+    assert status == 130
+    assert [line["name"] for line in lines] == [found[0].name]
+    assert f"left out, 1 cases: {found[1].name}" in table
+
+
+def test_run_refuses_what_it_does_not_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--only", "nothing-like-this", "--output", str(tmp_path / "a")]) == 2
+    assert run.main(["--isa", "sse9", "--output", str(tmp_path / "b")]) == 2
+    assert "sse9" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the estimates; and all kinds are in it, but for those that run by name."""
+
+    def listed(*arguments: str) -> set[str]:
+        assert run.main(["--list", *arguments]) == 0
+        return set(capsys.readouterr().out.split())
+
+    every, default, full = listed(), listed("--only", "|".join(run.DEFAULT)), listed("--full")
+    quick = listed("--quick")
+    assert default < full < every and quick < full
+    kinds_by_name = (
+        bottlenecks, compiled, triton_cases, waves, loading, optimizers, optimizer_curves, optimizer_waves,
+        rlhf, methods,
+    )  # fmt: skip
+    by_dtype = (attention, busy, host, bnb_ops, experts, losses, moe, peak, prefix, serving)
+    by_name = [kind.standard("bf16") for kind in by_dtype]
+    by_name += [kind.standard() for kind in kinds_by_name]
+    assert every - full == {case.name for cases_of in by_name for case in cases_of}
+    kinds = {name.rpartition("-")[0] if "memory" in name else re.split(r"-\d", name)[0] for name in full}
+    for chosen in (default, quick):
+        assert {kind for kind in kinds if any(name.startswith(kind) for name in chosen)} >= kinds - {
+            "textbook", "step", "decode", *(kind for kind in kinds if "memory-block" in kind),
+        }  # fmt: skip
+    seconds = {case.name: case.seconds for of in (cases, model, memory) for case in of.standard("bf16")}
+    assert sum(seconds[name] + 1.0 for name in default) < 240
+    assert sum(seconds[name] + 1.0 for name in quick) < 70
+    assert {"step-576x1536-4x256-bf16", "qlora-1536x576-m4096-bf16", "forward-4096x4096-m512-bf16"} < default
+
+
+@pytest.mark.usefixtures("small_rotation")
+def test_isa_option_holds_our_kernels_to_a_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if reason := testing.unavailable("cpu-scalar"):
+        pytest.skip(reason)
+    arguments = ["--full", "--isa", "scalar"]
+    _, (line,), _ = run_of(monkeypatch, tmp_path, cases.dequantize(TINY, "bf16"), arguments=arguments)
+    assert line["isa"] == "scalar"
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_kept_memory_is_told(
+    asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[bool] = []
+    monkeypatch.setattr(pk, "keep_freed_memory", lambda: calls.append(True) or True)
+    arguments = ["--full", *(["--keep-memory"] if asked else [])]
+    _, (line,), _ = run_of(monkeypatch, tmp_path, cases.dequantize(TINY, "bf16"), arguments=arguments)
+    assert line["memory_kept"] is asked and calls == [True] * asked
+    assert ("freed memory is kept by the process" in capsys.readouterr().out) is asked
+
+
+def test_no_picture_of_nothing(tmp_path: Path) -> None:
+    assert chart.draw([], tmp_path / "ratios.png", "") is not None

@@ -1,0 +1,135 @@
+"""The bench of busy machines: its neighbours are busy and end, and what it tells of them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from bench_checks import ONCE, TINY_BLOCK, Machine, line_of
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+
+from bench import busy, model, report
+from bench.busy import Case, Key, Slowed
+from bench.cases import PEFT_ON_BNB
+from bench.harness import Absent
+from bench.report import OURS
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process groups and /proc of Linux")
+TINY = Case("own", "bf16", model.ModelSizes(TINY_BLOCK, layers=1, vocabulary=200), 2, 16)
+
+
+def members(group: int | None) -> list[tuple[int, int, float]]:
+    """Number, session and processor seconds of the running processes of a group."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parts = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(parts[2]) == group and parts[0] != "Z":
+                ticks = int(parts[11]) + int(parts[12])
+                found.append((int(entry.name), int(parts[3]), ticks / os.sysconf("SC_CLK_TCK")))
+    return found
+
+
+def wait_for_the_end_of(group: int | None) -> None:
+    """A process that was killed is there a moment longer."""
+    end = time.monotonic() + 30
+    while members(group) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not members(group)
+
+
+@pytest.mark.parametrize("is_other_session", [False, True], ids=["own", "other"])
+def test_neighbours_are_busy_and_end(is_other_session: bool) -> None:
+    with pytest.raises(KeyError), busy.neighbours(2, is_other_session) as group:
+        assert group
+        end = time.monotonic() + 30
+        while len(used := [m for m in members(group) if m[2] > 0.05]) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+        assert len(used) == len(members(group)) == 2
+        assert {session for _, session, _ in used} == {group if is_other_session else os.getsid(0)}
+        raise KeyError
+    wait_for_the_end_of(group)
+
+
+def test_neighbours_end_with_the_process_that_started_them() -> None:
+    folder = Path(busy.__file__).parent.parent
+    code = "import os, time\nfrom bench import busy\nwith busy.neighbours(2, False) as g:\n"
+    code += "    print(g, flush=True)\n    time.sleep(60)"
+    folders = os.pathsep.join([str(folder), str(folder / "tests")])
+    child = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": folders}
+    )
+    assert child.stdout
+    group = int(child.stdout.readline())
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    wait_for_the_end_of(group)
+
+
+def test_no_neighbours() -> None:
+    with busy.neighbours(0, True) as group:
+        assert group is None
+
+
+def test_a_tiny_case() -> None:
+    for library in ("peft", "transformers", "bitsandbytes"):
+        pytest.importorskip(library)
+    slowed = TINY.run(ONCE)
+    assert not slowed.wrong and not slowed.absent, (slowed.wrong, slowed.absent)
+    assert set(slowed.seconds) == {Key(name, n) for name in (OURS, PEFT_ON_BNB) for n in (0, 1, 2)}
+    line = line_of(slowed)
+    assert line["name"] == "busy-own-session-2x16-bf16" and line["layers"] == 1
+    assert line["slowdown"][OURS].keys() == {"1", "2"}
+    assert line["times_ms"][PEFT_ON_BNB].keys() == {
+        "0",
+        "1",
+        "2",
+    }
+
+
+def slowed(ones: float, twos: float) -> Slowed:
+    seconds = {Key(OURS, 0): [1.0, 1.0, 9.0], Key(OURS, 1): [ones], Key(OURS, 2): [twos]}
+    return Slowed(TINY, seconds={**seconds, Key(PEFT_ON_BNB, 0): [2.0], Key(PEFT_ON_BNB, 1): [20.0]})
+
+
+def test_what_is_told() -> None:
+    found = slowed(1.9, 2.6)
+    text = report.render([found])
+    assert "own session, ours" in text and "1.90 (1.90-1.90)" in text and "10.00 (10.00-10.00)" in text
+    assert "1 busy neighbours / quiet: at most 2, measured 1.90: met" in text
+    assert "2 busy neighbours / quiet: at most 2.5, measured 2.60: MISSED" in text
+    assert [met for _, met in found.goals()] == [True, False]
+
+
+def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off(result: object) -> float:
+        raise AssertionError("off")
+
+    machine = Machine()
+    ours, absent = machine.contender(OURS, 1.0), Absent(PEFT_ON_BNB, "not installed")
+    ours.verify = off
+    step = SimpleNamespace(build=lambda: [ours, absent])
+    monkeypatch.setattr(model, "step", lambda *sizes: step)
+    monkeypatch.setattr(busy, "neighbours", lambda count, other: pytest.fail("nobody to time"))
+    found = TINY.run(ONCE)
+    assert (
+        found.wrong == {OURS: "off"} and found.absent == {PEFT_ON_BNB: "not installed"} and not found.seconds
+    )
+    assert all(met is None for _, met in found.goals()) and report.WRONG in found.line()
+
+
+def test_names() -> None:
+    assert [case.name for case in busy.standard("bf16")] == [
+        "busy-own-session-4x256-bf16",
+        "busy-other-session-4x256-bf16",
+    ]

@@ -1,0 +1,95 @@
+"""The table of methods, on a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from test_example_finetune import tiny  # noqa: F401
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+
+from bench import methods, report
+from bench.methods import BASE, DENSE, KEPT, LORA, METHODS, Case, Measured
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
+
+
+@pytest.fixture(scope="module")
+def columns(tiny: Path) -> dict[str, Measured]:  # noqa: F811
+    """Small enough for a model of 64 positions."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"PROMPT": 8, "TOKENS": 16, "LENGTHS": (8, 16), "MAX_LENGTH": 24}.items():
+            patch.setattr(methods, name, value)
+        own = {"steps": 4, "model": tiny / "model", "data": tiny / "pairs.jsonl"}
+        timing = report.Timing(0.0, 2)
+        return {column: Case(column, **own).run(timing) for column in methods.TITLES}
+
+
+def test_every_method_has_every_figure(columns: dict[str, Measured]) -> None:
+    extra = {"bytes": set(), "step": set(), "decode": {BASE, DENSE, KEPT}, "loss": {BASE, DENSE}}
+    for column, found in columns.items():
+        assert not found.absent and not found.wrong, column
+        left_out = {"full fine-tuning"} if column == "decode" else set()
+        assert set(found.values) == (METHODS.keys() | extra[column]) - left_out, column
+        assert all(value > 0 for value in found.values.values()), found.values
+    assert columns["step"].values[LORA] == columns["decode"].values[BASE] == 1.0
+    text = report.render(list(columns.values()))
+    assert all(name in text for name in METHODS) and "held-out loss" in text
+
+
+def test_figures_are_those_of_the_methods(columns: dict[str, Measured]) -> None:
+    trained = columns["bytes"].trained
+    assert trained == columns["step"].trained == columns["loss"].trained
+    assert trained["LoRA"] == trained[LORA] < trained["QDoRA"]
+    assert trained["prompt tuning"] == methods.VIRTUAL * 64
+    assert trained["Houlsby"] > trained["Pfeiffer"] == trained["parallel"]
+    assert trained["full fine-tuning"] == 69_824  # all of the model
+    saved = columns["bytes"].values
+    assert saved[LORA] < saved["QDoRA"] and saved["prompt tuning"] < saved[LORA]
+    losses = columns["loss"].values
+    for name in METHODS:
+        start = losses[DENSE if METHODS[name].base != "nf4" else BASE]
+        assert losses[name] != pytest.approx(start, rel=1e-6), name
+
+
+def test_virtual_tokens_do_not_shift_the_loss(tiny: Path) -> None:  # noqa: F811
+    """Labels are those of PEFT, which puts them behind the virtual tokens."""
+    import torch
+
+    models = methods.Models(Case("loss", model=tiny / "model"), tiny)
+    model = models.make("prompt tuning").eval()
+    batch = {"input_ids": models.tokens(2, 12), "attention_mask": torch.ones(2, 12, dtype=torch.long)}
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, :5] = -100
+    with torch.no_grad():
+        want = model(**batch).loss.item()
+    assert models.lib.loss_of(model, [batch], methods.VIRTUAL) == pytest.approx(want, rel=1e-5)
+
+
+def test_figures_go_where_the_documentation_has_them(
+    columns: dict[str, Measured], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = importlib.util.spec_from_file_location("methods_figures", ROOT / "tools" / "methods_figures.py")
+    assert spec is not None and spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    lines = [json.dumps(report.json_data(found, {})) for found in columns.values()]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + '\n{"group": "memory"}\n')
+    found = tool.figures([tmp_path / "results.jsonl"])
+    assert found["methods-trained-full-fine-tuning"] == "69,824"
+    # All that the pages of the documentation have marks for.
+    pages = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "docs").rglob("*.md"))
+    marks = set(tool.MARK.findall(pages))
+    assert len(marks) >= 50 and marks <= found.keys(), marks - found.keys()
+    page = tmp_path / "docs" / "page.md"
+    page.parent.mkdir()
+    page.write_text("**0.5**<!-- f:methods-trained-qlora --> 1<!-- f:methods-other --> 2<!-- f:other -->")
+    monkeypatch.setattr(tool, "ROOT", tmp_path)
+    assert tool.main([str(tmp_path / "results.jsonl")]) == 0
+    want = f"**{columns['step'].trained[LORA]:,}**<!-- f:methods-trained-qlora --> "
+    assert page.read_text() == want + "1<!-- f:methods-other --> 2<!-- f:other -->"

@@ -1,0 +1,83 @@
+"""The most memory of a training step's process: measured in one of its own, and only of right gradients."""
+
+from __future__ import annotations
+
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from bench_checks import TINY_BLOCK
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+
+from bench import model, peak, report
+from bench.cases import PEFT_ON_BNB
+from bench.peak import Peak, Peaks
+from bench.report import OURS
+
+TINY = peak.Case(model.STEP, 2, 16, "bf16", model.ModelSizes(TINY_BLOCK, layers=1, vocabulary=500))
+
+
+def test_one_step_of_each_in_a_process_of_its_own() -> None:
+    for library in ("peft", "transformers", "bitsandbytes"):
+        pytest.importorskip(library)
+    found = peak.Case(model.TEXTBOOK, TINY.batch, TINY.tokens, TINY.dtype, TINY.sizes).run()
+    assert not found.wrong and set(found.peaks) == {OURS, model.PATCHED, PEFT_ON_BNB}
+    assert all(0 < one.floor <= one.resident for one in found.peaks.values())
+
+
+@pytest.mark.parametrize("in_step", [True, False])
+def test_what_is_held_in_the_step_is_seen(in_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 MiB more in the step are that much more at the peak, though they are given back before its end;
+    before the step they are not."""
+    pytest.importorskip("peft")
+    pytest.importorskip("transformers")
+    Path("/proc/self/clear_refs").write_text("5")  # or an earlier test's peak would hide this one's
+    before = peak.step_alone(TINY, model.PATCHED)
+    step = model.Models.step
+
+    def holding(models: model.Models, of: object, ids: torch.Tensor) -> object:
+        call = step(models, of, ids)  # type: ignore[arg-type]
+
+        def held() -> object:
+            if (len(ids) > 1) is in_step:
+                torch.ones(256 << 20, dtype=torch.uint8)
+            return call()
+
+        return held
+
+    monkeypatch.setattr(model.Models, "step", holding)
+    after = peak.step_alone(TINY, model.PATCHED)
+    assert after.norm == before.norm
+    more = (after.resident - after.floor) - (before.resident - before.floor)
+    assert more > 200 << 20 if in_step else more < 50 << 20
+
+
+def test_what_a_run_tells_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peak, "missing", lambda needs: "")
+    monkeypatch.setattr(peak, "ProcessPoolExecutor", lambda *args, **options: ThreadPoolExecutor(1))
+    norms = {OURS: 1.1, model.PATCHED: 1.01, PEFT_ON_BNB: 1.0}
+    monkeypatch.setattr(peak, "step_alone", lambda case, name: Peak(100, 50, norms[name]))
+    found = TINY.run()
+    assert set(found.wrong) == {OURS} and set(found.peaks) == {model.PATCHED, PEFT_ON_BNB}
+
+
+def test_wrong_gradients_are_not_told() -> None:
+    right = Peak(100, 50, 1.0)
+    found = Peaks(TINY, peaks={OURS: Peak(50, 50, 1.1), PEFT_ON_BNB: right})
+    found.judge()
+    assert OURS in found.wrong and found.fraction is None and not list(found.goals())
+    nan = Peaks(TINY, peaks={OURS: Peak(50, 50, float("nan")), PEFT_ON_BNB: right})
+    nan.judge()
+    assert OURS in nan.wrong
+
+
+@pytest.mark.parametrize(("ours", "met"), [(60, True), (61, False)])
+def test_goal(ours: int, met: bool) -> None:
+    found = Peaks(TINY, peaks={OURS: Peak(ours, 40, 1.0), PEFT_ON_BNB: Peak(100, 40, 1.0)})
+    found.judge()
+    ((text, reached),) = found.goals()
+    assert reached is met and f"measured {ours}.0%" in text
+    assert f"{ours}.0%" in report.render([found])

@@ -1,0 +1,93 @@
+"""tools/carry.py: what goes along to a machine without a network."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "carry.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("carry", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def contender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of packages with a bitsandbytes in it, which nothing else shadows."""
+    site = tmp_path / "site"
+    for name, text in {
+        "bitsandbytes/__init__.py": "from .nn import layers\n",
+        "bitsandbytes/nn/layers.py": "",
+        "bitsandbytes/libbitsandbytes_cuda130.so": "13.0",
+        "bitsandbytes/libbitsandbytes_cuda118.so": "11.8",
+        "bitsandbytes/libbitsandbytes_cpu.so": "cpu",
+        "bitsandbytes/__pycache__/__init__.pyc": "",
+        "bitsandbytes-9.9.dist-info/METADATA": "Metadata-Version: 2.1\nName: bitsandbytes\nVersion: 9.9\n",
+    }.items():
+        (site / name).parent.mkdir(parents=True, exist_ok=True)
+        (site / name).write_text(text)
+    record = [f"{path.relative_to(site)},," for path in site.rglob("*") if path.is_file()]
+    (site / "bitsandbytes-9.9.dist-info" / "RECORD").write_text("\n".join(record) + "\n")
+    monkeypatch.setattr(sys, "path", [str(site), *sys.path])
+    return site
+
+
+@pytest.mark.usefixtures("contender")
+def test_bitsandbytes_comes_with_one_library(tool: ModuleType, tmp_path: Path) -> None:
+    assert tool.main([str(tmp_path / "carried"), "--cuda", "130"]) == 0
+    python = tmp_path / "carried" / "python"
+    taken = {str(path.relative_to(python)) for path in python.rglob("*") if path.is_file()}
+    assert taken >= {"bitsandbytes/__init__.py", "bitsandbytes/nn/layers.py"}
+    assert [name for name in taken if name.endswith((".so", ".pyc"))] == [
+        "bitsandbytes/libbitsandbytes_cuda130.so"
+    ]
+    # It is imported from there, and tells its version.
+    code = "import bitsandbytes as b, importlib.metadata as m; print(b.__file__, m.version('bitsandbytes'))"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        env={"PYTHONPATH": str(python)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == [str(python / "bitsandbytes" / "__init__.py"), "9.9"]
+
+
+@pytest.mark.usefixtures("contender")
+def test_another_cuda_is_told(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert tool.main([str(tmp_path / "carried"), "--cuda", "999"]) == 1
+    said = capsys.readouterr().err
+    assert "bitsandbytes has no libbitsandbytes_cuda999.so, but libbitsandbytes_cuda118.so, libbits" in said
+
+
+def test_without_bitsandbytes_there_is_a_reason(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def missing(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(tool.importlib.metadata, "files", missing)
+    assert tool.main([str(tmp_path), "--cuda", "130"]) == 1
+    assert "carry.py: bitsandbytes is not installed" in capsys.readouterr().err
+
+
+def test_our_libraries_come_for_every_python(tool: ModuleType, tmp_path: Path) -> None:
+    package, target = tmp_path / "package", tmp_path / "carried"
+    package.mkdir()
+    names = {f"_C_cuda.cpython-{version}-x86_64-linux-gnu.so" for version in (311, 312)}
+    for name in (*names, "_C.cpython-311-x86_64-linux-gnu.so"):
+        (package / name).write_text("code")
+    assert {path.name for path in tool.take_libraries(package, target)} == names
+    assert {path.name for path in target.iterdir()} == names

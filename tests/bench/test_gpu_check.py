@@ -1,0 +1,392 @@
+"""bench/gpu_check.sh, all there is to run on a machine with a GPU, as far as it runs without one."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+
+from bench import gpu
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SCRIPT = ROOT / "bench" / "gpu_check.sh"
+WHOLE = 540
+"""Seconds in which either part ends: rented machines end a command after ten minutes."""
+
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+
+
+def gpu_check(
+    out: Path, *arguments: str, python: str | Path = sys.executable, **variables: str
+) -> tuple[int, str]:
+    """Its status, and what it said."""
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments, out.name],
+        cwd=out.parent,
+        env={**os.environ, "PYTHON": str(python), **variables},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def results(out: Path) -> dict[str, str]:
+    """What is in the archive, by name."""
+    with tarfile.open(out / "results.tar.gz") as archive:
+        files = [member for member in archive if member.isfile()]
+        opened = {member.name.removeprefix("./"): archive.extractfile(member) for member in files}
+        return {
+            name: file.read().decode(errors="replace") for name, file in opened.items() if file is not None
+        }
+
+
+def outcomes(out: Path) -> dict[str, str]:
+    """Of each part what the summary says of it, in order."""
+    lines = (out / "summary.txt").read_text().splitlines()
+    found = [re.match(r"([\w-]+): ((passed|FAILED|skipped)\b.*)", line) for line in lines]
+    return {match[1]: match[2] for match in found if match is not None}
+
+
+def parts(out: Path) -> list[str]:
+    return [name for name, outcome in outcomes(out).items() if not outcome.startswith("skipped")]
+
+
+Stub = Callable[..., Path]
+
+
+@pytest.fixture
+def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
+    """Programs on the path that write down their calls, and fail where a call matches a pattern."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    for name in [name for name in os.environ if name.startswith("PEFT_KERNELS_")]:
+        monkeypatch.delenv(name)
+
+    def stub(name: str, fails: str = "nothing", run: str = "") -> Path:
+        path = folder / name
+        path.write_text(
+            f'#!/usr/bin/env bash\necho "{name} $*" >> "{tmp_path}/calls"\n'
+            f'case "$*" in {fails}) echo "{name} is out of luck"; exit 1;; esac\n{run}\nexit 0\n'
+        )
+        path.chmod(0o755)
+        return path
+
+    return stub
+
+
+@pytest.fixture
+def machine(tmp_path: Path, stubs: Stub) -> Stub:
+    """All programs of a machine with a card are stubs; the Python, in which `fails` may fail, is returned."""
+    (tmp_path / "include").mkdir()
+    (tmp_path / "include" / "Python.h").touch()
+    stubs(
+        "nvcc", run=f'while [ $# -gt 1 ]; do [ "$1" = -o ] && cp "{tmp_path}/bin/program" "$2"; shift; done'
+    )
+    stubs("program")
+    stubs("ninja")
+    stubs("g++")
+    stubs("compute-sanitizer", run='[ "$1" = --help ] && echo "  --kernel-regex"')
+
+    def python(fails: str = "nothing", run: str = "") -> Path:
+        answers = (
+            f'case "$*" in *get_device_capability*) echo 9.0;; *\'"include"\'*) echo "{tmp_path}/include";;'
+            f" *'\"amd\" if'*) echo nvidia;; esac"
+        )
+        return stubs("python-stub", fails, f"{answers}\n{run}")
+
+    return python
+
+
+def calls(tmp_path: Path) -> str:
+    return (tmp_path / "calls").read_text()
+
+
+# Wrong calls, and no card.
+
+
+@no_gpu
+def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
+    status, said = gpu_check(tmp_path)
+    assert status == 3
+    assert said.startswith("gpu_check: there is no usable GPU here: torch ") and len(said.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["--part"], ["--part", "tests"], ["--part", "all", "out"], ["--fast", "1", "out"], ["--carry", "."]],
+    ids=" ".join,
+)
+def test_a_wrong_call_is_told(arguments: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    usage = "usage: bench/gpu_check.sh [--part tests|speed] [--carry FOLDER] OUT\n"
+    assert (done.returncode, done.stderr) == (2, usage)
+    assert not list(tmp_path.iterdir())
+
+
+# The rehearsal.
+
+
+@pytest.mark.slow
+def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
+    if reason := gpu.refusal("cpu"):
+        pytest.skip(reason)
+    # An installed package may have them while the source tree has none.
+    if not list((ROOT / "peft_kernels").glob("_C.*")):
+        pytest.skip("the script runs the source tree, in which no kernels are compiled")
+    out = tmp_path / "out"
+    status, said = gpu_check(out, REHEARSE="1", OMP_NUM_THREADS="1")
+    assert status == 0, said
+    assert parts(out) == ["environment", "check", "tests-cpu", "tests-on-card", "speed", "speed-eager"]
+    assert sorted(path.name for path in out.iterdir()) == ["results.tar.gz", "summary.txt"]
+    found = results(out)
+    assert found["summary.txt"] == (out / "summary.txt").read_text()
+    assert {f"{name}.log" for name in parts(out)} < found.keys()
+    lines = found["speed/results.jsonl"].splitlines()
+    groups = {json.loads(line)["group"] for line in lines}
+    assert groups == {"forward", "dequantize", "dx", "qlora", "adamw-one-tensor"}
+    assert "cases right, 0 wrong" in found["check/table.txt"]
+    assert re.search(r"\d+ passed", found["tests-on-card.log"])
+
+
+# The way of a machine with a GPU.
+
+TESTS = ["primitives", "check", "tests-cuda", "tests-triton", "tests-on-card"]
+SPEED = ["speed", "speed-eager"]
+SANITIZERS = ["memcheck", "racecheck"]
+
+
+@pytest.mark.parametrize(
+    "arguments,expected",
+    [
+        ([], [*TESTS, *SPEED, *SANITIZERS]),
+        (["--part", "tests"], [*TESTS, *SANITIZERS]),
+        (["--part", "speed"], SPEED),
+    ],
+    ids=["both", "tests", "speed"],
+)
+def test_parts_in_their_order(
+    arguments: list[str], expected: list[str], tmp_path: Path, machine: Stub
+) -> None:
+    status, said = gpu_check(tmp_path, *arguments, python=machine())
+    assert status == 0, said
+    assert parts(tmp_path) == ["environment", "build", *expected]
+    told = calls(tmp_path)
+    assert "python-stub setup.py build_ext --inplace" in told
+    if "primitives" in expected:
+        assert "-arch=native -Icsrc/cuda" in told and "\nprogram " in told
+        assert re.search(r"-m pytest .* -n 6 --dist loadfile .* -k cuda\n", told)
+        assert "--tool memcheck --kernel-regex kns=peft_kernels" in told
+    if "speed" in expected:
+        assert re.search(r"bench/gpu.py --backend cuda --seconds \d+ --output", told)
+
+
+def test_only_what_failed_fails(tmp_path: Path, machine: Stub, stubs: Stub) -> None:
+    python = machine()
+    stubs("compute-sanitizer", fails="*racecheck*")
+    status, said = gpu_check(tmp_path, python=python)
+    assert status == 1
+    failed = [name for name, outcome in outcomes(tmp_path).items() if outcome.startswith("FAILED")]
+    assert failed == ["racecheck"]
+    assert "racecheck: FAILED (status 1" in said and "compute-sanitizer is out of luck" in said
+
+
+def test_a_failed_test_goes_under_memcheck_at_once(tmp_path: Path, machine: Stub) -> None:
+    first = "tests/test_a.py::test_b[cuda_copied-m1]"
+    log = f"FAILED {first} - RuntimeError: CUDA error - and more\\nFAILED tests/test_a.py::test_c - no"
+    python = machine(run=f'case "$*" in *"-k cuda") printf "{log}\\n"; exit 1;; esac')
+    status, _ = gpu_check(tmp_path, "--part", "tests", python=python)
+    assert status == 1
+    order = parts(tmp_path)
+    assert order[order.index("tests-cuda") + 1] == "memcheck-tests-cuda"
+    assert re.search(
+        rf"compute-sanitizer --tool memcheck .* {re.escape(str(python))} -m pytest .* {re.escape(first)}\n",
+        calls(tmp_path),
+    )
+
+
+@pytest.mark.parametrize("part", ["tests", "speed"])
+def test_the_parts_fit_into_their_time(part: str, tmp_path: Path, machine: Stub) -> None:
+    """Each may take what those before it left: where these take no time, the last has all there is."""
+    failing = 'case "$*" in *"-m pytest"*) echo "FAILED tests/test_a.py::test_b - no"; exit 1;; esac'
+    _, said = gpu_check(tmp_path, "--part", part, python=machine(run=failing))
+    limits = [
+        int(seconds) for seconds in re.findall(r"\d+ of (\d+) s\)", (tmp_path / "summary.txt").read_text())
+    ]
+    assert len(limits) == len(parts(tmp_path)) >= 4, said
+    killed_after = 8
+    assert WHOLE - 60 < max(limits) <= WHOLE - killed_after
+
+
+@pytest.mark.slow
+def test_pytest_tells_what_it_has_when_time_is_up(tmp_path: Path, machine: Stub) -> None:
+    """Interrupted as by Ctrl-C, also where the script runs in the background, which ignores Ctrl-C."""
+    test = tmp_path / "test_slow.py"
+    test.write_text(
+        "import time\ndef test_wrong():\n    assert 1 == 2\ndef test_slow():\n    time.sleep(100)\n"
+    )
+    run = f'case "$*" in *"-k cuda") exec {sys.executable} -m pytest -q -p no:cacheprovider {test};; esac'
+    command = f"bash {SCRIPT} --part tests {tmp_path}/out & wait $!"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        env={**os.environ, "PYTHON": str(machine(run=run)), "GPU_CHECK_SECONDS": "30"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert outcomes(tmp_path / "out")["tests-cuda"].startswith("FAILED (status 124, out of time")
+    log = results(tmp_path / "out")["tests-cuda.log"]
+    assert "KeyboardInterrupt" in log and "1 failed" in log and "assert 1 == 2" in log
+
+
+def test_a_run_that_is_cut_off_leaves_what_it_had(tmp_path: Path, machine: Stub) -> None:
+    """Looked at from within: while a part runs, the archive holds those before it."""
+    look = f'case "$*" in *"-k triton") tar -tzf "{tmp_path}/results.tar.gz" > "{tmp_path}/seen";; esac'
+    gpu_check(tmp_path, "--part", "tests", python=machine(run=look))
+    seen = (tmp_path / "seen").read_text()
+    assert "./tests-cuda.log" in seen and "tests-triton.log" not in seen and "./summary.txt" in seen
+
+
+def test_a_long_log_loses_its_middle(tmp_path: Path, machine: Stub) -> None:
+    run = 'case "$*" in *"-k cuda") echo first; yes 0123456789 | head -c 5000000; echo last;; esac'
+    assert gpu_check(tmp_path, "--part", "tests", python=machine(run=run))[0] == 0
+    log = results(tmp_path)["tests-cuda.log"]
+    assert log.startswith("first\n") and log.endswith("last\n")
+    assert log.count("[... the middle is left out ...]") == 1 and 3_900_000 < len(log) < 4_100_000
+
+
+def test_the_archive_comes_home_whole(tmp_path: Path, machine: Stub, stubs: Stub) -> None:
+    """Results that cannot be packed are cut shorter, all of them."""
+    python = machine()
+    write = 'mkdir -p "${!#}"; for i in 1 2 3 4 5; do head -c 3500000 /dev/urandom > "${!#}/$i"; done'
+    stubs("compute-sanitizer", run=f'case "$*" in *--tool*/racecheck) {write};; esac')
+    assert gpu_check(tmp_path, "--part", "tests", python=python)[0] == 0
+    assert (tmp_path / "results.tar.gz").stat().st_size < 15_000_000
+    found = results(tmp_path)
+    assert all("middle is left out" in found[f"racecheck/{i}"] for i in range(1, 6))
+    assert "tests-cuda.log" in found
+
+
+# What is missing.
+
+
+@pytest.mark.parametrize(
+    "lacking,words",
+    [
+        ("nvcc", "there is no nvcc"),
+        ("ninja", "there is no ninja on the path or in "),
+        ("g++", "there is no C++ compiler g++"),
+        ("include/Python.h", "there is no Python.h in {tmp_path}/include (package python3-dev)"),
+        ("pybind11", "{python} lacks pybind11"),
+    ],
+)
+def test_why_nothing_is_built(lacking: str, words: str, tmp_path: Path, machine: Stub) -> None:
+    python = machine(fails=f"*\"'{lacking}'\"*")
+    for path in (tmp_path / "bin" / lacking, tmp_path / lacking):
+        path.unlink(missing_ok=True)
+    status, said = gpu_check(
+        tmp_path, "--part", "tests", python=python, CUDA_HOME=str(tmp_path), PATH=bare_path(tmp_path)
+    )
+    assert f"build: skipped, {words.format(python=python, tmp_path=tmp_path)}" in said
+    # The library may be there all the same.
+    assert status == 0 and {"tests-cuda", "tests-triton"} < set(parts(tmp_path)), said
+    assert "setup.py" not in calls(tmp_path)
+
+
+def bare_path(tmp_path: Path) -> str:
+    """The stubs, and of this machine's programs only those that every machine has."""
+    folder = tmp_path / "usual"
+    folder.mkdir()
+    usual = (
+        "bash cat cp dirname env find free grep gzip head ls mkdir mktemp mv nproc readlink rm sed stat tail"
+    )
+    for name in [*usual.split(), "tar", "tee", "timeout", "uname"]:
+        if (found := shutil.which(name)) is not None:
+            (folder / name).symlink_to(found)
+    return f"{tmp_path}/bin:{folder}"
+
+
+def test_what_is_missing_is_skipped_with_its_reason(tmp_path: Path, machine: Stub) -> None:
+    python = machine(fails="*\"'hypothesis'\"*|*\"'peft'\"*")
+    (tmp_path / "bin" / "compute-sanitizer").unlink()
+    status, said = gpu_check(tmp_path, python=python, CUDA_HOME=str(tmp_path), PATH=bare_path(tmp_path))
+    assert status == 0, said
+    assert f"tests: skipped, {python} lacks pytest or hypothesis" in said
+    assert "memcheck: skipped, there is no compute-sanitizer" in said
+    assert "contender peft: skipped, it is not installed" in said
+    assert "contender bitsandbytes" not in said
+
+
+def test_without_cuda_triton_is_tested_and_timed(tmp_path: Path, machine: Stub) -> None:
+    python = machine(fails="*BACKENDS[\\'cuda*|*setup.py*")
+    status, said = gpu_check(tmp_path, python=python)
+    assert status == 1
+    assert "back end cuda: NOT USABLE: python-stub is out of luck" in said
+    assert "tests-triton" in parts(tmp_path) and "tests-cuda" not in parts(tmp_path)
+    assert "bench/gpu.py --backend triton --seconds" in calls(tmp_path)
+
+
+def test_on_an_amd_card_triton_is_tested(tmp_path: Path, machine: Stub) -> None:
+    python = machine(fails="*BACKENDS[\\'cuda*")
+    python.write_text(python.read_text().replace("echo nvidia", "echo amd"))
+    status, said = gpu_check(tmp_path, python=python)
+    assert status == 0, said
+    assert "build: skipped, an AMD card, which back end triton serves" in said
+    assert parts(tmp_path) == ["environment", "check", "tests-triton", "tests-on-card", *SPEED]
+
+
+def test_without_kernels_nothing_is_measured(tmp_path: Path, machine: Stub) -> None:
+    status, said = gpu_check(tmp_path, python=machine(fails="*probe*"))
+    assert status == 1
+    assert "no back end of ours can be used, so nothing more is run" in said
+    assert "bench/gpu.py" not in calls(tmp_path)
+    assert set(results(tmp_path)) == {"summary.txt", "environment.log", "build.log"}
+
+
+# What is carried along.
+
+
+@pytest.fixture
+def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as tools/carry.py makes it, and a copy of the script beside a package of its own."""
+    for name in ("bench", "peft_kernels", "tests"):
+        (tmp_path / "tree" / name).mkdir(parents=True)
+    shutil.copy(SCRIPT, tmp_path / "tree" / "bench")
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", tmp_path / "tree" / "bench" / SCRIPT.name)
+    folder = tmp_path / "carried"
+    (folder / "peft_kernels").mkdir(parents=True)
+    (folder / "peft_kernels" / "_C_cuda.cpython-312-x86_64-linux-gnu.so").write_text("built elsewhere")
+    return folder
+
+
+@pytest.mark.parametrize("failing", ["nothing", "*setup.py*"], ids=["built", "not-built"])
+@pytest.mark.parametrize("way", ["option", "variable"])
+def test_a_carried_library_is_used_where_none_is_built(
+    way: str, failing: str, carried: Path, tmp_path: Path, machine: Stub
+) -> None:
+    option = ["--carry", str(carried)] if way == "option" else []
+    variables = {} if option else {"PEFT_KERNELS_PREBUILT": str(carried / "peft_kernels")}
+    python = machine(fails=failing, run='echo "path $PYTHONPATH" >&2')
+    _, said = gpu_check(tmp_path, "--part", "speed", *option, python=python, **variables)
+    used = failing != "nothing"
+    assert ("prebuilt: _C_cuda.cpython-312-x86_64-linux-gnu.so is used" in said) == used
+    assert len(list((tmp_path / "tree" / "peft_kernels").glob("_C_cuda*.so"))) == used
+    assert (f":{carried}/python" in results(tmp_path)["speed.log"]) == bool(option)

@@ -1,0 +1,231 @@
+"""What setup.py says when the CUDA back end cannot be built. Nothing is compiled here but a probe."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.utils.cpp_extension
+
+from peft_kernels.core.backends import architectures
+
+ROOT = Path(__file__).parent.parent.parent
+Setup = Callable[..., "tuple[int, str]"]
+
+
+@pytest.fixture
+def setup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Setup:
+    """Exit status and words of setup.py, on a torch with a version of CUDA or with none."""
+
+    def run(cuda: str | None, **environment: str) -> tuple[int, str]:
+        for name in [name for name in os.environ if name.startswith("PEFT_KERNELS_")]:
+            monkeypatch.delenv(name)
+        for name, value in ({"PEFT_KERNELS_CPU": "0"} | environment).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        # torch looks for a toolkit once, and only where it was built with CUDA itself.
+        home = os.environ.get("CUDA_HOME") if cuda else None
+        monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", home)
+        monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
+        monkeypatch.chdir(ROOT)
+        status: Any = 0
+        try:
+            runpy.run_path("setup.py", run_name="__main__")
+        except SystemExit as end:
+            status = end.code
+        said = "".join(capfd.readouterr())
+        return (1, said + status) if isinstance(status, str) else (status or 0, said)
+
+    return run
+
+
+KNOWN = {(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}
+
+
+def toolkit(folder: Path, version: str) -> str:
+    """A folder with an nvcc that only tells its version, and that it compiles for KNOWN."""
+    nvcc = folder / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True)
+    lines = [f"Cuda compilation tools, release {version}, V{version}.1"]
+    lines += [f"compute_{major}{minor}" for major, minor in sorted(KNOWN)]
+    nvcc.write_text("#!/bin/sh\n" + "".join(f'echo "{line}"\n' for line in lines))
+    nvcc.chmod(0o755)
+    return str(folder)
+
+
+@pytest.mark.parametrize("wanted", ["", "1"], ids=["unset", "asked-for"])
+@pytest.mark.parametrize(
+    "cuda,version,words",
+    [
+        ("13.0", None, "nvcc was not found in .*: install the CUDA 13.0 toolkit"),
+        ("13.0", "12.6", "nvcc is of CUDA 12.6, this torch needs 13.x: install that toolkit"),
+        ("12.8", "13.0", "nvcc is of CUDA 13.0, this torch needs 12.4 or later"),
+        ("12.4", "12.1", "nvcc is of CUDA 12.1, this torch needs 12.4 or later"),
+        (None, "13.0", "is built without CUDA"),
+    ],
+    ids=["no-nvcc", "too-old", "too-new", "old-minor", "torch-without"],
+)
+def test_no_nvcc_that_fits(
+    setup: Setup, tmp_path: Path, cuda: str | None, version: str | None, words: str, wanted: str
+) -> None:
+    home = str(tmp_path / "absent") if version is None else toolkit(tmp_path, version)
+    status, said = setup(cuda, CUDA_HOME=home, PEFT_KERNELS_CUDA=wanted)
+    if wanted:
+        assert status != 0 and "CUDA back end was asked for, but cannot be built: " in said
+    else:
+        assert status == 0 and said.startswith("peft_kernels")
+        # Nobody who installed a torch without CUDA misses it.
+        assert ("WARNING" in said) == (cuda is not None)
+    if wanted or cuda is not None:
+        assert re.search(words, said), said
+
+
+def test_left_out_on_request(setup: Setup, tmp_path: Path) -> None:
+    status, said = setup(torch.version.cuda, CUDA_HOME=str(tmp_path), PEFT_KERNELS_CUDA="0")
+    assert status == 0 and "WARNING" not in said
+
+
+def test_switches_are_0_or_1(setup: Setup) -> None:
+    status, said = setup(torch.version.cuda, PEFT_KERNELS_CUDA="yes")
+    assert status != 0 and "PEFT_KERNELS_CUDA: expected 0 or 1, got 'yes'" in said
+
+
+LISTS: dict[str, tuple[str, list[str]]] = {
+    "8.0;9.0+PTX": ("8.0 9.0+PTX", []),
+    "7.5 8.0 8.6 9.0 10.0 12.0+PTX": ("8.0 8.6 9.0 10.0 12.0+PTX", ["7.5 is left out: the kernels need 8.0"]),
+    "7.0;7.5+PTX": ("", ["7.0 is left out", "7.5 is left out"]),
+    "9.0a": ("9.0", ["9.0a is compiled as 9.0"]),
+    "10.0f+PTX, 9.0": ("9.0 10.0+PTX", ["10.0f is compiled as 10.0"]),
+    "Hopper": ("9.0+PTX", []),
+    "Ada+PTX; ampere": ("8.0 8.6+PTX 8.9+PTX", []),
+    "Turing;Hopper": ("9.0+PTX", ["7.5 is left out"]),
+    "Ampere+Tegra": ("8.6+PTX", ["8.7 is served by PTX of 8.6: this nvcc"]),
+    "Blackwell": ("10.0+PTX 12.0+PTX", ["10.3 is served by PTX of 10.0", "12.1 is served by PTX of 12.0"]),
+    "9.0 9.0+PTX 9.0": ("9.0+PTX", []),
+    "native": ("8.9+PTX", ["7.5 is left out"]),
+    "native 8.0": ("8.0 8.9+PTX", ["7.5 is left out"]),
+    " ; ": ("8.9+PTX", ["7.5 is left out"]),
+}
+"""Of TORCH_CUDA_ARCH_LIST, with cards 7.5 and 8.9 here: what is compiled for, and what is said."""
+
+
+@pytest.mark.parametrize("wanted", LISTS)
+def test_which_architectures_are_compiled_for(wanted: str) -> None:
+    words, said = LISTS[wanted]
+    got, sentences = architectures.chosen(wanted, [(8, 9), (7, 5), (8, 9)], KNOWN)
+    assert " ".join(got) == words
+    assert len(sentences) == len(said), sentences
+    for sentence, part in zip(sentences, said, strict=True):
+        assert part in sentence
+    # What the library carries is what the back end reads.
+    assert all(architectures.unserved((99, 0), [word]) is None for word in got if "+PTX" in word)
+    for word in got:
+        major, minor = word.removesuffix("+PTX").split(".")
+        assert architectures.unserved((int(major), int(minor)), [word]) is None
+
+
+def test_without_a_card_all_are_compiled_for() -> None:
+    assert architectures.chosen("", [], KNOWN) == (["8.0", "9.0", "10.0", "12.0+PTX"], [])
+    assert architectures.chosen("native", [], {(8, 0), (9, 0)}) == (["8.0", "9.0+PTX"], [])
+
+
+def test_a_card_older_than_all_that_nvcc_compiles_for() -> None:
+    words, said = architectures.chosen("8.0", [], {(9, 0)})
+    assert words == [] and said == ["8.0 is left out: this nvcc does not compile for it"]
+
+
+@pytest.mark.parametrize("word", ["hoper", "9", "sm_90", "9.0b", "9.0-PTX", "+PTX", "90"])
+def test_a_word_that_names_no_architecture(word: str) -> None:
+    with pytest.raises(ValueError, match=r"^TORCH_CUDA_ARCH_LIST: expected compute .*, got '") as raised:
+        architectures.chosen(f"8.0;{word}", [], KNOWN)
+    assert repr(word.lower()) in str(raised.value)
+
+
+def test_nvcc_is_told_what_the_library_carries(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """And torch, which does not know all of these words, adds none of its own."""
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", toolkit(tmp_path, "13.0"))
+    monkeypatch.setenv("PEFT_KERNELS_CPU", "0")
+    monkeypatch.setenv("PEFT_KERNELS_CUDA", "1")
+    monkeypatch.delenv("PEFT_KERNELS_EMULATE", raising=False)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "7.5 9.0a Blackwell")
+    (found,), _ = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["extensions"]()
+    (carried,) = (value for name, value in found.define_macros if name.endswith("_ARCHITECTURES"))
+    assert carried == "9.0:10.0+PTX:12.0+PTX"
+    flags = found.extra_compile_args["nvcc"]
+    assert [flag for flag in flags if "arch" in flag] == [
+        f"-gencode=arch=compute_{number},code={code}_{number}"
+        for number, codes in (("90", ["sm"]), ("100", ["sm", "compute"]), ("120", ["sm", "compute"]))
+        for code in codes
+    ]
+    assert torch.utils.cpp_extension._get_cuda_arch_flags(flags) == []
+    said = capfd.readouterr().err
+    assert "CUDA back end: compute capability 7.5 is left out: the kernels need 8.0 or later" in said
+
+
+@pytest.mark.parametrize("wanted", ["", "1"], ids=["unset", "asked-for"])
+def test_no_architecture_that_kernels_serve(setup: Setup, tmp_path: Path, wanted: str) -> None:
+    home = toolkit(tmp_path, "13.0")
+    status, said = setup("13.0", CUDA_HOME=home, PEFT_KERNELS_CUDA=wanted, TORCH_CUDA_ARCH_LIST="7.0;Turing")
+    assert (status != 0) == bool(wanted)
+    assert "7.0 is left out: the kernels need 8.0 or later; 7.5 is left out" in said
+
+
+def test_an_architecture_misspelled(setup: Setup, tmp_path: Path) -> None:
+    status, said = setup("13.0", CUDA_HOME=toolkit(tmp_path, "13.0"), TORCH_CUDA_ARCH_LIST="hoper")
+    assert status != 0 and "TORCH_CUDA_ARCH_LIST: expected" in said and "got 'hoper'" in said
+
+
+def included(path: Path, seen: set[Path]) -> str:
+    """A file's text and those of the files that it includes by quoted names."""
+    seen.add(path)
+    text = path.read_text(encoding="utf-8")
+    for name in re.findall(r'^#\s*include "([^"]+)"', text, re.MULTILINE):
+        other = (path.parent / name).resolve()
+        if other.exists() and other not in seen:
+            text += included(other, seen)
+    return text
+
+
+def test_files_that_read_much_of_torch_begin_with_what_is_precompiled() -> None:
+    """A header that comes after another is not taken precompiled, and torch's take seconds."""
+    build = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
+    sources = [
+        ROOT / name for name in (*build["CPU_SOURCES"], *build["CUDA_OPS"], *build["EMULATED_SOURCES"])
+    ]
+    if not all(path.exists() for path in sources):
+        pytest.skip("no sources here")
+    much = [path for path in sources if re.search(r"<ATen/ATen.h>|<torch/", included(path, set()))]
+    assert len(much) > 25
+    late = [
+        path.name
+        for path in much
+        if f"{re.search(r'^#include .*$', path.read_text(encoding='utf-8'), re.MULTILINE)[0]}\n"  # type: ignore[index]
+        != build["PRECOMPILED"]
+    ]
+    assert late == []
+
+
+def test_a_wrapped_file_begins_with_what_is_precompiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own lines do: in files that it includes a precompiled header is not taken."""
+    wrapped = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["wrapped"]
+    monkeypatch.setitem(wrapped.__globals__, "ROOT", tmp_path)
+    (tmp_path / "ops.cpp").write_text("// Ops.\n#include <ATen/ATen.h>\n")
+    (tmp_path / "kernel.cu").write_text("// A kernel.\n")
+    wrapped("in", {"ops.cpp": "ops_of_two.cpp", "kernel.cu": "kernel.cu"})
+    texts = [(tmp_path / "build" / "in" / name).read_text() for name in ("ops_of_two.cpp", "kernel.cu")]
+    assert texts == [
+        f'#include <ATen/ATen.h>\n#include "{tmp_path}/ops.cpp"\n',
+        f'#include "{tmp_path}/kernel.cu"\n',
+    ]

@@ -1,0 +1,164 @@
+"""The server of examples/serve.py: over the loopback, with a tiny model."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving_models import ADAPTERS, llama, prompt, save_adapter
+
+from peft_kernels.serving import Engine
+
+for _name in ("fastapi", "uvicorn", "httpx"):
+    pytest.importorskip(_name, reason=f"{_name} is not installed")
+
+import httpx  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def serve() -> Any:
+    path = Path(__file__).resolve().parent.parent.parent / "examples" / "serve.py"
+    sys.path.insert(0, str(path.parent))
+    spec = importlib.util.spec_from_file_location("serve_example", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["serve_example"] = module  # pydantic looks names up there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def http(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    folder = tmp_path_factory.mktemp("adapters")
+    for name in ("one", "two"):
+        save_adapter(llama(), folder / name, **ADAPTERS[name])
+    engine = Engine(llama(), max_batch=3)
+    engine.register("one", folder / "one")
+    server, thread, port = serve.serve_on_loopback(serve.make_app(engine, folder))
+    with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, trust_env=False) as client:
+        yield client
+    server.should_exit = True
+    thread.join(30)
+    assert not thread.is_alive() and engine._thread is None
+
+
+def test_adapters_are_loaded_asked_and_forgotten(http: httpx.Client) -> None:
+    ask = {"prompt": prompt(1, 5), "max_new_tokens": 4}
+    texts = []
+    assert http.put("/adapters/two", json={"folder": "two"}).json() == {"loaded": "two"}
+    for name in (None, "one", "two"):
+        answer = http.post("/generate", json=ask | {"adapter": name})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["finish_reason"] in ("length", "stop")
+        texts.append(tuple(answer.json()["tokens"]))
+    assert len(set(texts)) == 3
+    known = {one["name"]: one for one in http.get("/adapters").json()}
+    assert set(known) == {"one", "two"} and all(
+        one["nbytes"] and not one["requests"] for one in known.values()
+    )
+    assert http.delete("/adapters/two").status_code == 200
+    for answer, message in (
+        (http.post("/generate", json=ask | {"adapter": "two"}), "expected one that is registered"),
+        (http.post("/generate", json=ask | {"prompt": []}), "expected at least one token"),
+        (http.put("/adapters/up", json={"folder": "../one"}), "expected one inside the server's"),
+        (http.put("/adapters/none", json={"folder": "none"}), "expected a adapter_config.json, got none"),
+    ):
+        assert answer.status_code == 400 and message in answer.json()["detail"]
+
+
+def test_what_clients_send_is_answered_in_sentences(http: httpx.Client, tmp_path: Path) -> None:
+    """And without the paths of the server."""
+    ask = {"max_new_tokens": 2}
+    typed = {"headers": {"content-type": "application/json"}}
+    lone = b'{"prompt": "\\ud800", "max_new_tokens": 2}'
+    long = "x" * 300
+    answers = [
+        (http.post("/generate", content=lone, **typed), 400, "prompt: expected token ids, as"),
+        (http.post("/generate", json=ask | {"prompt": 5}), 422, "prompt"),
+        (
+            http.post(
+                "/generate", content=b'{"prompt": [5], "adapter": "\\ud800", "max_new_tokens": 2}', **typed
+            ),
+            400,
+            "one that is registered",
+        ),
+        (http.put("/adapters/long", json={"folder": long}), 400, "cannot be read (File name too long)"),
+        (http.put("/adapters/nul", json={"folder": "a\0b"}), 400, ""),
+        (http.put("/adapters/lone", content=b'{"folder": "\\ud800"}', **typed), 400, ""),
+        (http.post("/generate", content=b'{"prompt": {"a": "\\ud800"}}', **typed), 422, "body.prompt.str: "),
+        (
+            http.put("/adapters/none", json={"folder": "none"}),
+            400,
+            "none: expected a adapter_config.json, got none",
+        ),
+        (http.put("/adapters/one", json={"folder": "two"}), 400, "name: 'one' is the adapter in one: unload"),
+        (http.post("/generate", json={"prompt": [5], "temperature": -1}), 400, "temperature: expected 0 or"),
+    ]
+    for answer, status, message in answers:
+        assert answer.status_code == status, answer.text
+        assert message in answer.json()["detail"] and str(tmp_path.parent) not in answer.text
+
+
+def test_a_request_that_takes_too_long_is_told(
+    serve: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serve, "TIMEOUT", -1.0)
+    answer = http.post("/generate", json={"prompt": [5], "max_new_tokens": 50})
+    assert answer.status_code == 504 and "not done after -1 seconds" in answer.json()["detail"]
+
+
+def test_folders_that_cannot_be_served_are_named(
+    serve: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / "config.json").touch()
+    for given, message in (
+        ("one", "expected NAME=FOLDER of a folder that is there, got one"),
+        (f"one={tmp_path}/none", "of a folder that is there, got one="),
+        (f"a.b={tmp_path}", "--adapters: name: expected letters, digits"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["serve.py", "--model", str(model), "--adapters", given])
+        monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", lambda *_, **__: llama())
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_: None)
+        with pytest.raises(SystemExit):
+            serve.main()
+        assert message in capsys.readouterr().err
+
+
+def test_the_load_test_asks_all(serve: Any, http: httpx.Client) -> None:
+    line = serve.load_test(http.base_url.port, 6, 3, ["one"], new_tokens=3)
+    assert line.startswith("6 requests, 3 clients, 1 adapters: ") and "p99" in line
+    assert "1 clients, 0 adapters: " in serve.load_test(http.base_url.port, 1, 1, [], new_tokens=2)
+    with pytest.raises(SystemExit, match=r"2 of 2 requests failed: .*'three'"):
+        serve.load_test(http.base_url.port, 2, 1, ["three"], new_tokens=3)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        with pytest.raises(SystemExit, match=r"2 of 2 requests failed: ConnectError"):
+            serve.load_test(nobody.getsockname()[1], 2, 2, ["one"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("", "--model: expected a folder, got none"),
+        ("--model nowhere", "--model: expected a folder of transformers, got nowhere without config.json"),
+        ("--load-test --requests 0", "--requests: expected a whole number from 1 on, got 0"),
+        ("--load-test --clients -1", "--clients: expected a whole number from 1 on, got -1"),
+        ("--load-test --max-batch 0", "--max-batch: expected a whole number from 1 on, got 0"),
+        ("--load-test --budget-mb nan", "--budget-mb: expected a number above 0, got nan"),
+    ],
+)
+def test_wrong_arguments_are_told_in_a_sentence(
+    serve: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    arguments: str, message: str,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(sys, "argv", ["serve.py", *arguments.split()])
+    with pytest.raises(SystemExit) as ended:
+        serve.main()
+    assert ended.value.code == 2 and message in capsys.readouterr().err

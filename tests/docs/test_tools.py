@@ -1,0 +1,84 @@
+"""tools/peft_tests.py as far as it runs without the package index: its arguments, how it reads records."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "peft_tests.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("peft_tests", TOOL)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--peft", "latest"], "--peft: expected a version or newest, got latest"),
+        (
+            ["--peft", "0.17.0", "--peft", "newest", "--sdist", __file__],
+            "--sdist: expected one --peft at most",
+        ),
+        (["--sdist", "nowhere.tar.gz"], "--sdist: expected a file, got nowhere.tar.gz"),
+    ],
+    ids=["version", "two-versions", "no-file"],
+)
+def test_bad_arguments_are_told(arguments: list[str], words: str) -> None:
+    done = subprocess.run(
+        [sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2 and words in done.stderr
+
+
+@pytest.mark.parametrize(
+    "version,others", [("0.17.0", True), ("0.17.1", True), ("0.18.0", False), ("0.22.0.dev0", False)]
+)
+def test_an_old_peft_brings_what_it_needs(
+    version: str, others: bool, tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(tool, "pip", lambda *arguments: calls.append(arguments))
+    assert tool.installed(version, tmp_path) == tmp_path
+    (call,) = calls
+    assert call[-1] == f"peft=={version}" and "--no-deps" in call and str(tmp_path) in call
+    assert ("transformers==4.57.6" in call) == others
+
+
+def test_only_what_the_patch_broke_counts(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    def run(outcome: str, other: str) -> dict[str, object]:
+        outcomes = {"broken": outcome, "other": other, "same": "passed"}
+        return {
+            name: tool.Record(outcome, "why", 1, Counter(patched=2), Counter())
+            for name, outcome in outcomes.items()
+        }
+
+    assert tool.compare(run("passed", "failed"), run("passed", "passed")) == 0
+    assert tool.compare(run("passed", "failed"), run("failed", "failed")) == 1
+    said = capsys.readouterr().out
+    assert "== pass stock, fail patched: 1\nbroken\n    why\n" in said
+
+
+def test_a_test_of_the_inside_of_peft_may_fail(tool: ModuleType) -> None:
+    name = f"tests/test_target_parameters.py::Class::{next(iter(tool.INTERNAL))}"
+    stock, patched = (
+        {name: tool.Record(outcome, "", 1, Counter(patched=2), Counter())} for outcome in ("passed", "failed")
+    )
+    assert tool.compare(stock, patched) == 0 and tool.compare({"a" + name[-9:]: stock[name]}, {}) == 1
+
+
+def test_a_run_without_a_fused_call_says_nothing(tool: ModuleType) -> None:
+    record = tool.Record("passed", "", 1, Counter(patched=2), Counter({"a reason": 2}))
+    assert tool.compare({"same": record}, {"same": record}) == 1

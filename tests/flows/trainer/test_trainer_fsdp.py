@@ -1,0 +1,173 @@
+"""TRL's SFTTrainer under accelerate's FSDP2 in two processes, against one process on the same batches.
+
+accelerate shards on GPUs alone: here it is told that each process has one, and that it is the CPU.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from flow_checks import assert_fused, assert_near
+from flow_models import adapted, llama
+from ranks import assert_nothing_told
+from test_moe import mixture
+from test_trainer_ddp import ADAPTERS, LOSSES, RANKS, STEPS, alone, losses, options, sft_trainer
+from torch import Tensor
+
+import peft_kernels as pk
+from peft_kernels.nf4.sharded.fsdp_tensor import NF4Shard
+
+for name in ("accelerate", "trl", "datasets"):
+    if importlib.util.find_spec(name) is None:
+        pytest.skip(f"{name} is not installed", allow_module_level=True)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no distributed"),
+]
+CONFIGURATION = Path(__file__).resolve().parents[3] / "examples" / "accelerate" / "fsdp2.yaml"
+
+
+MODELS: dict[str, Callable[[], Any]] = {
+    "nf4": lambda: adapted(llama("nf4"), r=4),
+    "experts": lambda: adapted(pk.quantize_model(mixture(), experts=True), r=4),
+}
+
+
+def environment() -> dict[str, str]:
+    """What `accelerate launch` makes of the configuration among the examples."""
+    import yaml
+
+    config = yaml.safe_load(CONFIGURATION.read_text(encoding="utf-8"))["fsdp_config"]
+    return {"ACCELERATE_USE_FSDP": "true", **{name.upper(): str(value) for name, value in config.items()}}
+
+
+@contextmanager
+def fsdp2() -> Iterator[None]:
+    from accelerate import state
+
+    prepare = state.PartialState._prepare_backend
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment().items():
+            patch.setenv(name, value)
+        kind = state.DistributedType.MULTI_GPU
+        patch.setattr(
+            state.PartialState,
+            "_prepare_backend",
+            lambda self, *args, **kwargs: (prepare(self, *args, **kwargs)[0], kind),
+        )
+        patch.setattr(
+            state.PartialState, "set_device", lambda self: setattr(self, "device", torch.device("cpu"))
+        )
+        yield
+
+
+def learnt(trainer: Any) -> dict[str, Tensor]:
+    found = {n: p.detach() for n, p in trainer.model.named_parameters() if p.requires_grad}
+    return {n: p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for n, p in found.items()}
+
+
+# Cases: each runs in both processes.
+
+
+def sft(folder: Path) -> None:
+    """Losses and adapters as in one process, fused, with half of the base in each; saved as PEFT does."""
+    import peft
+    from torch.distributed.fsdp import FSDPModule
+
+    stock = adapted(llama("nf4"), r=4)
+    start = {name: p.detach().clone() for name, p in stock.named_parameters() if p.requires_grad}
+    packed = sum(p.nbytes for p in stock.parameters() if isinstance(p, pk.NF4Weight))
+    with alone():
+        one = sft_trainer(stock, folder / f"alone-{dist.get_rank()}", **options(2 * RANKS))
+        one.train()
+    with fsdp2():
+        model = adapted(llama("nf4"), r=4)
+        report = pk.patch(model)
+        shared = sft_trainer(model, folder / "shared", **options(2 * RANKS))
+        shared.train()
+        assert_fused(model, report)
+        assert shared.accelerator.is_fsdp2 and isinstance(model.base_model.model.model.layers[0], FSDPModule)
+        shards = [p.to_local() for n, p in model.named_parameters() if n.endswith("base_layer.weight")]
+        own = sum(shard.packed.nbytes + shard.absmax.nbytes for shard in shards)
+        assert len(shards) == 14 and own <= 0.52 * packed, (own, packed)
+        assert losses(shared) == pytest.approx(losses(one), rel=LOSSES) and len(losses(one)) == STEPS
+        moved = [{n: p - start[n] for n, p in learnt(each).items()} for each in (shared, one)]
+        assert_near(*moved, ADAPTERS)
+        shared.save_model(str(folder / "adapter"))
+        dist.barrier()
+    again = peft.PeftModel.from_pretrained(llama("nf4"), folder / "adapter")
+    assert_near({n: p for n, p in again.named_parameters() if "lora_" in n}, learnt(shared), 1e-9)
+
+
+def resumed(folder: Path) -> None:
+    """From a checkpoint of Trainer's in the middle."""
+    with fsdp2():
+        curves = []
+        for checkpoint in (None, str(folder / "checkpoint-3")):
+            model = adapted(llama("nf4"), r=4)
+            pk.patch(model)
+            given = options(2 * RANKS, save_strategy="steps", save_steps=3) | {"steps": 6}
+            made = sft_trainer(model, folder, **given)
+            made.train(resume_from_checkpoint=checkpoint)
+            dist.barrier()
+            curves.append(losses(made))
+        assert len(curves[0]) == len(curves[1]) == 6
+        assert curves[1] == pytest.approx(curves[0], rel=1e-4)
+
+
+def efficient_loading(folder: Path) -> None:
+    """Process 0 has the model, and the others get it: they train as where each has it, experts too. Nobody
+    but process 0 sends packed weights, and nobody dense ones."""
+    for base in ("nf4", "experts"):
+        curves = []
+        for efficient in ("false", "true"):
+            with fsdp2(), pytest.MonkeyPatch.context() as patch:
+                patch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", efficient)
+                model = MODELS[base]()
+                if efficient == "true" and dist.get_rank():
+                    spoil(model)
+                given = options(2 * RANKS) | {"steps": 3}
+                trainer = sft_trainer(model, folder / base / efficient, **given)
+                trainer.train()
+                curves.append((losses(trainer), learnt(trainer)))
+                packed = [
+                    p for p in model.parameters() if isinstance(getattr(p, "_local_tensor", p), NF4Shard)
+                ]
+                assert packed and not any(p.is_meta for p in model.parameters())
+                dist.barrier()
+        assert curves[1][0] == pytest.approx(curves[0][0], rel=1e-6)
+        assert_near(curves[1][1], curves[0][1], 1e-6)
+
+
+def spoil(model: Any) -> None:
+    """What a process that did not read the checkpoint has."""
+    with torch.no_grad():
+        for p in model.parameters():
+            for t in p._state.tensors().values() if isinstance(p, pk.NF4Weight) else [p]:
+                t.zero_()
+
+
+CASES = [sft, resumed, efficient_loading]
+
+
+@pytest.mark.parametrize("case", [case.__name__ for case in CASES])
+def test_on_two_processes(told: dict[int, dict[str, str]], case: str) -> None:
+    assert_nothing_told(told, case)
+
+
+def test_the_configuration_is_one_of_accelerate() -> None:
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    for path in CONFIGURATION.parent.glob("*.yaml"):
+        config = load_config_from_file(str(path))
+        assert config.num_processes == 2 and str(config.distributed_type).split(".")[-1] in (
+            "FSDP",
+            "MULTI_GPU",
+        )

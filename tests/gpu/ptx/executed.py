@@ -1,0 +1,182 @@
+"""Which PTX instructions of the CUDA kernels the op tests never execute, kernel by kernel.
+
+    python tests/gpu/ptx/executed.py               # runs the tests of back end `ptx`, then tells
+    python tests/gpu/ptx/executed.py --only Shrink # the kernels whose name has that
+    python tests/gpu/ptx/executed.py --folder F --check  # of what tests left in F: is all that was missed known?
+
+A process whose environment names a folder in PEFT_KERNELS_PTX_EXECUTED leaves there what its kernels executed
+(`leave`, called by conftest.py at its end).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+
+ROOT = Path(__file__).resolve().parent.parent.parent.parent
+FOLDER = "PEFT_KERNELS_PTX_EXECUTED"
+FAMILIES = (
+    *("nf4", "nf4_absmax", "nf4_format", "linear", "lora", "lora_dropout", "lora_multi", "dora", "gated"),
+    *("dropout", "compute_dtype", "gradients", "cuda_ways", "experts_cuda", "adamw", "adamw_cuda"),
+    *("bottleneck", "bottleneck_cuda"),
+)
+
+
+@dataclass
+class Kernel:
+    """A kernel as it is for one architecture: its instructions, in order, and how often each was executed."""
+
+    name: str
+    architecture: int
+    lines: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    times: list[int] = field(default_factory=list)
+
+    @property
+    def missed(self) -> list[int]:
+        return [i for i, times in enumerate(self.times) if times == 0]
+
+    @property
+    def share(self) -> float:
+        """Of its instructions that were executed; 0 of a kernel that never ran."""
+        return 1 - len(self.missed) / len(self.times) if self.times else 0.0
+
+
+def leave(extension: ModuleType) -> None:
+    """Write what this process executed, where the environment asks for it."""
+    if folder := os.environ.get(FOLDER):
+        path = Path(folder, f"{os.getpid()}.json")
+        path.write_text(json.dumps(extension.executed()), encoding="utf-8")
+
+
+def read(folder: Path) -> list[Kernel]:
+    """The kernels, with what all processes executed of them."""
+    kernels: dict[tuple[int, int, str], Kernel] = {}
+    for path in sorted(folder.glob("*.json")):
+        for binary, architecture, instructions, never_run in json.loads(path.read_text(encoding="utf-8")):
+            seen: dict[str, list[tuple[str, str, int]]] = defaultdict(list)
+            for name, line, text, times in instructions:
+                seen[name].append((line, text, times))
+            for name in (*seen, *never_run):
+                key = architecture, binary, name
+                kernel = kernels.setdefault(key, Kernel(name, architecture))
+                if name in seen and not kernel.times:
+                    kernel.lines, kernel.texts, kernel.times = map(list, zip(*seen[name], strict=True))
+                elif name in seen:
+                    kernel.times = [a + b[2] for a, b in zip(kernel.times, seen[name], strict=True)]
+    return sorted(kernels.values(), key=lambda kernel: (kernel.architecture, kernel.name))
+
+
+def run_tests(folder: Path, arguments: Sequence[str] = ()) -> None:
+    """The op tests of `ptx`, in processes of their own. RuntimeError with their words when one fails."""
+    files = [str(ROOT / "tests" / f"test_{family}.py") for family in FAMILIES]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-k",
+        "ptx",
+        *files,
+        *arguments,
+    ]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {FOLDER: str(folder)}, capture_output=True, text=True, check=False
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}: {done.stdout[-4000:]}{done.stderr[-2000:]}")
+
+
+@dataclass(frozen=True)
+class Known:
+    """Kernels of which the op tests are known to execute less than most."""
+
+    kernels: str
+    """A regular expression for their names."""
+    least: float
+    """Share of their instructions that is executed all the same."""
+    reason: str
+
+
+MOST = 0.8
+"""What the op tests execute of every other kernel, at least."""
+KNOWN = (
+    Known(r"^DequantizeElements<(bf16|fp16)>", 0.15, "of odd parts, which test_parts.py asks for, and no op"),
+    Known(r"^LoraShrink<\w+, true, true>", 0.7, "of eight tiles, some with B in fp32 alone, some in 16 bits"),
+    Known(
+        r"^Experts(Shrink|OverRows)<", 0.25, "of LoraShrink's and LoraOverRows' dropout and groups of rows"
+    ),
+    Known(r"^BottleneckExpand<", 0.4, "of LoraExpand's dropout and groups of rows"),
+    Known(r"^StoreTable", 0.6, "of a loop that is unrolled for more words than a launch takes"),
+    Known(r"^LinearDx<\w+, WideTable, 4>", 0.0, "no plan has it (linear_dx.cu): there is no room"),
+)
+
+
+def unknown(kernels: Sequence[Kernel]) -> list[str]:
+    """Kernels of which less was executed than is known, and what KNOWN says of kernels that are none."""
+    found = []
+    for kernel in kernels:
+        least = next((known.least for known in KNOWN if re.search(known.kernels, kernel.name)), MOST)
+        if kernel.share < least:
+            found.append(f"sm_{kernel.architecture} {kernel.name}: {kernel.share:.1%}, expected {least:.0%}")
+    names = [kernel.name for kernel in kernels]
+    return found + [
+        f"no kernel is called {known.kernels}"
+        for known in KNOWN
+        if not any(re.search(known.kernels, name) for name in names)
+    ]
+
+
+def table(kernels: Sequence[Kernel]) -> str:
+    lines = []
+    for kernel in kernels:
+        lines.append(f"sm_{kernel.architecture} {kernel.name}: {kernel.share:.1%} of {len(kernel.times)}")
+        lines += [f"    {kernel.lines[i]}: {kernel.texts[i]}" for i in kernel.missed]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", default="", help="kernels whose name has this")
+    parser.add_argument("--architecture", type=int, default=80)
+    parser.add_argument("--folder", type=Path, help="with the files of tests that ran already")
+    parser.add_argument("--check", action="store_true", help="fail where something unknown was missed")
+    options, arguments = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as made:
+        folder = options.folder or Path(made)
+        if options.folder is None:
+            run_tests(folder, arguments)
+        # Kernels of this folder's own tests are no concern of the op tests; other cards run some of theirs.
+        kernels = [
+            kernel
+            for kernel in read(folder)
+            if options.only in kernel.name
+            and not kernel.name.startswith("cases::")
+            and kernel.architecture == options.architecture
+        ]
+    if not options.check:
+        print(table(kernels))
+    elif not kernels:
+        print("executed.py: back end ptx did not run, nothing to check")
+    elif found := unknown(kernels):
+        print("\n".join(found))
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

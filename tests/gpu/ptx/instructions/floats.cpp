@@ -1,0 +1,227 @@
+// Arithmetic of floats. Results are rounded to the nearest, or as the opcode says. The .approx instructions
+// are exact but for rounding, from which Options::perturb_approximations moves them.
+#include <cmath>
+#include <limits>
+#include <string>
+
+#include "../machine/lanes.h"
+#include "../machine/machine.h"
+#include "decode.h"
+#include "numbers.h"
+
+namespace ptx {
+namespace {
+
+struct Add {
+  template <class T>
+  static T of(T a, T b) {
+    return a + b;
+  }
+};
+struct Subtract {
+  template <class T>
+  static T of(T a, T b) {
+    return a - b;
+  }
+};
+struct Multiply {
+  template <class T>
+  static T of(T a, T b) {
+    return a * b;
+  }
+};
+struct Divide {
+  template <class T>
+  static T of(T a, T b) {
+    return a / b;
+  }
+};
+struct MultiplyAdd {
+  static float of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+  static double of(double a, double b, double c) { return __builtin_fma(a, b, c); }
+};
+// What arithmetic makes of what is no number.
+template <class T>
+T no_number() {
+  if constexpr (sizeof(T) == 4) return bits_as<float>(0x7fffffffu);
+  return std::numeric_limits<T>::quiet_NaN();
+}
+// What is no number yields to what is one.
+struct Minimum {
+  template <class T>
+  static T of(T a, T b) {
+    if (a == b) return std::signbit(a) ? a : b;
+    if (a != a && b != b) return no_number<T>();
+    return a < b || b != b ? a : b;
+  }
+};
+struct Maximum {
+  template <class T>
+  static T of(T a, T b) {
+    if (a == b) return std::signbit(a) ? b : a;
+    if (a != a && b != b) return no_number<T>();
+    return a > b || b != b ? a : b;
+  }
+};
+template <class Of>
+struct OrNan {
+  template <class T>
+  static T of(T a, T b) {
+    return a != a || b != b ? no_number<T>() : Of::of(a, b);
+  }
+};
+struct Negate {
+  template <class T>
+  static T of(T a) {
+    return -a;
+  }
+};
+struct Absolute {
+  template <class T>
+  static T of(T a) {
+    return std::fabs(a);
+  }
+};
+struct SquareRoot {
+  template <class T>
+  static T of(T a) {
+    return std::sqrt(a);
+  }
+};
+struct CopySign {
+  template <class T>
+  static T of(T sign, T magnitude) {
+    return std::copysign(magnitude, sign);
+  }
+};
+
+// a * b + c rounded down or up: the nearest, unless that is on the wrong side of the exact sum.
+template <bool kUp>
+struct MultiplyAddTowards {
+  static float of(float a, float b, float c) {
+    const float nearest = __builtin_fmaf(a, b, c);
+    if (!std::isfinite(nearest)) return nearest;
+    // product + c is sum + rest, exactly; and the difference of two floats so near to each other is exact.
+    const double product = static_cast<double>(a) * b, sum = product + c, part = sum - product;
+    const double rest = (product - (sum - part)) + (c - part), difference = sum - nearest;
+    const double missing = difference != 0 ? difference : rest;
+    if (missing == 0) return nearest;
+    if (kUp) return missing > 0 ? std::nextafter(nearest, INFINITY) : nearest;
+    return missing < 0 ? std::nextafter(nearest, -INFINITY) : nearest;
+  }
+};
+
+template <class Of>
+struct Flushing {
+  static float of(float a) { return flush(Of::of(flush(a))); }
+  static float of(float a, float b) { return flush(Of::of(flush(a), flush(b))); }
+  static float of(float a, float b, float c) { return flush(Of::of(flush(a), flush(b), flush(c))); }
+};
+
+// Rounds, and moves the result by up to that many units in the last place when asked to.
+float approximate(double exact, float operand, uint32_t units = 1) {
+  const auto rounded = static_cast<float>(exact);
+  if (!options().perturb_approximations || !std::isnormal(rounded)) return rounded;
+  uint32_t hash = (bits_as<uint32_t>(operand) ^ options().seed * 0x85ebca6bu) * 0x9e3779b1u;
+  hash ^= hash >> 15;
+  // 1 and 0 stay what they are, which kernels may count on.
+  if (exact == static_cast<double>(rounded)) return rounded;
+  return bits_as<float>(bits_as<uint32_t>(rounded) + hash % (2 * units + 1) - units);
+}
+struct Exponential {
+  static float of(float a) { return approximate(std::exp2(static_cast<double>(a)), a, 2); }
+};
+struct Logarithm {
+  static float of(float a) { return approximate(std::log2(static_cast<double>(a)), a); }
+};
+struct Reciprocal {
+  static float of(float a) { return approximate(1.0 / a, a); }
+};
+struct ReciprocalRoot {
+  static float of(float a) { return approximate(1.0 / std::sqrt(static_cast<double>(a)), a); }
+};
+struct Root {
+  static float of(float a) { return approximate(std::sqrt(static_cast<double>(a)), a); }
+};
+struct Quotient {
+  static float of(float a, float b) { return approximate(static_cast<double>(a) / b, a, 2); }
+};
+struct Sine {
+  static float of(float a) { return approximate(std::sin(static_cast<double>(a)), a); }
+};
+struct Cosine {
+  static float of(float a) { return approximate(std::cos(static_cast<double>(a)), a); }
+};
+struct HyperbolicTangent {
+  static float of(float a) { return approximate(std::tanh(static_cast<double>(a)), a); }
+};
+struct RoundedReciprocal {
+  template <class T>
+  static T of(T a) {
+    return T{1} / a;
+  }
+};
+
+// With and without .ftz.
+template <class Of>
+void add_unary(Table& table, const std::string& name) {
+  table.add(name + ".f32", "44", unary<Of, float, float>);
+  table.add(name + ".ftz.f32", "44", unary<Flushing<Of>, float, float>);
+}
+template <class Of>
+void add_binary(Table& table, const std::string& name) {
+  table.add(name + ".f32", "444", binary<Of, float, float>);
+  table.add(name + ".ftz.f32", "444", binary<Flushing<Of>, float, float>);
+}
+template <class Of>
+void add_ternary(Table& table, const std::string& name) {
+  table.add(name + ".f32", "4444", ternary<Of, float, float>);
+  table.add(name + ".ftz.f32", "4444", ternary<Flushing<Of>, float, float>);
+}
+
+}  // namespace
+
+void add_floats(Table& table) {
+  for (const std::string rounding : {"", ".rn"}) {
+    add_binary<Add>(table, "add" + rounding);
+    add_binary<Subtract>(table, "sub" + rounding);
+    add_binary<Multiply>(table, "mul" + rounding);
+    table.add("add" + rounding + ".f64", "888", binary<Add, double, double>);
+    table.add("sub" + rounding + ".f64", "888", binary<Subtract, double, double>);
+    table.add("mul" + rounding + ".f64", "888", binary<Multiply, double, double>);
+  }
+  add_ternary<MultiplyAdd>(table, "fma.rn");
+  add_ternary<MultiplyAddTowards<false>>(table, "fma.rm");
+  add_ternary<MultiplyAddTowards<true>>(table, "fma.rp");
+  table.add("fma.rn.f64", "8888", ternary<MultiplyAdd, double, double>);
+  add_binary<Minimum>(table, "min");
+  add_binary<Maximum>(table, "max");
+  add_binary<OrNan<Minimum>>(table, "min.NaN");
+  add_binary<OrNan<Maximum>>(table, "max.NaN");
+  table.add("min.f64", "888", binary<Minimum, double, double>);
+  table.add("max.f64", "888", binary<Maximum, double, double>);
+  add_unary<Negate>(table, "neg");
+  add_unary<Absolute>(table, "abs");
+  table.add("neg.f64", "88", unary<Negate, double, double>);
+  table.add("abs.f64", "88", unary<Absolute, double, double>);
+  table.add("copysign.f32", "444", binary<CopySign, float, float>);
+  table.add("copysign.f64", "888", binary<CopySign, double, double>);
+  add_binary<Divide>(table, "div.rn");
+  add_binary<Quotient>(table, "div.full");
+  add_binary<Quotient>(table, "div.approx");
+  table.add("div.rn.f64", "888", binary<Divide, double, double>);
+  add_unary<SquareRoot>(table, "sqrt.rn");
+  add_unary<Root>(table, "sqrt.approx");
+  table.add("sqrt.rn.f64", "88", unary<SquareRoot, double, double>);
+  add_unary<RoundedReciprocal>(table, "rcp.rn");
+  table.add("rcp.rn.f64", "88", unary<RoundedReciprocal, double, double>);
+  add_unary<Reciprocal>(table, "rcp.approx");
+  add_unary<ReciprocalRoot>(table, "rsqrt.approx");
+  add_unary<Exponential>(table, "ex2.approx");
+  add_unary<Logarithm>(table, "lg2.approx");
+  add_unary<Sine>(table, "sin.approx");
+  add_unary<Cosine>(table, "cos.approx");
+  table.add("tanh.approx.f32", "44", unary<HyperbolicTangent, float, float>);
+}
+
+}  // namespace ptx

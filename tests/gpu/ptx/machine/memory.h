@@ -1,0 +1,91 @@
+// The checks of every access, and where its bytes are.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+#include "../instructions/instruction.h"
+#include "banks.h"
+#include "global_shadow.h"
+#include "warp.h"
+
+namespace ptx {
+
+class Memory {
+ public:
+  static constexpr int64_t kMaxSharedBytes = 227 << 10;  // of a block on any card
+
+  uint32_t tick() const { return tick_; }
+  uint32_t advance() { return ++tick_; }
+
+  void start_launch();
+  void place(Block& block, int slot);  // gives it shared memory
+  void start_block(Block& block);
+
+  // Of the active lanes, `bytes` each. Check, tell the race detectors, and fill in where the bytes are.
+  void find_global(Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, Access access,
+                   const Instruction& at, char* (&places)[kLanes]);
+  // `values`: what is written, where several threads may write the same. It is there afterwards.
+  using Values = char[kLanes][32];
+  void find_shared(Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, Access access,
+                   const Instruction& at, char* (&places)[kLanes], const Values* values = nullptr);
+  void find_generic(Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, Access access,
+                    const Instruction& at, char* (&places)[kLanes]);
+
+  uint64_t to_shared(const Warp& warp, int lane, uint64_t generic, const Instruction& at) const;
+  uint64_t from_shared(const Warp& warp, int lane, uint64_t address, const Instruction& at) const;
+
+  // copies.cpp
+  void copy_async(Warp& warp, const uint64_t (&to)[kLanes], const uint64_t (&from)[kLanes],
+                  const uint32_t (&read)[kLanes], int bytes, const Instruction& at);
+  void wait_for_copies(Warp& warp, int lane, int pending, const Instruction& at);
+
+  // ordering.cpp: what atomics and fences do to the order of a thread's accesses. Each atomic has a tick of
+  // its own, which is returned.
+  void release(Warp& warp, int lane, bool relaxed);
+  void acquire(Warp& warp, int lane, bool relaxed);
+  void fence(Warp& warp, int lane);
+  void count_atomic(const Warp& warp, const Instruction& at);
+
+  // Something has happened that a thread could wait for.
+  void progress() { atomics_since_progress_ = instructions_since_progress = 0; }
+
+  int64_t instructions_since_progress = 0;
+  BankCounter banks;
+
+  // What is accessed now, should it be a fault.
+  struct Now {
+    const Warp* warp = nullptr;
+    const Instruction* at = nullptr;
+    const uint64_t* addresses = nullptr;
+    int bytes = 0;
+  };
+  Now now;
+
+ private:
+  // Generic addresses this near a block's shared memory are taken for an attempt at it.
+  static constexpr int64_t kWindowStride = 16 << 20;
+
+  bool in_windows(uint64_t address) const {
+    return address - reinterpret_cast<uint64_t>(windows_) < uint64_t{kMaxResidentBlocks * kWindowStride};
+  }
+  // Kernels may read what nobody wrote, as long as they do not use it.
+  SharedAccess as_access(const Warp& warp, int lane, uint16_t site) const {
+    const uint32_t start = options().report_unwritten ? warp.block->start : 0;
+    return {tick_, start, warp.block->epoch, warp.epoch, site, static_cast<uint16_t>(thread_of(warp, lane))};
+  }
+  void check_aligned(const Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, bool writes,
+                     const Instruction& at) const;
+  uint32_t shared_offset(const Warp& warp, int lane, uint64_t address, int bytes,
+                         const Instruction& at) const;
+  void check(const SharedShadow::Conflict& conflict, const Warp& warp, int lane, bool writes,
+             const Instruction& at) const;
+
+  char* windows_ = nullptr;
+  char* storage_ = nullptr;
+  uint32_t tick_ = 1;
+  GlobalShadow global_;
+  int64_t atomics_since_progress_ = 0;
+};
+
+}  // namespace ptx

@@ -1,0 +1,146 @@
+// The warps and blocks that run.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "../instructions/instruction.h"
+#include "shared_shadow.h"
+
+namespace ptx {
+
+inline constexpr int kMaxThreads = 1024;
+inline constexpr int kMaxResidentBlocks = 4;
+inline constexpr uint32_t kAllLanes = ~0u;
+
+struct Block;
+class Memory;
+
+// Numbers with which may_alias goes, so that registers can be read as any type.
+template <class T>
+struct Aliasing {
+  using type [[gnu::may_alias]] = T;
+};
+
+// Lanes of a warp that have parted from the others, and wait for their turn.
+struct Parked {
+  enum class Why : uint8_t { kTurn, kYield, kCollective } why;
+  uint32_t pc, lanes;
+};
+
+// What the memory model knows of a thread; times are counted by Memory::tick. `acquired` is the tick of the
+// last atomic that acquired what other blocks had released; the others are for fences around relaxed ones.
+struct ThreadOrder {
+  uint32_t acquired, read, fenced, fence_epoch;
+};
+
+// An asynchronous copy under way.
+struct Copy {
+  uint32_t to;  // offset in shared memory
+  uint8_t bytes, read;
+  uint16_t site;
+  int group;
+  const char* from;
+  char data[16];  // of `from` at the start
+};
+
+struct Warp {
+  // ---- For handlers -----------------------------------------------------------------------------------
+  std::byte* registers;
+  const std::byte* constants;  // their end
+  uint32_t active;             // lanes that execute the instruction
+  Block* block;
+  Memory* memory;
+  int index;  // in the block
+
+  template <class T>
+  const typename Aliasing<T>::type* in(int32_t at) const {
+    return reinterpret_cast<const typename Aliasing<T>::type*>((at < 0 ? constants : registers) + at);
+  }
+  template <class T>
+  typename Aliasing<T>::type* out(int32_t at) const {
+    return reinterpret_cast<typename Aliasing<T>::type*>(registers + at);
+  }
+  uint32_t predicate(int32_t at) const { return *in<uint32_t>(at); }
+  void set_predicate(int32_t at, uint32_t lanes) const {
+    auto* const to = out<uint32_t>(at);
+    *to = (*to & ~active) | (lanes & active);
+  }
+
+  // ---- For the scheduler ------------------------------------------------------------------------------
+  uint32_t pc, lanes;  // that run
+  uint32_t join;       // the least pc of others that only wait for their turn
+  uint32_t at_barrier, exited;
+  bool fair;  // lets others pass: they may be what it waits for
+  std::vector<Parked> parked;
+
+  // ---- For memory -------------------------------------------------------------------------------------
+  uint32_t epoch;  // tick of the last bar.warp.sync
+  std::array<ThreadOrder, kLanes> order;
+  std::array<int, kLanes> groups;  // of copies, committed
+  std::array<std::vector<Copy>, kLanes> copies;
+};
+
+struct Block {
+  int64_t index = -1;  // none
+  int slot;
+  char* window;                                       // where generic addresses of its shared memory begin
+  char* storage;                                      // where that really is
+  uint32_t start, epoch, acquired, threads_acquired;  // ticks: of its start, of its last barrier
+  int waiting, exited;                                // threads
+  uint32_t barrier_pc;
+  std::vector<std::unique_ptr<Warp>> warps;
+  std::unique_ptr<SharedShadow> shadow;
+};
+
+// Where the threads of a launch are.
+struct Grid {
+  Entry* entry;
+  const std::vector<std::string>* sites;
+  std::vector<std::byte> parameters;
+  unsigned blocks;  // of all dimensions
+  unsigned blocks_x, blocks_y;
+  unsigned threads;
+  int target;                               // 80 for sm_80
+  bool same_writes;                         // Launch::same_writes
+  int64_t shared_bytes;                     // static and dynamic
+  const std::vector<std::byte>* constants;  // what ld.const reads
+};
+extern Grid grid;
+
+inline int thread_of(const Warp& warp, int lane) { return warp.index * kLanes + lane; }
+std::string lane_list(uint32_t lanes);
+std::string site_text(uint16_t site);
+
+// End the launch.
+[[noreturn]] void fail(const Warp& warp, int lane, uint16_t site, const std::string& what);
+[[noreturn]] void fail(const Warp& warp, uint32_t lanes, const Instruction& at, const std::string& what);
+
+// Calls `body` with each lane whose bit is set.
+template <class Body>
+void for_lanes(uint32_t lanes, const Body& body) {
+  if (lanes == kAllLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) body(lane);
+  } else {
+    for (; lanes != 0; lanes &= lanes - 1) body(__builtin_ctz(lanes));
+  }
+}
+
+// Handlers compute all lanes, and keep the active ones.
+template <class T>
+void keep(const Warp& warp, int32_t at, const T (&result)[kLanes]) {
+  auto* const to = warp.out<T>(at);
+  if (warp.active == kAllLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) to[lane] = result[lane];
+  } else {
+    for (int lane = 0; lane < kLanes; ++lane) {
+      to[lane] = (warp.active >> lane & 1) != 0 ? result[lane] : to[lane];
+    }
+  }
+}
+
+}  // namespace ptx

@@ -1,0 +1,185 @@
+#include "cudart_bind.h"
+
+#include <c10/core/Allocator.h>
+#include <c10/core/CPUAllocator.h>
+#include <pybind11/functional.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "../cases/cases.cuh"
+#include "../machine/guarded.h"
+#include "core/kernels.h"
+#include "cudart.h"
+
+namespace peft_kernels::cudart {
+namespace {
+
+const cases::Cases& all_cases() {
+  static const cases::Cases all = [] {
+    cases::Cases found;
+    for (const auto* group :
+         {&cases::thread_faults(), &cases::memory_faults(), &cases::block_faults(), &cases::value_cases(),
+          &cases::matrix_cases(), &cases::memory_cases(), &cases::machine_cases()}) {
+      found.insert(group->begin(), group->end());
+    }
+    return found;
+  }();
+  return all;
+}
+
+struct Loaded {
+  ptx::ModulePointer module;
+
+  void run(const std::string& entry, std::array<unsigned, 3> blocks, unsigned threads, int64_t shared_bytes,
+           const std::vector<std::string>& parameters, bool same_writes) {
+    std::vector<const void*> arguments;
+    for (const std::string& bytes : parameters) arguments.push_back(bytes.data());
+    const ptx::Launch launch{blocks[0], threads,   shared_bytes, arguments.data(),
+                             blocks[1], blocks[2], same_writes};
+    ptx::run(*module, entry, launch);
+  }
+};
+
+// To addresses, as no op asks for every part.
+void dequantize_part(uintptr_t packed, uintptr_t absmax, int block_shift, std::array<int64_t, 5> part,
+                     uintptr_t out, int64_t out_stride, int dtype) {
+  const cuda::Nf4View weight{reinterpret_cast<const uint8_t*>(packed),
+                             reinterpret_cast<const uint8_t*>(packed),
+                             reinterpret_cast<const float*>(absmax),
+                             nullptr,
+                             0,
+                             block_shift};
+  const auto [row_begin, row_end, col_begin, col_end, ld] = part;
+  cuda::dequantize_nf4(weight, {row_begin, row_end, col_begin, col_end, ld}, reinterpret_cast<void*>(out),
+                       static_cast<DType>(dtype), out_stride, nullptr);
+}
+
+// torch's memory while it is asked for.
+struct GuardedAllocator final : c10::Allocator {
+  c10::DataPtr allocate(size_t bytes) override {
+    void* pointer = bytes == 0 ? nullptr : allocate_guarded(bytes);
+    TORCH_CHECK(pointer != nullptr || bytes == 0, "no memory for a tensor of ", bytes, " bytes");
+    return {pointer, pointer, free_guarded, c10::Device(c10::DeviceType::CPU)};
+  }
+  c10::DeleterFnPtr raw_deleter() const override { return free_guarded; }
+  void copy_data(void* to, const void* from, size_t bytes) const override {
+    default_copy_data(to, from, bytes);
+  }
+};
+
+void set_guarded(bool guarded) {
+  static c10::Allocator* const usual = c10::GetCPUAllocator();
+  static GuardedAllocator guarding;
+  c10::SetCPUAllocator(guarded ? &guarding : usual);
+}
+
+}  // namespace
+
+void bind(pybind11::module_& m) {
+  m.def("set_seed", [](uint32_t seed) { ptx::options().seed = seed; }, "Of the order in which warps run.");
+  m.def(
+      "set_resident_blocks", [](int blocks) { ptx::options().resident_blocks = blocks; },
+      "How many blocks run at a time; 0: by the seed.");
+  m.def(
+      "set_truncate_sums", [](bool truncate) { ptx::options().truncate_sums = truncate; },
+      "Whether matrix instructions cut their sums off, as tensor cores do.");
+  m.def(
+      "set_perturb_approximations", [](bool perturb) { ptx::options().perturb_approximations = perturb; },
+      "Whether what .approx instructions give is moved within their error.");
+  m.def(
+      "set_edit",
+      [](const std::optional<std::function<std::string(std::string)>>& edit) {
+        set_edit(edit ? *edit : nullptr);
+      },
+      "What to make of the PTX before it runs; None: nothing.");
+  m.def(
+      "set_report_unwritten", [](bool report) { ptx::options().report_unwritten = report; },
+      "Whether to read shared memory that nobody wrote is a fault.");
+  m.def(
+      "set_shared_start", [](int64_t address) { ptx::options().first_shared_address = address; },
+      "Where shared memory begins; a card's own at first.");
+  m.def(
+      "note_launches",
+      [](bool note) {
+        static std::vector<Note> notes;
+        std::vector<std::tuple<std::string, unsigned, unsigned, int64_t>> found;
+        for (Note& each : notes) {
+          found.emplace_back(std::move(each.kernel), each.blocks, each.threads, each.shared_bytes);
+        }
+        notes.clear();
+        note_launches(note ? &notes : nullptr);
+        return found;
+      },
+      "From now on launches are noted and do nothing, or run as ever; returns those noted since the last "
+      "call: kernel, blocks, threads of a block, bytes of shared memory.");
+  m.def("set_sticky_error", set_sticky_error, "An error that every call of CUDA's returns; 0: none.");
+  m.def(
+      "bank_counts",
+      [] {
+        std::map<std::string, std::tuple<int64_t, int64_t, int64_t>> counts;
+        for (const auto& [line, count] : ptx::bank_counts()) {
+          counts[line] = {count.accesses, count.wavefronts, count.conflicts};
+        }
+        return counts;
+      },
+      "By line: warp-wide accesses to shared memory, their wavefronts, and those of them that are "
+      "conflicts.");
+  m.def("reset_bank_counts", ptx::reset_bank_counts, "");
+  m.def(
+      "executed",
+      [] {
+        using Instruction = std::tuple<std::string, std::string, std::string, uint64_t>;
+        std::vector<std::tuple<int, int, std::vector<Instruction>, std::vector<std::string>>> result;
+        for (Executed& one : executed()) {
+          std::vector<Instruction> instructions;
+          for (ptx::Executed& i : one.instructions) {
+            instructions.emplace_back(std::move(i.entry), std::move(i.line), std::move(i.text), i.times);
+          }
+          result.emplace_back(one.binary, one.architecture, std::move(instructions),
+                              std::move(one.never_run));
+        }
+        return result;
+      },
+      "Of each fat binary: its number, the architecture, the instructions of the kernels that ran, as "
+      "(kernel, "
+      "line, text, how often), and the kernels that did not.");
+  pybind11::class_<Loaded>(m, "Module", "PTX that did not come in a fat binary.")
+      .def("run", &Loaded::run, pybind11::arg("entry"), pybind11::arg("blocks"), pybind11::arg("threads"),
+           pybind11::arg("shared_bytes"), pybind11::arg("parameters"), pybind11::arg("same_writes") = false,
+           "Run a kernel: its name, blocks (x, y, z), threads, bytes of shared memory, parameters as bytes, "
+           "and whether threads may write the same to the same place of shared memory.")
+      .def(
+          "read_all", [](const Loaded& loaded) { ptx::read_all(*loaded.module); },
+          "Read all kernels' instructions, which else happens when they are run.");
+  m.def(
+      "load", [](const std::string& text) { return std::make_unique<Loaded>(Loaded{ptx::load(text)}); },
+      "A Module of a PTX text.");
+  m.def("set_guarded", set_guarded,
+        "Whether what leaves the memory of a new CPU tensor at its end is a fault.");
+  m.def("dequantize_part", dequantize_part,
+        "Rows and columns of a weight with `ld` elements a row: its packed codes, absmax, log2 of the "
+        "blocksize, "
+        "(row_begin, row_end, col_begin, col_end, ld), where to, the stride there, 0, 1 or 2 for fp32, bf16, "
+        "fp16.");
+  m.def(
+      "cases",
+      [] {
+        std::vector<std::string> names;
+        for (const auto& [name, run] : all_cases()) names.push_back(name);
+        return names;
+      },
+      "The kernels of tests/gpu/ptx/*.cu.");
+  m.def("run_case", [](const std::string& name) { all_cases().at(name)(); }, "Raises what the case throws.");
+}
+
+}  // namespace peft_kernels::cudart

@@ -1,0 +1,68 @@
+"""Back end `ptx`, for tests alone: what nvcc makes of the CUDA kernels, run on the CPU by tests/gpu/ptx.
+
+In the compiled library `peft_kernels._C_ptx`, which a build with PEFT_KERNELS_EMULATE=1 makes where there is
+an nvcc. Nobody but `testing.register_emulators` puts it among the back ends, and nothing chooses it.
+
+PEFT_KERNELS_PTX_ARCH      whose PTX runs where a test does not say: 80 (unset), 90, 100 or 120
+PEFT_KERNELS_PTX_TRUNCATE  1: matrix instructions cut their sums off as tensor cores do; unset: rounded
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from peft_kernels.core.backends.compiled import CompiledBackend
+
+FEW = 4
+"""Multiprocessors of the made-up card: a handful of tiles is more than it has, and less than a card."""
+SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+"""Shared memory that a block can have at most, by compute capability."""
+
+
+class PtxBackend(CompiledBackend):
+    name = "ptx"
+    namespace = "peft_kernels_ptx"
+    device_type = "cpu"
+    library = "peft_kernels._C_ptx"
+    not_built = "not built (needs nvcc, and PEFT_KERNELS_EMULATE=1, at installation)"
+
+    def load(self) -> None:
+        super().load()
+        if self.probe() is None:
+            self.reset()
+
+    def reset(self) -> None:
+        """The card and the arithmetic that the environment asks for."""
+        architecture = int(os.environ.get("PEFT_KERNELS_PTX_ARCH") or 80)
+        if architecture not in SHARED:
+            raise RuntimeError(f"PEFT_KERNELS_PTX_ARCH: expected one of {(*SHARED,)}, got {architecture}")
+        self.extension.set_card(architecture, FEW, SHARED[architecture])
+        self.extension.set_truncate_sums(os.environ.get("PEFT_KERNELS_PTX_TRUNCATE") == "1")
+
+    @contextmanager
+    def guarding(self) -> Iterator[None]:
+        """Inside, to leave a tensor's memory at its end is a fault, in kernels and elsewhere."""
+        self.extension.set_guarded(True)
+        try:
+            yield
+        finally:
+            self.extension.set_guarded(False)
+
+    def check_order(self, seed: int, run: Callable[[], Sequence[Tensor]]) -> None:
+        """Results are the same bits in the order of threads that `seed` makes, and after an earlier call."""
+        self.extension.set_seed(100)
+        want = run()
+        self.extension.set_seed(seed)
+        for got, expected in zip([*run(), *run()], [*want, *want], strict=True):
+            assert torch.equal(got, expected)
+
+    def describe(self) -> str:
+        return "the CUDA kernels as PTX, run on the CPU: for tests"
+
+
+BACKEND = PtxBackend()

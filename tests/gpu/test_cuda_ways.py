@@ -1,0 +1,256 @@
+"""Which way a product goes on CUDA, and that every way computes it: as PTX, for several cards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_linear, check_nf4_linear_dx
+from lora_multi_cases import check_backward, check_forward, multi_case
+from numbers_policy import dense64, pairs, short
+
+import ptx_backend as ptx
+import testing
+
+CARDS = {"A100": (80, 108, 163 << 10), "RTX-3090": (86, 82, 99 << 10), "H100": (90, 132, 227 << 10)}
+NEWER = {"B200": (100, 148, 227 << 10), "RTX-5090": (120, 170, 99 << 10)}
+"""Whose PTX is another."""
+FEW = 4
+"""Multiprocessors of the made-up card: a handful of tiles is more than it has, and less than a card."""
+
+# Sizes at the edges of the kernels' tiles, and beyond them.
+ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 130)
+SHAPES = ((16, 64), (33, 128), (64, 320), (130, 192), (257, 64), (8, 1024), (136, 320))
+REFUSED = ((33, 96), (64, 100), (7, 33))
+
+
+def ways(extension: ModuleType, card: str, direction: int) -> set[str]:
+    """All that a card's products go, over many shapes."""
+    return {
+        extension.plan_for(m, n, k, 64, dtype, *(CARDS | NEWER)[card])[direction]
+        for m in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 8192)
+        for n, k in ((64, 64), (1024, 4096), (4096, 4096), (14336, 4096), (4096, 14336), (576, 1536), (7, 33))
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+
+
+def test_what_no_kernel_takes_goes_by_pieces(extension: ModuleType) -> None:
+    for card in CARDS.values():
+        for m, n, k, blocksize, dtype in (
+            (0, 4096, 4096, 64, "bfloat16"),
+            (8, 4096, 4096, 64, "float32"),
+            (8, 4096, 4096, 32, "bfloat16"),
+            (8, 4096, 4064, 64, "bfloat16"),
+            (8, 4096, 64, 128, "bfloat16"),
+            (100_000, 4096, 4096, 64, "bfloat16"),
+        ):
+            assert extension.plan_for(m, n, k, blocksize, dtype, *card) == ("pieces", "pieces")
+
+
+def lines_of(file: str) -> list[str]:
+    """Of a file in csrc/cuda."""
+    (path,) = (Path(__file__).parent.parent.parent / "csrc" / "cuda").rglob(file)
+    return path.read_text(encoding="utf-8").splitlines()
+
+
+def sizes(m: int, n: int, k: int, dtype: torch.dtype, i: int) -> dict[str, Any]:
+    return {
+        "m": m, "n": n, "k": k, "r": (3, 8, 16)[i % 3], "bs": 64 if i % 2 or k % 128 else 128,
+        "base": ("nf4", "nested")[i // 2 % 2], "nested": bool(i // 2 % 2), "dtype": dtype,
+        "adapter": ("fp32", "same", "mixed")[i % 3], "bias": ("none", "same", "fp32")[i // 3 % 3],
+        "layout": ("contiguous", "slice")[i % 2], "needs": ("xab", "x", "xa")[i % 3],
+    }  # fmt: skip
+
+
+WAYS = [(card, dtype) for card in ("A100", "RTX-3090") for dtype in (torch.bfloat16, torch.float16)]
+# Of the same kernels, elsewhere in shared memory; and of others.
+WAYS += [("H100", torch.float16), ("B200", torch.float16), ("RTX-5090", torch.bfloat16)]
+
+
+@pytest.mark.parametrize("card,dtype", WAYS, ids=[f"{card}-{short(dtype)}" for card, dtype in WAYS])
+def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
+    capability, _, shared = (CARDS | NEWER)[card]
+    extension.set_card(capability, FEW, shared)
+    taken: tuple[set[str], set[str]] = (set(), set())
+    i = 0
+    for n, k in (*SHAPES, *REFUSED):
+        for m in ROWS:
+            i += 1
+            case = sizes(m, n, k, dtype, i)
+            for found, way in zip(taken, extension.plan(m, n, k, case["bs"], str(dtype)[6:]), strict=True):
+                found.add(way)
+            check_nf4_linear(case)
+            check_nf4_linear_dx(case)
+            check_lora_linear(case)
+            check_lora_linear_backward(case)
+    for direction in (0, 1):
+        assert ways(extension, card, direction) <= taken[direction], "a way that no case of this test takes"
+
+
+@pairs(
+    shape=((264, 2560), (70, 10240), (1030, 128), (1032, 128)),
+    card=tuple(CARDS),
+    dtype=(torch.bfloat16, torch.float16),
+)
+def test_long_shares_of_few_rows(
+    extension: ModuleType, shape: tuple[int, int], card: str, dtype: torch.dtype
+) -> None:
+    """Of a warp: whole chunks of groups, over several tiles; of slices of k, whose parts are added up; tiles
+    that nobody shares, with an odd number of rows in the last."""
+    n, k = shape
+    extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
+    for i, m in enumerate((1, 9, 17, 8, 16, 32), 3):  # with biases of both types each
+        case = sizes(m, n, k, dtype, i)
+        assert extension.plan(m, n, k, case["bs"], str(dtype)[6:])[0].startswith("small")
+        check_nf4_linear(case)
+        check_lora_linear(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("adapter", ["fp32", "same"])
+def test_many_ranks(extension: ModuleType, adapter: str, dtype: torch.dtype) -> None:
+    """As many as one launch has for an adapter, of rows that are read by vectors."""
+    case = sizes(17, 136, 128, dtype, 1) | {"r": 64, "adapter": adapter, "needs": "xab"}
+    check_lora_linear(case)
+    check_lora_linear_backward(case)
+
+
+@pytest.mark.parametrize("n,k", [(768, 49152), (770, 43611)], ids=["even", "odd"])
+def test_a_weight_in_several_pieces(extension: ModuleType, n: int, k: int) -> None:
+    """Of more than 128 MB, cut by rows forward and by columns backward."""
+    case = sizes(3, n, k, torch.float32, 2) | {"layout": "contiguous"}
+    assert extension.plan(3, n, k, case["bs"], "float32") == ("pieces", "pieces")
+    assert extension.piece_of(n, k, 4) < n and extension.piece_of(k, n, 4) < k
+    if n % 2:  # pieces of whole rows are as any weight but for where they begin
+        check_nf4_linear(case)
+    check_nf4_linear_dx(case)
+
+
+def test_adapters_on_several_blocks_of_rows(extension: ModuleType) -> None:
+    """fp32 activations of more than 16 MB, with masks and groups that go on over the cut."""
+    case = multi_case(m=4300, k=1024, n=8, layers=1, adapters="0", dtype=torch.float32, base="dense", r=4)
+    check_forward(case)
+    check_backward(case)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("card", CARDS)
+def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed: int) -> None:
+    """Nor does what the memory held: counters are back at zero after every call."""
+    weight, of_dx = testing.nf4_weight(48, 2560), testing.nf4_weight(520, 320)
+    x, dy = testing.tensor(70, 2560, dtype=torch.bfloat16), testing.tensor(33, 520, dtype=torch.bfloat16)
+
+    def run() -> list[torch.Tensor]:
+        ops = torch.ops.peft_kernels
+        y = [ops.nf4_linear(x[:m], *weight._state.op_args, 48, None) for m in (1, 9, 17, 70)]
+        return y + [ops.nf4_linear_dx(dy[:m], *of_dx._state.op_args, 320) for m in (1, 9, 17, 33)]
+
+    extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
+    ptx.BACKEND.check_order(seed, run)
+
+
+def test_norms_of_dora_have_a_kernel(extension: ModuleType) -> None:
+    """For rows that are whole groups of 64 codes; others are dequantised piece by piece."""
+    for k, has_kernel in ((64, True), (320, True), (1088, True), (8, False), (100, False)):
+        weight = testing.nf4_weight(70, k, 64, True)
+        a, b = testing.tensor(19, k, seed=3), testing.tensor(70, 19, seed=4)
+        extension.reset_bank_counts()
+        got = torch.ops.peft_kernels.dora_norm(*weight._state.op_args, a, b, 0.5)
+        used = any(line.startswith("dora_norm.cuh") for line in extension.bank_counts())
+        assert used is has_kernel, k
+        truth = (dense64(weight) + 0.5 * b.double() @ a.double()).norm(dim=1)
+        testing.assert_close(got, testing.reference_op("dora_norm")(*weight._state.op_args, a, b, 0.5), truth)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("card", CARDS)
+def test_large_products_have_no_bank_conflicts(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
+    """But for where scales are looked up by their codes, once for a group."""
+    sources = {name: lines_of(f"{name}.cuh") for name in ("linear_tiles", "linear_dx", "linear_decode")}
+    extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
+    weight, long = testing.nf4_weight(264, 320, 64, True), testing.nf4_weight(40, 2560)
+    extension.reset_bank_counts()
+    for w, n, k in ((weight, 264, 320), (long, 40, 2560)):
+        assert extension.plan(70, n, k, 64, str(dtype)[6:])[0].startswith("tiles")
+        torch.ops.peft_kernels.nf4_linear(testing.tensor(70, k, dtype=dtype), *w._state.op_args, n, None)
+    for m in (8, 16, 32, 70):
+        assert extension.plan(m, 264, 320, 64, str(dtype)[6:])[1] != "pieces"
+        dy = testing.tensor(m, 264, dtype=dtype)
+        torch.ops.peft_kernels.nf4_linear_dx(dy, *weight._state.op_args, 320)
+    seen = dict.fromkeys(sources, 0)
+    for site, (accesses, _, conflicts) in extension.bank_counts().items():
+        name, line = Path(site.split(":")[0]).stem, int(site.split(":")[1])
+        if name in sources:
+            seen[name] += accesses
+            code = sources[name][line - 1]
+            assert conflicts == 0 or "map" in code, f"{conflicts} at {site}: {code}"
+    assert all(seen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("card", ["A100", "RTX-3090"])
+@pytest.mark.parametrize(
+    "way,sms,m,n,k", [("tiles256", 3, 33, 200, 3648), ("tiles128", 3, 70, 48, 2432)], ids=["one", "two"]
+)
+def test_tiles_that_blocks_share(
+    extension: ModuleType, card: str, way: str, sms: int, m: int, n: int, k: int, dtype: torch.dtype
+) -> None:
+    """Three blocks have a part of one tile each, or the second has parts of two; odd numbers of stages."""
+    extension.set_card(CARDS[card][0], sms, CARDS[card][2])
+    case = sizes(m, n, k, dtype, m) | {"bs": 64}
+    assert extension.plan(m, n, k, 64, str(dtype)[6:])[0].startswith(way)
+    check_nf4_linear(case)
+    check_lora_linear(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("card", ["A100", "RTX-3090"])
+@pytest.mark.parametrize(
+    "sms,m,n,k,parts",
+    [
+        (2, 5, 600, 64, 1),
+        (7, 16, 16, 3584, 4),
+        (5, 8, 100, 960, 2),
+        (11, 32, 130, 2240, 5),
+        (1, 32, 70, 1600, 2),
+    ],
+    ids=[
+        "tiles-of-a-warp",
+        "blocks-of-a-tile",
+        "ends-within-chunks",
+        "uneven-slices",
+        "more-slices-than-blocks",
+    ],
+)
+def test_shares_of_warps(
+    extension: ModuleType, card: str, sms: int, m: int, n: int, k: int, parts: int, dtype: torch.dtype
+) -> None:
+    """Few rows: of a share, whole tiles or less than one; of a tile, several warps, blocks and slices."""
+    extension.set_card(CARDS[card][0], sms, CARDS[card][2])
+    cut = extension.cuts_for(m, n, k, 64, str(dtype)[6:], CARDS[card][0], sms, CARDS[card][2])[0]
+    assert cut["workers"] == 8 and cut["blocks"] >= parts
+    case = sizes(m, n, k, dtype, m) | {"bs": 64}
+    check_nf4_linear(case)
+    check_lora_linear(case)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
+@pytest.mark.parametrize("card", ["A100", "RTX-3090"])
+@pytest.mark.parametrize(
+    "sms,m,n,k",
+    [(3, 8, 520, 320), (2, 20, 640, 64), (32, 40, 392, 512), (7, 5, 64, 640)],
+    ids=["ends-halfway", "of-one-tile", "half-a-stage-each", "second-half-empty"],
+)
+def test_half_stages_of_dx(
+    extension: ModuleType, card: str, sms: int, m: int, n: int, k: int, dtype: torch.dtype
+) -> None:
+    """Blocks that begin or end in the middle of a stage."""
+    extension.set_card(CARDS[card][0], sms, CARDS[card][2])
+    cut = extension.cuts_for(m, n, k, 64, str(dtype)[6:], CARDS[card][0], sms, CARDS[card][2])[1]
+    assert cut["share"] % 2 == 1 and cut["blocks"] > 1
+    case = sizes(m, n, k, dtype, m) | {"bs": 64}
+    check_nf4_linear_dx(case)
+    check_lora_linear_backward(case)
