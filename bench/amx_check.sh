@@ -94,7 +94,7 @@ RECORD=csrc/cpu/isa/fast_dense.h ONLY='^(forward|q?lora|quantize|dequantize|step
 [ "$REHEARSE" = 1 ] && RECORD=$OUT/fast_dense.h ONLY='^overhead-64x64' CHOICE=--quick
 if [ "$RIGHT" -ne 0 ]; then
   say "dense: skipped, products that are wrong are not chosen for their speed"
-elif part dense "$PYTHON" bench/dense_choice.py --level "$LEVEL" --record "$RECORD" $CHOICE; then
+elif part dense "$PYTHON" bench/ops/dense_choice.py --level "$LEVEL" --record "$RECORD" $CHOICE; then
   say "dense: $(grep 'geometric mean' "$OUT/dense.log"), recorded in $RECORD: make setup, and commit"
 fi
 # The tables are of what will be built.

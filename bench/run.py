@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if options.machine:
-        from bench import levels
+        from bench.lib import levels
 
         levels.hold(options.machine)
     import torch
@@ -87,36 +87,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     import peft_kernels as pk
     import testing
-    from bench import (
-        attention,
-        bnb_ops,
-        bottlenecks,
-        busy,
-        cases,
-        chart,
-        compiled,
-        experts,
-        harness,
-        host,
+    from bench.gpu import compiled, optimizer_waves, triton_cases
+    from bench.gpu import launch_overhead as host
+    from bench.gpu import wave_quantization as waves
+    from bench.lib import cases, chart, harness, machine, report, session
+    from bench.models import (
         loading,
-        losses,
-        machine,
         memory,
         methods,
         model,
         moe,
         optimizer_curves,
-        optimizer_waves,
-        optimizers,
         peak,
         prefix,
-        report,
         rlhf,
         serving,
-        session,
-        triton_cases,
-        waves,
     )
+    from bench.models import noisy_neighbour as busy
+    from bench.ops import attention, bnb_ops, bottlenecks, experts, losses, optimizers
 
     timed = [f for of in (cases, model, memory) for f in of.standard(options.dtype)]
     by_name = [
@@ -212,7 +200,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     if options.repeats < 1 or options.threads < 0:
         parser.error("--repeats and --threads take positive numbers")
     if options.machine:
-        from bench import levels
+        from bench.lib import levels
 
         if options.machine not in levels.LEVELS:
             parser.error(f"--machine: expected one of {', '.join(levels.LEVELS)}, got {options.machine}")

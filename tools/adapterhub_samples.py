@@ -1,4 +1,4 @@
-"""Adapters as AdapterHub's library writes them, and what it computes with them, for tests/adapters/adapterhub/.
+"""Adapters as AdapterHub's library writes them, and what it computes with them, in tests/adapters/adapterhub.
 
 Written with adapters 1.3.0 and transformers 4.57.6, in an environment of their own:
 

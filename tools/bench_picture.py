@@ -91,7 +91,7 @@ def draw(shown: Sequence[Panel], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    from bench.chart import LOSES_COLOUR, WINS_COLOUR
+    from bench.lib.chart import LOSES_COLOUR, WINS_COLOUR
 
     settings = {
         "svg.fonttype": "none",  # text stays text: small, searchable, and the test can read it

@@ -13,14 +13,10 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import (
-    adapted,
-    cases,
-    model,
-    report,
-)
-from bench.harness import Absent, Case, Contender, Result
-from bench.report import Timing
+from bench.lib import adapted, cases, report
+from bench.lib.harness import Absent, Case, Contender, Result
+from bench.lib.report import Timing
+from bench.models import model
 
 TINY = (64, 128)
 TINY_BLOCK = adapted.Sizes(hidden=256, intermediate=512, heads=4, kv_heads=2)

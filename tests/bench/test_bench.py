@@ -30,37 +30,16 @@ import testing
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import (
-    attention,
-    bnb_ops,
-    bottlenecks,
-    busy,
-    cases,
-    chart,
-    compiled,
-    experts,
-    harness,
-    host,
-    loading,
-    losses,
-    memory,
-    methods,
-    model,
-    moe,
-    optimizer_curves,
-    optimizer_waves,
-    optimizers,
-    peak,
-    prefix,
-    report,
-    rlhf,
-    run,
-    serving,
-    triton_cases,
-    waves,
-)
-from bench.harness import Case, Goal, Result
-from bench.report import OURS
+from bench import run
+from bench.gpu import compiled, optimizer_waves, triton_cases
+from bench.gpu import launch_overhead as host
+from bench.gpu import wave_quantization as waves
+from bench.lib import cases, chart, harness, report
+from bench.lib.harness import Case, Goal, Result
+from bench.lib.report import OURS
+from bench.models import loading, memory, methods, model, moe, optimizer_curves, peak, prefix, rlhf, serving
+from bench.models import noisy_neighbour as busy
+from bench.ops import attention, bnb_ops, bottlenecks, experts, losses, optimizers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,8 +6,8 @@ import pytest
 from bench_checks import ONCE, TINY, small_rotation  # noqa: F401
 from bnb_layers import bnb
 
-from bench import bnb_ops
-from bench.report import OURS
+from bench.lib.report import OURS
+from bench.ops import bnb_ops
 from peft_kernels.integrations.bitsandbytes import ops as bitsandbytes_ops
 
 pytestmark = pytest.mark.usefixtures("small_rotation")

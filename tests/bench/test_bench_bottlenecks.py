@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from bench_checks import ONCE
 
-from bench import bottlenecks
-from bench.bottlenecks import Kind
-from bench.report import OURS
+from bench.lib.report import OURS
+from bench.ops import bottlenecks
+from bench.ops.bottlenecks import Kind
 from peft_kernels.adapters.adapter import BottleneckAdapter
 
 KINDS = [

@@ -15,11 +15,13 @@ from bench_checks import ONCE, TINY_BLOCK, Machine, line_of
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import busy, model, report
-from bench.busy import Case, Key, Slowed
-from bench.cases import PEFT_ON_BNB
-from bench.harness import Absent
-from bench.report import OURS
+from bench.lib import report
+from bench.lib.cases import PEFT_ON_BNB
+from bench.lib.harness import Absent
+from bench.lib.report import OURS
+from bench.models import model
+from bench.models import noisy_neighbour as busy
+from bench.models.noisy_neighbour import Case, Key, Slowed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process groups and /proc of Linux")
 TINY = Case("own", "bf16", model.ModelSizes(TINY_BLOCK, layers=1, vocabulary=200), 2, 16)

@@ -13,8 +13,8 @@ from test_example_finetune import tiny  # noqa: F401
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import distributed
-from bench.distributed import Found
+from bench.models import distributed
+from bench.models.distributed import Found
 
 pytestmark = [
     pytest.mark.slow,

@@ -9,8 +9,8 @@ import torch
 from bench_checks import ONCE
 
 import peft_kernels as pk
-from bench import experts
-from bench.report import OURS
+from bench.lib.report import OURS
+from bench.ops import experts
 
 TINY = experts.Shape(4, 2, 64, 128)
 

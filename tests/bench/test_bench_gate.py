@@ -30,17 +30,11 @@ import testing
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import (
-    adapted,
-    block,
-    cases,
-    gate,
-    memory,
-    model,
-    report,
-)
-from bench.harness import Absent, Contender, Result
-from bench.report import OURS
+from bench.lib import adapted, block, cases, report
+from bench.lib import correctness as gate
+from bench.lib.harness import Absent, Contender, Result
+from bench.lib.report import OURS
+from bench.models import memory, model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""bench/gpu.py as far as it runs without a GPU: the cases, the tables, the timing."""
+"""bench/gpu/gpu.py as far as it runs without a GPU: the cases, the tables, the timing."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from broken_ops import break_op
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import device_cases, events, gpu, optimizers, session
-from bench.device_cases import Suite
-from bench.floors import BY_ARCHITECTURE, Gpu
-from bench.harness import Absent, Case, Contender, Result
-from bench.report import OURS, Timing
+from bench.gpu import device_cases, events, gpu
+from bench.gpu.device_cases import Suite
+from bench.gpu.roofline import BY_ARCHITECTURE, Gpu
+from bench.lib import session
+from bench.lib.harness import Absent, Case, Contender, Result
+from bench.lib.report import OURS, Timing
+from bench.ops import optimizers
 
 TINY = Gpu("a card", 90, 1, 1e9, 1e10, 1e11, 1 << 20)
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -11,12 +11,13 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import levels, run
+from bench import run
+from bench.lib import levels
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 CHILD = """
-from bench import levels
+from bench.lib import levels
 levels.hold("avx2")
 import torch
 print(torch.backends.cpu.get_cpu_capability())

@@ -11,9 +11,10 @@ import transformers_models  # noqa: F401  (skips where transformers is missing o
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import loading, report
-from bench.loading import IN_MEMORY, MAPPED, Load, Loaded
-from bench.report import OURS
+from bench.lib import report
+from bench.lib.report import OURS
+from bench.models import loading
+from bench.models.loading import IN_MEMORY, MAPPED, Load, Loaded
 
 MB = 10**6
 

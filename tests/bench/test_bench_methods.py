@@ -12,8 +12,9 @@ from test_example_finetune import tiny  # noqa: F401
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import methods, report
-from bench.methods import BASE, DENSE, KEPT, LORA, METHODS, Case, Measured
+from bench.lib import report
+from bench.models import methods
+from bench.models.methods import BASE, DENSE, KEPT, LORA, METHODS, Case, Measured
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]

@@ -12,10 +12,11 @@ from bench_checks import TINY_BLOCK
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import model, peak, report
-from bench.cases import PEFT_ON_BNB
-from bench.peak import Peak, Peaks
-from bench.report import OURS
+from bench.lib import report
+from bench.lib.cases import PEFT_ON_BNB
+from bench.lib.report import OURS
+from bench.models import model, peak
+from bench.models.peak import Peak, Peaks
 
 TINY = peak.Case(model.STEP, 2, 16, "bf16", model.ModelSizes(TINY_BLOCK, layers=1, vocabulary=500))
 

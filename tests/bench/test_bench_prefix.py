@@ -8,9 +8,9 @@ import pytest
 import torch
 from bench_checks import ONCE, TINY_BLOCK
 
-from bench import prefix
-from bench.model import ModelSizes
-from bench.report import OURS
+from bench.lib.report import OURS
+from bench.models import prefix
+from bench.models.model import ModelSizes
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -8,9 +8,9 @@ from bench_checks import ONCE, TINY_BLOCK
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
-from bench import serving
-from bench.model import ModelSizes
-from bench.report import OURS
+from bench.lib.report import OURS
+from bench.models import serving
+from bench.models.model import ModelSizes
 from peft_kernels.serving import layers
 
 TINY = ModelSizes(TINY_BLOCK, layers=2, vocabulary=128)

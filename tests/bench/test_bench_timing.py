@@ -14,11 +14,9 @@ from bench_checks import (
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import (
-    harness,
-)
-from bench.harness import Result
-from bench.report import OURS, Spread, Timing
+from bench.lib import harness
+from bench.lib.harness import Result
+from bench.lib.report import OURS, Spread, Timing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import built_ptx, sass
+from bench.gpu import built_ptx, sass
 
 TOOLS = sass.tools()
 

@@ -16,8 +16,10 @@ import testing
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import host, report, run
-from bench.report import OURS, Timing
+from bench import run
+from bench.gpu import launch_overhead as host
+from bench.lib import report
+from bench.lib.report import OURS, Timing
 
 COUNTS = {
     "nf4_linear": (1, 3),

@@ -9,9 +9,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import limits
-from bench.limits import Rule
-from bench.sass import Instruction, Kernel
+from bench.gpu import limits
+from bench.gpu.limits import Rule
+from bench.gpu.sass import Instruction, Kernel
 
 
 def test_products_of_fp32_are_several_of_tf32(monkeypatch: pytest.MonkeyPatch) -> None:

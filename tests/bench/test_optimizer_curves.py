@@ -10,9 +10,10 @@ from test_example_finetune import tiny  # noqa: F401
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import optimizer_curves, report
-from bench.optimizer_curves import ALL_8BIT, BNB_8BIT, TORCH, Case, Curves, Training
-from bench.report import OURS
+from bench.lib import report
+from bench.lib.report import OURS
+from bench.models import optimizer_curves
+from bench.models.optimizer_curves import ALL_8BIT, BNB_8BIT, TORCH, Case, Curves, Training
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 

@@ -10,8 +10,10 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import optimizer_waves, report, waves
-from bench.optimizer_waves import LIMITS, SIZES, Kind, Step
+from bench.gpu import optimizer_waves
+from bench.gpu import wave_quantization as waves
+from bench.gpu.optimizer_waves import LIMITS, SIZES, Kind, Step
+from bench.lib import report
 
 H100, B200 = waves.CARDS[1], waves.CARDS[2]
 FP32, BF16 = Kind(False, "fp32", 8), Kind(False, "bf16", 8)

@@ -14,8 +14,8 @@ import pytest
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 import testing
-from bench import scaling
-from bench.scaling import BITSANDBYTES, DENSE, MODELS, NETWORKS, OURS, WAYS, Network, pipeline, step
+from bench.gpu import scaling
+from bench.gpu.scaling import BITSANDBYTES, DENSE, MODELS, NETWORKS, OURS, WAYS, Network, pipeline, step
 from peft_kernels import NF4Weight
 from peft_kernels.cli.sizes import Linear, Run
 

@@ -12,8 +12,9 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import report, waves
-from bench.waves import CARDS, GOAL, PIECES, Card, Cell
+from bench.gpu import wave_quantization as waves
+from bench.gpu.wave_quantization import CARDS, GOAL, PIECES, Card, Cell
+from bench.lib import report
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """Checkpoints damaged at random: each is either refused in one sentence or can be used, and nothing else.
 
-`python tests/checkpoints/fuzz_checkpoints.py --cases 10000` (`make fuzz`); a case that fails is named by its number, and
-`--only NUMBER` runs it again.
+`python tests/checkpoints/fuzz_checkpoints.py --cases 10000` (`make fuzz`); a case that fails is named by its
+number, and `--only NUMBER` runs it again.
 """
 
 from __future__ import annotations

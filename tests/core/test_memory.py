@@ -92,7 +92,7 @@ def test_a_decoder_block_saves_little(adapter: str, base: str) -> None:
     if base == "nf4":
         pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
-    from bench import memory
+    from bench.models import memory
 
     saved = memory.Case(memory.BLOCK, base, adapter, "bf16").run()
     assert saved.ratio is not None, saved.absent

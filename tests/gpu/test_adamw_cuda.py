@@ -23,9 +23,9 @@ from peft_kernels.core.registry import OPS
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import limits, optimizer_waves, sass
-from bench.optimizer_waves import BLOCKS_PER_SM, WARPS
-from bench.sass import Kernel
+from bench.gpu import limits, optimizer_waves, sass
+from bench.gpu.optimizer_waves import BLOCKS_PER_SM, WARPS
+from bench.gpu.sass import Kernel
 
 TOOLS = sass.tools()
 GRAD_SCALE = OPS["adamw"].arguments.index("grad_scale")

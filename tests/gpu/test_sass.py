@@ -14,9 +14,13 @@ import pytest
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench import compiled, floors, flow, limits, report, run, sass
-from bench.limits import MATRIX, WIDE_STORE, Rule
-from bench.sass import Cubin, Instruction, Kernel
+from bench import run
+from bench.gpu import compiled, limits, sass
+from bench.gpu import roofline as floors
+from bench.gpu import sass_cfg as flow
+from bench.gpu.limits import MATRIX, WIDE_STORE, Rule
+from bench.gpu.sass import Cubin, Instruction, Kernel
+from bench.lib import report
 
 TOOLS = sass.tools()
 needs_tools = pytest.mark.skipif(isinstance(TOOLS, str), reason=str(TOOLS))

@@ -15,13 +15,12 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent.parent))
 
-from bench import sass
+from bench.gpu import sass
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 BUILD = ROOT / "tests" / "gpu" / "card" / "build.sh"
-CASES = [
-    *(ROOT / "tests" / "gpu" / "ptx" / "cases" / f"{name}_cases.cu" for name in ("value", "matrix", "memory"))
-]
+PTX = ROOT / "tests" / "gpu" / "ptx"
+CASES = [PTX / "cases" / f"{name}_cases.cu" for name in ("value", "matrix", "memory")]
 CASES.append(ROOT / "tests" / "gpu" / "card" / "card_cases.cu")
 ARCHITECTURES = (80, 90, 100, 120)
 PLACES = ("thread_index", "block_index", "grid_size", "lane_index")
@@ -39,7 +38,7 @@ def program() -> Path:
         pytest.skip(f"this nvcc compiles nothing for compute capability {missing}")
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
     headers = [*(ROOT / "csrc" / "cuda").rglob("*.[ch]*"), *(ROOT / "csrc" / "common").glob("*.h")]
-    sources = [*BUILD.parent.glob("*.*"), *CASES, *(ROOT / "tests" / "gpu" / "ptx").rglob("*.cuh"), *headers]
+    sources = [*BUILD.parent.glob("*.*"), *CASES, *PTX.rglob("*.cuh"), *headers]
     texts = [known.encode(), *(path.read_bytes() for path in sorted(sources))]
     path = ROOT / "build" / "card" / hashlib.sha256(b"\n".join(texts)).hexdigest()[:16]
     path.parent.mkdir(parents=True, exist_ok=True)

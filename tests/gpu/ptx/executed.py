@@ -2,7 +2,7 @@
 
     python tests/gpu/ptx/executed.py               # runs the tests of back end `ptx`, then tells
     python tests/gpu/ptx/executed.py --only Shrink # the kernels whose name has that
-    python tests/gpu/ptx/executed.py --folder F --check  # of what tests left in F: is all that was missed known?
+    python tests/gpu/ptx/executed.py --folder F --check  # tests left F: is what they missed known?
 
 A process whose environment names a folder in PEFT_KERNELS_PTX_EXECUTED leaves there what its kernels executed
 (`leave`, called by conftest.py at its end).
@@ -79,7 +79,7 @@ def read(folder: Path) -> list[Kernel]:
 
 def run_tests(folder: Path, arguments: Sequence[str] = ()) -> None:
     """The op tests of `ptx`, in processes of their own. RuntimeError with their words when one fails."""
-    files = [str(ROOT / "tests" / f"test_{family}.py") for family in FAMILIES]
+    files = [str(next((ROOT / "tests").rglob(f"test_{family}.py"))) for family in FAMILIES]
     command = [
         sys.executable,
         "-m",

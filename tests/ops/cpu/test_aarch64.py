@@ -1,7 +1,7 @@
 """The CPU kernels for 64-bit Arm: cross-compiled, run under qemu, and looked at. Nothing is said of speed.
 
-torch is not needed for that: kernels know nothing of it. tests/ops/cpu/aarch64 has a program that runs each kernel of
-a level's table and compares with level scalar, or with sums in fp64.
+torch is not needed for that: kernels know nothing of it. tests/ops/cpu/aarch64 has a program that runs each
+kernel of a level's table and compares with level scalar, or with sums in fp64.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import testing
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent.parent))
 
-from bench import dense_choice
+from bench.ops import dense_choice
 
 ROOT = Path(__file__).resolve().parent.parent.parent.parent
 SCRIPT = ROOT / "bench" / "amx_check.sh"

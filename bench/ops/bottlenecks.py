@@ -1,0 +1,189 @@
+"""Bottleneck adapters beside the modules that they are made of, in plain torch and compiled.
+
+A sequential adapter adds to its own input, a parallel one to the output of a sublayer. `mixed`: fp32
+parameters beside activations in bf16, for which plain modules widen the activations. `autocast`: the same
+parameters under autocast, where plain modules round them, and so does ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import testing
+from peft_kernels.adapters import AdapterConfig
+from peft_kernels.adapters.adapter import BottleneckAdapter
+
+from ..lib import correctness as gate
+from ..lib import layers
+from ..lib.cases import DTYPES
+from ..lib.contenders import Entry, contenders
+from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.layers import Kept
+from ..lib.report import OURS
+
+WIDTH, BOTTLENECK, SCALING = 768, 48, 2.0
+ROWS = (1, 16, 128, 2048)
+MODULES, COMPILED = "modules", "modules, compiled"
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu}
+NAMES = ("x", "residual", "down", "up", "down_bias", "up_bias")
+
+
+@dataclass(frozen=True)
+class Kind:
+    train: bool
+    parallel: bool = False
+    mixed: bool = False
+    autocast: bool = False
+    activation: str = "relu"
+
+    @property
+    def group(self) -> str:
+        parts = ["bottleneck"] + ["parallel"] * self.parallel + ["mixed"] * self.mixed
+        parts += ["autocast"] * self.autocast
+        parts += [self.activation] * (self.activation != "relu")
+        return "-".join([*parts, "train" if self.train else "forward"])
+
+    @property
+    def title(self) -> str:
+        what = f"{'parallel' if self.parallel else 'sequential'} adapter, {self.activation}"
+        beside = ", fp32 parameters beside bf16" if self.mixed or self.autocast else ""
+        beside += ", autocast" if self.autocast else ""
+        passes = "forward + backward" if self.train else "forward without grad"
+        return f"{what}, r={BOTTLENECK}{beside}, {passes}"
+
+
+class Plain(nn.Module):
+    """An adapter as one writes it in torch."""
+
+    def __init__(self, kind: Kind, inputs: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        r, width = inputs["down"].shape
+        dtype = inputs["down"].dtype
+        self.down, self.up = nn.Linear(width, r, dtype=dtype), nn.Linear(r, width, dtype=dtype)
+        for name, layer in (("down", self.down), ("up", self.up)):
+            layer.weight = nn.Parameter(inputs[name])
+            layer.bias = nn.Parameter(inputs[name + "_bias"])
+        self.activation, self.parallel = ACTIVATIONS[kind.activation], kind.parallel
+
+    def forward(self, x: Tensor, beside: Tensor) -> Tensor:
+        return (beside if self.parallel else x) + SCALING * self.up(self.activation(self.down(x)))
+
+    def leaves(self) -> dict[str, nn.Parameter]:
+        return {
+            "down": self.down.weight,
+            "up": self.up.weight,
+            "down_bias": self.down.bias,
+            "up_bias": self.up.bias,
+        }
+
+
+def adapter_of(kind: Kind, parameters: Mapping[str, nn.Parameter]) -> BottleneckAdapter:
+    """Ours, of the same parameters."""
+    r, width = parameters["down"].shape
+    config = AdapterConfig(
+        False, True, parallel=kind.parallel, reduction=width / r, activation=kind.activation, scaling=SCALING
+    )
+    adapter = BottleneckAdapter(config, width, torch.device("cpu"), parameters["down"].dtype)
+    for name, parameter in parameters.items():
+        setattr(adapter, name, parameter)
+    return adapter
+
+
+def inputs_of(kind: Kind, width: int, r: int, m: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    kept = torch.float32 if kind.mixed or kind.autocast else dtype
+    return {
+        "x": testing.tensor(m, width, dtype=dtype, seed=4),
+        "residual": testing.tensor(m, width, dtype=dtype, seed=6),
+        "down": testing.tensor(r, width, dtype=kept, seed=2, scale=width**-0.5),
+        "up": testing.tensor(width, r, dtype=kept, seed=3, scale=r**-0.5),
+        "down_bias": testing.tensor(r, dtype=kept, seed=7),
+        "up_bias": testing.tensor(width, dtype=kept, seed=8),
+    }
+
+
+def expected(kind: Kind, inputs: Mapping[str, Tensor], dy: Tensor) -> gate.Expected:
+    """In fp32 and rounded, and in fp64."""
+
+    def results(wide: torch.dtype) -> dict[str, Tensor]:
+        leaves = {name: inputs[name].to(wide, copy=True).requires_grad_() for name in NAMES}
+        hidden = F.linear(leaves["x"], leaves["down"], leaves["down_bias"])
+        value = F.linear(ACTIVATIONS[kind.activation](hidden), leaves["up"], leaves["up_bias"])
+        y = (leaves["residual"] if kind.parallel else leaves["x"]) + SCALING * value
+        if not kind.train:
+            return {"y": y.detach()}
+        names = [name for name in NAMES if kind.parallel or name != "residual"]
+        found = torch.autograd.grad(y, [leaves[name] for name in names], dy.to(wide))
+        return {"y": y.detach(), **dict(zip(names, found, strict=True))}
+
+    rounded = {
+        name: value.to(inputs["x" if name == "y" else name].dtype)
+        for name, value in results(torch.float32).items()
+    }
+    return gate.Expected(rounded, results(torch.float64))
+
+
+def bottleneck(
+    kind: Kind, m: int, dtype: str, width: int = WIDTH, r: int = BOTTLENECK, compiles: bool = True
+) -> Case:
+    def build() -> list[Contender | Absent]:
+        inputs = inputs_of(kind, width, r, m, DTYPES[dtype])
+        dy = testing.tensor(m, width, dtype=DTYPES[dtype], seed=5)
+        wanted = expected(kind, inputs, dy)
+        plain = Plain(kind, inputs)
+        x, residual = (inputs[name].clone().requires_grad_(kind.train) for name in ("x", "residual"))
+        of_modules = plain.leaves()
+        adapter = adapter_of(kind, of_modules)
+
+        def of(module: Any) -> Callable[[], Tensor]:
+            if not kind.mixed:
+                return lambda: module(x, residual)
+            return lambda: module(x.float(), residual.float() if kind.parallel else residual)
+
+        def call(forward: Callable[[], Tensor]) -> Callable[[], Any]:
+            def cast() -> Tensor:
+                with torch.autocast("cpu", x.dtype, enabled=kind.autocast):
+                    return forward().to(x.dtype)
+
+            if not kind.train:
+                return layers.forward_call(lambda _: cast(), x)
+            beside = {"residual": residual} if kind.parallel else {}
+            return layers.differentiated(cast, {"x": x, **beside, **of_modules}, dy)
+
+        if kind.autocast:
+            wanted = gate.Expected(call(of(plain))(), wanted.truth)
+        entries = [
+            Entry(
+                OURS, lambda: [call(lambda: adapter(x, residual if kind.parallel else None))], wanted.strict
+            ),
+            Entry(MODULES, lambda: [call(of(plain))], wanted.sane),
+        ]
+        if compiles:
+            compiled = torch.compile(plain, dynamic=False)
+            entries.append(Entry(COMPILED, lambda: [call(of(compiled))], wanted.sane))
+        return contenders(Kept(), entries)
+
+    goals = [Goal(MODULES, 1.5)] if kind.train and m == max(ROWS) else []
+    return Case(kind.group, width, width, m, dtype, build, goals=goals, title=kind.title, seconds=20.0)
+
+
+def standard() -> list[Case]:
+    return list(_standard())
+
+
+def _standard() -> Iterator[Case]:
+    for dtype, mixed in (("bf16", False), ("bf16", True), ("fp32", False)):
+        for parallel in (False, True):
+            for train in (False, True):
+                for m in ROWS:
+                    yield bottleneck(Kind(train, parallel, mixed), m, dtype)
+        for activation in ("gelu", "silu"):
+            yield bottleneck(Kind(True, mixed=mixed, activation=activation), max(ROWS), dtype)
+    for parallel in (False, True):
+        for m in ROWS:
+            yield bottleneck(Kind(True, parallel, autocast=True), m, "bf16")

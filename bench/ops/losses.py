@@ -1,0 +1,156 @@
+"""The loss of a language model's head beside torch's, which makes all logits, and a compiled loss in chunks.
+
+Forward and backward, one token in eight without a label. The peer in chunks is how one writes such a loss in
+torch: the gradient of each chunk is computed in the forward, all of it compiled (torch.func.grad_and_value).
+Torch's gets its logits in fp32, as transformers widens them: of bf16 ones its gradients were found to be off
+by half of their norm on a CPU (relative error 0.55), and such a peer is not timed.
+Liger's kernel for the same is Triton's, and needs a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import peft_kernels as pk
+import testing
+
+from ..lib import correctness as gate
+from ..lib.cases import DTYPES
+from ..lib.contenders import Entry, contenders
+from ..lib.harness import Absent, Case, Contender, Goal
+from ..lib.layers import Kept
+from ..lib.report import OURS
+
+TORCH, CHUNKS = "F.cross_entropy", "in chunks, compiled"
+SMOLLM2, GEMMA2_CAP = (49152, 576), 30.0
+ROWS = (256, 1024, 4096)
+CHUNK = 256
+IGNORED = -100
+HEADS = ("frozen", "trained", "nf4")
+
+
+def labels_of(rows: int, vocabulary: int) -> Tensor:
+    labels = torch.randint(0, vocabulary, (rows,), generator=torch.Generator().manual_seed(rows))
+    labels[::8] = IGNORED
+    return labels
+
+
+def losses(x: Tensor, weight: Tensor, labels: Tensor, cap: float | None = None) -> Tensor:
+    """The mean, by all logits."""
+    logits = F.linear(x, weight)
+    if logits.dtype != torch.float64:
+        logits = logits.float()
+    if cap:
+        logits = cap * torch.tanh(logits / cap)
+    return F.cross_entropy(logits, labels, ignore_index=IGNORED)
+
+
+class InChunks:
+    """The same by chunks of rows, each differentiated at once."""
+
+    def __init__(self, trained: bool, cap: float | None) -> None:
+        def chunk(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+            logits = F.linear(x, weight).float()
+            if cap:
+                logits = cap * torch.tanh(logits / cap)
+            return F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+
+        self.trained = trained
+        wanted = (0, 1) if trained else (0,)
+        self.function = torch.compile(torch.func.grad_and_value(chunk, argnums=wanted), dynamic=False)
+
+    def __call__(self, x: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        dx, total = torch.empty_like(x), torch.zeros(())
+        dw = torch.zeros_like(weight, dtype=torch.float32) if self.trained else None
+        count = (labels != IGNORED).sum()
+        for begin in range(0, len(x), CHUNK):
+            rows = slice(begin, begin + CHUNK)
+            grads, value = self.function(x[rows], weight, labels[rows])
+            dx[rows] = grads[0] / count
+            total += value
+            if dw is not None:
+                dw += grads[1]
+        found = {"loss": total / count, "dx": dx}
+        return found if dw is None else {**found, "dw": (dw / count).to(weight.dtype)}
+
+
+def differentiated(
+    loss: Callable[..., Tensor], x: Tensor, weight: Any, labels: Tensor, trained: bool
+) -> dict[str, Tensor]:
+    value = loss(x, weight, labels)
+    names = {"dx": x, "dw": weight} if trained else {"dx": x}
+    grads = torch.autograd.grad(value, list(names.values()))
+    return {"loss": value.detach().float(), **dict(zip(names, grads, strict=True))}
+
+
+def case(
+    head: str,
+    rows: int,
+    dtype: str,
+    shape: tuple[int, int] = SMOLLM2,
+    cap: float | None = None,
+    compiles: bool = True,
+) -> Case:
+    trained = head == "trained"
+
+    def build() -> list[Contender | Absent]:
+        x = testing.tensor(rows, shape[1], dtype=DTYPES[dtype]).requires_grad_()
+        dense = testing.tensor(*shape, dtype=DTYPES[dtype], seed=1, scale=2 * shape[1] ** -0.5)
+        packed = pk.NF4Weight.quantize(dense) if head == "nf4" else None
+        if packed is not None:
+            dense = packed.dequantize(DTYPES[dtype])
+        dense.requires_grad_(trained)
+        labels = labels_of(rows, shape[0])
+        by_torch = partial(losses, cap=cap)
+
+        def results(wide: torch.dtype) -> dict[str, Tensor]:
+            leaves = [t.detach().to(wide).requires_grad_(t.requires_grad) for t in (x, dense)]
+            if wide == torch.float64:  # a few rows at a time
+                parts = [slice(i, i + 64) for i in range(0, rows, 64)]
+                total = torch.zeros((), dtype=wide)
+                for part in parts:
+                    z = by_torch(leaves[0][part], leaves[1], labels[part]) * (labels[part] != IGNORED).sum()
+                    z.backward()
+                    total += z.detach()
+                count = (labels != IGNORED).sum()
+                names = {"dx": leaves[0], "dw": leaves[1]} if trained else {"dx": leaves[0]}
+                return {"loss": total / count, **{n: t.grad / count for n, t in names.items()}}
+            return differentiated(by_torch, *leaves, labels, trained)
+
+        wanted = gate.Expected(results(DTYPES[dtype]), results(torch.float64))
+
+        def call(loss: Callable[..., Tensor], weight: Any) -> Callable[[], Any]:
+            return partial(differentiated, loss, x, weight, labels, trained)
+
+        ours = partial(pk.linear_cross_entropy, softcap=cap)
+        entries = [
+            Entry(OURS, lambda: [call(ours, dense if packed is None else packed)], wanted.strict),
+            Entry(TORCH, lambda: [call(by_torch, dense)], wanted.sane),
+        ]
+        if compiles:
+            chunks = InChunks(trained, cap)
+            entries.append(
+                Entry(CHUNKS, lambda: [partial(chunks, x.detach(), dense.detach(), labels)], wanted.sane)
+            )
+        return contenders(Kept(), entries)
+
+    group = f"loss-{head}" + ("-capped" if cap else "")
+    kinds = {"frozen": "a frozen head", "trained": "a head that is trained", "nf4": "a frozen head in NF4"}
+    title = f"loss of {kinds[head]}{', logits capped' if cap else ''}, forward + backward"
+    goals = (Goal(TORCH, 1.8), Goal(CHUNKS, 1.3)) if head == "frozen" and rows == 1024 and not cap else ()
+    return Case(group, *shape, rows, dtype, build, goals=goals, title=title, seconds=30.0)
+
+
+def standard(dtype: str) -> list[Case]:
+    found = [case("frozen", rows, dtype) for rows in ROWS]
+    return [
+        *found,
+        *(case(head, 1024, dtype) for head in HEADS[1:]),
+        case("frozen", 1024, dtype, cap=GEMMA2_CAP),
+    ]

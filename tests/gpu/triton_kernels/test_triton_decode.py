@@ -1,0 +1,204 @@
+"""The inline assembly that decodes NF4 in Triton kernels, run by a model of its instructions, for every byte.
+
+The model of `prmt` is the PTX ISA's, that of `v_perm_b32` the one of AMD's ISA documents.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parent.parent.parent.parent))
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+
+import triton.language as tl
+
+from peft_kernels.core.code_tables import NF4_CODE
+from peft_kernels.triton_kernels.core import launch
+from peft_kernels.triton_kernels.nf4 import nf4_decode
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+IN_TWO = "in_two"
+"""Beside the types: two tables of float16."""
+each_kind = pytest.mark.parametrize(
+    "kind", (*DTYPES, IN_TWO), ids=lambda kind: str(kind).removeprefix("torch.")
+)
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def prmt(low: int, high: int, selector: int) -> int:
+    """Four bytes of eight, by the four nibbles of a selector; its high bits ask for a sign."""
+    entries, result = (high << 32 | low).to_bytes(8, "little"), 0
+    for i in range(4):
+        nibble = selector >> 4 * i & 15
+        byte = entries[nibble & 7]
+        result |= (0xFF * (byte >> 7) if nibble & 8 else byte) << 8 * i
+    return result
+
+
+def v_perm(high: int, low: int, selector: int) -> int:
+    """Four bytes of eight, by the four bytes of a selector; from 8 on it asks for signs and constants."""
+    entries, result = (high << 32 | low).to_bytes(8, "little"), 0
+    for i, by in enumerate(selector.to_bytes(4, "little")):
+        if by >= 12:
+            byte = 0 if by == 12 else 0xFF
+        elif by >= 8:
+            byte = 0xFF * (entries[2 * (by - 8) + 1] >> 7)
+        else:
+            byte = entries[by]
+        result |= byte << 8 * i
+    return result
+
+
+LANES_BEFORE_THE_LAST = (1 << 31) - 1
+INSTRUCTIONS: dict[str, Callable[..., int]] = {
+    "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "xor.b32": lambda a, b: a ^ b,
+    "shr.u32": lambda a, n: a >> n,
+    "mov.u32": lambda a: a,
+    "prmt.b32": prmt,
+    "v_and_b32": lambda a, b: a & b,
+    "v_or_b32": lambda a, b: a | b,
+    "v_lshrrev_b32": lambda n, a: a >> n,
+    "v_mov_b32": lambda a: a,
+    "s_mov_b32": lambda a: a,
+    "v_perm_b32": v_perm,
+}
+
+
+def run(assembly: str, given: dict[str, int]) -> dict[str, int]:
+    """What is in the registers after those instructions."""
+    registers = {"%lanemask_lt": LANES_BEFORE_THE_LAST, **given}
+
+    def value(operand: str) -> int:
+        return registers[operand] if operand in registers else int(operand, 0)
+
+    for line in re.split(r"[;\n]", assembly.strip("{} ")):
+        name, _, rest = line.strip().partition(" ")
+        if name in ("", ".reg"):
+            continue
+        target, *operands = (part.strip() for part in rest.split(","))
+        registers[target] = INSTRUCTIONS[name](*map(value, operands)) & 0xFFFFFFFF
+    return registers
+
+
+def tables_of(kind: Any) -> tuple[torch.Tensor, ...]:
+    return nf4_decode.in_two() if kind == IN_TWO else (nf4_decode.table(kind),)
+
+
+def expected(byte: int, numbers: torch.Tensor) -> tuple[int, int]:
+    """The bits of the numbers of a byte: of its high code, which comes first, and of its low one."""
+    bits = numbers.view(torch.int32 if numbers.itemsize == 4 else torch.int16).tolist()
+    mask = (1 << 8 * numbers.itemsize) - 1
+    return bits[byte >> 4] & mask, bits[byte & 15] & mask
+
+
+def words() -> list[list[int]]:
+    """Four bytes each: every value at every place, among others."""
+    values = torch.arange(256)
+    columns = [values, (values * 37 + 11) % 256, (values * 91 + 5) % 256, 255 - values]
+    return torch.stack(columns, 1).tolist()
+
+
+@each_dtype
+def test_tables_are_of_the_codes(dtype: torch.dtype) -> None:
+    numbers = (torch.tensor(NF4_CODE) * nf4_decode.STRETCH[dtype]).to(dtype)
+    assert torch.equal(nf4_decode.table(dtype), numbers)
+
+
+def test_two_numbers_of_float16_hold_a_code() -> None:
+    """To a unit of fp32, and with no number that some cards take for 0."""
+    high, low = (numbers.double() for numbers in nf4_decode.in_two())
+    truth = torch.tensor(NF4_CODE, dtype=torch.float64) * nf4_decode.IN_TWO
+    assert ((high + low - truth).abs() <= truth.abs() * 2**-23).all()
+    least = torch.finfo(torch.float16).smallest_normal
+    assert all(number == 0 or abs(number) >= least for number in (*high.tolist(), *low.tolist()))
+
+
+@each_kind
+def test_ptx(kind: Any) -> None:
+    tables = tables_of(kind)
+    assembly, count = nf4_decode.ptx(*tables), sum(2 * numbers.itemsize for numbers in tables)
+    for word in words():
+        got = run(assembly, {f"${count}": int.from_bytes(bytes(word), "little")})
+        first = 0
+        for numbers in tables:
+            for i, byte in enumerate(word):
+                high, low = expected(byte, numbers)
+                if numbers.itemsize == 4:
+                    assert (got[f"${i}"], got[f"${4 + i}"]) == (high, low)
+                else:
+                    assert got[f"${first + i}"] == low << 16 | high
+            first += 2 * numbers.itemsize
+
+
+@each_kind
+def test_amdgcn(kind: Any) -> None:
+    tables = tables_of(kind)
+    assembly, results = nf4_decode.amdgcn(*tables), sum(2 * numbers.itemsize for numbers in tables)
+    for word in words():
+        pairs = [word[0] | word[1] << 16, word[2] | word[3] << 16]
+        got = run(assembly, {f"${results + 8 + i}": pair for i, pair in enumerate(pairs)})
+        begin = 0
+        for table in tables:
+            count = table.itemsize
+            numbers = [
+                int.from_bytes(
+                    b"".join(got[f"${first + i}"].to_bytes(4, "little") for i in range(count)), "little"
+                )
+                for first in (begin, begin + count)
+            ]
+            begin += 2 * count
+            for i, byte in enumerate(word):
+                mask, shift = (1 << 8 * count) - 1, 8 * count * i
+                assert tuple(number >> shift & mask for number in numbers) == expected(byte, table)
+
+
+@each_kind
+def test_amdgcn_keeps_to_what_the_oldest_takes(kind: Any) -> None:
+    """GFX9: one scalar register, and no constant, in an instruction with three operands. Only the results,
+    and the registers that are told of, are written, and those before they are read."""
+    tables, written = tables_of(kind), set()
+    count = sum(2 * numbers.itemsize for numbers in tables)
+    spare = {f"${count + i}" for i in range(8)} | {"s70", "s71"}
+    for line in nf4_decode.amdgcn(*tables).splitlines():
+        name, _, rest = line.partition(" ")
+        target, *operands = rest.split(", ")
+        assert target in spare | {f"${i}" for i in range(count)}
+        if name == "v_perm_b32":
+            assert sum(operand[0] == "s" for operand in operands) <= 1 and all(o[0] in "$s" for o in operands)
+        given = {f"${count + 8}", f"${count + 9}"}
+        assert all(operand[0] not in "$s" or operand in written | given for operand in operands)
+        written.add(target)
+
+
+@triton.jit
+def decode_kernel(packed, out, BLOCK: tl.constexpr):
+    at = tl.arange(0, BLOCK)
+    numbers = nf4_decode.decode(tl.load(packed + at), out.dtype.element_ty)
+    tl.store(out + tl.arange(0, 2 * BLOCK), numbers)
+
+
+@each_dtype
+@pytest.mark.parametrize("target", ("gfx942", "gfx950", "gfx1100", "gfx1200"))
+@pytest.mark.skipif(launch.INTERPRETED, reason="Triton interprets its kernels in this process")
+def test_vector_instructions_for_a_weight(target: str, dtype: torch.dtype) -> None:
+    """On AMD's cards, its load and store included. A choice by four levels of selection took 24 to 28."""
+    from bench.gpu import triton_code
+
+    if reason := triton_code.unsupported(target):
+        pytest.skip(reason)
+    lanes, block = 64 if target.startswith("gfx9") else 32, 4096
+    args: Any = torch.empty(1, dtype=torch.uint8, device="meta"), torch.empty(1, dtype=dtype, device="meta")
+    with triton_code.compiling_for(target):
+        made = decode_kernel.warmup(*args, BLOCK=block, grid=(1,), num_warps=4)
+    count = len(re.findall(r"^\s*v_", made.asm["amdgcn"], re.MULTILINE))
+    assert count / (2 * block / (4 * lanes)) <= (11.5 if dtype == torch.float32 else 6.6)
