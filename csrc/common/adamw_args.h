@@ -1,4 +1,4 @@
-// The arguments of an optimizer's step, checked: nothing is changed before all of them are.
+// Checked arguments of an optimizer step: nothing is changed before all of them are checked.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,11 +16,11 @@ inline void check_scalar(const OptionalTensor& t, at::ScalarType dtype, const ch
   check_numel(*t, 1, name);
 }
 
-// What parameters of one group share, and step and lr give.
+// The coefficients of one group's step.
 struct StepFactors {
   float b1, w1, b2, w2, rate, floor, decay, weight_decay, lr;
 
-  // In fp64, and rounded once (ops/adamw.py).
+  // Computed in fp64 and rounded once (ops/optim/adamw.py).
   StepFactors(double beta1, double beta2, double eps, double wd, double learning_rate, int64_t step,
               bool decoupled)
       : b1(static_cast<float>(beta1)),
@@ -120,7 +120,7 @@ struct AdamWArgs {
   }
 };
 
-// The op, of which a back end says what is done with arguments that were checked.
+// Op adamw: checks its arguments, then calls a back end's kStep.
 template <void (*kStep)(const AdamWArgs&)>
 void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList state1, at::TensorList state2,
               at::TensorList absmax1, at::TensorList absmax2, at::TensorList compensation, const Tensor& step,
@@ -135,7 +135,7 @@ void adamw_op(at::TensorList params, at::TensorList grads, at::TensorList state1
   kStep(args);
 }
 
-// The same of what a step multiplies gradients by.
+// Op clip_factor, the same way.
 template <Tensor (*kFactor)(at::TensorList, const OptionalTensor&, double)>
 Tensor clip_factor_op(at::TensorList grads, const OptionalTensor& grad_scale, double max_grad_norm) {
   TORCH_CHECK(max_grad_norm > 0, "max_grad_norm: expected a positive number, got ", max_grad_norm);

@@ -1,4 +1,4 @@
-// Ops say themselves in which dtypes they compute.
+// Ops choose their own compute dtypes.
 #pragma once
 
 #include <c10/core/DispatchKeySet.h>
@@ -6,9 +6,9 @@
 
 namespace peft_kernels {
 
-// While it lives, torch's own ops do not see autocast: a product of theirs would come out in another type
-// than the kernels that take it are told. Python's calls leave autocast behind already; C++ callers of the
-// dispatcher, and calls below its autocast keys, do not.
+// Excludes autocast while it lives: torch's own ops would return another dtype than our kernels expect. Calls
+// from Python leave autocast behind already; C++ callers of the dispatcher, and calls below its autocast
+// keys, do not.
 class WithoutAutocast {
   const c10::impl::ExcludeDispatchKeyGuard guard_{c10::autocast_dispatch_keyset};
 };

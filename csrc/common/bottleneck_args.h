@@ -1,4 +1,4 @@
-// The arguments of bottleneck adapters, checked.
+// Checked arguments of bottleneck adapters.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -8,7 +8,7 @@
 
 namespace peft_kernels {
 
-// What both directions take.
+// The arguments common to both directions.
 struct BottleneckArgs {
   Tensor x;  // [m, k]
   OptionalTensor norm_weight;
@@ -44,7 +44,7 @@ struct BottleneckArgs {
 
   at::TensorOptions floats() const { return x.options().dtype(at::kFloat); }
 
-  // A small parameter in fp32; undefined where there is none.
+  // A small parameter in fp32; undefined if there is none.
   Tensor vector(const OptionalTensor& t, int64_t size, const char* name) const {
     const Tensor checked = as_it_is(t, size, name);
     return checked.defined() ? checked.to(at::kFloat) : checked;
@@ -69,7 +69,7 @@ struct BottleneckArgs {
   }
 };
 
-// What backward takes beside them.
+// The further arguments of backward.
 struct BottleneckGradient {
   Tensor dy;  // [m, n]
   Tensor z;   // [m, r], the bottleneck before its activation

@@ -1,5 +1,5 @@
-// What a compiled library tells of itself before it is loaded: Python looks for these bytes in the file and
-// refuses one that was built for other schemas or another torch, since loading it would abort the process.
+// Build information in the library file. Python looks for these bytes before loading, and refuses a library
+// built for other schemas or another torch, since loading it would abort the process.
 #pragma once
 
 #include "generated.h"

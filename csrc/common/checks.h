@@ -1,5 +1,5 @@
-// Checks of what ops are given, the same in every compiled library. Everything that memory safety rests on is
-// checked here, in nf4_tensors.h and in lora_args.h.
+// Checks of op arguments, shared by the compiled libraries. Memory safety rests on the checks here, in
+// nf4_tensors.h and in lora_args.h.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,7 +15,7 @@ namespace peft_kernels {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// Throws when `t` is not where the kernels of this library find it. Each library defines its own.
+// Throws when `t` is not on this library's kind of device. Each library defines its own.
 void check_device(const Tensor& t, const char* name);
 
 inline DType dtype_of(const Tensor& t, const char* name) {
@@ -74,7 +74,7 @@ inline at::DimVector sizes_with_last(const Tensor& t, int64_t last) {
   return sizes;
 }
 
-// An activation of `features` values a row, made contiguous.
+// An activation with `features` values per row, made contiguous.
 inline Tensor activation(const Tensor& t, int64_t features, const char* name) {
   dtype_of(t, name);
   TORCH_CHECK(t.dim() >= 1, name, ": expected at least 1 dimension, got 0");
@@ -88,14 +88,14 @@ inline Tensor as_rows(const Tensor& t, int64_t features, const char* name) {
   return rows.dim() == 2 ? rows : rows.view({rows_of(rows), features});
 }
 
-// Contiguous, and of the shape and dtype of `like`.
+// Contiguous, with the shape and dtype of `like`.
 inline Tensor matching(const Tensor& t, const Tensor& like, const char* name) {
   check_dtype(t, like.scalar_type(), name);
   check_shape(t, like.sizes(), name);
   return t.contiguous();
 }
 
-// A tensor of ours under its final shape. Not a view: autograd forbids to change an op's views in place.
+// A new tensor in its final shape. Not a view: autograd forbids changing an op's views in place.
 inline Tensor reshaped(const Tensor& t, at::IntArrayRef sizes) { return at::_unsafe_view(t, sizes); }
 
 }  // namespace peft_kernels

@@ -1,4 +1,4 @@
-// The arguments of DoRA's ops, checked.
+// Checked arguments of the DoRA ops.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -7,7 +7,7 @@
 
 namespace peft_kernels {
 
-// What both directions of dora_scale take.
+// The arguments common to both directions of dora_scale.
 struct DoraScaleArgs {
   Tensor z;
   DType dtype;  // of z and its gradients

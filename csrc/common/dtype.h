@@ -1,4 +1,4 @@
-// The types that activations and dense weights may have.
+// The dtypes of activations and dense weights.
 #pragma once
 
 #include <cstdint>

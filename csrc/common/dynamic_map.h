@@ -1,5 +1,5 @@
-// The unsigned dynamic map of 8-bit blockwise quantisation, for what is never negative: 0, 254 midpoints in
-// seven decades, 1. The signed one is nf4.h's. Nine digits give each fp32 value exactly.
+// The unsigned dynamic map of 8-bit blockwise quantisation, for values that are never negative: 0, 254
+// midpoints in seven decades, 1. The signed map is in nf4.h. Nine digits give each fp32 value exactly.
 #pragma once
 
 #include "nf4.h"
@@ -52,7 +52,7 @@ inline constexpr float kUnsignedDynamicMap[nf4::kDynamicCodes] = {
 };
 // clang-format on
 
-// What codes of a second moment are read as: the map, but for code 0 (code_tables.py, moment_values).
+// The values of a second moment's codes: the map, except for code 0 (code_tables.py, moment_values).
 struct SecondMoments {
   float value[nf4::kDynamicCodes];
 };

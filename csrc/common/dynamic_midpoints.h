@@ -1,6 +1,5 @@
-// The midpoints between neighbouring magnitudes of the dynamic maps. A number's code is as far from 0's as
-// there are midpoints that it exceeds, so that the nearest is found and a tie takes the lower one
-// (ops/adamw.py).
+// The midpoints between neighbouring magnitudes of the dynamic maps. The number of midpoints that a value
+// exceeds gives its code, so the nearest is found and a tie takes the lower one (ops/optim/adamw.py).
 #pragma once
 
 #include "dynamic_map.h"
@@ -8,7 +7,7 @@
 namespace peft_kernels {
 
 struct DynamicMidpoints {
-  float value[nf4::kDynamicCodes];  // infinity behind the last
+  float value[nf4::kDynamicCodes];  // infinity after the last
 };
 
 constexpr DynamicMidpoints midpoints_of(const float* magnitudes, int count) {

@@ -1,4 +1,4 @@
-// The arguments of gated activations, checked.
+// Checked arguments of gated activations.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,7 +16,7 @@ inline Activation activation_of(c10::string_view name) {
   return Activation::kRelu;
 }
 
-// What both directions of gated_activation take.
+// The arguments common to both directions of gated_activation.
 struct GatedArgs {
   Tensor gate, up;
   DType dtype;  // of all tensors

@@ -1,5 +1,4 @@
-// The arguments of the ops with LoRA adapters, checked and taken apart: layers that share x, each with any
-// number of adapters.
+// Checked arguments of the LoRA ops: layers that share x, each with any number of adapters.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -16,7 +15,7 @@ namespace peft_kernels {
 using OptionalTensors = c10::List<std::optional<Tensor>>;
 using OptionalDtype = std::optional<at::ScalarType>;
 
-// Of the base product: x's own unless another is asked for.
+// The base GEMM's dtype: x's own unless another is requested.
 inline at::ScalarType compute_type(const OptionalDtype& compute_dtype, const Tensor& x) {
   if (!compute_dtype) return x.scalar_type();
   TORCH_CHECK(*compute_dtype == at::kFloat || *compute_dtype == at::kBFloat16 || *compute_dtype == at::kHalf,
@@ -24,7 +23,7 @@ inline at::ScalarType compute_type(const OptionalDtype& compute_dtype, const Ten
   return *compute_dtype;
 }
 
-// What check_bias() is to ask of a bias beside fp32: a layer's may be of x's type or of its base product's.
+// The dtype that check_bias() allows beside fp32: a layer's bias may have x's dtype or the base GEMM's.
 inline at::ScalarType bias_type(const OptionalTensor& bias, at::ScalarType compute, const Tensor& x) {
   return bias && bias->scalar_type() == compute ? compute : x.scalar_type();
 }
@@ -33,7 +32,7 @@ inline at::ScalarType bias_type(const OptionalTensor& bias, at::ScalarType compu
 struct Dropout {
   uint32_t stream;
   uint32_t threshold;  // of a word that keeps its element; 0: keeps all
-  float scale;         // of what is kept
+  float scale;         // factor of the elements kept
 };
 
 inline Dropout dropout_of(double p, const OptionalTensor& seed, uint32_t stream) {
@@ -47,7 +46,7 @@ inline Dropout dropout_of(double p, const OptionalTensor& seed, uint32_t stream)
   return {stream, static_cast<uint32_t>(threshold), p < 1.0 ? static_cast<float>(1.0 / (1.0 - p)) : 0.0f};
 }
 
-// The frozen weight of one layer, dense or NF4. Nf4 is constructed as Nf4Tensors is.
+// The frozen weight of one layer, dense or NF4. Nf4 is constructed like Nf4Tensors.
 template <class Nf4>
 class BaseWeightOf {
  public:
@@ -60,7 +59,7 @@ class BaseWeightOf {
     } else {
       check_dtype(weight, compute_dtype, "weight");
       check_shape(weight, {out_features, in_features}, "weight");
-      dense_ = weight;  // GPT-2's is transposed: torch's products take it so, a copy would cost as much
+      dense_ = weight;  // GPT-2's is transposed: torch's GEMMs take it as it is, a copy would cost as much
     }
   }
   bool is_dense() const { return !nf4_; }

@@ -1,5 +1,5 @@
-// The ops with LoRA adapters, once for all back ends. Their arguments become what they all are: layers that
-// share x, each with any number of adapters.
+// The LoRA ops, once for all back ends: converts their arguments to the general case, layers that share x,
+// each with any number of adapters.
 #pragma once
 
 #include <torch/library.h>
@@ -13,7 +13,7 @@
 namespace peft_kernels {
 
 struct LoraForward {
-  std::vector<Tensor> y;  // by layer; leading sizes as x's, as are h's
+  std::vector<Tensor> y;  // per layer; same leading sizes as x, as has h
   Tensor h;
 };
 
@@ -22,9 +22,9 @@ struct LoraGradients {
   std::vector<Tensor> da, db;
 };
 
-// `Layers` is what a back end computes with, an object a call:
+// `Layers` is the back end's implementation, one object per call:
 //   using Base = BaseWeightOf<..>;
-//   Layers(x, std::vector<AdapterArgs>, seed, row_group, at::ScalarType of the base products)
+//   Layers(x, std::vector<AdapterArgs>, seed, row_group, at::ScalarType of the base GEMMs)
 //   LoraForward forward(const std::vector<Base>&, const std::vector<OptionalTensor>& bias)
 //   LoraGradients backward(const std::vector<Tensor>& dy, const Tensor& h, const std::vector<Base>&,
 //                          bool need_dx, need_da, need_db), dy by layer and as rows
@@ -76,7 +76,7 @@ struct LoraOps {
         all_bases<Base>(x, weight, absmax, absmax2, offset, blocksize, out_features, compute);
     TORCH_CHECK(bias.size() == bases.size(), "bias: expected ", bases.size(), " like weight, got ",
                 bias.size());
-    std::vector<OptionalTensor> biases;  // one without elements is none
+    std::vector<OptionalTensor> biases;  // a tensor without elements means no bias
     for (const Tensor& b : bias) biases.push_back(b.numel() ? OptionalTensor(b) : std::nullopt);
     LoraForward out = layers.forward(bases, biases);
     return {std::move(out.y), out.h};

@@ -1,6 +1,6 @@
-// The NF4 number format: the only C++ copy of its tables. Knows no torch; shared by every back end.
+// The NF4 format: the only C++ copy of its tables. Free of torch; shared by every back end.
 //
-// A weight is flattened row-major and cut into blocks of `blocksize` elements; each block has one fp32
+// A weight is flattened row-major and divided into blocks of `blocksize` elements; each block has one fp32
 // absmax. A code is the number of thresholds t with x * (1 / absmax) > t, strictly, so a tie takes the lower
 // code. Element 2i is the HIGH nibble of byte i, element 2i + 1 the low one; the padding nibble of an odd
 // tail holds kZeroCode, as bitsandbytes writes it.
@@ -22,7 +22,7 @@ inline constexpr bool is_blocksize(int64_t size) {
   return size >= kMinBlocksize && size <= kMaxBlocksize && (size & (size - 1)) == 0;
 }
 
-// Aligned so that a vector register can be filled from the table in one load.
+// Aligned so that a vector register is filled from the table in one load.
 alignas(64) inline constexpr float kCode[kCodes] = {
     -1.0f,
     -0.6961928009986877f,

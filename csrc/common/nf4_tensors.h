@@ -1,4 +1,4 @@
-// The tensors of an NF4 weight, or of several of one size side by side, checked and contiguous.
+// The checked, contiguous tensors of an NF4 weight, or of several of one size.
 #pragma once
 
 #include "checks.h"
@@ -35,7 +35,7 @@ class Nf4Tensors {
   int block_shift() const { return block_shift_; }
   bool is_nested() const { return absmax2_.defined(); }
   const uint8_t* packed() const { return packed_.const_data_ptr<uint8_t>(); }
-  // Without nesting.
+  // Without double quantisation.
   const float* absmax() const { return absmax_.const_data_ptr<float>(); }
   // With it.
   const uint8_t* q8() const { return absmax_.const_data_ptr<uint8_t>(); }

@@ -1,6 +1,5 @@
-// Attention over one head of keys and values, in blocks (attention_sides.inl), of which nothing is kept but
-// each query's greatest score and sum of exponentials. Where a block has a greater score than those before
-// it, what was summed is scaled to that.
+// Flash attention over one head of keys and values, in blocks (attention_sides.inl): only each query's
+// maximum score and sum of exponentials are kept. When a block raises the maximum, earlier sums are rescaled.
 
 #include "attention_few.inl"
 
@@ -15,7 +14,7 @@ struct AttentionForward {
   typename Sides::Rows k;
   int64_t end;
 
-  // What has been seen of each query's scores.
+  // Running softmax state of each query.
   struct Queries {
     float most[kStrip], total[kStrip];
   };
@@ -66,8 +65,7 @@ struct AttentionForward {
                static_cast<T*>(p.out) + head * p.out_head + r0 * p.out_ld, p.out_ld);
   }
 
-  // From scores of the lanes from c on to their exponentials, and what was summed of earlier ones to the same
-  // greatest score.
+  // Turns the scores of the lanes from c on into exponentials, and rescales earlier sums to the new maximum.
   void weigh(const BlockSpans<Outer>& block, const StripSpans& spans, int64_t k0, int64_t c,
              Queries& queries) const {
     const int64_t g = c / kGroup;
@@ -108,7 +106,7 @@ struct AttentionForward {
   }
 };
 
-// Calls use with the kernel of either kind; the room may be null where nothing but its size is asked for.
+// Calls use with the kernel for this number of rows. The workspace may be null when only its size is wanted.
 template <class Use>
 void with_forward(const AttentionParams& p, void* room, const Use& use) {
   with_attention(p, [&](auto outer, auto type) {

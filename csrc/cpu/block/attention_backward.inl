@@ -1,6 +1,6 @@
-// The gradients of attention, whose weights are computed again, in blocks (attention_sides.inl). Weights and
-// slopes of keys are what dv and dk are products of as they lie; dq is summed transposed, and turned at the
-// end.
+// The gradients of attention, with the softmax weights recomputed in blocks (attention_sides.inl). Weights
+// and score gradients, as [keys, queries], are the lhs of dv and dk; dq is accumulated transposed, and
+// transposed back at the end.
 
 template <class Outer, class T>
 struct AttentionBackward {
@@ -13,8 +13,7 @@ struct AttentionBackward {
   int64_t end;
   typename Sides::Rows k, v;
 
-  // What each of a strip has; beyond the last all is 0. `delta` is what its result and the gradient of that
-  // come to, times -scale.
+  // State of the queries of a strip; 0 past the last one. `delta` is -scale * (dy . out).
   struct Queries {
     float most[kStrip], inverse[kStrip], delta[kStrip];
   };
@@ -93,8 +92,7 @@ struct AttentionBackward {
     }
   }
 
-  // Of the lanes from c on, the weights of keys in the queries' sums, and the slopes of scores before they
-  // were scaled.
+  // For the lanes from c on: the softmax weights, and the gradients of the unscaled scores.
   void slopes_of(const BlockSpans<Outer>& block, const StripSpans& spans, int64_t k0, int64_t keys, int64_t c,
                  const Queries& queries) const {
     const int64_t g = c / kGroup;
@@ -112,7 +110,7 @@ struct AttentionBackward {
         const int64_t key = first + i, at = key * kStrip + c;
         Vec weight = mul(weigher(load(scores + at)), inverse);
         slope[i] = mul(weight, fma(load(d_scores + at), scale, delta));
-        if (!is_inner) {  // of scores that nobody has computed, too
+        if (!is_inner) {  // may include scores that were not computed
           weight = spans.where_seen(k0 + key, c, weight, zero());
           slope[i] = spans.where_seen(k0 + key, c, slope[i], zero());
         }
@@ -123,7 +121,7 @@ struct AttentionBackward {
     });
   }
 
-  // dy . out of up to kLanes rows, one in each lane.
+  // dy . out of up to kLanes rows, one per lane.
   Vec row_products(const T* dy, const T* out, int64_t rows) const {
     Vec sums[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {

@@ -1,6 +1,6 @@
-// Attention of a few queries, that would leave most lanes empty: they are rows, and keys lanes. They have
-// their scores with up to kScoreKeys keys at once, their exponentials beside them, and the product of these
-// with v. Where more keys come, what was summed is scaled to the greater score.
+// Attention of a few queries, which would leave most lanes empty if queries were lanes: queries are rows and
+// keys are lanes. Scores with up to kScoreKeys keys are computed at once, then their exponentials and the
+// GEMM with v. When a later chunk raises the maximum, earlier sums are rescaled.
 
 #include "attention_sides.inl"
 
@@ -12,7 +12,7 @@ struct AttentionOfFew {
   using Sides = AttentionSides<Outer, T>;
   using Value = typename Outer::Value;
   const AttentionParams& p;
-  int64_t depth, columns;  // of the features, as depth and as columns of a product
+  int64_t depth, columns;  // of the features, padded as the depth and as the columns of a GEMM
   Value *keys, *values, *rounded, *packed_rows;
   float *scores, *sums;
   int64_t end;
@@ -79,7 +79,7 @@ struct AttentionOfFew {
     }
   }
 
-  // e^(scale * (score - most)) of a row's columns in `spans`, and 0 in the others of [from, to), rounded.
+  // e^(scale * (score - maximum)) of a row's columns in `spans`, and 0 in the others of [from, to), rounded.
   void exponentials(int64_t i, int64_t from, const RowSpans& spans, int64_t to, float& most,
                     float& total) const {
     const float* row = scores + i * kScoreKeys;

@@ -1,4 +1,4 @@
-// Attention: tensors to pointers, and registration.
+// Ops attention and attention_backward, and the library function spans_of_mask.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -20,11 +20,12 @@ namespace {
 
 inline int64_t padded_to(int64_t x, int64_t unit) { return ceil_div(x, unit) * unit; }
 
-// With so many heads of keys and more, each is one task of the backward; else each head of queries is one,
-// and the gradients of keys are summed afterwards. Not by threads: sums must not depend on these.
+// With at least this many key heads, each is one task of the backward; with fewer, each query head is one,
+// and the gradients of keys are summed afterwards. Not decided by the number of threads, as results must not
+// depend on it.
 constexpr int64_t kManyTasks = 8;
 
-// [batch, rows, heads, features], features side by side.
+// [batch, rows, heads, features] with contiguous features.
 Tensor heads_of(const Tensor& t, const char* name) {
   dtype_of(t, name);
   TORCH_CHECK(t.dim() == 4, name, ": expected shape (batch, rows, heads, features), got ", t.sizes());
@@ -41,7 +42,7 @@ void* mutable_at(const Tensor& t, int64_t sequence, int64_t head) {
 
 struct AttentionArgs {
   Tensor q, k, v, spans;
-  AttentionParams params{};  // of nothing yet that differs between tasks
+  AttentionParams params{};  // the fields common to all tasks
   int64_t batch, heads, key_heads, group;
 
   AttentionArgs(const Tensor& q_in, const Tensor& k_in, const Tensor& v_in,
@@ -78,7 +79,7 @@ struct AttentionArgs {
     }
   }
 
-  // `count` heads of queries from `head` on, and their head of keys.
+  // `count` query heads from `head` on, and their key head.
   AttentionParams of(int64_t sequence, int64_t head, int64_t count) const {
     AttentionParams p = params;
     p.q = at(q, sequence, head);
@@ -92,7 +93,6 @@ struct AttentionArgs {
   int64_t multiply_adds() const {
     return 2 * batch * heads * params.rows * params.keys * params.features / (params.is_causal ? 2 : 1);
   }
-  // Empty, aligned.
   Tensor room(bool is_backward) const {
     return at::empty({kernels().attention_bytes(params, is_backward) + kAlign}, q.options().dtype(at::kByte));
   }
@@ -103,7 +103,7 @@ struct AttentionArgs {
   static constexpr int64_t kAlign = 64;
 };
 
-// Calls run(task) for all of them, those that come late by whoever is free, with the room of its thread.
+// Calls run(task, workspace) for all tasks, with one workspace per thread.
 template <class Run>
 void run_in_rooms(const AttentionArgs& args, int64_t tasks, bool is_backward, const Run& run) {
   run_tasks(tasks, useful_threads(args.multiply_adds() * (is_backward ? 5 : 2) / 2), [&](Share& share) {
@@ -120,7 +120,7 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   const int64_t rows = args.params.rows;
   Tensor softmax = at::empty({args.batch, args.heads, 2, rows}, q.options().dtype(at::kFloat));
   if (y.numel() == 0) return {y, softmax};
-  // Parts of rows, from the last on: with a causal mask those have the most keys.
+  // Rows are divided into parts, scheduled from the last on: with a causal mask those have the most keys.
   const int64_t of_keys = args.batch * args.key_heads;
   const int64_t parts =
       std::clamp<int64_t>(ceil_div(4 * get_num_threads(), of_keys), 1, ceil_div(rows, kAttentionPad));
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy_in, const
   const int64_t of_keys = args.batch * args.key_heads;
   const int64_t parts = of_keys >= kManyTasks ? 1 : args.group, tasks = of_keys * parts;
   const int64_t padded_keys = padded_to(keys, kAttentionPad), padded = padded_to(features, kAttentionPad);
-  // Of keys and of values.
+  // Gradients of keys and of values.
   Tensor sums = at::empty({2, tasks, padded_keys, padded}, q.options().dtype(at::kFloat));
   float* first = sums.mutable_data_ptr<float>();
   const int64_t size = padded_keys * padded, count = args.group / parts;
@@ -191,7 +191,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy_in, const
   return {dq, gradient(0), gradient(1)};
 }
 
-// The spans of a row; false if there are more than two.
+// The spans of one mask row; false if there are more than two.
 bool find_spans(const char* row, int64_t keys, int32_t* spans) {
   const char *at = row, *end = row + keys;
   for (int count = 0;; ++count) {
@@ -205,8 +205,8 @@ bool find_spans(const char* row, int64_t keys, int32_t* spans) {
   }
 }
 
-// Keys side by side that each row of a mask, bool [batch, rows, keys], attends to: int32 [batch, rows, 2, 2],
-// as `attention` takes them; none if a row has three spans or more.
+// The spans of keys that each row of a mask, bool [batch, rows, keys], attends to: int32 [batch, rows, 2, 2],
+// as `attention` takes them; none if a row has more than two.
 std::optional<Tensor> spans_of_mask(const Tensor& mask_in) {
   check_dtype(mask_in, at::kBool, "mask");
   TORCH_CHECK(mask_in.dim() == 3, "mask: expected shape (batch, rows, keys), got ", mask_in.sizes());
@@ -216,7 +216,7 @@ std::optional<Tensor> spans_of_mask(const Tensor& mask_in) {
   const char* first = static_cast<const char*>(mask.const_data_ptr());
   int32_t* results = spans.mutable_data_ptr<int32_t>();
   std::atomic<bool> is_fit{true};
-  constexpr int64_t kBytes = 1 << 18;  // that are worth a thread
+  constexpr int64_t kBytes = 1 << 18;  // per thread
   parallel_for(0, rows, std::max<int64_t>(1, kBytes / std::max<int64_t>(1, keys)),
                [&](int64_t begin, int64_t end) {
                  for (int64_t r = begin; r < end; ++r) {

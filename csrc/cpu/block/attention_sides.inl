@@ -1,8 +1,9 @@
-// What attention's kernels share. Keys are rows, queries lanes, a strip of kStrip at once: what each query
-// has (its greatest score, its spans of keys, [first, last)) is a vector, and nothing is summed across lanes.
+// Shared by the attention kernels. Keys are rows and queries are lanes, a strip of kStrip at a time: the
+// state of each query (maximum score, spans [first, last) of keys) is a vector, and nothing is summed across
+// lanes.
 //
-// A block is a strip by kStrip keys. Of those that not all of its queries see, each kGroup queries have only
-// the keys computed that one of them sees, as the diagonal of a causal mask leaves five eighths of a block.
+// A block is a strip by kStrip keys. In a block that is partly masked, each group of kGroup queries computes
+// only the keys that one of them sees: the diagonal of a causal mask needs five eighths of a block.
 
 constexpr float kNoScore = -3.0e38f;
 constexpr int64_t kGroup = 16;  // lanes
@@ -10,7 +11,7 @@ constexpr int64_t kGroups = kStrip / kGroup;
 static_assert(kAttentionPad == kStrip, "blocks are what callers cut and pad by");
 static_assert(kGroup % kLanes == 0, "");
 
-// Buffers, one after the other.
+// Hands out consecutive buffers of the workspace.
 struct AttentionRoom {
   char* at;
 
@@ -29,7 +30,7 @@ struct KeySpan {
 
 constexpr int kSpans = 2;
 
-// The keys of a row: what a second span has that the first lacks. They do not touch, the first comes first.
+// The keys of a row as up to two spans: disjoint, not adjacent, in ascending order.
 struct RowSpans {
   KeySpan at[kSpans];
 
@@ -51,15 +52,15 @@ struct RowSpans {
   }
 };
 
-// The keys of a strip of rows; of what is beyond the last row, none.
+// The keys of a strip of rows; none for lanes past the last row.
 struct StripSpans {
   struct Lanes {
-    float first[kStrip], last[kStrip];      // the latter half a key before the one behind
-    KeySpan some[kGroups], every[kGroups];  // that any, and that all, of a group attend to
+    float first[kStrip], last[kStrip];      // last: minus half a key, for comparisons in floats
+    KeySpan some[kGroups], every[kGroups];  // keys that any, and that all, lanes of a group see
   };
   Lanes spans[kSpans];
-  int count;          // of spans that any row has
-  KeySpan all{0, 0};  // that any of them does, from a block's start on
+  int count;          // of spans used by any row
+  KeySpan all{0, 0};  // keys that any row sees, rounded down to a block
 
   StripSpans(const AttentionParams& p, int64_t begin, int64_t rows) : count(1) {
     KeySpan of_any{p.keys, 0};
@@ -77,7 +78,7 @@ struct StripSpans {
     all = {of_any.first / kStrip * kStrip, of_any.last};
   }
 
-  // Of `key` for the lanes from c on: x where they attend to it, else `other`.
+  // For `key` and the lanes from c on: x where the lane sees the key, else `other`.
   Vec where_seen(int64_t key, int64_t c, Vec x, Vec other) const {
     const Vec index = splat(static_cast<float>(key));
     for (int s = 0; s < count; ++s) {
@@ -86,7 +87,7 @@ struct StripSpans {
     }
     return other;
   }
-  // Whether a lane attends to any of the keys [begin, end).
+  // Whether a lane sees any of the keys [begin, end).
   bool sees(int64_t lane, int64_t begin, int64_t end) const {
     for (int s = 0; s < count; ++s) {
       const float first = spans[s].first[lane], last = spans[s].last[lane];
@@ -105,15 +106,15 @@ struct StripSpans {
   }
 };
 
-// Of a block's keys, from 0 on, what each group of a strip has computed, in whole units of the depth that is
-// multiplied: [begin, end), of which all its lanes see [inner_begin, inner_end).
+// The keys of a block, counted from 0, that each group of a strip computes, in whole units of the depth:
+// [begin, end), of which all its lanes see [inner_begin, inner_end).
 template <class Outer>
 struct BlockSpans {
   int64_t begin[kGroups], end[kGroups], inner_begin[kGroups], inner_end[kGroups];
   bool is_unseen = true;  // by all lanes
 
   BlockSpans(const StripSpans& strip, int64_t k0, int64_t keys) {
-    constexpr int64_t kUnit = 2;  // keys that are weighed at once
+    constexpr int64_t kUnit = 2;  // keys processed at once
     for (int64_t g = 0; g < kGroups; ++g) {
       KeySpan some{keys, 0}, inner{0, 0};
       for (int s = 0; s < strip.count; ++s) {
@@ -135,7 +136,7 @@ struct BlockSpans {
   }
   bool is_empty(int64_t g) const { return begin[g] >= end[g]; }
 
-  // Calls use(lane, lanes, begin, end) for groups side by side that have the same keys.
+  // Calls use(lane, lanes, begin, end) for neighbouring groups with the same keys.
   template <class Use>
   void for_runs(const Use& use) const {
     for (int64_t g = 0, next = 0; g < kGroups; g = next) {
@@ -150,7 +151,7 @@ struct BlockSpans {
     for (int64_t k = inner_begin[g]; k < inner_end[g]; k += 2) step(k, Constant<1>{});
     for (int64_t k = inner_end[g]; k < end[g]; k += 2) step(k, Constant<0>{});
   }
-  // The lanes that see any of the keys [key, key + count): whole groups.
+  // The lanes that see any of the keys [key, key + count), as whole groups.
   KeySpan groups_of(int64_t key, int64_t count) const {
     int64_t first = kGroups, last = 0;
     for (int64_t g = 0; g < kGroups; ++g) {
@@ -158,7 +159,7 @@ struct BlockSpans {
     }
     return {first * kGroup, last * kGroup};
   }
-  // And in units of the depth: fewer, if the first of a group see none.
+  // The same in units of the depth, without leading lanes that see none.
   KeySpan lanes_of(const StripSpans& strip, int64_t k0, int64_t key, int64_t count) const {
     KeySpan lanes = groups_of(key, count);
     while (!lanes.is_empty() && !strip.sees(lanes.first, k0 + key, k0 + key + count)) ++lanes.first;
@@ -166,7 +167,7 @@ struct BlockSpans {
   }
 };
 
-// 2^x, at most 3e-6 of it off, for x below 128; next to nothing below -126. A NaN comes through.
+// 2^x within 3e-6 relative, for x below 128; near 0 below -126. NaN propagates.
 inline Vec power_of_two(Vec x) {
   x = max(splat(-126.0f), x);
   const Vec shift = splat(12582912.0f + 127.0f);  // as in `exponential`
@@ -179,8 +180,8 @@ inline Vec power_of_two(Vec x) {
   return mul(sum, low_bits_to_exponent(shifted));
 }
 
-// e^(scale * (score - most)) of lanes. Of arguments in 16 bits, which are multiplied with weights in as many,
-// it need not be exact to the last bit of a float.
+// e^(scale * (score - maximum)) per lane. For 16-bit dtypes a faster approximation is enough, as the weights
+// are rounded to 16 bits.
 template <class T>
 struct Weigher {
   Vec scale, shift;
@@ -193,14 +194,14 @@ struct Weigher {
     if (sizeof(T) == sizeof(float)) return exponential(mul(sub(score, shift), scale));
     return power_of_two(fma(score, scale, shift));
   }
-  // The same between two scores that may both be none.
+  // The same between two scores, both of which may be kNoScore.
   Vec between(Vec before, Vec most) const {
     const Vec less = mul(sub(before, most), scale);
     return sizeof(T) == sizeof(float) ? exponential(less) : power_of_two(less);
   }
 };
 
-// What the kernels of one type share: how its rows become sides of a product.
+// How rows of dtype T become operands of a GEMM.
 template <class Outer, class T>
 struct AttentionSides {
   using Value = typename Outer::Value;
@@ -219,7 +220,7 @@ struct AttentionSides {
     return false;
   }
 
-  // Rows as the left side of products: as they lie, where that can be.
+  // Rows as lhs: in place where possible.
   struct Rows {
     const Value* at;
     int64_t ld;
@@ -246,7 +247,7 @@ struct AttentionSides {
   static bool is_value(BF16) { return sizeof(Value) != sizeof(float); }
   static bool is_value(F16) { return false; }
 
-  // Up to kStrip rows as the lanes of a right side, features in steps.
+  // Up to kStrip rows as lanes of a rhs, with features as steps.
   static void lanes_of(const T* x, int64_t ld, int64_t rows, int64_t features, Value* strip) {
     GemmTerm term{};
     term.rhs = view(x, ld);
@@ -263,12 +264,12 @@ struct AttentionSides {
 #endif
     memset(strip + features * kStrip, 0, (padded(features) - features) * kStrip * sizeof(Value));
   }
-  // Rows as the steps of a right side, strips of features as its lanes.
+  // Rows as steps of a rhs, with strips of features as lanes.
   static void steps_of(const T* x, int64_t ld, int64_t rows, int64_t features, Value* strips) {
     Outer::fill_dense(view(x, ld), 1.0f, 0, rows, features, strips);
   }
 
-  // Rows as columns, of kStrip rows each: [rows / kStrip][columns][kStrip], filled up with zeros.
+  // Rows transposed in blocks of kStrip: [rows / kStrip][columns][kStrip], zero-padded.
   static void columns_of(const T* x, int64_t ld, int64_t rows, int64_t features, Value* out) {
     const int64_t columns = round_up(features, kStrip);
     memset(static_cast<void*>(out), 0, round_up(rows, kStrip) * columns * sizeof(Value));
@@ -277,7 +278,7 @@ struct AttentionSides {
     }
   }
 
-  // Of two keys side by side, k and the next, what lanes from c on are multiplied by, into a right side.
+  // Stores the multipliers of keys k and k + 1, for the lanes from c on, into a rhs.
   static void store_steps(Value* strip, int64_t k, int64_t c, Vec first, Vec second) {
 #if PEFT_KERNELS_BF16_DOT
     if constexpr (kElements == 2) {
@@ -310,7 +311,7 @@ struct AttentionSides {
     });
   }
 
-  // sums[rows, cols] (+)= lhs . strips, `depth` elements of the latter from `from` on, of strips that are
+  // sums[rows, cols] (+)= lhs . strips, with `depth` elements of each strip from `from` on; strips are
   // `strip_depth` long.
   static void multiply(int64_t rows, int64_t cols, Rows lhs, const Value* strips, int64_t strip_depth,
                        int64_t from, int64_t depth, bool adds, float* sums, int64_t sums_ld) {
@@ -357,7 +358,7 @@ void turn_strip(const float* x, const float* factor, int64_t rows, int64_t featu
   }
 }
 
-// Calls use(outer, type) with the micro-kernel and the elements of the arguments.
+// Calls use(outer, type) with the micro-kernel and the dtype of the arguments.
 template <class Use>
 void with_attention(const AttentionParams& p, const Use& use) {
   with_type(p.dtype, [&](auto type) {

@@ -1,6 +1,6 @@
-// Rows divided by the root of the mean of their squares, times a weight, and the gradients.
+// RMS norm of rows, x / sqrt(mean(x^2) + eps) * weight, and its gradients.
 
-// term(i, count, sum) gives the sum with what lanes [i, i + count) of a row add to it.
+// Sums over a row: term(i, count, sum) returns sum plus the contribution of elements [i, i + count).
 template <class Term>
 inline float sum_lanes(int64_t features, const Term& term) {
   constexpr int kChains = 4;
@@ -17,7 +17,7 @@ inline float sum_lanes(int64_t features, const Term& term) {
   return total;
 }
 
-// Lanes of a row that is normed, which has elements of type T, as they meet the weight.
+// Normalised values as they are multiplied with the weight.
 template <class T>
 inline Vec normed_lanes(const RmsNormParams& p, const T* x, int64_t count, Vec rstd) {
   const Vec normed = mul(load_lanes(x, count), rstd);
@@ -72,7 +72,7 @@ void rms_norm_backward_run(const RmsNormParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Calls run with a value of x's type and one of the result's.
+// Calls run with the dtypes of x and of the output.
 template <class Run>
 void with_norm_types(const RmsNormParams& p, const Run& run) {
   if (p.dtype == DType::kF32) return with_type(p.out_dtype, [&](auto out) { run(float{}, out); });
@@ -99,7 +99,7 @@ void add_row(const RmsNormParams& p, int64_t m) {
   });
 }
 
-// Row by row: the sum is read again while it is in the first cache.
+// Row by row, so that the sum is still in L1 when it is normalised.
 void add_rms_norm(const RmsNormParams& p, int64_t begin, int64_t end) {
   with_type(p.branch_dtype, [&](auto type) {
     using Branch = decltype(type);

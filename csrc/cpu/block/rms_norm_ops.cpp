@@ -1,4 +1,4 @@
-// Root mean square norm: tensors to pointers, and registration.
+// Ops rms_norm, add_rms_norm and rms_norm_backward.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -12,11 +12,11 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// Rows whose gradients of the weight are summed in one go: not by threads, which must not change sums.
+// Rows over which the weight's gradients are summed at a time, whatever the number of threads.
 constexpr int64_t kNormRows = 64;
 
 struct Args {
-  Tensor x, weight;  // as rows; in fp32, with the offset
+  Tensor x, weight;  // x as rows; weight in fp32, with the offset added
   int64_t m, features;
   RmsNormParams params{};
 
@@ -36,7 +36,7 @@ struct Args {
     params.rounds = rounds;
   }
 
-  // The result, or its gradient.
+  // Checks and sets the dtype of the output, or of its gradient.
   void result(const Tensor& y, const char* name) {
     params.out_dtype = dtype_of(y, name);
     TORCH_CHECK(
@@ -44,10 +44,10 @@ struct Args {
         name, ": expected Float or ", x.scalar_type(), " like x, got ", y.scalar_type());
   }
 
-  // So many rows at least for each thread.
+  // Minimum rows per thread.
   int64_t grain() const { return ceil_div(kElementwiseGrain / 2, features); }
 
-  // y and rstd of x, or of what `run` makes it.
+  // Runs the forward; returns y and rstd.
   template <class Run>
   std::tuple<Tensor, Tensor> forward(const Tensor& like, double eps, at::ScalarType dtype, const Run& run) {
     Tensor y = at::empty(like.sizes(), like.options().dtype(dtype)),
@@ -73,7 +73,7 @@ std::tuple<Tensor, Tensor, Tensor> add_rms_norm(const Tensor& x_in, const Tensor
   const at::ScalarType type = at::promote_types(x_in.scalar_type(), residual_in.scalar_type());
   Tensor sum = at::empty(x_in.sizes(), x_in.options().dtype(type));
   Args args(sum, weight, offset, rounds);
-  // In the kernel a branch may be of a half where the sum is fp32, and what it is added to may not.
+  // The kernel takes a 16-bit branch with an fp32 sum, but the residual must have the sum's dtype.
   const Tensor residual = as_rows(residual_in, args.features, "residual").to(type);
   const Tensor x = as_rows(x_in, args.features, "x");
   args.params.branch = x.const_data_ptr();

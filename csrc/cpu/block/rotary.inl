@@ -1,5 +1,4 @@
-// Rotary position embedding: element i of the first half of a head and element i of the second are turned by
-// an angle, or back.
+// Rotary position embedding: elements i of the two halves of a head are rotated by an angle, or back.
 
 template <class T, bool kRounds>
 inline Vec round_if(Vec x) {
@@ -10,7 +9,7 @@ inline Vec product(Vec a, Vec b) {
   return round_if<T, kRounds>(mul(a, b));
 }
 
-// Where `kRounds`, each product is rounded to T, and their sum once more.
+// With kRounds each product, and their sum, is rounded to T.
 template <class T, class Out, bool kRounds>
 void rotary_run(const RotaryParams& p, int64_t begin, int64_t end) {
   const int64_t half = p.features / 2;

@@ -1,4 +1,4 @@
-// Rotary position embedding: tensors to pointers, and registration.
+// Op rotary.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -13,7 +13,7 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// Heads of queries and those of keys, in one list of tokens for all threads.
+// Query and key heads, in one list of tokens for all threads.
 std::vector<Tensor> rotary(at::TensorList x, const Tensor& cos_in, const Tensor& sin_in, bool inverse,
                            at::ScalarType dtype) {
   dtype_of(cos_in, "cos");
@@ -25,7 +25,7 @@ std::vector<Tensor> rotary(at::TensorList x, const Tensor& cos_in, const Tensor&
   const int64_t rows = cos.size(1), features = cos.size(2);
   std::vector<Tensor> heads, out;
   std::vector<RotaryParams> params;
-  int64_t sequences = 0, elements = 0;  // elements: of a token
+  int64_t sequences = 0, elements = 0;  // elements: per token
   for (const Tensor& one : x) {
     RotaryParams p{};
     p.dtype = dtype_of(one, "x");

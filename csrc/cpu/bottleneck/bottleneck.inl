@@ -1,7 +1,6 @@
-// What a bottleneck adapter computes beside its products: layer norm, activation with dropout, sums over
-// rows.
+// The parts of a bottleneck adapter besides its GEMMs: layer norm, and activation with dropout.
 
-// The sum of row[i] * other[i], or of row alone where other is null, over `count` elements.
+// The sum of row[i] * other[i], or of row alone if other is null.
 inline float sum_row(const float* row, const float* other, int64_t count) {
   constexpr int kChains = 4;
   Vec sums[kChains] = {zero(), zero(), zero(), zero()};
@@ -109,7 +108,7 @@ void bottleneck(const BottleneckParams& p, int64_t begin, int64_t end) {
                   [&](auto activation) { bottleneck_run<decltype(activation)::kValue>(p, begin, end); });
 }
 
-// Rows are summed 64 at a time, so that errors do not grow with all of them.
+// Rows are summed 64 at a time, so that the error does not grow with the number of rows.
 template <class T>
 void column_sums_run(const ColumnSumsParams& p, int64_t begin, int64_t end) {
   constexpr int64_t kRows = 64, kStrip = 4;

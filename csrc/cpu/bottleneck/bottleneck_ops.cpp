@@ -1,4 +1,4 @@
-// Bottleneck adapters: tensors to pointers, and registration.
+// Ops bottleneck and bottleneck_backward.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -15,7 +15,7 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// Rows whose gradients of a norm are summed in one go.
+// Rows over which a norm's parameter gradients are summed at a time.
 constexpr int64_t kNormRows = 64;
 
 using Args = BottleneckArgs;
@@ -46,8 +46,8 @@ Tensor normed_rows(const Args& args) {
   return out;
 }
 
-// The gradients of a norm's input, weight and bias from that of its output, `d`; dx starts from dy, if there
-// is one.
+// Returns the gradients of a norm's weight and bias from that of its output, `d`, and writes dx; dx starts
+// from dy, if given.
 std::tuple<Tensor, Tensor> norm_gradients(const Args& args, const Tensor& d, const void* dy, void* dx) {
   const int64_t chunks = ceil_div(args.m, kNormRows);
   Tensor sums = at::empty({chunks, 2 * args.k}, args.floats());

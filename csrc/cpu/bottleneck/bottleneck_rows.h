@@ -1,4 +1,4 @@
-// A bottleneck adapter's arguments, checked, and the steps that blocks of rows take through it.
+// A bottleneck adapter's checked arguments, and its forward and backward steps on blocks of rows.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -13,12 +13,12 @@
 
 namespace peft_kernels::cpu {
 
-// Rows that go through the bottleneck together: what lies between the products stays in L2.
+// Rows that go through the bottleneck together: the hidden values stay in L2.
 inline constexpr int64_t kLeastRows = 16, kMostRows = 128;
 
-// What both directions take, and what these kernels make of it.
+// The arguments common to both directions, converted for these kernels.
 struct BottleneckArgs : peft_kernels::BottleneckArgs {
-  Tensor norm_weight, norm_bias;  // in fp32; undefined where there is none
+  Tensor norm_weight, norm_bias;  // in fp32, or undefined
   float norm_eps;
   DropoutMask mask;
 
@@ -32,8 +32,8 @@ struct BottleneckArgs : peft_kernels::BottleneckArgs {
         norm_eps(static_cast<float>(norm_eps)),
         mask(mask_of(dropout, seed, r)) {}
 
-  // A small parameter times `scale` in fp32; undefined where there is none. By our own kernel: torch's
-  // conversions take longer than a row takes through the bottleneck.
+  // A small parameter times `scale` in fp32; undefined if there is none. Converted by our own kernel: torch's
+  // conversions take longer than a row through the bottleneck.
   Tensor floats_of(const OptionalTensor& t, int64_t size, const char* name, float scale = 1.0f) const {
     const Tensor checked = as_it_is(t, size, name);
     if (!checked.defined() || (scale == 1.0f && checked.scalar_type() == at::kFloat)) return checked;
@@ -45,7 +45,8 @@ struct BottleneckArgs : peft_kernels::BottleneckArgs {
   }
 
   bool has_norm() const { return norm_weight.defined(); }
-  // Whether products of activations with a parameter are in bf16: then no result is more precise than that.
+  // Whether activations are multiplied with a parameter in bf16 pairs: then no result is more precise than
+  // bf16.
   bool in_pairs(const Tensor& parameter) const {
     return kernels().has_pairs && x.scalar_type() == at::kBFloat16 &&
            parameter.scalar_type() == at::kBFloat16;
@@ -65,7 +66,7 @@ struct BottleneckArgs : peft_kernels::BottleneckArgs {
 
 inline const float* data_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
-// Of contiguous rows, whatever leading sizes the tensor has.
+// Address of a row in a tensor of contiguous rows.
 inline const void* row_of(const Tensor& t, int64_t row, int64_t columns) {
   return static_cast<const char*>(t.const_data_ptr()) +
          row * columns * static_cast<int64_t>(t.element_size());
@@ -74,7 +75,7 @@ inline void* mutable_row_of(const Tensor& t, int64_t row, int64_t columns) {
   return static_cast<char*>(t.mutable_data_ptr()) + row * columns * static_cast<int64_t>(t.element_size());
 }
 
-// What a block of rows is multiplied with, and where the product goes.
+// The operands and the output of a GEMM with a block of rows.
 struct RowProduct {
   const void* rows;
   DType dtype;
@@ -86,7 +87,7 @@ struct RowProduct {
   const void* residual = nullptr;
 };
 
-// The first `rows` of a product of `m` rows, in one task: out = rows . rhs^T + bias, or rows . rhs.
+// The first `rows` of a GEMM of `m` rows, in one task: out = rows . rhs^T + bias, or rows . rhs.
 inline void multiply(const RowProduct& product, int64_t rows, int64_t m, bool by_columns, void* scratch) {
   const int64_t depth = product.rhs.size(by_columns ? 0 : 1), n = product.rhs.size(by_columns ? 1 : 0);
   const GemmTerm term{product.rows, product.dtype, depth, dense_matrix(product.rhs, product.name),
@@ -106,20 +107,20 @@ inline void multiply(const RowProduct& product, int64_t rows, int64_t m, bool by
   (by_columns ? kernels().gemm_nn : kernels().gemm_nt)(params, {0, rows, 0, n}, scratch);
 }
 
-// Rows that one task takes through the bottleneck at once: a power of two, so that no chunk is cut. How they
-// are cut changes no bit.
+// Rows that one task takes through the bottleneck at once: a power of two, so that no chunk is split. Results
+// do not depend on it.
 inline int64_t block_of(int64_t m, int64_t threads) {
   int64_t block = kLeastRows;
   while (block < kMostRows && block * threads < m) block *= 2;
   return block;
 }
 
-// Room for a block of the bottleneck.
+// Buffers for the hidden values of a block of rows.
 struct Middle {
   Tensor value, rounded;
   BottleneckParams params;
 
-  // Of `rows`; `value` where it is wanted in fp32, `rounded` where a product takes it as pairs.
+  // For `rows` rows; in fp32, or rounded for a GEMM in pairs.
   Middle(const BottleneckArgs& args, const Tensor& z, int64_t rows, bool wants_value, bool rounds_value)
       : params{} {
     params.z = z.const_data_ptr<float>();
@@ -141,7 +142,7 @@ struct Middle {
 // The forward of all rows. The arguments must outlive it.
 class BottleneckForward {
  public:
-  // Into y and z, which are contiguous; y has residual's shape, x's where there is none.
+  // Writes y and z, which are contiguous; y has residual's shape, or x's.
   BottleneckForward(const BottleneckArgs& args, const OptionalTensor& residual,
                     const OptionalTensor& down_bias, const OptionalTensor& up_bias, Tensor& y, Tensor& z)
       : args_(args),
@@ -153,7 +154,7 @@ class BottleneckForward {
     residual_ = residual ? matching(*residual, y, "residual") : args.x;
   }
 
-  // What it costs, in multiply-adds: for few rows it is the parameters' way from memory.
+  // For few rows the cost is reading the parameters from memory.
   int64_t multiply_adds() const { return (args_.m + kDecodeRows) * args_.r * (args_.k + args_.n); }
 
   void run() const {
@@ -196,9 +197,8 @@ class BottleneckForward {
   Tensor down_bias_, up_bias_, residual_, y_, z_;
 };
 
-// The bottleneck of all rows, transposed, chunk after chunk of rows: [columns][rows of the chunk]. The
-// gradients of `down` and `up` are products with it, summed over all rows, in which columns take the place
-// of rows.
+// The hidden values, or their gradient, of all rows, transposed chunk by chunk: [columns][rows of the chunk].
+// The gradients of `down` and `up` are GEMMs with it over all rows, with columns in place of the batch.
 class Factors {
  public:
   Factors(const BottleneckArgs& args, bool wanted, bool in_pairs) : m_(args.m), r_(args.r) {
@@ -213,7 +213,7 @@ class Factors {
         dtype(), rows_from(chunk)};
     kernels().transpose_rows(params, 0, end - begin);
   }
-  // [columns, columns of other] into `out`.
+  // [columns, columns of other], written to `out`.
   Product times(const Tensor& other, Tensor& out) {
     Product product(out);
     for (int64_t chunk = 0; chunk < m_; chunk += kChunkRows) {

@@ -1,5 +1,5 @@
-// Bottleneck adapters for rows of their own: those of each are gathered, and go through it as in an op of
-// its own.
+// Op multi_bottleneck: bottleneck adapters that serve different rows. The rows of each adapter are gathered,
+// and computed as in op bottleneck.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -16,7 +16,7 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// Which rows each group has; those of other groups come last.
+// The rows of each group; rows that belong to none come last.
 std::vector<std::vector<int64_t>> rows_by_group(const Tensor& row_group, int64_t rows, int64_t groups) {
   TORCH_CHECK(row_group.scalar_type() == at::kLong || row_group.scalar_type() == at::kInt,
               "row_group: expected Long or Int, got ", row_group.scalar_type());
@@ -41,7 +41,7 @@ Tensor gathered(const Tensor& t, const std::vector<int64_t>& rows) {
   return out;
 }
 
-// Into rows of `out` that are `columns` long, and may be longer than those of t.
+// Into rows of `out` with `columns` elements, which may be more than t's.
 void scatter(const Tensor& t, const std::vector<int64_t>& rows, Tensor& out, int64_t columns) {
   const size_t bytes = t.size(1) * t.element_size();
   for (size_t i = 0; i < rows.size(); ++i) {
@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor> multi_bottleneck(const Tensor& x_in, const OptionalTe
   Tensor z = at::zeros(sizes_with_last(x_in, widest), x_in.options().dtype(at::kFloat));
 
   const auto rows = rows_by_group(row_group, x.size(0), count);
-  std::deque<Served> served;  // whose elements stay where they are
+  std::deque<Served> served;  // keeps references to its elements valid
   int64_t multiply_adds = 0;
   for (size_t i = 0; i < count; ++i) {
     if (rows[i].empty()) continue;

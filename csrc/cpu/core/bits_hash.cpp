@@ -1,5 +1,5 @@
-// A hash of a tensor's bits, for peft_kernels/core/nf4_state.py, which has the same in torch's ops and says
-// what it is for. In one pass over the memory, where torch makes eight.
+// A hash of a tensor's bits for peft_kernels/core/nf4_state.py, which has the same in torch ops and says what
+// it is for. One pass over the memory, where torch takes eight.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -13,7 +13,7 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// Of splitmix64.
+// Constants of splitmix64.
 constexpr uint64_t kStep = 0x9e3779b97f4a7c15, kMix1 = 0xbf58476d1ce4e5b9, kMix2 = 0x94d049bb133111eb;
 
 uint64_t mixed(uint64_t word, uint64_t index) {
@@ -28,9 +28,9 @@ int64_t bits_hash(const Tensor& words) {
   TORCH_CHECK(words.is_contiguous(), "words: expected contiguous memory, got strides ", words.strides());
   const int64_t* values = words.const_data_ptr<int64_t>();
   std::atomic<uint64_t> total{0};
-  constexpr int64_t kWords = 1 << 16;  // that are worth a thread
+  constexpr int64_t kWords = 1 << 16;  // per thread
   parallel_for(0, words.numel(), kWords, [&](int64_t begin, int64_t end) {
-    uint64_t sum = 0;  // modulo 2^64: the same in any order
+    uint64_t sum = 0;  // modulo 2^64, so the order does not matter
     for (int64_t i = begin; i < end; ++i) sum += mixed(static_cast<uint64_t>(values[i]), i);
     total.fetch_add(sum, std::memory_order_relaxed);
   });

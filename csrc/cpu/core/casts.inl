@@ -1,4 +1,4 @@
-// Elements in another type, and sums of two types.
+// Elementwise casts, and sums of two dtypes.
 
 template <class T, class Out>
 void cast_run(const T* x, Out* out, int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// Casts of lists of tensors, and sums of two types: tensors to pointers, and registration.
+// Ops cast and add_residual: casts of lists of tensors, and sums of two dtypes.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -13,11 +13,11 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// All tensors as one run of elements, which threads share evenly.
+// All tensors as one range of elements, divided evenly among threads.
 std::vector<Tensor> cast(at::TensorList x, at::ScalarType dtype) {
   struct Piece {
     CastParams params;
-    int64_t end;  // in the run
+    int64_t end;  // in the range
   };
   std::vector<Tensor> sources, results;
   std::vector<Piece> pieces;

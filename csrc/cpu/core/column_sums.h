@@ -1,4 +1,4 @@
-// Sums over rows.
+// Column sums of a matrix.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,8 +10,8 @@
 
 namespace peft_kernels::cpu {
 
-// scale times the sums over the rows of a contiguous t[rows, columns], in fp32, in an order that no number of
-// threads changes.
+// scale * the sum over rows of a contiguous t[rows, columns], in fp32. The order of summation does not depend
+// on the number of threads.
 inline Tensor column_sums(const Tensor& t, float scale = 1.0f) {
   constexpr int64_t kColumns = 64;
   Tensor out = at::empty({t.size(1)}, t.options().dtype(at::kFloat));

@@ -1,5 +1,5 @@
-// What the library tells of itself, and its instruction set, as ops without tensors: so it has no need of
-// Python, nor of one version of it. None of these is a kernel, hence a namespace of their own.
+// Ops without tensors that report on the library and select its instruction set: called through torch, they
+// need no Python bindings. They are not kernels, hence a namespace of their own.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -26,7 +26,7 @@ std::vector<std::string> isa_levels() {
   return levels;
 }
 
-// Further ones, for tests only.
+// For tests only.
 std::vector<std::string> emulated_levels() {
   const char* name = usable_isa_name(Isa::kAmxEmulated);
   return name ? std::vector<std::string>{name} : std::vector<std::string>{};
@@ -51,7 +51,7 @@ void set_isa_from_environment() {
   TORCH_CHECK_VALUE(!error, error, ", got ", std::getenv("PEFT_KERNELS_CPU_ISA"));
 }
 
-// The kernel that serves nf4_linear at the level in use.
+// The kernel that serves nf4_linear with the ISA in use.
 std::string linear_plan(int64_t rows, int64_t out_features, int64_t in_features, int64_t blocksize,
                         bool is_bf16) {
   Nf4View weight{};

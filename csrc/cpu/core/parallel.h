@@ -1,4 +1,4 @@
-// Cuts products into tasks, and runs them in parallel.
+// Divides GEMMs into tasks and runs them in parallel.
 #pragma once
 
 #include <c10/util/Exception.h>
@@ -13,7 +13,7 @@
 
 namespace peft_kernels::cpu {
 
-// Elements that one thread should have in an elementwise kernel before a second is worth waking.
+// Elements per thread below which an elementwise kernel wakes no further thread.
 inline constexpr int64_t kElementwiseGrain = kSanitized ? 2048 : 32768;
 
 inline int64_t useful_threads(int64_t multiply_adds) {
@@ -21,16 +21,16 @@ inline int64_t useful_threads(int64_t multiply_adds) {
   return std::clamp<int64_t>(multiply_adds / kernels().multiply_adds_per_thread, 1, get_num_threads());
 }
 
-// A grid over an m by n output, in units that no kernel would split.
+// A grid over an m by n output, in units that kernels do not split.
 struct Grid {
   int64_t m_parts, n_parts;
   int64_t m_chunk, n_chunk;
 };
 
-// Every m part decodes the panels of its columns again, which costs about as much as this many rows.
+// Each part of m decodes the panels of its columns again, which costs about as much as this many rows.
 inline constexpr int64_t kDecodeRows = 12;
 
-// Of at most so many parts.
+// The cheapest grid of at most `parts` parts.
 inline Grid plan_grid(int64_t m, int64_t n, int64_t m_unit, int64_t n_unit, int64_t parts) {
   const int64_t m_units = ceil_div(m, m_unit), n_units = ceil_div(n, n_unit);
   Grid best{};
@@ -56,8 +56,8 @@ inline void* checked_thread_scratch() {
   return scratch;
 }
 
-// Rows [m_begin, m_end) of a product's output, to be cut into tasks at multiples of m_unit from m_begin, and
-// of n_unit.
+// Rows [m_begin, m_end) of a GEMM's output, divided into tasks at multiples of m_unit from m_begin, and of
+// n_unit.
 struct GemmJob {
   GemmKernel kernel;
   GemmParams params;
@@ -76,7 +76,7 @@ struct GemmJob {
   }
 };
 
-// Products that do not depend on each other, in one list of tasks for all threads.
+// Runs independent GEMMs as one list of tasks for all threads.
 inline void run_gemms(const GemmJob* jobs, size_t count) {
   int64_t multiply_adds = 0;
   for (size_t i = 0; i < count; ++i) multiply_adds += jobs[i].is_empty() ? 0 : jobs[i].multiply_adds();

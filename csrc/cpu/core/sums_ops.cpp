@@ -1,4 +1,4 @@
-// The gradients of biases: tensors to pointers, and registration.
+// Op column_sums: the gradients of biases.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

@@ -19,13 +19,13 @@ namespace peft_kernels::cpu {
 namespace {
 
 #ifdef __SANITIZE_THREAD__
-// ThreadSanitizer takes what OpenMP orders for races, as it does not see libgomp's barriers.
+// ThreadSanitizer does not see libgomp's barriers and reports races on what OpenMP orders.
 constexpr bool kOwnThreadsAlone = true;
 #else
 constexpr bool kOwnThreadsAlone = false;
 #endif
 
-// Nanoseconds: of the clock on the wall, and of this thread while it ran.
+// Nanoseconds of wall-clock time, and of CPU time of this thread.
 struct Clocks {
   int64_t wall, ran;
 
@@ -44,7 +44,8 @@ struct Clocks {
 };
 constexpr int64_t kMicrosecond = 1000, kMillisecond = 1000 * kMicrosecond;
 
-// Waking a thread takes less than this; what keeps one from running for longer is another process.
+// Waking a thread takes less than this. A thread that is away for longer is kept from running by another
+// process.
 constexpr int64_t kBlink = 200 * kMicrosecond;
 
 thread_local bool in_region = false;
@@ -56,7 +57,7 @@ struct InRegion {
 struct Region {
   Tasks tasks;
   const c10::function_ref<void(Share&)> work;
-  const int64_t began;  // on the wall; 0: not to be measured
+  const int64_t began;  // wall clock; 0: not measured
   std::atomic<int64_t> lost{0};
   std::mutex error_mutex{};
   std::exception_ptr error{};
@@ -81,10 +82,10 @@ struct Region {
   }
 };
 
-// Our own threads, which sleep until there is a region. They are never ended: that would be a wait at exit.
+// Our own threads, which sleep between regions. They are never joined, as that would delay the exit.
 class Workers {
  public:
-  // False when they are another caller's. Returns how many of the threads that were asked for never came.
+  // nullopt when another caller is using the threads. Else how many of the requested threads never joined.
   std::optional<int64_t> run(Region& region, int64_t threads) {
     std::unique_lock<std::mutex> lock(mutex_);
     if (region_) return std::nullopt;
@@ -106,7 +107,7 @@ class Workers {
   void grow(int64_t count) {
     try {
       for (; count_ < count; ++count_) std::thread([this] { serve(); }).detach();
-    } catch (const std::system_error&) {  // no more threads to be had: those that there are do it
+    } catch (const std::system_error&) {  // no further threads available: use those that there are
     }
   }
   [[noreturn]] void serve() {
@@ -129,9 +130,9 @@ class Workers {
   int64_t count_ = 0, open_ = 0, inside_ = 0;
 };
 
-// Keeps the threads of GNU's OpenMP, which torch's own ops run in, from spinning where they wait. libgomp
-// reads GOMP_SPINCOUNT once, before anybody can set it, but spins no more as soon as there are more OpenMP
-// threads than processors. So while this is on there are, in a team of somebody else, asleep.
+// Keeps the threads of GNU OpenMP, which torch's own ops run in, from spinning while they wait. libgomp reads
+// GOMP_SPINCOUNT once, before anybody can set it, but stops spinning when there are more OpenMP threads than
+// processors. So while this is on, a second team of that many threads sleeps.
 class SpinBrake {
  public:
   void set(bool on) {
@@ -145,7 +146,7 @@ class SpinBrake {
     const int count = std::max(omp_get_num_procs() - at::get_num_threads(), 0) + 2;
     try {
       std::thread([this, count, round = round_] { hold(count, round); }).detach();
-    } catch (const std::system_error&) {  // no more threads to be had
+    } catch (const std::system_error&) {  // no further threads available
     }
 #else
     (void)on;
@@ -154,9 +155,9 @@ class SpinBrake {
 
  private:
 #ifdef _OPENMP
-  // The team is there as long as the thread that made it.
+  // The team exists as long as the thread that created it.
   void hold(int count, int64_t round) {
-    std::atomic<int> members{0};  // an empty region would be none
+    std::atomic<int> members{0};  // the compiler would drop an empty region
 #  pragma omp parallel num_threads(count)
     members.fetch_add(1, std::memory_order_relaxed);
     std::unique_lock<std::mutex> lock(mutex_);
@@ -170,12 +171,12 @@ class SpinBrake {
 #endif
 };
 
-// Finds out from regions, a sample of them, whether threads are kept from running.
+// Measures a sample of the regions to find out whether other processes keep our threads from running.
 class Watch {
  public:
   bool is_busy() const { return busy_.load(std::memory_order_relaxed); }
 
-  // The time on the wall if the region that begins now is to be measured, else 0.
+  // The wall-clock time if the region that begins now is to be measured, else 0.
   int64_t begin() {
     const int64_t now = Clocks::on_wall();
     if (now - last_.load(std::memory_order_relaxed) < kPause) return 0;
@@ -203,12 +204,13 @@ class Watch {
   }
 
  private:
-  // Between regions that are measured: a reading of the clocks costs a third of a microsecond.
+  // Between measured regions: reading the clocks costs a third of a microsecond.
   static constexpr int64_t kPause = 500 * kMicrosecond;
   static constexpr int64_t kWindow = 50 * kMillisecond;
-  // Of the time that threads want. With one neighbour on two cores 0.2 to 0.7 of it are lost, on a quiet
-  // machine up to 0.04, and up to 0.07 where threads sleep. As that costs a tenth of a step's time and this
-  // many times the step with neighbours, the quiet must last.
+  // Shares of the requested thread time that are lost: 0.2 to 0.7 with one neighbour on two cores, up to 0.04
+  // on a quiet machine, up to 0.07 there with our sleeping threads. These cost a tenth of a step on a quiet
+  // machine, OpenMP's a multiple of the step on a busy one: so it must stay quiet for a while before
+  // switching back.
   static constexpr double kBusy = 0.15, kCalm = 0.1;
   static constexpr int64_t kCalmWindows = 20;
 
@@ -225,7 +227,7 @@ class Watch {
   SpinBrake brake_;
 };
 
-// Never destroyed, as threads wait in it. A forked process has none of them, and gets a new one.
+// Never destroyed, as threads wait in it. A forked process has none of these threads, and gets a new State.
 struct State {
   Watch watch;
   Workers workers;
@@ -254,7 +256,7 @@ void run_alone(int64_t count, c10::function_ref<void(Share&)> work) {
 
 int64_t get_num_threads() {
   const int64_t threads = at::get_num_threads();
-  // Sanitizers' tests run with one thread of torch's, whose own ops they cannot judge.
+  // Tests under sanitizers set one torch thread, as sanitizers cannot judge torch's own ops.
   return kSanitized && threads == 1 ? 4 : threads;
 }
 
@@ -276,7 +278,7 @@ void run_tasks(int64_t tasks, int64_t threads, c10::function_ref<void(Share&)> w
       const InRegion inside;
       return run_alone(tasks, work);
     }
-    // A thread that is not kept from it has begun by then.
+    // A thread that nothing keeps from running has begun by now.
     if (region.began) region.lose((Clocks::on_wall() - region.began) * *missing);
   } else {
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) { region.participate(first, last); });

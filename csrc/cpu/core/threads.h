@@ -1,7 +1,7 @@
-// Which threads compute, and how they wait for each other. On a quiet machine OpenMP's do, which spin between
-// regions: nothing starts sooner. Where other processes want the same cores a thread that spins takes them
-// from the very thread it waits for, so regions then go to threads of our own: the caller takes tasks as long
-// as there are any, waits only for those that others have begun, and nobody spins (threads.cpp).
+// Which threads run tasks, and how they wait for each other. On a quiet machine OpenMP's threads do, which
+// spin between regions: nothing starts sooner. Where other processes compete for the cores, a spinning thread
+// takes time from the very thread it waits for. Regions then run in threads of our own: the caller takes
+// tasks as long as there are any and waits only for those that others have begun, and no thread spins.
 #pragma once
 
 #include <c10/util/FunctionRef.h>
@@ -15,33 +15,33 @@
 
 namespace peft_kernels::cpu {
 
-// Torch's number of threads for an op; several under a sanitizer.
+// The number of threads torch uses for an op; several under a sanitizer.
 int64_t get_num_threads();
 
-// Sanitizers see only what is shared out: for them small work is, too.
+// Sanitizers only see work that is divided, so for them small work is divided too.
 #if defined(__SANITIZE_THREAD__) || defined(__SANITIZE_ADDRESS__)
 inline constexpr bool kSanitized = true;
 #else
 inline constexpr bool kSanitized = false;
 #endif
 
-// Whether other processes use the cores that threads of ours want.
+// Whether other processes compete for the cores.
 bool is_busy();
-// For tests and benchmarks: whatever is found out of others, or nothing to find out again.
+// For tests and benchmarks: overrides what is measured; nullopt returns to measuring.
 void set_busy(std::optional<bool> busy);
 
-// Where threads may be kept from running, each gets so many tasks, of which it holds but one at a time.
+// On a busy machine each thread gets this many tasks, and holds one at a time.
 inline constexpr int64_t kTasksPerThread = 8;
 inline int64_t tasks_for(int64_t threads) { return is_busy() ? threads * kTasksPerThread : threads; }
 
-// The tasks of a region, by number.
+// The tasks of a region, by index.
 class Tasks {
  public:
-  // The first `given` of them are for threads by their number.
+  // The first `given` tasks are assigned to threads in advance.
   Tasks(int64_t count, int64_t given) : count_(count), next_(given) {}
 
   bool are_left() const { return next_.load(std::memory_order_relaxed) < count_; }
-  // The next that nobody has; count() or more when there is none.
+  // The next task that is not taken; count() or more when there is none.
   int64_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
   void drop() { next_.store(count_, std::memory_order_relaxed); }
   int64_t count() const { return count_; }
@@ -51,7 +51,7 @@ class Tasks {
   std::atomic<int64_t> next_;
 };
 
-// What one thread has of them: those that it was given, then what is left.
+// The tasks of one thread: those assigned to it, then any that are left.
 class Share {
  public:
   Share(Tasks& tasks, int64_t first, int64_t last) : tasks_(tasks), given_(first), last_(last) {}
@@ -67,14 +67,14 @@ class Share {
   const int64_t last_;
 };
 
-// Calls work(share) in up to so many threads at once, the caller's among them; each works until its share has
-// no task any more. Which thread gets a task, and how many work, must change no bit. Returns when every task
-// is done. What `work` throws is thrown again, the first of it, and tasks that nobody has begun are left.
-// Inside of another region, and where another caller has our own threads, all are the caller's. `work` must
-// not call torch's parallel ops.
+// Calls work(share) in up to `threads` threads, the caller's among them; each takes tasks from its share
+// until none is left. Results must not depend on which thread runs a task, nor on how many run. Returns when
+// every task is done. Rethrows the first exception of `work`; tasks not yet begun are then dropped. Inside
+// another region, or while another caller uses our own threads, the caller runs all tasks. `work` must not
+// call torch's parallel ops.
 void run_tasks(int64_t tasks, int64_t threads, c10::function_ref<void(Share&)> work);
 
-// Calls body(from, to) for parts of [begin, end), that are no smaller than `grain` but for the last.
+// Calls body(from, to) for parts of [begin, end), none smaller than `grain` but the last.
 template <class Body>
 void parallel_for(int64_t begin, int64_t end, int64_t grain, const Body& body) {
   const int64_t count = end - begin;

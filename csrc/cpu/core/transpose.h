@@ -1,4 +1,4 @@
-// Rows to columns, of tensors.
+// Transposes a matrix.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -10,7 +10,7 @@
 
 namespace peft_kernels::cpu {
 
-// out[columns, rows] of t[rows, columns], in out's type. Both are contiguous.
+// out[columns, rows] = t[rows, columns] transposed, in out's dtype. Both are contiguous.
 inline void transpose(const Tensor& t, Tensor& out) {
   const TransposeParams params{t.const_data_ptr(),     dtype_of(t, "t"),     t.size(0), t.size(1), t.size(1),
                                out.mutable_data_ptr(), dtype_of(out, "out"), t.size(0)};

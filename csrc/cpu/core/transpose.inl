@@ -1,4 +1,4 @@
-// Rows to columns, from one type to another.
+// Transposes a matrix, from one dtype to another.
 
 // out[c, r] = copy[r, c] = scale * x[r, c]; either may be null.
 template <class From, class To>

@@ -1,5 +1,4 @@
-// The arguments of the ops of experts, checked: rows sorted by expert, and matrices that all experts have one
-// of, side by side.
+// Checked arguments of the expert ops: rows sorted by expert, and matrices stacked over the experts.
 #pragma once
 
 #include <memory>
@@ -18,13 +17,14 @@ inline void* mutable_address(Tensor& t, int64_t element) {
   return static_cast<char*>(t.mutable_data_ptr()) + element * static_cast<int64_t>(t.element_size());
 }
 
-// Rows of an expert that has any.
+// The rows of one expert.
 struct ExpertRows {
   int64_t expert, begin, end;
   int64_t count() const { return end - begin; }
 };
 
-// The experts that have rows. Everything that is read or written by rows rests on what is checked here.
+// The experts that have rows. The memory safety of everything that is read or written by rows rests on these
+// checks.
 inline std::vector<ExpertRows> expert_rows(const Tensor& ends, int64_t rows) {
   check_dtype(ends, at::kInt, "ends");
   TORCH_CHECK(ends.dim() == 1, "ends: expected 1 dimension, got ", ends.dim());
@@ -41,7 +41,7 @@ inline std::vector<ExpertRows> expert_rows(const Tensor& ends, int64_t rows) {
   return found;
 }
 
-// Sets the rows to 0 that no expert has.
+// Zeroes the rows after those of the last expert.
 inline void clear_rest(Tensor& out, const std::vector<ExpertRows>& runs) {
   const int64_t end = runs.empty() ? 0 : runs.back().end;
   if (end < out.size(0)) out.narrow(0, end, out.size(0) - end).zero_();
@@ -53,7 +53,7 @@ inline Tensor expert_activation(const Tensor& t, const char* name) {
   return activation(t, t.size(1), name);
 }
 
-// A bias for each expert, or none.
+// One bias per expert, or none.
 class ExpertBias {
  public:
   ExpertBias(const OptionalTensor& bias, int64_t experts, int64_t features, at::ScalarType dtype) {
@@ -79,7 +79,7 @@ class ExpertBias {
   DType dtype_ = DType::kF32;
 };
 
-// The frozen weight of each expert, (out, in), dense or NF4.
+// The frozen weights of all experts, (out, in) each, dense or NF4.
 class ExpertWeights {
  public:
   ExpertWeights(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
@@ -105,10 +105,10 @@ class ExpertWeights {
   bool is_torchs(int64_t rows) const {
     return !nf4_ && (rows > kFewRows ? many_are_torchs_ : few_are_torchs_);
   }
-  // The same of a product with rows of x.
+  // The same for the forward.
   bool is_torchs_forward(int64_t rows) const { return is_torchs(rows) && !has_dense_gemv(one_, rows); }
   Tensor dense(int64_t expert) const { return dense_[expert]; }
-  // Of one that is not torch's.
+  // For an expert that torch does not compute.
   MatrixView matrix(int64_t expert) const {
     if (nf4_) return {nullptr, DType::kF32, in_features_, &views_[expert]};
     const int64_t bytes = expert * dense_.stride(0) * static_cast<int64_t>(dense_.element_size());
@@ -120,7 +120,7 @@ class ExpertWeights {
   int64_t in_features_;
   std::unique_ptr<Nf4Holder> nf4_;
   std::vector<Nf4View> views_;
-  Tensor dense_, one_;  // all; the first of them
+  Tensor dense_, one_;  // all experts; the first one
   bool few_are_torchs_ = false, many_are_torchs_ = false;
 };
 

@@ -1,5 +1,5 @@
-// Small matrices of experts, the adapters and their gradients, moved between layouts: those of the experts
-// that have rows, and no others.
+// Converts the small matrices of experts, adapters and their gradients, between layouts, only for experts
+// that have rows.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +21,8 @@ void with_scalar_type(at::ScalarType type, const Body& body) {
   }
 }
 
-// Matrices in memory, out of tensors of three dimensions; those of one row or column may be taken as another
-// layout has them.
+// Strides of the matrices in a tensor of three dimensions. Matrices of one row or column are reinterpreted in
+// the simplest layout.
 struct MatrixStrides {
   int64_t matrix, row, col;
   int64_t rows, cols;
@@ -39,16 +39,16 @@ struct MatrixStrides {
   }
 };
 
-// Which matrices of one tensor become which of another.
+// Which matrices of one tensor are copied to which of another.
 struct MatrixPlaces {
   std::vector<int64_t> from, to;
   int64_t count() const { return static_cast<int64_t>(from.size()); }
 };
 
-// Matrices, or columns of what lies side by side, that go through together: a line of memory has as many.
+// Matrices, or columns, processed together: as many as share a cache line.
 inline constexpr int64_t kColumnsTogether = 16, kRowsTogether = 4 * kTransposeRows;
 
-// Matrices whose columns are contiguous become row-major, as `to` is.
+// Makes matrices with contiguous columns row-major, like `to`.
 inline void transpose_each(const Tensor& from, const MatrixStrides& s, Tensor& to,
                            const MatrixPlaces& places) {
   const int64_t blocks = ceil_div(s.cols, kRowsTogether), size = s.rows * s.cols;
@@ -65,9 +65,9 @@ inline void transpose_each(const Tensor& from, const MatrixStrides& s, Tensor& t
   parallel_for(0, places.count() * blocks, ceil_div(kElementwiseGrain, kRowsTogether * s.rows), run);
 }
 
-// Matrices that lie side by side, as PEFT keeps lora_B of all experts, become row-major, as `to` is. Those
-// that follow each other in both go together, by vectors; where few do, as when a token meets its experts,
-// element by element.
+// Makes interleaved matrices, as PEFT stores lora_B of all experts, row-major, like `to`. Matrices that are
+// neighbours in both tensors are transposed together in vectors; with few neighbours, as when one token meets
+// its experts, elements are copied one by one.
 inline void take_apart(const Tensor& from, const MatrixStrides& s, Tensor& to, const MatrixPlaces& places) {
   struct Neighbours {
     int64_t from, to, count;
@@ -130,7 +130,7 @@ inline void take_apart(const Tensor& from, const MatrixStrides& s, Tensor& to, c
   });
 }
 
-// Whatever way matrices lie.
+// For any other layout.
 inline void copy_each(const Tensor& from, const MatrixStrides& s, Tensor& to, const MatrixPlaces& places) {
   with_scalar_type(from.scalar_type(), [&](auto from_type) {
     with_scalar_type(to.scalar_type(), [&](auto to_type) {
@@ -150,7 +150,7 @@ inline void copy_each(const Tensor& from, const MatrixStrides& s, Tensor& to, co
   });
 }
 
-// to[places.to[i]] = from[places.from[i]] for all i, in the type of `to`, which is contiguous.
+// to[places.to[i]] = from[places.from[i]] for all i, in the dtype of `to`, which is contiguous.
 inline void copy_matrices(const Tensor& from, Tensor& to, const MatrixPlaces& places) {
   const MatrixStrides s(from);
   if (places.count() == 0 || s.rows * s.cols == 0) return;
@@ -171,8 +171,8 @@ inline std::vector<int64_t> numbers_to(size_t count) {
   return numbers;
 }
 
-// Matrices of the experts that have rows, each row-major: in the tensor's own memory where they lie so there,
-// and are of that type, else copied.
+// The matrices of the experts that have rows, row-major in `dtype`: in place if the tensor is already so,
+// else copied.
 class ExpertMatrices {
  public:
   ExpertMatrices(const Tensor& t, const std::vector<ExpertRows>& runs, at::ScalarType dtype, const char* name)
@@ -199,13 +199,13 @@ class ExpertMatrices {
   DType dtype_;
 };
 
-// Gradients for all experts: those without rows have 0.
+// Gradients for all experts, 0 for those without rows.
 inline Tensor new_gradient(const Tensor& like, const std::vector<ExpertRows>& runs) {
   const bool all = static_cast<int64_t>(runs.size()) == like.size(0);
   return all ? at::empty(like.sizes(), like.options()) : at::zeros(like.sizes(), like.options());
 }
 
-// The gradient like `like` whose matrices come transposed, one for each run.
+// The gradient shaped like `like` from transposed matrices, one per run.
 inline Tensor transposed_gradient(const Tensor& found, const Tensor& like,
                                   const std::vector<ExpertRows>& runs) {
   Tensor out = new_gradient(like, runs);

@@ -1,5 +1,5 @@
-// The linear layers of experts: a product for each expert that has rows, all in one list of tasks. What a
-// product sums is what the ops of a single layer sum, in the same order.
+// The expert linear ops: one GEMM per expert that has rows, all in one list of tasks. Each GEMM sums in the
+// same order as the ops of a single layer.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -30,7 +30,7 @@ GemmTerm rows_term(const Tensor& lhs, const char* name, int64_t begin, const Mat
 
 Tensor rows_of_run(const Tensor& t, const ExpertRows& run) { return t.narrow(0, run.begin, run.count()); }
 
-// The product of a run, into its rows of out.
+// The GEMM of a run, written to its rows of out.
 Product& product_of(std::vector<Product>& products, Tensor& out, const ExpertRows& run) {
   return products.emplace_back(out, run.begin, run.end, 0, out.size(1));
 }
@@ -41,12 +41,12 @@ std::vector<Product> room_for(const Runs& runs) {
   return products;
 }
 
-// The hidden values of all rows, or their gradient, as products take them: rounded where those of a layer
-// with the rows of a run are (rounds_factors), else in fp32.
+// h of all rows, or its gradient, as GEMM operands: rounded for the runs where a single layer with that many
+// rows would round (rounds_factors), else in fp32.
 class Hidden {
  public:
-  // `scale` is theirs in every product. `matrix`: of all experts, what they are multiplied by, or what they
-  // are a factor of the gradient of.
+  // `scale` applies in every GEMM. `matrix`: the experts' matrices that h is multiplied by, or whose gradient
+  // it is a factor of.
   Hidden(const Tensor& h, const Runs& runs, const Tensor& x, const Tensor& matrix, float scale,
          bool wants_rows, bool wants_columns)
       : h_(h), scale_(scale) {
@@ -60,7 +60,7 @@ class Hidden {
     if (!rounded.empty()) {
       rounded_.emplace(h, 0, rank, rounded, scale, at::kBFloat16, wants_rows, wants_columns);
     }
-    // Rows in fp32 are those of h.
+    // The fp32 rows are those of h.
     if (!floats.empty()) floats_.emplace(h, 0, rank, floats, scale, at::kFloat, false, wants_columns);
   }
 
@@ -77,7 +77,7 @@ class Hidden {
   std::optional<LoraFactors> rounded_, floats_;
 };
 
-// What an adapter adds: its hidden values times its other matrix.
+// What an adapter adds: h times its second matrix.
 struct Delta {
   const Hidden& hidden;
   const ExpertMatrices& matrices;
@@ -85,7 +85,7 @@ struct Delta {
   GemmTerm term(const Runs& runs, size_t i) const { return hidden.rows(i, runs[i], matrices[i]); }
 };
 
-// Rows times their expert's weight, transposed, plus its bias and delta.
+// rows @ weight^T + bias + delta, per expert.
 Tensor forward(const Tensor& x, const Runs& runs, const ExpertWeights& weights, const ExpertBias& bias,
                int64_t out_features, const Delta* delta) {
   Tensor y = at::empty({x.size(0), out_features}, x.options());
@@ -111,7 +111,7 @@ Tensor forward(const Tensor& x, const Runs& runs, const ExpertWeights& weights, 
   return y;
 }
 
-// Rows times their expert's weight, plus its delta.
+// rows @ weight + delta, per expert.
 Tensor backward_to_rows(const Tensor& dy, const Runs& runs, const ExpertWeights& weights, int64_t in_features,
                         const Delta* delta) {
   Tensor dx = at::empty({dy.size(0), in_features}, dy.options());
@@ -132,7 +132,7 @@ Tensor backward_to_rows(const Tensor& dy, const Runs& runs, const ExpertWeights&
   return dx;
 }
 
-// [rows, r]: rows times their expert's matrix, transposed. Rows that no expert has are left as they are.
+// [rows, r]: rows @ matrix^T, per expert. Rows without an expert are left uninitialised.
 Tensor shrink(const Tensor& rows, const char* name, const Runs& runs, const ExpertMatrices& matrices,
               int64_t rank, float scale) {
   Tensor h = at::empty({rows.size(0), rank}, rows.options().dtype(at::kFloat));
@@ -144,8 +144,7 @@ Tensor shrink(const Tensor& rows, const char* name, const Runs& runs, const Expe
   return h;
 }
 
-// Hidden values by rows, summed over the rows of each run, into the matrix of `out`, [.., rank, features],
-// that `index` says.
+// Adds h^T @ rows, summed over the rows of each run, into matrix index[run] of `out`, [.., rank, features].
 void add_sums(std::vector<Product>& products, const Hidden& hidden, const Tensor& rows, const Runs& runs,
               Tensor& out, const std::vector<int64_t>& index) {
   const int64_t rank = out.size(1);
@@ -239,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward(
   const float scale = static_cast<float>(scaling);
   std::optional<Hidden> of_dh;
   if (need_dx || need_da) {
-    // In pairs, which leave B no scale, or in fp32 whatever the scaling: as in the op of a single layer.
+    // In pairs B is left unscaled; else B is fp32 whatever the scaling, as in the single-layer op.
     const bool pairs = in_pairs(rows, lora_b);
     const ExpertMatrices bt(lora_b.transpose(1, 2), runs, factors_type(pairs), "lora_b");
     dh = shrink(gradients, "dy", runs, bt, rank, pairs ? 1.0f : scale);

@@ -1,7 +1,7 @@
 // activation(gate) * up and its gradients.
 
-// 1 / (1 + e^-x), and 1 minus that without cancellation. Where e^-x would overflow the value is 0: times a
-// huge x, the smallest number that is none would be one.
+// 1 / (1 + e^-x), and 1 minus that without cancellation. Where e^-x would overflow the value is 0: the
+// clamped exponential would leave a tiny factor, which a huge x makes visible.
 struct Sigmoid {
   Vec value, rest;
 };

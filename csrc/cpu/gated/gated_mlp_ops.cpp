@@ -1,5 +1,5 @@
-// The gated MLP as a whole: its parts are ops of this back end, put together here and not in Python, which
-// costs a decoded token more than their kernels.
+// Op gated_mlp: composed of this back end's ops in C++, because composing them in Python costs a decoded
+// token more than their kernels.
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
@@ -33,7 +33,7 @@ c10::TypedOperatorHandle<Signature> op_of(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(full.c_str(), "").typed<Signature>();
 }
 
-// The arguments of gated_mlp that are lists, by layer: gate, up, down.
+// The list arguments of gated_mlp, per layer: gate, up, down.
 struct MlpLayers {
   at::TensorList weight;
   const OptionalTensors &absmax, &absmax2, &offset;
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_mlp(
   static const auto gated = op_of<GatedActivation>("gated_activation");
   const Tensor product = gated.call(first[0], first[1], activation);
   OptionalTensor down_seed;
-  if (seed) down_seed = seed->add(1);  // another key: gate and down must not draw from one stream
+  if (seed) down_seed = seed->add(1);  // another key: gate and down must not use the same random words
   auto [last, h_down] = run_layers(product, layers, adapters, down_seed, 2, 3);
   return {last[0], first[0], first[1], h, h_down};
 }

@@ -1,4 +1,4 @@
-// Gated activations: tensors to pointers, and registration.
+// Ops gated_activation and gated_activation_backward.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -12,7 +12,7 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// An element costs an exponential and a division: a few times what a copy costs.
+// An element costs an exponential and a division, a few times as much as a copy.
 constexpr int64_t kGatedGrain = kElementwiseGrain / 4;
 
 GatedParams params_of(const GatedArgs& args) {

@@ -1,4 +1,4 @@
-// Level amx: avx512_bf16 with its products on tiles.
+// ISA amx: avx512_bf16, with bf16 GEMMs on AMX tiles.
 #define PEFT_KERNELS_BF16_DOT 1
 #define PEFT_KERNELS_TILES 1
 #include "level.h"

@@ -1,4 +1,4 @@
-// Level avx2.
+// ISA avx2.
 #include "level.h"
 
 #pragma GCC target("avx2,fma,f16c")

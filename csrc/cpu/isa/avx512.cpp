@@ -1,4 +1,4 @@
-// Level avx512.
+// ISA avx512.
 #include "level.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw")

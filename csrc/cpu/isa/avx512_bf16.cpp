@@ -1,5 +1,5 @@
-// Level avx512_bf16: avx512 with products of bf16 pairs (vdpbf16ps) and permutations of bytes (avx512vbmi),
-// which all processors with the first have but Cooper Lake.
+// ISA avx512_bf16: avx512 with dot products of bf16 pairs (vdpbf16ps) and byte permutations (avx512vbmi).
+// Every processor with the former has the latter, except Cooper Lake.
 #define PEFT_KERNELS_BF16_DOT 1
 #include "level.h"
 

@@ -1,34 +1,35 @@
-// How vectors find codes of the dynamic maps.
+// Tables by which vectors decode and find codes of the dynamic maps.
 //
-// A map's magnitudes are 0, seven decades of evenly spaced ones, and 1. Decade p (from 1 to 7) has those from
-// s / 10 to s in 2^(p - 1) codes, signed, or 2^p. With y = x / (0.9 s) + 8 / 9, which goes from 1 to 2, a
-// magnitude's place among the codes is 2^(p - 1) y, or 2^p y - 1: so p is added to the exponent of y. The sum
-// with a power of two is in fixed point, the code in a byte of its own and the fraction below it. Rounding
-// keeps the order of numbers, so what it does to the midpoints, where codes change, tells what it may do in
-// between.
+// A map's magnitudes are 0, seven decades of evenly spaced values, and 1. Decade p (from 1 to 7) covers s /
+// 10 to s with 2^(p - 1) codes in the signed map, 2^p in the unsigned one. With y = x / (0.9 s) + 8 / 9,
+// which runs from 1 to 2, a magnitude's index is 2^(p - 1) y, or 2^p y - 1: so p is added to the exponent of
+// y. Adding a power of two puts the result in fixed point, with the code in a byte of its own and the
+// fraction below it. Rounding is monotonic, so checking its effect at the midpoints, where codes change,
+// bounds its effect in between.
 #pragma once
 
 #include "../../common/dynamic_midpoints.h"
 
 namespace peft_kernels::cpu {
 
-inline constexpr int kCodeRun = 64;  // codes that are looked up, or found, at a time
+inline constexpr int kCodeRun = 64;  // codes decoded, or found, at a time
 
 struct CodeSearch {
   static constexpr float kLeast = 0x1p-24f;
   static constexpr int kLeastExponent = 127 - 24;
-  static constexpr float kMargin = 2.0f;  // fractions; with it a midpoint has a fraction of 0 to 7
+  static constexpr float kMargin = 2.0f;  // in fractions; with it a midpoint has a fraction of 0 to 7
 
-  float thresholds[8];        // between decades: with p of them passed, x is in decade p; 0 and 8 are beyond
-  float second[8], third[8];  // the same as a search by halves asks for them, by what was passed before
-  float border[32];           // by the exponent's low five bits: the threshold in the binade; infinity: none,
-  int32_t before[32];         // and how many lie below it, in the exponent's bits and in the lowest
-  float slope[16];            // by the number passed, or that modulo 8
-  float first;                // y for x = 0, halved for signed codes, as slopes are
-  float limit;                // of y: 2, and less than half a code below
-  float base;                 // what is added
-  float least;                // of the sum: code 0
-  float floors[nf4::kDynamicCodes + 1];  // which code c exceeds, -1 for 0
+  float thresholds[8];  // between decades: x > p of them means decade p; 0 and 8 are out of range
+  float second[8],
+      third[8];        // the same, as a binary search reads them: indexed by the result of the previous steps
+  float border[32];    // by the exponent's low five bits: the threshold in that binade, or infinity
+  int32_t before[32];  // and the number of thresholds below it, in the exponent's bits and in the lowest
+  float slope[16];     // by the number of thresholds passed, or that modulo 8
+  float first;         // y at x = 0, halved for signed codes, as slopes are
+  float limit;         // upper bound of y: less than half a code below 2
+  float base;          // added to shift into fixed point
+  float least;         // lower bound of the sum: code 0
+  float floors[nf4::kDynamicCodes + 1];  // code c is for x > floors[c]; -1 for 0
 };
 
 constexpr CodeSearch make_code_search(const DynamicMidpoints& midpoints, bool is_signed) {
@@ -58,7 +59,7 @@ constexpr CodeSearch make_code_search(const DynamicMidpoints& midpoints, bool is
   out.slope[0] = out.slope[8] = static_cast<float>(half * (1.001 - 8 / 9.0));
   out.first = static_cast<float>(half * 8 / 9);
   out.limit = static_cast<float>(half * (2 - 0x1p-10));
-  // For signed codes bits 16 and up are the code at once, for others after a shift by one.
+  // For signed codes bits 16 and up are the code, for unsigned ones after a shift by one.
   out.base = is_signed ? 128 + CodeSearch::kMargin / 65536 : 255 + CodeSearch::kMargin / 32768;
   out.least = is_signed ? 128 : 256.5f;
   out.floors[0] = -1;
@@ -70,15 +71,15 @@ inline constexpr CodeSearch kUnsignedCodes = make_code_search(kUnsignedMidpoints
 constexpr int kBeyond = (CodeSearch::kLeastExponent + 31) % 32;
 static_assert((kSignedCodes.before[kBeyond] & 15) == 8 && (kUnsignedCodes.before[kBeyond] & 15) == 8,
               "a binade has two thresholds");
-// Whether fractions are as said where a code of 2^15 or 2^16 fractions begins: for a product that is rounded
-// and for one that is not, and with p in the last bits of y.
+// Whether fractions are in the documented range where a code starts (one code is 2^15 or 2^16 fractions): for
+// a fused and for a rounded multiply-add, and with p in the last bits of y.
 constexpr bool has_margins(const CodeSearch& search, bool is_signed) {
   const float units = is_signed ? 65536 : 32768, zero = is_signed ? 128 : 256;
   int p = 0;
   for (int code = 1; code < nf4::kDynamicCodes && p < 8; ++code) {
     const float midpoint = search.floors[code], next = midpoint * (1 + 0x1p-22f);
     if (midpoint == search.thresholds[p]) {
-      ++p;  // compared with
+      ++p;  // found by comparison
       continue;
     }
     for (int variant = 0; variant < 8; ++variant) {

@@ -1,5 +1,5 @@
-// Whether dense products of ours at level amx are as fast as torch's, and ops compute them. It is for
-// bench/amx_check.sh to write this file, by what it measures on a machine with AMX; it has not run there yet.
+// Whether our dense GEMMs are as fast as torch's at ISA amx, so that ops use them. Written by
+// bench/amx_check.sh from a measurement on a machine with AMX; it has not run there yet.
 #pragma once
 
 namespace peft_kernels::cpu {

@@ -21,7 +21,7 @@ namespace {
 
 struct Level {
   const char* name;
-  const KernelTable* kernels;  // null when it is not built
+  const KernelTable* kernels;  // null when not built
 };
 
 #if defined(__x86_64__)
@@ -68,7 +68,7 @@ constexpr Level kLevels[kIsaCount + 1] = {
 
 #if defined(__x86_64__)
 
-// Linux saves tiles only for processes that ask. Null when it does, else why not.
+// Linux saves tile registers only for processes that request it. Returns null on success, else the reason.
 const char* request_tiles() {
 #  if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
@@ -81,11 +81,11 @@ const char* request_tiles() {
 
 const char* refused = nullptr;
 
-// gcc asks the operating system too: without its saving their registers, instructions fault.
+// gcc's builtins ask the operating system too: where it does not save the registers, the instructions fault.
 Isa detect() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   __get_cpuid(1, &eax, &ebx, &ecx, &edx);
-  constexpr unsigned kF16c = 1u << 29;  // not among the names that gcc 10 knows
+  constexpr unsigned kF16c = 1u << 29;  // gcc 10 has no name for it
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma") || !(ecx & kF16c))
     return Isa::kScalar;
   if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
@@ -125,7 +125,7 @@ Isa best_isa() {
 
 std::atomic<const Level*> current{kLevels};
 
-// A level by name, whether or not this machine can run it; -1 when it is not in this build.
+// The index of an ISA by name, whether or not this machine can run it; -1 when it is not in this build.
 int isa_by_name(const char* name) {
   for (int i = 0; i <= kIsaCount; ++i) {
     if (kLevels[i].kernels && std::strcmp(name, kLevels[i].name) == 0) return i;
@@ -133,7 +133,7 @@ int isa_by_name(const char* name) {
   return -1;
 }
 
-// As was measured, or as PEFT_KERNELS_AMX_DENSE says, which is for measuring.
+// As recorded in fast_dense.h, or as PEFT_KERNELS_AMX_DENSE says, which is for measuring.
 bool amx_has_fast_dense() {
   static const bool is_fast = [] {
     const char* wanted = std::getenv("PEFT_KERNELS_AMX_DENSE");
@@ -167,7 +167,7 @@ const KernelTable& kernels() { return *current.load(std::memory_order_relaxed)->
 const char* isa_name() { return current.load(std::memory_order_relaxed)->name; }
 
 bool has_fast_dense() {
-  // Torch takes the best instructions that there are, so ours are as fast at that level alone.
+  // Torch uses the best instructions of the machine, so our GEMMs can be as fast only at the best ISA.
   return best_isa() >= Isa::kAvx512Bf16 && !refused && (best_isa() != Isa::kAmx || amx_has_fast_dense()) &&
          current.load(std::memory_order_relaxed) >= &kLevels[static_cast<int>(best_isa())];
 }

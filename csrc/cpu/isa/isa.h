@@ -1,4 +1,5 @@
-// Instruction-set levels: which exist in this build, which this machine can run, which one is in use.
+// The kernel table that each instruction set (ISA) fills, and which ISA is in use. An ISA is usable if it is
+// in this build and this machine can run it; by default the best usable one is selected.
 #pragma once
 
 #include <cstdint>
@@ -7,29 +8,29 @@
 
 namespace peft_kernels::cpu {
 
-// Whether the compiler knows a pragma that level neon_bf16 can be compiled under.
+// Whether the compiler has a target pragma that neon_bf16 can be compiled with.
 #if defined(__aarch64__) && defined(__GNUC__) && !defined(__clang__)
 #  define PEFT_KERNELS_HAS_NEON_BF16 1
 #else
 #  define PEFT_KERNELS_HAS_NEON_BF16 0
 #endif
 
-// Ascending: a level may use everything below it that is for the same processors.
+// In ascending order: an ISA may use everything below it that is for the same kind of processor.
 enum class Isa { kScalar, kNeon, kNeonBf16, kAvx2, kAvx512, kAvx512Bf16, kAmx, kAmxEmulated };
-inline constexpr int kIsaCount = 7;  // without the last, which is for tests and never chosen by itself
+inline constexpr int kIsaCount = 7;  // without the last, which is for tests and is never selected by default
 
-// What an ISA file exports. `rect` and the block or element range pick the part a task owns.
+// The kernels of one ISA. A task's share of the work is given by `rect` or by a range [begin, end).
 struct KernelTable {
-  int64_t multiply_adds_per_thread;  // below which a second thread costs more to wake than it saves
-  bool has_pairs;                    // whether products of bf16 with bf16 take half the time
+  int64_t multiply_adds_per_thread;  // below this, waking a second thread costs more than it saves
+  bool has_pairs;                    // whether a GEMM of bf16 with bf16 takes half the time
   void (*quantize)(const QuantizeParams& params, int64_t block_begin, int64_t block_end);
   void (*dequantize)(const Nf4View& weight, int64_t begin, int64_t end, DType dtype, void* out);
-  // lhs [m, depth] times rhs [n, depth], transposed.
+  // lhs [m, depth] times rhs [n, depth] transposed.
   void (*gemm_nt)(const GemmParams& params, const Rect& rect, void* scratch);
   // lhs [m, depth] times rhs [depth, n].
   void (*gemm_nn)(const GemmParams& params, const Rect& rect, void* scratch);
-  // gemm_nt with the lhs of the first term packed, the others dense, in fp32 or where there are pairs in
-  // bf16, for the products of which plan_nt says so. pack_strips: strips [begin, end).
+  // gemm_nt with the lhs of the first term packed and the other terms dense, in fp32, or in bf16 where the
+  // ISA has pairs; used when plan_nt says so. pack_strips packs strips [begin, end).
   NtPlan (*plan_nt)(const GemmParams& params);
   void (*gemm_packed)(const GemmParams& params, const Rect& rect, void* scratch);
   void (*pack_strips)(const PackParams& params, int64_t begin, int64_t end);
@@ -37,7 +38,7 @@ struct KernelTable {
   void (*dropout)(const DropoutParams& params, int64_t begin, int64_t end);
   void (*gated)(const GatedParams& params, int64_t begin, int64_t end);
   void (*gated_backward)(const GatedParams& params, int64_t begin, int64_t end);
-  // Rows [begin, end), the first of which goes to the beginning of `out`; backward: `out` has room for two.
+  // Rows [begin, end), written to the start of `out`. Backward: `out` is scratch for two rows.
   void (*layer_norm)(const NormParams& params, int64_t begin, int64_t end);
   void (*layer_norm_backward)(const NormParams& params, int64_t begin, int64_t end);
   void (*bottleneck)(const BottleneckParams& params, int64_t begin, int64_t end);
@@ -48,16 +49,16 @@ struct KernelTable {
   // Rows [begin, end); backward: columns, as it sums over rows.
   void (*scale_features)(const ScaleParams& params, int64_t begin, int64_t end);
   void (*scale_features_backward)(const ScaleParams& params, int64_t begin, int64_t end);
-  // Rows [begin, end) of a piece.
+  // Rows [begin, end) of a tile of the logits.
   void (*softmax_piece)(const SoftmaxParams& params, int64_t begin, int64_t end);
   void (*softmax_slope)(const SlopeParams& params);
   void (*softmax_slopes)(const SlopesParams& params, int64_t begin, int64_t end);
-  // Rows [begin, end) of all heads, begin a multiple of kAttentionPad. `room` has the bytes that are asked
-  // for.
+  // Rows [begin, end) of all heads; begin is a multiple of kAttentionPad. `workspace` has
+  // attention_workspace_bytes bytes.
   int64_t (*attention_bytes)(const AttentionParams& params, bool is_backward);
   void (*attention)(const AttentionParams& params, int64_t begin, int64_t end, void* room);
   void (*attention_backward)(const AttentionParams& params, void* room);
-  // Rows [begin, end); backward: `sums` is of these alone.
+  // Rows [begin, end). Backward: `sums` is for these rows alone.
   void (*rms_norm)(const RmsNormParams& params, int64_t begin, int64_t end);
   void (*add_rms_norm)(const RmsNormParams& params, int64_t begin, int64_t end);
   void (*rms_norm_backward)(const RmsNormParams& params, int64_t begin, int64_t end);
@@ -98,27 +99,28 @@ namespace amx_emulated {
 extern const KernelTable kKernels;
 }
 
-// Name of a level that is built and that this machine, and its operating system, can run; null otherwise.
+// The name of an ISA that is usable; null otherwise.
 const char* usable_isa_name(Isa isa);
 
-// Why the best level of this machine is not in use though its processor has it; null when it is, or has not.
+// Why the processor's best ISA is not usable though the processor has it; null when it is usable.
 const char* refused_isa_reason();
 
-// The level in use.
+// The ISA in use.
 const KernelTable& kernels();
 const char* isa_name();
 
-// Whether the level in use multiplies dense bf16 matrices as fast as torch does on this machine.
+// Whether the ISA in use multiplies dense bf16 matrices as fast as torch does on this machine.
 bool has_fast_dense();
 
-// False when `name` is not a usable level.
+// Returns false when `name` is not usable.
 bool set_isa(const char* name);
 
-// The best usable level, capped by PEFT_KERNELS_CPU_ISA. Returns null, or what is wrong with that variable.
+// Selects the best usable ISA, capped by PEFT_KERNELS_CPU_ISA. Returns null, or what is wrong with that
+// variable.
 const char* select_isa_from_environment();
 
-// This thread's scratch, kScratchBytes long, 64-byte aligned, kept until the thread ends: fresh pages for
-// each call would cost a small layer more than its arithmetic. Null when memory is exhausted.
+// This thread's scratch: kScratchBytes bytes, 64-byte aligned, kept until the thread ends, since fresh pages
+// for each call would cost a small layer more than its arithmetic. Null when out of memory.
 void* thread_scratch();
 
 }  // namespace peft_kernels::cpu

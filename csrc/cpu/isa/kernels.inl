@@ -1,4 +1,5 @@
-// Everything that a level compiles, in the order of use. Expects the level's vectors.
+// All kernels of one ISA, written in terms of its vectors (vec_*.h). The order is that of the folders: each
+// uses only those above it.
 // clang-format off
 #include "lanes.inl"
 #include "../nf4/nf4_dequantize.inl"
@@ -32,7 +33,7 @@
 #include "../optim/adamw.inl"
 // clang-format on
 
-// A constant, so that nothing of the level runs when the library is loaded.
+// constexpr, so that no code of this ISA runs when the library is loaded.
 constexpr KernelTable kKernels = {
     kMultiplyAddsPerThread,
     PEFT_KERNELS_BF16_DOT != 0,

@@ -1,4 +1,4 @@
-// What kernels of all families share: the switch over the types of elements, runs of vectors, e^x.
+// Helpers shared by all families: the dtype switch, loops over vectors, e^x, reductions of a row.
 
 inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 inline constexpr int64_t max64(int64_t a, int64_t b) { return a < b ? b : a; }
@@ -7,7 +7,7 @@ inline int64_t round_up(int64_t x, int64_t unit) { return (x + unit - 1) / unit 
 
 inline int64_t element_bytes(DType dtype) { return dtype == DType::kF32 ? 4 : 2; }
 
-// Calls use with a value of the type that is meant.
+// Calls use with a value of the C++ type of `dtype`.
 template <class Use>
 inline void with_type(DType dtype, const Use& use) {
   switch (dtype) {
@@ -20,7 +20,7 @@ inline void with_type(DType dtype, const Use& use) {
   }
 }
 
-// Calls step(index, count) for every vector of [begin, end); count is kLanes but for the last one.
+// Calls step(index, count) for each vector of [begin, end); count is kLanes except for the last one.
 template <class Step>
 inline void for_lanes(int64_t begin, int64_t end, const Step& step) {
   for (int64_t i = begin; i < end; i += kLanes) step(i, min64(kLanes, end - i));
@@ -35,7 +35,7 @@ inline void store_lanes(T* p, Vec x, int64_t count) {
   count == kLanes ? store(p, x) : store_part(p, x, count);
 }
 
-// As it is read again where it was stored as a T.
+// x as it would be read back after being stored as T.
 template <class T>
 inline Vec rounded(Vec x) {
   T stored[kLanes];
@@ -49,11 +49,11 @@ inline Vec rounded<float>(Vec x) {
 
 inline Vec negate(Vec x) { return sub(splat(-0.0f), x); }
 
-// e^x within 2 ulp. Clamped to where the result is a normal number; a NaN comes through.
+// e^x within 2 ulp, clamped to the normal numbers; NaN propagates.
 inline Vec exponential(Vec x) {
   x = max(splat(-87.0f), min(splat(88.0f), x));
-  // x = n ln 2 + r: adding 1.5 * 2^23 rounds to an integer, which lands, biased as an exponent, in the low
-  // bits.
+  // x = n ln 2 + r. Adding 1.5 * 2^23 rounds to an integer, which lands in the low bits, biased as an
+  // exponent.
   const Vec shift = splat(12582912.0f + 127.0f);
   const Vec shifted = fma(x, splat(1.44269504089f), shift);
   const Vec n = sub(shifted, shift);
@@ -77,7 +77,7 @@ void widen_run(const T* x, int64_t count, float scale, float* out) {
   if (i < count) store_part(out + i, mul(load_part(x + i, count - i), s), count - i);
 }
 
-// `count` elements of a dense array from element `first`, times `scale`, as fp32.
+// Elements [first, first + count) of a dense array, times `scale`, as fp32.
 inline void widen_run(const void* x, DType dtype, int64_t first, int64_t count, float scale, float* out) {
   with_type(dtype,
             [&](auto type) { widen_run(static_cast<const decltype(type)*>(x) + first, count, scale, out); });

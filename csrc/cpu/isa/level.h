@@ -1,5 +1,4 @@
-// What an instruction-set level's file starts with, before its target pragma: what a system header defines
-// must stay baseline code.
+// Included by each ISA's file before its target pragma: what a system header defines must stay baseline code.
 #pragma once
 
 #include <float.h>
@@ -14,8 +13,8 @@
 #include "dynamic_tables.h"
 #include "isa.h"
 
-// What the level has beside its vectors: products of bf16 pairs, and those on tiles. What permutes bytes
-// comes with the former on x86.
+// What an ISA has beside its vectors: dot products of bf16 pairs, and AMX tiles. On x86 byte permutations
+// come with the former.
 #ifndef PEFT_KERNELS_BF16_DOT
 #  define PEFT_KERNELS_BF16_DOT 0
 #endif
@@ -24,7 +23,7 @@
 #else
 #  define PEFT_KERNELS_PERMUTES_BYTES 0
 #endif
-// Whether a vector's permutation reads five bits of an index, so that two tables of codes are one.
+// Whether one vector permutation covers 32 entries, enough for two tables of 16 codes.
 #if defined(__x86_64__)
 #  define PEFT_KERNELS_TWO_TABLES PEFT_KERNELS_BF16_DOT
 #else

@@ -1,5 +1,5 @@
-// Where the ops are registered: namespaces begin with the name of the Python package, and a build for the
-// Hugging Face Hub, of which several may be loaded at once, has a package name of its own.
+// The namespaces in which ops are registered. They begin with the name of the Python package: builds for the
+// Hugging Face Hub have package names of their own, so that several can be loaded at once.
 #pragma once
 
 #ifndef PEFT_KERNELS_PACKAGE

@@ -1,4 +1,4 @@
-// Level neon: what every 64-bit Arm processor has, so there is no target pragma.
+// ISA neon: what every 64-bit Arm processor has, so there is no target pragma.
 #include "level.h"
 
 namespace peft_kernels::cpu::neon {

@@ -1,4 +1,4 @@
-// Level neon_bf16: neon with products of bf16 pairs (bfdot), where the compiler takes the pragma.
+// ISA neon_bf16: neon with dot products of bf16 pairs (bfdot), where the compiler accepts the pragma.
 #define PEFT_KERNELS_BF16_DOT 1
 #include "level.h"
 

@@ -1,6 +1,6 @@
-// What crosses the border between *_ops.cpp and the ISA files: raw pointers, int64 sizes, no torch, no std
-// containers. Nothing here may define a function: a function compiled under two target pragmas would be
-// merged by the linker, and the wrong one could reach a machine that cannot run it.
+// The arguments of the kernels, shared by *_ops.cpp and the ISA files: raw pointers and int64 sizes, no
+// torch, no std containers. Nothing here may define a function: the linker would merge copies compiled under
+// different target pragmas, and could keep one that the machine cannot run.
 #pragma once
 
 #include <cstdint>
@@ -10,7 +10,7 @@
 
 namespace peft_kernels::cpu {
 
-// Storage only; arithmetic is fp32.
+// Storage types; arithmetic is fp32.
 struct BF16 {
   uint16_t bits;
 };
@@ -20,14 +20,14 @@ struct F16 {
 
 struct Nf4View {
   const uint8_t* packed;  // [(n + 1) / 2]
-  const float* absmax;    // [blocks], or null when the absmax is itself quantised
+  const float* absmax;    // [blocks], or null with double quantisation
   const uint8_t* q8;      // [blocks]
   const float* absmax2;   // [ceil(blocks / 256)]
   float offset;
   int block_shift;  // log2(blocksize)
 };
 
-// A row-major matrix that kernels read panel by panel: dense, or NF4 when `nf4` is set.
+// A row-major matrix, read panel by panel: dense, or NF4 when `nf4` is set.
 struct MatrixView {
   const void* data;
   DType dtype;
@@ -35,19 +35,19 @@ struct MatrixView {
   const Nf4View* nf4;
 };
 
-// Which elements of flat activations dropout keeps: element e, if word e % 4 of block e / 4 of Philox4x32-10
-// is at least `threshold`. The seed is the key, the block the low half of the counter, the stream its next
-// word, `last` the last one.
+// Which elements of flat activations dropout keeps: element e if word e % 4 of block e / 4 of Philox4x32-10
+// is at least `threshold`. The seed is the key; the block index is the low half of the counter, `stream` its
+// third word and `last` its fourth.
 struct DropoutMask {
   uint64_t seed;
   uint32_t stream;
   uint32_t threshold;  // 0: keeps all
-  float scale;         // of what is kept
+  float scale;         // factor of the elements kept
   int64_t ld;          // elements from one row of the activations to the next
   uint32_t last = 0;
 };
 
-// One product added to the output. In a base layer with adapters the later terms are LoRA deltas: they
+// One matrix product added to the output. In a base layer with adapters the later terms are LoRA deltas: they
 // accumulate in the same fp32 tile, so the output is rounded once.
 struct GemmTerm {
   const void* lhs;  // [m, depth]
@@ -56,16 +56,16 @@ struct GemmTerm {
   MatrixView rhs;  // gemm_nt: [n, depth];  gemm_nn: [depth, n]
   float rhs_scale;
   int64_t depth;
-  int64_t m_begin, m_end;  // the rows of the output that it is added to
+  int64_t m_begin, m_end;  // rows of the output that the term is added to
   DropoutMask mask;        // gemm_nn: applied to the product before it is added
 };
 
-// Who computes a gemm_nt: rows as they lie (linear_nt.inl), a packed weight as it comes (linear_gemv.inl), or
-// gemm_packed with lhs packed as pairs of bf16 or as fp32.
+// The kernel of a gemm_nt: kDots (linear_nt.inl), kGemv for a packed weight and few rows (linear_gemv.inl),
+// or gemm_packed with lhs packed as pairs of bf16 or as fp32.
 enum class NtPlan : uint8_t { kDots, kGemv, kPairs, kFloats };
 
-// out[m, n] = start + sum over terms of lhs . rhs, where start is the bias, or what `out` holds, or 0. Where
-// there is a residual, the sum is added to it, and a sum of 0, of either sign, changes no bit of it.
+// out[m, n] = start + sum over terms of lhs . rhs, where start is the bias, the contents of `out`, or 0. If
+// there is a residual, the sum is added to it; a sum of 0, of either sign, leaves its bits unchanged.
 struct GemmParams {
   const GemmTerm* terms;
   int64_t term_count;
@@ -81,31 +81,31 @@ struct GemmParams {
   NtPlan plan;
   const void* packed_lhs;
   int64_t packed_begin, packed_end;
-  const void* residual;  // gemm_nt and gemm_nn: as `out` is in memory, or null
+  const void* residual;  // gemm_nt and gemm_nn: same layout as `out`; or null
 };
 
-// Rows [rows, depth] strip by strip of kPackRows rows, in a strip by the vectors of a register tile, in these
-// step by step of the depth, for each step the rows side by side (at the end a multiple of the vectors'
-// lanes), in the order of linear_packed_units.inl.
+// Packs rows [rows, depth] for gemm_packed: strips of kPackRows rows, within a strip the vectors of one
+// register tile, within those one step of the depth after another, each step with its rows side by side
+// (padded to whole vectors), in the order of linear_packed_units.inl.
 struct PackParams {
   const void* x;
   DType dtype;
   int64_t rows, depth;
   NtPlan plan;
-  void* out;  // rows rounded up to whole vectors, times depth rounded up to kPackDepth
+  void* out;  // [rows rounded up to whole vectors, depth rounded up to kPackDepth]
 };
 inline constexpr int64_t kPackRows = 64;
-inline constexpr int64_t kPackDepth = 64;  // a multiple of every unit's order
+inline constexpr int64_t kPackDepth = 64;  // a multiple of every unit's kOrder
 
-// Up to so many rows take a packed weight as it comes (linear_gemv.inl), and want nothing packed.
+// Up to this many rows use a packed weight without packing lhs (linear_gemv.inl).
 inline constexpr int64_t kFewRows = 8;
-// Terms of at most this depth are thin, as LoRA deltas are: summing lanes would cost more than their
-// products.
+// Terms of at most this depth, such as LoRA deltas, are thin: summing across lanes would cost more than the
+// multiplications.
 inline constexpr int64_t kThinDepth = 64;
-// Up to so many rows of fp32 take a dense weight of fp32 so (linear_gemv_dense.inl).
+// The same limit for fp32 rows and a dense fp32 weight (linear_gemv_dense.inl).
 inline constexpr int64_t kFewFloatRows = 16;
 
-// The part of the output that one task computes.
+// The part of the output computed by one task.
 struct Rect {
   int64_t m0, m1;
   int64_t n0, n1;
@@ -123,12 +123,12 @@ struct QuantizeParams {
 // out[i] = x[i] * mask.scale where the mask keeps i, else 0.
 struct DropoutParams {
   const void* x;
-  DType dtype;  // of both
+  DType dtype;  // of x and out
   DropoutMask mask;
   void* out;
 };
 
-// Forward: out = activation(gate) * up. Backward: its gradients in d_gate and d_up. All of one dtype.
+// Forward: out = activation(gate) * up. Backward: writes d_gate and d_up. All tensors have one dtype.
 struct GatedParams {
   const void* gate;
   const void* up;
@@ -149,15 +149,15 @@ struct NormParams {
   const float* bias;  // or null
   float eps;
   float* out;
-  const float* d;  // backward: of the output
-  const void* dy;  // what dx starts from, or null
+  const float* d;  // backward: gradient of the output
+  const void* dy;  // added to dx, or null
   void* dx;        // or null
-  float* sums;     // [2, features]: the gradients of weight and bias, of these rows
+  float* sums;     // [2, features]: gradients of weight and bias, over these rows
 };
 
-// The bottleneck of an adapter, z before and `value` behind activation, dropout and scaling, in fp32 or
-// rounded, or not at all. Elements [begin, end) of z and d, the first of which go to the beginning of the
-// others.
+// The hidden layer of a bottleneck adapter: `value` is z after activation, dropout and scaling, in fp32
+// and/or rounded to bf16. Elements [begin, end) of z and d; the outputs are written from their first element
+// on.
 struct BottleneckParams {
   const float* z;
   Activation activation;
@@ -165,12 +165,12 @@ struct BottleneckParams {
   float scaling;
   float* value;
   BF16* rounded_value;
-  float* d;  // or null; backward: of the value, becomes that of z
+  float* d;  // in: gradient of value, out: gradient of z; null in forward
   BF16* rounded_d;
 };
 
 // out[c, r] = copy[r, c] = scale * x[r, c].
-inline constexpr int64_t kTransposeRows = 16;  // a multiple of every level's lanes
+inline constexpr int64_t kTransposeRows = 16;  // a multiple of every ISA's lanes
 struct TransposeParams {
   const void* x;
   DType dtype;
@@ -191,7 +191,8 @@ struct ColumnSumsParams {
   float* out;
 };
 
-// y[m, n] = z[m, n] + (scale[n] - 1) * (z[m, n] - bias[n]): all but the bias is scaled, and by 1 to the bit.
+// y = z + (scale - 1) * (z - bias), per column: everything but the bias is scaled. Bit-identical to z where
+// scale is 1.
 struct ScaleParams {
   const void* z;
   DType dtype;  // of z, y, dy and dz
@@ -204,35 +205,36 @@ struct ScaleParams {
   float* d_scale;
 };
 
-// Of one row of logits, what has been seen of them: the greatest, without the label's, what e^(z - max) of
-// the same sums up to, and times z; the label's; the sum of all.
+// Running state of one row's softmax: the maximum without the label's logit, the sum of e^(z - max) and of z
+// * e^(z - max) without the label's, the label's logit, the sum of all logits.
 struct SoftmaxState {
   float max, sum, weighted, label, total;
 };
 
-// A piece of the logits of some rows, `cols` from column `first_col` on: they join the states.
+// A tile of logits, `cols` columns from `first_col` on; updates the states of its rows.
 inline constexpr int64_t kSoftmaxCols = 1024;  // at most
-inline constexpr float kFarBelow = 1e4f;       // what exponentials are next to nothing of
+inline constexpr float kFarBelow = 1e4f;       // an exponential this far below the maximum is negligible
 struct SoftmaxParams {
-  void* logits;  // [rows, logits_ld]; destroyed
+  void* logits;  // [rows, logits_ld]; overwritten
   DType logits_dtype;
   int64_t logits_ld, first_col, cols;
-  const float* bias;  // [cols] or null; added to the logits, before
-  float scale;        // they are multiplied with this, and become
-  float cap;          // cap * tanh(z / cap) where this is not 0
+  const float* bias;  // [cols] or null; added first
+  float scale;        // then logits are multiplied by this
+  float cap;          // then become cap * tanh(z / cap), unless 0
   const int64_t* labels;
   SoftmaxState* states;
   bool need_weighted, need_total;
-  // Backward: e^(z - max) times the cap's derivative, and 0 for the label; or null. May be the logits, which
-  // are read before.
+  // For the backward: e^(z - max) times the derivative of the softcap, 0 for the label; or null. May alias
+  // the logits, which are read first.
   void* out;
   DType out_dtype;
   int64_t out_ld;
-  float* sums;  // [rows, features] of earlier pieces, by other maxima; or null
+  float* sums;  // [rows, features] or null: sums of earlier tiles, rescaled here to the new maximum
   int64_t features;
 };
 
-// Of one row: its slope, from sums over parts of the vocabulary.
+// The gradient of the loss by one row of x, from sums over parts of the vocabulary: out = the sum over parts
+// of factors[part] * sums[part], + of_label * the label's row of the weight, + of_mean * mean.
 inline constexpr int64_t kSlopeRun = 512;
 struct SlopeParams {
   const float* sums;  // [parts, part_ld], the first `features`
@@ -247,67 +249,68 @@ struct SlopeParams {
   DType dtype;
 };
 
-// Backward, the log of each row's sum of exponentials known: what the head has computed for a piece of the
-// logits becomes the derivative of dloss times the row's loss by it.
+// The gradient of dloss . loss by the logits, given each row's log-sum-exp: replaces a tile of the head's
+// outputs by its gradient.
 struct SlopesParams {
-  float* slopes;  // [rows, cols]
+  float* slopes;  // [rows, cols]: in: logits, out: their gradients
   void* rounded;  // [rows, cols] of dtype, or null
   DType dtype;
   int64_t first_col, cols, vocabulary;
-  const float* bias;  // of these columns, or null
-  float scale, cap;   // as above
+  const float* bias;  // [cols] or null
+  float scale, cap;   // as in SoftmaxParams
   const int64_t* labels;
   const float* dloss;
   const float* lse;
   float smoothing, z_loss;
 };
 
-// Attention of the heads of queries that share one head of keys and values, in one sequence.
+// Attention of the query heads that share one head of keys and values, in one sequence.
 struct AttentionParams {
-  const void *q, *k, *v;  // rows of `features`, which lie side by side
-  DType dtype;            // of all but lse and the sums
-  int64_t q_head, q_ld;   // elements from one head, and from one row, to the next
+  const void *q, *k, *v;  // rows of `features`, contiguous
+  DType dtype;            // of all tensors but softmax and the sums
+  int64_t q_head, q_ld;   // strides between heads, and between rows
   int64_t k_ld, v_ld;
   int64_t heads, rows, keys, features;
-  // [rows, span_count, 2]: of each span of a row's keys the first, and the one behind its last; or null.
+  // [rows, span_count, 2] or null: the spans [first, last) of keys that each row attends to.
   const int32_t* spans;
   int64_t span_count;  // 1 or 2
-  bool is_causal;      // and none behind the row's own, the last row's being the last key
+  bool is_causal;      // no keys after the row's own, aligned so that the last row sees the last key
   float scale;         // of scores; positive
-  void* out;           // backward: what the forward gave
+  void* out;           // backward: the forward's output
   int64_t out_head, out_ld;
-  float* softmax;  // [heads, 2, rows]: the greatest score, and 1 by the sum of exponentials; 0 without a key
+  float* softmax;  // [heads, 2, rows]: maximum score, and 1 / sum of exponentials; both 0 without a key
   const void* dy;  // backward
   int64_t dy_head, dy_ld;
   void* dq;
   int64_t dq_head, dq_ld;
-  float *dk_sums, *dv_sums;  // [keys, features], both rounded up to kAttentionPad; added to
+  float *dk_sums, *dv_sums;  // [keys, features], both rounded up to kAttentionPad; accumulated
 };
 inline constexpr int64_t kAttentionPad = 64;
 
-// Root mean square norm of rows, and its gradients.
+// RMS norm of rows, and its gradients.
 struct RmsNormParams {
   const void* x;  // [m, features]
   DType dtype;    // of x and dx
   int64_t features;
   const float* weight;
   float eps;
-  DType out_dtype;  // of out and dy: as x, or fp32; any where x is fp32
+  DType out_dtype;  // of out and dy: that of x or fp32; any where x is fp32
   void* out;
-  float* rstd;                // [m]; backward: what the forward gave
+  float* rstd;                // [m]; backward: from the forward
   const void* dy;             // backward
   void* dx;                   // or null
-  float* sums;                // [features] or null: the gradient of the weight
-  bool rounds = true;         // what is normed, to x's type, before it meets the weight
-  const void* add = nullptr;  // backward: like dx, which it is added to; or null
-  // add_rms_norm: x is sum, which gets residual, of its type, and branch, which is of that or x is fp32.
+  float* sums;                // [features] or null: gradient of the weight
+  bool rounds = true;         // rounds the normalised values to x's dtype before multiplying by the weight
+  const void* add = nullptr;  // backward: same layout as dx, added to it; or null
+  // add_rms_norm: sum = residual + branch, and x is sum. The residual has sum's dtype, and so has the branch
+  // unless sum is fp32.
   const void* branch = nullptr;
   DType branch_dtype = DType::kF32;
   const void* residual = nullptr;
   void* sum = nullptr;
 };
 
-// out = x, or x + residual, rounded to out's type; elements one after the other.
+// out = x, or x + residual, rounded to out's dtype; contiguous elements.
 struct CastParams {
   const void* x;
   DType dtype;
@@ -317,28 +320,28 @@ struct CastParams {
   DType out_dtype;
 };
 
-// Heads of [sequences, rows, heads, features], turned by the angles of their rows.
+// Rotary embedding of [sequences, rows, heads, features].
 struct RotaryParams {
-  const void* x;  // features lie side by side
+  const void* x;  // features are contiguous
   DType dtype;
-  int64_t x_sequence, x_row, x_head;  // elements from one to the next
+  int64_t x_sequence, x_row, x_head;  // strides
   int64_t rows, heads, features;
   const float *cos, *sin;  // [sequences or 1, rows, features]
-  int64_t angle_sequence;  // elements from one sequence to the next, or 0
-  bool rounds;             // products and their sum, to x's type
-  bool inverse;            // turned back
+  int64_t angle_sequence;  // stride between sequences, or 0
+  bool rounds;             // rounds products and their sum to x's dtype
+  bool inverse;            // rotates back
   void* out;               // contiguous
   DType out_dtype;
 };
 
 enum class StepKind : uint8_t { kAdamW, kAdam, kLion };
 
-// One parameter in an optimizer's step, flat, and the numbers that ops/adamw.py names.
+// One parameter of an optimizer step, flat, with the coefficients defined in ops/optim/adamw.py.
 struct StepTensor {
   void* param;
   const void* grad;  // of param's dtype
   DType dtype;
-  void* state1;  // float, or codes where there is an absmax
+  void* state1;  // float, or 8-bit codes where there is an absmax
   void* state2;
   float* absmax1;
   float* absmax2;
@@ -350,12 +353,12 @@ struct StepTensor {
 
 struct StepParams {
   StepKind kind;
-  float factor;     // of gradients
-  bool stochastic;  // bf16 is rounded to either neighbour
+  float factor;     // multiplies the gradients
+  bool stochastic;  // stochastic rounding of bf16
   uint64_t seed;
 };
 
-// Scratch that each task gets, 64-byte aligned. Sized to share a 1 MB L2 with what streams through it.
+// Scratch of each task, 64-byte aligned. Sized to share a 1 MB L2 with the data that streams through it.
 inline constexpr int64_t kScratchBytes = 896 * 1024;
 
 }  // namespace peft_kernels::cpu

@@ -1,4 +1,4 @@
-// The portable level: no target pragma, so whatever the compiler's baseline gives.
+// ISA scalar: no target pragma, so whatever the compiler's baseline gives.
 #include "level.h"
 
 namespace peft_kernels::cpu::scalar {

@@ -1,5 +1,5 @@
-// AMX tiles: eight registers of 16 rows by 64 bytes. Written as assembly: the compiler's intrinsics do not
-// say that they read memory, so it may move the stores that fill a panel behind the loads of it.
+// AMX tiles: eight registers of 16 rows by 64 bytes. Inline assembly, because the compiler's intrinsics do
+// not declare that they read memory, so it may move the stores that fill a panel past the loads of it.
 
 struct TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -7,7 +7,7 @@ struct TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// Tiles are this thread's while one lives.
+// The tile configuration is loaded in this thread while a Tiles object lives.
 class Tiles {
  public:
   Tiles() {
@@ -31,7 +31,7 @@ template <int kTile>
 inline void tile_store(void* p, int64_t row_bytes) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(p), "r"(row_bytes), "i"(kTile) : "memory");
 }
-// sums[i][j] += the sum over pairs p of a[i][p] * b[p][j]: tiles of fp32, of bf16 pairs, of bf16 pairs.
+// sums[i][j] += sum over pairs p of a[i][p] * b[p][j]: fp32 tile, tiles of bf16 pairs.
 template <int kSums, int kA, int kB>
 inline void tile_dot_pairs() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(kSums), "i"(kA), "i"(kB));

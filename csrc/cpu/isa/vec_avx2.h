@@ -1,10 +1,10 @@
-// AVX2 vectors (with FMA and F16C): 8 fp32 lanes. Same names as the other vec_*.h; see vec_avx512.h.
+// AVX2 vectors (with FMA and F16C): 8 fp32 lanes. Same interface as vec_avx512.h, which documents it.
 
 using Vec = __m256;
 using VecI = __m256i;
 constexpr int kLanes = 8;
 constexpr int kRegisters = 16;
-// Below so many multiply-adds a thread costs more to wake than it saves.
+// Below this many multiply-adds, waking a second thread costs more than it saves.
 constexpr int64_t kMultiplyAddsPerThread = 500'000;
 // Register tiles, sized for 16 registers.
 constexpr int kDotRows = 3;
@@ -133,7 +133,7 @@ struct CodeTable {
 inline VecI load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline VecI next_nibble(VecI bits) { return _mm256_srli_epi32(bits, 4); }
 inline Vec lookup_code(const CodeTable& table, VecI bits) {
-  // vpermps reads three bits of an index; the fourth, moved to the sign, chooses the half.
+  // vpermps reads three bits of an index; the fourth, moved to the sign, selects the half.
   const Vec half = _mm256_castsi256_ps(_mm256_slli_epi32(bits, 28));
   return _mm256_blendv_ps(_mm256_permutevar8x32_ps(table.low, bits),
                           _mm256_permutevar8x32_ps(table.high, bits), half);
@@ -230,7 +230,7 @@ inline void store_low_bytes(uint8_t* p, VecN x) {
 }
 inline bool any_without(VecN x, int32_t bits) { return _mm256_movemask_ps((Vec)((x & bits) == 0)) != 0; }
 
-// What x >= 0 has passed is found by halves, as vpermps looks up eight.
+// The number of thresholds below x >= 0 is found by binary search, as vpermps looks up eight entries.
 class SearchTables {
  public:
   explicit SearchTables(const CodeSearch& search)

@@ -1,14 +1,15 @@
-// AVX-512 vectors (F, BW, DQ, VL): 16 fp32 lanes. Included inside the ISA's own namespace, after the target
-// pragma. Each vec_*.h offers the same names, which the .inl bodies are written in. Constructors are written
-// out: the compiler defines an implicit one at the end of the file, where the target pragma no longer holds.
+// AVX-512 vectors (F, BW, DQ, VL): 16 fp32 lanes. Included in the ISA's own namespace, after the target
+// pragma. Each vec_*.h offers the same names; the .inl kernels are written in them. Constructors are
+// explicit, because the compiler defines implicit ones at the end of the file, where the target pragma no
+// longer holds.
 
 using Vec = __m512;
 using VecI = __m512i;
 constexpr int kLanes = 16;
 constexpr int kRegisters = 32;
-// Below so many multiply-adds a thread costs more to wake than it saves.
+// Below this many multiply-adds, waking a second thread costs more than it saves.
 constexpr int64_t kMultiplyAddsPerThread = PEFT_KERNELS_BF16_DOT ? 1'500'000 : 750'000;
-// Register tiles, sized for 32 registers. dot: rows of x by 4 rows of the panel; outer: rows by vectors.
+// Register tiles, sized for 32 registers. dot: rows of lhs by 4 rows of the panel; outer: rows by vectors.
 constexpr int kDotRows = 6;
 constexpr int kOuterRows = 6;
 constexpr int kOuterVecs = 4;
@@ -20,7 +21,7 @@ inline Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
 inline Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 inline Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
 inline Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
-// Of a constant and x, in this order: a NaN in x comes through.
+// With the constant first, a NaN in x propagates.
 inline Vec min(Vec a, Vec x) { return _mm512_min_ps(a, x); }
 inline Vec max(Vec a, Vec x) { return _mm512_max_ps(a, x); }
 // In each lane, `negative` where the sign bit of x is set.
@@ -47,7 +48,7 @@ inline Vec load(const Half* p) {
   return widen(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), Half{});
 }
 
-// gcc's sanitizers do not see what a masked instruction touches. In a build for one, touch it once more.
+// gcc's sanitizers do not see masked memory accesses: sanitizer builds repeat them as plain ones.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 inline void show_masked_load(const void* p, int64_t bytes) {
   char copy[sizeof(Vec)];
@@ -65,7 +66,7 @@ inline void show_masked_load(const void*, int64_t) {}
 inline void show_masked_store(void*, int64_t) {}
 #endif
 
-// The first `count` < kLanes elements, the other lanes zero; nothing beyond them is touched.
+// The first `count` < kLanes elements, the other lanes zero; nothing past them is read.
 inline Vec load_part(const float* p, int64_t count) {
   show_masked_load(p, count * sizeof(*p));
   return _mm512_maskz_loadu_ps((1u << count) - 1, p);
@@ -79,7 +80,7 @@ inline Vec load_part(const Half* p, int64_t count) {
 // Round to nearest even; a NaN becomes the quiet NaN 0x7fc0, as in torch.
 inline __m256i narrow(Vec x, BF16) {
 #if PEFT_KERNELS_BF16_DOT
-  // The instruction gives the same but for subnormal numbers, which it flushes to zero, and NaNs.
+  // The instruction differs only for subnormals, which it flushes to zero, and NaNs.
   constexpr int kSubnormalOrNan = 0x20 | 0x01 | 0x80;
   if (__builtin_expect(!_mm512_fpclass_ps_mask(x, kSubnormalOrNan), 1)) {
     return (__m256i)_mm512_cvtneps_pbh(x);
@@ -124,7 +125,7 @@ inline void add_lane_sums(Vec a, Vec b, Vec c, Vec d, float* out) {
   _mm_storeu_ps(out, _mm_add_ps(_mm_loadu_ps(out), sums));
 }
 
-// Quantisation. abs_bits orders like |x| as an integer, with Inf and NaN above every finite value.
+// Quantisation. max_abs_bits orders |x| as integers, with Inf and NaN above every finite value.
 inline VecI zero_bits() { return _mm512_setzero_si512(); }
 inline VecI max_bits(VecI a, Vec x) { return _mm512_max_epi32(a, _mm512_castps_si512(x)); }
 inline VecI max_abs_bits(VecI a, Vec x) {
@@ -138,13 +139,13 @@ inline VecI double_plus_greater(VecI index, Vec a, Vec b) {
 inline Vec lookup8(const float* table, VecI index) {
   return _mm512_permutexvar_ps(index, _mm512_castps256_ps512(_mm256_load_ps(table)));
 }
-// kLanes codes to kLanes / 2 bytes, even lanes in the high nibble.
+// kLanes codes into kLanes / 2 bytes, even lanes in the high nibble.
 inline void store_nibbles(uint8_t* p, VecI codes) {
   const __m512i pairs = _mm512_or_si512(_mm512_slli_epi64(codes, 4), _mm512_srli_epi64(codes, 32));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm512_cvtepi64_epi8(pairs));
 }
 
-// Philox: one block of the generator in a 64-bit lane, of which only the low half counts.
+// Philox: one block of the generator per 64-bit lane, of which only the low half is used.
 using VecW = __m512i;
 inline VecW count_from(uint64_t first) {
   return _mm512_add_epi64(_mm512_set1_epi64(static_cast<int64_t>(first)),
@@ -169,7 +170,7 @@ inline Vec keep_factors(const uint32_t* words, uint32_t threshold, float scale) 
   return _mm512_maskz_mov_ps(_mm512_cmpge_epu32_mask(_mm512_loadu_si512(words), limit), splat(scale));
 }
 
-// The codes of a packed weight, eight to a lane. lookup_code reads the lowest nibble of each lane.
+// The codes of a packed weight, eight per lane. lookup_code reads the lowest nibble of each lane.
 struct CodeTable {
   Vec codes;
   CodeTable() : codes(load(nf4::kCode)) {}
@@ -177,7 +178,7 @@ struct CodeTable {
 inline VecI load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 inline VecI next_nibble(VecI bits) { return _mm512_srli_epi32(bits, 4); }
 inline Vec lookup_code(const CodeTable& table, VecI bits) { return _mm512_permutexvar_ps(bits, table.codes); }
-// scales[0 .. kBlocks - 1], each over its share of the lanes.
+// scales[0 .. kBlocks - 1], each broadcast over its share of the lanes.
 template <int kBlocks>
 inline Vec spread_scales(const float* scales) {
   if constexpr (kBlocks == 1) {
@@ -190,20 +191,20 @@ inline Vec spread_scales(const float* scales) {
   }
 }
 
-// A code table times one absmax: decoding is a permute, and each value is rounded as code * absmax is.
+// A code table times one absmax: decoding is a permutation, and each value is rounded as code * absmax is.
 template <class Out>
 struct NibbleTable;
 
 template <>
 struct NibbleTable<float> {
-  static constexpr int kStep = 16;  // nibbles a step
+  static constexpr int kStep = 16;  // nibbles per step
   Vec table;
   explicit NibbleTable(float absmax) : table(mul(load(nf4::kCode), splat(absmax))) {}
   void decode(const uint8_t* packed, float* out) const {
     int64_t bytes;
     memcpy(&bytes, packed, sizeof(bytes));
     // Byte 2L of lane L twice, then byte 2L + 1 twice; the shift brings the high nibble of the first down.
-    // vpermps reads only the low four bits of an index, so nothing needs masking.
+    // vpermps reads only the low four bits of an index, so no mask is needed.
     const __m512i spread = _mm512_set_epi8(-1, -1, -1, 7, -1, -1, -1, 7, -1, -1, -1, 6, -1, -1, -1, 6,  //
                                            -1, -1, -1, 5, -1, -1, -1, 5, -1, -1, -1, 4, -1, -1, -1, 4,  //
                                            -1, -1, -1, 3, -1, -1, -1, 3, -1, -1, -1, 2, -1, -1, -1, 2,  //
@@ -211,8 +212,8 @@ struct NibbleTable<float> {
     const __m512i index = _mm512_shuffle_epi8(_mm512_set1_epi64(bytes), spread);
     store(out, _mm512_permutexvar_ps(_mm512_srlv_epi32(index, _mm512_set1_epi64(4)), table));
   }
-  // The even and the odd ones of 2 * kLanes elements apart: those are the high nibbles, these the low ones,
-  // so that neither has to be brought between the others.
+  // The even and the odd elements of 2 * kLanes separately: they are the high and the low nibbles, so nothing
+  // has to be interleaved.
   void decode_split(const uint8_t* packed, float* even, float* odd) const {
     const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(packed)));
     store(even, _mm512_permutexvar_ps(_mm512_srli_epi32(bytes, 4), table));
@@ -265,7 +266,7 @@ inline void transpose(Vec (&rows)[kLanes]) {
   }
 }
 
-// Lanes as integers, for plain operators.
+// Lanes as integers, for C operators.
 typedef int32_t VecN __attribute__((vector_size(4 * kLanes)));
 
 inline Vec square_root(Vec x) { return _mm512_sqrt_ps(x); }
@@ -274,20 +275,20 @@ inline Vec gather(const float* table, VecN index) { return _mm512_i32gather_ps((
 inline void store_low_bytes(uint8_t* p, VecN x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8((__m512i)x));
 }
-// Whether those bits are all 0 in any lane.
+// Whether all of `bits` are 0 in any lane.
 inline bool any_without(VecN x, int32_t bits) {
   return _mm512_testn_epi32_mask((__m512i)x, _mm512_set1_epi32(bits)) != 0;
 }
 
-// A search for codes in registers (dynamic_tables.h). What x has passed is told by its binade, which has at
-// most one threshold in it.
+// The tables of dynamic_tables.h in registers. Each binade has at most one threshold, so the binade of x and
+// one comparison give the number of thresholds passed.
 class SearchTables {
  public:
   explicit SearchTables(const CodeSearch& search)
       : border_{words(search.border), words(search.border + kLanes)},
         before_{words(search.before), words(search.before + kLanes)},
         slope_(words(search.slope)) {}
-  // How many thresholds x >= 0 has passed, in the exponent's bits and in the lowest.
+  // The number of thresholds below x >= 0, in the exponent's bits and in the lowest.
   VecN passed(Vec x) const {
     const __m512i binade = _mm512_srli_epi32((__m512i)max(splat(CodeSearch::kLeast), x), 23);
     const __m512i border = _mm512_permutex2var_epi32(border_[0], binade, border_[1]),

@@ -1,6 +1,6 @@
-// Pairs of bf16 in one 32-bit lane (vdpbf16ps), added to avx512's vectors.
+// Pairs of bf16 in 32-bit lanes (vdpbf16ps), in addition to avx512's vectors.
 
-// A bf16 in a panel, never in a result: the conversion instruction flushes subnormal numbers to zero.
+// A bf16 in a panel, never in a result: the conversion instruction flushes subnormals to zero.
 struct PanelBF16 {
   uint16_t bits;
 };
@@ -34,7 +34,7 @@ inline void interleave_pairs(VecPairs a, VecPairs b, PanelBF16* out) {
   _mm512_storeu_si512(out + 2 * kLanes, _mm512_permutex2var_epi64(low, second, high));
 }
 
-// In each lane, a and b rounded, as a pair.
+// a and b rounded, as a pair in each lane.
 inline Vec pair_lanes(__m512i halves) {  // all of a, then all of b
   const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
                                          23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
@@ -47,7 +47,7 @@ inline Vec pair_lanes(Vec a, Vec b, BF16 type) {
 
 inline void store_pairs(void* p, VecPairs x) { _mm512_storeu_si512(p, (__m512i)x); }
 
-// The even and the odd ones of 64 elements.
+// The even and the odd of 64 elements.
 struct EvenOdd {
   VecPairs even, odd;
 };
@@ -59,8 +59,8 @@ inline EvenOdd even_odd(VecPairs first, VecPairs second) {
           (__m512bh)_mm512_permutex2var_epi16((__m512i)first, odds, (__m512i)second)};
 }
 
-// Decodes 64 elements with one absmax, the even ones before the odd ones: those are the high nibbles, these
-// the low ones, so that neither has to be brought between the others.
+// Decodes 64 elements with one absmax, the even before the odd: they are the high and the low nibbles, so
+// nothing has to be interleaved.
 struct EvenOddTable {
   __m512i table;  // the 16 values twice: vpermw reads five bits of an index
   explicit EvenOddTable(float absmax)
@@ -72,7 +72,7 @@ struct EvenOddTable {
   }
 };
 
-// Decodes one row with each of two absmax, interleaved: the 32 entries that vpermw can read hold both tables.
+// Decodes two rows with an absmax each, interleaved: the 32 entries that vpermw reads hold both tables.
 struct PairTable {
   static constexpr int kStep = 16;  // columns
   __m512i table;
@@ -81,7 +81,7 @@ struct PairTable {
     const Vec codes = load(nf4::kCode);
     table = (__m512i)_mm512_cvtne2ps_pbh(mul(codes, splat(absmax1)), mul(codes, splat(absmax0)));
   }
-  // By the lowest nibble of each 16-bit lane, in the lower half of them with absmax0, in the upper with
+  // By the lowest nibble of each 16-bit lane: the lower half of the lanes with absmax0, the upper with
   // absmax1.
   VecPairs lookup_halves(VecI bits) const {
     const __m512i upper = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(16), 1);
@@ -94,7 +94,7 @@ struct PairTable {
     memcpy(&bytes0, packed0, sizeof(bytes0));
     memcpy(&bytes1, packed1, sizeof(bytes1));
     const __m512i bytes = _mm512_broadcast_i32x4(_mm_set_epi64x(bytes1, bytes0));
-    // Columns 2c and 2c + 1 share byte c; row 1 sits eight bytes above row 0.
+    // Columns 2c and 2c + 1 share byte c; row 1 is eight bytes above row 0.
     const __m512i spread = _mm512_set_epi8(-1, 15, -1, 7, -1, 15, -1, 7, -1, 14, -1, 6, -1, 14, -1, 6,  //
                                            -1, 13, -1, 5, -1, 13, -1, 5, -1, 12, -1, 4, -1, 12, -1, 4,  //
                                            -1, 11, -1, 3, -1, 11, -1, 3, -1, 10, -1, 2, -1, 10, -1, 2,  //
@@ -108,8 +108,8 @@ struct PairTable {
   }
 };
 
-// The codes as bf16, for 16-bit lanes. Unscaled ones would be off by up to 2^-8 of their value, and always
-// the same way; times kScale, which was searched for, none is off by more than 2^-9.3.
+// The codes as bf16, for 16-bit lanes. Rounded unscaled they would be off by up to 2^-8, always in the same
+// direction; times kScale, found by search, none is off by more than 2^-9.3.
 struct PairCodeTable {
   static constexpr float kScale = 1.1888107061386108f;
   __m512i codes;  // the 16 codes twice: vpermw reads five bits of an index
@@ -123,9 +123,9 @@ inline VecPairs lookup_code(const PairCodeTable& table, VecI bits) {
   return (__m512bh)_mm512_permutexvar_epi16(bits, table.codes);
 }
 
-// Codes of the dynamic maps, by bytes (vpermb and its kin, of avx512vbmi).
+// Codes of the dynamic maps, by byte permutations (avx512vbmi).
 
-// The third, or fourth, byte of each lane of 64.
+// Byte kByte of each of 64 lanes.
 template <int kByte>
 inline __m512i one_byte_each(__m512i a, __m512i b, __m512i c, __m512i d) {
   alignas(64) static constexpr uint8_t kFrom[64] = {
@@ -139,7 +139,7 @@ inline __m512i one_byte_each(__m512i a, __m512i b, __m512i c, __m512i d) {
 }
 
 constexpr int kFoundTogether = 4;
-// Of the lower half of each lane.
+// Looks at the lower half of each lane.
 inline bool any_without(const VecN (&x)[4], int32_t bits) {
   const __m512i least = _mm512_min_epu16(_mm512_min_epu16((__m512i)x[0], (__m512i)x[1]),
                                          _mm512_min_epu16((__m512i)x[2], (__m512i)x[3]));
@@ -156,11 +156,11 @@ inline void store_signed_codes(uint8_t* out, const VecN (&found)[4], const float
   const __mmask64 negative = _mm512_movepi8_mask(
       one_byte_each<3>((__m512i)load(signs), (__m512i)load(signs + kLanes), (__m512i)load(signs + 2 * kLanes),
                        (__m512i)load(signs + 3 * kLanes)));
-  // 128 below zero is cut to 127.
+  // Saturation turns 128 below zero into 127.
   _mm512_storeu_si512(out, _mm512_mask_subs_epu8(_mm512_add_epi8(zero, bytes), negative, zero, bytes));
 }
 
-// 256 numbers: a plane for each of their bytes.
+// A table of 256 floats, stored as one plane per byte.
 class Codebook {
  public:
   explicit Codebook(const float* values) {
@@ -174,7 +174,7 @@ class Codebook {
   }
   // out[i] = values[codes[i]] * scale, kCodeRun of them.
   void decode(const uint8_t* codes, Vec scale, float* out) const {
-    // Bytes are woven into words within each 128-bit lane: the codes of four words go there.
+    // Unpacking interleaves bytes within 128-bit lanes, so the codes are arranged accordingly.
     const __m512i by_lane = _mm512_set_epi32(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
     const __m512i index = _mm512_permutexvar_epi32(by_lane, _mm512_loadu_si512(codes));
     const __mmask64 upper = _mm512_movepi8_mask(index);
@@ -195,7 +195,7 @@ class Codebook {
 
  private:
   static constexpr int kCodes = 256;
-  // By the low seven bits of each index.
+  // Uses the low seven bits of each index.
   static __m512i lookup128(const uint8_t* table, __m512i index) {
     return _mm512_permutex2var_epi8(_mm512_load_si512(table), index, _mm512_load_si512(table + 64));
   }

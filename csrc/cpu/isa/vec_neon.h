@@ -1,12 +1,12 @@
-// NEON vectors, of every 64-bit Arm processor: 4 fp32 lanes. Same names as the other vec_*.h; see
-// vec_avx512.h. What is looked up comes by bytes (tbl), as NEON permutes nothing else.
+// NEON vectors of every 64-bit Arm processor: 4 fp32 lanes. Same interface as vec_avx512.h, which documents
+// it. Lookups are by bytes (tbl), the only permutation NEON has.
 
 using Vec = float32x4_t;
 using VecI = int32x4_t;
 constexpr int kLanes = 4;
 constexpr int kRegisters = 32;
-// Below so many multiply-adds a thread costs more to wake than it saves. Not measured, as nothing here is:
-// scaled from avx2's by the lanes.
+// Below this many multiply-adds, waking a second thread costs more than it saves. Not measured: scaled from
+// avx2's by the number of lanes.
 constexpr int64_t kMultiplyAddsPerThread = PEFT_KERNELS_BF16_DOT ? 500'000 : 250'000;
 // Register tiles, sized for 32 registers.
 constexpr int kDotRows = 6;
@@ -100,11 +100,11 @@ inline VecI double_plus_greater(VecI index, Vec a, Vec b) {
   return vsubq_s32(vaddq_s32(index, index), vreinterpretq_s32_u32(vcgtq_f32(a, b)));  // -1 where true
 }
 
-// Where the bytes of words lie in a table of words.
+// Byte indices of words in a table of words.
 inline uint8x16_t bytes_of_words(uint32x4_t index) {
   return vreinterpretq_u8_u32(vmlaq_u32(vdupq_n_u32(0x03020100), index, vdupq_n_u32(0x04040404)));
 }
-// The same of an index beyond the 16 words, by its lowest four bits.
+// Uses the lowest four bits of each index.
 inline Vec lookup16(uint8x16x4_t table, uint32x4_t index) {
   return vreinterpretq_f32_u8(vqtbl4q_u8(table, bytes_of_words(vandq_u32(index, vdupq_n_u32(15)))));
 }
@@ -144,7 +144,7 @@ inline uint8x16_t nibbles_in_order(const uint8_t* packed) {
   const uint8x8_t bytes = vld1_u8(packed), even = vshr_n_u8(bytes, 4), odd = vand_u8(bytes, vdup_n_u8(15));
   return vcombine_u8(vzip1_u8(even, odd), vzip2_u8(even, odd));
 }
-// The high nibbles of the first eight bytes, then the low ones of the others.
+// The high nibbles of the first eight bytes, then the low nibbles of the others.
 inline uint8x16_t high_then_low(uint8x16_t bytes) {
   const int8x16_t shift = vcombine_s8(vdup_n_s8(-4), vdup_n_s8(0));
   return vandq_u8(vshlq_u8(bytes, shift), vdupq_n_u8(15));
@@ -156,7 +156,7 @@ struct NibbleTable;
 template <>
 struct NibbleTable<float> {
   static constexpr int kStep = 16;
-  uint8x16_t planes[4];  // the first bytes of the 16 values, the second ones, and so on
+  uint8x16_t planes[4];  // byte i of each of the 16 values
   explicit NibbleTable(float absmax) {
     uint16x8_t words[4];
     for (int i = 0; i < 4; ++i) {
@@ -190,7 +190,7 @@ struct NibbleTable<float> {
   }
 
  private:
-  // Eight words of their low and their high halves.
+  // Eight words from their low and high halves.
   static void store_words(uint8x16_t low, uint8x16_t high, float* first, float* second) {
     const uint16x8_t l = vreinterpretq_u16_u8(low), h = vreinterpretq_u16_u8(high);
     store(first, vreinterpretq_f32_u16(vzip1q_u16(l, h)));
@@ -211,7 +211,7 @@ struct HalfPlanes {
     high = vuzp2q_u8(first, second);
   }
 };
-// The values of 16 nibbles, eight and eight.
+// The values of 16 nibbles.
 struct HalfValues {
   uint8x16_t first, second;
   HalfValues(const HalfPlanes& planes, uint8x16_t index) {

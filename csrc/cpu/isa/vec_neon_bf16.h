@@ -1,6 +1,6 @@
-// Pairs of bf16 in one 32-bit lane (bfdot), added to NEON's vectors.
+// Pairs of bf16 in 32-bit lanes (bfdot), in addition to NEON's vectors.
 
-// A bf16 in a panel, never in a result: a NaN may have another payload than a result's.
+// A bf16 in a panel, never in a result: a NaN may have another payload.
 struct PanelBF16 {
   uint16_t bits;
 };
@@ -8,7 +8,7 @@ inline uint16x4_t narrow(Vec x, PanelBF16) { return vreinterpret_u16_bf16(vcvt_b
 
 using VecPairs = bfloat16x8_t;
 
-// By bytes, which may be any type's.
+// By bytes, which may alias any type.
 inline VecPairs load_pairs(const void* p) {
   return vreinterpretq_bf16_u8(vld1q_u8(static_cast<const uint8_t*>(p)));
 }
@@ -21,7 +21,7 @@ inline Vec as_floats(VecPairs x) { return vreinterpretq_f32_bf16(x); }
 inline void store_bits(uint32_t* p, Vec x) { vst1q_u32(p, vreinterpretq_u32_f32(x)); }
 // sum[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]
 inline Vec dot_pairs(VecPairs a, VecPairs b, Vec sum) { return vbfdotq_f32(sum, a, b); }
-// The instruction takes a pair for all lanes from a lane, so that nothing has to be spread.
+// bfdot can broadcast a pair from one lane.
 struct SplatPair {
   bfloat16x4_t pair;
 };
@@ -32,7 +32,7 @@ inline SplatPair splat_pair(const void* p) {
 }
 inline Vec dot_pairs(SplatPair a, VecPairs b, Vec sum) { return vbfdotq_lane_f32(sum, b, a.pair, 0); }
 
-// In each lane, a and b rounded, as a pair.
+// a and b rounded, as a pair in each lane.
 template <class Half>
 inline Vec pair_lanes(Vec a, Vec b, Half type) {
   const uint16x4_t x = narrow(a, type), y = narrow(b, type);
@@ -48,7 +48,7 @@ inline void interleave_pairs(VecPairs a, VecPairs b, PanelBF16* out) {
   store_pairs(out + 2 * kLanes, vreinterpretq_bf16_u16(vzip2q_u16(x, y)));
 }
 
-// The even and the odd ones of 16 elements.
+// The even and the odd of 16 elements.
 struct EvenOdd {
   VecPairs even, odd;
 };
@@ -57,8 +57,8 @@ inline EvenOdd even_odd(VecPairs first, VecPairs second) {
   return {vreinterpretq_bf16_u16(vuzp1q_u16(x, y)), vreinterpretq_bf16_u16(vuzp2q_u16(x, y))};
 }
 
-// Decodes 64 elements with one absmax, of every 16 the even ones before the odd ones: those are the high
-// nibbles, these the low ones, so that neither has to be brought between the others.
+// Decodes 64 elements with one absmax, of every 16 the even before the odd: they are the high and the low
+// nibbles, so nothing has to be interleaved.
 struct EvenOddTable {
   HalfPlanes planes;
   explicit EvenOddTable(float absmax) : planes(absmax, PanelBF16{}) {}
@@ -70,7 +70,7 @@ struct EvenOddTable {
   }
 };
 
-// Decodes one row with each of two absmax, interleaved.
+// Decodes two rows with an absmax each, interleaved.
 struct PairTable {
   static constexpr int kStep = 16;  // columns
   HalfPlanes planes0, planes1;
@@ -83,7 +83,7 @@ struct PairTable {
   }
 };
 
-// The codes as bf16, for 16-bit lanes, by the scale that vec_avx512_bf16.h tells of.
+// The codes as bf16, for 16-bit lanes; kScale as in vec_avx512_bf16.h.
 struct PairCodeTable {
   static constexpr float kScale = 1.1888107061386108f;
   uint8x16x2_t planes;  // their low bytes, and their high ones

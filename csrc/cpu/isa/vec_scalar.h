@@ -1,12 +1,11 @@
-// Portable vectors: four fp32 lanes in plain C++, which compilers turn into the baseline instructions of the
-// machine. Same names as the other vec_*.h; see vec_avx512.h. Also the meaning that the others are tested
-// against.
+// Portable vectors: four fp32 lanes in plain C++, compiled to the machine's baseline instructions. Same
+// interface as vec_avx512.h, which documents it. The other ISAs are tested against this one.
 
 typedef float Vec __attribute__((vector_size(16)));
 typedef int32_t VecI __attribute__((vector_size(16)));
 constexpr int kLanes = 4;
 constexpr int kRegisters = 16;
-// Below so many multiply-adds a thread costs more to wake than it saves.
+// Below this many multiply-adds, waking a second thread costs more than it saves.
 constexpr int64_t kMultiplyAddsPerThread = 100'000;
 constexpr int kDotRows = 2;
 constexpr int kOuterRows = 4;

@@ -1,5 +1,5 @@
-// Both micro-kernels on pairs of bf16. The weight is rounded to bf16, which is what dequantising it to the
-// activation's type does; sums are fp32.
+// The dot and outer-product micro-kernels on pairs of bf16. The weight is rounded to bf16, as dequantising it
+// to the activations' dtype does; sums are fp32.
 
 inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, float, PanelBF16* out) {
   if (rhs.nf4) {
@@ -9,8 +9,8 @@ inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, 
   }
 }
 
-// The first `rows` of kLanes rows, of each `count` elements, at most 2 * kLanes, as pairs that are
-// transposed. Rows that are not there, and the other half of a last pair, become zeros.
+// The first `rows` of kLanes rows of `count` <= 2 * kLanes elements, transposed as pairs. Missing rows, and
+// the second half of an odd last pair, become zeros.
 inline void transpose_pairs_part(const BF16* x, int64_t ld, int64_t rows, int64_t count, uint32_t* out,
                                  int64_t out_ld) {
   Vec block[kLanes];
@@ -23,7 +23,7 @@ inline void transpose_pairs_part(const BF16* x, int64_t ld, int64_t rows, int64_
   for (int s = 0; s < ceil_div(count, 2); ++s) store_bits(out + s * out_ld, block[s]);
 }
 
-// The pairs of the summed dimension lie side by side already.
+// Pairs along the summed dimension are already adjacent.
 struct DotBF16 : PairSteps {
   using Lhs = BF16;
   static constexpr int kStep = 2 * kLanes;
@@ -66,7 +66,7 @@ struct OuterBF16 : PairSteps {
     const int64_t padded = round_up(depth, kDepthUnit);
     const BF16* row = static_cast<const BF16*>(rhs.data) + first;
     for (int64_t p = 0; p < padded; p += kElements, row += kElements * rhs.ld) {
-      // The columns of the first and of the second row that there are.
+      // The columns that exist in the first and in the second row.
       const int64_t of_first = p < depth ? cols : 0, of_second = p + 1 < depth ? cols : 0;
       for (int64_t c = 0; c < round_up(cols, kStrip); c += kRun) {
         PanelBF16* pairs = out + c / kStrip * kStrip * padded + p * kStrip + c % kStrip * kElements;
@@ -78,7 +78,7 @@ struct OuterBF16 : PairSteps {
 
   static void fill_step(const MatrixView& rhs, float scale, int64_t first, int64_t rows, int64_t cols,
                         PanelBF16* out) {
-    // Row starts that are multiples of 32 keep runs of 32 in one block, and in whole bytes.
+    // Row starts that are multiples of 32 keep runs of 32 within one block and in whole bytes.
     if (rhs.nf4 && rows == 2 && cols == kStrip && (first | rhs.ld) % nf4::kMinBlocksize == 0) {
       return decode_step(*rhs.nf4, first, first + rhs.ld, out);
     }

@@ -2,7 +2,7 @@
 //
 //   lhs  [ ------ depth ------ ] x kDotRows   .   panel [ ------ depth ------ ] x 4   ->   kDotRows x 4 sums
 
-// fp32 arithmetic on lhs of any type, read where it lies.
+// fp32 arithmetic on lhs of any dtype, read in place.
 template <class T>
 struct DotF32 : FloatSteps {
   using Lhs = T;
@@ -40,7 +40,7 @@ void dot_tile(const typename Dot::Lhs* lhs, int64_t lhs_ld, const typename Dot::
   for (; k + Dot::kStep <= depth; k += Dot::kStep) {
     step(k, [](const auto* p) __attribute__((always_inline)) { return Dot::load_lhs(p); });
   }
-  // lhs is not padded, and what follows may be an Inf or the end of the tensor.
+  // lhs is not padded: the memory after it may hold an Inf, or be out of bounds.
   if (k < depth) {
     const int64_t count = depth - k;
     step(k, [count](const auto* p) __attribute__((always_inline)) { return Dot::load_lhs_part(p, count); });

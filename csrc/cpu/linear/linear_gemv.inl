@@ -1,22 +1,22 @@
-// A packed weight times one to kFewRows rows of lhs, as in generation: the weight is read, four rows at a
-// time, and never written out.
+// NF4 GEMV: a packed weight times one to kFewRows rows of lhs, as in generation. The weight is read once,
+// four rows at a time, and decoded in registers.
 //
-// A chunk is one vector of packed bytes. Each lane holds kSteps codes: shifting by a nibble brings one code
-// after the other to the bottom, where a permute turns it into its value. The codes of one shift belong to
-// elements kSteps apart, so lhs is laid out that way once per call:
+// A chunk is one vector of packed bytes. Each lane holds kSteps codes: shifting right by a nibble brings one
+// code after another to the bottom, where a permutation looks up its value. The codes of one shift belong to
+// elements kSteps apart, so lhs is rearranged in that order once per call:
 //
 //   lane l, shift j:  element kSteps * l + (j ^ 1)        (the high nibble of a byte is the even element)
 //
-// The absmax follows after the eight products of a 32-bit lane, which lie in one block.
+// The absmax is applied after the eight multiplications of a 32-bit lane, whose elements are in one block.
 
 constexpr int64_t kChunk = 8 * kLanes;     // elements
 constexpr int64_t kGemvMaxWeightRows = 4;  // rows of the weight that share the loads of lhs
 
 struct GemvF32 : FloatSteps {
-  using Lhs = float;  // as arranged
+  using Lhs = float;  // rearranged
   static constexpr int kSteps = 8;
   using Table = CodeTable;
-  static constexpr float kTableScale = 1.0f;  // of the codes in it
+  static constexpr float kTableScale = 1.0f;  // of the codes in the table
   static Vec lookup(const Table& table, VecI bits) { return lookup_code(table, bits); }
   static VecI next(VecI bits) { return next_nibble(bits); }
 };
@@ -35,8 +35,8 @@ using GemvBF16 = GemvF32;
 #endif
 
 struct GemvLayout {
-  int64_t chunks;        // in a row, the last one padded
-  int64_t lhs_values;    // of one row of lhs as arranged
+  int64_t chunks;        // per row, the last one padded
+  int64_t lhs_values;    // of one rearranged row of lhs
   int64_t scale_floats;  // of one weight row
 };
 
@@ -49,15 +49,16 @@ inline GemvLayout gemv_layout(int64_t depth) {
 #  include "linear_gemv_folded.inl"
 #endif
 
-// Whether the product is of a packed weight and a few rows. Not where rows of the weight do not start with a
-// block. Rows of the whole product count, not of this task: bits must not depend on how the work is cut.
+// Whether this kernel computes a GEMM: a packed weight, whose rows start at block boundaries, and few rows.
+// The rows of the whole GEMM decide, not those of this task: results must not depend on the division into
+// tasks.
 inline bool gemv_serves(const GemmParams& p) {
   if (p.term_count == 0) return false;
-  const GemmTerm& term = p.terms[0];  // a packed weight is the first term of a layer, and the only packed one
+  const GemmTerm& term = p.terms[0];  // a packed weight is the first term, and the only packed one
   if (!term.rhs.nf4 || term.rhs.ld % (int64_t{1} << term.rhs.nf4->block_shift) != 0) return false;
 #if PEFT_KERNELS_TWO_TABLES
   if (folded_serves(term)) {
-    // More rows are faster on tiles.
+    // With more rows tiles are faster.
     constexpr int64_t kMostRows = PEFT_KERNELS_TILES ? kFewRows : kFoldedRows;
     return p.m <= kMostRows && FoldedScratch::bytes(term, p.m) <= kGemvScratchBytes;
   }
@@ -87,7 +88,7 @@ void gemv_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scratch) {
   }
 }
 
-// kWeightRows rows of the weight against kRows rows of lhs; out[r][w] += their products.
+// out[r][i] += row r of lhs . row i of the weight, for kRows and kWeightRows.
 template <class Gemv, int kRows, int kWeightRows, int kBlocks>
 void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const GemvLayout& layout,
                const typename Gemv::Lhs* lhs, const float* scales, float* out) {
@@ -134,8 +135,8 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
     }
   };
   const int64_t whole = depth / kChunk;
-  // The rows after these lie right behind them. Memory is asked for them now, in order: a few rows read side
-  // by side are too short for the hardware to foresee.
+  // The next rows are contiguous with these. Prefetch them in order: a few rows read side by side are too
+  // short for the hardware prefetcher.
   constexpr int64_t kAhead = 4096;
   const uint8_t* ahead = packed + max64(kAhead, kWeightRows * row_bytes);
   for (int64_t chunk = 0; chunk < whole; ++chunk) {
@@ -160,7 +161,7 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
   }
 }
 
-// How many weight rows share the loads of lhs: as many as the registers take.
+// How many weight rows share the loads of lhs: as many as fit in registers.
 template <int kRows>
 constexpr int gemv_weight_rows() {
   constexpr int kMost = kRegisters == 32 ? 8 / kRows : 2 / kRows;
@@ -213,7 +214,7 @@ void gemv_blocks(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, v
   }
 }
 
-// `scratch` holds the arranged lhs, and takes the scales behind it.
+// `scratch` holds the rearranged lhs, followed by the scales.
 template <class Gemv>
 void gemv_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, void* scratch, float* tile) {
   const int64_t blocks_in_chunk = kChunk >> term.rhs.nf4->block_shift;

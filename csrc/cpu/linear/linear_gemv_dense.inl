@@ -1,7 +1,7 @@
-// A dense weight of short rows times a few rows of lhs, both of what is multiplied: read where it lies, four
-// rows at a time, at the speed of the memory.
+// Dense GEMV: a weight with short rows times a few rows of lhs, of equal dtypes. The weight is read in place,
+// four rows at a time, at the speed of the memory.
 
-constexpr int64_t kDenseRun = 1024;                // elements of a running sum: longer ones lose bits
+constexpr int64_t kDenseRun = 1024;                // elements of one running sum: longer sums lose bits
 static_assert(kDenseRun % (2 * kLanes) == 0, "");  // whole steps
 
 template <class Dot>
@@ -9,18 +9,18 @@ bool is_of(const GemmTerm& term) {
   return has_values<Dot>(term) && term.depth % Dot::kStep == 0;
 }
 
-// Whether the product's first term is such a one. Rows of the whole product count, not of this task: bits
-// must not depend on how the work is cut.
+// Whether this kernel computes the first term of a GEMM. The rows of the whole GEMM decide, not those of this
+// task: results must not depend on the division into tasks.
 inline bool dense_gemv_serves(const GemmParams& p) {
   if (p.term_count == 0 || p.terms[0].depth <= kThinDepth) return false;
   const GemmTerm& term = p.terms[0];
-  constexpr int64_t kShort = 4096;  // bytes; what is longer the hardware foresees
+  constexpr int64_t kShort = 4096;  // bytes; longer rows are left to the hardware prefetcher
   if (term.depth * element_bytes(term.lhs_dtype) > kShort) return false;
   if (term.lhs_dtype == DType::kF32) return p.m <= kFewFloatRows && is_of<DotF32<float>>(term);
   return p.m <= kFewRows && has_bf16_values(term) && is_of<DotBF16>(term);
 }
 
-// tile[r][c] += lhs[r] . weight[c]. For each line that is read one is fetched from `ahead` on, `line` apart.
+// tile[r][c] += lhs[r] . weight[c]. Prefetches one line from `ahead` on, `line` bytes apart, per line read.
 template <class Dot, int kRows, int kCols>
 void dense_tile(const typename Dot::Lhs* lhs, int64_t lhs_ld, const typename Dot::Value* weight,
                 int64_t weight_ld, int64_t depth, const char* ahead, int64_t line, float* tile) {
@@ -77,8 +77,8 @@ void dense_gemv_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t
   for (int64_t c = 0, count; c < cols; c += count, weight += count * term.rhs.ld) {
     count = cols - c >= 4 ? 4 : 1;
     const auto multiply = count == 4 ? dense_rows<Dot, kDotRows, 4> : dense_rows<Dot, kDotRows, 1>;
-    // The rows after these lie right behind them. Memory is asked for them now, in order: a few rows read
-    // side by side are too short for the hardware to foresee.
+    // The next rows are contiguous with these. Prefetch them in order: a few rows read side by side are too
+    // short for the hardware prefetcher.
     const char* ahead = reinterpret_cast<const char*>(weight) + max64(kAhead, count * term.rhs.ld * kSize);
     for (int64_t k = 0; k < term.depth; k += kDenseRun) {
       const int64_t depth = min64(kDenseRun, term.depth - k);

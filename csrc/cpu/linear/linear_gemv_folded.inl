@@ -1,24 +1,25 @@
-// The GEMV of linear_gemv.inl on pairs of bf16 where a register holds two tables of codes: each block's
-// absmax is multiplied into its table, which costs as much for sixteen rows of lhs as for one, and sums of
-// all rows go on from block to block. The weight's values are rounded as dequantising it rounds them.
+// The GEMV of linear_gemv.inl on pairs of bf16, with each block's absmax folded into its code table. A
+// register holds two tables. Building them costs the same for sixteen rows of lhs as for one, and sums run on
+// from block to block. The weight's values are rounded as dequantising rounds them.
 //
-// A chunk is two blocks, 64 bytes, and its vectors 0 to 3 are its bytes, the lower half of the lanes from the
-// first block, shifted by nothing or by a nibble, then the same from the next byte on. Lhs is laid out alike:
+// A chunk is two blocks, 64 bytes. Its vectors 0 to 3 hold its bytes, with the first block in the lower half
+// of the lanes: shifted by 0 and by 4 bits, then the same starting one byte later. Lhs has the same layout:
 //
 //   lane l, vector j:  element 4 l + (j ^ 1)
 //
-// Reading from the next byte on must stay in the row, so its last one or two blocks are decoded one by one.
+// Reading from the next byte on must stay within the row, so its last one or two blocks are decoded
+// separately.
 
-constexpr int64_t kFoldedBlock = 64;  // elements; longer blocks are taken as so many of these
+constexpr int64_t kFoldedBlock = 64;  // elements; longer blocks are treated as several of these
 constexpr int64_t kFoldedChunk = 2 * kFoldedBlock;
-constexpr int64_t kFoldedPass = 8;                // rows of lhs that sums are kept of at once
-constexpr int64_t kFoldedRows = 2 * kFoldedPass;  // for more rows than this lhs is packed (linear_packed.inl)
+constexpr int64_t kFoldedPass = 8;                // rows of lhs whose sums fit in registers
+constexpr int64_t kFoldedRows = 2 * kFoldedPass;  // with more rows lhs is packed (linear_packed.inl)
 
 inline bool folded_serves(const GemmTerm& term) {
   return term.lhs_dtype == DType::kBF16 && (int64_t{1} << term.rhs.nf4->block_shift) >= kFoldedBlock;
 }
 
-// Scratch: the numbers that codes of an absmax stand for, lhs as arranged, an absmax a block of kStrip rows.
+// Scratch: the decoding table of the absmax codes, the rearranged lhs, the absmax of kStrip rows.
 struct FoldedScratch {
   Codebook* book;
   BF16* lhs;
@@ -37,7 +38,7 @@ struct FoldedScratch {
 // Rows of lhs that are multiplied together: all, or half of them.
 inline int64_t folded_pass(int64_t rows) { return rows <= kFoldedPass ? rows : ceil_div(rows, 2); }
 
-// A chunk of all rows, vector by vector the rows side by side, then the next one.
+// One chunk of all rows after another; within a chunk, vector by vector, the rows side by side.
 inline void folded_arrange(const GemmTerm& term, int64_t m0, int64_t rows, BF16* out) {
   constexpr int64_t kVector = 2 * kLanes;
   for (int64_t r = 0; r < rows; ++r) {
@@ -70,7 +71,7 @@ inline void folded_arrange_lhs(const GemmTerm& term, const Rect& rect, void* scr
   }
 }
 
-// The absmax of `count` blocks from block `first`. `out` has room for kCodeRun more.
+// The absmax of blocks [first, first + count). Writes up to kCodeRun values past the end of `out`.
 inline void unpack_absmax(const Codebook& book, const Nf4View& w, int64_t first, int64_t count, float* out) {
   const Vec offset = splat(w.offset);
   for (int64_t b = first, end = first + count; b < end;) {
@@ -90,7 +91,7 @@ inline void unpack_absmax(const Codebook& book, const Nf4View& w, int64_t first,
   }
 }
 
-// One absmax for each kFoldedBlock elements of so many rows, from row n0 on.
+// One absmax per kFoldedBlock elements, for rows [n0, n0 + cols).
 inline const float* folded_absmax(const GemmTerm& term, int64_t n0, int64_t cols, const FoldedScratch& s) {
   const Nf4View& w = *term.rhs.nf4;
   const int64_t runs = term.depth / kFoldedBlock, first = n0 * runs, count = cols * runs;
@@ -172,7 +173,7 @@ void folded_tile(const uint8_t* packed, const float* absmax, int64_t depth, cons
 template <int kRows>
 void folded_rows(const GemmTerm& term, int64_t n0, int64_t cols, const BF16* lhs, const float* absmax,
                  float* tile) {
-  // As many rows of the weight share the loads of lhs as there are registers for their sums.
+  // As many weight rows share the loads of lhs as there are registers for their sums.
   constexpr int kWeightRows = kRows <= 6 ? 4 : 3;
   constexpr int64_t kAhead = 4096;  // bytes, as in linear_gemv.inl
   const int64_t row_bytes = term.depth / 2, runs = term.depth / kFoldedBlock;

@@ -1,19 +1,19 @@
-// out[m, n] += lhs[m, p] * rhs[p, n]: products whose summed dimension runs down the rows of rhs. dx = dy W
-// reads rows of the packed weight in their own order, so nothing is transposed here either.
+// out[m, n] += lhs[m, p] * rhs[p, n]: GEMMs whose summed dimension runs down the rows of rhs. dx = dy W reads
+// rows of the packed weight in their own order, so nothing is transposed.
 
-constexpr int64_t kNnTileRows = 512;  // of lhs, that one decoded panel serves
+constexpr int64_t kNnTileRows = 512;  // rows of lhs per decoded panel
 constexpr int64_t kNnStrips = 2;      // strips decoded together
 constexpr int64_t kNnDepth = 256;     // rows of rhs decoded together
 constexpr int64_t kNnTileLd = kNnStrips * kStrip;
 constexpr int64_t kNnTileFloats = kNnTileRows * kNnTileLd;
-// The same for a single strip: rows of lhs are better read from end to end.
+// The same for a single strip, where a longer depth reads rows of lhs contiguously.
 constexpr int64_t kNnNarrowFloats = 3 * kNnDepth;
 constexpr int64_t kNnPanelFloats = max64(kNnDepth * kNnStrips, kNnNarrowFloats) * kStrip;
-constexpr int64_t kNnLhsFloats = 16 * kNnNarrowFloats;  // of the rows in a register tile
+constexpr int64_t kNnLhsFloats = 16 * kNnNarrowFloats;  // lhs of one register tile
 static_assert((2 * kNnTileFloats + kNnPanelFloats + kNnLhsFloats) * sizeof(float) <= kScratchBytes, "");
 
-// With few rows a panel is soon done with: it should fit L1. Rows of the whole product count, not of this
-// task: sums are made panel by panel, and must not depend on how the work is cut.
+// With few rows a panel is used briefly, so it should fit L1. The rows of the whole GEMM decide, not those of
+// this task: sums are formed panel by panel, and must not depend on the division into tasks.
 template <class Outer>
 int64_t nn_depth_block(const GemmParams& p) {
   if (p.m <= 4 * kOuterRows) return 64;
@@ -21,8 +21,8 @@ int64_t nn_depth_block(const GemmParams& p) {
                       : kNnNarrowFloats * static_cast<int64_t>(sizeof(float) / sizeof(typename Outer::Value));
 }
 
-// Columns [first, first + cols) of a row of rhs, asked for before they are wanted: rows lie far apart, and no
-// hardware foresees the next.
+// Prefetches columns [first, first + cols) of a row of rhs: rows are too far apart for the hardware
+// prefetcher.
 inline void prefetch_columns(const MatrixView& rhs, int64_t first, int64_t cols) {
   const char* at = rhs.nf4 ? reinterpret_cast<const char*>(rhs.nf4->packed) + first / 2
                            : static_cast<const char*>(rhs.data) + first * element_bytes(rhs.dtype);
@@ -30,16 +30,16 @@ inline void prefetch_columns(const MatrixView& rhs, int64_t first, int64_t cols)
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
-// Rows [p0, p0 + depth) of rhs, and columns [n0, n0 + cols), as a panel.
+// Rows [p0, p0 + depth) and columns [n0, n0 + cols) of rhs, as a panel.
 template <class Outer>
 struct NnPanel {
   using Value = typename Outer::Value;
   const GemmTerm& term;
   int64_t n0, cols;
-  Value *panel, *packed;  // the latter: room for the lhs of a register tile
+  Value *panel, *packed;  // packed: buffer for the lhs of a register tile
   int64_t p0 = 0, depth = 0, padded = 0;
 
-  // `ahead`: where to fetch from meanwhile, so many rows of rhs further on.
+  // Prefetches meanwhile, `ahead` rows of rhs further on.
   void fill(int64_t from, int64_t rows, int64_t ahead) {
     p0 = from;
     depth = rows;
@@ -58,7 +58,7 @@ struct NnPanel {
     }
   }
 
-  // tile += rows [m0, m0 + rows) of lhs, at most a register tile of them, times the panel.
+  // tile += rows [m0, m0 + rows) of lhs, at most a register tile, times the panel.
   void multiply(int64_t m0, int64_t rows, bool adds, float* tile, Fetch fetch, int64_t strip_bytes = 0) {
     int64_t lhs_ld = term.lhs_ld;
     const Value* lhs = Outer::direct_lhs(term, m0 * lhs_ld + p0);
@@ -77,7 +77,7 @@ struct NnPanel {
     }
   }
 
-  // The rows of lhs that come after the register tile at m0.
+  // Prefetches the rows of lhs after the register tile at m0.
   Fetch next_lhs(int64_t m0) const {
     const int64_t row_bytes = term.lhs_ld * element_bytes(term.lhs_dtype);
     return {static_cast<const char*>(term.lhs) + (m0 + Outer::kTileRows) * row_bytes,
@@ -85,8 +85,8 @@ struct NnPanel {
   }
 };
 
-// Of the panel that comes next, from element `first` on, what the register tile `index` of this one fetches:
-// one of the lines of a step. Nothing, where all have been.
+// Which part of the next panel, starting at element `first`, register tile `index` of this panel prefetches:
+// one cache line per step; none once all are done.
 template <class Outer>
 Fetch next_rhs(const MatrixView& rhs, int64_t first, int64_t index, const void* near) {
   const int64_t size = element_bytes(rhs.dtype), lines = kStrip * size / 64;
@@ -95,7 +95,7 @@ Fetch next_rhs(const MatrixView& rhs, int64_t first, int64_t index, const void* 
           Outer::kElements * rhs.ld * size};
 }
 
-// `next`: the rhs of the term that follows, or null.
+// `next`: the rhs of the following term, or null.
 template <class Outer>
 void nn_add_term(const GemmTerm& term, const MatrixView* next, int64_t depth_block, int64_t m0, int64_t rows,
                  int64_t n0, int64_t cols, bool adds, float* tile, void* panel_memory, void* lhs_memory) {
@@ -115,7 +115,7 @@ void nn_add_term(const GemmTerm& term, const MatrixView* next, int64_t depth_blo
   }
 }
 
-// The same where the panel holds all of rhs: a few rows are done with while their sums are in L1.
+// The same when the panel holds all of rhs: each register tile is finished while its sums are in L1.
 template <class Outer>
 void nn_thin(const GemmParams& p, const Rect& rect, int64_t n0, int64_t cols, const float* start, float* tile,
              void* panel_memory, void* lhs_memory) {
@@ -144,7 +144,7 @@ void gemm_nn(const GemmParams& p, const Rect& rect, void* scratch) {
   float* tile = static_cast<float*>(scratch);
   float* panel = tile + kNnTileFloats;
   float* lhs = panel + kNnPanelFloats;
-  float* masked = lhs + kNnLhsFloats;  // the product of a term with dropout
+  float* masked = lhs + kNnLhsFloats;  // the result of a term with dropout, before it is masked
   const bool is_one = is_one_term(p, rect);
   const auto add_term = [&](int64_t t, int64_t m0, int64_t rows, int64_t n0, int64_t cols, bool adds,
                             float* sums) {

@@ -1,10 +1,10 @@
-// out[m, n] += lhs[m, :] . rhs[n, :]: the linear layer, and every product with rows along the summed
-// dimension.
+// out[m, n] += lhs[m, :] . rhs[n, :]: the linear layer, and every GEMM whose operands both have the summed
+// dimension along their rows.
 //
 // Rows of a packed weight become rows of a panel without a transposition. A panel is decoded once for many
 // rows of lhs; it streams from L2 past the few rows of lhs that the micro-kernel keeps in L1.
 
-constexpr int64_t kNtTileRows = 256;   // rows of lhs that one decoded panel serves
+constexpr int64_t kNtTileRows = 256;   // rows of lhs per decoded panel
 constexpr int64_t kNtRowBytes = 3072;  // of one panel row: kDotRows rows of lhs of that length fit L1
 constexpr int64_t kNtPanelLdBytes = kNtRowBytes + 64;  // keeps panel rows out of each other's cache sets
 constexpr int64_t kNtTileBytes = kNtTileRows * kStrip * sizeof(float);
@@ -20,14 +20,14 @@ inline int64_t nt_depth_block(int64_t depth, int64_t element_bytes) {
   return round_up((depth + parts - 1) / parts, kStrip);
 }
 
-// Whether a dense rhs consists of what is multiplied.
+// Whether a dense rhs can be multiplied without a conversion.
 template <class Dot>
 bool has_values(const GemmTerm& term) {
   constexpr DType kType = sizeof(typename Dot::Value) == sizeof(float) ? DType::kF32 : DType::kBF16;
   return !term.rhs.nf4 && term.rhs.dtype == kType && term.rhs_scale == 1.0f;
 }
 
-// Rows of rhs as rows of a panel, filled up with zeros to whole steps and to a multiple of four rows.
+// Copies rows of rhs to rows of a panel, zero-padded to whole steps and to a multiple of four rows.
 template <class Dot>
 void nt_fill(const GemmTerm& term, int64_t first, int64_t depth, int64_t rows, typename Dot::Value* panel) {
   using Value = typename Dot::Value;
@@ -63,7 +63,7 @@ void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int
       const int64_t first = (n0 + c0) * term.rhs.ld + k0;
       const Value* panel = static_cast<const Value*>(panel_memory);
       int64_t panel_ld = kPanelLd;
-      // For a few rows rhs is read where it lies, if it has whole vectors.
+      // For a few rows rhs is read in place, if its rows are whole vectors.
       if (are_few && filled == padded && depth == padded_depth && has_values<Dot>(term)) {
         panel = static_cast<const Value*>(term.rhs.data) + first;
         panel_ld = term.rhs.ld;
@@ -71,7 +71,7 @@ void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int
         nt_fill<Dot>(term, first, depth, filled, static_cast<Value*>(panel_memory));
       }
       for (int64_t r = 0; r < rows; r += kDotRows) {
-        // The next rows arrive while these are multiplied.
+        // Prefetches the next rows while these are multiplied.
         const int64_t row_bytes = depth * sizeof(Lhs), share = ceil_div(kDotRows * row_bytes, padded / 4);
         const bool fetches = c0 == 0 && r + kDotRows < rows && term.lhs_ld == depth;
         const char* ahead = reinterpret_cast<const char*>(lhs + (r + kDotRows) * term.lhs_ld);
@@ -87,7 +87,7 @@ void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t n0, int
 
 #include "linear_gemv_dense.inl"
 
-// The rhs of a thin term is transposed into one strip, and the other micro-kernel used.
+// The rhs of a thin term is transposed into one strip, for the outer-product micro-kernel.
 inline bool is_thin(const GemmTerm& term) {
   return term.depth <= kThinDepth && term.lhs_dtype == DType::kF32 && !term.rhs.nf4;
 }
@@ -106,7 +106,7 @@ inline void nt_fill_thin(const GemmTerm& term, int64_t n0, int64_t cols, void* p
 }
 
 #if PEFT_KERNELS_BF16_DOT
-// The same on pairs of bf16: two elements of a row are one lane, and are transposed as such.
+// The same for pairs of bf16: a pair is transposed as one 32-bit lane.
 inline bool is_thin_in_pairs(const GemmTerm& term) {
   return term.depth <= kThinDepth && term.depth % 2 == 0 && !term.rhs.nf4 && has_bf16_values(term);
 }
@@ -133,7 +133,7 @@ void thin_rows(const GemmTerm& term, int64_t steps, const void* panel, int64_t m
                                 no_fetch(tile));
 }
 
-// Calls use(rows) with what multiplies a few rows of a thin term; false if the term is none.
+// Calls use(multiply) with what multiplies a few rows of a thin term; returns false if the term is not thin.
 template <class Use>
 bool with_thin(const GemmTerm& term, int64_t n0, int64_t cols, void* panel, const Use& use) {
 #if PEFT_KERNELS_BF16_DOT
@@ -166,7 +166,7 @@ inline void nt_add_term(const GemmTerm& term, int64_t m0, int64_t rows, int64_t 
             [&](auto type) { nt_add_term<DotF32<decltype(type)>>(term, m0, rows, n0, cols, tile, panel); });
 }
 
-// A product of a thin term alone: a few rows are done with while their sums are in L1.
+// A GEMM of one thin term: each group of rows is finished while its sums are in L1.
 inline bool nt_thin(const GemmParams& p, const Rect& rect, int64_t n0, int64_t cols, float* tile,
                     void* panel) {
   if (!is_one_term(p, rect)) return false;

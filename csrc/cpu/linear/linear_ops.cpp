@@ -1,4 +1,4 @@
-// Products with an NF4 weight: tensors to pointers, and registration.
+// Ops nf4_linear and nf4_linear_dx.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

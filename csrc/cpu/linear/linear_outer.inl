@@ -1,25 +1,23 @@
 // Micro-kernel with vectors along the output's columns. A panel holds strips of kStrip columns, one row of a
-// strip after the other:
+// strip after another:
 //
-//   lhs[r, p] (broadcast)   x   strip[p, 0 .. kOuterVecs * kLanes)   ->   kOuterRows x kOuterVecs vectors of
-//   sums
+//   lhs[r, p] (broadcast) x strip[p, 0 .. kOuterVecs * kLanes) -> kOuterRows x kOuterVecs vectors of sums
 
-constexpr int64_t kStrip = 64;  // columns; one absmax block of the default size
+constexpr int64_t kStrip = 64;  // columns; one block of the default size
 static_assert(kStrip % (kOuterVecs * kLanes) == 0, "");
 
-// What will be needed next: a line is fetched in each step.
+// What to prefetch: one cache line per step.
 struct Fetch {
   const char* at;
   int64_t stride;  // bytes from one step to the next
 };
-// Of nothing but what is there anyway.
+// Prefetches only lines that are already cached.
 inline Fetch no_fetch(const void* near) { return {static_cast<const char*>(near), 0}; }
 
-// tile[r][lane] += the sum over steps of rows[r] * strip[lane], in kVectors vectors of lanes, in partial sums
-// of Unit::kChain steps. One running fp32 sum over thousands of rows (dA and dB sum over all tokens) would
-// lose a bit for every fourfold; and a chain that followed the blocking would make a row's bits depend on how
-// many rows a thread was given. Without `adds` what is in the tile does not count. A stride may be a
-// Constant.
+// tile[r][lane] += sum over steps of rows[r] * strip[lane], for kVectors vectors of lanes, in partial sums of
+// Unit::kChain steps. A single fp32 sum over thousands of rows (dA and dB sum over all tokens) would lose a
+// bit for every factor of four, and chains that followed the blocking would make a row's bits depend on how
+// many rows a thread was given. Without `adds` the tile is overwritten. A stride may be a Constant.
 template <class Unit, int kRows, int kVectors, class RowsLd, class Strip, class StripLd>
 void sum_steps(const typename Unit::Value* rows, RowsLd rows_ld, const Strip* strip, StripLd strip_ld,
                int64_t steps, bool adds, float* tile, int64_t tile_ld, Fetch fetch) {
@@ -71,7 +69,7 @@ void outer_vectors(int64_t vectors, const typename Outer::Value* lhs, int64_t lh
                                     tile, tile_ld, fetch);
 }
 
-// Any number of rows up to kRows, and the vectors of a strip that have some of its first `cols` columns.
+// Up to kRows rows, and the vectors of a strip that hold some of its first `cols` columns.
 template <class Outer, int kRows>
 void outer_rows(int64_t rows, int64_t cols, const typename Outer::Value* lhs, int64_t lhs_ld,
                 const typename Outer::Value* strip, int64_t steps, bool adds, float* tile, int64_t tile_ld,
@@ -105,14 +103,14 @@ void widen_strips(const T* x, int64_t ld, float scale, int64_t depth, int64_t co
 struct OuterF32 : FloatSteps {
   static constexpr int kDepthUnit = 1;  // of what is multiplied at once, padded with zeros
   static constexpr int kTileRows = kOuterRows;
-  // Whether multiply reads the lhs of all rows of a register tile, also of those it is not asked for.
+  // Whether multiply reads the lhs of all rows of a register tile, even of those beyond `rows`.
   static constexpr bool kWholeTiles = false;
   static constexpr int64_t kChain = 32;  // steps of one running sum
 
   static void pack_lhs(const void* lhs, DType dtype, int64_t first, int64_t count, float* out) {
     widen_run(lhs, dtype, first, count, 1.0f, out);
   }
-  // lhs from element `first`, where it can be read as it lies.
+  // lhs from element `first`, where it can be read in place; else null.
   static const float* direct_lhs(const GemmTerm& term, int64_t first) {
     return term.lhs_dtype == DType::kF32 ? static_cast<const float*>(term.lhs) + first : nullptr;
   }
@@ -122,7 +120,7 @@ struct OuterF32 : FloatSteps {
     fill_panel_row(rhs, first, cols, scale, out);
     memset(out + cols, 0, (kStrip - cols) * sizeof(float));
   }
-  // A whole panel at once, if rhs is dense: strips of kStrip columns, `depth` rows each.
+  // Fills a whole panel, if rhs is dense: strips of kStrip columns, `depth` rows each.
   static bool fill_dense(const MatrixView& rhs, float scale, int64_t first, int64_t depth, int64_t cols,
                          float* out) {
     if (rhs.nf4) return false;
@@ -132,7 +130,7 @@ struct OuterF32 : FloatSteps {
     return true;
   }
   // tile[r][c] += lhs[r] . strip[:, c] for `rows` rows and the first `cols` columns of a strip; without
-  // `adds` what is in the tile does not count.
+  // `adds` the tile is overwritten.
   static void multiply(int64_t rows, int64_t cols, const float* lhs, int64_t lhs_ld, const float* strip,
                        int64_t steps, bool adds, float* tile, int64_t tile_ld, Fetch fetch) {
     outer_rows<OuterF32, kTileRows>(rows, cols, lhs, lhs_ld, strip, steps, adds, tile, tile_ld, fetch);

@@ -1,13 +1,13 @@
-// gemm_nt for more than a few rows of lhs. It is computed transposed, so that rows of rhs serve as they are
-// decoded, and no sums run across lanes:
+// gemm_nt for more than a few rows of lhs. The output is computed transposed, so that decoded rows of rhs are
+// used as they are and nothing is summed across lanes:
 //
 //   one step of a row of rhs (broadcast)   x   packed lhs [step][lane = row m]   ->   tile [n][m]
 //
-// lhs is packed once per call, in strips of kPackRows rows, and these in as many vectors as belong to a
-// register tile: step by step, the rows of the vectors side by side. What a step is says the unit
-// (linear_packed_units.inl): an fp32 element, or a pair of bf16.
+// lhs is packed once per call into strips of kPackRows rows, and these into groups of as many vectors as a
+// register tile has: step by step, the rows of the vectors side by side. A step is an fp32 element or a pair
+// of bf16, as defined by the unit (linear_packed_units.inl).
 
-constexpr int64_t kPackedBlockRows = 512;  // rows of lhs that one decoded row of rhs serves
+constexpr int64_t kPackedBlockRows = 512;  // rows of lhs per decoded row of rhs
 constexpr int64_t kPackedMaxCols = 192;    // rows of rhs decoded together
 constexpr int64_t kPackedTileFloats = kPackedMaxCols * (kPackedBlockRows + 16);
 constexpr int64_t kThinDepthBlock = 64;  // of the terms after the first: the LoRA deltas
@@ -16,8 +16,8 @@ constexpr int64_t kPackedScratchBytes = kPackedTileFloats * 4 + kPackedMaxCols *
                                         kThinDepthBlock * kPackRows * 4;
 static_assert(kPackedScratchBytes <= kScratchBytes, "");
 
-// All rows of a panel against `vectors` vectors of a strip, to be added to the tile, or stored there. Rows of
-// zeros fill the last register tile. `next` is the strip that comes after: it is fetched meanwhile.
+// All rows of a panel times `vectors` vectors of a strip, added to the tile or stored there. Rows of zeros
+// fill the last register tile. `next` is the following strip, which is prefetched.
 template <class Unit, int kVectors>
 void packed_strip(int64_t vectors, const typename Unit::Value* panel, int64_t cols,
                   const typename Unit::Step* strip, const typename Unit::Step* next, int64_t steps, bool adds,
@@ -36,16 +36,16 @@ void packed_strip(int64_t vectors, const typename Unit::Value* panel, int64_t co
   }
 }
 
-// A part of the output: rows [m0, m0 + rows), columns [n0, n0 + cols), in a tile that is its transpose.
+// A part of the output: rows [m0, m0 + rows), columns [n0, n0 + cols), in a transposed tile.
 struct PackedBlock {
   int64_t m0, rows, n0, cols;
   float* tile;
   int64_t tile_ld;
-  // Then what is in the tile does not count; in lanes beyond the last vector it stays, and is never read.
+  // Then the tile is overwritten; lanes past the last vector keep garbage that is never read.
   bool starts_from_zero;
 };
 
-// How much of the depth a pass takes: a short last one would load and store the sums for little.
+// The depth of one pass: a short last pass would load and store the sums for little work.
 template <class Unit>
 int64_t pass_depth(int64_t depth) {
   constexpr int64_t kUsual = Unit::kUsualDepth;
@@ -77,7 +77,7 @@ void packed_add_first(const GemmParams& p, const PackedBlock& b, void* panel_mem
     for (int64_t c = 0; c < b.cols; ++c) {
       const int64_t first = (b.n0 + c) * term.rhs.ld;
       Unit::fill_row(term.rhs, first + k0, depth, panel + c * kRowLd);
-      // What the next pass decodes here arrives while this one is multiplied.
+      // Prefetch what the next pass decodes here while this one is multiplied.
       const int64_t next = k0 + pass;
       if (next < term.depth) {
         prefetch_columns(term.rhs, first + next, min64(pass, term.depth - next));
@@ -96,14 +96,14 @@ void packed_add_first(const GemmParams& p, const PackedBlock& b, void* panel_mem
   }
 }
 
-// The arithmetic of a term after the first, a LoRA delta: its lhs and its dense rhs are read as what is
-// multiplied, in fp32, or as pairs of bf16 where both are of that type.
+// Arithmetic of the terms after the first, the LoRA deltas: in fp32, or on pairs of bf16 where both operands
+// are bf16. rhs is dense.
 struct ThinFloats : OuterF32 {
   using Step = float;
   static void fill_row(const GemmTerm& term, int64_t first, int64_t depth, float* out) {
     fill_panel_row(term.rhs, first, depth, term.rhs_scale, out);
   }
-  // kLanes rows of lhs from element `first`, of which `rows` are there.
+  // kLanes rows of lhs from element `first`, of which `rows` exist.
   static void fill_lanes(const GemmTerm& term, int64_t first, int64_t rows, int64_t depth, float* strip) {
     const float* lhs = static_cast<const float*>(term.lhs) + first;
     for (int64_t k = 0; k < depth; k += kLanes) {
@@ -134,7 +134,7 @@ struct ThinPairs : OuterBF16 {
 using ThinPairs = ThinFloats;
 #endif
 
-// Such a term, in rows [begin, end) of the block.
+// Adds such a term to rows [begin, end) of the block.
 template <class Thin>
 void packed_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const PackedBlock& b, float* scratch) {
   using Value = typename Thin::Value;
@@ -172,7 +172,7 @@ void packed_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const Pac
   }
 }
 
-// The output's values in a block, as a tile.
+// Loads the output of a block into its tile.
 inline void packed_load_out(const GemmParams& p, const PackedBlock& b) {
   with_type(p.out_dtype, [&](auto type) {
     const auto* out = static_cast<const decltype(type)*>(p.out) + b.m0 * p.out_ld + b.n0;
@@ -240,8 +240,8 @@ void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
   }
 }
 
-// The first term has `p.packed_lhs` for its lhs; others have theirs in fp32, or in bf16 like rhs. `rect`
-// starts at whole strips.
+// The lhs of the first term is `p.packed_lhs`; other terms have theirs in fp32, or both operands in bf16.
+// `rect` starts at whole strips.
 void gemm_packed(const GemmParams& p, const Rect& rect, void* scratch) {
 #if PEFT_KERNELS_TILES
   const Tiles tiles;

@@ -1,31 +1,30 @@
-// What linear_packed.inl multiplies: a unit packs lhs, decodes rows of rhs in the same order, and sums
-// products.
+// The units that linear_packed.inl multiplies in. A unit packs lhs, decodes rows of rhs in the same order,
+// and multiplies and sums.
 //
-// The order is the one in which a packed weight comes apart: of every kOrder elements the even ones, which
-// are high nibbles, before the odd ones. A step is what one lane multiplies at once.
+// The order follows from unpacking nibbles: of every kOrder elements the even ones, which are high nibbles,
+// come before the odd ones. A step is what one lane multiplies at once.
 
-// Of one decoded row: an odd number of lines, for different sets.
+// Of one decoded row: an odd number of cache lines, to spread rows over cache sets.
 constexpr int64_t kPackedRowBytes = PEFT_KERNELS_TILES ? 704 : 576;
-// Register tiles: vectors of sums, of which so many at most belong to one row of rhs.
+// Register tiles: the number of vectors of sums, and how many at most belong to one row of rhs.
 constexpr int kPackedSums = kRegisters == 32 ? 24 : 12;
 constexpr int kPackedVectors = kRegisters == 32 ? 4 : 2;
 
-// The vectors of a strip that has `rows` rows.
+// The vectors of a strip with `rows` rows.
 inline int64_t strip_vectors(int64_t rows) { return (min64(rows, kPackRows) + kLanes - 1) / kLanes; }
 
-// fp32 arithmetic, for lhs of any type and packed weights whose rows lie in whole bytes and blocks.
+// fp32 arithmetic, for lhs of any dtype and packed weights whose rows are whole bytes and blocks.
 struct FloatsUnit : FloatSteps {
   using Step = float;  // of packed lhs
   static constexpr int64_t kOrder = 2 * kLanes;
-  // Of one pass, usually and at most: a strip of lhs that long takes most of L1.
+  // Depth of one pass, usual and maximum: a strip of lhs of that depth takes most of L1.
   static constexpr int64_t kUsualDepth = 128, kDepth = 128;
-  static constexpr int64_t kChain =
-      64;  // steps of one running sum: longer ones lose bits (see linear_outer.inl)
+  static constexpr int64_t kChain = 64;  // steps of one running sum: longer sums lose bits (linear_outer.inl)
   static constexpr int kGroup = kPackedSums;
   static constexpr int kVectors = kPackedVectors;  // of a register tile
   template <int kSide>
   static constexpr int kTileRows = kPackedSums / kSide;
-  static constexpr int64_t kFewRowsCols = 48;  // rows of rhs decoded together where lhs is one strip
+  static constexpr int64_t kFewRowsCols = 48;  // rows of rhs decoded together when lhs is one strip
 
   static bool serves(const GemmTerm& term) {
     return term.rhs.nf4 && (term.rhs.ld | term.depth) % nf4::kMinBlocksize == 0;
@@ -50,11 +49,11 @@ struct FloatsUnit : FloatSteps {
     });
   }
 
-  // `count` elements of rhs from element `first`.
+  // Decodes elements [first, first + count) of rhs.
   static void fill_row(const MatrixView& rhs, int64_t first, int64_t count, float* out) {
-    const Nf4View w = *rhs.nf4;  // a copy, which stores to out cannot change
+    const Nf4View w = *rhs.nf4;  // a local copy, which stores to `out` cannot alias
     int64_t i = 0;
-    // A table a step, even where a block is longer: without a loop over blocks the steps overlap.
+    // Builds a table per step, even for longer blocks: without a loop over blocks the steps overlap.
     if (first % 64 == 0 && w.block_shift >= 6) {
 #pragma GCC unroll 2
       for (; i + 64 <= count; i += 64) decode_run<64>(w, first + i, out + i);
@@ -121,20 +120,20 @@ struct PairsUnit : PairSteps {
     }
   }
 
-  // `count` elements of rhs from element `first`, padded with zeros.
+  // Decodes elements [first, first + count) of rhs, zero-padded.
   static void fill_row(const MatrixView& rhs, int64_t first, int64_t count, PanelBF16* out) {
     if (!rhs.nf4) {
       const BF16* row = static_cast<const BF16*>(rhs.data) + first;
       for (int64_t i = 0; i < count; i += kOrder) store_ordered(row + i, count - i, out + i);
       return;
     }
-    const Nf4View w = *rhs.nf4;  // a copy, which stores to out cannot change
+    const Nf4View w = *rhs.nf4;  // a local copy, which stores to `out` cannot alias
     int64_t i = 0;
     constexpr int64_t kRun = 64;  // of EvenOddTable
     if (first % kRun == 0 && w.block_shift >= 6) {
       const int64_t whole = count / kRun * kRun;
       const uint8_t* bytes = w.packed + first / 2;
-      // A table a run, even where a block is longer: without a loop over blocks the runs overlap.
+      // Builds a table per run, even for longer blocks: without a loop over blocks the runs overlap.
 #  pragma GCC unroll 4
       for (; i < whole; i += kRun) {
         const EvenOddTable table(block_absmax(w, (first + i) >> w.block_shift));

@@ -1,4 +1,4 @@
-// A matrix product as the GEMM kernels take it, put together term by term from tensors.
+// A GEMM for the kernels, put together from tensors term by term.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -14,23 +14,24 @@
 
 namespace peft_kernels::cpu {
 
-// lhs as rows of its last dimension, times rhs. Both tensors must be contiguous, and outlive the term.
+// lhs, as rows of its last dimension, times rhs. Both tensors must be contiguous and outlive the term.
 inline GemmTerm term_of(const Tensor& lhs, const char* name, const MatrixView& rhs, float rhs_scale = 1.0f) {
   return {lhs.const_data_ptr(), dtype_of(lhs, name), lhs.size(-1), rhs, rhs_scale, lhs.size(-1), 0, INT64_MAX,
           DropoutMask{}};
 }
 
-// Sums over rows, as gradients of adapters are, go by chunks of so many: a panel of a product holds them.
+// Sums over rows, as in the gradients of adapters, are formed in chunks of this many rows: one panel holds
+// them.
 inline constexpr int64_t kChunkRows = 256;
 
 class Product {
  public:
   GemmParams params{};
 
-  // Into all of a contiguous `out`, as rows of its last dimension.
+  // Writes to all of a contiguous `out`, as rows of its last dimension.
   explicit Product(Tensor& out) : Product(out, 0, rows_of(out), 0, out.size(-1)) {}
 
-  // Into the part of `out` in rows [m_begin, m_end) and columns [n_begin, n_end).
+  // Writes to rows [m_begin, m_end) and columns [n_begin, n_end) of `out`.
   Product(Tensor& out, int64_t m_begin, int64_t m_end, int64_t n_begin, int64_t n_end) {
     params.out_dtype = dtype_of(out, "out");
     params.out_ld = out.size(-1);
@@ -40,7 +41,7 @@ class Product {
     params.n = n_end - n_begin;
   }
 
-  // What the sums start from: the bias, fp32 or of the activations' type.
+  // Starts the sums from a bias in fp32 or in the activations' dtype.
   void start_from(const OptionalTensor& bias, at::ScalarType activation_dtype) {
     if (!bias) return;
     check_bias(*bias, params.n, activation_dtype);
@@ -48,23 +49,23 @@ class Product {
     bias_ = bias->contiguous();
     params.bias = bias_.const_data_ptr();
   }
-  // The same, checked, in memory that outlives the product.
+  // The same for checked memory that outlives the GEMM.
   void start_from(const void* bias, DType dtype) {
     params.bias_dtype = dtype;
     params.bias = bias;
   }
   void start_from_out() { params.add_to_out = true; }
-  // Of run_nn: every task takes all rows if they are few, as to fill a panel once more costs more than those.
+  // For run_nn: with few rows every task takes all of them, as filling a panel again would cost more.
   void keep_few_rows_together() {
     constexpr int64_t kFew = 128;
     if (params.m <= kFew) nn_row_unit_ = std::max<int64_t>(params.m, 1);
   }
 
   void add(const GemmTerm& term) { terms_.push_back(term); }
-  // What a term points into, where its owner may be gone when the product is run.
+  // Keeps the memory of a term alive until the GEMM has run.
   void keep(const Tensor& t) { kept_.push_back(t); }
 
-  // Many products, none of which depends on another.
+  // Runs many GEMMs, none of which depends on another.
   static void run_nt_together(std::vector<Product>& products) {
     run_together(products, [](Product& p) { return p.nt_job(); });
   }
@@ -72,7 +73,7 @@ class Product {
     run_together(products, [](Product& p) { return p.nn_job(); });
   }
 
-  // run_nt of many with rows packed: those of one tensor, and of one depth, are the lhs of their first terms.
+  // run_nt of many GEMMs with packed rows: the lhs of their first terms are rows of one tensor, of one depth.
   static void run_packed_nt_together(std::vector<Product>& products, const at::TensorOptions& rows) {
     int64_t padded_rows = 0;
     Product* some = nullptr;
@@ -111,8 +112,8 @@ class Product {
   void run_nt() { run(nt_job()); }
   void run_nn() { run(nn_job()); }
 
-  // run_nt with `first` for the lhs of the first term; the others must be dense, and lhs in fp32
-  // or, where there are pairs, both sides in bf16.
+  // run_nt with `first` as the lhs of the first term. The other terms must be dense, with lhs in fp32 or,
+  // where the ISA has pairs, both operands in bf16.
   void run_nt(const Rows& first) {
     params.plan = kernels().plan_nt(finished());
     if (!is_packed()) return run_nt();

@@ -1,7 +1,7 @@
-// What the products share: their arithmetic, fp32 tiles of the output, and rows of a matrix as rows of a
-// panel.
+// Shared by the GEMM kernels: step arithmetic, fp32 tiles of the output, and copies of matrix rows into
+// panels.
 
-// A number that a function is compiled for, in the place of an argument.
+// An integer template argument as a value.
 template <int kValue>
 struct Constant {
   static constexpr int kIs = kValue;
@@ -17,7 +17,8 @@ struct FloatSteps {
   static Vec mac(Vec a, Vec b, Vec sum) { return fma(a, b, sum); }
 };
 
-// Whether neither side of a product loses more than the weight does in dequantising to the activations' bf16.
+// Whether a term can be multiplied in bf16: lhs is bf16, and rounding rhs to bf16 loses no more than
+// dequantising to the activations' dtype does.
 inline bool has_bf16_values(const GemmTerm& term) {
   return PEFT_KERNELS_BF16_DOT && term.lhs_dtype == DType::kBF16 &&
          (term.rhs.nf4 || (term.rhs.dtype == DType::kBF16 && term.rhs_scale == 1.0f));
@@ -36,19 +37,19 @@ struct PairSteps {
 };
 #endif
 
-// Whether the output is what it starts from and the product of one term.
+// Whether the output is a start value plus a single unmasked term.
 inline bool is_one_term(const GemmParams& p, const Rect& rect) {
   if (p.term_count != 1 || p.add_to_out) return false;
   const GemmTerm& term = p.terms[0];
   return term.depth > 0 && term.mask.threshold == 0 && term.m_begin <= rect.m0 && rect.m1 <= term.m_end;
 }
-// What columns start from; false if that is nothing.
+// The start values of columns; false if they start from 0.
 inline bool start_columns(const GemmParams& p, int64_t n0, int64_t cols, float* start) {
   if (p.bias) widen_run(p.bias, p.bias_dtype, n0, cols, 1.0f, start);
   return p.bias != nullptr;
 }
 
-// Asks for a part of the output that will be written soon, and for the residual there.
+// Prefetches a part of the output that will be written soon, and the residual there.
 inline void prefetch_out(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0, int64_t cols) {
   const int64_t size = element_bytes(p.out_dtype);
   for (int64_t i = 0; i < rows; ++i) {
@@ -60,7 +61,7 @@ inline void prefetch_out(const GemmParams& p, int64_t m0, int64_t rows, int64_t 
   }
 }
 
-// Sets an fp32 tile, rows of `tile_ld`, to what the sums start from. Columns from cols to tile_ld start at 0.
+// Sets an fp32 tile to the start values of the sums. Columns from cols to tile_ld start at 0.
 inline void start_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0, int64_t cols, float* tile,
                        int64_t tile_ld) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -74,8 +75,8 @@ inline void start_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0
   }
 }
 
-// What is left to do with the sums of a tile. A residual is added so that a sum of 0, of either sign, changes
-// no bit of it.
+// Adds start values and residual to a row of sums and rounds it. A sum of 0, of either sign, leaves the
+// residual's bits unchanged.
 template <bool kHasStart, bool kHasResidual, class T>
 void finish_row(const float* sums, const float* start, const T* residual, int64_t count, T* out) {
   for_lanes(0, count, [&](int64_t i, int64_t lanes) {
@@ -89,7 +90,8 @@ void finish_row(const float* sums, const float* start, const T* residual, int64_
   });
 }
 
-// Rounds a tile to the output's type, once. `start`: of each column, where the sums have not started from it.
+// Rounds a tile to the output's dtype, once. `start`: values per column, if the sums have not started from
+// them.
 inline void finish_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n0, int64_t cols,
                         const float* tile, int64_t tile_ld, const float* start = nullptr) {
   with_type(p.out_dtype, [&](auto type) {
@@ -109,7 +111,7 @@ inline void finish_tile(const GemmParams& p, int64_t m0, int64_t rows, int64_t n
   });
 }
 
-// `count` elements of either kind of matrix, from element `first`. rhs_scale applies to a dense one.
+// Elements [first, first + count) of a dense or packed matrix. `scale` applies to a dense one.
 inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, float scale, float* out) {
   if (rhs.nf4) {
     dequantize_run(*rhs.nf4, first, count, out);
@@ -118,8 +120,8 @@ inline void fill_panel_row(const MatrixView& rhs, int64_t first, int64_t count, 
   }
 }
 
-// The first `rows` by `cols` of kLanes by kLanes elements, times `scale`, transposed. Rows that are not there
-// become zeros, columns that are not there are left out.
+// The first `rows` by `cols` of a kLanes by kLanes block, times `scale`, transposed. Missing rows become
+// zeros, missing columns are skipped.
 template <class T>
 inline void transpose_part(const T* x, int64_t ld, int64_t rows, int64_t cols, float scale, float* out,
                            int64_t out_ld) {

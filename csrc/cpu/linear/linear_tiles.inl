@@ -1,12 +1,14 @@
-// Both products of bf16 pairs on tiles: kVectors tiles of sums side by side share each tile of the rows that
-// lie as they are (decoded rows of the weight, rows of dy); the other operand comes in pairs already.
+// bf16 GEMMs on AMX tiles, for gemm_packed and gemm_nn: kVectors tiles of sums side by side share each tile
+// of `rows`, the operand that is used in place (decoded rows of the weight, rows of dy); the other operand is
+// already in pairs.
 //
 //   rows [16][32 elements]   x   pairs [16][lanes]   ->   sums [16][lanes]
 
 constexpr int kTileDim = 16;    // rows of a tile, and fp32 or pairs in a row
-constexpr int kTileDepth = 32;  // elements that one product sums
+constexpr int kTileDepth = 32;  // elements summed by one instruction
 
-// visit(row, column) for a grid of tiles, with constants: a tile register is part of the instruction.
+// Calls visit(row, column) for a grid of tiles, with constants: tile registers are encoded in the
+// instruction.
 template <int kRows, int kCols, int kAt = 0, class Visit>
 inline void for_tiles(const Visit& visit) {
   if constexpr (kAt < kRows * kCols) {
@@ -15,14 +17,14 @@ inline void for_tiles(const Visit& visit) {
   }
 }
 
-// What is needed next: so many lines of it are fetched in each step.
+// What to prefetch: this many cache lines per step.
 struct Ahead {
   const char* at = nullptr;
   int64_t lines = 0;
 };
 
-// kRowTiles tiles of rows against kVectors of lanes, at most four of sums, which are added to what is there,
-// or stored.
+// kRowTiles tiles of rows times kVectors vectors of lanes, at most four tiles of sums, which are added to
+// memory or stored there.
 template <int kRowTiles, int kVectors>
 void tiles_block(const void* rows, int64_t row_bytes, const void* pairs, int64_t steps, bool adds,
                  float* sums, int64_t sums_ld, Ahead ahead = {}) {
@@ -38,7 +40,8 @@ void tiles_block(const void* rows, int64_t row_bytes, const void* pairs, int64_t
     for_tiles<kRowTiles, kVectors>([](auto r, auto v) { tile_zero<r * kVectors + v>(); });
   }
   for (int64_t s = 0; s < steps; ++s, a += 2 * kTileDepth, b += kTileDim * pair_bytes) {
-    // Tiles 4 and 5 take turns for rows, 6 and 7 for lanes: a load need not wait for the last product.
+    // Tiles 4 and 5 alternate for rows, 6 and 7 for lanes, so that a load need not wait for the last
+    // multiplication.
     for_tiles<kRowTiles, 1>([&](auto r, auto) {
       tile_load<4 + r % 2>(a + r * kTileDim * row_bytes, row_bytes);
       for_tiles<1, kVectors>([&](auto, auto v) {

@@ -1,5 +1,5 @@
-// Activations as gemm_packed takes them: packed a block of rows at a time, as a copy of them all would be
-// fresh memory, and touching that costs more than packing.
+// Activations packed for gemm_packed, one block of rows at a time: a packed copy of all rows would be fresh
+// memory, and touching that costs more than packing.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,12 +15,12 @@ namespace peft_kernels::cpu {
 // Rows that are packed together.
 inline int64_t block_rows(NtPlan plan) { return plan == NtPlan::kPairs ? 1024 : 256; }
 
-// Packed rows may start at multiples of this: no level has more lanes.
+// Packed rows start at multiples of this: no ISA has more lanes.
 inline constexpr int64_t kPackAlign = 16;
 
 inline int64_t packed_depth(int64_t depth) { return ceil_div(depth, kPackDepth) * kPackDepth; }
 
-// Room for so many packed rows.
+// A buffer for `rows` packed rows.
 inline Tensor packed_room(int64_t rows, int64_t depth, NtPlan plan, const at::TensorOptions& options) {
   const auto dtype = plan == NtPlan::kPairs ? at::kBFloat16 : at::kFloat;
   return at::empty({ceil_div(rows, kPackAlign) * kPackAlign * packed_depth(depth)}, options.dtype(dtype));
@@ -43,13 +43,13 @@ inline void pack_rows(const PackParams* packs, size_t count) {
   });
 }
 
-// The rows of one product, which others may share.
+// The rows of one GEMM, which others may share.
 class Rows {
  public:
   explicit Rows(Tensor rows) : rows_(std::move(rows)) {}
   const Tensor& tensor() const { return rows_; }
 
-  // Rows [begin, begin + block_rows), as far as there are.
+  // Rows [begin, begin + block_rows), packed.
   const void* packed(int64_t begin, NtPlan plan) const {
     if (begin == packed_begin_ && plan == plan_) return packed_.const_data_ptr();
     const int64_t rows = std::min(block_rows(plan), rows_of(rows_) - begin), depth = rows_.size(-1);
@@ -74,10 +74,10 @@ class Rows {
   mutable int64_t packed_begin_ = -1;
 };
 
-// Rows of many products, packed for gemm_packed side by side until the block is full.
+// Rows of many GEMMs, packed side by side until the block is full.
 class PackedBlocks {
  public:
-  // Of products with so many rows in all, each rounded up to kPackAlign.
+  // For GEMMs with `rows` rows in all, each count rounded up to kPackAlign.
   PackedBlocks(int64_t rows, int64_t depth, NtPlan plan, const at::TensorOptions& options)
       : rows_(std::min(rows, block_rows(plan))),
         depth_(depth),
@@ -85,7 +85,7 @@ class PackedBlocks {
         room_(packed_room(rows_, depth, plan, options)) {}
 
   bool has_room_for(int64_t rows) const { return used_ + rows <= ceil_div(rows_, kPackAlign) * kPackAlign; }
-  // Where the rows of x, `depth` apart, will be packed.
+  // Schedules the rows of x, `depth` apart, and returns where they will be packed.
   const void* add(const void* x, DType dtype, int64_t rows) {
     char* out = static_cast<char*>(room_.mutable_data_ptr()) +
                 used_ * packed_depth(depth_) * static_cast<int64_t>(room_.element_size());

@@ -1,4 +1,4 @@
-// Weights as the views that kernels take.
+// Weights as views for the kernels.
 #pragma once
 
 #include "../../common/lora_args.h"
@@ -7,7 +7,7 @@
 
 namespace peft_kernels::cpu {
 
-// An NF4 weight, or several side by side, and the tensors that keep their bytes alive.
+// An NF4 weight, or several of one size in one tensor, which it keeps alive.
 class Nf4Holder {
  public:
   Nf4Holder(const Tensor& packed, const Tensor& absmax, const OptionalTensor& absmax2,
@@ -27,7 +27,7 @@ class Nf4Holder {
   Nf4Holder& operator=(const Nf4Holder&) = delete;
 
   const Nf4View& view() const { return view_; }
-  // Of one of several.
+  // One of several.
   Nf4View view(int64_t index) const {
     const int64_t blocks = ceil_div(numel_, int64_t{1} << view_.block_shift);
     Nf4View view = view_;
@@ -41,7 +41,7 @@ class Nf4Holder {
     view.offset = tensors_.offset()[index];
     return view;
   }
-  // As a matrix with `cols` elements a row.
+  // The weight as a matrix with `cols` elements per row.
   MatrixView matrix(int64_t cols) const { return {nullptr, DType::kF32, cols, &view_}; }
 
  private:
@@ -55,16 +55,16 @@ inline MatrixView dense_matrix(const Tensor& t, const char* name) {
   return {t.const_data_ptr(), dtype_of(t, name), t.size(-1), nullptr};
 }
 
-// Whether products with a dense weight and that many rows are torch's: unless ours are as fast.
+// Whether torch computes GEMMs with a dense weight and this many rows, because ours are not as fast.
 inline bool is_torchs_product(const Tensor& weight, int64_t rows) {
   return !(weight.scalar_type() == at::kBFloat16 && weight.is_contiguous() && rows > kFewRows &&
            has_fast_dense());
 }
 
-// Whether such a product is faster here than torch's, as the weight is read once, at the speed of the memory:
-// linear_gemv_dense.inl. Not of a thin weight: the sums of a row would depend on the product's other terms.
+// Whether linear_gemv_dense.inl beats torch here, reading the weight once at the speed of the memory. Not for
+// a thin weight: the sums of a row would depend on the GEMM's other terms.
 inline bool has_dense_gemv(const Tensor& weight, int64_t rows) {
-  constexpr int64_t kWholeVectors = 32;  // elements, at every level
+  constexpr int64_t kWholeVectors = 32;  // elements, for every ISA
   const int64_t depth = weight.size(-1);
   if (!weight.is_contiguous() || depth % kWholeVectors != 0 || depth <= kThinDepth) return false;
   return weight.scalar_type() == at::kFloat

@@ -1,6 +1,6 @@
-// The part of DoRA's norms that only the frozen weight has a share in.
+// The squared norms of a frozen weight's rows, for DoRA.
 
-// The sums of squares in rows [begin, end) of a matrix with `cols` columns.
+// out[row] = sum of squares of rows [begin, end) of a matrix with `cols` columns.
 void row_squares(const MatrixView& matrix, int64_t cols, int64_t begin, int64_t end, float* out) {
   constexpr int64_t kRun = 512;
   float run[kRun];

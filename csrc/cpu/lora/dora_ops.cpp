@@ -1,4 +1,4 @@
-// DoRA's norms and magnitudes: tensors to pointers, and registration.
+// Ops dora_norm, dora_scale and dora_scale_backward.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -13,8 +13,7 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// ||w + s b A||^2 = w . w + s (2 w A^T + s b A A^T) . b by row, so that the product B A is never
-// formed.
+//|w + s b A||^2 = w . w + s (2 w A^T + s b A A^T) . b, row by row, so B A is never formed.
 Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
                  const OptionalTensor& offset, int64_t blocksize, const Tensor& lora_a, const Tensor& lora_b,
                  double scaling) {
@@ -72,7 +71,7 @@ std::tuple<Tensor, Tensor> dora_scale_backward(const Tensor& dy, const Tensor& z
   params.dz = dz.mutable_data_ptr();
   params.d_scale = d_scale.mutable_data_ptr<float>();
   const auto backward = kernels().scale_features_backward;
-  constexpr int64_t kStrip = 64;  // columns that no task splits
+  constexpr int64_t kStrip = 64;  // columns that tasks do not split
   parallel_for(0, ceil_div(params.n, kStrip),
                ceil_div(kElementwiseGrain, std::max<int64_t>(params.m, 1) * kStrip),
                [&](int64_t begin, int64_t end) {

@@ -1,4 +1,4 @@
-// z with all but its bias scaled by column, and the gradients: the magnitudes of DoRA.
+// DoRA's magnitudes: scales columns of z except for the bias, and the gradients.
 
 template <class T>
 void scale_features_run(const ScaleParams& p, int64_t begin, int64_t end) {
@@ -14,7 +14,7 @@ void scale_features_run(const ScaleParams& p, int64_t begin, int64_t end) {
   }
 }
 
-// Columns [begin, end), kScaleStrip at a time; sums over rows are made of chains, as in linear_outer.inl.
+// Columns [begin, end), kScaleStrip at a time; sums over rows are chained as in linear_outer.inl.
 constexpr int64_t kScaleStrip = 64;
 
 template <class T>

@@ -12,7 +12,7 @@ inline DropoutMask mask_of(const Dropout& dropout, const OptionalTensor& seed, i
   return {key, dropout.stream, dropout.threshold, dropout.scale, features};
 }
 
-// out = x where kept, times mask.scale. Both contiguous, of one size.
+// out = x * mask.scale where kept, else 0. Both contiguous, of one size.
 inline void run_dropout(const Tensor& x, const DropoutMask& mask, Tensor& out) {
   const DropoutParams params{x.const_data_ptr(), dtype_of(x, "x"), mask, out.mutable_data_ptr()};
   const auto dropout = kernels().dropout;

@@ -1,7 +1,8 @@
-// Dropout: which elements are kept, as a function of seed and position (params.h, ops/dropout.py).
+// Random words for dropout and stochastic rounding: Philox4x32-10 as a function of seed and position
+// (ops/lora/dropout.py).
 
-constexpr int kMaskChains = 4;                             // vectors in flight: rounds depend on each other
-constexpr int64_t kMaskBlocks = kMaskChains * kLanes / 2;  // of the generator, made together
+constexpr int kMaskChains = 4;  // vectors in flight, as rounds depend on each other
+constexpr int64_t kMaskBlocks = kMaskChains * kLanes / 2;  // blocks of the generator made together
 constexpr int64_t kMaskRun = 4 * kMaskBlocks;
 
 // words[4 * b + w] = word w of block first_block + b.
@@ -33,8 +34,8 @@ inline void philox(const DropoutMask& mask, uint64_t first_block, uint32_t* word
   for (int i = 0; i < kMaskChains; ++i) store_blocks(words + 2 * kLanes * i, c0[i], c1[i], c2[i], c3[i]);
 }
 
-// Calls use(index, words, count) for pieces of the run of `count` elements from `first`: index is from the
-// run's start, words[i] decides on element index + i. kLanes words may be read from any of them.
+// Calls use(index, words, count) for pieces of a run of `count` elements from `first`: index is relative to
+// the run's start, words[i] decides on element index + i. kLanes words may be read from each of them.
 template <class Use>
 void for_mask(const DropoutMask& mask, int64_t first, int64_t count, const Use& use) {
   uint32_t words[kMaskRun + kLanes] = {};

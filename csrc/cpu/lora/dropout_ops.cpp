@@ -1,4 +1,4 @@
-// Dropout by itself: tensors to pointers, and registration.
+// Op dropout.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 

@@ -9,18 +9,18 @@
 
 namespace peft_kernels::cpu {
 
-// Rows that an adapter serves.
+// Consecutive rows that an adapter serves.
 struct RowRun {
   int64_t begin, end;
 };
 
-// Whether products of activations with an adapter's matrix are in pairs of bf16: they are exact.
+// Whether activations are multiplied with an adapter's matrix in pairs of bf16, which is exact.
 inline bool in_pairs(const Tensor& x, const Tensor& matrix) {
   return kernels().has_pairs && x.scalar_type() == at::kBFloat16 && matrix.scalar_type() == at::kBFloat16;
 }
 
-// Whether h, or its gradient, is rounded for products in pairs with it: no result is more precise than that.
-// Not for a few rows: those wait for the weight.
+// Whether h, or its gradient, is rounded for a multiplication in bf16 pairs: no result is more precise than
+// bf16. Not for a few rows, which are bound by reading the weight.
 inline bool rounds_factors(const Tensor& x, const Tensor& matrix, int64_t rows) {
   return in_pairs(x, matrix) && rows > kFewRows;
 }
@@ -29,7 +29,7 @@ struct Adapter : AdapterArgs {
   DropoutMask mask;
   std::vector<RowRun> runs;
   bool a_in_pairs, b_in_pairs;
-  // Whether what is multiplied by this matrix, or is a factor of its gradient, is rounded.
+  // Whether the factor that is multiplied with this matrix, or that forms its gradient, is rounded.
   bool a_rounds, b_rounds;
 
   Adapter(AdapterArgs args, const Tensor& x, const OptionalTensor& seed, std::vector<RowRun> runs)
@@ -44,7 +44,7 @@ struct Adapter : AdapterArgs {
 
 using Adapters = std::vector<Adapter>;
 
-// The rows of each group, as runs of equal neighbours.
+// The rows of a group, as runs of neighbours.
 inline std::vector<RowRun> runs_of(int64_t group, const OptionalTensor& row_group, int64_t rows) {
   if (!row_group) return {{0, rows}};
   const int64_t* groups = row_group->const_data_ptr<int64_t>();

@@ -1,4 +1,4 @@
-// What lies between the two products of an adapter, as the products that come next take it.
+// h = x A^T of an adapter, or its gradient, converted for the GEMMs that follow.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -15,7 +15,7 @@ namespace peft_kernels::cpu {
 
 inline at::ScalarType factors_type(bool in_pairs) { return in_pairs ? at::kBFloat16 : at::kFloat; }
 
-// Calls use with the chunks that rows are summed by, one after the other.
+// Calls use with the chunks of rows that are summed one after another.
 template <class Use>
 void for_chunks(const RowRun& run, const Use& use) {
   for (int64_t begin = run.begin; begin < run.end; begin += kChunkRows) {
@@ -23,11 +23,12 @@ void for_chunks(const RowRun& run, const Use& use) {
   }
 }
 
-// The columns of an adapter in h, or in its gradient, times `scale` and in `dtype`. Rows that it does not
-// serve are left as they are found.
+// The columns of one adapter in h, or in its gradient, times `scale` and in `dtype`. Rows that it does not
+// serve are not read.
 struct LoraFactors {
-  Tensor rows;     // [m, rank], or undefined
-  Tensor columns;  // [rank, rows of the chunk] from rank times the chunk's first row on; or undefined
+  Tensor rows;  // [m, rank], or undefined
+  Tensor
+      columns;  // [rank, rows of the chunk] per chunk, from rank times the chunk's first row on; or undefined
   int64_t rank;
 
   LoraFactors(const Tensor& h, const Adapter& adapter, float scale, at::ScalarType dtype, bool wants_rows,
@@ -64,9 +65,8 @@ struct LoraFactors {
                  });
   }
 
-  // Adds what the columns come to with `rows`, summed over runs of them, to a product that is [rank,
-  // features]: the rank is the short side of dA and dB. It takes the place of the batch, and features stay
-  // contiguous.
+  // Adds columns @ rows, summed over `runs`, to a GEMM whose output is [rank, features]. The rank, the short
+  // side of dA and dB, takes the place of the batch, so features stay contiguous.
   void add_sums(Product& product, const Tensor& rows, const std::vector<RowRun>& runs) const {
     for (const RowRun& run : runs) {
       for_chunks(run, [&](const RowRun& chunk) {

@@ -1,6 +1,6 @@
-// What the ops with LoRA adapters compute here: the deltas of a layer are further terms of its base product.
+// The LoRA ops. The deltas of a layer are further terms of its base GEMM.
 #include <ATen/ATen.h>
-// Ahead of all others: it is precompiled (tools/precompiled.py).
+// First, as it is precompiled (tools/precompiled.py).
 
 #include <vector>
 
@@ -16,7 +16,7 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// Adds the shrinking products of an adapter, rows times rhs transposed, into its columns of h (or of dh).
+// Adds the GEMMs rows @ rhs^T of an adapter, into its columns of h (or of dh).
 void add_shrunk(std::vector<Product>& products, Tensor& h, const Adapter& adapter, const Tensor& rows,
                 const Tensor& rhs, float rhs_scale) {
   for (const RowRun& run : adapter.runs) {
@@ -29,8 +29,8 @@ void add_shrunk(std::vector<Product>& products, Tensor& h, const Adapter& adapte
   }
 }
 
-// Adds the expanding product of an adapter, `scale` times its columns of h (or of dh) times rhs, in the rows
-// that it serves. `rounded`: those columns as bf16, scaled, for a product in pairs; else undefined.
+// Adds `scale` times an adapter's columns of h (or of dh) times rhs, in the rows that it serves. `rounded`:
+// those columns scaled and in bf16, for a GEMM in pairs; else undefined.
 void add_expanded(Product& product, const Tensor& h, const Tensor& rounded, const Adapter& adapter,
                   const MatrixView& rhs, float scale, const DropoutMask& mask) {
   GemmTerm term = rounded.defined() ? term_of(rounded, "h", rhs) : term_of(h, "h", rhs, scale);
@@ -50,7 +50,7 @@ void add_expanded(Product& product, const Tensor& h, const Tensor& rounded, cons
 
 Tensor in_type(const Tensor& t, at::ScalarType dtype) { return t.scalar_type() == dtype ? t : t.to(dtype); }
 
-// x with the elements dropped that an adapter's mask drops, not yet scaled: exact in x's own type.
+// x with the elements that an adapter drops set to 0, but not scaled: exact in x's own dtype.
 Tensor masked(const Tensor& x, const Adapter& adapter) {
   if (!adapter.drops()) return x;
   DropoutMask mask = adapter.mask;
@@ -60,18 +60,18 @@ Tensor masked(const Tensor& x, const Adapter& adapter) {
   return out;
 }
 
-// h = x A^T of every adapter in its rows, 0 elsewhere. Leading sizes as x's.
+// h = x A^T of every adapter in its rows, 0 elsewhere. Same leading sizes as x.
 Tensor shrink(const Tensor& x, const Tensor& rows, const Adapters& adapters, bool has_gaps) {
   const auto sizes = sizes_with_last(x, ranks_of(adapters));
   const auto options = x.options().dtype(at::kFloat);
   Tensor h = has_gaps ? at::zeros(sizes, options) : at::empty(sizes, options);
   std::vector<Product> products;
   for (const Adapter& adapter : adapters) {
-    // In pairs A has no scale.
+    // A GEMM in pairs leaves A unscaled.
     add_shrunk(products, h, adapter, masked(rows, adapter), adapter.a,
                adapter.a_in_pairs ? 1.0f : adapter.mask.scale);
     if (!adapter.drops()) continue;
-    Product::run_nt_together(products);  // before the next makes its own copy of x
+    Product::run_nt_together(products);  // before the next adapter makes its own copy of x
     products.clear();
     if (adapter.a_in_pairs) h.narrow(-1, adapter.h_begin, adapter.rank()).mul_(adapter.mask.scale);
   }
@@ -79,16 +79,16 @@ Tensor shrink(const Tensor& x, const Tensor& rows, const Adapters& adapters, boo
   return h;
 }
 
-// What dh lacks of the scaling: all of it where it was multiplied in pairs, as those leave B no scale.
+// The factor still missing in dh: GEMMs in pairs leave B unscaled.
 float scale_left(const Adapter& adapter) { return adapter.b_in_pairs ? adapter.scaling : 1.0f; }
 
-// dh = scaling dY B of every adapter in its rows, but for scale_left.
+// dh = scaling dY B of every adapter in its rows, up to scale_left.
 Tensor shrink_gradients(const std::vector<Tensor>& dy, const Adapters& adapters, const Tensor& h) {
   Tensor dh = at::empty_like(h);
   std::vector<Product> products;
   for (const Adapter& adapter : adapters) {
-    // Where it is not multiplied in pairs it is in fp32, whatever the scaling: bf16 matrices would be
-    // multiplied as pairs where it is 1, in another order.
+    // Outside of pairs B^T is fp32 whatever the scaling: with scaling 1 a bf16 matrix would be multiplied in
+    // pairs, in another order.
     const Tensor& b = adapter.b;
     Tensor bt = at::empty({b.size(1), b.size(0)}, b.options().dtype(factors_type(adapter.b_in_pairs)));
     transpose(b, bt);
@@ -98,8 +98,8 @@ Tensor shrink_gradients(const std::vector<Tensor>& dy, const Adapters& adapters,
   return dh;
 }
 
-// Of one layer: rows W^T + bias + the deltas of its adapters, with x as rows in the type of the base product.
-// Leading sizes and type as x's.
+// One layer: rows W^T + bias + the deltas of its adapters. `rows` is x as rows in the base GEMM's dtype; the
+// result has x's leading sizes and dtype.
 Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, const OptionalTensor& bias,
                      size_t layer, const Adapters& adapters, const Tensor& h) {
   const auto sizes = sizes_with_last(x, base.out_features());
@@ -135,7 +135,7 @@ Tensor layer_forward(const Tensor& x, const Rows& rows, const BaseWeight& base, 
 Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std::vector<BaseWeight>& bases,
                       const Adapters& adapters, const Tensor& dh, const std::vector<LoraFactors>& of_dh,
                       at::ScalarType compute) {
-  std::vector<Tensor> of_base;  // dy for the base products
+  std::vector<Tensor> of_base;  // dy in the base GEMMs' dtype
   for (const Tensor& d : dy) of_base.push_back(in_type(d, compute));
   Tensor dx;
   const int64_t m = rows_of(x);
@@ -165,8 +165,7 @@ Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std:
   return dx;
 }
 
-// Adds the product of an adapter's factors with rows, summed over the rows that it serves, into `out`,
-// [rank, features].
+// Adds factors @ rows, summed over the rows that the adapter serves, into `out`, [rank, features].
 void add_sums(std::vector<Product>& products, Tensor& out, const LoraFactors& factors, const Adapter& adapter,
               const Tensor& rows) {
   factors.add_sums(products.emplace_back(out), rows, adapter.runs);
@@ -219,7 +218,7 @@ class Layers {
       if (need_da[i]) {
         add_sums(products, out.da[i], of_dh[i], adapter, masked(rows_, adapter));
         if (adapter.drops()) {
-          Product::run_nn_together(products);  // before the next makes its own copy of x
+          Product::run_nn_together(products);  // before the next adapter makes its own copy of x
           products.clear();
         }
       }
@@ -242,7 +241,7 @@ class Layers {
   const Tensor& x_;
   const Tensor rows_;
   const Adapters adapters_;
-  const bool has_gaps_;  // rows without an adapter
+  const bool has_gaps_;  // some rows have no adapter
   const at::ScalarType compute_;
 };
 

@@ -1,6 +1,6 @@
-// The softmax of a head's logits, piece by piece along the vocabulary, and what its gradient is summed from.
+// The softmax of a head's logits, tile by tile along the vocabulary, and the gradients of the loss.
 
-// A row of a piece as floats, which kernels may write to: the logits themselves, or a copy.
+// A row of a tile as floats that may be overwritten: the logits themselves, or a copy.
 template <class T>
 inline float* softmax_row(const T* logits, int64_t cols, float* copy) {
   widen_run(logits, cols, 1.0f, copy);
@@ -8,8 +8,7 @@ inline float* softmax_row(const T* logits, int64_t cols, float* copy) {
 }
 inline float* softmax_row(float* logits, int64_t, float*) { return logits; }
 
-// The last vector of a row whose length is no multiple of the lanes, the others far below: an exponential of
-// those is next to nothing.
+// The last vector of a row whose length is not a multiple of the lanes, padded.
 inline Vec load_padded(const float* row, int64_t count, float padding) {
   if (count == kLanes) return load(row);
   float lanes[kLanes];
@@ -30,14 +29,14 @@ inline float exponential(float x) {
   return lanes[0];
 }
 
-// cap * tanh(z / cap), and z where there is no cap.
+// cap * tanh(z / cap).
 inline Vec capped(Vec z, float cap) {
   const Vec one = splat(1.0f);
   const Vec e = exponential(mul(z, splat(2.0f / cap)));
   return mul(splat(cap), sub(one, div(splat(2.0f), add(one, e))));
 }
 
-// Scale, bias and cap, in place.
+// Applies bias, scale and cap in place.
 template <class Params>
 void shape_logits(const Params& p, float* row) {
   for_lanes(0, p.cols, [&](int64_t i, int64_t n) {
@@ -119,7 +118,6 @@ void softmax_piece(const SoftmaxParams& p, int64_t begin, int64_t end) {
   });
 }
 
-// out = the sum over parts of factors[part] * sums[part], + of_label * the label's row, + of_mean * mean.
 void softmax_slope(const SlopeParams& p) {
   float row[kSlopeRun];
   for (int64_t first = 0; first < p.features; first += kSlopeRun) {

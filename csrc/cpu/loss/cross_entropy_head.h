@@ -1,4 +1,4 @@
-// The head of a language model, and which of the rows before it have a label.
+// The head of a language model, and the rows that have a label.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -11,9 +11,9 @@
 
 namespace peft_kernels::cpu {
 
-inline constexpr int64_t kPieceCols = 512;  // of logits, that are made at a time
+inline constexpr int64_t kPieceCols = 512;  // logits computed at a time
 static_assert(kPieceCols <= kSoftmaxCols, "");
-inline constexpr int64_t kMostRoundings = 8;  // of a whole head, piece by piece; a copy costs about as much
+inline constexpr int64_t kMostRoundings = 8;  // of a whole head, tile by tile; a copy costs about as much
 
 // The rows that have a label, and their labels.
 struct Labelled {
@@ -33,9 +33,9 @@ struct Labelled {
   int64_t count() const { return static_cast<int64_t>(rows.size()); }
 };
 
-// The head, any rows of it in place. One of fp32 before rows of a shorter type counts as rounded to that, as
-// under autocast: a piece at a time, as it is needed. A copy of all would be fresh memory, and to touch that
-// costs more than to round everything a few times.
+// The head's weight. An fp32 head with 16-bit rows is rounded to their dtype, as under autocast, one tile at
+// a time when needed: a rounded copy would be fresh memory, and touching that costs more than rounding
+// everything a few times.
 class Head {
  public:
   Head(const Tensor& weight, const OptionalTensor& absmax, const OptionalTensor& absmax2,
@@ -47,7 +47,7 @@ class Head {
         like_(at::empty({0, x.size(1)}, x.options())) {
     if (base_.is_dense()) {
       dense_ = base_.dense();
-    } else if (piece_cols() > kSoftmaxCols) {  // rows begin within bytes, or within blocks of scales
+    } else if (piece_cols() > kSoftmaxCols) {  // rows may start within bytes, or within blocks of scales
       dense_ = at::empty({vocabulary, x.size(1)}, x.options());
       const auto dequantize = kernels().dequantize;
       parallel_for(0, dense_.numel(), kElementwiseGrain, [&](int64_t begin, int64_t end) {
@@ -59,32 +59,32 @@ class Head {
   bool is_torchs(int64_t rows) const {
     return is_dense() && is_torchs_product(rounds_ ? like_ : dense_, rows);
   }
-  // Where all of it will be read so many times.
+  // Called with the number of times that all of it will be read.
   void prepare(int64_t times) {
     if (!rounds_ || times <= kMostRoundings) return;
     dense_ = dense_.to(like_.scalar_type());
     rounds_ = false;
   }
-  // Rows of a dense head, of x's type.
+  // Rows of a dense head, in x's dtype.
   Tensor dense(int64_t first, int64_t last) const {
     return dense_.slice(0, first, last).to(like_.scalar_type());
   }
   bool rounds() const { return rounds_; }
-  // Room for so many rows where they are rounded; empty elsewhere.
+  // A buffer for that many rounded rows; empty if nothing is rounded.
   Tensor room(int64_t rows) const { return at::empty({rounds_ ? rows : 0, like_.size(1)}, like_.options()); }
 
-  // How many columns of logits a piece has: pieces begin where a block of scales of scales does.
+  // The columns of logits per tile: tiles begin where a block of nested scales begins.
   int64_t piece_cols() const {
     if (is_dense() || base_.in_features() == 0) return kPieceCols;
     const int64_t block = nf4::kAbsmaxBlock << base_.nf4().view().block_shift;
     const int64_t unit = block / std::gcd(block, base_.in_features());
     return ceil_div(kPieceCols, unit) * unit > kSoftmaxCols ? unit : ceil_div(kPieceCols, unit) * unit;
   }
-  // Rows [first, first + count), rounded in `room` where they have to be; a packed head's in `view`.
+  // Rows [first, first + count), rounded into `buffer` if necessary; `view` holds a packed head's.
   MatrixView rows(int64_t first, int64_t count, Nf4View& view, const Tensor& room) const {
     const MatrixView matrix = rows_from(first, view);
     if (!rounds_) return matrix;
-    // As rows so short that they are read in the order in which they lie.
+    // As many short rows, so that memory is read in order.
     constexpr int64_t kRun = 16;
     const int64_t numel = count * matrix.ld, cols = numel % kRun == 0 ? kRun : matrix.ld;
     const DType dtype = dtype_of(like_, "x");
@@ -94,7 +94,7 @@ class Head {
     if (numel > 0) kernels().transpose_rows(params, 0, params.rows);
     return {params.copy, dtype, matrix.ld, nullptr};
   }
-  // From row `first` on, as they are; a packed head's in `view`.
+  // Rows from `first` on, in place; `view` holds a packed head's.
   MatrixView rows_from(int64_t first, Nf4View& view) const {
     if (is_dense()) {
       MatrixView matrix = dense_matrix(dense_, "weight");
@@ -114,14 +114,14 @@ class Head {
   }
 
  private:
-  // Of a dense one, rows as they are multiplied.
+  // A dense head as it is multiplied.
   static Tensor in_place(const Tensor& weight, const Tensor& x) {
     return (weight.scalar_type() == at::kFloat ? weight.to(x.scalar_type()) : weight).contiguous();
   }
 
   bool rounds_;
   const BaseWeight base_;
-  const Tensor like_;  // no rows, of the type that they are multiplied in
+  const Tensor like_;  // no rows, in the dtype of the GEMM
   Tensor dense_;
 };
 

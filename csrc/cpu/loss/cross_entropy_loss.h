@@ -1,7 +1,7 @@
-// The losses of rows under a frozen head, and their slopes, as attention is computed in one pass
-// (FlashAttention, Dao et al. 2022), with the head for keys and values: logits are made piece by piece along
-// the vocabulary, and what earlier pieces came to is scaled where a greater logit comes up. What the label's
-// own logit gives is added at the end: near certainty p - 1 must not be a difference of rounded numbers.
+// The losses of rows under a frozen head, and the gradients of x, in one pass as in FlashAttention (Dao et
+// al. 2022), with the head in the role of keys and values: logits are computed tile by tile along the
+// vocabulary, and earlier sums are rescaled when a tile raises the maximum. The label's own logit is added at
+// the end: near certainty p - 1 must not be a difference of rounded values.
 #pragma once
 
 #include <array>
@@ -14,10 +14,10 @@
 
 namespace peft_kernels::cpu {
 
-inline constexpr int64_t kTorchRows = 512;     // at a time, where products are torch's
-inline constexpr int64_t kMostLossRows = 256;  // of a task: twice as many are no faster
+inline constexpr int64_t kTorchRows = 512;     // rows at a time, where torch computes the GEMMs
+inline constexpr int64_t kMostLossRows = 256;  // rows of a task: twice as many are no faster
 static_assert(kMostLossRows % kPackRows == 0, "");
-inline constexpr int64_t kMostBlocks = 4;  // of so many rows, that a task takes side by side
+inline constexpr int64_t kMostBlocks = 4;  // blocks that a task processes side by side
 
 struct Options {
   float scale, cap;
@@ -25,7 +25,7 @@ struct Options {
   bool need_slope, need_entropy, need_mean;
 };
 
-// Where results of rows go.
+// Where the results go.
 struct Results {
   float *loss, *lse, *entropy, *mean;
   bool* top;
@@ -46,7 +46,8 @@ class Loss {
         features_(x_.size(1)),
         dtype_(dtype_of(x_, "x")),
         piece_(head.piece_cols()) {
-    // As many parts as keep threads busy where rows are few; by the rows alone, as sums depend on them.
+    // With few rows the vocabulary is divided into parts to keep threads busy. Only the number of rows
+    // decides, as sums depend on it.
     const int64_t wanted = head.is_torchs(rows_) || rows_ > kMostLossRows ? 1 : rows_ > kPackRows ? 2 : 8;
     part_cols_ = ceil_div(ceil_div(vocabulary_, wanted), piece_) * piece_;
     parts_ = ceil_div(vocabulary_, part_cols_);
@@ -54,7 +55,7 @@ class Loss {
     if (options.need_slope && options.smoothing > 0) mean_ = mean_row();
   }
 
-  // Of the rows that have a label, where they go.
+  // Computes the rows that have a label.
   void run(const Results& to) {
     const auto finish = [&](int64_t begin, int64_t end, const float* sums, int64_t part_ld) {
       const Tensor room = head_.room(1);
@@ -99,7 +100,7 @@ class Loss {
     return p;
   }
 
-  // What a thread computes a task in.
+  // Buffers of one thread.
   struct Room {
     int64_t block;  // rows
     std::array<Tensor, kMostBlocks> packed;
@@ -144,8 +145,8 @@ class Loss {
                  });
   }
 
-  // How many blocks share a piece of the head, which the first of them fetches, and rounds where it has to
-  // be: as many as keep no thread longer. Where other processes want the cores tasks had better be short.
+  // How many blocks share a tile of the head, which the first of them fetches, and rounds if necessary: as
+  // many as do not lengthen the busiest thread. On a busy machine tasks should be short.
   int64_t blocks_of_task(int64_t blocks, int64_t threads) const {
     const auto longest = [&](int64_t together) {
       return ceil_div(ceil_div(blocks, together) * parts_, threads) * together;
@@ -181,7 +182,7 @@ class Loss {
     }
   }
 
-  // Of a block of rows from row `begin` on, number `index` of its task.
+  // For a block of rows from row `begin` on, number `index` of its task.
   void make_logits(const MatrixView& weight, int64_t cols, int64_t begin, int64_t rows, int64_t index,
                    bool is_first, Room& room, void* scratch) const {
     const void* x = static_cast<const char*>(x_.const_data_ptr()) + begin * features_ * x_.element_size();
@@ -192,7 +193,7 @@ class Loss {
     nt.out = room.logits.mutable_data_ptr();
     nt.out_dtype = DType::kF32;
     nt.out_ld = piece_;
-    nt.m = rows_;  // that plans, and sums, are the same for any task
+    nt.m = rows_;  // so that plan and sums are the same for any task
     nt.n = cols;
     nt.plan = kernels().plan_nt(nt);
     const Rect rect{0, rows, 0, cols};
@@ -210,7 +211,7 @@ class Loss {
     kernels().gemm_packed(nt, rect, scratch);
   }
 
-  // What the exponentials of a piece give to the sums.
+  // Accumulates the exponentials of a tile times the head into the sums.
   void add_back(const MatrixView& weight, int64_t cols, int64_t rows, const SoftmaxParams& softmax,
                 void* scratch) const {
     const GemmTerm term{softmax.out, dtype_, softmax.out_ld, weight, 1.0f, cols, 0, INT64_MAX, DropoutMask{}};
@@ -257,10 +258,10 @@ class Loss {
     }
   }
 
-  // From the states of its parts, and of each its sums; these are part_ld apart.
+  // Combines the states of a row's parts, and their sums, which are part_ld apart.
   void finish_row(int64_t row, const float* sums, int64_t part_ld, const Tensor& room,
                   const Results& results) const {
-    double most = -DBL_MAX, rest = 0, weighted = 0, total = 0;  // without the label's, but for the total
+    double most = -DBL_MAX, rest = 0, weighted = 0, total = 0;  // without the label's, except for the total
     const int64_t label = labelled_.labels[row];
     const double of_label = state(label / part_cols_, row).label;
     for (int64_t i = 0; i < parts_; ++i) most = std::max<double>(most, state(i, row).max);
@@ -268,12 +269,12 @@ class Loss {
     for (int64_t i = 0; i < parts_; ++i) {
       const SoftmaxState& s = state(i, row);
       total += s.total;
-      if (s.max == -FLT_MAX) continue;  // has seen nothing else
+      if (s.max == -FLT_MAX) continue;  // has only seen the label
       factors[i] = std::exp(s.max - most);
       rest += s.sum * factors[i];
       weighted += s.weighted * factors[i];
     }
-    // log(1 + rest / label's), from whichever is greater.
+    // log(1 + rest / label's), computed from the larger one.
     const double log_odds = most - of_label + std::log(rest);
     const double surprise =
         log_odds > 0 ? log_odds + std::log1p(std::exp(-log_odds)) : std::log1p(std::exp(log_odds));
@@ -326,7 +327,7 @@ class Loss {
   const int64_t piece_;
   int64_t part_cols_, parts_;
   std::vector<SoftmaxState> states_;  // [part][row]
-  Tensor mean_;                       // row of the head, or none
+  Tensor mean_;                       // mean row of the head, or undefined
 };
 
 }  // namespace peft_kernels::cpu

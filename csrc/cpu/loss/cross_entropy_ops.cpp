@@ -1,4 +1,4 @@
-// The loss of a head without its logits: tensors to pointers, and registration.
+// Ops linear_cross_entropy and linear_cross_entropy_backward: the loss of a head without storing its logits.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -34,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     double z_loss, bool need_slope, bool need_entropy, bool need_mean) {
   const WithoutAutocast without_autocast;
   check_arguments(x, labels, vocabulary, bias, softcap, label_smoothing);
-  // What smoothing gives is then no multiple of one row of the head.
+  // The gradient of label smoothing is then not a multiple of the head's mean row.
   TORCH_CHECK(!(need_slope && softcap > 0 && label_smoothing > 0),
               "need_slope: expected False with both softcap and label_smoothing, got True");
   Head head(weight, absmax, absmax2, offset, blocksize, vocabulary, x);

@@ -1,4 +1,4 @@
-// What backward needs of a head that is trained: logits once more, piece by piece, and their slopes.
+// The backward of a trained head: recomputes logits tile by tile, and their gradients.
 #pragma once
 
 #include <utility>
@@ -7,7 +7,7 @@
 
 namespace peft_kernels::cpu {
 
-// Of rows that all have a label.
+// For rows that all have a label.
 class Slopes {
  public:
   Slopes(Tensor x, const Tensor& h, const Tensor& lora_b, const Head& head, const Tensor& bias,
@@ -26,13 +26,14 @@ class Slopes {
     if (!is_float_) rounded_ = at::empty({x_.size(0), cols}, x_.options());
   }
 
-  // Calls with the first column of a piece, the last, its slopes in fp32 and rounded to x's type.
+  // Calls use(first, last, gradients, rounded) for each tile of columns: the gradients in fp32, and rounded
+  // to x's dtype.
   template <class Use>
   void each(const Use& use) {
     const int64_t step = slopes_.size(1);
     for (int64_t first = 0; first < params_.vocabulary; first += step) {
       const int64_t last = std::min(first + step, params_.vocabulary);
-      if (last - first < step) {  // pieces are contiguous
+      if (last - first < step) {  // tiles are contiguous
         slopes_ = at::empty({x_.size(0), last - first}, slopes_.options());
         if (!is_float_) rounded_ = at::empty({x_.size(0), last - first}, x_.options());
       }
@@ -40,7 +41,7 @@ class Slopes {
       use(first, last, slopes_, is_float_ ? slopes_ : rounded_);
     }
   }
-  // sums += rounded times the rows of the piece, from row `first` of the head on.
+  // sums += rounded @ rows [first, ..) of the head.
   void add_back(const Tensor& rounded, int64_t first, Tensor& sums) const {
     if (is_torchs_) {
       is_float_ ? sums.addmm_(rounded, weight_) : sums.add_(at::mm(rounded, weight_));
@@ -89,7 +90,7 @@ class Slopes {
   const bool is_torchs_, is_float_;
   const SlopesParams params_;
   Tensor slopes_, rounded_;
-  Tensor weight_;  // of the piece, where it is dense and not used in place
+  Tensor weight_;  // of the tile, unless the head is used in place
 };
 
 }  // namespace peft_kernels::cpu

@@ -10,16 +10,16 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// A value's code is the number of midpoints m with x > m, strictly: the nearest map entry, the lower one on a
-// tie. It is looked up by the sign, the exponent and six bits of the fraction, which leave at most one
-// midpoint to compare with: a search would be eight jumps that no processor foresees.
+// A value's code is the number of midpoints m with x > m: the nearest map entry, the lower one on a tie. It
+// is looked up by the sign, the exponent and six bits of the fraction, which leaves at most one midpoint to
+// compare with; a binary search would take eight unpredictable branches.
 constexpr int kFractionBits = 6, kFirstExponent = -22, kExponents = 1 - kFirstExponent;
 constexpr int kBuckets = (kExponents - 1) * (1 << kFractionBits) + 1;  // up to 1, which closes the last one
 constexpr uint32_t kFirstBits = static_cast<uint32_t>(127 + kFirstExponent) << 23, kLastBits = 127u << 23;
 
 struct DynamicCodes {
-  float midpoints[nf4::kDynamicCodes];  // the last one is out of reach
-  uint8_t first[2][kBuckets];           // code of the least value of a bucket, positive and negative ones
+  float midpoints[nf4::kDynamicCodes];  // the last one is infinity
+  uint8_t first[2][kBuckets];           // code of the least value of a bucket, for positive and negative ones
   bool one_midpoint_a_bucket;
 };
 
@@ -36,7 +36,7 @@ constexpr DynamicCodes make_dynamic_codes() {
     const int step = b % (1 << kFractionBits);
     if (b > 0 && step == 0) power *= 2.0f;
     const float low = power * (1.0f + step / 64.0f), high = low + power / 64.0f;
-    // Nothing but 0 lies below the first bucket, nothing in the last one above 1.
+    // Only 0 lies below the first bucket, and nothing above 1 in the last one.
     const float least = b == 0 ? 0.0f : low;
     int below_positive = 0, in_positive = 0, below_negative = 0, in_negative = 0;
     for (int i = 0; i + 1 < nf4::kDynamicCodes; ++i) {

@@ -1,4 +1,4 @@
-// Double quantisation of the absmax: 1/64 of the elements, so plain C++ serves every level.
+// Double quantisation of the absmax: 1/64 of the elements, so plain C++ serves every ISA.
 #pragma once
 
 #include <cstdint>

@@ -20,7 +20,7 @@ void decode_ragged_run(const NibbleTable<Out>& table, const uint8_t* packed, int
     --count;
   }
   for (; count >= kStep; count -= kStep, bytes += kStep / 2, out += kStep) table.decode(bytes, out);
-  if (count > 0) {  // a copy, so that neither side is touched beyond its end
+  if (count > 0) {  // a copy, so that neither side is accessed past its end
     uint8_t step_bytes[kStep / 2] = {};
     Out step[kStep];
     memcpy(step_bytes, bytes, (count + 1) >> 1);

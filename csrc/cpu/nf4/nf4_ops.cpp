@@ -1,4 +1,4 @@
-// Into NF4 and out of it: tensors to pointers, and registration. Schemas live in Python.
+// Ops that quantise to NF4 and dequantise. Schemas are in Python.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -19,7 +19,7 @@ void check_device(const Tensor& t, const char* name) {
 namespace cpu {
 namespace {
 
-// Elements that one thread should have before a second is worth waking.
+// Elements per thread below which no further thread is woken.
 constexpr int64_t kQuantizeGrain = 16384;
 constexpr int64_t kDequantizeGrain = 65536;
 

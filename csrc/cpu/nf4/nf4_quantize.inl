@@ -1,7 +1,7 @@
 // Values to NF4 codes. Blocks start at even elements (a blocksize is a multiple of 32), so no byte is shared.
 
-// The sorted thresholds as a search tree: level d holds the 2^d thresholds that are compared at depth d, each
-// level short enough for one permute.
+// The sorted thresholds as a binary search tree: level d holds the 2^d thresholds compared at depth d, few
+// enough for one permutation.
 struct ThresholdTree {
   alignas(32) float level2[8];
   alignas(32) float level3[8];
@@ -12,7 +12,7 @@ constexpr ThresholdTree kTree = {{kT[3], kT[11]},
                                  {kT[1], kT[5], kT[9], kT[13]},
                                  {kT[0], kT[2], kT[4], kT[6], kT[8], kT[10], kT[12], kT[14]}};
 
-// How many thresholds t satisfy x > t, strictly; 0 for a NaN.
+// How many thresholds t satisfy x > t; 0 for NaN.
 inline VecI code_of(Vec x) {
   VecI index = double_plus_greater(zero_bits(), x, splat(kT[7]));
   index = double_plus_greater(index, x, lookup8(kTree.level2, index));
@@ -37,13 +37,13 @@ void quantize_block(const T* x, int64_t count, uint8_t* packed, float* absmax_ou
   const float absmax = block_max(x, count);
   *absmax_out = absmax;
   float inverse = 1.0f / absmax;
-  // All zero, or too small to invert: the code of 0.0 throughout.
+  // All zeros, or too small to invert: every code is that of 0.0.
   if (inverse > FLT_MAX) inverse = 0.0f;
   const Vec scale = splat(inverse);
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store_nibbles(packed + (i >> 1), code_of(mul(load(x + i), scale)));
   if (i < count) {
-    // The lanes beyond the end are 0.0, whose code is the padding nibble.
+    // Lanes past the end are 0.0, whose code is the padding nibble.
     uint8_t tail[kLanes / 2];
     store_nibbles(tail, code_of(mul(load_part(x + i, count - i), scale)));
     memcpy(packed + (i >> 1), tail, (count - i + 1) >> 1);

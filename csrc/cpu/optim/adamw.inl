@@ -1,14 +1,14 @@
-// A step of AdamW, Adam or Lion: one pass over parameter, gradient and moments (ops/adamw.py has the
-// meaning). No fused multiply-add, so that every level computes the same bits.
+// A step of AdamW, Adam or Lion: one pass over parameter, gradient and moments (defined in
+// ops/optim/adamw.py). Without fused multiply-adds, so that every ISA computes the same bits.
 
 struct Moments {
   Vec m, v;
 };
 
-// The numbers of a step in all lanes.
+// The coefficients of a step, broadcast.
 struct StepNumbers {
   Vec factor, b1, w1, b2, w2, rate, floor, decay, weight_decay, lr;
-  bool has_factor, into_gradient;  // the decay
+  bool has_factor, into_gradient;  // into_gradient: weight decay is added to the gradient
   StepNumbers(const StepParams& p, const StepTensor& t)
       : factor(splat(p.factor)),
         b1(splat(t.b1)),
@@ -41,7 +41,7 @@ inline Vec updated(const StepNumbers& n, Vec p, Vec g, Moments& x) {
   return p + (x.m / (square_root(x.v) + n.floor)) * n.rate;
 }
 
-// Rounds bf16 as the options say: words, and compensation, may be null.
+// Rounds to bf16, stochastically if `words` is given, with the error kept in `compensation` if given.
 inline void round_bf16(BF16* param, BF16* compensation, const uint32_t* words, Vec x, int64_t lanes) {
   float exact[kLanes];
   store(exact, x);
@@ -56,7 +56,7 @@ inline void round_bf16(BF16* param, BF16* compensation, const uint32_t* words, V
   if (compensation) store_lanes(compensation, x - load(rounded), lanes);
 }
 
-// Zero in both moments where one is not finite.
+// Zeroes both moments where one is not finite.
 template <bool kLion>
 inline void drop_not_finite(float* m, float* v) {
   constexpr int32_t kInfinity = 0x7f800000;
@@ -98,7 +98,7 @@ inline void decode_block(const Codebook& book, const uint8_t* codes, float absma
   if (!kWhole) memset(out + count, 0, (kStateBlock - count) * sizeof(*out));
 }
 
-// The moments of a block that are computed and have to be written as codes.
+// A block whose new moments are computed but not yet encoded.
 template <bool kLion>
 struct CodedBlock {
   const CodeFinder<true> finder1{kSignedCodes};
@@ -108,7 +108,7 @@ struct CodedBlock {
   uint8_t *codes1, *codes2;
   int64_t count = 0;
 
-  // A run of codes, of which all are there.
+  // Encodes a whole run.
   void write(int64_t i) const {
     finder1.write(m + i, scale1, codes1 + i);
     if (!kLion) finder2.write(v + i, scale2, codes2 + i);
@@ -142,7 +142,7 @@ struct StepElements {
   uint32_t words[kStateBlock + kLanes];
 
   bool is_plain() const { return !kIsBF16<T> || !(t.compensation || p.stochastic); }
-  // Before those from `first` on, a multiple of kStateBlock.
+  // Call before the elements from `first` on, a multiple of kStateBlock.
   void begin(int64_t first, int64_t count) {
     if (is_plain() || !p.stochastic) return;
     const DropoutMask mask{p.seed, t.stream, 0, 1, 0, t.step};
@@ -189,8 +189,8 @@ void step_32bit(const StepParams& p, const StepTensor& t, int64_t begin, int64_t
   }
 }
 
-// Blocks are worked on one after another. Codes of a block are written while the next one is computed, vector
-// by vector: finding them is arithmetic, and computing is the time that division and root take.
+// Blocks are processed in sequence. The codes of a block are written while the next one is computed, vector
+// by vector, which overlaps the integer work of encoding with the latency of division and square root.
 template <class T, bool kLion>
 struct Step8bit {
   const StepNumbers numbers;
@@ -199,7 +199,7 @@ struct Step8bit {
   uint8_t *const codes1, *const codes2;
   const Codebook book1{nf4::kDynamicMap}, book2{kSecondMoments.value};
   CodedBlock<kLion> before;
-  alignas(64) float moments[2][2][kStateBlock];  // of this block and of the one before
+  alignas(64) float moments[2][2][kStateBlock];  // of this block and of the previous one
 
   Step8bit(const StepParams& p, const StepTensor& tensor)
       : numbers(p, tensor),
@@ -214,7 +214,7 @@ struct Step8bit {
     before.write_all();
   }
 
-  // The one before, if there is one, is whole.
+  // The previous block, if any, is whole.
   template <bool kWhole>
   void block(int64_t first, int64_t count) {
     const int64_t index = first / kStateBlock;

@@ -1,4 +1,4 @@
-// An optimizer's step for all parameters: tensors to pointers, and registration.
+// Ops adamw and clip_factor: an optimizer step for all parameters.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -13,7 +13,7 @@
 namespace peft_kernels::cpu {
 namespace {
 
-// Elements that a thread takes at a time, and that one should have before a second is worth waking.
+// Elements per chunk, and per thread below which no further thread is woken.
 constexpr int64_t kChunk = 64 * kStateBlock;
 constexpr int64_t kStepGrain = kElementwiseGrain / 4;
 
@@ -56,8 +56,8 @@ StepTensor tensor_of(const AdamWArgs& args, size_t i) {
   return t;
 }
 
-// Calls work(index) for every chunk, in one parallel region. Threads take the next one that is left: they do
-// not all run as fast.
+// Calls work(index) for every chunk, in one parallel region. Threads take the next chunk that is left, as
+// they are not equally fast.
 template <class Work>
 void for_chunks(const std::vector<Chunk>& chunks, int64_t elements, const Work& work) {
   const int64_t threads = std::clamp<int64_t>(elements / kStepGrain, 1, get_num_threads());
@@ -76,8 +76,8 @@ float scale_of(const OptionalTensor& grad_scale) {
   return grad_scale ? 1.0f / *grad_scale->const_data_ptr<float>() : 1.0f;
 }
 
-// What gradients that `scale` multiplies are multiplied by in all, so that together they are no longer than
-// max_norm. One sum for each chunk, added in their order: the same in every run.
+// The factor of gradients, including `scale`, that limits their total norm to max_norm. One sum per chunk,
+// added in order: the same in every run.
 float clipped(float scale, double max_norm, const std::vector<StepTensor>& tensors,
               const std::vector<Chunk>& chunks, int64_t elements) {
   std::vector<double> sums(chunks.size());

@@ -1,7 +1,7 @@
-// Codes of the dynamic maps: looked up, and found (dynamic_tables.h).
+// Decodes and finds codes of the dynamic maps (dynamic_tables.h).
 
 #if !PEFT_KERNELS_PERMUTES_BYTES
-// Plain loads are as fast as gathers, and faster where those are microcode.
+// Plain loads are as fast as gathers, and faster where those are microcoded.
 class Codebook {
  public:
   explicit Codebook(const float* values) : values_(values) {}
@@ -26,9 +26,9 @@ inline void store_signed_codes(uint8_t* out, const VecN (&found)[1], const float
 }
 #endif
 
-// The codes of numbers of magnitude 0 to 1 and what rounding adds: how many midpoints a number exceeds. With
-// kSigned 127 is 0's, and below it a tie takes the code farther from 0: the midpoint itself has to count, and
-// what is next to it does. There is no -1, so what is nearest to it takes the last code.
+// The codes of values of magnitude 0 to 1, plus rounding: how many midpoints a value exceeds. With kSigned,
+// 127 is the code of 0, and below it a tie takes the code farther from 0, so a midpoint itself counts as
+// exceeded. There is no -1: the values nearest to it take the last code.
 template <bool kSigned>
 class CodeFinder {
  public:
@@ -40,7 +40,7 @@ class CodeFinder {
         least_(splat(search.least)),
         floors_(search.floors) {}
 
-  // Of x[i] * scale, kCodeRun of them.
+  // The codes of x[i] * scale, kCodeRun of them.
   void write(const float* x, Vec scale, uint8_t* codes) const {
     constexpr int kNumbers = kFoundTogether * kLanes;
     for (int i = 0; i < kCodeRun; i += kNumbers) {
@@ -60,7 +60,7 @@ class CodeFinder {
   }
 
  private:
-  // Not all of them are 0 in a fraction from 8 on. What is unsigned has been shifted.
+  // The fraction is 8 or more if any of these bits is set. Unsigned codes have been shifted.
   static constexpr int32_t kAwayBits = kSigned ? 0xfff8 : 0xfff0;
 
   static Vec magnitude(Vec x) {
@@ -68,7 +68,7 @@ class CodeFinder {
     const VecN bits = (VecN)x & 0x7fffffff;
     return by_sign(x, (Vec)(bits + 1), (Vec)bits);
   }
-  // In each lane the code's place: the fraction in the lower half, the code in the byte above it.
+  // Per lane: the fraction in the lower half, the code in the byte above it.
   VecN place(Vec x) const {
     const VecN passed = tables_.passed(x);
     const Vec y = min(limit_, fma(x, tables_.slope(passed), first_));
@@ -76,7 +76,7 @@ class CodeFinder {
     if constexpr (kSigned) return (VecN)sum;
     return (VecN)max(least_, sum) << 1;
   }
-  // Where rounding might decide.
+  // Compares with the midpoint, where rounding might decide.
   VecN compared(Vec x, VecN place) const {
     VecN code = place >> 16 & 0xff;
     code -= 1 + (x > gather(floors_, code));
