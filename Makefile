@@ -1,7 +1,6 @@
-# Each target sets up what it needs by itself (a virtual environment in .venv, packages, the compiled kernels), and
-# again only what changed. Needs Python 3.10 or later with venv, make and a C++ compiler. With nvcc, the CUDA kernels are
-# compiled too: for the cards that are here, or, to find mistakes, for one that is not. tests/gpu/test_sass.py compiles
-# them for six, tests/gpu/ptx for four.
+# Each target sets up what it needs (a virtual environment in .venv, packages, the compiled kernels) and rebuilds only
+# what changed. Needs Python 3.10 or later with venv, make and a C++ compiler. With nvcc, the CUDA kernels are compiled
+# too: for the cards of this machine or, without one, for compute capability 8.0, so that errors show.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -23,7 +22,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "cannot make a virtual environment: install your system's package python3-venv"; exit 1; }
 	@echo "Installing torch and the development packages into $(VENV): a few minutes the first time."
-	@# --no-compile: of 15,000 modules, those that are imported are compiled then.
+	@# --no-compile: most of the 15,000 modules are never imported.
 	$(BIN)/pip install -q --no-compile -c constraints.txt torch numpy 'setuptools>=77' wheel ninja pybind11
 	$(BIN)/pip install -q --no-compile -c constraints.txt \
 	  $$($(BIN)/python tools/requirements.py hf cli demo bench serve dev docs)
@@ -32,10 +31,10 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	  $(BIN)/pip install -q --no-build-isolation --no-deps --config-settings editable_mode=compat -e .
 	@touch $@
 
-# Not by pip, which would compile all of it anew each time. What ninja says would be pages of command lines.
+# Not by pip, which would recompile everything each time. Ninja's output, pages of command lines, goes to a file.
 $(VENV)/.built: Makefile $(VENV)/.packages setup.py tools/precompiled.py $(shell find peft_kernels/ops peft_kernels/core/registry.py -name '*.py') $(CPP)
 	@mkdir -p build
-	@echo "Compiling the kernels: some minutes the first time. build/build.log tells how far it is."
+	@echo "Compiling the kernels: some minutes the first time. Progress: build/build.log"
 	@PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 \
 	  TORCH_CUDA_ARCH_LIST="$${TORCH_CUDA_ARCH_LIST:-$(CUDA_ARCHITECTURES)}" \
 	  $(BIN)/python setup.py -q build_ext --inplace > build/build.log 2>&1 || { cat build/build.log; exit 1; }
@@ -48,7 +47,7 @@ setup: $(VENV)/.built ## Set everything up, run nothing
 demo: $(VENV)/.built ## Fine-tune a 135M-parameter model with QLoRA on this machine (ARGS='--compare' and others)
 	$(BIN)/python examples/finetune.py $(ARGS)
 
-# All of it also counts what was executed of the CUDA kernels.
+# A full run also records which instructions of the CUDA kernels were executed, and checks the list of those that were not.
 EXECUTED := build/ptx_executed
 test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 	@rm -rf $(EXECUTED) && mkdir -p $(EXECUTED)
@@ -57,59 +56,57 @@ test: $(VENV)/.built ## Run the tests (ARGS='-k patch' and others)
 	$(if $(ARGS),,$(BIN)/python tests/gpu/ptx/executed.py --folder $(EXECUTED) --check)
 	$(if $(ARGS),,$(MAKE) triton ptx)
 
-# The tests of every kernel, by name: tests/**/test_NAME.py.
-tests_of = $(foreach name,$(1),$(shell find tests -name test_$(name).py))
-KERNELS := nf4 nf4_absmax nf4_format nf4_experts sums linear lora lora_dropout lora_multi lora_multi_refused experts \
-  experts_refused dora gated bottleneck multi_bottleneck cross_entropy token_loss attention rms_norm rotary casts \
-  dropout adamw compute_dtype gradients gradcheck gradient_needs
+# The tests of every op, a folder per family.
+KERNELS := $(filter-out tests/ops/cpu/%,$(sort $(wildcard tests/ops/*/test_*.py))) tests/nf4/test_nf4_experts.py \
+  $(patsubst %,tests/core/test_%.py,compute_dtype gradients gradcheck gradient_needs)
+# Attention, norms, rotary embedding and casts have kernels for the CPU alone; autograd is the same for every back end.
+ON_CARDS := $(filter-out tests/ops/block/% %/test_casts.py %/test_gradcheck.py %/test_gradient_needs.py,$(KERNELS))
 
-# In a process of its own: Triton reads the flag when it sees a kernel first. What is refused of second derivatives, and
-# what is saved, is autograd's, and the same for every back end. Attention, norms, rotary embedding and casts have
-# kernels for the CPU alone.
-TRITON := $(filter-out attention rms_norm rotary casts gradcheck gradient_needs,$(KERNELS))
+# In a process of its own: Triton reads the flag when it first sees a kernel.
+TRITON := $(patsubst %,tests/gpu/triton_kernels/test_%.py,triton_splits experts_triton adamw_triton)
 triton: $(VENV)/.built ## Run the Triton kernels' tests in Triton's interpreter
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -k triton \
-	  $(call tests_of,$(TRITON) compile triton_splits experts_triton adamw_triton triton_sums) $(ARGS)
+	  $(ON_CARDS) $(TRITON) tests/core/test_compile.py tests/gpu/triton_kernels/test_triton_sums.py $(ARGS)
 
-# Beside the tests that run the PTX for compute capability 8.0, with rounded sums: here matrix instructions cut them
-# off, as tensor cores do. nvcc writes the same for 9.0 as for 8.0, and for 12.0 as for 10.0 (tests/gpu/ptx/test_texts.py);
-# the ways that products go on each are in test_cuda_ways.py. What tests say of autograd and of refusals is true of any.
-PTX := $(filter-out attention rms_norm rotary casts lora_multi_refused experts_refused gradients gradcheck gradient_needs,$(KERNELS)) experts_cuda \
-  bottleneck_cuda
+# `make test` runs the PTX for compute capability 8.0 and rounds the sums of matrix instructions. Here it is the PTX for
+# 10.0, and sums are truncated as on tensor cores. nvcc writes the same PTX for 9.0 as for 8.0, and for 12.0 as for 10.0
+# (tests/gpu/ptx/test_texts.py). Tests of autograd and of refused arguments do not depend on the back end.
+PTX := $(filter-out %_refused.py %/test_gradients.py,$(ON_CARDS)) tests/gpu/test_experts_cuda.py \
+  tests/gpu/test_bottleneck_cuda.py
 ptx: $(VENV)/.built ## Run the CUDA kernels' tests on what nvcc makes for other cards (needs nvcc)
 ifeq ($(shell command -v nvcc),)
 	@echo "ptx: no nvcc, nothing to run"
 else
 	PEFT_KERNELS_PTX_ARCH=100 PEFT_KERNELS_PTX_TRUNCATE=1 \
-	  $(BIN)/python -m pytest -q -n 2 -k ptx $(call tests_of,$(PTX)) $(ARGS)
+	  $(BIN)/python -m pytest -q -n 2 -k ptx $(PTX) $(ARGS)
 endif
 
-# As compiled for compute capability 8.0, which takes minutes the first time.
+# Compiled for compute capability 8.0, which takes minutes the first time.
 triton-ptx: $(VENV)/.built ## Run the Triton kernels' tests on the PTX that Triton makes of them (needs nvcc)
 ifeq ($(shell command -v nvcc),)
-	@echo "triton-ptx: no nvcc, which the machine that runs PTX is made with: nothing to run"
+	@echo "triton-ptx: no nvcc, which the PTX machine is built with: nothing to run"
 else
 	PEFT_KERNELS_TRITON_PTX=80 $(BIN)/python -m pytest -q -n 2 -k triton \
-	  $(call tests_of,$(KERNELS) triton_splits experts_triton adamw_triton) $(ARGS)
+	  $(KERNELS) $(TRITON) $(ARGS)
 endif
 
-# About a minute. A case that fails is told by number: ARGS='--only 4711' runs it again.
-fuzz: $(VENV)/.built ## Damage 10,000 checkpoints: each must be refused in a sentence, or be usable
+# About a minute. A failing case is reported by number: ARGS='--only 4711' runs it again.
+fuzz: $(VENV)/.built ## Damage 10,000 checkpoints: each must be refused with a clear error, or be usable
 	$(BIN)/python tests/checkpoints/fuzz_checkpoints.py --cases 10000 $(ARGS)
 
 sanitize: asan tsan ## Run the tests of the C++ under gcc's ASan and UBSan, then TSan
 
-SANITIZED := $(KERNELS) autocast threads
-# Indices beyond 2^31; tsan would take several times the memory. What damaged checkpoints make kernels read.
-asan: SANITIZED += large bad_checkpoints fuzzed_checkpoints
+SANITIZED := $(KERNELS) tests/core/test_autocast.py tests/ops/cpu/test_threads.py
+# Indices beyond 2^31 (under TSan they would take several times the memory), and damaged checkpoints.
+asan: SANITIZED += tests/core/test_large.py $(patsubst %,tests/checkpoints/test_%_checkpoints.py,bad fuzzed)
 asan: SANITIZER := address
 tsan: SANITIZER := thread
-# The machine that runs PTX has one thread: it is left out.
+# The PTX machine has one thread: no need to build it.
 tsan: export CUDA_HOME := /nonexistent
-# Beside the ordinary build, in build/. Python brings no sanitizer, so its library is loaded first, and libstdc++
-# with it, whose throw it wraps. It wants fixed addresses: none are random where the system allows that.
-# pytest's capture and faulthandler would swallow its reports; the first one ends the process. Switched off:
-# leaks, as Python leaks at its end, and ASan's second stack, which aligns arrays less than gcc assumes.
+# Built beside the ordinary library, in build/. Python itself has no sanitizer, so the sanitizer's library is preloaded,
+# and libstdc++ with it, whose throw it wraps. It needs fixed addresses: randomisation is switched off where possible.
+# pytest's capture and faulthandler would swallow the reports; the first report ends the process. Switched off: leaks
+# (Python leaks at exit) and ASan's fake stack, which aligns arrays less than gcc assumes.
 asan tsan: $(VENV)/.packages
 	PEFT_KERNELS_CPU=1 PEFT_KERNELS_CUDA=0 PEFT_KERNELS_EMULATE=1 PEFT_KERNELS_SANITIZE=$(SANITIZER) \
 	  $(BIN)/python setup.py -q build --build-lib build/$@ --build-temp build/$@-objects
@@ -118,15 +115,15 @@ asan tsan: $(VENV)/.packages
 	  ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
 	  UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
 	  $(BIN)/pytest -n 2 --capture=sys -p no:faulthandler -k 'not reference' \
-	  $(call tests_of,$(SANITIZED)) $(ARGS)
+	  $(SANITIZED) $(ARGS)
 
-# The oldest PEFT that is fused, and the newest there is.
+# The oldest supported PEFT, and the newest.
 PEFT_VERSIONS ?= 0.17.0 newest
 peft-tests: $(VENV)/.built ## Run PEFT's own tests with every model patched, its oldest and newest version (needs pip's index)
 	$(BIN)/python tools/peft_tests.py $(PEFT_VERSIONS:%=--peft %) $(ARGS)
 
-# By the system's Python: no environment of ours is waited for.
-package: ## Build the source distribution and a wheel and use both as a new user would (needs pip's index)
+# With the system's Python: it needs nothing of .venv, so it can run while that is set up.
+package: ## Build the source distribution and a wheel and install both in empty environments (needs pip's index)
 	$(PYTHON) tools/package_check.py $(ARGS)
 
 hub: $(VENV)/.built ## Lay the CPU kernels out for Hugging Face's `kernels`, build and load them (needs pip's index)
@@ -137,7 +134,7 @@ hub: $(VENV)/.built ## Lay the CPU kernels out for Hugging Face's `kernels`, bui
 bench: $(VENV)/.built ## Measure against torch, bitsandbytes and PEFT on this machine, five minutes (ARGS='--quick' and others)
 	$(BIN)/python bench/run.py $(ARGS)
 
-# --strict: a link that leads nowhere is an error. Not --quiet, which makes it none.
+# --strict makes a broken link an error; --quiet would hide it.
 docs: $(VENV)/.packages ## Build the documentation into build/docs, without a network
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "build/docs/index.html"

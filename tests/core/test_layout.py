@@ -1,9 +1,10 @@
-"""The house itself: no file too long to read at a sitting, and no two modules that need each other."""
+"""The layout of the source tree: imports between folders go one way, and files and folders stay small."""
 
 from __future__ import annotations
 
 import ast
 import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,13 +12,35 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PACKAGE = ROOT / "peft_kernels"
-LONGEST = 400
+MOST_LINES, MOST_FILES = 400, 25
 SOURCES = [
     path
     for folder in ("peft_kernels", "csrc", "bench", "examples", "tools", "tests")
     for path in sorted((ROOT / folder).rglob("*"))
     if path.suffix in (".py", ".cpp", ".h", ".inl", ".cu", ".cuh")
 ]
+LAYERS = {
+    "peft_kernels": (
+        "core",
+        "ops",
+        "triton_kernels",
+        "nf4",
+        "nn",
+        "quantize",
+        "host_memory",
+        "prompts",
+        "optim",
+        "patch",
+        "prefix",
+        "checkpoints",
+        "adapters",
+        "integrations",
+        "serving",
+        "cli",
+    ),
+    "bench": ("lib", "ops", "models", "gpu", "run"),
+}
+"""Folders and modules of a package, each of which imports only those before it."""
 
 
 def module_name(path: Path) -> str:
@@ -25,47 +48,36 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {module_name(path): path for package in LAYERS for path in sorted((ROOT / package).rglob("*.py"))}
 
 
 def imported(name: str) -> Iterator[str]:
-    """Modules of the package that a module imports, inside functions too, but not for types alone."""
+    """Modules of the project that a module imports, inside functions and for types too."""
     path = MODULES[name]
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    for_types = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if node in for_types or not isinstance(node, ast.ImportFrom) or not node.level:
-            continue
-        base = package.split(".")[: len(package.split(".")) - node.level + 1]
-        target = ".".join([*base, *(node.module or "").split(".")]).rstrip(".")
-        for alias in node.names:
-            found = f"{target}.{alias.name}"
-            found = found if found in MODULES else target
-            yield found
-            # A package's own module runs before those inside it. The root, which imports them all, does too;
-            # it is what users import.
-            parent = found.rpartition(".")[0]
-            if parent not in ("", PACKAGE.name) and not name.startswith(parent):
-                yield parent
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                found = f"{base}.{alias.name}"
+                if found in MODULES or base in MODULES:
+                    yield found if found in MODULES else base
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:
-    """Some circle of a graph, as the nodes on its way; empty where there is none."""
+    """Nodes along some circle of a graph; empty where there is none."""
     done: set[str] = set()
 
-    def visit(name: str, way: list[str]) -> list[str]:
-        if name in way:
-            return [*way[way.index(name) :], name]
+    def visit(name: str, path: list[str]) -> list[str]:
+        if name in path:
+            return [*path[path.index(name) :], name]
         if name in done:
             return []
-        for other in sorted(graph[name]):
-            if found := visit(other, [*way, name]):
+        for other in sorted(graph.get(name, ())):
+            if found := visit(other, [*path, name]):
                 return found
         done.add(name)
         return []
@@ -74,7 +86,8 @@ def circle(graph: dict[str, set[str]]) -> list[str]:
 
 
 def test_no_two_modules_import_each_other() -> None:
-    graph = {name: set(imported(name)) - {name} for name in MODULES}
+    """The package's root is left out: it imports all the others for its users, and has the version."""
+    graph = {name: set(imported(name)) - {name, *LAYERS} for name in MODULES}
     assert sum(map(len, graph.values())) > len(graph), "imports were not found"
     assert " -> ".join(circle(graph)) == ""
 
@@ -84,10 +97,52 @@ def test_a_circle_would_be_found() -> None:
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_between_folders_go_one_way(package: str) -> None:
+    layers = LAYERS[package]
+    found = {name.split(".")[1] for name in MODULES if name.startswith(f"{package}.")} - {"__main__"}
+    assert found == set(layers), "a new folder or module needs a place in LAYERS"
+    upward = []
+    for name in MODULES:
+        folder = name.split(".")[1] if name.startswith(f"{package}.") else ""
+        for other in imported(name) if folder in layers else ():
+            top = other.split(".")[1] if other.startswith(f"{package}.") else ""
+            if top in layers and layers.index(top) > layers.index(folder):
+                upward.append(f"{name} imports {other}")
+    assert upward == []
+
+
+@pytest.mark.parametrize("back_end", ["cpu", "cuda"])
+def test_includes_between_folders_of_kernels_go_one_way(back_end: str) -> None:
+    """A family's kernels may use another's, as LoRA uses linear, but not each the other's."""
+    tree = ROOT / "csrc" / back_end
+    graph: dict[str, set[str]] = defaultdict(set)
+    for path in sorted(tree.rglob("*.*")):
+        for name in re.findall(r'^#\s*include "([^"]+)"', path.read_text(encoding="utf-8"), re.MULTILINE):
+            other = (path.parent / name).resolve()
+            if tree in other.parents:
+                graph[path.relative_to(tree).parts[0]].add(other.relative_to(tree).parts[0])
+    graph = {folder: others - {folder} for folder, others in graph.items()}
+    assert sum(map(len, graph.values())) > len(graph), "includes were not found"
+    assert " -> ".join(circle(graph)) == ""
+
+
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_can_be_read_at_a_sitting(path: Path) -> None:
+def test_a_file_has_at_most_400_lines(path: Path) -> None:
     lines = len(path.read_text(encoding="utf-8").splitlines())
-    assert lines <= LONGEST, f"{lines} lines, expected at most {LONGEST}"
+    assert lines <= MOST_LINES, f"{lines} lines, expected at most {MOST_LINES}"
+
+
+def test_a_folder_has_at_most_25_files() -> None:
+    counts = Counter(path.parent.relative_to(ROOT).as_posix() for path in SOURCES)
+    assert len(counts) > 40
+    assert {folder: count for folder, count in counts.items() if count > MOST_FILES} == {}
+
+
+def test_names_of_test_modules_are_unique() -> None:
+    """Tests import what they share by the name alone (conftest.py)."""
+    names = Counter(path.stem for path in SOURCES if "tests" in path.parts and path.suffix == ".py")
+    assert {name for name, count in names.items() if count > 1} <= {"conftest"}
 
 
 def test_names_in_headers_of_cpu_kernels_are_one_things() -> None:
@@ -107,18 +162,13 @@ def test_names_in_headers_of_cpu_kernels_are_one_things() -> None:
     assert {name: found for name, found in homes.items() if len(found) > 1} == {}
 
 
-def test_each_family_of_ops_is_in_the_makefiles_list_of_kernels() -> None:
-    """By it they run in Triton's interpreter, as PTX for other cards, and under sanitizers."""
-    if not (makefile := ROOT / "Makefile").exists():
-        pytest.skip("no Makefile here")
-    found = re.search(r"^KERNELS := ((?:.*\\\n)*.*)", makefile.read_text(encoding="utf-8"), re.MULTILINE)
-    assert found is not None
-    listed = set(found[1].replace("\\\n", " ").split())
+def test_each_family_of_ops_has_a_folder_of_tests() -> None:
+    """The Makefile runs those folders in Triton's interpreter, as PTX for other cards, and under sanitizers."""
+    ops = PACKAGE / "ops"
     families = {
-        path.stem
-        for path in (PACKAGE / "ops").rglob("*.py")
+        path.relative_to(ops).parts[0].removesuffix(".py")
+        for path in ops.rglob("*.py")
         if re.search(r"^class \w+\(Op\):", path.read_text(encoding="utf-8"), re.MULTILINE)
-    }
-    assert len(families) > 12
-    assert families - listed == {"multi_lora"} and "lora_multi" in listed
-    assert [name for name in listed if not list((ROOT / "tests").rglob(f"test_{name}.py"))] == []
+    } - {"casts", "sums"}  # of the families' helpers: tests/ops/core
+    assert len(families) == 9
+    assert families - {path.name for path in (ROOT / "tests" / "ops").iterdir()} == set()
