@@ -1,14 +1,14 @@
 """Builds the compiled back ends. Everything else about the package is in pyproject.toml.
 
-PEFT_KERNELS_CPU   unset: build the CPU back end where there is a C++ compiler and torch, else install pure
-                   Python and say so; 0: leave it out; 1: fail without it
-PEFT_KERNELS_CUDA  unset: build the CUDA back end where torch has CUDA and an nvcc that fits, else say so;
-                   0: leave it out; 1: fail without it
-TORCH_CUDA_ARCH_LIST  what it is built for ("8.0;9.0+PTX", "Hopper"); unset or "native": the cards that are
-                   here, else all from compute capability 8.0 on. What the kernels do not serve is left out,
-                   and the build says so
-PEFT_KERNELS_EMULATE  1: for tests: emulated instruction-set levels, and, with nvcc, the CUDA kernels as PTX,
-                   run on the CPU
+PEFT_KERNELS_CPU   unset: build the CPU back end if there is a C++ compiler and torch, otherwise install pure
+                   Python with a warning; 0: do not build it; 1: fail without it
+PEFT_KERNELS_CUDA  unset: build the CUDA back end if torch has CUDA and a matching nvcc is found, otherwise
+                   warn; 0: do not build it; 1: fail without it
+TORCH_CUDA_ARCH_LIST  compute capabilities to build for ("8.0;9.0+PTX", "Hopper"); unset or "native": those of
+                   the cards of this machine, or without one all from 8.0 on. Unsupported ones are dropped
+                   with a message
+PEFT_KERNELS_EMULATE  1, for tests: also build emulated instruction sets and, with nvcc, the CUDA kernels as
+                   PTX that runs on the CPU
 PEFT_KERNELS_SANITIZE  address (with undefined behaviour) or thread: a build for `make sanitize`, by gcc
 
 A compile error is always an error: a machine with a compiler should not get the slow package by accident.
@@ -34,94 +34,40 @@ from setuptools import setup
 
 ROOT = Path(__file__).resolve().parent
 PACKAGE = ROOT / "peft_kernels"
-# Of one file, as the package itself imports torch.
+# Read as a single file: importing the package would import torch.
 ARCHITECTURES = runpy.run_path(str(ROOT / "peft_kernels" / "core" / "backends" / "architectures.py"))
 
-CPU_SOURCES = [
-    "csrc/cpu/optim/adamw_ops.cpp",
-    "csrc/cpu/block/attention_ops.cpp",
-    "csrc/cpu/core/bits_hash.cpp",
-    "csrc/cpu/bottleneck/bottleneck_ops.cpp",
-    "csrc/cpu/core/casts_ops.cpp",
-    "csrc/cpu/loss/cross_entropy_ops.cpp",
-    "csrc/cpu/lora/dora_ops.cpp",
-    "csrc/cpu/lora/dropout_ops.cpp",
-    "csrc/cpu/experts/experts_ops.cpp",
-    "csrc/cpu/gated/gated_mlp_ops.cpp",
-    "csrc/cpu/gated/gated_ops.cpp",
-    "csrc/cpu/isa/isa.cpp",
-    "csrc/cpu/core/library_ops.cpp",
-    "csrc/cpu/linear/linear_ops.cpp",
-    "csrc/cpu/lora/lora_ops.cpp",
-    "csrc/cpu/bottleneck/multi_bottleneck_ops.cpp",
-    "csrc/cpu/nf4/nf4_absmax.cpp",
-    "csrc/cpu/nf4/nf4_ops.cpp",
-    "csrc/cpu/block/rms_norm_ops.cpp",
-    "csrc/cpu/block/rotary_ops.cpp",
-    "csrc/cpu/isa/scalar.cpp",
-    "csrc/cpu/core/sums_ops.cpp",
-    "csrc/cpu/core/threads.cpp",
-]
-X86_SOURCES = [f"csrc/cpu/isa/{level}.cpp" for level in ("avx2", "avx512", "avx512_bf16", "amx")]
-ARM_SOURCES = [f"csrc/cpu/isa/{level}.cpp" for level in ("neon", "neon_bf16")]
+
+def sources(folder: str, suffix: str) -> list[str]:
+    """Every source file in a folder and below it."""
+    return [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / folder).rglob(f"*{suffix}"))]
+
+
+X86_SOURCES = [f"csrc/cpu/isa/{isa}.cpp" for isa in ("avx2", "avx512", "avx512_bf16", "amx")]
+ARM_SOURCES = [f"csrc/cpu/isa/{isa}.cpp" for isa in ("neon", "neon_bf16")]
+CPU_SOURCES = [name for name in sources("csrc/cpu", ".cpp") if name not in (*X86_SOURCES, *ARM_SOURCES)]
 EMULATED_SOURCES = ["tests/ops/cpu/amx/amx_emulated.cpp", "tests/ops/cpu/threads/checks.cpp"]
 
-# Host code; the kernels' .cu files include nothing of torch, whose headers take nvcc minutes.
-CUDA_OPS = [
-    "csrc/cuda/optim/adamw_ops.cpp",
-    "csrc/cuda/core/bind.cpp",
-    "csrc/cuda/bottleneck/bottleneck_ops.cpp",
-    "csrc/cuda/lora/dora_ops.cpp",
-    "csrc/cuda/lora/dropout_ops.cpp",
-    "csrc/cuda/experts/experts_ops.cpp",
-    "csrc/cuda/gated/gated_ops.cpp",
-    "csrc/cuda/linear/linear_ops.cpp",
-    "csrc/cuda/linear/linear_plan.cpp",
-    "csrc/cuda/linear/linear_product.cpp",
-    "csrc/cuda/lora/lora_fused.cpp",
-    "csrc/cuda/lora/lora_general.cpp",
-    "csrc/cuda/lora/lora_ops.cpp",
-    "csrc/cuda/nf4/nf4_ops.cpp",
-    "csrc/cuda/core/runtime.cpp",
-]
-# Counters, and questions to a device, are for a device alone.
+# Kernels and host code are apart: kernels include nothing of torch, whose headers take nvcc minutes.
+CUDA_KERNELS = sources("csrc/cuda", ".cu")
 LAUNCH = "csrc/cuda/core/launch.cpp"
+# Counters and queries of the device are for a real card, and left out of the PTX library.
 CUDA_STARTS = ["csrc/cuda/core/card.cpp", "csrc/cuda/core/counters.cpp", LAUNCH]
-CUDA_KERNELS = [
-    "csrc/cuda/optim/adamw.cu",
-    "csrc/cuda/bottleneck/bottleneck.cu",
-    "csrc/cuda/lora/dora_norm.cu",
-    "csrc/cuda/lora/dora_scale.cu",
-    "csrc/cuda/lora/dropout.cu",
-    "csrc/cuda/experts/experts_linear.cu",
-    "csrc/cuda/experts/experts_linear_dx.cu",
-    "csrc/cuda/experts/experts_lora.cu",
-    "csrc/cuda/core/experts_rows.cu",
-    "csrc/cuda/gated/gated.cu",
-    "csrc/cuda/linear/linear_dx.cu",
-    "csrc/cuda/linear/linear_small.cu",
-    "csrc/cuda/linear/linear_tiles.cu",
-    "csrc/cuda/lora/lora_expand.cu",
-    "csrc/cuda/lora/lora_over_rows.cu",
-    "csrc/cuda/lora/lora_shrink.cu",
-    "csrc/cuda/lora/lora_slab.cu",
-    "csrc/cuda/nf4/nf4_dequantize.cu",
-    "csrc/cuda/nf4/nf4_quantize.cu",
-]
+CUDA_OPS = [name for name in sources("csrc/cuda", ".cpp") if name not in CUDA_STARTS]
 PTX_FOLDER, PTX_PROGRAM = "tests/gpu/ptx", "main.cu"
 
 
-# With it files begin that include torch's headers; see tools/precompiled.py.
+# The first line of files that include torch's headers; see tools/precompiled.py.
 PRECOMPILED = "#include <ATen/ATen.h>\n"
 
 
 def spec_files() -> list[Path]:
-    """Where ops' schemas and GROUPS stand."""
+    """The files that define the op schemas and GROUPS."""
     return [*sorted((PACKAGE / "ops").rglob("*.py")), PACKAGE / "core" / "registry.py"]
 
 
 def headers(*folders: str) -> list[str]:
-    """What a change of makes a library out of date, beside its sources."""
+    """Files that a library depends on besides its sources: headers, and the op schemas."""
     suffixes = (".h", ".inl", ".cuh")
     found = [p for folder in folders for p in sorted((ROOT / folder).rglob("*")) if p.suffix in suffixes]
     return [str(p.relative_to(ROOT)) for p in (*spec_files(), *found)]
@@ -140,11 +86,11 @@ __m512 probe(__m512 sum, __m512bh a) { return _mm512_dpbf16_ps(sum, a, a); }
 int main() { return int(std::vector<int>().size()); }
 """
 
-# Sources are in the order of their compilation, the longest first: no core has to wait for one at the end.
+# The sources that take longest come first, so that no core waits for one at the end.
 
-# A contracted a * b + c would round once where the NF4 format rounds twice.
+# Contracting a * b + c into an FMA would round once where the NF4 format rounds twice.
 HOST_FLAGS = ["-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off"]
-# -fno-wrapv: Python's own flags define signed overflow, which would hide it.
+# -fno-wrapv: Python's default flags make signed overflow defined, which would hide it from UBSan.
 SANITIZE_FLAGS = {
     "": [],
     "address": [
@@ -157,7 +103,7 @@ SANITIZE_FLAGS = {
 
 
 def switch(name: str) -> bool | None:
-    """An environment switch: True for 1, False for 0, None when unset or empty."""
+    """An environment switch: True for 1, False for 0, None if unset or empty."""
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
         raise SystemExit(f"{name}: expected 0 or 1, got {value!r}")
@@ -165,7 +111,7 @@ def switch(name: str) -> bool | None:
 
 
 def sanitize_flags() -> list[str]:
-    """Flags of the sanitizer that PEFT_KERNELS_SANITIZE names, for compiler and linker; none when unset."""
+    """Compiler and linker flags of the sanitizer that PEFT_KERNELS_SANITIZE names; none when unset."""
     value = os.environ.get("PEFT_KERNELS_SANITIZE", "")
     if value not in SANITIZE_FLAGS:
         raise SystemExit(f"PEFT_KERNELS_SANITIZE: expected address or thread, got {value!r}")
@@ -174,7 +120,7 @@ def sanitize_flags() -> list[str]:
 
 
 def spec_hash() -> str:
-    """Fingerprint of the op schemas, as ops/registry.py has it, but from the source: that imports torch."""
+    """Fingerprint of the op schemas, as core/registry.py computes it, read without torch."""
     texts, groups = [], {}
     for file in spec_files():
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -188,7 +134,7 @@ def spec_hash() -> str:
 
 
 def assigned(body: list[ast.stmt], names: tuple[str, ...]) -> dict[str, Any]:
-    """What the statements assign to those names, constants all."""
+    """The constants that the statements assign to those names."""
     return {
         node.targets[0].id: ast.literal_eval(node.value)
         for node in body
@@ -199,7 +145,7 @@ def assigned(body: list[ast.stmt], names: tuple[str, ...]) -> dict[str, Any]:
 
 
 def generated_headers() -> str:
-    """The folder of generated.h. One file includes it: a new schema compiles that again, not all kernels."""
+    """The folder of generated.h. One file includes it: a new schema recompiles only that."""
     import torch
 
     folder = ROOT / "build" / "generated"
@@ -212,9 +158,9 @@ def generated_headers() -> str:
 
 
 def compiler_problem() -> str | None:
-    """None when the C++ compiler that the build will use compiles a small file, else what it said.
+    """None if the C++ compiler of the build compiles a small file, otherwise its error.
 
-    On x86 the file is written as the kernels are, with a target pragma, which clang does not have.
+    On x86 the file uses a target pragma, as the kernels do; clang has none.
     """
     command = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
     with tempfile.TemporaryDirectory() as folder:
@@ -241,8 +187,8 @@ def cpu_extension(emulate: bool) -> Any:
 
     compile_args = [*HOST_FLAGS]
     if sys.platform == "linux":
-        # at::parallel_for is a template, so it needs -fopenmp here. The link does not: libtorch_cpu brings
-        # its own OpenMP runtime, and naming one could load a second, with a second pool of threads.
+        # at::parallel_for is a template, so it needs -fopenmp to compile. Not to link: libtorch_cpu brings
+        # its own OpenMP runtime, and naming one could load a second runtime with its own thread pool.
         compile_args.append("-fopenmp")
     return CppExtension(
         name="peft_kernels._C",
@@ -258,9 +204,11 @@ def cpu_extension(emulate: bool) -> Any:
 
 
 def wrapped(folder: str, named: dict[str, str]) -> list[str]:
-    """Files in build/FOLDER, by the names given, that include a source each: objects are named after sources,
-    and those of two libraries must not meet. A header that is precompiled is taken in a file's own lines
-    alone."""
+    """Files in build/FOLDER, with the given names, that include one source each.
+
+    Objects are named after sources, and two libraries must not share one. A precompiled header only works if
+    the file itself includes it first.
+    """
     into = ROOT / "build" / folder
     into.mkdir(parents=True, exist_ok=True)
     for source, name in named.items():
@@ -273,8 +221,11 @@ def wrapped(folder: str, named: dict[str, str]) -> list[str]:
 
 
 def ptx_extension(toolkit: Toolkit) -> Any:
-    """`peft_kernels._C_ptx`, for tests: the CUDA back end for CPU tensors. Its kernels are what nvcc makes of
-    them, as PTX for several architectures, which tests/gpu/ptx runs in place of a card and its runtime."""
+    """`peft_kernels._C_ptx`, for tests: the CUDA back end on CPU tensors.
+
+    nvcc compiles its kernels to PTX for several architectures; tests/gpu/ptx executes that and replaces the
+    CUDA runtime.
+    """
     from torch.utils import cpp_extension
 
     cpp_extension.CUDA_HOME = toolkit.home
@@ -298,7 +249,7 @@ def ptx_extension(toolkit: Toolkit) -> Any:
         define_macros=[("PEFT_KERNELS_PTX", None)],
         extra_compile_args={
             "cxx": [*HOST_FLAGS, "-march=native", "-Wno-unknown-pragmas", *sanitize_flags()],
-            # The fat binary holds the text as it is, each line with where it comes from.
+            # The fat binary holds the PTX uncompressed, with source lines.
             "nvcc": ["-O3", "-Xcompiler", "-fvisibility=hidden", "--no-compress", "-lineinfo", *code],
         },
         extra_link_args=sanitize_flags(),
@@ -306,7 +257,7 @@ def ptx_extension(toolkit: Toolkit) -> Any:
 
 
 class Toolkit:
-    """The CUDA toolkit that the build will use, or the reason why there is none."""
+    """The CUDA toolkit of the build, or the reason why there is none."""
 
     def __init__(self) -> None:
         self.home, self.version, self.problem = "", (0, 0), None
@@ -335,7 +286,7 @@ class Toolkit:
                 "install that toolkit, and set CUDA_HOME to it"
             )
             return
-        # A script on the path may stand for an nvcc elsewhere, whose headers are needed too.
+        # The nvcc on the path may be a script that calls another one, whose headers are needed too.
         told = subprocess.run(
             [str(nvcc), "--dryrun", "probe.cu"], capture_output=True, text=True, check=False
         ).stderr
@@ -344,14 +295,14 @@ class Toolkit:
         self._nvcc = str(nvcc)
 
     def compiles(self) -> set[tuple[int, int]]:
-        """The compute capabilities that this nvcc compiles for."""
+        """The compute capabilities that this nvcc supports."""
         told = subprocess.run(
             [self._nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=False
         ).stdout
         return {(int(major), int(minor)) for major, minor in re.findall(r"^compute_(\d+)(\d)$", told, re.M)}
 
     def architectures(self) -> tuple[list[str], list[str]]:
-        """What TORCH_CUDA_ARCH_LIST and the cards here ask for, and what was changed of it and why."""
+        """The architectures to build for, and a sentence for each one that was changed or dropped."""
         import torch
 
         here = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
@@ -377,7 +328,7 @@ def cuda_extension(toolkit: Toolkit, architectures: list[str]) -> Any:
         ],
         extra_compile_args={
             "cxx": HOST_FLAGS,
-            # With flags of its own, torch reads no TORCH_CUDA_ARCH_LIST.
+            # torch ignores TORCH_CUDA_ARCH_LIST if there are explicit -gencode flags.
             "nvcc": [
                 *("-O3", "-Xcompiler", "-fvisibility=hidden", "-Xfatbin", "-compress-all"),
                 *ARCHITECTURES["gencode"](architectures),
@@ -387,14 +338,14 @@ def cuda_extension(toolkit: Toolkit, architectures: list[str]) -> Any:
 
 
 def left_out(what: str, problem: str, wanted: bool | None) -> None:
-    """Says that a back end is not built; an end when it was asked for."""
+    """Warns that a back end is not built; exits if it was requested."""
     if wanted:
-        raise SystemExit(f"{what} was asked for, but cannot be built: {problem}")
+        raise SystemExit(f"{what} was requested, but cannot be built: {problem}")
     print(f"WARNING: peft_kernels is installed WITHOUT its {what}: {problem}", file=sys.stderr)
 
 
 def extensions() -> tuple[list[Any], dict[str, Any]]:
-    """What to compile, and the command that does it; both empty where everything is left out."""
+    """The extensions and the build command; both empty if nothing is built."""
     cpu, cuda = switch("PEFT_KERNELS_CPU"), switch("PEFT_KERNELS_CUDA")
     problem = compiler_problem()
     try:
@@ -429,7 +380,7 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
             found.append(cuda_extension(toolkit, architectures))
         elif cuda or "built without CUDA" not in problem:
             left_out("CUDA back end", problem, cuda)
-    # The C++ standard is left to BuildExtension, which knows what torch's headers ask for (at least C++17).
+    # BuildExtension chooses the C++ standard that torch's headers need (at least C++17).
     return found, {"build_ext": BuildExtension}
 
 

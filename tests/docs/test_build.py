@@ -78,7 +78,7 @@ def test_no_nvcc_that_fits(
     home = str(tmp_path / "absent") if version is None else toolkit(tmp_path, version)
     status, said = setup(cuda, CUDA_HOME=home, PEFT_KERNELS_CUDA=wanted)
     if wanted:
-        assert status != 0 and "CUDA back end was asked for, but cannot be built: " in said
+        assert status != 0 and "CUDA back end was requested, but cannot be built: " in said
     else:
         assert status == 0 and said.startswith("peft_kernels")
         # Nobody who installed a torch without CUDA misses it.
