@@ -13,8 +13,8 @@ from .core.nf4_state import PARALLEL
 from .core.wrong_types import refuses_wrong_types
 from .nf4 import loading, offload
 from .nf4.model import ModelLink
-from .nf4.sharded import accelerate_loading as kept
-from .nf4.sharded.checks import UNGATHERED, is_dtensor, is_parallel, is_sharded
+from .nf4.sharded import accelerate_loading
+from .nf4.sharded.checks import UNGATHERED, is_dtensor, is_sharded, is_tensor_parallel
 from .nf4.weight import NF4Weight
 from .ops.arguments import autocast_dtype
 from .ops.linear import nf4_linear
@@ -24,7 +24,7 @@ from .ops.lora.lora import lora_linear
 __all__ = ["LoRALinear", "NF4Linear", "NF4LoRALinear"]
 
 
-class NF4Linear(kept.Received, nn.Linear):
+class NF4Linear(accelerate_loading.ReceivesWeights, nn.Linear):
     """A frozen `nn.Linear` whose weight is an `NF4Weight`.
 
     Everything that knows nn.Linear knows it: `peft.get_peft_model` injects LoRA, `model.to()` moves it,
@@ -116,7 +116,7 @@ class NF4Linear(kept.Received, nn.Linear):
         if not isinstance(weight, NF4Weight):
             if is_sharded(weight):
                 raise RuntimeError(f"weight: {UNGATHERED}")
-            if is_parallel(weight):
+            if is_tensor_parallel(weight):
                 name = weight._local_tensor._state.name
                 raise RuntimeError(f"{name}: {PARALLEL}, expected calls of the layer, hooks and all")
             return nn.functional.linear(x, weight, bias)
@@ -129,7 +129,7 @@ class NF4Linear(kept.Received, nn.Linear):
             bias = bias.to(x.dtype)
         return nf4_linear(x, weight, bias, compute_dtype)
 
-    def settle(self) -> nn.Module:
+    def revert_to_linear_if_dense(self) -> nn.Module:
         """Become an ordinary layer, of `plain_class`, if the weight is dense. Returns the layer."""
         weight = self._parameters["weight"]
         if isinstance(weight, NF4Weight) and weight.dense is not None:
@@ -143,7 +143,7 @@ class NF4Linear(kept.Received, nn.Linear):
         weight = self._parameters["weight"]
         dense = isinstance(weight, NF4Weight) and weight.is_dense
         if memo is None and dense and self.link is not None and self.link.holds(self):
-            self.settle()
+            self.revert_to_linear_if_dense()
         return nn.Module.named_modules(self, memo, prefix, remove_duplicate)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -151,7 +151,7 @@ class NF4Linear(kept.Received, nn.Linear):
             offload.take_packed(value, self)
         if name != "weight" or "weight" not in self.__dict__["_parameters"]:
             return super().__setattr__(name, value)
-        if is_sharded(value) or is_parallel(value):
+        if is_sharded(value) or is_tensor_parallel(value):
             return super().__setattr__(name, value)
         if isinstance(value, NF4Weight):
             if value.dense is None:
@@ -181,7 +181,8 @@ class NF4Linear(kept.Received, nn.Linear):
             )
         return (
             f"{state.name}: expected packed NF4 to shard, got a weight that a write made dense: unmerge the "
-            "adapter, or pack it (requantize_()), or make the layer an ordinary one (settle()), then shard"
+            "adapter, or pack it (requantize_()), or make the layer an ordinary one "
+            "(revert_to_linear_if_dense()), then shard"
         )
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
@@ -189,14 +190,14 @@ class NF4Linear(kept.Received, nn.Linear):
             destination[prefix + "weight"] = self._turned(self.weight.dense)
         elif isinstance(self.weight, NF4Weight):
             destination.update(self.weight.state_dict(prefix))
-        elif is_parallel(self.weight) and not keep_vars:
+        elif is_tensor_parallel(self.weight) and not keep_vars:
             # Whoever gathers DTensors would gather dense values.
             destination[prefix + "weight"] = self.weight._local_tensor
         elif is_dtensor(self.weight) and self.weight.is_meta and not is_sharded(self.weight):
             # Awaiting its part of a weight, which is cut from the whole once that is packed.
             shape, dtype = self.weight.shape, self.weight.dtype
             destination[prefix + "weight"] = torch.empty(shape, dtype=dtype, device="meta")
-        elif not kept.is_awaited(self.weight):
+        elif not accelerate_loading.is_awaited(self.weight):
             destination[prefix + "weight"] = self.weight if keep_vars else self.weight.detach()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
@@ -222,12 +223,12 @@ class NF4Linear(kept.Received, nn.Linear):
             )
             return
         mine = [k for k in state_dict if k == key or k.startswith(key + ".")]
-        if mine and is_parallel(self.weight):
+        if mine and is_tensor_parallel(self.weight):
             error_msgs.append(f"{key}: {PARALLEL}, expected no tensor of it: load by from_pretrained")
             return
         new: Any = None
-        if not mine and kept.is_awaited(self.weight):
-            kept.receive(self, "weight", key, state_dict)
+        if not mine and accelerate_loading.is_awaited(self.weight):
+            accelerate_loading.receive(self, "weight", key, state_dict)
         elif not mine:
             missing_keys.append(key)
         else:

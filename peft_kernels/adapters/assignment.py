@@ -1,54 +1,49 @@
-"""Which adapters serve which rows of a batch: what `rows` holds, and who finds it when."""
+"""Which adapters serve which rows of a batch, and which assignment applies to the call that is running."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextvars import ContextVar
 from math import prod
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-if TYPE_CHECKING:
-    from .adapter import BottleneckAdapter
-    from .site import AdapterSite
+from .adapter import BottleneckAdapter
 
 _MOST_GROUPS = 16
 _Entered = tuple[tuple["Assignment", int], ...]
-"""The innermost last, each with the backward pass that it was entered in."""
+"""Entered assignments, innermost last, each with the id of the backward pass in which it was entered."""
 _entered: ContextVar[_Entered] = ContextVar("entered", default=())
 _thread = threading.local()
-_lock = threading.Lock()
 
 
 class Step(NamedTuple):
-    """Adapters of one kind, and for each entry of an assignment the index of its one, or -1."""
+    """Adapters that read the same tensor, and the adapter index of each entry of an assignment, or -1."""
 
     adapters: tuple[BottleneckAdapter, ...]
     entries: tuple[int, ...]
 
 
 class Assignment:
-    def __init__(self, sites: Sequence[AdapterSite], stacks: tuple[tuple[str, ...], ...]) -> None:
-        self.sites = frozenset(sites)
+    """A stack of adapter names for each entry, which is one row of the batch or several consecutive ones."""
+
+    def __init__(self, sites: Collection[nn.Module], stacks: tuple[tuple[str, ...], ...]) -> None:
+        self.sites: frozenset[Any] = frozenset(sites)
         self.stacks = stacks
-        self._steps: dict[AdapterSite, list[Step]] = {}
+        self._steps: dict[nn.Module, list[Step]] = {}
         self._groups: dict[tuple[tuple[int, ...], int, torch.device], Tensor] = {}
 
-    def enter(self) -> None:
-        with _lock:
-            for site in self.sites:
-                site.entered.append(self)
-        _entered.set((*_entered.get(), (self, _backward_pass())))
-        _remembering.__enter__()
+    def steps(self, site: nn.Module, among: Callable[[Sequence[str]], list[BottleneckAdapter]]) -> list[Step]:
+        """Steps to run one after the other at a site; within one, a row has at most one adapter.
 
-    def steps(self, site: AdapterSite) -> list[Step]:
-        """One after the other. In one, no row has two adapters."""
+        `among` returns the site's adapters for a sequence of names. Cached by site.
+        """
         if site not in self._steps:
-            self._steps[site] = self._steps_of([site.among(stack) for stack in self.stacks])
+            self._steps[site] = self._steps_of([among(stack) for stack in self.stacks])
         return self._steps[site]
 
     def _steps_of(self, stacks: list[list[BottleneckAdapter]]) -> list[Step]:
@@ -63,10 +58,10 @@ class Assignment:
         return found
 
     def row_group(self, step: Step, y: Tensor, where: str) -> Tensor:
-        """For `multi_bottleneck`. A batch of more rows than entries has as many for each, side by side, as
-        beams are.
+        """The adapter index of each row of `y`, as `multi_bottleneck` takes it. Each entry may cover k
+        consecutive rows, as in beam search.
 
-        ValueError for a batch whose rows cannot be so.
+        Raises ValueError unless the number of rows is a multiple of the number of entries.
         """
         count, entries = y.shape[0], len(step.entries)
         if count % entries:
@@ -74,38 +69,41 @@ class Assignment:
                 f"names: expected one for each row of the batch, or for as many rows each, got {entries} for "
                 f"{count} rows at {where}"
             )
-        of_each = prod(y.shape[:-1]) // entries
-        key = (step.entries, of_each, y.device)
+        rows_per_entry = prod(y.shape[:-1]) // entries
+        key = (step.entries, rows_per_entry, y.device)
         found = self._groups.get(key)
         if found is None:
             if len(self._groups) >= _MOST_GROUPS:
                 self._groups.clear()
             with torch.inference_mode(False):
-                found = torch.tensor(step.entries, device=y.device).repeat_interleave(of_each)
+                found = torch.tensor(step.entries, device=y.device).repeat_interleave(rows_per_entry)
             self._groups[key] = found
         return found
 
 
-def leave() -> None:
-    """The innermost of this thread."""
-    _remembering.__exit__()
+def enter(assignment: Assignment) -> None:
+    _entered.set((*_entered.get(), (assignment, _backward_pass())))
+    _saved_with_assignments.__enter__()
+
+
+def leave() -> Assignment:
+    """Leaves the innermost assignment of this thread and returns it."""
+    _saved_with_assignments.__exit__()
     *outer, (assignment, _) = _entered.get()
     _entered.set(tuple(outer))
-    with _lock:
-        for site in assignment.sites:
-            site.entered.remove(assignment)
+    return assignment
 
 
-def assignment_for(site: AdapterSite) -> Assignment | None:
-    """Of the call that is running: the innermost that this thread has entered. In a recomputation, by
-    activation checkpointing, that of the forward, unless it was entered in the recomputation itself."""
+def assignment_for(site: nn.Module) -> Assignment | None:
+    """The assignment for the running call: the innermost one that this thread has entered. In a recomputation
+    by activation checkpointing it is that of the forward, unless one was entered in the recomputation."""
     inside, at = _innermost(_entered.get(), site)
     now = _backward_pass()
     return inside if now == -1 or at == now else _innermost(_unpacked(), site)[0]
 
 
 def is_recomputation() -> bool:
-    """Whether this recomputes what was computed with assignments."""
+    """Whether a forward that ran with assignments is being recomputed."""
     return bool(_unpacked())
 
 
@@ -119,7 +117,7 @@ def _pack(saved: Tensor) -> _Packed:
 def _unpack(packed: _Packed) -> Tensor:
     saved, version, _thread.unpacked = packed
     _thread.in_node = _node()
-    if saved._version != version:  # torch leaves that to hooks, where there are any
+    if saved._version != version:  # with hooks, torch leaves this check to them
         raise RuntimeError(
             f"a tensor of shape {tuple(saved.shape)} that backward needs was changed in place: expected "
             f"version {version}, got {saved._version}"
@@ -127,16 +125,16 @@ def _unpack(packed: _Packed) -> Tensor:
     return saved
 
 
-_remembering = saved_tensors_hooks(_pack, _unpack)
-"""A context: what is saved in it for backward remembers the assignments.
+_saved_with_assignments = saved_tensors_hooks(_pack, _unpack)
+"""Context in which tensors saved for backward carry the assignments.
 
-A recomputation begins with unpacking what went into the first computation, in whatever thread it runs, and is
-over before the backward of another operation begins.
+A recomputation begins by unpacking the inputs of the first computation, in any thread, and ends before the
+backward of another operation begins.
 """
 
 
 def _unpacked() -> _Entered:
-    """For the backward of the operation that is running."""
+    """Assignments unpacked by the operation whose backward is running."""
     found: _Entered = getattr(_thread, "unpacked", ())
     return found if found and _thread.in_node == _node() else ()
 
@@ -148,9 +146,9 @@ def _node() -> tuple[int, int, str] | None:
 
 
 def _backward_pass() -> int:
-    """-1 in none."""
+    """Id of the running backward pass; -1 outside of one."""
     return torch._C._current_graph_task_id()
 
 
-def _innermost(entered: _Entered, site: AdapterSite) -> tuple[Assignment | None, int]:
+def _innermost(entered: _Entered, site: nn.Module) -> tuple[Assignment | None, int]:
     return next((one for one in reversed(entered) if site in one[0].sites), (None, -1))

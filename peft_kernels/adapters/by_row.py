@@ -1,48 +1,50 @@
-"""Adapters of their own for the rows of a batch."""
+"""A different adapter for each row of a batch."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from types import TracebackType
 
 from torch import nn
 
-from .assignment import Assignment, leave
+from .assignment import Assignment, enter, leave
 from .manage import checked, sites
 from .site import AdapterSite
 
+_lock = threading.Lock()  # of the lists AdapterSite.entered
+
 
 class rows:
-    """A context manager: inside, each row of a batch has its own adapter.
+    """Context manager in which each row of a batch uses its own adapter.
 
     with pk.adapters.rows(model, ["support", None, ["support", "legal"]]):
         model(**three_rows)
 
-    It stands in for `set_active`, in this thread (and task of asyncio) alone: another thread may serve a
-    batch of other adapters with the same model at the same time. Any sequence of batches may be computed
-    inside, `generate` among them. Backward may come when it was left, activation checkpointing included; the
-    gradient of an adapter is that of its rows. Compiled models run piece by piece inside; with
-    `fullgraph=True` torch says that it cannot.
+    It overrides `set_active` in this thread (and asyncio task) only: another thread can run a batch with
+    other adapters on the same model at the same time. Any number of batches can run inside, `generate`
+    included. Backward may run after the context was left, also with activation checkpointing; an adapter's
+    gradient is that of its rows. Compiled models have graph breaks inside, so torch refuses `fullgraph=True`.
 
     Parameters
     ----------
     model : nn.Module
-        With adapters. They may differ in all that an AdapterConfig says.
+        A model with adapters, whose AdapterConfigs may differ.
     names : sequence of (str, sequence of str or None)
-        One for each row of the batch: an adapter, a stack in its order, or None. A batch of k times as many
-        rows has k rows for each, side by side, as `repeat_interleave` and beams of `generate` make them.
-        Rows are along a tensor's first dimension.
+        One entry per row of the batch: an adapter, a stack in order, or None. In a batch of k times as many
+        rows each entry covers k consecutive rows, as `repeat_interleave` and beam search make them. Rows are
+        along the first dimension.
 
     Raises
     ------
     ValueError
-        A name that is not there, a stack that has one twice, no names; in a forward, a batch whose rows are
-        no multiple of the names'. `delete` of an adapter that an entered one names is refused.
+        An unknown name, a stack with a duplicate, no names; in a forward, a batch whose number of rows is
+        not a multiple of the number of names. `delete` refuses an adapter that an entered context names.
 
     Notes
     -----
-    Made once, it may be entered again and again, by several threads too: make it when the composition of a
-    batch changes, not for each token.
+    It can be entered repeatedly, also by several threads: create it when the composition of the batch
+    changes, not for each token.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str | Sequence[str] | None]) -> None:
@@ -57,11 +59,18 @@ class rows:
         self._assignment = Assignment(sites(self._model), stacks)
 
     def __enter__(self) -> None:
-        if self._edition != AdapterSite.edition:  # adapters have come or gone, perhaps of this model
+        if self._edition != AdapterSite.edition:  # adapters were added or deleted
             self._prepare()
-        self._assignment.enter()
+        assignment = self._assignment  # another thread may prepare anew
+        with _lock:
+            for site in assignment.sites:
+                site.entered.append(assignment)
+        enter(assignment)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        leave()
+        assignment = leave()
+        with _lock:
+            for site in assignment.sites:
+                site.entered.remove(assignment)

@@ -226,7 +226,7 @@ class AdapterSite(nn.Module):
         assignment = assignment_for(self)
         if assignment is None:
             return self._together(y, x, reads)
-        for step in assignment.steps(self):
+        for step in assignment.steps(self, self.among):
             kind = step.adapters[0].reads
             if kind in reads:
                 self._check_order(in_order)

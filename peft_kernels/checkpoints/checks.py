@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nf4 import bitsandbytes_format as bitsandbytes
-from ..nf4 import experts_format
+from ..nf4 import bitsandbytes_format, experts_format
 from ..nf4.model import METHOD
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
 
-_STATES = (f".{bitsandbytes.STATE_PREFIX}", f".{experts_format.STATE_ITEM}")
-_ITEMS = {*bitsandbytes.TENSOR_ITEMS, *experts_format.TENSOR_ITEMS}
+_STATES = (f".{bitsandbytes_format.STATE_PREFIX}", f".{experts_format.STATE_ITEM}")
+_ITEMS = {*bitsandbytes_format.TENSOR_ITEMS, *experts_format.TENSOR_ITEMS}
 _ITEMS_OF_EXPERTS = (
     f".{experts_format.STATE_ITEM}",
-    *(f".{item}" for item in experts_format.TENSOR_ITEMS if item not in bitsandbytes.TENSOR_ITEMS),
+    *(f".{item}" for item in experts_format.TENSOR_ITEMS if item not in bitsandbytes_format.TENSOR_ITEMS),
 )
 _CHUNK = 1 << 24  # bytes of a tensor looked at in one go
 

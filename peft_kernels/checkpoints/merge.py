@@ -21,6 +21,7 @@ from .folder import CONFIG, INDEX, Checkpoint
 from .header import CheckpointError, Entry, read_header, shown
 from .lora_folder import LoraFolder
 from .merge_plan import Plan, plan_merge
+from .mergeable import WITH_PEFT, check_mergeable
 from .merged_file import MergedFile, Rounding, compose
 from .writer import sync, sync_all
 
@@ -93,7 +94,7 @@ def merge_checkpoint(
     check_destination(destination)
     checkpoint = Checkpoint.open(base)
     _check_base(checkpoint)
-    plan = plan_merge(checkpoint, LoraFolder.open(adapter), partial)
+    plan = plan_merge(checkpoint, LoraFolder.open(adapter, check_mergeable, WITH_PEFT), partial)
     if form == "nf4" and not plan.packed:
         raise CheckpointError(
             f"{base}: expected a base in NF4 to merge into NF4, got a dense one: quantise the result"

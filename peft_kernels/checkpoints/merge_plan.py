@@ -12,8 +12,8 @@ from .base_names import BaseNames
 from .changes import AddedBias, Both, Change, Experts, LowRank, Replaced
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
-from .lora_files import CONFIG, WEIGHTS, scaling_of
-from .lora_folder import WITH_PEFT, LoraFolder
+from .lora_folder import CONFIG, WEIGHTS, LoraFolder, scaling_of
+from .mergeable import WITH_PEFT
 
 _BASE_LAYER = ".base_layer"
 

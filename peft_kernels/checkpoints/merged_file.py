@@ -18,7 +18,7 @@ from .changes import Change, Experts, ReadPart
 from .checks import finite_pieces, read_nf4
 from .folder import Checkpoint
 from .header import CheckpointError, Entry, shown
-from .lora_files import finite
+from .lora_folder import read_finite
 from .merge_plan import Plan
 from .rows import read_form
 from .writer import Layout, ShardWriter, file_size
@@ -193,7 +193,7 @@ def compose(checkpoint: Checkpoint, plan: Plan, dense: bool, rounding: Rounding)
     """For each file of the base one, of the same name. Items of a packed weight go where its codes are."""
     items = {item for names in plan.packed.values() for item in names}
     # The adapters of two tensors are kept, for files alternate between the parts of one expert.
-    read = lru_cache(maxsize=4)(partial(finite, dtype=torch.float32))
+    read = lru_cache(maxsize=4)(partial(read_finite, dtype=torch.float32))
     found = []
     for file in checkpoint.files:
         here = checkpoint.of_file(file)

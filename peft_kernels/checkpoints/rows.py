@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from ..core.nf4_state import NF4State
-from ..nf4 import bitsandbytes_format as bitsandbytes
-from ..nf4 import experts_format
-from ..nf4.sharded.local_rows import Part
-from ..nf4.sharded.partition import Cut
+from ..nf4 import bitsandbytes_format, experts_format
+from ..nf4.sharded.local_rows import LocalRows
+from ..nf4.sharded.partition import Partition
 from .folder import Checkpoint
 from .header import CheckpointError, Entry
 
@@ -38,26 +37,26 @@ def read_form(checkpoint: Checkpoint, weight: str, names: list[str]) -> tuple[NF
         raise CheckpointError(str(error)) from error
     state.name = weight
     if state.offset is not None and state.offset.is_meta:  # it is in a text, and was made where the codes are
-        key = f"{weight}.{bitsandbytes.STATE_ITEM}"
-        state.offset = torch.tensor(float(bitsandbytes.read_json(key, items[key]).nested_offset))
+        key = f"{weight}.{bitsandbytes_format.STATE_ITEM}"
+        state.offset = torch.tensor(float(bitsandbytes_format.read_json(key, items[key]).nested_offset))
     return state, dtype
 
 
-def read_part(checkpoint: Checkpoint, weight: str, state: NF4State, start: int, stop: int) -> Part:
+def read_part(checkpoint: Checkpoint, weight: str, state: NF4State, start: int, stop: int) -> LocalRows:
     """Rows [start, stop) of a packed weight whose `read_form` gave `state`: only the blocks that they touch
     are read. Errors as there."""
-    cut = Cut(tuple(state.shape), state.blocksize)
-    codes, scales = cut.places(start, stop)
+    partition = Partition(tuple(state.shape), state.blocksize)
+    codes, scales = partition.slices(start, stop)
     packed = _flat(checkpoint.entries[weight], codes.start, codes.stop)
     absmax = _flat(checkpoint.entries[f"{weight}.absmax"], scales.start, scales.stop)
     if state.absmax2 is None:
         absmax = absmax.float()
-        checked: Any = NF4State(cut.shape, cut.blocksize, absmax=absmax)
+        checked: Any = NF4State(partition.shape, partition.blocksize, absmax=absmax)
         try:
-            bitsandbytes.check_scales(weight, checked, 0.0)
+            bitsandbytes_format.check_scales(weight, checked, 0.0)
         except ValueError as error:
             raise CheckpointError(str(error)) from error
-    return Part(cut, start, stop, packed, absmax, state.absmax2, state.offset, weight)
+    return LocalRows(partition, start, stop, packed, absmax, state.absmax2, state.offset, weight)
 
 
 def _flat(entry: Entry, start: int, stop: int) -> Tensor:

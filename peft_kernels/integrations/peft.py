@@ -10,11 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..core.nf4_state import PARALLEL
-from ..nf4 import bitsandbytes_format as bitsandbytes
-from ..nf4.sharded.checks import is_parallel
+from ..nf4 import bitsandbytes_format
+from ..nf4.sharded.checks import is_tensor_parallel
 from ..nf4.weight import NF4Weight
-from ..patch import eligibility as judge
-from ..patch import fused
+from ..patch import eligibility, fused
 
 
 def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = False) -> nn.Module:
@@ -55,7 +54,7 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
         (name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)
     ]
     for name, module in layers:
-        if any(is_parallel(weight) for weight in module.get_base_layer()._parameters.values()):
+        if any(is_tensor_parallel(weight) for weight in module.get_base_layer()._parameters.values()):
             raise RuntimeError(f"{name}: {PARALLEL}, expected merges of a model in one process")
     packed = {name: _packed(module.get_base_layer()) for name, module in layers} if quantize else {}
     for name, module in layers:
@@ -71,7 +70,7 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
             if packed.get(name):
                 _merge_by(module, functools.partial(_merge_and_repack, module, packed[name]))
             elif _is_over_bitsandbytes(module) and (adapters := _to_merge(module)):
-                bitsandbytes.unpack(module.get_base_layer())
+                bitsandbytes_format.unpack(module.get_base_layer())
                 if any(module.lora_bias.get(adapter) for adapter in adapters):
                     _merge_by(module, functools.partial(_merge_with_bias, module))
         unloaded: nn.Module = model.merge_and_unload(safe_merge=safe_merge)
@@ -92,7 +91,7 @@ def _is_over_bitsandbytes(module: Any) -> bool:
     from peft.tuners.lora import LoraLayer
 
     weight = module.get_base_layer()._parameters.get("weight")
-    return isinstance(module, LoraLayer) and bitsandbytes.is_quantized(weight)
+    return isinstance(module, LoraLayer) and bitsandbytes_format.is_quantized(weight)
 
 
 def _merge_by(module: Any, merge: Callable[..., None]) -> None:
@@ -112,7 +111,7 @@ def _merge_and_repack(module: Any, weights: list[NF4Weight], *args: Any, **kwarg
 
 
 def _to_merge(module: Any) -> list[str]:
-    return [name for name in judge.active(module) if name not in module.merged_adapters]
+    return [name for name in eligibility.active(module) if name not in module.merged_adapters]
 
 
 def _merge_with_bias(module: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -142,7 +141,7 @@ def _merged_weight(module: Any) -> Tensor | None:
     from peft.utils.integrations import dequantize_bnb_weight
     from peft.utils.other import transpose
 
-    is_linear = fused.plain_class(module) in judge.lora_linear_classes()
+    is_linear = fused.plain_class(module) in eligibility.lora_linear_classes()
     if not is_linear and not hasattr(module, "parameter_name"):
         return None
     weight = getattr(module.get_base_layer(), _target(module))
@@ -186,8 +185,8 @@ def _check_merged(name: str, module: Any) -> None:
     base, adapters = module.get_base_layer(), _to_merge(module)
     if not adapters:
         return
-    if bitsandbytes.is_quantized(getattr(base, "weight", None)):
-        bitsandbytes.unpack(base)
+    if bitsandbytes_format.is_quantized(getattr(base, "weight", None)):
+        bitsandbytes_format.unpack(base)
     merged = {_target(module): _merged_weight(module)}
     if any(module.lora_bias.get(adapter) for adapter in adapters):
         merged["bias"] = _merged_bias(module)

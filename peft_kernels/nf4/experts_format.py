@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..core.nf4_state import NF4State, packed_rows
-from . import bitsandbytes_format as bitsandbytes
+from . import bitsandbytes_format
 from .bitsandbytes_format import expect
 
 STATE_ITEM = "quant_state.peft_kernels__nf4_experts"
@@ -57,7 +57,7 @@ def read(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype
     """`from_state_dict` of the format that `key` is in, this one or bitsandbytes'."""
     if f"{key}.{STATE_ITEM}" in state_dict:
         return from_state_dict(state_dict, key)
-    return bitsandbytes.from_state_dict(state_dict, key)
+    return bitsandbytes_format.from_state_dict(state_dict, key)
 
 
 def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, torch.dtype]:
@@ -77,10 +77,10 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
             raise ValueError(f"{name}: expected a dense tensor in the state dict, got {type(value).__name__}")
         found.append(value)
     codes, absmax, blob, *second = found
-    numbers = bitsandbytes.read_json(known[STATE_ITEM], blob)
+    numbers = bitsandbytes_format.read_json(known[STATE_ITEM], blob)
     shape = numbers.shape
     if len(shape) != 3 or shape[0] < 1:
-        got = bitsandbytes.short(shape)
+        got = bitsandbytes_format.short(shape)
         raise ValueError(f"{key}: expected a shape (experts, out_features, in_features), got {got}")
     expect(key, "dtype", torch.uint8, codes.dtype)
     dimensions = [2, 2, 2, 1]  # (experts, n), and a number each
@@ -92,7 +92,7 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
     if offsets is not None:
         expect(known["nested_offset"], "dtype", torch.float32, offsets.dtype)
     # All experts are of one size: what holds for the first holds for all.
-    one = bitsandbytes.assemble(
+    one = bitsandbytes_format.assemble(
         key,
         shape[1:],
         numbers.blocksize,
@@ -120,5 +120,5 @@ def from_state_dict(state_dict: Mapping[str, Any], key: str) -> tuple[NF4State, 
             raise ValueError(
                 f"{known['nested_offset']}: expected finite numbers of 0 or more, got {bad} others"
             )
-    bitsandbytes.check_scales(key, state, largest)
+    bitsandbytes_format.check_scales(key, state, largest)
     return state, numbers.dtype

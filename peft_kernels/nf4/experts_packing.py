@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from .experts_forward import experts_forward
 from .loading import find, take
 from .model import ModelLink
-from .sharded import accelerate_loading as kept
-from .sharded.checks import is_parallel, is_sharded
+from .sharded import accelerate_loading
+from .sharded.checks import is_sharded, is_tensor_parallel
 from .weight import NF4Weight
 
 _HOME = "transformers.integrations.moe"
@@ -44,11 +44,11 @@ def packed_weights(module: nn.Module) -> list[str]:
     return [
         name
         for name, weight in found
-        if (isinstance(weight, NF4Weight) and not weight.is_dense) or is_parallel(weight)
+        if (isinstance(weight, NF4Weight) and not weight.is_dense) or is_tensor_parallel(weight)
     ]
 
 
-class NF4Experts(kept.Received):
+class NF4Experts(accelerate_loading.ReceivesWeights):
     """What is mixed into the class of a packed module.
 
     Weights are (experts, out_features, in_features) here, also where the module as it was has them
@@ -72,7 +72,7 @@ class NF4Experts(kept.Received):
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         return experts_forward(self, hidden_states, top_k_index, top_k_weights)
 
-    def settle(self: Any) -> nn.Module:
+    def revert_to_linear_if_dense(self: Any) -> nn.Module:
         """Become an ordinary module, if all weights are dense. Returns the module."""
         if all(_dense(weight) is not None for weight in _weights(self).values()):
             unpack(self)
@@ -84,14 +84,14 @@ class NF4Experts(kept.Received):
     ) -> Iterator[tuple[str, nn.Module]]:
         """As `nn.NF4Linear.named_modules`: PEFT has put the module back to where it was."""
         if memo is None and self.link is not None and self.link.holds(self):
-            self.settle()
+            self.revert_to_linear_if_dense()
         return nn.Module.named_modules(self, memo, prefix, remove_duplicate)
 
     def _save_to_state_dict(self: Any, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)  # type: ignore[misc]
         for name, weight in _weights(self).items():
             dense = _dense(weight)
-            if kept.is_awaited(weight):
+            if accelerate_loading.is_awaited(weight):
                 del destination[prefix + name]
             elif is_sharded(weight):
                 continue
@@ -116,8 +116,8 @@ class NF4Experts(kept.Received):
             key = prefix + name
             items = {k for k in state_dict if k == key or k.startswith(f"{key}.")}
             mine |= items
-            if not items and kept.is_awaited(weight):
-                kept.receive(self, name, key, state_dict)
+            if not items and accelerate_loading.is_awaited(weight):
+                accelerate_loading.receive(self, name, key, state_dict)
                 continue
             if not items:
                 missing_keys.append(key)

@@ -177,8 +177,8 @@ def _read(func: Any, self: NF4Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def _detach(func: Any, self: NF4Tensor) -> Tensor:
     packed = self._state.packed is not None
-    if packed and not torch.compiler.is_compiling() and ddp.is_asking(sys._getframe(2)):
-        return ddp.Parcel.of(self._state, self.dtype)
+    if packed and not torch.compiler.is_compiling() and ddp.is_ddp_broadcast(sys._getframe(2)):
+        return ddp.BroadcastBuffer.of(self._state, self.dtype)
     return _read(func, self)
 
 

@@ -29,8 +29,7 @@ from ..core.code_tables import BLOCKSIZES, WEIGHT_DTYPES
 from ..core.nf4_state import Addition, NF4State, fingerprint, packed_rows
 from ..core.registry import public_ops as ops
 from ..core.wrong_types import names_wrong_types
-from . import bitsandbytes_format as bitsandbytes
-from . import experts_format
+from . import bitsandbytes_format, experts_format
 from .tensor import NF4Tensor
 
 if TYPE_CHECKING:
@@ -224,7 +223,7 @@ class NF4Weight(NF4Tensor):
         """Tensors to save, under bitsandbytes' keys (`weight`, `weight.absmax`, ...); experts' under keys of
         our own, see `experts_format`. Shares memory."""
         self._state.refuse_saving_part()
-        form = experts_format if self.dim() == 3 else bitsandbytes
+        form = experts_format if self.dim() == 3 else bitsandbytes_format
         return form.to_state_dict(self._state, self.dtype, prefix + name)
 
     @classmethod
@@ -240,11 +239,11 @@ class NF4Weight(NF4Tensor):
 
         ValueError when it is not quantised yet, is fp4, or was repacked by bitsandbytes' CPU inference.
         """
-        return cls(bitsandbytes.state_of(params4bit), params4bit.quant_state.dtype)
+        return cls(bitsandbytes_format.state_of(params4bit), params4bit.quant_state.dtype)
 
     def to_bnb(self) -> Any:
         """The same weight as a `bitsandbytes.nn.Params4bit`, sharing memory."""
-        return bitsandbytes.to_params4bit(self._state, self.dtype)
+        return bitsandbytes_format.to_params4bit(self._state, self.dtype)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         state = self._state

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor  # parameters while torch.e
 
 from ..core.module_calls import hooks_on_all, more_than_forward
 from ..nf4 import bitsandbytes_format as bitsandbytes
-from ..nf4.sharded.checks import UNGATHERED, is_parallel, is_sharded
+from ..nf4.sharded.checks import UNGATHERED, is_sharded, is_tensor_parallel
 from ..nf4.weight import NF4State, NF4Weight
 from ..nn import NF4Linear
 from ..ops.arguments import autocast_dtype, is_traced
@@ -75,7 +75,7 @@ def _replaced(part: nn.Module, device: torch.device | None) -> str | None:
         return None
     hook = d.get("_hf_hook")
     if hook is None or not fused.is_own(part, d.get("_old_forward")):
-        if is_parallel(d["_parameters"].get("weight")):
+        if is_tensor_parallel(d["_parameters"].get("weight")):
             return PARALLEL
         return f"the forward of a {type(part).__name__} was replaced on the instance"
     for one in getattr(hook, "hooks", (hook,)):
@@ -110,7 +110,7 @@ def linear(layer: nn.Module) -> str:
 def is_packed(layer: nn.Module) -> bool:
     """Whether the weight of a linear layer is NF4 in our own format, whole or one process's part of it."""
     weight = layer._parameters.get("weight")
-    return isinstance(weight, NF4Weight) or is_sharded(weight) or is_parallel(weight)
+    return isinstance(weight, NF4Weight) or is_sharded(weight) or is_tensor_parallel(weight)
 
 
 def is_linear4bit(module: nn.Module) -> bool:

@@ -35,7 +35,7 @@ def targets(
     owners: Counter[int] = Counter()
     for module in model.modules():
         if isinstance(module, NF4Linear):
-            module.settle()
+            module.revert_to_linear_if_dense()
         owners.update(id(part) for parts in (module._modules, module._parameters) for part in parts.values())
     adapters = set(_adapter_modules(model))
     stay = heads(model) if skip is None else {}

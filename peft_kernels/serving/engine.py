@@ -16,9 +16,9 @@ import torch
 from .arguments import at_least, end_tokens, token_ids
 from .batch import Batch
 from .decoder import Decoder
+from .fair_lock import FairLock
 from .request import Request, Sampling
 from .store import AdapterState, NoRoom, Store
-from .turns import FairLock
 
 
 class Engine:

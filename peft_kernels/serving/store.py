@@ -18,9 +18,9 @@ from ..adapters.files import CONFIG as BOTTLENECK_CONFIG
 from ..adapters.files import LARGEST_HEADER
 from ..adapters.files import WEIGHTS as BOTTLENECK_WEIGHTS
 from ..checkpoints.header import read_header
-from ..checkpoints.lora_files import read_lora
 from .decoder import Decoder
 from .layers import LoraLayers
+from .lora import read_lora
 
 _NAME = re.compile(r"[A-Za-z0-9_-]+")
 

@@ -204,7 +204,7 @@ def dense_twin(base: Path, dense_base: Path, experts: bool) -> Any:
                 unpack(module)
             elif isinstance(module, pk.nn.NF4Linear):
                 module.weight.data = module.weight.dequantize()
-                module.settle()
+                module.revert_to_linear_if_dense()
         return model
     model, checkpoint = CAUSAL.from_pretrained(dense_base), Checkpoint.open(base)
     for name, items in nf4_weights(checkpoint.entries).items():

@@ -130,7 +130,7 @@ def refused(folder: Path) -> None:
             )
     for p in model.parameters():
         local: Any = p.to_local()
-        assert not (local.dequantize() if hasattr(local, "_part") else local).any()
+        assert not (local.dequantize() if hasattr(local, "_rows") else local).any()
     set_model_state_dict(model, get_model_state_dict(model))  # of parts: as always
     fsdp.load_full_state_dict(model, of_process_0(state))
     assert_same_bits(fsdp._whole(model[2].weight.detach()), want[2].weight)

@@ -67,7 +67,7 @@ def wiped(model: Any) -> Any:
     with torch.no_grad():
         for p in model.parameters():
             mine: Any = getattr(p, "_local_tensor", p)
-            state = getattr(mine, "_part", None) or getattr(mine, "_state", None)
+            state = getattr(mine, "_rows", None) or getattr(mine, "_state", None)
             for t in [mine] if state is None else state.tensors().values():
                 t.zero_()
     return model

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import (
 import peft_kernels as pk
 import testing
 from peft_kernels.nf4.sharded.fsdp_tensor import NF4Shard
-from peft_kernels.nf4.sharded.local_rows import Part
+from peft_kernels.nf4.sharded.local_rows import LocalRows
 
 DECAY = 0.999
 
@@ -158,7 +158,9 @@ def test_an_average_of_two_weights_is_kept_in_full(how: str) -> None:
 def test_rows_that_a_process_has() -> None:
     """FSDP2's parts, which nothing else may be written to."""
     weight = make()
-    ema, current = (NF4Shard(Part.of(copy.deepcopy(weight)._state).narrow(2, 7), weight.dtype) for _ in "ab")
+    ema, current = (
+        NF4Shard(LocalRows.of(copy.deepcopy(weight)._state).narrow(2, 7), weight.dtype) for _ in "ab"
+    )
     want = ema.dequantize()
     ema.copy_(DECAY * ema + (1 - DECAY) * current)
     torch._foreach_lerp_([ema], [current], 1 - DECAY)

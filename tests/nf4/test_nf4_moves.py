@@ -150,12 +150,12 @@ def test_copies_of_a_model_tell_of_themselves(copying: Any) -> None:
     twin = copying(net)
     for layer in (twin.q, twin.o):
         layer.weight.data *= 2
-        layer.settle()
+        layer.revert_to_linear_if_dense()
     assert type(twin.q) is nn.Linear and vars(twin).keys() == vars(models.Net()).keys()
     assert net.is_loaded_in_4bit and isinstance(net.q, NF4Linear)
     alone = copying(net.q)
     alone.weight.data *= 2
-    assert type(alone.settle()) is nn.Linear and net.is_loaded_in_4bit
+    assert type(alone.revert_to_linear_if_dense()) is nn.Linear and net.is_loaded_in_4bit
     assert len(pickle.dumps(net.q)) < len(pickle.dumps(net)) - 1000, "a layer does not take its model along"
 
 

@@ -8,7 +8,13 @@ from torch import nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.nf4.sharded.tp_slices import cut, first_level, nest, size_of_part, why_whole
+from peft_kernels.nf4.sharded.tp_slices import (
+    encode_scales,
+    first_level_scales,
+    slice_size,
+    slice_state,
+    unsliceable_reason,
+)
 
 WHOLE = [
     ((6, 128), 64, 0, 4, "leave some of 4 processes without any"),
@@ -28,13 +34,13 @@ def test_a_slice_has_the_bits_of_the_whole(
     shape: tuple[int, int], nested: bool, dim: int, count: int
 ) -> None:
     weight = pk.NF4Weight.quantize(testing.tensor(*shape, seed=1), 64, nested)
-    if why_whole(shape, 64, dim, count):
-        assert shape[1] % 64 or (dim == 1 and size_of_part(shape[1], count) % 64)
+    if unsliceable_reason(shape, 64, dim, count):
+        assert shape[1] % 64 or (dim == 1 and slice_size(shape[1], count) % 64)
         return
-    size, second = size_of_part(shape[dim], count), weight._state.absmax2
+    size, second = slice_size(shape[dim], count), weight._state.absmax2
     for part in range(count):
         start, stop = part * size, min((part + 1) * size, shape[dim])
-        state = cut(weight._state, dim, start, stop)
+        state = slice_state(weight._state, dim, start, stop)
         mine = pk.NF4Weight(state, torch.float32)
         assert torch.equal(mine.dequantize(), weight.dequantize().narrow(dim, start, stop - start))
         own = [t for t in state.tensors().values() if t.numel()]
@@ -51,13 +57,13 @@ def test_a_slice_has_the_bits_of_the_whole(
 def test_what_cannot_be_cut_is_told(
     shape: tuple[int, ...], blocksize: int, dim: int, count: int, reason: str
 ) -> None:
-    assert reason in why_whole(shape, blocksize, dim, count)
+    assert reason in unsliceable_reason(shape, blocksize, dim, count)
 
 
 def test_scales_find_their_codes_again() -> None:
     state = pk.NF4Weight.quantize(testing.tensor(300, 192, seed=3), 64)._state
     assert state.absmax is not None and state.absmax2 is not None and state.offset is not None
     second = state.absmax2, state.offset
-    codes = nest(first_level(state), second)
+    codes = encode_scales(first_level_scales(state), second)
     assert codes is not None and torch.equal(codes, state.absmax)
-    assert nest(first_level(state) * 1.001, second) is None
+    assert encode_scales(first_level_scales(state) * 1.001, second) is None

@@ -59,7 +59,7 @@ def dense_twin(model: nn.Module) -> Any:
     for module in list(twin.modules()):
         if isinstance(module, NF4Linear):
             module.weight.data = module.weight.dequantize()
-            module.settle()
+            module.revert_to_linear_if_dense()
     return twin
 
 

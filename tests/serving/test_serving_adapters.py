@@ -189,7 +189,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         "expected a layer of this model",
     ),
     "no-linear": (_elsewhere("base_model.model.model.norm."), "expected a linear layer"),
-    "foreign": (_elsewhere("else."), "else.lora_A.weight: expected base_model.model.<layer>.lora_A.weight"),
+    "foreign": (
+        _elsewhere("else."),
+        "else.lora_A.weight: expected a name that starts with base_model",
+    ),
 }
 
 

@@ -19,7 +19,7 @@ from peft_kernels.checkpoints.header import CheckpointError
 from peft_kernels.core import dispatch
 from peft_kernels.patch.fused import Fused
 from peft_kernels.serving import Engine, Request, Sampling
-from peft_kernels.serving.turns import FairLock
+from peft_kernels.serving.fair_lock import FairLock
 
 safetensors = pytest.importorskip("safetensors.torch", reason="safetensors is not installed")
 

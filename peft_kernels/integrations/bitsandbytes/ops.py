@@ -23,7 +23,7 @@ from ...core.backends import BACKENDS
 from ...core.backends.base import DTYPES
 from ...core.code_tables import BLOCKSIZES, dynamic_map, nf4_code
 from ...core.registry import public_ops
-from . import optim as bitsandbytes_optim
+from . import optim
 from .covers import has_kernels, is_table
 
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BITSANDBYTES"
@@ -210,7 +210,7 @@ _KERNELS: dict[str, Kernel] = {
     "gemm_4bit": _gemm,
     "gemv_4bit": _gemv,
     "gemv_4bit.out": _gemv_out,
-    **bitsandbytes_optim.KERNELS,
+    **optim.KERNELS,
 }
 _SCHEMAS = {
     "quantize_4bit": "(Tensor A, int blocksize, str quant_type, ScalarType quant_storage) "
@@ -225,7 +225,7 @@ _SCHEMAS = {
     "gemv_4bit": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize) -> Tensor",
     "gemv_4bit.out": "(Tensor A, Tensor B, int[] shapeB, Tensor absmax, Tensor code, int blocksize, "
     "Tensor! out) -> ()",
-    **bitsandbytes_optim.SCHEMAS,
+    **optim.SCHEMAS,
 }
 
 

@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ...core.nf4_state import PARALLEL
-from ...nf4.sharded.checks import is_dtensor, is_parallel, is_sharded
+from ...nf4.sharded.checks import is_dtensor, is_sharded, is_tensor_parallel
 from ...nf4.sharded.fsdp_tensor import NF4Shard
-from ...nf4.sharded.local_rows import Part
-from ...nf4.sharded.ranks import agree, groups_of, mesh_of
+from ...nf4.sharded.local_rows import LocalRows
+from ...nf4.sharded.ranks import groups_of, mesh_of, raise_everywhere
 from ...nf4.weight import NF4Weight
 from .broadcast import load_full_state_dict
 from .loading import empty_layers, load_checkpoint
@@ -69,11 +69,11 @@ def report(model: nn.Module) -> ShardingReport:
     for name, p in model.named_parameters():
         weight: Any = p
         if is_sharded(weight):
-            part = weight._local_tensor._part
+            part = weight._local_tensor._rows
             found.sharded.append(name)
             found.bytes_here += part.nbytes
             found.bytes_whole += part.whole_nbytes
-            if not part.cut.is_seamless(part.cut.rows_of_part(_parts(weight))):
+            if not part.partition.is_cell_aligned(part.partition.rows_per_rank(_parts(weight))):
                 found.joined.append(name)
         elif isinstance(weight, NF4Weight):
             found.replicated.append(name)
@@ -99,7 +99,7 @@ def checkpoint_state(model: nn.Module) -> dict[str, Tensor]:
     for name, p in model.named_parameters(remove_duplicate=False):
         value: Any = p.detach()
         if isinstance(value, NF4Weight) and not value.is_dense:
-            value = NF4Shard(Part.of(value._state), value.dtype)
+            value = NF4Shard(LocalRows.of(value._state), value.dtype)
         found[name] = value
     for prefix, module in model.named_modules(remove_duplicate=False):
         for name, buffer in module._buffers.items():
@@ -155,13 +155,13 @@ def save_adapter(model: Any, folder: Path | str, **options: Any) -> None:
             model.save_pretrained(folder, state_dict=full, **options)
         except Exception as problem:
             error = f"{folder}: the adapter could not be saved ({type(problem).__name__}: {problem})"
-    agree(error, groups_of(mesh))
+    raise_everywhere(error, groups_of(mesh))
 
 
 def _refuse_parallel(model: nn.Module) -> None:
     """In every process, before any of them waits for another."""
     for name, p in model.named_parameters():
-        if is_parallel(p):
+        if is_tensor_parallel(p):
             raise RuntimeError(f"{name}: {PARALLEL}, expected model.save_pretrained(folder) in every process")
 
 
@@ -170,11 +170,10 @@ def _whole(value: Any) -> Any:
         return value
     with torch.no_grad():
         whole: Any = value.to(value.device_mesh.device_type).full_tensor()
-    if isinstance(whole, NF4Shard):  # one process has it all, and nothing was gathered
-        part = whole._part
-        state = part.whole(
-            (part.packed[: part.cut.nbytes], part.absmax[: part.cut.scales]), (part.absmax2, part.offset)
-        )
+    if isinstance(whole, NF4Shard):  # on a single process, where nothing was gathered
+        rows, partition = whole._rows, whole._rows.partition
+        flat = rows.packed[: partition.nbytes], rows.absmax[: partition.scales]
+        state = rows.whole(flat, (rows.absmax2, rows.offset))
         whole = NF4Weight(state, whole.dtype)
     return whole
 

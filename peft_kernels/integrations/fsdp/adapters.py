@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ...nf4.sharded.checks import is_dtensor, is_sharded
-from ...nf4.sharded.ranks import first, groups_of, own, parameter
+from ...nf4.sharded.ranks import first_value, groups_of, local_slices, make_parameter
 from ...nf4.weight import NF4Weight
 
 Tensors = dict[str, Any]
@@ -91,7 +91,7 @@ def why_not(model: Any) -> str | None:
 
 def start(model: Any, mesh: Any, device: torch.device) -> None:
     """Make what is on the meta device of a model's adapters, on `device`. Every process has to call it."""
-    seed = first(int(torch.randint(1 << 62, ())), groups_of(mesh))
+    seed = first_value(int(torch.randint(1 << 62, ())), groups_of(mesh))
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
         for _, layer in _lora_layers(model):
@@ -103,7 +103,7 @@ def start(model: Any, mesh: Any, device: torch.device) -> None:
             if not place.is_meta or base.is_meta:
                 continue
             if id(place) not in made:
-                made[id(place)] = parameter(place, _copied(place, base, rows).to(place.dtype), device)
+                made[id(place)] = make_parameter(place, _copied(place, base, rows).to(place.dtype), device)
             tensors[key] = made[id(place)] if isinstance(place, nn.Parameter) else made[id(place)].detach()
 
 
@@ -173,7 +173,7 @@ def _copied(place: Any, base: Any, rows: list[int] | None) -> Tensor:
         found: Tensor = base.to_local()
     else:
         found = _whole(base)
-        found = (found if rows is None else found[rows])[own(place)]
+        found = (found if rows is None else found[rows])[local_slices(place)]
     return found.detach().clone()
 
 
@@ -203,19 +203,19 @@ def _start_lora(layer: Any, adapter: str, init: Any, device: torch.device) -> No
     base = layer.get_base_layer().weight
     if magnitude is not None and not base.is_meta:
         place = magnitude._parameters["weight"]
-        (rows,) = own(place)
+        (rows,) = local_slices(place)
         dense = _rows(base, rows)
         lora_a, lora_b = (linear.weight.to(dense.device) for linear in linears)
         norms = magnitude.get_weight_norm(dense, lora_b[rows] @ lora_a, layer.scaling[adapter])
-        magnitude._parameters["weight"] = parameter(place, norms.to(place.dtype), device)
+        magnitude._parameters["weight"] = make_parameter(place, norms.to(place.dtype), device)
     for tensors, key, place in places:
-        mine = tensors[key].detach().to(place.dtype)[own(place)].clone()
-        tensors[key] = parameter(place, mine, device)
+        mine = tensors[key].detach().to(place.dtype)[local_slices(place)].clone()
+        tensors[key] = make_parameter(place, mine, device)
 
 
 def _rows(weight: Any, rows: slice) -> Tensor:
     """Dense rows of a base weight. Nothing is gathered for those that this process has."""
-    part = weight._local_tensor._part if is_sharded(weight) else None
+    part = weight._local_tensor._rows if is_sharded(weight) else None
     if part is not None and (rows.start, rows.stop) == (part.start, part.stop):
         dense = part.dequantize(weight.dtype)
     else:

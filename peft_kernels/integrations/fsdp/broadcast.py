@@ -12,9 +12,19 @@ from torch import Tensor, nn
 from ...checkpoints.checks import nf4_weights
 from ...checkpoints.header import CheckpointError
 from ...nf4.sharded.checks import is_sharded
-from ...nf4.sharded.ranks import agree, broadcast, device_for, first, form_of, groups_of, mesh_of, own, sent
+from ...nf4.sharded.ranks import (
+    broadcast,
+    broadcast_weight,
+    device_for,
+    first_value,
+    groups_of,
+    layout_of,
+    local_slices,
+    mesh_of,
+    raise_everywhere,
+)
 from ...nf4.weight import NF4Weight
-from . import adapters as fsdp_adapters
+from . import adapters
 from .loading import base_places, check_dense, check_form, expects_packed, matched, named_places, put
 
 
@@ -60,27 +70,27 @@ def load_full_state_dict(
             plan = {name: _about(value) for name, value in mine.items()}
     except Exception as problem:  # of any kind: the others wait
         error = str(problem)
-    agree(error, groups, CheckpointError)
-    plan = first(plan or None, groups) or {}
+    raise_everywhere(error, groups, CheckpointError)
+    plan = first_value(plan or None, groups) or {}
     try:
         names = _judged(model, places, plan, strict)
     except CheckpointError as problem:
         error = str(problem)
-    agree(error, groups, CheckpointError)
+    raise_everywhere(error, groups, CheckpointError)
     new: dict[str, Any] = {}
     for name in names:
         place = places[name]
         if isinstance(plan[name][0], torch.dtype):
             dtype, shape = plan[name]
             whole = broadcast(mine.get(name), shape, dtype, groups, kind)
-            new[name] = whole[own(place)].to(place.dtype).clone()
+            new[name] = whole[local_slices(place)].to(place.dtype).clone()
         else:
-            part = sent(mine.get(name), plan[name], groups, kind, name)
-            rows = place._local_tensor._part if is_sharded(place) else part
-            new[name] = part.narrow(rows.start, rows.stop).owned()
+            part = broadcast_weight(mine.get(name), plan[name], groups, kind, name)
+            rows = place._local_tensor._rows if is_sharded(place) else part
+            new[name] = part.narrow(rows.start, rows.stop).with_own_memory()
     put(model, places, new, device_for(mesh, device))
-    if fsdp_adapters.is_peft(model):
-        fsdp_adapters.start(model, mesh, device_for(mesh, device))
+    if adapters.is_peft(model):
+        adapters.start(model, mesh, device_for(mesh, device))
 
 
 def _values(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -100,17 +110,17 @@ def _values(state_dict: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def _about(value: Tensor) -> Any:
-    return form_of(value) if isinstance(value, NF4Weight) else (value.dtype, tuple(value.shape))
+    return layout_of(value) if isinstance(value, NF4Weight) else (value.dtype, tuple(value.shape))
 
 
 def _judged(model: nn.Module, places: dict[str, Any], plan: dict[str, Any], strict: bool) -> list[str]:
     """Names to load. CheckpointError where something does not fit, is missing, or cannot be started."""
     loaded = {id(places[name]) for name in plan if name in places}
     wanted = dict(places)
-    if fsdp_adapters.is_peft(model):
-        started = {id(tensors[key]): tensors[key] for tensors, key in fsdp_adapters.startable(model)}
+    if adapters.is_peft(model):
+        started = {id(tensors[key]): tensors[key] for tensors, key in adapters.startable(model)}
         new = {key for key, tensor in started.items() if tensor.is_meta and key not in loaded}
-        if new and (reason := fsdp_adapters.why_not(model)):
+        if new and (reason := adapters.why_not(model)):
             raise CheckpointError(reason)
         wanted = {name: place for name, place in places.items() if id(place) not in new}
     names = matched(plan, wanted, strict, "the state dict of process 0")

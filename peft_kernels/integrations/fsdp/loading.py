@@ -15,12 +15,19 @@ from ...checkpoints.header import CheckpointError, Entry
 from ...checkpoints.rows import read_form, read_part, read_rows
 from ...nf4.model import ModelLink, announce
 from ...nf4.sharded.checks import is_dtensor, is_sharded
-from ...nf4.sharded.ranks import agree, device_for, groups_of, mesh_of, own, parameter
+from ...nf4.sharded.ranks import (
+    device_for,
+    groups_of,
+    local_slices,
+    make_parameter,
+    mesh_of,
+    raise_everywhere,
+)
 from ...nf4.weight import NF4Weight
 from ...nn import NF4Linear
 from ...quantize.architectures import is_linear
 from ...quantize.report import QuantizeReport, nbytes_of
-from . import adapters as fsdp_adapters
+from . import adapters
 
 META = torch.device("meta")
 
@@ -105,9 +112,9 @@ def load_checkpoint(
     mesh = mesh_of(model)
     device = device_for(mesh, device)
     places, error, new = base_places(model), None, dict[str, Any]()
-    adapted = fsdp_adapters.is_peft(model)
+    adapted = adapters.is_peft(model)
     try:
-        if adapted and (reason := fsdp_adapters.why_not(model)):
+        if adapted and (reason := adapters.why_not(model)):
             raise CheckpointError(reason)
         if strict and (name := _nowhere(model, places)):
             raise CheckpointError(
@@ -117,10 +124,10 @@ def load_checkpoint(
         new = _read(Checkpoint.open(path), places, strict)
     except (CheckpointError, OSError) as problem:
         error = str(problem)
-    agree(error, groups_of(mesh), CheckpointError)
+    raise_everywhere(error, groups_of(mesh), CheckpointError)
     put(model, places, new, device)
     if adapted:
-        fsdp_adapters.start(model, mesh, device)
+        adapters.start(model, mesh, device)
 
 
 def put(model: nn.Module, places: dict[str, Any], new: dict[str, Any], device: torch.device) -> None:
@@ -132,7 +139,7 @@ def put(model: nn.Module, places: dict[str, Any], new: dict[str, Any], device: t
         if id(place) in made:
             continue
         if place.is_meta:
-            filled: Any = parameter(place, value, device)
+            filled: Any = make_parameter(place, value, device)
             made[id(place)] = filled = filled if isinstance(place, nn.Parameter) else filled.detach()
             for tensors, key in holders[id(place)]:
                 tensors[key] = filled
@@ -153,17 +160,17 @@ def named_places(model: nn.Module) -> dict[str, Any]:
 def base_places(model: nn.Module) -> dict[str, Any]:
     """Those by the names that a checkpoint of the base has, adapters left out."""
     named = named_places(model)
-    if not fsdp_adapters.is_peft(model):
+    if not adapters.is_peft(model):
         return named
-    adapters, base_name = fsdp_adapters.prefixes(model), fsdp_adapters.base_names(model)
-    return {base_name(name): place for name, place in named.items() if not name.startswith(adapters)}
+    prefixes, base_name = adapters.prefixes(model), adapters.base_names(model)
+    return {base_name(name): place for name, place in named.items() if not name.startswith(prefixes)}
 
 
 def _nowhere(model: nn.Module, places: dict[str, Any]) -> str | None:
     """A buffer on the meta device that nothing fills."""
     filled = {id(place) for place in places.values()}
-    if fsdp_adapters.is_peft(model):
-        filled |= {id(tensors[key]) for tensors, key in fsdp_adapters.startable(model)}
+    if adapters.is_peft(model):
+        filled |= {id(tensors[key]) for tensors, key in adapters.startable(model)}
     return next((name for name, b in model.named_buffers() if b.is_meta and id(b) not in filled), None)
 
 
@@ -179,7 +186,7 @@ def _holders(model: nn.Module) -> dict[int, list[tuple[dict[str, Any], str]]]:
 
 
 def _read(checkpoint: Checkpoint, places: dict[str, Any], strict: bool) -> dict[str, Any]:
-    """What this process has of each tensor: a Part, or dense values."""
+    """What this process has of each tensor: a LocalRows, or dense values."""
     quantised = nf4_weights(checkpoint.entries)
     items = {item for names in quantised.values() for item in names}
     names = {*quantised, *(checkpoint.entries.keys() - items)}
@@ -191,7 +198,7 @@ def _read(checkpoint: Checkpoint, places: dict[str, Any], strict: bool) -> dict[
             continue
         state, _ = read_form(checkpoint, name, quantised[name])
         check_form(name, place, state.shape, state.blocksize, state.absmax2 is not None)
-        mine = place._local_tensor._part if is_sharded(place) else None
+        mine = place._local_tensor._rows if is_sharded(place) else None
         start, stop = (0, state.shape[0]) if mine is None else (mine.start, mine.stop)
         new[name] = read_part(checkpoint, name, state, start, stop)
     return new
@@ -225,8 +232,8 @@ def check_form(name: str, place: Any, shape: tuple[int, ...], blocksize: int, ne
     """CheckpointError where a packed weight is not of the form of its place."""
     _check(name, "shape", tuple(place.shape), tuple(shape))
     if is_sharded(place):
-        mine = place._local_tensor._part
-        _check(name, "blocksize", mine.cut.blocksize, blocksize)
+        mine = place._local_tensor._rows
+        _check(name, "blocksize", mine.partition.blocksize, blocksize)
         _check(name, "double_quant", mine.absmax2 is not None, nested)
 
 
@@ -246,7 +253,7 @@ def _dense_rows(name: str, place: Any, entry: Entry) -> Tensor:
     check_dense(name, place, entry.shape, entry.dtype)
     if not is_dtensor(place):
         return entry.read().to(place.dtype)
-    rows, *others = own(place)
+    rows, *others = local_slices(place)
     found = read_rows(entry, rows.start, rows.stop) if place.dim() else entry.read()
     return found[(slice(None), *others)].to(place.dtype).contiguous()
 
@@ -254,7 +261,7 @@ def _dense_rows(name: str, place: Any, entry: Entry) -> Tensor:
 @torch.no_grad()
 def _fill(place: Any, value: Any) -> None:
     if is_sharded(place):
-        place._local_tensor._part.load(value)
+        place._local_tensor._rows.load(value)
     elif isinstance(place, NF4Weight):
         state = value.whole((value.packed, value.absmax), (value.absmax2, value.offset))
         state.name = place._state.name

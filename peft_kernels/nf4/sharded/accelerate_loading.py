@@ -1,8 +1,8 @@
-"""Layers of packed weights where process 0 has the model, and the others are to get it.
+"""Packed weights under accelerate's RAM-efficient loading, where only process 0 has the model.
 
-Under its RAM-efficient loading accelerate moves the model to the meta device, shards it there, and sends what
-process 0 had, tensor by tensor, with shapes and types that packed weights do not have. So their layers leave
-them out of the state dict meanwhile; process 0 keeps its own, and sends them when the layer is loaded.
+accelerate moves the model to the meta device, shards it there and sends the tensors of process 0 one by one,
+with shapes and dtypes that packed weights do not have. So layers leave packed weights out of the state dict
+meanwhile; process 0 keeps them and sends them when the layer is loaded.
 """
 
 from __future__ import annotations
@@ -23,48 +23,48 @@ from .checks import is_dtensor, is_sharded
 _SETTINGS = "ACCELERATE_USE_FSDP", "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 
-def is_on() -> bool:
+def is_ram_efficient() -> bool:
     return all(os.environ.get(name, "").lower() in ("1", "true", "yes", "on", "y", "t") for name in _SETTINGS)
 
 
 def is_awaited(weight: Any) -> bool:
-    """Whether process 0 is to send a weight when its layer is loaded."""
-    return is_sharded(weight) and weight.is_meta and is_on()
+    """Whether process 0 will send this weight when its layer is loaded."""
+    return is_sharded(weight) and weight.is_meta and is_ram_efficient()
 
 
 def receive(module: nn.Module, name: str, key: str, state_dict: dict[str, Any]) -> None:
-    """Make a weight of what process 0 has kept, beside what else is loaded. Every process has to call it."""
+    """Receives a weight from process 0 and puts it into `module`. Every process must call it."""
     from torch.distributed import group
 
-    from .ranks import first, form_of, parameter, sent
+    from .ranks import broadcast_weight, first_value, layout_of, make_parameter
 
     place: Any = module._parameters[name]
-    weight, mine = module.__dict__.get("_kept", {}).pop(name, None), place._local_tensor._part
+    weight, mine = module.__dict__.get("_unsent_weights", {}).pop(name, None), place._local_tensor._rows
     kind = place.device_mesh.device_type
-    form = first(None if weight is None or dist.get_rank() else form_of(weight), [group.WORLD])
+    form = first_value(None if weight is None or dist.get_rank() else layout_of(weight), [group.WORLD])
     if form is None:
         raise RuntimeError(f"{key}: expected it in process 0, whose model accelerate sends, got none there")
-    whole = sent(weight, form, [group.WORLD], kind, key)
+    whole = broadcast_weight(weight, form, [group.WORLD], kind, key)
     device = next((t.device for t in state_dict.values() if is_dtensor(t)), torch.device(kind))
-    module._parameters[name] = parameter(place, whole.narrow(mine.start, mine.stop), device)
+    module._parameters[name] = make_parameter(place, whole.narrow(mine.start, mine.stop), device)
 
 
-class Received:
-    """Mixed into the class of a layer whose packed weights may come from process 0."""
+class ReceivesWeights:
+    """Mixin for layers whose packed weights may come from process 0."""
 
     def _apply(self: Any, fn: Any, recurse: bool = True) -> Any:
-        """Keep, under RAM-efficient loading, the packed weights that a move leaves without their bytes."""
-        if not is_on():
+        """Keeps packed weights that a move to the meta device would drop under RAM-efficient loading."""
+        if not is_ram_efficient():
             return super()._apply(fn, recurse)  # type: ignore[misc]
         found = {name: w.detach() for name, w in self._parameters.items() if isinstance(w, NF4Weight)}
         super()._apply(fn, recurse)  # type: ignore[misc]
         for name, weight in found.items():
             if self._parameters[name].is_meta and not weight.is_meta:
-                self.__dict__.setdefault("_kept", {})[name] = weight
+                self.__dict__.setdefault("_unsent_weights", {})[name] = weight
         return self
 
     def named_buffers(self: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, Tensor]]:
-        """torch's `set_model_state_dict` asks for them before it sends anything."""
+        """Refuses torch's `set_model_state_dict`, which lists buffers before it sends anything."""
         for name, weight in self._parameters.items():
             if is_sharded(weight) or isinstance(weight, NF4Weight):
                 _refuse_full_state_dict(name, weight, sys._getframe(1))
@@ -73,9 +73,9 @@ class Received:
 
 
 def _refuse_full_state_dict(name: str, weight: Any, caller: FrameType | None) -> None:
-    """RuntimeError in torch's `set_model_state_dict`, in every process and before anything is sent, where it
-    would write dense values to a packed weight. It lists a layer's tensors first. A state dict without the
-    weight, as accelerate loads adapters, is torch's own business."""
+    """Raises RuntimeError in torch's `set_model_state_dict`, in every process and before anything is sent, if
+    it would write dense values to a packed weight. A state dict without the weight, as accelerate uses to
+    load adapters, is fine."""
     layer = ""
     while caller is not None and caller.f_code.co_name in ("recurse", "_iterate_valid_model_state"):
         layer = layer or caller.f_locals.get("curr_fqn", "")
@@ -88,7 +88,7 @@ def _refuse_full_state_dict(name: str, weight: Any, caller: FrameType | None) ->
         return
     from torch.distributed import group
 
-    from .ranks import agree, groups_of
+    from .ranks import groups_of, raise_everywhere
 
     key, error = f"{layer}{name}", None
     for wrapper in ("_orig_mod.", "_checkpoint_wrapped_module."):
@@ -96,10 +96,10 @@ def _refuse_full_state_dict(name: str, weight: Any, caller: FrameType | None) ->
     if any(other == key or other.startswith(f"{key}.") for other in state_dict):
         local: Any = getattr(weight, "_local_tensor", weight)
         error = (
-            f"{local._part.name if is_sharded(weight) else local._state.name}: expected "
+            f"{local._rows.name if is_sharded(weight) else local._state.name}: expected "
             "peft_kernels.integrations.fsdp.load_full_state_dict(model, state_dict), which sends packed "
-            "weights to all processes, got torch's set_model_state_dict with full_state_dict, which cuts and "
-            "sends dense ones"
+            "weights to all processes, got torch's set_model_state_dict with full_state_dict, which splits "
+            "and sends dense ones"
         )
     groups = groups_of(weight.device_mesh) if is_dtensor(weight) else [group.WORLD]
-    agree(error, groups if sends else [])  # process 0 alone has the state dict
+    raise_everywhere(error, groups if sends else [])  # process 0 alone has the state dict

@@ -1,5 +1,5 @@
-"""Weights of layers that are DTensors: of NF4Shards, as `fully_shard` leaves them between two uses; or of
-NF4Weights, as plans of transformers for tensor parallelism leave them."""
+"""Checks of layer weights that are DTensors of NF4Shards (`fully_shard`, while not gathered) or of NF4Weights
+(tensor parallelism of transformers)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..weight import NF4Weight
 from .fsdp_tensor import NF4Shard
-from .local_rows import Part
+from .local_rows import LocalRows
 
 UNGATHERED = (
     "this process has some rows of it, as FSDP2 shards it, expected all: call the module that fully_shard "
@@ -19,27 +19,28 @@ UNGATHERED = (
 
 
 def is_dtensor(weight: Any) -> bool:
-    """Whether it is a DTensor. Imports nothing: where torch.distributed.tensor is not, there are none."""
+    """Whether `weight` is a DTensor. Does not import torch.distributed.tensor, which may be missing."""
     return isinstance(getattr(weight, "_local_tensor", None), Tensor)
 
 
 def is_sharded(weight: Any) -> TypeGuard[Any]:
-    """Whether it is a DTensor whose part here is one of an NF4Weight."""
+    """Whether `weight` is a DTensor whose local tensor is an NF4Shard."""
     return isinstance(getattr(weight, "_local_tensor", None), NF4Shard)
 
 
-def is_parallel(weight: Any) -> TypeGuard[Any]:
-    """Whether it is a DTensor whose part here is an NF4Weight of its own: rows or columns of the whole."""
+def is_tensor_parallel(weight: Any) -> TypeGuard[Any]:
+    """Whether `weight` is a DTensor whose local tensor is an NF4Weight: some rows or columns of the whole."""
     return isinstance(getattr(weight, "_local_tensor", None), NF4Weight)
 
 
 def load_rows(weight: Any, whole: NF4Weight, device: torch.device | None = None) -> None:
-    """Load its rows of a packed weight into a sharded one; on `device`, where it is on the meta device."""
+    """Loads this process's rows of `whole` into a sharded weight, which is first made on `device` if
+    given."""
     shard: NF4Shard = weight._local_tensor
-    part = shard._part
+    part = shard._rows
     if device is not None:
         part = part.map(lambda t: torch.zeros_like(t, device=device))
         weight._local_tensor = NF4Shard(part, shard.dtype, shard.shape)
-    source = Part.of(whole._state)
+    source = LocalRows.of(whole._state)
     with torch.no_grad():
         part.load(source.narrow(part.start, part.stop))

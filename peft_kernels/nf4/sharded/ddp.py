@@ -1,8 +1,8 @@
-"""NF4 weights under DistributedDataParallel, which gives every process the first one's parameters.
+"""NF4 weights under DistributedDataParallel, which broadcasts the first process's parameters, frozen ones
+too, as flat tensors of one dtype.
 
-Frozen ones too: it joins all that have one dtype to a flat tensor, and broadcasts that. A packed weight takes
-part with its bytes, as a `Parcel`, and not with values, for which it would have to be dequantised. Processes
-that have loaded the same checkpoint have the same bytes: fingerprints are compared, and no byte is sent.
+A packed weight takes part as a `BroadcastBuffer` of its bytes instead of being dequantised. Processes that
+loaded the same checkpoint hold the same bytes: fingerprints are compared first, and then nothing is sent.
 """
 
 from __future__ import annotations
@@ -20,52 +20,52 @@ from torch import Tensor
 from ...core.nf4_state import NF4State, fingerprint
 
 
-def is_asking(caller: FrameType) -> bool:
-    """Whether the function that runs in this frame is the one that gathers what DDP broadcasts.
+def is_ddp_broadcast(caller: FrameType) -> bool:
+    """Whether this frame runs the function of torch that collects the tensors which DDP broadcasts.
 
-    It calls `detach()` on each parameter, as many others do: nothing else tells them apart.
+    It calls `detach()` on each parameter. Only the calling function tells that apart from other uses.
     """
     function = getattr(sys.modules.get("torch.distributed.utils"), "_sync_module_states", None)
     return function is not None and caller.f_code is function.__code__
 
 
-class Parcel(Tensor):
-    """The bytes of packed weights, uint8 (nbytes,), on their way from process to process.
+class BroadcastBuffer(Tensor):
+    """The bytes of packed weights, uint8 (nbytes,), while DDP broadcasts them.
 
-    It knows what DDP does to a tensor that is to be broadcast, and nothing else: a flat view is taken, views
-    are joined, their whole is broadcast and cut up again, and each piece is copied to where it belongs.
+    Supports only what DDP does with such a tensor: take a flat view, concatenate, broadcast, slice, and copy
+    each slice back.
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     parts: list[Tensor]
-    """Where the bytes are. None in a piece of bytes that are there already."""
-    meaning: list[Any]
-    """What the bytes of each part mean."""
+    """Tensors that hold the bytes; empty for a slice whose bytes are already in place."""
+    layouts: list[Any]
+    """Shape, dtype and name of each part, compared between processes."""
     received: Tensor | None
-    """uint8 (nbytes,), what the first process sent; None where nothing had to be."""
+    """uint8 (nbytes,), received from the first process; None if nothing was sent."""
 
     @staticmethod
-    def __new__(cls, parts: list[Tensor], meaning: list[Any], size: int, device: torch.device) -> Any:
+    def __new__(cls, parts: list[Tensor], layouts: list[Any], size: int, device: torch.device) -> Any:
         self = torch.Tensor._make_wrapper_subclass(cls, (size,), dtype=torch.uint8, device=device)
-        self.parts, self.meaning, self.received = parts, meaning, None
+        self.parts, self.layouts, self.received = parts, layouts, None
         return self
 
     def __init__(self, *_: Any) -> None:
         pass
 
     @classmethod
-    def of(cls, state: NF4State, dtype: torch.dtype) -> Parcel:
-        """Of a weight with packed bytes, and what lies on them. `dtype` is the weight's."""
+    def of(cls, state: NF4State, dtype: torch.dtype) -> BroadcastBuffer:
+        """The buffer of a packed weight of nominal dtype `dtype`."""
         tensors = state.tensors()
         kind = state.shape, str(dtype), state.blocksize
-        meaning = [(*kind, name, str(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
-        return cls.joined(list(tensors.values()), meaning)
+        layouts = [(*kind, name, str(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
+        return cls.joined(list(tensors.values()), layouts)
 
     @classmethod
-    def joined(cls, parts: list[Tensor], meaning: list[Any]) -> Parcel:
-        parcel: Parcel = cls(parts, meaning, sum(part.nbytes for part in parts), parts[0].device)
-        return parcel
+    def joined(cls, parts: list[Tensor], layouts: list[Any]) -> BroadcastBuffer:
+        buffer: BroadcastBuffer = cls(parts, layouts, sum(part.nbytes for part in parts), parts[0].device)
+        return buffer
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
@@ -75,31 +75,31 @@ class Parcel(Tensor):
         return handler(func, *args, **(kwargs or {}))
 
 
-def _view(func: Any, parcel: Parcel, size: Any) -> Parcel:
-    return Parcel(parcel.parts, parcel.meaning, parcel.numel(), parcel.device)
+def _view(func: Any, buffer: BroadcastBuffer, size: Any) -> BroadcastBuffer:
+    return BroadcastBuffer(buffer.parts, buffer.layouts, buffer.numel(), buffer.device)
 
 
-def _cat(func: Any, tensors: list[Tensor], dim: int = 0) -> Parcel:
+def _cat(func: Any, tensors: list[Tensor], dim: int = 0) -> BroadcastBuffer:
     parts: list[Tensor] = []
-    meaning: list[Any] = []
-    for tensor in tensors:  # tensors of bytes that are not ours may be among them
-        if isinstance(tensor, Parcel):
+    layouts: list[Any] = []
+    for tensor in tensors:  # may include ordinary uint8 tensors
+        if isinstance(tensor, BroadcastBuffer):
             parts += tensor.parts
-            meaning += tensor.meaning
+            layouts += tensor.layouts
         else:
             parts.append(tensor)
-            meaning.append(tuple(tensor.shape))
-    return Parcel.joined(parts, meaning)
+            layouts.append(tuple(tensor.shape))
+    return BroadcastBuffer.joined(parts, layouts)
 
 
-def _broadcast(func: Any, tensors: list[Parcel], process_group: Any, root: int, *rest: Any) -> Any:
-    """Returns, as torch's, the tensors and the work that is to be waited for."""
+def _broadcast(func: Any, tensors: list[BroadcastBuffer], process_group: Any, root: int, *rest: Any) -> Any:
+    """Returns the tensors and the pending work, as the op of torch does."""
     import torch.distributed as dist
 
-    (parcel,) = tensors
+    (buffer,) = tensors
     group = dist.ProcessGroup.unbox(process_group)
-    own = torch.tensor([_number(parcel.meaning), _number([fingerprint(part) for part in parcel.parts])])
-    own = own.to(parcel.device)
+    own = torch.tensor([_number(buffer.layouts), _number([fingerprint(part) for part in buffer.parts])])
+    own = own.to(buffer.device)
     everyone = [torch.empty_like(own) for _ in range(group.size())]
     try:
         dist.all_gather(everyone, own, group=group)
@@ -123,23 +123,25 @@ def _broadcast(func: Any, tensors: list[Parcel], process_group: Any, root: int, 
             "whose bytes it has taken over",
             stacklevel=2,
         )
-    parcel.received = torch.cat([part.detach().reshape(-1).view(torch.uint8) for part in parcel.parts])
-    return tensors, func([parcel.received], process_group, root, *rest)[1]
+    buffer.received = torch.cat([part.detach().reshape(-1).view(torch.uint8) for part in buffer.parts])
+    return tensors, func([buffer.received], process_group, root, *rest)[1]
 
 
-def _slice(func: Any, parcel: Parcel, dim: int = 0, start: int = 0, end: int = 0, step: int = 1) -> Tensor:
-    if parcel.received is not None:
-        return parcel.received[start:end]
-    return Parcel([], [], end - start, parcel.device)
+def _slice(
+    func: Any, buffer: BroadcastBuffer, dim: int = 0, start: int = 0, end: int = 0, step: int = 1
+) -> Tensor:
+    if buffer.received is not None:
+        return buffer.received[start:end]
+    return BroadcastBuffer([], [], end - start, buffer.device)
 
 
 def _copy_(func: Any, target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
-    if isinstance(source, Parcel):  # nothing was sent
+    if isinstance(source, BroadcastBuffer):  # nothing was sent
         return target
-    assert isinstance(target, Parcel)
+    assert isinstance(target, BroadcastBuffer)
     start = 0
     for part in target.parts:
-        piece = source[start : start + part.nbytes].clone()  # begins where a part of any dtype may
+        piece = source[start : start + part.nbytes].clone()  # aligned for any dtype
         part.copy_(piece.view(part.dtype).view(part.shape))
         start += part.nbytes
     return target
@@ -155,5 +157,5 @@ _HANDLERS: dict[str, Callable[..., Any]] = {
 
 
 def _number(value: Any) -> int:
-    """The same in every process, unlike `hash`."""
+    """A hash that is equal in every process, unlike `hash`."""
     return int.from_bytes(hashlib.blake2b(repr(value).encode(), digest_size=7).digest(), "big")

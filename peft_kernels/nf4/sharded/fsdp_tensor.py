@@ -1,8 +1,8 @@
-"""NF4Shard: the rows of an NF4Weight that one of several processes has, as FSDP2 and DTensor ask for them.
+"""NF4Shard: one process's rows of an NF4Weight under FSDP2 and DTensor.
 
-`fully_shard` cuts a parameter by `split`, keeps a part in a DTensor, and gathers the whole before use: packed
-bytes and first-level scales travel, never dense values. A shard is read as dense values of its rows, on a
-copy; it is written to only from other shards, as a checkpoint is loaded. Any other write raises.
+`fully_shard` splits a parameter, keeps one shard in a DTensor and gathers the whole weight before use. Packed
+bytes and first-level scales are sent, never dense values. Reading a shard dequantises a copy of its rows. It
+can be written only from other shards, when a checkpoint is loaded; any other write raises.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .. import tensor as nf4_tensor
 from ..multiples import EACH, Multiple, Share, each, outcome
 from ..read_only import has_views, read_only, written
 from ..weight import NF4Weight
-from .local_rows import Part, joined, separated
-from .partition import Cut
+from .local_rows import LocalRows, pack_bytes, unpack_bytes
+from .partition import Partition
 
 aten = torch.ops.aten
 
@@ -35,21 +35,21 @@ class NF4Shard(Tensor):
     """Rows of an NF4Weight: a Tensor (rows, in_features), or (experts, out_features, in_features), of the
     weight's nominal dtype.
 
-    Torch's shape may be another than that of its rows: FSDP2 pads shards to one size, and views them flat.
+    The tensor's shape can differ from that of its rows: FSDP2 pads shards to one size and views them flat.
     """
 
-    _part: Part
+    _rows: LocalRows
     _gathered: bool = False
-    """Whether it is the whole, gathered, with padding behind it."""
+    """Whether this is the gathered whole with padding at the end."""
 
     @staticmethod
-    def __new__(cls, part: Part, dtype: torch.dtype, shape: Size | None = None) -> Any:
-        shape = (part.rows, *part.cut.shape[1:]) if shape is None else shape
+    def __new__(cls, part: LocalRows, dtype: torch.dtype, shape: Size | None = None) -> Any:
+        shape = (part.rows, *part.partition.shape[1:]) if shape is None else shape
         self = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=part.packed.device)
-        self._part = part
+        self._rows = part
         return self
 
-    def __init__(self, part: Part, dtype: torch.dtype, shape: Size | None = None) -> None:
+    def __init__(self, part: LocalRows, dtype: torch.dtype, shape: Size | None = None) -> None:
         pass
 
     @classmethod
@@ -64,35 +64,35 @@ class NF4Shard(Tensor):
         return _HANDLERS.get(func, _read)(func, args, kwargs or {})
 
     def _share(self) -> Share:
-        return Share(self.shape, self._part.tensors(), 1.0)
+        return Share(self.shape, self._rows.tensors(), 1.0)
 
     @property
     def packed(self) -> Tensor:
         """uint8, flat: the bytes of all blocks that the rows touch."""
-        return self._part.packed
+        return self._rows.packed
 
     @property
     def absmax(self) -> Tensor:
-        """Scales of these blocks, flat: fp32, or uint8 when double-quantised."""
-        return self._part.absmax
+        """Scales of these blocks, flat: fp32, or uint8 if double-quantised."""
+        return self._rows.absmax
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """The dense rows, to the bit those of the whole weight; of its own shape and dtype by default."""
-        dense = self._part.dequantize(dtype or self.dtype)
+        """The dense rows, bit-identical to the whole weight's. `dtype` defaults to the nominal dtype."""
+        dense = self._rows.dequantize(dtype or self.dtype)
         if dense.shape == self.shape:
             return dense
         return F.pad(dense.view(-1), (0, self.numel() - dense.numel())).view(self.shape)
 
-    # FSDP2. It takes two signatures of the first; with the one that has the mesh alone it asks for no inputs
-    # of the padded shard's size, and so takes any number of rows.
+    # FSDP2 accepts two signatures of fsdp_pre_all_gather. With the one that takes only the mesh, inputs need
+    # not have the size of the padded shard, so any number of rows works.
 
     def fsdp_pre_all_gather(self, mesh: Any) -> tuple[tuple[Tensor, ...], Any]:
-        """What is gathered, flat, and of the same sizes in all processes."""
+        """Flat tensors to gather, of equal sizes in all processes."""
         count = mesh.size()
-        inputs = self._part.inputs(count)
-        if count == 1:  # torch then looks at one input alone
-            inputs = [joined(inputs)]
-        return tuple(inputs), (count, self._part)
+        inputs = self._rows.gather_inputs(count)
+        if count == 1:  # torch then uses only one input
+            inputs = [pack_bytes(inputs)]
+        return tuple(inputs), (count, self._rows)
 
     def fsdp_post_all_gather(
         self,
@@ -102,18 +102,18 @@ class NF4Shard(Tensor):
         *,
         out: Tensor | None = None,
     ) -> Any:
-        """The whole weight, and the tensors of its memory that FSDP2 is to free; or, in `out`, that of an
-        earlier call filled again.
+        """The whole weight and its tensors that FSDP2 frees; or None after refilling `out`, the weight of an
+        earlier call.
 
-        What it holds stays the same tensors from call to call: backward passes have saved them.
+        The tensors stay the same objects between calls, because backward passes have saved them.
         """
         count, part = (
             metadata  # where the parameters are offloaded, `part` is on the device and `self` is not
         )
         gathered = list(all_gather_outputs)
         if count == 1:
-            gathered = separated(gathered[0], part.inputs(1))
-        seamless = part.cut.is_seamless(part.cut.rows_of_part(count))
+            gathered = unpack_bytes(gathered[0], part.gather_inputs(1))
+        seamless = part.partition.is_cell_aligned(part.partition.rows_per_rank(count))
         second = part.second_level(gathered)
         if out is not None:
             state = _local(out)._state
@@ -124,7 +124,7 @@ class NF4Shard(Tensor):
                     part.join(count, gathered, outputs)
             state.absmax2, state.offset = second
             return None
-        outputs = part.outputs(count, gathered)
+        outputs = part.gather_outputs(count, gathered)
         if not seamless:
             part.join(count, gathered, outputs)
         state = part.whole(outputs, second)
@@ -132,23 +132,23 @@ class NF4Shard(Tensor):
         return NF4Weight(state, param_dtype), () if seamless else tuple(outputs)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        part = self._part
+        part = self._rows
         shape = ", ".join(map(str, self.shape))
         return (
             f"NF4Shard({shape}, dtype={self.dtype}, device={self.device}, "
-            f"rows={part.start}:{part.stop} of {part.cut.rows})"
+            f"rows={part.start}:{part.stop} of {part.partition.rows})"
         )
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self._part.owned(), self.dtype, tuple(self.shape))
+        return _rebuild, (self._rows.with_own_memory(), self.dtype, tuple(self.shape))
 
 
-def _rebuild(part: Part, dtype: torch.dtype, shape: Size) -> NF4Shard:
+def _rebuild(part: LocalRows, dtype: torch.dtype, shape: Size) -> NF4Shard:
     return NF4Shard(part, dtype, shape)
 
 
-# For torch.load(weights_only=True): they hold tensors and numbers, and do nothing.
-torch.serialization.add_safe_globals([_rebuild, Part, Cut])
+# For torch.load(weights_only=True): plain containers of tensors and numbers.
+torch.serialization.add_safe_globals([_rebuild, LocalRows, Partition])
 
 
 def _local(weight: Any) -> NF4Weight:
@@ -161,7 +161,7 @@ def _dense(value: Any) -> Any:
 
 
 def _read(func: Any, args: Any, kwargs: Any) -> Any:
-    """Any other op, on dense values."""
+    """Runs any other op on dense values."""
     if func in EACH:
         return each(func, args, kwargs)
     share = outcome(func, args, kwargs)
@@ -169,74 +169,74 @@ def _read(func: Any, args: Any, kwargs: Any) -> Any:
         if isinstance(target, NF4Shard):
             if share is not None and share.is_once(target._share()):
                 return target
-            part = target._part
+            part = target._rows
             raise NotImplementedError(
-                f"{part.name}: rows {part.start} to {part.stop} of an NF4 weight, one process's part of it, "
-                f"were to be written by {func}, expected writes (a merge, say) to the whole weight, before "
-                "it is sharded or after it is gathered (full_tensor)"
+                f"{part.name}: {func} would write to rows {part.start} to {part.stop} of an NF4 weight, one "
+                "process's shard; expected writes (a merge, say) to the whole weight, before it is sharded "
+                "or after it is gathered (full_tensor)"
             )
     dense_args, dense_kwargs = tree_map(_dense, (args, kwargs))
     out = func(*dense_args, **dense_kwargs)
     return read_only(out) if has_views(func) else Multiple.of(out, share)
 
 
-def _like(shard: NF4Shard, part: Part, shape: Size | None = None) -> NF4Shard:
+def _like(shard: NF4Shard, part: LocalRows, shape: Size | None = None) -> NF4Shard:
     return NF4Shard(part, shard.dtype, shard.shape if shape is None else shape)
 
 
 def _alias(func: Any, args: Any, kwargs: Any) -> NF4Shard:
-    new = _like(args[0], args[0]._part)
+    new = _like(args[0], args[0]._rows)
     new._gathered = args[0]._gathered
     return new
 
 
 def _clone(func: Any, args: Any, kwargs: Any) -> NF4Shard:
-    return _like(args[0], args[0]._part.map(torch.clone))
+    return _like(args[0], args[0]._rows.map(torch.clone))
 
 
 def _blank(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """The same rows in memory of their own, zeros: what asynchronous checkpoints are staged in."""
+    """Zeros of the same form, in which asynchronous checkpoints are staged."""
     shard = args[0]
     if kwargs.get("dtype") not in (None, shard.dtype):
         found: Tensor = _read(func, args, kwargs)
         return found
     device = kwargs.get("device")
-    return _like(shard, shard._part.map(lambda t: torch.zeros_like(t, device=device)))
+    return _like(shard, shard._rows.map(lambda t: torch.zeros_like(t, device=device)))
 
 
 def _to_copy(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """The bytes move between devices; a new dtype is a new nominal dtype."""
+    """Moves the bytes between devices; a new dtype changes only the nominal dtype."""
     shard = args[0]
     dtype = kwargs.get("dtype") or shard.dtype
     if dtype not in WEIGHT_DTYPES:
         dense: Tensor = _read(func, args, kwargs)
         return dense
     device, non_blocking = kwargs.get("device"), kwargs.get("non_blocking", False)
-    part = shard._part.map(lambda t: t.to(device, non_blocking=non_blocking, copy=True))
+    part = shard._rows.map(lambda t: t.to(device, non_blocking=non_blocking, copy=True))
     return NF4Shard(part, dtype, shard.shape)
 
 
 def _pin_memory(func: Any, args: Any, kwargs: Any) -> NF4Shard:
-    return _like(args[0], args[0]._part.map(lambda t: t.pin_memory()))
+    return _like(args[0], args[0]._rows.map(lambda t: t.pin_memory()))
 
 
 def _is_pinned(func: Any, args: Any, kwargs: Any) -> bool:
-    part = args[0]._part
+    part = args[0]._rows
     return bool(part.packed.is_pinned() and part.absmax.is_pinned())
 
 
 def _record_stream(func: Any, args: Any, kwargs: Any) -> None:
-    for tensor in args[0]._part.tensors().values():
+    for tensor in args[0]._rows.tensors().values():
         tensor.record_stream(args[1])
 
 
 def _view(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Flat, or of its own shape."""
+    """A flat view, or one of its own shape."""
     shard, size = args[0], list(args[1])
     if size.count(-1) == 1 and shard.numel():
         size[size.index(-1)] = shard.numel() // -prod(size)
     if size in ([shard.numel()], list(shard.shape)):
-        return _like(shard, shard._part, tuple(size))
+        return _like(shard, shard._rows, tuple(size))
     found: Tensor = _read(func, args, kwargs)
     return found
 
@@ -247,66 +247,66 @@ def _as_strided(func: Any, args: Any, kwargs: Any) -> Tensor:
     if tuple(size) == tensor.shape and tuple(stride) == tensor.stride() and not offset:
         alias: Tensor = tensor.detach()
         return alias
-    return _elsewhere(func, args, kwargs)
+    return _default(func, args, kwargs)
 
 
 def _slice(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Rows, in the same memory. Those from the first to the last stay so when more are loaded."""
+    """A slice of rows, sharing memory."""
     shard = args[0]
-    dim, start, stop, step = _given(args, kwargs, dim=0, start=None, end=None, step=1)
-    part = shard._part
-    if dim % shard.dim() != 0 or step != 1 or shard.dim() != len(part.cut.shape):
+    dim, start, stop, step = _arguments(args, kwargs, dim=0, start=None, end=None, step=1)
+    part = shard._rows
+    if dim % shard.dim() != 0 or step != 1 or shard.dim() != len(part.partition.shape):
         found: Tensor = _read(func, args, kwargs)
         return found
     start, stop, _ = slice(start, stop).indices(shard.shape[0])
     rows = max(stop - start, 0)
-    if shard._gathered and start == 0 and rows == part.cut.rows:
+    if shard._gathered and start == 0 and rows == part.partition.rows:
         return NF4Weight(part.whole((part.packed, part.absmax), (part.absmax2, part.offset)), shard.dtype)
     if start == 0 and rows >= part.rows:
         return _like(shard, part, (rows, *shard.shape[1:]))
-    if start + rows > part.rows:  # into the padding
-        return _elsewhere(func, args, kwargs)
+    if start + rows > part.rows:  # reaches into the padding
+        return _default(func, args, kwargs)
     return NF4Shard(part.narrow(start, start + rows), shard.dtype)
 
 
 def _split(func: Any, args: Any, kwargs: Any) -> Any:
     weight, rows = args[:2]
-    (dim,) = _given(args[1:], kwargs, dim=0)
-    if dim % weight.dim() != 0 or not _can_be_cut(weight) or rows < 1:
-        return _elsewhere(func, args, kwargs)
-    whole = Part.of(weight._state)
-    return [NF4Shard(whole.narrow(*part), weight.dtype) for part in whole.cut.parts(rows)]
+    (dim,) = _arguments(args[1:], kwargs, dim=0)
+    if dim % weight.dim() != 0 or not _can_be_sharded(weight) or rows < 1:
+        return _default(func, args, kwargs)
+    whole = LocalRows.of(weight._state)
+    return [NF4Shard(whole.narrow(*part), weight.dtype) for part in whole.partition.row_ranges(rows)]
 
 
 def _new_zeros(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Of rows like the weight's or the shard's: a shard that has none yet, to be filled from another."""
+    """A shard without rows yet, to be filled from another one; for other row shapes a plain tensor."""
     tensor, size = args[:2]
     own = {"dtype": tensor.dtype, "device": tensor.device, "layout": tensor.layout, "pin_memory": False}
     other = any(kwargs.get(name) not in (None, value) for name, value in own.items())
-    part = tensor._part if isinstance(tensor, NF4Shard) else None
-    if part is None and _can_be_cut(tensor):
-        part = Part.of(tensor._state)
-    if part is None or other or tuple(size[1:]) != part.cut.shape[1:] or size[0] > part.cut.rows:
-        return _elsewhere(func, args, kwargs)
-    return NF4Shard(part.blank(size[0]), tensor.dtype, tuple(size))
+    part = tensor._rows if isinstance(tensor, NF4Shard) else None
+    if part is None and _can_be_sharded(tensor):
+        part = LocalRows.of(tensor._state)
+    if part is None or other or tuple(size[1:]) != part.partition.shape[1:] or size[0] > part.partition.rows:
+        return _default(func, args, kwargs)
+    return NF4Shard(part.empty(size[0]), tensor.dtype, tuple(size))
 
 
 def _new_empty(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """Of its own shape a shard, of another a plain tensor."""
+    """A shard for its own shape, a plain tensor for another one."""
     shard, size = args[:2]
     if tuple(size) == shard.shape and kwargs.get("dtype") in (None, shard.dtype):
         return _blank(func, args[:1], kwargs)
-    found: Tensor = func(shard._part.packed, size, **({"dtype": shard.dtype} | kwargs))
+    found: Tensor = func(shard._rows.packed, size, **({"dtype": shard.dtype} | kwargs))
     return found
 
 
 def _pad(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """With rows behind the last, as DTensor pads before it gathers."""
+    """Appends rows of padding, as DTensor does before it gathers."""
     shard, (*others, rows) = args[:2]
     if any(others) or rows < 0 or len(others) + 1 != 2 * shard.dim():
         found: Tensor = _read(func, args, kwargs)
         return found
-    return _like(shard, shard._part, (shard.shape[0] + rows, *shard.shape[1:]))
+    return _like(shard, shard._rows, (shard.shape[0] + rows, *shard.shape[1:]))
 
 
 def _copy(func: Any, args: Any, kwargs: Any) -> Any:
@@ -315,32 +315,33 @@ def _copy(func: Any, args: Any, kwargs: Any) -> Any:
         return _read(func, args, kwargs)
     if target.shape != source.shape:
         raise ValueError(
-            f"{target._part.name}: expected shape {tuple(target.shape)}, got {tuple(source.shape)}"
+            f"{target._rows.name}: expected shape {tuple(target.shape)}, got {tuple(source.shape)}"
         )
-    target._part.load(source._part)
+    target._rows.load(source._rows)
     return target
 
 
 def _all_gather(func: Any, args: Any, kwargs: Any) -> Tensor:
-    """DTensor's: the whole weight, with padding behind it where its rows do not divide."""
+    """DTensor's gather: the whole weight, with padding at the end if its rows do not divide evenly."""
     shard, count, group = args
-    part, collectives = shard._part, torch.ops._c10d_functional
-    gathered = [collectives.wait_tensor(func(tensor, count, group)) for tensor in part.inputs(count)]
-    _wait_for_none()
-    flat = part.outputs(count, gathered)
-    if not part.cut.is_seamless(part.cut.rows_of_part(count)):
+    part, collectives = shard._rows, torch.ops._c10d_functional
+    gathered = [collectives.wait_tensor(func(tensor, count, group)) for tensor in part.gather_inputs(count)]
+    _register_wait_ops()
+    flat = part.gather_outputs(count, gathered)
+    if not part.partition.is_cell_aligned(part.partition.rows_per_rank(count)):
         part.join(count, gathered, flat)
     state, rows = part.whole(flat, part.second_level(gathered)), shard.shape[0] * count
-    if rows == part.cut.rows:
+    if rows == part.partition.rows:
         return NF4Weight(state, shard.dtype)
-    whole = NF4Shard(Part.of(state), shard.dtype, (rows, *shard.shape[1:]))
+    whole = NF4Shard(LocalRows.of(state), shard.dtype, (rows, *shard.shape[1:]))
     whole._gathered = True
     return whole
 
 
 @functools.cache
-def _wait_for_none() -> None:
-    """What DTensor does to a tensor that is under way leaves these as they are: they have been waited for."""
+def _register_wait_ops() -> None:
+    """Registers DTensor's wait ops, which DTensor calls on gathered tensors, as no-ops: `_all_gather`
+    waits."""
     for name in (
         "wait_tensor",
         "_wrap_tensor_autograd",
@@ -351,18 +352,18 @@ def _wait_for_none() -> None:
             nf4_tensor.handle({op.default: lambda func, args, kwargs: args[0].detach()})
 
 
-def _can_be_cut(weight: Any) -> bool:
+def _can_be_sharded(weight: Any) -> bool:
     state = weight._state if isinstance(weight, NF4Weight) else None
     return state is not None and state.dense is None and state.part_of is None and prod(state.shape) > 0
 
 
-def _elsewhere(func: Any, args: Any, kwargs: Any) -> Any:
-    """As any op on a weight or a shard."""
+def _default(func: Any, args: Any, kwargs: Any) -> Any:
+    """Runs the default handler of a weight or a shard."""
     return (_read if isinstance(args[0], NF4Shard) else nf4_tensor.on_dense)(func, args, kwargs)
 
 
-def _given(args: Any, kwargs: Any, **defaults: Any) -> list[Any]:
-    """Arguments of an op behind the first."""
+def _arguments(args: Any, kwargs: Any, **defaults: Any) -> list[Any]:
+    """Arguments of an op after the first, with defaults."""
     found = []
     for i, (name, default) in enumerate(defaults.items(), start=1):
         found.append(args[i] if i < len(args) else kwargs.get(name, default))

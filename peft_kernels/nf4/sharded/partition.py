@@ -1,4 +1,4 @@
-"""Where the parts of an NF4 weight lie when it is cut between rows, and what each of them has to hold."""
+"""How an NF4 weight is partitioned by rows: byte and scale ranges of each rank."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from math import prod
 
 
 @dataclass(frozen=True)
-class Cut:
-    """The layout of a weight, in cells that have bytes and scales to themselves.
+class Partition:
+    """The layout of a weight in cells, the smallest units with bytes and scales of their own.
 
-    A cell is a block of a weight (out_features, in_features): blocks run over the flat weight, so a cut
-    between rows may go through one, and then both parts hold it. Of experts, (experts, out_features,
-    in_features), a row is an expert, and so is a cell.
+    For a weight (out_features, in_features) a cell is a block. Blocks run over the flat weight, so a boundary
+    between rows can fall inside a block, which both ranks then hold. For experts, (experts, out_features,
+    in_features), a row and a cell are one expert.
     """
 
     shape: tuple[int, ...]
@@ -25,12 +25,12 @@ class Cut:
 
     @cached_property
     def row(self) -> int:
-        """Elements of a row."""
+        """Elements per row."""
         return prod(self.shape[1:])
 
     @cached_property
     def cell(self) -> int:
-        """Elements of a cell."""
+        """Elements per cell."""
         return self.row if len(self.shape) == 3 else self.blocksize
 
     @cached_property
@@ -43,22 +43,22 @@ class Cut:
 
     @cached_property
     def nbytes(self) -> int:
-        """Packed bytes of the whole."""
+        """Packed bytes of the whole weight."""
         n = prod(self.shape)
         return self.rows * self._cell_bytes if len(self.shape) == 3 else -(-n // 2)
 
     @cached_property
     def scales(self) -> int:
-        """First-level scales of the whole."""
+        """First-level scales of the whole weight."""
         return -(-prod(self.shape) // self.cell) * self._cell_scales
 
     def cells(self, start: int, stop: int) -> tuple[int, int]:
-        """The first cell that rows [start, stop) touch, and the one behind their last."""
+        """The range of cells that rows [start, stop) touch."""
         first = start * self.row // self.cell
         return first, max(first, -(-stop * self.row // self.cell)) if stop > start else first
 
-    def places(self, start: int, stop: int) -> tuple[slice, slice]:
-        """Of rows [start, stop): their packed bytes and their scales in the flat whole."""
+    def slices(self, start: int, stop: int) -> tuple[slice, slice]:
+        """Slices of the flat packed bytes and of the flat scales for rows [start, stop)."""
         first, last = self.cells(start, stop)
         nbytes, scales = self._cell_bytes, self._cell_scales
         return (
@@ -66,24 +66,24 @@ class Cut:
             slice(first * scales, last * scales),
         )
 
-    def rows_of_part(self, count: int) -> int:
-        """Rows of each of `count` parts, but for the last that has any: torch's rule, `torch.chunk`."""
+    def rows_per_rank(self, count: int) -> int:
+        """Rows of each of `count` ranks, as `torch.chunk` splits: the last ones may have fewer or none."""
         return -(-self.rows // count)
 
-    def has_empty_part(self, count: int) -> bool:
-        return len(self.parts(self.rows_of_part(count))) < count
+    def has_empty_rank(self, count: int) -> bool:
+        return len(self.row_ranges(self.rows_per_rank(count))) < count
 
-    def parts(self, rows: int) -> list[tuple[int, int]]:
-        """First row, and the one behind the last, of each part of `rows` rows; the last may have fewer."""
+    def row_ranges(self, rows: int) -> list[tuple[int, int]]:
+        """(start, stop) of each chunk of `rows` rows; the last may have fewer."""
         if not rows:
             return []
         return [(start, min(start + rows, self.rows)) for start in range(0, self.rows, rows)]
 
-    def largest(self, rows: int) -> tuple[int, int]:
-        """The most packed bytes and scales that one of these parts touches."""
-        sizes = [[place.stop - place.start for place in self.places(*part)] for part in self.parts(rows)]
+    def max_sizes(self, rows: int) -> tuple[int, int]:
+        """Maximum packed bytes and scales of any chunk of `rows` rows."""
+        sizes = [[place.stop - place.start for place in self.slices(*part)] for part in self.row_ranges(rows)]
         return max((s[0] for s in sizes), default=0), max((s[1] for s in sizes), default=0)
 
-    def is_seamless(self, rows: int) -> bool:
-        """Whether no cut between parts of `rows` rows goes through a cell."""
-        return rows * self.row % self.cell == 0 or len(self.parts(rows)) < 2
+    def is_cell_aligned(self, rows: int) -> bool:
+        """Whether no boundary between chunks of `rows` rows falls inside a cell."""
+        return rows * self.row % self.cell == 0 or len(self.row_ranges(rows)) < 2

@@ -1,4 +1,4 @@
-"""What one of several processes has of a parameter, and what they agree on."""
+"""Which part of a parameter this process holds, and collectives over errors, objects and packed weights."""
 
 from __future__ import annotations
 
@@ -11,38 +11,38 @@ from torch import Tensor, nn
 from ..weight import NF4Weight
 from .checks import is_dtensor, is_sharded
 from .fsdp_tensor import NF4Shard
-from .local_rows import Part
-from .partition import Cut
+from .local_rows import LocalRows
+from .partition import Partition
 
 
 def mesh_of(model: nn.Module) -> Any:
-    """The mesh that a model's parameters are sharded on; None: they are not."""
+    """The mesh of a model's sharded parameters, or None."""
     parameters: Any = model.parameters()
     return next((p.device_mesh for p in parameters if is_dtensor(p)), None)
 
 
 def device_for(mesh: Any, device: torch.device | str | None) -> torch.device:
-    """Where parameters are made: on a device that is given, else on this process's one of the mesh's."""
+    """The device for new parameters: the given one, or this process's device of the mesh."""
     kind = "cpu" if mesh is None else mesh.device_type
     if device is None and kind != "cpu":
         return torch.device(kind, torch.accelerator.current_device_index())
     return torch.device(device or kind)
 
 
-def agree(error: str | None, groups: list[Any], kind: type[Exception] = RuntimeError) -> None:
-    """Raise in every process what has gone wrong in one."""
-    found = first(error, groups)
+def raise_everywhere(error: str | None, groups: list[Any], kind: type[Exception] = RuntimeError) -> None:
+    """Raises in every process the error that one of them passes."""
+    found = first_value(error, groups)
     if found is not None:
         raise kind(found)
 
 
 def groups_of(mesh: Any) -> list[Any]:
-    """Groups in which what one process sends to each in turn comes to all of a mesh."""
+    """Process groups of the mesh's dimensions: broadcasting in each in turn reaches the whole mesh."""
     return [] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
 
 
-def first(value: Any, groups: list[Any]) -> Any:
-    """What the first process that has anything has, in every process."""
+def first_value(value: Any, groups: list[Any]) -> Any:
+    """The first process's value that is not None, in every process."""
     for group in groups:
         values: list[Any] = [None] * group.size()
         dist.all_gather_object(values, value, group=group)
@@ -50,8 +50,8 @@ def first(value: Any, groups: list[Any]) -> Any:
     return value
 
 
-def own(place: Any) -> tuple[slice, ...]:
-    """What this process has of a parameter: of one that is no DTensor all."""
+def local_slices(place: Any) -> tuple[slice, ...]:
+    """Slices of the parameter that this process holds; all of it unless it is a DTensor."""
     if not is_dtensor(place):
         return tuple(slice(0, size) for size in place.shape)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -61,14 +61,14 @@ def own(place: Any) -> tuple[slice, ...]:
     return tuple(slice(min(begin, whole), min(begin, whole) + size) for size, begin, whole in parts)
 
 
-def parameter(place: Any, value: Any, device: torch.device) -> nn.Parameter:
-    """A parameter on `device` that replaces the meta parameter `place`. `value`, a Part or dense values, is
-    what `own` selects."""
+def make_parameter(place: Any, value: Any, device: torch.device) -> nn.Parameter:
+    """A parameter on `device` to replace the meta parameter `place`. `value`, LocalRows or a dense tensor, is
+    the part that `local_slices` selects."""
     from torch.distributed.tensor import DTensor
 
     if is_sharded(place):
         empty = place._local_tensor
-        part = empty._part.map(lambda t: torch.zeros_like(t, device=device))
+        part = empty._rows.map(lambda t: torch.zeros_like(t, device=device))
         part.load(value)
         local: Tensor = NF4Shard(part, empty.dtype, empty.shape)
     elif isinstance(place, NF4Weight):
@@ -84,7 +84,7 @@ def parameter(place: Any, value: Any, device: torch.device) -> nn.Parameter:
 def broadcast(
     tensor: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, groups: list[Any], kind: str
 ) -> Tensor:
-    """What the first process has, in every process, on a device of `kind`, by which they send."""
+    """The first process's tensor in every process, on this process's device of type `kind`."""
     device = torch.device(kind)
     if tensor is None:
         tensor = torch.empty(shape, dtype=dtype, device=device)
@@ -94,22 +94,23 @@ def broadcast(
     return tensor
 
 
-Form = tuple[tuple[int, ...], int, dict[str, tuple[tuple[int, ...], torch.dtype]]]
-"""Of a packed weight: shape, blocksize, and shapes and types of its tensors."""
+Layout = tuple[tuple[int, ...], int, dict[str, tuple[tuple[int, ...], torch.dtype]]]
+"""Shape and blocksize of a packed weight, and shapes and dtypes of its tensors."""
 
 
-def form_of(weight: NF4Weight) -> Form:
-    part = Part.of(weight._state)
+def layout_of(weight: NF4Weight) -> Layout:
+    part = LocalRows.of(weight._state)
     tensors = {name: (tuple(t.shape), t.dtype) for name, t in part.tensors().items()}
-    return part.cut.shape, part.cut.blocksize, tensors
+    return part.partition.shape, part.partition.blocksize, tensors
 
 
-def sent(weight: NF4Weight | None, form: Form, groups: list[Any], kind: str, name: str) -> Part:
-    """A packed weight of the first process, whole, in every process."""
-    shape, blocksize, tensors = form
-    mine = {} if weight is None else Part.of(weight._state).tensors()
-    whole = {key: broadcast(mine.get(key), *about, groups, kind) for key, about in tensors.items()}
-    cut = Cut(shape, blocksize)
-    return Part(
-        cut, 0, cut.rows, whole["packed"], whole["absmax"], whole.get("absmax2"), whole.get("offset"), name
-    )
+def broadcast_weight(
+    weight: NF4Weight | None, layout: Layout, groups: list[Any], kind: str, name: str
+) -> LocalRows:
+    """The first process's packed weight, whole, in every process."""
+    shape, blocksize, about = layout
+    mine = {} if weight is None else LocalRows.of(weight._state).tensors()
+    whole = {key: broadcast(mine.get(key), *one, groups, kind) for key, one in about.items()}
+    partition = Partition(shape, blocksize)
+    tensors = whole["packed"], whole["absmax"], whole.get("absmax2"), whole.get("offset")
+    return LocalRows(partition, 0, partition.rows, *tensors, name)

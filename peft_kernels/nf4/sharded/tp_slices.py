@@ -1,8 +1,7 @@
-"""Rows or columns of an NF4 weight as a weight of its own: what one process has under tensor parallelism.
+"""Rows or columns of an NF4 weight as an NF4 weight: the slice of one process under tensor parallelism.
 
-Such a weight is ordinary, so its blocks have to be whole. A second-level scale belongs to 256 scales that
-follow each other in the whole weight: a slice that begins or goes on elsewhere has first-level scales in
-fp32, which are the same numbers.
+A slice consists of whole blocks. A second-level scale covers 256 consecutive scales of the whole weight: a
+slice that is not aligned to such groups gets first-level scales in fp32, of the same values.
 """
 
 from __future__ import annotations
@@ -14,26 +13,26 @@ from torch import Tensor
 from ...core.code_tables import NESTED_BLOCKSIZE
 from ...core.nf4_state import NF4State, packed_rows
 from ...core.registry import public_ops as ops
-from .partition import Cut
+from .partition import Partition
 
 Second = tuple[Tensor, Tensor]
 """Second-level scales and the mean of the scales."""
 
 
-def size_of_part(size: int, count: int) -> int:
-    """Rows or columns of each of `count` parts but the last: torch's rule."""
+def slice_size(size: int, count: int) -> int:
+    """Rows or columns of each of `count` slices but the last, as torch splits."""
     return -(-size // count)
 
 
-def why_whole(shape: tuple[int, ...], blocksize: int, dim: int, count: int) -> str:
-    """Why a weight (out_features, in_features) cannot be cut into `count` slices along `dim`, or ""."""
+def unsliceable_reason(shape: tuple[int, ...], blocksize: int, dim: int, count: int) -> str:
+    """Why a weight (out_features, in_features) cannot be split into `count` slices along `dim`, or ""."""
     if len(shape) != 2:
         return f"expected a weight (out_features, in_features), got {tuple(shape)}"
-    size = size_of_part(shape[dim], count)
+    size = slice_size(shape[dim], count)
     what = ("rows", "columns")[dim]
     if size * (count - 1) >= shape[dim]:
         return f"{shape[dim]} {what} of it leave some of {count} processes without any"
-    if dim == 0 and not Cut(shape, blocksize).is_seamless(size):
+    if dim == 0 and not Partition(shape, blocksize).is_cell_aligned(size):
         return (
             f"a cut after {size} of its rows of {shape[1]} goes through a block of {blocksize}, "
             "which two processes cannot share"
@@ -46,23 +45,22 @@ def why_whole(shape: tuple[int, ...], blocksize: int, dim: int, count: int) -> s
     return ""
 
 
-def cut(state: NF4State, dim: int, start: int, stop: int) -> NF4State:
+def slice_state(state: NF4State, dim: int, start: int, stop: int) -> NF4State:
     """Rows (`dim` 0) or columns (`dim` 1) [start, stop) of a packed weight, in memory of their own.
 
-    `why_whole` says whether it can be cut there. Dequantised they are those of the whole, to the bit;
-    double-quantised they stay where groups of 256 scales do.
-    """
+    `unsliceable_reason` tells whether it can be split there. Dequantised values are bit-identical to the
+    whole weight's. The slice stays double-quantised if it begins at a group of 256 scales."""
     assert state.packed is not None and state.absmax is not None and len(state.shape) == 2
     rows, columns = state.shape
     if dim == 1:
         shape = (rows, stop - start)
         blocks = columns // state.blocksize
         packed = state.packed.view(rows, -1)[:, start // 2 : stop // 2]
-        scales = first_level(state).view(rows, blocks)
+        scales = first_level_scales(state).view(rows, blocks)
         first, last = start // state.blocksize, stop // state.blocksize
         return _of(state, shape, packed, scales[:, first:last].reshape(-1), None)
     shape = (stop - start, columns)
-    codes, places = Cut((rows, columns), state.blocksize).places(start, stop)
+    codes, places = Partition((rows, columns), state.blocksize).slices(start, stop)
     packed, absmax = state.packed.reshape(-1)[codes], state.absmax[places]
     if state.absmax2 is None or state.offset is None:
         return _of(state, shape, packed, absmax, None)
@@ -75,7 +73,7 @@ def cut(state: NF4State, dim: int, start: int, stop: int) -> NF4State:
     )
 
 
-def first_level(state: NF4State) -> Tensor:
+def first_level_scales(state: NF4State) -> Tensor:
     """The scale of each block, fp32 (nblocks,)."""
     assert state.absmax is not None
     if state.absmax2 is None:
@@ -84,10 +82,10 @@ def first_level(state: NF4State) -> Tensor:
     return scales
 
 
-def nest(scales: Tensor, second: Second) -> Tensor | None:
-    """The uint8 codes, (nblocks,), that these scales have over second-level ones; None: some have none.
+def encode_scales(scales: Tensor, second: Second) -> Tensor | None:
+    """uint8 codes (nblocks,) of scales for given second-level scales, or None if some scale has no code.
 
-    What codes mean ascends in each group. Where two mean the same number, the lower one.
+    Decoded values ascend with the code in each group; of codes with equal values the lowest is used.
     """
     absmax2, offset = second
     every = torch.arange(NESTED_BLOCKSIZE, dtype=torch.uint8, device=scales.device).repeat(absmax2.numel())

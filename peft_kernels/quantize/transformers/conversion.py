@@ -122,7 +122,7 @@ class Quantize(_Conversion):
             weight = NF4Weight.quantize_experts(turned, own.shape[0], *options)
         else:
             weight = NF4Weight.quantize(_as_linear(key, layer, value).to(own.dtype), *options)
-            weight = tensor_parallel.own_part(weight, layer)
+            weight = tensor_parallel.local_slice(weight, layer)
         if isinstance(value, Tensor):
             self.files.release(value)
         return nn.Parameter(weight, requires_grad=False)
@@ -167,7 +167,7 @@ class Read(_Conversion):
         expect_shape(key, (layer.out_features, layer.in_features), tuple(packed.shape))
         packed._state.name = key
         if cut:  # of what lies in the file only this process's part has been read
-            packed = tensor_parallel.own_part(packed, layer)
+            packed = tensor_parallel.local_slice(packed, layer)
             self.files.release(items["weight"])
         if layer.compute_dtype == packed.dtype:
             layer.compute_dtype = None  # which is the same, and PEFT rounds adapters to one that is set

@@ -21,7 +21,7 @@ from ...nf4 import experts_format
 from ...nf4.experts_packing import NF4Experts, adopt, packed_weights, unpack, weight_names
 from ...nf4.model import METHOD, ModelLink, announce
 from ...nf4.sharded import tensor_parallel
-from ...nf4.sharded.checks import is_parallel
+from ...nf4.sharded.checks import is_tensor_parallel
 from ...nf4.weight import NF4Weight
 from ...nn import NF4Linear
 from ..architectures import is_linear
@@ -96,8 +96,8 @@ class NF4Quantizer(HfQuantizer):
         return Quantize(self.quantization_config, self.errors, self.files)
 
     def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
-        tensor_parallel.refuse_others(model)
-        cut = tensor_parallel.count_of(model) > 1
+        tensor_parallel.check_distributed_config(model)
+        cut = tensor_parallel.tp_size(model) > 1
         if cut:
             self._prepare_to_cut(model, weight_conversions)
         if not self.pre_quantized:
@@ -179,7 +179,7 @@ class NF4Quantizer(HfQuantizer):
             return model
         for layer in layers.values():
             layer.link = link
-        tensor_parallel.unname_meshes(model)
+        tensor_parallel.remove_mesh_names(model)
         report.layers, report.bytes_after = list(layers), nbytes_of(model)
         announce(model, link, report)
         logger.info("%s", report)
@@ -202,8 +202,8 @@ class NF4Quantizer(HfQuantizer):
                 _forget_with_the_state_dict(model)
         else:  # all of them merged, or all dense for good
             vars(model.config).pop("quantization_config", None)
-        cut = any(is_parallel(weight) for weight in model.parameters())
-        return tensor_parallel.whole_state_dict(model) if cut else None, {}
+        cut = any(is_tensor_parallel(weight) for weight in model.parameters())
+        return tensor_parallel.gather_state_dict(model) if cut else None, {}
 
     # Back to dense
 
@@ -211,7 +211,7 @@ class NF4Quantizer(HfQuantizer):
         if isinstance(dtype, str):  # as `config.dtype` is when the model has been saved
             dtype = getattr(torch, dtype)
         for name, weight in model.named_parameters():
-            if is_parallel(weight):
+            if is_tensor_parallel(weight):
                 raise RuntimeError(f"{name}: {PARALLEL}, expected dequantize() of a model in one process")
         other = dtype is not None and dtype != model.dtype
         layers: dict[Any, list[Any]] = {}

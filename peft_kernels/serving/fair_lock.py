@@ -1,4 +1,4 @@
-"""A lock that goes round: who takes it again at once, step after step, cannot keep it from others."""
+"""A fair (FIFO) lock: a thread that takes it again at once cannot starve the others."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from typing import Any
 
 
 class FairLock:
-    """As `threading.RLock`, but who lets go of it gets it back only after those who waited by then."""
+    """A `threading.RLock` whose owner, after releasing it, gets it back only behind threads already waiting."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._turn = threading.Lock()  # held by the one who is next
+        self._turn = threading.Lock()  # held by the thread that is next
         self._owner: int | None = None
         self._depth = 0
 
