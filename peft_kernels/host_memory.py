@@ -1,4 +1,4 @@
-"""Memory that tensors on the CPU free, kept for the next step."""
+"""Keeps freed CPU memory in the process for the next step."""
 
 from __future__ import annotations
 
@@ -10,22 +10,20 @@ _BLOCKS = (1 << 30, 32 << 20)  # bytes; glibc before 2.35 takes no more than the
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what tensors on the CPU free, for the next step to take.
+    """Makes glibc keep freed memory of CPU tensors instead of returning it to the system.
 
-    glibc gives large blocks that are freed back to the system, where they lie at the end of its heap or are
-    above 32 MiB. Most of a step's memory is what it saves for backward: so the next one asks for it again,
-    and the system clears it page by page. How much of it depends on where small allocations happen to lie,
-    and so differs from run to run.
+    glibc returns large freed blocks at the end of its heap or above 32 MiB to the system. Most of a step's
+    memory is saved for backward, so the next step allocates it again and the kernel zeroes each page. How
+    much is returned depends on the position of small allocations and differs from run to run.
 
-    It is for the whole process, and for the rest of its life: call it before training. The process keeps as
-    much as it had in use at its peak, and somewhat more where batches differ in length, as what one leaves
-    does not fit the next (our example: 2.5 GB in place of 2.2). Blocks above 1 GiB are given back as before.
-    No number changes.
+    Applies to the whole process for the rest of its life: call it before training. The process keeps its peak
+    memory, and somewhat more if batch lengths differ (in our example 2.5 GB instead of 2.2). Blocks above
+    1 GiB are still returned. Results do not change.
 
     Returns
     -------
-    Whether there is such a setting: False with other C libraries than glibc (musl, macOS, Windows). With
-    another allocator preloaded (jemalloc, tcmalloc) it has no effect; those keep memory by themselves.
+    False if the C library is not glibc (musl, macOS, Windows). With another allocator preloaded (jemalloc,
+    tcmalloc) the call has no effect; those keep memory themselves.
     """
     try:
         libc = ctypes.CDLL(None)

@@ -1,4 +1,4 @@
-"""AdamW, Adam and Lion with moments in 8 bits, and paged ones: bitsandbytes' classes, one launch a step."""
+"""AdamW, Adam and Lion with 8-bit or paged moments: bitsandbytes' classes with one launch per step."""
 
 from __future__ import annotations
 
@@ -9,48 +9,47 @@ from .blockwise import BlockwiseOptimizer
 
 
 class AdamW8bit(BlockwiseOptimizer):
-    """AdamW with moments in 8 bits: 2.03 bytes of state a parameter in place of 8.
+    """AdamW with 8-bit moments: 2.03 bytes of state per parameter instead of 8.
 
-    Takes the place of `bitsandbytes.optim.AdamW8bit`, and of `torch.optim.AdamW` where its arguments are
-    among these: parameter groups, schedulers, closures, GradScaler, `state_dict`. A checkpoint of
-    bitsandbytes' class goes on in this one and the other way round.
+    Replaces `bitsandbytes.optim.AdamW8bit`, and `torch.optim.AdamW` for the arguments listed here. Supports
+    parameter groups, schedulers, closures, GradScaler and `state_dict`. Checkpoints are interchangeable with
+    bitsandbytes' class.
 
     Parameters
     ----------
     params : iterable of Tensor, of (name, Tensor), or of dict
-        fp32, bf16 or fp16 (others by plain torch), of any shape, with dense gradients of their dtype.
+        fp32, bf16 or fp16 (other dtypes run in plain torch), any shape, with dense gradients of the same
+        dtype.
     lr : float or Tensor, default 1e-3
     betas : (float, float), default (0.9, 0.999)
     eps : float, default 1e-8
     weight_decay : float, default 0.01
         Decoupled: p is multiplied by 1 - lr weight_decay.
     amsgrad : bool
-        False, for bitsandbytes' sake.
+        Must be False; kept for compatibility with bitsandbytes.
     optim_bits : int
-        32, for bitsandbytes' sake: moments have 8 bits all the same.
+        Must be 32; kept for compatibility with bitsandbytes. Moments have 8 bits.
     args : object, optional
-        bitsandbytes' way to give `min_8bit_size`.
+        An object with `min_8bit_size`, as bitsandbytes takes it.
     min_8bit_size : int, default 4096
-        Parameters with fewer elements have moments in fp32.
+        Parameters with fewer elements have fp32 moments.
     is_paged : bool
-        Whether moments are paged, as `PagedAdamW8bit` says.
+        Page the moments, see `PagedAdamW8bit`.
     max_grad_norm : float, optional
-        Gradients are scaled so that the norm of all together is at most this, as by
-        `torch.nn.utils.clip_grad_norm_` but for the gradients themselves, which stay as they are; nothing is
-        read on the host.
+        Clips the global gradient norm like `torch.nn.utils.clip_grad_norm_`, but without modifying the
+        gradients and without a host synchronisation.
     rounding : str
-        How a bf16 parameter is rounded: "nearest"; "stochastic", to either neighbour, the nearer one the more
-        often; or "kahan", to nearest while a bf16 `compensation` in the state keeps what is dropped (2 bytes
-        a parameter).
+        Rounding of bf16 parameters: "nearest"; "stochastic"; or "kahan", nearest with a bf16 `compensation`
+        in the state (2 bytes per parameter) that accumulates the rounding error.
     seed : int
-        Of stochastic rounding: with parameter, element and step it gives the random bits.
+        Seed of stochastic rounding; with parameter, element and step it determines the random bits.
     page_budget : int, optional
-        Bytes of device memory that paging may take while a step is made, on each device; `2**27` by default.
+        Bytes of memory per device that paging may use during a step; default `2**27`.
 
     Raises
     ------
     ValueError
-        An argument is out of range, or amsgrad or optim_bits is not as above.
+        An argument is out of range or unsupported.
 
     References
     ----------
@@ -81,21 +80,20 @@ class AdamW8bit(BlockwiseOptimizer):
         super().__init__(
             params, _adam_defaults(lr, betas, eps, weight_decay), kind="adamw", optim_bits=8,
             min_8bit_size=min_8bit_size, is_paged=is_paged, args=args, max_grad_norm=max_grad_norm,
-            rounding=rounding, seed=seed,
-            page_budget=page_budget,
+            rounding=rounding, seed=seed, page_budget=page_budget,
         )  # fmt: skip
 
 
 class Adam8bit(BlockwiseOptimizer):
-    """Adam with moments in 8 bits, in place of `bitsandbytes.optim.Adam8bit`.
+    """Adam with 8-bit moments, replaces `bitsandbytes.optim.Adam8bit`.
 
-    As `AdamW8bit`, but for weight_decay, 0 by default, and
+    Arguments as `AdamW8bit`, with weight_decay 0 by default, and
 
     Parameters
     ----------
     decoupled_weight_decay : bool, default True
-        As in bitsandbytes, whose Adam decays as AdamW does. False: weight_decay * p is added to the
-        gradient, as `torch.optim.Adam` does.
+        As in bitsandbytes, whose Adam uses decoupled weight decay. False adds weight_decay * p to the
+        gradient, like `torch.optim.Adam`.
     """
 
     @refuses_wrong_types
@@ -128,13 +126,13 @@ class Adam8bit(BlockwiseOptimizer):
 
 
 class PagedAdamW8bit(AdamW8bit):
-    """`AdamW8bit` whose moments are paged, in place of `bitsandbytes.optim.PagedAdamW8bit`.
+    """`AdamW8bit` with paged moments, replaces `bitsandbytes.optim.PagedAdamW8bit`.
 
-    The moments of parameters with 100,000 elements or more are in pinned host memory, and so is what
-    rounding="kahan" keeps. A step brings them to a CUDA device chunk by chunk, within `page_budget`, while
-    the chunk before is computed, and back; the bits are those of `AdamW8bit`. It returns before the last
-    chunks are back: the next step, `state_dict`, pickling, copying and loading wait for them, and so must
-    (`torch.cuda.synchronize`) whoever reads `state` itself. Steps cannot be captured in CUDA graphs.
+    Moments (and the compensation of rounding="kahan") of parameters with 100,000 elements or more are in
+    pinned host memory. A step copies them to the CUDA device and back in chunks within `page_budget`,
+    overlapped with computation; results are bit-identical to `AdamW8bit`. A step returns before the last
+    chunks are back: the next step, `state_dict`, pickling, copying and loading wait for them. Code that reads
+    `state` directly must call `torch.cuda.synchronize` first. Steps cannot be captured in CUDA graphs.
 
     On a CPU paging has no effect, which is logged once. Arguments as `AdamW8bit`, without `is_paged`.
     """
@@ -159,10 +157,10 @@ class PagedAdamW8bit(AdamW8bit):
 
 
 class PagedAdamW(BlockwiseOptimizer):
-    """AdamW with paged moments in fp32, in place of `bitsandbytes.optim.PagedAdamW`.
+    """AdamW with paged fp32 moments, replaces `bitsandbytes.optim.PagedAdamW`.
 
-    On a CPU paging has no effect, which is logged once. Arguments as `PagedAdamW8bit`, but that optim_bits
-    counts: 32 (default) or 8.
+    On a CPU paging has no effect, which is logged once. Arguments as `PagedAdamW8bit`; optim_bits may
+    be 32 (default) or 8.
     """
 
     @refuses_wrong_types
@@ -188,16 +186,15 @@ class PagedAdamW(BlockwiseOptimizer):
         super().__init__(
             params, _adam_defaults(lr, betas, eps, weight_decay), kind="adamw",
             optim_bits=getattr(args, "optim_bits", optim_bits), min_8bit_size=min_8bit_size, is_paged=True,
-            args=args, max_grad_norm=max_grad_norm, rounding=rounding, seed=seed,
-            page_budget=page_budget,
+            args=args, max_grad_norm=max_grad_norm, rounding=rounding, seed=seed, page_budget=page_budget,
         )  # fmt: skip
 
 
 class Lion8bit(BlockwiseOptimizer):
-    """Lion with its moment in 8 bits, in place of `bitsandbytes.optim.Lion8bit`: 1.02 bytes a parameter.
+    """Lion with an 8-bit moment, replaces `bitsandbytes.optim.Lion8bit`: 1.02 bytes of state per parameter.
 
     Arguments as `AdamW8bit`, without eps, amsgrad and optim_bits; defaults lr 1e-4, betas (0.9, 0.99),
-    weight_decay 0, which is decoupled.
+    weight_decay 0 (decoupled).
 
     References
     ----------
@@ -223,8 +220,7 @@ class Lion8bit(BlockwiseOptimizer):
         super().__init__(
             params, _adam_defaults(lr, betas, 0.0, weight_decay), kind="lion", optim_bits=8,
             min_8bit_size=min_8bit_size, is_paged=is_paged, args=args, max_grad_norm=max_grad_norm,
-            rounding=rounding, seed=seed,
-            page_budget=page_budget,
+            rounding=rounding, seed=seed, page_budget=page_budget,
         )  # fmt: skip
 
 

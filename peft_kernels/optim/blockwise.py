@@ -1,4 +1,4 @@
-"""Behind AdamW8bit and its kin: torch's interface, bitsandbytes' states, one op call a step."""
+"""Base class of AdamW8bit and the others: torch's interface, bitsandbytes' states, one op call per step."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ OVERRIDES = ("lr", "betas", "eps", "weight_decay", "optim_bits", "min_8bit_size"
 
 
 class BlockwiseOptimizer(torch.optim.Optimizer):
-    """See the classes made of it; `options` are those of their keyword arguments that are no group's."""
+    """Keyword arguments as in the subclasses; `defaults` are the hyperparameters of groups."""
 
     # GradScaler hands over grad_scale and found_inf instead of reading found_inf on the host.
     _step_supports_amp_scaling = True
@@ -70,7 +70,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self._overrides: dict[Tensor, dict[str, Any]] = {}
         self._dtypes: dict[Tensor, torch.dtype] = {}
         self._seeds: dict[tuple[torch.device, int], Tensor] = {}
-        self._forget()
+        self._drop_plans()
         super().__init__(params, defaults)
 
     @property
@@ -89,24 +89,24 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         value: Any = None,
         key_value_dict: dict[str, Any] | None = None,
     ) -> None:
-        """Give some parameters hyperparameters of their own, as bitsandbytes' GlobalOptimManager does.
+        """Overrides hyperparameters of single parameters, like bitsandbytes' GlobalOptimManager.
 
         Parameters
         ----------
         parameters : Tensor or iterable of Tensor
-            Of this optimizer.
+            Parameters of this optimizer.
         key : str
-            "lr", "betas", "eps", "weight_decay", "optim_bits" or "min_8bit_size". The last two count when the
-            state is made, in a parameter's first step.
+            "lr", "betas", "eps", "weight_decay", "optim_bits" or "min_8bit_size". The last two take
+            effect when the state is created, in a parameter's first step.
         value : any
-            In place of what its group says. A scheduler does not change it.
+            Replaces the group's value. Schedulers do not change it.
         key_value_dict : dict
-            Several at once, in place of key and value.
+            Several keys and values instead of `key` and `value`.
 
         Raises
         ------
         ValueError
-            No such key, a value out of range, or a parameter of which the state is there in other bits.
+            Unknown key, value out of range, or a parameter whose state already exists in other bits.
         """
         changes = {key: value} if key_value_dict is None else dict(key_value_dict)
         unknown = [str(name) for name in changes if name not in OVERRIDES]
@@ -128,30 +128,30 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         self._overrides = {p: v for p, v in self._overrides.items() if p in mine}
         for p in chosen:
             self._overrides[p] = self._overrides.get(p, {}) | changed
-        self._forget()
+        self._drop_plans()
 
-    @_disable_dynamo  # compiled, a step runs as it is: it is one op
+    @_disable_dynamo  # a step is one op: nothing to compile
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step for every parameter that has a gradient, all by one op call for each device; where states
-        are paged, by one for each chunk of them.
+        """Updates all parameters that have a gradient with one op call per device, or per chunk of paged
+        states.
 
         Parameters
         ----------
         closure : callable, optional
-            Computes the loss again, and its gradients.
+            Recomputes the loss and its gradients.
 
         Returns
         -------
-        What the closure returns.
+        The closure's result.
 
         Raises
         ------
         RuntimeError
-            A gradient is sparse; paging is asked for where there is none, or inside a graph's capture.
+            A gradient is sparse; paging is unavailable on the device or during graph capture.
         ValueError
-            A parameter has another dtype or shape than when its state was made, or page_budget is too small.
-            Either is raised before any parameter is changed.
+            A parameter's dtype or shape differs from when its state was created, or page_budget is too small.
+            Both are raised before any parameter is changed.
         """
         loss = None
         if closure is not None:
@@ -166,10 +166,10 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         for plan, mine in zip(plans, grads, strict=True):
             plan.check(mine)
             if len(plans) > 1:
-                dispatch.select("adamw", (plan.like,))  # refuses, if it does, before anything is changed
+                dispatch.select("adamw", (plan.like,))  # may raise, before anything is changed
         configs = [self.param_groups[at] | override for at, override in self._configs]
         for config in configs:
-            for name in ("lr", "weight_decay"):  # loops and schedulers write them
+            for name in ("lr", "weight_decay"):  # training loops and schedulers may set them
                 if type(config[name]) is not float:
                     check_number(name, config[name])
         scale, max_norm = getattr(self, "grad_scale", None), self._max_grad_norm
@@ -181,9 +181,9 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """As bitsandbytes': `step` an int, `state1`, `state2`, and in 8 bits `qmap1`, `qmap2`, `absmax1`,
-        `absmax2`. Of parameters that are DTensors, moments and absmax are DTensors. Paged moments are on the
-        CPU, and the same tensors that the next step changes."""
+        """The state in bitsandbytes' layout: `step` as an int, `state1`, `state2`, and in 8 bits `qmap1`,
+        `qmap2`, `absmax1`, `absmax2`. For DTensor parameters moments and absmax are DTensors. Paged moments
+        are on the CPU and share memory with the optimizer's own."""
         mine = list(self._mine())
         if gone := len(self.state.keys() - set(mine)):
             raise ValueError(f"state_dict: {gone} parameters with a state are in no group any more")
@@ -191,7 +191,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         found = super().state_dict()
         for key, state in found["state"].items():
             whole = Layout(mine[key], self._name(mine[key])).whole(state) if is_sharded(mine[key]) else state
-            # Maps are copies, as what loads into a state_dict in place would change everybody's.
+            # Maps are copied: loading into a state_dict in place would change the shared tables.
             found["state"][key] = {
                 k: int(v) if k == "step" else v.clone() if k.startswith("qmap") else v
                 for k, v in whole.items()
@@ -199,19 +199,19 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         return found
 
     def load_state_dict(self, state_dict: dict[str, Any], move_to_device: bool = True) -> None:
-        """Take over a checkpoint of this class or of bitsandbytes' of the same name.
+        """Loads a checkpoint of this class or of bitsandbytes' class of the same name.
 
         Parameters
         ----------
         state_dict : dict
-            Moments are in the bits that it has them in, not in those that this optimizer would choose.
+            Moments keep the number of bits that they have there.
         move_to_device : bool
-            bitsandbytes' argument; states always go to their parameters' devices, paged ones to host memory.
+            Ignored, for compatibility: states go to their parameters' devices, paged ones to host memory.
 
         Raises
         ------
         ValueError
-            Other groups, shapes, blocksize or maps than here, or something is missing: nothing is loaded.
+            Groups, shapes, blocksize or maps differ, or something is missing. Nothing is loaded then.
         """
         state_dict = copy(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -246,26 +246,26 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         state = dict(state)
         is_paged = state.pop("is_paged", None)
         super().__setstate__(state)
-        if is_paged is not None:  # a copy, or from a file: what was gathered is not in it
+        if is_paged is not None:  # a copy or unpickled: without cached plans
             self._page_budget = state.get("_page_budget")
             self._pager = Pager(is_paged, self._page_budget)
         self._seeds = {}
-        self._forget()
+        self._drop_plans()
 
-    def _forget(self) -> None:
-        """What was gathered for steps: parameters, states or groups are others."""
+    def _drop_plans(self) -> None:
+        """Drops cached plans after parameters, states or groups changed."""
         self._active: list[list[Tensor]] = []
         self._moments: list[Any] = []
         self._plans: list[Plan] = []
         self._configs: list[tuple[int, dict[str, Any]]] = []
 
     def _first_moments(self) -> list[Any]:
-        """By which it shows whether somebody cleared or replaced states, to begin anew or to move them."""
+        """The tensors by which `_plans_for` notices that states were cleared or replaced."""
         return [state.get("state1") for state in self.state.values() if isinstance(state, dict)]
 
     def _plans_for(self, active: list[list[Tensor]]) -> list[Plan]:
-        """One for each device and number of parts, kept from the step before if they serve. `active` is by
-        group."""
+        """A plan for each device and shard number, reused from the previous step if still valid. `active`
+        lists parameters by group."""
         before, moments = chain.from_iterable(self._active), self._first_moments()
         if (
             list(map(len, active)) == list(map(len, self._active))
@@ -278,8 +278,8 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         names = {p: self._name(p) for p in chain.from_iterable(active)}
         if stale := len(self._overrides.keys() - set(self._mine())):
             raise ValueError(
-                f"override_config: {stale} parameters that it was given are in no group any more: give it "
-                "those that took their places"
+                f"override_config: {stale} overridden parameters are no longer in any group: override those "
+                "that replaced them"
             )
         parts: dict[tuple[torch.device, int], list[Tensor]] = {}
         for p, name in names.items():
@@ -295,7 +295,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         if len(devices) > 1 and self._max_grad_norm:
             raise ValueError(f"max_grad_norm: expected parameters on one device, got {len(devices)} devices")
         self._pager.synchronize()
-        # In dicts of their own, of which nothing is left where something is refused: no pinned memory either.
+        # In new dicts, so that an error leaves nothing behind, pinned memory included.
         states = {
             p: self._pager.home(part_of(p), self.state[p]) if self.state.get(p) else self._new_state(p, name)
             for p, name in names.items()
@@ -317,24 +317,24 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
             )  # fmt: skip
             dispatch.select("adamw", (plan.like,))
             plans.append(plan)
-        # They take buffers one after the other. Where there is no memory for the largest, none has begun.
+        # Largest buffers first: if memory does not suffice, nothing has been changed yet.
         plans.sort(key=lambda plan: plan.page_bytes, reverse=True)
         for p, state in states.items():
             if not self.state.get(p):
                 self._dtypes[p] = p.dtype
             self.state[p].update(state)
-        # Of parameters that others took the places of nothing is kept.
+        # Drops entries of parameters that were replaced.
         self._dtypes = {p: dtype for p, dtype in self._dtypes.items() if p in self.state}
         self._active, self._plans, self._configs = active, plans, configs
         self._moments = self._first_moments()
         return plans
 
     def _new_state(self, p: Tensor, name: str) -> dict[str, Any]:
-        """A parameter's state before its first step."""
+        """The initial state of a parameter."""
         if not p.is_floating_point():
             raise ValueError(f"{name}: expected a floating dtype, got {p.dtype}")
         bits = self._bits | self._overrides.get(p, {})
-        # By all of a DTensor's elements, so that processes agree.
+        # Counts all elements of a DTensor, so that processes agree.
         in_8bit = bits["optim_bits"] == 8 and p.numel() >= bits["min_8bit_size"]
         p = part_of(p)
         state: dict[str, Any] = {"step": 0}
@@ -358,7 +358,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         return state
 
     def _name(self, p: Tensor) -> str:
-        """Where a parameter is, for messages."""
+        """A parameter's position, for messages."""
         for at, group in enumerate(self.param_groups):
             for i, other in enumerate(group["params"]):
                 if other is p:
@@ -370,7 +370,7 @@ class BlockwiseOptimizer(torch.optim.Optimizer):
         return chain.from_iterable(group["params"] for group in self.param_groups)
 
     def _seed_on(self, device: torch.device, number: int) -> Tensor | None:
-        """Of the parts of that number, 0 of what is whole: parts have random bits of their own."""
+        """The seed for shards of this number (0: not sharded), so that shards have different random bits."""
         if self._rounding != "stochastic":
             return None
         if (device, number) not in self._seeds:

@@ -1,4 +1,4 @@
-"""An optimizer's state_dict, read as a whole before anything of it is used."""
+"""Reads and checks an optimizer's state_dict completely before any of it is used."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def read(
     lion: bool,
     copied: Copied,
 ) -> tuple[dict[Tensor, State], list[State]]:
-    """The states of parameters, as a step takes them, and groups, in place of the groups `mine`.
+    """The states of parameters, as a step takes them, and the groups that replace `mine`.
 
-    Nothing is shared with the state_dict. ValueError that names what is missing or does not fit.
+    Shares no memory with the state_dict. Raises ValueError for what is missing or does not fit.
     """
     if missing := [name for name in ("state", "param_groups") if name not in state_dict]:
         raise ValueError(f"state_dict: expected state and param_groups, got no {', '.join(missing)}")
@@ -50,7 +50,7 @@ def read(
         if not isinstance(entry, Mapping):
             raise ValueError(f"{what}: its state: expected a dict, got {type(entry).__name__}")
         if flat := unwrapped(entry):
-            states[p] = checked(_part(flat, p, what), part_of(p), what, lion, copied)
+            states[p] = checked(_local(flat, p, what), part_of(p), what, lion, copied)
     kept = ("params", "param_names")
     groups = [
         {**defaults, **group, **{name: own[name] for name in kept if name in own}}
@@ -59,8 +59,8 @@ def read(
     return states, groups
 
 
-def _part(entry: State, p: Tensor, what: str) -> State:
-    """What is for this process, of a parameter's state."""
+def _local(entry: State, p: Tensor, what: str) -> State:
+    """This process's shard of a parameter's state."""
     if is_sharded(p):
         return Layout(p, what).part(entry)
     return {name: whole_of(value) for name, value in entry.items()}

@@ -1,4 +1,4 @@
-"""What paging needs of a CUDA device: two streams beside the current one, and pinned host memory."""
+"""CUDA streams and pinned host memory for paging."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .paging import CURRENT, IN, OUT
 
 
 class CudaStreams:
-    """`paging.Streams` of a CUDA device, or of one that torch calls so."""
+    """`paging.Streams` of a CUDA (or ROCm) device."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -63,11 +63,11 @@ class CudaStreams:
 
 
 class PinnedPages(mmap.mmap):
-    """Zeros in pages of their own, pinned until the last tensor on them is gone.
+    """Zeroed pages, pinned until the last tensor on them is freed.
 
-    torch's own pinned memory is by powers of two: for moments of 18944 x 3584, a matrix of Qwen2.5-7B, it
-    takes twice what is asked. The mapping is one that forked processes share, so that after a fork the host
-    writes to the pages that are pinned.
+    torch rounds pinned memory up to powers of two: for moments of 18944 x 3584 (a matrix of Qwen2.5-7B) it
+    allocates twice the size. The mapping is shared with forked processes, so after a fork the host still
+    writes to the pinned pages.
     """
 
     def __new__(cls, nbytes: int, device: torch.device) -> PinnedPages:
@@ -88,7 +88,7 @@ class PinnedPages(mmap.mmap):
     def __del__(self) -> None:
         if self._address == 0 or os.getpid() != self._owner or sys.is_finalizing():
             return
-        # Copies may be under way that nobody waits for any more. A device that failed has none.
+        # Copies may still be running. On a failed device synchronize raises, and none are.
         with contextlib.suppress(RuntimeError):
             torch.cuda.synchronize(self._device)
         torch.cuda.cudart().cudaHostUnregister(self._address)

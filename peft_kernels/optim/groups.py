@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 UNSUPPORTED = ("amsgrad", "maximize", "differentiable")
-"""What groups of torch's optimizers may ask for."""
+"""Options of torch's optimizers that are not supported in groups."""
 
 
 def check_number(name: str, value: Any) -> None:
-    """TypeError for what is no number."""
+    """Raises TypeError unless `value` is a number."""
     if isinstance(value, str):
         hint = "; YAML reads a number as text that has an exponent and no point: write 2.0e-4, not 2e-4"
         hint = hint if _is_number(value) else ""
@@ -31,8 +31,8 @@ def _is_number(text: str) -> bool:
 
 
 def check_numbers(values: Mapping[str, Any]) -> None:
-    """ValueError for a hyperparameter out of range, or for one that would have no effect; TypeError for one
-    that is no number."""
+    """Raises ValueError for a hyperparameter that is out of range or unsupported, TypeError for one that is
+    not a number."""
     for name in UNSUPPORTED:
         if values.get(name, False):
             raise ValueError(f"{name}: is not supported, expected False in a group, got {values[name]}")

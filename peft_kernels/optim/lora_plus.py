@@ -1,4 +1,4 @@
-"""LoRA+: B learns faster than A. Parameter groups for any torch optimizer."""
+"""LoRA+: parameter groups with a higher learning rate for B than for A, for any torch optimizer."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def lora_plus_groups(
 
     | name               | trainable parameters                              | lr            | weight decay |
     |--------------------|---------------------------------------------------|---------------|--------------|
-    | `groupA`           | A matrices, and all else that is not a vector     | lr            | weight_decay |
-    | `embedding`        | of LoRA layers over nn.Embedding                  | lr_embedding  | weight_decay |
+    | `groupA`           | A matrices, and other non-vectors                 | lr            | weight_decay |
+    | `embedding`        | LoRA on nn.Embedding                              | lr_embedding  | weight_decay |
     | `groupB`           | B matrices, and vectors such as DoRA's magnitudes | lr * lr_ratio | weight_decay |
     | `groupB_no_decay`  | biases, and vectors of nn.LayerNorm               | lr * lr_ratio | 0            |
 
@@ -33,19 +33,19 @@ def lora_plus_groups(
     model : nn.Module
         A PEFT model, a model with `peft_kernels.nn.LoRALinear` layers, or both.
     lr : float
-        Learning rate of A. About half of what plain LoRA takes is a good start.
+        Learning rate of A. Half the learning rate of plain LoRA is a good start.
     lr_ratio : float
-        Learning rate of B by that of A; at least 1 for LoRA+ proper, and 1 is plain LoRA.
+        Ratio of the learning rates of B and A; 1 is plain LoRA.
     weight_decay : float
-        For all groups but the last.
+        Weight decay of all groups but `groupB_no_decay`.
     lr_embedding : float
-        Learning rate of adapters over embeddings.
+        Learning rate of adapters on embeddings.
 
     Returns
     -------
     list of dict
-        With "name", "params", "lr" and "weight_decay". Every parameter with requires_grad is in one of them;
-        groups without parameters are left out.
+        Dicts with "name", "params", "lr" and "weight_decay". Each parameter with requires_grad is in exactly
+        one; empty groups are omitted.
 
     Raises
     ------
@@ -78,7 +78,7 @@ def lora_plus_groups(
         )
     }
     modules = dict(model.named_modules())
-    for name, parameter in model.named_parameters():  # a parameter that two modules share comes once
+    for name, parameter in model.named_parameters():  # lists shared parameters once
         if parameter.requires_grad:
             groups[_group(name, parameter, modules)]["params"].append(parameter)
     trainable = [group for group in groups.values() if group["params"]]
@@ -89,8 +89,8 @@ def lora_plus_groups(
 
 def _group(name: str, parameter: nn.Parameter, modules: dict[str, nn.Module]) -> str:
     path = name.split(".")
-    # Of `embed.lora_embedding_A.default`, say, this is `embed`. Other LoRA layers of PEFT have that
-    # attribute too, but empty. By attribute, as PEFT is not needed here.
+    # `embed` for `embed.lora_embedding_A.default`. Other LoRA layers of PEFT have an empty lora_embedding_A.
+    # Checked by attribute, so that PEFT need not be installed.
     layer = modules[".".join(path[:-2])]
     if len(getattr(layer, "lora_embedding_A", ())) > 0:
         return "embedding"

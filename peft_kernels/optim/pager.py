@@ -1,4 +1,4 @@
-"""Where an optimizer's states are: on their parameters' devices, or in host memory."""
+"""Places the states of an optimizer on their parameters' devices or in host memory."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from .paging import DEFAULT_BUDGET, SMALLEST_BUDGET, Ring, Streams
 logger = logging.getLogger("peft_kernels")
 
 PAGED_FROM = 100_000
-"""Elements of a parameter from which on its states are paged, as in bitsandbytes: fewer are no matter."""
+"""Parameters with at least so many elements are paged, as in bitsandbytes."""
 PAGED = ("state1", "state2", "compensation")
-"""Of a parameter's state what is paged: all that has an entry for each element."""
+"""Paged tensors of a state: those with an entry per element."""
 
 
 def streams_of(device: torch.device) -> Streams | None:
-    """None where paging has no effect."""
+    """The streams of a device, or None where paging has no effect."""
     if device.type == "cpu":
         return None
     if device.type != "cuda":
-        raise RuntimeError(f"is_paged: there is no paging on {device.type} devices, on CUDA ones there is")
+        raise RuntimeError(f"is_paged: expected a CUDA device, got {device.type}")
     return CudaStreams(device)
 
 
 class Pager:
-    """Says for each tensor of a state where it is to be, and has the rings of devices. Of a DTensor it is
-    asked about the part that this process has."""
+    """Decides where each tensor of a state lives, and holds a ring per device. For DTensors, parameters are
+    the local shards."""
 
     def __init__(self, is_paged: bool, budget: int | None) -> None:
         budget = DEFAULT_BUDGET if budget is None else budget
@@ -45,20 +45,18 @@ class Pager:
         self._rings: dict[torch.device, Ring | None] = {}
 
     def ring(self, device: torch.device) -> Ring | None:
-        """Of a device on which states are paged."""
+        """The ring of a device, or None if its states are not paged."""
         if not self.is_paged:
             return None
         if device not in self._rings:
             streams = streams_of(device)
             if streams is None:
-                tell_once(
-                    "paging has no effect on a CPU: the optimizer's states are in memory as any other's"
-                )
+                warn_once("paging has no effect on a CPU: the optimizer's states are in ordinary memory")
             self._rings[device] = None if streams is None else Ring(streams, self.budget)
         return self._rings[device]
 
     def check_now(self, parameters: Iterable[Tensor]) -> None:
-        """RuntimeError where no step can be made now because some of these have paged states."""
+        """Raises RuntimeError if a step with paged states of these parameters cannot run now."""
         if not self.is_paged:
             return
         for device in {p.device for p in parameters if self.is_for(p, "state1")}:
@@ -67,19 +65,19 @@ class Pager:
                 raise RuntimeError(f"step: {reason}")
 
     def is_for(self, parameter: Tensor, name: str) -> bool:
-        """Whether that tensor of the parameter's state is paged."""
+        """Whether the tensor `name` of the parameter's state is paged."""
         ring = self.ring(parameter.device)
         return ring is not None and name in PAGED and parameter.numel() >= PAGED_FROM
 
     def zeros(self, parameter: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-        """Like the parameter."""
+        """Zeros of the parameter's shape, where tensor `name` of its state belongs."""
         ring = self.ring(parameter.device)
         if ring is not None and self.is_for(parameter, name):
             return ring.streams.host_zeros(parameter.shape, dtype)
         return torch.zeros(parameter.shape, dtype=dtype, device=parameter.device)
 
     def home(self, parameter: Tensor, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The parameter's state with each tensor where it belongs: itself if it is there."""
+        """The parameter's state with each tensor moved to where it belongs, if it is not there yet."""
 
         def at_home(name: str, value: Any) -> Any:
             ring = self.ring(parameter.device)
@@ -94,23 +92,23 @@ class Pager:
         return {name: at_home(name, value) for name, value in state.items()}
 
     def copied(self, parameter: Tensor, name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
-        """The same of another dtype, contiguous, and never the tensor itself."""
+        """A contiguous copy in `dtype`, where tensor `name` of the state belongs."""
         if not self.is_for(parameter, name):
             return value.to(parameter.device, dtype, copy=True).contiguous()
         there = self.zeros(parameter, name, dtype)
         return there.view(value.shape).copy_(value)
 
     def synchronize(self) -> None:
-        """Before the host reads states, or anything else is done to them."""
+        """Waits for copies, before states are read or changed outside of a step."""
         for ring in self._rings.values():
             if ring is not None:
                 ring.synchronize()
 
 
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
-def tell_once(sentence: str) -> None:
-    if sentence not in _told:
-        _told.add(sentence)
+def warn_once(sentence: str) -> None:
+    if sentence not in _warned:
+        _warned.add(sentence)
         logger.warning("%s", sentence)

@@ -1,12 +1,11 @@
-"""A step whose moments are in host memory: in which chunks they come to the device, and what waits for what.
+"""Steps with moments in host memory: splitting into chunks, and the order of copies and computation.
 
-A step goes through the parameters in chunks. Each is copied into a buffer on the device, updated there by
-the op, and copied back. There are three buffers, so that while one chunk is computed the next comes in and
-the one before goes out: PCIe carries both directions at once. What a queue of work may not overtake is said
-by events. The host waits in one place: a step begins when the one before is all in host memory again, so that
-there are never two steps' buffers. The device then has that step's forward and backward to do.
+Each chunk is copied to a buffer on the device, updated there by the op and copied back. Three buffers let one
+chunk compute while the next is copied in and the previous one out: PCIe is full duplex. Events order the
+queues. The host waits in one place: a step begins when the previous one is back in host memory, so two steps
+never hold buffers at once; the device still has that step's forward and backward to run.
 
-Nothing here knows of CUDA: `Streams` is what a device must have.
+This file does not depend on CUDA: `Streams` is the interface of a device.
 """
 
 from __future__ import annotations
@@ -21,29 +20,29 @@ from torch import Tensor
 from ..ops.optim import STATE_BLOCK
 
 SLOTS = 3
-"""Buffers: one comes in, one is computed with, one goes out."""
+"""Buffers: one copied in, one computed with, one copied out."""
 ALIGN = 256
-"""Bytes, of where a tensor may begin in a buffer."""
+"""Alignment in bytes of tensors in a buffer."""
 CURRENT, IN, OUT = "current", "in", "out"
-"""Queues: the stream that the step is called on, and one for copies of each direction."""
+"""Queues: the stream on which the step is called, and one for copies in each direction."""
 
 DEFAULT_BUDGET = 128 << 20
-"""Bytes. Chunks of 40 MB take PCIe 2 ms and the host some 0.1 ms to start; larger ones gain nothing."""
+"""Bytes. A chunk of 40 MB takes 2 ms over PCIe and 0.1 ms to launch; larger ones gain nothing."""
 SMALLEST_BUDGET = SLOTS * 3 * STATE_BLOCK * 4
-"""Bytes: room for a block of all that there can be of a parameter."""
+"""Bytes for one block of each paged tensor of a parameter."""
 
 
 class Streams(Protocol):
-    """A device's queues, whose work runs in order within each and otherwise in any, and its memory."""
+    """Queues of a device (work runs in order within a queue) and its memory."""
 
     def host_zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """In host memory that copies of IN and OUT reach without the host's help."""
+        """Zeros in pinned host memory."""
 
     def is_host(self, tensor: Tensor) -> bool:
-        """Whether it is in such memory."""
+        """Whether a tensor is in pinned host memory."""
 
     def refuse(self) -> str | None:
-        """Why no step can be made now, or None."""
+        """Why a step cannot run now, or None."""
 
     def empty(self, count: int, nbytes: int) -> list[Tensor]:
         """So many buffers of bytes on the device. CURRENT may use them at once; other queues must wait for
@@ -74,32 +73,31 @@ class Piece(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Consecutive pieces; of the first and the last it may be a part."""
+    """Consecutive pieces; the first and last may be partial."""
 
     first: int
     parts: list[tuple[int, int]]  # elements from, to; of pieces first, first + 1, ...
     nbytes: int
 
 
-def cut(pieces: Sequence[Piece], budget: int) -> list[Chunk]:
-    """All pieces in order, in chunks of which SLOTS fit into the budget.
+def split_to_chunks(pieces: Sequence[Piece], budget: int) -> list[Chunk]:
+    """Splits pieces, in order, into chunks of which SLOTS fit into the budget.
 
-    A piece is cut where it is larger than a buffer, at multiples of STATE_BLOCK. ValueError for one that must
-    not be and is.
-    """
-    room = budget // SLOTS // ALIGN * ALIGN
+    A piece larger than a buffer is split at multiples of STATE_BLOCK. Raises ValueError if it must stay
+    whole."""
+    buffer_bytes = budget // SLOTS // ALIGN * ALIGN
     chunks: list[Chunk] = []
     first, parts, used = 0, list[tuple[int, int]](), 0
     for at, piece in enumerate(pieces):
         start = 0
         while True:
             stop = piece.numel
-            if used + nbytes_of(piece, stop - start) > room:
+            if used + nbytes_of(piece, stop - start) > buffer_bytes:
                 if parts:
                     chunks.append(Chunk(first, parts, used))
                     first, parts, used = at, [], 0
-                if nbytes_of(piece, stop - start) > room:
-                    stop = start + room // sum(piece.paged) // STATE_BLOCK * STATE_BLOCK
+                if nbytes_of(piece, stop - start) > buffer_bytes:
+                    stop = start + buffer_bytes // sum(piece.paged) // STATE_BLOCK * STATE_BLOCK
                     if piece.whole or stop == start:
                         needed = SLOTS * nbytes_of(piece, piece.numel if piece.whole else STATE_BLOCK)
                         raise ValueError(
@@ -116,30 +114,30 @@ def cut(pieces: Sequence[Piece], budget: int) -> list[Chunk]:
 
 
 def nbytes_of(piece: Piece, numel: int) -> int:
-    """In a buffer."""
+    """Bytes of a piece in a buffer, aligned."""
     return sum(-(-numel * size // ALIGN) * ALIGN for size in piece.paged)
 
 
 class Ring:
-    """The buffers of a device, and the order of copies and computation."""
+    """The buffers of a device, with the order of copies and computation."""
 
     def __init__(self, streams: Streams, budget: int) -> None:
         self.streams, self.budget = streams, budget
         self._written: Any = None
 
     def run(self, chunks: Sequence[list[Tensor]], compute: Callable[[int, list[Tensor]], Any]) -> None:
-        """Bring in what each chunk has in host memory, call compute(number, the same on the device), which
-        launches on CURRENT, and write it back.
+        """Copies each chunk's host tensors to the device, calls compute(number, device tensors), which
+        launches on CURRENT, and copies them back.
 
-        Buffers are there from the beginning of a step to its end alone, when activations are not. Where the
-        device has no memory for them, nothing has been done.
+        Buffers exist only during a step, when there are no activations. They are allocated first: an
+        out-of-memory error changes nothing.
         """
         self.synchronize()
         streams, used = self.streams, max(map(_nbytes, chunks), default=0)
         buffers = streams.empty(min(SLOTS, len(chunks)), used) if used else []
         gone: list[Any] = [None] * len(buffers)
         if buffers:
-            streams.wait(IN, streams.record(CURRENT))  # what had the memory before
+            streams.wait(IN, streams.record(CURRENT))  # of earlier users of the memory
         try:
             for number, host in enumerate(chunks):
                 if not host:
@@ -159,7 +157,7 @@ class Ring:
             streams.free(buffers)
 
     def synchronize(self) -> None:
-        """The host waits until all is written back: before it reads, copies or frees what is there."""
+        """Waits until everything is written back, before the host reads, copies or frees it."""
         if self._written is not None:
             self.streams.synchronize(self._written)
             self._written = None
@@ -170,7 +168,7 @@ def _nbytes(host: Sequence[Tensor]) -> int:
 
 
 def _placed(host: Sequence[Tensor], buffer: Tensor) -> list[Tensor]:
-    """Of the same sizes, in a buffer."""
+    """Views of the same sizes in a buffer."""
     found, at = [], 0
     for t in host:
         found.append(buffer[at : at + t.nbytes].view(t.dtype))

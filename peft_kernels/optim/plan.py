@@ -1,9 +1,9 @@
-"""What one step hands to the op, gathered once and used until the parameters with a gradient are others.
+"""The arguments of a step's op call, built once and reused while the same parameters have gradients.
 
-Where states are paged a step is several calls of the op, else one; the bits are the same. For stochastic
-rounding, whose random bits are by a parameter's place in the list, bf16 parameters are cut in pieces of
-STREAM elements that stay whole and keep their places: those before them are empty. Other parameters may be
-cut anywhere between blocks of moments. And the factor of clipping is computed before, from all gradients.
+With paged states a step is several op calls, with the same bits. The clipping factor is then computed first,
+from all gradients. Random bits of stochastic rounding depend on a parameter's position in the list, so bf16
+parameters are split into pieces of STREAM elements that are never split further and keep their positions
+(earlier positions are empty). Other parameters may be split between any blocks of moments.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from torch import Tensor
 
 from ..core import dispatch
 from ..ops.optim import STATE_BLOCK
-from .paging import CURRENT, SLOTS, Chunk, Piece, Ring, cut
+from .paging import CURRENT, SLOTS, Chunk, Piece, Ring, split_to_chunks
 from .sharded import check_gradient, is_sharded, part_of
 from .states import moment_names
 
 STREAM = 1 << 22
-"""Elements of a bf16 parameter that share a stream of random bits."""
+"""Elements of a bf16 parameter per stream of random bits."""
 PARAMS, GRADS, STATE1, STATE2, ABSMAX1, ABSMAX2, COMPENSATION = range(7)
-"""The op's lists."""
+"""Positions of the op's lists."""
 
 
 def check(p: Tensor, grad: Tensor, name: str, dtype: torch.dtype, shape: Sequence[int]) -> None:
-    """ValueError or RuntimeError that names what a step cannot take. `dtype` and `shape` are those of the
-    parameter, or of this process's part of it, when its state was made."""
+    """Raises ValueError or RuntimeError for a parameter or gradient that a step cannot take. `dtype` and
+    `shape` are those of the parameter, or of its local shard, when its state was created."""
     check_gradient(p, grad, name)
     p, grad = part_of(p), part_of(grad)
     if p.dtype != dtype or p.shape != shape:
@@ -53,8 +53,8 @@ def check(p: Tensor, grad: Tensor, name: str, dtype: torch.dtype, shape: Sequenc
 
 
 class Plan:
-    """Parameters on one device, of DTensors the parts of one number (`Layout.number`), their states as lists,
-    and their steps as one tensor, of which the states' `step` are views."""
+    """Parameters on one device with the same shard number (`Layout.number`), their states as lists, and their
+    steps as one tensor, of which the states' `step` are views."""
 
     def __init__(
         self,
@@ -98,20 +98,20 @@ class Plan:
                 states[owner]["step"] = step
         self.lr = torch.empty(0, dtype=torch.float32, device=device)
         self.lr_values: list[float] = []
-        # A kernel's choice goes by one parameter: the reference alone knows other dtypes.
+        # The kernel is selected by one parameter; other dtypes need the reference implementation.
         known = (torch.float32, torch.bfloat16, torch.float16)
         self.like = part_of(next((p for p in parameters if p.dtype not in known), parameters[0]))
         self.ring = ring if any(paged) else None
         self.paged = [paged[owner] for owner, _, _ in self.pieces]
         self.chunks: list[Chunk] = []
-        self.host: list[list[Tensor]] = []  # of each chunk what is in host memory, flat
-        self.page_bytes = 0  # of buffers, while a step is made
+        self.host: list[list[Tensor]] = []  # flat host tensors of each chunk
+        self.page_bytes = 0  # of buffers during a step
         if self.ring is not None:
             sizes = [
                 Piece(stop - start, tuple(t.itemsize for t in self._host_of(i)), whole[owner], names[owner])
                 for i, (owner, start, stop) in enumerate(self.pieces)
             ]
-            self.chunks = cut(sizes, self.ring.budget)
+            self.chunks = split_to_chunks(sizes, self.ring.budget)
             self.page_bytes = min(SLOTS, len(self.chunks)) * max(chunk.nbytes for chunk in self.chunks)
             self.host = [
                 [
@@ -123,7 +123,7 @@ class Plan:
             ]
 
     def _in_pieces(self, tensors: Sequence[Tensor], unit: int = 1) -> list[Tensor]:
-        """Of tensors with an entry for `unit` elements of a parameter each, or with none."""
+        """Splits tensors that have one entry per `unit` elements of a parameter, or none, to pieces."""
         if len(self.pieces) == len(tensors):
             return list(tensors)
         found = []
@@ -134,18 +134,18 @@ class Plan:
         return found
 
     def _host_of(self, piece: int) -> list[Tensor]:
-        """What of a piece is in host memory."""
+        """The tensors of a piece that are in host memory."""
         if not self.paged[piece]:
             return []
         lists = (self.states[at - STATE1] for at in (STATE1, STATE2, COMPENSATION))
         return [tensors[piece] for tensors in lists if tensors and tensors[piece].numel() > 0]
 
     def is_in_place(self) -> bool:
-        """Whether its parameters are on the device that they were on."""
+        """Whether the parameters are still on the plan's device."""
         return all(p.device == self.device for p in self.parameters)
 
     def check(self, grads: Sequence[Tensor]) -> None:
-        """ValueError or RuntimeError that names what a step cannot take."""
+        """Raises ValueError or RuntimeError for what a step cannot take."""
         if self.is_sharded:
             for p, g, name in zip(self.parameters, grads, self.names, strict=True):
                 check_gradient(p, g, name)
@@ -163,7 +163,7 @@ class Plan:
                 check(p, g, self.names[i], dtype, shape)
 
     def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What this process has of them."""
+        """The local shards of DTensors."""
         return [part_of(t) for t in tensors] if self.is_sharded else list(tensors)
 
     def run(
@@ -175,7 +175,7 @@ class Plan:
         max_grad_norm: float,
         seed: Tensor | None,
     ) -> None:
-        """One step, of checked gradients, with the hyperparameters of each group."""
+        """Runs a step on checked gradients, with the hyperparameters of each group."""
         scale = None if grad_scale is None else grad_scale.to(self.device, torch.float32)
         inf = None if found_inf is None else found_inf.to(self.device, torch.float32)
         mine = self.parts(self.parameters)
@@ -205,7 +205,7 @@ class Plan:
     def _run_paged(
         self, ring: Ring, lists: Sequence[list[Tensor]], numbers: tuple[Any, ...], made: Any
     ) -> None:
-        """As many calls of the op as there are chunks, with the numbers of one."""
+        """One op call per chunk, bit-identical to a single call."""
         *_, scale, _, max_grad_norm, seed = numbers
         factor = None
         if max_grad_norm > 0:
@@ -229,7 +229,7 @@ class Plan:
     def _part(
         self, lists: Sequence[list[Tensor]], chunk: Chunk, there: Sequence[Tensor], keep_places: bool
     ) -> tuple[Any, ...]:
-        """The op's lists, steps and groups for a chunk, of which `there` is what was brought in."""
+        """The op's lists, steps and groups for a chunk. `there` holds the copied host tensors."""
         before = chunk.first if keep_places else 0
         first, stop = chunk.first, chunk.first + len(chunk.parts)
         brought = iter(there)
@@ -251,8 +251,8 @@ class Plan:
         return *found, self.steps[first - before : stop], groups
 
     def _lr(self, configs: Sequence[Mapping[str, Any]]) -> Tensor:
-        """On the device; written there again only when it is another, to the same memory, which a captured
-        graph may read; and never read back."""
+        """Learning rates on the device, in the same memory each time, which a captured graph may read. Copied
+        only when they change."""
         values = [c["lr"] for c in configs]
         if any(isinstance(value, Tensor) for value in values):
             return torch.stack(

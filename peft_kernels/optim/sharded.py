@@ -1,5 +1,4 @@
-"""Parameters that are DTensors, as FSDP2's `fully_shard` makes them: a step sees the part that this process
-has, a checkpoint the whole."""
+"""DTensor parameters (FSDP2's `fully_shard`): a step sees the local shard, a checkpoint the whole."""
 
 from __future__ import annotations
 
@@ -19,13 +18,13 @@ if TYPE_CHECKING:
 
 
 def is_sharded(t: Any) -> TypeGuard[DTensor]:
-    """Whether t is a DTensor. Imports nothing: where torch.distributed.tensor is not, there are none."""
+    """Whether t is a DTensor. Does not import torch.distributed.tensor, which may be missing."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def part_of(t: Any) -> Tensor:
-    """What this process has of a DTensor, in the same memory; any other tensor itself."""
+    """The local shard of a DTensor, sharing memory; any other tensor itself."""
     if not is_sharded(t):
         found: Tensor = t
         return found
@@ -35,18 +34,17 @@ def part_of(t: Any) -> Tensor:
 
 
 def mesh_dims(t: DTensor) -> tuple[int, ...]:
-    """Dimensions of the mesh along which parts differ."""
+    """Mesh dimensions along which t is not replicated."""
     return tuple(i for i, placement in enumerate(t.placements) if not placement.is_replicate())
 
 
 class Layout:
-    """How a DTensor lies on its mesh, and so do its states.
+    """How a DTensor parameter and its states are sharded.
 
-    Moments are DTensors of the parameter's shape and placements. Blocks are of each part by itself. Where
-    parts are of whole rows and end where blocks do, absmax is a DTensor (`absmax_by_rows`) that is cut as
-    the parameter is, of the same values for any number of parts. Elsewhere it is one of shape (parts along
-    each dimension of the parameter..., blocks of the largest part), padded with zeros, which fits these
-    parts alone.
+    Moments are DTensors of the parameter's shape and placements. Blocks never cross shards. If shards are
+    whole rows and whole blocks, absmax is a DTensor (`absmax_by_rows`) sharded like the parameter, with the
+    same values for any number of shards. Otherwise its shape is (shards along each dimension of the
+    parameter..., blocks of the largest shard), zero-padded, which fits only this number of shards.
     """
 
     def __init__(self, parameter: DTensor, what: str) -> None:
@@ -58,24 +56,24 @@ class Layout:
             raise ValueError(
                 f"{what}: expected a DTensor that is sharded or replicated, got {self.placements}"
             )
-        # Dimensions of the mesh, and of the parameter, that it is cut along.
-        self._cuts = [(i, self.placements[i].dim) for i in mesh_dims(parameter)]  # type: ignore[attr-defined]
-        self._by_rows = self._parts_end_where_blocks_do()
+        # Pairs of (mesh dimension, parameter dimension) along which it is sharded.
+        self._sharded_dims = [(i, self.placements[i].dim) for i in mesh_dims(parameter)]  # type: ignore[attr-defined]
+        self._by_rows = self._shards_are_whole_blocks()
 
     @property
     def number(self) -> int:
-        """Of this process's part, from 1; replicas have the same."""
+        """Number of this process's shard, from 1; replicas share it."""
         at = self.mesh.get_coordinate() or [0] * self.mesh.ndim
         found = 0
-        for i, _ in self._cuts:
+        for i, _ in self._sharded_dims:
             found = found * self.mesh.size(i) + at[i]
         return 1 + found
 
-    def _parts_end_where_blocks_do(self) -> bool:
-        if not self._cuts:
+    def _shards_are_whole_blocks(self) -> bool:
+        if not self._sharded_dims:
             return True
-        i, dim = self._cuts[0]
-        if len(self._cuts) > 1 or dim != 0 or not self.placements[i].is_shard():
+        i, dim = self._sharded_dims[0]
+        if len(self._sharded_dims) > 1 or dim != 0 or not self.placements[i].is_shard():
             return False
         rows = -(-self.shape[0] // self.mesh.size(i))
         return rows == self.shape[0] or rows % rows_of_whole_blocks(self.shape) == 0
@@ -84,13 +82,13 @@ class Layout:
         if self._by_rows:
             return absmax_by_rows(self.shape)
         parts, largest = [1] * len(self.shape), list(self.shape)
-        for i, dim in self._cuts:
+        for i, dim in self._sharded_dims:
             parts[dim] *= self.mesh.size(i)
             largest[dim] = -(-largest[dim] // self.mesh.size(i))
         return *parts, blocks_of(largest)
 
     def whole(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """This part's state as DTensors, for a checkpoint. Moments are in the same memory."""
+        """The shard's state as DTensors, for a checkpoint. Moments share memory."""
         found = dict(state)
         for name, value in state.items():
             if name.startswith("absmax"):
@@ -105,8 +103,8 @@ class Layout:
         return found
 
     def part(self, entry: Mapping[str, Any]) -> dict[str, Any]:
-        """This part's state from a checkpoint's, which has DTensors, or tensors that every process has whole.
-        ValueError that names what does not fit."""
+        """The shard's state from a checkpoint of DTensors, or of whole tensors in every process. Raises
+        ValueError for what does not fit."""
         found = dict(entry)
         for name, value in entry.items():
             if not isinstance(value, Tensor):
@@ -119,7 +117,7 @@ class Layout:
                     raise ValueError(
                         f"{self.what}: {name}: expected shape {self.shape} like the parameter, got {got}"
                     )
-                found[name] = self._cut(value)
+                found[name] = self._shard(value)
             else:
                 found[name] = whole_of(value)
         return found
@@ -135,10 +133,10 @@ class Layout:
                     "do not end where blocks do, states go on in the same number of parts alone"
                 )
             value = F.pad(value, (0, prod(shape) - blocks)).view(shape)
-        return self._cut(value).reshape(-1)[: blocks_of(self.part_shape)]
+        return self._shard(value).reshape(-1)[: blocks_of(self.part_shape)]
 
-    def _cut(self, value: Any) -> Tensor:
-        """What this process has of it, laid out as the parameter."""
+    def _shard(self, value: Any) -> Tensor:
+        """The local shard of a value that is sharded like the parameter."""
         if is_sharded(value):
             if value.device_mesh == self.mesh:
                 if tuple(value.placements) == self.placements:
@@ -147,11 +145,11 @@ class Layout:
             value = whole_of(value)
         from torch.distributed.tensor import distribute_tensor
 
-        # Every process has it all: none sends.
+        # Every process has the whole value: nothing is sent.
         return part_of(distribute_tensor(value, self.mesh, self.placements, src_data_rank=None))
 
     def _dtensor(self, part: Tensor, shape: tuple[int, ...]) -> Any:
-        # DTensor.from_local would move the parts of parameters that are offloaded from a mesh of GPUs.
+        # DTensor.from_local would move shards of CPU-offloaded parameters to the GPU.
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
@@ -161,18 +159,18 @@ class Layout:
 
 
 def whole_of(t: Any) -> Tensor:
-    """All of a DTensor, gathered; any other tensor itself."""
+    """A DTensor gathered; any other tensor itself."""
     found: Tensor = _on_mesh(t).full_tensor() if is_sharded(t) else t
     return found
 
 
 def _on_mesh(t: DTensor) -> Any:
-    """On a device that its processes send from: paged moments are in host memory."""
+    """Moved to the mesh's device type for collectives: paged moments are in host memory."""
     return t.to(t.device_mesh.device_type)
 
 
 def check_gradient(p: Any, grad: Any, name: str) -> None:
-    """ValueError where a DTensor's gradient lies otherwise than it does."""
+    """Raises ValueError if a gradient is sharded differently from its parameter."""
     if is_sharded(p) != is_sharded(grad):
         kinds = [type(t).__name__ if is_sharded(t) else "a plain tensor" for t in (p, grad)]
         raise ValueError(f"{name}: gradient: expected {kinds[0]} like the parameter, got {kinds[1]}")
@@ -184,8 +182,7 @@ def check_gradient(p: Any, grad: Any, name: str) -> None:
 
 
 def refuse_flat_parts(p: Tensor, name: str) -> None:
-    """ValueError where a norm over all processes is asked for of FSDP 1's parts, which do not tell whose they
-    are."""
+    """Raises ValueError for clipping with flat shards of FSDP 1, which cannot be told apart from replicas."""
     if getattr(p, "_fsdp_flattened", False):
         raise ValueError(
             f"{name}: max_grad_norm: expected parameters of FSDP 2 (fully_shard), got a part of FSDP 1's: "
@@ -194,10 +191,10 @@ def refuse_flat_parts(p: Tensor, name: str) -> None:
 
 
 def clipped_scale(grads: Sequence[Any], grad_scale: Tensor | None, max_norm: float) -> Tensor:
-    """By what gradients are to be divided so that the norm of all, over all processes, is at most max_norm.
+    """The divisor of gradients that clips their norm over all processes to max_norm.
 
-    fp32, 0-dim, on the gradients' device; nothing is read on the host. Each part counts once, whatever the
-    number of its replicas; tensors that are no DTensors are taken to be replicas.
+    fp32, 0-dim, on the gradients' device, without a host synchronisation. Each shard counts once however many
+    replicas it has; plain tensors are taken to be replicas.
     """
     by_meshes: dict[Any, list[Tensor]] = {}
     for grad in grads:

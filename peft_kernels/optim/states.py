@@ -1,4 +1,4 @@
-"""The state of a parameter, in bitsandbytes' layout: made, read from a checkpoint, checked."""
+"""The state of a parameter in bitsandbytes' layout: sizes, and checks of checkpoints."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..core.code_tables import dynamic_map
 from ..ops.optim import STATE_BLOCK
 
 WRAPPED = "__bnb_optimizer_quant_state__"
-"""Under which bitsandbytes from 0.49 on puts what FSDP must not gather."""
+"""Key under which bitsandbytes >= 0.49 nests tensors that FSDP must not gather."""
 
 Copied = Callable[[Tensor, str, Tensor, torch.dtype], Tensor]
-"""copied(parameter, name, value, dtype): a tensor of the parameter's state, copied to where it belongs."""
+"""copied(parameter, name, value, dtype): a copy of a state tensor on the device where it belongs."""
 
 
 def moment_names(lion: bool) -> tuple[int, ...]:
@@ -25,25 +25,25 @@ def moment_names(lion: bool) -> tuple[int, ...]:
 
 
 def blocks_of(shape: Sequence[int]) -> int:
-    """How many absmax values one moment of that shape has."""
+    """Number of absmax values of a moment of this shape."""
     return -(-prod(shape) // STATE_BLOCK)
 
 
 def rows_of_whole_blocks(shape: Sequence[int]) -> int:
-    """The fewest rows (of one number, for a vector) that end where a block does."""
+    """Smallest number of rows (elements, for a vector) that is a whole number of blocks."""
     return STATE_BLOCK // gcd(STATE_BLOCK, prod(shape[1:]))
 
 
 def absmax_by_rows(shape: Sequence[int]) -> tuple[int, ...]:
-    """The shape of absmax as checkpoints of DTensors have it, flat but for zeros at its end: a row for each
-    `rows_of_whole_blocks`, so that it is cut along rows as the parameter is."""
+    """The shape of absmax in checkpoints of DTensors, zero-padded: one row per `rows_of_whole_blocks` rows,
+    so that it is sharded along rows like the parameter."""
     rows = rows_of_whole_blocks(shape)
     count = -(-shape[0] // rows) if len(shape) > 0 else 1
     return (count,) if len(shape) < 2 else (count, rows * prod(shape[1:]) // STATE_BLOCK)
 
 
 def unwrapped(entry: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter's state of a checkpoint, flat: bitsandbytes nests it since 0.49."""
+    """A parameter's state in a checkpoint, flattened (bitsandbytes >= 0.49 nests it)."""
     flat = dict(entry)
     flat.update(flat.pop(WRAPPED, {}))
     return flat
@@ -56,10 +56,8 @@ def checked(
     lion: bool,
     copied: Copied,
 ) -> dict[str, Any]:
-    """A parameter's state as a step takes it. ValueError that names what is wrong.
-
-    What is loaded is not shared with the checkpoint. All but moments goes to the parameter's device.
-    """
+    """A parameter's state as a step takes it, sharing no memory with the checkpoint. Raises ValueError for
+    what does not fit."""
     missing = [name for name in ("step", *(f"state{i}" for i in moment_names(lion))) if name not in entry]
     if missing:
         raise ValueError(

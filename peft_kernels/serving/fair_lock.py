@@ -7,7 +7,7 @@ from typing import Any
 
 
 class FairLock:
-    """A `threading.RLock` whose owner, after releasing it, gets it back only behind threads already waiting."""
+    """A `threading.RLock` that its last owner gets back only after the threads that were waiting."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
