@@ -234,13 +234,13 @@ def test_model_to_before_the_first_step_and_where_it_is() -> None:
 def test_paging_on_a_cpu_is_told_once(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pager, "_told", set())
+    monkeypatch.setattr(pager, "_warned", set())
     with caplog.at_level(logging.WARNING, "peft_kernels"):
         for _ in range(2):
             model = Model()
             train(model, pk.optim.PagedAdamW8bit(model.parameters()), range(1))
     assert [record.message for record in caplog.records] == [
-        "paging has no effect on a CPU: the optimizer's states are in memory as any other's"
+        "paging has no effect on a CPU: the optimizer's states are in ordinary memory"
     ]
 
 
