@@ -2,9 +2,9 @@
 
     PEFT_KERNELS_AMX_DENSE=1 python bench/ops/dense_choice.py --record csrc/cpu/isa/fast_dense.h
 
-A LoRA layer on a dense bf16 base computes the base product itself at the best level (`has_fast_dense` in
-csrc/cpu/isa/isa.cpp), and leaves it to torch, which knows no cap of ours, at the level below. Forward and
-backward of both take turns. Ours are taken for as fast where the geometric mean of torch's time / ours over
+A LoRA layer on a dense bf16 base computes the base product itself with the best ISA (`has_fast_dense` in
+csrc/cpu/isa/dispatch.cpp), and leaves it to torch, which knows no cap of ours, with the ISA below. Forward
+and backward of both take turns. Ours count as equally fast if the geometric mean of torch's time / ours over
 the shapes of the tables in docs/benchmarks.md is at least 1. bench/amx_check.sh runs this.
 """
 

@@ -66,6 +66,14 @@ inline int64_t rows_of(const Tensor& t) {
   return rows;
 }
 
+// The address `index` elements after the first one.
+inline const void* element_ptr(const Tensor& t, int64_t index) {
+  return static_cast<const char*>(t.const_data_ptr()) + index * static_cast<int64_t>(t.element_size());
+}
+inline void* mutable_element_ptr(const Tensor& t, int64_t index) {
+  return static_cast<char*>(t.mutable_data_ptr()) + index * static_cast<int64_t>(t.element_size());
+}
+
 // Leading sizes of t, then `last`.
 inline at::DimVector sizes_with_last(const Tensor& t, int64_t last) {
   TORCH_CHECK(t.dim() >= 1, "x: expected at least 1 dimension, got 0");

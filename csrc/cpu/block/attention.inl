@@ -1,11 +1,11 @@
-// Flash attention over one head of keys and values, in blocks (attention_sides.inl): only each query's
+// Flash attention over one head of keys and values, in blocks (attention_operands.inl): only each query's
 // maximum score and sum of exponentials are kept. When a block raises the maximum, earlier sums are rescaled.
 
 #include "attention_few.inl"
 
 template <class Outer, class T>
 struct AttentionForward {
-  using Sides = AttentionSides<Outer, T>;
+  using Sides = AttentionOperands<Outer, T>;
   using Value = typename Outer::Value;
   const AttentionParams& p;
   int64_t depth, columns;
@@ -16,20 +16,20 @@ struct AttentionForward {
 
   // Running softmax state of each query.
   struct Queries {
-    float most[kStrip], total[kStrip];
+    float maximum[kStrip], total[kStrip];
   };
 
   AttentionForward(const AttentionParams& params, void* memory) : p(params), k{} {
-    AttentionRoom room{static_cast<char*>(memory)};
+    WorkspaceAllocator workspace{static_cast<char*>(memory)};
     depth = Sides::padded(p.features);
     columns = round_up(p.features, kStrip);
-    k_rows = room.take<Value>(Sides::room_of_rows(p.keys, p.features));
-    v_columns = room.take<Value>(columns * round_up(p.keys, kStrip));
-    q_lanes = room.take<Value>(kStrip * depth);
-    steps = room.take<Value>(kStrip * kStrip);
-    scores = room.take<float>(kStrip * kStrip);
-    sums = room.take<float>(columns * kStrip);
-    end = room.at - static_cast<char*>(memory);
+    k_rows = workspace.take<Value>(Sides::packed_values(p.keys, p.features));
+    v_columns = workspace.take<Value>(columns * round_up(p.keys, kStrip));
+    q_lanes = workspace.take<Value>(kStrip * depth);
+    steps = workspace.take<Value>(kStrip * kStrip);
+    scores = workspace.take<float>(kStrip * kStrip);
+    sums = workspace.take<float>(columns * kStrip);
+    end = workspace.at - static_cast<char*>(memory);
   }
 
   void pack() {
@@ -42,7 +42,7 @@ struct AttentionForward {
     Sides::lanes_of(q, p.q_ld, rows, p.features, q_lanes);
     const StripSpans spans(p, r0, rows);
     Queries queries;
-    for (int64_t c = 0; c < kStrip; ++c) queries.most[c] = kNoScore, queries.total[c] = 0.0f;
+    for (int64_t c = 0; c < kStrip; ++c) queries.maximum[c] = kNoScore, queries.total[c] = 0.0f;
     memset(sums, 0, columns * kStrip * sizeof(float));
     for (int64_t k0 = spans.all.first; k0 < spans.all.last; k0 += kStrip) {
       const int64_t keys = min64(kStrip, p.keys - k0);
@@ -50,7 +50,7 @@ struct AttentionForward {
       if (block.is_unseen) continue;
       Sides::multiply_keys(block, keys, {k.at + k0 * k.ld, k.ld}, q_lanes, depth, scores);
       for (int64_t c = 0; c < kStrip; c += kLanes) {
-        if (!block.is_empty(c / kGroup)) weigh(block, spans, k0, c, queries);
+        if (!block.is_empty(c / kGroup)) apply_softmax(block, spans, k0, c, queries);
       }
       Sides::add_keys(block, p.features, {v_columns + k0 * columns, kStrip}, steps, sums);
     }
@@ -58,36 +58,36 @@ struct AttentionForward {
     for (int64_t c = 0; c < rows; c += kLanes) {
       const Vec total = load(queries.total + c), inverse = div(splat(1.0f), total);
       store(queries.total + c, where_zero(total, zero(), inverse));
-      store_lanes(maxima + c, where_zero(total, zero(), load(queries.most + c)), min64(kLanes, rows - c));
+      store_lanes(maxima + c, where_zero(total, zero(), load(queries.maximum + c)), min64(kLanes, rows - c));
       store_lanes(maxima + p.rows + c, load(queries.total + c), min64(kLanes, rows - c));
     }
-    turn_strip(sums, queries.total, rows, p.features,
-               static_cast<T*>(p.out) + head * p.out_head + r0 * p.out_ld, p.out_ld);
+    transpose_strip(sums, queries.total, rows, p.features,
+                    static_cast<T*>(p.out) + head * p.out_head + r0 * p.out_ld, p.out_ld);
   }
 
   // Turns the scores of the lanes from c on into exponentials, and rescales earlier sums to the new maximum.
-  void weigh(const BlockSpans<Outer>& block, const StripSpans& spans, int64_t k0, int64_t c,
-             Queries& queries) const {
+  void apply_softmax(const BlockSpans<Outer>& block, const StripSpans& spans, int64_t k0, int64_t c,
+                     Queries& queries) const {
     const int64_t g = c / kGroup;
     const float* column = scores + c;
     const auto seen = [&](int64_t key, auto is_inner, Vec x, Vec other) {
       return is_inner ? x : spans.where_seen(k0 + key, c, x, other);
     };
-    const Vec before = load(queries.most + c);
-    Vec most[2] = {before, before};
+    const Vec before = load(queries.maximum + c);
+    Vec maximum[2] = {before, before};
     block.for_keys(g, [&](int64_t key, auto is_inner) {
       for (int i = 0; i < 2; ++i) {
         const Vec score = load(column + (key + i) * kStrip);
-        most[i] = max(most[i], seen(key + i, is_inner, score, splat(kNoScore)));
+        maximum[i] = max(maximum[i], seen(key + i, is_inner, score, splat(kNoScore)));
       }
     });
-    store(queries.most + c, max(most[0], most[1]));
-    const Weigher<T> weigher(p.scale, load(queries.most + c));
+    store(queries.maximum + c, max(maximum[0], maximum[1]));
+    const ScoreExp<T> score_exp(p.scale, load(queries.maximum + c));
     Vec total[2] = {load(queries.total + c), zero()};
     float earlier[kLanes];
     store(earlier, before);
-    if (memcmp(earlier, queries.most + c, sizeof(earlier)) != 0 && k0 > spans.all.first) {
-      const Vec factor = weigher.between(before, load(queries.most + c));
+    if (memcmp(earlier, queries.maximum + c, sizeof(earlier)) != 0 && k0 > spans.all.first) {
+      const Vec factor = score_exp.between(before, load(queries.maximum + c));
       total[0] = mul(total[0], factor);
       for (int64_t f = 0; f < p.features; ++f) {
         store(sums + f * kStrip + c, mul(load(sums + f * kStrip + c), factor));
@@ -96,7 +96,7 @@ struct AttentionForward {
     block.for_keys(g, [&](int64_t key, auto is_inner) {
       Vec weights[2];
       for (int i = 0; i < 2; ++i) {
-        const Vec weight = weigher(load(column + (key + i) * kStrip));
+        const Vec weight = score_exp(load(column + (key + i) * kStrip));
         weights[i] = seen(key + i, is_inner, weight, zero());
         total[i] = add(total[i], weights[i]);
       }
@@ -108,23 +108,23 @@ struct AttentionForward {
 
 // Calls use with the kernel for this number of rows. The workspace may be null when only its size is wanted.
 template <class Use>
-void with_forward(const AttentionParams& p, void* room, const Use& use) {
+void with_forward(const AttentionParams& p, void* workspace, const Use& use) {
   with_attention(p, [&](auto outer, auto type) {
     using Outer = decltype(outer);
     using T = decltype(type);
     if (p.rows <= kFewQueries) {
-      use(AttentionOfFew<Outer, T>(p, room));
+      use(FewQueryAttention<Outer, T>(p, workspace));
     } else {
-      use(AttentionForward<Outer, T>(p, room));
+      use(AttentionForward<Outer, T>(p, workspace));
     }
   });
 }
 
-void attention(const AttentionParams& p, int64_t begin, int64_t end, void* room) {
+void attention(const AttentionParams& p, int64_t begin, int64_t end, void* workspace) {
 #if PEFT_KERNELS_TILES
   const Tiles tiles;
 #endif
-  with_forward(p, room, [&](auto forward) {
+  with_forward(p, workspace, [&](auto forward) {
     forward.pack();
     for (int64_t head = 0; head < p.heads; ++head) {
       for (int64_t r = begin; r < end; r += kStrip) forward.run(head, r, min64(kStrip, end - r));

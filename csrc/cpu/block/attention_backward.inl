@@ -1,41 +1,42 @@
-// The gradients of attention, with the softmax weights recomputed in blocks (attention_sides.inl). Weights
+// The gradients of attention, with the softmax weights recomputed in blocks (attention_operands.inl). Weights
 // and score gradients, as [keys, queries], are the lhs of dv and dk; dq is accumulated transposed, and
 // transposed back at the end.
 
 template <class Outer, class T>
 struct AttentionBackward {
-  using Sides = AttentionSides<Outer, T>;
+  using Sides = AttentionOperands<Outer, T>;
   using Value = typename Outer::Value;
   const AttentionParams& p;
   int64_t depth, columns;
-  Value *k_rows, *v_rows, *k_columns, *q_lanes, *q_steps, *d_lanes, *d_steps, *weights, *slopes, *slope_steps;
-  float *scores, *d_scores, *dq;
+  Value *k_rows, *v_rows, *k_columns, *q_lanes, *q_steps, *d_lanes, *d_steps, *weights, *d_scores,
+      *d_score_steps;
+  float *scores, *d_weights, *dq;
   int64_t end;
   typename Sides::Rows k, v;
 
   // State of the queries of a strip; 0 past the last one. `delta` is -scale * (dy . out).
   struct Queries {
-    float most[kStrip], inverse[kStrip], delta[kStrip];
+    float maximum[kStrip], inverse[kStrip], delta[kStrip];
   };
 
   AttentionBackward(const AttentionParams& params, void* memory) : p(params), k{}, v{} {
-    AttentionRoom room{static_cast<char*>(memory)};
+    WorkspaceAllocator workspace{static_cast<char*>(memory)};
     depth = Sides::padded(p.features);
     columns = round_up(p.features, kStrip);
-    k_rows = room.take<Value>(Sides::room_of_rows(p.keys, p.features));
-    v_rows = room.take<Value>(Sides::room_of_rows(p.keys, p.features));
-    k_columns = room.take<Value>(columns * round_up(p.keys, kStrip));
-    q_lanes = room.take<Value>(kStrip * depth);
-    d_lanes = room.take<Value>(kStrip * depth);
-    q_steps = room.take<Value>(kStrip * columns);
-    d_steps = room.take<Value>(kStrip * columns);
-    weights = room.take<Value>(kStrip * kStrip);
-    slopes = room.take<Value>(kStrip * kStrip);
-    slope_steps = room.take<Value>(kStrip * kStrip);
-    scores = room.take<float>(kStrip * kStrip);
-    d_scores = room.take<float>(kStrip * kStrip);
-    dq = room.take<float>(columns * kStrip);
-    end = room.at - static_cast<char*>(memory);
+    k_rows = workspace.take<Value>(Sides::packed_values(p.keys, p.features));
+    v_rows = workspace.take<Value>(Sides::packed_values(p.keys, p.features));
+    k_columns = workspace.take<Value>(columns * round_up(p.keys, kStrip));
+    q_lanes = workspace.take<Value>(kStrip * depth);
+    d_lanes = workspace.take<Value>(kStrip * depth);
+    q_steps = workspace.take<Value>(kStrip * columns);
+    d_steps = workspace.take<Value>(kStrip * columns);
+    weights = workspace.take<Value>(kStrip * kStrip);
+    d_scores = workspace.take<Value>(kStrip * kStrip);
+    d_score_steps = workspace.take<Value>(kStrip * kStrip);
+    scores = workspace.take<float>(kStrip * kStrip);
+    d_weights = workspace.take<float>(kStrip * kStrip);
+    dq = workspace.take<float>(columns * kStrip);
+    end = workspace.at - static_cast<char*>(memory);
   }
 
   void pack() {
@@ -55,11 +56,11 @@ struct AttentionBackward {
     Sides::steps_of(dy, p.dy_ld, rows, p.features, d_steps);
     const float* softmax = p.softmax + head * 2 * p.rows + r0;
     Queries queries{};
-    memcpy(queries.most, softmax, rows * sizeof(float));
+    memcpy(queries.maximum, softmax, rows * sizeof(float));
     memcpy(queries.inverse, softmax + p.rows, rows * sizeof(float));
     for (int64_t c = 0; c < rows; c += kLanes) {
-      const Vec products = row_products(dy + c * p.dy_ld, out + c * p.out_ld, min64(kLanes, rows - c));
-      store(queries.delta + c, mul(products, splat(-p.scale)));
+      const Vec dots = row_dots(dy + c * p.dy_ld, out + c * p.out_ld, min64(kLanes, rows - c));
+      store(queries.delta + c, mul(dots, splat(-p.scale)));
     }
     const StripSpans spans(p, r0, rows);
     memset(dq, 0, columns * kStrip * sizeof(float));
@@ -68,14 +69,14 @@ struct AttentionBackward {
       const BlockSpans<Outer> block(spans, k0, keys);
       if (block.is_unseen) continue;
       Sides::multiply_keys(block, keys, {k.at + k0 * k.ld, k.ld}, q_lanes, depth, scores);
-      Sides::multiply_keys(block, keys, {v.at + k0 * v.ld, v.ld}, d_lanes, depth, d_scores);
-      for (int64_t c = 0; c < kStrip; c += kLanes) slopes_of(block, spans, k0, keys, c, queries);
+      Sides::multiply_keys(block, keys, {v.at + k0 * v.ld, v.ld}, d_lanes, depth, d_weights);
+      for (int64_t c = 0; c < kStrip; c += kLanes) score_gradients(block, spans, k0, keys, c, queries);
       add_queries(block, spans, k0, rows, weights, d_steps, p.dv_sums);
-      add_queries(block, spans, k0, rows, slopes, q_steps, p.dk_sums);
-      Sides::add_keys(block, p.features, {k_columns + k0 * columns, kStrip}, slope_steps, dq);
+      add_queries(block, spans, k0, rows, d_scores, q_steps, p.dk_sums);
+      Sides::add_keys(block, p.features, {k_columns + k0 * columns, kStrip}, d_score_steps, dq);
     }
-    turn_strip(dq, nullptr, rows, p.features, static_cast<T*>(p.dq) + head * p.dq_head + r0 * p.dq_ld,
-               p.dq_ld);
+    transpose_strip(dq, nullptr, rows, p.features, static_cast<T*>(p.dq) + head * p.dq_head + r0 * p.dq_ld,
+                    p.dq_ld);
   }
 
   // sums[keys, features] += lhs . steps, over the queries that see any key of a register tile.
@@ -93,36 +94,36 @@ struct AttentionBackward {
   }
 
   // For the lanes from c on: the softmax weights, and the gradients of the unscaled scores.
-  void slopes_of(const BlockSpans<Outer>& block, const StripSpans& spans, int64_t k0, int64_t keys, int64_t c,
-                 const Queries& queries) const {
+  void score_gradients(const BlockSpans<Outer>& block, const StripSpans& spans, int64_t k0, int64_t keys,
+                       int64_t c, const Queries& queries) const {
     const int64_t g = c / kGroup;
     for (int64_t key = 0; key < keys; ++key) {
       if (key == block.begin[g]) key = block.end[g];
       if (key >= keys) break;
       store(weights + key * kStrip + c, zero());
-      store(slopes + key * kStrip + c, zero());
+      store(d_scores + key * kStrip + c, zero());
     }
-    const Weigher<T> weigher(p.scale, load(queries.most + c));
+    const ScoreExp<T> score_exp(p.scale, load(queries.maximum + c));
     const Vec scale = splat(p.scale), inverse = load(queries.inverse + c), delta = load(queries.delta + c);
     block.for_keys(g, [&](int64_t first, auto is_inner) {
-      Vec slope[2];
+      Vec d_score[2];
       for (int i = 0; i < 2; ++i) {
         const int64_t key = first + i, at = key * kStrip + c;
-        Vec weight = mul(weigher(load(scores + at)), inverse);
-        slope[i] = mul(weight, fma(load(d_scores + at), scale, delta));
+        Vec weight = mul(score_exp(load(scores + at)), inverse);
+        d_score[i] = mul(weight, fma(load(d_weights + at), scale, delta));
         if (!is_inner) {  // may include scores that were not computed
           weight = spans.where_seen(k0 + key, c, weight, zero());
-          slope[i] = spans.where_seen(k0 + key, c, slope[i], zero());
+          d_score[i] = spans.where_seen(k0 + key, c, d_score[i], zero());
         }
         store(weights + at, weight);
-        store(slopes + at, slope[i]);
+        store(d_scores + at, d_score[i]);
       }
-      Sides::store_steps(slope_steps, first, c, slope[0], slope[1]);
+      Sides::store_steps(d_score_steps, first, c, d_score[0], d_score[1]);
     });
   }
 
   // dy . out of up to kLanes rows, one per lane.
-  Vec row_products(const T* dy, const T* out, int64_t rows) const {
+  Vec row_dots(const T* dy, const T* out, int64_t rows) const {
     Vec sums[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) {
       sums[i] = zero();
@@ -138,7 +139,7 @@ struct AttentionBackward {
   }
 };
 
-int64_t attention_bytes(const AttentionParams& p, bool is_backward) {
+int64_t attention_workspace_bytes(const AttentionParams& p, bool is_backward) {
   int64_t bytes = 0;
   if (is_backward) {
     with_attention(p, [&](auto outer, auto type) {
@@ -150,12 +151,12 @@ int64_t attention_bytes(const AttentionParams& p, bool is_backward) {
   return bytes;
 }
 
-void attention_backward(const AttentionParams& p, void* room) {
+void attention_backward(const AttentionParams& p, void* workspace) {
 #if PEFT_KERNELS_TILES
   const Tiles tiles;
 #endif
   with_attention(p, [&](auto outer, auto type) {
-    AttentionBackward<decltype(outer), decltype(type)> backward(p, room);
+    AttentionBackward<decltype(outer), decltype(type)> backward(p, workspace);
     backward.pack();
     for (int64_t head = 0; head < p.heads; ++head) {
       for (int64_t r = 0; r < p.rows; r += kStrip) backward.run(head, r, min64(kStrip, p.rows - r));

@@ -2,14 +2,14 @@
 // keys are lanes. Scores with up to kScoreKeys keys are computed at once, then their exponentials and the
 // GEMM with v. When a later chunk raises the maximum, earlier sums are rescaled.
 
-#include "attention_sides.inl"
+#include "attention_operands.inl"
 
 constexpr int64_t kFewQueries = 24;
 constexpr int64_t kScoreKeys = 512;
 
 template <class Outer, class T>
-struct AttentionOfFew {
-  using Sides = AttentionSides<Outer, T>;
+struct FewQueryAttention {
+  using Sides = AttentionOperands<Outer, T>;
   using Value = typename Outer::Value;
   const AttentionParams& p;
   int64_t depth, columns;  // of the features, padded as the depth and as the columns of a GEMM
@@ -17,18 +17,18 @@ struct AttentionOfFew {
   float *scores, *sums;
   int64_t end;
 
-  AttentionOfFew(const AttentionParams& params, void* memory) : p(params) {
-    AttentionRoom room{static_cast<char*>(memory)};
+  FewQueryAttention(const AttentionParams& params, void* memory) : p(params) {
+    WorkspaceAllocator workspace{static_cast<char*>(memory)};
     depth = Sides::padded(p.features);
     columns = round_up(p.features, kStrip);
     const int64_t all = round_up(p.keys, kStrip);
-    keys = room.take<Value>(all * depth);
-    values = room.take<Value>(all * columns);
-    rounded = room.take<Value>(kStrip * kScoreKeys);
-    packed_rows = room.take<Value>(kStrip * depth);
-    scores = room.take<float>(kStrip * kScoreKeys);
-    sums = room.take<float>(kStrip * columns);
-    end = room.at - static_cast<char*>(memory);
+    keys = workspace.take<Value>(all * depth);
+    values = workspace.take<Value>(all * columns);
+    rounded = workspace.take<Value>(kStrip * kScoreKeys);
+    packed_rows = workspace.take<Value>(kStrip * depth);
+    scores = workspace.take<float>(kStrip * kScoreKeys);
+    sums = workspace.take<float>(kStrip * columns);
+    end = workspace.at - static_cast<char*>(memory);
   }
 
   void pack() const {
@@ -49,8 +49,8 @@ struct AttentionOfFew {
     float* inverses = maxima + p.rows;
     const auto lhs = Sides::rows_of(q, p.q_ld, rows, p.features, packed_rows);
     const KeySpan all = StripSpans(p, r0, rows).all;
-    float most[kStrip], total[kStrip];
-    for (int64_t i = 0; i < rows; ++i) most[i] = kNoScore, total[i] = 0.0f;
+    float maximum[kStrip], total[kStrip];
+    for (int64_t i = 0; i < rows; ++i) maximum[i] = kNoScore, total[i] = 0.0f;
     memset(sums, 0, kStrip * columns * sizeof(float));
     for (int64_t c0 = all.first / kScoreKeys * kScoreKeys; c0 < all.last; c0 += kScoreKeys) {
       const int64_t chunk = min64(kScoreKeys, p.keys - c0), chunk_depth = Sides::padded(chunk);
@@ -63,14 +63,14 @@ struct AttentionOfFew {
       for (int64_t i = 0; i < rows; ++i) {
         RowSpans row(p, r0 + i);
         for (KeySpan& span : row.at) span = {max64(first, span.first) - c0, min64(last, span.last) - c0};
-        exponentials(i, first - c0, row, first - c0 + depth_here, most[i], total[i]);
+        exponentials(i, first - c0, row, first - c0 + depth_here, maximum[i], total[i]);
       }
       Sides::multiply(rows, p.features, {rounded + (first - c0), kScoreKeys}, values + c0 * columns,
                       chunk_depth, first - c0, depth_here, true, sums, columns);
     }
     for (int64_t i = 0; i < rows; ++i) {
       const bool is_empty = total[i] == 0.0f;
-      maxima[i] = is_empty ? 0.0f : most[i];
+      maxima[i] = is_empty ? 0.0f : maximum[i];
       inverses[i] = is_empty ? 0.0f : 1.0f / total[i];
       const Vec inverse = splat(inverses[i]);
       for_lanes(0, p.features, [&](int64_t c, int64_t n) {
@@ -80,22 +80,22 @@ struct AttentionOfFew {
   }
 
   // e^(scale * (score - maximum)) of a row's columns in `spans`, and 0 in the others of [from, to), rounded.
-  void exponentials(int64_t i, int64_t from, const RowSpans& spans, int64_t to, float& most,
+  void exponentials(int64_t i, int64_t from, const RowSpans& spans, int64_t to, float& maximum,
                     float& total) const {
     const float* row = scores + i * kScoreKeys;
     Value* result = rounded + i * kScoreKeys;
     memset(result + from, 0, (to - from) * sizeof(Value));
-    const float before = most;
+    const float before = maximum;
     for (const KeySpan& span : spans.at) {
-      if (!span.is_empty()) most = row_max(row + span.first, span.last - span.first, most);
+      if (!span.is_empty()) maximum = row_max(row + span.first, span.last - span.first, maximum);
     }
-    if (before != most && before != kNoScore) {
-      const float factor = exponential(p.scale * (before - most));
+    if (before != maximum && before != kNoScore) {
+      const float factor = exponential(p.scale * (before - maximum));
       total *= factor;
       float* sum = sums + i * columns;
       for (int64_t c = 0; c < columns; c += kLanes) store(sum + c, mul(load(sum + c), splat(factor)));
     }
-    const Vec scale = splat(p.scale), greatest = splat(most);
+    const Vec scale = splat(p.scale), greatest = splat(maximum);
     Vec sums_of[2] = {zero(), zero()};
     for (const KeySpan& span : spans.at) {
       for_lanes(span.first, span.last, [&](int64_t c, int64_t n) {

@@ -12,8 +12,8 @@
 #include "../../common/autocast.h"
 #include "../../common/checks.h"
 #include "../../common/integers.h"
+#include "../core/namespace.h"
 #include "../core/parallel.h"
-#include "../isa/namespace.h"
 
 namespace peft_kernels::cpu {
 namespace {
@@ -33,8 +33,7 @@ Tensor heads_of(const Tensor& t, const char* name) {
 }
 
 const void* at(const Tensor& t, int64_t sequence, int64_t head) {
-  return static_cast<const char*>(t.const_data_ptr()) +
-         (sequence * t.stride(0) + head * t.stride(2)) * static_cast<int64_t>(t.element_size());
+  return element_ptr(t, sequence * t.stride(0) + head * t.stride(2));
 }
 void* mutable_at(const Tensor& t, int64_t sequence, int64_t head) {
   return const_cast<void*>(at(t, sequence, head));
@@ -80,7 +79,7 @@ struct AttentionArgs {
   }
 
   // `count` query heads from `head` on, and their key head.
-  AttentionParams of(int64_t sequence, int64_t head, int64_t count) const {
+  AttentionParams head_params(int64_t sequence, int64_t head, int64_t count) const {
     AttentionParams p = params;
     p.q = at(q, sequence, head);
     p.k = at(k, sequence, head / group);
@@ -90,14 +89,22 @@ struct AttentionArgs {
     return p;
   }
 
+  // Sets the output of the forward, `y`, from that head on.
+  static void set_output(AttentionParams& p, const Tensor& y, int64_t sequence, int64_t head) {
+    p.out = mutable_at(y, sequence, head);
+    p.out_head = y.stride(2);
+    p.out_ld = y.stride(1);
+  }
+
   int64_t multiply_adds() const {
     return 2 * batch * heads * params.rows * params.keys * params.features / (params.is_causal ? 2 : 1);
   }
-  Tensor room(bool is_backward) const {
-    return at::empty({kernels().attention_bytes(params, is_backward) + kAlign}, q.options().dtype(at::kByte));
+  Tensor workspace(bool is_backward) const {
+    return at::empty({kernels().attention_workspace_bytes(params, is_backward) + kAlign},
+                     q.options().dtype(at::kByte));
   }
-  static void* aligned(const Tensor& room) {
-    const auto address = reinterpret_cast<uintptr_t>(room.mutable_data_ptr());
+  static void* aligned(const Tensor& workspace) {
+    const auto address = reinterpret_cast<uintptr_t>(workspace.mutable_data_ptr());
     return reinterpret_cast<void*>(padded_to(static_cast<int64_t>(address), kAlign));
   }
   static constexpr int64_t kAlign = 64;
@@ -105,10 +112,10 @@ struct AttentionArgs {
 
 // Calls run(task, workspace) for all tasks, with one workspace per thread.
 template <class Run>
-void run_in_rooms(const AttentionArgs& args, int64_t tasks, bool is_backward, const Run& run) {
+void run_with_workspaces(const AttentionArgs& args, int64_t tasks, bool is_backward, const Run& run) {
   run_tasks(tasks, useful_threads(args.multiply_adds() * (is_backward ? 5 : 2) / 2), [&](Share& share) {
-    const Tensor room = args.room(is_backward);
-    for (int64_t task; share.take(task);) run(task, AttentionArgs::aligned(room));
+    const Tensor workspace = args.workspace(is_backward);
+    for (int64_t task; share.take(task);) run(task, AttentionArgs::aligned(workspace));
   });
 }
 
@@ -121,19 +128,17 @@ std::tuple<Tensor, Tensor> attention(const Tensor& q, const Tensor& k, const Ten
   Tensor softmax = at::empty({args.batch, args.heads, 2, rows}, q.options().dtype(at::kFloat));
   if (y.numel() == 0) return {y, softmax};
   // Rows are divided into parts, scheduled from the last on: with a causal mask those have the most keys.
-  const int64_t of_keys = args.batch * args.key_heads;
+  const int64_t kv_heads = args.batch * args.key_heads;
   const int64_t parts =
-      std::clamp<int64_t>(ceil_div(4 * get_num_threads(), of_keys), 1, ceil_div(rows, kAttentionPad));
-  const int64_t part = padded_to(ceil_div(rows, parts), kAttentionPad), cut = ceil_div(rows, part);
-  run_in_rooms(args, of_keys * cut, false, [&](int64_t task, void* room) {
-    const int64_t begin = (cut - 1 - task / of_keys) * part, which = task % of_keys;
+      std::clamp<int64_t>(ceil_div(4 * get_num_threads(), kv_heads), 1, ceil_div(rows, kAttentionPad));
+  const int64_t part = padded_to(ceil_div(rows, parts), kAttentionPad), part_count = ceil_div(rows, part);
+  run_with_workspaces(args, kv_heads * part_count, false, [&](int64_t task, void* workspace) {
+    const int64_t begin = (part_count - 1 - task / kv_heads) * part, which = task % kv_heads;
     const int64_t sequence = which / args.key_heads, head = which % args.key_heads * args.group;
-    AttentionParams p = args.of(sequence, head, args.group);
-    p.out = mutable_at(y, sequence, head);
-    p.out_head = y.stride(2);
-    p.out_ld = y.stride(1);
+    AttentionParams p = args.head_params(sequence, head, args.group);
+    AttentionArgs::set_output(p, y, sequence, head);
     p.softmax = softmax.mutable_data_ptr<float>() + (sequence * args.heads + head) * 2 * rows;
-    kernels().attention(p, begin, std::min(begin + part, rows), room);
+    kernels().attention(p, begin, std::min(begin + part, rows), workspace);
   });
   return {y, softmax};
 }
@@ -154,19 +159,17 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy_in, const
   const Tensor dy = heads_of(dy_in, "dy"), y = heads_of(y_in, "y"), softmax = softmax_in.contiguous();
   Tensor dq = at::empty(q.sizes(), q.options());
   if (q.numel() == 0 || k.numel() == 0) return {dq.zero_(), at::zeros_like(k), at::zeros_like(k)};
-  const int64_t of_keys = args.batch * args.key_heads;
-  const int64_t parts = of_keys >= kManyTasks ? 1 : args.group, tasks = of_keys * parts;
+  const int64_t kv_heads = args.batch * args.key_heads;
+  const int64_t parts = kv_heads >= kManyTasks ? 1 : args.group, tasks = kv_heads * parts;
   const int64_t padded_keys = padded_to(keys, kAttentionPad), padded = padded_to(features, kAttentionPad);
   // Gradients of keys and of values.
   Tensor sums = at::empty({2, tasks, padded_keys, padded}, q.options().dtype(at::kFloat));
   float* first = sums.mutable_data_ptr<float>();
   const int64_t size = padded_keys * padded, count = args.group / parts;
-  run_in_rooms(args, tasks, true, [&](int64_t task, void* room) {
+  run_with_workspaces(args, tasks, true, [&](int64_t task, void* workspace) {
     const int64_t sequence = task * count / args.heads, head = task * count % args.heads;
-    AttentionParams p = args.of(sequence, head, count);
-    p.out = mutable_at(y, sequence, head);
-    p.out_head = y.stride(2);
-    p.out_ld = y.stride(1);
+    AttentionParams p = args.head_params(sequence, head, count);
+    AttentionArgs::set_output(p, y, sequence, head);
     p.softmax =
         const_cast<float*>(softmax.const_data_ptr<float>()) + (sequence * args.heads + head) * 2 * rows;
     p.dy = at(dy, sequence, head);
@@ -179,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(const Tensor& dy_in, const
     p.dv_sums = first + (tasks + task) * size;
     std::fill_n(p.dk_sums, size, 0.0f);
     std::fill_n(p.dv_sums, size, 0.0f);
-    kernels().attention_backward(p, room);
+    kernels().attention_backward(p, workspace);
   });
   sums = sums.view({2, args.batch, args.key_heads, parts, padded_keys, padded})
              .narrow(4, 0, keys)

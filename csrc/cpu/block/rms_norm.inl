@@ -2,7 +2,7 @@
 
 // Sums over a row: term(i, count, sum) returns sum plus the contribution of elements [i, i + count).
 template <class Term>
-inline float sum_lanes(int64_t features, const Term& term) {
+inline float sum_terms(int64_t features, const Term& term) {
   constexpr int kChains = 4;
   Vec sums[kChains] = {zero(), zero(), zero(), zero()};
   int64_t i = 0;
@@ -10,11 +10,7 @@ inline float sum_lanes(int64_t features, const Term& term) {
     for (int c = 0; c < kChains; ++c) sums[c] = term(i + c * kLanes, kLanes, sums[c]);
   }
   for (; i < features; i += kLanes) sums[0] = term(i, min64(kLanes, features - i), sums[0]);
-  float lanes[kLanes];
-  store(lanes, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-  float total = 0.0f;
-  for (int lane = 0; lane < kLanes; ++lane) total += lanes[lane];
-  return total;
+  return sum_lanes(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
 }
 
 // Normalised values as they are multiplied with the weight.
@@ -29,7 +25,7 @@ void rms_norm_run(const RmsNormParams& p, int64_t begin, int64_t end) {
   for (int64_t m = begin; m < end; ++m) {
     const T* x = static_cast<const T*>(p.x) + m * p.features;
     Out* out = static_cast<Out*>(p.out) + m * p.features;
-    const float squares = sum_lanes(p.features, [&](int64_t i, int64_t count, Vec sum) {
+    const float squares = sum_terms(p.features, [&](int64_t i, int64_t count, Vec sum) {
       const Vec one = load_lanes(x + i, count);
       return fma(one, one, sum);
     });
@@ -56,7 +52,7 @@ void rms_norm_backward_run(const RmsNormParams& p, int64_t begin, int64_t end) {
       });
     }
     if (!p.dx) continue;
-    const float product = sum_lanes(p.features, [&](int64_t i, int64_t count, Vec sum) {
+    const float product = sum_terms(p.features, [&](int64_t i, int64_t count, Vec sum) {
       const Vec d = mul(load_lanes(dy + i, count), load_lanes(p.weight + i, count));
       return fma(d, mul(load_lanes(x + i, count), rstd), sum);
     });

@@ -6,8 +6,8 @@
 #include <tuple>
 
 #include "../core/column_sums.h"
+#include "../core/namespace.h"
 #include "../core/parallel.h"
-#include "../isa/namespace.h"
 
 namespace peft_kernels::cpu {
 namespace {

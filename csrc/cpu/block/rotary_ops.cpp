@@ -7,8 +7,8 @@
 
 #include "../../common/checks.h"
 #include "../../common/integers.h"
+#include "../core/namespace.h"
 #include "../core/parallel.h"
-#include "../isa/namespace.h"
 
 namespace peft_kernels::cpu {
 namespace {

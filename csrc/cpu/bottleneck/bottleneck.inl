@@ -1,22 +1,5 @@
 // The parts of a bottleneck adapter besides its GEMMs: layer norm, and activation with dropout.
 
-// The sum of row[i] * other[i], or of row alone if other is null.
-inline float sum_row(const float* row, const float* other, int64_t count) {
-  constexpr int kChains = 4;
-  Vec sums[kChains] = {zero(), zero(), zero(), zero()};
-  int chain = 0;
-  for_lanes(0, count, [&](int64_t i, int64_t lanes) {
-    const Vec x = load_lanes(row + i, lanes);
-    sums[chain] = other ? fma(x, load_lanes(other + i, lanes), sums[chain]) : add(x, sums[chain]);
-    chain = (chain + 1) % kChains;
-  });
-  float lanes[kLanes];
-  store(lanes, add(add(sums[0], sums[1]), add(sums[2], sums[3])));
-  float total = 0.0f;
-  for (int i = 0; i < kLanes; ++i) total += lanes[i];
-  return total;
-}
-
 // out = (x - mean) * rstd; returns rstd.
 template <class T>
 float standardise(const T* x, int64_t features, float eps, float* out) {
@@ -61,10 +44,11 @@ void layer_norm_backward_run(const NormParams& p, int64_t begin, int64_t end) {
     });
     if (!p.dx) continue;
     const Vec mean = splat(sum_row(scaled, nullptr, p.features) / p.features),
-              slope = splat(sum_row(scaled, standard, p.features) / p.features);
+              projection = splat(sum_row(scaled, standard, p.features) / p.features);
     const T* dy = p.dy ? static_cast<const T*>(p.dy) + first : nullptr;
     for_lanes(0, p.features, [&](int64_t i, int64_t n) {
-      const Vec inner = sub(sub(load_lanes(scaled + i, n), mean), mul(load_lanes(standard + i, n), slope));
+      const Vec inner =
+          sub(sub(load_lanes(scaled + i, n), mean), mul(load_lanes(standard + i, n), projection));
       const Vec start = dy ? load_lanes(dy + i, n) : zero();
       store_lanes(static_cast<T*>(p.dx) + first + i, fma(inner, splat(rstd), start), n);
     });
@@ -82,12 +66,12 @@ void layer_norm_backward(const NormParams& p, int64_t begin, int64_t end) {
 template <Activation kActivation>
 void bottleneck_run(const BottleneckParams& p, int64_t begin, int64_t end) {
   const auto step = [&](int64_t i, int64_t count, Vec factor) {
-    const ValueSlope a = activate<kActivation>(load_lanes(p.z + i, count));
+    const ValueAndGradient a = activate<kActivation>(load_lanes(p.z + i, count));
     const Vec value = mul(a.value, factor);
     if (p.value) store_lanes(p.value + (i - begin), value, count);
     if (p.rounded_value) store_lanes(p.rounded_value + (i - begin), value, count);
     if (!p.d) return;
-    const Vec d = mul(mul(load_lanes(p.d + i, count), factor), a.slope);
+    const Vec d = mul(mul(load_lanes(p.d + i, count), factor), a.gradient);
     store_lanes(p.d + i, d, count);
     if (p.rounded_d) store_lanes(p.rounded_d + (i - begin), d, count);
   };
@@ -106,33 +90,4 @@ void bottleneck_run(const BottleneckParams& p, int64_t begin, int64_t end) {
 void bottleneck(const BottleneckParams& p, int64_t begin, int64_t end) {
   with_activation(p.activation,
                   [&](auto activation) { bottleneck_run<decltype(activation)::kValue>(p, begin, end); });
-}
-
-// Rows are summed 64 at a time, so that the error does not grow with the number of rows.
-template <class T>
-void column_sums_run(const ColumnSumsParams& p, int64_t begin, int64_t end) {
-  constexpr int64_t kRows = 64, kStrip = 4;
-  for (int64_t first = begin; first < end; first += kStrip * kLanes) {
-    const int64_t last = min64(first + kStrip * kLanes, end);
-    Vec totals[kStrip] = {zero(), zero(), zero(), zero()};
-    for (int64_t chunk = 0; chunk < p.rows; chunk += kRows) {
-      Vec sums[kStrip] = {zero(), zero(), zero(), zero()};
-      for (int64_t r = chunk; r < min64(chunk + kRows, p.rows); ++r) {
-        const T* row = static_cast<const T*>(p.x) + r * p.cols;
-        for (int i = 0; i < kStrip; ++i) {
-          const int64_t c = first + i * kLanes;
-          if (c < last) sums[i] = add(sums[i], load_lanes(row + c, min64(kLanes, last - c)));
-        }
-      }
-      for (int i = 0; i < kStrip; ++i) totals[i] = add(totals[i], sums[i]);
-    }
-    for (int i = 0; i < kStrip; ++i) {
-      const int64_t c = first + i * kLanes;
-      if (c < last) store_lanes(p.out + c, mul(totals[i], splat(p.scale)), min64(kLanes, last - c));
-    }
-  }
-}
-
-void column_sums(const ColumnSumsParams& p, int64_t begin, int64_t end) {
-  with_type(p.dtype, [&](auto type) { column_sums_run<decltype(type)>(p, begin, end); });
 }

@@ -9,7 +9,7 @@
 
 #include "../../common/autocast.h"
 #include "../core/column_sums.h"
-#include "../isa/namespace.h"
+#include "../core/namespace.h"
 #include "bottleneck_rows.h"
 
 namespace peft_kernels::cpu {
@@ -58,9 +58,9 @@ std::tuple<Tensor, Tensor> norm_gradients(const Args& args, const Tensor& d, con
   const auto backward = kernels().layer_norm_backward;
   parallel_for(0, chunks, ceil_div(kElementwiseGrain / 8, args.k * kNormRows),
                [&](int64_t begin, int64_t end) {
-                 Tensor room = at::empty({2 * args.k}, args.floats());
+                 Tensor buffer = at::empty({2 * args.k}, args.floats());
                  NormParams part = norm;
-                 part.out = room.mutable_data_ptr<float>();
+                 part.out = buffer.mutable_data_ptr<float>();
                  for (int64_t i = begin; i < end; ++i) {
                    part.sums = sums.mutable_data_ptr<float>() + i * 2 * args.k;
                    backward(part, i * kNormRows, std::min((i + 1) * kNormRows, args.m));
@@ -77,8 +77,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
     bool need_dx, bool need_dnorm, bool need_ddown, bool need_ddown_bias, bool need_dup, bool need_dup_bias) {
   const WithoutAutocast without_autocast;
   const Args args(x, norm_weight, norm_bias, norm_eps, down, up, activation, scaling, dropout_p, seed);
-  const BottleneckGradient given(args, x, dy_in, z_in, adds_dy);
-  const Tensor &dy = given.dy, &z = given.z;
+  const BottleneckGradient gradient(args, x, dy_in, z_in, adds_dy);
+  const Tensor &dy = gradient.dy, &z = gradient.z;
   const auto none = [](const Tensor& like) { return at::empty({0}, like.options()); };
   const auto no_sums = [&] { return at::empty({0}, args.floats()); };
   need_dnorm &= args.has_norm();
@@ -90,41 +90,42 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
   const bool need_dz = need_dx || need_dnorm || need_ddown || need_ddown_bias;
   const bool multiplies_dx = need_dx && !args.has_norm();
   Tensor dz = at::empty({need_dz ? args.m : 0, args.r}, args.floats());
-  Factors of_down(args, need_ddown, down_in_pairs), of_up(args, need_dup, up_in_pairs);
+  GradientFactors down_factors(args, need_ddown, down_in_pairs), up_factors(args, need_dup, up_in_pairs);
   const DType dtype = dtype_of(x, "x");
   const int64_t threads = useful_threads(args.m * args.r * (args.n * need_dz + args.k * multiplies_dx));
   const int64_t block = block_of(args.m, threads);
   const int64_t blocks = need_dz || need_dup ? ceil_div(args.m, block) : 0;
   parallel_for(0, blocks, ceil_div(blocks, threads), [&](int64_t first, int64_t last) {
     void* scratch = checked_thread_scratch();
-    Middle middle(args, z, block, need_dup, false);
+    HiddenBuffers hidden(args, z, block, need_dup, false);
     Tensor rounded_dz;
-    if (need_dz) middle.params.d = dz.mutable_data_ptr<float>();
-    if (multiplies_dx && down_in_pairs) middle.params.rounded_d = Middle::round_into(rounded_dz, args, block);
+    if (need_dz) hidden.params.d = dz.mutable_data_ptr<float>();
+    if (multiplies_dx && down_in_pairs)
+      hidden.params.rounded_d = HiddenBuffers::round_into(rounded_dz, args, block);
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i * block, end = std::min(begin + block, args.m), rows = end - begin;
-      float* dz_rows = middle.params.d ? middle.params.d + begin * args.r : nullptr;
+      float* dz_rows = hidden.params.d ? hidden.params.d + begin * args.r : nullptr;
       if (need_dz) {
-        multiply({row_of(dy, begin, args.n), dtype, args.up, "up", dz_rows, DType::kF32}, rows, args.m, true,
-                 scratch);
+        multiply({element_ptr(dy, begin * args.n), dtype, args.up, "up", dz_rows, DType::kF32}, rows, args.m,
+                 true, scratch);
       }
-      kernels().bottleneck(middle.params, begin * args.r, end * args.r);
-      of_up.put(middle.params.value, begin, end);
-      of_down.put(dz_rows, begin, end);
+      kernels().bottleneck(hidden.params, begin * args.r, end * args.r);
+      up_factors.put(hidden.params.value, begin, end);
+      down_factors.put(dz_rows, begin, end);
       if (!multiplies_dx) continue;
       const void* d = down_in_pairs ? rounded_dz.const_data_ptr() : dz_rows;
-      multiply(
-          {d, down_in_pairs ? DType::kBF16 : DType::kF32, args.down, "down",
-           mutable_row_of(dx, begin, args.k), dtype, nullptr, adds_dy ? row_of(dy, begin, args.n) : nullptr},
-          rows, args.m, true, scratch);
+      multiply({d, down_in_pairs ? DType::kBF16 : DType::kF32, args.down, "down",
+                mutable_element_ptr(dx, begin * args.k), dtype, nullptr,
+                adds_dy ? element_ptr(dy, begin * args.n) : nullptr},
+               rows, args.m, true, scratch);
     }
   });
 
   if (args.has_norm() && (need_dx || need_dnorm)) {
     Tensor d = at::empty({args.m, args.k}, args.floats());
-    Product product(d);
-    product.add(term_of(dz, "dz", dense_matrix(args.down, "down")));
-    product.run_nn();
+    Gemm gemm(d);
+    gemm.add(term_of(dz, "dz", dense_matrix(args.down, "down")));
+    gemm.run_nn();
     auto [d_weight, d_bias] = norm_gradients(args, d, adds_dy ? dy.const_data_ptr() : nullptr,
                                              need_dx ? dx.mutable_data_ptr() : nullptr);
     if (need_dnorm) {
@@ -133,16 +134,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_ba
     }
   }
   Tensor ddown = none(down), dup = none(up), dup_t;
-  std::vector<Product> products;
+  std::vector<Gemm> gemms;
   if (need_ddown) {
     ddown = at::empty_like(args.down);
-    products.push_back(of_down.times(args.has_norm() ? normed_rows(args) : args.x, ddown));
+    gemms.push_back(down_factors.gemm_with(args.has_norm() ? normed_rows(args) : args.x, ddown));
   }
   if (need_dup) {
     dup_t = at::empty({args.r, args.n}, args.up.options());
-    products.push_back(of_up.times(dy, dup_t));
+    gemms.push_back(up_factors.gemm_with(dy, dup_t));
   }
-  Product::run_nn_together(products);
+  Gemm::run_nn_batch(gemms);
   if (need_dup) {
     dup = at::empty_like(args.up);
     transpose(dup_t, dup);

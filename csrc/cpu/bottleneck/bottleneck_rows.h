@@ -7,8 +7,7 @@
 
 #include "../../common/bottleneck_args.h"
 #include "../core/transpose.h"
-#include "../linear/linear_product.h"
-#include "../linear/weights.h"
+#include "../linear/linear_gemm.h"
 #include "../lora/dropout.h"
 
 namespace peft_kernels::cpu {
@@ -66,17 +65,8 @@ struct BottleneckArgs : peft_kernels::BottleneckArgs {
 
 inline const float* data_of(const Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; }
 
-// Address of a row in a tensor of contiguous rows.
-inline const void* row_of(const Tensor& t, int64_t row, int64_t columns) {
-  return static_cast<const char*>(t.const_data_ptr()) +
-         row * columns * static_cast<int64_t>(t.element_size());
-}
-inline void* mutable_row_of(const Tensor& t, int64_t row, int64_t columns) {
-  return static_cast<char*>(t.mutable_data_ptr()) + row * columns * static_cast<int64_t>(t.element_size());
-}
-
 // The operands and the output of a GEMM with a block of rows.
-struct RowProduct {
+struct RowGemm {
   const void* rows;
   DType dtype;
   const Tensor& rhs;  // [n, depth]; [depth, n] for by_columns
@@ -88,22 +78,14 @@ struct RowProduct {
 };
 
 // The first `rows` of a GEMM of `m` rows, in one task: out = rows . rhs^T + bias, or rows . rhs.
-inline void multiply(const RowProduct& product, int64_t rows, int64_t m, bool by_columns, void* scratch) {
-  const int64_t depth = product.rhs.size(by_columns ? 0 : 1), n = product.rhs.size(by_columns ? 1 : 0);
-  const GemmTerm term{product.rows, product.dtype, depth, dense_matrix(product.rhs, product.name),
-                      1.0f,         depth,         0,     rows,
-                      DropoutMask{}};
-  GemmParams params{};
-  params.terms = &term;
-  params.term_count = 1;
-  params.bias = product.bias;
+inline void multiply(const RowGemm& gemm, int64_t rows, int64_t m, bool by_columns, void* scratch) {
+  const int64_t depth = gemm.rhs.size(by_columns ? 0 : 1), n = gemm.rhs.size(by_columns ? 1 : 0);
+  const GemmTerm term{gemm.rows, gemm.dtype, depth,        dense_matrix(gemm.rhs, gemm.name), 1.0f, depth,
+                      0,         rows,       DropoutMask{}};
+  GemmParams params = one_term_params(term, m, n, gemm.out, gemm.out_dtype);
+  params.bias = gemm.bias;
   params.bias_dtype = DType::kF32;
-  params.out = product.out;
-  params.out_dtype = product.out_dtype;
-  params.out_ld = n;
-  params.m = m;
-  params.n = n;
-  params.residual = product.residual;
+  params.residual = gemm.residual;
   (by_columns ? kernels().gemm_nn : kernels().gemm_nt)(params, {0, rows, 0, n}, scratch);
 }
 
@@ -116,12 +98,13 @@ inline int64_t block_of(int64_t m, int64_t threads) {
 }
 
 // Buffers for the hidden values of a block of rows.
-struct Middle {
+struct HiddenBuffers {
   Tensor value, rounded;
   BottleneckParams params;
 
   // For `rows` rows; in fp32, or rounded for a GEMM in pairs.
-  Middle(const BottleneckArgs& args, const Tensor& z, int64_t rows, bool wants_value, bool rounds_value)
+  HiddenBuffers(const BottleneckArgs& args, const Tensor& z, int64_t rows, bool wants_value,
+                bool rounds_value)
       : params{} {
     params.z = z.const_data_ptr<float>();
     params.activation = args.activation;
@@ -133,9 +116,9 @@ struct Middle {
     }
     if (rounds_value) params.rounded_value = round_into(rounded, args, rows);
   }
-  static BF16* round_into(Tensor& room, const BottleneckArgs& args, int64_t rows) {
-    room = at::empty({rows * args.r}, args.floats().dtype(at::kBFloat16));
-    return static_cast<BF16*>(room.mutable_data_ptr());
+  static BF16* round_into(Tensor& buffer, const BottleneckArgs& args, int64_t rows) {
+    buffer = at::empty({rows * args.r}, args.floats().dtype(at::kBFloat16));
+    return static_cast<BF16*>(buffer.mutable_data_ptr());
   }
 };
 
@@ -169,27 +152,27 @@ class BottleneckForward {
     void* scratch = checked_thread_scratch();
     const DType dtype = dtype_of(args_.x, "x");
     const bool in_pairs = args_.in_pairs(args_.up), has_norm = args_.has_norm();
-    const Middle middle(args_, z_, block, !in_pairs, in_pairs);
-    const Tensor& value = in_pairs ? middle.rounded : middle.value;
+    const HiddenBuffers hidden(args_, z_, block, !in_pairs, in_pairs);
+    const Tensor& value = in_pairs ? hidden.rounded : hidden.value;
     Tensor normed;
     if (has_norm) normed = at::empty({block * args_.k}, args_.floats());
     for (int64_t i = first; i < last; ++i) {
       const int64_t begin = i * block, end = std::min(begin + block, args_.m), rows = end - begin;
-      const void* in = row_of(args_.x, begin, args_.k);
+      const void* in = element_ptr(args_.x, begin * args_.k);
       if (has_norm) {
         NormParams norm = args_.norm();
         norm.out = normed.mutable_data_ptr<float>();
         kernels().layer_norm(norm, begin, end);
         in = norm.out;
       }
-      multiply({in, has_norm ? DType::kF32 : dtype, args_.down, "down", mutable_row_of(z_, begin, args_.r),
-                DType::kF32, data_of(down_bias_)},
+      multiply({in, has_norm ? DType::kF32 : dtype, args_.down, "down",
+                mutable_element_ptr(z_, begin * args_.r), DType::kF32, data_of(down_bias_)},
                rows, args_.m, false, scratch);
-      kernels().bottleneck(middle.params, begin * args_.r, end * args_.r);
-      multiply(
-          {value.const_data_ptr(), dtype_of(value, "value"), args_.up, "up",
-           mutable_row_of(y_, begin, args_.n), dtype, data_of(up_bias_), row_of(residual_, begin, args_.n)},
-          rows, args_.m, false, scratch);
+      kernels().bottleneck(hidden.params, begin * args_.r, end * args_.r);
+      multiply({value.const_data_ptr(), dtype_of(value, "value"), args_.up, "up",
+                mutable_element_ptr(y_, begin * args_.n), dtype, data_of(up_bias_),
+                element_ptr(residual_, begin * args_.n)},
+               rows, args_.m, false, scratch);
     }
   }
 
@@ -199,43 +182,35 @@ class BottleneckForward {
 
 // The hidden values, or their gradient, of all rows, transposed chunk by chunk: [columns][rows of the chunk].
 // The gradients of `down` and `up` are GEMMs with it over all rows, with columns in place of the batch.
-class Factors {
+class GradientFactors {
  public:
-  Factors(const BottleneckArgs& args, bool wanted, bool in_pairs) : m_(args.m), r_(args.r) {
+  GradientFactors(const BottleneckArgs& args, bool wanted, bool in_pairs) : m_(args.m), r_(args.r) {
     if (wanted) t_ = at::empty({m_ * r_}, args.floats().dtype(in_pairs ? at::kBFloat16 : at::kFloat));
   }
   // Rows [begin, end) of one chunk.
   void put(const float* rows, int64_t begin, int64_t end) {
     if (!t_.defined()) return;
     const int64_t chunk = begin / kChunkRows * kChunkRows;
-    const TransposeParams params{
-        rows,    DType::kF32,     end - begin, r_, r_, element(chunk * r_ + begin - chunk),
-        dtype(), rows_from(chunk)};
+    void* out = mutable_element_ptr(t_, chunk * r_ + begin - chunk);
+    const TransposeParams params{rows,
+                                 DType::kF32,
+                                 end - begin,
+                                 r_,
+                                 r_,
+                                 out,
+                                 dtype_of(t_, "factors"),
+                                 std::min(kChunkRows, m_ - chunk)};
     kernels().transpose_rows(params, 0, end - begin);
   }
   // [columns, columns of other], written to `out`.
-  Product times(const Tensor& other, Tensor& out) {
-    Product product(out);
-    for (int64_t chunk = 0; chunk < m_; chunk += kChunkRows) {
-      const int64_t rows = rows_from(chunk);
-      MatrixView rhs = dense_matrix(other, "rows");
-      rhs.data = row_of(other, chunk, other.size(1));
-      product.add({element(chunk * r_), dtype(), rows, rhs, 1.0f, rows, 0, INT64_MAX, DropoutMask{}});
-    }
-    product.keep_few_rows_together();
-    product.keep(other);
-    product.keep(t_);
-    return product;
+  Gemm gemm_with(const Tensor& other, Tensor& out) {
+    Gemm gemm(out);
+    gemm.add_row_sums(t_, r_, other, 0, m_);
+    return gemm;
   }
 
  private:
   static_assert(kChunkRows % kMostRows == 0, "");
-
-  DType dtype() const { return dtype_of(t_, "factors"); }
-  int64_t rows_from(int64_t chunk) const { return std::min(kChunkRows, m_ - chunk); }
-  void* element(int64_t i) const {
-    return static_cast<char*>(t_.mutable_data_ptr()) + i * static_cast<int64_t>(t_.element_size());
-  }
 
   int64_t m_, r_;
   Tensor t_;

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "../../common/autocast.h"
-#include "../isa/namespace.h"
+#include "../core/namespace.h"
 #include "bottleneck_rows.h"
 
 namespace peft_kernels::cpu {
@@ -23,10 +23,10 @@ std::vector<std::vector<int64_t>> rows_by_group(const Tensor& row_group, int64_t
   check_device(row_group, "row_group");
   check_shape(row_group, {rows}, "row_group");
   const Tensor group = row_group.to(at::kLong).contiguous();
-  const int64_t* of_row = group.const_data_ptr<int64_t>();
+  const int64_t* row_groups = group.const_data_ptr<int64_t>();
   std::vector<std::vector<int64_t>> found(groups + 1);
   for (int64_t row = 0; row < rows; ++row) {
-    found[of_row[row] >= 0 && of_row[row] < groups ? of_row[row] : groups].push_back(row);
+    found[row_groups[row] >= 0 && row_groups[row] < groups ? row_groups[row] : groups].push_back(row);
   }
   return found;
 }
@@ -36,7 +36,7 @@ Tensor gathered(const Tensor& t, const std::vector<int64_t>& rows) {
   Tensor out = at::empty({static_cast<int64_t>(rows.size()), columns}, t.options());
   const size_t bytes = columns * t.element_size();
   for (size_t i = 0; i < rows.size(); ++i) {
-    std::memcpy(mutable_row_of(out, i, columns), row_of(t, rows[i], columns), bytes);
+    std::memcpy(mutable_element_ptr(out, i * columns), element_ptr(t, rows[i] * columns), bytes);
   }
   return out;
 }
@@ -45,7 +45,7 @@ Tensor gathered(const Tensor& t, const std::vector<int64_t>& rows) {
 void scatter(const Tensor& t, const std::vector<int64_t>& rows, Tensor& out, int64_t columns) {
   const size_t bytes = t.size(1) * t.element_size();
   for (size_t i = 0; i < rows.size(); ++i) {
-    std::memcpy(mutable_row_of(out, rows[i], columns), row_of(t, i, t.size(1)), bytes);
+    std::memcpy(mutable_element_ptr(out, rows[i] * columns), element_ptr(t, i * t.size(1)), bytes);
   }
 }
 
@@ -88,9 +88,9 @@ std::tuple<Tensor, Tensor> multi_bottleneck(const Tensor& x_in, const OptionalTe
   check_shape(y, sizes_with_last(x_in, out_features), "residual");
   const Tensor residual =
       residual_in ? as_rows(matching(*residual_in, y, "residual"), out_features, "residual") : x;
-  int64_t widest = 0;
-  for (const Tensor& one : down) widest = std::max(widest, one.size(0));
-  Tensor z = at::zeros(sizes_with_last(x_in, widest), x_in.options().dtype(at::kFloat));
+  int64_t max_rank = 0;
+  for (const Tensor& one : down) max_rank = std::max(max_rank, one.size(0));
+  Tensor z = at::zeros(sizes_with_last(x_in, max_rank), x_in.options().dtype(at::kFloat));
 
   const auto rows = rows_by_group(row_group, x.size(0), count);
   std::deque<Served> served;  // keeps references to its elements valid
@@ -99,17 +99,18 @@ std::tuple<Tensor, Tensor> multi_bottleneck(const Tensor& x_in, const OptionalTe
     if (rows[i].empty()) continue;
     TORCH_CHECK(up[i].dim() == 2 && up[i].size(0) == out_features, "up: expected shape (", out_features,
                 ", r), got ", up[i].sizes());
-    const OptionalTensor beside = residual_in ? OptionalTensor(gathered(residual, rows[i])) : std::nullopt;
-    served.emplace_back(rows[i], beside, out_features, down_bias.get(i), up_bias.get(i), gathered(x, rows[i]),
-                        norm_weight.get(i), norm_bias.get(i), norm_eps[i], down[i], up[i], activation.get(i),
-                        scaling[i], dropout_p[i], seed.get(i));
+    const OptionalTensor gathered_residual =
+        residual_in ? OptionalTensor(gathered(residual, rows[i])) : std::nullopt;
+    served.emplace_back(rows[i], gathered_residual, out_features, down_bias.get(i), up_bias.get(i),
+                        gathered(x, rows[i]), norm_weight.get(i), norm_bias.get(i), norm_eps[i], down[i],
+                        up[i], activation.get(i), scaling[i], dropout_p[i], seed.get(i));
     multiply_adds += served.back().forward.multiply_adds();
   }
   const auto run = [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
       served[i].forward.run();
       scatter(served[i].y, served[i].rows, y, out_features);
-      scatter(served[i].z, served[i].rows, z, widest);
+      scatter(served[i].z, served[i].rows, z, max_rank);
     }
   };
   const int64_t runs = served.size(), threads = useful_threads(multiply_adds);
@@ -118,9 +119,9 @@ std::tuple<Tensor, Tensor> multi_bottleneck(const Tensor& x_in, const OptionalTe
   } else {
     parallel_for(0, runs, ceil_div(runs, threads), run);
   }
-  const std::vector<int64_t>& others = rows[count];
-  for (const int64_t row : others) {
-    std::memcpy(mutable_row_of(y, row, out_features), row_of(residual, row, out_features),
+  const std::vector<int64_t>& unserved = rows[count];
+  for (const int64_t row : unserved) {
+    std::memcpy(mutable_element_ptr(y, row * out_features), element_ptr(residual, row * out_features),
                 out_features * y.element_size());
   }
   return {y, z};

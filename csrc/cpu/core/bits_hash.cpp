@@ -7,7 +7,7 @@
 #include <cstdint>
 
 #include "../../common/checks.h"
-#include "../isa/namespace.h"
+#include "namespace.h"
 #include "parallel.h"
 
 namespace peft_kernels::cpu {

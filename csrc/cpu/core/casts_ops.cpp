@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "../../common/checks.h"
-#include "../isa/isa.h"
-#include "../isa/namespace.h"
+#include "kernel_table.h"
+#include "namespace.h"
 #include "parallel.h"
 
 namespace peft_kernels::cpu {

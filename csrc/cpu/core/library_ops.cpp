@@ -11,19 +11,19 @@
 #include "../../common/built_for.h"
 #include "../../common/dynamic_map.h"
 #include "../../common/nf4.h"
-#include "../isa/isa.h"
-#include "../isa/namespace.h"
-#include "threads.h"
+#include "kernel_table.h"
+#include "namespace.h"
+#include "parallel.h"
 
 namespace peft_kernels::cpu {
 namespace {
 
 std::vector<std::string> isa_levels() {
-  std::vector<std::string> levels;
+  std::vector<std::string> names;
   for (int i = 0; i < kIsaCount; ++i) {
-    if (const char* name = usable_isa_name(static_cast<Isa>(i))) levels.emplace_back(name);
+    if (const char* name = usable_isa_name(static_cast<Isa>(i))) names.emplace_back(name);
   }
-  return levels;
+  return names;
 }
 
 // For tests only.
@@ -42,7 +42,7 @@ std::string isa_level() { return isa_name(); }
 void set_isa_level(std::string name) {
   if (set_isa(name.c_str())) return;
   std::string expected;
-  for (const std::string& level : isa_levels()) expected += (expected.empty() ? "" : ", ") + level;
+  for (const std::string& isa : isa_levels()) expected += (expected.empty() ? "" : ", ") + isa;
   TORCH_CHECK_VALUE(false, "isa level: expected one of ", expected, ", got ", name);
 }
 
@@ -60,11 +60,7 @@ std::string linear_plan(int64_t rows, int64_t out_features, int64_t in_features,
   term.lhs_dtype = is_bf16 ? DType::kBF16 : DType::kF32;
   term.lhs_ld = term.depth = in_features;
   term.rhs = {nullptr, DType::kF32, in_features, &weight};
-  GemmParams params{};
-  params.terms = &term;
-  params.term_count = 1;
-  params.m = rows;
-  params.n = out_features;
+  const GemmParams params = one_term_params(term, rows, out_features, nullptr, DType::kF32);
   constexpr const char* kNames[] = {"dots", "gemv", "pairs", "floats"};
   return kNames[static_cast<int>(kernels().plan_nt(params))];
 }

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../../common/integers.h"
-#include "../isa/isa.h"
+#include "kernel_table.h"
 #include "threads.h"
 
 namespace peft_kernels::cpu {
@@ -46,6 +46,19 @@ inline Grid plan_grid(int64_t m, int64_t n, int64_t m_unit, int64_t n_unit, int6
     }
   }
   return best;
+}
+
+// The arguments of a GEMM with a single term, which must outlive them, and a contiguous output.
+inline GemmParams one_term_params(const GemmTerm& term, int64_t m, int64_t n, void* out, DType out_dtype) {
+  GemmParams params{};
+  params.terms = &term;
+  params.term_count = 1;
+  params.out = out;
+  params.out_dtype = out_dtype;
+  params.out_ld = n;
+  params.m = m;
+  params.n = n;
+  return params;
 }
 
 using GemmKernel = void (*)(const GemmParams&, const Rect&, void* scratch);

@@ -2,8 +2,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "../isa/namespace.h"
 #include "column_sums.h"
+#include "namespace.h"
 
 namespace peft_kernels::cpu {
 namespace {

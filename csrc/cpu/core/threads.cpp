@@ -20,9 +20,9 @@ namespace {
 
 #ifdef __SANITIZE_THREAD__
 // ThreadSanitizer does not see libgomp's barriers and reports races on what OpenMP orders.
-constexpr bool kOwnThreadsAlone = true;
+constexpr bool kOwnThreadsOnly = true;
 #else
-constexpr bool kOwnThreadsAlone = false;
+constexpr bool kOwnThreadsOnly = false;
 #endif
 
 // Nanoseconds of wall-clock time, and of CPU time of this thread.
@@ -46,7 +46,7 @@ constexpr int64_t kMicrosecond = 1000, kMillisecond = 1000 * kMicrosecond;
 
 // Waking a thread takes less than this. A thread that is away for longer is kept from running by another
 // process.
-constexpr int64_t kBlink = 200 * kMicrosecond;
+constexpr int64_t kWakeLatency = 200 * kMicrosecond;
 
 thread_local bool in_region = false;
 struct InRegion {
@@ -62,8 +62,8 @@ struct Region {
   std::mutex error_mutex{};
   std::exception_ptr error{};
 
-  void lose(int64_t nanoseconds) {
-    if (nanoseconds > kBlink) lost.fetch_add(nanoseconds, std::memory_order_relaxed);
+  void add_lost_time(int64_t nanoseconds) {
+    if (nanoseconds > kWakeLatency) lost.fetch_add(nanoseconds, std::memory_order_relaxed);
   }
   void participate(int64_t first, int64_t last) {
     const int64_t ran = began ? Clocks::now().ran : 0;
@@ -78,7 +78,7 @@ struct Region {
     }
     if (!began) return;
     const Clocks end = Clocks::now();
-    lose((end.wall - began) - (end.ran - ran));
+    add_lost_time((end.wall - began) - (end.ran - ran));
   }
 };
 
@@ -113,7 +113,7 @@ class Workers {
   [[noreturn]] void serve() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      wake_.wait(lock, [this] { return open_ > 0 && region_->tasks.are_left(); });
+      wake_.wait(lock, [this] { return open_ > 0 && region_->tasks.any_left(); });
       --open_;
       ++inside_;
       Region& region = *region_;
@@ -133,7 +133,7 @@ class Workers {
 // Keeps the threads of GNU OpenMP, which torch's own ops run in, from spinning while they wait. libgomp reads
 // GOMP_SPINCOUNT once, before anybody can set it, but stops spinning when there are more OpenMP threads than
 // processors. So while this is on, a second team of that many threads sleeps.
-class SpinBrake {
+class SpinSuppressor {
  public:
   void set(bool on) {
 #ifdef _OPENMP
@@ -141,11 +141,11 @@ class SpinBrake {
     if (on == on_) return;
     on_ = on;
     change_.notify_all();
-    ++round_;
+    ++generation_;
     if (!on) return;
     const int count = std::max(omp_get_num_procs() - at::get_num_threads(), 0) + 2;
     try {
-      std::thread([this, count, round = round_] { hold(count, round); }).detach();
+      std::thread([this, count, generation = generation_] { hold(count, generation); }).detach();
     } catch (const std::system_error&) {  // no further threads available
     }
 #else
@@ -156,23 +156,23 @@ class SpinBrake {
  private:
 #ifdef _OPENMP
   // The team exists as long as the thread that created it.
-  void hold(int count, int64_t round) {
+  void hold(int count, int64_t generation) {
     std::atomic<int> members{0};  // the compiler would drop an empty region
 #  pragma omp parallel num_threads(count)
     members.fetch_add(1, std::memory_order_relaxed);
     std::unique_lock<std::mutex> lock(mutex_);
-    change_.wait(lock, [this, round] { return round_ != round; });
+    change_.wait(lock, [this, generation] { return generation_ != generation; });
   }
 
   std::mutex mutex_;
   std::condition_variable change_;
-  int64_t round_ = 0;
+  int64_t generation_ = 0;
   bool on_ = false;
 #endif
 };
 
 // Measures a sample of the regions to find out whether other processes keep our threads from running.
-class Watch {
+class ContentionMonitor {
  public:
   bool is_busy() const { return busy_.load(std::memory_order_relaxed); }
 
@@ -191,16 +191,16 @@ class Watch {
     if (wanted_ < kWindow * threads) return;
     const double part = static_cast<double>(lost_) / static_cast<double>(wanted_);
     wanted_ = lost_ = 0;
-    calm_ = part < kCalm ? calm_ + 1 : 0;
-    if (forced_ || kOwnThreadsAlone) return;
+    quiet_windows_ = part < kQuiet ? quiet_windows_ + 1 : 0;
+    if (forced_ || kOwnThreadsOnly) return;
     if (!is_busy() && part > kBusy) change(true);
-    if (is_busy() && calm_ >= kCalmWindows) change(false);
+    if (is_busy() && quiet_windows_ >= kQuietWindows) change(false);
   }
   void force(std::optional<bool> busy) {
     const std::lock_guard<std::mutex> lock(mutex_);
     forced_ = busy;
-    wanted_ = lost_ = calm_ = 0;
-    if (busy && !kOwnThreadsAlone) change(*busy);
+    wanted_ = lost_ = quiet_windows_ = 0;
+    if (busy && !kOwnThreadsOnly) change(*busy);
   }
 
  private:
@@ -211,25 +211,25 @@ class Watch {
   // on a quiet machine, up to 0.07 there with our sleeping threads. These cost a tenth of a step on a quiet
   // machine, OpenMP's a multiple of the step on a busy one: so it must stay quiet for a while before
   // switching back.
-  static constexpr double kBusy = 0.15, kCalm = 0.1;
-  static constexpr int64_t kCalmWindows = 20;
+  static constexpr double kBusy = 0.15, kQuiet = 0.1;
+  static constexpr int64_t kQuietWindows = 20;
 
   void change(bool busy) {
-    brake_.set(busy);
+    spin_suppressor_.set(busy);
     busy_.store(busy, std::memory_order_relaxed);
   }
 
-  std::atomic<bool> busy_{kOwnThreadsAlone};
+  std::atomic<bool> busy_{kOwnThreadsOnly};
   std::atomic<int64_t> last_{0};
   std::mutex mutex_;
-  int64_t wanted_ = 0, lost_ = 0, calm_ = 0;
+  int64_t wanted_ = 0, lost_ = 0, quiet_windows_ = 0;
   std::optional<bool> forced_;
-  SpinBrake brake_;
+  SpinSuppressor spin_suppressor_;
 };
 
 // Never destroyed, as threads wait in it. A forked process has none of these threads, and gets a new State.
 struct State {
-  Watch watch;
+  ContentionMonitor monitor;
   Workers workers;
 };
 std::atomic<State*> current{nullptr};
@@ -260,8 +260,8 @@ int64_t get_num_threads() {
   return kSanitized && threads == 1 ? 4 : threads;
 }
 
-bool is_busy() { return state().watch.is_busy(); }
-void set_busy(std::optional<bool> busy) { state().watch.force(busy); }
+bool is_busy() { return state().monitor.is_busy(); }
+void set_busy(std::optional<bool> busy) { state().monitor.force(busy); }
 
 void run_tasks(int64_t tasks, int64_t threads, c10::function_ref<void(Share&)> work) {
   threads = std::min(threads, tasks);
@@ -269,9 +269,9 @@ void run_tasks(int64_t tasks, int64_t threads, c10::function_ref<void(Share&)> w
     if (tasks > 0) run_alone(tasks, work);
     return;
   }
-  auto& [watch, workers] = state();
-  const bool busy = watch.is_busy();
-  Region region{Tasks(tasks, busy ? 0 : threads), work, watch.begin()};
+  auto& [monitor, workers] = state();
+  const bool busy = monitor.is_busy();
+  Region region{Tasks(tasks, busy ? 0 : threads), work, monitor.begin()};
   if (busy) {
     const auto missing = workers.run(region, threads);
     if (!missing) {
@@ -279,11 +279,11 @@ void run_tasks(int64_t tasks, int64_t threads, c10::function_ref<void(Share&)> w
       return run_alone(tasks, work);
     }
     // A thread that nothing keeps from running has begun by now.
-    if (region.began) region.lose((Clocks::on_wall() - region.began) * *missing);
+    if (region.began) region.add_lost_time((Clocks::on_wall() - region.began) * *missing);
   } else {
     at::parallel_for(0, threads, 1, [&](int64_t first, int64_t last) { region.participate(first, last); });
   }
-  if (region.began) watch.end(region, threads);
+  if (region.began) monitor.end(region, threads);
   if (region.error) std::rethrow_exception(region.error);
 }
 

@@ -38,9 +38,9 @@ inline int64_t tasks_for(int64_t threads) { return is_busy() ? threads * kTasksP
 class Tasks {
  public:
   // The first `given` tasks are assigned to threads in advance.
-  Tasks(int64_t count, int64_t given) : count_(count), next_(given) {}
+  Tasks(int64_t count, int64_t assigned) : count_(count), next_(assigned) {}
 
-  bool are_left() const { return next_.load(std::memory_order_relaxed) < count_; }
+  bool any_left() const { return next_.load(std::memory_order_relaxed) < count_; }
   // The next task that is not taken; count() or more when there is none.
   int64_t take() { return next_.fetch_add(1, std::memory_order_relaxed); }
   void drop() { next_.store(count_, std::memory_order_relaxed); }
@@ -54,16 +54,16 @@ class Tasks {
 // The tasks of one thread: those assigned to it, then any that are left.
 class Share {
  public:
-  Share(Tasks& tasks, int64_t first, int64_t last) : tasks_(tasks), given_(first), last_(last) {}
+  Share(Tasks& tasks, int64_t first, int64_t last) : tasks_(tasks), assigned_(first), last_(last) {}
 
   bool take(int64_t& task) {
-    task = given_ < last_ ? given_++ : tasks_.take();
+    task = assigned_ < last_ ? assigned_++ : tasks_.take();
     return task < tasks_.count();
   }
 
  private:
   Tasks& tasks_;
-  int64_t given_;
+  int64_t assigned_;
   const int64_t last_;
 };
 

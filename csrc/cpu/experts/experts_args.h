@@ -10,13 +10,6 @@
 
 namespace peft_kernels::cpu {
 
-inline const void* address(const Tensor& t, int64_t element) {
-  return static_cast<const char*>(t.const_data_ptr()) + element * static_cast<int64_t>(t.element_size());
-}
-inline void* mutable_address(Tensor& t, int64_t element) {
-  return static_cast<char*>(t.mutable_data_ptr()) + element * static_cast<int64_t>(t.element_size());
-}
-
 // The rows of one expert.
 struct ExpertRows {
   int64_t expert, begin, end;
@@ -42,7 +35,7 @@ inline std::vector<ExpertRows> expert_rows(const Tensor& ends, int64_t rows) {
 }
 
 // Zeroes the rows after those of the last expert.
-inline void clear_rest(Tensor& out, const std::vector<ExpertRows>& runs) {
+inline void zero_remaining_rows(Tensor& out, const std::vector<ExpertRows>& runs) {
   const int64_t end = runs.empty() ? 0 : runs.back().end;
   if (end < out.size(0)) out.narrow(0, end, out.size(0) - end).zero_();
 }
@@ -66,9 +59,7 @@ class ExpertBias {
   }
   DType dtype() const { return dtype_; }
   const void* of(int64_t expert) const {
-    if (!bias_.defined()) return nullptr;
-    return static_cast<const char*>(bias_.const_data_ptr()) +
-           expert * bias_.size(1) * static_cast<int64_t>(bias_.element_size());
+    return bias_.defined() ? element_ptr(bias_, expert * bias_.size(1)) : nullptr;
   }
   OptionalTensor tensor_of(int64_t expert) const {
     return bias_.defined() ? OptionalTensor(bias_[expert]) : std::nullopt;
@@ -87,7 +78,7 @@ class ExpertWeights {
                 int64_t in_features, at::ScalarType dtype)
       : in_features_(in_features) {
     if (absmax) {
-      nf4_ = std::make_unique<Nf4Holder>(weight, *absmax, absmax2, offset, blocksize,
+      nf4_ = std::make_unique<Nf4Weight>(weight, *absmax, absmax2, offset, blocksize,
                                          out_features * in_features, experts);
       views_.reserve(experts);
       for (int64_t e = 0; e < experts; ++e) views_.push_back(nf4_->view(e));
@@ -98,30 +89,29 @@ class ExpertWeights {
     dense_ = weight;
     if (experts == 0) return;
     one_ = dense_[0];
-    few_are_torchs_ = is_torchs_product(one_, 1);
-    many_are_torchs_ = is_torchs_product(one_, kFewRows + 1);
+    few_use_torch_ = uses_torch_gemm(one_, 1);
+    many_use_torch_ = uses_torch_gemm(one_, kFewRows + 1);
   }
 
-  bool is_torchs(int64_t rows) const {
-    return !nf4_ && (rows > kFewRows ? many_are_torchs_ : few_are_torchs_);
+  bool uses_torch(int64_t rows) const {
+    return !nf4_ && (rows > kFewRows ? many_use_torch_ : few_use_torch_);
   }
   // The same for the forward.
-  bool is_torchs_forward(int64_t rows) const { return is_torchs(rows) && !has_dense_gemv(one_, rows); }
+  bool uses_torch_forward(int64_t rows) const { return uses_torch(rows) && !has_dense_gemv(one_, rows); }
   Tensor dense(int64_t expert) const { return dense_[expert]; }
   // For an expert that torch does not compute.
   MatrixView matrix(int64_t expert) const {
     if (nf4_) return {nullptr, DType::kF32, in_features_, &views_[expert]};
-    const int64_t bytes = expert * dense_.stride(0) * static_cast<int64_t>(dense_.element_size());
-    return {static_cast<const char*>(dense_.const_data_ptr()) + bytes, dtype_of(dense_, "weight"),
-            in_features_, nullptr};
+    return {element_ptr(dense_, expert * dense_.stride(0)), dtype_of(dense_, "weight"), in_features_,
+            nullptr};
   }
 
  private:
   int64_t in_features_;
-  std::unique_ptr<Nf4Holder> nf4_;
+  std::unique_ptr<Nf4Weight> nf4_;
   std::vector<Nf4View> views_;
   Tensor dense_, one_;  // all experts; the first one
-  bool few_are_torchs_ = false, many_are_torchs_ = false;
+  bool few_use_torch_ = false, many_use_torch_ = false;
 };
 
 }  // namespace peft_kernels::cpu

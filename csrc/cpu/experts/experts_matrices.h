@@ -57,8 +57,8 @@ inline void transpose_each(const Tensor& from, const MatrixStrides& s, Tensor& t
     for (int64_t task = begin; task < end; ++task) {
       const int64_t i = task / blocks, first = task % blocks * kRowsTogether;
       const TransposeParams params{
-          address(from, places.from[i] * s.matrix), dtype_of(from, "from"), s.cols, s.rows, s.col,
-          mutable_address(to, places.to[i] * size), dtype_of(to, "to"),     s.cols};
+          element_ptr(from, places.from[i] * s.matrix), dtype_of(from, "from"), s.cols, s.rows, s.col,
+          mutable_element_ptr(to, places.to[i] * size), dtype_of(to, "to"),     s.cols};
       transpose_rows(params, first, std::min(first + kRowsTogether, s.cols));
     }
   };
@@ -68,7 +68,7 @@ inline void transpose_each(const Tensor& from, const MatrixStrides& s, Tensor& t
 // Makes interleaved matrices, as PEFT stores lora_B of all experts, row-major, like `to`. Matrices that are
 // neighbours in both tensors are transposed together in vectors; with few neighbours, as when one token meets
 // its experts, elements are copied one by one.
-inline void take_apart(const Tensor& from, const MatrixStrides& s, Tensor& to, const MatrixPlaces& places) {
+inline void deinterleave(const Tensor& from, const MatrixStrides& s, Tensor& to, const MatrixPlaces& places) {
   struct Neighbours {
     int64_t from, to, count;
   };
@@ -91,12 +91,12 @@ inline void take_apart(const Tensor& from, const MatrixStrides& s, Tensor& to, c
   const auto transpose_rows = kernels().transpose_rows;
   const auto by_vectors = [&](int64_t row, int64_t first, int64_t count) {
     for (const Neighbours& n : wide) {
-      const TransposeParams params{address(from, n.from + row * s.row + first * s.col),
+      const TransposeParams params{element_ptr(from, n.from + row * s.row + first * s.col),
                                    dtype_of(from, "from"),
                                    count,
                                    n.count,
                                    s.col,
-                                   mutable_address(to, n.to * size + row * s.cols + first),
+                                   mutable_element_ptr(to, n.to * size + row * s.cols + first),
                                    dtype_of(to, "to"),
                                    size};
       transpose_rows(params, 0, count);
@@ -154,7 +154,7 @@ inline void copy_each(const Tensor& from, const MatrixStrides& s, Tensor& to, co
 inline void copy_matrices(const Tensor& from, Tensor& to, const MatrixPlaces& places) {
   const MatrixStrides s(from);
   if (places.count() == 0 || s.rows * s.cols == 0) return;
-  if (s.matrix == 1) return take_apart(from, s, to, places);
+  if (s.matrix == 1) return deinterleave(from, s, to, places);
   s.row == 1 && s.rows > 1 ? transpose_each(from, s, to, places) : copy_each(from, s, to, places);
 }
 
@@ -165,7 +165,7 @@ inline std::vector<int64_t> experts_of(const std::vector<ExpertRows>& runs) {
   return experts;
 }
 
-inline std::vector<int64_t> numbers_to(size_t count) {
+inline std::vector<int64_t> index_range(size_t count) {
   std::vector<int64_t> numbers(count);
   for (size_t i = 0; i < count; ++i) numbers[i] = static_cast<int64_t>(i);
   return numbers;
@@ -178,10 +178,10 @@ class ExpertMatrices {
   ExpertMatrices(const Tensor& t, const std::vector<ExpertRows>& runs, at::ScalarType dtype, const char* name)
       : all_(t), index_(experts_of(runs)) {
     const int64_t rows = t.size(1), cols = t.size(2);
-    const bool lie_so = (cols <= 1 || t.stride(2) == 1) && (rows <= 1 || t.stride(1) == cols);
-    if (!lie_so || t.scalar_type() != dtype) {
+    const bool is_row_major = (cols <= 1 || t.stride(2) == 1) && (rows <= 1 || t.stride(1) == cols);
+    if (!is_row_major || t.scalar_type() != dtype) {
       all_ = at::empty({static_cast<int64_t>(runs.size()), rows, cols}, t.options().dtype(dtype));
-      const std::vector<int64_t> numbers = numbers_to(runs.size());
+      const std::vector<int64_t> numbers = index_range(runs.size());
       copy_matrices(t, all_, {index_, numbers});
       index_ = numbers;
     }
@@ -190,7 +190,7 @@ class ExpertMatrices {
 
   // Of the expert of run i.
   MatrixView operator[](size_t i) const {
-    return {address(all_, index_[i] * all_.stride(0)), dtype_, all_.size(2), nullptr};
+    return {element_ptr(all_, index_[i] * all_.stride(0)), dtype_, all_.size(2), nullptr};
   }
 
  private:
@@ -209,7 +209,7 @@ inline Tensor new_gradient(const Tensor& like, const std::vector<ExpertRows>& ru
 inline Tensor transposed_gradient(const Tensor& found, const Tensor& like,
                                   const std::vector<ExpertRows>& runs) {
   Tensor out = new_gradient(like, runs);
-  copy_matrices(found.transpose(1, 2), out, {numbers_to(runs.size()), experts_of(runs)});
+  copy_matrices(found.transpose(1, 2), out, {index_range(runs.size()), experts_of(runs)});
   return out;
 }
 

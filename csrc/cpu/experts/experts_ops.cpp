@@ -8,8 +8,8 @@
 #include <vector>
 
 #include "../../common/autocast.h"
-#include "../isa/namespace.h"
-#include "../linear/linear_product.h"
+#include "../core/namespace.h"
+#include "../linear/linear_gemm.h"
 #include "../lora/lora_adapters.h"
 #include "../lora/lora_factors.h"
 #include "experts_args.h"
@@ -20,25 +20,17 @@ namespace {
 
 using Runs = std::vector<ExpertRows>;
 
-// Rows of lhs from `begin`.
-GemmTerm rows_term(const Tensor& lhs, const char* name, int64_t begin, const MatrixView& rhs,
-                   float rhs_scale = 1.0f) {
-  GemmTerm term = term_of(lhs, name, rhs, rhs_scale);
-  term.lhs = address(lhs, begin * term.lhs_ld);
-  return term;
-}
-
 Tensor rows_of_run(const Tensor& t, const ExpertRows& run) { return t.narrow(0, run.begin, run.count()); }
 
 // The GEMM of a run, written to its rows of out.
-Product& product_of(std::vector<Product>& products, Tensor& out, const ExpertRows& run) {
-  return products.emplace_back(out, run.begin, run.end, 0, out.size(1));
+Gemm& gemm_of(std::vector<Gemm>& gemms, Tensor& out, const ExpertRows& run) {
+  return gemms.emplace_back(out, run.begin, run.end, 0, out.size(1));
 }
 
-std::vector<Product> room_for(const Runs& runs) {
-  std::vector<Product> products;
-  products.reserve(runs.size());
-  return products;
+std::vector<Gemm> reserve_gemms(const Runs& runs) {
+  std::vector<Gemm> gemms;
+  gemms.reserve(runs.size());
+  return gemms;
 }
 
 // h of all rows, or its gradient, as GEMM operands: rounded for the runs where a single layer with that many
@@ -89,25 +81,25 @@ struct Delta {
 Tensor forward(const Tensor& x, const Runs& runs, const ExpertWeights& weights, const ExpertBias& bias,
                int64_t out_features, const Delta* delta) {
   Tensor y = at::empty({x.size(0), out_features}, x.options());
-  std::vector<Product> ours = room_for(runs), on_torchs;
+  std::vector<Gemm> ours = reserve_gemms(runs), after_torch;
   for (size_t i = 0; i < runs.size(); ++i) {
     const ExpertRows& run = runs[i];
-    const bool is_torchs = weights.is_torchs_forward(run.count());
-    Product& product = product_of(is_torchs ? on_torchs : ours, y, run);
-    if (is_torchs) {
+    const bool uses_torch = weights.uses_torch_forward(run.count());
+    Gemm& gemm = gemm_of(uses_torch ? after_torch : ours, y, run);
+    if (uses_torch) {
       OptionalTensor b = bias.tensor_of(run.expert);
       if (b) b = b->to(x.scalar_type());
       rows_of_run(y, run).copy_(at::linear(rows_of_run(x, run), weights.dense(run.expert), b));
-      product.start_from_out();
+      gemm.accumulate();
     } else {
-      product.start_from(bias.of(run.expert), bias.dtype());
-      product.add(rows_term(x, "x", run.begin, weights.matrix(run.expert)));
+      gemm.set_bias(bias.of(run.expert), bias.dtype());
+      gemm.add(rows_term(x, "x", run.begin, weights.matrix(run.expert)));
     }
-    if (delta) product.add(delta->term(runs, i));
+    if (delta) gemm.add(delta->term(runs, i));
   }
-  Product::run_packed_nt_together(ours, x.options());
-  if (delta) Product::run_nt_together(on_torchs);
-  clear_rest(y, runs);
+  Gemm::run_packed_nt_batch(ours, x.options());
+  if (delta) Gemm::run_nt_batch(after_torch);
+  zero_remaining_rows(y, runs);
   return y;
 }
 
@@ -115,20 +107,20 @@ Tensor forward(const Tensor& x, const Runs& runs, const ExpertWeights& weights, 
 Tensor backward_to_rows(const Tensor& dy, const Runs& runs, const ExpertWeights& weights, int64_t in_features,
                         const Delta* delta) {
   Tensor dx = at::empty({dy.size(0), in_features}, dy.options());
-  std::vector<Product> products = room_for(runs);
+  std::vector<Gemm> gemms = reserve_gemms(runs);
   for (size_t i = 0; i < runs.size(); ++i) {
     const ExpertRows& run = runs[i];
-    Product& product = product_of(products, dx, run);
-    if (weights.is_torchs(run.count())) {
+    Gemm& gemm = gemm_of(gemms, dx, run);
+    if (weights.uses_torch(run.count())) {
       rows_of_run(dx, run).copy_(at::mm(rows_of_run(dy, run), weights.dense(run.expert)));
-      product.start_from_out();
+      gemm.accumulate();
     } else {
-      product.add(rows_term(dy, "dy", run.begin, weights.matrix(run.expert)));
+      gemm.add(rows_term(dy, "dy", run.begin, weights.matrix(run.expert)));
     }
-    if (delta) product.add(delta->term(runs, i));
+    if (delta) gemm.add(delta->term(runs, i));
   }
-  Product::run_nn_together(products);
-  clear_rest(dx, runs);
+  Gemm::run_nn_batch(gemms);
+  zero_remaining_rows(dx, runs);
   return dx;
 }
 
@@ -136,21 +128,21 @@ Tensor backward_to_rows(const Tensor& dy, const Runs& runs, const ExpertWeights&
 Tensor shrink(const Tensor& rows, const char* name, const Runs& runs, const ExpertMatrices& matrices,
               int64_t rank, float scale) {
   Tensor h = at::empty({rows.size(0), rank}, rows.options().dtype(at::kFloat));
-  std::vector<Product> products = room_for(runs);
+  std::vector<Gemm> gemms = reserve_gemms(runs);
   for (size_t i = 0; i < runs.size(); ++i) {
-    product_of(products, h, runs[i]).add(rows_term(rows, name, runs[i].begin, matrices[i], scale));
+    gemm_of(gemms, h, runs[i]).add(rows_term(rows, name, runs[i].begin, matrices[i], scale));
   }
-  Product::run_nt_together(products);
+  Gemm::run_nt_batch(gemms);
   return h;
 }
 
 // Adds h^T @ rows, summed over the rows of each run, into matrix index[run] of `out`, [.., rank, features].
-void add_sums(std::vector<Product>& products, const Hidden& hidden, const Tensor& rows, const Runs& runs,
+void add_sums(std::vector<Gemm>& gemms, const Hidden& hidden, const Tensor& rows, const Runs& runs,
               Tensor& out, const std::vector<int64_t>& index) {
   const int64_t rank = out.size(1);
   for (size_t i = 0; i < runs.size(); ++i) {
-    Product& product = products.emplace_back(out, index[i] * rank, (index[i] + 1) * rank, 0, rows.size(1));
-    hidden.columns(i).add_sums(product, rows, {{runs[i].begin, runs[i].end}});
+    Gemm& gemm = gemms.emplace_back(out, index[i] * rank, (index[i] + 1) * rank, 0, rows.size(1));
+    hidden.columns(i).add_sums(gemm, rows, {{runs[i].begin, runs[i].end}});
   }
 }
 
@@ -209,7 +201,7 @@ std::tuple<Tensor, Tensor> experts_lora_linear(const Tensor& x, const Tensor& en
   const ExpertMatrices a(lora_a, runs, lora_a.scalar_type(), "lora_a");
   const ExpertMatrices b(lora_b, runs, lora_b.scalar_type(), "lora_b");
   Tensor h = shrink(rows, "x", runs, a, lora_a.size(1), 1.0f);
-  clear_rest(h, runs);
+  zero_remaining_rows(h, runs);
   const Hidden hidden(h, runs, rows, lora_b, static_cast<float>(scaling), true, false);
   const Delta delta{hidden, b};
   return {forward(rows, runs, weights, biases, out_features, &delta), h};
@@ -236,33 +228,33 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward(
   const auto none = [](const Tensor& t) { return at::empty({0}, t.options()); };
   Tensor dh, dx = none(x), da = none(lora_a), db = none(lora_b);
   const float scale = static_cast<float>(scaling);
-  std::optional<Hidden> of_dh;
+  std::optional<Hidden> dh_factors;
   if (need_dx || need_da) {
     // In pairs B is left unscaled; else B is fp32 whatever the scaling, as in the single-layer op.
     const bool pairs = in_pairs(rows, lora_b);
     const ExpertMatrices bt(lora_b.transpose(1, 2), runs, factors_type(pairs), "lora_b");
     dh = shrink(gradients, "dy", runs, bt, rank, pairs ? 1.0f : scale);
-    of_dh.emplace(dh, runs, rows, lora_a, pairs ? scale : 1.0f, need_dx, need_da);
+    dh_factors.emplace(dh, runs, rows, lora_a, pairs ? scale : 1.0f, need_dx, need_da);
   }
   if (need_dx) {
     const ExpertMatrices a(lora_a, runs, lora_a.scalar_type(), "lora_a");
-    const Delta delta{*of_dh, a};
+    const Delta delta{*dh_factors, a};
     dx = backward_to_rows(gradients, runs, weights, rows.size(1), &delta);
   }
-  std::vector<Product> products;
-  products.reserve(2 * runs.size());
+  std::vector<Gemm> gemms;
+  gemms.reserve(2 * runs.size());
   if (need_da) {
     da = new_gradient(lora_a, runs);
-    add_sums(products, *of_dh, rows, runs, da, experts_of(runs));
+    add_sums(gemms, *dh_factors, rows, runs, da, experts_of(runs));
   }
   Tensor dbt;
   if (need_db) {
     const Tensor floats = h.contiguous();
     dbt = at::empty({static_cast<int64_t>(runs.size()), rank, out_features}, lora_b.options());
-    const Hidden of_h(floats, runs, rows, lora_b, scale, false, true);
-    add_sums(products, of_h, gradients, runs, dbt, numbers_to(runs.size()));
+    const Hidden h_factors(floats, runs, rows, lora_b, scale, false, true);
+    add_sums(gemms, h_factors, gradients, runs, dbt, index_range(runs.size()));
   }
-  Product::run_nn_together(products);
+  Gemm::run_nn_batch(gemms);
   if (need_db) db = transposed_gradient(dbt, lora_b, runs);
   return {dx, da, db};
 }

@@ -10,12 +10,12 @@ inline Sigmoid sigmoid(Vec x) {
   return {by_sign(add(x, splat(88.0f)), zero(), value), mul(e, value)};
 }
 
-struct ValueSlope {
-  Vec value, slope;
+struct ValueAndGradient {
+  Vec value, gradient;
 };
 
 template <Activation kActivation>
-inline ValueSlope activate(Vec x) {
+inline ValueAndGradient activate(Vec x) {
   const Vec one = splat(1.0f);
   if constexpr (kActivation == Activation::kSilu) {
     const Sigmoid s = sigmoid(x);
@@ -61,9 +61,9 @@ void gated_backward_run(const GatedParams& p, int64_t begin, int64_t end) {
           *dy = static_cast<const T*>(p.dy);
   T *d_gate = static_cast<T*>(p.d_gate), *d_up = static_cast<T*>(p.d_up);
   for_lanes(begin, end, [&](int64_t i, int64_t count) {
-    const ValueSlope a = activate<kActivation>(load_lanes(gate + i, count));
+    const ValueAndGradient a = activate<kActivation>(load_lanes(gate + i, count));
     const Vec d = load_lanes(dy + i, count);
-    store_lanes(d_gate + i, mul(mul(d, load_lanes(up + i, count)), a.slope), count);
+    store_lanes(d_gate + i, mul(mul(d, load_lanes(up + i, count)), a.gradient), count);
     store_lanes(d_up + i, mul(d, a.value), count);
   });
 }

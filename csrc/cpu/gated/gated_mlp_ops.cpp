@@ -11,7 +11,7 @@
 
 #include "../../common/autocast.h"
 #include "../../common/lora_args.h"
-#include "../isa/namespace.h"
+#include "../core/namespace.h"
 
 #define PEFT_KERNELS_TEXT_(name) #name
 #define PEFT_KERNELS_TEXT(name) PEFT_KERNELS_TEXT_(name)
@@ -111,10 +111,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> gated_mlp(
   check_sizes(layers, adapters);
   auto [first, h] = run_layers(x, layers, adapters, seed, 0, 2);
   static const auto gated = op_of<GatedActivation>("gated_activation");
-  const Tensor product = gated.call(first[0], first[1], activation);
+  const Tensor hidden = gated.call(first[0], first[1], activation);
   OptionalTensor down_seed;
   if (seed) down_seed = seed->add(1);  // another key: gate and down must not use the same random words
-  auto [last, h_down] = run_layers(product, layers, adapters, down_seed, 2, 3);
+  auto [last, h_down] = run_layers(hidden, layers, adapters, down_seed, 2, 3);
   return {last[0], first[0], first[1], h, h_down};
 }
 

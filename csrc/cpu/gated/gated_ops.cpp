@@ -5,9 +5,9 @@
 #include <tuple>
 
 #include "../../common/gated_args.h"
+#include "../core/kernel_table.h"
+#include "../core/namespace.h"
 #include "../core/parallel.h"
-#include "../isa/isa.h"
-#include "../isa/namespace.h"
 
 namespace peft_kernels::cpu {
 namespace {

@@ -1,5 +1,5 @@
 // ISA avx2.
-#include "level.h"
+#include "prelude.h"
 
 #pragma GCC target("avx2,fma,f16c")
 namespace peft_kernels::cpu::avx2 {

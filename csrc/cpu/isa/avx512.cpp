@@ -1,5 +1,5 @@
 // ISA avx512.
-#include "level.h"
+#include "prelude.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prfchw")
 namespace peft_kernels::cpu::avx512 {

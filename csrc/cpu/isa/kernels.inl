@@ -1,7 +1,11 @@
 // All kernels of one ISA, written in terms of its vectors (vec_*.h). The order is that of the folders: each
 // uses only those above it.
 // clang-format off
-#include "lanes.inl"
+#include "../core/lanes.inl"
+#include "../core/transpose.inl"
+#include "../core/column_sums.inl"
+#include "../core/casts.inl"
+#include "../core/philox.inl"
 #include "../nf4/nf4_dequantize.inl"
 #include "../nf4/nf4_quantize.inl"
 #include "../linear/linear_tile.inl"
@@ -13,21 +17,19 @@
 #if PEFT_KERNELS_BF16_DOT
 #include "../linear/linear_bf16.inl"
 #endif
-#include "../lora/dropout.inl"
 #include "../linear/linear_nt.inl"
 #include "../linear/linear_nn.inl"
 #include "../linear/linear_packed_units.inl"
 #include "../linear/linear_packed.inl"
-#include "../gated/gated.inl"
-#include "../core/transpose.inl"
-#include "../bottleneck/bottleneck.inl"
+#include "../lora/dropout.inl"
 #include "../lora/dora_scale.inl"
 #include "../lora/dora_norm.inl"
+#include "../gated/gated.inl"
+#include "../bottleneck/bottleneck.inl"
 #include "../loss/cross_entropy.inl"
 #include "../block/attention.inl"
 #include "../block/attention_backward.inl"
 #include "../block/rms_norm.inl"
-#include "../core/casts.inl"
 #include "../block/rotary.inl"
 #include "../optim/dynamic_codes.inl"
 #include "../optim/adamw.inl"
@@ -54,10 +56,10 @@ constexpr KernelTable kKernels = {
     column_sums,
     scale_features,
     scale_features_backward,
-    softmax_piece,
-    softmax_slope,
-    softmax_slopes,
-    attention_bytes,
+    softmax_tile,
+    softmax_dx,
+    logit_gradients,
+    attention_workspace_bytes,
     attention,
     attention_backward,
     rms_norm,

@@ -1,5 +1,5 @@
 // ISA neon: what every 64-bit Arm processor has, so there is no target pragma.
-#include "level.h"
+#include "prelude.h"
 
 namespace peft_kernels::cpu::neon {
 // clang-format off

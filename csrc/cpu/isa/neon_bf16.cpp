@@ -1,6 +1,6 @@
 // ISA neon_bf16: neon with dot products of bf16 pairs (bfdot), where the compiler accepts the pragma.
 #define PEFT_KERNELS_BF16_DOT 1
-#include "level.h"
+#include "prelude.h"
 
 #if PEFT_KERNELS_HAS_NEON_BF16
 #  pragma GCC target("arch=armv8.2-a+bf16")

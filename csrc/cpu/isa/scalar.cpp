@@ -1,5 +1,5 @@
 // ISA scalar: no target pragma, so whatever the compiler's baseline gives.
-#include "level.h"
+#include "prelude.h"
 
 namespace peft_kernels::cpu::scalar {
 // clang-format off

@@ -38,7 +38,7 @@ struct OuterBF16 : PairSteps {
 #if PEFT_KERNELS_TILES
   static constexpr int kDepthUnit = kTileDepth, kTileRows = kTileDim;
   static void multiply(int64_t, int64_t, const PanelBF16* lhs, int64_t lhs_ld, const PanelBF16* strip,
-                       int64_t steps, bool adds, float* tile, int64_t tile_ld, Fetch) {
+                       int64_t steps, bool adds, float* tile, int64_t tile_ld, Prefetch) {
     tiles_block<1, kStrip / kTileDim>(lhs, lhs_ld * sizeof(PanelBF16), strip, kElements * steps / kTileDepth,
                                       adds, tile, tile_ld);
   }
@@ -46,7 +46,7 @@ struct OuterBF16 : PairSteps {
   static constexpr int kDepthUnit = kElements, kTileRows = kOuterRows;
   static void multiply(int64_t rows, int64_t cols, const PanelBF16* lhs, int64_t lhs_ld,
                        const PanelBF16* strip, int64_t steps, bool adds, float* tile, int64_t tile_ld,
-                       Fetch fetch) {
+                       Prefetch fetch) {
     outer_rows<OuterBF16, kTileRows>(rows, cols, lhs, lhs_ld, strip, steps, adds, tile, tile_ld, fetch);
   }
 #endif
@@ -67,10 +67,11 @@ struct OuterBF16 : PairSteps {
     const BF16* row = static_cast<const BF16*>(rhs.data) + first;
     for (int64_t p = 0; p < padded; p += kElements, row += kElements * rhs.ld) {
       // The columns that exist in the first and in the second row.
-      const int64_t of_first = p < depth ? cols : 0, of_second = p + 1 < depth ? cols : 0;
+      const int64_t first_cols = p < depth ? cols : 0, second_cols = p + 1 < depth ? cols : 0;
       for (int64_t c = 0; c < round_up(cols, kStrip); c += kRun) {
         PanelBF16* pairs = out + c / kStrip * kStrip * padded + p * kStrip + c % kStrip * kElements;
-        interleave_pairs(load_run(row + c, of_first - c), load_run(row + rhs.ld + c, of_second - c), pairs);
+        interleave_pairs(load_run(row + c, first_cols - c), load_run(row + rhs.ld + c, second_cols - c),
+                         pairs);
       }
     }
     return true;

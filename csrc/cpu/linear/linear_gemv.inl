@@ -103,12 +103,12 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
   const auto add_chunk = [&](int64_t chunk, const uint8_t* bytes,
                              int64_t bytes_ld) __attribute__((always_inline)) {
     VecI bits[kWeightRows];
-    Vec products[kRows][kWeightRows];
+    Vec partial[kRows][kWeightRows];
 #pragma GCC unroll 4
     for (int i = 0; i < kWeightRows; ++i) {
       bits[i] = load_bytes(bytes + i * bytes_ld);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) products[r][i] = zero();
+      for (int r = 0; r < kRows; ++r) partial[r][i] = zero();
     }
     const auto* x = lhs + chunk * kChunk;
 #pragma GCC unroll 8
@@ -123,7 +123,7 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
       for (int r = 0; r < kRows; ++r) {
         const auto xj = Gemv::load_steps(x + r * layout.lhs_values + j * (kChunk / Gemv::kSteps));
 #pragma GCC unroll 4
-        for (int i = 0; i < kWeightRows; ++i) products[r][i] = Gemv::mac(xj, values[i], products[r][i]);
+        for (int i = 0; i < kWeightRows; ++i) partial[r][i] = Gemv::mac(xj, values[i], partial[r][i]);
       }
     }
     const int64_t block = (chunk * kChunk) >> w.block_shift;
@@ -131,7 +131,7 @@ void gemv_tile(const Nf4View& w, const uint8_t* packed, int64_t depth, const Gem
     for (int i = 0; i < kWeightRows; ++i) {
       const Vec scale = spread_scales<kBlocks>(scales + i * layout.scale_floats + block);
 #pragma GCC unroll 4
-      for (int r = 0; r < kRows; ++r) sums[r][i] = fma(products[r][i], scale, sums[r][i]);
+      for (int r = 0; r < kRows; ++r) sums[r][i] = fma(partial[r][i], scale, sums[r][i]);
     }
   };
   const int64_t whole = depth / kChunk;
@@ -168,9 +168,13 @@ constexpr int gemv_weight_rows() {
   return kMost >= 4 ? 4 : kMost >= 2 ? 2 : 1;
 }
 
+// Up to kRows rows of lhs.
 template <class Gemv, int kRows, int kBlocks>
-void gemv_rows(const GemmTerm& term, int64_t n0, int64_t cols, const typename Gemv::Lhs* lhs, float* scales,
-               float* tile) {
+void gemv_rows(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, const typename Gemv::Lhs* lhs,
+               float* scales, float* tile) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return gemv_rows<Gemv, kRows - 1, kBlocks>(term, rows, n0, cols, lhs, scales, tile);
+  }
   constexpr int kWeightRows = gemv_weight_rows<kRows>();
   const Nf4View& w = *term.rhs.nf4;
   const GemvLayout layout = gemv_layout(term.depth);
@@ -200,17 +204,7 @@ void gemv_blocks(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, v
   float* scales = static_cast<float*>(scratch) + rows * lhs_values;
   for (int64_t r = 0; r < rows; r += 4) {
     const auto* lhs = static_cast<const typename Gemv::Lhs*>(scratch) + r * lhs_values;
-    float* sums = tile + r * kStrip;
-    switch (rows - r) {
-      case 1:
-        return gemv_rows<Gemv, 1, kBlocks>(term, n0, cols, lhs, scales, sums);
-      case 2:
-        return gemv_rows<Gemv, 2, kBlocks>(term, n0, cols, lhs, scales, sums);
-      case 3:
-        return gemv_rows<Gemv, 3, kBlocks>(term, n0, cols, lhs, scales, sums);
-      default:
-        gemv_rows<Gemv, 4, kBlocks>(term, n0, cols, lhs, scales, sums);
-    }
+    gemv_rows<Gemv, 4, kBlocks>(term, rows - r, n0, cols, lhs, scales, tile + r * kStrip);
   }
 }
 

@@ -5,7 +5,7 @@ constexpr int64_t kDenseRun = 1024;                // elements of one running su
 static_assert(kDenseRun % (2 * kLanes) == 0, "");  // whole steps
 
 template <class Dot>
-bool is_of(const GemmTerm& term) {
+bool has_whole_steps(const GemmTerm& term) {
   return has_values<Dot>(term) && term.depth % Dot::kStep == 0;
 }
 
@@ -16,8 +16,8 @@ inline bool dense_gemv_serves(const GemmParams& p) {
   const GemmTerm& term = p.terms[0];
   constexpr int64_t kShort = 4096;  // bytes; longer rows are left to the hardware prefetcher
   if (term.depth * element_bytes(term.lhs_dtype) > kShort) return false;
-  if (term.lhs_dtype == DType::kF32) return p.m <= kFewFloatRows && is_of<DotF32<float>>(term);
-  return p.m <= kFewRows && has_bf16_values(term) && is_of<DotBF16>(term);
+  if (term.lhs_dtype == DType::kF32) return p.m <= kFewFloatRows && has_whole_steps<DotF32<float>>(term);
+  return p.m <= kFewRows && has_bf16_values(term) && has_whole_steps<DotBF16>(term);
 }
 
 // tile[r][c] += lhs[r] . weight[c]. Prefetches one line from `ahead` on, `line` bytes apart, per line read.

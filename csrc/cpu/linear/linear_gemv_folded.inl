@@ -170,9 +170,13 @@ void folded_tile(const uint8_t* packed, const float* absmax, int64_t depth, cons
   }
 }
 
+// Up to kRows rows of lhs.
 template <int kRows>
-void folded_rows(const GemmTerm& term, int64_t n0, int64_t cols, const BF16* lhs, const float* absmax,
-                 float* tile) {
+void folded_rows(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, const BF16* lhs,
+                 const float* absmax, float* tile) {
+  if constexpr (kRows > 1) {
+    if (rows < kRows) return folded_rows<kRows - 1>(term, rows, n0, cols, lhs, absmax, tile);
+  }
   // As many weight rows share the loads of lhs as there are registers for their sums.
   constexpr int kWeightRows = kRows <= 6 ? 4 : 3;
   constexpr int64_t kAhead = 4096;  // bytes, as in linear_gemv.inl
@@ -181,7 +185,7 @@ void folded_rows(const GemmTerm& term, int64_t n0, int64_t cols, const BF16* lhs
   const int64_t ahead = max64(kAhead, kWeightRows * row_bytes);
   int64_t c = 0;
   const auto multiply = [&](auto count) {
-    folded_tile<kRows, decltype(count)::kIs>(packed, absmax, term.depth, lhs, packed + ahead, tile + c);
+    folded_tile<kRows, decltype(count)::kValue>(packed, absmax, term.depth, lhs, packed + ahead, tile + c);
     c += count;
     packed += count * row_bytes;
     absmax += count * runs;
@@ -190,38 +194,13 @@ void folded_rows(const GemmTerm& term, int64_t n0, int64_t cols, const BF16* lhs
   while (c < cols) multiply(Constant<1>{});
 }
 
-inline void folded_rows(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, const BF16* lhs,
-                        const float* absmax, float* tile) {
-  static_assert(kFoldedPass == 8, "");
-  const auto with = [&](auto count) __attribute__((always_inline)) {
-    folded_rows<decltype(count)::kIs>(term, n0, cols, lhs, absmax, tile);
-  };
-  switch (rows) {
-    case 1:
-      return with(Constant<1>{});
-    case 2:
-      return with(Constant<2>{});
-    case 3:
-      return with(Constant<3>{});
-    case 4:
-      return with(Constant<4>{});
-    case 5:
-      return with(Constant<5>{});
-    case 6:
-      return with(Constant<6>{});
-    case 7:
-      return with(Constant<7>{});
-    default:
-      return with(Constant<8>{});
-  }
-}
-
 inline void folded_add_term(const GemmTerm& term, int64_t rows, int64_t n0, int64_t cols, void* scratch,
                             float* tile) {
   const FoldedScratch s(term, rows, scratch);
   const float* absmax = folded_absmax(term, n0, cols, s);
   const int64_t pass = folded_pass(rows);
   for (int64_t r = 0; r < rows; r += pass) {
-    folded_rows(term, min64(pass, rows - r), n0, cols, s.lhs + r * term.depth, absmax, tile + r * kStrip);
+    folded_rows<kFoldedPass>(term, min64(pass, rows - r), n0, cols, s.lhs + r * term.depth, absmax,
+                             tile + r * kStrip);
   }
 }

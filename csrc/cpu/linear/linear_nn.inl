@@ -59,7 +59,7 @@ struct NnPanel {
   }
 
   // tile += rows [m0, m0 + rows) of lhs, at most a register tile, times the panel.
-  void multiply(int64_t m0, int64_t rows, bool adds, float* tile, Fetch fetch, int64_t strip_bytes = 0) {
+  void multiply(int64_t m0, int64_t rows, bool adds, float* tile, Prefetch fetch, int64_t strip_bytes = 0) {
     int64_t lhs_ld = term.lhs_ld;
     const Value* lhs = Outer::direct_lhs(term, m0 * lhs_ld + p0);
     if (!lhs || depth < padded || (Outer::kWholeTiles && rows < Outer::kTileRows)) {
@@ -78,7 +78,7 @@ struct NnPanel {
   }
 
   // Prefetches the rows of lhs after the register tile at m0.
-  Fetch next_lhs(int64_t m0) const {
+  Prefetch next_lhs(int64_t m0) const {
     const int64_t row_bytes = term.lhs_ld * element_bytes(term.lhs_dtype);
     return {static_cast<const char*>(term.lhs) + (m0 + Outer::kTileRows) * row_bytes,
             Outer::kTileRows * row_bytes / (padded / Outer::kElements)};
@@ -88,9 +88,9 @@ struct NnPanel {
 // Which part of the next panel, starting at element `first`, register tile `index` of this panel prefetches:
 // one cache line per step; none once all are done.
 template <class Outer>
-Fetch next_rhs(const MatrixView& rhs, int64_t first, int64_t index, const void* near) {
+Prefetch next_rhs(const MatrixView& rhs, int64_t first, int64_t index, const void* near) {
   const int64_t size = element_bytes(rhs.dtype), lines = kStrip * size / 64;
-  if (rhs.nf4 || index >= lines * Outer::kElements) return no_fetch(near);
+  if (rhs.nf4 || index >= lines * Outer::kElements) return no_prefetch(near);
   return {static_cast<const char*>(rhs.data) + (first + index / lines * rhs.ld) * size + index % lines * 64,
           Outer::kElements * rhs.ld * size};
 }
@@ -107,8 +107,8 @@ void nn_add_term(const GemmTerm& term, const MatrixView* next, int64_t depth_blo
     const MatrixView* after = end < term.depth ? &term.rhs : next;
     const int64_t first = (end < term.depth ? end * term.rhs.ld : 0) + n0;
     for (int64_t r = 0; r < rows; r += Outer::kTileRows) {
-      const Fetch fetch =
-          after ? next_rhs<Outer>(*after, first, r / Outer::kTileRows, panel_memory) : no_fetch(panel_memory);
+      const Prefetch fetch = after ? next_rhs<Outer>(*after, first, r / Outer::kTileRows, panel_memory)
+                                   : no_prefetch(panel_memory);
       panel.multiply(m0 + r, min64(Outer::kTileRows, rows - r), adds, tile + r * kNnTileLd, fetch,
                      fetch.stride ? kStrip * element_bytes(after->dtype) : 0);
     }
@@ -126,7 +126,7 @@ void nn_thin(const GemmParams& p, const Rect& rect, int64_t n0, int64_t cols, co
   for (int64_t m = rect.m0; m < rect.m1; m += Outer::kTileRows) {
     const int64_t rows = min64(Outer::kTileRows, rect.m1 - m), next = m + rows;
     prefetch_out(p, next, min64(Outer::kTileRows, rect.m1 - next), n0, cols);
-    panel.multiply(m, rows, false, tile, n0 == rect.n0 && next < p.m ? panel.next_lhs(m) : no_fetch(tile));
+    panel.multiply(m, rows, false, tile, n0 == rect.n0 && next < p.m ? panel.next_lhs(m) : no_prefetch(tile));
     finish_tile(p, m, rows, n0, cols, tile, kNnTileLd, start);
   }
 }

@@ -130,7 +130,7 @@ void thin_rows(const GemmTerm& term, int64_t steps, const void* panel, int64_t m
   using Value = typename Outer::Value;
   outer_rows<Outer, kOuterRows>(rows, cols, static_cast<const Value*>(term.lhs) + m0 * term.lhs_ld,
                                 term.lhs_ld, static_cast<const Value*>(panel), steps, adds, tile, kStrip,
-                                no_fetch(tile));
+                                no_prefetch(tile));
 }
 
 // Calls use(multiply) with what multiplies a few rows of a thin term; returns false if the term is not thin.

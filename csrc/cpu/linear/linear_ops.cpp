@@ -2,9 +2,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "../isa/namespace.h"
-#include "linear_product.h"
-#include "weights.h"
+#include "../core/namespace.h"
+#include "linear_gemm.h"
 
 namespace peft_kernels::cpu {
 namespace {
@@ -16,12 +15,12 @@ Tensor nf4_linear(const Tensor& x, const Tensor& packed, const Tensor& absmax, c
   TORCH_CHECK(out_features >= 0, "out_features: expected 0 or more, got ", out_features);
   const int64_t in_features = x.size(-1);
   const Rows rows(activation(x, in_features, "x"));
-  const Nf4Holder weight(packed, absmax, absmax2, offset, blocksize, out_features * in_features);
+  const Nf4Weight weight(packed, absmax, absmax2, offset, blocksize, out_features * in_features);
   Tensor y = at::empty(sizes_with_last(x, out_features), x.options());
-  Product product(y);
-  product.start_from(bias, x.scalar_type());
-  product.add(term_of(rows.tensor(), "x", weight.matrix(in_features)));
-  product.run_nt(rows);
+  Gemm gemm(y);
+  gemm.set_bias(bias, x.scalar_type());
+  gemm.add(term_of(rows.tensor(), "x", weight.matrix(in_features)));
+  gemm.run_nt(rows);
   return y;
 }
 
@@ -32,11 +31,11 @@ Tensor nf4_linear_dx(const Tensor& dy, const Tensor& packed, const Tensor& absma
   TORCH_CHECK(in_features >= 0, "in_features: expected 0 or more, got ", in_features);
   const int64_t out_features = dy.size(-1);
   const Tensor rows = activation(dy, out_features, "dy");
-  const Nf4Holder weight(packed, absmax, absmax2, offset, blocksize, out_features * in_features);
+  const Nf4Weight weight(packed, absmax, absmax2, offset, blocksize, out_features * in_features);
   Tensor dx = at::empty(sizes_with_last(dy, in_features), dy.options());
-  Product product(dx);
-  product.add(term_of(rows, "dy", weight.matrix(in_features)));
-  product.run_nn();
+  Gemm gemm(dx);
+  gemm.add(term_of(rows, "dy", weight.matrix(in_features)));
+  gemm.run_nn();
   return dx;
 }
 

@@ -7,12 +7,12 @@ constexpr int64_t kStrip = 64;  // columns; one block of the default size
 static_assert(kStrip % (kOuterVecs * kLanes) == 0, "");
 
 // What to prefetch: one cache line per step.
-struct Fetch {
+struct Prefetch {
   const char* at;
   int64_t stride;  // bytes from one step to the next
 };
 // Prefetches only lines that are already cached.
-inline Fetch no_fetch(const void* near) { return {static_cast<const char*>(near), 0}; }
+inline Prefetch no_prefetch(const void* near) { return {static_cast<const char*>(near), 0}; }
 
 // tile[r][lane] += sum over steps of rows[r] * strip[lane], for kVectors vectors of lanes, in partial sums of
 // Unit::kChain steps. A single fp32 sum over thousands of rows (dA and dB sum over all tokens) would lose a
@@ -20,7 +20,7 @@ inline Fetch no_fetch(const void* near) { return {static_cast<const char*>(near)
 // many rows a thread was given. Without `adds` the tile is overwritten. A stride may be a Constant.
 template <class Unit, int kRows, int kVectors, class RowsLd, class Strip, class StripLd>
 void sum_steps(const typename Unit::Value* rows, RowsLd rows_ld, const Strip* strip, StripLd strip_ld,
-               int64_t steps, bool adds, float* tile, int64_t tile_ld, Fetch fetch) {
+               int64_t steps, bool adds, float* tile, int64_t tile_ld, Prefetch fetch) {
   constexpr int kVectorLd = kLanes * sizeof(float) / sizeof(Strip);
   for (int64_t left = steps; left > 0; left -= Unit::kChain, adds = true) {
     Vec sums[kRows][kVectors];
@@ -58,7 +58,7 @@ void sum_steps(const typename Unit::Value* rows, RowsLd rows_ld, const Strip* st
 template <class Outer, int kRows, int kVectors>
 void outer_vectors(int64_t vectors, const typename Outer::Value* lhs, int64_t lhs_ld,
                    const typename Outer::Value* strip, int64_t steps, bool adds, float* tile, int64_t tile_ld,
-                   Fetch fetch) {
+                   Prefetch fetch) {
   if constexpr (kVectors > 1) {
     if (vectors < kVectors) {
       return outer_vectors<Outer, kRows, kVectors - 1>(vectors, lhs, lhs_ld, strip, steps, adds, tile,
@@ -73,7 +73,7 @@ void outer_vectors(int64_t vectors, const typename Outer::Value* lhs, int64_t lh
 template <class Outer, int kRows>
 void outer_rows(int64_t rows, int64_t cols, const typename Outer::Value* lhs, int64_t lhs_ld,
                 const typename Outer::Value* strip, int64_t steps, bool adds, float* tile, int64_t tile_ld,
-                Fetch fetch) {
+                Prefetch fetch) {
   if constexpr (kRows > 1) {
     if (rows < kRows) {
       return outer_rows<Outer, kRows - 1>(rows, cols, lhs, lhs_ld, strip, steps, adds, tile, tile_ld, fetch);
@@ -132,7 +132,7 @@ struct OuterF32 : FloatSteps {
   // tile[r][c] += lhs[r] . strip[:, c] for `rows` rows and the first `cols` columns of a strip; without
   // `adds` the tile is overwritten.
   static void multiply(int64_t rows, int64_t cols, const float* lhs, int64_t lhs_ld, const float* strip,
-                       int64_t steps, bool adds, float* tile, int64_t tile_ld, Fetch fetch) {
+                       int64_t steps, bool adds, float* tile, int64_t tile_ld, Prefetch fetch) {
     outer_rows<OuterF32, kTileRows>(rows, cols, lhs, lhs_ld, strip, steps, adds, tile, tile_ld, fetch);
   }
 };

@@ -141,7 +141,7 @@ void packed_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const Pac
   static_assert(kPackRows == kStrip, "");
   Value* rhs = reinterpret_cast<Value*>(scratch);             // [kPackedMaxCols][kThinDepthBlock]
   float* lanes = scratch + kPackedMaxCols * kThinDepthBlock;  // [kThinDepthBlock][kPackRows]
-  float* apart = lanes + kThinDepthBlock * kPackRows;         // [kPackedMaxCols][kPackRows]
+  float* masked_sums = lanes + kThinDepthBlock * kPackRows;   // [kPackedMaxCols][kPackRows]
   auto* strip = reinterpret_cast<typename Thin::Step*>(lanes);
   for (int64_t k0 = 0; k0 < term.depth; k0 += kThinDepthBlock) {
     const int64_t depth = min64(kThinDepthBlock, term.depth - k0);
@@ -155,18 +155,19 @@ void packed_add_thin(const GemmTerm& term, int64_t begin, int64_t end, const Pac
       }
       // Other rows must not change, not even when rhs holds an Inf.
       const bool whole = first == m && (last == m + kPackRows || last == b.rows);
-      float* sums = whole ? b.tile + m : apart;
+      float* sums = whole ? b.tile + m : masked_sums;
       const int64_t ld = whole ? b.tile_ld : kPackRows;
-      if (!whole) memset(apart, 0, b.cols * kPackRows * sizeof(float));
+      if (!whole) memset(masked_sums, 0, b.cols * kPackRows * sizeof(float));
       for (int64_t c = 0; c < b.cols; c += kOuterRows) {
         outer_rows<Thin, kOuterRows>(min64(kOuterRows, b.cols - c), kStrip, rhs + c * kThinDepthBlock,
                                      kThinDepthBlock, reinterpret_cast<const Value*>(strip),
                                      ceil_div(depth, Thin::kElements), true, sums + c * ld, ld,
-                                     no_fetch(sums));
+                                     no_prefetch(sums));
       }
       if (whole) continue;
       for (int64_t c = 0; c < b.cols; ++c) {
-        for (int64_t i = first; i < last; ++i) b.tile[c * b.tile_ld + i] += apart[c * kPackRows + i - m];
+        for (int64_t i = first; i < last; ++i)
+          b.tile[c * b.tile_ld + i] += masked_sums[c * kPackRows + i - m];
       }
     }
   }

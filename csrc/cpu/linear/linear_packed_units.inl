@@ -66,7 +66,7 @@ struct FloatsUnit : FloatSteps {
                        int64_t tile_ld, const char*, int64_t) {
     sum_steps<FloatsUnit, kTileRows<kSide>, kSide>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{}, strip,
                                                    Constant<kSide * kLanes>{}, steps, adds, tile, tile_ld,
-                                                   no_fetch(tile));
+                                                   no_prefetch(tile));
   }
 
  private:
@@ -158,7 +158,7 @@ struct PairsUnit : PairSteps {
 #  else
     sum_steps<PairsUnit, kTileRows<kSide>, kSide>(rows, Constant<kPackedRowBytes / sizeof(*rows)>{}, strip,
                                                   Constant<kSide * kLanes>{}, steps, adds, tile, tile_ld,
-                                                  no_fetch(tile));
+                                                  no_prefetch(tile));
 #  endif
   }
 

@@ -2,10 +2,10 @@
 // panels.
 
 // An integer template argument as a value.
-template <int kValue>
+template <int kN>
 struct Constant {
-  static constexpr int kIs = kValue;
-  constexpr operator int() const { return kValue; }
+  static constexpr int kValue = kN;
+  constexpr operator int() const { return kN; }
 };
 
 // A step is what one lane multiplies at once.

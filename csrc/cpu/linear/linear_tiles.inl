@@ -18,7 +18,7 @@ inline void for_tiles(const Visit& visit) {
 }
 
 // What to prefetch: this many cache lines per step.
-struct Ahead {
+struct TilePrefetch {
   const char* at = nullptr;
   int64_t lines = 0;
 };
@@ -27,7 +27,7 @@ struct Ahead {
 // memory or stored there.
 template <int kRowTiles, int kVectors>
 void tiles_block(const void* rows, int64_t row_bytes, const void* pairs, int64_t steps, bool adds,
-                 float* sums, int64_t sums_ld, Ahead ahead = {}) {
+                 float* sums, int64_t sums_ld, TilePrefetch ahead = {}) {
   static_assert(kRowTiles * kVectors <= 4, "");
   const int64_t sums_bytes = sums_ld * sizeof(float), pair_bytes = kVectors * 64;
   const auto* a = static_cast<const char*>(rows);

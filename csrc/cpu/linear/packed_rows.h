@@ -21,7 +21,7 @@ inline constexpr int64_t kPackAlign = 16;
 inline int64_t packed_depth(int64_t depth) { return ceil_div(depth, kPackDepth) * kPackDepth; }
 
 // A buffer for `rows` packed rows.
-inline Tensor packed_room(int64_t rows, int64_t depth, NtPlan plan, const at::TensorOptions& options) {
+inline Tensor packed_buffer(int64_t rows, int64_t depth, NtPlan plan, const at::TensorOptions& options) {
   const auto dtype = plan == NtPlan::kPairs ? at::kBFloat16 : at::kFloat;
   return at::empty({ceil_div(rows, kPackAlign) * kPackAlign * packed_depth(depth)}, options.dtype(dtype));
 }
@@ -53,13 +53,8 @@ class Rows {
   const void* packed(int64_t begin, NtPlan plan) const {
     if (begin == packed_begin_ && plan == plan_) return packed_.const_data_ptr();
     const int64_t rows = std::min(block_rows(plan), rows_of(rows_) - begin), depth = rows_.size(-1);
-    if (!packed_.defined() || plan != plan_) packed_ = packed_room(rows, depth, plan, rows_.options());
-    const char* x = static_cast<const char*>(rows_.const_data_ptr());
-    const PackParams params{x + begin * depth * rows_.element_size(),
-                            dtype_of(rows_, "x"),
-                            rows,
-                            depth,
-                            plan,
+    if (!packed_.defined() || plan != plan_) packed_ = packed_buffer(rows, depth, plan, rows_.options());
+    const PackParams params{element_ptr(rows_, begin * depth), dtype_of(rows_, "x"), rows, depth, plan,
                             packed_.mutable_data_ptr()};
     pack_rows(&params, 1);
     packed_begin_ = begin;
@@ -82,13 +77,12 @@ class PackedBlocks {
       : rows_(std::min(rows, block_rows(plan))),
         depth_(depth),
         plan_(plan),
-        room_(packed_room(rows_, depth, plan, options)) {}
+        buffer_(packed_buffer(rows_, depth, plan, options)) {}
 
-  bool has_room_for(int64_t rows) const { return used_ + rows <= ceil_div(rows_, kPackAlign) * kPackAlign; }
+  bool fits(int64_t rows) const { return used_ + rows <= ceil_div(rows_, kPackAlign) * kPackAlign; }
   // Schedules the rows of x, `depth` apart, and returns where they will be packed.
   const void* add(const void* x, DType dtype, int64_t rows) {
-    char* out = static_cast<char*>(room_.mutable_data_ptr()) +
-                used_ * packed_depth(depth_) * static_cast<int64_t>(room_.element_size());
+    void* out = mutable_element_ptr(buffer_, used_ * packed_depth(depth_));
     packs_.push_back({x, dtype, rows, depth_, plan_, out});
     used_ += ceil_div(rows, kPackAlign) * kPackAlign;
     return out;
@@ -102,7 +96,7 @@ class PackedBlocks {
  private:
   int64_t rows_, depth_;
   NtPlan plan_;
-  Tensor room_;
+  Tensor buffer_;
   std::vector<PackParams> packs_;
   int64_t used_ = 0;
 };

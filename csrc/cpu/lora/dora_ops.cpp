@@ -6,9 +6,8 @@
 
 #include "../../common/autocast.h"
 #include "../../common/dora_args.h"
-#include "../isa/namespace.h"
-#include "../linear/linear_product.h"
-#include "../linear/weights.h"
+#include "../core/namespace.h"
+#include "../linear/linear_gemm.h"
 
 namespace peft_kernels::cpu {
 namespace {
@@ -32,9 +31,9 @@ Tensor dora_norm(const Tensor& weight, const OptionalTensor& absmax, const Optio
                [&](int64_t begin, int64_t end) { row_squares(w, in_features, begin, end, out); });
 
   Tensor aw = at::empty({args.a.size(0), out_features}, args.a.options());  // [r, out_features]
-  Product product(aw);
-  product.add(term_of(args.a, "lora_a", w));
-  product.run_nt();
+  Gemm gemm(aw);
+  gemm.add(term_of(args.a, "lora_a", w));
+  gemm.run_nt();
   const Tensor dots = at::addmm(aw.t(), args.b, at::mm(args.a, args.a.t()), 2, scaling).mul_(args.b).sum(1);
   return squares.add_(dots, scaling).clamp_min_(0).sqrt_();
 }

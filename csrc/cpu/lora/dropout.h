@@ -2,8 +2,8 @@
 #pragma once
 
 #include "../../common/lora_args.h"
+#include "../core/kernel_table.h"
 #include "../core/parallel.h"
-#include "../isa/isa.h"
 
 namespace peft_kernels::cpu {
 

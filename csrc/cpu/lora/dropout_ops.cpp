@@ -2,7 +2,7 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
-#include "../isa/namespace.h"
+#include "../core/namespace.h"
 #include "dropout.h"
 
 namespace peft_kernels::cpu {

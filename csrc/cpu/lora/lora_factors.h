@@ -7,28 +7,18 @@
 #include <vector>
 
 #include "../core/parallel.h"
-#include "../linear/linear_product.h"
-#include "../linear/weights.h"
+#include "../linear/linear_gemm.h"
 #include "lora_adapters.h"
 
 namespace peft_kernels::cpu {
 
 inline at::ScalarType factors_type(bool in_pairs) { return in_pairs ? at::kBFloat16 : at::kFloat; }
 
-// Calls use with the chunks of rows that are summed one after another.
-template <class Use>
-void for_chunks(const RowRun& run, const Use& use) {
-  for (int64_t begin = run.begin; begin < run.end; begin += kChunkRows) {
-    use(RowRun{begin, std::min(begin + kChunkRows, run.end)});
-  }
-}
-
 // The columns of one adapter in h, or in its gradient, times `scale` and in `dtype`. Rows that it does not
 // serve are not read.
 struct LoraFactors {
-  Tensor rows;  // [m, rank], or undefined
-  Tensor
-      columns;  // [rank, rows of the chunk] per chunk, from rank times the chunk's first row on; or undefined
+  Tensor rows;     // [m, rank], or undefined
+  Tensor columns;  // as Gemm::add_row_sums takes them, or undefined
   int64_t rank;
 
   LoraFactors(const Tensor& h, const Adapter& adapter, float scale, at::ScalarType dtype, bool wants_rows,
@@ -47,11 +37,15 @@ struct LoraFactors {
     const float* from = h.const_data_ptr<float>() + h_begin;
     const auto at = [&](const Tensor& t, int64_t row) -> void* {
       if (!t.defined()) return nullptr;
-      return static_cast<char*>(t.mutable_data_ptr()) + row * rank * static_cast<int64_t>(t.element_size());
+      return mutable_element_ptr(t, row * rank);
     };
     const DType out_dtype = dtype_of(wants_rows ? rows : columns, "h");
     std::vector<RowRun> chunks;
-    for (const RowRun& run : runs) for_chunks(run, [&](const RowRun& chunk) { chunks.push_back(chunk); });
+    for (const RowRun& run : runs) {
+      for (int64_t begin = run.begin; begin < run.end; begin += kChunkRows) {
+        chunks.push_back({begin, std::min(begin + kChunkRows, run.end)});
+      }
+    }
     const auto transpose_rows = kernels().transpose_rows;
     parallel_for(0, static_cast<int64_t>(chunks.size()), ceil_div(kElementwiseGrain, kChunkRows * rank),
                  [&](int64_t first, int64_t last) {
@@ -65,23 +59,9 @@ struct LoraFactors {
                  });
   }
 
-  // Adds columns @ rows, summed over `runs`, to a GEMM whose output is [rank, features]. The rank, the short
-  // side of dA and dB, takes the place of the batch, so features stay contiguous.
-  void add_sums(Product& product, const Tensor& rows, const std::vector<RowRun>& runs) const {
-    for (const RowRun& run : runs) {
-      for_chunks(run, [&](const RowRun& chunk) {
-        GemmTerm term = term_of(columns, "factors", dense_matrix(rows, "rows"));
-        term.lhs = static_cast<const char*>(term.lhs) +
-                   chunk.begin * rank * static_cast<int64_t>(columns.element_size());
-        term.lhs_ld = term.depth = chunk.end - chunk.begin;
-        term.rhs.data =
-            static_cast<const char*>(term.rhs.data) + chunk.begin * rows.size(1) * rows.element_size();
-        product.add(term);
-      });
-    }
-    product.keep_few_rows_together();
-    product.keep(columns);
-    product.keep(rows);
+  // Adds columns @ rows, summed over `runs`, to a GEMM whose output is [rank, features].
+  void add_sums(Gemm& gemm, const Tensor& rows, const std::vector<RowRun>& runs) const {
+    for (const RowRun& run : runs) gemm.add_row_sums(columns, rank, rows, run.begin, run.end);
   }
 };
 

@@ -8,27 +8,6 @@ inline float* softmax_row(const T* logits, int64_t cols, float* copy) {
 }
 inline float* softmax_row(float* logits, int64_t, float*) { return logits; }
 
-// The last vector of a row whose length is not a multiple of the lanes, padded.
-inline Vec load_padded(const float* row, int64_t count, float padding) {
-  if (count == kLanes) return load(row);
-  float lanes[kLanes];
-  for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? row[i] : padding;
-  return load(lanes);
-}
-
-inline float sum_lanes(Vec x) {
-  float lanes[kLanes], total = 0.0f;
-  store(lanes, x);
-  for (int i = 0; i < kLanes; ++i) total += lanes[i];
-  return total;
-}
-
-inline float exponential(float x) {
-  float lanes[kLanes];
-  store(lanes, exponential(splat(x)));
-  return lanes[0];
-}
-
 // cap * tanh(z / cap).
 inline Vec capped(Vec z, float cap) {
   const Vec one = splat(1.0f);
@@ -47,24 +26,12 @@ void shape_logits(const Params& p, float* row) {
   });
 }
 
-inline float row_max(const float* row, int64_t cols, float start) {
-  Vec most[2] = {splat(start), splat(start)};
-  for_lanes(0, cols, [&](int64_t i, int64_t n) {
-    Vec& m = most[i / kLanes % 2];
-    m = max(m, load_padded(row + i, n, start));
-  });
-  float lanes[kLanes], found = start;
-  store(lanes, max(most[0], most[1]));
-  for (int i = 0; i < kLanes; ++i) found = lanes[i] > found ? lanes[i] : found;
-  return found;
-}
-
 template <bool kCapped, class T>
-void exponentials(const SoftmaxParams& p, const float* row, float most, SoftmaxState& s, T* out) {
-  const Vec shift = splat(most), inverse = splat(kCapped ? 1.0f / p.cap : 0.0f);
+void exponentials(const SoftmaxParams& p, const float* row, float maximum, SoftmaxState& s, T* out) {
+  const Vec shift = splat(maximum), inverse = splat(kCapped ? 1.0f / p.cap : 0.0f);
   Vec sums[2] = {zero(), zero()}, weighted = zero();
   for_lanes(0, p.cols, [&](int64_t i, int64_t n) {
-    const Vec z = load_padded(row + i, n, most - kFarBelow), e = exponential(sub(z, shift));
+    const Vec z = load_padded(row + i, n, maximum - kNegligible), e = exponential(sub(z, shift));
     Vec& sum = sums[i / kLanes % 2];
     sum = add(sum, e);
     if (p.need_weighted) weighted = fma(e, z, weighted);
@@ -77,7 +44,7 @@ void exponentials(const SoftmaxParams& p, const float* row, float most, SoftmaxS
 }
 
 template <class In, class Out>
-void softmax_piece_run(const SoftmaxParams& p, int64_t begin, int64_t end) {
+void softmax_tile_run(const SoftmaxParams& p, int64_t begin, int64_t end) {
   const bool shaped = p.bias || p.scale != 1.0f || p.cap > 0.0f;
   float copy[kSoftmaxCols];
   for (int64_t m = begin; m < end; ++m) {
@@ -92,11 +59,11 @@ void softmax_piece_run(const SoftmaxParams& p, int64_t begin, int64_t end) {
       s.label = row[label];
       row[label] = -FLT_MAX;
     }
-    const float most = row_max(row, p.cols, s.max);
-    if (here) row[label] = most - kFarBelow;
-    const float factor = most == s.max ? 1.0f : exponential(s.max - most);
+    const float maximum = row_max(row, p.cols, s.max);
+    if (here) row[label] = maximum - kNegligible;
+    const float factor = maximum == s.max ? 1.0f : exponential(s.max - maximum);
     const bool rescales = factor != 1.0f && s.sum > 0.0f;
-    s.max = most;
+    s.max = maximum;
     s.sum *= factor;
     s.weighted *= factor;
     if (rescales && p.sums) {
@@ -105,28 +72,28 @@ void softmax_piece_run(const SoftmaxParams& p, int64_t begin, int64_t end) {
         store_lanes(sums + i, mul(load_lanes(sums + i, n), splat(factor)), n);
       });
     }
-    p.cap > 0.0f ? exponentials<true>(p, row, most, s, out) : exponentials<false>(p, row, most, s, out);
+    p.cap > 0.0f ? exponentials<true>(p, row, maximum, s, out) : exponentials<false>(p, row, maximum, s, out);
     if (here && out) store_part(out + label, zero(), 1);
   }
 }
 
-void softmax_piece(const SoftmaxParams& p, int64_t begin, int64_t end) {
+void softmax_tile(const SoftmaxParams& p, int64_t begin, int64_t end) {
   with_type(p.out_dtype, [&](auto type) {
     using T = decltype(type);
-    p.logits_dtype == DType::kF32 ? softmax_piece_run<float, T>(p, begin, end)
-                                  : softmax_piece_run<T, T>(p, begin, end);
+    p.logits_dtype == DType::kF32 ? softmax_tile_run<float, T>(p, begin, end)
+                                  : softmax_tile_run<T, T>(p, begin, end);
   });
 }
 
-void softmax_slope(const SlopeParams& p) {
-  float row[kSlopeRun];
-  for (int64_t first = 0; first < p.features; first += kSlopeRun) {
-    const int64_t count = min64(kSlopeRun, p.features - first);
-    fill_panel_row(p.weight, p.label * p.weight.ld + first, count, p.of_label, row);
-    if (p.weight.nf4) widen_run(row, count, p.of_label, row);
+void softmax_dx(const SoftmaxDxParams& p) {
+  float row[kSoftmaxDxRun];
+  for (int64_t first = 0; first < p.features; first += kSoftmaxDxRun) {
+    const int64_t count = min64(kSoftmaxDxRun, p.features - first);
+    fill_panel_row(p.weight, p.label * p.weight.ld + first, count, p.label_factor, row);
+    if (p.weight.nf4) widen_run(row, count, p.label_factor, row);
     for_lanes(0, count, [&](int64_t i, int64_t n) {
       Vec sum = load_lanes(row + i, n);
-      if (p.mean) sum = fma(splat(p.of_mean), load_lanes(p.mean + first + i, n), sum);
+      if (p.mean) sum = fma(splat(p.mean_factor), load_lanes(p.mean + first + i, n), sum);
       for (int64_t part = 0; part < p.parts; ++part) {
         sum = fma(splat(p.factors[part]), load_lanes(p.sums + part * p.part_ld + first + i, n), sum);
       }
@@ -138,30 +105,30 @@ void softmax_slope(const SlopeParams& p) {
 }
 
 template <class T>
-void softmax_slopes_run(const SlopesParams& p, int64_t begin, int64_t end) {
+void logit_gradients_run(const LogitGradientParams& p, int64_t begin, int64_t end) {
   const bool shaped = p.bias || p.scale != 1.0f || p.cap > 0.0f;
   const float even = p.smoothing / static_cast<float>(p.vocabulary);
   const Vec inverse = splat(p.cap > 0.0f ? 1.0f / p.cap : 0.0f), one = splat(1.0f);
   for (int64_t m = begin; m < end; ++m) {
-    float* row = p.slopes + m * p.cols;
+    float* row = p.logits + m * p.cols;
     if (shaped) shape_logits(p, row);
-    const Vec of_p = splat(1.0f + 2.0f * p.z_loss * p.lse[m]), all = splat(p.dloss[m] * p.scale);
-    const auto slope = [&](Vec z, Vec of_others) {
-      const Vec d = fma(of_p, exponential(sub(z, splat(p.lse[m]))), of_others), t = mul(z, inverse);
+    const Vec p_factor = splat(1.0f + 2.0f * p.z_loss * p.lse[m]), all = splat(p.dloss[m] * p.scale);
+    const auto gradient = [&](Vec z, Vec smoothing_term) {
+      const Vec d = fma(p_factor, exponential(sub(z, splat(p.lse[m]))), smoothing_term), t = mul(z, inverse);
       return mul(mul(d, fma(negate(t), t, one)), all);
     };
     const int64_t label = p.labels[m] - p.first_col;
     const bool here = 0 <= label && label < p.cols;
-    const Vec of_label = here ? slope(splat(row[label]), splat(p.smoothing - 1.0f - even)) : zero();
-    const Vec of_others = splat(-even);
+    const Vec label_gradient = here ? gradient(splat(row[label]), splat(p.smoothing - 1.0f - even)) : zero();
+    const Vec smoothing_term = splat(-even);
     for_lanes(0, p.cols, [&](int64_t i, int64_t n) {
-      store_lanes(row + i, slope(load_lanes(row + i, n), of_others), n);
+      store_lanes(row + i, gradient(load_lanes(row + i, n), smoothing_term), n);
     });
-    if (here) store_part(row + label, of_label, 1);
+    if (here) store_part(row + label, label_gradient, 1);
     if (p.rounded) narrow_run(row, p.cols, static_cast<T*>(p.rounded) + m * p.cols);
   }
 }
 
-void softmax_slopes(const SlopesParams& p, int64_t begin, int64_t end) {
-  with_type(p.dtype, [&](auto type) { softmax_slopes_run<decltype(type)>(p, begin, end); });
+void logit_gradients(const LogitGradientParams& p, int64_t begin, int64_t end) {
+  with_type(p.dtype, [&](auto type) { logit_gradients_run<decltype(type)>(p, begin, end); });
 }

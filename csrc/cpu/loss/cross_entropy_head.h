@@ -6,13 +6,12 @@
 #include <numeric>
 #include <vector>
 
-#include "../linear/linear_product.h"
-#include "../linear/weights.h"
+#include "../linear/linear_gemm.h"
 
 namespace peft_kernels::cpu {
 
-inline constexpr int64_t kPieceCols = 512;  // logits computed at a time
-static_assert(kPieceCols <= kSoftmaxCols, "");
+inline constexpr int64_t kLogitTileCols = 512;  // logits computed at a time
+static_assert(kLogitTileCols <= kSoftmaxCols, "");
 inline constexpr int64_t kMostRoundings = 8;  // of a whole head, tile by tile; a copy costs about as much
 
 // The rows that have a label, and their labels.
@@ -42,12 +41,12 @@ class Head {
        const OptionalTensor& offset, int64_t blocksize, int64_t vocabulary, const Tensor& x)
       : rounds_(!absmax && weight.scalar_type() == at::kFloat && x.scalar_type() != at::kFloat &&
                 weight.is_contiguous()),
-        base_(absmax || rounds_ ? weight : in_place(weight, x), absmax, absmax2, offset, blocksize,
+        base_(absmax || rounds_ ? weight : as_multiplied(weight, x), absmax, absmax2, offset, blocksize,
               vocabulary, x.size(1), rounds_ ? at::kFloat : x.scalar_type()),
         like_(at::empty({0, x.size(1)}, x.options())) {
     if (base_.is_dense()) {
       dense_ = base_.dense();
-    } else if (piece_cols() > kSoftmaxCols) {  // rows may start within bytes, or within blocks of scales
+    } else if (tile_cols() > kSoftmaxCols) {  // rows may start within bytes, or within blocks of scales
       dense_ = at::empty({vocabulary, x.size(1)}, x.options());
       const auto dequantize = kernels().dequantize;
       parallel_for(0, dense_.numel(), kElementwiseGrain, [&](int64_t begin, int64_t end) {
@@ -56,8 +55,8 @@ class Head {
     }
   }
   bool is_dense() const { return dense_.defined(); }
-  bool is_torchs(int64_t rows) const {
-    return is_dense() && is_torchs_product(rounds_ ? like_ : dense_, rows);
+  bool uses_torch(int64_t rows) const {
+    return is_dense() && uses_torch_gemm(rounds_ ? like_ : dense_, rows);
   }
   // Called with the number of times that all of it will be read.
   void prepare(int64_t times) {
@@ -71,26 +70,31 @@ class Head {
   }
   bool rounds() const { return rounds_; }
   // A buffer for that many rounded rows; empty if nothing is rounded.
-  Tensor room(int64_t rows) const { return at::empty({rounds_ ? rows : 0, like_.size(1)}, like_.options()); }
+  Tensor buffer(int64_t rows) const {
+    return at::empty({rounds_ ? rows : 0, like_.size(1)}, like_.options());
+  }
 
   // The columns of logits per tile: tiles begin where a block of nested scales begins.
-  int64_t piece_cols() const {
-    if (is_dense() || base_.in_features() == 0) return kPieceCols;
+  int64_t tile_cols() const {
+    if (is_dense() || base_.in_features() == 0) return kLogitTileCols;
     const int64_t block = nf4::kAbsmaxBlock << base_.nf4().view().block_shift;
     const int64_t unit = block / std::gcd(block, base_.in_features());
-    return ceil_div(kPieceCols, unit) * unit > kSoftmaxCols ? unit : ceil_div(kPieceCols, unit) * unit;
+    return ceil_div(kLogitTileCols, unit) * unit > kSoftmaxCols ? unit
+                                                                : ceil_div(kLogitTileCols, unit) * unit;
   }
   // Rows [first, first + count), rounded into `buffer` if necessary; `view` holds a packed head's.
-  MatrixView rows(int64_t first, int64_t count, Nf4View& view, const Tensor& room) const {
+  MatrixView rows(int64_t first, int64_t count, Nf4View& view, const Tensor& buffer) const {
     const MatrixView matrix = rows_from(first, view);
     if (!rounds_) return matrix;
     // As many short rows, so that memory is read in order.
     constexpr int64_t kRun = 16;
     const int64_t numel = count * matrix.ld, cols = numel % kRun == 0 ? kRun : matrix.ld;
     const DType dtype = dtype_of(like_, "x");
-    const TransposeParams params{
-        matrix.data, matrix.dtype, numel / cols,           cols, cols, nullptr, dtype,
-        0,           1.0f,         room.mutable_data_ptr()};
+    const TransposeParams params{matrix.data,  matrix.dtype,
+                                 numel / cols, cols,
+                                 cols,         nullptr,
+                                 dtype,        0,
+                                 1.0f,         buffer.mutable_data_ptr()};
     if (numel > 0) kernels().transpose_rows(params, 0, params.rows);
     return {params.copy, dtype, matrix.ld, nullptr};
   }
@@ -98,7 +102,7 @@ class Head {
   MatrixView rows_from(int64_t first, Nf4View& view) const {
     if (is_dense()) {
       MatrixView matrix = dense_matrix(dense_, "weight");
-      matrix.data = static_cast<const char*>(matrix.data) + first * matrix.ld * dense_.element_size();
+      matrix.data = element_ptr(dense_, first * matrix.ld);
       return matrix;
     }
     view = base_.nf4().view();
@@ -115,7 +119,7 @@ class Head {
 
  private:
   // A dense head as it is multiplied.
-  static Tensor in_place(const Tensor& weight, const Tensor& x) {
+  static Tensor as_multiplied(const Tensor& weight, const Tensor& x) {
     return (weight.scalar_type() == at::kFloat ? weight.to(x.scalar_type()) : weight).contiguous();
   }
 

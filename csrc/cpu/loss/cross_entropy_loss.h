@@ -22,14 +22,14 @@ inline constexpr int64_t kMostBlocks = 4;  // blocks that a task processes side 
 struct Options {
   float scale, cap;
   double smoothing, z_loss;
-  bool need_slope, need_entropy, need_mean;
+  bool need_dx, need_entropy, need_mean;
 };
 
 // Where the results go.
 struct Results {
   float *loss, *lse, *entropy, *mean;
   bool* top;
-  char* slope;
+  char* dx;
 };
 
 class Loss {
@@ -45,25 +45,25 @@ class Loss {
         rows_(x_.size(0)),
         features_(x_.size(1)),
         dtype_(dtype_of(x_, "x")),
-        piece_(head.piece_cols()) {
+        tile_cols_(head.tile_cols()) {
     // With few rows the vocabulary is divided into parts to keep threads busy. Only the number of rows
     // decides, as sums depend on it.
-    const int64_t wanted = head.is_torchs(rows_) || rows_ > kMostLossRows ? 1 : rows_ > kPackRows ? 2 : 8;
-    part_cols_ = ceil_div(ceil_div(vocabulary_, wanted), piece_) * piece_;
+    const int64_t wanted = head.uses_torch(rows_) || rows_ > kMostLossRows ? 1 : rows_ > kPackRows ? 2 : 8;
+    part_cols_ = ceil_div(ceil_div(vocabulary_, wanted), tile_cols_) * tile_cols_;
     parts_ = ceil_div(vocabulary_, part_cols_);
     states_.assign(parts_ * rows_, {-FLT_MAX, 0.0f, 0.0f, 0.0f, 0.0f});
-    if (options.need_slope && options.smoothing > 0) mean_ = mean_row();
+    if (options.need_dx && options.smoothing > 0) mean_ = mean_row();
   }
 
   // Computes the rows that have a label.
   void run(const Results& to) {
     const auto finish = [&](int64_t begin, int64_t end, const float* sums, int64_t part_ld) {
-      const Tensor room = head_.room(1);
+      const Tensor buffer = head_.buffer(1);
       for (int64_t row = begin; row < end; ++row) {
-        finish_row(row, sums ? sums + (row - begin) * features_ : nullptr, part_ld, room, to);
+        finish_row(row, sums ? sums + (row - begin) * features_ : nullptr, part_ld, buffer, to);
       }
     };
-    head_.is_torchs(rows_) ? run_torchs(finish) : run_ours(finish);
+    head_.uses_torch(rows_) ? run_with_torch(finish) : run_with_kernels(finish);
   }
 
  private:
@@ -71,15 +71,15 @@ class Loss {
     Tensor sum = at::empty({1, features_}, x_.options().dtype(at::kFloat));
     const Tensor ones = at::ones({1, vocabulary_}, x_.options().dtype(at::kFloat));
     Nf4View view{};
-    const int64_t step = head_.rounds() ? piece_ : vocabulary_;
-    const Tensor room = head_.room(std::min(step, vocabulary_));
+    const int64_t step = head_.rounds() ? tile_cols_ : vocabulary_;
+    const Tensor buffer = head_.buffer(std::min(step, vocabulary_));
     for (int64_t first = 0; first < vocabulary_; first += step) {
       const int64_t count = std::min(step, vocabulary_ - first);
-      const Tensor of_each = ones.slice(1, first, first + count);
-      Product product(sum);
-      if (first > 0) product.start_from_out();
-      product.add(term_of(of_each, "ones", head_.rows(first, count, view, room)));
-      product.run_nn();
+      const Tensor part_of_ones = ones.slice(1, first, first + count);
+      Gemm gemm(sum);
+      if (first > 0) gemm.accumulate();
+      gemm.add(term_of(part_of_ones, "ones", head_.rows(first, count, view, buffer)));
+      gemm.run_nn();
     }
     return sum.div_(static_cast<double>(vocabulary_));
   }
@@ -101,15 +101,15 @@ class Loss {
   }
 
   // Buffers of one thread.
-  struct Room {
+  struct Buffers {
     int64_t block;  // rows
     std::array<Tensor, kMostBlocks> packed;
     Tensor logits, sums, weight;
   };
 
   template <class Finish>
-  void run_ours(const Finish& finish) {
-    const int64_t threads = useful_threads(rows_ * vocabulary_ * features_ * (1 + options_.need_slope));
+  void run_with_kernels(const Finish& finish) {
+    const int64_t threads = useful_threads(rows_ * vocabulary_ * features_ * (1 + options_.need_dx));
     const int64_t share = ceil_div(ceil_div(rows_, 2 * threads), kPackRows) * kPackRows;
     const int64_t block = std::min(std::clamp(share, kPackRows, kMostLossRows), rows_);
     const int64_t side_by_side = blocks_of_task(ceil_div(rows_, block), threads);
@@ -117,23 +117,23 @@ class Loss {
     const int64_t ranges = ceil_div(rows_, task_rows), tasks = ranges * parts_;
     head_.prepare(ranges);
     Tensor all_sums;
-    const bool keeps = options_.need_slope && parts_ > 1;
+    const bool keeps = options_.need_dx && parts_ > 1;
     if (keeps) all_sums = at::empty({parts_, rows_, features_}, x_.options().dtype(at::kFloat));
     run_tasks(tasks, threads, [&](Share& share) {
-      Room room;
+      Buffers buffers;
       const auto floats = x_.options().dtype(at::kFloat);
-      room.block = block;
-      room.logits = at::empty({block, piece_}, floats);
-      room.weight = head_.room(std::min(piece_, vocabulary_));
-      if (options_.need_slope && !keeps) room.sums = at::empty({task_rows, features_}, floats);
+      buffers.block = block;
+      buffers.logits = at::empty({block, tile_cols_}, floats);
+      buffers.weight = head_.buffer(std::min(tile_cols_, vocabulary_));
+      if (options_.need_dx && !keeps) buffers.sums = at::empty({task_rows, features_}, floats);
       void* scratch = checked_thread_scratch();
       for (int64_t task; share.take(task);) {
         const int64_t part = task / ranges, begin = task % ranges * task_rows,
                       end = std::min(begin + task_rows, rows_);
         float* sums = keeps ? all_sums.mutable_data_ptr<float>() + (part * rows_ + begin) * features_
-                      : options_.need_slope ? room.sums.mutable_data_ptr<float>()
-                                            : nullptr;
-        run_task(part, begin, end, room, sums, scratch);
+                      : options_.need_dx ? buffers.sums.mutable_data_ptr<float>()
+                                         : nullptr;
+        run_task(part, begin, end, buffers, sums, scratch);
         if (parts_ == 1) finish(begin, end, sums, 0);
       }
     });
@@ -156,27 +156,27 @@ class Loss {
     return together;
   }
 
-  void run_task(int64_t part, int64_t begin, int64_t end, Room& room, float* sums, void* scratch) {
+  void run_task(int64_t part, int64_t begin, int64_t end, Buffers& buffers, float* sums, void* scratch) {
     if (sums) std::fill_n(sums, (end - begin) * features_, 0.0f);
     bool is_first = true;
     for (int64_t first = part * part_cols_; first < std::min((part + 1) * part_cols_, vocabulary_);
-         first += piece_, is_first = false) {
-      const int64_t cols = std::min(piece_, vocabulary_ - first);
+         first += tile_cols_, is_first = false) {
+      const int64_t cols = std::min(tile_cols_, vocabulary_ - first);
       Nf4View view{};
-      const MatrixView weight = head_.rows(first, cols, view, room.weight);
-      for (int64_t m = begin; m < end; m += room.block) {
-        const int64_t rows = std::min(room.block, end - m);
-        make_logits(weight, cols, m, rows, (m - begin) / room.block, is_first, room, scratch);
+      const MatrixView weight = head_.rows(first, cols, view, buffers.weight);
+      for (int64_t m = begin; m < end; m += buffers.block) {
+        const int64_t rows = std::min(buffers.block, end - m);
+        make_logits(weight, cols, m, rows, (m - begin) / buffers.block, is_first, buffers, scratch);
         float* block_sums = sums ? sums + (m - begin) * features_ : nullptr;
-        float* logits = room.logits.mutable_data_ptr<float>();
+        float* logits = buffers.logits.mutable_data_ptr<float>();
         SoftmaxParams softmax = this->softmax(part, m, first, cols);
         softmax.logits = logits;
         softmax.logits_dtype = DType::kF32;
-        softmax.logits_ld = piece_;
+        softmax.logits_ld = tile_cols_;
         softmax.sums = block_sums;
         softmax.out = sums ? logits : nullptr;
-        softmax.out_ld = piece_ * 4 / x_.element_size();
-        kernels().softmax_piece(softmax, 0, rows);
+        softmax.out_ld = tile_cols_ * 4 / x_.element_size();
+        kernels().softmax_tile(softmax, 0, rows);
         if (sums) add_back(weight, cols, rows, softmax, scratch);
       }
     }
@@ -184,24 +184,19 @@ class Loss {
 
   // For a block of rows from row `begin` on, number `index` of its task.
   void make_logits(const MatrixView& weight, int64_t cols, int64_t begin, int64_t rows, int64_t index,
-                   bool is_first, Room& room, void* scratch) const {
-    const void* x = static_cast<const char*>(x_.const_data_ptr()) + begin * features_ * x_.element_size();
+                   bool is_first, Buffers& buffers, void* scratch) const {
+    const void* x = element_ptr(x_, begin * features_);
     const GemmTerm term{x, dtype_, features_, weight, 1.0f, features_, 0, INT64_MAX, DropoutMask{}};
-    GemmParams nt{};
-    nt.terms = &term;
-    nt.term_count = 1;
-    nt.out = room.logits.mutable_data_ptr();
-    nt.out_dtype = DType::kF32;
-    nt.out_ld = piece_;
-    nt.m = rows_;  // so that plan and sums are the same for any task
-    nt.n = cols;
+    // rows_, so that plan and sums are the same for any task.
+    GemmParams nt = one_term_params(term, rows_, cols, buffers.logits.mutable_data_ptr(), DType::kF32);
+    nt.out_ld = tile_cols_;
     nt.plan = kernels().plan_nt(nt);
     const Rect rect{0, rows, 0, cols};
     if (nt.plan != NtPlan::kPairs && nt.plan != NtPlan::kFloats) {
       return kernels().gemm_nt(nt, rect, scratch);
     }
-    Tensor& packed = room.packed[index];
-    if (!packed.defined()) packed = packed_room(room.block, features_, nt.plan, x_.options());
+    Tensor& packed = buffers.packed[index];
+    if (!packed.defined()) packed = packed_buffer(buffers.block, features_, nt.plan, x_.options());
     if (is_first) {
       const PackParams params{x, dtype_, rows, features_, nt.plan, packed.mutable_data_ptr()};
       kernels().pack_strips(params, 0, ceil_div(rows, kPackRows));
@@ -215,29 +210,22 @@ class Loss {
   void add_back(const MatrixView& weight, int64_t cols, int64_t rows, const SoftmaxParams& softmax,
                 void* scratch) const {
     const GemmTerm term{softmax.out, dtype_, softmax.out_ld, weight, 1.0f, cols, 0, INT64_MAX, DropoutMask{}};
-    GemmParams nn{};
-    nn.terms = &term;
-    nn.term_count = 1;
+    GemmParams nn = one_term_params(term, rows_, features_, softmax.sums, DType::kF32);
     nn.add_to_out = true;
-    nn.out = softmax.sums;
-    nn.out_dtype = DType::kF32;
-    nn.out_ld = features_;
-    nn.m = rows_;
-    nn.n = features_;
     kernels().gemm_nn(nn, {0, rows, 0, features_}, scratch);
   }
 
   template <class Finish>
-  void run_torchs(const Finish& finish) {
-    const auto softmax_piece = kernels().softmax_piece;
+  void run_with_torch(const Finish& finish) {
+    const auto softmax_tile = kernels().softmax_tile;
     head_.prepare(ceil_div(rows_, kTorchRows));
     for (int64_t begin = 0; begin < rows_; begin += kTorchRows) {
       const int64_t end = std::min(begin + kTorchRows, rows_), rows = end - begin;
       const Tensor x = x_.slice(0, begin, end);
       Tensor sums;
-      if (options_.need_slope) sums = at::zeros({rows, features_}, x_.options().dtype(at::kFloat));
-      for (int64_t first = 0; first < vocabulary_; first += piece_) {
-        const int64_t last = std::min(first + piece_, vocabulary_);
+      if (options_.need_dx) sums = at::zeros({rows, features_}, x_.options().dtype(at::kFloat));
+      for (int64_t first = 0; first < vocabulary_; first += tile_cols_) {
+        const int64_t last = std::min(first + tile_cols_, vocabulary_);
         const Tensor weight = head_.dense(first, last);
         Tensor logits = at::mm(x, weight.t()).contiguous();
         SoftmaxParams p = softmax(0, begin, first, last - first);
@@ -247,7 +235,7 @@ class Loss {
         p.sums = sums.defined() ? sums.mutable_data_ptr<float>() : nullptr;
         p.out = sums.defined() ? p.logits : nullptr;
         parallel_for(0, rows, ceil_div(kElementwiseGrain / 4, last - first),
-                     [&](int64_t i, int64_t j) { softmax_piece(p, i, j); });
+                     [&](int64_t i, int64_t j) { softmax_tile(p, i, j); });
         if (!sums.defined()) continue;
         dtype_ == DType::kF32 ? sums.addmm_(logits, weight) : sums.add_(at::mm(logits, weight));
       }
@@ -259,27 +247,28 @@ class Loss {
   }
 
   // Combines the states of a row's parts, and their sums, which are part_ld apart.
-  void finish_row(int64_t row, const float* sums, int64_t part_ld, const Tensor& room,
+  void finish_row(int64_t row, const float* sums, int64_t part_ld, const Tensor& buffer,
                   const Results& results) const {
-    double most = -DBL_MAX, rest = 0, weighted = 0, total = 0;  // without the label's, except for the total
+    double maximum = -DBL_MAX, rest = 0, weighted = 0;  // without the label's
+    double total = 0;
     const int64_t label = labelled_.labels[row];
-    const double of_label = state(label / part_cols_, row).label;
-    for (int64_t i = 0; i < parts_; ++i) most = std::max<double>(most, state(i, row).max);
+    const double label_logit = state(label / part_cols_, row).label;
+    for (int64_t i = 0; i < parts_; ++i) maximum = std::max<double>(maximum, state(i, row).max);
     std::array<double, 8> factors{};
     for (int64_t i = 0; i < parts_; ++i) {
       const SoftmaxState& s = state(i, row);
       total += s.total;
       if (s.max == -FLT_MAX) continue;  // has only seen the label
-      factors[i] = std::exp(s.max - most);
+      factors[i] = std::exp(s.max - maximum);
       rest += s.sum * factors[i];
       weighted += s.weighted * factors[i];
     }
     // log(1 + rest / label's), computed from the larger one.
-    const double log_odds = most - of_label + std::log(rest);
+    const double log_odds = maximum - label_logit + std::log(rest);
     const double surprise =
         log_odds > 0 ? log_odds + std::log1p(std::exp(-log_odds)) : std::log1p(std::exp(log_odds));
-    const double lse = of_label + surprise;
-    const double p_rest = std::exp(most - lse) * rest, p_label = std::exp(-surprise);
+    const double lse = label_logit + surprise;
+    const double p_rest = std::exp(maximum - lse) * rest, p_label = std::exp(-surprise);
     const double smoothing = options_.smoothing, z_loss = options_.z_loss;
     const int64_t to = labelled_.rows[row];
     results.loss[to] = static_cast<float>((1 - smoothing) * surprise + z_loss * lse * lse +
@@ -287,32 +276,34 @@ class Loss {
     results.lse[to] = static_cast<float>(lse);
     if (options_.need_mean) results.mean[to] = static_cast<float>(total / vocabulary_);
     if (options_.need_entropy) {
-      results.top[to] = most <= of_label;
-      results.entropy[to] = static_cast<float>(lse - std::exp(most - lse) * weighted - p_label * of_label);
+      results.top[to] = maximum <= label_logit;
+      results.entropy[to] =
+          static_cast<float>(lse - std::exp(maximum - lse) * weighted - p_label * label_logit);
     }
     if (!sums) return;
-    const double z_slope = 2 * z_loss * lse;
-    std::array<float, 8> of_parts{};
+    const double z_gradient = 2 * z_loss * lse;
+    std::array<float, 8> part_factors{};
     for (int64_t i = 0; i < parts_; ++i) {
-      of_parts[i] = static_cast<float>((1 + z_slope) * factors[i] * std::exp(most - lse) * options_.scale);
+      part_factors[i] =
+          static_cast<float>((1 + z_gradient) * factors[i] * std::exp(maximum - lse) * options_.scale);
     }
-    const double tanh = options_.cap > 0 ? of_label / options_.cap : 0;
-    SlopeParams p{};
+    const double tanh = options_.cap > 0 ? label_logit / options_.cap : 0;
+    SoftmaxDxParams p{};
     p.sums = sums;
-    p.factors = of_parts.data();
+    p.factors = part_factors.data();
     p.parts = parts_;
     p.part_ld = part_ld;
     p.features = features_;
     Nf4View view{};
-    p.weight = head_.rounds() ? head_.rows(label, 1, view, room) : head_.rows_from(0, view);
+    p.weight = head_.rounds() ? head_.rows(label, 1, view, buffer) : head_.rows_from(0, view);
     p.label = head_.rounds() ? 0 : label;
-    p.of_label =
-        static_cast<float>((z_slope * p_label + smoothing - p_rest) * (1 - tanh * tanh) * options_.scale);
+    p.label_factor =
+        static_cast<float>((z_gradient * p_label + smoothing - p_rest) * (1 - tanh * tanh) * options_.scale);
     p.mean = mean_.defined() ? mean_.const_data_ptr<float>() : nullptr;
-    p.of_mean = static_cast<float>(-smoothing * options_.scale);
-    p.out = results.slope + to * features_ * x_.element_size();
+    p.mean_factor = static_cast<float>(-smoothing * options_.scale);
+    p.out = results.dx + to * features_ * x_.element_size();
     p.dtype = dtype_;
-    kernels().softmax_slope(p);
+    kernels().softmax_dx(p);
   }
   const SoftmaxState& state(int64_t part, int64_t row) const { return states_[part * rows_ + row]; }
 
@@ -324,7 +315,7 @@ class Loss {
   const Options options_;
   const int64_t rows_, features_;
   const DType dtype_;
-  const int64_t piece_;
+  const int64_t tile_cols_;
   int64_t part_cols_, parts_;
   std::vector<SoftmaxState> states_;  // [part][row]
   Tensor mean_;                       // mean row of the head, or undefined

@@ -6,10 +6,10 @@
 #include <utility>
 
 #include "../../common/autocast.h"
-#include "../isa/namespace.h"
+#include "../core/namespace.h"
+#include "cross_entropy_gradients.h"
 #include "cross_entropy_head.h"
 #include "cross_entropy_loss.h"
-#include "cross_entropy_slopes.h"
 
 namespace peft_kernels::cpu {
 namespace {
@@ -47,8 +47,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   Tensor top = at::zeros(entropy.sizes(), x.options().dtype(at::kBool));
   const bool all = labelled.count() == rows;
   const at::DimVector sizes{need_slope ? rows : 0, features};
-  Tensor slope = all ? at::empty(sizes, x.options()) : at::zeros(sizes, x.options());
-  if (labelled.count() == 0) return {loss, lse, entropy, top, mean, slope};
+  Tensor dx = all ? at::empty(sizes, x.options()) : at::zeros(sizes, x.options());
+  if (labelled.count() == 0) return {loss, lse, entropy, top, mean, dx};
   const Tensor index =
       at::from_blob(const_cast<int64_t*>(labelled.rows.data()), {labelled.count()}, labels.options());
   const Tensor chosen = all ? x.contiguous() : x.index_select(0, index);
@@ -63,8 +63,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   Loss(chosen, head, vocabulary, floats_bias, labelled, options)
       .run({loss.mutable_data_ptr<float>(), lse.mutable_data_ptr<float>(), entropy.mutable_data_ptr<float>(),
             mean.mutable_data_ptr<float>(), top.mutable_data_ptr<bool>(),
-            static_cast<char*>(slope.mutable_data_ptr())});
-  return {loss, lse, entropy, top, mean, slope};
+            static_cast<char*>(dx.mutable_data_ptr())});
+  return {loss, lse, entropy, top, mean, dx};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward(
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward
   Tensor dbias = bias ? gradient(need_dbias, *bias, bias->options()) : at::empty({0}, x.options());
   Tensor db = lora_b_in ? gradient(need_db, *lora_b_in, lora_b_in->options()) : at::empty({0}, x.options());
   if (labelled.count() > 0) {
-    SlopesParams params{};
+    LogitGradientParams params{};
     params.labels = labelled.labels.data();
     params.dloss = dloss_rows.const_data_ptr<float>();
     params.lse = lse_rows.const_data_ptr<float>();
@@ -122,9 +122,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> linear_cross_entropy_backward
     params.cap = static_cast<float>(softcap);
     params.smoothing = static_cast<float>(label_smoothing);
     params.z_loss = static_cast<float>(z_loss);
-    Slopes slopes(x_rows, h, lora_b, head, float_bias, params);
-    slopes.each([&](int64_t first, int64_t last, const Tensor& d, const Tensor& rounded) {
-      if (need_dx) slopes.add_back(rounded, first, dx);
+    LogitGradients logit_gradients(x_rows, h, lora_b, head, float_bias, params);
+    logit_gradients.each([&](int64_t first, int64_t last, const Tensor& d, const Tensor& rounded) {
+      if (need_dx) logit_gradients.add_back(rounded, first, dx);
       if (need_dw) {
         Tensor part = dw.slice(0, first, last);
         if (part.scalar_type() == x_rows.scalar_type()) {

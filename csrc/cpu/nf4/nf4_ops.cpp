@@ -4,11 +4,11 @@
 
 #include <tuple>
 
+#include "../core/kernel_table.h"
+#include "../core/namespace.h"
 #include "../core/parallel.h"
-#include "../isa/isa.h"
-#include "../isa/namespace.h"
-#include "../linear/weights.h"
 #include "nf4_absmax.h"
+#include "nf4_weight.h"
 
 namespace peft_kernels {
 
@@ -81,7 +81,7 @@ Tensor dequantize_nf4(const Tensor& packed, const Tensor& absmax, const Optional
                       at::ScalarType dtype) {
   Tensor out = at::empty(shape, packed.options().dtype(dtype));
   const DType out_dtype = dtype_of(out, "dtype");
-  const Nf4Holder weight(packed, absmax, absmax2, offset, blocksize, out.numel());
+  const Nf4Weight weight(packed, absmax, absmax2, offset, blocksize, out.numel());
   void* data = out.mutable_data_ptr();
   const auto dequantize = kernels().dequantize;
   // Whole blocks, so that a table is built once and every thread starts in a high nibble.

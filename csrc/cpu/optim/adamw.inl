@@ -6,10 +6,10 @@ struct Moments {
 };
 
 // The coefficients of a step, broadcast.
-struct StepNumbers {
+struct StepCoefficients {
   Vec factor, b1, w1, b2, w2, rate, floor, decay, weight_decay, lr;
   bool has_factor, into_gradient;  // into_gradient: weight decay is added to the gradient
-  StepNumbers(const StepParams& p, const StepTensor& t)
+  StepCoefficients(const StepParams& p, const StepTensor& t)
       : factor(splat(p.factor)),
         b1(splat(t.b1)),
         w1(splat(t.w1)),
@@ -25,7 +25,7 @@ struct StepNumbers {
 };
 
 template <bool kLion>
-inline Vec updated(const StepNumbers& n, Vec p, Vec g, Moments& x) {
+inline Vec updated(const StepCoefficients& n, Vec p, Vec g, Moments& x) {
   if (n.has_factor) g = g * n.factor;
   if (n.into_gradient) g = g + p * n.weight_decay;
   p = p * n.decay;
@@ -58,7 +58,7 @@ inline void round_bf16(BF16* param, BF16* compensation, const uint32_t* words, V
 
 // Zeroes both moments where one is not finite.
 template <bool kLion>
-inline void drop_not_finite(float* m, float* v) {
+inline void zero_non_finite(float* m, float* v) {
   constexpr int32_t kInfinity = 0x7f800000;
   for (int64_t i = 0; i < kStateBlock; i += kLanes) {
     const VecN x = (VecN)load(m + i), y = kLion ? VecN{} : (VecN)load(v + i);
@@ -100,7 +100,7 @@ inline void decode_block(const Codebook& book, const uint8_t* codes, float absma
 
 // A block whose new moments are computed but not yet encoded.
 template <bool kLion>
-struct CodedBlock {
+struct PendingBlock {
   const CodeFinder<true> finder1{kSignedCodes};
   const CodeFinder<false> finder2{kUnsignedCodes};
   const float *m, *v;
@@ -171,7 +171,7 @@ struct StepElements {
 
 template <class T, bool kLion>
 void step_32bit(const StepParams& p, const StepTensor& t, int64_t begin, int64_t end) {
-  const StepNumbers numbers(p, t);
+  const StepCoefficients coefficients(p, t);
   StepElements<T> elements{p, t, {}};
   float *state1 = static_cast<float*>(t.state1), *state2 = static_cast<float*>(t.state2);
   for (int64_t block = begin; block < end; block += kStateBlock) {
@@ -181,7 +181,7 @@ void step_32bit(const StepParams& p, const StepTensor& t, int64_t begin, int64_t
       const int64_t e = block + i, lanes = min64(kLanes, count - i);
       Moments moments{load_lanes(state1 + e, lanes), kLion ? zero() : load_lanes(state2 + e, lanes)};
       const Vec param =
-          updated<kLion>(numbers, elements.load_param(e, lanes), elements.load_grad(e, lanes), moments);
+          updated<kLion>(coefficients, elements.load_param(e, lanes), elements.load_grad(e, lanes), moments);
       elements.store_param(e, i, param, lanes);
       store_lanes(state1 + e, moments.m, lanes);
       if (!kLion) store_lanes(state2 + e, moments.v, lanes);
@@ -193,16 +193,16 @@ void step_32bit(const StepParams& p, const StepTensor& t, int64_t begin, int64_t
 // by vector, which overlaps the integer work of encoding with the latency of division and square root.
 template <class T, bool kLion>
 struct Step8bit {
-  const StepNumbers numbers;
+  const StepCoefficients coefficients;
   StepElements<T> elements;
   const StepTensor& t;
   uint8_t *const codes1, *const codes2;
   const Codebook book1{nf4::kDynamicMap}, book2{kSecondMoments.value};
-  CodedBlock<kLion> before;
+  PendingBlock<kLion> pending;
   alignas(64) float moments[2][2][kStateBlock];  // of this block and of the previous one
 
   Step8bit(const StepParams& p, const StepTensor& tensor)
-      : numbers(p, tensor),
+      : coefficients(p, tensor),
         elements{p, tensor, {}},
         t(tensor),
         codes1(static_cast<uint8_t*>(t.state1)),
@@ -211,7 +211,7 @@ struct Step8bit {
   void run(int64_t begin, int64_t end) {
     for (; begin + kStateBlock <= end; begin += kStateBlock) block<true>(begin, kStateBlock);
     if (begin < end) block<false>(begin, end - begin);
-    before.write_all();
+    pending.write_all();
   }
 
   // The previous block, if any, is whole.
@@ -229,7 +229,7 @@ struct Step8bit {
         const int64_t e = first + i, lanes = kWhole ? kLanes : min64(kLanes, count - i);
         Moments x{load(m + i), kLion ? zero() : load(v + i)};
         const Vec param =
-            updated<kLion>(numbers, elements.load_param(e, lanes), elements.load_grad(e, lanes), x);
+            updated<kLion>(coefficients, elements.load_param(e, lanes), elements.load_grad(e, lanes), x);
         elements.store_param(e, i, param, lanes);
         store(m + i, x.m);
         bits1 = max_abs_bits(bits1, x.m);
@@ -237,40 +237,35 @@ struct Step8bit {
         store(v + i, x.v);
         bits2 = max_bits(bits2, x.v);
       }
-      if (kWhole && before.count) before.write(run);
+      if (kWhole && pending.count) pending.write(run);
     }
-    if (!kWhole) before.write_all();
+    if (!kWhole) pending.write_all();
 
-    float most1 = as_float(reduce_max(bits1)), most2 = as_float(reduce_max(bits2));
-    if (!(most1 <= FLT_MAX && most2 <= FLT_MAX)) {
-      drop_not_finite<kLion>(m, v);
-      most1 = absmax_of(m);
-      most2 = kLion ? 0 : absmax_of(v);
+    float maximum1 = as_float(reduce_max(bits1)), maximum2 = as_float(reduce_max(bits2));
+    if (!(maximum1 <= FLT_MAX && maximum2 <= FLT_MAX)) {
+      zero_non_finite<kLion>(m, v);
+      maximum1 = absmax_of(m);
+      maximum2 = kLion ? 0 : absmax_of(v);
     }
-    t.absmax1[index] = most1;
-    before.m = m;
-    before.v = v;
-    before.scale1 = inverse_of(most1);
-    before.codes1 = codes1 + first;
-    before.count = count;
+    t.absmax1[index] = maximum1;
+    pending.m = m;
+    pending.v = v;
+    pending.scale1 = inverse_of(maximum1);
+    pending.codes1 = codes1 + first;
+    pending.count = count;
     if (kLion) return;
-    t.absmax2[index] = most2;
-    before.scale2 = inverse_of(most2);
-    before.codes2 = codes2 + first;
+    t.absmax2[index] = maximum2;
+    pending.scale2 = inverse_of(maximum2);
+    pending.codes2 = codes2 + first;
   }
 };
-
-template <class T, bool kLion>
-void step_8bit(const StepParams& p, const StepTensor& t, int64_t begin, int64_t end) {
-  Step8bit<T, kLion>(p, t).run(begin, end);
-}
 
 void step(const StepParams& p, const StepTensor& t, int64_t begin, int64_t end) {
   with_type(t.dtype, [&](auto type) {
     using T = decltype(type);
     const bool is_lion = p.kind == StepKind::kLion;
     if (t.absmax1) {
-      is_lion ? step_8bit<T, true>(p, t, begin, end) : step_8bit<T, false>(p, t, begin, end);
+      is_lion ? Step8bit<T, true>(p, t).run(begin, end) : Step8bit<T, false>(p, t).run(begin, end);
     } else {
       is_lion ? step_32bit<T, true>(p, t, begin, end) : step_32bit<T, false>(p, t, begin, end);
     }

@@ -6,9 +6,9 @@
 #include <vector>
 
 #include "../../common/adamw_args.h"
+#include "../core/kernel_table.h"
+#include "../core/namespace.h"
 #include "../core/parallel.h"
-#include "../isa/isa.h"
-#include "../isa/namespace.h"
 
 namespace peft_kernels::cpu {
 namespace {

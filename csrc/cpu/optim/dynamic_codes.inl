@@ -42,13 +42,14 @@ class CodeFinder {
 
   // The codes of x[i] * scale, kCodeRun of them.
   void write(const float* x, Vec scale, uint8_t* codes) const {
-    constexpr int kNumbers = kFoundTogether * kLanes;
-    for (int i = 0; i < kCodeRun; i += kNumbers) {
+    constexpr int kValues = kFoundTogether * kLanes;
+    for (int i = 0; i < kCodeRun; i += kValues) {
       VecN found[kFoundTogether];
-      for (int j = 0; j < kFoundTogether; ++j) found[j] = place(magnitude(load(x + i + j * kLanes) * scale));
-      if (__builtin_expect(any_without(found, kAwayBits), 0)) {
+      for (int j = 0; j < kFoundTogether; ++j)
+        found[j] = fixed_point(magnitude(load(x + i + j * kLanes) * scale));
+      if (__builtin_expect(any_without(found, kSafeFractionBits), 0)) {
         for (int j = 0; j < kFoundTogether; ++j) {
-          found[j] = compared(magnitude(load(x + i + j * kLanes) * scale), found[j]);
+          found[j] = compare_with_midpoint(magnitude(load(x + i + j * kLanes) * scale), found[j]);
         }
       }
       if constexpr (kSigned) {
@@ -61,7 +62,7 @@ class CodeFinder {
 
  private:
   // The fraction is 8 or more if any of these bits is set. Unsigned codes have been shifted.
-  static constexpr int32_t kAwayBits = kSigned ? 0xfff8 : 0xfff0;
+  static constexpr int32_t kSafeFractionBits = kSigned ? 0xfff8 : 0xfff0;
 
   static Vec magnitude(Vec x) {
     if constexpr (!kSigned) return x;
@@ -69,7 +70,7 @@ class CodeFinder {
     return by_sign(x, (Vec)(bits + 1), (Vec)bits);
   }
   // Per lane: the fraction in the lower half, the code in the byte above it.
-  VecN place(Vec x) const {
+  VecN fixed_point(Vec x) const {
     const VecN passed = tables_.passed(x);
     const Vec y = min(limit_, fma(x, tables_.slope(passed), first_));
     const Vec sum = (Vec)((VecN)y + SearchTables::in_exponent(passed)) + base_;
@@ -77,8 +78,8 @@ class CodeFinder {
     return (VecN)max(least_, sum) << 1;
   }
   // Compares with the midpoint, where rounding might decide.
-  VecN compared(Vec x, VecN place) const {
-    VecN code = place >> 16 & 0xff;
+  VecN compare_with_midpoint(Vec x, VecN fixed_point) const {
+    VecN code = fixed_point >> 16 & 0xff;
     code -= 1 + (x > gather(floors_, code));
     return code << 16;
   }

@@ -1,4 +1,4 @@
-"""bench/amx_check.sh, all there is to run on a machine with AMX, as far as it runs without."""
+"""bench/amx_check.sh, the checks for a machine with AMX, as far as they run without AMX."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RECORD = ROOT / "csrc" / "cpu" / "isa" / "fast_dense.h"
 
 
 def amx_check(*arguments: str, cwd: Path, **variables: str) -> tuple[int, str]:
-    """Its status, and what it said."""
+    """The exit status and the output."""
     done = subprocess.run(
         ["bash", str(SCRIPT), *arguments],
         cwd=cwd,
@@ -36,29 +36,29 @@ def amx_check(*arguments: str, cwd: Path, **variables: str) -> tuple[int, str]:
 
 
 @pytest.mark.skipif(testing.unavailable("cpu-amx") is None, reason="there is AMX")
-def test_without_amx_the_script_says_so(tmp_path: Path) -> None:
-    status, said = amx_check("out", cwd=tmp_path)
+def test_without_amx_the_script_reports_it(tmp_path: Path) -> None:
+    status, output = amx_check("out", cwd=tmp_path)
     assert status == 3
-    assert re.fullmatch(r"amx_check: there is no usable AMX here: .+\n", said), said
+    assert re.fullmatch(r"amx_check: there is no usable AMX here: .+\n", output), output
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["summary.txt"]
 
 
 @pytest.mark.parametrize("arguments", [[], ["--fast"], ["out", "more"]], ids=" ".join)
-def test_a_wrong_call_is_told(arguments: list[str], tmp_path: Path) -> None:
+def test_wrong_arguments_are_reported(arguments: list[str], tmp_path: Path) -> None:
     assert amx_check(*arguments, cwd=tmp_path) == (2, "usage: bench/amx_check.sh OUT\n")
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow
-def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
+def test_a_rehearsal_runs_all_parts(tmp_path: Path) -> None:
     if reason := testing.unavailable("cpu"):
         pytest.skip(f"back end cpu: {reason}")
-    # An installed package may have them while the source tree has none.
+    # An installed package may have kernels while the source tree has none.
     if not list((ROOT / "peft_kernels").glob("_C.*")):
         pytest.skip("the script runs the source tree, in which no kernels are compiled")
     before = RECORD.read_text(encoding="utf-8")
-    status, said = amx_check("out", cwd=tmp_path, REHEARSE="1", OMP_NUM_THREADS="1")
-    assert status == 0, said
+    status, output = amx_check("out", cwd=tmp_path, REHEARSE="1", OMP_NUM_THREADS="1")
+    assert status == 0, output
     summary = (tmp_path / "out" / "summary.txt").read_text()
     assert re.findall(r"^([\w-]+): passed", summary, re.M) == ["environment", "tests", "dense", "tables"]
     assert re.search(r"\d+ passed", (tmp_path / "out" / "tests.log").read_text())
@@ -71,8 +71,8 @@ def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
 
 @pytest.fixture
 def python(tmp_path: Path) -> Path:
-    """An interpreter of a machine with AMX, whose calls are written down: all of them succeed, but for tests
-    where FAILING is set."""
+    """A stub interpreter of a machine with AMX that records its calls. All succeed, except pytest if FAILING
+    is set."""
     stub = tmp_path / "python-stub"
     stub.write_text(
         f"""#!/usr/bin/env bash
@@ -89,12 +89,12 @@ esac
 
 
 @pytest.mark.parametrize("failing", ["", "1"], ids=["right", "wrong"])
-def test_the_way_of_a_machine_with_amx(tmp_path: Path, python: Path, failing: str) -> None:
+def test_the_calls_on_a_machine_with_amx(tmp_path: Path, python: Path, failing: str) -> None:
     variables = {"PYTHON": str(python), "FAILING": failing, "PEFT_KERNELS_CPU_ISA": "avx2"}
-    status, said = amx_check("out", cwd=tmp_path, **variables)
-    assert status == int(failing or 0), said
+    status, output = amx_check("out", cwd=tmp_path, **variables)
+    assert status == int(failing or 0), output
     calls = [line for line in (tmp_path / "calls").read_text().splitlines() if " cap=" in line]
-    assert calls and all(line.endswith(" cap=") for line in calls)  # else the level would be hidden
+    assert calls and all(line.endswith(" cap=") for line in calls)  # else AMX would be hidden
     assert any(
         "-m pytest" in line and line.endswith(" tests -k cpu-amx or test_cpu_plan dense=1 cap=")
         for line in calls
@@ -105,10 +105,10 @@ def test_the_way_of_a_machine_with_amx(tmp_path: Path, python: Path, failing: st
     tables = [line for line in calls if "bench/run.py" in line]
     assert len(tables) == 1 and "^(forward|q?lora|quantize|dequantize|step|decode)-" in tables[0]
     if failing:
-        assert not chosen and "dense: skipped, products that are wrong" in said
-        assert "tests: FAILED (status 1" in said and "1 failed" in said
+        assert not chosen and "dense: skipped, products that are wrong" in output
+        assert "tests: FAILED (status 1" in output and "1 failed" in output
     else:
-        assert len(chosen) == 1 and "dense: geometric mean 1.10" in said
+        assert len(chosen) == 1 and "dense: geometric mean 1.10" in output
     fast = "true" in RECORD.read_text(encoding="utf-8")
     assert f"dense={int(fast)} " in tables[0]
 
@@ -117,10 +117,10 @@ FACTS = {"cpu": "a processor", "cores": 2, "versions": {"torch": "2.13"}}
 
 
 @pytest.mark.parametrize("ratios, fast", [((1.2, 0.9), True), ((1.2, 0.8), False), ((1.0,), True)])
-def test_what_is_recorded(ratios: tuple[float, ...], fast: bool) -> None:
+def test_the_recorded_choice(ratios: tuple[float, ...], fast: bool) -> None:
     text = dense_choice.record({f"shape {i}": ratio for i, ratio in enumerate(ratios)}, FACTS)
     assert f"inline constexpr bool kAmxHasFastDense = {str(fast).lower()};" in text
-    # The rest is as in the file that there is, or would not compile in its place.
+    # The rest equals the current file, so that it compiles in its place.
     there = RECORD.read_text(encoding="utf-8")
     without = [re.sub(r"true|false", "", re.sub(r"(?m)^//.*\n", "", part)) for part in (text, there)]
     assert without[0] == without[1]

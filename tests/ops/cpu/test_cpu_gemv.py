@@ -1,5 +1,5 @@
-"""Products with a few rows of x on the CPU, which have kernels of their own: every number of rows, whole and
-ragged groups of the weight's rows, and weights that end in each way."""
+"""The CPU's GEMV kernels for a few rows of x: every number of rows, whole and ragged groups of weight rows,
+and every kind of tail."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import peft_kernels as pk
 import testing
 from peft_kernels.core.backends import cpu
 
-LEVELS = [name for name in testing.backend_ids() if name.startswith("cpu-")]
+ISAS = [name for name in testing.backend_ids() if name.startswith("cpu-")]
 
 pytestmark = [
     pytest.mark.usefixtures("nan_outputs"),
@@ -23,8 +23,8 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest) -> Any:
+@pytest.fixture(params=ISAS)
+def isa(request: pytest.FixtureRequest) -> Any:
     reason = testing.unavailable(request.param)
     if reason is not None:
         pytest.skip(reason)
@@ -44,7 +44,7 @@ def level(request: pytest.FixtureRequest) -> Any:
         (9, 640, 128, True),
     ],
 )
-def test_a_few_rows_of_bf16(level: str, rows: int, n: int, k: int, blocksize: int, nested: bool) -> None:
+def test_a_few_rows_of_bf16(isa: str, rows: int, n: int, k: int, blocksize: int, nested: bool) -> None:
     check_nf4_linear(
         {"m": rows, "n": n, "k": k, "bs": blocksize, "nested": nested, "dtype": torch.bfloat16}
         | {"bias": "same", "layout": "contiguous"}
@@ -52,11 +52,11 @@ def test_a_few_rows_of_bf16(level: str, rows: int, n: int, k: int, blocksize: in
 
 
 @pytest.mark.parametrize("rows, together", [(3, 8), (5, 6), (7, 16), (8, 15)])
-def test_a_row_has_its_bits_whoever_else_is_there(level: str, rows: int, together: int) -> None:
-    """In whichever pass and group of rows: up to 16 rows are multiplied by one kernel."""
+def test_a_row_does_not_depend_on_other_rows(isa: str, rows: int, together: int) -> None:
+    """In every pass and group of rows: one kernel multiplies up to 16 rows."""
     weight, x = testing.nf4_weight(67, 320), testing.tensor(16, 320, dtype=torch.bfloat16)
-    if together > 8 and not level.startswith("avx512_bf16"):
-        pytest.skip("more than 8 rows are packed at this level")
+    if together > 8 and not isa.startswith("avx512_bf16"):
+        pytest.skip("more than 8 rows are packed with this ISA")
     y = pk.nf4_linear(x[:together], weight)
     assert torch.equal(pk.nf4_linear(x[:rows].contiguous(), weight), y[:rows])
     assert torch.equal(
@@ -67,8 +67,8 @@ def test_a_row_has_its_bits_whoever_else_is_there(level: str, rows: int, togethe
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("rows", [1, 2, 5, 7, 8, 9, 16, 17])
 @pytest.mark.parametrize("n, k", [(67, 96), (130, 1056), (4, 2080), (5, 100)])
-def test_a_dense_weight(level: str, dtype: torch.dtype, rows: int, n: int, k: int) -> None:
-    """Without an adapter, by the numbers policy; in a view, so that what lies beside it would show."""
+def test_a_dense_weight(isa: str, dtype: torch.dtype, rows: int, n: int, k: int) -> None:
+    """Without an adapter. The weight is a view whose surroundings are NaN, so reading them would show."""
     whole = testing.tensor(n + 8, k, dtype=dtype, seed=1, scale=k**-0.5)
     whole[n:] = float("nan")
     x, weight, bias = testing.tensor(rows, k, dtype=dtype), whole[:n], testing.tensor(n, dtype=dtype, seed=2)
@@ -82,10 +82,10 @@ def test_a_dense_weight(level: str, dtype: torch.dtype, rows: int, n: int, k: in
     assert torch.equal(alone[0], y[0])
 
 
-def test_groups_of_absmax_have_scales_of_their_own(level: str) -> None:
-    """One for 256 blocks, and the weight's rows cross them."""
+def test_weight_rows_cross_groups_of_absmax(isa: str) -> None:
+    """One absmax2 scales 256 blocks."""
     w = testing.tensor(70, 320)
-    w[52:] *= 100  # 51 rows of five blocks are a group
+    w[52:] *= 100  # the first group is 51 rows of five blocks
     weight, x = pk.NF4Weight.quantize(w), testing.tensor(3, 320, dtype=torch.bfloat16)
     expected = x @ weight.dequantize(torch.bfloat16).t()
     truth = x.double() @ weight.dequantize(torch.float32).double().t()
@@ -94,8 +94,8 @@ def test_groups_of_absmax_have_scales_of_their_own(level: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("k", [32, 64, 96, 576])
-def test_adapters_of_others_change_no_bit_of_a_dense_row(level: str, k: int, dtype: torch.dtype) -> None:
-    """Serving rests on it: a batch is one product, in which rows have adapters or have none."""
+def test_adapters_of_other_rows_do_not_change_a_dense_row(isa: str, k: int, dtype: torch.dtype) -> None:
+    """Serving relies on it: a batch is one GEMM in which some rows have adapters."""
     weight, x = testing.tensor(67, k, dtype=dtype), testing.tensor(17, k, dtype=dtype, seed=1)
     bias = testing.tensor(67, dtype=dtype, seed=2)
     adapter = pk.Adapter(testing.tensor(4, k, seed=3), testing.tensor(67, 4, seed=4), 0.5, group=0)

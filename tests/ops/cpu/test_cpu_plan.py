@@ -1,4 +1,4 @@
-"""Which CPU kernel serves a product. Slow ones are right too, so no other test would notice."""
+"""Which CPU kernel a GEMM uses. A slow choice is correct too, so no other test would notice it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def levels() -> list[Any]:
+def isas() -> list[Any]:
     names = [name.removeprefix("cpu-") for name in testing.backend_ids() if name.startswith("cpu-")]
     missing = {name: testing.unavailable(f"cpu-{name}") for name in names}
     return [
@@ -27,17 +27,17 @@ def levels() -> list[Any]:
     ]
 
 
-@pytest.mark.parametrize("level", levels())
+@pytest.mark.parametrize("isa", isas())
 @pytest.mark.parametrize(
     "rows, in_features, blocksize, is_bf16, expected",
     [
         (1, 4096, 64, True, "gemv"),
         (8, 4096, 64, False, "gemv"),
-        (8, 28672, 64, False, "floats"),  # more than its scratch holds
+        (8, 28672, 64, False, "floats"),  # exceeds the GEMV scratch
         (1, 28672, 64, False, "gemv"),
         (16, 4096, 64, True, "gemv"),
-        (16, 28672, 64, True, "pairs"),  # more than its scratch holds
-        (9, 4096, 32, True, "pairs"),  # its tables are of blocks of 64
+        (16, 28672, 64, True, "pairs"),  # exceeds the GEMV scratch
+        (9, 4096, 32, True, "pairs"),  # its tables need blocks of 64
         (17, 4096, 64, True, "pairs"),
         (2048, 576, 64, True, "pairs"),
         (9, 4096, 64, False, "floats"),
@@ -47,21 +47,21 @@ def levels() -> list[Any]:
         (512, 100, 64, False, "dots"),
     ],
 )
-def test_the_fast_kernel_is_taken(
-    level: str, rows: int, in_features: int, blocksize: int, is_bf16: bool, expected: str
+def test_the_fast_kernel_is_chosen(
+    isa: str, rows: int, in_features: int, blocksize: int, is_bf16: bool, expected: str
 ) -> None:
-    has_pairs = level.startswith(("avx512_bf16", "amx", "neon_bf16"))
-    with cpu.BACKEND.use_isa(level):
+    has_pairs = isa.startswith(("avx512_bf16", "amx", "neon_bf16"))
+    with cpu.BACKEND.use_isa(isa):
         plan = cpu.BACKEND.extension.linear_plan(rows, 4096, in_features, blocksize, is_bf16)
-    if rows == 16 and level != "avx512_bf16":  # tiles are faster there, or two tables are not one
+    if rows == 16 and isa != "avx512_bf16":  # tiles are faster, or a register does not hold two tables
         expected = "pairs"
     if expected == "pairs" and not has_pairs:
         expected = "floats" if in_features % 32 == 0 else "dots"
     assert plan == expected
 
 
-class Products(Dataset[dict[str, Any]]):
-    """Items that a worker computes with the library, as an encoder in front of a model would."""
+class Gemms(Dataset[dict[str, Any]]):
+    """Items that a worker computes with the library, like an encoder in front of a model."""
 
     def __init__(self) -> None:
         self.weight = testing.nf4_weight(512, 256)
@@ -74,14 +74,14 @@ class Products(Dataset[dict[str, Any]]):
         before = len(os.listdir("/proc/self/task"))
         y = pk.nf4_linear(self.x, self.weight)
         threads = len(os.listdir("/proc/self/task")) - before
-        # As bytes: to share a tensor's memory a worker starts a thread, at any time.
+        # As bytes: to share a tensor's memory a worker starts a thread.
         return {"y": y.numpy().tobytes(), "threads": threads}
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="no /proc: threads cannot be counted")
 def test_a_data_loader_worker_starts_no_threads() -> None:
-    """Workers are forked from a process whose threads they lack, and share the cores with it."""
-    data = Products()
+    """Workers are forked without the threads of their parent, and share the cores with it."""
+    data = Gemms()
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)

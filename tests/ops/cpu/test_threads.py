@@ -31,17 +31,17 @@ if not hasattr(LIBRARY, "count_tasks"):
 
 NEVER = -1
 SANITIZER = testing.sanitizer()
-by_times = pytest.mark.skipif(SANITIZER != "", reason="times under a sanitizer tell nothing")
+by_times = pytest.mark.skipif(SANITIZER != "", reason="times under a sanitizer mean nothing")
 
 
 @pytest.fixture(params=[False, True], ids=["quiet", "busy"])
 def is_busy(request: pytest.FixtureRequest) -> Iterator[bool]:
     if SANITIZER == "thread" and not request.param:
-        pytest.skip("ThreadSanitizer does not see what OpenMP orders: threads of our own alone")
+        pytest.skip("ThreadSanitizer does not see OpenMP's ordering: only our own threads are tested")
     LIBRARY.set_busy(request.param)
     assert LIBRARY.is_busy() is request.param
     yield request.param
-    LIBRARY.set_busy(False)  # that tests of something else find what they expect
+    LIBRARY.set_busy(False)  # so that other tests start from the default
     LIBRARY.set_busy(None)
 
 
@@ -63,14 +63,14 @@ def test_every_task_is_run_once(tasks: int, is_busy: bool, threads: int) -> None
         assert count(tasks, threads)[0] == [1] * tasks
 
 
-def test_tasks_are_run_by_that_many_threads(is_busy: bool, threads: int) -> None:
+def test_tasks_run_in_the_requested_number_of_threads(is_busy: bool, threads: int) -> None:
     assert count(40, threads, ms=2.0)[1] == threads
     assert count(40, 2, ms=2.0)[1] == 2
     assert count(40, 1, ms=0.1)[1] == 1
 
 
-@pytest.mark.skipif(SANITIZER != "", reason="sanitizers are shown several threads whatever torch has")
-def test_one_thread_when_torch_has_one(is_busy: bool, one_thread: None) -> None:
+@pytest.mark.skipif(SANITIZER != "", reason="sanitizer builds always use several threads")
+def test_one_thread_if_torch_has_one(is_busy: bool, one_thread: None) -> None:
     assert LIBRARY.parts(0, 10**6, 1) == [0, 10**6]
 
 
@@ -79,7 +79,7 @@ def test_parts_cover_the_range(size: int, is_busy: bool, threads: int) -> None:
     for grain in (1, 100, 10**6):
         flat = LIBRARY.parts(5, 5 + size, grain)
         begins, ends = flat[::2], flat[1::2]
-        assert [5, *ends] == [*begins, 5 + size]  # each begins where the one before ends
+        assert [5, *ends] == [*begins, 5 + size]  # contiguous
         assert all(
             end - begin >= min(grain, size) for begin, end in list(zip(begins, ends, strict=True))[:-1]
         )
@@ -87,36 +87,36 @@ def test_parts_cover_the_range(size: int, is_busy: bool, threads: int) -> None:
     assert LIBRARY.parts(5, 5, 1) == []
 
 
-def test_busy_work_is_in_small_parts(is_busy: bool, threads: int) -> None:
+def test_parts_are_small_on_a_busy_machine(is_busy: bool, threads: int) -> None:
     assert len(LIBRARY.parts(0, 10**6, 1)) // 2 == (8 * threads if is_busy else threads)
 
 
 @pytest.mark.skipif(SANITIZER == "", reason="built for no sanitizer")
-def test_sanitizers_are_shown_small_work_in_several_threads(one_thread: None) -> None:
-    """Else they would find nothing in the kernels' tests, which have one thread of torch's."""
+def test_sanitizers_see_small_work_in_several_threads(one_thread: None) -> None:
+    """The kernels' tests run with one torch thread, in which sanitizers would find nothing."""
     assert len(LIBRARY.parts(0, 8192, 2048)) // 2 == 4
 
 
 @pytest.mark.parametrize("fails_at", [0, 1, 50])
-def test_what_a_task_throws_reaches_the_caller(fails_at: int, is_busy: bool, threads: int) -> None:
+def test_exceptions_of_tasks_reach_the_caller(fails_at: int, is_busy: bool, threads: int) -> None:
     for _ in range(5):
         with pytest.raises(RuntimeError, match=f"task {fails_at} fails"):
             count(100, threads, ms=0.1, fails_at=fails_at)
     assert count(100, threads, ms=0.1) == ([1] * 100, threads, 0)
 
 
-def test_a_region_inside_of_another_is_its_threads(is_busy: bool, threads: int) -> None:
+def test_a_nested_region_runs_in_the_calling_thread(is_busy: bool, threads: int) -> None:
     counts, used, inner = count(30, threads, ms=0.5, inner=10)
     assert counts == [1] * 30 and used == threads and inner == 300
 
 
-def test_callers_at_once(is_busy: bool, threads: int) -> None:
+def test_concurrent_callers(is_busy: bool, threads: int) -> None:
     with ThreadPoolExecutor(6) as pool:
         for counts, _, inner in pool.map(lambda _: count(50, threads, ms=0.05, inner=3), range(60)):
             assert counts == [1] * 50 and inner == 150
 
 
-def test_a_caller_does_not_wait_for_threads_that_another_has(threads: int) -> None:
+def test_a_caller_does_not_wait_for_threads_in_use(threads: int) -> None:
     LIBRARY.set_busy(True)
     try:
         other = threading.Thread(target=lambda: count(2 * threads, threads, ms=1000.0))
@@ -133,7 +133,7 @@ def test_a_caller_does_not_wait_for_threads_that_another_has(threads: int) -> No
 
 
 def results() -> list[torch.Tensor]:
-    """Of ops whose work is cut in each way that there is."""
+    """Results of ops that divide their work in every way there is."""
     weight = pk.NF4Weight.quantize(testing.tensor(480, 320, seed=1, dtype=torch.bfloat16))
     x = testing.tensor(300, 320, seed=2, dtype=torch.bfloat16).requires_grad_()
     a, b = (testing.tensor(*s, seed=3, scale=0.1).requires_grad_() for s in ((8, 320), (480, 8)))
@@ -150,7 +150,7 @@ def results() -> list[torch.Tensor]:
     return [weight.dequantize(torch.bfloat16), y, attended, loss, *gradients]
 
 
-def test_same_bits_whoever_computes() -> None:
+def test_bits_do_not_depend_on_the_threads() -> None:
     before, found = torch.get_num_threads(), []
     with testing.running_on("cpu"):
         try:
@@ -168,8 +168,7 @@ def test_same_bits_whoever_computes() -> None:
 
 
 def run(code: str) -> str:
-    """What it prints, in a process of its own, with the package that is tested: where it runs comes first on
-    the path, so not in the source tree."""
+    """The output of `code` in a new process, outside the source tree, to import the tested package."""
     tests = Path(__file__).resolve().parent.parent.parent
     folders = os.pathsep.join([str(Path(pk.__file__).resolve().parent.parent), str(tests)])
     script = f"import os, time, torch\nfrom peft_kernels.core.backends.cpu import BACKEND\n{code}"
@@ -182,9 +181,9 @@ def run(code: str) -> str:
     return result.stdout
 
 
-@pytest.mark.skipif(SANITIZER == "thread", reason="ThreadSanitizer wants no new threads after a fork")
-def test_a_forked_process_has_threads_of_its_own() -> None:
-    said = run("""
+@pytest.mark.skipif(SANITIZER == "thread", reason="ThreadSanitizer does not allow new threads after a fork")
+def test_a_forked_process_gets_its_own_threads() -> None:
+    output = run("""
 torch.set_num_threads(2)
 LIBRARY.set_busy(True)
 assert LIBRARY.count_tasks(20, 2, 2.0, 0, -1)[1] == 2
@@ -197,12 +196,12 @@ if child == 0:
     os._exit(0)
 print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """)
-    assert said.splitlines() == [str(([1] * 20, 2, 0)), "0"]
+    assert output.splitlines() == [str(([1] * 20, 2, 0)), "0"]
 
 
 @by_times
-@pytest.mark.skipif(sys.platform != "linux", reason="neighbours are found out by Linux' clocks of threads")
-def test_neighbours_are_noticed() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="contention is measured with Linux' thread clocks")
+def test_contention_is_detected() -> None:
     code = f"""
 torch.set_num_threads({os.cpu_count()})
 end = time.monotonic() + 60
@@ -218,10 +217,10 @@ print(LIBRARY.is_busy())
 
 
 @by_times
-@pytest.mark.skipif(sys.platform != "linux", reason="of GNU's OpenMP")
-def test_threads_of_torch_do_not_spin_on_a_busy_machine() -> None:
-    """Processor time of an OpenMP thread between regions, of the time that it has nothing to do."""
-    said = run("""
+@pytest.mark.skipif(sys.platform != "linux", reason="specific to GNU OpenMP")
+def test_torch_threads_do_not_spin_on_a_busy_machine() -> None:
+    """Measures the share of idle time between regions in which an OpenMP thread uses the processor."""
+    output = run("""
 torch.set_num_threads(2)
 x = torch.randn(1 << 20)
 for busy in (False, True, False):
@@ -234,7 +233,7 @@ for busy in (False, True, False):
         spent += time.process_time() - before
     print(spent / (50 * 0.003))
 """)
-    quiet, busy, after = map(float, said.split())
+    quiet, busy, after = map(float, output.split())
     if quiet < 0.2:
         pytest.skip(f"torch's threads do not spin here: {quiet:.2f} of the time")
     assert busy < 0.3 * quiet and after > 0.5 * quiet

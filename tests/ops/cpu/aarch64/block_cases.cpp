@@ -1,4 +1,4 @@
-// The kernels of what lies between the products of a block, against level scalar.
+// The kernels between the GEMMs of a block, against ISA scalar.
 #include "cases.h"
 
 namespace peft_kernels::cpu::cases {

@@ -1,15 +1,15 @@
-// What the cases of a level share: arrays that end where their memory does, samples, the numbers policy.
+// Shared by the cases: arrays followed by a guard page, samples, comparisons.
 #pragma once
 
 #include <string>
 #include <vector>
 
 #include "../../../../csrc/common/nf4.h"
-#include "../../../../csrc/cpu/isa/isa.h"
+#include "../../../../csrc/cpu/core/kernel_table.h"
 
 namespace peft_kernels::cpu::cases {
 
-// Elements in memory of their own, behind which lies a page that nobody may touch.
+// An array followed by an inaccessible page, so that reading past the end crashes.
 class Array {
  public:
   Array(DType dtype, int64_t size);
@@ -38,13 +38,13 @@ class Array {
 
 inline constexpr DType kTypes[] = {DType::kF32, DType::kBF16, DType::kF16};
 
-// Numbers of a normal distribution, about; the same for the same seed.
+// Approximately normal values; the same for the same seed.
 Array normal(DType dtype, int64_t size, uint64_t seed, double scale = 1.0);
-// Of any bits.
+// Random bits.
 Array random_bytes(int64_t size, uint64_t seed);
 double rounded(double x, DType dtype);
 
-// A packed weight, its absmax plain or itself quantised.
+// A packed weight, with or without double quantisation.
 struct Weight {
   Array packed, absmax, q8, absmax2;
   Nf4View view;
@@ -56,12 +56,11 @@ struct Weight {
 
 void problem(const std::string& what);
 void same_bits(const Array& got, const Array& want, const std::string& what);
-// The numbers policy of tests/testing.py: `plain` is what is computed without vectors, in the type of `got`,
-// `truth` in fp64.
+// The error bound of tests/testing.py: `plain` is computed without vectors in the dtype of `got`, `truth` in
+// fp64.
 void within_policy(const Array& got, const std::vector<double>& plain, const std::vector<double>& truth,
                    const std::string& what);
-// For kernels whose scalar level is right, as tests of the ops show: either rounds a few times in its own
-// way.
+// For kernels that the op tests check with ISA scalar: allows for a few different roundings.
 void like_scalar(const Array& got, const Array& want, const std::string& what);
 std::string name_of(DType dtype);
 
@@ -79,7 +78,7 @@ struct Case {
 
 using Arrays = std::vector<Array>;
 
-// Calls use with both levels, and compares what each writes.
+// Calls use with both ISAs, and compares the results.
 template <class Use, class Compare>
 void both(const KernelTable& tested, const Use& use, const Compare& compare, const std::string& what) {
   const Arrays got = use(tested), want = use(scalar::kKernels);

@@ -1,5 +1,5 @@
-// Runs every case at the level in use, beside scalar, which it is compared with; only tells that level
-// where there is an argument.
+// Runs every case with the selected ISA and compares it with scalar. With an argument it only prints that
+// ISA.
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -32,7 +32,7 @@ uint16_t bf16_bits(double value) {
   return x != x ? 0x7fc0 : static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
-// ||got - truth|| / ||truth||, and the greatest |got - truth| by the root mean square of the truth.
+// ||got - truth|| / ||truth||, and the maximum |got - truth| relative to the root mean square of the truth.
 struct Errors {
   double relative, greatest;
 };
@@ -97,7 +97,7 @@ Array normal(DType dtype, int64_t size, uint64_t seed, double scale) {
   std::mt19937_64 bits(seed);
   Array out(dtype, size);
   for (int64_t i = 0; i < size; ++i) {
-    const uint64_t x = bits();  // four words: the sum of as many is near enough to normal
+    const uint64_t x = bits();  // the sum of four words is close enough to normal
     double sum = 0;
     for (int w = 0; w < 4; ++w) sum += static_cast<double>(x >> 16 * w & 0xffff) / 65536 - 0.5;
     out.set(i, sum * std::sqrt(3.0) * scale);
@@ -202,7 +202,7 @@ Case::Case(const char* name, Run run) { all_cases().push_back({name, run}); }
 int main(int count, char**) {
   using namespace peft_kernels::cpu;
   if (const char* wrong = select_isa_from_environment()) return printf("%s\n", wrong), 2;
-  printf("level: %s\n", isa_name());
+  printf("isa: %s\n", isa_name());
   if (count > 1) return 0;
   for (const auto& one : cases::all_cases()) {
     cases::problems.clear();

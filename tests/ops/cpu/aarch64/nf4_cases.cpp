@@ -1,4 +1,4 @@
-// Packing and unpacking: to the bit.
+// Quantising and dequantising, bit for bit.
 #include <cmath>
 #include <limits>
 
@@ -33,7 +33,7 @@ PEFT_KERNELS_CASE(quantize) {
 }
 
 PEFT_KERNELS_CASE(quantize_ties) {
-  // Every threshold, and its neighbours, in a block whose absmax is 1; and what a block may not survive.
+  // Every threshold and its neighbours in a block with absmax 1; then special values.
   const float infinity = std::numeric_limits<float>::infinity();
   Array x(DType::kF32, 128);
   for (int64_t i = 0; i < x.size(); ++i) x.set(i, 1.0);

@@ -1,4 +1,4 @@
-// The other kernels, against level scalar: to the bit where the project says so, else by the numbers policy.
+// The other kernels, against ISA scalar: bit for bit where that is specified, else within the error bound.
 #include <cmath>
 #include <cstring>
 #include <iterator>
@@ -55,12 +55,12 @@ PEFT_KERNELS_CASE(layer_norm) {
     const auto use = [&](const KernelTable& table) {
       Array out(DType::kF32, kRows * kFeatures), dx(dtype, kRows * kFeatures),
           sums(DType::kF32, 2 * kFeatures);
-      const Array room(DType::kF32, 2 * kFeatures);
+      const Array workspace(DType::kF32, 2 * kFeatures);
       NormParams params{x.data(),         dtype,     kFeatures,       weight.as<float>(),
                         bias.as<float>(), 1e-5f,     out.as<float>(), d.as<float>(),
                         dy.data(),        dx.data(), sums.as<float>()};
       table.layer_norm(params, 0, kRows);
-      params.out = room.as<float>();
+      params.out = workspace.as<float>();
       table.layer_norm_backward(params, 0, kRows);
       return Arrays{out, dx, sums};
     };
@@ -133,7 +133,7 @@ PEFT_KERNELS_CASE(rows_and_columns) {
 }
 
 PEFT_KERNELS_CASE(conversions) {
-  // Of any bits: NaNs of every payload, infinities, subnormal numbers.
+  // Random bits: NaNs of every payload, infinities, subnormals.
   constexpr int64_t kRows = 64, kCols = 16;
   for (DType dtype : kTypes) {
     Array x(dtype, kRows * kCols);
@@ -185,39 +185,39 @@ PEFT_KERNELS_CASE(softmax) {
       params.need_weighted = params.need_total = true;
       params.out = out.data();
       params.out_dtype = dtype;
-      table.softmax_piece(params, 0, kRows);
+      table.softmax_tile(params, 0, kRows);
       return Arrays{states, out};
     };
     both(tested, piece, like_scalar, "piece of " + name_of(dtype));
     const Array sums = normal(DType::kF32, kParts * kFeatures, 4), mean = normal(DType::kF32, kFeatures, 5);
     const Array dense = normal(dtype, kFeatures, 6);
     const float factors[kParts] = {0.5f, 1.5f, -2.0f};
-    const auto slope = [&](const KernelTable& table) {
+    const auto dx = [&](const KernelTable& table) {
       Array out(dtype, kFeatures);
-      table.softmax_slope({sums.as<float>(),
-                           factors,
-                           kParts,
-                           kFeatures,
-                           kFeatures,
-                           {dense.data(), dtype, kFeatures, nullptr},
-                           0,
-                           0.7f,
-                           mean.as<float>(),
-                           0.1f,
-                           out.data(),
-                           dtype});
+      table.softmax_dx({sums.as<float>(),
+                        factors,
+                        kParts,
+                        kFeatures,
+                        kFeatures,
+                        {dense.data(), dtype, kFeatures, nullptr},
+                        0,
+                        0.7f,
+                        mean.as<float>(),
+                        0.1f,
+                        out.data(),
+                        dtype});
       return Arrays{out};
     };
-    both(tested, slope, like_scalar, "slope in " + name_of(dtype));
+    both(tested, dx, like_scalar, "slope in " + name_of(dtype));
     const Array dloss = normal(DType::kF32, kRows, 7), lse = normal(DType::kF32, kRows, 8);
-    const auto slopes = [&](const KernelTable& table) {
+    const auto logit_gradients = [&](const KernelTable& table) {
       Array out = normal(DType::kF32, kRows * kCols, 9), rounded_out(dtype, kRows * kCols);
-      table.softmax_slopes({out.as<float>(), rounded_out.data(), dtype, 0, kCols, 500, floats.as<float>(),
-                            0.5f, 5.0f, labels, dloss.as<float>(), lse.as<float>(), 0.1f, 0.01f},
-                           0, kRows);
+      table.logit_gradients({out.as<float>(), rounded_out.data(), dtype, 0, kCols, 500, floats.as<float>(),
+                             0.5f, 5.0f, labels, dloss.as<float>(), lse.as<float>(), 0.1f, 0.01f},
+                            0, kRows);
       return Arrays{rounded_out};
     };
-    both(tested, slopes, like_scalar, "slopes in " + name_of(dtype));
+    both(tested, logit_gradients, like_scalar, "slopes in " + name_of(dtype));
   }
 }
 
@@ -229,7 +229,7 @@ PEFT_KERNELS_CASE(attention) {
       const Array q = normal(dtype, kHeads * kRows * features, 1), k = normal(dtype, kKeys * features, 2),
                   v = normal(dtype, kKeys * features, 3), dy = normal(dtype, q.size(), 4);
       for (bool has_spans : {false, true}) {
-        std::vector<int32_t> spans;  // of each row two, apart; some are empty
+        std::vector<int32_t> spans;  // two disjoint spans per row; some are empty
         for (int32_t r = 0; r < kRows; ++r) spans.insert(spans.end(), {0, r % 16, 24, 24 + r});
         const auto use = [&](const KernelTable& table) {
           Array out(dtype, q.size()), dq(dtype, q.size()), softmax(DType::kF32, kHeads * 2 * kRows),
@@ -245,14 +245,14 @@ PEFT_KERNELS_CASE(attention) {
           if (has_spans) params.spans = spans.data(), params.span_count = 2;
           params.out = out.data(), params.softmax = softmax.as<float>(), params.dy = dy.data();
           params.dq = dq.data(), params.dk_sums = dk_sums.as<float>(), params.dv_sums = dv_sums.as<float>();
-          const auto room = [&](bool is_backward) {
-            const int64_t floats = table.attention_bytes(params, is_backward) / 4;
+          const auto workspace = [&](bool is_backward) {
+            const int64_t floats = table.attention_workspace_bytes(params, is_backward) / 4;
             return Array(DType::kF32, (floats + 15) / 16 * 16);
           };
-          table.attention(params, 0, 64, room(false).data());
-          table.attention(params, 64, kRows, room(false).data());
-          table.attention_backward(params, room(true).data());
-          // Rounded as the op does, and without the padding.
+          table.attention(params, 0, 64, workspace(false).data());
+          table.attention(params, 64, kRows, workspace(false).data());
+          table.attention_backward(params, workspace(true).data());
+          // Rounded as in the op, and without the padding.
           Array dk(dtype, kKeys * features), dv(dk);
           for (int64_t i = 0; i < dk.size(); ++i) {
             const int64_t at = i / features * padded + i % features;

@@ -1,4 +1,4 @@
-// What tiles_amx.h offers, without the instructions: for tests on machines that lack them.
+// The interface of tiles_amx.h with the instructions emulated, for tests on machines without them.
 
 struct Tiles {
   Tiles() {}

@@ -1,4 +1,4 @@
-// Ops by which tests run tasks that only count, wait and throw.
+// Ops for tests of threads: run tasks that only count, wait and throw.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -11,14 +11,14 @@
 #include <tuple>
 #include <vector>
 
+#include "../../../../csrc/cpu/core/namespace.h"
 #include "../../../../csrc/cpu/core/threads.h"
-#include "../../../../csrc/cpu/isa/namespace.h"
 
 namespace peft_kernels::cpu {
 namespace {
 
-// How often each task was run, by how many threads, and how many tasks the regions inside of them ran in the
-// threads that began them. Task number `fails_at` throws.
+// How often each task ran, in how many threads, and how many tasks of nested regions ran in the thread that
+// began them. Task `fails_at` throws.
 std::tuple<std::vector<int64_t>, int64_t, int64_t> count_tasks(int64_t tasks, int64_t threads,
                                                                double milliseconds, int64_t inner,
                                                                int64_t fails_at) {
@@ -43,7 +43,7 @@ std::tuple<std::vector<int64_t>, int64_t, int64_t> count_tasks(int64_t tasks, in
           inner_count.load()};
 }
 
-// The parts that a range is cut into, by their beginnings and ends, in ascending order.
+// The begins and ends of the parts that parallel_for divides a range into, ascending.
 std::vector<int64_t> parts(int64_t begin, int64_t end, int64_t grain) {
   std::mutex mutex;
   std::set<std::pair<int64_t, int64_t>> found;
@@ -56,7 +56,7 @@ std::vector<int64_t> parts(int64_t begin, int64_t end, int64_t grain) {
   return flat;
 }
 
-// What the library was built to find.
+// The sanitizer that the library is built with.
 std::string sanitizer() {
 #if defined(__SANITIZE_THREAD__)
   return "thread";

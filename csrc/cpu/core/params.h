@@ -213,7 +213,7 @@ struct SoftmaxState {
 
 // A tile of logits, `cols` columns from `first_col` on; updates the states of its rows.
 inline constexpr int64_t kSoftmaxCols = 1024;  // at most
-inline constexpr float kFarBelow = 1e4f;       // an exponential this far below the maximum is negligible
+inline constexpr float kNegligible = 1e4f;     // an exponential this far below the maximum is negligible
 struct SoftmaxParams {
   void* logits;  // [rows, logits_ld]; overwritten
   DType logits_dtype;
@@ -234,25 +234,25 @@ struct SoftmaxParams {
 };
 
 // The gradient of the loss by one row of x, from sums over parts of the vocabulary: out = the sum over parts
-// of factors[part] * sums[part], + of_label * the label's row of the weight, + of_mean * mean.
-inline constexpr int64_t kSlopeRun = 512;
-struct SlopeParams {
+// of factors[part] * sums[part], + label_factor * the label's row of the weight, + mean_factor * mean.
+inline constexpr int64_t kSoftmaxDxRun = 512;
+struct SoftmaxDxParams {
   const float* sums;  // [parts, part_ld], the first `features`
   const float* factors;
   int64_t parts, part_ld, features;
   MatrixView weight;
   int64_t label;
-  float of_label;
+  float label_factor;
   const float* mean;  // [features] or null
-  float of_mean;
+  float mean_factor;
   void* out;
   DType dtype;
 };
 
 // The gradient of dloss . loss by the logits, given each row's log-sum-exp: replaces a tile of the head's
 // outputs by its gradient.
-struct SlopesParams {
-  float* slopes;  // [rows, cols]: in: logits, out: their gradients
+struct LogitGradientParams {
+  float* logits;  // [rows, cols]: in: logits, out: their gradients
   void* rounded;  // [rows, cols] of dtype, or null
   DType dtype;
   int64_t first_col, cols, vocabulary;

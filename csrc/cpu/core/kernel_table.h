@@ -50,12 +50,12 @@ struct KernelTable {
   void (*scale_features)(const ScaleParams& params, int64_t begin, int64_t end);
   void (*scale_features_backward)(const ScaleParams& params, int64_t begin, int64_t end);
   // Rows [begin, end) of a tile of the logits.
-  void (*softmax_piece)(const SoftmaxParams& params, int64_t begin, int64_t end);
-  void (*softmax_slope)(const SlopeParams& params);
-  void (*softmax_slopes)(const SlopesParams& params, int64_t begin, int64_t end);
+  void (*softmax_tile)(const SoftmaxParams& params, int64_t begin, int64_t end);
+  void (*softmax_dx)(const SoftmaxDxParams& params);
+  void (*logit_gradients)(const LogitGradientParams& params, int64_t begin, int64_t end);
   // Rows [begin, end) of all heads; begin is a multiple of kAttentionPad. `workspace` has
   // attention_workspace_bytes bytes.
-  int64_t (*attention_bytes)(const AttentionParams& params, bool is_backward);
+  int64_t (*attention_workspace_bytes)(const AttentionParams& params, bool is_backward);
   void (*attention)(const AttentionParams& params, int64_t begin, int64_t end, void* room);
   void (*attention_backward)(const AttentionParams& params, void* room);
   // Rows [begin, end). Backward: `sums` is for these rows alone.
@@ -74,30 +74,19 @@ struct KernelTable {
   void (*row_squares)(const MatrixView& matrix, int64_t cols, int64_t begin, int64_t end, float* out);
 };
 
-namespace scalar {
-extern const KernelTable kKernels;
-}
-namespace neon {
-extern const KernelTable kKernels;
-}
-namespace neon_bf16 {
-extern const KernelTable kKernels;
-}
-namespace avx2 {
-extern const KernelTable kKernels;
-}
-namespace avx512 {
-extern const KernelTable kKernels;
-}
-namespace avx512_bf16 {
-extern const KernelTable kKernels;
-}
-namespace amx {
-extern const KernelTable kKernels;
-}
-namespace amx_emulated {
-extern const KernelTable kKernels;
-}
+#define PEFT_KERNELS_TABLE_OF(isa)   \
+  namespace isa {                    \
+  extern const KernelTable kKernels; \
+  }
+PEFT_KERNELS_TABLE_OF(scalar)
+PEFT_KERNELS_TABLE_OF(neon)
+PEFT_KERNELS_TABLE_OF(neon_bf16)
+PEFT_KERNELS_TABLE_OF(avx2)
+PEFT_KERNELS_TABLE_OF(avx512)
+PEFT_KERNELS_TABLE_OF(avx512_bf16)
+PEFT_KERNELS_TABLE_OF(amx)
+PEFT_KERNELS_TABLE_OF(amx_emulated)
+#undef PEFT_KERNELS_TABLE_OF
 
 // The name of an ISA that is usable; null otherwise.
 const char* usable_isa_name(Isa isa);

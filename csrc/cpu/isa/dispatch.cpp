@@ -1,9 +1,8 @@
-#include "isa.h"
-
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
 
+#include "../core/kernel_table.h"
 #include "fast_dense.h"
 
 #if defined(__x86_64__)
@@ -19,7 +18,7 @@
 namespace peft_kernels::cpu {
 namespace {
 
-struct Level {
+struct IsaEntry {
   const char* name;
   const KernelTable* kernels;  // null when not built
 };
@@ -55,7 +54,7 @@ constexpr char kExpectedNames[] = "PEFT_KERNELS_CPU_ISA: expected scalar or neon
 constexpr char kExpectedNames[] = "PEFT_KERNELS_CPU_ISA: expected scalar";
 #endif
 
-constexpr Level kLevels[kIsaCount + 1] = {
+constexpr IsaEntry kIsas[kIsaCount + 1] = {
     {"scalar", &scalar::kKernels},
     {"neon", PEFT_KERNELS_NEON(neon::kKernels)},
     {"neon_bf16", PEFT_KERNELS_NEON_BF16(neon_bf16::kKernels)},
@@ -79,7 +78,7 @@ const char* request_tiles() {
 #  endif
 }
 
-const char* refused = nullptr;
+const char* amx_refusal = nullptr;
 
 // gcc's builtins ask the operating system too: where it does not save the registers, the instructions fault.
 Isa detect() {
@@ -96,13 +95,13 @@ Isa detect() {
   __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx);
   constexpr unsigned kAmx = 1u << 22 | 1u << 24;  // bf16, tiles
   if ((edx & kAmx) != kAmx) return Isa::kAvx512Bf16;
-  refused = request_tiles();
-  return refused ? Isa::kAvx512Bf16 : Isa::kAmx;
+  amx_refusal = request_tiles();
+  return amx_refusal ? Isa::kAvx512Bf16 : Isa::kAmx;
 }
 
 #else
 
-const char* const refused = nullptr;
+const char* const amx_refusal = nullptr;
 
 Isa detect() {
 #  if defined(__aarch64__) && defined(__linux__)
@@ -123,12 +122,12 @@ Isa best_isa() {
   return best;
 }
 
-std::atomic<const Level*> current{kLevels};
+std::atomic<const IsaEntry*> current{kIsas};
 
 // The index of an ISA by name, whether or not this machine can run it; -1 when it is not in this build.
 int isa_by_name(const char* name) {
   for (int i = 0; i <= kIsaCount; ++i) {
-    if (kLevels[i].kernels && std::strcmp(name, kLevels[i].name) == 0) return i;
+    if (kIsas[i].kernels && std::strcmp(name, kIsas[i].name) == 0) return i;
   }
   return -1;
 }
@@ -154,13 +153,13 @@ struct Scratch {
 
 const char* refused_isa_reason() {
   best_isa();
-  return refused;
+  return amx_refusal;
 }
 
 const char* usable_isa_name(Isa isa) {
   if (isa > best_isa() && !(isa == Isa::kAmxEmulated && best_isa() >= Isa::kAvx512Bf16)) return nullptr;
-  const Level& level = kLevels[static_cast<int>(isa)];
-  return level.kernels ? level.name : nullptr;
+  const IsaEntry& entry = kIsas[static_cast<int>(isa)];
+  return entry.kernels ? entry.name : nullptr;
 }
 
 const KernelTable& kernels() { return *current.load(std::memory_order_relaxed)->kernels; }
@@ -168,14 +167,15 @@ const char* isa_name() { return current.load(std::memory_order_relaxed)->name; }
 
 bool has_fast_dense() {
   // Torch uses the best instructions of the machine, so our GEMMs can be as fast only at the best ISA.
-  return best_isa() >= Isa::kAvx512Bf16 && !refused && (best_isa() != Isa::kAmx || amx_has_fast_dense()) &&
-         current.load(std::memory_order_relaxed) >= &kLevels[static_cast<int>(best_isa())];
+  return best_isa() >= Isa::kAvx512Bf16 && !amx_refusal &&
+         (best_isa() != Isa::kAmx || amx_has_fast_dense()) &&
+         current.load(std::memory_order_relaxed) >= &kIsas[static_cast<int>(best_isa())];
 }
 
 bool set_isa(const char* name) {
   const int isa = isa_by_name(name);
   if (isa < 0 || !usable_isa_name(static_cast<Isa>(isa))) return false;
-  current.store(&kLevels[isa], std::memory_order_relaxed);
+  current.store(&kIsas[isa], std::memory_order_relaxed);
   return true;
 }
 
@@ -187,7 +187,7 @@ const char* select_isa_from_environment() {
     if (cap < 0) return kExpectedNames;
   }
   while (!usable_isa_name(static_cast<Isa>(cap))) --cap;
-  current.store(&kLevels[cap], std::memory_order_relaxed);
+  current.store(&kIsas[cap], std::memory_order_relaxed);
   return nullptr;
 }
 

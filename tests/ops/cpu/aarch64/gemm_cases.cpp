@@ -1,4 +1,4 @@
-// Products: by the numbers policy, against fp64.
+// GEMMs, within the error bound, against fp64.
 #include <cmath>
 #include <cstring>
 
@@ -6,8 +6,8 @@
 
 namespace peft_kernels::cpu::cases {
 
-// out[m, n] = bias + lhs . rhs^T (or lhs . rhs) + down . up^T in some rows, as terms are in a layer.
-struct Product {
+// out[m, n] = bias + lhs . rhs^T (or lhs . rhs) + down . up^T in some rows, as in a layer with LoRA.
+struct GemmCase {
   DType dtype;  // of lhs and of the output
   int64_t m, n, depth;
   int block_shift;  // of a packed rhs; 0: dense, -1: dense in fp32
@@ -17,9 +17,9 @@ struct Product {
   uint32_t threshold;  // of dropout on the second term
 };
 
-static std::string named(const Product& p, const char* way) {
-  return std::string(way) + " " + name_of(p.dtype) + " m" + std::to_string(p.m) + " n" + std::to_string(p.n) +
-         " k" + std::to_string(p.depth) + " blocks 2^" + std::to_string(p.block_shift) +
+static std::string named(const GemmCase& p, const char* kernel) {
+  return std::string(kernel) + " " + name_of(p.dtype) + " m" + std::to_string(p.m) + " n" +
+         std::to_string(p.n) + " k" + std::to_string(p.depth) + " blocks 2^" + std::to_string(p.block_shift) +
          (p.rank ? " with LoRA" : "");
 }
 
@@ -32,7 +32,7 @@ static float plain_dot(int64_t depth, const std::vector<float>& a, const std::ve
   return total;
 }
 
-static void run(const KernelTable& tested, const Product& p) {
+static void run(const KernelTable& tested, const GemmCase& p) {
   const bool packed = p.block_shift > 0;
   const DType dense_type = p.block_shift < 0 ? DType::kF32 : p.dtype;
   const Array lhs = normal(p.dtype, p.m * p.depth, 1), dense = normal(dense_type, p.n * p.depth, 2),
@@ -74,26 +74,26 @@ static void run(const KernelTable& tested, const Product& p) {
       given[k] = static_cast<float>(packed ? rounded(exact[k], p.dtype) : exact[k]);
     }
     for (int64_t m = 0; m < p.m; ++m) {
-      double sum = p.has_bias ? bias.at(n) : 0.0, of_adapter = 0;
+      double sum = p.has_bias ? bias.at(n) : 0.0, delta = 0;
       for (int64_t k = 0; k < p.depth; ++k) {
         row[k] = lhs.at(m * p.depth + k);
         sum += double{row[k]} * exact[k];
       }
       for (int64_t r = 0; m > 0 && r < p.rank; ++r) {
-        of_adapter += 0.5 * down.at(m * p.rank + r) * up.at(p.by_columns ? r * p.n + n : n * p.rank + r);
+        delta += 0.5 * down.at(m * p.rank + r) * up.at(p.by_columns ? r * p.n + n : n * p.rank + r);
       }
-      of_adapter *= kept.at(m * p.n + n);
+      delta *= kept.at(m * p.n + n);
       const double base = plain_dot(p.depth, row, given) + (p.has_bias ? bias.at(n) : 0.0f);
-      truth[m * p.n + n] = sum + of_adapter;
-      plain[m * p.n + n] = rounded(base + of_adapter, p.dtype);
+      truth[m * p.n + n] = sum + delta;
+      plain[m * p.n + n] = rounded(base + delta, p.dtype);
     }
   }
 
-  // In two tasks each.
+  // Each in two tasks.
   if (p.by_columns) {
-    const int64_t cut = p.n > 64 ? 64 : p.n;
-    tested.gemm_nn(params, {0, p.m, 0, cut}, scratch());
-    if (cut < p.n) tested.gemm_nn(params, {0, p.m, cut, p.n}, scratch());
+    const int64_t middle = p.n > 64 ? 64 : p.n;
+    tested.gemm_nn(params, {0, p.m, 0, middle}, scratch());
+    if (middle < p.n) tested.gemm_nn(params, {0, p.m, middle, p.n}, scratch());
     return within_policy(out, plain, truth, named(p, "nn"));
   }
   params.plan = tested.plan_nt(params);
@@ -102,16 +102,16 @@ static void run(const KernelTable& tested, const Product& p) {
   if (params.plan != NtPlan::kPairs && params.plan != NtPlan::kFloats) return;
   const bool pairs = params.plan == NtPlan::kPairs;
   const auto up_to = [](int64_t x, int64_t unit) { return (x + unit - 1) / unit * unit; };
-  const Array room(pairs ? DType::kBF16 : DType::kF32, up_to(p.m, 16) * up_to(p.depth, kPackDepth));
-  const PackParams pack{lhs.data(), p.dtype, p.m, p.depth, params.plan, room.data()};
+  const Array buffer(pairs ? DType::kBF16 : DType::kF32, up_to(p.m, 16) * up_to(p.depth, kPackDepth));
+  const PackParams pack{lhs.data(), p.dtype, p.m, p.depth, params.plan, buffer.data()};
   tested.pack_strips(pack, 0, up_to(p.m, kPackRows) / kPackRows);
-  params.packed_lhs = room.data();
+  params.packed_lhs = buffer.data();
   params.packed_end = p.m;
   const Array again(out);
   memset(out.data(), 0xff, out.byte_count());
-  const int64_t cut = p.n > 48 ? 48 : p.n;
-  tested.gemm_packed(params, {0, p.m, 0, cut}, scratch());
-  if (cut < p.n) tested.gemm_packed(params, {0, p.m, cut, p.n}, scratch());
+  const int64_t middle = p.n > 48 ? 48 : p.n;
+  tested.gemm_packed(params, {0, p.m, 0, middle}, scratch());
+  if (middle < p.n) tested.gemm_packed(params, {0, p.m, middle, p.n}, scratch());
   within_policy(out, plain, truth, named(p, pairs ? "pairs" : "floats"));
 }
 

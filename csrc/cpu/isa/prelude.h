@@ -10,8 +10,8 @@
 #endif
 
 #include "../../common/nf4.h"
-#include "dynamic_tables.h"
-#include "isa.h"
+#include "../core/dynamic_tables.h"
+#include "../core/kernel_table.h"
 
 // What an ISA has beside its vectors: dot products of bf16 pairs, and AMX tiles. On x86 byte permutations
 // come with the former.

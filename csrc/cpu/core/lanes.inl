@@ -69,6 +69,19 @@ inline Vec exponential(Vec x) {
   return mul(sum, low_bits_to_exponent(shifted));
 }
 
+inline float exponential(float x) {
+  float lanes[kLanes];
+  store(lanes, exponential(splat(x)));
+  return lanes[0];
+}
+
+inline float sum_lanes(Vec x) {
+  float lanes[kLanes], total = 0.0f;
+  store(lanes, x);
+  for (int i = 0; i < kLanes; ++i) total += lanes[i];
+  return total;
+}
+
 template <class T>
 void widen_run(const T* x, int64_t count, float scale, float* out) {
   const Vec s = splat(scale);
@@ -88,4 +101,37 @@ void narrow_run(const float* x, int64_t count, T* out) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store(out + i, load(x + i));
   if (i < count) store_part(out + i, load_part(x + i, count - i), count - i);
+}
+
+// The last vector of a row whose length is not a multiple of the lanes, padded.
+inline Vec load_padded(const float* row, int64_t count, float padding) {
+  if (count == kLanes) return load(row);
+  float lanes[kLanes];
+  for (int i = 0; i < kLanes; ++i) lanes[i] = i < count ? row[i] : padding;
+  return load(lanes);
+}
+
+inline float row_max(const float* row, int64_t cols, float start) {
+  Vec maxima[2] = {splat(start), splat(start)};
+  for_lanes(0, cols, [&](int64_t i, int64_t n) {
+    Vec& m = maxima[i / kLanes % 2];
+    m = max(m, load_padded(row + i, n, start));
+  });
+  float lanes[kLanes], found = start;
+  store(lanes, max(maxima[0], maxima[1]));
+  for (int i = 0; i < kLanes; ++i) found = lanes[i] > found ? lanes[i] : found;
+  return found;
+}
+
+// The sum of row[i] * other[i], or of row alone if other is null.
+inline float sum_row(const float* row, const float* other, int64_t count) {
+  constexpr int kChains = 4;
+  Vec sums[kChains] = {zero(), zero(), zero(), zero()};
+  int chain = 0;
+  for_lanes(0, count, [&](int64_t i, int64_t lanes) {
+    const Vec x = load_lanes(row + i, lanes);
+    sums[chain] = other ? fma(x, load_lanes(other + i, lanes), sums[chain]) : add(x, sums[chain]);
+    chain = (chain + 1) % kChains;
+  });
+  return sum_lanes(add(add(sums[0], sums[1]), add(sums[2], sums[3])));
 }
