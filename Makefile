@@ -32,7 +32,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	@touch $@
 
 # Not by pip, which would recompile everything each time. Ninja's output, pages of command lines, goes to a file.
-$(VENV)/.built: Makefile $(VENV)/.packages setup.py tools/precompiled.py $(shell find peft_kernels/ops peft_kernels/core/registry.py -name '*.py') $(CPP)
+$(VENV)/.built: Makefile $(VENV)/.packages setup.py tools/precompiled.py $(shell find peft_kernels/ops peft_kernels/core/op.py -name '*.py') $(CPP)
 	@mkdir -p build
 	@echo "Compiling the kernels: some minutes the first time. Progress: build/build.log"
 	@PEFT_KERNELS_CPU=1 PEFT_KERNELS_EMULATE=1 \

@@ -63,7 +63,7 @@ PRECOMPILED = "#include <ATen/ATen.h>\n"
 
 def spec_files() -> list[Path]:
     """The files that define the op schemas and GROUPS."""
-    return [*sorted((PACKAGE / "ops").rglob("*.py")), PACKAGE / "core" / "registry.py"]
+    return [*sorted((PACKAGE / "ops").rglob("*.py")), PACKAGE / "core" / "op.py"]
 
 
 def headers(*folders: str) -> list[str]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from . import adapters, nn, optim, prefix, prompts, serving
 from .checkpoints.load import load_checkpoint
-from .core import dispatch
+from .core import backends, dispatch
 from .core.dispatch import use_backend
 from .host_memory import keep_freed_memory
 from .nf4.weight import NF4Weight
@@ -29,8 +29,9 @@ from .ops.lora.multi_lora import AdaptedLinear, Adapter, multi_lora_linear
 from .ops.loss.token_loss import linear_cross_entropy, token_log_probs
 from .patch import explain, patch, patched, unpatch
 from .quantize.model import quantize_model
+from .triton_kernels.backend import BACKEND as _TRITON
 
-dispatch.install()
+dispatch.install(backends.cuda.BACKEND, _TRITON, backends.cpu.BACKEND, backends.reference.BACKEND)
 
 __version__ = "0.1.0"
 

@@ -27,7 +27,8 @@ import peft_kernels as pk
 import ptx_backend as ptx
 import testing
 from peft_kernels.core import dispatch
-from peft_kernels.core.backends import BACKENDS, triton
+from peft_kernels.core.backends import BACKENDS
+from peft_kernels.triton_kernels import backend as triton
 from ptx import executed, triton_driver
 
 if capability := triton_driver.wanted():

@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from peft_kernels.core import registry
-from peft_kernels.core.backends import BACKENDS, Backend, triton
+from peft_kernels.core.backends import BACKENDS, Backend
+from peft_kernels.core.op import Op
+from peft_kernels.triton_kernels import backend as triton
 
 
 class CopiedBackend:
@@ -37,7 +39,7 @@ class CopiedBackend:
                 return f"{op}: a tensor is on {tensor.device}, this back end takes CPU tensors"
         return self.target.supports(op, self._there(args))
 
-    def _kernel(self, op: type[registry.Op]) -> Callable[..., Any] | None:
+    def _kernel(self, op: type[Op]) -> Callable[..., Any] | None:
         if op.composite:
             return None  # made of ops of this namespace
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import testing
 from peft_kernels import NF4Weight
 from peft_kernels.core import registry
-from peft_kernels.core.backends import triton
+from peft_kernels.triton_kernels import backend as triton
 
 NAMESPACES = {
     "public": "peft_kernels",

@@ -19,7 +19,8 @@ from torch import Tensor
 import ptx_backend as ptx
 from peft_kernels import NF4Weight
 from peft_kernels.core import dispatch, registry
-from peft_kernels.core.backends import BACKENDS, cpu, triton
+from peft_kernels.core.backends import BACKENDS, cpu
+from peft_kernels.triton_kernels import backend as triton
 
 IS_ARM = platform.machine() in ("aarch64", "arm64")
 ISA_LEVELS = ("scalar", "neon", "neon_bf16") if IS_ARM else ("scalar", "avx2", "avx512", "avx512_bf16", "amx")

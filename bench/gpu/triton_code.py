@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 
-from peft_kernels import triton_kernels
-from peft_kernels.core.registry import OPS
+from peft_kernels.core.op import OPS
+from peft_kernels.triton_kernels import table
 from peft_kernels.triton_kernels.core import launch
 
 from . import limits, sass
@@ -140,7 +140,7 @@ def launches(target: str, calls: Iterable[Call]) -> list[Launched]:
 
     with compiling_for(target), launch.recording(note):
         for call in calls:
-            getattr(triton_kernels, call.op)(OPS[call.op].named(call.args))
+            getattr(table, call.op)(OPS[call.op].named(call.args))
     return found
 
 

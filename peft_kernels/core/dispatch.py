@@ -21,6 +21,7 @@ from torch._ops import OpOverload
 from . import registry
 from .backends import BACKENDS, Backend
 from .backends.base import tensors
+from .op import OPS, Op
 
 ENVIRONMENT_VARIABLE = "PEFT_KERNELS_BACKEND"
 
@@ -32,16 +33,18 @@ _libraries: list[torch.library.Library] = []
 _chosen: dict[tuple[str, torch.device, torch.dtype], Callable[..., Any]] = {}
 
 
-def install() -> None:
-    """Define the public ops and load the back ends. Done once, at import; has no effect outside torch.ops."""
+def install(*backends: Backend) -> None:
+    """Define the public ops and load the back ends, given in the order of automatic choice. Only the first
+    call, at import, has an effect."""
     if _libraries:
         return
     _libraries.append(registry.install(registry.NAMESPACE, _public_kernel))
-    for backend in BACKENDS.values():
+    for backend in backends:
+        BACKENDS[backend.name] = backend
         backend.load()
 
 
-def _public_kernel(op: type[registry.Op]) -> Callable[..., Any]:
+def _public_kernel(op: type[Op]) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return kernel(op.name, args)(*args)
 
@@ -65,7 +68,7 @@ def call(op: str, *args: Any, like: Tensor | None = None, rounds: torch.dtype | 
     arithmetic.
     """
     if torch.compiler.is_compiling():
-        given = args if rounds is None else registry.OPS[op].rounded(args, rounds)
+        given = args if rounds is None else OPS[op].rounded(args, rounds)
         return getattr(registry.public_ops, op)(*given)
     like = args[0] if like is None else like
     if forced() is not None:

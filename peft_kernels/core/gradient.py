@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +20,7 @@ from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves, tree_map
 
 from . import flops
-
-if TYPE_CHECKING:
-    from .registry import Op
+from .op import Op
 
 Call = Callable[..., Any]
 Rounding = Callable[[Sequence[Any], torch.dtype], Sequence[Any]]

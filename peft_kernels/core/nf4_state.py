@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -18,18 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..nf4.multiples import Share
-from .registry import NAMESPACE, Base
+from .fingerprint import fingerprint
+from .op import Base
 from .registry import public_ops as ops
 
 PARALLEL = "this process has a part of it, as a plan for tensor parallelism cuts it"
 PACKED_FORM = ("packed", "absmax", "absmax2", "offset")
 
-# Of splitmix64, as signed numbers.
-_STEP, _MIX1, _MIX2 = -7046029254386353131, -4658895280553007687, -7723592293110705685
-_CHUNK = {"cpu": 1 << 16}
-_LARGE_CHUNK = 1 << 20
-
+_ROUNDING = 4 * torch.finfo(torch.float32).eps  # coefficients of an average may add up to 1 inexactly
 _MOST_ADDITIONS = 100  # more than anybody merges: what adds on and on is training, not merging
 
 _warned: set[str] = set()
@@ -52,6 +48,34 @@ class Addition:
 
     def undone_by(self, other: Addition) -> bool:
         return self.alpha == -other.alpha and other.fingerprints[0] in self.fingerprints
+
+
+@dataclass(frozen=True)
+class Share:
+    """`factor` times the weight that `packed` holds."""
+
+    shape: torch.Size
+    packed: Mapping[str, Tensor | None]
+    factor: Any  # a float, or a 0-dim tensor, read on the host only by `is_once`
+
+    def times(self, factor: Any) -> Share:
+        return Share(self.shape, self.packed, factor)
+
+    def is_once(self, other: Share) -> bool:
+        """Whether this is one times the weight that `other` is a multiple of."""
+        return self.is_of(other) and abs(float(self.factor) - 1) <= _ROUNDING
+
+    def is_of(self, other: Share) -> bool:
+        """Whether both are multiples of one weight."""
+        return self.shape == other.shape and all(
+            _equal(mine, other.packed.get(name)) for name, mine in self.packed.items()
+        )
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None or a is b:
+        return a is b
+    return a.device == b.device and a.dtype == b.dtype and not a.is_meta and torch.equal(a, b)
 
 
 @dataclass
@@ -263,46 +287,6 @@ def packed_rows(packed: Tensor, shape: Any) -> Tensor:
     if shape[-1] % 2 == 0:
         return packed.view(*shape[:-1], shape[-1] // 2)
     return packed if len(shape) == 2 else packed.view(shape[0], -1)
-
-
-def fingerprint(value: Any) -> Any:
-    """Dtype, shape and a 64-bit hash of the bits of a tensor; a number is its own. The same in every run."""
-    if not isinstance(value, Tensor):
-        return (type(value).__name__, value)
-    if value.layout == torch.sparse_coo:  # SHiRA adds these
-        value = value.detach().coalesce()
-        return ("sparse", tuple(value.shape), fingerprint(value.indices()), fingerprint(value.values()))
-    if value.numel() == 0 or value.dim() == 0:
-        return (value.dtype, tuple(value.shape), value.tolist())
-    return (value.dtype, tuple(value.shape), int(bits_hash(value)))
-
-
-def bits_hash(value: Tensor) -> Tensor:
-    """A 64-bit hash of the bits of a dense tensor, int64 () on its device. It waits for no device, and needs
-    8 MB, or on a CPU what stays in cache, beside a tensor that is contiguous.
-
-    On a CPU the compiled library computes it, once it is loaded (csrc/cpu/core/bits_hash.cpp)."""
-    bits = value.detach().contiguous().view(-1)
-    total = torch.zeros((), dtype=torch.int64, device=value.device)
-    if not bits.numel():
-        return total
-    itemsize = next((n for n in (8, 4, 2, 1) if bits.nbytes % n == 0 and bits.data_ptr() % n == 0), 1)
-    words = bits.view(torch.uint8).view(
-        {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.uint8}[itemsize]
-    )
-    library = getattr(torch.ops, f"{NAMESPACE}_cpu_library")
-    if itemsize == 8 and words.device.type == "cpu" and hasattr(library, "bits_hash"):
-        return torch.tensor(library.bits_hash(words))
-    size = _CHUNK.get(value.device.type, _LARGE_CHUNK)
-    keys = torch.arange(min(size, words.numel()), device=value.device) * _STEP
-    for start in range(0, words.numel(), size):
-        chunk = words[start : start + size].to(torch.int64)
-        mixed = (chunk ^ keys[: chunk.numel()]).mul_(_MIX1)
-        mixed.bitwise_xor_(mixed >> 29).mul_(_MIX2)
-        mixed.bitwise_xor_(mixed >> 32)
-        total += mixed.sum()
-        keys += (size * _STEP + 2**63) % 2**64 - 2**63
-    return total
 
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:

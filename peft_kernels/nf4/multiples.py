@@ -8,47 +8,17 @@ of one times the weight changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from ..core.nf4_state import Share
 from .read_only import has_views, written
 
 aten = torch.ops.aten
-
-_ROUNDING = 4 * torch.finfo(torch.float32).eps  # coefficients of an average may add up to 1 inexactly
-
-
-@dataclass(frozen=True)
-class Share:
-    """`factor` times the weight that `packed` holds."""
-
-    shape: torch.Size
-    packed: Mapping[str, Tensor | None]
-    factor: Any  # a float, or a 0-dim tensor, read on the host only by `is_once`
-
-    def times(self, factor: Any) -> Share:
-        return Share(self.shape, self.packed, factor)
-
-    def is_once(self, other: Share) -> bool:
-        """Whether this is one times the weight that `other` is a multiple of."""
-        return self.is_of(other) and abs(float(self.factor) - 1) <= _ROUNDING
-
-    def is_of(self, other: Share) -> bool:
-        """Whether both are multiples of one weight."""
-        return self.shape == other.shape and all(
-            _equal(mine, other.packed.get(name)) for name, mine in self.packed.items()
-        )
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None or a is b:
-        return a is b
-    return a.device == b.device and a.dtype == b.dtype and not a.is_meta and torch.equal(a, b)
 
 
 class Multiple(Tensor):

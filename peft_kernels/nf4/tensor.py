@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from ..core.code_tables import WEIGHT_DTYPES
-from ..core.nf4_state import PARALLEL, Addition, HoldsNF4, NF4State, warn_of_growth
+from ..core.nf4_state import PARALLEL, Addition, HoldsNF4, NF4State, Share, warn_of_growth
 from ..ops.linear import nf4_linear
-from .multiples import EACH, Multiple, Share, each, outcome
+from .multiples import EACH, Multiple, each, outcome
 from .read_only import has_views, read_only, written
 from .sharded import ddp
 

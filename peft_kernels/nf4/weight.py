@@ -26,7 +26,8 @@ import torch
 from torch import Tensor
 
 from ..core.code_tables import BLOCKSIZES, WEIGHT_DTYPES
-from ..core.nf4_state import Addition, NF4State, fingerprint, packed_rows
+from ..core.fingerprint import fingerprint
+from ..core.nf4_state import Addition, NF4State, packed_rows
 from ..core.registry import public_ops as ops
 from ..core.wrong_types import names_wrong_types
 from . import bitsandbytes_format, experts_format

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..core.backends.base import DTYPES
 from ..core.nf4_state import HoldsNF4, NF4State
-from ..core.registry import Base
+from ..core.op import Base
 
 Weight = HoldsNF4 | NF4State | Tensor
 """(out_features, in_features): an NF4Weight, what it holds, or a dense one."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..core import dispatch
-from ..core.registry import Op
+from ..core.op import Op
 
 
 class Cast(Op):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..core import dispatch
 from ..core.nf4_state import HoldsNF4, NF4State
-from ..core.registry import Base, Op
+from ..core.op import Base, Op
 from ..core.wrong_types import names_wrong_types
 from . import arguments
 from .arguments import Weight

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import dispatch
-from ..core.registry import Base, Op, columns
+from ..core.op import Base, Op, columns
 from ..core.wrong_types import names_wrong_types
 from . import arguments
 from .common import accumulator_dtype, new_h

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.code_tables import NESTED_BLOCKSIZE, dynamic_map, dynamic_thresholds, nf4_code, nf4_thresholds
-from ..core.registry import Base, Op
+from ..core.op import Base, Op
 
 ZERO_CODE = 7
 """Code of 0.0: what blocks without a usable scale, and the padding of an odd tail, are written as."""

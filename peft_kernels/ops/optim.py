@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.code_tables import dynamic_thresholds, moment_values
-from ..core.registry import Op
+from ..core.op import Op
 from .lora.dropout import philox
 
 STATE_BLOCK = 256

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.registry import Op
+from ..core.op import Op
 from .common import accumulator_dtype, rows
 
 

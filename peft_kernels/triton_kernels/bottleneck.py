@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.bottleneck.bottleneck import Bottleneck, BottleneckBackward
+from ..core.op import OPS
 from ..ops.common import empty_unless
 from .core.common import check, check_dtype, check_shape, matching
 from .core.launch import VARYING, cdiv, config, launch
@@ -169,7 +169,7 @@ class Checked(NamedTuple):
 def bottleneck(args: Any) -> tuple[Tensor, Tensor]:
     x, down, up, mask = _checked(args)
     if not _is_fused(args):
-        y, z = Bottleneck.plain(*args)
+        y, z = OPS["bottleneck"].plain(*args)
         return y, z
     r, n = down.shape[0], up.shape[0]
     _check_outputs(args.residual is None, x, up)
@@ -193,7 +193,7 @@ def bottleneck_backward(args: Any) -> tuple[Tensor, ...]:
     check_dtype(args.z, torch.float32, "z")
     check_shape(args.z, (*args.x.shape[:-1], r), "z")
     if not _is_fused(args):
-        found: tuple[Tensor, ...] = BottleneckBackward.plain(*args)
+        found: tuple[Tensor, ...] = OPS["bottleneck_backward"].plain(*args)
         return found
     dy, z = as_rows(args.dy, "dy"), as_rows(args.z, "z")
     need_dz = args.need_dx or args.need_ddown or args.need_ddown_bias

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core.registry import OPS
+from ..core.op import OPS
 from ..ops.loss.cross_entropy import border, check_slope, narrowed
 from .core.common import check, check_dtype, check_float, check_shape
 from .core.launch import VARYING, cdiv, config, launch, power_of_2

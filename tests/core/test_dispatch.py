@@ -17,8 +17,9 @@ from torch import Tensor
 import peft_kernels as pk
 import testing
 from peft_kernels.core import dispatch, registry
-from peft_kernels.core.backends import BACKENDS, cpu, cuda, triton
+from peft_kernels.core.backends import BACKENDS, cpu, cuda
 from peft_kernels.core.backends.architectures import unserved
+from peft_kernels.triton_kernels import backend as triton
 
 needs_cpu = pytest.mark.skipif(
     testing.unavailable("cpu") is not None, reason=f"cpu: {testing.unavailable('cpu')}"

@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import testing
 from peft_kernels.core import registry
-from peft_kernels.core.backends import triton
+from peft_kernels.triton_kernels import backend as triton
 
 DIFFERENTIABLE = [(op, sample) for op, sample in CASES if registry.OPS[op].differentiable]
 

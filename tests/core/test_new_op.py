@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import testing
 from peft_kernels.core import registry
-from peft_kernels.core.registry import Base, Op
+from peft_kernels.core.op import Base, Op
 from peft_kernels.ops.nf4 import dense_weight
 
 NAMESPACE = "peft_kernels_new_op"

@@ -19,7 +19,7 @@ from stub_device import H100, Launches, stub_device
 from test_adamw import ABSMAX1, GRADS, PARAMS, STATE1, assert_same, copied, moment_args, run
 
 import testing
-from peft_kernels.core.registry import OPS
+from peft_kernels.core.op import OPS
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 

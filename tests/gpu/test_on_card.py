@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.core.backends import triton
+from peft_kernels.triton_kernels import backend as triton
 
 DTYPE = torch.bfloat16
 ROWS = pytest.mark.parametrize("rows", [1, 5, 130], ids=lambda rows: f"m{rows}")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from . import cpu, cuda, reference, triton
+from . import cpu, cuda, reference
 from .base import Backend
 
-BACKENDS: dict[str, Backend] = {
-    backend.name: backend for backend in (cuda.BACKEND, triton.BACKEND, cpu.BACKEND, reference.BACKEND)
-}
+BACKENDS: dict[str, Backend] = {}
+"""By name. `dispatch.install` fills it when the package is imported."""
 
-__all__ = ["BACKENDS", "Backend"]
+__all__ = ["BACKENDS", "Backend", "cpu", "cuda", "reference"]

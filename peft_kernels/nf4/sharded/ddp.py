@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...core.nf4_state import NF4State, fingerprint
+from ...core.fingerprint import fingerprint
+from ...core.nf4_state import NF4State
 
 
 def is_ddp_broadcast(caller: FrameType) -> bool:

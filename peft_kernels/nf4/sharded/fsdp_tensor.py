@@ -19,8 +19,9 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.utils._pytree import tree_map
 
 from ...core.code_tables import WEIGHT_DTYPES
+from ...core.nf4_state import Share
 from .. import tensor as nf4_tensor
-from ..multiples import EACH, Multiple, Share, each, outcome
+from ..multiples import EACH, Multiple, each, outcome
 from ..read_only import has_views, read_only, written
 from ..weight import NF4Weight
 from .local_rows import LocalRows, pack_bytes, unpack_bytes

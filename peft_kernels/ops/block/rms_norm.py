@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import dispatch
-from ...core.registry import Op
+from ...core.op import Op
 from ...core.wrong_types import names_wrong_types
 from ..common import accumulator_dtype, empty_unless, rows
 

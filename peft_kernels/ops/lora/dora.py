@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...core import dispatch
-from ...core.registry import Base, Op
+from ...core.op import Base, Op
 from ...core.wrong_types import names_wrong_types
 from .. import arguments
 from ..arguments import Weight

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import dispatch, flops
-from ...core.registry import Op
+from ...core.op import Op
 from ...core.wrong_types import names_wrong_types
 from .. import arguments
 from ..arguments import Weight

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core import dispatch, flops
-from ...core.registry import Op, columns
+from ...core.op import Op, columns
 from ...core.wrong_types import names_wrong_types
 from .. import arguments
 from ..arguments import Weight

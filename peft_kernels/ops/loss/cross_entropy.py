@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...core.code_tables import NESTED_BLOCKSIZE
-from ...core.registry import Base, Op
+from ...core.op import Base, Op
 from ..common import accumulator_dtype
 
 PIECE = 1 << 22

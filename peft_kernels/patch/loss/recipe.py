@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...core.nf4_state import NF4State, bits_hash
+from ...core.fingerprint import bits_hash
+from ...core.nf4_state import NF4State
 from ...ops.linear import nf4_linear
 from ...ops.lora.lora import lora_linear
 

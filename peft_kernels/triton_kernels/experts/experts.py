@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ...core.code_tables import NESTED_BLOCKSIZE, dynamic_map
-from ...core.registry import Base
+from ...core.op import Base
 from ..core.common import check, check_blocksize, check_dtype, check_float, check_shape
 from ..core.launch import cdiv, launch, power_of_2, target
 from ..core.products import Parts, Split, parts_of, split_sum

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.code_tables import NESTED_BLOCKSIZE, NF4_THRESHOLDS, dynamic_map, dynamic_thresholds
-from ...core.registry import Base
+from ...core.op import Base
 from ..core.common import check, check_blocksize, check_dtype, check_float, check_numel
 from ..core.launch import cdiv, config, launch
 from .nf4_decode import decode, load_absmax

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 import ptx_backend as ptx
-from peft_kernels.core.backends import triton as backend
+from peft_kernels.triton_kernels import backend
 
 CACHE = Path(__file__).resolve().parent.parent.parent.parent / "build" / "triton_ptx"
 MAX_THREADS = 1024

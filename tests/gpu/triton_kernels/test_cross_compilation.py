@@ -90,7 +90,7 @@ def test_products_reach_tensor_cores(target: str) -> None:
 
 
 def modules() -> Iterator[Any]:
-    for module in pkgutil.iter_modules(triton_kernels.__path__, f"{triton_kernels.__name__}."):
+    for module in pkgutil.walk_packages(triton_kernels.__path__, f"{triton_kernels.__name__}."):
         yield importlib.import_module(module.name)
 
 

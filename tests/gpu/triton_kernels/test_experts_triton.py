@@ -19,9 +19,10 @@ from numbers_policy import DTYPES, pairs
 
 import testing
 from bench.gpu.triton_calls import BF16, Call, empty, nf4, of_experts
-from peft_kernels import NF4Weight, triton_kernels
+from peft_kernels import NF4Weight
 from peft_kernels.core import dispatch
-from peft_kernels.core.registry import OPS, Base
+from peft_kernels.core.op import OPS, Base
+from peft_kernels.triton_kernels import table
 from peft_kernels.triton_kernels.core import launch
 from peft_kernels.triton_kernels.experts import experts
 from peft_kernels.triton_kernels.experts.experts_kernels import find_slot
@@ -279,7 +280,7 @@ def test_launches_do_not_depend_on_what_ends_hold() -> None:
     def launches(call: Call) -> list[str]:
         noted.clear()
         with launch.recording(lambda kernel, *rest: noted.append(kernel.__name__)):
-            getattr(triton_kernels, call.op)(OPS[call.op].named(call.args))
+            getattr(table, call.op)(OPS[call.op].named(call.args))
         return list(noted)
 
     for count, rows in ((8, 4096), (128, 8)):

@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import peft_kernels as pk
 from peft_kernels.core import dispatch
-from peft_kernels.core.backends import BACKENDS, triton
+from peft_kernels.core.backends import BACKENDS
+from peft_kernels.triton_kernels import backend as triton
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"

@@ -29,7 +29,7 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from bench.gpu import triton_launch
 from bench.gpu.triton_launch import Card
-from peft_kernels.core.registry import OPS
+from peft_kernels.core.op import OPS
 from peft_kernels.triton_kernels.core import launch, tables
 from peft_kernels.triton_kernels.optim import adamw
 

@@ -17,7 +17,7 @@ from lora_cases import check_lora_linear, check_lora_linear_backward, check_nf4_
 from lora_multi_cases import check_forward
 from numbers_policy import case_id
 
-from peft_kernels.core.backends import triton
+from peft_kernels.triton_kernels import backend as triton
 
 if not triton.BACKEND.interpreted:
     pytest.skip("for Triton's interpreter (make triton)", allow_module_level=True)

@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 
 import peft_kernels as pk
 import testing
-from peft_kernels.core.backends import triton
+from peft_kernels.triton_kernels import backend as triton
 
 OPTIONS: dict[str, dict[str, float]] = {
     "plain": {},

@@ -16,8 +16,10 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
+from peft_kernels.core import fingerprint as fingerprints
 from peft_kernels.core import nf4_state
 from peft_kernels.core.backends import cpu
+from peft_kernels.core.fingerprint import bits_hash, fingerprint
 from peft_kernels.nn import NF4Linear
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
@@ -144,8 +146,8 @@ def test_a_delta_of_another_dtype_is_another_delta() -> None:
 
 def test_fingerprints_tell_tensors_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     value = testing.tensor(33, 65, dtype=torch.bfloat16)
-    first = nf4_state.fingerprint(value)
-    assert nf4_state.fingerprint(value.clone()) == nf4_state.fingerprint(value.t().contiguous().t()) == first
+    first = fingerprint(value)
+    assert fingerprint(value.clone()) == fingerprint(value.t().contiguous().t()) == first
     others = [value.view(65, 33), value.t(), value.half(), value.view(torch.int16), value[1:], value.flip(0)]
     for i in (0, 1000, value.numel() - 1):
         nudged = value.clone()
@@ -153,15 +155,15 @@ def test_fingerprints_tell_tensors_apart(monkeypatch: pytest.MonkeyPatch) -> Non
         others.append(nudged)
     swapped = value.clone()
     swapped[[0, 1]] = value[[1, 0]]
-    prints = [nf4_state.fingerprint(v) for v in (*others, swapped)]
+    prints = [fingerprint(v) for v in (*others, swapped)]
     assert len({first, *prints}) == len(prints) + 1
-    big = torch.zeros(3, nf4_state._CHUNK["cpu"])
+    big = torch.zeros(3, fingerprints._CHUNK["cpu"])
     moved = big.clone()
     big[0, 5], moved[1, 5] = 1, 1
-    assert nf4_state.fingerprint(big) != nf4_state.fingerprint(moved)
-    on_any_device = nf4_state.fingerprint(big)
-    monkeypatch.setitem(nf4_state._CHUNK, "cpu", 1000)
-    assert nf4_state.fingerprint(big) == on_any_device and nf4_state.fingerprint(value) == first
+    assert fingerprint(big) != fingerprint(moved)
+    on_any_device = fingerprint(big)
+    monkeypatch.setitem(fingerprints._CHUNK, "cpu", 1000)
+    assert fingerprint(big) == on_any_device and fingerprint(value) == first
 
 
 @pytest.mark.skipif(cpu.BACKEND.probe() is not None, reason=str(cpu.BACKEND.probe()))
@@ -170,10 +172,10 @@ def test_the_library_hashes_as_torch_does(words: int, monkeypatch: pytest.Monkey
     assert cpu.BACKEND.extension.bits_hash  # loads it
     value = testing.tensor(words, dtype=torch.float64)
     value[::3] *= -1
-    found = nf4_state.bits_hash(value)
-    assert nf4_state.bits_hash(value.nextafter(value + 1)) != found
-    monkeypatch.setattr(nf4_state, "NAMESPACE", "nowhere")
-    assert nf4_state.bits_hash(value) == found
+    found = bits_hash(value)
+    assert bits_hash(value.nextafter(value + 1)) != found
+    monkeypatch.setattr(fingerprints, "NAMESPACE", "nowhere")
+    assert bits_hash(value) == found
 
 
 @DTYPE

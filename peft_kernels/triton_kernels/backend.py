@@ -1,8 +1,8 @@
-"""Back end `triton`: kernels that Triton compiles when they are first used, for CUDA tensors.
+"""Back end `triton`: kernels that Triton compiles on first use, for CUDA tensors.
 
-Serves where back end `cuda` was not built: no nvcc, or a card of another vendor. With TRITON_INTERPRET=1 in
-the environment Triton interprets the kernels in numpy; CPU tensors are served too then, when this back end is
-forced. Triton itself is imported by the first call or question, not before.
+It serves where back end `cuda` was not built: without nvcc, or for another vendor's card. With
+TRITON_INTERPRET=1 in the environment Triton interprets the kernels in numpy; the back end then takes CPU
+tensors too, when it is forced. Triton is imported by the first call or probe, not with this file.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
-from .. import registry
-from .base import Cards, tensors, unserved_tensors
+from ..core import registry
+from ..core.backends.base import Cards, tensors, unserved_tensors
+from ..core.op import Op
 
 MINIMUM = (8, 0)
 """Compute capability that Triton's code for NVIDIA cards needs."""
@@ -37,7 +38,7 @@ COMPOSITES_WITH_KERNELS = frozenset(
         "linear_cross_entropy",
     )
 )
-"""Ops made of others that have kernels all the same."""
+"""Composite ops that have a kernel of their own."""
 
 
 class TritonBackend:
@@ -77,7 +78,7 @@ class TritonBackend:
             return unserved_tensors(op, args, ("cuda", "cpu"))
         return unserved_tensors(op, args, ("cuda",)) or self._cards.refusal_of_tensors(op, args)
 
-    def _implement(self, op: type[registry.Op]) -> Callable[..., Any] | None:
+    def _implement(self, op: type[Op]) -> Callable[..., Any] | None:
         if op.composite and op.name not in COMPOSITES_WITH_KERNELS:
             return None
 
@@ -123,7 +124,7 @@ def _compiler_problem() -> str | None:
 
 @functools.cache
 def _kernels() -> ModuleType:
-    return importlib.import_module("...triton_kernels", __package__)
+    return importlib.import_module(".table", __package__)
 
 
 BACKEND = TritonBackend()
