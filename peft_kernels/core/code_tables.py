@@ -1,8 +1,7 @@
-"""The number tables of the NF4 format: the one Python home (the one C++ home is ``csrc/common/nf4.h``).
+"""The value tables of the NF4 format, for Python (for C++: ``csrc/common/nf4.h``).
 
 Source: QLoRA (Dettmers et al. 2023, section 3) for NF4, "8-bit Approximations for Parallelism in Deep
-Learning" (Dettmers 2015) for the dynamic map; values as bitsandbytes fixes them. A test holds all three homes
-together.
+Learning" (Dettmers 2015) for the dynamic map; values as in bitsandbytes. A test compares the three.
 """
 
 from __future__ import annotations
@@ -82,8 +81,7 @@ def dynamic_map(device: torch.device, signed: bool = True) -> torch.Tensor:
     """The dynamic 8-bit map, ascending, fp32 (256,), on `device`.
 
     Signed: seven decades; decade i holds the 2^i midpoints of linspace(0.1, 1, 2^i + 1), scaled by
-    10^(i - 6), with both signs; then 0 and 1. Unsigned, for what is never negative: 2^(i + 1) midpoints in
-    place of those with signs.
+    10^(i - 6), with both signs; then 0 and 1. Unsigned: 2^(i + 1) positive midpoints instead.
     """
     values = [0.0, 1.0]
     for i in range(7):
@@ -95,9 +93,10 @@ def dynamic_map(device: torch.device, signed: bool = True) -> torch.Tensor:
 
 @lru_cache(maxsize=16)
 def moment_values(device: torch.device, signed: bool) -> torch.Tensor:
-    """What the codes of an optimizer's moments are read as, fp32 (256,): the first moment's (signed) are a
-    dynamic map. Of the second's, code 0 stands for all up to the first midpoint, and is read as half of that:
-    as 0 it would divide a first moment that is not 0 by eps alone, and throw the parameter far off."""
+    """Values of the codes of an optimizer's moments, fp32 (256,): a dynamic map, signed for the first moment.
+    Code 0 of the second moment, which covers all values up to the first midpoint, is read as half of that
+    midpoint: with 0, a nonzero first moment would be divided by eps alone, and the parameter thrown far
+    off."""
     values = dynamic_map(torch.device("cpu"), signed).clone()
     if not signed:
         values[0] = dynamic_thresholds(torch.device("cpu"), signed)[0] * 0.5

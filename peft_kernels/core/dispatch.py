@@ -1,8 +1,8 @@
-"""Which back end serves a call, and why.
+"""Chooses the back end that serves a call.
 
-Automatic choice takes the first back end, in the order of `BACKENDS`, that is for the device of the tensors,
-usable here and supports the call. A forced one (`use_backend`, or the environment variable
-PEFT_KERNELS_BACKEND) serves it or raises with the reason.
+Automatic choice takes the first one in `BACKENDS` that is for the tensors' device, is usable here and
+supports the call. A forced one (`use_backend` or the environment variable PEFT_KERNELS_BACKEND) serves the
+call or raises with the reason.
 """
 
 from __future__ import annotations
@@ -52,20 +52,19 @@ def _public_kernel(op: type[Op]) -> Callable[..., Any]:
 
 
 def kernel(op: str, args: Sequence[Any]) -> OpOverload:
-    """The back end op that serves `op` with `args`. RuntimeError when a forced back end cannot."""
+    """The op of the back end that serves `op` with `args`. Raises RuntimeError when a forced one cannot."""
     backend = select(op, args)
     found: OpOverload = getattr(getattr(torch.ops, backend.namespace), op).default
     return found
 
 
 def call(op: str, *args: Any, like: Tensor | None = None, rounds: torch.dtype | None = None) -> Any:
-    """Call an op. Device and dtype of `like`, by default the first argument, decide which back end serves.
-    `rounds`: the dtype that its arguments in fp32 which may be `rounding` are rounded to first, all at once;
-    their gradients, rounded so too, are fp32.
+    """Calls an op on the back end for the device and dtype of `like`, by default the first argument.
+    `rounds`: dtype to which the op's `rounding` arguments are cast first, in one call; their gradients have
+    this precision too, but are returned as fp32.
 
-    Eager calls skip the public op and the dispatcher's autograd key; traced ones record the public op. The
-    choice is remembered: to look at all arguments in every call would cost a small layer as much as its
-    arithmetic.
+    Eager calls skip the public op and torch's autograd key; traced ones record the public op. The choice is
+    cached: to examine all arguments in every call would cost a small layer as much as its arithmetic.
     """
     if torch.compiler.is_compiling():
         given = args if rounds is None else OPS[op].rounded(args, rounds)
@@ -81,36 +80,37 @@ def call(op: str, *args: Any, like: Tensor | None = None, rounds: torch.dtype | 
 
 
 def select(op: str, args: Sequence[Any]) -> Backend:
-    """The back end for this call. RuntimeError when a forced back end cannot serve it."""
+    """The back end for this call. Raises RuntimeError when a forced one cannot serve it."""
     name = forced()
     if name is not None:
         backend = BACKENDS[name]
         reason = backend.probe() or backend.supports(op, args)
         if reason is not None:
-            raise RuntimeError(f"back end {name} was asked for but cannot serve {op}: {reason}")
+            raise RuntimeError(f"back end {name} is forced but cannot serve {op}: {reason}")
         return backend
     device = next((tensor.device.type for tensor in tensors(args)), None)
     unusable: dict[str, str] = {}
-    passed_over = False
+    skipped = False
     for backend in BACKENDS.values():
         if backend.device_type is None:
-            if not passed_over:
-                _tell_of_the_reference(device, unusable)
+            if not skipped:
+                _warn_of_reference(device, unusable)
             return backend
         if backend.device_type != device:
-            continue  # nothing to talk about
+            continue
         if (reason := backend.probe()) is not None:
             unusable[backend.name] = reason
         elif (reason := backend.supports(op, args)) is not None:
-            _log_once(f"back end {backend.name} passed over: {reason}")
-            passed_over = True
+            _log_once(f"back end {backend.name} skipped: {reason}")
+            skipped = True
         else:
             return backend
     raise AssertionError("unreachable: the reference supports everything")
 
 
-def _tell_of_the_reference(device: str | None, unusable: Mapping[str, str]) -> None:
-    """Once, why all tensors on such devices end at plain torch. Where that is the CPU, installation told."""
+def _warn_of_reference(device: str | None, unusable: Mapping[str, str]) -> None:
+    """Warns once per device type that plain torch serves it, and why. On the CPU the installation has
+    warned."""
     if device in (None, "cpu", "meta"):
         return
     reasons = "; ".join(f"back end {name}: {reason}" for name, reason in unusable.items())
@@ -121,7 +121,7 @@ def _tell_of_the_reference(device: str | None, unusable: Mapping[str, str]) -> N
 
 
 def forced() -> str | None:
-    """Name of the back end that `use_backend` or the environment asks for, None for automatic choice."""
+    """Name of the back end forced by `use_backend` or the environment; None for automatic choice."""
     name = _forced.get() or os.environ.get(ENVIRONMENT_VARIABLE) or None
     if name is not None and name not in BACKENDS:
         raise ValueError(f"{ENVIRONMENT_VARIABLE}: expected one of {', '.join(BACKENDS)}, got {name!r}")
@@ -142,7 +142,7 @@ def use_backend(name: str) -> Iterator[None]:
     ValueError
         There is no back end of that name.
     RuntimeError
-        It is not usable on this machine; later, inside the block, when it does not support a call.
+        It is not usable on this machine; or, inside the block, it does not support a call.
     """
     if name not in BACKENDS:
         raise ValueError(f"name: expected one of {', '.join(BACKENDS)}, got {name!r}")
@@ -157,8 +157,8 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def explain() -> str:
-    """A readable account of the back ends: built? usable here? with which instruction set, on which cards?
-    why not?"""
+    """Describes the back ends: whether each is built and usable here, with which instruction set or cards, or
+    why not."""
     lines = []
     for backend in BACKENDS.values():
         reason = backend.probe()

@@ -16,7 +16,8 @@ _LARGE_CHUNK = 1 << 20
 
 
 def fingerprint(value: Any) -> Any:
-    """Dtype, shape and a 64-bit hash of the bits of a tensor; a number is its own. The same in every run."""
+    """Dtype, shape and a 64-bit hash of a tensor's bits; type and value of a number. The same in every
+    run."""
     if not isinstance(value, Tensor):
         return (type(value).__name__, value)
     if value.layout == torch.sparse_coo:  # SHiRA adds these
@@ -28,10 +29,10 @@ def fingerprint(value: Any) -> Any:
 
 
 def bits_hash(value: Tensor) -> Tensor:
-    """A 64-bit hash of the bits of a dense tensor, int64 () on its device. It waits for no device, and needs
-    8 MB, or on a CPU what stays in cache, beside a tensor that is contiguous.
+    """A 64-bit hash of the bits of a dense tensor: int64 () on its device, without synchronisation. Needs 8
+    MB of scratch for a contiguous tensor, on a CPU less than the cache.
 
-    On a CPU the compiled library computes it, once it is loaded (csrc/cpu/core/bits_hash.cpp)."""
+    On a CPU the compiled library computes it once it is loaded (csrc/cpu/core/bits_hash.cpp)."""
     bits = value.detach().contiguous().view(-1)
     total = torch.zeros((), dtype=torch.int64, device=value.device)
     if not bits.numel():

@@ -1,10 +1,10 @@
-"""What torch's FlopCounterMode counts for the ops: those of their matrix products.
+"""FLOPs of the ops' GEMMs, for torch's FlopCounterMode.
 
-2 m n k for a product with a base weight, and in the same way for h = x A^T, h B^T, dY B, dh A, dA and dB of
-an adapter, where they are computed. Elementwise work, quantising and dequantising count nothing, as in torch.
+2 m n k for the GEMM with a base weight, and likewise for h = x A^T, h B^T, dY B, dh A, dA and dB of an
+adapter where they are computed. Elementwise work, quantising and dequantising count nothing, as in torch.
 
-torch.utils.flop_counter imports Triton, so it is not imported for this: a counter is told of the formulas
-when it first meets an op.
+torch.utils.flop_counter imports Triton, so it is not imported here: a counter gets the formulas when it first
+sees an op.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 Shape = Sequence[int]
 
 _packets: dict[Any, Callable[..., int]] = {}
-"""Of all namespaces."""
+"""Formulas by op, of all namespaces."""
 
 
-def know(namespace: str, formulas: Mapping[str, tuple[Callable[..., Any], Callable[[Any], int]]]) -> None:
-    """Have counters told of the ops of a namespace: how to name their arguments, and what these count."""
+def register(namespace: str, formulas: Mapping[str, tuple[Callable[..., Any], Callable[[Any], int]]]) -> None:
+    """Registers the ops of a namespace: per op, how to name its arguments, and its formula."""
     ops = getattr(torch.ops, namespace)
     for op, (named, formula) in formulas.items():
         _packets[getattr(ops, op)] = _of_shapes(named, formula)
-    tell()
+    update_counters()
 
 
 def _of_shapes(named: Callable[..., Any], formula: Callable[[Any], int]) -> Callable[..., int]:
@@ -38,9 +38,9 @@ def _of_shapes(named: Callable[..., Any], formula: Callable[[Any], int]) -> Call
     return count
 
 
-def tell() -> None:
-    """Make the formulas known to torch.utils.flop_counter, if anybody has imported it, and to the counters
-    that are at work: each has a copy of what was known when it was made."""
+def update_counters() -> None:
+    """Adds the formulas to torch.utils.flop_counter, if it is imported, and to active counters, which copied
+    the registry when they were made."""
     module: Any = sys.modules.get("torch.utils.flop_counter")
     if module is None or not hasattr(module, "register_flop_formula"):  # or is being imported
         return
@@ -54,7 +54,7 @@ def tell() -> None:
 
 
 def layers(x: Shape, out_features: Sequence[int], lora_a: Sequence[Shape], lora_b: Sequence[Shape]) -> int:
-    """Of linear layers on one x, and of their adapters."""
+    """FLOPs of linear layers on one x, with their adapters."""
     base = x[-1] * sum(out_features)
     return 2 * prod(x[:-1]) * (base + sum(prod(a) for a in lora_a) + sum(prod(b) for b in lora_b))
 

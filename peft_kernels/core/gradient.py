@@ -1,9 +1,8 @@
-"""How ops are called: with their gradients, past autocast, and under torch.func's transforms.
+"""Calls of ops: with their gradients, outside autocast, and under torch.func's transforms.
 
-The gradient of an op is its formula behind a torch.autograd.Function. torch.library.register_autograd does as
-much for any schema, and costs 20 to 40 us a forward call: it fills in defaults, and takes lists apart by
-pytrees. Our schemas have no defaults, and say where the lists are; and only the arguments that have a
-gradient go through torch's function.
+An op's gradient is a torch.autograd.Function. torch.library.register_autograd would do for any schema, but
+costs 20 to 40 us per forward call for defaults and pytrees. Our schemas have no defaults and declare their
+lists, and only differentiable arguments are passed through the autograd function.
 """
 
 from __future__ import annotations
@@ -41,55 +40,55 @@ def _keyset(*names: str) -> DispatchKeySet:
     return keys
 
 
-# An op says itself in which dtypes it computes: torch functions that a kernel calls must not see autocast.
+# An op defines its own compute dtypes: torch functions that a kernel calls must not see autocast.
 _AUTOCAST = _keyset(*_AUTOCAST_KEYS)
 _VERSIONS = _keyset("ADInplaceOrView")
 _ABOVE_KERNELS = _AUTOCAST | _keyset("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor")
 
 
 class Like(NamedTuple):
-    """What is left of a tensor that is not saved."""
+    """Shape and dtype of a tensor that is not saved."""
 
     shape: torch.Size
     dtype: torch.dtype
 
     @classmethod
     def of(cls, value: Any) -> Any:
-        """Of a tensor, of each in a list of them, or None of None."""
+        """Of a tensor, or of each tensor in a list; None for None."""
         if isinstance(value, Tensor):
             return cls(value.shape, value.dtype)
         return value and [cls.of(t) for t in value]
 
 
 def register(op: type[Op], overload: OpOverload, library: torch.library.Library, ops: Any) -> Call:
-    """Say how an op is called, through the dispatcher and, by what is returned, in eager calls.
+    """Registers an op's autograd and autocast kernels; returns the function for eager calls.
 
-    What runs under torch.func's transforms and in forward-mode differentiation, for which kernels have no
-    rules, is the op in plain torch, which torch itself differentiates and batches. Saved tensors are unpacked
-    once in a backward: a second time is an error under hooks such as those of activation checkpointing.
+    Under torch.func's transforms and in forward-mode differentiation, for which kernels have no rules, the
+    reference runs, which torch differentiates and batches. Backward unpacks saved tensors once: a second time
+    is an error under hooks such as those of activation checkpointing.
     """
     rounded = _rounding(op, ops)
     apply = _differentiable(op, overload, ops, rounded) if op.differentiable else None
     trained = _items(op, overload)
 
-    # All in one function: each that is called on the way costs a tiny op some of its time.
+    # One function: each further Python call would show in the time of a small op.
     def call(*args: Any, rounds: torch.dtype | None = None) -> Any:
         if _in_transform() or forward_ad._current_level >= 0:
             with _Without(_AUTOCAST):
                 return op.plain(*(args if rounds is None else op.rounded(args, rounds)))
         if _dispatch_modes():
-            flops.tell()
+            flops.update_counters()
         if apply is not None and _is_grad_enabled() and _any_requires_grad(*(tensors := trained(args))):
             return apply(args, tensors, rounds)
         with _Without(_ABOVE_KERNELS):
             return overload(*(args if rounds is None else rounded(args, rounds)))
 
-    def past_autocast(_keys: DispatchKeySet, *args: Any) -> Any:
+    def without_autocast(_keys: DispatchKeySet, *args: Any) -> Any:
         with _Without(_AUTOCAST):
             return overload(*args)
 
     for key in _AUTOCAST_KEYS:
-        library.impl(overload, past_autocast, key, with_keyset=True)
+        library.impl(overload, without_autocast, key, with_keyset=True)
     if overload._schema.is_mutable:
         library.impl(overload, _counting_versions(overload), "ADInplaceOrView", with_keyset=True)
     if apply is not None:
@@ -106,7 +105,8 @@ def register(op: type[Op], overload: OpOverload, library: torch.library.Library,
 
 
 def _counting_versions(overload: OpOverload) -> Call:
-    """Tells autograd that tensors are changed in place: a backward that saved one of them refuses to run."""
+    """Increments the versions of tensors changed in place, so that a backward that saved one of them
+    raises."""
     arguments = overload._schema.arguments
     changed = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
 
@@ -120,7 +120,7 @@ def _counting_versions(overload: OpOverload) -> Call:
 
 
 def _items(op: type[Op], overload: OpOverload) -> Callable[[Sequence[Any]], list[Any]]:
-    """Takes the tensors that have a gradient out of a call's arguments, items of lists one by one."""
+    """Returns a function that picks the differentiable tensors from a call's arguments, lists flattened."""
     places = [op.arguments.index(name) for name in op.differentiable]
     if not any(_is_list(overload._schema.arguments[i].type) for i in places):
         return lambda args: [args[i] for i in places]
@@ -135,7 +135,7 @@ def _items(op: type[Op], overload: OpOverload) -> Callable[[Sequence[Any]], list
 
 
 def _rounding(op: type[Op], ops: Any) -> Rounding:
-    """As `Op.rounded`, by one call of `cast`."""
+    """Returns `Op.rounded` with a single call of `cast`."""
     places = [op.arguments.index(name) for name in op.rounding]
 
     def rounded(args: Sequence[Any], dtype: torch.dtype) -> Sequence[Any]:
@@ -152,7 +152,8 @@ def _rounding(op: type[Op], ops: Any) -> Rounding:
 
 
 def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Rounding) -> Call:
-    """Calls the op, given its arguments and those of them that have a gradient."""
+    """Returns the differentiable call of an op, given its arguments and the differentiable ones among
+    them."""
     returns = overload._schema.returns
     several, first_is_list = len(returns) > 1, _is_list(returns[0].type)
     saving = _Saving(op, overload)
@@ -160,8 +161,7 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Round
     trained = [(op.arguments.index(name), name in of_lists) for name in op.differentiable]
     Need: Any = namedtuple("Need", op.differentiable)  # type: ignore[misc]
 
-    # `args` are all arguments of the op; torch sees those at the end, which have a gradient, as they are
-    # before they are rounded.
+    # `args` are all arguments of the op. Autograd sees the differentiable ones at the end, before rounding.
     def forward(ctx: Any, args: Sequence[Any], rounds: torch.dtype | None, *_: Tensor | None) -> Any:
         ctx.rounds = rounds
         if rounds is not None:
@@ -177,15 +177,15 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Round
         flags: Iterator[bool] = iter(ctx.needs_input_grad[2:])
         need = Need(*([next(flags) for _ in args[i]] if many else next(flags) for i, many in trained))
         dy: Any = grads[0]
-        if first_is_list or op.leaving > 1:
-            dy = grads[: len(results[0]) if first_is_list else op.leaving]
+        if first_is_list or op.num_outputs > 1:
+            dy = grads[: len(results[0]) if first_is_list else op.num_outputs]
         if dy is None:  # no loss depends on it
             return (None,) * len(ctx.needs_input_grad)
         with _Without(_AUTOCAST):
             if op.twice_differentiable or not torch.is_grad_enabled():
                 found = op.backward(ops, op.named(args), results, need, dy)
             else:
-                found = _refusing(op, ops, op.named(args), results, need, dy)
+                found = _first_order_only(op, ops, op.named(args), results, need, dy)
         gradients: list[Any] = [None, None]
         narrow: list[int] = []
         for name in op.differentiable:
@@ -196,18 +196,19 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Round
                 gradients.append(found[name] if wanted else None)
             if name in op.rounding:
                 narrow += [i for i in range(start, len(gradients)) if gradients[i] is not None]
-        # Torch would cast one after the other. In a graph of gradients it does: what refuses stays in it.
+        # One cast for all; torch would cast one by one. With grad enabled it does, so that the graph keeps
+        # the node that raises.
         if ctx.rounds is not None and narrow and not torch.is_grad_enabled():
             wide = ops.cast([gradients[i] for i in narrow], torch.float32)
             for i, one in zip(narrow, wide, strict=True):
                 gradients[i] = one
         return tuple(gradients)
 
-    # The name is what a tensor's grad_fn shows, and it is taken when the class is made.
+    # The class name is shown by a tensor's grad_fn.
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     function: Any = type(f"{overload._namespace}_{op.name}_", (torch.autograd.Function,), methods)
 
-    # Not Function.apply itself: all that it adds is for torch.func's transforms.
+    # Not Function.apply itself, which only adds support of torch.func's transforms.
     apply = super(torch.autograd.Function, function).apply
 
     def call(args: Sequence[Any], tensors: list[Any], rounds: torch.dtype | None = None) -> Any:
@@ -221,18 +222,18 @@ def _differentiable(op: type[Op], overload: OpOverload, ops: Any, rounded: Round
 
 
 class _Saving:
-    """What of a call's arguments and results its backward gets; tensors by torch's way, so that hooks on
-    saved tensors see them."""
+    """Saves a call's arguments and results for backward; tensors by save_for_backward, so that saved-tensor
+    hooks see them."""
 
     def __init__(self, op: type[Op], overload: OpOverload) -> None:
         arguments = overload._schema.arguments
         tensors = [(i, _is_list(a.type)) for i, a in enumerate(arguments) if "Tensor" in str(a.type)]
-        self._saved = [(i, many) for i, many in tensors if op.arguments[i] not in op.described]
-        self._described = [i for i, name in enumerate(op.arguments) if name in op.described]
+        self._saved = [(i, many) for i, many in tensors if op.arguments[i] not in op.saved_meta]
+        self._meta_args = [i for i, name in enumerate(op.arguments) if name in op.saved_meta]
         results = op.returns or ["y"]
-        self._leaving = op.leaving
-        self._kept = [i for i, name in enumerate(results) if name in op.kept]
-        self._described_results = [i for i, name in enumerate(results) if name in op.described]
+        self._num_outputs = op.num_outputs
+        self._saved_outputs = [i for i, name in enumerate(results) if name in op.saved_outputs]
+        self._meta_outputs = [i for i, name in enumerate(results) if name in op.saved_meta]
         self._none: list[Any] = [None] * len(results)
         self._named: Any = namedtuple("Results", results)  # type: ignore[misc]
 
@@ -245,27 +246,26 @@ class _Saving:
             else:
                 tensors.append(args[i])
                 rest[i] = None
-        for i in self._described:
+        for i in self._meta_args:
             rest[i] = Like.of(args[i])
-        described = self._none.copy()
-        for i in self._described_results:
-            described[i] = Like.of(results[i])
-        if self._kept:
-            kept = [results[i] for i in self._kept]
-            tensors += kept
-            ctx.mark_non_differentiable(*(results[i] for i in self._kept if i >= self._leaving))
-            # No zeros for gradients that there are none of: as much memory as the results themselves.
+        meta = self._none.copy()
+        for i in self._meta_outputs:
+            meta[i] = Like.of(results[i])
+        if self._saved_outputs:
+            tensors += [results[i] for i in self._saved_outputs]
+            ctx.mark_non_differentiable(*(results[i] for i in self._saved_outputs if i >= self._num_outputs))
+            # Zeros for missing gradients would take as much memory as the results.
             ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors)
-        ctx.rest, ctx.described = rest, described
+        ctx.rest, ctx.meta = rest, meta
 
     def restore(self, ctx: Any) -> tuple[list[Any], Any]:
-        """Arguments, flat, and results by name."""
+        """The flat arguments, and results by name."""
         tensors: Iterator[Any] = iter(ctx.saved_tensors)
-        args, results = list(ctx.rest), list(ctx.described)
+        args, results = list(ctx.rest), list(ctx.meta)
         for i, many in self._saved:
             args[i] = [next(tensors) for _ in range(args[i])] if many else next(tensors)
-        for i in self._kept:
+        for i in self._saved_outputs:
             results[i] = next(tensors)
         return args, self._named(*results)
 
@@ -276,8 +276,8 @@ def _is_list(kind: Any) -> bool:
     return any(kind.isSubtypeOf(one) for one in kinds)
 
 
-class _Refusal(torch.autograd.Function):
-    """The first `count` tensors, with an error in place of their gradient in any of the tensors."""
+class _RaiseInBackward(torch.autograd.Function):
+    """Returns the first `count` tensors; their backward, with respect to any of the tensors, raises."""
 
     @staticmethod
     def forward(ctx: Any, sentence: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -289,14 +289,14 @@ class _Refusal(torch.autograd.Function):
         raise RuntimeError(ctx.sentence)
 
 
-def _refusing(op: type[Op], ops: Any, *inputs: Any) -> dict[str, Any]:
-    """Gradients whose own gradient raises, where torch would only warn or take them for constants."""
+def _first_order_only(op: type[Op], ops: Any, *inputs: Any) -> dict[str, Any]:
+    """Gradients whose own gradient raises, where torch would only warn or treat them as constants."""
     with torch.no_grad():
         found = op.backward(ops, *inputs)
     sentence = f"{op.name}: a gradient of its gradients was asked for, expected first order only"
     tensors = [t for t in tree_leaves(found) if isinstance(t, Tensor)]
     sources = [t for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.requires_grad]
-    # Where none of what it was computed from was saved, it would pass for a constant.
+    # Without a differentiable source the result would be a constant.
     sources = sources or [torch.empty(0, requires_grad=True)]
-    refusing = iter(_Refusal.apply(sentence, len(tensors), *tensors, *sources))
-    return tree_map(lambda value: next(refusing) if isinstance(value, Tensor) else value, found)
+    raising = iter(_RaiseInBackward.apply(sentence, len(tensors), *tensors, *sources))
+    return tree_map(lambda value: next(raising) if isinstance(value, Tensor) else value, found)

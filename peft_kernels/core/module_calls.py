@@ -1,5 +1,5 @@
-"""What the call of a module does besides its forward. Code that computes what a module would, without calling
-it, must ask."""
+"""Finds what the call of a module does besides its forward, for code that computes a module's result without
+calling it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ GLOBAL_HOOKS = (
     "_global_backward_hooks",
     "_global_backward_pre_hooks",
 )
-"""Names of torch's dictionaries of hooks on all modules, in the file of nn.Module."""
+"""Names of torch's dictionaries of global module hooks."""
 
 _call, _call_impl = nn.Module.__call__, nn.Module._call_impl
 
 
 def hooks_on_all() -> str:
-    """HOOKED_ALL if there are any, or ""."""
+    """HOOKED_ALL if there are global hooks, else ""."""
     if (
         _global_forward_hooks
         or _global_forward_pre_hooks
@@ -39,13 +39,13 @@ def hooks_on_all() -> str:
 
 
 def more_than_forward(module: nn.Module) -> str:
-    """What calling a module is besides its forward, or "". Tracers replace the call itself, of all modules
-    or of a class; torch.export does so only to know whose forward runs."""
+    """Why calling a module does more than its forward (hooks, a replaced __call__), or "". Tracers replace
+    the call of all modules or of a class; torch.export does so only to know which module runs."""
     d = module.__dict__
     if d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]:
         return HOOKED
     cls = type(module)
     replaced = cls.__call__ is not _call or cls._call_impl is not _call_impl
     if replaced and not torch.compiler.is_compiling():
-        return f"the call of a {cls.__name__} is its own, which a fused forward would skip"
+        return f"{cls.__name__} replaces __call__, which a fused forward would skip"
     return hooks_on_all()

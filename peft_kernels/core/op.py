@@ -16,8 +16,8 @@ GROUPS = {
     "$base": "Tensor weight, Tensor? absmax, Tensor? absmax2, Tensor? offset, int blocksize",
     "$bases": "Tensor[] weight, Tensor?[] absmax, Tensor?[] absmax2, Tensor?[] offset, int[] blocksize",
 }
-"""The arguments of schemas that are a base weight: NF4, NF4 or dense, and such a one for each layer. Python
-code has a `Base` in their place, called `base`, or a list of these, called `bases`."""
+"""The schema arguments of a base weight: NF4; NF4 or dense; one per layer. In Python they are one `Base`
+named `base`, or a list of them named `bases`."""
 
 
 class Base(NamedTuple):
@@ -31,7 +31,7 @@ class Base(NamedTuple):
 
 
 def columns(bases: Sequence[Base]) -> list[list[Any]]:
-    """Several base weights as the lists that ops take."""
+    """Several base weights as the lists of arguments that ops take."""
     return [list(column) for column in zip(*bases, strict=True)] if bases else [[] for _ in Base._fields]
 
 
@@ -41,57 +41,57 @@ _PLAIN: Any = SimpleNamespace()
 
 
 class Op:
-    """One op; its subclasses are the table. What comes as `args` is a tuple of a call's arguments with the
-    names of the schema."""
+    """One op. A subclass registers itself in `OPS`. `args` of its functions is a named tuple of a call's
+    arguments."""
 
     name: ClassVar[str]
     schema: ClassVar[str]
-    """In which a word of GROUPS stands for its arguments. `Tensor(a!) x` is changed in place,
-    `Tensor(a!)[] x` each of a list; an op that does so has no gradient, and returns nothing: `-> ()`."""
+    """torch's schema; a key of GROUPS is replaced by its arguments. An op that changes `Tensor(a!) x` or the
+    tensors of `Tensor(a!)[] x` in place has no gradient and returns nothing: `-> ()`."""
     composite: ClassVar[bool] = False
-    """Made of other ops, those of `meaning`'s namespace `ops` or torch's: no back end needs a kernel. One
-    that has a kernel all the same uses it."""
+    """Whether the reference, which calls ops of namespace `ops` and torch, serves back ends without a
+    kernel."""
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Any:
-        """The op in plain torch, for any floating dtype (fp64 included: run so, it is the truth that kernels
-        are judged against) and any device. Clarity before speed: weights are materialised."""
+    def reference(ops: Any, args: Any) -> Any:
+        """The op in plain torch, for any floating dtype and device. Run in fp64 it is the ground truth of
+        tests. Written for clarity: weights are materialised."""
         raise NotImplementedError
 
     @staticmethod
     def fake(args: Any) -> Any:
-        """Results of the right shapes and dtypes, with anything in them."""
+        """Uninitialised results of the right shapes and dtypes."""
         raise NotImplementedError
 
     differentiable: ClassVar[tuple[str, ...]] = ()
     """Arguments that have a gradient."""
-    described: ClassVar[tuple[str, ...]] = ()
-    """Tensors, among arguments and results, of which backward needs but shape and dtype: `gradient.Like`.
-    Other arguments are saved."""
-    kept: ClassVar[tuple[str, ...]] = ()
-    """Results that are saved."""
-    leaving: ClassVar[int] = 1
-    """How many results, the first ones, are for who calls. What is behind them leaves the op for nothing but
-    `kept`: it has no gradient."""
+    saved_meta: ClassVar[tuple[str, ...]] = ()
+    """Arguments and results saved for backward as shape and dtype only (`gradient.Like`). All other arguments
+    are saved."""
+    saved_outputs: ClassVar[tuple[str, ...]] = ()
+    """Results saved for backward."""
+    num_outputs: ClassVar[int] = 1
+    """The first `num_outputs` results are returned to the caller; the others are only saved for backward and
+    have no gradient."""
     rounding: ClassVar[tuple[str, ...]] = ()
-    """Arguments in fp32 that a call may have rounded first, as autocast rounds weights: `dispatch.call`."""
+    """fp32 arguments that `dispatch.call` can round first, as autocast rounds weights."""
     twice_differentiable: ClassVar[bool] = False
-    """Whether the gradient is made of differentiable ops. Else a gradient of it is refused."""
+    """Whether backward consists of differentiable ops. If not, differentiating a gradient raises."""
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Any) -> dict[str, Any]:
-        """Gradients by the names of arguments, at least of those that `need` says. `dy` is the gradient of
-        the first result, or a tuple of those of all that are `leaving`, some of them None; `ops` are to be
-        called."""
+        """Gradients by argument name, at least those that `need` marks. `dy` is the gradient of the first
+        result, or with several `num_outputs` a tuple of theirs, each maybe None. `ops`: the namespace to
+        call."""
         raise NotImplementedError
 
     @staticmethod
     def flops(args: Any) -> int:
-        """What a call counts, of arguments with shapes in place of tensors."""
+        """FLOPs of a call, given shapes instead of tensors."""
         raise NotImplementedError
 
     arguments: ClassVar[list[str]]
-    """Names of the arguments, one by one."""
+    """Names of the schema's arguments."""
     returns: ClassVar[list[str]]
     _named: ClassVar[Any]
     _group: ClassVar[tuple[int, bool] | None]
@@ -115,7 +115,7 @@ class Op:
 
     @classmethod
     def named(cls, args: Sequence[Any]) -> Any:
-        """A call's arguments by name."""
+        """A call's arguments as a named tuple."""
         if cls._group is not None:
             at, many = cls._group
             group = args[at : at + len(Base._fields)]
@@ -125,7 +125,7 @@ class Op:
 
     @classmethod
     def rounded(cls, args: Sequence[Any], dtype: torch.dtype) -> list[Any]:
-        """A call's arguments, those of `rounding` in that dtype."""
+        """A call's arguments, those in `rounding` cast to dtype."""
         found = list(args)
         for i in map(cls.arguments.index, cls.rounding):
             value = found[i]
@@ -134,8 +134,8 @@ class Op:
 
     @classmethod
     def plain(cls, *args: Any) -> Any:
-        """The op in plain torch, as ops are called."""
-        return cls.meaning(_PLAIN, cls.named(args))
+        """The reference, called like the op."""
+        return cls.reference(_PLAIN, cls.named(args))
 
 
 def _bases(lists: Sequence[Sequence[Any]]) -> list[Base]:
@@ -147,7 +147,7 @@ def _bases(lists: Sequence[Sequence[Any]]) -> list[Base]:
 
 
 def _names(declared: str) -> list[str]:
-    """Of "(Tensor x, int n)"; of "Tensor" and of "()" nothing."""
+    """["x", "n"] for "(Tensor x, int n)"; [] for "Tensor" and "()"."""
     if not declared.startswith("(") or declared == "()":
         return []
     return [item.split()[-1] for item in declared[1:-1].split(", ")]

@@ -1,8 +1,7 @@
 """The table of ops, and `install`, which defines them in a torch operator namespace.
 
-`install(namespace)` turns the table into a torch operator namespace: the public one, and one for each back
-end, so that two back ends can be compared in one process and none replaces another without a word. Gradients
-call the ops of their own namespace, so a back end's backward is its own too.
+There is a public namespace and one per back end, so that back ends can be compared in one process and none
+silently replaces another. Gradients call the ops of their own namespace, so a back end runs its own backward.
 """
 
 from __future__ import annotations
@@ -23,32 +22,32 @@ __all__ = ["NAMESPACE", "OPS", "Op", "eager", "install", "public_ops", "spec_has
 Call = Callable[..., Any]
 
 NAMESPACE = __name__.partition(".")[0]
-"""Of the public ops; those of back ends begin with it. It is the package's name, which is another where
-several builds may be loaded at once (Hugging Face Hub)."""
+"""Namespace of the public ops and prefix of the back ends' namespaces: the package's name, which differs
+where several builds can be loaded at once (Hugging Face Hub)."""
 public_ops = getattr(torch.ops, NAMESPACE)
 
 _calls: dict[OpOverload, Call] = {}
 
 
 def spec_hash() -> str:
-    """Fingerprint of all schemas. setup.py computes the same from the files' text and compiles it in."""
+    """Hash of all schemas. setup.py computes the same from the source and compiles it into the libraries."""
     texts = sorted(f"{op.name}{op.schema}" for op in OPS.values())
     return hashlib.sha256("\n".join([*texts, *GROUPS.values()]).encode()).hexdigest()
 
 
 def eager(op: OpOverload) -> Call:
-    """An op of ours for eager calls: with its gradient, and less on the way than through the dispatcher's
-    keys."""
+    """The function for eager calls of one of our ops: differentiable, with less overhead than torch's
+    dispatcher."""
     return _calls[op]
 
 
 def install(
     namespace: str, implement: Callable[[type[Op]], Call | None] | None = None
 ) -> torch.library.Library:
-    """Define every op in `namespace`, with its fake kernel and its gradient.
+    """Defines every op in `namespace`, with its fake kernel and its gradient.
 
-    `implement(op)` gives the Python kernel, for any device; None leaves the kernel to a compiled library.
-    The caller keeps the returned library alive: the ops vanish with it.
+    `implement(op)` returns the op's Python kernel, or None to leave it to a compiled library. The caller must
+    keep the returned library alive: the ops vanish with it.
     """
     library = torch.library.Library(namespace, "DEF")
     calls = SimpleNamespace()
@@ -63,7 +62,7 @@ def install(
         overload = getattr(getattr(torch.ops, namespace), op.name).default
         _calls[overload] = gradient.register(op, overload, library, calls)
         setattr(calls, op.name, _calls[overload])
-    flops.know(namespace, {op.name: (op.named, op.flops) for op in OPS.values() if "flops" in vars(op)})
+    flops.register(namespace, {op.name: (op.named, op.flops) for op in OPS.values() if "flops" in vars(op)})
     return library
 
 
@@ -72,4 +71,4 @@ def _fake(op: type[Op]) -> Call:
 
 
 def _composed(op: type[Op], calls: Any) -> Call:
-    return lambda *args: op.meaning(calls, op.named(args))
+    return lambda *args: op.reference(calls, op.named(args))

@@ -20,7 +20,7 @@ class Cast(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> list[Tensor]:
+    def reference(ops: Any, args: Any) -> list[Tensor]:
         return [t.to(args.dtype, copy=True).contiguous() for t in args.x]
 
     @staticmethod
@@ -28,7 +28,7 @@ class Cast(Op):
         return [t.new_empty(t.shape, dtype=args.dtype) for t in args.x]
 
     differentiable = ("x",)
-    described = ("x", "y")
+    saved_meta = ("x", "y")
     twice_differentiable = True
 
     @staticmethod
@@ -44,7 +44,7 @@ class AddResidual(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         return (args.x + args.residual).contiguous()
 
     @staticmethod
@@ -52,7 +52,7 @@ class AddResidual(Op):
         return args.x.new_empty(args.x.shape, dtype=torch.promote_types(args.x.dtype, args.residual.dtype))
 
     differentiable = ("x", "residual")
-    described = ("x", "residual")
+    saved_meta = ("x", "residual")
     twice_differentiable = True
 
     @staticmethod

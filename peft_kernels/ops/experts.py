@@ -34,7 +34,7 @@ class ExpertsLinear(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         x, n = args.x, args.out_features
         parts = [
             ops.nf4_linear(x[begin:end], *expert_base(args.base, e), n, _of(args.bias, e))
@@ -47,7 +47,7 @@ class ExpertsLinear(Op):
         return args.x.new_empty((args.x.shape[0], args.out_features))
 
     differentiable = ("x",)
-    described = ("x", "bias")
+    saved_meta = ("x", "bias")
     twice_differentiable = True
 
     @staticmethod
@@ -65,7 +65,7 @@ class ExpertsLinearDx(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         dy, k = args.dy, args.in_features
         parts = [
             ops.nf4_linear_dx(dy[begin:end], *expert_base(args.base, e), k)
@@ -78,7 +78,7 @@ class ExpertsLinearDx(Op):
         return args.dy.new_empty((args.dy.shape[0], args.in_features))
 
     differentiable = ("dy",)
-    described = ("dy",)
+    saved_meta = ("dy",)
     twice_differentiable = True
 
     @staticmethod
@@ -102,7 +102,7 @@ class ExpertsLoraLinear(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         x, a, b = args.x, args.lora_a, args.lora_b
         rest = args.scaling, 0.0, None, None
         parts = [
@@ -118,8 +118,8 @@ class ExpertsLoraLinear(Op):
         return y, new_h(args.x, args.lora_a.shape[1])
 
     differentiable = ("x", "lora_a", "lora_b")
-    described = ("bias", "y")
-    kept = ("h",)
+    saved_meta = ("bias", "y")
+    saved_outputs = ("h",)
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class ExpertsLoraLinearBackward(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
         a, b, needs = args.lora_a, args.lora_b, (args.need_dx, args.need_da, args.need_db)
         dx, da, db = (
             empty_unless(n, t.contiguous()).zero_() for n, t in zip(needs, (args.x, a, b), strict=True)

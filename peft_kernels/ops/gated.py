@@ -24,7 +24,7 @@ class GatedActivation(Op):
     schema = "(Tensor gate, Tensor up, str activation) -> Tensor"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         gate, up, activation = args
         acc = accumulator_dtype(gate.dtype)
         # Contiguous, as back ends give it: elementwise functions of torch would keep the layout of gate.
@@ -47,7 +47,7 @@ class GatedActivationBackward(Op):
     schema = "(Tensor dy, Tensor gate, Tensor up, str activation) -> (Tensor dgate, Tensor dup)"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         dy, gate, up, activation = args
         acc = accumulator_dtype(gate.dtype)
         value, slope = ACTIVATIONS[activation](gate.to(acc))
@@ -73,7 +73,7 @@ class GatedMlp(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         def call(half: _Half, x: Tensor, seed: Tensor | None) -> Any:
             sizes, biases = half.of_layers(args.out_features, args.bias)
             a, b, s, p = half.of_adapters(args.lora_a, args.lora_b, args.scaling, args.dropout_p)
@@ -96,8 +96,8 @@ class GatedMlp(Op):
 
     differentiable = ("x", "weight", "bias", "lora_a", "lora_b")
     rounding = ("lora_a", "lora_b")
-    described = ("bias", "y")
-    kept = ("gate", "up", "h", "h_down")
+    saved_meta = ("bias", "y")
+    saved_outputs = ("gate", "up", "h", "h_down")
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:

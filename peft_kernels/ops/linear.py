@@ -24,7 +24,7 @@ class NF4Linear(Op):
     schema = "(Tensor x, $nf4, SymInt out_features, Tensor? bias) -> Tensor"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         x, bias = args.x, args.bias
         weight = dense_weight(args.base, (args.out_features, x.shape[-1]), x.dtype)
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
@@ -34,7 +34,7 @@ class NF4Linear(Op):
         return args.x.new_empty((*args.x.shape[:-1], args.out_features))
 
     differentiable = ("x", "bias")
-    described = ("x", "bias")
+    saved_meta = ("x", "bias")
     twice_differentiable = True
 
     @staticmethod
@@ -54,7 +54,7 @@ class NF4LinearDx(Op):
     schema = "(Tensor dy, $nf4, SymInt in_features) -> Tensor"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         dy = args.dy
         return dy @ dense_weight(args.base, (dy.shape[-1], args.in_features), dy.dtype)
 
@@ -63,7 +63,7 @@ class NF4LinearDx(Op):
         return args.dy.new_empty((*args.dy.shape[:-1], args.in_features))
 
     differentiable = ("dy",)
-    described = ("dy",)
+    saved_meta = ("dy",)
     twice_differentiable = True
 
     @staticmethod

@@ -22,7 +22,7 @@ class QuantizeNF4(Op):
     schema = "(Tensor weight, int blocksize) -> (Tensor packed, Tensor absmax)"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         flat = args.weight.reshape(-1).float()
         blocks = _blocks(flat, args.blocksize)
         absmax = blocks.abs().amax(1)
@@ -43,7 +43,7 @@ class QuantizeAbsmax(Op):
     schema = "(Tensor absmax) -> (Tensor q8, Tensor absmax2, Tensor offset)"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
         absmax = args.absmax
         offset = absmax.mean()
         blocks = _blocks(absmax - offset, NESTED_BLOCKSIZE)
@@ -63,7 +63,7 @@ class UnpackAbsmax(Op):
     schema = "(Tensor q8, Tensor absmax2, Tensor offset) -> Tensor"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         return _unpacked(args.q8, args.absmax2, args.offset)
 
     @staticmethod
@@ -76,7 +76,7 @@ class DequantizeNF4(Op):
     schema = "($nf4, SymInt[] shape, ScalarType dtype) -> Tensor"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         return dense_weight(args.base, args.shape, args.dtype)
 
     @staticmethod

@@ -77,7 +77,7 @@ class AdamW(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> None:
+    def reference(ops: Any, args: Any) -> None:
         if args.found_inf is not None and bool(args.found_inf != 0):
             return
         factor = _factor(args) if args.factor is None else args.factor
@@ -101,7 +101,7 @@ class ClipFactor(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         return _factor(args)
 
     @staticmethod

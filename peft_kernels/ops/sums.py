@@ -20,7 +20,7 @@ class ColumnSums(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         return rows(args.x).sum(0, dtype=accumulator_dtype(args.x.dtype))
 
     @staticmethod
@@ -28,7 +28,7 @@ class ColumnSums(Op):
         return args.x.new_empty(args.x.shape[-1:], dtype=accumulator_dtype(args.x.dtype))
 
     differentiable = ("x",)
-    described = ("x",)
+    saved_meta = ("x",)
     twice_differentiable = True
 
     @staticmethod

@@ -1,7 +1,7 @@
-"""Bottleneck adapters: each direction is one launch from features to ranks and on to features.
+"""Bottleneck adapters: each direction is one launch from features to ranks and back to features.
 
-A program has a tile of rows. What it makes of ranks goes through memory of its own: its threads read what
-others have stored, in pieces of any number of ranks.
+A program computes a tile of rows. It stores the ranks to global memory and reads them back, since a thread
+needs ranks that other threads of the program computed.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor
 from ..core.op import OPS
 from ..ops.common import empty_unless
 from .core.common import check, check_dtype, check_shape, matching
+from .core.dropout import Mask, check_dropout, keep_mask, pack_mask, unpack_mask
+from .core.gemm import multiprocessors, store_tile, sync_stores, triton_dtype
 from .core.launch import VARYING, cdiv, config, launch
-from .core.products import processors, see_stores, store_tile, type_of
+from .core.lora_delta import Delta, Selection, SelectionArgs, check_factor, delta_args, delta_tile
 from .gated import ACTIVATIONS, activate
 from .linear.linear import as_rows
-from .lora.dropout import Mask, check_dropout, kept, known_mask, mask_of
-from .lora.lora_adapters import Delta, Seen, SeenArgs, check_factor, delta_args, delta_tile
-from .lora.lora_products import Product, over_rows, rank_sum, ranks_of, summed_ranks_of
+from .lora.lora_gemms import Gemm, over_rows, rank_block, shrink_sum, summed_rank_block
 
 FEW = config(4, 2, BLOCK_M=16, BLOCK_F=128)
 MANY = config(8, 2, BLOCK_M=64, BLOCK_F=64)
-MOST_SUMMED = 32  # ranks at a time, of which one factor is in fp32
+MAX_SUMMED = 32  # ranks per step when one factor is fp32
 
 
-class Into(NamedTuple):
-    """The product that leads into the bottleneck, for kernels: x[m, features] factor[features, rank]."""
+class ShrinkArgs(NamedTuple):
+    """The GEMM into the bottleneck, for kernels: x[m, features] factor[features, rank]."""
 
     x: Tensor
     factor: Tensor
@@ -38,26 +38,26 @@ class Into(NamedTuple):
     rank: int
     factor_stride: int
     factor_rank_stride: int
-    seen: SeenArgs
+    selection: SelectionArgs
 
 
-def into(x: Tensor, factor: Tensor) -> Into:
+def shrink_args(x: Tensor, factor: Tensor) -> ShrinkArgs:
     (features, rank), (stride, rank_stride) = factor.shape, factor.stride()
-    return Into(x, factor, features, rank, stride, rank_stride, Seen().args)
+    return ShrinkArgs(x, factor, features, rank, stride, rank_stride, Selection().args)
 
 
 @triton.jit
 def dropout_factor(mask, scale, row, first, ranks, QUADS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Of ranks from `first` on. Not a selection: NaN stays where its element is dropped."""
+    """The dropout factor of ranks from `first` on. A factor, not a selection: a dropped NaN stays NaN."""
     factor = tl.full((row.shape[0], BLOCK_R), 1.0, tl.float32)
     if mask.seed is not None:
-        factor = tl.where(kept(known_mask(mask), row, first, ranks, BLOCK_R, QUADS), scale, 0.0)
+        factor = tl.where(keep_mask(unpack_mask(mask), row, first, ranks, BLOCK_R, QUADS), scale, 0.0)
     return factor
 
 
 @triton.jit(do_not_specialize=VARYING)
 def bottleneck_kernel(
-    into,
+    shrink,
     down_bias_ptr,
     z_ptr,
     mask,
@@ -77,22 +77,22 @@ def bottleneck_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """z[m, rank] = into + down_bias, u = drop(activation(z)), y[m, features] = residual + scale (u v^T +
-    up_bias); u, v and the scale are those of `delta`. Where 0 is added, y is the residual to the bit."""
+    """z[m, rank] = shrink + down_bias, u = drop(activation(z)), y[m, features] = residual + scale (u v^T +
+    up_bias); u, v and scale are those of `delta`. Where 0 is added, y is bit-equal to the residual."""
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = token.to(tl.int64)
-    for first in range(0, into.rank, BLOCK_R):
+    for first in range(0, shrink.rank, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
-        z = rank_sum(into, row, row < m, r, 0, into.features, False, BLOCK_K)
+        z = shrink_sum(shrink, row, row < m, r, 0, shrink.features, False, BLOCK_K)
         if down_bias_ptr is not None:
-            z += tl.load(down_bias_ptr + r, mask=r < into.rank, other=0.0).to(tl.float32)[None, :]
-        at = row[:, None] * into.rank + r[None, :]
-        inside = (row < m)[:, None] & (r < into.rank)[None, :]
+            z += tl.load(down_bias_ptr + r, mask=r < shrink.rank, other=0.0).to(tl.float32)[None, :]
+        at = row[:, None] * shrink.rank + r[None, :]
+        inside = (row < m)[:, None] & (r < shrink.rank)[None, :]
         tl.store(z_ptr + at, z, mask=inside)
         value, _ = activate(z, ACTIVATION, True)
-        value *= dropout_factor(mask, mask_scale, row, first, into.rank, QUADS, BLOCK_R)
+        value *= dropout_factor(mask, mask_scale, row, first, shrink.rank, QUADS, BLOCK_R)
         tl.store(delta.u + at, value, mask=inside)
-    see_stores(delta.u.to(tl.pointer_type(tl.int32)))
+    sync_stores(delta.u.to(tl.pointer_type(tl.int32)))
     for first in range(0, features, BLOCK_F):
         feature = first + tl.arange(0, BLOCK_F)
         added = delta_tile(delta, token, m, feature, features, DTYPE, SUM_R)
@@ -109,7 +109,7 @@ def bottleneck_kernel(
 
 @triton.jit(do_not_specialize=VARYING)
 def bottleneck_backward_kernel(
-    into,
+    shrink,
     z_ptr,
     value_ptr,
     dz_ptr,
@@ -130,23 +130,24 @@ def bottleneck_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """value[m, rank] = drop(activation(z)), dz[m, rank] = drop(scaling into) slope(z), dx[m, features] = dy +
-    dz v^T, where u of `delta` is dz. None is not wanted, and as dy it is 0."""
+    """value[m, rank] = drop(activation(z)), dz[m, rank] = drop(scaling shrink) activation'(z), dx[m,
+    features] = dy + dz v^T; u of `delta` is dz. Outputs that are None are not computed; dy None counts as
+    0."""
     token = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     row = token.to(tl.int64)
-    for first in range(0, into.rank, BLOCK_R):
+    for first in range(0, shrink.rank, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
-        at = row[:, None] * into.rank + r[None, :]
-        inside = (row < m)[:, None] & (r < into.rank)[None, :]
-        value, slope = activate(tl.load(z_ptr + at, mask=inside, other=0.0), ACTIVATION, True)
-        factor = dropout_factor(mask, mask_scale, row, first, into.rank, QUADS, BLOCK_R)
+        at = row[:, None] * shrink.rank + r[None, :]
+        inside = (row < m)[:, None] & (r < shrink.rank)[None, :]
+        value, derivative = activate(tl.load(z_ptr + at, mask=inside, other=0.0), ACTIVATION, True)
+        factor = dropout_factor(mask, mask_scale, row, first, shrink.rank, QUADS, BLOCK_R)
         if value_ptr is not None:
             tl.store(value_ptr + at, value * factor, mask=inside)
         if dz_ptr is not None:
-            d = rank_sum(into, row, row < m, r, 0, into.features, False, BLOCK_K)
-            tl.store(dz_ptr + at, d * scaling * factor * slope, mask=inside)
+            d = shrink_sum(shrink, row, row < m, r, 0, shrink.features, False, BLOCK_K)
+            tl.store(dz_ptr + at, d * scaling * factor * derivative, mask=inside)
     if dx_ptr is not None:
-        see_stores(dz_ptr.to(tl.pointer_type(tl.int32)))
+        sync_stores(dz_ptr.to(tl.pointer_type(tl.int32)))
         for first in range(0, features, BLOCK_F):
             feature = first + tl.arange(0, BLOCK_F)
             dx = delta_tile(delta, token, m, feature, features, DTYPE, SUM_R)
@@ -158,7 +159,7 @@ def bottleneck_backward_kernel(
 
 
 class Checked(NamedTuple):
-    """What both directions take, as kernels want it."""
+    """The operands of both directions, checked."""
 
     x: Tensor  # [m, k]
     down: Tensor  # [r, k], contiguous like up
@@ -177,8 +178,8 @@ def bottleneck(args: Any) -> tuple[Tensor, Tensor]:
     y = x.new_empty((*args.x.shape[:-1], n))
     z = x.new_empty((*args.x.shape[:-1], r), dtype=torch.float32)
     residual = x if args.residual is None else matching(args.residual, y, "residual")
-    delta = Delta(z.new_empty((x.shape[0], r)), up, args.scaling, Seen())
-    tensors = into(x, down.t()), down_bias, z, mask_of(mask), _scale(mask)
+    delta = Delta(z.new_empty((x.shape[0], r)), up, args.scaling, Selection())
+    tensors = shrink_args(x, down.t()), down_bias, z, pack_mask(mask), _scale(mask)
     rest = delta_args(delta), up_bias, residual, y
     _run(bottleneck_kernel, args, x.shape[0], *tensors, *rest, x.shape[0], n)
     return y, z
@@ -203,16 +204,16 @@ def bottleneck_backward(args: Any) -> tuple[Tensor, ...]:
         empty_unless(need, t)
         for need, t in ((args.need_dx, args.x), (args.need_ddown, down), (args.need_dup, up))
     )
-    delta = Delta(dz, down.t(), 1.0, Seen()) if dz is not None and args.need_dx else None
+    delta = Delta(dz, down.t(), 1.0, Selection()) if dz is not None and args.need_dx else None
     if value is not None or dz is not None:
-        tensors = into(dy, up), z, value, dz, mask_of(mask), _scale(mask), args.scaling
+        tensors = shrink_args(dy, up), z, value, dz, pack_mask(mask), _scale(mask), args.scaling
         rest = delta_args(delta), dy if args.adds_dy else None, dx if args.need_dx else None
         _run(bottleneck_backward_kernel, args, m, *tensors, *rest, m, k)
     sums = []
     if dz is not None and args.need_ddown:
-        sums.append(Product(x, dz, ddown.t(), 1.0, Seen()))
+        sums.append(Gemm(x, dz, ddown.t(), 1.0, Selection()))
     if value is not None:
-        sums.append(Product(dy, value, dup, args.scaling, Seen()))
+        sums.append(Gemm(dy, value, dup, args.scaling, Selection()))
     over_rows(sums)
     nothing = z.new_empty(0)
     ddown_bias = dz.sum(0) if dz is not None and args.need_ddown_bias else nothing
@@ -221,21 +222,21 @@ def bottleneck_backward(args: Any) -> tuple[Tensor, ...]:
 
 
 def _is_fused(args: Any) -> bool:
-    """The kernels have no layer norm: with one the op is composed of torch's functions."""
+    """The kernels have no layer norm: with one the op runs the reference."""
     return args.norm_weight is None
 
 
 def _run(kernel: object, args: Any, rows: int, *rest: Any) -> None:
-    """On tensors and numbers `rest`."""
+    """Launches a kernel with the arguments `rest`."""
     dtype, rank = args.x.dtype, args.down.shape[0]
-    # Small tiles while large ones would leave processors without work, and where sums in fp32 want registers.
-    few = dtype == torch.float32 or rows <= MANY["BLOCK_M"] * processors(args.x.device)
+    # Small tiles while large ones would leave multiprocessors idle, and where fp32 sums need the registers.
+    few = dtype == torch.float32 or rows <= MANY["BLOCK_M"] * multiprocessors(args.x.device)
     tiles = FEW if few else MANY
-    constants = {"ACTIVATION": args.activation, "DTYPE": type_of(dtype), "QUADS": rank % 4 == 0}
-    # Numbers in fp32 are multiplied in parts, which want registers.
+    constants = {"ACTIVATION": args.activation, "DTYPE": triton_dtype(dtype), "QUADS": rank % 4 == 0}
+    # fp32 operands are split into parts, which need registers.
     wide = torch.float32 in (args.down.dtype, args.up.dtype)
-    blocks = {"BLOCK_K": 32 if wide else 64, "BLOCK_R": ranks_of(rank)}
-    blocks["SUM_R"] = min(summed_ranks_of(rank, dtype), MOST_SUMMED)
+    blocks = {"BLOCK_K": 32 if wide else 64, "BLOCK_R": rank_block(rank)}
+    blocks["SUM_R"] = min(summed_rank_block(rank, dtype), MAX_SUMMED)
     launch(kernel, (cdiv(rows, tiles["BLOCK_M"]),), *rest, config=tiles, **constants, **blocks)
 
 
@@ -244,7 +245,7 @@ def _scale(mask: Mask | None) -> float:
 
 
 def _checked(args: Any) -> Checked:
-    """RuntimeError where an op's arguments do not fit."""
+    """The op's operands. Raises RuntimeError where they do not fit."""
     x, down, up = as_rows(args.x, "x"), args.down, args.up
     check_factor(down, x.dtype, "down")
     check_factor(up, x.dtype, "up")
@@ -265,7 +266,7 @@ def _check_outputs(x_is_residual: bool, x: Tensor, up: Tensor) -> None:
 
 
 def _vector(t: Tensor | None, size: int, x: Tensor, name: str) -> Tensor | None:
-    """A small parameter, contiguous."""
+    """A bias or norm parameter, contiguous. Raises unless it fits."""
     if t is None:
         return None
     check_factor(t, x.dtype, name, dims=1)

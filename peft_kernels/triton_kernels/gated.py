@@ -21,16 +21,15 @@ DENSITY = tl.constexpr(1 / math.sqrt(2 * math.pi))
 TANH_1 = tl.constexpr(2 * math.sqrt(2 / math.pi))
 TANH_3 = tl.constexpr(2 * math.sqrt(2 / math.pi) * 0.044715)
 
-
-LOG2_E = tl.constexpr(1.4426950216293335)  # in fp32, and what that leaves
+LOG2_E = tl.constexpr(1.4426950216293335)  # rounded to fp32, and the remainder
 LOG2_E_REST = tl.constexpr(1 / math.log(2) - 1.4426950216293335)
 LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
 def exact_exp(x):
-    """e^x for x <= 0, to two roundings. `tl.exp` rounds x log2(e), and so errs by a rounding times x."""
-    x = tl.where(x < -200.0, -200.0, x)  # below that it is 0; Inf would be no number
+    """e^x for x <= 0, within two roundings. `tl.exp` rounds x log2(e), an error that grows with x."""
+    x = tl.where(x < -200.0, -200.0, x)  # e^x is 0 below; Inf would give NaN
     power = x * LOG2_E
     rest = tl.fma(x, LOG2_E, -power) + x * LOG2_E_REST
     value = tl.exp2(power)
@@ -52,25 +51,25 @@ def sigmoid(x, EXACT: tl.constexpr):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """Value and derivative, of fp32. EXACT: for results in fp32; those of 16 bits do not show it."""
+    """Value and derivative, fp32. EXACT: for fp32 results; 16-bit ones do not show the difference."""
     if ACTIVATION == "silu":
         s, rest = sigmoid(x, EXACT)
         value = x * s
-        slope = s * (1.0 + x * rest)
+        derivative = s * (1.0 + x * rest)
     elif ACTIVATION == "gelu":
         cdf = 0.5 * (1.0 + tl.erf(x * HALF_ROOT))
         value = x * cdf
-        slope = cdf + x * (DENSITY * tl.exp(-0.5 * x * x))
+        derivative = cdf + x * (DENSITY * tl.exp(-0.5 * x * x))
     elif ACTIVATION == "gelu_tanh":
         # (1 + tanh u) / 2 = sigmoid(2 u) with 2 u = x (TANH_1 + TANH_3 x^2).
         square = x * x
         s, rest = sigmoid(x * (TANH_1 + TANH_3 * square), EXACT)
         value = x * s
-        slope = s + value * rest * (TANH_1 + 3 * TANH_3 * square)
+        derivative = s + value * rest * (TANH_1 + 3 * TANH_3 * square)
     else:
         value = tl.where(x <= 0.0, 0.0, x)  # NaN stays
-        slope = tl.where(x > 0.0, 1.0, 0.0)
-    return value, slope
+        derivative = tl.where(x > 0.0, 1.0, 0.0)
+    return value, derivative
 
 
 @triton.jit
@@ -92,8 +91,8 @@ def gated_backward_kernel(
     d = tl.load(dy_ptr + element, mask=inside, other=0.0).to(tl.float32)
     g = tl.load(gate_ptr + element, mask=inside, other=0.0).to(tl.float32)
     u = tl.load(up_ptr + element, mask=inside, other=0.0).to(tl.float32)
-    value, slope = activate(g, ACTIVATION, dup_ptr.dtype.element_ty == tl.float32)
-    tl.store(dgate_ptr + element, (d * u * slope).to(dgate_ptr.dtype.element_ty), mask=inside)
+    value, derivative = activate(g, ACTIVATION, dup_ptr.dtype.element_ty == tl.float32)
+    tl.store(dgate_ptr + element, (d * u * derivative).to(dgate_ptr.dtype.element_ty), mask=inside)
     tl.store(dup_ptr + element, (d * value).to(dup_ptr.dtype.element_ty), mask=inside)
 
 

@@ -1,9 +1,8 @@
-"""The loss of a frozen head without its logits, one piece of the vocabulary after the other.
+"""The loss of a frozen head without materialised logits, one piece of the vocabulary after another.
 
-As attention in one pass (FlashAttention, Dao et al. 2022), with the head for keys and values: what earlier
-pieces came to is scaled where a greater logit comes up. Products are torch's; of a packed head a piece is
-unpacked at a time. What a label's own logit gives is added at the end: near certainty p - 1 must not be a
-difference of rounded numbers.
+An online softmax as in FlashAttention (Dao et al. 2022), with the head as keys and values: earlier sums are
+rescaled when a greater logit comes up. GEMMs are torch's; a packed head is dequantised piece by piece. The
+label's own logit is added at the end: near certainty p - 1 must not be a difference of rounded values.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from .gated import exact_exp
 from .nf4.nf4 import dequantize_nf4
 
 PIECES = 50
-"""Of the logits, one at a time is about as many."""
-LEAST, MOST = 512, 4096  # columns of one
+"""About this many pieces of the vocabulary."""
+LEAST, MOST = 512, 4096  # columns of a piece
 SOFTMAX = config(8, 1)
 COMBINE = config(4, 3, BLOCK_M=4, BLOCK_K=256)
 
 MAX, SUM, WEIGHTED, LABEL, TOTAL, FACTOR = (tl.constexpr(i) for i in range(6))
-"""Rows of a table with what has been seen of each row's logits, [STATES, m]: the greatest, without the
-label's; of the same the sums of e = e^(z - max) and of e z; the label's; the sum of all; and by what sums of
-earlier pieces are to be multiplied."""
+"""Rows of the running statistics of each row's logits, [STATES, m]: the maximum without the label's logit;
+sums over the same of e = e^(z - max) and of e z; the label's logit; the sum of all logits; the factor that
+rescales sums of earlier pieces."""
 STATES = 6
-FAR_BELOW = tl.constexpr(-3e38)
+LOWEST = tl.constexpr(-3e38)
 
 
 @triton.jit
 def exponential(x, EXACT: tl.constexpr):
-    """Of x <= 0. EXACT: for results in fp32."""
+    """e^x for x <= 0. EXACT: for fp32 results."""
     if EXACT:
         return exact_exp(x)
     return tl.exp(x)
@@ -63,8 +62,8 @@ def softmax_kernel(
     WEIGHTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A row of a piece, whose columns are `first_row` and those after it of the head. Logits become
-    e^(z - max) times the derivative of the cap, 0 for the label, whose row of the head is kept."""
+    """One row of a piece, which begins at row `first_row` of the head. Overwrites logits by e^(z - max) times
+    the derivative of the cap, 0 for the label, and copies the label's row of the head."""
     row = tl.program_id(0).to(tl.int64)
     col = tl.arange(0, BLOCK)
     inside = col < cols
@@ -84,7 +83,7 @@ def softmax_kernel(
     others = inside & (col != label)
     state = states_ptr + row
     before = tl.load(state + MAX * m)
-    top = tl.maximum(tl.max(tl.where(others, z, FAR_BELOW), axis=0), before)
+    top = tl.maximum(tl.max(tl.where(others, z, LOWEST), axis=0), before)
     EXACT: tl.constexpr = logits_ptr.dtype.element_ty == tl.float32
     e = tl.where(others, exponential(z - top, EXACT), 0.0)
     factor = tl.exp(before - top)
@@ -140,8 +139,8 @@ def linear_cross_entropy(args: Any) -> tuple[Tensor, ...]:
     x, labels = args.x.contiguous(), args.labels.contiguous()
     m, features = x.shape
     states = x.new_zeros((STATES, m), dtype=torch.float32)
-    states[MAX.value].fill_(FAR_BELOW.value)
-    states[LABEL.value].fill_(float("nan"))  # what is left of a label outside the vocabulary
+    states[MAX.value].fill_(LOWEST.value)
+    states[LABEL.value].fill_(float("nan"))  # stays so for a label outside the vocabulary
     slope = torch.zeros_like(x) if args.need_slope else x.new_empty(0, features)
     sums = x.new_zeros((m if args.need_slope else 0, features), dtype=torch.float32)
     smooths = args.need_slope and args.label_smoothing > 0
@@ -168,7 +167,7 @@ def linear_cross_entropy(args: Any) -> tuple[Tensor, ...]:
                 sums.addmm_(logits, weight)
             else:
                 sums += torch.mm(logits, weight)
-    *scores, factors = _finished(args, states)
+    *scores, factors = _scores(args, states)
     if args.need_slope:
         grid = (cdiv(m, COMBINE["BLOCK_M"]) * cdiv(features, COMBINE["BLOCK_K"]),)
         of_mean = -args.label_smoothing * args.logit_scale / args.vocabulary
@@ -193,28 +192,28 @@ def _check(args: Any) -> None:
 
 
 def _pieces(args: Any) -> Iterator[tuple[int, Tensor]]:
-    """Rows of the head, dense and contiguous, and which is their first."""
+    """Pieces of the head, dense and contiguous, each with its first row."""
     n, k, base = args.vocabulary, args.x.shape[1], args.base
     unit = border(base, max(k, 1))
     whole = base.weight.contiguous() if base.absmax is None else None
-    if unit > MOST:  # so seldom does a row begin with a block
-        whole, unit = _unpacked(base, n, k, args.x.dtype), 1
+    if unit > MOST:  # too few rows begin at a block
+        whole, unit = _dequantized(base, n, k, args.x.dtype), 1
     step = max(min(max(power_of_2(cdiv(n, PIECES)), LEAST), MOST) // unit, 1) * unit
     for begin in range(0, n, step):
         end = min(begin + step, n)
         if whole is not None:
             yield begin, whole[begin:end].to(args.x.dtype)
         else:
-            yield begin, _unpacked(narrowed(base, begin, end, k), end - begin, k, args.x.dtype)
+            yield begin, _dequantized(narrowed(base, begin, end, k), end - begin, k, args.x.dtype)
 
 
-def _unpacked(base: Any, n: int, k: int, dtype: torch.dtype) -> Tensor:
+def _dequantized(base: Any, n: int, k: int, dtype: torch.dtype) -> Tensor:
     return dequantize_nf4(OPS["dequantize_nf4"].named((*base, [n, k], dtype)))
 
 
-def _finished(args: Any, states: Tensor) -> tuple[Tensor, ...]:
-    """loss, lse, entropy, top, mean, and what `combine_kernel` multiplies with. In fp64: a few numbers a
-    row."""
+def _scores(args: Any, states: Tensor) -> tuple[Tensor, ...]:
+    """loss, lse, entropy, top, mean, and the factors of `combine_kernel`. In fp64, which is cheap for a few
+    values per row."""
     most, rest, weighted, of_label, total, _ = states.double()
     valid = args.labels != args.ignore_index
     smoothing = args.label_smoothing

@@ -4,6 +4,7 @@ This file imports Triton, so back end `triton` imports it on first use.
 """
 
 from .bottleneck import bottleneck, bottleneck_backward
+from .core.dropout import dropout
 from .core.launch import check_usable
 from .experts.experts import (
     experts_linear,
@@ -15,7 +16,6 @@ from .gated import gated_activation, gated_activation_backward
 from .linear.linear import nf4_linear, nf4_linear_dx
 from .lora.dora import dora_scale, dora_scale_backward
 from .lora.dora_norm import dora_norm
-from .lora.dropout import dropout
 from .lora.lora import lora_linear, lora_linear_backward, multi_lora_linear, multi_lora_linear_backward
 from .loss import linear_cross_entropy
 from .nf4.nf4 import dequantize_nf4, quantize_absmax, quantize_nf4, unpack_absmax

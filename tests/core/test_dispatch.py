@@ -55,7 +55,7 @@ def test_automatic_choice(weight: pk.NF4Weight, caplog: pytest.LogCaptureFixture
     with caplog.at_level(logging.WARNING, logger="peft_kernels"):
         for _ in range(3):
             assert served_by("nf4_linear", x.double(), *group, 12, None) == "reference"
-    assert caplog.messages == ["back end cpu passed over: nf4_linear: no kernel for torch.float64"]
+    assert caplog.messages == ["back end cpu skipped: nf4_linear: no kernel for torch.float64"]
     assert served_by("nf4_linear", x.to("meta"), *group, 12, None) == "reference"
     assert served_by("dequantize_nf4", *group, [12, 64], torch.float64) == "reference"
     assert served_by("dequantize_nf4", *group, [12, 64], torch.float16) == "cpu"
@@ -72,7 +72,7 @@ def test_forced_back_end_that_cannot_serve_raises_with_the_reason(weight: pk.NF4
     group = weight._state.op_args
     meta = [t.to("meta") if isinstance(t, Tensor) else t for t in group]
     x = testing.tensor(3, 64)
-    asked = r"^back end cpu was asked for but cannot serve "
+    asked = r"^back end cpu is forced but cannot serve "
     with pk.use_backend("cpu"):
         with pytest.raises(
             RuntimeError, match=asked + r"nf4_linear: nf4_linear: no kernel for torch\.float64$"
@@ -232,7 +232,7 @@ class FakeCards:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"card {i}")
         monkeypatch.setattr(cuda.BACKEND, "_refusal", None)
-        monkeypatch.setattr(cuda.BACKEND, "_cards", cuda.BACKEND._no_card_seen())
+        monkeypatch.setattr(cuda.BACKEND, "_cards", cuda.BACKEND._unprobed_cards())
         monkeypatch.setattr(cuda.BACKEND, "_extension", SimpleNamespace(architectures=lambda: "8.0:9.0"))
 
 
@@ -291,9 +291,8 @@ def test_automatic_choice_by_device(
         assert served_by("nf4_linear", *on_card(1)) == "reference"
         assert served_by("nf4_linear", *on_card(0, torch.float64)) == "reference"
     assert caplog.messages == [
-        "back end cuda passed over: nf4_linear: cuda:1 has compute capability 7.5, the kernels need 8.0 or "
-        "later",
-        "back end cuda passed over: nf4_linear: no kernel for torch.float64",
+        "back end cuda skipped: nf4_linear: cuda:1 has compute capability 7.5, the kernels need 8.0 or later",
+        "back end cuda skipped: nf4_linear: no kernel for torch.float64",
     ]
 
 

@@ -114,7 +114,7 @@ def test_dora(backend: str) -> None:
 
 
 def test_every_namespace_is_known() -> None:
-    flops.tell()
+    flops.update_counters()
     known: Any = torch.utils.flop_counter.flop_registry
     others = ("gated_mlp", "dora_norm", "attention", "attention_backward")
     products = [name for name in registry.OPS if "linear" in name or "bottleneck" in name or name in others]

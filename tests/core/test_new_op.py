@@ -29,7 +29,7 @@ def ops() -> Iterator[Any]:
         schema = "(Tensor x, $base, Tensor scale) -> (Tensor y, Tensor product)"
 
         @staticmethod
-        def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+        def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
             x, scale = args.x, args.scale
             product = F.linear(x, dense_weight(args.base, (scale.shape[0], x.shape[-1]), x.dtype))
             return product * scale, product
@@ -40,8 +40,8 @@ def ops() -> Iterator[Any]:
             return y, torch.empty_like(y)
 
         differentiable = ("x", "scale")
-        described = ("x", "y")
-        kept = ("product",)
+        saved_meta = ("x", "y")
+        saved_outputs = ("product",)
 
         @staticmethod
         def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:

@@ -123,4 +123,4 @@ def test_a_call_that_was_replaced_is_made(part: str, where: str, monkeypatch: py
         patch.setattr(type(module) if where == "class" else nn.Module, "__call__", call)
         model(**batch())
     assert made.count(module) == 1
-    assert "is its own, which a fused forward would skip" in str(report)
+    assert "replaces __call__, which a fused forward would skip" in str(report)

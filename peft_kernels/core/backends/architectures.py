@@ -1,9 +1,8 @@
-"""For which cards CUDA code is compiled, by compute capability: read from TORCH_CUDA_ARCH_LIST, matched with
-cards.
+"""Compute capabilities that CUDA code is compiled for, from TORCH_CUDA_ARCH_LIST and the cards present.
 
-setup.py runs this file by itself, before the package can be imported, and compiles for what `chosen` returns.
-The library carries that list, the back end reads it from there. Its words are "8.0", or "9.0+PTX" where the
-library holds PTX too, which later cards compile when it is loaded.
+setup.py runs this file on its own, before the package can be imported, and compiles for what `chosen`
+returns. The library stores that list, from which the back end reads it. Its words are "8.0", or "9.0+PTX"
+where the library also holds PTX, which later cards compile when they load it.
 """
 
 from __future__ import annotations
@@ -14,10 +13,10 @@ from collections.abc import Collection, Sequence
 Capability = tuple[int, int]
 
 MINIMUM = (8, 0)
-"""Compute capability that the kernels need: tensor cores for bf16, asynchronous copies."""
+"""The kernels need bf16 tensor cores and asynchronous copies."""
 
 ALL = ((8, 0), (9, 0), (10, 0), (12, 0))
-"""Where no card is here to compile for. Code for 8.0 runs on 8.6 and 8.9 as well; PTX serves later cards."""
+"""The default without a card. Code for 8.0 also runs on 8.6 and 8.9; PTX serves later cards."""
 
 NAMES = {
     "kepler": "3.5+PTX",
@@ -35,13 +34,13 @@ NAMES = {
     "blackwell": "10.0 10.3 12.0 12.1+PTX",
     "blackwell+tegra": "11.0",
 }
-"""What torch's builds take for numbers."""
+"""Architecture names that torch's builds accept."""
 
 
 def chosen(
     wanted: str, here: Collection[Capability], compiles: Collection[Capability]
 ) -> tuple[list[str], list[str]]:
-    """The words to compile for, and a sentence for each word of the list that became another or none.
+    """The words to compile for, and a sentence for each word that was replaced or dropped.
 
     Parameters
     ----------
@@ -49,20 +48,20 @@ def chosen(
         TORCH_CUDA_ARCH_LIST: numbers ("8.0", "9.0a", "9.0+PTX"), names ("Hopper") and "native", separated by
         spaces, semicolons or commas; empty is "native".
     here : collection of (major, minor)
-        The cards that "native" names. Without any it names all that `compiles` has of `ALL`.
+        The cards that "native" stands for. Without any: all of `ALL` that are in `compiles`.
     compiles : collection of (major, minor)
-        What nvcc compiles for.
+        Targets of nvcc.
 
     Returns
     -------
     words : list of str
-        In the order of the numbers, each once; empty where the kernels serve nothing of what was named.
+        Sorted and unique; empty where the kernels support none of the wanted ones.
     sentences : list of str
 
     Raises
     ------
     ValueError
-        For a word that is none of these.
+        For an unknown word.
     """
     with_ptx: dict[Capability, bool] = {}
     sentences = []

@@ -1,4 +1,4 @@
-"""What a back end has to say about itself."""
+"""The interface of a back end, and checks that back ends share."""
 
 from __future__ import annotations
 
@@ -8,35 +8,35 @@ from typing import Any, Protocol
 import torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""What kernels of compiled and Triton back ends take: the reference alone knows others."""
+"""Floating dtypes of the compiled and Triton kernels; the reference takes any."""
 
 
 class Backend(Protocol):
-    """A set of kernels for every op, in an op namespace of its own."""
+    """A set of kernels for all ops, in its own op namespace."""
 
     name: str
     namespace: str
 
     @property
     def device_type(self) -> str | None:
-        """Where its tensors are ("cpu", "cuda"); None: on any device."""
+        """Device type of its tensors ("cpu", "cuda"); None for any."""
 
     def load(self) -> None:
-        """Make `torch.ops.<namespace>` callable. Called once, before the first op; must not raise, nor touch
-        a device."""
+        """Makes `torch.ops.<namespace>` callable. Called once, before the first op; must neither raise nor
+        touch a device."""
 
     def probe(self) -> str | None:
-        """None when usable on this machine, else the reason why not."""
+        """None when usable on this machine, else why not."""
 
     def describe(self) -> str:
         """One line for `explain()`: version, instruction set, devices."""
 
     def supports(self, op: str, args: Sequence[Any]) -> str | None:
-        """None when `op` can be served with these arguments, else the reason why not."""
+        """None when it can serve `op` with these arguments, else why not."""
 
 
 def tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
-    """All tensors among an op's arguments, those in lists included."""
+    """All tensors among an op's arguments, also those in lists."""
     for arg in args:
         if isinstance(arg, torch.Tensor):
             yield arg
@@ -45,7 +45,7 @@ def tensors(args: Sequence[Any]) -> Iterator[torch.Tensor]:
 
 
 def unserved_tensors(op: str, args: Sequence[Any], device_types: Collection[str]) -> str | None:
-    """Why kernels for DTYPES, on devices of those types, cannot serve these arguments, or None."""
+    """Why kernels for DTYPES on these device types cannot serve the arguments, or None."""
     for tensor in tensors(args):
         if tensor.device.type not in device_types:
             kinds = " or ".join(kind.upper() for kind in device_types)
@@ -58,8 +58,8 @@ def unserved_tensors(op: str, args: Sequence[Any], device_types: Collection[str]
 
 
 class Cards:
-    """The CUDA devices here, as a back end sees them. `judge(index)` tells why one cannot serve, or None; it
-    is asked once for each."""
+    """The CUDA devices of this machine. `judge(index)` returns why one cannot serve, or None; called once per
+    device."""
 
     def __init__(self, judge: Callable[[int], str | None]) -> None:
         self._judge = judge
@@ -72,8 +72,8 @@ class Cards:
         return self._refusals[index]
 
     def refusal_of_all(self) -> str | None:
-        """None when any can serve, else why none can."""
-        if None in self._refusals.values():  # quick: it is asked in every call
+        """None when any device can serve, else why none can."""
+        if None in self._refusals.values():  # fast path of every call
             return None
         if not torch.cuda.is_available():
             return "torch finds no CUDA device here"
@@ -81,7 +81,7 @@ class Cards:
         return None if None in reasons else "; ".join(filter(None, reasons))
 
     def refusal_of_tensors(self, op: str, args: Sequence[Any]) -> str | None:
-        """Why those that hold an op's arguments cannot serve it, or None."""
+        """Why the devices of an op's arguments cannot serve it, or None."""
         for device in {tensor.device for tensor in tensors(args) if tensor.device.type == "cuda"}:
             reason = self.refusal(device.index)
             if reason is not None:
@@ -89,7 +89,7 @@ class Cards:
         return None
 
     def describe(self) -> str:
-        """Names of those that can serve, and why others cannot."""
+        """Names of the devices that can serve, and why others cannot."""
         found = []
         for i in range(torch.cuda.device_count()):
             major, minor = torch.cuda.get_device_capability(i)

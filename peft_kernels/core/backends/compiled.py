@@ -1,4 +1,4 @@
-"""What back ends in compiled libraries share: they are refused before they are loaded, if need be."""
+"""Base of the back ends in compiled libraries, which are checked before they are loaded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class CompiledBackend:
     device_type: str
     library: str
     not_built: str
-    """Why there may be none, and what to do."""
+    """Why the library may be missing, and what to do."""
 
     def __init__(self) -> None:
         self._ops: torch.library.Library | None = None
@@ -45,7 +45,7 @@ class CompiledBackend:
                 self._refusal = f"{self.library} does not load: {error}"
 
     def _open(self) -> Any:
-        """Load the library, which registers its kernels. ImportError, OSError or ValueError if it cannot."""
+        """Loads the library, which registers its kernels. Raises ImportError, OSError or ValueError."""
         return importlib.import_module(self.library)
 
     def probe(self) -> str | None:
@@ -53,7 +53,7 @@ class CompiledBackend:
 
     @property
     def extension(self) -> Any:
-        """What the library offers beside its kernels. RuntimeError with the reason when there is none."""
+        """The library's functions beside its kernels. Raises RuntimeError when it is not loaded."""
         if self._extension is None:
             raise RuntimeError(f"back end {self.name}: {self._refusal}")
         return self._extension
@@ -62,10 +62,10 @@ class CompiledBackend:
         return unserved_tensors(op, args, (self.device_type,))
 
     def _refusal_to_load(self) -> str | None:
-        """Why the compiled library must not be loaded, found without loading it.
+        """Why the compiled library must not be loaded, or None; read from the file without loading it.
 
-        A library built for other schemas would abort the process when it registers its kernels, and one for
-        another torch may do anything, so what the build wrote into the file is compared first.
+        A library built for other schemas would abort the process when it registers its kernels, and one built
+        for another torch may crash.
         """
         found = importlib.util.find_spec(self.library)
         if found is None or found.origin is None:
@@ -79,7 +79,7 @@ class CompiledBackend:
             return (
                 f"{found.origin} was built from other sources than this package: rebuild it (pip install .)"
             )
-        # C++ of a minor version of torch is compatible with no other's.
+        # torch's C++ ABI changes with every minor version.
         if built_with is None or built_with.split(".")[:2] != torch.__version__.split(".")[:2]:
             return (
                 f"{found.origin} was built with torch {built_with}, this is torch {torch.__version__}: "

@@ -1,7 +1,7 @@
 """Back end `cpu`: C++ kernels for CPU tensors, in the compiled library `peft_kernels._C`.
 
-The library knows nothing of Python. What it offers beside its kernels are ops too: what it tells of itself,
-the spans of keys in a mask, and a hash of bits.
+The library does not depend on Python. Its other functions (properties of the build, spans of keys in a mask,
+a hash of bits) are ops too.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from .compiled import CompiledBackend
 
 
 class Library:
-    """The compiled library: where it is, and its functions (csrc/cpu/core/library_ops.cpp, attention_ops.cpp,
-    bits_hash.cpp)."""
+    """The compiled library and its functions (library_ops.cpp, attention_ops.cpp and bits_hash.cpp in
+    csrc/cpu)."""
 
     def __init__(self, file: str, namespace: str) -> None:
         torch.ops.load_library(file)
@@ -34,13 +34,13 @@ class CpuBackend(CompiledBackend):
     name = "cpu"
     namespace = f"{registry.NAMESPACE}_cpu"
     device_type = "cpu"
-    # A build for the Hugging Face Hub has a package name of its own, which its library has too.
+    # A build for the Hugging Face Hub has its own package name, which is its library's name too.
     library = f"{registry.NAMESPACE}.{'_C' if registry.NAMESPACE == 'peft_kernels' else registry.NAMESPACE}"
     not_built = "not built (no C++ compiler at installation, or PEFT_KERNELS_CPU=0): reinstall with g++"
 
     def _open(self) -> Library:
         found = importlib.util.find_spec(self.library)
-        assert found is not None and found.origin is not None  # it was read before
+        assert found is not None and found.origin is not None  # checked before
         library = Library(found.origin, self.namespace)
         library.set_isa_from_environment()
         return library
@@ -56,10 +56,10 @@ class CpuBackend(CompiledBackend):
 
     @contextmanager
     def use_isa(self, level: str) -> Iterator[None]:
-        """Run with one instruction set (see `isa_levels` of the extension). ValueError when the machine lacks
-        it.
+        """Runs with one instruction set (one of the extension's `isa_levels`). Raises ValueError when the
+        machine lacks it.
 
-        For tests and measurements: the level is a property of the process, not of the thread.
+        For tests and measurements: it applies to the process, not to a thread.
         """
         extension = self.extension
         before = extension.isa_level()

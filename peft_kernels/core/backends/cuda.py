@@ -27,7 +27,7 @@ class CudaBackend(CompiledBackend):
 
     def __init__(self) -> None:
         super().__init__()
-        self._cards = self._no_card_seen()
+        self._cards = self._unprobed_cards()
 
     def probe(self) -> str | None:
         if self._refusal is not None:
@@ -43,11 +43,12 @@ class CudaBackend(CompiledBackend):
         return super().supports(op, args) or self._cards.refusal_of_tensors(op, args)
 
     def architectures(self) -> list[str]:
-        """What the library has code for, as `architectures.chosen` words it: "8.0", "9.0+PTX"."""
+        """The architectures of the library's code, as `architectures.chosen` returns them: "8.0",
+        "9.0+PTX"."""
         return self.extension.architectures().split(":")
 
     def plan(self, m: int, n: int, k: int, blocksize: int, dtype: torch.dtype) -> tuple[str, str]:
-        """Which way a product with an NF4 weight goes on the current device, forward and backward.
+        """The kernels of a GEMM with an NF4 weight on the current device, forward and backward.
 
         Parameters
         ----------
@@ -58,11 +59,11 @@ class CudaBackend(CompiledBackend):
         -------
         forward, backward : str
             The name of a fused kernel, or "pieces": the weight is dequantised piece by piece for torch's
-            product.
+            GEMM.
         """
         return self.extension.plan(m, n, k, blocksize, str(dtype).removeprefix("torch."))
 
-    def _no_card_seen(self) -> Cards:
+    def _unprobed_cards(self) -> Cards:
         return Cards(lambda i: unserved(torch.cuda.get_device_capability(i), self.architectures()))
 
 

@@ -29,7 +29,7 @@ class Attention(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         weights, softmax = _weights(args)
         y = torch.einsum("bhrs,bshf->brhf", weights, _of_each_head(args, args.v))
         return y.to(args.q.dtype).contiguous(), softmax
@@ -41,7 +41,7 @@ class Attention(Op):
         return args.q.new_empty(args.q.shape), softmax
 
     differentiable = ("q", "k", "v")
-    kept = ("y", "softmax")
+    saved_outputs = ("y", "softmax")
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
@@ -65,7 +65,7 @@ class AttentionBackward(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
         acc = accumulator_dtype(args.q.dtype)
         q, dy = args.q.to(acc), args.dy.to(acc)
         k, v = _of_each_head(args, args.k), _of_each_head(args, args.v)

@@ -35,7 +35,7 @@ class RmsNorm(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         return _normed(args, args.x)
 
     @staticmethod
@@ -44,7 +44,7 @@ class RmsNorm(Op):
         return x.new_empty(x.shape, dtype=args.dtype), _row_numbers(x)
 
     differentiable = ("x", "weight")
-    kept = ("rstd",)
+    saved_outputs = ("rstd",)
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
@@ -62,10 +62,10 @@ class AddRmsNorm(Op):
         "-> (Tensor y, Tensor sum, Tensor rstd)"
     )
     composite = True
-    leaving = 2
+    num_outputs = 2
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
         total = (args.x + args.residual).contiguous()
         y, rstd = _normed(args, total)
         return y, total, rstd
@@ -76,8 +76,8 @@ class AddRmsNorm(Op):
         return total.new_empty(total.shape, dtype=args.dtype), total, _row_numbers(total)
 
     differentiable = ("x", "residual", "weight")
-    described = ("x", "residual")
-    kept = ("sum", "rstd")
+    saved_meta = ("x", "residual")
+    saved_outputs = ("sum", "rstd")
 
     @staticmethod
     def backward(
@@ -104,7 +104,7 @@ class RmsNormBackward(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         x, weight = args.x, args.weight
         acc = accumulator_dtype(x.dtype)
         dy, rstd = args.dy.to(acc), args.rstd[..., None]

@@ -23,7 +23,7 @@ class Rotary(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> list[Tensor]:
+    def reference(ops: Any, args: Any) -> list[Tensor]:
         cos, sin = args.cos[:, :, None], args.sin[:, :, None]
 
         def turned(x: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class Rotary(Op):
         return [x.new_empty(x.shape, dtype=args.dtype) for x in args.x]
 
     differentiable = ("x",)
-    described = ("x", "y")
+    saved_meta = ("x", "y")
     twice_differentiable = True
 
     @staticmethod

@@ -34,7 +34,7 @@ class Bottleneck(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         acc = accumulator_dtype(args.x.dtype)
         z = F.linear(_normed(args), args.down.to(acc), _to(args.down_bias, acc))
         value = dropped(ACTIVATIONS[args.activation](z)[0], args.dropout_p, args.seed)
@@ -51,8 +51,8 @@ class Bottleneck(Op):
         return y, new_h(args.x, args.down.shape[0])
 
     differentiable = ("x", "residual", "norm_weight", "norm_bias", "down", "down_bias", "up", "up_bias")
-    described = ("residual", "down_bias", "up_bias", "y")
-    kept = ("z",)
+    saved_meta = ("residual", "down_bias", "up_bias", "y")
+    saved_outputs = ("z",)
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
@@ -93,7 +93,7 @@ class BottleneckBackward(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, ...]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, ...]:
         x, down, up, norm_weight = args.x, args.down, args.up, args.norm_weight
         acc = accumulator_dtype(x.dtype)
         dx, dnorm_weight, dnorm_bias, ddown, ddown_bias, dup, dup_bias = _no_gradients(args)

@@ -34,7 +34,7 @@ class MultiBottleneck(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         by_group = _ByGroup(args.row_group, len(args.down))
         x, acc, widest = by_group.sorted(args.x), accumulator_dtype(args.x.dtype), _widest(args.down)
         residual = None if args.residual is None else by_group.sorted(args.residual)
@@ -61,8 +61,8 @@ class MultiBottleneck(Op):
         return like.new_empty(like.shape), new_h(args.x, _widest(args.down))
 
     differentiable = ("x", "residual", "norm_weight", "norm_bias", "down", "down_bias", "up", "up_bias")
-    described = ("residual", "down_bias", "up_bias", "y")
-    kept = ("z",)
+    saved_meta = ("residual", "down_bias", "up_bias", "y")
+    saved_outputs = ("z",)
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class MultiBottleneckBackward(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Any, ...]:
+    def reference(ops: Any, args: Any) -> tuple[Any, ...]:
         by_group = _ByGroup(args.row_group, len(args.down))
         dy, x, z = (by_group.sorted(t) for t in (args.dy, args.x, args.z))
         dx: list[Tensor] = []

@@ -27,7 +27,7 @@ class DoraNorm(Op):
     schema = "($base, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         acc, scaling = accumulator_dtype(args.lora_a.dtype), args.scaling
         a, b = args.lora_a.to(acc), args.lora_b.to(acc)
         w = dense_weight(args.base, (b.shape[0], a.shape[1]), acc).to(acc)
@@ -54,7 +54,7 @@ class DoraScale(Op):
     schema = "(Tensor z, Tensor scale, Tensor? bias) -> Tensor"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         z, scale, bias = args
         acc = accumulator_dtype(z.dtype)
         # Not (z - bias) * scale + bias: a scale of 1 is to change no bit.
@@ -83,7 +83,7 @@ class DoraScaleBackward(Op):
     schema = "(Tensor dy, Tensor z, Tensor scale, Tensor? bias) -> (Tensor dz, Tensor dscale)"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         dy, z, scale, bias = args
         acc = accumulator_dtype(z.dtype)
         dz = (dy.to(acc) * scale.to(acc)).to(dy.dtype)

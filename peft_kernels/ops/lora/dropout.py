@@ -25,7 +25,7 @@ class Dropout(Op):
     schema = "(Tensor x, float p, Tensor seed) -> Tensor"
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> Tensor:
+    def reference(ops: Any, args: Any) -> Tensor:
         return args.x.clone() if args.p == 0 else dropped(args.x, args.p, args.seed)
 
     @staticmethod
@@ -33,7 +33,7 @@ class Dropout(Op):
         return args.x.new_empty(args.x.shape)
 
     differentiable = ("x",)
-    described = ("x",)
+    saved_meta = ("x",)
     twice_differentiable = True
 
     @staticmethod

@@ -33,7 +33,7 @@ class LoraLinear(Op):
     )
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         x, a, b, bias = args.x, args.lora_a, args.lora_b, args.bias
         acc, compute = accumulator_dtype(x.dtype), args.compute_dtype or x.dtype
         weight = dense_weight(args.base, (b.shape[0], a.shape[1]), compute)
@@ -48,8 +48,8 @@ class LoraLinear(Op):
 
     differentiable = ("x", "weight", "bias", "lora_a", "lora_b")
     rounding = ("lora_a", "lora_b")
-    described = ("bias", "y")
-    kept = ("h",)
+    saved_meta = ("bias", "y")
+    saved_outputs = ("h",)
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class LoraLinearBackward(Op):
     )
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
         x, a, b, scaling = args.x, args.lora_a, args.lora_b, args.scaling
         p, seed = args.dropout_p, args.seed
         acc, compute = accumulator_dtype(x.dtype), args.compute_dtype or x.dtype

@@ -37,7 +37,7 @@ class MultiLoraLinear(Op):
     )
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[list[Tensor], Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[list[Tensor], Tensor]:
         x = args.x
         acc, compute = accumulator_dtype(x.dtype), args.compute_dtype or x.dtype
         x2 = rows(x)
@@ -64,8 +64,8 @@ class MultiLoraLinear(Op):
 
     differentiable = ("x", "weight", "bias", "lora_a", "lora_b")
     rounding = ("lora_a", "lora_b")
-    described = ("bias", "y")
-    kept = ("h",)
+    saved_meta = ("bias", "y")
+    saved_outputs = ("h",)
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Sequence[Tensor | None]) -> dict[str, Any]:
@@ -96,7 +96,7 @@ class MultiLoraLinearBackward(Op):
     )
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         x, seed = args.x, args.seed
         acc, compute = accumulator_dtype(x.dtype), args.compute_dtype or x.dtype
         x2, dy = rows(x), [rows(d) for d in args.dy]

@@ -48,7 +48,7 @@ class LinearCrossEntropy(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, ...]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, ...]:
         check_slope(args)
         args = _rounded(args)
         rows = max(PIECE, int(SHARE * args.x.shape[0] * args.vocabulary)) // max(args.vocabulary, 1)
@@ -62,8 +62,8 @@ class LinearCrossEntropy(Op):
         return *_scores(args), x.new_empty(x.shape if args.need_slope else (0, x.shape[1]))
 
     differentiable = ("x",)
-    described = ("x", "weight", "absmax", "absmax2", "offset", "bias", "labels", "loss")
-    kept = ("lse", "entropy", "top", "mean", "slope")
+    saved_meta = ("x", "weight", "absmax", "absmax2", "offset", "bias", "labels", "loss")
+    saved_outputs = ("lse", "entropy", "top", "mean", "slope")
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class LinearCrossEntropyTrained(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, ...]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, ...]:
         if args.h is None:
             options = args[args._fields.index("labels") : -2]
             head = args.x, *args.base, args.vocabulary, args.bias
@@ -108,8 +108,8 @@ class LinearCrossEntropyTrained(Op):
         return _scores(args)
 
     differentiable = ("x", "weight", "bias", "h", "lora_b")
-    described = ("loss",)
-    kept = ("lse", "entropy", "top", "mean")
+    saved_meta = ("loss",)
+    saved_outputs = ("lse", "entropy", "top", "mean")
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class LinearCrossEntropyBackward(Op):
     composite = True
 
     @staticmethod
-    def meaning(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         x, h, k = args.x, args.h, args.x.shape[1]
         acc = accumulator_dtype(x.dtype)
         fakes, args = LinearCrossEntropyBackward.fake(args), _rounded(args)

@@ -1,4 +1,4 @@
-"""Checks of arguments, in the words of the compiled back ends."""
+"""Checks of arguments, with the messages of the compiled back ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...core.code_tables import BLOCKSIZES
 
 
 def check(condition: bool, name: str, expected: object, got: object) -> None:
-    """RuntimeError that names an argument."""
+    """Raises a RuntimeError that names the argument unless `condition`."""
     if not condition:
         raise RuntimeError(f"{name}: expected {expected}, got {got}")
 
@@ -29,7 +29,7 @@ _NAMES = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """As the compiled back ends say it."""
+    """The name that the compiled back ends print."""
     return _NAMES.get(dtype, str(dtype))
 
 
@@ -38,12 +38,12 @@ def check_dtype(t: Tensor, expected: torch.dtype, name: str) -> None:
 
 
 def check_float(t: Tensor, name: str) -> None:
-    """That kernels take its dtype."""
+    """Raises unless kernels take its dtype."""
     check(t.dtype in DTYPES, name, "float32, bfloat16 or float16", dtype_name(t.dtype))
 
 
 def compute_type(compute_dtype: torch.dtype | None, x: Tensor) -> torch.dtype:
-    """Of the base product: x's own unless another is asked for."""
+    """Dtype of the base GEMM: `compute_dtype`, or x's own."""
     if compute_dtype is None:
         return x.dtype
     expected, got = "float32, bfloat16 or float16", dtype_name(compute_dtype)
@@ -56,7 +56,7 @@ def check_shape(t: Tensor, expected: Sequence[int], name: str) -> None:
 
 
 def check_lengths(lists: Sequence[Sized], count: int, name: str, like: str) -> None:
-    """That there is one of each for each of `like`."""
+    """Raises unless every list has `count` entries, as `like` has."""
     got = [len(values) for values in lists]
     check(got == [count] * len(got), name, f"{count} of each like {like}", ", ".join(map(str, got)))
 
@@ -70,7 +70,7 @@ def check_blocksize(blocksize: int) -> None:
 
 
 def matching(t: Tensor, like: Tensor, name: str) -> Tensor:
-    """Contiguous, and of the shape and dtype of `like`."""
+    """t, contiguous. Raises unless it has the shape and dtype of `like`."""
     check_dtype(t, like.dtype, name)
     check_shape(t, like.shape, name)
     return t.contiguous()

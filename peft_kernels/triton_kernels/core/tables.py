@@ -1,4 +1,4 @@
-"""Tables in the device's memory that seldom change, such as where an optimizer's parameters are."""
+"""Tables in device memory that seldom change, such as the addresses of an optimizer's parameters."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import cdiv, config, launch, passing, queue, varying
+from .launch import bypasses_cache, cdiv, config, device_and_stream, launch, varying
 
 STORE = config(4, 1)
 WORDS = 256
-"""Of a launch: half of what the arguments of a kernel may have."""
+"""Per launch: half the limit of a kernel's arguments."""
 MARK = 1 << 58
-"""Added to each word, so that all are int64 to the compiler."""
+"""Added to each word, so that Triton types all of them int64."""
 PLAIN = tl.constexpr(MARK - 1)
 
 Made = TypeVar("Made")
@@ -25,7 +25,7 @@ Made = TypeVar("Made")
 
 @triton.jit
 def store_words_kernel(out_ptr, words, COUNT: tl.constexpr):
-    # Not one store for each: the compiler would have all words in registers first.
+    # One store of all: with a store per word the compiler would first load all words into registers.
     at = tl.arange(0, COUNT)
     values = tl.zeros((COUNT,), tl.int64)
     for i in tl.static_range(COUNT):
@@ -33,9 +33,9 @@ def store_words_kernel(out_ptr, words, COUNT: tl.constexpr):
     tl.store(out_ptr + at, values >> 4 & PLAIN)
 
 
-def stored(words: Sequence[int], device: torch.device) -> Tensor:
-    """int64, of `words` from 0 to below 2^58 and what fills the last launch. They travel as arguments of
-    kernels: nothing waits, and a graph holds its own."""
+def words_on_device(words: Sequence[int], device: torch.device) -> Tensor:
+    """int64 tensor of `words`, each below 2^58, padded to whole launches. They travel as kernel arguments, so
+    nothing waits, and a CUDA graph holds its own copy."""
     out = torch.empty(cdiv(len(words), WORDS) * WORDS, dtype=torch.int64, device=device)
     for at in range(0, len(words), WORDS):
         part = [varying(word + MARK) for word in words[at : at + WORDS]]
@@ -44,11 +44,10 @@ def stored(words: Sequence[int], device: torch.device) -> Tensor:
     return out
 
 
-class Kept(Generic[Made]):
-    """The last few of what was made from keys, each for a stream, on which it was written.
+class StreamCache(Generic[Made]):
+    """Caches the last few values made from keys, per stream.
 
-    While a graph is captured nothing is taken from here, nor left: the graph makes its own each time, in
-    memory of its own.
+    Bypassed while a CUDA graph is captured: the graph makes its own values, in its own memory.
     """
 
     MOST = 16
@@ -58,9 +57,9 @@ class Kept(Generic[Made]):
         self._lock = Lock()
 
     def find(self, key: Any, make: Callable[[], Made]) -> Made:
-        if passing():
+        if bypasses_cache():
             return make()
-        where = queue()
+        where = device_and_stream()
         with self._lock:
             for i, (found_where, found_key, made) in enumerate(self._made):
                 if found_where == where and found_key == key:

@@ -1,4 +1,4 @@
-"""Linear layers of a mixture of experts, with and without adapters. Nothing waits for the device."""
+"""Linear layers of a mixture of experts, with and without adapters, without host synchronisation."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from torch import Tensor
 from ...core.code_tables import NESTED_BLOCKSIZE, dynamic_map
 from ...core.op import Base
 from ..core.common import check, check_blocksize, check_dtype, check_float, check_shape
+from ..core.gemm import Partials, SplitK, new_partials, split_k
 from ..core.launch import cdiv, launch, power_of_2, target
-from ..core.products import Parts, Split, parts_of, split_sum
-from ..linear.linear import BACKWARD, FORWARD, RUN, Tiles, run_of, table_for
-from ..linear.linear_unaligned import BLOCK_D
-from ..lora.lora_adapters import DeltaArgs, check_factor
-from ..lora.lora_products import FEW_ROWS, OVER_ROWS, SHRINK, SHRINK_FEW, ranks_of
+from ..core.lora_delta import DeltaArgs, check_factor
+from ..linear.linear import BACKWARD, FORWARD, RUN, Tiles, run_length, table_for
+from ..linear.linear_kernels import BLOCK_D
+from ..lora.lora_gemms import FEW_ROWS, OVER_ROWS, SHRINK, SHRINK_FEW, rank_block
 from ..nf4.nf4 import Nf4, Pointers
 from .experts_kernels import Factor, Strides, experts_kernel, experts_over_rows_kernel, experts_shrink_kernel
 
-# Of the tables of one weight, fewer lines: experts have unlike numbers of rows, which the host does not know.
+# Fewer entries than for one weight: the host does not know how many rows each expert has.
 EXPERTS_FORWARD = [FORWARD[1], FORWARD[2], FORWARD[3]]
 EXPERTS_BACKWARD = [BACKWARD[0], BACKWARD[2], BACKWARD[3]]
-MOST_ON_AMD = 64  # rows of a tile: a larger one spills on RDNA 4
+MAX_ROWS_AMD = 64  # of a tile: a larger one spills on RDNA 4
 
 
 class Group(NamedTuple):
-    """Rows that are sorted by expert."""
+    """Rows sorted by expert."""
 
     ends: Tensor  # int32 [experts], contiguous
     rows: int
@@ -37,12 +37,12 @@ class Group(NamedTuple):
         return self.ends.shape[0]
 
     @property
-    def usual(self) -> int:
-        """Rows of an expert, where all that can have rows have equally many."""
+    def average_rows(self) -> int:
+        """Rows per expert if all that can have rows have equally many."""
         return cdiv(self.rows, max(min(self.experts, self.rows), 1))
 
     def slots(self, block_m: int) -> int:
-        """Tiles of `block_m` rows of one expert: as many as there can be. Rows of none count too."""
+        """The most tiles of `block_m` rows of one expert that there can be; rows of no expert count too."""
         most = min(self.experts + 1, self.rows)
         return most + (self.rows - most) // block_m
 
@@ -51,12 +51,12 @@ class Group(NamedTuple):
         return self.rows, self.experts
 
     @property
-    def constant(self) -> int:
+    def constexpr_experts(self) -> int:
         return power_of_2(self.experts + 1)
 
 
 class Weights(NamedTuple):
-    """The base weight of all experts. A dense one is of the activations' type, its blocksize 0."""
+    """The base weights of all experts. Dense ones have the activations' dtype and blocksize 0."""
 
     pointers: Pointers
     blocksize: int
@@ -64,7 +64,7 @@ class Weights(NamedTuple):
 
 
 class Adapters(NamedTuple):
-    """What the adapters of all experts add to a product: scale * u v^T."""
+    """What the experts' adapters add to a GEMM: scale * u v^T."""
 
     u: Tensor  # fp32 [rows, rank], contiguous
     v: Tensor  # [experts, features, rank]
@@ -77,7 +77,7 @@ class Adapters(NamedTuple):
 
 
 def weights_of(base: Base, x: Tensor, group: Group, n: int, k: int) -> Weights:
-    """The weights [experts, n, k], for activations x. RuntimeError when their parts do not fit."""
+    """The weights [experts, n, k] for activations x. Raises RuntimeError when their parts do not fit."""
     packed, absmax, absmax2, offset, blocksize = base
     experts, numel = group.experts, n * k
     if absmax is None:
@@ -103,7 +103,7 @@ def weights_of(base: Base, x: Tensor, group: Group, n: int, k: int) -> Weights:
     return Weights(pointers, blocksize, Strides(size, blocks, groups))
 
 
-def grouped_product(
+def grouped_gemm(
     x: Tensor,
     group: Group,
     weights: Weights,
@@ -112,23 +112,23 @@ def grouped_product(
     bias: Tensor | None = None,
     adapters: Adapters | None = None,
 ) -> Tensor:
-    """x [rows, depth] times the weight [depth, features] if `backward`, else times the transpose of the
-    weight [features, depth], of each row's expert; with its bias and adapter. Contiguous."""
+    """x [rows, depth] times the weight [depth, features] of each row's expert if `backward`, else times its
+    transposed weight [features, depth], plus its bias and adapter. Contiguous."""
     depth = x.shape[1]
     out = x.new_empty(group.rows, features)
     if out.numel() == 0:
         return out
-    tiles = tiles_of(x.dtype, backward, group.usual)
+    tiles = tiles_of(x.dtype, backward, group.average_rows)
     block_m, block_f = tiles.config["BLOCK_M"], tiles.config["BLOCK_F"]
     run, unit = 0, BLOCK_D.value
     if weights.blocksize:
         nf4 = Nf4(weights.pointers, weights.blocksize)
-        run = run_of(nf4, features if backward else depth, x.dtype) or 0
+        run = run_length(nf4, features if backward else depth, x.dtype) or 0
     if run and backward:
         unit = RUN // 2 if x.dtype == torch.float32 else RUN
     elif run:
         unit = math.gcd(depth // run, tiles.groups) * run
-    split, parts = _cut(group.slots(block_m) * cdiv(features, block_f), depth, unit, block_m * block_f, x)
+    split, parts = _split_k(group.slots(block_m) * cdiv(features, block_f), depth, unit, block_m * block_f, x)
     strides = weights.strides._replace(bias=features, v=0 if adapters is None else adapters.v.stride(0))
     delta = None if adapters is None else adapters.args
     shift = max(weights.blocksize, 1).bit_length() - 1
@@ -136,38 +136,39 @@ def grouped_product(
     tensors = x, group.ends, weights.pointers, bias, delta, strides, out, parts
     constants = {"BLOCK_SHIFT": shift, "BACKWARD": backward, "RUN": run, "UNIT": unit}
     args = *tensors, *group.sizes, features, depth, split.units
-    launch(experts_kernel, grid, *args, config=tiles.config, EXPERTS=group.constant, **constants)
+    launch(experts_kernel, grid, *args, config=tiles.config, EXPERTS=group.constexpr_experts, **constants)
     return out
 
 
 def tiles_of(dtype: torch.dtype, backward: bool, rows: int) -> Tiles:
-    """For experts that have `rows` rows, more or less."""
+    """Tiles for experts of about `rows` rows."""
     if dtype == torch.float32:
         return table_for(dtype, backward)[-1]
     table = EXPERTS_BACKWARD if backward else EXPERTS_FORWARD
     if target() == "hip":
-        table = [tiles for tiles in table if tiles.config["BLOCK_M"] <= MOST_ON_AMD]
+        table = [tiles for tiles in table if tiles.config["BLOCK_M"] <= MAX_ROWS_AMD]
     return next((tiles for tiles in table if rows <= tiles.rows), table[-1])
 
 
-def _cut(programs: int, depth: int, unit: int, tile: int, x: Tensor) -> tuple[Split, Parts | None]:
-    split = split_sum(programs, depth, unit, x.device)
-    return split, None if split.splits == 1 else parts_of(programs * split.splits, tile, x.device)
+def _split_k(programs: int, depth: int, unit: int, tile: int, x: Tensor) -> tuple[SplitK, Partials | None]:
+    split = split_k(programs, depth, unit, x.device)
+    return split, None if split.splits == 1 else new_partials(programs * split.splits, tile, x.device)
 
 
 def shrink_experts(x: Tensor, group: Group, factor: Tensor, scale: float) -> Tensor:
-    """scale x [rows, features] factor [experts, features, rank]: fp32 [rows, rank], 0 in rows of none."""
+    """scale x [rows, features] factor [experts, features, rank]: fp32 [rows, rank], 0 in rows of no
+    expert."""
     features, rank = factor.shape[1:]
     out = x.new_empty((group.rows, rank), dtype=torch.float32)
     if out.numel() == 0:
         return out
-    config = SHRINK_FEW if group.usual <= FEW_ROWS else SHRINK
-    block_m, block_r = config["BLOCK_M"], ranks_of(rank)
+    config = SHRINK_FEW if group.average_rows <= FEW_ROWS else SHRINK
+    block_m, block_r = config["BLOCK_M"], rank_block(rank)
     unit, programs = _unit(x), group.slots(block_m) * cdiv(rank, block_r)
-    split, parts = _cut(programs, features, unit, block_m * block_r, x)
+    split, parts = _split_k(programs, features, unit, block_m * block_r, x)
     sizes = *group.sizes, features, rank, scale, split.units
     args = x, group.ends, Factor(factor, *factor.stride()), out, parts, *sizes
-    constants = {"EXPERTS": group.constant, "BLOCK_F": unit, "BLOCK_R": block_r}
+    constants = {"EXPERTS": group.constexpr_experts, "BLOCK_F": unit, "BLOCK_R": block_r}
     launch(experts_shrink_kernel, (programs, split.splits), *args, config=config, **constants)
     return out
 
@@ -177,7 +178,7 @@ def sum_over_rows(x: Tensor, group: Group, factor: Tensor, out: Tensor, scale: f
     if out.numel() == 0:
         return
     features, rank = out.shape[1:]
-    block_r = ranks_of(rank)
+    block_r = rank_block(rank)
     programs = group.experts * cdiv(features, OVER_ROWS["BLOCK_F"]) * cdiv(rank, block_r)
     args = x, group.ends, factor, Factor(out, *out.stride()), *group.sizes, features, rank, scale
     constants = {"BLOCK_M": _unit(x), "BLOCK_R": block_r}
@@ -185,25 +186,22 @@ def sum_over_rows(x: Tensor, group: Group, factor: Tensor, out: Tensor, scale: f
 
 
 def _unit(x: Tensor) -> int:
-    """How much of a sum of adapters a program adds at a time."""
+    """Elements that an adapter's GEMM sums per step."""
     return 32 if x.dtype == torch.float32 else 64
-
-
-# The ops
 
 
 def experts_linear(args: Any) -> Tensor:
     x, ends, base, out_features, bias = args
     x, group = _rows(x, "x", ends)
     weights = weights_of(base, x, group, out_features, x.shape[1])
-    return grouped_product(x, group, weights, out_features, False, _bias(bias, x, group, out_features))
+    return grouped_gemm(x, group, weights, out_features, False, _bias(bias, x, group, out_features))
 
 
 def experts_linear_dx(args: Any) -> Tensor:
     dy, ends, base, in_features = args
     dy, group = _rows(dy, "dy", ends)
     weights = weights_of(base, dy, group, dy.shape[1], in_features)
-    return grouped_product(dy, group, weights, in_features, True)
+    return grouped_gemm(dy, group, weights, in_features, True)
 
 
 def experts_lora_linear(args: Any) -> tuple[Tensor, Tensor]:
@@ -212,7 +210,7 @@ def experts_lora_linear(args: Any) -> tuple[Tensor, Tensor]:
     n, k = b.shape[1], x.shape[1]
     weights, bias = weights_of(args.base, x, group, n, k), _bias(args.bias, x, group, n)
     h = shrink_experts(x, group, a.mT, 1.0)
-    return grouped_product(x, group, weights, n, False, bias, Adapters(h, b, args.scaling)), h
+    return grouped_gemm(x, group, weights, n, False, bias, Adapters(h, b, args.scaling)), h
 
 
 def experts_lora_linear_backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -230,7 +228,7 @@ def experts_lora_linear_backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
     if args.need_dx or args.need_da:
         dh = shrink_experts(dy, group, b, args.scaling)
         if args.need_dx:
-            dx = grouped_product(dy, group, weights, k, True, None, Adapters(dh, a.mT, 1.0))
+            dx = grouped_gemm(dy, group, weights, k, True, None, Adapters(dh, a.mT, 1.0))
         if args.need_da:
             sum_over_rows(x, group, dh, da.mT, 1.0)
     if args.need_db:
@@ -239,7 +237,7 @@ def experts_lora_linear_backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _rows(t: Tensor, name: str, ends: Tensor) -> tuple[Tensor, Group]:
-    """Activations, contiguous, and whose they are."""
+    """Activations, contiguous, and their experts."""
     check_float(t, name)
     check(t.dim() == 2, name, "2 dimensions", t.dim())
     check_dtype(ends, torch.int32, "ends")

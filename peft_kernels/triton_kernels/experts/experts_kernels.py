@@ -1,8 +1,8 @@
-"""Products of a mixture of experts: rows sorted by expert, each times its expert's weight or adapter.
+"""GEMMs of a mixture of experts: rows sorted by expert, each times its expert's weight or adapter.
 
-Where an expert's rows end, `ends` tells, which is read on the device. Programs are for slots, of BLOCK_M rows
-of one expert; of slots there are as many as there can be, and programs of those that are over leave at once.
-Rows behind the last end are those of one expert more, whose results are zeros.
+`ends`, read on the device, holds where each expert's rows end. A program computes a slot: BLOCK_M rows of one
+expert. The grid has as many slots as there can be; programs without rows return at once. Rows behind the last
+end belong to no expert, and their results are zeros.
 """
 
 from __future__ import annotations
@@ -13,16 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..core.gemm import add_dot, dot, reduce_splits, store_tile
 from ..core.launch import VARYING
-from ..core.products import add_part, dot, store_tile, sum_splits
-from ..linear.linear_kernels import linear_dx_tile, linear_tile
-from ..linear.linear_unaligned import unaligned_tile
-from ..lora.lora_adapters import DeltaArgs
+from ..core.lora_delta import DeltaArgs
+from ..linear.linear_kernels import linear_dx_tile, linear_tile, unaligned_tile
 from ..nf4.nf4 import Pointers
 
 
 class Strides(NamedTuple):
-    """How far apart experts are in the tensors of a weight, and in those of its adapter."""
+    """Strides between experts in the tensors of a weight and of its adapter."""
 
     packed: int = 0
     absmax: int = 0
@@ -32,7 +31,7 @@ class Strides(NamedTuple):
 
 
 class Factor(NamedTuple):
-    """A matrix of each expert."""
+    """A matrix per expert."""
 
     pointer: Tensor
     expert_stride: int
@@ -41,9 +40,9 @@ class Factor(NamedTuple):
 
 
 @triton.jit
-def rows_of(ends_ptr, rows, experts, expert):
-    """Where rows of experts, int32 of any shape, begin and end, among the rows whatever `ends` holds. Behind
-    the last one comes what is of none."""
+def expert_rows(ends_ptr, rows, experts, expert):
+    """Where the rows of `expert`, int32 of any shape, begin and end; clamped to the rows, whatever `ends`
+    holds. Index `experts` has the rows of no expert."""
     stop = tl.load(ends_ptr + expert, mask=expert < experts, other=0)
     stop = tl.maximum(tl.minimum(tl.where(expert < experts, stop, rows), rows), 0)
     inside = (expert > 0) & (expert <= experts)
@@ -53,10 +52,10 @@ def rows_of(ends_ptr, rows, experts, expert):
 
 @triton.jit
 def find_slot(ends_ptr, rows, experts, slot, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
-    """The expert of a slot, its first row in that slot, and where its rows end. A slot that is over begins
-    where it ends. EXPERTS: more than there are, a power of two."""
+    """The expert of a slot, its first row in that slot, and where its rows end. A slot without rows begins
+    where it ends. EXPERTS: a power of two above the number of experts."""
     each = tl.arange(0, EXPERTS)
-    begin, stop = rows_of(ends_ptr, rows, experts, each)
+    begin, stop = expert_rows(ends_ptr, rows, experts, each)
     slots = tl.cdiv(tl.maximum(stop - begin, 0), BLOCK_M)
     behind = tl.cumsum(slots, axis=0)
     before = behind - slots
@@ -88,13 +87,13 @@ def experts_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """out[rows, features] = x[rows, depth] W + bias + delta, each row with what is its expert's. A program
-    sums over `split` times UNIT.
+    """out[rows, features] = x[rows, depth] W + bias + delta, with W, bias and delta of each row's expert. A
+    program sums over `split` times UNIT.
 
     W is the weight [depth, features] with BACKWARD, else the transpose of the weight [features, depth]. RUN
-    as in the products of one weight; 0 where elements are read one by one, and for a dense weight.
+    as in `linear_tile`; 0 where elements are read one by one, and for a dense weight.
     """
-    # Neighbours read the same x: all rows are more than the card's cache holds, an expert's weight is less.
+    # Neighbouring programs read the same x: the L2 cache holds an expert's weight, but not all rows.
     tiles = tl.cdiv(features, BLOCK_F)
     slot = tl.program_id(0) // tiles
     expert, first_row, stop = find_slot(ends_ptr, rows, experts, slot, EXPERTS, BLOCK_M)
@@ -108,7 +107,7 @@ def experts_kernel(
             store_tile(out_ptr, nothing, token, stop, first + tl.arange(0, BLOCK_F), features, True)
         return
     expert = expert.to(tl.int64)
-    # In place: functions cannot return None, which a pointer may be.
+    # Inline, because functions cannot return None, which a pointer may be.
     absmax, absmax2, offset = weight.absmax, weight.absmax2, weight.offset
     if absmax is not None:
         absmax += expert * strides.absmax
@@ -151,8 +150,8 @@ def experts_shrink_kernel(
     BLOCK_F: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """out[rows, rank] = scale x[rows, features] factor[features, rank], of each row's expert; fp32, and 0 in
-    rows of none. A program sums over `split` times BLOCK_F."""
+    """out[rows, rank] = scale x[rows, features] factor[features, rank] of each row's expert; fp32, 0 in rows
+    of no expert. A program sums over `split` times BLOCK_F."""
     tiles = tl.cdiv(rank, BLOCK_R)
     slot = tl.program_id(0) // tiles
     expert, first_row, stop = find_slot(ends_ptr, rows, experts, slot, EXPERTS, BLOCK_M)
@@ -162,7 +161,7 @@ def experts_shrink_kernel(
     r = tl.program_id(0) % tiles * BLOCK_R + tl.arange(0, BLOCK_R)
     depth = split * BLOCK_F
     begin = tl.program_id(1) * depth
-    end = tl.where(expert < experts, tl.minimum(begin + depth, features), begin)  # of none nothing is summed
+    end = tl.where(expert < experts, tl.minimum(begin + depth, features), begin)  # no expert: an empty sum
     values = factor.pointer + tl.minimum(expert, experts - 1).to(tl.int64) * factor.expert_stride
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(begin, end, BLOCK_F):
@@ -171,9 +170,9 @@ def experts_shrink_kernel(
         tile = tl.load(x_ptr + row[:, None] * features + feature[None, :], mask=inside, other=0.0)
         at = feature.to(tl.int64)[:, None] * factor.stride + r.to(tl.int64)[None, :] * factor.rank_stride
         inside = (feature < features)[:, None] & (r < rank)[None, :]
-        acc = add_part(acc, dot(tile, tl.load(values + at, mask=inside, other=0.0), tl.float32))
+        acc = add_dot(acc, dot(tile, tl.load(values + at, mask=inside, other=0.0), tl.float32))
     splits = tl.num_programs(1)
-    total, last = sum_splits(acc * scale, parts, tl.program_id(0) * splits, tl.program_id(1), splits)
+    total, last = reduce_splits(acc * scale, parts, tl.program_id(0) * splits, tl.program_id(1), splits)
     inside = (row < stop)[:, None] & (r < rank)[None, :] & last
     tl.store(out_ptr + row[:, None] * rank + r[None, :], total, mask=inside)
 
@@ -193,13 +192,13 @@ def experts_over_rows_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """out[features, rank] = scale x[rows, features]^T factor[rows, rank] of each expert, over its rows."""
+    """out[features, rank] = scale x[rows, features]^T factor[rows, rank] per expert, over its rows."""
     feature_tiles = tl.cdiv(features, BLOCK_F)
     tile = tl.program_id(0) % (feature_tiles * tl.cdiv(rank, BLOCK_R))
     expert = tl.program_id(0) // (feature_tiles * tl.cdiv(rank, BLOCK_R))
     feature = tile % feature_tiles * BLOCK_F + tl.arange(0, BLOCK_F)
     r = tile // feature_tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    begin, stop = rows_of(ends_ptr, rows, experts, expert)
+    begin, stop = expert_rows(ends_ptr, rows, experts, expert)
     acc = tl.zeros((BLOCK_F, BLOCK_R), tl.float32)
     for start in range(begin, stop, BLOCK_M):
         row = tl.cast(start, tl.int64) + tl.arange(0, BLOCK_M)
@@ -208,7 +207,7 @@ def experts_over_rows_kernel(
         tokens = tl.load(at, mask=there & (feature < features)[None, :], other=0.0)
         at = factor_ptr + row[:, None] * rank + r[None, :]
         ranks = tl.load(at, mask=there & (r < rank)[None, :], other=0.0)
-        acc = add_part(acc, dot(tl.trans(tokens), ranks, tl.float32))
+        acc = add_dot(acc, dot(tl.trans(tokens), ranks, tl.float32))
     at = out.pointer + expert.to(tl.int64) * out.expert_stride + feature.to(tl.int64)[:, None] * out.stride
     at += r.to(tl.int64)[None, :] * out.rank_stride
     inside = (feature < features)[:, None] & (r < rank)[None, :]

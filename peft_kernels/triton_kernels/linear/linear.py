@@ -9,29 +9,28 @@ import torch
 from torch import Tensor
 
 from ..core.common import check, check_dtype, check_float, check_shape
+from ..core.dropout import mask_args
+from ..core.gemm import new_partials, split_k
 from ..core.launch import Config, cdiv, config, launch, target
-from ..core.products import parts_of, split_sum
-from ..lora.dropout import mask_args
-from ..lora.lora_adapters import Delta, delta_args
+from ..core.lora_delta import Delta, delta_args
 from ..nf4.nf4 import Nf4, nf4
-from .linear_kernels import linear_dx_kernel, linear_kernel
+from .linear_kernels import BLOCK_D, linear_dx_kernel, linear_kernel, unaligned_kernel
 from .linear_pieces import backward_by_pieces, forward_by_pieces
-from .linear_unaligned import BLOCK_D, unaligned_product_kernel
 
-RUN = 64  # weights at a time
+RUN = 64  # weights per step
 
 
 class Tiles(NamedTuple):
-    """Tiles of programs for up to `rows` rows of x or dy."""
+    """Tiles for up to `rows` rows of x or dy."""
 
     rows: int
-    groups: int  # runs of weights that a program reads at a time, at most
+    groups: int  # most runs of weights that a program reads per step
     config: Config
 
 
-# Up to 64 rows one tile holds them all, and each weight is decoded once. Few rows leave little to multiply:
-# several runs at a time keep bytes on their way. Many rows take a longer tile, which reads x less often.
-# Beyond the last line the weight is dequantised, piece by piece, for torch's product.
+# Up to 64 rows one tile holds them all, and each weight is decoded once. Few rows are bound by memory:
+# several runs per step keep loads in flight. Many rows take a longer tile, which reads x less often. Beyond
+# the last entry the weight is dequantised piece by piece for torch's GEMM.
 FORWARD = [
     Tiles(8, 2, config(8, 5, BLOCK_M=8, BLOCK_F=64)),
     Tiles(16, 4, config(4, 3, BLOCK_M=16, BLOCK_F=64)),
@@ -45,7 +44,7 @@ BACKWARD = [
     Tiles(64, 1, config(8, 2, BLOCK_M=64, BLOCK_F=64)),
     Tiles(256, 1, config(8, 3, BLOCK_M=128, BLOCK_F=128)),
 ]
-# fp32 goes without tensor cores, and torch's products do better from few rows on.
+# fp32 does not use tensor cores, and torch's GEMMs are faster from a few rows on.
 FORWARD_F32 = [Tiles(16, 1, config(4, 1, BLOCK_M=16, BLOCK_F=32))]
 BACKWARD_F32 = [Tiles(16, 1, config(8, 2, BLOCK_M=16, BLOCK_F=32))]
 
@@ -61,7 +60,7 @@ def table_for(dtype: torch.dtype, backward: bool) -> list[Tiles]:
     return BACKWARD if backward else FORWARD
 
 
-def fused_product(
+def fused_gemm(
     x: Tensor,
     weight: Nf4,
     features: int,
@@ -69,8 +68,8 @@ def fused_product(
     bias: Tensor | None = None,
     delta: Delta | None = None,
 ) -> Tensor | None:
-    """x [m, depth] times the weight [depth, features] if `backward`, else times the transpose of the weight
-    [features, depth]; with bias and delta. Contiguous; None when no kernel is for so many rows."""
+    """x [m, depth] times the weight [depth, features] if `backward`, else times the transposed weight
+    [features, depth], plus bias and delta. Contiguous. None when there are too many rows for a kernel."""
     m, depth = x.shape
     tiles = tiles_for(table_for(x.dtype, backward), m)
     if tiles is None:
@@ -78,11 +77,11 @@ def fused_product(
     out = x.new_empty(m, features)
     if out.numel() == 0:
         return out
-    run = run_of(weight, features if backward else depth, x.dtype)
+    run = run_length(weight, features if backward else depth, x.dtype)
     kernel: Any
     constants: dict[str, int]
     if run is None:
-        kernel, unit, constants = unaligned_product_kernel, BLOCK_D.value, {"BACKWARD": backward}
+        kernel, unit, constants = unaligned_kernel, BLOCK_D.value, {"BACKWARD": backward}
     elif backward:
         unit = RUN // 2 if x.dtype == torch.float32 else RUN
         kernel, constants = linear_dx_kernel, {"RUN": run, "BLOCK_D": unit}
@@ -90,37 +89,34 @@ def fused_product(
         groups = math.gcd(depth // run, tiles.groups)
         kernel, unit, constants = linear_kernel, groups * run, {"RUN": run, "GROUPS": groups}
     programs = cdiv(m, tiles.config["BLOCK_M"]) * cdiv(features, tiles.config["BLOCK_F"])
-    split = split_sum(programs, depth, unit, x.device)
+    split = split_k(programs, depth, unit, x.device)
     tile = tiles.config["BLOCK_M"] * tiles.config["BLOCK_F"]
-    parts = None if split.splits == 1 else parts_of(programs * split.splits, tile, x.device)
+    parts = None if split.splits == 1 else new_partials(programs * split.splits, tile, x.device)
     tensors = x, weight.pointers, bias, delta_args(delta), out, parts
     sizes = m, features, depth, split.units
-    args = *tensors, *sizes, *mask_args(None if delta is None else delta.seen.mask)
+    args = *tensors, *sizes, *mask_args(None if delta is None else delta.selection.mask)
     grid = programs, split.splits
     launch(kernel, grid, *args, config=tiles.config, BLOCK_SHIFT=weight.shift, **constants)
     return out
 
 
-def run_of(weight: Nf4, k: int, dtype: torch.dtype) -> int | None:
-    """How many weights of a row go together, that share an absmax and are whole bytes; None where not all
-    rows consist of such."""
+def run_length(weight: Nf4, k: int, dtype: torch.dtype) -> int | None:
+    """Length of the runs that rows of the weight are made of: they share an absmax and fill whole bytes. None
+    if rows are not made of such runs."""
     for run in (RUN, RUN // 2):
         if k % run == 0 and weight.blocksize % run == 0 and (run < RUN or dtype != torch.float32):
             return run
     return None
 
 
-def base_product(x: Tensor, weight: Nf4, features: int, backward: bool, bias: Tensor | None = None) -> Tensor:
-    """The same of any number of rows, without a delta."""
-    out = fused_product(x, weight, features, backward, bias)
+def base_gemm(x: Tensor, weight: Nf4, features: int, backward: bool, bias: Tensor | None = None) -> Tensor:
+    """`fused_gemm` without a delta, for any number of rows."""
+    out = fused_gemm(x, weight, features, backward, bias)
     if out is not None:
         return out
     return (
         backward_by_pieces(x, weight, features) if backward else forward_by_pieces(x, weight, features, bias)
     )
-
-
-# The ops
 
 
 def nf4_linear(args: Any) -> Tensor:
@@ -129,25 +125,25 @@ def nf4_linear(args: Any) -> Tensor:
     weight = nf4(base, out_features * rows.shape[1])
     if bias is not None:
         bias = checked_bias(bias, out_features, x.dtype)
-    return base_product(rows, weight, out_features, False, bias).view(*x.shape[:-1], out_features)
+    return base_gemm(rows, weight, out_features, False, bias).view(*x.shape[:-1], out_features)
 
 
 def nf4_linear_dx(args: Any) -> Tensor:
     dy, base, in_features = args
     rows = as_rows(dy, "dy")
     weight = nf4(base, rows.shape[1] * in_features)
-    return base_product(rows, weight, in_features, True).view(*dy.shape[:-1], in_features)
+    return base_gemm(rows, weight, in_features, True).view(*dy.shape[:-1], in_features)
 
 
 def as_rows(t: Tensor, name: str) -> Tensor:
-    """Activations as rows, contiguous."""
+    """t as rows [m, features], contiguous."""
     check_float(t, name)
     check(t.dim() >= 1, name, "at least 1 dimension", t.dim())
     return t.contiguous().view(math.prod(t.shape[:-1]), t.shape[-1])
 
 
 def checked_bias(bias: Tensor, features: int, dtype: torch.dtype) -> Tensor:
-    """Of a layer, contiguous."""
+    """The bias, contiguous. Raises unless it fits."""
     check_float(bias, "bias")
     if bias.dtype != torch.float32:
         check_dtype(bias, dtype, "bias")

@@ -1,7 +1,9 @@
-"""Products with an NF4 weight on tensor cores, y = x W^T and dx = dY W, each with the delta of an adapter.
+"""GEMMs with an NF4 weight on tensor cores, y = x W^T and dx = dY W, each with the delta of an adapter.
 
-For weights whose rows are made of runs: a run is elements that share an absmax, and is whole bytes. Features
-are the rows of a tile and tokens its columns: a tensor core takes at least 16 rows, but 8 columns.
+`linear_tile` and `linear_dx_tile` take weights whose rows are made of runs: elements that share an absmax and
+fill whole bytes. `unaligned_tile` reads elements one by one, for all other weights and for dense ones.
+Features are the rows of a tile and tokens its columns: a tensor core takes at least 16 rows, but only 8
+columns.
 """
 
 from __future__ import annotations
@@ -9,13 +11,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from ..core.dropout import keep_mask
+from ..core.gemm import add_dot, dot, reduce_splits, store_tile, uses_wgmma
 from ..core.launch import VARYING
-from ..core.products import add_part, dot, store_tile, sum_splits, takes_wgmma
-from ..lora.dropout import kept
-from ..lora.lora_adapters import delta_tile
-from ..nf4.nf4_decode import absmax_of, decode, load_absmax, load_packed_absmax, stretch
+from ..core.lora_delta import delta_tile
+from ..nf4.nf4_decode import absmax_of, decode, decode_scale, load_absmax, load_elements, load_packed_absmax
 
-RANKS = tl.constexpr(16)  # of an adapter at a time
+RANKS = tl.constexpr(16)  # ranks of an adapter per step
+BLOCK_D = tl.constexpr(32)  # of an unaligned weight: registers hold no more single elements
 
 
 @triton.jit
@@ -26,7 +29,7 @@ def load_run_absmax(weight, element, BLOCK_SHIFT: tl.constexpr):
 
 @triton.jit
 def load_run_packed_absmax(weight, element, there, BLOCK_SHIFT: tl.constexpr):
-    """What is stored of it, for `absmax_of`. `there`: whether the weight has elements."""
+    """The stored form of it, for `absmax_of`. `there`: whether the weight has elements."""
     return load_packed_absmax(weight, element >> BLOCK_SHIFT, tl.full(element.shape, True, tl.int1) & there)
 
 
@@ -46,20 +49,20 @@ def finish_tile(
     BLOCK_F: tl.constexpr,
     QUADS: tl.constexpr,
 ):
-    """Store the splits' sums [features, tokens], for activations of `dtype`, with what the first adds to
-    them: mask(delta) and bias. `mask` and QUADS as in `kept`."""
+    """Store the sum of the splits [features, tokens], for activations of `dtype`. The first split adds
+    mask(delta) and bias. `mask` and QUADS as in `keep_mask`."""
     feature = first + tl.arange(0, BLOCK_F)
     if tl.program_id(1) == 0:
         if delta is not None:
             added = delta_tile(delta, token, m, feature, features, dtype, RANKS)
             if mask[0] is not None:
-                keep = kept(mask, token.to(tl.int64), first, features, BLOCK_F, QUADS)
+                keep = keep_mask(mask, token.to(tl.int64), first, features, BLOCK_F, QUADS)
                 added = tl.where(tl.trans(keep), added, 0.0)
             acc += delta.scale * added
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + feature, mask=feature < features, other=0.0).to(tl.float32)[:, None]
     splits = tl.num_programs(1)
-    total, last = sum_splits(acc, parts, tl.program_id(0) * splits, tl.program_id(1), splits)
+    total, last = reduce_splits(acc, parts, tl.program_id(0) * splits, tl.program_id(1), splits)
     store_tile(out_ptr, total, token, m, feature, features, last)
 
 
@@ -84,24 +87,24 @@ def linear_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """out[m, features] = x[m, depth] W[features, depth]^T + bias + delta, of the rows `token`, one after
-    another, before m. A program sums over `split` times GROUPS RUN, of which depth is a multiple.
+    """out[m, features] = x[m, depth] W[features, depth]^T + bias + delta, for the consecutive rows `token`
+    below m. A program sums over `split` times GROUPS RUN; depth is a multiple of GROUPS RUN.
 
-    RUN divides the blocksize, 2^BLOCK_SHIFT. Codes are multiplied as they are, and each run by its absmax
-    afterwards. `mask` as in `kept`.
+    RUN divides the blocksize, 2^BLOCK_SHIFT. Decoded codes are multiplied unscaled; the sum of each run is
+    multiplied by its absmax. `mask` as in `keep_mask`.
     """
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    # What lies outside is read elsewhere, and not written.
+    # Indices outside are clamped, and their results not stored.
     x_rows = tl.minimum(token, m - 1).to(tl.int64) * depth
     feature = first_feature + tl.arange(0, BLOCK_F)
     w_rows = tl.minimum(feature, features - 1).to(tl.int64) * depth
     STEP: tl.constexpr = GROUPS * RUN
     first = tl.program_id(1) * split * STEP
 
-    # Sums may run in any order. For wgmma, byte j of a run stands at 4 (j % QUARTER) + j // QUARTER: so a
-    # thread's operands are neighbours. For others the compiler finds such an order, and x can be copied in
-    # longer vectors. Eight tokens make programs of more warps than wgmma has rows for.
-    PERMUTED: tl.constexpr = takes_wgmma() and BLOCK_M > 8
+    # The order of summation is free. For wgmma, byte j of a run moves to 4 (j % QUARTER) + j // QUARTER, so
+    # that a thread's operands are neighbours. Otherwise the compiler finds such an order itself, and x can be
+    # copied in longer vectors. With eight tokens programs have more warps than wgmma has rows for.
+    PERMUTED: tl.constexpr = uses_wgmma() and BLOCK_M > 8
     QUARTER: tl.constexpr = RUN // 8
     column = tl.arange(0, RUN)
     if PERMUTED:
@@ -109,7 +112,7 @@ def linear_tile(
     x_tile = x_ptr + x_rows[:, None] + (first + column)[None, :]
     w_tile = weight.packed + (w_rows >> 1)[:, None] + (first // 2 + tl.arange(0, RUN // 2))[None, :]
     acc = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
-    # A run ahead: what is stored tells where to look up the absmax, so they would be waited for twice.
+    # Loaded a run ahead: the stored absmax is an index into a table, so there are two loads to wait for.
     stored = load_run_packed_absmax(weight, w_rows + first, depth > 0, BLOCK_SHIFT)
     for start in range(first, tl.minimum(first + split * STEP, depth), STEP):
         for group in tl.static_range(GROUPS):
@@ -125,7 +128,7 @@ def linear_tile(
             acc += part * scales[:, None]
         x_tile += STEP
         w_tile += STEP // 2
-    acc *= 1.0 / stretch(dtype)
+    acc *= 1.0 / decode_scale(dtype)
     finish_tile(
         out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, True
     )
@@ -152,9 +155,9 @@ def linear_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """`linear_tile` of all rows."""
+    """`linear_tile` for all rows."""
     m_tiles = tl.cdiv(m, BLOCK_M)
-    # Neighbours read the same weights.
+    # Neighbouring programs read the same weights.
     token = tl.program_id(0) % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(0) // m_tiles * BLOCK_F
     mask = (seed_ptr, stream, threshold)
@@ -184,10 +187,10 @@ def linear_dx_tile(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """out[m, features] = dy[m, depth] W[depth, features] + bias + mask(delta), of the rows `token`, one after
-    another, before m. A program sums over `split` times BLOCK_D.
+    """out[m, features] = dy[m, depth] W[depth, features] + bias + mask(delta), for the consecutive rows
+    `token` below m. A program sums over `split` times BLOCK_D.
 
-    features are a multiple of RUN, and that divides the blocksize, 2^BLOCK_SHIFT.
+    features is a multiple of RUN, which divides the blocksize, 2^BLOCK_SHIFT.
     """
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
     dy_rows = tl.minimum(token, m - 1).to(tl.int64) * depth
@@ -202,13 +205,13 @@ def linear_dx_tile(
         gradients = tl.load(dy_ptr + dy_rows[:, None] + row[None, :], mask=(row < depth)[None, :], other=0.0)
         w_rows = tl.minimum(row, depth - 1).to(tl.int64) * features
         byte = (w_rows >> 1)[:, None] + tl.minimum(half, features // 2 - 1)[None, :]
-        numbers = decode(tl.load(weight.packed + byte), dtype).to(tl.float32)
+        values = decode(tl.load(weight.packed + byte), dtype).to(tl.float32)
         element = w_rows[:, None] + tl.minimum(run, features - 1)[None, :]
-        scales = load_run_absmax(weight, element, BLOCK_SHIFT) * (1.0 / stretch(dtype))
-        weights = tl.reshape(numbers, (BLOCK_D, RUNS, RUN)) * scales[:, :, None]
+        scales = load_run_absmax(weight, element, BLOCK_SHIFT) * (1.0 / decode_scale(dtype))
+        weights = tl.reshape(values, (BLOCK_D, RUNS, RUN)) * scales[:, :, None]
         weights = tl.reshape(weights, (BLOCK_D, BLOCK_F)).to(dtype)
         if dtype == tl.float32:
-            acc = add_part(acc, dot(tl.trans(weights), tl.trans(gradients), dtype))
+            acc = add_dot(acc, dot(tl.trans(weights), tl.trans(gradients), dtype))
         else:
             acc = dot(tl.trans(weights), tl.trans(gradients), dtype, acc)
     finish_tile(
@@ -237,7 +240,7 @@ def linear_dx_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_F: tl.constexpr,
 ):
-    """`linear_dx_tile` of all rows."""
+    """`linear_dx_tile` for all rows."""
     m_tiles = tl.cdiv(m, BLOCK_M)
     token = tl.program_id(0) % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     first = tl.program_id(0) // m_tiles * BLOCK_F
@@ -245,3 +248,118 @@ def linear_dx_kernel(
     tensors = (dy_ptr, weight, bias_ptr, delta, out_ptr, parts)
     sizes = (token, m, first, features, depth, split)
     linear_dx_tile(*tensors, *sizes, mask, BLOCK_SHIFT, RUN, BLOCK_D, BLOCK_M, BLOCK_F)
+
+
+@triton.jit
+def load_any(weight, element, mask, BLOCK_SHIFT: tl.constexpr):
+    """`load_elements`, for dense weights too."""
+    if weight.absmax is None:
+        return tl.load(weight.packed + element, mask=mask, other=0.0)
+    else:
+        return load_elements(weight, element, mask, BLOCK_SHIFT)
+
+
+@triton.jit
+def unaligned_tile(
+    x_ptr,
+    weight,
+    bias_ptr,
+    delta,
+    out_ptr,
+    parts,
+    token,
+    m,
+    first_feature,
+    features,
+    depth,
+    split,
+    mask,
+    BLOCK_SHIFT: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """out[m, features] = x[m, depth] W + bias + mask(delta), for the consecutive rows `token` below m. A
+    program sums over `split` times BLOCK_D.
+
+    W is the weight [depth, features] with BACKWARD, else the transpose of the weight [features, depth].
+    """
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    # Indices outside are clamped, and their results not stored.
+    feature = tl.minimum(first_feature + tl.arange(0, BLOCK_F), features - 1).to(tl.int64)
+    x_rows = tl.minimum(token, m - 1).to(tl.int64) * depth
+    first = tl.program_id(1) * split * BLOCK_D
+    acc = tl.zeros((BLOCK_F, BLOCK_M), tl.float32)
+    for start in range(first, tl.minimum(first + split * BLOCK_D, depth), BLOCK_D):
+        at = start + tl.arange(0, BLOCK_D)
+        tokens = tl.load(x_ptr + x_rows[:, None] + at[None, :], mask=(at < depth)[None, :], other=0.0)
+        if BACKWARD:
+            element = at.to(tl.int64)[:, None] * features + feature[None, :]
+            inside = tl.broadcast_to((at < depth)[:, None], (BLOCK_D, BLOCK_F))
+            weights = tl.trans(load_any(weight, element, inside, BLOCK_SHIFT).to(dtype))
+        else:
+            element = feature[:, None] * depth + at[None, :]
+            inside = tl.broadcast_to((at < depth)[None, :], (BLOCK_F, BLOCK_D))
+            weights = load_any(weight, element, inside, BLOCK_SHIFT).to(dtype)
+        if dtype == tl.float32:
+            acc = add_dot(acc, dot(weights, tl.trans(tokens), dtype))
+        else:
+            acc = dot(weights, tl.trans(tokens), dtype, acc)
+    finish_tile(
+        out_ptr, acc, parts, bias_ptr, delta, mask, token, m, first_feature, features, dtype, BLOCK_F, False
+    )
+
+
+@triton.jit(do_not_specialize=VARYING)
+def unaligned_kernel(
+    x_ptr,
+    weight,
+    bias_ptr,
+    delta,
+    out_ptr,
+    parts,
+    m,
+    features,
+    depth,
+    split,
+    seed_ptr,
+    stream,
+    threshold: tl.uint32,
+    BLOCK_SHIFT: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """`unaligned_tile` for all rows."""
+    m_tiles = tl.cdiv(m, BLOCK_M)
+    token = tl.program_id(0) % m_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = tl.program_id(0) // m_tiles * BLOCK_F
+    mask = (seed_ptr, stream, threshold)
+    tensors = (x_ptr, weight, bias_ptr, delta, out_ptr, parts)
+    sizes = (token, m, first, features, depth, split)
+    unaligned_tile(*tensors, *sizes, mask, BLOCK_SHIFT, BACKWARD, BLOCK_M, BLOCK_F)
+
+
+@triton.jit(do_not_specialize=VARYING)
+def unaligned_piece_kernel(
+    weight,
+    out_ptr,
+    first_row,
+    rows,
+    first_col,
+    cols,
+    k,
+    out_stride,
+    BLOCK_SHIFT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_COLS: tl.constexpr,
+):
+    """Dequantise part of a weight [.., k] to out."""
+    col_tiles = tl.cdiv(cols, BLOCK_COLS)
+    row = tl.program_id(0) // col_tiles * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    col = tl.program_id(0) % col_tiles * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
+    inside = (row < rows)[:, None] & (col < cols)[None, :]
+    element = ((first_row + row).to(tl.int64) * k + first_col)[:, None] + col[None, :]
+    weights = load_elements(weight, element, inside, BLOCK_SHIFT)
+    at = out_ptr + row.to(tl.int64)[:, None] * out_stride + col[None, :]
+    tl.store(at, weights.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,4 +1,4 @@
-"""Products of many rows with an NF4 weight: it is dequantised, piece by piece, for torch's product."""
+"""GEMMs of many rows with an NF4 weight, which is dequantised piece by piece for torch's GEMM."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch import Tensor
 from ..core.launch import VARYING, cdiv, config, launch
 from ..nf4.nf4 import Nf4
 from ..nf4.nf4_decode import decode, load_absmax
-from .linear_unaligned import unaligned_piece_kernel
+from .linear_kernels import unaligned_piece_kernel
 
 MOST_BYTES = 128 << 20  # of a piece
-UNIT = 256  # rows or columns of the weight: whole tiles of torch's product
+UNIT = 256  # rows or columns of the weight: whole tiles of torch's GEMM
 PIECE = config(8, 3, BLOCK_ROWS=16, BLOCK_COLS=256)
 
 
@@ -35,7 +35,7 @@ def piece_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
 ):
-    """Part of a weight [.., k] into out. k and first_col are multiples of RUN, and that divides the
+    """Dequantise part of a weight [.., k] to out. k and first_col are multiples of RUN, which divides the
     blocksize, 2^BLOCK_SHIFT."""
     RUNS: tl.constexpr = BLOCK_COLS // RUN
     col_tiles = tl.cdiv(cols, BLOCK_COLS)
@@ -57,7 +57,7 @@ def piece_kernel(
 
 
 def dequantize_part(weight: Nf4, k: int, rows: range, cols: range, out: Tensor) -> None:
-    """Rows and columns of a weight [.., k] into out [rows, cols], whose rows may lie apart."""
+    """Dequantises rows and columns of a weight [.., k] to out [rows, cols], of any row stride."""
     tiles = cdiv(len(rows), PIECE["BLOCK_ROWS"]) * cdiv(len(cols), PIECE["BLOCK_COLS"])
     kernel: Any = unaligned_piece_kernel
     constants = {"BLOCK_SHIFT": weight.shift}
@@ -69,23 +69,25 @@ def dequantize_part(weight: Nf4, k: int, rows: range, cols: range, out: Tensor) 
 
 
 def pieces(count: int, length: int, itemsize: int) -> Iterator[range]:
-    """`count` rows or columns of `length` elements in equal pieces, multiples of UNIT but for the last."""
+    """Splits `count` rows or columns of `length` elements into equal pieces; all but the last are multiples
+    of UNIT."""
     size = piece_size(count, length, itemsize)
     for begin in range(0, count, size):
         yield range(begin, min(begin + size, count))
 
 
 def piece_size(count: int, length: int, itemsize: int) -> int:
-    """As few equal pieces as MOST_BYTES allow: each is two launches, and a large one fills the card.
+    """Size of the fewest equal pieces within MOST_BYTES: each costs two launches, and large ones fill the
+    card.
 
-    The rule is csrc/cuda/linear/linear_plan.cpp's too (`piece_of`)."""
+    csrc/cuda/linear/linear_plan.cpp has the same rule."""
     most = max(MOST_BYTES // (max(length, 1) * itemsize) // UNIT, 1) * UNIT
     number = max(cdiv(count, most), 1)
     return max(cdiv(cdiv(count, number), UNIT), 1) * UNIT
 
 
 def forward_by_pieces(x: Tensor, weight: Nf4, n: int, bias: Tensor | None) -> Tensor:
-    """y [m, n] of x [m, k], contiguous."""
+    """y [m, n] = x [m, k] W^T + bias. x is contiguous."""
     k = x.shape[1]
     y = x.new_empty(x.shape[0], n)
     bias = None if bias is None else bias.to(x.dtype)
@@ -101,7 +103,7 @@ def forward_by_pieces(x: Tensor, weight: Nf4, n: int, bias: Tensor | None) -> Te
 
 
 def backward_by_pieces(dy: Tensor, weight: Nf4, k: int) -> Tensor:
-    """dx [m, k] of dy [m, n], contiguous."""
+    """dx [m, k] = dy [m, n] W. dy is contiguous."""
     n = dy.shape[1]
     dx = dy.new_empty(dy.shape[0], k)
     for cols in pieces(k, n, dy.element_size()):

@@ -1,4 +1,4 @@
-"""DoRA: the magnitudes' part of a layer, with its gradients."""
+"""DoRA: scales a layer's output by its magnitudes, with gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..core.launch import VARYING, cdiv, config, launch
 SCALE = config(4, 3, BLOCK_M=16, BLOCK_N=128)
 SCALE_BACKWARD = config(8, 3, BLOCK_M=16, BLOCK_N=128)
 
-CHUNK = 256  # rows that one program sums
+CHUNK = 256  # rows per program
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -50,7 +50,7 @@ def scale_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dz, and of each chunk of rows its part of dscale: sums[chunks, n]."""
+    """dz, and the partial dscale of each chunk of rows: sums[chunks, n]."""
     strips = tl.cdiv(n, BLOCK_N)
     chunk = (tl.program_id(0) // strips).to(tl.int64)
     col = tl.program_id(0) % strips * BLOCK_N + tl.arange(0, BLOCK_N)

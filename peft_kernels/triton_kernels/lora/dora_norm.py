@@ -1,6 +1,6 @@
 """The norms of the rows of W + s B A: ||w + s b A||^2 = w . w + s (2 w A^T + s b A A^T) . b.
 
-Only w . w and w A^T take a pass over the weight; they are as good as in fp32.
+Only w . w and w A^T take a pass over the weight; they are as accurate as fp32.
 """
 
 from __future__ import annotations
@@ -13,29 +13,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.common import check, check_float, check_shape
-from ..core.launch import VARYING, cdiv, config, launch, on_amd, power_of_2, takes_ptx
-from ..core.products import add_part, dot, split_sum
+from ..core.gemm import add_dot, dot, split_k
+from ..core.launch import VARYING, cdiv, config, launch, power_of_2, targets_amd, targets_ptx
 from ..nf4.nf4 import Nf4, Pointers, nf4
-from ..nf4.nf4_decode import IN_TWO, absmax_of, decode_in_two, load_elements, load_packed_absmax
+from ..nf4.nf4_decode import SPLIT_SCALE, absmax_of, decode_split, load_elements, load_packed_absmax
 
 HALVES = config(8, 2, BLOCK_K=4096)
 RUNS = config(4, 3, BLOCK_N=64)
 RUNS_BY_MANY_RANKS = config(8, 3, BLOCK_N=64)
 ELEMENTS = config(8, 2, BLOCK_N=64, BLOCK_K=32)
 
-RUN = 64  # weights at a time
-FEW_RANKS, MANY_RANKS = 32, 64  # of a program
-SCALE = tl.constexpr(IN_TWO)
+RUN = 64  # weights per step
+FEW_RANKS, MANY_RANKS = 32, 64  # per program
+SCALE = tl.constexpr(SPLIT_SCALE)
 LARGEST = tl.constexpr(127 + 14)
-"""The exponent, as fp32 has it, that the largest number of a rank gets in float16."""
+"""The biased fp32 exponent to which the largest value of a rank is scaled, to fit float16."""
 
 
 @triton.jit
 def halves_kernel(a_ptr, halves_ptr, unit_ptr, r, k, BLOCK_K: tl.constexpr):
-    """Each rank of a[r, k] as (halves[0] + halves[1]) unit: float16 [2, r, k], and a power of two.
+    """Splits each rank of a[r, k] into (halves[0] + halves[1]) unit: float16 [2, r, k], unit a power of two.
 
-    The largest of a rank comes to 2^14 or more, and numbers down to a 2^16th of it have 22 bits. What is left
-    out of smaller ones is as little beside the largest, and so beside the norm.
+    The largest value of a rank is scaled to 2^14 or more, and values down to 2^-16 of it keep 22 bits. The
+    error of smaller ones is as small beside the largest, and so beside the norm.
     """
     rank = tl.program_id(0).to(tl.int64)
     sizes = tl.zeros((BLOCK_K,), tl.float32)
@@ -43,7 +43,7 @@ def halves_kernel(a_ptr, halves_ptr, unit_ptr, r, k, BLOCK_K: tl.constexpr):
         col = first + tl.arange(0, BLOCK_K)
         sizes = tl.maximum(sizes, tl.abs(tl.load(a_ptr + rank * k + col, mask=col < k, other=0.0)))
     exponent = tl.max(sizes, axis=0).to(tl.int32, bitcast=True) >> 23
-    # Both the factor and its inverse are normal numbers.
+    # Keeps the factor and its inverse normal.
     exponent = tl.minimum(LARGEST + 127 - exponent, 253)
     factor = (exponent << 23).to(tl.float32, bitcast=True)
     tl.store(unit_ptr + rank, ((254 - exponent) << 23).to(tl.float32, bitcast=True))
@@ -59,8 +59,8 @@ def halves_kernel(a_ptr, halves_ptr, unit_ptr, r, k, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def store_squares(squares_ptr, square, product, b_ptr, scaling, row, n, rank, r, split, part, parts):
-    """squares[splits parts, n]: of a split's part of k, ||W||^2 by row beside the first part of the ranks,
-    and 2 s (W A^T) . B of each."""
+    """Store squares[splits parts, n]: over a split of k, 2 s (W A^T) . B of a part of the ranks, plus ||W||^2
+    per row in the first part."""
     there = (row < n)[:, None] & (rank < r)[None, :]
     b = tl.load(b_ptr + row.to(tl.int64)[:, None] * r + rank[None, :], mask=there, other=0.0)
     total = 2.0 * scaling * tl.sum(product * b, axis=1) + tl.where(part == 0, square, 0.0)
@@ -84,18 +84,19 @@ def norm_of_runs_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`squares` of an NF4 weight whose rows are made of runs, see linear_kernels.py. A program sums over
-    `split` of them.
+    """`squares` of an NF4 weight whose rows are made of runs (linear_kernels.py). A program sums over `split`
+    runs.
 
-    Codes and A are sums of two numbers of float16: of their four products the least is left out. Codes are
-    multiplied as they are, and the sum of a run by its absmax: only so many are added up as cards round.
+    Codes and A are sums of two float16 values; of their four products the smallest is dropped. Codes are
+    multiplied unscaled, and the sum of each run by its absmax, so that the tensor cores' rounding
+    accumulates only over a run.
     """
     tiles, parts = tl.cdiv(n, BLOCK_N), tl.cdiv(tl.maximum(r, 1), BLOCK_R)
     part = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     rank = part * BLOCK_R + tl.arange(0, BLOCK_R)
     first = tl.program_id(1) * split * RUN
-    # What lies outside is read elsewhere, and not written.
+    # Indices outside are clamped, and their results not stored.
     w_rows = tl.minimum(row, n - 1).to(tl.int64) * k
     w_tile = weight.packed + (w_rows >> 1)[:, None] + (first // 2 + tl.arange(0, RUN // 2))[None, :]
     column = first + tl.arange(0, RUN)
@@ -105,11 +106,11 @@ def norm_of_runs_kernel(
     each = tl.full((BLOCK_N,), True, tl.int1)
     product = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     square = tl.zeros((BLOCK_N,), tl.float32)
-    stored = load_packed_absmax(weight, (w_rows + first) >> BLOCK_SHIFT, each)  # a run ahead
+    stored = load_packed_absmax(weight, (w_rows + first) >> BLOCK_SHIFT, each)  # loaded a run ahead
     for start in range(first, tl.minimum(first + split * RUN, k), RUN):
         scales = absmax_of(weight, stored[0], stored[1])
         stored = load_packed_absmax(weight, (w_rows + tl.minimum(start + RUN, k - RUN)) >> BLOCK_SHIFT, each)
-        high, low = decode_in_two(tl.load(w_tile))
+        high, low = decode_split(tl.load(w_tile))
         a_high = tl.trans(tl.load(a_tile, mask=a_mask, other=0.0))
         a_low = tl.trans(tl.load(a_tile + rest, mask=a_mask, other=0.0))
         both = high.to(tl.float32) + low.to(tl.float32)
@@ -143,7 +144,7 @@ def norm_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`squares` of any weight, a dense one too. A program sums over `split` times BLOCK_K."""
+    """`squares` of any weight, dense ones too. A program sums over `split` times BLOCK_K."""
     tiles, parts = tl.cdiv(n, BLOCK_N), tl.cdiv(tl.maximum(r, 1), BLOCK_R)
     part = tl.program_id(0) // tiles
     row = tl.program_id(0) % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -165,15 +166,15 @@ def norm_kernel(
         a_t = tl.load(a_ptr + at, mask=(rank < r)[None, :] & (col < k)[:, None], other=0.0)
         if w.dtype == tl.bfloat16:
             run = dot(w, a_t, tl.float32)
-        elif takes_ptx():
+        elif targets_ptx():
             run = tl.dot(wide, a_t, input_precision="tf32x3")
-        elif on_amd():
+        elif targets_amd():
             run = tl.dot(wide, a_t, input_precision="bf16x6")
         else:
             run = tl.dot(wide, a_t, input_precision="ieee")
-        product = add_part(product, run)
-    # Of sums, not of products: those the compiler fuses with the first addition across threads, and of two
-    # threads that add the same, each rounds another of the products.
+        product = add_dot(product, run)
+    # Sums squares over the loop, then across threads: the compiler would fuse products with the first
+    # addition across threads, and two threads that add the same pair would round different products.
     square = tl.sum(squares, axis=1)
     split_index = tl.program_id(1)
     store_squares(squares_ptr, square, product, b_ptr, scaling, row, n, rank, r, split_index, part, parts)
@@ -200,10 +201,10 @@ def dora_norm(args: Any) -> Tensor:
 
 
 def _squares(weight: Nf4, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """What added up gives ||W||^2 + 2 s (W A^T) . B by row: [.., n], in fp32."""
+    """Partial sums of ||W||^2 + 2 s (W A^T) . B per row: fp32 [.., n]."""
     (r, k), n = a.shape, b.shape[0]
-    run = None if weight.pointers.absmax is None else _run_of(weight, k)
-    # Elements one by one want so many registers that few ranks fit.
+    run = None if weight.pointers.absmax is None else _run_length(weight, k)
+    # Reading single elements needs so many registers that only few ranks fit.
     block_r = min(max(power_of_2(max(r, 1)), 16), FEW_RANKS if run is None else MANY_RANKS)
     if run is None:
         tiles, unit = ELEMENTS, ELEMENTS["BLOCK_K"]
@@ -211,7 +212,7 @@ def _squares(weight: Nf4, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         tiles, unit = RUNS if block_r <= FEW_RANKS else RUNS_BY_MANY_RANKS, run
     parts = max(cdiv(r, block_r), 1)
     programs = parts * cdiv(n, tiles["BLOCK_N"])
-    split = split_sum(programs, k, unit, a.device)
+    split = split_k(programs, k, unit, a.device)
     squares = a.new_empty((split.splits * parts, n))
     grid, rest = (programs, split.splits), (b, squares, n, k, r, scaling, split.units)
     constants = {"BLOCK_SHIFT": weight.shift, "BLOCK_R": block_r}
@@ -225,8 +226,7 @@ def _squares(weight: Nf4, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     return squares
 
 
-def _run_of(weight: Nf4, k: int) -> int | None:
-    """How many weights of a row go together, that share an absmax and are whole bytes; None where not all
-    rows consist of such."""
+def _run_length(weight: Nf4, k: int) -> int | None:
+    """Length of the runs that rows of the weight are made of (`linear.run_length`), or None."""
     fitting = (run for run in (RUN, RUN // 2) if k % run == 0 and weight.blocksize % run == 0)
     return next(fitting, None) if k else None

@@ -1,6 +1,6 @@
 """Linear layers with LoRA adapters: layers that share x, each with any number of adapters.
 
-A layer has a frozen weight, dense or NF4: y = x W^T + bias, dx = dY W, and what adapters add.
+A layer has a frozen weight, dense or NF4: y = x W^T + bias, dx = dY W, plus the adapters' deltas.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..core.common import check, check_dtype, check_lengths, check_shape, compute_type
-from ..linear.linear import as_rows, base_product, checked_bias, fused_product
+from ..core.lora_delta import Adapter, Delta, adapters_of, check_outputs
+from ..linear.linear import as_rows, base_gemm, checked_bias, fused_gemm
 from ..nf4.nf4 import Nf4, nf4
-from .lora_adapters import Adapter, Delta, adapters_of, check_outputs
-from .lora_products import Product, over_rows, shrink, sum_with_deltas
+from .lora_gemms import Gemm, over_rows, shrink, sum_with_deltas
 
 
 class Layer(NamedTuple):
-    weight: Nf4 | Tensor  # dense: of the base product's type, contiguous
+    weight: Nf4 | Tensor  # dense: in the base GEMM's dtype, contiguous
     n: int  # outputs
     k: int  # inputs
 
 
 def layers_of(args: Any, x: Tensor, out_features: Sequence[int]) -> list[Layer]:
-    """The base weights of an op on x [m, k]. RuntimeError when they do not fit."""
+    """The base weights of an op on x [m, k]. Raises RuntimeError when they do not fit."""
     check_lengths((out_features,), len(args.bases), "out_features", "weight")
     layers, k = [], x.shape[1]
     for base, n in zip(args.bases, out_features, strict=True):
@@ -49,15 +49,15 @@ def multi_lora_linear(args: Any) -> tuple[list[Tensor], Tensor]:
     check_outputs(adapters, out_features)
     check(len(bias) == len(layers), "bias", f"{len(layers)} like weight", len(bias))
     h = _empty_ranks(rows, adapters)
-    shrink([Product(rows, a.a.t(), h[:, a.columns], 1.0, a.seen) for a in adapters])
+    shrink([Gemm(rows, a.a.t(), h[:, a.columns], 1.0, a.selection) for a in adapters])
     y = []
     for j, of_layer in enumerate(layers):
-        own_bias = bias[j]
-        if own_bias is not None and own_bias.numel() == 0:
-            own_bias = None
+        layer_bias = bias[j]
+        if layer_bias is not None and layer_bias.numel() == 0:
+            layer_bias = None
         own = [adapter for adapter in adapters if adapter.layer == j]
-        deltas = [Delta(h[:, a.columns], a.b, a.scaling, a.seen.without_mask) for a in own]
-        out = _forward(rounded, of_layer, own_bias, deltas, x.dtype)
+        deltas = [Delta(h[:, a.columns], a.b, a.scaling, a.selection.without_mask) for a in own]
+        out = _forward(rounded, of_layer, layer_bias, deltas, x.dtype)
         y.append(out.view(*x.shape[:-1], of_layer.n))
     return y, h.view(*x.shape[:-1], h.shape[1])
 
@@ -82,30 +82,30 @@ def multi_lora_linear_backward(args: Any) -> tuple[Tensor, list[Tensor], list[Te
     if need_dx or any(need_da):
         shrink(
             [
-                Product(gradients[a.layer], a.b, dh[:, a.columns], a.scaling, a.seen.without_mask)
+                Gemm(gradients[a.layer], a.b, dh[:, a.columns], a.scaling, a.selection.without_mask)
                 for a in adapters
             ]
         )
 
     dx = x.new_empty(x.shape if need_dx else 0)
     if need_dx:
-        deltas = [Delta(dh[:, a.columns], a.a.t(), 1.0, a.seen) for a in adapters]
+        deltas = [Delta(dh[:, a.columns], a.a.t(), 1.0, a.selection) for a in adapters]
         dx = _input_gradient(rounded, layers, deltas, x.dtype).view(x.shape) if layers else dx.zero_()
     da, db, sums = [], [], []
     for a, for_a, for_b in zip(adapters, need_da, need_db, strict=True):
         da.append(a.a.new_empty(a.a.shape if for_a else 0))
         db.append(a.b.new_empty(a.b.shape if for_b else 0))
         if for_a:
-            sums.append(Product(rows, dh[:, a.columns], da[-1].t(), 1.0, a.seen))
+            sums.append(Gemm(rows, dh[:, a.columns], da[-1].t(), 1.0, a.selection))
         if for_b:
-            seen = a.seen.without_mask
-            sums.append(Product(gradients[a.layer], h[:, a.columns], db[-1], a.scaling, seen))
+            selection = a.selection.without_mask
+            sums.append(Gemm(gradients[a.layer], h[:, a.columns], db[-1], a.scaling, selection))
     over_rows(sums)
     return dx, da, db
 
 
 def lora_linear(args: Any) -> tuple[Tensor, Tensor]:
-    """`multi_lora_linear` of one layer with one adapter."""
+    """`multi_lora_linear` with one layer and one adapter."""
     b = args.lora_b
     check(b.dim() == 2, "lora_b", "2 dimensions", b.dim())
     (y,), h = multi_lora_linear(_one_of_many(args, out_features=[b.shape[0]], bias=[args.bias]))
@@ -113,7 +113,7 @@ def lora_linear(args: Any) -> tuple[Tensor, Tensor]:
 
 
 def lora_linear_backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """`multi_lora_linear_backward` of one layer with one adapter."""
+    """`multi_lora_linear_backward` with one layer and one adapter."""
     needs = {"need_dx": args.need_dx, "need_da": [args.need_da], "need_db": [args.need_db]}
     many = _one_of_many(args, dy=[args.dy], h=args.h, **needs)
     dx, (da,), (db,) = multi_lora_linear_backward(many)
@@ -121,7 +121,7 @@ def lora_linear_backward(args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _one_of_many(args: Any, **others: Any) -> Any:
-    """The arguments of an op of one layer as those of an op of several."""
+    """The arguments of a one-layer op as those of the op for several layers."""
     lists = {"bases": [args.base], "lora_a": [args.lora_a], "lora_b": [args.lora_b], "layer": [0]}
     lists |= {"scaling": [args.scaling], "dropout_p": [args.dropout_p], "group": [0]}
     same = {"x": args.x, "seed": args.seed, "row_group": None, "compute_dtype": args.compute_dtype}
@@ -131,7 +131,7 @@ def _one_of_many(args: Any, **others: Any) -> Any:
 def _forward(
     x: Tensor, layer: Layer, bias: Tensor | None, deltas: Sequence[Delta], dtype: torch.dtype
 ) -> Tensor:
-    """y [m, n], of `dtype`, of x [m, k] in the base product's type. Contiguous."""
+    """y [m, n] of dtype `dtype`, contiguous. x [m, k] is in the base GEMM's dtype."""
     weight, n, _ = layer
     if bias is not None:
         bias = checked_bias(bias, n, x.dtype if bias.dtype == x.dtype else dtype)
@@ -140,43 +140,43 @@ def _forward(
         y = F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     else:
         if x.dtype == dtype and _joins(deltas):
-            fused = fused_product(x, weight, n, False, bias, deltas[0])
+            fused = fused_gemm(x, weight, n, False, bias, deltas[0])
             if fused is not None:
                 return fused
-        y = base_product(x, weight, n, False, bias)
+        y = base_gemm(x, weight, n, False, bias)
     return sum_with_deltas([y.to(dtype)], deltas)
 
 
 def _input_gradient(
     dy: Sequence[Tensor], layers: Sequence[Layer], deltas: Sequence[Delta], dtype: torch.dtype
 ) -> Tensor:
-    """dx [m, k], of `dtype`, of the dy [m, n] of all layers in the base product's type, at least one."""
+    """dx [m, k] of dtype `dtype`. dy: [m, n] of each layer, at least one, in the base GEMM's dtype."""
     weight, _, k = layers[0]
     if dy[0].dtype == dtype and len(layers) == 1 and isinstance(weight, Nf4) and _joins(deltas):
-        fused = fused_product(dy[0], weight, k, True, None, deltas[0])
+        fused = fused_gemm(dy[0], weight, k, True, None, deltas[0])
         if fused is not None:
             return fused
     terms = [
-        (torch.mm(d, weight) if isinstance(weight, Tensor) else base_product(d, weight, k, True)).to(dtype)
+        (torch.mm(d, weight) if isinstance(weight, Tensor) else base_gemm(d, weight, k, True)).to(dtype)
         for d, (weight, _, k) in zip(dy, layers, strict=True)
     ]
     return sum_with_deltas(terms, deltas)
 
 
 def _joins(deltas: Sequence[Delta]) -> bool:
-    """Whether the kernels of the product can add them: a single one, and in every row. In rows that it does
-    not serve, zeros would meet what the adapter holds, which may be Inf."""
-    return len(deltas) == 1 and deltas[0].seen.served is None
+    """Whether the base GEMM's kernel can add the deltas: only a single one that serves every row. In other
+    rows zeros would be multiplied by the adapter, which may hold Inf."""
+    return len(deltas) == 1 and deltas[0].selection.rows is None
 
 
 def _empty_ranks(rows: Tensor, adapters: Sequence[Adapter]) -> Tensor:
-    """For h or dh: the columns of all adapters, side by side."""
+    """Uninitialised h or dh: the columns of all adapters, side by side."""
     ranks = sum(adapter.rank for adapter in adapters)
     return rows.new_empty((rows.shape[0], ranks), dtype=torch.float32)
 
 
 def _gradient_rows(dy: Tensor, x: Tensor) -> Tensor:
-    """The gradient of a layer's output."""
+    """The gradient of a layer's output as rows. Raises unless it fits x."""
     check_dtype(dy, x.dtype, "dy")
     check(dy.dim() == x.dim(), "dy", f"{x.dim()} dimensions like x", dy.dim())
     check_shape(dy, (*x.shape[:-1], dy.shape[-1]), "dy")

@@ -1,7 +1,4 @@
-"""NF4 weights: quantised, their absmax quantised and unpacked, and back to floats.
-
-Bit-equal to the ops of the reference.
-"""
+"""Quantises and dequantises NF4 weights and their absmax, bit-equal to the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from ..core.common import check, check_blocksize, check_dtype, check_float, chec
 from ..core.launch import cdiv, config, launch
 from .nf4_decode import decode, load_absmax
 
-ELEMENTS = 4096  # of a program: one block of the largest size
+ELEMENTS = 4096  # per program: one block of the largest size
 QUANTIZE = config(8, 3)
 DEQUANTIZE = config(4, 3)
 ABSMAX = config(4, 3)
@@ -30,17 +27,17 @@ GROUP = tl.constexpr(NESTED_BLOCKSIZE)
 
 
 class Pointers(NamedTuple):
-    """What kernels read a weight by. A dense one is `packed` alone."""
+    """The tensors of a weight, for kernels. A dense weight is `packed` alone."""
 
     packed: Tensor | None  # uint8 [ceil(numel / 2)]
     absmax: Tensor | None = None  # fp32, or uint8 codes of it when double-quantised [blocks]
     absmax2: Tensor | None = None  # fp32 [ceil(blocks / 256)]
     offset: Tensor | None = None  # fp32, one element
-    dynamic_map: Tensor | None = None  # fp32 [256]: what those codes mean
+    dynamic_map: Tensor | None = None  # fp32 [256]: values of those codes
 
 
 class Nf4(NamedTuple):
-    """A weight in NF4, checked and contiguous."""
+    """An NF4 weight, checked and contiguous."""
 
     pointers: Pointers
     blocksize: int
@@ -52,7 +49,7 @@ class Nf4(NamedTuple):
 
 
 def nf4(base: Base, numel: int) -> Nf4:
-    """An NF4 weight of `numel` elements. RuntimeError when its parts do not fit."""
+    """An NF4 weight of `numel` elements. Raises RuntimeError when its parts do not fit."""
     packed, absmax, absmax2, offset, blocksize = base
     assert absmax is not None
     check_blocksize(blocksize)
@@ -72,7 +69,7 @@ def nf4(base: Base, numel: int) -> Nf4:
 
 
 def check_nested(absmax2: Tensor, offset: Tensor, blocks: int) -> None:
-    """The second level of double quantisation, for `blocks` absmax values."""
+    """Raises unless the second level of double quantisation fits `blocks` absmax values."""
     check_dtype(absmax2, torch.float32, "absmax2")
     check_dtype(offset, torch.float32, "offset")
     check_numel(absmax2, cdiv(blocks, NESTED_BLOCKSIZE), "absmax2")
@@ -81,13 +78,13 @@ def check_nested(absmax2: Tensor, offset: Tensor, blocks: int) -> None:
 
 @triton.jit
 def max_magnitude(x):
-    """Of each row of fp32 numbers. By their bits, of which those of NaN come last: a NaN shows."""
+    """max |x| of each row of fp32 values. Compares bits, in which NaN is the largest, so NaN propagates."""
     return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1).to(tl.float32, bitcast=True)
 
 
 @triton.jit
-def usable_inverse(absmax):
-    """1 / absmax; of a block all zero, or too small to invert, 0: its elements take the code of 0.0."""
+def safe_reciprocal(absmax):
+    """1 / absmax, or 0 where that overflows (all-zero blocks): its elements take the code of 0.0."""
     inverse = tl.div_rn(1.0, absmax)
     return tl.where(inverse > LARGEST, 0.0, inverse)
 
@@ -102,7 +99,7 @@ def quantize_kernel(
     x = tl.load(weight_ptr + element, mask=element < numel, other=0.0).to(tl.float32)
     largest = max_magnitude(x)
     tl.store(absmax_ptr + block, largest, mask=block < nblocks)
-    scaled = x * usable_inverse(largest)[:, None]
+    scaled = x * safe_reciprocal(largest)[:, None]
     code = tl.zeros((BLOCKS, BLOCKSIZE), tl.int32)
     for i in tl.static_range(15):
         code += tl.where(scaled > THRESHOLDS[i], 1, 0)
@@ -117,9 +114,9 @@ def dequantize_kernel(weight, out_ptr, numel, nbytes, BLOCKSIZE: tl.constexpr, B
     HALF: tl.constexpr = BLOCKSIZE // 2
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     byte = block[:, None] * HALF + tl.arange(0, HALF)[None, :]
-    numbers = decode(tl.load(weight.packed + byte, mask=byte < nbytes, other=0), tl.float32)
+    decoded = decode(tl.load(weight.packed + byte, mask=byte < nbytes, other=0), tl.float32)
     scale = load_absmax(weight, block, block * BLOCKSIZE < numel)[:, None]
-    values = (numbers * scale).to(out_ptr.dtype.element_ty)
+    values = (decoded * scale).to(out_ptr.dtype.element_ty)
     element = block[:, None] * BLOCKSIZE + tl.arange(0, BLOCKSIZE)[None, :]
     tl.store(out_ptr + element, values, mask=element < numel)
 
@@ -134,8 +131,8 @@ def quantize_absmax_kernel(
     x = tl.where(inside, tl.load(absmax_ptr + block, mask=inside, other=0.0) - tl.load(offset_ptr), 0.0)
     largest = max_magnitude(x)
     tl.store(absmax2_ptr + group, largest, mask=group * GROUP < nblocks)
-    scaled = x * usable_inverse(largest)[:, None]
-    # How many midpoints are smaller: the nearest entry of the map, the lower one on a tie.
+    scaled = x * safe_reciprocal(largest)[:, None]
+    # The number of midpoints below x is the code of the nearest value, the lower one on a tie.
     code = tl.zeros((GROUPS, GROUP), tl.int32)
     for i in tl.static_range(8):
         code += tl.where(scaled > tl.load(midpoints_ptr + code + ((128 >> i) - 1)), 128 >> i, 0)
@@ -178,7 +175,9 @@ def quantize_absmax(args: Any) -> tuple[Tensor, Tensor, Tensor]:
     check_dtype(args.absmax, torch.float32, "absmax")
     absmax = args.absmax.contiguous()
     nblocks, groups = absmax.numel(), 4
-    offset = absmax.mean()  # torch's, as in the reference: another order of its sums would be another format
+    offset = (
+        absmax.mean()
+    )  # torch's mean, as in the reference: another order of summation would change the format
     q8 = absmax.new_empty(nblocks, dtype=torch.uint8)
     absmax2 = absmax.new_empty(cdiv(nblocks, NESTED_BLOCKSIZE))
     grid = (cdiv(absmax2.numel(), groups),)

@@ -1,4 +1,4 @@
-"""NF4 codes and double-quantised absmax to numbers, inside kernels."""
+"""Decodes NF4 codes and double-quantised absmax inside kernels."""
 
 from __future__ import annotations
 
@@ -8,32 +8,31 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.code_tables import NF4_CODE
-from ..core.launch import on_amd, takes_ptx
+from ..core.launch import targets_amd, targets_ptx
 
-STRETCH = {torch.float32: 1.0, torch.bfloat16: 1.436715, torch.float16: 1.36619}
-"""Codes are decoded times this: a factor with which all 16 numbers lie close to numbers of the dtype. The RMS
-error of the codes in bfloat16 is 7e-4 so, against 1.1e-3 without."""
+DECODE_SCALE = {torch.float32: 1.0, torch.bfloat16: 1.436715, torch.float16: 1.36619}
+"""Decoded values are multiplied by this, so that all 16 are close to values of the dtype. The RMS rounding
+error in bfloat16 is 7e-4 with it, 1.1e-3 without."""
 
+SPLIT_SCALE = 256.0
+"""Scale of codes that are decoded as sums of two float16 values: both are normal then."""
 
-IN_TWO = 256.0
-"""What codes are decoded times as sums of two numbers of float16: both are normal numbers then."""
-
-Table = Tensor  # of the 16 numbers of codes
+Table = Tensor  # the values of the 16 codes
 
 
 def table(dtype: torch.dtype) -> Table:
-    return (torch.tensor(NF4_CODE) * STRETCH[dtype]).to(dtype)
+    return (torch.tensor(NF4_CODE) * DECODE_SCALE[dtype]).to(dtype)
 
 
-def in_two() -> tuple[Table, Table]:
-    """float16 of the codes times `IN_TWO`, and of what is left: together as good as fp32, to one unit."""
-    numbers = torch.tensor(NF4_CODE) * IN_TWO
+def split_f16() -> tuple[Table, Table]:
+    """float16 tables of the codes times `SPLIT_SCALE` and of the remainder: their sum is fp32 to one ulp."""
+    numbers = torch.tensor(NF4_CODE) * SPLIT_SCALE
     high = numbers.half()
     return high, (numbers - high.float()).half()
 
 
 def _planes(numbers: Table) -> list[list[int]]:
-    """A table cut into planes, one for each of their bytes: four words of four entries."""
+    """A table as byte planes: for each byte of the entries four words of four entries."""
     entries = numbers.view(torch.uint8).view(len(NF4_CODE), -1).tolist()
     return [
         [int.from_bytes(bytes(e[plane] for e in entries[i : i + 4]), "little") for i in range(0, 16, 4)]
@@ -42,14 +41,14 @@ def _planes(numbers: Table) -> list[list[int]]:
 
 
 def ptx(*tables: Table) -> str:
-    """PTX that looks up the eight codes of four packed bytes, $0 .. from the last operand.
+    """PTX that decodes the eight codes of four packed bytes, the last operand, to $0, $1, ...
 
-    `prmt` picks four entries of half a plane by the low three bits of four codes; another picks between the
-    two halves by the codes' high bits. Results of 16 bits are pairs, one for each byte; those of 32 are the
-    high codes, then the low ones. Those of one table come before those of the next.
+    `prmt` picks four entries of half a plane by the low three bits of four codes; a second one picks between
+    the halves by the codes' high bits. 16-bit results are pairs, one per byte; 32-bit results are those of
+    the high codes, then of the low codes. The results of each table follow those of the one before.
 
-    The operand after the bytes is 0, of which the compiler does not know. Of two words that `prmt` picks from
-    one has to be in a register, and a constant would be put there anew each time.
+    `prmt` needs one of its two words in a register. `zero` is 0, but unknown to the compiler, which would
+    otherwise load the constant again for each use.
     """
     results = sum(2 * numbers.itemsize for numbers in tables)
     packed = f"${results}"
@@ -101,11 +100,11 @@ def ptx(*tables: Table) -> str:
 
 
 def amdgcn(*tables: Table) -> str:
-    """The same in instructions of AMD's cards, where `v_perm_b32` picks bytes by bytes.
+    """The same in AMD's instructions, where `v_perm_b32` selects bytes.
 
-    The results are, table by table, the numbers of the high codes, in registers $0 .., then those of the low
-    codes. Behind them come eight registers to work in, and the bytes, two in a register. GFX9 reads one
-    scalar register, and no constant, in an instruction with three operands.
+    Operands: per table the values of the high codes ($0, ...), then of the low codes; eight scratch
+    registers; the packed bytes, two per register. On GFX9 an instruction with three operands reads at most
+    one scalar register and no constant.
     """
     results = sum(2 * numbers.itemsize for numbers in tables)
     spare = [f"${results + i}" for i in range(8)]
@@ -123,7 +122,7 @@ def amdgcn(*tables: Table) -> str:
         ]
         first_result = 0
         for numbers in tables:
-            count = numbers.itemsize  # registers of four numbers
+            count = numbers.itemsize  # registers of four values
             out = first_result + (0 if high else count)
             first_result += 2 * count
             for part, words in zip(parts, _planes(numbers), strict=False):
@@ -156,7 +155,8 @@ def amdgcn(*tables: Table) -> str:
 
 
 def _constraints(registers: int) -> str:
-    """Of `amdgcn`. All results are written before the bytes have been read for the last time."""
+    """Constraints of `amdgcn`. Results are early-clobber: they are written before the last read of the
+    bytes."""
     return ",".join(["=&v"] * (registers + 8) + ["v", "v", "~{s70}", "~{s71}"])
 
 
@@ -164,23 +164,23 @@ CODE = tl.constexpr(NF4_CODE)
 DECODE_F32 = tl.constexpr(ptx(table(torch.float32)))
 DECODE_BF16 = tl.constexpr(ptx(table(torch.bfloat16)))
 DECODE_F16 = tl.constexpr(ptx(table(torch.float16)))
-DECODE_IN_TWO = tl.constexpr(ptx(*in_two()))
+DECODE_SPLIT = tl.constexpr(ptx(*split_f16()))
 PERM_F32 = tl.constexpr(amdgcn(table(torch.float32)))
 PERM_BF16 = tl.constexpr(amdgcn(table(torch.bfloat16)))
 PERM_F16 = tl.constexpr(amdgcn(table(torch.float16)))
-PERM_IN_TWO = tl.constexpr(amdgcn(*in_two()))
+PERM_SPLIT = tl.constexpr(amdgcn(*split_f16()))
 PTX_OF_8 = tl.constexpr(",".join(["=r"] * 8 + ["r"]))
 PTX_OF_4 = tl.constexpr(",".join(["=r"] * 4 + ["r"]))
 PERM_OF_4 = tl.constexpr(_constraints(8))
 PERM_OF_2 = tl.constexpr(_constraints(4))
-STRETCH_BF16 = tl.constexpr(STRETCH[torch.bfloat16])
-STRETCH_F16 = tl.constexpr(STRETCH[torch.float16])
-STRETCH_IN_TWO = tl.constexpr(IN_TWO)
+DECODE_SCALE_BF16 = tl.constexpr(DECODE_SCALE[torch.bfloat16])
+DECODE_SCALE_F16 = tl.constexpr(DECODE_SCALE[torch.float16])
+SPLIT_SCALE_F32 = tl.constexpr(SPLIT_SCALE)
 
 
 @triton.jit
 def value_of(code):
-    """The numbers of 4-bit codes, int32: fp32, exact. Four levels of selection; for any target."""
+    """The fp32 values of 4-bit codes (int32), by four levels of selection; for any target."""
     b0 = (code & 1) != 0
     b1 = (code & 2) != 0
     b2 = (code & 4) != 0
@@ -193,24 +193,24 @@ def value_of(code):
 
 @triton.jit
 def decode(packed, dtype: tl.constexpr):
-    """The codes in `packed`, uint8 [.., width], as numbers [.., 2 width] that are not scaled yet.
+    """The unscaled values [.., 2 width] of the codes in `packed`, uint8 [.., width].
 
-    `dtype` is tl.float32 (exact), tl.bfloat16 or tl.float16: numbers times `stretch`, rounded once.
+    `dtype`: tl.float32 (exact), tl.bfloat16 or tl.float16 (times `decode_scale`, rounded once).
     """
-    if takes_ptx():
+    if targets_ptx():
         if dtype == tl.float32:
             high, low = tl.inline_asm_elementwise(
                 DECODE_F32, PTX_OF_8, [packed], (tl.float32, tl.float32), True, 4
             )
         else:
-            # Both numbers of a byte in one word: put together so, they cost no instruction more.
+            # Both values of a byte in one word: unpacking costs no instruction.
             ASM: tl.constexpr = DECODE_BF16 if dtype == tl.bfloat16 else DECODE_F16
             pair = tl.inline_asm_elementwise(ASM, PTX_OF_4, [packed], tl.uint32, True, 4)
             high = (pair & 0xFFFF).to(tl.uint16).to(dtype, bitcast=True)
             low = (pair >> 16).to(tl.uint16).to(dtype, bitcast=True)
-    elif on_amd():
-        wide = packed.to(tl.uint16)  # four bytes in one operand LLVM does not take
-        # The last two results are the registers to work in.
+    elif targets_amd():
+        wide = packed.to(tl.uint16)  # LLVM does not take four bytes in one operand
+        # The last two results are scratch registers.
         if dtype == tl.float32:
             high, low, _, _ = tl.inline_asm_elementwise(
                 PERM_F32, PERM_OF_4, [wide], (tl.float32, tl.float32, tl.uint32, tl.uint32), True, 4
@@ -225,27 +225,27 @@ def decode(packed, dtype: tl.constexpr):
             )
     else:
         codes = packed.to(tl.int32)
-        high = (value_of(codes >> 4) * stretch(dtype)).to(dtype)
-        low = (value_of(codes & 15) * stretch(dtype)).to(dtype)
+        high = (value_of(codes >> 4) * decode_scale(dtype)).to(dtype)
+        low = (value_of(codes & 15) * decode_scale(dtype)).to(dtype)
     return tl.interleave(high, low)
 
 
 @triton.jit
-def decode_in_two(packed):
-    """The codes in `packed`, uint8 [.., width], as two numbers of float16, each [.., 2 width], whose sum is
-    the code times `IN_TWO`, to one unit of fp32."""
-    if takes_ptx():
-        # Not called pure: for use in two layouts the compiler would decode twice.
+def decode_split(packed):
+    """The codes in `packed`, uint8 [.., width], as two float16 tensors [.., 2 width] whose sum is the value
+    times `SPLIT_SCALE`, to one ulp of fp32."""
+    if targets_ptx():
+        # Not marked pure: for use in two layouts the compiler would decode twice.
         high_pair, low_pair = tl.inline_asm_elementwise(
-            DECODE_IN_TWO, PTX_OF_8, [packed], (tl.uint32, tl.uint32), False, 4
+            DECODE_SPLIT, PTX_OF_8, [packed], (tl.uint32, tl.uint32), False, 4
         )
         first = (high_pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
         second = (high_pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
         first_rest = (low_pair & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True)
         second_rest = (low_pair >> 16).to(tl.uint16).to(tl.float16, bitcast=True)
-    elif on_amd():
+    elif targets_amd():
         first, second, first_rest, second_rest, _, _ = tl.inline_asm_elementwise(
-            PERM_IN_TWO,
+            PERM_SPLIT,
             PERM_OF_4,
             [packed.to(tl.uint16)],
             (tl.float16, tl.float16, tl.float16, tl.float16, tl.uint32, tl.uint32),
@@ -254,8 +254,8 @@ def decode_in_two(packed):
         )
     else:
         codes = packed.to(tl.int32)
-        a = value_of(codes >> 4) * STRETCH_IN_TWO
-        b = value_of(codes & 15) * STRETCH_IN_TWO
+        a = value_of(codes >> 4) * SPLIT_SCALE_F32
+        b = value_of(codes & 15) * SPLIT_SCALE_F32
         first, second = a.to(tl.float16), b.to(tl.float16)
         first_rest = (a - first.to(tl.float32)).to(tl.float16)
         second_rest = (b - second.to(tl.float32)).to(tl.float16)
@@ -263,22 +263,19 @@ def decode_in_two(packed):
 
 
 @triton.jit
-def stretch(dtype: tl.constexpr):
-    """What `decode` multiplies the numbers of `dtype` by."""
+def decode_scale(dtype: tl.constexpr):
+    """The factor of `decode` for `dtype`."""
     if dtype == tl.float32:
         return 1.0
     elif dtype == tl.bfloat16:
-        return STRETCH_BF16
+        return DECODE_SCALE_BF16
     else:
-        return STRETCH_F16
+        return DECODE_SCALE_F16
 
 
 @triton.jit
 def load_packed_absmax(weight, block, mask):
-    """What is stored of the absmax of `block` of a weight, int64 of any shape, for `absmax_of`.
-
-    `weight` are the pointers of an `Nf4` (nf4.py).
-    """
+    """The stored absmax of `block`, int64 of any shape, for `absmax_of`. `weight`: `Pointers` (nf4.py)."""
     if weight.absmax2 is None:
         value = tl.load(weight.absmax + block, mask=mask, other=0.0)
         scale = value
@@ -290,8 +287,7 @@ def load_packed_absmax(weight, block, mask):
 
 @triton.jit
 def absmax_of(weight, value, scale):
-    """The absmax, fp32: equal to the format to the bit when the kernel is launched with
-    enable_fp_fusion=False."""
+    """The absmax, fp32; bit-equal to the format when the kernel is launched with enable_fp_fusion=False."""
     if weight.absmax2 is not None:
         value = tl.load(weight.dynamic_map + value.to(tl.int32)) * scale + tl.load(weight.offset)
     return value
@@ -306,10 +302,8 @@ def load_absmax(weight, block, mask):
 
 @triton.jit
 def load_elements(weight, element, mask, BLOCK_SHIFT: tl.constexpr):
-    """Elements of a weight, fp32, one by one: for rows that begin amid a byte or block. 0 without `mask`.
-
-    `element` is int64, `mask` of its shape.
-    """
+    """The fp32 values of single elements (int64 indices), for rows that begin inside a byte or block. 0 where
+    `mask` is false."""
     byte = tl.load(weight.packed + (element >> 1), mask=mask, other=0).to(tl.int32)
     code = tl.where((element & 1) == 0, byte >> 4, byte & 15)
     return tl.where(mask, value_of(code) * load_absmax(weight, element >> BLOCK_SHIFT, mask), 0.0)

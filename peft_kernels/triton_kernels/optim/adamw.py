@@ -1,9 +1,9 @@
-"""A step of AdamW, Adam or Lion for all parameters by one launch, as ops/adamw.py has it: moments, absmax and
-codes to the bit, and parameters but for what powers of beta are in fp64.
+"""A step of AdamW, Adam or Lion for all parameters in one launch. Moments, absmax and codes are bit-equal to
+ops/optim.py, parameters up to the fp64 powers of beta.
 
-Nothing is read by the host. Where tensors are is told by tables on the device, written when they are others
-than before (tables.py). With max_grad_norm a launch before sums the squares of gradients in fp64, a part for
-each program, which all programs of the step add in the same order; those of clip_factor are the same.
+There is no host synchronisation. Tensor addresses live in device tables, rewritten when tensors change
+(tables.py). With max_grad_norm a first launch sums the squares of gradients in fp64, one partial sum per
+program; all programs of the step add these in the same order, and so does clip_factor.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 from ...ops.optim import KINDS, STATE_BLOCK
 from ..core.common import check, check_dtype, check_float, check_numel, dtype_name
+from ..core.gemm import multiprocessors
 from ..core.launch import INTERPRETED, cdiv, config, launch
-from ..core.products import processors
-from ..core.tables import Kept, stored
+from ..core.tables import StreamCache, words_on_device
 from .adamw_kernels import (
     CHUNK,
     IS_ALIGNED,
@@ -36,37 +36,37 @@ from .dynamic_codes import codes_on
 
 STEP = config(4, 1)
 SQUARES = config(4, 1)
-PROGRAMS = 5  # of a multiprocessor: what it has registers for
+PROGRAMS = 5  # per multiprocessor, as registers allow
 
 
 class Table(NamedTuple):
-    """Where parameters are, for kernels: words of adamw_kernels.py."""
+    """Addresses and sizes of parameters, for kernels; words as in adamw_kernels.py."""
 
     rows: Tensor  # int64 [parameters, WORDS]
     groups: Tensor  # int64 [groups, 2 GROUP_NUMBERS]
-    shares: Tensor  # int64 [programs + 1, 2]: the first parameter and the first chunk of a program
+    shares: Tensor  # int64 [programs + 1, 2]: each program's first parameter and first chunk
 
 
-class Described(NamedTuple):
-    """Parameters, checked."""
+class Prepared(NamedTuple):
+    """Checked parameters."""
 
-    table: Table | None  # None: they have no elements
+    table: Table | None  # None: no elements
     programs: int
     compensated: bool
 
 
-class Extras(NamedTuple):
-    """What a step may have, on the device."""
+class StepOptions(NamedTuple):
+    """Optional inputs of a step, on the device."""
 
     grad_scale: Tensor | None
     found_inf: Tensor | None
     seed: Tensor | None
     sums: Tensor | None  # fp64 [programs]: squares of gradients
-    factor: Tensor | None  # in place of grad_scale and sums
+    factor: Tensor | None  # replaces grad_scale and sums
 
 
 class Entry(NamedTuple):
-    """A row of the table, but for what goes before it."""
+    """A row of the table, without its first chunk."""
 
     addresses: tuple[int, ...]
     numel: int
@@ -74,9 +74,9 @@ class Entry(NamedTuple):
     group: int
 
 
-_described: Kept[Described] = Kept()
-_counted: Kept[tuple[Table | None, int]] = Kept()
-_addresses: Kept[Tensor] = Kept()
+_prepared: StreamCache[Prepared] = StreamCache()
+_counted: StreamCache[tuple[Table | None, int]] = StreamCache()
+_addresses: StreamCache[Tensor] = StreamCache()
 
 
 def adamw(args: Any) -> None:
@@ -87,7 +87,7 @@ def adamw(args: Any) -> None:
     device = args.params[0].device
     _check_can_follow(device, "params")
     _check_numbers(args, device)
-    described = _described.find(_key(args), lambda: _describe(args))
+    described = _prepared.find(_key(args), lambda: _prepare(args))
     _check_grads(args.grads, args.params)
     if described.table is None:
         return
@@ -95,7 +95,7 @@ def adamw(args: Any) -> None:
     sums = None
     if args.max_grad_norm > 0 and args.factor is None:
         sums = _squares(described.table, described.programs, addresses, args.grad_scale)
-    extras = Extras(args.grad_scale, args.found_inf, args.seed, sums, args.factor)
+    extras = StepOptions(args.grad_scale, args.found_inf, args.seed, sums, args.factor)
     grid, lion = (described.programs,), args.kind == "lion"
     codes = codes_on(device, True), None if lion else codes_on(device, False)
     launch(
@@ -119,7 +119,7 @@ def clip_factor(args: Any) -> Tensor:
     table, programs = _counted.find((entries, device), lambda: _table(entries, [], device))
     sums = _squares(table, programs, _addresses_of(args.grads), args.grad_scale)
     factor = torch.empty((), device=device)
-    extras = Extras(args.grad_scale, None, None, sums, None)
+    extras = StepOptions(args.grad_scale, None, None, sums, None)
     launch(
         factor_kernel, (programs,), extras, float(args.max_grad_norm), factor, config=STEP,
         enable_fp_fusion=False,
@@ -138,11 +138,11 @@ def _squares(table: Table | None, programs: int, addresses: Tensor, grad_scale: 
 
 def _addresses_of(grads: Sequence[Tensor]) -> Tensor:
     where = [grad.data_ptr() for grad in grads]
-    return _addresses.find(where, lambda: stored(where, grads[0].device))
+    return _addresses.find(where, lambda: words_on_device(where, grads[0].device))
 
 
 def _key(args: Any) -> Any:
-    """All that `_describe` looks at. An address on the device tells the device."""
+    """Everything that `_prepare` reads. An address implies the device."""
     lists = args.params, args.state1, args.state2, args.absmax1, args.absmax2, args.compensation
     return [
         [[(t.data_ptr(), t.dtype, t.shape, t.is_contiguous()) for t in tensors] for tensors in lists],
@@ -151,13 +151,13 @@ def _key(args: Any) -> Any:
     ]
 
 
-def _describe(args: Any) -> Described:
+def _prepare(args: Any) -> Prepared:
     for i in range(len(args.params)):
         _check_parameter(args, i)
     entries = []
     for i, p in enumerate(args.params):
         lists = args.params, args.state1, args.state2, args.absmax1, args.absmax2, args.compensation
-        # 0 for what is not there, and for tensors without elements.
+        # 0 for absent tensors and those without elements.
         addresses = tuple(tensors[i].data_ptr() if tensors else 0 for tensors in lists)
         flags = (
             _flags(p.dtype)
@@ -171,7 +171,7 @@ def _describe(args: Any) -> Described:
         for half in struct.unpack("<10I", struct.pack("<5d", beta1, beta2, eps, *_decays(args.kind, decay)))
     ]
     table, programs = _table(entries, groups, args.params[0].device)
-    return Described(table, programs, any(t.numel() for t in args.compensation))
+    return Prepared(table, programs, any(t.numel() for t in args.compensation))
 
 
 def _flags(dtype: torch.dtype) -> int:
@@ -180,7 +180,7 @@ def _flags(dtype: torch.dtype) -> int:
 
 
 def _table(entries: Sequence[Entry], groups: list[int], device: torch.device) -> tuple[Table | None, int]:
-    """And how many programs it is for. None where there are no elements."""
+    """The table and its number of programs. None without elements."""
     firsts = [0, *accumulate(cdiv(entry.numel, CHUNK.value) for entry in entries)]
     if firsts[-1] == 0:
         return None, 0
@@ -189,19 +189,21 @@ def _table(entries: Sequence[Entry], groups: list[int], device: torch.device) ->
         for entry, first in zip(entries, firsts, strict=False)
         for word in (*entry.addresses, entry.numel, first, entry.flags, entry.group)
     ]
-    programs = min(firsts[-1], PROGRAMS * processors(device))
+    programs = min(firsts[-1], PROGRAMS * multiprocessors(device))
     shares: list[int] = []
     for program in range(programs + 1):
         begin = firsts[-1] * program // programs
         shares += [bisect_right(firsts, begin) - 1, begin]
     parts = [rows, groups, shares]
-    sizes = [len(words) for words in parts]
-    table = Table(*stored([word for words in parts for word in words], device)[: sum(sizes)].split(sizes))
+    sizes = list(map(len, parts))
+    table = Table(
+        *words_on_device([word for words in parts for word in words], device)[: sum(sizes)].split(sizes)
+    )
     return table, programs
 
 
 def _decays(kind: str, decay: float) -> tuple[float, float]:
-    """Of the parameter, and into the gradient."""
+    """(decay of the parameter, decay added to the gradient)."""
     return (0.0, decay) if kind == "adam" else (decay, 0.0)
 
 
@@ -218,7 +220,7 @@ def _check_counts(args: Any) -> None:
 
 
 def _check_numbers(args: Any, device: torch.device) -> None:
-    """What is on the device, and not of a parameter alone."""
+    """Checks the tensors that parameters share."""
     for name, dtype, count in (
         ("step", torch.int64, len(args.params)),
         ("lr", torch.float32, len(args.beta1)),
@@ -240,7 +242,7 @@ def _check_vector(t: Tensor | None, dtype: torch.dtype, count: int, name: str, d
 
 
 def _check_can_follow(device: torch.device, name: str) -> None:
-    """The interpreter gives kernels copies of what is not on the CPU, and could not follow addresses."""
+    """Raises for tensors off the CPU in the interpreter, which copies them, so that addresses are invalid."""
     check(not INTERPRETED or device.type == "cpu", name, "tensors on the CPU, for the interpreter", device)
 
 

@@ -1,4 +1,4 @@
-"""Codes of the dynamic maps, by which optimizers' moments are kept in 8 bits (ops/adamw.py)."""
+"""Codes of the dynamic maps, in which optimizers keep moments in 8 bits (ops/optim.py)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core.code_tables import dynamic_thresholds, moment_values
-from ..core.launch import takes_ptx
+from ..core.launch import targets_ptx
 
 
 class Codes(NamedTuple):
     """A dynamic map for kernels."""
 
-    numbers: Tensor  # fp32 [256]
+    values: Tensor  # fp32 [256]
     midpoints: Tensor  # fp32 [255]
 
 
@@ -26,7 +26,8 @@ def codes_on(device: torch.device, signed: bool) -> Codes:
 
 
 LOG10_2 = math.log10(2)
-# A decade by bits of fp32: (bits >> 15) * DECADE_SLOPE + DECADE_START, over 2^23. 0.0465 centres its error.
+# The decade from the bits of fp32: ((bits >> 15) * DECADE_SLOPE + DECADE_START) / 2^23. 0.0465 centres the
+# error.
 DECADE_SLOPE = tl.constexpr(round(LOG10_2 * 2**15))
 DECADE_START = tl.constexpr(round((7 + (0.0465 - 127) * LOG10_2) * 2**23))
 LOG2_5 = tl.constexpr(math.log2(5))
@@ -35,10 +36,10 @@ ZERO = tl.constexpr(127)  # the signed map's code of 0.0
 
 
 @triton.jit
-def looked_up(table, index):
-    """table[index], fp32. Which threads make a load is up to the compiler, which chooses badly where it knows
-    nothing of the addresses."""
-    if takes_ptx():
+def lookup(table, index):
+    """table[index], fp32. Inline PTX, because the compiler distributes loads from unknown addresses badly
+    over threads."""
+    if targets_ptx():
         address = table.to(tl.int64) + index.to(tl.int64) * 4
         found = tl.inline_asm_elementwise(
             "ld.global.nc.f32 $0, [$1];", "=f,l", [address], tl.float32, True, 1
@@ -49,21 +50,21 @@ def looked_up(table, index):
 
 
 @triton.jit
-def number_of(codes, code):
-    """What codes, uint8, mean."""
-    return looked_up(codes.numbers, code.to(tl.int32))
+def code_value(codes, code):
+    """Values of codes, uint8."""
+    return lookup(codes.values, code.to(tl.int32))
 
 
 @triton.jit
-def code_of(codes, x, SIGNED: tl.constexpr):
-    """How many midpoints of the map x exceeds: the nearest code, the lower one on a tie. |x| is 1 at most,
-    but for a rounding.
+def nearest_code(codes, x, SIGNED: tl.constexpr):
+    """The number of midpoints of the map below x: the nearest code, the lower one on a tie. |x| is at most 1,
+    up to rounding.
 
-    Decade d, from 10^(d - 7) to 10^(d - 6), has 2^d evenly spaced magnitudes, twice as many in the unsigned
-    map. So the decade tells a line, and the line which midpoint is nearest, with 1e-3 lost to rounding where
-    half of it would do: x is compared with that midpoint alone. The number's own bits, of which a logarithm
-    is made that errs by 6 percent of x at most, tell the decade: at powers of ten it errs by less than 3.
-    Near those the lines of both decades find the same midpoint, as far as half the distance to the next.
+    Decade d, from 10^(d - 7) to 10^(d - 6), has 2^d evenly spaced magnitudes (2^(d + 1) in the unsigned map).
+    So within a decade the nearest midpoint is a linear function of x. Its rounding error, 1e-3 of a step, is
+    far below the half step that would matter, so x is compared with that midpoint only. The decade is found
+    from a logarithm made from x's bits, which is off by at most 6 percent of x, and by less than 3 percent at
+    powers of ten. There the lines of both decades find the same midpoint, within half a step.
     """
     magnitude = tl.abs(x)
     bits = magnitude.to(tl.int32, bitcast=True)
@@ -79,4 +80,4 @@ def code_of(codes, x, SIGNED: tl.constexpr):
         line = tl.fma(size.to(tl.float32), 8 / 9, magnitude * (2 * slope))
         index = tl.minimum((line - 0.5).to(tl.int32), 2 * size - 1) - 1
     index = tl.maximum(index, 0)
-    return index + tl.where(x > looked_up(codes.midpoints, index), 1, 0)
+    return index + tl.where(x > lookup(codes.midpoints, index), 1, 0)

@@ -109,7 +109,7 @@ def test_roots_of_the_smallest_numbers() -> None:
 
 def test_tables_hold_any_address() -> None:
     words = [0, 1, 2**31, 2**47 + 12, 2**57 + 1, *range(tables.WORDS)]
-    found = tables.stored(words, torch.device("cpu"))
+    found = tables.words_on_device(words, torch.device("cpu"))
     assert found[: len(words)].tolist() == words and found.numel() == 2 * tables.WORDS
 
 

@@ -178,10 +178,10 @@ def test_products_of_more_rows(backend: str, op: str, rows: int) -> None:
 def test_sums_in_splits(backend: str, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a token alone, as for a large card; the same bits each time. The last split is shorter: two that are
     done at once may both store the result, which the machine that runs PTX takes for a race."""
-    monkeypatch.setattr("peft_kernels.triton_kernels.core.products.processors", lambda device: 64)
+    monkeypatch.setattr("peft_kernels.triton_kernels.core.gemm.multiprocessors", lambda device: 64)
     found: list[int] = []
-    split_sum = experts.split_sum
-    monkeypatch.setattr(experts, "split_sum", lambda *sizes: note(found, split_sum(*sizes)))
+    split_k = experts.split_k
+    monkeypatch.setattr(experts, "split_k", lambda *sizes: note(found, split_k(*sizes)))
     case = Case([0, 1, 1, 2], *((64, 1600) if op == NAMES[0] else (1600, 64)), rows=2)
     results = [case.check(op) for _ in range(2)]
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

@@ -161,4 +161,4 @@ def test_the_environment_forces_it() -> None:
 @needs_triton
 def test_forced_where_it_cannot_serve() -> None:
     """CPU tensors, or no card at all."""
-    assert "back end triton was asked for but cannot serve dropout: " in forced().stderr
+    assert "back end triton is forced but cannot serve dropout: " in forced().stderr

@@ -25,10 +25,10 @@ from peft_kernels.triton_kernels.core import launch
 from peft_kernels.triton_kernels.nf4 import nf4_decode
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-IN_TWO = "in_two"
+SPLIT_SCALE = "split_f16"
 """Beside the types: two tables of float16."""
 each_kind = pytest.mark.parametrize(
-    "kind", (*DTYPES, IN_TWO), ids=lambda kind: str(kind).removeprefix("torch.")
+    "kind", (*DTYPES, SPLIT_SCALE), ids=lambda kind: str(kind).removeprefix("torch.")
 )
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -91,7 +91,7 @@ def run(assembly: str, given: dict[str, int]) -> dict[str, int]:
 
 
 def tables_of(kind: Any) -> tuple[torch.Tensor, ...]:
-    return nf4_decode.in_two() if kind == IN_TWO else (nf4_decode.table(kind),)
+    return nf4_decode.split_f16() if kind == SPLIT_SCALE else (nf4_decode.table(kind),)
 
 
 def expected(byte: int, numbers: torch.Tensor) -> tuple[int, int]:
@@ -110,14 +110,14 @@ def words() -> list[list[int]]:
 
 @each_dtype
 def test_tables_are_of_the_codes(dtype: torch.dtype) -> None:
-    numbers = (torch.tensor(NF4_CODE) * nf4_decode.STRETCH[dtype]).to(dtype)
+    numbers = (torch.tensor(NF4_CODE) * nf4_decode.DECODE_SCALE[dtype]).to(dtype)
     assert torch.equal(nf4_decode.table(dtype), numbers)
 
 
 def test_two_numbers_of_float16_hold_a_code() -> None:
     """To a unit of fp32, and with no number that some cards take for 0."""
-    high, low = (numbers.double() for numbers in nf4_decode.in_two())
-    truth = torch.tensor(NF4_CODE, dtype=torch.float64) * nf4_decode.IN_TWO
+    high, low = (numbers.double() for numbers in nf4_decode.split_f16())
+    truth = torch.tensor(NF4_CODE, dtype=torch.float64) * nf4_decode.SPLIT_SCALE
     assert ((high + low - truth).abs() <= truth.abs() * 2**-23).all()
     least = torch.finfo(torch.float16).smallest_normal
     assert all(number == 0 or abs(number) >= least for number in (*high.tolist(), *low.tolist()))

@@ -19,16 +19,16 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 import triton.language as tl
 
 from bench.gpu.triton_calls import BF16, Call, empty, nf4
-from peft_kernels.triton_kernels.core import launch, products
-from peft_kernels.triton_kernels.core.products import (
-    MOST_SPLITS,
-    Parts,
-    add_part,
+from peft_kernels.triton_kernels.core import gemm, launch
+from peft_kernels.triton_kernels.core.gemm import (
+    MAX_SPLITS,
+    Partials,
+    add_dot,
     dot,
-    parts_of,
-    see_stores,
-    split_sum,
-    sum_splits,
+    new_partials,
+    reduce_splits,
+    split_k,
+    sync_stores,
 )
 from ptx import triton_driver
 
@@ -47,11 +47,11 @@ def splits_kernel(x, out, parts, splits, ROWS: tl.constexpr, COLS: tl.constexpr)
     first = tl.program_id(0) // splits * splits
     split = tl.program_id(0) - first
     acc = tl.load(x + tl.program_id(0) * ROWS * COLS + at)
-    total, last = sum_splits(acc, parts, first, split, splits)
+    total, last = reduce_splits(acc, parts, first, split, splits)
     tl.store(out + tl.program_id(0) // splits * ROWS * COLS + at, total, mask=(at >= 0) & last)
 
 
-def run(x: torch.Tensor, parts: Parts | None) -> torch.Tensor:
+def run(x: torch.Tensor, parts: Partials | None) -> torch.Tensor:
     """x [tiles, splits, rows, cols] summed over splits."""
     tiles, splits = x.shape[:2]
     out = torch.full((tiles, ROWS, COLS), float("nan"))
@@ -67,10 +67,10 @@ def in_order(x: torch.Tensor) -> torch.Tensor:
 
 
 @interpreted
-@pytest.mark.parametrize("splits", (1, 2, 7, MOST_SPLITS.value))
+@pytest.mark.parametrize("splits", (1, 2, 7, MAX_SPLITS.value))
 def test_the_same_launch_again(splits: int) -> None:
     """As a CUDA graph launches it: with the number and the memory of the first time, and what is in it."""
-    parts = parts_of(3 * splits, ROWS * COLS, torch.device("cpu"))
+    parts = new_partials(3 * splits, ROWS * COLS, torch.device("cpu"))
     for round in range(3):
         if round != 1:
             parts.flags.random_()
@@ -86,7 +86,7 @@ def test_without_splits_nothing_is_shared() -> None:
 
 
 def test_numbers_of_launches_differ_and_compile_the_same() -> None:
-    numbers = [parts_of(1, 4, torch.device("cpu")).number for _ in range(1000)]
+    numbers = [new_partials(1, 4, torch.device("cpu")).number for _ in range(1000)]
     assert len(set(numbers)) == 1000
     assert all(number % 2 and 2**61 <= number < 2**63 for number in numbers)
 
@@ -94,10 +94,10 @@ def test_numbers_of_launches_differ_and_compile_the_same() -> None:
 @pytest.mark.parametrize("depth", (0, 1, 64, 500, 513, 14336, 10**7))
 @pytest.mark.parametrize("programs", (1, 7, 1000))
 def test_a_cut_covers_the_sum(depth: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "processors", lambda device: 304)
-    units, splits = split_sum(programs, depth, 64, torch.device("cpu"))
+    monkeypatch.setattr(gemm, "multiprocessors", lambda device: 304)
+    units, splits = split_k(programs, depth, 64, torch.device("cpu"))
     assert (
-        1 <= splits <= MOST_SPLITS.value and (splits - 1) * units * 64 < max(depth, 1) <= splits * units * 64
+        1 <= splits <= MAX_SPLITS.value and (splits - 1) * units * 64 < max(depth, 1) <= splits * units * 64
     )
 
 
@@ -108,7 +108,7 @@ def turned_kernel(x, between, flag, out, SIZE: tl.constexpr, SEEN: tl.constexpr)
     at = tl.arange(0, SIZE)
     tl.store(between + first + at, tl.load(x + first + at))
     if SEEN:
-        see_stores(flag)
+        sync_stores(flag)
     tl.store(out + first + at, tl.load(between + first + SIZE - 1 - at))
 
 
@@ -139,7 +139,7 @@ def made_for(target: str) -> Any:
     if reason := triton_code.unsupported(target):
         pytest.skip(reason)
     x = torch.empty(1, device="meta")
-    parts = parts_of(16, ROWS * COLS, torch.device("meta"))
+    parts = new_partials(16, ROWS * COLS, torch.device("meta"))
     with triton_code.compiling_for(target):
         return splits_kernel.warmup(x, x, parts, 8, ROWS, COLS, grid=(1,), num_warps=4)
 
@@ -197,7 +197,7 @@ def chain_kernel(a, b, out, BLOCK: tl.constexpr, CHAIN: tl.constexpr):
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for _ in range(4):
         part = dot(tl.load(a + at), tl.load(b + at), tl.float32)
-        acc = acc + part if CHAIN else add_part(acc, part)
+        acc = acc + part if CHAIN else add_dot(acc, part)
         a += BLOCK * BLOCK
     tl.store(out + at, acc)
 
@@ -260,10 +260,10 @@ def llama_layer(m: int) -> Iterator[Call]:
 @compiled
 @pytest.mark.parametrize("processors", (2, 132))
 def test_launches_of_a_transformer_layer(processors: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of Llama-3.1-8B at 2048 rows, forward and backward: 48, and torch's 14 products."""
+    """Of Llama-3.1-8B at 2048 rows, forward and backward: 48, and torch's 14 gemm."""
     from bench.gpu import triton_code
 
-    monkeypatch.setattr(products, "processors", lambda device: processors)
+    monkeypatch.setattr(gemm, "multiprocessors", lambda device: processors)
     counted = Counter(item.kernel.__name__ for item in triton_code.launches("sm90", llama_layer(2048)))
     assert counted == {
         "piece_kernel": 14,
@@ -280,8 +280,8 @@ def test_launches_of_a_decoded_row(monkeypatch: pytest.MonkeyPatch) -> None:
     """One for h, one for the product with its delta: split sums take no further one."""
     from bench.gpu import triton_code
 
-    monkeypatch.setattr(products, "processors", lambda device: 132)
+    monkeypatch.setattr(gemm, "multiprocessors", lambda device: 132)
     forward = next(lora(1, 4096, 4096))
     found = triton_code.launches("sm90", [forward])
     assert [item.kernel.__name__ for item in found] == ["shrink_kernel", "linear_kernel"]
-    assert all(any(isinstance(arg, Parts) for arg in item.args) for item in found)
+    assert all(any(isinstance(arg, Partials) for arg in item.args) for item in found)

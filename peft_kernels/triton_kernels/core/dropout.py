@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed: bit-equal to the op of the reference."""
+"""Dropout whose mask is a function of a seed, bit-equal to the reference."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ...ops.lora.dropout import dropout_scale, dropout_threshold
-from ..core.common import check, check_dtype, check_float, check_numel
-from ..core.launch import VARYING, cdiv, config, launch, varying
+from .common import check, check_dtype, check_float, check_numel
+from .launch import VARYING, cdiv, config, launch, varying
 
 DROPOUT = config(8, 3, BLOCK=2048)
 
 
 class Mask(NamedTuple):
-    """Of activations: which of them an adapter sees, times `scale`."""
+    """A dropout mask of activations; kept elements are multiplied by `scale`."""
 
     seed: Tensor
     stream: int
@@ -33,22 +33,22 @@ class Mask(NamedTuple):
 
 
 class MaskArgs(NamedTuple):
-    """A mask for kernels, inside tuples."""
+    """`Mask` for kernels, inside tuples."""
 
     seed: Tensor | None
     stream: int  # varying
     threshold: int  # varying
 
 
-def mask_of(mask: Mask | None) -> MaskArgs:
+def pack_mask(mask: Mask | None) -> MaskArgs:
     if mask is None:
         return MaskArgs(None, 0, 0)
-    # Beyond 2^36, so that it is an int64 for every p.
+    # Above 2^36, so that Triton types it int64 for every p.
     return MaskArgs(mask.seed, varying(mask.stream), varying(mask.threshold + (1 << 32)))
 
 
 @triton.jit
-def known_mask(mask):
+def unpack_mask(mask):
     """What `kept` takes, of a MaskArgs."""
     return mask.seed, mask.stream >> 4, mask.threshold >> 4 & 0xFFFFFFFF
 
@@ -58,11 +58,10 @@ def mask_args(mask: Mask | None) -> tuple[Tensor | None, int, int]:
 
 
 @triton.jit
-def words_of(seed_ptr, stream, block, last=0):
-    """The four words of Philox4x32-10 of each block, int64 of any shape. The seed is an int64, `last` the
-    counter's last word.
+def philox_words(seed_ptr, stream, block, last=0):
+    """The four words of Philox4x32-10 of each block, int64 of any shape. `last`: the counter's last word.
 
-    Word i of block b decides on element 4 b + i of the flattened activations.
+    Word i of block b decides element 4 b + i of the flattened activations.
     """
     low = (block & 0xFFFFFFFF).to(tl.uint32)
     high = (block >> 32).to(tl.uint32)
@@ -70,21 +69,19 @@ def words_of(seed_ptr, stream, block, last=0):
 
 
 @triton.jit
-def kept(mask, token, first, features, WIDTH: tl.constexpr, QUADS: tl.constexpr):
-    """Which elements of activations [.., features] dropout keeps: bool [rows, WIDTH].
-
-    In the rows `token`, int64, from feature `first` on. `mask` is what `mask_args` gives. QUADS: features and
-    first are multiples of 4.
-    """
+def keep_mask(mask, token, first, features, WIDTH: tl.constexpr, QUADS: tl.constexpr):
+    """Which elements of activations [.., features] dropout keeps: bool [rows, WIDTH], for the rows `token`
+    (int64) and WIDTH features from `first`. `mask` as from `mask_args`. QUADS: features and first are
+    multiples of 4."""
     seed_ptr, stream, threshold = mask
     element = token * features + first
     if QUADS:
         block = (element >> 2)[:, None] + tl.arange(0, WIDTH // 4)[None, :]
-        w0, w1, w2, w3 = words_of(seed_ptr, stream, block)
+        w0, w1, w2, w3 = philox_words(seed_ptr, stream, block)
         words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
     else:
         each = element[:, None] + tl.arange(0, WIDTH)[None, :]
-        w0, w1, w2, w3 = words_of(seed_ptr, stream, each >> 2)
+        w0, w1, w2, w3 = philox_words(seed_ptr, stream, each >> 2)
         at = each & 3
         words = tl.where(at < 2, tl.where(at == 0, w0, w1), tl.where(at == 2, w2, w3))
     return words >= tl.cast(threshold, tl.uint32)
@@ -93,9 +90,9 @@ def kept(mask, token, first, features, WIDTH: tl.constexpr, QUADS: tl.constexpr)
 @triton.jit(do_not_specialize=VARYING)
 def dropout_kernel(x_ptr, out_ptr, seed_ptr, threshold: tl.uint32, scale, numel, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
-    w0, w1, w2, w3 = words_of(seed_ptr, 0, first // 4 + tl.arange(0, BLOCK // 4))
+    w0, w1, w2, w3 = philox_words(seed_ptr, 0, first // 4 + tl.arange(0, BLOCK // 4))
     words = tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
-    # Not a selection of x: NaN stays where its element is dropped.
+    # A factor, not a selection of x: a dropped NaN stays NaN.
     factor = tl.where(words >= tl.cast(threshold, tl.uint32), scale, 0.0)
     element = first + tl.arange(0, BLOCK)
     inside = element < numel
@@ -118,7 +115,7 @@ def dropout(args: Any) -> Tensor:
 
 
 def check_dropout(p: float, seed: Tensor | None) -> None:
-    """Probability and seed of dropout. RuntimeError when they are none; p = 0 needs no seed."""
+    """Raises RuntimeError unless p and seed are valid; p = 0 needs no seed."""
     check(0.0 <= p <= 1.0, "dropout_p", "0 to 1", p)
     if p > 0:
         check(seed is not None, "seed", f"an int64 tensor of one element with dropout_p {p}", "none")

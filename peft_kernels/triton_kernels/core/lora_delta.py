@@ -1,4 +1,5 @@
-"""LoRA adapters as kernels see them: layers share x, and each has any number of adapters."""
+"""LoRA adapters as kernels see them, and the tile of u v^T that they add to a GEMM. Layers share x, and each
+has any number of adapters."""
 
 from __future__ import annotations
 
@@ -10,42 +11,42 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..core.common import check, check_dtype, check_float, check_lengths, check_shape
-from ..core.launch import varying
-from ..core.products import add_part, dot
-from .dropout import Mask, MaskArgs, check_dropout, mask_of
+from .common import check, check_dtype, check_float, check_lengths, check_shape
+from .dropout import Mask, MaskArgs, check_dropout, pack_mask
+from .gemm import add_dot, dot
+from .launch import varying
 
 
-class Served(NamedTuple):
-    """The rows of one group, of a batch in which several are mixed."""
+class RowGroup(NamedTuple):
+    """The rows of one group, in a batch that mixes several."""
 
     row_group: Tensor  # int64 [m], contiguous
     group: int
 
 
-class Seen(NamedTuple):
-    """What an adapter sees of activations: elements that dropout keeps, and rows that it serves."""
+class Selection(NamedTuple):
+    """The activations that an adapter sees: elements that dropout keeps, in the rows that it serves."""
 
     mask: Mask | None = None
-    served: Served | None = None  # None: it serves all rows
+    rows: RowGroup | None = None  # None: all rows
 
     @property
     def scale(self) -> float:
-        """Of what dropout keeps."""
+        """Factor of the elements that dropout keeps."""
         return 1.0 if self.mask is None else self.mask.scale
 
     @property
-    def without_mask(self) -> Seen:
-        return Seen(None, self.served)
+    def without_mask(self) -> Selection:
+        return Selection(None, self.rows)
 
     @property
-    def args(self) -> SeenArgs:
-        row_group, group = (None, 0) if self.served is None else self.served
-        return SeenArgs(row_group, varying(group), mask_of(self.mask))
+    def args(self) -> SelectionArgs:
+        row_group, group = (None, 0) if self.rows is None else self.rows
+        return SelectionArgs(row_group, varying(group), pack_mask(self.mask))
 
 
-class SeenArgs(NamedTuple):
-    """The same for kernels."""
+class SelectionArgs(NamedTuple):
+    """`Selection` for kernels."""
 
     row_group: Tensor | None
     group: int  # varying
@@ -53,14 +54,14 @@ class SeenArgs(NamedTuple):
 
 
 class Adapter(NamedTuple):
-    """Its columns in h = mask(x) A^T and in dh = scaling dY B, which are 0 in rows that it does not serve,
-    are `columns`."""
+    """One adapter. `columns` are its columns in h = mask(x) A^T and dh = scaling dY B, which are 0 in rows
+    that it does not serve."""
 
     a: Tensor  # [rank, k], contiguous like b, and fp32 or of the activations' type
     b: Tensor  # [n, rank]
     layer: int
     scaling: float
-    seen: Seen  # of x; of dy without the mask
+    selection: Selection  # of x; for dy without the mask
     columns: slice
 
     @property
@@ -69,16 +70,16 @@ class Adapter(NamedTuple):
 
 
 class Delta(NamedTuple):
-    """What an adapter adds to a product: scale * mask(u v^T), in the rows that it serves."""
+    """What an adapter adds to a GEMM: scale * mask(u v^T), in the rows that it serves."""
 
-    u: Tensor  # fp32 [m, rank], rows may lie apart
+    u: Tensor  # fp32 [m, rank], any row stride
     v: Tensor  # [features, rank], B forward and A transposed backward
     scale: float
-    seen: Seen
+    selection: Selection
 
 
 class DeltaArgs(NamedTuple):
-    """The same for kernels, but for mask and rows."""
+    """`Delta` for kernels, without mask and rows."""
 
     u: Tensor
     v: Tensor
@@ -92,13 +93,13 @@ class DeltaArgs(NamedTuple):
 def delta_args(delta: Delta | None) -> DeltaArgs | None:
     if delta is None:
         return None
-    u, v, scale, seen = delta
-    return DeltaArgs(u, v, u.stride(0), v.stride(0), v.stride(1), v.shape[1], scale * seen.scale)
+    u, v, scale, selection = delta
+    return DeltaArgs(u, v, u.stride(0), v.stride(0), v.stride(1), v.shape[1], scale * selection.scale)
 
 
 @triton.jit
 def delta_tile(delta, token, m, feature, features, result: tl.constexpr, BLOCK_R: tl.constexpr):
-    """v u^T [features, tokens] of a delta, for a result of that type."""
+    """v u^T [features, tokens] of a delta, for a result of dtype `result`."""
     u_rows = tl.minimum(token, m - 1).to(tl.int64) * delta.u_stride
     v_rows = tl.minimum(feature, features - 1).to(tl.int64) * delta.v_stride
     sum = tl.zeros((feature.shape[0], token.shape[0]), tl.float32)
@@ -108,12 +109,12 @@ def delta_tile(delta, token, m, feature, features, result: tl.constexpr, BLOCK_R
         u = tl.load(delta.u + u_rows[:, None] + r[None, :], mask=inside, other=0.0)
         at = v_rows[:, None] + r.to(tl.int64)[None, :] * delta.v_rank_stride
         v = tl.load(delta.v + at, mask=inside, other=0.0)
-        sum = add_part(sum, dot(v, tl.trans(u), result))
+        sum = add_dot(sum, dot(v, tl.trans(u), result))
     return sum
 
 
 def adapters_of(args: Any, x: Tensor) -> list[Adapter]:
-    """The adapters of an op's layers on x [m, k]. RuntimeError when they do not fit."""
+    """The adapters of an op's layers on x [m, k]. Raises RuntimeError when they do not fit."""
     layers, row_group = len(args.bases), args.row_group
     factors = args.lora_a, args.lora_b, args.layer, args.dropout_p
     lists = (*factors[1:], args.scaling, args.group)
@@ -131,21 +132,21 @@ def adapters_of(args: Any, x: Tensor) -> list[Adapter]:
         check_shape(b, (b.shape[0], a.shape[0]), "lora_b")
         check_dropout(p, args.seed)
         mask = None if p == 0 or args.seed is None else Mask(args.seed, i, p)
-        seen = Seen(mask, None if row_group is None else Served(row_group, args.group[i]))
+        selection = Selection(mask, None if row_group is None else RowGroup(row_group, args.group[i]))
         first = adapters[-1].columns.stop if adapters else 0
         columns = slice(first, first + a.shape[0])
-        adapters.append(Adapter(a.contiguous(), b.contiguous(), j, args.scaling[i], seen, columns))
+        adapters.append(Adapter(a.contiguous(), b.contiguous(), j, args.scaling[i], selection, columns))
     return adapters
 
 
 def check_outputs(adapters: Sequence[Adapter], out_features: Sequence[int]) -> None:
-    """That adapters fit the outputs of their layers."""
+    """Raises unless the adapters fit the outputs of their layers."""
     for adapter in adapters:
         check_shape(adapter.b, (out_features[adapter.layer], adapter.rank), "lora_b")
 
 
 def check_factor(t: Tensor, dtype: torch.dtype, name: str, dims: int = 2) -> None:
-    """That a factor of an adapter fits activations of that type."""
+    """Raises unless an adapter's factor fits activations of `dtype`."""
     check_float(t, name)
     check(t.dim() == dims, name, f"{dims} dimensions", t.dim())
     if t.dtype != torch.float32:
