@@ -1,8 +1,8 @@
-"""What an NF4Weight holds: packed bytes, or dense values, or dense values with the packed bytes kept aside.
+"""The state of an NF4Weight: packed bytes, or dense values, or dense values beside the retained packed bytes.
 
-The third form is a merge that can be taken back. Adding a delta to a 4-bit weight and subtracting it again
-leaves rounding errors, and no 4 bits; so the state notes exactly what was added. When the same values have
-been subtracted, nothing lies on the packed bytes any more, and they are what the weight is.
+The third form is a reversible merge. Adding a delta to a 4-bit weight and subtracting it again leaves
+rounding errors, and a dense weight. So the state records what was added; once the same values have been
+subtracted, the weight is its packed bytes again.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ PARALLEL = "this process has a part of it, as a plan for tensor parallelism cuts
 PACKED_FORM = ("packed", "absmax", "absmax2", "offset")
 
 _ROUNDING = 4 * torch.finfo(torch.float32).eps  # coefficients of an average may add up to 1 inexactly
-_MOST_ADDITIONS = 100  # more than anybody merges: what adds on and on is training, not merging
+_MAX_ADDITIONS = 100  # more than any number of merges: then it is training
 
 _warned: set[str] = set()
-"""Kinds of growth that this process has been warned of."""
+"""Kinds of growth that this process has warned of."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class NF4State:
     """The stored form of a weight, shared by all its aliases.
 
     `packed` and `absmax` alone; or `dense` alone, after a write; or all of them while merged: `dense` is then
-    the weight, and the packed form what it is again when `additions` is empty.
+    the weight, and the packed form becomes it again when `additions` is empty.
     """
 
     shape: tuple[int, ...]  # (out, in); or (experts, out, in), and each tensor has experts first
@@ -93,13 +93,13 @@ class NF4State:
     absmax2: Tensor | None = None  # fp32 (ceil(nblocks / 256),)
     offset: Tensor | None = None  # fp32 ()
     dense: Tensor | None = None  # (out, in), after a write
-    double_quant: bool = True  # what requantize_() returns to
-    name: str = "weight"  # what errors and warnings call it
+    double_quant: bool = True  # for requantize_()
+    name: str = "weight"  # in errors and warnings
     additions: list[Addition] = field(default_factory=list)
     seal: Any = None  # fingerprint of `dense` as NF4Weight.merging left it
     factor: Any = None  # `dense` is this times the packed form, while an average is computed in place
-    part_of: str | None = None  # what this is one expert of; then it cannot be written to
-    gathered: bool = False  # by FSDP2, until it frees it; then neither
+    part_of: str | None = None  # the weight that this is one expert of; then read-only
+    gathered: bool = False  # by FSDP2, until it is freed; then read-only
     slice_of: tuple[int, ...] | None = None  # shape of the whole, where these are rows or columns of it
 
     def tensors(self) -> dict[str, Tensor]:
@@ -107,7 +107,7 @@ class NF4State:
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> NF4State:
-        """A copy, with other tensors: what a part is copied to is part of nothing."""
+        """A copy with other tensors, which is no longer part of a whole."""
         new = {name: function(tensor) for name, tensor in self.tensors().items()}
         changed: dict[str, Any] = {
             "additions": list(self.additions),
@@ -121,7 +121,7 @@ class NF4State:
         return self.map(lambda tensor: copy.deepcopy(tensor, memo))
 
     def become(self, other: NF4State) -> None:
-        """All but the name."""
+        """Takes over another state, except for the name."""
         self.__dict__.update(other.__dict__ | {"name": self.name})
 
     @property
@@ -130,7 +130,7 @@ class NF4State:
 
     @property
     def merged(self) -> bool:
-        """Whether the packed form waits beneath dense values."""
+        """Whether dense values lie over a retained packed form."""
         return self.dense is not None and self.packed is not None
 
     @property
@@ -140,7 +140,7 @@ class NF4State:
         return Base(self.packed, self.absmax, self.absmax2, self.offset, self.blocksize)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The packed values, whatever lies on them."""
+        """The packed values, ignoring dense values over them."""
         if len(self.shape) == 3:
             assert self.packed is not None
             all_experts = self.packed.new_empty(self.shape, dtype=dtype)
@@ -176,16 +176,15 @@ class NF4State:
         return torch.equal(self.dense, values.to(self.dense))
 
     def keep(self, packed_form: dict[str, Tensor | None], seal: Any) -> None:
-        """Lay dense values over a packed form."""
+        """Retains a packed form beneath the dense values."""
         self.__dict__.update(packed_form)
         self.additions.clear()
         self.seal, self.factor = seal, None
 
-    # Writes. Every one is `before_write`, the write to `dense`, and one of the others.
+    # A write is `before_write`, the write to `dense`, and one of the methods after it.
 
     def refuse_part(self) -> None:
-        """A write to one expert or slice has no place in the whole, and one to what FSDP2 gathered goes with
-        it."""
+        """Raises for a write to one expert, a slice or a tensor gathered by FSDP2, which would be lost."""
         if self.gathered:
             raise RuntimeError(
                 f"{self.name}: gathered by FSDP2 for as long as its layer runs, and written to, expected "
@@ -215,7 +214,7 @@ class NF4State:
             self.dense = self.dequantize(dtype)
 
     def subtracts_the_rest(self, addition: Addition) -> bool:
-        """Whether adding `addition` leaves the packed form and nothing else. It need not be computed then."""
+        """Whether adding `addition` leaves exactly the packed form, so that it need not be computed."""
         return len(self.additions) == 1 and self.additions[0].undone_by(addition)
 
     def repack(self) -> None:
@@ -231,8 +230,8 @@ class NF4State:
         return Share(torch.Size(self.shape), self.packed_form(), 1.0)
 
     def wrote_multiple(self, share: Share) -> None:
-        """After a write of a multiple. If it is one of the packed form, that is kept: the next write may
-        complete an average."""
+        """After a write of a multiple. A multiple of the packed form retains it: the next write may complete
+        an average."""
         if self.packed is None or not share.is_of(self._once):
             return self.wrote()
         self.additions.clear()
@@ -240,7 +239,7 @@ class NF4State:
         warn_of_growth("scaled", self)
 
     def added(self, addition: Addition) -> None:
-        """After an addition: it can be taken back, or it takes back an earlier one."""
+        """After an addition, which is recorded or undoes an earlier one."""
         if self.packed is None:
             return
         self.seal = None
@@ -248,14 +247,14 @@ class NF4State:
             if earlier.undone_by(addition):
                 self.additions.remove(earlier)
                 return
-        if addition.alpha < 0 or self.factor is not None or len(self.additions) == _MOST_ADDITIONS:
+        if addition.alpha < 0 or self.factor is not None or len(self.additions) == _MAX_ADDITIONS:
             self.wrote()
         else:
             self.additions.append(addition)
             warn_of_growth("merged", self)
 
     def wrote(self) -> None:
-        """After any other write: it stays, unless it wrote what the packed form is."""
+        """After any other write: dense from now on, unless the packed form's values were written."""
         assert self.dense is not None
         if self.packed is None:
             return
@@ -282,8 +281,8 @@ class HoldsNF4(torch.Tensor):
 
 
 def packed_rows(packed: Tensor, shape: Any) -> Tensor:
-    """Packed bytes as (out, in / 2), so that rows shard, when a row is a whole number of bytes. Of experts as
-    many such, or flat ones."""
+    """Packed bytes as (out, in / 2), which shards by rows, if a row is whole bytes; else flat. For 3-d shapes
+    one per expert."""
     if shape[-1] % 2 == 0:
         return packed.view(*shape[:-1], shape[-1] // 2)
     return packed if len(shape) == 2 else packed.view(shape[0], -1)
@@ -295,7 +294,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def warn_of_growth(kind: str, state: NF4State) -> None:
-    """Tell, once a process and kind, that 4-bit weights have become larger, and how much larger."""
+    """Warns, once per process and kind, that 4-bit weights have become larger, and by how much."""
     if kind in _warned:
         return
     _warned.add(kind)
@@ -304,12 +303,12 @@ def warn_of_growth(kind: str, state: NF4State) -> None:
     why = {
         "merged": "while adapters are merged into it: dense, with its 4 bits kept aside until it is unmerged",
         "scaled": "while it is scaled: dense, with its 4 bits kept aside until an average gives them back",
-        "for good": "from now on: it was written to by something else than a merge that can be taken back "
+        "for good": "from now on: it was written to by something other than a reversible merge "
         "(PiSSA, OLoRA, a merge that assigns); requantize_() packs it, with the loss of 4 bits",
     }[kind]
     warnings.warn(
         f"{state.name}: {state.nbytes / numel:.3g} bytes for each value of an NF4 weight instead of about "
-        f"{0.5 + 1 / state.blocksize:.2g} ({state.nbytes / 1e6:.3g} MB in all) {why}. So it is with every "
-        "layer that this is done to; it is said once.",
+        f"{0.5 + 1 / state.blocksize:.2g} ({state.nbytes / 1e6:.3g} MB in all) {why}. The same holds for "
+        "every such layer; this warning is shown once.",
         stacklevel=2,
     )

@@ -1,8 +1,8 @@
-"""Calls that were given a wrong type, told so by a sentence that names the argument.
+"""TypeErrors that name the argument, for calls with arguments of a wrong type.
 
-Nothing is looked at before a call: once it has failed, what it was given is compared with its annotations. So
-right calls cost no more than a try block, and what fits but is wrong otherwise keeps its own error. Where
-things are made that would fail later, arguments are compared behind the call too.
+Arguments are compared with their annotations only after a call has failed, so that correct calls cost no more
+than a try block, and other errors stay as they are. Calls that construct something that would fail later are
+checked afterwards too.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ WORDS = {
 
 
 def names_wrong_types(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function. What it raises becomes a TypeError `argument: expected ..., got ...` where the type
-    of an argument is not what its annotation says, unless the error already begins with an argument's name.
+    """Wraps a function: its error becomes a TypeError `argument: expected ..., got ...` if an argument's type
+    differs from its annotation, unless the error already begins with an argument's name.
 
-    Numbers are whatever Python takes for such (__float__, __index__), and a bool is anything's truth.
+    Numbers are anything with __float__ or __index__, and anything is a bool.
     """
 
     @functools.wraps(function)
@@ -52,12 +52,12 @@ def names_wrong_types(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def refuses_wrong_types(function: Callable[P, R]) -> Callable[P, R]:
-    """The same function, which raises such a TypeError even where it has not failed."""
-    told = names_wrong_types(function)
+    """`names_wrong_types`, but raises the TypeError even where the function has not failed."""
+    checked = names_wrong_types(function)
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        made = told(*args, **kwargs)
+        made = checked(*args, **kwargs)
         sentence = _sentence(function, args, kwargs)
         if sentence is not None:
             raise TypeError(sentence)
@@ -69,7 +69,7 @@ def refuses_wrong_types(function: Callable[P, R]) -> Callable[P, R]:
 def _sentence(function: Any, args: Any, kwargs: Any, error: Exception | None = None) -> str | None:
     try:
         given = inspect.signature(function).bind(*args, **kwargs).arguments
-    except TypeError:  # Python's own sentence names what is missing or too much
+    except TypeError:  # Python's own message names missing or surplus arguments
         return None
     kinds = _kinds(function)
     if error is not None and re.split(r"[^\w]", str(error), maxsplit=1)[0] in given:
@@ -81,7 +81,7 @@ def _sentence(function: Any, args: Any, kwargs: Any, error: Exception | None = N
 
 
 def _wrong(path: str, value: Any, kind: Any) -> Iterator[tuple[str, Any, Any]]:
-    """Where `value`, or what it holds, is not of its kind: the way there, what it should be, what it is."""
+    """(path, expected, value) of each part of `value` that is not of its kind."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         found = [list(_wrong(path, value, part)) for part in parts]
@@ -102,7 +102,7 @@ def _kinds(of: Any) -> dict[str, Any]:
     """Annotations of a function, or of a class's fields."""
     try:
         return typing.get_type_hints(of)
-    except NameError:  # of what is imported for type checkers alone
+    except NameError:  # a name that is imported only for type checkers
         return {}
 
 

@@ -1,2 +1,2 @@
-"""The ops, one file per family. An op's class holds, in this order, its schema, what it means in plain torch,
-its fake kernel and its gradient; the typed calls of a family stand below its ops."""
+"""The ops by family. An op's class has its schema, its reference in plain torch, its fake kernel, its
+gradient and its FLOPs, in this order; a family's typed calls are below its ops."""

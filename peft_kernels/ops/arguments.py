@@ -1,4 +1,4 @@
-"""The arguments that typed calls share, checked, and as the ops take them."""
+"""Checks and conversions of arguments that typed calls share."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from ..core.nf4_state import HoldsNF4, NF4State
 from ..core.op import Base
 
 Weight = HoldsNF4 | NF4State | Tensor
-"""(out_features, in_features): an NF4Weight, what it holds, or a dense one."""
+"""(out_features, in_features): an NF4Weight, its state, or a dense tensor."""
 
 
 def autocast_dtype(device_type: str) -> torch.dtype | None:
-    """What autocast computes in on devices of this type; None where it is off, or unknown (meta)."""
+    """Autocast's dtype for a device type; None where autocast is off, or unsupported (meta)."""
     if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return None
     return torch.get_autocast_dtype(device_type)
 
 
 def is_traced() -> bool:
-    """Whether TorchScript records the calls: it cannot, of ops that take lists of layers or of adapters, and
-    what is seen of a tensor holds for this call alone."""
-    return not torch.compiler.is_compiling() and torch._C._is_tracing()  # a compiler cannot ask the second
+    """Whether TorchScript traces: it cannot record ops that take lists of layers or adapters, and values of
+    tensors hold only for this call."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()  # compilers cannot trace _is_tracing
 
 
 def compute_type(x: Tensor, compute_dtype: torch.dtype | None, name: str = "x") -> torch.dtype:
-    """Of the base product. `name`: what the caller's user knows x by."""
+    """Dtype of the base GEMM. `name`: the name of x in errors."""
     dtype = x.dtype
     if not dtype.is_floating_point:
         raise ValueError(f"{name}: expected a floating dtype, got {dtype}")
@@ -41,16 +41,16 @@ def compute_type(x: Tensor, compute_dtype: torch.dtype | None, name: str = "x") 
     return compute_dtype
 
 
-def of_or_float(bias: Tensor, *dtypes: torch.dtype) -> Tensor:
-    """In a dtype that an op takes: one of `dtypes`, or fp32."""
+def bias_for_op(bias: Tensor, *dtypes: torch.dtype) -> Tensor:
+    """The bias in one of `dtypes` or fp32, as ops take it."""
     return bias if bias.dtype in dtypes else bias.float()
 
 
-def base_of(
+def base_weight(
     x: Tensor, weight: Weight, compute: torch.dtype, in_features: int | None = None, name: str = "x"
 ) -> tuple[tuple[int, int], Base]:
-    """Shape of the weight, and the weight as ops take it for a product in `compute`. Checked against x or
-    `in_features`."""
+    """The weight's shape, and the weight as ops take it for a GEMM in `compute`. Raises ValueError unless it
+    fits x or `in_features`."""
     state: Any = weight._state if isinstance(weight, HoldsNF4) else weight
     packed = isinstance(state, NF4State)
     dense = state.dense if packed else state
@@ -96,7 +96,8 @@ def check_bias(
 
 
 def _requires_grad(tensor: Any) -> bool:
-    """Past torch functions of its class, which cost a microsecond; only they can be traced."""
+    """tensor.requires_grad without __torch_function__, which costs a microsecond; compilers need the
+    latter."""
     if torch.compiler.is_compiling():
         return bool(tensor.requires_grad)
     return torch._C._any_requires_grad(tensor)

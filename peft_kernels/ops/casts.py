@@ -1,4 +1,4 @@
-"""What autocast has many small calls for: lists of tensors in another dtype, and sums of two dtypes."""
+"""Casts of several tensors in one call, and sums of two dtypes, for which autocast needs many small calls."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..core.op import Op
 
 
 class Cast(Op):
-    """Copies of tensors in another dtype, all in one call."""
+    """Copies tensors to another dtype in one call."""
 
     name = "cast"
     schema = "(Tensor[] x, ScalarType dtype) -> Tensor[]"
@@ -37,7 +37,7 @@ class Cast(Op):
 
 
 class AddResidual(Op):
-    """x + residual, rounded to the dtype to which theirs are promoted."""
+    """x + residual, rounded to their promoted dtype."""
 
     name = "add_residual"
     schema = "(Tensor x, Tensor residual) -> Tensor"
@@ -61,11 +61,11 @@ class AddResidual(Op):
 
 
 def add_residual(x: Tensor, residual: Tensor) -> Tensor:
-    """`x + residual`, of one shape, each fp32, bf16 or fp16: quicker than torch's where they differ in that.
+    """`x + residual` of one shape, each fp32, bf16 or fp16. Faster than torch where the dtypes differ.
 
     Returns
     -------
-    Tensor, like x, contiguous, of the dtype to which torch promotes those of both. Differentiable.
+    Tensor, like x, contiguous, of the promoted dtype. Differentiable.
 
     Raises
     ------

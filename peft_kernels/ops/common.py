@@ -1,4 +1,4 @@
-"""What the meanings and gradients of several ops share."""
+"""Helpers of the references and gradients of several ops."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ def rows(t: Tensor) -> Tensor:
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype in which products are summed, and in which `h = x A^T` is kept: fp64 for fp64, else fp32."""
+    """Dtype of accumulation and of `h = x A^T`: fp64 for fp64, else fp32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def new_h(x: Tensor, rank: int) -> Tensor:
-    """x A^T, uninitialised."""
+def empty_h(x: Tensor, rank: int) -> Tensor:
+    """Uninitialised x A^T."""
     return x.new_empty((*x.shape[:-1], rank), dtype=accumulator_dtype(x.dtype))
 
 
 def empty_unless(need: bool, like: Tensor) -> Tensor:
-    """A gradient, uninitialised; without elements where it is not wanted."""
+    """An uninitialised gradient, without elements where it is not needed."""
     return like.new_empty(like.shape if need else (0,))
 
 
 def weight_grad(dy: Tensor, x: Tensor, compute_dtype: torch.dtype | None) -> Tensor:
-    """Of a dense base weight: it comes from the base product alone."""
+    """Gradient of a dense base weight, which only the base GEMM contributes to."""
     dtype = compute_dtype or x.dtype
     return rows(dy).to(dtype).t() @ rows(x).to(dtype)

@@ -1,8 +1,8 @@
-"""Linear layers of a mixture of experts: rows that are sorted by expert, each multiplied by its expert's
-weight. Only experts that have rows cost anything.
+"""Linear layers of a mixture of experts: rows sorted by expert, each multiplied by its expert's weight.
+Experts without rows cost nothing.
 
-Composite: loops over experts in ops of single layers, so every back end has them. A back end that can do
-without the loop registers kernels of its own.
+The references loop over experts and call ops of single layers, so every back end has these ops; some register
+kernels without the loop.
 """
 
 from __future__ import annotations
@@ -20,14 +20,13 @@ from ..core.op import Base, Op
 from ..core.wrong_types import names_wrong_types
 from . import arguments
 from .arguments import Weight
-from .common import empty_unless, new_h
+from .common import empty_h, empty_unless
 
 
 class ExpertsLinear(Op):
-    """Expert e's weight times rows ends[e - 1] to ends[e] of x, (rows, in); `ends` is int32, (experts,), and
-    rises, as in torch's grouped_mm. The weight's tensors have experts as their first dimension, and so has
-    the bias, (experts, out). Rows behind the last end belong to no expert: they give zeros.
-    """
+    """Rows ends[e - 1] to ends[e] of x, (rows, in), times expert e's weight. `ends` is int32, (experts,),
+    ascending, as in torch's grouped_mm. Experts are the first dimension of the weight's tensors and of the
+    bias, (experts, out). Rows behind the last end belong to no expert and give zeros."""
 
     name = "experts_linear"
     schema = "(Tensor x, Tensor ends, $nf4, SymInt out_features, Tensor? bias) -> Tensor"
@@ -37,10 +36,10 @@ class ExpertsLinear(Op):
     def reference(ops: Any, args: Any) -> Tensor:
         x, n = args.x, args.out_features
         parts = [
-            ops.nf4_linear(x[begin:end], *expert_base(args.base, e), n, _of(args.bias, e))
+            ops.nf4_linear(x[begin:end], *expert_base(args.base, e), n, _bias_of(args.bias, e))
             for e, begin, end in runs(args.ends)
         ]
-        return _with_rest(parts, x, n)
+        return _cat_with_zeros(parts, x, n)
 
     @staticmethod
     def fake(args: Any) -> Tensor:
@@ -71,7 +70,7 @@ class ExpertsLinearDx(Op):
             ops.nf4_linear_dx(dy[begin:end], *expert_base(args.base, e), k)
             for e, begin, end in runs(args.ends)
         ]
-        return _with_rest(parts, dy, k)
+        return _cat_with_zeros(parts, dy, k)
 
     @staticmethod
     def fake(args: Any) -> Tensor:
@@ -91,8 +90,8 @@ class ExpertsLinearDx(Op):
 
 
 class ExpertsLoraLinear(Op):
-    """`ExpertsLinear` with an adapter for each expert: lora_a (experts, r, in), lora_b (experts, out, r).
-    Beside y, h = x A^T, (rows, r), zero where no expert is. The base is NF4 or dense, and frozen."""
+    """`ExpertsLinear` with an adapter per expert: lora_a (experts, r, in), lora_b (experts, out, r). Also
+    returns h = x A^T, (rows, r), zero in rows of no expert. The base is NF4 or dense, and frozen."""
 
     name = "experts_lora_linear"
     schema = (
@@ -106,16 +105,18 @@ class ExpertsLoraLinear(Op):
         x, a, b = args.x, args.lora_a, args.lora_b
         rest = args.scaling, 0.0, None, None
         parts = [
-            ops.lora_linear(x[begin:end], *expert_base(args.base, e), _of(args.bias, e), a[e], b[e], *rest)
+            ops.lora_linear(
+                x[begin:end], *expert_base(args.base, e), _bias_of(args.bias, e), a[e], b[e], *rest
+            )
             for e, begin, end in runs(args.ends)
         ]
-        h = _with_rest([h for _, h in parts], new_h(x, 0), a.shape[1])
-        return _with_rest([y for y, _ in parts], x, b.shape[1]), h
+        h = _cat_with_zeros([h for _, h in parts], empty_h(x, 0), a.shape[1])
+        return _cat_with_zeros([y for y, _ in parts], x, b.shape[1]), h
 
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, Tensor]:
         y = args.x.new_empty((args.x.shape[0], args.lora_b.shape[1]))
-        return y, new_h(args.x, args.lora_a.shape[1])
+        return y, empty_h(args.x, args.lora_a.shape[1])
 
     differentiable = ("x", "lora_a", "lora_b")
     saved_meta = ("bias", "y")
@@ -137,7 +138,7 @@ class ExpertsLoraLinear(Op):
 
 
 class ExpertsLoraLinearBackward(Op):
-    """Gradients that are not needed have no elements; those of adapters without rows are zero."""
+    """Gradients not needed have no elements; those of experts without rows are zero."""
 
     name = "experts_lora_linear_backward"
     schema = (
@@ -178,7 +179,7 @@ class ExpertsLoraLinearBackward(Op):
 
 
 def runs(ends: Tensor) -> Iterator[tuple[int, int, int]]:
-    """Experts that have rows: expert, first row, end. Waits for the device that `ends` is on."""
+    """(expert, first row, end) of each expert that has rows. Synchronises with the device of `ends`."""
     begin = 0
     for e, end in enumerate(ends.tolist()):
         if end > begin:
@@ -186,13 +187,13 @@ def runs(ends: Tensor) -> Iterator[tuple[int, int, int]]:
             begin = end
 
 
-def _with_rest(parts: list[Tensor], like: Tensor, columns: int) -> Tensor:
-    """The rows of all experts, and zeros for those behind."""
+def _cat_with_zeros(parts: list[Tensor], like: Tensor, columns: int) -> Tensor:
+    """The rows of all experts, then zeros up to the rows of `like`."""
     rest = like.shape[0] - sum(part.shape[0] for part in parts)
     return torch.cat([*parts, like.new_zeros((rest, columns))])
 
 
-def _of(bias: Tensor | None, e: int) -> Tensor | None:
+def _bias_of(bias: Tensor | None, e: int) -> Tensor | None:
     return None if bias is None else bias[e]
 
 
@@ -206,15 +207,15 @@ def expert_base(base: Base, e: int) -> Base:
 def experts_linear(
     x: Tensor, ends: Tensor, weight: HoldsNF4 | NF4State, bias: Tensor | None = None
 ) -> Tensor:
-    """Rows of x, sorted by expert, each times its expert's frozen NF4 weight, plus its expert's bias.
+    """Multiplies rows of x, sorted by expert, by their experts' frozen NF4 weights, and adds their biases.
 
     Parameters
     ----------
     x : Tensor, (rows, in_features)
         fp32, bf16 or fp16. Sums are in fp32.
     ends : Tensor, (experts,), int32
-        Row behind the last one of each expert, ascending: what torch's grouped_mm calls `offs`. Rows behind
-        the last end give zeros.
+        Row behind the last row of each expert, ascending: `offs` of torch's grouped_mm. Rows behind the last
+        end give zeros.
     weight : NF4Weight, (experts, out_features, in_features)
     bias : Tensor, (experts, out_features), optional
         Of x's dtype or fp32. Frozen.
@@ -248,7 +249,7 @@ def experts_lora_linear(
     scaling: float,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """`experts_linear` with an adapter for each expert: y + scaling * (x A^T) B^T, in one call.
+    """`experts_linear` with an adapter per expert, y + scaling * (x A^T) B^T, in one call.
 
     Parameters
     ----------

@@ -15,8 +15,8 @@ from ..core import dispatch
 from ..core.op import Base, Op, columns
 from ..core.wrong_types import names_wrong_types
 from . import arguments
-from .common import accumulator_dtype, new_h
-from .lora.multi_lora import AdaptedLinear, flatten, layer_grads, rounding
+from .common import accumulator_dtype, empty_h
+from .lora.multi_lora import AdaptedLinear, flatten, layer_gradients, rounding
 
 
 class GatedActivation(Op):
@@ -27,7 +27,7 @@ class GatedActivation(Op):
     def reference(ops: Any, args: Any) -> Tensor:
         gate, up, activation = args
         acc = accumulator_dtype(gate.dtype)
-        # Contiguous, as back ends give it: elementwise functions of torch would keep the layout of gate.
+        # Contiguous like other back ends' results; torch's elementwise functions keep the layout of gate.
         return (ACTIVATIONS[activation](gate.to(acc))[0] * up.to(acc)).to(gate.dtype).contiguous()
 
     @staticmethod
@@ -50,9 +50,9 @@ class GatedActivationBackward(Op):
     def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         dy, gate, up, activation = args
         acc = accumulator_dtype(gate.dtype)
-        value, slope = ACTIVATIONS[activation](gate.to(acc))
+        value, derivative = ACTIVATIONS[activation](gate.to(acc))
         d = dy.to(acc)
-        dgate, dup = (d * up.to(acc) * slope).to(gate.dtype), (d * value).to(up.dtype)
+        dgate, dup = (d * up.to(acc) * derivative).to(gate.dtype), (d * value).to(up.dtype)
         return dgate.contiguous(), dup.contiguous()
 
     @staticmethod
@@ -61,8 +61,8 @@ class GatedActivationBackward(Op):
 
 
 class GatedMlp(Op):
-    """down(activation(gate(x)) * up(x)); its three layers are given in the order gate, up, down. Beside y,
-    what backward needs again: the outputs of gate and up, x A^T of their adapters, and of down's."""
+    """down(activation(gate(x)) * up(x)), layers in the order gate, up, down. Also returns what backward
+    needs: the outputs of gate and up, and x A^T of their adapters and of down's."""
 
     name = "gated_mlp"
     schema = (
@@ -92,7 +92,7 @@ class GatedMlp(Op):
             sum(a.shape[0] for a, j in zip(args.lora_a, args.layer, strict=True) if (j == 2) is down)
             for down in (False, True)
         ]
-        return y, gate, up, new_h(args.x, ranks[0]), new_h(args.x, ranks[1])
+        return y, gate, up, empty_h(args.x, ranks[0]), empty_h(args.x, ranks[1])
 
     differentiable = ("x", "weight", "bias", "lora_a", "lora_b")
     rounding = ("lora_a", "lora_b")
@@ -113,7 +113,7 @@ class GatedMlp(Op):
                 need_dx, *half.of_adapters(need.lora_a, need.lora_b),
             )  # fmt: skip
             of_layers = half.of_layers(args.bias, need.weight, need.bias)
-            return dx, da, db, *layer_grads(ops, dy, x, None, *of_layers)
+            return dx, da, db, *layer_gradients(ops, dy, x, None, *of_layers)
 
         product = ops.gated_activation(gate, up, args.activation)
         d_product, *of_last = call(last, [dy], product, results.h_down, _down_seed(args.seed), True)
@@ -137,17 +137,17 @@ class GatedMlp(Op):
 
 
 class _Half:
-    """What of an MLP's lists goes into one of its two calls: of the layers `begin` to `end`, gate and up, or
-    down."""
+    """Selects the layers `begin` to `end` (gate and up, or down) from an MLP's lists, for one of its two
+    calls."""
 
     def __init__(self, bases: Sequence[Base], layer: Sequence[int], begin: int, end: int) -> None:
-        self._cut = slice(begin, end)
+        self._layers = slice(begin, end)
         self.bases = columns(bases[begin:end])
         self.chosen = [i for i, j in enumerate(layer) if begin <= j < end]
         self.layer = [layer[i] - begin for i in self.chosen]
 
     def of_layers(self, *lists: Any) -> list[Any]:
-        return [values[self._cut] for values in lists]
+        return [values[self._layers] for values in lists]
 
     def of_adapters(self, *lists: Any) -> list[Any]:
         return [[values[i] for i in self.chosen] for values in lists]
@@ -158,7 +158,7 @@ def _halves(args: Any) -> tuple[_Half, _Half]:
 
 
 def _down_seed(seed: Tensor | None) -> Tensor | None:
-    # Another key: gate and down must not draw from one stream.
+    # Another key, so that gate and down do not draw the same mask.
     return None if seed is None else seed + 1
 
 
@@ -176,8 +176,8 @@ def _gelu(x: Tensor) -> tuple[Tensor, Tensor]:
 def _gelu_tanh(x: Tensor) -> tuple[Tensor, Tensor]:
     k = math.sqrt(2 / math.pi)
     t = torch.tanh(k * (x + 0.044715 * x * x * x))
-    slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * k * (1 + 3 * 0.044715 * x * x)
-    return F.gelu(x, approximate="tanh"), slope
+    derivative = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * k * (1 + 3 * 0.044715 * x * x)
+    return F.gelu(x, approximate="tanh"), derivative
 
 
 def _relu(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -190,7 +190,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]] = {
     "gelu_tanh": _gelu_tanh,
     "relu": _relu,
 }
-"""Each gives value and derivative."""
+"""Each returns value and derivative."""
 
 
 @names_wrong_types
@@ -204,16 +204,16 @@ def gated_mlp(
 ) -> Tensor:
     """`down(activation(gate(x)) * up(x))`: SwiGLU, GeGLU (Shazeer 2020), each layer with its adapters.
 
-    Saved for backward: x, the outputs of gate and up, x A^T of each adapter and the parameters; the product
-    in the middle is made again.
+    Saved for backward: x, the outputs of gate and up, x A^T of each adapter and the parameters;
+    activation(gate) * up is recomputed.
 
     Parameters
     ----------
     activation : str
         "silu", "gelu", "gelu_tanh" or "relu".
     compute_dtype : torch.dtype, optional
-        fp32, bf16 or fp16: x is rounded to it once, and everything inside is as for an x of that dtype. That
-        copy alone is saved. The result gets x's dtype. By default x's dtype.
+        fp32, bf16 or fp16: x is rounded to it once, everything inside is as for an x of that dtype, and only
+        that copy is saved. The result has x's dtype. By default x's dtype.
     """
     compute = arguments.compute_type(x, compute_dtype)
     args = gated_mlp_args(x, gate, up, down, activation, compute)
@@ -230,7 +230,7 @@ def gated_mlp_args(
     activation: str,
     compute: torch.dtype,
 ) -> tuple[Any, ...]:
-    """Those of `gated_mlp`, checked, as the op takes them behind x in the dtype `compute`."""
+    """The checked arguments of op `gated_mlp` behind x, which is to have dtype `compute`."""
     check_activation(activation)
     hidden = gate.weight.shape[0]
     if up.weight.shape[0] != hidden:

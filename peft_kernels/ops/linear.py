@@ -1,4 +1,4 @@
-"""Products with a frozen NF4 weight, and with its transposed in the backward."""
+"""Linear layers with a frozen NF4 weight, and the gradient of their input."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class NF4LinearDx(Op):
 
     @staticmethod
     def backward(ops: Any, args: Any, results: Any, need: Any, dy: Tensor) -> dict[str, Any]:
-        # dx is linear in dy, with the transposed weight: its own gradient is the forward product.
+        # dx is linear in dy, with the transposed weight, so its gradient is the forward op.
         return {"dy": ops.nf4_linear(dy, *args.base, args.dy.shape[-1], None)}
 
     @staticmethod
@@ -88,12 +88,12 @@ def nf4_linear(
     Parameters
     ----------
     x : Tensor, (..., in_features)
-        fp32, bf16 or fp16. Sums are in fp32.
+        fp32, bf16 or fp16. Accumulates in fp32.
     weight : NF4Weight, (out_features, in_features)
     bias : Tensor, (out_features,), optional
         Of x's dtype, of compute_dtype or fp32.
     compute_dtype : torch.dtype, optional
-        fp32, bf16 or fp16: x is rounded to it, and so is the result before it gets x's dtype, as in
+        fp32, bf16 or fp16: x is rounded to it, and so is the result before it is cast to x's dtype, as in
         bitsandbytes' Linear4bit. By default x's dtype.
 
     Returns
@@ -108,26 +108,26 @@ def nf4_linear(
     if not isinstance(weight, (HoldsNF4, NF4State)):
         raise ValueError(f"weight: expected an NF4Weight, got {type(weight).__name__}")
     compute = arguments.compute_type(x, compute_dtype)
-    shape, base = arguments.base_of(x, weight, compute)
+    shape, base = arguments.base_weight(x, weight, compute)
     arguments.check_bias(x, bias, shape[0], compute)
-    return base_product(x, shape[0], base, bias, compute)
+    return base_linear(x, shape[0], base, bias, compute)
 
 
-def base_product(
+def base_linear(
     x: Tensor, out_features: int, base: Base, bias: Tensor | None, compute: torch.dtype
 ) -> Tensor:
     """x W^T + bias, rounded to `compute`, in x's dtype."""
     if base.absmax is None:
-        y = _dense_product(x.to(compute), base.weight, None if bias is None else bias.to(compute))
+        y = _dense_linear(x.to(compute), base.weight, None if bias is None else bias.to(compute))
     else:
-        bias = None if bias is None else arguments.of_or_float(bias, compute)
+        bias = None if bias is None else arguments.bias_for_op(bias, compute)
         rounded = x if compute == x.dtype else x.to(compute)
         y = dispatch.call("nf4_linear", rounded, *base, out_features, bias)
     return y if compute == x.dtype else y.to(x.dtype)
 
 
-def _dense_product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """In their dtype, whatever autocast says."""
+def _dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear in the operands' dtype, ignoring autocast."""
     device = x.device.type
     if autocast_dtype(device) is None:
         return F.linear(x, weight, bias)

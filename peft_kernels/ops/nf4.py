@@ -1,4 +1,4 @@
-"""Quantising to NF4 and back (Dettmers et al. 2023), and the scales' double quantisation."""
+"""Quantisation to NF4 (Dettmers et al. 2023), double quantisation of its scales, and dequantisation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..core.code_tables import NESTED_BLOCKSIZE, dynamic_map, dynamic_thresholds
 from ..core.op import Base, Op
 
 ZERO_CODE = 7
-"""Code of 0.0: what blocks without a usable scale, and the padding of an odd tail, are written as."""
+"""Code of 0.0, also used for blocks without a usable scale and to pad an odd tail."""
 
 
 class QuantizeNF4(Op):
@@ -64,7 +64,7 @@ class UnpackAbsmax(Op):
 
     @staticmethod
     def reference(ops: Any, args: Any) -> Tensor:
-        return _unpacked(args.q8, args.absmax2, args.offset)
+        return _unpack_absmax(args.q8, args.absmax2, args.offset)
 
     @staticmethod
     def fake(args: Any) -> Tensor:
@@ -85,19 +85,19 @@ class DequantizeNF4(Op):
 
 
 def dense_weight(base: Base, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """A base weight as a matrix, (out, in): dequantised to `dtype` when it is NF4."""
+    """A base weight as a dense matrix (out, in); NF4 is dequantised to `dtype`."""
     absmax = base.absmax
     if absmax is None:
         return base.weight
     if base.absmax2 is not None and base.offset is not None:
-        absmax = _unpacked(absmax, base.absmax2, base.offset)
+        absmax = _unpack_absmax(absmax, base.absmax2, base.offset)
     flat, numel = base.weight.reshape(-1), prod(shape)
     codes = torch.stack((flat >> 4, flat & 15), dim=1).view(-1)[:numel]
     scale = absmax.repeat_interleave(base.blocksize)[:numel]
     return (nf4_code(flat.device)[codes.long()] * scale).to(dtype).reshape(tuple(shape))
 
 
-def _unpacked(q8: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
+def _unpack_absmax(q8: Tensor, absmax2: Tensor, offset: Tensor) -> Tensor:
     scale = absmax2.repeat_interleave(NESTED_BLOCKSIZE)[: q8.numel()]
     return dynamic_map(q8.device)[q8.reshape(-1).long()] * scale + offset
 
@@ -109,8 +109,7 @@ def _blocks(flat: Tensor, blocksize: int) -> Tensor:
 
 
 def _reciprocal(absmax: Tensor) -> Tensor:
-    # 1/absmax overflows for an all-zero block and for the deepest subnormals; 0 sends both to the code of
-    # zero.
+    # 1 / absmax overflows for all-zero blocks and the smallest subnormals; 0 gives both the code of zero.
     inverse = 1.0 / absmax
     return torch.where(inverse.isinf(), torch.zeros_like(inverse), inverse)
 

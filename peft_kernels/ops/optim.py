@@ -24,17 +24,16 @@ KINDS = ("adamw", "adam", "lion")
 
 
 class AdamW(Op):
-    """Changes params, moments and absmax in place. Everything is by element of `params[i]`, flat.
+    """Updates params, moments and absmax in place, elementwise.
 
-    Lists have one entry for each parameter. params and grads: of one floating dtype, which may differ from
-    parameter to parameter. state1, state2: fp32, or both uint8 with absmax1 and absmax2 fp32
-    (ceil(numel / 256),); with fp32 moments absmax has no elements. For "lion", state2 and absmax2 are empty
-    lists. `compensation`: an empty list, or for each bf16 parameter a tensor like it, and a tensor without
-    elements for others. All tensors are contiguous and on one device.
+    Lists have one entry per parameter. params and grads: of one floating dtype per parameter. state1, state2:
+    fp32, or both uint8 with absmax1 and absmax2 fp32 (ceil(numel / 256),); with fp32 moments absmax has no
+    elements. For "lion", state2 and absmax2 are empty lists. `compensation`: an empty list, or a tensor like
+    each bf16 parameter and tensors without elements for others. All tensors are contiguous and on one device.
 
-    `step` int64, one for each parameter: which step this is of the parameter, from 1. Parameter i takes its
-    numbers from group[i]: lr fp32 (groups,), and beta1, beta2, eps, weight_decay. Products of these alone are
-    computed in fp64 and rounded to fp32 once:
+    `step`, int64, one per parameter: its number of this step, from 1. Parameter i uses the hyperparameters of
+    group[i]: lr fp32 (groups,), beta1, beta2, eps, weight_decay. Expressions of these alone are computed in
+    fp64 and rounded to fp32 once:
         b1 = beta1, w1 = 1 - beta1, b2 = beta2, w2 = 1 - beta2, c2 = sqrt(1 - beta2^step),
         rate = -lr c2 / (1 - beta1^step), floor = eps c2, decay = 1 - lr weight_decay
     All else is in fp32 (fp64 for fp64 parameters), each operation rounded, no fused multiply-add:
@@ -42,28 +41,28 @@ class AdamW(Op):
         m = m * b1 + w1 * g;  v = v * b2 + (w2 * g) * g
         "adamw": p = p * decay
         p = p + rate * (m / (sqrt(v) + floor))
-    "lion": p = p * decay;  p = p - lr * sign(m * b1 + w1 * g);  m = m * b2 + w2 * g.
-    Moments, absmax and codes of every back end are these to the bit (but where max_grad_norm sums in another
-    order); p may differ by what approximate division and square root do.
+    "lion": p = p * decay;  p = p - lr * sign(m * b1 + w1 * g);  m = m * b2 + w2 * g. Moments, absmax and
+    codes are bit-equal on every back end (except that max_grad_norm may sum in another order); p may differ
+    by approximate division and square root.
 
     factor = 1 / grad_scale (0-dim fp32, 1 without it), and with max_grad_norm > 0 times
-    min(1, max_grad_norm / (norm + 1e-6)), norm being that of all g = grad / grad_scale together. With
-    `factor` (0-dim fp32, as of `clip_factor`) it is that, whatever the two are: for a step that is made of
-    several calls. Where found_inf (one element, fp32) is not 0, nothing is changed.
+    min(1, max_grad_norm / (norm + 1e-6)), with the norm of all g = grad / grad_scale together.
+    `factor` (0-dim fp32, from `clip_factor`) overrides both, for a step of several calls. If found_inf (one
+    element, fp32) is not 0, nothing is changed.
 
-    8 bits: a moment is map[code] * absmax, but for code 0 of the second, which is read as half the map's
-    first midpoint (`code_tables.moment_values` says why; bitsandbytes reads 0). It is written as absmax =
-    max |x| over the block, and the number of midpoints of the map that x * (1 / absmax) exceeds, so that a
-    tie takes the lower code; 1 / absmax counts as 0 where it overflows. NaN or Inf in a gradient makes its
-    own element of the parameter NaN, as in torch (for "lion" Inf is a gradient of its sign), and all of
-    them where max_grad_norm > 0. Moments in 8 bits stay finite: an element of which a moment is not writes
-    0 in both. (In bitsandbytes the absmax, and with it 256 elements, are lost.)
+    8 bits: a moment is map[code] * absmax, except that code 0 of the second is read as half the map's first
+    midpoint (see `code_tables.moment_values`; bitsandbytes reads 0). It is written as absmax = max |x| over
+    the block, and as code the number of midpoints of the map below x * (1 / absmax), so that a tie takes the
+    lower code; 1 / absmax is 0 where it overflows. NaN or Inf in a gradient makes its element of the
+    parameter NaN, as in torch (for "lion" Inf is a gradient of its sign), and all elements if max_grad_norm >
+    0. 8-bit moments stay finite: where one moment of an element is not, 0 is written to both. (In
+    bitsandbytes the absmax, and with it 256 elements, are lost.)
 
-    p is rounded to its dtype to nearest. With `seed` (0-dim int64), a bf16 parameter is rounded to one of its
-    two neighbours: 16 random bits are added below its own and what is left there is cut off. They are the
+    p is rounded to its dtype, to nearest. With `seed` (0-dim int64), a bf16 parameter is rounded
+    stochastically: 16 random bits are added below its own, and the lower half is truncated. They are the
     upper half of word e % 4 of Philox block e // 4 for element e, with key `seed`, stream i for parameter i,
-    and step[i] in the counter's last word. With compensation, p + compensation is what is updated, and what
-    p's rounding drops is what compensation becomes, rounded to bf16.
+    and step[i] in the counter's last word. With compensation, p + compensation is updated, and compensation
+    becomes p's rounding error, in bf16.
     """
 
     name = "adamw"
@@ -90,9 +89,9 @@ class AdamW(Op):
 
 
 class ClipFactor(Op):
-    """The factor of a step of `adamw` with these gradients, fp32 0-dim, to the bit that of its own.
+    """The factor of a step of `adamw` with these gradients: fp32 0-dim, bit-equal to the one it computes.
 
-    grads: contiguous, on one device, with some element. max_grad_norm: above 0.
+    grads: contiguous, on one device, not all empty. max_grad_norm: above 0.
     """
 
     name = "clip_factor"
@@ -111,7 +110,7 @@ class ClipFactor(Op):
 
 
 def _factor(args: Any) -> Tensor:
-    """Of all gradients, fp32 0-dim."""
+    """Factor of all gradients, fp32 0-dim."""
     factor = torch.ones((), device=args.grads[0].device if args.grads else None)
     if args.grad_scale is not None:
         factor = 1 / args.grad_scale.float().reshape(())
@@ -151,7 +150,7 @@ def _update(args: Any, i: int, factor: Tensor) -> None:
         m = m * b1 + g * w1
         v = v * b2 + (g * w2) * g
         rate, floor = (-lr * c2 / c1).to(acc), (args.eps[group] * c2).to(acc)
-        # In fp64, as torch's own in fp32 is not always the nearest.
+        # In fp64, because torch's fp32 square root is not always correctly rounded.
         p = p + (m / (v.double().sqrt().to(acc) + floor)) * rate
         moments = [m, v]
 
@@ -162,7 +161,7 @@ def _update(args: Any, i: int, factor: Tensor) -> None:
         _write_moment(x, finite, state[i], absmax[i], signed)
     rounded = p.to(param.dtype)
     if args.seed is not None and param.dtype == torch.bfloat16:
-        rounded = stochastically_rounded(p, args.seed, i, args.step[i])
+        rounded = round_stochastically(p, args.seed, i, args.step[i])
     if compensated:
         args.compensation[i].copy_((p - rounded.to(acc)).view_as(param))
     param.copy_(rounded.view_as(param))
@@ -190,8 +189,8 @@ def _write_moment(x: Tensor, finite: Tensor, state: Tensor, absmax: Tensor, sign
     absmax.copy_(scale)
 
 
-def stochastically_rounded(p: Tensor, seed: Tensor, stream: int, step: Tensor) -> Tensor:
-    """fp32 to bf16, to either neighbour, the nearer one the more often; a NaN stays one."""
+def round_stochastically(p: Tensor, seed: Tensor, stream: int, step: Tensor) -> Tensor:
+    """fp32 to bf16, to either neighbour, the nearer one with higher probability; NaN stays NaN."""
     block = torch.arange((p.numel() + 3) // 4, device=p.device)
     words = torch.stack(philox(block, seed, stream, step & 0xFFFFFFFF), 1).reshape(-1)[: p.numel()]
     bits = (p.float().view(torch.int32).long() & 0xFFFFFFFF) + (words >> 16)

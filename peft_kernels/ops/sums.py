@@ -1,4 +1,4 @@
-"""Sums over rows: the gradients of biases."""
+"""Sums over rows, for the gradients of biases."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .common import accumulator_dtype, rows
 
 
 class ColumnSums(Op):
-    """Of x as rows of its last dimension, in the dtype of sums. For rows in 16 bits: what torch's sum gives,
-    which on the CPU copies them to fp32 first."""
+    """Sums x over all but its last dimension, in the accumulator dtype. For 16-bit x: torch's sum first
+    copies it to fp32 on the CPU."""
 
     name = "column_sums"
     schema = "(Tensor x) -> Tensor"
@@ -37,8 +37,8 @@ class ColumnSums(Op):
 
 
 def bias_grad(ops: Any, dy: Tensor, dtype: torch.dtype) -> Tensor:
-    """`ops`: of the namespace whose gradient it is."""
+    """Gradient of a bias in `dtype`. `ops`: the namespace to call."""
     acc = accumulator_dtype(dy.dtype)
-    # torch's sum copies nothing of rows that have the dtype of sums already, and is the faster then.
+    # For rows in the accumulator dtype torch's sum makes no copy, and is faster.
     total: Tensor = rows(dy).sum(0) if dy.dtype == acc else ops.column_sums(dy)
     return total.to(dtype)

@@ -163,7 +163,7 @@ def _scaled(y: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _bias_for_scaling(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if bias is None else arguments.of_or_float(bias, dtype)
+    return None if bias is None else arguments.bias_for_op(bias, dtype)
 
 
 @dataclass

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..core.op import OPS
-from ..ops.loss.cross_entropy import border, check_slope, narrowed
+from ..ops.loss.cross_entropy import check_slope, narrow_base, row_alignment
 from .core.common import check, check_dtype, check_float, check_shape
 from .core.launch import VARYING, cdiv, config, launch, power_of_2
 from .gated import exact_exp
@@ -194,7 +194,7 @@ def _check(args: Any) -> None:
 def _pieces(args: Any) -> Iterator[tuple[int, Tensor]]:
     """Pieces of the head, dense and contiguous, each with its first row."""
     n, k, base = args.vocabulary, args.x.shape[1], args.base
-    unit = border(base, max(k, 1))
+    unit = row_alignment(base, max(k, 1))
     whole = base.weight.contiguous() if base.absmax is None else None
     if unit > MOST:  # too few rows begin at a block
         whole, unit = _dequantized(base, n, k, args.x.dtype), 1
@@ -204,7 +204,7 @@ def _pieces(args: Any) -> Iterator[tuple[int, Tensor]]:
         if whole is not None:
             yield begin, whole[begin:end].to(args.x.dtype)
         else:
-            yield begin, _dequantized(narrowed(base, begin, end, k), end - begin, k, args.x.dtype)
+            yield begin, _dequantized(narrow_base(base, begin, end, k), end - begin, k, args.x.dtype)
 
 
 def _dequantized(base: Any, n: int, k: int, dtype: torch.dtype) -> Tensor:

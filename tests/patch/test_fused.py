@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.ops.lora.dropout import dropped
+from peft_kernels.ops.lora.dropout import apply_dropout
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
 
@@ -34,7 +34,7 @@ def _dropout_of_a_seed(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
         stream = next(streams)
         if stream == 0:
             seed = torch.randint(0, 2**63 - 1, ())
-        return dropped(x, p, seed, stream).to(x.dtype) if training else x
+        return apply_dropout(x, p, seed, stream).to(x.dtype) if training else x
 
     monkeypatch.setattr(nn.functional, "dropout", dropout)
 

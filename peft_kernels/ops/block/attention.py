@@ -1,6 +1,5 @@
-"""Attention, softmax(scale q k^T) v, of which no scores are kept: each query's greatest score and the sum of
-its exponentials are enough to compute its weights again (Dao et al. 2022). Several heads of queries may share
-one of keys."""
+"""Attention, softmax(scale q k^T) v, without stored scores: backward recomputes the weights from each query's
+maximum and sum of exponentials (Dao et al. 2022). Several query heads may share a key head."""
 
 from __future__ import annotations
 
@@ -16,10 +15,11 @@ from ..common import accumulator_dtype
 
 
 class Attention(Op):
-    """Of rows (batch, rows, heads, features). A query attends to the keys of its span [first, end), or of
-    its two spans, a causal one to none behind its own, the last query's being the last key; without keys it
-    gives 0.
-    `softmax`, (batch, heads, 2, rows): the greatest score before it is scaled, 1 / sum of exponentials."""
+    """Attention of (batch, rows, heads, features). A query attends to the keys in its span [first, end) or in
+    its two spans; if causal, only up to its own key, where the last query's own key is the last one. A query
+    without keys gives 0.
+
+    `softmax`, (batch, heads, 2, rows): the maximum unscaled score, and 1 / sum of exponentials."""
 
     name = "attention"
     schema = (
@@ -31,7 +31,7 @@ class Attention(Op):
     @staticmethod
     def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         weights, softmax = _weights(args)
-        y = torch.einsum("bhrs,bshf->brhf", weights, _of_each_head(args, args.v))
+        y = torch.einsum("bhrs,bshf->brhf", weights, _per_query_head(args, args.v))
         return y.to(args.q.dtype).contiguous(), softmax
 
     @staticmethod
@@ -55,7 +55,7 @@ class Attention(Op):
 
 
 class AttentionBackward(Op):
-    """Given what the forward gave, and the gradient of its first result."""
+    """Gradients of `Attention`, given its results and the gradient dy of y."""
 
     name = "attention_backward"
     schema = (
@@ -68,20 +68,20 @@ class AttentionBackward(Op):
     def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor, Tensor]:
         acc = accumulator_dtype(args.q.dtype)
         q, dy = args.q.to(acc), args.dy.to(acc)
-        k, v = _of_each_head(args, args.k), _of_each_head(args, args.v)
+        k, v = _per_query_head(args, args.k), _per_query_head(args, args.v)
         weights, _ = _weights(args)
         dv = torch.einsum("bhrs,brhf->bshf", weights, dy)
         d_weights = torch.einsum("brhf,bshf->bhrs", dy, v)
-        # What a row's d_weights come to, weighted: its sum over features is shorter than that over keys.
-        of_rows = (dy * args.y.to(acc)).sum(-1).transpose(1, 2)[..., None]
-        slopes = weights * (d_weights - of_rows) * args.scale
-        dq = torch.einsum("bhrs,bshf->brhf", slopes, k)
-        dk = torch.einsum("bhrs,brhf->bshf", slopes, q)
+        # The row sums of weights * d_weights, computed over features, which are fewer than keys.
+        row_sums = (dy * args.y.to(acc)).sum(-1).transpose(1, 2)[..., None]
+        d_scores = weights * (d_weights - row_sums) * args.scale
+        dq = torch.einsum("bhrs,bshf->brhf", d_scores, k)
+        dk = torch.einsum("bhrs,brhf->bshf", d_scores, q)
 
-        def of_keys(gradient: Tensor) -> Tensor:
+        def per_key_head(gradient: Tensor) -> Tensor:
             return gradient.unflatten(2, (args.k.shape[2], -1)).sum(3).to(args.k.dtype)
 
-        return dq.to(args.q.dtype).contiguous(), of_keys(dk), of_keys(dv)
+        return dq.to(args.q.dtype).contiguous(), per_key_head(dk), per_key_head(dv)
 
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -94,15 +94,15 @@ class AttentionBackward(Op):
         return int(10 * batch * heads * rows * args.k[1] * features)
 
 
-def _of_each_head(args: Any, keys: Tensor) -> Tensor:
-    """Keys or values, for each head of queries."""
+def _per_query_head(args: Any, keys: Tensor) -> Tensor:
+    """Keys or values repeated for each query head."""
     return keys.to(accumulator_dtype(keys.dtype)).repeat_interleave(args.q.shape[2] // keys.shape[2], 2)
 
 
 def _weights(args: Any) -> tuple[Tensor, Tensor]:
-    """(batch, heads, rows, keys), and what is kept of them."""
+    """The weights (batch, heads, rows, keys), and `softmax` of `Attention`."""
     q = args.q.to(accumulator_dtype(args.q.dtype))
-    scores = torch.einsum("brhf,bshf->bhrs", q, _of_each_head(args, args.k))
+    scores = torch.einsum("brhf,bshf->bhrs", q, _per_query_head(args, args.k))
     attends = _attends(args)[:, None].expand(scores.shape)
     if not scores.numel():
         return scores, scores.new_zeros((*scores.shape[:2], 2, scores.shape[2]))
@@ -114,7 +114,7 @@ def _weights(args: Any) -> tuple[Tensor, Tensor]:
 
 
 def _attends(args: Any) -> Tensor:
-    """(batch, rows, keys), bool."""
+    """Which keys each query attends to: bool (batch, rows, keys)."""
     (batch, rows), keys = args.q.shape[:2], args.k.shape[1]
     key = torch.arange(keys, device=args.q.device)
     attends = key.new_ones((batch, rows, keys), dtype=torch.bool)
@@ -136,26 +136,25 @@ def attention(
     is_causal: bool = False,
     scale: float | None = None,
 ) -> Tensor:
-    """`softmax(scale * q k^T) v` of each head, without scores in memory.
+    """`softmax(scale * q k^T) v` per head, without scores in memory.
 
-    Scores, their softmax and all sums are in fp32; what is multiplied is in the type of the arguments.
+    Scores, softmax and sums are fp32; operands of GEMMs have the arguments' dtype.
 
     Parameters
     ----------
     q : Tensor, (batch, rows, heads, features)
-        fp32, bf16 or fp16. Need not be contiguous but in its features: a transposed view of (batch, heads,
-        rows, features) is read as it lies.
+        fp32, bf16 or fp16, contiguous in features: a transposed view of (batch, heads, rows, features) is
+        read without a copy.
     k, v : Tensor, (batch, keys, key_heads, features)
-        Of q's dtype. key_heads divides heads; that many queries' heads side by side share one.
+        Of q's dtype. key_heads divides heads; heads / key_heads consecutive query heads share a key head.
     spans : Tensor, (batch, rows, 2) or (batch, rows, 2, 2), int32, optional
-        The keys that a query attends to, from the first to before the second: padding on either side,
-        sequences packed into one row, sliding windows. With two such spans it attends to the keys of either:
-        a prompt that several completions of one row share, and its own completion. A query without keys
-        gives 0.
+        The keys [first, end) that each query attends to: for padding on either side, sequences packed into
+        one row, sliding windows. With two spans it attends to the keys of both: say, a prompt shared by
+        several completions in one row, and its own completion. A query without keys gives 0.
     is_causal : bool
-        No query attends to keys behind its own, where the last query's own key is the last.
+        No query attends to keys behind its own; the last query's own key is the last one.
     scale : float, optional
-        More than 0. By default features ** -0.5.
+        Positive. By default features ** -0.5.
 
     Returns
     -------

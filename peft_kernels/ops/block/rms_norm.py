@@ -1,4 +1,4 @@
-"""Root mean square norm (Zhang and Sennrich 2019), as the models of Llama's kind compute it."""
+"""Root mean square norm (Zhang and Sennrich 2019) as in Llama-like models."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _normed(args: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class RmsNorm(Op):
-    """The statistics of rows are fp32. What is normed is rounded to x's dtype, if it `rounds`, before it
-    meets the weight and its offset. `rstd` is 1 / the root, of each row."""
+    """(weight + offset) * x * rstd, with fp32 statistics rstd = 1 / rms per row. If `rounds`, x * rstd is
+    rounded to x's dtype before it is multiplied."""
 
     name = "rms_norm"
     schema = (
@@ -41,7 +41,7 @@ class RmsNorm(Op):
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, Tensor]:
         x = args.x
-        return x.new_empty(x.shape, dtype=args.dtype), _row_numbers(x)
+        return x.new_empty(x.shape, dtype=args.dtype), _empty_row_statistics(x)
 
     differentiable = ("x", "weight")
     saved_outputs = ("rstd",)
@@ -54,7 +54,7 @@ class RmsNorm(Op):
 
 
 class AddRmsNorm(Op):
-    """The norm of x + residual, and this sum, rounded to the dtype to which theirs are promoted."""
+    """The norm of x + residual, and this sum, rounded to their promoted dtype."""
 
     name = "add_rms_norm"
     schema = (
@@ -73,7 +73,7 @@ class AddRmsNorm(Op):
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, Tensor, Tensor]:
         total = args.x.new_empty(args.x.shape, dtype=torch.promote_types(args.x.dtype, args.residual.dtype))
-        return total.new_empty(total.shape, dtype=args.dtype), total, _row_numbers(total)
+        return total.new_empty(total.shape, dtype=args.dtype), total, _empty_row_statistics(total)
 
     differentiable = ("x", "residual", "weight")
     saved_meta = ("x", "residual")
@@ -94,7 +94,7 @@ class AddRmsNorm(Op):
 
 
 class RmsNormBackward(Op):
-    """`add`, like x, is added to dx. Gradients that are not needed have no elements."""
+    """`add`, like x, is added to dx. Gradients not needed have no elements."""
 
     name = "rms_norm_backward"
     schema = (
@@ -117,8 +117,8 @@ class RmsNormBackward(Op):
                 wide = wide + args.add
             dx = wide.to(x.dtype).contiguous()
         if args.need_dweight:
-            met = normed.to(x.dtype).to(acc) if args.rounds else normed
-            dweight = rows(dy * met).sum(0).to(weight.dtype)
+            rounded = normed.to(x.dtype).to(acc) if args.rounds else normed
+            dweight = rows(dy * rounded).sum(0).to(weight.dtype)
         return dx, dweight
 
     @staticmethod
@@ -126,12 +126,12 @@ class RmsNormBackward(Op):
         return empty_unless(args.need_dx, args.x), empty_unless(args.need_dweight, args.weight)
 
 
-def _row_numbers(x: Tensor) -> Tensor:
+def _empty_row_statistics(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=accumulator_dtype(x.dtype))
 
 
 CASTING = {"llama": True, "gemma": False}
-"""Whether what is normed is rounded to x's dtype before it meets the weight."""
+"""Whether x / rms is rounded to x's dtype before it is multiplied by the weight."""
 
 
 @names_wrong_types
@@ -152,21 +152,21 @@ def rms_norm(
     x : Tensor, (..., features)
         fp32, bf16 or fp16.
     weight : Tensor, (features,)
-        fp32, bf16 or fp16, not necessarily as x.
+        fp32, bf16 or fp16, maybe another dtype than x.
     eps : float
         Not negative.
     offset : float
-        1 in Gemma and its kin, whose weights are what is above 1.
+        1 for Gemma, whose stored weights are the difference to 1.
     casting : str
-        "llama": what is normed is rounded to x's dtype before it meets the weight, and the result is of the
-        dtype to which torch promotes x's and the weight's. "gemma": all in fp32, the result is of x's dtype.
+        "llama": x / rms is rounded to x's dtype before it is multiplied by the weight, and the result has the
+        promoted dtype of x and weight. "gemma": all in fp32, the result has x's dtype.
     dtype : torch.dtype, optional
-        Another one for the result: fp32, or x's; any of the three where x is fp32.
+        Dtype of the result: fp32 or x's; any of the three where x is fp32.
 
     Returns
     -------
-    Tensor, like x, contiguous. Differentiable in x and weight. Saved for backward: both, and an fp32 number
-    for each row.
+    Tensor, like x, contiguous. Differentiable in x and weight. Saved for backward: both, and an fp32 value
+    per row.
 
     Raises
     ------
@@ -190,20 +190,19 @@ def add_rms_norm(
     casting: str = "llama",
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`rms_norm` of x + residual, and this sum, in one pass: what lies between the two halves of a block.
+    """`rms_norm` of x + residual, and this sum, in one pass, as between the two halves of a block.
 
     Parameters
     ----------
     x, residual : Tensor, (..., features)
-        Of one shape; fp32, bf16 or fp16, not necessarily the same.
+        Of one shape; each fp32, bf16 or fp16.
     weight, eps, offset, casting, dtype
         As those of `rms_norm`, for an x that is the sum.
 
     Returns
     -------
-    (normed, sum), both like x, contiguous; the sum is of the dtype to which torch promotes those of x and
-    residual. Differentiable in x, residual and weight. Saved for backward: sum and weight, and an fp32 number
-    for each row.
+    (normed, sum), both like x, contiguous; the sum has the promoted dtype of x and residual.
+    Differentiable in x, residual and weight. Saved for backward: sum, weight, and an fp32 value per row.
 
     Raises
     ------
@@ -226,7 +225,8 @@ def add_rms_norm(
 def _result_dtype(
     x: Tensor, normed: torch.dtype, weight: Tensor, eps: float, casting: str, dtype: torch.dtype | None
 ) -> torch.dtype:
-    """That of the norm of a tensor like x, of dtype `normed`."""
+    """Dtype of the norm of a tensor of dtype `normed`, like x otherwise. Raises ValueError unless arguments
+    fit."""
     if not x.dtype.is_floating_point or not weight.dtype.is_floating_point:
         name, wrong = ("weight", weight.dtype) if x.dtype.is_floating_point else ("x", x.dtype)
         raise ValueError(f"{name}: expected a floating dtype, got {wrong}")

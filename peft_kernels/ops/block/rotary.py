@@ -1,5 +1,5 @@
-"""Rotary position embedding (Su et al. 2021) in the form of GPT-NeoX: pairs of features that are half a head
-apart are turned by an angle that depends on the position."""
+"""Rotary position embedding (Su et al. 2021) in the GPT-NeoX form: pairs of features half a head apart are
+rotated by an angle that depends on the position."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ...core.wrong_types import names_wrong_types
 
 
 class Rotary(Op):
-    """Of heads (batch, rows, heads, features), each tensor with its own number of them. As torch computes it:
-    products and sums in the dtype to which x's and cos's are promoted, of the results, which are rounded to
-    `dtype`. `inverse`: turned back, which is the gradient."""
+    """Rotates tensors (batch, rows, heads, features), each with its own number of heads. Products and sums
+    are rounded to the promoted dtype of x and cos, as in torch, and results to `dtype`. `inverse`: rotates
+    back, which is the gradient."""
 
     name = "rotary"
     schema = "(Tensor[] x, Tensor cos, Tensor sin, bool inverse, ScalarType dtype) -> Tensor[]"
@@ -26,14 +26,14 @@ class Rotary(Op):
     def reference(ops: Any, args: Any) -> list[Tensor]:
         cos, sin = args.cos[:, :, None], args.sin[:, :, None]
 
-        def turned(x: Tensor) -> Tensor:
+        def rotated(x: Tensor) -> Tensor:
             if args.inverse:
                 a, b = (x * sin).chunk(2, -1)
                 return x * cos + torch.cat([b, -a], -1)
             a, b = x.chunk(2, -1)
             return x * cos + torch.cat([-b, a], -1) * sin
 
-        return [turned(x).to(args.dtype).contiguous() for x in args.x]
+        return [rotated(x).to(args.dtype).contiguous() for x in args.x]
 
     @staticmethod
     def fake(args: Any) -> list[Tensor]:
@@ -52,19 +52,19 @@ class Rotary(Op):
 def rotary(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Queries and keys with their positions: `x * cos + rotate_half(x) * sin`, in one pass, to the bits of
-    transformers' `apply_rotary_pos_emb`.
+    """`x * cos + rotate_half(x) * sin` of queries and keys in one pass, bit-equal to transformers'
+    `apply_rotary_pos_emb`.
 
     Parameters
     ----------
     q : Tensor, (batch, rows, heads, features)
-        fp32, bf16 or fp16. Need not be contiguous but in its features.
+        fp32, bf16 or fp16, contiguous in features.
     k : Tensor, (batch, rows, key_heads, features)
         Of q's dtype.
     cos, sin : Tensor, (batch or 1, rows, features)
-        Of one dtype, not necessarily q's. No gradient of theirs is computed.
+        Of one dtype, maybe another than q's. They have no gradient.
     dtype : torch.dtype, optional
-        Of the results, which are rounded to it. By default that to which torch promotes q's and cos's.
+        Dtype of the results. By default the promoted dtype of q and cos.
 
     Returns
     -------
@@ -80,9 +80,9 @@ def rotary(
     _check(q, k, cos, sin)
     dtype = torch.promote_types(q.dtype, cos.dtype) if dtype is None else dtype
     if not dtype.is_floating_point:
-        raise ValueError(f"dtype: expected a floating one, got {dtype}")
-    turned = dispatch.call("rotary", [q, k], cos, sin, False, dtype, like=q)
-    return turned[0], turned[1]
+        raise ValueError(f"dtype: expected a floating dtype, got {dtype}")
+    rotated = dispatch.call("rotary", [q, k], cos, sin, False, dtype, like=q)
+    return rotated[0], rotated[1]
 
 
 def _check(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:

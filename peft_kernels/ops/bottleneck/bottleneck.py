@@ -1,5 +1,5 @@
 """Bottleneck adapters: residual + scaling * up(dropout(activation(down(layer_norm(x))))) (Houlsby et al.
-2019; with a residual that is not x, and a scaling: He et al. 2022)."""
+2019; with a separate residual and a scaling: He et al. 2022)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from torch import Tensor
 from ...core import dispatch
 from ...core.op import Op
 from ...core.wrong_types import names_wrong_types
-from ..common import accumulator_dtype, empty_unless, new_h, rows
+from ..common import accumulator_dtype, empty_h, empty_unless, rows
 from ..gated import ACTIVATIONS, check_activation
-from ..lora.dropout import dropped, new_seed
+from ..lora.dropout import apply_dropout, new_seed
 
 
 class Bottleneck(Op):
-    """Beside y, z = down(layer_norm(x)), which backward needs again.
+    """Returns y and z = down(layer_norm(x)), which backward needs.
 
-    residual None means x. norm_weight None: no layer norm. Dropout is of the activated bottleneck. Where the
-    adapter adds 0, of either sign, y is the residual to the bit.
+    residual None: x. norm_weight None: no layer norm. Dropout is applied after the activation. Where the
+    adapter adds 0, of either sign, y is bit-equal to the residual.
     """
 
     name = "bottleneck"
@@ -37,18 +37,18 @@ class Bottleneck(Op):
     def reference(ops: Any, args: Any) -> tuple[Tensor, Tensor]:
         acc = accumulator_dtype(args.x.dtype)
         z = F.linear(_normed(args), args.down.to(acc), _to(args.down_bias, acc))
-        value = dropped(ACTIVATIONS[args.activation](z)[0], args.dropout_p, args.seed)
+        value = apply_dropout(ACTIVATIONS[args.activation](z)[0], args.dropout_p, args.seed)
         delta = args.scaling * F.linear(value, args.up.to(acc), _to(args.up_bias, acc))
         residual = (args.x if args.residual is None else args.residual).to(acc)
-        # The sum, with all signs turned where the residual is negative: -0 + 0 would be 0. The slope is
-        # 1 everywhere, as it would not be of torch.where(delta == 0, residual, ...).
+        # Signs are flipped where the residual is negative, because -0 + 0 is 0. The derivative is 1
+        # everywhere, unlike that of torch.where(delta == 0, residual, ...).
         y = torch.where(torch.signbit(residual), -(-residual - delta), residual + delta).to(args.x.dtype)
         return y.contiguous(), z.contiguous()
 
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, Tensor]:
         y = args.x.new_empty((*args.x.shape[:-1], args.up.shape[0]))
-        return y, new_h(args.x, args.down.shape[0])
+        return y, empty_h(args.x, args.down.shape[0])
 
     differentiable = ("x", "residual", "norm_weight", "norm_bias", "down", "down_bias", "up", "up_bias")
     saved_meta = ("residual", "down_bias", "up_bias", "y")
@@ -79,8 +79,8 @@ class Bottleneck(Op):
 
 
 class BottleneckBackward(Op):
-    """Gradients that are not needed have no elements; those of biases have the dtype of sums. adds_dy: x is
-    the residual too."""
+    """Gradients not needed have no elements; those of biases have the accumulator dtype. adds_dy: x is also
+    the residual."""
 
     name = "bottleneck_backward"
     schema = (
@@ -98,13 +98,13 @@ class BottleneckBackward(Op):
         acc = accumulator_dtype(x.dtype)
         dx, dnorm_weight, dnorm_bias, ddown, ddown_bias, dup, dup_bias = _no_gradients(args)
         dy = rows(args.dy).to(acc)
-        value, slope = ACTIVATIONS[args.activation](rows(args.z).to(acc))
+        value, derivative = ACTIVATIONS[args.activation](rows(args.z).to(acc))
         if args.need_dup_bias:
             dup_bias = args.scaling * dy.sum(0)
         if args.need_dup:
-            kept = dropped(value, args.dropout_p, args.seed)
+            kept = apply_dropout(value, args.dropout_p, args.seed)
             dup = (args.scaling * (dy.t() @ kept)).to(up.dtype).contiguous()
-        dz = dropped(args.scaling * (dy @ up.to(acc)), args.dropout_p, args.seed) * slope
+        dz = apply_dropout(args.scaling * (dy @ up.to(acc)), args.dropout_p, args.seed) * derivative
         if args.need_ddown:
             ddown = (dz.t() @ rows(_normed(args))).to(down.dtype).contiguous()
         if args.need_ddown_bias:
@@ -140,14 +140,14 @@ def _to(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _standardised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(x - mean) / sqrt(variance + eps) by row, and the factor."""
+    """(x - mean) / sqrt(variance + eps) by row, and 1 / sqrt(variance + eps)."""
     centred = x - x.mean(-1, keepdim=True)
     rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     return centred * rstd, rstd
 
 
 def _normed(args: Any) -> Tensor:
-    """What goes into `down`, in the dtype of sums."""
+    """The input of `down`, in the accumulator dtype."""
     acc = accumulator_dtype(args.x.dtype)
     x = args.x.to(acc)
     if args.norm_weight is None:
@@ -156,7 +156,7 @@ def _normed(args: Any) -> Tensor:
 
 
 def _no_gradients(args: Any, full: bool = False) -> tuple[Tensor, ...]:
-    """The results of backward, without elements; `full`: with those that are needed, uninitialised."""
+    """Results of backward without elements; `full`: those needed are full-sized, uninitialised."""
     acc, norm, features = accumulator_dtype(args.x.dtype), args.norm_weight, args.x.shape[-1:]
     has_norm = full and args.need_dnorm and norm is not None
     return (
@@ -188,9 +188,9 @@ def bottleneck(
     """`residual + scaling * (drop(activation(norm(x) down^T + down_bias)) up^T + up_bias)`: a bottleneck
     adapter (Houlsby et al. 2019), or one beside a sublayer (He et al. 2022) whose output is `residual`.
 
-    Computed in fp32 and rounded once; where x and a parameter are bf16, a back end may also round to bf16
-    what is multiplied with that parameter. Where what is added is 0, as with an `up` of zeros, the result is
-    the residual to the bit, its sign of zero included; a NaN or Inf in the bottleneck is not hidden by zeros.
+    Computed in fp32 and rounded once; where x and a parameter are bf16, a back end may also round the other
+    operand of that parameter's GEMM to bf16. Where the adapter adds 0, as with an `up` of zeros, the result
+    is bit-equal to the residual, signs of zeros included; zeros do not hide NaN or Inf in the bottleneck.
 
     Parameters
     ----------
@@ -206,16 +206,14 @@ def bottleneck(
     residual : Tensor, (..., out_features), optional
         Of x's dtype. By default x.
     norm_weight, norm_bias : Tensor, (in_features,), optional
-        Of a layer norm before `down`, with `norm_eps`. Without norm_weight there is none.
+        Layer norm before `down`, with `norm_eps`; none without norm_weight.
     dropout_p : float
-        Probability of dropping an element of the activated bottleneck. The mask is a function of one seed,
+        Probability of dropping an element of the activated bottleneck. The mask depends only on a seed
         drawn from torch's generator for x's device: it follows torch.manual_seed and activation
-        checkpointing, and is not kept.
+        checkpointing, and is not stored.
 
-    Returns
-    -------
-    Tensor, (..., out_features), of x's dtype. Differentiable in x, residual and all parameters, which are of
-    fp32 or x's dtype each; gradients have the dtype of what they are of. Saved for backward: x, the
+    Returns ------- Tensor, (..., out_features), of x's dtype. Differentiable in x, residual and all
+    parameters, each fp32 or of x's dtype; gradients have their tensors' dtypes. Saved for backward: x, the
     bottleneck before its activation in fp32, the seed and the parameters.
 
     Raises
@@ -245,7 +243,7 @@ def check_parameters(
     dropout_p: float,
     owner: str = "",
 ) -> None:
-    """`owner`: what errors say before a parameter's name."""
+    """Raises ValueError unless the parameters fit x. `owner`: prefix of names in errors."""
     check_activation(activation)
     if not x.dtype.is_floating_point or x.dim() == 0:
         raise ValueError(f"x: expected a floating dtype of shape (..., in_features), got {_kind(x)}")

@@ -1,5 +1,4 @@
-"""Several bottleneck adapters on one x, each for rows of its own: a batch in which every sequence has its
-adapter."""
+"""Several bottleneck adapters on one x, each for its own rows: a batch that mixes adapters."""
 
 from __future__ import annotations
 
@@ -15,15 +14,14 @@ from torch import Tensor
 from ...core import dispatch
 from ...core.op import Op
 from ...core.wrong_types import names_wrong_types
-from ..common import accumulator_dtype, empty_unless, new_h, rows
+from ..common import accumulator_dtype, empty_h, empty_unless, rows
 from ..lora.dropout import new_seed
 from .bottleneck import check_parameters, check_residual
 
 
 class MultiBottleneck(Op):
-    """Adapter i serves the rows whose row_group is i, as `Bottleneck` says, with a seed of its own; rows of
-    other groups are the residual. z holds those of all adapters, a row as wide as the widest bottleneck.
-    """
+    """`Bottleneck` with adapter i, and its own seed, in the rows whose row_group is i; rows of other groups
+    are the residual. z is as wide as the widest bottleneck."""
 
     name = "multi_bottleneck"
     schema = (
@@ -58,7 +56,7 @@ class MultiBottleneck(Op):
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, Tensor]:
         like = args.x if args.residual is None else args.residual
-        return like.new_empty(like.shape), new_h(args.x, _widest(args.down))
+        return like.new_empty(like.shape), empty_h(args.x, _widest(args.down))
 
     differentiable = ("x", "residual", "norm_weight", "norm_bias", "down", "down_bias", "up", "up_bias")
     saved_meta = ("residual", "down_bias", "up_bias", "y")
@@ -90,13 +88,13 @@ class MultiBottleneck(Op):
 
     @staticmethod
     def flops(args: Any) -> int:
-        """As if all rows went through the largest: shapes do not tell which adapter has how many."""
-        return 2 * prod(args.x[:-1]) * max(_row_products(args), default=0)
+        """As if all rows used the largest adapter: shapes do not say how many rows each has."""
+        return 2 * prod(args.x[:-1]) * max(_row_macs(args), default=0)
 
 
 class MultiBottleneckBackward(Op):
-    """Gradients that are not needed have no elements; those of biases have the dtype of sums. adds_dy: x is
-    the residual too."""
+    """Gradients not needed have no elements; those of biases have the accumulator dtype. adds_dy: x is also
+    the residual."""
 
     name = "multi_bottleneck_backward"
     schema = (
@@ -114,7 +112,7 @@ class MultiBottleneckBackward(Op):
         by_group = _ByGroup(args.row_group, len(args.down))
         dy, x, z = (by_group.sorted(t) for t in (args.dy, args.x, args.z))
         dx: list[Tensor] = []
-        of_parameters = _zero_gradients(args)
+        parameter_gradients = _zero_gradients(args)
         for i, mine in by_group.runs:
             if i is None:
                 dx.append(dy[mine] if args.adds_dy else torch.zeros_like(x[mine]))
@@ -126,10 +124,10 @@ class MultiBottleneckBackward(Op):
                 args.need_ddown[i], args.need_ddown_bias[i], args.need_dup[i], args.need_dup_bias[i],
             )  # fmt: skip
             dx.append(found[0])
-            for gradients, gradient in zip(of_parameters, found[1:], strict=True):
+            for gradients, gradient in zip(parameter_gradients, found[1:], strict=True):
                 gradients[i] = gradient
         whole = by_group.restored(dx, args.x.shape[:-1]) if args.need_dx else args.x.new_empty(0)
-        return whole, *of_parameters
+        return whole, *parameter_gradients
 
     @staticmethod
     def fake(args: Any) -> tuple[Any, ...]:
@@ -147,7 +145,7 @@ class MultiBottleneckBackward(Op):
 
 
 class _ByGroup:
-    """Rows sorted by the adapter that serves them; those of one stay in their order."""
+    """Sorts rows by the adapter that serves them; stable."""
 
     def __init__(self, row_group: Tensor, adapters: int) -> None:
         groups, self._order = row_group.sort(stable=True)
@@ -157,13 +155,13 @@ class _ByGroup:
         whose = [None, *range(adapters), None]
         runs = [(i, slice(a, b)) for i, a, b in zip(whose, ends[:-1], ends[1:], strict=True) if a < b]
         self.runs: list[tuple[int | None, slice]] = runs or [(None, slice(0, 0))]
-        """Which adapter serves which of the sorted rows; None: none does."""
+        """Adapter and range of sorted rows; None: no adapter."""
 
     def sorted(self, t: Tensor) -> Tensor:
         return rows(t)[self._order]
 
     def restored(self, parts: Sequence[Tensor], leading: torch.Size) -> Tensor:
-        """Those of all runs in the order that rows came in."""
+        """The rows of all runs in their original order."""
         whole = torch.cat(list(parts))[self._order.argsort()]
         return whole.reshape(*leading, whole.shape[-1])
 
@@ -173,8 +171,7 @@ def _widest(down: Sequence[Tensor]) -> int:
 
 
 def _zero_gradients(args: Any) -> tuple[list[Tensor], ...]:
-    """Of parameters, as an adapter that serves no row has them; without elements those that are not
-    needed."""
+    """Zero gradients of all parameters, for adapters without rows; those not needed have no elements."""
     x, acc = args.x, accumulator_dtype(args.x.dtype)
 
     def zeros(like: Sequence[Tensor | None], need: Sequence[bool], *shape: int, **dtype: Any) -> list[Tensor]:
@@ -200,13 +197,13 @@ def _zero_gradients(args: Any) -> tuple[list[Tensor], ...]:
     )
 
 
-def _row_products(args: Any) -> list[int]:
+def _row_macs(args: Any) -> list[int]:
     return [prod(down) + prod(up) for down, up in zip(args.down, args.up, strict=True)]
 
 
 @dataclass(frozen=True)
 class BottleneckParameters:
-    """What `bottleneck` takes beside x and residual: down (r, in_features), up (out_features, r)."""
+    """Parameters of `bottleneck`: down (r, in_features), up (out_features, r), ..."""
 
     down: Tensor
     up: Tensor
@@ -227,31 +224,30 @@ def multi_bottleneck(
     row_group: Tensor,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Bottleneck adapters for groups of rows: a row of group i becomes what `bottleneck` with adapters[i]
-    makes of it, on compiled back ends to the bit.
+    """`bottleneck` with adapters[i] for the rows of group i; bit-equal to it on compiled back ends.
 
     Parameters
     ----------
     x : Tensor, (..., in_features)
         fp32, bf16 or fp16.
     adapters : sequence of BottleneckParameters
-        Each with an r, an activation, a scaling and a dropout of its own, and with or without a norm and
-        biases. An adapter's dropout mask is drawn for the rows that it serves.
+        Each may have another r, activation, scaling and dropout, norm and biases. An adapter's dropout mask
+        is drawn for the rows that it serves.
     row_group : Tensor, int64 or int32, (rows,)
-        One entry for each row of x (product of its leading sizes): which adapter serves it. One that there
-        is not, as -1, means none: the row of y is the residual's to the bit.
+        The adapter of each row of x (product of its leading sizes). An index without adapter, such as -1,
+        means none: the row of y is bit-equal to the residual.
     residual : Tensor, (..., out_features), optional
         Of x's dtype. By default x.
 
     Returns
     -------
     Tensor, (..., out_features), of x's dtype. Differentiable as `bottleneck`, in the parameters of all
-    adapters; the gradients of one that serves no row are zeros.
+    adapters; gradients of an adapter without rows are zeros.
 
     Raises
     ------
     ValueError
-        As `bottleneck`, naming the adapter; a row_group of another shape or dtype.
+        As `bottleneck`, with the adapter's index; a row_group of another shape or dtype.
     """
     for i, one in enumerate(adapters):
         owner = f"adapters[{i}]."

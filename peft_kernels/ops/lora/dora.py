@@ -1,4 +1,4 @@
-"""DoRA (Liu et al. 2024): the row norms of W0 + s B A, and the magnitudes' part of the layer."""
+"""DoRA (Liu et al. 2024): the row norms of W0 + s B A, and the scaling by magnitudes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...core.wrong_types import names_wrong_types
 from .. import arguments
 from ..arguments import Weight
 from ..common import accumulator_dtype, rows
-from ..linear import base_product
+from ..linear import base_linear
 from ..nf4 import dense_weight
 from ..sums import bias_grad
 from .dropout import new_seed
@@ -21,7 +21,7 @@ from .lora import check_adapter, lora_linear
 
 
 class DoraNorm(Op):
-    """||W + s B A|| by row."""
+    """||W + s B A|| per row."""
 
     name = "dora_norm"
     schema = "($base, Tensor lora_a, Tensor lora_b, float scaling) -> Tensor"
@@ -31,7 +31,7 @@ class DoraNorm(Op):
         acc, scaling = accumulator_dtype(args.lora_a.dtype), args.scaling
         a, b = args.lora_a.to(acc), args.lora_b.to(acc)
         w = dense_weight(args.base, (b.shape[0], a.shape[1]), acc).to(acc)
-        # Without the product B A.
+        # Without forming B A.
         square = w.square().sum(1) + (2 * scaling * (w @ a.t()) * b).sum(1)
         square = square + (scaling**2 * (b @ (a @ a.t())) * b).sum(1)
         return square.clamp(min=0).sqrt()
@@ -42,13 +42,13 @@ class DoraNorm(Op):
 
     @staticmethod
     def flops(args: Any) -> int:
-        """Of W A^T, A A^T and B (A A^T)."""
+        """FLOPs of W A^T, A A^T and B (A A^T)."""
         (r, k), n = args.lora_a, args.lora_b[0]
         return 2 * r * (n * k + r * k + n * r)
 
 
 class DoraScale(Op):
-    """The output z of a layer, bias included, with all but the bias scaled by column."""
+    """Scales the output z of a layer per column, except for its bias, which z includes."""
 
     name = "dora_scale"
     schema = "(Tensor z, Tensor scale, Tensor? bias) -> Tensor"
@@ -57,7 +57,7 @@ class DoraScale(Op):
     def reference(ops: Any, args: Any) -> Tensor:
         z, scale, bias = args
         acc = accumulator_dtype(z.dtype)
-        # Not (z - bias) * scale + bias: a scale of 1 is to change no bit.
+        # Not (z - bias) * scale + bias: with a scale of 1 z must stay bit-equal.
         y = z.to(acc) + (scale.to(acc) - 1) * _unbiased(z, bias)
         return (z.to(acc) * scale.to(acc) if bias is None else y).to(z.dtype)
 
@@ -73,7 +73,7 @@ class DoraScale(Op):
         dz = dscale = dbias = None
         if need.z or need.scale:
             dz, dscale = ops.dora_scale_backward(dy, z, scale, bias)
-        if need.bias:  # what is left of it: z holds the bias too
+        if need.bias:  # z's gradient covers the rest, as z includes the bias
             dbias = ((1 - scale) * bias_grad(ops, dy, scale.dtype)).to(bias.dtype)
         return {"z": dz, "scale": dscale, "bias": dbias}
 
@@ -112,13 +112,12 @@ def dora_linear(
     compute_dtype: torch.dtype | None = None,
     norm: Tensor | None = None,
 ) -> Tensor:
-    """`magnitude / ||V|| * (x V^T) + bias` with V = W + scaling * B A and norms by row: DoRA (Liu et al.
+    """`magnitude / ||V|| * (x V^T) + bias` with V = W + scaling * B A and norms per row: DoRA (Liu et al.
     2024).
 
-    As in PEFT, the norm is a constant for the gradient, and with dropout the base product of the whole x is
-    what the dropped one changes: `x W^T + (m / ||V|| - 1) drop(x) W^T + m / ||V|| scaling drop(x) A^T B^T`.
-    The norm is made from W A^T, B and A A^T; neither B A nor V is formed, and nothing is kept from call to
-    call.
+    As in PEFT, the norm is a constant for the gradient, and with dropout the result is `x W^T + (m / ||V|| -
+    1) drop(x) W^T + m / ||V|| scaling drop(x) A^T B^T`. The norm is computed from W A^T, B and A A^T, without
+    forming B A or V, and is not cached.
 
     Parameters
     ----------
@@ -126,7 +125,7 @@ def dora_linear(
         As in `lora_linear`.
     magnitude : Tensor, (out_features,)
     norm : Tensor, fp32 (out_features,), optional
-        What `dora_norm` has found for the same weight, lora_a, lora_b and scaling. By default it is computed.
+        `dora_norm` of the same weight, lora_a, lora_b and scaling. By default it is computed.
 
     Returns
     -------
@@ -134,7 +133,7 @@ def dora_linear(
     dense weight. Saved for backward: what `lora_linear` saves, and one tensor of the output's size.
     """
     compute = arguments.compute_type(x, compute_dtype)
-    shape, base = arguments.base_of(x, weight, compute)
+    shape, base = arguments.base_weight(x, weight, compute)
     arguments.check_bias(x, bias, shape[0], compute)
     check_adapter(x, shape, lora_a, lora_b, dropout_p)
     if magnitude.shape != (shape[0],):
@@ -146,13 +145,13 @@ def dora_linear(
     scale = _factors(magnitude, norm)
     if not dropout_p:
         z = lora_linear(x, weight, lora_a, lora_b, scaling, bias, compute_dtype=compute_dtype)
-        bias = None if bias is None else arguments.of_or_float(bias, x.dtype)
+        bias = None if bias is None else arguments.bias_for_op(bias, x.dtype)
         scaled: Tensor = dispatch.call("dora_scale", z, scale, bias)
         return scaled
     dropped = dispatch.call("dropout", x, float(dropout_p), new_seed(x))
     z = lora_linear(dropped, weight, lora_a, lora_b, scaling, compute_dtype=compute_dtype)
     product: Tensor = dispatch.call("dora_scale", z, scale, None)
-    return base_product(x - dropped, shape[0], base, bias, compute) + product
+    return base_linear(x - dropped, shape[0], base, bias, compute) + product
 
 
 def dora_norm(
@@ -163,10 +162,10 @@ def dora_norm(
     scaling: float,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`||V||` of `dora_linear` by row, fp32 (out_features,). Of x only dtype and device count, and its last
-    size."""
+    """`||V||` of `dora_linear` per row, fp32 (out_features,). Only dtype, device and last size of x
+    matter."""
     compute = arguments.compute_type(x, compute_dtype)
-    shape, base = arguments.base_of(x, weight, compute)
+    shape, base = arguments.base_weight(x, weight, compute)
     check_adapter(x, shape, lora_a, lora_b, 0.0)
     return _norm(x, base, lora_a, lora_b, scaling)
 

@@ -1,4 +1,4 @@
-"""Dropout whose mask is a function of a seed, so that nobody has to keep it.
+"""Dropout whose mask is a function of a seed, so that it need not be stored.
 
 Element e of the flattened activations is kept when word e % 4 of block e // 4 of Philox4x32-10 (Salmon et
 al. 2011) is at least p * 2^32. The seed is the key; the counter holds the block in its first two words and a
@@ -26,7 +26,7 @@ class Dropout(Op):
 
     @staticmethod
     def reference(ops: Any, args: Any) -> Tensor:
-        return args.x.clone() if args.p == 0 else dropped(args.x, args.p, args.seed)
+        return args.x.clone() if args.p == 0 else apply_dropout(args.x, args.p, args.seed)
 
     @staticmethod
     def fake(args: Any) -> Tensor:
@@ -42,21 +42,21 @@ class Dropout(Op):
 
 
 def new_seed(x: Tensor) -> Tensor:
-    """From torch's generator for x's device."""
+    """A seed from torch's generator for x's device."""
     return torch.randint(0, 2**63 - 1, (), device=x.device)
 
 
 def dropout_threshold(p: float) -> int:
-    """Words below it drop their element. One word in 2^32 survives p = 1: the scale there is 0."""
+    """Words below it drop their element. With p = 1 one word in 2^32 is not below, but the scale is 0."""
     return min(round(p * 2**32), _LOW)
 
 
 def dropout_scale(p: float) -> float:
-    """Factor of the elements that are kept."""
+    """Factor of kept elements."""
     return 1 / (1 - p) if p < 1 else 0.0
 
 
-def dropped(x: Tensor, p: float, seed: Tensor | None, stream: int = 0) -> Tensor:
+def apply_dropout(x: Tensor, p: float, seed: Tensor | None, stream: int = 0) -> Tensor:
     """`x` with elements dropped and the others scaled; `x` itself for p = 0."""
     if p == 0:
         return x
@@ -65,7 +65,7 @@ def dropped(x: Tensor, p: float, seed: Tensor | None, stream: int = 0) -> Tensor
 
 
 def dropout_mask(shape: torch.Size, p: float, seed: Tensor, stream: int) -> Tensor:
-    """Bool, of `shape`: which elements are kept."""
+    """Which elements are kept: bool, of `shape`."""
     numel = shape.numel()
     block = torch.arange((numel + 3) // 4, device=seed.device)
     words = torch.stack(philox(block, seed, stream), 1).reshape(-1)[:numel]
@@ -73,9 +73,9 @@ def dropout_mask(shape: torch.Size, p: float, seed: Tensor, stream: int) -> Tens
 
 
 def philox(block: Tensor, seed: Tensor, stream: int, last: Tensor | int = 0) -> tuple[Tensor, ...]:
-    """The four words, in int64, of each block of int64: Philox4x32-10 of key `seed` and of the counter of
-    `block`, `stream` and `last`."""
-    # int64 products wrap modulo 2^64, which leaves both halves of an unsigned product right.
+    """The four words (int64) of Philox4x32-10 for each block (int64), with key `seed` and counter (block,
+    stream, last)."""
+    # int64 products wrap modulo 2^64, so both halves of the unsigned product are right.
     c = (block & _LOW, block >> 32, torch.full_like(block, stream), torch.zeros_like(block) + last)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
     for _ in range(_ROUNDS):

@@ -1,4 +1,4 @@
-"""A linear layer with LoRA (Hu et al. 2021): base product and low-rank delta in one call."""
+"""A linear layer with LoRA (Hu et al. 2021): base GEMM and low-rank delta in one call."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from ...core.op import Op
 from ...core.wrong_types import names_wrong_types
 from .. import arguments
 from ..arguments import Weight
-from ..common import accumulator_dtype, empty_unless, new_h, rows, weight_grad
+from ..common import accumulator_dtype, empty_h, empty_unless, rows, weight_grad
 from ..nf4 import dense_weight
 from ..sums import bias_grad
-from .dropout import dropped, new_seed
+from .dropout import apply_dropout, new_seed
 
 
 class LoraLinear(Op):
-    """Beside y, h = drop(x) A^T, which backward needs again.
+    """Returns y and h = drop(x) A^T, which backward needs.
 
-    compute_dtype: in which the base product is computed. x, in backward dy, is rounded to it for that product
-    alone, and a dense weight is of it; sums, deltas and results are as without it. None means x's dtype.
+    compute_dtype: dtype of the base GEMM, and of a dense weight. Only for that GEMM x (in backward dy) is
+    rounded to it; sums, deltas and results are unaffected. None: x's dtype.
     """
 
     name = "lora_linear"
@@ -37,14 +37,14 @@ class LoraLinear(Op):
         x, a, b, bias = args.x, args.lora_a, args.lora_b, args.bias
         acc, compute = accumulator_dtype(x.dtype), args.compute_dtype or x.dtype
         weight = dense_weight(args.base, (b.shape[0], a.shape[1]), compute)
-        h = dropped(x.to(acc), args.dropout_p, args.seed) @ a.to(acc).t()
-        product = F.linear(x.to(compute), weight, None if bias is None else bias.to(compute))
-        return (product.to(acc) + args.scaling * (h @ b.to(acc).t())).to(x.dtype), h
+        h = apply_dropout(x.to(acc), args.dropout_p, args.seed) @ a.to(acc).t()
+        base = F.linear(x.to(compute), weight, None if bias is None else bias.to(compute))
+        return (base.to(acc) + args.scaling * (h @ b.to(acc).t())).to(x.dtype), h
 
     @staticmethod
     def fake(args: Any) -> tuple[Tensor, Tensor]:
         y = args.x.new_empty((*args.x.shape[:-1], args.lora_b.shape[0]))
-        return y, new_h(args.x, args.lora_a.shape[0])
+        return y, empty_h(args.x, args.lora_a.shape[0])
 
     differentiable = ("x", "weight", "bias", "lora_a", "lora_b")
     rounding = ("lora_a", "lora_b")
@@ -68,7 +68,7 @@ class LoraLinear(Op):
 
 
 class LoraLinearBackward(Op):
-    """Gradients that are not needed have no elements."""
+    """Gradients not needed have no elements."""
 
     name = "lora_linear_backward"
     schema = (
@@ -88,10 +88,10 @@ class LoraLinearBackward(Op):
         dx, da, db = x.new_empty(0), a.new_empty(0), b.new_empty(0)
         if args.need_dx:
             weight = dense_weight(args.base, (b.shape[0], a.shape[1]), compute)
-            delta = dropped(dh @ a.to(acc), p, seed)
+            delta = apply_dropout(dh @ a.to(acc), p, seed)
             dx = ((dy.to(compute) @ weight).to(acc) + delta).to(x.dtype).view(x.shape).contiguous()
         if args.need_da:
-            da = (dh.t() @ dropped(x2.to(acc), p, seed)).to(a.dtype)
+            da = (dh.t() @ apply_dropout(x2.to(acc), p, seed)).to(a.dtype)
         if args.need_db:
             db = (scaling * (dy_acc.t() @ rows(args.h))).to(b.dtype)
         return dx, da, db
@@ -118,7 +118,7 @@ def lora_linear(
     dropout_p: float = 0.0,
     compute_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`x W^T + bias + scaling * (drop(x) A^T) B^T`: base product and low-rank delta (Hu et al. 2021) in one
+    """`x W^T + bias + scaling * (drop(x) A^T) B^T`: base GEMM and low-rank delta (Hu et al. 2021) in one
     call.
 
     Parameters
@@ -129,18 +129,18 @@ def lora_linear(
         The base: NF4 (frozen), or dense in compute_dtype.
     lora_a : Tensor, (r, in_features)
     lora_b : Tensor, (out_features, r)
-        fp32 or x's dtype each: an fp32 adapter never makes an fp32 copy of x.
+        Each fp32 or of x's dtype; an fp32 adapter causes no fp32 copy of x.
     scaling : float
         alpha / r, or alpha / sqrt(r) for rsLoRA.
     bias : Tensor, (out_features,), optional
         Of x's dtype, of compute_dtype or fp32.
     dropout_p : float
-        Probability of dropping an element of x on its way to A; the base product sees x whole. The mask is a
-        function of one seed, drawn from torch's generator for x's device: it follows torch.manual_seed and
-        activation checkpointing, and is not kept.
+        Probability of dropping an element of x on its way to A; the base GEMM uses all of x. The mask depends
+        only on a seed drawn from torch's generator for x's device: it follows torch.manual_seed and
+        activation checkpointing, and is not stored.
     compute_dtype : torch.dtype, optional
-        fp32, bf16 or fp16, in which the base product is computed: x, and in backward the output's gradient,
-        are rounded to it for that product alone. The delta is computed from x as it is. By default x's dtype.
+        fp32, bf16 or fp16, the dtype of the base GEMM: only for it x, and in backward the output's gradient,
+        are rounded. The delta is computed from the unrounded x. By default x's dtype.
 
     Returns
     -------
@@ -167,9 +167,9 @@ def lora_linear_args(
     dropout_p: float = 0.0,
     compute_dtype: torch.dtype | None = None,
 ) -> tuple[Any, ...]:
-    """Those of `lora_linear`, checked, as the op takes them behind x."""
+    """The checked arguments of op `lora_linear` behind x."""
     compute = arguments.compute_type(x, compute_dtype)
-    shape, base = arguments.base_of(x, weight, compute)
+    shape, base = arguments.base_weight(x, weight, compute)
     arguments.check_bias(x, bias, shape[0], compute)
     check_adapter(x, shape, lora_a, lora_b, dropout_p)
     adapter = (lora_a, lora_b, float(scaling), float(dropout_p), new_seed(x) if dropout_p else None)
@@ -184,7 +184,8 @@ def check_adapter(
     dropout_p: float,
     inside: torch.dtype | None = None,
 ) -> None:
-    """Against x, the shape of the layer's weight, and the dtype `inside` of the activations (x's own)."""
+    """Raises ValueError unless the adapter fits x and a weight of `shape`. `inside`: dtype of activations, by
+    default x's."""
     dtype, device = inside or x.dtype, x.device
     if lora_a.dim() != 2 or lora_a.shape[1] != shape[1]:
         raise ValueError(f"lora_a: expected shape (r, {shape[1]}), got {tuple(lora_a.shape)}")

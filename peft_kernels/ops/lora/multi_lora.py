@@ -1,4 +1,4 @@
-"""Several linear layers on one x, each with any number of adapters, or with adapters for groups of rows."""
+"""Several linear layers on one x, each with any number of adapters, which may serve groups of rows."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from ...core.op import Op, columns
 from ...core.wrong_types import names_wrong_types
 from .. import arguments
 from ..arguments import Weight
-from ..common import accumulator_dtype, empty_unless, new_h, rows, weight_grad
+from ..common import accumulator_dtype, empty_h, empty_unless, rows, weight_grad
 from ..nf4 import dense_weight
 from ..sums import bias_grad
-from .dropout import dropped, new_seed
+from .dropout import apply_dropout, new_seed
 from .lora import check_adapter
 
 
 class MultiLoraLinear(Op):
-    """Adapter i belongs to layer[i], draws its dropout mask from stream i of the seed and, when row_group
-    (rows,) is given, serves the rows whose group is group[i]. A layer without bias has a tensor without
-    elements there. h holds x A^T of all adapters side by side, zero in the rows that an adapter does not
-    serve. compute_dtype as in `LoraLinear`.
-    """
+    """Adapter i belongs to layer[i], draws its dropout mask from stream i of the seed and, with row_group
+    (rows,), serves only rows whose group is group[i]. The bias of a layer without one has no elements. h
+    holds x A^T of all adapters side by side, zero in rows that an adapter does not serve. compute_dtype as in
+    `LoraLinear`."""
 
     name = "multi_lora_linear"
     schema = (
@@ -42,7 +41,7 @@ class MultiLoraLinear(Op):
         acc, compute = accumulator_dtype(x.dtype), args.compute_dtype or x.dtype
         x2 = rows(x)
         parts = [
-            _of_group(args, i, dropped(x2.to(acc), p, args.seed, i) @ a.to(acc).t())
+            _in_served_rows(args, i, apply_dropout(x2.to(acc), p, args.seed, i) @ a.to(acc).t())
             for i, (a, p) in enumerate(zip(args.lora_a, args.dropout_p, strict=True))
         ]
         y = []
@@ -52,7 +51,7 @@ class MultiLoraLinear(Op):
             for i, part in enumerate(parts):
                 if args.layer[i] == j:
                     delta = args.scaling[i] * (part @ args.lora_b[i].to(acc).t())
-                    out = out + _of_group(args, i, delta)
+                    out = out + _in_served_rows(args, i, delta)
             y.append(out.to(x.dtype).reshape(*x.shape[:-1], n))
         h = torch.cat(parts, 1) if parts else x2.new_empty((x2.shape[0], 0), dtype=acc)
         return y, h.reshape(*x.shape[:-1], h.shape[1])
@@ -60,7 +59,7 @@ class MultiLoraLinear(Op):
     @staticmethod
     def fake(args: Any) -> tuple[list[Tensor], Tensor]:
         y = [args.x.new_empty((*args.x.shape[:-1], n)) for n in args.out_features]
-        return y, new_h(args.x, sum(a.shape[0] for a in args.lora_a))
+        return y, empty_h(args.x, sum(a.shape[0] for a in args.lora_a))
 
     differentiable = ("x", "weight", "bias", "lora_a", "lora_b")
     rounding = ("lora_a", "lora_b")
@@ -76,7 +75,7 @@ class MultiLoraLinear(Op):
             args.dropout_p, args.seed, args.group, args.row_group, compute_dtype, need.x, need.lora_a,
             need.lora_b,
         )  # fmt: skip
-        dw, dbias = layer_grads(ops, whole, x, compute_dtype, args.bias, need.weight, need.bias)
+        dw, dbias = layer_gradients(ops, whole, x, compute_dtype, args.bias, need.weight, need.bias)
         return {"x": dx, "weight": dw, "bias": dbias, "lora_a": da, "lora_b": db}
 
     @staticmethod
@@ -85,7 +84,7 @@ class MultiLoraLinear(Op):
 
 
 class MultiLoraLinearBackward(Op):
-    """Gradients that are not needed have no elements."""
+    """Gradients not needed have no elements."""
 
     name = "multi_lora_linear_backward"
     schema = (
@@ -109,14 +108,16 @@ class MultiLoraLinearBackward(Op):
         h_parts = rows(args.h).split([a.shape[0] for a in args.lora_a], 1)
         for i, (a, b) in enumerate(zip(args.lora_a, args.lora_b, strict=True)):
             d, p, scaling = dy[args.layer[i]].to(acc), args.dropout_p[i], args.scaling[i]
-            dh = _of_group(args, i, scaling * (d @ b.to(acc)))
+            dh = _in_served_rows(args, i, scaling * (d @ b.to(acc)))
             mine = (
-                (dh.t() @ dropped(x2.to(acc), p, seed, i)).to(a.dtype) if args.need_da[i] else a.new_empty(0)
+                (dh.t() @ apply_dropout(x2.to(acc), p, seed, i)).to(a.dtype)
+                if args.need_da[i]
+                else a.new_empty(0)
             )
             da.append(mine)
             db.append((scaling * (d.t() @ h_parts[i])).to(b.dtype) if args.need_db[i] else b.new_empty(0))
             if args.need_dx:
-                total = total + _of_group(args, i, dropped(dh @ a.to(acc), p, seed, i))
+                total = total + _in_served_rows(args, i, apply_dropout(dh @ a.to(acc), p, seed, i))
         return total.to(x.dtype).view(x.shape) if args.need_dx else x.new_empty(0), da, db
 
     @staticmethod
@@ -131,7 +132,7 @@ class MultiLoraLinearBackward(Op):
         return flops.layers_backward(args.dy, args.x, args.lora_a, args.lora_b, *needs)
 
 
-def layer_grads(
+def layer_gradients(
     ops: Any,
     dy: Sequence[Tensor],
     x: Tensor,
@@ -148,9 +149,8 @@ def layer_grads(
     return dw, dbias
 
 
-def _of_group(args: Any, adapter: int, values: Tensor) -> Tensor:
-    """`values` by row, zero in rows of another group than the adapter's, whatever they are there: 0 * Inf is
-    NaN."""
+def _in_served_rows(args: Any, adapter: int, values: Tensor) -> Tensor:
+    """`values`, with zeros in rows that the adapter does not serve. Not a product, because 0 * Inf is NaN."""
     if args.row_group is None:
         return values
     return torch.where((args.row_group == args.group[adapter])[:, None], values, 0.0)
@@ -165,10 +165,10 @@ class Adapter:
     scaling: float
     dropout_p: float = 0.0
     group: int = 0
-    """Of rows that the adapter serves, where a call says the group of each row."""
+    """Group of rows that the adapter serves, in calls with `row_group`."""
     rounds: bool = False
-    """Whether lora_a and lora_b, in fp32, are rounded to the dtype of 16-bit activations first, as autocast
-    rounds weights, and their gradients too. All adapters of a call are, if one is."""
+    """Whether fp32 lora_a and lora_b, and their gradients, are rounded to the dtype of 16-bit activations, as
+    autocast rounds weights. If one adapter of a call is, all are."""
 
 
 @dataclass
@@ -187,17 +187,17 @@ def multi_lora_linear(
     row_group: Tensor | None = None,
     compute_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    """Several linear layers on one x, each with any number of adapters, whose deltas are summed.
+    """Applies several linear layers to one x, each with the sum of any number of adapters.
 
     Parameters
     ----------
     x : Tensor, (..., in_features)
-        Read once for all adapters; saved for backward once.
+        Read and saved for backward once for all layers.
     layers : sequence of AdaptedLinear
-        Query, key and value projection, for example.
+        For example query, key and value projections.
     row_group : Tensor, int64, (rows,), optional
-        One entry for each row of x (product of its leading sizes): only adapters with that `group` serve the
-        row. A group that no adapter has means the base layer alone. Without it, all adapters serve all rows.
+        The group of each row of x (product of its leading sizes), served only by adapters of that `group`. A
+        group without adapters uses the base layer only. By default all adapters serve all rows.
     compute_dtype : torch.dtype, optional
         As in `lora_linear`.
 
@@ -219,7 +219,7 @@ def multi_lora_linear(
 
 
 def rounding(layers: Sequence[AdaptedLinear], inside: torch.dtype) -> torch.dtype | None:
-    """The dtype that adapters of such a call are rounded to, on activations of dtype `inside`, or None."""
+    """The dtype that adapters of a call are rounded to for activations of dtype `inside`, or None."""
     if inside.itemsize != 2:
         return None
     return inside if any(one.rounds for layer in layers for one in layer.adapters) else None
@@ -232,18 +232,18 @@ def flatten(
     compute: torch.dtype,
     inside: torch.dtype,
 ) -> tuple[tuple[Any, ...], tuple[Any, ...], list[int], Tensor | None]:
-    """Layers as the lists that ops take: those of the bases, those of the adapters, groups, seed. `inside` is
-    the dtype of the activations that the op gets."""
+    """Layers as the lists that ops take: of bases, of adapters, groups, and the seed. `inside`: dtype of the
+    op's activations."""
     bases, out_features, biases = [], [], []
     none = x.new_empty(0)
     adapters: list[tuple[Any, ...]] = []
     groups = []
     for j, (item, features) in enumerate(zip(layers, in_features, strict=True)):
-        shape, base = arguments.base_of(x, item.weight, compute, features)
+        shape, base = arguments.base_weight(x, item.weight, compute, features)
         arguments.check_bias(x, item.bias, shape[0], compute)
         bases.append(base)
         out_features.append(shape[0])
-        biases.append(none if item.bias is None else arguments.of_or_float(item.bias, inside, compute))
+        biases.append(none if item.bias is None else arguments.bias_for_op(item.bias, inside, compute))
         for one in item.adapters:
             check_adapter(x, shape, one.lora_a, one.lora_b, one.dropout_p, inside)
             adapters.append((one.lora_a, one.lora_b, j, float(one.scaling), float(one.dropout_p)))

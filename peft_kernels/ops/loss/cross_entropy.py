@@ -1,16 +1,15 @@
-"""Cross-entropy of a language model's head without its logits, of which only pieces ever exist.
+"""Cross-entropy of a language model's head, computing its logits piece by piece.
 
 With z = softcap(logit_scale * (x W^T + bias + h B^T)) and lse = log sum_j e^(z_j), the loss of a token is
 
     (1 - label_smoothing) (lse - z_label) + label_smoothing (lse - mean_j z_j) + z_loss lse^2
 
-Cap as in Gemma 2 (2024), z-loss as in PaLM (2022, section 5), smoothing as torch's cross_entropy has it. Of a
-frozen head the gradient of each token's loss by its x is computed in the forward, which has the logits at
-hand, and kept in their place: backward is one multiplication, by whatever comes back for each token. A head
-that is trained needs what comes back before its gradients can be summed over tokens: there the pieces of the
-logits are computed again.
+Cap as in Gemma 2 (2024), z-loss as in PaLM (2022, section 5), smoothing as in torch's cross_entropy. For a
+frozen head the forward, which has the logits, also computes the gradient of each token's loss with respect to
+x; backward multiplies it by the incoming gradient of each token. The gradients of a trained head are sums
+over tokens weighted by the incoming gradients, so its backward recomputes the logits piece by piece.
 
-A dense head in fp32 before an x of bf16 or fp16 counts as rounded to x's type, as under autocast.
+A dense fp32 head with bf16 or fp16 x is rounded to x's dtype, as under autocast.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from ...core.op import Base, Op
 from ..common import accumulator_dtype
 
 PIECE = 1 << 22
-"""Logits at a time, unless that is less than SHARE of all."""
+"""Logits per piece, at least SHARE of all."""
 SHARE = 1 / 64
 
 
 class LinearCrossEntropy(Op):
-    """Of a frozen head. In rows whose label is ignore_index all results are 0; softcap 0 means none. top, of
-    bool and there beside the entropy: no other logit is greater than the label's; mean: of all logits. slope
-    is the gradient of a row's loss by x; there is none with both a cap and smoothing. What is not needed has
-    no elements."""
+    """Loss of a frozen head. In rows whose label is ignore_index all results are 0; softcap 0 means none.
+    top, bool, computed with the entropy: no logit exceeds the label's. mean: mean of all logits. slope:
+    gradient of a row's loss with respect to x, unavailable with both softcap and smoothing. Results not
+    needed have no elements."""
 
     name = "linear_cross_entropy"
     schema = (
@@ -77,7 +76,7 @@ class LinearCrossEntropy(Op):
 
 
 class LinearCrossEntropyTrained(Op):
-    """The same of a head of which something is trained, with h = scaling x A^T of an adapter of it."""
+    """`LinearCrossEntropy` of a trained head, with h = scaling x A^T of its adapter."""
 
     name = "linear_cross_entropy_trained"
     schema = (
@@ -127,7 +126,7 @@ class LinearCrossEntropyTrained(Op):
 
 
 class LinearCrossEntropyBackward(Op):
-    """Given what comes back for each row, and its lse. Gradients that are not needed have no elements."""
+    """Gradients, given each row's dloss and lse. Gradients not needed have no elements."""
 
     name = "linear_cross_entropy_backward"
     schema = (
@@ -143,17 +142,17 @@ class LinearCrossEntropyBackward(Op):
         x, h, k = args.x, args.h, args.x.shape[1]
         acc = accumulator_dtype(x.dtype)
         fakes, args = LinearCrossEntropyBackward.fake(args), _rounded(args)
-        found: list[list[Any]] = [[] for _ in range(5)]  # of each piece; dx and dh are sums of these
+        found: list[list[Any]] = [[] for _ in range(5)]  # one entry per piece; dx and dh are summed
         dx, dh, dw, dbias, db = found
         for begin, end in _columns(args):
-            base = narrowed(args.base, begin, end, k)
+            base = narrow_base(args.base, begin, end, k)
             parts: list[Any] = [None if t is None else t[begin:end] for t in (args.bias, args.lora_b)]
             bias, b = parts
             logits = _logits(ops, args, x, base, end - begin, bias, h, b)
-            d = _slopes(args, *logits, args.lse, args.labels, begin) * args.dloss.to(acc)[:, None]
+            d = _logit_gradients(args, *logits, args.lse, args.labels, begin) * args.dloss.to(acc)[:, None]
             rounded = d.to(x.dtype)
             if args.need_dx:
-                dx = [sum(dx, _back(ops, rounded, base, k).to(acc))]
+                dx = [sum(dx, _input_gradient(ops, rounded, base, k).to(acc))]
             if args.need_dh:
                 dh = [sum(dh, d @ b.to(acc))]
             if args.need_dw:
@@ -185,12 +184,12 @@ class LinearCrossEntropyBackward(Op):
 
 def check_slope(args: Any) -> None:
     if args.need_slope and args.softcap and args.label_smoothing:
-        # What smoothing gives is then no multiple of one row of the head.
+        # The gradient of smoothing is then no multiple of one row of the head.
         raise RuntimeError("need_slope: expected False with both softcap and label_smoothing, got True")
 
 
 def _rounded(args: Any) -> Any:
-    """With a dense head in x's type."""
+    """The arguments with a dense head cast to x's dtype."""
     if args.base.absmax is not None:
         return args
     return args._replace(base=Base(args.base.weight.to(args.x.dtype)))
@@ -216,12 +215,13 @@ def _piece(
     if args.need_mean:
         mean = z.mean(-1).where(valid, 0.0)
     if getattr(args, "need_slope", False):
-        slope = _back(ops, _slopes(args, z, steep, lse, labels, 0).to(x.dtype), args.base, x.shape[1])
+        d = _logit_gradients(args, z, steep, lse, labels, 0).to(x.dtype)
+        slope = _input_gradient(ops, d, args.base, x.shape[1])
     return loss.where(valid, 0.0), lse.where(valid, 0.0), entropy, top, mean, slope
 
 
 def _scores(args: Any) -> tuple[Tensor, ...]:
-    """Results for each row, uninitialised."""
+    """Uninitialised results per row."""
     x, rows, acc = args.x, args.x.shape[0], accumulator_dtype(args.x.dtype)
     loss, lse = (x.new_empty(rows, dtype=acc) for _ in range(2))
     scored = rows if args.need_entropy else 0
@@ -239,7 +239,7 @@ def _logits(
     h: Tensor | None,
     b: Tensor | None,
 ) -> tuple[Tensor, Tensor | float]:
-    """Logits of some columns, and their derivative by what the head has computed."""
+    """Logits of some columns, and their derivative with respect to the head's output."""
     acc = accumulator_dtype(x.dtype)
     if base.absmax is None:
         u = F.linear(x, base.weight, None if bias is None else bias.to(x.dtype)).to(acc)
@@ -254,8 +254,10 @@ def _logits(
     return args.softcap * capped, args.logit_scale * (1 - capped * capped)
 
 
-def _slopes(args: Any, z: Tensor, steep: Tensor | float, lse: Tensor, labels: Tensor, begin: int) -> Tensor:
-    """Derivatives of the loss of each row by what the head has computed, in columns from `begin` on."""
+def _logit_gradients(
+    args: Any, z: Tensor, steep: Tensor | float, lse: Tensor, labels: Tensor, begin: int
+) -> Tensor:
+    """Derivatives of each row's loss with respect to the head's output, in columns from `begin` on."""
     n, lse = z.shape[1], lse[:, None]
     column = labels[:, None] - begin
     here = (labels[:, None] != args.ignore_index) & (column >= 0) & (column < n)
@@ -264,7 +266,7 @@ def _slopes(args: Any, z: Tensor, steep: Tensor | float, lse: Tensor, labels: Te
     return (d * steep).where(labels[:, None] != args.ignore_index, 0.0)
 
 
-def _back(ops: Any, d: Tensor, base: Base, k: int) -> Tensor:
+def _input_gradient(ops: Any, d: Tensor, base: Base, k: int) -> Tensor:
     if base.absmax is None:
         return d @ base.weight
     dx: Tensor = ops.nf4_linear_dx(d, *base, k)
@@ -273,20 +275,20 @@ def _back(ops: Any, d: Tensor, base: Base, k: int) -> Tensor:
 
 def _columns(args: Any) -> Iterator[tuple[int, int]]:
     """Pieces of the vocabulary."""
-    m, n, unit = max(args.x.shape[0], 1), args.vocabulary, border(args.base, args.x.shape[1])
+    m, n, unit = max(args.x.shape[0], 1), args.vocabulary, row_alignment(args.base, args.x.shape[1])
     step = max(max(PIECE, int(SHARE * m * n)) // m // unit, 1) * unit
     for begin in range(0, n, step):
         yield begin, min(begin + step, n)
 
 
-def border(base: Base, k: int) -> int:
-    """At multiples of so many rows of a head blocks of scales of a packed one begin."""
+def row_alignment(base: Base, k: int) -> int:
+    """Number of rows of a packed head at whose multiples a block of scales begins."""
     block = base.blocksize * NESTED_BLOCKSIZE
     return 1 if base.absmax is None else block // gcd(block, k)
 
 
-def narrowed(base: Base, begin: int, end: int, k: int) -> Base:
-    """Rows of a weight, from a border on."""
+def narrow_base(base: Base, begin: int, end: int, k: int) -> Base:
+    """Rows of a weight; `begin` is a multiple of `row_alignment`."""
     if base.absmax is None:
         return Base(base.weight[begin:end])
     first, last, size = begin * k, end * k, base.blocksize

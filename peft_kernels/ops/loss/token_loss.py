@@ -1,4 +1,4 @@
-"""The typed calls of a head with its loss: `linear_cross_entropy`, `token_log_probs`."""
+"""Typed calls of a head with its loss: `linear_cross_entropy`, `token_log_probs`."""
 
 from __future__ import annotations
 
@@ -40,12 +40,10 @@ def linear_cross_entropy(
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """`F.cross_entropy(F.linear(hidden, weight, bias), labels)` without the logits, of which only pieces
-    ever exist.
+    """`F.cross_entropy(F.linear(hidden, weight, bias), labels)`, computing the logits piece by piece.
 
-    Saved for backward: of a frozen head a tensor like `hidden`, the gradient of each token's loss, whatever
-    is made of the losses; of a head that is trained hidden and a number for each token, and pieces of the
-    logits are computed again.
+    Saved for backward: for a frozen head a tensor like `hidden`, the gradient of each token's loss; for a
+    trained head hidden and one value per token, and backward recomputes the logits piece by piece.
 
     Parameters
     ----------
@@ -53,7 +51,7 @@ def linear_cross_entropy(
         fp32, bf16 or fp16; under autocast it, and a dense weight, are rounded as F.linear does. Logits,
         probabilities and sums are in fp32.
     weight : NF4Weight or Tensor, (vocabulary, hidden_size)
-        Of the head: NF4 (frozen), or dense of hidden's dtype, frozen or not.
+        The head: NF4 (frozen), or dense of hidden's dtype, frozen or trained.
     labels : Tensor, int64, hidden.shape[:-1]
         From 0 to vocabulary - 1, or ignore_index.
     bias : Tensor, (vocabulary,), optional
@@ -63,21 +61,21 @@ def linear_cross_entropy(
     ignore_index : int
         The label of tokens without a loss.
     shift : bool
-        The label of a token is the next one's, along the last dimension of labels, and that of the last
-        ignored: as causal language models are trained. Nothing is copied for it.
+        Shifts labels by one along the last dimension, and ignores the last token, as causal language models
+        are trained. Logits and hidden are not copied.
     reduction : str
-        "mean" over the tokens that have a label (of none it is NaN, as torch's), "sum", or "none": the
-        losses in the shape of labels, 0 where there is none.
+        "mean" over the tokens that have a label (NaN without any, as in torch), "sum", or "none": the losses
+        in the shape of labels, 0 where ignored.
     num_items_in_batch : int or Tensor, optional
-        With "mean": what the sum is divided by in place of the tokens' number. Trainer gives it under
-        gradient accumulation.
+        With "mean": divisor of the sum instead of the number of tokens. Trainer passes it under gradient
+        accumulation.
     logit_scale : float
-        Times the logits, before the cap: Cohere's logit_scale, 1 / logits_scaling of Granite, or
+        Factor of the logits, before the cap: Cohere's logit_scale, 1 / logits_scaling of Granite, or
         1 / temperature.
     softcap : float, optional
         Logits become softcap * tanh(logits / softcap), as in Gemma 2.
     label_smoothing : float
-        From 0 to 1, as torch's.
+        From 0 to 1, as in torch.
     z_loss : float
         Weight of (log sum exp(logits))^2, added to the loss of each token (PaLM, section 5).
 
@@ -89,7 +87,7 @@ def linear_cross_entropy(
     ------
     ValueError
         Shapes, dtypes or devices that do not fit; an NF4 weight that requires grad; on a CPU, labels out of
-        range: on a GPU, which one would have to wait for, their losses are NaN.
+        range; on a GPU, where the check would synchronise, their losses are NaN.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: expected one of {', '.join(REDUCTIONS)}, got {reduction!r}")
@@ -133,16 +131,16 @@ def token_log_probs(
     is_top1: bool = False,
     mean_logits: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """Log-probabilities of `tokens`, as losses for preferences and rewards are made of (DPO, GRPO), without
-    the logits.
+    """Log-probabilities of `tokens`, for losses such as DPO's and GRPO's, computing the logits piece by
+    piece.
 
-    Parameters are those of `linear_cross_entropy`. What else there is to be asked for has no gradient:
-    entropy, in nats, of what the head predicts at each token; is_top1, whether no other token is more likely;
-    mean_logits, the mean of the logits.
+    Parameters are those of `linear_cross_entropy`. Optional results, without gradient: entropy of the
+    predicted distribution in nats; is_top1, whether no other token is more likely; mean_logits, the mean of
+    the logits.
 
     Returns
     -------
-    Tensor, or a tuple of it and what was asked for, in that order. In the shape of tokens, fp32 (is_top1:
+    Tensor, or a tuple of it and the requested results, in that order. In the shape of tokens, fp32 (is_top1:
     bool); 0 where a token is ignored.
     """
     scored, _ = _token_losses(
@@ -150,13 +148,13 @@ def token_log_probs(
         0.0, 0.0, entropy or is_top1, mean_logits,
     )  # fmt: skip
     log_probs = -scored.losses.view(tokens.shape)
-    asked = (scored.entropy, entropy), (scored.top, is_top1), (scored.mean, mean_logits)
-    more = [t.view(tokens.shape) for t, wanted in asked if wanted]
+    requested = (scored.entropy, entropy), (scored.top, is_top1), (scored.mean, mean_logits)
+    more = [t.view(tokens.shape) for t, wanted in requested if wanted]
     return (log_probs, *more) if more else log_probs
 
 
 class _Scored(NamedTuple):
-    """Of each row of hidden; all but the losses without elements where not needed."""
+    """Results per row of hidden; all but the losses are without elements where not needed."""
 
     losses: Tensor
     entropy: Tensor
@@ -179,11 +177,11 @@ def _token_losses(
     need_entropy: bool = False,
     need_mean: bool = False,
 ) -> tuple[_Scored, Tensor]:
-    """Of the rows of hidden, with their labels."""
+    """Results of all rows of hidden, and their labels."""
     lora_a, lora_b, scaling = adapter
     hidden, weight, lora_a, lora_b, of_weight = _autocast(hidden, weight, lora_a, lora_b)
     compute = arguments.compute_type(hidden, None, NAME)
-    (vocabulary, features), base = arguments.base_of(hidden, weight, of_weight or compute, name=NAME)
+    (vocabulary, features), base = arguments.base_weight(hidden, weight, of_weight or compute, name=NAME)
     arguments.check_bias(hidden, bias, vocabulary, compute, NAME)
     if softcap is not None and not (softcap > 0 and math.isfinite(softcap)):
         raise ValueError(f"softcap: expected more than 0, or None, got {softcap}")
@@ -203,7 +201,7 @@ def _token_losses(
     targets = labels.reshape(-1)
     _check_labels(targets, ignore_index, vocabulary)
     x = hidden.reshape(-1, features)
-    bias = None if bias is None else arguments.of_or_float(bias, compute)
+    bias = None if bias is None else arguments.bias_for_op(bias, compute)
     numbers = float(logit_scale), float(softcap or 0.0), float(label_smoothing), float(z_loss)
     options = targets, ignore_index, *numbers
     h = None
@@ -228,8 +226,8 @@ def _token_losses(
 
 
 def _autocast(hidden: Tensor, weight: Any, *adapter: Any) -> tuple[Any, ...]:
-    """In the type that autocast computes products in, where it is on. A dense weight of fp32 stays, as ops
-    round it themselves; the last that is returned is then its type, else None."""
+    """The operands cast to autocast's dtype, where it is on. A dense fp32 weight is not cast, as ops round it
+    themselves; the last result is then its dtype, else None."""
     dtype = arguments.autocast_dtype(hidden.device.type)
     if dtype is None or not hidden.is_floating_point() or hidden.dtype == torch.float64:
         return hidden, weight, *adapter, None
@@ -241,7 +239,7 @@ def _autocast(hidden: Tensor, weight: Any, *adapter: Any) -> tuple[Any, ...]:
 
 
 def _check_labels(labels: Tensor, ignore_index: int, vocabulary: int) -> None:
-    """On a CPU, where to look at them costs no wait for a device."""
+    """Raises ValueError for labels out of range, on a CPU only: elsewhere the check would synchronise."""
     if labels.device.type != "cpu" or torch.compiler.is_compiling() or labels.numel() == 0:
         return
     if torch._C._are_functorch_transforms_active():

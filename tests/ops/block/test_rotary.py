@@ -158,7 +158,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
     "sin": ("sin: expected torch.float32 of shape .* like cos", {"sin": torch.ones(1, 5, 6).bfloat16()}),
     "gradient": ("sin: expected requires_grad=False", {"sin": torch.ones(1, 5, 6).requires_grad_()}),
     "device": ("cos: expected a floating dtype on cpu", {"cos": torch.ones(1, 5, 6, device="meta")}),
-    "dtype": ("dtype: expected a floating one, got torch.int32", {"dtype": torch.int32}),
+    "dtype": ("dtype: expected a floating dtype, got torch.int32", {"dtype": torch.int32}),
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import testing
 from peft_kernels.core import dispatch
 from peft_kernels.core.code_tables import dynamic_map, dynamic_thresholds
-from peft_kernels.ops.optim import stochastically_rounded
+from peft_kernels.ops.optim import round_stochastically
 
 CPU = torch.device("cpu")
 SIZES: list[tuple[int, ...]] = [(3, 100), (70, 256), (1,), (4097,), (5, 16)]
@@ -197,13 +197,13 @@ def test_blocks_too_small_to_scale_are_zero(backend: str) -> None:
 
 def test_stochastic_rounding_is_unbiased_and_takes_a_neighbour() -> None:
     exact = torch.full((200_000,), 1 + 2**-7 / 4)
-    rounded = stochastically_rounded(exact, torch.tensor(3), 0, torch.tensor(1)).float()
+    rounded = round_stochastically(exact, torch.tensor(3), 0, torch.tensor(1)).float()
     assert set(rounded.unique().tolist()) == {1.0, 1 + 2**-7}
     assert abs((rounded > 1).float().mean() - 0.25) < 0.005
-    again = stochastically_rounded(exact, torch.tensor(3), 0, torch.tensor(2)).float()
+    again = round_stochastically(exact, torch.tensor(3), 0, torch.tensor(2)).float()
     assert not torch.equal(rounded, again)
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0])
-    kept = stochastically_rounded(special, torch.tensor(3), 0, torch.tensor(1)).float()
+    kept = round_stochastically(special, torch.tensor(3), 0, torch.tensor(1)).float()
     assert kept.isnan().tolist() == [True, False, False, False] and torch.equal(kept[1:], special[1:])
 
 
