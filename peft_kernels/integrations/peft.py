@@ -13,7 +13,9 @@ from ..core.nf4_state import PARALLEL
 from ..nf4 import bitsandbytes_format
 from ..nf4.sharded.checks import is_tensor_parallel
 from ..nf4.weight import NF4Weight
-from ..patch import eligibility, fused
+from ..patch.fused import plain_class
+from ..patch.lora.eligibility import active_adapters, lora_linear_classes
+from .bitsandbytes.ops import unpack
 
 
 def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = False) -> nn.Module:
@@ -70,7 +72,7 @@ def merge_and_unload(model: Any, quantize: bool = False, safe_merge: bool = Fals
             if packed.get(name):
                 _merge_by(module, functools.partial(_merge_and_repack, module, packed[name]))
             elif _is_over_bitsandbytes(module) and (adapters := _to_merge(module)):
-                bitsandbytes_format.unpack(module.get_base_layer())
+                unpack(module.get_base_layer())
                 if any(module.lora_bias.get(adapter) for adapter in adapters):
                     _merge_by(module, functools.partial(_merge_with_bias, module))
         unloaded: nn.Module = model.merge_and_unload(safe_merge=safe_merge)
@@ -111,7 +113,7 @@ def _merge_and_repack(module: Any, weights: list[NF4Weight], *args: Any, **kwarg
 
 
 def _to_merge(module: Any) -> list[str]:
-    return [name for name in eligibility.active(module) if name not in module.merged_adapters]
+    return [name for name in active_adapters(module) if name not in module.merged_adapters]
 
 
 def _merge_with_bias(module: Any, *_args: Any, **_kwargs: Any) -> None:
@@ -141,7 +143,7 @@ def _merged_weight(module: Any) -> Tensor | None:
     from peft.utils.integrations import dequantize_bnb_weight
     from peft.utils.other import transpose
 
-    is_linear = fused.plain_class(module) in eligibility.lora_linear_classes()
+    is_linear = plain_class(module) in lora_linear_classes()
     if not is_linear and not hasattr(module, "parameter_name"):
         return None
     weight = getattr(module.get_base_layer(), _target(module))
@@ -186,7 +188,7 @@ def _check_merged(name: str, module: Any) -> None:
     if not adapters:
         return
     if bitsandbytes_format.is_quantized(getattr(base, "weight", None)):
-        bitsandbytes_format.unpack(base)
+        unpack(base)
     merged = {_target(module): _merged_weight(module)}
     if any(module.lora_bias.get(adapter) for adapter in adapters):
         merged["bias"] = _merged_bias(module)

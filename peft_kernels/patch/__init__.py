@@ -1,8 +1,7 @@
-"""patch(model): fused forwards for the layers of PEFT and bitsandbytes, and out again.
+"""patch(model) installs fused forwards in the layers of PEFT and bitsandbytes; unpatch(model) removes them.
 
-A patched module stays what it is in everything but its forward, so saving, merging, adapter switching and
-disabling stay PEFT's. What a fused forward does not cover goes through the original one, and is counted with
-its reason.
+Only the forward of a patched module changes: saving, merging, switching and disabling adapters stay PEFT's.
+Calls that a fused forward does not cover use the original one, and are counted with the reason.
 """
 
 from __future__ import annotations
@@ -17,21 +16,13 @@ from torch import nn
 from ..core import dispatch
 from ..quantize.model import report_of
 from . import fused
-from .fused import Record
-from .loss import eligibility as judge_loss
-from .loss.forward import LossModel, head_mixin
-from .prefix.forward import checkpointed as prefix_layers
-from .report import (
-    Finding,
-    LayerReport,
-    PatchReport,
-    examine_between,
-    examine_block,
-    examine_loss,
-    examine_prefix,
-    is_between,
-    layers,
-)
+from .examination import Examination
+from .examine import LAYER, LOSS, PREFIX, examine_all
+from .fused import Fused, Record
+from .loss.eligibility import heads
+from .loss.forward import head_mixin
+from .prefix.forward import checkpointed
+from .report import LayerReport, PatchReport
 
 __all__ = ["LayerReport", "PatchReport", "explain", "patch", "patched", "unpatch"]
 
@@ -39,33 +30,33 @@ __all__ = ["LayerReport", "PatchReport", "explain", "patch", "patched", "unpatch
 def patch(
     model: nn.Module, mlp: bool = True, dry_run: bool = False, loss: bool = False, block: bool = False
 ) -> PatchReport:
-    """Give the layers of a model fused forwards: PEFT LoRA over nn.Linear, NF4Linear, bitsandbytes Linear4bit
-    or the experts of a mixture, and Linear4bit alone. NF4Linear and NF4 experts are fused as they are. PEFT's
-    prefix tuning computes its prefix once for the batch, works under gradient checkpointing, and in generate.
+    """Install fused forwards in a model: in PEFT LoRA layers over nn.Linear, NF4Linear, bitsandbytes
+    Linear4bit or the experts of an MoE, and in Linear4bit alone. NF4Linear and NF4 experts need none. PEFT's
+    prefix tuning computes its prefix once for the batch, and works under gradient checkpointing and in
+    generate.
 
-    Patching twice is harmless; `unpatch` first to change the options. `unpatch` restores the model to the
-    bit. Copies of the model (deepcopy) are patched too; a pickle holds the model as it would be unpatched.
+    Patching twice is harmless; `unpatch` first to change the options. `unpatch` restores the model exactly.
+    Copies of the model (deepcopy) are patched too; a pickle holds the unpatched model.
 
     Parameters
     ----------
     model : nn.Module
     mlp : bool
-        Compute a gated MLP (SwiGLU, GeGLU) with LoRA in one op, which keeps x, gate and up for backward.
+        Compute a gated MLP (SwiGLU, GeGLU) with LoRA in one op, which saves x, gate and up for backward.
     dry_run : bool
         Change nothing; the report says what would be fused.
     loss : bool
         Models of transformers compute the loss of their labels by `linear_cross_entropy`. `outputs.logits`
         are then computed when they are read: do that before the optimizer's step.
     block : bool
-        On the CPU, what lies between the products of blocks like Llama's: RMS norms, rotary embeddings, and
-        the projections of queries, keys and values in one op. With adapters or without; the norms have no
-        second derivatives. Under torch.compile nothing changes.
+        On the CPU, fuse RMS norms, rotary embeddings, and the projections of queries, keys and values of
+        blocks like Llama's, with adapters or without. The norms have no second derivatives. Has no effect
+        under torch.compile.
 
     Returns
     -------
     PatchReport
-        What is fused, and what is not and why. It goes on counting calls that had to take the original
-        forward.
+        What is fused, and what is not and why. It also counts later calls that use the original forward.
 
     Raises
     ------
@@ -75,75 +66,54 @@ def patch(
     _check_model(model, "patch")
     asked = tuple(name for name, value in (("loss", loss), ("block", block)) if value)
     report = PatchReport([], asked=asked, dry_run=dry_run, _model=weakref.ref(model))
-    plan: list[tuple[nn.Module, LayerReport, Finding]] = []
+    sections = {LAYER: report.layers, LOSS: report.losses, PREFIX: report.prefixes}
+    plan: list[tuple[nn.Module, LayerReport, Examination]] = []
     inside: set[nn.Module] = set()  # bases of LoRA layers
-    for name, module, found in layers(model):
-        entries = report.bases if module in inside else report.layers
-        entries.append(_entry(name, module, found, plan, dry_run))
-        base: Any = getattr(module, "get_base_layer", None)
+    for name, module, family, found in examine_all(model, mlp, block, loss):
+        record = fused.record_of(module)
+        planned = record is None and found.mixin is not None
+        entry = LayerReport(
+            name, found.kind, record, dry_run and planned, found.reason, weakref.ref(module), family
+        )
+        if planned and not fused.replaced_reason(module):
+            plan.append((module, entry, found))
+        entries = report.bases if module in inside else sections.get(family, report.blocks)
+        entries.append(entry)
+        base: Any = getattr(module, "get_base_layer", None) if family == LAYER else None
         if base is not None:
             inside.add(base())
-    for name, module in model.named_modules():
-        across = examine_block(module) if mlp else None
-        if across is None and (block or is_between(module)):
-            across = examine_between(module)
-        if across is not None:
-            report.blocks.append(_entry(name, module, across, plan, dry_run))
-        found_loss = examine_loss(module) if loss or fused.has(module, LossModel) else None
-        if found_loss is not None:
-            report.losses.append(_entry(name, module, found_loss, plan, dry_run))
-        prefix = examine_prefix(module)
-        if prefix is not None:
-            report.prefixes.append(_entry(name, module, prefix, plan, dry_run))
-    if dry_run:
-        return report
-    # Once more with a patch in place, for layers that have come since.
-    checkpointed = [
-        (module, mixin)
-        for prefix in report.prefixes
-        for module, mixin in prefix_layers(prefix._module())
-        if fused.record_of(module) is None
-    ]
-    # Nothing above has touched the model, and `fuse_all` leaves it as it was where it cannot go through.
-    lazy: dict[nn.Module, type[fused.Fused]] = {
-        head: head_mixin(head) for entry in report.losses for head in _heads(entry)
-    }
-    swaps: list[tuple[nn.Module, type[fused.Fused], Record]] = []
-    for module, _, found in plan:
-        assert found.mixin is not None
-        swaps.append((module, lazy.pop(module, found.mixin), Record(facts=found.facts)))
-    fused.fuse_all(
-        swaps
-        + [(head, mixin, Record()) for head, mixin in lazy.items() if fused.record_of(head) is None]
-        + [(module, mixin, Record()) for module, mixin in checkpointed]
-    )
-    for (_, layer, _), (_, _, record) in zip(plan, swaps, strict=True):
-        layer.record = record
+    if not dry_run:
+        _install(report, plan)
     return report
 
 
-def _entry(
-    name: str,
-    module: nn.Module,
-    found: Finding,
-    plan: list[tuple[nn.Module, LayerReport, Finding]],
-    dry_run: bool,
-) -> LayerReport:
-    record = fused.record_of(module)
-    planned = dry_run and record is None and found.mixin is not None
-    entry = LayerReport(name, found.kind, record, planned, found.reason, weakref.ref(module))
-    if record is None and found.mixin is not None and fused.replaced(module) is None:
-        plan.append((module, entry, found))
-    return entry
-
-
-def _heads(entry: LayerReport) -> list[nn.Module]:
-    """What makes the logits of a model whose loss is computed without."""
-    return judge_loss.heads(entry._module()) if not entry.as_found else []
+def _install(report: PatchReport, plan: list[tuple[nn.Module, LayerReport, Examination]]) -> None:
+    """Swaps the classes of all modules in the plan, or of none if one of them fails."""
+    mixins: dict[nn.Module, type[Fused]] = {}
+    for module, _, found in plan:
+        assert found.mixin is not None
+        mixins[module] = found.mixin
+    # Not part of the plan; looked for again in a model that is patched already, as layers may be added.
+    extra: dict[nn.Module, type[Fused]] = {
+        module: mixin for prefix in report.prefixes for module, mixin in checkpointed(prefix._module())
+    }
+    for entry in report.losses:
+        for head in heads(entry._module()) if not entry.as_found else ():
+            if head in mixins:
+                mixins[head] = head_mixin(head)
+            else:
+                extra[head] = head_mixin(head)
+    records = [Record(facts=found.facts) for _, _, found in plan]
+    fused.fuse_all(
+        [(module, mixins[module], record) for (module, _, _), record in zip(plan, records, strict=True)]
+        + [(module, mixin, Record()) for module, mixin in extra.items() if fused.record_of(module) is None]
+    )
+    for (_, entry, _), record in zip(plan, records, strict=True):
+        entry.record = record
 
 
 def unpatch(model: nn.Module) -> int:
-    """Take the fused forwards out again. Returns the number of modules restored."""
+    """Remove the fused forwards. Returns the number of modules restored."""
     _check_model(model, "unpatch")
     return sum(fused.restore(module) for module in model.modules())
 
@@ -152,7 +122,7 @@ def unpatch(model: nn.Module) -> int:
 def patched(
     model: nn.Module, mlp: bool = True, loss: bool = False, block: bool = False
 ) -> Iterator[PatchReport]:
-    """`with patched(model) as report:` patches inside the block; layers that were patched before stay so."""
+    """`with patched(model) as report:` patches inside the block; layers patched before stay patched."""
     _check_model(model, "patched")
     before = {id(module) for module in model.modules() if fused.record_of(module) is not None}
     report = patch(model, mlp, loss=loss, block=block)
@@ -165,8 +135,8 @@ def patched(
 
 
 def explain(model: nn.Module | None = None) -> str:
-    """Without a model: the back ends, whether they are usable here, and why not. Of a model: what of it runs
-    fused as it is now, and what does not and why, in words; nothing is changed."""
+    """Describes the back ends, whether they are usable here, and why not. With a model: what runs fused in
+    its present state, and what does not and why. Changes nothing."""
     if model is None:
         return dispatch.explain()
     _check_model(model, "explain")

@@ -1,28 +1,30 @@
-"""A fused call that is made again: what it was judged from is only compared with what was there before.
+"""Reuses the prepared call of a layer while nothing that it was prepared from has changed.
 
-To judge a layer and to put its arguments together costs a decoded token as much as the layer's arithmetic.
-So the first call notes the entries of dictionaries, the classes and the tensors that its judgement was made
-from. While they are the same, and nothing has come that was not there, the next one takes the same arguments.
-All comparisons are loops in C (`map`), as there are some sixty a layer.
+Checking a layer and collecting its operands costs as much as the arithmetic of a decoded token. So the first
+call records the dictionary entries, classes and tensors that it read. While these are the same objects, and
+nothing was added (a hook, a merged adapter), the next call uses the same operands.
+
+PEFT's own mutators are no substitute for these guards: parameters and submodules can be replaced, hooks
+added, forwards overridden, dropout switched to training and lists of active adapters extended without calling
+any method of the LoRA layer. Each guard is a loop in C (`map`), as there are some sixty entries a layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from operator import attrgetter, is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.modules.module
 from torch import Tensor, nn
 
-from ..core import dispatch
 from ..core.module_calls import GLOBAL_HOOKS
 from ..core.nf4_state import HoldsNF4
 from .fused import RECORD, Record, plain_class
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MOST = 16  # notes in the life of a module: who changes something in every call gains nothing
+_MAX_STORES = 16  # a module that changes in every call gains nothing
 
 _get = dict.get
 _forward = attrgetter("forward")
@@ -32,9 +34,12 @@ _device = Tensor.get_device
 _any_requires_grad = torch._C._any_requires_grad
 _is_autocast_enabled = torch.is_autocast_enabled
 
+Call = Callable[[Tensor], Tensor]
+"""A layer with all its operands, prepared for one x or more."""
 
-class Seen:
-    """What a judgement of `module` was made from. The module itself is not kept, as this is kept by it."""
+
+class Guards:
+    """What the call of a module was prepared from, without a reference to the module, which holds this."""
 
     def __init__(self, module: nn.Module) -> None:
         self._own: dict[str, Any] | None = module.__dict__
@@ -44,11 +49,11 @@ class Seen:
         self._dicts: list[dict[str, Any]] = []
         self._keys: list[str] = []
         self._values: list[Any] = []
-        self._holders: list[dict[str, Any]] = []  # of things that have to be empty, or not there
-        self._empty: list[str] = []
+        self._empty_dicts: list[dict[str, Any]] = []
+        self._empty_keys: list[str] = []
         self._modules: list[nn.Module] = []
-        self._classes: list[type] = []
-        self._judged: list[type] = []  # classes whose forward is stood in for, or left out
+        self._module_classes: list[type] = []
+        self._classes: list[type] = []  # whose forward is replaced or skipped
         self._forwards: list[Any] = []
         self._calls: list[Any] = []
         self._tensors: list[Tensor] = []
@@ -58,11 +63,11 @@ class Seen:
         self._items: list[list[Any]] = []
         self._frozen: list[Tensor] = []
         self.unchanged: Callable[[nn.Module], bool] | None = None
-        """What else is to be asked."""
+        """A further condition."""
         self.empty(vars(torch.nn.modules.module), *GLOBAL_HOOKS)
 
     def entry(self, where: dict[str, Any], key: str) -> Any:
-        """That of a dictionary, to stay the same object."""
+        """Returns an entry of a dictionary, which must stay the same object."""
         value = where.get(key)
         if where is self._own:
             self._own_keys.append(key)
@@ -77,34 +82,36 @@ class Seen:
         return value
 
     def empty(self, where: dict[str, Any], *keys: str) -> None:
+        """Entries of a dictionary that must be empty or absent."""
         if where is self._own:
             self._own_empty += keys
         else:
-            self._holders += [where] * len(keys)
-            self._empty += keys
+            self._empty_dicts += [where] * len(keys)
+            self._empty_keys += keys
 
     def forward(self, cls: type[nn.Module]) -> None:
-        """That of a class, to stay what it is, and its call."""
-        self._judged.append(cls)
+        """A class whose forward and call must stay the same."""
+        self._classes.append(cls)
         self._forwards.append(cls.forward)
         self._calls.append(cls.__call__)
 
-    def part(self, module: nn.Module) -> None:
-        """A module whose call is left out: its class's forward, and neither hooks nor one of its own."""
+    def skipped(self, module: nn.Module) -> None:
+        """A module whose call is skipped: it must keep its class, and get no hooks and no forward of its
+        own."""
         self._modules.append(module)
-        self._classes.append(type(module))
+        self._module_classes.append(type(module))
         self.forward(type(module))
         self.empty(module.__dict__, "forward", *_HOOKS)
 
     def tensor(self, tensor: Tensor) -> None:
-        """One whose dtype and device may change in place, by `module.to`."""
+        """A tensor whose dtype and device `module.to` may change in place."""
         self._tensors.append(tensor)
         self._dtypes.append(tensor.dtype)
         self._devices.append(tensor.get_device())
 
     def linear(self, layer: nn.Module, has_bias: bool = True) -> None:
-        """A linear layer whose weight, and bias if it counts, are its parameters."""
-        self.part(layer)
+        """A linear layer whose weight, and bias if it is read, are its parameters."""
+        self.skipped(layer)
         parameters = layer.__dict__["_parameters"]
         self.entry(layer.__dict__, "compute_dtype")
         weight = self.entry(parameters, "weight")
@@ -120,7 +127,7 @@ class Seen:
             self.tensor(bias)
 
     def lora(self, module: Any, names: Sequence[str]) -> None:
-        """A LoRA layer of PEFT with its active adapters, none of which drops or is a variant."""
+        """A LoRA layer of PEFT whose active adapters have no dropout and no variant."""
         d = module.__dict__
         children = self.entry(d, "_modules")
         self.forward(plain_class(module))
@@ -134,7 +141,7 @@ class Seen:
             for name in names:
                 part = self.entry(inside, name)
                 if kind == "lora_dropout":
-                    self.part(part)
+                    self.skipped(part)
                     self.entry(part.__dict__, "training")
                     self.entry(part.__dict__, "p")
                 else:
@@ -143,17 +150,17 @@ class Seen:
             self.entry(scaling, name)
             self.entry(biases, name)
 
-    def holds(self, module: nn.Module) -> bool:
-        """Whether `module` would be judged the same again."""
+    def valid(self, module: nn.Module) -> bool:
+        """Whether preparing the call of `module` again would give the same."""
         own = module.__dict__
         return (
             all(map(is_, map(own.get, self._own_keys), self._own_values))
             and not any(map(own.get, self._own_empty))
             and all(map(is_, map(_get, self._dicts, self._keys), self._values))
-            and not any(map(_get, self._holders, self._empty))
-            and all(map(is_, map(type, self._modules), self._classes))
-            and all(map(is_, map(_forward, self._judged), self._forwards))
-            and all(map(is_, map(_call, self._judged), self._calls))
+            and not any(map(_get, self._empty_dicts, self._empty_keys))
+            and all(map(is_, map(type, self._modules), self._module_classes))
+            and all(map(is_, map(_forward, self._classes), self._forwards))
+            and all(map(is_, map(_call, self._classes), self._calls))
             and all(map(is_, map(_dtype, self._tensors), self._dtypes))
             and list(map(_device, self._tensors)) == self._devices
             and self._lists == self._items
@@ -161,69 +168,66 @@ class Seen:
             and (self.unchanged is None or self.unchanged(module))
         )
 
-    def owns(self, args: Sequence[Any]) -> bool:
-        """Whether all tensors among an op's arguments were seen, and none was made for one call. One without
-        elements stands for none."""
-        known = {id(one) for one in (*self._values, *self._tensors)}
+    def cover(self, args: Sequence[Any]) -> bool:
+        """Whether every tensor among an op's arguments is guarded. One made for a single call is not; one
+        without elements replaces an absent one."""
+        guarded = {id(one) for one in (*self._values, *self._tensors)}
         for value in args:
             if isinstance(value, Tensor):
-                if id(value) not in known and (value.numel() or value.is_inference()):
+                if id(value) not in guarded and (value.numel() or value.is_inference()):
                     return False
-            elif isinstance(value, (list, tuple)) and not self.owns(value):
+            elif isinstance(value, (list, tuple)) and not self.cover(value):
                 return False
         return True
 
-    def forget_own(self) -> None:
+    def release(self) -> None:
+        """Drops the reference to the module's dictionary when all guards are set."""
         self._own = None
 
 
-class Repeated:
-    """A call of `op`, on an x like that of the first call and with the same other arguments."""
+class CachedCall(NamedTuple):
+    """A prepared call, for an x like that of the call it was prepared for."""
 
-    def __init__(self, x: Tensor, op: str, args: tuple[Any, ...], seen: Seen) -> None:
-        self._dtype, self._device, self._features = x.dtype, x.device, x.shape[-1:]
-        self._op, self._args, self._seen = op, args, seen
+    call: Call
+    guards: Guards
+    dtype: torch.dtype
+    device: torch.device
+    features: torch.Size
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        return None  # the copy is another module
 
-    def __call__(self, module: nn.Module, x: Tensor) -> Tensor | None:
-        """The result, or None: it has to be judged again."""
-        if (
-            type(x) is Tensor
-            and x.dtype is self._dtype
-            and x.shape[-1:] == self._features
-            and x.device == self._device
-            and not _is_autocast_enabled(self._device.type)
-            and self._seen.holds(module)
-        ):
-            y: Tensor = dispatch.call(self._op, x, *self._args)[0]
-            return y
+def cached_call(module: nn.Module, record: Record, args: Any, kwargs: Any) -> Call | None:
+    """The prepared call of an earlier forward, or None if it has to be prepared (again)."""
+    cached: CachedCall | None = record.cached
+    if cached is None or len(args) != 1 or kwargs or torch.compiler.is_compiling():
         return None
+    (x,) = args
+    call, guards, dtype, device, features = cached
+    if (
+        type(x) is Tensor
+        and x.dtype is dtype
+        and x.shape[-1:] == features
+        and x.device == device
+        and not _is_autocast_enabled(device.type)
+        and guards.valid(module)
+    ):
+        return call
+    record.cached = None
+    return None
 
 
-def again(module: nn.Module, record: Record, args: Any, kwargs: Any) -> Tensor | None:
-    """The result of a call that was noted before; None where there is none, or it has to be judged again."""
-    call = record.repeated
-    if call is None or len(args) != 1 or kwargs or torch.compiler.is_compiling():
-        return None
-    y: Tensor | None = call(module, args[0])
-    if y is None:
-        record.repeated = None
-    return y
-
-
-def note(module: nn.Module, x: Tensor, op: str, args: tuple[Any, ...], look: Callable[[Seen], None]) -> None:
-    """Keep a call of `op` with x and `args` for the next one, if all of these are the module's own and none
-    was made for this call. `look` is given what notes down what was judged."""
+def store(
+    module: nn.Module, x: Tensor, call: Call, args: Sequence[Any], guard: Callable[[Guards], None]
+) -> None:
+    """Cache a call with the arguments `args`, if they are the module's own. `guard` adds what it was prepared
+    from to its guards."""
     record: Record = module.__dict__[RECORD]
-    if record.notes >= _MOST or type(x) is not Tensor or torch.compiler.is_compiling():
+    if record.stores >= _MAX_STORES or type(x) is not Tensor or torch.compiler.is_compiling():
         return
     if x.device.type == "meta" or _is_autocast_enabled(x.device.type):
         return
-    record.notes += 1
-    seen = Seen(module)
-    look(seen)
-    if seen.owns(args) and seen.holds(module):
-        seen.forget_own()
-        record.repeated = Repeated(x, op, args, seen)
+    record.stores += 1
+    guards = Guards(module)
+    guard(guards)
+    if guards.cover(args) and guards.valid(module):
+        guards.release()
+        record.cached = CachedCall(call, guards, x.dtype, x.device, x.shape[-1:])

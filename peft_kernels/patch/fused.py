@@ -1,9 +1,9 @@
-"""How a module gets a fused forward, and loses it again: its class is swapped for a subclass of it.
+"""Installs a fused forward in a module and removes it: the class of the module is swapped for a subclass.
 
-The subclass adds a forward that falls back on `super().forward`. So the module a call is made on is the
-module that computes (a replica of DataParallel has its own weights), hooks and instance attributes of others
-stay where they are, and whoever sets `module.forward` wins, as on any module. Pickles hold the module as it
-would be without us: they load where this package is not installed.
+The subclass adds a forward that falls back on `super().forward`. The module that is called is therefore the
+one that computes (a replica of DataParallel has its own weights), hooks and instance attributes are kept, and
+setting `module.forward` overrides ours, as on any module. Pickles hold the unpatched module, so they load
+where this package is not installed.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import functools
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import MethodType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from torch import nn
 
@@ -27,44 +27,74 @@ RECORD = "_peft_kernels"
 _PLACES = ("forward", "_old_forward")  # accelerate keeps the forward that its hook wraps in the second
 
 
+class Fallback(NamedTuple):
+    """The original forward must run."""
+
+    reason: str = ""
+    """Counted in the report, unless empty: then the original forward is no slower."""
+
+
 @dataclass
 class Record:
-    """What belongs to one fused module."""
+    """State of one fused module."""
 
     fallbacks: Counter[str] = field(default_factory=Counter)
     """Calls that took the original forward, by reason."""
     facts: Any = None
-    """What was found out about the module when it was patched, for kinds that need it."""
-    repeated: Any = None
-    """The call that was made last, for the next one (`repeated.py`)."""
-    notes: int = 0
-    """How often one was kept."""
+    """Found when the module was patched, for kinds that need it."""
+    cached: Any = None
+    """The CachedCall of the module (`call_cache.py`)."""
+    stores: int = 0
+    """How often a call was cached."""
+
+    def count(self, fallback: Fallback) -> None:
+        if fallback.reason:
+            self.fallbacks[fallback.reason] += 1
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy makes its first call anew: what was kept is of this module, its class and its tensors."""
-        return self.__dict__ | {"repeated": None}
+        """Copies start without a cached call: it belongs to this module and its tensors."""
+        return self.__dict__ | {"cached": None}
 
 
 class Fused:
-    """Base of all classes that are swapped in. `module.__dict__[RECORD]` is there while the module is
+    """Base of all classes that are swapped in. `module.__dict__[RECORD]` exists while the module is
     patched."""
 
     methods: ClassVar[tuple[str, ...]] = ()
-    """What else than forward is swapped, and may lie bound on an instance."""
+    """Other methods that are swapped and may be bound on an instance."""
     signed: ClassVar[bool] = False
-    """Whether the forward shows the signature of the one that it stands in for: others look at that of a
-    model."""
+    """Whether forward shows the signature of the original one: libraries inspect that of a model."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         reduced: Any = super().__reduce_ex__(protocol)
         function, arguments, state, *rest = reduced
         plain = plain_class(self)  # type: ignore[arg-type]
         if function is copyreg.__newobj__:  # type: ignore[attr-defined]
-            function = plain.__new__  # pickle would compare the class in `arguments` with that of the object
+            function = plain.__new__  # else pickle compares the class in `arguments` with that of the object
         arguments = tuple(plain if item is type(self) else item for item in arguments)
         if isinstance(state, dict):
             state = {name: value for name, value in state.items() if name != RECORD}
         return function, arguments, state, *rest
+
+
+def computed_by(compute: Callable[..., Any]) -> Callable[[type[Any]], type[Any]]:
+    """Gives a class the forward `compute(module, *args, **kwargs)`, and the original one where that returns a
+    Fallback."""
+
+    def install(cls: Any) -> Any:
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            record = self.__dict__.get(RECORD)
+            if record is not None:
+                found = compute(self, *args, **kwargs)
+                if not isinstance(found, Fallback):
+                    return found
+                record.count(found)
+            return super(cls, self).forward(*args, **kwargs)
+
+        cls.forward = forward
+        return cls
+
+    return install
 
 
 def _twin(module: Fused, memo: dict[int, Any]) -> Any:
@@ -81,12 +111,12 @@ _first: dict[type, type[nn.Module]] = {}
 
 
 def fuse(module: nn.Module, mixin: type[Fused], record: Record) -> None:
-    """Give a module the forward of `mixin`. The module is as it was if this raises."""
+    """Give a module the forward of `mixin`. The module is unchanged if this raises."""
     fuse_all([(module, mixin, record)])
 
 
 def fuse_all(plan: Sequence[tuple[nn.Module, type[Fused], Record]]) -> None:
-    """Give each module the forward of a mixin. All are as they were if this raises."""
+    """Give each module the forward of a mixin. All are unchanged if this raises."""
     classes = [_class(type(module), mixin) for module, mixin, _ in plan]
     before: list[tuple[nn.Module, type[nn.Module]]] = []
     try:
@@ -102,9 +132,11 @@ def fuse_all(plan: Sequence[tuple[nn.Module, type[Fused], Record]]) -> None:
 
 
 def _class(cls: type[nn.Module], mixin: type[Fused]) -> type[nn.Module]:
-    """The class of a module with the forward of `mixin`. A module whose class has it and that is not patched
-    has no record: it was made by the class of a patched one, or unpatched under a subclass of another
-    library."""
+    """The class of a module with the forward of `mixin`.
+
+    A class may have it already although the module is not patched: the module was created by the class of a
+    patched one, or unpatched while another library had subclassed it.
+    """
     while cls in _plain:
         cls = _plain[cls]
     if issubclass(cls, mixin):
@@ -120,8 +152,8 @@ def _class(cls: type[nn.Module], mixin: type[Fused]) -> type[nn.Module]:
     made: Any = type(plain.__name__, (mixin, plain), names)
     _classes[plain, mixin] = made
     _plain[made] = plain
-    # Not by `__deepcopy__`: wrappers that have the attributes of what they wrap (PeftModel, PEFT's
-    # ModulesToSaveWrapper, torch.compile's) would be asked for it, and give a copy of the inside alone.
+    # Not by `__deepcopy__`: wrappers that forward attributes (PeftModel, PEFT's ModulesToSaveWrapper,
+    # torch.compile's) would find that of the module inside, and be copied without themselves.
     getattr(copy, "_deepcopy_dispatch", {})[made] = _twin
     return made
 
@@ -138,39 +170,38 @@ def _signed(forward: Any, like: Any) -> Any:
         return forward(self, *args, **kwargs)
 
     functools.update_wrapper(signed, like)
-    # accelerate takes wrappers off by this, down to a forward that it knows.
+    # accelerate unwraps by this attribute.
     del signed.__wrapped__  # type: ignore[attr-defined]
     signed.__signature__ = inspect.signature(like)  # type: ignore[attr-defined]
     return signed
 
 
 def restore(module: nn.Module) -> bool:
-    """Take the fused forward out again. False when there was none."""
+    """Remove the fused forward. Returns False if there was none."""
     if module.__dict__.pop(RECORD, None) is None:
         return False
     fused: Any = type(module)
     plain = _plain.get(fused)
     if plain is not None:
         _swap(module, plain)
-    # Else another library has made a subclass of ours: without a record our forward is `super().forward`.
+    # Else another library subclassed our class: without a record our forward is `super().forward`.
     return True
 
 
 def record_of(module: nn.Module) -> Record | None:
-    """The Record of a patched module."""
+    """The Record of a patched module, or None."""
     record: Record | None = module.__dict__.get(RECORD)
     return record
 
 
 def has(module: nn.Module, *mixins: type[Fused]) -> bool:
-    """Whether a module is patched with one of these. A class alone does not tell: `type(model)(config)` makes
-    one that is not patched."""
+    """Whether a module is patched with one of these. `type(model)(config)` is an instance and not patched."""
     return RECORD in module.__dict__ and isinstance(module, mixins)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module, or the one that it had before it was patched, and before `fully_shard` made a
-    subclass of it, which adds methods and no forward."""
+    """The class that a module had before it was patched, and before `fully_shard` subclassed it, which adds
+    methods and no forward."""
     cls = type(module)
     found = _first.get(cls)
     return _first_class(cls) if found is None else found
@@ -186,14 +217,14 @@ def _first_class(cls: Any) -> type[nn.Module]:
             found = found.__bases__[-1]
         else:
             break
-    if found is not cls:  # others come and go
+    if found is not cls:  # other classes may be short-lived
         _first[cls] = found
     return found
 
 
 def is_own(module: Any, forward: Any) -> bool:
-    """Whether `forward`, found on the instance, is the module's class's own, bound: a removed hook leaves
-    it."""
+    """Whether a `forward` set on the instance is that of its class, bound: a removed hook leaves it
+    behind."""
     return getattr(forward, "__func__", None) is type(module).forward and forward.__self__ is module
 
 
@@ -205,8 +236,7 @@ def _rebind(module: nn.Module, old: Any, new: Any) -> None:
 
 
 def _wrapped(module: nn.Module, forward: Any) -> Any:
-    """The forward of the module's class, or of the one that it had before, in wrappers that say so
-    (`__wrapped__`); None for any other."""
+    """The forward of the module's class or plain class inside wrappers with `__wrapped__`, or None."""
     known = type(module).forward, plain_class(module).forward
     while getattr(forward, "__self__", module) is module:
         function = getattr(forward, "__func__", forward)
@@ -218,17 +248,17 @@ def _wrapped(module: nn.Module, forward: Any) -> Any:
     return None
 
 
-def replaced(module: nn.Module) -> str | None:
-    """Why the forward of a module's class does not run when the module is called, or None. Under a hook of
-    accelerate it does, and in the wrappers that its `prepare` puts around the forward of a patched one."""
+def replaced_reason(module: nn.Module) -> str:
+    """Why the forward of a module's class does not run when the module is called, or "". It does under a hook
+    of accelerate, and in the wrappers that accelerate's `prepare` puts around a patched forward."""
     if RECORD in module.__dict__ and not isinstance(module, Fused):
         return f"its class was changed after patch(), to {type(module).__qualname__}"
     forward = module.__dict__.get("forward")
     if forward is None or is_own(module, forward) or is_own(module, module.__dict__.get("_old_forward")):
-        return None
+        return ""
     inner = _wrapped(module, forward)
     if RECORD in module.__dict__ and inner is type(module).forward:
-        return None
+        return ""
     if inner is plain_class(module).forward:
         return "its forward was wrapped on the instance before patch(), as accelerate does; patch first"
     name = getattr(forward, "__qualname__", type(forward).__name__)

@@ -1,217 +1,74 @@
-"""What `patch` did, and what happened since: a report that goes on counting."""
+"""What `patch` did, and which calls have used the original forward since."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from .examine import BLOCK, LAYER, LOSS, PREFIX, examine, layers
+from .fused import Record, record_of, replaced_reason
+from .prefix.eligibility import not_recomputable
 
-from ..nf4.experts_packing import NF4Experts
-from . import eligibility as judge
-from . import fused
-from .block.attention import FusedAttention
-from .block.attention import examine as examine_attention
-from .block.decoder_layer import FusedDecoderLayer
-from .block.decoder_layer import examine as examine_decoder_layer
-from .block.gated_mlp import Facts, FusedMlp
-from .block.gated_mlp import examine as examine_mlp
-from .block.rms_norm import FusedRmsNorm
-from .block.rms_norm import examine as examine_norm
-from .experts import eligibility as judge_experts
-from .experts.forward import FusedParameters
-from .fused import Fused, Record
-from .lora.forward import FusedLora
-from .lora.linear4bit import FusedLinear4bit
-from .loss import eligibility as judge_loss
-from .loss.forward import LazyHead, LossFacts, LossModel
-from .prefix import eligibility as judge_prefix
-from .prefix.forward import FusedPrefix, GeneratingPrefix
-
-PREFIX = "PEFT prefix tuning"
-LOSS = "loss without logits"
-MLP, NORM, ATTENTION, LAYER = "gated MLP", "norm", "attention", "decoder layer"
-
-NOT_FOUND = {
-    "loss": "no model of transformers in here computes the loss of its labels from the logits of a head",
-    "block": "no norm, attention module or decoder layer in here is named as Llama names them",
+_NOT_FOUND = {
+    "loss": "this model contains no model of transformers that computes a loss from labels and logits",
+    "block": "this model contains no norm, attention module or decoder layer with Llama's names",
 }
-"""What the report says of an option that finds nothing."""
-
-
-@dataclass
-class Finding:
-    """What a module is to `patch`."""
-
-    kind: str
-    mixin: type[Fused] | None
-    """What to swap in; None: it is fused as it is, or cannot be."""
-    reason: str
-    """Why the original forward would run as things are, or ""."""
-    facts: Any = None
-
-
-def examine(module: nn.Module) -> Finding | None:
-    """A layer that there is a fused forward for; None: any other module."""
-    if isinstance(module, nn.Linear) and judge.is_packed(module):
-        return Finding("NF4Linear", None, "" if judge.linear(module) else judge.no_forward(module))
-    if isinstance(module, NF4Experts):
-        return Finding(f"NF4 {type(module).__name__}", None, judge_experts.packed(module))
-    if judge_experts.is_wrapper(module):
-        return _examine_wrappers(list(judge_experts.nest(module)))
-    if judge.is_lora(module):
-        base: Any = module.get_base_layer()  # type: ignore[operator]
-        kind = f"PEFT LoRA {type(module).__name__} on {type(base).__name__}"
-        reason = judge.lora_class(module, FusedLora)
-        return Finding(
-            kind, None if reason else FusedLora, reason or judge.lora(module, judge.active(module), FusedLora)
-        )
-    if judge.is_linear4bit(module):
-        known = bool(judge.linear(module))
-        reason = (
-            judge.unusable(module) if known else "a subclass with a forward of its own, or one not known here"
-        )
-        return Finding(f"bitsandbytes {type(module).__name__}", FusedLinear4bit if known else None, reason)
-    return None
-
-
-def _examine_wrappers(wrappers: list[Any]) -> Finding:
-    base = judge_experts.wrapped(wrappers)
-    names = ", ".join(wrapper.parameter_name for wrapper in reversed(wrappers))
-    kind = f"PEFT LoRA on {names} of {type(base).__name__}"
-    never = judge_experts.never(base)
-    reason = never or judge_experts.parameters(wrappers, None, FusedParameters)
-    return Finding(kind, None if never else FusedParameters, reason)
-
-
-def layers(model: nn.Module) -> Iterator[tuple[str, nn.Module, Finding]]:
-    """What `examine` finds in a model. Wrappers around one module are one layer, the outermost."""
-    inner: set[int] = set()
-    for name, module in model.named_modules():
-        if id(module) not in inner:
-            found = examine(module)
-            inner.update(id(wrapper) for wrapper in judge_experts.nest(module))
-            if found is not None:
-                yield name, module, found
-
-
-def examine_block(module: nn.Module) -> Finding | None:
-    """As `examine`, for modules that hold several layers which one op can serve."""
-    found = examine_mlp(module)
-    if found is None:
-        return None
-    kind = f"{MLP} {type(module).__name__}"
-    if isinstance(found, Facts):
-        return Finding(kind, FusedMlp, "", found)
-    return Finding(kind, None, found)
-
-
-def examine_between(module: nn.Module) -> Finding | None:
-    """As `examine`, for what lies between the products of a block: norms, attention modules with their rotary
-    embedding, and the layers that hold both."""
-    for kind, look, mixin in (
-        (NORM, examine_norm, FusedRmsNorm),
-        (ATTENTION, examine_attention, FusedAttention),
-        (LAYER, examine_decoder_layer, FusedDecoderLayer),
-    ):
-        reason = look(module)
-        if reason is not None:
-            return Finding(f"{kind} {type(module).__name__}", None if reason else mixin, reason)
-    return None
-
-
-def is_between(module: nn.Module) -> bool:
-    """Whether a module was fused because `examine_between` found it."""
-    return fused.has(module, FusedRmsNorm, FusedAttention, FusedDecoderLayer)
-
-
-def examine_prefix(module: nn.Module) -> Finding | None:
-    """As `examine`, for models of PEFT with prefix tuning."""
-    if not judge_prefix.is_prefix(module):
-        return None
-    generates = hasattr(fused.plain_class(module), "prepare_inputs_for_generation")
-    active = judge_prefix.is_active(module)
-    reason = "" if active else "the active adapter is of another kind"
-    mixin = GeneratingPrefix if generates else FusedPrefix
-    return Finding(f"{PREFIX} {type(module).__name__}", mixin, reason)
-
-
-def examine_loss(module: nn.Module) -> Finding | None:
-    """As `examine`, for models that compute a loss from labels and logits."""
-    if not judge_loss.takes_labels(module):
-        return None
-    heads = judge_loss.heads(module)
-    reasons = [judge_loss.head(layer, FusedLora) for layer in heads]
-    if any(fused.record_of(layer) is not None and not fused.has(layer, LazyHead) for layer in heads):
-        reasons.append("its head was patched without loss=True; unpatch first")
-    kind = f"{LOSS}, {type(module).__name__}"
-    never = next((reason for reason in reasons if reason), "")
-    return Finding(kind, None if never else LossModel, never, None if never else LossFacts())
+"""Reported for options that find nothing."""
 
 
 @dataclass
 class LayerReport:
-    """One layer or block, as it is now."""
+    """One layer or block, in its present state."""
 
     name: str
     kind: str
     record: Record | None
-    """Of the fused forward that was installed; None: none was."""
+    """Of the installed fused forward, or None."""
     planned: bool = False
-    """Only looked at, by `patch(dry_run=True)`: it would be fused by a patch."""
+    """Found by `patch(dry_run=True)`: a patch would fuse it."""
     as_found: str = ""
-    """The reason at the time of patching; of use when the model is gone."""
+    """The reason at the time of patching, for when the model no longer exists."""
     _module: Any = field(default=lambda: None, repr=False)
+    family: str = field(default=LAYER, repr=False)
 
     @property
     def fallbacks(self) -> Counter[str]:
-        """Calls that went through the original forward after patching, by reason."""
+        """Calls that used the original forward after patching, by reason."""
         return Counter() if self.record is None else self.record.fallbacks
 
     @property
     def reason(self) -> str:
-        """Why the original forward runs, as things are now, or ""."""
+        """Why the original forward runs in the present state, or ""."""
         module = self._module()
-        if module is None or (self.record is not None and fused.record_of(module) is not self.record):
-            return self.as_found  # gone, or unpatched: what it was like
-        replaced = fused.replaced(module)
-        if replaced is not None:
-            return replaced
+        if module is None or (self.record is not None and record_of(module) is not self.record):
+            return self.as_found
+        if reason := replaced_reason(module):
+            return reason
         if self.record is not None and self.record.facts is not None:
-            changed: str | None = self.record.facts.changed(module)
-            if changed is not None:
+            changed: str = self.record.facts.change_reason(module)
+            if changed:
                 return changed
-        found = self._examine(module)
+        found = examine(module, self.family)
         return "no layer of this kind any more" if found is None else found.reason
 
     @property
-    def _examine(self) -> Callable[[nn.Module], Finding | None]:
-        if self.kind.startswith(PREFIX):
-            return examine_prefix
-        if self.kind.startswith(LOSS):
-            return examine_loss
-        if self.kind.startswith((NORM, ATTENTION, LAYER)):
-            return examine_between
-        return examine_block if self.kind.startswith(MLP) else examine
-
-    @property
     def note(self) -> str:
-        """What is to be said of one that is fused."""
+        """Remarks on a fused layer."""
         module = self._module()
-        if self.kind.startswith(LOSS) and self.record is not None:
+        if self.family == LOSS and self.record is not None:
             reads = [f"{count}x by {by}" for by, count in self.record.facts.reads.items()]
             return "logits are computed where they are read" + (f": {', '.join(reads)}" if reads else "")
-        if module is None or not self.kind.startswith(PREFIX):
+        if module is None or self.family != PREFIX:
             return ""
-        reason = judge_prefix.not_recomputable(module)
+        reason = not_recomputable(module)
         checkpointing = f"no gradient checkpointing, {reason}" if reason else "gradient checkpointing works"
         return f"one prefix for the batch; {checkpointing}"
 
     @property
     def fused(self) -> bool:
-        """Whether calls run fused, as things are now."""
+        """Whether calls run fused in the present state."""
         return not self.reason
 
     def __getstate__(self) -> dict[str, Any]:
@@ -231,24 +88,25 @@ def _gone() -> None:
 
 @dataclass
 class PatchReport:
-    """One entry per layer that `patch` looked at. `print(report)` shows a summary, and what is not fused and
+    """One entry per layer that `patch` examined. `print(report)` shows a summary, and what is not fused and
     why.
 
-    It speaks of the model as it is when it is read: a layer counts as fused when its calls run fused now.
+    It describes the present state of the model: a layer counts as fused if its calls run fused now.
     """
 
     layers: list[LayerReport]
-    """LoRA layers of PEFT, and packed layers without an adapter."""
+    """LoRA layers of PEFT, and quantised layers without an adapter."""
     blocks: list[LayerReport] = field(default_factory=list)
-    """What is fused across layers: gated MLPs, and, where it was asked for, attention modules and norms."""
+    """Blocks of several layers: gated MLPs, and with `block=True` attention modules, norms, decoder
+    layers."""
     bases: list[LayerReport] = field(default_factory=list)
-    """Packed layers under LoRA layers, whose calls count where adapters are disabled or merged."""
+    """Quantised layers inside LoRA layers, which are called while adapters are disabled or merged."""
     prefixes: list[LayerReport] = field(default_factory=list)
-    """Models of PEFT with prefix tuning."""
+    """PeftModels with prefix tuning."""
     losses: list[LayerReport] = field(default_factory=list)
-    """Models whose loss is computed without their logits."""
+    """Models whose loss is computed without logits."""
     asked: tuple[str, ...] = ()
-    """Options of `patch` that look for more than layers."""
+    """The options `loss` and `block`, if given."""
     dry_run: bool = False
     _model: Any = field(default=_gone, repr=False)
 
@@ -270,7 +128,8 @@ class PatchReport:
             lines.append(
                 "nothing to patch: no PEFT LoRA layer, bitsandbytes Linear4bit or NF4Linear in this model"
             )
-        lines += [f"{option}=True: {NOT_FOUND[option]}" for option in self.asked if not self._found(option)]
+        found = {"loss": self.losses, "block": [e for e in self.blocks if e.family in BLOCK]}
+        lines += [f"{option}=True: {_NOT_FOUND[option]}" for option in self.asked if not found[option]]
         lines += [f"{e.kind}: {e.note}" for e in (*self.prefixes, *self.losses) if e.fused]
         for kind, count in Counter(block.kind for block in self.blocks if block.fused).items():
             lines.append(f"across layers: {count} x {kind}")
@@ -278,24 +137,18 @@ class PatchReport:
         lines += _by_reason("original forward", ((e.reason, 1, e) for e in entries if e.reason), "")
         calls = ((why, n, e) for e in (*entries, *self.bases) for why, n in e.fallbacks.items())
         lines += _by_reason("original forward", calls, "call")
-        return "\n".join(lines + self._newcomers())
+        return "\n".join(lines + self._added_later())
 
-    def _found(self, option: str) -> bool:
-        """Whether the model has anything that an option looks for, fused or not."""
-        if option == "loss":
-            return bool(self.losses)
-        return any(block.kind.startswith((NORM, ATTENTION, LAYER)) for block in self.blocks)
-
-    def _newcomers(self) -> list[str]:
-        """A line for every layer that got its adapter after `patch`, and so has no fused forward."""
+    def _added_later(self) -> list[str]:
+        """A line for every layer that got its adapter after `patch`, so that it has no fused forward."""
         model = self._model()
         if model is None or self.dry_run:
             return []
         known = {(entry.name, entry.kind) for entry in (*self.layers, *self.bases)}
         return [
-            f"original {name} ({found.kind}): has come after patch(); patch again to fuse it"
+            f"original {name} ({found.kind}): was added after patch(); patch again to fuse it"
             for name, module, found in layers(model)
-            if found.mixin is not None and (name, found.kind) not in known and fused.record_of(module) is None
+            if found.mixin is not None and (name, found.kind) not in known and record_of(module) is None
         ]
 
     def details(self) -> str:
@@ -304,7 +157,7 @@ class PatchReport:
 
 
 def _by_reason(what: str, entries: Iterator[tuple[str, int, LayerReport]], counted: str) -> list[str]:
-    """A line for each reason: how often, in how many layers, and which is the first."""
+    """A line for each reason: the count, the number of layers, and the first of them."""
     counts: Counter[str] = Counter()
     layers: dict[str, list[LayerReport]] = {}
     for reason, count, entry in entries:

@@ -1,8 +1,8 @@
-"""Which versions of others' functions ours were compared with, told apart by their source.
+"""Recognises the functions of other libraries that our fused forwards replace, by a hash of their source.
 
 A fused forward computes what a forward of PEFT, bitsandbytes or transformers computed when ours was written.
-Theirs may change: `reason_unknown` tells by the source whether a function is one of those that were read.
-`tools/fingerprints.py` prints the table for other versions.
+The table lists the versions of each function that were reviewed; `tools/fingerprints.py` prints it for
+others.
 """
 
 from __future__ import annotations
@@ -162,14 +162,14 @@ KNOWN: dict[str, dict[str, str]] = {
         "efd863817b6fe3c5": "5.4.0 to 5.24.0",
     },
 }
-"""Fingerprints of the sources that ours stands in for, by qualified name, and the versions that have them."""
+"""Fingerprints of the reviewed sources, by qualified name, and the versions that have them."""
 
-TITLES = {"peft": "PEFT"}
-"""Packages that write their name differently."""
+_TITLES = {"peft": "PEFT"}
+"""Packages whose name is spelled differently in text."""
 
 
 class _Essence(ast.NodeTransformer):
-    """Takes out docstrings and annotations, which compute nothing, and what Python's parser adds."""
+    """Removes docstrings and annotations, which compute nothing, and differences between Python versions."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         constant = node.value
@@ -186,8 +186,8 @@ class _Essence(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
-LEFT_OUT = ("annotation", "returns", "type_comment", "type_params", "kind", "ctx")
-"""Fields of syntax trees that compute nothing, or that not every version of Python has."""
+_IGNORED = ("annotation", "returns", "type_comment", "type_params", "kind", "ctx")
+"""Fields of syntax trees that compute nothing, or do not exist in every version of Python."""
 
 
 def _written(node: Any) -> str:
@@ -196,7 +196,7 @@ def _written(node: Any) -> str:
         fields = [
             f"{name}={_written(value)}"
             for name, value in ast.iter_fields(node)
-            if name not in LEFT_OUT and value is not None and value != []
+            if name not in _IGNORED and value is not None and value != []
         ]
         return f"{type(node).__name__}({', '.join(sorted(fields))})"
     if isinstance(node, list):
@@ -205,18 +205,18 @@ def _written(node: Any) -> str:
 
 
 def fingerprint_of(tree: ast.AST) -> str:
-    """The fingerprint of a function as a syntax tree, which is changed by this."""
+    """The fingerprint of a function's syntax tree, which is modified."""
     return hashlib.sha256(_written(_Essence().visit(tree)).encode()).hexdigest()[:16]
 
 
 _MANAGER = contextlib.contextmanager(iter).__code__
-"""Of every function that it has wrapped."""
+"""The code of every function wrapped by contextmanager."""
 
 
 def _is_decorator(code: Any) -> bool:
-    """Whether this is the code of a wrapper that computes what is wrapped: contextlib's, transformers'
-    `deprecate_kwarg`, which gives arguments their new names, and what it puts around every forward of a layer
-    that can be checkpointed."""
+    """Whether this is the code of a wrapper that only calls the wrapped function: contextlib's, transformers'
+    `deprecate_kwarg`, which renames arguments, and its wrapper around the forward of layers that can be
+    checkpointed."""
     return code is _MANAGER or _renames_arguments(code) or _checkpoints(code)
 
 
@@ -234,21 +234,21 @@ def _checkpoints(code: Any) -> bool:
 
 @lru_cache(maxsize=256)
 def fingerprint(function: Callable[..., Any]) -> str | None:
-    """16 hex digits that tell a function's source from others, or None where there is no source to read.
+    """16 hex digits of a hash of a function's source, or None if there is no source.
 
-    Comments, docstrings, annotations, blank lines and formatting do not count. A wrapper that took over the
-    name of what it wraps (`functools.wraps`) has none either, unless both are of one file: then it is the
-    library's own decorator, and named in the source. So are those of `_is_decorator`.
+    Comments, docstrings, annotations, blank lines and formatting are ignored. A wrapper (`functools.wraps`)
+    has no fingerprint, unless it is defined in the same file as the function: then it is the library's own
+    decorator, and part of the source. Wrappers of `_is_decorator` are ignored.
     """
     wrappers: list[Any] = []
-    inner = inspect.unwrap(function, stop=wrappers.append)  # which it asks of each, and is told to go on
+    inner = inspect.unwrap(function, stop=wrappers.append)  # `append` returns None: never stops
     try:
         file = inspect.getsourcefile(inner)
         codes = map(_code, [*wrappers, inner])
         if not all(_is_decorator(code) or inspect.getsourcefile(code) == file for code in codes):
             return None
         source = inspect.getsource(inner)
-        # A method's lines are indented, and a string in it may have lines that are not.
+        # The lines of a method are indented, except inside of strings.
         body: list[Any] = ast.parse(f"if True:\n{source}" if source[0].isspace() else source).body
     except (OSError, TypeError, SyntaxError):
         return None
@@ -256,34 +256,31 @@ def fingerprint(function: Callable[..., Any]) -> str | None:
 
 
 def _code(function: Any) -> Any:
-    """Its own code: `inspect` would answer for a wrapper with the file of what it wraps."""
+    """The function's own code: for a wrapper, `inspect` returns the file of the wrapped function."""
     return getattr(function, "__code__", None)
 
 
 def qualified_name(function: Callable[..., Any]) -> str:
-    """Module and name within it: "peft.tuners.lora.layer.Linear.forward"."""
+    """Module and qualified name, as in "peft.tuners.lora.layer.Linear.forward"."""
     other = type(function).__name__
     return f"{getattr(function, '__module__', other)}.{getattr(function, '__qualname__', other)}"
 
 
 def known(function: Callable[..., Any]) -> bool:
-    """Whether this is, by name and source, a function that ours was compared with."""
+    """Whether this is, by name and source, a reviewed function."""
     return fingerprint(function) in KNOWN.get(qualified_name(function), ())
 
 
 def like(function: Callable[..., Any], *names: str) -> str | None:
-    """The first of these names whose function was read in the words of `function`, or None: transformers
-    repeats functions from model to model."""
+    """The first of these names with a reviewed source equal to that of `function`, or None: transformers
+    copies functions from model to model."""
     found = fingerprint(function)
     return next((name for name in names if found is not None and found in KNOWN[name]), None)
 
 
-def reason_unknown(*functions: Callable[..., Any]) -> str | None:
-    """Why the first of the functions that is not `known` is not, or None when all are."""
-    for function in functions:
-        if not known(function):
-            return _reason(function)
-    return None
+def reason_unknown(*functions: Callable[..., Any]) -> str:
+    """Why the first of the functions that is not `known` is not, or "" if all are."""
+    return next((_reason(function) for function in functions if not known(function)), "")
 
 
 def _reason(function: Callable[..., Any]) -> str:
@@ -298,4 +295,4 @@ def _reason(function: Callable[..., Any]) -> str:
     except importlib.metadata.PackageNotFoundError:  # a checkout on the path
         version = ""
     versions = ", ".join(KNOWN[name].values())
-    return f"{TITLES.get(package, package)}{version} has changed {rest}, known here as of {versions}"
+    return f"{_TITLES.get(package, package)}{version} has changed {rest}, known here as of {versions}"

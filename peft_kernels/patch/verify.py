@@ -1,10 +1,16 @@
-"""Tries layers whose forward is not one that was read: ours against it, once per class."""
+"""Compares a fused forward with one whose source is not known, on random input, once per class.
+
+The sources (`sources.py`) are checked first: a trial cannot see what its input does not reach (an option that
+is off, dropout, side effects, long inputs), and cannot run on weights that are sharded or on the meta device.
+It is used for PEFT's layers only, where a fused forward would otherwise stop working with each release, and
+for experts, whose classes differ from model to model.
+"""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,133 +22,134 @@ from .fused import Fused, Record, fuse, plain_class, restore
 
 logger = logging.getLogger("peft_kernels")
 
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
-"""Relative, of outputs and gradients: a term that is missing or scaled otherwise is off by far more."""
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.05, torch.float16: 0.01}
+"""Relative, for outputs and gradients: a term that is missing or scaled differently is off by far more."""
+
+
+def once(reasons: dict[tuple[Any, ...], str], key: tuple[Any, ...], find: Callable[[], str]) -> str:
+    """The result of `find`, a trial for all modules of a class, stored under `key`."""
+    reasons[key] = ""  # during the trial itself
+    found = reasons[key] = find()
+    if found and hooks_on_all():  # these prevent the trial
+        del reasons[key]
+    return found
 
 
 def lora(module: Any, active: Sequence[str], mixin: type[Fused], reason: str) -> str:
-    """`reason` why a forward is not known, or "" when the layer gives the same by ours.
+    """`reason` why the forward of a LoRA layer is not known, or "" if `mixin` computes the same.
 
-    A copy of the adapters is tried, with other numbers in them, over the layer's own base.
+    Runs a copy of the adapters with random values over the layer's own base.
     """
     name = next(iter(active), None) or next(iter(module.lora_A), None)
     weight = getattr(module.base_layer, "weight", None)
     if name is None or weight is None or weight.device.type == "meta":
         return f"{reason}, and could not be tried on this layer"
-    if hooked := hooks_on_all():
-        return f"{reason}, and could not be tried: {hooked}"
-    twin = copy.deepcopy(module, {id(module.base_layer): module.base_layer})
-    restore(twin)
-    twin.lora_dropout.eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for part in (twin.lora_A[name].weight, twin.lora_B[name].weight):
-            part.copy_(torch.randn(part.shape, generator=generator) * part.shape[1] ** -0.5)
     dtype = weight.dtype if weight.is_floating_point() else torch.float32
-    x = torch.randn(2, module.in_features, generator=generator).to(weight.device, dtype)
+    x = torch.randn(2, module.in_features, generator=torch.Generator().manual_seed(1)).to(
+        weight.device, dtype
+    )
     variant = name in module.lora_variant
     calls: list[dict[str, Any]] = [{}] if variant else [{}, {"adapter_names": [name, "__base__"]}]
-    try:
-        theirs = [_results(twin, name, x, call) for call in calls]
-        record = Record()
-        fuse(twin, mixin, record)
-        ours = [_results(twin, name, x, call) for call in calls]
-    except Exception as error:  # whatever another version's layer does with what it does not expect
-        return f"{reason}, and a trial failed ({type(error).__name__}: {error})"
-    if record.fallbacks:
-        return f"{reason}, and could not be tried: {next(iter(record.fallbacks))}"
-    worst = _worst([t for call in ours for t in call], [t for call in theirs for t in call])
-    if not worst <= TOLERANCE.get(dtype, 1e-3):
-        return f"{reason}, and gives other results (off by {worst:.2g})"
-    logger.info("%s; tried on one layer, it gives the same as the fused forward (%.2g)", reason, worst)
-    return ""
 
+    def parts(twin: Any) -> list[Tensor]:
+        twin.lora_dropout.eval()
+        return [twin.lora_A[name].weight, twin.lora_B[name].weight]
 
-def _results(layer: Any, name: str, x: Tensor, call: dict[str, Any]) -> list[Tensor]:
-    """Output, and gradients of x, A and B, in fp32."""
-    x = x.detach().requires_grad_()  # else bitsandbytes' evaluation on CPUs would repack the weight
-    parts = [layer.lora_A[name].weight, layer.lora_B[name].weight]
-    for part in parts:
-        part.requires_grad_()
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        y = layer(x, **call)
-        dy = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
-        return [
-            t.float() for t in (y.detach(), *torch.autograd.grad(y, [x, *parts], dy, materialize_grads=True))
-        ]
+    def results(twin: Any) -> list[Tensor]:
+        return [t for call in calls for t in _results(twin, (x,), parts(twin), **call)]
 
-
-def experts(module: Any) -> tuple[str, bool]:
-    """Why `experts_forward` does not give what experts of transformers give, or "", and whether this could be
-    tried. Few tokens go to few experts, through the module's own weights."""
-    name = f"{type(module).__module__}.{type(module).__qualname__}"
-    x, *routing = _routed(module)
-    if x.device.type == "meta":
-        return f"{name} could not be tried, its weights are on the meta device", False
-    if hooked := hooks_on_all():
-        return f"{name} could not be tried: {hooked}", False
-
-    def results(forward: Any) -> list[Tensor]:
-        x.requires_grad_()
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            y = forward(module, x, *routing)
-            return [t.detach().float() for t in (y, *torch.autograd.grad(y.square().sum(), x))]
-
-    try:
-        theirs = results(plain_class(module).forward)
-        ours = results(experts_forward)
-    except Exception as error:  # whatever foreign experts do with what they do not expect
-        return f"{name}: a trial failed ({type(error).__name__}: {error})", True
-    if not all(0 < float(t.norm()) < float("inf") for t in theirs):
-        return f"{name} could not be tried, its weights are not loaded", False
-    worst = _worst(ours, theirs)
-    if not worst <= TOLERANCE[x.dtype]:
-        return f"{name} gives other results (off by {worst:.2g})", True
-    return "", True
+    return _trial(module, module.base_layer, mixin, parts, results, dtype, reason)
 
 
 def parameters(wrappers: Sequence[Any], mixin: type[Fused], reason: str) -> str:
     """As `lora`, for PEFT's wrappers around one module, from the outermost on."""
     module = wrappers[-1].base_layer
     name = next((name for wrapper in wrappers for name in wrapper.lora_A), None)
-    x, *routing = _routed(module)
-    if name is None or x.device.type == "meta":
+    inputs = _routed(module)
+    if name is None or inputs[0].device.type == "meta":
         return f"{reason}, and could not be tried on this layer"
+
+    def parts(twin: Any) -> list[Tensor]:
+        return [p for key, p in twin.named_parameters() if f".{name}." in f".{key}." and "lora_" in key]
+
+    def results(twin: Any) -> list[Tensor]:
+        return _results(twin, inputs, parts(twin))
+
+    return _trial(wrappers[0], module, mixin, parts, results, inputs[0].dtype, reason)
+
+
+def experts(module: Any) -> tuple[str, bool]:
+    """Why `experts_forward` does not compute what experts of transformers do, or "", and whether this could
+    be tried. Sends a few tokens to two experts, with the module's own weights."""
+    name = f"{type(module).__module__}.{type(module).__qualname__}"
+    inputs = _routed(module)
+    x = inputs[0]
+    if x.device.type == "meta":
+        return f"{name} could not be tried, its weights are on the meta device", False
+    if hooked := hooks_on_all():
+        return f"{name} could not be tried: {hooked}", False
+    try:
+        theirs, ours = (
+            _results(lambda *args, run=run: run(module, *args), inputs, [])
+            for run in (plain_class(module).forward, experts_forward)
+        )
+    except Exception as error:  # an unknown forward may raise anything
+        return f"{name}: a trial failed ({type(error).__name__}: {error})", True
+    if not all(0 < float(t.norm()) < float("inf") for t in theirs):
+        return f"{name} could not be tried, its weights are not loaded", False
+    worst = _worst(ours, theirs)
+    return ("" if worst <= _TOLERANCE[x.dtype] else f"{name} gives other results (off by {worst:.2g})"), True
+
+
+def _trial(
+    module: Any,
+    base: Any,
+    mixin: type[Fused],
+    parts: Callable[[Any], list[Tensor]],
+    results: Callable[[Any], list[Tensor]],
+    dtype: torch.dtype,
+    reason: str,
+) -> str:
+    """Compares `results` of a copy of `module` over the same base, with random values in its `parts`, before
+    and after it is fused. Returns `reason`, with what the trial found, unless they agree."""
     if hooked := hooks_on_all():
         return f"{reason}, and could not be tried: {hooked}"
-    twin = copy.deepcopy(wrappers[0], {id(module): module})
-    restore(twin)
-    generator = torch.Generator().manual_seed(0)
-    parts = [p for key, p in twin.named_parameters() if f".{name}." in f".{key}." and "lora_" in key]
-    with torch.no_grad():
-        for part in parts:
-            part.copy_(torch.randn(part.shape, generator=generator) * part.shape[1] ** -0.5)
-
-    def results() -> list[Tensor]:
-        for tensor in (x, *parts):
-            tensor.requires_grad_()
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            y = twin(x, *routing)
-            return [t.detach().float() for t in (y, *torch.autograd.grad(y.square().sum(), [x, *parts]))]
-
+    record, generator = Record(), torch.Generator().manual_seed(0)
     try:
-        theirs = results()
-        record = Record()
+        twin = copy.deepcopy(module, {id(base): base})
+        restore(twin)
+        with torch.no_grad():
+            for part in parts(twin):
+                part.copy_(torch.randn(part.shape, generator=generator) * part.shape[1] ** -0.5)
+        theirs = results(twin)
         fuse(twin, mixin, record)
-        ours = results()
-    except Exception as error:  # whatever another version's layer does with what it does not expect
+        ours = results(twin)
+    except Exception as error:  # an unknown forward may raise anything
         return f"{reason}, and a trial failed ({type(error).__name__}: {error})"
     if record.fallbacks:
         return f"{reason}, and could not be tried: {next(iter(record.fallbacks))}"
     worst = _worst(ours, theirs)
-    if not worst <= TOLERANCE[x.dtype]:
+    if not worst <= _TOLERANCE.get(dtype, 1e-3):
         return f"{reason}, and gives other results (off by {worst:.2g})"
-    logger.info("%s; tried on one module, it gives the same as the fused forward (%.2g)", reason, worst)
+    logger.info("%s; tried on one layer, the fused forward gives the same (%.2g)", reason, worst)
     return ""
 
 
+def _results(forward: Any, inputs: Sequence[Tensor], parts: Sequence[Tensor], **kwargs: Any) -> list[Tensor]:
+    """Output, and gradients of the first input and of the parts, in fp32."""
+    x, *others = inputs
+    x = x.detach().requires_grad_()  # bitsandbytes repacks the weight on CPUs if nothing requires a gradient
+    for part in parts:
+        part.requires_grad_()
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        y = forward(x, *others, **kwargs)
+        dy = torch.linspace(-1, 1, y.numel(), device=y.device).view(y.shape).to(y.dtype)
+        gradients = torch.autograd.grad(y, [x, *parts], dy, materialize_grads=True)
+        return [t.float() for t in (y.detach(), *gradients)]
+
+
 def _routed(module: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Three tokens, each for the first and the last expert, and their weights."""
+    """Three tokens, each routed to the first and the last expert, and the weights of the experts."""
     weight = getattr(module, "gate_up_proj" if module.has_gate else "up_proj")
     generator = torch.Generator().manual_seed(0)
     features = weight.shape[1 if getattr(module, "is_transposed", False) else 2]

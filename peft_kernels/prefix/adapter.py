@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from ..patch.prefix import eligibility as judge_prefix
+from ..patch.prefix.eligibility import is_prefix_config
 
 
 class PrefixAdapter(NamedTuple):
@@ -26,7 +26,7 @@ def adapter_of(model: Any, name: str | None) -> PrefixAdapter:
     config = model.peft_config.get(name)
     if config is None:
         raise ValueError(f"adapter_name: expected one of {', '.join(model.peft_config)}, got {name}")
-    if not judge_prefix.is_prefix_config(config):
+    if not is_prefix_config(config):
         kind = getattr(config.peft_type, "value", config.peft_type)
         raise ValueError(f"adapter_name: expected an adapter of prefix tuning, got {name} of {kind}")
     return PrefixAdapter(name, config, model.prompt_encoder[name])

@@ -20,8 +20,9 @@ from ..nf4.weight import NF4Weight
 from ..ops import arguments
 from ..ops.lora.lora import lora_linear
 from ..ops.lora.multi_lora import AdaptedLinear, Adapter, flatten, multi_lora_linear
-from ..patch import eligibility
-from ..patch.fused import RECORD, Fused, Record, fuse, record_of, restore
+from ..patch.eligibility import Base, fused_operands, linear_kind, unsupported_reason
+from ..patch.fused import RECORD, Fallback, Fused, Record, fuse, record_of, restore
+from ..patch.input_spec import input_spec
 
 
 @dataclass
@@ -70,15 +71,19 @@ class Rows:
     def _prepared(self, layer: nn.Module, x: Tensor) -> Call | None:
         there = [None if one is None else one.get(layer) for one in self.adapters]
         different = list({id(one): one for one in there if one is not None}.values())
-        base = eligibility.operands(layer, x.dtype, x.device)
+        base = fused_operands(layer, input_spec(x.dtype, x.device))
         if not different:
             # Else bits of a row would depend on whether another has an adapter here: a dense weight that is
             # torch's product is another one in our op, where rows are few.
-            if len(there) == 1 or isinstance(base, str) or isinstance(base.weight, (NF4Weight, NF4State)):
+            if (
+                len(there) == 1
+                or isinstance(base, Fallback)
+                or isinstance(base.weight, (NF4Weight, NF4State))
+            ):
                 return None
             return _without(base)
-        if isinstance(base, str):
-            raise RuntimeError(f"a layer with adapters cannot be computed: {base}")
+        if isinstance(base, Fallback):
+            raise RuntimeError(f"a layer with adapters cannot be computed: {base.reason}")
         if len(there) == 1:
             return _alone(base, different[0])
         group_of = {id(one): group for group, one in enumerate(different)}
@@ -86,7 +91,7 @@ class Rows:
         return _mixed(base, different, groups, x)
 
 
-def _without(base: eligibility.Base) -> Call:
+def _without(base: Base) -> Call:
     """Rows of which none has an adapter."""
     plain, compute = [AdaptedLinear(base.weight, base.bias)], base.compute_dtype
 
@@ -97,7 +102,7 @@ def _without(base: eligibility.Base) -> Call:
     return call
 
 
-def _alone(base: eligibility.Base, one: LoraLayer) -> Call:
+def _alone(base: Base, one: LoraLayer) -> Call:
     """One request: however many rows there are, all are its."""
     weight, bias, dtype, compute, out_dtype = base
 
@@ -110,7 +115,7 @@ def _alone(base: eligibility.Base, one: LoraLayer) -> Call:
     return call
 
 
-def _mixed(base: eligibility.Base, different: Sequence[LoraLayer], groups: Sequence[int], x: Tensor) -> Call:
+def _mixed(base: Base, different: Sequence[LoraLayer], groups: Sequence[int], x: Tensor) -> Call:
     """One row for each entry of `groups`, which says the adapter, -1 for none."""
     adapters = [
         Adapter(one.lora_a, one.lora_b, one.scaling, group=group) for group, one in enumerate(different)
@@ -209,4 +214,4 @@ def reason_unserved(layer: nn.Module) -> str:
     record = record_of(layer)
     if record is not None and not isinstance(record.facts, Switch):
         return "it is patched: pk.unpatch(model) first"
-    return "" if eligibility.linear(layer) else eligibility.no_forward(layer)
+    return "" if linear_kind(layer) else unsupported_reason(layer)

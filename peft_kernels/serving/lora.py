@@ -13,7 +13,9 @@ from torch import nn
 from ..checkpoints.header import CheckpointError, Entry, shown
 from ..checkpoints.lora_folder import CONFIG, WEIGHTS, LoraFolder, check_init, read_finite, scaling_of
 from ..ops.lora.dora import dora_factors
-from ..patch import eligibility
+from ..patch.eligibility import fused_operands
+from ..patch.fused import Fallback
+from ..patch.input_spec import input_spec
 from .layers import LoraLayer, reason_unserved
 
 _UNSERVED = (
@@ -93,9 +95,12 @@ def _read_layer(
     dtype: torch.dtype,
     adapter_dtype: torch.dtype,
 ) -> LoraLayer:
-    base = reason_unserved(layer) or eligibility.operands(layer, dtype, device)
-    if isinstance(base, str):
-        raise CheckpointError(f"{WEIGHTS}: {shown(path)}: expected a linear layer that is served: {base}")
+    unserved = reason_unserved(layer)
+    base = Fallback(unserved) if unserved else fused_operands(layer, input_spec(dtype, device))
+    if isinstance(base, Fallback):
+        raise CheckpointError(
+            f"{WEIGHTS}: {shown(path)}: expected a linear layer that is served: {base.reason}"
+        )
     out_features, in_features = base.weight.shape
     r = parts["a"].shape[0]
     for part, shape in {"a": (r, in_features), "b": (out_features, r), "magnitude": (out_features,)}.items():

@@ -1,4 +1,4 @@
-"""One thread: on models as small as these, threads only wait for each other."""
+"""Uses one thread: these models are too small for more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Did the patched model run fused, and does it give stock's numbers? Shared by the flow tests."""
+"""Checks that a patched model ran fused and gives stock's values. Shared by the flow tests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FUSED_OPS = ("lora_linear", "multi_lora_linear", "gated_mlp")
 
 
 class Calls(TorchDispatchMode):
-    """Counts calls of this package's ops, by name."""
+    """Counts calls of this package's ops by name."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class Calls(TorchDispatchMode):
 
     @property
     def fused(self) -> int:
-        """Forwards in which a base product and the deltas of its adapters were one op."""
+        """How often base and adapters were computed in one op."""
         return sum(self.counts[name] for name in FUSED_OPS)
 
 
 def lora_layers(model: nn.Module) -> set[str]:
-    """Names of the LoRA layers over linear layers: what can be fused."""
+    """Names of the LoRA layers over linear layers, which can be fused."""
     others = (lora.Embedding, lora.layer._ConvNd, lora.layer.ParamWrapper, lora.layer.MultiheadAttention)
     return {
         name
@@ -55,7 +55,7 @@ def fused_blocks(report: Any) -> set[str]:
 
 
 def layer_fallbacks(report: Any) -> Counter[str]:
-    """Calls of layers that took the original forward, by reason."""
+    """Calls of layers that used the original forward, by reason."""
     return sum((Counter(entry.fallbacks) for entry in report.layers), Counter())
 
 
@@ -69,7 +69,7 @@ def fallbacks(report: Any) -> Counter[str]:
 
 
 def assert_fused(model: nn.Module, report: Any, blocks: int | None = None) -> None:
-    """Every LoRA layer is fused, `blocks` gated MLPs are, and no call has taken the original forward."""
+    """Every LoRA layer and `blocks` gated MLPs are fused, and no call used the original forward."""
     layers = lora_layers(model)
     assert layers and not layers - fused_layers(report), report.details()
     if blocks is not None:
@@ -82,7 +82,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
 
 
 def step(model: nn.Module, loss: Callable[[Any], Tensor], seed: int = 5) -> dict[str, Tensor]:
-    """Loss and gradients of one step whose random numbers start at `seed`."""
+    """Loss and gradients of one step, with the random seed `seed`."""
     model.zero_grad()
     torch.manual_seed(seed)
     value = loss(model)
@@ -136,7 +136,7 @@ def assert_near(got: dict[str, Tensor], want: dict[str, Tensor], bound: float = 
 
 
 def assert_curve(got: list[float], stock: list[float], truth: list[float], bound: float) -> None:
-    """A curve of losses: within `bound` of stock's, and no further from the truth than twice stock's."""
+    """A loss curve within `bound` of stock's, and at most twice as far from the truth."""
     assert len(got) == len(stock) == len(truth) > 1
     ours, theirs = (
         max(abs(a - b) / abs(b) for a, b in zip(curve, truth, strict=True)) for curve in (got, stock)
@@ -150,7 +150,7 @@ def assert_curve(got: list[float], stock: list[float], truth: list[float], bound
 def train(
     model: nn.Module, loss: Callable[[Any, int], Tensor], steps: int = 4, lr: float = 1e-2
 ) -> list[float]:
-    """Losses of a plain loop over the parameters that train."""
+    """Losses of a plain training loop."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     losses = []
     for i in range(steps):

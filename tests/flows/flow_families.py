@@ -1,4 +1,4 @@
-"""Every causal language model of transformers, made tiny from its configuration."""
+"""Every causal language model of transformers, made tiny by its configuration."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SIZES: dict[str, Any] = {
     "decoder_start_token_id": 1,
     "initializer_range": 0.2,
 }
-"""For every field of a configuration that has such a name."""
+"""Sizes for configuration fields, by name."""
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "ctrl": {"dff": 64},
@@ -76,13 +76,13 @@ def families() -> list[str]:
 
 
 def _nested(name: str) -> bool:
-    """Whether a model is made of models, whose text part stands in the list by itself."""
+    """Whether a model contains models, whose text part is in the list itself."""
     kind = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name]
     return bool(getattr(kind, "sub_configs", None))
 
 
 def tiny(name: str, **options: Any) -> Any:
-    """A model of the family in evaluation mode: no dropout, no jitter of routers. `options`: of its
+    """A model of the family in evaluation mode, without dropout and router jitter. `options`: of its
     configuration."""
     kind = transformers.models.auto.configuration_auto.CONFIG_MAPPING[name]
     plain = kind()

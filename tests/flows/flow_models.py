@@ -1,4 +1,4 @@
-"""Tiny models with adapters that do something, a tokenizer without a hub, and data for the flow tests."""
+"""Tiny models with nonzero adapters, a local tokenizer, and data for the flow tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BASES = models.BASES
 
 
 def llama(base: str = "dense", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
-    """A Llama of two layers, whose weights are large enough that its losses tell one forward from another."""
+    """A Llama of two layers, with weights large enough that a different forward changes the losses."""
     defaults = {"intermediate_size": 128, "initializer_range": 0.2, "pad_token_id": 0}
     model = models.tiny_llama(**defaults | overrides).to(dtype)
     if base == "nf4":
@@ -34,7 +34,7 @@ def llama(base: str = "dense", dtype: torch.dtype = torch.float32, **overrides: 
 
 
 def bnb_llama(folder: Path, **options: Any) -> Any:
-    """The same Llama as a tutorial loads it: `from_pretrained` with a BitsAndBytesConfig."""
+    """The same Llama loaded as in tutorials: `from_pretrained` with a BitsAndBytesConfig."""
     pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     llama(dtype=torch.bfloat16).save_pretrained(folder)
     config = transformers.BitsAndBytesConfig(
@@ -58,7 +58,7 @@ def config(**options: Any) -> Any:
 
 
 def adapted(model: Any, **options: Any) -> Any:
-    """A PEFT model in training mode; the same adapters in each call."""
+    """A PEFT model in training mode, with the same adapters for each call."""
     torch.manual_seed(3)
     return peft.get_peft_model(model, config(**options)).train()
 
@@ -70,7 +70,7 @@ def patched_copy(stock: nn.Module) -> tuple[Any, Any]:
 
 
 def in_fp64(model: Any) -> Any:
-    """A copy in fp64 with every packed weight dequantised: the truth."""
+    """A copy in fp64 with dequantised weights, the ground truth."""
     model = copy.deepcopy(model)
     for name, module in list(model.named_modules()):
         weight = module._parameters.get("weight")
@@ -83,7 +83,7 @@ def in_fp64(model: Any) -> Any:
         dense = packed.dequantize(torch.float32).detach()
         if isinstance(module, nn.Linear):
             new: nn.Module = nn.Linear(dense.shape[1], dense.shape[0], bias=False)
-        else:  # Conv1D keeps its weight transposed
+        else:  # Conv1D stores its weight transposed
             new = transformers.pytorch_utils.Conv1D(module.nf, module.nx)
             dense = dense if dense.shape == new.weight.shape else dense.T
         new.weight = nn.Parameter(dense.clone(), requires_grad=False)
@@ -101,7 +101,7 @@ def in_fp64(model: Any) -> Any:
 
 
 def tokenizer() -> Any:
-    """Words w3 ... w127 of a vocabulary as large as the models'."""
+    """A tokenizer for the words w3 ... w127."""
     tokenizers = pytest.importorskip("tokenizers", reason="tokenizers is not installed")
     vocabulary = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{f"w{i}": i for i in range(3, VOCABULARY)}}
     words_ = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<pad>"))
@@ -120,7 +120,8 @@ def words(row: Tensor) -> str:
 
 
 def arguments(kind: Any, folder: Path, steps: int, **more: Any) -> Any:
-    """TrainingArguments, or those of a trainer of TRL: a constant rate, each step logged, nothing saved."""
+    """Arguments of a Trainer or a trainer of TRL: constant learning rate, every step logged, nothing
+    saved."""
     defaults = {
         "output_dir": str(folder),
         "max_steps": steps,
@@ -139,7 +140,7 @@ def arguments(kind: Any, folder: Path, steps: int, **more: Any) -> Any:
 
 
 class Tokens:
-    """Counts the tokens that a model's layers compute."""
+    """Counts the tokens that a model's layers process."""
 
     def __init__(self, model: nn.Module) -> None:
         self.shapes: list[tuple[int, int]] = []

@@ -1,5 +1,5 @@
-"""Every causal language model of transformers that can be made tiny, encoders, seq2seq, a vision model
-with LoRA on NF4 and DoRA on dense weights, outputs and all gradients, patched against stock."""
+"""Every causal language model of transformers that can be made tiny, encoders, seq2seq and a vision model,
+with LoRA on NF4 and DoRA on dense weights: outputs and all gradients, patched against stock."""
 
 from __future__ import annotations
 
@@ -64,14 +64,14 @@ OTHERS: dict[str, tuple[str, Any, dict[str, Any]]] = {
 }
 
 NOT_FUSED: dict[str, str] = {}
-"""Families of which some LoRA layers keep their forward, and the words in which the report says why."""
+"""Families with LoRA layers that are not fused, and the reason in the report."""
 
 NO_TRUTH = {"xglm"}
-"""Families that do not run in fp64: there stock is what is compared with."""
+"""Families that do not run in fp64 and are compared with stock."""
 
 
 def expected(model: Any, report: Any, dora: bool, reached: Collection[str]) -> int:
-    """How many fused ops a forward runs at least; `reached`: parameters that get a gradient from it."""
+    """The minimum number of fused ops in a forward; `reached`: parameters that get a gradient."""
     adapters = [name.partition(".lora_B")[0] for name in reached if ".lora_B" in name]
     layers = fused_layers(report) & lora_layers(model) & set(adapters)
     if dora:
@@ -91,7 +91,7 @@ def plain(name: str) -> Any:
 
 SEQ2SEQ = ("t5", "bart-seq2seq")
 ROUTERS = {"llama4_text", "phimoe"}
-"""Families whose routers are linear layers with a tuple for output, on which no adapter works."""
+"""Families whose routers are linear layers that return a tuple, where no adapter works."""
 MAMBA = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 """Families in which PEFT refuses an adapter on `out_proj`."""
 
@@ -100,7 +100,7 @@ def targets(model: Any, dora: bool) -> Any:
     if model.config.model_type in MAMBA:
         return r".*\.(in_proj|x_proj|up_proj|down_proj|q_proj)"
     if (dora and hasattr(model.config, "num_experts_per_tok")) or model.config.model_type in ROUTERS:
-        # No DoRA on experts, which are one parameter.
+        # No DoRA on experts in one parameter.
         return r".*\.(q_proj|k_proj|v_proj|o_proj|in_proj|kv_proj)"
     return "all-linear"
 
@@ -113,7 +113,7 @@ def batch(name: str, dtype: torch.dtype, seed: int) -> dict[str, Tensor]:
 
 
 def results(name: str, model: Any, seed: int) -> dict[str, Tensor]:
-    """Logits, and the gradients of everything that trains."""
+    """Logits and all gradients."""
     model.zero_grad()
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     logits = model(**batch(name, dtype, seed)).logits
@@ -122,8 +122,8 @@ def results(name: str, model: Any, seed: int) -> dict[str, Tensor]:
 
 
 def cases() -> Iterator[tuple[str, str, str]]:
-    """A family tells what is packed and what is fused. DoRA asks no more of its layers than LoRA does: some
-    families, and one with Conv1D, stand for the rest; LoRA on dense and DoRA on NF4 are tested elsewhere."""
+    """The family determines what is packed and fused. DoRA has the same conditions as LoRA, so some families,
+    and one with Conv1D, suffice; LoRA on dense and DoRA on NF4 weights are tested elsewhere."""
     for i, name in enumerate([*OTHERS, *flow_families.families()]):
         yield name, "nf4", "lora"
         if name in OTHERS or name == "gpt2" or i % 3 == 0:
@@ -140,7 +140,7 @@ def test_patched_as_stock(name: str, base: str, adapter: str) -> None:
     model = adapted(model, use_dora=dora, r=4, lora_alpha=8, target_modules=targets(model, dora)).eval()
     double = in_fp64(model)
     if hasattr(double.get_base_model(), "set_experts_implementation"):
-        double.get_base_model().set_experts_implementation("eager")  # the others have no fp64
+        double.get_base_model().set_experts_implementation("eager")  # the others do not run in fp64
     reports = []
 
     def sample(seed: int) -> Any:

@@ -1,4 +1,4 @@
-"""Deep copies of patched modules inside wrappers that have the attributes of what they wrap."""
+"""Deep copies of patched modules in wrappers that forward attributes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from peft_kernels.patch import fused
 
 
 class Forwarding(nn.Module):
-    """As PEFT's wrappers, and torch.compile's: an attribute that it lacks is that of the layer inside."""
+    """Like PEFT's wrappers and torch.compile's, it forwards missing attributes to the layer inside."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ def test_a_wrapper_stays_around_the_layer() -> None:
 
 @pytest.mark.parametrize("loss", [False, True])
 def test_a_head_that_peft_trains_stays_wrapped(loss: bool) -> None:
-    """`modules_to_save`: its wrapper is what saves the trained head."""
+    """`modules_to_save`: the wrapper saves the trained head."""
     model = adapted(llama(), target_modules=["q_proj"], modules_to_save=["lm_head"])
     pk.patch(model, loss=loss, block=True)
     twin = copy.deepcopy(model)

@@ -1,6 +1,6 @@
-"""Families and flows besides Llama's, with every option of `patch` and our attention: encoder-decoders with
-their caches, hybrids with states, latent attention, Llama 4; batches without padding, classifiers, rewards,
-embeddings. The truth is unpatched and in fp64."""
+"""Families and tasks besides Llama's, with every option of `patch` and our attention: encoder-decoders,
+hybrids with states, latent attention, Llama 4; padding-free batches, classifiers, reward models, embeddings.
+The ground truth is unpatched and in fp64."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ import testing
 from peft_kernels.integrations import attention
 
 LAYERS = r".*\.(q|k|v|o|wi_0|wi_1|fc1|fc2|in_proj|(q|k|v|o|out|q_a|q_b|kv_b|gate|up|down)_proj)"
-MAMBA = LAYERS.replace("|out", "")  # PEFT refuses an adapter on theirs
+MAMBA = LAYERS.replace("|out", "")  # PEFT refuses adapters on it
 T5 = {"vocab_size": 100, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4} | {
     "decoder_start_token_id": 0,
     "feed_forward_proj": "gated-gelu",
@@ -69,7 +69,7 @@ def packed(name: str) -> Any:
 
 
 def patched(model: Any) -> Any:
-    """With all that there is."""
+    """Patched with all options."""
     attention.use(model)
     return pk.patch(model, loss=True, block=True)
 
@@ -78,12 +78,12 @@ def truth_of(model: Any) -> Any:
     wide = in_fp64(model)
     for one in wide.modules():
         if hasattr(one, "set_experts_implementation"):
-            one.set_experts_implementation("eager")  # the others have no fp64
+            one.set_experts_implementation("eager")  # the others do not run in fp64
     return wide
 
 
 def batch(name: str, dtype: torch.dtype, side: str = "right") -> dict[str, Tensor]:
-    """The first row is padded, and has tokens without a label."""
+    """A batch whose first row is padded and has tokens without labels."""
     tokens = ids(1, rows=2, length=9, vocabulary=100)
     there = torch.ones_like(tokens)
     there[0, slice(6, None) if side == "right" else slice(3)] = 0
@@ -94,7 +94,7 @@ def batch(name: str, dtype: torch.dtype, side: str = "right") -> dict[str, Tenso
 
 
 def results(name: str, model: Any) -> dict[str, Tensor]:
-    """Loss, logits and gradients of a step, and tokens that are generated, greedily and by beams."""
+    """Loss, logits and gradients of a step, and generated tokens, greedily and by beam search."""
     dtype = next(p.dtype for p in model.parameters() if p.is_floating_point())
     model.zero_grad()
     out = model(**batch(name, dtype))
@@ -118,7 +118,7 @@ def test_family(name: str, tmp_path: Path) -> None:
     assert torch.equal(got["1 beams"], truth["1 beams"]) and torch.equal(got["3 beams"], truth["3 beams"])
     assert not report.original and not layer_fallbacks(report), report.details()
     assert calls.counts["linear_cross_entropy"] and calls.fused
-    if name not in ("t5", "mt5"):  # whose attention has biases of positions
+    if name not in ("t5", "mt5"):  # its attention has position biases
         assert calls.counts["attention"]
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(pk.quantize_model(MODELS[name][0]()), tmp_path)
@@ -132,7 +132,7 @@ def test_family(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["llama", "deepseek_v3", "llama4"])
 def test_texts_side_by_side(name: str) -> None:
-    """A row of DataCollatorWithFlattening: positions that start anew are all that parts its texts."""
+    """A row of DataCollatorWithFlattening: only restarting positions separate its texts."""
     model = packed(name) if name != "llama" else adapted(llama("nf4"), target_modules=LAYERS).eval()
     model.config.use_cache = False
     report = patched(model)
@@ -158,7 +158,7 @@ def test_texts_side_by_side(name: str) -> None:
 
 
 def classifier(kind: Any) -> Any:
-    """A Llama with a score for head, which trains."""
+    """A Llama with a trained score head."""
     config = llama(vocab_size=100).config
     config.num_labels, config.use_cache = 1, False
     torch.manual_seed(0)
@@ -168,7 +168,7 @@ def classifier(kind: Any) -> Any:
 
 
 def test_rewards() -> None:
-    """Of preferred texts, over others."""
+    """Reward modeling on pairs of texts."""
     model = classifier(transformers.AutoModelForSequenceClassification)
     assert type(model.get_base_model().score.modules_to_save["default"]) is nn.Linear, "new, and trained"
     report = patched(model)
@@ -192,7 +192,7 @@ def test_rewards() -> None:
 
 
 def test_embeddings() -> None:
-    """Means over the tokens of each text, in-batch negatives."""
+    """Mean-pooled embeddings with in-batch negatives."""
     model = classifier(transformers.AutoModel)
     report = patched(model)
 

@@ -1,5 +1,5 @@
-"""Layers of other libraries among those that are fused: the patched model computes what its parts compute,
-and the report says what it left alone."""
+"""Layers of other libraries beside fused ones: the patched model computes the same, and the report says what
+is not fused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PREFIX = "base_model.model.model.layers.0.mlp"
 
 
 class RoundedLinear(nn.Linear):
-    """Stands for layers of quantisation-aware training: a subclass with a forward of its own."""
+    """Like layers for quantisation-aware training: a subclass with its own forward."""
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight.abs().amax() / 7
@@ -47,7 +47,7 @@ def mlps(model: Any) -> list[Any]:
 
 
 def assert_as_stock(model: Any, stock: Any, bound: float = 1e-5) -> None:
-    """Loss and all gradients of a step, and what the model says in evaluation."""
+    """Loss and all gradients of a step, and the logits in evaluation."""
     got, want = (step(each.train(), lambda m: language_loss(m, ids())) for each in (model, stock))
     assert_near(got, want, bound)
     with torch.no_grad():
@@ -59,7 +59,7 @@ def assert_as_stock(model: Any, stock: Any, bound: float = 1e-5) -> None:
 @pytest.mark.parametrize("is_adapted", [True, False], ids=["adapted", "not-adapted"])
 @pytest.mark.parametrize("part", ["gate_proj", "up_proj", "down_proj"])
 def test_a_subclass_of_linear_in_an_mlp(part: str, is_adapted: bool, moment: str) -> None:
-    """There when patching, or swapped in later."""
+    """Present at patching, or swapped in later."""
 
     def make() -> Any:
         names = [n for n in ("q_proj", "gate_proj", "up_proj", "down_proj") if is_adapted or n != part]
@@ -87,7 +87,7 @@ def test_a_subclass_of_linear_in_an_mlp(part: str, is_adapted: bool, moment: str
 
 
 def test_a_subclass_of_linear_of_which_nothing_is_overridden() -> None:
-    """Another name for the same computation is as good as nn.Linear."""
+    """A class with nn.Linear's forward is treated like nn.Linear."""
 
     class Renamed(nn.Linear):
         pass
@@ -196,7 +196,7 @@ def test_a_hook_on_the_activation() -> None:
 
 
 class Packed(nn.Module):
-    """Stands for GPTQ, AWQ and HQQ: a layer of its own kind, without `weight`."""
+    """Like GPTQ, AWQ and HQQ: a class of its own, without `weight`."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
@@ -258,7 +258,7 @@ def doubled(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 @pytest.mark.parametrize("moment", ["before", "after"])
 @pytest.mark.parametrize("part", ["mlp", "mlp.up_proj", "self_attn.q_proj", "mlp.up_proj.base_layer"])
 def test_a_forward_that_is_set_on_the_instance(part: str, moment: str) -> None:
-    """As Liger does. The report says so, and does not go on saying fused."""
+    """As Liger does. The report no longer counts the layer as fused."""
     stock, model = (adapted(llama(num_hidden_layers=1)) for _ in range(2))
 
     def overwrite(model: Any) -> None:
@@ -272,13 +272,13 @@ def test_a_forward_that_is_set_on_the_instance(part: str, moment: str) -> None:
     if moment == "after":
         overwrite(model)
     assert_as_stock(model, stock)
-    if moment == "before":  # afterwards it is ours that the new one calls
+    if moment == "before":  # the new one then calls ours
         assert f"base_model.model.model.layers.0.{part}" not in fused_layers(report) | fused_blocks(report)
         assert "forward" in str(report), str(report)
 
 
 def test_a_forward_that_replaces_ours() -> None:
-    """A forward that never calls the old one: the layers inside are still fused, the MLP is not."""
+    """A forward that does not call the old one: the layers inside stay fused, the MLP does not."""
     stock, model = (adapted(llama(num_hidden_layers=1)) for _ in range(2))
     report = pk.patch(model)
     for each in (stock, model):
@@ -292,13 +292,13 @@ def test_a_forward_that_replaces_ours() -> None:
 
 
 def gpt2() -> Any:
-    """Conv1D: a linear layer whose weight is kept transposed."""
+    """Conv1D stores its weight transposed."""
     sizes = {"vocab_size": 128, "n_embd": 64, "n_layer": 1, "n_head": 4, "n_positions": 64}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes, initializer_range=0.2))
 
 
 def falcon() -> Any:
-    """FalconLinear: a subclass of nn.Linear that multiplies by the transposed weight."""
+    """FalconLinear is a subclass of nn.Linear with its own forward."""
     sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
     return transformers.FalconForCausalLM(transformers.FalconConfig(**sizes, initializer_range=0.2))
 
@@ -308,7 +308,7 @@ def falcon() -> Any:
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 @pytest.mark.parametrize("make", [gpt2, falcon])
 def test_plain_layers_that_are_no_linear(make: Callable[[], Any], base: str, adapter: str) -> None:
-    """They are fused, and quantize_model packs them."""
+    """They are fused, and packed by quantize_model."""
     torch.manual_seed(0)
     model = make()
     if base == "nf4":

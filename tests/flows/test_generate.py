@@ -17,7 +17,7 @@ import testing
 NEW = 5
 LENGTH = 6
 TOLERANCE = {"dense": 1e-4, "nf4": 1e-4, "bnb": 0.05}
-"""How near scores are to stock's: bitsandbytes rounds its scales to bf16 when it evaluates on a CPU."""
+"""Bounds on the error of scores: bitsandbytes rounds its scales to bf16 in evaluation on CPUs."""
 
 MODES: dict[str, dict[str, Any]] = {
     "greedy": {"do_sample": False},
@@ -26,7 +26,7 @@ MODES: dict[str, dict[str, Any]] = {
     "static-cache": {"do_sample": False, "cache_implementation": "static"},
     "no-cache": {"do_sample": False, "use_cache": False},
 }
-# Static caches are compiled where they can be; here that would only cost time.
+# Static caches are compiled by default, which only takes time here.
 MODES["static-cache"]["disable_compile"] = True
 
 
@@ -44,7 +44,7 @@ def generate(model: Any, grad_mode: Callable[[], Any] = torch.no_grad, **options
 
 
 def assert_same_text(got: Any, want: Any, tolerance: float) -> None:
-    """The first scores are near; with dense and our own weights, all of the text is the same."""
+    """The first scores are close; with dense and NF4 weights the whole text is the same."""
     assert got.sequences.shape == want.sequences.shape
     finite = torch.isfinite(want.scores[0])
     assert torch.equal(torch.isfinite(got.scores[0]), finite)
@@ -82,7 +82,7 @@ def test_a_plain_forward_in_inference_mode(pair: Any) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_assisted(base: str) -> None:
-    """A smaller patched draft model; the text is that of the large one alone."""
+    """A smaller patched draft model; the text is that of the large model alone."""
     model, report = patched_copy(adapted(llama(base)).eval())
     draft, draft_report = patched_copy(adapted(llama(base, num_hidden_layers=1)).eval())
     alone = generate(model, do_sample=False)
@@ -99,7 +99,7 @@ def test_assisted(base: str) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_training_after_generating_under_inference_mode(base: str) -> None:
-    """Nothing that inference mode has made stays behind where training meets it."""
+    """No inference tensors are left behind for training."""
     stock = adapted(llama(base))
     model, report = patched_copy(stock)
     generate(model.eval(), torch.inference_mode, do_sample=False)
@@ -114,7 +114,7 @@ def test_training_after_generating_under_inference_mode(base: str) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_merged_and_unmerged(base: str) -> None:
-    """A merged model runs its base layers alone, and is fused again when it is unmerged."""
+    """A merged model runs only its base layers, and is fused again once unmerged."""
     stock = adapted(llama(base)).eval()
     model, report = patched_copy(stock)
     model.merge_adapter()
@@ -153,7 +153,7 @@ def test_a_batch_of_several_adapters(base: str) -> None:
             got = run(model, **options)
         assert calls.fused > 0, calls.counts
         assert_same_text(got, run(stock, **options), 1e-4)
-    # The MLP as a block has no adapter for each row: its layers, each alone, do.
+    # The fused MLP has no mixed batches; its single layers do.
     layers = {layer.name: layer.fallbacks for layer in report.layers if layer.fallbacks}
     assert not layers, layers
 

@@ -1,4 +1,4 @@
-"""Hooks on all modules, and calls that were replaced: whatever is patched, they run as often as in stock."""
+"""Global hooks and replaced calls of modules: they run as often as in stock."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def batch() -> dict[str, Tensor]:
 
 
 def calls(model: Any, kind: str) -> Counter[str]:
-    """How often hooks run, by the name of the module."""
+    """How often hooks run, by module name."""
     names = {module: name for name, module in model.named_modules()}
     seen: Counter[str] = Counter()
     handle = HOOKS[kind](lambda module, *_: seen.update([names[module]] if module in names else []))
@@ -89,7 +89,7 @@ def test_patching_while_there_are_hooks() -> None:
 
 
 def test_hooks_that_come_between_decoded_tokens() -> None:
-    """Where calls are made again without judging anew."""
+    """With a cached call."""
     model, _ = patched(adapted(llama()).eval())
     seen: list[nn.Module] = []
     inside = model.base_model.model.model.layers[0].self_attn.q_proj.base_layer
@@ -107,7 +107,7 @@ def test_hooks_that_come_between_decoded_tokens() -> None:
 @pytest.mark.parametrize("where", ["class", "all"])
 @pytest.mark.parametrize("part", ["base_layer", "lora_dropout.default", "mlp.act_fn"])
 def test_a_call_that_was_replaced_is_made(part: str, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of one class, or of nn.Module, as tracers do it."""
+    """Of one class, or of nn.Module, as by tracers."""
     model, report = patched(adapted(llama()))
     module = next(m for n, m in model.named_modules() if n.endswith(part))
     stock, made = nn.Module.__call__, []

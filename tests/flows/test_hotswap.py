@@ -1,5 +1,5 @@
-"""PEFT's hotswap: another adapter's weights into a patched model, eager and compiled, without graph breaks
-and without more compilations than stock's."""
+"""PEFT's hotswap of adapter weights in a patched model, eager and compiled, without graph breaks and without
+more compilations than stock."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def first(base: str) -> Any:
 
 @pytest.fixture(params=["same-scaling", "other-scaling", "other-rank"])
 def second(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    """A folder with another adapter: other weights, and with them another scaling or rank."""
+    """A folder with another adapter: other weights, and another scaling or rank."""
     options = {
         "same-scaling": {"r": RANK, "lora_alpha": 16},
         "other-scaling": {"r": RANK, "lora_alpha": 40},
@@ -56,7 +56,7 @@ def answer(model: Any, seed: int = 1) -> torch.Tensor:
 
 
 def swapped_answers(model: Any, call: Any, folder: Path) -> list[torch.Tensor]:
-    """Before the swap, after it, and once more on another input."""
+    """Outputs before and after the swap, and on another input."""
     before = answer(call)
     hotswap_adapter(model, str(folder), adapter_name="default")
     return [before, answer(call), answer(call, 2)]
@@ -82,7 +82,7 @@ def test_eager(base: str, second: Path) -> None:
 
 
 def compilations(model: Any, folder: Path) -> tuple[list[torch.Tensor], int]:
-    """What a compiled model answers, and how often it was compiled; a graph break raises."""
+    """The outputs of a compiled model, and how often it was compiled; a graph break raises."""
     torch.compiler.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)

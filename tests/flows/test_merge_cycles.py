@@ -1,4 +1,4 @@
-"""Merging and unmerging NF4 models, once and in cycles; a merged model needs nothing of this package."""
+"""Merging and unmerging NF4 models, once and in cycles; a merged model does not need this package."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def packed(model: nn.Module) -> dict[str, Any]:
 
 
 def bits(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Everything that the NF4 weights consist of."""
+    """All tensors of the NF4 weights."""
     return {
         f"{name}.{key}": value.clone()
         for name, weight in packed(model).items()
@@ -39,7 +39,7 @@ def bits(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def size(model: nn.Module) -> int:
-    """Bytes of all parameters, packed ones as they are stored."""
+    """Bytes of all parameters as stored."""
     return sum(
         sum(v.nbytes for v in p.state_dict().values() if isinstance(v, torch.Tensor))
         if isinstance(p, pk.NF4Weight)
@@ -78,13 +78,13 @@ def test_cycles_come_back_to_the_bit(dtype: torch.dtype, adapter: str, is_patche
 
 @pytest.fixture
 def _not_warned_yet(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a merge costs is said once a process."""
+    """The warning about a merge's memory is given once per process."""
     monkeypatch.setattr(nf4_state, "_warned", set())
 
 
 @pytest.mark.usefixtures("_not_warned_yet")
 def test_doras_cycle_on_an_unpatched_model_leaves_dense_weights() -> None:
-    """PEFT assigns a new weight there, and nothing tells that it is a merge: no bit is lost, memory is."""
+    """Unpatched, DoRA's merge is a plain assignment: no bit is lost, but memory is."""
     model = adapted(llama("nf4"), use_dora=True).eval()
     before = logits(model)
     with pytest.warns(UserWarning, match="from now on"):
@@ -96,7 +96,7 @@ def test_doras_cycle_on_an_unpatched_model_leaves_dense_weights() -> None:
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_merged_is_unmerged(adapter: str) -> None:
-    """Within a cycle: the merged model gives what the truth gives."""
+    """Within a cycle the merged model matches the truth."""
     stock = adapted(llama("nf4"), use_dora=adapter == "dora").eval()
     truth = logits(in_fp64(stock))
     model, _ = patched_copy(stock)
@@ -111,7 +111,7 @@ def test_merged_is_unmerged(adapter: str) -> None:
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_training_goes_on_after_a_cycle(adapter: str) -> None:
-    """As a trainer does that merges for its generator in each step."""
+    """As by trainers that merge for generation in each step."""
     stock = adapted(llama("nf4"), use_dora=adapter == "dora")
     model, _ = patched_copy(stock)
     cycled = copy.deepcopy(model)
@@ -182,7 +182,7 @@ class Logits(nn.Module):
 
 
 def leave_behind(base: str, folder: Path) -> None:
-    """A merged model in `folder`, in every way that a model is kept, and what it answers."""
+    """Saves a merged model in `folder` in every format, with its logits."""
     stock = adapted(llama(base)).eval()
     model, _ = patched_copy(stock)
     model = model.merge_and_unload()

@@ -1,5 +1,5 @@
-"""QLoRA on a mixture of experts: adapters on attention and on the experts' parameters, against stock PEFT on
-the weights that the packed ones stand for."""
+"""QLoRA on an MoE: adapters on attention and on the experts' parameters, against stock PEFT on the
+dequantised weights."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FAMILIES = pytest.mark.parametrize("family", MODELS)
 
 
 def mixture(family: str = "qwen3_moe") -> Any:
-    """Two layers, with weights so large that losses tell one forward from another."""
+    """Two layers, with weights large enough that a different forward changes the losses."""
     skip_transposed(family)
     name, options = MODELS[family]
     sizes = {
@@ -68,7 +68,7 @@ def mixture(family: str = "qwen3_moe") -> Any:
 
 
 def pair(family: str = "qwen3_moe") -> tuple[Any, Any]:
-    """A packed model, and a dense one with the same numbers."""
+    """A packed model and a dense one with the same values."""
     dense = mixture(family)
     packed = pk.quantize_model(copy.deepcopy(dense), experts=True)
     for name, weight in packed.named_parameters():
@@ -80,7 +80,7 @@ def pair(family: str = "qwen3_moe") -> tuple[Any, Any]:
 
 
 def adapted(model: Any) -> Any:
-    """Adapters on attention and on the experts, none of them zero."""
+    """Nonzero adapters on attention and on the experts."""
     torch.manual_seed(1)
     attention = ["q_proj", "k_proj", "v_proj", "o_proj", "q_a_proj", "kv_b_proj"]
     config = peft.LoraConfig(
@@ -126,7 +126,7 @@ def test_training(family: str) -> None:
 
 @FAMILIES
 def test_one_step_of_packed_experts_that_are_not_patched(family: str) -> None:
-    """Stock PEFT makes them dense in each call: slow, and right."""
+    """Stock PEFT dequantises the weights in each call: slow but correct."""
     packed, dense = map(adapted, pair(family))
     results = [step(model, lambda m: loss(m, 0)) for model in (packed, dense)]
     assert_near(*results, 1e-4)
@@ -162,7 +162,7 @@ def test_generating(family: str) -> None:
 
 @FAMILIES
 def test_saving_and_loading_adapters(family: str, tmp_path: Path) -> None:
-    """PEFT's files, the same as of a dense model, and into a dense one or a packed one."""
+    """The adapter files equal those of a dense model, and load into a dense or a packed model."""
     packed, dense = map(adapted, pair(family))
     pk.patch(packed)
     before = logits(packed)
@@ -218,7 +218,7 @@ def packed_bits(model: Any) -> list[Tensor]:
 
 
 def test_packed_experts_without_adapters() -> None:
-    """Fused as they are: `patch` has nothing to do."""
+    """NF4 experts need no patch."""
     packed, dense = pair()
     report = pk.patch(packed)
     experts = [entry for entry in report.layers if "experts" in entry.name]
@@ -229,7 +229,7 @@ def test_packed_experts_without_adapters() -> None:
 
 
 def test_attention_alone() -> None:
-    """Adapters on attention, the usual recipe: gradients go through packed experts."""
+    """Adapters on attention only, as usual: gradients pass through packed experts."""
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
     results = []
     for model in pair():

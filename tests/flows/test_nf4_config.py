@@ -1,4 +1,4 @@
-"""A model loaded with NF4Config in the hands of PEFT, transformers' Trainer and TRL."""
+"""A model loaded with NF4Config, in PEFT, transformers' Trainer and TRL."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def loaded(folder: Path, made: str = "dense") -> Any:
-    """Out of a checkpoint that is dense, ours in 4 bits, or bitsandbytes'."""
+    """From a dense checkpoint, an NF4 one of ours, or one of bitsandbytes."""
     if made == "dense":
         return Auto.from_pretrained(folder, quantization_config=NF4Config(), dtype=torch.bfloat16)
     if made == "bnb":
@@ -53,12 +53,13 @@ def losses(trainer: Any) -> list[float]:
 
 
 CUT = ["hrm_text", "lara_mini", "sarvam_moe"]
-"""Their files hold tensors that transformers cuts into linear layers."""
+"""Families whose checkpoints hold fused tensors that transformers splits into linear layers."""
 
 
 @pytest.mark.parametrize("family", [*CUT, "hunyuan_v1_moe", "gemma2", "falcon", "opt", "modernbert-decoder"])
 def test_families(family: str, tmp_path: Path) -> None:
-    """Each layer as quantize_model packs it; the same read again, by bitsandbytes too."""
+    """Each layer is packed as by quantize_model; saved and loaded again, also by bitsandbytes, it is the
+    same."""
     tiny(family).to(torch.bfloat16).save_pretrained(tmp_path / "dense")
     options = {"quantization_config": NF4Config(), "dtype": torch.bfloat16}
     model = Auto.from_pretrained(tmp_path / "dense", **options)
@@ -72,7 +73,7 @@ def test_families(family: str, tmp_path: Path) -> None:
     read.save_pretrained(tmp_path / "again")
     again = Auto.from_pretrained(tmp_path / "again", config=read_config(tmp_path / "again"))
     transformers_models.assert_same_state(again, model)
-    if family != "falcon":  # whose linear layers bitsandbytes leaves dense
+    if family != "falcon":  # bitsandbytes leaves its linear layers dense
         transformers_models.bnb_config()
         transformers_models.assert_same_state(Auto.from_pretrained(tmp_path / "4bit"), model)
     dense = model.dequantize()
@@ -82,7 +83,7 @@ def test_families(family: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("made", ["dense", "ours", "bnb"])
 def test_trainer(made: str, folder: Path, tmp_path: Path) -> None:
-    """The tutorials' way: prepared, adapted, patched; the same losses as with quantize_model."""
+    """As in tutorials: prepared, adapted, patched; the same losses as with quantize_model."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     histories = []
     for base in (loaded(folder, made), pk.quantize_model(Auto.from_pretrained(folder, dtype=torch.bfloat16))):
@@ -102,7 +103,7 @@ def test_trainer(made: str, folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device_map", [None, "auto"])
 def test_sft(device_map: Any, folder: Path, tmp_path: Path) -> None:
-    """TRL loads the model itself, from a path, and makes the adapter."""
+    """TRL loads the model from a path and creates the adapter."""
     if importlib.util.find_spec("trl") is None or importlib.util.find_spec("datasets") is None:
         pytest.skip("TRL or datasets is not installed")
     import datasets
@@ -129,7 +130,7 @@ def test_sft(device_map: Any, folder: Path, tmp_path: Path) -> None:
 
 
 def test_training_without_adapters_is_refused(folder: Path, tmp_path: Path) -> None:
-    """As transformers refuses it for every quantised model: nothing would be trained but norms."""
+    """As transformers refuses for every quantised model: only norms would train."""
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     options = arguments(transformers.TrainingArguments, tmp_path / "out", STEPS)
     with pytest.raises(ValueError, match="purely quantized models"):
@@ -163,7 +164,7 @@ def test_generate(folder: Path) -> None:
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=["all", "some"])
 @pytest.mark.parametrize("made", ["dense", "ours"])
 def test_merge_and_unload(made: str, targets: Any, folder: Path, tmp_path: Path) -> None:
-    """Merged layers are dense, the others stay in 4 bits, and so they are saved."""
+    """Merged layers are dense, the others stay in 4 bits, and are saved like that."""
     model = adapted(loaded(folder, made), target_modules=targets).eval()
     expected = model(input_ids=ids()).logits.detach().float()
     merged = model.merge_and_unload()

@@ -1,5 +1,5 @@
-"""Activations that are elsewhere until backward: by hooks on saved tensors, as torch's `save_on_cpu` has
-them, and by TRL's OffloadActivations. What fused layers save goes through them as any tensor does."""
+"""Activations offloaded until backward, by torch's `save_on_cpu` and by TRL's OffloadActivations: the tensors
+that fused layers save go through the hooks like all others."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ BASES: dict[str, Callable[[], Any]] = {
 
 
 class Elsewhere(saved_tensors_hooks):
-    """Saved tensors as copies, since those on the CPU are there already for `save_on_cpu`."""
+    """Copies saved tensors, since `save_on_cpu` keeps those on the CPU."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""transformers' Trainer with an optimizer of ours: as with bitsandbytes', and as without the break."""
+"""transformers' Trainer with our optimizers: as with bitsandbytes', and the same after a resume."""
 
 from __future__ import annotations
 

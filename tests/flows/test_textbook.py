@@ -1,5 +1,5 @@
-"""The script of every tutorial: NF4, prepare_model_for_kbit_training, LoRA, Trainer(bf16=True) or a loop,
-generate. Norms are fp32 there, so x is fp32 while the base computes in bf16; all of it runs fused."""
+"""The usual tutorial: NF4, prepare_model_for_kbit_training, LoRA, Trainer(bf16=True) or a loop, generate.
+Norms are fp32, so x is fp32 while the base computes in bf16; everything runs fused."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEPS = 4
 
 @pytest.fixture(params=["bnb", "nf4"])
 def stock(request: pytest.FixtureRequest, tmp_path: Path) -> Any:
-    """The model as it is after the tutorial's first three lines."""
+    """The model after the tutorial's first three lines."""
     if request.param == "bnb":
         model = bnb_llama(tmp_path / "model")
     else:
@@ -68,7 +68,7 @@ def test_every_layer_is_fused(stock: Any) -> None:
 
 
 def test_the_headline_counts_lora_layers(stock: Any) -> None:
-    """And not the bases inside them once more."""
+    """And without the bases inside them."""
     _, report = patched_copy(stock)
     assert "14 of 14" in str(report).splitlines()[0], str(report)
 

@@ -1,4 +1,4 @@
-"""What torch does with a patched model as a whole: copies, threads, export, transforms, counters, meta."""
+"""Whole patched models in torch: copies, threads, export, transforms, FLOP counters, the meta device."""
 
 from __future__ import annotations
 
@@ -61,13 +61,13 @@ def test_a_report_is_pickled() -> None:
 
 @OWN
 def test_two_threads(base: str) -> None:
-    """Both train-like steps on one patched model at once, again and again, then one thread alone."""
+    """Repeated concurrent steps on one patched model give the results of a single thread."""
     stock = adapted(llama(base))
     model, report = patched_copy(stock)
     batches = [ids(1), ids(2)]
 
     def results(model: Any, batch: Tensor) -> dict[str, Tensor]:
-        """Gradients without touching `.grad`, which threads would share."""
+        """Gradients without `.grad`, which threads would share."""
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         loss = language_loss(model, batch)
         grads = torch.autograd.grad(loss, list(parameters.values()))
@@ -134,7 +134,7 @@ def flops(model: Any, backward: bool) -> int:
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "step"])
 def test_flops_are_counted(backward: bool) -> None:
-    """As many as stock has on dense weights: dequantising is no product. Backward may do some again."""
+    """As many as stock on dense weights: dequantisation does not count. Backward may recompute some."""
     stock = adapted(llama("dense"))
     want = flops(stock, backward)
     for base in ("dense", "nf4"):
@@ -164,7 +164,7 @@ def test_functional_gradients(base: str) -> None:
 
 @OWN
 def test_vmap_of_gradients(base: str) -> None:
-    """A gradient for each sample of a layer."""
+    """Per-sample gradients of a layer."""
     stock = adapted(llama(base, num_hidden_layers=1)).eval()
     model, _ = patched_copy(stock)
 
@@ -183,7 +183,7 @@ def test_vmap_of_gradients(base: str) -> None:
 
 @OWN
 def test_forward_mode_raises_or_is_right(base: str) -> None:
-    """torch.func.jvp: right, or a RuntimeError that says that an op has none; never silently zero."""
+    """torch.func.jvp: correct, or a RuntimeError that an op has none; never silently zero."""
     stock = adapted(llama(base, num_hidden_layers=1)).eval()
     model, _ = patched_copy(stock)
     x, v = testing.tensor(5, 64, seed=1), testing.tensor(5, 64, seed=2)

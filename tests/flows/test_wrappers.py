@@ -1,4 +1,4 @@
-"""What holds a patched or packed model: DDP (alone), FSDP, accelerate's hooks, replicas of DataParallel."""
+"""Wrappers around patched or packed models: DDP, FSDP, accelerate's hooks, replicas of DataParallel."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OWN = pytest.mark.parametrize("base", ["dense", "nf4"])
 
 
 def assert_fused_or_told(model: nn.Module, report: Any) -> None:
-    """Each layer is fused, or every call that was not is in the report with a reason."""
+    """Each layer is fused, or the report has a reason for every call that was not."""
     reasons = fallbacks(report)
     not_fused = lora_layers(model) - fused_layers(report)
     assert all(reason.strip() for reason in reasons)
@@ -47,12 +47,12 @@ def _gloo(monkeypatch: pytest.MonkeyPatch) -> None:
     if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
         pytest.skip("torch is built without gloo")
     if sys.platform == "linux":
-        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the name of the machine may resolve to nothing
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")  # the host name may not resolve
 
 
 @pytest.fixture
 def _alone(_gloo: None) -> Iterator[None]:
-    """A process group of this process."""
+    """A process group of this process only."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -84,7 +84,7 @@ def test_ddp_takes_nf4_weights_as_they_are(when: str) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.usefixtures("_alone")
 def test_fsdp1(when: str) -> None:
-    """Unsharded parameters, which are views and no nn.Parameters: right, and fused or told."""
+    """Unsharded parameters are views, not nn.Parameters: correct, and fused or reported."""
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -117,7 +117,7 @@ def test_fsdp1(when: str) -> None:
 @OWN
 @pytest.mark.usefixtures("_alone")
 def test_fsdp2(base: str) -> None:
-    """fully_shard gives the same numbers, or says in one sentence what it cannot do."""
+    """fully_shard gives the same values, or an error that says what is not supported."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -143,7 +143,7 @@ def test_fsdp2(base: str) -> None:
 
 
 def hooked(model: Any) -> None:
-    """An AlignDevicesHook on every module that only moves inputs, as dispatch_model leaves them."""
+    """An AlignDevicesHook on every module that only moves inputs, as dispatch_model adds."""
     hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
     for module in model.modules():
         if not list(module.children()):
@@ -187,7 +187,7 @@ def test_hooks_that_only_move_x(base: str, place: Callable[[Any], Any], when: st
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_hook_on_the_whole_model_leaves_every_layer_fused(when: str) -> None:
-    """What from_pretrained(device_map=...) does on one device."""
+    """As from_pretrained(device_map=...) on one device."""
     hooks = pytest.importorskip("accelerate.hooks", reason="accelerate is not installed")
     model = adapted(llama("nf4"))
     report = pk.patch(model) if when == "before" else None
@@ -217,7 +217,7 @@ def test_hooks_come_off_again(when: str) -> None:
 @pytest.mark.parametrize("when", ["before", "after"])
 @OWN
 def test_a_layer_that_lies_on_disk(base: str, when: str, tmp_path: Path) -> None:
-    """Weights that are there only inside a forward; in evaluation, as offloading is for."""
+    """Weights that exist only during a forward, in evaluation, the use of offloading."""
     stock = adapted(llama(base)).eval()
     model = adapted(llama(base)).eval()
     report = pk.patch(model) if when == "before" else None
@@ -230,8 +230,7 @@ def test_a_layer_that_lies_on_disk(base: str, when: str, tmp_path: Path) -> None
 
 
 def test_a_layer_that_lies_in_host_memory() -> None:
-    """cpu_offload: NF4 weights come as their bytes for each call, and are there again when the hooks are
-    gone."""
+    """cpu_offload: NF4 weights are moved packed for each call, and are back when the hooks are removed."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     stock = adapted(llama("nf4")).eval()
     model, report = patched_copy(stock)
@@ -256,8 +255,8 @@ def test_a_layer_that_lies_in_host_memory() -> None:
 
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_layers_on_several_devices(when: str) -> None:
-    """As device_map="auto" lays them out, with the meta device for the second: weights go there packed, x is
-    moved between blocks, and every layer is fused."""
+    """As by device_map="auto", with the meta device as the second: weights are moved packed, x between
+    blocks, and every layer is fused."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     model = adapted(llama("nf4")).eval()
     report = pk.patch(model) if when == "before" else None
@@ -290,11 +289,11 @@ def test_what_accelerate_asks_of_a_parameter(kind: str) -> None:
         type(weight)(weight, requires_grad=True)
 
 
-# Replicas of DataParallel, made by hand: real ones need two GPUs.
+# Replicas of DataParallel, built by hand: real ones need two GPUs.
 
 
 def replica_of(module: nn.Module, weights: dict[str, Tensor], prefix: str = "") -> nn.Module:
-    """As torch.nn.parallel.replicate: plain tensors for parameters, children that are replicas too."""
+    """Like torch.nn.parallel.replicate: plain tensors instead of parameters, children that are replicas."""
     replica = module._replicate_for_data_parallel()
     for name, child in module._modules.items():
         if child is not None:
@@ -302,7 +301,7 @@ def replica_of(module: nn.Module, weights: dict[str, Tensor], prefix: str = "") 
     for name, parameter in module._parameters.items():
         if parameter is None:
             replica._parameters[name] = None
-        else:  # not registered: a replica has no parameters of its own
+        else:  # not registered: a replica has no parameters
             setattr(replica, name, weights.get(prefix + name, parameter))
     return replica
 
@@ -328,7 +327,7 @@ def test_a_replica_computes_with_its_own_weights(base: str, is_patched: bool) ->
 
 
 def test_an_nf4_model_is_not_taken_apart_by_trainer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Trainer makes DataParallel by itself where it sees two GPUs, but not of a quantised model."""
+    """Trainer uses DataParallel if it sees two GPUs, but not for a quantised model."""
     import transformers
 
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")

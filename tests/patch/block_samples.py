@@ -1,4 +1,4 @@
-"""Arguments of the ops between the products of a block: norms of rows, and rotary embedding."""
+"""Inputs of the block ops: RMS norms and rotary embedding."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rms_norm_backward_args(*needs: bool, adds: bool = False, **options: Any) -> 
 def angles(
     batch: int, rows: int, features: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, ...]:
-    """Cosines and sines, in two halves that differ, as no model has them."""
+    """Cosines and sines whose two halves differ, unlike in any model."""
     of_rows = testing.tensor(batch, rows, features, seed=7, scale=3.0)
     return of_rows.cos().to(dtype), of_rows.sin().to(dtype)
 

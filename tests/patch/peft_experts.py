@@ -1,4 +1,4 @@
-"""PEFT's adapters on the weights of experts: the modules of `moe_models`, and routers before them."""
+"""PEFT's adapters on experts' weights: the modules of `moe_models` with routers."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ if not hasattr(peft.tuners.lora.layer, "ParamWrapper"):
 PEFT = tuple(int(part) for part in re.findall(r"\d+", peft.__version__)[:3])
 SEVERAL = pytest.mark.skipif(PEFT < (0, 20), reason="PEFT before 0.20: one adapter with target_parameters")
 FAMILIES = ("qwen3_moe", "mixtral", "gpt_oss", "nemotron_h")
-"""Plain; plain; transposed with biases and a gate of its own; without a gate."""
+"""Two plain kinds, one transposed with biases and its own gate, one without a gate."""
 TOP_K = 2
 WEIGHTS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 def skip_transposed(family: str) -> None:
-    """PEFT before 0.19.1 takes weights as they lie, whatever `is_transposed` says."""
+    """PEFT before 0.19.1 ignores `is_transposed`."""
     if family == "gpt_oss" and PEFT < (0, 19, 1):
         pytest.skip("this PEFT takes transposed weights of experts for others")
 
 
 class Mixture(nn.Module):
-    """Experts and a router whose choice depends on the row's number alone: rounding changes none. The last
+    """Experts and a router that depends on the row index only, so that rounding changes no choice. The last
     expert gets no row."""
 
     def __init__(self, family: str, dtype: torch.dtype, implementation: str = "grouped_mm") -> None:
@@ -72,7 +72,7 @@ def weights_of(model: nn.Module) -> dict[str, Any]:
 
 
 def adapt(model: nn.Module, **options: Any) -> Any:
-    """With PEFT's adapters on the weights of experts that do something from the start."""
+    """With nonzero PEFT adapters on the weights of experts."""
     torch.manual_seed(3)
     model = peft.get_peft_model(model, lora_config(model, **options))
     fill(model)
@@ -93,7 +93,7 @@ def fill(model: nn.Module, adapter: str = "default") -> None:
 
 
 def dequantized(model: Any, dtype: torch.dtype | None = None) -> Any:
-    """A copy whose NF4 experts are dense: stock PEFT on the same numbers. By default of their own dtype."""
+    """A copy with dense instead of NF4 experts, by default in their dtype: stock PEFT on the same values."""
     model = copy.deepcopy(model)
     pk.unpatch(model)
     for module in model.modules():
@@ -101,12 +101,12 @@ def dequantized(model: Any, dtype: torch.dtype | None = None) -> Any:
             unpack(module, dtype)
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.layer.ParamWrapper) and module.get_base_layer().is_transposed:
-            module._did_swap_in_out_features = False  # transposed weights are so again
+            module._did_swap_in_out_features = False  # transposed weights stay transposed
     return model
 
 
 def in_fp64(model: Any) -> Any:
-    """A copy in fp64: the truth."""
+    """A copy in fp64, the ground truth."""
     model = dequantized(model, torch.float32)
     for module in model.modules():
         if hasattr(module, "has_gate"):
@@ -131,8 +131,8 @@ def fallbacks(report: Any) -> list[str]:
 
 
 def assert_same_numbers(model: Any, call: Any = None, dtype: torch.dtype | None = None) -> None:
-    """Patched against stock PEFT over dense weights, by the numbers policy for errors that are averaged over
-    several inputs: the worst rounding of one says little."""
+    """Patched against stock PEFT over dense weights, by the numbers policy with errors averaged over several
+    inputs: the worst rounding of a single one is luck."""
     dtype = dtype or next(iter(weights_of(model).values())).dtype
     wide, dense = in_fp64(model), dequantized(model)
     samples = []
@@ -148,7 +148,7 @@ def assert_same_numbers(model: Any, call: Any = None, dtype: torch.dtype | None 
 
 
 def compare(samples: Sequence[tuple[dict[str, Tensor], ...]]) -> None:
-    """`got`, `plain` and `truth` of each."""
+    """`got`, `plain` and `truth` for each seed."""
     for name, first in samples[0][0].items():
         assert first.dtype == samples[0][1][name].dtype, name
         floor = torch.finfo(first.dtype).eps

@@ -1,4 +1,4 @@
-"""PEFT models over the small ones of `models`, and the comparison of patched with unpatched."""
+"""PEFT models over the small models of `models`, and comparison of patched with unpatched."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def config(**options: Any) -> Any:
-    """Of adapters over q and o that do something from the start."""
+    """A LoraConfig for q and o whose adapters are not zero."""
     defaults = {"r": 8, "lora_alpha": 16, "target_modules": ["q", "o"], "init_lora_weights": False}
     return peft.LoraConfig(**defaults | options)
 
@@ -31,13 +31,13 @@ def lora(model: nn.Module, adapter_dtype: torch.dtype = torch.float32, **options
     model = peft.get_peft_model(model, config(**options))
     for name, parameter in model.named_parameters():
         if "lora_A" in name or "lora_B" in name:
-            # Drawn again: PEFT draws in the type of the base, so that bf16 could hold its fp32 adapters too.
+            # Drawn again: PEFT draws in the dtype of the base, and a bf16 base would round fp32 adapters.
             parameter.data = testing.tensor(*parameter.shape, dtype=adapter_dtype, seed=len(name), scale=0.1)
     return model
 
 
 def add_adapter(model: Any, name: str, **options: Any) -> None:
-    """A further adapter, with numbers of its own."""
+    """Adds an adapter with other values."""
     model.add_adapter(name, config(**options))
     for key, parameter in model.named_parameters():
         if f".{name}." in key:
@@ -45,12 +45,12 @@ def add_adapter(model: Any, name: str, **options: Any) -> None:
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every gradient there is."""
+    """A copy of every gradient."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
 def step(model: nn.Module, loss: Callable[[], Tensor], seed: int = 5) -> dict[str, Tensor]:
-    """Loss and gradients of one step whose random numbers start at `seed`."""
+    """Loss and gradients of one step, with the random seed `seed`."""
     model.zero_grad()
     torch.manual_seed(seed)
     value = loss()
@@ -61,8 +61,7 @@ def step(model: nn.Module, loss: Callable[[], Tensor], seed: int = 5) -> dict[st
 def run(
     model: nn.Module, x: Tensor, call: Callable[..., Tensor] | None = None, **kwargs: Any
 ) -> dict[str, Tensor]:
-    """Output, input gradient and parameter gradients of one step, by `call` when it is not the model's
-    own."""
+    """Output, input gradient and parameter gradients of one step, by `call` instead of the model if given."""
     model.zero_grad()
     torch.manual_seed(7)  # of dropout
     x = x.detach().requires_grad_()
@@ -95,7 +94,7 @@ def saved_on_cpu(model: Any) -> Call:
 
 
 def second_backward(model: Any) -> Call:
-    """A first one through the graph that is kept, whose gradients are thrown away."""
+    """Runs a first backward with retain_graph and discards its gradients."""
 
     def call(x: Tensor) -> Tensor:
         y = model(x)
@@ -107,7 +106,7 @@ def second_backward(model: Any) -> Call:
     return call
 
 
-# What a training loop may do between forward and backward; each gives a call that does it.
+# What training loops do between forward and backward; each returns a call that does it.
 REGIMES: dict[str, Callable[[Any], Call]] = {
     "reentrant": checkpointed(True),
     "not-reentrant": checkpointed(False),
@@ -118,7 +117,7 @@ REGIMES: dict[str, Callable[[Any], Call]] = {
 
 
 def in_fp64(model: nn.Module) -> nn.Module:
-    """The same model with every weight dequantised and widened: the truth."""
+    """The same model in fp64 with dequantised weights, the ground truth."""
     model = copy.deepcopy(model)
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
@@ -142,6 +141,6 @@ def assert_same_numbers(model: Any, x: Tensor, **kwargs: Any) -> None:
     assert not any(layer.fallbacks for layer in report.layers), str(report)
     assert got.keys() == plain.keys() == truth.keys()
     for name in got:
-        # A peer that is wrong would widen the bound: its error must be one of rounding.
+        # A wrong peer would widen the bound: its error must be of rounding size.
         assert testing.relative_error(plain[name], truth[name]) < 0.02, name
         testing.assert_close(got[name], plain[name], truth[name], name)

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch.block import gated_mlp
+from peft_kernels.patch.examine import examine
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Mlp(nn.Module):
-    """The gated MLP of Llama, with what may come in its place."""
+    """Llama's gated MLP."""
 
     def __init__(self, act_fn: nn.Module | None = None, bias: bool = False) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def adapted(
 
 
 def compare(model: Any, x: Tensor, **options: Any) -> Any:
-    """Patched against unpatched by the numbers policy; gives the report."""
+    """Compares patched with unpatched by the numbers policy and returns the report."""
     truth, plain = run(in_fp64(model), x.double()), run(model, x)
     with pk.patched(model, **options) as report:
         got = run(model, x)
@@ -106,7 +106,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_the_activation_is_found_by_running_it(name: str) -> None:
     module = Mlp(ACTIVATIONS[name]())
-    assert gated_mlp.examine(adapted(module).base_model.model[0]).activation == name
+    assert examine(adapted(module).base_model.model[0], "gated MLP").facts.activation == name
     compare(adapted(Mlp(ACTIVATIONS[name]())), testing.tensor(7, 64))
 
 
@@ -116,7 +116,7 @@ class Squared(nn.Module):
 
 
 class Swish(nn.Module):
-    """SiLU, with a setting of its class and one of its own."""
+    """SiLU, with a setting of the class and one of the instance."""
 
     beta = 1.0
 
@@ -179,7 +179,7 @@ class ClampingMlp(Mlp):
 @pytest.mark.parametrize("make", [lambda: Mlp(Squared()), DroppingMlp, ModuleDroppingMlp, ClampingMlp])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_an_mlp_with_another_forward_is_left_alone(make: Callable[[], nn.Module], training: bool) -> None:
-    """Looked at in evaluation too, in which its dropout would not show."""
+    """Also examined in evaluation mode, in which its dropout has no effect."""
     model = adapted(make()).train(training)
     x = testing.tensor(7, 64)
     plain = run(model, x)

@@ -1,4 +1,4 @@
-"""What modules of experts in 4 bits compute."""
+"""The outputs and gradients of experts in 4 bits."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def run(call: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Result and gradients."""
+    """Output and gradients."""
     x, w = hidden.clone().requires_grad_(), weights.clone().requires_grad_()
     y = call(x, index, w)
     dx, dw = torch.autograd.grad(y, (x, w), testing.tensor(*y.shape, seed=9).to(y.dtype))
@@ -43,7 +43,7 @@ def test_computes_what_dense_experts_do(kind: str, dtype: torch.dtype, implement
 
 
 def test_a_gate_of_its_own_around_a_known_activation() -> None:
-    """As DeepSeek V4 has. Eager experts do not ask for it."""
+    """As in DeepSeek V4. Eager experts ignore it."""
     cls = type(moe.experts("qwen3_moe"))
 
     class Clamped(cls):  # type: ignore[misc, valid-type]
@@ -82,7 +82,7 @@ def test_few_tokens(kind: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_of_other_machines_give_zeros(kind: str) -> None:
-    """Expert parallelism sends experts that it has elsewhere to number `num_experts`, with weight zero."""
+    """Expert parallelism marks experts on other ranks by the index `num_experts` and weight zero."""
     module = packed(kind)
     hidden, index, weights = sample()
     away = index == 2
@@ -155,7 +155,7 @@ def test_checkpointed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_the_same_from_run_to_run(dtype: torch.dtype) -> None:
-    """Of tokens enough for several threads to add to one row of a gradient."""
+    """With enough tokens that several threads add to one row of a gradient."""
     module, given = packed(dtype=dtype), sample(2000, dtype)
     threads = torch.get_num_threads()
     torch.set_num_threads(4)
@@ -169,15 +169,15 @@ def test_the_same_from_run_to_run(dtype: torch.dtype) -> None:
 
 
 def test_what_is_saved_for_backward() -> None:
-    """Rows that enter and leave the experts, gate and up; nothing in fp32, no weight dequantised."""
+    """Allocates the rows that enter and leave the experts, gate and up; nothing in fp32, no dense weight."""
     dtype, rows = torch.bfloat16, 400
     module = packed(dtype=dtype)
     hidden, index, weights = sample(rows, dtype)
     x = hidden.requires_grad_()
     state = [t for name in weight_names(module) for t in getattr(module, name)._state.tensors().values()]
     saved = testing.saved_bytes(lambda: module(x, index, weights), [x, index, weights, *state])
-    row = 2 * moe.INNER + HIDDEN  # gate and up for the activation, what comes out for the routing weights
-    numbers = 2 * 8 + 4  # order and back, and ends
+    row = 2 * moe.INNER + HIDDEN  # gate and up for the activation, the output for the routing weights
+    numbers = 2 * 8 + 4  # permutation, its inverse and the offsets
     assert saved <= rows * moe.TOP_K * (row * dtype.itemsize + numbers) + 4 * EXPERTS
 
 

@@ -1,4 +1,4 @@
-"""Everything of LoRA that is fused, on every base and dtype: patched against unpatched PEFT."""
+"""Every LoRA option that is fused, on every base and dtype: patched against unpatched PEFT."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*lora_bias=True.*has no bias")
 @pytest.fixture(autouse=True)
 def _dropout_of_a_seed(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Gives PEFT's own forward, which calls F.dropout, the masks of the fused one: a layer draws one seed,
-    and its adapters take one stream of it each."""
+    and each of its adapters uses one stream of it."""
     case = request.node.callspec.params.get("case", "")
     streams = itertools.cycle(range(2 if case.startswith("two_active") else 1))
     seed = torch.tensor(0)
@@ -52,14 +52,14 @@ def two_active_with_dropout(model: Any) -> None:
 
 
 def bias_values(model: Any) -> None:
-    """lora_bias starts at zero, which would hide it."""
+    """lora_bias starts at zero, which would hide errors."""
     for name, parameter in model.named_parameters():
         if "lora_B" in name and name.endswith("bias"):
             parameter.data = testing.tensor(*parameter.shape, dtype=parameter.dtype, seed=2, scale=0.3)
 
 
 def moved_magnitudes(model: Any) -> None:
-    """Away from the norms that they start as."""
+    """Changes the magnitudes from the norms they are initialised to."""
     for name, parameter in model.named_parameters():
         if "magnitude" in name:
             parameter.data *= 1 + testing.tensor(*parameter.shape, seed=4, scale=0.2)

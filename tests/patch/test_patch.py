@@ -1,4 +1,4 @@
-"""patch and unpatch: the same numbers, the same model afterwards, and a reason for whatever is not fused."""
+"""patch and unpatch: the same values, the same model afterwards, and a reason for what is not fused."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peft_kernels.patch import fused
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("base", models.BASES)
 def test_adapters_in_bf16(base: str, dtype: torch.dtype) -> None:
-    """fp32 ones, and those of the base's type, are in test_fused.py."""
+    """Adapters in fp32 and in the dtype of the base are in test_fused.py."""
     model = lora(models.base_model(base, dtype), torch.bfloat16)
     assert_same_numbers(model, testing.tensor(17, 64, dtype=dtype))
 
@@ -63,7 +63,7 @@ def test_unpatch_restores_the_model_to_the_bit(base: str) -> None:
 
     report = pk.patch(model)
     run(model, x)
-    # NF4Linear is fused as it is: there is nothing to take out.
+    # NF4Linear needs no fused forward, so there is nothing to remove.
     assert (
         pk.unpatch(model) == sum(entry.kind != "NF4Linear" for entry in (*report.layers, *report.bases)) > 0
     )
@@ -92,15 +92,15 @@ def patched_modules(model: nn.Module) -> list[str]:
 
 def test_patch_that_fails_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     model = lora(models.base_model("nf4"))
-    module = importlib.import_module("peft_kernels.patch.report")
-    examine = module.examine
+    module = importlib.import_module("peft_kernels.patch.examine")
+    examine = module.examine_layer
 
     def failing(layer: nn.Module) -> Any:
         if layer is model.base_model.model.o:
             raise RuntimeError("broken")
         return examine(layer)
 
-    monkeypatch.setattr(module, "examine", failing)
+    monkeypatch.setattr(module, "examine_layer", failing)
     with pytest.raises(RuntimeError, match="broken"):
         pk.patch(model)
     assert not patched_modules(model)
@@ -186,13 +186,13 @@ def test_report_names_layers_that_came_later(base: str) -> None:
     report = pk.patch(model)
     assert "after patch()" not in str(report)
     model.add_adapter("wide", peft.LoraConfig(r=4, target_modules=["q", "o"]))
-    assert str(report).count("has come after patch(); patch again to fuse it") == 1
+    assert str(report).count("was added after patch(); patch again to fuse it") == 1
     pk.patch(model)
     assert "after patch()" not in str(report)
 
 
 class ScaledDropout(nn.Dropout):
-    """Does something else than nn.Dropout, as a user's own class may."""
+    """Computes something else than nn.Dropout, as a user's class may."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * super().forward(x)
@@ -215,7 +215,7 @@ def test_what_is_not_fused_takes_the_original_forward(case: str, base: str) -> N
             module.__class__ = ScaledDropout
     torch.manual_seed(7)
     plain = run(model, x)
-    # Linear4bit layers inside are patched too, so their products differ in rounding.
+    # Linear4bit layers inside are patched too, and round differently.
     with pk.patched(model) as report:
         torch.manual_seed(7)
         got = run(model, x)
@@ -249,7 +249,7 @@ def test_layers_of_other_types_are_reported() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}], ids=["lora", "dora"])
 def test_transformers_conv1d(options: dict[str, Any]) -> None:
-    """GPT-2's linear layers, whose weight is transposed."""
+    """GPT-2's linear layers have a transposed weight."""
     pytorch_utils = pytest.importorskip("transformers.pytorch_utils", reason="transformers is not installed")
     model = nn.Sequential()
     model.q = pytorch_utils.Conv1D(96, 64)
@@ -362,10 +362,10 @@ def test_autocast_gives_the_dtype_that_peft_gives(base: str, dtype: torch.dtype)
 
 @pytest.mark.parametrize("base", models.BASES)
 def test_autocast_rounds_adapters(base: str) -> None:
-    """As the weights of nn.Linear; their gradients stay in fp32."""
+    """Like the weights of nn.Linear; their gradients stay fp32."""
     model, x = lora(models.base_model(base)), testing.tensor(17, 64)
     layer = model.base_model.model.q
-    if base == "bnb":  # else it computes in x's fp32
+    if base == "bnb":  # else it computes in fp32 like x
         layer.base_layer.compute_dtype, layer.base_layer.compute_type_is_set = torch.bfloat16, True
     pk.patch(model)
 

@@ -1,4 +1,4 @@
-"""PEFT's `target_parameters` on experts: patched against unpatched, and against the weights dequantised."""
+"""PEFT's `target_parameters` on experts: patched against unpatched, and against dequantised weights."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_several_adapters_of_several_ranks(base: str) -> None:
 
 
 def test_a_scaling_in_a_tensor() -> None:
-    """As PEFT's hotswap has it."""
+    """As PEFT's hotswap sets it."""
     model = adapt(mixture("nf4"))
     for module in model.modules():
         if isinstance(module, peft.tuners.lora.layer.ParamWrapper):
@@ -91,7 +91,7 @@ def test_what_a_training_loop_may_do(regime: str) -> None:
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("base", BASES)
 def test_autocast(base: str, weights: torch.dtype) -> None:
-    """fp32 adapters and activations, products in bf16."""
+    """fp32 adapters and activations, GEMMs in bf16."""
     model = adapt(mixture(base, dtype=weights))
     wide, stock, samples = in_fp64(model), dequantized(model), []
     inner = experts_of(stock)
@@ -108,7 +108,8 @@ def test_autocast(base: str, weights: torch.dtype) -> None:
 
 @pytest.mark.parametrize("base", BASES)
 def test_adapters_are_rounded_under_autocast_alone(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As autocast rounds the weights of linear layers; else, and for a token, they keep what they have."""
+    """As autocast rounds weights of linear layers. Without autocast, and for a single token, they are not
+    rounded."""
     model, seen = adapt(mixture(base, dtype=torch.bfloat16)), []
     linear = peft_kernels.nf4.experts_forward.experts_lora_linear
 
@@ -141,7 +142,7 @@ def test_few_rows(base: str, rows: int) -> None:
 
 
 def test_experts_without_tokens_get_no_gradient() -> None:
-    """And the others get theirs."""
+    """The other parameters get their gradients."""
     model = adapt(mixture("nf4"))
     pk.patch(model)
     found = run(model, tokens())
@@ -152,7 +153,7 @@ def test_experts_without_tokens_get_no_gradient() -> None:
         assert norms[-1] == 0 and bool((norms[:-1] > 0).all())
 
 
-# What PEFT does to adapters between two calls.
+# Changes by PEFT between two calls.
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -170,7 +171,7 @@ def test_disabled_adapters(base: str) -> None:
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_merging_and_taking_it_back(dtype: torch.dtype, patched: bool, safe: bool) -> None:
-    """What is merged is in the weights, dense; what is taken back leaves the packed bytes."""
+    """Merged weights are dense; unmerging restores the packed bytes."""
     model = adapt(mixture("nf4", dtype=dtype))
     expected = run(dequantized(model), tokens(dtype))["y"]
     before = {name: copy.deepcopy(w._state.packed_form()) for name, w in weights_of(model).items()}
@@ -179,7 +180,7 @@ def test_merging_and_taking_it_back(dtype: torch.dtype, patched: bool, safe: boo
     assert all(weight.is_dense for weight in weights_of(model).values())
     error = testing.relative_error(model(tokens(dtype)), expected)
     assert error < (1e-5 if dtype == torch.float32 else 0.02), error
-    with model.disable_adapter():  # PEFT unmerges, then
+    with model.disable_adapter():  # PEFT unmerges before this
         model(tokens(dtype))
     for name, weight in weights_of(model).items():
         for part, value in weight._state.packed_form().items():
@@ -215,7 +216,7 @@ def test_switching_and_deleting() -> None:
     assert torch.equal(model(tokens()), first) and not fallbacks(report)
 
 
-# The machinery.
+# patch, unpatch, report.
 
 
 @pytest.mark.parametrize("base", BASES)
@@ -247,9 +248,9 @@ def test_adapters_that_come_after_patch() -> None:
     model = mixture("nf4")
     report = pk.patch(model)
     model = adapt(model)
-    assert "experts (PEFT LoRA on" in str(report) and "has come after patch" in str(report)
+    assert "experts (PEFT LoRA on" in str(report) and "was added after patch" in str(report)
     pk.patch(model)
-    assert "has come after patch" not in str(pk.patch(model))
+    assert "was added after patch" not in str(pk.patch(model))
 
 
 @pytest.mark.parametrize(
@@ -265,7 +266,7 @@ def test_copies(copying: Callable[[Any], Any]) -> None:
 
 
 def test_the_packed_weights_stay_as_they_are() -> None:
-    """PEFT as it is makes them dense in each call, for as long as that lasts."""
+    """Stock PEFT dequantises the weights for the duration of each call."""
     model = adapt(mixture("nf4"))
     before = {name: copy.deepcopy(w._state.packed_form()) for name, w in weights_of(model).items()}
     parameters = dict(weights_of(model))
@@ -290,7 +291,8 @@ def test_one_graph() -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_hooks_on_all_modules(base: str) -> None:
-    """They run for the experts, whose wrappers are left out, and for their activation, which is in an op."""
+    """They run for the experts, whose wrappers are skipped, and for their activation, which an op
+    computes."""
     stock = adapt(mixture(base))
     model = copy.deepcopy(stock)
     report = pk.patch(model)
@@ -299,7 +301,7 @@ def test_hooks_on_all_modules(base: str) -> None:
         names = {module: name for name, module in model.named_modules()}
         seen: Counter[str] = Counter()
         handle = torch_module.register_module_forward_hook(
-            lambda module, *_: seen.update([names[module]] if module in names else [])  # PEFT makes some
+            lambda module, *_: seen.update([names[module]] if module in names else [])  # PEFT creates some
         )
         try:
             model(tokens())

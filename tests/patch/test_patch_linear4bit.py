@@ -1,4 +1,4 @@
-"""bitsandbytes' Linear4bit layers, with and without an adapter, patched."""
+"""Patched Linear4bit layers of bitsandbytes, with and without an adapter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import testing
 
 
 def test_fp32_activations_over_a_base_that_computes_in_bf16() -> None:
-    """As after `prepare_model_for_kbit_training`: the base product in bf16, the delta from x as it is."""
+    """As after `prepare_model_for_kbit_training`: the base GEMM in bf16, the delta from the fp32 x."""
     torch.manual_seed(0)
     model = nn.Sequential()
     model.q = nn.Linear(128, 96, dtype=torch.bfloat16)
@@ -60,7 +60,7 @@ def test_linear4bit_compute_dtype() -> None:
 
 
 def test_linear4bit_evaluation_changes_no_state_and_training_goes_on() -> None:
-    """bitsandbytes' own CPU evaluation repacks the weight: another absmax, and no x.grad afterwards."""
+    """bitsandbytes' own evaluation on CPUs repacks the weight: another absmax, and no x.grad afterwards."""
     torch.manual_seed(0)
     layer = models.to_linear4bit(nn.Linear(128, 96, dtype=torch.bfloat16))
     state = copy.deepcopy(layer.state_dict())

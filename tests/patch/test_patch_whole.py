@@ -1,4 +1,4 @@
-"""A model is patched as a whole or not at all, also one that the class of a patched model made."""
+"""A model is patched as a whole or not at all, also one created from the class of a patched model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_model_of_the_class_of_a_patched_one(block: bool) -> None:
     pk.patch(first, loss=True, block=block)
     model = type(first)(first.config)
     model.load_state_dict(first.state_dict())
-    for layer, like in zip(model.model.layers, first.model.layers, strict=True):  # parts made so, too
+    for layer, like in zip(model.model.layers, first.model.layers, strict=True):  # the same for its parts
         layer.input_layernorm = type(like.input_layernorm)(64)
     model.lm_head = type(first.lm_head)(64, first.config.vocab_size, bias=False)
     model.load_state_dict(first.state_dict())
@@ -52,7 +52,7 @@ def test_a_model_of_the_class_of_a_patched_one(block: bool) -> None:
 
 
 def test_a_subclass_of_a_patched_class() -> None:
-    """As `fully_shard` makes it: unpatching leaves the class, and patching finds it there."""
+    """As after `fully_shard`: unpatching leaves the subclass, and patching accepts it."""
     fsdp = pytest.importorskip("torch.distributed.fsdp", reason="this torch has no distributed")
     model = adapted(models.tiny_llama())
     report = pk.patch(model)
@@ -78,7 +78,7 @@ def test_pickles_of_a_subclass_keep_it() -> None:
 
 @pytest.mark.parametrize("what", ["class", "swap"])
 def test_an_error_leaves_the_model_as_it_was(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether a class cannot be made, or a module does not take it."""
+    """If a class cannot be created, or a module refuses it."""
     model = adapted(models.tiny_llama())
     before, expected = state(model), model(input_ids=ids()).logits
     head = model.base_model.model.lm_head

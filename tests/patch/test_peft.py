@@ -49,9 +49,9 @@ def test_adapters_saved_on_one_base_load_on_another(
     other = peft.PeftModel.from_pretrained(models.base_model(reader, torch.float32), tmp_path).train()
     if patched:
         assert not pk.patch(other).original
-    x = inputs().requires_grad_()  # so that bitsandbytes does not take its repacking path
+    x = inputs().requires_grad_()  # bitsandbytes does not repack in this mode
     difference = testing.relative_error(other(x), model(x))
-    # The double-quantised scales of the two libraries differ in a few entries.
+    # A few double-quantised scales differ between the libraries.
     assert difference == 0 if writer == reader else difference < 5e-3
 
 
@@ -83,7 +83,7 @@ def test_prepare_model_for_kbit_training_keeps_weights_packed() -> None:
 
 @pytest.mark.parametrize("init", ["pissa", "olora", "gaussian", "orthogonal"])
 def test_initialisations_that_read_or_change_the_base_weight(init: str) -> None:
-    """PiSSA and OLoRA subtract the adapter from the base weight, which becomes dense; none may lose that."""
+    """PiSSA and OLoRA subtract the adapter from the base weight, which becomes dense and must keep that."""
     base = models.base_model("nf4", torch.float32)
     x = inputs()
     expected = base(x)
@@ -91,7 +91,7 @@ def test_initialisations_that_read_or_change_the_base_weight(init: str) -> None:
     pk.patch(model)
     changes_base = init in ("pissa", "olora")
     assert model.base_model.model.q.base_layer.weight.is_dense is changes_base
-    if init != "orthogonal":  # the others start as the identity
+    if init != "orthogonal":  # the others are initialised to the identity
         assert testing.relative_error(model(x), expected) < 1e-4
     with model.disable_adapter():
         if changes_base:

@@ -1,4 +1,4 @@
-"""Are the functions that ours stand in for still those that were read?"""
+"""Fingerprints: the functions that ours replace are recognised by their source."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAMPLE = '''
 
 
 def made(folder: Path, source: str, name: str = "scaled") -> Callable[..., Any]:
-    """A method of this source, in a file as `inspect` wants it."""
+    """A method with this source, in a file that `inspect` can read."""
     path = folder / f"made_{len(list(folder.iterdir()))}.py"
     path.write_text(f"class Made:{source}\n")
     space: dict[str, Any] = {"__name__": "made"}
@@ -40,7 +40,7 @@ def made(folder: Path, source: str, name: str = "scaled") -> Callable[..., Any]:
 
 
 def test_a_fingerprint_is_the_same_on_every_python(tmp_path: Path) -> None:
-    """The table was written on one of them, and is read on all."""
+    """The table is used on every supported Python."""
     assert fingerprint(made(tmp_path, SAMPLE)) == "a9162cdbe74fe38e"
 
 
@@ -85,7 +85,7 @@ def test_every_token_counts(old: str, new: str, tmp_path: Path) -> None:
 
 
 def test_a_wrapper_from_elsewhere_is_not_what_it_wraps(tmp_path: Path) -> None:
-    """`functools.wraps` copies name and module, and `inspect` answers with the source of what is wrapped."""
+    """`functools.wraps` copies name and module, and `inspect` returns the source of the wrapped function."""
     original = made(tmp_path, SAMPLE)
 
     @functools.wraps(original)
@@ -116,8 +116,8 @@ def test_a_decorator_of_the_same_file_counts_by_its_name(tmp_path: Path) -> None
 
 
 def test_what_checkpoints_is_looked_through_and_no_more() -> None:
-    """transformers puts its own around the forward of every layer that can be checkpointed, also around one
-    that somebody has wrapped."""
+    """transformers wraps the forward of every layer that can be checkpointed, also one that is wrapped
+    already."""
     modeling_layers = pytest.importorskip("transformers.modeling_layers")
     from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
@@ -141,7 +141,7 @@ def torch_function() -> Callable[..., Any]:
 
 
 def resolve(name: str) -> Callable[..., Any] | None:
-    """The function of this qualified name as installed, or None where this version has none."""
+    """The installed function of this qualified name, or None if this version does not have it."""
     parts = name.split(".")
     pytest.importorskip(parts[0])
     for end in range(len(parts) - 1, 0, -1):
@@ -162,7 +162,7 @@ def test_the_installed_version_is_in_the_table(name: str) -> None:
         package = name.partition(".")[0]
         pytest.skip(f"{package} {importlib.metadata.version(package)} has no {name}")
     assert sources.qualified_name(function) == name
-    assert reason_unknown(function) is None
+    assert not reason_unknown(function)
 
 
 def test_a_changed_function_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,12 +193,12 @@ def test_a_forward_of_somebody_else_is_told(tmp_path: Path) -> None:
 
 @pytest.fixture
 def tool(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.setattr(sys, "path", sys.path[:])  # the tool adds to it
+    monkeypatch.setattr(sys, "path", sys.path[:])  # the tool changes it
     return runpy.run_path(str(TOOL))["main"]
 
 
 def test_the_tool_reads_archives(tool: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Of this source, in the wheel's `if`, it prints the fingerprint that the function has when it runs."""
+    """It prints the fingerprint that the function has at run time, also for a definition inside an `if`."""
     old = "def forward(self, x):\n    return x\n"
     falcon = "transformers/models/falcon/modeling_falcon.py"
     for version, scale in (("9.0.0", ""), ("9.1.0", "2 * "), ("9.2.0", "2 * ")):

@@ -1,4 +1,4 @@
-"""from_pretrained(quantization_config=NF4Config(experts=True)), and what comes of it on disk."""
+"""from_pretrained(quantization_config=NF4Config(experts=True)), and its checkpoints."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ def model(dense: Path) -> Any:
     return loaded(dense)
 
 
-# What a loaded model computes.
+# Loaded models.
 
 
 def losses(model: Any) -> dict[str, Tensor]:
-    """Logits, each token's loss, and a gradient that has come through all layers."""
+    """Logits, the loss of each token, and a gradient through all layers."""
     embeddings, tokens = model.get_input_embeddings().weight, ids(8, 16)
     out = model(input_ids=tokens, labels=tokens)
     (grad,) = torch.autograd.grad(out.loss, embeddings)
-    # The loss alone would be one number, judged by how one sum of plain torch's happens to be rounded.
+    # A single loss would be compared by the rounding of one sum of torch.
     predicted, wanted = out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()
     by_token = nn.functional.cross_entropy(predicted, wanted, reduction="none")
     return {"logits": out.logits.detach(), "loss": by_token.detach(), "gradient": grad}
@@ -82,7 +82,7 @@ def test_is_what_quantize_model_makes(model: Any, dense: Path) -> None:
     assert model.get_memory_footprint() == other.get_memory_footprint() < 0.35 * ours.bytes_before
 
 
-# On disk.
+# Checkpoints.
 
 
 @pytest.mark.parametrize("how", ["read_config", "plain"])
@@ -137,7 +137,7 @@ def test_dequantised_it_is_saved_as_it_came(model: Any, dense: Path, tmp_path: P
 
 
 def expected_layout(experts: Any) -> Tensor:
-    """A merged down_proj as the class of the experts has it."""
+    """A merged down_proj in the layout of the experts' class."""
     dense: Tensor = experts.down_proj.dense
     return dense.mT if experts.stored_transposed else dense
 
@@ -180,7 +180,7 @@ def test_all_experts_merged_it_is_bitsandbytes_format_again(tmp_path: Path) -> N
 
 
 def test_without_us_it_does_not_load(tmp_path: Path, python: Python) -> None:
-    """transformers tells that it does not know the method, and refuses the shapes."""
+    """transformers reports that it does not know the method, and refuses the shapes."""
     loaded(saved(tmp_path / "dense", "qwen3_moe")).save_pretrained(tmp_path / "4bit")
     python(
         "import logging, io\n"
@@ -208,7 +208,7 @@ def test_configurations(tmp_path: Path) -> None:
     assert read_config(tmp_path / "4bit").quantization_config["experts"] is True
 
 
-# Where, and what of it.
+# Devices and memory.
 
 
 def test_by_default_experts_stay_and_a_warning_says_so(
@@ -267,7 +267,7 @@ def test_other_ways_to_load(kind: str, tmp_path: Path) -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Bytes of the largest tensor of numbers that an op makes."""
+    """Bytes of the largest floating-point tensor that an op allocates."""
 
     nbytes = 0
 
@@ -280,7 +280,7 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_experts_that_a_file_has_apart_are_never_dense_together(kind: str, tmp_path: Path) -> None:
-    """transformers would stack them, and then put gate and up side by side."""
+    """transformers would stack them and concatenate gate and up."""
     saved(tmp_path, kind)
     assert any(".experts.3." in key for key in items_of(tmp_path))
     with Largest() as dense:

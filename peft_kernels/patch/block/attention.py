@@ -1,5 +1,5 @@
-"""Attention modules of Llama's kind: the projections of queries, keys and values in one op, their rotary
-embedding in another. Attention itself is what the model's configuration names, as before."""
+"""Attention modules like Llama's: the projections of queries, keys and values in one op, their rotary
+embedding in another. The model's configuration still selects the attention function."""
 
 from __future__ import annotations
 
@@ -13,29 +13,17 @@ from ...core.backends.base import DTYPES
 from ...ops.arguments import autocast_dtype, is_traced
 from ...ops.block.rotary import rotary
 from ...ops.lora.multi_lora import AdaptedLinear, multi_lora_linear
-from .. import eligibility as judge
-from ..fused import RECORD, Fused
-from ..lora.forward import FusedLora, prepare
-from . import eligibility as judge_block
-from . import empty_cache
+from ..eligibility import Base
+from ..examination import Examination, Layers
+from ..fused import Fallback, Fused, computed_by
+from ..input_spec import input_spec
+from ..lora.eligibility import is_lora
+from ..lora.forward import adapted_operands, sum_reason
+from . import eligibility, empty_cache
 from .eligibility import ORDINARY, PROJECTIONS, Attention
 
 _ROUNDING = ("eager", "sdpa", "peft_kernels")
-"""Attention functions that multiply what autocast has rounded."""
-
-
-class FusedAttention(Fused):
-    """Queries, keys and values from one op, turned by another."""
-
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        record = self.__dict__.get(RECORD)
-        if record is not None:
-            found = _run(self, *args, **kwargs)
-            if not isinstance(found, str):
-                return found
-            if found:
-                record.fallbacks[found] += 1
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
+"""Attention functions whose inputs autocast rounds."""
 
 
 def _run(
@@ -46,39 +34,43 @@ def _run(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """What the original forward gives. A str is the reason why that one must run, empty when it is nothing to
-    count."""
-    if torch.compiler.is_compiling() or is_traced():  # a compiler fuses the embedding with what is around it
-        return ""
-    about = judge_block.attention(module)
-    if isinstance(about, str):
-        return about
+    """What the original forward returns, or a Fallback."""
+    if torch.compiler.is_compiling() or is_traced():  # a compiler fuses the embedding with its neighbours
+        return Fallback()
+    known = eligibility.attention(module)
+    if isinstance(known, Fallback):
+        return known
     x = hidden_states
-    if len(args) > 1 or not _takes(module, x, position_embeddings):
-        return ""
+    if len(args) > 1 or not _supports(module, x, position_embeddings):
+        return Fallback()
     cos, sin = position_embeddings
-    cache = args[0] if args else kwargs.pop(about.cache, None)
-    if "past_key_values" in kwargs:  # by its old name
-        return ""
-    sides = _projections(module, x)
-    if isinstance(sides, str):
-        return sides
-    values, dtypes = sides
-    inside = rounds_to(module, cache)
-    if inside is None or about.words.normed:
+    cache = args[0] if args else kwargs.pop(known.cache, None)
+    if "past_key_values" in kwargs:  # its old name
+        return Fallback()
+    projected = _project(module, x)
+    if isinstance(projected, Fallback):
+        return projected
+    values, dtypes = projected
+    rounded = rounds_to(module, cache)
+    if rounded is None or known.kind.normed:
         values = [t.to(dtype) for t, dtype in zip(values, dtypes, strict=True)]
     q, k, v = (t.view(*x.shape[:-1], -1, module.head_dim) for t in values)
-    if about.words.normed:
+    if known.kind.normed:
         q, k = module.q_norm(q), module.k_norm(k)
-    if not about.words.rotates or getattr(module, about.words.rotates):
-        q, k = rotary(q, k, cos, sin, inside)
-    if inside is not None:
-        q, k, v = (t.to(inside) for t in (q, k, v))
-    y, weights = _attend(module, about, [t.transpose(1, 2) for t in (q, k, v)], attention_mask, cache, kwargs)
+    if not known.kind.rotates or getattr(module, known.kind.rotates):
+        q, k = rotary(q, k, cos, sin, rounded)
+    if rounded is not None:
+        q, k, v = (t.to(rounded) for t in (q, k, v))
+    y, weights = _attend(module, known, [t.transpose(1, 2) for t in (q, k, v)], attention_mask, cache, kwargs)
     return module.o_proj(y.reshape(*x.shape[:-1], -1).contiguous()), weights
 
 
-def _takes(module: Any, x: Any, position_embeddings: Any) -> bool:
+@computed_by(_run)
+class FusedAttention(Fused):
+    """Queries, keys and values from one op, rotated by another."""
+
+
+def _supports(module: Any, x: Any, position_embeddings: Any) -> bool:
     """Whether there is a kernel for such a call."""
     if not isinstance(position_embeddings, (tuple, list)) or len(position_embeddings) != 2:
         return False
@@ -87,7 +79,7 @@ def _takes(module: Any, x: Any, position_embeddings: Any) -> bool:
         return False
     batch, rows = x.shape[:2]
     return (
-        not judge_block.elsewhere(x.device)
+        not eligibility.device_reason(x.device)
         and cos.shape[0] in (1, batch)
         and cos.shape[1:] == (rows, module.head_dim)
         and module.head_dim % 2 == 0
@@ -97,21 +89,22 @@ def _takes(module: Any, x: Any, position_embeddings: Any) -> bool:
     )
 
 
-def _projections(module: Any, x: Tensor) -> tuple[Sequence[Tensor], Sequence[torch.dtype]] | str:
-    """Queries, keys and values of x, each in the dtype that it was computed in, and the dtypes that the
-    modules would give them. Without adapters, merged or disabled ones too, the modules are called."""
+def _project(module: Any, x: Tensor) -> tuple[Sequence[Tensor], Sequence[torch.dtype]] | Fallback:
+    """Queries, keys and values in the dtypes they were computed in, and the dtypes the modules would return.
+    Without active adapters the modules are called."""
     children = module.__dict__["_modules"]
     layers: list[AdaptedLinear] = []
-    bases: list[judge.Base] = []
+    bases: list[Base] = []
     adapted = False
-    for name in PROJECTIONS if any(judge.is_lora(children[name]) for name in PROJECTIONS) else ():
-        prepared = prepare(children[name], x.dtype, x.device)
-        if isinstance(prepared, str):
-            if prepared:
-                return f"{name}: {prepared}"
+    spec = input_spec(x.dtype, x.device)
+    for name in PROJECTIONS if any(is_lora(children[name]) for name in PROJECTIONS) else ():
+        operands = adapted_operands(children[name], spec)
+        if isinstance(operands, Fallback):
+            if operands.reason:
+                return Fallback(f"{name}: {operands.reason}")
             adapted = False
             break
-        base, adapters = prepared
+        base, adapters = operands
         adapted = adapted or len(adapters) > 0
         bases.append(base)
         layers.append(AdaptedLinear(base.weight, base.bias, adapters))
@@ -121,15 +114,15 @@ def _projections(module: Any, x: Tensor) -> tuple[Sequence[Tensor], Sequence[tor
     compute, dtype = bases[0].compute_dtype, bases[0].dtype
     for name, base in zip(PROJECTIONS, bases, strict=True):
         if (base.compute_dtype, base.dtype) != (compute, dtype):
-            return f"{name}: computes in {base.compute_dtype}, {PROJECTIONS[0]} in {compute}"
-    if compute == autocast_dtype(x.device.type):  # which rounds what adapters multiply, too
+            return Fallback(f"{name}: computes in {base.compute_dtype}, {PROJECTIONS[0]} in {compute}")
+    if compute == spec.autocast:  # which rounds the input of adapters too
         dtype = compute
     return multi_lora_linear(x.to(dtype), layers, None, compute), [base.out_dtype for base in bases]
 
 
 def rounds_to(module: Any, cache: Any) -> torch.dtype | None:
-    """The dtype that attention rounds its arguments to, if that can be done before: in training nobody goes
-    on with a cache, and else it keeps what the original forward would put there."""
+    """The dtype that attention rounds its inputs to, if they can be rounded earlier; None otherwise. A cache
+    must keep the values of the original forward, unless in training, where nothing reads it later."""
     dtype = autocast_dtype("cpu")
     training = module.training and torch.is_grad_enabled()
     rounds = module.config._attn_implementation in _ROUNDING
@@ -138,47 +131,42 @@ def rounds_to(module: Any, cache: Any) -> torch.dtype | None:
 
 def _attend(
     module: Any,
-    about: Attention,
-    sides: Sequence[Tensor],
+    known: Attention,
+    projected: Sequence[Tensor],
     attention_mask: Any,
     cache: Any,
     kwargs: dict[str, Any],
 ) -> tuple[Tensor, Any]:
-    """The rest of the original forward, but for its last projection."""
-    q, k, v = sides
+    """The rest of the original forward, without its output projection."""
+    q, k, v = projected
     if cache is not None and not empty_cache.fill(cache, k, v, module.layer_idx):
-        more = {"kwargs": kwargs} if about.cache == "cache" else {}
+        more = {"kwargs": kwargs} if known.cache == "cache" else {}
         k, v = cache.update(k, v, module.layer_idx, **more)
-    told = {
+    options = {
         keyword: getattr(getattr(module, holder) if holder else module, name, None)
-        for keyword, holder, name in about.words.passed
+        for keyword, holder, name in known.kind.passed
     }
-    functions, eager = about.names["ALL_ATTENTION_FUNCTIONS"], about.names["eager_attention_forward"]
+    functions, eager = known.names["ALL_ATTENTION_FUNCTIONS"], known.names["eager_attention_forward"]
     attend = functions.get_interface(module.config._attn_implementation, eager)
     dropout = module.attention_dropout if module.training else 0.0
     found: tuple[Tensor, Any] = attend(
-        module, q, k, v, attention_mask, dropout=dropout, scaling=module.scaling, **told, **kwargs
+        module, q, k, v, attention_mask, dropout=dropout, scaling=module.scaling, **options, **kwargs
     )
     return found
 
 
-def examine(module: nn.Module) -> str | None:
-    """Why an attention module would not run fused, or ""; None for a module that is none."""
-    if not judge_block.is_attention(module):
+def examine(module: nn.Module, layers: Layers) -> Examination | None:
+    if not eligibility.is_attention(module):
         return None
-    about = judge_block.attention(module)
-    if isinstance(about, str):
-        return about
+    known = eligibility.attention(module)
+    reason = known.reason if isinstance(known, Fallback) else ""
     for name in PROJECTIONS:
-        child: Any = module._modules[name]
-        reason = ""
-        if judge.is_lora(child):
-            reason = judge.lora_class(child, FusedLora)
-            if not reason:  # another class keeps its adapters elsewhere
-                active = judge.active(child)
-                reason = judge.lora(child, active, FusedLora) or judge.summed(child, active)
-        weight = next(child.parameters(), None)
-        reason = reason or (judge_block.elsewhere(weight.device) if weight is not None else "")
-        if reason:
-            return f"{name}: {reason}"
-    return ""
+        if not reason and (found := _projection_reason(module._modules[name], layers)):
+            reason = f"{name}: {found}"
+    return Examination.of("attention", module, FusedAttention, reason)
+
+
+def _projection_reason(child: Any, layers: Layers) -> str:
+    reason = sum_reason(child, layers) if is_lora(child) else ""
+    weight = next(child.parameters(), None)
+    return reason or ("" if weight is None else eligibility.device_reason(weight.device))

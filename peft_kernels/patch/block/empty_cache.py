@@ -1,5 +1,4 @@
-"""Caches of keys and values in training: transformers' begins one in every call of a model, and nobody goes
-on with it."""
+"""KV caches in training: transformers creates one in every call of a model, and nothing reads it later."""
 
 from __future__ import annotations
 
@@ -13,9 +12,8 @@ from .. import sources
 
 
 def fill(cache: Any, keys: Tensor, values: Tensor, layer_idx: int) -> bool:
-    """Put keys and values into an empty layer of a cache as they are, where its `update` would put copies of
-    them there and do nothing else. In training, where a copy costs as much again in backward; False: it has
-    to be updated."""
+    """Store keys and values in an empty layer of a cache if its `update` would do nothing but store copies,
+    which in training cost as much again in backward. Returns whether it did."""
     transformers: Any = sys.modules.get("transformers.cache_utils")
     if transformers is None or type(cache) is not transformers.DynamicCache:
         return False

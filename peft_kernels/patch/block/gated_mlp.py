@@ -1,7 +1,7 @@
-"""The gated MLP of Llama-like blocks in one op, which keeps x, gate and up for backward and nothing else.
+"""The gated MLP of Llama-like blocks in one op, which saves only x, gate and up for backward.
 
-Found by structure: a module with gate, up and down projection whose forward, run on stand-ins for the three,
-gives down(activation(gate(x)) * up(x)).
+Recognised by its structure: a module with gate, up and down projection whose forward, run with simple
+functions instead of the three, returns down(activation(gate(x)) * up(x)).
 """
 
 from __future__ import annotations
@@ -18,18 +18,21 @@ from ...core.module_calls import HOOKED
 from ...ops.arguments import is_traced
 from ...ops.gated import ACTIVATIONS, gated_mlp_args
 from ...ops.lora.multi_lora import AdaptedLinear, rounding
-from .. import call_cache as repeated
-from .. import eligibility as judge
-from ..fused import RECORD, Fused, plain_class
-from ..lora.forward import FusedLora, prepare
+from ..call_cache import Guards, cached_call, store
+from ..eligibility import Base, hook_reason, linear_kind, unsupported_reason
+from ..examination import Examination, Layers
+from ..fused import RECORD, Fallback, Fused, computed_by, plain_class
+from ..input_spec import input_spec
+from ..lora.eligibility import active_adapters, is_lora
+from ..lora.forward import adapted_operands, sum_reason
 
 PROJECTIONS = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-"""Names of gate, up and down in Llama, Mistral, Qwen, Gemma and kin, and in older Mixtral experts."""
+"""Names of gate, up and down in Llama, Mistral, Qwen, Gemma, and in older Mixtral experts."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What a module without parameters, buffers and children computes with."""
+    """The state of a module without parameters, buffers and children."""
 
     cls: type[nn.Module]
     values: dict[str, Any]
@@ -37,17 +40,17 @@ class Settings:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a fused MLP was found to be, and what that was found from."""
+    """What the forward of an MLP computes, and what that was determined from."""
 
     names: tuple[str, str, str]
     activation: str
     forward: Callable[..., Any]
-    """Of the class, which stand-ins were run through."""
+    """Of the class."""
     parts: dict[str, tuple[Any, Settings | None]]
-    """What else the forward looked at (`act_fn`), with its settings when it is a module."""
+    """What else the forward read (`act_fn`), with its settings if it is a module."""
 
-    def changed(self, module: nn.Module) -> str | None:
-        """Why the module may compute something else now, or None."""
+    def change_reason(self, module: nn.Module) -> str:
+        """Why the module may compute something else now, or ""."""
         d = module.__dict__
         if plain_class(module).forward is not self.forward:
             return "the forward of its class was replaced"
@@ -59,107 +62,102 @@ class Facts:
                 return f"{name} was replaced"
             if settings is None:
                 continue
-            # One by one, by name: torch.compile cannot ask for the whole dictionary of a module.
+            # One by one, by name: torch.compile cannot read the dictionary of a module as a whole.
             for key, value in settings.values.items():
                 if not _same(getattr(now, key, None), value):
                     return f"{name}.{key} was changed after patch()"
-            more = judge.call_of(now)
-            if more is not None:
-                return f"hooks on {name}, which a fused forward would skip" if more is HOOKED else more
-        return None
+            reason = hook_reason(now)
+            if reason:
+                return f"hooks on {name}, which a fused forward would skip" if reason is HOOKED else reason
+        return ""
 
 
+def _run(module: Any, *args: Any, **kwargs: Any) -> Tensor | Fallback:
+    if is_traced():
+        return Fallback()
+    record = module.__dict__[RECORD]
+    call = cached_call(module, record, args, kwargs)
+    return _prepare_and_run(module, record.facts, args, kwargs) if call is None else call(*args)
+
+
+@computed_by(_run)
 class FusedMlp(Fused):
     """down(activation(gate(x)) * up(x)) in one op."""
 
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        record = self.__dict__.get(RECORD)
-        if record is not None and not is_traced():
-            y: Any = repeated.again(self, record, args, kwargs)
-            if y is None:
-                y = _run(self, record.facts, args, kwargs)
-            if isinstance(y, Tensor):
-                return y
-            if y:
-                record.fallbacks[y] += 1
-        return super().forward(*args, **kwargs)  # type: ignore[misc]
 
-
-def _run(module: Any, facts: Facts, args: Any, kwargs: Any) -> Tensor | str:
+def _prepare_and_run(module: Any, facts: Facts, args: Any, kwargs: Any) -> Tensor | Fallback:
     if len(args) != 1 or kwargs:
-        return f"extra arguments ({', '.join(kwargs) or 'positional'})"
+        return Fallback(f"extra arguments ({', '.join(kwargs) or 'positional'})")
     (x,) = args
-    reason = facts.changed(module)
-    if reason is not None:
-        return reason
+    if reason := facts.change_reason(module):
+        return Fallback(reason)
     children = module.__dict__["_modules"]
     layers: list[AdaptedLinear] = []
-    bases: list[judge.Base] = []
-    adapted, dtype = False, x.dtype
+    bases: list[Base] = []
+    adapted, spec = False, input_spec(x.dtype, x.device)
     for name in facts.names:
-        if len(bases) == 2:  # what down is given
-            dtype = torch.promote_types(bases[0].out_dtype, bases[1].out_dtype)
-        prepared = prepare(children[name], dtype, x.device)
-        if isinstance(prepared, str):
-            return prepared and f"{name}: {prepared}"
-        base, adapters = prepared
+        if len(bases) == 2:  # the input of down
+            spec = spec._replace(dtype=torch.promote_types(bases[0].out_dtype, bases[1].out_dtype))
+        operands = adapted_operands(children[name], spec)
+        if isinstance(operands, Fallback):
+            return Fallback(operands.reason and f"{name}: {operands.reason}")
+        base, adapters = operands
         adapted = adapted or len(adapters) > 0
         bases.append(base)
         layers.append(AdaptedLinear(base.weight, base.bias, adapters))
     if not adapted:  # merged, or without an active adapter
-        return ""
+        return Fallback()
     compute = bases[0].compute_dtype
     for name, base in zip(facts.names, bases, strict=True):
         if base.compute_dtype != compute:
-            return f"{name}: computes in {base.compute_dtype}, {facts.names[0]} in {compute}"
+            return Fallback(f"{name}: computes in {base.compute_dtype}, {facts.names[0]} in {compute}")
     gate, up, down = layers
-    given, x = x, x.to(compute)
-    ops_args = gated_mlp_args(x, gate, up, down, facts.activation, compute)
-    y: Tensor = dispatch.call("gated_mlp", x, *ops_args, rounds=rounding(layers, compute))[0]
+    cast = x.to(compute)
+    op_args = gated_mlp_args(cast, gate, up, down, facts.activation, compute)
+    y: Tensor = dispatch.call("gated_mlp", cast, *op_args, rounds=rounding(layers, compute))[0]
     drops = any(one.dropout_p for layer in layers for one in layer.adapters)
-    if x is given and y.dtype == bases[2].out_dtype and not drops:
-        repeated.note(module, x, "gated_mlp", ops_args, lambda seen: _look(module, facts, seen))
+    if cast is x and y.dtype == bases[2].out_dtype and not drops:
+        again = lambda x: dispatch.call("gated_mlp", x, *op_args)[0]  # noqa: E731
+        store(module, x, again, op_args, lambda guards: _guard(module, facts, guards))
     return y.to(bases[2].out_dtype)
 
 
-def _look(module: Any, facts: Facts, seen: repeated.Seen) -> None:
-    """What `_run` saw of the module."""
-    children = seen.entry(module.__dict__, "_modules")
+def _guard(module: Any, facts: Facts, guards: Guards) -> None:
+    """Guards all that `_prepare_and_run` read of the module."""
+    children = guards.entry(module.__dict__, "_modules")
     for name in facts.names:
-        child = seen.entry(children, name)
-        if judge.is_lora(child):
-            seen.lora(child, judge.active(child))
-            seen.part(child)
+        child = guards.entry(children, name)
+        if is_lora(child):
+            guards.lora(child, active_adapters(child))
+            guards.skipped(child)
         else:
-            seen.linear(child)
-    seen.unchanged = lambda module: facts.changed(module) is None
+            guards.linear(child)
+    guards.unchanged = lambda module: not facts.change_reason(module)
 
 
-def examine(module: nn.Module) -> Facts | str | None:
-    """What a fused MLP needs to know; None for a module that is no gated MLP with adapters, and the reason
-    for one that cannot run as one op, whatever x is."""
+def examine(module: nn.Module, layers: Layers) -> Examination | None:
+    """Examines a gated MLP with adapters."""
     names, children = projections(module), module._modules
-    if names is None or not any(judge.is_lora(children[name]) for name in names):  # type: ignore[arg-type]
+    if names is None or not any(is_lora(children[name]) for name in names):  # type: ignore[arg-type]
         return None
     facts = _facts(module, names)
-    if isinstance(facts, str):
-        return facts
-    for name in names:
-        child: Any = children[name]
-        if judge.is_lora(child):
-            reason = judge.lora_class(child, FusedLora)
-            if not reason:  # another class keeps its adapters elsewhere
-                active = judge.active(child)
-                reason = judge.lora(child, active, FusedLora) or judge.summed(child, active)
-        else:
-            reason = "" if judge.linear(child) else judge.no_forward(child)
-        if reason:
-            return f"{name}: {reason}"
-    return facts.changed(module) or facts
+    if isinstance(facts, Fallback):
+        reason = facts.reason
+    else:
+        reasons = ((name, _projection_reason(children[name], layers)) for name in names)
+        reason = next((f"{name}: {reason}" for name, reason in reasons if reason), "")
+        reason = reason or facts.change_reason(module)
+    return Examination.of("gated MLP", module, FusedMlp, reason, facts)
+
+
+def _projection_reason(child: Any, layers: Layers) -> str:
+    if is_lora(child):
+        return sum_reason(child, layers)
+    return "" if linear_kind(child) else unsupported_reason(child)
 
 
 def projections(module: nn.Module) -> tuple[str, str, str] | None:
-    """Names of gate, up and down in a module that has nothing else but an activation."""
+    """Names of gate, up and down in a module that has no other child but an activation."""
     children = module._modules
     for names in PROJECTIONS:
         if all(children.get(name) is not None for name in names):
@@ -169,8 +167,8 @@ def projections(module: nn.Module) -> tuple[str, str, str] | None:
     return None
 
 
-def _facts(module: nn.Module, names: tuple[str, str, str]) -> Facts | str:
-    """Which activation makes the module's forward a gated MLP, found by running it on stand-ins."""
+def _facts(module: nn.Module, names: tuple[str, str, str]) -> Facts | Fallback:
+    """The activation with which the module's forward is a gated MLP, found by running it on a stand-in."""
 
     def gate(x: Tensor) -> Tensor:
         return 2.0 * x - 0.3
@@ -187,18 +185,18 @@ def _facts(module: nn.Module, names: tuple[str, str, str]) -> Facts | str:
     try:
         with torch.random.fork_rng(devices=[]):
             got = forward(stand_in, x)
-    except Exception:  # whatever a foreign forward does with what it does not expect
+    except Exception:  # an unknown forward may raise anything
         got = None
     for name, activation in ACTIVATIONS.items():
         expected = down(activation(gate(x))[0] * up(x))
         if isinstance(got, Tensor) and got.shape == x.shape and torch.allclose(got, expected, atol=1e-9):
-            parts = {part: (value, _settings(value)) for part, value in stand_in._seen.items()}
+            parts = {part: (value, _settings(value)) for part, value in stand_in._read.items()}
             return Facts(names, name, forward, parts)
-    return "its forward is not down(activation(gate(x)) * up(x)) with an activation known here"
+    return Fallback("its forward is not down(activation(gate(x)) * up(x)) with an activation known here")
 
 
 def _settings(part: Any) -> Settings | None:
-    """Those of a module: its own, and its class's, which the instance may come to override. None for anything
+    """The attributes of a module and of its class, which the instance may override later. None for anything
     else."""
     if not isinstance(part, nn.Module):
         return None
@@ -217,16 +215,16 @@ def _same(a: Any, b: Any) -> bool:
 
 
 class _StandIn:
-    """A module with some children replaced, in training mode, so that a dropout in its forward shows. Notes
-    what else of the module is looked at."""
+    """A module with some children replaced, in training mode, so that dropout in its forward has an effect.
+    Records which other attributes of the module are read."""
 
     def __init__(self, module: nn.Module, replaced: dict[str, Any]) -> None:
-        self.__dict__.update(replaced, _module=module, _seen={}, training=True)
+        self.__dict__.update(replaced, _module=module, _read={}, training=True)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
         if isinstance(value, nn.modules.dropout._DropoutNd):
             return lambda x: nn.functional.dropout(x, value.p)
         if name in self._module._modules or name in vars(self._module):
-            self._seen[name] = value
+            self._read[name] = value
         return value

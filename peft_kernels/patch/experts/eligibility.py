@@ -1,5 +1,7 @@
-"""May experts, and PEFT's adapters on their weights, be fused, and if not, why: as `judge`, for a mixture of
-experts that keeps all experts' weights in one parameter."""
+"""Decides whether experts whose weights are one parameter, and PEFT's adapters on them, can be fused.
+
+Functions that return only a reason return "" if there is none.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +11,23 @@ from typing import Any
 import torch
 
 from ...core.code_tables import WEIGHT_DTYPES
-from ...core.module_calls import hooks_on_all
 from ...nf4.experts_packing import NF4Experts, weight_names
 from ...nf4.weight import NF4Weight
-from .. import eligibility as judge
-from .. import fused, sources, verify
+from .. import sources, verify
+from ..eligibility import hook_reason
+from ..fused import Fused, plain_class
+from ..lora.eligibility import is_lora
 
-_wrapper_classes: dict[tuple[type, Callable[..., Any]], str] = {}
+_wrapper_classes: dict[tuple[Any, ...], str] = {}
 _expert_classes: dict[tuple[type, Callable[..., Any], Any], str] = {}
 
-CALLED = ("_activate_lora", "get_delta_weight", "get_delta_factors", "get_param")
-"""What the forward of a `ParamWrapper` calls; not every version has all."""
+_CALLED = ("_activate_lora", "get_delta_weight", "get_delta_factors", "get_param")
+"""Methods that the forward of a `ParamWrapper` calls; not every version has all."""
 
 
 def is_wrapper(module: Any) -> bool:
     """Whether a module is PEFT's LoRA layer over a parameter, fused or not."""
-    if not judge.is_lora(module):
+    if not is_lora(module):
         return False
     try:
         from peft.tuners.lora.layer import ParamWrapper
@@ -34,39 +37,39 @@ def is_wrapper(module: Any) -> bool:
 
 
 def nest(module: Any) -> Iterator[Any]:
-    """A wrapper, and those that it is around, from the outermost on."""
+    """A wrapper and the wrappers inside it, from the outermost on. Empty for other modules."""
     while is_wrapper(module):
         yield module
         module = module.__dict__["_modules"]["base_layer"]
 
 
 def wrapped(wrappers: Sequence[Any]) -> Any:
-    """The module that the wrappers are around."""
+    """The module inside the wrappers."""
     return wrappers[-1].__dict__["_modules"]["base_layer"]
 
 
-def parameters(wrappers: Sequence[Any], device: torch.device | None, ours: type[fused.Fused]) -> str:
-    """Why the wrappers around one module, from the outermost on, would not run fused on an x on `device`
-    (None: where the weights are), or ""."""
+def wrappers_reason(wrappers: Sequence[Any], device: torch.device | None, ours: type[Fused]) -> str:
+    """Why the wrappers around one module, from the outermost on, cannot run fused for an x on `device` (None:
+    the device of the weights)."""
     experts = wrapped(wrappers)
-    if reason := never(experts):
+    if reason := never_reason(experts):
         return reason
     if len({wrapper.parameter_name for wrapper in wrappers}) != len(wrappers):
         return "several wrappers around one parameter"
     for wrapper in wrappers[1:]:
-        if reason := judge.call_of(wrapper) or "":
+        if reason := hook_reason(wrapper):
             return reason
     return (
-        judge.call_of(experts, device)
-        or _weights(experts, device)
-        or _stands_for_experts(experts)
-        or next(filter(None, (_wrapper(wrapper, experts) for wrapper in wrappers)), "")
-        or _stands_for_wrappers(wrappers, ours)
+        hook_reason(experts, device)
+        or _weights_reason(experts, device)
+        or _experts_class_reason(experts)
+        or next(filter(None, (_wrapper_reason(wrapper, experts) for wrapper in wrappers)), "")
+        or _wrapper_class_reason(wrappers, ours)
     )
 
 
-def _wrapper(wrapper: Any, experts: Any) -> str:
-    """Why the deltas of this wrapper are none that `experts_forward` adds, or ""."""
+def _wrapper_reason(wrapper: Any, experts: Any) -> str:
+    """Why `experts_forward` cannot add the deltas of this wrapper."""
     name = wrapper.parameter_name
     if name not in weight_names(experts):
         return f"adapters on {name} are not fused"
@@ -78,26 +81,26 @@ def _wrapper(wrapper: Any, experts: Any) -> str:
     return ""
 
 
-def never(base: Any) -> str:
-    """Why no adapter over this module could ever run fused, or ""."""
+def never_reason(base: Any) -> str:
+    """Why no adapter on the parameters of this module can ever run fused."""
     if not all(hasattr(base, name) for name in ("has_gate", "has_bias", "has_post_expert_norm")):
         return f"no fused forward over the parameters of a {type(base).__name__}"
     return ""
 
 
-def packed(experts: Any) -> str:
-    """Why packed experts would not run on our kernels, or ""."""
-    own = fused.plain_class(experts).forward is NF4Experts.forward
-    return "" if own else f"a subclass with a forward of its own, {type(experts).__name__}"
+def packed_reason(experts: Any) -> str:
+    """Why packed experts do not run on our kernels."""
+    own = plain_class(experts).forward is NF4Experts.forward
+    return "" if own else f"a subclass with its own forward, {type(experts).__name__}"
 
 
 def transposed(experts: Any) -> bool:
-    """Whether weights are (experts, in_features, out_features)."""
+    """Whether the weights are (experts, in_features, out_features)."""
     return bool(getattr(experts, "is_transposed", False))
 
 
-def _weights(experts: Any, device: torch.device | None) -> str:
-    """Why the weights of experts cannot be read as they are, or ""."""
+def _weights_reason(experts: Any, device: torch.device | None) -> str:
+    """Why the kernels cannot read the weights of experts."""
     found = experts.__dict__["_parameters"]
     for name in weight_names(experts):
         weight = found.get(name)
@@ -115,11 +118,11 @@ def _weights(experts: Any, device: torch.device | None) -> str:
     return ""
 
 
-def _stands_for_experts(experts: Any) -> str:
-    """Why `experts_forward` does not compute what the class of these experts does, or ""."""
+def _experts_class_reason(experts: Any) -> str:
+    """Why `experts_forward` does not compute what the class of these experts does."""
     if isinstance(experts, NF4Experts):
-        return packed(experts)
-    cls = fused.plain_class(experts)
+        return packed_reason(experts)
+    cls = plain_class(experts)
     chosen = getattr(getattr(experts, "config", None), "_experts_implementation", None)
     key = cls, cls.forward, chosen
     found = _expert_classes.get(key)
@@ -130,19 +133,19 @@ def _stands_for_experts(experts: Any) -> str:
     return found
 
 
-def _stands_for_wrappers(wrappers: Sequence[Any], ours: type[fused.Fused]) -> str:
-    """Why `ours` does not compute what the class of these wrappers does, or ""."""
-    for cls in {fused.plain_class(wrapper): None for wrapper in wrappers}:
+def _wrapper_class_reason(wrappers: Sequence[Any], ours: type[Fused]) -> str:
+    """Why `ours` does not compute what the class of these wrappers does."""
+
+    def find(cls: Any) -> str:
+        functions = [getattr(cls, name) for name in _CALLED if hasattr(cls, name)]
+        reason = sources.reason_unknown(cls.forward, *functions)
+        return reason and verify.parameters(wrappers, ours, reason)
+
+    for cls in {plain_class(wrapper): None for wrapper in wrappers}:
         key = cls, cls.forward
         found = _wrapper_classes.get(key)
         if found is None:
-            _wrapper_classes[key] = ""  # while it is tried
-            functions = [getattr(cls, name) for name in CALLED if hasattr(cls, name)]
-            reason = sources.reason_unknown(cls.forward, *functions)
-            found = "" if reason is None else verify.parameters(wrappers, ours, reason)
-            _wrapper_classes[key] = found
-            if found and hooks_on_all():  # which keep it from being tried
-                del _wrapper_classes[key]
+            found = verify.once(_wrapper_classes, key, lambda cls=cls: find(cls))  # type: ignore[misc]
         if found:
             return found
     return ""

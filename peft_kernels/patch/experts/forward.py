@@ -1,11 +1,11 @@
 """PEFT's adapters on the weights of experts (`target_parameters`) on our kernels.
 
-PEFT's `ParamWrapper` adds the product of A and B to the weights of all experts in each call, and lets the
-experts multiply by what comes of it. Here tokens meet the weights and adapters of their own experts alone,
-and packed weights stay packed.
+PEFT's `ParamWrapper` adds B A to the weights of all experts in each call and runs the experts with the sum.
+Here each token is multiplied only by the weights and adapters of its own experts, and packed weights stay
+packed.
 
-There is a wrapper for each parameter, one around the other, all around one module: the outermost, which
-models call, computes for all.
+Each parameter has a wrapper; they are nested around one module, and the outermost, which the model calls,
+computes for all.
 """
 
 from __future__ import annotations
@@ -17,42 +17,27 @@ import torch
 from torch import Tensor
 
 from ...nf4.experts_forward import Lora, experts_forward
-from .. import eligibility as judge
-from ..fused import RECORD, Fused
-from . import eligibility as judge_experts
+from ..fused import Fallback, Fused, computed_by
+from ..lora.eligibility import active_adapters
+from . import eligibility
 
 
-class FusedParameters(Fused):
-    """The experts that are called, and the deltas of all adapters on them."""
-
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        record = self.__dict__.get(RECORD)
-        if record is not None:
-            y = _run(self, x, args, kwargs)
-            if isinstance(y, Tensor):
-                return y
-            if y:
-                record.fallbacks[y] += 1
-        return super().forward(x, *args, **kwargs)  # type: ignore[misc]
-
-
-def _run(module: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | str:
-    """A str is the reason why the original forward must run, empty when that is nothing to count."""
-    wrappers = list(judge_experts.nest(module))
+def _run(module: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor | Fallback:
+    wrappers = list(eligibility.nest(module))
     if any(wrapper.merged_adapters for wrapper in wrappers):
-        return ""
+        return Fallback()
     active = {wrapper.parameter_name: _active(wrapper) for wrapper in wrappers}
     if not any(active.values()):
-        return ""
+        return Fallback()
     given = [name for name, value in kwargs.items() if value is not None]
     if given or len(args) != 2:
-        return f"extra arguments ({', '.join(given) or 'positional'})"
-    reason = judge_experts.parameters(wrappers, x.device, FusedParameters)
+        return Fallback(f"extra arguments ({', '.join(given) or 'positional'})")
+    reason = eligibility.wrappers_reason(wrappers, x.device, FusedParameters)
     if reason:
-        return reason
-    experts = judge_experts.wrapped(wrappers)
+        return Fallback(reason)
+    experts = eligibility.wrapped(wrappers)
     lora = {
-        wrapper.parameter_name: summed(wrapper, names, judge_experts.transposed(experts))
+        wrapper.parameter_name: summed(wrapper, names, eligibility.transposed(experts))
         for wrapper in wrappers
         if (names := active[wrapper.parameter_name])
     }
@@ -60,12 +45,17 @@ def _run(module: Any, x: Tensor, args: Any, kwargs: dict[str, Any]) -> Tensor | 
     return experts_forward(experts, x, index, weights, lora)
 
 
+@computed_by(_run)
+class FusedParameters(Fused):
+    """The experts that the router selects, and the deltas of all adapters on them."""
+
+
 def _active(wrapper: Any) -> list[str]:
-    return [] if wrapper.disable_adapters else judge.active(wrapper)
+    return [] if wrapper.disable_adapters else active_adapters(wrapper)
 
 
 def summed(wrapper: Any, names: Sequence[str], transposed: bool) -> Lora:
-    """Adapters of one parameter as one, of the sum of their ranks."""
+    """The adapters of one parameter as a single one, whose rank is the sum of theirs."""
     found = [_adapter(wrapper, name, transposed) for name in names]
     if len(found) == 1:
         a, b, scaling = found[0]
@@ -76,16 +66,16 @@ def summed(wrapper: Any, names: Sequence[str], transposed: bool) -> Lora:
 
 
 def _adapter(wrapper: Any, name: str, transposed: bool) -> tuple[Tensor, Tensor, Any]:
-    """PEFT has A as (experts * r, in) and B as (out, r * experts), where r comes first.
+    """A (experts, r, in_features), B (experts, out_features, r) and scaling of an adapter.
 
-    Which side of the weight is "in" to PEFT depends on its version and on the layout of the weight: up to
-    0.18, and later for transposed weights, it is the first.
+    PEFT stores A as (experts * r, in) and B as (out, r * experts). "in" is the first dimension of the weight
+    up to PEFT 0.18, and later for transposed weights only.
     """
     experts = wrapper.num_experts
     a, b = wrapper.lora_A[name].weight, wrapper.lora_B[name].weight
     a = a.unflatten(0, (experts, -1))
     b = b.unflatten(1, (-1, experts)).permute(2, 0, 1)
-    # The delta is b a where PEFT has swapped the sides, and a^T b^T else.
+    # The delta is b a where PEFT has swapped in and out, else a^T b^T.
     if getattr(wrapper, "_did_swap_in_out_features", False) == transposed:
         a, b = b.transpose(1, 2), a.transpose(1, 2)
     return a, b, wrapper.scaling[name]

@@ -1,5 +1,4 @@
-"""What the loss without logits asks of a model: is it one of transformers, and what are the layers that make
-its logits."""
+"""Finds models of transformers that compute a loss from labels, and the layers that compute their logits."""
 
 from __future__ import annotations
 
@@ -10,8 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from .. import eligibility as judge
-from .. import fused
+from ..eligibility import TRANSPOSED, layer_reason, linear_kind
+from ..fused import plain_class, replaced_reason
+from ..lora.eligibility import is_lora
+from ..lora.forward import lora_reason
 
 
 def takes_labels(module: nn.Module) -> bool:
@@ -25,8 +26,8 @@ def takes_labels(module: nn.Module) -> bool:
     return _head(module) is not None
 
 
-def asked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether this call of such a model is to compute its loss."""
+def computes_loss(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether this call of such a model computes the loss."""
     if "labels" in kwargs:
         return kwargs["labels"] is not None
     at = _labels_at(model)
@@ -34,13 +35,13 @@ def asked(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bo
 
 
 def _labels_at(model: nn.Module) -> int | None:
-    """Where the forward of a model takes labels, among its arguments."""
-    cls: Any = fused.plain_class(model)
-    return _place(cls)
+    """The position of `labels` among the arguments of a model's forward."""
+    cls: Any = plain_class(model)
+    return _labels_position(cls)
 
 
 @cache
-def _place(cls: Any) -> int | None:
+def _labels_position(cls: Any) -> int | None:
     names = list(inspect.signature(cls.forward).parameters)
     return names.index("labels") - 1 if "labels" in names else None
 
@@ -48,13 +49,13 @@ def _place(cls: Any) -> int | None:
 def _head(model: Any) -> nn.Module | None:
     try:
         head: nn.Module | None = model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):  # of models that have none, or lists of them
+    except (AttributeError, NotImplementedError):  # models without a head, or with a list of heads
         return None
     return head
 
 
 def heads(model: nn.Module) -> list[nn.Module]:
-    """The layers that compute a model's logits: its head, or those that PEFT trains in place of one."""
+    """The layers that compute a model's logits: its head, or the copies of it that PEFT trains."""
     head: Any = _head(model)
     trained = getattr(head, "modules_to_save", None)
     if isinstance(trained, nn.ModuleDict):
@@ -62,14 +63,12 @@ def heads(model: nn.Module) -> list[nn.Module]:
     return [head]
 
 
-def head(layer: nn.Module, lora: type[fused.Fused]) -> str:
-    """Why the logits of a layer would be computed whatever is asked, or "". `lora`: what stands in for a LoRA
-    layer's forward."""
-    replaced = fused.replaced(layer)
-    if replaced is not None:
-        return f"the head: {replaced}"
-    if judge.is_lora(layer):
-        return judge.lora_class(layer, lora) or judge.lora(layer, judge.active(layer), lora)
-    if judge.linear(layer) in ("", judge.TRANSPOSED):
+def head_reason(layer: nn.Module) -> str:
+    """Why the logits of a layer are computed in any case, or ""."""
+    if reason := replaced_reason(layer):
+        return f"the head: {reason}"
+    if is_lora(layer):
+        return lora_reason(layer)
+    if linear_kind(layer) in ("", TRANSPOSED):
         return f"its head is a {type(layer).__name__}"
-    return judge.unusable(layer) if judge.linear(layer) is judge.FOUR_BIT else ""
+    return layer_reason(layer)

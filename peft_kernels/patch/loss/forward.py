@@ -1,7 +1,7 @@
-"""The loss of a model of transformers without its logits, whatever the model does with them.
+"""The loss of a model of transformers without computing its logits.
 
-While a model computes a loss its head answers with logits that are not computed yet (`lazy_logits`); the
-model goes on with these as with any, by its own code, and gives them back in its outputs.
+While a model computes a loss its head returns logits that are not computed yet (`lazy_logits`). The model's
+own code handles these like any other logits and returns them in its outputs.
 """
 
 from __future__ import annotations
@@ -17,42 +17,44 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.arguments import is_traced
-from .. import eligibility as judge
-from ..fused import RECORD, Fused, Record, has
-from ..lora.forward import FusedLora, prepare, rounded
+from ..eligibility import fused_operands, is_linear4bit
+from ..examination import Examination, Layers
+from ..fused import RECORD, Fallback, Fused, Record, has, record_of
+from ..input_spec import input_spec
+from ..lora.eligibility import is_lora
+from ..lora.forward import FusedLora, adapted_operands, rounded
 from ..lora.linear4bit import FusedLinear4bit
-from . import eligibility as judge_loss
-from . import few_rows
+from . import eligibility, few_rows
 from .lazy_logits import lazy_logits
 from .recipe import Head, Seal
 
 
 @dataclass
 class LossFacts:
-    """What is kept of a model whose loss is computed so."""
+    """State of a model whose loss is computed without logits."""
 
     reads: Counter[str] = field(default_factory=Counter)
-    """Logits that were computed after all, by who read them."""
+    """How often the logits were materialised, by the function that did it."""
 
-    def changed(self, model: nn.Module) -> str | None:
-        """Why calls do not run so any more, or None."""
-        late = [layer for layer in judge_loss.heads(model) if not has(layer, LazyHead)]
-        return f"the head, a {type(late[0]).__name__}, has come after patch(); patch again" if late else None
+    def change_reason(self, model: nn.Module) -> str:
+        """Why calls no longer run without logits, or ""."""
+        late = [layer for layer in eligibility.heads(model) if not has(layer, LazyHead)]
+        return f"the head, a {type(late[0]).__name__}, was added after patch(); patch again" if late else ""
 
 
-class _Asked(threading.local):
+class _Computing(threading.local):
     """The model that computes a loss on this thread."""
 
     record: Record | None = None
     seals: list[Seal] = []  # noqa: RUF012 - replaced before anything is added
-    """Of the logits that it was given."""
+    """Those of the logits returned to it."""
 
 
-_now = _Asked()
+_now = _Computing()
 
 
 @contextmanager
-def _asking(record: Record | None) -> Iterator[None]:
+def _computing(record: Record | None) -> Iterator[None]:
     before, _now.record, _now.seals = (_now.record, _now.seals), record, []
     try:
         yield
@@ -72,28 +74,28 @@ class LossModel(Fused):
         record = self.__dict__.get(RECORD)
         if record is None or torch.compiler.is_compiling():
             return stock(*args, **kwargs)
-        with _asking(record if judge_loss.asked(self, args, kwargs) else None):
+        with _computing(record if eligibility.computes_loss(self, args, kwargs) else None):
             return stock(*args, **kwargs)
 
 
 class LazyHead(Fused):
-    """A layer that makes logits."""
+    """A layer that computes logits."""
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         stock = super().forward  # type: ignore[misc]
         record = None if torch.compiler.is_compiling() else _now.record
         if record is None or RECORD not in self.__dict__:
             return stock(x, *args, **kwargs)
-        logits = "extra arguments" if args or kwargs else _logits(self, x, record)
+        logits = Fallback("extra arguments") if args or kwargs else _logits(self, x, record)
         if isinstance(logits, Tensor):
             return logits
-        record.fallbacks[f"logits are computed for the loss, {logits}"] += 1
-        with _asking(None):
+        record.fallbacks[f"logits are computed for the loss, {logits.reason}"] += 1
+        with _computing(None):
             return stock(x, *args, **kwargs)
 
 
 class LazyLinear(LazyHead):
-    """One that runs by its own forward otherwise, but for a few rows without a gradient."""
+    """A head that otherwise runs its own forward, except for a few rows without a gradient."""
 
     def forward(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
         if _now.record is None and RECORD in self.__dict__ and not torch.compiler.is_compiling():
@@ -104,36 +106,48 @@ class LazyLinear(LazyHead):
 
 
 class LazyLinear4bit(LazyHead, FusedLinear4bit):
-    """One of bitsandbytes."""
+    """A head of bitsandbytes."""
 
 
 class LazyLora(LazyHead, FusedLora):
-    """One with adapters of PEFT's."""
+    """A head with PEFT adapters."""
 
 
 def head_mixin(layer: nn.Module) -> type[LazyHead]:
-    """What to swap into a layer that makes logits."""
-    if judge.is_lora(layer):
+    """The class to install in a layer that computes logits."""
+    if is_lora(layer):
         return LazyLora
-    return LazyLinear4bit if judge.is_linear4bit(layer) else LazyLinear
+    return LazyLinear4bit if is_linear4bit(layer) else LazyLinear
 
 
-def _logits(layer: Any, x: Any, record: Record) -> Tensor | str:
-    """Logits that are not computed yet, or why they must be."""
+def examine(module: nn.Module, layers: Layers) -> Examination | None:
+    """Examines a model that computes a loss from labels and logits."""
+    if not eligibility.takes_labels(module):
+        return None
+    heads = eligibility.heads(module)
+    reasons = [eligibility.head_reason(layer) for layer in heads]
+    if any(record_of(layer) is not None and not has(layer, LazyHead) for layer in heads):
+        reasons.append("its head was patched without loss=True; unpatch first")
+    reason = next((reason for reason in reasons if reason), "")
+    return Examination.of("loss without logits,", module, LossModel, reason, LossFacts())
+
+
+def _logits(layer: Any, x: Any, record: Record) -> Tensor | Fallback:
+    """Logits that are not computed yet."""
     if type(x) is not Tensor or torch._C._are_functorch_transforms_active() or is_traced():
-        return f"hidden states are a {type(x).__name__}, or a transform of torch.func is at work"
-    found: Any = _operands(layer, x)
-    if isinstance(found, str):
-        return found
-    base, adapters = found
+        return Fallback(f"hidden states are a {type(x).__name__}, or a transform of torch.func is active")
+    operands: Any = _operands(layer, x)
+    if isinstance(operands, Fallback):
+        return operands
+    base, adapters = operands
     if base.compute_dtype != base.dtype:
-        return f"the head computes in {base.compute_dtype}, its input is in {base.dtype}"
+        return Fallback(f"the head computes in {base.compute_dtype}, its input is in {base.dtype}")
     if len(adapters) > 1:
-        return f"{len(adapters)} adapters of the head"
+        return Fallback(f"{len(adapters)} adapters of the head")
     parts: tuple[Any, ...] = ()
     for one in adapters:
         if one.dropout_p > 0:
-            return "dropout before the adapter of the head"
+            return Fallback("dropout before the adapter of the head")
         one = rounded(one, base.dtype)
         parts = one.lora_a, one.lora_b, one.scaling
     head = Head(x.to(base.dtype), base.weight, base.bias, *parts)
@@ -143,13 +157,14 @@ def _logits(layer: Any, x: Any, record: Record) -> Tensor | str:
 
 
 def _operands(layer: Any, x: Tensor) -> Any:
-    if not judge.is_lora(layer):
-        base = judge.operands(layer, x.dtype, x.device, rounds_frozen=False)
-        return base if isinstance(base, str) else (base, [])
-    if layer.disable_adapters and layer.merged:
-        return "adapters that are merged, and to be unmerged"
-    found = prepare(layer, x.dtype, x.device)
-    if found == "":  # PEFT's forward is the base layer's alone
-        base = judge.base(layer.get_base_layer(), x.dtype, x.device)
-        return base if isinstance(base, str) else (base, [])
-    return found
+    spec = input_spec(x.dtype, x.device)
+    if is_lora(layer):
+        if layer.disable_adapters and layer.merged:
+            return Fallback("adapters that are merged, and to be unmerged")
+        found = adapted_operands(layer, spec)
+        if found != Fallback():
+            return found
+        base = fused_operands(layer.get_base_layer(), spec, called=False)  # PEFT runs it alone
+    else:
+        base = fused_operands(layer, spec, rounds_frozen=False)
+    return base if isinstance(base, Fallback) else (base, [])

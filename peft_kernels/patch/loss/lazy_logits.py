@@ -1,11 +1,11 @@
-"""Logits that are there for whoever reads them, and are not computed where nobody does.
+"""Logits that are computed when something reads their values.
 
-What a model does to its logits before the loss is little: a scale, a cap, a type, a shape. A tensor of the
-class below follows that without any numbers (`lazy_ops`), and gives its loss by `linear_cross_entropy`. All
-else reads the numbers, which are computed then, once, from what the head had been given.
+Models do little to logits before the loss: scale, softcap, cast, reshape. LazyLogits records these steps
+without values (`lazy_ops`) and computes the loss by `linear_cross_entropy`. Any other function materialises
+the values, once, from the input of the head.
 
-To autograd it is an ordinary tensor: views, writes into them and functions of others are recorded as of any.
-So only `__torch_dispatch__`, which lies below autograd, knows numbers from their absence.
+To autograd they are an ordinary tensor: views, in-place writes and functions of other tensors are recorded as
+usual. Only `__torch_dispatch__`, below autograd, distinguishes logits with values from those without.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from .recipe import Head, Recipe, Seal, Step, of_head
 
 @dataclass
 class State:
-    """What logits hold until their values are computed."""
+    """How to compute logits, and their values once they are computed."""
 
     recipe: Recipe
     reads: Counter[str]
-    """How often logits were read, by the function that did."""
+    """How often the logits were materialised, by the function that did it."""
     base: LazyLogits | None = None
-    """What these are a view of, by `recipe.steps[-1]`."""
+    """The logits these are a view of, by `recipe.steps[-1]`."""
     value: Tensor | None = None
     node: Any = None
-    """Of autograd, if gradients go the way that the recipe tells."""
+    """The autograd node, if the recipe describes all of the gradient's path."""
 
 
 class LazyLogits(Tensor):
@@ -47,58 +47,58 @@ class LazyLogits(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _OF_ITSELF or (func is Tensor.register_hook and _is_torchs(args[1])):
+        if func in _METADATA or (func is Tensor.register_hook and _is_torch_hook(args[1])):
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func in _GRADIENT and _asks_gradient(func, args, kwargs):
+        if func in _GRADIENTS and _wants_gradient(func, args, kwargs):
             raise RuntimeError(
-                f"logits: expected no {_GRADIENT[func]}, for the loss is made without them and has no "
-                "gradient by them; patch without loss=True"
+                f"logits: expected no {_GRADIENTS[func]}, for the loss is computed without logits and has no "
+                "gradient with respect to them; patch without loss=True"
             )
         logits = args[0] if args else None
-        if isinstance(logits, LazyLogits) and is_unread(logits):
-            if func in _FOLLOWED:
-                return _follow(func, logits, args, kwargs)
-            if func is F.cross_entropy and is_known(logits):
+        if isinstance(logits, LazyLogits) and is_lazy(logits):
+            if func in _LAZY_FUNCTIONS:
+                return _call_lazily(func, logits, args, kwargs)
+            if func is F.cross_entropy and follows_recipe(logits):
                 loss = _cross_entropy(*args, **kwargs)
                 if loss is not NotImplemented:
                     return loss
-        return _read(func, args, kwargs)
+        return _call_materialized(func, args, kwargs)
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        followed = _followed(func, args, kwargs)
-        if followed is not None:
-            return followed
+        lazy = _lazy_result(func, args, kwargs)
+        if lazy is not None:
+            return lazy
         own: dict[int, LazyLogits] = {}
 
         def plain(t: Any) -> Any:
             if not isinstance(t, LazyLogits):
                 return t
-            value = numbers(t, _name(func))
+            value = materialize(t, _name(func))
             own[id(value)] = t
             return value
 
         args, kwargs = tree_map(plain, (args, kwargs))
         out = func(*args, **kwargs)
-        return tree_map(lambda t: own.get(id(t), t), out)  # what is written into comes back
+        return tree_map(lambda t: own.get(id(t), t), out)  # in-place ops return their argument
 
 
 def lazy_logits(head: Head, dtype: torch.dtype, seal: Seal, reads: Counter[str]) -> Tensor:
-    """Logits of the head, (*hidden.shape[:-1], vocabulary)."""
+    """Lazy logits of the head, (*hidden.shape[:-1], vocabulary)."""
     shape = (*head.hidden.shape[:-1], head.weight.shape[0])
     like = torch.empty(shape, dtype=dtype, device="meta")
     steps: tuple[Step, ...] = () if dtype == head.hidden.dtype else (lambda t: t.to(dtype),)
     logits: LazyLogits = _Deferred.apply(Recipe(head, seal, steps), like, reads, *head.tensors)
-    _know(logits)
+    _set_node(logits)
     return logits
 
 
-def wrapped(like: Tensor, state: State) -> LazyLogits:
-    """Logits without numbers, of the shape, strides and dtype of `like`."""
+def without_values(like: Tensor, state: State) -> LazyLogits:
+    """Logits without values, with the shape, strides and dtype of `like`."""
     logits: LazyLogits = torch.Tensor._make_wrapper_subclass(
         LazyLogits,
         like.shape,
@@ -113,8 +113,8 @@ def wrapped(like: Tensor, state: State) -> LazyLogits:
 class _Deferred(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recipe: Recipe, like: Tensor, reads: Counter[str], *tensors: Tensor) -> LazyLogits:
-        ctx.recipe = recipe  # inputs alone: nothing here refers to the result
-        return wrapped(like, State(recipe, reads))
+        ctx.recipe = recipe  # only inputs: saving the result would be a reference cycle
+        return without_values(like, State(recipe, reads))
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
@@ -128,7 +128,7 @@ class _Deferred(torch.autograd.Function):
 
 
 class _Tanh(torch.autograd.Function):
-    """As torch's, which would keep its result: those who look at what is kept for backward would read it."""
+    """tanh that does not save its result, which saved-tensor hooks would materialise."""
 
     @staticmethod
     def forward(ctx: Any, logits: LazyLogits) -> Tensor:
@@ -144,17 +144,17 @@ class _Tanh(torch.autograd.Function):
         return torch.ops.aten.tanh_backward.default(dy, recipe.compute(recipe.head))
 
 
-# Reading.
+# Materialising.
 
 
-def numbers(logits: LazyLogits, by: str) -> Tensor:
-    """Those of logits, as they would be now had they been computed in the forward, without autograd. Views
-    share memory."""
+def materialize(logits: LazyLogits, by: str) -> Tensor:
+    """The values of logits, without autograd: the same as if computed in the forward. Views share memory.
+    `by`: the function that reads them."""
     state = logits._state
     if state.value is None:
         with torch.no_grad():
             if state.base is not None:
-                state.value = state.recipe.steps[-1](numbers(state.base, by))
+                state.value = state.recipe.steps[-1](materialize(state.base, by))
             else:
                 state.recipe.seal.check()
                 state.reads[by] += 1
@@ -162,23 +162,23 @@ def numbers(logits: LazyLogits, by: str) -> Tensor:
     return state.value
 
 
-def _read(func: Any, args: Any, kwargs: Any) -> Any:
-    """A function of the numbers, in ordinary tensors that are views of the logits: what it writes is
-    written to these, and autograd sees it."""
+def _call_materialized(func: Any, args: Any, kwargs: Any) -> Any:
+    """Calls a function on ordinary tensors that are views of the logits, so that autograd records what it
+    writes."""
     views: dict[int, tuple[Tensor, LazyLogits, Any]] = {}
 
     def view(t: Any) -> Any:
         if not isinstance(t, LazyLogits):
             return t
-        numbers(t, _name(func))
+        materialize(t, _name(func))
         with torch._C.DisableTorchFunctionSubclass():
             plain = torch.ops.aten.alias.default(t)
-        views[id(plain)] = plain, t, _place(plain)
+        views[id(plain)] = plain, t, _layout(plain)
         return plain
 
     out = func(*tree_map(view, args), **tree_map(view, kwargs))
     for plain, _, before in views.values():
-        if _place(plain) != before:
+        if _layout(plain) != before:
             raise RuntimeError(
                 f"logits: expected no {_name(func)}, which would change their shape or memory in place; "
                 "patch without loss=True"
@@ -186,12 +186,12 @@ def _read(func: Any, args: Any, kwargs: Any) -> Any:
     return views[id(out)][1] if id(out) in views else out
 
 
-def _place(t: Tensor) -> Any:
+def _layout(t: Tensor) -> Any:
     return t.shape, t.stride(), t.dtype, t.data_ptr()
 
 
-def is_unread(logits: LazyLogits) -> bool:
-    """Whether nobody has numbers of these, or of what they are a view of, which may then have changed."""
+def is_lazy(logits: LazyLogits) -> bool:
+    """Whether neither these nor the logits they are a view of have values, which may have been written to."""
     at: LazyLogits | None = logits
     while at is not None:
         if at._state.value is not None:
@@ -200,31 +200,31 @@ def is_unread(logits: LazyLogits) -> bool:
     return True
 
 
-def is_known(logits: LazyLogits) -> bool:
-    """Whether gradients go the way that the recipe tells."""
+def follows_recipe(logits: LazyLogits) -> bool:
+    """Whether the recipe describes all of the gradient's path."""
     with torch._C.DisableTorchFunctionSubclass():
         return logits.grad_fn is logits._state.node
 
 
-def _know(logits: LazyLogits) -> None:
+def _set_node(logits: LazyLogits) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         logits._state.node = logits.grad_fn
 
 
 def _name(func: Any) -> str:
-    own = getattr(func, "__self__", None)  # of an attribute: its getter
+    own = getattr(func, "__self__", None)  # for the getter of an attribute
     if isinstance(func, torch._ops.OpOverload):
         func = func.overloadpacket
     return str(getattr(own, "__name__", None) or getattr(func, "__name__", func))
 
 
-# Following.
+# Steps without values.
 
 
-def _followed(op: Any, args: Any, kwargs: Any) -> LazyLogits | None:
-    """What an op makes of logits, without their numbers; None: these are needed."""
-    follow = lazy_ops.FOLLOWED.get(op)
-    if follow is None or not isinstance(args[0], LazyLogits) or not is_unread(args[0]):
+def _lazy_result(op: Any, args: Any, kwargs: Any) -> LazyLogits | None:
+    """The result of an op on logits without values, or None if it needs them."""
+    follow = lazy_ops.LAZY_OPS.get(op)
+    if follow is None or not isinstance(args[0], LazyLogits) or not is_lazy(args[0]):
         return None
     logits, *others = args
     if any(isinstance(t, LazyLogits) for t in tree_leaves((others, kwargs))):
@@ -234,11 +234,11 @@ def _followed(op: Any, args: Any, kwargs: Any) -> LazyLogits | None:
     if found is None:
         return None
     shares = found.like.untyped_storage()._cdata == before.untyped_storage()._cdata
-    return wrapped(found.like, State(found.recipe, logits._state.reads, logits if shares else None))
+    return without_values(found.like, State(found.recipe, logits._state.reads, logits if shares else None))
 
 
-def _follow(func: Any, logits: LazyLogits, args: Any, kwargs: Any) -> Any:
-    known = is_known(logits)
+def _call_lazily(func: Any, logits: LazyLogits, args: Any, kwargs: Any) -> Any:
+    known = follows_recipe(logits)
     if (
         func in (Tensor.tanh, torch.tanh)
         and len(args) == 1
@@ -250,7 +250,7 @@ def _follow(func: Any, logits: LazyLogits, args: Any, kwargs: Any) -> Any:
         with torch._C.DisableTorchFunctionSubclass():
             out = func(*args, **kwargs)
     if known and isinstance(out, LazyLogits) and out is not logits:
-        _know(out)
+        _set_node(out)
     return out
 
 
@@ -286,7 +286,7 @@ def _cross_entropy(
     return loss.to(dtype)
 
 
-_FOLLOWED: frozenset[Callable[..., Any]] = frozenset(
+_LAZY_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     (
         Tensor.float, Tensor.contiguous, Tensor.clone, torch.clone, Tensor.to, Tensor.view, Tensor.reshape,
         torch.reshape, Tensor.flatten, torch.flatten, Tensor.unsqueeze, Tensor.__getitem__, Tensor.mul,
@@ -294,15 +294,15 @@ _FOLLOWED: frozenset[Callable[..., Any]] = frozenset(
         torch.tanh,
     )
 )  # fmt: skip
-"""Functions whose results may be logits without numbers. `lazy_ops` has what torch makes of them."""
+"""Functions whose result may be lazy. `lazy_ops` has the ops that torch turns them into."""
 
 _ATTRIBUTES = (
     "shape dtype device layout ndim requires_grad grad grad_fn is_leaf itemsize nbytes output_nr is_cpu "
     "is_cuda is_meta is_mps is_xla is_xpu is_sparse is_quantized is_nested retains_grad _version "
     "_backward_hooks"
 )
-_WRITTEN = ("requires_grad", "grad", "_backward_hooks")  # autograd itself writes the last
-_OF_ITSELF = {
+_WRITTEN = ("requires_grad", "grad", "_backward_hooks")  # autograd writes the last one
+_METADATA = {
     *(getattr(Tensor, name).__get__ for name in _ATTRIBUTES.split()),
     *(getattr(Tensor, name).__set__ for name in _WRITTEN),
     Tensor.size, Tensor.dim, Tensor.ndimension, Tensor.numel, torch.numel, Tensor.nelement, Tensor.stride,
@@ -310,28 +310,28 @@ _OF_ITSELF = {
     torch.is_floating_point, Tensor.is_complex, torch.is_complex, Tensor.is_inference, torch.is_inference,
     Tensor.requires_grad_,
 }  # fmt: skip
-"""What is asked of the tensor, and not of its numbers."""
+"""Functions of the tensor's metadata."""
 
 
-# Gradients by the logits.
+# Gradients with respect to the logits.
 
-_GRADIENT: dict[Any, str] = {
+_GRADIENTS: dict[Any, str] = {
     Tensor.register_hook: "register_hook",
     Tensor.retain_grad: "retain_grad",
-    torch.autograd.grad: "torch.autograd.grad by them",
+    torch.autograd.grad: "torch.autograd.grad with respect to them",
     torch.autograd.backward: "torch.autograd.backward with them as inputs",
 }
 
 
-def _asks_gradient(func: Any, args: Any, kwargs: Any) -> bool:
-    """Whether one by logits."""
+def _wants_gradient(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether the call is for a gradient with respect to logits."""
     if func is torch.autograd.grad:
-        asked = args[1] if len(args) > 1 else kwargs["inputs"]
+        inputs = args[1] if len(args) > 1 else kwargs["inputs"]
     else:
-        asked = kwargs.get("inputs") if func is torch.autograd.backward else args[0]
-    return any(isinstance(t, LazyLogits) for t in tree_leaves(asked))
+        inputs = kwargs.get("inputs") if func is torch.autograd.backward else args[0]
+    return any(isinstance(t, LazyLogits) for t in tree_leaves(inputs))
 
 
-def _is_torchs(hook: Any) -> bool:
-    """Hooks of FSDP and of counters of FLOPs only want to know when the backward of a module begins."""
+def _is_torch_hook(hook: Any) -> bool:
+    """Whether this is a hook of FSDP or a FLOP counter, which only run when a module's backward begins."""
     return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith("torch.")

@@ -1,7 +1,7 @@
-"""What models do to logits before their loss, without the numbers: op by op, below autograd.
+"""The ops on lazy logits that need no values, below autograd.
 
-Each function gets the op, a meta tensor like the logits, their recipe, and the op's other arguments. It may
-answer None: the numbers are needed.
+Each function takes the op, a meta tensor like the logits, their recipe, and the op's other arguments. It
+returns None if values are needed.
 """
 
 from __future__ import annotations
@@ -18,42 +18,44 @@ from .recipe import Recipe, Step
 aten = torch.ops.aten
 
 
-class Followed(NamedTuple):
-    """Logits after an op."""
+class LazyResult(NamedTuple):
+    """Lazy logits after an op."""
 
     like: Tensor
-    """Meta tensor; a view of the one before if they are."""
+    """A meta tensor, which is a view of the previous one if the logits are."""
     recipe: Recipe
 
 
-def _then(before: Tensor, recipe: Recipe, step: Step, rows: Step | None = None, **changes: Any) -> Followed:
-    """`rows`: the same step of their rows."""
-    return _given(step(before), recipe, step, rows, **changes)
+def _append(
+    before: Tensor, recipe: Recipe, step: Step, rows: Step | None = None, **changes: Any
+) -> LazyResult:
+    """`rows`: the same step on the rows of the hidden states."""
+    return _append_like(step(before), recipe, step, rows, **changes)
 
 
-def _given(like: Tensor, recipe: Recipe, step: Step, rows: Step | None, **changes: Any) -> Followed:
+def _append_like(like: Tensor, recipe: Recipe, step: Step, rows: Step | None, **changes: Any) -> LazyResult:
     row_steps = recipe.row_steps if rows is None else (*recipe.row_steps, rows)
-    return Followed(like, replace(recipe, steps=(*recipe.steps, step), row_steps=row_steps, **changes))
+    return LazyResult(like, replace(recipe, steps=(*recipe.steps, step), row_steps=row_steps, **changes))
 
 
-def _same(op: Any, before: Tensor, recipe: Recipe, *, memory_format: Any = None) -> Followed | None:
+def _same(op: Any, before: Tensor, recipe: Recipe, *, memory_format: Any = None) -> LazyResult | None:
     if memory_format not in (None, torch.contiguous_format, torch.preserve_format):
         return None
     options = {} if memory_format is None else {"memory_format": memory_format}
-    return _then(before, recipe, lambda t: op(t, **options))
+    return _append(before, recipe, lambda t: op(t, **options))
 
 
 def _to(
     op: Any, before: Tensor, recipe: Recipe, *, dtype: Any = None, device: Any = None, **others: Any
-) -> Followed | None:
+) -> LazyResult | None:
     if device not in (None, recipe.head.hidden.device) or any(others.values()):
         return None
     if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
         return None
-    return _then(before, recipe, lambda t: op(t, dtype=dtype))
+    return _append(before, recipe, lambda t: op(t, dtype=dtype))
 
 
-def _view(op: Any, before: Tensor, recipe: Recipe, size: Sequence[int], *strides: Any) -> Followed | None:
+def _view(op: Any, before: Tensor, recipe: Recipe, size: Sequence[int], *strides: Any) -> LazyResult | None:
     def step(t: Tensor) -> Tensor:
         found: Tensor = op(t, size, *strides)
         return found
@@ -62,62 +64,62 @@ def _view(op: Any, before: Tensor, recipe: Recipe, size: Sequence[int], *strides
     if like.dim() == 0 or like.shape[-1] != before.shape[-1]:
         return None
     shape = like.shape[:-1]
-    return _given(like, recipe, step, lambda rows: rows.reshape(*shape, rows.shape[-1]))
+    return _append_like(like, recipe, step, lambda rows: rows.reshape(*shape, rows.shape[-1]))
 
 
-def _unsqueeze(op: Any, before: Tensor, recipe: Recipe, dim: int) -> Followed | None:
+def _unsqueeze(op: Any, before: Tensor, recipe: Recipe, dim: int) -> LazyResult | None:
     at = dim % (before.dim() + 1)
     if at == before.dim():
         return None
-    return _then(before, recipe, lambda t: op(t, at), lambda rows: rows.unsqueeze(at))
+    return _append(before, recipe, lambda t: op(t, at), lambda rows: rows.unsqueeze(at))
 
 
-def _slice(op: Any, before: Tensor, recipe: Recipe, dim: int = 0, *where: Any) -> Followed | None:
+def _slice(op: Any, before: Tensor, recipe: Recipe, dim: int = 0, *where: Any) -> LazyResult | None:
     at, last = dim % before.dim(), before.dim() - 1
-    found = _then(
+    found = _append(
         before, recipe, lambda t: op(t, at, *where), lambda t: t if at == last else op(t, at, *where)
     )
     return found if at < last or found.like.shape == before.shape else None
 
 
-def _select(op: Any, before: Tensor, recipe: Recipe, dim: int, index: int) -> Followed | None:
+def _select(op: Any, before: Tensor, recipe: Recipe, dim: int, index: int) -> LazyResult | None:
     at = dim % before.dim()
     if at == before.dim() - 1:
         return None
-    return _then(before, recipe, lambda t: op(t, at, index), lambda rows: op(rows, at, index))
+    return _append(before, recipe, lambda t: op(t, at, index), lambda rows: op(rows, at, index))
 
 
-def _index(op: Any, before: Tensor, recipe: Recipe, indices: Sequence[Tensor | None]) -> Followed | None:
+def _index(op: Any, before: Tensor, recipe: Recipe, indices: Sequence[Tensor | None]) -> LazyResult | None:
     taken = sum(t.dim() if t is not None and t.dtype in (torch.bool, torch.uint8) else 1 for t in indices)
     if taken >= before.dim():
         return None
-    kept = [None if t is None else t.clone() for t in indices]  # the caller may change them
+    kept = [None if t is None else t.clone() for t in indices]  # the caller may write to them
     shape = op(recipe.rows(recipe.head.hidden.detach()[..., :1]), kept).shape[:-1]
     like = torch.empty((*shape, before.shape[-1]), dtype=before.dtype, device="meta")
-    return _given(like, recipe, lambda t: op(t, kept), lambda rows: op(rows, kept))
+    return _append_like(like, recipe, lambda t: op(t, kept), lambda rows: op(rows, kept))
 
 
-def _times(op: Any, before: Tensor, recipe: Recipe, other: Any) -> Followed | None:
+def _mul(op: Any, before: Tensor, recipe: Recipe, other: Any) -> LazyResult | None:
     return _scaled(op, before, recipe, other, other)
 
 
-def _over(op: Any, before: Tensor, recipe: Recipe, other: Any) -> Followed | None:
+def _div(op: Any, before: Tensor, recipe: Recipe, other: Any) -> LazyResult | None:
     return _scaled(op, before, recipe, other, 1 / other if isinstance(other, (int, float)) and other else 0)
 
 
-def _scaled(op: Any, before: Tensor, recipe: Recipe, other: Any, factor: Any) -> Followed | None:
+def _scaled(op: Any, before: Tensor, recipe: Recipe, other: Any, factor: Any) -> LazyResult | None:
     if not isinstance(factor, (int, float)) or not factor > 0:
         return None
     if recipe.outer is None:
-        return _then(before, recipe, lambda t: op(t, other), inner=recipe.inner * factor)
-    return _then(before, recipe, lambda t: op(t, other), outer=recipe.outer * factor)
+        return _append(before, recipe, lambda t: op(t, other), inner=recipe.inner * factor)
+    return _append(before, recipe, lambda t: op(t, other), outer=recipe.outer * factor)
 
 
-def _tanh(op: Any, before: Tensor, recipe: Recipe) -> Followed | None:
-    return None if recipe.outer is not None else _then(before, recipe, op, outer=1.0)
+def _tanh(op: Any, before: Tensor, recipe: Recipe) -> LazyResult | None:
+    return None if recipe.outer is not None else _append(before, recipe, op, outer=1.0)
 
 
-FOLLOWED: dict[Any, Callable[..., Followed | None]] = {
+LAZY_OPS: dict[Any, Callable[..., LazyResult | None]] = {
     **dict.fromkeys((aten.clone.default, aten.alias.default, aten.detach.default), _same),
     aten._to_copy.default: _to,
     **dict.fromkeys((aten.view.default, aten._unsafe_view.default, aten._reshape_alias.default), _view),
@@ -125,7 +127,7 @@ FOLLOWED: dict[Any, Callable[..., Followed | None]] = {
     aten.slice.Tensor: _slice,
     aten.select.int: _select,
     aten.index.Tensor: _index,
-    aten.mul.Tensor: _times,
-    aten.div.Tensor: _over,
+    aten.mul.Tensor: _mul,
+    aten.div.Tensor: _div,
     aten.tanh.default: _tanh,
 }

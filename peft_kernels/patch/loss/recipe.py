@@ -1,5 +1,4 @@
-"""What logits come from, kept until somebody reads them: what the head was given, and what a model did to the
-logits afterwards."""
+"""How to compute lazy logits: the operands of the head, and the steps of the model after it."""
 
 from __future__ import annotations
 
@@ -21,11 +20,11 @@ Step = Callable[[Tensor], Tensor]
 
 
 class Head(NamedTuple):
-    """What the logits are the product of, as it was when the head was called."""
+    """The operands of the head when it was called."""
 
     hidden: Tensor
     weight: Any
-    """Packed, or of hidden's dtype; a dense frozen one of fp32 counts as rounded to that."""
+    """Packed, or in hidden's dtype; a dense frozen fp32 weight is rounded to that."""
     bias: Tensor | None
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
@@ -33,19 +32,19 @@ class Head(NamedTuple):
 
     @property
     def tensors(self) -> list[Tensor]:
-        """What gradients may go to."""
+        """The operands that may have gradients."""
         parts = self.hidden, self.weight, self.bias, self.lora_a, self.lora_b
         return [t for t in parts if isinstance(t, Tensor)]
 
     def detached(self, leaves: bool) -> Head:
-        """`leaves`: of what had a gradient."""
+        """`leaves`: require gradients where the operands did."""
 
         def part(t: Any) -> Any:
             return t.detach().requires_grad_(leaves and t.requires_grad) if isinstance(t, Tensor) else t
 
         return Head(*map(part, self))
 
-    def product(self) -> Tensor:
+    def logits(self) -> Tensor:
         x, weight, bias, a, b, scaling = self
         if a is not None and b is not None:
             return lora_linear(x, weight, a, b, scaling, bias)
@@ -55,10 +54,10 @@ class Head(NamedTuple):
 
 
 class Seal:
-    """Whether what a head computed with has the same bits as when its model returned.
+    """Checks that the operands of a head have the same bits as when its model returned.
 
-    Version counters do not tell: fused optimizers, bitsandbytes', writes through `.data` or numpy, and FSDP2,
-    which gathers a weight anew, leave them as they are. So the bits are hashed, once for each forward.
+    Version counters are not enough: fused optimizers, bitsandbytes, writes through `.data` or numpy, and
+    FSDP2, which gathers weights again, do not change them. So the bits are hashed once for each forward.
     """
 
     def __init__(self, head: Head) -> None:
@@ -66,11 +65,11 @@ class Seal:
         self._hashes: dict[str, Tensor | None] | None = None
 
     def close(self) -> None:
-        """When the model's forward is over. Until then nothing is checked."""
+        """Called when the model's forward has returned. Nothing is checked before."""
         self._hashes = self._found()
 
     def check(self) -> None:
-        """Raises RuntimeError if the logits would be different ones by now."""
+        """Raises RuntimeError if the logits would have other values now."""
         if self._hashes is None:
             return
         now = self._found()
@@ -92,26 +91,25 @@ class Seal:
 
 
 def _hash(t: Tensor) -> Tensor | None:
-    """None of memory that was freed, as FSDP2 does, and while a CUDA graph is captured: the numbers will be
-    those of a replay."""
+    """None for freed memory, as FSDP2 leaves it, and during CUDA graph capture: a replay has other values."""
     if t.is_cuda and torch.cuda.is_current_stream_capturing():
         return None
     if t.numel() and not t.untyped_storage().nbytes():
         return None
-    transposed = t.dim() == 2 and not t.is_contiguous()  # which would be copied whole
+    transposed = t.dim() == 2 and not t.is_contiguous()  # avoids a copy
     return bits_hash(t.t() if transposed else t)
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How logits come out of a head: by `steps`, one after the other. In rows they are inner * z, or with a
-    cap outer * tanh(inner * z), of the head's z for these."""
+    """How to compute logits from a head: by `steps`, in order. Each row is inner * z, or with a softcap outer
+    * tanh(inner * z), where z is the head's output for that row."""
 
     head: Head
     seal: Seal
     steps: tuple[Step, ...] = ()
     row_steps: tuple[Step, ...] = ()
-    """What makes rows (..., hidden_size), in the shape of the logits, of hidden."""
+    """The same steps on hidden, (..., hidden_size); they select and reshape rows only."""
     inner: float = 1.0
     outer: float | None = None
 
@@ -122,14 +120,14 @@ class Recipe:
 
     def compute(self, head: Head) -> Tensor:
         with no_autocast(head.hidden):
-            logits = head.product()
+            logits = head.logits()
             for step in self.steps:
                 logits = step(logits)
         return logits
 
 
 def of_head(head: Head) -> AbstractContextManager[Any]:
-    """In which the loss computes with what the head has: autocast is on where the weight is to be rounded."""
+    """A context in which the loss uses the head's operands: autocast is on if it must round the weight."""
     rounds = isinstance(head.weight, Tensor) and head.weight.dtype != head.hidden.dtype
     return torch.autocast(head.hidden.device.type, head.hidden.dtype if rounds else None, enabled=rounds)
 

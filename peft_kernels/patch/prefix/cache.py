@@ -1,4 +1,4 @@
-"""Prefixes in caches of transformers: one for the whole batch, read only, or put into another cache."""
+"""Prefixes in KV caches of transformers: shared by the batch and read-only, or copied into another cache."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 MARK = "_peft_kernels_prefix"
-"""The attribute of a cache that says how many virtual tokens it begins with."""
+"""The attribute of a cache that holds the number of virtual tokens at its start."""
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of a prefix that calls read, in `dtype`, and never write: (1, heads, tokens, head_dim)
-    of each layer.
+    """Keys and values of a prefix, (1, heads, tokens, head_dim) for each layer, read in `dtype` and never
+    written.
 
-    Where layers are computed twice, a cache that keeps what it is given would see new tokens twice.
+    Where layers are recomputed, a cache that appends would get new tokens twice.
     """
 
     layers: list[Any]
@@ -30,13 +30,13 @@ class PrefixCache(DynamicCache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> Any:
-        """[prefix; new] of a layer, for new keys and values of shape (batch, heads, length, head_dim)."""
+        """Returns [prefix; new] of a layer, for new keys and values (batch, heads, length, head_dim)."""
         layer = self.layers[layer_idx]
         pairs = (layer.keys, key_states), (layer.values, value_states)
         return [torch.cat([shared(old, len(new), self.dtype), new], dim=-2) for old, new in pairs]
 
     def with_layer(self, layer_idx: int, keys: Tensor, values: Tensor) -> PrefixCache:
-        """The same with other tensors in one layer."""
+        """A copy with other tensors in one layer."""
         twin = PrefixCache(self, self.dtype)
         layer = twin.layers[layer_idx] = copy.copy(self.layers[layer_idx])
         layer.keys, layer.values = keys, values
@@ -44,7 +44,7 @@ class PrefixCache(DynamicCache):
 
 
 class _Shared(torch.autograd.Function):
-    """A prefix in another dtype, for every row of a batch; the rows' gradients are summed in its own."""
+    """A prefix cast and expanded over a batch; gradients are summed over the batch in the prefix's dtype."""
 
     @staticmethod
     def forward(ctx: Any, prefix: Tensor, batch_size: int, dtype: torch.dtype) -> Tensor:
@@ -57,7 +57,7 @@ class _Shared(torch.autograd.Function):
 
 
 def shared(prefix: Tensor, batch_size: int, dtype: torch.dtype | None) -> Tensor:
-    """A prefix of (1, heads, tokens, head_dim) as each row of a batch sees it."""
+    """A prefix (1, heads, tokens, head_dim) expanded over a batch."""
     if dtype is None or prefix.dtype == dtype:
         return prefix.expand(batch_size, -1, -1, -1)
     found: Tensor = _Shared.apply(prefix, batch_size, dtype)
@@ -73,12 +73,13 @@ def is_read_only(cache: Any) -> bool:
 
 
 def read_only(prompt: Any, dtype: torch.dtype | None) -> Any:
-    """What PEFT's get_prompt gives for a batch of one, as PrefixCache."""
+    """The result of PEFT's get_prompt for a batch of one, as PrefixCache."""
     return _like(prompt, PrefixCache(of_self_attention(prompt), dtype))
 
 
 def for_layer(cache: Any, layer_idx: int, keys: Tensor, values: Tensor) -> Any:
-    """A read-only cache for one call of one layer. It computes cross-attention's keys and values anew."""
+    """A read-only cache for one call of one layer, which recomputes the keys and values of
+    cross-attention."""
     return _like(cache, of_self_attention(cache).with_layer(layer_idx, keys, values))
 
 
@@ -87,8 +88,8 @@ def _like(cache: Any, prefix: PrefixCache) -> Any:
 
 
 def share(prompt: Any, batch_size: int, dtype: torch.dtype | None) -> bool:
-    """Make of a prefix for a batch of one what each row of a batch sees, without a copy for each. False: it
-    is of a kind that is not known here, and unchanged."""
+    """Expands a prefix for a batch of one over the batch, without copies. Returns False, and changes nothing,
+    if the kind of cache is not supported."""
     layers = getattr(of_self_attention(prompt), "layers", None)
     if not layers or any(layer.is_initialized and layer.keys.dim() != 4 for layer in layers):
         return False
@@ -100,9 +101,9 @@ def share(prompt: Any, batch_size: int, dtype: torch.dtype | None) -> bool:
 
 
 def fill(cache: Any, prompt: Any, tokens: int) -> None:
-    """Put a prefix into an empty cache that generate has made, of whatever kind it is.
+    """Puts a prefix into an empty cache that generate created, of any kind.
 
-    Raises ValueError when the prefix is longer than a sliding window: what slid out of it is gone.
+    Raises ValueError if the prefix is longer than a sliding window, which would drop its first tokens.
     """
     target, source = of_self_attention(cache), of_self_attention(prompt)
     for layer in source.layers:
@@ -118,10 +119,10 @@ def fill(cache: Any, prompt: Any, tokens: int) -> None:
 
 
 def _enlarge(cache: Any, tokens: int) -> None:
-    """A static cache was sized without the prefix. One that holds tensors already is left as it is."""
+    """Enlarges a static cache, which was sized without the prefix, unless it is allocated already."""
     for layer in cache.layers:
         length = getattr(layer, "max_cache_len", None)
         if length is not None and not layer.is_initialized:
-            # A window that covers less than the longest text does not grow.
+            # A window shorter than the longest text does not grow.
             window = getattr(layer, "sliding_window", None)
             layer.max_cache_len = length + tokens if window is None else min(window, length + tokens)

@@ -1,8 +1,8 @@
-"""PEFT's prefix tuning: one prefix for the batch, under gradient checkpointing too, and in generate.
+"""PEFT's prefix tuning: one prefix for the batch, also under gradient checkpointing and in generate.
 
-PEFT computes the prefix once for each sample and puts it into a cache that layers append to. A layer that is
-computed again in the backward pass would append twice, so transformers takes the cache from such layers, and
-PEFT refuses. Here they are given a cache that is only read, and its tensors as inputs of the checkpoint.
+PEFT computes the prefix once per sample and puts it into a cache that layers append to. A layer recomputed in
+the backward pass would append twice, so transformers removes the cache from such layers, and PEFT refuses.
+Here they get a read-only cache, and its tensors as inputs of the checkpoint.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from ..fused import RECORD, Fused
-from . import eligibility as judge_prefix
+from ..examination import Examination, Layers
+from ..fused import RECORD, Fused, plain_class
+from . import eligibility
 
 _UNCAST = "_peft_kernels_uncast"
-"""The attribute of a PeftModel that is there while it computes a prefix in the dtype of its parameters."""
+"""The attribute a PeftModel has while it computes a prefix in the dtype of its parameters."""
 
 
 class FusedPrefix(Fused):
@@ -29,11 +30,11 @@ class FusedPrefix(Fused):
     def get_prompt(self: Any, batch_size: int, *args: Any, **kwargs: Any) -> Any:
         stock = super().get_prompt  # type: ignore[misc]
         record = self.__dict__.get(RECORD)
-        if record is None or not judge_prefix.is_active(self):
+        if record is None or not eligibility.is_active(self):
             return stock(batch_size, *args, **kwargs)
         from . import cache as prefix_cache
 
-        recomputed = judge_prefix.checkpointing(self, CheckpointedLayer)
+        recomputed = eligibility.checkpointing(self, CheckpointedLayer)
         dtype = self.base_model_torch_dtype
         if batch_size > 1:
             self.__dict__[_UNCAST] = True
@@ -51,11 +52,11 @@ class FusedPrefix(Fused):
 
     @property
     def base_model_torch_dtype(self: Any) -> Any:
-        """What PEFT casts a prefix to, and gradients from. Those are to be summed over the batch before."""
+        """The dtype PEFT casts a prefix to. None while gradients must be summed over the batch uncast."""
         return None if _UNCAST in self.__dict__ else super().base_model_torch_dtype  # type: ignore[misc]
 
     def _setup_prompt_encoder(self: Any, adapter_name: str) -> None:
-        """PEFT's, of a further adapter, which refuses while gradient checkpointing is on."""
+        """As PEFT's, which refuses a further adapter while gradient checkpointing is on."""
         stock = super()._setup_prompt_encoder  # type: ignore[misc]
         if RECORD not in self.__dict__:
             return stock(adapter_name)
@@ -67,12 +68,12 @@ class FusedPrefix(Fused):
 
 
 class GeneratingPrefix(FusedPrefix):
-    """One that generates: its prefix goes into the cache that generate has made, whatever its kind."""
+    """A PeftModel that generates: the prefix goes into the cache that generate created, of any kind."""
 
     methods = (*FusedPrefix.methods, "prepare_inputs_for_generation")
 
     def prepare_inputs_for_generation(self: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        ours = RECORD in self.__dict__ and judge_prefix.is_active(self) and judge_prefix.takes_cache()
+        ours = RECORD in self.__dict__ and eligibility.is_active(self) and eligibility.takes_cache()
         if not ours:
             return super().prepare_inputs_for_generation(*args, **kwargs)  # type: ignore[misc]
         return _prepare(self, *args, **kwargs)
@@ -86,7 +87,7 @@ def _prepare(model: Any, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
     embeds = kwargs.get("inputs_embeds")
     rows = len(embeds) if first and embeds is not None else len(input_ids)
     if cache is None or kwargs.get("use_cache") is False:
-        kwargs["cache"] = model.get_prompt(rows)  # of this step alone
+        kwargs["cache"] = model.get_prompt(rows)  # for this step only
     elif not int(cache.get_seq_length()):
         prefix_cache.fill(cache, model.get_prompt(rows), tokens)
     elif first:
@@ -113,7 +114,7 @@ def _prepare(model: Any, input_ids: Any, **kwargs: Any) -> dict[str, Any]:
 
 
 class CheckpointedStack(Fused):
-    """A stack of such layers: one like GPT-2's takes the cache away before it calls them."""
+    """A stack of such layers: some, like GPT-2's, remove the cache before calling them."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         stock = super().__call__  # type: ignore[misc]
@@ -124,7 +125,7 @@ class CheckpointedStack(Fused):
 
 
 class CheckpointedLayer(Fused):
-    """A layer of transformers that keeps a prefix when it is recomputed."""
+    """A layer of transformers that keeps the prefix when it is recomputed."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         stock = super().__call__  # type: ignore[misc]
@@ -133,8 +134,8 @@ class CheckpointedLayer(Fused):
             return stock(*args, **kwargs)
         from . import cache as prefix_cache
 
-        index = judge_prefix.index_in_cache(self)
-        assert index is not None  # the judge has seen to it
+        index = eligibility.index_in_cache(self)
+        assert index is not None  # see `eligibility.not_recomputable`
         layer = prefix_cache.of_self_attention(cache).layers[index]
 
         def run(keys: Any, values: Any, *args: Any) -> Any:
@@ -144,13 +145,13 @@ class CheckpointedLayer(Fused):
             with _unchecked(self):
                 return stock(*args, **named)
 
-        # Inputs, for a reentrant checkpoint gives gradients to these alone.
+        # Passed as inputs, since a reentrant checkpoint gives gradients to its inputs only.
         return self._gradient_checkpointing_func(run, layer.keys, layer.values, *args)
 
 
 def _recomputed_prefix(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The prefix among the arguments of a call that is checkpointed, or None."""
-    if RECORD not in module.__dict__ or not judge_prefix.recomputes(module):
+    """The prefix among the arguments of a checkpointed call, or None."""
+    if RECORD not in module.__dict__ or not eligibility.recomputes(module):
         return None
     from . import cache as prefix_cache
 
@@ -159,7 +160,7 @@ def _recomputed_prefix(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any
 
 @contextmanager
 def _unchecked(module: Any) -> Iterator[None]:
-    """Inside, transformers does not see that a module is checkpointed, and leaves its cache alone."""
+    """Inside, transformers regards a module as not checkpointed, and does not remove its cache."""
     module.gradient_checkpointing = False
     try:
         yield
@@ -168,6 +169,16 @@ def _unchecked(module: Any) -> Iterator[None]:
 
 
 def checkpointed(model: Any) -> Iterator[tuple[nn.Module, type[Fused]]]:
-    """The modules of a PeftModel that have to keep its prefix, and the class that does it."""
-    yield from ((layer, CheckpointedLayer) for _, layer in judge_prefix.layers(model))
-    yield from ((stack, CheckpointedStack) for stack in judge_prefix.stacks(model))
+    """The modules of a PeftModel that must keep its prefix, and the class to install in each."""
+    yield from ((layer, CheckpointedLayer) for _, layer in eligibility.layers(model))
+    yield from ((stack, CheckpointedStack) for stack in eligibility.stacks(model))
+
+
+def examine(module: nn.Module, layers: Layers) -> Examination | None:
+    """Examines a model of PEFT with prefix tuning."""
+    if not eligibility.is_prefix(module):
+        return None
+    generates = hasattr(plain_class(module), "prepare_inputs_for_generation")
+    mixin = GeneratingPrefix if generates else FusedPrefix
+    reason = "" if eligibility.is_active(module) else "the active adapter is of another kind"
+    return Examination(f"PEFT prefix tuning {type(module).__name__}", mixin, reason)

@@ -1,4 +1,4 @@
-"""Small models of many families, patched with `block=True`, and a step of them."""
+"""Small models of many families, patched with `block=True`, and one training step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our attention in models of transformers, beside "sdpa": masks, outputs, gradients, generate."""
+"""Our attention function in transformers' models, against "sdpa": masks, outputs, gradients, generate."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def sliding(**options: Any) -> Any:
 
 
 class Calls:
-    """Counts calls of the op, and of sdpa in its place."""
+    """Counts calls of our op and of sdpa."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.ours = self.theirs = 0
@@ -73,7 +73,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
 
 
 def results(model: Any, given: dict[str, Tensor], seen: Tensor | None = None) -> dict[str, Tensor]:
-    """Logits of what is no padding, and all gradients."""
+    """Logits outside the padding, and all gradients."""
     model.zero_grad()
     logits = model(**given, use_cache=False).logits
     logits = logits if seen is None else logits[seen.bool()]
@@ -101,7 +101,7 @@ def test_numbers(calls: Calls, make: Any, kind: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("family", ["bert", "bart", "gpt2", "vit", "t5"])
 def test_other_families(calls: Calls, family: str) -> None:
-    """Encoders, cross-attention, pictures; T5's biases of positions are sdpa's."""
+    """Encoders, cross-attention, images; T5's position biases use sdpa."""
     about = bm.FAMILIES[family]
     model, given = about.make(), about.inputs()
     want = bm.output(model, given)
@@ -113,7 +113,7 @@ def test_other_families(calls: Calls, family: str) -> None:
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 def test_generate(calls: Calls, cache: str) -> None:
-    """The prompt by ours, single tokens by sdpa: the same tokens."""
+    """The prompt uses our kernel, single tokens sdpa: the same tokens."""
     model = llama(initializer_range=0.3).eval()
     given = inputs("left")
     options: dict[str, Any] = {"max_new_tokens": 6, "do_sample": False, "cache_implementation": cache}
@@ -125,7 +125,7 @@ def test_generate(calls: Calls, cache: str) -> None:
 
 
 def test_autocast(calls: Calls) -> None:
-    """In its type, as sdpa: also where norms in fp32 have made rotary embeddings, and so queries, fp32."""
+    """In sdpa's dtype, also where fp32 norms make rotary embeddings and queries fp32."""
     model, given = llama(), inputs("left")
     seen = given["attention_mask"]
 
@@ -152,7 +152,7 @@ def test_dropout_goes_to_sdpa(calls: Calls) -> None:
 
 
 def test_other_masks_go_to_sdpa(calls: Calls) -> None:
-    """Keys in three parts, and numbers that are added."""
+    """A mask with three spans of keys, and an additive mask with other values."""
     model, given = llama().eval(), inputs("whole")
     holes = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     holes[:, :, 9:, [4, 6]] = False
@@ -167,7 +167,7 @@ def test_other_masks_go_to_sdpa(calls: Calls) -> None:
 
 @pytest.mark.parametrize("write", ["in place", "data", "numpy", "inference"])
 def test_a_mask_that_changes_is_looked_at_again(calls: Calls, write: str) -> None:
-    """However it is written: `.data`, numpy and inference tensors leave its version as it was."""
+    """Also by writes that keep its version counter: `.data`, numpy and inference tensors."""
     model, given = llama().eval(), inputs("whole")
     with torch.inference_mode(write == "inference"):
         masks = [torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril() for _ in range(2)]
@@ -185,7 +185,7 @@ def test_a_mask_that_changes_is_looked_at_again(calls: Calls, write: str) -> Non
 
 
 def test_spans() -> None:
-    """Of every mask that a row of eleven keys can have: they give the mask again, or are too many."""
+    """For every mask of a row of eleven keys: the spans reproduce the mask, or are too many."""
     attends = (torch.arange(2**11)[:, None] >> torch.arange(11) & 1).bool()
     key, q, k = torch.arange(11), testing.tensor(1, 1, 1, 8), testing.tensor(1, 1, 11, 8)
     for row in attends:
@@ -195,19 +195,19 @@ def test_spans() -> None:
         if spans is not None:
             first, end = spans[0, 0, :, :, None].unbind(1)
             assert torch.equal(((key >= first) & (key < end)).any(0), row)
-    many = attends.repeat(2, 1, 1)  # rows of a mask, side by side; one that has too many decides
+    many = attends.repeat(2, 1, 1)  # rows of one mask; a single row with too many spans decides
     q = testing.tensor(2, 1, 2**11, 8)
     k = testing.tensor(2, 1, 11, 8)
     assert ours.spans_of(many[:, None], q, k) is None
     few = many.clone()
     few[(few[..., 1:] & ~few[..., :-1]).sum(-1) + few[..., 0] > 2] = False
-    spans = ours.spans_of(few[:1, None], q, k)  # of one mask for all samples
+    spans = ours.spans_of(few[:1, None], q, k)  # one mask for all samples
     assert spans is not None and spans.shape == (2, 2**11, 2, 2)
     assert torch.equal(spans.diff(dim=-1).sum((-1, -2)), few.sum(-1))
 
 
 def test_a_mask_with_a_hole(calls: Calls) -> None:
-    """Two spans of keys, as completions have them that share a prompt."""
+    """Two spans of keys, as for completions that share a prompt."""
     model, given = llama(), inputs("whole")
     mask = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     mask[1:, :, 9:, 4:9] = False
@@ -233,7 +233,7 @@ def test_masks_in_inference_mode(calls: Calls) -> None:
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop", "ignore::torch.jit.TracerWarning")
 def test_masks_without_numbers_to_look_at() -> None:
-    """Of fake tensors, of one call for many samples, and of a trace, which is to serve other masks too."""
+    """With fake tensors, under vmap, and in a trace, which must work for other masks too."""
     model, given = llama().eval().requires_grad_(False), inputs("left")
     want = model(**given, use_cache=False).logits
     ours.use(model)
@@ -254,7 +254,7 @@ def test_masks_without_numbers_to_look_at() -> None:
 
 @pytest.mark.parametrize("name", ["GptOss", "Gemma2"])
 def test_what_sdpa_cannot_compute_is_refused(name: str) -> None:
-    """Sinks, caps of scores: sdpa would give other numbers, or stop in the first call."""
+    """Sinks and softcaps: sdpa would compute something else, or raise in the first call."""
     config = getattr(transformers, f"{name}Config")(
         vocab_size=128, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, **({"num_local_experts": 4} if name == "GptOss" else {}),
@@ -264,7 +264,7 @@ def test_what_sdpa_cannot_compute_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f'expected one that can .* by "sdpa", .* got a {name}ForCausalLM'):
         ours.use(model)
     assert torch.equal(model(**inputs("left")).logits, want)
-    model.set_attn_implementation(ours.NAME)  # by its name nobody is asked
+    model.set_attn_implementation(ours.NAME)  # selected by name, without checks
     with pytest.raises(ValueError, match=f"{'s_aux' if name == 'GptOss' else 'softcap'}: expected None, .*"):
         model(**inputs("left"))
 
@@ -307,7 +307,7 @@ def test_use(calls: Calls) -> None:
 
 
 def test_use_of_several_models() -> None:
-    """Of one module, as a teacher and its student: all, or none where one is refused."""
+    """A teacher and its student in one module: all models are switched, or none if one is refused."""
     both = llama(), sliding()
     ours.use(torch.nn.ModuleList([both[0], torch.nn.Sequential(both[1])]))
     assert [model.config._attn_implementation for model in both] == [ours.NAME] * 2

@@ -1,5 +1,5 @@
-"""What lies between the products of a block, in DistributedDataParallel and FSDP2: two processes over gloo,
-with the gradients of stock in one process on the whole batch."""
+"""Norms and attention modules under DistributedDataParallel and FSDP2: two processes over gloo must give the
+gradients of stock in one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def compare(wrap: Any, wrapped_first: bool) -> None:
-    """With norms that are trained, so that their weights are sharded and their gradients summed."""
+    """With trained norms, whose weights are sharded and whose gradients are summed."""
     stock = adapted(llama("nf4"))
     for name, parameter in stock.named_parameters():
         if "norm" in name:

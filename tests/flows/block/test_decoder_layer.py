@@ -1,5 +1,5 @@
-"""Decoder layers under `pk.patch(model, block=True)`: the sum between the halves in one op with a norm, and
-norms in the dtype that autocast would round them to."""
+"""Decoder layers under `pk.patch(model, block=True)`: the residual sum in one op with the norm, and norms in
+the dtype autocast would round them to."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from peft_kernels.patch.block import decoder_layer
 
 FAMILIES = {"Llama": 2, "Mistral": 2, "Qwen3": 2, "Gemma": 2, "Mixtral": 2, "Granite": 0, "Gemma2": 0}
-"""And how many of their layers are written in Llama's words."""
+"""Families, and how many of their layers have Llama's forward."""
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -30,7 +30,7 @@ def test_layers_are_found_by_their_words(name: str, op_counts: Counter[str]) -> 
 
 @pytest.fixture
 def dtypes(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What the norms of layers were asked for."""
+    """The dtypes that the norms of decoder layers were called with."""
     seen: list[Any] = []
 
     def normed(operands: Any, dtype: Any, *args: Tensor, _normed: Any = decoder_layer._normed) -> Any:
@@ -47,8 +47,8 @@ def under_autocast(model: Any, dtype: torch.dtype = torch.bfloat16) -> dict[str,
 
 
 def test_what_norms_give_under_autocast(dtypes: list[Any]) -> None:
-    """What is read: in training alone, as in evaluation it may come to lie in a cache, and where nobody looks
-    at what goes in. What is computed from it are the bits of a norm in fp32 that each reader rounds."""
+    """Only in training, as a cache may keep the values in evaluation, and only if no hook sees the input. The
+    results have the bits of an fp32 norm that each reader rounds."""
     model, report = patched(adapted(llama("nf4")).train())
     got = under_autocast(model)
     assert dtypes == [torch.bfloat16] * 4
@@ -74,7 +74,7 @@ def test_what_norms_give_under_autocast(dtypes: list[Any]) -> None:
 
 
 def test_autocast_to_a_half_that_the_model_is_not(dtypes: list[Any]) -> None:
-    """A stream in bf16 is given to norms that would be asked for fp16: it stays bf16."""
+    """A bf16 residual stream with autocast to fp16: the norms stay bf16."""
     stock = adapted(family("Llama")).bfloat16().train()
     model, report = patched(stock)
     assert_near(under_autocast(model, torch.float16), under_autocast(stock, torch.float16), 0.1)
@@ -82,7 +82,7 @@ def test_autocast_to_a_half_that_the_model_is_not(dtypes: list[Any]) -> None:
 
 
 def test_experts_are_given_what_they_were(dtypes: list[Any]) -> None:
-    """A router computes in fp32: of what is no gated MLP that is fused nobody knows what it rounds."""
+    """A router computes in fp32: only a fused gated MLP is known to round its input."""
     options = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
     model, report = patched(
         adapted(family("Qwen3Moe", **options), target_modules=["q_proj", "o_proj"]).train()
@@ -108,7 +108,7 @@ def test_hooks_on_norms_run(op_counts: Counter[str]) -> None:
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointed_layers(reentrant: bool, op_counts: Counter[str]) -> None:
-    """The layer runs once more in backward, and gives the same bits."""
+    """The layer is recomputed in backward with the same bits."""
     model, report = patched(adapted(llama("nf4")).train())
     model.enable_input_require_grads()
     want = one_step(model)
@@ -120,7 +120,7 @@ def test_checkpointed_layers(reentrant: bool, op_counts: Counter[str]) -> None:
 
 
 def test_arguments_go_on_as_they_are() -> None:
-    """To attention, by position and by name, with the defaults of the layer."""
+    """Arguments reach attention, by position and by name, with the defaults of the layer."""
     calls: list[Any] = []
 
     class Attention(nn.Module):
@@ -148,7 +148,7 @@ def test_arguments_go_on_as_they_are() -> None:
 
 
 def test_a_branch_that_is_no_sum_for_the_op() -> None:
-    """What attention gives is added as torch adds, whatever it is."""
+    """The output of attention is added as by torch, whatever it is."""
 
     class Attention(nn.Module):
         def forward(self, hidden_states: Tensor, **_: Any) -> Any:

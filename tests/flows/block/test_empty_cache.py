@@ -1,4 +1,4 @@
-"""Caches that a training step begins: keys and values lie in them without a copy."""
+"""KV caches created in a training step: keys and values are stored without a copy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peft_kernels.patch.block import empty_cache
 
 
 def keys_and_values(requires_grad: bool = True) -> tuple[Tensor, Tensor]:
-    """As attention has them: (batch, heads, length, head_dim), of which heads lie side by side."""
+    """Keys or values as in attention: (batch, heads, length, head_dim), transposed."""
     return tuple(  # type: ignore[return-value]
         torch.randn(1, 3, 2, 4, requires_grad=requires_grad).transpose(1, 2) for _ in range(2)
     )
@@ -32,7 +32,7 @@ def cache_of(layer: Any = None, **attributes: Any) -> Any:
 
 @pytest.mark.parametrize("name", ["Llama", "Gemma3"])
 def test_it_holds_what_stock_puts_there(name: str) -> None:
-    """And is gone on with as stock's, gradients included. Layers that look at a window have another cache."""
+    """The cache can be appended to like stock's, with gradients. Sliding-window layers have another cache."""
     mixed = {"layer_types": ["sliding_attention", "full_attention"]} if name == "Gemma3" else {}
     stock = adapted(family(name, **mixed)).train()
     model, _ = patched(stock)

@@ -1,4 +1,4 @@
-"""Tiny models whose logits come about in the ways that there are, for the tests of the loss without them."""
+"""Tiny models with every way to compute logits, for the tests of the loss without logits."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ VOCABULARY = 100
 
 
 def family(name: str, **settings: Any) -> Any:
-    """All of whose weights train."""
+    """A model whose weights all train."""
     model = flow_families.tiny(name)
     for key, value in settings.items():
         setattr(model.config, key, value)
-        if hasattr(model, key):  # Cohere keeps it
+        if hasattr(model, key):  # Cohere stores it
             setattr(model, key, value)
     return model
 
 
 def with_head(kind: str) -> Any:
-    """A Llama with LoRA, whose head is trained or packed in some way, or neither."""
+    """A Llama with LoRA, with a plain, trained, adapted or packed head."""
     model = llama(vocab_size=VOCABULARY, tie_word_embeddings=kind == "tied")
     if kind == "nf4":
         model.lm_head.weight.requires_grad_(False)
@@ -60,7 +60,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def batch(rows: int = 3, length: int = 12) -> dict[str, torch.Tensor]:
-    """Some of whose tokens have no label."""
+    """Inputs and labels; some tokens have no label."""
     ids = torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
     labels = ids.clone()
     labels[:, :4] = -100
@@ -68,7 +68,7 @@ def batch(rows: int = 3, length: int = 12) -> dict[str, torch.Tensor]:
 
 
 def disabled(model: Any) -> Any:
-    """As a reference sees a PEFT model."""
+    """With adapters disabled, as for a reference model."""
     assert isinstance(model, peft.PeftModel)
     return model.disable_adapter()
 
@@ -93,6 +93,6 @@ def step(model: Any, given: dict[str, Any], **more: Any) -> dict[str, Tensor]:
 
 
 def without_noise(results: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Without gradients that are rounding alone, as those of biases of keys."""
+    """Gradients without those that are pure rounding error, as of key biases."""
     largest = max(float(t.norm()) for t in truth.values())
     return {n: t for n, t in results.items() if float(truth[n].norm()) > 1e-6 * largest}

@@ -1,4 +1,4 @@
-"""The logits of a few rows, as generation asks for: by our product with the head's dense weight."""
+"""The logits of a few rows, as in generation: our GEMM with the head's dense weight."""
 
 from __future__ import annotations
 

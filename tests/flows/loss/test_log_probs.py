@@ -1,4 +1,4 @@
-"""Log-probabilities of rows that share prompts against TRL's, and their gradients; what is left to TRL."""
+"""Log-probabilities of rows that share prompts, and their gradients, against TRL's; cases left to TRL."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::UserWa
 
 
 def batch(left: bool = False) -> dict[str, Tensor]:
-    """Sequences of two prompts, three of each, padded on one or on both sides; some tokens do not count."""
+    """Three completions for each of two prompts, padded on one or both sides; some tokens are masked."""
     tokens = ids(5, rows=6, length=24, vocabulary=100)
     seen, labels = torch.ones_like(tokens), tokens.clone()
     for i in range(6):
@@ -44,14 +44,14 @@ def batch(left: bool = False) -> dict[str, Tensor]:
 
 
 def install(model: Any, **options: Any) -> ours.LogProbs:
-    """As a trainer does."""
+    """Called like by a trainer."""
     model.requires_grad_(False)
     add_fused_lm_head(model, temperature=options.get("temperature", 1.0), outputs=("log_probs", *OUTPUTS))
     return ours.LogProbs(model, **{"never": "", "temperature": 1.0, "outputs": OUTPUTS, "head": ""} | options)
 
 
 def results(run: Any, model: Any, seed: int = 7) -> dict[str, Tensor]:
-    """All outputs, and the gradient of the embeddings for a random sum of log-probabilities."""
+    """All outputs, and the embeddings' gradient of a random sum of log-probabilities."""
     weight = model.get_input_embeddings().weight
     embedded = weight.detach().clone().requires_grad_()
     hook = model.get_input_embeddings().register_forward_hook(
@@ -79,7 +79,7 @@ def both(model: Any, data: dict[str, Tensor], **options: Any) -> tuple[Any, Any,
 @pytest.mark.parametrize("left", [False, True], ids=["right", "left"])
 def test_log_probs(left: bool, attention: str, head: str, monkeypatch: pytest.MonkeyPatch) -> None:
     our_attention.register()
-    monkeypatch.setattr(our_attention, "sdpa_attention_forward", None)  # nothing is left to it
+    monkeypatch.setattr(our_attention, "sdpa_attention_forward", None)  # it is not called
     model = llama(attn_implementation=attention)
     tokens = Tokens(model)
     got, want, log_probs = both(model, batch(left), head=head, temperature=0.7)
@@ -99,7 +99,7 @@ def test_families(family: str) -> None:
     "family", ["mistral", "gemma2", "qwen3_next", "mamba", "bloom", "recurrent_gemma", "gpt_neo"]
 )
 def test_families_that_are_not_fit(family: str) -> None:
-    """The result is what TRL gives, each completion by itself, and the reason is counted."""
+    """The result is TRL's, each completion by itself, and the reason is counted."""
     model = tiny(family)
     got, want, log_probs = both(model, batch())
     assert_near(got, want, 1e-4)
@@ -107,7 +107,7 @@ def test_families_that_are_not_fit(family: str) -> None:
 
 
 SCALED: dict[str, dict[str, float]] = {
-    "granite": {"logits_scaling": 4.0},  # which divides
+    "granite": {"logits_scaling": 4.0},  # `forward` divides
     "cohere": {"logit_scale": 0.25},
     "falcon_h1": {"lm_head_multiplier": 3.0},
     "gemma2": {"final_logit_softcapping": 2.0},
@@ -117,7 +117,7 @@ SCALED: dict[str, dict[str, float]] = {
 @pytest.mark.parametrize("squares", [False, True])
 @pytest.mark.parametrize("family", SCALED)
 def test_heads_that_scale(family: str, squares: bool) -> None:
-    """TRL's numbers without TRL's head."""
+    """TRL's values without TRL's head."""
     model = tiny(family)
     for name, value in SCALED[family].items():
         assert hasattr(model.config, name)
@@ -141,7 +141,7 @@ def test_a_scale_that_this_trl_does_not_tell() -> None:
 
 @pytest.mark.parametrize("on", [True, False])
 def test_a_head_that_is_saved_with_the_adapter(on: bool) -> None:
-    """Its copy, or with adapters disabled, as for the reference, the original."""
+    """The trained copy, or with adapters disabled, as for the reference, the original."""
     model = adapted(llama(), modules_to_save=["lm_head"]).eval()
     base = model.get_base_model()
     base.lm_head.modules_to_save["default"].weight.data *= 1.5
@@ -153,7 +153,7 @@ def test_a_head_that_is_saved_with_the_adapter(on: bool) -> None:
 
 @pytest.mark.parametrize("what", ["leak", "position", "a little"])
 def test_a_model_that_computes_something_else(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Found out by trying, though nothing in its configuration tells."""
+    """Found by a trial: the configuration does not show it."""
     model = llama()
     attention = model.model.layers[0].self_attn
     plain = attention.forward
@@ -186,10 +186,10 @@ def test_what_is_left_to_trl() -> None:
     labels = data.pop("labels")
     model.train().model.layers[0].self_attn.dropout.p = 0.1
     log_probs(model, labels, data)
-    with torch.no_grad():  # as the log-probabilities of GRPO's old policy
+    with torch.no_grad():  # like the log-probabilities of GRPO's old policy
         log_probs(model, labels, data)
     model.model.layers[0].self_attn.dropout.p = 0.0
-    model.model.layers[0].self_attn.attention_dropout = 0.1  # of a function, not of a module
+    model.model.layers[0].self_attn.attention_dropout = 0.1  # a function, not a module
     log_probs(model, labels, data)
     model.model.layers[0].self_attn.attention_dropout = 0.0
     model.model.embed_tokens.neftune_noise_alpha = 5.0
@@ -222,7 +222,7 @@ def test_dropout_of_adapters_counts_while_they_are_on() -> None:
 
 
 def test_padding_on_the_left_that_comes_later() -> None:
-    """OPT counts positions without it, when it counts them itself."""
+    """OPT would count positions without the mask."""
     model, data = tiny("opt"), batch(left=True)
     log_probs = install(model)
     for each in (batch(), data, batch()):
@@ -235,7 +235,7 @@ def test_padding_on_the_left_that_comes_later() -> None:
 
 
 ROPES = {
-    # Of both, what is computed for a batch of 24 tokens is not what is computed for 23.
+    # Both compute something else for a batch of 24 tokens than for 23.
     "dynamic": {"rope_type": "dynamic", "factor": 8.0},
     "longrope": {
         "rope_type": "longrope", "factor": 4.0, "original_max_position_embeddings": 23,
@@ -246,7 +246,7 @@ ROPES = {
 
 @pytest.mark.parametrize("rope", ROPES)
 def test_embeddings_that_depend_on_the_length_of_a_batch(rope: str) -> None:
-    """In batches of every length, one after the other: dynamic scaling remembers the longest."""
+    """Batches of every length in turn: dynamic scaling remembers the longest."""
     parameters = {"rope_theta": 10000.0, **ROPES[rope]}
     models = [llama(max_position_embeddings=16, rope_parameters=dict(parameters)) for _ in range(2)]
     (model, stock), log_probs = models, install(models[0])
@@ -260,7 +260,7 @@ def test_embeddings_that_depend_on_the_length_of_a_batch(rope: str) -> None:
 
 
 def test_embeddings_of_somebody_else_that_depend_on_length() -> None:
-    """As models' own code has them, which counts the tokens of a row."""
+    """As in code of models that counts the tokens of a row."""
     model = llama(max_position_embeddings=16, rope_parameters={"rope_theta": 1e4, **ROPES["dynamic"]})
 
     class NTKRotaryEmbedding(type(model.model.rotary_emb)):  # type: ignore[misc]
@@ -271,7 +271,7 @@ def test_embeddings_of_somebody_else_that_depend_on_length() -> None:
 
 
 def test_a_length_from_which_on_a_model_computes_something_else(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That rows exceed and their batch does not: found in the first such batch, though one came before."""
+    """Exceeded by joined rows but not by the batch: detected in the first such batch."""
     model = llama(max_position_embeddings=28)
     rotary = model.model.rotary_emb
     plain = rotary.forward
@@ -305,7 +305,7 @@ def test_rows_longer_than_the_positions_of_a_model() -> None:
 
 
 def test_a_bias_of_the_head_that_is_trained() -> None:
-    """As `LoraConfig(bias="all")` has it."""
+    """As set by `LoraConfig(bias="all")`."""
     model, data = tiny("phi"), batch()
     log_probs = install(model)
     model.lm_head.bias.requires_grad_()
@@ -321,7 +321,7 @@ def test_a_bias_of_the_head_that_is_trained() -> None:
 
 
 def test_a_reference_of_its_own_computes_in_autocast() -> None:
-    """Accelerate wraps the forward that is replaced; and weights that DeepSpeed may hold are left to TRL."""
+    """Accelerate wraps the replaced forward; models with weights held by DeepSpeed are left to TRL."""
     model, seen = llama(), []
     add_fused_lm_head(model)
     trainer = types.SimpleNamespace(
@@ -341,7 +341,7 @@ def test_a_reference_of_its_own_computes_in_autocast() -> None:
 
 
 def test_nothing_to_predict() -> None:
-    """A batch whose completions were all cut off still has a gradient, of zeros."""
+    """A batch whose completions are all masked still has a gradient, of zeros."""
     data = batch()
     data["labels"] = torch.full_like(data["labels"], -100)
     got, want, _ = both(llama(), data)

@@ -1,4 +1,4 @@
-"""`pk.patch(model, loss=True)`: models of transformers whose loss is computed without their logits."""
+"""`pk.patch(model, loss=True)`: models of transformers whose loss is computed without logits."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_loss_and_gradients(name: str, dtype: torch.dtype) -> None:
     assert losses_of(calls) == 1
     parts = [without_noise(results, truth) for results in (got, step(stock, given), truth)]
     assert_same_numbers(lambda i: tuple(parts), 1e-3 if dtype == torch.float32 else 0.3)  # type: ignore[arg-type,return-value]
-    pk.patch(stock)  # whose layers, where there are adapters, round otherwise than PEFT's
+    pk.patch(stock)  # its layers with adapters round differently from PEFT's
     ours, theirs = (each(**given).logits for each in (model, stock))
     assert type(ours) is LazyLogits and torch.equal(ours, theirs)
     entry = report.losses[0]
@@ -73,7 +73,7 @@ def test_arguments_of_the_loss(option: str) -> None:
 
 
 def test_rows_are_kept_and_labels_too() -> None:
-    """Logits of some positions, and their labels, as a caller may ask for."""
+    """`logits_to_keep`, with the labels of these positions."""
     stock = llama(vocab_size=VOCABULARY)
     model, _ = patched(stock)
     given = batch() | {"logits_to_keep": 5}
@@ -82,7 +82,7 @@ def test_rows_are_kept_and_labels_too() -> None:
 
 
 def test_what_a_model_adds_to_the_loss_stays() -> None:
-    """Of a mixture of experts, the loss that balances them."""
+    """The load balancing loss of an MoE."""
     stock = family("mixtral", output_router_logits=True)
     model, _ = patched(stock)
     with Calls() as calls:
@@ -147,7 +147,7 @@ def test_where_logits_are_computed_for_the_loss(case: Any) -> None:
 
 @pytest.mark.parametrize("when", ["foreign", "replaced", "late"])
 def test_heads_that_are_not_ours(when: str) -> None:
-    """By its class, by a forward on the instance, or because it has come later."""
+    """By its class, a forward on the instance, or because it was added after patch()."""
     model = llama(vocab_size=VOCABULARY)
     if when == "foreign":
         model.lm_head = torch.nn.Sequential(model.lm_head)
@@ -157,7 +157,7 @@ def test_heads_that_are_not_ours(when: str) -> None:
     if when == "late":
         model.lm_head = torch.nn.Linear(64, VOCABULARY, bias=False)
     words = {"foreign": "its head is a Sequential", "replaced": "was replaced on the instance"}
-    assert words.get(when, "has come after patch()") in str(report)
+    assert words.get(when, "was added after patch()") in str(report)
     with Calls() as calls:
         model(**batch()).loss.backward()
     assert losses_of(calls) == 0
@@ -165,7 +165,7 @@ def test_heads_that_are_not_ours(when: str) -> None:
 
 @pytest.mark.parametrize("backward_hook", [False, True])
 def test_hooks_on_a_plain_head(backward_hook: bool) -> None:
-    """Run as ever; a backward hook needs the logits."""
+    """Hooks run as usual; a backward hook needs the logits."""
     stock = llama(vocab_size=VOCABULARY)
     model, _ = patched(stock)
     for each in (model, stock):
@@ -200,7 +200,7 @@ def test_copies_pickles_and_signature() -> None:
 
 
 def test_several_models_at_a_time() -> None:
-    """Threads, and a model inside another's forward."""
+    """Threads, and a model called in another's forward."""
     model, other = patched(llama(vocab_size=VOCABULARY))[0], patched(llama(vocab_size=VOCABULARY))[0]
     inner: list[Any] = []
     handle = model.model.norm.register_forward_pre_hook(

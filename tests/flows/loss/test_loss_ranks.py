@@ -1,5 +1,5 @@
-"""The loss without logits in DistributedDataParallel and FSDP2: two processes over gloo, with the losses and
-gradients of stock in one process on the whole batch."""
+"""The loss without logits under DistributedDataParallel and FSDP2: two processes over gloo must give the
+losses and gradients of stock in one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def whole(gradient: Any) -> Tensor:
 
 
 def compare(head: str, wrap: Any) -> None:
-    """Two steps, so that what the first left behind would be seen in the second."""
+    """Two steps: the second shows state left by the first."""
     stock = with_head(head)
     model = copy.deepcopy(stock)
     report = pk.patch(model, loss=True)
@@ -67,7 +67,8 @@ def ddp(folder: Path) -> None:
 
 
 def fsdp2(folder: Path) -> None:
-    """Blocks, and the rest, with the head, as one, which is gathered anew for the backward or is not."""
+    """Shards blocks, and the rest with the head as one unit, which is gathered again for backward or is
+    not."""
     for head, anew in ((head, anew) for head in HEADS for anew in (False, True)):
 
         def wrap(model: Any, anew: bool = anew) -> Any:

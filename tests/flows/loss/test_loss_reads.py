@@ -1,4 +1,4 @@
-"""Logits of a model whose loss is computed without them: whoever reads them gets what stock has."""
+"""Logits of a model whose loss is computed without them: reads give stock's values."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def weighted_loss(out: Any) -> Tensor:
 
 
 def written_into(out: Any) -> Tensor:
-    """A view sees what is written into what it is of, and a product does not."""
+    """Writes to the base are seen by a view, and not by a computed tensor."""
     logits, rows = out.logits, out.logits.view(-1, VOCABULARY)
     half = logits * 0.5
     logits[..., 3] = -5.0
@@ -61,7 +61,7 @@ def written_into(out: Any) -> Tensor:
 
 
 class Square(torch.autograd.Function):
-    """Which gets its argument past `__torch_function__`."""
+    """Its argument bypasses `__torch_function__`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ def by_a_function(out: Any) -> Tensor:
 
 
 class Doubled(torch.autograd.Function):
-    """What comes out looks like what went in, and has another gradient."""
+    """The output has the values of the input and another gradient."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ class InPlace(torch.autograd.Function):
 
 
 class InPlaceChained(InPlace):
-    """Returns what the method did."""
+    """Returns the method's result."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -135,7 +135,7 @@ def in_place_function_on_a_view(out: Any) -> Tensor:
 
 
 def function_after_writes(out: Any) -> Tensor:
-    """By methods, through views made before and after the first read, and of the kinds not followed."""
+    """By methods, through views made before and after the first read, of kinds that are not lazy."""
     logits, rows = out.logits, out.logits.view(-1, VOCABULARY)
     early = Doubled.apply(rows).square().mean()  # type: ignore[attr-defined]
     logits.mul_(2.0)
@@ -200,13 +200,13 @@ def test_an_index_is_that_of_its_use() -> None:
 
 
 def test_logits_are_those_of_the_call() -> None:
-    """Not of autocast's state, or the adapter's, when they are read."""
+    """The state of autocast or of the adapter at the time of the read has no effect."""
     stock = MODELS["head-lora"]()
     model, _ = patched(stock)
     with torch.autocast("cpu", torch.bfloat16):
         ours, theirs = (each(**batch()) for each in (model, stock))
     assert ours.logits.dtype == theirs.logits.dtype
-    pk.patch(stock)  # its fused head rounds elsewhere than PEFT's under autocast
+    pk.patch(stock)  # its fused head rounds at other places than PEFT's under autocast
     with torch.autocast("cpu", torch.bfloat16):
         theirs = stock(**batch())
     assert torch.equal(ours.logits, theirs.logits)
@@ -220,7 +220,7 @@ def test_logits_are_those_of_the_call() -> None:
 
 
 def test_a_frozen_fp32_head_is_not_copied_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loss's op rounds it by pieces: the bits of a copy that was rounded as a whole."""
+    """The loss op rounds the weight in pieces: the bits of a weight rounded as a whole."""
     heads: list[Tensor] = []
 
     def seen(hidden: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -254,13 +254,13 @@ def test_what_cannot_be_right_raises() -> None:
     for method in ("retain_grad", "register_hook"):
         with pytest.raises(RuntimeError, match=f"logits: expected no {method}"):
             getattr(out.logits, method)(*[print][: method == "register_hook"])
-    with FlopCounterMode(display=False) as counter:  # its hooks only want to know that backward begins
+    with FlopCounterMode(display=False) as counter:  # its hooks only observe that backward begins
         model(**batch()).loss.backward()
     assert counter.get_total_flops() > 0
     out = model(**batch())
     for allow_unused in (False, True):
         with pytest.raises(
-            RuntimeError, match=r"logits: expected no torch.autograd.grad by them, for the loss"
+            RuntimeError, match=r"logits: expected no torch.autograd.grad with respect to them, for the loss"
         ):
             torch.autograd.grad(out.loss + out.logits.mean(), [out.logits], allow_unused=allow_unused)
     with pytest.raises(RuntimeError, match=r"expected no torch.autograd.backward with them as inputs"):
@@ -287,7 +287,7 @@ def test_logits_may_be_a_leaf() -> None:
 
 @pytest.mark.parametrize("name", ["head-frozen", "llama", "gemma2"])
 def test_bytes_that_are_saved(name: str) -> None:
-    """Of logits nothing, unless they are read; and what is read goes with the outputs."""
+    """No logits, unless they are read; materialised logits are freed with the outputs."""
     stock = MODELS[name]()
     model, _ = patched(stock)
     given = batch(rows=8, length=50)
@@ -297,7 +297,7 @@ def test_bytes_that_are_saved(name: str) -> None:
         kept = [*model.parameters(), *model.buffers()]
         return testing.saved_bytes(lambda: model(**given).loss, kept)
 
-    per_row = 8 * 50 * (2 * 64 * 4 + 32)  # hidden states twice, and some numbers
+    per_row = 8 * 50 * (2 * 64 * 4 + 32)  # hidden states twice, and a few scalars
     assert saved(stock) - saved(model) > (logits if name != "gemma2" else 3 * logits) - per_row
     hidden: list[Any] = []
     norm = next(m for n, m in model.named_modules() if n.endswith("model.norm"))

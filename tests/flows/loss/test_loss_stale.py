@@ -1,5 +1,5 @@
-"""Logits that are read after what they come from has changed: an error, whoever wrote and however, and the
-numbers of the call where nothing has changed."""
+"""Logits read after the head's weight or the hidden states changed: an error, for every kind of write, and
+the values of the call if nothing changed."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def signs(p: Tensor) -> None:
 
 
 def freed(p: Tensor) -> None:
-    """As FSDP2 does behind its layers, which gathers another weight into the same tensor later."""
+    """As FSDP2 does after a layer: it frees the weight and later gathers another into the same tensor."""
     p.untyped_storage().resize_(0)
 
 
@@ -53,7 +53,7 @@ WRITERS = (fused_adamw, by_data, by_other_data, by_numpy, rows_swapped, signs, f
 
 
 def head_weight(model: Any) -> Any:
-    """The one that trains."""
+    """The trained copy of the head."""
     trained = [p for n, p in model.named_parameters() if "lm_head" in n and p.requires_grad]
     return trained[-1]
 
@@ -96,7 +96,7 @@ def test_a_merge_into_the_head(name: str) -> None:
     with pytest.raises(RuntimeError, match=STALE):
         out.logits.sum()
     model.unmerge_adapter()
-    if name == "head-lora-nf4":  # the same bits again
+    if name == "head-lora-nf4":  # the original bits
         assert torch.equal(out.logits, model(**batch()).logits)
 
 
@@ -112,7 +112,7 @@ def test_logits_of_a_frozen_head_outlive_a_step() -> None:
 
 
 def test_one_hash_for_each_forward(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It costs a pass over the head's weight."""
+    """Hashing costs a pass over the head's weight."""
     from peft_kernels.patch.loss import recipe
 
     hashed: list[Tensor] = []

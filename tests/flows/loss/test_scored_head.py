@@ -1,4 +1,4 @@
-"""Log-probabilities under a head, and what TRL asks for besides, against all logits at once."""
+"""Log-probabilities under a head, and TRL's other outputs, against materialised logits."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from peft_kernels.integrations.trl import scored_head
 def test_score(
     scale: float, cap: float | None, bias: bool, squares: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In fp64, with a tie, and, where squares are asked for, in pieces that leave a rest."""
+    """In fp64, with a tie, and, with squares, in pieces of unequal size."""
     outputs = tuple(name for name in scored_head.OUTPUTS if squares or name != "log_sum_sq_probs")
     monkeypatch.setitem(scored_head.PIECE, "cpu", 300)
     g = torch.Generator().manual_seed(0)

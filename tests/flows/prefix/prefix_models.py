@@ -1,4 +1,4 @@
-"""Tiny models with PEFT's prefix tuning, whose prefix matters."""
+"""Tiny models with PEFT's prefix tuning and a prefix that affects the output."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ FAMILIES = ("llama", "gpt2", "t5", "bart")
 
 
 def bare(family: str, base: str = "dense", **options: Any) -> Any:
-    if family == "t5":  # PEFT takes the size of heads to be d_model / num_heads
+    if family == "t5":  # PEFT assumes head_dim = d_model / num_heads
         options = {"d_kv": 16} | options
     return bottleneck_models.FAMILIES[family].make(base, **options)
 
 
 def prefixed(model: Any, projection: bool = False, **options: Any) -> Any:
-    """In training mode; the same prefix in each call, large enough to be attended to."""
+    """A model in training mode, with the same large prefix for each call."""
     task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
     torch.manual_seed(3)
     options = {
@@ -36,7 +36,7 @@ def prefixed(model: Any, projection: bool = False, **options: Any) -> Any:
 
 
 def batch(model: Any, seed: int = 1) -> dict[str, Tensor]:
-    """Two texts, of which the second is shorter."""
+    """Two texts; the second is shorter."""
     ids = flow_models.ids(seed, rows=2, length=8, vocabulary=100)
     mask = torch.ones_like(ids)
     if model.config.is_encoder_decoder:

@@ -1,4 +1,4 @@
-"""PEFT's prefix tuning, patched against stock: the same numbers, under gradient checkpointing too."""
+"""PEFT's prefix tuning, patched against stock: the same values, also under gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
 
 REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 CASES = [(family, base) for family in FAMILIES for base in ("dense", "nf4")]
-CASES.remove(("gpt2", "nf4"))  # its layers are no nn.Linear
+CASES.remove(("gpt2", "nf4"))  # its layers are not nn.Linear
 
 
 def checkpoint(model: Any, reentrant: bool = False) -> None:
@@ -54,7 +54,7 @@ def test_steps_are_those_of_stock(family: str, base: str, projection: bool) -> N
 
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_gradients_in_bf16_are_summed_as_by_stock(checkpointed: bool) -> None:
-    """Over the batch in the prefix's fp32, not in the model's type."""
+    """Gradients are summed over the batch in the prefix's fp32, not in the model's dtype."""
 
     def sample(i: int) -> tuple[Any, Any, Any]:
         rows = {name: value.repeat(8, 1) for name, value in batch(stock, seed=i).items()}
@@ -92,7 +92,7 @@ def test_it_is_one_line_of_the_report() -> None:
 
 
 def test_layers_that_name_their_place_otherwise() -> None:
-    """GPT-Neo's have a layer_id; without one they are not recomputed, and the report says so."""
+    """GPT-Neo's layers have a layer_id; without one they cannot be recomputed, and the report says so."""
     stock = prefixed(flow_families.tiny("gpt_neo"))
     model, report = patched_copy(stock)
     assert "gradient checkpointing works" in str(report)
@@ -144,7 +144,7 @@ def test_unpatch_gives_stock_back() -> None:
     for value in vars(model).values():
         assert "peft_kernels" not in getattr(getattr(value, "__func__", None), "__module__", "")
     with pytest.raises(RuntimeError, match="size of tensor"):
-        loss(model)  # PEFT's mask has the prefix, transformers' layers have lost it
+        loss(model)  # PEFT's mask includes the prefix, transformers' layers lost it
     refused = r"PREFIX_TUNING does not work with gradient checkpointing"
     with pytest.raises(ValueError, match=refused):
         model.add_adapter("other", model.peft_config["default"])
@@ -173,7 +173,7 @@ def test_layers_that_came_later_are_refused() -> None:
     checkpoint(model)
     layers = model.base_model.model.layers
     fused.restore(layers[1])
-    with pytest.raises(RuntimeError, match=r"model\.layers\.1 has come after patch"):
+    with pytest.raises(RuntimeError, match=r"model\.layers\.1 was added after patch"):
         loss(model)
     pk.patch(model)
     assert torch.isfinite(loss(model))
@@ -194,7 +194,7 @@ def test_copies_and_pickles() -> None:
 
 @pytest.mark.parametrize("family", ["llama", "t5"])
 def test_trainer_checkpoints(family: str, tmp_path: Path) -> None:
-    """A run of Trainer on an NF4 base: with checkpointing, the losses of stock without."""
+    """Trainer on an NF4 base: with checkpointing it gives the losses of stock without."""
     stock = prefixed(bare(family, "nf4"), projection=True)
     model, _ = patched_copy(stock)
     rows = batch(model)

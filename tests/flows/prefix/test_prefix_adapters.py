@@ -1,4 +1,4 @@
-"""Prefixes started from a text, and folded out of the network that they were trained through."""
+"""Prefixes initialised from a text, and folded out of their reparameterisation network."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def logits(model: Any) -> Tensor:
 
 @pytest.mark.parametrize(("family", "base"), [("llama", "nf4"), ("t5", "dense"), ("bart", "dense")])
 def test_folded_logits_stay(family: str, base: str, tmp_path: Path) -> None:
-    """In place, and in an ordinary folder that stock PEFT reads."""
+    """In place, and in a folder that stock PEFT reads."""
     model = prefixed(bare(family, base), projection=True).eval()
     want = logits(model)
     with pk.patched(model):
@@ -45,13 +45,13 @@ def test_folded_logits_stay(family: str, base: str, tmp_path: Path) -> None:
     assert not peft.PeftConfig.from_pretrained(tmp_path).prefix_projection
     loaded = peft.PeftModel.from_pretrained(bare(family, base), tmp_path)
     assert torch.equal(logits(loaded), logits(model))
-    loaded.prompt_encoder.requires_grad_(True)  # PEFT loads it to infer
+    loaded.prompt_encoder.requires_grad_(True)  # PEFT loads it for inference
     gradients = step(loaded, loss)
     assert gradients["prompt_encoder.default.embedding.weight"].abs().sum() > 0
 
 
 def test_an_adapter_that_was_loaded_is_folded(tmp_path: Path) -> None:
-    """PEFT saves what the network gives, under a config that still speaks of one."""
+    """PEFT saves the network's output, with a config that still describes the network."""
     model = prefixed(bare("llama"), projection=True).eval()
     model.save_pretrained(tmp_path)
     loaded = peft.PeftModel.from_pretrained(bare("llama"), tmp_path)
@@ -95,7 +95,7 @@ def test_other_models_are_refused() -> None:
         pk.prefix.fold(peft.get_peft_model(bare("llama"), config))
 
 
-# A text.
+# Initialisation from a text.
 
 TEMPLATE = (
     "{% for m in messages %}w3 {{ 'w4' if m.role == 'system' else 'w5' }} {{ m.content }} w6{% endfor %}"
@@ -113,7 +113,7 @@ def words(ids: list[int]) -> str:
 
 
 def assert_it_speaks_after(model: Any, ids: list[int]) -> None:
-    """The model's logits are the base's after a text of these tokens."""
+    """The model's logits equal the base's after a text of these tokens."""
     assert len(ids) == model.active_peft_config.num_virtual_tokens
     tokens = flow_models.ids(4, rows=2, length=7, vocabulary=100)
     base = model.get_base_model()
@@ -129,7 +129,7 @@ def assert_it_speaks_after(model: Any, ids: list[int]) -> None:
 @pytest.mark.parametrize("patched", [False, True])
 @pytest.mark.parametrize(("family", "base"), [("llama", "dense"), ("llama", "nf4"), ("gpt2", "dense")])
 def test_a_prefix_from_text_is_that_text(family: str, base: str, patched: bool) -> None:
-    """In training mode with dropout and checkpointing, of which the prefix must have nothing."""
+    """In training mode with dropout and checkpointing, which must not affect the prefix."""
     model = prefixed(bare(family, base))
     if patched:
         pk.patch(model)

@@ -1,8 +1,7 @@
 """generate with PEFT's prefix tuning on patched models: the scores are those of stock's forward.
 
-PEFT 0.21 gives its prefix to generate as `past_key_values`, which transformers 5.24 passes over: stock
-generates as if there were no prefix, or raises. So texts are scored anew, by a forward over all of their
-tokens.
+PEFT 0.21 passes its prefix to generate as `past_key_values`, which transformers 5.24 ignores: stock generates
+without the prefix, or raises. So texts are scored again by a forward over all tokens.
 """
 
 from __future__ import annotations
@@ -57,7 +56,8 @@ def prompt(model: Any) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def scored(stock: Any, inputs: dict[str, Tensor], text: Tensor) -> Tensor:
-    """Log-probabilities of each next token, (rows, NEW, vocabulary), by stock's forward over whole texts."""
+    """Log-probabilities of each next token, (rows, NEW, vocabulary), from stock's forward over whole
+    texts."""
     if stock.config.is_encoder_decoder:
         logits = stock(**inputs, decoder_input_ids=text[:, :-1]).logits
     else:
@@ -112,7 +112,7 @@ def patched_llama() -> Any:
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 def test_a_returned_cache_goes_on(static: bool) -> None:
-    """A second turn that begins with the first turn's cache is that of one text."""
+    """A second turn that starts from the first turn's cache equals one long text."""
     model, first = patched_llama(), prompt(patched_llama())
     cache = transformers.StaticCache(model.base_model.config, max_cache_len=20) if static else None
     given = {"cache": cache, "disable_compile": True} if static else {}

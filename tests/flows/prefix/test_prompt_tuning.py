@@ -1,5 +1,5 @@
 """Prompt tuning and P-tuning of PEFT on dense, NF4 and bitsandbytes bases, patched and not, and batches whose
-rows have virtual prompts of their own."""
+rows use different virtual prompts."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_training_learns_and_checkpointing_changes_nothing(method: str, reentran
     model.base_model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     with Calls() as calls:
         got = step(model, lambda m: language_loss(m, ids()))
-    assert calls.counts["nf4_linear"] == 2 * LAYERS, calls.counts  # once more in backward
+    assert calls.counts["nf4_linear"] == 2 * LAYERS, calls.counts  # recomputed in backward
     assert_near(got, step(plain, lambda m: language_loss(m, ids())))
     losses = train(model, lambda m, _: language_loss(m, ids()), steps=12, lr=0.05)
     assert losses == pytest.approx(
@@ -119,7 +119,7 @@ def test_saved_and_loaded_onto_a_fresh_base(method: str, base: str, words: str, 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_generating_with_a_cache_says_what_peft_says_without(base: str) -> None:
-    """PEFT 0.21 with transformers 5.24 puts the prompt in at every step where there is a cache."""
+    """PEFT 0.21 with transformers 5.24 inserts the prompt at every step if there is a cache."""
     stock = tuned(base, "prompt-random").eval()
     model, _ = patched_copy(stock)
     prompt = ids(2)
@@ -130,7 +130,7 @@ def test_generating_with_a_cache_says_what_peft_says_without(base: str) -> None:
     assert torch.equal(got, want[:, prompt.shape[1] :])
 
 
-# Rows with prompts of their own.
+# Rows with different prompts.
 
 NAMES = ["default", "long", "__base__", "default", "short"]
 LENGTHS = [10, 4, 7, 1, 9]
@@ -147,7 +147,7 @@ def several(model: Any, method: str = "prompt-random", task: str = "CAUSAL_LM") 
 
 
 def alone(model: Any, row: Tensor, name: str, **more: Any) -> Any:
-    """What PEFT gives for one row without padding, by the adapter or without it."""
+    """PEFT's result for one row without padding, with the adapter or without one."""
     if name == "__base__":
         return model.get_base_model()(input_ids=row[None], **more)
     model.set_adapter(name)
@@ -164,7 +164,7 @@ def batch(left: bool) -> tuple[Tensor, Tensor]:
 
 
 def gpt2() -> Any:
-    """Positions are learned, each by its number."""
+    """Learned absolute positions."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 128, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
     kinds = {"initializer_range": 0.2, "bos_token_id": 1, "eos_token_id": 2}
@@ -172,7 +172,7 @@ def gpt2() -> Any:
 
 
 def encoder(kind: str) -> Any:
-    """An encoder with a table of positions, as a causal model: BERT's begins at 0, RoBERTa's at 2."""
+    """An encoder with learned positions as a causal model: BERT's start at 0, RoBERTa's at 2."""
     torch.manual_seed(0)
     sizes = {"vocab_size": 128, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     kinds = {"intermediate_size": 128, "max_position_embeddings": 64, "initializer_range": 0.2}
@@ -223,7 +223,7 @@ def test_generating_from_a_mixed_batch(name: str) -> None:
 
 
 def test_training_on_a_mixed_batch() -> None:
-    """The gradient of each adapter is that of its own rows."""
+    """The gradient of each adapter comes from its own rows."""
     model, (tokens, mask) = several(llama("nf4"), "p-tuning-lstm"), batch(left=False)
     for p in model.prompt_encoder.parameters():
         p.requires_grad_(True)
@@ -241,7 +241,7 @@ def test_training_on_a_mixed_batch() -> None:
             for p in model.prompt_encoder.parameters():
                 p.requires_grad_(True)
         out = alone(model, tokens[i][kept], adapter).logits[0]
-        # The virtual tokens predict nothing but the last one, whose next is the first of the row.
+        # Of the virtual tokens only the last predicts: the first token of the row.
         target = labels[i][kept]
         first = len(out) - len(target)
         rows = out[first - 1 : -1] if first else out[:-1]
@@ -255,7 +255,7 @@ def test_training_on_a_mixed_batch() -> None:
 
 
 def t5(kind: str) -> Any:
-    """Positions are relative."""
+    """Relative positions."""
     sizes = {"vocab_size": 128, "d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4}
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(**sizes, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
@@ -263,7 +263,7 @@ def t5(kind: str) -> Any:
 
 
 def bart(kind: str, **options: Any) -> Any:
-    """BART and its kin, whose encoders count positions from the first column."""
+    """BART-like models, whose encoders count positions from the first column."""
     sizes = {"vocab_size": 128, "d_model": 64, "init_std": 0.2, "max_position_embeddings": 64}
     for part in ("encoder", "decoder"):
         sizes |= {f"{part}_layers": 2, f"{part}_attention_heads": 4, f"{part}_ffn_dim": 128}

@@ -27,7 +27,7 @@ def train(model: Any, folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("base", ["dense", "nf4", "bnb"])
 def test_trainer(base: str, tmp_path: Path) -> None:
-    """The loss falls; saved, loaded into a fresh model, it predicts the same."""
+    """The loss falls; saved and loaded into a new model it predicts the same."""
     model = fm.llama(base)
     frozen = {name: p.detach().clone() for name, p in model.named_parameters()}
     adapters.add(model, "task", "parallel" if base == "nf4" else "houlsby")
@@ -48,7 +48,7 @@ def test_trainer(base: str, tmp_path: Path) -> None:
 
 
 def test_trainer_of_a_model_loaded_in_4_bits(tmp_path: Path) -> None:
-    """transformers asks for PEFT there, until it is told that the model is an ordinary one."""
+    """transformers requires PEFT for quantised models, unless the model is marked as an ordinary one."""
     model = fm.bnb_llama(tmp_path / "base")
     adapters.add(model, "task")
     adapters.train(model, "task")

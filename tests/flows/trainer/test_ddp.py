@@ -1,5 +1,5 @@
-"""Patched models in DistributedDataParallel with what users turn on: two or three processes, over gloo,
-whose gradients are those of one process on the whole batch."""
+"""Patched models under DistributedDataParallel with common options: two or three processes over gloo must
+give the gradients of one process on the whole batch."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def all_adapters_train(model: nn.Module) -> None:
 
 
 def trained(model: Any, call: Any, rows: Callable[[int], list[Tensor]], loss: Loss) -> dict[str, Tensor]:
-    """Adapters, and gradients of the last step, after some steps on these parts of each batch: one process
-    goes through all, and each of several through its own."""
+    """Adapters, and gradients of the last step, after some steps on these parts of each batch: a single
+    process uses all parts, each of several its own."""
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.03)
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -61,7 +61,7 @@ def trained(model: Any, call: Any, rows: Callable[[int], list[Tensor]], loss: Lo
 def compare(
     stock: Any, ddp: Callable[[Any], Any], loss: Loss = language_loss, patch: bool = True, bound: float = 1e-4
 ) -> Any:
-    """A patched copy in DDP against `stock` in one process, which is left as it was."""
+    """Compares a patched copy in DDP with a copy of `stock` in one process."""
     model, alone = copy.deepcopy(stock), copy.deepcopy(stock)
     report = pk.patch(model) if patch else None
     wrapped = ddp(model)
@@ -78,7 +78,8 @@ def compare(
 
 
 def when_patched(folder: Path) -> None:
-    """NF4 unpatched, patched before and after wrapping, and other bases; DDP sends the first's adapters."""
+    """NF4 unpatched, patched before and after wrapping, and other bases; DDP broadcasts the adapters of rank
+    0."""
     others = ["dense", "bnb"] if importlib.util.find_spec("bitsandbytes") else ["dense"]
     cases = [
         *(("nf4", when) for when in ("never", "before", "after")),
@@ -105,7 +106,7 @@ def when_patched(folder: Path) -> None:
 
 
 def options(folder: Path) -> None:
-    """DDP's options, and activation checkpointing of both kinds where DDP takes it."""
+    """DDP's options, and both kinds of activation checkpointing where DDP supports it."""
     every: list[dict[str, Any]] = [
         {},
         {"find_unused_parameters": True},
@@ -120,13 +121,13 @@ def options(folder: Path) -> None:
             stock.enable_input_require_grads()
         for given in every:
             if checkpointing and "find_unused_parameters" in given:
-                continue  # torch raises: each block of a reentrant one marks all parameters as used
+                continue  # torch raises: each reentrant block marks all parameters as used
             report = compare(stock, lambda model, given=given: DistributedDataParallel(model, **given))
             assert not any(layer.fallbacks for layer in report.layers), str(report)
 
 
 def unused(folder: Path) -> None:
-    """An adapter that is active in one process alone, and one in none."""
+    """An adapter that is active in one process only, and one in none."""
     stock = small()
     for name in ("second", "third"):
         stock.add_adapter(name, config(r=2))
@@ -141,7 +142,7 @@ def unused(folder: Path) -> None:
     pk.patch(model)
     all_adapters_train(model)
     ddp = DistributedDataParallel(model, find_unused_parameters=True)
-    for _ in range(2):  # a parameter that was waited for would raise in the second step
+    for _ in range(2):  # an unused parameter would raise in the second step
         ddp.zero_grad()
         loss(ddp, model.base_model, dist.get_rank()).backward()
     for rank in range(2):
@@ -152,7 +153,7 @@ def unused(folder: Path) -> None:
 
 
 def rows_of_their_own(folder: Path) -> None:
-    """A mixed batch, which PEFT takes in evaluation: rows without an adapter among them."""
+    """A mixed batch, which PEFT supports in evaluation, with rows without an adapter."""
     stock = small()
     stock.add_adapter("second", config(r=2))
     all_adapters_train(stock.eval())
@@ -174,7 +175,7 @@ def rows_of_their_own(folder: Path) -> None:
 
 
 def accumulation(folder: Path) -> None:
-    """Two parts of a batch, the first without communication."""
+    """Gradient accumulation: two parts of a batch, the first without communication."""
     stock = small()
     for given in ({}, {"gradient_as_bucket_view": True}):
         model, alone = copy.deepcopy(stock), copy.deepcopy(stock)
@@ -194,8 +195,8 @@ def accumulation(folder: Path) -> None:
 
 
 def events_of_a_step(model: Any) -> list[str]:
-    """In their order: the number of the layer of each gradient that has come, and "sent" for a bucket."""
-    ddp = DistributedDataParallel(model, bucket_cap_mb=0.004)  # a quarter of a layer's
+    """Events in order: the layer index of each gradient that is ready, and "sent" for a bucket."""
+    ddp = DistributedDataParallel(model, bucket_cap_mb=0.004)  # a quarter of a layer
     events: list[str] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -208,7 +209,7 @@ def events_of_a_step(model: Any) -> list[str]:
         return work.get_future().then(lambda done: done.value()[0])
 
     ddp.register_comm_hook(None, lambda state, bucket: send(bucket))
-    for step in range(2):  # buckets are laid out anew after the first
+    for step in range(2):  # buckets are rebuilt after the first step
         events.clear()
         ddp.zero_grad()
         language_loss(ddp, share(step)).backward()
@@ -216,7 +217,7 @@ def events_of_a_step(model: Any) -> list[str]:
 
 
 def overlap(folder: Path) -> None:
-    """Buckets are sent while backward goes on to earlier layers, as early as in stock."""
+    """Buckets are sent while backward continues with earlier layers, as early as in stock."""
     stock = small(layers=4)
     model = copy.deepcopy(stock)
     pk.patch(model)
@@ -229,14 +230,14 @@ def overlap(folder: Path) -> None:
             len(layers) - i + events[:i].count("sent") for i, e in enumerate(events) if e == "sent"
         ]
         assert len(still_to_come) > 8
-        for layer in (2, 1, 0):  # most of what is behind is on its way when the next layer begins
+        for layer in (2, 1, 0):  # most buckets of a layer are sent when the next layer begins
             assert min(n for n in still_to_come if n >= 14 * (layer + 1)) <= 14 * (layer + 1) + 7
         early[each is model] = sum(still_to_come) / len(still_to_come)
-    assert early[True] > early[False] - 3.5, early  # half a block's, whose gradients come at once
+    assert early[True] > early[False] - 3.5, early  # half a block, whose gradients are ready at once
 
 
 def dropped(folder: Path) -> None:
-    """lora_dropout with the same seed in a reentrant block: what is recomputed is what was dropped."""
+    """lora_dropout in a reentrant block: the recomputation drops the same elements."""
     stock = adapted(llama("nf4"), r=4, lora_dropout=0.3)
     stock.get_base_model().gradient_checkpointing_enable(
         gradient_checkpointing_kwargs={"use_reentrant": True}
@@ -253,7 +254,7 @@ def dropped(folder: Path) -> None:
 
 
 def mixed_precision(folder: Path) -> None:
-    """accelerate's bf16, which is autocast around DDP: as near to fp32 as stock is under it."""
+    """accelerate's bf16 is autocast around DDP: as close to fp32 as stock."""
     if importlib.util.find_spec("accelerate") is None:
         return
     import accelerate
@@ -271,7 +272,7 @@ def mixed_precision(folder: Path) -> None:
 
 
 def of_a_step(stock: Any, wrap: Callable[[Any], Any], patched: bool = False) -> dict[str, Tensor]:
-    """Gradients of one step of a copy of a model."""
+    """Gradients of one step on a copy of a model."""
     model = copy.deepcopy(stock)
     report = pk.patch(model) if patched else None
     language_loss(wrap(model), share(0)).backward()

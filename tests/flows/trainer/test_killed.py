@@ -1,5 +1,5 @@
-"""Processes of a Trainer's run that are killed or stand still: the others end and say why, and a run that
-goes on from the last checkpoint is as if nothing had been."""
+"""Killed or hanging processes of a Trainer run: the others end with an error, and a run resumed from the last
+checkpoint gives the results of an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = [
 
 STEPS, SAVED, KILLED = 8, 4, 6
 RANKS, TIMEOUT = 2, 15
-"""Seconds after which a process no longer waits for another."""
+"""Timeout of collectives in seconds."""
 OPTIMIZERS = ("AdamW", "AdamW8bit")
 
 
@@ -45,9 +45,9 @@ class Killer(transformers.TrainerCallback):
 
 
 def work(rank: int, port: int, folder: str, optimizer: str, doomed: dict[int, int], queue: Any) -> None:
-    """Trains, from the last checkpoint if there is one. Tells the losses, or the error."""
+    """Trains, from the last checkpoint if there is one. Reports the losses or the error."""
     enter(rank, RANKS, port)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))  # `ddp_timeout` is for GPUs alone
+    dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))  # `ddp_timeout` applies to GPUs only
     model = adapted(llama("nf4", num_hidden_layers=1), r=4)
     pk.patch(model)
     rows = [{"input_ids": row, "labels": row} for i in range(STEPS) for row in ids(i)]
@@ -69,11 +69,11 @@ def work(rank: int, port: int, folder: str, optimizer: str, doomed: dict[int, in
         code = 1
     queue.close()
     queue.join_thread()
-    os._exit(code)  # torch 2.11 may wait for itself when DDP is freed after the process group
+    os._exit(code)  # torch 2.11 may deadlock if DDP is freed after the process group
 
 
 def run(folder: Path, optimizer: str, doomed: dict[int, int]) -> tuple[list[int | None], dict[int, Any]]:
-    """Exit codes, None of one that is there still, and what the processes told that had the time."""
+    """Exit codes (None: still running), and the reports of the processes that sent one."""
     context: Any = forked()
     queue = context.Queue()
     arguments = free_port(), str(folder), optimizer, doomed, queue
@@ -102,7 +102,7 @@ def run(folder: Path, optimizer: str, doomed: dict[int, int]) -> tuple[list[int 
 def through(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, list[float]]:
-    """An optimizer, and the losses of a run without a break."""
+    """An optimizer, and the losses of an uninterrupted run."""
     codes, told = run(tmp_path_factory.mktemp(request.param), request.param, {})
     assert codes == [0, 0] and told[0] == told[1] and len(told[0]) == STEPS, told
     return request.param, told[0]
@@ -125,7 +125,9 @@ def test_goes_on_as_if_nothing_had_been(
             assert_says_why(told[rank])
     assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{SAVED}"]
     codes, told = run(tmp_path, optimizer, {})
-    assert codes == [0, 0] and told[0] == pytest.approx(losses, rel=1e-6)  # those before the break are saved
+    assert codes == [0, 0] and told[0] == pytest.approx(
+        losses, rel=1e-6
+    )  # those before the interruption are saved
 
 
 def test_a_process_that_stands_still_is_not_waited_for(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""transformers' Trainer over models whose loss is computed without their logits, against stock."""
+"""transformers' Trainer with models whose loss is computed without logits, against stock."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_trainer(name: str, run: str, tmp_path: Path) -> None:
 
 
 def test_a_model_that_accelerate_has_wrapped() -> None:
-    """It calls the forward that it found: ours, or the one before."""
+    """It calls the forward it wraps: ours, or the original."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     for first in ("patch", "prepare"):
         model = MODELS["llama"]()
@@ -93,7 +93,7 @@ def test_a_model_that_accelerate_has_wrapped() -> None:
 
 
 def test_trainer_evaluates(tmp_path: Path) -> None:
-    """Metrics see logits; where the loss is all that is wanted, nobody reads them."""
+    """Metrics read the logits; with prediction_loss_only nothing does."""
     stock = MODELS["head-frozen"]()
     model, report = patched(stock)
     seen: list[Any] = []

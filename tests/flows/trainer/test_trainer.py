@@ -1,4 +1,4 @@
-"""transformers' Trainer with what users turn on, patched against stock."""
+"""transformers' Trainer with common options, patched against stock."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated and will be removed
 
 STEPS = 4
 EVALUATION = {"dense": 1e-5, "nf4": 1e-5, "bnb": 0.02}
-"""How near evaluation is to stock's: bitsandbytes rounds its scales to bf16 when it evaluates on a CPU."""
+"""Bounds on the error in evaluation: bitsandbytes rounds its scales to bf16 on CPUs."""
 BASES = pytest.mark.parametrize("base", ["dense", "nf4", "bnb"])
 
 
@@ -48,7 +48,7 @@ def adapters(model: Any) -> dict[str, torch.Tensor]:
 
 
 def assert_same_training(ours: Any, stock: Any, rel: float, count: int = STEPS, **train: Any) -> None:
-    """Trains both; the logged numbers of each step must agree."""
+    """Trains both; the logged values of each step must agree."""
     torch.manual_seed(0)
     with Calls() as calls:
         ours.train(**train)
@@ -106,7 +106,7 @@ def test_options(case: str, base: str, adapter: str, tmp_path: Path) -> None:
 
 
 def test_autocast(tmp_path: Path) -> None:
-    """By the numbers policy: products of bf16 that round at other places are further from each other than
+    """By the numbers policy: bf16 results that round at different places are further from each other than
     from the truth."""
 
     def sample(i: int) -> tuple[Results, Results, Results]:
@@ -154,7 +154,7 @@ def test_evaluation_between_steps_changes_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_resume(base: str, tmp_path: Path) -> None:
-    """Four steps are two, a checkpoint, and two more of another process's model."""
+    """Four steps equal two, a checkpoint, and two more with a new model."""
     whole = adapted(llama(base))
     pk.patch(whole)
     through = trainer(whole, tmp_path / "whole")
@@ -178,7 +178,7 @@ def test_resume(base: str, tmp_path: Path) -> None:
 
 @BASES
 def test_save_and_load(base: str, tmp_path: Path) -> None:
-    """What a patched model saves, a stock one loads, and the other way round; the files are stock's."""
+    """A stock model loads what a patched one saves, and vice versa; the files are the same."""
     stock = adapted(llama(base))
     model, _ = patched_copy(stock)
     for each, folder in ((model, "ours"), (stock, "stock")):

@@ -28,7 +28,7 @@ pytestmark = [
 
 STEPS, RANKS = 20, 2
 LOSSES, ADAPTERS = 1e-3, 1e-3
-"""How near the losses of several processes are to those of one, and how near what was added to adapters."""
+"""Bounds on the error of losses, and of changes of adapters, between several processes and one."""
 
 
 def model() -> Any:
@@ -38,7 +38,7 @@ def model() -> Any:
 
 
 def options(rows: int, **more: Any) -> dict[str, Any]:
-    """Of a batch of `rows` in all, in the order of the data."""
+    """Arguments for a global batch of `rows`, in the order of the data."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     own = {"per_device_train_batch_size": rows // ranks, "train_sampling_strategy": "sequential"}
     return {"steps": STEPS, "learning_rate": 2e-3, "ddp_find_unused_parameters": False, **own, **more}
@@ -54,7 +54,7 @@ def learnt(trainer: Any) -> dict[str, Tensor]:
 
 @contextlib.contextmanager
 def alone() -> Any:
-    """For what one process would do without the others, though they are there."""
+    """Makes this process train alone although others exist."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     states = PartialState, AcceleratorState, GradientState
@@ -73,7 +73,7 @@ def alone() -> Any:
 
 
 def compare(make: Any, folder: Path, **more: Any) -> Any:
-    """Trains by `make(model, folder, **options)` here and in all processes; the latter trainer."""
+    """Trains by `make(model, folder, **options)` in one process and in all; returns the latter trainer."""
     start = {name: p.detach().clone() for name, p in model().named_parameters() if p.requires_grad}
     with alone():
         one = make(model(), folder / f"alone-{dist.get_rank()}", **options(2 * RANKS, **more))
@@ -98,7 +98,7 @@ def compare(make: Any, folder: Path, **more: Any) -> Any:
 
 
 def trainer(folder: Path) -> None:
-    """Losses and adapters as in one process; and the adapter is saved once, an ordinary folder of PEFT's."""
+    """Losses and adapters as in one process; the adapter is saved once, as a folder of PEFT."""
     import peft
 
     rows = [{"input_ids": row, "labels": row} for i in range(STEPS) for row in ids(i)]
@@ -119,18 +119,18 @@ def trainer(folder: Path) -> None:
 
 
 def one_bar(folder: Path) -> None:
-    """The progress bar, and what is logged, are the main process's."""
+    """Only the main process logs and shows the progress bar."""
     rows = [{"input_ids": row, "labels": row} for row in ids(0)]
     args = arguments(transformers.TrainingArguments, folder, 2, disable_tqdm=False)
     with contextlib.redirect_stderr(io.StringIO()) as err, contextlib.redirect_stdout(io.StringIO()) as out:
         transformers.Trainer(model=model(), args=args, train_dataset=rows).train()
-    shown = err.getvalue() + out.getvalue()  # and warnings, once in each process
+    shown = err.getvalue() + out.getvalue()  # and warnings, once per process
     for text in ("2/2", "train_loss"):
         assert (text in shown) == (dist.get_rank() == 0), shown
 
 
 def sft_trainer(model: Any, folder: Path, **given: Any) -> Any:
-    """TRL's, over prompts and completions, with adapters in fp32."""
+    """TRL's SFTTrainer on prompts and completions, with fp32 adapters."""
     import datasets
     import trl
 
@@ -144,7 +144,7 @@ def sft_trainer(model: Any, folder: Path, **given: Any) -> Any:
     made = trl.SFTTrainer(model=model, args=args, train_dataset=data, processing_class=tokenizer())
     for p in made.model.parameters():
         if p.requires_grad:
-            p.data = p.data.float()  # TRL made the adapters of a 4-bit model bf16
+            p.data = p.data.float()  # TRL casts adapters of a 4-bit model to bf16
     return made
 
 

@@ -1,6 +1,6 @@
 """TRL's SFTTrainer under accelerate's FSDP2 in two processes, against one process on the same batches.
 
-accelerate shards on GPUs alone: here it is told that each process has one, and that it is the CPU.
+accelerate shards on GPUs only: here it is made to take the CPU for a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ MODELS: dict[str, Callable[[], Any]] = {
 
 
 def environment() -> dict[str, str]:
-    """What `accelerate launch` makes of the configuration among the examples."""
+    """The environment that `accelerate launch` sets for the example configuration."""
     import yaml
 
     config = yaml.safe_load(CONFIGURATION.read_text(encoding="utf-8"))["fsdp_config"]
@@ -77,7 +77,7 @@ def learnt(trainer: Any) -> dict[str, Tensor]:
 
 
 def sft(folder: Path) -> None:
-    """Losses and adapters as in one process, fused, with half of the base in each; saved as PEFT does."""
+    """Losses and adapters as in one process, fused, with half of the base on each rank; saved as by PEFT."""
     import peft
     from torch.distributed.fsdp import FSDPModule
 
@@ -107,7 +107,7 @@ def sft(folder: Path) -> None:
 
 
 def resumed(folder: Path) -> None:
-    """From a checkpoint of Trainer's in the middle."""
+    """Resumed from a Trainer checkpoint."""
     with fsdp2():
         curves = []
         for checkpoint in (None, str(folder / "checkpoint-3")):
@@ -123,8 +123,8 @@ def resumed(folder: Path) -> None:
 
 
 def efficient_loading(folder: Path) -> None:
-    """Process 0 has the model, and the others get it: they train as where each has it, experts too. Nobody
-    but process 0 sends packed weights, and nobody dense ones."""
+    """Rank 0 loads the model and broadcasts it: training is as if every rank had loaded it, also for experts.
+    Only rank 0 sends packed weights, and no rank sends dense ones."""
     for base in ("nf4", "experts"):
         curves = []
         for efficient in ("false", "true"):
@@ -147,7 +147,7 @@ def efficient_loading(folder: Path) -> None:
 
 
 def spoil(model: Any) -> None:
-    """What a process that did not read the checkpoint has."""
+    """The model on a rank that did not read the checkpoint."""
     with torch.no_grad():
         for p in model.parameters():
             for t in p._state.tensors().values() if isinstance(p, pk.NF4Weight) else [p]:

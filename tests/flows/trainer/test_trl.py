@@ -52,8 +52,8 @@ def preferences() -> Any:
     )
 
 
-def judged() -> Any:
-    """Completions that are said to be good or not."""
+def labelled() -> Any:
+    """Completions labelled as good or bad."""
     return datasets.Dataset.from_list(
         [
             {"prompt": words(row[:3]), "completion": " " + words(row[3:7]), "label": i % 2 == 0}
@@ -63,7 +63,8 @@ def judged() -> Any:
 
 
 def in_fp32(trainer: Any) -> Any:
-    """The adapters of a 4-bit model are bf16 by now: one rounding would change steps, and what is sampled."""
+    """Casts adapters to fp32: TRL makes those of a 4-bit model bf16, where one rounding changes what is
+    sampled."""
     for p in trainer.model.parameters():
         if p.requires_grad:
             p.data = p.data.float()
@@ -108,7 +109,7 @@ def test_sft(base: str, tmp_path: Path) -> None:
 
 @BASES
 def test_sft_that_makes_the_adapter(base: str, tmp_path: Path) -> None:
-    """The trainer is given the base model and a peft_config; the patch comes after its construction."""
+    """The trainer gets the base model and a peft_config; the model is patched after its construction."""
 
     def trainer() -> Any:
         torch.manual_seed(3)
@@ -153,7 +154,7 @@ def test_dpo(base: str, made_by: str, tmp_path: Path) -> None:
 
 
 def kto() -> tuple[Any, Any]:
-    """KTOTrainer and its configuration, from where this version of TRL keeps them."""
+    """KTOTrainer and its configuration, wherever this version of TRL defines them."""
     if hasattr(trl, "KTOTrainer"):
         return trl.KTOTrainer, trl.KTOConfig
     module = pytest.importorskip("trl.experimental.kto", reason="this TRL has no KTOTrainer")
@@ -169,7 +170,7 @@ def test_kto(base: str, tmp_path: Path) -> None:
         return kind(
             model=llama(base),
             args=options(settings, tmp_path, max_length=16),
-            train_dataset=judged(),
+            train_dataset=labelled(),
             processing_class=tokenizer(),
             peft_config=config(),
         )
@@ -181,7 +182,7 @@ def test_kto(base: str, tmp_path: Path) -> None:
 
 
 def rewards(completions: list[str], **_: Any) -> list[float]:
-    """How far along its vocabulary a completion goes: differs among completions, as GRPO needs."""
+    """A reward that differs among completions, as GRPO needs."""
     return [sum(int(word[1:]) for word in text.split() if word.startswith("w")) / 100 for text in completions]
 
 
@@ -210,7 +211,7 @@ def test_grpo(base: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_reward(base: str, tmp_path: Path) -> None:
-    """A head of one number that trains beside the adapters; quantize_model leaves it dense."""
+    """A scalar head that trains beside the adapters; quantize_model leaves it dense."""
 
     def trainer() -> Any:
         language = llama("dense")
@@ -235,6 +236,6 @@ def test_reward(base: str, tmp_path: Path) -> None:
     ours, theirs = trainer(), trainer()
     assert any("score" in name for name, p in ours.model.named_parameters() if p.requires_grad)
     report = pk.patch(ours.model)
-    # The loss is of a difference of two rewards, which bf16 rounds before.
+    # The loss is of a difference of two rewards, which are rounded to bf16.
     assert_same_training(ours, theirs, 0.05 if base == "nf4" else 1e-3)
     assert_fused(ours.model, report, blocks=2)

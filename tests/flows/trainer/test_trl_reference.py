@@ -1,4 +1,4 @@
-"""Trainers that compute each prompt once, for policy and reference alike, against TRL's own."""
+"""Trainers that compute each prompt once, for policy and reference, against TRL's own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PLAIN = {"gradient_checkpointing": False, "optim": "adamw_torch"}
 
 
 class Untried(dict[ours.Kind, str]):
-    """Whatever the kind of a batch, rows that share prompts are taken to be right."""
+    """Skips the trial of shared prompts."""
 
     def __contains__(self, kind: object) -> bool:
         return True
@@ -37,7 +37,7 @@ class Untried(dict[ours.Kind, str]):
 
 
 def preferences() -> Any:
-    """Of several lengths."""
+    """Prompts and completions of several lengths."""
     rows = [row for seed in range(3) for row in ids(seed, rows=4, length=24)]
     return datasets.Dataset.from_list(
         [
@@ -65,7 +65,7 @@ def trained(
         p.data = p.data.float() if p.requires_grad else p.data
     pk.patch(made.model)
     for log_probs in (getattr(made, "log_probs", None), getattr(made, "ref_log_probs", None)):
-        if log_probs is not None:  # trying is no part of a step, and its tokens are not to be counted
+        if log_probs is not None:  # the trial is not part of a step
             log_probs.misfits = Untried()
     models = {"policy": made.model, "reference": made.ref_model}
     made.tokens = {n: Tokens(each) for n, each in models.items() if each is not None}
@@ -75,7 +75,7 @@ def trained(
 
 
 def assert_same_logs(got: Any, want: Any) -> None:
-    """Everything that was logged but times, and what the adapters have become."""
+    """All logged values except times, and the trained adapters."""
     for one, other in zip(got.state.log_history, want.state.log_history, strict=True):
         assert one.keys() == other.keys()
         for key in one.keys() - {k for k in one if "time" in k or "runtime" in k or "per_second" in k}:
@@ -110,7 +110,7 @@ def test_dpo(name: str, tmp_path: Path) -> None:
     given = {"train_dataset": data, "eval_dataset": data.select(range(3))}
 
     def run(kind: Any) -> Any:
-        # A model that comes with an adapter gets a copy of it as reference; else the reference is the base.
+        # The reference of a model with an adapter is a copy of it; else the base.
         if name == "weighted":
             model, more = llama("nf4"), {"peft_config": config()}
         elif name == "own reference":
@@ -137,7 +137,7 @@ def test_grpo(tmp_path: Path) -> None:
     def run(kind: Any) -> Any:
         given = {"train_dataset": data, "reward_funcs": rewards}
         options = {"num_generations": 4, "max_completion_length": 4, "beta": 0.04, "learning_rate": 1e-4}
-        # Steps that are not aligned with generation: the old policy's log-probabilities are computed too.
+        # Steps not aligned with generation also compute the old policy's log-probabilities.
         options |= {"per_device_train_batch_size": 4, "steps_per_generation": 2, "num_iterations": 2}
         model = adapted(llama("nf4"))
         return trained(kind, trl.GRPOConfig, tmp_path, model, given, temperature=0.9, **options)

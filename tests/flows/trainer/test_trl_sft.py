@@ -1,4 +1,4 @@
-"""Our SFTTrainer, whose head makes no logits, against TRL's own."""
+"""Our SFTTrainer, which computes no logits, against TRL's own."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = 3
 
 
 def completions() -> Any:
-    """Of several lengths, whose prompts are not trained on."""
+    """Completion-only examples of several lengths."""
     rows = [row for seed in range(2) for row in ids(seed, vocabulary=100)]
     parts = ((words(row[:3]), words(row[3 : 6 + i % 4])) for i, row in enumerate(rows))
     return datasets.Dataset.from_list(
@@ -87,7 +87,7 @@ def test_same_logs(name: str, tmp_path: Path) -> None:
 
 
 def test_a_head_in_nf4(tmp_path: Path) -> None:
-    """Which TRL's own does not multiply by; beside a dense one of the same numbers."""
+    """TRL's own does not support it; compared with a dense head of the same values."""
     model = adapted(packed_head(llama(vocab_size=100)), target_modules=["q_proj", "v_proj"])
     dense = copy.deepcopy(model)
     head = dense.get_output_embeddings()
@@ -103,7 +103,7 @@ def test_a_head_in_nf4(tmp_path: Path) -> None:
 
 
 def test_heads_that_are_trls(tmp_path: Path) -> None:
-    """Of a class that is not known here."""
+    """A head of an unknown class."""
 
     class Head(torch.nn.Linear):
         pass

@@ -1,4 +1,4 @@
-"""Adapted models that merge, and the same merged by hand."""
+"""Models with adapters to merge, and the expected merged models."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ import testing
 
 peft = pytest.importorskip("peft", reason="PEFT is not installed")
 
-# Alphas give scalings other than 1: a scaling that is left out has to show.
-OPTIONS: dict[str, list[dict[str, Any]]] = {  # of each active adapter
+# Alphas give scalings other than 1, so that an omitted scaling shows.
+OPTIONS: dict[str, list[dict[str, Any]]] = {  # for each active adapter
     "plain": [{}],
     "rslora": [{"use_rslora": True}],
     "dora": [{"use_dora": True}],
@@ -28,7 +28,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {  # of each active adapter
         {"lora_bias": True, "target_modules": ["q"], "r": 4, "lora_alpha": 3},
     ],
 }
-# The two libraries round a few of the double-quantised scales differently.
+# A few double-quantised scales differ between the libraries.
 SAME_4_BITS = 5e-3
 
 PATCHED = pytest.mark.parametrize("patched", [True, False], ids=["patched", "plain"])
@@ -57,7 +57,7 @@ def adapted(
 
 
 def inputs(dtype: torch.dtype = torch.float32) -> Tensor:
-    """With a gradient: bitsandbytes' evaluation without one would repack the weight, and round its scales."""
+    """With a gradient: without one bitsandbytes repacks the weight in evaluation and rounds its scales."""
     return testing.tensor(33, 64, dtype=dtype).requires_grad_()
 
 
@@ -71,7 +71,7 @@ def layers(model: Any) -> dict[str, Any]:
 
 
 def dense(weight: Tensor) -> Tensor:
-    """Any weight as fp32."""
+    """A weight of any kind in fp32."""
     if hasattr(weight, "quant_state"):
         weight = pk.NF4Weight.from_bnb(weight)
     return (weight.dequantize(torch.float32) if isinstance(weight, pk.NF4Weight) else weight.float()).detach()
@@ -83,7 +83,7 @@ def quantised(weight: Tensor) -> Tensor:
 
 @torch.no_grad()
 def by_hand(model: Any, rounded: Callable[[Tensor], Tensor] = lambda weight: weight) -> nn.Module:
-    """The merged model in fp32 from the formulas, with `rounded` after every adapter."""
+    """The merged model in fp32, from the formulas, with `rounded` applied after every adapter."""
     net = models.Net()
     net.lm_head.load_state_dict(model.base_model.model.lm_head.state_dict())
     for name, layer in layers(model).items():

@@ -1,4 +1,4 @@
-"""Merging adapters into the base: what comes out computes what the unmerged model did."""
+"""Merging adapters into the base: the merged model computes what the unmerged one did."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_merged_model_computes_what_the_adapted_one_did(
     assert_merged(merged, expected, dtype, bnb)
     got, eps = merged(x), torch.finfo(dtype).eps
     if bnb:
-        # Nothing but what 4 bits cannot hold, and less than a lost adapter.
+        # No more than the error of 4 bits, and less than a lost adapter.
         assert testing.relative_error(got, expected(x.float())) < SAME_4_BITS + 8 * eps
         assert testing.relative_error(got, y) < 0.5 * testing.relative_error(alone, y)
     else:
@@ -72,7 +72,7 @@ def test_the_merged_model_computes_what_the_adapted_one_did(
 @OPTION
 @pytest.mark.parametrize("base", models.BASES)
 def test_merge_then_unmerge(base: str, option: str, patched: bool) -> None:
-    """PEFT's own, under our forward."""
+    """PEFT's own merge, on patched layers."""
     if base == "bnb" and "bias" in option:
         pytest.skip("PEFT's own merging of these two")
     model, x = adapted(base, option=option, patched=patched), inputs()
@@ -138,7 +138,7 @@ def test_merging_one_of_two_adapters() -> None:
 @PATCHED
 @SAFE
 def test_merging_after_bitsandbytes_own_evaluation(safe: bool, patched: bool, double_quant: bool) -> None:
-    """On a CPU with AVX512-BF16 that rearranges the weight, in place."""
+    """On a CPU with AVX512-BF16 this rearranges the weight in place."""
     bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
     base = models.base_model("bnb")
     if not double_quant:

@@ -1,4 +1,4 @@
-"""Adapters that cannot be merged: nothing is merged then."""
+"""Adapters that cannot be merged: then nothing is merged."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def spoil(key: str, value: float) -> Callable[[Any], Any]:
 
 
 def overflow(model: Any) -> None:
-    """Finite adapters, whose product is beyond fp16."""
+    """Finite adapters whose delta overflows fp16."""
     with torch.no_grad():
         model.base_model.model.o.lora_A.default.weight.fill_(300.0)
         model.base_model.model.o.lora_B.default.weight.fill_(300.0)
 
 
 def zero_row(model: Any) -> None:
-    """Nothing to scale to a magnitude: 0 / 0."""
+    """A zero row has no direction: 0 / 0."""
     with torch.no_grad():
         layer = model.base_model.model.o
         layer.lora_B.default.weight[0] = 0
@@ -47,7 +47,7 @@ def zero_row(model: Any) -> None:
         layer.base_layer.weight.data = weight
 
 
-# The spoilt layer is the last one, if there is a choice: a merge that checks as it goes has merged the other.
+# The last layer is broken: a merge that checks layer by layer would have merged the first.
 NAN, INF = float("nan"), float("inf")
 BROKEN: dict[str, tuple[str, Callable[[Any], Any], str]] = {
     "lora_A": (
@@ -124,7 +124,7 @@ def test_an_adapter_that_is_not_merged_may_be_broken() -> None:
 @SAFE
 @pytest.mark.parametrize("base", models.BASES)
 def test_a_bias_has_to_have_somewhere_to_go(base: str, safe: bool) -> None:
-    model = lora(models.base_model(base), lora_bias=True)  # q has a bias, o has none
+    model = lora(models.base_model(base), lora_bias=True)  # q has a bias, o does not
     assert_refused(model, RuntimeError, r"model\.o: impossible to merge adapter default", safe_merge=safe)
 
 

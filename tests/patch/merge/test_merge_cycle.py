@@ -1,4 +1,4 @@
-"""merge_adapter and unmerge_adapter of PEFT over NF4, again and again: the same bits, the same memory."""
+"""Repeated merge_adapter and unmerge_adapter of PEFT over NF4: the same bits, the same memory."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def bits(model: Any) -> dict[str, Tensor]:
 
 
 def storage_bytes(model: nn.Module) -> int:
-    """Of everything that the model's parameters keep alive."""
+    """Bytes of all storages that the model's parameters keep alive."""
     return sum(p._state.nbytes if isinstance(p, pk.NF4Weight) else p.nbytes for p in model.parameters())
 
 
@@ -180,7 +180,7 @@ def test_the_library_hashes_as_torch_does(words: int, monkeypatch: pytest.Monkey
 
 @DTYPE
 def test_dora_needs_to_be_told(dtype: torch.dtype) -> None:
-    """It assigns, and its unmerge divides: the weight alone cannot know that this is what it was."""
+    """DoRA's merge assigns and its unmerge divides: the weight alone cannot recognise its earlier value."""
     model, x = adapted(dtype, use_dora=True), testing.tensor(9, 64, dtype=dtype)
     before, size, y = bits(model), storage_bytes(model), model(x)
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Merging adapters on the weights of experts, and those of methods other than LoRA, back into NF4."""
+"""Merging adapters on experts' weights, and adapters other than LoRA, back into NF4."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SAFE = pytest.mark.parametrize("safe", [False, True], ids=["merge", "safe_merge"
 
 
 def packed_as(merged: Any, wide: Any) -> None:
-    """The weights of `merged` are those of `wide`, a model with dense ones, in 4 bits."""
+    """The weights of `merged` are those of the dense model `wide`, in 4 bits."""
     for name, weight in weights_of(merged).items():
         assert isinstance(weight, pk.NF4Weight) and not weight.is_dense, name
         dense = dict(wide.named_parameters())[name].detach()
@@ -60,7 +60,7 @@ def test_a_weight_without_an_adapter_keeps_its_4_bits(safe: bool) -> None:
 
 @SEVERAL
 def test_two_adapters_on_experts_are_packed_once() -> None:
-    """Packed after the first, the second would be added to what 4 bits had left of it."""
+    """If the weight were packed after the first adapter, the second would be added to a rounded weight."""
     model = adapt(mixture("nf4"))
     model.add_adapter("second", lora_config(mixture("nf4"), r=2))
     fill(model, "second")
@@ -81,7 +81,7 @@ def test_safe_merge_of_experts_gives_what_stock_peft_gives(base: str, family: st
 
 @pytest.mark.parametrize("quantize", [False, True])
 def test_nothing_is_merged_when_experts_would_be_broken(quantize: bool) -> None:
-    """Finite adapters, whose sum with the weight is beyond fp16: the last weight that is looked at."""
+    """Finite adapters whose sum with the weight overflows fp16, in the weight checked last."""
     model = adapt(mixture("nf4", dtype=torch.float16))
     outer = model.base_model.model.experts
     with torch.no_grad():

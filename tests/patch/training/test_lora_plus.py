@@ -1,4 +1,4 @@
-"""LoRA+ parameter groups: the partition and the learning rates that PEFT gives."""
+"""LoRA+ parameter groups: the same groups and learning rates as PEFT's."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LR, RATIO, DECAY, LR_EMBEDDING = 1e-3, 8.0, 0.1, 1e-5
 
 
 class Model(nn.Module):
-    """One layer of each kind that the rules tell apart."""
+    """One layer for each case of the rules."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,12 +54,12 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def adapted(model: nn.Module | None = None, **options: Any) -> Any:
-    peft_models = pytest.importorskip("peft_models")  # which skips without PEFT
+    peft_models = pytest.importorskip("peft_models")  # skips without PEFT
     return peft_models.lora(model or Model(), **{"r": 4, "target_modules": ["q", "k"]} | options)
 
 
 def assert_partition(model: nn.Module, groups: list[dict[str, Any]]) -> None:
-    """Every trainable parameter once, nothing else, and no empty group."""
+    """Every trainable parameter once, no other, and no empty group."""
     grouped = [id(p) for group in groups for p in group["params"]]
     trainable = {id(p) for p in model.parameters() if p.requires_grad}
     assert len(grouped) == len(set(grouped)) and set(grouped) == trainable
@@ -68,7 +68,7 @@ def assert_partition(model: nn.Module, groups: list[dict[str, Any]]) -> None:
 
 
 def assert_as_peft(model: Any) -> dict[str, dict[str, Any]]:
-    """The same parameters with the same rates as PEFT's optimizer. Returns the groups by name."""
+    """Asserts the same parameters and rates as PEFT's optimizer. Returns the groups by name."""
     optimizers = pytest.importorskip("peft.optimizers", reason="PEFT is not installed")
     peer = optimizers.create_loraplus_optimizer(
         model,

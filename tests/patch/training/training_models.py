@@ -15,7 +15,7 @@ import peft_kernels as pk
 import testing
 
 BASES = pytest.mark.parametrize("base", models.BASES)
-ROWS = 24  # of a batch that is halved
+ROWS = 24  # for a batch that is halved
 
 
 def net(base: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
@@ -24,7 +24,7 @@ def net(base: str, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
 
 
 def plain_llama(base: str = "nf4") -> Any:
-    """A Llama whose weights are large enough that its losses tell one forward from another."""
+    """A Llama whose weights are large enough that a different forward changes the losses."""
     model = models.tiny_llama(
         intermediate_size=128, attention_bias=True, initializer_range=0.2, pad_token_id=0
     )

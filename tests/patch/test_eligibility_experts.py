@@ -1,4 +1,4 @@
-"""What of adapters on experts may be fused: what has been done to a module, forwards that nobody has read."""
+"""Eligibility of adapters on experts: changed modules, and forwards that are not known."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from torch import Tensor, nn
 import peft_kernels as pk
 import testing
 from peft_kernels.patch import sources
-from peft_kernels.patch.experts import eligibility as judge_experts
+from peft_kernels.patch.experts import eligibility
 from peft_kernels.patch.experts import forward as experts
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    """Verdicts are kept for the life of a process."""
-    tables: tuple[Any, ...] = (judge_experts._wrapper_classes, judge_experts._expert_classes)
+    """Verdicts are cached for the life of a process."""
+    tables: tuple[Any, ...] = (eligibility._wrapper_classes, eligibility._expert_classes)
     kept = [dict(table) for table in tables]
     for table in tables:
         table.clear()
@@ -45,7 +45,7 @@ def _forget() -> Iterator[None]:
         table.update(old)
 
 
-# What is not fused, and why.
+# What is not fused, and the reason.
 
 
 def test_a_trained_base_gets_its_gradient() -> None:
@@ -97,7 +97,7 @@ def test_a_forward_that_is_replaced_on_the_experts() -> None:
 def test_a_weight_that_is_computed_in_each_call() -> None:
     model = adapt(mixture("dense"))
     nn.utils.parametrize.register_parametrization(experts_of(model), "down_proj", Doubled())
-    plain = copy.deepcopy(model)(tokens())  # PEFT 0.21 leaves its own parametrisation on this one
+    plain = copy.deepcopy(model)(tokens())  # PEFT 0.21 leaves its own parametrization on this one
     report = pk.patch(model)
     assert testing.relative_error(model(tokens()), plain) < 1e-6
     assert fallbacks(report) == ["down_proj is not a parameter"]
@@ -118,7 +118,7 @@ def test_extra_arguments_are_peft_s_to_refuse() -> None:
 
 
 def test_two_wrappers_around_one_parameter() -> None:
-    """Nobody makes them now; their deltas would be told apart by the parameter's name."""
+    """PEFT does not create this; the fused forward distinguishes deltas by the parameter's name."""
     model = adapt(mixture("nf4"))
     wrapper = model.base_model.model.experts
     wrapper.base_layer.parameter_name = wrapper.parameter_name
@@ -132,7 +132,7 @@ def test_what_peft_refuses_itself(options: dict[str, Any]) -> None:
 
 
 def test_parameters_of_a_linear_layer() -> None:
-    """PEFT's wrapper over them stays as it is, also where the weight is packed."""
+    """PEFT's wrapper over a linear layer is not patched, even if the weight is packed."""
     model = nn.Sequential(nn.Linear(HIDDEN, HIDDEN))
     pk.quantize_model(model)
     model = adapt_linear(model)
@@ -158,7 +158,7 @@ def adapt_linear(model: nn.Module) -> Any:
     return model
 
 
-# Forwards that nobody has read.
+# Unknown forwards.
 
 
 WRAPPER = "peft.tuners.lora.layer.ParamWrapper.forward"
@@ -174,7 +174,7 @@ def test_an_unknown_version_of_peft_is_tried_once(
     with caplog.at_level("INFO", "peft_kernels"):
         report = pk.patch(model)
         pk.patch(adapt(mixture("nf4")))
-    tried = [message for message in caplog.messages if "tried on one module" in message]
+    tried = [message for message in caplog.messages if "tried on one layer" in message]
     assert len(tried) == 1 and "has changed" in tried[0] and not report.original, str(report)
     assert testing.relative_error(model(tokens()), plain) < 1e-5
     assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
@@ -237,7 +237,7 @@ def test_implementations_of_transformers(implementation: str) -> None:
 
 
 def test_experts_that_are_not_loaded_yet() -> None:
-    """A verdict on numbers that are not there is none."""
+    """Verdicts on weights that are not loaded are not cached."""
     model = adapt(mixture("dense"))
     kept = {name: weight.data.clone() for name, weight in weights_of(model).items()}
     for weight in weights_of(model).values():
@@ -254,7 +254,7 @@ def test_experts_that_are_not_loaded_yet() -> None:
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_every_layout_of_peft_s(transposed: bool, swapped: bool) -> None:
-    """PEFT has taken either side of a weight for "in", by version. Its own delta says which."""
+    """Which side of a weight PEFT calls "in" depends on its version; its own delta is the reference."""
     wrapper = adapt(mixture("dense")).base_model.model.experts
     if not hasattr(wrapper, "_did_swap_in_out_features"):
         pytest.skip("PEFT before 0.19 has one layout")

@@ -1,4 +1,4 @@
-"""Fused calls that are made again without judging anew: what changes between two calls is seen."""
+"""The call cache: every change between two calls takes effect."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import eligibility as judge
 from peft_kernels.patch import fused
+from peft_kernels.patch.block import gated_mlp
+from peft_kernels.patch.lora import forward as lora_forward
 
 
 class Doubling(nn.Linear):
@@ -85,7 +86,7 @@ SAME_NUMBERS = [CHANGES["merged"], CHANGES["dtype of the adapter"]]
 
 
 def layer_of(base: str) -> tuple[Any, Any, Tensor]:
-    """A model, patched, and a layer of it that has been called."""
+    """A patched model, a layer of it that has been called, and the input."""
     model = lora(models.base_model(base), lora_dropout=0.5)
     add_adapter(model, "other")
     model.eval()
@@ -93,7 +94,7 @@ def layer_of(base: str) -> tuple[Any, Any, Tensor]:
     layer, x = model.base_model.model.q, models.inputs(3)
     with torch.no_grad():
         layer(x)
-    assert fused.record_of(layer).repeated is not None
+    assert fused.record_of(layer).cached is not None
     return model, layer, x
 
 
@@ -115,32 +116,32 @@ def test_a_change_between_two_calls_is_seen(base: str, change: str) -> None:
 
 
 @pytest.fixture
-def unjudged(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """From when it is called on, judging is an error."""
+def refuse_preparing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Makes preparing a call an error once it is called."""
 
     def refuse(*_: Any) -> None:
-        raise AssertionError("judged again")
+        raise AssertionError("prepared again")
 
     def start() -> None:
-        for name in ("base", "adapter", "operands"):
-            monkeypatch.setattr(judge, name, refuse)
+        monkeypatch.setattr(lora_forward, "_prepare", refuse)
+        monkeypatch.setattr(gated_mlp, "_prepare_and_run", refuse)
 
     return start
 
 
 @pytest.mark.parametrize("base", ["dense", "nf4"])
-def test_the_next_call_is_not_judged(base: str, unjudged: Callable[[], None]) -> None:
+def test_the_next_call_is_not_prepared_again(base: str, refuse_preparing: Callable[[], None]) -> None:
     _model, layer, x = layer_of(base)
     expected = layer(x)
-    unjudged()
+    refuse_preparing()
     assert torch.equal(layer(x), expected)
-    assert torch.equal(layer(x[:1]), layer(x[None, :1])[0])  # rows may differ
-    with pytest.raises(AssertionError, match="judged again"):
+    assert torch.equal(layer(x[:1]), layer(x[None, :1])[0])  # any number of rows
+    with pytest.raises(AssertionError, match="prepared again"):
         layer(x.bfloat16())
 
 
 def test_what_is_made_for_one_call_is_not_kept() -> None:
-    """The bias of the base and that of the adapter, summed."""
+    """The sum of the base's bias and the adapter's."""
     model = lora(models.base_model("nf4"), lora_bias=True).eval()
     pk.patch(model)
     layer, x = model.base_model.model.q, models.inputs(3)
@@ -163,7 +164,7 @@ def test_gradients_of_a_repeated_call() -> None:
     x.requires_grad_()
     wanted = [x, layer.lora_A.default.weight, layer.lora_B.default.weight]
     got = torch.autograd.grad(layer(x).square().sum(), wanted)
-    fused.record_of(layer).repeated = None
+    fused.record_of(layer).cached = None
     expected = torch.autograd.grad(layer(x).square().sum(), wanted)
     assert all(map(torch.equal, got, expected))
 
@@ -171,7 +172,7 @@ def test_gradients_of_a_repeated_call() -> None:
 def test_dropout_is_drawn_in_each_call() -> None:
     _model, layer, x = layer_of("nf4")
     layer.train()
-    assert not torch.equal(layer(x), layer(x)) and fused.record_of(layer).repeated is None
+    assert not torch.equal(layer(x), layer(x)) and fused.record_of(layer).cached is None
 
 
 def test_autocast_after_a_call_without() -> None:
@@ -184,14 +185,14 @@ def test_autocast_after_a_call_without() -> None:
 def test_copies_and_what_is_gone() -> None:
     _model, layer, x = layer_of("nf4")
     twin = copy.deepcopy(layer)
-    assert fused.record_of(twin).repeated is None
+    assert fused.record_of(twin).cached is None
     twin.scale_layer(3.0)
     assert testing.relative_error(twin(x), layer(x)) > 1e-3
     gone = [weakref.ref(twin), weakref.ref(twin.base_layer)]
     gc.disable()
     try:
         del twin
-        assert [one() for one in gone] == [None, None]  # nothing that a layer keeps holds it
+        assert [one() for one in gone] == [None, None]  # the cached call does not keep the layer alive
     finally:
         gc.enable()
 
@@ -207,11 +208,11 @@ MLP_CHANGES: dict[str, Callable[[Any], Any]] = {
 
 
 @pytest.mark.parametrize("change", MLP_CHANGES)
-def test_a_change_in_an_mlp_is_seen(change: str, unjudged: Callable[[], None]) -> None:
+def test_a_change_in_an_mlp_is_seen(change: str, refuse_preparing: Callable[[], None]) -> None:
     model = adapted(Mlp(), "nf4").eval()
     pk.patch(model)
     mlp, x = model.base_model.model[0], models.inputs(3)
     with torch.no_grad():
         expected = mlp(x)
-        assert fused.record_of(mlp).repeated is not None and torch.equal(mlp(x), expected)
+        assert fused.record_of(mlp).cached is not None and torch.equal(mlp(x), expected)
     check_change(model, mlp, x, MLP_CHANGES[change])

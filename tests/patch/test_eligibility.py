@@ -1,4 +1,4 @@
-"""What may be fused: classes by what their forward is, and versions of PEFT that nobody has read."""
+"""Eligibility of LoRA layers: classes are recognised by their forward, unknown versions of PEFT are tried."""
 
 from __future__ import annotations
 
@@ -13,20 +13,19 @@ from torch import Tensor, nn
 
 import peft_kernels as pk
 import testing
-from peft_kernels.patch import eligibility as judge
 from peft_kernels.patch import sources
+from peft_kernels.patch.lora import eligibility
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
-    """Verdicts are kept for the life of a process."""
-    kept = [dict(table) for table in (judge._lora_classes, judge._doras)]
-    for table in (judge._lora_classes, judge._doras):
-        table.clear()
+    """Verdicts are cached for the life of a process."""
+    table = eligibility._class_reasons
+    before = dict(table)
+    table.clear()
     yield
-    for table, old in zip((judge._lora_classes, judge._doras), kept, strict=True):
-        table.clear()
-        table.update(old)
+    table.clear()
+    table.update(before)
 
 
 def unknown(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -81,7 +80,7 @@ def test_a_version_that_computes_something_else_is_left_alone(
 
 
 def test_a_forward_that_is_replaced_for_the_whole_class_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As some libraries do to PEFT, bitsandbytes and torch."""
+    """As some libraries do with classes of PEFT, bitsandbytes and torch."""
     model, x = lora(models.base_model("dense")), testing.tensor(3, 64)
     report = pk.patch(model)
     plain = model(x)
@@ -95,18 +94,18 @@ def test_a_forward_that_is_replaced_for_the_whole_class_later(monkeypatch: pytes
 
 
 class Scaled(nn.Linear):
-    """Does something else than nn.Linear, as layers for quantisation-aware training do."""
+    """Computes something else than nn.Linear, like layers for quantisation-aware training."""
 
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * super().forward(x)
 
 
 class Renamed(nn.Linear):
-    """Only has another name."""
+    """Differs in name only."""
 
 
 @pytest.mark.parametrize(("cls", "fused"), [(Scaled, False), (Renamed, True)])
-def test_a_base_is_judged_by_its_forward(cls: type[nn.Linear], fused: bool) -> None:
+def test_a_base_is_recognised_by_its_forward(cls: type[nn.Linear], fused: bool) -> None:
     model, x = lora(models.base_model("dense")), testing.tensor(3, 64)
     model.base_model.model.q.base_layer.__class__ = cls
     plain = model(x)

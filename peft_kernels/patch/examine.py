@@ -1,0 +1,116 @@
+"""Finds the modules of a model that have a fused forward. Each is examined once, for all kinds of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import nn
+
+from ..nf4.experts_packing import NF4Experts
+from . import fused
+from .block import attention, decoder_layer, gated_mlp, rms_norm
+from .eligibility import is_linear4bit, is_packed, layer_reason, linear_kind, unsupported_reason
+from .examination import Examination, Layers
+from .experts import eligibility as experts
+from .experts.forward import FusedParameters
+from .lora.eligibility import class_reason, is_lora
+from .lora.forward import FusedLora, lora_reason
+from .lora.linear4bit import FusedLinear4bit
+from .loss import forward as loss_forward
+from .prefix import forward as prefix_forward
+
+LAYER, MLP, NORM, ATTENTION, DECODER_LAYER = "layer", "gated MLP", "norm", "attention", "decoder layer"
+LOSS, PREFIX = "loss without logits", "PEFT prefix tuning"
+BLOCK = (NORM, ATTENTION, DECODER_LAYER)
+"""Families that `patch(block=True)` looks for."""
+
+
+class _Layers(dict[nn.Module, Examination | None]):
+    """Examines layers on demand, each once."""
+
+    def __missing__(self, module: nn.Module) -> Examination | None:
+        found = self[module] = examine_layer(module)
+        return found
+
+
+def examine_layer(module: nn.Module) -> Examination | None:
+    """Examines a linear layer or experts. None for any other module."""
+    name = type(module).__name__
+    if isinstance(module, nn.Linear) and is_packed(module):
+        return Examination("NF4Linear", None, "" if linear_kind(module) else unsupported_reason(module))
+    if isinstance(module, NF4Experts):
+        return Examination(f"NF4 {name}", None, experts.packed_reason(module))
+    if experts.is_wrapper(module):
+        return _examine_wrappers(list(experts.nest(module)))
+    if is_lora(module):
+        base: Any = module.get_base_layer()  # type: ignore[operator]
+        never = class_reason(module, FusedLora)
+        kind = f"PEFT LoRA {name} on {type(base).__name__}"
+        return Examination(kind, None if never else FusedLora, never or lora_reason(module))
+    if is_linear4bit(module):
+        known = bool(linear_kind(module))
+        reason = layer_reason(module) if known else "a subclass with its own forward, or an unknown version"
+        return Examination(f"bitsandbytes {name}", FusedLinear4bit if known else None, reason)
+    return None
+
+
+def _examine_wrappers(wrappers: list[Any]) -> Examination:
+    base = experts.wrapped(wrappers)
+    names = ", ".join(wrapper.parameter_name for wrapper in reversed(wrappers))
+    never = experts.never_reason(base)
+    reason = never or experts.wrappers_reason(wrappers, None, FusedParameters)
+    kind = f"PEFT LoRA on {names} of {type(base).__name__}"
+    return Examination(kind, None if never else FusedParameters, reason)
+
+
+_EXAMINERS: dict[str, Callable[[nn.Module, Layers], Examination | None]] = {
+    LAYER: lambda module, layers: layers[module],
+    MLP: gated_mlp.examine,
+    NORM: rms_norm.examine,
+    ATTENTION: attention.examine,
+    DECODER_LAYER: decoder_layer.examine,
+    LOSS: loss_forward.examine,
+    PREFIX: prefix_forward.examine,
+}
+
+
+def examine(module: nn.Module, family: str, layers: Layers | None = None) -> Examination | None:
+    """Examines a module for one family of fused forwards. None if it is not of that family."""
+    return _EXAMINERS[family](module, _Layers() if layers is None else layers)
+
+
+def layers(model: nn.Module, known: Layers | None = None) -> Iterator[tuple[str, nn.Module, Examination]]:
+    """The layers of a model. Wrappers around one module are one layer, the outermost."""
+    inner: set[nn.Module] = set()
+    known = _Layers() if known is None else known
+    for name, module in model.named_modules():
+        if module not in inner:
+            found = known[module]
+            inner.update(experts.nest(module))
+            if found is not None:
+                yield name, module, found
+
+
+def examine_all(
+    model: nn.Module, mlp: bool, block: bool, loss: bool
+) -> Iterator[tuple[str, nn.Module, str, Examination]]:
+    """Name, module, family and examination of all that is found in a model."""
+    known = _Layers()
+    for name, module, found in layers(model, known):
+        yield name, module, LAYER, found
+    for name, module in model.named_modules():
+        families = [PREFIX]
+        if mlp:
+            families.append(MLP)
+        if block or fused.has(module, *_BLOCK_MIXINS):
+            families += BLOCK
+        if loss or fused.has(module, loss_forward.LossModel):
+            families.append(LOSS)
+        for family in families:
+            other = examine(module, family, known)
+            if other is not None:
+                yield name, module, family, other
+
+
+_BLOCK_MIXINS = (rms_norm.FusedRmsNorm, attention.FusedAttention, decoder_layer.FusedDecoderLayer)
