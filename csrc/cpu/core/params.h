@@ -120,6 +120,15 @@ struct QuantizeParams {
   float* absmax;    // [blocks]
 };
 
+// Double quantisation of the absmax, in groups of nf4::kAbsmaxBlock.
+struct AbsmaxParams {
+  const float* absmax;  // [blocks]
+  int64_t blocks;
+  float offset;
+  uint8_t* q8;     // [blocks]
+  float* absmax2;  // [groups]
+};
+
 // out[i] = x[i] * mask.scale where the mask keeps i, else 0.
 struct DropoutParams {
   const void* x;

@@ -6,8 +6,10 @@
 #include "../core/column_sums.inl"
 #include "../core/casts.inl"
 #include "../core/philox.inl"
+#include "../core/dynamic_codes.inl"
 #include "../nf4/nf4_dequantize.inl"
 #include "../nf4/nf4_quantize.inl"
+#include "../nf4/nf4_absmax.inl"
 #include "../linear/linear_tile.inl"
 #include "../linear/linear_dot.inl"
 #include "../linear/linear_outer.inl"
@@ -31,7 +33,6 @@
 #include "../block/attention_backward.inl"
 #include "../block/rms_norm.inl"
 #include "../block/rotary.inl"
-#include "../optim/dynamic_codes.inl"
 #include "../optim/adamw.inl"
 // clang-format on
 
@@ -40,6 +41,7 @@ constexpr KernelTable kKernels = {
     kMultiplyAddsPerThread,
     PEFT_KERNELS_BF16_DOT != 0,
     quantize,
+    quantize_absmax,
     dequantize,
     gemm_nt,
     gemm_nn,

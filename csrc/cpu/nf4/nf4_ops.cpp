@@ -7,7 +7,6 @@
 #include "../core/kernel_table.h"
 #include "../core/namespace.h"
 #include "../core/parallel.h"
-#include "nf4_absmax.h"
 #include "nf4_weight.h"
 
 namespace peft_kernels {
@@ -49,13 +48,11 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax(const Tensor& absmax) {
   const Tensor offset = a.mean();
   Tensor q8 = at::empty({blocks}, a.options().dtype(at::kByte));
   Tensor absmax2 = at::empty({groups}, a.options());
-  const float* in = a.const_data_ptr<float>();
-  const float center = *offset.const_data_ptr<float>();
-  uint8_t* codes = q8.mutable_data_ptr<uint8_t>();
-  float* scales = absmax2.mutable_data_ptr<float>();
-  parallel_for(0, groups, kQuantizeGrain / nf4::kAbsmaxBlock, [&](int64_t begin, int64_t end) {
-    quantize_absmax_groups(in, blocks, center, begin, end, codes, scales);
-  });
+  const AbsmaxParams params{a.const_data_ptr<float>(), blocks, *offset.const_data_ptr<float>(),
+                            q8.mutable_data_ptr<uint8_t>(), absmax2.mutable_data_ptr<float>()};
+  const auto quantize_absmax = kernels().quantize_absmax;
+  parallel_for(0, groups, kQuantizeGrain / nf4::kAbsmaxBlock,
+               [&](int64_t begin, int64_t end) { quantize_absmax(params, begin, end); });
   return {q8, absmax2, offset};
 }
 
@@ -71,8 +68,11 @@ Tensor unpack_absmax(const Tensor& q8, const Tensor& absmax2, const Tensor& offs
   const float* scale = scales.const_data_ptr<float>();
   const float center = *offset.const_data_ptr<float>();
   float* out = absmax.mutable_data_ptr<float>();
-  parallel_for(0, codes.numel(), kDequantizeGrain,
-               [&](int64_t begin, int64_t end) { unpack_absmax_range(in, scale, center, begin, end, out); });
+  parallel_for(0, codes.numel(), kDequantizeGrain, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      out[i] = nf4::kDynamicMap[in[i]] * scale[i >> nf4::kAbsmaxBlockShift] + center;
+    }
+  });
   return absmax;
 }
 

@@ -26,20 +26,14 @@ float block_max(const T* x, int64_t count) {
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) bits = max_abs_bits(bits, load(x + i));
   if (i < count) bits = max_abs_bits(bits, load_part(x + i, count - i));
-  const int32_t max_bits = reduce_max(bits);
-  float absmax;
-  memcpy(&absmax, &max_bits, sizeof(absmax));
-  return absmax;
+  return as_float(reduce_max(bits));
 }
 
 template <class T>
 void quantize_block(const T* x, int64_t count, uint8_t* packed, float* absmax_out) {
   const float absmax = block_max(x, count);
   *absmax_out = absmax;
-  float inverse = 1.0f / absmax;
-  // All zeros, or too small to invert: every code is that of 0.0.
-  if (inverse > FLT_MAX) inverse = 0.0f;
-  const Vec scale = splat(inverse);
+  const Vec scale = splat(inverse_of(absmax));  // 0 gives every value the code of 0.0
   int64_t i = 0;
   for (; i + kLanes <= count; i += kLanes) store_nibbles(packed + (i >> 1), code_of(mul(load(x + i), scale)));
   if (i < count) {

@@ -68,23 +68,6 @@ inline void zero_non_finite(float* m, float* v) {
   }
 }
 
-inline float as_float(int32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof(x));
-  return x;
-}
-
-inline float absmax_of(const float* x) {
-  VecI bits = zero_bits();
-  for (int64_t i = 0; i < kStateBlock; i += kLanes) bits = max_abs_bits(bits, load(x + i));
-  return as_float(reduce_max(bits));
-}
-
-inline Vec inverse_of(float absmax) {
-  const float inverse = 1.0f / absmax;
-  return splat(inverse > FLT_MAX ? 0 : inverse);
-}
-
 // out = map[codes] * absmax for a block of `count`, and zeros up to its end.
 template <bool kWhole>
 inline void decode_block(const Codebook& book, const uint8_t* codes, float absmax, int64_t count,
@@ -250,12 +233,12 @@ struct Step8bit {
     t.absmax1[index] = maximum1;
     pending.m = m;
     pending.v = v;
-    pending.scale1 = inverse_of(maximum1);
+    pending.scale1 = splat(inverse_of(maximum1));
     pending.codes1 = codes1 + first;
     pending.count = count;
     if (kLion) return;
     t.absmax2[index] = maximum2;
-    pending.scale2 = inverse_of(maximum2);
+    pending.scale2 = splat(inverse_of(maximum2));
     pending.codes2 = codes2 + first;
   }
 };

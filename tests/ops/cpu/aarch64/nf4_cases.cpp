@@ -56,6 +56,21 @@ PEFT_KERNELS_CASE(quantize_ties) {
   }
 }
 
+PEFT_KERNELS_CASE(quantize_absmax) {
+  for (int64_t blocks : {1, 255, 700}) {
+    Array absmax = normal(DType::kF32, blocks, 1);
+    if (blocks > 300) absmax.set(270, std::nan(""));
+    const int64_t groups = (blocks + 255) / 256;
+    const auto use = [&](const KernelTable& table) {
+      Array q8 = Array::bytes(blocks), absmax2(DType::kF32, groups);
+      table.quantize_absmax({absmax.as<float>(), blocks, 0.1f, q8.as<uint8_t>(), absmax2.as<float>()}, 0,
+                            groups);
+      return Arrays{q8, absmax2};
+    };
+    both(tested, use, same_bits, "of " + std::to_string(blocks));
+  }
+}
+
 PEFT_KERNELS_CASE(dequantize) {
   for (bool is_nested : {false, true}) {
     for (int shift : {5, 6, 8}) {

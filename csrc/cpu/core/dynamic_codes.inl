@@ -88,3 +88,22 @@ class CodeFinder {
   Vec first_, limit_, base_, least_;
   const float* floors_;
 };
+
+inline float as_float(int32_t bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
+// The absmax of a block of kStateBlock values.
+inline float absmax_of(const float* x) {
+  VecI bits = zero_bits();
+  for (int64_t i = 0; i < kStateBlock; i += kLanes) bits = max_abs_bits(bits, load(x + i));
+  return as_float(reduce_max(bits));
+}
+
+// 1 / absmax, or 0 where that overflows.
+inline float inverse_of(float absmax) {
+  const float inverse = 1.0f / absmax;
+  return inverse > FLT_MAX ? 0.0f : inverse;
+}
