@@ -37,26 +37,26 @@ struct BottleneckArgs {
     m = x.size(0);
     down = parameter(down_in, "down");
     up = parameter(up_in, "up");
-    as_it_is(norm_weight, k, "norm_weight");
-    as_it_is(norm_bias, k, "norm_bias");
+    checked_vector(norm_weight, k, "norm_weight");
+    checked_vector(norm_bias, k, "norm_bias");
     TORCH_CHECK(norm_weight || !norm_bias, "norm_bias: expected a norm_weight beside it");
   }
 
   at::TensorOptions floats() const { return x.options().dtype(at::kFloat); }
 
   // A small parameter in fp32; undefined if there is none.
-  Tensor vector(const OptionalTensor& t, int64_t size, const char* name) const {
-    const Tensor checked = as_it_is(t, size, name);
+  Tensor fp32_vector(const OptionalTensor& t, int64_t size, const char* name) const {
+    const Tensor checked = checked_vector(t, size, name);
     return checked.defined() ? checked.to(at::kFloat) : checked;
   }
   // The same in its own dtype.
-  Tensor as_it_is(const OptionalTensor& t, int64_t size, const char* name) const {
+  Tensor checked_vector(const OptionalTensor& t, int64_t size, const char* name) const {
     if (!t) return {};
     check_shape(*t, {size}, name);
     return parameter(*t, name);
   }
 
-  void check_residual_is_x() const {
+  void check_residual_shape() const {
     TORCH_CHECK(n == k, "up: expected ", k, " rows like x has features, got ", n);
   }
 
@@ -81,7 +81,7 @@ struct BottleneckGradient {
     check_shape(dy_in, sizes_with_last(x, args.n), "dy");
     check_dtype(z_in, at::kFloat, "z");
     check_shape(z_in, sizes_with_last(x, args.r), "z");
-    if (adds_dy) args.check_residual_is_x();
+    if (adds_dy) args.check_residual_shape();
     dy = as_rows(dy_in, args.n, "dy");
     z = as_rows(z_in, args.r, "z");
   }

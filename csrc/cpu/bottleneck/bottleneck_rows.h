@@ -34,7 +34,7 @@ struct BottleneckArgs : peft_kernels::BottleneckArgs {
   // A small parameter times `scale` in fp32; undefined if there is none. Converted by our own kernel: torch's
   // conversions take longer than a row through the bottleneck.
   Tensor floats_of(const OptionalTensor& t, int64_t size, const char* name, float scale = 1.0f) const {
-    const Tensor checked = as_it_is(t, size, name);
+    const Tensor checked = checked_vector(t, size, name);
     if (!checked.defined() || (scale == 1.0f && checked.scalar_type() == at::kFloat)) return checked;
     Tensor out = at::empty({size}, floats());
     kernels().column_sums(
@@ -133,7 +133,7 @@ class BottleneckForward {
         up_bias_(args.floats_of(up_bias, args.n, "up_bias", args.scaling)),
         y_(y),
         z_(z) {
-    if (!residual) args.check_residual_is_x();
+    if (!residual) args.check_residual_shape();
     residual_ = residual ? matching(*residual, y, "residual") : args.x;
   }
 

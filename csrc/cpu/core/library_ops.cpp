@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../../common/built_for.h"
+#include "../../common/build_info.h"
 #include "../../common/dynamic_map.h"
 #include "../../common/nf4.h"
 #include "kernel_table.h"

@@ -57,9 +57,9 @@ std::tuple<Tensor, Tensor> bottleneck_op(const Tensor& x, const OptionalTensor& 
                                          double scaling, double dropout_p, const OptionalTensor& seed) {
   const OnDeviceOf device(x, "x");
   const BottleneckArgs args(x, norm_weight, norm_bias, down, up, activation, scaling, dropout_p, seed);
-  const Tensor down_bias = args.vector(down_bias_in, args.r, "down_bias");
-  const Tensor up_bias = args.vector(up_bias_in, args.n, "up_bias");
-  if (!residual_in) args.check_residual_is_x();
+  const Tensor down_bias = args.fp32_vector(down_bias_in, args.r, "down_bias");
+  const Tensor up_bias = args.fp32_vector(up_bias_in, args.n, "up_bias");
+  if (!residual_in) args.check_residual_shape();
   const Tensor y = at::empty(sizes_with_last(x, args.n), x.options());
   const Tensor residual = residual_in ? matching(*residual_in, y, "residual") : args.x;
   if (is_composed(args)) {

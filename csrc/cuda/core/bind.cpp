@@ -13,7 +13,7 @@
 #include <utility>
 #include <vector>
 
-#include "../../common/built_for.h"
+#include "../../common/build_info.h"
 #include "../linear/linear.h"
 #include "runtime.h"
 
