@@ -1,3 +1,4 @@
+// Launches the bottleneck kernels: both GEMMs in one, or the step between them.
 #include "../core/launch.cuh"
 #include "bottleneck.cuh"
 #include "bottleneck.h"
@@ -14,7 +15,7 @@ BottleneckMiddle middle_of(const BottleneckView& view, const float* bias, const 
           view.activation,
           view.mask,
           bias,
-          const_cast<float*>(z),  // backward reads it
+          const_cast<float*>(z),  // backward only reads it
           value,
           dz,
           are_aligned({z, value, dz})};
@@ -22,8 +23,8 @@ BottleneckMiddle middle_of(const BottleneckView& view, const float* bias, const 
 
 int64_t blocks_of(const BottleneckView& view) { return ceil_div(view.m, Any::kRows); }
 
-// From one side to the other: rows of in_features by a factor to ranks, and by another to out_features.
-struct Way {
+// One pass: in [m, in_features] times in_factor gives the ranks, and these times out_factor out_features.
+struct Pass {
   const void* in;
   int64_t in_features, out_features;
   const void* in_factor;
@@ -37,41 +38,41 @@ struct Way {
 };
 
 template <class T, bool kVector, bool kBackward>
-void run(const BottleneckView& view, const Way& way, const BottleneckMiddle& middle, Stream stream) {
+void run(const BottleneckView& view, const Pass& pass, const BottleneckMiddle& middle, Stream stream) {
   using Kernel = BottleneckRows<T, kVector, kBackward>;
   typename Kernel::Params params{};
-  params.in = static_cast<const T*>(way.in);
+  params.in = static_cast<const T*>(pass.in);
   params.m = view.m;
-  params.in_features = way.in_features;
-  params.out_features = way.out_features;
-  params.in_factor = way.in_factor;
-  params.in_is_f32 = way.in_dtype == DType::kF32;
-  params.in_scale = way.in_scale;
+  params.in_features = pass.in_features;
+  params.out_features = pass.out_features;
+  params.in_factor = pass.in_factor;
+  params.in_is_f32 = pass.in_dtype == DType::kF32;
+  params.in_scale = pass.in_scale;
   params.middle = middle;
   const int tiles = static_cast<int>(ceil_div(view.rank, kTileRanks));
   params.groups = 1;
   while (params.groups * Kernel::kTiles < tiles) params.groups *= 2;
   params.tiles = static_cast<int>(ceil_div(tiles, params.groups));
   params.ld = params.groups * params.tiles * kTileRanks + 4;
-  params.term = static_cast<const T*>(way.term);
-  params.out_factor = way.out_factor;
-  params.bias = way.bias;
-  params.out_scale = way.out_scale;
-  params.out = static_cast<T*>(way.out);
+  params.term = static_cast<const T*>(pass.term);
+  params.out_factor = pass.out_factor;
+  params.bias = pass.bias;
+  params.out_scale = pass.out_scale;
+  params.out = static_cast<T*>(pass.out);
   const int slices = Kernel::kWarps / Kernel::kRowWarps / params.groups;
   launch<Kernel>(params, blocks_of(view), stream,
                  slices * Kernel::kRows * params.ld * static_cast<int>(sizeof(float)));
 }
 
 template <bool kBackward>
-void run(const BottleneckView& view, const Way& way, const BottleneckMiddle& middle, Stream stream) {
-  bool vectors = has_vectors(way.in, way.in_features) && has_vectors(way.out, way.out_features) &&
-                 are_aligned({way.term, way.bias});
-  vectors = vectors && are_aligned({kBackward ? way.out_factor.data : way.in_factor});
+void run(const BottleneckView& view, const Pass& pass, const BottleneckMiddle& middle, Stream stream) {
+  bool vectors = has_vectors(pass.in, pass.in_features) && has_vectors(pass.out, pass.out_features) &&
+                 are_aligned({pass.term, pass.bias});
+  vectors = vectors && are_aligned({kBackward ? pass.out_factor.data : pass.in_factor});
   with_half(view.dtype, [&](auto type) {
     using T = decltype(type);
-    vectors ? run<T, true, kBackward>(view, way, middle, stream)
-            : run<T, false, kBackward>(view, way, middle, stream);
+    vectors ? run<T, true, kBackward>(view, pass, middle, stream)
+            : run<T, false, kBackward>(view, pass, middle, stream);
   });
 }
 
@@ -90,15 +91,16 @@ bool is_fused(const BottleneckView& view, const Card& card) {
 void bottleneck(const BottleneckView& view, const void* x, const void* residual, const float* down_bias,
                 const float* up_bias, float* z, void* y, Stream stream) {
   const RankFactor up{view.up, 1, view.rank, view.up_dtype == DType::kF32};
-  const Way way{x, view.k, view.n, view.down, view.down_dtype, 1.0f, residual, up, up_bias, view.scaling, y};
-  run<false>(view, way, middle_of(view, down_bias, z, nullptr, nullptr), stream);
+  const Pass pass{x,  view.k,  view.n,       view.down, view.down_dtype, 1.0f, residual,
+                  up, up_bias, view.scaling, y};
+  run<false>(view, pass, middle_of(view, down_bias, z, nullptr, nullptr), stream);
 }
 
 void bottleneck_backward(const BottleneckView& view, const void* dy, const float* z, const void* term,
                          float* value, float* dz, void* dx, Stream stream) {
   const RankFactor down{view.down, view.k, 1, view.down_dtype == DType::kF32};
-  const Way way{dy, view.n, view.k, view.up, view.up_dtype, view.scaling, term, down, nullptr, 1.0f, dx};
-  run<true>(view, way, middle_of(view, nullptr, z, value, dz), stream);
+  const Pass pass{dy, view.n, view.k, view.up, view.up_dtype, view.scaling, term, down, nullptr, 1.0f, dx};
+  run<true>(view, pass, middle_of(view, nullptr, z, value, dz), stream);
 }
 
 void bottleneck_between(const BottleneckView& view, const float* down_bias, float* z, float* value,

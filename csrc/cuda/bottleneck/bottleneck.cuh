@@ -1,4 +1,4 @@
-// Bottleneck adapters: up(drop(activation(down(x)))) + residual, and the way back, without the gradients of
+// Bottleneck adapters: up(drop(activation(down(x)))) + residual, and its backward without the gradients of
 // parameters.
 #pragma once
 
@@ -7,7 +7,7 @@
 
 namespace peft_kernels::cuda {
 
-// ---- Between the products --------------------------------------------------------------------------------
+// ---- Between the GEMMs -----------------------------------------------------------------------------------
 
 // Matrices [m, rank].
 struct BottleneckMiddle {
@@ -43,15 +43,15 @@ DEVICE void store_floats(const BottleneckMiddle& p, float* to, int64_t at, const
 }
 
 template <Activation kActivation>
-DEVICE void activate_floats(const Floats4& z, ValueSlope (&out)[4]) {
+DEVICE void activate_floats(const Floats4& z, ValueGradient (&out)[4]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) out[i] = activate<kActivation>(z.v[i]);
 }
 
-// Of elements first .. first + 3, `first` a multiple of 4: what one block of Philox decides about. Forward:
-// from the sums of down to what goes into up. Backward: from the gradient of that to dz.
+// Elements first .. first + 3, `first` a multiple of 4: one block of Philox. Forward: from the sums of down
+// to the input of up. Backward: from the gradient of that input to dz.
 template <bool kBackward>
-DEVICE Floats4 between_products(const BottleneckMiddle& p, int64_t first, int column, Floats4 in) {
+DEVICE Floats4 between_gemms(const BottleneckMiddle& p, int64_t first, int column, Floats4 in) {
   Floats4 z = in;
   if constexpr (kBackward) {
     z = load_floats(p, p.z, first);
@@ -63,7 +63,7 @@ DEVICE Floats4 between_products(const BottleneckMiddle& p, int64_t first, int co
     }
     store_floats(p, p.z, first, z);
   }
-  ValueSlope a[4];
+  ValueGradient a[4];
   switch (p.activation) {
     case Activation::kSilu:
       activate_floats<Activation::kSilu>(z, a);
@@ -88,7 +88,7 @@ DEVICE Floats4 between_products(const BottleneckMiddle& p, int64_t first, int co
     const Words4 words = philox(first >> 2, seed, p.mask.stream);
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      // A product, so that a NaN stays one.
+      // Multiplied, so that a NaN stays one.
       const float factor = words.v[i] < p.mask.threshold ? 0.0f : p.mask.scale;
       value.v[i] = __fmul_rn(value.v[i], factor);
       dz.v[i] = __fmul_rn(dz.v[i], factor);
@@ -97,15 +97,15 @@ DEVICE Floats4 between_products(const BottleneckMiddle& p, int64_t first, int co
   store_floats(p, p.value, first, value);
   if constexpr (kBackward) {
 #pragma unroll
-    for (int i = 0; i < 4; ++i) dz.v[i] = __fmul_rn(dz.v[i], a[i].slope);
+    for (int i = 0; i < 4; ++i) dz.v[i] = __fmul_rn(dz.v[i], a[i].gradient);
     store_floats(p, p.dz, first, dz);
     return dz;
   }
   return value;
 }
 
-// That alone, where products are kernels of their own: z without its bias, or the gradient of the value in
-// dz, is what is there already.
+// Only this step, where the GEMMs are separate kernels: z without its bias, or the gradient of the value in
+// dz, is there already.
 template <bool kBackward>
 struct BottleneckBetween {
   static constexpr int kThreads = 256;
@@ -117,16 +117,17 @@ struct BottleneckBetween {
     if (first >= p.count) return;
     const float* from = kBackward ? p.dz : p.z;
     const Floats4 in = from ? load_floats(p, from, first) : Floats4{};
-    between_products<kBackward>(p, first, static_cast<int>(first % p.rank), in);
+    between_gemms<kBackward>(p, first, static_cast<int>(first % p.rank), in);
   }
 };
 
-// ---- All of it -------------------------------------------------------------------------------------------
+// ---- Both GEMMs in one kernel
+// ------------------------------------------------------------------------------
 
-// in[m, in_features] -> what is between -> out[m, out_features]: x by way of z to y, or dy by way of dz to
-// dx. A block has 32 rows. In the first half a warp sums up 16 of these for up to 64 ranks, over its part of
-// the features; in the second it has all 32 for 32 features at a time. What is between goes through shared
-// memory once.
+// in [m, in_features] -> intermediate [m, rank] -> out [m, out_features]: x via z to y, or dy via dz to dx. A
+// block has 32 rows. In the first half a warp sums 16 of them for up to 64 ranks, over its part of the
+// features; in the second it computes all 32 rows for 32 features at a time. The intermediate goes through
+// shared memory once.
 template <class T, bool kVector, bool kBackward>
 struct BottleneckRows {
   static constexpr int kThreads = 256;
@@ -145,21 +146,21 @@ struct BottleneckRows {
     bool in_is_f32;
     float in_scale;  // of its sums
     BottleneckMiddle middle;
-    int groups;     // of ranks, for so many warps; what is left of these have other features
-    int tiles;      // of a group
-    int ld;         // of what is between: 4 modulo 8, so that lanes (g, t) find their ranks in all banks
+    int groups;  // number of groups of ranks, each for other warps; the remaining warps have other features
+    int tiles;   // of a group
+    int ld;      // of the intermediate: 4 modulo 8, so that lanes (g, t) use all banks
     const T* term;  // [m, out_features] or null: added
     RankFactor out_factor;
     const float* bias;  // [out_features] or null
     float out_scale;
-    T* out;  // or null: not wanted
+    T* out;  // or null: not needed
   };
 
   static DEVICE void run(const Params& p) {
     const int warp = warp_index(), g = lane_index() / 4, t = lane_index() % 4;
     const int64_t rows = int64_t{block_index()} * kRows;
     const int row = warp % kRowWarps * 16 + g;
-    const int rank = warp / kRowWarps % p.groups * p.tiles * kTileRanks;  // the first of the warp's
+    const int rank = warp / kRowWarps % p.groups * p.tiles * kTileRanks;  // first rank of the warp
     const int slice = warp / kRowWarps / p.groups;
     float* between = shared_memory<float>();  // [slice][kRows][ld]
     {
@@ -190,7 +191,7 @@ struct BottleneckRows {
     const int64_t windows = (p.in_features + kWindow - 1) / kWindow;
     const int64_t begin = windows * slice / slices(p), end = windows * (slice + 1) / slices(p);
     const T* in[2] = {p.in + row * p.in_features, p.in + (row + 8) * p.in_features};
-    // Rows from the end on read as zeros.
+    // Rows past the end are read as zeros.
     const int64_t in_end[2] = {row < p.m ? p.in_features : 0, row + 8 < p.m ? p.in_features : 0};
     Words4 next[2];
 #pragma unroll
@@ -222,7 +223,7 @@ struct BottleneckRows {
     }
   }
 
-  // Leaves what goes into the second product in the first slice's place.
+  // Adds the slices and leaves the input of the second GEMM in the first slice.
   static DEVICE void add_slices(const Params& p, int64_t rows, float* between) {
     const int rank = p.middle.rank;
     for (int at = 4 * thread_index(); at < kRows * rank; at += 4 * kThreads) {
@@ -241,7 +242,7 @@ struct BottleneckRows {
         sums.v[i] *= p.in_scale;
         if (++column == rank) ++row, column = 0;
       }
-      const Floats4 found = between_products<kBackward>(p.middle, first, first_column, sums);
+      const Floats4 found = between_gemms<kBackward>(p.middle, first, first_column, sums);
 #pragma unroll
       for (int i = 0; i < 4; ++i) store(between + place[i], found.v[i]);
     }
@@ -251,7 +252,7 @@ struct BottleneckRows {
                                     const float* between) {
     constexpr int kRuns = kRows / 8;
     const int64_t feature = features + kRun * t;
-    Words4 terms[kRuns];  // on their way while ranks are summed up
+    Words4 terms[kRuns];  // in flight while ranks are summed
 #pragma unroll
     for (int i = 0; i < kRuns; ++i) {
       const int64_t row = rows + g + 8 * i;

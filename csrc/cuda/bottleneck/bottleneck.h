@@ -1,12 +1,12 @@
-// Bottleneck adapters (bottleneck.cu): LoRA's with an activation between their products.
+// Bottleneck adapters (bottleneck.cu): like LoRA, with an activation between the two GEMMs.
 #pragma once
 
 #include "../core/kernels.h"
 
 namespace peft_kernels::cuda {
 
-// Activations are bf16 or fp16; matrices between the products, and biases, are fp32. Like LoRA's: no fp32
-// number is rounded to less on its way.
+// Activations are bf16 or fp16; matrices between the GEMMs and biases are fp32. As in LoRA, fp32 values are
+// never rounded to a narrower type in between.
 struct BottleneckView {
   DType dtype;  // of the activations
   int64_t m, k, n;
@@ -19,9 +19,9 @@ struct BottleneckView {
   DropoutMask mask;  // of [m, rank]
 };
 
-// Whether one kernel goes all the way, forward or back. Its blocks have 32 rows each, and what is between the
-// products in shared memory, of 256 ranks at most; there must be a block for each multiprocessor. Else the
-// products are those of LoRA's adapters, which cut long sums into parts, with bottleneck_between() between.
+// Whether one kernel does both GEMMs. Its blocks have 32 rows and keep the intermediate values in shared
+// memory, so it needs at most 256 ranks and at least one block per multiprocessor. Otherwise both GEMMs use
+// the LoRA kernels, which split long sums, with bottleneck_between() in between.
 bool is_fused(const BottleneckView& view, const Card& card);
 
 // z [m, rank] = x down^T + down_bias; y [m, n] = residual + scaling (drop(activation(z)) up^T + up_bias).
@@ -32,16 +32,11 @@ void bottleneck(const BottleneckView& view, const void* x, const void* residual,
 // may be null, and so may any result. Fused.
 void bottleneck_backward(const BottleneckView& view, const void* dy, const float* z, const void* term,
                          float* value, float* dz, void* dx, Stream stream);
-// z, which is x down^T so far, += down_bias; value.
+// z, which holds x down^T, += down_bias; also computes value.
 void bottleneck_between(const BottleneckView& view, const float* down_bias, float* z, float* value,
                         Stream stream);
-// dz, which is scaling dy up so far; value. Either may be null.
+// dz, which holds scaling dy up, and value; either may be null.
 void bottleneck_between_backward(const BottleneckView& view, const float* z, float* value, float* dz,
                                  Stream stream);
-
-// Of lora_expand.cu: y [m, n] = term + scaling (h B^T + bias) of the only adapter, rounded once; the bias may
-// be null.
-void lora_y(const LoraBatch& batch, int64_t n, const float* h, const void* term, const float* bias, void* y,
-            Stream stream);
 
 }  // namespace peft_kernels::cuda

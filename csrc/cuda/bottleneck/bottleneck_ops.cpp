@@ -12,7 +12,7 @@
 namespace peft_kernels::cuda {
 namespace {
 
-// Made of torch's functions: what is in fp32, as LoRA's products are torch's there, and what has a layer
+// Falls back to the composite op: fp32, for which LoRA also uses torch's matmuls, and adapters with a layer
 // norm.
 bool is_composed(const BottleneckArgs& args) {
   return args.x.scalar_type() == at::kFloat || args.norm_weight.has_value();
@@ -35,7 +35,7 @@ BottleneckView view_of(const BottleneckArgs& args, const OptionalTensor& seed) {
            dropout.scale}};
 }
 
-// As an adapter of LoRA, whose products are those of down and up.
+// The LoRA adapter whose GEMMs are those of down and up.
 LoraBatch as_lora(const BottleneckView& view) {
   return {view.dtype,
           view.m,

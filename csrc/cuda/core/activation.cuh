@@ -1,4 +1,4 @@
-// Activations and their slopes, as peft_kernels/ops/gated.py has them.
+// Activation functions and their derivatives, as in peft_kernels/ops/gated.
 #pragma once
 
 #include "../../common/activation.h"
@@ -6,7 +6,7 @@
 
 namespace peft_kernels::cuda {
 
-// 1 / (1 + e^-x), and 1 minus that without cancellation. By e^-|x|, which cannot overflow.
+// 1 / (1 + e^-x), and 1 minus that without cancellation. Computed from e^-|x|, which cannot overflow.
 struct Sigmoid {
   float value, rest;
 };
@@ -15,14 +15,14 @@ DEVICE Sigmoid sigmoid(float x) {
   return {x < 0.0f ? small : large, x < 0.0f ? large : small};
 }
 
-struct ValueSlope {
-  float value, slope;
+struct ValueGradient {
+  float value, gradient;
 };
 
 template <Activation kActivation>
-DEVICE ValueSlope activate(float x) {
+DEVICE ValueGradient activate(float x) {
   if constexpr (kActivation == Activation::kRelu) return {x < 0.0f ? 0.0f : x, x > 0.0f ? 1.0f : 0.0f};
-  // From here on down all others are 0; -Inf times 0 would be none.
+  // Below this all other activations are 0; clamped because -Inf times 0 is NaN.
   constexpr float kLowest = -256.0f;
   if (x < kLowest) x = kLowest;
   if constexpr (kActivation == Activation::kSilu) {

@@ -1,3 +1,4 @@
+// Queries the properties of a card.
 #include <cuda_runtime_api.h>
 
 #include <stdexcept>
@@ -11,8 +12,8 @@ namespace {
 int attribute(cudaDeviceAttr name, const char* what, int device) {
   int value = 0;
   if (const cudaError_t error = cudaDeviceGetAttribute(&value, name, device); error != cudaSuccess) {
-    cudaGetLastError();  // or torch would find it after its next kernel
-    throw std::runtime_error("cuda:" + std::to_string(device) + " does not tell " + what + ": " +
+    cudaGetLastError();  // clear it: torch would report it after its next kernel
+    throw std::runtime_error("cuda:" + std::to_string(device) + ": cannot query " + what + ": " +
                              cudaGetErrorString(error));
   }
   return value;
@@ -21,12 +22,12 @@ int attribute(cudaDeviceAttr name, const char* what, int device) {
 }  // namespace
 
 Card card_of(int device) {
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor, "its compute capability", device),
-            minor = attribute(cudaDevAttrComputeCapabilityMinor, "its compute capability", device);
+  const int major = attribute(cudaDevAttrComputeCapabilityMajor, "the compute capability", device),
+            minor = attribute(cudaDevAttrComputeCapabilityMinor, "the compute capability", device);
   return {10 * major + minor,
-          attribute(cudaDevAttrMultiProcessorCount, "how many multiprocessors it has", device),
-          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "how much shared memory a block has", device),
-          attribute(cudaDevAttrReservedSharedMemoryPerBlock, "how much shared memory is reserved", device)};
+          attribute(cudaDevAttrMultiProcessorCount, "the number of multiprocessors", device),
+          attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, "the shared memory of a block", device),
+          attribute(cudaDevAttrReservedSharedMemoryPerBlock, "the reserved shared memory", device)};
 }
 
 }  // namespace peft_kernels::cuda

@@ -1,4 +1,4 @@
-// Ops as they are made of others in Python, for what no kernel here takes.
+// Falls back to the composite implementation of an op, in Python, for arguments that no kernel here supports.
 #pragma once
 
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -12,8 +12,8 @@
 
 namespace peft_kernels::cuda {
 
-// `op` so, given the function that is registered under its name. That is the kernel of every device that has
-// none of its own.
+// Calls the composite implementation of `op`, given the function registered under its name. It is registered
+// for PrivateUse1, the key of every device without kernels of its own.
 template <class Result, class... Parameters, class... Args>
 Result composed(Result (*)(Parameters...), const char* op, const Args&... args) {
   const std::string name = std::string(PEFT_KERNELS_NAME(PEFT_KERNELS_NAMESPACE)) + "::" + op;

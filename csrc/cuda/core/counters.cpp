@@ -1,19 +1,20 @@
-// Why not a tensor: what lives on in the private pool of a CUDA graph, and is no output of it, torch takes
-// for a leak (check_memory_pool in torch/_inductor/cudagraph_trees.py), and its warm-up runs in that pool
-// too.
+// Device counters for kernels, kept outside of torch. Why not in a tensor: torch takes whatever stays
+// allocated in the private pool of a CUDA graph, and is no output of it, for a leak (check_memory_pool in
+// torch/_inductor/cudagraph_trees.py), and its warm-up runs in that pool too.
 //
-// Who has a slab of counters may not run beside another one who has it:
-//  - Kernels on a stream run one after the other, so outside captures a stream has one slab.
-//  - A graph may be replayed on any stream, beside the stream that it was captured on and beside other graphs
-//    captured there. So every capture has slabs of its own, one for each of the streams that take part, for
-//    these become branches that may run at once. A graph never runs beside itself: CUDA orders its replays.
+// Kernels that use the same slab of counters must not run concurrently:
+//  - Kernels on a stream run one after the other, so outside of captures each stream has one slab.
+//  - A graph may be replayed on any stream, beside the stream it was captured on and beside other graphs
+//    captured there. So every capture has its own slabs, one for each participating stream, as these become
+//    branches that may run concurrently. A graph never runs beside itself: CUDA orders its replays.
 //
-// Kernels leave their counters zero, so a slab is zeroed when it is made. In a capture that is a node of the
-// graph, one for all kernels that follow: every replay begins with zeros, whatever became of the one before.
+// Kernels reset their counters to zero, so a slab is zeroed only when it is created. In a capture that is a
+// node of the graph, one for all kernels that follow: every replay starts with zeros, even if the one before
+// was aborted.
 //
-// Slabs are never freed, for what has been started may still use them. One that is too small is left to those
-// that have it. A graph gives its slabs back when it and all that was instantiated from it are destroyed, and
-// have run to their ends; they serve others then.
+// Slabs are never freed, because kernels in flight may still use them. One that is too small stays with its
+// owner. When a graph and everything instantiated from it are destroyed and have finished, its slabs are
+// reused.
 #include "counters.h"
 
 #include <algorithm>
@@ -36,14 +37,14 @@ struct Slab {
 };
 
 struct Capture {
-  unsigned long long id;  // of no other capture, ever; 0: none
+  unsigned long long id;  // unique for all time; 0: none
   cudaGraph_t graph;
 };
 
 // Device, capture, stream.
 using Owner = std::tuple<int, unsigned long long, unsigned long long>;
 
-// The mutex is never held during a call of CUDA: give_back() is called in a thread of CUDA's.
+// The mutex is never held during a CUDA call: give_back() runs in a thread of CUDA.
 struct Slabs {
   std::mutex mutex;
   std::map<Owner, Slab> in_use;
@@ -57,11 +58,11 @@ Slabs& slabs() {
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // nobody else is to find it
+  cudaGetLastError();  // clear it, so that it is not reported elsewhere
   throw std::runtime_error(std::string("counters of kernels: ") + what + ": " + cudaGetErrorString(error));
 }
 
-// While it lives, this thread may allocate during captures, those of other threads too.
+// While alive, this thread may allocate during captures, including those of other threads.
 class AllowedInCaptures {
  public:
   AllowedInCaptures() { check(cudaThreadExchangeStreamCaptureMode(&mode_), "capture mode"); }
@@ -87,7 +88,7 @@ Capture capture_of(cudaStream_t stream) {
 }
 
 Owner owner_of(int device, cudaStream_t stream, const Capture& capture) {
-  // A handle may be that of a later stream one day, or of another one in each thread.
+  // A handle may be reused for a later stream, or mean another stream in each thread.
   auto id = reinterpret_cast<unsigned long long>(stream);
   if (capture.id == 0) check(cudaStreamGetId(stream, &id), "stream");
   return {device, capture.id, id};
@@ -105,7 +106,7 @@ Slab take(int device, int64_t count) {
       return slab;
     }
   }
-  // By doubling, so that all slabs that were too small are together no larger than the last.
+  // Sizes double, so that all slabs that were too small together are no larger than the last.
   Slab slab{nullptr, kLeastCounters};
   while (slab.count < count) slab.count *= 2;
   const AllowedInCaptures allowed;
@@ -119,7 +120,7 @@ struct Loan {
   Slab slab;
 };
 
-// May not call CUDA.
+// Must not call CUDA.
 void give_back(void* ended) {
   const std::unique_ptr<Loan> loan(static_cast<Loan*>(ended));
   const std::lock_guard<std::mutex> lock(slabs().mutex);

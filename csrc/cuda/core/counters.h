@@ -1,4 +1,4 @@
-// Counters of kernels on a stream, in memory that is not torch's.
+// Device counters for the kernels of a stream, in memory that torch does not manage.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -7,8 +7,8 @@
 
 namespace peft_kernels::cuda {
 
-// Zeros for kernels on the stream, which is one of the current device, that leave them zero again: so many,
-// or more. The same ones for as long as they are enough.
+// At least `count` counters, all zero, for kernels on the stream (of the current device) that leave them zero
+// again. Returns the same ones as long as they are large enough.
 uint32_t* counters_on(int device, cudaStream_t stream, int64_t count);
 
 }  // namespace peft_kernels::cuda

@@ -1,18 +1,11 @@
-// What kernels are written in beside CUDA C++: instructions that it has no function for, loads and stores of
-// whole vectors, and 16-bit floats by their bits.
+// Device primitives beside CUDA C++: instructions without an intrinsic, loads and stores of whole vectors,
+// and 16-bit floats as bits.
 //
-// A kernel is a struct:
-//   struct Kernel {
-//     static constexpr int kThreads = 256;      // of a block
-//     static constexpr int kBlocksPerSm = 1;    // that must be resident at once: limits the registers
-//     struct Params { ... };                    // trivially copyable, at most 4 KB
-//     static DEVICE void run(const Params& p);
-//   };
-// and launch.cuh starts it. Grids, blocks and threads have one dimension.
+// launched by launch.cuh. Grids, blocks and threads have one dimension.
 //
-// Shared memory is dynamic: shared_memory<T>() is its start, 16-byte aligned, T a struct of arrays, never of
-// more than launch() was told. Lanes of a warp call a collective (shuffles, ballots, matrix instructions)
-// together, all 32 of them. Tables of numbers that the host knows are DEVICE_TABLEs, and read like any array.
+// Shared memory is dynamic: shared_memory<T>() is its start, 16-byte aligned, T a struct of arrays no larger
+// than the size passed to launch(). All 32 lanes of a warp must call a collective (shuffles, ballots, matrix
+// instructions) together. Constant tables are DEVICE_TABLEs, read like any array.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -29,7 +22,7 @@ namespace peft_kernels::cuda {
 inline constexpr int kWarp = 32;
 inline constexpr unsigned kAllLanes = ~0u;  // of a warp, for shuffles and ballots
 
-// 16-bit floats by their bits: all that kernels do with one is to convert it.
+// 16-bit floats as bits: kernels only convert them.
 struct alignas(2) bf16 {
   uint16_t bits;
 };
@@ -37,7 +30,7 @@ struct alignas(2) fp16 {
   uint16_t bits;
 };
 
-// What one load or store moves.
+// The unit of one load or store.
 template <class T, int N>
 struct alignas(sizeof(T) * N) Vec {
   T v[N];
@@ -53,18 +46,19 @@ DEVICE To bit_cast(const From& from) {
   return to;
 }
 
-// ---- Where am I ----------------------------------------------------------------------------------------
+// ---- Indices ---------------------------------------------------------------------------------------------
 
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
 DEVICE int grid_size() { return gridDim.x; }
 DEVICE int lane_index() { return threadIdx.x & (kWarp - 1); }
-// The same value in all lanes, and known to be so: what depends on it stays in uniform registers.
+// The shuffle makes it known to be uniform: values that depend on it stay in uniform registers.
 DEVICE int warp_index() { return __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0); }
 
-// ---- Exchanging ----------------------------------------------------------------------------------------
+// ---- Shuffles --------------------------------------------------------------------------------------------
 
-// The lane of quad g that has the caller's place in it. As one instruction, which no intrinsic has for this.
+// The value of the lane in quad g with the same position as the caller. One instruction, for which there is
+// no intrinsic.
 DEVICE uint32_t shuffle_from_quad(uint32_t value, int g) {
   uint32_t r;
   asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x31f, 0xffffffff;" : "=r"(r) : "r"(value), "r"(4 * g));
@@ -72,7 +66,7 @@ DEVICE uint32_t shuffle_from_quad(uint32_t value, int g) {
 }
 
 // ---- Memory --------------------------------------------------------------------------------------------
-// T of 1, 2, 4, 8 or 16 bytes, aligned to its size: a Vec, or a number.
+// T: a Vec or a scalar of 1, 2, 4, 8 or 16 bytes, aligned to its size.
 
 namespace detail {
 template <class T>
@@ -85,16 +79,16 @@ using Raw = std::conditional_t<
 
 template <class T>
 DEVICE T load(const T* p) {
-  // Copied first: a reference to memory would have bit_cast() forget its alignment, and load single bytes.
+  // Copied first: through a reference to memory, bit_cast() would lose the alignment and load single bytes.
   const auto raw = *reinterpret_cast<const detail::Raw<T>*>(p);
   return bit_cast<T>(raw);
 }
-// From global memory that nobody writes while the kernel runs.
+// From global memory that is not written while the kernel runs.
 template <class T>
 DEVICE T load_constant(const T* p) {
   return bit_cast<T>(__ldg(reinterpret_cast<const detail::Raw<T>*>(p)));
 }
-// The same, read once: it passes by the first-level cache and is the first to leave the second.
+// The same, for data read once: not allocated in L1, first to be evicted from L2.
 template <class T>
 DEVICE T load_once(const T* p) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8 || sizeof(T) == 16, "load_once: 4, 8 or 16 bytes");
@@ -124,8 +118,7 @@ DEVICE T* shared_memory() {
   extern __shared__ uint4 start[];
   return reinterpret_cast<T*>(start);
 }
-// The 32-bit address of shared memory, for load_shared(). The first one that a kernel owns depends on the
-// card.
+// The 32-bit address of shared memory, for load_shared(). A kernel's first address depends on the card.
 DEVICE uint32_t shared_address(const void* p) { return static_cast<uint32_t>(__cvta_generic_to_shared(p)); }
 DEVICE uint32_t load_shared(uint32_t address) {
   uint32_t r;
@@ -135,15 +128,15 @@ DEVICE uint32_t load_shared(uint32_t address) {
 
 // ---- Asynchronous copies, global to shared -------------------------------------------------------------
 
-// 16 bytes, both sides aligned; zeros when not `valid`, and the source is not read then. The data is there
-// for this thread after copy_async_wait, for others after a barrier that follows it.
+// Copies 16 bytes, both sides aligned; if not `valid`, writes zeros and does not read the source. The data is
+// visible to this thread after copy_async_wait, to others after a barrier that follows it.
 DEVICE void copy_async_16(void* to_shared, const void* from, bool valid = true) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to_shared)), "l"(from),
                "r"(valid ? 16 : 0)
                : "memory");
 }
 DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-// Waits until at most kPending of this thread's committed groups are under way.
+// Waits until at most kPending of this thread's committed groups are in flight.
 template <int kPending>
 DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
@@ -152,8 +145,8 @@ DEVICE void copy_async_wait() {
 // ---- Matrix instructions -------------------------------------------------------------------------------
 // g = lane / 4, t = lane % 4; the lower index of a pair in the low half.
 //
-// volatile though they only compute: all lanes must come to them together, and what is not volatile may be
-// moved to where its result is used, which can be a branch that some lanes do not take.
+// volatile although they only compute: all lanes must execute them together, and a non-volatile one may be
+// moved to where its result is used, which can be a divergent branch.
 
 // c[16, 8] += a[16, 16] b[16, 8].  a: (g, 2t..), (g + 8, 2t..), (g, 2t + 8..), (g + 8, 2t + 8..);
 // b: rows 2t.. and 2t + 8.. of column g;  c: (g, 2t..), (g + 8, 2t..). T is bf16 or fp16.
@@ -176,8 +169,8 @@ DEVICE void mma<fp16>(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// c[16, 8] += a[16, 8] b[8, 8] of floats, of each of which the upper 19 bits count (tf32).  a: (g, t),
-// (g + 8, t), (g, t + 4), (g + 8, t + 4);  b: rows t and t + 4 of column g;  c as above.
+// c[16, 8] += a[16, 8] b[8, 8] in tf32: the upper 19 bits of each float. a: (g, t), (g + 8, t), (g, t + 4),
+// (g + 8, t + 4); b: rows t and t + 4 of column g; c as above.
 DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   asm volatile(
       "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
@@ -188,14 +181,14 @@ DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
 
 // ---- Bits and numbers ----------------------------------------------------------------------------------
 
-// The bits of a where the mask has ones, else those of b: as one instruction, of which compilers make two.
+// The bits of a where the mask has ones, else those of b. One instruction; compilers emit two.
 DEVICE uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
   uint32_t r;
   asm("lop3.b32 %0, %1, %2, %3, 0xe4;" : "=r"(r) : "r"(a), "r"(b), "r"(mask));
   return r;
 }
 
-// Of normal numbers, within one.
+// Approximate 1 / x of a normal number, within one unit in the last place.
 DEVICE float reciprocal(float x) {
   float r;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
@@ -206,7 +199,7 @@ DEVICE float to_float(float x) { return x; }
 DEVICE float to_float(bf16 x) { return __uint_as_float(uint32_t{x.bits} << 16); }
 DEVICE float to_float(fp16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
-// To the nearest, ties to even.
+// Rounds to nearest, ties to even.
 template <class T>
 DEVICE T from_float(float x);
 template <>
@@ -241,7 +234,7 @@ template <class T>
 DEVICE float high_half(uint32_t pair) {
   return to_float(T{static_cast<uint16_t>(pair >> 16)});
 }
-// a * b of two pairs, each product rounded once. As a * b - 0, which sm_80 has for bf16 as well.
+// a * b of two pairs, each result rounded once. For bf16 as a * b - 0, which sm_80 supports.
 template <class T>
 DEVICE uint32_t multiply2(uint32_t a, uint32_t b);
 template <>
@@ -257,10 +250,10 @@ DEVICE uint32_t multiply2<fp16>(uint32_t a, uint32_t b) {
   return r;
 }
 
-// ---- Between blocks ------------------------------------------------------------------------------------
+// ---- Between blocks --------------------------------------------------------------------------------------
 
-// Adds to a counter in global memory, and returns what it was. Writes before it are seen by whoever reads the
-// sum, and what others wrote before their turn is seen after it.
+// Adds to a counter in global memory and returns its previous value, with acquire and release semantics: the
+// caller's earlier writes are visible to blocks that see the sum, and theirs to the caller.
 DEVICE uint32_t atomic_add_ordered(uint32_t* counter, uint32_t value) {
   uint32_t before;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"

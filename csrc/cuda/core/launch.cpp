@@ -1,4 +1,4 @@
-// Where kernels are started, and what is said when one is not.
+// Launches kernels and reports launch failures.
 #include <cxxabi.h>
 
 #include <cstdlib>
@@ -12,7 +12,7 @@ namespace peft_kernels::cuda {
 namespace {
 
 constexpr int64_t kMostBlocks = 0x7fffffff;
-// What a kernel has without asking.
+// Dynamic shared memory that needs no opt-in.
 constexpr int kDefaultSharedBytes = 48 << 10;
 
 std::string name_of(const KernelEntry& kernel) {
@@ -26,8 +26,8 @@ std::string text(cudaError_t error) {
   return std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + ")";
 }
 
-// Whether it is told by any call that comes after the kernel which made it.
-bool is_of_a_kernel_before(cudaError_t error) {
+// Whether the error comes from an earlier kernel: such errors are reported by whatever call comes next.
+bool is_asynchronous(cudaError_t error) {
   switch (error) {
     case cudaErrorIllegalAddress:
     case cudaErrorIllegalInstruction:
@@ -46,7 +46,7 @@ bool is_of_a_kernel_before(cudaError_t error) {
 }
 
 [[noreturn]] void fail(const KernelEntry& kernel, int64_t blocks, int shared_bytes, const std::string& why) {
-  throw std::runtime_error(name_of(kernel) + " did not start, with " + std::to_string(blocks) +
+  throw std::runtime_error(name_of(kernel) + ": launch failed, with " + std::to_string(blocks) +
                            " blocks of " + std::to_string(kernel.threads) + " threads and " +
                            std::to_string(shared_bytes) + " bytes of shared memory each: " + why);
 }
@@ -68,15 +68,13 @@ cudaError_t allow_large_shared(KernelEntry& kernel) {
 
 void start_blocks(KernelEntry& kernel, void** arguments, int64_t blocks, int shared_bytes, Stream stream) {
   if (blocks < 0 || blocks > kMostBlocks) {
-    fail(kernel, blocks, shared_bytes, "a grid has 2147483647 blocks at most");
+    fail(kernel, blocks, shared_bytes, "expected at most 2147483647 blocks");
   }
-  // What a call before this one left unasked for would be taken for this kernel's, or for torch's next one's.
-  // That an event has not come yet is none.
+  // An error that an earlier call left pending would be attributed to this kernel, or to the next one of
+  // torch. cudaErrorNotReady (of an event) is not an error.
   if (const cudaError_t earlier = cudaGetLastError();
       earlier != cudaSuccess && earlier != cudaErrorNotReady) {
-    fail(kernel, blocks, shared_bytes,
-         "not an error of this kernel, but of a CUDA call before it, which nobody had asked for: " +
-             text(earlier));
+    fail(kernel, blocks, shared_bytes, "an earlier CUDA call left this error pending: " + text(earlier));
   }
   cudaError_t error = shared_bytes > kDefaultSharedBytes ? allow_large_shared(kernel) : cudaSuccess;
   if (error == cudaSuccess) {
@@ -85,9 +83,9 @@ void start_blocks(KernelEntry& kernel, void** arguments, int64_t blocks, int sha
                              static_cast<size_t>(shared_bytes), stream);
   }
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // or torch would find it after its next kernel
+  cudaGetLastError();  // clear it: torch would report it after its next kernel
   fail(kernel, blocks, shared_bytes,
-       (is_of_a_kernel_before(error) ? "a kernel that ran before failed: " : "") + text(error));
+       (is_asynchronous(error) ? "an earlier kernel failed: " : "") + text(error));
 }
 
 }  // namespace peft_kernels::cuda

@@ -1,4 +1,4 @@
-// Starting a kernel (see device.cuh).
+// Launches a kernel struct (see device.cuh).
 #pragma once
 
 #include <typeinfo>
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(Kernel::kThreads, Kernel::kBlocksPerSm)
 }
 }  // namespace detail
 
-// Runs `blocks` blocks of Kernel with that much shared memory each; nothing at all for 0 blocks.
+// Launches `blocks` blocks of Kernel with `shared_bytes` each; 0 blocks: does nothing.
 template <class Kernel>
 void launch(const typename Kernel::Params& params, int64_t blocks, Stream stream, int shared_bytes = 0) {
   if (blocks == 0) return;

@@ -1,3 +1,4 @@
+// The device, stream and card that ops use: of CUDA, or of the PTX machine.
 #include <ATen/ATen.h>
 // Ahead of all others: it is precompiled (tools/precompiled.py).
 
@@ -34,7 +35,7 @@ Card& card() {
   static Card card{80, 4, 163 << 10, 1024};
   return card;
 }
-// That there have been: what one had in its memory the next one has not.
+// Number of cards set so far, used as the device index: device memory does not survive a change of card.
 int cards = 0;
 
 }  // namespace

@@ -1,5 +1,5 @@
-// What the ops need beside kernels: a device, its stream, its card, memory. The ops are compiled for CUDA,
-// and for CPU tensors and the machine of tests/ptx; here and in runtime.cpp is all in which the two differ.
+// The device, stream, card and memory that ops use. Ops are compiled for CUDA, and for CPU tensors with the
+// PTX machine of tests/gpu/ptx; only this file and runtime.cpp differ between the two.
 #pragma once
 
 #include <ATen/ATen.h>
@@ -18,8 +18,8 @@
 
 namespace peft_kernels::cuda {
 
-// What every op begins with. Makes the device of its first tensor the current one until the op returns:
-// kernels start there, and check_device() wants all other tensors there.
+// Makes the device of an op's first tensor current until the op returns. Every op starts with it: kernels
+// launch there, and check_device() expects all other tensors there.
 class OnDeviceOf {
  public:
   OnDeviceOf(const Tensor& t, const char* name);
@@ -32,22 +32,22 @@ class OnDeviceOf {
   c10::DeviceIndex before_ = -1;
 };
 
-// Of the current device.
+// Of the current device:
 Stream current_stream();
-// Whether what is launched there is recorded for a graph.
+// Whether the current stream is being captured into a graph.
 bool is_capturing();
 const Card& current_card();
 int current_device();
-// So many words of 8 bytes there, uninitialised.
+// `count` uninitialised words of 8 bytes.
 Tensor empty_words(int64_t count);
 
-// For one call of a function of kernels.h on the current device and stream.
+// The Context of one call, on the current device and stream.
 class CallContext final : public Context {
  public:
   CallContext() : Context(current_card(), current_stream()) {}
 
   void* workspace(int64_t bytes) override;
-  // For kernels on the current stream alone (see counters.cpp).
+  // Only for kernels on the current stream (see counters.cpp).
   uint32_t* counters(int64_t count) override;
 
  private:
@@ -55,7 +55,7 @@ class CallContext final : public Context {
 };
 
 #ifdef PEFT_KERNELS_PTX
-// The made-up card that kernels are planned for.
+// The simulated card that kernels are planned for.
 void set_card(const Card& card);
 #endif
 

@@ -1,4 +1,4 @@
-// Sums that several blocks have parts of.
+// Sums whose terms are split over several blocks.
 #pragma once
 
 #include "kernels.h"
@@ -6,14 +6,13 @@
 
 namespace peft_kernels::cuda {
 
-// ---- In the same launch
-// ------------------------------------------------------------------------------------
+// ---- In the same launch ----
 
-// Sums of a tile that blocks share: each leaves its part in memory, and the last one that comes adds them
-// up in their order, so that the result does not depend on who that was.
+// Each block writes its partial sums of a tile, and the last block to arrive adds them in block order, so
+// that the result does not depend on which block that was.
 
-// Whether this block is the last one of so many. For all threads, after they wrote their parts. The
-// tile's counter is zero before and after; `last` is a word of shared memory.
+// Whether this block is the last of `blocks` to arrive. Called by all threads after they wrote their partial
+// sums. The tile's counter is zero before and after; `last` is a word of shared memory.
 DEVICE bool is_last_of_tile(uint32_t* counter, int blocks, uint32_t* last) {
   __syncthreads();
   if (thread_index() == 0) {
@@ -26,8 +25,7 @@ DEVICE bool is_last_of_tile(uint32_t* counter, int blocks, uint32_t* last) {
   return load(last) != 0;
 }
 
-// ---- In a second launch
-// ------------------------------------------------------------------------------------
+// ---- In a second launch ----
 
 // out[i] = the sum over splits of partial[split][i].
 struct SumSplits {
@@ -50,7 +48,8 @@ struct SumSplits {
   }
 };
 
-// out[count] = the sum of what `parts` writes [splits, count] to: out itself, or workspace.
+// out[count] = the sum of the splits that `parts` writes to its argument [splits, count]: `out` itself if
+// there is one split, else the workspace.
 template <class Parts>
 void sum_splits(int splits, int64_t count, float* out, Context& context, const Parts& parts) {
   if (splits == 1) return parts(out);

@@ -1,18 +1,17 @@
-// What the starts of the experts' products share.
+// Shared by the launches of grouped GEMMs.
 #pragma once
 
 #include "../linear/linear_groups.cuh"
 
 namespace peft_kernels::cuda {
 
-// Whether all of the product's units of work, and shares of them, can be counted by ints, and so many
-// weights' rows.
+// Whether the units of work, shares of them, and the rows of all weights fit in ints.
 inline bool counts_fit(int64_t units, int64_t experts, int64_t n, int64_t k, const Card& card) {
   constexpr int64_t kMost = int64_t{1} << 30;
   return units + card.sms < kMost && experts > 0 && experts * std::max(n, k) < kMost;
 }
 
-// Blocks share tiles, of so many elements, as the device finds them.
+// The counters and partial sums for blocks that share tiles; the device computes the shares.
 inline ShareParams shares(int64_t max_tiles, int64_t tile_elements, Context& context) {
   const int64_t bytes = context.card.sms * 2 * tile_elements * int64_t{sizeof(float)};
   return {0, 0, context.counters(max_tiles), static_cast<float*>(context.workspace(bytes))};
@@ -20,7 +19,7 @@ inline ShareParams shares(int64_t max_tiles, int64_t tile_elements, Context& con
 
 inline ManyWeights::Params many_weights(const ExpertsParams& params, const ShareParams& work) {
   const int64_t elements = int64_t{params.linear.n} * params.linear.k;
-  // Without double quantisation, codes are any bytes (view_of): the packed weight's own.
+  // Without double quantisation, codes are any bytes (view_of): those of the packed weight.
   const bool nested = params.linear.weight.scale_offset != nullptr;
   return {params.linear,
           work,

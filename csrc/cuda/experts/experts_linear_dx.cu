@@ -1,10 +1,11 @@
+// Launches ExpertsDx: the grouped GEMM dx = dY W of experts.
 #include "../linear/linear_dx.cuh"
 #include "experts_launch.cuh"
 
 namespace peft_kernels::cuda {
 namespace {
 
-// The smaller tiles where experts have so few rows on average, or where there is no room for others.
+// Smaller tiles if experts have few rows on average, or if there is no space for large ones.
 DxShape shape_for(int64_t experts, int64_t rows, const Card& card) {
   constexpr DxShape kSmall{4, false}, kLarge{6, false};
   return rows <= experts * kSmall.tokens() || !has_wide_table(card) ? kSmall : kLarge;

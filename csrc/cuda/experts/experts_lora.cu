@@ -1,10 +1,11 @@
+// Launches ExpertsShrink and ExpertsOverRows: the ranks and gradients of experts' adapters.
 #include "../lora/lora_over_rows.cuh"
 #include "../lora/lora_shrink.cuh"
 
 namespace peft_kernels::cuda {
 namespace {
 
-// Ranks of all experts' adapters side by side: what one of them needs, for the first.
+// A tile of ranks; the kernels add the expert's offset.
 RankTile rank_tile_of(int first, int rank, float scale) {
   return {0, DropoutMask{}, scale, first, std::min(rank - first, kTileRanks)};
 }
@@ -23,7 +24,7 @@ void shrink(const ExpertRows& rows, const void* x, int64_t features, const Exper
   while (params.row_warps * Kernel::kRows < rows.tile_rows) params.row_warps *= 2;
   params.experts = rows;
   params.factor_stride = factor.rank * features;
-  // Two windows of features for each warp, or more.
+  // At least two windows of features per warp.
   const int64_t slices = ceil_div(features, 2 * kWindow * (Kernel::kWarps / params.row_warps));
   const int64_t chunks = ceil_div(ceil_div(factor.rank, kTileRanks), Kernel::kTiles);
   params.splits = splits_for(params.row_blocks * chunks, slices, context.card);

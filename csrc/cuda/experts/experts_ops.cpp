@@ -1,4 +1,5 @@
-// The ops of layers with many experts. Who has which rows is known on the device alone, and stays there.
+// The ops of layers with many experts: tensors to pointers, and registration. Which rows an expert has is
+// known on the device alone, and is never read back.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -8,7 +9,7 @@
 
 #include "../core/composed.h"
 #include "../core/runtime.h"
-#include "../linear/linear_product.h"
+#include "../linear/linear_gemm.h"
 #include "experts.h"
 
 namespace peft_kernels::cuda {
@@ -46,7 +47,7 @@ class ExpertsWeight {
   int64_t scale_stride() const { return scale_stride_; }
   bool is_aligned() const { return are_aligned({packed_.const_data_ptr()}); }
 
-  // Of the first.
+  // The view of the first expert.
   Nf4View view() const {
     const auto* packed = packed_.const_data_ptr<uint8_t>();
     if (!absmax2_.defined())
@@ -77,17 +78,17 @@ void check_ends(const Tensor& ends) {
   TORCH_CHECK(ends.dim() == 1, "ends: expected 1 dimension, got ", ends.dim());
 }
 
-// A tensor as kernels read it: contiguous, at a multiple of 16 bytes.
+// Contiguous and 16-byte aligned, as kernels require.
 Tensor aligned(const Tensor& t) {
   const Tensor own = t.contiguous();
   return are_aligned({own.const_data_ptr()}) ? own : own.clone();
 }
 
-// The rows of experts, listed on the device for the kernels that follow on this stream. Results have zeros
-// where no expert is.
-class Listed {
+// The tiles of rows of each expert, listed on the device for the kernels that follow on this stream.
+// `results` are zeroed in rows of no expert.
+class ListedRows {
  public:
-  Listed(const Tensor& ends, int64_t rows, int tile_rows, const std::vector<Tensor>& results) {
+  ListedRows(const Tensor& ends, int64_t rows, int tile_rows, const std::vector<Tensor>& results) {
     const int64_t experts = ends.size(0), tiles = ExpertRows::most_tiles(experts, rows, tile_rows);
     memory_ = at::empty({ExpertRows::bytes(experts, tiles)}, ends.options().dtype(at::kByte));
     char* start = static_cast<char*>(memory_.mutable_data_ptr());
@@ -115,7 +116,8 @@ class Listed {
   ExpertRows view_{};
 };
 
-ExpertsParams params_of(const Tensor& x, const ExpertsWeight& weight, const Listed& listed, const Tensor& y) {
+ExpertsParams params_of(const Tensor& x, const ExpertsWeight& weight, const ListedRows& listed,
+                        const Tensor& y) {
   ExpertsParams params{};
   params.linear.x = x.const_data_ptr();
   params.linear.dtype = dtype_of(x, "x");
@@ -136,7 +138,7 @@ int tile_rows(const Tensor& x, const ExpertsWeight& weight, bool is_dx) {
                                                             weight.block_shift(), current_card());
 }
 
-// The experts' biases, contiguous.
+// Sets the experts' biases; returns the tensor that owns them.
 Tensor set_bias(const OptionalTensor& bias, const ExpertsWeight& weight, const Tensor& x,
                 ExpertsParams& params) {
   if (!bias) return {};
@@ -165,7 +167,7 @@ Tensor experts_linear_op(const Tensor& x, const Tensor& ends, const Tensor& pack
                     out_features, bias);
   }
   const Tensor own_x = aligned(x), y = at::empty({x.size(0), out_features}, x.options());
-  const Listed listed(ends, x.size(0), rows_of_tile, {y});
+  const ListedRows listed(ends, x.size(0), rows_of_tile, {y});
   ExpertsParams params = params_of(own_x, weight, listed, y);
   const Tensor own_bias = set_bias(bias, weight, x, params);
   CallContext context;
@@ -188,13 +190,13 @@ Tensor experts_linear_dx_op(const Tensor& dy, const Tensor& ends, const Tensor& 
                     blocksize, in_features);
   }
   const Tensor own_dy = aligned(dy), dx = at::empty({dy.size(0), in_features}, dy.options());
-  const Listed listed(ends, dy.size(0), rows_of_tile, {dx});
+  const ListedRows listed(ends, dy.size(0), rows_of_tile, {dx});
   CallContext context;
   experts_linear_dx(params_of(own_dy, weight, listed, dx), context);
   return dx;
 }
 
-// Adapters of experts, checked.
+// The adapters of all experts, validated.
 struct Adapters {
   Tensor a, b;  // [experts, rank, in_features], [experts, out_features, rank]
 
@@ -228,19 +230,19 @@ std::tuple<Tensor, Tensor> experts_lora_linear_op(const Tensor& x, const Tensor&
   check_ends(ends);
   TORCH_CHECK(x.dim() == 2, "x: expected 2 dimensions, got ", x.dim());
   const Adapters adapters(lora_a, lora_b, ends, x);
-  const auto otherwise = [&] {
+  const auto fallback = [&] {
     return composed(experts_lora_linear_op, "experts_lora_linear", x, ends, weight, absmax, absmax2, offset,
                     blocksize, bias, lora_a, lora_b, scaling);
   };
-  if (!absmax) return otherwise();
+  if (!absmax) return fallback();
   const ExpertsWeight base(weight, *absmax, absmax2, offset, blocksize, ends.size(0), adapters.out_features(),
                            x.size(1));
   const int rows_of_tile = tile_rows(x, base, false);
-  if (rows_of_tile == 0 || adapters.rank() == 0) return otherwise();
+  if (rows_of_tile == 0 || adapters.rank() == 0) return fallback();
 
   const Tensor own_x = aligned(x), y = at::empty({x.size(0), base.out_features()}, x.options());
   const Tensor h = at::empty({x.size(0), adapters.rank()}, x.options().dtype(at::kFloat));
-  const Listed listed(ends, x.size(0), rows_of_tile, {y, h});
+  const ListedRows listed(ends, x.size(0), rows_of_tile, {y, h});
   {
     CallContext context;
     experts_ranks(listed.view(), dtype_of(own_x, "x"), own_x.const_data_ptr(), x.size(1), adapters.factor_a(),
@@ -268,16 +270,16 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward_op(
   check_shape(dy, {x.size(0), adapters.out_features()}, "dy");
   check_dtype(h, at::kFloat, "h");
   check_shape(h, {x.size(0), adapters.rank()}, "h");
-  const auto otherwise = [&] {
+  const auto fallback = [&] {
     return composed(experts_lora_linear_backward_op, "experts_lora_linear_backward", dy, x, h, ends, weight,
                     absmax, absmax2, offset, blocksize, lora_a, lora_b, scaling, need_dx, need_da, need_db);
   };
-  if (!absmax) return otherwise();
+  if (!absmax) return fallback();
   const ExpertsWeight base(weight, *absmax, absmax2, offset, blocksize, ends.size(0), adapters.out_features(),
                            x.size(1));
-  // Gradients without dx are held to the same: what adapters get is not to depend on what is wanted.
+  // The same condition without dx: the adapters' gradients must not depend on which results are needed.
   const int rows_of_tile = tile_rows(dy, base, true);
-  if (rows_of_tile == 0 || adapters.rank() == 0) return otherwise();
+  if (rows_of_tile == 0 || adapters.rank() == 0) return fallback();
 
   const int rank = adapters.rank();
   const DType dtype = dtype_of(dy, "dy");
@@ -288,8 +290,8 @@ std::tuple<Tensor, Tensor, Tensor> experts_lora_linear_backward_op(
     return need ? at::empty(t.sizes(), t.options()) : at::empty({0}, t.options());
   };
   const Tensor da = gradient_of(need_da, adapters.a), db = gradient_of(need_db, adapters.b);
-  const Listed listed(ends, x.size(0), rows_of_tile,
-                      need_dx ? std::vector<Tensor>{dx} : std::vector<Tensor>{});
+  const ListedRows listed(ends, x.size(0), rows_of_tile,
+                          need_dx ? std::vector<Tensor>{dx} : std::vector<Tensor>{});
   Tensor dh;
   if (need_dx || need_da) {
     dh = at::empty({x.size(0), rank}, x.options().dtype(at::kFloat));

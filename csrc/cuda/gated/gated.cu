@@ -1,3 +1,4 @@
+// Launches Gated: activation(gate) * up and its gradients.
 #include "../core/kernels.h"
 #include "../core/launch.cuh"
 #include "gated.cuh"

@@ -1,18 +1,18 @@
-// activation(gate) * up and its gradients, as peft_kernels/ops/gated.py has them.
+// activation(gate) * up and its gradients, as in peft_kernels/ops/gated.
 #pragma once
 
 #include "../core/activation.cuh"
 
 namespace peft_kernels::cuda {
 
-// All tensors have `count` elements. A thread takes 16 bytes of each, or one element of those that are left.
+// All tensors have `count` elements. A thread has 16 bytes of each, or one of the elements left over.
 template <class T>
 struct GatedParams {
   const T* gate;
   const T* up;
   const T* dy;  // backward
   int64_t count;
-  int64_t vectors;  // how many times 16 bytes, 0 where they are not aligned
+  int64_t vectors;  // number of 16-byte vectors, 0 if tensors are not aligned
   T* out[2];        // forward: the result; backward: the gradients of gate and up
 };
 
@@ -43,10 +43,10 @@ struct Gated {
     if constexpr (kBackward) dy = load_constant(reinterpret_cast<const Elements*>(p.dy + at));
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      const ValueSlope a = activate<kActivation>(to_float(gate.v[i]));
+      const ValueGradient a = activate<kActivation>(to_float(gate.v[i]));
       if constexpr (kBackward) {
         const float d = to_float(dy.v[i]);
-        out[0].v[i] = from_float<T>(d * to_float(up.v[i]) * a.slope);
+        out[0].v[i] = from_float<T>(d * to_float(up.v[i]) * a.gradient);
         out[1].v[i] = from_float<T>(d * a.value);
       } else {
         out[0].v[i] = from_float<T>(a.value * to_float(up.v[i]));

@@ -1,5 +1,5 @@
-// Products with an NF4 weight: what kernels take, which of them takes a product, and how that is cut for a
-// card. No device code: the shapes of kernels are here, so that host code and kernels share them.
+// GEMMs with an NF4 weight: the arguments of kernels, which kernel computes a GEMM, and how its work is
+// partitioned over a card. No device code; the tile shapes are shared by host code and kernels.
 #pragma once
 
 #include <variant>
@@ -10,16 +10,26 @@
 
 namespace peft_kernels::cuda {
 
-// A dense product that joins an NF4 product in the same sums: u[m, depth] v, both of the activations' 16-bit
-// type, depth a multiple of 16 (0: none).
+// A dense low-rank term u[m, depth] v that is added to the sums of an NF4 GEMM. u and v are of the
+// activations' 16-bit type, depth a multiple of 16 (0: none).
 struct Slab {
   const void* u;
   const void* v;  // forward [n, depth], used transposed; backward [depth, k]
   int depth;
 };
 
-// y = x W^T + u v^T + bias, and dx = dY W + u v. Activations, the packed weight, u and v start at multiples
-// of 16 bytes.
+// The adapters' deltas that join a grouped GEMM (a weight per expert), read from the factors themselves.
+// ranks [rows, rank]; forward: scale ranks B^T, B [experts, n, rank]; backward: ranks A, A [experts, rank,
+// k].
+struct ExpertsDelta {
+  const float* ranks;
+  const void* factor;  // A or B, fp32 or of the activations' type
+  bool is_f32;
+  int rank;  // 0: none
+  float scale;
+};
+
+// y = x W^T + u v^T + bias, and dx = dY W + u v. Activations, the packed weight, u and v are 16-byte aligned.
 struct LinearParams {
   const void* x;   // [m, k]; dx: dY [m, n]
   DType dtype;     // of x and y: kBF16 or kF16
@@ -31,12 +41,11 @@ struct LinearParams {
   void* y;  // [m, n]; dx: [m, k]
 };
 
-inline constexpr int kGroup = 64;  // elements of a row that share a scale, at least
+inline constexpr int kGroup = 64;  // minimum number of row elements that share a scale
 
-// Where a wide table of pairs lies in shared memory (see linear_decode.cuh): at a fixed address, wherever a
-// block's memory starts. What is behind it is at this offset of the block's memory; before it there is room
-// up to the table, less what the system has there, which all kernels can do with where that is not more than
-// kMostReserved.
+// The wide table of pairs (see linear_decode.cuh) is at a fixed address of shared memory, wherever a block's
+// memory starts. Data behind it starts at kBehindWideTable. Data before it has the space up to the table less
+// what the system reserves, which suffices for all kernels if that is at most kMostReserved.
 inline constexpr int kWideTableAddress = 0x10000, kWideTableBytes = 0x10000, kNarrowTableBytes = 0x8000;
 inline constexpr int kBehindWideTable = kWideTableAddress + kWideTableBytes;
 inline constexpr int kMostReserved = 8 << 10;
@@ -44,9 +53,9 @@ inline bool has_wide_table(const Card& card) {
   return card.shared_bytes >= 160 << 10 && card.reserved_bytes <= kMostReserved;
 }
 
-// How a product is cut: the units of all tiles, tile after tile, in shares of `part`, one for each block or,
-// in LinearSmall, for each warp. There every tile's sums are cut in `splits` slices beforehand, each of which
-// has blocks of its own.
+// The partition of a GEMM: the work units of all tiles, tile after tile, in shares of `part` units, one per
+// block or, in LinearSmall, per warp. LinearSmall first divides the sums of every tile into `splits` slices
+// of k, with separate blocks for each.
 struct Cut {
   int64_t blocks = 0;  // 0: does not fit
   int splits = 1;
@@ -57,12 +66,12 @@ struct Cut {
   int64_t counters = 0, workspace_bytes = 0;
 };
 
-// What a plan makes of a product: equal units of work, each one `features` of the result by `tokens` and by
-// `depth` terms of their sums, of which no worker has more than `share`.
+// The work of a plan in equal units, each `features` of the result by `tokens` by `depth` terms of their
+// sums; no worker has more than `share` units.
 struct Load {
   int64_t features, tokens, depth;
   int64_t share;
-  int workers;  // of a multiprocessor: its warps, or the one block on it, whose warps share units
+  int workers;  // per multiprocessor: its warps, or the one block on it, whose warps share units
 };
 
 // LinearSmall.
@@ -76,13 +85,13 @@ struct SmallShape {
 
   constexpr int tokens() const { return 8 * token_tiles; }  // at most
   constexpr int rows() const { return 16 * row_tiles; }     // of the weight, in a tile
-  // Of a chunk. In each lane 16 loads of a chunk are under way while the chunk before is computed.
+  // Per chunk. Each lane has 16 loads of a chunk in flight while it computes the chunk before.
   constexpr int groups() const { return 8 / row_tiles; }
-  // The map of scales, a flag for each thread, and a warp's sums of the tile that another one began.
+  // The map of scales, a flag per thread, and the sums of the tile that each warp continues.
   constexpr int fixed_bytes() const {
     return nf4::kDynamicCodes * 4 + kWarps * 32 * 4 + kWarps * tokens() * rows() * 4;
   }
-  // Tiles of tokens are whole, unless there is but one.
+  // Token tiles are complete, except when there is only one.
   constexpr int64_t x_rows(int64_t m) const { return token_tiles == 1 ? m : tokens(); }
   constexpr int64_t x_bytes(int64_t m, int64_t groups) const {
     return x_rows(m) * (groups * kGroup + kPad) * 2;
@@ -104,7 +113,7 @@ struct DxShape {
   bool wide_table;
 
   constexpr int tokens() const { return 8 * token_tiles; }  // in a tile
-  // Two are what cards with little shared memory have room for.
+  // Cards with little shared memory can hold two.
   constexpr int stages() const { return wide_table || token_tiles > 4 ? 3 : 2; }
   constexpr int stage_bytes() const { return kRows * kColumns / 2 + tokens() * (kRows + kPad) * 2; }
   static constexpr int fixed_bytes() {
@@ -121,11 +130,11 @@ struct TileShape {
   static constexpr int kRowTiles = 2;  // of a warp
   static constexpr int kTokens = 64;
   static constexpr int kStages = 3;       // in the ring
-  static constexpr int kChunkStages = 4;  // of a chunk, of which a lane has a scale each
+  static constexpr int kChunkStages = 4;  // in a chunk, with one scale per lane for each stage
   // Between rows of x: the lanes that read together, two rows, lie in different banks.
   static constexpr int kPad = 8;
 
-  int feature_warps;  // the others take other groups of k
+  int feature_warps;  // the other warps take other groups of k
   bool wide_table;
 
   constexpr int rows() const { return feature_warps * 16 * kRowTiles; }  // of the weight, in a tile
@@ -134,17 +143,17 @@ struct TileShape {
   constexpr int fixed_bytes() const {
     return kStages * kTokens * (depth() + kPad) * 2 + nf4::kDynamicCodes * 4 + 16;
   }
-  // How long a block takes for a stage, and how many it could do while a tile's parts are put together:
-  // estimates. A stage of smaller tiles is as much work, with more of x to be read. On H100 it is about 1000
-  // clocks of the matrix units, and a part's way through the L2 cache twice that; on other cards stages take
+  // Estimated cost of a stage, and of combining the partial sums of a shared tile, in stages. A stage of
+  // smaller tiles is as much work but reads more of x. On H100 a stage is about 1000 clocks of the matrix
+  // units, and the round trip of partial sums through the L2 cache twice that; on other cards stages take
   // longer.
   constexpr int64_t stage_cost() const { return depth_warps() == 1 ? 8 : 9; }
   constexpr int64_t sharing_stages() const { return depth_warps() == 1 ? 4 : 2; }
-  // There is room before the wide table.
+  // The data fits before the wide table.
   constexpr int shared_offset() const { return wide_table ? 0 : kNarrowTableBytes; }
 
   int64_t tiles(int64_t m, int64_t n) const;
-  // Of all tiles' stages, a block's: whole tiles, or the same number for all blocks.
+  // The stages of a block: whole tiles, or the same number for all blocks.
   struct Share {
     int64_t stages, cost;
   };
@@ -153,25 +162,25 @@ struct TileShape {
   Load load(const Cut& cut) const;
 };
 
-// A product as it is planned, once, from the shape and the card alone: a kernel and a cut, or none.
+// The kernel and partition of a GEMM, or none; depends on the shape and the card alone.
 struct LinearPlan {
-  const char* name = "pieces";  // of the kernel; none: the caller dequantises piece by piece
+  const char* name = "pieces";  // of the kernel; "pieces": none, the caller dequantises piece by piece
   std::variant<SmallShape, TileShape, DxShape> shape{};
   Cut cut{};
 
   bool has_kernel() const { return cut.blocks != 0; }
   Load load() const;
-  // With params of the shape that it was planned for.
+  // `params` must have the shape that was planned.
   void start(const LinearParams& params, Context& context) const;
 };
 LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
 LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card);
 
-// Where there is no kernel: how many of a weight's `count` rows or columns, of `length` elements each, are to
-// be dequantised at a time, for torch's product. A multiple of 256, or more than there are.
+// Without a kernel: how many of a weight's `count` rows or columns, of `length` elements each, to dequantise
+// at a time for torch's matmul. A multiple of 256; may exceed `count`.
 int64_t piece_of(int64_t count, int64_t length, int64_t element_size);
 
-// The kernels, each in a file of its own.
+// One file per kernel: linear_small.cu, linear_tiles.cu, linear_dx.cu.
 void start_kernel(const SmallShape& shape, const Cut& cut, const LinearParams& params, Context& context);
 void start_kernel(const TileShape& shape, const Cut& cut, const LinearParams& params, Context& context);
 void start_kernel(const DxShape& shape, const Cut& cut, const LinearParams& params, Context& context);

@@ -1,8 +1,8 @@
-// NF4 codes to 16-bit pairs, as operands of matrix instructions, and their products.
+// Decodes NF4 codes to pairs of 16-bit values, the operands of matrix instructions, and multiplies them.
 //
-// A byte holds two neighbours of a row, which is what a register of an operand holds, so one look-up in a
-// table of 256 pairs decodes both. The table is in shared memory, a copy for each lane: lane i's is in bank
-// i, and no two lanes ever meet in one.
+// A byte holds two neighbours of a row, as does a register of an operand, so one lookup in a table of 256
+// pairs decodes both. The table is in shared memory, with a copy per lane: lane i's is in bank i, so lanes
+// never conflict.
 #pragma once
 
 #include "../nf4/nf4_tables.cuh"
@@ -10,8 +10,9 @@
 
 namespace peft_kernels::cuda {
 
-// Codes are rounded to 16 bits as multiples of this number, which sums make up for: of all factors, those
-// with which the 16 rounded codes are nearest to the true ones, weighted by how often weights use them.
+// Decoded values are multiplied by this factor before rounding to 16 bits; sums are divided by it afterwards.
+// It is the factor for which the 16 rounded codes are nearest to the exact ones, weighted by their frequency
+// in weights.
 template <class T>
 inline constexpr float kCodeFactor = 0;
 template <>
@@ -19,8 +20,8 @@ inline constexpr float kCodeFactor<bf16> = 1.436715f;
 template <>
 inline constexpr float kCodeFactor<fp16> = 1.36619f;
 
-// A table with rows of 256 bytes at an address that is a multiple of 2^16: one instruction puts a byte of
-// codes in its place in the address.
+// A table with rows of 256 bytes at an address that is a multiple of 2^16: one instruction inserts a byte of
+// codes into the address.
 struct WideTable {
   static constexpr bool kIsWide = true;
   static constexpr uint32_t kAddress = kWideTableAddress;
@@ -33,7 +34,7 @@ struct WideTable {
     return load_shared(__byte_perm(word, lane, 0x7604u | static_cast<uint32_t>(byte) << 4));
   }
 };
-// Half the size, anywhere, for two instructions: for cards with less than 128 KB of shared memory.
+// Half the size, at any address, with two instructions: for cards with less than 128 KB of shared memory.
 struct NarrowTable {
   static constexpr bool kIsWide = false;
   static constexpr int kRowBytes = 128;
@@ -46,8 +47,8 @@ struct NarrowTable {
   }
 };
 
-// Fills the table, `start` being the shared memory of the block, of which so many bytes are in use before a
-// wide table. For all threads; a barrier must follow.
+// Fills the table. `start` is the shared memory of the block, the first `bytes_before` bytes of which are in
+// use before a wide table. Called by all threads; a barrier must follow.
 template <class T, class Table, int kThreads>
 DEVICE Table fill_table(uint8_t* start, uint32_t bytes_before) {
   constexpr int kRows = 256, kRowsOfWarp = kRows / (kThreads / kWarp);
@@ -55,10 +56,10 @@ DEVICE Table fill_table(uint8_t* start, uint32_t bytes_before) {
   const int lane = lane_index(), first = warp_index() * kRowsOfWarp;
   const uint32_t start_address = shared_address(start), address = Table::address(start_address);
   if constexpr (Table::kIsWide) {
-    // The block's memory starts later than the card had said: rather no result than another's memory.
+    // The block's memory starts later than the card reported: trap rather than overwrite other data.
     if (start_address + bytes_before > kWideTableAddress) __trap();
   }
-  // A lane knows one row, and writes 16 bytes of each fourth.
+  // A lane computes one row and writes 16 bytes of every fourth.
   const int mine = first + lane % kRowsOfWarp;
   const auto code = [](int i) { return __fmul_rn(kCodeTable.value[i], kCodeFactor<T>); };
   const uint32_t pair = pack2<T>(code(mine >> 4), code(mine & 15));
@@ -71,11 +72,11 @@ DEVICE Table fill_table(uint8_t* start, uint32_t bytes_before) {
   return {address + static_cast<uint32_t>(lane) * 4};
 }
 
-// ---- The weight as first operand: 16 rows ("features") by a group of k, with x^T, 8 tokens wide
+// ---- The weight as first operand: 16 rows ("features") by a group of k, with x^T, 8 tokens wide ----
 //
-// The order of k within a group is free, as long as both operands have the same. Lane (g, t) loads bytes 8t..
-// of rows g and g + 8. In step s, of 4, it multiplies bytes 2s and 2s + 1 of these, which are k = 16t + 4s..,
-// and so 32 consecutive bytes of x serve it through the group.
+// The order of k within a group is free, as long as both operands use the same. Lane (g, t) loads the bytes
+// from 8t on of rows g and g + 8. In step s of 4 it multiplies bytes 2s and 2s + 1, which hold k = 16t + 4s
+// .. 16t + 4s + 3, so it needs 32 consecutive bytes of x for the group.
 
 template <class Table>
 DEVICE void decode_group(const Table& table, const Words2& row, const Words2& row8, uint32_t (&a)[4][4]) {
@@ -92,13 +93,13 @@ DEVICE void decode_group(const Table& table, const Words2& row, const Words2& ro
 struct GroupOfX {
   Words4 low, high;
 };
-// In shared memory, at 16t of the group in the lane's row.
+// x: in shared memory, at 16t of the group in the lane's row.
 template <class T>
 DEVICE GroupOfX load_group_of_x(const T* x) {
   return {load(reinterpret_cast<const Words4*>(x)), load(reinterpret_cast<const Words4*>(x) + 1)};
 }
 
-// sums[16, 8] += weight x^T, rows g and g + 8 of it times their scales.
+// sums[16, 8] += weight x^T, where rows g and g + 8 are multiplied by their scales.
 template <class T>
 DEVICE void multiply_group(const uint32_t (&weight)[4][4], const GroupOfX& x, float scale, float scale8,
                            float (&sums)[4]) {

@@ -1,3 +1,4 @@
+// Launches LinearDx: dx = dY W + u v.
 #include "linear_dx.cuh"
 
 namespace peft_kernels::cuda {
@@ -23,7 +24,7 @@ void start_kernel(const DxShape& shape, const Cut& cut, const LinearParams& para
         return run<T, Table, 2>(cut, params, context);
       case 4:
         return run<T, Table, 4>(cut, params, context);
-      default:  // no plan has them with a wide table, beside which there is no room
+      default:  // no plan uses these with a wide table, which leaves no space for them
         return run<T, NarrowTable, 8>(cut, params, context);
     }
   });

@@ -1,12 +1,12 @@
-// dx = dY W with an NF4 weight, for as many rows of dY ("tokens") as reading the weight is worth it.
+// dx = dY W with an NF4 weight, for few rows of dY ("tokens"), where reading the weight dominates.
 //
 // Sums run along the rows of the weight, and the matrix instruction's first operand is W^T: 16 columns
 // ("features") by 16 rows, with dY^T, 8 tokens wide, as the second. A register of an operand holds two rows
-// of a column, but a byte holds two columns of a row: nibbles of two rows are exchanged before the look-up.
+// of a column, but a byte holds two columns of a row: nibbles of two rows are exchanged before the lookup.
 //
-// Blocks have equal shares of the work, whose units are half stages of rows for a tile of columns by
-// tokens. A stage's codes and dY pass through a ring in shared memory. Of a block's warps, some share a
-// tile's columns, and the others the rows of a stage.
+// Blocks have equal shares of the work, in units of half stages of rows for a tile of columns by tokens.
+// Codes and dY of a stage pass through a ring in shared memory. Some warps of a block share the columns of a
+// tile, the others the rows of a stage.
 #pragma once
 
 #include <type_traits>
@@ -26,14 +26,14 @@ struct LinearDxOf {
   static constexpr int kColumns = DxShape::kColumns, kRows = DxShape::kRows;
   static constexpr int kFeatureTiles = kGroup / 16;
 
-  // Scales are rounded to 16 bits, and multiply dY where there are few tokens, else the decoded weight, as
-  // they must for fp16: small gradients times scales would leave its range.
+  // Scales are rounded to 16 bits. With few tokens they multiply dY, otherwise the decoded weight; for fp16
+  // always the weight, because small gradients times scales would underflow.
   static constexpr bool kScalesDy = std::is_same_v<T, bf16> && kTokenTiles <= 4;
 
   static constexpr float kFactor = 1.0f / kCodeFactor<T>;  // of scales
 
   struct Params : Groups::Params {     // shares are by half stages
-    int shared_offset, stages_offset;  // where in shared memory Shared and the stages are
+    int shared_offset, stages_offset;  // offsets of Shared and the stages in shared memory
   };
   struct Shared {
     float map[nf4::kDynamicCodes];
@@ -68,7 +68,7 @@ struct LinearDxOf {
       const bool ends_halfway = is_last && self.groups_.work().end() % 2 != 0;
       const int whole_end = end - ends_halfway;
       while (self.stage_ < whole_end) {
-        // As far as one tile is fetched, to keep the change to the next one out of the main loop.
+        // Up to the end of the tile being loaded, to keep the change to the next out of the main loop.
         const int fetched_end = self.stage_ + (self.rows_left_ + kRows - 1) / kRows;
         const int stop = whole_end < fetched_end ? whole_end : fetched_end;
         for (; self.stage_ < stop; ++self.stage_) self.template multiply_stage<0, 4>(sums);
@@ -95,16 +95,16 @@ struct LinearDxOf {
   Table table_{};
 
   const int begin_;  // in half stages
-  int stage_, end_;  // in stages, parts of one counted
+  int stage_, end_;  // in stages, rounded to include partial ones
   int slot_ = 0;     // of the stage, in the ring
 
-  // What a thread fetches of the next stage to be fetched, and the scales that are on their way.
+  // The next stage to be loaded, and the scales in flight.
   int column_;
   RowTile tokens_;
-  int tile_;  // of many weights
+  int tile_;  // ManyWeights
   int rows_left_, tokens_after_;
   const uint8_t* codes_at_;
-  const uint8_t* dy_at_;  // of elements
+  const uint8_t* dy_at_;  // in bytes
   uint32_t scale_at_;
   PackedScale scales_[kStages - 1][2];
 
@@ -125,27 +125,28 @@ struct LinearDxOf {
         stage_(begin_ / 2),
         end_((groups_.work().end() + 1) / 2) {}
 
-  // The first one of a tile.
+  // The first column of a tile.
   DEVICE int column_of(int tile) const { return tile / groups_.token_tiles * kColumns; }
   DEVICE RowTile tokens_of(int tile) const { return groups_.rows(tile % groups_.token_tiles, kTokens); }
 
-  // ---- The way of codes, dY and scales
+  // ---- Loading codes, dY and scales
+  // -------------------------------------------------------------------------
 
-  // A thread's part of a stage's codes: the same 16 bytes of each kCodeRows-th row. And of dY: the same 8
-  // rows of each kDyTokens-th token.
+  // A thread's part of a stage. Codes: the same 16 bytes of every kCodeRows-th row. dY: the same 8 rows of
+  // every kDyTokens-th token.
   static constexpr int kCodeUnits = kColumns / 32, kCodeRows = kThreads / kCodeUnits;
   static constexpr int kDyUnits = kRows / 8, kDyTokens = kThreads / kDyUnits;
   static DEVICE int code_row() { return thread_index() / kCodeUnits; }
   static DEVICE int dy_row() { return thread_index() % kDyUnits * 8; }
   static DEVICE int dy_token() { return thread_index() / kDyUnits; }
-  // The first of the two rows of which a lane has the scales.
+  // The first of the two rows whose scales the lane has.
   DEVICE int scale_row() const { return row_warp_ * kGroup + 16 * t_ + 2 * g_; }
 
-  // Where the 16 bytes `unit` of a row are in a stage. Lanes that read together do so in four rows, 16 apart,
-  // and find each in banks of its own.
+  // The position of the 16 bytes `unit` of a row in a stage. Lanes that read together read four rows, 16
+  // apart, in different banks.
   static DEVICE int code_unit(int row, int unit) { return unit ^ row / 16 % 4 * 2; }
 
-  // Columns and tokens that stand for those beyond the last one: nobody reads what these come to.
+  // Columns and tokens past the end are replaced by existing ones; their results are not written.
   DEVICE int existing_column(int column) const { return column < p_.k ? column : 0; }
   DEVICE int existing_token(const RowTile& tokens, int token) const {
     const int end = groups_.end_of(tokens);
@@ -192,7 +193,7 @@ struct LinearDxOf {
     }
     start_tile(0);
   }
-  // Starts what brings the next stage into a slot; zeros for rows beyond the last.
+  // Starts loading the next stage into a slot; rows past the end are zeros.
   DEVICE void start_stage(int stage, int slot, PackedScale (&scales)[2]) {
     if (stage < end_) {
       copy_codes(stages_[slot]);
@@ -224,7 +225,7 @@ struct LinearDxOf {
                     dy_row() < rows_left_);
     }
   }
-  // Any scales for rows beyond the last: they meet zeros.
+  // Arbitrary scales for rows past the end: they multiply zeros.
   DEVICE void load_scales(PackedScale (&scales)[2]) const {
     const uint32_t at = scale_row() < rows_left_ ? scale_at_ : 0;
     scales[0] = load_scale(groups_.weight(), at);
@@ -244,11 +245,12 @@ struct LinearDxOf {
     return pack2<T>(scale[0], scale[1]);
   }
 
-  // ---- The products
+  // ---- Multiplying
+  // ------------------------------------------------------------------------------------------
 
-  // As in linear_decode.cuh, the order of rows within a group is free. Lane (g, t) has rows 16t.., four of
-  // them in a step, and bytes 4g.. of each; of byte j, columns 8g + 2j and 8g + 2j + 1 are features g and g
-  // + 8.
+  // As in linear_decode.cuh, the order of rows within a group is free. Lane (g, t) has the four rows from 16t
+  // on of each step and the bytes from 4g on of each; columns 8g + 2j and 8g + 2j + 1, of byte j, are
+  // features g and g + 8.
   //
   // Steps kBegin .. kEnd - 1: half a stage has half of them.
   template <int kBegin, int kEnd>
@@ -295,7 +297,7 @@ struct LinearDxOf {
       }
     }
   }
-  // One that is not in the main loop.
+  // A stage outside of the main loop.
   template <int kBegin, int kEnd>
   DEVICE void multiply_next(Sums& sums) {
     multiply_stage<kBegin, kEnd>(sums);
@@ -307,7 +309,7 @@ struct LinearDxOf {
     for (int half = 0; half < 2; ++half) {
       const auto row = reinterpret_cast<const uint32_t*>(codes + half * kColumns);
       const uint32_t low = load(row), high = load(row + kColumns / 8);
-      // Codes of both rows side by side, for even columns and odd ones.
+      // Codes of both rows side by side, for even and odd columns.
       constexpr uint32_t kUpper = 0xf0f0f0f0u;
       const uint32_t even = select_bits(kUpper, low, high >> 4), odd = select_bits(kUpper, low << 4, high);
 #pragma unroll
@@ -318,7 +320,8 @@ struct LinearDxOf {
     }
   }
 
-  // ---- The sums of a tile, as far as this block has them
+  // ---- Reducing and writing
+  // ---------------------------------------------------------------------------------
 
   DEVICE void finish(int tile, const RowTile& tokens, Sums& sums) {
     const Sharers sharers(groups_.work(), tile, 2 * steps_);
@@ -333,12 +336,12 @@ struct LinearDxOf {
     if (row_warp_ == 0 && column < p_.k) write(column, tokens, sums);
   }
 
-  // The first warp of those that have the same columns gets their sums.
+  // Adds the sums of the warps with the same columns into the first of them.
   DEVICE void add_row_warps(Sums& sums) const {
     const int lane = lane_index();
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
-      __syncthreads();  // others may still read what stands there
+      __syncthreads();  // others may still be reading the previous sums
       if (row_warp_ > 0) {
 #pragma unroll
         for (int j = 0; j < kFeatureTiles; ++j) {
@@ -360,11 +363,12 @@ struct LinearDxOf {
     return reinterpret_cast<Four*>(sharers.partial_of(block, kTokens * kColumns)) +
            column_warp_ * kFeatureTiles * kTokenTiles * kWarp + lane_index();
   }
-  // Whether this block is the last one that comes to the tile; it gets the sums of all, added in their order.
+  // Returns whether this block is the last to arrive at the tile; then `sums` has the total, added in block
+  // order.
   DEVICE bool add_blocks(const Sharers& sharers, Sums& sums) const {
     const auto all = [](int) { return true; };
     if (row_warp_ == 0) store_part(sums.c, part_of(sharers, block_index()), kWarp, all);
-    if (!sharers.last_has_come(&shared_->last)) return false;
+    if (!sharers.is_last_block(&shared_->last)) return false;
     if (row_warp_ > 0) return true;
     sums = {};
     for (int block = sharers.first; block <= sharers.last; ++block) {
@@ -373,7 +377,7 @@ struct LinearDxOf {
     return true;
   }
 
-  // A lane has eight neighbouring columns of its tokens.
+  // A lane has eight consecutive columns of its tokens.
   DEVICE void write(int column, const RowTile& tokens, const Sums& sums) const {
 #pragma unroll
     for (int i = 0; i < kTokenTiles; ++i) {
@@ -392,7 +396,7 @@ struct LinearDxOf {
 
 template <class T, class Table, int kTokenTiles>
 struct LinearDx : LinearDxOf<T, Table, kTokenTiles, OneWeight> {};
-// With the table that leaves room for tiles of as many tokens.
+// With the narrow table, which leaves space for tiles of this many tokens.
 template <class T, int kTokenTiles>
 struct ExpertsDx : LinearDxOf<T, NarrowTable, kTokenTiles, ManyWeights> {};
 

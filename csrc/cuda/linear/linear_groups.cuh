@@ -1,8 +1,8 @@
-// Which weight the rows of a product meet: one for all, or their expert's. What kernels of products take
-// their tiles of rows from, and their shares of the work.
+// Where GEMM kernels get their tiles of rows, weight and share of the work: one weight for all rows, or a
+// weight per expert.
 #pragma once
 
-#include "../core/experts_rows.cuh"
+#include "../core/row_tiles.cuh"
 #include "linear_shared.cuh"
 #include "linear_slab.cuh"
 
@@ -18,7 +18,7 @@ struct OneWeight {
   const Params& p;
   const int token_tiles;
 
-  // By tiles of so many tokens; a tile of features has so many units of work for each.
+  // Arguments: tokens per tile; the others are used by ManyWeights alone.
   DEVICE OneWeight(const Params& params, int tokens, int, int, int)
       : p(params), token_tiles((params.m + tokens - 1) / tokens) {}
 
@@ -26,7 +26,7 @@ struct OneWeight {
   DEVICE RowTile rows(int token_tile, int tokens) const { return {token_tile * tokens, p.m, 0}; }
   DEVICE int end_of(const RowTile&) const { return p.m; }
 
-  // The weight that a tile's rows meet.
+  // Selects the weight of a tile's rows.
   DEVICE void move_to(int) {}
   DEVICE const Nf4View& weight() const { return p.weight; }
   DEVICE int bias_row(int, int row) const { return row; }
@@ -41,22 +41,22 @@ struct OneWeight {
   }
 };
 
-// Tiles of rows come from a list on the device. Blocks share out what there is, and those that find nothing
-// left have begin() >= end().
+// Tiles of rows come from a list on the device. Blocks divide the tiles it has; a block without any has
+// begin() >= end().
 struct ManyWeights {
   static constexpr bool kIsMany = true;
 
   struct Params : LinearParams {
     ShareParams work;  // without units and share
     ExpertRows rows;
-    int64_t packed_stride, code_stride, scale_stride;  // of the weight's parts, from expert to expert
+    int64_t packed_stride, code_stride, scale_stride;  // from expert to expert
     ExpertsDelta delta;
   };
 
   const Params& p;
   const int token_tiles;
 
-  // Whole tiles for each block, where to share one would cost it `sharing` units or more.
+  // Whole tiles per block, unless sharing tiles is cheaper by more than `sharing` units.
   DEVICE ManyWeights(const Params& params, int, int feature_tiles, int tile_units, int sharing)
       : p(params), token_tiles(load_constant(params.rows.count)), work_(params.work), weight_(params.weight) {
     const int tiles = feature_tiles * token_tiles, blocks = grid_size();
@@ -76,7 +76,7 @@ struct ManyWeights {
     weight_.scale = p.weight.scale + expert * p.scale_stride;
   }
   DEVICE const Nf4View& weight() const { return weight_; }
-  // Of one expert.
+  // The offset of one expert.
   DEVICE float scale_offset(int expert, float factor = 1.0f) const {
     return p.weight.scale_offset ? load_constant(p.weight.scale_offset + expert) * factor : 0.0f;
   }
@@ -95,7 +95,7 @@ struct ManyWeights {
 
  private:
   ShareParams work_;
-  Nf4View weight_;  // of the expert
+  Nf4View weight_;  // of the current expert
 };
 
 }  // namespace peft_kernels::cuda

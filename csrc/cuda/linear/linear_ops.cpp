@@ -1,10 +1,10 @@
-// The ops of products with an NF4 weight: tensors to pointers, and registration. Schemas live in
+// The ops of GEMMs with an NF4 weight: tensors to pointers, and registration. Schemas are in
 // peft_kernels/ops/.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
 #include "../core/runtime.h"
-#include "linear_product.h"
+#include "linear_gemm.h"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -24,7 +24,7 @@ Tensor nf4_linear_op(const Tensor& x, const Tensor& packed, const Tensor& absmax
   const int64_t in_features = x.size(-1);
   const Tensor rows = as_rows(x, in_features, "x");
   const BaseWeight base = nf4_base(packed, absmax, absmax2, offset, blocksize, out_features, in_features, x);
-  return reshaped(BaseProduct::forward(rows, base).run(bias), sizes_with_last(x, out_features));
+  return reshaped(BaseGemm::forward(rows, base).run(bias), sizes_with_last(x, out_features));
 }
 
 Tensor nf4_linear_dx_op(const Tensor& dy, const Tensor& packed, const Tensor& absmax,
@@ -36,7 +36,7 @@ Tensor nf4_linear_dx_op(const Tensor& dy, const Tensor& packed, const Tensor& ab
   const int64_t out_features = dy.size(-1);
   const Tensor rows = as_rows(dy, out_features, "dy");
   const BaseWeight base = nf4_base(packed, absmax, absmax2, offset, blocksize, out_features, in_features, dy);
-  return reshaped(BaseProduct::backward(rows, base).run(), sizes_with_last(dy, in_features));
+  return reshaped(BaseGemm::backward(rows, base).run(), sizes_with_last(dy, in_features));
 }
 
 }  // namespace

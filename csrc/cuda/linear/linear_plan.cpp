@@ -1,3 +1,4 @@
+// Chooses the kernel of an NF4 GEMM by shape and card, and partitions its work.
 #include <algorithm>
 
 #include "linear.h"
@@ -5,8 +6,8 @@
 namespace peft_kernels::cuda {
 namespace {
 
-// By what limits the choice: shared memory, which decides on the table of pairs, and how much faster than the
-// rest the matrix units are.
+// Classes of cards: by shared memory, which decides the table of pairs, and by how much faster the matrix
+// units are than the rest.
 enum class Cards { kWide, kWide80, kNarrow, kAny };
 
 bool belongs(const Card& card, Cards cards) {
@@ -30,7 +31,7 @@ struct Rule {
   decltype(LinearPlan::shape) shape;
 };
 
-// The first that fits is taken.
+// The first rule that fits is used.
 constexpr Rule kLinearRules[] = {
     {"small8", Cards::kWide, 8, SmallShape{1, 1, true}},
     {"small16", Cards::kWide, 16, SmallShape{2, 2, true}},
@@ -45,7 +46,7 @@ constexpr Rule kLinearRules[] = {
     {"tiles256_narrow", Cards::kNarrow, 1024, TileShape{8, false}},
     {"tiles128_narrow", Cards::kNarrow, 1024, TileShape{4, false}},
 };
-// Beyond one tile of tokens the weight is decoded once for each, and beyond the last of these dequantised.
+// Beyond one token tile the weight is decoded once per tile; beyond the last rule it is dequantised.
 constexpr Rule kDxRules[] = {
     {"dx8", Cards::kWide, 8, DxShape{1, true}},
     {"dx16", Cards::kWide, 16, DxShape{2, true}},
@@ -57,7 +58,7 @@ constexpr Rule kDxRules[] = {
     {"dx32_narrow", Cards::kNarrow, 512, DxShape{4, false}},
 };
 
-// Scales of whole groups, by 32-bit indices.
+// Whether groups have whole scales, with 32-bit indices.
 bool takes(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
   constexpr int64_t kMost = int64_t{1} << 30;
   return dtype != DType::kF32 && card.compute_capability >= 80 && m > 0 && n > 0 && k > 0 &&
@@ -65,7 +66,7 @@ bool takes(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const 
          k < kMost && n * k / kGroup < int64_t{1} << 32;
 }
 
-// Finds places for x, the larger one, and what is of fixed size; returns the bytes for x.
+// Places x, the larger array, and the fixed-size data; returns the bytes available for x.
 int64_t place(bool wide_table, int64_t fixed_bytes, const Card& card, Cut& cut) {
   if (!wide_table) {
     cut.shared_offset = kNarrowTableBytes;
@@ -81,7 +82,7 @@ int64_t place(bool wide_table, int64_t fixed_bytes, const Card& card, Cut& cut) 
   return std::max(behind, before);
 }
 
-// All of a block's shared memory, x being of that size.
+// A block's total shared memory for `x_bytes` of x.
 int64_t shared_bytes(bool wide_table, int64_t x_bytes, int64_t fixed_bytes, const Cut& cut) {
   return std::max<int64_t>({cut.x_offset + x_bytes, cut.shared_offset + fixed_bytes,
                             wide_table ? kBehindWideTable : kNarrowTableBytes});
@@ -91,11 +92,11 @@ int64_t shared_bytes(bool wide_table, int64_t x_bytes, int64_t fixed_bytes, cons
 
 Cut SmallShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
   Cut cut;
-  const int64_t room = place(wide_table, fixed_bytes(), card, cut);
-  const int64_t most_groups = (room / (2 * x_rows(m)) - kPad) / kGroup;
+  const int64_t available = place(wide_table, fixed_bytes(), card, cut);
+  const int64_t most_groups = (available / (2 * x_rows(m)) - kPad) / kGroup;
   if (most_groups < 1) return {};
 
-  // Slices of k that fit, or more of them where multiprocessors can be dealt out to these more evenly.
+  // Slices of k that fit, or up to twice as many where that divides the multiprocessors more evenly.
   const int64_t groups = k / kGroup, least_splits = ceil_div(groups, most_groups);
   cut.tiles = ceil_div(n, rows());
   for (int64_t splits = least_splits; splits <= std::min(2 * least_splits, groups); ++splits) {
@@ -146,7 +147,7 @@ TileShape::Share TileShape::share(int64_t m, int64_t n, int64_t k, const Card& c
 
 Cut TileShape::cut(int64_t m, int64_t n, int64_t k, const Card& card) const {
   const Share share = this->share(m, n, k, card);
-  // The smaller tiles, where they are done sooner.
+  // Prefers the smaller tiles where they finish sooner.
   if (depth_warps() == 1 && TileShape{kWarps / 2, wide_table}.share(m, n, k, card).cost < share.cost)
     return {};
   const int64_t stages = ceil_div(k, depth());
@@ -187,16 +188,16 @@ LinearPlan plan_linear(DType dtype, int64_t m, int64_t n, int64_t k, int block_s
 }
 
 LinearPlan plan_linear_dx(DType dtype, int64_t m, int64_t n, int64_t k, int block_shift, const Card& card) {
-  // Rows of dY are copied 16 bytes at a time.
+  // Rows of dY are copied in vectors of 16 bytes.
   if (!takes(dtype, m, n, k, block_shift, card) || n % 8 != 0) return {};
   return choose(kDxRules, m, n, k, card);
 }
 
-// As few equal pieces as 128 MB allow: each is two launches, and a large one fills the card. The rule is
-// linear_pieces.py's too, for Triton (`piece_size`).
+// As few equal pieces as 128 MB allow: each needs two launches, and a large one fills the card.
+// linear_pieces.py has the same rule for Triton (`piece_size`).
 int64_t piece_of(int64_t count, int64_t length, int64_t element_size) {
   constexpr int64_t kMostBytes = 128 << 20;
-  constexpr int64_t kUnit = 256;  // whole tiles of torch's products
+  constexpr int64_t kUnit = 256;  // whole tiles of torch's GEMM
   const int64_t most = kMostBytes / (std::max<int64_t>(length, 1) * element_size) / kUnit * kUnit;
   const int64_t pieces = std::max<int64_t>(ceil_div(count, std::max(most, kUnit)), 1);
   return std::max<int64_t>(ceil_div(ceil_div(count, pieces), kUnit), 1) * kUnit;

@@ -1,5 +1,5 @@
-// What the kernels of products with an NF4 weight share: the choice of an instance, the sums' last terms, and
-// sums that blocks share.
+// Shared by the kernels of NF4 GEMMs: the dispatch to an instance, the last terms of sums, and partial sums
+// of warps and blocks.
 #pragma once
 
 #include "../core/launch.cuh"
@@ -9,15 +9,15 @@
 
 namespace peft_kernels::cuda {
 
-// Calls `body` with a value of the activations' type and one of the table's.
+// Calls `body` with a value of the activations' type and a table.
 template <class Body>
 void with_operands(DType dtype, bool wide_table, const Body& body) {
   with_half(dtype, [&](auto type) { wide_table ? body(type, WideTable{}) : body(type, NarrowTable{}); });
 }
 
-// Sums of products with codes, which are multiples of a factor, to those of products with weights.
+// Divides out kCodeFactor, by which decoded weights were multiplied.
 template <class T, int kRowTiles, int kTokenTiles>
-DEVICE void take_out_factor(float (&sums)[kRowTiles][kTokenTiles][4]) {
+DEVICE void remove_code_factor(float (&sums)[kRowTiles][kTokenTiles][4]) {
 #pragma unroll
   for (int r = 0; r < kRowTiles; ++r) {
 #pragma unroll
@@ -34,7 +34,7 @@ DEVICE float load_as_float(const void* p, DType dtype, int64_t i) {
   return to_float(load_constant(static_cast<const fp16*>(p) + i));
 }
 
-// ---- Sums that warps and blocks share ------------------------------------------------------------------
+// ---- Partial sums of warps and blocks ---------------------------------------------------------------------
 
 using Four = Vec<float, 4>;  // a lane's sums of one matrix instruction
 
@@ -47,8 +47,8 @@ struct AllTokens {
   DEVICE bool operator()(int) const { return true; }
 };
 
-// A lane's part of a tile in memory, `stride` from one matrix instruction's sums to the next: of the token
-// tiles that has(i) says it has.
+// Stores or adds a lane's partial sums of a tile, `stride` from one matrix instruction's to the next, for the
+// token tiles for which has(i).
 template <int kRowTiles, int kTokenTiles, class Has>
 DEVICE void store_part(const float (&sums)[kRowTiles][kTokenTiles][4], Four* part, int stride,
                        const Has& has) {
@@ -70,22 +70,23 @@ DEVICE void add_part(const Four* part, int stride, const Has& has, float (&sums)
   }
 }
 
-// Sums over k in slices, and of each slice equal shares of all tiles' groups for the warps of its blocks.
+// The partition of LinearSmall: k in slices, and of each slice equal shares of all tiles' groups for the
+// warps of its blocks.
 struct SliceParams {
-  int splits, groups;  // slices, and of all groups what each has at least
-  int longer;          // slices, the first ones, that have one more
+  int splits, groups;  // number of slices, and the groups that each has at least
+  int longer;          // number of slices, the first ones, with one more group
   int tiles, share;    // a warp's share
-  bool shares_tiles;   // whether any tile is in several blocks
+  bool shares_tiles;   // whether any tile is shared by blocks
   uint32_t* counter;   // [tiles]
   float* partial;      // [splits, tiles + blocks of a slice, elements of a tile]
 
   DEVICE int begin_of(int slice) const { return slice * groups + (slice < longer ? slice : longer); }
   DEVICE int most_groups() const { return groups + (longer > 0); }
 };
-// A block's slice, and the shares of its warps.
+// A block's slice and the shares of its warps.
 struct SliceOfWork {
   const SliceParams& p;
-  int index, block, blocks;  // the slice, and of the slice's blocks this one
+  int index, block, blocks;  // the slice, and the index and number of its blocks
   int begin, groups;
 
   DEVICE explicit SliceOfWork(const SliceParams& params)
@@ -96,13 +97,13 @@ struct SliceOfWork {
         begin(p.begin_of(index)),
         groups(p.begin_of(index + 1) - begin) {}
 
-  // Of the block's warps; that of the warp after the last is where the last one's ends.
+  // The first unit of a warp; for the warp after the last, the end of the last one's share.
   DEVICE int share_begin(int warp) const {
     const int at = (block * kWarpsOfBlock + warp) * p.share, units = p.tiles * groups;
     return at < units ? at : units;
   }
 
-  // The parts of a tile: blocks of a slice that have groups of it, slice after slice.
+  // The blocks of a slice that have groups of a tile.
   struct Blocks {
     int first, last;
   };
@@ -112,7 +113,7 @@ struct SliceOfWork {
   }
   DEVICE int parts_of(int tile) const {
     int parts = 0;
-    // Few rounds, here and below: not worth the code of several at a time.
+    // Not unrolled, here and below: few iterations, not worth the code.
 #pragma unroll 1
     for (int slice = 0; slice < p.splits; ++slice) {
       const Blocks sharing = blocks_of(slice, tile);
@@ -120,7 +121,7 @@ struct SliceOfWork {
     }
     return parts;
   }
-  // Where the part of this block is. From one part of a slice to the next, tile or block is the next one.
+  // The index of this block's partial sums. Consecutive parts of a slice differ by one in tile or in block.
   DEVICE int64_t part(int tile) const { return part(index, block, tile); }
   DEVICE int64_t part(int slice, int of_block, int tile) const {
     return int64_t{slice} * (p.tiles + blocks) + of_block + tile;
@@ -138,10 +139,10 @@ struct SliceOfWork {
   static constexpr int kWarpsOfBlock = SmallShape::kWarps;
 };
 
-// Equal shares of all tiles' units of work, tile after tile: a tile may begin in one block and end in
-// another.
+// The partition of LinearTiles and LinearDx: equal shares of all tiles' units, tile after tile, so a tile may
+// start in one block and end in another.
 struct ShareParams {
-  int units, share;   // of all tiles, of a block
+  int units, share;   // total, per block
   uint32_t* counter;  // [tiles]
   float* partial;     // [blocks, 2, elements of a tile]
 
@@ -167,11 +168,11 @@ struct Sharers {
 
   DEVICE bool is_first() const { return block_index() == first; }
   DEVICE bool is_one() const { return first == last; }
-  // A block has two tiles at most that are not its own alone: one that others began, and one that it begins.
+  // A block shares at most two tiles with others: one that others began, and one that it begins.
   DEVICE float* partial_of(int block, int64_t tile_elements) const {
     return p.partial + (2 * block + (block == first)) * tile_elements;
   }
-  DEVICE bool last_has_come(uint32_t* shared_word) const {
+  DEVICE bool is_last_block(uint32_t* shared_word) const {
     return is_last_of_tile(p.counter + tile, last - first + 1, shared_word);
   }
 };

@@ -1,15 +1,14 @@
-// Deltas of adapters that join the sums of a product with an NF4 weight.
+// Adds the deltas of adapters to the sums of an NF4 GEMM.
 #pragma once
 
-#include "../experts/experts.h"
 #include "linear_decode.cuh"
 
 namespace peft_kernels::cuda {
 
 // ---- As a slab -----------------------------------------------------------------------------------------
 
-// sums += v u^T, `turns` warps taking turns in its steps of 16. The lane's rows of v are row(2r) and
-// row(2r + 1) in row tile r, and token(i) of u in token tile i.
+// sums += v u^T, with the steps of 16 dealt to `turns` warps in turn. The lane has rows row(2r) and row(2r +
+// 1) of v in row tile r, and token(i) of u in token tile i.
 template <class T, int kRowTiles, int kTokenTiles, class Row, class Token>
 DEVICE void multiply_slab(const LinearParams& params, int turn, int turns, const Row& row, const Token& token,
                           float (&sums)[kRowTiles][kTokenTiles][4]) {
@@ -37,9 +36,8 @@ DEVICE void multiply_slab(const LinearParams& params, int turn, int turns, const
   }
 }
 
-// sums += u v, likewise. The lane has token(i) of u in token tile i, and in feature tile j the columns
-// `column`
-// + 2j and the one behind it.
+// sums += u v, likewise. The lane has token(i) of u in token tile i, and columns `column` + 2j and + 2j + 1
+// of v in feature tile j.
 template <class T, int kFeatureTiles, int kTokenTiles, class Token>
 DEVICE void multiply_slab_dx(const LinearParams& params, int turn, int turns, int column, const Token& token,
                              float (&sums)[kFeatureTiles][kTokenTiles][4]) {
@@ -71,11 +69,10 @@ DEVICE void multiply_slab_dx(const LinearParams& params, int turn, int turns, in
 
 // ---- From the adapters themselves ----------------------------------------------------------------------
 //
-// For adapters of many experts, whose slabs would be larger than what is read of them. A number of a factor
-// is split here as it is in a slab (lora_slab.cuh): high + low, of 16 bits each, of which three products
-// count.
+// For adapters of experts, whose slabs would be larger than the factors they are made of. Each fp32 value of
+// a factor is split as in a slab (lora_slab.cuh): high + low, 16 bits each, of which three products count.
 
-// Pairs of 16-bit numbers.
+// Two fp32 values, each split into 16-bit high and low.
 struct SplitPair {
   uint32_t high, low;
 };
@@ -91,7 +88,7 @@ DEVICE float load_factor(const ExpertsDelta& delta, int64_t i) {
                       : to_float(load_constant(static_cast<const T*>(delta.factor) + i));
 }
 
-// Two neighbours, or zeros. Not before what stands before it: registers would not do for all that are needed.
+// Two neighbours, or zeros. Volatile loads, so that they are not hoisted: registers would not suffice.
 template <class T>
 DEVICE void load_factor_pair(const ExpertsDelta& delta, int64_t i, bool exists, float (&value)[2]) {
   value[0] = value[1] = 0.0f;
@@ -107,7 +104,7 @@ DEVICE void load_factor_pair(const ExpertsDelta& delta, int64_t i, bool exists, 
   }
 }
 
-// A row of ranks as the second operand: of four from `at` on.
+// Four elements of a row of ranks, from `at` on, as the second operand.
 template <class T>
 DEVICE void split_ranks(const ExpertsDelta& delta, int row, int at, SplitPair (&b)[2]) {
   const float* ranks = delta.ranks + int64_t{row} * delta.rank;
@@ -129,7 +126,7 @@ DEVICE void multiply_split(const SplitPair (&a)[4], const SplitPair (&b)[2], flo
   mma<T>(sum, a_high, {b[0].high, b[1].high});
 }
 
-// sums += scale B ranks^T with `expert`'s B [n, rank], of which the lane has rows and tokens as above.
+// sums += scale B ranks^T with B [n, rank] of the expert; rows and tokens of the lane as above.
 template <class T, int kRowTiles, int kTokenTiles, class Row, class Token>
 DEVICE void multiply_delta(const ExpertsDelta& delta, int expert, int n, int turn, int turns, const Row& row,
                            const Token& token, float (&sums)[kRowTiles][kTokenTiles][4]) {
@@ -156,7 +153,7 @@ DEVICE void multiply_delta(const ExpertsDelta& delta, int expert, int n, int tur
   }
 }
 
-// sums += scale ranks A with `expert`'s A [rank, k], likewise.
+// sums += scale ranks A with A [rank, k] of the expert, likewise.
 template <class T, int kFeatureTiles, int kTokenTiles, class Token>
 DEVICE void multiply_delta_dx(const ExpertsDelta& delta, int expert, int k, int turn, int turns, int column,
                               const Token& token, float (&sums)[kFeatureTiles][kTokenTiles][4]) {

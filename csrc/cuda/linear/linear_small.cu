@@ -1,3 +1,4 @@
+// Launches LinearSmall: y = x W^T + u v^T + bias for few tokens.
 #include "linear_small.cuh"
 
 namespace peft_kernels::cuda {

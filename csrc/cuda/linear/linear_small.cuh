@@ -1,12 +1,12 @@
-// Products with an NF4 weight for few rows of x ("tokens"), where reading the weight is what takes the time.
+// y = x W^T with an NF4 weight for few rows of x ("tokens"), where reading the weight dominates.
 //
-// The weight is the matrix instruction's first operand, 16 of its rows ("features") by 16 of k, and x^T the
-// second, 8 tokens wide: 1 token costs what 8 do. A block keeps a slice of x, all tokens by part of k, in
-// shared memory.
+// The weight is the first operand of the matrix instruction, 16 of its rows ("features") by 16 of k, and x^T
+// the second, 8 tokens wide: 1 token costs as much as 8. A block keeps a slice of x, all tokens by part of k,
+// in shared memory.
 //
-// Warps have equal shares of the slice's groups of all tiles, tile after tile, and no need of each other
-// until the end. Then those of a block add up what they have of the same tile, and blocks in turn what they
-// have, all in the order of the shares.
+// Warps have equal shares of the slice's groups of all tiles, tile after tile, and do not synchronise until
+// the end. Then the warps of a block add their partial sums of the same tile, and then the blocks theirs, all
+// in the order of the shares.
 #pragma once
 
 #include "linear_shared.cuh"
@@ -23,10 +23,10 @@ struct LinearSmall {
   static constexpr int kRows = kShape.rows(), kTokens = kShape.tokens();
   static constexpr int kGroups = kShape.groups();  // of a chunk
   static constexpr int kQuads = kGroups / 4;
-  static constexpr int kLaneRows = 2 * kRowTiles;  // of the weight, that a lane reads
+  static constexpr int kLaneRows = 2 * kRowTiles;  // rows of the weight that a lane reads
 
-  // Whether a chunk that is whole is multiplied as one basic block, with no look at how many groups it has:
-  // that hides latencies better, but registers would not do for many sums.
+  // Whether a full chunk is multiplied as one basic block, without checking the number of groups: hides
+  // latency better, but needs too many registers for many sums.
   static constexpr bool kUnrolls = kTokenTiles < 4;
 
   struct Params : LinearParams {
@@ -35,8 +35,9 @@ struct LinearSmall {
   };
   struct Shared {
     float map[nf4::kDynamicCodes];
-    uint32_t is_last[kThreads];                                      // of tiles
-    alignas(16) Four begun[kWarps][kRowTiles * kTokenTiles][kWarp];  // by warps before, each warp's first
+    uint32_t is_last[kThreads];  // of tiles
+    alignas(16)
+        Four begun[kWarps][kRowTiles * kTokenTiles][kWarp];  // partial sums of tiles begun by earlier warps
   };
   static_assert(sizeof(Shared) == kShape.fixed_bytes());
 
@@ -69,18 +70,18 @@ struct LinearSmall {
   const uint8_t* const first_bytes_;  // of row 0
   const int first_scale_k_, last_row_;
 
-  // The warp's share: of units, which are groups, tile after tile.
+  // The warp's share of units (groups, tile after tile).
   const int begin_, end_;
   int tile_;
-  Sums sums_{};  // of the tile, in the end of the last one
+  Sums sums_{};  // of the current tile; finally of the last one
 
-  // The chunk that is on its way.
+  // The chunk being loaded.
   int next_row_;     // the lane's first
-  int next_groups_;  // of the tile, from it on
-  int next_left_;    // of the share, behind these
+  int next_groups_;  // left in the tile
+  int next_left_;    // left in the share after these
   const uint8_t* bytes_at_[kLaneRows];
   uint32_t rows_[kLaneRows];
-  int scale_k_;  // where the first group is of which the lane has the scales
+  int scale_k_;  // k of the first group whose scales the lane has
   Words2 bytes_[kGroups][kLaneRows]{};
   PackedScale scales_[kQuads][kLaneRows];
 
@@ -111,12 +112,12 @@ struct LinearSmall {
     return static_cast<uint32_t>((kTokenTiles == 1 ? p_.m : kTokens) * x_pitch()) * sizeof(T);
   }
   DEVICE T* x_row(int token) const { return reinterpret_cast<T*>(start_ + p_.x_offset) + token * x_pitch(); }
-  // Tokens beyond the last compute what nobody reads.
+  // Tokens past the end repeat the last one; their results are not written.
   DEVICE int token_of(int tile) const {
     const int token = tile * 8 + g_;
     return token < p_.m ? token : p_.m - 1;
   }
-  // Of a lane's rows in a tile, those beyond the last one likewise.
+  // Rows of a tile past the end, likewise.
   DEVICE int row_of(int tile, int i) const {
     const int row = tile * kRows + kLaneRows * g_ + i;
     return row < p_.n ? row : p_.n - 1;
@@ -134,7 +135,8 @@ struct LinearSmall {
     copy_async_commit();
   }
 
-  // ---- The weight's way here
+  // ---- Loading the weight
+  // -----------------------------------------------------------------------------------
 
   DEVICE void start_loading() {
     start_tile(begin_ % slice_.groups);
@@ -142,7 +144,7 @@ struct LinearSmall {
 #pragma unroll
     for (int j = 0; j < kGroups; ++j) load_group(j);
   }
-  // From its group on.
+  // Starts the tile at `group`.
   DEVICE void start_tile(int group) {
     const int groups = slice_.groups - group;
     next_groups_ = groups < next_left_ ? groups : next_left_;
@@ -164,7 +166,7 @@ struct LinearSmall {
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) bytes_at_[i] += kGroups * kGroup / 2;
   }
-  // Lane (g, t) has the scales of its rows' groups t of each quad; any scales for what is not there.
+  // Lane (g, t) has the scales of its rows' groups t of each quad; arbitrary ones past the end.
   DEVICE void load_scales() {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
@@ -183,9 +185,10 @@ struct LinearSmall {
     }
   }
 
-  // ---- The products
+  // ---- Multiplying
+  // ------------------------------------------------------------------------------------------
 
-  // All of the share. The sums of its last tile stay here.
+  // Multiplies the whole share. The sums of its last tile stay in sums_.
   DEVICE void multiply() {
     int group = begin_ % slice_.groups;
     for (int left = end_ - begin_; left > 0; ++tile_, group = 0) {
@@ -200,7 +203,7 @@ struct LinearSmall {
         }
       }
       left -= groups;
-      take_out_factor<T>(sums_);
+      remove_code_factor<T>(sums_);
       if (slice_.index == 0 && group == 0) {
         multiply_slab<T>(
             p_, 0, 1, [&](int i) { return row_of(tile_, i); }, [&](int i) { return token_of(i); }, sums_);
@@ -262,10 +265,11 @@ struct LinearSmall {
     }
   }
 
-  // ---- The sums' way out
+  // ---- Reducing and writing
+  // ---------------------------------------------------------------------------------
 
   DEVICE void finish() {
-    __syncthreads();  // what other warps began and this one ends lies in shared memory
+    __syncthreads();  // sums of tiles that other warps began and this one ends
     add_begun();
     if (!p_.work.shares_tiles) return;
     __syncthreads();
@@ -275,7 +279,7 @@ struct LinearSmall {
     for (int tile = begin / slice_.groups; tile <= last; tile += kThreads) add_blocks(tile, last);
   }
 
-  // A tile's parts in a block are added by the warp that has the first of them.
+  // The warp that has the first part of a tile in a block adds the others.
   DEVICE void add_begun() {
     if (begin_ >= end_) return;
     const int first = begin_ / slice_.groups;
@@ -283,7 +287,7 @@ struct LinearSmall {
     if (warp_ == 0 && begins_in_tile) {
       Sums sums{};
       add_rest(first, 0, sums);
-      store_part(sums, part_of(slice_.part(first)), kWarp, AllTokens{});  // a block before has another
+      store_part(sums, part_of(slice_.part(first)), kWarp, AllTokens{});  // an earlier block has another part
     }
     if (!begins_in_tile || tile_ != first) {
       add_rest(tile_, 1, sums_);
@@ -298,7 +302,7 @@ struct LinearSmall {
     }
   }
 
-  // To y, where this block has all of a tile.
+  // Writes y if this block has all of the tile, else stores its partial sums.
   DEVICE void write_part(int tile, const Sums& sums) const {
     if (slice_.parts_of(tile) == 1) return write(tile, sums);
     store_part(sums, part_of(slice_.part(tile)), kWarp, AllTokens{});
@@ -307,8 +311,8 @@ struct LinearSmall {
     return reinterpret_cast<Four*>(p_.work.partial + part * (kRows * kTokens)) + lane_index();
   }
 
-  // Of as many tiles as there are threads, from `first` on: those to which this is the last block that comes
-  // are added up, by a warp each.
+  // For a tile per thread, from `first` on: those for which this is the last block to arrive are reduced and
+  // written, by a warp each.
   DEVICE void add_blocks(int first, int last) {
     const int mine = first + thread_index();
     bool is_last = false;
@@ -319,7 +323,7 @@ struct LinearSmall {
         if (is_last) store(p_.work.counter + mine, 0u);
       }
     }
-    __syncthreads();  // the flags of the tiles before have been read
+    __syncthreads();  // the flags of the previous tiles have been read
     store(&shared_->is_last[thread_index()], uint32_t{is_last});
     __syncthreads();
     for (int i = warp_; i < kThreads && first + i <= last; i += kWarps) {
@@ -331,7 +335,7 @@ struct LinearSmall {
     }
   }
 
-  // A lane has kLaneRows neighbouring features of its tokens.
+  // A lane has kLaneRows consecutive features of its tokens.
   DEVICE void write(int tile, const Sums& sums) const {
     const int row = tile * kRows + kLaneRows * g_;
     if (row >= p_.n) return;

@@ -1,3 +1,4 @@
+// Launches LinearTiles: y = x W^T + u v^T + bias for more tokens.
 #include "linear_tiles.cuh"
 
 namespace peft_kernels::cuda {

@@ -1,13 +1,13 @@
-// Products with an NF4 weight for more rows of x ("tokens") than linear_small.cuh takes, where multiplying is
-// what takes the time.
+// y = x W^T with an NF4 weight for more rows of x ("tokens") than linear_small.cuh handles, where multiplying
+// dominates.
 //
-// Operands are as there. A warp's part of a tile is 32 features by 64 tokens, so that it decodes a weight
-// once for 64 products. The warps of a block have other features each, or, where tiles of so many features
-// would be too few, half of them have every other group of k. x comes through a ring in shared memory and the
+// Operands are as there. A warp's part of a tile is 32 features by 64 tokens, so it decodes a weight once for
+// 64 multiplications. The warps of a block have different features or, where tiles of so many features would
+// be too few, half of them have every other group of k. x is loaded through a ring in shared memory and the
 // weight through registers, both two stages ahead.
 //
-// Blocks have equal shares of all tiles' stages of k, and loading runs on from tile to tile. Stages come
-// in pairs, of which a block at the ends of its share may multiply but one.
+// Blocks have equal shares of all tiles' stages of k, and loading continues from tile to tile. Stages come in
+// pairs; at the ends of its share a block may multiply only one of them.
 #pragma once
 
 #include "linear_groups.cuh"
@@ -21,7 +21,7 @@ struct LinearTilesOf {
   static constexpr int kBlocksPerSm = 1;
   static constexpr int kRows = kShape.rows(), kTokens = TileShape::kTokens;
   static constexpr int kRowTiles = TileShape::kRowTiles, kTokenTiles = kTokens / 8;
-  static constexpr int kLaneRows = 2 * kRowTiles;  // of the weight, that a lane reads
+  static constexpr int kLaneRows = 2 * kRowTiles;  // rows of the weight that a lane reads
   static constexpr int kDepthWarps = kShape.depth_warps(), kDepth = kShape.depth();
   static constexpr int kChunkStages = TileShape::kChunkStages;
   static constexpr int kPitch = kDepth + TileShape::kPad;
@@ -69,10 +69,10 @@ struct LinearTilesOf {
   struct Sums {
     float c[kRowTiles][kTokenTiles][4];
   };
-  // What a warp has of a tile.
+  // A warp's part of a tile.
   struct Place {
-    int row, token;  // the first ones; a lane's rows are the four from row + 4g on
-    int end;         // of tokens, or a later one
+    int row, token;  // first ones; a lane has the four rows from row + 4g on
+    int end;         // of tokens, or more
     int expert;
     bool any;  // rows
 
@@ -89,21 +89,21 @@ struct LinearTilesOf {
   float scale_offset_;
   Table table_{};
 
-  // In the ring: the stage that is next to be multiplied, and the one that is free.
+  // In the ring: the next stage to multiply, and the free one.
   int stage_ = 0, free_ = kAhead * kStage;
 
-  // The chunk that is on its way.
-  int next_tile_, next_stage_;  // where it begins
-  int next_k_;                  // that it has, or more
+  // The chunk being loaded.
+  int next_tile_, next_stage_;  // start
+  int next_k_;                  // k left in it, or more
   static constexpr int kUnit = 16 / sizeof(T), kRowUnits = kDepth / kUnit;
   static constexpr int kCopiedRows = kThreads / kRowUnits, kCopies = kTokens / kCopiedRows;
   const T* x_from_;
-  int next_tokens_;  // from the thread's first one on
+  int next_tokens_;  // left from the thread's first one on
   const uint8_t* bytes_at_[kLaneRows];
   uint32_t rows_[kLaneRows];
   Words2 bytes_[kAhead][kLaneRows]{};
   PackedScale scales_[kLaneRows];
-  float scale_[kLaneRows];  // of the chunk that is multiplied
+  float scale_[kLaneRows];  // of the chunk being multiplied
 
   DEVICE explicit LinearTilesOf(const Params& p) : LinearTilesOf(p, warp_index()) {}
   DEVICE LinearTilesOf(const Params& p, int warp)
@@ -120,13 +120,13 @@ struct LinearTilesOf {
         row_scales_(static_cast<uint32_t>(p.k >> p.weight.block_shift)),
         scale_offset_(load_scale_offset(p.weight)) {}
 
-  // Neighbours share rows of the weight.
+  // Neighbouring tiles share rows of the weight.
   DEVICE Place place_of(int tile) const {
     const int row = tile / groups_.token_tiles * kRows + feature_warp_ * (16 * kRowTiles);
     const RowTile rows = groups_.rows(tile % groups_.token_tiles, kTokens);
     return {row, rows.begin, groups_.end_of(rows), rows.expert, row < p_.n};
   }
-  // Tokens and rows beyond the last one compute what nobody reads.
+  // Tokens and rows past the end repeat the last one; their results are not written.
   DEVICE int token_at(const Place& place, int token) const {
     return token < place.end ? token : place.end - 1;
   }
@@ -134,10 +134,11 @@ struct LinearTilesOf {
     const int row = place.row + 4 * g_ + i;
     return row < p_.n ? row : p_.n - 1;
   }
-  // Where in a chunk the warp's group of a stage begins.
+  // The start of the warp's group of a stage in a chunk.
   DEVICE int group_begin(int stage) const { return stage * kDepth + depth_warp_ * kGroup; }
 
-  // ---- The way here
+  // ---- Loading
+  // ----------------------------------------------------------------------------------------------
 
   DEVICE void start_loading() {
     start_tile(begin_ / stages_, begin_ % stages_ / kAhead * kAhead);
@@ -156,7 +157,7 @@ struct LinearTilesOf {
               thread_index() % kRowUnits * kUnit;
     next_tokens_ = place.end - token;
     groups_.move_to(place.expert);
-    // What is multiplied until the next chunk comes has its scales unpacked already.
+    // The chunk being multiplied has its scales unpacked already.
     if constexpr (Groups::kIsMany) scale_offset_ = groups_.scale_offset(place.expert);
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) {
@@ -166,7 +167,7 @@ struct LinearTilesOf {
     }
     start_chunk();
   }
-  // By as many stages as the chunk before had.
+  // kStages: the stages of the previous chunk.
   template <int kStages>
   DEVICE void advance() {
     next_stage_ += kStages;
@@ -176,7 +177,7 @@ struct LinearTilesOf {
     for (int i = 0; i < kLaneRows; ++i) bytes_at_[i] += kStages * kDepth / 2;
     start_chunk();
   }
-  // Lane (g, t) has the scales of its rows' groups in stage t; any scales for what is not there.
+  // Lane (g, t) has the scales of its rows' groups in stage t; arbitrary ones past the end.
   DEVICE void start_chunk() {
     const int begin = next_stage_ * kDepth, k = begin + group_begin(t_);
     next_k_ = next_tile_ * stages_ + next_stage_ < end_ ? p_.k - begin : 0;
@@ -213,9 +214,10 @@ struct LinearTilesOf {
     for (int i = 0; i < kLaneRows; ++i) scale_[i] = unpack_scale(scales_[i], shared_->map, scale_offset_);
   }
 
-  // ---- The products
+  // ---- Multiplying
+  // ------------------------------------------------------------------------------------------
 
-  // Stages first .. of a tile, as far as there are; others than the block's own are passed by.
+  // Stages from `first` on of a tile, up to its last; stages outside of the block's share are skipped.
   template <int kStages>
   DEVICE void multiply_chunk(const Place& place, int first, int end, bool skips_first, Sums& sums) {
     const int own = end < stages_ ? end * kDepth : p_.k;
@@ -233,7 +235,7 @@ struct LinearTilesOf {
       const int next = (stage + kAhead) % kStages;
       load_bytes(next);
       copy_async_wait<kAhead - 1>();
-      __syncthreads();  // the stage is here, and nobody reads the one before any longer
+      __syncthreads();  // the stage has arrived, and no thread reads the previous one any more
       copy_x(next, free_);
       if (group_begin(stage) < k && (stage > 0 || !skips_first)) {
         multiply_stage(weight, stage, place.tokens(), sums);
@@ -248,7 +250,7 @@ struct LinearTilesOf {
 #pragma unroll
     for (int i = 0; i < kLaneRows; ++i) scale[i] = __shfl_sync(kAllLanes, scale_[i], stage, 4);
     const T* x_at = shared_->x[0] + stage_ + g_ * kPitch + depth_warp_ * kGroup + 16 * t_;
-    // Token tiles at once: as few as keep the matrix units busy, for the sake of registers.
+    // Token tiles at a time: as few as keep the matrix units busy, to save registers.
     constexpr int kAtOnce = 2;
     GroupOfX x[kTokenTiles];
 #pragma unroll
@@ -270,16 +272,17 @@ struct LinearTilesOf {
     }
   }
 
-  // ---- The sums' way out
+  // ---- Reducing and writing
+  // ---------------------------------------------------------------------------------
 
-  // Token tiles go round the warps that share features.
+  // Token tiles are dealt to the warps that share features.
   DEVICE bool finishes(int token_tile, int tokens) const {
     return token_tile % kDepthWarps == depth_warp_ && token_tile * 8 < tokens;
   }
   DEVICE int feature_lane() const { return feature_warp_ * kWarp + lane_index(); }
 
   DEVICE void finish(int tile, const Place& place, Sums& sums) {
-    take_out_factor<T>(sums.c);
+    remove_code_factor<T>(sums.c);
     const Sharers sharers(groups_.work(), tile, stages_);
     if (sharers.is_first()) {
       groups_.template add_delta<T>(
@@ -290,7 +293,7 @@ struct LinearTilesOf {
     if (!sharers.is_one()) {
       const auto has = [&](int i) { return finishes(i, place.tokens()); };
       store_part(sums.c, part_of(sharers, block_index()), kFeatureLanes, has);
-      if (!sharers.last_has_come(&shared_->last)) return;
+      if (!sharers.is_last_block(&shared_->last)) return;
       sums = {};
       for (int block = sharers.first; block <= sharers.last; ++block) {
         add_part(part_of(sharers, block), kFeatureLanes, has, sums.c);
@@ -299,7 +302,7 @@ struct LinearTilesOf {
     write(place, sums);
   }
 
-  // In the stage that is free until the next barrier.
+  // Uses the stage that is free until the next barrier.
   DEVICE void add_depth_warps(Sums& sums) const {
     static_assert(kDepthWarps <= 2);
     Four* others = reinterpret_cast<Four*>(shared_->x[0] + free_) + feature_lane();

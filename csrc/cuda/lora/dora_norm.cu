@@ -1,10 +1,11 @@
+// Launches SumRows and FinishNorms: the row norms of W + s B A.
 #include "../core/launch.cuh"
 #include "dora_norm.cuh"
 
 namespace peft_kernels::cuda {
 namespace {
 
-// With more than eight ranks, the kernel of 16.
+// Above eight ranks, the kernel for 16.
 constexpr int kFewRanks = 8, kManyRanks = 16;
 using Any = SumRows<2>;
 
@@ -25,7 +26,7 @@ void run(const RowSums& params, int splits, float* out, Stream stream) {
 }  // namespace
 
 bool has_row_sums(const RowSums& params) {
-  // Groups have 32-bit indices.
+  // Group indices are 32-bit.
   return params.k > 0 && params.k % Any::kGroup == 0 &&
          params.n * params.k / Any::kGroup < int64_t{1} << 32 &&
          (1 << params.weight.block_shift) % Any::kGroup == 0 && are_aligned({params.weight.packed}, 8) &&

@@ -6,16 +6,17 @@
 
 namespace peft_kernels::cuda {
 
-// Of an NF4 weight, out[row, 0] = w . w and out[row, 1 + rank] = w . a, over the part of k that a split has.
+// For an NF4 weight: out[row, 0] = w . w and out[row, 1 + rank] = w . a, over the split's part of k.
 //
-// The products are made on matrix units from tf32 numbers, which have 11 bits: of codes and of A also what is
-// left beyond these, and all but left times left. Codes are multiplied as they are, and the sums of a group
-// of 64 by its scale, in fp32: only so many numbers are added up by matrix units, which round as they like.
+// Computed on tensor cores from tf32 values, which have 11 bits; codes and A are split into these bits and
+// the remainder, and all products but remainder times remainder are summed. Codes are multiplied unscaled,
+// and the sums of a group of 64 are multiplied by its scale in fp32: this limits the length of sums on tensor
+// cores, whose rounding is unspecified.
 //
-// A block has 64 rows and all of A that its split sees, slice by slice through shared memory. Four of its
+// A block has 64 rows and all of A that its split needs, slice by slice through shared memory. Four of its
 // warps share the rows, two the groups of a slice. In a group, lane (g, t) of a warp has codes 16t .. 16t +
-// 15 of rows g and g + 8 of each tile, and multiplies two in a step. Ranks that are more than a block's have
-// blocks of their own.
+// 15 of rows g and g + 8 of each tile, and multiplies two per step. Ranks that do not fit into a block get
+// more blocks.
 template <int kRankTiles>
 struct SumRows {
   static constexpr int kThreads = 256;
@@ -24,9 +25,10 @@ struct SumRows {
   static constexpr int kRowTiles = 1;  // of a warp
   static constexpr int kRowsOfWarp = 16 * kRowTiles, kRowsOfBlock = kRowsOfWarp * kRowWarps;
   static constexpr int kRanks = 8 * kRankTiles;
-  static constexpr int kGroupShift = 6, kGroup = 1 << kGroupShift;  // elements that share a scale, at least
+  static constexpr int kGroupShift = 6,
+                       kGroup = 1 << kGroupShift;  // minimum number of elements that share a scale
   static constexpr int kSlice = kDepthWarps * kGroup;
-  // Of A, in a copy: what a lane multiplies in two steps.
+  // Elements of A per copy: what a lane multiplies in two steps.
   static constexpr int kPart = 4;
 
   struct Params {
@@ -38,10 +40,10 @@ struct SumRows {
     int splits;
     float* out;  // [splits, n, 1 + ranks]
   };
-  // A code, of which tf32 has the upper bits, and what it leaves out.
+  // The value of a code, of which tf32 uses the upper bits, and the remainder.
   using Code = Vec<float, 2>;
-  // Of A's groups, parts 0 to 3 of all quarters before the next. With the pad, two ranks that are read at
-  // once lie in different banks.
+  // Groups of A, with parts 0 to 3 of all quarters before the next. The pad puts two ranks that are read
+  // together into different banks.
   using Slice = float[kRanks][kSlice + 16];
   using SumsOfWarp = float[kRowsOfBlock][kRanks + 1];
   using Sums = SumsOfWarp[kDepthWarps];
@@ -64,7 +66,7 @@ struct SumRows {
     const int64_t slices = (p.k + kSlice - 1) / kSlice;
     const int64_t begin = slices * split / p.splits, end = slices * (split + 1) / p.splits;
 
-    if (thread < nf4::kCodes) store(&shared->code[thread], in_two(kCodeTable.value[thread]));
+    if (thread < nf4::kCodes) store(&shared->code[thread], split_code(kCodeTable.value[thread]));
     fill_map<kThreads>(p.weight, shared->map);
     const float offset = load_scale_offset(p.weight);
 
@@ -75,10 +77,10 @@ struct SumRows {
     load_codes(p, row, begin, depth_warp, next);
     for (int64_t slice = begin; slice < end; ++slice) {
       copy_async_wait<0>();
-      __syncthreads();  // also: everybody is through with the other buffer
+      __syncthreads();  // also: all threads are done with the other buffer
       if (slice + 1 < end) copy_slice(p, shared->a[(slice + 1) % 2], first_rank, slice + 1);
       Codes codes;
-      PackedScale scales[kRowTiles][2];  // wanted when all products are made
+      PackedScale scales[kRowTiles][2];  // used after all multiplications
 #pragma unroll
       for (int i = 0; i < 2 * kRowTiles; ++i) {
         codes[i / 2][i % 2] = next[i / 2][i % 2];
@@ -89,28 +91,28 @@ struct SumRows {
       if (slice * kSlice + depth_warp * kGroup >= p.k) continue;
       add_group(*shared, codes, scales, shared->a[slice % 2], depth_warp, offset, totals);
     }
-    __syncthreads();  // everybody is through with A
+    __syncthreads();  // all threads are done with A
     keep(totals, shared->sums[depth_warp], row_warp * kRowsOfWarp);
     __syncthreads();
     write(p, split, first_row, first_rank, shared->sums);
   }
 
  private:
-  // A lane's codes of a group, of its rows.
+  // A lane's codes of a group, in its rows.
   using Codes = Words2[kRowTiles][2];
-  // Of a warp's rows, as matrix instructions leave them; squares are a lane's part.
+  // Sums of a warp's rows in the layout of the matrix instruction; squares are partial sums of a lane.
   struct Totals {
     float products[kRowTiles][kRankTiles][4] = {};
     float squares[kRowTiles][2] = {};
   };
 
   static DEVICE float upper_bits(float x) { return bit_cast<float>(bit_cast<uint32_t>(x) & 0xffffe000u); }
-  static DEVICE Code in_two(float x) {
+  static DEVICE Code split_code(float x) {
     const float rest = x - upper_bits(x);
     return {{x, upper_bits(bit_cast<float>(bit_cast<uint32_t>(rest) + 0x1000u))}};
   }
 
-  // The group of a row, as it is counted in the weight; of rows and groups outside, another.
+  // The index of a row's group in the weight; an existing one for rows and groups past the end.
   static DEVICE uint32_t group_at(const Params& p, int64_t row, int64_t slice, int depth_warp) {
     const int64_t groups = p.k / kGroup, group = slice * kDepthWarps + depth_warp;
     return static_cast<uint32_t>((row < p.n ? row : p.n - 1) * groups + (group < groups ? group : 0));
@@ -127,7 +129,7 @@ struct SumRows {
     }
   }
 
-  // Zeros for ranks and k that there are none of.
+  // Ranks and k past the end are zeros.
   static DEVICE void copy_slice(const Params& p, Slice& to, int first_rank, int64_t slice) {
     constexpr int kParts = kSlice / kPart, kPartsOfGroup = kGroup / kPart;
 #pragma unroll
@@ -144,10 +146,10 @@ struct SumRows {
   static DEVICE void add_group(const Shared& shared, Codes& codes, const PackedScale (&scales)[kRowTiles][2],
                                const Slice& a, int depth_warp, float offset, Totals& totals) {
     const int g = lane_index() / 4, t = lane_index() % 4;
-    // With tf32's bits of both factors, and with what is left of one.
+    // Products of tf32 values, and products with a remainder.
     float large[kRowTiles][kRankTiles][4] = {}, small[kRowTiles][kRankTiles][4] = {};
     float squares[kRowTiles][2] = {};
-    // Rolled, or it would want more registers than there are.
+    // Not unrolled: registers would not suffice.
 #pragma unroll 1
     for (int pair = 0; pair < kGroup / 16; ++pair) {
 #pragma unroll
@@ -168,7 +170,7 @@ struct SumRows {
           uint32_t w[4], w_rest[4];
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
-            // Rows g and g + 8 of the first, and then of the second code; the first is in the upper nibble.
+            // Rows g and g + 8 of the first code, then of the second; the first is in the upper nibble.
             const uint32_t word = codes[tile][i % 2].v[0];
             const Code code = load(&shared.code[word >> (step * 8 + (i < 2 ? 4 : 0)) & 15]);
             w[i] = bit_cast<uint32_t>(code.v[0]);
@@ -208,7 +210,7 @@ struct SumRows {
     }
   }
 
-  // The warp's sums, into rows [first_row, ...) of its groups' part.
+  // Stores the warp's sums, from first_row on.
   static DEVICE void keep(const Totals& totals, SumsOfWarp& sums, int first_row) {
     const int g = lane_index() / 4, t = lane_index() % 4;
 #pragma unroll
@@ -230,7 +232,7 @@ struct SumRows {
   static DEVICE void write(const Params& p, int split, int64_t first_row, int first_rank, const Sums& sums) {
     const int64_t ld = 1 + p.ranks;
     float* out = p.out + split * p.n * ld;
-    // Few rounds: not worth the code of several at a time.
+    // Not unrolled: few iterations, not worth the code.
 #pragma unroll 1
     for (int i = thread_index(); i < kRowsOfBlock * (kRanks + 1); i += kThreads) {
       const int row = i / (kRanks + 1), column = i % (kRanks + 1);
@@ -246,7 +248,7 @@ struct SumRows {
   }
 };
 
-// A warp for each row.
+// A warp per row.
 struct FinishNorms {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;

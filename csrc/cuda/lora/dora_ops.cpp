@@ -35,12 +35,12 @@ std::tuple<Tensor, Tensor> dora_scale_backward_op(const Tensor& dy, const Tensor
   return {dz, d_scale};
 }
 
-// Of the rows of a weight W, in fp32: their squares [splits, n], and W A^T [splits, n, r].
+// Sums over the rows of a weight W, in fp32: squares [splits, n], and W A^T [splits, n, r].
 struct Sums {
   Tensor squares, products;
 };
 
-// [.., 1 + r] to those.
+// Splits [.., 1 + r] into these.
 Sums parts_of(const Tensor& sums) { return {sums.select(-1, 0), sums.slice(-1, 1)}; }
 
 Sums nf4_sums(const BaseWeight& base, const DoraNormArgs& args) {
@@ -61,7 +61,7 @@ Sums nf4_sums(const BaseWeight& base, const DoraNormArgs& args) {
   return parts_of(sums);
 }
 
-// The products are those of activations with an adapter.
+// The rows of W are treated as activations with an adapter.
 Sums dense_sums(const Tensor& weight, const DoraNormArgs& args) {
   const AdapterArgs adapter(args.a, args.b, args.in_features(), weight.scalar_type(), 0, 1.0, {0, 0, 1.0f}, 0,
                             0);

@@ -1,3 +1,4 @@
+// Launches ScaleColumns and its backward.
 #include "../core/kernels.h"
 #include "../core/launch.cuh"
 #include "../core/sum_splits.cuh"
@@ -6,7 +7,7 @@
 namespace peft_kernels::cuda {
 namespace {
 
-// Whether rows can be read and written by 16 bytes; `in` and `out` are what there is beside z.
+// Whether rows can be read and written in vectors of 16 bytes; `in` and `out` are the tensors beside z.
 template <class T>
 bool has_vectors(const DoraScale& params, const void* in, const void* out) {
   return params.n % kScaleWidth<T, true> == 0 && are_aligned({params.z, params.scale, params.bias, in, out});
@@ -22,8 +23,8 @@ void scale_columns(const DoraScale& params, void* y, Stream stream) {
                  column_blocks * ceil_div(params.m, Kernel::kRowsOfBlock), stream);
 }
 
-// Of the rows, for the gradient of `scale`. The same for all types and alignments, within which columns of a
-// block differ.
+// The strips of rows for the gradient of `scale`. The same for all types and alignments, although the number
+// of columns per block differs.
 struct Strips {
   int64_t rows;
   int count;

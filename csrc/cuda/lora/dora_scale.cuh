@@ -1,12 +1,12 @@
-// z with all but its bias scaled by column, and the gradients, as peft_kernels/ops/lora/dora.py has them:
-// the magnitudes of DoRA.
+// The magnitude scaling of DoRA: scales all of z but its bias, by column, and the gradients, as in
+// peft_kernels/ops/lora/dora.py.
 #pragma once
 
 #include "../core/device.cuh"
 
 namespace peft_kernels::cuda {
 
-// Columns side by side that a thread takes: 16 bytes of activations, or one of them.
+// Consecutive columns of a thread: 16 bytes of activations, or one element.
 template <class T, bool kVector>
 inline constexpr int kScaleWidth = kVector ? 16 / sizeof(T) : 1;
 
@@ -22,7 +22,7 @@ DEVICE void load_columns(const float* from, int64_t begin, float (&values)[kWidt
   }
 }
 
-// A block has 32 times kWidth columns. Its warps have kRows rows each.
+// A block has 32 * kWidth columns. Each of its warps has kRows rows.
 template <class T, bool kVector>
 struct ScaleColumns {
   static constexpr int kThreads = 256;
@@ -61,7 +61,7 @@ struct ScaleColumns {
 #pragma unroll
       for (int j = 0; j < kWidth; ++j) {
         const float x = to_float(z[i].v[j]);
-        // Not (z - bias) * scale + bias: a scale of 1 is to change no bit.
+        // Not (z - bias) * scale + bias: a scale of 1 must not change any bit.
         y.v[j] = from_float<T>(p.bias ? __fmaf_rn(x - bias[j], scale[j] - 1.0f, x) : x * scale[j]);
       }
       store(p.y + (first + i) * p.width + column, y);
@@ -69,8 +69,8 @@ struct ScaleColumns {
   }
 };
 
-// A block has 32 times kWidth columns and a strip of rows, which its warps take in turn, kRows at a time. The
-// order of sums depends on the shape and on the number of strips.
+// A block has 32 * kWidth columns and a strip of rows, which its warps take in turn, kRows at a time. The
+// order of sums depends on the shape and the number of strips.
 template <class T, bool kVector>
 struct ScaleColumnsBackward {
   static constexpr int kThreads = 256;
@@ -137,7 +137,7 @@ struct ScaleColumnsBackward {
         dy[i] = load_constant(p.dy + (row + i) * p.width + column);
       }
     }
-    // A sum of its own, so that no chain of roundings is as long as the strip.
+    // A separate sum, which keeps chains of roundings shorter than the strip.
     float sum[kWidth] = {};
 #pragma unroll
     for (int i = 0; i < kRows; ++i) {

@@ -1,3 +1,4 @@
+// Launches Dropout4.
 #include "../core/launch.cuh"
 #include "dropout.cuh"
 

@@ -1,10 +1,10 @@
-// The LoRA adapters of a call, and their products.
+// The LoRA adapters of a call, and the GEMMs with them.
 #pragma once
 
 #include <memory>
 #include <vector>
 
-#include "../linear/linear_product.h"
+#include "../linear/linear_gemm.h"
 
 namespace peft_kernels::cuda {
 
@@ -17,8 +17,8 @@ struct Adapter : AdapterArgs {
              dropout.scale} {}
 };
 
-// Layers share x, of m rows. h [m, ranks] = mask(x) A^T and dh [m, ranks] = scaling dY B are fp32, all
-// adapters' columns side by side, 0 in rows that an adapter does not serve.
+// Layers share x, of m rows. h [m, ranks] = mask(x) A^T and dh [m, ranks] = scaling dY B are fp32, with the
+// columns of all adapters side by side and 0 in rows that an adapter does not serve.
 class Adapters {
  public:
   virtual ~Adapters() = default;
@@ -34,16 +34,16 @@ class Adapters {
   }
 
   virtual Tensor h(const Tensor& x) const = 0;
-  // What add_deltas() would add to the product with a layer's base, or dx() to its gradient if there is no
-  // other layer, as a slab; nothing where that cannot be. `ranks` is h or dh.
+  // What add_deltas() would add to a layer's GEMM with its base weight, or dx() to its gradient if there is
+  // no other layer, as a slab; empty if that is not possible. `ranks` is h or dh.
   virtual SlabTensor slab(const BaseWeight& base, size_t layer, bool is_dx, const Tensor& ranks) const = 0;
-  // `dy` by layer.
+  // dy: one per layer.
   virtual Tensor dh(const std::vector<Tensor>& dy) const = 0;
-  // y += scaling h B^T of the layer's adapters, in their rows.
+  // y += scaling h B^T of the layer's adapters, in the rows they serve.
   virtual void add_deltas(const Tensor& y, size_t layer, const Tensor& h) const = 0;
-  // The sum of `terms` + mask(dh A) of all adapters, in their rows; may be a term's memory.
+  // The sum of `terms` + mask(dh A) of all adapters, in the rows they serve; may reuse the memory of a term.
   virtual Tensor dx(const std::vector<Tensor>& terms, const Tensor& x, const Tensor& dh) const = 0;
-  // Sums over the rows that an adapter serves, for the adapters that `need` them; others have no elements.
+  // Sums over the rows that an adapter serves, for the adapters that `need` them; the others are empty.
   virtual std::vector<Tensor> da(const Tensor& dh, const Tensor& x, const std::vector<bool>& need) const = 0;
   virtual std::vector<Tensor> db(const std::vector<Tensor>& dy, const Tensor& h,
                                  const std::vector<bool>& need) const = 0;
@@ -62,7 +62,8 @@ class Adapters {
   OptionalTensor row_group_;  // contiguous
 };
 
-// fp32 activations: torch's products, for blocks of rows. 16-bit ones: kernels, without an fp32 copy.
+// general_adapters: fp32 activations, torch's matmuls on blocks of rows. fused_adapters: 16-bit activations,
+// kernels without an fp32 copy.
 std::unique_ptr<Adapters> general_adapters(std::vector<AdapterArgs> args, const OptionalTensor& seed,
                                            const OptionalTensor& row_group);
 std::unique_ptr<Adapters> fused_adapters(const Tensor& x, std::vector<AdapterArgs> args,

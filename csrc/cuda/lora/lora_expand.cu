@@ -1,4 +1,4 @@
-#include "../bottleneck/bottleneck.h"
+// Launches LoraExpand and BottleneckExpand: from ranks to features.
 #include "../core/launch.cuh"
 #include "lora_expand.cuh"
 
@@ -27,7 +27,7 @@ void run(const Expansion& from, Stream stream) {
   const int64_t blocks = ceil_div(from.batch.m, Kernel::kRows) * params.feature_blocks;
   size_t next_term = 0, next_delta = 0;
   do {
-    // What earlier launches have summed up is a term of the next one.
+    // The sum of earlier launches is a term of the next one.
     params.terms = 0;
     if (next_term > 0 || next_delta > 0) params.term[params.terms++] = params.out;
     while (next_term < from.terms.size() && params.terms < Kernel::kMaxTerms) {

@@ -1,18 +1,18 @@
-// From ranks back to features: y = x W^T + s h B^T and dx = dY W + mask(dH A), where the deltas of adapters
-// do not join the product with W as a slab.
+// From ranks to features: y = x W^T + s h B^T and dx = dY W + mask(dH A), where the deltas of adapters do not
+// join the GEMM with W as a slab.
 #pragma once
 
 #include "lora_fragments.cuh"
 
 namespace peft_kernels::cuda {
 
-// What an adapter adds: rows of `ranks` times a factor, and a bias.
+// What an adapter adds: rows of `ranks` times a factor, plus a bias.
 struct Delta {
   RankFactor factor;
   const float* bias;  // of features, or null
   DropoutMask mask;
   float scale;
-  int64_t group;   // of the rows that it is added to
+  int64_t group;   // of the rows it is added to
   int64_t column;  // of its first rank, in `ranks`
   int rank;
 };
@@ -20,11 +20,12 @@ struct Delta {
 // out[m, feature] = the sum of the terms + the sum over deltas of scale * (mask(ranks factor) + bias),
 // rounded once. out may be one of the terms.
 //
-// A warp has 32 rows and 32 features. Lane (g, t) reads features 4g .. 4g + 3 of ranks t and t + 4; as the
-// columns of a product may stand in any order, it then has features 8t .. 8t + 7 of the sums: two blocks of
-// Philox for each row, and one access to memory.
+// A warp has 32 rows and 32 features. Lane (g, t) reads features 4g .. 4g + 3 of ranks t and t + 4. As the
+// columns of a matrix product can be permuted, its sums are features 8t .. 8t + 7: two blocks of Philox and
+// one memory access per row.
 //
-// kBottleneck: one term and one delta, which may have a bias; where it is 0, out is the term to the bit.
+// kBottleneck: one term and one delta, which may have a bias; where the delta is 0, out equals the term to
+// the bit.
 template <class T, bool kVector, bool kBottleneck>
 struct LoraExpandOf {
   static constexpr int kThreads = 128;
@@ -58,10 +59,10 @@ struct LoraExpandOf {
     for (int i = 0; i < kRows / 8; ++i) {
 #pragma unroll
       for (int j = 0; j < kRun; ++j)
-        total[i][j] = kBottleneck ? -0.0f : 0.0f;  // the former added to -0 leaves it
+        total[i][j] = kBottleneck ? -0.0f : 0.0f;  // adding a term to -0 does not change it
     }
     for (int term = 0; term < p.terms; ++term) {
-      Words4 words[kRows / 8];  // all on their way before the first is needed
+      Words4 words[kRows / 8];  // all loaded before the first is used
 #pragma unroll
       for (int i = 0; i < kRows / 8; ++i) {
         const int64_t row = rows + g + 8 * i;

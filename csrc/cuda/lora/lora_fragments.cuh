@@ -1,8 +1,8 @@
-// What the kernels of adapters share: activations and fp32 factors as operands of the tensor core.
+// Shared by the kernels of adapters: activations and fp32 factors as operands of the tensor core.
 //
-// Activations are exact as tf32. An fp32 factor is the sum of two tf32 numbers, which leaves half a unit of
-// its last bit out: products are as good as those of fp32, with its range. A tensor core cuts sums off where
-// fp32 rounds, so its sums are kept short and added up in fp32.
+// Activations are exact as tf32. An fp32 factor is split into the sum of two tf32 values, which drops half a
+// unit in the last place: products are as accurate as those of fp32, with its range. Tensor cores truncate
+// sums where fp32 rounds, so their sums are kept short and are added up in fp32.
 #pragma once
 
 #include "../core/device.cuh"
@@ -12,26 +12,27 @@
 
 namespace peft_kernels::cuda {
 
-// x, whose lower 13 bits mma_tf32 will cut off, raised by half a unit of the upper ones (0.34 to 0.69 of
-// one), so that what is lost has no sign. By a product, as NaN stays NaN so.
+// x plus half a unit (0.34 to 0.69) of the bits that mma_tf32 keeps, so that truncating the lower 13 bits is
+// unbiased. Computed by multiplication, which keeps a NaN.
 DEVICE float raised_for_tf32(float x) { return __fmaf_rn(x, 0x1.6p-12f, x); }
 
 struct Tf32Pair {
   uint32_t high, low;
 };
 
-// The lower 13 bits of `low` count for nothing.
+// mma_tf32 ignores the lower 13 bits of `low`.
 DEVICE Tf32Pair split_tf32(float value) {
   const uint32_t high = (bit_cast<uint32_t>(value) + 0x1000u) & 0xffffe000u;
   return {high, bit_cast<uint32_t>(raised_for_tf32(__fadd_rn(value, -bit_cast<float>(high))))};
 }
 
-// ---- Eight neighbours in a row ---------------------------------------------------------------------------
+// ---- Runs of eight elements of a row
+// -----------------------------------------------------------------------
 
 inline constexpr int kRun = 8;
 
-// Elements [begin, begin + 8) of a row, 0 from `end` on; two in a word. kVector: rows are aligned to 16
-// bytes, begin and end are multiples of 8. kConstant: nobody writes them while the kernel runs.
+// Elements [begin, begin + 8) of a row, 0 from `end` on; two per word. kVector: rows are 16-byte aligned,
+// begin and end are multiples of 8. kConstant: not written while the kernel runs.
 template <class T, bool kVector, bool kConstant = true>
 DEVICE Words4 load_run(const T* row, int64_t begin, int64_t end) {
   Words4 words{};
@@ -59,8 +60,7 @@ DEVICE void unpack_run(const Words4& words, float (&values)[kRun]) {
   }
 }
 
-// The same of an adapter's factor, which is fp32 or of type T, as it comes from memory: words of a float
-// each, or two of T.
+// Eight elements of a row of an adapter's factor, fp32 or T, as loaded: one float or two T per word.
 struct FactorRun {
   Words4 words[2];
 };
@@ -86,7 +86,7 @@ DEVICE FactorRun load_factor_run(const void* factor, bool is_f32, int64_t row, i
   }
   return run;
 }
-// The same of neighbours in a column, `stride` elements apart.
+// Eight elements of a column of the factor, `stride` elements apart.
 template <class T>
 DEVICE FactorRun load_factor_column(const void* factor, bool is_f32, int64_t column, int64_t stride,
                                     int64_t begin, int64_t end) {
@@ -114,8 +114,7 @@ DEVICE void unpack_factor(const FactorRun& run, bool is_f32, float (&values)[kRu
 
 // ---- Dropout ---------------------------------------------------------------------------------------------
 
-// Sets to 0 what the mask drops of the elements [first, first + 8) of activations. kVector: first is a
-// multiple of 4.
+// Sets to 0 the dropped elements of [first, first + 8) of the activations. kVector: first is a multiple of 4.
 template <bool kVector>
 DEVICE void drop_run(const DropoutMask& mask, int64_t first, float (&values)[kRun]) {
   const auto seed = static_cast<uint64_t>(load_constant(mask.seed));
@@ -129,7 +128,7 @@ DEVICE void drop_run(const DropoutMask& mask, int64_t first, float (&values)[kRu
       if constexpr (kVector) {
         if (dropped) values[4 * block + j] = 0.0f;
       } else {
-        // No index that depends on `skipped`: it would put the values into memory.
+        // No index that depends on `skipped`: it would move the values to local memory.
 #pragma unroll
         for (int i = 0; i < kRun; ++i) {
           if (dropped && i + skipped == 4 * block + j) values[i] = 0.0f;
@@ -141,9 +140,9 @@ DEVICE void drop_run(const DropoutMask& mask, int64_t first, float (&values)[kRu
 
 // ---- Features to ranks -----------------------------------------------------------------------------------
 
-inline constexpr int kWindow = 32;  // features that are summed at a time
+inline constexpr int kWindow = 32;  // features summed at a time
 
-// sum += values (16 rows, 32 features) times those features of eight ranks.
+// sum += values [16 rows, 32 features] times the same features of eight ranks.
 template <class T>
 DEVICE void add_window(const FactorRun& run, bool is_f32, const float (&values)[2][kRun], float (&sum)[4]) {
   float factor[kRun];
@@ -154,8 +153,7 @@ DEVICE void add_window(const FactorRun& run, bool is_f32, const float (&values)[
     const uint32_t a[4] = {bit_cast<uint32_t>(values[0][2 * step]), bit_cast<uint32_t>(values[1][2 * step]),
                            bit_cast<uint32_t>(values[0][2 * step + 1]),
                            bit_cast<uint32_t>(values[1][2 * step + 1])};
-    // A tensor core cuts off what fp32 would round: what is small goes first, and nothing else is added to
-    // it.
+    // Tensor cores truncate where fp32 rounds: the small product goes first, and nothing else is added to it.
     float product[4] = {};
     if (is_f32) mma_tf32(product, a, {b[0].low, b[1].low});
     mma_tf32(product, a, {b[0].high, b[1].high});
@@ -166,7 +164,7 @@ DEVICE void add_window(const FactorRun& run, bool is_f32, const float (&values)[
 
 // ---- Ranks to features -----------------------------------------------------------------------------------
 
-// Its element (rank, feature) stands at rank * rank_stride + feature * feature_stride.
+// Element (rank, feature) is at rank * rank_stride + feature * feature_stride.
 struct RankFactor {
   const void* data;
   int64_t rank_stride, feature_stride;
@@ -205,9 +203,9 @@ DEVICE void load_four(const RankFactor& factor, int rank, int64_t begin, int64_t
   }
 }
 
-// sums += the products of 16 * kTiles rows with features 4g .. 4g + 3 over ranks t and t + 4, each lane's: of
-// `ranks` those of rows g, g + 8, ... Sums of a feature by its place in the four: of features 8t .. 8t + 7 a
-// lane then has the sums.
+// sums += 16 * kTiles rows by 32 features, summed over eight ranks. A lane has the factor's features 4g .. 4g
+// + 3 of ranks t and t + 4, and these ranks of rows g, g + 8, ... Sums are indexed by a feature's position in
+// its four, so a lane ends with features 8t .. 8t + 7.
 template <int kTiles>
 DEVICE void add_ranks(const Tf32Pair (&ranks)[2 * kTiles][2], const float (&factor)[2][4],
                       float (&sums)[kTiles][4][4]) {
@@ -226,13 +224,13 @@ DEVICE void add_ranks(const Tf32Pair (&ranks)[2 * kTiles][2], const float (&fact
   }
 }
 
-// total + scale * value; where that adds 0, the total to the bit.
+// total + scale * value; the exact bits of total (including the sign of 0) where the product is 0.
 DEVICE float add_scaled(float total, float scale, float value) {
   const float sum = __fmaf_rn(scale, value, total);
   return sum == 0.0f ? copysignf(0.0f, total) : sum;
 }
 
-// values += features begin .. begin + 7 of a bias, or of none.
+// values += features begin .. begin + 7 of a bias, if there is one.
 template <bool kVector>
 DEVICE void add_bias(const float* bias, int64_t begin, int64_t end, float (&values)[kRun]) {
   if (!bias) return;
@@ -254,7 +252,7 @@ DEVICE void add_bias(const float* bias, int64_t begin, int64_t end, float (&valu
   }
 }
 
-// Elements begin .. begin + 7 of a row, as far as they are before `end`.
+// Stores elements begin .. begin + 7 of a row, up to `end`.
 template <class T, bool kVector>
 DEVICE void store_run(T* row, int64_t begin, int64_t end, const float (&values)[kRun]) {
   if constexpr (kVector) {
@@ -273,9 +271,9 @@ DEVICE void store_run(T* row, int64_t begin, int64_t end, const float (&values)[
 
 // ---- Tiles of ranks --------------------------------------------------------------------------------------
 
-inline constexpr int kTileRanks = 8;  // at most: a tile of the tensor core
+inline constexpr int kTileRanks = 8;  // maximum: a tile of the tensor core
 
-// Ranks of one adapter side by side, and how activations and sums go with them.
+// Consecutive ranks of one adapter, and how activations and sums are masked and scaled.
 struct RankTile {
   int64_t group;
   DropoutMask mask;  // of the activations
@@ -284,19 +282,19 @@ struct RankTile {
   int ranks;
 };
 
-// From `rank` on, for sums with x or with dY, which has no mask.
+// The tile from `rank` on, for sums with x, or with dY, which has no mask.
 inline RankTile rank_tile(const AdapterView& adapter, int rank, bool of_dy) {
   return {adapter.group, of_dy ? DropoutMask{} : adapter.mask, of_dy ? adapter.scaling : adapter.mask.scale,
           static_cast<int>(adapter.h_begin + rank), std::min(adapter.rank - rank, kTileRanks)};
 }
 
-// Whether two tiles see the same activations. Those of one adapter do.
-DEVICE bool sees_the_same(const RankTile& a, const RankTile& b) {
+// Whether two tiles use the same masked activations, as those of one adapter do.
+DEVICE bool uses_same_activations(const RankTile& a, const RankTile& b) {
   return a.group == b.group && a.mask.threshold == b.mask.threshold &&
          (a.mask.threshold == 0 || a.mask.stream == b.mask.stream);
 }
 
-// Starts Kernel with as many tiles at a time as its params have room for: for each kTiles, so many blocks.
+// Launches Kernel with as many tiles at a time as its params can hold: `blocks` for every kTiles of them.
 template <class Kernel, class Tile>
 void launch_by_tiles(typename Kernel::Params params, const std::vector<Tile>& tiles, int64_t blocks,
                      Stream stream) {

@@ -1,3 +1,4 @@
+// Adapters on 16-bit activations: the kernels of core/kernels.h.
 #include <ATen/ATen.h>
 
 #include "lora_adapters.h"
@@ -5,7 +6,7 @@
 namespace peft_kernels::cuda {
 namespace {
 
-// A slab is worth its copies as long as it is shallow beside the weight.
+// A slab pays for its copies if it is shallow compared with the weight.
 bool is_shallow(int64_t depth, const BaseWeight& base) {
   return depth > 0 && depth <= std::min(base.in_features(), base.out_features()) / 4;
 }
@@ -46,7 +47,7 @@ class FusedAdapters : public Adapters {
     const int64_t depth = lora_slab_depth(batch_, static_cast<int>(layer), is_dx);
     bool any_drops = false;
     for (const Adapter& adapter : list()) any_drops |= adapter.drops();
-    // In a slab, zeros of h would meet the adapters of other rows: with an Inf there, they are not zeros.
+    // In a slab, the zeros of h would multiply the adapters of other rows, and 0 * Inf is not 0.
     if (row_group() || (is_dx && any_drops) || !is_shallow(depth, base)) return {};
     const int64_t v_rows = is_dx ? base.in_features() : base.out_features();
     const auto dtype = batch_.dtype == DType::kBF16 ? at::kBFloat16 : at::kHalf;
@@ -96,7 +97,7 @@ class FusedAdapters : public Adapters {
     return layers;
   }
 
-  // Of the parameters that are needed, as `compute` leaves them; nothing is computed where none is.
+  // The gradients of the needed parameters, computed by `compute` if there are any; the others are empty.
   template <class Compute>
   std::vector<Tensor> gradients(Tensor AdapterArgs::* parameter, const std::vector<bool>& need,
                                 const Compute& compute) const {

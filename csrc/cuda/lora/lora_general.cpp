@@ -1,3 +1,4 @@
+// Adapters on fp32 activations: torch's matmuls on blocks of rows.
 #include <ATen/ATen.h>
 
 #include "lora_adapters.h"
@@ -5,10 +6,10 @@
 namespace peft_kernels::cuda {
 namespace {
 
-// Deltas, and activations with a mask, are kept for a block of rows at a time.
+// Deltas and masked activations are computed for a block of rows at a time.
 constexpr int64_t kBlockBytes = 16 << 20;
 
-// Calls body(begin, end) for blocks of rows of `features` values; once where there are none.
+// Calls body(begin, end) for blocks of rows of `features` values; once if there are no rows.
 template <class Body>
 void by_rows(int64_t rows, int64_t features, const Body& body) {
   const int64_t block = std::max<int64_t>(kBlockBytes / (4 * std::max<int64_t>(features, 1)), 1);
@@ -20,12 +21,12 @@ void by_rows(int64_t rows, int64_t features, const Body& body) {
   } while (begin < rows);
 }
 
-// Adds a b to `sum`, which is not there at first.
-void add_product(const Tensor& a, const Tensor& b, Tensor& sum) {
+// sum += a b; sum may be undefined at first.
+void add_matmul(const Tensor& a, const Tensor& b, Tensor& sum) {
   sum = sum.defined() ? sum.addmm_(a, b) : at::mm(a, b);
 }
 
-// `rows` with a mask, of which `first` is the number of their first element. Contiguous.
+// Applies dropout to `rows`; `first` is the index of their first element in the activations. Contiguous.
 Tensor dropped(const Tensor& rows, const DropoutMask& mask, int64_t first) {
   Tensor out = at::empty_like(rows);
   dropout(rows.const_data_ptr(), DType::kF32, rows.numel(), first, mask, out.mutable_data_ptr(),
@@ -48,7 +49,7 @@ class GeneralAdapters : public Adapters {
       by_rows(x.size(0), x.size(1), [&](int64_t begin, int64_t end) {
         Tensor out = columns(h, i, begin, end);
         at::mm_out(out, seen_rows(x, i, begin, end), list()[i].a.t());
-        // Zeros times Inf are not 0.
+        // Masking x does not suffice: 0 * Inf is not 0.
         clear_others(out, i, begin, end);
       });
     }
@@ -97,7 +98,7 @@ class GeneralAdapters : public Adapters {
     return gradients(&Adapter::a, need, [&](size_t i) {
       Tensor da;
       by_rows(x.size(0), x.size(1), [&](int64_t begin, int64_t end) {
-        add_product(columns(dh, i, begin, end).t(), seen_rows(x, i, begin, end), da);
+        add_matmul(columns(dh, i, begin, end).t(), seen_rows(x, i, begin, end), da);
       });
       return da;
     });
@@ -111,14 +112,14 @@ class GeneralAdapters : public Adapters {
       by_rows(d.size(0), d.size(1), [&](int64_t begin, int64_t end) {
         Tensor rows = d.slice(0, begin, end);
         if (row_group()) rows = rows.masked_fill(others_[i].slice(0, begin, end), 0);
-        add_product(rows.t(), columns(h, i, begin, end), db);
+        add_matmul(rows.t(), columns(h, i, begin, end), db);
       });
       return db.mul_(list()[i].scaling);
     });
   }
 
  private:
-  // Of the parameters that are needed; others have no elements.
+  // The gradients of the needed parameters; the others are empty.
   template <class Compute>
   std::vector<Tensor> gradients(Tensor AdapterArgs::* parameter, const std::vector<bool>& need,
                                 const Compute& compute) const {
@@ -129,7 +130,7 @@ class GeneralAdapters : public Adapters {
     return found;
   }
 
-  // Rows [begin, end) of x as an adapter sees them: with its mask, and 0 where it does not serve. May share
+  // Rows [begin, end) of x as an adapter sees them: with dropout, and 0 where it does not serve. May share
   // memory with x.
   Tensor seen_rows(const Tensor& x, size_t i, int64_t begin, int64_t end) const {
     Tensor rows = x.slice(0, begin, end);
@@ -137,7 +138,7 @@ class GeneralAdapters : public Adapters {
     return row_group() ? rows.masked_fill(others_[i].slice(0, begin, end), 0) : rows;
   }
 
-  // The adapter's part of h or dh, rows [begin, end).
+  // The adapter's columns of h or dh, rows [begin, end).
   Tensor columns(const Tensor& h, size_t i, int64_t begin, int64_t end) const {
     return h.slice(0, begin, end).slice(1, list()[i].h_begin, list()[i].h_end());
   }
@@ -151,7 +152,7 @@ class GeneralAdapters : public Adapters {
     out.slice(0, begin, end).add_(delta);
   }
 
-  std::vector<Tensor> others_;  // by adapter, bool [m, 1]: the rows that it does not serve
+  std::vector<Tensor> others_;  // per adapter, bool [m, 1]: the rows it does not serve
 };
 
 }  // namespace

@@ -1,4 +1,4 @@
-// What the ops with LoRA adapters compute here. Which rows an adapter serves is known on the device alone.
+// The CUDA side of the LoRA ops. Which rows an adapter serves is known on the device alone.
 #include <ATen/ATen.h>
 // Ahead of all others: it is precompiled (tools/precompiled.py).
 
@@ -6,31 +6,31 @@
 #include <vector>
 
 #include "../../common/lora_ops.h"
-#include "../linear/linear_product.h"
+#include "../linear/linear_gemm.h"
 #include "lora_adapters.h"
 
 namespace peft_kernels::cuda {
 namespace {
 
-// Without a way through torch's dispatcher where there is nothing to do.
+// Avoids a call of torch's dispatcher if the dtype is right.
 Tensor in_type(const Tensor& t, at::ScalarType type) { return t.scalar_type() == type ? t : t.to(type); }
 
-// Of one layer: x W^T + bias + the deltas of its adapters, given x in the type of the base product too.
+// One layer: x W^T + bias + the deltas of its adapters. `rounded` is x in the compute dtype of the base GEMM.
 Tensor layer_forward(const Tensor& x, const Tensor& rounded, const BaseWeight& base,
                      const OptionalTensor& bias, size_t layer, const Adapters& adapters, const Tensor& h) {
   adapters.check_out_features(layer, base.out_features());
   const at::ScalarType compute = rounded.scalar_type();
-  const BaseProduct product = BaseProduct::forward(rounded, base);
-  if (compute == x.scalar_type() && product.takes_slab()) {
+  const BaseGemm gemm = BaseGemm::forward(rounded, base);
+  if (compute == x.scalar_type() && gemm.takes_slab()) {
     const SlabTensor slab = adapters.slab(base, layer, false, h);
-    if (slab.view.depth != 0) return product.run(bias, slab.view);
+    if (slab.view.depth != 0) return gemm.run(bias, slab.view);
   }
   OptionalTensor base_bias = bias;
   if (bias && bias->scalar_type() != compute) {
     check_bias(*bias, base.out_features(), x.scalar_type());
     base_bias = bias->to(at::kFloat);
   }
-  const Tensor y = in_type(product.run(base_bias), x.scalar_type());
+  const Tensor y = in_type(gemm.run(base_bias), x.scalar_type());
   adapters.add_deltas(y, layer, h);
   return y;
 }
@@ -40,12 +40,12 @@ Tensor input_gradient(const std::vector<Tensor>& dy, const Tensor& x, const std:
   std::vector<Tensor> terms;
   for (size_t j = 0; j < bases.size(); ++j) {
     const Tensor rounded = in_type(dy[j], compute);
-    const BaseProduct product = BaseProduct::backward(rounded, bases[j]);
-    if (compute == x.scalar_type() && bases.size() == 1 && product.takes_slab()) {
+    const BaseGemm gemm = BaseGemm::backward(rounded, bases[j]);
+    if (compute == x.scalar_type() && bases.size() == 1 && gemm.takes_slab()) {
       const SlabTensor slab = adapters.slab(bases[0], 0, true, dh);
-      if (slab.view.depth != 0) return product.run(std::nullopt, slab.view);
+      if (slab.view.depth != 0) return gemm.run(std::nullopt, slab.view);
     }
-    terms.push_back(in_type(product.run(), x.scalar_type()));
+    terms.push_back(in_type(gemm.run(), x.scalar_type()));
   }
   return adapters.dx(terms, x, dh);
 }

@@ -1,3 +1,4 @@
+// Launches LoraOverRows: the gradients of A and B.
 #include "lora_over_rows.cuh"
 
 namespace peft_kernels::cuda {
@@ -5,13 +6,13 @@ namespace {
 
 using Any = LoraOverRows<bf16, true>;
 
-// One kind of gradient of all adapters: of A with x, of B with dY by layer.
+// The gradients of A (from x) or of B (from dY of each layer), of all adapters.
 struct Gradients {
   const LoraBatch& batch;
   std::vector<Activations> rows;
   bool is_b;
   const float* factors;           // dh, or h
-  const std::vector<void*>& out;  // by adapter, or null
+  const std::vector<void*>& out;  // per adapter; null: not needed
 
   const Activations& rows_of(const AdapterView& adapter) const { return rows[is_b ? adapter.layer : 0]; }
   int64_t size(const AdapterView& adapter) const { return adapter.rank * rows_of(adapter).features; }
@@ -20,25 +21,25 @@ struct Gradients {
   }
 };
 
-// Does not depend on which gradients are wanted: they are to be the same to the bit.
+// Independent of which gradients are needed, so that results are the same to the bit.
 int splits_of(const Gradients& gradients, const Card& card) {
   int64_t blocks = 0;
   for (const AdapterView& adapter : gradients.batch.adapters) {
     blocks += ceil_div(ceil_div(adapter.rank, kTileRanks), Any::kTiles) *
               ceil_div(gradients.rows_of(adapter).features, Any::kFeatures);
   }
-  // Two times 16 rows for each warp, or more.
+  // At least two times 16 rows per warp.
   return splits_for(blocks, ceil_div(gradients.batch.m, 2 * Any::kRows * Any::kWarps), card,
                     Any::kBlocksPerSm);
 }
 
-// Of all gradients that are wanted, one after the other: [splits, count] floats, where there are splits.
+// Partial sums of all needed gradients, concatenated: [splits, count] floats, if there are splits.
 struct Partial {
   float* sums = nullptr;
   uint32_t* counters = nullptr;
   int splits;
   int64_t count = 0;
-  std::vector<int64_t> begin;  // by adapter; of those that are not wanted, that of the next one
+  std::vector<int64_t> begin;  // per adapter; if not needed, that of the next one
 
   Partial(const Gradients& gradients, Context& context) : splits(splits_of(gradients, context.card)) {
     for (size_t i = 0; i < gradients.out.size(); ++i) {

@@ -1,28 +1,27 @@
-// Sums over the rows of a batch: dA = dH^T mask(x) and dB = s dY^T h of several adapters.
+// dA = dH^T mask(x) and dB = s dY^T h of several adapters: sums over the rows of a batch.
 #pragma once
 
-#include "../core/experts_rows.cuh"
+#include "../core/row_tiles.cuh"
 #include "../core/sum_splits.cuh"
 #include "lora_fragments.cuh"
 
 namespace peft_kernels::cuda {
 
 struct GradientTile : RankTile {
-  void* out;      // where the gradient of the first rank's first feature goes
-  int64_t begin;  // and its parts, in `partial`
+  void* out;      // gradient of the first rank's first feature
+  int64_t begin;  // its offset in `partial`
   int64_t rank_stride, feature_stride;
   bool is_f32;  // else T
 };
 
-// out[rank * rank_stride + feature * feature_stride] = scale * the sum over rows of factors[m, column +
-// rank] * mask(x)[m, feature]. Blocks may have the rows in splits; the last of them adds up what all
-// have, in their order.
+// out[rank * rank_stride + feature * feature_stride] = scale * the sum over rows of factors[m, column + rank]
+// * mask(x)[m, feature]. Rows may be split over blocks; the last block to arrive adds the splits in order.
 //
-// Activations go from global memory to the tensor core as they are: lane (g, t) holds features 8g .. 8g + 7
-// of rows t, t + 4, t + 8 and t + 12, and each word of such a run gives two rows of an operand, its features
-// being free to stand in any row. Warps of a block take other rows of the same 64 features.
+// Activations go from global memory to the tensor core unchanged: lane (g, t) holds features 8g .. 8g + 7 of
+// rows t, t + 4, t + 8 and t + 12. Each word of such a run gives two rows of an operand, as features can be
+// permuted. The warps of a block have different rows of the same 64 features.
 //
-// kExperts: a sum for each expert, over its rows, by blocks of its own and without splits.
+// kExperts: a sum for each expert over its rows, by separate blocks and without splits.
 template <class T, bool kVector, bool kExperts>
 struct LoraOverRowsOf {
   static constexpr int kThreads = 128;
@@ -40,8 +39,8 @@ struct LoraOverRowsOf {
     const float* factors;
     int64_t ld;         // of factors
     float* partial;     // [splits, count]
-    int64_t count;      // of all gradients' elements
-    uint32_t* counter;  // of a launch's blocks / splits
+    int64_t count;      // elements of all gradients
+    uint32_t* counter;  // [blocks / splits] of a launch
     int64_t feature_blocks;
     int splits;
     int tiles;
@@ -91,7 +90,7 @@ struct LoraOverRowsOf {
         }
       }
       float values[4][kRun];
-      int seen = -1;  // the tile that sees `values`
+      int masked_for = -1;  // the tile that `values` were masked for
 #pragma unroll
       for (int q = 0; q < kTiles; ++q) {
         if (first_tile + q >= p.tiles) continue;
@@ -101,8 +100,8 @@ struct LoraOverRowsOf {
                            group[3] == tile.group;
           if (__ballot_sync(kAllLanes, any) == 0) continue;
         }
-        if (seen < 0 || !(kExperts || sees_the_same(p.tile[seen], tile))) {
-          seen = first_tile + q;
+        if (masked_for < 0 || !(kExperts || uses_same_activations(p.tile[masked_for], tile))) {
+          masked_for = first_tile + q;
 #pragma unroll
           for (int i = 0; i < 4; ++i) {
             unpack_run<T>(words[i], values[i]);
@@ -140,7 +139,7 @@ struct LoraOverRowsOf {
   }
 
  private:
-  // Experts have one adapter, without dropout, no groups of rows and no splits.
+  // Experts have one adapter, without dropout, row groups or splits.
   static DEVICE const int64_t* row_group(const Params& p) { return kExperts ? nullptr : p.row_group; }
   static DEVICE int splits(const Params& p) { return kExperts ? 1 : p.splits; }
   static DEVICE bool drops(const RankTile& tile) { return !kExperts && tile.mask.threshold != 0; }
@@ -154,7 +153,7 @@ struct LoraOverRowsOf {
     }
   }
 
-  // sums += 16 rows of factors times those of the activations, transposed.
+  // sums += 16 rows of factors, times those of the activations, transposed.
   static DEVICE void add_rows(const Params& p, const GradientTile& tile, int64_t row, int64_t rows_end, int g,
                               int t, const float (&values)[4][kRun], float (&sums)[kRun / 2][4]) {
     Tf32Pair factor[4];  // of rows t, t + 4, t + 8, t + 12
@@ -168,7 +167,7 @@ struct LoraOverRowsOf {
     for (int j = 0; j < kRun / 2; ++j) {
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        // Two in a row and no more: matrix units cut sums off.
+        // Two accumulations and no more: tensor cores truncate sums.
         float sum[4] = {};
         const float (&first)[kRun] = values[2 * step];
         const float (&second)[kRun] = values[2 * step + 1];
@@ -182,11 +181,11 @@ struct LoraOverRowsOf {
     }
   }
 
-  // body(tile, element of the gradient, the column and the feature in the block) of a thread's part of a
+  // Calls body(tile, element of the gradient, column and feature in the block) for a thread's part of a
   // block's sums.
   template <class Body>
   static DEVICE void for_each_sum(const Params& p, int first_tile, int64_t first_feature, const Body& body) {
-    // Neighbours in memory go to neighbouring threads.
+    // Consecutive elements go to consecutive threads.
     const bool ranks_first = p.tile[first_tile].rank_stride == 1;
     for (int i = thread_index(); i < 8 * kTiles * kFeatures; i += kThreads) {
       const int column = ranks_first ? i % (8 * kTiles) : i / kFeatures;

@@ -1,3 +1,4 @@
+// Launches LoraShrink: h = mask(x) A^T and dh = scaling dY B.
 #include "../core/launch.cuh"
 #include "lora_shrink.cuh"
 
@@ -6,7 +7,7 @@ namespace {
 
 using Any = LoraShrink<bf16, true, false>;
 
-// One for all layers.
+// The launch configuration, the same for all layers.
 struct Plan {
   int row_warps = 1;
   int64_t row_blocks;
@@ -19,13 +20,13 @@ struct Plan {
     tiles = std::max<int64_t>(tiles / std::max<int64_t>(static_cast<int64_t>(layers.size()), 1), 1);
     while (row_warps < Any::kWarps && row_warps * Any::kRows < batch.m) row_warps *= 2;
     row_blocks = ceil_div(batch.m, row_warps * Any::kRows);
-    // Two windows of features for each warp, or more.
+    // At least two windows of features per warp.
     const int64_t slices = ceil_div(features, 2 * kWindow * (Any::kWarps / row_warps));
     splits = splits_for(row_blocks * ceil_div(tiles, Any::kTiles), slices, card);
   }
 };
 
-// With a factor that is A, or B, which is transposed.
+// Appends the tiles of an adapter: of A, or of B, which is transposed.
 template <bool kTransposed>
 void append_tiles(const AdapterView& adapter, int64_t features, std::vector<ShrinkTile>& tiles) {
   const bool is_f32 = (kTransposed ? adapter.b_dtype : adapter.a_dtype) == DType::kF32;
@@ -55,7 +56,7 @@ void run(const LoraBatch& batch, const Activations& x, const std::vector<ShrinkT
   launch_by_tiles<Kernel>(params, tiles, plan.row_blocks * plan.splits, stream);
 }
 
-// Of each of `layers`, or of all adapters if there is but one that they share.
+// One launch per layer, or one for all adapters if they share a single input.
 template <bool kTransposed>
 void shrink(const LoraBatch& batch, const std::vector<Activations>& layers, float* out, Context& context) {
   const Plan plan(batch, layers, context.card);

@@ -1,28 +1,28 @@
 // From activations to ranks: h = x A^T and dH = s dY B of several adapters, in fp32.
 #pragma once
 
-#include "../core/experts_rows.cuh"
+#include "../core/row_tiles.cuh"
 #include "../core/sum_splits.cuh"
 #include "lora_fragments.cuh"
 
 namespace peft_kernels::cuda {
 
 struct ShrinkTile : RankTile {
-  const void* factor;  // A, from the row of the first rank on; or B, from its column on
+  const void* factor;  // A from the row of the first rank on; or B from its column on
   int64_t ld;          // elements from one row of the factor to the next
   bool is_f32;
 };
 
-// out[m, column + rank] = scale * the sum over features of mask(x)[m, feature] * factor[rank, feature]; 0
-// in rows that the tile's adapter does not serve. kTransposed: the factor is stored as [feature, rank].
-// Blocks may have the features in splits; the last of them adds up what all have, in their order.
+// out[m, column + rank] = scale * the sum over features of mask(x)[m, feature] * factor[rank, feature]; 0 in
+// rows that the tile's adapter does not serve. kTransposed: the factor is stored as [feature, rank]. Features
+// may be split over blocks; the last block to arrive adds the splits in order.
 //
-// Nothing goes through shared memory but sums: a warp has 16 rows and reads its operands as the tensor core
-// wants them. Lane (g, t) holds features 8t .. 8t + 7 of rows g and g + 8, and of rank g, of a window of 32;
-// the product sums over features, so any order of them will do. Warps of a block that have other rows read
-// the same factors, out of the first-level cache.
+// Only sums go through shared memory: a warp has 16 rows and loads its operands in the layout of the tensor
+// core. Lane (g, t) holds features 8t .. 8t + 7 of rows g and g + 8, and of rank g, of a window of 32; any
+// order of features will do, as they are summed. Warps of a block with different rows read the same factors,
+// from L1.
 //
-// kExperts: blocks have tiles of rows from a list on the device, and factors are their experts'.
+// kExperts: blocks have tiles of rows from a list on the device, and each expert has its factor.
 template <class T, bool kVector, bool kTransposed, bool kExperts>
 struct LoraShrinkOf {
   static constexpr int kThreads = 256;
@@ -39,17 +39,17 @@ struct LoraShrinkOf {
     float* out;
     int64_t out_ld;
     float* partial;     // [splits, m, out_ld]
-    uint32_t* counter;  // of a launch's blocks / splits
+    uint32_t* counter;  // [blocks / splits] of a launch
     int64_t row_blocks;
     int splits;
-    int row_warps;  // of a block, a power of two; the others take other features
+    int row_warps;  // per block, a power of two; the others have other features
     int tiles;
     ShrinkTile tile[kMaxTiles];
-    ExpertRows experts;     // of tiles of row_warps * kRows rows; row_blocks is as many as there may be
-    int64_t factor_stride;  // from an expert's to the next's
+    ExpertRows experts;     // with tiles of row_warps * kRows rows; row_blocks is their maximum number
+    int64_t factor_stride;  // from an expert's factor to the next's
   };
   struct Shared {
-    // Odd rows of 8 banks: a half warp's pairs fall into all of them.
+    // The pad spreads the pairs of a half warp over all banks.
     float sum[kWarps][kRows][8 * kTiles + 8];
     uint32_t last;
   };
@@ -79,7 +79,7 @@ struct LoraShrinkOf {
     const uint32_t serving = serving_tiles(p, first_tile, row, rows_end);
     if (serving != 0) {
       const T* x[2] = {p.x + row * p.features, p.x + (row + 8) * p.features};
-      // Rows from the end on read as zeros.
+      // Rows past the end are read as zeros.
       const int64_t x_end[2] = {row < rows_end ? p.features : 0, row + 8 < rows_end ? p.features : 0};
       Words4 next[2];
 #pragma unroll
@@ -90,15 +90,15 @@ struct LoraShrinkOf {
 #pragma unroll
         for (int i = 0; i < 2; ++i) next[i] = load_run<T, kVector>(x[i], feature + kWindow, x_end[i]);
         float values[2][kRun];
-        int seen = -1;  // the tile that sees `values`
+        int masked_for = -1;  // the tile that `values` were masked for
 #pragma unroll
         for (int q = 0; q < kTiles; ++q) {
           if ((serving >> q & 1) == 0) continue;
           const ShrinkTile& tile = p.tile[first_tile + q];
           const FactorRun factor =
-              load_factor(p, tile, factor_begin, g, feature);  // under way while values are made
-          if (seen < 0 || !(kExperts || sees_the_same(p.tile[seen], tile))) {
-            seen = first_tile + q;
+              load_factor(p, tile, factor_begin, g, feature);  // in flight while values are masked
+          if (masked_for < 0 || !(kExperts || uses_same_activations(p.tile[masked_for], tile))) {
+            masked_for = first_tile + q;
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
               unpack_run<T>(words[i], values[i]);
@@ -127,11 +127,11 @@ struct LoraShrinkOf {
   }
 
  private:
-  // Experts have one adapter, without dropout, and no groups of rows.
+  // Experts have one adapter, without dropout or row groups.
   static DEVICE const int64_t* row_group(const Params& p) { return kExperts ? nullptr : p.row_group; }
   static DEVICE bool drops(const RankTile& tile) { return !kExperts && tile.mask.threshold != 0; }
 
-  // Bit q: some of the warp's rows are served by tile first + q.
+  // Bit q: tile first + q serves some of the warp's rows.
   static DEVICE uint32_t serving_tiles(const Params& p, int first, int64_t row, int64_t rows_end) {
     const int64_t last_row = rows_end - 1;
     if (row - lane_index() / 4 > last_row) return 0;
@@ -162,7 +162,7 @@ struct LoraShrinkOf {
     }
   }
 
-  // body(tile, row, rank, the row and the column in the block) of a thread's part of a block's sums.
+  // Calls body(tile, row, rank, row and column in the block) for a thread's part of a block's sums.
   template <class Body>
   static DEVICE void for_each_sum(const Params& p, int64_t rows, int64_t rows_end, int first_tile,
                                   const Body& body) {

@@ -1,3 +1,4 @@
+// Launches PackSlab: the deltas of adapters as one 16-bit product.
 #include "../core/kernels.h"
 #include "../core/launch.cuh"
 #include "lora_slab.cuh"

@@ -1,4 +1,4 @@
-// Deltas of adapters as one dense product of 16-bit numbers, u v, to be summed with the base product.
+// Packs the deltas of adapters into one dense product u v of 16-bit values, added to the base GEMM.
 #pragma once
 
 #include "../core/device.cuh"
@@ -18,9 +18,10 @@ struct SlabAdapter {
   int parts;
 };
 
-// A factor is the sum of two 16-bit numbers, high + low, and a product of two such sums is high high + low
-// high + high low, but for what no 16-bit result shows. So an adapter has three parts, each as deep as its
-// rank; two if v's factor is a 16-bit number itself. The rest of the depth is filled up with zeros.
+// A factor is split into the sum of two 16-bit values, high + low, and a product of two factors is computed
+// as high high + low high + high low; what is left out is below 16-bit precision. So an adapter has three
+// parts, each as deep as its rank; two if the factor of v is 16-bit itself. The rest of the depth is filled
+// with zeros.
 template <class T>
 struct PackSlab {
   static constexpr int kThreads = 256;
@@ -36,7 +37,7 @@ struct PackSlab {
     Side side[2];
     int64_t blocks_of_u;
     int64_t ld;          // of the whole slab: its depth
-    int64_t begin, end;  // what is written of it
+    int64_t begin, end;  // the part of it that is written
     int adapters;
     SlabAdapter adapter[kMaxAdapters];
   };

@@ -1,3 +1,4 @@
+// Dequantises any part of an NF4 weight: whole units by DequantizeNf4, the rest by DequantizeElements.
 #include <algorithm>
 
 #include "../core/kernels.h"
@@ -7,8 +8,8 @@
 namespace peft_kernels::cuda {
 namespace {
 
-// `units` is 2 or more, unless there is one row. The factor gives every quotient of less than 2^31 (Granlund
-// and Montgomery 1994).
+// Magic numbers for division by `units` >= 2 (or for a single row), exact for every unit index below 2^31
+// (Granlund and Montgomery 1994).
 RowsOfUnits rows_of_units(int64_t rows, int64_t units) {
   if (rows == 1) return {static_cast<uint32_t>(units), 0, 0};
   int shift = 0;
@@ -17,7 +18,7 @@ RowsOfUnits rows_of_units(int64_t rows, int64_t units) {
   return {static_cast<uint32_t>(units), static_cast<uint32_t>(factor), shift};
 }
 
-// rows x cols elements from `first` of the flat weight on, to out.
+// rows x cols elements of the flat weight, starting at `first`, written to out.
 template <class T>
 struct Block {
   int64_t first, ld;
@@ -26,7 +27,7 @@ struct Block {
   int64_t out_stride;
 };
 
-// Whether it is whole units, as DequantizeNf4 wants them.
+// Whether the block consists of whole units, as DequantizeNf4 requires.
 template <class T>
 bool has_units(const Nf4View& weight, const Block<T>& part) {
   using Kernel = DequantizeNf4<T>;
@@ -64,7 +65,7 @@ void launch_part(const Nf4View& weight, const Block<T>& part, Stream stream) {
                  sizeof(typename Kernel::Shared));
 }
 
-// One row, of any length; what it has beyond whole units, by itself.
+// One row of any length; the elements after the last whole unit get their own launch.
 template <class T>
 void launch_row(const Nf4View& weight, Block<T> row, Stream stream) {
   constexpr int64_t kUnit = DequantizeNf4<T>::kUnit, kMost = int64_t{1} << 30;
@@ -85,7 +86,7 @@ void dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dt
   int64_t rows = part.row_end - part.row_begin, cols = part.col_end - part.col_begin;
   if (rows == 0 || cols == 0) return;
   if (cols == part.ld && out_stride == part.ld) {
-    // Whole rows, close together: one long row, whatever their length.
+    // Contiguous rows: one long row, of any length.
     cols *= rows;
     rows = 1;
   }

@@ -1,13 +1,11 @@
-// NF4 weights back to floats, the double-quantised absmax unpacked on the way: bit-equal to
-// peft_kernels/ops/nf4.py.
+// Dequantises NF4 weights, unpacking double-quantised absmax on the fly; bit-equal to peft_kernels/ops/nf4.
 #pragma once
 
 #include "nf4_tables.cuh"
 
 namespace peft_kernels::cuda {
 
-// Rows of so many units, by their index in all of them: a division by a number that the host knows, as a
-// product.
+// Divides a unit's index by the units per row, as a multiplication and shift computed on the host.
 struct RowsOfUnits {
   uint32_t units, factor;
   int shift;
@@ -15,20 +13,20 @@ struct RowsOfUnits {
   DEVICE uint32_t row_of(uint32_t unit) const { return __umulhi(unit, factor) >> shift; }
 };
 
-// `map` is in shared memory. Rounded twice: a fused multiply-add would not give the format's bits.
+// `map` is in shared memory. Rounded twice, as the format requires: a fused multiply-add would change bits.
 DEVICE float unpack_scale_rn(const PackedScale& packed, const float* map, float offset) {
   return __fadd_rn(__fmul_rn(load(map + packed.code), packed.scale), offset);
 }
 
-// Units of 8 elements in rows of a weight: 4 bytes read, 16 or 32 written. Every one starts in a high nibble
-// of an aligned word, lies inside one block, and goes where 16 bytes can be written. Their indices, and those
-// of what is written, have 32 bits.
+// Dequantises units of 8 elements: reads 4 bytes, writes 16 or 32. Every unit starts in a high nibble of an
+// aligned word, lies inside one block, and is written to a 16-byte aligned address. Indices of units and of
+// vectors written fit in 32 bits.
 template <class T>
 struct DequantizeNf4 {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 3;
-  static constexpr int kUnit = 8;                         // elements
-  static constexpr int kUnits = 8;                        // of a thread, all read before the first is decoded
+  static constexpr int kUnit = 8;   // elements
+  static constexpr int kUnits = 8;  // of a thread, all loaded before the first is decoded
   static constexpr int kStores = kUnit * sizeof(T) / 16;  // of a unit
   using Elements = Vec<T, kUnit / kStores>;
 
@@ -53,7 +51,7 @@ struct DequantizeNf4 {
     Unit units[kUnits];
 #pragma unroll
     for (int i = 0; i < kUnits; ++i) {
-      // Beyond the last one, that one again: nothing to branch for.
+      // Past the end, the last unit again: avoids a branch.
       const uint32_t unit = begin + i * kThreads;
       units[i] = load_unit(p, unit < p.units ? unit : p.units - 1);
     }
@@ -88,14 +86,14 @@ struct DequantizeNf4 {
   static DEVICE void write_unit(const Shared& shared, const Unit& unit, float offset, Elements* out) {
     const float absmax = unpack_scale_rn(unit.scale, shared.map, offset);
     float x[kUnit];
-    // The places of both codes of each byte among the floats of shared.code.
-    constexpr uint32_t kPlaces = 0x3c3c3c3cu;
+    // Byte offsets into shared.code of the high and low nibble of each byte.
+    constexpr uint32_t kOffsets = 0x3c3c3c3cu;
     const auto* codes = reinterpret_cast<const uint8_t*>(shared.code);
-    const uint32_t places[2] = {unit.word >> 2 & kPlaces, unit.word << 2 & kPlaces};
+    const uint32_t offsets[2] = {unit.word >> 2 & kOffsets, unit.word << 2 & kOffsets};
 #pragma unroll
     for (int i = 0; i < kUnit; ++i) {
-      const uint32_t place = __byte_perm(places[i % 2], 0, 0x4440u | static_cast<uint32_t>(i / 2));
-      x[i] = __fmul_rn(load(reinterpret_cast<const float*>(codes + place)), absmax);
+      const uint32_t offset_of_code = __byte_perm(offsets[i % 2], 0, 0x4440u | static_cast<uint32_t>(i / 2));
+      x[i] = __fmul_rn(load(reinterpret_cast<const float*>(codes + offset_of_code)), absmax);
     }
     if constexpr (sizeof(T) == 4) {
       store(out, {x[0], x[1], x[2], x[3]});
@@ -107,7 +105,7 @@ struct DequantizeNf4 {
   }
 };
 
-// Any part of a weight, element by element.
+// Dequantises any part of a weight, element by element.
 template <class T>
 struct DequantizeElements {
   static constexpr int kThreads = 256;

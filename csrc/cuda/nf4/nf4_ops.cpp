@@ -4,7 +4,7 @@
 
 #include <tuple>
 
-#include "../linear/linear_product.h"
+#include "nf4_view.h"
 
 namespace peft_kernels::cuda {
 namespace {
@@ -25,7 +25,7 @@ std::tuple<Tensor, Tensor, Tensor> quantize_absmax_op(const Tensor& absmax) {
   const OnDeviceOf device(absmax, "absmax");
   check_dtype(absmax, at::kFloat, "absmax");
   const Tensor a = absmax.contiguous();
-  // torch's, as in the reference: another order of its sums would be another format.
+  // torch's mean, as in the reference: another order of summation would give another format.
   const Tensor offset = a.mean();
   Tensor q8 = at::empty(a.sizes(), a.options().dtype(at::kByte)).flatten();
   Tensor absmax2 = at::empty({ceil_div(a.numel(), nf4::kAbsmaxBlock)}, a.options());

@@ -1,3 +1,4 @@
+// Launches QuantizeNf4 and QuantizeAbsmax.
 #include "../core/kernels.h"
 #include "../core/launch.cuh"
 #include "nf4_quantize.cuh"

@@ -1,4 +1,4 @@
-// Weights to NF4 codes, and double quantisation of their absmax: bit-equal to peft_kernels/ops/nf4.py.
+// Quantises weights to NF4 and absmax to 8 bits (double quantisation), bit-equal to peft_kernels/ops/nf4.
 #pragma once
 
 #include <cfloat>
@@ -7,12 +7,12 @@
 
 namespace peft_kernels::cuda {
 
-// Bits that order as |x| does, with Inf and then NaN on top.
+// Bits in the order of |x|, with Inf and then NaN on top.
 DEVICE uint32_t abs_bits(float x) { return bit_cast<uint32_t>(x) & 0x7fffffff; }
 DEVICE uint32_t max_of(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// The largest of every run of `threads` threads, a power of two and at least 2. All threads of the block call
-// it.
+// The maximum over every run of `threads` threads, a power of two and at least 2. Called by all threads of
+// the block.
 template <int kThreads>
 DEVICE uint32_t max_of_run(uint32_t value, int threads, uint32_t (&by_warp)[kThreads / kWarp]) {
   for (int mask = 1; mask < threads && mask < kWarp; mask *= 2) {
@@ -26,7 +26,7 @@ DEVICE uint32_t max_of_run(uint32_t value, int threads, uint32_t (&by_warp)[kThr
   return value;
 }
 
-// All zero, or too small to invert: 0, which gives every element the code of 0.0.
+// 0 if absmax is zero or too small to invert, which gives every element the code of 0.0.
 DEVICE float usable_inverse(float absmax) {
   const float inverse = __fdiv_rn(1.0f, absmax);
   return inverse > FLT_MAX ? 0.0f : inverse;
@@ -36,12 +36,12 @@ template <class T>
 struct QuantizeNf4 {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;
-  static constexpr int kRun = 16;  // elements of a thread: a block of 32 has two threads, one of 4096 all
+  static constexpr int kRun = 16;  // elements of a thread: 2 threads per block of 32, all 256 for one of 4096
   static_assert(kRun * kThreads == nf4::kMaxBlocksize && 2 * kRun == nf4::kMinBlocksize);
 
   struct Params {
     const T* weight;
-    bool is_aligned;  // the weight, to 16 bytes
+    bool is_aligned;  // whether weight is 16-byte aligned
     int64_t numel;
     int block_shift;
     uint8_t* packed;  // 8-byte aligned
@@ -102,7 +102,7 @@ struct QuantizeNf4 {
     }
   }
 
-  // How many thresholds t satisfy x > t, strictly; 0 for a NaN.
+  // The number of thresholds t with x > t, strictly; 0 for NaN.
   static DEVICE uint32_t code_of(float x) {
     uint32_t code = 0;
 #pragma unroll
@@ -111,7 +111,7 @@ struct QuantizeNf4 {
   }
 };
 
-// A block of threads for a group of absmax values.
+// One block of threads per group of absmax values.
 struct QuantizeAbsmax {
   static constexpr int kThreads = nf4::kAbsmaxBlock;
   static constexpr int kBlocksPerSm = 4;
@@ -145,7 +145,7 @@ struct QuantizeAbsmax {
   }
 
  private:
-  // How many midpoints m satisfy x > m, strictly: the nearest map entry, the lower one on a tie.
+  // The number of midpoints m with x > m, strictly: the nearest map entry, the lower one on a tie.
   static DEVICE uint8_t code_of(const float* midpoints, float x) {
     int code = 0;
     for (int step = nf4::kDynamicCodes / 2; step > 0; step /= 2) {

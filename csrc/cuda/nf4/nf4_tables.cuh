@@ -1,4 +1,4 @@
-// The number tables of the NF4 format on the device, and scales of blocks, which are looked up in one.
+// The constant tables of the NF4 format on the device, and the scales of blocks, looked up in one of them.
 #pragma once
 
 #include "../../common/nf4.h"
@@ -7,7 +7,7 @@
 
 namespace peft_kernels::cuda {
 
-// A copy of a table, whose own array device code cannot read.
+// A copy of a host table, which device code cannot read.
 template <int kCount>
 struct Table {
   float value[kCount] = {};
@@ -20,8 +20,8 @@ DEVICE_TABLE Table<nf4::kCodes> kCodeTable(nf4::kCode);
 DEVICE_TABLE Table<nf4::kCodes - 1> kThresholdTable(nf4::kThresholds);
 DEVICE_TABLE Table<nf4::kDynamicCodes> kDynamicTable(nf4::kDynamicMap);
 
-// What the scales of a weight are made of, times a factor: the number of each code, for `map` in shared
-// memory, and the offset. For all threads of a block; a barrier must follow.
+// Fills `map` in shared memory with the value of each scale code, times a factor. Called by all threads of a
+// block; a barrier must follow.
 template <int kThreads>
 DEVICE void fill_map(const Nf4View& weight, float* map, float factor = 1.0f) {
   static_assert(kThreads == nf4::kDynamicCodes);
@@ -32,7 +32,7 @@ DEVICE float load_scale_offset(const Nf4View& weight, float factor = 1.0f) {
   return weight.scale_offset ? load_constant(weight.scale_offset) * factor : 0.0f;
 }
 
-// A scale on its way from global memory.
+// A loaded scale, not yet unpacked.
 struct PackedScale {
   uint32_t code;
   float scale;

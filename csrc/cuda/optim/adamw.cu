@@ -1,3 +1,4 @@
+// Launches the optimizer kernels: the step, the clip factor, and copies of device tables.
 #include <cstring>
 
 #include "../core/launch.cuh"
@@ -7,8 +8,8 @@
 namespace peft_kernels::cuda {
 namespace {
 
-// step.blocks is not 0. As many as are resident at once, each with a run of blocks of moments; fewer where
-// there is little to do.
+// For step.blocks > 0: as many blocks as are resident at once, each with a run of moment blocks; fewer if
+// there is little work.
 template <class Kernel>
 int64_t grid_for(const Step& step, const Card& card) {
   return std::min(ceil_div(step.blocks, kStepWarps), int64_t{Kernel::kBlocksPerSm} * card.sms);
@@ -26,7 +27,7 @@ void start(const Step& step, const float* factor, const Context& context) {
                  sizeof(typename Kernel::Shared));
 }
 
-// To `out`, or to workspace. Returns where.
+// Writes the clip factor to `out`, or to workspace if null; returns where.
 const float* start_clipping(const Step& step, float max_norm, float* out, Context& context) {
   const int64_t blocks = grid_for<ClipFactor>(step, context.card);
   auto* sums = static_cast<double*>(context.workspace((blocks + 1) * sizeof(double)));

@@ -1,14 +1,14 @@
-// A step of AdamW, Adam or Lion, as peft_kernels/ops/optim.py has it, in one pass over all parameters.
+// A step of AdamW, Adam or Lion, as in peft_kernels/ops/optim, in one pass over all parameters.
 //
-// Blocks of a moment, 256 elements each, are numbered through all parameters, and each block of threads has a
-// run of them: it looks its first parameter up once, and computes what depends on step and lr once for each
-// parameter. A warp has a block of a moment at a time, so its absmax is one reduction, and a lane
-// eight elements in two runs of four, which loads of all types read without gaps.
+// Moment blocks, 256 elements each, are numbered through all parameters, and each thread block has a run of
+// them: it looks up its first parameter once, and computes what depends on step and lr once per parameter. A
+// warp processes one moment block at a time, so its absmax is one reduction; a lane has eight elements in two
+// runs of four, which gives coalesced loads of all types.
 #pragma once
 
 #include <cfloat>
 
-#include "../lora/dropout.cuh"
+#include "../core/philox.cuh"
 #include "adamw_elements.cuh"
 #include "dynamic_codes.cuh"
 
@@ -16,21 +16,21 @@ namespace peft_kernels::cuda {
 
 DEVICE bool is_finite(float x) { return (bit_cast<uint32_t>(x) & 0x7fffffff) < 0x7f800000; }
 
-// NaN where one is.
+// NaN if either is NaN.
 DEVICE float max_or_nan(float a, float b) {
   float r;
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(r) : "f"(a), "f"(b));
   return r;
 }
 
-// 1 / x of an absmax, 0 where that overflows, or x is 0.
+// 1 / x of an absmax; 0 if that overflows.
 DEVICE float usable_reciprocal(float x) {
   const float found = rounded_reciprocal(x);
   return found <= FLT_MAX ? found : 0.0f;
 }
 
-// What a parameter's elements have in common.
-struct StepNumbers {
+// The coefficients of the update, shared by a parameter's elements.
+struct StepCoefficients {
   float b1, w1, b2, w2, rate, floor, decay, weight_decay, lr;
 };
 
@@ -57,7 +57,7 @@ struct AdamWStep {
   struct Shared {
     DynamicCodes<true> codes1;
     std::conditional_t<kLion, Words4, DynamicCodes<false> > codes2;
-    StepNumbers numbers;
+    StepCoefficients coefficients;
   };
 
   static DEVICE void run(const Params& params) {
@@ -75,10 +75,10 @@ struct AdamWStep {
     for_each_tensor(p, params.shares, [&](int i, int begin, int end) {
       const StepTensor& t = p.tensors[i];
       const int64_t step = load_constant(p.step + t.index);
-      __syncthreads();  // the tables are there, and the numbers before were read
-      if (warp_index() == 0) compute_numbers(p, t, step, shared->numbers);
+      __syncthreads();  // the tables are filled, and the previous coefficients were read
+      if (warp_index() == 0) compute_coefficients(p, t, step, shared->coefficients);
       __syncthreads();
-      const StepNumbers n = shared->numbers;
+      const StepCoefficients n = shared->coefficients;
       const StepTensor kept = t;
       const Work work{kept, p.grads[i], p.seed, factor, static_cast<uint32_t>(step)};
       if (t.dtype == DType::kF32) {
@@ -86,7 +86,7 @@ struct AdamWStep {
       } else if (t.dtype == DType::kF16) {
         all_blocks<fp16, false>(*shared, work, n, begin, end);
       } else if (t.compensation || p.seed) {
-        // Registers are short there: what it needs of the table is read each time.
+        // Registers are short here: fields of the table are read each time.
         all_blocks<bf16, true>(*shared, {t, work.grad, work.seed, factor, work.step}, n, begin, end);
       } else {
         all_blocks<bf16, false>(*shared, work, n, begin, end);
@@ -95,8 +95,9 @@ struct AdamWStep {
   }
 
  private:
-  // By a warp, of which two lanes have a power each.
-  static DEVICE void compute_numbers(const Step& p, const StepTensor& t, int64_t step, StepNumbers& out) {
+  // Called by one warp; lanes 0 and 1 compute one power each.
+  static DEVICE void compute_coefficients(const Step& p, const StepTensor& t, int64_t step,
+                                          StepCoefficients& out) {
     const StepGroup& group = p.groups[t.group];
     const double beta1 = group.beta1, beta2 = group.beta2;
     const float lr = load_constant(p.lr + t.group);
@@ -126,7 +127,7 @@ struct AdamWStep {
     return r;
   }
 
-  // A parameter, and what the step does with it.
+  // A parameter and its inputs of the step.
   struct Work {
     const StepTensor& t;
     const void* grad;
@@ -135,16 +136,15 @@ struct AdamWStep {
     uint32_t step;
   };
 
-  // What depends on types is decided before the loop. kCare: rounding to bf16 is stochastic or compensated
-  // for.
+  // Dispatches on types before the loop. kCare: rounding to bf16 is stochastic or compensated.
   template <class T, bool kCare>
-  static DEVICE void all_blocks(const Shared& shared, const Work& w, const StepNumbers& n, int begin,
+  static DEVICE void all_blocks(const Shared& shared, const Work& w, const StepCoefficients& n, int begin,
                                 int end) {
     w.t.absmax1 ? all_blocks<T, kCare, true>(shared, w, n, begin, end)
                 : all_blocks<T, kCare, false>(shared, w, n, begin, end);
   }
   template <class T, bool kCare, bool kIs8bit>
-  static DEVICE void all_blocks(const Shared& shared, const Work& w, const StepNumbers& n, int begin,
+  static DEVICE void all_blocks(const Shared& shared, const Work& w, const StepCoefficients& n, int begin,
                                 int end) {
     const bool has_vectors = w.t.has_vectors && is_aligned(w.grad);
     for (int block = begin + warp_index(); block < end; block += kStepWarps) {
@@ -152,7 +152,7 @@ struct AdamWStep {
     }
   }
 
-  // What a lane reads of a block, all of it under way together.
+  // A lane's inputs of a block, all loaded together.
   template <class T, bool kCare, bool kIs8bit>
   struct Read {
     Raw p, g, m, v, compensation;
@@ -167,7 +167,7 @@ struct AdamWStep {
       if (kCare && w.t.compensation) load_runs<uint16_t, kWhole>(w.t.compensation, at, compensation);
     }
   };
-  // And what it writes.
+  // A lane's outputs of a block.
   template <class T, bool kCare, bool kIs8bit>
   struct Written {
     Raw p, m, v, compensation;
@@ -183,7 +183,7 @@ struct AdamWStep {
   };
 
   template <class T, bool kCare, bool kIs8bit>
-  static DEVICE void one_block(const Shared& shared, const Work& w, const StepNumbers& n, int block,
+  static DEVICE void one_block(const Shared& shared, const Work& w, const StepCoefficients& n, int block,
                                const Place& at) {
     Read<T, kCare, kIs8bit> read;
     Written<T, kCare, kIs8bit> written;
@@ -194,22 +194,22 @@ struct AdamWStep {
     float x[kMine], g[kMine], m[kMine], v[kMine] = {};
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      x[i] = number<T>(read.p, i);
-      g[i] = __fmul_rn(number<T>(read.g, i), w.factor);
+      x[i] = value_of<T>(read.p, i);
+      g[i] = __fmul_rn(value_of<T>(read.g, i), w.factor);
     }
     if constexpr (kIs8bit) {
-      shared.codes1.numbers(read.m, load(absmax1), m);
-      if constexpr (!kLion) shared.codes2.numbers(read.v, load(absmax2), v);
+      shared.codes1.decode(read.m, load(absmax1), m);
+      if constexpr (!kLion) shared.codes2.decode(read.v, load(absmax2), v);
     } else {
 #pragma unroll
       for (int i = 0; i < kMine; ++i) {
-        m[i] = number<float>(read.m, i);
-        if constexpr (!kLion) v[i] = number<float>(read.v, i);
+        m[i] = value_of<float>(read.m, i);
+        if constexpr (!kLion) v[i] = value_of<float>(read.v, i);
       }
     }
     if (kCare && w.t.compensation) {
 #pragma unroll
-      for (int i = 0; i < kMine; ++i) x[i] = __fadd_rn(x[i], number<bf16>(read.compensation, i));
+      for (int i = 0; i < kMine; ++i) x[i] = __fadd_rn(x[i], value_of<bf16>(read.compensation, i));
     }
     if (n.weight_decay != 0.0f) {
 #pragma unroll
@@ -229,7 +229,7 @@ struct AdamWStep {
       }
       shared.codes1.encode(m, usable_reciprocal(most1), written.m);
       if constexpr (!kLion) shared.codes2.encode(v, usable_reciprocal(most2), written.v);
-      __syncwarp();  // all lanes have read the absmax before
+      __syncwarp();  // all lanes have read the previous absmax
       if (lane_index() == 0) {
         store(absmax1, most1);
         if constexpr (!kLion) store(absmax2, most2);
@@ -238,7 +238,7 @@ struct AdamWStep {
       to_raw(m, written.m);
       if constexpr (!kLion) to_raw(v, written.v);
     }
-    // When moments need no registers any more.
+    // After the moments, which frees their registers.
     round_param<T, kCare>(w, at, x, written.p, written.compensation);
     at.whole ? written.template store_to<true>(w, at) : written.template store_to<false>(w, at);
   }
@@ -251,8 +251,8 @@ struct AdamWStep {
     }
   }
 
-  // The largest magnitude that a warp has, in all lanes; NaN if there is one. Bits are in the order of
-  // numbers.
+  // The largest magnitude in the warp, in all lanes; NaN if there is one. Bits of non-negative floats are in
+  // the order of their values.
   static DEVICE float most_of(const float (&x)[kMine]) {
     float most = 0;
 #pragma unroll
@@ -260,8 +260,8 @@ struct AdamWStep {
     return bit_cast<float>(__reduce_max_sync(kAllLanes, bit_cast<uint32_t>(most)));
   }
 
-  // Each operation rounded: the moments are the reference's to the bit.
-  static DEVICE float updated(const StepNumbers& n, float p, float g, float& m, float& v) {
+  // Each operation is rounded separately: the moments equal the reference to the bit.
+  static DEVICE float updated(const StepCoefficients& n, float p, float g, float& m, float& v) {
     if constexpr (kLion) {
       const float u = __fadd_rn(__fmul_rn(m, n.b1), __fmul_rn(g, n.w1));
       const float sign = u > 0 ? 1.0f : u < 0 ? -1.0f : u;
@@ -297,15 +297,16 @@ struct AdamWStep {
     }
   }
   static DEVICE void round_stochastically(const Work& w, const Place& at, const float (&x)[kMine], Raw& out) {
-    const auto seed = static_cast<uint64_t>(load(w.seed));  // each time, or its keys would stay in registers
+    const auto seed =
+        static_cast<uint64_t>(load(w.seed));  // loaded each time, to keep the keys out of registers
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
       const Words4 words = philox((at.first + run * kRunStride) / kRun, seed, w.t.index, w.step);
 #pragma unroll
       for (int i = 0; i < kRun; ++i) {
-        const float number = x[run * kRun + i];
-        if (number != number) continue;
-        const uint32_t half = (bit_cast<uint32_t>(number) + (words.v[i] >> 16)) >> 16;
+        const float value = x[run * kRun + i];
+        if (value != value) continue;
+        const uint32_t half = (bit_cast<uint32_t>(value) + (words.v[i] >> 16)) >> 16;
         uint32_t& pair = out.v[run].v[i / 2];
         pair = i % 2 ? pair & 0xffff | half << 16 : pair & 0xffff0000 | half;
       }

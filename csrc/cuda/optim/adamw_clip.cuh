@@ -1,12 +1,12 @@
-// What goes before a step: the norm of all gradients, and the tables that tell where tensors are.
+// Runs before a step: the norm of all gradients, and the copy of device tables.
 #pragma once
 
 #include "adamw_elements.cuh"
 
 namespace peft_kernels::cuda {
 
-// What gradients are multiplied by so that together they are no longer than max_norm. Sums are in fp64, and
-// those of blocks are added in their order by the one that is done last.
+// Computes the factor that limits the total norm of gradients to max_norm. Sums are in fp64; the last block
+// to finish adds the blocks' sums in order.
 struct ClipFactor {
   static constexpr int kThreads = kStepThreads;
   static constexpr int kBlocksPerSm = 3;
@@ -49,9 +49,9 @@ struct ClipFactor {
     if (lane_index() == 0) shared->by_warp[warp] = sum;
     __syncthreads();
     if (thread_index() == 0) {
-      double of_block = 0;
-      for (int i = 0; i < kStepWarps; ++i) of_block = of_block + shared->by_warp[i];
-      params.sums[block_index()] = of_block;
+      double block_sum = 0;
+      for (int i = 0; i < kStepWarps; ++i) block_sum = block_sum + shared->by_warp[i];
+      params.sums[block_index()] = block_sum;
       shared->is_last = atomic_add_ordered(params.counter, 1) + 1 == static_cast<uint32_t>(grid_size());
     }
     __syncthreads();
@@ -73,7 +73,7 @@ struct ClipFactor {
     at.whole ? load_runs<Bits<T>, true>(grad, at, raw) : load_runs<Bits<T>, false>(grad, at, raw);
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
-      const double g = number<T>(raw, i);
+      const double g = value_of<T>(raw, i);
       sum = __fma_rn(g, g, sum);
     }
     return sum;

@@ -1,4 +1,5 @@
-// What all kernels over an optimizer's parameters do: share blocks of moments out, and move elements.
+// Shared by the kernels over an optimizer's parameters: dividing moment blocks among thread blocks, and
+// moving elements.
 #pragma once
 
 #include "../../common/dynamic_map.h"
@@ -9,13 +10,13 @@ namespace peft_kernels::cuda {
 
 inline constexpr int kStepThreads = 320, kStepWarps = kStepThreads / kWarp;
 
-// Eight elements of a lane, as they lie in memory: four from `first` on and four from 128 after that.
+// Eight elements of a lane: four from `first` on, and four 128 elements later.
 inline constexpr int kRuns = 2, kRun = 4, kRunStride = kWarp * kRun, kMine = kRuns * kRun;
 static_assert(kRuns * kRunStride == kStateBlock);
 struct Place {
   int64_t first;
-  int left;    // elements of the parameter from there on, as far as they matter
-  bool whole;  // all that a warp has, by vectors
+  int left;    // elements of the parameter from there on, at most a block
+  bool whole;  // the warp has a full block and uses vectors
   DEVICE int count(int run) const {
     const int n = left - run * kRunStride;
     return n < 0 ? 0 : n < kRun ? n : kRun;
@@ -23,18 +24,18 @@ struct Place {
 };
 
 using Raw = Vec<Words4, kRuns>;
-// What moves an element of a type of float.
+// The integer type that holds a float type's bits.
 template <class T>
 using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
 
-// Pointers from a table might be anything.
+// Pointers loaded from a table could be in any address space.
 template <class T>
 DEVICE T* assume_global(T* p) {
   __builtin_assume(__isGlobal(p));
   return p;
 }
 
-// kWhole: as in Place.
+// kWhole: Place::whole.
 template <class T, bool kWhole>
 DEVICE void load_runs(const void* from, const Place& at, Raw& raw) {
   constexpr int kWords = sizeof(T) * kRun / 4, kShift = 8 * sizeof(T), kInWord = 4 / sizeof(T);
@@ -79,16 +80,16 @@ DEVICE void store_runs(void* to, const Place& at, const Raw& raw) {
   }
 }
 
-// The i-th of a lane's numbers.
+// The i-th of a lane's elements.
 template <class T>
-DEVICE float number(const Raw& raw, int i) {
+DEVICE float value_of(const Raw& raw, int i) {
   const Words4& words = raw.v[i / kRun];
   if constexpr (sizeof(T) == 4) return bit_cast<float>(words.v[i % kRun]);
   const uint32_t pair = words.v[i % kRun / 2];
   return i % 2 ? high_half<T>(pair) : low_half<T>(pair);
 }
 
-// 1 / x to the nearest, for x > 0: what __frcp_rn does, without its slow path.
+// 1 / x rounded to nearest, for x > 0: like __frcp_rn, without its slow path.
 DEVICE float refined_reciprocal(float x) {
   const float about = reciprocal(x);
   return __fmaf_rn(about, __fmaf_rn(-x, about, 1.0f), about);
@@ -99,7 +100,7 @@ DEVICE float rounded_reciprocal(float x) {
   const float factor = x < kDown ? kUp : x > kUp ? kDown : 1.0f;
   return __fmul_rn(refined_reciprocal(__fmul_rn(x, factor)), factor);
 }
-// The parameter that has a block of a moment, for a whole warp: it narrows down by 32 at a time.
+// Finds the parameter that contains a moment block. Called by a whole warp: a 32-way search.
 DEVICE int tensor_with(const StepTensor* tensors, int count, int64_t block) {
   int low = 0, high = count;
   while (high - low > 1) {
@@ -112,14 +113,14 @@ DEVICE int tensor_with(const StepTensor* tensors, int count, int64_t block) {
   return low;
 }
 
-// How the blocks of moments are shared out: so many to each block of threads, and one more to the first ones.
+// Moment blocks per thread block: `each`, and one more for the first `longer` ones.
 struct Shares {
   int64_t each;
   int longer;
   DEVICE int64_t begin(int block) const { return each * block + (block < longer ? block : longer); }
 };
 
-// The blocks of moments that a block of threads has, parameter by parameter.
+// Calls body(parameter, begin, end) for the moment blocks of this thread block, parameter by parameter.
 template <class Body>
 DEVICE void for_each_tensor(const Step& p, const Shares& shares, const Body& body) {
   const int64_t begin = shares.begin(block_index()), end = shares.begin(block_index() + 1);
@@ -135,7 +136,7 @@ DEVICE void for_each_tensor(const Step& p, const Shares& shares, const Body& bod
   }
 }
 
-// Where a lane's elements of a block are.
+// The place of a lane's elements of a moment block.
 DEVICE Place place(int block, int64_t numel, bool has_vectors) {
   const int64_t first = int64_t{block} * kStateBlock + lane_index() * kRun, left = numel - first;
   return {first,

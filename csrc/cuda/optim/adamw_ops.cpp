@@ -1,4 +1,4 @@
-// The op of optimizers' steps: tensors to pointers, and registration. Schemas live in peft_kernels/ops/.
+// The ops of optimizer steps: tensors to pointers, and registration. Schemas are in peft_kernels/ops/.
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
@@ -12,7 +12,7 @@ namespace peft_kernels::cuda {
 namespace {
 
 DeviceTables& tables() {
-  static auto* tables = new DeviceTables;  // until the process ends: the device may be gone before
+  static auto* tables = new DeviceTables;  // never destroyed: the device may be gone before
   return *tables;
 }
 
@@ -24,19 +24,19 @@ void append(DeviceTables::Words& words, const T& value) {
   std::memcpy(words.data() + at, &value, sizeof(T));
 }
 
-// One more tensor.
-void append(Step& work, DeviceTables::Words& described, DeviceTables::Words& gradients, StepTensor t,
+// Appends a tensor to the tables.
+void append(Step& work, DeviceTables::Words& table, DeviceTables::Words& gradients, StepTensor t,
             const Tensor& grad) {
   t.first_block = work.blocks;
   work.blocks += ceil_div(t.numel, kStateBlock);
   ++work.count;
-  append(described, t);
+  append(table, t);
   append(gradients, grad.const_data_ptr());
 }
 
 StepTensor no_tensor() {
   StepTensor t;
-  std::memset(static_cast<void*>(&t), 0, sizeof(t));  // tables are compared by their bytes, gaps included
+  std::memset(static_cast<void*>(&t), 0, sizeof(t));  // tables are compared bytewise, padding included
   return t;
 }
 
@@ -71,20 +71,20 @@ void step_all(const AdamWArgs& args) {
     if (*t) check_device(**t, name);
   }
 
-  DeviceTables::Words described, gradients;
+  DeviceTables::Words table, gradients;
   Step work{};
   for (size_t i = 0; i < args.params.size(); ++i) {
-    if (args.params[i].numel() != 0) append(work, described, gradients, tensor_of(args, i), args.grads[i]);
+    if (args.params[i].numel() != 0) append(work, table, gradients, tensor_of(args, i), args.grads[i]);
   }
   if (work.count == 0) return;
   for (size_t i = 0; i < args.beta1.size(); ++i) {
-    append(described, StepGroup{args.beta1[i], args.beta2[i], args.eps[i], args.weight_decay[i]});
+    append(table, StepGroup{args.beta1[i], args.beta2[i], args.eps[i], args.weight_decay[i]});
   }
-  // Gradients are new in most steps, and all else stays.
-  const Tensor described_there = tables().find(described), gradients_there = tables().find(gradients);
-  work.tensors = static_cast<const StepTensor*>(described_there.const_data_ptr());
+  // Gradients have new addresses in most steps; everything else stays.
+  const Tensor table_on_device = tables().find(table), gradients_on_device = tables().find(gradients);
+  work.tensors = static_cast<const StepTensor*>(table_on_device.const_data_ptr());
   work.groups = reinterpret_cast<const StepGroup*>(work.tensors + work.count);
-  work.grads = static_cast<const void* const*>(gradients_there.const_data_ptr());
+  work.grads = static_cast<const void* const*>(gradients_on_device.const_data_ptr());
   work.step = args.step.const_data_ptr<int64_t>();
   work.lr = args.lr.const_data_ptr<float>();
   work.grad_scale = static_cast<const float*>(data_or_null(args.grad_scale));
@@ -99,18 +99,18 @@ void step_all(const AdamWArgs& args) {
 Tensor clip_factor_of(at::TensorList grads, const OptionalTensor& grad_scale, double max_norm) {
   const OnDeviceOf device(grads[0], "grads");
   if (grad_scale) check_device(*grad_scale, "grad_scale");
-  DeviceTables::Words described, gradients;
+  DeviceTables::Words table, gradients;
   Step work{};
   for (const Tensor& grad : grads) {
     if (grad.numel() == 0) continue;
     StepTensor t = no_tensor();
     t.numel = grad.numel();
     t.dtype = dtype_of(grad, "grads");
-    append(work, described, gradients, t, grad);
+    append(work, table, gradients, t, grad);
   }
-  const Tensor described_there = tables().find(described), gradients_there = tables().find(gradients);
-  work.tensors = static_cast<const StepTensor*>(described_there.const_data_ptr());
-  work.grads = static_cast<const void* const*>(gradients_there.const_data_ptr());
+  const Tensor table_on_device = tables().find(table), gradients_on_device = tables().find(gradients);
+  work.tensors = static_cast<const StepTensor*>(table_on_device.const_data_ptr());
+  work.grads = static_cast<const void* const*>(gradients_on_device.const_data_ptr());
   work.grad_scale = static_cast<const float*>(data_or_null(grad_scale));
   Tensor factor = at::empty({}, grads[0].options().dtype(at::kFloat));
   CallContext context;

@@ -1,4 +1,5 @@
-// Tables that kernels read and that seldom change: which parameters an optimizer has, and where.
+// Cached device tables that kernels read: the addresses and sizes of an optimizer's parameters, rewritten
+// when tensors change.
 #pragma once
 
 #include <cstring>
@@ -11,14 +12,14 @@
 
 namespace peft_kernels::cuda {
 
-// Finds a table on the current device by what is in it, or writes it there, on the current stream; the last
-// few are kept. While a graph is captured nothing is taken from here, nor left: the graph writes its own each
-// time, to memory of its own.
+// Returns a table on the current device with the given contents; writes it on the current stream if it is not
+// among the last few. During graph capture the cache is neither read nor changed: the graph writes its own
+// table each replay, to its own memory.
 class DeviceTables {
  public:
   using Words = std::vector<uint64_t>;
 
-  // Its place on the device is the tensor's, which the caller keeps until its kernels are launched.
+  // The caller keeps the tensor until its kernels are launched.
   Tensor find(const Words& words) {
     if (is_capturing()) return written(words);
     const std::lock_guard lock(mutex_);
@@ -38,7 +39,7 @@ class DeviceTables {
   struct Entry {
     Words words;
     int device;
-    Stream stream;  // that it was written on: another one would have to wait
+    Stream stream;  // it was written on: another stream would have to wait
     Tensor on_device;
   };
   static constexpr size_t kMost = 16;

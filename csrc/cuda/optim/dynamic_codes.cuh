@@ -1,9 +1,8 @@
-// Codes of the dynamic maps of optimizers' moments: the nearest, of a tie the lower (ops/adamw.py).
+// Encodes optimizer moments with the dynamic maps: the nearest code, on a tie the lower (ops/optim).
 //
-// Numbers are looked up by exponent and the first bits of the mantissa, by bins so narrow that none has more
-// than one midpoint between neighbouring codes. A bin's word has the code in its upper byte, and below it
-// what has to be added to a mantissa beyond the midpoint for it to overflow into the code: one lookup and one
-// addition.
+// Values are looked up by exponent and leading mantissa bits, in bins so narrow that none contains more than
+// one midpoint of neighbouring codes. A bin's word has the code in its upper byte, and below it an addend
+// with which a mantissa above the midpoint overflows into the code: one lookup and one addition.
 #pragma once
 
 #include "../../common/dynamic_midpoints.h"
@@ -14,8 +13,8 @@ namespace peft_kernels::cuda {
 
 DEVICE_TABLE Table<nf4::kDynamicCodes> kSecondMomentTable(kSecondMoments.value);
 
-// The bins of [0, 2): binades from 2^kLowest on, below which all is 0, and the bin that begins with 1. Where
-// the map is signed, those of the negative numbers follow, by the complement of their mantissas.
+// The bins of [0, 2): binades from 2^kLowest on, below which all is 0, and the bin that starts at 1. For the
+// signed map the bins of negative values follow, indexed by the complement of their mantissas.
 template <bool kSigned>
 struct alignas(16) DynamicBins {
   static constexpr int kBits = kSigned ? 6 : 7, kLowest = kSigned ? -22 : -23;
@@ -59,11 +58,11 @@ struct alignas(16) DynamicBins {
   }
 };
 
-// Not in constant memory, where lanes would read one after the other.
+// Not in constant memory, which serialises lanes that read different addresses.
 [[maybe_unused]] static __device__ const DynamicBins<true> kSignedBins;
 [[maybe_unused]] static __device__ const DynamicBins<false> kUnsignedBins;
 
-// In shared memory: the map, and what finds codes.
+// In shared memory: the map and the bins.
 template <bool kSigned>
 struct DynamicCodes {
   using Bins = DynamicBins<kSigned>;
@@ -83,15 +82,15 @@ struct DynamicCodes {
     }
   }
 
-  // The numbers of a lane's codes, times their absmax.
-  DEVICE void numbers(const Raw& codes, float absmax, float (&out)[kMine]) const {
+  // Decodes a lane's codes and multiplies by their absmax.
+  DEVICE void decode(const Raw& codes, float absmax, float (&out)[kMine]) const {
 #pragma unroll
     for (int i = 0; i < kMine; ++i) {
       const uint32_t code = codes.v[i / kRun].v[0] >> (8 * (i % kRun)) & 0xff;
       out[i] = __fmul_rn(load(map + code), absmax);
     }
   }
-  // The codes of x * inverse, which are of magnitudes below 2.
+  // Encodes x * inverse, of magnitude below 2.
   DEVICE void encode(const float (&x)[kMine], float inverse, Raw& codes) const {
 #pragma unroll
     for (int run = 0; run < kRuns; ++run) {
@@ -105,7 +104,7 @@ struct DynamicCodes {
   }
 
  private:
-  // The code of x; what is below the byte is of no use.
+  // The code of x in the upper byte; the lower bits are meaningless.
   DEVICE uint32_t in_upper_byte(float x) const {
     constexpr float kLeast = kSigned ? 0x1p-22f : 0x1p-23f;
     const int sign = kSigned ? bit_cast<int>(x) >> 31 : 0;

@@ -1,4 +1,4 @@
-// cases NAME: runs one case, prints what it threw, or "clean".
+// `cases NAME` runs one case of the host code of kernel launches and prints its error, or "clean".
 #include <cstdio>
 #include <functional>
 #include <map>
@@ -34,13 +34,13 @@ uint32_t* counters(fake::Stream& stream, int64_t count = 100) {
   return counters_on(state.device, fake::handle(stream), count);
 }
 
-// A kernel that takes tickets, in two halves, between which others run.
+// A kernel that counts arrivals, in two halves, so that others can run in between.
 class Kernel {
  public:
   explicit Kernel(uint32_t* counter) : counter_(counter) {}
   void begin() { expect(counter_[0]++ == 0, "a counter of zero when a kernel begins"); }
   void end() {
-    expect(counter_[0] == 1, "nobody else to have counted");
+    expect(counter_[0] == 1, "no other kernel to have counted");
     counter_[0] = 0;
   }
 
@@ -71,19 +71,19 @@ void same_again() {
   state.calls.clear();
   expect(counters(stream) == first && counters(stream, 7) == first, "the same counters for a stream");
   for (const std::string& call : state.calls) {
-    expect(call == "cudaStreamGetCaptureInfo" || call == "cudaStreamGetId", "no call but questions: " + call);
+    expect(call == "cudaStreamGetCaptureInfo" || call == "cudaStreamGetId", "only queries, not: " + call);
   }
 }
 
 void owners() {
   fake::Stream a{1}, b{2};
   uint32_t* of_a = counters(a);
-  expect(counters(b) != of_a, "streams to have their own");
+  expect(counters(b) != of_a, "each stream to have its own");
   a.id = 3;
   expect(counters(a) != of_a, "a later stream with the same handle to have its own");
   a.id = 1;
   state.device = 1;
-  expect(counters(a) != of_a, "devices to have their own");
+  expect(counters(a) != of_a, "each device to have its own");
 }
 
 void growth() {
@@ -103,7 +103,8 @@ void growth_in_a_capture() {
   Capture capture({&stream});
   uint32_t *first = counters(stream), *larger = counters(stream, 5000);
   expect(first != larger && counters(stream) == larger, "a larger slab");
-  expect(capture.graph->nodes.size() == 2 && capture.graph->objects.size() == 2, "both to be the graph's");
+  expect(capture.graph->nodes.size() == 2 && capture.graph->objects.size() == 2,
+         "both to be owned by the graph");
 }
 
 void captures_allocate() {
@@ -111,14 +112,14 @@ void captures_allocate() {
   const Capture capture({&stream});
   counters(stream);
   counters(elsewhere);  // beside a capture
-  expect(state.mode == cudaStreamCaptureModeGlobal, "the thread's mode to be what it was");
+  expect(state.mode == cudaStreamCaptureModeGlobal, "the thread's capture mode to be restored");
 }
 
 void zeroed_once_in_a_graph() {
   fake::Stream stream{1};
   const Capture capture({&stream});
   uint32_t* first = counters(stream);
-  for (int i = 0; i < 10; ++i) expect(counters(stream) == first, "the same in all of a capture");
+  for (int i = 0; i < 10; ++i) expect(counters(stream) == first, "the same counters in the whole capture");
   expect(capture.graph->nodes.size() == 1, "one node that zeroes them");
 }
 
@@ -159,7 +160,7 @@ void branches_of_a_graph() {
   second.end();
 }
 
-void replay_after_one_that_broke_off() {
+void replay_after_an_aborted_one() {
   fake::Stream stream{1};
   Captured graph = captured(stream);
   run(*graph.graph);
@@ -175,7 +176,7 @@ void graphs_give_back() {
   const auto executable = first.graph->objects;  // what it was instantiated with
   first.graph.reset();
   Captured second = captured(stream);
-  expect(fake::calls("cudaMalloc") == 2, "a graph that can still run to keep its slab");
+  expect(fake::calls("cudaMalloc") == 2, "an instantiated graph to keep its slab");
   run(*second.graph);
   second.kernel.begin();
   first.kernel = Kernel(nullptr);
@@ -189,9 +190,9 @@ void many_graphs() {
     run(*graph.graph);
     graph.kernel.begin();
   }
-  expect(fake::calls("cudaMalloc") == 1, "slabs of graphs that are gone to serve again");
+  expect(fake::calls("cudaMalloc") == 1, "slabs of destroyed graphs to be reused");
   Kernel eager(counters(stream));
-  eager.begin();  // on zeros, though the last graph broke off
+  eager.begin();  // on zeros, although the last graph was aborted
   state.device = 1;
   captured(stream);
   state.device = 0;
@@ -204,8 +205,8 @@ void no_memory() {
   state.fails = "cudaMalloc";
   state.error = cudaErrorMemoryAllocation;
   expect_error([&] { counters(stream); }, "counters of kernels: memory: an error's description");
-  expect(state.last_error == cudaSuccess, "the error not to be found by others");
-  expect(state.mode == cudaStreamCaptureModeGlobal, "the thread's mode to be what it was");
+  expect(state.last_error == cudaSuccess, "the error to be cleared");
+  expect(state.mode == cudaStreamCaptureModeGlobal, "the thread's capture mode to be restored");
   state.fails.clear();
   counters(stream);
 }
@@ -214,24 +215,24 @@ void no_memory() {
 
 void card() {
   const Card card = card_of(0);
-  expect(card.compute_capability == 86 && card.sms == 82, "what the runtime tells of the card");
+  expect(card.compute_capability == 86 && card.sms == 82, "the properties that the runtime reports");
   expect(card.shared_bytes == 227 << 10 && card.reserved_bytes == 2048, "its shared memory");
 }
 
-void card_that_does_not_tell() {
+void card_query_fails() {
   state.fails = "cudaDeviceGetAttribute";
   state.error = cudaErrorInvalidValue;
-  expect_error([] { card_of(3); }, "cuda:3 does not tell its compute capability: an error's description");
-  expect(state.last_error == cudaSuccess, "the error not to be found by others");
+  expect_error([] { card_of(3); }, "cuda:3: cannot query the compute capability: an error's description");
+  expect(state.last_error == cudaSuccess, "the error to be cleared");
 }
 
 // ---- Starting ------------------------------------------------------------------------------------------
 
-struct Product {};
+struct Gemm {};
 int entry;
 
-KernelEntry kernel{&entry, typeid(Product).name(), 256};
-const std::string kName = "peft_kernels::cuda::(anonymous namespace)::Product did not start, with ";
+KernelEntry kernel{&entry, typeid(Gemm).name(), 256};
+const std::string kName = "peft_kernels::cuda::(anonymous namespace)::Gemm: launch failed, with ";
 
 void begin(int64_t blocks, int shared_bytes = 0) {
   start_blocks(kernel, nullptr, blocks, shared_bytes, nullptr);
@@ -243,13 +244,13 @@ void starts() {
   expect(state.launches.size() == 2, "two launches");
   const fake::Launch first = state.launches[0];
   expect(first.entry == &entry && first.blocks == 7 && first.threads == 256 && first.shared_bytes == 1000,
-         "a launch as it was meant");
+         "the launch configuration");
   expect(fake::calls("cudaFuncSetAttribute") == 0, "no attribute for little shared memory");
 }
 
 void grid_limits() {
   const std::string rest =
-      " blocks of 256 threads and 0 bytes of shared memory each: a grid has 2147483647 blocks at most";
+      " blocks of 256 threads and 0 bytes of shared memory each: expected at most 2147483647 blocks";
   expect_error([] { begin(int64_t{1} << 31); }, kName + "2147483648" + rest);
   expect_error([] { begin(-1); }, kName + "-1" + rest);
   expect(state.launches.empty(), "no launch");
@@ -262,20 +263,20 @@ void own_error() {
                kName +
                    "5 blocks of 256 threads and 64 bytes of shared memory each: an error's description "
                    "(cudaErrorInvalidValue)");
-  expect(state.last_error == cudaSuccess, "the error not to be found by others");
+  expect(state.last_error == cudaSuccess, "the error to be cleared");
 }
 
 void error_of_a_call_before() {
   state.last_error = cudaErrorInvalidValue;
-  expect_error([] { begin(5); },
-               kName +
-                   "5 blocks of 256 threads and 0 bytes of shared memory each: not an error of this kernel, "
-                   "but of a CUDA call before it, which nobody had asked for: an error's description "
-                   "(cudaErrorInvalidValue)");
-  expect(state.launches.empty() && state.last_error == cudaSuccess, "no launch, and the error cleared");
+  expect_error(
+      [] { begin(5); },
+      kName +
+          "5 blocks of 256 threads and 0 bytes of shared memory each: an earlier CUDA call left this "
+          "error pending: an error's description (cudaErrorInvalidValue)");
+  expect(state.launches.empty() && state.last_error == cudaSuccess, "no launch, and a cleared error");
   state.last_error = cudaErrorNotReady;
   begin(5);
-  expect(state.launches.size() == 1, "a launch: that an event has not come yet is no error");
+  expect(state.launches.size() == 1, "a launch: cudaErrorNotReady is no error");
 }
 
 void error_of_a_kernel_before() {
@@ -283,8 +284,8 @@ void error_of_a_kernel_before() {
   state.error = cudaErrorIllegalAddress;
   expect_error([] { begin(5); },
                kName +
-                   "5 blocks of 256 threads and 0 bytes of shared memory each: a kernel that ran before "
-                   "failed: an illegal memory access (an error's name)");
+                   "5 blocks of 256 threads and 0 bytes of shared memory each: an earlier kernel failed: "
+                   "an illegal memory access (an error's name)");
 }
 
 void large_shared() {
@@ -293,8 +294,8 @@ void large_shared() {
     begin(5, 100 << 10);
   }
   expect(state.launches.size() == 6, "six launches");
-  // Beyond 64 devices it is asked for every time.
-  expect(fake::calls("cudaFuncSetAttribute") == 4, "large shared memory asked for once for a device");
+  // Above 64 devices the opt-in is not cached.
+  expect(fake::calls("cudaFuncSetAttribute") == 4, "one opt-in to large shared memory per device");
   state.fails = "cudaFuncSetAttribute";
   state.device = 2;
   expect_error([] { begin(5, 100 << 10); },
@@ -303,7 +304,7 @@ void large_shared() {
                    "(an error's name)");
   state.fails.clear();
   begin(5, 100 << 10);
-  expect(fake::calls("cudaFuncSetAttribute") == 6, "large shared memory asked for again after a failure");
+  expect(fake::calls("cudaFuncSetAttribute") == 6, "another opt-in after a failure");
 }
 
 const std::map<std::string, void (*)()> kCases{
@@ -316,12 +317,12 @@ const std::map<std::string, void (*)()> kCases{
     {"graph_beside_its_stream", graph_beside_its_stream},
     {"two_graphs_of_a_stream", two_graphs_of_a_stream},
     {"branches_of_a_graph", branches_of_a_graph},
-    {"replay_after_one_that_broke_off", replay_after_one_that_broke_off},
+    {"replay_after_an_aborted_one", replay_after_an_aborted_one},
     {"graphs_give_back", graphs_give_back},
     {"many_graphs", many_graphs},
     {"no_memory", no_memory},
     {"card", card},
-    {"card_that_does_not_tell", card_that_does_not_tell},
+    {"card_query_fails", card_query_fails},
     {"starts", starts},
     {"grid_limits", grid_limits},
     {"own_error", own_error},

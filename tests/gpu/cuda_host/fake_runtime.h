@@ -1,5 +1,5 @@
-// A CUDA runtime without a device, as far as card.cpp, counters.cpp and launch.cpp call it. What a stream is
-// given runs at once; in a capture it becomes a node of a graph.
+// A fake CUDA runtime without a device: the functions that card.cpp, counters.cpp and launch.cpp call. Work
+// on a stream runs at once; during a capture it becomes a node of a graph.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,7 +15,7 @@ namespace fake {
 
 struct Graph {
   std::vector<std::function<void()>> nodes;
-  std::vector<std::shared_ptr<void>> objects;  // that it retains
+  std::vector<std::shared_ptr<void>> objects;  // retained user objects
 };
 
 struct Stream {
@@ -33,18 +33,18 @@ struct Launch {
 struct State {
   int device = 0;
   cudaStreamCaptureMode mode = cudaStreamCaptureModeGlobal;
-  int captures = 0;  // that are going on, in any thread
+  int captures = 0;  // active ones, in any thread
   cudaError_t last_error = cudaSuccess;
-  std::string fails;  // the function that fails, with `error`
+  std::string fails;  // the function that returns `error`
   cudaError_t error = cudaErrorUnknown;
   std::vector<std::string> calls;
-  std::vector<std::vector<uint32_t>> memory;  // all that was allocated, of words that are not zero
+  std::vector<std::vector<uint32_t>> memory;  // all allocations, filled with nonzero words
   std::vector<Launch> launches;
 };
 extern State state;
 
 cudaStream_t handle(Stream& stream);
-// Puts streams into a capture of their own, which ends with it.
+// Captures streams into a new graph during its lifetime.
 class Capture {
  public:
   explicit Capture(const std::vector<Stream*>& streams);

@@ -1,4 +1,4 @@
-"""How the CUDA back end starts kernels, and whose counters they have: on a CUDA runtime that is made up."""
+"""Kernel launches and device counters of the CUDA back end, on a fake CUDA runtime."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ CASES = re.findall(r'^    \{"(\w+)", \w+\},$', (HERE / "cases.cpp").read_text(en
 
 
 def cuda_headers() -> Path | None:
-    """Of the toolkit that nvcc is of: a script on the path may stand for one elsewhere."""
+    """The headers of nvcc's toolkit; the nvcc on the path may be a wrapper script."""
     if (nvcc := shutil.which("nvcc")) is None:
         return None
     command = [nvcc, "--dryrun", "probe.cu"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False).stderr
-    match = re.search(r"^#\$ TOP=(.+)$", told, re.M)
+    output = subprocess.run(command, capture_output=True, text=True, check=False).stderr
+    match = re.search(r"^#\$ TOP=(.+)$", output, re.M)
     return Path(match[1], "include") if match else None
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
-    """Runs a case."""
+    """Returns a function that runs a case and returns its output."""
     compiler, headers = shutil.which("g++"), cuda_headers()
     if compiler is None or headers is None:
         pytest.skip("no g++" if compiler is None else "no nvcc")
@@ -60,8 +60,8 @@ def test_there_are_cases() -> None:
     assert len(CASES) == 21
 
 
-def test_what_lanes_do_together_stays_in_place() -> None:
-    """What is not volatile may be moved into a branch that some of them do not take."""
+def test_collectives_are_volatile() -> None:
+    """Otherwise the compiler may move one into a branch that some lanes do not take."""
     source = (CSRC / "core" / "device.cuh").read_text(encoding="utf-8")
-    together = re.findall(r'asm( volatile)?\(\s*"(\w+\.sync\b[^"]*)', source)
-    assert len(together) == 4 and all(volatile for volatile, _ in together), together
+    collectives = re.findall(r'asm( volatile)?\(\s*"(\w+\.sync\b[^"]*)', source)
+    assert len(collectives) == 4 and all(volatile for volatile, _ in collectives), collectives

@@ -11,9 +11,9 @@
 #include <utility>
 #include <vector>
 
+#include "../text/instruction.h"
 #include "../text/module.h"
 #include "../text/statement.h"
-#include "instruction.h"
 
 namespace ptx {
 

@@ -12,16 +12,13 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <vector>
 
-namespace ptx {
+#include "../text/fault.h"
 
-struct Fault : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+namespace ptx {
 
 class Module;  // the PTX of one fat binary
 struct DeleteModule {
@@ -40,7 +37,6 @@ struct Attributes {
   int target;             // 80 for sm_80
 };
 std::vector<std::string> entries(const Module& module);
-std::string readable(const std::string& entry);  // as faults call it
 Attributes attributes(Module& module, const std::string& entry);
 
 // Runs a kernel to its end, in the calling thread; one at a time. `arguments` as cudaLaunchKernel has them.

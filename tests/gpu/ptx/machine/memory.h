@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <string>
 
-#include "../instructions/instruction.h"
+#include "../text/instruction.h"
 #include "banks.h"
 #include "global_shadow.h"
 #include "warp.h"

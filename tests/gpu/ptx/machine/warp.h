@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "../instructions/instruction.h"
+#include "../text/instruction.h"
 #include "shared_shadow.h"
 
 namespace ptx {

@@ -16,6 +16,7 @@
 
 #include "../machine/guarded.h"
 #include "../text/fat_binary.h"
+#include "../text/module.h"
 
 namespace peft_kernels::cudart {
 namespace {

@@ -5,7 +5,7 @@
 #include <unordered_map>
 #include <utility>
 
-#include "../machine/machine.h"
+#include "fault.h"
 #include "lines.h"
 #include "statement.h"
 

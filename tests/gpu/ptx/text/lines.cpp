@@ -1,6 +1,6 @@
 #include "lines.h"
 
-#include "../machine/machine.h"
+#include "fault.h"
 #include "statement.h"
 
 namespace ptx {

@@ -10,7 +10,6 @@
 
 namespace ptx {
 
-// `void a::b<C>(D)` as b<C>, and launch.cuh's entry<Kernel> as Kernel.
 std::string readable(const std::string& name) {
   int status = 0;
   char* text = abi::__cxa_demangle(name.c_str(), nullptr, nullptr, &status);
@@ -140,38 +139,6 @@ void Module::read(Entry& entry) {
 const Module::Global* Module::find(std::string_view name) const {
   const auto found = variables_.find(name);
   return found != variables_.end() ? &found->second : nullptr;
-}
-
-// ---- machine.h ----------------------------------------------------------------------------------------
-
-ModulePointer load(std::string_view text) { return ModulePointer(new Module(text)); }
-void DeleteModule::operator()(Module* module) const { delete module; }
-
-void read_all(Module& module) {
-  for (const auto& entry : module.entries) module.read(*entry);
-}
-
-std::vector<std::string> entries(const Module& module) {
-  std::vector<std::string> names;
-  for (const auto& entry : module.entries) names.push_back(entry->name);
-  return names;
-}
-
-Attributes attributes(Module& module, const std::string& entry) {
-  Entry& found = module.entry(entry);
-  module.read(found);
-  return {found.max_threads, found.static_shared, module.target};
-}
-
-std::vector<Executed> executed(const Module& module) {
-  std::vector<Executed> all;
-  for (const auto& entry : module.entries) {
-    for (size_t i = 0; i < entry->code.size(); ++i) {
-      const std::string& line = module.lines.sites[entry->code[i].site];
-      all.push_back({entry->readable, line, std::string(entry->texts[i]), entry->times[i]});
-    }
-  }
-  return all;
 }
 
 }  // namespace ptx

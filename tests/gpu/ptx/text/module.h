@@ -9,8 +9,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include "../instructions/instruction.h"
-#include "../machine/machine.h"
+#include "fault.h"
+#include "instruction.h"
 #include "lines.h"
 
 namespace ptx {
@@ -44,7 +44,10 @@ class Module {
   std::unordered_map<std::string_view, Global> variables_;
 };
 
-// Fills in what an Entry's body says. Throws Fault.
+// A kernel's name as faults show it: `void a::b<C>(D)` as b<C>, and launch.cuh's entry<Kernel> as Kernel.
+std::string readable(const std::string& entry);
+
+// Makes the instructions of an Entry from its body (instructions/decode.cpp). Throws Fault.
 void decode(Module& module, Entry& entry);
 
 }  // namespace ptx

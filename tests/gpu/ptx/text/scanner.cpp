@@ -3,7 +3,7 @@
 #include <cstdlib>
 #include <string>
 
-#include "../machine/machine.h"
+#include "fault.h"
 #include "statement.h"
 
 namespace ptx {

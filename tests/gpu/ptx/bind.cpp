@@ -1,4 +1,4 @@
-#include "cudart_bind.h"
+#include "bind.h"
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -16,10 +16,10 @@
 #include <utility>
 #include <vector>
 
-#include "../cases/cases.cuh"
-#include "../machine/guarded.h"
+#include "cases/cases.cuh"
 #include "core/kernels.h"
-#include "cudart.h"
+#include "machine/guarded.h"
+#include "runtime/cudart.h"
 
 namespace peft_kernels::cudart {
 namespace {

@@ -1,4 +1,5 @@
-// The Python module: what is not an op. Importing it registers the ops (*_ops.cpp) and needs no device.
+// The Python module: plans and build information. Importing it registers the ops (*_ops.cpp) and needs no
+// device.
 #include <ATen/ATen.h>
 // Ahead of all others: it is precompiled (tools/precompiled.py).
 
@@ -13,12 +14,12 @@
 #include <utility>
 #include <vector>
 
-#include "../../common/build_info.h"
-#include "../linear/linear.h"
-#include "runtime.h"
+#include "../common/build_info.h"
+#include "core/runtime.h"
+#include "linear/linear.h"
 
 #ifdef PEFT_KERNELS_PTX
-#  include "runtime/cudart_bind.h"
+#  include "bind.h"
 #endif
 
 #define PEFT_KERNELS_QUOTE_(x) #x
@@ -29,7 +30,7 @@ namespace {
 using namespace peft_kernels;
 using pybind11::arg;
 
-// Of shared memory, on all cards so far.
+// Shared memory that the system reserves in each block, on all cards so far.
 constexpr int64_t kReserved = 1024;
 
 DType dtype_named(const std::string& name) {
@@ -39,17 +40,17 @@ DType dtype_named(const std::string& name) {
   throw pybind11::value_error("dtype: expected float32, bfloat16 or float16, got " + name);
 }
 
-using Ways = std::pair<std::string, std::string>;
+using Paths = std::pair<std::string, std::string>;
 
-Ways plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,
-          const cuda::Card& card) {
+Paths plan(int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype,
+           const cuda::Card& card) {
   const int shift = block_shift_of(blocksize);
   const DType type = dtype_named(dtype);
   return {cuda::plan_linear(type, m, n, k, shift, card).name,
           cuda::plan_linear_dx(type, m, n, k, shift, card).name};
 }
 
-std::map<std::string, int64_t> told(const cuda::LinearPlan& plan) {
+std::map<std::string, int64_t> describe(const cuda::LinearPlan& plan) {
   if (!plan.has_kernel()) return {};
   const cuda::Cut& cut = plan.cut;
   const cuda::Load load = plan.load();
@@ -74,14 +75,14 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype) {
         return plan(m, n, k, blocksize, dtype, cuda::current_card());
       },
-      "Which way [m, k] x [n, k]^T goes on the current device, and its gradient.");
+      "The kernels that [m, k] x [n, k]^T and its gradient use on the current device.");
   m.def(
       "plan_for",
       [](int64_t m, int64_t n, int64_t k, int64_t blocksize, const std::string& dtype, int compute_capability,
          int sms, int64_t shared_bytes, int64_t reserved_bytes) {
         return plan(m, n, k, blocksize, dtype, {compute_capability, sms, shared_bytes, reserved_bytes});
       },
-      "The same on any card.", arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"),
+      "The same for any card.", arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"),
       arg("compute_capability"), arg("sms"), arg("shared_bytes"), arg("reserved_bytes") = kReserved);
   m.def(
       "cuts_for",
@@ -90,11 +91,11 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
         const cuda::Card card{compute_capability, sms, shared_bytes, reserved_bytes};
         const int shift = block_shift_of(blocksize);
         const DType type = dtype_named(dtype);
-        return std::pair{told(cuda::plan_linear(type, m, n, k, shift, card)),
-                         told(cuda::plan_linear_dx(type, m, n, k, shift, card))};
+        return std::pair{describe(cuda::plan_linear(type, m, n, k, shift, card)),
+                         describe(cuda::plan_linear_dx(type, m, n, k, shift, card))};
       },
-      "How each of these is cut, and what load the busiest gets: see Cut and Load in linear.h. Empty for "
-      "pieces.",
+      "How each of these is partitioned, and the load of the busiest worker: see Cut and Load in linear.h. "
+      "Empty where the weight is dequantised in pieces.",
       arg("m"), arg("n"), arg("k"), arg("blocksize"), arg("dtype"), arg("compute_capability"), arg("sms"),
       arg("shared_bytes"), arg("reserved_bytes") = kReserved);
   m.def("piece_of", cuda::piece_of,
@@ -111,7 +112,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #else
   m.def(
       "architectures", [] { return std::string(PEFT_KERNELS_QUOTE(PEFT_KERNELS_CUDA_ARCHITECTURES)); },
-      "What the kernels are compiled for, as peft_kernels/core/backends/architectures.py words it, with "
-      "colons.");
+      "The architectures that the kernels are compiled for, in the format of "
+      "peft_kernels/core/backends/architectures.py, separated by colons.");
 #endif
 }

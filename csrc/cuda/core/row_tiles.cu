@@ -1,4 +1,5 @@
-#include "experts_rows.cuh"
+// Launches ListExpertRows.
+#include "row_tiles.cuh"
 
 namespace peft_kernels::cuda {
 

@@ -1,12 +1,12 @@
-// The tiles of rows that experts have, as a list that the products of experts read.
+// Lists the tiles of rows of each expert, for grouped GEMMs (see row_tiles.h).
 #pragma once
 
-#include "../experts/experts.h"
 #include "launch.cuh"
+#include "row_tiles.h"
 
 namespace peft_kernels::cuda {
 
-// A warp of the first block makes the list. All blocks write zeros to the rows of no expert.
+// A warp of the first block writes the list. All blocks zero the rows that belong to no expert.
 struct ListExpertRows {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 4;
@@ -19,7 +19,7 @@ struct ListExpertRows {
 
   static DEVICE void run(const Params& p) {
     if (block_index() == 0 && thread_index() < kWarp) list(p);
-    const int last = within(p, load_constant(p.ends + p.rows.experts - 1));
+    const int last = clamped(p, load_constant(p.ends + p.rows.experts - 1));
 #pragma unroll
     for (const ResultRows& result : p.results) {
       if (result.rows != nullptr) clear(result, last, p.rows.rows);
@@ -27,18 +27,18 @@ struct ListExpertRows {
   }
 
  private:
-  static DEVICE int within(const Params& p, int end) {
+  static DEVICE int clamped(const Params& p, int end) {
     return end < 0 ? 0 : end < p.rows.rows ? end : p.rows.rows;
   }
 
   static DEVICE void list(const Params& p) {
     const int lane = lane_index(), tile_rows = p.rows.tile_rows;
-    int begin = 0, count = 0;  // of the experts to come
+    int begin = 0, count = 0;  // of the next experts
     for (int first = 0; first < p.rows.experts; first += kWarp) {
       const int expert = first + lane;
-      int end = expert < p.rows.experts ? within(p, load_constant(p.ends + expert)) : 0;
+      int end = expert < p.rows.experts ? clamped(p, load_constant(p.ends + expert)) : 0;
       if (end < begin) end = begin;
-      // Ends that do not ascend would have experts share rows.
+      // A running maximum: ends that do not ascend would make experts share rows.
 #pragma unroll
       for (int step = 1; step < kWarp; step *= 2) {
         const int before = __shfl_up_sync(kAllLanes, end, step);
@@ -47,16 +47,16 @@ struct ListExpertRows {
       const int end_before = __shfl_up_sync(kAllLanes, end, 1);
       const int own_begin = lane == 0 ? begin : end_before;
       const int tiles = (end - own_begin + tile_rows - 1) / tile_rows;
-      int behind = tiles;  // this expert's tiles
+      int sum_of_tiles = tiles;  // inclusive prefix sum of tiles
 #pragma unroll
       for (int step = 1; step < kWarp; step *= 2) {
-        const int before = __shfl_up_sync(kAllLanes, behind, step);
-        if (lane >= step) behind += before;
+        const int before = __shfl_up_sync(kAllLanes, sum_of_tiles, step);
+        if (lane >= step) sum_of_tiles += before;
       }
       if (expert < p.rows.experts) {
         store(reinterpret_cast<Words2*>(p.rows.ranges + expert),
               {static_cast<uint32_t>(own_begin), static_cast<uint32_t>(end)});
-        RowTile* tile = p.rows.tiles + count + behind - tiles;
+        RowTile* tile = p.rows.tiles + count + sum_of_tiles - tiles;
         for (int row = own_begin; row < end; row += tile_rows, ++tile) {
           const int tile_end = row + tile_rows < end ? row + tile_rows : end;
           store(reinterpret_cast<Words4*>(tile), {static_cast<uint32_t>(row), static_cast<uint32_t>(tile_end),
@@ -64,7 +64,7 @@ struct ListExpertRows {
         }
       }
       begin = __shfl_sync(kAllLanes, end, kWarp - 1);
-      count += __shfl_sync(kAllLanes, behind, kWarp - 1);
+      count += __shfl_sync(kAllLanes, sum_of_tiles, kWarp - 1);
     }
     if (lane == 0) store(p.rows.count, count);
   }
@@ -82,7 +82,7 @@ struct ListExpertRows {
   }
 };
 
-// An entry of the list.
+// An entry of the list of tiles.
 DEVICE RowTile load_row_tile(const ExpertRows& rows, int tile) {
   const Words4 words = load_constant(reinterpret_cast<const Words4*>(rows.tiles + tile));
   return {static_cast<int>(words.v[0]), static_cast<int>(words.v[1]), static_cast<int>(words.v[2])};

@@ -1,7 +1,9 @@
+// Runs the GEMMs of linear_gemm.h: by a kernel where one supports the shape, else by torch on dequantised
+// pieces.
 #include <ATen/ATen.h>
 // Ahead of all others: it is precompiled (tools/precompiled.py).
 
-#include "linear_product.h"
+#include "linear_gemm.h"
 
 namespace peft_kernels::cuda {
 
@@ -19,7 +21,7 @@ void by_row_pieces(const BaseWeight& base, const at::TensorOptions& options, Row
   }
 }
 
-BaseProduct::BaseProduct(const Tensor& rows, const BaseWeight& base, bool is_dx)
+BaseGemm::BaseGemm(const Tensor& rows, const BaseWeight& base, bool is_dx)
     : rows_(rows), base_(base), is_dx_(is_dx) {
   if (base.is_dense() || !are_aligned({base.nf4().packed()})) return;
   plan_ =
@@ -27,7 +29,7 @@ BaseProduct::BaseProduct(const Tensor& rows, const BaseWeight& base, bool is_dx)
                                              base.in_features(), base.nf4().block_shift(), current_card());
 }
 
-Tensor BaseProduct::run(const OptionalTensor& bias, const Slab& slab) const {
+Tensor BaseGemm::run(const OptionalTensor& bias, const Slab& slab) const {
   if (bias) check_bias(*bias, base_.out_features(), rows_.scalar_type());
   if (plan_.has_kernel()) return by_kernel(bias, slab);
   if (is_dx_) return base_.is_dense() ? at::mm(rows_, base_.dense()).contiguous() : backward_by_pieces();
@@ -36,7 +38,7 @@ Tensor BaseProduct::run(const OptionalTensor& bias, const Slab& slab) const {
                           : forward_by_pieces(own_bias);
 }
 
-Tensor BaseProduct::by_kernel(const OptionalTensor& bias, const Slab& slab) const {
+Tensor BaseGemm::by_kernel(const OptionalTensor& bias, const Slab& slab) const {
   const Tensor x = are_aligned({rows_.const_data_ptr()}) ? rows_ : rows_.clone();
   Tensor y = at::empty({x.size(0), is_dx_ ? base_.in_features() : base_.out_features()}, x.options());
   const Tensor own_bias = bias ? bias->contiguous() : Tensor();
@@ -58,8 +60,8 @@ Tensor BaseProduct::by_kernel(const OptionalTensor& bias, const Slab& slab) cons
   return y;
 }
 
-// W dequantised by rows.
-Tensor BaseProduct::forward_by_pieces(const OptionalTensor& bias) const {
+// Dequantises W by rows.
+Tensor BaseGemm::forward_by_pieces(const OptionalTensor& bias) const {
   const Tensor y = at::empty({rows_.size(0), base_.out_features()}, rows_.options());
   const auto multiply = [&](int64_t begin, int64_t end, const Tensor& rows) {
     const Tensor transposed = rows.t();
@@ -74,8 +76,8 @@ Tensor BaseProduct::forward_by_pieces(const OptionalTensor& bias) const {
   return y;
 }
 
-// W dequantised by columns: sums over rows would be rounded piece by piece.
-Tensor BaseProduct::backward_by_pieces() const {
+// Dequantises W by columns: pieces of rows would round the sums piece by piece.
+Tensor BaseGemm::backward_by_pieces() const {
   const int64_t n = base_.out_features(), k = base_.in_features();
   const int64_t cols = piece_of(k, n, rows_.element_size());
   const Tensor dx = at::empty({rows_.size(0), k}, rows_.options());
