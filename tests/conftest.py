@@ -101,7 +101,7 @@ LONGEST = [
     "loss_curve",
     "bench",
     "example_finetune",
-    "cuda_ways",
+    "cuda_paths",
     "gpu_check",
     "experts",
     "architectures",

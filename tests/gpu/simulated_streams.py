@@ -1,8 +1,7 @@
-"""`optim.paging.Streams` without a device: work is run later, in any order that a device might choose.
+"""Simulates `optim.paging.Streams` without a device: work runs later, in any order a device may choose.
 
-What a device leaves open is made as bad as it can be: a queue that may run does so at once or at the very
-last, memory of buffers belongs to somebody else until the current stream is there, and to somebody else again
-as soon as it may.
+Whatever a device leaves undefined is as adverse as possible: a runnable queue runs at once or as late as it
+can, and buffers are overwritten until the current stream owns them, and as soon as they may be reused.
 """
 
 from __future__ import annotations
@@ -21,18 +20,18 @@ from peft_kernels.optim import pager, plan
 from peft_kernels.optim.paging import CURRENT, IN, OUT
 
 BUDGET = 3 * 3072
-"""Bytes, of which small parameters make several chunks."""
+"""Bytes; small enough that small parameters need several chunks."""
 REUSE = "reuse"
 Event = tuple[str, int]
-"""A queue, and how much of it is done by then."""
+"""A queue, and the number of its entries that must be done."""
 
 GUARDS = ("IN after CURRENT", "IN after OUT", "CURRENT after IN", "OUT after CURRENT", "host", "free")
-"""What there is to drop: a wait of a queue for an event of another, the host's, and that buffers which OUT
-still reads are not free."""
+"""The guards that can be dropped: a queue's wait for an event of another, the host's wait, and the rule that
+buffers which OUT still reads are not free."""
 
 
 class SimulatedStreams:
-    """order: queues by who goes first, or the seed of random choices. `dropped`: one of GUARDS."""
+    """order: queues by priority, or the seed of random choices. `dropped`: one of GUARDS."""
 
     def __init__(self, order: Sequence[str] | int = 0, dropped: str = "") -> None:
         self._order, self._random, self._dropped = order, random.Random(str(order)), dropped
@@ -42,9 +41,9 @@ class SimulatedStreams:
         self._freed: list[tuple[Event, int]] = []
         self.capturing = False
         self.most = 0
-        """Bytes of buffers that there were at once."""
+        """Peak bytes of buffers."""
         self.guarded = Counter[str]()
-        """How often which of GUARDS held something up."""
+        """How often each of GUARDS was used."""
 
     def host_zeros(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         made = torch.zeros(*shape, dtype=dtype, device="cpu")
@@ -89,7 +88,7 @@ class SimulatedStreams:
                 self._run_one()
 
     def drain(self) -> None:
-        """All that there is."""
+        """Runs everything in the queues."""
         while any(self._queues.values()):
             self._run_one()
 
@@ -114,19 +113,19 @@ class SimulatedStreams:
                 continue
             entry = self._queues[queue][0]
             if callable(entry):
-                with torch.no_grad():  # as a step is
+                with torch.no_grad():  # like a step
                     entry()
             elif not self._is_over(entry):
                 continue
             self._queues[queue].popleft()
             self._done[queue] += 1
             return
-        raise AssertionError("every queue waits for another")
+        raise AssertionError("deadlock: every queue waits for another")
 
 
 @contextmanager
 def simulated(order: Any = 0, dropped: str = "") -> Iterator[SimulatedStreams]:
-    """Parameters of 300 elements are paged, and random bits are in streams of 512."""
+    """Installs SimulatedStreams; parameters from 300 elements are paged, random streams have 512."""
     streams = SimulatedStreams(order, dropped)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pager, "streams_of", lambda device: streams)

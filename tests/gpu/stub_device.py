@@ -1,4 +1,4 @@
-"""The CUDA back end's host code without a device: launches are noted and do nothing."""
+"""Runs the CUDA back end's host code without a device: launches are recorded and do nothing."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Launches = Callable[[], list[Launch]]
 
 @contextmanager
 def stub_device(card: tuple[int, int, int] = H100) -> Iterator[Launches]:
-    """Calls on CPU tensors take the way of CUDA tensors, chosen as ever; what they return is anything.
+    """Calls on CPU tensors run the code for CUDA tensors, dispatched as usual; their results are arbitrary.
 
-    Yields a function that gives the launches since it was last called. RuntimeError where a back end is
-    forced, or where back end ptx, whose build this is, is not there.
+    Yields a function that returns the launches since it was last called. Raises RuntimeError if a back end is
+    forced, or if back end ptx, which this needs, is unavailable.
     """
     testing.register_ptx()
     extension = ptx.BACKEND.extension
@@ -58,7 +58,7 @@ def stub_device(card: tuple[int, int, int] = H100) -> Iterator[Launches]:
 
 
 def torch_ops(call: Callable[[], Any]) -> Counter[str]:
-    """The torch functions that a call goes through, those that C++ calls included."""
+    """The torch functions that a call uses, including those called from C++."""
     with torch.autograd.profiler.profile() as profile:
         call()
     events: Any = profile.function_events

@@ -1,4 +1,4 @@
-"""What a step of the CUDA back end launches, and that its tables follow the tensors."""
+"""What an optimizer step launches on CUDA, and that its device tables are rewritten when tensors change."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def step(args: tuple[Any, ...]) -> None:
 
 
 def many(count: int, option: str = "", kind: str = "adamw") -> tuple[Any, ...]:
-    """Of all types and both kinds of moments."""
+    """Arguments of all dtypes and both kinds of moments."""
     dtypes = [torch.float32, torch.bfloat16, torch.float16]
     shapes = [(8, 64 + i % 5) for i in range(count)]
     bits = [8 + 24 * (i % 2) for i in range(count)]
@@ -68,7 +68,7 @@ def test_one_launch_for_all_parameters(option: str, more: dict[str, int]) -> Non
 
 
 @needs_stub
-def test_nothing_is_read_and_all_memory_is_torch_s() -> None:
+def test_a_step_reads_nothing_from_the_device() -> None:
     from test_cuda_graphs import nothing_read
 
     args = many(20, "clipped")
@@ -77,7 +77,7 @@ def test_nothing_is_read_and_all_memory_is_torch_s() -> None:
 
 
 @needs_stub
-def test_a_step_fills_a_card_and_no_more() -> None:
+def test_the_grid_fills_a_card_once() -> None:
     most = 132 * BLOCKS_PER_SM
     for numel, blocks in ((256, 1), (256 * WARPS, 1), (256 * WARPS + 1, 2), (100_000_000, most)):
         tensors = [torch.empty(numel, dtype=torch.bfloat16, device="cpu") for _ in range(2)]
@@ -94,12 +94,12 @@ def test_a_step_fills_a_card_and_no_more() -> None:
 
 @needs_stub
 @pytest.mark.parametrize("kind", ["adamw", "lion"])
-def test_new_tensors_are_found(kind: str) -> None:
-    """Those of the step before are not what is stepped, though sizes and types are the same."""
+def test_new_tensors_are_used(kind: str) -> None:
+    """Not those of the previous step, although sizes and dtypes are the same."""
     kept = []
     for seed in range(3):
         got = adamw_args(kind, [(3, 100), (700,)], [torch.float32] * 2, [8, 32], seed=10 * seed)
-        kept.append(got)  # so that each has memory of its own
+        kept.append(got)  # so that no memory is reused
         want = copied(got)
         step(got)
         run(want)
@@ -112,7 +112,7 @@ def test_new_tensors_are_found(kind: str) -> None:
 
 
 @needs_stub
-def test_no_vectors_where_memory_is_not_aligned() -> None:
+def test_unaligned_memory_uses_no_vectors() -> None:
     got, want = (adamw_args("adamw", [(700,)] * 4, [torch.float32] * 4, [8, 8, 32, 8]) for _ in range(2))
     for i, which in enumerate((PARAMS, GRADS, STATE1, ABSMAX1)):
         whole = torch.empty(got[which][i].numel() + 1, dtype=got[which][i].dtype)
@@ -142,7 +142,7 @@ def test_norm_of_scaled_gradients(dtype: torch.dtype, aligned: bool) -> None:
 
 @needs_stub
 @pytest.mark.parametrize("most", [2.0**-127, 1e-38, 1e-30, 1.0, 1e15, 2.0**100, 2.0**127])
-def test_absmax_of_any_size_is_inverted_to_the_bit(most: float) -> None:
+def test_absmax_of_any_magnitude_is_inverted_exactly(most: float) -> None:
     got = moment_args(torch.linspace(-1, 1, 256) * most, "lion")
     want = copied(got)
     step(got)
@@ -152,7 +152,7 @@ def test_absmax_of_any_size_is_inverted_to_the_bit(most: float) -> None:
 
 
 @needs_stub
-def test_parameters_without_elements_are_passed_over() -> None:
+def test_empty_parameters_are_skipped() -> None:
     shapes: list[tuple[int, ...]] = [(0,), (5,), (0, 3), (300,)]
     got = adamw_args("adamw", shapes, [torch.bfloat16] * 4, [8] * 4, "stochastic")
     want = copied(got)
@@ -170,20 +170,20 @@ def compiled(architecture: int) -> tuple[Path, dict[str, Kernel]]:
 
 @needs_tools
 @pytest.mark.parametrize("architecture", sass.ARCHITECTURES, ids=lambda a: f"sm{a}")
-def test_loops_take_few_instructions_and_read_vectors(architecture: int) -> None:
+def test_loops_have_few_instructions_and_vector_loads(architecture: int) -> None:
     for name in ("AdamWStep<false>", "AdamWStep<true>"):
         kernel = compiled(architecture)[1][name]
         assert optimizer_waves.faults(kernel) == [], name
-        # As the arithmetic of optimizer_waves has it.
+        # As optimizer_waves assumes.
         assert kernel.threads == 32 * WARPS
         assert limits.resident_warps(kernel) == WARPS * BLOCKS_PER_SM
 
 
 @needs_tools
-def test_a_loop_that_is_not_as_meant_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_loop_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     kernel = compiled(90)[1]["AdamWStep<false>"]
 
-    def said(**opcodes: str) -> set[str]:
+    def faults(**opcodes: str) -> set[str]:
         code = [
             replace(i, opcode=opcodes.get(i.opcode.replace(".", "_"), i.opcode)) for i in kernel.instructions
         ]
@@ -191,10 +191,10 @@ def test_a_loop_that_is_not_as_meant_is_found(monkeypatch: pytest.MonkeyPatch) -
             fault.partition(": ")[2] for fault in optimizer_waves.faults(replace(kernel, instructions=code))
         }
 
-    assert said() == set()
-    assert "6 instructions of single elements" in said(STG_E="STG.E.U16")
-    assert "0 loads of 32 bits, expected 4" in said(LDG_E="LDG.E.U8")
-    assert any(fault.endswith("of fp64") for fault in said(FADD="DADD"))
+    assert faults() == set()
+    assert "6 instructions of single elements" in faults(STG_E="STG.E.U16")
+    assert "0 loads of 32 bits, expected 4" in faults(LDG_E="LDG.E.U8")
+    assert any(fault.endswith("of fp64") for fault in faults(FADD="DADD"))
     kind = optimizer_waves.Kind(False, "fp32", 8)
     monkeypatch.setitem(optimizer_waves.LIMITS, kind, (20.0, 20.0))
     (fault,) = optimizer_waves.faults(kernel)
@@ -205,13 +205,13 @@ def test_a_loop_that_is_not_as_meant_is_found(monkeypatch: pytest.MonkeyPatch) -
 
 @needs_tools
 @pytest.mark.parametrize("architecture", sass.ARCHITECTURES, ids=lambda a: f"sm{a}")
-def test_a_step_divides_without_slow_paths(architecture: int) -> None:
+def test_a_step_calls_no_slow_division(architecture: int) -> None:
     assert isinstance(TOOLS, sass.Tools)
     command = [TOOLS.nvdisasm, "-c", str(compiled(architecture)[0])]
     listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     steps = [code for code in listing.split("\t.section\t.text.")[1:] if "AdamWStep" in code.split(",")[0]]
     assert len(steps) == 2
-    # Shuffles may call: on sm_80 they have a way for lanes that came apart.
+    # Shuffles may call: on sm_80 they have a path for diverged lanes.
     slow = r"CALL.*(div|rcp|sqrt|rsq)"
     assert re.search(slow, listing), "ClipFactor divides once, at its end"
     assert not [line for code in steps for line in code.splitlines() if re.search(slow, line)]

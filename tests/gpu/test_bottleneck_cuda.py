@@ -1,4 +1,4 @@
-"""Bottleneck adapters on CUDA: which kernels a call starts, and that each way computes it, as PTX."""
+"""Bottleneck adapters on CUDA: which kernels a call launches, and that each path is correct, as PTX."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import testing
 
 HALVES = (torch.bfloat16, torch.float16)
 FUSED = 32 * FEW[1] - 31
-"""Rows that give each multiprocessor of back end ptx its block, the last of them one row."""
+"""Rows for one block per multiprocessor of back end ptx, with one row in the last."""
 FORWARD = ["BottleneckRows"]
 APART = ["LoraShrink", "BottleneckBetween", "BottleneckExpand"]
 APART_BACKWARD = ["LoraShrink", "BottleneckBetween", "LoraExpand"]
@@ -33,8 +33,8 @@ def case_of(**given: Any) -> dict[str, Any]:
 
 
 def some_cases() -> list[dict[str, Any]]:
-    """Each type of activations, rows that vectors read and others, and activations in the bottleneck with
-    all else in turn."""
+    """Every dtype, rows with and without vector loads, and every activation function, combined with the other
+    options in turn."""
     ranks = (5, 12, 70, 136, 256)
     cases = []
     for i, (dtype, k, activation) in enumerate(product(HALVES, (104, 45), ACTIVATIONS)):
@@ -45,28 +45,28 @@ def some_cases() -> list[dict[str, Any]]:
                 m=(FUSED, FUSED + 31, FUSED + 17)[i % 3], beside=i % 4 == 2,
             )
         )  # fmt: skip
-    # As many tiles of ranks as there may be, in bf16 too.
+    # The maximum number of rank tiles, also with bf16 adapters.
     cases.append(case_of(k=104, r=256, activation="silu"))
     cases.append(case_of(k=104, r=256, parameters="same", beside=True))
     return cases
 
 
 @pytest.mark.parametrize("case", some_cases(), ids=case_id)
-def test_the_fused_kernel_computes_it(extension: ModuleType, case: dict[str, Any]) -> None:
+def test_the_fused_kernel_is_correct(extension: ModuleType, case: dict[str, Any]) -> None:
     judge(case)
 
 
-@pytest.mark.parametrize("way", ["few-rows", "many-ranks"])
+@pytest.mark.parametrize("path", ["few-rows", "many-ranks"])
 @pytest.mark.parametrize("dtype", HALVES, ids=short)
-def test_the_products_of_lora_compute_it(extension: ModuleType, dtype: torch.dtype, way: str) -> None:
+def test_the_lora_kernels_are_correct(extension: ModuleType, dtype: torch.dtype, path: str) -> None:
     for k, parameters in ((64, "same"), (33, "fp32")):
-        size = {"m": FUSED - 1, "r": 20} if way == "few-rows" else {"m": FUSED, "r": 261}
+        size = {"m": FUSED - 1, "r": 20} if path == "few-rows" else {"m": FUSED, "r": 261}
         judge(case_of(dtype=dtype, k=k, parameters=parameters, beside=k == 64, **size))
 
 
 @pytest.mark.parametrize("m", [9, FUSED], ids=["apart", "fused"])
 @pytest.mark.parametrize("dtype", HALVES, ids=short)
-def test_an_up_of_zeros_is_the_identity_to_the_bit(extension: ModuleType, dtype: torch.dtype, m: int) -> None:
+def test_zero_up_is_the_exact_identity(extension: ModuleType, dtype: torch.dtype, m: int) -> None:
     x, down = testing.tensor(m, 40, dtype=dtype), testing.tensor(5, 40, seed=1)
     x[0] = torch.tensor([0.0, -0.0] * 20)
     x[1, ::3], x[2, ::2], x[3] = 1e-40, -1e-40, -0.0
@@ -79,7 +79,7 @@ def test_an_up_of_zeros_is_the_identity_to_the_bit(extension: ModuleType, dtype:
 
 @pytest.mark.parametrize("m", [9, FUSED], ids=["apart", "fused"])
 def test_zeros_hide_no_nan(extension: ModuleType, m: int) -> None:
-    """In a row, and not in those beside it."""
+    """NaN spreads over its row, but not to other rows."""
     x, down, up = (
         testing.tensor(m, 40, dtype=torch.bfloat16),
         testing.tensor(5, 40, seed=1),
@@ -94,7 +94,7 @@ def test_zeros_hide_no_nan(extension: ModuleType, m: int) -> None:
 
 @pytest.mark.parametrize("m", [9, FUSED], ids=["apart", "fused"])
 @pytest.mark.parametrize("beside", [False, True], ids=["behind", "beside"])
-def test_a_gradient_does_not_depend_on_what_else_is_wanted(
+def test_a_gradient_does_not_depend_on_which_others_are_needed(
     extension: ModuleType, m: int, beside: bool
 ) -> None:
     case = case_of(m=m, beside=beside, dtype=torch.float16)
@@ -114,7 +114,7 @@ def test_a_gradient_does_not_depend_on_what_else_is_wanted(
 
 @pytest.mark.parametrize("m", [9, FUSED], ids=["apart", "fused"])
 def test_any_address_and_any_order_of_threads(extension: ModuleType, m: int) -> None:
-    """The same bits, and what is read by single elements differs from what vectors read in order alone."""
+    """The same bits: vector loads and loads of single elements give the same results."""
     case = case_of(m=m, k=48, r=20, beside=True)
     case |= {"parameters": "same"}
     t: Any = tensors(case)
@@ -139,7 +139,7 @@ def test_any_address_and_any_order_of_threads(extension: ModuleType, m: int) -> 
 def launched(
     m: int, k: int, r: int, card: tuple[int, int, int], **options: Any
 ) -> tuple[list[str], list[str]]:
-    """The kernels of a call, and of its gradients."""
+    """The kernels of a call and of its backward."""
     dtype, norm = options.get("dtype", torch.bfloat16), options.get("norm", False)
     t = [torch.ones(*s, requires_grad=True) for s in ((r, k), (k, r), (r,), (k,))]
     x = torch.ones(m, k, dtype=dtype, requires_grad=True)
@@ -157,7 +157,7 @@ def names_of(launches: Any) -> list[str]:
 
 @pytest.mark.parametrize("card", [A100, H100], ids=["A100", "H100"])
 def test_launches(card: tuple[int, int, int]) -> None:
-    """By rows and ranks; in fp32 and with a layer norm there is nothing of ours."""
+    """By rows and ranks; fp32 and layer norms use none of our kernels."""
     if (reason := testing.unavailable("ptx")) is not None:
         pytest.skip(f"ptx: {reason}")
     enough = 32 * card[1] - 31
@@ -169,7 +169,7 @@ def test_launches(card: tuple[int, int, int]) -> None:
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_the_kernel_checks_for_itself(extension: ModuleType, name: str) -> None:
+def test_the_op_checks_its_arguments(extension: ModuleType, name: str) -> None:
     message, args = wrong_args(name)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.peft_kernels_ptx.bottleneck_backward(*args)

@@ -1,7 +1,7 @@
-"""A decoded token can be captured in a CUDA graph: shown of host code on a stub device, and of the library.
+"""A decoded token can be captured in a CUDA graph: host code on a stub device, and the library.
 
-Inside a capture nothing may wait for the device or read from it, memory must come from torch's allocator (or
-be there already), and what is launched must not depend on what the call before left.
+In a capture nothing may synchronise with the device or read from it, memory must come from torch's allocator
+(or exist already), and launches must not depend on state of earlier calls.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ needs_stub = pytest.mark.skipif(
 )
 
 WAITS = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal", "unique_dim", "_unique2", "masked_select"}
-"""ATen functions that wait for the device: their results, or the sizes of these, go to the host."""
+"""ATen functions that synchronise: their results, or the sizes of these, go to the host."""
 READS = {"item", "tolist", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__"}
-"""Methods of tensors that do."""
+"""Methods of tensors that synchronise."""
 
 
 class NoReads(TorchDispatchMode):
-    """An error where something waits for the device."""
+    """Raises AssertionError if an op synchronises with the device."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func._schema.name.partition("::")[2]
@@ -47,7 +47,7 @@ class NoReads(TorchDispatchMode):
 
 
 class NoCopies(TorchFunctionMode):
-    """An error where Python reads something, or sends it to the CPU: CPU tensors do not show it otherwise."""
+    """Raises AssertionError if Python reads a tensor or moves it to the CPU, which ops do not see for CPU tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
@@ -69,7 +69,7 @@ def nothing_read() -> Iterator[None]:
 
 
 class Token:
-    """A call of a patched Llama on NF4 weights that decodes one token into a static cache."""
+    """Decodes one token with a patched Llama with NF4 weights, into a static cache."""
 
     def __init__(self) -> None:
         peft = pytest.importorskip("peft")
@@ -97,7 +97,7 @@ class Token:
 def test_a_token_on_the_stub(card: tuple[int, int, int]) -> None:
     token = Token()
     with stub_device(card) as launches:
-        token()  # what is set up once, is now
+        token()  # one-time set-up
         first = _launched(token, launches)
         with nothing_read():
             second = _launched(token, launches)
@@ -114,7 +114,7 @@ ALLOWED_INSIDE = {
     *("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::slice", "aten::t", "aten::transpose"),
     *("aten::as_strided", "aten::detach", "aten::to", "aten::contiguous"),
 }
-"""Memory of torch's allocator and views: all that ops at 16 bits ask of torch for a token."""
+"""Allocations and views: the only torch functions that 16-bit ops use for a token."""
 
 
 def _launched(token: Token, launches: Launches) -> list[Launch]:
@@ -124,7 +124,7 @@ def _launched(token: Token, launches: Launches) -> list[Launch]:
 
 
 def _inside_our_ops(token: Token) -> set[str]:
-    """The torch functions that our ops call."""
+    """The torch functions called by our ops."""
     with torch.autograd.profiler.profile() as profile:
         token()
     found: set[str] = set()
@@ -146,7 +146,7 @@ def _inside_our_ops(token: Token) -> set[str]:
 @pytest.mark.parametrize(
     "read", ["x.sum().item()", "x.nonzero()", "x[x > 0]", "x.cpu()", "x.to('cpu')", "bool(x.sum())"]
 )
-def test_reads_are_seen(read: str) -> None:
+def test_reads_are_detected(read: str) -> None:
     with pytest.raises(AssertionError, match="in a token"), nothing_read():
         eval(read, {"x": testing.tensor(3)})
 
@@ -157,22 +157,22 @@ def test_reads_are_seen(read: str) -> None:
 IN_CAPTURES = {
     "cudaLaunchKernel": "becomes a node",
     "cudaMemsetAsync": "becomes a node",
-    "cudaStreamGetCaptureInfo": "a question",
-    "cudaStreamGetCaptureInfo_v2": "a question",
-    "cudaStreamIsCapturing": "a question",
-    "cudaStreamGetId": "a question, asked outside captures",
-    "cudaGetDevice": "a question",
-    "cudaDeviceGetAttribute": "a question",
-    "cudaGetLastError": "a question",
-    "cudaGetErrorString": "a question",
-    "cudaGetErrorName": "a question",
-    "cudaFuncSetAttribute": "of a kernel, not of a stream",
-    "cudaMalloc": "in counters.cpp alone, in relaxed mode",
-    "cudaThreadExchangeStreamCaptureMode": "for that",
+    "cudaStreamGetCaptureInfo": "a query",
+    "cudaStreamGetCaptureInfo_v2": "a query",
+    "cudaStreamIsCapturing": "a query",
+    "cudaStreamGetId": "a query, outside of captures only",
+    "cudaGetDevice": "a query",
+    "cudaDeviceGetAttribute": "a query",
+    "cudaGetLastError": "a query",
+    "cudaGetErrorString": "a query",
+    "cudaGetErrorName": "a query",
+    "cudaFuncSetAttribute": "acts on a kernel, not on a stream",
+    "cudaMalloc": "only in counters.cpp, in relaxed mode",
+    "cudaThreadExchangeStreamCaptureMode": "for cudaMalloc",
     "cudaUserObjectCreate": "a graph's counters",
     "cudaGraphRetainUserObject": "a graph's counters",
 }
-"""Every function of the CUDA runtime that the library calls, and why a capture stands it."""
+"""Every CUDA runtime function that the library calls, and why it is allowed in a capture."""
 OF_TORCH = {
     "current_device",
     "getCurrentCUDAStream",
@@ -180,20 +180,20 @@ OF_TORCH = {
     "MaybeSetDevice",
     "CUDAStream::stream",
 }
-"""What it calls of c10::cuda."""
+"""The functions of c10::cuda that it calls."""
 
 
 def imported() -> list[str]:
-    """What the compiled library asks of others, without arguments."""
+    """The undefined symbols of the compiled library, without arguments."""
     nm = shutil.which("nm")
     if nm is None or cuda.BACKEND._extension is None:
         pytest.skip("no nm" if nm is None else "cuda: not built")
     command = [nm, "-D", "--undefined-only", "-C", str(Path(cuda.BACKEND.extension.__file__))]
-    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [re.sub(r"[(@].*", "", line.split(maxsplit=1)[1]) for line in told.splitlines()]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"[(@].*", "", line.split(maxsplit=1)[1]) for line in output.splitlines()]
 
 
-def test_every_call_of_cuda_may_be_captured() -> None:
+def test_every_cuda_call_is_allowed_in_a_capture() -> None:
     names = imported()
     runtime = {name for name in names if re.match(r"cuda[A-Z]", name)}
     assert "cudaLaunchKernel" in runtime

@@ -1,4 +1,4 @@
-"""What paging asks of CUDA, on one that is made up: in which order, and that pinned memory comes and goes."""
+"""Paging on a fake CUDA: the order of stream operations, and the lifetime of pinned memory."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from peft_kernels.optim.cuda_streams import CudaStreams
 STREAM_CLASS: Any = torch.cuda.Stream
 
 
-class MadeUpCuda:
-    """torch.cuda with one queue, in which all is done at once. Stands where torch has CUDA tensors alone."""
+class FakeCuda:
+    """torch.cuda with one queue that runs everything at once. Replaces functions that need CUDA tensors."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.said: list[str] = []
+        self.calls: list[str] = []
         self.pinned: dict[int, int] = {}
         self.capturing = False
         self.current = "current"
@@ -33,22 +33,22 @@ class MadeUpCuda:
         patch.setattr(torch.cuda, "stream", self.entered)
         patch.setattr(torch.cuda, "device", lambda device: nullcontext())
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.capturing)
-        patch.setattr(torch.cuda, "synchronize", lambda device: self.said.append("synchronize"))
+        patch.setattr(torch.cuda, "synchronize", lambda device: self.calls.append("synchronize"))
         patch.setattr(torch.cuda, "cudart", lambda: self)
         patch.setattr(Tensor, "is_pinned", lambda t: t.untyped_storage().data_ptr() in self.pinned)
         patch.setattr(
-            Tensor, "record_stream", lambda t, stream: self.said.append(f"free after {stream.name}")
+            Tensor, "record_stream", lambda t, stream: self.calls.append(f"free after {stream.name}")
         )
         real = Tensor.copy_
         patch.setattr(Tensor, "copy_", lambda t, source, non_blocking=False: (
-            non_blocking and self.said.append(f"copy on {self.current}"), real(t, source, non_blocking))[1]
+            non_blocking and self.calls.append(f"copy on {self.current}"), real(t, source, non_blocking))[1]
         )  # fmt: skip
 
     def stream(self, name: str) -> Any:
         made = create_autospec(STREAM_CLASS, instance=True)
         made.name = name
         made.record_event.side_effect = lambda: name
-        made.wait_event.side_effect = lambda event: self.said.append(f"{name} after {event}")
+        made.wait_event.side_effect = lambda event: self.calls.append(f"{name} after {event}")
         return made
 
     @contextmanager
@@ -65,13 +65,13 @@ class MadeUpCuda:
         return 0
 
     def cudaHostUnregister(self, address: int) -> int:
-        assert self.said[-1] == "synchronize"
+        assert self.calls[-1] == "synchronize"
         del self.pinned[address]
         return 0
 
 
-def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = MadeUpCuda(monkeypatch)
+def test_order_of_stream_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
     streams = CudaStreams(torch.device("cpu"))
     monkeypatch.setattr(pager, "streams_of", lambda device: streams)
     p = nn.Parameter(torch.zeros(150_000))
@@ -81,7 +81,7 @@ def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     optimizer.step()
     copied_in, copied_out = ["copy on in"] * 2, ["copy on out"] * 2
     chunk = [*copied_in, "current after in", "out after current", *copied_out]
-    assert cuda.said == ["in after current", *chunk * 3, "in after out", *chunk] + ["free after out"] * 3
+    assert cuda.calls == ["in after current", *chunk * 3, "in after out", *chunk] + ["free after out"] * 3
     assert list(cuda.pinned.values()) == [150_000, 150_000]
     codes = optimizer.state[p]["state1"]
     assert (codes == codes[0]).all() and codes[0] > 127
@@ -99,8 +99,8 @@ def test_what_is_asked_of_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not cuda.pinned
 
 
-def test_nothing_stays_pinned_for_a_first_step_that_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = MadeUpCuda(monkeypatch)
+def test_nothing_stays_pinned_when_the_first_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda(monkeypatch)
     streams = CudaStreams(torch.device("cpu"))
     monkeypatch.setattr(pager, "streams_of", lambda device: streams)
     params = [nn.Parameter(torch.zeros(size, dtype=torch.bfloat16)) for size in (150_000, 10_000_000)]

@@ -1,4 +1,4 @@
-"""Layers of experts on CUDA: that kernels compute them for any number of rows, and ask nobody how many."""
+"""Layers of experts on CUDA: kernels are correct for any number of rows, and never read it back."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ENDS = {
     "none": [0, 0, 0, 0, 0],
     "last": [0, 0, 0, 0, 91],
 }
-"""Rows behind each of five experts', of 91."""
+"""Ends of the rows of five experts, of 91 rows."""
 ROWS, EXPERTS, SCALING = 91, 5, 0.5
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 
@@ -64,14 +64,14 @@ def call(op: str, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
 
 
 def check(op: str, arguments: tuple[Any, ...]) -> None:
-    """The numbers policy, for each result."""
-    meaning = testing.reference_op(op)
-    truth, plain = meaning(*map(testing.widen, arguments)), meaning(*arguments)
+    """Checks each result by the numbers policy."""
+    reference = testing.reference_op(op)
+    truth, plain = reference(*map(testing.widen, arguments)), reference(*arguments)
     if isinstance(truth, Tensor):
         truth, plain = (truth,), (plain,)
     got = call(op, arguments)
     for i, (one, of_torch, true) in enumerate(zip(got, plain, truth, strict=True)):
-        if true.dim() == 3:  # of adapters: zeros of idle experts are exact, and would make errors look larger
+        if true.dim() == 3:  # adapters: the exact zeros of idle experts would inflate the relative error
             idle = (true == 0).flatten(1).all(1)
             assert not one[idle].any()
             one, of_torch, true = one[~idle], of_torch[~idle], true[~idle]
@@ -104,7 +104,7 @@ def test_adapters(
 @pytest.mark.parametrize("card", CARDS)
 @pytest.mark.parametrize("op", OPS)
 def test_every_card(extension: ModuleType, op: str, card: str, dtype: torch.dtype) -> None:
-    """Tables of both widths, tiles of both sizes, and blocks that share tiles."""
+    """Wide and narrow tables, small and large tiles, and blocks that share tiles."""
     extension.set_card(*CARDS[card])
     one, few = [130], [0, 1, 1, 3, 5]
     shapes = (72, 704, ENDS["some"]), (72, 704, one), (66, 64, one), (264, 1024, one), (75, 704, few)
@@ -120,7 +120,7 @@ def test_more_experts_than_a_warp_has_lanes(extension: ModuleType, op: str) -> N
 
 @pytest.mark.parametrize("n,k,blocksize,dtype", [(33, 96, 32, torch.bfloat16), (16, 64, 64, torch.float32)])
 @pytest.mark.parametrize("op", OPS)
-def test_what_no_kernel_takes_is_composed(
+def test_unsupported_shapes_fall_back(
     extension: ModuleType, op: str, n: int, k: int, blocksize: int, dtype: torch.dtype
 ) -> None:
     check(op, layer(n, k, dtype, ENDS["some"], blocksize=blocksize)[op])
@@ -129,7 +129,7 @@ def test_what_no_kernel_takes_is_composed(
 
 
 @pytest.mark.parametrize("op", OPS[2:])
-def test_a_dense_base_is_composed(extension: ModuleType, op: str) -> None:
+def test_a_dense_base_falls_back(extension: ModuleType, op: str) -> None:
     arguments = list(layer(48, 128, torch.bfloat16, ENDS["some"])[op])
     at = 2 if op == "experts_lora_linear" else 4
     arguments[at : at + 5] = testing.tensor(EXPERTS, 48, 128, dtype=torch.bfloat16), None, None, None, 0
@@ -138,7 +138,7 @@ def test_a_dense_base_is_composed(extension: ModuleType, op: str) -> None:
 
 @pytest.mark.parametrize("op", OPS)
 def test_experts_without_rows_are_not_read(extension: ModuleType, op: str) -> None:
-    """What they hold would spoil the results otherwise: NaN scales, and NaN adapters."""
+    """Their NaN scales and NaN adapters do not reach the results."""
     arguments = layer(48, 128, torch.bfloat16, ENDS["some"], nested=False)[op]
     for argument in arguments:
         if isinstance(argument, Tensor) and argument.shape[0] == EXPERTS and argument.is_floating_point():
@@ -149,15 +149,15 @@ def test_experts_without_rows_are_not_read(extension: ModuleType, op: str) -> No
 
 @pytest.mark.parametrize("ends", [[-5, 200, 3, 7, 90], [90, 60, 30, 20, 10], [-1] * 5, [2**31 - 1] * 5])
 @pytest.mark.parametrize("op", OPS)
-def test_no_ends_leave_memory(extension: ModuleType, op: str, ends: list[int]) -> None:
-    """Guarded: an access beyond a tensor is a fault."""
+def test_invalid_ends_stay_in_bounds(extension: ModuleType, op: str, ends: list[int]) -> None:
+    """Memory is guarded: an access past the end of a tensor is a fault."""
     call(op, layer(48, 128, torch.bfloat16, ends)[op])
 
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("card", CARDS)
 def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed: int) -> None:
-    """Nor does what the memory held: counters are back at zero after every call."""
+    """Nor does uninitialised memory: counters are zero again after every call."""
     extension.set_card(*CARDS[card])
     cases = layer(72, 704, torch.bfloat16, ENDS["some"])
 
@@ -167,7 +167,7 @@ def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed:
     ptx.BACKEND.check_order(seed, run)
 
 
-def test_gradients_do_not_depend_on_which_are_wanted(extension: ModuleType) -> None:
+def test_gradients_do_not_depend_on_which_are_needed(extension: ModuleType) -> None:
     arguments = layer(72, 704, torch.bfloat16, ENDS["some"])["experts_lora_linear_backward"]
     whole = call("experts_lora_linear_backward", arguments)
     for i in range(3):
@@ -177,7 +177,7 @@ def test_gradients_do_not_depend_on_which_are_wanted(extension: ModuleType) -> N
         assert [f.numel() > 0 for f in found] == needs
 
 
-# The host's side: what is started depends on sizes alone, and nothing is asked of the device.
+# The host's side: launches depend on sizes alone, and nothing is read from the device.
 
 LAUNCHES = {
     "experts_linear": ["ListExpertRows", "ExpertsTiles"],
@@ -191,7 +191,7 @@ LAUNCHES = {
 
 @pytest.mark.parametrize("card", [A100, H100], ids=["A100", "H100"])
 @pytest.mark.parametrize("op", OPS)
-def test_nothing_waits_for_the_device(op: str, card: tuple[int, int, int]) -> None:
+def test_nothing_synchronises(op: str, card: tuple[int, int, int]) -> None:
     if (reason := testing.unavailable("ptx")) is not None:
         pytest.skip(f"ptx: {reason}")
     seen: list[list[Launch]] = []

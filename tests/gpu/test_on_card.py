@@ -1,7 +1,7 @@
-"""What only a card can show: captured graphs, streams, two cards, reduce-overhead, the same bits every time.
+"""Tests that need a card: captured graphs, streams, two cards, reduce-overhead, bitwise reproducibility.
 
-Each test has a body that runs on the CPU as well, small and with what is the card's alone left out: it must
-be right before there is a card.
+Each test body also runs on the CPU, with small sizes and without the parts that need a card, so that it is
+known to be correct beforehand.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Results = dict[str, Tensor]
 
 
 class Place:
-    """A back end, and the device that its tensors are on."""
+    """A back end and the device of its tensors."""
 
     def __init__(self, backend: str) -> None:
         self.is_card = backend == "cuda" or (backend == "triton" and not triton.BACKEND.interpreted)
         self.device = torch.device("cuda", 0) if self.is_card else torch.device("cpu")
-        # Few tiles for a card: sums are split between its multiprocessors, and put together by counters.
+        # Few tiles for a card: sums are split over multiprocessors and combined with counters.
         self.sizes = (512, 1024, 256) if self.is_card else (64, 128, 64)
 
     def times(self, count: int) -> range:
@@ -48,7 +48,7 @@ class Place:
         return torch.cuda.stream(stream) if self.is_card else nullcontext()
 
     def stream(self) -> Any:
-        """A new one, which starts after all that the current one has to do."""
+        """Returns a new stream, ordered after the current one."""
         if not self.is_card:
             return None
         stream = torch.cuda.Stream()
@@ -56,8 +56,8 @@ class Place:
         return stream
 
     def recorded(self, run: Callable[[], Results]) -> tuple[Results, Callable[[], Any]]:
-        """The results of `run`, and what computes them anew, in their place: on a card the replay of a
-        graph."""
+        """Returns the results of `run`, and a function that recomputes them in place: on a card, by
+        replaying a graph."""
         if not self.is_card:
             results = run()
             return results, lambda: [results[name].copy_(value) for name, value in run().items()]
@@ -73,7 +73,7 @@ class Place:
 
 
 ON_CPU = [name for name in testing.backend_ids() if name != "reference" and not name.startswith("cpu-")]
-"""What runs the kernels of a card on the CPU."""
+"""Back ends that run the kernels of a card on the CPU."""
 
 
 @pytest.fixture(params=sorted({"cpu", *ON_CPU, "cuda", "triton"}))
@@ -87,7 +87,7 @@ def place(request: pytest.FixtureRequest) -> Iterator[Place]:
 
 
 class Step:
-    """Forward and backward of two patched NF4 layers with LoRA, on data that can be changed in place."""
+    """Forward and backward of two patched NF4 layers with LoRA, with inputs that can be changed in place."""
 
     def __init__(self, sizes: tuple[int, int, int], device: torch.device, rows: int) -> None:
         into, hidden, out = sizes
@@ -100,7 +100,7 @@ class Step:
             }
             model = nn.Sequential(OrderedDict(layers)).to(DTYPE)
             pk.quantize_model(model)
-            # On the CPU, unpatched: what the results are judged by.
+            # On the CPU, unpatched: the reference.
             self.stock = lora(model, r=16).base_model.model
             self.x = torch.zeros(rows, into, dtype=DTYPE, device=device, requires_grad=True)
             self.dy = torch.zeros(rows, out, dtype=DTYPE, device=device)
@@ -122,7 +122,7 @@ class Step:
         return differentiated(self.model, self.x, self.dy, model)
 
     def check(self, got: Results, seed: int) -> None:
-        """By the numbers policy, against stock PEFT on the CPU and in fp64."""
+        """Checks by the numbers policy, against stock PEFT on the CPU and in fp64."""
         assert not any(layer.fallbacks for layer in self.report.layers), str(self.report)
         x, dy = self.data(seed)
         with pk.use_backend("reference"):
@@ -138,7 +138,7 @@ class Step:
 def differentiated(
     model: nn.Module, x: Tensor, dy: Tensor, call: Callable[[Tensor], Tensor] | None = None
 ) -> Results:
-    """Output, and gradients of x and all adapters."""
+    """Returns the output, and the gradients of x and all adapters."""
     adapters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     y = (call or model)(x)
     gradients = torch.autograd.grad(y, [x, *adapters.values()], dy)
@@ -151,7 +151,7 @@ def assert_same_bits(got: Results, expected: Results, what: str) -> None:
 
 
 @ROWS
-def test_a_graph_computes_with_the_data_of_each_replay(place: Place, rows: int) -> None:
+def test_a_graph_uses_the_data_of_each_replay(place: Place, rows: int) -> None:
     step = Step(place.sizes, place.device, rows)
     step.set(1)
     results, replay = place.recorded(step)
@@ -170,8 +170,8 @@ def test_a_graph_computes_with_the_data_of_each_replay(place: Place, rows: int) 
     assert_same_bits(results, seen[0], "replayed after a call without a graph")
 
 
-def test_a_graph_makes_the_steps_of_an_optimizer(place: Place) -> None:
-    """With the gradients and the learning rate of each replay, and one step further each time."""
+def test_a_graph_contains_an_optimizer_step(place: Place) -> None:
+    """With the gradients and learning rate of each replay, and an advancing step count."""
     shapes = [(64, 1024), (5000,), (30,)]
     with pk.use_backend("reference"):
         parameters = [nn.Parameter(testing.tensor(*s, dtype=DTYPE).to(place.device)) for s in shapes]
@@ -200,8 +200,8 @@ def test_a_graph_makes_the_steps_of_an_optimizer(place: Place) -> None:
 
 
 @ROWS
-def test_two_streams_do_not_meet(place: Place, rows: int) -> None:
-    """Of one model and at once: what a stream keeps in memory for itself is not the other's."""
+def test_two_streams_do_not_interfere(place: Place, rows: int) -> None:
+    """One model on two streams at once: each stream has its own scratch memory."""
     steps = [Step(place.sizes, place.device, rows) for _ in range(2)]
     steps[1].model = steps[0].model
     for step, seed in zip(steps, (1, 7), strict=True):
@@ -218,12 +218,12 @@ def test_two_streams_do_not_meet(place: Place, rows: int) -> None:
     for results, expected, step, seed in zip(together, alone, steps, (1, 7), strict=True):
         step.check(expected, seed)
         for result in results:
-            assert_same_bits(result, expected, "on a stream of its own")
+            assert_same_bits(result, expected, "on its own stream")
 
 
 @ROWS
 def test_a_hundred_runs_give_the_same_bits(place: Place, rows: int) -> None:
-    """Whatever else the card does: every other time products of torch's take part of it."""
+    """Also under load: every other run, GEMMs of torch occupy part of the card."""
     step = Step(place.sizes, place.device, rows)
     step.set(3)
     expected = step()
@@ -242,7 +242,7 @@ def test_a_hundred_runs_give_the_same_bits(place: Place, rows: int) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("rows", [5, 130], ids=lambda rows: f"m{rows}")
 def test_compiled_to_reduce_overhead(place: Place, rows: int) -> None:
-    """Inductor records graphs of its own in the second call, and replays them from the third on."""
+    """Inductor records its graphs in the second call and replays them from the third on."""
     from torch._dynamo.utils import counters
 
     torch.compiler.reset()
@@ -261,7 +261,7 @@ def test_compiled_to_reduce_overhead(place: Place, rows: int) -> None:
 
 
 @ROWS
-def test_tensors_on_a_card_that_is_not_the_current_one(place: Place, rows: int) -> None:
+def test_tensors_on_a_card_other_than_the_current_one(place: Place, rows: int) -> None:
     if place.is_card and torch.cuda.device_count() < 2:
         pytest.skip("one card is here, two are needed")
     devices = [place.device, torch.device("cuda", 1) if place.is_card else place.device]
@@ -277,8 +277,8 @@ def test_tensors_on_a_card_that_is_not_the_current_one(place: Place, rows: int) 
 
 @pytest.mark.parametrize("rounding, most", [("nearest", 0.0), ("stochastic", 0.5), ("kahan", 0.0)])
 def test_paged_states_give_the_same_bits_within_a_budget(place: Place, rounding: str, most: float) -> None:
-    """While other work is under way on a stream of its own. On a card states are pinned, and a step takes no
-    more memory than it may, but for what torch rounds up."""
+    """While another stream is busy. On a card states are pinned, and a step stays within its memory budget,
+    up to torch's rounding."""
     budget = 64 << 20 if place.is_card else BUDGET
     sizes = [(4096, 4097), (300,), (8192, 2048)] if place.is_card else [(40, 97), (7,), (1500,)]
     noise, load = place.stream(), torch.randn(2048 if place.is_card else 16, 64, device=place.device)

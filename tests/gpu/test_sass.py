@@ -1,4 +1,4 @@
-"""The CUDA kernels as nvcc compiles them: no spills, tensor cores where they are meant, few instructions."""
+"""The compiled CUDA kernels: no spills, tensor cores where expected, few instructions."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ TOY = """
 #include "launch.cuh"
 namespace peft_kernels::cuda {
 
-// Sums of products as they are meant, and by ordinary arithmetic.
+// A GEMM by tensor cores, and by ordinary arithmetic.
 template <int kTokens, bool kMatrix, int kUnroll>
-struct Product {
+struct Gemm {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 1;
   struct Params {
@@ -107,7 +107,7 @@ struct Spilling {
   }
 };
 
-// No register was short, and the array is in memory all the same.
+// Enough registers, but a dynamic index puts the array into local memory.
 struct Indexing {
   static constexpr int kThreads = 256;
   static constexpr int kBlocksPerSm = 1;
@@ -131,10 +131,10 @@ START = """
 #include "toy.cuh"
 namespace peft_kernels::cuda {
 void start(Stream stream) {
-  launch<Product<8, true, 1>>({}, 1, stream);
-  launch<Product<8, true, 4>>({}, 1, stream);
-  launch<Product<64, true, 1>>({}, 1, stream);
-  launch<Product<8, false, 1>>({}, 1, stream);
+  launch<Gemm<8, true, 1>>({}, 1, stream);
+  launch<Gemm<8, true, 4>>({}, 1, stream);
+  launch<Gemm<64, true, 1>>({}, 1, stream);
+  launch<Gemm<8, false, 1>>({}, 1, stream);
   launch<Spilling>({}, 1, stream);
   launch<Indexing>({}, 1, stream, sizeof(Indexing::Shared));
 }
@@ -155,44 +155,44 @@ def toys(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 @pytest.fixture
 def held_to(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Sets the limit of the products above."""
+    """Returns a function that sets the limit of Gemm."""
 
     def hold(limit: float) -> None:
-        rules = [Rule(rf"Product<{tokens}, .*>", limit, tokens) for tokens in (8, 64)]
+        rules = [Rule(rf"Gemm<{tokens}, .*>", limit, tokens) for tokens in (8, 64)]
         monkeypatch.setattr(limits, "RULES", rules)
 
     return hold
 
 
-def test_a_kernel_that_spills_is_found(toys: dict[str, Kernel]) -> None:
+def test_a_spilling_kernel_is_reported(toys: dict[str, Kernel]) -> None:
     faults = limits.judge(toys["Spilling"]).faults
     assert any(re.fullmatch(r"spills \d+ bytes", fault) for fault in faults)
     assert any("accesses to local memory" in fault for fault in faults)
 
 
-def test_a_kernel_with_an_array_in_local_memory_is_found(toys: dict[str, Kernel]) -> None:
+def test_an_array_in_local_memory_is_reported(toys: dict[str, Kernel]) -> None:
     (fault,) = limits.judge(toys["Indexing"]).faults
     assert "accesses to local memory" in fault
 
 
-def test_a_product_without_matrix_instructions_is_found(
+def test_a_gemm_without_matrix_instructions_is_reported(
     toys: dict[str, Kernel], held_to: Callable[[float], None]
 ) -> None:
     held_to(100.0)
-    assert limits.judge(toys["Product<8, true, 1>"]).faults == ()
-    (fault,) = limits.judge(toys["Product<8, false, 1>"]).faults
+    assert limits.judge(toys["Gemm<8, true, 1>"]).faults == ()
+    (fault,) = limits.judge(toys["Gemm<8, false, 1>"]).faults
     assert "HMMA" in fault
 
 
-def test_a_product_of_too_many_instructions_is_found(
+def test_a_gemm_with_too_many_instructions_is_reported(
     toys: dict[str, Kernel], held_to: Callable[[float], None]
 ) -> None:
     held_to(0.1)
-    finding = limits.judge(toys["Product<8, true, 1>"])
+    finding = limits.judge(toys["Gemm<8, true, 1>"])
     assert finding.faults == (f"{finding.per_weight:.2f} instructions per weight, at most 0.1 allowed",)
 
 
-def test_the_limit_is_for_the_longest_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_limit_applies_to_the_longest_path(monkeypatch: pytest.MonkeyPatch) -> None:
     branch = Instruction("BRA", True, (".L_x_1",)), Instruction("BRA", False, (".L_x_2",))
     matrix, other, leave = (Instruction(name, False, ()) for name in ("HMMA.16816", "NOP", "EXIT"))
     code = [branch[0], matrix, branch[1], matrix, other, other, leave]
@@ -204,19 +204,19 @@ def test_the_limit_is_for_the_longest_way(monkeypatch: pytest.MonkeyPatch) -> No
         assert (finding.least, finding.per_weight, finding.faults) == (4 / 8, 5 / 8, faults)
 
 
-def test_unrolling_and_tokens_are_seen_through(
+def test_counts_do_not_depend_on_unrolling_or_tokens(
     toys: dict[str, Kernel], held_to: Callable[[float], None]
 ) -> None:
     held_to(100.0)
-    names = [f"Product<{arguments}>" for arguments in ("8, true, 1", "8, true, 4", "64, true, 1")]
+    names = [f"Gemm<{arguments}>" for arguments in ("8, true, 1", "8, true, 4", "64, true, 1")]
     assert [sass.count(toys[name].main_path(MATRIX), MATRIX) for name in names] == [1, 4, 8]
     rolled, unrolled, wide = (limits.judge(toys[name]).per_weight or 0.0 for name in names)
-    # Of 8 weights: a matrix instruction, two loads; of each 8 weights by 64 tokens, eight of the former.
+    # Per 8 weights: one matrix instruction and two loads; with 64 tokens, eight matrix instructions.
     assert 3 / 8 <= unrolled < rolled <= 30 / 8
     assert wide >= 10 / 8
 
 
-def test_declared_shared_memory_counts(toys: dict[str, Kernel]) -> None:
+def test_declared_shared_memory_limits_residency(toys: dict[str, Kernel]) -> None:
     kernel = dataclasses.replace(toys["Indexing"], registers=32)
     assert kernel.shared == 65536 and toys["Spilling"].shared == 0
     assert limits.resident_warps(kernel) == {80: 16, 90: 24, 120: 8}[kernel.architecture]
@@ -297,7 +297,7 @@ def listed() -> Kernel:
     return kernel
 
 
-def test_a_listing_is_read() -> None:
+def test_a_listing_is_parsed() -> None:
     kernel = listed()
     assert (kernel.name, kernel.threads, kernel.registers) == ("k", 256, 54)
     assert (kernel.shared, kernel.spill_bytes, len(kernel.instructions)) == (1056, 16, 18)
@@ -313,14 +313,14 @@ def test_the_main_path_does_most_of_the_work() -> None:
     assert loop == ["LDG.E.64.CONSTANT", "BRA", *["HMMA.16816.F32.BF16"] * 2, "BRA", "BRA.U"]
     around = kernel.main_path(MATRIX, longest=False, around=True)
     assert sass.count(around, MATRIX) == 2 and len(around) == len(loop) + 7
-    # Not in a loop: all the way through, by the longer of two ways that store as much, once through loops.
+    # Not in a loop: the whole kernel, by the longer of two paths with as many stores, once through loops.
     whole = [instruction.opcode for instruction in kernel.main_path(WIDE_STORE)]
     assert whole[:3] == ["MOV", "EXIT", "BSSY"] and whole[-2:] == ["STG.E.128", "EXIT"]
     assert whole.count("LDG.E.U8") == 1 and len(whole) == 14
 
 
 def test_work_around_the_main_loop_does_not_count() -> None:
-    """A tail of two in every round of the loop around one of three."""
+    """An inner loop of three, and two more in each iteration of the outer loop."""
     work = Instruction("HMMA.16816.F32", False, ())
     jumps = [Instruction("BRA", True, (label,)) for label in (".inner", ".outer")]
     code = [*[work] * 5, *jumps, Instruction("EXIT", False, ())]
@@ -348,7 +348,7 @@ def test_a_call_of_a_label_is_a_jump() -> None:
     assert kernel.successors[3] == [12]
 
 
-def test_a_way_may_end_in_a_loop() -> None:
+def test_a_path_may_end_in_a_loop() -> None:
     graph = flow.Graph({0: [1], 1: [2, flow.END], 2: [1]})
     assert graph.best_path(None, lambda block: (0, 1)) == [0, 1]
 
@@ -361,7 +361,7 @@ def test_resident_warps() -> None:
     assert warps(90, 256, 32) == 64
     assert warps(89, 256, 32) == 48
     assert warps(90, 256, 128) == 16
-    assert warps(90, 256, 129) == 8  # by 256 registers a warp: 136 of each thread
+    assert warps(90, 256, 129) == 8  # allocated by 256 registers per warp: 136 per thread
     assert warps(90, 256, 32, 64 << 10) == 24
     assert warps(120, 256, 32, 64 << 10) == 8
     assert warps(90, 1024, 65) == 0
@@ -387,7 +387,7 @@ def test_the_table_has_kernels_beside_floors(monkeypatch: pytest.MonkeyPatch) ->
     assert kernel["per_weight"] == [6 / 16, 6 / 16] and kernel["faults"] == ("spills 16 bytes",)
 
 
-def test_without_the_compiler_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_reason_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
     missing = sass.tools()
     assert missing == "nvcc, nvdisasm, c++filt not found"

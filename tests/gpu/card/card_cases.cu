@@ -1,3 +1,4 @@
+// Cases that only a card can fail: several blocks or warps in parallel, launches, shared memory.
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
@@ -23,8 +24,7 @@ struct Tickets {
   float* sums;   // [thread]
   uint32_t *counter, *tickets;
 };
-// The last of the blocks to arrive adds up what all have written: with plain loads, from other
-// multiprocessors.
+// The last block to arrive adds up what all blocks wrote: with plain loads, from other multiprocessors.
 __global__ void sum_in_the_last(Tickets p) {
   const int i = threadIdx.x, blocks = gridDim.x;
   auto* ticket = shared_memory<uint32_t>();
@@ -65,7 +65,7 @@ struct Stream16 {
   uint32_t* out;       // [thread]
   int steps;
 };
-// Steps go through a ring of stages, some copies under way while an earlier one is read: by another thread.
+// Steps pass through a ring of stages; some copies are in flight while another thread reads an earlier stage.
 template <int kStages>
 __global__ void through_a_ring(Stream16 p) {
   auto* ring = shared_memory<Words4>();  // [stage, thread]
@@ -146,7 +146,7 @@ __global__ void halves_of(Words p) {
   p.out[2 * i] = bit_cast<uint32_t>(from_float<float>(low_half<T>(word)));
   p.out[2 * i + 1] = bit_cast<uint32_t>(high_half<T>(word));
 }
-// The bits of a float from those of a 16-bit one, for normal numbers; of fp16 the exponent moves.
+// The bits of a float from those of a normal 16-bit one; for fp16 the exponent changes.
 template <class T>
 uint32_t widened(uint32_t half) {
   if constexpr (std::is_same_v<T, bf16>) return half << 16;
@@ -170,7 +170,8 @@ void halves() {
   }
 }
 
-// ---- Launches as kernels are launched ------------------------------------------------------------------
+// ---- Launches through launch.cuh
+// ---------------------------------------------------------------------------
 
 struct Reverse {
   static constexpr int kThreads = 256;
@@ -189,7 +190,7 @@ struct Reverse {
   }
 };
 void launched() {
-  constexpr int kBlocks = 300, kCount = 24 << 10;  // 96 KB of a block: more than comes without asking
+  constexpr int kBlocks = 300, kCount = 24 << 10;  // 96 KB per block: needs the opt-in
   std::vector<uint32_t> values(size_t{kBlocks} * kCount);
   for (size_t i = 0; i < values.size(); ++i) values[i] = static_cast<uint32_t>(i);
   const Array<uint32_t> in(values), result(values.size());
@@ -199,27 +200,27 @@ void launched() {
   const auto out = result.values();
   for (size_t i = 0; i < out.size(); ++i) {
     const size_t block = i / kCount;
-    expect(out[i] == (2 * block + 1) * kCount - 1 - i, "each block to turn its part round");
+    expect(out[i] == (2 * block + 1) * kCount - 1 - i, "each block to reverse its part");
   }
 }
 
 // ---- Where a block's shared memory starts ---------------------------------------------------------------
 
-__global__ void tell_start(uint32_t* starts) {
+__global__ void store_start(uint32_t* starts) {
   if (threadIdx.x == 0) starts[blockIdx.x] = shared_address(shared_memory<uint8_t>());
 }
-// Plans leave so much room before it, and no more.
+// Plans leave exactly this much space before it.
 void reserved() {
   constexpr int kBlocks = 512;
   const Array<uint32_t> result(kBlocks);
-  int told = 0;
-  check(cudaDeviceGetAttribute(&told, cudaDevAttrReservedSharedMemoryPerBlock, 0));
+  int reported = 0;
+  check(cudaDeviceGetAttribute(&reported, cudaDevAttrReservedSharedMemoryPerBlock, 0));
   for (const int bytes : {16, 16 << 10, 48 << 10}) {
-    run<uint32_t*>(tell_start, result.data(), kBlocks, kThreads, bytes);
+    run<uint32_t*>(store_start, result.data(), kBlocks, kThreads, bytes);
     for (const uint32_t start : result.values()) {
-      expect(start <= static_cast<uint32_t>(told), "shared memory to start within the reserved " +
-                                                       std::to_string(told) + " bytes, not at " +
-                                                       std::to_string(start));
+      expect(start <= static_cast<uint32_t>(reported), "shared memory to start within the reserved " +
+                                                           std::to_string(reported) + " bytes, not at " +
+                                                           std::to_string(start));
     }
   }
 }

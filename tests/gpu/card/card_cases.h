@@ -1,5 +1,4 @@
-// Cases beside those of tests/gpu/ptx: what takes more than one warp, or more than one block at the same
-// time.
+// Cases in addition to those of tests/gpu/ptx: more than one warp, or concurrent blocks.
 #pragma once
 
 #include "cases/cases.cuh"

@@ -1,6 +1,6 @@
-// The primitives that kernels are written in, on the card that is here, against arithmetic of the host.
-// Nothing but CUDA's runtime takes part. Prints a line for each case and exits with 1 when one was wrong,
-// with 3 when there is no card; `primitives NAME...` runs those cases alone.
+// Runs the cases of the device primitives on a card, against arithmetic of the host, with nothing but the
+// CUDA runtime. Prints a line per case; exits with 1 if one failed, 3 without a card. `primitives NAME...`
+// runs only these cases.
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -29,18 +29,18 @@ int main(int count, char** arguments) {
        {&cases::value_cases(), &cases::matrix_cases(), &cases::memory_cases(), &cases::card_cases()}) {
     for (const auto& [name, run] : *group) {
       if (!only.empty() && std::find(only.begin(), only.end(), name) == only.end()) continue;
-      const bool is_question = name.rfind("sum_is_cut_off", 0) == 0;
-      std::string outcome = is_question ? "yes" : "right";
+      const bool is_query = name.rfind("sum_is_cut_off", 0) == 0;
+      std::string outcome = is_query ? "yes" : "right";
       try {
         run();
-        right += is_question ? 0 : 1;
+        right += is_query ? 0 : 1;
       } catch (const std::exception& fault) {
-        outcome = is_question ? "no" : std::string("WRONG, ") + fault.what();
-        if (!is_question) wrong.push_back(name);
+        outcome = is_query ? "no" : std::string("WRONG, ") + fault.what();
+        if (!is_query) wrong.push_back(name);
       }
       std::printf("%s: %s\n", name.c_str(), outcome.c_str());
       std::fflush(stdout);
-      // What a case has left of it is not the next one's; an illegal access stays, and ends all.
+      // Clears errors of the case; an illegal access is sticky and ends the run.
       cudaGetLastError();
       if (const cudaError_t lost = cudaDeviceSynchronize(); lost != cudaSuccess) {
         std::printf("%s: the card is lost: %s\n", name.c_str(), cudaGetErrorString(lost));

@@ -1,4 +1,4 @@
-"""The primitives' cases as a program of nvcc's alone: compiled for every card, run on one that is here."""
+"""Compiles the cases of the device primitives for every card, and runs them on the card of this machine."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ CASES = [PTX / "cases" / f"{name}_cases.cu" for name in ("value", "matrix", "mem
 CASES.append(ROOT / "tests" / "gpu" / "card" / "card_cases.cu")
 ARCHITECTURES = (80, 90, 100, 120)
 PLACES = ("thread_index", "block_index", "grid_size", "lane_index")
-"""Names of what CUDA has names for."""
+"""Wrappers of CUDA builtins, which need no case."""
 
 
 @lru_cache(maxsize=1)
 def program() -> Path:
-    """Compiled for all architectures, unless it is already."""
+    """Compiles the program for all architectures, unless cached."""
     tools = sass.tools()
     if isinstance(tools, str):
         pytest.skip(tools)
@@ -62,22 +62,22 @@ def test_compiles_for_every_card() -> None:
 
 
 @pytest.mark.slow
-def test_primitives_are_right_on_the_card() -> None:
+def test_primitives_on_the_card() -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch.cuda.is_available() is False")
-    status, said = run()
-    assert status == 0, said
+    status, output = run()
+    assert status == 0, output
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
-def test_without_a_card_the_program_says_so() -> None:
-    status, said = run()
-    assert status == 3 and said.startswith("no card: ")
+def test_without_a_card_the_program_reports_it() -> None:
+    status, output = run()
+    assert status == 3 and output.startswith("no card: ")
 
 
 def wrappers(text: str) -> set[str]:
-    """The functions of device.cuh."""
+    """The names of the functions of device.cuh."""
     return set(re.findall(r"^DEVICE (?:[\w:*]+ )+?\*?(\w+)(?:<\w+>)?\(", text, re.M)) - {*PLACES}
 
 
@@ -85,13 +85,13 @@ def unnamed(functions: set[str], cases: Sequence[str]) -> list[str]:
     return sorted(name for name in functions if not any(re.search(rf"\b{name}\b", text) for text in cases))
 
 
-def test_every_wrapper_has_its_case() -> None:
+def test_every_wrapper_has_a_case() -> None:
     functions = wrappers((ROOT / "csrc" / "cuda" / "core" / "device.cuh").read_text(encoding="utf-8"))
     assert {"shuffle_from_quad", "atomic_add_ordered", "mma", "pack2", "shared_memory", "load"} <= functions
     assert not unnamed(functions, [path.read_text(encoding="utf-8") for path in CASES])
 
 
-def test_one_without_a_case_would_be_found() -> None:
+def test_a_wrapper_without_a_case_is_found() -> None:
     text = (
         "DEVICE void f(int x) {}\ntemplate <class T>\nDEVICE T* g() {}\nDEVICE uint32_t h<bf16>(float x) {}\n"
     )

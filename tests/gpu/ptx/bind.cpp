@@ -50,7 +50,7 @@ struct Loaded {
   }
 };
 
-// To addresses, as no op asks for every part.
+// Takes addresses, because no op covers every kind of part.
 void dequantize_part(uintptr_t packed, uintptr_t absmax, int block_shift, std::array<int64_t, 5> part,
                      uintptr_t out, int64_t out_stride, int dtype) {
   const cuda::Nf4View weight{reinterpret_cast<const uint8_t*>(packed),
@@ -64,7 +64,7 @@ void dequantize_part(uintptr_t packed, uintptr_t absmax, int block_shift, std::a
                        static_cast<DType>(dtype), out_stride, nullptr);
 }
 
-// torch's memory while it is asked for.
+// torch's CPU allocator while guarding is on.
 struct GuardedAllocator final : c10::Allocator {
   c10::DataPtr allocate(size_t bytes) override {
     void* pointer = bytes == 0 ? nullptr : allocate_guarded(bytes);
@@ -86,28 +86,30 @@ void set_guarded(bool guarded) {
 }  // namespace
 
 void bind(pybind11::module_& m) {
-  m.def("set_seed", [](uint32_t seed) { ptx::options().seed = seed; }, "Of the order in which warps run.");
+  m.def(
+      "set_seed", [](uint32_t seed) { ptx::options().seed = seed; },
+      "Set the seed of the order in which warps run.");
   m.def(
       "set_resident_blocks", [](int blocks) { ptx::options().resident_blocks = blocks; },
-      "How many blocks run at a time; 0: by the seed.");
+      "Set the number of concurrent blocks; 0: chosen by the seed.");
   m.def(
       "set_truncate_sums", [](bool truncate) { ptx::options().truncate_sums = truncate; },
-      "Whether matrix instructions cut their sums off, as tensor cores do.");
+      "Whether matrix instructions truncate sums, as tensor cores do.");
   m.def(
       "set_perturb_approximations", [](bool perturb) { ptx::options().perturb_approximations = perturb; },
-      "Whether what .approx instructions give is moved within their error.");
+      "Whether results of .approx instructions are perturbed within their error.");
   m.def(
       "set_edit",
       [](const std::optional<std::function<std::string(std::string)>>& edit) {
         set_edit(edit ? *edit : nullptr);
       },
-      "What to make of the PTX before it runs; None: nothing.");
+      "Set a function that edits the PTX before it runs; None: no edit.");
   m.def(
       "set_report_unwritten", [](bool report) { ptx::options().report_unwritten = report; },
-      "Whether to read shared memory that nobody wrote is a fault.");
+      "Whether reading unwritten shared memory is a fault.");
   m.def(
       "set_shared_start", [](int64_t address) { ptx::options().first_shared_address = address; },
-      "Where shared memory begins; a card's own at first.");
+      "Set the address of shared memory; initially that of the card.");
   m.def(
       "note_launches",
       [](bool note) {
@@ -120,9 +122,9 @@ void bind(pybind11::module_& m) {
         note_launches(note ? &notes : nullptr);
         return found;
       },
-      "From now on launches are noted and do nothing, or run as ever; returns those noted since the last "
-      "call: kernel, blocks, threads of a block, bytes of shared memory.");
-  m.def("set_sticky_error", set_sticky_error, "An error that every call of CUDA's returns; 0: none.");
+      "Whether launches are recorded instead of run. Returns those recorded since the last call: kernel, "
+      "blocks, threads per block, bytes of shared memory.");
+  m.def("set_sticky_error", set_sticky_error, "Set an error that every CUDA call returns; 0: none.");
   m.def(
       "bank_counts",
       [] {
@@ -132,8 +134,7 @@ void bind(pybind11::module_& m) {
         }
         return counts;
       },
-      "By line: warp-wide accesses to shared memory, their wavefronts, and those of them that are "
-      "conflicts.");
+      "Warp-wide accesses to shared memory, their wavefronts and conflicts, by line.");
   m.def("reset_bank_counts", ptx::reset_bank_counts, "");
   m.def(
       "executed",
@@ -150,27 +151,23 @@ void bind(pybind11::module_& m) {
         }
         return result;
       },
-      "Of each fat binary: its number, the architecture, the instructions of the kernels that ran, as "
-      "(kernel, "
-      "line, text, how often), and the kernels that did not.");
-  pybind11::class_<Loaded>(m, "Module", "PTX that did not come in a fat binary.")
+      "For each fat binary: its index, the architecture, the instructions of the kernels that ran, as "
+      "(kernel, line, text, count), and the kernels that did not run.");
+  pybind11::class_<Loaded>(m, "Module", "A PTX module loaded from text.")
       .def("run", &Loaded::run, pybind11::arg("entry"), pybind11::arg("blocks"), pybind11::arg("threads"),
            pybind11::arg("shared_bytes"), pybind11::arg("parameters"), pybind11::arg("same_writes") = false,
-           "Run a kernel: its name, blocks (x, y, z), threads, bytes of shared memory, parameters as bytes, "
-           "and whether threads may write the same to the same place of shared memory.")
+           "Run a kernel: name, blocks (x, y, z), threads, bytes of shared memory, parameters as bytes, and "
+           "whether threads may write the same value to the same address of shared memory.")
       .def(
           "read_all", [](const Loaded& loaded) { ptx::read_all(*loaded.module); },
-          "Read all kernels' instructions, which else happens when they are run.");
+          "Decode all kernels, instead of when each is first run.");
   m.def(
       "load", [](const std::string& text) { return std::make_unique<Loaded>(Loaded{ptx::load(text)}); },
-      "A Module of a PTX text.");
-  m.def("set_guarded", set_guarded,
-        "Whether what leaves the memory of a new CPU tensor at its end is a fault.");
+      "Load a Module from PTX text.");
+  m.def("set_guarded", set_guarded, "Whether accesses past the end of new CPU tensors are faults.");
   m.def("dequantize_part", dequantize_part,
-        "Rows and columns of a weight with `ld` elements a row: its packed codes, absmax, log2 of the "
-        "blocksize, "
-        "(row_begin, row_end, col_begin, col_end, ld), where to, the stride there, 0, 1 or 2 for fp32, bf16, "
-        "fp16.");
+        "Dequantise part of a weight: packed codes, absmax, log2 of the blocksize, (row_begin, row_end, "
+        "col_begin, col_end, ld), output, its row stride, and 0, 1 or 2 for fp32, bf16, fp16.");
   m.def(
       "cases",
       [] {
@@ -178,8 +175,10 @@ void bind(pybind11::module_& m) {
         for (const auto& [name, run] : all_cases()) names.push_back(name);
         return names;
       },
-      "The kernels of tests/gpu/ptx/*.cu.");
-  m.def("run_case", [](const std::string& name) { all_cases().at(name)(); }, "Raises what the case throws.");
+      "The names of the cases of tests/gpu/ptx/cases.");
+  m.def(
+      "run_case", [](const std::string& name) { all_cases().at(name)(); },
+      "Run a case; raises what it throws.");
 }
 
 }  // namespace peft_kernels::cudart

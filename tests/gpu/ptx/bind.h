@@ -1,4 +1,4 @@
-// What Python asks of the machine and the stand-in for CUDA's runtime.
+// Python bindings of the machine and of the CUDA runtime's replacement.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -1,4 +1,4 @@
-"""Kernels of a few instructions, in PTX written by hand."""
+"""Runs handwritten PTX kernels of a few instructions on the machine."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def run(
     others: Sequence[int] = WORDS,
     same_writes: bool = False,
 ) -> list[int]:
-    """What each lane has in %r0 after `body`. It finds its own of `words` in %r1, that of `others` in %r30,
-    and its number in %r2."""
+    """Returns the value of %r0 in each lane after `body`. Lane i has words[i] in %r1, others[i] in %r30, and
+    i in %r2."""
     given = torch.tensor([signed(w) for w in (*words, *others)], dtype=torch.int32)
     out = torch.zeros(LANES, dtype=torch.int32)
     text = f"""

@@ -1,4 +1,4 @@
-"""The machine that tests of this folder run PTX on."""
+"""The fixture for the machine that runs PTX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import testing
 
 @pytest.fixture
 def machine() -> ModuleType:
-    """As it is at the start, on the card that the environment names."""
+    """The machine in its initial state, with the card that the environment names."""
     if (reason := testing.unavailable("ptx")) is not None:
         pytest.skip(f"ptx: {reason}")
     ptx.BACKEND.reset()

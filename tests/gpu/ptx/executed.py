@@ -1,11 +1,11 @@
-"""Which PTX instructions of the CUDA kernels the op tests never execute, kernel by kernel.
+"""Coverage of the op tests: which PTX instructions of each CUDA kernel they never execute.
 
-    python tests/gpu/ptx/executed.py               # runs the tests of back end `ptx`, then tells
-    python tests/gpu/ptx/executed.py --only Shrink # the kernels whose name has that
-    python tests/gpu/ptx/executed.py --folder F --check  # tests left F: is what they missed known?
+    python tests/gpu/ptx/executed.py               # runs the tests of back end `ptx`, then reports
+    python tests/gpu/ptx/executed.py --only Shrink # kernels whose name contains this
+    python tests/gpu/ptx/executed.py --folder F --check  # checks the files in F against KNOWN
 
-A process whose environment names a folder in PEFT_KERNELS_PTX_EXECUTED leaves there what its kernels executed
-(`leave`, called by conftest.py at its end).
+A process whose environment names a folder in PEFT_KERNELS_PTX_EXECUTED writes its execution counts there
+(`leave`, called by conftest.py at the end).
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ ROOT = Path(__file__).resolve().parent.parent.parent.parent
 FOLDER = "PEFT_KERNELS_PTX_EXECUTED"
 FAMILIES = (
     *("nf4", "nf4_absmax", "nf4_format", "linear", "lora", "lora_dropout", "lora_multi", "dora", "gated"),
-    *("dropout", "compute_dtype", "gradients", "cuda_ways", "experts_cuda", "adamw", "adamw_cuda"),
+    *("dropout", "compute_dtype", "gradients", "cuda_paths", "experts_cuda", "adamw", "adamw_cuda"),
     *("bottleneck", "bottleneck_cuda"),
 )
 
 
 @dataclass
 class Kernel:
-    """A kernel as it is for one architecture: its instructions, in order, and how often each was executed."""
+    """A kernel for one architecture: its instructions in order, and the execution count of each."""
 
     name: str
     architecture: int
@@ -48,19 +48,19 @@ class Kernel:
 
     @property
     def share(self) -> float:
-        """Of its instructions that were executed; 0 of a kernel that never ran."""
+        """The share of its instructions that were executed; 0 if the kernel never ran."""
         return 1 - len(self.missed) / len(self.times) if self.times else 0.0
 
 
 def leave(extension: ModuleType) -> None:
-    """Write what this process executed, where the environment asks for it."""
+    """Writes the execution counts of this process, if the environment asks for it."""
     if folder := os.environ.get(FOLDER):
         path = Path(folder, f"{os.getpid()}.json")
         path.write_text(json.dumps(extension.executed()), encoding="utf-8")
 
 
 def read(folder: Path) -> list[Kernel]:
-    """The kernels, with what all processes executed of them."""
+    """Returns the kernels, with the counts of all processes added up."""
     kernels: dict[tuple[int, int, str], Kernel] = {}
     for path in sorted(folder.glob("*.json")):
         for binary, architecture, instructions, never_run in json.loads(path.read_text(encoding="utf-8")):
@@ -78,7 +78,7 @@ def read(folder: Path) -> list[Kernel]:
 
 
 def run_tests(folder: Path, arguments: Sequence[str] = ()) -> None:
-    """The op tests of `ptx`, in processes of their own. RuntimeError with their words when one fails."""
+    """Runs the op tests of `ptx` in a subprocess. Raises RuntimeError with its output if one fails."""
     files = [str(next((ROOT / "tests").rglob(f"test_{family}.py"))) for family in FAMILIES]
     command = [
         sys.executable,
@@ -101,31 +101,29 @@ def run_tests(folder: Path, arguments: Sequence[str] = ()) -> None:
 
 @dataclass(frozen=True)
 class Known:
-    """Kernels of which the op tests are known to execute less than most."""
+    """Kernels that the op tests are known to cover less."""
 
     kernels: str
-    """A regular expression for their names."""
+    """Regular expression of their names."""
     least: float
-    """Share of their instructions that is executed all the same."""
+    """Minimum share of their instructions that is executed."""
     reason: str
 
 
 MOST = 0.8
-"""What the op tests execute of every other kernel, at least."""
+"""Minimum share for every other kernel."""
 KNOWN = (
-    Known(r"^DequantizeElements<(bf16|fp16)>", 0.15, "of odd parts, which test_parts.py asks for, and no op"),
-    Known(r"^LoraShrink<\w+, true, true>", 0.7, "of eight tiles, some with B in fp32 alone, some in 16 bits"),
-    Known(
-        r"^Experts(Shrink|OverRows)<", 0.25, "of LoraShrink's and LoraOverRows' dropout and groups of rows"
-    ),
-    Known(r"^BottleneckExpand<", 0.4, "of LoraExpand's dropout and groups of rows"),
-    Known(r"^StoreTable", 0.6, "of a loop that is unrolled for more words than a launch takes"),
-    Known(r"^LinearDx<\w+, WideTable, 4>", 0.0, "no plan has it (linear_dx.cu): there is no room"),
+    Known(r"^DequantizeElements<(bf16|fp16)>", 0.15, "odd parts, which test_parts.py covers and no op uses"),
+    Known(r"^LoraShrink<\w+, true, true>", 0.7, "eight tiles; a B is fp32 or 16-bit, not both"),
+    Known(r"^Experts(Shrink|OverRows)<", 0.25, "dropout and row groups of LoraShrink and LoraOverRows"),
+    Known(r"^BottleneckExpand<", 0.4, "dropout and row groups of LoraExpand"),
+    Known(r"^StoreTable", 0.6, "a loop that is unrolled for more words than a launch has"),
+    Known(r"^LinearDx<\w+, WideTable, 4>", 0.0, "no plan uses it (linear_dx.cu): it does not fit"),
 )
 
 
 def unknown(kernels: Sequence[Kernel]) -> list[str]:
-    """Kernels of which less was executed than is known, and what KNOWN says of kernels that are none."""
+    """Returns kernels with less coverage than known, and entries of KNOWN that match no kernel."""
     found = []
     for kernel in kernels:
         least = next((known.least for known in KNOWN if re.search(known.kernels, kernel.name)), MOST)
@@ -153,14 +151,14 @@ def main() -> int:
     )
     parser.add_argument("--only", default="", help="kernels whose name has this")
     parser.add_argument("--architecture", type=int, default=80)
-    parser.add_argument("--folder", type=Path, help="with the files of tests that ran already")
-    parser.add_argument("--check", action="store_true", help="fail where something unknown was missed")
+    parser.add_argument("--folder", type=Path, help="with the files of earlier tests")
+    parser.add_argument("--check", action="store_true", help="fail if coverage is below KNOWN")
     options, arguments = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as made:
         folder = options.folder or Path(made)
         if options.folder is None:
             run_tests(folder, arguments)
-        # Kernels of this folder's own tests are no concern of the op tests; other cards run some of theirs.
+        # Without the kernels of this folder's own tests, and those that tests ran for other cards.
         kernels = [
             kernel
             for kernel in read(folder)

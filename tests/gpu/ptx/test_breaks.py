@@ -1,6 +1,6 @@
-"""What the op tests see: each break of the kernels' PTX must turn one of a few op tests red.
+"""Mutation tests: each break of the kernels' PTX must turn the op tests named beside it red.
 
-Sources stay as they are; the text that nvcc made of them is changed before it runs.
+The sources are unchanged; the PTX text is edited before it runs.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ MMA = r"(mma\.sync\S+\.{k}\.{k}\.f32 \{{[^}}]*\}}, \{{)({r}),({r}),({r}),({r})(\
 
 
 def fragments(kind: str, order: str) -> Callable[[str], str]:
-    """Registers of a and b of matrix instructions in another order."""
+    """Permutes the registers of a and b of matrix instructions."""
     a, b = order.split()
     pattern = re.compile(MMA.format(k=kind, r=REGISTER))
 
@@ -88,7 +88,7 @@ def replaced(pattern: str, by: str | Callable[[re.Match[str]], str]) -> Callable
 
 
 def without_barrier(which: int) -> Callable[[str], str]:
-    """Each kernel without its barrier of that number, counted from its end where it is negative."""
+    """Removes the barrier with this index from each kernel; negative: counted from the end."""
 
     def edit(text: str) -> str:
         kernels = re.split(r"(?=^\.(?:visible|weak)? ?\.?entry)", text, flags=re.MULTILINE)
@@ -158,7 +158,7 @@ def machine(machine: ModuleType) -> Iterator[ModuleType]:
 
 @contextmanager
 def edited(machine: ModuleType, edit: Callable[[str], str]) -> Iterator[list[int]]:
-    """Inside, kernels are what `edit` makes of them. Yields how many texts it changed, so far."""
+    """Applies `edit` to the PTX of all kernels. Yields a list with the number of texts changed so far."""
     changed = [0]
 
     def apply(text: str) -> str:
@@ -174,7 +174,7 @@ def edited(machine: ModuleType, edit: Callable[[str], str]) -> Iterator[list[int
 
 
 @pytest.mark.parametrize("check", CHECKS)
-def test_as_it_is_it_is_green(machine: ModuleType, check: str) -> None:
+def test_unedited_it_is_green(machine: ModuleType, check: str) -> None:
     CHECKS[check]()
 
 
@@ -185,4 +185,4 @@ def test_broken_it_is_red(machine: ModuleType, name: str, check: str) -> None:
     with edited(machine, BREAKS[name][0]) as changed:
         with pytest.raises((AssertionError, RuntimeError)):
             CHECKS[check]()
-        assert changed[0], "the text has no such thing"
+        assert changed[0], "the edit changed nothing"

@@ -1,5 +1,5 @@
-"""Arithmetic and comparisons of floats on the machine against what the PTX ISA says of them: numbers of 16
-bits, alone and two in a register, and subnormal numbers under .ftz."""
+"""Arithmetic and comparisons of floats on the machine against the PTX ISA: 16-bit floats, single and two per
+register, and subnormals under .ftz."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ptx.by_hand import LANES, as_float, as_word, run
 
 @dataclass(frozen=True)
 class Format:
-    """16 bits, of which so many are the fraction's."""
+    """A 16-bit float format."""
 
     name: str
     fraction_bits: int
@@ -41,11 +41,11 @@ class Format:
         return sign * math.ldexp(fraction, max(exponent, 1) - self.bias - self.fraction_bits)
 
     def rounded(self, exact: Fraction) -> int:
-        """To the nearest, ties to even: of all numbers, infinity being the next power of two."""
+        """Rounds to nearest, ties to even, with infinity as the next power of two."""
         low, high = 0, self.infinity
         while low < high:
             middle = (low + high) // 2
-            # Halfway to the next number, which goes to the even one of the two.
+            # The midpoint of two values rounds to the even one.
             halfway = (self._whole(middle) + self._whole(middle + 1)) / 2
             if abs(exact) < halfway or (abs(exact) == halfway and middle % 2 == 0):
                 high = middle
@@ -59,9 +59,9 @@ class Format:
         return Fraction(self.value(magnitude))
 
     def numbers(self) -> list[int]:
-        """Around all that is special, of both signs, and some in between."""
+        """Values around all special ones, of both signs, and some in between."""
         one = self.bias << self.fraction_bits
-        least = 1 << self.fraction_bits  # that is normal
+        least = 1 << self.fraction_bits  # the smallest normal number
         some = [0, 1, 2, least - 1, least, one, one + 1, one + least + 3, self.infinity - 1, self.infinity]
         some += [self.infinity + 1, 0x7FFF, one - 7 * least + 5, one + 6 * least + 2, least // 2 + 1]
         return [bits | sign for bits in some for sign in (0, 0x8000)]
@@ -70,11 +70,11 @@ class Format:
 FORMATS = {"f16": Format("f16", 10), "bf16": Format("bf16", 7)}
 each_format = pytest.mark.parametrize("format", FORMATS.values(), ids=FORMATS)
 NAN = 0x7FFF
-"""What arithmetic makes of no number."""
+"""The NaN that arithmetic produces."""
 
 
 def least(a: float, b: float) -> float:
-    """-0 being less than 0, and what is no number more than all."""
+    """The minimum, where -0 < 0 and NaN is the largest."""
     return min((x for x in (a, b) if x == x), key=lambda x: (x, math.copysign(1.0, x)), default=math.nan)
 
 
@@ -83,7 +83,7 @@ def most(a: float, b: float) -> float:
 
 
 def exact(of: Callable[..., Any], *operands: float) -> float | Fraction:
-    """A sum or product without rounding, where it is neither 0 nor anything that is no fraction."""
+    """The unrounded result, as a Fraction unless it is 0, infinite or NaN."""
     if not all(map(math.isfinite, operands)):
         return float(of(*operands))
     return of(*map(Fraction, operands)) or float(of(*operands))
@@ -110,7 +110,7 @@ def bits_of(format: Format, result: float | Fraction) -> int:
 
 
 def in_lanes(format: Format) -> Iterator[tuple[list[int], list[int]]]:
-    """Pairs of numbers: two of each operand in a word, so many words as there are lanes."""
+    """Yields pairs of operands as words, one per lane, with two values each."""
     numbers = format.numbers()
     halves = [(a, b) for a in numbers for b in numbers]
     halves += halves[: -len(halves) % (2 * LANES)]
@@ -147,7 +147,7 @@ def test_arithmetic(machine: ModuleType, opcode: str, format: Format) -> None:
 
 @each_format
 def test_fused_multiply_add(machine: ModuleType, format: Format) -> None:
-    """Rounded once: with sums that a product lies far below, or cancels."""
+    """Rounded once: sums with a tiny product, or with cancellation."""
     body = f"shf.l.wrap.b32 %r3, %r1, %r30, 16; fma.rn.{format.name}x2 %r0, %r1, %r30, %r3;"
     for a, b in in_lanes(format):
         expected = []
@@ -207,7 +207,7 @@ def test_a_comparison_of_two_needs_two_predicates(machine: ModuleType) -> None:
 
 
 TINY, NEXT = 2.0**-127, 2.0**-126
-"""In fp32 the one is subnormal, the other the least number that is not."""
+"""A subnormal fp32, and the smallest normal one."""
 FLUSHED: dict[str, tuple[tuple[float, ...], float, float]] = {
     # opcode: operands, the result with .ftz and without
     "abs": ((-TINY,), 0.0, TINY),
@@ -226,7 +226,7 @@ FLUSHED: dict[str, tuple[tuple[float, ...], float, float]] = {
 
 @pytest.mark.parametrize("opcode", FLUSHED)
 def test_subnormal_numbers(machine: ModuleType, opcode: str) -> None:
-    """Under .ftz, operands and results that are subnormal are 0, with their sign."""
+    """Under .ftz, subnormal operands and results are flushed to 0 of the same sign."""
     operands, flushed, kept = FLUSHED[opcode]
     given = "".join(f", 0f{as_word(x):08X}" for x in operands)
     for suffix, expected in ((".ftz", flushed), ("", kept)):
@@ -235,8 +235,8 @@ def test_subnormal_numbers(machine: ModuleType, opcode: str) -> None:
 
 
 @pytest.mark.parametrize("opcode", ["min", "max"])
-def test_extremes_of_no_number(machine: ModuleType, opcode: str) -> None:
-    """The other operand; with .NaN, or of two, the one NaN that arithmetic makes."""
+def test_min_and_max_of_nan(machine: ModuleType, opcode: str) -> None:
+    """The other operand; with .NaN, or if both are NaN, the canonical NaN."""
     nan, one, made = 0xFFC01234, as_word(1.0), 0x7FFFFFFF
     for suffix, a, b, expected in (
         ("", nan, one, one),
@@ -251,7 +251,7 @@ def test_extremes_of_no_number(machine: ModuleType, opcode: str) -> None:
 
 @pytest.mark.parametrize("opcode, units", [("rcp.approx", 1), ("ex2.approx", 2), ("div.full", 2)])
 def test_approximations(machine: ModuleType, opcode: str, units: int) -> None:
-    """As near as floats are; or, where that is asked for, off by what the ISA allows."""
+    """Correctly rounded; or, if perturbed, off by what the ISA allows."""
     exact = {
         "rcp.approx": lambda x: 1 / x,
         "ex2.approx": lambda x: 2**x,

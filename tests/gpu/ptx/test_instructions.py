@@ -1,5 +1,5 @@
-"""Single instructions of the machine against what the PTX ISA says of them, in PTX written by hand: what no
-kernel asks for in a way that tells right from wrong."""
+"""Single instructions of the machine against the PTX ISA, in handwritten PTX: behaviour that no kernel test
+distinguishes."""
 
 from __future__ import annotations
 
@@ -61,18 +61,18 @@ EACH: dict[str, tuple[str, Any]] = {
                       lambda w, i: 0x1FF + (0 if i < 9 else 2)),
     "local-names": ("{ .reg .b32 %r1; mov.u32 %r1, 4; add.u32 %r0, %r1, %r2; }", lambda w, i: i + 4),
 }  # fmt: skip
-"""A body, and what lane i with word w has then."""
+"""A body, and the expected result of lane i with word w."""
 
 
 @pytest.mark.parametrize("case", EACH)
-def test_each_lane_has(machine: ModuleType, case: str) -> None:
+def test_result_of_each_lane(machine: ModuleType, case: str) -> None:
     body, expected = EACH[case]
     assert run(machine, body) == [expected(w, i) & 0xFFFFFFFF for i, w in enumerate(WORDS)]
 
 
 @pytest.mark.parametrize("rounding", ["rm", "rp"])
 def test_directed_rounding(machine: ModuleType, rounding: str) -> None:
-    """The float next to the exact result on the one side."""
+    """The float next to the exact result, on the side of the rounding."""
     for a, c in ((1.1, 0.3), (-2.7, 1e-9), (3.3, -1e9), (1e-20, 1.0), (2.0, 4.0)):
         body = f"fma.{rounding}.f32 %f2, 0f{as_word(a):08X}, 0f3F8CCCCD, 0f{as_word(c):08X};"
         found = as_float(run(machine, body + "mov.b32 %r0, %f2;")[0])
@@ -90,7 +90,7 @@ def test_directed_rounding(machine: ModuleType, rounding: str) -> None:
 
 @pytest.mark.parametrize("transposed", [False, True])
 def test_ldmatrix(machine: ModuleType, transposed: bool) -> None:
-    """Rows of 16 bytes, a lane's words being those of 4 rows' lanes."""
+    """Loads rows of 16 bytes from shared memory, each written by four lanes."""
     load = f"ldmatrix.sync.aligned.m8n8.x1{'.trans' if transposed else ''}.shared.b16 {{%r0}}, [%r4];"
     found = run(
         machine,
@@ -104,7 +104,7 @@ def test_ldmatrix(machine: ModuleType, transposed: bool) -> None:
 
 @pytest.mark.parametrize("target,kept", [("sm_80", 24), ("sm_90", 25)])
 def test_bits_that_a_truncated_sum_keeps(machine: ModuleType, target: str, kept: int) -> None:
-    """Of many products beside 1, each a bit that is just kept, or the one below."""
+    """Many products next to 1, each the lowest bit that is kept, or the one below."""
     machine.set_truncate_sums(True)
     try:
         for bit in (kept, kept + 1):
@@ -116,7 +116,7 @@ def test_bits_that_a_truncated_sum_keeps(machine: ModuleType, target: str, kept:
                 "{%r10, %r10, %r10, %r10}, {%r11, %r11}, {%f2, %f3, %f4, %f5}; mov.b32 %r0, %f2;"
             )
             added = as_float(run(machine, body, target)[0]) - 1
-            # A step is of 4 products on sm_80, and the sum is cut off to a float after each.
+            # sm_80 adds 4 products at a time and truncates the sum to a float after each.
             whole = 2.0**-bit * 8 if bit == kept else 0.0
             assert added == whole // 2**-23 * 2**-23
     finally:
@@ -188,12 +188,12 @@ def test_fences_around_a_relaxed_atomic_order_blocks(machine: ModuleType, before
 
 
 FAULTS = {
-    "unknown": ("sin.exact.f32 %f2, %f1;", r"does not know: sin\.exact\.f32 %f2, %f1"),
-    "type": ("add.s64 %rd4, %r1, %r2;", r"a register of an unexpected type: add\.s64"),
-    "endless": ("AGAIN: bra AGAIN;", r"does not wait for others in this loop, be it endless"),
+    "unknown": ("sin.exact.f32 %f2, %f1;", r"unsupported instruction: sin\.exact\.f32 %f2, %f1"),
+    "type": ("add.s64 %rd4, %r1, %r2;", r"register of an unexpected type: add\.s64"),
+    "endless": ("AGAIN: bra AGAIN;", r"endless loop: waits for nothing"),
     "inactive-lane": (
         "setp.lt.u32 %p1, %r2, 9; @%p1 shfl.sync.idx.b32 %r0, %r1, 20, 31, 0x1ff;",
-        r"shfl\.sync from lane 20, which is not here",
+        r"shfl\.sync from lane 20, which is not active",
     ),
     "beyond-parameters": ("ld.param.u64 %rd4, [out+8];", r"a load from beyond the parameters"),
 }
@@ -208,7 +208,7 @@ def test_fault(machine: ModuleType, case: str) -> None:
 
 @pytest.mark.parametrize("bits", [8, 16, 32])
 def test_threads_that_write_the_same(machine: ModuleType, bits: int) -> None:
-    """To one place of shared memory: right where it is allowed, and all that they write is the same."""
+    """To one address of shared memory: allowed only if enabled, and if the values are the same."""
 
     def store(value: str, before: str = "") -> str:
         store, load = f"st.shared.u{bits} [%r3], {value};", f"ld.shared.u{bits} %r0, [%r3];"
@@ -266,8 +266,8 @@ LEFT_OVER = """
 """
 
 
-def test_a_fault_leaves_no_copy_under_way(machine: ModuleType) -> None:
-    """Of a warp that the next launch does not have."""
+def test_a_fault_leaves_no_copy_in_flight(machine: ModuleType) -> None:
+    """The copy belongs to a warp that the next launch does not have."""
     pointer = [struct.pack("q", torch.zeros(64, dtype=torch.int32).data_ptr())]
     module = machine.load(LEFT_OVER)
     with pytest.raises(RuntimeError, match="null pointer"):

@@ -1,6 +1,6 @@
-"""The machine catches planted faults, passes what is right, and its instructions are right.
+"""The machine reports planted faults, accepts correct kernels, and executes instructions correctly.
 
-The cases are the kernels of the .cu files beside it, compiled into the back end `ptx`.
+The cases are the kernels of cases/*.cu, compiled into the back end `ptx`.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import ptx_backend as ptx
 HERE = Path(__file__).resolve().parent
 SEEDS = range(8)
 
-# What the report says; where it can say different things, each is seen in some order of the threads. It names
-# the line that the source marks, if one is marked.
+# The text of the report; of several alternatives, each must occur for some order of threads. If the source
+# marks a line, the report names it.
 SHARED_RACE = (
     r"race: (reads|writes) byte \d+ of shared memory, which thread \d+ (read|wrote) \(\w+_faults.*no barrier"
 )
 GLOBAL_RACE = (
     r"race: (reads|writes) global memory that thread \d+ of block \d (read|wrote) \(\w+_faults.* nothing to"
 )
-UNDER_WAY = (
-    r"reads byte \d+ of shared memory, where an asynchronous copy by thread \d+ \(\w+_faults.* is under way"
+IN_FLIGHT = (
+    r"reads byte \d+ of shared memory, where an asynchronous copy by thread \d+ \(\w+_faults.* is in flight"
 )
 SHARED_AS_GLOBAL = r"the address of shared memory used as one of global memory"
-NOBODY = r"reads byte \d+ of shared memory, which nobody wrote"
+UNWRITTEN = r"reads byte \d+ of shared memory, which was not written"
 FAULTS: dict[str, str | tuple[str, ...]] = {
     "barrier_missing": SHARED_RACE,
     "overwritten_too_early": SHARED_RACE,
@@ -44,9 +44,9 @@ FAULTS: dict[str, str | tuple[str, ...]] = {
     "barrier_or_shuffle": r"shfl.sync.idx.b32, but lanes 0, 2, .* wait at a barrier \(\w+_faults",
     "barrier_skipped": r"thread 40, .*: returned, but (8|40) threads wait at a barrier \(\w+_faults",
     "two_barriers": r"barrier.sync, but 32 threads wait at another one \(\w+_faults",
-    "copy_read_early": UNDER_WAY,
-    "copy_of_last_group": UNDER_WAY,
-    "copy_of_another": (SHARED_RACE, NOBODY),
+    "copy_read_early": IN_FLIGHT,
+    "copy_of_last_group": IN_FLIGHT,
+    "copy_of_another": (SHARED_RACE, UNWRITTEN),
     "copy_source_changed": r"the source of an asynchronous copy changed before its wait",
     "copy_to_global": r"this is not the address of shared memory",
     "copy_from_shared": SHARED_AS_GLOBAL,
@@ -54,7 +54,7 @@ FAULTS: dict[str, str | tuple[str, ...]] = {
     "unaligned_load": r"misaligned load of 16 bytes at 0x",
     "out_of_bounds": r"thread 63, .*: 4 bytes at byte 256 of shared memory, which has 256",
     "below_bounds": r"thread 0, .*: 4 bytes at byte (-4|4294967292) of shared memory, which has 256",
-    "read_before_written": NOBODY,
+    "read_before_written": UNWRITTEN,
     "constant_in_shared": SHARED_AS_GLOBAL,
     "atomic_in_shared": SHARED_AS_GLOBAL,
     "null_pointer": r"thread 12, .*: null pointer",
@@ -93,7 +93,7 @@ def report(machine: ModuleType, case: str, seed: int = 0) -> str:
 
 
 def marked_line(case: str) -> str:
-    """Where the source says that the fault of `case` shows; empty without a mark."""
+    """The line that the source marks for the fault of `case`; empty without a mark."""
     marked = [
         f"{path.name}:{i}"
         for path in (HERE / "cases").glob("*_faults.cu")
@@ -116,10 +116,10 @@ def test_fault_is_reported(machine: ModuleType, case: str) -> None:
     for pattern in wanted:
         assert any(re.search(pattern, words) for words in reports), pattern
     for fixed in ("copy_read_early-fixed", "ticket_too_early-fixed"):
-        assert report(machine, fixed) == "clean", "a fault to leave nothing behind"
+        assert report(machine, fixed) == "clean", "state left behind by a fault"
 
 
-def test_every_case_is_here(machine: ModuleType) -> None:
+def test_every_case_is_tested(machine: ModuleType) -> None:
     planted = {name.removesuffix("-broken") for name in machine.cases() if name.endswith("-broken")}
     assert planted == {*FAULTS}
 
@@ -148,7 +148,7 @@ def test_case(machine: ModuleType, case: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
-def test_sums_are_cut_off_where_asked_for(machine: ModuleType, dtype: str) -> None:
+def test_sums_are_truncated_if_enabled(machine: ModuleType, dtype: str) -> None:
     case = f"sum_is_cut_off_{dtype}"
     try:
         machine.set_truncate_sums(True)

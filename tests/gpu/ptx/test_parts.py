@@ -1,4 +1,4 @@
-"""Any part of a weight is what the whole has there: ops ask for few of them, and only of large weights."""
+"""Dequantised parts of a weight equal the whole: ops only use few kinds of parts, of large weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def check_part(machine: ModuleType, part: str, dtype: torch.dtype) -> None:
             DTYPE_CODES[dtype],
         )
         assert torch.equal(out[:, :columns], whole[row : row + rows, column : column + columns])
-        assert out[:, columns:].isnan().all(), "written beside the part"
+        assert out[:, columns:].isnan().all(), "written outside of the part"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -54,7 +54,7 @@ def test_a_part_of_a_weight(machine: ModuleType, part: str, dtype: torch.dtype) 
     check_part(machine, part, dtype)
 
 
-def test_beyond_the_end_of_a_tensor_is_a_fault(machine: ModuleType) -> None:
+def test_a_write_past_the_end_is_a_fault(machine: ModuleType) -> None:
     weight = testing.nf4_weight(64, 64, 32, False)._state
     assert weight.packed is not None and weight.absmax is not None
     with ptx.BACKEND.guarding():

@@ -1,4 +1,4 @@
-"""For which architectures nvcc writes the same PTX: `make ptx` runs the tests of kernels once for those."""
+"""Architectures for which nvcc generates the same PTX, for which `make ptx` runs the kernels' tests once."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from types import ModuleType
 SAME = {80: 90, 100: 120}
 
 
-def test_as_many_texts_as_are_run(machine: ModuleType) -> None:
-    """Of a pair, one is run; where they begin to differ, both have to be."""
+def test_pairs_of_architectures_have_the_same_ptx(machine: ModuleType) -> None:
+    """Only one of each pair is tested; if they ever differ, both must be."""
     texts: dict[int, list[str]] = defaultdict(list)
     library = Path(str(machine.__file__)).read_bytes()
     for found in re.finditer(rb"\.version [\d.]+\n\.target sm_(\d+)([^\0]*)\0", library):

@@ -1,9 +1,9 @@
-"""A stand-in for Triton's driver: kernels are compiled to PTX as for a card, and run on CPU tensors by the
-machine of this folder.
+"""Replaces Triton's driver: kernels are compiled to PTX as for a card, and run on CPU tensors by the machine
+of this folder.
 
-With PEFT_KERNELS_TRITON_PTX=80 in the environment (or another compute capability), conftest.py has back end
-`triton` run so, and its tests take CPU tensors: `PEFT_KERNELS_TRITON_PTX=80 pytest -k triton`. Needs back end
-`ptx`, whose library has the machine.
+With PEFT_KERNELS_TRITON_PTX=80 in the environment (or another compute capability), conftest.py installs it
+for back end `triton`, whose tests then use CPU tensors: `PEFT_KERNELS_TRITON_PTX=80 pytest -k triton`. Needs
+back end `ptx`, whose library has the machine.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ FORMATS = {
 
 
 def wanted() -> int | None:
-    """The compute capability that the environment names."""
+    """The compute capability set in the environment."""
     value = os.environ.get("PEFT_KERNELS_TRITON_PTX")
     return int(value) if value else None
 
 
 def packed(signature: Sequence[Any], arguments: Sequence[Any]) -> Iterator[bytes]:
-    """The kernel's parameters, in order; those that were constants are none."""
+    """Yields the kernel's parameters in order, without constexprs."""
     for kind, argument in zip(signature, arguments, strict=True):
         if isinstance(kind, tuple):
             yield from packed(kind, argument)
@@ -52,7 +52,7 @@ def packed(signature: Sequence[Any], arguments: Sequence[Any]) -> Iterator[bytes
 
 
 class Launcher:
-    """Called as Triton calls what starts a kernel."""
+    """Has the interface of Triton's kernel launchers."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.signature = tuple(source.signature.values())
@@ -98,7 +98,7 @@ class Driver:
 
 
 def install(capability: int) -> None:
-    """From now on, in this process, back end `triton` takes CPU tensors. RuntimeError without the machine."""
+    """Makes back end `triton` of this process run CPU tensors. Raises RuntimeError without the machine."""
     import triton
     from triton.backends.nvidia.compiler import CUDABackend
 
@@ -108,14 +108,14 @@ def install(capability: int) -> None:
     ptx.BACKEND.extension.set_perturb_approximations(True)
 
     class PtxAlone(CUDABackend):
-        """PTX is what is launched; ptxas is not called."""
+        """Stops at PTX instead of calling ptxas."""
 
         def __init__(self, target: Any) -> None:
             super().__init__(target)
             self.binary_ext = "ptx"
 
         def hash(self) -> str:
-            return f"{super().hash()}-ptx"  # what is found on disk has no cubin
+            return f"{super().hash()}-ptx"  # the disk cache has no cubins
 
         def add_stages(self, stages: dict[str, Any], *rest: Any) -> None:
             super().add_stages(stages, *rest)

@@ -1,4 +1,4 @@
-// Faults in what blocks tell each other.
+// Faults in the communication between blocks.
 #include <cstdint>
 
 #include "core/device.cuh"
@@ -11,7 +11,7 @@ using cases::kWarp;
 using cases::shared_memory;
 using peft_kernels::cuda::atomic_add_ordered;
 
-// The last of the blocks to arrive adds up what all have written.
+// The last block to arrive adds up what all blocks wrote.
 template <bool kBroken>
 __global__ void ticket_too_early(Pointers p) {
   const int i = threadIdx.x, blocks = gridDim.x;
@@ -28,7 +28,8 @@ __global__ void ticket_too_early(Pointers p) {
   p.out[kCount * blocks + i] = sum;
 }
 
-// The same, of what one warp of each block wrote. Ballots and shuffles order its lanes in time alone.
+// The same with one warp per block. Ballots and shuffles order its lanes in time, but not their memory
+// accesses.
 enum class Fault { kNone, kBefore, kAfter, kLate };
 template <Fault kFault>
 __device__ void sum_of_warps(const Pointers& p) {
@@ -58,7 +59,7 @@ __global__ void ticket_before_store(Pointers p) {
   sum_of_warps<kBroken ? Fault::kLate : Fault::kNone>(p);
 }
 
-// Counts, but orders nothing.
+// A relaxed atomic counts, but orders nothing.
 template <bool kBroken>
 __global__ void relaxed_ticket(Pointers p) {
   const int i = threadIdx.x, blocks = gridDim.x;
@@ -75,7 +76,7 @@ __global__ void relaxed_ticket(Pointers p) {
   p.out[kCount * blocks + i] = sum;
 }
 
-// Without an atomic between, a block knows nothing of another.
+// Without an atomic in between, nothing orders accesses of two blocks.
 template <bool kBroken>
 __global__ void read_of_another_block(Pointers p) {
   const int i = threadIdx.x;
@@ -86,7 +87,7 @@ __global__ void read_of_another_block(Pointers p) {
   p.out[2 * kCount + kCount * blockIdx.x + i] = p.out[other];
 }
 
-// Workspace used again while another block may still read it.
+// Workspace reused while another block may still read it.
 template <bool kBroken>
 __global__ void overwritten_by_another_block(Pointers p) {
   const int i = threadIdx.x;
@@ -109,7 +110,7 @@ __global__ void written_by_two_blocks(Pointers p) {
   p.out[threadIdx.x + (kBroken ? 1 : kCount) * blockIdx.x] = 1.0f;
 }
 
-// All blocks wait for all: more than are resident at a time.
+// All blocks wait for each other: more than are resident at once.
 template <bool kBroken>
 __global__ void wait_for_all_blocks(Pointers p) {
   if (threadIdx.x == 0) {
@@ -120,7 +121,7 @@ __global__ void wait_for_all_blocks(Pointers p) {
   __syncthreads();
 }
 
-// Two blocks in step. A plain load need never see what another block writes.
+// Two blocks alternate. A plain load need never see what another block writes.
 template <bool kBroken>
 __global__ void wait_by_load(Pointers p) {
   if (threadIdx.x != 0) return;
@@ -128,7 +129,7 @@ __global__ void wait_by_load(Pointers p) {
     atomic_add_ordered(p.counter, 1);
     uint32_t count = 0;
     while (count < 2 * step) {
-      // As the compiler may not take it out of the loop, it is there to be seen.
+      // Volatile, so that the compiler does not hoist it out of the loop.
       if (kBroken)
         asm volatile("ld.global.u32 %0, [%1];" : "=r"(count) : "l"(p.counter));  // fault: wait_by_load
       if (!kBroken) count = atomic_add_ordered(p.counter, 0);
@@ -136,7 +137,7 @@ __global__ void wait_by_load(Pointers p) {
   }
 }
 
-// As long as a lane holds the lock, nobody of its warp gets it.
+// While a lane holds the lock, no other lane of its warp can get it.
 template <bool kBroken>
 __global__ void lock(Pointers p) {
   if (!kBroken && threadIdx.x != 0) return;

@@ -1,5 +1,5 @@
-// What test_machine.py runs by name, on the machine of this folder or, as it is, on a card: ordinary CUDA. A
-// case that finds something wrong throws.
+// The cases that test_machine.py runs by name, on the machine of this folder or unchanged on a card: ordinary
+// CUDA. A failing case throws.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -30,7 +30,7 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(std::string("CUDA: ") + cudaGetErrorString(error));
 }
 
-// Memory on the device.
+// Device memory.
 template <class T>
 class Array {
  public:
@@ -55,7 +55,7 @@ class Array {
   void* data_ = nullptr;
 };
 
-// Starts a kernel of one parameter, and waits for it. Not `<<<>>>`, which clang-format takes apart.
+// Launches a kernel with one parameter and waits for it. Not with `<<<>>>`, which clang-format breaks up.
 template <class Parameter>
 void run(void (*kernel)(Parameter), Parameter parameter, int blocks, int threads, int shared_bytes) {
   void* arguments[] = {&parameter};

@@ -1,4 +1,4 @@
-// What can be asked of the machine alone: bank conflicts, the order in which things run, errors to order.
+// Cases that run on the machine alone: bank conflicts, the order of execution, simulated errors.
 #include <algorithm>
 #include <cstdint>
 #include <string>
@@ -21,7 +21,7 @@ struct Input {
   const float* in;
 };
 
-// Runs the kernel, which accesses shared memory at one line.
+// Runs a kernel that accesses shared memory at one line.
 void expect_banks(void (*kernel)(Input), int accesses, int wavefronts, int conflicts) {
   const Array<float> in(1);
   ptx::reset_bank_counts();
@@ -52,7 +52,7 @@ __global__ void one_word_for_all(Input) {
 __global__ void half_a_warp(Input) {
   if (threadIdx.x % 2 == 0) store(shared_memory<float>() + 16 * threadIdx.x, 1.0f);
 }
-// Each lane as often as its index says; the n-th of the lanes belong together.
+// Each lane loops as often as its index says; the n-th iterations of the lanes belong together.
 __global__ void unequal_loops(Input) {
   auto* s = shared_memory<float>();
 #pragma unroll 1
@@ -88,7 +88,7 @@ struct Turns {
   unsigned* count;
   unsigned* ran;
 };
-// What ran, in order: three times for each thread.
+// The order of execution: three entries per thread.
 __global__ void take_turns(Turns p) {
 #pragma unroll 1
   for (int i = 0; i < 3; ++i) {
@@ -142,9 +142,9 @@ void sticky_errors() {
                      cudaGetLastError() == cudaErrorIllegalAddress &&
                      cudaGetLastError() == cudaErrorIllegalAddress;
   cudart::set_sticky_error(cudaSuccess);
-  expect(stays, "an error of the device to stay");
+  expect(stays, "a sticky error to stay");
   check(start(nothing));
-  expect(cudaGetLastError() == cudaSuccess, "it to be gone");
+  expect(cudaGetLastError() == cudaSuccess, "it to be cleared");
 }
 
 }  // namespace

@@ -1,5 +1,5 @@
-// cases NAME: runs one case on the card that is here, prints what it threw, or "clean". Without a name, all
-// that are no faults.
+// `cases NAME` runs one case on a card and prints its error, or "clean"; without a name, all cases that have
+// no planted fault.
 #include <cstdio>
 #include <exception>
 #include <string>

@@ -1,4 +1,4 @@
-// Matrix instructions, against sums by the formulas of their description.
+// Matrix instructions, against the formulas of the PTX ISA.
 #include <cstdint>
 #include <cstring>
 #include <vector>
@@ -11,7 +11,7 @@ namespace {
 
 using namespace peft_kernels::cuda;
 
-// What a lane holds.
+// The fragments of a lane.
 struct Fragments {
   float c[4];
   uint32_t a[4], b[2];
@@ -37,7 +37,7 @@ std::vector<Fragments> multiplied(const std::vector<Fragments>& fragments) {
   return lanes.values();
 }
 
-// Of a small integer or a power of two, exact in every format.
+// From a small integer or a power of two, exact in every format.
 uint32_t bits_of(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
@@ -115,7 +115,7 @@ void layout() {
   }
 }
 
-// Of tf32, the lower 13 bits do not count.
+// tf32 ignores the lower 13 bits.
 void tf32_is_cut_off() {
   Matrices<float> m{};
   m.a[0][0] = 1.0f + 0x1p-10f + 0x1p-11f;
@@ -124,7 +124,7 @@ void tf32_is_cut_off() {
   expect(out[0].c[0] == 1.0f + 0x1p-10f, "19 bits of a float");
 }
 
-// One and three quarters of its last place: the nearest is more, but tensor cores cut off.
+// 1 plus three quarters of its last place: rounding to nearest goes up, but tensor cores truncate.
 template <class T>
 void is_cut_off() {
   Matrices<T> m{};

@@ -1,4 +1,4 @@
-// Memory and what the runtime answers.
+// Memory instructions, and return codes of the runtime.
 #include <cstdint>
 #include <cstring>
 #include <string>
@@ -77,7 +77,7 @@ void copies() {
   }
 }
 
-// In the image of the kernel, not given to it.
+// A constant table in the kernel's image.
 __constant__ const uint32_t kTable[] = {3, 1, 4, 1, 5, 9, 2, 6};
 __global__ void look_up(Move<uint32_t> p) { p.out[threadIdx.x] = kTable[p.in[threadIdx.x]]; }
 void tables() {
@@ -109,9 +109,9 @@ void launches() {
     return cudaFuncSetAttribute(stub, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   };
   const auto refused = [](cudaError_t error, cudaError_t wanted, const std::string& what) {
-    expect(error == wanted, what + " to be refused, not: " + cudaGetErrorString(error));
+    expect(error == wanted, what + " to be rejected, not: " + cudaGetErrorString(error));
     expect(cudaGetLastError() == wanted, what + " to be remembered");
-    expect(cudaGetLastError() == cudaSuccess, what + " to be forgotten when it was asked for");
+    expect(cudaGetLastError() == cudaSuccess, what + " to be cleared by cudaGetLastError");
   };
   check(start(add_blocks, sum, 3, 1024, 48 << 10));
   check(cudaDeviceSynchronize());
@@ -119,15 +119,15 @@ void launches() {
   refused(start(add_blocks, sum, 0, 32, 0), cudaErrorInvalidConfiguration, "no blocks");
   refused(start(add_blocks, sum, 0x80000000u, 32, 0), cudaErrorInvalidConfiguration, "too many blocks");
   refused(start(add_blocks, sum, 1, 1025, 0), cudaErrorInvalidConfiguration, "too many threads");
-  refused(start(add_few, sum, 1, 96, 0), cudaErrorInvalidValue, "more threads than the kernel was made for");
+  refused(start(add_few, sum, 1, 96, 0), cudaErrorInvalidValue, "more threads than the launch bounds");
   refused(start(add_blocks, sum, 1, 32, (48 << 10) + 1), cudaErrorInvalidValue,
-          "shared memory not asked for");
+          "shared memory without opt-in");
   check(allow(96 << 10));
   check(start(add_blocks, sum, 1, 32, 96 << 10));
-  refused(start(add_blocks, sum, 1, 32, (96 << 10) + 1), cudaErrorInvalidValue, "more than was asked for");
+  refused(start(add_blocks, sum, 1, 32, (96 << 10) + 1), cudaErrorInvalidValue, "more than the opt-in");
   refused(allow(228 << 10), cudaErrorInvalidValue, "more than a card has");
   check(cudaDeviceSynchronize());
-  expect(counter.values()[0] == 3 * 1024 * 3 + 32, "nothing to run that was refused");
+  expect(counter.values()[0] == 3 * 1024 * 3 + 32, "no rejected launch to run");
 }
 
 }  // namespace

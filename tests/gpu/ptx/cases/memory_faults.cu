@@ -1,4 +1,4 @@
-// Faults in what memory is used how.
+// Faults in accesses to memory and in asynchronous copies.
 #include <cstdint>
 
 #include "core/device.cuh"
@@ -22,7 +22,7 @@ __global__ void copy_read_early(Pointers p) {
   p.out[i] = s[i];  // fault: copy_read_early
 }
 
-// A wait lets the last group be under way, a copy that no group holds is not waited for at all.
+// A wait may leave the last group in flight; a copy without a group is not waited for at all.
 template <bool kBroken>
 __global__ void copy_of_last_group(Pointers p) {
   auto* s = shared_memory<float>();
@@ -37,7 +37,7 @@ __global__ void copy_of_last_group(Pointers p) {
   p.out[i] = s[8 * i + 4];  // fault: copy_of_last_group
 }
 
-// The wait is for a thread's own copies.
+// A thread waits only for its own copies.
 template <bool kBroken>
 __global__ void copy_of_another(Pointers p) {
   auto* s = shared_memory<float>();

@@ -1,4 +1,4 @@
-// Faults in how threads of a block work together.
+// Faults in the synchronisation of a block's threads.
 #include "faults.cuh"
 
 namespace cases {
@@ -30,7 +30,7 @@ __global__ void overwritten_too_early(Pointers p) {
   p.out[i] = sum;
 }
 
-// A shuffle orders lanes in time, but memory is not told.
+// A shuffle orders lanes in time, but not their memory accesses.
 template <bool kBroken>
 __global__ void overwritten_after_shuffle(Pointers p) {
   auto* s = shared_memory<float>();
@@ -44,7 +44,7 @@ __global__ void overwritten_after_shuffle(Pointers p) {
   p.out[i] = value;
 }
 
-// That the writer itself was the last to read does not matter.
+// It does not help that the writer itself was the last reader.
 template <bool kBroken>
 __global__ void read_by_the_warp(Pointers p) {
   volatile auto* s = shared_memory<float>();
@@ -87,7 +87,7 @@ __global__ void written_twice(Pointers) {
   s[kBroken ? i / 2 : i] = 1.0f;  // fault: written_twice
 }
 
-// Bytes of one word are apart, as far as races go.
+// Bytes of one word are tracked separately.
 template <bool kBroken>
 __global__ void neighbouring_bytes(Pointers) {
   volatile auto* s = shared_memory<uint8_t>();
@@ -103,7 +103,7 @@ __global__ void lane_skips_shuffle(Pointers p) {
   p.out[i] = value;
 }
 
-// Two kinds of them: the compiler makes one of two that are alike.
+// Two kinds of shuffles: the compiler merges identical ones.
 template <bool kBroken>
 __global__ void lanes_in_two_shuffles(Pointers p) {
   const int i = threadIdx.x;
@@ -135,7 +135,7 @@ __global__ void barrier_skipped(Pointers p) {
   p.out[threadIdx.x] = 1.0f;
 }
 
-// A warp waits at one of them, the other warp at the other.
+// One warp waits at one barrier, the other warp at the other.
 template <bool kBroken>
 __global__ void two_barriers(Pointers p) {
   const int i = threadIdx.x;
@@ -147,7 +147,7 @@ __global__ void two_barriers(Pointers p) {
   p.out[i] = 1.0f;
 }
 
-// Named lanes alone need come, but these must.
+// Only the lanes in the mask have to arrive, but all of these.
 template <bool kBroken>
 __global__ void mask_without_the_lane(Pointers p) {
   const int i = threadIdx.x;

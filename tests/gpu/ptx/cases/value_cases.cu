@@ -1,4 +1,4 @@
-// Instructions on numbers and between lanes, against plain C++.
+// Arithmetic, conversion and warp instructions, against plain C++.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -42,8 +42,8 @@ std::vector<Out> mapped(const std::vector<In>& values) {
 
 // ---- Numbers -------------------------------------------------------------------------------------------
 
-// The value of a 16-bit float with so many bits of exponent and mantissa, from the definition; infinity as
-// the power of two that the format would go on with.
+// The value of a 16-bit float with these exponent and mantissa bits, by definition; infinity as the next
+// power of two.
 double value_of(uint32_t bits, int exponent_bits, int mantissa_bits) {
   const int bias = (1 << (exponent_bits - 1)) - 1;
   const auto exponent = static_cast<int>(bits >> mantissa_bits & ((1u << exponent_bits) - 1));
@@ -58,7 +58,7 @@ struct Format {
   uint32_t infinity() const { return ((1u << exponent_bits) - 1) << mantissa_bits; }
   double value(uint32_t bits) const { return value_of(bits, exponent_bits, mantissa_bits); }
 
-  // To the nearest, ties to even, by search.
+  // Rounds to nearest, ties to even, by search.
   uint32_t nearest(double x) const {
     const uint32_t sign = std::signbit(x) ? 0x8000u : 0u;
     x = std::fabs(x);
@@ -111,7 +111,7 @@ void widening() {
   }
 }
 
-// All values, all that lie halfway between two, and their neighbours.
+// All values, all midpoints of two, and their neighbours.
 template <class T>
 void narrowing() {
   const Format& format = kFormat<T>;
@@ -187,7 +187,7 @@ void bits() {
 }
 
 struct Rounded {
-  // 1 + 2^-12 squared is cut off, unless it is added before rounding.
+  // The square of 1 + 2^-12 loses a bit, unless it is added before rounding.
   static __device__ Vec<float, 4> of(float x) {
     return {{__fadd_rn(__fmul_rn(x, x), -1.0f - 0x1p-11f), __fmaf_rn(x, x, -1.0f - 0x1p-11f),
              __fdiv_rn(1.0f, 3.0f + (x - x)), __fsqrt_rn(2.0f + (x - x))}};

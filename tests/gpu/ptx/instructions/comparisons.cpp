@@ -1,4 +1,4 @@
-// setp, selp, and what is done with predicates.
+// setp, set, selp, and logic on predicates.
 #include <cmath>
 #include <string>
 #include <type_traits>
@@ -46,21 +46,21 @@ struct GreaterOrEqual {
     return a >= b;
   }
 };
-struct AreNumbers {
+struct AreOrdered {
   template <class T>
   static bool of(T a, T b) {
     return a == a && b == b;
   }
 };
-// Or one of them is no number.
+// True also if one operand is NaN (unordered).
 template <class Opposite>
-struct Unless {
+struct UnorderedOrNot {
   template <class T>
   static bool of(T a, T b) {
     return !Opposite::of(a, b);
   }
 };
-// Of 16-bit floats.
+// The comparison on 16-bit floats.
 template <class Of, class Number>
 struct Widened {
   static bool of(uint16_t a, uint16_t b) { return Of::of(Number::widen(a), Number::widen(b)); }
@@ -91,7 +91,7 @@ template <class Of, class T>
 void compare_xor(Warp& warp, const Instruction& i) {
   warp.set_predicate(i.d, compare_lanes<Of, T>(warp, i) ^ warp.predicate(i.c));
 }
-// 1, or 0 if not.
+// All ones if true, else 0.
 template <class Of, class T>
 void compare_to_word(Warp& warp, const Instruction& i) {
   const auto* a = warp.in<T>(i.a);
@@ -112,7 +112,7 @@ void add_comparison(Table& table, const std::string& name, const std::string& ty
   table.add("set." + name + ".s32." + type, "4" + size + size, compare_to_word<Of, T>);
 }
 
-// Both numbers of a register, each for a predicate of its own.
+// Compares both halves of a register, with a predicate each.
 template <class Of>
 void compare_pairs(Warp& warp, const Instruction& i) {
   const auto* a = warp.in<uint32_t>(i.a);
@@ -127,7 +127,7 @@ void compare_pairs(Warp& warp, const Instruction& i) {
   warp.set_predicate(i.e, high);
 }
 
-// Call `add` with each comparison's name and itself.
+// Calls `add` with the name and the functor of each comparison.
 template <class Add>
 void for_all(const Add& add) {
   add("eq", Equal());
@@ -146,14 +146,14 @@ void for_unsigned(const Add& add) {
 }
 template <class Add>
 void for_floats(const Add& add) {
-  add("equ", Unless<NotEqual>());
-  add("neu", Unless<Equal>());
-  add("ltu", Unless<GreaterOrEqual>());
-  add("leu", Unless<Greater>());
-  add("gtu", Unless<LessOrEqual>());
-  add("geu", Unless<Less>());
-  add("num", AreNumbers());
-  add("nan", Unless<AreNumbers>());
+  add("equ", UnorderedOrNot<NotEqual>());
+  add("neu", UnorderedOrNot<Equal>());
+  add("ltu", UnorderedOrNot<GreaterOrEqual>());
+  add("leu", UnorderedOrNot<Greater>());
+  add("gtu", UnorderedOrNot<LessOrEqual>());
+  add("geu", UnorderedOrNot<Less>());
+  add("num", AreOrdered());
+  add("nan", UnorderedOrNot<AreOrdered>());
 }
 
 template <class T>

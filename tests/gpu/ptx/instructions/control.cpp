@@ -1,4 +1,4 @@
-// Branches, barriers and the end, which the scheduler executes.
+// Branches, barriers, exit and trap; all but trap are executed by the scheduler.
 #include "../machine/warp.h"
 #include "decode.h"
 

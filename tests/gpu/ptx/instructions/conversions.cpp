@@ -1,3 +1,4 @@
+// cvt: conversions between integers and floats.
 #include <cmath>
 #include <limits>
 #include <string>
@@ -10,7 +11,7 @@
 namespace ptx {
 namespace {
 
-// Numbers of 8 bits are in registers of 16.
+// 8-bit values are held in 16-bit registers.
 template <class T>
 using Held =
     std::conditional_t<sizeof(T) == 1, std::conditional_t<std::is_signed_v<T>, int16_t, uint16_t>, T>;
@@ -59,7 +60,7 @@ struct Up {
   }
 };
 
-// Floats beyond an integer's range become its end, and NaN 0, or the lowest of 64 bits.
+// Saturates; NaN becomes 0, or the lowest 64-bit integer.
 template <class To, class From, class Rounding>
 struct ToInteger {
   static Held<To> of(From x) {
@@ -107,11 +108,11 @@ void add_integer(Table& table, const std::string& from) {
   add_to_integer<From>(table, from);
 }
 
-// To [0, 1], NaN to 0.
+// Clamps to [0, 1]; NaN becomes 0.
 struct SaturateFloat {
   static float of(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 };
-// To the nearest, ties away from zero.
+// Rounds to nearest, ties away from zero.
 struct ToTf32 {
   static uint32_t of(uint32_t x) {
     return (x & 0x7fffffffu) > 0x7f800000u ? 0x7fffffffu : (x + 0x1000u) & 0xffffe000u;

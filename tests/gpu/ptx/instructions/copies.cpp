@@ -17,7 +17,7 @@ void Memory::copy_async(Warp& warp, const uint64_t (&to)[kLanes], const uint64_t
   uint32_t reading = 0;
   for_lanes(all, [&](int lane) {
     if (read[lane] > static_cast<uint32_t>(bytes))
-      fail(warp, lane, at.site, "a copy of more than it has room for");
+      fail(warp, lane, at.site, "cp.async: source size larger than the copy");
     if (read[lane] != 0) reading |= 1u << lane;
   });
   warp.active = reading;
@@ -35,7 +35,7 @@ void Memory::copy_async(Warp& warp, const uint64_t (&to)[kLanes], const uint64_t
     copy.from = read[lane] != 0 ? sources[lane] : nullptr;
     std::memset(copy.data, 0, sizeof(copy.data));
     if (copy.from != nullptr) std::memcpy(copy.data, copy.from, copy.read);
-    // It may land at once, or as late as the wait: until then, nobody can count on what is there.
+    // It may land at any time until the wait: until then the destination is undefined.
     warp.block->shadow->write(offset, static_cast<uint32_t>(bytes), as_access(warp, lane, at.site), true);
   });
   now = {};
@@ -78,7 +78,7 @@ void wait(Warp& warp, const Instruction& i) {
   for_lanes(warp.active,
             [&](int lane) { warp.memory->wait_for_copies(warp, lane, static_cast<int>(i.target), i); });
 }
-// Also for copies that no group holds.
+// Includes copies that were not committed to a group.
 void wait_all(Warp& warp, const Instruction& i) {
   commit(warp, i);
   for_lanes(warp.active, [&](int lane) { warp.memory->wait_for_copies(warp, lane, 0, i); });
@@ -103,7 +103,7 @@ bool decode_copy(Decoder& decoder, const Decoder::Words& words) {
     if (bytes != 16 && (words[2] == "cg" || (bytes != 4 && bytes != 8))) return false;
     instruction.execute = copy;
     instruction.bytes = static_cast<uint8_t>(bytes);
-    // The source first, since both are addresses.
+    // The source first, since both operands are addresses.
     set_address(decoder, instruction, decoder.operand(1));
     if (instruction.address != 8) return false;
     instruction.b = instruction.a;

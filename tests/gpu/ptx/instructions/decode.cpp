@@ -21,10 +21,10 @@ const Table& table() {
   return table;
 }
 
-// Lanes of one operand, to a multiple of what vectors of the CPU hold.
+// Bytes of all lanes of an operand, a multiple of the CPU's vector size.
 constexpr int slot_bytes(int bytes) { return std::max(bytes, 2) * kLanes; }
 
-// cvt may take the low part of a register.
+// cvt may convert the low part of a wider register.
 template <class Whole, class Part>
 void take_part(Warp& warp, const Instruction& i) {
   const auto* whole = warp.in<Whole>(i.a);
@@ -79,9 +79,9 @@ void Decoder::read_parameters() {
   }
 }
 
-// Registers that live within one stretch of instructions without a branch, which are nearly all, share memory
-// with others of the kind that live before and after. Lanes of a warp that are elsewhere have their own part
-// of it. Others have memory of their own: blocks run in another order than they are written in.
+// Assigns memory to registers. Registers used within one basic block, which are nearly all, share memory with
+// others of their kind that are live before and after; diverged lanes have their own part of it. Other
+// registers have their own memory: blocks run in another order than written.
 void Decoder::place_registers() {
   struct Life {
     size_t first = SIZE_MAX, last = 0, block = 0;
@@ -89,11 +89,11 @@ void Decoder::place_registers() {
   };
   std::vector<Life> lives(body_.registers.size());
   std::vector<size_t> blocks(body_.statements.size());
-  std::vector<bool> starts(body_.statements.size() + 1);
-  for (const Label& label : body_.labels) starts[label.statement] = true;
+  std::vector<bool> block_starts(body_.statements.size() + 1);
+  for (const Label& label : body_.labels) block_starts[label.statement] = true;
   size_t block = 0;
   for (size_t i = 0; i < body_.statements.size(); ++i) {
-    if (starts[i] || (i > 0 && ends_block(body_.statements[i - 1].opcode))) ++block;
+    if (block_starts[i] || (i > 0 && ends_block(body_.statements[i - 1].opcode))) ++block;
     for_registers(body_.statements[i], [&](int32_t reg) {
       Life& life = lives[static_cast<size_t>(reg)];
       if (life.first == SIZE_MAX) {
@@ -105,7 +105,7 @@ void Decoder::place_registers() {
     });
   }
 
-  std::map<std::pair<int, bool>, std::vector<int32_t>> free;  // by bytes of a lane, and whether for locals
+  std::map<std::pair<int, bool>, std::vector<int32_t>> free;  // by bytes per lane, and whether for locals
   offsets_.assign(lives.size(), -1);
   const auto place = [&](int bytes, bool is_local) {
     std::vector<int32_t>& list = free[{bytes, is_local}];
@@ -131,7 +131,7 @@ void Decoder::place_registers() {
       Life& life = lives[index];
       if (life.is_local && life.last == i) {
         free[{body_.registers[index].bytes, true}].push_back(offsets_[index]);
-        life.is_local = false;  // not twice for two operands of one statement
+        life.is_local = false;  // not twice for two operands of a statement
       }
     });
   }
@@ -150,20 +150,20 @@ const Operand& Decoder::operand(size_t i) const {
 int32_t Decoder::source(const Operand& operand, int bytes) {
   switch (operand.kind) {
     case Operand::Kind::kRegister:
-      if (operand.negated) fail("a negated operand");
-      if (width(operand.reg) != bytes) fail("a register of an unexpected type");
+      if (operand.negated) fail("unexpected negated operand");
+      if (width(operand.reg) != bytes) fail("register of an unexpected type");
       return at(operand.reg);
     case Operand::Kind::kImmediate:
       return constant(operand.value, bytes);
     default:
-      fail("an operand of an unexpected kind");
+      fail("unexpected kind of operand");
   }
 }
 
 int32_t Decoder::destination(const Operand& operand, int bytes) {
   if (operand.kind == Operand::Kind::kSink) return unused(bytes);
-  if (operand.kind != Operand::Kind::kRegister) fail("a result that is no register");
-  if (width(operand.reg) != bytes) fail("a register of an unexpected type");
+  if (operand.kind != Operand::Kind::kRegister) fail("expected a register as result");
+  if (width(operand.reg) != bytes) fail("register of an unexpected type");
   return at(operand.reg);
 }
 
@@ -220,7 +220,7 @@ int32_t Decoder::address_of(std::string_view name, int bytes, int64_t added) {
   if (parameter != parameters_.end()) return constant(parameter->second + added, bytes);
   if (const auto offset = shared_offset(name)) return shared_address(*offset + added, bytes);
   const Module::Global* variable = module_.find(name);
-  if (variable == nullptr) fail("an unknown name");
+  if (variable == nullptr) fail("unknown name");
   const bool is_constant = variable->space == Module::Global::Space::kConstant;
   const auto* start = (is_constant ? module_.constants : module_.globals).data();
   return constant(reinterpret_cast<int64_t>(start) + variable->offset + added, bytes);
@@ -228,7 +228,7 @@ int32_t Decoder::address_of(std::string_view name, int bytes, int64_t added) {
 
 uint32_t Decoder::label(std::string_view name) const {
   const auto found = labels_.find(name);
-  if (found == labels_.end()) fail("an unknown label");
+  if (found == labels_.end()) fail("unknown label");
   return found->second;
 }
 
@@ -275,7 +275,7 @@ bool Decoder::decode_from_table() {
   int32_t* const places[] = {&instruction.d, &instruction.a, &instruction.b, &instruction.c, &instruction.e};
   if (decode_from_part(*opcode)) return true;
   const size_t count = opcode->operands.size();
-  if (statement_->operands.size() != count) fail("not as many operands as expected");
+  if (statement_->operands.size() != count) fail("unexpected number of operands");
   for (size_t i = 0; i < count; ++i) {
     const char kind = opcode->operands[i];
     if (kind == 'q') {
@@ -304,17 +304,17 @@ void Decoder::decode_one() {
                             decode_matrix, decode_control}) {
     if (family(*this, words)) return;
   }
-  fail("an instruction that the machine does not know");
+  fail("unsupported instruction");
 }
 
 void Decoder::decode() {
-  // Every statement makes one instruction.
+  // Every statement becomes exactly one instruction.
   for (const Label& label : body_.labels) labels_[label.name] = label.statement;
   for (const Statement& statement : body_.statements) {
     statement_ = &statement;
     decode_one();
     if (entry_.code.size() != static_cast<size_t>(&statement - body_.statements.data()) + 1) {
-      fail("an instruction that became several");
+      fail("expected one instruction per statement");
     }
   }
   fill_constants();

@@ -1,5 +1,5 @@
-// From statements to instructions. What takes registers and immediates alone is in tables, by the whole
-// opcode; memory, control and moves are taken apart in code.
+// Decodes statements into instructions. Opcodes with only register and immediate operands are in tables;
+// memory, control and moves are decoded in code.
 #pragma once
 
 #include <cstdint>
@@ -17,8 +17,8 @@
 
 namespace ptx {
 
-// A handler and what it takes: bytes of a lane of each operand, the result first; 'p' for a predicate, 'q'
-// for a result of two, p|q, in d and e.
+// A handler and its operands, result first: bytes per lane as a digit, 'p' for a predicate, 'q' for a pair of
+// result predicates, p|q, in d and e.
 struct Opcode {
   std::string operands;
   Handler execute;
@@ -44,34 +44,34 @@ void add_floats(Table& table);       // floats.cpp
 void add_pairs(Table& table);        // pairs.cpp
 void add_conversions(Table& table);  // conversions.cpp
 
-// What one kernel's instructions are made with.
+// Decodes the body of one kernel.
 class Decoder {
  public:
   Decoder(Module& module, Entry& entry, const Body& body);
   void decode();
 
-  // ---- For what makes instructions of one family, which is false for an opcode that it does not know --
+  // ---- For the decode_* functions of instruction families, which return false for unknown opcodes ----
   struct Words {
-    std::vector<std::string_view> parts;  // the opcode's, between dots
+    std::vector<std::string_view> parts;  // parts of the opcode between dots
     std::string_view operator[](size_t i) const { return i < parts.size() ? parts[i] : std::string_view(); }
     std::string_view last() const { return parts.back(); }
     bool has(std::string_view part) const;
   };
 
   [[noreturn]] void fail(const std::string& what) const;  // names the statement
-  // Offsets of a register or constant that must have so many bytes a lane, 0 for a predicate.
+  // Offset of a register or constant with the given bytes per lane, 0 for a predicate.
   int32_t source(const Operand& operand, int bytes);
   int32_t destination(const Operand& operand, int bytes);
   int32_t constant(int64_t value, int bytes);
   int32_t at(int32_t reg) const { return offsets_[static_cast<size_t>(reg)]; }
   int width(int32_t reg) const { return body_.registers[static_cast<size_t>(reg)].bytes; }
-  int32_t unused(int bytes);  // a register for results that nobody wants
-  // The address of a variable or parameter in its space, as a constant.
+  int32_t unused(int bytes);  // a register for unused results
+  // A constant with the address of a variable or parameter in its space.
   int32_t address_of(std::string_view name, int bytes, int64_t added);
   uint32_t label(std::string_view name) const;
-  void set_list(const std::vector<int32_t>& list);  // of the instruction that is emitted next
+  void set_list(const std::vector<int32_t>& list);  // of the next emitted instruction
   void emit(const Instruction& instruction);
-  Instruction begin() const;  // with the guard and site of the statement
+  Instruction begin() const;  // with the guard and site of the current statement
 
   const Statement& statement() const { return *statement_; }
   const Operand& operand(size_t i) const;
@@ -95,14 +95,14 @@ class Decoder {
   std::vector<int32_t> offsets_;  // of registers
   std::map<int, int32_t> unused_;
   std::map<std::pair<int64_t, int>, int32_t> constants_;
-  std::vector<std::pair<size_t, size_t>> lists_;  // an instruction's index, and where its list begins
+  std::vector<std::pair<size_t, size_t>> lists_;  // index of an instruction, and start of its list
   std::unordered_map<std::string_view, int64_t> parameters_, shared_;
   std::unordered_map<std::string_view, uint32_t> labels_;
   uint32_t register_bytes_ = 0;
   int32_t constant_bytes_ = 0;
 };
 
-// Of an instruction that accesses memory: a, offset and address; and what lanes then make of them. loads.cpp
+// loads.cpp: sets a memory instruction's a, offset and address; and computes the lanes' addresses from them.
 void set_address(Decoder& decoder, Instruction& instruction, const Operand& operand);
 void read_addresses(const Warp& warp, const Instruction& instruction, uint64_t (&addresses)[kLanes]);
 

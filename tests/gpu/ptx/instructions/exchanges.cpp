@@ -1,4 +1,4 @@
-// shfl, vote and the like: what lanes of a warp do together.
+// Warp collectives: shfl, vote, redux, bar.warp.sync, activemask.
 #include <string>
 
 #include "../machine/memory.h"
@@ -43,7 +43,7 @@ void shuffle(Warp& warp, const Instruction& i) {
     }
     if (!in_range) from = lane;
     if ((warp.active >> from & 1) == 0) {
-      fail(warp, lane, i.site, "shfl.sync from lane " + std::to_string(from) + ", which is not here");
+      fail(warp, lane, i.site, "shfl.sync from lane " + std::to_string(from) + ", which is not active");
     }
     valid |= uint32_t{in_range} << lane;
     result[lane] = a[from];
@@ -115,7 +115,7 @@ Handler find_reduction(std::string_view name) {
   return name == "xor" ? reduce<T, Reduction::kXor> : nullptr;
 }
 
-// Orders what lanes of the warp have done before.
+// Orders earlier accesses of the warp's lanes.
 void sync_warp(Warp& warp, const Instruction&) { warp.epoch = warp.memory->advance(); }
 
 void active_lanes(Warp& warp, const Instruction& i) {

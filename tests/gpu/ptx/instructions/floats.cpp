@@ -1,5 +1,5 @@
-// Arithmetic of floats. Results are rounded to the nearest, or as the opcode says. The .approx instructions
-// are exact but for rounding, from which Options::perturb_approximations moves them.
+// Arithmetic on fp32 and fp64. Results are rounded to nearest, or as the opcode says. .approx instructions
+// are correctly rounded, unless Options::perturb_approximations is set.
 #include <cmath>
 #include <limits>
 #include <string>
@@ -40,13 +40,13 @@ struct MultiplyAdd {
   static float of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
   static double of(double a, double b, double c) { return __builtin_fma(a, b, c); }
 };
-// What arithmetic makes of what is no number.
+// The NaN that arithmetic produces.
 template <class T>
 T no_number() {
   if constexpr (sizeof(T) == 4) return bits_as<float>(0x7fffffffu);
   return std::numeric_limits<T>::quiet_NaN();
 }
-// What is no number yields to what is one.
+// A NaN operand yields the other one.
 struct Minimum {
   template <class T>
   static T of(T a, T b) {
@@ -95,13 +95,14 @@ struct CopySign {
   }
 };
 
-// a * b + c rounded down or up: the nearest, unless that is on the wrong side of the exact sum.
+// a * b + c rounded down or up: the nearest float, or its neighbour if that is on the wrong side of the exact
+// sum.
 template <bool kUp>
 struct MultiplyAddTowards {
   static float of(float a, float b, float c) {
     const float nearest = __builtin_fmaf(a, b, c);
     if (!std::isfinite(nearest)) return nearest;
-    // product + c is sum + rest, exactly; and the difference of two floats so near to each other is exact.
+    // product + c equals sum + rest exactly, and the difference of two floats this close is exact.
     const double product = static_cast<double>(a) * b, sum = product + c, part = sum - product;
     const double rest = (product - (sum - part)) + (c - part), difference = sum - nearest;
     const double missing = difference != 0 ? difference : rest;
@@ -118,13 +119,13 @@ struct Flushing {
   static float of(float a, float b, float c) { return flush(Of::of(flush(a), flush(b), flush(c))); }
 };
 
-// Rounds, and moves the result by up to that many units in the last place when asked to.
+// Rounds; with perturb_approximations, adds up to `units` units in the last place.
 float approximate(double exact, float operand, uint32_t units = 1) {
   const auto rounded = static_cast<float>(exact);
   if (!options().perturb_approximations || !std::isnormal(rounded)) return rounded;
   uint32_t hash = (bits_as<uint32_t>(operand) ^ options().seed * 0x85ebca6bu) * 0x9e3779b1u;
   hash ^= hash >> 15;
-  // 1 and 0 stay what they are, which kernels may count on.
+  // 1 and 0 stay exact, which kernels may rely on.
   if (exact == static_cast<double>(rounded)) return rounded;
   return bits_as<float>(bits_as<uint32_t>(rounded) + hash % (2 * units + 1) - units);
 }

@@ -16,7 +16,7 @@ using Twice = std::conditional_t<
     sizeof(T) == 2, std::conditional_t<std::is_signed_v<T>, int32_t, uint32_t>,
     std::conditional_t<sizeof(T) == 4, std::conditional_t<std::is_signed_v<T>, int64_t, uint64_t>,
                        std::conditional_t<std::is_signed_v<T>, __int128, unsigned __int128>>>;
-// Small numbers must not become int, whose products can overflow.
+// Small integers must not be promoted to int, whose multiplication can overflow.
 template <class T>
 using Wrapping = std::conditional_t<sizeof(T) < 4, uint32_t, Unsigned<T>>;
 
@@ -62,7 +62,7 @@ struct MultiplyAddWide {
     return Add::of(MultiplyWide::of(a, b), c);
   }
 };
-// By zero it is all ones, and the remainder a, as on a GPU.
+// Division by zero gives all ones, and the remainder a, as on a GPU.
 struct Divide {
   template <class T>
   static T of(T a, T b) {
@@ -128,7 +128,7 @@ struct Not {
     return static_cast<T>(~a);
   }
 };
-// Shifts by more than there are bits shift all out.
+// Shifts by at least the width shift everything out.
 struct ShiftLeft {
   template <class T>
   static T of(T a, uint32_t b) {
@@ -216,7 +216,7 @@ void look_up_bits(Warp& warp, const Instruction& i) {
   keep(warp, i.d, result);
 }
 
-// A selector's bit 3 fills the byte with the sign.
+// Bit 3 of a selector fills the byte with the sign.
 void permute_bytes(Warp& warp, const Instruction& i) {
   const auto* a = warp.in<uint32_t>(i.a);
   const auto* b = warp.in<uint32_t>(i.b);

@@ -1,4 +1,4 @@
-// ld and st.
+// ld and st of all spaces.
 #include <cstring>
 #include <string>
 #include <type_traits>
@@ -41,7 +41,7 @@ void find(Warp& warp, const Instruction& i, Access access, char* (&places)[kLane
   }
 }
 
-// From memory to registers, which may be wider than what is loaded.
+// Loads into registers, which may be wider than the element.
 template <class Element, class Register>
 void take(Warp& warp, const Instruction& i, char* const (&places)[kLanes]) {
   for (int k = 0; k < i.count; ++k) {
@@ -93,7 +93,7 @@ void store(Warp& warp, const Instruction& i) {
   warp.memory->now = {};
 }
 
-// Parameters are addressed from 0, constants by where they are.
+// Parameters have offsets from 0, constants have host addresses.
 template <class Element, class Register>
 void load_parameter(Warp& warp, const Instruction& i) {
   uint64_t addresses[kLanes];
@@ -124,7 +124,7 @@ void load_table(Warp& warp, const Instruction& i) {
   take<Element, Register>(warp, i, places);
 }
 
-// Calls `with` with an Element and a Register of these sizes.
+// Calls `with` with an element and a register type of these sizes.
 template <class With>
 Handler with_sizes(const Instruction& i, const With& with) {
   const auto widths = [&](auto element) -> Handler {
@@ -247,7 +247,7 @@ bool decode_memory(Decoder& decoder, const Decoder::Words& words) {
   const bool is_list = values.kind == Operand::Kind::kList;
   // `{ %r1 }` is a list too.
   if (is_list ? values.list.size() != instruction.count : instruction.count > 1) return false;
-  // Registers are all of one width; immediates take that.
+  // All registers have one width, which immediates take as well.
   instruction.width = static_cast<uint8_t>(std::max(bytes, 2));
   for (size_t k = 0; k < instruction.count; ++k) {
     const Operand& value = is_list ? values.list[k] : values;

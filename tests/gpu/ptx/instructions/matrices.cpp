@@ -1,10 +1,10 @@
-// mma and ldmatrix. g = lane / 4, t = lane % 4 in what follows.
+// mma and ldmatrix. Below, g = lane / 4 and t = lane % 4.
 //
-// Products are exact. Sums are rounded to the nearest, k ascending; or, with Options::truncate_sums, made as
-// tensor cores make them (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores, 2021):
-// a few products and the accumulator are aligned to the largest of their exponents, cut off one or two bits
-// below what a float holds, added exactly, and cut off again. sm_80 takes 8 products of 16-bit numbers or 4
-// of tf32 at once and keeps one bit more; later ones take twice as many and keep two.
+// Products are exact. Sums are rounded to nearest, in ascending k; with Options::truncate_sums they are
+// computed as by tensor cores (Fasi, Higham, Mikaitis, Pranesh: Numerical behavior of NVIDIA tensor cores,
+// 2021): a few products and the accumulator are aligned to their largest exponent, truncated one or two bits
+// below a float's precision, added exactly, and truncated again. sm_80 adds 8 products of 16-bit values or 4
+// of tf32 at once and keeps one extra bit; later architectures add twice as many and keep two.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -33,7 +33,7 @@ int exponent_of(float x) { return std::max(static_cast<int>(bits_as<uint32_t>(x)
 
 double power_of_two(int exponent) { return bits_as<double>(static_cast<uint64_t>(exponent + 1023) << 52); }
 
-// The sum of c and `count` products as a tensor core makes it.
+// The sum of c and `count` products as computed by a tensor core.
 float truncated_sum(float c, const float* a, const float* b, int b_stride, int count, int extra_bits) {
   constexpr int kFraction = 23;
   int most = c != 0 ? exponent_of(c) : INT32_MIN / 2;
@@ -83,7 +83,7 @@ void multiply(Operands<kK>& o) {
   }
 }
 
-// The list: four of d, of a, two of b, four of c. The accumulators: (g, 2t..), (g + 8, 2t..).
+// The operand list: four of d, of a, two of b, four of c. Accumulators: (g, 2t..), (g + 8, 2t..).
 constexpr int kA = 4, kB = 8, kC = 10;
 
 template <int kK>
@@ -175,7 +175,7 @@ bool decode_mma(Decoder& decoder, const Decoder::Words& words) {
   constexpr size_t kCounts[] = {4, 4, 2, 4};
   for (size_t k = 0; k < 4; ++k) {
     const std::vector<Operand>& operands = decoder.operand(k).list;
-    if (operands.size() != kCounts[k]) decoder.fail("not as many registers as expected");
+    if (operands.size() != kCounts[k]) decoder.fail("unexpected number of registers");
     for (const Operand& each : operands) {
       list.push_back(k == 0 ? decoder.destination(each, 4) : decoder.source(each, 4));
     }
@@ -185,8 +185,8 @@ bool decode_mma(Decoder& decoder, const Decoder::Words& words) {
   return true;
 }
 
-// Lane 8 j + row has the address of that row of matrix j, 8 numbers of 16 bits. Each lane gets (g, 2t..), or
-// of the transposed matrix.
+// Lane 8 j + row has the address of that row of matrix j, 8 values of 16 bits. Each lane gets (g, 2t..) of
+// the matrix or its transpose.
 template <bool kTransposed>
 void load_matrices(Warp& warp, const Instruction& i) {
   uint64_t addresses[kLanes];

@@ -1,4 +1,4 @@
-// mov, cvta, and what puts registers together or takes them apart.
+// mov, cvta, and packing and unpacking of registers.
 #include <array>
 #include <string>
 
@@ -113,7 +113,7 @@ bool find_special(std::string_view name, Special& special) {
   return false;
 }
 
-// {a, b, ..} into one register, the first the lowest; and back.
+// Packs {a, b, ..} into one register, the first lowest; and unpacks.
 template <class Whole, class Part>
 void join(Warp& warp, const Instruction& i) {
   alignas(64) Whole result[kLanes] = {};
@@ -170,7 +170,7 @@ Handler copy_of(int bytes) {
                       : unary<Same, uint64_t, uint64_t>;
 }
 
-// Generic addresses of global memory are its own; those of shared memory lie in the block's window.
+// Generic addresses of global memory are its own addresses; those of shared memory are in the block's window.
 template <bool kToShared>
 void convert_address(Warp& warp, const Instruction& i) {
   const auto* a = warp.in<uint64_t>(i.a);

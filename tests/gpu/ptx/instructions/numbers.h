@@ -1,4 +1,4 @@
-// Numbers of 16 bits, and results of approximate instructions.
+// 16-bit floats, and rounding of exact results.
 #pragma once
 
 #include <cmath>
@@ -17,7 +17,7 @@ To bits_as(From from) {
 
 struct Bf16 {
   static float widen(uint16_t x) { return bits_as<float>(uint32_t{x} << 16); }
-  // To the nearest, ties to even; a NaN becomes 0x7fff, as on the card.
+  // Rounds to nearest, ties to even; a NaN becomes 0x7fff, as on GPUs.
   static uint16_t narrow(float x) {
     const auto bits = bits_as<uint32_t>(x);
     const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
@@ -28,7 +28,7 @@ struct Bf16 {
 struct Fp16 {
   static float widen(uint16_t x) {
     const uint32_t sign = uint32_t{x & 0x8000u} << 16, magnitude = x & 0x7fffu;
-    // The exponent's bias changes by a multiplication, which is right for subnormals as well.
+    // A multiplication changes the exponent's bias, which is correct for subnormals as well.
     const auto finite = bits_as<uint32_t>(bits_as<float>(magnitude << 13) * 0x1p112f);
     return bits_as<float>(sign | (magnitude >= 0x7c00u ? 0x7f800000u | (magnitude & 0x3ffu) << 13 : finite));
   }
@@ -36,7 +36,7 @@ struct Fp16 {
     const auto bits = bits_as<uint32_t>(x);
     const uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
-    // Below 2^-14 the sum's last bit weighs as much as a subnormal's.
+    // Below 2^-14 the last bit of the sum has the weight of a subnormal's.
     const uint32_t small = bits_as<uint32_t>(bits_as<float>(magnitude) + 0.5f) - bits_as<uint32_t>(0.5f);
     uint32_t half = magnitude < 0x38800000u ? small : normal;
     half = magnitude >= 0x47800000u ? 0x7c00u : half;
@@ -44,8 +44,8 @@ struct Fp16 {
   }
 };
 
-// An exact result as a float from which one more rounding gives the right 16-bit float: its last bit tells
-// that something was cut off.
+// Rounds to odd: the last bit records that the result is inexact, so that rounding again to a 16-bit float is
+// correct.
 inline float to_odd(double exact) {
   const auto rounded = static_cast<float>(exact);
   if (rounded != rounded || static_cast<double>(rounded) == exact) return rounded;

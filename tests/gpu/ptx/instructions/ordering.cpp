@@ -1,8 +1,8 @@
-// atom, red and fences: what happens between blocks.
+// atom, red and fences: ordering between blocks.
 //
-// An atomic that releases tells what its thread has done, and what barriers have told it that others did; one
-// that acquires hears what all releases before it told. A relaxed one does so by fences: of what the thread
-// knew at the fence before it, to the fence after it.
+// A releasing atomic publishes its thread's accesses, and those ordered before them by barriers; an acquiring
+// one orders all earlier releases before its thread. A relaxed atomic does so with fences: it releases what
+// the fence before it covers, and the fence after it acquires.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -79,7 +79,7 @@ struct Ordering {
 };
 Ordering ordering_of(const Instruction& i) { return {(i.target & 1) != 0, (i.target & 2) != 0}; }
 
-// The lanes one after the other.
+// The lanes run one after the other.
 template <class T, Operation kOperation>
 void atomic(Warp& warp, const Instruction& i) {
   Memory& memory = *warp.memory;
@@ -139,7 +139,7 @@ Handler find_atomic(std::string_view name, std::string_view type) {
 
 bool decode_fence(Decoder& decoder, const Decoder::Words& words) {
   Instruction instruction = decoder.begin();
-  // Of the block alone: barriers are what orders it.
+  // Block scope: blocks order with barriers.
   const bool in_block = words.last() == "cta";
   const bool is_known = words[0] == "membar"  ? words.parts.size() == 2
                         : words[0] == "fence" ? words[1] == "acq_rel" || words[1] == "sc"
@@ -171,7 +171,7 @@ bool decode_ordering(Decoder& decoder, const Decoder::Words& words) {
     } else if (word == "acquire") {
       instruction.target = 2;
     } else if (word == "cta") {
-      return false;  // atomics of a block alone: none of these kernels'
+      return false;  // block-scope atomics: not used by these kernels
     } else if (word != "gpu" && word != "sys" && word != "relaxed") {
       operation = word;
     }

@@ -1,4 +1,4 @@
-// Arithmetic of 16-bit floats, alone and two in a register. Each result is rounded once.
+// Arithmetic on 16-bit floats, single and two per register. Each result is rounded once.
 #include <cmath>
 #include <string>
 
@@ -9,7 +9,7 @@
 namespace ptx {
 namespace {
 
-// a + b as a double that is right but for its last bit, which tells that something was cut off.
+// a + b as a double, rounded to odd.
 double sum_to_odd(double a, double b) {
   const double sum = a + b, part = sum - a;
   const double error = (a - (sum - part)) + (b - part);
@@ -31,7 +31,7 @@ struct Multiply {
 struct MultiplyAdd {
   static double of(float a, float b, float c) { return sum_to_odd(static_cast<double>(a) * b, c); }
 };
-// What is no number yields to what is one, and -0 is less than 0.
+// A NaN operand yields the other one; -0 is less than 0.
 struct Minimum {
   static double of(float a, float b) {
     if (a == b) return std::signbit(a) ? a : b;
@@ -45,7 +45,7 @@ struct Maximum {
   }
 };
 
-// Of one.
+// Applied to a single value.
 template <class Number, class Of>
 struct Single {
   template <class... Operands>
@@ -53,7 +53,7 @@ struct Single {
     return Number::narrow(to_odd(Of::of(Number::widen(operands)...)));
   }
 };
-// Of two.
+// Applied to both halves.
 template <class Number, class Of>
 struct Both {
   template <class... Operands>
@@ -64,7 +64,7 @@ struct Both {
     return uint32_t{high} << 16 | low;
   }
 };
-// Signs are bits.
+// neg and abs operate on the sign bit.
 template <uint32_t kSigns>
 struct Negate {
   template <class T>

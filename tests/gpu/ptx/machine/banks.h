@@ -1,4 +1,4 @@
-// Wavefronts of shared memory: how often a warp-wide access must be repeated because lanes need different
+// Counts wavefronts of shared memory: how often a warp-wide access is repeated because lanes need different
 // words of one bank.
 #pragma once
 
@@ -18,7 +18,7 @@ class BankCounter {
   void start_launch(size_t sites) { counts_.resize(std::max(counts_.size(), sites)); }
 
   void add(const uint32_t (&offsets)[kLanes], uint32_t lanes, int bytes, uint16_t site) {
-    // Accesses of 8 bytes go by half warps, of 16 bytes by quarters.
+    // 8-byte accesses are split into half warps, 16-byte ones into quarters.
     const int words = std::max(bytes / 4, 1), group = kLanes / words;
     BankCount& count = counts_[site];
     ++count.accesses;
@@ -47,7 +47,7 @@ class BankCounter {
   static constexpr int kBanks = 32;
 
   static int wavefronts(const uint32_t (&offsets)[kLanes], uint32_t lanes, int begin, int end, int words) {
-    uint32_t word_of[kBanks];  // that was met first
+    uint32_t word_of[kBanks];  // first word seen in the bank
     uint32_t used = 0;
     for (int lane = begin; lane < end; ++lane) {
       if ((lanes >> lane & 1) == 0) continue;

@@ -1,4 +1,4 @@
-// Segmentation faults of kernels, as long as it lives.
+// Catches segmentation faults of kernels during its lifetime.
 #pragma once
 
 #include <setjmp.h>
@@ -8,7 +8,7 @@ namespace ptx {
 
 class FaultHandler {
  public:
-  // A fault goes to `jump`, with `address` set, unless `is_ours` says that it is another thread's.
+  // On a fault, sets `address` and jumps to `jump`, unless `is_ours` says that another thread caused it.
   FaultHandler(bool (*is_ours)(), sigjmp_buf& jump, const void*& address) {
     callback = is_ours;
     to = &jump;
@@ -32,7 +32,7 @@ class FaultHandler {
 
  private:
 #ifdef __SANITIZE_ADDRESS__
-  static constexpr bool kEnabled = false;  // its own handler says more
+  static constexpr bool kEnabled = false;  // its handler reports more
 #else
   static constexpr bool kEnabled = true;
 #endif
@@ -42,7 +42,7 @@ class FaultHandler {
       *where = info->si_addr;
       siglongjmp(*to, 1);
     }
-    // The access is tried again, and ends the process.
+    // The access is retried, and ends the process.
     signal(number, SIG_DFL);
   }
 

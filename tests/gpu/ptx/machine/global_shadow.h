@@ -1,6 +1,6 @@
-// Who wrote and who read each word of global memory last in this launch, to find accesses by others that
-// nothing orders: neither a barrier of their block nor, between blocks, a release and an acquire by atomics
-// and fences. Which counter those were on is not looked at.
+// Race detector of global memory: records the last write and read of each word in this launch, to find
+// accesses of different threads that nothing orders: neither a barrier of their block nor, between blocks, a
+// release and an acquire by atomics and fences (whichever counter they were on).
 #pragma once
 
 #include <algorithm>
@@ -26,14 +26,14 @@ class GlobalShadow {
     bool constant = false, atomic = false;
   };
   struct Conflict {
-    const Record* record = nullptr;  // none
+    const Record* record = nullptr;  // null: none
     bool with_read = false;
   };
 
   void start_launch(uint32_t tick, int64_t blocks) {
     start_ = tick;
     releases_.assign(static_cast<size_t>(blocks), {});
-    // Nothing of an earlier launch is of interest, so this is only about memory.
+    // Records of earlier launches are ignored anyway; this only limits memory.
     constexpr size_t kMaxPages = 1024;
     if (pages_.size() > kMaxPages) {
       pages_.clear();
@@ -41,7 +41,7 @@ class GlobalShadow {
     }
   }
 
-  // Notes an access, or returns the one that it is not ordered after.
+  // Records an access, or returns the earlier one that it is not ordered after.
   Conflict note(uint64_t address, int bytes, const Warp& warp, int lane, uint32_t tick, uint16_t site,
                 Access access) {
     Page& page = page_of(address);
@@ -67,7 +67,7 @@ class GlobalShadow {
         }
         word->write = mine;
       } else {
-        // That it was read as constant is not forgotten.
+        // Keeps that it was read as constant.
         const bool constant = mine.constant || (touches(word->read, mine) && word->read.constant);
         word->read = mine;
         word->read.constant = constant;
@@ -76,7 +76,7 @@ class GlobalShadow {
     return {};
   }
 
-  // The thread releases what it knew at `known`, when its block's last barrier was at `epoch`.
+  // The thread releases what it knew at `known`; its block's last barrier was at `epoch`.
   void release(const Warp& warp, int lane, uint32_t tick, uint32_t known, uint32_t epoch) {
     releases_[static_cast<size_t>(warp.block->index)].push_back({tick, known, epoch, thread_of(warp, lane)});
   }

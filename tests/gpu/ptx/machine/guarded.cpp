@@ -27,10 +27,10 @@ size_t page_bytes() {
 struct Mappings {
   std::mutex mutex;
   std::unordered_map<void*, Mapping> by_pointer;
-  std::deque<std::pair<void*, uint64_t>> guarded;  // with their serials, the oldest first
+  std::deque<std::pair<void*, uint64_t>> guarded;  // with their serial numbers, oldest first
   uint64_t serial = 0;
 
-  // Linux has room for 65530 mappings. What is no longer guarded joins its neighbours.
+  // Linux allows 65530 mappings. Regions that are no longer guarded merge with their neighbours.
   void retire_the_oldest() {
     constexpr size_t kMost = 8000;
     while (guarded.size() > kMost) {
@@ -52,7 +52,7 @@ Mappings& mappings() {
 }  // namespace
 
 void* allocate_guarded(size_t bytes) {
-  constexpr size_t kAlignment = 16;  // what kernels and torch count on
+  constexpr size_t kAlignment = 16;  // expected by kernels and torch
   const size_t page = page_bytes();
   const size_t rounded = (std::max<size_t>(bytes, 1) + kAlignment - 1) / kAlignment * kAlignment;
   const size_t usable = (rounded + page - 1) / page * page;

@@ -1,4 +1,4 @@
-// Handlers of what each lane does for itself: Of::of(a, b, ...) on each.
+// Handlers of lane-wise instructions: apply Of::of(a, b, ...) to each lane.
 #pragma once
 
 #include "warp.h"

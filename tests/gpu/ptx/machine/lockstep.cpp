@@ -1,5 +1,5 @@
-// Lanes of a warp: they run together, part at branches and meet again where the least far of them come to the
-// others; collectives and barriers wait for all that they are for.
+// Schedules the lanes of a warp: they run together, diverge at branches and reconverge when the lanes
+// furthest behind reach the others; collectives and barriers wait for all their members.
 #include <algorithm>
 #include <string>
 
@@ -46,7 +46,7 @@ void Scheduler::set_join(Warp& warp) const {
   }
 }
 
-// Takes the lanes that are least far, of those that can go on; false if none can.
+// Picks the lanes furthest behind among those that can run; false if none can.
 bool Scheduler::choose(Warp& warp) {
   if (warp.lanes != 0) {
     warp.parked.push_back({Parked::Why::kTurn, warp.pc, warp.lanes});
@@ -93,7 +93,7 @@ bool Scheduler::branch(Warp& warp, const Instruction& i) {
   return warp.pc < warp.join || choose(warp);
 }
 
-// Lanes whose guard does not hold go on without the others.
+// Lanes whose guard is false continue without the others.
 void Scheduler::split(Warp& warp, uint32_t lanes) {
   warp.parked.push_back({Parked::Why::kTurn, warp.pc + 1, warp.lanes & ~lanes});
   warp.lanes = lanes;
@@ -116,7 +116,7 @@ bool Scheduler::finish(Warp& warp, const Instruction& i) {
   return choose(warp);
 }
 
-// At a collective: runs it when all that it is for are here.
+// At a collective: runs it once all members have arrived.
 bool Scheduler::meet(Warp& warp, const Instruction& i) {
   const uint32_t lane = static_cast<uint32_t>(__builtin_ctz(warp.lanes));
   const uint32_t members = warp.in<uint32_t>(i.members)[lane];
@@ -209,7 +209,7 @@ bool Scheduler::step(Warp& warp, int steps) {
       ++warp.pc;
       if (i.kind == Kind::kAtomic && active != 0) {
         steps = 0;
-        // Lanes that try again and again may wait for those that are behind.
+        // Spinning lanes may be waiting for those behind them.
         if (!warp.parked.empty() && random() % 4 == 0) {
           warp.parked.push_back({Parked::Why::kYield, warp.pc, warp.lanes});
           warp.lanes = 0;

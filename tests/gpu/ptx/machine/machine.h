@@ -1,12 +1,19 @@
-// Runs the PTX that nvcc makes of CUDA kernels on the CPU, and looks for what a GPU would let pass: accesses
-// to shared or global memory that nothing orders, lanes that miss a collective, copies read too early,
+// Runs the PTX that nvcc generates from CUDA kernels on the CPU, and detects what a GPU would let pass:
+// unordered accesses to shared or global memory, lanes that miss a collective, copies read too early,
 // misaligned or stray accesses.
 //
-// A fault is thrown as ptx::Fault, whose message names the kernel, block, thread or lanes and the line of the
-// source. The machine stays usable.
+// Faults are thrown as ptx::Fault, whose message names the kernel, block, thread or lanes and the source
+// line. The machine stays usable. This is the entry header; the folders, lowest first, each including only
+// those before it:
+//   text/          parses PTX into modules, kernels and statements
+//   machine/       warps, blocks, memory, race detectors, the scheduler
+//   instructions/  decodes statements and executes single instructions
+//   runtime/       a CUDA runtime on top of the machine
+//   cases/         kernels that test_machine.py runs, some with planted faults
+// and, on top, bind.cpp for Python.
 //
-// It cannot see: what ptxas makes of the PTX, caches, global memory out of bounds (which AddressSanitizer
-// can, if the machine is compiled with it). Compile it with -ffp-contract=off, and -march=native for speed.
+// Not modelled: what ptxas makes of the PTX, caches, and global memory out of bounds (which AddressSanitizer
+// detects, if the machine is compiled with it). Compile with -ffp-contract=off, and -march=native for speed.
 #pragma once
 
 #include <cstdint>
@@ -26,11 +33,11 @@ struct DeleteModule {
 };
 using ModulePointer = std::unique_ptr<Module, DeleteModule>;
 
-// Reads what is outside of the kernels' bodies; those are read when they are first run, or by read_all().
+// Reads the declarations; a kernel's body is read when it first runs, or by read_all().
 ModulePointer load(std::string_view text);
-void read_all(Module& module);  // throws Fault at the first instruction that the machine does not know
+void read_all(Module& module);  // throws Fault at the first unsupported instruction
 
-// What cudaFuncGetAttributes asks for. Throws Fault if the module has no such kernel.
+// What cudaFuncGetAttributes returns. Throws Fault if the module has no such kernel.
 struct Attributes {
   int max_threads;        // of a block: .maxntid
   int64_t static_shared;  // bytes
@@ -39,29 +46,30 @@ struct Attributes {
 std::vector<std::string> entries(const Module& module);
 Attributes attributes(Module& module, const std::string& entry);
 
-// Runs a kernel to its end, in the calling thread; one at a time. `arguments` as cudaLaunchKernel has them.
+// Runs a kernel to completion in the calling thread, one at a time. `arguments` as for cudaLaunchKernel.
 struct Launch {
   unsigned blocks, threads;
   int64_t shared_bytes;  // dynamic
   const void* const* arguments;
   unsigned blocks_y = 1, blocks_z = 1;  // `blocks` is the first dimension's; blocks of threads have one
-  // Whether threads may write to shared memory, with no barrier between, what another wrote there, if it is
-  // the same. Triton's code does where it has more threads than numbers.
+  // Whether threads may write the same value to a place in shared memory without a barrier in between.
+  // Triton's code does if it has more threads than elements.
   bool same_writes = false;
 };
 void run(Module& module, const std::string& entry, const Launch& launch);
 
 struct Options {
-  // Warps and blocks run in an order that the seed decides, the same in every launch.
+  // The seed decides the order of warps and blocks, which is the same in every launch.
   uint32_t seed = 0;
-  int resident_blocks = 0;  // how many run at a time, 4 at most; 0: two or three, as the seed says
-  // Sums of matrix instructions as tensor cores make them (see mma.cpp), not rounded to the nearest.
+  int resident_blocks = 0;  // concurrent blocks, at most 4; 0: two or three, by the seed
+  // Truncates sums of matrix instructions as tensor cores do (see matrices.cpp), instead of rounding them to
+  // nearest.
   bool truncate_sums = false;
-  // Results of the .approx instructions and of div.full, exact but for rounding, are moved by up to a unit in
-  // the last place, those of ex2 and div by up to two, as a hash of the operand says.
+  // Perturbs the results of .approx instructions and div.full, which are otherwise correctly rounded, by up
+  // to one unit in the last place (ex2 and div: two), by a hash of the operands.
   bool perturb_approximations = false;
-  // Shared memory that nobody wrote is NaN; whether to read it is a fault. A kernel may, of rows that it
-  // throws away.
+  // Unwritten shared memory is NaN; this makes reading it a fault. Off by default: a kernel may read rows
+  // that it discards.
   bool report_unwritten = false;
   int64_t shared_limit = 163 << 10;     // of a block on the card; starts as sm_80's
   int64_t first_shared_address = 1024;  // where a block's shared memory begins, as on sm_90
@@ -69,7 +77,7 @@ struct Options {
 // PEFT_KERNELS_PTX_SEED, if set, is the seed at the start.
 Options& options();
 
-// Warp-wide accesses to shared memory at one line, and what they took. Without conflicts, 32 lanes take one
+// Warp-wide accesses to shared memory at one line, and their wavefronts. Without conflicts, 32 lanes need one
 // wavefront for 4 bytes each, two for 8 and four for 16.
 struct BankCount {
   int64_t accesses, wavefronts, conflicts;  // conflicts: wavefronts beyond that

@@ -33,7 +33,7 @@ void Memory::start_launch() {
     if (start == MAP_FAILED) throw std::bad_alloc();
     return static_cast<char*>(start);
   };
-  // Nothing can be accessed at the addresses that kernels see.
+  // Reserved and not accessible: only the addresses are used.
   windows_ = reserve(PROT_NONE);
   storage_ = reserve(PROT_READ | PROT_WRITE);
 }
@@ -138,9 +138,9 @@ void Memory::check(const SharedShadow::Conflict& conflict, const Warp& warp, int
   const std::string line = " (" + site_text(cell.site()) + ")";
   const std::string mine =
       (writes ? "writes byte " : "reads byte ") + std::to_string(conflict.byte) + " of shared memory";
-  if (conflict.why == Why::kNobody) fail(warp, lane, at.site, mine + ", which nobody wrote");
-  if (cell.tick() == SharedShadow::kUnderWay) {
-    fail(warp, lane, at.site, mine + ", where an asynchronous copy by " + who + line + " is under way");
+  if (conflict.why == Why::kUnwritten) fail(warp, lane, at.site, mine + ", which was not written");
+  if (cell.tick() == SharedShadow::kInFlight) {
+    fail(warp, lane, at.site, mine + ", where an asynchronous copy by " + who + line + " is in flight");
   }
   fail(warp, lane, at.site,
        "race: " + mine + ", which " + who + (conflict.why == Why::kRead ? " read" : " wrote") + line +

@@ -1,4 +1,4 @@
-// The checks of every access, and where its bytes are.
+// Checks every access and returns the addresses of its bytes.
 #pragma once
 
 #include <cstdint>
@@ -19,13 +19,14 @@ class Memory {
   uint32_t advance() { return ++tick_; }
 
   void start_launch();
-  void place(Block& block, int slot);  // gives it shared memory
+  void place(Block& block, int slot);  // assigns shared memory
   void start_block(Block& block);
 
-  // Of the active lanes, `bytes` each. Check, tell the race detectors, and fill in where the bytes are.
+  // Checks accesses of the active lanes, `bytes` each, records them in the race detectors, and fills in the
+  // host addresses.
   void find_global(Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, Access access,
                    const Instruction& at, char* (&places)[kLanes]);
-  // `values`: what is written, where several threads may write the same. It is there afterwards.
+  // `values`: what is written, if several threads may write the same; it is in memory afterwards.
   using Values = char[kLanes][32];
   void find_shared(Warp& warp, const uint64_t (&addresses)[kLanes], int bytes, Access access,
                    const Instruction& at, char* (&places)[kLanes], const Values* values = nullptr);
@@ -40,20 +41,20 @@ class Memory {
                   const uint32_t (&read)[kLanes], int bytes, const Instruction& at);
   void wait_for_copies(Warp& warp, int lane, int pending, const Instruction& at);
 
-  // ordering.cpp: what atomics and fences do to the order of a thread's accesses. Each atomic has a tick of
-  // its own, which is returned.
+  // ordering.cpp: the effect of atomics and fences on the order of a thread's accesses. Each atomic has its
+  // own tick.
   void release(Warp& warp, int lane, bool relaxed);
   void acquire(Warp& warp, int lane, bool relaxed);
   void fence(Warp& warp, int lane);
   void count_atomic(const Warp& warp, const Instruction& at);
 
-  // Something has happened that a thread could wait for.
+  // Resets the deadlock detector: something happened that a thread could be waiting for.
   void progress() { atomics_since_progress_ = instructions_since_progress = 0; }
 
   int64_t instructions_since_progress = 0;
   BankCounter banks;
 
-  // What is accessed now, should it be a fault.
+  // The current access, for the report if it faults.
   struct Now {
     const Warp* warp = nullptr;
     const Instruction* at = nullptr;
@@ -63,13 +64,13 @@ class Memory {
   Now now;
 
  private:
-  // Generic addresses this near a block's shared memory are taken for an attempt at it.
+  // Generic addresses within this distance of a block's shared memory count as attempts to access it.
   static constexpr int64_t kWindowStride = 16 << 20;
 
   bool in_windows(uint64_t address) const {
     return address - reinterpret_cast<uint64_t>(windows_) < uint64_t{kMaxResidentBlocks * kWindowStride};
   }
-  // Kernels may read what nobody wrote, as long as they do not use it.
+  // By default kernels may read unwritten memory, as long as they do not use it.
   SharedAccess as_access(const Warp& warp, int lane, uint16_t site) const {
     const uint32_t start = options().report_unwritten ? warp.block->start : 0;
     return {tick_, start, warp.block->epoch, warp.epoch, site, static_cast<uint16_t>(thread_of(warp, lane))};

@@ -75,7 +75,7 @@ void Scheduler::start_block(Block& block, int64_t index) {
   memory.start_block(block);
 }
 
-// Puts waiting blocks in the place of those that have returned.
+// Replaces blocks that have returned by waiting ones.
 void Scheduler::start_blocks() {
   for (size_t i = 0; i < resident_; ++i) {
     Block& block = *blocks_[i];
@@ -100,7 +100,7 @@ void Scheduler::fill_registers() {
     }
     Block& block = *blocks_[slot];
     block.index = -1;
-    // Copies that a fault left under way would be forgotten with their warps.
+    // Drops copies that a fault left in flight.
     if (block.warps.size() > warps) block.shadow->clear();
     while (block.warps.size() < warps) block.warps.push_back(std::make_unique<Warp>());
     block.warps.resize(warps);
@@ -126,11 +126,10 @@ void Scheduler::run_all() {
     memory.instructions_since_progress += steps;
     if (memory.instructions_since_progress > kPatience) {
       fail(warp, warp.lanes, entry_->code[warp.pc],
-           "does not wait for others in this loop, be it endless: nothing else has happened for 2^27 "
-           "instructions");
+           "endless loop: waits for nothing, and nothing else has happened for 2^27 instructions");
     }
     if (step(warp, steps)) continue;
-    // Barriers add to the end alone.
+    // Barriers only append.
     ready_[chosen] = ready_.back();
     ready_.pop_back();
     if (warp.block->exited == static_cast<int>(grid.threads)) start_blocks();
@@ -140,7 +139,7 @@ void Scheduler::run_all() {
     if (block.index < 0 || block.exited == static_cast<int>(grid.threads)) continue;
     for (const auto& warp : block.warps) {
       for (const Parked& parked : warp->parked) {
-        fail(*warp, parked.lanes, entry_->code[parked.pc], "waits for lanes that never come");
+        fail(*warp, parked.lanes, entry_->code[parked.pc], "waits for lanes that never arrive");
       }
     }
     throw Fault(entry_->readable + ": all threads wait");

@@ -1,4 +1,5 @@
-// Runs a kernel: warps of a few blocks in turn, lanes of a warp together as long as they agree.
+// Runs a kernel: warps of a few concurrent blocks in turn, the lanes of a warp in lockstep as long as they
+// agree.
 #pragma once
 
 #include <pthread.h>
@@ -35,7 +36,7 @@ class Scheduler {
   void start_blocks();
   void run_all();
 
-  // lockstep.cpp: whether the warp goes on.
+  // lockstep.cpp: these return whether the warp can continue.
   bool step(Warp& warp, int steps);
   bool choose(Warp& warp);
   bool branch(Warp& warp, const Instruction& i);

@@ -1,10 +1,10 @@
-// Who wrote and who read each word of a block's shared memory last, to find accesses that no barrier orders.
-// Words that are accessed in parts are kept by the byte.
+// Race detector of shared memory: records the last write and read of each word of a block's shared memory, to
+// find accesses that no barrier orders. Words accessed in parts are recorded bytewise.
 //
-// Time is a count of the barriers and atomics that have completed anywhere. What happened before the tick at
-// which the block's last barrier completed is ordered before what its threads do now; what lanes of a warp
-// did before its last bar.warp.sync is so for that warp. Ticks never come back, so that nothing is cleared
-// between blocks.
+// Time is counted in ticks: the barriers and atomics completed anywhere. Accesses before the tick of the
+// block's last barrier are ordered before its threads' current ones; accesses of a warp's lanes before its
+// last bar.warp.sync are ordered for that warp. Ticks never repeat, so nothing has to be cleared between
+// blocks.
 #pragma once
 
 #include <cstdint>
@@ -16,16 +16,17 @@ namespace ptx {
 struct SharedAccess {
   uint32_t now, block_start, block_epoch, warp_epoch;  // ticks
   uint16_t site, thread;
-  // Of a write that others may do as well, if to the same: what it writes, and what is there.
+  // For writes that may be repeated by others with the same value: what is written, and what is there.
   const char* value = nullptr;
   const char* there = nullptr;
 };
 
 class SharedShadow {
  public:
-  // A recorded access. `who` is a thread, or several that have read: of a warp, kWarp and its index, or any.
+  // A recorded access. `who` is a thread, or several readers: kWarp and its index for one warp, kReaders for
+  // any.
   struct Cell {
-    uint64_t bits = 0;  // tick, site, who: compared as one number, the later is the greater
+    uint64_t bits = 0;  // tick, site, who: compared as one integer, the later is greater
 
     static Cell of(uint32_t tick, uint16_t site, uint16_t who) {
       return {uint64_t{tick} << 32 | uint64_t{site} << 16 | who};
@@ -35,10 +36,10 @@ class SharedShadow {
     uint16_t who() const { return static_cast<uint16_t>(bits); }
   };
   static constexpr uint16_t kReaders = 0x8000, kWarp = 0x4000;
-  // The tick of what an asynchronous copy is about to write.
-  static constexpr uint32_t kUnderWay = UINT32_MAX;
+  // The tick of a pending asynchronous write.
+  static constexpr uint32_t kInFlight = UINT32_MAX;
 
-  enum class Why : uint8_t { kNone, kWrote, kRead, kNobody };
+  enum class Why : uint8_t { kNone, kWrote, kRead, kUnwritten };
   struct Conflict {
     Why why = Why::kNone;
     uint32_t byte = 0;
@@ -47,7 +48,7 @@ class SharedShadow {
 
   explicit SharedShadow(int64_t bytes) : words_(static_cast<size_t>((bytes + 3) / 4)) {}
 
-  // Notes a read, or returns why it must not be.
+  // Records a read, or returns the conflict.
   Conflict read(uint32_t offset, uint32_t bytes, const SharedAccess& access) {
     const uint64_t epoch = uint64_t{access.block_epoch} << 32;
     if (bytes < 4) return read_part(offset, bytes, access);
@@ -58,18 +59,18 @@ class SharedShadow {
         if (conflict.why != Why::kNone) return conflict;
         continue;
       }
-      if (word.write.tick() < access.block_start) return {Why::kNobody, at, word.write};
+      if (word.write.tick() < access.block_start) return {Why::kUnwritten, at, word.write};
       if (word.write.bits >= epoch && !ordered(word.write, access)) return {Why::kWrote, at, word.write};
       word.read = add_reader(word.read, access);
     }
     return {};
   }
 
-  // Notes a write, or returns why it must not be. `lands_later`: by an asynchronous copy; written() then
-  // tells when it has.
+  // Records a write, or returns the conflict. `lands_later`: by an asynchronous copy; written() is called
+  // when it has landed.
   Conflict write(uint32_t offset, uint32_t bytes, const SharedAccess& access, bool lands_later = false) {
     const uint64_t epoch = uint64_t{access.block_epoch} << 32;
-    const Cell mine = Cell::of(lands_later ? kUnderWay : access.now, access.site, access.thread);
+    const Cell mine = Cell::of(lands_later ? kInFlight : access.now, access.site, access.thread);
     if (bytes < 4) return write_part(offset, bytes, access, mine);
     for (uint32_t at = offset; at < offset + bytes; at += 4) {
       Word& word = words_[at / 4];
@@ -94,7 +95,7 @@ class SharedShadow {
       (word.write.tick() == kParted ? parts_[at].write : word.write) = mine;
     }
   }
-  // For a new block: drops copies that the last one did not wait for, and joins words again.
+  // For a new block: drops copies that the previous one did not wait for, and merges bytes into words again.
   void clear() {
     for (Word& word : words_) {
       if (word.write.tick() >= kParted) word = {};
@@ -107,17 +108,17 @@ class SharedShadow {
   struct Word {
     Cell write, read;
   };
-  // The tick of a word whose bytes are apart.
+  // The tick of a word whose bytes are recorded separately.
   static constexpr uint32_t kParted = UINT32_MAX - 1;
 
   static bool ordered(Cell cell, const SharedAccess& access) {
     if (cell.tick() < access.block_epoch) return true;
-    if (cell.tick() == kUnderWay) return false;
+    if (cell.tick() == kInFlight) return false;
     return cell.who() == access.thread || (cell.tick() < access.warp_epoch && in_warp(cell, access));
   }
-  // Whether the write leaves what the earlier one put there.
+  // Whether the write repeats the earlier value.
   static bool is_same(Cell earlier, const SharedAccess& access, uint32_t from, uint32_t bytes) {
-    return access.value != nullptr && earlier.tick() != kUnderWay &&
+    return access.value != nullptr && earlier.tick() != kInFlight &&
            std::memcmp(access.value + from, access.there + from, bytes) == 0;
   }
   static uint16_t warp_of(const SharedAccess& access) {
@@ -143,7 +144,7 @@ class SharedShadow {
     take_apart(offset);
     for (uint32_t at = offset; at < offset + bytes; ++at) {
       Word& part = parts_[at];
-      if (part.write.tick() < access.block_start) return {Why::kNobody, at, part.write};
+      if (part.write.tick() < access.block_start) return {Why::kUnwritten, at, part.write};
       if (!ordered(part.write, access)) return {Why::kWrote, at, part.write};
       part.read = add_reader(part.read, access);
     }
@@ -165,7 +166,7 @@ class SharedShadow {
   }
 
   std::vector<Word> words_;
-  std::vector<Word> parts_;  // by byte; empty while no word is apart
+  std::vector<Word> parts_;  // per byte; empty while no word is split
 };
 
 }  // namespace ptx

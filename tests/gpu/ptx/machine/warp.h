@@ -1,4 +1,4 @@
-// The warps and blocks that run.
+// The state of warps and blocks.
 #pragma once
 
 #include <array>
@@ -20,39 +20,39 @@ inline constexpr uint32_t kAllLanes = ~0u;
 struct Block;
 class Memory;
 
-// Numbers with which may_alias goes, so that registers can be read as any type.
+// Makes may_alias types, so that registers can be read as any type.
 template <class T>
 struct Aliasing {
   using type [[gnu::may_alias]] = T;
 };
 
-// Lanes of a warp that have parted from the others, and wait for their turn.
+// Diverged lanes of a warp that wait for their turn.
 struct Parked {
   enum class Why : uint8_t { kTurn, kYield, kCollective } why;
   uint32_t pc, lanes;
 };
 
-// What the memory model knows of a thread; times are counted by Memory::tick. `acquired` is the tick of the
-// last atomic that acquired what other blocks had released; the others are for fences around relaxed ones.
+// The memory model's state of a thread, in ticks of Memory. `acquired` is the last atomic that acquired
+// releases of other blocks; the others are for fences around relaxed atomics.
 struct ThreadOrder {
   uint32_t acquired, read, fenced, fence_epoch;
 };
 
-// An asynchronous copy under way.
+// An asynchronous copy in flight.
 struct Copy {
   uint32_t to;  // offset in shared memory
   uint8_t bytes, read;
   uint16_t site;
   int group;
   const char* from;
-  char data[16];  // of `from` at the start
+  char data[16];  // of `from` when the copy started
 };
 
 struct Warp {
   // ---- For handlers -----------------------------------------------------------------------------------
   std::byte* registers;
   const std::byte* constants;  // their end
-  uint32_t active;             // lanes that execute the instruction
+  uint32_t active;             // lanes executing the instruction
   Block* block;
   Memory* memory;
   int index;  // in the block
@@ -72,10 +72,10 @@ struct Warp {
   }
 
   // ---- For the scheduler ------------------------------------------------------------------------------
-  uint32_t pc, lanes;  // that run
-  uint32_t join;       // the least pc of others that only wait for their turn
+  uint32_t pc, lanes;  // currently running
+  uint32_t join;       // smallest pc of other runnable lanes
   uint32_t at_barrier, exited;
-  bool fair;  // lets others pass: they may be what it waits for
+  bool fair;  // yields to other lanes, which may be what it waits for
   std::vector<Parked> parked;
 
   // ---- For memory -------------------------------------------------------------------------------------
@@ -88,8 +88,8 @@ struct Warp {
 struct Block {
   int64_t index = -1;  // none
   int slot;
-  char* window;                                       // where generic addresses of its shared memory begin
-  char* storage;                                      // where that really is
+  char* window;                                       // start of the generic addresses of its shared memory
+  char* storage;                                      // its actual memory
   uint32_t start, epoch, acquired, threads_acquired;  // ticks: of its start, of its last barrier
   int waiting, exited;                                // threads
   uint32_t barrier_pc;
@@ -97,7 +97,7 @@ struct Block {
   std::unique_ptr<SharedShadow> shadow;
 };
 
-// Where the threads of a launch are.
+// The configuration of the current launch.
 struct Grid {
   Entry* entry;
   const std::vector<std::string>* sites;
@@ -116,7 +116,7 @@ inline int thread_of(const Warp& warp, int lane) { return warp.index * kLanes + 
 std::string lane_list(uint32_t lanes);
 std::string site_text(uint16_t site);
 
-// End the launch.
+// Abort the launch with a Fault.
 [[noreturn]] void fail(const Warp& warp, int lane, uint16_t site, const std::string& what);
 [[noreturn]] void fail(const Warp& warp, uint32_t lanes, const Instruction& at, const std::string& what);
 
@@ -130,7 +130,7 @@ void for_lanes(uint32_t lanes, const Body& body) {
   }
 }
 
-// Handlers compute all lanes, and keep the active ones.
+// Stores the result of the active lanes; handlers compute all lanes.
 template <class T>
 void keep(const Warp& warp, int32_t at, const T (&result)[kLanes]) {
   auto* const to = warp.out<T>(at);

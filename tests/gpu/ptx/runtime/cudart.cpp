@@ -1,3 +1,4 @@
+// The functions of the CUDA runtime that programs and nvcc's generated code call.
 #include "cudart.h"
 
 #include <cuda_runtime_api.h>
@@ -21,16 +22,16 @@
 namespace peft_kernels::cudart {
 namespace {
 
-constexpr int64_t kDefaultShared = 48 << 10;  // of a block whose kernel has not asked for more
+constexpr int64_t kDefaultShared = 48 << 10;  // of a block without opt-in
 constexpr unsigned kMaxThreads = 1024;
 
 struct Binary {
   std::map<int, std::string_view> texts;      // by architecture
-  std::map<int, ptx::ModulePointer> modules;  // those that were needed
-  std::map<int, ptx::ModulePointer> edited;   // the same, of edited texts
+  std::map<int, ptx::ModulePointer> modules;  // loaded on demand
+  std::map<int, ptx::ModulePointer> edited;   // likewise, of edited texts
 };
 
-// A number from the environment.
+// An integer from the environment.
 int setting(const char* name, int otherwise) {
   const char* value = std::getenv(name);
   return value == nullptr || *value == 0 ? otherwise : std::atoi(value);
@@ -39,8 +40,8 @@ int setting(const char* name, int otherwise) {
 struct Function {
   Binary* binary;
   std::string name;
-  int64_t dynamic_shared = 0;   // that it asked for
-  bool has_all_shared = false;  // that is all there is
+  int64_t dynamic_shared = 0;   // opt-in
+  bool has_all_shared = false;  // the opt-in is the card's maximum
 };
 
 struct Configuration {
@@ -52,7 +53,7 @@ struct Configuration {
 struct Runtime {
   std::mutex mutex;
   std::vector<Binary*> binaries;
-  std::map<const void*, Function> functions;  // by the address of the host's stub
+  std::map<const void*, Function> functions;  // by the address of the host stub
   std::vector<Configuration> pushed;
   int compute_capability = setting("PEFT_KERNELS_PTX_ARCH", 80);
   std::function<std::string(std::string)> edit;
@@ -70,7 +71,7 @@ struct Runtime {
     return found == functions.end() ? nullptr : &found->second;
   }
 
-  // The module that the card would choose, or null: none is for it.
+  // The module that the card would use, or null if none fits.
   ptx::Module* module_of(const Function& function) const {
     Binary& binary = *function.binary;
     auto text = binary.texts.upper_bound(compute_capability);
@@ -111,7 +112,7 @@ struct Runtime {
   }
 };
 
-// Never destroyed: what was compiled by nvcc unregisters itself at the very end.
+// Never destroyed: objects compiled by nvcc unregister themselves at exit.
 Runtime& runtime() {
   static Runtime& runtime = []() -> Runtime& {
     ptx::options().truncate_sums = setting("PEFT_KERNELS_PTX_TRUNCATE", 0) != 0;
@@ -127,7 +128,7 @@ void set_card(int compute_capability, int64_t shared_bytes, int64_t reserved_byt
   r.compute_capability = compute_capability;
   ptx::options().shared_limit = shared_bytes;
   ptx::options().first_shared_address = compute_capability >= 90 ? reserved_bytes : 0;
-  // To another card nothing has been said yet; but callers who asked for all there is ask no card twice.
+  // Opt-ins do not carry over to another card; but callers who opted in to the maximum do not ask again.
   for (auto& [stub, function] : r.functions) {
     function.dynamic_shared = function.has_all_shared ? shared_bytes : 0;
   }
@@ -168,8 +169,7 @@ std::vector<Executed> executed() {
 
 using peft_kernels::cudart::runtime;
 
-// ---- What objects of nvcc's call
-// -----------------------------------------------------------------------------
+// ---- Called by nvcc's generated code ----
 
 extern "C" {
 
@@ -185,7 +185,7 @@ void __cudaRegisterFunction(void** binary, const char* stub, char*, const char* 
                             dim3*, dim3*, int*) {
   runtime().functions[stub] = {reinterpret_cast<peft_kernels::cudart::Binary*>(binary), name};
 }
-// Variables of the device are where the PTX says; the host does not ask for one.
+// Device variables are placed by the PTX; the host never asks for one.
 void __cudaRegisterVar(void**, char*, char*, const char*, int, size_t, int, int) {}
 
 unsigned __cudaPushCallConfiguration(dim3 grid, dim3 block, size_t shared_bytes, CUstream_st* stream) {
@@ -214,8 +214,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
                           shared_bytes);
 }
 
-// ---- What programs call
-// --------------------------------------------------------------------------------------
+// ---- Called by programs ----
 
 cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
                              cudaStream_t) {
@@ -303,7 +302,7 @@ const char* cudaGetErrorString(cudaError_t error) {
 cudaError_t cudaMalloc(void** pointer, size_t bytes) {
   *pointer = peft_kernels::cudart::allocate_guarded(bytes);
   if (*pointer == nullptr) return runtime().result(cudaErrorMemoryAllocation);
-  std::memset(*pointer, 0xff, bytes);  // what nobody wrote is NaN
+  std::memset(*pointer, 0xff, bytes);  // unwritten memory is NaN
   return runtime().result(cudaSuccess);
 }
 cudaError_t cudaFree(void* pointer) {

@@ -1,4 +1,4 @@
-// Reads the body of a kernel.
+// Parses the body of a kernel.
 #include <algorithm>
 #include <cctype>
 #include <string>
@@ -39,7 +39,7 @@ class BodyReader {
     struct Range {
       int32_t first, count;
     };
-    std::unordered_map<std::string_view, Range> ranges;  // %r of %r<12>
+    std::unordered_map<std::string_view, Range> ranges;  // e.g. %r of %r<12>
   };
 
   void read_one() {
@@ -56,7 +56,7 @@ class BodyReader {
     } else if (word == ".pragma") {
       scanner_.until(';');
     } else if (word[0] == '.') {
-      fail_to_read(word, "a directive that the machine does not know");
+      fail_to_read(word, "unsupported directive");
     } else if (scanner_.take(':')) {
       body_.labels.push_back({word, static_cast<uint32_t>(body_.statements.size())});
     } else {
@@ -199,7 +199,7 @@ Declaration read_declaration(Scanner& scanner) {
   declaration.element_bytes = bytes;
   declaration.align = std::max<int64_t>(declaration.align, bytes);
   declaration.name = scanner.word();
-  // `.ptr .global .align 16`, of what a pointer points to.
+  // `.ptr .global .align 16`: attributes of the pointee.
   while (!declaration.name.empty() && declaration.name.front() == '.') {
     if (declaration.name == ".align") scanner.number();
     declaration.name = scanner.word();

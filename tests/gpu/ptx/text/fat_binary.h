@@ -1,5 +1,5 @@
-// The PTX in a fat binary, as nvcc embeds it in host objects. Its layout is not documented; this much of it
-// has been the same since CUDA 9.
+// Finds the PTX in a fat binary, which nvcc embeds in host objects. The layout is undocumented; this part has
+// not changed since CUDA 9.
 #pragma once
 
 #include <cstdint>
@@ -10,14 +10,14 @@
 
 namespace peft_kernels::cudart {
 
-// What __cudaRegisterFatBinary gets.
+// The argument of __cudaRegisterFatBinary.
 struct FatBinaryWrapper {
   uint32_t magic, version;
   const char* data;
   const void* unused;
 };
 
-// The texts by architecture (80 for compute_80). They end with zeros.
+// The texts by architecture (80 for compute_80), without trailing zeros.
 inline std::map<int, std::string_view> ptx_texts(const void* wrapper) {
   struct Header {
     uint32_t magic;
@@ -38,7 +38,7 @@ inline std::map<int, std::string_view> ptx_texts(const void* wrapper) {
   Header header;
   std::memcpy(&header, outer.data, sizeof(header));
   if (outer.magic != kWrapperMagic || header.magic != kMagic) {
-    throw std::runtime_error("a fat binary of another layout than this reads");
+    throw std::runtime_error("fat binary: unsupported layout");
   }
   std::map<int, std::string_view> texts;
   const char* at = outer.data + header.header_bytes;
@@ -48,7 +48,8 @@ inline std::map<int, std::string_view> ptx_texts(const void* wrapper) {
     std::memcpy(&part, at, sizeof(part));
     at += part.header_bytes;
     if (part.kind == kPtx) {
-      if (part.compressed_bytes != 0) throw std::runtime_error("compressed PTX: compile with --no-compress");
+      if (part.compressed_bytes != 0)
+        throw std::runtime_error("fat binary: expected uncompressed PTX, compile with --no-compress");
       const std::string_view text(at, part.bytes);
       texts[static_cast<int>(part.architecture)] = text.substr(0, text.find('\0'));
     }

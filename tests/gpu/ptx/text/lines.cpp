@@ -39,7 +39,7 @@ uint16_t Lines::read(Scanner& scanner) {
       if (line.take('+')) line.word();
     }
   }
-  // Line 0 is code of no line in particular.
+  // Line 0: code without a line.
   if (position.line == 0) return last_;
   if (is_inlined) {
     callers_[position] = caller;
@@ -62,7 +62,7 @@ uint16_t Lines::site_of(const Position& innermost) {
   }
   const auto [found, is_new] = known_.try_emplace({position.file, position.line}, 0);
   if (is_new) {
-    if (sites.size() > UINT16_MAX) throw Fault("PTX: more lines of source than the machine can count");
+    if (sites.size() > UINT16_MAX) throw Fault("PTX: too many source lines");
     found->second = static_cast<uint16_t>(sites.size());
     sites.push_back(files_[position.file].name + ":" + std::to_string(position.line));
   }

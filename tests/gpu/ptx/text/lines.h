@@ -1,5 +1,5 @@
-// Which line of the source an instruction comes from. A line that was inlined into another is named by the
-// innermost one that is neither in the wrappers of device.cuh nor in CUDA's own headers.
+// Maps instructions to source lines. For inlined code, it is the innermost line outside of the wrappers in
+// device.cuh and CUDA's headers.
 #pragma once
 
 #include <cstdint>
@@ -16,9 +16,9 @@ class Scanner;
 struct Lines {
   std::vector<std::string> sites = {"?"};  // "file.cuh:12"
 
-  // Reads the directives .file of a module.
+  // Reads the .file directives of a module.
   void read_files(std::string_view module);
-  // Reads the rest of a directive .loc, and returns the site of what follows.
+  // Reads the rest of a .loc directive and returns the site of the following instructions.
   uint16_t read(Scanner& scanner);
 
  private:
@@ -36,7 +36,7 @@ struct Lines {
   uint16_t site_of(const Position& position);
 
   std::map<int64_t, File> files_;
-  std::map<Position, Position> callers_;  // where a line was inlined, as told last
+  std::map<Position, Position> callers_;  // latest call site of an inlined line
   std::map<std::pair<int64_t, int64_t>, uint16_t> known_;
   uint16_t last_ = 0;
 };

@@ -66,7 +66,7 @@ Module::Module(std::string_view text) : text_(text) {
     } else if (word == ".entry") {
       read_entry(scanner);
     } else {
-      fail_to_read(word.empty() ? scanner.rest() : word, "a directive that the machine does not know");
+      fail_to_read(word.empty() ? scanner.rest() : word, "unsupported directive");
     }
   }
 }
@@ -112,7 +112,7 @@ void Module::read_entry(Scanner& scanner) {
     scanner.rest();
     const std::string_view word = scanner.word();
     if (word.empty()) {
-      // One of ( ) [ ] , and the like.
+      // Punctuation.
       scanner.take(scanner.rest().front());
     } else if (word == ".maxntid") {
       entry->max_threads = static_cast<int>(scanner.number());

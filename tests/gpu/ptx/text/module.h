@@ -1,4 +1,4 @@
-// The PTX of one fat binary.
+// The PTX module of one fat binary: its variables and kernels.
 #pragma once
 
 #include <cstddef>
@@ -20,9 +20,9 @@ class Module {
   explicit Module(std::string_view text);
 
   Entry& entry(const std::string& name);  // throws Fault
-  void read(Entry& entry);                // its body, unless that has been done
+  void read(Entry& entry);                // its body, unless already read
 
-  // A variable that all kernels of the module see.
+  // A module-level variable.
   struct Global {
     enum class Space : uint8_t { kConstant, kGlobal, kShared, kDynamicShared } space;
     int64_t offset;  // in `constants`, in `globals`, or in shared memory

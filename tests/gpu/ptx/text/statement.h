@@ -1,4 +1,4 @@
-// PTX text as statements whose names are not resolved yet.
+// PTX text parsed into statements, with names not resolved yet.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +12,8 @@ struct Operand {
   enum class Kind : uint8_t { kRegister, kImmediate, kName, kAddress, kList, kPair, kSink };
   Kind kind = Kind::kSink;
   bool negated = false;       // !%p1
-  int32_t reg = -1;           // also an address's, if it has one
-  int64_t value = 0;          // an immediate's bits; what is added to a name or address
+  int32_t reg = -1;           // a register, or that of an address
+  int64_t value = 0;          // bits of an immediate; offset of a name or address
   std::string_view name;      // of a variable, label or special register
   std::vector<Operand> list;  // {a, b} or a|b
 };
@@ -51,10 +51,10 @@ struct Body {
 
 struct Lines;
 
-// `shared_bytes`: of what the module declares outside of kernels. Throws Fault.
+// `shared_bytes`: bytes of module-level shared variables. Throws Fault.
 Body read_body(std::string_view text, Lines& lines, int64_t shared_bytes);
 
-// ---- Of text, for readers of modules and bodies -------------------------------------------------------
+// ---- Scanning, for module.cpp and body.cpp ----
 
 [[noreturn]] void fail_to_read(std::string_view near, const std::string& what);
 
@@ -63,12 +63,12 @@ class Scanner {
   explicit Scanner(std::string_view text) : text_(text) {}
   bool done();  // after spaces and comments
   bool is(char c) { return !done() && text_[at_] == c; }
-  bool take(char c);  // goes past it if it is next
+  bool take(char c);  // consumes it if it is next
   void expect(char c);
   std::string_view word();         // letters, digits, _ $ % . and what follows :: in opcodes
-  std::string_view until(char c);  // and goes past that
-  std::string_view line();         // the rest of it
-  std::string_view braces();       // what {} enclose, which come next
+  std::string_view until(char c);  // and consumes that
+  std::string_view line();         // the rest of the line
+  std::string_view braces();       // the contents of the following {}
   int64_t number();
   size_t position() const { return at_; }
   std::string_view from(size_t position) const { return text_.substr(position, at_ - position); }
@@ -83,10 +83,10 @@ struct Declaration {
   std::string_view name;
   int64_t align = 1, bytes = 0, element_bytes = 1;
 };
-Declaration read_declaration(Scanner& scanner);  // of a variable or parameter, from ".align" or its type on
+Declaration read_declaration(Scanner& scanner);  // variable or parameter, from ".align" or its type on
 
-// An immediate operand's bits: 12, -3, 0x1f, 0f3F800000, 0d3FF0000000000000.
+// The bits of an immediate operand: 12, -3, 0x1f, 0f3F800000, 0d3FF0000000000000.
 bool read_immediate(std::string_view word, int64_t& value);
-int bytes_of_type(std::string_view type);  // "b32", ".v2" not included; 0 for pred, -1 for what is no type
+int bytes_of_type(std::string_view type);  // "b32", without ".v2"; 0 for pred, -1 if not a type
 
 }  // namespace ptx

@@ -1,4 +1,4 @@
-"""Which way a product goes on CUDA, and that every way computes it: as PTX, for several cards."""
+"""Which path a GEMM takes on CUDA, and that every path is correct: as PTX, for several cards."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ import testing
 
 CARDS = {"A100": (80, 108, 163 << 10), "RTX-3090": (86, 82, 99 << 10), "H100": (90, 132, 227 << 10)}
 NEWER = {"B200": (100, 148, 227 << 10), "RTX-5090": (120, 170, 99 << 10)}
-"""Whose PTX is another."""
+"""Cards with their own PTX."""
 FEW = 4
-"""Multiprocessors of the made-up card: a handful of tiles is more than it has, and less than a card."""
+"""Multiprocessors of the simulated card: few, so that small cases have more tiles than multiprocessors."""
 
-# Sizes at the edges of the kernels' tiles, and beyond them.
+# Sizes at the edges of the kernels' tiles, and past them.
 ROWS = (1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 130)
 SHAPES = ((16, 64), (33, 128), (64, 320), (130, 192), (257, 64), (8, 1024), (136, 320))
 REFUSED = ((33, 96), (64, 100), (7, 33))
 
 
-def ways(extension: ModuleType, card: str, direction: int) -> set[str]:
-    """All that a card's products go, over many shapes."""
+def paths(extension: ModuleType, card: str, direction: int) -> set[str]:
+    """All paths of a card's GEMMs, over many shapes."""
     return {
         extension.plan_for(m, n, k, 64, dtype, *(CARDS | NEWER)[card])[direction]
         for m in (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 8192)
@@ -37,7 +37,7 @@ def ways(extension: ModuleType, card: str, direction: int) -> set[str]:
     }
 
 
-def test_what_no_kernel_takes_goes_by_pieces(extension: ModuleType) -> None:
+def test_unsupported_shapes_are_dequantised_in_pieces(extension: ModuleType) -> None:
     for card in CARDS.values():
         for m, n, k, blocksize, dtype in (
             (0, 4096, 4096, 64, "bfloat16"),
@@ -51,7 +51,7 @@ def test_what_no_kernel_takes_goes_by_pieces(extension: ModuleType) -> None:
 
 
 def lines_of(file: str) -> list[str]:
-    """Of a file in csrc/cuda."""
+    """The lines of a file in csrc/cuda."""
     (path,) = (Path(__file__).parent.parent.parent / "csrc" / "cuda").rglob(file)
     return path.read_text(encoding="utf-8").splitlines()
 
@@ -65,13 +65,13 @@ def sizes(m: int, n: int, k: int, dtype: torch.dtype, i: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-WAYS = [(card, dtype) for card in ("A100", "RTX-3090") for dtype in (torch.bfloat16, torch.float16)]
-# Of the same kernels, elsewhere in shared memory; and of others.
-WAYS += [("H100", torch.float16), ("B200", torch.float16), ("RTX-5090", torch.bfloat16)]
+PATHS = [(card, dtype) for card in ("A100", "RTX-3090") for dtype in (torch.bfloat16, torch.float16)]
+# The same kernels at other addresses of shared memory, and other kernels.
+PATHS += [("H100", torch.float16), ("B200", torch.float16), ("RTX-5090", torch.bfloat16)]
 
 
-@pytest.mark.parametrize("card,dtype", WAYS, ids=[f"{card}-{short(dtype)}" for card, dtype in WAYS])
-def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("card,dtype", PATHS, ids=[f"{card}-{short(dtype)}" for card, dtype in PATHS])
+def test_every_path_is_correct(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
     capability, _, shared = (CARDS | NEWER)[card]
     extension.set_card(capability, FEW, shared)
     taken: tuple[set[str], set[str]] = (set(), set())
@@ -80,14 +80,14 @@ def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype
         for m in ROWS:
             i += 1
             case = sizes(m, n, k, dtype, i)
-            for found, way in zip(taken, extension.plan(m, n, k, case["bs"], str(dtype)[6:]), strict=True):
-                found.add(way)
+            for found, path in zip(taken, extension.plan(m, n, k, case["bs"], str(dtype)[6:]), strict=True):
+                found.add(path)
             check_nf4_linear(case)
             check_nf4_linear_dx(case)
             check_lora_linear(case)
             check_lora_linear_backward(case)
     for direction in (0, 1):
-        assert ways(extension, card, direction) <= taken[direction], "a way that no case of this test takes"
+        assert paths(extension, card, direction) <= taken[direction], "a path that no case of this test takes"
 
 
 @pairs(
@@ -98,8 +98,8 @@ def test_every_way_computes(extension: ModuleType, card: str, dtype: torch.dtype
 def test_long_shares_of_few_rows(
     extension: ModuleType, shape: tuple[int, int], card: str, dtype: torch.dtype
 ) -> None:
-    """Of a warp: whole chunks of groups, over several tiles; of slices of k, whose parts are added up; tiles
-    that nobody shares, with an odd number of rows in the last."""
+    """A warp's share: whole chunks of groups over several tiles; slices of k, which are summed; unshared
+    tiles, with an odd number of rows in the last."""
     n, k = shape
     extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
     for i, m in enumerate((1, 9, 17, 8, 16, 32), 3):  # with biases of both types each
@@ -112,7 +112,7 @@ def test_long_shares_of_few_rows(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("adapter", ["fp32", "same"])
 def test_many_ranks(extension: ModuleType, adapter: str, dtype: torch.dtype) -> None:
-    """As many as one launch has for an adapter, of rows that are read by vectors."""
+    """As many ranks as one launch holds for an adapter; rows are read in vectors."""
     case = sizes(17, 136, 128, dtype, 1) | {"r": 64, "adapter": adapter, "needs": "xab"}
     check_lora_linear(case)
     check_lora_linear_backward(case)
@@ -120,17 +120,17 @@ def test_many_ranks(extension: ModuleType, adapter: str, dtype: torch.dtype) -> 
 
 @pytest.mark.parametrize("n,k", [(768, 49152), (770, 43611)], ids=["even", "odd"])
 def test_a_weight_in_several_pieces(extension: ModuleType, n: int, k: int) -> None:
-    """Of more than 128 MB, cut by rows forward and by columns backward."""
+    """More than 128 MB: pieces of rows in the forward, of columns in the backward."""
     case = sizes(3, n, k, torch.float32, 2) | {"layout": "contiguous"}
     assert extension.plan(3, n, k, case["bs"], "float32") == ("pieces", "pieces")
     assert extension.piece_of(n, k, 4) < n and extension.piece_of(k, n, 4) < k
-    if n % 2:  # pieces of whole rows are as any weight but for where they begin
+    if n % 2:  # pieces of whole rows differ from other weights only in their offset
         check_nf4_linear(case)
     check_nf4_linear_dx(case)
 
 
 def test_adapters_on_several_blocks_of_rows(extension: ModuleType) -> None:
-    """fp32 activations of more than 16 MB, with masks and groups that go on over the cut."""
+    """fp32 activations of more than 16 MB, with masks and groups across the boundary of blocks."""
     case = multi_case(m=4300, k=1024, n=8, layers=1, adapters="0", dtype=torch.float32, base="dense", r=4)
     check_forward(case)
     check_backward(case)
@@ -139,7 +139,7 @@ def test_adapters_on_several_blocks_of_rows(extension: ModuleType) -> None:
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("card", CARDS)
 def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed: int) -> None:
-    """Nor does what the memory held: counters are back at zero after every call."""
+    """Nor does uninitialised memory: counters are zero again after every call."""
     weight, of_dx = testing.nf4_weight(48, 2560), testing.nf4_weight(520, 320)
     x, dy = testing.tensor(70, 2560, dtype=torch.bfloat16), testing.tensor(33, 520, dtype=torch.bfloat16)
 
@@ -152,8 +152,8 @@ def test_order_of_threads_changes_no_bit(extension: ModuleType, card: str, seed:
     ptx.BACKEND.check_order(seed, run)
 
 
-def test_norms_of_dora_have_a_kernel(extension: ModuleType) -> None:
-    """For rows that are whole groups of 64 codes; others are dequantised piece by piece."""
+def test_dora_norms_use_a_kernel(extension: ModuleType) -> None:
+    """For rows of whole groups of 64 codes; others are dequantised in pieces."""
     for k, has_kernel in ((64, True), (320, True), (1088, True), (8, False), (100, False)):
         weight = testing.nf4_weight(70, k, 64, True)
         a, b = testing.tensor(19, k, seed=3), testing.tensor(70, 19, seed=4)
@@ -167,8 +167,8 @@ def test_norms_of_dora_have_a_kernel(extension: ModuleType) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("card", CARDS)
-def test_large_products_have_no_bank_conflicts(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
-    """But for where scales are looked up by their codes, once for a group."""
+def test_large_gemms_have_no_bank_conflicts(extension: ModuleType, card: str, dtype: torch.dtype) -> None:
+    """Except in the lookup of scales by their codes, once per group."""
     sources = {name: lines_of(f"{name}.cuh") for name in ("linear_tiles", "linear_dx", "linear_decode")}
     extension.set_card(CARDS[card][0], FEW, CARDS[card][2])
     weight, long = testing.nf4_weight(264, 320, 64, True), testing.nf4_weight(40, 2560)
@@ -193,15 +193,15 @@ def test_large_products_have_no_bank_conflicts(extension: ModuleType, card: str,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=short)
 @pytest.mark.parametrize("card", ["A100", "RTX-3090"])
 @pytest.mark.parametrize(
-    "way,sms,m,n,k", [("tiles256", 3, 33, 200, 3648), ("tiles128", 3, 70, 48, 2432)], ids=["one", "two"]
+    "path,sms,m,n,k", [("tiles256", 3, 33, 200, 3648), ("tiles128", 3, 70, 48, 2432)], ids=["one", "two"]
 )
 def test_tiles_that_blocks_share(
-    extension: ModuleType, card: str, way: str, sms: int, m: int, n: int, k: int, dtype: torch.dtype
+    extension: ModuleType, card: str, path: str, sms: int, m: int, n: int, k: int, dtype: torch.dtype
 ) -> None:
-    """Three blocks have a part of one tile each, or the second has parts of two; odd numbers of stages."""
+    """Three blocks share one tile, or the second has parts of two tiles; odd numbers of stages."""
     extension.set_card(CARDS[card][0], sms, CARDS[card][2])
     case = sizes(m, n, k, dtype, m) | {"bs": 64}
-    assert extension.plan(m, n, k, 64, str(dtype)[6:])[0].startswith(way)
+    assert extension.plan(m, n, k, 64, str(dtype)[6:])[0].startswith(path)
     check_nf4_linear(case)
     check_lora_linear(case)
 
@@ -228,7 +228,7 @@ def test_tiles_that_blocks_share(
 def test_shares_of_warps(
     extension: ModuleType, card: str, sms: int, m: int, n: int, k: int, parts: int, dtype: torch.dtype
 ) -> None:
-    """Few rows: of a share, whole tiles or less than one; of a tile, several warps, blocks and slices."""
+    """Few rows: shares of several tiles or part of one; tiles shared by several warps, blocks and slices."""
     extension.set_card(CARDS[card][0], sms, CARDS[card][2])
     cut = extension.cuts_for(m, n, k, 64, str(dtype)[6:], CARDS[card][0], sms, CARDS[card][2])[0]
     assert cut["workers"] == 8 and cut["blocks"] >= parts
@@ -247,7 +247,7 @@ def test_shares_of_warps(
 def test_half_stages_of_dx(
     extension: ModuleType, card: str, sms: int, m: int, n: int, k: int, dtype: torch.dtype
 ) -> None:
-    """Blocks that begin or end in the middle of a stage."""
+    """Blocks whose share starts or ends in the middle of a stage."""
     extension.set_card(CARDS[card][0], sms, CARDS[card][2])
     cut = extension.cuts_for(m, n, k, 64, str(dtype)[6:], CARDS[card][0], sms, CARDS[card][2])[1]
     assert cut["share"] % 2 == 1 and cut["blocks"] > 1
