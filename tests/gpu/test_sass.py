@@ -243,8 +243,6 @@ def test_compiled_once_until_something_included_changes(tmp_path: Path) -> None:
         compile_it()
 
 
-# Reading.
-
 LISTING = """
 	.section	.nv.info.k,"",@"SHT_CUDA_INFO"
 	.sectionflags	@""
@@ -365,9 +363,6 @@ def test_resident_warps() -> None:
     assert warps(90, 256, 32, 64 << 10) == 24
     assert warps(120, 256, 32, 64 << 10) == 8
     assert warps(90, 1024, 65) == 0
-
-
-# What is printed.
 
 
 def test_the_table_has_kernels_beside_floors(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@
 
 namespace peft_kernels::cuda {
 
-// ---- Between the GEMMs -----------------------------------------------------------------------------------
+// ---- Between the GEMMs --------------------------------------------------------------------------------
 
 // Matrices [m, rank].
 struct BottleneckMiddle {
@@ -121,8 +121,7 @@ struct BottleneckBetween {
   }
 };
 
-// ---- Both GEMMs in one kernel
-// ------------------------------------------------------------------------------
+// ---- Both GEMMs in one kernel -------------------------------------------------------------------------
 
 // in [m, in_features] -> intermediate [m, rank] -> out [m, out_features]: x via z to y, or dy via dz to dx. A
 // block has 32 rows. In the first half a warp sums 16 of them for up to 64 ranks, over its part of the

@@ -46,7 +46,7 @@ DEVICE To bit_cast(const From& from) {
   return to;
 }
 
-// ---- Indices ---------------------------------------------------------------------------------------------
+// ---- Indices ------------------------------------------------------------------------------------------
 
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
@@ -55,7 +55,7 @@ DEVICE int lane_index() { return threadIdx.x & (kWarp - 1); }
 // The shuffle makes it known to be uniform: values that depend on it stay in uniform registers.
 DEVICE int warp_index() { return __shfl_sync(kAllLanes, threadIdx.x / kWarp, 0); }
 
-// ---- Shuffles --------------------------------------------------------------------------------------------
+// ---- Shuffles -----------------------------------------------------------------------------------------
 
 // The value of the lane in quad g with the same position as the caller. One instruction, for which there is
 // no intrinsic.
@@ -65,7 +65,7 @@ DEVICE uint32_t shuffle_from_quad(uint32_t value, int g) {
   return r;
 }
 
-// ---- Memory --------------------------------------------------------------------------------------------
+// ---- Memory -------------------------------------------------------------------------------------------
 // T: a Vec or a scalar of 1, 2, 4, 8 or 16 bytes, aligned to its size.
 
 namespace detail {
@@ -126,7 +126,7 @@ DEVICE uint32_t load_shared(uint32_t address) {
   return r;
 }
 
-// ---- Asynchronous copies, global to shared -------------------------------------------------------------
+// ---- Asynchronous copies, global to shared ------------------------------------------------------------
 
 // Copies 16 bytes, both sides aligned; if not `valid`, writes zeros and does not read the source. The data is
 // visible to this thread after copy_async_wait, to others after a barrier that follows it.
@@ -142,7 +142,7 @@ DEVICE void copy_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- Matrix instructions -------------------------------------------------------------------------------
+// ---- Matrix instructions ------------------------------------------------------------------------------
 // g = lane / 4, t = lane % 4; the lower index of a pair in the low half.
 //
 // volatile although they only compute: all lanes must execute them together, and a non-volatile one may be
@@ -179,7 +179,7 @@ DEVICE void mma_tf32(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
-// ---- Bits and numbers ----------------------------------------------------------------------------------
+// ---- Bits and numbers ---------------------------------------------------------------------------------
 
 // The bits of a where the mask has ones, else those of b. One instruction; compilers emit two.
 DEVICE uint32_t select_bits(uint32_t mask, uint32_t a, uint32_t b) {
@@ -250,7 +250,7 @@ DEVICE uint32_t multiply2<fp16>(uint32_t a, uint32_t b) {
   return r;
 }
 
-// ---- Between blocks --------------------------------------------------------------------------------------
+// ---- Between blocks -----------------------------------------------------------------------------------
 
 // Adds to a counter in global memory and returns its previous value, with acquire and release semantics: the
 // caller's earlier writes are visible to blocks that see the sum, and theirs to the caller.

@@ -82,7 +82,7 @@ struct DropoutMask {
   float scale;
 };
 
-// ---- nf4_quantize.cu, nf4_dequantize.cu ------------------------------------------------------------------
+// ---- nf4_quantize.cu, nf4_dequantize.cu ---------------------------------------------------------------
 
 void quantize_nf4(const void* weight, DType dtype, int64_t numel, int block_shift, uint8_t* packed,
                   float* absmax, Stream stream);
@@ -101,14 +101,14 @@ struct Part {
 void dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dtype, int64_t out_stride,
                     Stream stream);
 
-// ---- dropout.cu ----------------------------------------------------------------------------------------
+// ---- dropout.cu ---------------------------------------------------------------------------------------
 
 // out[i] = x[i] * mask.scale where the mask keeps element first + i, else x[i] * 0. `first` allows a slice of
 // larger activations.
 void dropout(const void* x, DType dtype, int64_t numel, int64_t first, const DropoutMask& mask, void* out,
              Stream stream);
 
-// ---- gated.cu ------------------------------------------------------------------------------------------
+// ---- gated.cu -----------------------------------------------------------------------------------------
 
 // out = activation(gate) * up, and its gradients. All of one type and size.
 void gated_activation(Activation activation, const void* gate, const void* up, DType dtype, int64_t count,
@@ -116,7 +116,7 @@ void gated_activation(Activation activation, const void* gate, const void* up, D
 void gated_activation_backward(Activation activation, const void* dy, const void* gate, const void* up,
                                DType dtype, int64_t count, void* d_gate, void* d_up, Stream stream);
 
-// ---- lora_*.cu: the GEMMs of LoRA adapters ----------------------------------------------------------------
+// ---- lora_*.cu: the GEMMs of LoRA adapters ------------------------------------------------------------
 // Activations are bf16 or fp16; h = mask(x) A^T and dh = scaling dY B are fp32 [m, ranks], with the columns
 // of all adapters side by side and 0 in rows that an adapter does not serve. fp32 values are never rounded to
 // a narrower type in between.
@@ -174,7 +174,7 @@ void lora_y(const LoraBatch& batch, int64_t n, const float* h, const void* term,
 void lora_dx(const LoraBatch& batch, const std::vector<const void*>& terms, const float* dh, void* dx,
              Stream stream);
 
-// ---- dora_scale.cu -------------------------------------------------------------------------------------
+// ---- dora_scale.cu ------------------------------------------------------------------------------------
 
 struct DoraScale {
   const void* z;  // [m, n], like y, dy and dz
@@ -188,7 +188,7 @@ void dora_scale(const DoraScale& params, void* y, Stream stream);
 // dz = dy * scale; d_scale = the sum over rows of dy * (z - bias).
 void dora_scale_backward(const DoraScale& params, const void* dy, void* dz, float* d_scale, Context& context);
 
-// ---- dora_norm.cu --------------------------------------------------------------------------------------
+// ---- dora_norm.cu -------------------------------------------------------------------------------------
 
 struct RowSums {
   Nf4View weight;  // [n, k]

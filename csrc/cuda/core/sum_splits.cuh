@@ -6,7 +6,7 @@
 
 namespace peft_kernels::cuda {
 
-// ---- In the same launch ----
+// ---- In the same launch -------------------------------------------------------------------------------
 
 // Each block writes its partial sums of a tile, and the last block to arrive adds them in block order, so
 // that the result does not depend on which block that was.
@@ -25,7 +25,7 @@ DEVICE bool is_last_of_tile(uint32_t* counter, int blocks, uint32_t* last) {
   return load(last) != 0;
 }
 
-// ---- In a second launch ----
+// ---- In a second launch -------------------------------------------------------------------------------
 
 // out[i] = the sum over splits of partial[split][i].
 struct SumSplits {

@@ -9,7 +9,7 @@
 
 namespace peft_kernels::cuda {
 
-// ---- experts_linear.cu, experts_linear_dx.cu -------------------------------------------------------------
+// ---- experts_linear.cu, experts_linear_dx.cu ----------------------------------------------------------
 
 // `linear` has the first expert's weight and m of all rows; the other experts' parts follow in memory, as do
 // biases [experts, n].
@@ -29,7 +29,7 @@ int experts_dx_tile_rows(DType dtype, int64_t experts, int64_t rows, int64_t n, 
 void experts_linear(const ExpertsParams& params, Context& context);
 void experts_linear_dx(const ExpertsParams& params, Context& context);
 
-// ---- experts_lora.cu -------------------------------------------------------------------------------------
+// ---- experts_lora.cu ----------------------------------------------------------------------------------
 // The adapters' other GEMMs, for features that are multiples of 8 and 16-byte aligned rows.
 
 // A factor per expert, [experts, rank, features], or transposed: [experts, features, rank].

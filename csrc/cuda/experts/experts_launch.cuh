@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../linear/linear_groups.cuh"
+#include "experts.h"
 
 namespace peft_kernels::cuda {
 

@@ -1,6 +1,7 @@
 // Launches ExpertsShrink and ExpertsOverRows: the ranks and gradients of experts' adapters.
 #include "../lora/lora_over_rows.cuh"
 #include "../lora/lora_shrink.cuh"
+#include "experts.h"
 
 namespace peft_kernels::cuda {
 namespace {

@@ -72,7 +72,7 @@ DEVICE Table fill_table(uint8_t* start, uint32_t bytes_before) {
   return {address + static_cast<uint32_t>(lane) * 4};
 }
 
-// ---- The weight as first operand: 16 rows ("features") by a group of k, with x^T, 8 tokens wide ----
+// ---- The weight as first operand: 16 rows ("features") by a group of k, with x^T, 8 tokens wide -------
 //
 // The order of k within a group is free, as long as both operands use the same. Lane (g, t) loads the bytes
 // from 8t on of rows g and g + 8. In step s of 4 it multiplies bytes 2s and 2s + 1, which hold k = 16t + 4s

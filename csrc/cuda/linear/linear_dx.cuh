@@ -129,8 +129,7 @@ struct LinearDxOf {
   DEVICE int column_of(int tile) const { return tile / groups_.token_tiles * kColumns; }
   DEVICE RowTile tokens_of(int tile) const { return groups_.rows(tile % groups_.token_tiles, kTokens); }
 
-  // ---- Loading codes, dY and scales
-  // -------------------------------------------------------------------------
+  // ---- Loading codes, dY and scales -------------------------------------------------------------------
 
   // A thread's part of a stage. Codes: the same 16 bytes of every kCodeRows-th row. dY: the same 8 rows of
   // every kDyTokens-th token.
@@ -234,9 +233,7 @@ struct LinearDxOf {
   DEVICE uint32_t next_scales() {
     float scale[2];
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      scale[i] = unpack_scale(scales_[0][i], shared_->map, scale_offset_);
-    }
+    for (int i = 0; i < 2; ++i) scale[i] = unpack_scale(scales_[0][i], shared_->map, scale_offset_);
 #pragma unroll
     for (int i = 1; i < kStages - 1; ++i) {
       scales_[i - 1][0] = scales_[i][0];
@@ -245,8 +242,7 @@ struct LinearDxOf {
     return pack2<T>(scale[0], scale[1]);
   }
 
-  // ---- Multiplying
-  // ------------------------------------------------------------------------------------------
+  // ---- Multiplying ------------------------------------------------------------------------------------
 
   // As in linear_decode.cuh, the order of rows within a group is free. Lane (g, t) has the four rows from 16t
   // on of each step and the bytes from 4g on of each; columns 8g + 2j and 8g + 2j + 1, of byte j, are
@@ -320,8 +316,7 @@ struct LinearDxOf {
     }
   }
 
-  // ---- Reducing and writing
-  // ---------------------------------------------------------------------------------
+  // ---- Reducing and writing ---------------------------------------------------------------------------
 
   DEVICE void finish(int tile, const RowTile& tokens, Sums& sums) {
     const Sharers sharers(groups_.work(), tile, 2 * steps_);
@@ -366,13 +361,12 @@ struct LinearDxOf {
   // Returns whether this block is the last to arrive at the tile; then `sums` has the total, added in block
   // order.
   DEVICE bool add_blocks(const Sharers& sharers, Sums& sums) const {
-    const auto all = [](int) { return true; };
-    if (row_warp_ == 0) store_part(sums.c, part_of(sharers, block_index()), kWarp, all);
+    if (row_warp_ == 0) store_part(sums.c, part_of(sharers, block_index()), kWarp, AllTokens{});
     if (!sharers.is_last_block(&shared_->last)) return false;
     if (row_warp_ > 0) return true;
     sums = {};
     for (int block = sharers.first; block <= sharers.last; ++block) {
-      add_part(part_of(sharers, block), kWarp, all, sums.c);
+      add_part(part_of(sharers, block), kWarp, AllTokens{}, sums.c);
     }
     return true;
   }

@@ -34,7 +34,7 @@ DEVICE float load_as_float(const void* p, DType dtype, int64_t i) {
   return to_float(load_constant(static_cast<const fp16*>(p) + i));
 }
 
-// ---- Partial sums of warps and blocks ---------------------------------------------------------------------
+// ---- Partial sums of warps and blocks -----------------------------------------------------------------
 
 using Four = Vec<float, 4>;  // a lane's sums of one matrix instruction
 

@@ -5,7 +5,7 @@
 
 namespace peft_kernels::cuda {
 
-// ---- As a slab -----------------------------------------------------------------------------------------
+// ---- As a slab ----------------------------------------------------------------------------------------
 
 // sums += v u^T, with the steps of 16 dealt to `turns` warps in turn. The lane has rows row(2r) and row(2r +
 // 1) of v in row tile r, and token(i) of u in token tile i.
@@ -67,7 +67,7 @@ DEVICE void multiply_slab_dx(const LinearParams& params, int turn, int turns, in
   }
 }
 
-// ---- From the adapters themselves ----------------------------------------------------------------------
+// ---- From the adapters themselves ---------------------------------------------------------------------
 //
 // For adapters of experts, whose slabs would be larger than the factors they are made of. Each fp32 value of
 // a factor is split as in a slab (lora_slab.cuh): high + low, 16 bits each, of which three products count.

@@ -135,8 +135,7 @@ struct LinearSmall {
     copy_async_commit();
   }
 
-  // ---- Loading the weight
-  // -----------------------------------------------------------------------------------
+  // ---- Loading the weight -----------------------------------------------------------------------------
 
   DEVICE void start_loading() {
     start_tile(begin_ % slice_.groups);
@@ -185,8 +184,7 @@ struct LinearSmall {
     }
   }
 
-  // ---- Multiplying
-  // ------------------------------------------------------------------------------------------
+  // ---- Multiplying ------------------------------------------------------------------------------------
 
   // Multiplies the whole share. The sums of its last tile stay in sums_.
   DEVICE void multiply() {
@@ -265,8 +263,7 @@ struct LinearSmall {
     }
   }
 
-  // ---- Reducing and writing
-  // ---------------------------------------------------------------------------------
+  // ---- Reducing and writing ---------------------------------------------------------------------------
 
   DEVICE void finish() {
     __syncthreads();  // sums of tiles that other warps began and this one ends

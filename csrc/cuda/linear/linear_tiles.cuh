@@ -137,8 +137,7 @@ struct LinearTilesOf {
   // The start of the warp's group of a stage in a chunk.
   DEVICE int group_begin(int stage) const { return stage * kDepth + depth_warp_ * kGroup; }
 
-  // ---- Loading
-  // ----------------------------------------------------------------------------------------------
+  // ---- Loading ----------------------------------------------------------------------------------------
 
   DEVICE void start_loading() {
     start_tile(begin_ / stages_, begin_ % stages_ / kAhead * kAhead);
@@ -214,8 +213,7 @@ struct LinearTilesOf {
     for (int i = 0; i < kLaneRows; ++i) scale_[i] = unpack_scale(scales_[i], shared_->map, scale_offset_);
   }
 
-  // ---- Multiplying
-  // ------------------------------------------------------------------------------------------
+  // ---- Multiplying ------------------------------------------------------------------------------------
 
   // Stages from `first` on of a tile, up to its last; stages outside of the block's share are skipped.
   template <int kStages>
@@ -272,8 +270,7 @@ struct LinearTilesOf {
     }
   }
 
-  // ---- Reducing and writing
-  // ---------------------------------------------------------------------------------
+  // ---- Reducing and writing ---------------------------------------------------------------------------
 
   // Token tiles are dealt to the warps that share features.
   DEVICE bool finishes(int token_tile, int tokens) const {

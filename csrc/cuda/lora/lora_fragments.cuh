@@ -26,8 +26,7 @@ DEVICE Tf32Pair split_tf32(float value) {
   return {high, bit_cast<uint32_t>(raised_for_tf32(__fadd_rn(value, -bit_cast<float>(high))))};
 }
 
-// ---- Runs of eight elements of a row
-// -----------------------------------------------------------------------
+// ---- Runs of eight elements of a row ------------------------------------------------------------------
 
 inline constexpr int kRun = 8;
 
@@ -112,7 +111,7 @@ DEVICE void unpack_factor(const FactorRun& run, bool is_f32, float (&values)[kRu
   for (int i = 0; i < kRun; ++i) values[i] = bit_cast<float>(run.words[i / 4].v[i % 4]);
 }
 
-// ---- Dropout ---------------------------------------------------------------------------------------------
+// ---- Dropout ------------------------------------------------------------------------------------------
 
 // Sets to 0 the dropped elements of [first, first + 8) of the activations. kVector: first is a multiple of 4.
 template <bool kVector>
@@ -138,7 +137,7 @@ DEVICE void drop_run(const DropoutMask& mask, int64_t first, float (&values)[kRu
   }
 }
 
-// ---- Features to ranks -----------------------------------------------------------------------------------
+// ---- Features to ranks --------------------------------------------------------------------------------
 
 inline constexpr int kWindow = 32;  // features summed at a time
 
@@ -162,7 +161,7 @@ DEVICE void add_window(const FactorRun& run, bool is_f32, const float (&values)[
   }
 }
 
-// ---- Ranks to features -----------------------------------------------------------------------------------
+// ---- Ranks to features --------------------------------------------------------------------------------
 
 // Element (rank, feature) is at rank * rank_stride + feature * feature_stride.
 struct RankFactor {
@@ -269,7 +268,7 @@ DEVICE void store_run(T* row, int64_t begin, int64_t end, const float (&values)[
   }
 }
 
-// ---- Tiles of ranks --------------------------------------------------------------------------------------
+// ---- Tiles of ranks -----------------------------------------------------------------------------------
 
 inline constexpr int kTileRanks = 8;  // maximum: a tile of the tensor core
 

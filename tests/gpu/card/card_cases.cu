@@ -17,7 +17,7 @@ using cases::shared_memory;
 
 constexpr int kThreads = 256;
 
-// ---- Between blocks ------------------------------------------------------------------------------------
+// ---- Between blocks -----------------------------------------------------------------------------------
 
 struct Tickets {
   float* parts;  // [block, thread]
@@ -58,7 +58,7 @@ void tickets() {
   }
 }
 
-// ---- Copies in flight ----------------------------------------------------------------------------------
+// ---- Copies in flight ---------------------------------------------------------------------------------
 
 struct Stream16 {
   const uint32_t* in;  // [step, thread, 4]
@@ -109,7 +109,7 @@ void ring() {
   }
 }
 
-// ---- Warps of a block ----------------------------------------------------------------------------------
+// ---- Warps of a block ---------------------------------------------------------------------------------
 
 struct Words {
   const uint32_t* in;
@@ -137,7 +137,7 @@ void warps() {
   }
 }
 
-// ---- Halves of a word ----------------------------------------------------------------------------------
+// ---- Halves of a word ---------------------------------------------------------------------------------
 
 template <class T>
 __global__ void halves_of(Words p) {
@@ -170,8 +170,7 @@ void halves() {
   }
 }
 
-// ---- Launches through launch.cuh
-// ---------------------------------------------------------------------------
+// ---- Launches through launch.cuh ----------------------------------------------------------------------
 
 struct Reverse {
   static constexpr int kThreads = 256;
@@ -204,7 +203,7 @@ void launched() {
   }
 }
 
-// ---- Where a block's shared memory starts ---------------------------------------------------------------
+// ---- Where a block's shared memory starts -------------------------------------------------------------
 
 __global__ void store_start(uint32_t* starts) {
   if (threadIdx.x == 0) starts[blockIdx.x] = shared_address(shared_memory<uint8_t>());

@@ -62,7 +62,7 @@ Captured captured(fake::Stream& stream, int64_t count = 100) {
   return {std::move(const_cast<std::unique_ptr<Graph>&>(capture.graph)), kernel};
 }
 
-// ---- Counters ------------------------------------------------------------------------------------------
+// ---- Counters -----------------------------------------------------------------------------------------
 
 void same_again() {
   fake::Stream stream{1};
@@ -211,7 +211,7 @@ void no_memory() {
   counters(stream);
 }
 
-// ---- Cards ---------------------------------------------------------------------------------------------
+// ---- Cards --------------------------------------------------------------------------------------------
 
 void card() {
   const Card card = card_of(0);
@@ -226,7 +226,7 @@ void card_query_fails() {
   expect(state.last_error == cudaSuccess, "the error to be cleared");
 }
 
-// ---- Starting ------------------------------------------------------------------------------------------
+// ---- Starting -----------------------------------------------------------------------------------------
 
 struct Gemm {};
 int entry;

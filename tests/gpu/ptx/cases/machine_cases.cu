@@ -15,7 +15,7 @@ using namespace peft_kernels::cuda;
 using cases::shared_memory;
 namespace cudart = peft_kernels::cudart;
 
-// ---- Bank conflicts ------------------------------------------------------------------------------------
+// ---- Bank conflicts -----------------------------------------------------------------------------------
 
 struct Input {
   const float* in;
@@ -82,7 +82,7 @@ void banks() {
   expect_banks(copied_rows<64>, 1, 16, 12);
 }
 
-// ---- Order -----------------------------------------------------------------------------------------------
+// ---- Order --------------------------------------------------------------------------------------------
 
 struct Turns {
   unsigned* count;
@@ -128,7 +128,7 @@ void orders() {
   expect(!std::is_sorted(starts.begin(), starts.end()), "blocks to start in any order");
 }
 
-// ---- The runtime -----------------------------------------------------------------------------------------
+// ---- The runtime --------------------------------------------------------------------------------------
 
 __global__ void nothing(Input) {}
 void sticky_errors() {

@@ -40,7 +40,7 @@ std::vector<Out> mapped(const std::vector<In>& values) {
   return out.values();
 }
 
-// ---- Numbers -------------------------------------------------------------------------------------------
+// ---- Numbers ------------------------------------------------------------------------------------------
 
 // The value of a 16-bit float with these exponent and mantissa bits, by definition; infinity as the next
 // power of two.
@@ -220,7 +220,7 @@ void approximations() {
   }
 }
 
-// ---- Warps ---------------------------------------------------------------------------------------------
+// ---- Warps --------------------------------------------------------------------------------------------
 
 __global__ void exchange_lanes(Map<uint32_t, uint32_t> m) {
   const int lane = threadIdx.x % 32;

@@ -50,7 +50,7 @@ class Decoder {
   Decoder(Module& module, Entry& entry, const Body& body);
   void decode();
 
-  // ---- For the decode_* functions of instruction families, which return false for unknown opcodes ----
+  // ---- For the decode_* functions of instruction families, which return false for unknown opcodes -----
   struct Words {
     std::vector<std::string_view> parts;  // parts of the opcode between dots
     std::string_view operator[](size_t i) const { return i < parts.size() ? parts[i] : std::string_view(); }

@@ -169,7 +169,7 @@ std::vector<Executed> executed() {
 
 using peft_kernels::cudart::runtime;
 
-// ---- Called by nvcc's generated code ----
+// ---- Called by nvcc's generated code ------------------------------------------------------------------
 
 extern "C" {
 
@@ -214,7 +214,7 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t kernel, dim3 grid, dim3 block, void*
                           shared_bytes);
 }
 
-// ---- Called by programs ----
+// ---- Called by programs -------------------------------------------------------------------------------
 
 cudaError_t cudaLaunchKernel(const void* stub, dim3 grid, dim3 block, void** arguments, size_t shared_bytes,
                              cudaStream_t) {

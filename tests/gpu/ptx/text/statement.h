@@ -54,7 +54,7 @@ struct Lines;
 // `shared_bytes`: bytes of module-level shared variables. Throws Fault.
 Body read_body(std::string_view text, Lines& lines, int64_t shared_bytes);
 
-// ---- Scanning, for module.cpp and body.cpp ----
+// ---- Scanning, for module.cpp and body.cpp ------------------------------------------------------------
 
 [[noreturn]] void fail_to_read(std::string_view near, const std::string& what);
 
