@@ -1,5 +1,6 @@
 // setp, set, selp, and logic on predicates.
 #include <cmath>
+#include <functional>
 #include <string>
 #include <type_traits>
 
@@ -10,45 +11,15 @@
 namespace ptx {
 namespace {
 
-struct Equal {
-  template <class T>
-  static bool of(T a, T b) {
-    return a == b;
-  }
-};
 struct NotEqual {
   template <class T>
-  static bool of(T a, T b) {
+  bool operator()(T a, T b) const {
     return a < b || b < a;
-  }
-};
-struct Less {
-  template <class T>
-  static bool of(T a, T b) {
-    return a < b;
-  }
-};
-struct LessOrEqual {
-  template <class T>
-  static bool of(T a, T b) {
-    return a <= b;
-  }
-};
-struct Greater {
-  template <class T>
-  static bool of(T a, T b) {
-    return a > b;
-  }
-};
-struct GreaterOrEqual {
-  template <class T>
-  static bool of(T a, T b) {
-    return a >= b;
   }
 };
 struct AreOrdered {
   template <class T>
-  static bool of(T a, T b) {
+  bool operator()(T a, T b) const {
     return a == a && b == b;
   }
 };
@@ -56,14 +27,14 @@ struct AreOrdered {
 template <class Opposite>
 struct UnorderedOrNot {
   template <class T>
-  static bool of(T a, T b) {
-    return !Opposite::of(a, b);
+  bool operator()(T a, T b) const {
+    return !Opposite()(a, b);
   }
 };
 // The comparison on 16-bit floats.
 template <class Of, class Number>
 struct Widened {
-  static bool of(uint16_t a, uint16_t b) { return Of::of(Number::widen(a), Number::widen(b)); }
+  bool operator()(uint16_t a, uint16_t b) const { return Of()(Number::widen(a), Number::widen(b)); }
 };
 
 template <class Of, class T>
@@ -71,7 +42,7 @@ uint32_t compare_lanes(const Warp& warp, const Instruction& i) {
   const auto* a = warp.in<T>(i.a);
   const auto* b = warp.in<T>(i.b);
   uint32_t lanes = 0;
-  for (int lane = 0; lane < kLanes; ++lane) lanes |= uint32_t{Of::of(T(a[lane]), T(b[lane]))} << lane;
+  for (int lane = 0; lane < kLanes; ++lane) lanes |= uint32_t{Of()(T(a[lane]), T(b[lane]))} << lane;
   return lanes;
 }
 
@@ -97,7 +68,7 @@ void compare_to_word(Warp& warp, const Instruction& i) {
   const auto* a = warp.in<T>(i.a);
   const auto* b = warp.in<T>(i.b);
   alignas(64) uint32_t result[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) result[lane] = Of::of(T(a[lane]), T(b[lane])) ? ~0u : 0;
+  for (int lane = 0; lane < kLanes; ++lane) result[lane] = Of()(T(a[lane]), T(b[lane])) ? ~0u : 0;
   keep(warp, i.d, result);
 }
 
@@ -120,8 +91,8 @@ void compare_pairs(Warp& warp, const Instruction& i) {
   uint32_t low = 0, high = 0;
   for (int lane = 0; lane < kLanes; ++lane) {
     const uint32_t x = a[lane], y = b[lane];
-    low |= uint32_t{Of::of(static_cast<uint16_t>(x), static_cast<uint16_t>(y))} << lane;
-    high |= uint32_t{Of::of(static_cast<uint16_t>(x >> 16), static_cast<uint16_t>(y >> 16))} << lane;
+    low |= uint32_t{Of()(static_cast<uint16_t>(x), static_cast<uint16_t>(y))} << lane;
+    high |= uint32_t{Of()(static_cast<uint16_t>(x >> 16), static_cast<uint16_t>(y >> 16))} << lane;
   }
   warp.set_predicate(i.d, low);
   warp.set_predicate(i.e, high);
@@ -130,28 +101,28 @@ void compare_pairs(Warp& warp, const Instruction& i) {
 // Calls `add` with the name and the functor of each comparison.
 template <class Add>
 void for_all(const Add& add) {
-  add("eq", Equal());
+  add("eq", std::equal_to<>());
   add("ne", NotEqual());
-  add("lt", Less());
-  add("le", LessOrEqual());
-  add("gt", Greater());
-  add("ge", GreaterOrEqual());
+  add("lt", std::less<>());
+  add("le", std::less_equal<>());
+  add("gt", std::greater<>());
+  add("ge", std::greater_equal<>());
 }
 template <class Add>
 void for_unsigned(const Add& add) {
-  add("lo", Less());
-  add("ls", LessOrEqual());
-  add("hi", Greater());
-  add("hs", GreaterOrEqual());
+  add("lo", std::less<>());
+  add("ls", std::less_equal<>());
+  add("hi", std::greater<>());
+  add("hs", std::greater_equal<>());
 }
 template <class Add>
 void for_floats(const Add& add) {
   add("equ", UnorderedOrNot<NotEqual>());
-  add("neu", UnorderedOrNot<Equal>());
-  add("ltu", UnorderedOrNot<GreaterOrEqual>());
-  add("leu", UnorderedOrNot<Greater>());
-  add("gtu", UnorderedOrNot<LessOrEqual>());
-  add("geu", UnorderedOrNot<Less>());
+  add("neu", UnorderedOrNot<std::equal_to<>>());
+  add("ltu", UnorderedOrNot<std::greater_equal<>>());
+  add("leu", UnorderedOrNot<std::greater<>>());
+  add("gtu", UnorderedOrNot<std::less_equal<>>());
+  add("geu", UnorderedOrNot<std::less<>>());
   add("num", AreOrdered());
   add("nan", UnorderedOrNot<AreOrdered>());
 }

@@ -22,12 +22,14 @@ std::string size_of() {
 
 template <class To, class From>
 struct Convert {
-  static Held<To> of(Held<From> x) { return static_cast<Held<To>>(static_cast<To>(static_cast<From>(x))); }
+  Held<To> operator()(Held<From> x) const {
+    return static_cast<Held<To>>(static_cast<To>(static_cast<From>(x)));
+  }
 };
 
 template <class To, class From>
 struct Saturate {
-  static Held<To> of(Held<From> x) {
+  Held<To> operator()(Held<From> x) const {
     using Limits = std::numeric_limits<To>;
     const auto value = static_cast<__int128>(static_cast<From>(x));
     if (value > static_cast<__int128>(Limits::max())) return Limits::max();
@@ -37,25 +39,25 @@ struct Saturate {
 
 struct Nearest {
   template <class T>
-  static T of(T x) {
+  T operator()(T x) const {
     return std::nearbyint(x);
   }
 };
 struct TowardsZero {
   template <class T>
-  static T of(T x) {
+  T operator()(T x) const {
     return std::trunc(x);
   }
 };
 struct Down {
   template <class T>
-  static T of(T x) {
+  T operator()(T x) const {
     return std::floor(x);
   }
 };
 struct Up {
   template <class T>
-  static T of(T x) {
+  T operator()(T x) const {
     return std::ceil(x);
   }
 };
@@ -63,10 +65,10 @@ struct Up {
 // Saturates; NaN becomes 0, or the lowest 64-bit integer.
 template <class To, class From, class Rounding>
 struct ToInteger {
-  static Held<To> of(From x) {
+  Held<To> operator()(From x) const {
     using Limits = std::numeric_limits<To>;
     if (x != x) return sizeof(To) == 8 ? static_cast<To>(uint64_t{1} << 63) : To{0};
-    const From rounded = Rounding::of(x);
+    const From rounded = Rounding()(x);
     if (rounded >= static_cast<From>(Limits::max())) return Limits::max();
     return rounded <= static_cast<From>(Limits::min()) ? Limits::min() : static_cast<To>(rounded);
   }
@@ -110,31 +112,31 @@ void add_integer(Table& table, const std::string& from) {
 
 // Clamps to [0, 1]; NaN becomes 0.
 struct SaturateFloat {
-  static float of(float x) { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
+  float operator()(float x) const { return x > 0.0f ? (x < 1.0f ? x : 1.0f) : 0.0f; }
 };
 // Rounds to nearest, ties away from zero.
 struct ToTf32 {
-  static uint32_t of(uint32_t x) {
+  uint32_t operator()(uint32_t x) const {
     return (x & 0x7fffffffu) > 0x7f800000u ? 0x7fffffffu : (x + 0x1000u) & 0xffffe000u;
   }
 };
 template <class Number>
 struct Widen {
-  static float of(uint16_t x) { return Number::widen(x); }
+  float operator()(uint16_t x) const { return Number::widen(x); }
 };
 template <class Number>
 struct Narrow {
-  static uint16_t of(float x) { return Number::narrow(x); }
+  uint16_t operator()(float x) const { return Number::narrow(x); }
 };
 template <class Number>
 struct NarrowTwo {
-  static uint32_t of(float high, float low) {
+  uint32_t operator()(float high, float low) const {
     return uint32_t{Number::narrow(high)} << 16 | Number::narrow(low);
   }
 };
 template <class Number>
 struct FromInteger {
-  static uint16_t of(int32_t x) { return Number::narrow(to_odd(x)); }
+  uint16_t operator()(int32_t x) const { return Number::narrow(to_odd(x)); }
 };
 
 template <class Number>
@@ -149,7 +151,7 @@ void add_half(Table& table, const std::string& type) {
 
 template <class Rounding>
 struct Round {
-  static float of(float x) { return Rounding::of(x); }
+  float operator()(float x) const { return Rounding()(x); }
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Arithmetic on fp32 and fp64. Results are rounded to nearest, or as the opcode says. .approx instructions
 // are correctly rounded, unless Options::perturb_approximations is set.
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <string>
 
@@ -12,33 +13,9 @@
 namespace ptx {
 namespace {
 
-struct Add {
-  template <class T>
-  static T of(T a, T b) {
-    return a + b;
-  }
-};
-struct Subtract {
-  template <class T>
-  static T of(T a, T b) {
-    return a - b;
-  }
-};
-struct Multiply {
-  template <class T>
-  static T of(T a, T b) {
-    return a * b;
-  }
-};
-struct Divide {
-  template <class T>
-  static T of(T a, T b) {
-    return a / b;
-  }
-};
 struct MultiplyAdd {
-  static float of(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
-  static double of(double a, double b, double c) { return __builtin_fma(a, b, c); }
+  float operator()(float a, float b, float c) const { return __builtin_fmaf(a, b, c); }
+  double operator()(double a, double b, double c) const { return __builtin_fma(a, b, c); }
 };
 // The NaN that arithmetic produces.
 template <class T>
@@ -49,7 +26,7 @@ T no_number() {
 // A NaN operand yields the other one.
 struct Minimum {
   template <class T>
-  static T of(T a, T b) {
+  T operator()(T a, T b) const {
     if (a == b) return std::signbit(a) ? a : b;
     if (a != a && b != b) return no_number<T>();
     return a < b || b != b ? a : b;
@@ -57,7 +34,7 @@ struct Minimum {
 };
 struct Maximum {
   template <class T>
-  static T of(T a, T b) {
+  T operator()(T a, T b) const {
     if (a == b) return std::signbit(a) ? b : a;
     if (a != a && b != b) return no_number<T>();
     return a > b || b != b ? a : b;
@@ -66,31 +43,25 @@ struct Maximum {
 template <class Of>
 struct OrNan {
   template <class T>
-  static T of(T a, T b) {
-    return a != a || b != b ? no_number<T>() : Of::of(a, b);
-  }
-};
-struct Negate {
-  template <class T>
-  static T of(T a) {
-    return -a;
+  T operator()(T a, T b) const {
+    return a != a || b != b ? no_number<T>() : Of()(a, b);
   }
 };
 struct Absolute {
   template <class T>
-  static T of(T a) {
+  T operator()(T a) const {
     return std::fabs(a);
   }
 };
 struct SquareRoot {
   template <class T>
-  static T of(T a) {
+  T operator()(T a) const {
     return std::sqrt(a);
   }
 };
 struct CopySign {
   template <class T>
-  static T of(T sign, T magnitude) {
+  T operator()(T sign, T magnitude) const {
     return std::copysign(magnitude, sign);
   }
 };
@@ -99,7 +70,7 @@ struct CopySign {
 // sum.
 template <bool kUp>
 struct MultiplyAddTowards {
-  static float of(float a, float b, float c) {
+  float operator()(float a, float b, float c) const {
     const float nearest = __builtin_fmaf(a, b, c);
     if (!std::isfinite(nearest)) return nearest;
     // product + c equals sum + rest exactly, and the difference of two floats this close is exact.
@@ -114,9 +85,9 @@ struct MultiplyAddTowards {
 
 template <class Of>
 struct Flushing {
-  static float of(float a) { return flush(Of::of(flush(a))); }
-  static float of(float a, float b) { return flush(Of::of(flush(a), flush(b))); }
-  static float of(float a, float b, float c) { return flush(Of::of(flush(a), flush(b), flush(c))); }
+  float operator()(float a) const { return flush(Of()(flush(a))); }
+  float operator()(float a, float b) const { return flush(Of()(flush(a), flush(b))); }
+  float operator()(float a, float b, float c) const { return flush(Of()(flush(a), flush(b), flush(c))); }
 };
 
 // Rounds; with perturb_approximations, adds up to `units` units in the last place.
@@ -130,35 +101,35 @@ float approximate(double exact, float operand, uint32_t units = 1) {
   return bits_as<float>(bits_as<uint32_t>(rounded) + hash % (2 * units + 1) - units);
 }
 struct Exponential {
-  static float of(float a) { return approximate(std::exp2(static_cast<double>(a)), a, 2); }
+  float operator()(float a) const { return approximate(std::exp2(static_cast<double>(a)), a, 2); }
 };
 struct Logarithm {
-  static float of(float a) { return approximate(std::log2(static_cast<double>(a)), a); }
+  float operator()(float a) const { return approximate(std::log2(static_cast<double>(a)), a); }
 };
 struct Reciprocal {
-  static float of(float a) { return approximate(1.0 / a, a); }
+  float operator()(float a) const { return approximate(1.0 / a, a); }
 };
 struct ReciprocalRoot {
-  static float of(float a) { return approximate(1.0 / std::sqrt(static_cast<double>(a)), a); }
+  float operator()(float a) const { return approximate(1.0 / std::sqrt(static_cast<double>(a)), a); }
 };
 struct Root {
-  static float of(float a) { return approximate(std::sqrt(static_cast<double>(a)), a); }
+  float operator()(float a) const { return approximate(std::sqrt(static_cast<double>(a)), a); }
 };
 struct Quotient {
-  static float of(float a, float b) { return approximate(static_cast<double>(a) / b, a, 2); }
+  float operator()(float a, float b) const { return approximate(static_cast<double>(a) / b, a, 2); }
 };
 struct Sine {
-  static float of(float a) { return approximate(std::sin(static_cast<double>(a)), a); }
+  float operator()(float a) const { return approximate(std::sin(static_cast<double>(a)), a); }
 };
 struct Cosine {
-  static float of(float a) { return approximate(std::cos(static_cast<double>(a)), a); }
+  float operator()(float a) const { return approximate(std::cos(static_cast<double>(a)), a); }
 };
 struct HyperbolicTangent {
-  static float of(float a) { return approximate(std::tanh(static_cast<double>(a)), a); }
+  float operator()(float a) const { return approximate(std::tanh(static_cast<double>(a)), a); }
 };
 struct RoundedReciprocal {
   template <class T>
-  static T of(T a) {
+  T operator()(T a) const {
     return T{1} / a;
   }
 };
@@ -184,12 +155,12 @@ void add_ternary(Table& table, const std::string& name) {
 
 void add_floats(Table& table) {
   for (const std::string rounding : {"", ".rn"}) {
-    add_binary<Add>(table, "add" + rounding);
-    add_binary<Subtract>(table, "sub" + rounding);
-    add_binary<Multiply>(table, "mul" + rounding);
-    table.add("add" + rounding + ".f64", "888", binary<Add, double, double>);
-    table.add("sub" + rounding + ".f64", "888", binary<Subtract, double, double>);
-    table.add("mul" + rounding + ".f64", "888", binary<Multiply, double, double>);
+    add_binary<std::plus<>>(table, "add" + rounding);
+    add_binary<std::minus<>>(table, "sub" + rounding);
+    add_binary<std::multiplies<>>(table, "mul" + rounding);
+    table.add("add" + rounding + ".f64", "888", binary<std::plus<>, double, double>);
+    table.add("sub" + rounding + ".f64", "888", binary<std::minus<>, double, double>);
+    table.add("mul" + rounding + ".f64", "888", binary<std::multiplies<>, double, double>);
   }
   add_ternary<MultiplyAdd>(table, "fma.rn");
   add_ternary<MultiplyAddTowards<false>>(table, "fma.rm");
@@ -201,16 +172,16 @@ void add_floats(Table& table) {
   add_binary<OrNan<Maximum>>(table, "max.NaN");
   table.add("min.f64", "888", binary<Minimum, double, double>);
   table.add("max.f64", "888", binary<Maximum, double, double>);
-  add_unary<Negate>(table, "neg");
+  add_unary<std::negate<>>(table, "neg");
   add_unary<Absolute>(table, "abs");
-  table.add("neg.f64", "88", unary<Negate, double, double>);
+  table.add("neg.f64", "88", unary<std::negate<>, double, double>);
   table.add("abs.f64", "88", unary<Absolute, double, double>);
   table.add("copysign.f32", "444", binary<CopySign, float, float>);
   table.add("copysign.f64", "888", binary<CopySign, double, double>);
-  add_binary<Divide>(table, "div.rn");
+  add_binary<std::divides<>>(table, "div.rn");
   add_binary<Quotient>(table, "div.full");
   add_binary<Quotient>(table, "div.approx");
-  table.add("div.rn.f64", "888", binary<Divide, double, double>);
+  table.add("div.rn.f64", "888", binary<std::divides<>, double, double>);
   add_unary<SquareRoot>(table, "sqrt.rn");
   add_unary<Root>(table, "sqrt.approx");
   table.add("sqrt.rn.f64", "88", unary<SquareRoot, double, double>);

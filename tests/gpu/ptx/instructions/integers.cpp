@@ -1,4 +1,6 @@
+// Arithmetic, logic, shifts and bit fields on integers.
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -22,58 +24,58 @@ using Wrapping = std::conditional_t<sizeof(T) < 4, uint32_t, Unsigned<T>>;
 
 struct Add {
   template <class T>
-  static T of(T a, T b) {
+  T operator()(T a, T b) const {
     return static_cast<T>(Wrapping<T>(a) + Wrapping<T>(b));
   }
 };
 struct Subtract {
   template <class T>
-  static T of(T a, T b) {
+  T operator()(T a, T b) const {
     return static_cast<T>(Wrapping<T>(a) - Wrapping<T>(b));
   }
 };
 struct MultiplyLow {
   template <class T>
-  static T of(T a, T b) {
+  T operator()(T a, T b) const {
     return static_cast<T>(Wrapping<T>(a) * Wrapping<T>(b));
   }
 };
 struct MultiplyHigh {
   template <class T>
-  static T of(T a, T b) {
+  T operator()(T a, T b) const {
     return static_cast<T>((Twice<T>(a) * Twice<T>(b)) >> 8 * sizeof(T));
   }
 };
 struct MultiplyWide {
   template <class T>
-  static Twice<T> of(T a, T b) {
+  Twice<T> operator()(T a, T b) const {
     return static_cast<Twice<T>>(Twice<T>(a) * Twice<T>(b));
   }
 };
 struct MultiplyAddLow {
   template <class T>
-  static T of(T a, T b, T c) {
-    return Add::of(MultiplyLow::of(a, b), c);
+  T operator()(T a, T b, T c) const {
+    return Add()(MultiplyLow()(a, b), c);
   }
 };
 struct MultiplyAddWide {
   template <class T>
-  static Twice<T> of(T a, T b, Twice<T> c) {
-    return Add::of(MultiplyWide::of(a, b), c);
+  Twice<T> operator()(T a, T b, Twice<T> c) const {
+    return Add()(MultiplyWide()(a, b), c);
   }
 };
 // Division by zero gives all ones, and the remainder a, as on a GPU.
 struct Divide {
   template <class T>
-  static T of(T a, T b) {
+  T operator()(T a, T b) const {
     if (b == 0) return static_cast<T>(~T{0});
-    if (std::is_signed_v<T> && b == static_cast<T>(~T{0})) return Subtract::of(T{0}, a);
+    if (std::is_signed_v<T> && b == static_cast<T>(~T{0})) return Subtract()(T{0}, a);
     return static_cast<T>(a / b);
   }
 };
 struct Remainder {
   template <class T>
-  static T of(T a, T b) {
+  T operator()(T a, T b) const {
     if (b == 0) return a;
     if (std::is_signed_v<T> && b == static_cast<T>(~T{0})) return 0;
     return static_cast<T>(a % b);
@@ -81,63 +83,39 @@ struct Remainder {
 };
 struct Minimum {
   template <class T>
-  static T of(T a, T b) {
+  T operator()(T a, T b) const {
     return b < a ? b : a;
   }
 };
 struct Maximum {
   template <class T>
-  static T of(T a, T b) {
+  T operator()(T a, T b) const {
     return a < b ? b : a;
   }
 };
 struct Negate {
   template <class T>
-  static T of(T a) {
-    return Subtract::of(T{0}, a);
+  T operator()(T a) const {
+    return Subtract()(T{0}, a);
   }
 };
 struct Absolute {
   template <class T>
-  static T of(T a) {
-    return a < 0 ? Negate::of(a) : a;
+  T operator()(T a) const {
+    return a < 0 ? Negate()(a) : a;
   }
 };
 
-struct And {
-  template <class T>
-  static T of(T a, T b) {
-    return a & b;
-  }
-};
-struct Or {
-  template <class T>
-  static T of(T a, T b) {
-    return a | b;
-  }
-};
-struct Xor {
-  template <class T>
-  static T of(T a, T b) {
-    return a ^ b;
-  }
-};
-struct Not {
-  template <class T>
-  static T of(T a) {
-    return static_cast<T>(~a);
-  }
-};
 // Shifts by at least the width shift everything out.
 struct ShiftLeft {
   template <class T>
-  static T of(T a, uint32_t b) {
+  T operator()(T a, uint32_t b) const {
     return b < 8 * sizeof(T) ? static_cast<T>(Unsigned<T>(a) << b) : T{0};
   }
 };
 struct ShiftRight {
   template <class T>
-  static T of(T a, uint32_t b) {
+  T operator()(T a, uint32_t b) const {
     constexpr uint32_t kMost = 8 * sizeof(T) - 1;
     if (std::is_unsigned_v<T> && b > kMost) return 0;
     return static_cast<T>(a >> std::min(b, kMost));
@@ -145,17 +123,17 @@ struct ShiftRight {
 };
 struct PopulationCount {
   template <class T>
-  static uint32_t of(T a) {
+  uint32_t operator()(T a) const {
     return static_cast<uint32_t>(__builtin_popcountll(a));
   }
 };
 struct LeadingZeros {
-  static uint32_t of(uint32_t a) { return a == 0 ? 32 : static_cast<uint32_t>(__builtin_clz(a)); }
-  static uint32_t of(uint64_t a) { return a == 0 ? 64 : static_cast<uint32_t>(__builtin_clzll(a)); }
+  uint32_t operator()(uint32_t a) const { return a == 0 ? 32 : static_cast<uint32_t>(__builtin_clz(a)); }
+  uint32_t operator()(uint64_t a) const { return a == 0 ? 64 : static_cast<uint32_t>(__builtin_clzll(a)); }
 };
 struct ReverseBits {
   template <class T>
-  static T of(T a) {
+  T operator()(T a) const {
     T result = 0;
     for (size_t i = 0; i < 8 * sizeof(T); ++i) result = static_cast<T>(result << 1 | (a >> i & 1));
     return result;
@@ -163,7 +141,7 @@ struct ReverseBits {
 };
 struct ExtractBits {
   template <class T>
-  static T of(T a, uint32_t position, uint32_t length) {
+  T operator()(T a, uint32_t position, uint32_t length) const {
     constexpr uint32_t kBits = 8 * sizeof(T);
     position &= 0xff;
     length &= 0xff;
@@ -282,10 +260,10 @@ template <class T>
 void add_bits(Table& table, const std::string& type) {
   const std::string size(1, static_cast<char>('0' + sizeof(T))), suffix = "." + type;
   const std::string d_a = size + size, d_ab = d_a + size, d_a4 = d_a + "4";
-  table.add("and" + suffix, d_ab, binary<And, T, T>);
-  table.add("or" + suffix, d_ab, binary<Or, T, T>);
-  table.add("xor" + suffix, d_ab, binary<Xor, T, T>);
-  table.add("not" + suffix, d_a, unary<Not, T, T>);
+  table.add("and" + suffix, d_ab, binary<std::bit_and<>, T, T>);
+  table.add("or" + suffix, d_ab, binary<std::bit_or<>, T, T>);
+  table.add("xor" + suffix, d_ab, binary<std::bit_xor<>, T, T>);
+  table.add("not" + suffix, d_a, unary<std::bit_not<>, T, T>);
   table.add("shl" + suffix, d_a4, binary<ShiftLeft, T, T, uint32_t>);
   table.add("shr" + suffix, d_a4, binary<ShiftRight, T, T, uint32_t>);
 }

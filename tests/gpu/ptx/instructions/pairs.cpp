@@ -20,26 +20,26 @@ double sum_to_odd(double a, double b) {
 }
 
 struct Add {
-  static double of(float a, float b) { return sum_to_odd(a, b); }
+  double operator()(float a, float b) const { return sum_to_odd(a, b); }
 };
 struct Subtract {
-  static double of(float a, float b) { return sum_to_odd(a, -static_cast<double>(b)); }
+  double operator()(float a, float b) const { return sum_to_odd(a, -static_cast<double>(b)); }
 };
 struct Multiply {
-  static double of(float a, float b) { return static_cast<double>(a) * b; }
+  double operator()(float a, float b) const { return static_cast<double>(a) * b; }
 };
 struct MultiplyAdd {
-  static double of(float a, float b, float c) { return sum_to_odd(static_cast<double>(a) * b, c); }
+  double operator()(float a, float b, float c) const { return sum_to_odd(static_cast<double>(a) * b, c); }
 };
 // A NaN operand yields the other one; -0 is less than 0.
 struct Minimum {
-  static double of(float a, float b) {
+  double operator()(float a, float b) const {
     if (a == b) return std::signbit(a) ? a : b;
     return a < b || b != b ? a : b;
   }
 };
 struct Maximum {
-  static double of(float a, float b) {
+  double operator()(float a, float b) const {
     if (a == b) return std::signbit(a) ? b : a;
     return a > b || b != b ? a : b;
   }
@@ -49,18 +49,18 @@ struct Maximum {
 template <class Number, class Of>
 struct Single {
   template <class... Operands>
-  static uint16_t of(Operands... operands) {
-    return Number::narrow(to_odd(Of::of(Number::widen(operands)...)));
+  uint16_t operator()(Operands... operands) const {
+    return Number::narrow(to_odd(Of()(Number::widen(operands)...)));
   }
 };
 // Applied to both halves.
 template <class Number, class Of>
 struct Both {
   template <class... Operands>
-  static uint32_t of(Operands... operands) {
+  uint32_t operator()(Operands... operands) const {
     using One = Single<Number, Of>;
-    const uint16_t low = One::of(static_cast<uint16_t>(operands)...);
-    const uint16_t high = One::of(static_cast<uint16_t>(operands >> 16)...);
+    const uint16_t low = One()(static_cast<uint16_t>(operands)...);
+    const uint16_t high = One()(static_cast<uint16_t>(operands >> 16)...);
     return uint32_t{high} << 16 | low;
   }
 };
@@ -68,14 +68,14 @@ struct Both {
 template <uint32_t kSigns>
 struct Negate {
   template <class T>
-  static T of(T a) {
+  T operator()(T a) const {
     return static_cast<T>(a ^ kSigns);
   }
 };
 template <uint32_t kSigns>
 struct Absolute {
   template <class T>
-  static T of(T a) {
+  T operator()(T a) const {
     return static_cast<T>(a & ~kSigns);
   }
 };

@@ -1,4 +1,4 @@
-// Handlers of lane-wise instructions: apply Of::of(a, b, ...) to each lane.
+// Handlers of lane-wise instructions: apply the functor Of to each lane.
 #pragma once
 
 #include "warp.h"
@@ -9,7 +9,7 @@ template <class Of, class D, class A>
 void unary(Warp& warp, const Instruction& i) {
   const auto* a = warp.in<A>(i.a);
   alignas(64) D result[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) result[lane] = Of::of(A(a[lane]));
+  for (int lane = 0; lane < kLanes; ++lane) result[lane] = Of()(A(a[lane]));
   keep(warp, i.d, result);
 }
 
@@ -18,7 +18,7 @@ void binary(Warp& warp, const Instruction& i) {
   const auto* a = warp.in<A>(i.a);
   const auto* b = warp.in<B>(i.b);
   alignas(64) D result[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) result[lane] = Of::of(A(a[lane]), B(b[lane]));
+  for (int lane = 0; lane < kLanes; ++lane) result[lane] = Of()(A(a[lane]), B(b[lane]));
   keep(warp, i.d, result);
 }
 
@@ -28,7 +28,7 @@ void ternary(Warp& warp, const Instruction& i) {
   const auto* b = warp.in<B>(i.b);
   const auto* c = warp.in<C>(i.c);
   alignas(64) D result[kLanes];
-  for (int lane = 0; lane < kLanes; ++lane) result[lane] = Of::of(A(a[lane]), B(b[lane]), C(c[lane]));
+  for (int lane = 0; lane < kLanes; ++lane) result[lane] = Of()(A(a[lane]), B(b[lane]), C(c[lane]));
   keep(warp, i.d, result);
 }
 
