@@ -29,7 +29,7 @@ int main(int count, char** arguments) {
        {&cases::value_cases(), &cases::matrix_cases(), &cases::memory_cases(), &cases::card_cases()}) {
     for (const auto& [name, run] : *group) {
       if (!only.empty() && std::find(only.begin(), only.end(), name) == only.end()) continue;
-      const bool is_query = name.rfind("sum_is_cut_off", 0) == 0;
+      const bool is_query = name.rfind("sum_is_truncated", 0) == 0;
       std::string outcome = is_query ? "yes" : "right";
       try {
         run();

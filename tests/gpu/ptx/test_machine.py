@@ -137,7 +137,7 @@ PLAIN = [
         for dtype in ("bf16", "fp16")
     ),
     *(f"moves_{size}" for size in (1, 2, 4, 8, 16)),
-    *("matrix_tf32", "tf32_is_cut_off", "bits", "floats", "approximations", "exchange", "copies", "tables"),
+    *("matrix_tf32", "tf32_is_truncated", "bits", "floats", "approximations", "exchange", "copies", "tables"),
     *("launches", "banks", "orders", "sticky_errors"),
 ]
 
@@ -149,11 +149,11 @@ def test_case(machine: ModuleType, case: str) -> None:
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_sums_are_truncated_if_enabled(machine: ModuleType, dtype: str) -> None:
-    case = f"sum_is_cut_off_{dtype}"
+    case = f"sum_is_truncated_{dtype}"
     try:
         machine.set_truncate_sums(True)
         assert report(machine, case) == "clean"
         machine.set_truncate_sums(False)
-        assert report(machine, case) == "expected: a sum to be cut off"
+        assert report(machine, case) == "expected: a truncated sum"
     finally:
         ptx.BACKEND.reset()

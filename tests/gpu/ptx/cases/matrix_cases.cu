@@ -116,7 +116,7 @@ void layout() {
 }
 
 // tf32 ignores the lower 13 bits.
-void tf32_is_cut_off() {
+void tf32_is_truncated() {
   Matrices<float> m{};
   m.a[0][0] = 1.0f + 0x1p-10f + 0x1p-11f;
   m.b[0][0] = 1.0f;
@@ -126,12 +126,12 @@ void tf32_is_cut_off() {
 
 // 1 plus three quarters of its last place: rounding to nearest goes up, but tensor cores truncate.
 template <class T>
-void is_cut_off() {
+void is_truncated() {
   Matrices<T> m{};
   m.c[0][0] = 1.0f;
   m.a[0][0] = 0x1.8p-12f;
   m.b[0][0] = 0x1p-12f;
-  expect(multiplied<T>(m.fragments())[0].c[0] == 1.0f, "a sum to be cut off");
+  expect(multiplied<T>(m.fragments())[0].c[0] == 1.0f, "a truncated sum");
 }
 
 }  // namespace
@@ -141,9 +141,9 @@ const Cases& matrix_cases() {
       {"matrix_bf16", layout<bf16>},
       {"matrix_fp16", layout<fp16>},
       {"matrix_tf32", layout<float>},
-      {"tf32_is_cut_off", tf32_is_cut_off},
-      {"sum_is_cut_off_bf16", is_cut_off<bf16>},
-      {"sum_is_cut_off_fp16", is_cut_off<fp16>},
+      {"tf32_is_truncated", tf32_is_truncated},
+      {"sum_is_truncated_bf16", is_truncated<bf16>},
+      {"sum_is_truncated_fp16", is_truncated<fp16>},
   };
   return cases;
 }

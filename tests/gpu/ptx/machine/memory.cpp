@@ -133,17 +133,17 @@ void Memory::check(const SharedShadow::Conflict& conflict, const Warp& warp, int
   using Why = SharedShadow::Why;
   if (conflict.why == Why::kNone) return;
   const SharedShadow::Cell cell = conflict.cell;
-  const std::string who =
-      cell.who() >= SharedShadow::kWarp ? "other threads" : "thread " + std::to_string(cell.who());
+  const std::string actor =
+      cell.actor() >= SharedShadow::kWarp ? "other threads" : "thread " + std::to_string(cell.actor());
   const std::string line = " (" + site_text(cell.site()) + ")";
   const std::string mine =
       (writes ? "writes byte " : "reads byte ") + std::to_string(conflict.byte) + " of shared memory";
   if (conflict.why == Why::kUnwritten) fail(warp, lane, at.site, mine + ", which was not written");
   if (cell.tick() == SharedShadow::kInFlight) {
-    fail(warp, lane, at.site, mine + ", where an asynchronous copy by " + who + line + " is in flight");
+    fail(warp, lane, at.site, mine + ", where an asynchronous copy by " + actor + line + " is in flight");
   }
   fail(warp, lane, at.site,
-       "race: " + mine + ", which " + who + (conflict.why == Why::kRead ? " read" : " wrote") + line +
+       "race: " + mine + ", which " + actor + (conflict.why == Why::kRead ? " read" : " wrote") + line +
            " with no barrier between");
 }
 

@@ -23,17 +23,17 @@ struct SharedAccess {
 
 class SharedShadow {
  public:
-  // A recorded access. `who` is a thread, or several readers: kWarp and its index for one warp, kReaders for
-  // any.
+  // A recorded access. `actor` is a thread, or several readers: kWarp and its index for one warp, kReaders
+  // for any.
   struct Cell {
-    uint64_t bits = 0;  // tick, site, who: compared as one integer, the later is greater
+    uint64_t bits = 0;  // tick, site, actor: compared as one integer, the later is greater
 
-    static Cell of(uint32_t tick, uint16_t site, uint16_t who) {
-      return {uint64_t{tick} << 32 | uint64_t{site} << 16 | who};
+    static Cell of(uint32_t tick, uint16_t site, uint16_t actor) {
+      return {uint64_t{tick} << 32 | uint64_t{site} << 16 | actor};
     }
     uint32_t tick() const { return static_cast<uint32_t>(bits >> 32); }
     uint16_t site() const { return static_cast<uint16_t>(bits >> 16); }
-    uint16_t who() const { return static_cast<uint16_t>(bits); }
+    uint16_t actor() const { return static_cast<uint16_t>(bits); }
   };
   static constexpr uint16_t kReaders = 0x8000, kWarp = 0x4000;
   // The tick of a pending asynchronous write.
@@ -114,7 +114,7 @@ class SharedShadow {
   static bool ordered(Cell cell, const SharedAccess& access) {
     if (cell.tick() < access.block_epoch) return true;
     if (cell.tick() == kInFlight) return false;
-    return cell.who() == access.thread || (cell.tick() < access.warp_epoch && in_warp(cell, access));
+    return cell.actor() == access.thread || (cell.tick() < access.warp_epoch && in_warp(cell, access));
   }
   // Whether the write repeats the earlier value.
   static bool is_same(Cell earlier, const SharedAccess& access, uint32_t from, uint32_t bytes) {
@@ -125,12 +125,13 @@ class SharedShadow {
     return kWarp | static_cast<uint16_t>(access.thread / 32);
   }
   static bool in_warp(Cell cell, const SharedAccess& access) {
-    return cell.who() == warp_of(access) || (cell.who() < kWarp && cell.who() / 32 == access.thread / 32);
+    return cell.actor() == warp_of(access) ||
+           (cell.actor() < kWarp && cell.actor() / 32 == access.thread / 32);
   }
   static Cell add_reader(Cell cell, const SharedAccess& access) {
-    uint16_t who = access.thread;
-    if (!ordered(cell, access)) who = in_warp(cell, access) ? warp_of(access) : kReaders;
-    return Cell::of(access.now, access.site, who);
+    uint16_t actor = access.thread;
+    if (!ordered(cell, access)) actor = in_warp(cell, access) ? warp_of(access) : kReaders;
+    return Cell::of(access.now, access.site, actor);
   }
 
   void take_apart(uint32_t offset) {
