@@ -47,7 +47,7 @@ class NoReads(TorchDispatchMode):
 
 
 class NoCopies(TorchFunctionMode):
-    """Raises AssertionError if Python reads a tensor or moves it to the CPU, which ops do not see for CPU tensors."""
+    """Raises AssertionError if Python reads a tensor or moves it to the CPU, unseen by NoReads."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name, kwargs = getattr(func, "__name__", ""), kwargs or {}
