@@ -1,7 +1,8 @@
 // Bottleneck adapters (bottleneck.cu): like LoRA, with an activation between the two GEMMs.
 #pragma once
 
-#include "../core/kernels.h"
+#include "../../common/activation.h"
+#include "../lora/lora.h"
 
 namespace peft_kernels::cuda {
 

@@ -1,7 +1,7 @@
 // Launches Gated: activation(gate) * up and its gradients.
-#include "../core/kernels.h"
 #include "../core/launch.cuh"
 #include "gated.cuh"
+#include "gated.h"
 
 namespace peft_kernels::cuda {
 namespace {

@@ -6,6 +6,7 @@
 
 #include "../../common/gated_args.h"
 #include "../core/runtime.h"
+#include "gated.h"
 
 namespace peft_kernels::cuda {
 namespace {

@@ -6,7 +6,7 @@
 
 #include "../../common/integers.h"
 #include "../../common/nf4.h"
-#include "../core/kernels.h"
+#include "../nf4/nf4.h"
 
 namespace peft_kernels::cuda {
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../nf4/nf4_tables.cuh"
+#include "dora.h"
 #include "lora_fragments.cuh"
 
 namespace peft_kernels::cuda {

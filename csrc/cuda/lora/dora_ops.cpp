@@ -5,6 +5,7 @@
 #include <tuple>
 
 #include "../../common/dora_args.h"
+#include "dora.h"
 #include "lora_adapters.h"
 
 namespace peft_kernels::cuda {

@@ -1,7 +1,7 @@
 // Launches ScaleColumns and its backward.
-#include "../core/kernels.h"
 #include "../core/launch.cuh"
 #include "../core/sum_splits.cuh"
+#include "dora.h"
 #include "dora_scale.cuh"
 
 namespace peft_kernels::cuda {

@@ -1,8 +1,8 @@
 // Dropout, as peft_kernels/ops/lora/dropout.py has it.
 #pragma once
 
-#include "../core/kernels.h"
 #include "../core/philox.cuh"
+#include "dropout.h"
 
 namespace peft_kernels::cuda {
 

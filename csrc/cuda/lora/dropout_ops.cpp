@@ -4,6 +4,7 @@
 
 #include "../../common/lora_args.h"
 #include "../core/runtime.h"
+#include "dropout.h"
 
 namespace peft_kernels::cuda {
 namespace {

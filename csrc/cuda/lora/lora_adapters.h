@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "../linear/linear_gemm.h"
+#include "lora.h"
 
 namespace peft_kernels::cuda {
 

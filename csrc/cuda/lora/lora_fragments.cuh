@@ -6,9 +6,9 @@
 #pragma once
 
 #include "../core/device.cuh"
-#include "../core/kernels.h"
 #include "../core/launch.cuh"
 #include "dropout.cuh"
+#include "lora.h"
 
 namespace peft_kernels::cuda {
 

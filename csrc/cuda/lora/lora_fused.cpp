@@ -1,4 +1,4 @@
-// Adapters on 16-bit activations: the kernels of core/kernels.h.
+// Adapters on 16-bit activations: the kernels of lora.h.
 #include <ATen/ATen.h>
 
 #include "lora_adapters.h"

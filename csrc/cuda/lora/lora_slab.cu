@@ -1,6 +1,6 @@
 // Launches PackSlab: the deltas of adapters as one 16-bit product.
-#include "../core/kernels.h"
 #include "../core/launch.cuh"
+#include "lora.h"
 #include "lora_slab.cuh"
 
 namespace peft_kernels::cuda {

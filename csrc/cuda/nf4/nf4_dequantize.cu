@@ -1,8 +1,8 @@
 // Dequantises any part of an NF4 weight: whole units by DequantizeNf4, the rest by DequantizeElements.
 #include <algorithm>
 
-#include "../core/kernels.h"
 #include "../core/launch.cuh"
+#include "nf4.h"
 #include "nf4_dequantize.cuh"
 
 namespace peft_kernels::cuda {

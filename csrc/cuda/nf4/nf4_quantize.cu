@@ -1,6 +1,6 @@
 // Launches QuantizeNf4 and QuantizeAbsmax.
-#include "../core/kernels.h"
 #include "../core/launch.cuh"
+#include "nf4.h"
 #include "nf4_quantize.cuh"
 
 namespace peft_kernels::cuda {

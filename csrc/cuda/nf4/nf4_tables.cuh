@@ -3,7 +3,7 @@
 
 #include "../../common/nf4.h"
 #include "../core/device.cuh"
-#include "../core/kernels.h"
+#include "nf4.h"
 
 namespace peft_kernels::cuda {
 

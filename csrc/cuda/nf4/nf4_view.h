@@ -3,6 +3,7 @@
 
 #include "../../common/nf4_tensors.h"
 #include "../core/runtime.h"
+#include "nf4.h"
 
 namespace peft_kernels::cuda {
 

@@ -17,8 +17,8 @@
 #include <vector>
 
 #include "cases/cases.cuh"
-#include "core/kernels.h"
 #include "machine/guarded.h"
+#include "nf4/nf4.h"
 #include "runtime/cudart.h"
 
 namespace peft_kernels::cudart {

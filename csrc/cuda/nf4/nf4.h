@@ -1,0 +1,36 @@
+// NF4 weights on the device, and the kernels that quantise and dequantise them.
+#pragma once
+
+#include "../core/kernels.h"
+
+namespace peft_kernels::cuda {
+
+// An NF4 weight on the device. The scale of a block is map[scale_code[block]] * scale[block >> scale_shift] +
+// *scale_offset, with the double-quantisation map of the format; with a plain absmax it is scale[block].
+struct Nf4View {
+  const uint8_t* packed;
+  const uint8_t* scale_code;  // plain absmax: any bytes
+  const float* scale;
+  const float* scale_offset;  // null: plain absmax, with a map of ones
+  int scale_shift;
+  int block_shift;  // log2 of the blocksize
+};
+
+void quantize_nf4(const void* weight, DType dtype, int64_t numel, int block_shift, uint8_t* packed,
+                  float* absmax, Stream stream);
+// q8 and absmax2, for a given offset.
+void quantize_absmax(const float* absmax, int64_t blocks, const float* offset, uint8_t* q8, float* absmax2,
+                     Stream stream);
+void unpack_absmax(const uint8_t* q8, const float* absmax2, const float* offset, int64_t blocks,
+                   float* absmax, Stream stream);
+// A submatrix of a weight with `ld` elements per row.
+struct Part {
+  int64_t row_begin, row_end;
+  int64_t col_begin, col_end;
+  int64_t ld;
+};
+// `out` has the size of the part and `out_stride` elements from row to row.
+void dequantize_nf4(const Nf4View& weight, const Part& part, void* out, DType dtype, int64_t out_stride,
+                    Stream stream);
+
+}  // namespace peft_kernels::cuda
