@@ -89,7 +89,7 @@ env --default-signal=INT true 2> /dev/null && LISTEN="env --default-signal=INT"
 
 # part NAME SHARE COMMAND...: run it, all it says into NAME.log, its end shown here. SHARE is in seconds, of
 # $WHOLE. A part may take its own and what those before it left of theirs; {seconds} in the command becomes a
-# little less. It is interrupted then, as by Ctrl-C, upon which pytest and gpu.py tell what they have.
+# little less. It is interrupted then, as by Ctrl-C, after which pytest and bench/gpu/run.py report what they have.
 WHOLE=530
 TOTAL=${GPU_CHECK_SECONDS:-$WHOLE}
 SCHEDULE=20 # between the parts, Python is asked what there is
@@ -256,7 +256,7 @@ if wants tests; then
     part primitives 40 bash -c 'bash tests/gpu/card/build.sh "$0" "$1" -arch=native && "$1"' \
       "$NVCC" "$WORK/primitives"
   fi
-  part check 20 "$PYTHON" bench/gpu/gpu.py --backend "$BACKEND" --check --output "$RESULTS/check"
+  part check 20 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --check --output "$RESULTS/check"
   if ! has pytest || ! has hypothesis; then
     skip tests "$PYTHON lacks pytest or hypothesis"
   elif [ "$REHEARSE" = 1 ]; then
@@ -278,10 +278,10 @@ if wants speed; then
     has $name || skip "contender $name" "it is not installed"
   done
   QUICK=$([ "$REHEARSE" = 1 ] && echo "--min-time 0 --repeats 1 --only 72x64")
-  part speed 300 "$PYTHON" bench/gpu/gpu.py --backend "$BACKEND" --seconds "{seconds}" \
+  part speed 300 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --seconds "{seconds}" \
     --output "$RESULTS/speed" $QUICK
   cat "$RESULTS/speed/table.txt" 2> /dev/null
-  part speed-eager 60 "$PYTHON" bench/gpu/gpu.py --backend "$BACKEND" --eager --seconds "{seconds}" \
+  part speed-eager 60 "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --eager --seconds "{seconds}" \
     --only '^(adamw|(forward|qlora)-.*-m(1|2048)-)' --output "$RESULTS/speed-eager" $QUICK
 fi
 
@@ -289,7 +289,7 @@ fi
 
 if wants tests && [ "$VENDOR" = nvidia ]; then
   for name in memcheck racecheck; do
-    sanitize $name 30 $name "$PYTHON" bench/gpu/gpu.py --backend "$BACKEND" --check --only '192|adamw' \
+    sanitize $name 30 $name "$PYTHON" bench/gpu/run.py --backend "$BACKEND" --check --only '192|adamw' \
       --output "$RESULTS/$name"
   done
 fi

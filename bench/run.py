@@ -1,43 +1,44 @@
-"""Check the kernels, then time them beside torch, bitsandbytes and PEFT in one interleaved run.
+"""Checks the kernels, then times them beside torch, bitsandbytes and PEFT in one interleaved run.
 
-    python bench/run.py                    # what a user needs to see, in at most five minutes
+    python bench/run.py                    # the main cases, in at most five minutes
     python bench/run.py --quick            # under a minute
-    python bench/run.py --full             # all that is timed, the 14336x4096 layer too
-    python bench/run.py --list             # all there is
+    python bench/run.py --full             # all timed cases, the 14336x4096 layer too
+    python bench/run.py --list             # names of all cases
     python bench/run.py --only forward-4096x4096 --isa avx2
     python bench/run.py --only '^(sass|triton)'
 
-Every case is checked against the fp64 reference first; what is wrong is reported, never timed. A ratio is
+Every case is checked against the fp64 reference first; a wrong result is reported and not timed. A ratio is
 the peer's time / our time: above 1 we win. A cost is our time / that of a cheaper job of ours. Writes
-results.jsonl, table.txt and ratios.png to the output folder. Exits with 1 when a result was wrong.
+results.jsonl, table.txt and ratios.png to the output folder. Exits with 1 if a result was wrong.
 
-These run by name alone, but for the first:
+Except memory-... these run only by name:
 
 memory-...             bytes that a forward saves for its backward
-sass-..., triton-...   kernels compiled for cards that need not be here: the CUDA kernels' instructions beside
-                       what a card allows; of the Triton kernels registers, spills and the like
-host-...               the CUDA back end's host code, without a card
-waves-...              by arithmetic, how far products with NF4 weights fill a card; every-cell-... for each
-loading-...            memory and time that loading a checkpoint in 4 bits takes
-bitsandbytes-ops-...   its Linear4bit as it is and on our kernels
-attention-...          of a layer, beside torch's
-busy-...               a training step while other processes use the cores, beside a quiet machine's
-loss-...               a language model's head with its loss, beside torch's by all logits
-experts-..., moe-...   layers of experts; a whole mixture of experts, for which it needs 16 GB
-bottleneck-...         adapters beside plain modules
+sass-..., triton-...   the compiled CUDA and Triton kernels, without a GPU: registers and spills; of the CUDA
+                       kernels instructions per weight beside their limits
+host-...               host time of CUDA calls, on a stub device
+waves-...              how evenly GEMMs with NF4 weights fill a GPU, computed from the kernel plan
+loading-...            memory and time of loading a checkpoint in 4 bits
+bitsandbytes-ops-...   bitsandbytes' Linear4bit as it is and on our kernels
+attention-...          attention of a layer beside torch's
+busy-...               a training step while other processes use the cores, beside a quiet machine
+loss-...               a language model's head with its loss, beside torch's over all logits
+experts-..., moe-...   layers of experts; a whole mixture of experts (needs 16 GB)
+bottleneck-...         bottleneck adapters beside plain modules
 adamw-...              a step of optimizers
-optimizer-curves-...   trains with each, for most of an hour: the loss on held-out examples
-peak-...               of a process's memory in a training step of 8x512 tokens
+optimizer-curves-...   held-out loss of training with each optimizer (most of an hour)
+peak-...               peak memory of a process in a training step of 8x512 tokens
 dpo-..., grpo-...      steps of TRL's trainers on SmolLM2-135M
-prefix-...             prefix tuning: who copies what
-methods-...            methods of fine-tuning side by side: what each trains, keeps, costs and comes to
-serving-...            requests with 8 adapters in one batch, beside 8 passes and beside one adapter
+prefix-...             prefix tuning beside PEFT's, which copies the prefix for each sample
+methods-...            fine-tuning methods side by side: parameters, memory, time and loss
+serving-...            requests with 8 adapters in one batch, beside 8 passes and one adapter
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import re
 import sys
@@ -47,11 +48,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-# At the end: an installed peft_kernels, with its compiled library, goes before the source tree.
+# At the end: an installed peft_kernels, with its compiled library, takes precedence over the source tree.
 sys.path.append(str(Path(__file__).resolve().parent.parent))
-sys.path.append(str(Path(__file__).resolve().parent.parent / "tests"))  # results are checked by testing.py
 
+import bench  # noqa: F401  (for the path of `testing`)
 
+TIMED = ("bench.lib.cases", "bench.models.model", "bench.models.memory")
+BY_NAME = (
+    *(f"bench.ops.{name}" for name in ("attention", "bnb_ops", "bottlenecks")),
+    "bench.models.noisy_neighbour",
+    "bench.ops.experts",
+    *(f"bench.gpu.{name}" for name in ("launch_overhead", "wave_quantization", "compiled")),
+    "bench.models.loading",
+    "bench.ops.losses",
+    *(f"bench.models.{name}" for name in ("moe", "serving")),
+    "bench.ops.optimizers",
+    *(f"bench.models.{name}" for name in ("peak", "prefix", "optimizer_curves", "rlhf", "methods")),
+)
 DEFAULT = (
     r"^forward-4096x4096-m(1|16|128|512)-",
     r"^forward-1536x576-m(1|64|512|2048)-",
@@ -60,75 +73,39 @@ DEFAULT = (
     r"^(quantize|dequantize|step|decode|overhead|memory)-",
     r"^block-.*-(4x256|8x128)-",
 )
-"""What a user needs to see: where most of the time goes, and all cells that are known to lose."""
+"""Where most of the time goes, and all cells that are known to lose."""
 QUICK = (
     r"^forward-(4096x4096-m(1|128)|1536x576-m(1|64))-",
     r"^q?lora-1536x576-m256-",
     r"^(quantize|dequantize|overhead|memory-layer)-",
     r"^block-.*-(1x256|8x32)-",
 )
-"""For a look in under a minute."""
+"""Under a minute."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options, started = _parse(arguments), time.perf_counter()
-    # These are read when torch and bitsandbytes are imported.
+    # torch and bitsandbytes read these when they are imported.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if options.threads:
         os.environ["OMP_NUM_THREADS"] = str(options.threads)
     if options.machine:
         from bench.lib import levels
 
-        levels.hold(options.machine)
+        levels.limit(options.machine)
     import torch
 
-    warnings.filterwarnings("ignore", category=FutureWarning)  # of peers about each other
+    warnings.filterwarnings("ignore", category=FutureWarning)  # of the peers
     if options.threads:
         torch.set_num_threads(options.threads)
     import peft_kernels as pk
     import testing
-    from bench.gpu import compiled, optimizer_waves, triton_cases
-    from bench.gpu import launch_overhead as host
-    from bench.gpu import wave_quantization as waves
-    from bench.lib import cases, chart, harness, machine, report, session
-    from bench.models import (
-        loading,
-        memory,
-        methods,
-        model,
-        moe,
-        optimizer_curves,
-        peak,
-        prefix,
-        rlhf,
-        serving,
-    )
-    from bench.models import noisy_neighbour as busy
-    from bench.ops import attention, bnb_ops, bottlenecks, experts, losses, optimizers
+    from bench.lib import chart, harness, machine, report, session
 
-    timed = [f for of in (cases, model, memory) for f in of.standard(options.dtype)]
-    by_name = [
-        *attention.standard(options.dtype),
-        *bnb_ops.standard(options.dtype),
-        *bottlenecks.standard(),
-        *busy.standard(options.dtype),
-        *experts.standard(options.dtype),
-        *host.standard(options.dtype),
-        *waves.standard(),
-        *compiled.standard(),
-        *triton_cases.standard(),
-        *loading.standard(),
-        *losses.standard(options.dtype),
-        *moe.standard(options.dtype),
-        *serving.standard(options.dtype),
-        *optimizers.standard(),
-        *peak.standard(options.dtype),
-        *prefix.standard(options.dtype),
-        *optimizer_curves.standard(),
-        *optimizer_waves.standard(),
-        *rlhf.standard(),
-        *methods.standard(),
-    ]
+    timed, by_name = (
+        [case for name in modules for case in importlib.import_module(name).standard(options.dtype)]
+        for modules in (TIMED, BY_NAME)
+    )
     every: list[Any] = [*timed, *by_name]
     if options.list and not (options.only or options.quick or options.full):
         chosen = every
@@ -177,14 +154,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     which = parser.add_mutually_exclusive_group()
     which.add_argument("--quick", action="store_true", help="a few small cases")
-    which.add_argument("--full", action="store_true", help="all cases that are timed, with no limit of time")
-    which.add_argument(
-        "--only", default="", metavar="REGEX", help="cases whose name matches, of all there are"
-    )
+    which.add_argument("--full", action="store_true", help="all timed cases, without a time limit")
+    which.add_argument("--only", default="", metavar="REGEX", help="cases whose name matches")
     add("--list", action="store_true", help="print the names of the cases and stop")
     add("--dtype", default="bf16", choices=("bf16", "fp32", "fp16"), help="of activations and dense weights")
-    add("--isa", default="", metavar="LEVEL", help="hold our kernels to scalar, avx2, avx512, ...")
-    add("--machine", default="", metavar="LEVEL", help="hold torch, oneDNN, MKL and bitsandbytes to it, too")
+    add("--isa", default="", metavar="LEVEL", help="limit our kernels to scalar, avx2, avx512, ...")
+    add("--machine", default="", metavar="LEVEL", help="limit torch, oneDNN, MKL and bitsandbytes, too")
     add("--threads", type=int, default=0, metavar="N", help="for all contenders (torch's choice)")
     add("--keep-memory", action="store_true", help="pk.keep_freed_memory() first, for all contenders")
     add("--min-time", type=float, metavar="S", help="to time a case (1; with --full or --only 3)")
@@ -193,7 +168,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--seconds",
         type=float,
         metavar="S",
-        help="leave out what would end later (290; --full, --only: none)",
+        help="leave out cases that would end later (290; --full, --only: none)",
     )
     add("--output", type=Path, default=Path("bench-output"), metavar="DIR", help="default: bench-output")
     options = parser.parse_args(arguments)

@@ -1,7 +1,7 @@
-"""The PTX of the CUDA kernels in what was built for tests (back end `ptx`): to write it anew takes a minute.
+"""PTX of the CUDA kernels from the objects built for tests (back end `ptx`), which saves a minute of
+compiling.
 
-The text is what nvcc writes for a card too, once it is left out where lines come from
-(tests/gpu/test_sass.py).
+Without its debug sections the text is what nvcc writes for a card (tests/gpu/test_sass.py).
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ _LINES = re.compile(r"^\s*\.(?:loc|file)\s.*\n|^\s*\.section\s+\.debug\w*\s*\{[^
 
 
 def text(source: Path, architecture: int, read: Iterable[Path]) -> str | None:
-    """Of a file in csrc/cuda; `read` are the file and all that it includes. None where none was built since
-    they changed."""
+    """PTX of a file in csrc/cuda, or None if it was not built since one of `read`, the file and its includes,
+    changed."""
     if ROOT / "csrc" / "cuda" not in source.parents:
         return None
     changed = max(path.stat().st_mtime_ns for path in read)
@@ -27,6 +27,6 @@ def text(source: Path, architecture: int, read: Iterable[Path]) -> str | None:
 
 
 def in_object(data: bytes, architecture: int) -> str | None:
-    """In a fat binary that is not compressed; texts in it end with a zero."""
+    """PTX in an uncompressed fat binary, where texts end with a zero byte."""
     found = re.search(rb"\.version [\d.]+\n\.target sm_%d\n[^\0]*" % architecture, data)
     return found and _LINES.sub("", found[0].decode())

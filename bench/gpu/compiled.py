@@ -1,21 +1,37 @@
-"""The CUDA kernels as compiled, without a GPU: see sass.py. One case is one architecture."""
+"""The kernels as compiled, beside their limits, without a GPU: CUDA (sass.py), and Triton (triton_code.py).
+
+One case is one architecture.
+"""
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..lib import report
-from ..lib.report import MET, three_digits, unique
+from ..lib.report import MET, unique
 from . import limits, sass
-from . import roofline as floors
 from .limits import Finding
 from .roofline import BY_ARCHITECTURE, Gpu
 
+TRITON_TARGETS = ("sm80", "sm86", "sm89", "sm90", "sm100", "sm120", "gfx942", "gfx950", "gfx1100", "gfx1200")
+
+
+@dataclass
+class Compiled(report.Outcome):
+    kernels: Sequence[Any] = ()
+
+    def parts(self) -> Iterator[str]:
+        if self.kernels:
+            faults = sum(len(kernel.faults) for kernel in self.kernels)
+            yield f"{len(self.kernels)} kernels, {faults} beyond their limits"
+
 
 @dataclass(frozen=True)
-class Case:
+class CudaCase:
     architecture: int
     seconds = 60.0
 
@@ -25,34 +41,26 @@ class Case:
 
     @property
     def gpu(self) -> Gpu:
-        """The card that the counts are put beside."""
         return BY_ARCHITECTURE[self.architecture]
 
     def run(
-        self, timing: report.Timing | None = None, progress: report.Progress = lambda phase: None
-    ) -> Compiled:
+        self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent
+    ) -> CudaKernels:
         progress("compile")
         tools, files = sass.tools(), sass.sources()
         if not files:
-            return Compiled(self, absent={self.name: f"no sources in {sass.SOURCES}"})
+            return CudaKernels(self, absent={self.name: f"no sources in {sass.SOURCES}"})
         if isinstance(tools, str):
-            return Compiled(self, absent={self.name: tools})
+            return CudaKernels(self, absent={self.name: tools})
         kernels = sass.read(tools, sass.compile_all(tools, files, [self.architecture]))
-        found = sorted(map(limits.judge, kernels), key=lambda finding: finding.kernel.name)
-        return Compiled(self, findings=found)
+        found = sorted(map(limits.check, kernels), key=lambda finding: finding.kernel.name)
+        return CudaKernels(self, kernels=found)
 
 
 @dataclass
-class Compiled(report.Outcome):
-    """What came of a case: findings, or in `absent` why there are none."""
-
-    case: Case
-    findings: Sequence[Finding] = ()
-
-    def line(self) -> str:
-        faults = sum(len(finding.faults) for finding in self.findings)
-        counted = f"{len(self.findings)} kernels, {faults} beyond their limits"
-        return "; ".join([*self.absent.values(), *([counted] if self.findings else [])])
+class CudaKernels(Compiled):
+    case: CudaCase
+    kernels: Sequence[Finding] = ()
 
     def data(self) -> dict[str, Any]:
         kernels = [
@@ -62,77 +70,113 @@ class Compiled(report.Outcome):
                 "shared": finding.kernel.shared,
                 "warps": finding.warps,
                 "per_weight": [finding.least, finding.per_weight],
-                "per_matrix": finding.per_matrix,
-                "around": finding.around,
                 "limit": finding.rule and finding.rule.limit,
-                "issue_slots": slots(finding, self.case.gpu),
-                "matrix_peak": matrix_peak(finding, self.case.gpu),
+                "issue_slots": issue_share(finding, self.case.gpu),
                 "faults": finding.faults,
             }
-            for finding in self.findings
+            for finding in self.kernels
         ]
         return {"group": "sass", "kernels": kernels}
 
     @classmethod
-    def tables(cls, outcomes: Sequence[Compiled], unit: str) -> Iterator[tuple[str, str]]:
-        """A kernel in a row. Instructions for a weight are on the shortest way once through the main loop,
-        and on the longest; all else is on the shortest.
-
-        Slots: the part of the issue slots that it takes while it keeps the memory busy. Peak: the part of the
-        matrix peak that the issue slots leave it. Around: further instructions, once round the loop around.
-        """
-        counted = ("instr/weight", "at most", "slots", "instr/mma", "peak", "around")
-        titles = ("", "registers", "shared", "warps", *counted, "")
+    def tables(cls, outcomes: Sequence[CudaKernels], unit: str) -> Iterator[tuple[str, str]]:
+        """One kernel per row. Instructions per weight are along the shortest and the longest path once
+        through the main loop; slots are the share of the issue slots that the shortest takes at full
+        bandwidth."""
+        titles = ("", "registers", "shared", "warps", "instr/weight", "at most", "slots", "")
         for found in outcomes:
             gpu = found.case.gpu
-            if found.findings:
-                kernels = report.table(titles, (_row(finding, gpu) for finding in found.findings))
+            if found.kernels:
+                kernels = report.table(titles, (_cuda_row(finding, gpu) for finding in found.kernels))
                 yield f"kernels as compiled for sm_{gpu.architecture}, beside {gpu.name}", kernels
-                yield f"floors of {gpu.name}: us, m(emory) or c(ompute) bound", floors_table(gpu)
 
 
-def _row(finding: Finding, gpu: Gpu) -> list[str]:
-    def cell(value: float | None, form: str) -> str:
-        return "" if value is None else f"{value:{form}}"
-
-    kernel, limit = finding.kernel, finding.rule and finding.rule.limit
-    ways = [f"{value:.2f}" for value in (finding.least, finding.per_weight) if value is not None]
+def _cuda_row(finding: Finding, gpu: Gpu) -> list[str]:
+    kernel, limit, slots = finding.kernel, finding.rule and finding.rule.limit, issue_share(finding, gpu)
+    counts = [f"{value:.2f}" for value in (finding.least, finding.per_weight) if value is not None]
     return [
         kernel.name,
         str(kernel.registers),
         f"{kernel.shared:,}",
         str(finding.warps),
-        "-".join(unique(ways)),
-        cell(limit, "g"),
-        cell(slots(finding, gpu), ".0%"),
-        cell(finding.per_matrix, ".1f"),
-        cell(matrix_peak(finding, gpu), ".0%"),
-        cell(finding.around or None, "d"),
+        "-".join(unique(counts)),
+        "" if limit is None else f"{limit:g}",
+        "" if slots is None else f"{slots:.0%}",
         "; ".join(finding.faults) or (MET if finding.rule else ""),
     ]
 
 
-def floors_table(gpu: Gpu) -> str:
-    """The shortest times that the card allows, by shape and number of rows of x."""
-    rows = []
-    for n, k in floors.SHAPES:
-        times = [gpu.linear(n, k, m) for m in floors.ROWS]
-        times += [(gpu.dequantize(n, k), "m"), gpu.linear(n, k, 1, weight_bytes=2)]
-        rows.append([f"{n}x{k}", *(f"{three_digits(seconds * 1e6)} {bound}" for seconds, bound in times)])
-    return report.table(["", *(f"M={m}" for m in floors.ROWS), "dequantise", "dense M=1"], rows)
-
-
-def standard() -> list[Case]:
-    return [Case(architecture) for architecture in sass.ARCHITECTURES]
-
-
-def slots(finding: Finding, gpu: Gpu) -> float | None:
-    """The part of the issue slots that a kernel takes while it keeps the memory busy: above 1 it cannot."""
+def issue_share(finding: Finding, gpu: Gpu) -> float | None:
+    """Share of the issue slots at full bandwidth: a kernel above 1 cannot reach that bandwidth."""
     if finding.least is None or finding.rule is None:
         return None
-    return gpu.slots(finding.least, finding.rule.read + finding.rule.written)
+    return gpu.issue_share(finding.least, finding.rule.read + finding.rule.written)
 
 
-def matrix_peak(finding: Finding, gpu: Gpu) -> float | None:
-    """The part of the matrix peak that the issue slots leave."""
-    return finding.per_matrix and min(1.0, gpu.matrix_cycles / finding.per_matrix)
+@dataclass(frozen=True)
+class TritonCase:
+    target: str
+    seconds = 60.0
+
+    @property
+    def name(self) -> str:
+        return f"triton-{self.target}"
+
+    def run(
+        self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent
+    ) -> TritonKernels:
+        progress("compile")
+        if importlib.util.find_spec("triton") is None:
+            return TritonKernels(self, absent={self.name: "Triton is not installed"})
+        triton_code = importlib.import_module(".triton_code", __package__)
+        if reason := triton_code.unsupported(self.target):
+            return TritonKernels(self, absent={self.name: reason})
+        return TritonKernels(self, kernels=triton_code.compile_all([self.target]))
+
+
+@dataclass
+class TritonKernels(Compiled):
+    case: TritonCase
+
+    def data(self) -> dict[str, Any]:
+        names = ("registers", "shared", "warps", "spills", "matrix", "faults")
+        kernels = [
+            {name: getattr(code.variant, name) for name in ("kernel", "config", "types")}
+            | {name: getattr(code, name) for name in names}
+            for code in self.kernels
+        ]
+        return {"group": "triton", "kernels": kernels}
+
+    @classmethod
+    def tables(cls, outcomes: Sequence[TritonKernels], unit: str) -> Iterator[tuple[str, str]]:
+        """One kernel and config per row: the largest value over argument dtypes, and the fewest warps.
+
+        Warps are those resident on a multiprocessor, spills are bytes of local memory per thread, matrix
+        instructions are those for tensor cores.
+        """
+        titles = ("", "config", "variants", "registers", "shared", "warps", "spills", "matrix", "")
+        for found in outcomes:
+            alike: dict[tuple[str, str], list[Any]] = {}
+            for code in found.kernels:
+                alike.setdefault((code.variant.kernel, code.variant.config), []).append(code)
+            rows = (_triton_row(*name, codes) for name, codes in sorted(alike.items(), key=lambda i: i[0]))
+            if found.kernels:
+                yield f"Triton kernels as compiled for {found.case.target}", report.table(titles, rows)
+
+
+def _triton_row(kernel: str, config: str, codes: Sequence[Any]) -> list[str]:
+    return [
+        kernel,
+        config,
+        str(len(codes)),
+        str(max(code.registers for code in codes)),
+        f"{max(code.shared for code in codes):,}",
+        str(min(code.warps for code in codes) or "-"),
+        str(max(code.spills for code in codes)),
+        str(max(code.matrix for code in codes)),
+        "; ".join(unique(fault for code in codes for fault in code.faults)),
+    ]
+
+
+def standard(dtype: str) -> list[CudaCase | TritonCase]:
+    return [*map(CudaCase, sass.ARCHITECTURES), *map(TritonCase, TRITON_TARGETS)]

@@ -1,4 +1,4 @@
-"""The cases of gpu.py: everything, weights, inputs and the truth, is on the device."""
+"""The cases of run.py, with weights, inputs and expected results on the device."""
 
 from __future__ import annotations
 
@@ -15,20 +15,18 @@ import peft_kernels as pk
 from peft_kernels.core import dispatch
 from peft_kernels.core.backends import BACKENDS
 
-from ..lib import cases, layers
-from ..lib import correctness as gate
+from ..lib import cases, correctness, layers
 from ..lib.cases import DEQUANTIZE, DX, FORWARD, QLORA, Shape
 from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender, copies
-from ..lib.layers import BNB, RANK, Kept, Weights
+from ..lib.layers import BNB, RANK, LayerCache, Weights
 from ..lib.report import OURS
 from ..ops import optimizers
 from .roofline import Gpu
 
 SHAPES: Sequence[Shape] = ((4096, 4096), (14336, 4096), (4096, 14336), (1024, 4096))
-TELLING = (1, 16, 128, 2048)
-"""Rows of a decoded token, of a few together, of many, and of a training step."""
-ROWS = (TELLING, (4, 8, 32, 64, 512, 8192))
+ROWS = ((1, 16, 128, 2048), (4, 8, 32, 64, 512, 8192))
+"""First those of a decoded token, a small batch, a large one and a training step."""
 TINY_SHAPES: Sequence[Shape] = ((192, 256), (72, 64))
 STEPS: Sequence[tuple[str, optimizers.Shapes]] = (
     (optimizers.ONE, optimizers.FIVE_MILLION),
@@ -41,18 +39,18 @@ TINY_STEPS: Sequence[tuple[str, optimizers.Shapes]] = (
 )
 TINY_ROWS = ((1, 5, 16, 33, 130),)
 CHECKED_ROWS = 256
-"""Of a product: each row of x has one of y, and fp64 is slow on most cards."""
+"""Rows of a GEMM that are checked: fp64 is slow on most cards."""
 DTYPE = "bf16"
 CUBLAS, UNFUSED = "cuBLAS bf16", "dequantise + cuBLAS"
 CUBLAS_FROZEN = "cuBLAS bf16 (no LoRA)"
 BESIDE = ("triton", "reference")
-"""Back ends that compete in products, unless they are ours."""
+"""Back ends that also compete in GEMMs, unless they are ours."""
 
 Call = Callable[[Tensor], Tensor]
 
 
 class DeviceWeights(Weights):
-    """As `Weights`, made where they are used."""
+    """`Weights` made on the device."""
 
     def __init__(self, shape: Shape, device: str) -> None:
         super().__init__(*shape, cases.DTYPES[DTYPE])
@@ -83,15 +81,15 @@ class DeviceWeights(Weights):
 
 
 class Suite:
-    """The cases for one device; `tiny`: shapes for checking, with tails of every kind."""
+    """The cases for one device. `tiny`: small shapes for checking, with tails of every kind."""
 
     def __init__(self, device: str, tiny: bool, cache: int) -> None:
         self.device, self.tiny, self.cache = device, tiny, cache
         self._weights: DeviceWeights | None = None
-        self._kept: tuple[str, Shape, Kept] | None = None
+        self._layers: tuple[str, Shape, LayerCache] | None = None
 
     def cases(self) -> list[Case]:
-        """The most telling first, of every shape: time may run out."""
+        """The most important rows of every shape first: time may run out."""
         found: list[Case] = []
         for turn, rows in enumerate(TINY_ROWS if self.tiny else ROWS):
             for shape in TINY_SHAPES if self.tiny else SHAPES:
@@ -106,39 +104,39 @@ class Suite:
         return found
 
     def step(self, shapes: optimizers.Shapes) -> list[Contender | Absent]:
-        """An optimizer's, in as many copies as the rotation asks for."""
-        self._weights = self._kept = None  # room for parameters
+        """Contenders of an optimizer step, in as many copies as the rotation needs."""
+        self._weights = self._layers = None  # frees memory for parameters
         size = sum(a * b for a, b in shapes)
         count = 2 if self.tiny else copies(size * optimizers.STEP_BYTES, 3, self.cache)
-        return contenders(Kept(), optimizers.entries(shapes, self.device, count))
+        return contenders(optimizers.entries(shapes, self.device, count))
 
     def case(self, group: str, shape: Shape, m: int | None, entries: Callable[..., Sequence[Entry]]) -> Case:
         def build() -> list[Contender | Absent]:
             weights = self.weights(shape)
             found = entries(weights, *([] if m is None else [m]))
-            return contenders(self.kept(group, shape), found)
+            return contenders(found, cache=self.layers(group, shape))
 
         return Case(group, *shape, m, DTYPE, build, title=cases.TITLES[group])
 
     def weights(self, shape: Shape) -> DeviceWeights:
-        """Those of the last shape."""
+        """Only those of the last shape are kept in memory."""
         found = self._weights
         if found is None or (found.out_features, found.in_features) != shape:
-            self._weights = self._kept = None
+            self._weights = self._layers = None
             found = self._weights = DeviceWeights(shape, self.device)
         return found
 
-    def kept(self, group: str, shape: Shape) -> Kept:
-        """The layers of the last group and shape. Others are let go: on a GPU memory is short."""
-        if self._kept is None or self._kept[:2] != (group, shape):
-            self._kept = None
+    def layers(self, group: str, shape: Shape) -> LayerCache:
+        """The layers of the last group and shape; others are freed, as GPU memory is scarce."""
+        if self._layers is None or self._layers[:2] != (group, shape):
+            self._layers = None
             if self.device == "cuda":
                 torch.cuda.empty_cache()
-            self._kept = group, shape, Kept()
-        return self._kept[2]
+            self._layers = group, shape, LayerCache()
+        return self._layers[2]
 
     def copies(self, weights: Weights, contenders: int) -> tuple[int, int]:
-        """How many of the packed and of the dense weight to rotate through."""
+        """Number of copies of the packed and of the dense weight to rotate through."""
         if self.tiny:
             return 2, 2
         packed = copies(weights.nf4.nbytes, contenders, self.cache)
@@ -151,7 +149,7 @@ class Suite:
         def theirs(count: int) -> Sequence[Call]:
             return layers.bnb_linears(weights, count, "eval")
 
-        return self.product(weights, weights.x(m), 0, ours, lambda weight: weight, theirs)
+        return self.gemm(weights, weights.x(m), False, ours, lambda weight: weight, theirs)
 
     def dx(self, weights: DeviceWeights, m: int) -> list[Entry]:
         dy = weights.dy(m)
@@ -168,20 +166,20 @@ class Suite:
         def theirs(count: int) -> Sequence[Call]:
             return [bnb(layer) for layer in layers.bnb_linears(weights, count, "train")]
 
-        return self.product(weights, dy, 1, ours, Tensor.t, theirs)
+        return self.gemm(weights, dy, True, ours, Tensor.t, theirs)
 
-    def product(
+    def gemm(
         self,
         weights: DeviceWeights,
         x: Tensor,
-        way: int,
+        is_backward: bool,
         ours: Callable[[pk.NF4Weight], Call],
-        laid: Callable[[Tensor], Tensor],
+        orient: Callable[[Tensor], Tensor],
         theirs: Callable[[int], Sequence[Call]],
     ) -> list[Entry]:
-        """x times the weight as `laid` turns it; forward (way 0) or backward (1)."""
+        """Contenders of x times the weight, which `orient` transposes for the backward."""
         rows = checked_rows(len(x))
-        expected = gate.linear(x[rows], laid(weights.exact))
+        expected = correctness.linear(x[rows], orient(weights.exact))
         others = [name for name in BESIDE if name != dispatch.forced()]
         packed, dense = self.copies(weights, 4 + len(others))
 
@@ -189,7 +187,7 @@ class Suite:
             verify = expected.strict if name == OURS else expected.sane
 
             def remark(layer: Any) -> str:
-                return _plan(weights, len(x))[way] if name == OURS else ""
+                return _plan(weights, len(x))[is_backward] if name == OURS else ""
 
             def checked(got: dict[str, Tensor]) -> float:
                 return verify({"y": got["y"][rows]})
@@ -197,14 +195,14 @@ class Suite:
             return Entry(name, make, checked, needs, lambda layer: layers.forward_call(layer, x), remark)
 
         def unfused(weight: pk.NF4Weight) -> Call:
-            return lambda x: F.linear(x, laid(weight.dequantize(x.dtype)))
+            return lambda x: F.linear(x, orient(weight.dequantize(x.dtype)))
 
         def plain() -> Sequence[Call]:
-            return [partial(F.linear, weight=laid(weights.rounded.clone())) for _ in range(dense)]
+            return [partial(F.linear, weight=orient(weights.rounded.clone())) for _ in range(dense)]
 
         return [
             entry(OURS, lambda: [ours(w) for w in layers.nf4_copies(weights, packed)]),
-            *(entry(name, partial(_served_by, name, ours, weights, packed)) for name in others),
+            *(entry(name, partial(_calls_on, name, ours, weights, packed)) for name in others),
             entry(CUBLAS, plain),
             entry(UNFUSED, lambda: [unfused(w) for w in layers.nf4_copies(weights, packed)]),
             entry("bnb", lambda: theirs(packed), BNB),
@@ -218,25 +216,23 @@ class Suite:
         return cases.dequantize_entries(weights, self.copies(weights, 2)[0])
 
 
-def _served_by(
-    backend: str, make: Callable[[pk.NF4Weight], Call], weights: Weights, count: int
-) -> list[Call]:
-    """What `make` makes, on another back end. RuntimeError where that cannot be used."""
+def _calls_on(backend: str, make: Callable[[pk.NF4Weight], Call], weights: Weights, count: int) -> list[Call]:
+    """Calls on another back end. RuntimeError if that cannot be used."""
     with pk.use_backend(backend):
         calls = [make(weight) for weight in layers.nf4_copies(weights, count)]
 
-    def served(call: Call) -> Call:
+    def switched(call: Call) -> Call:
         def run(t: Tensor) -> Tensor:
             with pk.use_backend(backend):
                 return call(t)
 
         return run
 
-    return [served(call) for call in calls]
+    return [switched(call) for call in calls]
 
 
 def _plan(weights: Weights, m: int) -> tuple[str, str]:
-    """Which kernels ours takes, forward and backward, where the back end tells."""
+    """The kernels that ours uses, forward and backward, if the back end reports them."""
     plan = getattr(BACKENDS[dispatch.forced() or "reference"], "plan", None)
     if plan is None:
         return "", ""
@@ -246,16 +242,16 @@ def _plan(weights: Weights, m: int) -> tuple[str, str]:
 
 
 def checked_rows(m: int) -> Tensor:
-    """Rows to check: all, or some from the first to the last."""
+    """Rows to check: all, or evenly spaced ones from the first to the last."""
     return torch.linspace(0, m - 1, min(m, CHECKED_ROWS), dtype=torch.float64).round().long()
 
 
-def floor(case: Case, gpu: Gpu) -> float | None:
-    """Seconds in which the device could do it, or None where that is no single product."""
+def roofline(case: Case, gpu: Gpu) -> float | None:
+    """Seconds that the device needs at least, or None if the case is not one GEMM or step."""
     if case.group == DEQUANTIZE:
         return gpu.dequantize(case.out_features, case.in_features)
     if case.group in optimizers.TITLES:
         return case.out_features * case.in_features * optimizers.STEP_BYTES / gpu.bandwidth
     if case.group in (FORWARD, DX) and case.m is not None:
-        return gpu.linear(case.out_features, case.in_features, case.m)[0]
+        return gpu.linear(case.out_features, case.in_features, case.m)
     return None

@@ -1,4 +1,4 @@
-"""Timing on a GPU: a turn is recorded once as a CUDA graph and timed by events: Python has no part in it."""
+"""Timing on a GPU: each turn is captured in a CUDA graph and timed by events, without Python's time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import torch
 from ..lib.harness import MIN_TURN, Contender, Turn, first_line
 
 MAX_CALLS = 512
-"""In a turn: a graph has a node and memory for each kernel of each call."""
+"""In a turn: each kernel of each call takes a node and memory of a graph."""
 
 
 def seconds(run: Callable[[], Any]) -> float:
-    """From before to after `run`, on the current stream."""
+    """Duration of `run` on the current stream."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     run()
@@ -28,11 +28,11 @@ def seconds(run: Callable[[], Any]) -> float:
 
 
 def take_turns(contenders: Sequence[Contender], graphs: bool = True) -> dict[str, Turn]:
-    """All as graphs, or none: what Python costs must not tell them apart."""
+    """Turns of all contenders as graphs, or of none, so that Python's time counts for all or none."""
     counts = {contender.name: _warm_up(contender) for contender in contenders}
     if graphs:
         try:
-            return {contender.name: _recorded(contender, counts[contender.name]) for contender in contenders}
+            return {contender.name: _captured(contender, counts[contender.name]) for contender in contenders}
         except RuntimeError as error:
             torch.cuda.synchronize()
             note = f"timed without graphs: {first_line(error)}"
@@ -42,8 +42,8 @@ def take_turns(contenders: Sequence[Contender], graphs: bool = True) -> dict[str
 
 
 def _warm_up(contender: Contender) -> int:
-    """Calls every copy, and sees how many calls make a turn: never fewer than there are copies."""
-    side = torch.cuda.Stream()  # where graphs want their warming up
+    """Calls every copy. Returns the number of calls in a turn, at least the number of copies."""
+    side = torch.cuda.Stream()  # graphs need a warm-up on a side stream
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         _run(contender.calls)
@@ -52,16 +52,16 @@ def _warm_up(contender: Contender) -> int:
     return _enough(len(contender.calls), len(contender.calls), once)
 
 
-def _recorded(contender: Contender, count: int) -> Turn:
-    """As a graph, recorded again with more calls when Python, counted before, is most of their time."""
-    replay = _record(_batch(contender, count))
+def _captured(contender: Contender, count: int) -> Turn:
+    """A turn as a graph, captured again with more calls if most of the time measured before was Python's."""
+    replay = _capture(_batch(contender, count))
     more = _enough(count, count, seconds(replay))
     if more >= 2 * count:
-        replay, count = _record(_batch(contender, more)), more
+        replay, count = _capture(_batch(contender, more)), more
     return _turn(replay, count)
 
 
-def _record(batch: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
+def _capture(batch: Sequence[Callable[[], Any]]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         _run(batch)
@@ -92,7 +92,7 @@ def _joined(remark: Callable[[], str], note: str) -> str:
 
 
 def copy_bandwidth(nbytes: int = 2**30) -> float:
-    """Bytes/s, read and written, of the best of several large copies."""
+    """Bytes/s read and written by the fastest of several large copies."""
     source = torch.empty(nbytes, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     target.copy_(source)
@@ -100,7 +100,7 @@ def copy_bandwidth(nbytes: int = 2**30) -> float:
 
 
 def matrix_peak(size: int = 8192) -> float:
-    """FLOP/s of the best of several large bf16 products, which cuBLAS makes."""
+    """FLOP/s of the fastest of several large bf16 GEMMs of cuBLAS."""
     a = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
     b = torch.randn_like(a)
     out = a @ b

@@ -1,7 +1,7 @@
-"""What calls cost before a device has anything to do: the CUDA back end's host code, on a stub device.
+"""Host time of calls of the CUDA back end, on a stub device.
 
-Launches are counted and do nothing, so neither the driver's part of them (2 to 3 us each) nor the caching
-allocator is in the times: CPU tensors come from malloc.
+Launches are counted and do nothing, so times include neither the driver's launch (2 to 3 us each) nor the
+caching allocator (CPU tensors come from malloc).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ GOAL_OF = "patched PEFT layer"
 
 @dataclass(frozen=True)
 class Case:
-    """A layer of one shape, by everything that calls it."""
+    """A layer of one shape and the ops below it."""
 
     dtype: str
     size: int = SIZE
@@ -40,7 +40,7 @@ class Case:
     def name(self) -> str:
         return f"host-{self.size}x{self.size}-m1-{self.dtype}"
 
-    def run(self, timing: Timing, progress: report.Progress = lambda phase: None) -> HostCost:
+    def run(self, timing: Timing, progress: report.Progress = report.silent) -> HostCost:
         testing.register_ptx()
         reason = testing.unavailable("ptx") or missing("peft")
         if reason:
@@ -80,16 +80,15 @@ class Case:
 
 @dataclass
 class HostCost(report.Outcome):
-    """What came of a case, by what is called: microseconds, launches, torch functions gone through."""
+    """Microseconds, launches and torch functions per call, by what is called."""
 
     case: Case
     us: dict[str, Spread] = field(default_factory=dict)
     launches: dict[str, int] = field(default_factory=dict)
     torch_ops: dict[str, int] = field(default_factory=dict)
 
-    def line(self) -> str:
-        parts = [f"{name} {three_digits(us.median)} us" for name, us in self.us.items()]
-        return "; ".join([*parts, *self.absent.values()])
+    def parts(self) -> list[str]:
+        return [f"{name} {three_digits(us.median)} us" for name, us in self.us.items()]
 
     def data(self) -> dict[str, Any]:
         us = {name: report.rounded(spread) for name, spread in self.us.items()}

@@ -1,53 +1,53 @@
-"""What the compiled CUDA kernels are held to, and what was found."""
+"""Limits on the compiled CUDA kernels: spills, tensor cores, instructions per weight."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-from .roofline import NF4_BYTES
+from .roofline import BY_ARCHITECTURE, NF4_BYTES, REGISTERS, RESERVED_SHARED
 from .sass import ARCHITECTURES, Instruction, Kernel, count
 
 MATRIX, MATRIX_16, MATRIX_TF32 = r"HMMA", r"HMMA\.16816", r"HMMA\.1688\.F32\.TF32"
 WIDE_STORE = r"STG?\.E\.(EF\.|NA\.)*128"
 LOCAL = r"(LDL|STL)\b"
 MATRIX_WEIGHTS, TF32_WEIGHTS, STORE_BYTES = 8, 4, 16
-"""Of a lane in one such instruction: a matrix instruction multiplies 16 x 16 weights by 8 tokens, or of tf32,
-16 x 8 of them, for which it takes as long."""
+"""Per lane of one instruction: a matrix instruction multiplies 16 x 16 weights by 8 tokens, or 16 x 8 of tf32
+in the same time."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """The kernels whose names match do their work in matrix instructions, or write weights out.
+    """A limit for the kernels whose names match, which use matrix instructions or write weights out.
 
-    Where elements of activations are what a kernel handles, they stand for weights.
+    For kernels on activations, "weight" means an element of them.
     """
 
     pattern: str
     limit: float | None = None
-    """The most instructions of a lane for a weight, on the longest way that does as much as any."""
+    """Instructions of a lane per weight at most, along the longest path with the most work."""
     tokens: int = 0
-    """That a warp multiplies each of its weights by, or ranks of an adapter; 0: no product with weights."""
+    """Tokens (or ranks of an adapter) that a warp multiplies each weight by; 0: no GEMM with weights."""
     tf32_products: int = 0
-    """That one of numbers in fp32 is made of; 0: it is of 16 bits."""
+    """tf32 products that make up one fp32 product; 0: operands are 16-bit."""
     written: int = 0
-    """Bytes that each weight is written out in; 0: none is."""
+    """Bytes written per weight; 0: weights are not written out."""
     read: float = NF4_BYTES
-    """Bytes that are read for each weight."""
+    """Bytes read per weight."""
     architectures: Sequence[int] = ARCHITECTURES
-    """Where the kernel is used."""
+    """On which the kernel is used."""
 
     @property
-    def does(self) -> str:
+    def work(self) -> str:
+        """Pattern of the instructions that do the kernel's work."""
         if self.written:
             return WIDE_STORE
         return MATRIX_TF32 if self.tf32_products else MATRIX_16 if self.tokens else MATRIX
 
     def per_weight(self, path: Sequence[Instruction]) -> float | None:
-        """Instructions of a lane for one of the weights that it handles on the path."""
-        done = count(path, self.does)
+        """Instructions of a lane per weight handled on the path."""
+        done = count(path, self.work)
         weights = done * STORE_BYTES / self.written if self.written else 0
         if self.tokens:
             one = TF32_WEIGHTS / self.tf32_products if self.tf32_products else MATRIX_WEIGHTS
@@ -55,7 +55,7 @@ class Rule:
         return len(path) / weights if weights else None
 
 
-# The wide table costs no arithmetic, and 64 KB. Cards without room for it have issue slots to spare.
+# The wide table takes 64 KB and no arithmetic. Cards with less shared memory have issue slots to spare.
 WIDE, NARROW = (80, 90, 100), (86, 89, 120)
 RULES: Sequence[Rule] = (
     Rule(r"DequantizeNf4<float>", 8.0, written=4),
@@ -97,50 +97,28 @@ RULES: Sequence[Rule] = (
     Rule(r"ScaleColumns<(bf16|fp16), true>", 15.0, written=2, read=2),
     Rule(r"ScaleColumnsBackward<float, true>", 15.0, written=4, read=8),
     Rule(r"ScaleColumnsBackward<(bf16|fp16), true>", 15.0, written=2, read=4),
-    # Of fp32 parameters with moments in 32 bits; optimizer_waves.py has all.
+    # fp32 parameters with 32-bit moments; adamw_loops.py has every loop.
     Rule(r"AdamWStep<false>", 41.0, written=12, read=16),
     Rule(r"AdamWStep<true>", 36.0, written=8, read=12),
 )
 
 
-class Card(NamedTuple):
-    """What a streaming multiprocessor of an architecture has for the blocks that run on it at once."""
-
-    registers: int
-    shared: int
-    warps: int
-    blocks: int
-
-
-KIB = 2**10
-CARDS = {
-    80: Card(65536, 164 * KIB, 64, 32),
-    86: Card(65536, 100 * KIB, 48, 16),
-    89: Card(65536, 100 * KIB, 48, 24),
-    90: Card(65536, 228 * KIB, 64, 32),
-    100: Card(65536, 228 * KIB, 64, 32),
-    120: Card(65536, 100 * KIB, 48, 24),
-}
-REGISTER_UNIT, SCHEDULERS = 256, 4  # per warp; each with its share of the registers
-SHARED_RESERVED, SHARED_UNIT = KIB, 128  # per block
+REGISTER_UNIT, SCHEDULERS = 256, 4  # per warp; each has its share of the registers
+SHARED_UNIT = 128
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What a kernel came to on one architecture."""
+    """A compiled kernel beside its limits."""
 
     kernel: Kernel
     warps: int
-    """That can be resident on a multiprocessor."""
+    """Resident on a multiprocessor."""
     per_weight: float | None = None
     """Instructions of a lane."""
     least: float | None = None
-    """The same on the shortest way, without dropout and the like."""
+    """The same along the shortest path, without dropout and the like."""
     rule: Rule | None = None
-    per_matrix: float | None = None
-    """Instructions for one of the tensor cores, on the shortest way."""
-    around: int = 0
-    """Further instructions in a round of the loop around the main loop, on the shortest way."""
     faults: tuple[str, ...] = ()
 
 
@@ -149,8 +127,9 @@ def rule_for(kernel: Kernel) -> Rule | None:
     return next((rule for rule in used if re.fullmatch(rule.pattern, kernel.name)), None)
 
 
-def judge(kernel: Kernel) -> Finding:
-    """Hold a kernel to its limits: none may spill, and each does its work in the instructions meant."""
+def check(kernel: Kernel) -> Finding:
+    """Checks a kernel against its limits: no spills, its work in the intended instructions, and few of
+    them."""
     faults = []
     if kernel.spill_bytes:
         faults.append(f"spills {kernel.spill_bytes} bytes")
@@ -161,23 +140,20 @@ def judge(kernel: Kernel) -> Finding:
     rule = rule_for(kernel)
     if rule is None:
         return Finding(kernel, warps, faults=tuple(faults))
-    shortest, longest = (kernel.main_path(rule.does, longest) for longest in (False, True))
-    if not count(longest, rule.does):
-        faults.append(f"has no {rule.does}")
+    shortest, longest = (kernel.main_path(rule.work, longest) for longest in (False, True))
+    if not count(longest, rule.work):
+        faults.append(f"has no {rule.work}")
     least, most = rule.per_weight(shortest), rule.per_weight(longest)
     if rule.limit is not None and most is not None and most > rule.limit:
         faults.append(f"{most:.2f} instructions per weight, at most {rule.limit:g} allowed")
-    matrix = count(shortest, MATRIX)
-    per_matrix = len(shortest) / matrix if matrix else None
-    around = len(kernel.main_path(rule.does, longest=False, around=True)) - len(shortest)
-    return Finding(kernel, warps, most, least, rule, per_matrix, around, tuple(faults))
+    return Finding(kernel, warps, most, least, rule, tuple(faults))
 
 
 def resident_warps(kernel: Kernel) -> int:
-    """By registers and shared memory, as far as that is known before a launch."""
-    card, schedulers = CARDS[kernel.architecture], SCHEDULERS
+    """On one multiprocessor, by registers and by the shared memory that is known before a launch."""
+    gpu = BY_ARCHITECTURE[kernel.architecture]
     warps = -(-kernel.threads // 32)
     registers = -(-kernel.registers * 32 // REGISTER_UNIT) * REGISTER_UNIT
-    shared = -(-kernel.shared // SHARED_UNIT) * SHARED_UNIT + SHARED_RESERVED
-    by_registers = card.registers // schedulers // registers * schedulers // warps
-    return warps * min(card.blocks, card.warps // warps, by_registers, card.shared // shared)
+    shared = -(-kernel.shared // SHARED_UNIT) * SHARED_UNIT + RESERVED_SHARED
+    by_registers = REGISTERS // SCHEDULERS // registers * SCHEDULERS // warps
+    return warps * min(gpu.blocks, gpu.warps // warps, by_registers, gpu.shared // shared)

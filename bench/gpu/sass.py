@@ -1,8 +1,7 @@
-"""What the compiler made of the CUDA kernels: registers, spills and the instructions of their main loops.
+"""Registers, spills and main-loop instructions of the compiled CUDA kernels.
 
-Needs no GPU: every .cu file of csrc/cuda is compiled for every architecture, disassembled and counted. The
-numbers of `limits.py` are what the counts are held against, by the tests; `floors.py` tells what they would
-cost.
+Needs no GPU: every .cu file of csrc/cuda is compiled for every architecture, disassembled and counted.
+`limits.py` has the limits that tests/gpu/test_sass.py checks the counts against.
 """
 
 from __future__ import annotations
@@ -19,8 +18,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from . import built_ptx, shared
-from . import sass_cfg as flow
+from . import built_ptx, sass_cfg, shared
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SOURCES = ROOT / "csrc" / "cuda"
@@ -40,7 +38,7 @@ class Tools:
 
 
 def tools() -> Tools | str:
-    """The programs that this needs, or which of them is missing."""
+    """The programs needed, or which are missing."""
     cuda = Path(os.environ.get("CUDA_HOME", "/usr/local/cuda"), "bin")
     triton = importlib.util.find_spec("triton")
     bundled = [Path(path, "backends", "nvidia", "bin") for path in _locations(triton)]
@@ -62,16 +60,13 @@ def _program(name: str, *folders: Path) -> str | None:
     return shutil.which(name) or next(filter(None, (shutil.which(name, path=str(f)) for f in folders)), None)
 
 
-# Compiling.
-
-
 @dataclass(frozen=True)
 class Cubin:
     source: Path
     architecture: int
     path: Path
     log: str
-    """What ptxas said about its kernels."""
+    """Of ptxas."""
 
 
 def sources(folder: Path = SOURCES) -> list[Path]:
@@ -85,46 +80,47 @@ def compile_all(
     include: Path = SOURCES,
     cache: Path = CACHE,
 ) -> list[Cubin]:
-    """A cubin per file and architecture. RuntimeError with nvcc's words when one does not compile.
+    """One cubin per file and architecture. RuntimeError with nvcc's message when one does not compile.
 
-    Cached under a hash of the file, all that it includes from this repository, the flags and the compiler.
+    Cached under a hash of the file, everything it includes from this repository, the flags and the compiler.
     """
     cache.mkdir(parents=True, exist_ok=True)
     version = _run([tools.nvcc, "--version"]).stdout
     first = {architecture: one for one, same in SAME_PTX.items() for architecture in same}
 
-    def made(source: Path, of: Path, name: str, *flags: str, text: str | None = None) -> tuple[Path, str]:
-        """What nvcc makes of a source, or would, which is `text`; and what it said."""
+    def build(source: Path, of: Path, name: str, *flags: str, text: str | None = None) -> tuple[Path, str]:
+        """Compiles a source, or stores `text` as its output. Returns the output's path and nvcc's
+        messages."""
         stem, suffix = name.split(".")
         path = cache / f"{of.stem}-{stem}-{_key(version, *FLAGS, *flags, *_texts(of, include))}.{suffix}"
         log = path.with_suffix(".log")
         if not (path.exists() and log.exists()):
-            # Under another name first: one that was interrupted must not be taken for a result.
-            unfinished, said = path.with_suffix(f".{os.getpid()}"), ""
+            # Renamed when complete, so that an interrupted run leaves no partial result.
+            unfinished, messages = path.with_suffix(f".{os.getpid()}"), ""
             if text is None:
                 command = [tools.nvcc, *FLAGS, *flags, f"-I{include}", str(source), "-o", str(unfinished)]
-                said = _run(command).stderr
+                messages = _run(command).stderr
             else:
                 unfinished.write_text(text, encoding="utf-8")
-            log.write_text(said, encoding="utf-8")
+            log.write_text(messages, encoding="utf-8")
             unfinished.replace(path)
         return path, log.read_text(encoding="utf-8")
 
-    def written(job: tuple[Path, int]) -> Path:
+    def write_ptx(job: tuple[Path, int]) -> Path:
         file, one = job
         text = built_ptx.text(file, one, _files(file, include))
-        return made(file, file, f"compute{one}.ptx", f"-arch=compute_{one}", "-ptx", text=text)[0]
+        return build(file, file, f"compute{one}.ptx", f"-arch=compute_{one}", "-ptx", text=text)[0]
 
-    def compiled(job: tuple[Path, int]) -> Cubin:
+    def assemble(job: tuple[Path, int]) -> Cubin:
         file, architecture = job
         text = texts[file, first[architecture]]
         name = f"sm{architecture}.cubin"
-        return Cubin(file, architecture, *made(text, file, name, f"-arch=sm_{architecture}", "-cubin"))
+        return Cubin(file, architecture, *build(text, file, name, f"-arch=sm_{architecture}", "-cubin"))
 
     with ThreadPoolExecutor(JOBS) as pool:
         to_write = [(file, one) for file in files for one in {first[a]: None for a in architectures}]
-        texts = dict(zip(to_write, pool.map(written, to_write), strict=True))
-        return list(pool.map(compiled, [(file, a) for file in files for a in architectures]))
+        texts = dict(zip(to_write, pool.map(write_ptx, to_write), strict=True))
+        return list(pool.map(assemble, [(file, a) for file in files for a in architectures]))
 
 
 def _texts(file: Path, include: Path) -> Iterator[str]:
@@ -132,7 +128,7 @@ def _texts(file: Path, include: Path) -> Iterator[str]:
 
 
 def _files(file: Path, include: Path) -> Iterator[Path]:
-    """A file and, once each, the files that it includes by a quoted name."""
+    """A file and, once each, the files that it includes with quotes."""
     todo, seen = [file], {file}
     while todo:
         current = todo.pop()
@@ -156,15 +152,12 @@ def _run(command: Sequence[str], stdin: str | None = None) -> subprocess.Complet
     return done
 
 
-# Reading what came of it.
-
-
 @dataclass(frozen=True)
 class Instruction:
     opcode: str
     """With its suffixes: LDG.E.128.CONSTANT."""
     guarded: bool
-    """Under a predicate: control may pass it by."""
+    """Predicated: it may not be executed."""
     targets: tuple[str, ...]
     """Labels."""
 
@@ -179,54 +172,48 @@ class Instruction:
 
 JUMPS = ("BRA", "BRX", "JMP", "JMX", "BRXU", "JMXU", "EXIT", "RET")
 LABEL_JUMPS = ("CALL",)
-"""Where they name a label of the same kernel, to which the compiler then jumps for good; else a function."""
+"""Jumps that do not return if they name a label of the same kernel; otherwise calls of a function."""
 
 
 def count(instructions: Iterable[Instruction], pattern: str) -> int:
-    """Those whose opcode begins as the pattern says."""
+    """Number of instructions whose opcode starts with the pattern."""
     return sum(re.match(pattern, instruction.opcode) is not None for instruction in instructions)
 
 
 @dataclass
 class Kernel:
-    """A kernel as compiled for one architecture."""
-
     name: str
-    """As in the source, without namespaces: Dequantize<bf16, true>."""
+    """In the source, without namespaces: Dequantize<bf16, true>."""
     source: Path
     architecture: int
     threads: int = 0
     registers: int = 0
     shared: int = 0
-    """Bytes of a block, as far as the kernel declares them."""
+    """Bytes per block that the kernel declares."""
     spill_bytes: int = 0
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
-    """Of the instructions that they stand before."""
+    """Index of the instruction that follows each label."""
 
-    def main_path(self, pattern: str, longest: bool = True, around: bool = False) -> list[Instruction]:
-        """What a thread runs to do its work, which is told by instructions that match.
+    def main_path(self, pattern: str, longest: bool = True) -> list[Instruction]:
+        """The instructions of one iteration of the main loop: the innermost with most matches of the pattern.
 
-        One round of the innermost loop that has most of them, or the way through the whole kernel where none
-        is in a loop. Where there are several ways, the one with most of them, and among those the longest (or
-        the shortest): tails and other rare ways that work by smaller steps are not in it. `around`: one round
-        of the next loop outwards instead, with one round of this one in it.
+        Where no match is in a loop, those of a path through the whole kernel. Of several paths, the one with
+        most matches, and among these the longest (or shortest), so tails in smaller steps are not counted.
         """
         work = {start: count(self._block(start), pattern) for start in self.successors}
-        own: dict[frozenset[int] | None, int] = {}  # of a loop, without those in it
+        own: dict[frozenset[int] | None, int] = {}  # matches of a loop, without its inner loops
         for block, found in work.items():
             for body in self._graph.innermost([block]) if found else ():
                 own[body] = own.get(body, 0) + found
         loop = max(own, key=lambda body: (own[body], -len(body or ())), default=None)
-        if around and loop is not None:
-            loop = self._graph.around(loop)
         sign = 1 if longest else -1
         path = self._graph.best_path(loop, lambda block: (work[block], sign * len(self._block(block))))
         return [instruction for block in path for instruction in self._block(block)]
 
     @cached_property
-    def _graph(self) -> flow.Graph:
-        return flow.Graph(self.successors)
+    def _graph(self) -> sass_cfg.Graph:
+        return sass_cfg.Graph(self.successors)
 
     def _block(self, start: int) -> list[Instruction]:
         return self.instructions[start : self._ends[start]]
@@ -238,7 +225,7 @@ class Kernel:
 
     @cached_property
     def successors(self) -> dict[int, list[int]]:
-        """The basic blocks, by their first instruction, each with those that may come after it."""
+        """The basic blocks that may follow each one; blocks are named by their first instruction."""
         jumps = {i: jump for i, jump in enumerate(self.instructions) if jump.jumps}
         targets = {i: [self.labels[t] for t in jump.targets if t in self.labels] for i, jump in jumps.items()}
         starts = {0, *(i + 1 for i in jumps), *(t for found in targets.values() for t in found)}
@@ -251,13 +238,13 @@ class Kernel:
             successors[start] = [
                 *targets.get(after - 1, ()),
                 *([after] if falls_through else ()),
-                *([flow.END] if leaves else ()),
+                *([sass_cfg.END] if leaves else ()),
             ]
         return successors
 
 
 def read(tools: Tools, cubins: Sequence[Cubin], include: Path = SOURCES, cache: Path = CACHE) -> list[Kernel]:
-    """The kernels of all files."""
+    """The kernels of all cubins."""
     with ThreadPoolExecutor(JOBS) as pool:
         texts = list(pool.map(lambda cubin: _run([tools.nvdisasm, str(cubin.path)]).stdout, cubins))
         kernels = [kernel for cubin, text in zip(cubins, texts, strict=True) for kernel in parse(cubin, text)]
@@ -274,7 +261,7 @@ def read(tools: Tools, cubins: Sequence[Cubin], include: Path = SOURCES, cache: 
 
 
 def _add_declared(tools: Tools, family: tuple[Path, Sequence[Kernel]], include: Path, cache: Path) -> None:
-    """Add what the kernels of a source declare as shared memory."""
+    """Adds the shared memory that the kernels of a source declare."""
     source, kernels = family
     names = sorted({kernel.name for kernel in kernels})
     text = shared.probe(source, names)
@@ -299,7 +286,7 @@ _WORD = re.compile(r"\.word\s+(0x[0-9a-f]+)")
 
 
 def parse(cubin: Cubin, text: str) -> list[Kernel]:
-    """The kernels in nvdisasm's text, by their mangled names."""
+    """The kernels in nvdisasm's output, under mangled names."""
     kernels: dict[str, Kernel] = {}
     current, section, threads_follow = Kernel("", cubin.source, cubin.architecture), None, False
     for line in text.splitlines():

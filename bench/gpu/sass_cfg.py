@@ -1,4 +1,4 @@
-"""Loops and ways through a kernel's basic blocks."""
+"""Control-flow graph of a compiled kernel: dominators, loops, longest and shortest paths."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 
 END = -1
-"""In place of a block, where control leaves."""
+"""The successor of a block that exits."""
 
 Cost = tuple[int, int]
 Loop = frozenset[int]
-"""The blocks of a natural loop, those of the loops in it included."""
+"""The blocks of a natural loop, inner loops included."""
 
 
 class Graph:
-    """Blocks by number, each with those that may come after it, END among them. Control enters at 0."""
+    """Basic blocks with their successors, END among them. The entry is 0."""
 
     def __init__(self, successors: Mapping[int, Sequence[int]]) -> None:
         reached, todo = {0}, [0]
@@ -32,7 +32,7 @@ class Graph:
 
     @cached_property
     def dominators(self) -> dict[int, set[int]]:
-        """Of every block, those that each way from the entry to it passes, itself among them."""
+        """For each block, those on every path from the entry to it, itself included."""
         found = {block: set(self.successors) for block in self.successors}
         found[0] = {0}
         changed = True
@@ -47,7 +47,7 @@ class Graph:
 
     @cached_property
     def loops(self) -> dict[int, Loop]:
-        """By their heads. A loop is what reaches a jump back to its head without passing the head."""
+        """By header: the blocks that reach a back edge to the header without passing through it."""
         bodies: dict[int, set[int]] = {}
         for block in self.successors:
             for head in self._heads(block):
@@ -60,16 +60,13 @@ class Graph:
         return {head: frozenset(body) for head, body in bodies.items()}
 
     def innermost(self, blocks: Iterable[int]) -> set[Loop]:
-        """The smallest loops that have one of the blocks."""
+        """The innermost loops of the blocks."""
         around = ([body for body in self.loops.values() if block in body] for block in blocks)
         return {min(bodies, key=len) for bodies in around if bodies}
 
-    def around(self, loop: Loop) -> Loop | None:
-        """The smallest loop that has all of another one, and more."""
-        return min((body for body in self.loops.values() if body > loop), key=len, default=None)
-
     def best_path(self, loop: Loop | None, cost: Callable[[int], Cost]) -> list[int]:
-        """The dearest way once round a loop, or through everything; of the loops on the way, once through."""
+        """The path of highest cost through one iteration of a loop, or the whole graph; inner loops run
+        once."""
         inside = self.successors.keys() if loop is None else loop
         head = 0 if loop is None else next(h for h, body in self.loops.items() if body is loop)
         best: dict[int, tuple[Cost, list[int]]] = {}
@@ -84,14 +81,14 @@ class Graph:
         return best[head][1]
 
     def _heads(self, block: int) -> list[int]:
-        """Where a block jumps back to."""
+        """Targets of the back edges of a block."""
         return [after for after in self.successors[block] if after in self.dominators[block]]
 
     def _forward(self, block: int) -> list[int]:
         return [after for after in self.successors[block] if after not in self.dominators[block]]
 
     def _in_order(self, head: int, inside: Iterable[int]) -> list[int]:
-        """Blocks that can be reached from the head, each after all that lead to it, jumps back left out."""
+        """Topological order of the blocks reachable from the header, back edges left out."""
         allowed, done, order = set(inside), set(), []
         todo = [(head, iter(self._forward(head)))]
         done.add(head)

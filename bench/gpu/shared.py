@@ -1,6 +1,6 @@
-"""How much shared memory kernels declare: the size of their `Shared`, which a cubin does not tell.
+"""How much dynamic shared memory kernels declare: the size of their `Shared`, which is not in a cubin.
 
-It is given at a launch, so a small file is compiled that names the types.
+It is read from the PTX of a small probe that names the types.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INCLUDE = re.compile(r'^\s*#\s*include\s*"(.+)"', re.MULTILINE)
 
 
 def probe(source: Path, names: Sequence[str]) -> str:
-    """A file that, compiled to PTX, tells the sizes for the kernels of a source file, by their C++ names."""
+    """Source whose PTX has the sizes for the kernels of a source file, named as in C++."""
     includes = INCLUDE.findall(source.read_text(encoding="utf-8"))
     return PROBE.format(
         includes="\n".join(f'#include "{name}"' for name in includes),

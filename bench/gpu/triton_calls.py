@@ -1,6 +1,6 @@
-"""Calls of the ops of back end `triton` that reach every kernel, with every config.
+"""Calls of the ops of back end `triton` that cover every kernel with every config.
 
-Their tensors have no memory (device "meta"): the calls are for `launch.recording`, inside which nothing runs.
+Tensors are on device "meta": the calls are made under `launch.recording`, where nothing runs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from peft_kernels.triton_kernels.linear.linear import table_for
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SIZE, ODD, SMALL, WHOLE = 4096, 4097, 64, 512
-"""Features: many programs; rows that begin amid a byte or block; sums cut into splits, and uncut."""
+"""Features: many programs; rows that start inside a byte or block; with and without split-k."""
 FEW, MANY, RANK, RANKS = 16, 1024, 16, 64
 EXPERTS = 128
 
@@ -31,7 +31,7 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
 
 
 def nf4(n: int, k: int, nested: bool = True, blocksize: int = 64) -> tuple[Any, ...]:
-    """The group of arguments that make an NF4 weight."""
+    """The op arguments of an NF4 weight."""
     blocks = -(-n * k // blocksize)
     packed = empty((n * k + 1) // 2, dtype=torch.uint8)
     if not nested:
@@ -40,9 +40,10 @@ def nf4(n: int, k: int, nested: bool = True, blocksize: int = 64) -> tuple[Any, 
 
 
 def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterator[Call]:
-    """For activations of some types; products, which have configs of their own in fp32, in fp32 always.
+    """Calls with activations of the dtypes; GEMMs, which have separate fp32 configs, also in fp32.
 
-    Adapters join the products of every line of the tables in the first type, if wanted, else of some.
+    `adapters_on_every_line`: LoRA with every row of the config tables, in the first dtype; otherwise with
+    some.
     """
     yield Call("quantize_absmax", (empty(SIZE),))
     yield Call("unpack_absmax", (empty(SIZE, dtype=torch.uint8), empty(SIZE // 256), empty()))
@@ -63,7 +64,7 @@ def calls(dtypes: Sequence[torch.dtype], adapters_on_every_line: bool) -> Iterat
 
 
 def _optimizers() -> Iterator[Call]:
-    """A step with all that there may be, and one with none of it. Code is the same for all types."""
+    """A step with every option, and one with none. The code is the same for all dtypes."""
     numbers = [0.9], [0.99], [1e-8], [0.01]
     params, codes, scales = (
         empty(SIZE, SIZE, dtype=BF16),
@@ -102,7 +103,7 @@ def _elementwise(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def _losses(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
-    """A head in pieces: packed, with all that there may be; dense, without a slope."""
+    """Heads in pieces: packed with every option; dense, also without gradients."""
     x, labels = empty(MANY, SIZE, dtype=dtype), empty(MANY, dtype=torch.int64)
     head = *nf4(16 * SIZE, SIZE, nested), 16 * SIZE, empty(16 * SIZE)
     yield Call("linear_cross_entropy", (x, *head, labels, -100, 0.5, 30.0, 0.0, 1e-4, True, True, True))
@@ -112,7 +113,7 @@ def _losses(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
 
 
 def _products(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
-    """One product for each line of the tables, one beyond them, one with splits, one whose rows are odd."""
+    """One GEMM per row of the config tables, one beyond them, one with split-k, one with odd rows."""
 
     def forward(m: int, n: int, k: int, bias: Tensor | None = None) -> Call:
         return Call("nf4_linear", (empty(m, k, dtype=dtype), *nf4(n, k, nested), n, bias))
@@ -147,7 +148,7 @@ def _adapters(dtype: torch.dtype, nested: bool, every: bool) -> Iterator[Call]:
     for m in _rows(dtype, backward=True) if every else (FEW, MANY):
         x, h = empty(m, WHOLE, dtype=dtype), empty(m, RANK)
         yield Call("lora_linear_backward", (x, x, h, *weight, a, b, 0.5, 0.3, seed, None, *needs))
-    # So few features that sums over rows are cut.
+    # Few features: sums over rows are split.
     x, h, a, b = empty(MANY, SMALL, dtype=dtype), empty(MANY, RANK), empty(RANK, SMALL), empty(SMALL, RANK)
     yield Call(
         "lora_linear_backward", (x, x, h, *nf4(SMALL, SMALL, nested), a, b, 0.5, 0.3, seed, None, *needs)
@@ -155,7 +156,7 @@ def _adapters(dtype: torch.dtype, nested: bool, every: bool) -> Iterator[Call]:
 
 
 def _bottlenecks(dtype: torch.dtype) -> Iterator[Call]:
-    """Few rows with all that there may be, in fp32; many with as little as there may be, in either type."""
+    """Few rows with every option, in fp32; many rows with none, in fp32 and the given dtype."""
     needs = True, False, True, True, True, True
     for m, kept, p in ((FEW, FP32, 0.3), (MANY, FP32, 0.0), (MANY, dtype, 0.0)):
         out = WHOLE + SMALL if p else WHOLE
@@ -169,8 +170,8 @@ def _bottlenecks(dtype: torch.dtype) -> Iterator[Call]:
 
 
 def _experts(dtype: torch.dtype, nested: bool) -> Iterator[Call]:
-    """As many rows of an expert as each line of the tables is for; rows that are odd, a dense weight, and a
-    token alone, for which sums are cut into splits. Adapters in fp32."""
+    """Rows per expert for each row of the config tables; odd rows, a dense weight, and a single token, which
+    uses split-k. Adapters in fp32."""
     odd = ODD - WHOLE
     for k, rows in ((WHOLE, 16), (WHOLE, 32), (WHOLE, 65), (odd, 16)):
         yield from _experts_lora(of_experts(nf4(WHOLE, k, nested)), WHOLE, k, EXPERTS * rows, dtype)
@@ -188,12 +189,12 @@ def _experts_lora(weight: tuple[Any, ...], n: int, k: int, rows: int, dtype: tor
 
 
 def of_experts(one: tuple[Any, ...], count: int = EXPERTS) -> tuple[Any, ...]:
-    """An expert's weight as that of all."""
+    """One expert's weight, expanded to all experts."""
     return tuple(part.expand(count, *part.shape) if isinstance(part, Tensor) else part for part in one)
 
 
 def _lists(dtype: torch.dtype) -> Iterator[Call]:
-    """Two layers on one x, two adapters in its type on the second, which is dense, rows in groups."""
+    """Two layers on one x, two adapters of its dtype on the second, which is dense, with row groups."""
     for m, size in ((FEW, SIZE), (MANY, WHOLE)):
         bases = nf4(size, size), (empty(size, size, dtype=dtype), None, None, None, 0)
         lists = [list(part) for part in zip(*bases, strict=True)]

@@ -1,4 +1,4 @@
-"""What Triton's compiler makes of the kernels of back end `triton`, for cards that need not be here.
+"""Registers, spills and tensor-core use of the compiled Triton kernels, for GPUs that need not be present.
 
 Each launch of `triton_calls.py` is compiled as it would be on the card.
 """
@@ -24,20 +24,21 @@ from peft_kernels.triton_kernels import table
 from peft_kernels.triton_kernels.core import launch
 
 from . import limits, sass
+from .roofline import KIB
 from .triton_calls import BF16, FP16, FP32, Call, calls
 
 CACHE = sass.ROOT / "build" / "triton"
 JOBS = 2
-LOCAL_DATA_SHARE = 64 * limits.KIB  # of a workgroup on AMD's cards
+LOCAL_DATA_SHARE = 64 * KIB  # of a workgroup on AMD's cards
 TENSOR_MEMORY = 512  # columns
 MATRIX = {"cuda": r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.", "hip": r"\bv_(?:mfma|wmma)_"}
-"""In PTX, whose instructions ptxas leaves what they are, and in AMD's assembly."""
+"""In PTX, where they map one to one to machine instructions, and in AMD's assembly."""
 ALL, THOROUGH = (BF16, FP16, FP32), ("sm80",)
-"""Types of activations, and the targets for which all of them are compiled. It takes minutes as it is."""
+"""Dtypes of activations, and the targets for which all are compiled: more would take too long."""
 KINDS = ("sm86", "sm89", "sm120"), ("gfx942", "gfx950"), ("gfx1100", "gfx1200")
-"""Targets with the same instructions for products, and as much shared memory."""
+"""Targets with the same matrix instructions and as much shared memory."""
 SPILLING = ("gfx1100",)
-"""Where spills are told, and not held against a kernel: RDNA 3 has 256 registers, large tiles want more."""
+"""Where spills are reported but no fault: RDNA 3 has 256 registers, and large tiles need more."""
 
 
 def gpu_target(name: str) -> GPUTarget:
@@ -49,18 +50,18 @@ def gpu_target(name: str) -> GPUTarget:
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as it is compiled for arguments of some types."""
+    """A kernel specialised for argument dtypes."""
 
     kernel: str
     config: str
-    """Meta-parameters, warps and stages."""
+    """Block sizes, warps and stages."""
     types: str
     """Of the tensors, and the constants."""
 
 
 @dataclass(frozen=True)
 class Code:
-    """What came of a variant."""
+    """A compiled variant."""
 
     variant: Variant
     target: str
@@ -76,7 +77,7 @@ class Code:
 
 
 class _Driver:
-    """In place of Triton's own, which would look for a card."""
+    """Replaces Triton's driver, which would look for a GPU."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -85,7 +86,7 @@ class _Driver:
         return self.target
 
     def get_current_device(self) -> _Driver:
-        return self  # a device of its own: what was compiled before is not taken from memory
+        return self  # a new device, so nothing comes from the in-memory cache
 
     def get_current_stream(self, device: _Driver) -> int:
         return 0
@@ -93,9 +94,9 @@ class _Driver:
 
 @contextmanager
 def compiling_for(target: str) -> Iterator[None]:
-    """Inside, Triton compiles for that target; nothing can be launched."""
+    """Inside, Triton compiles for the target; nothing can be launched."""
     driver: Any = triton.runtime.driver
-    before = driver._active  # reset_active would look for a card
+    before = driver._active  # reset_active would look for a GPU
     driver.set_active(_Driver(gpu_target(target)))
     try:
         with triton.knobs.cache.scope(), triton.knobs.runtime.scope():
@@ -121,15 +122,15 @@ def _nothing():
 
 
 class Launched(NamedTuple):
-    """What `launch` was called with."""
+    """Arguments of one `launch` call."""
 
     kernel: Any
     args: tuple[Any, ...]
     constants: dict[str, Any]
     config: launch.Config
-    """As the tables have it."""
+    """In the tables."""
     options: launch.Config
-    """As it is for the target."""
+    """Adapted to the target."""
 
 
 def launches(target: str, calls: Iterable[Call]) -> list[Launched]:
@@ -145,20 +146,20 @@ def launches(target: str, calls: Iterable[Call]) -> list[Launched]:
 
 
 def standard(target: str) -> list[Launched]:
-    """The launches that reach everything."""
+    """Launches that cover every kernel and config."""
     on_cuda = gpu_target(target).backend == "cuda"
     return launches(target, calls(ALL if target in THOROUGH else ALL[:1], adapters_on_every_line=on_cuda))
 
 
 def by_code(target: str, launched: Iterable[Launched]) -> dict[tuple[str, str], Launched]:
-    """Those that Triton compiles different code for, by what it knows that from."""
+    """The launches with different code, by kernel and Triton's cache key."""
     found: dict[tuple[str, str], Launched] = {}
     with compiling_for(target):
         for item in launched:
 
             def note(*, compile: dict[str, Any], item: Launched = item, **_: Any) -> bool:
                 found.setdefault((item.kernel.__name__, compile["key"]), item)
-                return True  # and no more is done
+                return True  # skips the compilation
 
             triton.knobs.runtime.jit_cache_hook = note
             warm_up(item)
@@ -171,7 +172,7 @@ def different(target: str) -> list[Launched]:
 
 
 def warm_up(item: Launched) -> Any:
-    """What Triton makes of a launch for the target of `compiling_for`, inside which this is called."""
+    """Compiles a launch, inside `compiling_for`."""
     return item.kernel.warmup(*item.args, grid=(1,), **item.constants, **item.options)
 
 
@@ -182,8 +183,8 @@ def describe(config: launch.Config) -> str:
 
 
 def compile_all(targets: Sequence[str]) -> list[Code]:
-    """The code of every kernel, compiled by several processes: for each of the targets, but that those of one
-    kind take turns with the variants of a kernel."""
+    """Compiles every kernel for the targets, in several processes. Targets of one kind share the variants of
+    a kernel among them."""
     jobs = [(target, i) for target in targets for i in _turns(target, targets)]
     with ProcessPoolExecutor(JOBS, get_context("spawn")) as pool:
         return list(pool.map(_compiled_at, *zip(*jobs, strict=True), chunksize=4))
@@ -194,7 +195,7 @@ def kind_of(target: str) -> tuple[str, ...]:
 
 
 def _turns(target: str, targets: Sequence[str]) -> list[int]:
-    """Which of `different(target)` are that target's."""
+    """Indices into `different(target)` that are compiled for this target."""
     present = [one for one in kind_of(target) if one in targets]
     variants: dict[str, list[int]] = {}
     for i, item in enumerate(different(target)):
@@ -270,7 +271,7 @@ def _read_hip(variant: Variant, target: str, made: Any) -> Code:
 
 
 def _product_faults(variant: Variant, made: Any, matrix: int) -> list[str]:
-    """Products of 16-bit numbers are for tensor cores, and so are those with 16-bit activations."""
+    """GEMMs of 16-bit operands, or with 16-bit activations, that do not use tensor cores."""
     products = re.findall(r"tt\.dot .*: tensor<\w+x(\w+)> \*", made.asm["ttir"])
     narrow = [kind for kind in products if kind in ("bf16", "f16")] or re.search(
         "tf32|bf16x6", made.asm["ttir"]

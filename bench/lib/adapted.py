@@ -1,4 +1,4 @@
-"""Models over bases of each kind, with adapters on all projections, that hold the same numbers."""
+"""Models over bases of each kind, with adapters on all projections, all with the same values."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from . import layers
 
 @dataclass(frozen=True)
 class Sizes:
-    """Those of a Llama configuration."""
+    """Of a Llama configuration."""
 
     hidden: int
     intermediate: int
@@ -46,13 +46,13 @@ SMOLLM2 = Sizes(hidden=576, intermediate=1536, heads=9, kv_heads=3)
 
 @dataclass(frozen=True)
 class Variant:
-    """What kind of adapter on what kind of base ("dense" or "nf4"), and whether it trains."""
+    """The kind of adapter and of base ("dense" or "nf4"), and whether it trains."""
 
     base: str = "dense"
     dora: bool = False
     dropout: float = 0.0
     adapters: int = 1
-    """More than one: each sample of the batch goes through its own (PEFT's `adapter_names`)."""
+    """If several, each sample of the batch uses its own (PEFT's `adapter_names`)."""
     training: bool = True
     """Forward and backward; otherwise forward without grad, in evaluation mode."""
 
@@ -67,13 +67,13 @@ class Variant:
 
 
 class Model(NamedTuple):
-    """A PEFT model. `report` is there when it is patched."""
+    """A PEFT model, with a report if it is patched."""
 
     model: Any
     report: PatchReport | None = None
 
     def remark(self) -> str:
-        """Which layers have not run fused, by reason."""
+        """The number of layers that did not run fused, by reason."""
         entries = [] if self.report is None else self.report.layers
         reasons = Counter(
             reason for entry in entries for reason in {*entry.fallbacks, entry.reason} if reason
@@ -81,11 +81,11 @@ class Model(NamedTuple):
         return "; ".join(f"original forward in {count} layers: {reason}" for reason, count in reasons.items())
 
 
-class Adapted(layers.Kept):
-    """Base weights of one dtype, quantised or not, and the models over them."""
+class Adapted(layers.LayerCache):
+    """Base weights of one dtype and the models over them."""
 
     delta = 0.5
-    """Of adapters, beside the base product."""
+    """Size of the adapters' output relative to the base layer's."""
     config: Any
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -93,12 +93,12 @@ class Adapted(layers.Kept):
         self.dtype = dtype
 
     def plain(self) -> Any:
-        """The model before anything is done to its projections."""
+        """The model with dense projections, without adapters."""
         raise NotImplementedError
 
     @cached_property
     def originals(self) -> dict[str, Tensor]:
-        """What is quantised, by the name of the projection."""
+        """The weights before quantisation, by name of the projection."""
         modules = self.plain().named_modules()
         linears = {name: m for name, m in modules if isinstance(m, nn.Linear) and name != "lm_head"}
         return {name: linear.weight.detach() for name, linear in linears.items()}
@@ -108,14 +108,14 @@ class Adapted(layers.Kept):
         with pk.use_backend("reference"):
             return {name: pk.NF4Weight.quantize(weight) for name, weight in self.originals.items()}
 
-    def let_go(self) -> None:
-        """Of the weights that models are made from; they are made again when one is asked for."""
+    def free_weights(self) -> None:
+        """Frees the weights that models are made from; the next model makes them again."""
         for name in ("originals", "packed"):
             vars(self).pop(name, None)
 
     def over(self, base: str) -> Any:
-        """On NF4 weights ("nf4"), bitsandbytes' ("bnb"), or dequantised ones: in fp32 ("exact"), or rounded
-        to the dtype of the case ("dense")."""
+        """The model on NF4 weights ("nf4"), bitsandbytes' ("bnb"), or dequantised ones: in fp32 ("exact"), or
+        in the dtype of the case ("dense")."""
         model = self.plain()
         for name in self.originals:
             model.set_submodule(name, self.layer(base, name))
@@ -132,7 +132,7 @@ class Adapted(layers.Kept):
         return layers.dense_linear(exact if base == "exact" else exact.to(self.dtype))
 
     def adapt(self, model: Any, variant: Variant, wide: bool = False) -> Any:
-        """With the same adapters for every model; in fp64 when it is `wide`."""
+        """Adds the same adapters to any model; in fp64 if `wide`."""
         model = model.double() if wide else model
         targets = sorted({name.rpartition(".")[2] for name in self.originals})
         adapted = layers.adapted(model, targets, len(self.originals), variant.names, **variant.options)
@@ -162,12 +162,12 @@ class Adapted(layers.Kept):
         return Model(model, pk.patch(model))
 
     def stock(self, variant: Variant = Variant(base="nf4")) -> Model:
-        """PEFT alone: over dense weights, or over bitsandbytes' 4-bit layers."""
+        """Unpatched PEFT over dense weights or bitsandbytes' 4-bit layers."""
         base = "bnb" if variant.base == "nf4" else variant.base
         return Model(self.adapt(self.over(base), variant))
 
     def reference(self, variant: Variant, wide: bool, patch: bool = False) -> Model:
-        """PEFT over the dequantised weights: in fp64, or at the precision of the case."""
+        """PEFT over the dequantised weights, in fp64 or the dtype of the case."""
         model = self.adapt(self.over("exact" if wide and variant.base == "nf4" else "dense"), variant, wide)
         if patch:
             pk.patch(model)

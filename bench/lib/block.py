@@ -1,4 +1,4 @@
-"""The decoder block that takes part: one of SmolLM2-135M, with adapters on all seven projections."""
+"""A decoder block of SmolLM2-135M with adapters on all seven projections."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from torch import Tensor
 import peft_kernels as pk
 import testing
 
-from . import correctness as gate
-from . import layers
+from . import correctness, layers
 from .adapted import Adapted, Model, Sizes, Variant
 
 SEED = 11
-"""Of torch's generator before every forward: it fixes the mask of a dropout."""
+"""Of torch's generator before every forward, so that dropout masks are fixed."""
 
 
 class Inputs(NamedTuple):
-    """What a block is called with, and the gradient that comes back to it."""
+    """Arguments of a block, and the gradient of its output."""
 
     x: Tensor
     dy: Tensor
@@ -54,7 +53,7 @@ class Blocks(Adapted):
 
     @property
     def nbytes(self) -> int:
-        """Of the packed weights."""
+        """Bytes of the packed weights."""
         return sum(weight.nbytes for weight in self.packed.values())
 
     def inputs(self, batch: int, tokens: int) -> Inputs:
@@ -66,7 +65,7 @@ class Blocks(Adapted):
         return Inputs(x.requires_grad_(), dy, (cos, sin))
 
     def run(self, model: Model, variant: Variant, inputs: Inputs) -> Callable[[], dict[str, Tensor]]:
-        """A call of the block in the way of the variant."""
+        """A call of the block: a forward, or forward and backward if the variant trains."""
         forward = self.forward(model, variant, inputs)
         if not variant.training:
             return layers.forward_call(forward, inputs.x)
@@ -87,11 +86,11 @@ class Blocks(Adapted):
 
         return forward
 
-    def expected(self, variant: Variant, inputs: Inputs) -> tuple[gate.Expected, gate.Expected]:
-        """What ours, and what PEFT's, are held against.
+    def expected(self, variant: Variant, inputs: Inputs) -> tuple[correctness.Expected, correctness.Expected]:
+        """Expected results of ours and of PEFT's.
 
-        The truth is PEFT in fp64. Under dropout the masks of the two differ: there the truth for ours is the
-        patched block on the reference in fp64, which draws as ours does.
+        The truth is PEFT in fp64. Under dropout the two draw different masks: there the truth for ours is the
+        patched block on the reference back end in fp64.
         """
 
         def outputs(variant: Variant, wide: bool, patch: bool) -> dict[str, Tensor]:
@@ -99,11 +98,13 @@ class Blocks(Adapted):
             return self.run(model, variant, inputs.widen() if wide else inputs)()
 
         plain, truth = (outputs(variant, wide, patch=False) for wide in (False, True))
-        theirs = gate.Expected(plain, truth)
+        theirs = correctness.Expected(plain, truth)
         if not variant.dropout:
             return theirs, theirs
-        still = outputs(replace(variant, dropout=0.0), wide=True, patch=False)
-        usual = {name: testing.relative_error(tensor, still[name]) for name, tensor in theirs.truth.items()}
+        no_dropout = outputs(replace(variant, dropout=0.0), wide=True, patch=False)
+        usual = {
+            name: testing.relative_error(tensor, no_dropout[name]) for name, tensor in theirs.truth.items()
+        }
         with pk.use_backend("reference"):
             plain, truth = (outputs(variant, wide, patch=True) for wide in (False, True))
-        return gate.Dropout(plain, truth, still, usual), theirs
+        return correctness.Dropout(plain, truth, no_dropout, usual), theirs

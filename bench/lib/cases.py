@@ -1,10 +1,10 @@
-"""What is measured: the shapes, and who competes in each case."""
+"""The timed cases of layers and blocks: shapes and contenders."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,8 +12,7 @@ import torch.nn.functional as F
 
 import peft_kernels as pk
 
-from . import correctness as gate
-from . import layers
+from . import correctness, layers
 from .adapted import SMOLLM2, Model, Sizes, Variant
 from .block import Blocks
 from .contenders import Entry, contenders, missing
@@ -33,7 +32,7 @@ PLAIN_LORA, ONE_ADAPTER = "ours, plain LoRA", "ours, one adapter"
 THE_OP = "pk.lora_linear"
 
 FORWARD, QLORA, LORA, QUANTIZE, DEQUANTIZE = "forward", "qlora", "lora", "quantize", "dequantize"
-DX = "dx"  # in gpu.py
+DX = "dx"  # on a GPU only
 BLOCK_LORA, BLOCK_QLORA, BLOCK_DORA = "block-lora", "block-qlora", "block-dora"
 BLOCK_DROPOUT, BLOCK_MIXED = "block-dropout", "block-mixed"
 OVERHEAD, OVERHEAD_NF4 = "overhead", "overhead-nf4"
@@ -49,7 +48,7 @@ TITLES = {
     BLOCK_DORA: "decoder block, DoRA on a dense base, forward + backward",
     BLOCK_DROPOUT: "decoder block, LoRA with dropout 0.05 on a dense base, forward + backward",
     BLOCK_MIXED: "decoder block, 8 samples with 8 LoRA adapters on a dense base, forward without grad",
-    OVERHEAD: "a patched LoRA layer of 64 by 64 beside the op that it calls, forward without grad",
+    OVERHEAD: "a patched LoRA layer of 64 by 64 beside its op, forward without grad",
     OVERHEAD_NF4: "the same on an NF4 base",
 }
 
@@ -66,16 +65,15 @@ GOALS = {
     BLOCK_MIXED: (Goal(ONE_ADAPTER, 1.3, cost=True),),
 }
 BATCHES = ((1, 256), (4, 256), (8, 512))
-"""Samples x tokens in training; the mixed batch, always of 8 samples, has as many tokens in all."""
-
+"""Samples x tokens in training; the mixed batch, always of 8 samples, has as many tokens in total."""
 
 SECONDS = {QLORA: (1.5, 0.9), LORA: (1.5, 0.9)}
 BLOCK_SECONDS, OTHERS = (3.0, 5.0), (1.0, 0.5)
-"""What a case takes on two cores at most, checks and five rounds: at once, and for 1e9 weights times rows."""
+"""Upper estimate on two cores, checks and five rounds included: fixed, and per 1e9 weights times rows."""
 
 
 def standard(dtype: str) -> list[Case]:
-    """All cases, the most telling groups first."""
+    """All cases, the most important groups first."""
     shapes = (LARGE, WIDE, SMALL, SMALL_TALL)
     found = [forward(shape, m, dtype) for shape in shapes for m in FORWARD_M]
     for group in (QLORA, LORA):
@@ -100,13 +98,13 @@ def case(
 
 
 def forward(shape: Shape, m: int, dtype: str) -> Case:
-    """nf4_linear against torch's dense layer and bitsandbytes in both modes."""
+    """nf4_linear beside torch's dense layer and bitsandbytes in both modes."""
 
     def build() -> list[Contender | Absent]:
-        weights = _weights(FORWARD, shape, dtype)
+        weights = layers.shared(Weights, FORWARD, *shape, DTYPES[dtype])
         x = weights.x(m)
-        expected = gate.linear(x, weights.exact)
-        packed, dense = _copies(weights, 4)
+        expected = correctness.linear(x, weights.exact)
+        packed, dense = weight_copies(weights, 4)
         entries = (
             Entry(
                 OURS,
@@ -129,12 +127,12 @@ def forward(shape: Shape, m: int, dtype: str) -> Case:
 
 
 def training(group: str, shape: Shape, m: int, dtype: str) -> Case:
-    """A LoRA layer against PEFT's on the same kind of base, and against the frozen dense layer alone."""
+    """A LoRA layer beside PEFT's on the same kind of base and the frozen dense layer alone."""
 
     def build() -> list[Contender | Absent]:
-        weights = _weights(group, shape, dtype)
-        entries, call = training_entries(weights, m, group == QLORA, _copies(weights, 3))
-        return contenders(weights, entries, call)
+        weights = layers.shared(Weights, group, *shape, DTYPES[dtype])
+        entries, call = training_entries(weights, m, group == QLORA, weight_copies(weights, 3))
+        return contenders(entries, call, weights)
 
     return case(group, shape, m, dtype, build)
 
@@ -142,11 +140,11 @@ def training(group: str, shape: Shape, m: int, dtype: str) -> Case:
 def training_entries(
     weights: Weights, m: int, nf4_base: bool, counts: tuple[int, int], alone: str = "frozen dense (no LoRA)"
 ) -> tuple[list[Entry], Callable[[Any], Callable[[], Any]]]:
-    """Who competes, and how a layer is called."""
+    """The contenders, and how a layer is called."""
     x, dy = weights.x(m), weights.dy(m)
     base = weights.exact if nf4_base else weights.rounded
-    expected = gate.lora(x, dy, base, weights.lora_a, weights.lora_b, layers.SCALING)
-    frozen = gate.linear_with_dx(x, dy, weights.rounded)
+    expected = correctness.lora(x, dy, base, weights.lora_a, weights.lora_b, layers.SCALING)
+    frozen = correctness.linear_with_dx(x, dy, weights.rounded)
     packed, dense = counts
     x.requires_grad_()
 
@@ -170,13 +168,13 @@ def training_entries(
 
 
 def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM2) -> Case:
-    """A decoder block with adapters on all projections, patched, against PEFT's on the same kind of base."""
+    """A patched decoder block with adapters on all projections beside PEFT's on the same kind of base."""
     variant = BLOCKS[group]
 
     def build() -> list[Contender | Absent]:
         if reason := missing("peft transformers"):
             return [Absent(OURS, reason)]
-        blocks = _blocks(group, dtype, sizes)
+        blocks = layers.shared(Blocks, group, sizes, DTYPES[dtype])
         inputs = blocks.inputs(batch, tokens)
         ours, theirs = blocks.expected(variant, inputs)
         count = copies(blocks.nbytes, 3)
@@ -206,21 +204,21 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
                 entries.append(
                     entry(goal.against, other, blocks.ours, blocks.expected(other, inputs)[0].strict)
                 )
-        return contenders(blocks, entries)
+        return contenders(entries, cache=blocks)
 
     return case(group, (sizes.hidden, sizes.intermediate), batch * tokens, dtype, build, batch)
 
 
 def overhead(group: str, dtype: str) -> Case:
-    """What a patched PEFT layer adds to the op: a layer so small that little else is left."""
+    """What a patched PEFT layer adds to the op: the layer is so small that overhead dominates."""
 
     def build() -> list[Contender | Absent]:
         if reason := missing("peft"):
             return [Absent(OURS, reason)]
-        weights = _weights(group, (64, 64), dtype)
+        weights = layers.shared(Weights, group, 64, 64, DTYPES[dtype])
         x, packed = weights.x(1), group == OVERHEAD_NF4
         exact = weights.exact if packed else weights.rounded
-        expected = gate.lora_forward(x, exact, weights.lora_a, weights.lora_b, layers.SCALING)
+        expected = correctness.lora_forward(x, exact, weights.lora_a, weights.lora_b, layers.SCALING)
         bases = layers.nf4_linears(weights, 1) if packed else layers.dense_linears(weights, 1)
         (layer,) = layers.peft_loras(bases, weights, patch=True)
         a, b = layers.adapters(layer)
@@ -236,9 +234,9 @@ def overhead(group: str, dtype: str) -> Case:
 
 def quantize(shape: Shape, dtype: str) -> Case:
     def build() -> list[Contender | Absent]:
-        weights = _weights(QUANTIZE, shape, dtype)
-        _, dense = _copies(weights, 2)
-        expected = gate.Bits(layers.nf4_parts(weights.nf4))
+        weights = layers.shared(Weights, QUANTIZE, *shape, DTYPES[dtype])
+        _, dense = weight_copies(weights, 2)
+        expected = correctness.Bits(layers.nf4_parts(weights.nf4))
 
         def theirs() -> Sequence[Any]:
             quantizer = partial(
@@ -257,21 +255,21 @@ def quantize(shape: Shape, dtype: str) -> Case:
             ),
             Entry("bnb", theirs, lambda pair: expected.sane(layers.bnb_parts(*pair)), BNB),
         )
-        return contenders(weights, entries)
+        return contenders(entries, cache=weights)
 
     return case(QUANTIZE, shape, None, dtype, build)
 
 
 def dequantize(shape: Shape, dtype: str) -> Case:
     def build() -> list[Contender | Absent]:
-        weights = _weights(DEQUANTIZE, shape, dtype)
-        return contenders(weights, dequantize_entries(weights, _copies(weights, 2)[0]))
+        weights = layers.shared(Weights, DEQUANTIZE, *shape, DTYPES[dtype])
+        return contenders(weights, dequantize_entries(weights, weight_copies(weights, 2)[0]))
 
     return case(DEQUANTIZE, shape, None, dtype, build)
 
 
 def dequantize_entries(weights: Weights, count: int) -> list[Entry]:
-    expected = gate.Bits({"weight": weights.rounded})
+    expected = correctness.Bits({"weight": weights.rounded})
 
     def ours() -> Sequence[Any]:
         return [partial(w.dequantize, weights.dtype) for w in layers.nf4_copies(weights, count)]
@@ -294,18 +292,6 @@ def _batches(group: str) -> list[tuple[int, int]]:
     return [(adapters, batch * tokens // adapters) for batch, tokens in BATCHES]
 
 
-@lru_cache(maxsize=1)
-def _weights(group: str, shape: Shape, dtype: str) -> Weights:
-    """The weights and layers that consecutive cases share; those of the last group and shape are let go."""
-    return Weights(*shape, DTYPES[dtype])
-
-
-@lru_cache(maxsize=1)
-def _blocks(group: str, dtype: str, sizes: Sizes) -> Blocks:
-    """The same for blocks."""
-    return Blocks(sizes, DTYPES[dtype])
-
-
-def _copies(weights: Weights, contenders: int) -> tuple[int, int]:
-    """How many copies of the packed and of the dense weight to rotate through."""
+def weight_copies(weights: Weights, contenders: int) -> tuple[int, int]:
+    """Number of copies of the packed and of the dense weight to rotate through."""
     return copies(weights.nf4.nbytes, contenders), copies(weights.rounded.nbytes, contenders)

@@ -1,4 +1,4 @@
-"""The picture: a bar for every ratio, losing ones in another colour."""
+"""ratios.png: a bar for every ratio, losing ones in another colour."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 from .harness import Result
 from .report import OURS, loses, unique
 
-WINS_COLOUR, LOSES_COLOUR = "#0072B2", "#D55E00"  # told apart by colour-blind readers too
+WINS_COLOUR, LOSES_COLOUR = "#0072B2", "#D55E00"  # distinguishable by colour-blind readers
 BAR_INCHES, MARGIN_INCHES, PANEL_INCHES = 0.24, 1.1, 4.6
 
 
 def draw(results: Sequence[Result], path: Path, title: str) -> str | None:
-    """Write the picture. Returns why there is none, or None."""
+    """Writes the picture. Returns why it cannot, or None."""
     if importlib.util.find_spec("matplotlib") is None:
         return "matplotlib is not installed"
     from matplotlib.figure import Figure
@@ -43,8 +43,8 @@ def draw(results: Sequence[Result], path: Path, title: str) -> str | None:
 
 
 def _panel(axes: Any, results: Sequence[Result], name: str) -> None:
-    """Bars from 1, on a logarithmic axis: to the right we are faster than a peer, or cost more than a
-    yardstick. A dashed line is the goal."""
+    """Bars from 1 on a logarithmic axis: to the right we are faster than a peer, or cost more than a
+    yardstick. Dashed lines are goals."""
     cost = any(name in result.yardsticks for result in results)
     goals = unique(goal for r in results for goal in r.case.goals if goal.against == name)
     axes.set_xscale("log")

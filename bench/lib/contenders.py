@@ -1,4 +1,4 @@
-"""Who competes in a case, and why somebody is absent."""
+"""The contenders of a case, built from entries."""
 
 from __future__ import annotations
 
@@ -9,42 +9,45 @@ from functools import partial
 from typing import Any
 
 from .harness import Absent, Contender, first_line
-from .layers import Kept
+from .layers import LayerCache
 
 
 @dataclass
 class Entry:
-    """A contender to be built: `make` gives its layers (or calls), one for each copy of the weights."""
+    """A contender to build: `make` returns its layers (or calls), one per copy of the weights."""
 
     name: str
     make: Callable[[], Sequence[Any]]
     verify: Callable[[Any], float]
     needs: str = ""
-    """Libraries, by import name, without which it is absent."""
+    """Import names of the libraries it needs, separated by spaces."""
     call: Callable[[Any], Callable[[], Any]] | None = None
-    """How one of its layers is called, where that is not the same for all entries."""
+    """How one of its layers is called, if not as those of the other entries."""
     remark: Callable[[Any], str] = lambda layer: ""
 
 
 def missing(needs: str) -> str:
-    """Which of the libraries are not installed, or nothing."""
+    """Which of the libraries are not installed, or an empty string."""
     absent = [library for library in needs.split() if importlib.util.find_spec(library) is None]
     return f"{', '.join(absent)} not installed" if absent else ""
 
 
 def contenders(
-    weights: Kept, entries: Sequence[Entry], call: Callable[[Any], Callable[[], Any]] = lambda layer: layer
+    entries: Sequence[Entry],
+    call: Callable[[Any], Callable[[], Any]] = lambda layer: layer,
+    cache: LayerCache | None = None,
 ) -> list[Contender | Absent]:
+    """Builds the entries; an entry that cannot be built is absent. `cache` keeps layers for later cases."""
     built: list[Contender | Absent] = []
     for entry in entries:
         if reason := missing(entry.needs):
             built.append(Absent(entry.name, reason))
             continue
         try:
-            kept = weights.keep(entry.name, entry.make)
-        except Exception as error:  # whatever a peer raises, the others go on
+            layers = entry.make() if cache is None else cache.get(entry.name, entry.make)
+        except Exception as error:  # the others still run
             built.append(Absent(entry.name, f"{type(error).__name__}: {first_line(error)}"))
             continue
-        calls = [(entry.call or call)(layer) for layer in kept]
-        built.append(Contender(entry.name, calls, entry.verify, partial(entry.remark, kept[0])))
+        calls = [(entry.call or call)(layer) for layer in layers]
+        built.append(Contender(entry.name, calls, entry.verify, partial(entry.remark, layers[0])))
     return built

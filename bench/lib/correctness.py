@@ -1,4 +1,4 @@
-"""What a result is held against: the reference in fp64, and how far from it each contender may be."""
+"""Expected results: the reference in fp64, and how far each contender may be from it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from torch import Tensor
 import testing
 
 PEER_BOUND = 0.05
-"""Relative error beyond which a peer computes something else, and timing it would say nothing."""
+"""Relative error above which a peer computes something else, and its time is meaningless."""
 
 Tensors = Mapping[str, Tensor]
 
 
 class Expected:
-    """Outputs and gradients by name: in fp64, and by plain torch at the kernel's precision."""
+    """Outputs and gradients by name: in fp64 (`truth`), and by plain torch at the kernel's precision."""
 
     def __init__(self, plain: Tensors, truth: Tensors) -> None:
         self.plain, self.truth = plain, truth
 
     def strict(self, got: Tensors) -> float:
-        """The numbers policy, for ours. The largest relative error; AssertionError beyond the policy."""
+        """For ours: the largest relative error. AssertionError beyond the tolerances of the tests."""
         self._same_names(got)
         for name, tensor in got.items():
             testing.assert_close(tensor, self.plain[name], self.truth[name], name)
         return self._error(got)
 
     def sane(self, got: Tensors) -> float:
-        """For peers, whose accuracy is only reported. AssertionError when they compute something else."""
+        """For peers: the largest relative error. AssertionError beyond PEER_BOUND."""
         self._same_names(got)
         error = self._error(got)
         if not error <= PEER_BOUND:
@@ -45,12 +45,12 @@ class Expected:
 
 
 def linear(x: Tensor, weight: Tensor) -> Expected:
-    """`y = x W^T`. `weight` is in fp32, the product of code and scale."""
+    """`y = x W^T`. `weight` is in fp32: code * scale."""
     return Expected({"y": F.linear(x, weight.to(x.dtype))}, {"y": F.linear(x.double(), weight.double())})
 
 
 def linear_with_dx(x: Tensor, dy: Tensor, weight: Tensor) -> Expected:
-    """`y` and `dx` of a frozen layer. Only for peers: the truth is in fp32."""
+    """`y` and `dx` of a frozen layer, for peers only: the truth is in fp32."""
     truth = {"y": F.linear(x.float(), weight.float()), "dx": dy.float() @ weight.float()}
     return Expected(truth, truth)
 
@@ -78,18 +78,21 @@ def _lora(
 
 
 class Dropout(Expected):
-    """Expected under dropout, whose mask the seed of torch's generator fixes."""
+    """Expected results under dropout with a fixed seed of torch's generator."""
 
-    def __init__(self, plain: Tensors, truth: Tensors, still: Tensors, usual: Mapping[str, float]) -> None:
+    def __init__(
+        self, plain: Tensors, truth: Tensors, no_dropout: Tensors, usual: Mapping[str, float]
+    ) -> None:
         super().__init__(plain, truth)
-        self.still, self.usual = still, usual
-        """The truth without dropout, and how far PEFT's dropout moves each tensor from it."""
+        self.no_dropout, self.usual = no_dropout, usual
+        """The truth without dropout, and the relative change of each tensor by PEFT's dropout."""
 
     def strict(self, got: Tensors) -> float:
-        """Not dropping at all would agree with a truth that does not drop either."""
+        """Also checks that something is dropped: if nothing is, ours agrees with a truth that drops
+        nothing."""
         error = super().strict(got)
         for name, usual in self.usual.items():
-            moved = testing.relative_error(got[name], self.still[name])
+            moved = testing.relative_error(got[name], self.no_dropout[name])
             if not usual / 2 <= moved <= 2 * usual:
                 raise AssertionError(f"{name}: dropout moves it by {moved:.3g}, PEFT's by {usual:.3g}")
         return error
@@ -102,14 +105,15 @@ class Bits:
         self.expected = expected
 
     def strict(self, got: Tensors) -> float:
-        """0, or AssertionError at the first tensor that differs in a bit."""
+        """Returns 0. AssertionError at the first tensor that differs in a bit."""
         for name, tensor in self.expected.items():
             if got[name].dtype != tensor.dtype or _differing(got[name], tensor):
                 raise AssertionError(f"{name}: {_differing(got[name], tensor):.3%} of the elements differ")
         return 0.0
 
     def sane(self, got: Tensors) -> float:
-        """The worst relative error (of codes: the fraction that differs). AssertionError beyond the bound."""
+        """The largest relative error (of codes: the fraction that differs). AssertionError beyond
+        PEER_BOUND."""
         worst = max(_distance(got[name], tensor) for name, tensor in self.expected.items())
         if not worst <= PEER_BOUND:
             raise AssertionError(f"error {worst:.3g}, allowed for a peer {PEER_BOUND}")

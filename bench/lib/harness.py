@@ -1,8 +1,8 @@
-"""Gate and interleaved timing: the contenders of a case take turns, so that they share the machine's moods.
+"""Correctness checks and interleaved timing of the contenders of a case.
 
-A turn calls one contender often enough to be measurable, each call on the next copy of its weights. Round
-after round every contender has its turn (A B C A B C ...), and a ratio is taken inside each round: a slow
-second of the machine slows both sides of it.
+A turn calls one contender often enough to be measurable, each call on the next copy of its weights. In each
+round every contender has one turn (A B C A B C ...), and ratios are taken within a round, so a slow second of
+the machine slows both sides.
 """
 
 from __future__ import annotations
@@ -19,37 +19,37 @@ from typing import Any
 from . import report
 from .report import OURS, WRONG, Spread, Timing, three_digits, unique
 
-MIN_TURN = 1e-3  # seconds of timed calls in a turn
-SETTLE_BELOW = 5e-3  # a call shorter than this still feels the contender before it: the turn starts untimed
-LONG = 0.1  # a call's own length that no interruption comes near to
+MIN_TURN = 1e-3  # seconds of timed calls per turn
+SETTLE_BELOW = 5e-3  # shorter calls are affected by the contender before: the first of a turn is not timed
+LONG = 0.1  # seconds; much longer than any interruption
 MAX_ROUNDS = 1000
 MIB = 2**20
-ROTATION_LIMIT = 1024 * MIB  # bytes, all contenders of a case together
+ROTATION_LIMIT = 1024 * MIB  # bytes, of all contenders of a case
 
 Clock = Callable[[], float]
 Turn = Callable[[], float]
-"""Calls a contender some times, and returns the seconds that a call took."""
+"""Calls a contender several times and returns the seconds per call."""
 
 
 @dataclass
 class Contender:
-    """One way to compute the case. `calls` do the same work on different copies of the weights."""
+    """One implementation. `calls` do the same work on different copies of the weights."""
 
     name: str
     calls: Sequence[Callable[[], Any]]
     verify: Callable[[Any], float]
-    """Takes what a call returned; gives the error to report. AssertionError when the result is wrong."""
+    """Takes the result of a call; returns the error to report. AssertionError when the result is wrong."""
     remark: Callable[[], str] = lambda: ""
-    """What to tell about its calls, if anything."""
+    """A note about its calls, or nothing."""
 
 
 TakeTurns = Callable[[Sequence[Contender]], dict[str, Turn]]
-"""Warms contenders up, and gives each one's turn by its name."""
+"""Warms contenders up and returns the turn of each by name."""
 
 
 @dataclass
 class Absent:
-    """A contender that cannot take part here."""
+    """A contender that cannot run here."""
 
     name: str
     reason: str
@@ -57,13 +57,13 @@ class Absent:
 
 @dataclass(frozen=True)
 class Goal:
-    """What our time is to come to beside that of one contender."""
+    """A bound on our time relative to that of one contender."""
 
     against: str
     limit: float
     cost: bool = False
-    """False: its time / ours, at least `limit`. True: ours / its time, at most `limit`; it is then no peer
-    but a cheaper job of ours, and to be slower than that is no loss."""
+    """False: its time / ours is at least `limit`. True: our time / its time is at most `limit`; the other is
+    then not a peer but a cheaper job of ours, a yardstick, and to be slower is no loss."""
 
     def met(self, ratio: Spread) -> bool:
         return ratio.median <= self.limit if self.cost else ratio.median >= self.limit
@@ -74,7 +74,7 @@ class Goal:
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed once. `build` makes the contenders, ours among them."""
+    """One problem to time. `build` makes the contenders, ours among them."""
 
     group: str
     out_features: int
@@ -83,10 +83,10 @@ class Case:
     dtype: str
     build: Callable[[], Sequence[Contender | Absent]]
     batch: int | None = None
-    """Of a block: the samples that the M rows are split into."""
+    """Of a block: the samples that the M rows belong to."""
     goals: Sequence[Goal] = ()
     title: str = ""
-    """Of its group's tables."""
+    """Title of the tables of its group."""
     seconds: float = 1.0
 
     @property
@@ -95,7 +95,7 @@ class Case:
 
     @property
     def rows(self) -> str:
-        """Of x: `M=4`, or samples x tokens."""
+        """`M=4`, or samples x tokens."""
         if self.m is None or self.batch is None:
             return "" if self.m is None else f"M={self.m}"
         return f"{self.batch}x{self.m // self.batch}"
@@ -108,11 +108,11 @@ class Case:
     def run(
         self,
         timing: Timing,
-        progress: report.Progress = lambda phase: None,
+        progress: report.Progress = report.silent,
         clock: Clock = time.perf_counter,
         take_turns: TakeTurns | None = None,
     ) -> Result:
-        """Check every contender, then time those that are right. When ours is wrong, nothing is timed."""
+        """Checks every contender, then times the correct ones. If ours is wrong, nothing is timed."""
         progress("build")
         result = Result(self)
         runners: list[Contender] = []
@@ -131,11 +131,11 @@ class Case:
 
 @dataclass
 class Result(report.Outcome):
-    """What came of a case. A contender has seconds, or a reason in `wrong` or `absent`."""
+    """A contender has `seconds`, or a reason in `wrong` or `absent`."""
 
     case: Case
     contenders: list[str] = field(default_factory=list)
-    seconds: dict[str, list[float]] = field(default_factory=dict)  # per call, one entry a round
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # per call, one entry per round
     errors: dict[str, float] = field(default_factory=dict)
     copies: dict[str, int] = field(default_factory=dict)
 
@@ -145,15 +145,15 @@ class Result(report.Outcome):
 
     @property
     def yardsticks(self) -> list[str]:
-        """Cheaper jobs of ours, by which the cost of this one is measured."""
+        """Cheaper jobs of ours that the cost of this one is relative to."""
         return [goal.against for goal in self.case.goals if goal.cost]
 
     def time(self, name: str) -> Spread | None:
         return Spread.of(self.seconds[name]) if name in self.seconds else None
 
     def against(self, name: str) -> Spread | None:
-        """Over the rounds: time of a peer / our time, above 1 we win; our time / that of a yardstick. None
-        when either was not timed."""
+        """Over the rounds: time of a peer / our time, or our time / that of a yardstick. None if either was
+        not timed."""
         if not {OURS, name} <= self.seconds.keys():
             return None
         over, under = (OURS, name) if name in self.yardsticks else (name, OURS)
@@ -164,7 +164,7 @@ class Result(report.Outcome):
         return {peer: ratio for peer in self.peers if (ratio := self.against(peer)) is not None}
 
     def cell(self, name: str) -> str:
-        """`1.83 (1.80-1.90)`, with LOSES; WRONG; or `-` when the peer (or yardstick) is absent."""
+        """`1.83 (1.80-1.90)`, with LOSES where it does; WRONG; or `-` if the other is absent."""
         ratio = self.against(name)
         if ratio is None:
             return WRONG if OURS in self.wrong or name in self.wrong else "-"
@@ -206,7 +206,7 @@ class Result(report.Outcome):
 
     @classmethod
     def tables(cls, outcomes: Sequence[Result], unit: str) -> Iterator[tuple[str, str]]:
-        """For each group its times, and beside each contender the ratios, by shape and rows of x."""
+        """For each group the times, and the ratios to each contender, by shape and rows of x."""
         for group in unique(result.case.group for result in outcomes):
             members = [result for result in outcomes if result.case.group == group]
             dtypes = "/".join(unique(result.case.dtype for result in members))
@@ -243,7 +243,7 @@ def ratio_table(results: Sequence[Result], name: str) -> str:
 
 
 def admit(contender: Contender | Absent, result: Result) -> bool:
-    """Whether the contender may be timed. A peer that raises is absent; ours is wrong when it does."""
+    """Whether the contender may be timed. A peer that raises is absent; ours is then wrong."""
     name = contender.name
     missing = result.wrong if name == OURS else result.absent
     if isinstance(contender, Absent):
@@ -272,11 +272,8 @@ def interleave(
     clock: Clock = time.perf_counter,
     take_turns: TakeTurns | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds per call of each contender, one entry a round, until both minima are reached.
-
-    Turns go by the clock, unless another way to take them is given.
-    """
-    turns = take_turns(contenders) if take_turns else {c.name: _turn(c, clock) for c in contenders}
+    """Seconds per call of each contender, one entry per round, until both limits of `timing` are reached."""
+    turns = take_turns(contenders) if take_turns else {c.name: clocked_turn(c, clock) for c in contenders}
     seconds: dict[str, list[float]] = {name: [] for name in turns}
     collecting = gc.isenabled()
     gc.collect()
@@ -293,8 +290,8 @@ def interleave(
     return seconds
 
 
-def _turn(contender: Contender, clock: Clock) -> Turn:
-    """A function that takes one turn and returns the seconds per call. Warms the contender up."""
+def clocked_turn(contender: Contender, clock: Clock) -> Turn:
+    """Warms the contender up and returns its turn by the clock."""
     calls = itertools.cycle(contender.calls)
 
     def timed(count: int) -> float:
@@ -305,7 +302,7 @@ def _turn(contender: Contender, clock: Clock) -> Turn:
         return (clock() - start) / count
 
     next(calls)()
-    # The least of three: one interruption must not make a short call look long.
+    # The minimum of three, so that one interruption does not make a short call look long.
     estimate = timed(1)
     if estimate < LONG:
         estimate = max(min(estimate, timed(1), timed(1)), 1e-9)
@@ -324,16 +321,16 @@ def first_line(error: BaseException) -> str:
 
 
 def last_level_cache(root: Path = Path("/sys/devices/system/cpu")) -> int:
-    """Bytes of the largest cache that the kernel reports; 32 MiB when it reports none."""
+    """Bytes of the largest cache in sysfs; 32 MiB if there is none."""
     sizes = [_bytes(path.read_text()) for path in root.glob("cpu0/cache/index*/size")]
     return max(sizes, default=0) or 32 * MIB
 
 
 def copies(nbytes: int, contenders: int, cache: int | None = None) -> int:
-    """How many copies of a weight to rotate through.
+    """Number of copies of a weight to rotate through.
 
-    Twice the last-level cache, so that each call finds its copy evicted, as it is in a model with many
-    layers; at most the contender's share of ROTATION_LIMIT; at least one.
+    Twice the last-level cache, so that each call finds its copy evicted, as in a model with many layers; at
+    most the contender's share of ROTATION_LIMIT.
     """
     wanted = 2 * (last_level_cache() if cache is None else cache)
     share = ROTATION_LIMIT // max(contenders, 1)

@@ -1,4 +1,4 @@
-"""The layers that take part, in as many copies as the rotation asks for, all holding the same numbers."""
+"""The layers of the contenders, in as many copies as the rotation needs, all with the same values."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import copy
 import importlib.util
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property, partial
-from typing import Any, cast
+from functools import cached_property, lru_cache, partial
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,29 @@ RANK, ALPHA = 16, 32
 SCALING = ALPHA / RANK
 BNB = "bitsandbytes"
 
+T = TypeVar("T")
 
-class Kept:
+
+@lru_cache(maxsize=1)
+def shared(make: Callable[..., T], group: str, *arguments: Any) -> T:
+    """`make(*arguments)`, shared by consecutive cases of a group. Only the last one is kept in memory."""
+    return make(*arguments)
+
+
+class LayerCache:
     """Layers that consecutive cases share."""
 
     def __init__(self) -> None:
-        self._kept: dict[str, Sequence[Any]] = {}
+        self._layers: dict[str, Sequence[Any]] = {}
 
-    def keep(self, name: str, make: Callable[[], Sequence[Any]]) -> Sequence[Any]:
-        """The layers of one contender, made when they are first asked for: cases differ in rows only."""
-        if name not in self._kept:
-            self._kept[name] = make()
-        return self._kept[name]
+    def get(self, name: str, make: Callable[[], Sequence[Any]]) -> Sequence[Any]:
+        """The layers of one contender, made on first use: consecutive cases differ in rows only."""
+        if name not in self._layers:
+            self._layers[name] = make()
+        return self._layers[name]
 
 
-class Weights(Kept):
+class Weights(LayerCache):
     """The base weights of one shape and dtype."""
 
     def __init__(self, out_features: int, in_features: int, dtype: torch.dtype) -> None:
@@ -42,7 +50,7 @@ class Weights(Kept):
 
     @cached_property
     def original(self) -> Tensor:
-        """What was quantised: (out, in), of the size that weights have at the start of training."""
+        """(out, in), before quantisation, scaled as weights are at initialisation."""
         scale = self.in_features**-0.5
         return testing.tensor(self.out_features, self.in_features, dtype=self.dtype, seed=1, scale=scale)
 
@@ -53,12 +61,12 @@ class Weights(Kept):
 
     @cached_property
     def exact(self) -> Tensor:
-        """The dequantised weight in fp32: code * scale, as the reference unpacks it."""
+        """The dequantised weight in fp32."""
         return dequantized(self.nf4)
 
     @cached_property
     def rounded(self) -> Tensor:
-        """The dequantised weight in the dtype of the case: the base of the dense layers."""
+        """The dequantised weight in the dtype of the case, for dense layers."""
         return self.exact.to(self.dtype)
 
     @cached_property
@@ -77,7 +85,7 @@ class Weights(Kept):
 
 
 def dequantized(weight: pk.NF4Weight) -> Tensor:
-    """In fp32: code * scale, as the reference unpacks it."""
+    """The weight in fp32 (code * scale), unpacked by the reference."""
     assert weight.packed is not None and weight.absmax is not None
     parts = (weight.packed, weight.absmax, weight.absmax2, weight.offset, weight.blocksize)
     exact: Tensor = testing.reference_op("dequantize_nf4")(*parts, weight.shape, torch.float32)
@@ -97,7 +105,7 @@ def nf4_linears(weights: Weights, count: int) -> list[nn.Linear]:
 
 
 def bitsandbytes() -> Any:
-    """The library, without its complaint about an optional download: the header tells whether it has it."""
+    """Imports the library without its warning about an optional download, which the header mentions."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     import bitsandbytes as bnb
 
@@ -105,7 +113,7 @@ def bitsandbytes() -> Any:
 
 
 def bnb_linears(weights: Weights, count: int, mode: str) -> list[Any]:
-    """Linear4bit in mode "train" or "eval"; the latter repacks its weight in the first call, done here."""
+    """Linear4bit in mode "train" or "eval", called once: in eval the first call repacks the weight."""
     first = linear4bit(weights.original)
     layers = [copy.deepcopy(first).train(mode == "train") for _ in range(count)]
     with torch.no_grad():
@@ -115,7 +123,7 @@ def bnb_linears(weights: Weights, count: int, mode: str) -> list[Any]:
 
 
 def linear4bit(original: Tensor) -> Any:
-    """bitsandbytes' layer over its own quantisation of a weight."""
+    """bitsandbytes' layer, which quantises the weight itself."""
     bnb = bitsandbytes()
     layer = _linear(bnb.nn.Linear4bit, *original.shape, compute_dtype=original.dtype, quant_type="nf4")
     layer.weight = bnb.nn.Params4bit(
@@ -125,15 +133,15 @@ def linear4bit(original: Tensor) -> Any:
 
 
 def adapted(model: nn.Module, targets: Any, count: int, names: Sequence[str], **options: Any) -> Any:
-    """The PEFT model with an adapter by each of the names on `count` layers, the first of them active.
+    """The PEFT model with one adapter per name on `count` layers, the first active.
 
-    PEFT's defaults (fp32 adapters), but for `options` of its LoraConfig.
+    `options` of LoraConfig; otherwise PEFT's defaults (fp32 adapters).
     """
     if importlib.util.find_spec(BNB) is not None:
         bitsandbytes()  # PEFT imports it
     import peft
 
-    # PEFT asks the model, as transformers builds it, whether to wrap Linear4bit.
+    # By this attribute of transformers PEFT decides whether to wrap Linear4bit.
     in_4bit: Any = any(type(module).__name__ == "Linear4bit" for module in model.modules())
     model.is_loaded_in_4bit = in_4bit
     config = peft.LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets, **options)
@@ -155,7 +163,7 @@ def lora_layers(model: nn.Module) -> dict[str, Any]:
 def peft_loras(
     bases: Sequence[nn.Module], weights: Weights, patch: bool, **options: Any
 ) -> Sequence[nn.Module]:
-    """PEFT's LoRA layers around the bases; with `patch`, on our kernels."""
+    """PEFT's LoRA layers over the bases, patched or not."""
     wrapped = adapted(nn.Sequential(*bases), r"\d+", len(bases), ("default",), **options)
     layers = list(lora_layers(wrapped).values())
     with torch.no_grad():
@@ -170,7 +178,7 @@ def peft_loras(
 
 
 def own_loras(bases: Sequence[nn.Linear], weights: Weights) -> list[nn.Module]:
-    """Our own LoRA modules, for when PEFT is not installed. They make the same call."""
+    """Our LoRA modules, for use without PEFT. They call the same op."""
     layers: list[nn.Module] = []
     for base in bases:
         layer = pk.nn.LoRALinear(base, RANK, ALPHA)
@@ -189,18 +197,18 @@ def adapters(layer: Any) -> tuple[Tensor, Tensor]:
 
 
 def nf4_parts(weight: pk.NF4Weight) -> dict[str, Tensor]:
-    """The bits of a quantised weight, by name."""
+    """The tensors of a quantised weight, by name."""
     named = {name: getattr(weight, name) for name in ("packed", "absmax", "absmax2", "offset")}
     return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def bnb_parts(packed: Tensor, state: Any) -> dict[str, Tensor]:
-    """The same of what bitsandbytes' quantize_4bit returns."""
+    """The same of the result of bitsandbytes' quantize_4bit."""
     return {"packed": packed, "absmax": state.absmax, "absmax2": state.state2.absmax, "offset": state.offset}
 
 
 def forward_call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], dict[str, Tensor]]:
-    """The layer without grad."""
+    """A call of the layer without grad."""
 
     def call() -> dict[str, Tensor]:
         with torch.no_grad():
@@ -210,7 +218,7 @@ def forward_call(layer: Callable[[Tensor], Tensor], x: Tensor) -> Callable[[], d
 
 
 def training_call(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], dict[str, Tensor]]:
-    """Forward and backward: what a layer inside a model does in a training step."""
+    """A forward and backward, as in a training step."""
     inputs = {"dx": x}
     if hasattr(layer, "lora_A"):
         inputs["da"], inputs["db"] = adapters(layer)
@@ -220,7 +228,7 @@ def training_call(layer: nn.Module, x: Tensor, dy: Tensor) -> Callable[[], dict[
 def differentiated(
     forward: Callable[[], Tensor], inputs: Mapping[str, Tensor], dy: Tensor
 ) -> Callable[[], dict[str, Tensor]]:
-    """Forward, and backward to all of the inputs, whose gradients go by their names."""
+    """A forward, and a backward to all inputs; gradients are named as the inputs."""
     names, tensors = list(inputs), list(inputs.values())
 
     def call() -> dict[str, Tensor]:
@@ -237,5 +245,5 @@ def dense_linear(weight: Tensor) -> nn.Linear:
 
 
 def _linear(layer_class: Any, out_features: int, in_features: int, **arguments: Any) -> Any:
-    """A layer without bias whose constructor fills no memory that is thrown away."""
+    """A layer without bias, constructed on device "meta"."""
     return layer_class(in_features, out_features, bias=False, device="meta", **arguments)

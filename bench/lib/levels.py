@@ -1,8 +1,7 @@
-"""A machine as it would be without its best instructions: torch and the peers held to a level of ours.
+"""Limits torch and the peers to one of our instruction sets, to measure as on an older machine.
 
-torch, oneDNN and MKL read what they may use from the environment, before they are imported. bitsandbytes asks
-its library for AVX-512 with bf16, and torch for the rest; its loops in C++ that unpack a whole weight look at
-the processor themselves, and are not held.
+torch, oneDNN and MKL read the environment when they are imported. bitsandbytes checks for AVX-512 BF16 itself
+and uses torch for the rest; its C++ loops that unpack a whole weight detect the CPU and cannot be limited.
 """
 
 from __future__ import annotations
@@ -37,10 +36,10 @@ LEVELS: Mapping[str, Mapping[str, str]] = {
 WITH_BF16 = ("avx512_bf16",)
 
 
-def hold(level: str) -> None:
-    """Everything in this process but our kernels. RuntimeError when torch is imported already."""
+def limit(level: str) -> None:
+    """Limits everything in this process but our kernels. RuntimeError if torch is already imported."""
     if "torch" in sys.modules:
-        raise RuntimeError("level: torch reads it when it is imported, and is imported already")
+        raise RuntimeError("level: torch reads it when it is imported, and is already imported")
     os.environ |= LEVELS[level]
     if level not in WITH_BF16 and importlib.util.find_spec("bitsandbytes"):
         import bitsandbytes.backends.cpu.ops
@@ -48,5 +47,5 @@ def hold(level: str) -> None:
 
         for module in (bitsandbytes.backends.cpu.ops, bitsandbytes.nn.modules):
             if not hasattr(module, "has_avx512bf16"):
-                raise RuntimeError(f"level: {module.__name__} has no has_avx512bf16 to hold")
+                raise RuntimeError(f"level: {module.__name__} has no has_avx512bf16 to limit")
             module.has_avx512bf16 = lambda: False

@@ -1,4 +1,4 @@
-"""What the figures were taken on: processor, instruction set, threads, versions."""
+"""The machine: processor, instruction set, threads, versions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PACKAGES = ("peft_kernels", "torch", "bitsandbytes", "peft", "kernels")
 
 
 def describe() -> dict[str, Any]:
-    """The facts that go into every JSON line."""
+    """Facts for every JSON line."""
     refusal = cpu.BACKEND.probe()
     return {
         "cpu": cpu_model(),
@@ -35,7 +35,7 @@ def describe() -> dict[str, Any]:
 
 
 def header(facts: dict[str, Any]) -> str:
-    """The same, to read."""
+    """The same facts as text."""
     versions = facts["versions"]
     isa = f"back end cpu, instruction set {facts['isa']}"
     if facts["backend"] != "cpu":
@@ -47,9 +47,9 @@ def header(facts: dict[str, Any]) -> str:
         + f"; torch's instruction set {facts['torch_isa']}",
     ]
     if facts.get("memory_kept"):
-        lines.append("freed memory is kept by the process (pk.keep_freed_memory)")
+        lines.append("the process keeps freed memory (pk.keep_freed_memory)")
     if versions["bitsandbytes"] and not versions["kernels"]:
-        lines.append("bitsandbytes' evaluation mode runs its built-in CPU kernel: `kernels` is not installed")
+        lines.append("bitsandbytes' evaluation mode uses its built-in CPU kernel: `kernels` is not installed")
     return "\n".join(lines)
 
 
@@ -57,6 +57,15 @@ def version(package: str) -> str | None:
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version(package)
     return None
+
+
+def status_bytes(field: str, pid: int | str = "self") -> int:
+    """A field of /proc/PID/status in bytes; 0 if the process is gone."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/proc/{pid}/status").read_text()
+        if match := re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE):
+            return int(match[1]) * 1024
+    return 0
 
 
 def cpu_model() -> str:

@@ -1,4 +1,4 @@
-"""What comes of cases of every kind: one protocol, and from it tables, notes, goals and the summary."""
+"""Results of cases of every kind: one protocol, and from it tables, notes, goals and the summary."""
 
 from __future__ import annotations
 
@@ -22,8 +22,15 @@ class Timing(NamedTuple):
     rounds: int = 5
 
 
+ONCE = Timing(0.0, 1)
+
+
 class Progress(Protocol):
     def __call__(self, phase: str, /) -> None: ...
+
+
+def silent(phase: str) -> None:
+    """Progress that is not shown."""
 
 
 class AnyCase(Protocol):
@@ -33,7 +40,7 @@ class AnyCase(Protocol):
     def name(self) -> str: ...
     @property
     def seconds(self) -> float:
-        """About what it takes on two cores, its timing left out."""
+        """Estimated run time on two cores, without timing."""
 
     def run(self, timing: Timing, progress: Progress) -> Outcome: ...
 
@@ -53,7 +60,7 @@ class Spread(NamedTuple):
 
 @dataclass
 class Outcome:
-    """What came of a case. A contender may be wrong, or absent, for a reason."""
+    """The result of a case. Contenders may be wrong or absent, each with a reason."""
 
     case: Any
     wrong: dict[str, str] = field(default_factory=dict)
@@ -61,20 +68,25 @@ class Outcome:
     remarks: dict[str, str] = field(default_factory=dict)
 
     def line(self) -> str:
-        """The case in one line."""
-        raise NotImplementedError
+        """The result in one line."""
+        reasons = {**self.absent, **self.remarks, **self.wrong}
+        return "; ".join([*self.parts(), *(f"{name}: {reason}" for name, reason in reasons.items())])
+
+    def parts(self) -> Iterable[str]:
+        """What `line` says before the reasons."""
+        return ()
 
     def data(self) -> dict[str, Any]:
-        """What goes into its JSON line."""
+        """The fields of the JSON line."""
         raise NotImplementedError
 
     @classmethod
     def tables(cls, outcomes: Sequence[Any], unit: str) -> Iterator[tuple[str, str]]:
-        """All of this kind, with titles."""
+        """Title and text of the tables over all outcomes of this kind."""
         raise NotImplementedError
 
     def goals(self) -> Iterable[tuple[str, bool | None]]:
-        """What was to be reached and what was measured, and whether it is met; None where it is unknown."""
+        """Each goal with the measured value, and whether it is met (None: unknown)."""
         return ()
 
     def ratios(self) -> Mapping[str, Spread]:
@@ -83,13 +95,13 @@ class Outcome:
 
 
 def json_data(outcome: Outcome, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Everything about one case and the machine."""
+    """One case and the machine."""
     reasons = {"wrong": outcome.wrong, "absent": outcome.absent, "remarks": outcome.remarks}
     return {"name": outcome.case.name, **outcome.data(), **reasons, **facts}
 
 
 def render(outcomes: Sequence[Outcome], unit: str = "ms") -> str:
-    """All tables, the reasons for what is missing, the goals and the summary."""
+    """All tables, the reasons for missing values, the goals and the summary."""
     blocks = []
     for kind in unique(map(type, outcomes)):
         found = kind.tables([outcome for outcome in outcomes if type(outcome) is kind], unit)
@@ -105,7 +117,7 @@ def render(outcomes: Sequence[Outcome], unit: str = "ms") -> str:
 
 
 def summary(outcomes: Sequence[Outcome]) -> list[str]:
-    """How many cells win, and all that lose."""
+    """The number of cells that win, and each one that loses."""
     cells = [(o.case.name, peer, ratio) for o in outcomes for peer, ratio in o.ratios().items()]
     lost = [f"  {LOSES} {name} against {peer}: {cell(r)}" for name, peer, r in cells if loses(r)]
     wrong = sum(bool(outcome.wrong) for outcome in outcomes)
@@ -116,7 +128,7 @@ def summary(outcomes: Sequence[Outcome]) -> list[str]:
 
 
 def _notes(outcomes: Sequence[Outcome]) -> list[str]:
-    """What WRONG and `-` stand for, and what there is to tell about a contender, each once."""
+    """Reasons behind WRONG and `-`, and remarks, each once with the cases it is about."""
     reasons: dict[str, list[str]] = {}
     for outcome in outcomes:
         for word, found in ((f"{WRONG} ", outcome.wrong), ("- ", outcome.absent), ("", outcome.remarks)):
@@ -141,7 +153,7 @@ def table(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def grid(cells: Mapping[tuple[str, tuple[int, str]], str]) -> str:
-    """By row title and column, which is its place and its title. What was not measured is blank."""
+    """A table of cells by row title and (position, title) of the column. Missing cells are blank."""
     columns = sorted(unique(column for _, column in cells))
     rows = unique(row for row, _ in cells)
     return table(
@@ -152,6 +164,10 @@ def grid(cells: Mapping[tuple[str, tuple[int, str]], str]) -> str:
 
 def three_digits(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 1 else f"{x:.3f}"
+
+
+def megabytes(nbytes: int) -> str:
+    return f"{nbytes / 1e6:,.0f} MB"
 
 
 def rounded(values: Spread, scale: float = 1.0) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""Runs cases one after the other, says how far it is, and writes down what came of them."""
+"""Runs cases one after the other, shows progress and writes their results."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INTERRUPTED = 130
 
 @dataclass
 class Done:
-    """What came of all cases."""
+    """The results of all cases."""
 
     outcomes: list[Any] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
@@ -35,7 +35,7 @@ class Done:
         return 1 if self.failed or any(outcome.wrong for outcome in self.outcomes) else 0
 
     def render(self, *more: str, unit: str = "ms") -> str:
-        """All tables, then `more`, then what is missing."""
+        """All tables, then `more`, then failed and skipped cases."""
         blocks = [*([report.render(self.outcomes, unit).rstrip()] if self.outcomes else []), *more]
         blocks += [f"FAILED {name}: {reason}" for name, reason in self.failed.items()]
         if self.left_out:
@@ -51,9 +51,8 @@ def run(
     limit: float = float("inf"),
     lost: Callable[[], bool] = lambda: False,
 ) -> Done:
-    """One case after the other, but for those that would not end within `limit` seconds. What one raises, the
-    others do not feel, unless the device itself is lost. Each adds a JSON line to the file `lines`, at
-    once."""
+    """Runs the cases, except those that would not end within `limit` seconds, and writes a JSON line for each
+    to the file `lines` at once. A case that raises does not stop the others, unless the device is lost."""
     done, started = Done(), time.perf_counter()
     with open(lines, "w", encoding="utf-8") as file:
         for number, case in enumerate(chosen, 1):
@@ -63,20 +62,20 @@ def run(
             head = f"[{number:>{len(str(len(chosen)))}}/{len(chosen)}] {case.name}: "
             try:
                 outcome = measure(case, partial(_show, head))
-            except KeyboardInterrupt:  # what was measured so far is still reported
+            except KeyboardInterrupt:  # earlier results are still reported
                 done.interrupted = True
                 done.left_out += [case.name for case in chosen[number - 1 :]]
                 break
             except Exception as error:
                 traceback.print_exc()
-                done.failed[case.name] = said = f"{type(error).__name__}: {first_line(error)}"
+                done.failed[case.name] = text = f"{type(error).__name__}: {first_line(error)}"
             else:
                 done.outcomes.append(outcome)
                 file.write(json.dumps(report.json_data(outcome, facts)) + "\n")
                 file.flush()
-                said = outcome.line()
+                text = outcome.line()
             _show("", "")
-            print(head + said, flush=True)
+            print(head + text, flush=True)
             if done.failed and lost():
                 done.left_out += [case.name for case in chosen[number:]]
                 break
@@ -84,13 +83,13 @@ def run(
 
 
 def estimate(chosen: Sequence[AnyCase], timing: Timing, limit: float) -> str:
-    """What is ahead, for the user who waits."""
+    """Number of cases and expected time."""
     seconds = sum(case.seconds + timing.seconds for case in chosen)
-    end = f"; what would not end within {limit:.0f} s is left out" if limit < float("inf") else ""
+    end = f"; cases that would not end within {limit:.0f} s are left out" if limit < float("inf") else ""
     return f"{len(chosen)} cases, about {seconds / 60:.1f} minutes on two quiet cores{end}"
 
 
 def _show(head: str, phase: str) -> None:
-    """Say on a terminal what is being done; the next text takes its place."""
+    """Shows progress on a terminal, replacing the last text."""
     if sys.stdout.isatty():
         print(f"\r\x1b[K{head}{phase}", end="", flush=True)

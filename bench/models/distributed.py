@@ -19,11 +19,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "tests"))
-
 from ranks import ended, enter, forked, free_port
+from torch import Tensor, nn
 
 EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
 MAX_LENGTH, RANK, LR, SEED, BATCH = 64, 8, 5e-4, 0, 6

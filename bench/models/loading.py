@@ -89,8 +89,8 @@ class Case:
 
     def run(
         self,
-        timing: report.Timing | None = None,
-        progress: report.Progress = lambda phase: None,
+        timing: report.Timing = report.ONCE,
+        progress: report.Progress = report.silent,
         contenders: Mapping[str, str] = HOW,
     ) -> Loaded:
         """Three rounds of one load each, interleaved; more do not fit."""
@@ -206,7 +206,7 @@ class Loaded(report.Outcome):
         yield "loading a checkpoint as bf16 or 4 bits; peak is above the floor", report.table(titles, rows)
 
 
-def standard() -> list[Case]:
+def standard(dtype: str) -> list[Case]:
     return [Case(size, stored) for size in SIZES for stored in DTYPES]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -55,9 +55,7 @@ class Case:
 
     seconds = 1.0
 
-    def run(
-        self, timing: report.Timing | None = None, progress: report.Progress = lambda phase: None
-    ) -> Saved:
+    def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Saved:
         """Exact, so `timing` has no say."""
         saved = Saved(self)
         measure_one = _of_layer if self.subject == LAYER else _of_block
@@ -126,7 +124,7 @@ def standard(dtype: str) -> list[Case]:
 
 def _of_layer(saved: Saved, name: str) -> int:
     case = saved.case
-    weights = _weights(case.dtype, case.sizes)
+    weights = layers.shared(Weights, LAYER, case.sizes.intermediate, case.sizes.hidden, DTYPES[case.dtype])
     if case.base == "dense":
         bases = layers.dense_linears(weights, 1)
     elif name == OURS:
@@ -140,7 +138,7 @@ def _of_layer(saved: Saved, name: str) -> int:
 
 def _of_block(saved: Saved, name: str) -> int:
     case = saved.case
-    blocks = _blocks(case.dtype, case.sizes)
+    blocks = layers.shared(Blocks, BLOCK, case.sizes, DTYPES[case.dtype])
     model = blocks.ours(case.variant) if name == OURS else blocks.stock(case.variant)
     inputs = blocks.inputs(BATCH, TOKENS)
     run = partial(blocks.forward(model, case.variant, inputs), inputs.x)
@@ -150,13 +148,3 @@ def _of_block(saved: Saved, name: str) -> int:
     if remark := model.remark():
         saved.remarks[name] = remark
     return nbytes
-
-
-@lru_cache(maxsize=1)
-def _weights(dtype: str, sizes: Sizes) -> Weights:
-    return Weights(sizes.intermediate, sizes.hidden, DTYPES[dtype])
-
-
-@lru_cache(maxsize=1)
-def _blocks(dtype: str, sizes: Sizes) -> Blocks:
-    return Blocks(sizes, DTYPES[dtype])

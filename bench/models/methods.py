@@ -123,9 +123,7 @@ class Case:
         own = {BYTES: 20.0, STEP: 25.0, DECODE: 15.0, LOSS: 15.0 + len(METHODS) * (0.5 * self.steps + 4)}
         return 15.0 + own[self.column]
 
-    def run(
-        self, timing: report.Timing | None = None, progress: report.Progress = lambda phase: None
-    ) -> Measured:
+    def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Measured:
         found = Measured(self)
         if reason := missing("transformers peft accelerate rich tqdm" + ("" if self.model else " gguf")):
             found.absent[self.column] = reason
@@ -337,5 +335,5 @@ def _losses(found: Measured, models: Models, timing: report.Timing, progress: re
         gc.collect()
 
 
-def standard() -> list[Case]:
+def standard(dtype: str) -> list[Case]:
     return [Case(column) for column in TITLES]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 import peft_kernels as pk
 
-from ..lib import correctness as gate
+from ..lib import correctness, layers
 from ..lib.adapted import SMOLLM2, Adapted, Model, Sizes, Variant
 from ..lib.cases import DTYPES, PEFT_ON_BNB
 from ..lib.contenders import Entry, contenders, missing
@@ -116,10 +116,12 @@ class Models(Adapted):
 
         return under_autocast
 
-    def expected_textbook(self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]) -> gate.Expected:
+    def expected_textbook(
+        self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]
+    ) -> correctness.Expected:
         """PEFT over the dequantised weights: in fp64, and under autocast."""
         plain = run(Model(self._prepared(self.over("dense"))))()
-        return gate.Expected(plain, run(Model(self._prepared(self.over("exact").double())))())
+        return correctness.Expected(plain, run(Model(self._prepared(self.over("exact").double())))())
 
     def step(self, model: Model, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
         """Forward, loss and backward of one training step."""
@@ -154,10 +156,10 @@ class Models(Adapted):
 
         return call
 
-    def expected(self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]) -> gate.Expected:
+    def expected(self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]) -> correctness.Expected:
         """PEFT over the dequantised weights: in fp64, and in the dtype of the case."""
         plain, truth = (run(self.reference(LORA, wide))() for wide in (False, True))
-        return gate.Expected(plain, truth)
+        return correctness.Expected(plain, truth)
 
     def _prepared(self, model: Any) -> Any:
         import peft
@@ -192,7 +194,7 @@ def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_13
     def build() -> list[Contender | Absent]:
         if reason := missing(f"peft transformers {BNB}"):
             return [Absent(OURS, reason)]
-        models = _models(TEXTBOOK, dtype, sizes)
+        models = layers.shared(Models, TEXTBOOK, sizes, DTYPES[dtype])
 
         def call(model: Model) -> Callable[[], Any]:
             return models.textbook_step(model, models.tokens(batch, tokens))
@@ -208,7 +210,7 @@ def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_13
             Entry(name, lambda how=how: [models.textbook(*how)], verify, call=call, remark=Model.remark)
             for name, how, verify in kinds
         ]
-        return contenders(models, entries)
+        return contenders(entries, cache=models)
 
     return _case(TEXTBOOK, batch, batch * tokens, dtype, sizes, build)
 
@@ -229,7 +231,7 @@ def _model_case(
     def build() -> list[Contender | Absent]:
         if reason := missing("peft transformers"):
             return [Absent(OURS, reason)]
-        models = _models(group, dtype, sizes)
+        models = layers.shared(Models, group, sizes, DTYPES[dtype])
         call = partial(run, models)
         expected = models.expected(call)
         # A model is larger than any cache: one copy will do.
@@ -239,7 +241,7 @@ def _model_case(
             for name, make in kinds.items()
         ]
         entries.append(Entry(PEFT_ON_BNB, lambda: [models.stock()], expected.sane, BNB, call=call))
-        return contenders(models, entries)
+        return contenders(entries, cache=models)
 
     return _case(group, batch, rows, dtype, sizes, build)
 
@@ -250,9 +252,3 @@ def _case(
 ) -> Case:  # fmt: skip
     shape = sizes.block.hidden, sizes.block.intermediate
     return Case(group, *shape, rows, dtype, build, batch, GOALS[group], TITLES[group], SECONDS[group])
-
-
-@lru_cache(maxsize=1)
-def _models(group: str, dtype: str, sizes: ModelSizes) -> Models:
-    """Of each group its own: they keep what its contenders are made of, by name."""
-    return Models(sizes, DTYPES[dtype])

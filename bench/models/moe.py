@@ -19,8 +19,7 @@ from torch import Tensor, nn
 import peft_kernels as pk
 import testing
 
-from ..lib import correctness as gate
-from ..lib import layers, report
+from ..lib import correctness, layers, report
 from ..lib.cases import DTYPES
 from ..lib.contenders import Entry, contenders, missing
 from ..lib.harness import Absent, Case, Contender
@@ -112,7 +111,7 @@ class Dequantised(nn.Module):
         return y
 
 
-class Mixtures(layers.Kept):
+class Mixtures(layers.LayerCache):
     def __init__(self, sizes: Sizes, dtype: torch.dtype) -> None:
         super().__init__()
         self.sizes, self.dtype = sizes, dtype
@@ -252,21 +251,21 @@ def forward(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
     def build() -> list[Contender | Absent]:
         if reason := missing("transformers"):
             return [Absent(OURS, reason)]
-        mixtures = _mixtures(MOE, dtype, sizes)
+        mixtures = layers.shared(Mixtures, MOE, sizes, DTYPES[dtype])
         x, index, weights, _ = mixtures.inputs(tokens)
 
         def call(module: Any) -> Callable[[], dict[str, Tensor]]:
             return layers.forward_call(lambda x: module(x, index, weights), x)
 
-        plain = call(mixtures.keep(EAGER, lambda: [mixtures.experts("eager")])[0])()
-        expected = gate.Expected(plain, mixtures.truth(tokens, training=False))
+        plain = call(mixtures.get(EAGER, lambda: [mixtures.experts("eager")])[0])()
+        expected = correctness.Expected(plain, mixtures.truth(tokens, training=False))
         entries = [
             Entry(OURS, lambda: [mixtures.experts("nf4")], expected.strict),
             Entry(GROUPED, lambda: [mixtures.experts("grouped_mm")], expected.sane),
             Entry(EAGER, lambda: [mixtures.experts("eager")], expected.sane),
             Entry(DEQUANTISE, lambda: [Dequantised(mixtures.packed, mixtures.dtype)], expected.sane),
         ]
-        return contenders(mixtures, entries, call)
+        return contenders(entries, call, mixtures)
 
     return _case(MOE, tokens, dtype, sizes, build)
 
@@ -277,14 +276,14 @@ def training(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
     def build() -> list[Contender | Absent]:
         if reason := missing("peft transformers"):
             return [Absent(OURS, reason)]
-        mixtures = _mixtures(MOE_LORA, dtype, sizes)
+        mixtures = layers.shared(Mixtures, MOE_LORA, sizes, DTYPES[dtype])
 
         def call(model: Any) -> Callable[[], dict[str, Tensor]]:
             return mixtures.training_call(model, tokens)
 
-        plain = call(mixtures.keep(PEFT_GROUPED, lambda: [mixtures.adapted("grouped_mm", patch=False)])[0])()
+        plain = call(mixtures.get(PEFT_GROUPED, lambda: [mixtures.adapted("grouped_mm", patch=False)])[0])()
         truth = mixtures.as_peft_has_it(mixtures.truth(tokens, training=True))
-        expected = gate.Expected(plain, truth)
+        expected = correctness.Expected(plain, truth)
         entries = [
             Entry(name, lambda base=base, patch=patch: [mixtures.adapted(base, patch)], verify)
             for name, base, patch, verify in (
@@ -294,7 +293,7 @@ def training(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
                 (PEFT_NF4, "nf4", False, expected.sane),
             )
         ]
-        return contenders(mixtures, entries, call)
+        return contenders(entries, call, mixtures)
 
     return _case(MOE_LORA, tokens, dtype, sizes, build)
 
@@ -308,12 +307,6 @@ def _case(
     return Case(group, sizes.hidden, sizes.inner, tokens, dtype, build, title=TITLES[group], seconds=seconds)
 
 
-@lru_cache(maxsize=1)
-def _mixtures(group: str, dtype: str, sizes: Sizes) -> Mixtures:
-    """What consecutive cases share; that of the last group is let go."""
-    return Mixtures(sizes, DTYPES[dtype])
-
-
 @dataclass(frozen=True)
 class Footprint:
     """Bytes of the whole model in bf16, and with linear layers and experts packed: exact, by arithmetic."""
@@ -322,9 +315,7 @@ class Footprint:
     seconds = 2.0
     name = "moe-bytes"
 
-    def run(
-        self, timing: report.Timing | None = None, progress: report.Progress = lambda phase: None
-    ) -> Bytes:
+    def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Bytes:
         outcome = Bytes(self)
         if reason := missing("transformers"):
             outcome.absent[OURS] = reason

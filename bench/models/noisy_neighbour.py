@@ -90,9 +90,7 @@ class Case:
     def name(self) -> str:
         return f"busy-{self.session}-session-{self.batch}x{self.tokens}-{self.dtype}"
 
-    def run(
-        self, timing: report.Timing | None = None, progress: report.Progress = lambda phase: None
-    ) -> Slowed:
+    def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Slowed:
         """So many steps as `timing` asks for, of stock PEFT one: with neighbours it may take minutes."""
         progress("build")
         step, admitted = model.step(self.batch, self.tokens, self.dtype, self.sizes), []

@@ -74,9 +74,7 @@ class Case:
             found[ALL_8BIT] = "", partial(pk.optim.AdamW8bit, **options, min_8bit_size=1)
         return found
 
-    def run(
-        self, timing: report.Timing | None = None, progress: report.Progress = lambda phase: None
-    ) -> Curves:
+    def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Curves:
         curves = Curves(self)
         if reason := missing("transformers peft accelerate rich" + ("" if self.model else " gguf")):
             curves.absent[OURS] = reason
@@ -219,5 +217,5 @@ class Curves(report.Outcome):
             yield f"QLoRA of SmolLM2-135M: held-out loss{clipped}", report.table(titles, rows)
 
 
-def standard() -> list[Case]:
+def standard(dtype: str) -> list[Case]:
     return [Case(), Case(clip=1.0)]

@@ -55,9 +55,7 @@ class Case:
     def name(self) -> str:
         return f"peak-{self.group}-{self.batch}x{self.tokens}-{self.dtype}"
 
-    def run(
-        self, timing: report.Timing | None = None, progress: report.Progress = lambda phase: None
-    ) -> Peaks:
+    def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Peaks:
         """One step each: a peak hardly varies, so `timing` has no say."""
         found = Peaks(self)
         if reason := missing("peft transformers"):
@@ -140,7 +138,7 @@ def step_alone(case: Case, name: str) -> Peak:
         model = {OURS: models.whole, PATCHED: models.ours, PEFT_ON_BNB: models.stock}[name]()
     take = models.textbook_step if case.group == TEXTBOOK else models.step
     take(model, models.tokens(1, 16))()  # what a first step sets up
-    models.let_go()
+    models.free_weights()
     ctypes.CDLL(None).malloc_trim(0)  # what making the model has freed, which malloc keeps
     Path("/proc/self/clear_refs").write_text("5")
     floor = _resident("VmRSS")

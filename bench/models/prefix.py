@@ -19,12 +19,10 @@ import peft_kernels as pk
 import testing
 from peft_kernels.patch.prefix import cache as prefix_cache
 
-from ..lib import correctness as gate
-from ..lib import layers
+from ..lib import correctness, layers
 from ..lib.cases import DTYPES
 from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender
-from ..lib.layers import Kept
 from ..lib.report import OURS
 from .model import SMOLLM2_135M, Models, ModelSizes
 
@@ -139,13 +137,13 @@ def attention(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
             inputs = {name: widen(t).requires_grad_() for name, t in tensors.items()}
             return layers.differentiated(lambda: way(*inputs.values()), inputs, widen(dy))
 
-        wanted = gate.Expected(call(copied)(), call(copied, Tensor.double)())
+        wanted = correctness.Expected(call(copied)(), call(copied, Tensor.double)())
         entries = (
             Entry(OURS, lambda: [call(shared)], wanted.strict),
             Entry(PEFT, lambda: [call(copied)], wanted.sane),
             Entry(MERGED, lambda: [call(merged)], wanted.sane),
         )
-        return contenders(Kept(), entries)
+        return contenders(entries)
 
     title = f"attention over {virtual} virtual tokens and {tokens} others, forward + backward"
     return case(f"{ATTENTION}-{virtual}", batch, tokens, dtype, build, title)
@@ -169,12 +167,12 @@ def join(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
 
             return run
 
-        wanted = gate.Expected(call(with_copies)(), call(with_copies, Tensor.double)())
+        wanted = correctness.Expected(call(with_copies)(), call(with_copies, Tensor.double)())
         entries = (
             Entry(OURS, lambda: [call(with_one)], wanted.strict),
             Entry(PEFT, lambda: [call(with_copies)], wanted.sane),
         )
-        return contenders(Kept(), entries)
+        return contenders(entries)
 
     title = f"{virtual} virtual tokens put before the keys and values of {tokens} others, forward + backward"
     return case(f"{JOIN}-{virtual}", batch, tokens, dtype, build, title)
@@ -220,12 +218,12 @@ def step(
             return [call(model)]
 
         stock = partial(made, "nf4")
-        wanted = gate.Expected(call(stock())(), call(made("exact").double())())
+        wanted = correctness.Expected(call(stock())(), call(made("exact").double())())
         entries = (
             Entry(OURS, ours, wanted.strict, "peft transformers"),
             Entry(PEFT, lambda: [call(stock())], wanted.sane, "peft transformers"),
         )
-        return contenders(Kept(), entries)
+        return contenders(entries)
 
     group = f"{STEP}-{virtual}" + ("-projection" if projection else "")
     kind = "through a projection" if projection else "plain"

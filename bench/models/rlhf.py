@@ -57,7 +57,7 @@ class Lengths:
         return torch.randint(10, 40_000, (self.count * GENERATIONS, length), generator=generator)
 
 
-class Trainers(layers.Kept):
+class Trainers(layers.LayerCache):
     """Trainers of every kind over the same model, adapter and batch."""
 
     def __init__(self, group: str, checkpointing: bool) -> None:
@@ -233,7 +233,7 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
                 return [trainers.make(*kind)]
 
             def verify(_: Any) -> float:
-                return close(truth, bound, short(trainers.keep(name, make)[0])())
+                return close(truth, bound, short(trainers.get(name, make)[0])())
 
             return Entry(name, make, verify, needs)
 
@@ -251,7 +251,7 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
     return Case(name, *shape, batch * length, "bf16", build, batch, goals, title, seconds=120.0)
 
 
-def standard() -> list[Case]:
+def standard(dtype: str) -> list[Case]:
     dpo = [Lengths(2, 128, 128), Lengths(4, 64, 192)]
     return [
         *(case(DPO, lengths, False) for lengths in dpo),

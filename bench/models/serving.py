@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor
 import peft_kernels as pk
 import testing
 
-from ..lib import correctness as gate
+from ..lib import correctness, layers
 from ..lib.adapted import Variant
 from ..lib.cases import DTYPES
 from ..lib.contenders import Entry, contenders, missing
@@ -115,7 +115,7 @@ def whole(prompt: int, new: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -
     def build() -> list[Contender | Absent]:
         if reason := missing("peft transformers"):
             return [Absent(OURS, reason)]
-        models = _models(WHOLE, dtype, sizes)
+        models = layers.shared(Served, WHOLE, sizes, DTYPES[dtype])
         prompts = models.prompts(prompt)
         options: dict[str, Any] = {"max_new_tokens": new}
 
@@ -149,7 +149,7 @@ def whole(prompt: int, new: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -
             return models.off(answers, prompts)
 
         entries = (Entry(OURS, lambda: [ours()], verify), Entry(PASSES, lambda: [passes()], verify))
-        return contenders(models, entries)
+        return contenders(entries, cache=models)
 
     return _case(WHOLE, REQUESTS * new, dtype, sizes, build)
 
@@ -160,7 +160,7 @@ def decode(group: str, prompt: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M
     def build() -> list[Contender | Absent]:
         if reason := missing("peft transformers"):
             return [Absent(OURS, reason)]
-        models = _models(group, dtype, sizes)
+        models = layers.shared(Served, group, sizes, DTYPES[dtype])
         given = models.prompts(prompt + STEPS)
 
         def make(names: list[str]) -> Callable[[], Any]:
@@ -183,7 +183,7 @@ def decode(group: str, prompt: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M
             Entry(OURS, *of(LORA.names)),
             Entry(ONE, *of([LORA.names[0]] * REQUESTS)),
         ]
-        return contenders(models, entries)
+        return contenders(entries, cache=models)
 
     return _case(group, REQUESTS, dtype, sizes, build)
 
@@ -209,7 +209,7 @@ def _forced(engine: Any, given: list[list[int]], prompt: int) -> Callable[[], di
 
 def _alone(
     models: Served, group: str, given: list[list[int]], prompt: int, names: Sequence[str]
-) -> gate.Expected:
+) -> correctness.Expected:
     """Each request alone, over dense weights: in fp32, and in the dtype of the case."""
 
     def run(wide: bool) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ def _alone(
                 logits.append(model(input_ids=torch.tensor([ids])).logits[0, prompt:])
         return {"logits": torch.stack(logits, 1)}
 
-    return gate.Expected(run(False), run(True))
+    return correctness.Expected(run(False), run(True))
 
 
 def _case(
@@ -235,9 +235,3 @@ def _case(
 ) -> Case:
     shape = sizes.block.intermediate, sizes.block.hidden
     return Case(group, *shape, rows, dtype, build, REQUESTS, GOALS[group], TITLES[group], SECONDS[group])
-
-
-@lru_cache(maxsize=1)
-def _models(group: str, dtype: str, sizes: ModelSizes) -> Served:
-    """Of each group its own: they keep what its contenders are made of."""
-    return Served(sizes, DTYPES[dtype])

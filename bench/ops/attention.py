@@ -14,12 +14,10 @@ from torch import Tensor, nn
 
 import testing
 
-from ..lib import correctness as gate
-from ..lib import layers
+from ..lib import correctness, layers
 from ..lib.cases import DTYPES
 from ..lib.contenders import Entry, contenders, missing
 from ..lib.harness import Absent, Case, Contender, Goal
-from ..lib.layers import Kept
 from ..lib.report import OURS
 
 SDPA = "torch's sdpa"
@@ -78,12 +76,12 @@ def attention(heads: Heads, batch: int, tokens: int, dtype: str, train: bool, pa
 
         wide = {name: t.double() for name, t in tensors.items()}
         theirs = ours.sdpa_attention_forward
-        wanted = gate.Expected(call(theirs, tensors, dy)(), call(theirs, wide, dy.double())())
+        wanted = correctness.Expected(call(theirs, tensors, dy)(), call(theirs, wide, dy.double())())
         entries = (
             Entry(OURS, lambda: [call(ours.attention_forward, tensors, dy)], wanted.strict),
             Entry(SDPA, lambda: [call(theirs, tensors, dy)], wanted.sane),
         )
-        return contenders(Kept(), entries)
+        return contenders(entries)
 
     group = "-".join(["attention", *["padded"] * padded, "train" if train else "forward"])
     title = f"attention of queries' heads by features, causal{', padded' * padded}"

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from peft_kernels.integrations import bitsandbytes
 
-from ..lib import cases, harness, layers
-from ..lib import correctness as gate
+from ..lib import cases, correctness, harness, layers
 from ..lib.cases import DTYPES, LARGE, Shape
 from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Clock, Contender, Turn
@@ -67,7 +66,7 @@ def take_turns(clock: Clock, runners: Sequence[Contender]) -> dict[str, Turn]:
         call.switch()
         return taken()
 
-    return {c.name: partial(turn, c.calls[0], harness._turn(c, clock)) for c in runners}
+    return {c.name: partial(turn, c.calls[0], harness.clocked_turn(c, clock)) for c in runners}
 
 
 def standard(dtype: str) -> list[Case]:
@@ -81,7 +80,7 @@ def linear4bit(group: str, shape: Shape, m: int, dtype: str) -> Case:
     def build() -> list[Contender | Absent]:
         weights = Weights(*shape, DTYPES[dtype])
         x, dy = weights.x(m), weights.dy(m)
-        expected = with_dx(x, dy, weights.exact) if training else gate.linear(x, weights.exact)
+        expected = with_dx(x, dy, weights.exact) if training else correctness.linear(x, weights.exact)
         count, _ = cases._copies(weights, 2)
 
         def call(layer: Any) -> Callable[[], Any]:
@@ -94,12 +93,12 @@ def linear4bit(group: str, shape: Shape, m: int, dtype: str) -> Case:
             return Entry(name, make, verify, BNB, lambda layer: Switched(call(layer), on))
 
         entries = entry(OURS, True, expected.strict), entry(STOCK, False, expected.sane)
-        return contenders(weights, entries)
+        return contenders(entries, cache=weights)
 
     return SwitchedCase(group, *shape, m, dtype, build, title=TITLES[group], seconds=3.0)
 
 
-def with_dx(x: Tensor, dy: Tensor, weight: Tensor) -> gate.Expected:
+def with_dx(x: Tensor, dy: Tensor, weight: Tensor) -> correctness.Expected:
     plain = {"y": F.linear(x, weight.to(x.dtype)), "dx": dy @ weight.to(x.dtype)}
     exact = weight.double()
-    return gate.Expected(plain, {"y": F.linear(x.double(), exact), "dx": dy.double() @ exact})
+    return correctness.Expected(plain, {"y": F.linear(x.double(), exact), "dx": dy.double() @ exact})

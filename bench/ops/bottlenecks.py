@@ -19,12 +19,10 @@ import testing
 from peft_kernels.adapters import AdapterConfig
 from peft_kernels.adapters.adapter import BottleneckAdapter
 
-from ..lib import correctness as gate
-from ..lib import layers
+from ..lib import correctness, layers
 from ..lib.cases import DTYPES
 from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender, Goal
-from ..lib.layers import Kept
 from ..lib.report import OURS
 
 WIDTH, BOTTLENECK, SCALING = 768, 48, 2.0
@@ -107,7 +105,7 @@ def inputs_of(kind: Kind, width: int, r: int, m: int, dtype: torch.dtype) -> dic
     }
 
 
-def expected(kind: Kind, inputs: Mapping[str, Tensor], dy: Tensor) -> gate.Expected:
+def expected(kind: Kind, inputs: Mapping[str, Tensor], dy: Tensor) -> correctness.Expected:
     """In fp32 and rounded, and in fp64."""
 
     def results(wide: torch.dtype) -> dict[str, Tensor]:
@@ -125,7 +123,7 @@ def expected(kind: Kind, inputs: Mapping[str, Tensor], dy: Tensor) -> gate.Expec
         name: value.to(inputs["x" if name == "y" else name].dtype)
         for name, value in results(torch.float32).items()
     }
-    return gate.Expected(rounded, results(torch.float64))
+    return correctness.Expected(rounded, results(torch.float64))
 
 
 def bottleneck(
@@ -156,7 +154,7 @@ def bottleneck(
             return layers.differentiated(cast, {"x": x, **beside, **of_modules}, dy)
 
         if kind.autocast:
-            wanted = gate.Expected(call(of(plain))(), wanted.truth)
+            wanted = correctness.Expected(call(of(plain))(), wanted.truth)
         entries = [
             Entry(
                 OURS, lambda: [call(lambda: adapter(x, residual if kind.parallel else None))], wanted.strict
@@ -166,13 +164,13 @@ def bottleneck(
         if compiles:
             compiled = torch.compile(plain, dynamic=False)
             entries.append(Entry(COMPILED, lambda: [call(of(compiled))], wanted.sane))
-        return contenders(Kept(), entries)
+        return contenders(entries)
 
     goals = [Goal(MODULES, 1.5)] if kind.train and m == max(ROWS) else []
     return Case(kind.group, width, width, m, dtype, build, goals=goals, title=kind.title, seconds=20.0)
 
 
-def standard() -> list[Case]:
+def standard(dtype: str) -> list[Case]:
     return list(_standard())
 
 

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "tests"))
 
 import peft_kernels as pk
 from bench.lib import cases, harness, layers, machine

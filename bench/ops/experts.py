@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,12 +18,11 @@ from torch import Tensor
 import peft_kernels as pk
 import testing
 
-from ..lib import correctness as gate
-from ..lib import layers
+from ..lib import correctness, layers
 from ..lib.cases import DTYPES
 from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender
-from ..lib.layers import RANK, SCALING, Kept
+from ..lib.layers import RANK, SCALING
 from ..lib.report import OURS
 
 FORWARD, TRAIN, QLORA = "experts-forward", "experts-train", "experts-qlora"
@@ -48,7 +47,7 @@ MIXTRAL = Shape(8, 2, 7168, 1024)  # gate_up, at a quarter of its width
 TOKENS = {FORWARD: (1, 16, 128, 1024), TRAIN: (128, 1024), QLORA: (128, 1024)}
 
 
-class Experts(Kept):
+class Experts:
     """The weights of all experts, of one shape and dtype."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
@@ -81,18 +80,13 @@ class Experts(Kept):
         return torch.bincount(chosen, minlength=self.shape.experts).cumsum(0).to(torch.int32)
 
 
-@lru_cache(maxsize=1)  # one takes up to 2 GB
-def experts_of(shape: Shape, dtype: torch.dtype) -> Experts:
-    return Experts(shape, dtype)
-
-
 def grouped(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
 def expected(
     group: str, weights: Experts, x: Tensor, dy: Tensor, ends: Tensor, adapters: tuple[Tensor, Tensor]
-) -> gate.Expected:
+) -> correctness.Expected:
     def results(widen: Callable[[Tensor], Tensor]) -> Mapping[str, Tensor]:
         rows, gradient, (a, b) = widen(x), widen(dy), (widen(t.detach()) for t in adapters)
         base, n, k = weights.nf4._state.op_args, weights.shape.out_features, weights.shape.in_features
@@ -106,12 +100,12 @@ def expected(
         found = backward(gradient, rows, h, ends, *base, a, b, SCALING, True, True, True)
         return {"y": y, **dict(zip(("dx", "da", "db"), found, strict=True))}
 
-    return gate.Expected(results(lambda t: t), results(testing.widen))
+    return correctness.Expected(results(lambda t: t), results(testing.widen))
 
 
 def experts(group: str, shape: Shape, tokens: int, dtype: str) -> Case:
     def build() -> list[Contender | Absent]:
-        weights = experts_of(shape, DTYPES[dtype])
+        weights = layers.shared(Experts, "experts", shape, DTYPES[dtype])
         ends, rows = weights.ends(tokens), tokens * shape.top
         x = testing.tensor(rows, shape.in_features, dtype=weights.dtype, seed=4)
         dy = testing.tensor(rows, shape.out_features, dtype=weights.dtype, seed=5)
@@ -145,7 +139,7 @@ def experts(group: str, shape: Shape, tokens: int, dtype: str) -> Case:
             Entry(DENSE, lambda: [call(dense)], wanted.sane),
             Entry(DEQUANTISED, lambda: [call(dequantised)], wanted.sane),
         )
-        return contenders(Kept(), entries)  # calls are of these rows alone
+        return contenders(entries)  # calls are of these rows alone
 
     name = f"{group}-{shape.experts}"
     return Case(

@@ -20,11 +20,10 @@ from torch import Tensor
 import peft_kernels as pk
 import testing
 
-from ..lib import correctness as gate
+from ..lib import correctness
 from ..lib.cases import DTYPES
 from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender, Goal
-from ..lib.layers import Kept
 from ..lib.report import OURS
 
 TORCH, CHUNKS = "F.cross_entropy", "in chunks, compiled"
@@ -123,7 +122,7 @@ def case(
                 return {"loss": total / count, **{n: t.grad / count for n, t in names.items()}}
             return differentiated(by_torch, *leaves, labels, trained)
 
-        wanted = gate.Expected(results(DTYPES[dtype]), results(torch.float64))
+        wanted = correctness.Expected(results(DTYPES[dtype]), results(torch.float64))
 
         def call(loss: Callable[..., Tensor], weight: Any) -> Callable[[], Any]:
             return partial(differentiated, loss, x, weight, labels, trained)
@@ -138,7 +137,7 @@ def case(
             entries.append(
                 Entry(CHUNKS, lambda: [partial(chunks, x.detach(), dense.detach(), labels)], wanted.sane)
             )
-        return contenders(Kept(), entries)
+        return contenders(entries)
 
     group = f"loss-{head}" + ("-capped" if cap else "")
     kinds = {"frozen": "a frozen head", "trained": "a head that is trained", "nf4": "a frozen head in NF4"}

@@ -20,11 +20,11 @@ import testing
 
 from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender, Goal
-from ..lib.layers import BNB, Kept
+from ..lib.layers import BNB
 from ..lib.report import OURS
 
 ONE, MANY, WHOLE = "adamw-one-tensor", "adamw-448-tensors", "adamw-135m"
-HUNDRED = "adamw-100m"  # in gpu.py
+HUNDRED = "adamw-100m"  # on a GPU only
 TITLES = {
     ONE: "a step of AdamW, 5 million parameters in one tensor",
     MANY: "a step of AdamW, 5 million parameters in 448 tensors of LoRA's size",
@@ -45,7 +45,7 @@ LAYER: Shapes = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1
 SMOLLM2: Shapes = [(49152, 576), *(LAYER * 30)]
 
 
-def standard() -> list[Case]:
+def standard(dtype: str) -> list[Case]:
     goals = Goal(BNB_8BIT, 20), Goal(TORCH, 1 / 1.5)
     return [
         case(ONE, FIVE_MILLION, goals),
@@ -70,7 +70,7 @@ def _build(shapes: Shapes, yardstick: Shapes | None) -> list[Contender | Absent]
     found = entries(shapes)
     if yardstick is not None:
         found.append(replace(entries(yardstick)[0], name=ONE_TENSOR))
-    return contenders(Kept(), found)
+    return contenders(found)
 
 
 def entries(shapes: Shapes, device: str = "cpu", copies: int = 1) -> list[Entry]:

@@ -13,14 +13,13 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench.lib import adapted, cases, report
+from bench.lib import adapted, cases, layers, report
 from bench.lib.harness import Absent, Case, Contender, Result
 from bench.lib.report import Timing
 from bench.models import model
 
 TINY = (64, 128)
 TINY_BLOCK = adapted.Sizes(hidden=256, intermediate=512, heads=4, kv_heads=2)
-ONCE = Timing(0.0, 1)
 FACTS = {"cpu": "a machine", "versions": {"torch": torch.__version__}}
 
 
@@ -66,9 +65,7 @@ def line_of(outcome: report.Outcome) -> Any:
 def small_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two copies of a tiny weight instead of thousands."""
     monkeypatch.setattr(cases, "copies", lambda nbytes, contenders: 2)
-    cases._weights.cache_clear()
-    cases._blocks.cache_clear()
-    model._models.cache_clear()
+    layers.shared.cache_clear()
 
 
 def model_case(group: str, dtype: str = "bf16") -> Case:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import re
 import sys
@@ -31,15 +32,10 @@ import testing
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench import run
-from bench.gpu import compiled, optimizer_waves, triton_cases
-from bench.gpu import launch_overhead as host
-from bench.gpu import wave_quantization as waves
-from bench.lib import cases, chart, harness, report
+from bench.lib import cases, chart, harness, layers, report
 from bench.lib.harness import Case, Goal, Result
 from bench.lib.report import OURS
-from bench.models import loading, memory, methods, model, moe, optimizer_curves, peak, prefix, rlhf, serving
-from bench.models import noisy_neighbour as busy
-from bench.ops import attention, bnb_ops, bottlenecks, experts, losses, optimizers
+from bench.models import memory, model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -174,7 +170,7 @@ def test_run_writes_json_lines_table_and_picture(
     assert "4 cases, about" in said and "[4/4]" in said
 
     break_op(monkeypatch, "nf4_linear", one_element_off)
-    cases._weights.cache_clear()
+    layers.shared.cache_clear()
     status, _, table = run_of(monkeypatch, tmp_path, tiny[1])
     assert status == 1 and "WRONG" in table
 
@@ -216,13 +212,7 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
     every, default, full = listed(), listed("--only", "|".join(run.DEFAULT)), listed("--full")
     quick = listed("--quick")
     assert default < full < every and quick < full
-    kinds_by_name = (
-        bottlenecks, compiled, triton_cases, waves, loading, optimizers, optimizer_curves, optimizer_waves,
-        rlhf, methods,
-    )  # fmt: skip
-    by_dtype = (attention, busy, host, bnb_ops, experts, losses, moe, peak, prefix, serving)
-    by_name = [kind.standard("bf16") for kind in by_dtype]
-    by_name += [kind.standard() for kind in kinds_by_name]
+    by_name = [importlib.import_module(name).standard("bf16") for name in run.BY_NAME]
     assert every - full == {case.name for cases_of in by_name for case in cases_of}
     kinds = {name.rpartition("-")[0] if "memory" in name else re.split(r"-\d", name)[0] for name in full}
     for chosen in (default, quick):

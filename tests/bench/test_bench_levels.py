@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 CHILD = """
 from bench.lib import levels
-levels.hold("avx2")
+levels.limit("avx2")
 import torch
 print(torch.backends.cpu.get_cpu_capability())
 if {bitsandbytes}:
@@ -39,7 +39,7 @@ def test_torch_and_bitsandbytes_are_held() -> None:
 
 def test_torch_that_is_imported_cannot_be_held() -> None:
     with pytest.raises(RuntimeError, match="imported already"):
-        levels.hold("avx2")
+        levels.limit("avx2")
 
 
 def test_a_level_that_is_not_known_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench.gpu import gpu
+from bench.gpu import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = ROOT / "bench" / "gpu_check.sh"
@@ -145,7 +145,7 @@ def test_a_wrong_call_is_told(arguments: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
-    if reason := gpu.refusal("cpu"):
+    if reason := run.refusal("cpu"):
         pytest.skip(reason)
     # An installed package may have them while the source tree has none.
     if not list((ROOT / "peft_kernels").glob("_C.*")):
@@ -194,7 +194,7 @@ def test_parts_in_their_order(
         assert re.search(r"-m pytest .* -n 6 --dist loadfile .* -k cuda\n", told)
         assert "--tool memcheck --kernel-regex kns=peft_kernels" in told
     if "speed" in expected:
-        assert re.search(r"bench/gpu/gpu.py --backend cuda --seconds \d+ --output", told)
+        assert re.search(r"bench/gpu/run.py --backend cuda --seconds \d+ --output", told)
 
 
 def test_only_what_failed_fails(tmp_path: Path, machine: Stub, stubs: Stub) -> None:
@@ -341,7 +341,7 @@ def test_without_cuda_triton_is_tested_and_timed(tmp_path: Path, machine: Stub) 
     assert status == 1
     assert "back end cuda: NOT USABLE: python-stub is out of luck" in said
     assert "tests-triton" in parts(tmp_path) and "tests-cuda" not in parts(tmp_path)
-    assert "bench/gpu/gpu.py --backend triton --seconds" in calls(tmp_path)
+    assert "bench/gpu/run.py --backend triton --seconds" in calls(tmp_path)
 
 
 def test_on_an_amd_card_triton_is_tested(tmp_path: Path, machine: Stub) -> None:
@@ -357,7 +357,7 @@ def test_without_kernels_nothing_is_measured(tmp_path: Path, machine: Stub) -> N
     status, said = gpu_check(tmp_path, python=machine(fails="*probe*"))
     assert status == 1
     assert "no back end of ours can be used, so nothing more is run" in said
-    assert "bench/gpu/gpu.py" not in calls(tmp_path)
+    assert "bench/gpu/run.py" not in calls(tmp_path)
     assert set(results(tmp_path)) == {"summary.txt", "environment.log", "build.log"}
 
 

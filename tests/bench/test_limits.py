@@ -18,17 +18,17 @@ def test_products_of_fp32_are_several_of_tf32(monkeypatch: pytest.MonkeyPatch) -
     """Twelve matrix instructions: by two tiles of ranks, in three products, twice four weights."""
     monkeypatch.setattr(limits, "RULES", [Rule("k", 2.0, tokens=16, tf32_products=3)])
 
-    def judge(matrix: str, others: int) -> limits.Finding:
+    def check(matrix: str, others: int) -> limits.Finding:
         work, other = Instruction(matrix, False, ()), Instruction("NOP", False, ())
         leave = Instruction("BRA", True, (".loop",)), Instruction("EXIT", False, ())
         code, labels = [*[work] * 12, *[other] * others, *leave], {".loop": 0}
-        return limits.judge(
+        return limits.check(
             Kernel("k", Path(), 90, threads=32, registers=32, instructions=code, labels=labels)
         )
 
-    assert judge("HMMA.1688.F32.TF32", 3).per_weight == 16 / 8
-    assert judge("HMMA.1688.F32.TF32", 3).faults == ()
-    (fault,) = judge("HMMA.1688.F32.TF32", 4).faults
+    assert check("HMMA.1688.F32.TF32", 3).per_weight == 16 / 8
+    assert check("HMMA.1688.F32.TF32", 3).faults == ()
+    (fault,) = check("HMMA.1688.F32.TF32", 4).faults
     assert fault == "2.12 instructions per weight, at most 2 allowed"
-    (fault,) = judge("HMMA.16816.F32", 3).faults
+    (fault,) = check("HMMA.16816.F32", 3).faults
     assert fault == f"has no {limits.MATRIX_TF32}"

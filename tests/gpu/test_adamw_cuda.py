@@ -23,8 +23,8 @@ from peft_kernels.core.op import OPS
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench.gpu import limits, optimizer_waves, sass
-from bench.gpu.optimizer_waves import BLOCKS_PER_SM, WARPS
+from bench.gpu import adamw_loops, limits, sass
+from bench.gpu.adamw_loops import BLOCKS_PER_SM, WARPS
 from bench.gpu.sass import Kernel
 
 TOOLS = sass.tools()
@@ -173,8 +173,7 @@ def compiled(architecture: int) -> tuple[Path, dict[str, Kernel]]:
 def test_loops_have_few_instructions_and_vector_loads(architecture: int) -> None:
     for name in ("AdamWStep<false>", "AdamWStep<true>"):
         kernel = compiled(architecture)[1][name]
-        assert optimizer_waves.faults(kernel) == [], name
-        # As optimizer_waves assumes.
+        assert adamw_loops.faults(kernel) == [], name
         assert kernel.threads == 32 * WARPS
         assert limits.resident_warps(kernel) == WARPS * BLOCKS_PER_SM
 
@@ -188,19 +187,19 @@ def test_a_bad_loop_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
             replace(i, opcode=opcodes.get(i.opcode.replace(".", "_"), i.opcode)) for i in kernel.instructions
         ]
         return {
-            fault.partition(": ")[2] for fault in optimizer_waves.faults(replace(kernel, instructions=code))
+            fault.partition(": ")[2] for fault in adamw_loops.faults(replace(kernel, instructions=code))
         }
 
     assert faults() == set()
     assert "6 instructions of single elements" in faults(STG_E="STG.E.U16")
     assert "0 loads of 32 bits, expected 4" in faults(LDG_E="LDG.E.U8")
     assert any(fault.endswith("of fp64") for fault in faults(FADD="DADD"))
-    kind = optimizer_waves.Kind(False, "fp32", 8)
-    monkeypatch.setitem(optimizer_waves.LIMITS, kind, (20.0, 20.0))
-    (fault,) = optimizer_waves.faults(kernel)
+    kind = adamw_loops.Kind(False, "fp32", 8)
+    monkeypatch.setitem(adamw_loops.LIMITS, kind, (20.0, 20.0))
+    (fault,) = adamw_loops.faults(kernel)
     assert re.fullmatch(rf"{kind.name}: 5\d\.\d\d instructions an element, at most 20 allowed", fault)
-    monkeypatch.setitem(optimizer_waves.LIMITS, kind._replace(dtype="fp8"), (20.0, 20.0))
-    assert "no loop for AdamW, fp8, moments in 8 bits" in optimizer_waves.faults(kernel)
+    monkeypatch.setitem(adamw_loops.LIMITS, kind._replace(dtype="fp8"), (20.0, 20.0))
+    assert "no loop for AdamW, fp8, moments in 8 bits" in adamw_loops.faults(kernel)
 
 
 @needs_tools

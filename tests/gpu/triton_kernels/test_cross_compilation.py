@@ -27,9 +27,9 @@ from triton.backends.compiler import GPUTarget
 import ptx_backend as ptx
 import testing
 from bench import run
-from bench.gpu import triton_cases, triton_code
+from bench.gpu import triton_code
+from bench.gpu.compiled import TRITON_TARGETS, TritonCase, TritonKernels
 from bench.gpu.triton_calls import BF16, Call, empty, nf4
-from bench.gpu.triton_cases import TARGETS
 from bench.gpu.triton_code import Code, Launched
 from bench.lib import report
 from peft_kernels import triton_kernels
@@ -46,7 +46,7 @@ PRODUCTS = {
     "bottleneck_backward_kernel",
 }
 
-each_target = pytest.mark.parametrize("target", TARGETS)
+each_target = pytest.mark.parametrize("target", TRITON_TARGETS)
 refusal = lru_cache(triton_code.unsupported)
 
 
@@ -57,7 +57,7 @@ def require(target: str) -> None:
 
 @lru_cache(maxsize=1)
 def all_code() -> list[Code]:
-    return triton_code.compile_all([target for target in TARGETS if refusal(target) is None])
+    return triton_code.compile_all([target for target in TRITON_TARGETS if refusal(target) is None])
 
 
 def code_for(target: str) -> list[Code]:
@@ -104,7 +104,7 @@ def configs_in(value: Any) -> Iterator[Any]:
 
 @lru_cache(maxsize=1)
 def launched() -> list[Launched]:
-    return [item for target in TARGETS for item in triton_code.standard(target)]
+    return [item for target in TRITON_TARGETS for item in triton_code.standard(target)]
 
 
 def test_every_kernel_is_compiled() -> None:
@@ -233,7 +233,7 @@ def test_a_kernel_that_does_not_compile_is_found() -> None:
 def test_a_target_that_triton_lacks_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton_code, "gpu_target", lambda name: GPUTarget("metal", name, 32))
     assert "cannot compile for sm90: 0 compatible backends" in str(triton_code.unsupported("sm90"))
-    result = triton_cases.Case("sm90").run()
+    result = TritonCase("sm90").run()
     assert "cannot compile for sm90" in result.line()
 
 
@@ -287,7 +287,7 @@ def test_batches_and_adapters_share_what_was_compiled(target: str) -> None:
 
 def test_the_table_has_a_line_for_each_config() -> None:
     code = product("sm90", 64, 32, 32)
-    result = triton_cases.Compiled(triton_cases.Case("sm90"), codes=[code, code])
+    result = TritonKernels(TritonCase("sm90"), kernels=[code, code])
     text = report.render([result])
     assert "Triton kernels as compiled for sm90" in text
     assert re.search(
@@ -300,4 +300,4 @@ def test_the_table_has_a_line_for_each_config() -> None:
 
 def test_run_selects_targets(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--list", "--only", "^triton"]) == 0
-    assert capsys.readouterr().out.split() == [f"triton-{target}" for target in TARGETS]
+    assert capsys.readouterr().out.split() == [f"triton-{target}" for target in TRITON_TARGETS]

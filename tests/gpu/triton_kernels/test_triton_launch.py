@@ -24,11 +24,10 @@ if triton.knobs.runtime.interpret:
 
 import triton.language as tl
 from op_samples import adamw_args
+from stub_card import Card, stub_card
 from test_cuda_graphs import nothing_read
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from bench.gpu import triton_launch
-from bench.gpu.triton_launch import Card
 from peft_kernels.core.op import OPS
 from peft_kernels.triton_kernels.core import launch, tables
 from peft_kernels.triton_kernels.optim import adamw
@@ -57,7 +56,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[Card]:
     for name in ("_fitting", "_compiled"):
         monkeypatch.setattr(launch, name, {})
     add_kernel.device_caches.clear()
-    with triton_launch.card("sm90") as stand_in:
+    with stub_card("sm90") as stand_in:
         yield stand_in
     add_kernel.device_caches.clear()
 

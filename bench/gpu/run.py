@@ -1,15 +1,15 @@
-"""Check the kernels on a GPU, then time them beside cuBLAS, bitsandbytes and PEFT.
+"""Checks the kernels on a GPU, then times them beside cuBLAS, bitsandbytes and PEFT.
 
-    python bench/gpu/gpu.py --output gpu-output
-    python bench/gpu/gpu.py --only '^forward-4096x4096'
-    python bench/gpu/gpu.py --eager --only m1-   # what Python and launches cost
-    python bench/gpu/gpu.py --check              # small shapes, checked and not timed: for sanitizers
-    python bench/gpu/gpu.py --backend cpu        # small shapes on the CPU, for the suite itself (or ptx)
+    python bench/gpu/run.py --output gpu-output
+    python bench/gpu/run.py --only '^forward-4096x4096'
+    python bench/gpu/run.py --eager --only m1-   # with the cost of Python and launches
+    python bench/gpu/run.py --check              # small shapes, checked and not timed: for sanitizers
+    python bench/gpu/run.py --backend cpu        # small shapes on the CPU, to test the suite (or ptx)
 
-Every case is checked against the reference in fp64 first; what is wrong is never timed. Weights rotate
-through copies larger than the cache. A floor is the time that the measured bandwidth and matrix peak of this
-card would allow. Writes results.jsonl and table.txt. Exits with 1 when a result was wrong or a case failed,
-with 2 when the back end cannot be used here.
+Every case is checked against the fp64 reference first; a wrong result is not timed. Weights rotate through
+copies larger than the cache. The roofline is the time that the measured bandwidth and matrix peak of this
+card allow. Writes results.jsonl and table.txt. Exits with 1 if a result was wrong or a case failed, with 2 if
+the back end cannot be used here.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent / "tests"))  # testing.py
 
 import torch
 
+import bench  # noqa: F401  (for the path of `testing`)
 import peft_kernels as pk
 import testing
 from bench.gpu import device_cases, events
@@ -46,10 +46,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     device = DEVICES[options.backend]
     if reason := refusal(options.backend):
-        print(f"gpu.py: back end {options.backend} cannot be used here: {reason}", file=sys.stderr)
+        print(f"bench/gpu/run.py: back end {options.backend} cannot be used here: {reason}", file=sys.stderr)
         return 2
     tiny = options.check or device == "cpu"
-    gpu = ceilings(device, measured=not (options.check or options.list))
+    gpu = measured_card(device, with_peaks=not (options.check or options.list))
     cases = [case for case in Suite(device, tiny, gpu.l2).cases() if re.search(options.only, case.name)]
     if options.list:
         print("\n".join(case.name for case in cases))
@@ -73,7 +73,7 @@ def refusal(backend: str) -> str | None:
     if DEVICES[backend] == "cuda" and not torch.cuda.is_available():
         return "torch sees no GPU"
     if backend not in BACKENDS:
-        return "this version of peft_kernels has none of that name"
+        return "this version of peft_kernels has no such back end"
     return BACKENDS[backend].probe()
 
 
@@ -90,7 +90,7 @@ def run(cases: Sequence[Case], options: argparse.Namespace, facts: dict[str, Any
 
 
 class Checked(Result):
-    """Ours against the reference, nothing timed."""
+    """Ours checked against the reference, not timed."""
 
     @classmethod
     def of(cls, case: Case) -> Checked:
@@ -106,7 +106,7 @@ class Checked(Result):
 
 
 def gpu_is_lost() -> bool:
-    """Whether an error, an illegal access say, has taken the CUDA context with it."""
+    """Whether an error such as an illegal access has destroyed the CUDA context."""
     if not torch.cuda.is_available():
         return False
     with contextlib.suppress(RuntimeError):
@@ -116,22 +116,21 @@ def gpu_is_lost() -> bool:
     return True
 
 
-def ceilings(device: str, measured: bool) -> Gpu:
-    """What this machine reaches, as far as floors need it; nothing, if that is not to be measured."""
+def measured_card(device: str, with_peaks: bool) -> Gpu:
+    """This machine's card, with its bandwidth and matrix peak measured for rooflines, or 0."""
     if device == "cpu":
         return Gpu("CPU", 0, 1, 1e9, 1e10, 1e11, harness.last_level_cache())
     card = torch.cuda.get_device_properties(0)
     architecture = card.major * 10 + card.minor
     bandwidth = flops = 0.0
-    if measured:
+    if with_peaks:
         bandwidth, flops = events.copy_bandwidth(), events.matrix_peak()
         torch.cuda.empty_cache()
-    # The clock is in no floor.
     return Gpu(card.name, architecture, card.multi_processor_count, 1e9, bandwidth, flops, card.L2_cache_size)
 
 
 def describe(backend: str, gpu: Gpu) -> dict[str, Any]:
-    """The facts that go into every JSON line."""
+    """Facts for every JSON line."""
     facts: dict[str, Any] = {"device": gpu.name, "backend": BACKENDS[backend].describe()}
     if gpu.architecture:
         facts |= {
@@ -148,13 +147,13 @@ def describe(backend: str, gpu: Gpu) -> dict[str, Any]:
 
 
 def clocks() -> str | None:
-    """Driver, clocks, power and temperature, with their names: where a card is too hot, times say little."""
+    """Driver version, clocks, power and temperature by name: a card that is too hot gives useless times."""
     query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.draw,power.limit,temperature.gpu"
-    said = _said(["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"])
-    return said and ", ".join(map(" ".join, zip(query.split(","), said.split(", "), strict=True)))
+    output = _output_of(["nvidia-smi", "--id=0", f"--query-gpu={query}", "--format=csv,noheader"])
+    return output and ", ".join(map(" ".join, zip(query.split(","), output.split(", "), strict=True)))
 
 
-def _said(command: Sequence[str]) -> str | None:
+def _output_of(command: Sequence[str]) -> str | None:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     return None
@@ -169,17 +168,17 @@ def render(done: session.Done, gpu: Gpu, timed: bool = True) -> str:
     tables = []
     for group in report.unique(result.case.group for result in done.outcomes):
         members = [result for result in done.outcomes if result.case.group == group]
-        if gpu.architecture and (cells := floors(members, gpu)):
-            tables.append(f"{group}: floor / time of {OURS}\n{report.grid(cells)}")
+        if gpu.architecture and (cells := roofline_shares(members, gpu)):
+            tables.append(f"{group}: roofline / time of {OURS}\n{report.grid(cells)}")
     return done.render(*tables, unit="us")
 
 
-def floors(results: Sequence[Result], gpu: Gpu) -> dict[tuple[str, tuple[int, str]], str]:
-    """How near each case comes to what bandwidth and matrix peak allow."""
+def roofline_shares(results: Sequence[Result], gpu: Gpu) -> dict[tuple[str, tuple[int, str]], str]:
+    """Time that bandwidth and matrix peak allow / our time, by shape and column."""
     return {
-        (result.case.shape, result.column): f"{floor / spent.median:.0%}"
+        (result.case.shape, result.column): f"{allowed / spent.median:.0%}"
         for result in results
-        if (floor := device_cases.floor(result.case, gpu)) and (spent := result.time(OURS))
+        if (allowed := device_cases.roofline(result.case, gpu)) and (spent := result.time(OURS))
     }
 
 
@@ -187,10 +186,10 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
-    add("--backend", default="cuda", choices=tuple(DEVICES), help="whose kernels are ours (cuda)")
+    add("--backend", default="cuda", choices=tuple(DEVICES), help="back end of our kernels (cuda)")
     add("--only", default="", metavar="REGEX", help="cases whose name matches; see --list")
     add("--list", action="store_true", help="print the names of the cases and stop")
-    add("--check", action="store_true", help="small shapes, checked and not timed")
+    add("--check", action="store_true", help="small shapes, only checked")
     add("--eager", action="store_true", help="time calls from Python, without CUDA graphs")
     add(
         "--seconds", type=float, default=240.0, metavar="S", help="leave out cases that would end later (240)"

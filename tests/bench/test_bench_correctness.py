@@ -30,8 +30,7 @@ import testing
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench.lib import adapted, block, cases, report
-from bench.lib import correctness as gate
+from bench.lib import adapted, block, cases, correctness, layers, report
 from bench.lib.harness import Absent, Contender, Result
 from bench.lib.report import OURS
 from bench.models import memory, model
@@ -83,7 +82,8 @@ def test_wrong_bits_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return result
 
     case = cases.quantize(TINY, "bf16")
-    cases._weights(cases.QUANTIZE, TINY, "bf16").nf4  # noqa: B018 the truth, before anything is broken
+    # The expected bits, before anything is broken.
+    layers.shared(layers.Weights, cases.QUANTIZE, *TINY, torch.bfloat16).nf4  # noqa: B018
     monkeypatch.setattr(pk.NF4Weight, "quantize", flipped)
     refused(measure(case))
 
@@ -115,7 +115,7 @@ def refused(result: Result) -> None:
 
 def test_a_wrong_peer_is_not_timed_and_the_others_are() -> None:
     machine = Machine()
-    expected = gate.Expected({}, {"y": torch.ones(3)})
+    expected = correctness.Expected({}, {"y": torch.ones(3)})
     rubbish = Contender("rubbish", [lambda: {"y": torch.zeros(3)}], expected.sane)
     peer = machine.contender("peer", 0.02)
     result = measure(case_of(machine.contender(OURS, 0.01), rubbish, peer), machine)

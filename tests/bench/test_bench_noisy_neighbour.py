@@ -19,8 +19,7 @@ from bench.lib import report
 from bench.lib.cases import PEFT_ON_BNB
 from bench.lib.harness import Absent
 from bench.lib.report import OURS
-from bench.models import model
-from bench.models import noisy_neighbour as busy
+from bench.models import model, noisy_neighbour
 from bench.models.noisy_neighbour import Case, Key, Slowed
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="process groups and /proc of Linux")
@@ -52,7 +51,7 @@ def wait_for_the_end_of(group: int | None) -> None:
 
 @pytest.mark.parametrize("is_other_session", [False, True], ids=["own", "other"])
 def test_neighbours_are_busy_and_end(is_other_session: bool) -> None:
-    with pytest.raises(KeyError), busy.neighbours(2, is_other_session) as group:
+    with pytest.raises(KeyError), noisy_neighbour.neighbours(2, is_other_session) as group:
         assert group
         end = time.monotonic() + 30
         while len(used := [m for m in members(group) if m[2] > 0.05]) < 2 and time.monotonic() < end:
@@ -64,8 +63,10 @@ def test_neighbours_are_busy_and_end(is_other_session: bool) -> None:
 
 
 def test_neighbours_end_with_the_process_that_started_them() -> None:
-    folder = Path(busy.__file__).parent.parent
-    code = "import os, time\nfrom bench import busy\nwith busy.neighbours(2, False) as g:\n"
+    folder = Path(noisy_neighbour.__file__).parent.parent.parent
+    code = (
+        "import time\nfrom bench.models.noisy_neighbour import neighbours\nwith neighbours(2, False) as g:\n"
+    )
     code += "    print(g, flush=True)\n    time.sleep(60)"
     folders = os.pathsep.join([str(folder), str(folder / "tests")])
     child = subprocess.Popen(
@@ -79,7 +80,7 @@ def test_neighbours_end_with_the_process_that_started_them() -> None:
 
 
 def test_no_neighbours() -> None:
-    with busy.neighbours(0, True) as group:
+    with noisy_neighbour.neighbours(0, True) as group:
         assert group is None
 
 
@@ -122,7 +123,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     ours.verify = off
     step = SimpleNamespace(build=lambda: [ours, absent])
     monkeypatch.setattr(model, "step", lambda *sizes: step)
-    monkeypatch.setattr(busy, "neighbours", lambda count, other: pytest.fail("nobody to time"))
+    monkeypatch.setattr(noisy_neighbour, "neighbours", lambda count, other: pytest.fail("nobody to time"))
     found = TINY.run(ONCE)
     assert (
         found.wrong == {OURS: "off"} and found.absent == {PEFT_ON_BNB: "not installed"} and not found.seconds
@@ -131,7 +132,7 @@ def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_names() -> None:
-    assert [case.name for case in busy.standard("bf16")] == [
+    assert [case.name for case in noisy_neighbour.standard("bf16")] == [
         "busy-own-session-4x256-bf16",
         "busy-other-session-4x256-bf16",
     ]

@@ -17,39 +17,39 @@ import testing
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench import run
-from bench.gpu import launch_overhead as host
+from bench.gpu import launch_overhead
 from bench.lib import report
 from bench.lib.report import OURS, Timing
 
 COUNTS = {
     "nf4_linear": (1, 3),
     "lora_linear": (3, 7),
-    host.GOAL_OF: (3, 7),
+    launch_overhead.GOAL_OF: (3, 7),
     "forward + backward of it": (8, 19),
 }
 """Launches, and torch's functions that a call goes through: memory, and views of x, y and h."""
 
 
 @pytest.fixture(scope="module")
-def cost() -> host.HostCost:
+def cost() -> launch_overhead.HostCost:
     pytest.importorskip("peft")
     testing.register_ptx()
     if (reason := testing.unavailable("ptx")) is not None:
         pytest.skip(f"ptx: {reason}")
-    return host.Case("bf16").run(Timing(0.0, 1))
+    return launch_overhead.Case("bf16").run(Timing(0.0, 1))
 
 
 @pytest.mark.parametrize("call", COUNTS)
-def test_counts(cost: host.HostCost, call: str) -> None:
+def test_counts(cost: launch_overhead.HostCost, call: str) -> None:
     assert (cost.launches[call], cost.torch_ops[call]) == COUNTS[call]
 
 
-def test_the_table(cost: host.HostCost) -> None:
+def test_the_table(cost: launch_overhead.HostCost) -> None:
     text = report.render([cost])
     assert "host code of back end cuda on a stub device, host-2048x2048-m1-bf16: per call" in text
     for call in COUNTS:
         assert f"\n{call} " in text
-    slow = dataclasses.replace(cost, us={host.GOAL_OF: report.Spread(26.0, 26.0, 26.0)})
+    slow = dataclasses.replace(cost, us={launch_overhead.GOAL_OF: report.Spread(26.0, 26.0, 26.0)})
     assert list(slow.goals()) == [("patched PEFT layer: at most 25 us, measured 26.0", False)]
     assert report.json_data(cost, {})["launches"]["nf4_linear"] == 1
 
@@ -61,8 +61,8 @@ def test_it_runs_by_name(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_without_the_stub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(testing, "unavailable", lambda name: "not built")
-    cost = host.Case("bf16").run(Timing(0.0, 1))
-    assert cost.absent == {OURS: "not built"} and cost.line() == "not built"
+    cost = launch_overhead.Case("bf16").run(Timing(0.0, 1))
+    assert cost.absent == {OURS: "not built"} and cost.line() == "ours: not built"
 
 
 @pytest.mark.parametrize("n,k", [(4096, 4096), (4096, 14336)])

@@ -1,4 +1,4 @@
-"""bench/gpu/gpu.py as far as it runs without a GPU: the cases, the tables, the timing."""
+"""bench/gpu/run.py as far as it runs without a GPU: the cases, the tables, the timing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from broken_ops import break_op
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
-from bench.gpu import device_cases, events, gpu
+from bench.gpu import device_cases, events, run
 from bench.gpu.device_cases import Suite
 from bench.gpu.roofline import BY_ARCHITECTURE, Gpu
 from bench.lib import session
@@ -34,16 +34,16 @@ def tiny(*names: str) -> list[Case]:
 
 
 def options(tmp_path: Path, *arguments: str) -> Any:
-    return gpu._parse(
+    return run._parse(
         ["--backend", "cpu", "--min-time", "0", "--repeats", "1", "--output", str(tmp_path), *arguments]
     )
 
 
 @pytest.fixture
 def on_cpu() -> Iterator[None]:
-    if reason := gpu.refusal("cpu"):
+    if reason := run.refusal("cpu"):
         pytest.skip(reason)
-    with gpu.pk.use_backend("cpu"):
+    with run.pk.use_backend("cpu"):
         yield
 
 
@@ -70,7 +70,7 @@ def test_every_kind_of_case_is_checked_and_timed() -> None:
     ):
         result = case.run(Timing(0.0, 1))
         assert not result.wrong and result.time(OURS) is not None, result.wrong
-        assert device_cases.floor(case, TINY) is not None or case.group == "qlora"
+        assert device_cases.roofline(case, TINY) is not None or case.group == "qlora"
 
 
 @pytest.mark.usefixtures("on_cpu")
@@ -83,16 +83,16 @@ def test_steps_of_optimizers_are_checked_and_timed(monkeypatch: pytest.MonkeyPat
     assert all(isinstance(one, Absent) or len({id(c.params) for c in one.calls}) == 2 for one in made)
     result = case.run(Timing(0.0, 1))
     assert not result.wrong and {OURS, optimizers.TORCH} <= result.seconds.keys()
-    floor = device_cases.floor(case, TINY)
+    floor = device_cases.roofline(case, TINY)
     assert floor == pytest.approx(210 * 256 * (3 * 4 + 4 + 4 * 4 / 256) / TINY.bandwidth)
-    step = gpu.pk.optim.AdamW8bit.step
+    step = run.pk.optim.AdamW8bit.step
 
     def backwards(self: Any) -> None:
         for group in self.param_groups:
             group["lr"] = -group["lr"]
         step(self)
 
-    monkeypatch.setattr(gpu.pk.optim.AdamW8bit, "step", backwards)
+    monkeypatch.setattr(run.pk.optim.AdamW8bit, "step", backwards)
     result = case.run(Timing(0.0, 1))
     assert "the first step is off" in result.wrong[OURS] and not result.seconds
 
@@ -100,7 +100,7 @@ def test_steps_of_optimizers_are_checked_and_timed(monkeypatch: pytest.MonkeyPat
 @pytest.mark.usefixtures("on_cpu")
 def test_the_kernels_taken_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     ways = ("a forward kernel", "a backward kernel")
-    monkeypatch.setattr(gpu.BACKENDS["cpu"], "plan", lambda m, n, k, blocksize, dtype: ways, raising=False)
+    monkeypatch.setattr(run.BACKENDS["cpu"], "plan", lambda m, n, k, blocksize, dtype: ways, raising=False)
     for case, way in zip(tiny("forward-72x64-m5-bf16", "dx-72x64-m5-bf16"), ways, strict=True):
         assert case.run(Timing(0.0, 1)).remarks == {OURS: f"by {way}"}
 
@@ -110,10 +110,10 @@ def test_the_kernels_taken_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_wrong_results_are_found(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     break_op(monkeypatch, op, lambda result: result * 1.02)
     (case,) = tiny("forward-72x64-m33-bf16")
-    done = gpu.run([case], options(tmp_path, "--check"), {})
+    done = run.run([case], options(tmp_path, "--check"), {})
     wrong = bool(done.outcomes[0].wrong)
     assert wrong == (op == "nf4_linear")
-    assert ("0 cases right, 1 wrong" in gpu.render(done, TINY, timed=False)) == wrong
+    assert ("0 cases right, 1 wrong" in run.render(done, TINY, timed=False)) == wrong
 
 
 def test_rows_to_check_reach_from_the_first_to_the_last() -> None:
@@ -131,35 +131,37 @@ def test_a_case_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
         return [Contender(OURS, [lambda: None], lambda result: 0.0)]
 
     cases = [Case("forward", 8, 8, m, "bf16", build) for m, build in ((1, fails), (2, works))]
-    done = gpu.run(cases, options(tmp_path), {})
+    done = run.run(cases, options(tmp_path), {})
     assert [result.case.m for result in done.outcomes] == [2]
-    assert "FAILED forward-8x8-m1-bf16: MemoryError: no room" in gpu.render(done, TINY)
-    done = gpu.run(cases, options(tmp_path, "--seconds", "-1"), {})
+    assert "FAILED forward-8x8-m1-bf16: MemoryError: no room" in run.render(done, TINY)
+    done = run.run(cases, options(tmp_path, "--seconds", "-1"), {})
     assert not done.outcomes and not done.failed
-    assert "left out, 2 cases: forward-8x8-m1-bf16, forward-8x8-m2-bf16" in gpu.render(done, TINY)
+    assert "left out, 2 cases: forward-8x8-m1-bf16, forward-8x8-m2-bf16" in run.render(done, TINY)
 
 
 def test_times_stand_beside_floors() -> None:
     case = Case("forward", 4096, 4096, 1, "bf16", list)
     result = Result(case, contenders=[OURS, "bnb"], seconds={OURS: [5e-6], "bnb": [1e-5]})
-    text = gpu.render(session.Done([result]), BY_ARCHITECTURE[90])
+    text = run.render(session.Done([result]), BY_ARCHITECTURE[90])
     assert "us per call" in text and "4096x4096 ours  5.00" in text
-    assert "forward: floor / time of ours\n           M=1\n4096x4096  52%" in text
+    assert "forward: roofline / time of ours\n           M=1\n4096x4096  52%" in text
 
 
 def test_the_clocks_go_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "_said", lambda command: "580.1, 1980 MHz, 2619 MHz, 1980 MHz, 90 W, 700 W, 41")
-    assert gpu.clocks() == (
+    monkeypatch.setattr(
+        run, "_output_of", lambda command: "580.1, 1980 MHz, 2619 MHz, 1980 MHz, 90 W, 700 W, 41"
+    )
+    assert run.clocks() == (
         "driver_version 580.1, clocks.sm 1980 MHz, clocks.mem 2619 MHz, clocks.max.sm 1980 MHz, "
         "power.draw 90 W, power.limit 700 W, temperature.gpu 41"
     )
-    monkeypatch.setattr(gpu, "_said", lambda command: None)
-    assert gpu.clocks() is None
+    monkeypatch.setattr(run, "_output_of", lambda command: None)
+    assert run.clocks() is None
 
 
 @no_gpu
 def test_without_a_gpu_the_benchmark_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert gpu.main(["--output", str(tmp_path)]) == 2
+    assert run.main(["--output", str(tmp_path)]) == 2
     assert "back end cuda cannot be used here: torch sees no GPU" in capsys.readouterr().err
 
 
