@@ -121,7 +121,7 @@ def forward(shape: Shape, m: int, dtype: str) -> Case:
                 for mode in ("eval", "train")
             ),
         )
-        return contenders(weights, entries, lambda layer: layers.forward_call(layer, x))
+        return contenders(entries, lambda layer: layers.forward_call(layer, x), weights)
 
     return case(FORWARD, shape, m, dtype, build)
 
@@ -227,7 +227,7 @@ def overhead(group: str, dtype: str) -> Case:
             Entry(OURS, lambda: [layer], expected.strict),
             Entry(THE_OP, lambda: [op], expected.strict),
         )
-        return contenders(weights, entries, lambda one: layers.forward_call(one, x))
+        return contenders(entries, lambda one: layers.forward_call(one, x), weights)
 
     return case(group, (64, 64), 1, dtype, build)
 
@@ -263,7 +263,7 @@ def quantize(shape: Shape, dtype: str) -> Case:
 def dequantize(shape: Shape, dtype: str) -> Case:
     def build() -> list[Contender | Absent]:
         weights = layers.shared(Weights, DEQUANTIZE, *shape, DTYPES[dtype])
-        return contenders(weights, dequantize_entries(weights, weight_copies(weights, 2)[0]))
+        return contenders(dequantize_entries(weights, weight_copies(weights, 2)[0]), cache=weights)
 
     return case(DEQUANTIZE, shape, None, dtype, build)
 

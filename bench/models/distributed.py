@@ -1,9 +1,9 @@
-"""QLoRA of SmolLM2-135M in several processes against one: `python -m bench.models.distributed`.
+"""QLoRA of SmolLM2-135M in several processes beside one: `python -m bench.models.distributed`.
 
-Twenty steps in fp32 on the task of `examples/finetune.py`, the same batches, in one process, under DDP, under
-FSDP2 in two and in three, and under FSDP2 killed in the middle (SIGKILL of one process, and of all) and gone
-on with from its last checkpoint. Told: the largest relative difference of a loss, and of the adapters'
-movement, from one process; and the bytes of the base in each process. On the CPU, by gloo: no speed is told.
+Twenty steps in fp32 on the task of `examples/finetune.py`, with the same batches: in one process, under DDP,
+under FSDP2 in two and three processes, and under FSDP2 killed halfway (SIGKILL of one process, and of all)
+and resumed from its last checkpoint. Prints the largest relative difference from one process of a loss and of
+the adapters' change, and the share of the base in each process. Runs on the CPU with gloo; nothing is timed.
 """
 
 from __future__ import annotations
@@ -22,23 +22,24 @@ import torch.distributed as dist
 from ranks import ended, enter, forked, free_port
 from torch import Tensor, nn
 
-EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
+from ..lib import examples
+
 MAX_LENGTH, RANK, LR, SEED, BATCH = 64, 8, 5e-4, 0, 6
 
 
-class Found(NamedTuple):
-    """What a run leaves: losses by step, how far the adapters moved, the base's largest share in one."""
+class Result(NamedTuple):
+    """Of a run: losses by step, change of the adapters, the largest share of the base in one process."""
 
     losses: dict[int, float]
-    moved: dict[str, Tensor]
+    change: dict[str, Tensor]
     share: float
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     add = parser.add_argument
-    add("--steps", type=int, default=20, help="of all runs (20); checkpoints are of half of them")
-    add("--model", type=Path, help="a folder in place of SmolLM2-135M")
+    add("--steps", type=int, default=20, help="of each run (20); checkpoints are taken halfway")
+    add("--model", type=Path, help="a folder, instead of SmolLM2-135M")
     add("--data", type=Path, help="JSON lines, as of examples/finetune.py")
     options = parser.parse_args(arguments)
     if options.steps < 4:
@@ -52,110 +53,102 @@ def compare(options: Any, folder: Path) -> None:
     one = run(options, "one", 1, folder / "one")
     assert one is not None
     print(f"one process: losses {one.losses[0]:.4f} to {one.losses[options.steps - 1]:.4f}", flush=True)
-    for title, way, ranks in (
-        ("DDP, 2", "ddp", 2),
-        ("FSDP2, 2", "fsdp2", 2),
-        ("FSDP2, 3", "fsdp2", 3),
-    ):
-        tell(title, run(options, way, ranks, folder / title), one)
+    for title, strategy, ranks in (("DDP, 2", "ddp", 2), ("FSDP2, 2", "fsdp2", 2), ("FSDP2, 3", "fsdp2", 3)):
+        compare_with(title, run(options, strategy, ranks, folder / title), one)
     for victims, ranks in (("1", 2), ("01", 3)):
         where = folder / f"killed-{victims}"
         if run(options, "fsdp2", 2, where, killed=victims) is not None:
-            raise RuntimeError(f"processes {victims}: expected to be killed, got to the end")
+            raise RuntimeError(f"processes {victims}: expected to be killed, but finished")
         title = f"FSDP2, {len(victims)} of 2 killed, then {ranks}"
-        tell(title, run(options, "fsdp2", ranks, where / "again", resume=where / "checkpoint"), one)
+        compare_with(title, run(options, "fsdp2", ranks, where / "again", resume=where / "checkpoint"), one)
 
 
-def tell(title: str, found: Found | None, one: Found) -> None:
+def compare_with(title: str, found: Result | None, one: Result) -> None:
     if found is None:
-        raise RuntimeError(f"{title}: expected to get to the end, see above")
+        raise RuntimeError(f"{title}: did not finish, see above")
     loss = max(abs(found.losses[step] / one.losses[step] - 1) for step in found.losses)
     squares = [
-        (float((found.moved[name] - moved).square().sum()), float(moved.square().sum()))
-        for name, moved in one.moved.items()
+        (float((found.change[name] - change).square().sum()), float(change.square().sum()))
+        for name, change in one.change.items()
     ]
     apart = (sum(a for a, _ in squares) / sum(b for _, b in squares)) ** 0.5
     print(
         f"{title}: {len(found.losses)} steps, losses within {loss:.1e}, adapters within {apart:.1e} of their "
-        f"movement, base in a process at most {found.share:.1%}",
+        f"change, base in a process at most {found.share:.1%}",
         flush=True,
     )
 
 
 def run(
-    options: Any, way: str, ranks: int, out: Path, resume: Path | None = None, killed: str = ""
-) -> Found | None:
-    """None when it did not get to the end."""
+    options: Any, strategy: str, ranks: int, out: Path, resume: Path | None = None, killed: str = ""
+) -> Result | None:
+    """None if it did not finish."""
     out.mkdir(parents=True, exist_ok=True)
-    told = Told(way, ranks, out, resume, killed)
+    setup = Setup(strategy, ranks, out, resume, killed)
     context: Any = forked()
     port = free_port()
     processes = [
-        context.Process(target=child, args=(options, told, rank, port), daemon=True) for rank in range(ranks)
+        context.Process(target=child, args=(options, setup, rank, port), daemon=True) for rank in range(ranks)
     ]
     for process in processes:
         process.start()
-    # Twenty steps of SmolLM2-135M are to fit in.
     if any(ended(processes, seconds=3600)):
         return None
-    return Found(**torch.load(out / "found.pt"))
+    return Result(**torch.load(out / "found.pt"))
 
 
-# In each process.
+class Setup(NamedTuple):
+    """Of a run."""
 
-
-class Told(NamedTuple):
-    """What a run is."""
-
-    way: str
+    strategy: str
     ranks: int
     out: Path
     resume: Path | None
     killed: str
-    """Ranks that kill themselves in the middle."""
+    """Ranks that kill themselves halfway."""
 
 
-def child(options: Any, told: Told, rank: int, port: int) -> None:
-    enter(rank, told.ranks, port)
+def child(options: Any, setup: Setup, rank: int, port: int) -> None:
+    enter(rank, setup.ranks, port)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    if told.killed:
+    if setup.killed:
         for stream in (1, 2):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     dist.init_process_group("gloo")
     model, base = make(options)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     start = {name: p.detach().clone() for name, p in trained.items()}
-    run_model, share = distribute(model, told.way, told.ranks, base)
+    run_model, share = distribute(model, setup.strategy, setup.ranks, base)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
     first = 0
-    if told.resume is not None:
+    if setup.resume is not None:
         first = options.steps // 2
-        resume(model, optimizer, told.resume)
+        resume(model, optimizer, setup.resume)
     losses = {}
     for step, batch in enumerate(batches(options)):
         if step < first:
             continue
-        losses[step] = train_step(run_model, optimizer, batch, told.ranks, rank)
-        if step + 1 == options.steps // 2 and told.way == "fsdp2" and told.resume is None:
-            save(model, optimizer, told.out / "checkpoint")
-        if step == options.steps // 2 + 1 and str(rank) in told.killed:
+        losses[step] = train_step(run_model, optimizer, batch, setup.ranks, rank)
+        if step + 1 == options.steps // 2 and setup.strategy == "fsdp2" and setup.resume is None:
+            save(model, optimizer, setup.out / "checkpoint")
+        if step == options.steps // 2 + 1 and str(rank) in setup.killed:
             os.kill(os.getpid(), signal.SIGKILL)
     after = {name: whole(p) for name, p in model.named_parameters() if p.requires_grad}
     if rank == 0:
-        moved = {name: after[name] - start[name] for name in start}
-        torch.save({"losses": losses, "moved": moved, "share": share}, told.out / "found.pt")
+        change = {name: after[name] - start[name] for name in start}
+        torch.save({"losses": losses, "change": change, "share": share}, setup.out / "found.pt")
     dist.barrier()
-    os._exit(0)  # gloo's threads may wait for what is freed after them
+    os._exit(0)  # gloo's threads may wait for objects that are freed after them
 
 
 def make(options: Any) -> tuple[Any, int]:
-    """The model with adapters, patched, alike in every process; and the bytes of its base in 4 bits."""
+    """The patched model with adapters, the same in every process, and the bytes of its NF4 weights."""
     import peft
 
     import peft_kernels as pk
 
-    lib = examples("finetune_model")
-    folder = lib.model_folder(options.model, EXAMPLES.parent / "build" / "methods")
+    lib = examples.module("finetune_model")
+    folder = lib.model_folder(options.model, examples.MODELS)
     torch.manual_seed(SEED)
     model = lib.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     pk.quantize_model(model)
@@ -166,10 +159,10 @@ def make(options: Any) -> tuple[Any, int]:
     return model, base
 
 
-def distribute(model: Any, way: str, ranks: int, base: int) -> tuple[Any, float]:
-    """What is called, and the largest share of the base that a process has."""
-    if way != "fsdp2":
-        return (nn.parallel.DistributedDataParallel(model) if way == "ddp" else model), 1.0
+def distribute(model: Any, strategy: str, ranks: int, base: int) -> tuple[Any, float]:
+    """The distributed model, and the largest share of the base in a process."""
+    if strategy != "fsdp2":
+        return (nn.parallel.DistributedDataParallel(model) if strategy == "ddp" else model), 1.0
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -186,8 +179,8 @@ def distribute(model: Any, way: str, ranks: int, base: int) -> tuple[Any, float]
 def batches(options: Any) -> Iterator[dict[str, Tensor]]:
     from transformers import DataCollatorForSeq2Seq
 
-    lib, data = examples("finetune_model"), examples("finetune_data")
-    tokenizer = lib.load_tokenizer(lib.model_folder(options.model, EXAMPLES.parent / "build" / "methods"))
+    lib, data = map(examples.module, ("finetune_model", "finetune_data"))
+    tokenizer = lib.load_tokenizer(lib.model_folder(options.model, examples.MODELS))
     pairs = data.read_jsonl(options.data) if options.data else data.docstring_examples()
     rows = data.encode(data.split(pairs)[0], tokenizer, MAX_LENGTH)
     rows = data.in_order(rows, BATCH, options.steps, SEED)
@@ -197,11 +190,11 @@ def batches(options: Any) -> Iterator[dict[str, Tensor]]:
 
 
 def train_step(model: Any, optimizer: Any, batch: dict[str, Tensor], ranks: int, rank: int) -> float:
-    """Over this process's rows; the loss is that of all."""
+    """A step on this process's rows. Returns the loss over all rows."""
     counted = (batch["labels"][:, 1:] != -100).sum()
     rows = slice(rank * BATCH // ranks, (rank + 1) * BATCH // ranks)
     part = {name: value[rows] for name, value in batch.items()}
-    # Gradients are averaged over processes, so each one's loss counts that much more.
+    # Gradients are averaged over processes, so the loss is scaled up.
     loss = model(**part, num_items_in_batch=counted).loss * ranks
     loss.backward()
     optimizer.step()
@@ -240,14 +233,6 @@ def _state(model: Any, optimizer: Any) -> dict[str, Any]:
 def whole(p: Tensor) -> Tensor:
     full: Tensor = p.full_tensor() if hasattr(p, "full_tensor") else p
     return full.detach().clone()
-
-
-def examples(name: str) -> Any:
-    import importlib
-
-    if str(EXAMPLES) not in sys.path:
-        sys.path.append(str(EXAMPLES))
-    return importlib.import_module(name)
 
 
 if __name__ == "__main__":

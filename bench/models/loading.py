@@ -1,20 +1,19 @@
-"""Loading a checkpoint in 4 bits: the memory that it takes at its peak, and the time.
+"""Peak memory and time of loading a checkpoint in 4 bits.
 
-A checkpoint of random bf16 or fp32 weights is made in a temporary folder, and each contender loads it in a
-fresh process, as bf16. Memory is looked at every millisecond from outside, and is told above what the process
-had before. What is judged is all that is resident, plus what of the model is left in the mapped file, as if
-none of it were resident yet. Out of fp32 it is anonymous memory instead: transformers casts before a
-quantiser sees a tensor, and pages of the file that it has read stay until the system takes them back.
+A checkpoint of random bf16 or fp32 weights is written to a temporary folder, and each contender loads it as
+bf16 in a fresh process. Memory is sampled every millisecond from outside, as the increase over the process
+before loading. The peak is the resident memory plus tensors that are still in the mapped file, as if none of
+these were resident. From fp32 it is anonymous memory instead: transformers casts before a quantiser sees a
+tensor, and the pages of the file that it has read stay until the system reclaims them.
 
-transformers leaves weights whose type need not change in the file: plain loading in bf16 reads nothing
-("bf16, mapped"). So time is put beside loading them into memory ("bf16, in memory").
+transformers maps weights whose dtype does not change: plain loading in bf16 reads nothing ("bf16, mapped").
+So time is compared with loading into memory ("bf16, in memory").
 """
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -33,14 +32,15 @@ import peft_kernels
 from ..lib import report
 from ..lib.contenders import missing
 from ..lib.layers import BNB
-from ..lib.report import OURS, Spread
+from ..lib.machine import status_bytes
+from ..lib.report import OURS, Spread, megabytes
 
 MAPPED, IN_MEMORY, THEIRS = "bf16, mapped", "bf16, in memory", "bnb, 4 bits"
 HOW = {OURS: "ours", IN_MEMORY: "in-memory", MAPPED: "mapped", THEIRS: "bnb"}
 TIME_GOAL = 1.3
-"""What our time is to come to at most, as a multiple of loading bf16 into memory."""
+"""Our time / that of loading bf16 into memory, at most."""
 SLACK = 1.5
-"""Of the largest tensor, may be in memory beside the model."""
+"""Memory beyond the model at most, as a multiple of the largest tensor."""
 CHILD = Path(__file__).with_name("loading_child.py")
 
 SIZES: dict[str, dict[str, int]] = {
@@ -74,7 +74,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Case:
-    """A size of model, and the type that its checkpoint is stored in."""
+    """A model size and the dtype of its checkpoint."""
 
     size: str
     stored: str
@@ -93,7 +93,7 @@ class Case:
         progress: report.Progress = report.silent,
         contenders: Mapping[str, str] = HOW,
     ) -> Loaded:
-        """Three rounds of one load each, interleaved; more do not fit."""
+        """Three interleaved rounds of one load each."""
         loaded = Loaded(self)
         if reason := missing("transformers safetensors"):
             loaded.absent[OURS] = reason
@@ -121,22 +121,21 @@ class Case:
 
 @dataclass(frozen=True)
 class Load:
-    """One load: seconds, and bytes."""
+    """Seconds and bytes of one load."""
 
     seconds: float
     nf4: int
     dense: int
     mapped: int
-    """Of the dense ones, what is still in the file."""
+    """Dense tensors that are still in the file."""
     anonymous: int
-    """At the peak, above what the process had."""
+    """Peak increase of anonymous memory."""
     resident: int
-    """The same of all memory, pages of files included."""
+    """Peak increase of resident memory, pages of files included."""
     floor: int
-    """All that was resident before."""
+    """Resident before."""
 
     def peak(self, stored: str) -> int:
-        """What is judged."""
         return self.mapped + (self.resident if stored == "bf16" else self.anonymous)
 
     def limit(self, largest: int) -> int:
@@ -145,12 +144,10 @@ class Load:
 
 @dataclass
 class Loaded(report.Outcome):
-    """What came of a case."""
-
     case: Case
     loads: dict[str, list[Load]] = field(default_factory=dict)
     largest: int = 0
-    """Bytes of the largest tensor, as it is stored."""
+    """Bytes of the largest stored tensor."""
 
     def time(self, name: str) -> float | None:
         loads = self.loads.get(name)
@@ -167,8 +164,8 @@ class Loaded(report.Outcome):
         if worst is not None:
             limit, peak = worst.limit(self.largest), self.peak(worst)
             what = "resident" if self.case.stored == "bf16" else "anonymous"
-            text = f"peak of {what} memory above the floor: at most {mb(limit)}, measured {mb(peak)}"
-            yield text, peak <= limit
+            text = f"peak of {what} memory above the floor: at most {megabytes(limit)}"
+            yield f"{text}, measured {megabytes(peak)}", peak <= limit
         if ours is not None and plain is not None:
             text = f"time: at most {TIME_GOAL} times {IN_MEMORY}, measured {ours / plain:.2f}"
             yield text, ours <= TIME_GOAL * plain
@@ -180,12 +177,11 @@ class Loaded(report.Outcome):
             return {}
         return {THEIRS: Spread.of([b / a for a, b in zip(ours, theirs, strict=False)])}
 
-    def line(self) -> str:
-        parts = [
-            f"{name} {self.time(name):.2f} s, {mb(max(map(self.peak, loads)))}"
+    def parts(self) -> list[str]:
+        return [
+            f"{name} {self.time(name):.2f} s, {megabytes(max(map(self.peak, loads)))}"
             for name, loads in self.loads.items()
         ]
-        return "; ".join([*parts, *(f"{name}: {why}" for name, why in (self.absent | self.wrong).items())])
 
     def data(self) -> dict[str, Any]:
         loads = {name: [vars(load) for load in loads] for name, loads in self.loads.items()}
@@ -201,7 +197,7 @@ class Loaded(report.Outcome):
                 assert worst is not None
                 model = worst.nf4 + worst.dense
                 sizes = (outcome.peak(worst), model, worst.anonymous, worst.resident, worst.floor)
-                cells = [f"{outcome.time(name):.2f}", *map(mb, sizes)]
+                cells = [f"{outcome.time(name):.2f}", *map(megabytes, sizes)]
                 rows.append([outcome.case.name.removeprefix("loading-"), name, *cells])
         yield "loading a checkpoint as bf16 or 4 bits; peak is above the floor", report.table(titles, rows)
 
@@ -210,12 +206,8 @@ def standard(dtype: str) -> list[Case]:
     return [Case(size, stored) for size in SIZES for stored in DTYPES]
 
 
-def mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:.0f} MB"
-
-
 def write(folder: Path, sizes: Mapping[str, int], dtype: torch.dtype) -> int:
-    """A Llama of random weights in two files, made one file at a time. Returns the largest tensor's bytes."""
+    """Writes a Llama of random weights in two files. Returns the largest tensor's bytes."""
     import transformers
     from safetensors.torch import save_file
 
@@ -241,9 +233,9 @@ def write(folder: Path, sizes: Mapping[str, int], dtype: torch.dtype) -> int:
 
 
 def load(how: str, folder: Path) -> Load:
-    """In a fresh process. RuntimeError with the last line that it wrote when it fails."""
+    """Loads in a fresh process. RuntimeError with its last line of output if that fails."""
     command = [sys.executable, str(CHILD), how, str(folder / "model"), str(folder / "tiny")]
-    # The package that this process has, and not one that is installed.
+    # This process's package, not an installed one.
     paths = [str(Path(peft_kernels.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
@@ -258,29 +250,29 @@ def load(how: str, folder: Path) -> Load:
             if not text:
                 child.wait()
                 errors.seek(0)
-                *_, last = ["it ended without a word", *errors.read().strip().splitlines()]
+                *_, last = ["it ended without output", *errors.read().strip().splitlines()]
                 raise RuntimeError(last)
             return text
 
         line()
-        anonymous, resident = _memory(child.pid)
-        with _Watch(child.pid) as watch:
+        before = _memory(child.pid)
+        with _PeakMemory(child.pid) as peak:
             print(file=child.stdin, flush=True)
             found = json.loads(line())
         print(file=child.stdin, flush=True)
-    above = {"anonymous": watch.anonymous - anonymous, "resident": watch.resident - resident}
-    return Load(**found, **above, floor=resident)
+    above = {name: peak.bytes[name] - before[name] for name in before}
+    return Load(**found, **above, floor=before["resident"])
 
 
-class _Watch:
-    """The most that another process has in memory while this is open."""
+class _PeakMemory:
+    """Peak memory of another process while the context is open."""
 
     def __init__(self, pid: int) -> None:
-        self.anonymous = self.resident = 0
+        self.bytes = {"anonymous": 0, "resident": 0}
         self._pid, self._over = pid, threading.Event()
-        self._thread = threading.Thread(target=self._look)
+        self._thread = threading.Thread(target=self._sample)
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> _PeakMemory:
         self._thread.start()
         return self
 
@@ -288,19 +280,11 @@ class _Watch:
         self._over.set()
         self._thread.join()
 
-    def _look(self) -> None:
+    def _sample(self) -> None:
         while not self._over.is_set():
-            anonymous, resident = _memory(self._pid)
-            self.anonymous, self.resident = max(self.anonymous, anonymous), max(self.resident, resident)
+            self.bytes = {name: max(self.bytes[name], now) for name, now in _memory(self._pid).items()}
             time.sleep(0.001)
 
 
-def _memory(pid: int) -> tuple[int, int]:
-    """Anonymous and all resident bytes, by what Linux says of a process; zeros when it is gone."""
-    try:
-        text = Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return 0, 0
-    found = [re.search(rf"^{field}:\s+(\d+) kB$", text, re.MULTILINE) for field in ("RssAnon", "VmRSS")]
-    anonymous, resident = (0 if match is None else int(match[1]) * 1024 for match in found)
-    return anonymous, resident
+def _memory(pid: int) -> dict[str, int]:
+    return {"anonymous": status_bytes("RssAnon", pid), "resident": status_bytes("VmRSS", pid)}

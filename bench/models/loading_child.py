@@ -1,7 +1,7 @@
-"""Loads a checkpoint once, in a process of its own, for loading.py: `loading_child.py HOW FOLDER SMALL`.
+"""Loads a checkpoint once in its own process, for loading.py: `loading_child.py HOW FOLDER SMALL`.
 
-Everything is imported, and a SMALL checkpoint loaded the same way, before it says `ready` and waits for a
-line. What is printed then is one line of JSON.
+First imports everything and loads a SMALL checkpoint the same way. Then prints `ready`, waits for a line,
+loads, and prints one line of JSON.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# At the end: an installed peft_kernels, with its compiled library, goes before the source tree.
+# At the end: an installed peft_kernels, with its compiled library, takes precedence over the source tree.
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -60,7 +60,7 @@ def files() -> list[tuple[int, int]]:
 
 
 def sizes(model: nn.Module) -> dict[str, int]:
-    """Bytes of NF4 weights, of the other tensors, and of what of these stays in the file."""
+    """Bytes of NF4 weights, of dense tensors, and of those still in the file."""
     packed = [p for p in model.parameters() if isinstance(p, pk.NF4Weight)]
     dense = [p for p in model.parameters() if not isinstance(p, pk.NF4Weight)]
     ranges = files()

@@ -1,4 +1,4 @@
-"""Bytes that a forward saves for its backward: PEFT's, and ours. They are exact, so each is measured once."""
+"""Bytes that a forward saves for its backward: PEFT's and ours. They are exact, so each is measured once."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ LAYER, BLOCK = "layer", "block"
 VARIANTS = {"lora": Variant(), "dropout": Variant(dropout=0.05), "dora": Variant(dora=True)}
 BASES = ("dense", "nf4")
 GOAL = 0.6
-"""What the bytes of our block are to come to at most, as a fraction of those of PEFT's."""
+"""Bytes of our block / PEFT's, at most."""
 BATCH, TOKENS = 4, 256
-H_BYTES = 4
-"""x A^T is in fp32."""
+H_BYTES = 4  # x A^T is in fp32
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kind of adapter on one kind of base, in a layer (the block's gate_proj) or the block."""
+    """One kind of adapter on one kind of base, in a layer (the block's gate_proj) or the whole block."""
 
     subject: str
     base: str
@@ -56,7 +55,6 @@ class Case:
     seconds = 1.0
 
     def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Saved:
-        """Exact, so `timing` has no say."""
         saved = Saved(self)
         measure_one = _of_layer if self.subject == LAYER else _of_block
         for name in (OURS, self.peer):
@@ -66,15 +64,13 @@ class Case:
                 continue
             try:
                 saved.bytes_per_token[name] = measure_one(saved, name) / (BATCH * TOKENS)
-            except Exception as error:  # whatever one raises, the other is still told
+            except Exception as error:  # the other still runs
                 saved.absent[name] = f"{type(error).__name__}: {first_line(error)}"
         return saved
 
 
 @dataclass
 class Saved(report.Outcome):
-    """What came of a case: bytes per token by contender, or the reason why there are none."""
-
     case: Case
     bytes_per_token: dict[str, float] = field(default_factory=dict)
 
@@ -92,9 +88,8 @@ class Saved(report.Outcome):
             least = case.sizes.hidden * DTYPES[case.dtype].itemsize + RANK * H_BYTES
             yield f"{OURS}: x and x A^T, {least:,} bytes, measured {ours:,.0f}", ours == least
 
-    def line(self) -> str:
-        parts = [f"{name} {nbytes:.0f}" for name, nbytes in self.bytes_per_token.items()]
-        return "; ".join([*parts, *(f"{name}: {why}" for name, why in (self.absent | self.remarks).items())])
+    def parts(self) -> list[str]:
+        return [f"{name} {nbytes:.0f}" for name, nbytes in self.bytes_per_token.items()]
 
     def data(self) -> dict[str, Any]:
         case = self.case
@@ -118,7 +113,6 @@ class Saved(report.Outcome):
 
 
 def standard(dtype: str) -> list[Case]:
-    """All cases: they take a second each."""
     return [Case(*parts, dtype) for parts in itertools.product((LAYER, BLOCK), BASES, VARIANTS)]
 
 
@@ -142,7 +136,7 @@ def _of_block(saved: Saved, name: str) -> int:
     model = blocks.ours(case.variant) if name == OURS else blocks.stock(case.variant)
     inputs = blocks.inputs(BATCH, TOKENS)
     run = partial(blocks.forward(model, case.variant, inputs), inputs.x)
-    # The sines and cosines of the positions serve all blocks of a model.
+    # All blocks of a model share the sines and cosines of the positions.
     there: tuple[Iterable[Tensor], ...] = (model.model.parameters(), model.model.buffers(), inputs.position)
     nbytes = testing.saved_bytes(run, itertools.chain(*there))
     if remark := model.remark():

@@ -1,16 +1,15 @@
-"""Methods of fine-tuning side by side on one model: what each trains, keeps, costs and comes to.
+"""Fine-tuning methods side by side on one model: parameters, memory, time and loss.
 
-Model, task and training are those of `examples/finetune.py`: SmolLM2-135M-Instruct, on NF4 weights but for
-LoRA over dense ones and full fine-tuning, products under autocast, patched. Four cases, each of all methods:
-bytes saved for backward (exact), the time of a step and of decoding a token (in turns), and the held-out loss
-after equal steps (not timed).
+Model, task and training are those of `examples/finetune.py`: SmolLM2-135M-Instruct, patched, under autocast,
+on NF4 weights except for LoRA over dense ones and full fine-tuning. Four cases, each of all methods: bytes
+saved for backward (exact), the time of a step and of decoding a token (interleaved), and the held-out loss
+after equal steps.
 """
 
 from __future__ import annotations
 
 import gc
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -23,17 +22,14 @@ from torch import Tensor, nn
 import peft_kernels as pk
 import testing
 
-from ..lib import harness, report
+from ..lib import examples, harness, report
 from ..lib.contenders import missing
 from ..lib.layers import RANK
 from ..lib.report import Spread
 
-EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
-CONVERTED = EXAMPLES.parent / "build" / "methods"
-"""Where the demo model's folder is kept."""
 BASE, DENSE, LORA, DORA = "base in 4 bits", "base in bf16", "QLoRA", "QDoRA"
 KEPT = f"{DORA}, norms kept"
-"""By PEFT's `DoraCaching`, for decoding."""
+"""Decoding under PEFT's `DoraCaching`."""
 BYTES, STEP, DECODE, LOSS = "bytes", "step", "decode", "loss"
 TITLES = {
     BYTES: "saved for backward, bytes a token",
@@ -42,24 +38,24 @@ TITLES = {
     LOSS: "held-out loss",
 }
 VIRTUAL = 16  # tokens of prefixes and prompts
-HIDDEN = 256  # of the networks that make them
+HIDDEN = 256  # of the networks that produce them
 BATCH, TOKENS, LENGTHS = 1, 128, (64, 128)
 PROMPT, NEW = 64, 2  # tokens, of decoding
 STEPS, BATCH_SIZE, MAX_LENGTH, HELD_OUT, SEED = 30, 4, 128, 32, 0
 
 Adapt = Callable[[Any, str], Any]
-"""Takes the base and its folder, and gives the model that is trained."""
+"""Takes the base model and its folder; returns the model to train."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train. `base`: "nf4", "bf16", or "fp32" where its own weights train."""
+    """`base`: "nf4", "bf16", or "fp32" if the base weights train."""
 
     adapt: Adapt
     lr: float
     base: str = "nf4"
     ahead: int = 0
-    """Virtual tokens that it puts before each row."""
+    """Virtual tokens before each row."""
 
 
 def _lora(model: Any, folder: str, **options: Any) -> Any:
@@ -107,7 +103,7 @@ METHODS: dict[str, Method] = {
 
 @dataclass(frozen=True)
 class Case:
-    """One column of the table. `model` and `data`: of one's own, as finetune.py has them."""
+    """One column of the table. `model` and `data`: paths instead of the demo's, as options of finetune.py."""
 
     column: str
     steps: int = STEPS
@@ -129,15 +125,15 @@ class Case:
             found.absent[self.column] = reason
             return found
         progress("model")
-        models = Models(self, CONVERTED)
+        models = Models(self, examples.MODELS)
         columns = {BYTES: _bytes, STEP: _steps, DECODE: _decoding, LOSS: _losses}
-        columns[self.column](found, models, timing or report.Timing(), progress)
+        columns[self.column](found, models, timing, progress)
         return found
 
 
 @dataclass
 class Measured(report.Outcome):
-    """A column: a value for each method."""
+    """A column: one value per method."""
 
     case: Case
     values: dict[str, float] = field(default_factory=dict)
@@ -151,8 +147,8 @@ class Measured(report.Outcome):
         form = {BYTES: ",.0f", LOSS: ".3f"}.get(self.case.column, ".2f")
         return f"{self.values[name]:{form}}"
 
-    def line(self) -> str:
-        return ", ".join(f"{name} {self.cell(name)}" for name in self.values) or str(self.absent)
+    def parts(self) -> list[str]:
+        return [", ".join(f"{name} {self.cell(name)}" for name in self.values)] if self.values else []
 
     def data(self) -> dict[str, Any]:
         spreads = {name: report.rounded(spread) for name, spread in self.spreads.items()}
@@ -171,20 +167,15 @@ class Measured(report.Outcome):
 
 
 class Models:
-    """Models of each method over the same checkpoint, and the data that they learn."""
+    """The model of each method, from one checkpoint, and the training data."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        sys.path.append(str(EXAMPLES))
-        try:
-            import finetune_data
-            import finetune_model
-        finally:
-            sys.path.remove(str(EXAMPLES))
-        self.case, self.data, self.lib = case, finetune_data, finetune_model
-        self.folder = finetune_model.model_folder(case.model, folder)
+        self.case = case
+        self.data, self.lib = map(examples.module, ("finetune_data", "finetune_model"))
+        self.folder = self.lib.model_folder(case.model, folder)
 
     def base(self, kind: str) -> Any:
-        """Alike in all but the type of the linear layers' weights."""
+        """The base model, with the linear layers' weights in the given dtype."""
         if kind == "nf4":
             return self.lib.load_base(self.folder, "peft_kernels")
         model = self.lib.AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.lib.DTYPE)
@@ -220,8 +211,8 @@ def _count(model: Any) -> int:
 
 
 def _bytes(found: Measured, models: Models, timing: report.Timing, progress: report.Progress) -> None:
-    """Between two lengths, so that what there is once (copies of weights in bf16, a prefix) does not count.
-    Without the head, which is the same for all."""
+    """From the difference between two lengths, so that fixed costs (bf16 copies of weights, a prefix) do not
+    count. Without the head, which is the same for all methods."""
     for name in METHODS:
         progress(name)
         model = models.make(name).train()
@@ -256,7 +247,7 @@ def _steps(found: Measured, models: Models, timing: report.Timing, progress: rep
 def _decoding(found: Measured, models: Models, timing: report.Timing, progress: report.Progress) -> None:
     runners = []
     for name in (BASE, DENSE, *METHODS, KEPT):
-        if name == "full fine-tuning":  # is the base itself
+        if name == "full fine-tuning":  # the same as the base
             continue
         progress(name)
         base = {BASE: "nf4", DENSE: "bf16"}.get(name)
@@ -280,7 +271,7 @@ def _keeping_norms(call: Callable[[], Any]) -> None:
 
 
 class Decoding:
-    """A few given tokens, one at a time, behind a prompt and what the method puts before it."""
+    """Decodes a few given tokens, one at a time, after the prompt and the method's virtual tokens."""
 
     def __init__(self, model: Any, name: str, ids: Tensor) -> None:
         import transformers
@@ -305,7 +296,7 @@ class Decoding:
 
 
 def _ratios(found: Measured, seconds: dict[str, list[float]], yardstick: str) -> None:
-    """By the yardstick's time, inside each round."""
+    """Time / the yardstick's time, within each round."""
     for name, times in seconds.items():
         pairs = zip(times, seconds[yardstick], strict=True)
         found.spreads[name] = Spread.of([one / other for one, other in pairs])

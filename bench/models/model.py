@@ -1,6 +1,6 @@
-"""A whole model: a step of training, and decoding.
+"""Training steps and decoding of a whole model with SmolLM2-135M's sizes and random weights.
 
-It has the sizes of SmolLM2-135M, random weights and adapters on all projections.
+It has adapters on all projections.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ STEP, TEXTBOOK, DECODE = "step", "textbook", "decode"
 PATCHED, OURS_QUANTISED = "pk.patch alone", "ours on quantize_model"
 TITLES = {
     STEP: "training step of a model of 135M parameters, QLoRA, loss included",
-    TEXTBOOK: "the same step as tutorials set it up: 4-bit base of bitsandbytes, kbit preparation, autocast",
-    DECODE: "one token after the other by the same model, of one sample and of eight at a time",
+    TEXTBOOK: "the same step set up as in tutorials: 4-bit base of bitsandbytes, kbit preparation, autocast",
+    DECODE: "decoding by the same model, one sample and eight at a time",
 }
 GOALS = {
     STEP: (Goal(PEFT_ON_BNB, 1.5),),
@@ -73,7 +73,7 @@ class Models(Adapted):
         import transformers
 
         torch.manual_seed(0)
-        # A configuration of its own: it says how attention is computed.
+        # A copy: the configuration selects the attention implementation.
         model = transformers.LlamaForCausalLM(copy.deepcopy(self.config)).to(self.dtype)
         return model.requires_grad_(False)
 
@@ -85,16 +85,15 @@ class Models(Adapted):
         return torch.randint(0, self.sizes.vocabulary, (batch, count), generator=generator)
 
     def whole(self) -> Model:
-        """Ours with all that is for the asking: the loss without logits, `block`, and attention."""
+        """Ours with all opt-in parts: the loss without logits, `block`, and attention."""
         return _whole(self.adapt(self.over("nf4"), LORA))
 
     def textbook(self, base: str, patch: bool, whole: bool = False) -> Model:
-        """As tutorials make a model: 4-bit base, kbit preparation (norms, embeddings and head in fp32), LoRA.
-        Steps are taken under autocast, as by `Trainer(bf16=True)`. Patched, all of it must run fused."""
+        """A model as in tutorials: 4-bit base, kbit preparation (norms, embeddings and head in fp32), LoRA;
+        its steps run under autocast, as in `Trainer(bf16=True)`. If patched, all layers must run fused."""
         model = self.over(base)
         if base == "bnb":
-            # Of the bits of our quantiser: bitsandbytes' own takes a neighbouring code of a scale now and
-            # then, and no two models would hold the same weights.
+            # With our quantiser's bits: bitsandbytes' own sometimes picks a neighbouring code of a scale.
             for name, weight in self.packed.items():
                 model.get_submodule(name).weight = weight.to_bnb()
         prepared = self._prepared(model)
@@ -119,12 +118,12 @@ class Models(Adapted):
     def expected_textbook(
         self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]
     ) -> correctness.Expected:
-        """PEFT over the dequantised weights: in fp64, and under autocast."""
+        """PEFT over the dequantised weights, in fp64 and under autocast."""
         plain = run(Model(self._prepared(self.over("dense"))))()
         return correctness.Expected(plain, run(Model(self._prepared(self.over("exact").double())))())
 
     def step(self, model: Model, ids: Tensor) -> Callable[[], dict[str, Tensor]]:
-        """Forward, loss and backward of one training step."""
+        """A call of forward, loss and backward."""
         trainable = [p for p in model.model.parameters() if p.requires_grad]
 
         def call() -> dict[str, Tensor]:
@@ -135,8 +134,8 @@ class Models(Adapted):
         return call
 
     def decode(self, model: Model, ids: Tensor, prompt: int) -> Callable[[], dict[str, Tensor]]:
-        """The tokens after the prompt, one at a time, with a cache of those before: generation without its
-        sampling. They are given, so that every contender does the same work."""
+        """A call that decodes the given tokens after the prompt, one at a time, with a cache. Tokens are
+        given so that every contender does the same work."""
         import transformers
 
         cache = transformers.DynamicCache(config=self.config)
@@ -146,7 +145,7 @@ class Models(Adapted):
 
         def call() -> dict[str, Tensor]:
             if cache.get_seq_length() > prompt:
-                cache.crop(prompt - cache.get_seq_length())  # as many as that are taken off the end
+                cache.crop(prompt - cache.get_seq_length())  # removes that many from the end
             with torch.no_grad():
                 logits = [
                     model.model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True).logits
@@ -157,7 +156,7 @@ class Models(Adapted):
         return call
 
     def expected(self, run: Callable[[Model], Callable[[], dict[str, Tensor]]]) -> correctness.Expected:
-        """PEFT over the dequantised weights: in fp64, and in the dtype of the case."""
+        """PEFT over the dequantised weights, in fp64 and in the dtype of the case."""
         plain, truth = (run(self.reference(LORA, wide))() for wide in (False, True))
         return correctness.Expected(plain, truth)
 
@@ -178,18 +177,18 @@ def _whole(model: Any) -> Model:
 
 
 def step(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A training step of a model on NF4 weights, patched, with all that is for the asking, against PEFT on
-    bitsandbytes, and against `pk.patch` without options."""
+    """A training step of a patched model on NF4 weights with all opt-in parts, beside PEFT on bitsandbytes
+    and `pk.patch` without options."""
 
     def run(models: Models, model: Model) -> Callable[[], Any]:
         return models.step(model, models.tokens(batch, tokens))
 
-    return _model_case(STEP, batch, batch * tokens, dtype, sizes, run, whole=True)
+    return _model_case(STEP, batch, batch * tokens, dtype, sizes, run)
 
 
 def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A training step of the tutorials' script with `pk.patch` and all that is for the asking, against it as
-    it is, against `pk.patch` alone, and against ours on `pk.quantize_model` in place of bitsandbytes."""
+    """A training step of the tutorials' script with `pk.patch` and all opt-in parts, beside the unpatched
+    one, `pk.patch` alone, and ours on `pk.quantize_model` instead of bitsandbytes."""
 
     def build() -> list[Contender | Absent]:
         if reason := missing(f"peft transformers {BNB}"):
@@ -216,17 +215,17 @@ def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_13
 
 
 def decode(samples: int, prompt: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """The same three, making `tokens` tokens after a prompt, of so many samples at once."""
+    """The same contenders decoding `tokens` tokens after a prompt, for several samples at once."""
 
     def run(models: Models, model: Model) -> Callable[[], Any]:
         return models.decode(model, models.tokens(samples, prompt + tokens), prompt)
 
-    return _model_case(DECODE, samples, samples * tokens, dtype, sizes, run, whole=True)
+    return _model_case(DECODE, samples, samples * tokens, dtype, sizes, run)
 
 
 def _model_case(
     group: str, batch: int, rows: int, dtype: str, sizes: ModelSizes,
-    run: Callable[[Models, Model], Callable[[], Any]], whole: bool = False,
+    run: Callable[[Models, Model], Callable[[], Any]],
 ) -> Case:  # fmt: skip
     def build() -> list[Contender | Absent]:
         if reason := missing("peft transformers"):
@@ -234,8 +233,8 @@ def _model_case(
         models = layers.shared(Models, group, sizes, DTYPES[dtype])
         call = partial(run, models)
         expected = models.expected(call)
-        # A model is larger than any cache: one copy will do.
-        kinds = {OURS: models.whole, PATCHED: models.ours} if whole else {OURS: models.ours}
+        # A model is larger than any cache: one copy is enough.
+        kinds = {OURS: models.whole, PATCHED: models.ours}
         entries = [
             Entry(name, lambda make=make: [make()], expected.strict, call=call, remark=Model.remark)
             for name, make in kinds.items()

@@ -1,7 +1,7 @@
 """A mixture of experts of Qwen3-30B-A3B's shape: forward, and training of adapters on the experts' weights.
 
-All contenders hold the same numbers, those that the packed weights stand for, and get the same routing. The
-truth is computed in fp64, expert by expert: the weights of all would not fit.
+All contenders have the same (dequantised) weights and the same routing. The truth is computed in fp64 expert
+by expert, as the weights of all would not fit into memory.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ TOKENS = (1, 16, 256, 1024)
 GROUPED, EAGER, DEQUANTISE = "dense grouped_mm", "dense eager", "dequantise, then multiply"
 PEFT_GROUPED, PEFT_EAGER, PEFT_NF4 = "PEFT on grouped_mm", "PEFT on eager", "PEFT on NF4, not patched"
 GOAL = 0.3
-"""What a packed model is to come to at most, as a fraction of itself in bf16."""
+"""Bytes of the packed model / in bf16, at most."""
 SECONDS = {MOE: (10.0, 1.0), MOE_LORA: (40.0, 2.0)}
-"""At once, and for 1e9 weights times rows."""
+"""Fixed, and per 1e9 weights times rows."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Sizes:
 
     @property
     def shapes(self) -> dict[str, tuple[int, int, int]]:
-        """Of weights, (experts, out, in)."""
+        """Of the weights: (experts, out, in)."""
         return {
             "gate_up_proj": (self.experts, 2 * self.inner, self.hidden),
             "down_proj": (self.experts, self.hidden, self.inner),
@@ -76,11 +76,11 @@ REST: dict[str, Any] = {
     "vocab_size": 151936,
     "tie_word_embeddings": False,
 }
-"""What else the bytes of the whole model depend on."""
+"""The rest of the whole model's configuration."""
 
 
 class Block(nn.Module):
-    """Experts with a routing that is given, not computed."""
+    """Experts with a given routing."""
 
     def __init__(self, experts: nn.Module) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class Block(nn.Module):
 
 
 class Dequantised(nn.Module):
-    """Packed weights, each expert's unpacked when it is called, and torch's product."""
+    """Packed weights, dequantised per expert in the forward, and torch's GEMM."""
 
     def __init__(self, weights: Mapping[str, pk.NF4Weight], dtype: torch.dtype) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ class Mixtures(layers.LayerCache):
         return found
 
     def experts(self, base: str) -> nn.Module:
-        """On packed weights ("nf4"), or dense ones in the implementation named."""
+        """Experts on packed weights ("nf4"), or on dense ones in a named implementation."""
         from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
         config = self.sizes.config()
@@ -157,7 +157,7 @@ class Mixtures(layers.LayerCache):
         return module
 
     def adapted(self, base: str, patch: bool) -> Any:
-        """PEFT's model over a block, with adapters on both weights."""
+        """A PEFT model over the block, with adapters on both weights."""
         import peft
 
         names = [f"experts.{name}" for name in self.sizes.shapes]
@@ -175,14 +175,14 @@ class Mixtures(layers.LayerCache):
         return model
 
     def inputs(self, tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x, the experts of each token and their weights, and the gradient that comes back."""
+        """x, the experts of each token and their weights, and the gradient of the output."""
         x, dy = (testing.tensor(tokens, self.sizes.hidden, dtype=self.dtype, seed=seed) for seed in (4, 5))
         scores = testing.tensor(tokens, self.sizes.experts, seed=6).softmax(-1)
         weights, index = scores.topk(self.sizes.top_k)
         return x, index, (weights / weights.sum(-1, keepdim=True)).to(self.dtype), dy
 
     def truth(self, tokens: int, training: bool) -> dict[str, Tensor]:
-        """y, and in training the gradients of x and of all adapters, by their parameter."""
+        """y, and in training the gradients of x and of all adapters, by parameter."""
         x, index, weights, dy = (t.double() if t.is_floating_point() else t for t in self.inputs(tokens))
         y = torch.zeros_like(x)
         found = {"y": y}
@@ -200,9 +200,9 @@ class Mixtures(layers.LayerCache):
                 leaves |= {f"da {name}": a[e].double(), f"db {name}": b[e].double()}
             for leaf in leaves.values():
                 leaf.requires_grad_(training)
-            h = self._product("gate_up_proj", e, leaves["dx"], leaves, training)
+            h = self._lora_linear("gate_up_proj", e, leaves["dx"], leaves, training)
             gate_, up = h.chunk(2, dim=-1)
-            part = scale * self._product("down_proj", e, F.silu(gate_) * up, leaves, training)
+            part = scale * self._lora_linear("down_proj", e, F.silu(gate_) * up, leaves, training)
             y.index_add_(0, row, part.detach())
             if training:
                 grads = torch.autograd.grad(part, list(leaves.values()), dy[row])
@@ -213,7 +213,7 @@ class Mixtures(layers.LayerCache):
                         found[name][e] = grad
         return found
 
-    def _product(self, name: str, e: int, x: Tensor, leaves: Mapping[str, Tensor], lora: bool) -> Tensor:
+    def _lora_linear(self, name: str, e: int, x: Tensor, leaves: Mapping[str, Tensor], lora: bool) -> Tensor:
         y = F.linear(x, self.packed[name][e].dequantize(torch.float32).double())
         if lora:
             y = y + SCALING * F.linear(F.linear(x, leaves[f"da {name}"]), leaves[f"db {name}"])
@@ -227,8 +227,8 @@ class Mixtures(layers.LayerCache):
             inputs[f"db {layer.parameter_name}"] = layer.lora_B["default"].weight
         return layers.differentiated(partial(model, x, index, weights), inputs, dy)
 
-    def as_peft_has_it(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gradients of adapters in the layout of PEFT's parameters."""
+    def in_peft_layout(self, found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Converts gradients of adapters to the layout of PEFT's parameters."""
         turned = {}
         for name, tensor in found.items():
             if name.startswith("da "):
@@ -246,7 +246,7 @@ def standard(dtype: str, sizes: Sizes = QWEN3) -> list[Any]:
 
 
 def forward(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
-    """Packed experts against dense ones in transformers' implementations, and against unpacking each."""
+    """Packed experts beside dense ones in transformers' implementations, and dequantising each."""
 
     def build() -> list[Contender | Absent]:
         if reason := missing("transformers"):
@@ -271,7 +271,7 @@ def forward(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
 
 
 def training(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
-    """Patched adapters on packed experts against PEFT's on dense ones, and on the packed ones as they are."""
+    """Patched adapters on packed experts beside PEFT's on dense ones and on packed ones."""
 
     def build() -> list[Contender | Absent]:
         if reason := missing("peft transformers"):
@@ -282,7 +282,7 @@ def training(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
             return mixtures.training_call(model, tokens)
 
         plain = call(mixtures.get(PEFT_GROUPED, lambda: [mixtures.adapted("grouped_mm", patch=False)])[0])()
-        truth = mixtures.as_peft_has_it(mixtures.truth(tokens, training=True))
+        truth = mixtures.in_peft_layout(mixtures.truth(tokens, training=True))
         expected = correctness.Expected(plain, truth)
         entries = [
             Entry(name, lambda base=base, patch=patch: [mixtures.adapted(base, patch)], verify)
@@ -309,7 +309,7 @@ def _case(
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of the whole model in bf16, and with linear layers and experts packed: exact, by arithmetic."""
+    """Bytes of the whole model in bf16, and with linear layers and experts packed, computed from shapes."""
 
     sizes: Sizes = QWEN3
     seconds = 2.0
@@ -338,14 +338,12 @@ class Footprint:
 
 @lru_cache
 def packed_bytes(out_features: int, in_features: int) -> int:
-    """Of one weight. Experts are quantised one by one."""
+    """Of one weight; experts are quantised one by one."""
     return pk.NF4Weight.quantize(torch.ones(out_features, in_features, dtype=torch.bfloat16)).nbytes
 
 
 @dataclass
 class Bytes(report.Outcome):
-    """What came of it."""
-
     dense: int = 0
     packed: int = 0
 
@@ -357,9 +355,8 @@ class Bytes(report.Outcome):
         if self.ratio is not None:
             yield f"packed / bf16: at most {GOAL:.0%}, measured {self.ratio:.1%}", self.ratio <= GOAL
 
-    def line(self) -> str:
-        parts = [f"bf16 {self.dense / 1e9:.2f} GB, packed {self.packed / 1e9:.2f} GB"] if self.dense else []
-        return "; ".join([*parts, *(f"{name}: {why}" for name, why in self.absent.items())])
+    def parts(self) -> list[str]:
+        return [f"bf16 {self.dense / 1e9:.2f} GB, packed {self.packed / 1e9:.2f} GB"] if self.dense else []
 
     def data(self) -> dict[str, Any]:
         return {"group": "moe-bytes", "dense": self.dense, "packed": self.packed, "ratio": self.ratio}

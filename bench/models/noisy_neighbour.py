@@ -1,9 +1,9 @@
-"""A training step while other processes use the same cores, beside the same step on a quiet machine: ours,
-and PEFT on bitsandbytes.
+"""A training step while other processes use the same cores, beside a quiet machine: ours, and PEFT on
+bitsandbytes.
 
-The neighbours are single-threaded and never wait. Linux shares cores out between sessions first where it has
-autogroups (/proc/self/autogroup), so they are measured in the session of the training, as what the user has
-started in the same terminal, and in one other session, as the job of another user.
+The neighbours are single-threaded busy loops. With autogroups (/proc/self/autogroup) Linux divides cores
+among sessions first, so neighbours run in the session of the training, as jobs from the same terminal do, and
+in another session, as the job of another user.
 """
 
 from __future__ import annotations
@@ -29,13 +29,12 @@ from . import model
 
 COUNTS = (0, 1, 2)
 GOALS = {1: 2.0, 2: 2.5}
-"""What a step of ours with so many neighbours is to take at most, by the quiet one. On two cores fair shares
-are 1.5 and 2."""
+"""By number of neighbours: our step / the quiet one, at most. On two cores fair shares are 1.5 and 2."""
 SIZES = model.ModelSizes(SMOLLM2, layers=6, vocabulary=49152)
-"""Of SmolLM2-135M the first layers: a step of all of them takes stock PEFT more than a minute then."""
+"""The first layers of SmolLM2-135M: with all, a step of stock PEFT takes more than a minute."""
 ROUNDS = {OURS: 3, PEFT_ON_BNB: 1}
 
-# The first of them forks the others, and each ends when the process that started it does.
+# The first forks the others; each ends when the process that started it does.
 NEIGHBOURS = """
 import os, sys
 if os.getpgrp() != os.getpid():
@@ -53,7 +52,7 @@ while os.getppid() == parent:
 
 @contextlib.contextmanager
 def neighbours(count: int, is_other_session: bool) -> Iterator[int | None]:
-    """So many busy processes, in one process group, whose number it gives."""
+    """Runs busy processes in one process group and yields its id."""
     if count == 0:
         yield None
         return
@@ -68,7 +67,7 @@ def neighbours(count: int, is_other_session: bool) -> Iterator[int | None]:
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(leader.pid, signal.SIGKILL)
-        leader.kill()  # had it no group yet
+        leader.kill()  # if it had no group yet
         leader.wait()
 
 
@@ -91,7 +90,6 @@ class Case:
         return f"busy-{self.session}-session-{self.batch}x{self.tokens}-{self.dtype}"
 
     def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Slowed:
-        """So many steps as `timing` asks for, of stock PEFT one: with neighbours it may take minutes."""
         progress("build")
         step, admitted = model.step(self.batch, self.tokens, self.dtype, self.sizes), []
         found = harness.Result(step)
@@ -105,7 +103,7 @@ class Case:
         slowed = Slowed(self, found.wrong, found.absent, found.remarks, errors=found.errors)
         if OURS in slowed.wrong:
             return slowed
-        rounds = {name: min(least, timing.rounds if timing else least) for name, least in ROUNDS.items()}
+        rounds = {name: min(least, timing.rounds) for name, least in ROUNDS.items()}
         for count in COUNTS:
             with neighbours(count, self.session == "other"):
                 for contender in admitted:
@@ -115,8 +113,9 @@ class Case:
 
 
 @contextlib.contextmanager
-def as_without_ours() -> Iterator[None]:
-    """Our kernels keep torch's threads from spinning on a busy machine, and so would help the peer."""
+def default_spinning() -> Iterator[None]:
+    """Undoes that our kernels stop torch's threads from spinning on a busy machine, which would help the
+    peer."""
     if testing.unavailable("cpu"):
         yield
         return
@@ -128,9 +127,9 @@ def as_without_ours() -> Iterator[None]:
 
 
 def _timed(contender: harness.Contender, rounds: int) -> list[float]:
-    """Of single steps. One before them, by which ours notices the neighbours: a training has thousands."""
+    """Seconds of single steps. One step of ours before them detects the neighbours."""
     found = []
-    with contextlib.nullcontext() if contender.name == OURS else as_without_ours():
+    with contextlib.nullcontext() if contender.name == OURS else default_spinning():
         if contender.name == OURS:
             contender.calls[0]()
         for _ in range(rounds):
@@ -142,8 +141,6 @@ def _timed(contender: harness.Contender, rounds: int) -> list[float]:
 
 @dataclass
 class Slowed(report.Outcome):
-    """What came of a case: seconds of steps, by contender and number of neighbours."""
-
     case: Case
     seconds: dict[Key, list[float]] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
@@ -153,7 +150,7 @@ class Slowed(report.Outcome):
         return report.unique(key.contender for key in self.seconds)
 
     def slowdown(self, contender: str, count: int) -> Spread | None:
-        """Of a step with neighbours, by the median of the quiet ones."""
+        """Time of steps with neighbours / the median without."""
         if not {Key(contender, 0), Key(contender, count)} <= self.seconds.keys():
             return None
         quiet = Spread.of(self.seconds[Key(contender, 0)]).median
@@ -166,14 +163,12 @@ class Slowed(report.Outcome):
             text = f"{OURS}, {count} busy neighbours / quiet: at most {limit:g}, measured {measured}"
             yield text, None if found is None else found.median <= limit
 
-    def line(self) -> str:
+    def parts(self) -> Iterator[str]:
         if OURS in self.wrong:
-            return f"{report.WRONG}: {self.wrong[OURS]}"
-        parts = []
+            yield report.WRONG
         for name in self.contenders:
             times = [f"{found.median:.2f}" for n in COUNTS[1:] if (found := self.slowdown(name, n))]
-            parts.append(f"{name} {self.milliseconds(name, 0)} ms quiet, {' and '.join(times)} times that")
-        return ", ".join(parts)
+            yield f"{name} {self.milliseconds(name, 0)} ms quiet, {' and '.join(times)} times that"
 
     def milliseconds(self, name: str, count: int) -> str:
         return report.three_digits(Spread.of(self.seconds[Key(name, count)]).median * 1e3)
@@ -205,7 +200,7 @@ class Slowed(report.Outcome):
                 rows.append([f"{slowed.case.session} session, {name}", slowed.milliseconds(name, 0), *cells])
         layers = "/".join(report.unique(str(slowed.case.sizes.layers) for slowed in outcomes))
         title = f"training step of {layers} layers of SmolLM2-135M: ms on a quiet machine, and the time with "
-        title += "busy neighbours by that"
+        title += "busy neighbours / that"
         yield title, report.table(["neighbours in", "quiet", "1", "2"], rows)
 
 

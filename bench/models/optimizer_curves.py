@@ -1,14 +1,13 @@
-"""QLoRA with moments in 8 bits beside 32: the loss on held-out examples along the way.
+"""Held-out loss of QLoRA trained with 8-bit and 32-bit optimizer states. Nothing is timed.
 
 Model, task and training are those of `examples/finetune.py`: SmolLM2-135M-Instruct on NF4 weights, LoRA r=16
-on all linear layers, patched, products under autocast. All contenders train from the same adapter on the same
-batches by the same schedule. Nothing is timed.
+on all linear layers, patched, under autocast. All contenders start from the same adapter and use the same
+batches and schedule.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -22,15 +21,14 @@ from torch import Tensor
 
 import peft_kernels as pk
 
-from ..lib import report
+from ..lib import examples, report
 from ..lib.contenders import missing
 from ..lib.layers import BNB, RANK
 from ..lib.report import OURS
 
-EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
 TORCH, BNB_8BIT, ALL_8BIT = "torch AdamW", "bnb AdamW8bit", "ours, all in 8 bits"
 GOAL = 0.01
-"""How far the loss may be from a peer's, relative to it."""
+"""Relative distance from a peer's loss at most."""
 STEPS, EVERY = 300, 100
 LR, DECAY, WARMUP = 5e-4, 0.01, 10
 BATCH_SIZE, MAX_LENGTH, HELD_OUT, SEED = 2, 128, 64, 0
@@ -38,8 +36,8 @@ BATCH_SIZE, MAX_LENGTH, HELD_OUT, SEED = 2, 128, 64, 0
 
 @dataclass(frozen=True)
 class Case:
-    """`clip`: the most that the norm of all gradients together may be, 0 for no limit. `model` and `data`: of
-    one's own, as finetune.py has them."""
+    """`clip`: maximum gradient norm, 0 for none. `model` and `data`: paths instead of the demo's, as options
+    of finetune.py."""
 
     clip: float = 0.0
     steps: int = STEPS
@@ -56,7 +54,7 @@ class Case:
         return 60.0 + len(self.contenders()) * (1.0 * self.steps + 10.0 * self.steps / self.every)
 
     def contenders(self) -> dict[str, tuple[str, Callable[[list[Tensor]], Any]]]:
-        """What each needs, and how it is made of the parameters."""
+        """For each, the libraries it needs and the optimizer's constructor."""
         options: dict[str, Any] = {"lr": LR, "weight_decay": DECAY}
         norm = {"max_grad_norm": self.clip} if self.clip else {}
 
@@ -88,7 +86,7 @@ class Case:
                 continue
             optimizer = make(training.restart())
             found = curves.losses[name] = {}
-            clip = 0.0 if name == OURS else self.clip  # ours does so itself
+            clip = 0.0 if name == OURS else self.clip  # ours clips itself
             for step, loss in training.losses(optimizer, clip, lambda text, n=name: progress(f"{n}: {text}")):
                 found[step] = loss
                 progress(f"{name}: held-out loss {loss:.4f} after {step} steps")
@@ -99,20 +97,15 @@ class Case:
 
 
 class Training:
-    """The model with its adapter as it was made, the batches and what is held out."""
+    """The model with its initial adapter, the batches and the held-out examples."""
 
     def __init__(self, case: Case, folder: Path) -> None:
-        sys.path.append(str(EXAMPLES))
-        try:
-            import finetune_data
-            import finetune_model
-        finally:
-            sys.path.remove(str(EXAMPLES))
+        finetune_data, finetune_model = map(examples.module, ("finetune_data", "finetune_model"))
         self.case, self.lib = case, finetune_model
         source = finetune_model.model_folder(case.model, folder)
         tokenizer = finetune_model.load_tokenizer(source)
-        examples = finetune_data.read_jsonl(case.data) if case.data else finetune_data.docstring_examples()
-        train, held_out = finetune_data.split(examples)
+        pairs = finetune_data.read_jsonl(case.data) if case.data else finetune_data.docstring_examples()
+        train, held_out = finetune_data.split(pairs)
         encoded = finetune_data.encode(train, tokenizer, MAX_LENGTH)
         order = finetune_data.in_order(encoded, BATCH_SIZE, case.steps, SEED)
         starts = range(0, len(order), BATCH_SIZE)
@@ -133,7 +126,7 @@ class Training:
         self.before = self.held_out_loss()
 
     def restart(self) -> list[Tensor]:
-        """The parameters that train, as they were."""
+        """The trained parameters, reset."""
         with torch.no_grad():
             for p, start in zip(self.trained, self.start, strict=True):
                 p.copy_(start)
@@ -142,7 +135,7 @@ class Training:
         return list(self.trained)
 
     def losses(self, optimizer: Any, clip: float, progress: report.Progress) -> Iterator[tuple[int, float]]:
-        """Train, and give the held-out loss before the first step and after every few: (steps, loss)."""
+        """Trains, and yields (steps, held-out loss) before the first step and after every few."""
         steps = self.case.steps
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(rate, steps=steps))
         yield 0, self.before
@@ -163,14 +156,14 @@ class Training:
 
 
 def rate(step: int, steps: int) -> float:
-    """Of the learning rate: up within the first steps, then down to 0 along a cosine."""
+    """Factor of the learning rate: warm-up, then cosine decay to 0."""
     if step < WARMUP:
         return (step + 1) / WARMUP
     return 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
 def share_in_8bit(optimizer: Any) -> float:
-    """Of all parameters, by elements."""
+    """Share of elements whose moments are in 8 bits."""
     held = [(p.numel(), state.get("state1")) for p, state in optimizer.state.items()]
     in_8bit = sum(numel for numel, moment in held if moment is not None and moment.dtype == torch.uint8)
     return in_8bit / sum(numel for numel, _ in held)
@@ -178,13 +171,11 @@ def share_in_8bit(optimizer: Any) -> float:
 
 @dataclass
 class Curves(report.Outcome):
-    """What came of a case."""
-
     case: Case
     losses: dict[str, dict[int, float]] = field(default_factory=dict)
-    """Held out, by contender and steps."""
+    """Held-out loss by contender and step."""
     shares: dict[str, float] = field(default_factory=dict)
-    """Of parameters whose moments are in 8 bits."""
+    """Of elements whose moments are in 8 bits."""
 
     def last(self, name: str) -> float:
         return self.losses[name][self.case.steps]
@@ -197,9 +188,8 @@ class Curves(report.Outcome):
                     text = f"held-out loss, {ours} by {peer}: within {GOAL:.0%}, measured {off:.2%}"
                     yield text, off <= GOAL
 
-    def line(self) -> str:
-        parts = [f"{name} {self.last(name):.4f}" for name in self.losses]
-        return "; ".join([", ".join(parts), *(f"{name}: {why}" for name, why in self.absent.items())])
+    def parts(self) -> list[str]:
+        return [", ".join(f"{name} {self.last(name):.4f}" for name in self.losses)]
 
     def data(self) -> dict[str, Any]:
         return {"group": "optimizer-curves", "losses": self.losses, "in_8bit": self.shares}

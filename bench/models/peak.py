@@ -1,14 +1,13 @@
-"""The most memory that the process of a training step has at a time, beside stock's.
+"""Peak resident memory of a process in a training step, beside stock PEFT's.
 
-Each contender makes the model of `model.py` and takes one step of it in a fresh process. The mark of the
-most that was resident is set back between the two, as making a model of random weights takes more than
-loading one does. All that is resident counts: Python, torch and the model as well as what the step needs.
+Each contender makes the model of `model.py` and takes one step in a fresh process. The high-water mark is
+reset in between, as making a model of random weights takes more than loading one. Everything resident counts:
+Python, torch, the model and the step.
 """
 
 from __future__ import annotations
 
 import ctypes
-import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -21,28 +20,29 @@ from ..lib.cases import DTYPES, PEFT_ON_BNB
 from ..lib.contenders import missing
 from ..lib.harness import first_line
 from ..lib.layers import BNB
-from ..lib.report import OURS
+from ..lib.machine import status_bytes
+from ..lib.report import OURS, megabytes
 from .model import PATCHED, SMOLLM2_135M, STEP, TEXTBOOK, Models, ModelSizes
 
 CONTENDERS = (OURS, PATCHED, PEFT_ON_BNB)
 GOAL = 0.6
-"""What our peak is to come to at most, as a fraction of stock's."""
+"""Our peak / stock's, at most."""
 CLOSE = 0.02
-"""Norms of the gradients of one model by two ways are this close, relatively."""
+"""Relative difference of the gradients' norm from stock's, at most."""
 
 
 class Peak(NamedTuple):
-    """Of one step: bytes, and the norm of its gradients."""
+    """Bytes of one step, and the norm of its gradients."""
 
     resident: int
     floor: int
-    """What was resident before it."""
+    """Resident before the step."""
     norm: float
 
 
 @dataclass(frozen=True)
 class Case:
-    """Which of the two scripts of `bench/models/model.py`, and the samples and tokens of its step."""
+    """One of the two training steps of model.py, with its samples and tokens."""
 
     group: str
     batch: int
@@ -56,7 +56,7 @@ class Case:
         return f"peak-{self.group}-{self.batch}x{self.tokens}-{self.dtype}"
 
     def run(self, timing: report.Timing = report.ONCE, progress: report.Progress = report.silent) -> Peaks:
-        """One step each: a peak hardly varies, so `timing` has no say."""
+        """One step each, whatever the timing: a peak hardly varies."""
         found = Peaks(self)
         if reason := missing("peft transformers"):
             found.absent[OURS] = reason
@@ -69,21 +69,19 @@ class Case:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 try:
                     found.peaks[name] = pool.submit(step_alone, self, name).result()
-                except Exception as error:  # whatever one raises, the others are still told
+                except Exception as error:  # the others still run
                     found.wrong[name] = f"{type(error).__name__}: {first_line(error)}"
-        found.judge()
+        found.check()
         return found
 
 
 @dataclass
 class Peaks(report.Outcome):
-    """What came of a case."""
-
     case: Case
     peaks: dict[str, Peak] = field(default_factory=dict)
 
-    def judge(self) -> None:
-        """A step whose gradients are not stock's is told as wrong, and its memory is not."""
+    def check(self) -> None:
+        """Marks steps whose gradients differ from stock's as wrong, and drops their memory."""
         stock = self.peaks.get(PEFT_ON_BNB)
         for name, peak in list(self.peaks.items()):
             if stock is not None and not abs(peak.norm - stock.norm) <= CLOSE * stock.norm:
@@ -100,9 +98,8 @@ class Peaks(report.Outcome):
         if (found := self.fraction) is not None:
             yield f"{OURS} / {PEFT_ON_BNB}: at most {GOAL:.0%}, measured {found:.1%}", found <= GOAL
 
-    def line(self) -> str:
-        parts = [f"{name} {mb(peak.resident)}" for name, peak in self.peaks.items()]
-        return "; ".join([*parts, *(f"{name}: {why}" for name, why in (self.absent | self.wrong).items())])
+    def parts(self) -> list[str]:
+        return [f"{name} {megabytes(peak.resident)}" for name, peak in self.peaks.items()]
 
     def data(self) -> dict[str, Any]:
         peaks = {name: peak._asdict() for name, peak in self.peaks.items()}
@@ -115,39 +112,28 @@ class Peaks(report.Outcome):
             stock = outcome.peaks.get(PEFT_ON_BNB)
             for name, peak in outcome.peaks.items():
                 share = "-" if stock is None else f"{peak.resident / stock.resident:.1%}"
-                cells = [mb(peak.resident), mb(peak.floor), share]
+                cells = [megabytes(peak.resident), megabytes(peak.floor), share]
                 rows.append([outcome.case.name.removeprefix("peak-"), name, *cells])
         titles = ["", "", "peak", "before", f"/ {PEFT_ON_BNB}"]
-        yield "the most that the process of a training step has resident", report.table(titles, rows)
+        yield "peak resident memory of a process in a training step", report.table(titles, rows)
 
 
 def standard(dtype: str) -> list[Case]:
     return [Case(group, 8, 512, dtype) for group in (STEP, TEXTBOOK)]
 
 
-def mb(nbytes: int) -> str:
-    return f"{nbytes / 1e6:,.0f} MB"
-
-
 def step_alone(case: Case, name: str) -> Peak:
-    """One step of a contender, for a fresh process."""
+    """One step of a contender, in a fresh process."""
     models = Models(case.sizes, DTYPES[case.dtype])
     if case.group == TEXTBOOK:
         model = models.textbook("bnb", name != PEFT_ON_BNB, name == OURS)
     else:
         model = {OURS: models.whole, PATCHED: models.ours, PEFT_ON_BNB: models.stock}[name]()
     take = models.textbook_step if case.group == TEXTBOOK else models.step
-    take(model, models.tokens(1, 16))()  # what a first step sets up
+    take(model, models.tokens(1, 16))()  # one-time allocations
     models.free_weights()
-    ctypes.CDLL(None).malloc_trim(0)  # what making the model has freed, which malloc keeps
+    ctypes.CDLL(None).malloc_trim(0)  # memory freed after making the model, which malloc keeps
     Path("/proc/self/clear_refs").write_text("5")
-    floor = _resident("VmRSS")
+    floor = status_bytes("VmRSS")
     gradients = take(model, models.tokens(case.batch, case.tokens))()["gradients"]
-    return Peak(_resident("VmHWM"), floor, float(gradients.norm()))
-
-
-def _resident(field: str) -> int:
-    """Bytes, by what Linux says of this process."""
-    match = re.search(rf"^{field}:\s+(\d+) kB$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    assert match is not None
-    return int(match[1]) * 1024
+    return Peak(status_bytes("VmHWM"), floor, float(gradients.norm()))

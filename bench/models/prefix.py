@@ -1,8 +1,8 @@
-"""Attention over [prefix; tokens] in one layer of SmolLM2, and steps of prefix tuning, patched beside PEFT,
-which looks the prefix up for each sample and copies it once more into its cache.
+"""Attention over [prefix; tokens] in one layer of SmolLM2, and steps of prefix tuning, patched beside PEFT.
 
-A third way keeps the prefix apart: all samples' queries meet it in one product, and the two attentions are
-merged by their sums of exponentials. It copies nothing for a sample but the queries.
+PEFT looks the prefix up for each sample and copies it again into its cache. A third contender computes
+attention over the prefix separately, with the queries of all samples in one GEMM, and merges the two
+attentions by their sums of exponentials.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ HEADS, KV_HEADS, HEAD_DIM = 9, 3, 64
 
 Widen = Callable[[Tensor], Tensor]
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-"""Of queries (batch, HEADS, tokens, HEAD_DIM), keys and values (batch, KV_HEADS, ...), and an embedding of
-(virtual tokens, 2 * KV_HEADS * HEAD_DIM); causal among the tokens."""
+"""Takes queries (batch, HEADS, tokens, HEAD_DIM), keys and values (batch, KV_HEADS, ...), and an embedding
+(virtual tokens, 2 * KV_HEADS * HEAD_DIM). Causal among the tokens."""
 
 
 def looked_up(embedding: Tensor, batch: int, dtype: torch.dtype) -> list[Tensor]:
-    """As PEFT does it: (batch, KV_HEADS, virtual tokens, HEAD_DIM) of keys and values, put into a cache."""
+    """Keys and values (batch, KV_HEADS, virtual tokens, HEAD_DIM), looked up and copied as PEFT does."""
     count = len(embedding)
     rows = F.embedding(torch.arange(count).expand(batch, -1), embedding).to(dtype)
     pair = rows.view(batch, count, 2, KV_HEADS, HEAD_DIM).permute(2, 0, 3, 1, 4)
@@ -50,7 +50,7 @@ def joined(k: Tensor, v: Tensor, prefix: Sequence[Tensor]) -> list[Tensor]:
 
 
 def attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """As transformers attends over a cache."""
+    """Attention over a cache, as in transformers."""
     k, v = (each.repeat_interleave(HEADS // KV_HEADS, 1) for each in (k, v))
     seen = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril(k.shape[-2] - q.shape[-2])
     return F.scaled_dot_product_attention(q, k, v, seen)
@@ -80,15 +80,15 @@ def merged(q: Tensor, k: Tensor, v: Tensor, embedding: Tensor) -> Tensor:
 
 
 class Merged(torch.autograd.Function):
-    """The backward of each attention takes the merged result and the merged sums in place of its own."""
+    """Merged attentions; the backward of each uses the merged output and sums instead of its own."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         k, v = (each.repeat_interleave(HEADS // KV_HEADS, 1) for each in (k, v))
-        apart = together(q)
+        apart = fold_batch(q)
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         (y1, sum1), (y2, sum2) = flash(apart, keys, values), flash(q, k, v, 0.0, True)
-        y1, sum1 = back(y1, len(q)), back(sum1[..., None], len(q))[..., 0]
+        y1, sum1 = unfold_batch(y1, len(q)), unfold_batch(sum1[..., None], len(q))[..., 0]
         sums = torch.logaddexp(sum1, sum2)
         share1, share2 = ((each - sums).exp()[..., None] for each in (sum1, sum2))
         y = (share1 * y1 + share2 * y2).to(q.dtype)
@@ -100,26 +100,27 @@ class Merged(torch.autograd.Function):
         q, k, v, keys, values, y, sums = ctx.saved_tensors
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         dq, dk, dv = flash(dy, q, k, v, y, sums, 0.0, True)
-        sums_apart = together(sums[..., None])[..., 0]
+        sums_apart = fold_batch(sums[..., None])[..., 0]
         more, dkeys, dvalues = flash(
-            together(dy), together(q), keys, values, together(y), sums_apart, 0.0, False
+            fold_batch(dy), fold_batch(q), keys, values, fold_batch(y), sums_apart, 0.0, False
         )
         dk, dv = (each.unflatten(1, (KV_HEADS, -1)).sum(2) for each in (dk, dv))
-        return dq + back(more, len(q)), dk, dv, dkeys, dvalues
+        return dq + unfold_batch(more, len(q)), dk, dv, dkeys, dvalues
 
 
-def together(x: Tensor) -> Tensor:
-    """(batch, HEADS, tokens, n) as (1, KV_HEADS, all that meet the same key, n)."""
+def fold_batch(x: Tensor) -> Tensor:
+    """(batch, HEADS, tokens, n) to (1, KV_HEADS, batch * group * tokens, n)."""
     return x.unflatten(1, (KV_HEADS, -1)).transpose(0, 1).flatten(1, 3)[None]
 
 
-def back(x: Tensor, batch: int) -> Tensor:
+def unfold_batch(x: Tensor, batch: int) -> Tensor:
+    """The inverse of fold_batch."""
     apart = x[0].unflatten(1, (batch, HEADS // KV_HEADS, -1))
     return apart.transpose(0, 1).flatten(1, 2)
 
 
 def tensors_of(virtual: int, batch: int, tokens: int, dtype: str) -> dict[str, Tensor]:
-    """By the names of their gradients."""
+    """Inputs by the names of their gradients."""
     heads = {"dq": HEADS, "dk": KV_HEADS, "dv": KV_HEADS}
     found = {
         name: testing.tensor(batch, count, tokens, HEAD_DIM, dtype=DTYPES[dtype], seed=seed)
@@ -133,9 +134,9 @@ def attention(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
         tensors = tensors_of(virtual, batch, tokens, dtype)
         dy = testing.tensor(*tensors["dq"].shape, dtype=DTYPES[dtype], seed=5)
 
-        def call(way: Attention, widen: Widen = Tensor.clone) -> Callable[[], Any]:
+        def call(attend: Attention, widen: Widen = Tensor.clone) -> Callable[[], Any]:
             inputs = {name: widen(t).requires_grad_() for name, t in tensors.items()}
-            return layers.differentiated(lambda: way(*inputs.values()), inputs, widen(dy))
+            return layers.differentiated(lambda: attend(*inputs.values()), inputs, widen(dy))
 
         wanted = correctness.Expected(call(copied)(), call(copied, Tensor.double)())
         entries = (
@@ -156,12 +157,12 @@ def join(virtual: int, batch: int, tokens: int, dtype: str) -> Case:
         shape = batch, KV_HEADS, virtual + tokens, HEAD_DIM
         dy = [testing.tensor(*shape, dtype=DTYPES[dtype], seed=seed) for seed in (6, 7)]
 
-        def call(way: Callable[..., list[Tensor]], widen: Widen = Tensor.clone) -> Callable[[], Any]:
+        def call(attend: Callable[..., list[Tensor]], widen: Widen = Tensor.clone) -> Callable[[], Any]:
             inputs = {name: widen(t).requires_grad_() for name, t in tensors.items()}
             gradients = [widen(each) for each in dy]
 
             def run() -> dict[str, Tensor]:
-                k, v = way(*inputs.values())
+                k, v = attend(*inputs.values())
                 found = torch.autograd.grad((k, v), tuple(inputs.values()), gradients)
                 return {"k": k.detach(), "v": v.detach(), **dict(zip(inputs, found, strict=True))}
 
@@ -187,7 +188,7 @@ def case(
 def step(
     virtual: int, projection: bool, batch: int, tokens: int, dtype: str, sizes: ModelSizes | None = None
 ) -> Case:
-    """Of an NF4 model; ours and PEFT's differ in the prefix alone."""
+    """A training step of an NF4 model; ours and PEFT's differ only in the prefix."""
     sizes = sizes or ModelSizes(SMOLLM2_135M.block, layers=6, vocabulary=2048)
 
     def build() -> list[Contender | Absent]:

@@ -1,13 +1,12 @@
-"""Steps of DPO, GRPO (without its generation) and SFT on SmolLM2-135M: TRL's trainers and ours, in turns.
+"""Steps of DPO, GRPO (without generation) and SFT on SmolLM2-135M: TRL's trainers and ours, interleaved.
 
-QLoRA r=16 on all linear layers, products under autocast to bf16, made-up tokens; the reference is the model
-without its adapter. Gradients are checked on a batch of short sequences. The truth is TRL's own step in
-fp32 on the weights that the packed ones stand for.
+QLoRA r=16 on all linear layers, under autocast to bf16, random tokens; the reference model is the model
+without its adapter. Gradients are checked on a batch of short sequences against TRL's step in fp32 on the
+dequantised weights.
 """
 
 from __future__ import annotations
 
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -22,27 +21,25 @@ from torch import Tensor
 import peft_kernels as pk
 import testing
 
-from ..lib import layers
+from ..lib import examples, layers
 from ..lib.contenders import Entry, contenders, missing
 from ..lib.harness import Absent, Case, Contender, Goal
 from ..lib.layers import ALPHA, BNB, RANK
 from ..lib.report import OURS
 from .model import SMOLLM2_135M
-from .optimizer_curves import EXAMPLES
 
 DPO, GRPO, SFT = "dpo", "grpo", "sft"
 TRL_PATCHED, TRL_STOCK = "TRL, patched", "TRL, PEFT and bnb"
 GOAL = 0.75
-"""What a step is to take at most, of TRL's with its two forwards on the same patched model."""
+"""Our time / TRL's on the same patched model, at most."""
 PEER_BOUND = 0.2
-"""Relative error of gradients beyond which a peer does something else: thirty layers round to bf16, twice."""
+"""Relative error of gradients above which a peer computes something else: 30 layers round to bf16, twice."""
 GENERATIONS = 8
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Sequences of a prompt and a completion: `count` prompts, with two completions each (DPO), eight (GRPO)
-    or one."""
+    """`count` prompts, with two completions each (DPO), eight (GRPO) or one (SFT), and their lengths."""
 
     count: int
     prompt: int
@@ -58,7 +55,7 @@ class Lengths:
 
 
 class Trainers(layers.LayerCache):
-    """Trainers of every kind over the same model, adapter and batch."""
+    """Trainers of one group over the same model, adapter and batch."""
 
     def __init__(self, group: str, checkpointing: bool) -> None:
         super().__init__()
@@ -67,12 +64,7 @@ class Trainers(layers.LayerCache):
     @cached_property
     def folder(self) -> Path:
         self._temporary = tempfile.TemporaryDirectory()
-        sys.path.append(str(EXAMPLES))
-        try:
-            import finetune_model
-        finally:
-            sys.path.remove(str(EXAMPLES))
-        return finetune_model.model_folder(None, Path(self._temporary.name))
+        return examples.module("finetune_model").model_folder(None, Path(self._temporary.name))
 
     def base(self, kind: str) -> Any:
         import transformers
@@ -143,7 +135,7 @@ class Trainers(layers.LayerCache):
             reward = lambda completions, **_: [0.0] * len(completions)  # noqa: E731
             trainer = home.GRPOTrainer(args=trl.GRPOConfig(**options), reward_funcs=reward, **given)
         for name, p in trainer.model.named_parameters():
-            if p.requires_grad:  # an adapter that does something, as after some training
+            if p.requires_grad:  # not zero, as after some training
                 shape = p.shape
                 scale = 0.02 if "lora_B" in name else shape[1] ** -0.5
                 value = testing.tensor(*shape, seed=zlib.crc32(name.encode()), scale=scale)
@@ -152,14 +144,14 @@ class Trainers(layers.LayerCache):
             report = pk.patch(trainer.model)
             if report.original:
                 raise RuntimeError(f"pk.patch: {report}")
-        if self.checkpointing:  # as Trainer.train() does
+        if self.checkpointing:  # as in Trainer.train()
             trainer.model.gradient_checkpointing_enable({"use_reentrant": False})
         trainer.model.train()
         trainer.current_gradient_accumulation_steps = 1
         return trainer
 
     def step(self, lengths: Lengths, trainer: Any) -> Callable[[], dict[str, Tensor]]:
-        """Everything of a training step but the optimizer's; of GRPO, generation left out."""
+        """A training step without the optimizer's, and without GRPO's generation."""
         trainable = [p for p in trainer.model.parameters() if p.requires_grad]
         count = lengths.count
         prompts, answers = lengths.ids(lengths.prompt), lengths.ids(lengths.completion)
@@ -191,7 +183,7 @@ class Trainers(layers.LayerCache):
 
 
 def _grpo_loss(trainer: Any, length: int, batch: dict[str, Tensor]) -> Tensor:
-    """The reference's log-probabilities, the policy's, and a loss of both."""
+    """GRPO's loss, from the log-probabilities of the reference and the policy."""
     from trl.trainer.utils import use_adapter
 
     ids = batch["ids"]
@@ -237,7 +229,7 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
 
             return Entry(name, make, verify, needs)
 
-        return contenders(trainers, [entry(*kind) for kind in kinds], partial(trainers.step, lengths))
+        return contenders([entry(*kind) for kind in kinds], partial(trainers.step, lengths), trainers)
 
     sizes = SMOLLM2_135M.block
     name = f"{group}-prompt{lengths.prompt}{'-checkpointed' if checkpointing else ''}"

@@ -1,5 +1,5 @@
-"""Serving: eight requests with an adapter each in one batch, beside one after the other, and beside one
-adapter for all."""
+"""Serving eight requests with an adapter each in one batch, beside one after the other, and one adapter for
+all."""
 
 from __future__ import annotations
 
@@ -24,12 +24,8 @@ from ..lib.layers import RANK
 from ..lib.report import OURS
 from .model import SMOLLM2_135M, Models, ModelSizes
 
-WHOLE, DECODE, DECODE_16, BOTTLENECK = (
-    "serving",
-    "serving-decode",
-    "serving-decode-16bit",
-    "serving-decode-bottleneck",
-)
+WHOLE, DECODE = "serving", "serving-decode"
+DECODE_16, BOTTLENECK = "serving-decode-16bit", "serving-decode-bottleneck"
 ONE, PASSES = "ours, one adapter", "8 passes of generate, patched"
 REQUESTS = 8
 TITLES = {
@@ -42,10 +38,10 @@ GOALS = {WHOLE: (Goal(PASSES, 3.0),)} | {
     group: (Goal(ONE, 1.3, cost=True),) for group in (DECODE, DECODE_16, BOTTLENECK)
 }
 SECONDS = {WHOLE: 60.0, DECODE: 30.0, DECODE_16: 30.0, BOTTLENECK: 30.0}
-STEPS = 4  # tokens of a timed call, so that a turn is longer than what interrupts it
+STEPS = 4  # tokens per timed call, so that a call is longer than interruptions
 SANE = 0.1
-"""Error of logits beside fp32 that is rounding of bf16, relative to their norm; another adapter's are 10
-times as far off."""
+"""Relative error of logits from fp32 that bf16 rounding explains; those of a wrong adapter are 10 times as
+far off."""
 
 LORA = Variant(base="nf4", adapters=REQUESTS, training=False)
 
@@ -55,7 +51,7 @@ def standard(dtype: str) -> list[Case]:
 
 
 class Served(Models):
-    """A model, and folders of adapters."""
+    """A model and folders of adapters."""
 
     @cached_property
     def folder(self) -> Path:
@@ -92,9 +88,9 @@ class Served(Models):
         found: list[list[int]] = self.tokens(REQUESTS, count).tolist()
         return found
 
-    def off(self, answers: Sequence[tuple[list[int], Tensor]], prompts: list[list[int]]) -> float:
-        """How far the logits (tokens, vocabulary) of answers are from those of PEFT over dense weights in
-        fp32, given the same tokens. AssertionError when they are another model's."""
+    def error(self, answers: Sequence[tuple[list[int], Tensor]], prompts: list[list[int]]) -> float:
+        """The largest relative error of the answers' logits (tokens, vocabulary) from those of PEFT over
+        dense weights in fp32, given the same tokens. AssertionError beyond SANE."""
         model, worst = self._reference, 0.0
         for name, prompt, (tokens, logits) in zip(LORA.names, prompts, answers, strict=True):
             model.set_adapter(name)
@@ -110,7 +106,7 @@ class Served(Models):
 
 
 def whole(prompt: int, new: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """All tokens of eight requests."""
+    """Eight requests from prompt to end."""
 
     def build() -> list[Contender | Absent]:
         if reason := missing("peft transformers"):
@@ -146,7 +142,7 @@ def whole(prompt: int, new: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -
             return lambda: [one(ids, name) for ids, name in zip(prompts, LORA.names, strict=True)]
 
         def verify(answers: Any) -> float:
-            return models.off(answers, prompts)
+            return models.error(answers, prompts)
 
         entries = (Entry(OURS, lambda: [ours()], verify), Entry(PASSES, lambda: [passes()], verify))
         return contenders(entries, cache=models)
@@ -155,7 +151,7 @@ def whole(prompt: int, new: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -
 
 
 def decode(group: str, prompt: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -> Case:
-    """A token of each of eight requests behind prompts of that length."""
+    """A few decoded tokens of each of eight requests, after prompts of the given length."""
 
     def build() -> list[Contender | Absent]:
         if reason := missing("peft transformers"):
@@ -189,12 +185,12 @@ def decode(group: str, prompt: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M
 
 
 def _forced(engine: Any, given: list[list[int]], prompt: int) -> Callable[[], dict[str, Tensor]]:
-    """Steps of an engine whose batch is full, with tokens that are given: each call does the same work."""
+    """Steps of an engine with a full batch and given tokens, so that each call does the same work."""
 
     def call() -> dict[str, Tensor]:
         logits = []
         for slot in engine._batch.slots:
-            slot.cache.crop(prompt - slot.cache.get_seq_length())  # so many are taken off the end
+            slot.cache.crop(prompt - slot.cache.get_seq_length())  # removes that many from the end
         for i in range(STEPS):
             for slot, ids in zip(engine._batch.slots, given, strict=True):
                 slot.request.tokens[:] = ids[prompt : prompt + i + 1]
@@ -210,7 +206,7 @@ def _forced(engine: Any, given: list[list[int]], prompt: int) -> Callable[[], di
 def _alone(
     models: Served, group: str, given: list[list[int]], prompt: int, names: Sequence[str]
 ) -> correctness.Expected:
-    """Each request alone, over dense weights: in fp32, and in the dtype of the case."""
+    """Expected logits: each request alone over dense weights, in fp32 and in the dtype of the case."""
 
     def run(wide: bool) -> dict[str, Tensor]:
         base = models.over("exact").float() if wide else models.over("dense")

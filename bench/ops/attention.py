@@ -1,6 +1,7 @@
-"""Attention at the shapes of training, beside torch's scaled_dot_product_attention as transformers calls it:
-causal, keys and values repeated for each head of queries where a mask is given, shared by torch where not.
-Padded: rows of every length, on the left, whose mask costs torch its causal way.
+"""Causal attention at training shapes, beside torch's scaled_dot_product_attention as transformers calls it.
+
+transformers repeats keys and values for each query head if there is a mask; otherwise torch shares them. `padded`:
+left-padded rows of different lengths, whose mask rules out torch's causal kernel.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ SIZES = ((8, 128), (4, 256), (2, 512), (1, 1024), (1, 2048))
 
 
 def padding(batch: int, tokens: int) -> Tensor:
-    """(batch, 1, tokens, tokens): the longest row is whole, the others each a part shorter."""
+    """Mask (batch, 1, tokens, tokens): the first row is full, each further one is shorter."""
     row = torch.arange(tokens)
     first = torch.arange(batch)[:, None, None, None] * tokens // (2 * batch)
     return (row >= first) & (row <= row[:, None])
@@ -52,7 +53,7 @@ def attention(heads: Heads, batch: int, tokens: int, dtype: str, train: bool, pa
         from peft_kernels.integrations import attention as ours
 
         counts = {"dq": heads.queries, "dk": heads.keys, "dv": heads.keys}
-        # (batch, tokens, heads, features), as projections give them, seen as transformers does.
+        # (batch, tokens, heads, features), the layout of projections; transformers passes a transposed view.
         tensors = {
             name: testing.tensor(batch, tokens, count, heads.features, dtype=DTYPES[dtype], seed=seed)
             for seed, (name, count) in enumerate(counts.items())
@@ -84,7 +85,7 @@ def attention(heads: Heads, batch: int, tokens: int, dtype: str, train: bool, pa
         return contenders(entries)
 
     group = "-".join(["attention", *["padded"] * padded, "train" if train else "forward"])
-    title = f"attention of queries' heads by features, causal{', padded' * padded}"
+    title = f"attention of query heads by features, causal{', padded' * padded}"
     title += ", forward + backward" if train else ", forward without grad"
     goals = [Goal(SDPA, 1.5)] if train else []
     return Case(

@@ -1,7 +1,6 @@
-"""bitsandbytes' Linear4bit as it is and on our kernels, in turns.
+"""bitsandbytes' Linear4bit as it is and on our kernels, interleaved.
 
-Its ops are switched over for the whole process, so each call sees to that first; in a turn of calls the first
-one alone has something to do, and that is not timed.
+Its ops are switched for the whole process at the start of a turn, outside the timed calls.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ STOCK = "bnb as it is"
 
 
 class Switched:
-    """A call that finds bitsandbytes' ops on our kernels, or as they are."""
+    """A call with bitsandbytes' ops on our kernels, or unchanged."""
 
     on = False
 
@@ -55,16 +54,16 @@ class SwitchedCase(Case):
     def run(self, *arguments: Any, **options: Any) -> harness.Result:
         try:
             clock = options.pop("clock", time.perf_counter)
-            return super().run(*arguments, **options, clock=clock, take_turns=partial(take_turns, clock))
+            return super().run(*arguments, **options, clock=clock, take_turns=partial(switched_turns, clock))
         finally:
             bitsandbytes.disable()
             Switched.on = False
 
 
-def take_turns(clock: Clock, runners: Sequence[Contender]) -> dict[str, Turn]:
-    def turn(call: Any, taken: Turn) -> float:
+def switched_turns(clock: Clock, runners: Sequence[Contender]) -> dict[str, Turn]:
+    def turn(call: Any, timed: Turn) -> float:
         call.switch()
-        return taken()
+        return timed()
 
     return {c.name: partial(turn, c.calls[0], harness.clocked_turn(c, clock)) for c in runners}
 

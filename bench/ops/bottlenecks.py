@@ -1,13 +1,13 @@
-"""Bottleneck adapters beside the modules that they are made of, in plain torch and compiled.
+"""Bottleneck adapters beside plain torch modules, eager and compiled.
 
 A sequential adapter adds to its own input, a parallel one to the output of a sublayer. `mixed`: fp32
-parameters beside activations in bf16, for which plain modules widen the activations. `autocast`: the same
-parameters under autocast, where plain modules round them, and so does ours.
+parameters with bf16 activations, which plain modules widen. `autocast`: the same under autocast, where plain
+modules and ours round the parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,7 +57,7 @@ class Kind:
 
 
 class Plain(nn.Module):
-    """An adapter as one writes it in torch."""
+    """An adapter in plain torch."""
 
     def __init__(self, kind: Kind, inputs: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class Plain(nn.Module):
 
 
 def adapter_of(kind: Kind, parameters: Mapping[str, nn.Parameter]) -> BottleneckAdapter:
-    """Ours, of the same parameters."""
+    """Ours, with the same parameters."""
     r, width = parameters["down"].shape
     config = AdapterConfig(
         False, True, parallel=kind.parallel, reduction=width / r, activation=kind.activation, scaling=SCALING
@@ -106,7 +106,7 @@ def inputs_of(kind: Kind, width: int, r: int, m: int, dtype: torch.dtype) -> dic
 
 
 def expected(kind: Kind, inputs: Mapping[str, Tensor], dy: Tensor) -> correctness.Expected:
-    """In fp32 and rounded, and in fp64."""
+    """Results in fp32, rounded, and in fp64."""
 
     def results(wide: torch.dtype) -> dict[str, Tensor]:
         leaves = {name: inputs[name].to(wide, copy=True).requires_grad_() for name in NAMES}
@@ -171,17 +171,12 @@ def bottleneck(
 
 
 def standard(dtype: str) -> list[Case]:
-    return list(_standard())
-
-
-def _standard() -> Iterator[Case]:
-    for dtype, mixed in (("bf16", False), ("bf16", True), ("fp32", False)):
+    found = []
+    for kept, mixed in (("bf16", False), ("bf16", True), ("fp32", False)):
         for parallel in (False, True):
             for train in (False, True):
-                for m in ROWS:
-                    yield bottleneck(Kind(train, parallel, mixed), m, dtype)
+                found += [bottleneck(Kind(train, parallel, mixed), m, kept) for m in ROWS]
         for activation in ("gelu", "silu"):
-            yield bottleneck(Kind(True, mixed=mixed, activation=activation), max(ROWS), dtype)
-    for parallel in (False, True):
-        for m in ROWS:
-            yield bottleneck(Kind(True, parallel, autocast=True), m, "bf16")
+            found.append(bottleneck(Kind(True, mixed=mixed, activation=activation), max(ROWS), kept))
+    kinds = [Kind(True, parallel, autocast=True) for parallel in (False, True)]
+    return [*found, *(bottleneck(kind, m, "bf16") for kind in kinds for m in ROWS)]

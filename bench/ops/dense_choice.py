@@ -1,11 +1,11 @@
-"""Are dense products of ours as fast as torch's at this machine's best level? Measured, and recorded.
+"""Measures whether our dense GEMMs are as fast as torch's with this machine's best ISA, and records it.
 
     PEFT_KERNELS_AMX_DENSE=1 python bench/ops/dense_choice.py --record csrc/cpu/isa/fast_dense.h
 
-A LoRA layer on a dense bf16 base computes the base product itself with the best ISA (`has_fast_dense` in
-csrc/cpu/isa/dispatch.cpp), and leaves it to torch, which knows no cap of ours, with the ISA below. Forward
-and backward of both take turns. Ours count as equally fast if the geometric mean of torch's time / ours over
-the shapes of the tables in docs/benchmarks.md is at least 1. bench/amx_check.sh runs this.
+A LoRA layer on a dense bf16 base computes the base GEMM itself with the best ISA (`has_fast_dense` in
+csrc/cpu/isa/dispatch.cpp), and with torch, which our limit does not affect, with the ISA below. Forward and
+backward of both are interleaved. Ours count as fast if the geometric mean of torch's time / ours over the
+shapes of the tables in docs/benchmarks.md is at least 1. bench/amx_check.sh runs this.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bench.lib.report import Spread, Timing
 from peft_kernels.core.backends import cpu
 
 OURS, TORCHS = "ours", "torch's"
-RECORD = """// Whether dense products of ours at level amx are as fast as torch's, and ops compute them.
+RECORD = """// Whether our dense GEMMs with AMX are as fast as torch's, so that ops use them.
 // Written by bench/amx_check.sh: torch's time / ours, forward and backward of a LoRA layer,
 // {cpu}, {cores} cores, torch {torch}:
 {lines}// Their geometric mean is {mean:.2f}.
@@ -44,7 +44,7 @@ Call = Callable[[], Any]
 
 
 def call(level: str, weights: layers.Weights, base: torch.Tensor, x: torch.Tensor, dy: torch.Tensor) -> Call:
-    """Forward and backward of a layer at a level."""
+    """Forward and backward of a layer, limited to an ISA."""
     trained = [t.detach().clone().requires_grad_() for t in (x, weights.lora_a, weights.lora_b)]
 
     def run() -> None:
@@ -74,7 +74,7 @@ def decide(ratios: dict[str, float]) -> tuple[float, bool]:
 
 
 def record(ratios: dict[str, float], facts: dict[str, Any]) -> str:
-    """The file that says so."""
+    """The text of the header file."""
     mean, fast = decide(ratios)
     lines = "".join(f"//   {name}: {value:.2f}\n" for name, value in ratios.items())
     return RECORD.format(
@@ -90,8 +90,8 @@ def record(ratios: dict[str, float], facts: dict[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--record", type=Path, help="the file to write")
-    parser.add_argument("--level", default="amx", help="ours; torch has no cap")
-    parser.add_argument("--quick", action="store_true", help="one small shape, to see that this works")
+    parser.add_argument("--level", default="amx", help="ISA of ours; torch is not limited")
+    parser.add_argument("--quick", action="store_true", help="one small shape, as a smoke test")
     options = parser.parse_args(arguments)
     reason = cpu.BACKEND.probe()
     if reason is not None:
@@ -114,7 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             ratios[name] = ratio(shape, m, levels, Timing(0.0, 1) if options.quick else Timing())
             print(f"{name}: torch's time / ours {ratios[name]:.2f}", flush=True)
     mean, fast = decide(ratios)
-    print(f"geometric mean {mean:.2f}: dense products are {'ours' if fast else 'left to torch'}")
+    print(f"geometric mean {mean:.2f}: dense GEMMs are {'ours' if fast else 'left to torch'}")
     if options.record:
         options.record.write_text(record(ratios, facts))
         print(f"written to {options.record}: build again")

@@ -1,7 +1,7 @@
-"""Linear layers of experts as models route to them: ours on NF4, beside dense weights in 16 bits multiplied
-by torch's grouped_mm, as transformers does it, and beside dequantising all experts before that.
+"""Linear layers of experts: ours on NF4, beside torch's grouped_mm on dense 16-bit weights, as in
+transformers, and on all experts dequantised in each call.
 
-M counts tokens; each goes to TOP experts, at random, so M * TOP rows are multiplied.
+M counts tokens; each goes to `top` random experts, so M * top rows are multiplied.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class Experts:
 
     @cached_property
     def rounded(self) -> Tensor:
-        """Of the dense layers."""
+        """Dequantised, for the dense layers."""
         return self.nf4.dequantize(self.dtype)
 
     @cached_property
@@ -74,7 +74,7 @@ class Experts:
         return a.requires_grad_(), testing.tensor(e, n, RANK, seed=3, scale=RANK**-0.5).requires_grad_()
 
     def ends(self, tokens: int) -> Tensor:
-        """Each token's experts are drawn without putting back."""
+        """Row offsets of the experts; each token draws its experts without replacement."""
         draws = torch.rand(tokens, self.shape.experts, generator=torch.Generator().manual_seed(7))
         chosen = draws.topk(self.shape.top).indices.flatten()
         return torch.bincount(chosen, minlength=self.shape.experts).cumsum(0).to(torch.int32)
@@ -119,19 +119,19 @@ def experts(group: str, shape: Shape, tokens: int, dtype: str) -> Case:
             return pk.experts_linear(rows, ends, weights.nf4)
 
         def peer(weight: Callable[[], Tensor]) -> Callable[[Tensor], Tensor]:
-            def product(rows: Tensor) -> Tensor:
+            def forward(rows: Tensor) -> Tensor:
                 y = grouped(rows, weight(), ends)
                 if group != QLORA:
                     return y
                 return y + SCALING * grouped(grouped(rows, a.to(x.dtype), ends), b.to(x.dtype), ends)
 
-            return product
+            return forward
 
-        def call(product: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
+        def call(forward: Callable[[Tensor], Tensor]) -> Callable[[], Any]:
             if group == FORWARD:
-                return layers.forward_call(product, x)
+                return layers.forward_call(forward, x)
             inputs = {"dx": leaf} if group == TRAIN else {"dx": leaf, "da": a, "db": b}
-            return layers.differentiated(lambda: product(leaf), inputs, dy)
+            return layers.differentiated(lambda: forward(leaf), inputs, dy)
 
         dense, dequantised = peer(lambda: weights.rounded), peer(lambda: weights.nf4.dequantize(x.dtype))
         entries = (
@@ -139,7 +139,7 @@ def experts(group: str, shape: Shape, tokens: int, dtype: str) -> Case:
             Entry(DENSE, lambda: [call(dense)], wanted.sane),
             Entry(DEQUANTISED, lambda: [call(dequantised)], wanted.sane),
         )
-        return contenders(entries)  # calls are of these rows alone
+        return contenders(entries)
 
     name = f"{group}-{shape.experts}"
     return Case(
@@ -148,6 +148,6 @@ def experts(group: str, shape: Shape, tokens: int, dtype: str) -> Case:
 
 
 def standard(dtype: str) -> list[Case]:
-    """Case after case of the same weights."""
+    """Consecutive cases share their weights."""
     shapes = GATE_UP, DOWN, MIXTRAL
     return [experts(group, s, m, dtype) for s in shapes for group, tokens in TOKENS.items() for m in tokens]

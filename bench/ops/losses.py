@@ -1,10 +1,9 @@
-"""The loss of a language model's head beside torch's, which makes all logits, and a compiled loss in chunks.
+"""The loss of a language model's head, beside torch's over all logits, and a compiled loss in chunks.
 
-Forward and backward, one token in eight without a label. The peer in chunks is how one writes such a loss in
-torch: the gradient of each chunk is computed in the forward, all of it compiled (torch.func.grad_and_value).
-Torch's gets its logits in fp32, as transformers widens them: of bf16 ones its gradients were found to be off
-by half of their norm on a CPU (relative error 0.55), and such a peer is not timed.
-Liger's kernel for the same is Triton's, and needs a GPU.
+Forward and backward; one token in eight has no label. The chunked peer computes the gradient of each chunk in
+the forward, compiled (torch.func.grad_and_value). Torch's gets logits in fp32, as in transformers: from bf16
+logits its gradients on a CPU have a relative error of 0.55, and such a peer is not timed. Liger's kernel
+needs a GPU.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ def labels_of(rows: int, vocabulary: int) -> Tensor:
 
 
 def losses(x: Tensor, weight: Tensor, labels: Tensor, cap: float | None = None) -> Tensor:
-    """The mean, by all logits."""
+    """The mean loss over all logits."""
     logits = F.linear(x, weight)
     if logits.dtype != torch.float64:
         logits = logits.float()
@@ -51,7 +50,7 @@ def losses(x: Tensor, weight: Tensor, labels: Tensor, cap: float | None = None) 
 
 
 class InChunks:
-    """The same by chunks of rows, each differentiated at once."""
+    """The same in chunks of rows, each with its gradient at once."""
 
     def __init__(self, trained: bool, cap: float | None) -> None:
         def chunk(x: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -140,7 +139,7 @@ def case(
         return contenders(entries)
 
     group = f"loss-{head}" + ("-capped" if cap else "")
-    kinds = {"frozen": "a frozen head", "trained": "a head that is trained", "nf4": "a frozen head in NF4"}
+    kinds = {"frozen": "a frozen head", "trained": "a trained head", "nf4": "a frozen head in NF4"}
     title = f"loss of {kinds[head]}{', logits capped' if cap else ''}, forward + backward"
     goals = (Goal(TORCH, 1.8), Goal(CHUNKS, 1.3)) if head == "frozen" and rows == 1024 and not cap else ()
     return Case(group, *shape, rows, dtype, build, goals=goals, title=title, seconds=30.0)

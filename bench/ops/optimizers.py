@@ -1,7 +1,6 @@
-"""A step of AdamW with moments in 8 bits beside bitsandbytes' and torch's fused one, fp32 parameters.
+"""A step of AdamW with 8-bit moments beside bitsandbytes' and torch's fused AdamW, fp32 parameters.
 
-The remark tells the state's bytes a parameter, and what a step at least reads and writes: by the time, that
-is a memory bandwidth.
+The remark has the bytes of state per parameter, and the bytes that a step reads and writes at least.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ BNB_8BIT, BNB_32BIT, TORCH = "bnb AdamW8bit", "bnb AdamW32bit", "torch fused Ada
 ONE_TENSOR = "ours, one tensor"
 LR, DECAY = 1e-3, 1e-2
 STEP_BYTES = 4 + 2 * (4 + 2 * (1 + 4 / 256))
-"""That a step with moments in 8 bits reads and writes of an fp32 parameter: its gradient, itself, moments."""
+"""Read and written per fp32 parameter by a step with 8-bit moments: gradient, parameter, moments."""
 
 Shapes = Sequence[tuple[int, int]]
 LORA: Shapes = [(16, 700)] * 448
@@ -103,7 +102,7 @@ def entries(shapes: Shapes, device: str = "cpu", copies: int = 1) -> list[Entry]
 
 
 class Stepped:
-    """An optimizer over parameters of its own, and gradients that contenders share."""
+    """An optimizer with its own parameters, and gradients that contenders share."""
 
     def __init__(self, make: Callable[[list[Tensor]], Any], grads: Sequence[Tensor]) -> None:
         self.params = [torch.nn.Parameter(testing.tensor(*g.shape).to(g.device)) for g in grads]
@@ -117,7 +116,7 @@ class Stepped:
         return self
 
     def error(self) -> float:
-        """Of the first step, which moves every element by lr, against its gradient, and decays it."""
+        """Of the first step, which moves every element by lr against its gradient, and decays it."""
         p = self.params[-1]
         assert p.grad is not None
         moved = -LR * DECAY * self.start - LR * p.grad.double().sign()
@@ -133,6 +132,5 @@ class Stepped:
         kept = [state for p in self.params if (state := self.optimizer.state[p])]
         values = chain.from_iterable(state.items() for state in kept)
         nbytes = sum(v.nbytes for k, v in values if isinstance(v, Tensor) and k != "step" and "qmap" not in k)
-        # A step reads and writes parameter and state, and reads the gradient.
         moved = 2 * nbytes + sum(2 * p.nbytes + p.nbytes for p in self.params)
         return f"{nbytes / count:.2f} bytes of state a parameter, {moved / 1e9:.3g} GB a step"

@@ -14,7 +14,7 @@ from test_example_finetune import tiny  # noqa: F401
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.models import distributed
-from bench.models.distributed import Found
+from bench.models.distributed import Result
 
 pytestmark = [
     pytest.mark.slow,
@@ -40,16 +40,16 @@ def test_killed_and_gone_on_with_in_another_number(options: object, tmp_path: Pa
 
 
 def test_what_is_told(capsys: pytest.CaptureFixture[str]) -> None:
-    one = Found({0: 2.0, 1: 1.0}, {"a": torch.tensor([3.0, 4.0])}, 1.0)
-    other = Found({1: 1.01}, {"a": torch.tensor([3.0, 4.5])}, 0.5)
-    distributed.tell("x", other, one)
+    one = Result({0: 2.0, 1: 1.0}, {"a": torch.tensor([3.0, 4.0])}, 1.0)
+    other = Result({1: 1.01}, {"a": torch.tensor([3.0, 4.5])}, 0.5)
+    distributed.compare_with("x", other, one)
     text = capsys.readouterr().out
     assert text == (
-        "x: 1 steps, losses within 1.0e-02, adapters within 1.0e-01 of their movement, base in a process at "
+        "x: 1 steps, losses within 1.0e-02, adapters within 1.0e-01 of their change, base in a process at "
         "most 50.0%\n"
     )
-    with pytest.raises(RuntimeError, match="x: expected to get to the end"):
-        distributed.tell("x", None, one)
+    with pytest.raises(RuntimeError, match="x: did not finish"):
+        distributed.compare_with("x", None, one)
     with pytest.raises(SystemExit):
         distributed.main(["--steps", "3"])
     assert "--steps: expected at least 4, got 3" in capsys.readouterr().err

@@ -36,7 +36,7 @@ def test_the_truth_is_that_of_peft_in_fp64() -> None:
     mixtures = moe.Mixtures(TINY, torch.float64)
     mixtures.__dict__["packed"] = moe.Mixtures(TINY, torch.float32).packed
     got = mixtures.training_call(mixtures.adapted("eager", patch=False).double(), 24)()
-    truth = mixtures.as_peft_has_it(mixtures.truth(24, training=True))
+    truth = mixtures.in_peft_layout(mixtures.truth(24, training=True))
     assert got.keys() == truth.keys()
     for name, tensor in truth.items():
         torch.testing.assert_close(got[name], tensor)
