@@ -9,7 +9,7 @@
 
 Every case is checked against the fp64 reference first; a wrong result is reported and not timed. A ratio is
 the peer's time / our time: above 1 we win. A cost is our time / that of a cheaper job of ours. Writes
-results.jsonl, table.txt and ratios.png to the output folder. Exits with 1 if a result was wrong.
+results.jsonl and table.txt to the output folder. Exits with 1 if a result was wrong.
 
 Except memory-... these run only by name:
 
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         torch.set_num_threads(options.threads)
     import peft_kernels as pk
     import testing
-    from bench.lib import chart, harness, machine, report, session
+    from bench.lib import machine, report, session
 
     timed, by_name = (
         [case for name in modules for case in importlib.import_module(name).standard(options.dtype)]
@@ -141,10 +141,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     body = done.render()
     print("\n" + body)
     (options.output / "table.txt").write_text(f"{header}\n\n{body}", encoding="utf-8")
-    timed = [outcome for outcome in done.outcomes if isinstance(outcome, harness.Result)]
-    no_picture = chart.draw(timed, options.output / "ratios.png", header)
-    picture = f"no picture: {no_picture}" if no_picture else "ratios.png"
-    print(f"{options.output}: results.jsonl, table.txt, {picture} ({time.perf_counter() - started:.0f} s)")
+    print(f"{options.output}: results.jsonl, table.txt ({time.perf_counter() - started:.0f} s)")
     return done.status
 
 

@@ -1,10 +1,9 @@
-"""Draw the picture of the README, docs/images/bench.svg, from the tables of docs/benchmarks.md.
+"""Draws the README's picture, docs/images/bench.svg, from the tables of docs/benchmarks.md.
 
     python tools/bench_picture.py [OUTPUT.svg]
 
-Bars are ratios of times, the other implementation / ours, from 1 on a logarithmic axis; what loses has
-another colour, as in the picture that `make bench` draws. Figures have one home, the tables: a test compares
-them with what stands in the picture.
+Bars are ratios of times, the other implementation / ours, from 1 on a logarithmic axis; losing ones have another
+colour. A test compares the picture with the tables.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES, PICTURE = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images" / "bench.svg"
-sys.path.append(str(ROOT))  # bench; at the end, so that installed packages go first
 LARGE = "4096x4096"
+WINS_COLOUR, LOSES_COLOUR = "#0072B2", "#D55E00"  # distinguishable by colour-blind readers
 
 
 class Bar(NamedTuple):
@@ -90,8 +89,6 @@ def panels(text: str) -> list[Panel]:
 def draw(shown: Sequence[Panel], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
-
-    from bench.lib.chart import LOSES_COLOUR, WINS_COLOUR
 
     settings = {
         "svg.fonttype": "none",  # text stays text: small, searchable, and the test can read it

@@ -1,7 +1,7 @@
 """Causal attention at training shapes, beside torch's scaled_dot_product_attention as transformers calls it.
 
-transformers repeats keys and values for each query head if there is a mask; otherwise torch shares them. `padded`:
-left-padded rows of different lengths, whose mask rules out torch's causal kernel.
+With a mask transformers repeats keys and values for each query head; without, torch shares them. `padded`:
+rows padded on the left to different lengths, whose mask rules out torch's causal kernel.
 """
 
 from __future__ import annotations

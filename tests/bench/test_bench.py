@@ -32,7 +32,7 @@ import testing
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench import run
-from bench.lib import cases, chart, harness, layers, report
+from bench.lib import cases, harness, layers, report
 from bench.lib.harness import Case, Goal, Result
 from bench.lib.report import OURS
 from bench.models import memory, model
@@ -134,10 +134,9 @@ def run_of(
 
 
 @pytest.mark.usefixtures("small_rotation")
-def test_run_writes_json_lines_table_and_picture(
+def test_run_writes_json_lines_and_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pytest.importorskip("matplotlib")
     tiny = [cases.forward(TINY, m, "bf16") for m in (1, 3)]
     saved = memory.Case(memory.BLOCK, "dense", "lora", "bf16", TINY_BLOCK)
     status, lines, table = run_of(monkeypatch, tmp_path, *tiny, block_case(cases.BLOCK_DORA), saved)
@@ -165,7 +164,6 @@ def test_run_writes_json_lines_table_and_picture(
         "at most 1.35, measured",
     ):
         assert text in table
-    assert (tmp_path / "ratios.png").read_bytes().startswith(b"\x89PNG")
     said = capsys.readouterr().out
     assert "4 cases, about" in said and "[4/4]" in said
 
@@ -244,7 +242,3 @@ def test_kept_memory_is_told(
     _, (line,), _ = run_of(monkeypatch, tmp_path, cases.dequantize(TINY, "bf16"), arguments=arguments)
     assert line["memory_kept"] is asked and calls == [True] * asked
     assert ("freed memory is kept by the process" in capsys.readouterr().out) is asked
-
-
-def test_no_picture_of_nothing(tmp_path: Path) -> None:
-    assert chart.draw([], tmp_path / "ratios.png", "") is not None

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from bench_checks import ONCE, TINY, small_rotation  # noqa: F401
+from bench_checks import TINY, small_rotation  # noqa: F401
 from bnb_layers import bnb
 
-from bench.lib.report import OURS
+from bench.lib.report import ONCE, OURS
 from bench.ops import bnb_ops
 from peft_kernels.integrations.bitsandbytes import ops as bitsandbytes_ops
 

@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from bench_checks import ONCE
 
-from bench.lib.report import OURS
+from bench.lib.report import ONCE, OURS
 from bench.ops import bottlenecks
 from bench.ops.bottlenecks import Kind
 from peft_kernels.adapters.adapter import BottleneckAdapter

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from bench_checks import (
-    ONCE,
     TINY,
     TINY_BLOCK,
     Machine,
@@ -32,7 +31,7 @@ sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.lib import adapted, block, cases, correctness, layers, report
 from bench.lib.harness import Absent, Contender, Result
-from bench.lib.report import OURS
+from bench.lib.report import ONCE, OURS
 from bench.models import memory, model
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench_checks import ONCE
 
 import peft_kernels as pk
-from bench.lib.report import OURS
+from bench.lib.report import ONCE, OURS
 from bench.ops import experts
 
 TINY = experts.Shape(4, 2, 64, 128)

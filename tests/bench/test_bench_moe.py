@@ -6,13 +6,13 @@ import importlib
 
 import pytest
 import torch
-from bench_checks import ONCE, line_of
+from bench_checks import line_of
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
 from bench.lib import report
-from bench.lib.report import OURS
+from bench.lib.report import ONCE, OURS
 from bench.models import moe
 
 TINY = moe.Sizes(hidden=64, inner=32, experts=6, top_k=2)

@@ -11,14 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from bench_checks import ONCE, TINY_BLOCK, Machine, line_of
+from bench_checks import TINY_BLOCK, Machine, line_of
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.lib import report
 from bench.lib.cases import PEFT_ON_BNB
 from bench.lib.harness import Absent
-from bench.lib.report import OURS
+from bench.lib.report import ONCE, OURS
 from bench.models import model, noisy_neighbour
 from bench.models.noisy_neighbour import Case, Key, Slowed
 

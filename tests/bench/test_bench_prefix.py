@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench_checks import ONCE, TINY_BLOCK
+from bench_checks import TINY_BLOCK
 
-from bench.lib.report import OURS
+from bench.lib.report import ONCE, OURS
 from bench.models import prefix
 from bench.models.model import ModelSizes
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from bench_checks import ONCE, TINY_BLOCK
+from bench_checks import TINY_BLOCK
 
 pytest.importorskip("transformers", reason="transformers is not installed")
 pytest.importorskip("peft", reason="PEFT is not installed")
 
-from bench.lib.report import OURS
+from bench.lib.report import ONCE, OURS
 from bench.models import serving
 from bench.models.model import ModelSizes
 from peft_kernels.serving import layers
