@@ -1,11 +1,11 @@
-"""Adapters as AdapterHub's library writes them, and what it computes with them, in tests/adapters/adapterhub.
+"""Writes adapters of AdapterHub's library and the outputs it computes with them to tests/adapters/adapterhub.
 
 Written with adapters 1.3.0 and transformers 4.57.6, in an environment of their own:
 
     pip install adapters torch
     python tools/adapterhub_samples.py tests/adapters/adapterhub
 
-The models are tiny and of random weights, which the tests make again by `filled`.
+The models are tiny, with random weights that the tests reproduce by `filled`.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ CASES: dict[str, tuple[str, str, dict[str, Any], bool]] = {
     "roberta-par_bn": ("Roberta", "ParBnConfig", {"reduction_factor": 8}, True),
     "roberta-seq_bn": ("Roberta", "SeqBnConfig", {"reduction_factor": 16, "mh_adapter": True}, False),
 }
-"""Model, config, what is not its default, and whether in safetensors."""
+"""Model, config, its options, and whether to save safetensors."""
 
 
 def filled(model: Any, seed: int = 0) -> Any:
-    """The same parameters in every version of transformers."""
+    """Fills the parameters, the same in every version of transformers."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

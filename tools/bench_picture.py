@@ -2,8 +2,8 @@
 
     python tools/bench_picture.py [OUTPUT.svg]
 
-Bars are ratios of times, the other implementation / ours, from 1 on a logarithmic axis; losing ones have another
-colour. A test compares the picture with the tables.
+Bars are ratios of times, the other implementation / ours, from 1 on a logarithmic axis; losing ones have
+another colour. A test compares the picture with the tables.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Panel(NamedTuple):
 
 
 def tables(text: str) -> list[list[list[str]]]:
-    """All tables of a page, as rows of cells without their markup; the first row holds the titles."""
+    """All tables of a page as rows of cells without markup; the first row has the titles."""
     found: list[list[list[str]]] = []
     before = ""
     for line in re.sub(r"<!--.*?-->", "", text).splitlines():
@@ -46,7 +46,7 @@ def tables(text: str) -> list[list[list[str]]]:
 
 
 def row(table: list[list[str]], title: str, columns: slice = slice(None)) -> list[Bar]:
-    """One row of a table, a bar for each column."""
+    """One row of a table, with a bar per column."""
     (cells,) = [cells[1:] for cells in table if cells[0] == title]
     names = [name.removeprefix(LARGE).strip() for name in table[0][1:]]
     names = [name if re.match(r"\D", name) or "x" in name else f"M={name}" for name in names]
@@ -54,7 +54,7 @@ def row(table: list[list[str]], title: str, columns: slice = slice(None)) -> lis
 
 
 def panels(text: str) -> list[Panel]:
-    """What is shown: for each peer where it is met most, all rows of activations that were timed."""
+    """The panels: for each peer its most common use, with all timed numbers of rows."""
     forward, training, block = tables(text)[:3]
     names = {
         "LoRA": "LoRA, dense base: stock PEFT",

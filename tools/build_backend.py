@@ -1,9 +1,8 @@
-"""How pip builds the package: setuptools, with the torch that the kernels are for.
+"""pip's build back end: setuptools, with the torch of the user's environment.
 
-Compiled kernels run with the torch that they were built with. pip builds in an environment of its own, into
-which it would put the newest torch, whatever the user has. So the torch beside which the package will be
-installed serves the build where there is one; else the newest is asked for, which pip then installs beside
-the package too.
+Compiled kernels run only with the torch that they were built with. pip builds in an isolated environment,
+where it would install the newest torch. So the build uses the torch that is installed in the target
+environment; if there is none, it requires the newest, which pip then installs with the package too.
 """
 
 from __future__ import annotations
@@ -37,20 +36,20 @@ __all__ = [
 TORCH = "torch>=2.9"
 
 
-def torch_beside() -> str | None:
-    """The folder with the torch of the environment that this Python belongs to, which pip's own hides."""
+def torch_folder() -> str | None:
+    """The folder with torch of this Python's environment, which pip's isolated one hides."""
     folders = [*site.getsitepackages(), site.getusersitepackages()]
     return next((folder for folder in folders if Path(folder, "torch", "version.py").exists()), None)
 
 
-_beside = torch_beside()
-if _beside is not None and _beside not in sys.path:
-    sys.path.append(_beside)  # last: all else is as pip's environment has it
+_torch = torch_folder()
+if _torch is not None and _torch not in sys.path:
+    sys.path.append(_torch)  # last: everything else comes from pip's environment
 
 
 def get_requires_for_build_wheel(config_settings: Any = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_wheel(config_settings), *([] if _beside else [TORCH])]
+    return [*build_meta.get_requires_for_build_wheel(config_settings), *([] if _torch else [TORCH])]
 
 
 def get_requires_for_build_editable(config_settings: Any = None) -> list[str]:
-    return [*build_meta.get_requires_for_build_editable(config_settings), *([] if _beside else [TORCH])]
+    return [*build_meta.get_requires_for_build_editable(config_settings), *([] if _torch else [TORCH])]

@@ -1,14 +1,15 @@
-"""Gather what a machine with a GPU but no network may lack, for `bench/gpu_check.sh --carry FOLDER`.
+"""Collects files that a GPU machine without a network may lack, for `bench/gpu_check.sh --carry FOLDER`.
 
     python tools/carry.py build/carry
 
-FOLDER/python        the installed bitsandbytes, the main contender: its Python files, and of its libraries,
-                     which have hundreds of MB, the one for this torch's CUDA (or --cuda 130)
-FOLDER/peft_kernels  every peft_kernels/_C_cuda*.so of this tree, used there where nothing can be compiled.
-                     One for another Python is made by that Python, with the torch of that machine:
+FOLDER/python        the installed bitsandbytes, the main contender: its Python files, and the library for
+this
+                     torch's CUDA (or --cuda 130)
+FOLDER/peft_kernels  every peft_kernels/_C_cuda*.so of this tree, used if nothing can be compiled there.
+                     To build one for another Python, with the torch of that machine:
                        PEFT_KERNELS_CPU=0 TORCH_CUDA_ARCH_LIST=9.0 python3.12 setup.py build_ext --inplace
 
-Prints what it took. Exits with 1 when there is no bitsandbytes, or none for that CUDA.
+Prints the files. Exits with 1 if bitsandbytes is not installed, or has no library for that CUDA.
 """
 
 from __future__ import annotations
@@ -28,16 +29,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--cuda", metavar="VERSION", help="without its dot: 130 (this torch's)")
+    parser.add_argument("--cuda", metavar="VERSION", help="without the dot, as 130 (default: this torch's)")
     options = parser.parse_args(arguments)
-    libraries = take_libraries(ROOT / "peft_kernels", options.folder / "peft_kernels")
-    print("\n".join(told(libraries)) or "no peft_kernels/_C_cuda*.so is built here")
+    libraries = copy_libraries(ROOT / "peft_kernels", options.folder / "peft_kernels")
+    print("\n".join(described(libraries)) or "no peft_kernels/_C_cuda*.so is built here")
     try:
-        contender = take_bitsandbytes(options.folder / "python", options.cuda or version_of_cuda())
+        contender = copy_bitsandbytes(options.folder / "python", options.cuda or version_of_cuda())
     except LookupError as error:
         print(f"carry.py: {error}", file=sys.stderr)
         return 1
-    print("\n".join(told([path for path in contender if path.suffix == ".so"])))
+    print("\n".join(described([path for path in contender if path.suffix == ".so"])))
     total = sum(path.stat().st_size for path in [*libraries, *contender])
     print(f"{len(libraries) + len(contender)} files, {total / 1e6:.1f} MB")
     return 0
@@ -49,13 +50,14 @@ def version_of_cuda() -> str:
     return (torch.version.cuda or "").replace(".", "")
 
 
-def take_libraries(source: Path, target: Path) -> list[Path]:
-    """Our compiled CUDA back ends, for whichever Python."""
-    return [taken(path, target / path.name) for path in sorted(source.glob("_C_cuda*.so"))]
+def copy_libraries(source: Path, target: Path) -> list[Path]:
+    """Our compiled CUDA back ends, for every Python version."""
+    return [copied(path, target / path.name) for path in sorted(source.glob("_C_cuda*.so"))]
 
 
-def take_bitsandbytes(target: Path, cuda: str) -> list[Path]:
-    """Its Python files, what tells its version, and one library. LookupError where that is not installed."""
+def copy_bitsandbytes(target: Path, cuda: str) -> list[Path]:
+    """Its Python files, metadata and one library. LookupError if it is not installed or has no such
+    library."""
     try:
         files = importlib.metadata.files(PACKAGE) or []
     except importlib.metadata.PackageNotFoundError as error:
@@ -69,16 +71,16 @@ def take_bitsandbytes(target: Path, cuda: str) -> list[Path]:
         for file in files
         if file.name == library or (file.suffix in (".py", "") and "bin" not in file.parts)
     ]
-    return [taken(Path(str(file.locate())), target / file) for file in wanted]
+    return [copied(Path(str(file.locate())), target / file) for file in wanted]
 
 
-def taken(source: Path, target: Path) -> Path:
+def copied(source: Path, target: Path) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(source, target)
     return target
 
 
-def told(paths: Sequence[Path]) -> list[str]:
+def described(paths: Sequence[Path]) -> list[str]:
     return [f"{path.name}: {path.stat().st_size / 1e6:.1f} MB" for path in paths]
 
 

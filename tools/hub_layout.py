@@ -1,4 +1,4 @@
-"""Lay the package out for Hugging Face's `kernels`, and build the CPU variant for the torch that is here.
+"""Lays the package out for Hugging Face's `kernels`, and builds the CPU variant for the installed torch.
 
     python tools/hub_layout.py build/hub            # build.toml, csrc/, torch-ext/
     python tools/hub_layout.py build/hub --build    # and build/torchXY-cxx11-cpu-.../, for get_local_kernel
@@ -34,7 +34,7 @@ except ImportError:  # Python 3.10
 ROOT = Path(__file__).resolve().parent.parent
 NAME, PACKAGE = "peft-kernels", "peft_kernels"
 VERSION = 1
-"""Of the kernel, which is the Hub's: it rises when what users call changes."""
+"""Of the kernel on the Hub; increases when the public API changes."""
 HEADERS = ("csrc/common", "csrc/cpu")
 GENERATED = "csrc/generated"
 BUILD_TOML = """[general]
@@ -60,8 +60,8 @@ GENERATED_H = """#include <torch/version.h>
 
 
 def lay_out(out: Path) -> None:
-    """Write build.toml, the sources that it names and the Python package. What was in `out` goes."""
-    setup = runpy.run_path(str(ROOT / "setup.py"))  # it knows the sources and flags
+    """Writes build.toml, its sources and the Python package. Deletes the content of `out`."""
+    setup = runpy.run_path(str(ROOT / "setup.py"))  # for sources and flags
     sources = [*setup["CPU_SOURCES"], *setup["LEVEL_SOURCES"]]
     shutil.rmtree(out, ignore_errors=True)
     for path in [*sources, *(header for header in setup["headers"](*HEADERS) if header.startswith("csrc"))]:
@@ -86,12 +86,12 @@ def lay_out(out: Path) -> None:
 
 
 def listed(items: Sequence[str]) -> str:
-    """A TOML array, one item a line."""
+    """A TOML array, one item per line."""
     return "[\n" + "".join(f"  {json.dumps(item)},\n" for item in items) + "]"
 
 
 def build_id(out: Path) -> str:
-    """A name for what the layout builds, which differs when anything in it does."""
+    """A name for the build, with a hash of the layout."""
     digest = hashlib.sha256()
     for path in sorted(path for path in out.rglob("*") if path.is_file()):
         digest.update(str(path.relative_to(out)).encode() + path.read_bytes())
@@ -99,7 +99,7 @@ def build_id(out: Path) -> str:
 
 
 def variant() -> str:
-    """The folder's name, by which `kernels` chooses."""
+    """The folder name by which `kernels` selects a variant."""
     import torch
 
     major, minor = torch.__version__.split(".")[:2]
@@ -108,7 +108,7 @@ def variant() -> str:
 
 
 def build(out: Path) -> Path:
-    """Compile the layout for the torch that is here; returns the variant's folder."""
+    """Compiles the layout for the installed torch. Returns the variant's folder."""
     name = build_id(out)
     folder = out / "build" / variant()
     shutil.copytree(out / "torch-ext" / PACKAGE, folder)
@@ -120,11 +120,11 @@ def build(out: Path) -> Path:
 
 
 def compile_library(out: Path, name: str, library: Path) -> None:
-    """What build.toml says, compiled in its folder."""
+    """Compiles according to build.toml."""
     from torch.utils import cpp_extension
 
-    said = tomllib.loads((out / "build.toml").read_text())
-    kernel = said["kernel"]["cpu"]
+    config = tomllib.loads((out / "build.toml").read_text())
+    kernel = config["kernel"]["cpu"]
     compiler = (os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++").split()
     includes = [*kernel["include"], *cpp_extension.include_paths()]
     flags = ["-std=c++20", "-fPIC", f"-DTORCH_EXTENSION_NAME={name}", *kernel["cxx-flags"]]
@@ -138,7 +138,7 @@ def compile_library(out: Path, name: str, library: Path) -> None:
         return str(made.relative_to(out))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        made = list(pool.map(compiled, [*said["torch"]["src"], *kernel["src"]]))
+        made = list(pool.map(compiled, [*config["torch"]["src"], *kernel["src"]]))
     paths = [f"-L{path}" for path in cpp_extension.library_paths()]
     libraries = ["-ltorch", "-ltorch_cpu", "-lc10"]
     run([*compiler, "-shared", *made, *paths, *libraries, "-o", str(library.relative_to(out))], out)
@@ -146,7 +146,7 @@ def compile_library(out: Path, name: str, library: Path) -> None:
 
 
 def run(command: Sequence[str], folder: Path) -> None:
-    """SystemExit with the command's words when it fails."""
+    """Runs a command. SystemExit with its errors if it fails."""
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(f"{' '.join(command)}:\n{done.stderr[-4000:]}")
@@ -154,12 +154,12 @@ def run(command: Sequence[str], folder: Path) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, help="the folder to write; what is in it goes")
+    parser.add_argument("out", type=Path, help="the folder to write; its content is deleted")
     parser.add_argument("--build", action="store_true", help="compile the CPU variant for this torch")
     options = parser.parse_args(arguments)
     out = options.out.resolve()
     if out.exists() and any(out.iterdir()) and not (out / "build.toml").exists():
-        sys.exit(f"{out}: expected an empty folder or a layout, got something else, which is left alone")
+        sys.exit(f"{out}: expected an empty folder or a layout, got something else")
     lay_out(out)
     print(build(out) if options.build else out)
 

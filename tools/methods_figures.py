@@ -1,8 +1,8 @@
-"""Put the figures of `make bench ARGS='--only ^methods'` where the documentation has them.
+"""Writes the figures of `make bench ARGS='--only ^methods'` into the documentation.
 
     python tools/methods_figures.py [bench-output/results.jsonl ...]
 
-Every `1.26<!-- f:methods-COLUMN-METHOD -->` in docs/ gets the value that was measured; what was not stays.
+Every `1.26<!-- f:methods-COLUMN-METHOD -->` in docs/ gets the measured value, if there is one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     paths = [Path(path) for path in (sys.argv[1:] if arguments is None else arguments)]
     found = figures(paths or [ROOT / "bench-output" / "results.jsonl"])
     if not found:
-        print("methods_figures.py: no case of methods in there", file=sys.stderr)
+        print("methods_figures.py: no results of methods", file=sys.stderr)
         return 1
     missing = set(found)
     for page in sorted((ROOT / "docs").rglob("*.md")):
@@ -33,12 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             page.write_text(new, encoding="utf-8")
             print(f"changed: {page.relative_to(ROOT)}")
     if missing:
-        print(f"without a place: {', '.join(sorted(missing))}")
+        print(f"not in the documentation: {', '.join(sorted(missing))}")
     return 0
 
 
 def figures(paths: Iterable[Path]) -> dict[str, str]:
-    """As they are written, by their marks."""
+    """Formatted values by mark."""
     found = {}
     for path in paths:
         for line in path.read_text(encoding="utf-8").splitlines():

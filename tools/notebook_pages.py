@@ -1,5 +1,4 @@
-"""Hook of mkdocs: a notebook becomes a page with its outputs as they were saved, and stays beside it as a
-file to download."""
+"""mkdocs hook that renders notebooks with their saved outputs as pages, and keeps them for download."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ def page(notebook: dict[str, Any], name: str) -> str:
             parts.append(f"```python\n{source}\n```")
             parts += [f"```text\n{text.rstrip()}\n```" for text in _outputs(cell) if text.strip()]
         else:
-            parts.append(source.replace(".ipynb)", ".md)"))  # to the other's page
+            parts.append(source.replace(".ipynb)", ".md)"))  # links to other notebooks
     parts.insert(1, f"[Download this notebook]({name})")
     return "\n\n".join(parts) + "\n"
 

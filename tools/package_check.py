@@ -1,10 +1,11 @@
-"""Build the source distribution and a wheel of it, and install both as a user would, in an empty environment.
+"""Builds the source distribution and a wheel of it, and installs both as a user would, in an empty
+environment.
 
     python tools/package_check.py                    # with the newest torch that pip finds
     python tools/package_check.py --torch torch==2.9.1
 
-First with a C++ compiler, by pip's isolated build, then without one. Needs pip's index. The compiler is told
-not to optimise: half of its time goes to that, and the repository's tests run the kernels optimised.
+First with a C++ compiler and pip's isolated build, then without a compiler. Needs pip's index. Kernels are
+compiled without optimisation, which halves the time; the repository's tests run optimised ones.
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ x = torch.randn(5, 64, requires_grad=True)
 y = pk.lora_linear(x, weight, a, b, 2.0)
 want = x @ weight.dequantize(torch.float32).t() + 2.0 * (x @ a.t()) @ b.t()
 grads = [torch.autograd.grad(out.square().sum(), (x, a, b)) for out in (y, want)]
-# Sums of fp32 terms are off by what the largest are rounded to, also where they cancel.
+# Sums of fp32 terms have errors relative to the largest terms, also where they cancel.
 for got, expected in zip((y, *grads[0]), (want, *grads[1]), strict=True):
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
 """
 
 
 def run(command: Sequence[str | Path], cwd: Path, **environment: str) -> str:
-    """What a command prints. SystemExit with its words when it fails."""
+    """The output of a command. SystemExit with it if the command fails."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PEFT_KERNELS_", "PYTHONPATH"))}
     done = subprocess.run(
         list(map(str, command)),
@@ -60,7 +61,7 @@ def expect(condition: bool, sentence: str) -> None:
 
 
 def quick_compiler(folder: Path) -> Path:
-    """The C++ compiler, with one more word behind setup.py's flags."""
+    """A wrapper of the C++ compiler that appends -O0."""
     script = folder / "quick-c++"
     script.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX") or "c++"} "$@" -O0\n')
     script.chmod(0o755)
@@ -68,7 +69,7 @@ def quick_compiler(folder: Path) -> Path:
 
 
 def check_use(python: Path, folder: Path, cpu: str) -> None:
-    """That the installed package computes right, and says of its back end `cpu` what is expected."""
+    """Checks that the installed package computes correctly and reports its back end `cpu` as expected."""
     said = run([python, "-c", USE], folder)
     line = next(line for line in said.splitlines() if line.startswith("cpu "))
     expect(cpu in line, f"back end cpu: expected {cpu!r}, got {line!r}")
@@ -81,26 +82,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--torch", default="torch>=2.9", help="the user's torch, as pip takes it")
+    parser.add_argument("--torch", default="torch>=2.9", help="requirement of the user's torch")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder, begin = Path(name), time.monotonic()
 
-        def tell(what: str) -> None:
+        def log(what: str) -> None:
             print(f"{time.monotonic() - begin:5.0f} s  {what}", flush=True)
 
         run([sys.executable, "-m", "venv", folder / "user"], folder)
         python = folder / "user" / "bin" / "python"
         pip = [python, "-m", "pip", "--disable-pip-version-check"]
-        # Beside the user's environment, which is to be empty.
+        # Not in the user's environment, which must be empty.
         tools = folder / "setuptools"
         run([*pip, "install", "-q", "--target", tools, "setuptools>=77"], folder)
         nothing = {"PEFT_KERNELS_CPU": "0", "PEFT_KERNELS_CUDA": "0", "PYTHONPATH": str(tools)}
         run([python, "setup.py", "-q", "sdist", "-d", folder], ROOT, **nothing)
         (sdist,) = folder.glob("*.tar.gz")
-        tell(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
+        log(f"{sdist.name}: {sdist.stat().st_size / 1e6:.1f} MB")
         run([*pip, "install", "-q", "--no-compile", options.torch, "numpy"], folder)
-        tell(f"torch {run([python, '-c', 'import torch; print(torch.__version__)'], folder).strip()}")
+        log(f"torch {run([python, '-c', 'import torch; print(torch.__version__)'], folder).strip()}")
         compiler = str(quick_compiler(folder))
         run([*pip, "wheel", "-q", "--no-deps", "-w", folder, sdist], folder, CXX=compiler)
         (wheel,) = folder.glob("*.whl")
@@ -110,13 +111,13 @@ def main() -> None:
         expect(not foreign, f"{wheel.name}: expected peft_kernels alone, got {foreign}")
         run([*pip, "install", "-q", wheel], folder)
         check_use(python, folder, "usable: ")
-        tell(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, installed, used")
+        log(f"{wheel.name}: {wheel.stat().st_size / 1e6:.1f} MB, installed, used")
         without = run(
             [*pip, "install", "-v", "--no-deps", "--force-reinstall", sdist], folder, CXX="/nonexistent/c++"
         )
         expect("installed WITHOUT its C++ back end" in without, f"expected a warning, got {without[-2000:]}")
         check_use(python, folder, "not usable: not built")
-        tell("without a compiler: installed on plain torch, used")
+        log("without a compiler: installed on plain torch, used")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,14 @@
-"""Run PEFT's own tests twice, as they are and with every LoRA model patched, and compare test by test.
+"""Runs PEFT's own tests twice, unchanged and with every LoRA model patched, and compares test by test.
 
-A test that passes stock and fails patched is a fault: the exit status is then 1. Nothing is fetched from the
-hub: small models are made (`peft_tests_models.py`), and tests that need more from there fail in both runs.
-Tests are those of the source distribution of the PEFT that is tested: the installed one, or others that pip
-puts into a folder beside the environment, which stays as it is.
+Exits with 1 if a test passes stock and fails patched. Nothing is fetched from the hub: small models are made
+(`peft_tests_models.py`), and tests that need more fail in both runs. Tests come from the source distribution
+of the PEFT under test: the installed one, or others that pip installs into a folder, without changing the
+environment.
 
     python tools/peft_tests.py                          # all files that test LoRA without the hub
     python tools/peft_tests.py test_mixed.py -k forward --sdist peft-0.21.2.tar.gz
     python tools/peft_tests.py --peft 0.17.0 --peft newest
-    python tools/peft_tests.py --every-option           # and a third time, with every option of `patch`
+    python tools/peft_tests.py --every-option           # a third run, with every option of `patch`
 """
 
 from __future__ import annotations
@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import importlib.util
-import json
-import os
 import re
 import shutil
 import subprocess
@@ -28,7 +26,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
+import upstream_tests
 
 MODEL_FILES = (
     "test_decoder_models.py",
@@ -58,7 +56,7 @@ FILES = (
     "test_target_parameters.py",
     *MODEL_FILES,
 )
-"""Those with LoRA tests whose models need no download, or are made by `peft_tests_models.py`."""
+"""Files with LoRA tests whose models need no download, or are made by `peft_tests_models.py`."""
 
 OTHER_TUNERS = ("adamss", "delora", "glora", "gralora", "randlora", "tinylora", "unilora", "vblora")
 _NO_OTHERS = "".join(f" and not {name}" for name in OTHER_TUNERS)
@@ -67,17 +65,15 @@ SLICES = {
     + _NO_OTHERS,
     **dict.fromkeys(MODEL_FILES, "lora" + _NO_OTHERS),
 }
-"""By default only these of a file: most of its tests, 19,000 in the first, are of other tuners."""
+"""Expressions for -k that select the LoRA tests of a file: most others, 19,000 in the first, are of other
+tuners."""
 
-INTERNAL = {
-    "test_target_parameter_result_caching_works": "it counts the calls of a class that a fused forward does "
-    "without, _LoraFactorsProxy"
-}
-"""Tests of how PEFT's own forward computes, and why a fused one fails them."""
+INTERNAL = {"test_target_parameter_result_caching_works": "it counts calls of _LoraFactorsProxy"}
+"""Tests of internals of PEFT's forward, and why a fused one fails them."""
 
 NEEDED = {"parameterized": "parameterized", "diffusers": "diffusers", "scipy": "scipy"}
 NEEDED |= {"attr": "attrs", "importlib_metadata": "importlib_metadata", "zipp": "zipp"}
-"""What the test modules import beyond PEFT's and TRL's requirements: module name, package name."""
+"""Imports of the test modules beyond PEFT's and TRL's requirements: module and package name."""
 
 NEWEST = "newest"
 OLD = {
@@ -89,10 +85,9 @@ OLD = {
         "diffusers==0.35.2",
     )
 }
-"""What PEFT up to a version needs in older versions: 0.17 imports a class that transformers 5 has not, and
-the rest is as old as that transformers."""
+"""Older requirements of PEFT up to a version: 0.17 imports a class that transformers 5 does not have."""
 
-CONFTEST = '''"""Written by peft_tests.py. What needs the hub fails at once, without retries."""
+CONFTEST = '''"""Written by peft_tests.py. Tests that need the hub fail at once, without retries."""
 
 import contextlib
 
@@ -138,7 +133,7 @@ def main() -> int:
 
 
 def test(options: argparse.Namespace, version: str, folder: Path, path: list[Path]) -> int:
-    """PEFT's tests of this version, which is found on `path` or installed. Returns the exit status."""
+    """Runs the tests of this version of PEFT, found on `path` or installed. Returns the exit status."""
     sdist = options.sdist or download(version, folder / "sdist")
     unpack(sdist, version, folder / "work")
     print(f"== peft {version}", flush=True)
@@ -158,7 +153,19 @@ def test(options: argparse.Namespace, version: str, folder: Path, path: list[Pat
         records.mkdir(parents=True)
         for keyword, names in slices.items():
             print(f"== {mode}: {' '.join(names)}" + (f" -k '{keyword}'" if keyword else ""), flush=True)
-            run_pytest(mode, version, names, keyword, folder / "work", path, records, options.n)
+            upstream_tests.run_pytest(
+                "peft_tests_plugin",
+                mode,
+                names,
+                keyword,
+                folder / "work",
+                records,
+                options.n,
+                ["--continue-on-collection-errors"],
+                path,
+                PEFT_TESTS_VERSION=version,
+                HF_DATASETS_OFFLINE="1",
+            )
         runs[mode] = read(records)
     stock = runs.pop("stock")
     return max(compare(stock, run, mode) for mode, run in runs.items())
@@ -174,7 +181,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--every-option",
         action="store_true",
-        help="once more, patched with loss=True and block=True, and with our attention in models that can",
+        help="a third run, patched with loss=True and block=True, and with our attention if supported",
     )
     parser.add_argument(
         "--peft",
@@ -214,7 +221,7 @@ class scratch:
 
 
 def resolve(wanted: str) -> str:
-    """The version that is meant; the package index knows the newest."""
+    """The version number; the newest is that of the package index."""
     if wanted != NEWEST:
         return wanted
     with tempfile.TemporaryDirectory() as folder:
@@ -223,7 +230,7 @@ def resolve(wanted: str) -> str:
 
 
 def installed(version: str, folder: Path) -> Path:
-    """A folder for PYTHONPATH with this PEFT, and with what it needs older than the environment has it."""
+    """A folder for PYTHONPATH with this PEFT and its older requirements."""
     if not (folder / f"peft-{version}.dist-info").exists():
         release = tuple(int(part) for part in version.split(".")[:2])
         others = [package for newest, needed in OLD.items() if release <= newest for package in needed]
@@ -234,7 +241,7 @@ def installed(version: str, folder: Path) -> Path:
 
 
 def download(version: str, folder: Path) -> Path:
-    """PEFT's sdist from the package index, or from the folder if it is there already."""
+    """PEFT's sdist from the package index, or from the folder."""
     found = folder / f"peft-{version}.tar.gz"
     if not found.exists():
         print(f"downloading the source distribution of peft {version}", flush=True)
@@ -245,7 +252,7 @@ def download(version: str, folder: Path) -> Path:
 
 
 def unpack(sdist: Path, version: str, folder: Path) -> None:
-    """tests/ of the sdist, made a package again: sdists leave out __init__.py and conftest.py."""
+    """Unpacks tests/ of the sdist and adds __init__.py and conftest.py, which sdists leave out."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     prefix = f"peft-{version}/tests/"
@@ -262,7 +269,7 @@ def unpack(sdist: Path, version: str, folder: Path) -> None:
 
 
 def missing_packages(folder: Path) -> Path:
-    """A folder for PYTHONPATH with what the tests import and the environment, left as it is, lacks."""
+    """A folder for PYTHONPATH with packages that the tests import and the environment lacks."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [
         package
@@ -285,57 +292,21 @@ def pip(command: str, *arguments: str) -> None:
         raise SystemExit(f"pip {command} {' '.join(arguments)}: failed, see above")
 
 
-def run_pytest(
-    mode: str,
-    version: str,
-    names: list[str],
-    keyword: str | None,
-    folder: Path,
-    path: list[Path],
-    records: Path,
-    processes: int,
-) -> None:
-    """One run; `records` gets a line per test."""
-    before = filter(None, [os.environ.get("PYTHONPATH")])
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([*map(str, path), str(HERE), str(HERE.parent), *before]),
-        "PEFT_TESTS_VERSION": version,
-        "PEFT_TESTS_MODE": mode,
-        "PEFT_TESTS_RECORDS": str(records),
-        "HF_HUB_OFFLINE": "1",
-        "HF_DATASETS_OFFLINE": "1",
-    }
-    if processes:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-    command = [sys.executable, "-m", "pytest", "-c", "pytest.ini", "--rootdir", "."]
-    command += ["-p", "peft_tests_plugin"]
-    command += ["-p", "no:cacheprovider", "-q", "-W", "ignore", "--tb=no", "--no-summary"]
-    command += ["--continue-on-collection-errors"]
-    command += ["-n", str(processes)] if processes else []
-    command += ["-k", keyword] if keyword else []
-    command += [f"tests/{name}" for name in names]
-    done = subprocess.run(command, cwd=folder, env=environment, check=False)
-    if done.returncode not in (0, 1, 5):  # all passed, some failed, none found
-        raise SystemExit(f"pytest, {mode}: exit status {done.returncode}, see above")
-
-
 def read(folder: Path) -> Run:
-    run: Run = {}
-    for file in sorted(folder.glob("*.jsonl")):
-        for line in file.read_text().splitlines():
-            entry = json.loads(line)
-            run[entry["id"]] = Record(
-                entry["outcome"],
-                entry["message"],
-                entry["layers"],
-                Counter(entry["calls"]),
-                Counter(entry["fallbacks"]),
-            )
-    return run
+    return {
+        entry["id"]: Record(
+            entry["outcome"],
+            entry["message"],
+            entry["layers"],
+            Counter(entry["calls"]),
+            Counter(entry["fallbacks"]),
+        )
+        for entry in upstream_tests.read(folder)
+    }
 
 
 def compare(stock: Run, patched: Run, second: str = "patched") -> int:
-    """Print how the runs differ, `second` names the other. Returns the exit status."""
+    """Prints how the runs differ; `second` is the mode of `patched`. Returns the exit status."""
     print(f"\n== tests, stock and {second}")
     touching = {name for name in stock.keys() | patched.keys() if layers(stock, name) + layers(patched, name)}
     for title, names in (("all", stock.keys() | patched.keys()), ("that make LoRA layers", touching)):
@@ -355,21 +326,26 @@ def compare(stock: Run, patched: Run, second: str = "patched") -> int:
     fused = calls["patched"] - fallbacks.total()
     by_test = [record.calls["patched"] > record.fallbacks.total() for record in patched.values()]
     print(f"{fused:>8} fused, in {sum(by_test)} tests")
-    print(f"{calls['base']:>8} adapters disabled or merged: the base layer alone")
+    print(f"{calls['base']:>8} adapters disabled or merged: base layer only")
     for reason, count in fallbacks.most_common():
         print(f"{count:>8} original forward, in {tests[reason]} tests: {reason}")
     for key, count in calls.most_common():
         if key.startswith("never: "):
             print(f"{count:>8} layer not patched, in {tests[key]} tests: {key.removeprefix('never: ')}")
 
-    broken = sorted(name for name in stock if stock[name].outcome == "passed" and not held(patched, name))
+    broken = sorted(name for name in stock if passed(stock, name) and not passed(patched, name))
     internal = {name: why for name in broken for test, why in INTERNAL.items() if f"::{test}" in name}
     broken = [name for name in broken if name not in internal]
     for name, why in internal.items():
-        print(f"fails patched, as it must: {name}: {why}")
-    repaired = sorted(name for name in patched if patched[name].outcome == "passed" and not held(stock, name))
-    show("pass stock, fail patched", broken, patched)
-    show("fail stock, pass patched", repaired, stock)
+        print(f"fails patched, as expected: {name}: {why}")
+    repaired = sorted(
+        name for name in patched if patched[name].outcome == "passed" and not passed(stock, name)
+    )
+    for title, names, run in (
+        ("pass stock, fail patched", broken, patched),
+        ("fail stock, pass patched", repaired, stock),
+    ):
+        upstream_tests.show(title, names, {name: record.message for name, record in run.items()})
     if fused <= 0:
         print("\nno call was fused: these tests say nothing about the patch")
     return 1 if broken or fused <= 0 else 0
@@ -379,15 +355,8 @@ def layers(run: Run, name: str) -> int:
     return run[name].layers if name in run else 0
 
 
-def held(run: Run, name: str) -> bool:
+def passed(run: Run, name: str) -> bool:
     return name in run and run[name].outcome == "passed"
-
-
-def show(title: str, names: list[str], failing: Run) -> None:
-    print(f"\n== {title}: {len(names)}")
-    for name in names:
-        message = " ".join(failing[name].message.split())[:300] if name in failing else "did not run"
-        print(f"{name}\n    {message}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
-"""Small models with random weights for names on the hub, so that PEFT's tests with models of transformers run
-without it. Tests that need tokenizers, adapters or trained weights from there fail as before."""
+"""Small models with random weights for names on the hub, so that PEFT's tests run without it.
+
+Tests that need tokenizers, adapters or trained weights from the hub still fail.
+"""
 
 from __future__ import annotations
 
@@ -50,11 +52,12 @@ MODELS = {
     "peft-internal-testing/tiny-random-RobertaForSequenceClassification": "RobertaForSequenceClassification",
     "trl-internal-testing/tiny-LlamaForSequenceClassification-3.2": "LlamaForSequenceClassification",
 }
-"""Names on the hub, and the classes of transformers that they are of."""
+"""Names on the hub and their classes in transformers."""
 
 
 def install(folder: Path) -> None:
-    """Let `from_pretrained` of models and configurations find them. They are made in `folder` when needed."""
+    """Makes `from_pretrained` of models and configurations find them; they are made in `folder` on first
+    use."""
     for owner in (_BaseAutoModelClass, transformers.PreTrainedModel, transformers.AutoConfig):
         owner.from_pretrained = classmethod(_found(owner.from_pretrained.__func__, folder))
 

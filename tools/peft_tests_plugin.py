@@ -1,19 +1,16 @@
-"""pytest plugin of peft_tests.py: one record per test and, if asked for, every LoRA layer patched when made.
+"""pytest plugin of peft_tests.py: one record per test; in modes "patched" and "every-option" every LoRA layer
+is patched when it is made.
 
-It reads its settings from the environment, so that xdist's workers see them too: PEFT_TESTS_RECORDS, the
-folder for the records, PEFT_TESTS_MODE, "stock", "patched" or "every-option", and PEFT_TESTS_VERSION, the
-PEFT to be tested.
+PEFT_TESTS_VERSION in the environment is the PEFT under test.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import os
 import weakref
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -23,28 +20,29 @@ import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from upstream_tests import MODE as MODE_VARIABLE
+from upstream_tests import recorder, records_file, write
 
 import peft_kernels as pk
 from peft_kernels.integrations import attention
 from peft_kernels.patch import fused
 
-MODE = os.environ["PEFT_TESTS_MODE"]
+MODE = os.environ[MODE_VARIABLE]
 PATCHED = MODE != "stock"
 OPTIONS: dict[str, bool] = {"loss": True, "block": True} if MODE == "every-option" else {}
-RECORDS = Path(os.environ["PEFT_TESTS_RECORDS"]) / f"{os.environ.get('PYTEST_XDIST_WORKER', 'main')}.jsonl"
 
 if peft.__version__ != os.environ["PEFT_TESTS_VERSION"]:
     raise SystemExit(f"peft: expected {os.environ['PEFT_TESTS_VERSION']}, got {peft.__version__}")
 
 
 class Account:
-    """What the LoRA layers did during one test."""
+    """Calls and fallbacks of LoRA layers during one test."""
 
     def __init__(self) -> None:
         self.layers = 0
         self.calls: Counter[str] = Counter()
         self._fallbacks: dict[int, tuple[Counter[str], Counter[str]]] = {}
-        """Every counter seen, and what it held when first seen: a model may outlive a test."""
+        """Every counter, with its values when first seen: a model may outlive a test."""
 
     def watch(self, fallbacks: Counter[str]) -> None:
         self._fallbacks.setdefault(id(fallbacks), (fallbacks, Counter(fallbacks)))
@@ -55,16 +53,18 @@ class Account:
             total.update(now - before)
         return total
 
+    def details(self) -> dict[str, Any]:
+        return {"layers": self.layers, "calls": self.calls, "fallbacks": self.fallbacks()}
+
 
 _account = Account()
 _reasons: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
-_records: dict[str, dict[str, str]] = {}
 
 
 def _patch_where_layers_are_made() -> None:
-    """Every way to add an adapter ends in one method: get_peft_model, PeftModel.from_pretrained, add_adapter,
-    load_adapter, inject_adapter_in_model, transformers' and diffusers' own. Test modules bind those functions
-    by name, so replacing them would come too late."""
+    """Patches the one method through which adapters are added by get_peft_model, PeftModel.from_pretrained,
+    add_adapter, load_adapter, inject_adapter_in_model, transformers and diffusers. Test modules import these
+    functions by name, so replacing them would be too late."""
     inject = BaseTuner.inject_adapter
 
     @functools.wraps(inject)
@@ -74,7 +74,7 @@ def _patch_where_layers_are_made() -> None:
         if not PATCHED:
             return
         if OPTIONS:
-            with contextlib.suppress(TypeError, ValueError):  # no model of transformers, or one that refuses
+            with contextlib.suppress(TypeError, ValueError):  # not a model of transformers, or unsupported
                 attention.use(model)
         for layer in pk.patch(model, **OPTIONS).layers:
             module = model.get_submodule(layer.name)
@@ -93,7 +93,7 @@ def _count_call(module: nn.Module, inputs: Any) -> None:
     if record is None:
         _account.calls["never: " + _reasons.get(module, "in no report (a copy of a layer)")] += 1
         return
-    _account.watch(record.fallbacks)  # that of a copy of a layer is in no report
+    _account.watch(record.fallbacks)  # a copied layer is in no report
     if module.disable_adapters or module.merged:
         _account.calls["base"] += 1
     else:
@@ -101,7 +101,7 @@ def _count_call(module: nn.Module, inputs: Any) -> None:
 
 
 _patch_where_layers_are_made()
-peft_tests_models.install(RECORDS.with_suffix(""))
+peft_tests_models.install(records_file().with_suffix(""))
 if PATCHED:
     nn.modules.module.register_module_forward_pre_hook(_count_call)
 
@@ -117,32 +117,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     torch.manual_seed(0)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[Any]) -> Any:
-    report = yield
-    record = _records.setdefault(item.nodeid, {"outcome": "passed", "message": ""})
-    if record["outcome"] == "passed" and (not report.passed or hasattr(report, "wasxfail")):
-        record["outcome"] = "xfailed" if hasattr(report, "wasxfail") else report.outcome
-        record["message"] = "" if report.skipped or call.excinfo is None else call.excinfo.exconly()[:2000]
-    if report.when == "teardown":
-        done = _records.pop(item.nodeid)
-        _write(item.nodeid, done["outcome"], done["message"], _account)
-    return report
+pytest_runtest_makereport = recorder(lambda: _account.details())
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     if report.failed:
-        _write(report.nodeid, "not collected", str(report.longrepr)[-2000:], Account())
-
-
-def _write(name: str, outcome: str, message: str, account: Account) -> None:
-    line = {
-        "id": name,
-        "outcome": outcome,
-        "message": message,
-        "layers": account.layers,
-        "calls": account.calls,
-        "fallbacks": account.fallbacks(),
-    }
-    with RECORDS.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        write(report.nodeid, "not collected", str(report.longrepr)[-2000:], Account().details())

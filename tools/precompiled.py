@@ -1,7 +1,8 @@
-"""torch's headers precompiled, for a developer's build: to read them is most of what a small file takes.
+"""Precompiles torch's headers for a developer's build, whose parsing dominates the compile time of small
+files.
 
-gcc takes a precompiled header that was made with the same flags, else it reads the headers as ever: only time
-depends on it. It is found in place of ATen/ATen.h, in files that include that first.
+gcc uses a precompiled header that was made with the same flags, and otherwise reads the headers as usual. It
+is found instead of ATen/ATen.h in files that include that first.
 """
 
 from __future__ import annotations
@@ -19,32 +20,34 @@ from torch.utils import cpp_extension
 
 TEXT = "#include <ATen/ATen.h>\n#include <torch/library.h>\n"
 OTHERWISE = "#include_next <ATen/ATen.h>\n"
-STANDARD = "-std=c++17"  # torch's own choice, where no other is asked for
+STANDARD = "-std=c++17"  # torch's default
 
 
 def compiler() -> list[str] | None:
-    """The C++ compiler where it is a gcc. Not behind ccache, which knows a file by all that it includes."""
+    """The C++ compiler if it is gcc, without ccache, which hashes all included files."""
     command = cpp_extension.get_cxx_compiler().split()
     path = shutil.which(command[0])
     if path is None or len(command) > 1 or "ccache" in os.path.realpath(path):
         return None
-    said = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
-    return [path] if "Free Software Foundation" in said else None
+    output = subprocess.run([path, "--version"], capture_output=True, text=True, check=False).stdout
+    return [path] if "Free Software Foundation" in output else None
 
 
 class Build(cpp_extension.BuildExtension):  # type: ignore[misc]
-    """torch's, with a precompiled header for each library, below build/precompiled."""
+    """torch's build_ext with a precompiled header per library, in build/precompiled."""
 
     def build_extensions(self) -> None:
         if (command := compiler()) is not None:
             with ThreadPoolExecutor(os.cpu_count()) as pool:
-                made = list(pool.map(lambda extension: self._made(command, extension), self.extensions))
+                made = list(
+                    pool.map(lambda extension: self._precompiled(command, extension), self.extensions)
+                )
             for extension, folder in zip(self.extensions, made, strict=True):
                 extension.include_dirs.insert(0, str(folder))
         super().build_extensions()
 
-    def _made(self, command: list[str], extension: Any) -> Path:
-        """The folder that holds the header made with the flags of a library."""
+    def _precompiled(self, command: list[str], extension: Any) -> Path:
+        """The folder with the header precompiled with the flags of a library."""
         macros = [
             f"-D{name}" + ("" if value is None else f"={value}") for name, value in extension.define_macros
         ]
@@ -60,7 +63,7 @@ class Build(cpp_extension.BuildExtension):  # type: ignore[misc]
         if not done.exists():
             (folder / "ATen" / "ATen.h").write_text(OTHERWISE)
             (folder / "torch.h").write_text(TEXT)
-            # Under another name first: one that was interrupted must not be taken for a result.
+            # Renamed when complete, so that an interrupted run leaves no partial result.
             unfinished = done.with_suffix(f".{os.getpid()}")
             wanted = ["-x", "c++-header", str(folder / "torch.h"), "-o", str(unfinished)]
             subprocess.run([*command, *flags, *wanted], check=True)

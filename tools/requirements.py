@@ -1,7 +1,7 @@
-"""Print the requirements of the extras given, one home for them being pyproject.toml.
+"""Prints the requirements of the given extras of pyproject.toml.
 
-pip cannot install a project's extras without the project, and the project has to be built after its
-requirements are there (its build needs torch, and shares the environment's).
+pip cannot install a project's extras without the project, whose build needs the requirements (torch of the
+same environment).
 """
 
 from __future__ import annotations

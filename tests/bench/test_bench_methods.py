@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import pytest
 from test_example_finetune import tiny  # noqa: F401
+from tool_modules import tool_module
 
 sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
@@ -75,10 +75,7 @@ def test_virtual_tokens_do_not_shift_the_loss(tiny: Path) -> None:  # noqa: F811
 def test_figures_go_where_the_documentation_has_them(
     columns: dict[str, Measured], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = importlib.util.spec_from_file_location("methods_figures", ROOT / "tools" / "methods_figures.py")
-    assert spec is not None and spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
+    tool = tool_module("methods_figures")
     lines = [json.dumps(report.json_data(found, {})) for found in columns.values()]
     (tmp_path / "results.jsonl").write_text("\n".join(lines) + '\n{"group": "memory"}\n')
     found = tool.figures([tmp_path / "results.jsonl"])

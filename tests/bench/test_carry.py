@@ -1,26 +1,20 @@
-"""tools/carry.py: what goes along to a machine without a network."""
+"""tools/carry.py: files for a machine without a network."""
 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "carry.py"
+from tool_modules import tool_module
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("carry", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool_module("carry")
 
 
 @pytest.fixture
@@ -53,7 +47,6 @@ def test_bitsandbytes_comes_with_one_library(tool: ModuleType, tmp_path: Path) -
     assert [name for name in taken if name.endswith((".so", ".pyc"))] == [
         "bitsandbytes/libbitsandbytes_cuda130.so"
     ]
-    # It is imported from there, and tells its version.
     code = "import bitsandbytes as b, importlib.metadata as m; print(b.__file__, m.version('bitsandbytes'))"
     done = subprocess.run(
         [sys.executable, "-S", "-c", code],
@@ -66,7 +59,9 @@ def test_bitsandbytes_comes_with_one_library(tool: ModuleType, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("contender")
-def test_another_cuda_is_told(tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_cuda_is_reported(
+    tool: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert tool.main([str(tmp_path / "carried"), "--cuda", "999"]) == 1
     said = capsys.readouterr().err
     assert "bitsandbytes has no libbitsandbytes_cuda999.so, but libbitsandbytes_cuda118.so, libbits" in said
@@ -89,5 +84,5 @@ def test_our_libraries_come_for_every_python(tool: ModuleType, tmp_path: Path) -
     names = {f"_C_cuda.cpython-{version}-x86_64-linux-gnu.so" for version in (311, 312)}
     for name in (*names, "_C.cpython-311-x86_64-linux-gnu.so"):
         (package / name).write_text("code")
-    assert {path.name for path in tool.take_libraries(package, target)} == names
+    assert {path.name for path in tool.copy_libraries(package, target)} == names
     assert {path.name for path in target.iterdir()} == names

@@ -1,8 +1,7 @@
-"""tools/bitsandbytes_tests.py on a folder of two made-up tests, and what it makes of two runs."""
+"""tools/bitsandbytes_tests.py on a folder of made-up tests, and the comparison of runs."""
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections import Counter
@@ -10,9 +9,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tool_modules import TOOLS, tool_module
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
-TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "bitsandbytes_tests.py"
 
 TESTS = """
 import bitsandbytes
@@ -34,19 +33,15 @@ def test_other():
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bitsandbytes_tests", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool_module("bitsandbytes_tests")
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *arguments]
+    command = [sys.executable, str(TOOLS / "bitsandbytes_tests.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
-def test_a_test_that_fails_on_our_kernels_is_told(tmp_path: Path) -> None:
+def test_a_test_that_fails_on_our_kernels_is_reported(tmp_path: Path) -> None:
     (tmp_path / "helpers.py").write_text("SHAPE = (2, 64)\n")
     (tmp_path / "test_ops.py").write_text(TESTS)
     done = run("--tests", str(tmp_path), "-n", "0")
@@ -56,7 +51,7 @@ def test_a_test_that_fails_on_our_kernels_is_told(tmp_path: Path) -> None:
     assert "1 dequantize_4bit by ours" in done.stdout
 
 
-def test_bad_arguments_are_told(tmp_path: Path) -> None:
+def test_bad_arguments_are_reported(tmp_path: Path) -> None:
     done = run("--tests", str(tmp_path))
     assert done.returncode == 2 and "--tests: expected bitsandbytes' folder of tests" in done.stderr
     (tmp_path / "helpers.py").touch()

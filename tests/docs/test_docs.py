@@ -31,6 +31,7 @@ from doc_pages import (
     prose,
     snippets,
 )
+from tool_modules import tool_module
 
 if not DOCS.is_dir():
     pytest.skip("docs/ is not here: a source distribution", allow_module_level=True)
@@ -195,11 +196,7 @@ def test_losing_cells_are_bold() -> None:
 
 @pytest.fixture(scope="module")
 def picture_tool() -> Any:
-    spec = importlib.util.spec_from_file_location("bench_picture", ROOT / "tools" / "bench_picture.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return tool_module("bench_picture")
 
 
 def shown(svg: str) -> list[str]:

@@ -1,8 +1,7 @@
-"""tools/peft_tests.py as far as it runs without the package index: its arguments, how it reads records."""
+"""tools/peft_tests.py without the package index: its arguments, and the comparison of runs."""
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from collections import Counter
@@ -10,18 +9,12 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "peft_tests.py"
+from tool_modules import TOOLS, tool_module
 
 
 @pytest.fixture(scope="module")
 def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("peft_tests", TOOL)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    return tool_module("peft_tests")
 
 
 @pytest.mark.parametrize(
@@ -36,9 +29,13 @@ def tool() -> ModuleType:
     ],
     ids=["version", "two-versions", "no-file"],
 )
-def test_bad_arguments_are_told(arguments: list[str], words: str) -> None:
+def test_bad_arguments_are_reported(arguments: list[str], words: str) -> None:
     done = subprocess.run(
-        [sys.executable, str(TOOL), *arguments], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, str(TOOLS / "peft_tests.py"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
     )
     assert done.returncode == 2 and words in done.stderr
 
