@@ -80,7 +80,7 @@ def linear4bit(group: str, shape: Shape, m: int, dtype: str) -> Case:
         weights = Weights(*shape, DTYPES[dtype])
         x, dy = weights.x(m), weights.dy(m)
         expected = with_dx(x, dy, weights.exact) if training else correctness.linear(x, weights.exact)
-        count, _ = cases._copies(weights, 2)
+        count, _ = cases.weight_copies(weights, 2)
 
         def call(layer: Any) -> Callable[[], Any]:
             if training:

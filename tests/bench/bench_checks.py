@@ -1,4 +1,4 @@
-"""What the tests of the bench share: a clock of their own, small cases."""
+"""Shared by the tests of bench: a fake clock and small cases."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FACTS = {"cpu": "a machine", "versions": {"torch": torch.__version__}}
 
 
 class Machine:
-    """A clock that only the calls move, and a record of them."""
+    """A clock that advances only by calls, and a record of them."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -81,7 +81,7 @@ def block_case(group: str, dtype: str = "bf16") -> Case:
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
     batch = max(2, cases.BLOCKS[group].adapters)
-    # Smaller ones leave gradients of few roundings, whose largest error says little.
+    # Not smaller: errors of gradients over few roundings say little.
     return cases.block(group, batch, 16, dtype, TINY_BLOCK)
 
 

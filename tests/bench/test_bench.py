@@ -1,4 +1,4 @@
-"""The benchmark suite as a whole: goals, saved bytes, what a run writes and how it ends."""
+"""The benchmark suite as a whole: goals, saved bytes, output and exit status of a run."""
 
 from __future__ import annotations
 
@@ -40,9 +40,6 @@ from bench.models import memory, model
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-# Goals.
-
-
 @pytest.mark.parametrize(
     ("goal", "seconds", "met"),
     [
@@ -52,7 +49,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         pytest.param(Goal("other", 1.2, cost=True), 0.008, False, id="dear"),
     ],
 )
-def test_goals_stand_beside_what_was_measured(goal: Goal, seconds: float, met: bool) -> None:
+def test_goals_are_reported_with_measured_values(goal: Goal, seconds: float, met: bool) -> None:
     machine = Machine()
     contenders = machine.contender(OURS, 0.01), machine.contender("other", seconds)
     case = Case(cases.BLOCK_LORA, *TINY, 8, "bf16", lambda: contenders, 2, (goal,))
@@ -61,14 +58,11 @@ def test_goals_stand_beside_what_was_measured(goal: Goal, seconds: float, met: b
     quotient, value = ("ours / other", "1.25") if goal.cost else ("other / ours", "2.00")
     verdict = report.MET if met else report.MISSED
     assert f"block-lora-64x128-2x4-bf16, {quotient}: {goal}, measured {value}: {verdict}" in text
-    # What costs more than a cheaper job of ours has not lost against a peer.
+    # Costing more than a yardstick is no loss.
     assert ("0 lose" in text) is not goal.cost and report.LOSES not in text
     line = line_of(result)
     assert ("other" in line["costs"], "other" in line["ratios"]) == (goal.cost, not goal.cost)
     assert line["goals"]["other"]["limit"] == goal.limit and line["batch"] == 2
-
-
-# Saved bytes.
 
 
 @pytest.mark.parametrize("case", memory.standard("bf16"), ids=lambda case: case.name)
@@ -92,9 +86,6 @@ def test_saved_bytes_without_a_library(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "- PEFT on dense: peft not installed (memory-layer-dense-lora-bf16)" in text
 
 
-# What comes out.
-
-
 def test_losing_cells_are_marked_and_listed() -> None:
     machine = Machine()
     result = measure(case_of(machine.contender(OURS, 0.02), machine.contender("peer", 0.01)), machine)
@@ -115,9 +106,6 @@ def test_table_has_shapes_as_rows_and_m_as_columns() -> None:
     assert lines[0] == ["", "M=2", "M=16"]
     assert lines[1] == ["8x4", "2.00 (2.00-2.00)", "1.50 (1.50-1.50)"]
     assert re.search(r"^4x8 +0\.75 \(0\.75-0\.75\) LOSES$", found, re.MULTILINE)
-
-
-# The run.
 
 
 def run_of(
@@ -173,7 +161,7 @@ def test_run_writes_json_lines_and_table(
     assert status == 1 and "WRONG" in table
 
 
-def test_run_ends_in_time_and_names_what_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_ends_in_time_and_names_cases_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     machine = Machine()
     found = [Case(cases.FORWARD, *TINY, m, "bf16", lambda: [machine.contender(OURS, 0.01)]) for m in (1, 2)]
     status, lines, table = run_of(monkeypatch, tmp_path, *found, arguments=["--full", "--seconds", "1e-9"])
@@ -181,7 +169,7 @@ def test_run_ends_in_time_and_names_what_is_left_out(tmp_path: Path, monkeypatch
     assert f"left out, 2 cases: {found[0].name}, {found[1].name}" in table
 
 
-def test_ctrl_c_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ctrl_c_keeps_earlier_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop() -> Any:
         raise KeyboardInterrupt
 
@@ -193,15 +181,15 @@ def test_ctrl_c_leaves_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
     assert f"left out, 1 cases: {found[1].name}" in table
 
 
-def test_run_refuses_what_it_does_not_have(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_cases_and_isa_are_errors(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["--only", "nothing-like-this", "--output", str(tmp_path / "a")]) == 2
     assert run.main(["--isa", "sse9", "--output", str(tmp_path / "b")]) == 2
     assert "sse9" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
-def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:
-    """By the estimates; and all kinds are in it, but for those that run by name."""
+def test_default_cases_fit_in_five_minutes(capsys: pytest.CaptureFixture[str]) -> None:
+    """By their estimates; all kinds that do not run only by name are among them."""
 
     def listed(*arguments: str) -> set[str]:
         assert run.main(["--list", *arguments]) == 0
@@ -224,7 +212,7 @@ def test_what_runs_by_default_fits_in_five_minutes(capsys: pytest.CaptureFixture
 
 
 @pytest.mark.usefixtures("small_rotation")
-def test_isa_option_holds_our_kernels_to_a_level(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_isa_option_limits_our_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if reason := testing.unavailable("cpu-scalar"):
         pytest.skip(reason)
     arguments = ["--full", "--isa", "scalar"]
@@ -233,7 +221,7 @@ def test_isa_option_holds_our_kernels_to_a_level(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("asked", [True, False])
-def test_kept_memory_is_told(
+def test_kept_memory_is_reported(
     asked: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     calls: list[bool] = []
@@ -241,4 +229,4 @@ def test_kept_memory_is_told(
     arguments = ["--full", *(["--keep-memory"] if asked else [])]
     _, (line,), _ = run_of(monkeypatch, tmp_path, cases.dequantize(TINY, "bf16"), arguments=arguments)
     assert line["memory_kept"] is asked and calls == [True] * asked
-    assert ("freed memory is kept by the process" in capsys.readouterr().out) is asked
+    assert ("the process keeps freed memory" in capsys.readouterr().out) is asked

@@ -1,4 +1,4 @@
-"""The bench of bitsandbytes' ops: each contender runs on the kernels that it is named after."""
+"""bitsandbytes' ops: each contender runs on its own kernels."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_contenders_take_turns_on_their_own_kernels(group: str, monkeypatch: pyt
     assert not result.wrong and not result.absent
     assert set(result.seconds) == {OURS, bnb_ops.STOCK}
     assert served and all(served)
-    assert bitsandbytes_ops._library is None, "bitsandbytes is as it was"
+    assert bitsandbytes_ops._library is None, "bitsandbytes is not restored"
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The bench of bottleneck adapters: who takes part, and that what is wrong is not timed."""
+"""Bottleneck adapters: all contenders run, and a wrong result is not timed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KINDS = [
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.group)
 @pytest.mark.parametrize("m,dtype", [(1, "bf16"), (70, "bf16"), (5, "fp32")])
-def test_all_take_part(kind: Kind, m: int, dtype: str) -> None:
+def test_all_contenders_run(kind: Kind, m: int, dtype: str) -> None:
     if kind.autocast and dtype == "fp32":
         pytest.skip("there is no autocast to fp32 on a CPU")
     result = bottlenecks.bottleneck(kind, m, dtype, 64, 12, compiles=False).run(ONCE)

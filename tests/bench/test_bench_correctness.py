@@ -1,4 +1,5 @@
-"""The gate of the benchmark suite: what is wrong is not timed; and every kind of case, right."""
+"""Correctness checks of the benchmark suite: wrong results are not timed, and every kind of case is
+correct."""
 
 from __future__ import annotations
 
@@ -200,8 +201,7 @@ def test_a_wrong_model_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("small_rotation")
 def test_models_of_two_groups_are_not_mixed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The step of the tutorials' script, after the other, runs the models of that script under the same
-    names."""
+    """The tutorials' step makes its own models, though contenders have the same names."""
     made: list[str] = []
     textbook = model.Models.textbook
     monkeypatch.setattr(
@@ -241,7 +241,7 @@ def test_a_wrong_block_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.usefixtures("small_rotation")
 def test_a_block_that_drops_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The patched truth, which then drops nothing either, agrees with it: that is not enough."""
+    """The patched truth then drops nothing either, so agreeing with it is not enough."""
     case, patch = block_case(cases.BLOCK_DROPOUT), pk.patch
 
     def without_dropout(model: torch.nn.Module) -> Any:
@@ -257,7 +257,7 @@ def test_a_block_that_drops_nothing_is_not_timed(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.usefixtures("small_rotation")
-def test_fallbacks_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fallbacks_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     case = block_case(cases.BLOCK_LORA)
     patch = pk.patch
 

@@ -1,4 +1,4 @@
-"""The bench of experts: who takes part, and that what is wrong is not timed."""
+"""Experts: all contenders run, and a wrong result is not timed."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ TINY = experts.Shape(4, 2, 64, 128)
 
 @pytest.mark.parametrize("group", experts.TITLES)
 @pytest.mark.parametrize("tokens", [1, 9])
-def test_all_take_part(group: str, tokens: int) -> None:
+def test_all_contenders_run(group: str, tokens: int) -> None:
     result = experts.experts(group, TINY, tokens, "bf16").run(ONCE)
     assert not result.wrong and not result.absent
     assert set(result.seconds) == {OURS, experts.DENSE, experts.DEQUANTISED}
 
 
 @pytest.mark.parametrize("group", [experts.FORWARD, experts.TRAIN])
-def test_a_wrong_product_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
     product: Any = pk.experts_linear
     monkeypatch.setattr(pk, "experts_linear", lambda *args: product(*args) * 1.1)
     result = experts.experts(group, TINY, 9, "bf16").run(ONCE)

@@ -1,4 +1,4 @@
-"""The benchmark suite as on an older machine: everything is held to its instructions, or it is said."""
+"""`--machine`: torch and the peers are limited to an older instruction set, or an error says why not."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ if {bitsandbytes}:
 """
 
 
-def test_torch_and_bitsandbytes_are_held() -> None:
+def test_torch_and_bitsandbytes_are_limited() -> None:
     there = importlib.util.find_spec("bitsandbytes") is not None
     command = [sys.executable, "-c", CHILD.format(bitsandbytes=there)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    # On an older processor torch says DEFAULT, and that is what it would be held to.
+    # DEFAULT on an older processor.
     capability, *others = found.stdout.split()
     assert capability in ("AVX2", "DEFAULT")
     assert others == (["False"] if there else [])
 
 
-def test_torch_that_is_imported_cannot_be_held() -> None:
-    with pytest.raises(RuntimeError, match="imported already"):
+def test_torch_cannot_be_limited_once_imported() -> None:
+    with pytest.raises(RuntimeError, match="already imported"):
         levels.limit("avx2")
 
 
-def test_a_level_that_is_not_known_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_level_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run.main(["--machine", "sse9"])
     assert "expected one of scalar, avx2, avx512, avx512_bf16, got sse9" in capsys.readouterr().err

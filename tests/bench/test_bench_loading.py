@@ -1,4 +1,4 @@
-"""The benchmark of loading: what it measures, and that it would tell a model that was there whole."""
+"""Loading: measured values, and that loading the whole model first would be detected."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_goals(ours: list[Load], met: list[bool]) -> None:
     assert [is_met for _, is_met in found] == met, found
 
 
-def test_out_of_fp32_pages_of_the_file_do_not_count() -> None:
+def test_from_fp32_pages_of_the_file_do_not_count() -> None:
     assert [met for _, met in outcome("fp32", ours=[a_load(resident=99 * MB)]).goals()] == [True]
 
 
@@ -75,8 +75,8 @@ def test_a_checkpoint_of_two_files(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", loading.DTYPES)
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="looks at memory as Linux tells it")
-def test_ours_is_never_whole_and_a_whole_one_is_found(stored: str, tmp_path: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc of Linux")
+def test_loading_the_whole_model_first_exceeds_the_limit(stored: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     largest = loading.write(tmp_path / "model", loading.SIZES["small"], loading.DTYPES[stored])
     loading.write(tmp_path / "tiny", loading.TINY, loading.DTYPES[stored])

@@ -1,4 +1,4 @@
-"""The bench of a mixture of experts: every contender computes the same, and a wrong one is not timed."""
+"""Mixture of experts: all contenders compute the same, and a wrong one is not timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bench of busy machines: its neighbours are busy and end, and what it tells of them."""
+"""Busy machines: neighbours are busy and end, and slowdowns are reported."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TINY = Case("own", "bf16", model.ModelSizes(TINY_BLOCK, layers=1, vocabulary=200
 
 
 def members(group: int | None) -> list[tuple[int, int, float]]:
-    """Number, session and processor seconds of the running processes of a group."""
+    """Id, session and CPU seconds of the running processes of a group."""
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -42,7 +42,7 @@ def members(group: int | None) -> list[tuple[int, int, float]]:
 
 
 def wait_for_the_end_of(group: int | None) -> None:
-    """A process that was killed is there a moment longer."""
+    """Waits until killed processes are gone."""
     end = time.monotonic() + 30
     while members(group) and time.monotonic() < end:
         time.sleep(0.05)
@@ -105,7 +105,7 @@ def slowed(ones: float, twos: float) -> Slowed:
     return Slowed(TINY, seconds={**seconds, Key(PEFT_ON_BNB, 0): [2.0], Key(PEFT_ON_BNB, 1): [20.0]})
 
 
-def test_what_is_told() -> None:
+def test_slowdowns_are_reported() -> None:
     found = slowed(1.9, 2.6)
     text = report.render([found])
     assert "own session, ours" in text and "1.90 (1.90-1.90)" in text and "10.00 (10.00-10.00)" in text
@@ -114,7 +114,7 @@ def test_what_is_told() -> None:
     assert [met for _, met in found.goals()] == [True, False]
 
 
-def test_what_is_wrong_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_result_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     def off(result: object) -> float:
         raise AssertionError("off")
 

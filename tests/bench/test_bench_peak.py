@@ -1,4 +1,4 @@
-"""The most memory of a training step's process: measured in one of its own, and only of right gradients."""
+"""Peak memory of a training step: measured in its own process, and only if its gradients are correct."""
 
 from __future__ import annotations
 
@@ -30,12 +30,11 @@ def test_one_step_of_each_in_a_process_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("in_step", [True, False])
-def test_what_is_held_in_the_step_is_seen(in_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """256 MiB more in the step are that much more at the peak, though they are given back before its end;
-    before the step they are not."""
+def test_memory_held_in_the_step_counts(in_step: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """256 MiB in the step raise the peak, though freed before its end; before the step they do not."""
     pytest.importorskip("peft")
     pytest.importorskip("transformers")
-    Path("/proc/self/clear_refs").write_text("5")  # or an earlier test's peak would hide this one's
+    Path("/proc/self/clear_refs").write_text("5")  # resets an earlier peak
     before = peak.step_alone(TINY, model.PATCHED)
     step = model.Models.step
 
@@ -65,20 +64,20 @@ def test_what_a_run_tells_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
     assert set(found.wrong) == {OURS} and set(found.peaks) == {model.PATCHED, PEFT_ON_BNB}
 
 
-def test_wrong_gradients_are_not_told() -> None:
+def test_wrong_gradients_are_not_reported() -> None:
     right = Peak(100, 50, 1.0)
     found = Peaks(TINY, peaks={OURS: Peak(50, 50, 1.1), PEFT_ON_BNB: right})
-    found.judge()
+    found.check()
     assert OURS in found.wrong and found.fraction is None and not list(found.goals())
     nan = Peaks(TINY, peaks={OURS: Peak(50, 50, float("nan")), PEFT_ON_BNB: right})
-    nan.judge()
+    nan.check()
     assert OURS in nan.wrong
 
 
 @pytest.mark.parametrize(("ours", "met"), [(60, True), (61, False)])
 def test_goal(ours: int, met: bool) -> None:
     found = Peaks(TINY, peaks={OURS: Peak(ours, 40, 1.0), PEFT_ON_BNB: Peak(100, 40, 1.0)})
-    found.judge()
+    found.check()
     ((text, reached),) = found.goals()
     assert reached is met and f"measured {ours}.0%" in text
     assert f"{ours}.0%" in report.render([found])

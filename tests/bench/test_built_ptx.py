@@ -1,4 +1,4 @@
-"""PTX taken from what was built for tests, where it need not be written anew."""
+"""Reuse of PTX from the objects built for tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""bench/gpu/run.py as far as it runs without a GPU: the cases, the tables, the timing."""
+"""bench/gpu/run.py without a GPU: the cases, the tables, the timing."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_cases_are_those_of_the_design() -> None:
         "adamw-one-tensor-7168x700-fp32", "adamw-448-tensors-7168x700-fp32", "adamw-100m-100000x1000-fp32",
     ):  # fmt: skip
         assert name in names
-    # Time may run out: rows that tell most come first, of every shape.
+    # Time may run out: the most important rows of every shape come first.
     telling = [
         names.index(f"{group}-1024x4096-m{m}-bf16") for group in ("forward", "qlora") for m in (1, 2048)
     ]
@@ -75,7 +75,7 @@ def test_every_kind_of_case_is_checked_and_timed() -> None:
 
 @pytest.mark.usefixtures("on_cpu")
 def test_steps_of_optimizers_are_checked_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On copies of their own, whose first step is checked: one that went the other way is not timed."""
+    """On their own copies; the first step is checked, and one in the wrong direction is not timed."""
     (case,) = tiny("adamw-448-tensors-210x256-fp32")
     made = case.build()
     names = [contender.name for contender in made]
@@ -98,7 +98,7 @@ def test_steps_of_optimizers_are_checked_and_timed(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("on_cpu")
-def test_the_kernels_taken_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_used_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     ways = ("a forward kernel", "a backward kernel")
     monkeypatch.setattr(run.BACKENDS["cpu"], "plan", lambda m, n, k, blocksize, dtype: ways, raising=False)
     for case, way in zip(tiny("forward-72x64-m5-bf16", "dx-72x64-m5-bf16"), ways, strict=True):
@@ -125,7 +125,7 @@ def test_rows_to_check_reach_from_the_first_to_the_last() -> None:
 
 def test_a_case_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     def fails() -> Sequence[Contender | Absent]:
-        raise MemoryError("no room")
+        raise MemoryError("no memory")
 
     def works() -> Sequence[Contender | Absent]:
         return [Contender(OURS, [lambda: None], lambda result: 0.0)]
@@ -133,13 +133,13 @@ def test_a_case_that_fails_leaves_the_others_alone(tmp_path: Path) -> None:
     cases = [Case("forward", 8, 8, m, "bf16", build) for m, build in ((1, fails), (2, works))]
     done = run.run(cases, options(tmp_path), {})
     assert [result.case.m for result in done.outcomes] == [2]
-    assert "FAILED forward-8x8-m1-bf16: MemoryError: no room" in run.render(done, TINY)
+    assert "FAILED forward-8x8-m1-bf16: MemoryError: no memory" in run.render(done, TINY)
     done = run.run(cases, options(tmp_path, "--seconds", "-1"), {})
     assert not done.outcomes and not done.failed
     assert "left out, 2 cases: forward-8x8-m1-bf16, forward-8x8-m2-bf16" in run.render(done, TINY)
 
 
-def test_times_stand_beside_floors() -> None:
+def test_times_are_reported_with_rooflines() -> None:
     case = Case("forward", 4096, 4096, 1, "bf16", list)
     result = Result(case, contenders=[OURS, "bnb"], seconds={OURS: [5e-6], "bnb": [1e-5]})
     text = run.render(session.Done([result]), BY_ARCHITECTURE[90])
@@ -147,7 +147,7 @@ def test_times_stand_beside_floors() -> None:
     assert "forward: roofline / time of ours\n           M=1\n4096x4096  52%" in text
 
 
-def test_the_clocks_go_by_their_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clocks_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         run, "_output_of", lambda command: "580.1, 1980 MHz, 2619 MHz, 1980 MHz, 90 W, 700 W, 41"
     )
@@ -165,11 +165,11 @@ def test_without_a_gpu_the_benchmark_says_so(tmp_path: Path, capsys: pytest.Capt
     assert "back end cuda cannot be used here: torch sees no GPU" in capsys.readouterr().err
 
 
-# The timing, with a card that only counts.
+# The timing, with a simulated card.
 
 
 class Card:
-    """Stands in for torch.cuda: calls take the time they say, replays that of the calls recorded."""
+    """Replaces torch.cuda: calls take given times, and replays the sum over the captured calls."""
 
     def __init__(self, captures: bool = True) -> None:
         self.now, self.captures = 0.0, captures
@@ -248,7 +248,7 @@ def test_graphs_leave_python_out_and_rotate(monkeypatch: pytest.MonkeyPatch) -> 
     contenders = [card.contender("A", 2**-18, in_python=2**-15, copies=3), card.contender("B", 2**-17)]
     assert take_turns(monkeypatch, card, contenders) == {"A": 2**-18, "B": 2**-17}
     turn = [call for call in card.calls if call[0] == "A"]
-    # As many as make a millisecond of the card's own time, after those that made one of Python's.
+    # Enough calls for a millisecond of GPU time, not of Python's.
     assert turn == [f"A{i % 3}" for i in range(len(turn))] and 2**-18 * len(turn) >= events.MIN_TURN
 
 

@@ -1,4 +1,4 @@
-"""bench/gpu_check.sh, all there is to run on a machine with a GPU, as far as it runs without one."""
+"""bench/gpu_check.sh without a GPU."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def gpu_check(
     out: Path, *arguments: str, python: str | Path = sys.executable, **variables: str
 ) -> tuple[int, str]:
-    """Its status, and what it said."""
+    """Exit status and output."""
     done = subprocess.run(
         ["bash", str(SCRIPT), *arguments, out.name],
         cwd=out.parent,
@@ -45,7 +45,7 @@ def gpu_check(
 
 
 def results(out: Path) -> dict[str, str]:
-    """What is in the archive, by name."""
+    """Files of the archive by name."""
     with tarfile.open(out / "results.tar.gz") as archive:
         files = [member for member in archive if member.isfile()]
         opened = {member.name.removeprefix("./"): archive.extractfile(member) for member in files}
@@ -55,7 +55,7 @@ def results(out: Path) -> dict[str, str]:
 
 
 def outcomes(out: Path) -> dict[str, str]:
-    """Of each part what the summary says of it, in order."""
+    """Result of each part according to the summary, in order."""
     lines = (out / "summary.txt").read_text().splitlines()
     found = [re.match(r"([\w-]+): ((passed|FAILED|skipped)\b.*)", line) for line in lines]
     return {match[1]: match[2] for match in found if match is not None}
@@ -70,7 +70,7 @@ Stub = Callable[..., Path]
 
 @pytest.fixture
 def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
-    """Programs on the path that write down their calls, and fail where a call matches a pattern."""
+    """Programs on the path that record their calls, and fail if a call matches a pattern."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -81,7 +81,7 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
         path = folder / name
         path.write_text(
             f'#!/usr/bin/env bash\necho "{name} $*" >> "{tmp_path}/calls"\n'
-            f'case "$*" in {fails}) echo "{name} is out of luck"; exit 1;; esac\n{run}\nexit 0\n'
+            f'case "$*" in {fails}) echo "{name} failed as asked"; exit 1;; esac\n{run}\nexit 0\n'
         )
         path.chmod(0o755)
         return path
@@ -91,7 +91,7 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
 
 @pytest.fixture
 def machine(tmp_path: Path, stubs: Stub) -> Stub:
-    """All programs of a machine with a card are stubs; the Python, in which `fails` may fail, is returned."""
+    """Stubs for all programs of a machine with a card; returns a function that makes a Python stub."""
     (tmp_path / "include").mkdir()
     (tmp_path / "include" / "Python.h").touch()
     stubs(
@@ -131,7 +131,7 @@ def test_without_a_gpu_the_script_says_so(tmp_path: Path) -> None:
     [[], ["--part"], ["--part", "tests"], ["--part", "all", "out"], ["--fast", "1", "out"], ["--carry", "."]],
     ids=" ".join,
 )
-def test_a_wrong_call_is_told(arguments: list[str], tmp_path: Path) -> None:
+def test_a_wrong_call_prints_the_usage(arguments: list[str], tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", str(SCRIPT), *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
     )
@@ -165,7 +165,7 @@ def test_a_rehearsal_goes_through_all_parts(tmp_path: Path) -> None:
     assert re.search(r"\d+ passed", found["tests-on-card.log"])
 
 
-# The way of a machine with a GPU.
+# On a machine with a GPU.
 
 TESTS = ["primitives", "check", "tests-cuda", "tests-triton", "tests-on-card"]
 SPEED = ["speed", "speed-eager"]
@@ -204,7 +204,7 @@ def test_only_what_failed_fails(tmp_path: Path, machine: Stub, stubs: Stub) -> N
     assert status == 1
     failed = [name for name, outcome in outcomes(tmp_path).items() if outcome.startswith("FAILED")]
     assert failed == ["racecheck"]
-    assert "racecheck: FAILED (status 1" in said and "compute-sanitizer is out of luck" in said
+    assert "racecheck: FAILED (status 1" in said and "compute-sanitizer failed as asked" in said
 
 
 def test_a_failed_test_goes_under_memcheck_at_once(tmp_path: Path, machine: Stub) -> None:
@@ -223,7 +223,7 @@ def test_a_failed_test_goes_under_memcheck_at_once(tmp_path: Path, machine: Stub
 
 @pytest.mark.parametrize("part", ["tests", "speed"])
 def test_the_parts_fit_into_their_time(part: str, tmp_path: Path, machine: Stub) -> None:
-    """Each may take what those before it left: where these take no time, the last has all there is."""
+    """Unused time of a part goes to the next ones: if parts take no time, the last gets all."""
     failing = 'case "$*" in *"-m pytest"*) echo "FAILED tests/test_a.py::test_b - no"; exit 1;; esac'
     _, said = gpu_check(tmp_path, "--part", part, python=machine(run=failing))
     limits = [
@@ -235,8 +235,8 @@ def test_the_parts_fit_into_their_time(part: str, tmp_path: Path, machine: Stub)
 
 
 @pytest.mark.slow
-def test_pytest_tells_what_it_has_when_time_is_up(tmp_path: Path, machine: Stub) -> None:
-    """Interrupted as by Ctrl-C, also where the script runs in the background, which ignores Ctrl-C."""
+def test_pytest_reports_its_results_when_time_is_up(tmp_path: Path, machine: Stub) -> None:
+    """It is interrupted as by Ctrl-C, also if the script runs in the background, where Ctrl-C is ignored."""
     test = tmp_path / "test_slow.py"
     test.write_text(
         "import time\ndef test_wrong():\n    assert 1 == 2\ndef test_slow():\n    time.sleep(100)\n"
@@ -257,8 +257,8 @@ def test_pytest_tells_what_it_has_when_time_is_up(tmp_path: Path, machine: Stub)
     assert "KeyboardInterrupt" in log and "1 failed" in log and "assert 1 == 2" in log
 
 
-def test_a_run_that_is_cut_off_leaves_what_it_had(tmp_path: Path, machine: Stub) -> None:
-    """Looked at from within: while a part runs, the archive holds those before it."""
+def test_the_archive_is_written_after_every_part(tmp_path: Path, machine: Stub) -> None:
+    """While a part runs, the archive has the parts before it."""
     look = f'case "$*" in *"-k triton") tar -tzf "{tmp_path}/results.tar.gz" > "{tmp_path}/seen";; esac'
     gpu_check(tmp_path, "--part", "tests", python=machine(run=look))
     seen = (tmp_path / "seen").read_text()
@@ -273,8 +273,8 @@ def test_a_long_log_loses_its_middle(tmp_path: Path, machine: Stub) -> None:
     assert log.count("[... the middle is left out ...]") == 1 and 3_900_000 < len(log) < 4_100_000
 
 
-def test_the_archive_comes_home_whole(tmp_path: Path, machine: Stub, stubs: Stub) -> None:
-    """Results that cannot be packed are cut shorter, all of them."""
+def test_the_archive_has_a_maximum_size(tmp_path: Path, machine: Stub, stubs: Stub) -> None:
+    """Results that compress badly are cut shorter."""
     python = machine()
     write = 'mkdir -p "${!#}"; for i in 1 2 3 4 5; do head -c 3500000 /dev/urandom > "${!#}/$i"; done'
     stubs("compute-sanitizer", run=f'case "$*" in *--tool*/racecheck) {write};; esac')
@@ -306,13 +306,13 @@ def test_why_nothing_is_built(lacking: str, words: str, tmp_path: Path, machine:
         tmp_path, "--part", "tests", python=python, CUDA_HOME=str(tmp_path), PATH=bare_path(tmp_path)
     )
     assert f"build: skipped, {words.format(python=python, tmp_path=tmp_path)}" in said
-    # The library may be there all the same.
+    # A compiled library may still be there.
     assert status == 0 and {"tests-cuda", "tests-triton"} < set(parts(tmp_path)), said
     assert "setup.py" not in calls(tmp_path)
 
 
 def bare_path(tmp_path: Path) -> str:
-    """The stubs, and of this machine's programs only those that every machine has."""
+    """A PATH with the stubs and standard programs only."""
     folder = tmp_path / "usual"
     folder.mkdir()
     usual = (
@@ -339,7 +339,7 @@ def test_without_cuda_triton_is_tested_and_timed(tmp_path: Path, machine: Stub) 
     python = machine(fails="*BACKENDS[\\'cuda*|*setup.py*")
     status, said = gpu_check(tmp_path, python=python)
     assert status == 1
-    assert "back end cuda: NOT USABLE: python-stub is out of luck" in said
+    assert "back end cuda: NOT USABLE: python-stub failed as asked" in said
     assert "tests-triton" in parts(tmp_path) and "tests-cuda" not in parts(tmp_path)
     assert "bench/gpu/run.py --backend triton --seconds" in calls(tmp_path)
 
@@ -366,7 +366,7 @@ def test_without_kernels_nothing_is_measured(tmp_path: Path, machine: Stub) -> N
 
 @pytest.fixture
 def carried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as tools/carry.py makes it, and a copy of the script beside a package of its own."""
+    """A folder as made by tools/carry.py, and a copy of the script with its own package folder."""
     for name in ("bench", "peft_kernels", "tests"):
         (tmp_path / "tree" / name).mkdir(parents=True)
     shutil.copy(SCRIPT, tmp_path / "tree" / "bench")

@@ -1,4 +1,4 @@
-"""What a call of the CUDA back end costs the host, in what can be counted: launches, torch functions."""
+"""Host cost of calls of the CUDA back end: launches and torch functions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COUNTS = {
     launch_overhead.GOAL_OF: (3, 7),
     "forward + backward of it": (8, 19),
 }
-"""Launches, and torch's functions that a call goes through: memory, and views of x, y and h."""
+"""Launches, and torch functions called for memory and views of x, y and h."""
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,7 @@ def test_without_the_stub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("n,k", [(4096, 4096), (4096, 14336)])
 def test_launches_at_2048_rows(n: int, k: int) -> None:
-    """Of a layer with LoRA: four and seven at most, with torch's product with the one piece of the weight."""
+    """Of a layer with LoRA, including torch's GEMM with the single piece of the weight."""
     if (reason := testing.unavailable("ptx")) is not None:
         pytest.skip(f"ptx: {reason}")
     weight = pk.NF4Weight.quantize(torch.ones(n, k, dtype=torch.bfloat16))

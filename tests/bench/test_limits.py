@@ -1,4 +1,4 @@
-"""How instructions for a weight are counted, beside what test_sass.py has on compiled kernels."""
+"""Counting of instructions per weight; test_sass.py has tests on compiled kernels."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.gpu.sass import Instruction, Kernel
 
 
 def test_products_of_fp32_are_several_of_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twelve matrix instructions: by two tiles of ranks, in three products, twice four weights."""
+    """Twelve matrix instructions of two tiles of ranks and three products: twice four weights."""
     monkeypatch.setattr(limits, "RULES", [Rule("k", 2.0, tokens=16, tf32_products=3)])
 
     def check(matrix: str, others: int) -> limits.Finding:

@@ -1,4 +1,4 @@
-"""The study of loss curves by optimizer, on a tiny model: the whole one takes most of an hour."""
+"""Loss curves by optimizer, on a tiny model; the real one takes most of an hour."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_gradients_are_clipped_for_both(tiny: Path) -> None:  # noqa: F811
     curves = case(tiny, clip=1e-12).run()
     assert list(curves.losses) == [TORCH, OURS]
     for found in curves.losses.values():
-        # As long as eps: nothing moves far.
+        # Gradients are as small as eps: parameters hardly change.
         assert found[6] == pytest.approx(found[0], rel=1e-4)
 
 
