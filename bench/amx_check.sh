@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# Everything there is to check and measure of level amx, on a machine with AMX, unattended:
+# Runs all checks and measurements of ISA amx on a machine with AMX, unattended:
 #
 #   PYTHON=.venv/bin/python bench/amx_check.sh OUT
 #
-# The tests of that level on real tiles; the tables of docs/benchmarks.md for this machine; and whether dense
-# products are ours or torch's: csrc/cpu/isa/fast_dense.h is written by what was measured, for a commit, if all
-# tests passed. Kernels have to be built (make setup). OUT gets summary.txt, a log of each part, and the tables.
+# The tests of that ISA on real tiles; the tables of docs/benchmarks.md for this machine; and whether dense GEMMs are
+# ours or torch's: csrc/cpu/isa/fast_dense.h is written from the measurement, to be committed, if all tests passed.
+# Kernels must be built (make setup). OUT gets summary.txt, a log of each part, and the tables.
 #
 # Exits with 0 when every part passed, 1 when one failed, 2 on a wrong call, 3 without AMX.
-# PYTHON    the interpreter (python3), which has torch
-# REHEARSE  1: go through all parts at this machine's best level with small shapes, to see that they work;
-#           what would be recorded goes into OUT
-# AMX_CHECK_SECONDS  how long any part may take (3600)
+# PYTHON    an interpreter with torch (python3)
+# REHEARSE  1: run all parts with this machine's best ISA and small shapes, as a smoke test; the record goes to OUT
+# AMX_CHECK_SECONDS  time limit of each part (3600)
 set -u
 OUT=${1:-}
 case $OUT in "" | -*) echo "usage: bench/amx_check.sh OUT" >&2; exit 2 ;; esac
@@ -25,7 +24,7 @@ esac
 cd "$(dirname "$0")/.." || exit 2
 REHEARSE=${REHEARSE:-0}
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} HF_HUB_OFFLINE=1 PYTHONUNBUFFERED=1
-# A cap would hide the level, and an earlier record would hide what is measured.
+# A limit would hide the ISA, and an earlier record the measurement.
 unset PEFT_KERNELS_CPU_ISA
 export PEFT_KERNELS_AMX_DENSE=1
 SUMMARY=$OUT/summary.txt
@@ -34,7 +33,7 @@ FAILED=0
 
 say() { echo "$*" | tee -a "$SUMMARY"; }
 
-# part NAME COMMAND...: run it, all it says into NAME.log, its end shown here where it failed.
+# part NAME COMMAND...: runs the command with its output in NAME.log, whose end is shown on failure.
 part() {
   local name=$1 started=$SECONDS status
   shift
@@ -50,9 +49,9 @@ part() {
   [ $status -eq 0 ]
 }
 
-# ---- Is there AMX? ---------------------------------------------------------------------------------------
+# ---- AMX -------------------------------------------------------------------------------------------------
 
-# The best level; fails with the reason why there is none that will do.
+# Prints the best ISA; fails with a reason if it is not AMX.
 best_level() {
   "$PYTHON" -c '
 import sys
@@ -77,10 +76,10 @@ if ! LEVEL=$(best_level 2> "$OUT/reason"); then
 fi
 rm -f "$OUT/reason"
 LEVEL=$(echo "$LEVEL" | tail -n 1)
-[ "$REHEARSE" = 1 ] && say "a rehearsal at level $LEVEL: nothing here was run on tiles"
+[ "$REHEARSE" = 1 ] && say "a rehearsal at level $LEVEL: nothing ran on tiles"
 export PYTHON
 
-# ---- Are the results right? ------------------------------------------------------------------------------
+# ---- Tests -----------------------------------------------------------------------------------------------
 
 part environment bash -c 'grep -m 1 "model name" /proc/cpuinfo; uname -a; nproc; "$PYTHON" -m torch.utils.collect_env'
 TESTS=tests
@@ -88,16 +87,16 @@ TESTS=tests
 part tests "$PYTHON" -m pytest -q -p no:cacheprovider $TESTS -k "cpu-$LEVEL or test_cpu_plan"
 RIGHT=$?
 
-# ---- Whose are dense products, and how fast is it all? ---------------------------------------------------
+# ---- Dense GEMMs and times -------------------------------------------------------------------------------
 
 RECORD=csrc/cpu/isa/fast_dense.h ONLY='^(forward|q?lora|quantize|dequantize|step|decode)-' CHOICE=
 [ "$REHEARSE" = 1 ] && RECORD=$OUT/fast_dense.h ONLY='^overhead-64x64' CHOICE=--quick
 if [ "$RIGHT" -ne 0 ]; then
-  say "dense: skipped, products that are wrong are not chosen for their speed"
+  say "dense: skipped, as tests failed"
 elif part dense "$PYTHON" bench/ops/dense_choice.py --level "$LEVEL" --record "$RECORD" $CHOICE; then
   say "dense: $(grep 'geometric mean' "$OUT/dense.log"), recorded in $RECORD: make setup, and commit"
 fi
-# The tables are of what will be built.
+# The tables use the recorded choice.
 PEFT_KERNELS_AMX_DENSE=$(grep -c 'kAmxHasFastDense = true' "$RECORD" 2> /dev/null)
 part tables "$PYTHON" bench/run.py --only "$ONLY" --output "$OUT/tables"
 echo

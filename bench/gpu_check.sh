@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Everything there is to check and measure on a machine with a GPU, unattended and without a network:
+# Runs all checks and measurements on a machine with a GPU, unattended and without a network:
 #
 #   bench/gpu_check.sh --part tests OUT    # in nine minutes: primitives, tests, sanitizers
 #   bench/gpu_check.sh --part speed OUT    # in nine minutes: times against cuBLAS and bitsandbytes
 #   bench/gpu_check.sh OUT                 # both, one after the other
 #
-# What cannot be run is named with its reason, the rest goes on. OUT, a folder of its own for each run, gets
-# summary.txt and results.tar.gz, below 16 MB, with the logs, tables and JSON lines. Both are rewritten after
-# every part of the run, so that one that is cut off leaves what it had.
+# Parts that cannot run are skipped with a reason. OUT, a folder for one run, gets summary.txt and results.tar.gz
+# (below 16 MB) with logs, tables and JSON lines. Both are rewritten after every part, so that an interrupted run
+# keeps its results.
 #
 # Exits with 0 when every part that ran passed, 1 when one failed, 2 on a wrong call, 3 without a GPU.
-# --carry FOLDER  what tools/carry.py made elsewhere: FOLDER/python goes on Python's path (bitsandbytes),
+# --carry FOLDER  from tools/carry.py: FOLDER/python is added to Python's path (bitsandbytes),
 #                 FOLDER/peft_kernels is the default of PEFT_KERNELS_PREBUILT
-# PEFT_KERNELS_PREBUILT  a folder with _C_cuda*.so for this Python, used where nothing can be compiled
-# GPU_CHECK_SECONDS  how long either run may take (530): every part has a share of it
-# PYTHON    the interpreter (python3), which has torch
-# REHEARSE  1: go through all parts on the CPU with small shapes, to see that they work
+# PEFT_KERNELS_PREBUILT  a folder with _C_cuda*.so for this Python, used if nothing can be compiled
+# GPU_CHECK_SECONDS  time limit of either run (530), divided among its parts
+# PYTHON    an interpreter with torch (python3)
+# REHEARSE  1: run all parts on the CPU with small shapes, as a smoke test
 set -u
 usage() { echo "usage: bench/gpu_check.sh [--part tests|speed] [--carry FOLDER] OUT" >&2; exit 2; }
 PARTS="tests speed" CARRY=
@@ -56,7 +56,7 @@ skip() { say "$1: skipped, $2"; }
 
 has() { "$PYTHON" -c "import sys, importlib.util as u; sys.exit(u.find_spec('$1') is None)" &> /dev/null; }
 
-# One archive of all results. Of files that are too long the middle is cut out, of more where that is needed.
+# Archives all results. The middle of long files is cut out, more of it if the archive is too large.
 ARCHIVE_BYTES=15000000
 bundle() {
   local keep file
@@ -79,20 +79,20 @@ bundle() {
     tar -C "$WORK/bundle" -czf "$WORK/results.tar.gz" .
     [ "$(stat -c %s "$WORK/results.tar.gz")" -gt $ARCHIVE_BYTES ] || break
   done
-  # Moved into its place: whoever looks in between finds the last one whole.
+  # Moved into place, so that a reader always finds a complete archive.
   cp "$WORK/results.tar.gz" "$OUT/.results.tar.gz" && mv "$OUT/.results.tar.gz" "$OUT/results.tar.gz"
 }
 
-# A shell that was started in the background has SIGINT ignored, and so would Python.
+# A shell started in the background ignores SIGINT, and so would Python.
 LISTEN=
 env --default-signal=INT true 2> /dev/null && LISTEN="env --default-signal=INT"
 
-# part NAME SHARE COMMAND...: run it, all it says into NAME.log, its end shown here. SHARE is in seconds, of
-# $WHOLE. A part may take its own and what those before it left of theirs; {seconds} in the command becomes a
-# little less. It is interrupted then, as by Ctrl-C, after which pytest and bench/gpu/run.py report what they have.
+# part NAME SHARE COMMAND...: runs the command with its output in NAME.log, whose end is shown on failure. SHARE is
+# in seconds of $WHOLE; a part may also use what earlier parts left, and {seconds} in the command becomes a little
+# less. Then it is interrupted as by Ctrl-C, after which pytest and bench/gpu/run.py report what they have.
 WHOLE=530
 TOTAL=${GPU_CHECK_SECONDS:-$WHOLE}
-SCHEDULE=20 # between the parts, Python is asked what there is
+SCHEDULE=20 # for Python calls between the parts
 part() {
   local name=$1 limit started=$SECONDS status
   SCHEDULE=$((SCHEDULE + $2))
@@ -114,7 +114,7 @@ part() {
   [ "$status" = 0 ]
 }
 
-# tool NAME: where a program of the CUDA toolkit is, from the path, the toolkit or a Python package.
+# tool NAME: path of a program of the CUDA toolkit, from PATH, the toolkit or a Python package.
 tool() {
   command -v "$1" && return
   local site
@@ -123,11 +123,11 @@ tool() {
     head -n 1
 }
 
-# ---- Is there a GPU? -------------------------------------------------------------------------------------
+# ---- GPU -------------------------------------------------------------------------------------------------
 
 VENDOR=nvidia
 if [ "$REHEARSE" = 1 ]; then
-  say "a rehearsal on the CPU: nothing here was run on a GPU"
+  say "a rehearsal on the CPU: nothing ran on a GPU"
 elif VENDOR=$("$PYTHON" -c '
 import sys
 try:
@@ -147,7 +147,7 @@ else
   exit 3
 fi
 
-# ---- What machine is this? -------------------------------------------------------------------------------
+# ---- Machine ---------------------------------------------------------------------------------------------
 
 environment() {
   nvidia-smi || rocm-smi || echo "neither nvidia-smi nor rocm-smi"
@@ -163,14 +163,14 @@ environment() {
 }
 export PYTHON CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}"
 export -f environment tool
-# torch looks for ninja on the path alone, where an environment that was not activated has not put it.
+# torch looks for ninja on PATH only, where it is not if the environment is not activated.
 SCRIPTS=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("scripts"))' 2> /dev/null | tail -n 1)
 export PATH=$PATH${SCRIPTS:+:$SCRIPTS}
 part environment 15 bash -c environment
 
 # ---- Build -----------------------------------------------------------------------------------------------
 
-# Why nothing can be compiled here, or nothing.
+# Prints why nothing can be compiled here, or nothing.
 obstacle() {
   local include
   [ "$REHEARSE" = 1 ] && { echo "a rehearsal"; return; }
@@ -210,17 +210,17 @@ for name in $([ "$REHEARSE" = 1 ] && echo cpu || echo cuda triton); do
 done
 read -r BACKEND _ <<< "$USABLE"
 if [ -z "$BACKEND" ]; then
-  say "no back end of ours can be used, so nothing more is run"
+  say "no back end of ours can be used; nothing else runs"
   bundle
   exit 1
 fi
 usable() { [[ " $USABLE " == *" $1 "* ]]; }
 
-# ---- Are the results right? ------------------------------------------------------------------------------
+# ---- Tests -----------------------------------------------------------------------------------------------
 
 SANITIZER=$(tool compute-sanitizer)
-# Of our kernels alone where the tool can choose: torch's are many. Without torch's cache of memory every
-# tensor is an allocation of its own, at whose end the tool sees an access.
+# Only our kernels, if the tool supports a filter. Without torch's caching allocator every tensor is an allocation of
+# its own, so that the tool sees accesses beyond its end.
 CHOOSE=
 [ -n "$SANITIZER" ] && "$SANITIZER" --help 2> /dev/null | grep -q -- --kernel-regex &&
   CHOOSE="--kernel-regex kns=peft_kernels"
@@ -237,8 +237,8 @@ sanitize() {
 }
 
 PYTEST=("$PYTHON" -m pytest -q -p no:cacheprovider --continue-on-collection-errors)
-# examined NAME SHARE ARGUMENTS OF PYTEST...: the first test of them that fails is run again at once,
-# alone and under memcheck: what went wrong there is behind much of the rest.
+# examined NAME SHARE PYTEST_ARGUMENTS...: if a test fails, runs the first failing one again under memcheck, as it
+# often explains the others.
 examined() {
   local name=$1 limit=$2 failed
   shift 2
@@ -252,7 +252,7 @@ if wants tests; then
   if [ "$REHEARSE" = 1 ] || [ "$VENDOR" != nvidia ] || [ -z "$NVCC" ]; then
     skip primitives "$REASON"
   else
-    # Of nvcc and the card alone: where these are wrong, no other result means anything.
+    # These need only nvcc and the card; if they fail, no other result is meaningful.
     part primitives 40 bash -c 'bash tests/gpu/card/build.sh "$0" "$1" -arch=native && "$1"' \
       "$NVCC" "$WORK/primitives"
   fi
@@ -271,7 +271,7 @@ if wants tests; then
   fi
 fi
 
-# ---- How fast are they? ----------------------------------------------------------------------------------
+# ---- Times -----------------------------------------------------------------------------------------------
 
 if wants speed; then
   for name in bitsandbytes peft; do
@@ -285,7 +285,7 @@ if wants speed; then
     --only '^(adamw|(forward|qlora)-.*-m(1|2048)-)' --output "$RESULTS/speed-eager" $QUICK
 fi
 
-# ---- Do they touch what is not theirs? -------------------------------------------------------------------
+# ---- Sanitizers ------------------------------------------------------------------------------------------
 
 if wants tests && [ "$VENDOR" = nvidia ]; then
   for name in memcheck racecheck; do

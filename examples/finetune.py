@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""QLoRA fine-tuning from start to finish on peft_kernels: the main job of this project, run by `make demo`.
+"""QLoRA fine-tuning from start to finish with peft_kernels, run by `make demo`.
 
 Quantises a model to NF4, adds LoRA through PEFT, patches in the fused kernels, trains with transformers'
 Trainer, reports, saves the adapter, and checks that the trained, the reloaded and the merged model agree.
@@ -8,11 +8,11 @@ standard library:
 
     python examples/finetune.py
     python examples/finetune.py --compare         # beside stock PEFT + bitsandbytes
-    python examples/finetune.py --resume          # go on after Ctrl-C
+    python examples/finetune.py --resume          # continue after Ctrl-C
     python examples/finetune.py --model ./my-llama --data pairs.jsonl --steps 500 --output my-adapter
 
-This file is the course of a run; finetune_data.py has the examples, finetune_model.py the model and its
-training, finetune_report.py tables and pictures. What to copy into a script of yours is in qlora_sft.py.
+This file has the stages of a run; finetune_data.py has the examples, finetune_model.py the model and its
+training, finetune_report.py tables and pictures. To write your own script, copy qlora_sft.py.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from typing import Any
 
 from finetune_data import UserError, docstring_examples, encode, in_order, read_jsonl, split
 
-# The other parts import torch, transformers and PEFT, which takes seconds: that happens inside the functions
-# that need them, so that --help and mistyped arguments answer at once.
+# torch, transformers and PEFT take seconds to import: functions import them when needed, so that --help and
+# wrong arguments are answered at once.
 
 BACKENDS = ("peft_kernels", "bitsandbytes")
 EXIT_OK, EXIT_CHECK_FAILED, EXIT_USER_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 VALIDATION_EXAMPLES = 64
-# Of the relative RMS difference of logits. The reloaded model holds the same numbers and runs the same
-# kernels: 0 is expected, and a rounding to bf16 that goes the other way shows as 1e-2 after thirty layers.
-# Merging rounds the sum of weight and update to bf16 once more: SmolLM2-135M measured 0.014 to 0.03 for
-# that, and 0.43 to 0.52 for the base without its adapter.
+# Relative RMS difference of logits at most. The reloaded model has the same values and runs the same kernels,
+# so 0 is expected; a single different bf16 rounding causes 1e-2 after thirty layers. Merging rounds the sum
+# of weight and update to bf16 again, which gives 0.014 to 0.03 on SmolLM2-135M; without the adapter it is
+# 0.43 to 0.52.
 LIMITS = {"reloaded": 1e-3, "merged": 0.08, "merged into NF4": 10.0}
 
 
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def finish(output: Path, written: str, metrics: dict[str, Any], problems: Sequence[str]) -> int:
-    """An example's end: metrics.json beside what else it wrote, and what is wrong. Its exit status."""
+    """Writes metrics.json and reports problems. Returns the exit status."""
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1), encoding="utf-8")
     print(f"written to {output}: {written}, metrics.json")
     for problem in problems:
@@ -60,8 +60,9 @@ def finish(output: Path, written: str, metrics: dict[str, Any], problems: Sequen
 
 
 def run_or_tell(script: str, args: argparse.Namespace, run: Callable[[argparse.Namespace], int]) -> int:
-    """The exit status of `run`, its folder made; a user's error, or Ctrl-C, is told in a line."""
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while it is imported
+    """Makes the output folder and runs `run`; user errors and Ctrl-C are reported in one line. Returns the
+    exit status."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs on import
     try:
         require_packages(args)
         args.output.mkdir(parents=True, exist_ok=True)
@@ -75,7 +76,7 @@ def run_or_tell(script: str, args: argparse.Namespace, run: Callable[[argparse.N
 
 
 def require_packages(args: argparse.Namespace) -> None:
-    """Fail with the command to run if something is not installed."""
+    """Fails with the pip command if something is not installed."""
     if importlib.util.find_spec("peft_kernels") is None:
         sys.path.append(str(Path(__file__).resolve().parent.parent))  # not installed
     needed = ["torch", "peft_kernels", "transformers", "peft", "accelerate", "tqdm", "rich"]
@@ -86,7 +87,7 @@ def require_packages(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, measure, check and report; the exit code."""
+    """Trains, measures, checks and reports. Returns the exit status."""
     stage = Stages()
     examples, held_out = split(read_jsonl(args.data) if args.data else docstring_examples())
     sample, held_out = held_out[0], held_out[:VALIDATION_EXAMPLES]
@@ -123,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     losses = [entry["loss"] for entry in steps]
     stage("training", f"{len(losses)} of {args.steps} steps")
     if len(losses) < args.steps:
-        print("to go on from there: the same command with --resume")
+        print("to continue: the same command with --resume")
         return EXIT_INTERRUPTED
     adapter = args.output / "adapter"
     model.save_pretrained(adapter)
@@ -153,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
         logits = lib.logits_of(model, validation[0])
         with model.disable_adapter():
             without = lib.logits_of(model, validation[0])
-        del model, trainer  # room for a second base
+        del model, trainer  # frees memory for a second base
         metrics["check"] = check(folder, adapter, validation, logits)
         metrics["check"]["forms"]["base only"] = distance(logits, without)
         stage("check", "trained, reloaded and merged adapter compared")
@@ -165,9 +166,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def check(folder: Path, adapter: Path, validation: list[Any], trained: Any) -> dict[str, Any]:
-    """Compare the trained model's logits with those of the other forms of its adapter: saved and loaded onto
-    a fresh base, merged into that, and merged back into NF4, which costs what 4 bits cannot hold: that is
-    told and not limited."""
+    """Compares the trained model's logits with those of its adapter reloaded onto a fresh base, merged into
+    it, and merged back into NF4; the last loses precision and is only reported."""
     import finetune_model as lib
 
     from peft_kernels.integrations.peft import merge_and_unload
@@ -189,7 +189,7 @@ def check(folder: Path, adapter: Path, validation: list[Any], trained: Any) -> d
 
 
 def distance(expected: Any, got: Any) -> dict[str, float]:
-    """Between logits (tokens, vocabulary). A row's mean is taken off first: softmax does not see it."""
+    """Distance between logits (tokens, vocabulary), without the mean of each row, which softmax ignores."""
     expected, got = (logits - logits.mean(dim=-1, keepdim=True) for logits in (expected, got))
     return {
         "relative_rms": float((got - expected).norm() / expected.norm()),
@@ -198,7 +198,7 @@ def distance(expected: Any, got: Any) -> dict[str, float]:
 
 
 def problems(forms: dict[str, dict[str, float]]) -> list[str]:
-    """A line for each form of the adapter that is beyond its limit. NaN is beyond every limit."""
+    """A line for each form of the adapter beyond its limit; NaN is beyond every limit."""
     return [
         f"the {form} model differs from the trained one: relative RMS error {found['relative_rms']:.2e}"
         for form, found in forms.items()
@@ -207,18 +207,18 @@ def problems(forms: dict[str, dict[str, float]]) -> list[str]:
 
 
 def read_start(path: Path, settings: dict[str, str]) -> dict[str, Any]:
-    """How an earlier run started, if that was a run with the same settings."""
+    """The metrics of an earlier run's start, if it had the same settings."""
     try:
         start: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"--resume: there is no run to go on from: {path}: {error}") from None
+        raise UserError(f"--resume: there is no run to continue: {path}: {error}") from None
     if start["settings"] != settings:
         raise UserError(f"--resume: the run in {path.parent} had other settings: {start['settings']}")
     return start
 
 
 class Stages:
-    """Prints a line with the seconds taken as each stage of a run ends."""
+    """Prints a line with the seconds taken at the end of each stage."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
@@ -230,11 +230,11 @@ class Stages:
 
 
 def compare(args: argparse.Namespace, argv: list[str]) -> int:
-    """Run both back ends, each in a process with a peak memory of its own, and set them side by side."""
+    """Runs both back ends, each in its own process, and compares them."""
     from finetune_model import model_folder
     from finetune_report import plot, print_comparison
 
-    folder = model_folder(args.model, args.output)  # once, and not in the memory of the first run
+    folder = model_folder(args.model, args.output)  # once, and not in the first run's process
     results = []
     for backend in BACKENDS:
         output = args.output / backend
@@ -263,15 +263,17 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     add("--model", type=Path, metavar="PATH", help="a transformers model folder (SmolLM2-135M-Instruct)")
     add("--data", type=Path, metavar="FILE.jsonl", help='lines of {"prompt": "...", "response": "..."}')
     add("--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="(demo-output)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in the output folder")
+    add("--resume", action="store_true", help="continue from the last checkpoint in the output folder")
     add("--compare", action="store_true", help="run stock PEFT + bitsandbytes too, side by side")
-    add("--backend", choices=BACKENDS, default=BACKENDS[0], help="who runs the 4-bit layers (peft_kernels)")
-    add("--steps", type=positive, default=50, metavar="N", help="optimiser steps in all (50)")
+    add("--backend", choices=BACKENDS, default=BACKENDS[0], help="library of the 4-bit layers (peft_kernels)")
+    add("--steps", type=positive, default=50, metavar="N", help="optimiser steps (50)")
     add("--batch-size", type=positive, default=8, metavar="N", help="examples a step (8)")
     add("--max-length", type=positive, default=256, metavar="N", help="tokens of an example (256)")
     add("--lr", type=fraction, default=5e-4, metavar="X", help="peak learning rate of AdamW (0.0005)")
     add("--r", type=positive, default=16, metavar="N", help="rank of LoRA; alpha is twice as much (16)")
-    add("--seed", type=int, default=0, metavar="N", help="of the adapter's start and the batches (0)")
+    add(
+        "--seed", type=int, default=0, metavar="N", help="of the adapter's initial values and the batches (0)"
+    )
     args = parser.parse_args(argv)
     if args.compare and args.resume:
         parser.error("argument --resume: not allowed with --compare, whose two runs start afresh")

