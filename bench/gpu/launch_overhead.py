@@ -18,9 +18,8 @@ import testing
 
 from ..lib import layers, report
 from ..lib.cases import DTYPES
-from ..lib.contenders import missing
 from ..lib.harness import Contender, interleave
-from ..lib.report import OURS, Spread, Timing, three_digits
+from ..lib.report import OURS, Spread, Timing, missing, three_digits
 
 SIZE = 2048
 GOAL_US = 25.0

@@ -15,10 +15,10 @@ import peft_kernels as pk
 from . import correctness, layers
 from .adapted import SMOLLM2, Model, Sizes, Variant
 from .block import Blocks
-from .contenders import Entry, contenders, missing
+from .contenders import Entry, contenders
 from .harness import Absent, Case, Contender, Goal, copies
 from .layers import BNB, Weights
-from .report import OURS
+from .report import OURS, missing
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32, "fp16": torch.float16}
 
@@ -91,10 +91,11 @@ def case(
     dtype: str,
     build: Callable[[], list[Contender | Absent]],
     batch: int | None = None,
+    needs: str = "",
 ) -> Case:
     at_once, by_rows = SECONDS.get(group, BLOCK_SECONDS if group in BLOCKS else OTHERS)
     seconds = at_once + by_rows * (m or 0) * shape[0] * shape[1] / 1e9
-    return Case(group, *shape, m, dtype, build, batch, GOALS.get(group, ()), TITLES[group], seconds)
+    return Case(group, *shape, m, dtype, build, batch, GOALS.get(group, ()), TITLES[group], seconds, needs)
 
 
 def forward(shape: Shape, m: int, dtype: str) -> Case:
@@ -172,8 +173,6 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
     variant = BLOCKS[group]
 
     def build() -> list[Contender | Absent]:
-        if reason := missing("peft transformers"):
-            return [Absent(OURS, reason)]
         blocks = layers.shared(Blocks, group, sizes, DTYPES[dtype])
         inputs = blocks.inputs(batch, tokens)
         ours, theirs = blocks.expected(variant, inputs)
@@ -206,15 +205,15 @@ def block(group: str, batch: int, tokens: int, dtype: str, sizes: Sizes = SMOLLM
                 )
         return contenders(entries, cache=blocks)
 
-    return case(group, (sizes.hidden, sizes.intermediate), batch * tokens, dtype, build, batch)
+    return case(
+        group, (sizes.hidden, sizes.intermediate), batch * tokens, dtype, build, batch, "peft transformers"
+    )
 
 
 def overhead(group: str, dtype: str) -> Case:
     """What a patched PEFT layer adds to the op: the layer is so small that overhead dominates."""
 
     def build() -> list[Contender | Absent]:
-        if reason := missing("peft"):
-            return [Absent(OURS, reason)]
         weights = layers.shared(Weights, group, 64, 64, DTYPES[dtype])
         x, packed = weights.x(1), group == OVERHEAD_NF4
         exact = weights.exact if packed else weights.rounded
@@ -229,7 +228,7 @@ def overhead(group: str, dtype: str) -> Case:
         )
         return contenders(entries, lambda one: layers.forward_call(one, x), weights)
 
-    return case(group, (64, 64), 1, dtype, build)
+    return case(group, (64, 64), 1, dtype, build, needs="peft")
 
 
 def quantize(shape: Shape, dtype: str) -> Case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,6 +9,7 @@ from typing import Any
 
 from .harness import Absent, Contender, first_line
 from .layers import LayerCache
+from .report import missing
 
 
 @dataclass
@@ -24,12 +24,6 @@ class Entry:
     call: Callable[[Any], Callable[[], Any]] | None = None
     """How one of its layers is called, if not as those of the other entries."""
     remark: Callable[[Any], str] = lambda layer: ""
-
-
-def missing(needs: str) -> str:
-    """Which of the libraries are not installed, or an empty string."""
-    absent = [library for library in needs.split() if importlib.util.find_spec(library) is None]
-    return f"{', '.join(absent)} not installed" if absent else ""
 
 
 def contenders(

@@ -88,6 +88,8 @@ class Case:
     title: str = ""
     """Title of the tables of its group."""
     seconds: float = 1.0
+    needs: str = ""
+    """Import names of libraries, separated by spaces, without which the case does not run."""
 
     @property
     def shape(self) -> str:
@@ -115,6 +117,8 @@ class Case:
         """Checks every contender, then times the correct ones. If ours is wrong, nothing is timed."""
         progress("build")
         result = Result(self)
+        if reason := report.missing(self.needs):
+            return Result(self, contenders=[OURS], wrong={OURS: reason})
         runners: list[Contender] = []
         for contender in self.build():
             result.contenders.append(contender.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -164,6 +165,12 @@ def grid(cells: Mapping[tuple[str, tuple[int, str]], str]) -> str:
 
 def three_digits(x: float) -> str:
     return f"{x:.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 1 else f"{x:.3f}"
+
+
+def missing(needs: str) -> str:
+    """Which of the libraries are not installed, or an empty string."""
+    absent = [library for library in needs.split() if importlib.util.find_spec(library) is None]
+    return f"{', '.join(absent)} not installed" if absent else ""
 
 
 def megabytes(nbytes: int) -> str:

@@ -30,10 +30,9 @@ import torch
 import peft_kernels
 
 from ..lib import report
-from ..lib.contenders import missing
 from ..lib.layers import BNB
 from ..lib.machine import status_bytes
-from ..lib.report import OURS, Spread, megabytes
+from ..lib.report import OURS, Spread, megabytes, missing
 
 MAPPED, IN_MEMORY, THEIRS = "bf16, mapped", "bf16, in memory", "bnb, 4 bits"
 HOW = {OURS: "ours", IN_MEMORY: "in-memory", MAPPED: "mapped", THEIRS: "bnb"}

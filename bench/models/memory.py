@@ -16,10 +16,9 @@ from ..lib import layers, report
 from ..lib.adapted import SMOLLM2, Sizes, Variant
 from ..lib.block import Blocks
 from ..lib.cases import DTYPES, PEFT_ON_BNB, PEFT_ON_DENSE
-from ..lib.contenders import missing
 from ..lib.harness import first_line
 from ..lib.layers import BNB, RANK, Weights
-from ..lib.report import OURS
+from ..lib.report import OURS, missing
 
 LAYER, BLOCK = "layer", "block"
 VARIANTS = {"lora": Variant(), "dropout": Variant(dropout=0.05), "dora": Variant(dora=True)}

@@ -23,9 +23,8 @@ import peft_kernels as pk
 import testing
 
 from ..lib import examples, harness, report
-from ..lib.contenders import missing
 from ..lib.layers import RANK
-from ..lib.report import Spread
+from ..lib.report import Spread, missing
 
 BASE, DENSE, LORA, DORA = "base in 4 bits", "base in bf16", "QLoRA", "QDoRA"
 KEPT = f"{DORA}, norms kept"

@@ -19,7 +19,7 @@ import peft_kernels as pk
 from ..lib import correctness, layers
 from ..lib.adapted import SMOLLM2, Adapted, Model, Sizes, Variant
 from ..lib.cases import DTYPES, PEFT_ON_BNB
-from ..lib.contenders import Entry, contenders, missing
+from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender, Goal
 from ..lib.layers import BNB
 from ..lib.report import OURS
@@ -191,8 +191,6 @@ def textbook(batch: int, tokens: int, dtype: str, sizes: ModelSizes = SMOLLM2_13
     one, `pk.patch` alone, and ours on `pk.quantize_model` instead of bitsandbytes."""
 
     def build() -> list[Contender | Absent]:
-        if reason := missing(f"peft transformers {BNB}"):
-            return [Absent(OURS, reason)]
         models = layers.shared(Models, TEXTBOOK, sizes, DTYPES[dtype])
 
         def call(model: Model) -> Callable[[], Any]:
@@ -228,8 +226,6 @@ def _model_case(
     run: Callable[[Models, Model], Callable[[], Any]],
 ) -> Case:  # fmt: skip
     def build() -> list[Contender | Absent]:
-        if reason := missing("peft transformers"):
-            return [Absent(OURS, reason)]
         models = layers.shared(Models, group, sizes, DTYPES[dtype])
         call = partial(run, models)
         expected = models.expected(call)
@@ -250,4 +246,6 @@ def _case(
     build: Callable[[], list[Contender | Absent]],
 ) -> Case:  # fmt: skip
     shape = sizes.block.hidden, sizes.block.intermediate
-    return Case(group, *shape, rows, dtype, build, batch, GOALS[group], TITLES[group], SECONDS[group])
+    needs = f"peft transformers {BNB if group == TEXTBOOK else ''}"
+    goals, title, seconds = GOALS[group], TITLES[group], SECONDS[group]
+    return Case(group, *shape, rows, dtype, build, batch, goals, title, seconds, needs)

@@ -21,10 +21,10 @@ import testing
 
 from ..lib import correctness, layers, report
 from ..lib.cases import DTYPES
-from ..lib.contenders import Entry, contenders, missing
+from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender
 from ..lib.layers import ALPHA, RANK, SCALING
-from ..lib.report import OURS
+from ..lib.report import OURS, missing
 
 MOE, MOE_LORA = "moe", "moe-lora"
 TITLES = {
@@ -249,8 +249,6 @@ def forward(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
     """Packed experts beside dense ones in transformers' implementations, and dequantising each."""
 
     def build() -> list[Contender | Absent]:
-        if reason := missing("transformers"):
-            return [Absent(OURS, reason)]
         mixtures = layers.shared(Mixtures, MOE, sizes, DTYPES[dtype])
         x, index, weights, _ = mixtures.inputs(tokens)
 
@@ -274,8 +272,6 @@ def training(tokens: int, dtype: str, sizes: Sizes = QWEN3) -> Case:
     """Patched adapters on packed experts beside PEFT's on dense ones and on packed ones."""
 
     def build() -> list[Contender | Absent]:
-        if reason := missing("peft transformers"):
-            return [Absent(OURS, reason)]
         mixtures = layers.shared(Mixtures, MOE_LORA, sizes, DTYPES[dtype])
 
         def call(model: Any) -> Callable[[], dict[str, Tensor]]:
@@ -304,7 +300,9 @@ def _case(
     at_once, by_rows = SECONDS[group]
     weights = 3 * sizes.hidden * sizes.inner
     seconds = at_once + by_rows * min(tokens * sizes.top_k, 8 * sizes.experts) * weights / 1e9
-    return Case(group, sizes.hidden, sizes.inner, tokens, dtype, build, title=TITLES[group], seconds=seconds)
+    title, needs = TITLES[group], "transformers" if group == MOE else "peft transformers"
+    shape = sizes.hidden, sizes.inner
+    return Case(group, *shape, tokens, dtype, build, title=title, seconds=seconds, needs=needs)
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,8 @@ from torch import Tensor
 import peft_kernels as pk
 
 from ..lib import examples, report
-from ..lib.contenders import missing
 from ..lib.layers import BNB, RANK
-from ..lib.report import OURS
+from ..lib.report import OURS, missing
 
 TORCH, BNB_8BIT, ALL_8BIT = "torch AdamW", "bnb AdamW8bit", "ours, all in 8 bits"
 GOAL = 0.01

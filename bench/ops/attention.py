@@ -17,7 +17,7 @@ import testing
 
 from ..lib import correctness, layers
 from ..lib.cases import DTYPES
-from ..lib.contenders import Entry, contenders, missing
+from ..lib.contenders import Entry, contenders
 from ..lib.harness import Absent, Case, Contender, Goal
 from ..lib.report import OURS
 
@@ -47,9 +47,6 @@ def padding(batch: int, tokens: int) -> Tensor:
 
 def attention(heads: Heads, batch: int, tokens: int, dtype: str, train: bool, padded: bool = False) -> Case:
     def build() -> list[Contender | Absent]:
-        lacks = missing("transformers")
-        if lacks:
-            return [Absent(name, lacks) for name in (OURS, SDPA)]
         from peft_kernels.integrations import attention as ours
 
         counts = {"dq": heads.queries, "dk": heads.keys, "dv": heads.keys}
@@ -89,8 +86,8 @@ def attention(heads: Heads, batch: int, tokens: int, dtype: str, train: bool, pa
     title += ", forward + backward" if train else ", forward without grad"
     goals = [Goal(SDPA, 1.5)] if train else []
     return Case(
-        group, heads.queries, heads.features, batch * tokens, dtype, build, batch, goals=goals, title=title,
-        seconds=5.0,
+        group, heads.queries, heads.features, batch * tokens, dtype, build, batch, goals, title, 5.0,
+        "transformers",
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""What setup.py says when the CUDA back end cannot be built. Nothing is compiled here but a probe."""
+"""Messages of setup.py when the CUDA back end cannot be built. Only a probe is compiled."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Setup = Callable[..., "tuple[int, str]"]
 
 @pytest.fixture
 def setup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Setup:
-    """Exit status and words of setup.py, on a torch with a version of CUDA or with none."""
+    """Runs setup.py with a torch for a CUDA version or none; returns exit status and output."""
 
     def run(cuda: str | None, **environment: str) -> tuple[int, str]:
         for name in [name for name in os.environ if name.startswith("PEFT_KERNELS_")]:
@@ -30,7 +30,7 @@ def setup(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) ->
         for name, value in ({"PEFT_KERNELS_CPU": "0"} | environment).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(torch.version, "cuda", cuda)
-        # torch looks for a toolkit once, and only where it was built with CUDA itself.
+        # torch looks for a toolkit once, and only if it was built with CUDA.
         home = os.environ.get("CUDA_HOME") if cuda else None
         monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", home)
         monkeypatch.setattr(sys, "argv", ["setup.py", "--name"])
@@ -50,7 +50,7 @@ KNOWN = {(7, 5), (8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)}
 
 
 def toolkit(folder: Path, version: str) -> str:
-    """A folder with an nvcc that only tells its version, and that it compiles for KNOWN."""
+    """A folder with an nvcc stub that reports its version and KNOWN."""
     nvcc = folder / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     lines = [f"Cuda compilation tools, release {version}, V{version}.1"]
@@ -113,7 +113,7 @@ LISTS: dict[str, tuple[str, list[str]]] = {
     "native 8.0": ("8.0 8.9+PTX", ["7.5 is left out"]),
     " ; ": ("8.9+PTX", ["7.5 is left out"]),
 }
-"""Of TORCH_CUDA_ARCH_LIST, with cards 7.5 and 8.9 here: what is compiled for, and what is said."""
+"""TORCH_CUDA_ARCH_LIST, with cards 7.5 and 8.9 present: architectures compiled for, and messages."""
 
 
 @pytest.mark.parametrize("wanted", LISTS)
@@ -142,16 +142,16 @@ def test_a_card_older_than_all_that_nvcc_compiles_for() -> None:
 
 
 @pytest.mark.parametrize("word", ["hoper", "9", "sm_90", "9.0b", "9.0-PTX", "+PTX", "90"])
-def test_a_word_that_names_no_architecture(word: str) -> None:
+def test_an_unknown_architecture_is_an_error(word: str) -> None:
     with pytest.raises(ValueError, match=r"^TORCH_CUDA_ARCH_LIST: expected compute .*, got '") as raised:
         architectures.chosen(f"8.0;{word}", [], KNOWN)
     assert repr(word.lower()) in str(raised.value)
 
 
-def test_nvcc_is_told_what_the_library_carries(
+def test_nvcc_gets_the_architectures_of_the_library(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """And torch, which does not know all of these words, adds none of its own."""
+    """torch, which does not know all of them, adds none of its own."""
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.utils.cpp_extension, "CUDA_HOME", toolkit(tmp_path, "13.0"))
     monkeypatch.setenv("PEFT_KERNELS_CPU", "0")
@@ -186,7 +186,7 @@ def test_an_architecture_misspelled(setup: Setup, tmp_path: Path) -> None:
 
 
 def included(path: Path, seen: set[Path]) -> str:
-    """A file's text and those of the files that it includes by quoted names."""
+    """The text of a file and of the files that it includes with quotes."""
     seen.add(path)
     text = path.read_text(encoding="utf-8")
     for name in re.findall(r'^#\s*include "([^"]+)"', text, re.MULTILINE):
@@ -196,8 +196,8 @@ def included(path: Path, seen: set[Path]) -> str:
     return text
 
 
-def test_files_that_read_much_of_torch_begin_with_what_is_precompiled() -> None:
-    """A header that comes after another is not taken precompiled, and torch's take seconds."""
+def test_files_with_large_torch_headers_begin_with_the_precompiled_one() -> None:
+    """A precompiled header is only used if it is included first; parsing torch's takes seconds."""
     build = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")
     sources = [
         ROOT / name for name in (*build["CPU_SOURCES"], *build["CUDA_OPS"], *build["EMULATED_SOURCES"])
@@ -215,10 +215,10 @@ def test_files_that_read_much_of_torch_begin_with_what_is_precompiled() -> None:
     assert late == []
 
 
-def test_a_wrapped_file_begins_with_what_is_precompiled(
+def test_a_wrapped_file_begins_with_the_precompiled_header(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its own lines do: in files that it includes a precompiled header is not taken."""
+    """In the file itself: a precompiled header is not used in included files."""
     wrapped = runpy.run_path(str(ROOT / "setup.py"), run_name="setup")["wrapped"]
     monkeypatch.setitem(wrapped.__globals__, "ROOT", tmp_path)
     (tmp_path / "ops.cpp").write_text("// Ops.\n#include <ATen/ATen.h>\n")

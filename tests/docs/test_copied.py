@@ -1,4 +1,4 @@
-"""The detour by which tests reach a GPU, here to the CPU's own kernels."""
+"""The back end that copies tensors to another device, here to the CPU itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DETOUR = CopiedBackend(BACKENDS["reference"], "cpu")
 
 @pytest.fixture
 def detour(monkeypatch: pytest.MonkeyPatch) -> str:
-    """To a back end that runs here."""
+    """A copying back end over one that runs here."""
     DETOUR.load()
     monkeypatch.setitem(BACKENDS, DETOUR.name, DETOUR)
     return DETOUR.name
@@ -47,7 +47,7 @@ def test_ops_and_gradients_are_those_of_the_target(detour: str) -> None:
     assert len(got) == 4 and all(map(torch.equal, got, expected))
 
 
-def test_composite_ops_take_the_detour_in_their_parts(detour: str) -> None:
+def test_composite_ops_are_copied_part_by_part(detour: str) -> None:
     gate, up, down = (testing.nf4_weight(*shape) for shape in ((96, 64), (96, 64), (64, 96)))
     x = testing.tensor(3, 64)
     layers = [pk.AdaptedLinear(weight) for weight in (gate, up, down)]
@@ -57,7 +57,7 @@ def test_composite_ops_take_the_detour_in_their_parts(detour: str) -> None:
         assert torch.equal(pk.gated_mlp(x, *layers), expected)
 
 
-def test_a_target_that_refuses_is_heard(detour: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_target_are_raised(detour: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(BACKENDS["reference"], "supports", lambda op, args: f"{op}: not today", raising=False)
     with pk.use_backend(detour), pytest.raises(RuntimeError, match="quantize_nf4: not today"):
         pk.NF4Weight.quantize(testing.tensor(8, 64))

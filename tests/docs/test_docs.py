@@ -1,5 +1,5 @@
-"""README.md and docs/: every snippet and notebook runs, figures agree wherever they are quoted, errors are
-those of the code, and the site builds without a network."""
+"""README.md and docs/: snippets and notebooks run, quoted figures agree, errors are those of the code, and
+the site builds without a network."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def workplace(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where a reader would run the snippets, with `my-model`, `my-mixture` and `my-adapter` in it."""
+    """The folder in which snippets run, with `my-model`, `my-mixture` and `my-adapter`."""
     for name in ("my-model", "my-mixture"):
         (tmp_path / name).symlink_to(model_folder.with_name(name))
     shutil.copytree(model_folder.with_name("my-adapter"), tmp_path / "my-adapter")  # snippets write to it
@@ -75,7 +75,7 @@ def workplace(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("page", [page for page, blocks in RUNNABLE.items() if blocks], ids=name_of)
 def test_every_snippet_runs(page: Path, workplace: Path, one_thread: None) -> None:
-    """Those of a page one after the other, as a reader would paste them."""
+    """The snippets of a page run in order, as a reader would paste them."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     skipped: list[str] = []
     in_processes = ""
@@ -105,7 +105,7 @@ def test_every_snippet_runs(page: Path, workplace: Path, one_thread: None) -> No
 
 
 def printed(cell: Any) -> str:
-    """What a cell printed or returned, without its numbers, which differ from machine to machine."""
+    """Output of a cell without numbers, which differ between machines."""
     texts = [
         output.get("text") or output.get("data", {}).get("text/plain", "")
         for output in cell["outputs"]
@@ -123,7 +123,7 @@ def test_notebook_runs_and_shows_what_it_showed(
     import nbclient
     import nbformat
 
-    # Threads of two workers' kernels would wait for each other.
+    # Threads of two workers' kernels would compete for cores.
     for name, value in {
         "PYTHONPATH": str(PACKAGE.parent),
         "OMP_NUM_THREADS": "1",
@@ -157,7 +157,7 @@ def test_figures_have_one_home_and_agree_wherever_they_are_quoted() -> None:
     homes: dict[str, str] = {}
     for page in HOMES:
         for name, value in figures(page):
-            assert name not in homes, f"{name_of(page)}: {name} stands there twice"
+            assert name not in homes, f"{name_of(page)}: {name} is defined twice"
             homes[name] = value
     quoted = [(page, *figure) for page in PAGES if page not in HOMES for figure in figures(page)]
     assert len(quoted) > 20
@@ -167,7 +167,7 @@ def test_figures_have_one_home_and_agree_wherever_they_are_quoted() -> None:
         if homes.get(name) != value
     ]
     assert not wrong, "\n".join(wrong)
-    assert set(homes) == {name for _, name, _ in quoted}, "marks that nobody quotes"
+    assert set(homes) == {name for _, name, _ in quoted}, "marks that are never quoted"
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page not in HOMES], ids=name_of)
@@ -178,7 +178,7 @@ def test_no_figure_is_quoted_without_its_source(page: Path) -> None:
 
 
 def test_losing_cells_are_bold() -> None:
-    """In tables of ratios; those of our own times, where less is better, say "time"."""
+    """In tables of ratios; tables of our own times, where less is better, have "time" in their title."""
     ratios = 0
     for line in (DOCS / "benchmarks.md").read_text(encoding="utf-8").splitlines():
         cells = [cell.strip() for cell in re.sub(r"<!--.*?-->", "", line).strip("|").split("|")]

@@ -1,4 +1,4 @@
-"""examples/: Houlsby adapters, prefixes and serving, as whole runs on tiny random models."""
+"""examples/: runs of Houlsby adapters, prefixes and serving on tiny random models."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_an_adapter_that_is_not_loaded_fails_the_check(
     assert "CHECK FAILED: the reloaded model predicts something else" in capsys.readouterr().out
 
 
-def test_what_is_missing_is_named(
+def test_missing_packages_are_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     find = importlib.util.find_spec
@@ -129,7 +129,7 @@ def test_a_prefix_is_trained_folded_and_reloaded(tiny: Path, tmp_path: Path) -> 
         assert metrics["forms"][form]["relative_rms"] <= prefix_tuning.LIMIT
 
 
-def test_a_prefix_that_learns_nothing_is_told(
+def test_a_prefix_that_learns_nothing_fails_the_check(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("finetune_model.train", lambda *_: [1.0])
@@ -160,7 +160,7 @@ def test_other_prompts_than_functions_are_named() -> None:
             serve.examples_of("words", [Example(prompt, "It.")])
 
 
-def test_answers_are_right_to_the_letter() -> None:
+def test_answers_are_compared_exactly() -> None:
     examples = [Example("p", "a,  b"), Example("p", "c")]
     assert serve.share_right(examples, ["a, b", "C"]) == 0.5
 

@@ -1,4 +1,4 @@
-"""examples/: the errors the demo reports, and whole runs on a tiny random Llama."""
+"""examples/: errors of the demo, and runs on a tiny random Llama."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_a_run_lowers_the_loss_and_leaves_its_results(whole_run: Path) -> None:
     assert (whole_run / "loss.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_ctrl_c_keeps_the_adapter_and_resume_goes_on_exactly(
+def test_ctrl_c_keeps_the_adapter_and_resume_continues_exactly(
     tiny: Path, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import finetune_model
@@ -186,7 +186,7 @@ def test_a_lost_merge_fails_the_check(
     assert "CHECK FAILED: the merged model differs" in capsys.readouterr().out
 
 
-def test_what_is_not_finite_fails_the_check() -> None:
+def test_nan_fails_the_check() -> None:
     good = {"relative_rms": 0.0, "loss": 1.0}
     assert finetune.problems({"reloaded": good, "merged into NF4": good | {"relative_rms": 0.5}}) == []
     for name in good:
@@ -269,7 +269,7 @@ def test_the_order_follows_from_the_seed_and_holds_like_lengths_together() -> No
         data.in_order(examples, 501, 1, seed=0)
 
 
-def test_comparison_tells_curves_that_agree_from_others(
+def test_comparison_detects_curves_that_differ(
     whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     import finetune_report as report

@@ -1,4 +1,4 @@
-"""The server of examples/serve.py: over the loopback, with a tiny model."""
+"""examples/serve.py over the loopback, with a tiny model."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def http(serve: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx
     assert not thread.is_alive() and engine._thread is None
 
 
-def test_adapters_are_loaded_asked_and_forgotten(http: httpx.Client) -> None:
+def test_adapters_are_loaded_used_and_removed(http: httpx.Client) -> None:
     ask = {"prompt": prompt(1, 5), "max_new_tokens": 4}
     texts = []
     assert http.put("/adapters/two", json={"folder": "two"}).json() == {"loaded": "two"}
@@ -71,8 +71,8 @@ def test_adapters_are_loaded_asked_and_forgotten(http: httpx.Client) -> None:
         assert answer.status_code == 400 and message in answer.json()["detail"]
 
 
-def test_what_clients_send_is_answered_in_sentences(http: httpx.Client, tmp_path: Path) -> None:
-    """And without the paths of the server."""
+def test_bad_requests_get_plain_errors(http: httpx.Client, tmp_path: Path) -> None:
+    """Without the paths of the server."""
     ask = {"max_new_tokens": 2}
     typed = {"headers": {"content-type": "application/json"}}
     lone = b'{"prompt": "\\ud800", "max_new_tokens": 2}'
@@ -104,7 +104,7 @@ def test_what_clients_send_is_answered_in_sentences(http: httpx.Client, tmp_path
         assert message in answer.json()["detail"] and str(tmp_path.parent) not in answer.text
 
 
-def test_a_request_that_takes_too_long_is_told(
+def test_a_request_that_takes_too_long_is_an_error(
     serve: Any, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(serve, "TIMEOUT", -1.0)
@@ -131,7 +131,7 @@ def test_folders_that_cannot_be_served_are_named(
         assert message in capsys.readouterr().err
 
 
-def test_the_load_test_asks_all(serve: Any, http: httpx.Client) -> None:
+def test_the_load_test_uses_all_adapters(serve: Any, http: httpx.Client) -> None:
     line = serve.load_test(http.base_url.port, 6, 3, ["one"], new_tokens=3)
     assert line.startswith("6 requests, 3 clients, 1 adapters: ") and "p99" in line
     assert "1 clients, 0 adapters: " in serve.load_test(http.base_url.port, 1, 1, [], new_tokens=2)
@@ -154,7 +154,7 @@ def test_the_load_test_asks_all(serve: Any, http: httpx.Client) -> None:
         ("--load-test --budget-mb nan", "--budget-mb: expected a number above 0, got nan"),
     ],
 )
-def test_wrong_arguments_are_told_in_a_sentence(
+def test_wrong_arguments_are_one_sentence(
     serve: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     arguments: str, message: str,
 ) -> None:  # fmt: skip

@@ -1,6 +1,6 @@
-"""The layout for the Hugging Face Hub: what build.toml says builds, needs no Python, and `kernels` loads it.
+"""The layout for the Hugging Face Hub: build.toml builds without Python, and `kernels` loads the result.
 
-It compiles for minutes, so all but one test wait for `make hub`.
+Compiling takes minutes, so all but one test run only in `make hub`.
 """
 
 from __future__ import annotations
