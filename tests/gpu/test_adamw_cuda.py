@@ -186,9 +186,7 @@ def test_a_bad_loop_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
         code = [
             replace(i, opcode=opcodes.get(i.opcode.replace(".", "_"), i.opcode)) for i in kernel.instructions
         ]
-        return {
-            fault.partition(": ")[2] for fault in adamw_loops.faults(replace(kernel, instructions=code))
-        }
+        return {fault.partition(": ")[2] for fault in adamw_loops.faults(replace(kernel, instructions=code))}
 
     assert faults() == set()
     assert "6 instructions of single elements" in faults(STG_E="STG.E.U16")
