@@ -12,7 +12,7 @@ namespace {
 
 struct Same {
   template <class T>
-  static T of(T a) {
+  T operator()(T a) const {
     return a;
   }
 };
