@@ -52,11 +52,11 @@ void rms_norm_backward_run(const RmsNormParams& p, int64_t begin, int64_t end) {
       });
     }
     if (!p.dx) continue;
-    const float product = sum_terms(p.features, [&](int64_t i, int64_t count, Vec sum) {
+    const float dot = sum_terms(p.features, [&](int64_t i, int64_t count, Vec sum) {
       const Vec d = mul(load_lanes(dy + i, count), load_lanes(p.weight + i, count));
       return fma(d, mul(load_lanes(x + i, count), rstd), sum);
     });
-    const Vec mean = splat(product / p.features);
+    const Vec mean = splat(dot / p.features);
     T* dx = static_cast<T*>(p.dx) + m * p.features;
     const T* add_to = p.add ? static_cast<const T*>(p.add) + m * p.features : nullptr;
     for_lanes(0, p.features, [&](int64_t i, int64_t count) {

@@ -5,7 +5,7 @@ inline Vec round_if(Vec x) {
   return kRounds ? rounded<T>(x) : x;
 }
 template <class T, bool kRounds>
-inline Vec product(Vec a, Vec b) {
+inline Vec rounded_mul(Vec a, Vec b) {
   return round_if<T, kRounds>(mul(a, b));
 }
 
@@ -24,15 +24,15 @@ void rotary_run(const RotaryParams& p, int64_t begin, int64_t end) {
       for_lanes(0, half, [&](int64_t i, int64_t count) {
         const Vec a = load_lanes(x + i, count), b = load_lanes(x + half + i, count);
         const Vec sin_a = load_lanes(sin + i, count), sin_b = load_lanes(sin + half + i, count);
-        const Vec turned_a = product<T, kRounds>(a, load_lanes(cos + i, count)),
-                  turned_b = product<T, kRounds>(b, load_lanes(cos + half + i, count));
+        const Vec turned_a = rounded_mul<T, kRounds>(a, load_lanes(cos + i, count)),
+                  turned_b = rounded_mul<T, kRounds>(b, load_lanes(cos + half + i, count));
         if (p.inverse) {
-          store_lanes(out + i, round_if<T, kRounds>(add(turned_a, product<T, kRounds>(b, sin_b))), count);
-          store_lanes(out + half + i, round_if<T, kRounds>(sub(turned_b, product<T, kRounds>(a, sin_a))),
+          store_lanes(out + i, round_if<T, kRounds>(add(turned_a, rounded_mul<T, kRounds>(b, sin_b))), count);
+          store_lanes(out + half + i, round_if<T, kRounds>(sub(turned_b, rounded_mul<T, kRounds>(a, sin_a))),
                       count);
         } else {
-          store_lanes(out + i, round_if<T, kRounds>(sub(turned_a, product<T, kRounds>(b, sin_a))), count);
-          store_lanes(out + half + i, round_if<T, kRounds>(add(turned_b, product<T, kRounds>(a, sin_b))),
+          store_lanes(out + i, round_if<T, kRounds>(sub(turned_a, rounded_mul<T, kRounds>(b, sin_a))), count);
+          store_lanes(out + half + i, round_if<T, kRounds>(add(turned_b, rounded_mul<T, kRounds>(a, sin_b))),
                       count);
         }
       });

@@ -80,8 +80,7 @@ struct RowGemm {
 // The first `rows` of a GEMM of `m` rows, in one task: out = rows . rhs^T + bias, or rows . rhs.
 inline void multiply(const RowGemm& gemm, int64_t rows, int64_t m, bool by_columns, void* scratch) {
   const int64_t depth = gemm.rhs.size(by_columns ? 0 : 1), n = gemm.rhs.size(by_columns ? 1 : 0);
-  const GemmTerm term{gemm.rows, gemm.dtype, depth,        dense_matrix(gemm.rhs, gemm.name), 1.0f, depth,
-                      0,         rows,       DropoutMask{}};
+  const GemmTerm term{gemm.rows, gemm.dtype, depth, dense_matrix(gemm.rhs, gemm.name), 1.0f, depth, 0, rows};
   GemmParams params = one_term_params(term, m, n, gemm.out, gemm.out_dtype);
   params.bias = gemm.bias;
   params.bias_dtype = DType::kF32;
@@ -181,7 +180,7 @@ class BottleneckForward {
 };
 
 // The hidden values, or their gradient, of all rows, transposed chunk by chunk: [columns][rows of the chunk].
-// The gradients of `down` and `up` are GEMMs with it over all rows, with columns in place of the batch.
+// The gradients of `down` and `up` are GEMMs with it that sum over all rows.
 class GradientFactors {
  public:
   GradientFactors(const BottleneckArgs& args, bool wanted, bool in_pairs) : m_(args.m), r_(args.r) {

@@ -57,8 +57,8 @@ struct KernelTable {
   // Rows [begin, end) of all heads; begin is a multiple of kAttentionPad. `workspace` has
   // attention_workspace_bytes bytes.
   int64_t (*attention_workspace_bytes)(const AttentionParams& params, bool is_backward);
-  void (*attention)(const AttentionParams& params, int64_t begin, int64_t end, void* room);
-  void (*attention_backward)(const AttentionParams& params, void* room);
+  void (*attention)(const AttentionParams& params, int64_t begin, int64_t end, void* workspace);
+  void (*attention_backward)(const AttentionParams& params, void* workspace);
   // Rows [begin, end). Backward: `sums` is for these rows alone.
   void (*rms_norm)(const RmsNormParams& params, int64_t begin, int64_t end);
   void (*add_rms_norm)(const RmsNormParams& params, int64_t begin, int64_t end);

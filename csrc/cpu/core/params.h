@@ -56,8 +56,8 @@ struct GemmTerm {
   MatrixView rhs;  // gemm_nt: [n, depth];  gemm_nn: [depth, n]
   float rhs_scale;
   int64_t depth;
-  int64_t m_begin, m_end;  // rows of the output that the term is added to
-  DropoutMask mask;        // gemm_nn: applied to the product before it is added
+  int64_t m_begin = 0, m_end = INT64_MAX;  // rows of the output that the term is added to
+  DropoutMask mask{};                      // gemm_nn: applied to the term before it is added
 };
 
 // The kernel of a gemm_nt: kDots (linear_nt.inl), kGemv for a packed weight and few rows (linear_gemv.inl),

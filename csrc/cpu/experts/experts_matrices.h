@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -19,6 +20,16 @@ void with_scalar_type(at::ScalarType type, const Body& body) {
   } else {
     body(at::Half{});
   }
+}
+
+// Calls body with typed pointers to the elements of both tensors.
+template <class Body>
+void with_pointers(const Tensor& from, Tensor& to, const Body& body) {
+  with_scalar_type(from.scalar_type(), [&](auto from_type) {
+    with_scalar_type(to.scalar_type(), [&](auto to_type) {
+      body(from.const_data_ptr<decltype(from_type)>(), to.mutable_data_ptr<decltype(to_type)>());
+    });
+  });
 }
 
 // Strides of the matrices in a tensor of three dimensions. Matrices of one row or column are reinterpreted in
@@ -102,51 +113,43 @@ inline void deinterleave(const Tensor& from, const MatrixStrides& s, Tensor& to,
       transpose_rows(params, 0, count);
     }
   };
-  with_scalar_type(from.scalar_type(), [&](auto from_type) {
-    with_scalar_type(to.scalar_type(), [&](auto to_type) {
-      using To = decltype(to_type);
-      const auto* source = from.const_data_ptr<decltype(from_type)>();
-      To* target = to.mutable_data_ptr<To>();
-      const auto by_elements = [&](int64_t row, int64_t col) {
-        const auto* line = source + row * s.row + col * s.col;
-        To* out = target + row * s.cols + col;
-        for (const Neighbours& n : narrow) {
-          for (int64_t i = 0; i < n.count; ++i) {
-            out[(n.to + i) * size] = static_cast<To>(static_cast<float>(line[n.from + i]));
-          }
+  with_pointers(from, to, [&](const auto* source, auto* target) {
+    using To = std::remove_pointer_t<decltype(target)>;
+    const auto by_elements = [&](int64_t row, int64_t col) {
+      const auto* line = source + row * s.row + col * s.col;
+      To* out = target + row * s.cols + col;
+      for (const Neighbours& n : narrow) {
+        for (int64_t i = 0; i < n.count; ++i) {
+          out[(n.to + i) * size] = static_cast<To>(static_cast<float>(line[n.from + i]));
         }
-      };
-      const auto run = [&](int64_t begin, int64_t end) {
-        for (int64_t block = begin; block < end; ++block) {
-          const int64_t first = block * kRowsTogether, last = std::min(first + kRowsTogether, s.cols);
-          for (int64_t row = 0; row < s.rows; ++row) {
-            by_vectors(row, first, last - first);
-            for (int64_t col = first; col < last && !narrow.empty(); ++col) by_elements(row, col);
-          }
+      }
+    };
+    const auto run = [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t first = block * kRowsTogether, last = std::min(first + kRowsTogether, s.cols);
+        for (int64_t row = 0; row < s.rows; ++row) {
+          by_vectors(row, first, last - first);
+          for (int64_t col = first; col < last && !narrow.empty(); ++col) by_elements(row, col);
         }
-      };
-      parallel_for(0, blocks, ceil_div(kElementwiseGrain / 4, kRowsTogether * s.rows * places.count()), run);
-    });
+      }
+    };
+    parallel_for(0, blocks, ceil_div(kElementwiseGrain / 4, kRowsTogether * s.rows * places.count()), run);
   });
 }
 
 // For any other layout.
 inline void copy_each(const Tensor& from, const MatrixStrides& s, Tensor& to, const MatrixPlaces& places) {
-  with_scalar_type(from.scalar_type(), [&](auto from_type) {
-    with_scalar_type(to.scalar_type(), [&](auto to_type) {
-      using To = decltype(to_type);
-      const auto* source = from.const_data_ptr<decltype(from_type)>();
-      To* target = to.mutable_data_ptr<To>();
-      const auto run = [&](int64_t begin, int64_t end) {
-        for (int64_t at = begin; at < end; ++at) {
-          const int64_t i = at / s.rows, row = at % s.rows;
-          const auto* x = source + places.from[i] * s.matrix + row * s.row;
-          To* out = target + (places.to[i] * s.rows + row) * s.cols;
-          for (int64_t c = 0; c < s.cols; ++c) out[c] = static_cast<To>(static_cast<float>(x[c * s.col]));
-        }
-      };
-      parallel_for(0, places.count() * s.rows, ceil_div(kElementwiseGrain / 4, s.cols), run);
-    });
+  with_pointers(from, to, [&](const auto* source, auto* target) {
+    using To = std::remove_pointer_t<decltype(target)>;
+    const auto run = [&](int64_t begin, int64_t end) {
+      for (int64_t at = begin; at < end; ++at) {
+        const int64_t i = at / s.rows, row = at % s.rows;
+        const auto* x = source + places.from[i] * s.matrix + row * s.row;
+        To* out = target + (places.to[i] * s.rows + row) * s.cols;
+        for (int64_t c = 0; c < s.cols; ++c) out[c] = static_cast<To>(static_cast<float>(x[c * s.col]));
+      }
+    };
+    parallel_for(0, places.count() * s.rows, ceil_div(kElementwiseGrain / 4, s.cols), run);
   });
 }
 
@@ -166,9 +169,9 @@ inline std::vector<int64_t> experts_of(const std::vector<ExpertRows>& runs) {
 }
 
 inline std::vector<int64_t> index_range(size_t count) {
-  std::vector<int64_t> numbers(count);
-  for (size_t i = 0; i < count; ++i) numbers[i] = static_cast<int64_t>(i);
-  return numbers;
+  std::vector<int64_t> indices(count);
+  for (size_t i = 0; i < count; ++i) indices[i] = static_cast<int64_t>(i);
+  return indices;
 }
 
 // The matrices of the experts that have rows, row-major in `dtype`: in place if the tensor is already so,
@@ -181,9 +184,9 @@ class ExpertMatrices {
     const bool is_row_major = (cols <= 1 || t.stride(2) == 1) && (rows <= 1 || t.stride(1) == cols);
     if (!is_row_major || t.scalar_type() != dtype) {
       all_ = at::empty({static_cast<int64_t>(runs.size()), rows, cols}, t.options().dtype(dtype));
-      const std::vector<int64_t> numbers = index_range(runs.size());
-      copy_matrices(t, all_, {index_, numbers});
-      index_ = numbers;
+      const std::vector<int64_t> indices = index_range(runs.size());
+      copy_matrices(t, all_, {index_, indices});
+      index_ = indices;
     }
     dtype_ = dtype_of(all_, name);
   }

@@ -17,8 +17,7 @@ namespace peft_kernels::cpu {
 
 // lhs, as rows of its last dimension, times rhs. Both tensors must be contiguous and outlive the term.
 inline GemmTerm term_of(const Tensor& lhs, const char* name, const MatrixView& rhs, float rhs_scale = 1.0f) {
-  return {lhs.const_data_ptr(), dtype_of(lhs, name), lhs.size(-1), rhs, rhs_scale, lhs.size(-1), 0, INT64_MAX,
-          DropoutMask{}};
+  return {lhs.const_data_ptr(), dtype_of(lhs, name), lhs.size(-1), rhs, rhs_scale, lhs.size(-1)};
 }
 
 // Rows of lhs from `begin` on.
@@ -78,8 +77,7 @@ class Gemm {
       const int64_t count = std::min(kChunkRows, end - begin);
       MatrixView rhs = dense_matrix(rows, "rows");
       rhs.data = element_ptr(rows, begin * rows.size(1));
-      add({element_ptr(columns, begin * rank), dtype_of(columns, "columns"), count, rhs, 1.0f, count, 0,
-           INT64_MAX, DropoutMask{}});
+      add({element_ptr(columns, begin * rank), dtype_of(columns, "columns"), count, rhs, 1.0f, count});
     }
     keep_few_rows_in_one_task();
     keep_alive(columns);

@@ -186,7 +186,7 @@ class Loss {
   void make_logits(const MatrixView& weight, int64_t cols, int64_t begin, int64_t rows, int64_t index,
                    bool is_first, Buffers& buffers, void* scratch) const {
     const void* x = element_ptr(x_, begin * features_);
-    const GemmTerm term{x, dtype_, features_, weight, 1.0f, features_, 0, INT64_MAX, DropoutMask{}};
+    const GemmTerm term{x, dtype_, features_, weight, 1.0f, features_};
     // rows_, so that plan and sums are the same for any task.
     GemmParams nt = one_term_params(term, rows_, cols, buffers.logits.mutable_data_ptr(), DType::kF32);
     nt.out_ld = tile_cols_;
@@ -209,7 +209,7 @@ class Loss {
   // Accumulates the exponentials of a tile times the head into the sums.
   void add_back(const MatrixView& weight, int64_t cols, int64_t rows, const SoftmaxParams& softmax,
                 void* scratch) const {
-    const GemmTerm term{softmax.out, dtype_, softmax.out_ld, weight, 1.0f, cols, 0, INT64_MAX, DropoutMask{}};
+    const GemmTerm term{softmax.out, dtype_, softmax.out_ld, weight, 1.0f, cols};
     GemmParams nn = one_term_params(term, rows_, features_, softmax.sums, DType::kF32);
     nn.add_to_out = true;
     kernels().gemm_nn(nn, {0, rows, 0, features_}, scratch);

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,24 @@ SANITIZER = testing.sanitizer()
 by_times = pytest.mark.skipif(SANITIZER != "", reason="times under a sanitizer mean nothing")
 
 
+@contextmanager
+def default_afterwards() -> Iterator[None]:
+    """Lets the library measure contention again afterwards, from the state of a quiet machine."""
+    try:
+        yield
+    finally:
+        LIBRARY.set_busy(False)
+        LIBRARY.set_busy(None)
+
+
 @pytest.fixture(params=[False, True], ids=["quiet", "busy"])
 def is_busy(request: pytest.FixtureRequest) -> Iterator[bool]:
     if SANITIZER == "thread" and not request.param:
         pytest.skip("ThreadSanitizer does not see OpenMP's ordering: only our own threads are tested")
-    LIBRARY.set_busy(request.param)
-    assert LIBRARY.is_busy() is request.param
-    yield request.param
-    LIBRARY.set_busy(False)  # so that other tests start from the default
-    LIBRARY.set_busy(None)
+    with default_afterwards():
+        LIBRARY.set_busy(request.param)
+        assert LIBRARY.is_busy() is request.param
+        yield request.param
 
 
 @pytest.fixture
@@ -117,8 +127,8 @@ def test_concurrent_callers(is_busy: bool, threads: int) -> None:
 
 
 def test_a_caller_does_not_wait_for_threads_in_use(threads: int) -> None:
-    LIBRARY.set_busy(True)
-    try:
+    with default_afterwards():
+        LIBRARY.set_busy(True)
         other = threading.Thread(target=lambda: count(2 * threads, threads, ms=1000.0))
         other.start()
         time.sleep(0.3)
@@ -127,9 +137,6 @@ def test_a_caller_does_not_wait_for_threads_in_use(threads: int) -> None:
         waited = time.perf_counter() - started
         assert counts == [1] * 10 and used == 1 and other.is_alive() and waited < 1.0
         other.join()
-    finally:
-        LIBRARY.set_busy(False)
-        LIBRARY.set_busy(None)
 
 
 def results() -> list[torch.Tensor]:
@@ -150,19 +157,14 @@ def results() -> list[torch.Tensor]:
     return [weight.dequantize(torch.bfloat16), y, attended, loss, *gradients]
 
 
-def test_bits_do_not_depend_on_the_threads() -> None:
-    before, found = torch.get_num_threads(), []
-    with testing.running_on("cpu"):
-        try:
-            for busy in (False, True):
-                LIBRARY.set_busy(busy)
-                for number in (1,) if SANITIZER == "thread" else (1, 2, 3):
-                    torch.set_num_threads(number)
-                    found.append(results())
-        finally:
-            torch.set_num_threads(before)
-            LIBRARY.set_busy(False)
-            LIBRARY.set_busy(None)
+def test_bits_do_not_depend_on_the_threads(threads: int) -> None:
+    found = []
+    with testing.running_on("cpu"), default_afterwards():
+        for busy in (False, True):
+            LIBRARY.set_busy(busy)
+            for number in (1,) if SANITIZER == "thread" else (1, 2, 3):
+                torch.set_num_threads(number)
+                found.append(results())
     for other in found[1:]:
         assert all(torch.equal(one, two) for one, two in zip(found[0], other, strict=True))
 

@@ -208,7 +208,7 @@ PEFT_KERNELS_CASE(softmax) {
                         dtype});
       return Arrays{out};
     };
-    both(tested, dx, like_scalar, "slope in " + name_of(dtype));
+    both(tested, dx, like_scalar, "dx in " + name_of(dtype));
     const Array dloss = normal(DType::kF32, kRows, 7), lse = normal(DType::kF32, kRows, 8);
     const auto logit_gradients = [&](const KernelTable& table) {
       Array out = normal(DType::kF32, kRows * kCols, 9), rounded_out(dtype, kRows * kCols);
@@ -217,7 +217,7 @@ PEFT_KERNELS_CASE(softmax) {
                             0, kRows);
       return Arrays{rounded_out};
     };
-    both(tested, logit_gradients, like_scalar, "slopes in " + name_of(dtype));
+    both(tested, logit_gradients, like_scalar, "logit gradients in " + name_of(dtype));
   }
 }
 
