@@ -8,7 +8,7 @@ four requests, one per adapter and one to the base alone; requests join and leav
     python examples/serve_adapters.py               # some minutes on two cores
     python examples/serve_adapters.py --quick       # a few steps
 
-Tells each adapter's loss on held-out functions before and after, and how many of their answers are right to
+Prints each adapter's loss on held-out functions before and after, and how many of their answers are right to
 the letter with the adapter and without. Saves all three adapters, and checks that what is served from their
 folders has the bits that PEFT computes from them, one by one on a base of its own; that it is nearer to what
 the trained model says with that adapter than with any other; that neighbours in the batch change no bit, and

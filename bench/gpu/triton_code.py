@@ -272,13 +272,11 @@ def _read_hip(variant: Variant, target: str, made: Any) -> Code:
 
 def _product_faults(variant: Variant, made: Any, matrix: int) -> list[str]:
     """GEMMs of 16-bit operands, or with 16-bit activations, that do not use tensor cores."""
-    products = re.findall(r"tt\.dot .*: tensor<\w+x(\w+)> \*", made.asm["ttir"])
-    narrow = [kind for kind in products if kind in ("bf16", "f16")] or re.search(
-        "tf32|bf16x6", made.asm["ttir"]
-    )
+    gemms = re.findall(r"tt\.dot .*: tensor<\w+x(\w+)> \*", made.asm["ttir"])
+    narrow = [kind for kind in gemms if kind in ("bf16", "f16")] or re.search("tf32|bf16x6", made.asm["ttir"])
     if narrow and not matrix:
         return ["no instructions for tensor cores"]
-    if products and not narrow and re.search(r"\*(bf16|fp16)", variant.types):
+    if gemms and not narrow and re.search(r"\*(bf16|fp16)", variant.types):
         return ["multiplies in fp32"]
     return []
 

@@ -16,11 +16,11 @@ pytestmark = pytest.mark.usefixtures("small_rotation")
 @pytest.mark.parametrize("group", [bnb_ops.EVAL, bnb_ops.TRAIN])
 def test_contenders_take_turns_on_their_own_kernels(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
     served = []
-    product = bitsandbytes_ops._KERNELS["gemm_4bit"]
+    original = bitsandbytes_ops._KERNELS["gemm_4bit"]
 
     def noted(*args: object) -> object:
         served.append(bnb_ops.Switched.on)
-        return product(*args)
+        return original(*args)
 
     monkeypatch.setitem(bitsandbytes_ops._KERNELS, "gemm_4bit", noted)
     result = bnb_ops.linear4bit(group, TINY, 4, "bf16").run(ONCE)
@@ -31,8 +31,8 @@ def test_contenders_take_turns_on_their_own_kernels(group: str, monkeypatch: pyt
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    product = bitsandbytes_ops._KERNELS["gemm_4bit"]
-    monkeypatch.setitem(bitsandbytes_ops._KERNELS, "gemm_4bit", lambda *args: product(*args) * 1.1)
+    original = bitsandbytes_ops._KERNELS["gemm_4bit"]
+    monkeypatch.setitem(bitsandbytes_ops._KERNELS, "gemm_4bit", lambda *args: original(*args) * 1.1)
     result = bnb_ops.linear4bit(bnb_ops.EVAL, TINY, 4, "bf16").run(ONCE)
     assert OURS in result.wrong and not result.seconds
     assert bitsandbytes_ops._library is None and bnb.__version__

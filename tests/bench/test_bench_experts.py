@@ -24,8 +24,8 @@ def test_all_contenders_run(group: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("group", [experts.FORWARD, experts.TRAIN])
 def test_a_wrong_result_is_not_timed(group: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    product: Any = pk.experts_linear
-    monkeypatch.setattr(pk, "experts_linear", lambda *args: product(*args) * 1.1)
+    original: Any = pk.experts_linear
+    monkeypatch.setattr(pk, "experts_linear", lambda *args: original(*args) * 1.1)
     result = experts.experts(group, TINY, 9, "bf16").run(ONCE)
     assert OURS in result.wrong and OURS not in result.seconds
 

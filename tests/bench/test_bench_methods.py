@@ -59,7 +59,7 @@ def test_figures_are_those_of_the_methods(columns: dict[str, Measured]) -> None:
 
 
 def test_virtual_tokens_do_not_shift_the_loss(tiny: Path) -> None:  # noqa: F811
-    """Labels are those of PEFT, which puts them behind the virtual tokens."""
+    """Labels are aligned as in PEFT, after the virtual tokens."""
     import torch
 
     models = methods.Models(Case("loss", model=tiny / "model"), tiny)

@@ -1,4 +1,4 @@
-"""The bench of prefix tuning: who takes part, and that what is wrong is not timed."""
+"""Prefix tuning: all contenders run, and a wrong result is not timed."""
 
 from __future__ import annotations
 

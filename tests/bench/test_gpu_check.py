@@ -187,14 +187,14 @@ def test_parts_in_their_order(
     status, said = gpu_check(tmp_path, *arguments, python=machine())
     assert status == 0, said
     assert parts(tmp_path) == ["environment", "build", *expected]
-    told = calls(tmp_path)
-    assert "python-stub setup.py build_ext --inplace" in told
+    recorded = calls(tmp_path)
+    assert "python-stub setup.py build_ext --inplace" in recorded
     if "primitives" in expected:
-        assert "-arch=native -Icsrc/cuda" in told and "\nprogram " in told
-        assert re.search(r"-m pytest .* -n 6 --dist loadfile .* -k cuda\n", told)
-        assert "--tool memcheck --kernel-regex kns=peft_kernels" in told
+        assert "-arch=native -Icsrc/cuda" in recorded and "\nprogram " in recorded
+        assert re.search(r"-m pytest .* -n 6 --dist loadfile .* -k cuda\n", recorded)
+        assert "--tool memcheck --kernel-regex kns=peft_kernels" in recorded
     if "speed" in expected:
-        assert re.search(r"bench/gpu/run.py --backend cuda --seconds \d+ --output", told)
+        assert re.search(r"bench/gpu/run.py --backend cuda --seconds \d+ --output", recorded)
 
 
 def test_only_what_failed_fails(tmp_path: Path, machine: Stub, stubs: Stub) -> None:

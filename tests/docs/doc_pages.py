@@ -1,4 +1,4 @@
-"""README.md and the pages of docs/, taken apart: snippets with what they need, figures, paths."""
+"""Parses README.md and the pages of docs/: snippets with their requirements, figures, paths."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ HOMES = [DOCS / "benchmarks.md", DOCS / "gpu.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 NEEDS = re.compile(r"<!-- needs: (\w+) -->")
 QUOTE = re.compile(r"(\d[\d,.]*)%?\**<!-- f:([\w-]+) -->")
-"""A figure and its name; `-` says that it is no measurement."""
+"""A figure and its name; `-` marks a figure that is not measured."""
 MEASURED = re.compile(r"\d[\d.,]*\**(?:%| ?(?:times (?:as|the)\b|ms\b|us\b|tokens/s|[MG]B\b))")
 
 
@@ -38,7 +38,7 @@ class Snippet(NamedTuple):
     language: str
     code: str
     needs: str
-    """What has to be there (a key of `missing`), or ""."""
+    """What it requires (a key of `missing`), or ""."""
 
 
 def name_of(page: Path) -> str:

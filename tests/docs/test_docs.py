@@ -261,7 +261,7 @@ def sentences_of_the_code() -> str:
 
 
 def test_the_faq_quotes_messages_of_the_code() -> None:
-    """Headings are messages; `...` stands for what differs."""
+    """Headings are error messages, with `...` for variable parts."""
     headings = re.findall(r"^### `(.+)`$", (DOCS / "faq.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(headings) > 25
     code = sentences_of_the_code()

@@ -93,11 +93,11 @@ def test_the_library_needs_no_python(layout: Path) -> None:
     if nm is None:
         pytest.skip("no nm")
     (library,) = variant(layout).glob("*.so")
-    told = subprocess.run([nm, "-D", library], capture_output=True, text=True, check=True).stdout
-    names = [line.split()[-1] for line in told.splitlines()]
+    output = subprocess.run([nm, "-D", library], capture_output=True, text=True, check=True).stdout
+    names = [line.split()[-1] for line in output.splitlines()]
     assert len(names) > 50 and not [name for name in names if name.lstrip("_").startswith("Py")]
-    told = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
-    assert "libtorch_cpu" in told and "python" not in told
+    output = subprocess.run(["readelf", "-d", library], capture_output=True, text=True, check=True).stdout
+    assert "libtorch_cpu" in output and "python" not in output
 
 
 def test_another_folder_is_left_alone(tmp_path: Path) -> None:
