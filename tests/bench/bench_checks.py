@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.lib import adapted, cases, layers, report
 from bench.lib.harness import Absent, Case, Contender, Result

@@ -6,7 +6,6 @@ import dataclasses
 import importlib
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,6 @@ from broken_ops import break_op
 
 import peft_kernels as pk
 import testing
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
-
 from bench import run
 from bench.lib import cases, harness, layers, report
 from bench.lib.harness import Case, Goal, Result

@@ -4,9 +4,7 @@ correct."""
 from __future__ import annotations
 
 import importlib.util
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,9 +25,6 @@ from broken_ops import break_op
 
 import peft_kernels as pk
 import testing
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
-
 from bench.lib import adapted, block, cases, correctness, layers, report
 from bench.lib.harness import Absent, Contender, Result
 from bench.lib.report import ONCE, OURS

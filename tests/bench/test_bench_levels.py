@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
-
 from bench import run
 from bench.lib import levels
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers_models  # noqa: F401  (skips where transformers is missing or too old)
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.lib import report
 from bench.lib.report import OURS

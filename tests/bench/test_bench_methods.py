@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
 from test_example_finetune import tiny  # noqa: F401
 from tool_modules import tool_module
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.lib import report
 from bench.models import methods

@@ -13,8 +13,6 @@ from types import SimpleNamespace
 import pytest
 from bench_checks import TINY_BLOCK, Machine, line_of
 
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
-
 from bench.lib import report
 from bench.lib.cases import PEFT_ON_BNB
 from bench.lib.harness import Absent

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 from bench_checks import TINY_BLOCK
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.lib import report
 from bench.lib.cases import PEFT_ON_BNB

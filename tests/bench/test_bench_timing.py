@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +10,6 @@ from bench_checks import (
     case_of,
     measure,
 )
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.lib import harness
 from bench.lib.harness import Result

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -11,8 +10,6 @@ from typing import Any
 import pytest
 import torch
 from broken_ops import break_op
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.gpu import device_cases, events, run
 from bench.gpu.device_cases import Suite

@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
-
 from bench.gpu import run
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +11,6 @@ from stub_device import stub_device
 import peft_kernels as pk
 import ptx_backend as ptx
 import testing
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
-
 from bench import run
 from bench.gpu import launch_overhead
 from bench.lib import report

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 from test_example_finetune import tiny  # noqa: F401
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.lib import report
 from bench.lib.report import OURS

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-sys.path.append(str(Path(__file__).resolve().parent.parent.parent))
 
 from bench.gpu import wave_quantization
 from bench.gpu.roofline import BY_ARCHITECTURE, Gpu
