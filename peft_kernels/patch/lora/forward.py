@@ -143,8 +143,9 @@ def _prepare(module: Any, spec: InputSpec, args: Any, kwargs: dict[str, Any]) ->
         return _cast(base, lambda x: multi_lora_linear(x, layers, compute_dtype=base.compute_dtype)[0])
     if module.lora_variant and names[0] in module.lora_variant:
         return _cast(base, _dora_call(module, names[0], base, adapters[0]))
-    keep = module if base.dtype is base.compute_dtype is base.out_dtype is spec.dtype else None
-    return _cast(base, _lora_call(base, adapters[0], keep, names))
+    if base.dtype is base.compute_dtype is base.out_dtype is spec.dtype:
+        return _lora_call(base, adapters[0], module, names)
+    return _cast(base, _lora_call(base, adapters[0]))
 
 
 def _cast(base: Base, run: Call) -> Call:
@@ -158,8 +159,8 @@ def _cast(base: Base, run: Call) -> Call:
     return cast
 
 
-def _lora_call(base: Base, one: Adapter, module: Any, names: Sequence[str]) -> Call:
-    """`lora_linear` of a base and one adapter. `module`: where the call is cached; None: it needs casts."""
+def _lora_call(base: Base, one: Adapter, module: Any = None, names: Sequence[str] = ()) -> Call:
+    """`lora_linear` of a base and one adapter, cached in `module`, if given, for its adapters `names`."""
 
     def run(x: Tensor) -> Tensor:
         op_args = lora_linear_args(
