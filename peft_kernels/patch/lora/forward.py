@@ -46,7 +46,7 @@ class FusedLora(Fused):
         original = super().forward  # type: ignore[misc]
         return original(x, *args, **kwargs)
 
-    # DoRA's merge assigns a weight where LoRA's adds to it: an NF4 weight has to be told that this is a
+    # DoRA's merge assigns a weight where LoRA's adds to it: an NF4 weight must know that this is a
     # merge, so that unmerging restores its packed bytes.
 
     def merge(self: Any, *args: Any, **kwargs: Any) -> None:
