@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-import pickle
 import threading
-from collections.abc import Callable
 from typing import Any
 
-import models
 import pytest
 import torch
-from flow_checks import Calls, assert_fused, assert_near, language_loss, step, train
+from flow_checks import Calls, assert_fused, assert_near, language_loss, step
 from flow_models import adapted, ids, llama, patched_copy
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,38 +21,6 @@ OWN = pytest.mark.parametrize("base", ["dense", "nf4"])
 
 def one_step(model: Any) -> dict[str, Tensor]:
     return step(model, lambda m: language_loss(m, ids()))
-
-
-@pytest.mark.parametrize(
-    "copying",
-    [copy.deepcopy, models.pickled, models.saved_and_loaded],
-    ids=["deepcopy", "pickle", "torch.save"],
-)
-@BASES
-def test_a_copy_computes_with_its_own_weights(base: str, copying: Callable[[Any], Any]) -> None:
-    stock = adapted(llama(base))
-    model, report = patched_copy(stock)
-    before = one_step(model)
-    twin = copying(model)
-    assert_near(one_step(twin), before)
-    losses = train(twin, lambda m, i: language_loss(m, ids(i)))
-    assert losses == pytest.approx(
-        train(copy.deepcopy(stock), lambda m, i: language_loss(m, ids(i))), rel=1e-3
-    )
-    assert_near(one_step(model), before, 1e-7)
-    again = pk.patch(twin)
-    with Calls() as calls:
-        one_step(twin)
-    assert calls.fused > 0
-    assert_fused(twin, again, blocks=2)
-    assert_fused(model, report, blocks=2)
-
-
-def test_a_report_is_pickled() -> None:
-    model, report = patched_copy(adapted(llama("nf4")))
-    one_step(model)
-    assert str(pickle.loads(pickle.dumps(report))) == str(report)
-    assert str(copy.deepcopy(report)) == str(report)
 
 
 @OWN

@@ -200,16 +200,6 @@ def test_what_a_block_cannot_fuse_goes_layer_by_layer(op_counts: Counter[str]) -
         assert testing.relative_error(got[name], compare_layers[name]) < 1e-5, name
 
 
-def test_hooks_on_a_projection_still_run() -> None:
-    model = adapted(Mlp())
-    pk.patch(model)
-    model(testing.tensor(3, 64))
-    seen: list[int] = []
-    model.base_model.model[0].up_proj.register_forward_hook(lambda *_: seen.append(1))
-    model(testing.tensor(3, 64))
-    assert seen == [1]
-
-
 def test_disabled_and_merged_adapters() -> None:
     model, x = adapted(Mlp()), testing.tensor(7, 64)
     with model.disable_adapter():

@@ -305,16 +305,6 @@ def test_a_layer_without_the_active_adapter_is_its_base() -> None:
     assert torch.equal(layer(x), layer.base_layer(x)) and not any(entry.fallbacks for entry in report.layers)
 
 
-def test_scaling_is_read_in_each_call() -> None:
-    model, x = lora(models.base_model("nf4"), use_rslora=True, lora_alpha=16), testing.tensor(3, 64)
-    layer = model.base_model.model.q
-    assert layer.scaling["default"] == pytest.approx(16 / 8**0.5)
-    pk.patch(model)
-    delta = layer(x) - layer.base_layer(x)
-    layer.scale_layer(3.0)
-    assert testing.relative_error(layer(x) - layer.base_layer(x), 3 * delta) < 1e-5
-
-
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("base", ["dense", "nf4"])
 def test_inference(base: str, mode: Any) -> None:
