@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import models
@@ -18,14 +17,9 @@ from peft_kernels.patch.lora import eligibility
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verdicts are cached for the life of a process."""
-    table = eligibility._class_reasons
-    before = dict(table)
-    table.clear()
-    yield
-    table.clear()
-    table.update(before)
+    monkeypatch.setattr(eligibility, "_class_reasons", {})
 
 
 def unknown(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:

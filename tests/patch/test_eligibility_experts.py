@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -33,16 +32,10 @@ from peft_kernels.patch.experts import forward as experts
 
 
 @pytest.fixture(autouse=True)
-def _forget() -> Iterator[None]:
+def _forget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Verdicts are cached for the life of a process."""
-    tables: tuple[Any, ...] = (eligibility._wrapper_classes, eligibility._expert_classes)
-    kept = [dict(table) for table in tables]
-    for table in tables:
-        table.clear()
-    yield
-    for table, old in zip(tables, kept, strict=True):
-        table.clear()
-        table.update(old)
+    for table in ("_wrapper_classes", "_expert_classes"):
+        monkeypatch.setattr(eligibility, table, {})
 
 
 # What is not fused, and the reason.
